@@ -1,0 +1,116 @@
+"""Every name that is written into a SpatialData object, made in one place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+#: Image, spots and table as our own readers and datasets call them.
+IMAGE = "he"
+SPOTS = "spots"
+TABLE = "table"
+REGION = "region"
+INSTANCE = "instance_id"
+COORDINATE_SYSTEM = "global"
+
+#: ``sdata.attrs[ATTRS]["mpp"][image_key]``: µm per pixel of level 0, written by our readers, read by ``_slide``.
+ATTRS = "he2gene"
+#: ``table.uns[MADE]``: marks a table that we made, which is no candidate when a measured table has to be found.
+MADE = "he2gene_made"
+
+#: What the zarr stores of spatialdata accept as the name of an element or key.
+_VALID = re.compile(r"^[A-Za-z0-9_.-]+$")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys that one ``predict`` run writes, from its ``key_added``."""
+
+    key_added: str = "he2gene"
+    layer_name: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """``.layers``: predicted expression."""
+        return self.layer_name or self.key_added
+
+    @property
+    def predicted(self) -> str:
+        """``.var``: whether the model knows the gene."""
+        return f"{self.key_added}_predicted"
+
+    @property
+    def pcc(self) -> str:
+        """``.var``: held-out Pearson correlation of the gene."""
+        return f"{self.key_added}_pcc"
+
+    @property
+    def reliable(self) -> str:
+        """``.var``: whether that is good enough to use."""
+        return f"{self.key_added}_reliable"
+
+    @property
+    def annotation(self) -> str:
+        """``.obs``: most probable class."""
+        return f"{self.key_added}_annotation"
+
+    @property
+    def colors(self) -> str:
+        """``.uns``: colours of the classes, as scanpy keeps them."""
+        return f"{self.annotation}_colors"
+
+    @property
+    def confidence(self) -> str:
+        """``.obs``: calibrated probability of the most probable class."""
+        return f"{self.key_added}_annotation_confidence"
+
+    @property
+    def proba(self) -> str:
+        """``.obsm``: probability of every class, a DataFrame."""
+        return f"{self.key_added}_annotation_proba"
+
+    @property
+    def embedding(self) -> str:
+        """``.obsm``: the embedding that the heads read."""
+        return f"X_{self.key_added}"
+
+    @property
+    def uns(self) -> str:
+        """``.uns``: what was run on what."""
+        return self.key_added
+
+
+def check_key(name: str, parameter: str) -> None:
+    """Refuse a key that ``SpatialData.write`` would refuse later, after the work is done.
+
+    Raises
+    ------
+    ValueError
+        If the key is empty or has other characters than letters, digits, ``_``, ``.`` and ``-``, or starts with
+        ``__`` or a dot.
+    """
+    if not isinstance(name, str) or not _VALID.match(name) or name.startswith(("__", ".")):
+        raise ValueError(
+            f"`{parameter}` {name!r} cannot be stored: use letters, digits, '_', '.' and '-' only, "
+            "not starting with '.' or '__' (for example 'he2gene')"
+        )
+
+
+def check_class_names(names: Iterable[str]) -> None:
+    """Refuse class names that a zarr store cannot hold side by side as columns.
+
+    Raises
+    ------
+    ValueError
+        If a name is empty, contains ``/``, starts with ``__`` or differs from another only in case.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not name.strip() or "/" in name or name.startswith("__") or name in {".", ".."}:
+            raise ValueError(f"class name {name!r} cannot be stored: it must be a text without '/', not starting '__'")
+        if name.lower() in seen:
+            raise ValueError(
+                f"class names {seen[name.lower()]!r} and {name!r} differ only in case: merge or rename one"
+            )
+        seen[name.lower()] = name

@@ -1,0 +1,46 @@
+"""Settings of a session: where data lies, which device computes, how much memory a result may take."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger("he2gene_sc")
+
+
+def _default_data_dir() -> Path | None:
+    value = os.environ.get("HE2GENE_DATA_DIR")
+    return Path(value).expanduser() if value else None
+
+
+@dataclass
+class Settings:
+    """Session-wide settings, at ``hg.settings``.
+
+    Attributes
+    ----------
+    data_dir
+        Folder that holds ``her2st/`` (see :func:`he2gene_sc.datasets.her2st`). ``None``: the environment variable
+        ``HE2GENE_DATA_DIR``, read at each use, and after it the download cache.
+    device
+        Device of a run when none is asked for: ``"auto"`` takes CUDA, then Apple's MPS, then the CPU.
+    show_progress_bar
+        Whether long runs show a bar when the call does not say.
+    memory_limit
+        Bytes that a new dense matrix may take in a table that we make. A slide without a table gets one whose ``X`` is
+        a copy of the predicted layer as long as it fits, else an empty one.
+    """
+
+    data_dir: str | Path | None = None
+    device: str = "auto"
+    show_progress_bar: bool = True
+    memory_limit: int = 2 * 1024**3
+
+    def resolved_data_dir(self) -> Path | None:
+        """Return the folder that holds local data, or ``None`` when neither the setting nor the variable is set."""
+        return Path(self.data_dir).expanduser() if self.data_dir is not None else _default_data_dir()
+
+
+settings = Settings()

@@ -1,0 +1,21 @@
+"""Pixels: level choice, µm geometry and block-wise patch reading. Arrays in, arrays out."""
+
+from ._geometry import ReadPlan, WindowPlan, plan_windows
+from ._pixels import check_pixels, reflect_index, to_rgb_uint8
+from ._pyramid import Level, Pyramid
+from ._reader import PatchBatch, PatchReader
+from ._reduced import read_reduced
+
+__all__ = [
+    "Level",
+    "PatchBatch",
+    "PatchReader",
+    "Pyramid",
+    "ReadPlan",
+    "WindowPlan",
+    "check_pixels",
+    "plan_windows",
+    "read_reduced",
+    "reflect_index",
+    "to_rgb_uint8",
+]

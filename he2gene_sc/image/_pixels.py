@@ -1,0 +1,98 @@
+"""What a pixel may be: conversion to RGB uint8 where it is unambiguous, a clear refusal where it is not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_WANTED = "an RGB H&E image (3 channels, or 4 with alpha; uint8, or float in 0..1 or 0..255) is needed"
+
+
+def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, name: str) -> float:
+    """Decide how an image becomes RGB uint8.
+
+    Parameters
+    ----------
+    n_channels
+        Number of channels.
+    dtype
+        Type of the pixels.
+    sample
+        Some pixels, from where the spots are; needed for float images only.
+    name
+        What to call the image in an error.
+
+    Returns
+    -------
+    float
+        The factor that brings the values to 0..255: 1 or 255.
+
+    Raises
+    ------
+    ValueError
+        If the image is not RGB(A), is an integer type other than uint8, or holds floats that are negative, NaN or
+        above 255.
+    """
+    dtype = np.dtype(dtype)
+    if n_channels not in (3, 4):
+        kind = "a one-channel (grey or fluorescence) image" if n_channels == 1 else f"an image of {n_channels} channels"
+        raise ValueError(f"`image_key` {name!r} is {kind}; {_WANTED}")
+    if dtype == np.uint8:
+        return 1.0
+    if dtype.kind != "f":
+        hint = " (a full-range uint16 image becomes uint8 by `image // 257`)" if dtype == np.uint16 else ""
+        raise ValueError(f"`image_key` {name!r} has pixels of type {dtype}, whose white is unknown; {_WANTED}{hint}")
+    if sample is None or sample.size == 0:
+        return 255.0
+    low, high = float(np.min(sample)), float(np.max(sample))
+    if not (low >= 0 and high <= 255):
+        raise ValueError(f"`image_key` {name!r} has float pixels from {low:.3g} to {high:.3g}; {_WANTED}")
+    return 255.0 if high <= 1 else 1.0
+
+
+def to_rgb_uint8(block: np.ndarray, factor: float = 1.0, *, paint_black: bool = True) -> np.ndarray:
+    """Convert a block of pixels to RGB uint8, on white where it is transparent.
+
+    Pixels that are exactly black in all channels are background too: no stained tissue is, but scanners and authors
+    paint what lies outside the tissue or the scan that way, and an encoder takes it for an edge.
+
+    Parameters
+    ----------
+    block
+        ``(3 or 4, h, w)``, uint8 or float.
+    factor
+        What :func:`check_pixels` returned for the image.
+    paint_black
+        Whether exact black becomes white.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(3, h, w)``, uint8. ``block`` itself where nothing had to be changed.
+    """
+    if block.dtype != np.uint8:
+        if not np.isfinite(block).all() or block.min(initial=0) < 0 or block.max(initial=0) * factor > 255.5:
+            raise ValueError(f"`image_key`: a block of pixels lies outside 0..{255 / factor:g}; {_WANTED}")
+        block = np.rint(block * np.float32(factor)).astype(np.uint8)
+    if block.shape[0] == 4:
+        alpha = block[3].astype(np.uint16)
+        rgb = block[:3].astype(np.uint16) * alpha + 255 * (255 - alpha)
+        block = ((rgb + 127) // 255).astype(np.uint8)
+    if not paint_black or any(channel.min(initial=255) for channel in block):
+        return block
+    black = (block[0] | block[1] | block[2]) == 0
+    if black.any():
+        block = np.where(black, np.uint8(255), block)
+    return block
+
+
+def reflect_index(start: int, size: int, n: int) -> np.ndarray:
+    """Fold the indices ``start … start + size`` back into ``0 … n - 1`` by reflection at the borders.
+
+    As numpy's ``"reflect"``: the border pixel is not repeated, and folding goes on for windows wider than the image.
+    """
+    index = np.arange(start, start + size)
+    if n == 1:
+        return np.zeros(size, dtype=np.intp)
+    period = 2 * (n - 1)
+    index = np.mod(index, period)
+    return np.where(index >= n, period - index, index)

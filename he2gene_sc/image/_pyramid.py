@@ -1,0 +1,70 @@
+"""An image at one or several resolutions, whatever array library holds its pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of an image.
+
+    Attributes
+    ----------
+    array
+        Pixels, ``(c, y, x)``: numpy, dask or zarr.
+    scale
+        Pixels of level 0 per pixel of this level; 1.0 for level 0.
+    """
+
+    array: Any
+    scale: float = 1.0
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return int(self.array.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return int(self.array.shape[2])
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Levels of one image, finest first.
+
+    Raises
+    ------
+    ValueError
+        If there is no level, a level is not ``(c, y, x)``, or the scales do not grow from 1.
+    """
+
+    levels: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("`levels` is empty: an image has at least one level")
+        for level in self.levels:
+            if len(level.array.shape) != 3:
+                raise ValueError(f"`levels` holds an array of shape {level.array.shape}; (c, y, x) is needed")
+        scales = [level.scale for level in self.levels]
+        if scales[0] != 1.0 or any(b <= a for a, b in zip(scales, scales[1:], strict=False)):
+            raise ValueError(f"`levels` has the scales {scales}; they must start at 1 and grow")
+
+    @classmethod
+    def single(cls, array: Any) -> Pyramid:
+        """Wrap one array ``(c, y, x)``."""
+        return cls((Level(array),))
+
+    @property
+    def height(self) -> int:
+        """Rows of level 0."""
+        return self.levels[0].height
+
+    @property
+    def width(self) -> int:
+        """Columns of level 0."""
+        return self.levels[0].width
