@@ -1,0 +1,50 @@
+"""Which device computes, in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn ``"auto"`` or a device name into a device that is there.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown or no such device is present.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    present += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"`device` {device!r} is unknown; valid here: 'auto', {', '.join(map(repr, present))}"
+        ) from error
+    if found.type not in present or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"`device` {device!r} is not present; valid here: 'auto', {', '.join(map(repr, present))}")
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Turn ``"auto"`` or a name into the precision of the encoder: bfloat16 on CUDA, else float32.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or float16 is asked for on the CPU.
+    """
+    if isinstance(dtype, str) and dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES.values():
+        raise ValueError(f"`dtype` {dtype!r} is unknown; valid: 'auto', {', '.join(map(repr, _DTYPES))}")
+    if found == torch.float16 and device.type == "cpu":
+        raise ValueError("`dtype` 'float16' is for GPUs; on the CPU use 'float32' or 'bfloat16'")
+    return found

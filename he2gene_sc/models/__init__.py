@@ -1,0 +1,16 @@
+"""Encoders, the network, model folders and their cards."""
+
+from .._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "BUNDLED": "._folder",
+        "ENCODERS": "._encoders",
+        "EncoderSpec": "._encoders",
+        "HE2Gene": "._model",
+        "ModelCard": "._card",
+        "load": "._folder",
+        "load_encoder": "._encoders",
+    },
+)

@@ -1,0 +1,149 @@
+"""The model card: what a model is, what it was trained on, how it did on what it had not seen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .._keys import check_class_names
+
+#: Raised whenever a reader of the old version would misunderstand the new one.
+SCHEMA_VERSION = 1
+
+EXPRESSION_SCALE = "natural log of (1 + counts per 10,000)"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Facts about a model; ``card.json`` of its folder.
+
+    Attributes
+    ----------
+    name, version
+        What to call it.
+    description
+        One paragraph for people.
+    encoder
+        ``name``, ``license``, ``sha256`` of the weights, ``input_px``.
+    windows_um
+        Sides of the windows around a spot, µm.
+    classes, class_colors
+        Classes of the annotation and their colours; empty without an annotation head.
+    n_genes, n_latent
+        Sizes.
+    training
+        Sections, patients, spots, µm/px, penalty and folds.
+    metrics
+        Held-out figures, each with its protocol.
+    reliable_rule
+        What a gene had to show to be called reliable.
+    intended_use, limitations
+        Sentences.
+    license
+        Licence of the model.
+    files
+        SHA-256 of every other file of the folder.
+    expression_scale
+        Unit of the predictions.
+    schema_version
+        Version of this layout.
+    """
+
+    name: str
+    version: str
+    description: str
+    encoder: dict[str, Any]
+    windows_um: tuple[float, ...]
+    classes: tuple[str, ...]
+    class_colors: tuple[str, ...]
+    n_genes: int
+    n_latent: int
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    reliable_rule: str
+    intended_use: str
+    limitations: tuple[str, ...]
+    license: str = "BSD-3-Clause"
+    files: dict[str, str] = field(default_factory=dict)
+    expression_scale: str = EXPRESSION_SCALE
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("windows_um", "classes", "class_colors", "limitations"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_class_names(self.classes)
+
+    def to_json(self) -> str:
+        """Return the card as JSON text, keys in the order of the class."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> ModelCard:
+        """Read a card.
+
+        Raises
+        ------
+        ValueError
+            If the text is not JSON, fields are missing, or the schema is newer than this package.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`model`: {where} is not valid JSON ({error}); the folder is damaged") from error
+        if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
+            raise ValueError(f"`model`: {where} states no `schema_version`; it is no he2gene_sc model card")
+        if data["schema_version"] > SCHEMA_VERSION:
+            raise ValueError(
+                f"`model`: {where} has schema version {data['schema_version']}, this he2gene_sc reads up to "
+                f"{SCHEMA_VERSION}; upgrade with `pip install -U he2gene_sc`"
+            )
+        names = {f.name for f in fields(cls)}
+        missing = sorted(names - data.keys())
+        if missing:
+            raise ValueError(f"`model`: {where} lacks {missing}; the folder is damaged")
+        return cls(**{key: value for key, value in data.items() if key in names})
+
+    def to_markdown(self) -> str:
+        """Return the card for people, ``README.md`` of the folder."""
+        lines = [
+            f"# {self.name} {self.version}",
+            "",
+            self.description,
+            "",
+            f"- Encoder: {self.encoder['name']} ({self.encoder['license']}), windows of "
+            f"{', '.join(f'{um:g}' for um in self.windows_um)} µm",
+            f"- Genes: {self.n_genes:,}, as {self.expression_scale}",
+            f"- Classes: {', '.join(self.classes) or 'none'}",
+            f"- Licence: {self.license}",
+            "",
+            "## Trained on",
+            "",
+            *_bullets(self.training),
+            "",
+            "## Held-out figures",
+            "",
+            *_bullets(self.metrics),
+            "",
+            f"A gene is called reliable where {self.reliable_rule}.",
+            "",
+            "## Use",
+            "",
+            self.intended_use,
+            "",
+            *(f"- {sentence}" for sentence in self.limitations),
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def _bullets(data: dict[str, Any], depth: int = 0) -> list[str]:
+    lines = []
+    for key, value in data.items():
+        head = "  " * depth + f"- {key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            lines += [head, *_bullets(value, depth + 1)]
+        else:
+            shown = ", ".join(str(v) for v in value) if isinstance(value, list | tuple) else value
+            lines.append(f"{head}: {shown}")
+    return lines

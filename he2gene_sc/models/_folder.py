@@ -1,0 +1,140 @@
+"""Model folders: saving, and loading with every file checked."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ._card import ModelCard
+from ._model import HE2Gene
+
+_ROOT = Path(__file__).parent / "bundled"
+_CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
+_COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
+_TENSORS = ("latent.mean", "latent.scale", "latent.projection", "genes.weight", "genes.bias")
+
+#: Models inside the package.
+BUNDLED: tuple[str, ...] = ("breast-her2st",)
+
+
+def load(model: str | Path | HE2Gene = "breast-her2st") -> HE2Gene:
+    """Load a model by name or from its folder.
+
+    Parameters
+    ----------
+    model
+        Name of a bundled model, or the path of a model folder. A model that is loaded already is returned.
+
+    Returns
+    -------
+    HE2Gene
+        The model.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or the folder is incomplete, truncated, altered or of a newer schema.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> hg.models.load("breast-her2st").card.classes[0]
+    'adipose tissue'
+    """
+    if isinstance(model, HE2Gene):
+        return model
+    if not isinstance(model, str | Path):
+        raise ValueError(f"`model` is a {type(model).__name__}; a name of {list(BUNDLED)}, a path or a model is needed")
+    if isinstance(model, str) and model in BUNDLED:
+        return _load_bundled(model)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"`model` {str(model)!r} is neither a bundled model, one of {list(BUNDLED)}, nor a folder")
+    return _read(folder)
+
+
+@lru_cache(maxsize=4)
+def _load_bundled(name: str) -> HE2Gene:
+    return _read(_ROOT / name)
+
+
+def _read(folder: Path) -> HE2Gene:
+    missing = [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"`model` folder {folder.name!r} is incomplete: {missing} not found")
+    card = ModelCard.from_json((folder / _CARD).read_text(encoding="utf-8"), f"{folder.name}/{_CARD}")
+    for name in (_GENES, _WEIGHTS):
+        expected = card.files.get(name)
+        found = _sha256(folder / name)
+        if found != expected:
+            raise ValueError(
+                f"`model` folder {folder.name!r}: {name} was altered or truncated (SHA-256 {found[:12]}…, the card says "
+                f"{str(expected)[:12]}…); fetch the folder again"
+            )
+    from safetensors.numpy import load_file
+
+    tensors = {key: np.asarray(value) for key, value in load_file(folder / _WEIGHTS).items()}
+    genes = pd.read_csv(
+        folder / _GENES, keep_default_na=False, na_values={c: [""] for c in ("pcc", "pcc_low", "skill")}
+    )
+    lacking = [key for key in _TENSORS if key not in tensors] + [c for c in _COLUMNS if c not in genes.columns]
+    if lacking:
+        raise ValueError(f"`model` folder {folder.name!r} lacks {lacking}: it is no he2gene_sc model of this schema")
+    genes = genes.set_index("gene")
+    if not (len(genes) == card.n_genes == tensors["genes.weight"].shape[1]):
+        raise ValueError(
+            f"`model` folder {folder.name!r}: {len(genes)} genes in {_GENES}, {tensors['genes.weight'].shape[1]} in "
+            f"{_WEIGHTS}, {card.n_genes} in {_CARD}; they must agree"
+        )
+    return HE2Gene(card, genes, tensors)
+
+
+def save(model: HE2Gene, path: str | Path) -> Path:
+    """Write a model folder beside its place and move it there whole.
+
+    Raises
+    ------
+    FileExistsError
+        If ``path`` holds something other than a model folder.
+    """
+    from safetensors.numpy import save_file
+
+    target = Path(path).expanduser()
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _CARD).is_file())):
+        raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        save_file({k: np.ascontiguousarray(v) for k, v in model.tensors.items()}, temporary / _WEIGHTS)
+        model.genes.reset_index()[_COLUMNS].to_csv(temporary / _GENES, index=False, float_format="%.5g")
+        files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
+        card = replace(model.card, files=files)
+        (temporary / _CARD).write_text(card.to_json(), encoding="utf-8")
+        (temporary / _README).write_text(card.to_markdown(), encoding="utf-8")
+        # mkdtemp and safetensors keep others out; a model is there to be read.
+        temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+        if target.exists():
+            old = temporary.with_name(temporary.name + "-old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,98 @@
+"""``HE2Gene``: card, genes and weights of one model, ready for ``hg.tl.predict``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ._card import ModelCard
+
+if TYPE_CHECKING:
+    from ._network import Network
+
+
+@dataclass(frozen=True, eq=False)
+class HE2Gene:
+    """A model: from patches to expression and annotation.
+
+    Attributes
+    ----------
+    card
+        What it is, what it was trained on, how it did.
+    genes
+        One row a gene, in the order of the gene head; index ``gene``; columns ``ensembl_id`` (empty where unknown),
+        ``group`` (``"target"``: those of highest mean in training; ``"auxiliary"``), ``variable`` (the 50 of
+        highest variance in training), ``mean``, ``pcc`` (held-out Pearson correlation), ``pcc_low`` (its lower 95 %
+        bound), ``skill`` (held-out, against the training mean), ``reliable``.
+    tensors
+        Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; and ``colour.*``, the baseline
+        that reads nothing but mean and SD of colour.
+    """
+
+    card: ModelCard
+    genes: pd.DataFrame
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        """Name on the card."""
+        return self.card.name
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of ``weights.safetensors``; empty for a model that was never saved."""
+        return self.card.files.get("weights.safetensors", "")
+
+    @cached_property
+    def network(self) -> Network:
+        """The network in float32 on the CPU, built when first used.
+
+        Raises
+        ------
+        RuntimeError
+            If the encoder's weights cannot be had here.
+        ValueError
+            If the encoder at hand has other weights than the one the model was trained with.
+        """
+        import torch
+
+        from ._encoders import encoder_sha256, load_encoder
+        from ._network import FeatureExtractor, Network
+
+        encoder, spec = load_encoder(self.card.encoder["name"])
+        found = encoder_sha256(encoder)
+        if found != self.card.encoder["sha256"]:
+            raise ValueError(
+                f"`model` {self.name!r} was trained on encoder {spec.name!r} with weights {self.card.encoder['sha256'][:12]}…, "
+                f"those found here are {found[:12]}…: its predictions would be meaningless"
+            )
+        tensors = {key: torch.from_numpy(value) for key, value in self.tensors.items()}
+        return Network(FeatureExtractor(encoder, spec), tensors)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model folder: ``card.json``, ``genes.csv``, ``weights.safetensors``, ``README.md``.
+
+        Parameters
+        ----------
+        path
+            Folder to make. It must not exist or be empty, unless it holds an older model, which is replaced whole.
+
+        Returns
+        -------
+        pathlib.Path
+            The folder.
+        """
+        from ._folder import save
+
+        return save(self, path)
+
+    def __repr__(self) -> str:
+        return (
+            f"HE2Gene({self.name!r} {self.card.version}: {self.card.n_genes:,} genes, {len(self.card.classes)} classes, "
+            f"encoder {self.card.encoder['name']}, windows {self.card.windows_um} µm)"
+        )
