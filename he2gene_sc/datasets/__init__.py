@@ -1,0 +1,12 @@
+"""Public sections and a synthetic toy, as SpatialData."""
+
+from .._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "her2st": "._her2st",
+        "toy": "._toy",
+        "HER2ST_SECTIONS": "._her2st",
+    },
+)

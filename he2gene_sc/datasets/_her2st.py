@@ -1,0 +1,225 @@
+"""``hg.datasets.her2st``: HER2-positive breast tumours (Andersson et al., Nat Commun 2021), one section at a time."""
+
+from __future__ import annotations
+
+import logging
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .._settings import settings
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+logger = logging.getLogger("he2gene_sc")
+
+#: Sections of the public repository.
+HER2ST_SECTIONS: tuple[str, ...] = tuple(
+    f"{patient}{i}" for patient, n in zip("ABCDEFGH", (6, 6, 6, 6, 3, 3, 3, 3), strict=True) for i in range(1, n + 1)
+)
+
+_REPOSITORY = "https://raw.githubusercontent.com/almaan/her2st"
+#: Places of a file inside the public repository, by the first folder of its name here (the rest is under ``data``),
+#: each at a commit that has it.
+_REMOTE = {
+    "app": "47b2e34be3bacfb7564095859c6a6003c26765d9/backup/app/www/imgs",
+    "data": "9f2260c6aa8347996955d53f0a5f06ac14c93470/data",
+    "ST-cluster": "5ef75b9530d59eff0965ad104672e75a7f0e2023/res",
+}
+#: Width and height, in array positions, of the frame that the reduced images show.
+_REDUCED_FRAME = (32, 34)
+
+
+def her2st(section: str) -> SpatialData:
+    """Load one section of her2st.
+
+    Files are looked for in ``hg.settings.data_dir`` or ``HE2GENE_DATA_DIR`` (the folder above ``her2st``, which may be
+    a clone of the public repository), then in the download cache, then downloaded from the public repository and
+    checked by SHA-256.
+
+    Parameters
+    ----------
+    section
+        ``"A1"`` to ``"H3"``, see :data:`he2gene_sc.datasets.HER2ST_SECTIONS`.
+
+    Returns
+    -------
+    spatialdata.SpatialData
+        Image ``"he"`` (multiscale, uint8; absent where only counts can be had), shapes ``"spots"`` (100 µm circles),
+        table ``"table"``: raw counts in ``X`` (sparse), ``obsm["spatial"]``, and in ``obs``
+
+        - ``array_row``, ``array_col``, ``patient``, ``section``;
+        - ``pathologist``: the pathologist's label, empty in the other sections;
+        - ``annotation``: the best label to train on, the pathologist's, else the transferred consensus;
+        - ``annotation_source``: ``"pathologist"`` or ``"transferred"``;
+        - ``label_warp``: the label of the nearest spot of the annotated neighbour section. It was chosen without
+          looking at expression, so it, or better ``pathologist``, is what expression may be judged by.
+
+        Transferred labels are derived data: they are there where the local folder has ``ST-pat/lbl_transferred``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such section.
+    FileNotFoundError
+        If files are found neither locally nor online; the message lists them and where they were looked for.
+
+    Notes
+    -----
+    Where the full-resolution image is missing, A1 and A2 come with the reduced copy of the authors' app, whose
+    background is black and whose upper right corner shows an inset. It was aligned to the patient's first section
+    before it was reduced; the spots are moved likewise, by the authors' aligned coordinates (``ST-cluster``).
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> hg.datasets.her2st("C5")["table"].obs["section"].unique().tolist()  # doctest: +SKIP
+    ['C5']
+    """
+    if section not in HER2ST_SECTIONS:
+        raise ValueError(f"`section` {section!r} is unknown, valid: {', '.join(HER2ST_SECTIONS)}")
+    from ..io._st import read_labels, read_st
+
+    counts, spots = _fetch([f"ST-cnts/{section}.tsv.gz", f"ST-spotfiles/{section}_selection.tsv"])
+    image = _image(section)
+    spot_table = pd.read_csv(spots, sep="\t")
+    if image is not None and image.suffix == ".png":
+        spot_table = _reduced(spot_table, image, section)
+    if image is None:
+        logger.warning("her2st %s: no image can be had here; counts, spots and labels only", section)
+    sdata = read_st(counts, spot_table, image, section=section, patient=section[0])
+    obs = sdata["table"].obs
+    empty = pd.Series(np.nan, index=obs.index, dtype=object)
+    pathologist = _find(f"ST-pat/lbl/{section}_labeled_coordinates.tsv", download=True)
+    transferred = _find(f"ST-pat/lbl_transferred/{section}_transferred.tsv", download=False)
+    own = empty if pathologist is None else read_labels(pathologist).reindex(obs.index)
+    consensus = empty if transferred is None else read_labels(transferred).reindex(obs.index)
+    warped = empty if transferred is None else read_labels(transferred, "label_warp").reindex(obs.index)
+    best = own.where(own.notna(), consensus)
+    source = pd.Series(np.where(own.notna(), "pathologist", "transferred"), index=obs.index, dtype=object)
+    obs["pathologist"] = pd.Categorical(own)
+    obs["annotation"] = pd.Categorical(best)
+    obs["annotation_source"] = pd.Categorical(source.where(best.notna()))
+    obs["label_warp"] = pd.Categorical(warped)
+    return sdata
+
+
+def _reduced(spots: pd.DataFrame, image: Path, section: str) -> pd.DataFrame:
+    """Spot centres in the authors' reduced image, which shows the array from position 1 on.
+
+    The authors turned and shifted the images of a patient onto its first section before they reduced them, so the
+    spots go through the same motion first: it is read off the aligned coordinates of their clusters (for A1 it is
+    none, for A2 5.5° and about two spots; without it a quarter of A2's spots lie beside the tissue).
+    """
+    from PIL import Image
+
+    (clusters,) = _fetch([f"ST-cluster/lbl/{section}-cluster-annotation.tsv.gz"])
+    aligned = pd.read_csv(clusters, sep="\t", index_col=0)
+    there = np.column_stack([aligned[["pixel_x", "pixel_y"]], np.ones(len(aligned))])
+    motion = np.linalg.lstsq(there, aligned[["warped_x", "warped_y"]].to_numpy(), rcond=None)[0]
+    moved = np.column_stack([spots[["pixel_x", "pixel_y"]], np.ones(len(spots))]) @ motion
+    with Image.open(image) as opened:
+        size = opened.size
+    out = spots.copy()
+    for i, axis in enumerate(("x", "y")):
+        # Full-resolution pixels per array position, and reduced pixels per array position.
+        full = np.polyfit(spots[f"new_{axis}"], spots[f"pixel_{axis}"], 1)[0]
+        out[f"pixel_{axis}"] = moved[:, i] / full * size[i] / _REDUCED_FRAME[i]
+    return out
+
+
+def _image(section: str) -> Path | None:
+    folder = f"ST-imgs/{section[0]}/{section}"
+    for root in _local_roots():
+        if found := sorted(p for p in (root / folder).glob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".tif"}):
+            return found[0]
+    reduced = f"app/{section}_HE_image_dark.png"
+    if (found := _find(reduced, download=False)) is not None:
+        return found
+    known = [name for name in _registry() if name.startswith(f"{folder}/") or name == reduced]
+    return _fetch(known[:1])[0] if known else None
+
+
+def _registry() -> dict[str, str]:
+    text = (files(__package__) / "her2st_sha256.txt").read_text(encoding="utf-8")
+    return {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
+
+
+def _local_roots() -> list[Path]:
+    """Folders that may hold ``ST-cnts`` and the rest: as shared, or a clone of the public repository."""
+    data_dir = settings.resolved_data_dir()
+    if data_dir is None:
+        return []
+    clone = data_dir / "her2st"
+    return [clone, clone / "data", clone / "res", clone / "backup" / "app" / "www" / "imgs", data_dir]
+
+
+def _local(name: str) -> Path | None:
+    for root in _local_roots():
+        for candidate in (root / name, root / name.removeprefix("app/")):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def _find(name: str, *, download: bool) -> Path | None:
+    """Look a file up locally, then in the cache and online if it is registered; ``None`` where there is none."""
+    found = _local(name)
+    if found is not None or not download or name not in _registry():
+        return found
+    return _fetch([name])[0]
+
+
+def _fetch(names: list[str]) -> list[Path]:
+    """Find files locally, in the cache or online.
+
+    Raises
+    ------
+    FileNotFoundError
+        With all that are missing, and all places.
+    """
+    paths = {name: _local(name) for name in names}
+    missing = [name for name, path in paths.items() if path is None]
+    if missing:
+        registry = _registry()
+        cache = _cache()
+        problems = []
+        for name in missing:
+            if name not in registry:
+                problems.append(f"{name}: not registered for download")
+                continue
+            try:
+                paths[name] = Path(cache.fetch(name))
+            except (OSError, ValueError) as error:
+                problems.append(f"{name}: {cache.get_url(name)}: {error}")
+        if problems:
+            places = [str(root) for root in _local_roots()] or ["no local folder (HE2GENE_DATA_DIR is not set)"]
+            raise FileNotFoundError(
+                "her2st files not found:\n  "
+                + "\n  ".join(problems)
+                + f"\nLooked in: {', '.join(places)}; cache {cache.path}.\n"
+                "Set HE2GENE_DATA_DIR (or hg.settings.data_dir) to the folder above a clone of almaan/her2st."
+            )
+    return [paths[name] for name in names]
+
+
+def _cache():
+    import pooch
+
+    return pooch.create(
+        path=pooch.os_cache("he2gene_sc") / "her2st",
+        base_url="",
+        registry={name: f"sha256:{digest}" for name, digest in _registry().items()},
+        urls={name: _url(name) for name in _registry()},
+        retry_if_failed=1,
+    )
+
+
+def _url(name: str) -> str:
+    folder = name.split("/", 1)[0]
+    path = name.removeprefix("app/")
+    return f"{_REPOSITORY}/{_REMOTE.get(folder, _REMOTE['data'])}/{path}"

@@ -1,0 +1,10 @@
+"""Tidy tables of what the verbs wrote."""
+
+from .._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "genes": "._genes",
+    },
+)

@@ -1,0 +1,60 @@
+"""``hg.get.genes``: the genes that a model predicted, to be trusted or not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._keys import Keys
+from .._predicted import predicted_table
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def genes(
+    data: SpatialData | AnnData,
+    *,
+    reliable: bool | None = None,
+    key_added: str = "he2gene",
+    table_key: str | None = None,
+) -> list[str]:
+    """List the predicted genes, best held-out correlation first.
+
+    scanpy and squidpy do not forgive the NaN of genes that the model does not know: subset by this list.
+
+    Parameters
+    ----------
+    data
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to.
+    reliable
+        ``True``: only those good enough to use; ``False``: only those not to trust; ``None``: all.
+    key_added, table_key
+        As given to predict.
+
+    Returns
+    -------
+    list of str
+        Names in ``var_names``.
+
+    Raises
+    ------
+    ValueError
+        If nothing was predicted.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((4, 4))
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
+    >>> "ERBB2" in hg.get.genes(sdata)
+    True
+    """
+    keys = Keys(key_added)
+    table = data[predicted_table(data, key_added, table_key)] if hasattr(data, "tables") else data
+    if keys.predicted not in table.var:
+        raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
+    var = table.var[table.var[keys.predicted].astype(bool)]
+    if reliable is not None:
+        var = var[var[keys.reliable].astype(bool) == reliable]
+    return var.sort_values(keys.pcc, ascending=False, kind="stable").index.tolist()

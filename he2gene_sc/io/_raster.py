@@ -1,0 +1,71 @@
+"""Arrays of pixels to the image elements of SpatialData."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._keys import COORDINATE_SYSTEM
+
+if TYPE_CHECKING:
+    from xarray import DataArray, DataTree
+
+CHUNK = 1024
+_SMALLEST = 512
+
+
+def build_levels(image: np.ndarray) -> list[np.ndarray]:
+    """Halve an image in memory until its shorter side is under 1,024 px.
+
+    Parameters
+    ----------
+    image
+        ``(3, h, w)`` uint8.
+    """
+    from ..image._reader import halve
+
+    levels = [image]
+    while min(levels[-1].shape[1:]) >= 2 * _SMALLEST:
+        levels.append(halve(levels[-1]))
+    return levels
+
+
+def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
+    """Make an image element in the coordinate system ``"global"``, one unit a pixel of level 0.
+
+    Parameters
+    ----------
+    levels
+        Arrays ``(3, h, w)`` uint8, numpy or dask, finest first. Numpy ones are chunked by 1,024 pixels.
+    """
+    import dask.array as da
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import Identity, Scale, Sequence
+    from xarray import Dataset, DataTree
+
+    full = levels[0].shape
+    nodes = {}
+    for i, array in enumerate(levels):
+        if not isinstance(array, da.Array):
+            # Named by us: hashing the pixels for a name would cost more than reading them.
+            array = da.from_array(array, chunks=(3, CHUNK, CHUNK), name=False)
+        y, x = full[1] / array.shape[1], full[2] / array.shape[2]
+        transformation = Identity() if i == 0 else Sequence([Scale([y, x], axes=("y", "x")), Identity()])
+        level = Image2DModel.parse(
+            array,
+            dims=("c", "y", "x"),
+            c_coords=["r", "g", "b"],
+            transformations={COORDINATE_SYSTEM: transformation},
+        )
+        level = level.assign_coords(
+            y=(np.arange(array.shape[1]) + 0.5) * y,
+            x=(np.arange(array.shape[2]) + 0.5) * x,
+        )
+        nodes[f"scale{i}"] = level
+    if len(nodes) == 1:
+        return nodes["scale0"]
+    tree = DataTree.from_dict({name: Dataset({"image": node}) for name, node in nodes.items()})
+    Image2DModel().validate(tree)
+    return tree

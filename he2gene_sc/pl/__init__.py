@@ -1,0 +1,11 @@
+"""Pictures of what the verbs wrote."""
+
+from .._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "annotation": "._annotation",
+        "spatial": "._spatial",
+    },
+)

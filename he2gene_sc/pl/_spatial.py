@@ -1,0 +1,203 @@
+"""``hg.pl.spatial``: predicted genes on the tissue, the measured ones beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .._keys import MADE, Keys
+from .._predicted import predicted_layer
+from ._canvas import Canvas, add_colorbar, axes_for, canvas, draw, finish
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from spatialdata import SpatialData
+
+
+def spatial(
+    sdata: SpatialData,
+    genes: str | Sequence[str],
+    *,
+    measured: bool | str | None = None,
+    shared_scale: bool = False,
+    image: bool = True,
+    cmap: str = "viridis",
+    size: float = 1.0,
+    layer: str | None = None,
+    key_added: str = "he2gene",
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    image_key: str | None = None,
+    coordinate_system: str | None = None,
+    ncols: int | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    save: str | Path | None = None,
+) -> Axes | list[Axes]:
+    """Draw predicted genes at the spots over the tissue, and the measured expression beside them.
+
+    Parameters
+    ----------
+    sdata
+        Object that :func:`he2gene_sc.tl.predict` wrote to.
+    genes
+        One gene or several.
+    measured
+        What to show beside the prediction. ``None``: ``X``, where the table was measured. ``True``: the same, an error
+        where there is none. ``False``: nothing. A text: that layer. Raw counts are shown as natural log of (1 +
+        counts per 10,000), the unit of the prediction; other values as they are.
+    shared_scale
+        Give predicted and measured of a gene the same colour scale. Predictions vary less than measurements, which
+        carry noise; on one scale that shows, on their own the patterns compare better.
+    image
+        Draw the tissue underneath.
+    cmap
+        Colour map.
+    size
+        Scale of the spots; 1 is their true size.
+    layer, key_added, table_key, shapes_key, image_key, coordinate_system
+        As given to predict.
+    ncols
+        Panels in a row; default 2 with measured, else 4.
+    ax
+        Axes to draw in, one a panel: for each gene the predicted, then the measured.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    matplotlib.axes.Axes or list of them
+        One a panel.
+
+    Raises
+    ------
+    ValueError
+        If a gene was not predicted, nothing was predicted, or the number of axes does not fit.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((4, 4))
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
+    >>> axes = hg.pl.spatial(sdata, "ERBB2")
+    >>> len(axes)
+    2
+    """
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    where = canvas(
+        sdata,
+        key_added=key_added,
+        table_key=_table_with(sdata, genes, key_added) if table_key is None else table_key,
+        shapes_key=shapes_key,
+        image_key=image_key,
+        coordinate_system=coordinate_system,
+    )
+    table = where.table
+    _check_predicted(table, genes, key_added)
+    predicted = np.asarray(table[:, genes].layers[predicted_layer(table, key_added, layer)], dtype=float)
+    beside = _measured(where, table, genes, measured)
+    panels = _panel_table(where, table, genes, predicted, beside)
+    kinds = ["predicted"] if beside is None else ["predicted", "measured"]
+    axes = axes_for(len(genes) * len(kinds), ax, ncols or (4 if beside is None else 2))
+    reliable = table.var[Keys(key_added).reliable]
+    for i, gene in enumerate(genes):
+        shown = {"predicted": predicted[:, i]} | ({} if beside is None else {"measured": beside[:, i]})
+        for j, kind in enumerate(kinds):
+            values = np.concatenate(list(shown.values())) if shared_scale else shown[kind]
+            norm = _norm(values)
+            doubt = "" if kind == "measured" or bool(reliable[gene]) else " (not reliable)"
+            panel = axes[i * len(kinds) + j]
+            draw(
+                where,
+                panels,
+                f"{kind}_{i}",
+                panel,
+                title=f"{gene} {kind}{doubt}",
+                image=image,
+                size=size,
+                cmap=cmap,
+                norm=norm,
+                colorbar=False,
+            )
+            add_colorbar(panel, norm, cmap, "ln(1 + counts per 10,000)")
+    return finish(axes, save)
+
+
+def _norm(values: np.ndarray) -> Normalize:
+    from matplotlib.colors import Normalize
+
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    return Normalize(low, high if high > low else low + 1.0)
+
+
+def _table_with(sdata: SpatialData, genes: list[str], key_added: str) -> str | None:
+    """Prefer the measured table; if it lacks a gene, the table of all model genes, where there is one."""
+    from .._predicted import predicted_table
+
+    first = predicted_table(sdata, key_added)
+    others = [key for key, table in sdata.tables.items() if Keys(key_added).uns in table.uns and key != first]
+    for key in (first, *others):
+        predicted = sdata[key].var.index[sdata[key].var[Keys(key_added).predicted].astype(bool)]
+        if set(genes) <= set(predicted):
+            return key
+    return first
+
+
+def _check_predicted(table: AnnData, genes: list[str], key_added: str) -> None:
+    if not genes:
+        raise ValueError("`genes` is empty; name at least one")
+    known = table.var.index[table.var[Keys(key_added).predicted].astype(bool)]
+    missing = [gene for gene in genes if gene not in known]
+    if missing:
+        raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists those that were")
+
+
+def _measured(where: Canvas, table: AnnData, genes: list[str], measured: bool | str | None) -> np.ndarray | None:
+    if measured is False:
+        return None
+    if not isinstance(measured, str) and MADE in where.sdata[where.table_key].uns:
+        if measured:
+            raise ValueError(f"`measured`: table {where.table_key!r} holds predictions only")
+        return None
+    if isinstance(measured, str) and measured not in table.layers:
+        raise ValueError(f"`measured` {measured!r} is no layer, valid: {sorted(table.layers)}")
+    values = table.layers[measured] if isinstance(measured, str) else table.X
+    if values is None:
+        return None
+    return _as_log(values, table.var_names.get_indexer(genes))
+
+
+def _as_log(values, columns: np.ndarray) -> np.ndarray:
+    """Chosen columns, raw counts brought to the unit of the prediction by the depth of the whole spot."""
+    chosen = values[:, columns]
+    chosen = np.asarray(chosen.toarray() if hasattr(chosen, "toarray") else chosen, dtype=float)
+    data = values.data if hasattr(values, "toarray") else np.asarray(values)
+    if data.size and (data % 1 == 0).all() and data.max() > 1:
+        total = np.asarray(values.sum(axis=1), dtype=float).reshape(-1, 1)
+        return np.log1p(1e4 * chosen / np.where(total > 0, total, 1))
+    return chosen
+
+
+def _panel_table(
+    where: Canvas, table: AnnData, genes: list[str], predicted: np.ndarray, beside: np.ndarray | None
+) -> AnnData:
+    """Make a small table with one ``obs`` column a panel."""
+    from anndata import AnnData
+    from spatialdata.models import TableModel
+
+    attrs = table.uns["spatialdata_attrs"]
+    columns = {f"predicted_{i}": predicted[:, i] for i in range(len(genes))}
+    if beside is not None:
+        columns |= {f"measured_{i}": beside[:, i] for i in range(len(genes))}
+    obs = pd.DataFrame(columns, index=table.obs_names)
+    obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
+    obs["instance"] = table.obs[attrs["instance_key"]].to_numpy()
+    return TableModel.parse(
+        AnnData(obs=obs), region=where.slide.shapes_key, region_key="region", instance_key="instance"
+    )

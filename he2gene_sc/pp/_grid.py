@@ -1,0 +1,129 @@
+"""``hg.pp.grid``: pseudo-spots over the tissue of an image without spots."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .._keys import ATTRS, SPOTS, check_key
+from .._slide import check_mpp, find_image, pyramid_of, stored_mpp
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+
+logger = logging.getLogger("he2gene_sc")
+
+
+def grid(
+    sdata: SpatialData,
+    *,
+    diameter_um: float = 100.0,
+    pitch_um: float = 100.0,
+    mpp: float | None = None,
+    image_key: str | None = None,
+    tissue_key: str | None = None,
+    min_tissue: float = 0.5,
+    key_added: str = SPOTS,
+) -> None:
+    """Lay a square grid of pseudo-spots over the tissue.
+
+    Parameters
+    ----------
+    sdata
+        Object with an image and its tissue mask (:func:`he2gene_sc.pp.tissue`).
+    diameter_um, pitch_um
+        Diameter of the spots and distance between their centres, µm.
+    mpp
+        µm per pixel of the full-resolution image. Default: what the object states.
+    image_key
+        Image; needed where there are several.
+    tissue_key
+        Tissue mask in ``sdata.labels``; default ``"<image_key>_tissue"``.
+    min_tissue
+        Share of a spot (of its bounding square) that has to be tissue, above 0, at most 1.
+    key_added
+        Name of the shapes.
+
+    Returns
+    -------
+    ``None``. Written: ``sdata.shapes[key_added]``, circles in the coordinate systems of the image; and µm per pixel
+    in ``sdata.attrs["he2gene"]``, so that prediction finds it.
+
+    Raises
+    ------
+    ValueError
+        If µm per pixel is unknown, the mask is missing, a size is not positive, the name is taken by other shapes
+        that a table annotates, or no spot lies on tissue.
+    """
+    from scipy.ndimage import uniform_filter
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import get_transformation
+
+    image_key = find_image(sdata, None, image_key)
+    check_key(key_added, "key_added")
+    check_mpp(mpp)
+    for name, value in (("diameter_um", diameter_um), ("pitch_um", pitch_um)):
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"`{name}` is {value!r}; a positive number is needed")
+    if not 0 < min_tissue <= 1:
+        raise ValueError(f"`min_tissue` is {min_tissue!r}; a share above 0, at most 1, is needed")
+    found = (float(mpp), "argument") if mpp is not None else stored_mpp(sdata, image_key)
+    if found is None:
+        raise ValueError(f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan)")
+    tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
+    if tissue_key not in sdata.labels:
+        raise ValueError(
+            f"`tissue_key` {tissue_key!r} not found, valid keys: {sorted(sdata.labels)}; run hg.pp.tissue first"
+        )
+    pyramid = pyramid_of(sdata, image_key)
+    diameter, pitch = diameter_um / found[0], pitch_um / found[0]
+    if diameter < 8:
+        raise ValueError(
+            f"`diameter_um` {diameter_um:g} is {diameter:.3g} px at {found[0]:.4g} µm/px; 8 px are the least"
+        )
+    mask = np.asarray(sdata.labels[tissue_key]) > 0
+    scale = np.array([pyramid.height / mask.shape[0], pyramid.width / mask.shape[1]])
+    share = uniform_filter(
+        mask.astype(np.float32), np.maximum(1, np.rint(diameter / scale)).astype(int), mode="constant"
+    )
+    y, x = np.meshgrid(
+        np.arange(pitch / 2, pyramid.height, pitch), np.arange(pitch / 2, pyramid.width, pitch), indexing="ij"
+    )
+    rows = np.minimum((y / scale[0]).astype(int), mask.shape[0] - 1)
+    columns = np.minimum((x / scale[1]).astype(int), mask.shape[1] - 1)
+    on_tissue = share[rows, columns] >= min_tissue - 1e-6
+    if not on_tissue.any():
+        raise ValueError(f"`tissue_key` {tissue_key!r}: no spot of {diameter_um:g} µm lies on tissue; look at the mask")
+    i, j = np.nonzero(on_tissue)
+    shapes = ShapesModel.parse(
+        np.column_stack([x[on_tissue], y[on_tissue]]),
+        geometry=0,
+        radius=diameter / 2,
+        index=pd.Index([f"{b}x{a}" for a, b in zip(i, j, strict=True)]),
+        transformations=get_transformation(sdata.images[image_key], get_all=True),
+    )
+    if key_added in sdata.shapes:
+        annotated = any(key_added in _regions(table) for table in sdata.tables.values())
+        if annotated and not _same_spots(sdata.shapes[key_added], shapes):
+            raise ValueError(
+                f"`key_added` {key_added!r} names other shapes, which a table annotates; delete that table or choose "
+                "another key"
+            )
+        del sdata.shapes[key_added]
+    sdata.shapes[key_added] = shapes
+    stored = sdata.attrs.setdefault(ATTRS, {}).setdefault("mpp", {})
+    stored[image_key] = found[0]
+    logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
+
+
+def _same_spots(a: GeoDataFrame, b: GeoDataFrame) -> bool:
+    return a.index.equals(b.index) and bool(a.geometry.geom_equals(b.geometry, align=False).all())
+
+
+def _regions(table) -> list[str]:
+    region = table.uns.get("spatialdata_attrs", {}).get("region", [])
+    return [region] if isinstance(region, str) else list(region)

@@ -1,0 +1,11 @@
+"""The verbs."""
+
+from .._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "predict": "._predict",
+        "train": "._train",
+    },
+)

@@ -1,0 +1,245 @@
+"""``hg.tl.predict``: from the image at the spots to an expression layer and an annotation column."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from .._genes import match_genes
+from .._keys import TABLE, Keys, check_key
+from .._settings import settings
+from .._slide import Slide, resolve
+from .._write import Filled, check_place, copy_tables, fill_table, make_table, put_table
+
+if TYPE_CHECKING:
+    import torch
+    from spatialdata import SpatialData
+
+    from ..inference import Predictions
+    from ..models import HE2Gene
+
+logger = logging.getLogger("he2gene_sc")
+
+
+def predict(
+    sdata: SpatialData,
+    *,
+    model: str | Path | HE2Gene = "breast-her2st",
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | None = None,
+    table_key: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    genes: Sequence[str] | Literal["all"] | None = None,
+    gene_symbols: str | None = None,
+    layer: str | None = None,
+    key_added: str = "he2gene",
+    tta: bool = False,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    show_progress_bar: bool | None = None,
+    copy: bool = False,
+) -> SpatialData | None:
+    """Predict gene expression and pathology annotation at every spot from the H&E image.
+
+    Parameters
+    ----------
+    sdata
+        Object with an RGB H&E image and spots (circles) in a shared coordinate system. A table that annotates the
+        spots is filled in place; without one, a table ``"table"`` is made.
+    model
+        A bundled model's name, a model folder, or a loaded model.
+    image_key, shapes_key, table_key, coordinate_system
+        What to use where the object holds several; one candidate is found without. ``image_key`` may map shapes
+        elements to images.
+    mpp
+        µm per pixel of the full-resolution image. Default: the object's metadata, a coordinate system in µm, or the
+        pitch of a known assay.
+    genes
+        Genes to predict. ``None``: all genes of the table that the model knows (all model genes without a table). A
+        list: these alone. ``"all"``: every model gene, into a second table named ``key_added``.
+    gene_symbols
+        Column of ``var`` that holds gene symbols or Ensembl ids. Default: the ``var`` index.
+    layer
+        Name of the layer; default ``key_added``.
+    key_added
+        Prefix of everything that is written.
+    tta
+        Average over the eight symmetries of the square: eight times the work, slightly better.
+    batch_size
+        Spots a batch. It does not change the result.
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"auto"``; default ``hg.settings.device``.
+    dtype
+        Precision of the encoder: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"`` is bfloat16 on CUDA.
+    show_progress_bar
+        Default ``hg.settings.show_progress_bar``.
+    copy
+        Leave ``sdata`` as it is and return an object that shares its elements, with tables of its own.
+
+    Returns
+    -------
+    ``None``, or the new object if ``copy=True``. Written to the table (``key_added="he2gene"``):
+
+    ``.layers["he2gene"]``
+        Predicted expression, natural log of (1 + counts per 10,000), float32, ``(n_obs, n_vars)``; NaN for genes that
+        the model does not know and spots outside the image.
+    ``.var["he2gene_predicted"]``, ``.var["he2gene_pcc"]``, ``.var["he2gene_reliable"]``
+        Whether the model knows the gene, its held-out Pearson correlation, whether that is good enough to use.
+    ``.obs["he2gene_annotation"]``, ``.obs["he2gene_annotation_confidence"]``
+        Most probable class and its calibrated probability.
+    ``.obsm["he2gene_annotation_proba"]``
+        DataFrame, a column a class.
+    ``.obsm["X_he2gene"]``
+        Embedding that the heads read, ``(n_obs, k)`` float32.
+    ``.uns["he2gene"]``
+        Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit, versions.
+
+    Raises
+    ------
+    ValueError
+        If an argument or the object does not fit; nothing has been changed then.
+
+    Notes
+    -----
+    The task and the name are those of HE2Gene (Bioinformatics 2024, btae343); the model is not the paper's network
+    but closed-form heads on several windows of a frozen encoder, see ``docs/design.md``.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy(shape=(4, 4))
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
+    >>> sdata["table"].layers["he2gene"].shape == sdata["table"].shape
+    True
+    """
+    from ..inference import resolve_device, resolve_dtype
+    from ..models import load
+
+    check_key(key_added, "key_added")
+    if layer is not None:
+        check_key(layer, "layer")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}; a whole number from 1 is needed")
+    keys = Keys(key_added, layer)
+    device = resolve_device(settings.device if device is None else device)
+    dtype = resolve_dtype(dtype, device)
+    model = load(model)
+    slides = resolve(
+        sdata,
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+    )
+    for slide in slides:
+        _check_windows(slide, model)
+    measured = slides[0].table_key
+    if isinstance(genes, str) and genes != "all":
+        raise ValueError(f"`genes` is {genes!r}; a list of genes, 'all' or None is needed")
+    table = sdata[measured] if measured is not None else None
+    wanted = match_genes(model, table, genes, gene_symbols)
+    new_table = None if table is not None and not wanted.all_genes else (key_added if table is not None else TABLE)
+    if new_table is not None:
+        check_place(sdata, new_table)
+    predictions = tuple(
+        _predict_slide(slide, model, wanted.positions, batch_size, device, dtype, tta, show_progress_bar)
+        for slide in slides
+    )
+    record = {
+        "model": model.name,
+        "model_version": model.card.version,
+        "weights_sha256": model.weights_sha256,
+        "encoder": model.card.encoder["name"],
+        "encoder_license": model.card.encoder["license"],
+        "encoder_sha256": model.card.encoder["sha256"],
+        "expression_scale": model.card.expression_scale,
+        "layer": keys.layer,
+        "tta": bool(tta),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "windows_um": [float(um) for um in model.card.windows_um],
+        **_describe(slides, [level for level, _ in predictions]),
+        "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
+    }
+    filled = Filled.collect(slides, [result for _, result in predictions], wanted, model, keys, record)
+    target = copy_tables(sdata) if copy else sdata
+    if new_table is None:
+        fill_table(target[measured], filled)
+    else:
+        put_table(target, new_table, make_table(slides, filled, like=table))
+    return target if copy else None
+
+
+def _check_windows(slide: Slide, model: HE2Gene) -> None:
+    smallest = min(model.card.windows_um)
+    pixels = smallest / slide.mpp
+    shortest = min(slide.pyramid.height, slide.pyramid.width)
+    if not 8 <= pixels <= shortest / 2:
+        raise ValueError(
+            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): a window of {smallest:g} µm, the size of a spot, would be "
+            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; 8 to {shortest // 2} px make "
+            f"sense, that is an `mpp` of {2 * smallest / shortest:.3g} to {smallest / 8:.3g}"
+        )
+
+
+def _predict_slide(
+    slide: Slide,
+    model: HE2Gene,
+    positions: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    tta: bool,
+    show_progress_bar: bool | None,
+) -> tuple[int, Predictions]:
+    """Predict the spots whose centre lies inside the image; return the level read and the predictions."""
+    from tqdm.auto import tqdm
+
+    from ..image import PatchReader
+    from ..inference import predict as run
+
+    reader = PatchReader(
+        slide.pyramid,
+        slide.centres[slide.inside],
+        slide.mpp,
+        windows_um=model.card.windows_um,
+        input_px=model.network.extractor.input_px,
+        batch_size=batch_size,
+        factor=slide.pixel_factor,
+        allocate=_pinned if device.type == "cuda" else None,
+    )
+    shown = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
+    with tqdm(total=reader.n_spots, unit="spot", desc=f"predict {slide.shapes_key}", disable=not shown) as bar:
+        result = run(model.network, reader, positions, device=device, dtype=dtype, tta=tta, progress=bar.update)
+    return reader.plan.level, result
+
+
+def _pinned(shape: tuple[int, ...]) -> np.ndarray:
+    import torch
+
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, object]:
+    """Tell what was read: plain values for one slide, a mapping from shapes element to value for several."""
+    facts = {
+        "image": [slide.image_key for slide in slides],
+        "coordinate_system": [slide.coordinate_system for slide in slides],
+        "level": list(levels),
+        "mpp": [slide.mpp for slide in slides],
+        "mpp_source": [slide.mpp_source for slide in slides],
+        "n_spots": [len(slide.spot_ids) for slide in slides],
+        "n_outside": [int((~slide.inside).sum()) for slide in slides],
+    }
+    if len(slides) == 1:
+        return {"shapes": slides[0].shapes_key, **{name: values[0] for name, values in facts.items()}}
+    regions = [slide.shapes_key for slide in slides]
+    return {"shapes": regions, **{name: dict(zip(regions, values, strict=True)) for name, values in facts.items()}}
