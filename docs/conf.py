@@ -1,0 +1,48 @@
+"""Sphinx configuration. The build reads nothing from the network."""
+
+import shutil
+from importlib.metadata import version as installed
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+project = "he2gene_sc"
+author = "The he2gene_sc developers"
+copyright = f"2026, {author}"
+version = release = installed("he2gene_sc")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
+
+# Sphinx reads below this folder only: the notebooks are copied to a place that git ignores.
+tutorials = HERE / "generated" / "tutorials"
+shutil.rmtree(tutorials, ignore_errors=True)
+tutorials.mkdir(parents=True)
+for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
+    shutil.copy(notebook, tutorials)
+
+# They are executed by the tests and shown without outputs.
+nb_execution_mode = "off"
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autosummary_generate = True
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True}
+autodoc_preserve_defaults = True
+napoleon_google_docstring = False
+napoleon_numpy_docstring = True
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = f"he2gene_sc {release}"
+html_static_path = ["_static"]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True

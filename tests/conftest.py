@@ -1,0 +1,133 @@
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+
+mpl.use("Agg")
+
+DATA_DIR = os.environ.get("HE2GENE_DATA_DIR")
+HAS_DATA = DATA_DIR is not None and (Path(DATA_DIR) / "her2st").is_dir()
+REQUIRE_DATA = os.environ.get("HE2GENE_REQUIRE_DATA") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_DATA or REQUIRE_DATA:
+        return
+    skip = pytest.mark.skip(reason="needs her2st under HE2GENE_DATA_DIR")
+    for item in items:
+        if "data" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_bars():
+    import he2gene_sc as hg
+
+    before = hg.settings.show_progress_bar
+    hg.settings.show_progress_bar = False
+    yield
+    hg.settings.show_progress_bar = before
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+@pytest.fixture
+def toy():
+    """A small toy slide of its own for each test: 5 × 6 spots at 2 µm/px."""
+    import he2gene_sc as hg
+
+    return hg.datasets.toy((5, 6), mpp=2.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A model with a random encoder of two layers: fast, deterministic, knows the genes of the toy slide but FTL."""
+    import torch
+
+    import he2gene_sc as hg
+    from he2gene_sc.models import EncoderSpec, HE2Gene, ModelCard
+    from he2gene_sc.models._encoders import encoder_sha256
+    from he2gene_sc.models._network import N_COLOUR, FeatureExtractor, Network
+
+    generator = torch.Generator().manual_seed(0)
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
+    for parameter in encoder.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    spec = EncoderSpec("tiny", "tiny", "BSD-3-Clause", False, 32, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    names = [g for g in hg.datasets.toy((2, 2), mpp=4.0)["table"].var_names if g != "FTL"] + ["NOT1", "NOT2"]
+    classes = ("adipose tissue", "connective tissue", "invasive cancer")
+    rng = np.random.default_rng(0)
+    f, k, g = 2 * (8 + N_COLOUR), 5, len(names)
+    tensors = {
+        "latent.mean": np.zeros(f, np.float32),
+        "latent.scale": np.ones(f, np.float32),
+        "latent.projection": rng.normal(size=(f, k)).astype(np.float16),
+        "genes.weight": rng.normal(size=(k, g)).astype(np.float16),
+        "genes.bias": np.full(g, 3, np.float32),
+        "annotation.weight": rng.normal(size=(k, 3)).astype(np.float32),
+        "annotation.bias": np.zeros(3, np.float32),
+        "colour.weight": np.zeros((2 * N_COLOUR, 2), np.float32),
+        "colour.bias": np.zeros(2, np.float32),
+        "colour.genes": np.array([0, 1]),
+    }
+    genes = pd.DataFrame(
+        {
+            "ensembl_id": [f"ENSG{i:011d}" for i in range(g)],
+            "group": ["target"] * 4 + ["auxiliary"] * (g - 4),
+            "variable": [True] * 3 + [False] * (g - 3),
+            "mean": 1.0,
+            "pcc": np.linspace(0.9, -0.1, g),
+            "pcc_low": np.linspace(0.8, -0.2, g),
+            "skill": np.linspace(0.5, -0.5, g),
+            "reliable": np.arange(g) < 10,
+        },
+        index=pd.Index(names, name="gene"),
+    )
+    card = ModelCard(
+        name="tiny",
+        version="1",
+        description="For tests.",
+        encoder={"name": "tiny", "license": "BSD-3-Clause", "sha256": encoder_sha256(encoder), "input_px": 32},
+        windows_um=(100.0, 200.0),
+        classes=classes,
+        class_colors=("#ffdd57", "#2ca02c", "#d62728"),
+        n_genes=g,
+        n_latent=k,
+        training={"sections": {}, "n_patients": 0, "n_spots": 0},
+        metrics={},
+        reliable_rule="it stands first",
+        intended_use="Tests.",
+        limitations=("None of it is real.",),
+    )
+    model = HE2Gene(card, genes, tensors)
+    # The encoder is in no registry: the network is put where `model.network` keeps it once built.
+    model.__dict__["network"] = Network(
+        FeatureExtractor(encoder, spec), {key: torch.from_numpy(value) for key, value in tensors.items()}
+    )
+    return model
+
+
+@pytest.fixture(scope="session")
+def her2st():
+    """Load a section once a session; tests copy what they change."""
+    import he2gene_sc as hg
+
+    cache = {}
+
+    def load(section):
+        if section not in cache:
+            cache[section] = hg.datasets.her2st(section)
+        return cache[section]
+
+    return load

@@ -1,0 +1,194 @@
+import sys
+
+import pandas as pd
+import pytest
+import spatialdata as sd
+from typer.testing import CliRunner
+
+import he2gene_sc as hg
+from he2gene_sc import cli
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run the console script: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["he2gene", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def small_toy(monkeypatch):
+    """Make `datasets.toy` return few spots."""
+    toy = hg.datasets.toy
+    monkeypatch.setattr(hg.datasets, "toy", lambda *_, **__: toy((3, 4), mpp=2.0))
+
+
+@pytest.fixture
+def no_data(monkeypatch, tmp_path):
+    """No her2st: neither here, nor in a cache, nor online."""
+    import pooch
+
+    def offline(self, name, **_):
+        raise OSError("no network")
+
+    monkeypatch.delenv("HE2GENE_DATA_DIR", raising=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(hg.settings, "data_dir", tmp_path / "empty")
+    monkeypatch.setattr(pooch.Pooch, "fetch", offline)
+
+
+@pytest.fixture
+def store(tmp_path):
+    path = tmp_path / "toy.zarr"
+    hg.datasets.toy((3, 4), mpp=2.0).write(path)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path):
+    from PIL import Image
+
+    pixels = hg.datasets.toy((3, 4), mpp=2.0)["he"].transpose("y", "x", "c").to_numpy()
+    Image.fromarray(pixels).save(tmp_path / "slide.png")
+    return tmp_path / "slide.png"
+
+
+# -------------------------------------------------------------------------------------------------- info
+
+
+def test_info_prints_the_card(run):
+    assert run("info").output.strip() == hg.models.load().card.to_markdown().strip()
+
+
+# ----------------------------------------------------------------------------------------------- predict
+
+
+def test_predict_updates_a_store_in_place(run, store):
+    result = run("predict", store)
+    assert result.output.strip().endswith(f"Written: {store}")
+    assert "he2gene" in sd.read_zarr(store)["table"].layers
+
+
+def test_predict_with_out_leaves_the_store_as_it_was(run, store, tmp_path):
+    run("predict", store, "--out", tmp_path / "new.zarr")
+    assert "he2gene" not in sd.read_zarr(store)["table"].layers
+    assert "he2gene" in sd.read_zarr(tmp_path / "new.zarr")["table"].layers
+
+
+def test_predict_all_genes_writes_a_table_beside(run, store):
+    run("predict", store, "--all-genes")
+    assert sd.read_zarr(store)["he2gene"].n_vars == hg.models.load().card.n_genes
+
+
+def test_predict_an_image_lays_spots_and_writes_a_store_beside_it(run, image):
+    run("predict", image, "--mpp", 2.0, "--pitch-um", 200)
+    sdata = sd.read_zarr(image.with_suffix(".zarr"))
+    assert sdata["table"].n_obs == len(sdata["spots"]) > 0
+    assert sdata["table"].uns["he2gene"]["mpp"] == 2.0
+
+
+# -------------------------------------------------------------------------------------------------- demo
+
+
+def test_demo_without_data_says_so_and_goes_on_with_the_toy(run, no_data, small_toy, tmp_path):
+    output = run("demo", "--out", tmp_path / "demo").output
+    assert "No real data: her2st files not found" in output
+    assert "Going on with the synthetic toy slide: what follows shows the road, not the accuracy." in output
+
+
+def test_demo_writes_store_pictures_and_genes(run, no_data, small_toy, tmp_path):
+    run("demo", "--out", tmp_path / "demo")
+    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"toy.zarr", "genes.png", "annotation.png", "genes.csv"}
+    genes = pd.read_csv(tmp_path / "demo" / "genes.csv")
+    assert genes.columns.tolist() == ["gene", "mean", "pearson", "ceiling", "pcc", "reliable"]
+    assert set(genes["gene"]) == set(hg.get.genes(sd.read_zarr(tmp_path / "demo" / "toy.zarr")))
+
+
+def test_demo_reports_model_colour_and_ceiling_and_speed(run, no_data, small_toy, tmp_path):
+    output = run("demo", "--out", tmp_path / "demo").output
+    assert "model   colour alone   noise ceiling" in output
+    assert "12 spots" in output
+    assert "spots/s" in output
+
+
+@pytest.mark.parametrize(
+    ("section", "first_line"),
+    [
+        ("C2", "NOTE: section C2 is in the training set of breast-her2st: the figures below flatter it."),
+        ("C5", "Section C5, which breast-her2st was not trained on, though on its patient's sections C2, C3, C4."),
+        ("G2", "Section G2, which breast-her2st was not trained on nor on its patient."),
+    ],
+)
+def test_demo_says_first_how_far_the_section_was_held_out(section, first_line, monkeypatch, tmp_path):
+    from he2gene_sc import _demo
+
+    lines = []
+    monkeypatch.setattr(_demo, "_load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _demo.run(section, tmp_path, hg.models.load(), lines.append)
+    assert lines == [first_line]
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def test_help_lists_the_commands(main):
+    code, out, _ = main("--help")
+    assert code == 0
+    assert all(command in out for command in ("demo", "predict", "train", "info"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "no-such-model"), "`model` 'no-such-model' is neither a bundled model"),
+        (("predict", "no-such-file.tif"), "PATH 'no-such-file.tif': nothing there"),
+        (("demo", "--section", "Z9"), "`section` 'Z9' is unknown, valid: A1"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exit_code_1(main, arguments, message):
+    code, _, err = main(*arguments)
+    assert code == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"he2gene: {message}")
+
+
+def test_an_image_without_resolution_is_refused_by_name(main, image):
+    code, _, err = main("predict", image)
+    assert code == 1
+    assert "`mpp` of image 'he' is unknown" in err
+
+
+def test_train_refuses_an_unknown_table(main, tmp_path):
+    (tmp_path / "config.toml").write_text('sections = ["C5"]\n[other]\n')
+    code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
+    assert code == 1
+    assert "unknown: ['other']" in err
+
+
+# -------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_demo_on_the_held_out_section_beats_colour(run, tmp_path):
+    from he2gene_sc._demo import compare
+
+    run("demo", "--section", "C5", "--out", tmp_path)
+    panels = compare(sd.read_zarr(tmp_path / "C5.zarr"), hg.models.load()).panels.set_index("panel")
+    assert panels.loc["highest mean", "model"] >= 0.24
+    assert panels.loc["most variable", "model"] >= 0.37
+    assert (panels["model"] >= panels["colour"] + 0.015).all()
+    assert (panels["model"] <= panels["ceiling"]).all()

@@ -1,0 +1,135 @@
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+import squidpy as sq
+from shapely import Point
+
+import he2gene_sc as hg
+
+
+@pytest.fixture
+def predicted(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model)
+    return toy
+
+
+def test_genes_are_those_that_the_model_knows(predicted):
+    assert set(hg.get.genes(predicted)) == set(predicted["table"].var_names) - {"FTL"}
+
+
+def test_genes_come_best_held_out_correlation_first(predicted):
+    pcc = predicted["table"].var["he2gene_pcc"][hg.get.genes(predicted)]
+    assert pcc.is_monotonic_decreasing
+
+
+def test_reliable_and_unreliable_genes_make_up_all(predicted):
+    reliable, unreliable = (hg.get.genes(predicted, reliable=flag) for flag in (True, False))
+    assert predicted["table"].var["he2gene_reliable"][reliable].all()
+    assert not predicted["table"].var["he2gene_reliable"][unreliable].any()
+    assert sorted(reliable + unreliable) == sorted(hg.get.genes(predicted))
+
+
+def test_no_gene_of_the_list_is_nan(predicted):
+    layer = predicted["table"][:, hg.get.genes(predicted)].layers["he2gene"]
+    assert (layer == layer).all()
+
+
+def test_genes_of_a_table_are_those_of_its_object(predicted):
+    assert hg.get.genes(predicted["table"]) == hg.get.genes(predicted)
+
+
+def test_genes_of_the_table_of_all_genes(predicted, tiny_model):
+    hg.tl.predict(predicted, model=tiny_model, genes="all")
+    assert "NOT1" not in hg.get.genes(predicted)
+    assert "NOT1" in hg.get.genes(predicted, table_key="he2gene")
+
+
+def test_genes_of_another_run_are_found_by_its_key(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model, genes=["ERBB2", "CD24"], key_added="mine")
+    assert set(hg.get.genes(toy, key_added="mine")) == {"ERBB2", "CD24"}
+
+
+def test_genes_without_a_prediction_ask_for_one(toy):
+    for data in (toy, toy["table"]):
+        with pytest.raises(ValueError, match="run hg.tl.predict first"):
+            hg.get.genes(data)
+
+
+def test_genes_refuse_a_table_that_is_not_there(predicted):
+    with pytest.raises(ValueError, match=r"`table_key` 'other' not found, valid keys: \['table'\]"):
+        hg.get.genes(predicted, table_key="other")
+
+
+# ------------------------------------------------------------------------- squidpy reads what predict wrote
+
+
+@pytest.fixture
+def imperfect(toy, tiny_model):
+    """A prediction with a gene that the model does not know (FTL) and a spot outside the image."""
+    toy["spots"].loc[toy["spots"].index[0], "geometry"] = Point(-500.0, -500.0)
+    with pytest.warns(UserWarning, match="1 of 30 spots"):
+        hg.tl.predict(toy, model=tiny_model)
+    # The random model sees one class everywhere, which has no neighbourhoods.
+    annotation = toy["table"].obs["he2gene_annotation"]
+    codes = np.where(annotation.isna(), -1, np.arange(len(annotation)) % 2)
+    toy["table"].obs["he2gene_annotation"] = pd.Categorical.from_codes(codes, dtype=annotation.dtype)
+    return toy
+
+
+def _annotated(sdata):
+    table = sdata["table"]
+    subset = table[table.obs["he2gene_annotation"].notna()].copy()
+    subset.obs["he2gene_annotation"] = subset.obs["he2gene_annotation"].cat.remove_unused_categories()
+    return subset
+
+
+def _varying(table):
+    """Predicted genes that are not the same everywhere, which has no autocorrelation."""
+    return [gene for gene in hg.get.genes(table) if table.obs_vector(gene, layer="he2gene").std() > 0]
+
+
+def test_squidpy_chain_on_the_annotated_rows_of_the_table(imperfect):
+    table = _annotated(imperfect)
+    sq.gr.spatial_neighbors(table, coord_type="grid", n_neighs=4)
+    sq.gr.nhood_enrichment(table, cluster_key="he2gene_annotation", n_perms=10, show_progress_bar=False)
+    sq.gr.spatial_autocorr(table, layer="he2gene", genes=_varying(table), show_progress_bar=False)
+    n = table.obs["he2gene_annotation"].nunique()
+    assert table.uns["he2gene_annotation_nhood_enrichment"]["zscore"].shape == (n, n)
+    assert set(table.uns["moranI"].index) == set(_varying(table))
+    assert table.uns["moranI"]["pval_norm_fdr_bh"].notna().all()
+
+
+def test_squidpy_chain_on_the_object(imperfect):
+    shown = sd.match_sdata_to_table(imperfect, table=_annotated(imperfect), table_name="table")
+    sq.gr.spatial_neighbors(
+        shown, elements_to_coordinate_systems={"spots": "global"}, table_key="table", coord_type="grid", n_neighs=4
+    )
+    options = {"table_key": "table", "show_progress_bar": False}
+    sq.gr.nhood_enrichment(shown, cluster_key="he2gene_annotation", n_perms=10, **options)
+    sq.gr.spatial_autocorr(shown, layer="he2gene", genes=_varying(shown["table"]), **options)
+    assert shown["table"].uns["moranI"]["pval_norm_fdr_bh"].notna().all()
+
+
+def test_squidpy_finds_neighbours_on_the_whole_object(imperfect):
+    sq.gr.spatial_neighbors(
+        imperfect, elements_to_coordinate_systems={"spots": "global"}, table_key="table", coord_type="grid", n_neighs=4
+    )
+    assert imperfect["table"].obsp["spatial_connectivities"].shape == (30, 30)
+
+
+def test_squidpy_makes_all_corrected_p_values_nan_of_one_unknown_gene(imperfect):
+    """Why the examples subset; when this fails, squidpy forgives NaN and they need not any more."""
+    table = _annotated(imperfect)
+    sq.gr.spatial_neighbors(table, coord_type="grid", n_neighs=4)
+    genes = [*_varying(table), "FTL"]
+    sq.gr.spatial_autocorr(table, layer="he2gene", genes=genes, show_progress_bar=False)
+    assert table.uns["moranI"]["pval_norm_fdr_bh"].isna().all()
+
+
+def test_squidpy_raises_key_error_at_one_missing_label(imperfect):
+    """Why the examples subset; when this fails, squidpy forgives missing labels and they need not any more."""
+    table = imperfect["table"]
+    sq.gr.spatial_neighbors(table, coord_type="grid", n_neighs=4)
+    with pytest.raises(KeyError):
+        sq.gr.nhood_enrichment(table, cluster_key="he2gene_annotation", n_perms=10, show_progress_bar=False)

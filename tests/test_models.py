@@ -1,0 +1,271 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import he2gene_sc as hg
+from he2gene_sc.models import BUNDLED, HE2Gene, load, load_encoder
+
+PACKAGE = Path(hg.__file__).parent
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    return tiny_model.save(tmp_path / "tiny")
+
+
+def rewrite_card(folder, **changes):
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(card | changes))
+
+
+def size_mb(path):
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and "__pycache__" not in f.parts) / 1e6
+
+
+# Folders
+
+
+def test_round_trip_gives_identical_tensors_and_card(tiny_model, folder):
+    found = load(folder)
+    assert found.tensors.keys() == tiny_model.tensors.keys()
+    for name, tensor in tiny_model.tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(found.tensors[name], tensor)
+    assert replace(found.card, files={}) == tiny_model.card
+    assert len(found.weights_sha256) == 64
+
+
+def test_round_trip_keeps_genes_to_five_digits_and_then_exactly(tiny_model, folder, tmp_path):
+    once = load(folder)
+    pd.testing.assert_frame_equal(once.genes, tiny_model.genes, rtol=1e-4, check_dtype=False)
+    twice = load(once.save(tmp_path / "again"))
+    pd.testing.assert_frame_equal(twice.genes, once.genes)
+
+
+def test_genes_named_like_missing_values_and_figures_that_are_missing_survive(tiny_model, tmp_path):
+    genes = tiny_model.genes.rename(index={"NOT1": "NA", "NOT2": "nan"})
+    genes.loc["NA", ["pcc", "pcc_low", "skill"]] = np.nan
+    genes["ensembl_id"] = ""
+    found = load(HE2Gene(tiny_model.card, genes, tiny_model.tensors).save(tmp_path / "model")).genes
+    assert found.index[-2:].tolist() == ["NA", "nan"]
+    assert found.loc["NA", ["pcc", "pcc_low", "skill"]].isna().all()
+    assert (found["ensembl_id"] == "").all()
+
+
+def test_saving_replaces_an_older_model_whole(tiny_model, folder):
+    (folder / "left-over.txt").write_text("old")
+    newer = HE2Gene(replace(tiny_model.card, version="2"), tiny_model.genes, tiny_model.tensors)
+    assert load(newer.save(folder)).card.version == "2"
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "card.json", "genes.csv", "weights.safetensors"]
+    assert [p.name for p in folder.parent.iterdir()] == ["tiny"]
+
+
+def test_saving_into_an_empty_folder_works(tiny_model, tmp_path):
+    assert load(tiny_model.save(tmp_path)).name == "tiny"
+
+
+def test_saving_over_something_else_is_refused_and_leaves_it_alone(tiny_model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for path in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(FileExistsError, match="no model folder"):
+            tiny_model.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["card.json", "genes.csv", "weights.safetensors"])
+def test_an_incomplete_folder_is_refused_by_the_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"incomplete.*{name}"):
+        load(folder)
+
+
+def test_truncated_weights_are_refused(folder):
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"weights\.safetensors was altered or truncated"):
+        load(folder)
+
+
+def test_altered_genes_are_refused(folder):
+    genes = folder / "genes.csv"
+    genes.write_text(genes.read_text().replace("NOT1", "NOT3"))
+    with pytest.raises(ValueError, match=r"genes\.csv was altered or truncated"):
+        load(folder)
+
+
+def test_a_newer_schema_is_refused_with_the_way_out(folder):
+    rewrite_card(folder, schema_version=2)
+    with pytest.raises(ValueError, match="schema version 2.*pip install -U"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["not json", "", "[]", "{}", '{"schema_version": "one"}'])
+def test_a_file_that_is_no_card_is_refused(folder, text):
+    (folder / "card.json").write_text(text)
+    with pytest.raises(ValueError, match=r"card\.json"):
+        load(folder)
+
+
+def test_a_card_without_a_field_is_refused_by_its_name(folder):
+    card = json.loads((folder / "card.json").read_text())
+    del card["classes"]
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"lacks \['classes'\]"):
+        load(folder)
+
+
+def test_a_card_that_counts_other_genes_is_refused(folder):
+    rewrite_card(folder, n_genes=1)
+    with pytest.raises(ValueError, match="must agree"):
+        load(folder)
+
+
+def test_an_unknown_name_is_refused_with_the_bundled_ones():
+    with pytest.raises(ValueError, match="'no-such-model'.*breast-her2st"):
+        load("no-such-model")
+
+
+@pytest.mark.parametrize("model", [None, 3, ["breast-her2st"]])
+def test_something_that_names_no_model_is_refused(model):
+    with pytest.raises(ValueError, match="`model` is a"):
+        load(model)
+
+
+def test_a_loaded_model_is_returned_as_it_is(tiny_model):
+    assert load(tiny_model) is tiny_model
+
+
+def test_readme_is_the_card_for_people(tiny_model, folder):
+    text = (folder / "README.md").read_text()
+    assert text == tiny_model.card.to_markdown()
+    for stated in ("# tiny 1", "For tests.", "Tests.", "None of it is real.", "100, 200 µm", "it stands first"):
+        assert stated in text
+    for name in tiny_model.card.classes:
+        assert name in text
+
+
+# Encoders
+
+
+def test_the_bundled_encoder_gives_1280_features_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    encoder, spec = load_encoder("efficientnet-lite0")
+    with torch.inference_mode():
+        found = encoder(torch.zeros(2, 3, spec.input_px, spec.input_px))
+    assert found.shape == (2, 1280)
+    assert encoder.num_classes == 0
+    assert not encoder.training
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["no-such-net", "hfnet", "hub/no-such-net"])
+def test_an_unknown_encoder_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=f"'{name}' is unknown.*efficientnet-lite0"):
+        load_encoder(name)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224", "hf-hub:someone/gated"])
+def test_an_encoder_that_cannot_be_fetched_says_what_to_do(monkeypatch, name):
+    import timm
+
+    def create_model(*_, pretrained, **__):
+        assert pretrained
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(RuntimeError, match="no route to host.*efficientnet-lite0"):
+        load_encoder(name)
+
+
+def test_an_encoder_outside_the_registry_brings_what_timm_says_of_it(monkeypatch):
+    import timm
+
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create_model(name, pretrained=False, **k))
+    _, spec = load_encoder("mobilenetv3_small_050")
+    assert (spec.name, spec.input_px, spec.mean) == ("mobilenetv3_small_050", 224, (0.485, 0.456, 0.406))
+
+
+def test_other_encoder_weights_than_in_training_are_refused(tiny_model):
+    encoder = tiny_model.card.encoder | {"name": "efficientnet-lite0"}
+    model = HE2Gene(replace(tiny_model.card, encoder=encoder), tiny_model.genes, tiny_model.tensors)
+    with pytest.raises(ValueError, match="trained on encoder 'efficientnet-lite0' with weights"):
+        _ = model.network
+
+
+# Network
+
+
+@pytest.mark.parametrize("size", [20, 32, 51])
+def test_patches_of_any_size_reach_the_encoder_scaled_and_normalised(tiny_model, size):
+    patches = torch.full((2, 3, size, size), 51, dtype=torch.uint8)
+    found = tiny_model.network.extractor.preprocess(patches)
+    assert found.shape == (2, 3, 32, 32)
+    np.testing.assert_allclose(found.numpy(), (51 / 255 - 0.5) / 0.5, atol=1e-6)
+
+
+def test_colour_features_are_mean_and_sd_of_each_window(tiny_model):
+    rng = np.random.default_rng(0)
+    patches = [rng.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8) for _ in range(2)]
+    expected = [f((p / 255 - 0.5) / 0.5, axis=(2, 3)) for p in patches for f in (np.mean, np.std)]
+    found = tiny_model.network.extractor.colour(tuple(torch.from_numpy(p) for p in patches))
+    np.testing.assert_allclose(found.numpy(), np.concatenate(expected, axis=1), atol=1e-5)
+
+
+# The bundled model
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load("breast-her2st")
+
+
+def test_the_bundled_model_predicts_with_the_bundled_encoder(bundled):
+    network = bundled.network
+    patches = tuple(torch.full((1, 3, 224, 224), 200, dtype=torch.uint8) for _ in bundled.card.windows_um)
+    with torch.inference_mode():
+        latent = network.latent(network.extractor(patches))
+        expression = network.expression(latent, torch.arange(bundled.card.n_genes))
+        proba = network.annotation(latent)
+    assert expression.shape == (1, bundled.card.n_genes)
+    assert torch.isfinite(expression).all()
+    assert proba.shape == (1, len(bundled.card.classes))
+    assert proba.sum().item() == pytest.approx(1)
+
+
+def test_the_bundled_model_knows_over_ten_thousand_genes_by_unique_names(bundled):
+    assert bundled.card.n_genes > 10_000
+    assert bundled.genes.index.is_unique
+    assert {"ERBB2", "CD24", "GNAS"} <= set(bundled.genes.index)
+
+
+def test_the_demo_section_is_not_among_the_training_sections(bundled):
+    sections = bundled.card.training["sections"]
+    assert len(sections) > 1
+    assert "C5" not in sections
+
+
+def test_the_bundled_card_says_what_the_model_is_and_is_not(bundled):
+    assert bundled.card.name in BUNDLED
+    assert bundled.card.limitations
+    assert len(bundled.card.classes) == len(bundled.card.class_colors) > 1
+    text = bundled.card.to_markdown()
+    assert all(sentence in text for sentence in (bundled.card.name, *bundled.card.limitations))
+
+
+def test_the_bundled_reliable_genes_follow_from_their_own_figures(bundled):
+    genes = bundled.genes
+    assert genes["reliable"].any()
+    assert (genes.loc[genes["reliable"], "pcc_low"] > 0.0999).all()
+    assert (genes["pcc_low"] <= genes["pcc"]).all()
+
+
+def test_package_and_model_stay_small():
+    assert size_mb(PACKAGE) < 25
+    assert size_mb(PACKAGE / "models" / "bundled" / "breast-her2st") < 20

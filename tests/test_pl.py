@@ -1,0 +1,296 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+from matplotlib.collections import PatchCollection
+
+import he2gene_sc as hg
+
+
+@pytest.fixture
+def predicted(toy, tiny_model):
+    """A toy slide whose prediction of ERBB2 rises from the first spot to the last, and whose classes take turns."""
+    hg.tl.predict(toy, model=tiny_model)
+    table = toy["table"]
+    dtype = table.obs["he2gene_annotation"].dtype
+    table.obs["he2gene_annotation"] = pd.Categorical.from_codes(np.arange(table.n_obs) % 2, dtype=dtype)
+    table.layers["he2gene"][:, table.var_names.get_loc("ERBB2")] = np.linspace(1, 3, table.n_obs)
+    return toy
+
+
+@pytest.fixture
+def without_measured(toy, tiny_model):
+    del toy.tables["table"]
+    hg.tl.predict(toy, model=tiny_model, mpp=2.0)
+    return toy
+
+
+def _spots(ax):
+    (spots,) = [c for c in ax.collections if isinstance(c, PatchCollection)]
+    return spots
+
+
+def _scale_bars(ax):
+    return [artist for artist in ax.get_children() if type(artist).__name__ == "ScaleBar"]
+
+
+def _colour_limits(ax):
+    """Limits of the colour bar that belongs to axes."""
+    norm = _norms(ax.figure)[ax]
+    return norm.vmin, norm.vmax
+
+
+def _norms(figure):
+    bars = [a for a in figure.axes if hasattr(a, "_colorbar")]
+    panels = [a for a in figure.axes if not hasattr(a, "_colorbar")]
+    return {panel: bar._colorbar.norm for panel, bar in zip(panels, bars, strict=True)}
+
+
+def _legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+# ----------------------------------------------------------------------------------------------- spatial
+
+
+def test_spatial_draws_the_measured_beside_the_predicted(predicted):
+    axes = hg.pl.spatial(predicted, ["ERBB2", "COL1A1"])
+    assert [ax.get_title().split(" (")[0] for ax in axes] == [
+        "ERBB2 predicted",
+        "ERBB2 measured",
+        "COL1A1 predicted",
+        "COL1A1 measured",
+    ]
+
+
+def test_spatial_returns_a_single_axes_for_a_single_panel(predicted):
+    assert isinstance(hg.pl.spatial(predicted, "ERBB2", measured=False), plt.Axes)
+
+
+def test_spatial_draws_every_spot_over_the_tissue(predicted):
+    ax = hg.pl.spatial(predicted, "ERBB2", measured=False)
+    assert len(_spots(ax).get_paths()) == predicted["table"].n_obs
+    assert len(ax.images) == 1
+
+
+def test_spatial_leaves_the_tissue_out_on_request(predicted):
+    assert not hg.pl.spatial(predicted, "ERBB2", measured=False, image=False).images
+
+
+def test_spatial_draws_the_predicted_values_in_the_colours_of_the_bar(predicted):
+    # On a shared scale, which is not the one that the predictions alone would give.
+    ax, _ = hg.pl.spatial(predicted, "ERBB2", shared_scale=True)
+    values = np.asarray(predicted["table"][:, "ERBB2"].layers["he2gene"]).ravel()
+    low, high = _colour_limits(ax)
+    wanted = plt.get_cmap("viridis")((values - low) / (high - low))
+    np.testing.assert_allclose(_spots(ax).get_facecolor()[:, :3], wanted[:, :3], atol=2 / 255)
+
+
+def test_spatial_colour_limits_are_each_panels_own(predicted):
+    left, right = hg.pl.spatial(predicted, "ERBB2")
+    values = np.asarray(predicted["table"][:, "ERBB2"].layers["he2gene"])
+    assert _colour_limits(left) == pytest.approx((values.min(), values.max()))
+    assert _colour_limits(left) != _colour_limits(right)
+
+
+def test_spatial_shares_colour_limits_on_request(predicted):
+    left, right = hg.pl.spatial(predicted, "ERBB2", shared_scale=True)
+    assert _colour_limits(left) == _colour_limits(right)
+
+
+def test_spatial_shows_counts_in_the_unit_of_the_prediction(predicted):
+    _, right = hg.pl.spatial(predicted, "ERBB2")
+    counts = predicted["table"].X.toarray()
+    logged = np.log1p(1e4 * counts / counts.sum(1, keepdims=True))[:, predicted["table"].var_names.get_loc("ERBB2")]
+    assert _colour_limits(right) == pytest.approx((logged.min(), logged.max()))
+
+
+def test_spatial_colour_bar_names_the_unit(predicted):
+    ax = hg.pl.spatial(predicted, "ERBB2", measured=False)
+    (bar,) = [a for a in ax.figure.axes if hasattr(a, "_colorbar")]
+    assert bar.get_ylabel() == "ln(1 + counts per 10,000)"
+
+
+def test_spatial_has_a_scale_bar_in_micrometres(predicted):
+    (bar,) = _scale_bars(hg.pl.spatial(predicted, "ERBB2", measured=False))
+    assert (bar.dx, bar.units) == (pytest.approx(2.0), "um")
+
+
+def test_spatial_scale_bar_follows_the_coordinate_system(predicted):
+    from spatialdata.transformations import Scale, set_transformation
+
+    for element in (predicted["he"], predicted["spots"]):
+        set_transformation(element, Scale([2.0, 2.0], axes=("x", "y")), "micrometers")
+    ax = hg.pl.spatial(predicted, "ERBB2", measured=False, coordinate_system="micrometers")
+    assert _scale_bars(ax)[0].dx == pytest.approx(1.0)
+
+
+def test_spatial_says_in_the_title_that_a_gene_is_not_reliable(predicted):
+    unreliable = hg.get.genes(predicted, reliable=False)[0]
+    left, right = hg.pl.spatial(predicted, unreliable)
+    assert left.get_title() == f"{unreliable} predicted (not reliable)"
+    assert "reliable" not in right.get_title()
+
+
+def test_spatial_says_nothing_of_the_kind_about_a_reliable_gene(predicted):
+    reliable = hg.get.genes(predicted, reliable=True)[0]
+    assert hg.pl.spatial(predicted, reliable, measured=False).get_title() == f"{reliable} predicted"
+
+
+def test_spatial_draws_into_given_axes(predicted):
+    figure, axes = plt.subplots(1, 2)
+    drawn = hg.pl.spatial(predicted, "ERBB2", ax=axes)
+    assert list(drawn) == list(axes)
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_spatial_refuses_another_number_of_axes(predicted):
+    _, ax = plt.subplots()
+    with pytest.raises(ValueError, match=r"`ax` holds 1 axes, 2 are needed"):
+        hg.pl.spatial(predicted, "ERBB2", ax=ax)
+
+
+def test_spatial_saves_a_file(predicted, tmp_path):
+    hg.pl.spatial(predicted, "ERBB2", measured=False, save=tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("gene", ["NO_SUCH_GENE", "FTL"])
+def test_spatial_refuses_a_gene_that_was_not_predicted(predicted, gene):
+    with pytest.raises(ValueError, match=f"`genes` .*{gene}.* not predicted"):
+        hg.pl.spatial(predicted, gene)
+
+
+def test_spatial_refuses_an_empty_list(predicted):
+    with pytest.raises(ValueError, match="`genes` is empty"):
+        hg.pl.spatial(predicted, [])
+
+
+def test_spatial_asks_for_a_prediction_first(toy):
+    with pytest.raises(ValueError, match="run hg.tl.predict first"):
+        hg.pl.spatial(toy, "ERBB2")
+
+
+def test_spatial_refuses_a_measured_layer_that_is_not_there(predicted):
+    with pytest.raises(ValueError, match=r"`measured` 'raw' is no layer, valid: \['he2gene'\]"):
+        hg.pl.spatial(predicted, "ERBB2", measured="raw")
+
+
+def test_spatial_draws_nothing_measured_for_a_table_of_predictions(without_measured):
+    assert hg.pl.spatial(without_measured, "ERBB2").get_title().startswith("ERBB2 predicted")
+
+
+def test_spatial_refuses_to_draw_the_measured_of_a_table_of_predictions(without_measured):
+    with pytest.raises(ValueError, match="holds predictions only"):
+        hg.pl.spatial(without_measured, "ERBB2", measured=True)
+
+
+def test_spatial_finds_a_gene_in_the_table_of_all_genes(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model)
+    hg.tl.predict(toy, model=tiny_model, genes="all")
+    assert hg.pl.spatial(toy, "NOT1").get_title().startswith("NOT1 predicted")
+
+
+def test_spatial_leaves_the_object_as_it_was(predicted):
+    before = (sorted(predicted.tables), list(predicted["table"].obs), sorted(predicted.images))
+    hg.pl.spatial(predicted, "ERBB2")
+    assert (sorted(predicted.tables), list(predicted["table"].obs), sorted(predicted.images)) == before
+
+
+def test_spatial_works_on_what_was_saved_and_read_again(predicted, tmp_path):
+    hg.io.save(predicted, tmp_path / "toy.zarr")
+    axes = hg.pl.spatial(sd.read_zarr(tmp_path / "toy.zarr"), "ERBB2")
+    assert len(axes) == 2
+
+
+def test_spatial_draws_when_a_spot_lies_outside_the_image(toy, tiny_model):
+    _move_first_spot_outside(toy)
+    with pytest.warns(UserWarning, match="1 of 30 spots"):
+        hg.tl.predict(toy, model=tiny_model)
+    ax = hg.pl.spatial(toy, "ERBB2", measured=False)
+    assert np.isfinite(_colour_limits(ax)).all()
+
+
+# -------------------------------------------------------------------------------------------- annotation
+
+
+def test_annotation_draws_one_panel(predicted):
+    ax = hg.pl.annotation(predicted)
+    assert ax.get_title() == "predicted annotation"
+    assert len(_scale_bars(ax)) == 1
+
+
+def test_annotation_legend_names_the_classes_that_occur(predicted):
+    present = predicted["table"].obs["he2gene_annotation"].unique()
+    assert sorted(_legend(hg.pl.annotation(predicted))) == sorted(present)
+
+
+def test_annotation_spots_have_the_colours_of_the_model(predicted):
+    obs, colours = predicted["table"].obs, predicted["table"].uns["he2gene_annotation_colors"]
+    wanted = plt.matplotlib.colors.to_rgba_array([colours[code] for code in obs["he2gene_annotation"].cat.codes])
+    drawn = _spots(hg.pl.annotation(predicted)).get_facecolor()
+    np.testing.assert_allclose(drawn[:, :3], wanted[:, :3], atol=1 / 255)
+
+
+def test_annotation_draws_a_reference_beside(predicted):
+    left, right = hg.pl.annotation(predicted, reference="pathologist")
+    assert right.get_title() == "pathologist"
+    assert set(_legend(right)) == set(predicted["table"].obs["pathologist"].unique())
+    assert left.figure is right.figure
+
+
+def test_annotation_gives_a_shared_class_the_same_colour_in_both_panels(predicted):
+    obs = predicted["table"].obs
+    obs["again"] = obs["he2gene_annotation"]
+    left, right = hg.pl.annotation(predicted, reference="again")
+    np.testing.assert_array_equal(_spots(left).get_facecolor(), _spots(right).get_facecolor())
+
+
+@pytest.mark.parametrize("reference", ["no_such_column", "empty"])
+def test_annotation_refuses_a_reference_without_labels(predicted, reference):
+    predicted["table"].obs["empty"] = pd.Categorical([np.nan] * predicted["table"].n_obs)
+    with pytest.raises(ValueError, match=f"`reference` '{reference}' is no column of obs with labels.*pathologist"):
+        hg.pl.annotation(predicted, reference=reference)
+
+
+def test_annotation_refuses_one_axes_for_two_panels(predicted):
+    _, ax = plt.subplots()
+    with pytest.raises(ValueError, match=r"`ax` holds 1 axes, 2 are needed"):
+        hg.pl.annotation(predicted, reference="pathologist", ax=ax)
+
+
+def test_annotation_saves_a_file(predicted, tmp_path):
+    hg.pl.annotation(predicted, save=tmp_path / "figure.pdf")
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_annotation_does_not_colour_a_spot_without_annotation(toy, tiny_model):
+    _move_first_spot_outside(toy)
+    with pytest.warns(UserWarning, match="1 of 30 spots"):
+        hg.tl.predict(toy, model=tiny_model)
+    ax = hg.pl.annotation(toy)
+    classes = set(toy["table"].obs["he2gene_annotation"].dropna())
+    assert set(_legend(ax)) - {"NA"} == classes
+
+
+def _move_first_spot_outside(sdata):
+    from shapely import Point
+
+    sdata["spots"].loc[sdata["spots"].index[0], "geometry"] = Point(-500.0, -500.0)
+
+
+# ------------------------------------------------------------------------------------------- neighbours
+
+
+def test_spatialdata_plot_draws_what_predict_wrote(predicted):
+    import spatialdata_plot  # noqa: F401 - registers sdata.pl
+
+    _, axes = plt.subplots(1, 2)
+    for ax, options in zip(
+        axes, ({"color": "ERBB2", "table_layer": "he2gene"}, {"color": "he2gene_annotation"}), strict=True
+    ):
+        predicted.pl.render_shapes("spots", table_name="table", **options).pl.show(
+            coordinate_systems="global", ax=ax, show=False
+        )
+        assert len(_spots(ax).get_paths()) == predicted["table"].n_obs

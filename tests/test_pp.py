@@ -1,0 +1,268 @@
+"""`hg.pp.tissue` and `hg.pp.grid`: from a bare image to pseudo-spots that can be predicted."""
+
+import numpy as np
+import pytest
+import spatialdata as sd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from spatialdata.models import Image2DModel, Labels2DModel
+from spatialdata.transformations import Identity, Scale, get_transformation, set_transformation
+
+import he2gene_sc as hg
+
+
+def disc(height=600, width=800, background=(243, 243, 243)):
+    """A round piece of pink tissue of 200 px radius in the middle, and where it lies."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    tissue = (y - height / 2) ** 2 + (x - width / 2) ** 2 < 200**2
+    pixels = np.empty((3, height, width), np.uint8)
+    pixels[:] = np.array(background, np.uint8)[:, None, None]
+    pink = np.clip(np.array([190, 110, 170])[:, None] + rng.normal(0, 15, (3, tissue.sum())), 1, 255)
+    pixels[:, tissue] = pink.astype(np.uint8)
+    return pixels, tissue
+
+
+def bare(pixels, systems=None, mpp=2.0):
+    image = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations=systems or {"global": Identity()})
+    sdata = sd.SpatialData(images={"he": image})
+    if mpp is not None:
+        sdata.attrs["he2gene"] = {"mpp": {"he": mpp}}
+    return sdata
+
+
+def with_mask(mask, **kwargs):
+    """A white image with a given tissue mask at a quarter of its resolution."""
+    sdata = bare(np.full((3, mask.shape[0] * 4, mask.shape[1] * 4), 255, np.uint8), **kwargs)
+    sdata.labels["he_tissue"] = Labels2DModel.parse(
+        mask.astype(np.uint16),
+        dims=("y", "x"),
+        transformations={"global": Scale([4.0, 4.0], axes=("y", "x"))},
+    )
+    return sdata
+
+
+def agreement(sdata, tissue, key="he_tissue"):
+    """Intersection over union of the mask with the truth."""
+    mask = sdata[key].to_numpy() > 0
+    rows = (np.arange(tissue.shape[0]) * mask.shape[0] // tissue.shape[0])[:, None]
+    columns = np.arange(tissue.shape[1]) * mask.shape[1] // tissue.shape[1]
+    whole = mask[rows, columns]
+    return (whole & tissue).sum() / (whole | tissue).sum()
+
+
+def centres(sdata, key="spots"):
+    return np.column_stack([sdata[key].geometry.x, sdata[key].geometry.y])
+
+
+# Tissue
+
+
+@pytest.mark.parametrize("background", [(243, 243, 243), (255, 255, 255), (0, 0, 0)])
+def test_tissue_is_found_on_white_and_on_black(background):
+    pixels, tissue = disc(background=background)
+    sdata = bare(pixels)
+    assert hg.pp.tissue(sdata) is None
+    assert agreement(sdata, tissue) > 0.9
+
+
+def test_tissue_is_found_on_a_transparent_background():
+    pixels, tissue = disc(background=(0, 0, 0))
+    sdata = bare(np.concatenate([pixels, 255 * tissue[None].astype(np.uint8)]))
+    hg.pp.tissue(sdata)
+    assert agreement(sdata, tissue) > 0.9
+
+
+def test_transparency_counts_whatever_colour_lies_under_it():
+    pixels, tissue = disc(background=(190, 110, 170))
+    sdata = bare(np.concatenate([pixels, 255 * tissue[None].astype(np.uint8)]))
+    hg.pp.tissue(sdata)
+    assert agreement(sdata, tissue) > 0.9
+
+
+def test_tissue_of_a_large_image_is_found_at_reduced_resolution():
+    pixels, tissue = disc()
+    sdata = bare(pixels.repeat(3, axis=1).repeat(3, axis=2))
+    hg.pp.tissue(sdata)
+    assert np.prod(sdata["he_tissue"].shape) <= 1_500_000
+    assert agreement(sdata, tissue) > 0.9
+
+
+def test_the_mask_lies_on_the_image_in_every_system():
+    pixels, _ = disc(601, 803)
+    sdata = bare(pixels, {"global": Scale([2.0, 2.0], axes=("x", "y")), "other": Identity()})
+    hg.pp.tissue(sdata)
+    for system in ("global", "other"):
+        extents = [sd.get_extent(sdata[key], coordinate_system=system) for key in ("he", "he_tissue")]
+        assert extents[0]["x"] == pytest.approx(extents[1]["x"], abs=1e-6)
+        assert extents[0]["y"] == pytest.approx(extents[1]["y"], abs=1e-6)
+
+
+def test_tissue_leaves_the_image_and_takes_a_name(tmp_path):
+    pixels, _ = disc()
+    sdata = bare(pixels)
+    for _ in range(2):
+        hg.pp.tissue(sdata, key_added="mine")
+    assert list(sdata.labels) == ["mine"]
+    np.testing.assert_array_equal(sdata["he"], pixels)
+    sdata.write(tmp_path / "a.zarr")
+    assert list(sd.read_zarr(tmp_path / "a.zarr").labels) == ["mine"]
+
+
+def test_tissue_refuses_several_images_and_grey_ones():
+    pixels, _ = disc()
+    sdata = bare(pixels)
+    sdata["grey"] = Image2DModel.parse(pixels[:1], dims=("c", "y", "x"))
+    with pytest.raises(ValueError, match=r"`image_key` is ambiguous, candidates: \['grey', 'he'\]"):
+        hg.pp.tissue(sdata)
+    with pytest.raises(ValueError, match="`image_key` 'grey' is a one-channel"):
+        hg.pp.tissue(sdata, image_key="grey")
+    assert not sdata.labels
+
+
+@pytest.mark.data
+def test_the_inset_of_a1_is_no_tissue(her2st):
+    sdata = her2st("A1")
+    hg.pp.tissue(sdata, key_added="mask")
+    mask = sdata.labels.pop("mask")
+    image = sdata["he"]
+    height, width = (sd.get_pyramid_levels(image, n=0) if hasattr(image, "children") else image).shape[1:]
+    rows = int(530 / height * mask.shape[0])
+    columns = int(np.ceil(1500 / width * mask.shape[1]))
+    assert (mask.to_numpy()[:rows, columns:] > 0).mean() < 0.05
+    assert (mask.to_numpy() > 0).mean() > 0.1
+
+
+# Grid
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    mpp=st.floats(0.5, 4), diameter=st.floats(50, 200), pitch=st.floats(60, 300), share=st.sampled_from([0.1, 0.5, 1.0])
+)
+def test_spots_of_a_grid_have_their_size_and_distance_and_lie_on_tissue(mpp, diameter, pitch, share):
+    mask = np.zeros((200, 250), bool)
+    mask[20:180, 30:220] = True
+    sdata = with_mask(mask, mpp=mpp)
+    hg.pp.grid(sdata, diameter_um=diameter, pitch_um=pitch, min_tissue=share)
+    xy = centres(sdata)
+    np.testing.assert_allclose(2 * sdata["spots"]["radius"] * mpp, diameter)
+    for axis in (0, 1):
+        steps = np.diff(np.unique(xy[:, axis].round(6))) * mpp
+        np.testing.assert_allclose(steps, pitch, rtol=1e-4)
+    row, column = (xy / 4).astype(int)[:, ::-1].T
+    if share >= 0.5:
+        near = diameter / mpp / 4 / 2 * (1 - share) * 2 + 2
+        assert ((row > 20 - near) & (row < 180 + near) & (column > 30 - near) & (column < 220 + near)).all()
+    if share == 1.0:
+        assert mask[row, column].all()
+
+
+def test_a_grid_fills_the_tissue():
+    sdata = with_mask(np.ones((100, 125), bool), mpp=2.0)
+    hg.pp.grid(sdata, diameter_um=100, pitch_um=100)
+    assert len(sdata["spots"]) == 8 * 10
+    assert sdata["spots"].index.is_unique
+
+
+def test_pieces_of_tissue_count_alike_whatever_their_number():
+    labels = np.zeros((100, 125), np.uint16)
+    labels[:, :50], labels[:, 70:] = 1, 2
+    sdata = with_mask(labels)
+    hg.pp.grid(sdata, min_tissue=1.0)
+    x = centres(sdata)[:, 0]
+    assert (x < 200).any()
+    assert (x > 280).any()
+    assert not ((x > 205) & (x < 275)).any()
+
+
+def test_a_grid_keeps_the_systems_of_the_image_and_the_mpp_for_predict():
+    sdata = with_mask(np.ones((100, 100), bool), mpp=None)
+    set_transformation(sdata["he"], Scale([3.0, 3.0], axes=("x", "y")), "other")
+    hg.pp.grid(sdata, mpp=2.5)
+    assert sdata.attrs["he2gene"]["mpp"] == {"he": 2.5}
+    assert set(get_transformation(sdata["spots"], get_all=True)) == {"global", "other"}
+
+
+def test_a_grid_may_be_laid_again():
+    sdata = with_mask(np.ones((100, 100), bool))
+    hg.pp.grid(sdata)
+    many = len(sdata["spots"])
+    hg.pp.grid(sdata, pitch_um=200)
+    assert 0 < len(sdata["spots"]) < many
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"diameter_um": 0}, "`diameter_um`"),
+        ({"diameter_um": np.nan}, "`diameter_um`"),
+        ({"diameter_um": 10.0}, r"`diameter_um` 10 is 5 px"),
+        ({"pitch_um": -1}, "`pitch_um`"),
+        ({"mpp": 0}, "`mpp`"),
+        ({"min_tissue": 0}, "`min_tissue`"),
+        ({"min_tissue": 1.5}, "`min_tissue`"),
+        ({"tissue_key": "nope"}, r"`tissue_key` 'nope' not found, valid keys: \['he_tissue'\]"),
+        ({"image_key": "nope"}, r"`image_key` 'nope' not found, valid keys: \['he'\]"),
+        ({"key_added": "a/b"}, "`key_added`"),
+    ],
+)
+def test_grid_refuses(arguments, match):
+    sdata = with_mask(np.ones((100, 100), bool))
+    with pytest.raises(ValueError, match=match):
+        hg.pp.grid(sdata, **arguments)
+    assert not sdata.shapes
+
+
+def test_grid_needs_mpp_mask_and_tissue():
+    with pytest.raises(ValueError, match="`mpp` of image 'he' is unknown"):
+        hg.pp.grid(with_mask(np.ones((100, 100), bool), mpp=None))
+    with pytest.raises(ValueError, match=r"`tissue_key` 'he_tissue' not found.*run hg\.pp\.tissue"):
+        hg.pp.grid(bare(disc()[0]))
+    with pytest.raises(ValueError, match="no spot of 100 µm lies on tissue"):
+        hg.pp.grid(with_mask(np.zeros((100, 100), bool)))
+
+
+def test_grid_does_not_replace_spots_that_a_table_annotates(toy):
+    hg.pp.tissue(toy)
+    before = toy["spots"]
+    with pytest.raises(ValueError, match="`key_added` 'spots' names other shapes, which a table annotates"):
+        hg.pp.grid(toy)
+    assert toy["spots"] is before
+    hg.pp.grid(toy, key_added="pseudo")
+    assert "pseudo" in toy.shapes
+
+
+def test_same_grid_again_is_welcome_after_a_prediction(toy, tiny_model):
+    del toy.tables["table"], toy.shapes["spots"]
+    hg.pp.tissue(toy)
+    hg.pp.grid(toy)
+    hg.tl.predict(toy, model=tiny_model)
+    hg.pp.grid(toy)
+    with pytest.raises(ValueError, match="names other shapes"):
+        hg.pp.grid(toy, pitch_um=150)
+    hg.tl.predict(toy, model=tiny_model)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_bare_image_is_predicted_from_file_to_table(tmp_path, tiny_model, suffix):
+    pixels, tissue = disc()
+    Image.fromarray(np.moveaxis(pixels, 0, -1)).save(tmp_path / f"slide.{suffix}")
+    sdata = hg.io.read_he(tmp_path / f"slide.{suffix}", mpp=2.0)
+    hg.pp.tissue(sdata)
+    hg.pp.grid(sdata)
+    hg.tl.predict(sdata, model=tiny_model)
+    table = sdata["table"]
+    assert 30 < table.n_obs < 70
+    assert np.isfinite(table.X).all()
+    x, y = table.obsm["spatial"].astype(int).T
+    assert tissue[y, x].mean() > 0.9
+    hg.io.save(sdata, tmp_path / "slide.zarr")
+    assert sd.read_zarr(tmp_path / "slide.zarr")["table"].shape == table.shape
+
+
+def test_a_bare_image_with_mpp_in_predict_alone_is_told_to_grid_first(tmp_path, tiny_model):
+    sdata = bare(disc()[0], mpp=None)
+    with pytest.raises(ValueError, match=r"no spots .*hg\.pp\.tissue.*hg\.pp\.grid"):
+        hg.tl.predict(sdata, model=tiny_model, mpp=0.5)

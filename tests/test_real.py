@@ -1,0 +1,103 @@
+"""The road on real tissue: a held-out section, and the same tissue given in other ways."""
+
+import numpy as np
+import pytest
+
+import he2gene_sc as hg
+from he2gene_sc._demo import compare
+from he2gene_sc.stats import pearson
+
+pytestmark = pytest.mark.data
+
+
+@pytest.fixture(scope="module")
+def c5(her2st):
+    sdata = her2st("C5")
+    hg.tl.predict(sdata)
+    return sdata
+
+
+@pytest.fixture(scope="module")
+def crop(her2st):
+    """The pixels, centres and ids of the spots in a quarter of C5, with room for every window around them."""
+    sdata = her2st("C5")
+    table = sdata["table"]
+    centres = table.obsm["spatial"]
+    left, top = centres.min(0).astype(int) + np.array([2200, 1200])
+    size = 2800
+    inside = ((centres > [left + 700, top + 700]) & (centres < [left + size - 700, top + size - 700])).all(1)
+    pixels = np.asarray(sdata["he"]["scale0"]["image"][:, top : top + size, left : left + size])
+    return pixels, centres[inside] - [left, top], table.obs_names[inside], sdata.attrs["he2gene"]["mpp"]["he"]
+
+
+def slide(pixels, centres, ids, mpp, *, scale_factors=None, transformation=None):
+    import spatialdata as sd
+    from spatialdata.models import Image2DModel, ShapesModel
+    from spatialdata.transformations import Identity
+
+    where = {"global": transformation or Identity()}
+    return sd.SpatialData(
+        images={
+            "he": Image2DModel.parse(
+                pixels, dims=("c", "y", "x"), scale_factors=scale_factors, transformations=where, chunks=(3, 512, 512)
+            )
+        },
+        shapes={"spots": ShapesModel.parse(centres, geometry=0, radius=50 / mpp, index=ids, transformations=where)},
+    )
+
+
+def predict(sdata, mpp):
+    hg.tl.predict(sdata, mpp=mpp)
+    return sdata["table"].layers["he2gene"]
+
+
+def test_held_out_section_is_predicted_above_colour_alone(c5):
+    model = hg.models.load()
+    assert "C5" not in model.card.training["sections"]
+    panels = compare(c5, model).panels.set_index("panel")
+    assert panels.loc["highest mean", "model"] >= 0.24
+    assert panels.loc["most variable", "model"] >= 0.37
+    assert (panels["model"] - panels["colour"] >= 0.015).all()
+    assert (panels["model"] < panels["ceiling"]).all()
+
+
+def test_annotation_of_held_out_section_agrees_with_the_warped_labels(c5):
+    obs = c5["table"].obs
+    known = obs["label_warp"].isin(["invasive cancer", "connective tissue"])
+    tumour = obs["he2gene_annotation"] == "invasive cancer"
+    truth = obs["label_warp"] == "invasive cancer"
+    sensitivity = tumour[known & truth].mean()
+    specificity = 1 - tumour[known & ~truth].mean()
+    assert (sensitivity + specificity) / 2 > 0.7
+
+
+def test_same_tissue_in_other_forms_gives_the_same_predictions(crop):
+    from spatialdata.transformations import Affine, Scale, Sequence
+
+    pixels, centres, ids, mpp = crop
+    assert len(ids) >= 15
+    plain = predict(slide(pixels, centres, ids, mpp), mpp)
+    pyramid = predict(slide(pixels, centres, ids, mpp, scale_factors=[2, 2]), mpp)
+    assert np.abs(pyramid - plain).max() <= 1e-3
+    turned = Sequence(
+        [
+            Scale([0.7, 0.7], axes=("x", "y")),
+            Affine([[0.8, -0.6, 50], [0.6, 0.8, -20], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y")),
+        ]
+    )
+    elsewhere = predict(slide(pixels, centres, ids, mpp, transformation=turned), mpp)
+    assert np.abs(elsewhere - plain).max() <= 1e-3
+
+
+def test_image_twice_as_large_gives_the_same_patterns(crop):
+    from PIL import Image
+
+    pixels, centres, ids, mpp = crop
+    height, width = pixels.shape[1:]
+    image = Image.fromarray(pixels.transpose(1, 2, 0)).resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
+    large = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    plain = predict(slide(pixels, centres, ids, mpp), mpp)
+    rescaled = predict(slide(large, 2 * centres, ids, mpp / 2), mpp / 2)
+    assert np.corrcoef(plain.ravel(), rescaled.ravel())[0, 1] >= 0.99
+    target = (hg.models.load().genes["group"] == "target").to_numpy()
+    assert np.nanmedian(pearson(plain[:, target], rescaled[:, target])) >= 0.95

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
+OFFLINE = """
+import he2gene_sc as hg
+
+def _absent(section):
+    raise FileNotFoundError(section)
+
+hg.datasets.her2st = _absent
+"""
+SMALL = """
+_toy = hg.datasets.toy
+hg.datasets.toy = lambda: _toy((6, 6), mpp=2.0)
+"""
+
+pytestmark = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+
+
+def _execute(notebook):
+    NotebookClient(notebook, timeout=400, kernel_name="python3").execute()
+    return "".join(
+        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    )
+
+
+def test_tutorial_is_committed_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        assert cell.id
+        if cell.cell_type == "code":
+            assert not cell.outputs, cell.id
+            assert cell.execution_count is None, cell.id
+
+
+def test_tutorial_runs_on_the_toy_slide(path):
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(OFFLINE + SMALL))
+    assert "genes are reliable" in _execute(notebook)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_tutorial_runs_on_a_real_section(path):
+    notebook = nbformat.read(path, as_version=4)
+    check = 'assert sdata["table"].obs["section"].unique().tolist() == ["C5"]'
+    notebook.cells.append(nbformat.v4.new_code_cell(check))
+    _execute(notebook)
