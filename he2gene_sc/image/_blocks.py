@@ -116,17 +116,17 @@ class BlockSource:
                 for cell in self._cells(block):
                     self._last_use[cell] = i
         self._n_read = 0
-        # Every block is put together in the same memory: touching new pages costs more than the copying.
+        # Blocks are put together in the same memory by turns: touching new pages costs more than the copying.
         largest = max(((b.bottom - b.top) * (b.right - b.left) for b in blocks), default=0)
-        self._buffer = np.empty(0 if self._in_memory else 3 * largest, np.uint8)
+        self._buffers = [np.empty(0 if self._in_memory else 3 * largest, np.uint8) for _ in range(2)]
 
     def read(self, block: Block) -> np.ndarray:
-        """Return the pixels of the next block, ``(3, rows, columns)`` uint8, valid until the next call."""
+        """Return the pixels of the next block, ``(3, rows, columns)`` uint8, valid until the next call but one."""
         if self._in_memory:
             return to_rgb_uint8(self._array[:, block.top : block.bottom, block.left : block.right], self._factor)
         self._fill(self._cells(block))
         shape = (3, block.bottom - block.top, block.right - block.left)
-        out = self._buffer[: math.prod(shape)].reshape(shape)
+        out = self._buffers[self._n_read % 2][: math.prod(shape)].reshape(shape)
         ch, cw = self._cell
         for iy, ix in self._cells(block):
             y0, x0 = iy * ch, ix * cw

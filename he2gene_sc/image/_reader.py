@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,19 +172,27 @@ class PatchReader:
 
     def _batches(self) -> Iterator[PatchBatch]:
         source = BlockSource(self._array, self._factor, self._blocks)
+
+        def load(block: Block) -> dict[int, np.ndarray]:
+            return self._reduce(source.read(block))
+
         done = 0
         index, patches, filled = self._new_batch(done)
-        for block in self._blocks:
-            reduced = self._reduce(source.read(block))
-            for spot in block.spots:
-                for w, window in enumerate(self.plan.windows):
-                    self._cut(reduced[window.factor], block, w, spot, patches[w][filled])
-                index[filled] = spot
-                filled += 1
-                if filled == len(index):
-                    yield PatchBatch(index, patches)
-                    done += filled
-                    index, patches, filled = self._new_batch(done)
+        with ThreadPoolExecutor(1, thread_name_prefix="he2gene-blocks") as pool:
+            # One block ahead: the next is decoded and averaged while this one is cut.
+            ahead = [pool.submit(load, block) for block in self._blocks[:1]]
+            for i, block in enumerate(self._blocks):
+                reduced = ahead.pop().result()
+                ahead += [pool.submit(load, following) for following in self._blocks[i + 1 : i + 2]]
+                for spot in block.spots:
+                    for w, window in enumerate(self.plan.windows):
+                        self._cut(reduced[window.factor], block, w, spot, patches[w][filled])
+                    index[filled] = spot
+                    filled += 1
+                    if filled == len(index):
+                        yield PatchBatch(index, patches)
+                        done += filled
+                        index, patches, filled = self._new_batch(done)
 
     def _new_batch(self, done: int) -> tuple[np.ndarray, tuple[np.ndarray, ...], int]:
         n = min(self.batch_size, self.n_spots - done)
