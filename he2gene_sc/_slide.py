@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ._keys import ATTRS, MADE
+from ._keys import MADE
+from ._mpp import affine, check_mpp, resolve_mpp
 from .image import Level, Pyramid, check_pixels
 
 if TYPE_CHECKING:
@@ -19,25 +18,7 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-logger = logging.getLogger("he2gene_sc")
-
-_MICROMETRE_SYSTEMS = ("micrometer", "micrometers", "micrometre", "micrometres", "micron", "microns", "um", "µm", "μm")
 _MIN_SPOT_PX = 8
-
-
-@dataclass(frozen=True)
-class _Assay:
-    name: str
-    pitch_um: float
-    neighbours: int
-    ratio: tuple[float, float]
-
-
-#: Lattice and diameter-to-pitch ratio by which an assay is known. Some readers write Visium circles too wide.
-_ASSAYS = (
-    _Assay("Visium (100 µm pitch)", 100.0, 6, (0.45, 0.75)),
-    _Assay("legacy ST (200 µm pitch)", 200.0, 4, (0.4, 0.6)),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,13 +118,6 @@ def resolve(
     return tuple(_resolve_one(sdata, region, table_key, image_key, coordinate_system, mpp) for region in regions)
 
 
-def check_mpp(mpp: float | None) -> None:
-    """Refuse a µm per pixel that is not a positive finite number; ``None`` means unknown."""
-    valid = isinstance(mpp, int | float | np.number) and not isinstance(mpp, bool) and np.isfinite(mpp) and mpp > 0
-    if mpp is not None and not valid:
-        raise ValueError(f"`mpp` is {mpp!r}; a positive number of µm per pixel is needed, for example 0.5")
-
-
 def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str | None = None) -> str | None:
     """Name of the measured table; ``None`` where there is none.
 
@@ -216,7 +190,7 @@ def _resolve_one(
     centres = xy @ to_pixels[:2, :2].T + to_pixels[:2, 2]
     diameter_px = diameter * np.sqrt(abs(np.linalg.det(to_pixels[:2, :2])))
     pyramid = pyramid_of(sdata, image_key)
-    mpp, source = _resolve_mpp(sdata, image_key, mpp, centres, diameter_px, measured=table_key is not None)
+    mpp, source = resolve_mpp(sdata, image_key, mpp, centres, diameter_px, measured=table_key is not None)
     shortest = min(pyramid.height, pyramid.width)
     if not _MIN_SPOT_PX <= diameter_px <= shortest / 2:
         raise ValueError(
@@ -278,14 +252,6 @@ def find_image(
     if len(candidates) > 1:
         raise ValueError(f"`image_key` is ambiguous, candidates: {sorted(candidates)}")
     return candidates[0]
-
-
-def affine(element: Any, coordinate_system: str) -> np.ndarray:
-    """3 × 3 matrix from the x and y of an element to a coordinate system."""
-    from spatialdata.transformations import get_transformation
-
-    transformation = get_transformation(element, to_coordinate_system=coordinate_system)
-    return np.asarray(transformation.to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y")), dtype=float)
 
 
 def _spots_to_pixels(
@@ -413,61 +379,3 @@ def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = N
         else:
             sample = np.asarray(pyramid.levels[-1].array)
     return check_pixels(int(array.shape[0]), array.dtype, sample, image_key)
-
-
-def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
-    """µm per pixel that the object itself states for an image: written by our readers, or a system in µm."""
-    from spatialdata.transformations import get_transformation
-
-    stored = sdata.attrs.get(ATTRS, {}).get("mpp", {}).get(image_key)
-    if stored is not None:
-        if not (isinstance(stored, int | float) and np.isfinite(stored) and stored > 0):
-            raise ValueError(f"sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] is {stored!r}; a positive number is needed")
-        return float(stored), "metadata"
-    for system in get_transformation(sdata.images[image_key], get_all=True):
-        if system.lower() in _MICROMETRE_SYSTEMS:
-            matrix = affine(sdata.images[image_key], system)
-            return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2])))), f"coordinate system {system!r}"
-    return None
-
-
-def _resolve_mpp(
-    sdata: SpatialData, image_key: str, mpp: float | None, centres: np.ndarray, diameter_px: float, *, measured: bool
-) -> tuple[float, str]:
-    assay = _known_assay(centres, diameter_px)
-    if mpp is not None:
-        found = float(mpp), "argument"
-    else:
-        found = stored_mpp(sdata, image_key) or (assay and (assay[0], assay[1]))
-    if found is None:
-        raise ValueError(
-            f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
-            "object states none and the spots are no Visium or legacy ST lattice"
-        )
-    if measured and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
-        warnings.warn(
-            f"µm/px of image {image_key!r} is {found[0]:.4g} ({found[1]}), but its spots look like {assay[1]}, which makes "
-            f"{assay[0]:.4g}; if that is right, pass mpp={assay[0]:.4g}",
-            UserWarning,
-            stacklevel=4,
-        )
-    logger.info("image %r: %.4g µm/px (%s)", image_key, *found)
-    return found
-
-
-def _known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | None:
-    """µm/px from lattice, pitch and diameter of the spots, where they are those of a known assay."""
-    from scipy.spatial import KDTree
-
-    if len(centres) < 12:
-        return None
-    distances = KDTree(centres).query(centres, k=9)[0][:, 1:]
-    near = distances < 1.2 * np.median(distances[:, 0])
-    pitch = float(np.median(distances[near])) if near.any() else 0.0
-    if pitch <= 0:
-        return None
-    neighbours = int(np.quantile(near.sum(1), 0.75))
-    for assay in _ASSAYS:
-        if neighbours == assay.neighbours and assay.ratio[0] <= diameter_px / pitch <= assay.ratio[1]:
-            return assay.pitch_um / pitch, assay.name
-    return None

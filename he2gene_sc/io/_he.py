@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._keys import ATTRS, IMAGE, check_key
-from .._slide import check_mpp
+from .._mpp import check_mpp
 from ._decode import decode
 from ._raster import image_element
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._keys import Keys
+from .._mpp import affine
 from .._predicted import predicted_table
-from .._slide import Slide, affine, resolve
+from .._slide import Slide, resolve
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from .._keys import ATTRS, SPOTS, check_key
-from .._slide import check_mpp, find_image, pyramid_of, stored_mpp
+from .._mpp import check_mpp, stored_mpp
+from .._slide import find_image, pyramid_of
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
