@@ -112,12 +112,13 @@ def info(model: Annotated[str, typer.Argument(help="Bundled model or model folde
 def main() -> None:
     """Run the command line; user errors are one line, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="zarr v3 autosharding")
-    # What a warning says is for the user, the line of code that says it is not.
-    warnings.formatwarning = lambda message, *_, **__: f"he2gene: {message}\n"
-    try:
-        app()
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"he2gene: {error}", file=sys.stderr)
-        sys.exit(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding")
+        # What a warning says is for the user, the line of code that says it is not.
+        warnings.showwarning = lambda message, *_, **__: print(f"he2gene: {message}", file=sys.stderr)
+        try:
+            app()
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            print(f"he2gene: {error}", file=sys.stderr)
+            sys.exit(1)
