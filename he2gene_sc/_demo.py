@@ -79,7 +79,7 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
     reference = "annotation" if table.obs["annotation"].notna().any() else None
     pl.annotation(sdata, reference=reference, save=out / "annotation.png")
     plt.close("all")
-    store = io.save(sdata, out / f"{name}.zarr")
+    store = io.save(sdata, out / f"{name}.zarr", overwrite=True)
     echo("")
     echo(f"Pictures   {out / 'genes.png'}  ({', '.join(drawn)}: predicted, and measured beside it)")
     echo(f"           {out / 'annotation.png'}")

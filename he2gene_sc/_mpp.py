@@ -89,10 +89,7 @@ def resolve_mpp(
         If it is stated nowhere and the spots are no known lattice.
     """
     assay = _known_assay(centres, diameter_px)
-    if mpp is not None:
-        found = float(mpp), "argument"
-    else:
-        found = stored_mpp(sdata, image_key) or assay
+    found = (float(mpp), "argument") if mpp is not None else stored_mpp(sdata, image_key) or assay
     if found is None:
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
@@ -102,6 +99,13 @@ def resolve_mpp(
         warnings.warn(
             f"µm/px of image {image_key!r} is {found[0]:.4g} ({found[1]}), but its spots look like {assay[1]}, which makes "
             f"{assay[0]:.4g}; if that is right, pass mpp={assay[0]:.4g}",
+            UserWarning,
+            stacklevel=4,
+        )
+    if not measured and found[1] == (assay and assay[1]):
+        warnings.warn(
+            f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. Nothing "
+            "was measured on them, so they may be no such assay; pass mpp= to be sure",
             UserWarning,
             stacklevel=4,
         )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
+    from xarray import DataArray
 
 _MIN_SPOT_PX = 8
 
@@ -69,7 +70,7 @@ def resolve(
     shapes_key: str | None = None,
     table_key: str | None = None,
     coordinate_system: str | None = None,
-    mpp: float | None = None,
+    mpp: float | Mapping[str, float] | None = None,
 ) -> tuple[Slide, ...]:
     """Find what has to be predicted.
 
@@ -89,7 +90,7 @@ def resolve(
     coordinate_system
         System that image and spots share.
     mpp
-        µm per pixel of level 0. Default: the object's own metadata, a coordinate system in µm, or the pitch of a
+        µm per pixel of level 0; or a mapping from shapes element to it. Default: the object's own metadata, a coordinate system in µm, or the pitch of a
         known assay, in this order.
 
     Returns
@@ -110,12 +111,25 @@ def resolve(
         raise TypeError(
             f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed (for an image file: hg.io.read_he)"
         )
-    check_mpp(mpp)
+    for value in mpp.values() if isinstance(mpp, Mapping) else (mpp,):
+        check_mpp(value)
     if not sdata.images:
         raise ValueError("`sdata` holds no image; read one with hg.io.read_he or add it to sdata.images")
     table_key = find_table(sdata, table_key, shapes_key)
     regions = _find_shapes(sdata, shapes_key, table_key)
-    return tuple(_resolve_one(sdata, region, table_key, image_key, coordinate_system, mpp) for region in regions)
+    if isinstance(mpp, Mapping) and (unnamed := [region for region in regions if region not in mpp]):
+        raise ValueError(f"`mpp` names no value for shapes {unnamed}, it has {sorted(mpp)}")
+    return tuple(
+        _resolve_one(
+            sdata,
+            region,
+            table_key,
+            image_key,
+            coordinate_system,
+            mpp[region] if isinstance(mpp, Mapping) else mpp,
+        )
+        for region in regions
+    )
 
 
 def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str | None = None) -> str | None:
@@ -353,7 +367,7 @@ def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
     """Wrap an image of the object, single or multiscale, finest level first."""
     element = sdata.images[image_key]
     nodes = [node["image"] for node in element.values()] if hasattr(element, "children") else [element]
-    arrays = sorted((node.transpose("c", "y", "x") for node in nodes), key=lambda a: -a.sizes["x"])
+    arrays = sorted((_in_rgb_order(node.transpose("c", "y", "x")) for node in nodes), key=lambda a: -a.sizes["x"])
     full = arrays[0]
     levels = []
     for array in arrays:
@@ -362,6 +376,14 @@ def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
         levels.append(Level(array.data, round(scale) if abs(scale - round(scale)) < 0.02 * scale else scale))
     levels[0] = Level(levels[0].array, 1.0)
     return Pyramid(tuple(levels))
+
+
+def _in_rgb_order(array: DataArray) -> DataArray:
+    """Bring channels that are named red, green and blue into that order, alpha last."""
+    names = [str(name).lower()[:1] for name in array.coords["c"].to_numpy()] if "c" in array.coords else []
+    if sorted(names) not in (sorted("rgb"), sorted("rgba")) or names == list("rgba")[: len(names)]:
+        return array
+    return array.isel(c=[names.index(name) for name in "rgba"[: len(names)]])
 
 
 def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = None) -> float:

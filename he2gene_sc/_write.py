@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ._keys import INSTANCE, MADE, REGION, Keys
+from ._keys import FACTS, INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
 from ._settings import settings
 
 if TYPE_CHECKING:
@@ -85,23 +85,28 @@ class Filled:
         return cls(rows, stack("expression"), stack("proba"), stack("embedding"), centres, wanted, model, keys, record)
 
     def annotation(self) -> pd.Categorical:
-        """Most probable class of each spot, missing where there is no prediction."""
+        """Most probable class of each spot, missing where there is no prediction.
+
+        The categories are the classes that occur, in the order of the card: squidpy makes NaN of one that does not, and
+        spatialdata-plot gives its colour to the next.
+        """
         missing = np.isnan(self.proba).any(1)
         codes = np.where(missing, -1, np.where(np.isnan(self.proba), -1, self.proba).argmax(1))
-        return pd.Categorical.from_codes(codes, categories=list(self.model.card.classes))
+        return pd.Categorical.from_codes(codes, categories=list(self.model.card.classes)).remove_unused_categories()
 
 
 def fill_table(table: AnnData, filled: Filled) -> None:
     """Write into a measured table; its rows, their order, ``X`` and every other slot stay as they were.
 
-    Rows of regions that were not predicted keep what an earlier run wrote there.
+    Rows of regions that were not predicted keep what an earlier run of the same model wrote there.
     """
     keys, rows, columns = filled.keys, filled.rows, filled.wanted.columns
     n_obs, n_vars = table.shape
     layer = np.full((n_obs, n_vars), np.nan, np.float32)
     others = np.setdiff1d(np.arange(n_obs), rows)
-    old = table.layers.get(keys.layer) if keys.layer in table.layers else None
-    if len(others) and old is not None:
+    before = _earlier(table, filled, others)
+    old = table.layers[keys.layer] if before is not None and keys.layer in table.layers else None
+    if old is not None:
         layer[others] = np.asarray(old[others].toarray() if hasattr(old, "toarray") else old[others], np.float32)
     layer[np.ix_(rows, columns)] = filled.expression
     known = filled.model.genes.iloc[filled.wanted.positions]
@@ -111,25 +116,33 @@ def fill_table(table: AnnData, filled: Filled) -> None:
     pcc[columns] = known["pcc"]
     reliable = np.zeros(n_vars, bool)
     reliable[columns] = known["reliable"]
+    if old is not None:
+        elsewhere = table.var[keys.predicted].to_numpy(bool) & ~predicted
+        predicted |= elsewhere
+        pcc[elsewhere] = table.var[keys.pcc].to_numpy()[elsewhere]
+        reliable[elsewhere] = table.var[keys.reliable].to_numpy(bool)[elsewhere]
 
-    def spread(values: np.ndarray, before: Any) -> np.ndarray:
+    def spread(values: np.ndarray, name: str) -> np.ndarray:
         whole = np.full((n_obs, values.shape[1]), np.nan, np.float32)
-        if before is not None and getattr(before, "shape", None) == whole.shape:
-            whole[others] = np.asarray(before, np.float32)[others]
+        if before is not None and name in table.obsm:
+            whole[others] = np.asarray(table.obsm[name], np.float32)[others]
         whole[rows] = values
         return whole
 
-    obsm: dict[str, Any] = {keys.embedding: spread(filled.embedding, table.obsm.get(keys.embedding))}
+    obsm: dict[str, Any] = {keys.embedding: spread(filled.embedding, keys.embedding)}
     obs: dict[str, Any] = {}
-    uns: dict[str, Any] = {keys.uns: filled.record}
+    uns: dict[str, Any] = {keys.uns: filled.record if before is None else _merged(before, filled.record)}
     if filled.model.card.classes:
-        proba = spread(filled.proba, table.obsm.get(keys.proba))
-        whole = Filled(**{**filled.__dict__, "proba": proba})
-        obs[keys.annotation] = pd.Series(whole.annotation(), index=table.obs_names)
+        proba = spread(filled.proba, keys.proba)
+        annotation = Filled(**{**filled.__dict__, "proba": proba}).annotation()
+        obs[keys.annotation] = pd.Series(annotation, index=table.obs_names)
         obs[keys.confidence] = pd.Series(np.max(proba, axis=1), index=table.obs_names)
         obsm[keys.proba] = pd.DataFrame(proba, index=table.obs_names, columns=list(filled.model.card.classes))
-        uns[keys.colors] = list(filled.model.card.class_colors)
-    if "spatial" not in table.obsm:
+        colours = dict(zip(filled.model.card.classes, filled.model.card.class_colors, strict=True))
+        uns[keys.colors] = [colours[name] for name in annotation.categories]
+    if "spatial" not in table.obsm or SPATIAL in table.uns:
+        # Marked as ours, so that a run on another image brings it up to date.
+        uns[SPATIAL] = filled.record["image"]
         spatial = np.full((n_obs, 2), np.nan)
         spatial[rows] = filled.centres
         obsm["spatial"] = spatial
@@ -151,6 +164,39 @@ def fill_table(table: AnnData, filled: Filled) -> None:
             table.obsm[name] = value
         for name, value in uns.items():
             table.uns[name] = value
+
+
+def _earlier(table: AnnData, filled: Filled, others: np.ndarray) -> dict[str, Any] | None:
+    """Record of an earlier run whose other rows may stay: it must be of the same model."""
+    before = table.uns.get(filled.keys.uns)
+    if not len(others) or before is None:
+        return None
+    if all(before.get(name) == filled.record[name] for name in ("model", "model_version", "weights_sha256")):
+        return before
+    warnings.warn(
+        f"{len(others)} spots of other regions were predicted by model {before.get('model')!r}: they get NaN, since one "
+        f"column cannot hold two models. Predict them again, or use another `key_added`",
+        UserWarning,
+        stacklevel=4,
+    )
+    return None
+
+
+def _merged(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Facts of this run, and of the regions that only an earlier one predicted."""
+
+    def regions(of: dict[str, Any]) -> list[str]:
+        return [of["shapes"]] if isinstance(of["shapes"], str) else list(of["shapes"])
+
+    kept = [region for region in regions(before) if region not in regions(record)]
+    if not kept:
+        return record
+    merged = {**record, "shapes": [*kept, *regions(record)]}
+    for fact in FACTS:
+        old = before[fact] if isinstance(before[fact], dict) else {kept[0]: before[fact]}
+        new = record[fact] if isinstance(record[fact], dict) else {regions(record)[0]: record[fact]}
+        merged[fact] = {region: old[region] for region in kept} | new
+    return merged
 
 
 @contextmanager
@@ -216,6 +262,8 @@ def put_table(sdata: SpatialData, name: str, table: AnnData) -> None:
     """Set a table that we made, in place of one that we made before, which comes back if this is interrupted."""
     check_place(sdata, name)
     before = sdata.tables.get(name)
+    if before is not None:
+        carry_over(before, table)
     try:
         if before is not None:
             del sdata.tables[name]
@@ -245,6 +293,38 @@ def check_place(sdata: SpatialData, name: str) -> None:
     """
     if name in sdata.tables and MADE in sdata.tables[name].uns:
         return
-    taken = [*sdata.tables, *(key for _, key, _ in sdata.gen_spatial_elements())]
-    if name.lower() in [key.lower() for key in taken]:
+    if name in sdata.tables and name == TABLE:
+        attrs = sdata.tables[name].uns.get("spatialdata_attrs", {})
+        raise ValueError(
+            f"`table_key`: table {name!r} is no table of the spots: it annotates {attrs.get('region', 'nothing')!r}, the "
+            f"shapes are {sorted(sdata.shapes)}. Link it with sdata.set_table_annotates_spatialelement({name!r}, "
+            "region=..., region_key=..., instance_key=...), or, if it is another, rename it"
+        )
+    if name.lower() in [key.lower() for key in (*sdata.tables, *(key for _, key, _ in sdata.gen_spatial_elements()))]:
         raise ValueError(f"`key_added`: the new table would be named {name!r}, which is taken; choose another key")
+
+
+def check_layer(table: AnnData, keys: Keys) -> None:
+    """Refuse to write over a layer that no prediction wrote.
+
+    Raises
+    ------
+    ValueError
+        If there is one under that name.
+    """
+    ours = {value.get("layer") for value in table.uns.values() if isinstance(value, dict) and "weights_sha256" in value}
+    if keys.layer in table.layers and keys.layer not in ours:
+        raise ValueError(f"`layer` {keys.layer!r} is there and was not written by predict; choose another name")
+
+
+def carry_over(before: AnnData, table: AnnData) -> None:
+    """Bring what else stands in a table that we made into the one that takes its place: other runs, other columns."""
+    if not before.obs_names.equals(table.obs_names):
+        return
+    slots = ["obs", "obsm", "uns", "obsp"]
+    if before.var_names.equals(table.var_names):
+        slots += ["var", "layers", "varm"]
+    for name in slots:
+        there, here = getattr(before, name), getattr(table, name)
+        for key in [key for key in there if key not in here]:
+            here[key] = there[key]

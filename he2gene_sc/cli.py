@@ -49,14 +49,20 @@ def predict(
     all_genes: Annotated[bool, typer.Option("--all-genes", help="Every model gene, into a table of its own.")] = False,
     tta: Annotated[bool, typer.Option("--tta", help="Average the eight symmetries: slower, slightly better.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another store at OUT.")] = False,
     pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
 ) -> None:
     """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first."""
     from . import io, pp, tl
+    from .io._save import check_target
 
     if not path.exists():
         raise ValueError(f"PATH {str(path)!r}: nothing there")
-    if path.is_dir():
+    is_store = path.is_dir()
+    out = out if out is not None or is_store else path.with_suffix(".zarr")
+    if out is not None:
+        check_target(out.expanduser().resolve(), overwrite=overwrite or (is_store and out.resolve() == path.resolve()))
+    if is_store:
         import spatialdata as sd
 
         sdata = sd.read_zarr(path)
@@ -64,7 +70,6 @@ def predict(
         sdata = io.read_he(path, mpp=mpp)
         pp.tissue(sdata)
         pp.grid(sdata, pitch_um=pitch_um)
-        out = out or path.with_suffix(".zarr")
     tl.predict(
         sdata,
         model=model,
@@ -76,7 +81,7 @@ def predict(
         tta=tta,
         device=device,
     )
-    typer.echo(f"Written: {io.save(sdata, out)}")
+    typer.echo(f"Written: {io.save(sdata, out, overwrite=overwrite)}")
 
 
 @app.command()

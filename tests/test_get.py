@@ -73,7 +73,7 @@ def imperfect(toy, tiny_model):
     # The random model sees one class everywhere, which has no neighbourhoods.
     annotation = toy["table"].obs["he2gene_annotation"]
     codes = np.where(annotation.isna(), -1, np.arange(len(annotation)) % 2)
-    toy["table"].obs["he2gene_annotation"] = pd.Categorical.from_codes(codes, dtype=annotation.dtype)
+    toy["table"].obs["he2gene_annotation"] = pd.Categorical.from_codes(codes, categories=tiny_model.card.classes[:2])
     return toy
 
 

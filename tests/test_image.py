@@ -377,3 +377,12 @@ def test_read_reduced_gives_the_same_from_a_coarser_level():
     np.testing.assert_array_equal(
         read_reduced(pyramid_of(image, 3), 64 * 96 // 16), read_reduced(Pyramid.single(image), 64 * 96 // 16)
     )
+
+
+def test_float_pixels_that_overshoot_a_little_are_clipped_and_dark_ones_refused():
+    assert check_pixels(3, np.float32, np.array([-0.01, 1.02]), "he") == 255.0
+    assert check_pixels(3, np.float32, np.array([0.0, 256.0]), "he") == 1.0
+    with pytest.raises(ValueError, match="float pixels from 0 to 2.55"):
+        check_pixels(3, np.float32, np.array([0.0, 2.55]), "he")
+    block = to_rgb_uint8(np.full((3, 2, 2), 1.02, np.float32), 255.0)
+    assert (block == 255).all()

@@ -13,8 +13,9 @@ def predicted(toy, tiny_model):
     """A toy slide whose prediction of ERBB2 rises from the first spot to the last, and whose classes take turns."""
     hg.tl.predict(toy, model=tiny_model)
     table = toy["table"]
-    dtype = table.obs["he2gene_annotation"].dtype
-    table.obs["he2gene_annotation"] = pd.Categorical.from_codes(np.arange(table.n_obs) % 2, dtype=dtype)
+    classes, colours = tiny_model.card.classes[:2], tiny_model.card.class_colors[:2]
+    table.obs["he2gene_annotation"] = pd.Categorical.from_codes(np.arange(table.n_obs) % 2, categories=classes)
+    table.uns["he2gene_annotation_colors"] = list(colours)
     table.layers["he2gene"][:, table.var_names.get_loc("ERBB2")] = np.linspace(1, 3, table.n_obs)
     return toy
 
@@ -294,3 +295,16 @@ def test_spatialdata_plot_draws_what_predict_wrote(predicted):
             coordinate_systems="global", ax=ax, show=False
         )
         assert len(_spots(ax).get_paths()) == predicted["table"].n_obs
+
+
+def test_spatial_draws_dense_counts_as_sparse_ones(predicted):
+    sparse = hg.pl.spatial(predicted, "ERBB2")
+    expected = _spots(sparse[1]).get_facecolor()
+    predicted["table"].X = predicted["table"].X.toarray()
+    dense = hg.pl.spatial(predicted, "ERBB2")
+    np.testing.assert_allclose(_spots(dense[1]).get_facecolor(), expected)
+
+
+def test_annotation_refuses_a_numeric_reference(predicted):
+    with pytest.raises(ValueError, match="`reference` 'texture' is no column of obs with labels"):
+        hg.pl.annotation(predicted, reference="texture")

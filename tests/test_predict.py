@@ -609,3 +609,95 @@ def test_a_result_that_was_read_back_can_be_predicted_again(toy, tiny_model, tmp
         hg.tl.predict(again, model=tiny_model, genes=genes)
     assert sorted(again.tables) == ["he2gene", "table"]
     same(again["table"], toy["table"])
+
+
+def test_annotation_has_the_classes_that_occur_with_their_own_colours(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model)
+    table = toy["table"]
+    categories = list(table.obs["he2gene_annotation"].cat.categories)
+    assert set(categories) == set(table.obs["he2gene_annotation"].unique())
+    colours = dict(zip(tiny_model.card.classes, tiny_model.card.class_colors, strict=True))
+    assert list(table.uns["he2gene_annotation_colors"]) == [colours[name] for name in categories]
+    assert list(table.obsm["he2gene_annotation_proba"].columns) == list(tiny_model.card.classes)
+
+
+def test_second_key_on_a_slide_without_a_table_keeps_the_first_and_the_users_columns(toy, tiny_model):
+    del toy.tables["table"]
+    hg.tl.predict(toy, model=tiny_model, key_added="a")
+    toy["table"].obs["leiden"] = "0"
+    first = toy["table"].layers["a"].copy()
+    hg.tl.predict(toy, model=tiny_model, key_added="b")
+    hg.tl.predict(toy, model=tiny_model, key_added="a")
+    np.testing.assert_array_equal(toy["table"].layers["a"], first)
+    assert {"a", "b"} <= set(toy["table"].layers)
+    assert (toy["table"].obs["leiden"] == "0").all()
+
+
+def test_layer_that_predict_did_not_write_is_not_overwritten(toy, tiny_model):
+    toy["table"].layers["counts"] = toy["table"].X.copy()
+    with pytest.raises(ValueError, match="`layer` 'counts' is there"):
+        hg.tl.predict(toy, model=tiny_model, layer="counts")
+    assert toy["table"].layers["counts"].sum() == toy["table"].X.sum()
+
+
+def _two_regions():
+    slides = {name: hg.datasets.toy((4, 4), mpp=2.0, seed=seed) for seed, name in enumerate("AB")}
+    return sd.concatenate(slides, concatenate_tables=True), {"spots-A": "he-A", "spots-B": "he-B"}
+
+
+def test_one_region_predicted_again_keeps_the_other_and_its_record(tiny_model):
+    sdata, images = _two_regions()
+    hg.tl.predict(sdata, model=tiny_model, image_key=images, mpp={"spots-A": 2.0, "spots-B": 2.0})
+    before = sdata["table"].layers["he2gene"].copy()
+    hg.tl.predict(sdata, model=tiny_model, shapes_key="spots-B", image_key="he-B", mpp=2.0)
+    np.testing.assert_allclose(sdata["table"].layers["he2gene"], before, atol=1e-5)
+    assert sdata["table"].uns["he2gene"]["image"] == images
+
+
+def test_one_region_predicted_by_another_model_leaves_the_other_empty_with_a_warning(tiny_model):
+    from dataclasses import replace
+
+    sdata, images = _two_regions()
+    hg.tl.predict(sdata, model=tiny_model, image_key=images, mpp=2.0)
+    other = replace(tiny_model, card=replace(tiny_model.card, name="other"))
+    other.__dict__["network"] = tiny_model.network
+    with pytest.warns(UserWarning, match="one column cannot hold two models"):
+        hg.tl.predict(sdata, model=other, shapes_key="spots-B", image_key="he-B", mpp=2.0)
+    table = sdata["table"]
+    in_a = (table.obs["region"] == "spots-A").to_numpy()
+    assert table.obs["he2gene_annotation"].isna().to_numpy()[in_a].all()
+    assert not table.obs["he2gene_annotation"].isna().to_numpy()[~in_a].any()
+
+
+def test_spatial_follows_the_image_when_predict_wrote_it(toy, tiny_model):
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import Scale
+
+    del toy["table"].obsm["spatial"]
+    half = np.ascontiguousarray(np.asarray(toy["he"])[:, ::2, ::2])
+    toy["small"] = Image2DModel.parse(
+        half, dims=("c", "y", "x"), transformations={"global": Scale([2.0, 2.0], axes=("x", "y"))}
+    )
+    hg.tl.predict(toy, model=tiny_model, image_key="he", mpp=2.0)
+    large = toy["table"].obsm["spatial"].copy()
+    hg.tl.predict(toy, model=tiny_model, image_key="small", mpp=4.0)
+    np.testing.assert_allclose(toy["table"].obsm["spatial"], large / 2)
+
+
+@pytest.mark.parametrize("order", ["bgr", "grb"])
+def test_channels_that_are_named_come_in_any_order(toy, tiny_model, order):
+    from spatialdata.models import Image2DModel
+
+    hg.tl.predict(toy, model=tiny_model)
+    expected = toy["table"].layers["he2gene"].copy()
+    pixels = np.asarray(toy["he"])[["rgb".index(name) for name in order]]
+    del toy.images["he"]
+    toy["he"] = Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=list(order))
+    hg.tl.predict(toy, model=tiny_model)
+    np.testing.assert_allclose(toy["table"].layers["he2gene"], expected, atol=1e-5)
+
+
+def test_table_that_annotates_nothing_is_named_with_the_call_that_links_it(toy, tiny_model):
+    del toy["table"].uns["spatialdata_attrs"]
+    with pytest.raises(ValueError, match="set_table_annotates_spatialelement"):
+        hg.tl.predict(toy, model=tiny_model)

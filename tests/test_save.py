@@ -74,10 +74,24 @@ def test_the_object_can_be_used_and_saved_again_afterwards(backed, store, tiny_m
     assert sorted(sd.read_zarr(store).tables) == ["he2gene", "table"]
 
 
-def test_save_over_another_store_replaces_it(toy, tmp_path):
+def test_save_replaces_another_store_only_when_told(toy, tmp_path):
     hg.datasets.toy((2, 2), mpp=4.0).write(tmp_path / "slide.zarr")
-    hg.io.save(toy, tmp_path / "slide.zarr")
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        hg.io.save(toy, tmp_path / "slide.zarr")
+    assert sd.read_zarr(tmp_path / "slide.zarr")["table"].n_obs == 4
+    hg.io.save(toy, tmp_path / "slide.zarr", overwrite=True)
     assert sd.read_zarr(tmp_path / "slide.zarr")["table"].n_obs == 30
+
+
+def test_save_follows_a_link_to_its_store(toy, tmp_path):
+    toy.write(tmp_path / "real.zarr")
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "real.zarr")
+    linked = sd.read_zarr(tmp_path / "link.zarr")
+    linked.attrs["note"] = "new"
+    hg.io.save(linked)
+    assert (tmp_path / "link.zarr").is_symlink()
+    assert sd.read_zarr(tmp_path / "real.zarr").attrs["note"] == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.zarr", "real.zarr"]
 
 
 def test_save_without_a_path_needs_a_store(toy):
@@ -94,7 +108,7 @@ def test_what_is_no_store_is_not_overwritten(toy, tmp_path, kind):
         place.mkdir()
         if kind == "folder":
             (place / "chapter.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="`path` .*thesis.* is no zarr store"):
+    with pytest.raises(FileExistsError, match="`path` .*thesis.* is no SpatialData zarr store"):
         hg.io.save(toy, place)
     assert place.is_dir() == (kind != "file")
     assert names(tmp_path) == ["thesis"]

@@ -6,6 +6,10 @@ import numpy as np
 
 _WANTED = "an RGB H&E image (3 channels, or 4 with alpha; uint8, or float in 0..1 or 0..255) is needed"
 
+#: How far float pixels may lie outside their scale, and how bright an image in 0..255 has to be to be told from 0..1.
+_OVERSHOOT = 0.05
+_DARKEST = 32.0
+
 
 def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, name: str) -> float:
     """Decide how an image becomes RGB uint8.
@@ -44,9 +48,11 @@ def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, na
     if sample is None or sample.size == 0:
         return 255.0
     low, high = float(np.min(sample)), float(np.max(sample))
-    if not (low >= 0 and high <= 255):
-        raise ValueError(f"`image_key` {name!r} has float pixels from {low:.3g} to {high:.3g}; {_WANTED}")
-    return 255.0 if high <= 1 else 1.0
+    # Interpolation overshoots a little; a maximum between the two scales could be a dark image of either.
+    for factor, top in ((255.0, 1.0), (1.0, 255.0)):
+        if -_OVERSHOOT * top <= low and high <= top * (1 + _OVERSHOOT) and (factor == 255.0 or high >= _DARKEST):
+            return factor
+    raise ValueError(f"`image_key` {name!r} has float pixels from {low:.3g} to {high:.3g}; {_WANTED}")
 
 
 def to_rgb_uint8(block: np.ndarray, factor: float = 1.0, *, paint_black: bool = True) -> np.ndarray:
@@ -70,9 +76,10 @@ def to_rgb_uint8(block: np.ndarray, factor: float = 1.0, *, paint_black: bool = 
         ``(3, h, w)``, uint8. ``block`` itself where nothing had to be changed.
     """
     if block.dtype != np.uint8:
-        if not np.isfinite(block).all() or block.min(initial=0) < 0 or block.max(initial=0) * factor > 255.5:
+        low, high = block.min(initial=0) * factor, block.max(initial=0) * factor
+        if not np.isfinite(block).all() or low < -255 * _OVERSHOOT or high > 255 * (1 + _OVERSHOOT):
             raise ValueError(f"`image_key`: a block of pixels lies outside 0..{255 / factor:g}; {_WANTED}")
-        block = np.rint(block * np.float32(factor)).astype(np.uint8)
+        block = np.rint(np.clip(block * np.float32(factor), 0, 255)).astype(np.uint8)
     if block.shape[0] == 4:
         alpha = block[3].astype(np.uint16)
         rgb = block[:3].astype(np.uint16) * alpha + 255 * (255 - alpha)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _RENAME_SWAP = 2
 
 
-def save(sdata: SpatialData, path: str | Path | None = None) -> Path:
+def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write a SpatialData object to a zarr store, also to the one that it was read from.
 
     The new store is written beside the old one, and the two are swapped by one call of the file system: whoever looks,
@@ -32,6 +33,8 @@ def save(sdata: SpatialData, path: str | Path | None = None) -> Path:
         The object.
     path
         Store to write. Default: the one that ``sdata`` is backed by.
+    overwrite
+        Whether another store that stands at ``path`` may be replaced; the one that ``sdata`` is backed by always may.
 
     Returns
     -------
@@ -43,7 +46,7 @@ def save(sdata: SpatialData, path: str | Path | None = None) -> Path:
     ValueError
         If ``path`` is ``None`` and the object has no store.
     FileExistsError
-        If ``path`` exists and is no zarr store.
+        If ``path`` exists and is no SpatialData store, or is another than that of ``sdata`` without ``overwrite``.
     OSError
         If it could not be written, for example because the disk is full; the old store is as it was.
 
@@ -55,9 +58,10 @@ def save(sdata: SpatialData, path: str | Path | None = None) -> Path:
     """
     if path is None and sdata.path is None:
         raise ValueError("`path` is None and `sdata` was not read from a store; say where to write")
-    target = Path(path if path is not None else sdata.path).expanduser().absolute()
-    if target.exists() and not _is_store(target):
-        raise FileExistsError(f"`path` {str(target)!r} exists and is no zarr store; choose another")
+    # A link is followed: what is replaced is the store, not the link to it.
+    target = Path(path if path is not None else sdata.path).expanduser().resolve()
+    own = sdata.path is not None and target == Path(sdata.path).expanduser().resolve()
+    check_target(target, overwrite=overwrite or own)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -77,8 +81,26 @@ def save(sdata: SpatialData, path: str | Path | None = None) -> Path:
     return target
 
 
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a path that must not be replaced, before any work is done."""
+    if not target.exists():
+        return
+    if not _is_store(target):
+        raise FileExistsError(f"`path` {str(target)!r} exists and is no SpatialData zarr store; choose another")
+    if not overwrite:
+        raise FileExistsError(f"`path` {str(target)!r} is another store; choose another path, or pass overwrite=True")
+
+
 def _is_store(path: Path) -> bool:
-    return path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs"))
+    """Whether a folder is a zarr group written by spatialdata."""
+    for name, keys in (("zarr.json", ("attributes", "spatialdata_attrs")), (".zattrs", ("spatialdata_attrs",))):
+        if (path / name).is_file():
+            content = json.loads((path / name).read_text(encoding="utf-8"))
+            for key in keys:
+                content = content.get(key) if isinstance(content, dict) else None
+            if content is not None:
+                return True
+    return False
 
 
 def _sync(store: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
+from .._mpp import check_mpp
 from ._decode import decode
 from ._raster import image_element
 
@@ -78,7 +79,9 @@ def read_st(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity
 
+    check_mpp(mpp)
     count_frame = _table(counts, "counts", index_col=0)
+    count_frame = count_frame.set_axis(count_frame.index.astype(str), axis=0)
     spot_frame = _spot_table(spots)
     ids = _shared_ids(count_frame, spot_frame, section)
     values = count_frame.loc[ids].to_numpy()
@@ -174,7 +177,6 @@ def _spot_table(spots: str | Path | pd.DataFrame) -> pd.DataFrame:
 
 
 def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.Index:
-    counts.index = counts.index.astype(str)
     if counts.index.has_duplicates:
         raise ValueError(f"`counts` names spots twice: {list(counts.index[counts.index.duplicated()][:5])}")
     ids = spots.index[spots.index.isin(counts.index)]

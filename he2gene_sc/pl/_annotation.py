@@ -83,7 +83,7 @@ def annotation(
     table = where.table
     if keys.annotation not in table.obs:
         raise ValueError(f"`key_added` {key_added!r}: the model has no annotation head, obs has no {keys.annotation!r}")
-    if reference is not None and (reference not in table.obs or table.obs[reference].isna().all()):
+    if reference is not None and not _has_labels(table, reference):
         labelled = [c for c in table.obs if isinstance(table.obs[c].dtype, pd.CategoricalDtype)]
         raise ValueError(f"`reference` {reference!r} is no column of obs with labels, candidates: {labelled}")
     columns = {"predicted annotation": table.obs[keys.annotation]}
@@ -91,7 +91,10 @@ def annotation(
         columns[reference] = table.obs[reference]
     colours = _colours(where.sdata[where.table_key], keys, columns)
     obs = pd.DataFrame(
-        {f"panel_{i}": pd.Categorical(values.astype(object)) for i, values in enumerate(columns.values())},
+        {
+            f"panel_{i}": pd.Categorical(values.astype(object).where(values.isna(), values.astype(str)))
+            for i, values in enumerate(columns.values())
+        },
         index=table.obs_names,
     )
     obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
@@ -114,6 +117,13 @@ def annotation(
             palette=[colours[name] for name in present],
         )
     return finish(axes, save)
+
+
+def _has_labels(table, column: str) -> bool:
+    if column not in table.obs or table.obs[column].isna().all():
+        return False
+    values = table.obs[column]
+    return isinstance(values.dtype, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(values)
 
 
 def _colours(table, keys: Keys, columns: dict[str, pd.Series]) -> dict[str, str]:

@@ -100,7 +100,8 @@ def spatial(
     table = where.table
     _check_predicted(table, genes, key_added)
     predicted = np.asarray(table[:, genes].layers[predicted_layer(table, key_added, layer)], dtype=float)
-    beside = _measured(where, table, genes, measured)
+    found = _measured(where, table, genes, measured)
+    beside, were_counts = found if found is not None else (None, False)
     panels = _panel_table(where, table, genes, predicted, beside)
     kinds = ["predicted"] if beside is None else ["predicted", "measured"]
     axes = axes_for(len(genes) * len(kinds), ax, ncols or (4 if beside is None else 2))
@@ -124,7 +125,8 @@ def spatial(
                 norm=norm,
                 colorbar=False,
             )
-            add_colorbar(panel, norm, cmap, "ln(1 + counts per 10,000)")
+            in_log = kind == "predicted" or were_counts
+            add_colorbar(panel, norm, cmap, "ln(1 + counts per 10,000)" if in_log else "as stored")
     return finish(axes, save)
 
 
@@ -152,13 +154,20 @@ def _table_with(sdata: SpatialData, genes: list[str], key_added: str) -> str | N
 def _check_predicted(table: AnnData, genes: list[str], key_added: str) -> None:
     if not genes:
         raise ValueError("`genes` is empty; name at least one")
+    if not table.var_names.is_unique:
+        raise ValueError(
+            "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
+        )
     known = table.var.index[table.var[Keys(key_added).predicted].astype(bool)]
     missing = [gene for gene in genes if gene not in known]
     if missing:
         raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists those that were")
 
 
-def _measured(where: Canvas, table: AnnData, genes: list[str], measured: bool | str | None) -> np.ndarray | None:
+def _measured(
+    where: Canvas, table: AnnData, genes: list[str], measured: bool | str | None
+) -> tuple[np.ndarray, bool] | None:
+    """Measured values of the genes and whether they were raw counts; ``None`` where nothing is shown."""
     if measured is False:
         return None
     if not isinstance(measured, str) and MADE in where.sdata[where.table_key].uns:
@@ -173,15 +182,28 @@ def _measured(where: Canvas, table: AnnData, genes: list[str], measured: bool | 
     return _as_log(values, table.var_names.get_indexer(genes))
 
 
-def _as_log(values, columns: np.ndarray) -> np.ndarray:
-    """Chosen columns, raw counts brought to the unit of the prediction by the depth of the whole spot."""
+def _as_log(values, columns: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Chosen columns; raw counts brought to the unit of the prediction by the depth of the whole spot.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(n, len(columns))``.
+    bool
+        Whether they were raw counts.
+    """
+    import scipy.sparse
+
+    # A dask array is brought into memory, a view of the table loses its wrapper.
+    values = values.compute() if hasattr(values, "compute") else values
+    values = scipy.sparse.csr_matrix(values) if scipy.sparse.issparse(values) else np.asarray(values)
     chosen = values[:, columns]
-    chosen = np.asarray(chosen.toarray() if hasattr(chosen, "toarray") else chosen, dtype=float)
-    data = values.data if hasattr(values, "toarray") else np.asarray(values)
-    if data.size and (data % 1 == 0).all() and data.max() > 1:
+    chosen = np.asarray(chosen.toarray() if scipy.sparse.issparse(chosen) else chosen, dtype=float)
+    data = values.data if scipy.sparse.issparse(values) else values
+    if data.size and (data % 1 == 0).all() and data.max() > 1 and data.min() >= 0:
         total = np.asarray(values.sum(axis=1), dtype=float).reshape(-1, 1)
-        return np.log1p(1e4 * chosen / np.where(total > 0, total, 1))
-    return chosen
+        return np.log1p(1e4 * chosen / np.where(total > 0, total, 1)), True
+    return chosen, False
 
 
 def _panel_table(

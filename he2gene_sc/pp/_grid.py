@@ -57,8 +57,8 @@ def grid(
     Raises
     ------
     ValueError
-        If µm per pixel is unknown, the mask is missing, a size is not positive, the name is taken by other shapes
-        that a table annotates, or no spot lies on tissue.
+        If µm per pixel is unknown, the mask is missing, a size is not positive, the name is taken by shapes
+        that ``grid`` did not make or by others that a table annotates, or no spot lies on tissue.
     """
     from scipy.ndimage import uniform_filter
     from spatialdata.models import ShapesModel
@@ -108,6 +108,8 @@ def grid(
         transformations=get_transformation(sdata.images[image_key], get_all=True),
     )
     if key_added in sdata.shapes:
+        if key_added not in sdata.attrs.get(ATTRS, {}).get("grids", []):
+            raise ValueError(f"`key_added` {key_added!r} names shapes that hg.pp.grid did not make; choose another key")
         annotated = any(key_added in _regions(table) for table in sdata.tables.values())
         if annotated and not _same_spots(sdata.shapes[key_added], shapes):
             raise ValueError(
@@ -116,8 +118,12 @@ def grid(
             )
         del sdata.shapes[key_added]
     sdata.shapes[key_added] = shapes
-    stored = sdata.attrs.setdefault(ATTRS, {}).setdefault("mpp", {})
-    stored[image_key] = found[0]
+    attrs = sdata.attrs.get(ATTRS, {})
+    sdata.attrs[ATTRS] = {
+        **attrs,
+        "mpp": {**attrs.get("mpp", {}), image_key: found[0]},
+        "grids": sorted({*attrs.get("grids", []), key_added}),
+    }
     logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from .._genes import match_genes
-from .._keys import TABLE, Keys, check_key
+from .._keys import FACTS, TABLE, Keys, check_key
 from .._settings import settings
 from .._slide import Slide, resolve
-from .._write import Filled, check_place, copy_tables, fill_table, make_table, put_table
+from .._write import Filled, check_layer, check_place, copy_tables, fill_table, make_table, put_table
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def predict(
     shapes_key: str | None = None,
     table_key: str | None = None,
     coordinate_system: str | None = None,
-    mpp: float | None = None,
+    mpp: float | Mapping[str, float] | None = None,
     genes: Sequence[str] | Literal["all"] | None = None,
     gene_symbols: str | None = None,
     layer: str | None = None,
@@ -59,7 +59,7 @@ def predict(
         What to use where the object holds several; one candidate is found without. ``image_key`` may map shapes
         elements to images.
     mpp
-        µm per pixel of the full-resolution image. Default: the object's metadata, a coordinate system in µm, or the
+        µm per pixel of the full-resolution image; or a mapping from shapes element to it. Default: the object's metadata, a coordinate system in µm, or the
         pitch of a known assay.
     genes
         Genes to predict. ``None``: all genes of the table that the model knows (all model genes without a table). A
@@ -146,6 +146,8 @@ def predict(
         raise ValueError(f"`genes` is {genes!r}; a list of genes, 'all' or None is needed")
     table = sdata[measured] if measured is not None else None
     wanted = match_genes(model, table, genes, gene_symbols)
+    if table is not None and not wanted.all_genes:
+        check_layer(table, keys)
     new_table = None if table is not None and not wanted.all_genes else (key_added if table is not None else TABLE)
     if new_table is not None:
         check_place(sdata, new_table)
@@ -230,15 +232,16 @@ def _pinned(shape: tuple[int, ...]) -> np.ndarray:
 
 def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, object]:
     """Tell what was read: plain values for one slide, a mapping from shapes element to value for several."""
-    facts = {
-        "image": [slide.image_key for slide in slides],
-        "coordinate_system": [slide.coordinate_system for slide in slides],
-        "level": list(levels),
-        "mpp": [slide.mpp for slide in slides],
-        "mpp_source": [slide.mpp_source for slide in slides],
-        "n_spots": [len(slide.spot_ids) for slide in slides],
-        "n_outside": [int((~slide.inside).sum()) for slide in slides],
-    }
+    values = (
+        [slide.image_key for slide in slides],
+        [slide.coordinate_system for slide in slides],
+        list(levels),
+        [slide.mpp for slide in slides],
+        [slide.mpp_source for slide in slides],
+        [len(slide.spot_ids) for slide in slides],
+        [int((~slide.inside).sum()) for slide in slides],
+    )
+    facts = dict(zip(FACTS, values, strict=True))
     if len(slides) == 1:
         return {"shapes": slides[0].shapes_key, **{name: values[0] for name, values in facts.items()}}
     regions = [slide.shapes_key for slide in slides]
