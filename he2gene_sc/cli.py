@@ -54,20 +54,27 @@ def predict(
 ) -> None:
     """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first."""
     from . import io, pp, tl
-    from .io._save import check_target
+    from ._mpp import stored_mpp
+    from .io._save import check_target, is_store
 
     if not path.exists():
         raise ValueError(f"PATH {str(path)!r}: nothing there")
-    is_store = path.is_dir()
-    out = out if out is not None or is_store else path.with_suffix(".zarr")
+    in_store = path.is_dir()
+    if in_store and not is_store(path):
+        raise ValueError(f"PATH {str(path)!r} is no SpatialData zarr store")
+    out = out if out is not None or in_store else path.with_suffix(".zarr")
     if out is not None:
-        check_target(out.expanduser().resolve(), overwrite=overwrite or (is_store and out.resolve() == path.resolve()))
-    if is_store:
+        check_target(out.expanduser().resolve(), overwrite=overwrite or (in_store and out.resolve() == path.resolve()))
+    if in_store:
         import spatialdata as sd
 
         sdata = sd.read_zarr(path)
     else:
         sdata = io.read_he(path, mpp=mpp)
+        if stored_mpp(sdata, "he") is None:
+            raise ValueError(
+                "`mpp` of image 'he' is unknown: the file states none; give --mpp in µm per pixel (0.5 for a 20× scan)"
+            )
         pp.tissue(sdata)
         pp.grid(sdata, pitch_um=pitch_um)
     tl.predict(
@@ -117,8 +124,11 @@ def info(model: Annotated[str, typer.Argument(help="Bundled model or model folde
 def main() -> None:
     """Run the command line; user errors are one line, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ome_zarr").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        # Of packages that are compiled on first import.
+        warnings.filterwarnings("ignore", category=SyntaxWarning)
         warnings.filterwarnings("ignore", message="zarr v3 autosharding")
         # What a warning says is for the user, the line of code that says it is not.
         warnings.showwarning = lambda message, *_, **__: print(f"he2gene: {message}", file=sys.stderr)

@@ -1,8 +1,10 @@
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+from PIL import Image
 from typer.testing import CliRunner
 
 import he2gene_sc as hg
@@ -192,3 +194,24 @@ def test_demo_on_the_held_out_section_beats_colour(run, tmp_path):
     assert panels.loc["most variable", "model"] >= 0.37
     assert (panels["model"] >= panels["colour"] + 0.015).all()
     assert (panels["model"] <= panels["ceiling"]).all()
+
+
+def test_predict_on_an_image_does_not_replace_a_store_beside_it(toy, tmp_path, capsys, monkeypatch):
+    toy.write(tmp_path / "slide.zarr")
+    Image.fromarray(np.asarray(toy["he"]).transpose(1, 2, 0)).save(tmp_path / "slide.png")
+    monkeypatch.setattr("sys.argv", ["he2gene", "predict", str(tmp_path / "slide.png"), "--mpp", "2"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert "is another store" in capsys.readouterr().err
+    assert sd.read_zarr(tmp_path / "slide.zarr")["table"].n_obs == toy["table"].n_obs
+
+
+@pytest.mark.parametrize(("name", "said"), [("slide.png", "give --mpp"), ("folder", "is no SpatialData zarr store")])
+def test_what_cannot_be_predicted_is_refused_first(toy, tmp_path, capsys, monkeypatch, name, said):
+    (tmp_path / "folder").mkdir()
+    Image.fromarray(np.asarray(toy["he"]).transpose(1, 2, 0)).save(tmp_path / "slide.png")
+    monkeypatch.setattr("sys.argv", ["he2gene", "predict", str(tmp_path / name)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert said in capsys.readouterr().err

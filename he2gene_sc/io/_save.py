@@ -85,13 +85,15 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse a path that must not be replaced, before any work is done."""
     if not target.exists():
         return
-    if not _is_store(target):
+    if not is_store(target):
         raise FileExistsError(f"`path` {str(target)!r} exists and is no SpatialData zarr store; choose another")
     if not overwrite:
-        raise FileExistsError(f"`path` {str(target)!r} is another store; choose another path, or pass overwrite=True")
+        raise FileExistsError(
+            f"`path` {str(target)!r} is another store; choose another path, or pass overwrite=True (--overwrite)"
+        )
 
 
-def _is_store(path: Path) -> bool:
+def is_store(path: Path) -> bool:
     """Whether a folder is a zarr group written by spatialdata."""
     for name, keys in (("zarr.json", ("attributes", "spatialdata_attrs")), (".zattrs", ("spatialdata_attrs",))):
         if (path / name).is_file():
