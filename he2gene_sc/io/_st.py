@@ -95,8 +95,6 @@ def read_st(
     if not np.isfinite(centres).all():
         raise ValueError(f"`spots` has NaN or infinite pixels: {list(ids[~np.isfinite(centres).all(1)][:5])}")
     mpp = float(mpp) if mpp is not None else _mpp_of_array(spot_frame, pitch_um)
-    if not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"`mpp` is {mpp}; a positive number of µm per pixel is needed")
     obs = pd.DataFrame(
         {
             "array_row": spot_frame["y"].round().astype(int),

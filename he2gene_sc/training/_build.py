@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..models import EncoderSpec, HE2Gene, ModelCard
-from ._closed_form import fit_basis, fit_softmax, temperature
+from ._closed_form import fit_basis, temperature
 from ._validate import HeldOut, TrainingSet, cross_validate, panels
 
 #: Lower bound of the held-out correlation above which a gene may be called reliable.
@@ -133,14 +133,7 @@ def _fit(
     n_latent: int,
     colour_share: float,
 ) -> dict[str, np.ndarray]:
-    heads = fit_basis(
-        data.features,
-        data.targets,
-        data.sections,
-        n_latent=n_latent,
-        n_colour=data.n_colour,
-        colour_share=colour_share,
-    ).ridge(penalty)
+    heads = data.basis(n_latent, colour_share).ridge(penalty)
     tensors = {
         "latent.mean": heads.mean,
         "latent.scale": heads.scale,
@@ -150,9 +143,7 @@ def _fit(
     }
     labelled = np.flatnonzero(data.codes >= 0)
     if n_classes and len(labelled):
-        r = data.features.shape[1]
-        embedding = np.concatenate([heads.embed(data.features[labelled, j]) for j in range(r)])
-        weight, bias = fit_softmax(embedding, np.tile(data.codes[labelled], r), n_classes, strength / r)
+        weight, bias = data.softmax(heads, n_classes, strength)
         t = temperature(held_out.logits[labelled], data.codes[labelled])
         tensors["annotation.weight"] = (weight / t).astype(np.float32)
         tensors["annotation.bias"] = (bias / t).astype(np.float32)

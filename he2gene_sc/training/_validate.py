@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..stats import pearson
-from ._closed_form import fit_basis, fit_softmax
+from ._closed_form import Basis, Heads, fit_basis, fit_softmax
 
 #: Penalties tried, in units of the number of features.
 PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -44,6 +44,24 @@ class TrainingSet:
         """Take some of the spots."""
         arrays = ("features", "targets", "codes", "sections", "patients")
         return replace(self, **{name: getattr(self, name)[chosen] for name in arrays})
+
+    def basis(self, n_latent: int, colour_share: float) -> Basis:
+        """Reduce the features and collect the statistics of the ridge, see :func:`fit_basis`."""
+        return fit_basis(
+            self.features,
+            self.targets,
+            self.sections,
+            n_latent=n_latent,
+            n_colour=self.n_colour,
+            colour_share=colour_share,
+        )
+
+    def softmax(self, heads: Heads, n_classes: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
+        """Fit the annotation on the labelled spots under every symmetry: weights ``(k, c)`` and biases ``(c,)``."""
+        labelled = np.flatnonzero(self.codes >= 0)
+        r = self.features.shape[1]
+        embedding = np.concatenate([heads.embed(self.features[labelled, j]) for j in range(r)])
+        return fit_softmax(embedding, np.tile(self.codes[labelled], r), n_classes, strength / r)
 
     def colour_only(self) -> TrainingSet:
         """Keep nothing but the colour features, which no symmetry changes."""
@@ -128,27 +146,17 @@ def cross_validate(
     for group in np.unique(groups):
         test = groups == group
         train = data.rows(~test)
-        basis = fit_basis(
-            train.features,
-            train.targets,
-            train.sections,
-            n_latent=n_latent,
-            n_colour=data.n_colour,
-            colour_share=colour_share,
-        )
+        basis = train.basis(n_latent, colour_share)
         seen = data.features[test, 0]
         for i, penalty in enumerate(penalties):
             predicted[i, test] = basis.ridge(penalty).predict(seen)
         means[test] = basis.target_mean
         for section in np.unique(data.sections[test]):
             chosen[section] = panels(train.targets, train.sections, n_target)
-        labelled = np.flatnonzero(train.codes >= 0)
-        if n_classes and len(labelled):
+        if n_classes and (train.codes >= 0).any():
             heads = basis.ridge(1.0)
-            r = train.features.shape[1]
-            embedding = np.concatenate([heads.embed(train.features[labelled, j]) for j in range(r)])
             for i, strength in enumerate(strengths):
-                weight, bias = fit_softmax(embedding, np.tile(train.codes[labelled], r), n_classes, strength / r)
+                weight, bias = train.softmax(heads, n_classes, strength)
                 logits[i, test] = heads.embed(seen) @ weight + bias
     sections = np.array(sorted(chosen))
     best, scores = 0, []
