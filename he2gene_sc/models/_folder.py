@@ -8,12 +8,19 @@ import tempfile
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ._card import ModelCard
+from ._hub import fetch_folder, is_address
 from ._model import HE2Gene
+
+if TYPE_CHECKING:
+    import torch
+
+    from ._registry import EncoderSpec
 
 _ROOT = Path(__file__).parent / "bundled"
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
@@ -24,13 +31,22 @@ _TENSORS = ("latent.mean", "latent.scale", "latent.projection", "genes.weight", 
 BUNDLED: tuple[str, ...] = ("breast-her2st",)
 
 
-def load(model: str | Path | HE2Gene = "breast-her2st") -> HE2Gene:
-    """Load a model by name or from its folder.
+def load(
+    model: str | Path | HE2Gene = "breast-her2st",
+    *,
+    encoder: tuple[torch.nn.Module, EncoderSpec] | None = None,
+) -> HE2Gene:
+    """Load a model by name, from its folder or from the Hugging Face hub.
 
     Parameters
     ----------
     model
-        Name of a bundled model, or the path of a model folder. A model that is loaded already is returned.
+        Name of a bundled model; the path of a model folder; or ``"hf://owner/name@revision"``, whose four files are
+        fetched into the hub's cache (the revision, a branch, tag or commit, may be left out). A model that is loaded
+        already is returned.
+    encoder
+        The network that the model was trained on and its specification, where it was one of your own; or weights that
+        you have at hand for any other. Default: the encoder that the card names.
 
     Returns
     -------
@@ -40,7 +56,10 @@ def load(model: str | Path | HE2Gene = "breast-her2st") -> HE2Gene:
     Raises
     ------
     ValueError
-        If the name is unknown, or the folder is incomplete, truncated, altered or of a newer schema.
+        If the name is unknown, or the folder is incomplete, truncated, altered or of a newer schema; or there is no
+        such repository or revision on the hub.
+    RuntimeError
+        If a repository is gated, or the hub cannot be reached and its cache does not hold the model.
 
     Examples
     --------
@@ -48,15 +67,26 @@ def load(model: str | Path | HE2Gene = "breast-her2st") -> HE2Gene:
     >>> hg.models.load("breast-her2st").card.classes[0]
     'adipose tissue'
     """
+    if encoder is not None:
+        return replace(load(model), encoder=encoder)
     if isinstance(model, HE2Gene):
         return model
     if not isinstance(model, str | Path):
         raise ValueError(f"`model` is a {type(model).__name__}; a name of {list(BUNDLED)}, a path or a model is needed")
     if isinstance(model, str) and model in BUNDLED:
         return _load_bundled(model)
+    if is_address(model):
+        fetched = fetch_folder(model)
+        try:
+            return _read(fetched)
+        except ValueError as error:
+            raise ValueError(f"`model` {model!r}: {error}") from error
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"`model` {str(model)!r} is neither a bundled model, one of {list(BUNDLED)}, nor a folder")
+        raise ValueError(
+            f"`model` {str(model)!r} is neither a bundled model, one of {list(BUNDLED)}, nor a folder; one on the hub is "
+            "written 'hf://owner/name'"
+        )
     return _read(folder)
 
 

@@ -13,7 +13,10 @@ import pandas as pd
 from ._card import ModelCard
 
 if TYPE_CHECKING:
+    import torch
+
     from ._network import Network
+    from ._registry import EncoderSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +35,14 @@ class HE2Gene:
     tensors
         Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; and ``colour.*``, the baseline
         that reads nothing but mean and SD of colour.
+    encoder
+        Network and specification that stand in for the encoder that the card names; ``None``: that one is loaded.
     """
 
     card: ModelCard
     genes: pd.DataFrame
     tensors: dict[str, np.ndarray]
+    encoder: tuple[torch.nn.Module, EncoderSpec] | None = None
 
     @property
     def name(self) -> str:
@@ -55,21 +61,22 @@ class HE2Gene:
         Raises
         ------
         RuntimeError
-            If the encoder's weights cannot be had here.
+            If the encoder's weights cannot be had here, or it is a network of somebody's own and was not supplied.
         ValueError
             If the encoder at hand has other weights than the one the model was trained with.
         """
         import torch
 
-        from ._encoders import encoder_sha256, load_encoder
+        from ._encoders import encoder_of, encoder_sha256
         from ._network import FeatureExtractor, Network
 
-        encoder, spec = load_encoder(self.card.encoder["name"])
+        encoder, spec = encoder_of(self.card, self.encoder)
         found = encoder_sha256(encoder)
         if found != self.card.encoder["sha256"]:
             raise ValueError(
                 f"`model` {self.name!r} was trained on encoder {spec.name!r} with weights {self.card.encoder['sha256'][:12]}…, "
-                f"those found here are {found[:12]}…: its predictions would be meaningless"
+                f"those found here are {found[:12]}…: its predictions would be meaningless; supply the right ones by "
+                "`hg.models.load(path, encoder=(module, spec))`"
             )
         tensors = {key: torch.from_numpy(value) for key, value in self.tensors.items()}
         return Network(FeatureExtractor(encoder, spec), tensors)
