@@ -1,0 +1,233 @@
+"""Features kept on disk, so that trying ten heads costs one pass of the encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from ..image import PatchReader
+from ..models._network import FeatureExtractor
+from ._engine import encode
+
+logger = logging.getLogger("he2gene_sc")
+
+#: Raised whenever the same key would stand for other numbers, or a file is laid out differently.
+_VERSION = 1
+_PREFIX = "he2gene-features-"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_BLOCK_BYTES = 2**22
+#: Left free on the disk beside what the features take.
+_SPARE_BYTES = 2**24
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def cached_features(
+    extractor: FeatureExtractor,
+    reader: PatchReader,
+    *,
+    encoder_sha256: str,
+    symmetries: tuple[tuple[int, bool], ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: str | Path,
+    progress: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """Return the features of all spots of a reader, from a file if they have been computed before.
+
+    The pixels are read in any case, which costs little beside encoding them: what is looked up is what was read.
+
+    Parameters
+    ----------
+    extractor
+        Gives the features; it is moved to ``device``.
+    reader
+        The patches.
+    encoder_sha256
+        Hash of the encoder's weights, :func:`he2gene_sc.models._encoders.encoder_sha256`.
+    symmetries
+        Ways to turn and mirror the patches, ``r`` in all.
+    device, dtype
+        Where and in which precision the encoder runs, if it has to.
+    folder
+        Where the files lie; made where it does not exist.
+    progress
+        Called with the number of spots done by each batch; once with all of them where the file is found.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(n_spots, r, f)`` float32 in the order of the reader's spots, read-only, mapped from the file: it takes
+        memory only where it is read.
+
+    Raises
+    ------
+    OSError
+        If the disk has too little room (``errno.ENOSPC``; checked before anything is encoded), or the folder cannot be
+        made or written. Nothing is left behind.
+    RuntimeError
+        If one spot alone does not fit into the memory of the device.
+
+    Notes
+    -----
+    *Layout.* One file a section, encoder and choice of symmetries, ``he2gene-features-<key>.npy``: an ordinary npy file,
+    which ``numpy.load`` reads too, with the SHA-256 of all its bytes behind it. A file that is cut short or altered is
+    noticed by that, with a warning, and computed again. To clear the cache, delete the files or the folder.
+
+    *Key.* SHA-256 of the pixels of all patches in the order of the spots, the windows in µm and their sizes in pixels,
+    the hash of the encoder's weights, its architecture, input size and normalisation, the symmetries, the precision and
+    the version of this format. Neither the batch size nor the device is part of it: they change a feature by
+    rounding error.
+
+    *Whole or not at all.* Batches are written to a temporary file (``.part``), which is renamed when it is complete. A
+    run that is killed leaves at most that, which no run reads. Runs that compute the same at once each write their own,
+    and the last one stands.
+
+    *Single precision* is what the encoder hands out: a head fitted to features from the cache is the head fitted
+    without it, bit for bit. Half precision would halve the files, change every fit, and overflow above 65,504.
+    """
+    folder = Path(folder).expanduser()
+    extractor = extractor.to(device)
+    path = folder / f"{_PREFIX}{_key(extractor, reader, encoder_sha256, symmetries, dtype)}.npy"
+    found = _open(path, (reader.n_spots, len(symmetries)))
+    if found is not None:
+        if progress is not None:
+            progress(reader.n_spots)
+        return found
+    shape = (reader.n_spots, len(symmetries), _n_features(extractor, reader, device, dtype))
+    if 0 in shape:
+        empty = np.empty(shape, np.float32)
+        empty.flags.writeable = False
+        return empty
+    n_bytes = 4 * int(np.prod(shape, dtype=np.int64)) + _DIGEST_BYTES
+    with _explained(folder, n_bytes):
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < n_bytes + _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        handle, temporary = tempfile.mkstemp(prefix=f".{_PREFIX}", suffix=".part", dir=folder)
+    try:
+        with os.fdopen(handle, "w+b", buffering=0) as stream, torch.inference_mode():
+            with _explained(folder, n_bytes):
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, header)
+            offset = stream.tell()
+            for batch, part in encode(extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
+                rows = part.float().cpu().numpy()
+                for row in np.argsort(batch.index):
+                    stream.seek(offset + int(batch.index[row]) * rows[0].nbytes)
+                    _write(stream, rows[row].tobytes(), n_bytes, folder)
+                if progress is not None:
+                    progress(len(batch.index))
+            _write(stream, _digest(stream, offset + n_bytes - _DIGEST_BYTES), n_bytes, folder)
+            with _explained(folder, n_bytes):
+                os.fsync(stream.fileno())
+        with _explained(folder, n_bytes):
+            # mkstemp keeps others out; a cache is there to be shared as the folder is.
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    found = _open(path, shape[:2])
+    if found is None:
+        raise OSError(errno.EIO, "the features that were written read back otherwise; is the disk failing?", str(path))
+    return found
+
+
+def _key(
+    extractor: FeatureExtractor,
+    reader: PatchReader,
+    encoder_sha256: str,
+    symmetries: tuple[tuple[int, bool], ...],
+    dtype: torch.dtype,
+) -> str:
+    # A digest a spot, put together in the order of the spots: batches come in the order of the stored chunks.
+    pixels = np.zeros((reader.n_spots, _DIGEST_BYTES), np.uint8)
+    for batch in reader:
+        for row, spot in enumerate(batch.index):
+            digest = hashlib.sha256()
+            for window in batch.patches:
+                digest.update(np.ascontiguousarray(window[row]))
+            pixels[spot] = np.frombuffer(digest.digest(), np.uint8)
+    preprocess = extractor.preprocess
+    facts = {
+        "version": _VERSION,
+        "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        "windows": [[float(window.um), window.factor, window.size] for window in reader.plan.windows],
+        "encoder": encoder_sha256,
+        "architecture": hashlib.sha256(repr(extractor.encoder).encode()).hexdigest(),
+        "input_px": extractor.input_px,
+        "normalisation": [preprocess.shift.flatten().tolist(), preprocess.scale.flatten().tolist()],
+        "symmetries": [[int(turns), bool(mirrored)] for turns, mirrored in symmetries],
+        "dtype": str(dtype),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _n_features(extractor: FeatureExtractor, reader: PatchReader, device: torch.device, dtype: torch.dtype) -> int:
+    """Length of the features, from one blank spot, so that the room they take is known before the work."""
+    blank = tuple(torch.zeros(1, 3, w.size, w.size, dtype=torch.uint8, device=device) for w in reader.plan.windows)
+    with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return extractor(blank).shape[-1]
+
+
+def _write(stream: BinaryIO, data: bytes, n_bytes: int, folder: Path) -> None:
+    """Write all of it; a raw file may take a part at a time."""
+    view = memoryview(data)
+    with _explained(folder, n_bytes):
+        while view:
+            view = view[stream.write(view) :]
+
+
+def _digest(stream: BinaryIO, n_bytes: int) -> bytes:
+    """SHA-256 of the first bytes of a file, which is left standing behind them."""
+    digest = hashlib.sha256()
+    stream.seek(0)
+    left = n_bytes
+    while left and (block := stream.read(min(left, _BLOCK_BYTES))):
+        digest.update(block)
+        left -= len(block)
+    return digest.digest()
+
+
+def _open(path: Path, expected: tuple[int, int]) -> np.ndarray | None:
+    """Map a file of the cache if it is there and whole; ``None`` otherwise."""
+    try:
+        with path.open("rb") as stream:
+            n_bytes = path.stat().st_size - _DIGEST_BYTES
+            whole = n_bytes > 0 and _digest(stream, n_bytes) == stream.read(_DIGEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if whole:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if found.dtype == np.float32 and found.shape[:2] == expected:
+            return found
+    logger.warning("%s is damaged: its features are computed again", path)
+    return None
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, n_bytes: int):
+    """Say of a full disk or a folder that cannot be written which folder it was and what it needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OSError(
+                error.errno,
+                f"the disk is full: the features take {n_bytes:,} bytes; free them or choose another folder for the cache",
+                str(folder),
+            ) from error
+        raise OSError(
+            error.errno, f"the folder of the cache cannot be written ({error.strerror})", str(folder)
+        ) from error
