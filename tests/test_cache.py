@@ -175,6 +175,15 @@ def test_whatever_changes_a_feature_changes_the_key(runs, change):
     assert runs.hit
 
 
+def test_features_laid_out_otherwise_have_another_key(runs):
+    runs()
+    keys = set()
+    for fusion in ("concat", "mean"):
+        runs.extractor.fusion = fusion
+        keys.add(_cache._key(runs.extractor, runs.reader, "hash", SYMMETRIES[:1], torch.float32))
+    assert len(keys) == 2
+
+
 def test_one_changed_pixel_is_noticed(runs, image):
     runs()
     runs(image=changed_pixel(image))

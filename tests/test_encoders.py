@@ -109,7 +109,8 @@ def test_timm_entries_ask_for_torchvision_weights(monkeypatch, name):
 
 def fake_transformers(monkeypatch, from_pretrained):
     module = ModuleType("transformers")
-    module.AutoModel = SimpleNamespace(from_pretrained=from_pretrained)
+    module.AutoConfig = SimpleNamespace(from_pretrained=lambda repository, **_: repository)
+    module.AutoModel = SimpleNamespace(from_pretrained=from_pretrained, from_config=lambda config, **_: Dinov2(7))
     monkeypatch.setitem(sys.modules, "transformers", module)
 
 
@@ -145,6 +146,22 @@ def test_transformers_entries_pool_as_their_cards_say(monkeypatch, name, reposit
     assert found.shape == (2, spec.n_features)
     assert found.dtype == torch.float32
     assert found[0].reshape(len(expected), width)[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite2", "resnet50", "phikon-v2", "mobilenetv3_small_050"])
+def test_the_architecture_alone_is_built_without_weights(monkeypatch, name):
+    def create_model(timm_name, *, pretrained, **options):
+        assert not pretrained
+        return CREATE_MODEL(timm_name, pretrained=False, **options)
+
+    def from_pretrained(*_, **__):
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    fake_transformers(monkeypatch, from_pretrained)
+    encoder, spec = load_encoder(name, pretrained=False)
+    assert spec.name == name
+    assert not encoder.training
 
 
 def test_without_transformers_the_package_to_install_is_named(monkeypatch):

@@ -68,8 +68,8 @@ def cached_features(
     Returns
     -------
     numpy.ndarray
-        ``(n_spots, r, f)`` float32 in the order of the reader's spots, read-only, mapped from the file: it takes
-        memory only where it is read.
+        ``(n_spots, r, f)`` float32, what :func:`encode` yields in the order of the reader's spots, read-only and mapped
+        from the file: it takes memory only where it is read.
 
     Raises
     ------
@@ -100,12 +100,12 @@ def cached_features(
     folder = Path(folder).expanduser()
     extractor = extractor.to(device)
     path = folder / f"{_PREFIX}{_key(extractor, reader, encoder_sha256, symmetries, dtype)}.npy"
-    found = _open(path, (reader.n_spots, len(symmetries)))
+    found = _open(path, reader.n_spots)
     if found is not None:
         if progress is not None:
             progress(reader.n_spots)
         return found
-    shape = (reader.n_spots, len(symmetries), _n_features(extractor, reader, device, dtype))
+    shape = (reader.n_spots, *_shape(extractor, reader, symmetries, device, dtype))
     if 0 in shape:
         empty = np.empty(shape, np.float32)
         empty.flags.writeable = False
@@ -138,7 +138,7 @@ def cached_features(
             Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    found = _open(path, shape[:2])
+    found = _open(path, reader.n_spots)
     if found is None:
         raise OSError(errno.EIO, "the features that were written read back otherwise; is the disk failing?", str(path))
     return found
@@ -168,17 +168,24 @@ def _key(
         "architecture": hashlib.sha256(repr(extractor.encoder).encode()).hexdigest(),
         "input_px": extractor.input_px,
         "normalisation": [preprocess.shift.flatten().tolist(), preprocess.scale.flatten().tolist()],
+        "fusion": getattr(extractor, "fusion", "concat"),
         "symmetries": [[int(turns), bool(mirrored)] for turns, mirrored in symmetries],
         "dtype": str(dtype),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _n_features(extractor: FeatureExtractor, reader: PatchReader, device: torch.device, dtype: torch.dtype) -> int:
-    """Length of the features, from one blank spot, so that the room they take is known before the work."""
+def _shape(
+    extractor: FeatureExtractor,
+    reader: PatchReader,
+    symmetries: tuple[tuple[int, bool], ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    """Shape of the features of one blank spot, so that the room they take is known before the work."""
     blank = tuple(torch.zeros(1, 3, w.size, w.size, dtype=torch.uint8, device=device) for w in reader.plan.windows)
     with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return extractor(blank).shape[-1]
+        return tuple(extractor(blank, symmetries).shape[1:])
 
 
 def _write(stream: BinaryIO, data: bytes, n_bytes: int, folder: Path) -> None:
@@ -200,7 +207,7 @@ def _digest(stream: BinaryIO, n_bytes: int) -> bytes:
     return digest.digest()
 
 
-def _open(path: Path, expected: tuple[int, int]) -> np.ndarray | None:
+def _open(path: Path, n_spots: int) -> np.ndarray | None:
     """Map a file of the cache if it is there and whole; ``None`` otherwise."""
     try:
         with path.open("rb") as stream:
@@ -210,7 +217,7 @@ def _open(path: Path, expected: tuple[int, int]) -> np.ndarray | None:
         return None
     if whole:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-        if found.dtype == np.float32 and found.shape[:2] == expected:
+        if found.dtype == np.float32 and len(found) == n_spots:
             return found
     logger.warning("%s is damaged: its features are computed again", path)
     return None

@@ -21,6 +21,8 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 def load_encoder(
     encoder: str | tuple[torch.nn.Module, EncoderSpec],
+    *,
+    pretrained: bool = True,
 ) -> tuple[torch.nn.Module, EncoderSpec]:
     """Build an encoder with its weights, in evaluation mode on the CPU, float32.
 
@@ -30,6 +32,9 @@ def load_encoder(
         A name in :data:`ENCODERS`; any timm name, ``"hf-hub:owner/name@revision"`` among them; or a network of your
         own with what has to be known of it, ``(module, EncoderSpec("my-encoder", input_px=224))``. The network is
         copied: yours stays on its device and in its mode.
+    pretrained
+        Whether its weights are read. Without, the architecture alone is built, of which a repository on the hub still
+        has to tell.
 
     Returns
     -------
@@ -66,13 +71,14 @@ def load_encoder(
         raise ValueError(f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)} or any name of timm.list_models()")
     if spec is not None and (spec.weights or spec.package):
         network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
-        network.load_state_dict(_read_weights(_WEIGHTS / spec.weights) if spec.weights else _read_package(spec))
+        if pretrained:
+            network.load_state_dict(_read_weights(_WEIGHTS / spec.weights) if spec.weights else _read_package(spec))
         return network.eval(), spec
     wanted = spec or EncoderSpec(name, name)
     if wanted.transformers_name:
         _need_transformers(name)
     try:
-        network = _from_transformers(wanted) if wanted.transformers_name else _from_timm(wanted)
+        network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
     except Exception as error:  # timm, transformers, the hub client and its transport each raise their own types
         raise RuntimeError(_how_to_get(wanted, error)) from error
     network = network.float().eval()
@@ -83,7 +89,7 @@ def load_encoder(
 
 
 def encoder_of(
-    card: ModelCard, given: tuple[torch.nn.Module, EncoderSpec] | None
+    card: ModelCard, given: tuple[torch.nn.Module, EncoderSpec] | None, *, pretrained: bool = True
 ) -> tuple[torch.nn.Module, EncoderSpec]:
     """Return the encoder of a model: the one given, else the one its card names.
 
@@ -96,7 +102,7 @@ def encoder_of(
     """
     name = card.encoder["name"]
     try:
-        network, spec = load_encoder(name if given is None else given)
+        network, spec = load_encoder(name if given is None else given, pretrained=pretrained)
     except ValueError as error:
         if given is not None:
             raise
@@ -117,7 +123,7 @@ def encoder_of(
     return network, spec
 
 
-def _from_timm(spec: EncoderSpec) -> torch.nn.Module:
+def _from_timm(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
     import timm
     import torch
 
@@ -127,7 +133,7 @@ def _from_timm(spec: EncoderSpec) -> torch.nn.Module:
     options = {
         key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
     }
-    network = timm.create_model(spec.timm_name, pretrained=True, num_classes=0, **options)
+    network = timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, **options)
     return network if spec.pooling == "network" else Tokens(network, spec.pooling, network.num_prefix_tokens)
 
 
@@ -140,13 +146,18 @@ def _need_transformers(name: str) -> None:
         ) from error
 
 
-def _from_transformers(spec: EncoderSpec) -> torch.nn.Module:
-    from transformers import AutoModel
+def _from_transformers(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModel
 
     from ._tokens import Tokens
 
     # Code from a repository is never run: both architectures are part of transformers. Neither has registers.
-    return Tokens(AutoModel.from_pretrained(spec.transformers_name, trust_remote_code=False), spec.pooling, 1)
+    if pretrained:
+        network = AutoModel.from_pretrained(spec.transformers_name, trust_remote_code=False)
+    else:
+        config = AutoConfig.from_pretrained(spec.transformers_name, trust_remote_code=False)
+        network = AutoModel.from_config(config, trust_remote_code=False)
+    return Tokens(network, spec.pooling, 1)
 
 
 def _read_package(spec: EncoderSpec) -> dict[str, torch.Tensor]:
