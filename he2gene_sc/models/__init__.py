@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "EncoderSpec": "._encoders",
         "HE2Gene": "._model",
         "ModelCard": "._card",
+        "from_checkpoint": "._paper",
         "load": "._folder",
         "load_encoder": "._encoders",
     },

@@ -88,13 +88,15 @@ ENCODERS: dict[str, EncoderSpec] = {
 }
 
 
-def load_encoder(name: str) -> tuple[torch.nn.Module, EncoderSpec]:
+def load_encoder(name: str, *, pretrained: bool = True) -> tuple[torch.nn.Module, EncoderSpec]:
     """Build an encoder with its weights, in evaluation mode on the CPU, float32.
 
     Parameters
     ----------
     name
         A name in :data:`ENCODERS` or any timm name.
+    pretrained
+        Whether its weights are read; without, the architecture alone is built and nothing is fetched.
 
     Returns
     -------
@@ -116,6 +118,9 @@ def load_encoder(name: str) -> tuple[torch.nn.Module, EncoderSpec]:
     from_hub = name.startswith(("hf-hub:", "hf_hub:"))
     if spec is None and not from_hub and not timm.is_model(name.split(":", 1)[-1].split("/")[-1].split(".")[0]):
         raise ValueError(f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)} or any name of timm.list_models()")
+    if not pretrained:
+        encoder = timm.create_model(spec.timm_name if spec else name, pretrained=False, num_classes=0)
+        return encoder.eval(), spec or _spec_from_timm(name, encoder)
     if spec is not None and spec.weights is not None:
         encoder = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
         encoder.load_state_dict(_read_weights(_WEIGHTS / spec.weights))

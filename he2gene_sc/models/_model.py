@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,9 @@ from ._card import ModelCard
 
 if TYPE_CHECKING:
     from ._network import Network
+
+#: What the names of an encoder's own tensors begin with.
+ENCODER = "encoder."
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +33,9 @@ class HE2Gene:
         highest variance in training), ``mean``, ``pcc`` (held-out Pearson correlation), ``pcc_low`` (its lower 95 %
         bound), ``skill`` (held-out, against the training mean), ``reliable``.
     tensors
-        Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; and ``colour.*``, the baseline
-        that reads nothing but mean and SD of colour.
+        Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, those of the
+        encoder where it was trained too (otherwise the registry has them); and ``colour.*``, the baseline that reads
+        nothing but mean and SD of colour, where there is one.
     """
 
     card: ModelCard
@@ -57,22 +61,35 @@ class HE2Gene:
         RuntimeError
             If the encoder's weights cannot be had here.
         ValueError
-            If the encoder at hand has other weights than the one the model was trained with.
+            If the encoder at hand has other weights than the one the model was trained with, or is built otherwise.
         """
         import torch
 
         from ._encoders import encoder_sha256, load_encoder
         from ._network import FeatureExtractor, Network
 
-        encoder, spec = load_encoder(self.card.encoder["name"])
+        tensors = {key: torch.from_numpy(value) for key, value in self.tensors.items()}
+        own = {key.removeprefix(ENCODER): value for key, value in tensors.items() if key.startswith(ENCODER)}
+        encoder, spec = load_encoder(self.card.encoder["name"], pretrained=not own)
+        if own:
+            try:
+                encoder.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"`model` {self.name!r} carries weights that do not fit its encoder {spec.name!r} as timm builds it "
+                    f"here: {error}"
+                ) from error
+        spec = replace(
+            spec, **{key: tuple(self.card.encoder[key]) for key in ("mean", "std") if key in self.card.encoder}
+        )
         found = encoder_sha256(encoder)
         if found != self.card.encoder["sha256"]:
             raise ValueError(
                 f"`model` {self.name!r} was trained on encoder {spec.name!r} with weights {self.card.encoder['sha256'][:12]}…, "
                 f"those found here are {found[:12]}…: its predictions would be meaningless"
             )
-        tensors = {key: torch.from_numpy(value) for key, value in self.tensors.items()}
-        return Network(FeatureExtractor(encoder, spec), tensors)
+        heads = {key: value for key, value in tensors.items() if not key.startswith(ENCODER)}
+        return Network(FeatureExtractor(encoder, spec, fusion=self.card.fusion), heads)
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: ``card.json``, ``genes.csv``, ``weights.safetensors``, ``README.md``.
