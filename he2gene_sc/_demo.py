@@ -147,7 +147,7 @@ def compare(sdata: SpatialData, model: HE2Gene) -> Comparison:
                 "n_genes": len(chosen),
                 # A gene that is constant on either side is not predicted: it counts as 0.
                 "model": by_name.loc[chosen, "pearson"].fillna(0).mean(),
-                "colour": colour[chosen].fillna(0).mean(),
+                "colour": colour[chosen].fillna(0).mean() if colour.notna().any() else np.nan,
                 "ceiling": by_name.loc[chosen, "ceiling"].fillna(0).mean(),
             }
         )
@@ -164,6 +164,8 @@ def _colour_pearson(
     from .image import PatchReader
     from .stats import pearson
 
+    if "colour.genes" not in model.tensors:
+        return np.full(len(names), np.nan)
     (slide,) = resolve(sdata)
     extractor = model.network.extractor
     reader = PatchReader(

@@ -47,7 +47,10 @@ def predict(
     shapes_key: Annotated[str | None, typer.Option(help="Spots, where the store holds several.")] = None,
     table_key: Annotated[str | None, typer.Option(help="Table, where the store holds several.")] = None,
     all_genes: Annotated[bool, typer.Option("--all-genes", help="Every model gene, into a table of its own.")] = False,
-    tta: Annotated[bool, typer.Option("--tta", help="Average the eight symmetries: slower, slightly better.")] = False,
+    tta: Annotated[
+        bool | None,
+        typer.Option(help="Average the eight symmetries: slower, slightly better. Default: as the card says."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another store at OUT.")] = False,
     pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,

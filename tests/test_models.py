@@ -100,8 +100,8 @@ def test_altered_genes_are_refused(folder):
 
 
 def test_a_newer_schema_is_refused_with_the_way_out(folder):
-    rewrite_card(folder, schema_version=2)
-    with pytest.raises(ValueError, match="schema version 2.*pip install -U"):
+    rewrite_card(folder, schema_version=3)
+    with pytest.raises(ValueError, match="schema version 3.*pip install -U"):
         load(folder)
 
 
@@ -117,6 +117,26 @@ def test_a_card_without_a_field_is_refused_by_its_name(folder):
     del card["classes"]
     (folder / "card.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"lacks \['classes'\]"):
+        load(folder)
+
+
+def test_a_card_of_the_first_schema_is_read_as_what_it_meant(folder):
+    card = json.loads((folder / "card.json").read_text())
+    del card["fusion"], card["tta"]
+    (folder / "card.json").write_text(json.dumps(card | {"schema_version": 1}))
+    assert (load(folder).card.fusion, load(folder).card.tta) == ("concat", False)
+
+
+def test_an_unknown_fusion_is_refused(folder):
+    rewrite_card(folder, fusion="attention")
+    with pytest.raises(ValueError, match="'attention', valid"):
+        load(folder)
+
+
+def test_a_latent_without_its_scale_is_refused(tiny_model, tmp_path):
+    tensors = {key: value for key, value in tiny_model.tensors.items() if key != "latent.scale"}
+    folder = HE2Gene(tiny_model.card, tiny_model.genes, tensors).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"lacks \['latent\.scale'\]"):
         load(folder)
 
 

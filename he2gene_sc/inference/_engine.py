@@ -30,7 +30,7 @@ class Predictions:
     expression
         ``(n, g)`` float32, natural log of (1 + counts per 10,000), floored at 0.
     proba
-        ``(n, c)`` float32, calibrated class probabilities; ``c`` is 0 without an annotation head.
+        ``(n, c)`` float32, class probabilities; ``c`` is 0 without an annotation head.
     embedding
         ``(n, k)`` float32, what the heads read.
     """
@@ -63,7 +63,7 @@ def predict(
     device, dtype
         Where and in which precision the encoder runs; the heads run in float32.
     tta
-        Average the features over the eight symmetries of the square.
+        Average over the eight symmetries of the square.
     progress
         Called with the number of spots done by each batch.
 
@@ -74,11 +74,15 @@ def predict(
     """
     network = network.to(device)
     chunks: list[torch.Tensor] = []
+    probas: list[torch.Tensor] = []
     order: list[np.ndarray] = []
     with torch.inference_mode():
         symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
         for batch, features in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
-            chunks.append(network.latent(features))
+            views = network.views(features)
+            chunks.append(views.mean(1))
+            if network.has_annotation:
+                probas.append(network.annotation(views).mean(1))
             order.append(batch.index)
             if progress is not None:
                 progress(len(batch.index))
@@ -90,14 +94,15 @@ def predict(
             index = np.concatenate(order)
             latent = torch.cat(chunks)
             # Back into the order of the spots on the device, so that one copy brings everything home.
-            latent = latent[torch.from_numpy(np.argsort(index)).to(device)]
+            back = torch.from_numpy(np.argsort(index)).to(device)
+            latent = latent[back]
             embedding[:] = latent.cpu().numpy()
             positions = torch.from_numpy(np.asarray(genes, np.int64)).to(device)
             for start in range(0, len(genes), _GENES_AT_ONCE):
                 part = positions[start : start + _GENES_AT_ONCE]
                 expression[:, start : start + len(part)] = network.expression(latent, part).cpu().numpy()
             if network.has_annotation:
-                proba[:] = network.annotation(latent).cpu().numpy()
+                proba[:] = torch.cat(probas)[back].cpu().numpy()
     return Predictions(expression, proba, embedding)
 
 

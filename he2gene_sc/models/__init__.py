@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "HE2Gene": "._model",
         "ModelCard": "._card",
         "encoders": "._catalogue",
+        "from_checkpoint": "._paper",
         "load": "._folder",
         "load_encoder": "._encoders",
     },

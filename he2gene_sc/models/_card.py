@@ -9,9 +9,15 @@ from typing import Any
 from .._keys import check_class_names
 
 #: Raised whenever a reader of the old version would misunderstand the new one.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 EXPRESSION_SCALE = "natural log of (1 + counts per 10,000)"
+
+#: What is made of several windows, see ``ModelCard.fusion``.
+FUSIONS = ("concat", "mean")
+
+#: Fields that cards of schema 1 do not have; their defaults are what such a model does.
+_SINCE_2 = {"fusion", "tta"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class ModelCard:
     description
         One paragraph for people.
     encoder
-        ``name``, ``license``, ``sha256`` of the weights, ``input_px``.
+        ``name``, ``license``, ``sha256`` of the weights, ``input_px``; ``mean`` and ``std`` of the channels where
+        they are not those of the registry.
     windows_um
         Sides of the windows around a spot, µm.
     classes, class_colors
@@ -46,6 +53,11 @@ class ModelCard:
         SHA-256 of every other file of the folder.
     expression_scale
         Unit of the predictions.
+    fusion
+        ``"concat"``: the features of all windows and their colours stand side by side; ``"mean"``: every window is a
+        view of its own, as is every symmetry, and the predictions are averaged over the views.
+    tta
+        Whether inference averages over the eight symmetries of the square unless it is told otherwise.
     schema_version
         Version of this layout.
     """
@@ -67,11 +79,15 @@ class ModelCard:
     license: str = "BSD-3-Clause"
     files: dict[str, str] = field(default_factory=dict)
     expression_scale: str = EXPRESSION_SCALE
+    fusion: str = "concat"
+    tta: bool = False
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         for name in ("windows_um", "classes", "class_colors", "limitations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"`fusion` of the model card is {self.fusion!r}, valid: {list(FUSIONS)}")
         check_class_names(self.classes)
 
     def to_json(self) -> str:
@@ -99,7 +115,7 @@ class ModelCard:
                 f"{SCHEMA_VERSION}; upgrade with `pip install -U he2gene_sc`"
             )
         names = {f.name for f in fields(cls)}
-        missing = sorted(names - data.keys())
+        missing = sorted(names - data.keys() - (_SINCE_2 if data["schema_version"] < 2 else set()))
         if missing:
             raise ValueError(f"`model`: {where} lacks {missing}; the folder is damaged")
         return cls(**{key: value for key, value in data.items() if key in names})
@@ -112,7 +128,7 @@ class ModelCard:
             self.description,
             "",
             f"- Encoder: {self.encoder['name']} ({self.encoder['license']}), windows of "
-            f"{', '.join(f'{um:g}' for um in self.windows_um)} µm",
+            f"{', '.join(f'{um:g}' for um in self.windows_um)} µm{self._views()}",
             f"- Genes: {self.n_genes:,}, as {self.expression_scale}",
             f"- Classes: {', '.join(self.classes) or 'none'}",
             f"- Licence: {self.license}",
@@ -135,6 +151,11 @@ class ModelCard:
             "",
         ]
         return "\n".join(lines)
+
+    def _views(self) -> str:
+        over = ["windows"] if self.fusion == "mean" and len(self.windows_um) > 1 else []
+        over += ["the eight symmetries of the square"] if self.tta else []
+        return f"; predictions are averaged over {' and '.join(over)}" if over else ""
 
 
 def _bullets(data: dict[str, Any], depth: int = 0) -> list[str]:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).parent / "bundled"
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
 _COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
-_TENSORS = ("latent.mean", "latent.scale", "latent.projection", "genes.weight", "genes.bias")
+_TENSORS = ("genes.weight", "genes.bias")
+#: All or none of them: without, the heads read the features as they are.
+_LATENT = ("latent.mean", "latent.scale", "latent.projection")
 
 #: Models inside the package.
 BUNDLED: tuple[str, ...] = ("breast-her2st",)
@@ -112,9 +114,10 @@ def _read(folder: Path) -> HE2Gene:
 
     tensors = {key: np.asarray(value) for key, value in load_file(folder / _WEIGHTS).items()}
     genes = pd.read_csv(
-        folder / _GENES, keep_default_na=False, na_values={c: [""] for c in ("pcc", "pcc_low", "skill")}
+        folder / _GENES, keep_default_na=False, na_values={c: [""] for c in ("mean", "pcc", "pcc_low", "skill")}
     )
-    lacking = [key for key in _TENSORS if key not in tensors] + [c for c in _COLUMNS if c not in genes.columns]
+    needed = _TENSORS + (_LATENT if any(key in tensors for key in _LATENT) else ())
+    lacking = [key for key in needed if key not in tensors] + [c for c in _COLUMNS if c not in genes.columns]
     if lacking:
         raise ValueError(f"`model` folder {folder.name!r} lacks {lacking}: it is no he2gene_sc model of this schema")
     genes = genes.set_index("gene")
@@ -142,7 +145,8 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        save_file({k: np.ascontiguousarray(v) for k, v in model.tensors.items()}, temporary / _WEIGHTS)
+        # Not `ascontiguousarray`, which makes arrays of the counters of an encoder.
+        save_file({k: np.asarray(v, order="C") for k, v in model.tensors.items()}, temporary / _WEIGHTS)
         model.genes.reset_index()[_COLUMNS].to_csv(temporary / _GENES, index=False, float_format="%.5g")
         files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
         card = replace(model.card, files=files)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from ._network import Network
     from ._registry import EncoderSpec
+
+#: What the names of an encoder's own tensors begin with.
+ENCODER = "encoder."
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +36,9 @@ class HE2Gene:
         highest variance in training), ``mean``, ``pcc`` (held-out Pearson correlation), ``pcc_low`` (its lower 95 %
         bound), ``skill`` (held-out, against the training mean), ``reliable``.
     tensors
-        Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; and ``colour.*``, the baseline
-        that reads nothing but mean and SD of colour.
-    encoder
-        Network and specification that stand in for the encoder that the card names; ``None``: that one is loaded.
+        Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, those of the
+        encoder where it was trained too (otherwise the registry has them); and ``colour.*``, the baseline that reads
+        nothing but mean and SD of colour, where there is one.
     """
 
     card: ModelCard
@@ -63,14 +65,27 @@ class HE2Gene:
         RuntimeError
             If the encoder's weights cannot be had here, or it is a network of somebody's own and was not supplied.
         ValueError
-            If the encoder at hand has other weights than the one the model was trained with.
+            If the encoder at hand has other weights than the one the model was trained with, or is built otherwise.
         """
         import torch
 
         from ._encoders import encoder_of, encoder_sha256
         from ._network import FeatureExtractor, Network
 
-        encoder, spec = encoder_of(self.card, self.encoder)
+        tensors = {key: torch.from_numpy(value) for key, value in self.tensors.items()}
+        own = {key.removeprefix(ENCODER): value for key, value in tensors.items() if key.startswith(ENCODER)}
+        encoder, spec = encoder_of(self.card, self.encoder, pretrained=not own)
+        if own:
+            try:
+                encoder.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"`model` {self.name!r} carries weights that do not fit its encoder {spec.name!r} as timm builds it "
+                    f"here: {error}"
+                ) from error
+        spec = replace(
+            spec, **{key: tuple(self.card.encoder[key]) for key in ("mean", "std") if key in self.card.encoder}
+        )
         found = encoder_sha256(encoder)
         if found != self.card.encoder["sha256"]:
             raise ValueError(
@@ -78,8 +93,8 @@ class HE2Gene:
                 f"those found here are {found[:12]}…: its predictions would be meaningless; supply the right ones by "
                 "`hg.models.load(path, encoder=(module, spec))`"
             )
-        tensors = {key: torch.from_numpy(value) for key, value in self.tensors.items()}
-        return Network(FeatureExtractor(encoder, spec), tensors)
+        heads = {key: value for key, value in tensors.items() if not key.startswith(ENCODER)}
+        return Network(FeatureExtractor(encoder, spec, fusion=self.card.fusion), heads)
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: ``card.json``, ``genes.csv``, ``weights.safetensors``, ``README.md``.

@@ -1,4 +1,4 @@
-"""The network: encoder → view features → standardise → latent → {gene head, annotation head}."""
+"""The network: encoder → features of the views → latent → {gene head, annotation head}."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Preprocess(nn.Module):
 class FeatureExtractor(nn.Module):
     """What a spot looks like: encoder features of each window, and mean and SD of its colours.
 
-    Colour alone carries much of what is predictable within a stain, and an ImageNet encoder half hides it.
+    Colour alone carries much of what is predictable within a stain, and an ImageNet encoder half hides it. A network
+    that was trained as a whole on single windows reads the encoder's features alone, window by window.
 
     Parameters
     ----------
@@ -50,10 +51,13 @@ class FeatureExtractor(nn.Module):
         ``(b, 3, input_px, input_px)`` to ``(b, f)``.
     spec
         Its entry in the registry.
+    fusion
+        ``"concat"``: windows side by side, and colours; ``"mean"``: every window is a view, without colours.
     """
 
-    def __init__(self, encoder: nn.Module, spec: EncoderSpec):
+    def __init__(self, encoder: nn.Module, spec: EncoderSpec, *, fusion: str = "concat"):
         super().__init__()
+        self.fusion = fusion
         self.preprocess = Preprocess(spec)
         self.encoder = fuse_batch_norm(encoder, spec.input_px).to(memory_format=torch.channels_last)
         self.input_px = spec.input_px
@@ -74,10 +78,14 @@ class FeatureExtractor(nn.Module):
         Returns
         -------
         torch.Tensor
-            ``(b, r, w·f + w·N_COLOUR)`` float32: encoder features of the windows side by side, then their colours.
+            Float32. ``"concat"``: ``(b, r, w·f + w·N_COLOUR)``, encoder features of the windows side by side, then
+            their colours. ``"mean"``: ``(b, r·w, f)``, the views of a spot.
         """
         n = len(patches)
         x = torch.cat([self.preprocess(window) for window in patches])
+        if self.fusion == "mean":
+            views = [self.encoder(symmetric(x, *symmetry)).float().chunk(n) for symmetry in symmetries]
+            return torch.stack([window for windows in views for window in windows], dim=1)
         colour = self._colour(x, n)
         views = [
             torch.cat([*self.encoder(symmetric(x, *symmetry)).float().chunk(n), colour], dim=1)
@@ -108,15 +116,18 @@ class Network(nn.Module):
     extractor
         Gives ``f`` numbers a spot.
     tensors
-        ``latent.mean, latent.scale`` ``(f,)``; ``latent.projection`` ``(f, k)``; ``genes.weight`` ``(k, g)``,
-        ``genes.bias`` ``(g,)``; and, with an annotation head, ``annotation.weight`` ``(k, c)``, ``annotation.bias``
-        ``(c,)``, already divided by the temperature.
+        ``genes.weight`` ``(k, g)``, ``genes.bias`` ``(g,)``; with a latent of its own ``latent.mean, latent.scale``
+        ``(f,)`` and ``latent.projection`` ``(f, k)``, otherwise the heads read the features and ``k`` is ``f``; with an
+        annotation head ``annotation.weight`` ``(k, c)``, ``annotation.bias`` ``(c,)``, already divided by the
+        temperature where there is one.
     """
 
     def __init__(self, extractor: FeatureExtractor, tensors: dict[str, torch.Tensor]):
         super().__init__()
         self.extractor = extractor
-        for key in ("latent.mean", "latent.scale", "latent.projection", "genes.weight", "genes.bias"):
+        self.has_latent = "latent.projection" in tensors
+        latent = ("latent.mean", "latent.scale", "latent.projection") if self.has_latent else ()
+        for key in (*latent, "genes.weight", "genes.bias"):
             self.register_buffer(key.replace(".", "_"), tensors[key].float())
         self.has_annotation = "annotation.weight" in tensors
         if self.has_annotation:
@@ -126,19 +137,34 @@ class Network(nn.Module):
     @property
     def n_latent(self) -> int:
         """Length of the embedding."""
-        return self.latent_projection.shape[1]
+        return self.genes_weight.shape[0]
+
+    def views(self, features: torch.Tensor) -> torch.Tensor:
+        """Project features ``(b, v, f)`` to what the heads read, ``(b, v', k)``.
+
+        Windows side by side are averaged over the symmetries first, so that ``v'`` is 1; where windows are views, each
+        keeps its own, for their probabilities are averaged, not their features.
+        """
+        if self.extractor.fusion == "concat":
+            features = features.mean(1, keepdim=True)
+        if not self.has_latent:
+            return features
+        return (features - self.latent_mean) / self.latent_scale @ self.latent_projection
 
     def latent(self, features: torch.Tensor) -> torch.Tensor:
-        """Project features ``(b, r, f)``, averaged over the symmetries, to the embedding ``(b, k)``."""
-        return (features.mean(1) - self.latent_mean) / self.latent_scale @ self.latent_projection
+        """Project features ``(b, v, f)``, averaged over the views, to the embedding ``(b, k)``."""
+        return self.views(features).mean(1)
 
     def expression(self, latent: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
-        """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0."""
+        """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0.
+
+        The head is linear: of the mean of the views it gives the mean of their predictions.
+        """
         return (latent @ self.genes_weight[:, genes] + self.genes_bias[genes]).clamp_(min=0)
 
     def annotation(self, latent: torch.Tensor) -> torch.Tensor:
-        """Predict the calibrated class probabilities, ``(b, k)`` to ``(b, c)``."""
-        return torch.softmax(latent @ self.annotation_weight + self.annotation_bias, dim=1)
+        """Predict the class probabilities, ``(…, k)`` to ``(…, c)``; those of several views are to be averaged."""
+        return torch.softmax(latent @ self.annotation_weight + self.annotation_bias, dim=-1)
 
 
 def symmetric(x: torch.Tensor, turns: int, mirrored: bool) -> torch.Tensor:

@@ -39,7 +39,7 @@ def predict(
     gene_symbols: str | None = None,
     layer: str | None = None,
     key_added: str = "he2gene",
-    tta: bool = False,
+    tta: bool | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
@@ -71,7 +71,8 @@ def predict(
     key_added
         Prefix of everything that is written.
     tta
-        Average over the eight symmetries of the square: eight times the work, slightly better.
+        Average over the eight symmetries of the square: eight times the work, slightly better. Default: what the
+        model's card says; the paper's models do, the bundled one does not.
     batch_size
         Spots a batch. It does not change the result.
     device
@@ -131,6 +132,7 @@ def predict(
     device = resolve_device(settings.device if device is None else device)
     dtype = resolve_dtype(dtype, device)
     model = load(model)
+    tta = model.card.tta if tta is None else bool(tta)
     slides = resolve(
         sdata,
         image_key=image_key,
@@ -164,7 +166,7 @@ def predict(
         "encoder_sha256": model.card.encoder["sha256"],
         "expression_scale": model.card.expression_scale,
         "layer": keys.layer,
-        "tta": bool(tta),
+        "tta": tta,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "windows_um": [float(um) for um in model.card.windows_um],

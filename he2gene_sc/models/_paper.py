@@ -1,0 +1,253 @@
+"""The networks of the HE2Gene paper: reading the ``.pt`` files that its authors publish.
+
+Layout and constants are those of github.com/Microbiods/HE2Gene (``src/models/resnet.py``, ``src/patch_pred.py``):
+torchvision's ResNet-50 without its last layer, and three linear heads on its 2,048 features.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ._card import ModelCard
+from ._model import ENCODER, HE2Gene
+
+if TYPE_CHECKING:
+    import torch
+
+    from ._encoders import EncoderSpec
+
+#: Channels of the training patches of the paper, after scaling to 0..1.
+PAPER_MEAN, PAPER_STD = (0.5319, 0.5080, 0.6824), (0.2442, 0.2063, 0.1633)
+#: 75, 150 and 225 px of the HBCIS images, which have about 0.67 µm/px.
+PAPER_WINDOWS_UM = (50.0, 100.0, 150.0)
+
+#: Names of the target, auxiliary and tumour heads in each layout.
+_HEADS = {"he2gene-base": ("fc1", "fc2", "fc3"), "he2gene-spat": ("fc", "fc_aux", "fc_tmr")}
+_BASE = "base_model."
+_WRAPPERS = ("state_dict", "model_state_dict")
+_ENCODER = "resnet50"
+_SHOWN = 6
+
+
+def from_checkpoint(
+    path: str | Path,
+    preset: str,
+    target_genes: Sequence[str] | str | Path,
+    aux_genes: Sequence[str] | str | Path,
+    *,
+    name: str | None = None,
+    version: str = "1",
+    description: str = "",
+    windows_um: Sequence[float] = PAPER_WINDOWS_UM,
+    ensembl_ids: Mapping[str, str] | None = None,
+    intended_use: str = "Research use only.",
+    license: str = "unknown (the code of HE2Gene is MIT)",
+) -> HE2Gene:
+    """Read a network of the HE2Gene paper from the ``.pt`` file that its authors publish.
+
+    Predictions are averaged over three windows and the eight symmetries of the square, as in the paper. They equal
+    those of the authors' code but for what is negative, which is floored at 0.
+
+    Parameters
+    ----------
+    path
+        A ``state_dict`` of ``AuxAnnotateResNet50`` or ``AuxAnnotateSpatialResNet50``, bare or under
+        ``"state_dict"`` or ``"model_state_dict"``, with or without the ``module.`` of ``DataParallel``. Only tensors are
+        read (``weights_only=True``): nothing in the file can run.
+    preset
+        ``"he2gene-base"`` or ``"he2gene-spat"``.
+    target_genes, aux_genes
+        Genes in the order of the two heads, or text files with a gene a line (``src/target_genes.txt`` and
+        ``data/breast/full_aux_genes.txt`` of the authors' repository).
+    name, version, description, intended_use, license
+        For the card. Default name: that of the preset.
+    windows_um
+        Sides of the windows, µm. The paper's 75, 150 and 225 px are about 50, 100 and 150 µm.
+    ensembl_ids
+        Symbol to Ensembl id, for the gene table; genes that are named by an Ensembl id have their own.
+
+    Returns
+    -------
+    HE2Gene
+        With ``.save(path)``; use it at once as ``hg.tl.predict(sdata, model=model)``. No held-out figure is known of
+        it: ``genes["pcc"]`` is NaN and no gene is called reliable.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is truncated, holds pickled objects, or is of another layout; if it has other numbers of genes than
+        the lists; if genes occur twice.
+    """
+    if preset not in _HEADS:
+        raise ValueError(f"`preset` is {preset!r}, valid: {list(_HEADS)}")
+    target, aux = _names(target_genes, "target_genes"), _names(aux_genes, "aux_genes")
+    names = pd.Index(target + aux, name="gene")
+    if names.has_duplicates:
+        twice = list(names[names.duplicated()].unique())
+        raise ValueError(
+            f"`target_genes`, `aux_genes`: {len(twice)} genes occur twice, first {twice[:_SHOWN]}; every output of the "
+            "network needs a name of its own"
+        )
+    from ._encoders import encoder_sha256
+
+    state = _read(Path(path).expanduser())
+    _check_layout(state, preset)
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"`path` holds values that are not finite in {broken[:_SHOWN]}: its training had diverged")
+    encoder, spec = _encoder(state)
+    n_genes = {"target_genes": len(target), "aux_genes": len(aux)}
+    heads = _heads(state, preset, n_genes, encoder.num_features)
+    own = {ENCODER + key: value for key, value in encoder.state_dict().items()}
+    tensors = {key: np.asarray(value.numpy(), order="C") for key, value in (heads | own).items()}
+    known = dict(ensembl_ids or {})
+    genes = pd.DataFrame(
+        {
+            "ensembl_id": [known.get(g, g.split(".")[0] if re.match(r"ENSG\d{11}(\.\d+)?$", g) else "") for g in names],
+            "group": ["target"] * len(target) + ["auxiliary"] * len(aux),
+            "variable": False,
+            "mean": np.nan,
+            "pcc": np.nan,
+            "pcc_low": np.nan,
+            "skill": np.nan,
+            "reliable": False,
+        },
+        index=names,
+    )
+    card = ModelCard(
+        name=name or preset,
+        version=version,
+        description=description
+        or f"The network {preset} of the HE2Gene paper (Bioinformatics 2024, btae343), read from {Path(path).name}.",
+        encoder={
+            "name": spec.name,
+            "license": license,
+            "sha256": encoder_sha256(encoder),
+            "input_px": spec.input_px,
+            "mean": list(PAPER_MEAN),
+            "std": list(PAPER_STD),
+        },
+        windows_um=tuple(float(um) for um in windows_um),
+        classes=("normal", "tumour"),
+        class_colors=("#2ca02c", "#d62728"),
+        n_genes=len(names),
+        n_latent=len(tensors["genes.weight"]),
+        training={
+            "sections": {},
+            "preset": preset,
+            "by": "the authors of the paper: 18 patients of HBCIS by their account, not checked here",
+        },
+        metrics={"held-out figures": "unknown: read from a checkpoint, nothing was held out here"},
+        reliable_rule="held-out figures say so; none are known of this model, so no gene is",
+        intended_use=intended_use,
+        limitations=(
+            "How well it predicts any gene on any tissue is unknown until it is tested there.",
+            "It was trained on fresh frozen breast cancer sections of one study, at about 0.67 µm/px.",
+            "The probabilities of its annotation are not calibrated.",
+            "What it predicts below 0 is shown as 0.",
+        ),
+        license=license,
+        fusion="mean",
+        tta=True,
+    )
+    return HE2Gene(card, genes, tensors)
+
+
+def _names(genes: Sequence[str] | str | Path, parameter: str) -> list[str]:
+    if isinstance(genes, str | Path):
+        file = Path(genes).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"`{parameter}` {str(genes)!r} is no file; a list of genes or a text file is needed"
+            )
+        genes = file.read_text(encoding="utf-8").splitlines()
+        genes = [line.strip() for line in genes if line.strip()]
+    return [str(gene) for gene in genes]
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of the file by name, without wrappers and prefixes."""
+    import torch
+
+    if not path.is_file():
+        raise FileNotFoundError(f"`path` {str(path)!r} is no file")
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`path` {path.name!r} holds more than tensors ({str(error).splitlines()[0]}), or is no PyTorch file. Objects "
+            "in it could run any code, so they are refused: save `model.state_dict()` where the file comes from"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "it is empty")
+        raise ValueError(f"`path` {path.name!r} is truncated or no PyTorch file ({reason})") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        kind = f"a mapping with {list(found)[:_SHOWN]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        raise ValueError(f"`path` {path.name!r} holds {kind}; a state dict is needed, bare or under one of {_WRAPPERS}")
+    return {str(key).removeprefix("module."): value for key, value in found.items()}
+
+
+def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:
+    """Raise unless the file has the three heads of the preset, and nothing beside them and the encoder."""
+    heads = sorted({key.rsplit(".", 1)[0] for key in state if not key.startswith(_BASE)})
+    expected = [f"{head}.{part}" for head in _HEADS[preset] for part in ("weight", "bias")]
+    outside = {key for key in state if not key.startswith(_BASE)}
+    if any(key.startswith(_BASE) for key in state) and outside == set(expected):
+        return
+    other = next((name for name, wanted in _HEADS.items() if sorted(wanted) == heads), None)
+    hint = f"; that is the layout of preset {other!r}" if other is not None and other != preset else ""
+    raise ValueError(
+        f"`path` is no {preset!r}: expected {_BASE}* and {expected}, found {heads[:_SHOWN]} beside "
+        f"{sum(key.startswith(_BASE) for key in state)} tensors of {_BASE}*{hint}"
+    )
+
+
+def _encoder(state: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Build the ResNet-50 of the file; torchvision and timm name its layers alike."""
+    from ._encoders import load_encoder
+
+    encoder, spec = load_encoder(_ENCODER, pretrained=False)
+    own = {key.removeprefix(_BASE): value for key, value in state.items() if key.startswith(_BASE)}
+    try:
+        encoder.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"`path`: {_BASE}* is no ResNet-50 as torchvision names its layers: {error}") from error
+    return encoder, spec
+
+
+def _heads(
+    state: dict[str, torch.Tensor], preset: str, n_genes: dict[str, int], n_features: int
+) -> dict[str, torch.Tensor]:
+    """Name the heads as a model folder does; raise if they do not fit the encoder or the lists of genes."""
+    import torch
+
+    target, aux, tumour = ((state[f"{h}.weight"].float(), state[f"{h}.bias"].float()) for h in _HEADS[preset])
+    for parameter, (weight, bias) in {"target_genes": target, "aux_genes": aux}.items():
+        if weight.shape != (len(bias), n_features):
+            raise ValueError(
+                f"`path`: the head of `{parameter}` has shape {tuple(weight.shape)}, with {n_features} features and "
+                f"{len(bias)} biases"
+            )
+        if len(weight) != n_genes[parameter]:
+            raise ValueError(f"`{parameter}` names {n_genes[parameter]} genes, the network has {len(weight)} of them")
+    if tumour[0].shape != (1, n_features):
+        raise ValueError(f"`path`: the tumour head has shape {tuple(tumour[0].shape)}, (1, {n_features}) is needed")
+    return {
+        "genes.weight": torch.cat([target[0], aux[0]]).T,
+        "genes.bias": torch.cat([target[1], aux[1]]),
+        # A sigmoid of z is a softmax of (0, z).
+        "annotation.weight": torch.cat([torch.zeros(1, n_features), tumour[0]]).T,
+        "annotation.bias": torch.cat([torch.zeros(1), tumour[1]]),
+    }
