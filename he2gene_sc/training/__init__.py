@@ -1,7 +1,15 @@
-"""Training: grouped folds and the closed-form heads. Arrays in, arrays out."""
+"""Training: grouped folds, closed-form heads, and whole networks by gradient. Arrays in, arrays out."""
 
-from ._build import Facts, build_model
-from ._closed_form import Heads, fit_basis
-from ._validate import HeldOut, TrainingSet, cross_validate, panels
+from .._lazy import attach
 
-__all__ = ["Facts", "HeldOut", "Heads", "TrainingSet", "build_model", "cross_validate", "fit_basis", "panels"]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Facts": "._build",
+        "Recipe": "._closed_form",
+        "Section": "._sections",
+        "build_model": "._build",
+        "folds_of": "._build",
+        "log_targets": "._sections",
+    },
+)
