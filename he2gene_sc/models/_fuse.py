@@ -27,7 +27,8 @@ def fuse_batch_norm(encoder: nn.Module, input_px: int) -> nn.Module:
     # A transformer has nothing to fuse and may hold a billion weights: those are not copied.
     if not any(_pairs(module) for module in encoder.modules()):
         return encoder
-    fused = copy.deepcopy(encoder).eval()
+    # The original too: in training mode the comparison would change its statistics.
+    fused = copy.deepcopy(encoder.eval())
     _fuse(fused)
     x = torch.rand(1, 3, input_px, input_px, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():

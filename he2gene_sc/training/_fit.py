@@ -1,0 +1,244 @@
+"""Training a whole network by gradient: arrays in, weights and held-out predictions out."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..models import EncoderSpec
+from ._lightning import default_precision, hardware, quiet
+from ._patches import PatchSet
+from ._presets import Preset
+from ._split import split
+from ._weights import n_features, name_tensors, predict_rows
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained network and how it did on the spots that were held out.
+
+    Attributes
+    ----------
+    tensors
+        ``encoder.*``, ``genes.weight`` ``(f, g)``, ``genes.bias`` ``(g,)``, ``annotation.weight`` ``(f, c)``,
+        ``annotation.bias`` ``(c,)``: those of the epoch with the smallest held-out error.
+    history
+        One row an epoch: ``epoch, lr, loss, held_out_error, held_out_pearson``.
+    best_epoch
+        Epoch of the weights.
+    unit
+        What was held out together: ``"patient"``, ``"section"``, ``"block"`` or ``"spot"``.
+    rows
+        Positions of the held-out spots, ``(h,)``.
+    expression
+        ``(h, g)`` float32 predictions for them from the training window, floored at 0.
+    proba
+        ``(h, c)`` float32 class probabilities; ``c`` is 0 without an annotation head.
+    trained
+        Positions of the spots that were trained on.
+    """
+
+    tensors: dict[str, np.ndarray]
+    history: list[dict[str, float]]
+    best_epoch: int
+    unit: str
+    rows: np.ndarray
+    expression: np.ndarray
+    proba: np.ndarray
+    trained: np.ndarray
+
+
+def fit_network(
+    data: PatchSet,
+    preset: Preset,
+    encoder: nn.Module,
+    spec: EncoderSpec,
+    *,
+    validation: str = "grouped",
+    rows: tuple[str, np.ndarray, np.ndarray] | None = None,
+    n_classes: int | None = None,
+    max_epochs: int | None = None,
+    patience: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    devices: int | str | Sequence[int] | None = None,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    precision: str | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_steps: int = 500,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    show_progress: bool = False,
+) -> Fitted:
+    """Train an encoder and linear heads by a preset's recipe.
+
+    Parameters
+    ----------
+    data
+        The spots.
+    preset
+        The recipe.
+    encoder
+        ``(b, 3, input_px, input_px)`` to ``(b, f)``; a copy of it is trained.
+    spec
+        Its input size and normalisation; the preset's normalisation is used for the encoder it is meant for.
+    validation
+        What says when to stop, see :func:`split`.
+    rows
+        Result of :func:`split`, or spots of your own: unit, positions trained on, positions held out.
+    n_classes
+        Classes of the annotation; default: the largest code and one. Below 2 there is no such head.
+    max_epochs, patience, batch_size, lr
+        Instead of the preset's.
+    seed
+        Of initial heads, order and symmetries. With one seed the result is the same to the bit on the CPU (with the same
+        number of threads). The global random state is left as it was.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+    devices, num_nodes, strategy
+        As in ``lightning.Trainer``; default: one device. ``batch_size`` counts the spots of all devices.
+    precision
+        As in ``lightning.Trainer``; default: ``"bf16-mixed"`` on CUDA, ``"32-true"`` elsewhere.
+    checkpoint_dir
+        Folder for ``last.ckpt``; default: a temporary one.
+    checkpoint_steps
+        Steps between checkpoints; there is one after every epoch too.
+    resume
+        Go on from ``last.ckpt`` in ``checkpoint_dir``; without one, begin. On the CPU the result is that of a run that
+        was never stopped.
+    callbacks
+        Further Lightning callbacks.
+    show_progress
+        Show a bar with the loss and the held-out Pearson correlation.
+
+    Returns
+    -------
+    Fitted
+        Weights, history and held-out predictions.
+
+    Raises
+    ------
+    ValueError
+        If arguments do not fit, or a checkpoint is of another run.
+    FileExistsError
+        If ``checkpoint_dir`` holds a run and ``resume`` is false.
+    RuntimeError
+        If training diverges; the message says what to change.
+    """
+    changes = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "lr": lr}
+    preset = replace(preset, **{key: value for key, value in changes.items() if value is not None})
+    unit, train, held_out = rows or split(data, preset, validation, seed)
+    _check(data, preset, train, held_out, checkpoint_dir, checkpoint_steps, resume)
+    if spec.name == preset.encoder:
+        spec = replace(spec, mean=preset.mean, std=preset.std)
+    if n_classes is None:
+        n_classes = int(data.codes.max(initial=-1)) + 1
+    present = np.ones(len(data), bool)
+    if unit != "spot":
+        present[held_out] = False
+    from lightning.pytorch import Trainer
+
+    from ._checkpoint import LAST, Keeper
+    from ._module import TrainingModule
+
+    accelerator, devices = hardware(device, devices)
+    with tempfile.TemporaryDirectory(prefix="he2gene-") as temporary, quiet(), torch.random.fork_rng():
+        folder = Path(temporary if checkpoint_dir is None else checkpoint_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(seed)
+        encoder = copy.deepcopy(encoder).requires_grad_(True)
+        module = TrainingModule(
+            encoder,
+            spec,
+            preset,
+            data,
+            rows=train,
+            held_out=held_out,
+            present=present,
+            n_classes=n_classes,
+            n_features=n_features(encoder, spec),
+            seed=seed,
+        ).train()
+        run = _facts(data, preset, spec, train, held_out, seed)
+        keeper = Keeper(folder, patience=preset.patience, every=checkpoint_steps, run=run)
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=precision or default_precision(accelerator),
+            max_epochs=preset.max_epochs,
+            gradient_clip_val=preset.clip,
+            callbacks=[keeper, *callbacks],
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=show_progress,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        last = folder / LAST
+        trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None)
+        if not keeper.best:
+            # The processes of a spawning strategy are gone with all they knew but the file.
+            state = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]
+            keeper.load_state_dict(state)
+        module.load_state_dict(keeper.best)
+        module.to(trainer.strategy.root_device if trainer.world_size == 1 else "cpu")
+        tensors = name_tensors(module)
+        expression, proba = predict_rows(module, spec, tensors, held_out, preset.tta)
+    return Fitted(tensors, keeper.history, keeper.best_epoch, unit, held_out, expression, proba, train)
+
+
+def _check(
+    data: PatchSet,
+    preset: Preset,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    checkpoint_dir: str | Path | None,
+    checkpoint_steps: int,
+    resume: bool,
+) -> None:
+    if preset.neighbour_weight > 0 and data.neighbours is None:
+        raise ValueError(f"preset {preset.name!r} reads neighbours; `data` has none")
+    for name in ("max_epochs", "patience", "batch_size", "lr"):
+        if not getattr(preset, name) > 0:
+            raise ValueError(f"`{name}` is {getattr(preset, name)}; more than 0 is needed")
+    if checkpoint_steps < 1:
+        raise ValueError(f"`checkpoint_steps` is {checkpoint_steps}; at least 1 is needed")
+    if len(train) < 2 or not len(held_out):
+        raise ValueError(f"{len(train)} spots to train on and {len(held_out)} held out are too few")
+    for part, chosen in (("to train on", train), ("held out", held_out)):
+        if np.isnan(data.targets[np.ix_(chosen, np.flatnonzero(data.target_mask))]).all():
+            raise ValueError(f"no section {part} lists any of the target genes")
+    if resume and checkpoint_dir is None:
+        raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
+    if checkpoint_dir is not None and not resume and (Path(checkpoint_dir).expanduser() / "last.ckpt").exists():
+        raise FileExistsError(
+            f"`checkpoint_dir` {str(checkpoint_dir)!r} holds a run; go on with `resume=True`, or choose another folder"
+        )
+
+
+def _facts(
+    data: PatchSet, preset: Preset, spec: EncoderSpec, train: np.ndarray, held_out: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Tell what must be the same for a run to be resumed; `max_epochs` may grow."""
+    digest = hashlib.sha256()
+    for array in (train, held_out, data.codes, data.target_mask, data.targets[: len(data) : 17]):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    facts = {key: value for key, value in vars(preset).items() if isinstance(value, int | float | str)}
+    del facts["max_epochs"]
+    return facts | {"seed": seed, "encoder": spec.name, "data": digest.hexdigest()[:16]}

@@ -1,0 +1,117 @@
+"""Which spots are held out together: patients, else sections, else blocks of tissue; never single spots."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+logger = logging.getLogger("he2gene_sc")
+
+UNITS = ("patient", "section", "block")
+#: Blocks that a section is cut into where nothing larger can be held out.
+N_BLOCKS = 5
+
+
+def grouped_folds(
+    sections: np.ndarray,
+    patients: np.ndarray,
+    coordinates: np.ndarray | None = None,
+    *,
+    n_folds: int | None = None,
+    unit: str | None = None,
+) -> tuple[str, np.ndarray]:
+    """Distribute spots over folds so that what belongs together is held out together.
+
+    Parameters
+    ----------
+    sections, patients
+        ``(n,)`` codes.
+    coordinates
+        ``(n, 2)`` x and y in any unit, the same for all sections; needed for blocks.
+    n_folds
+        Folds; default (and at most): one a patient or section, five for blocks. With fewer folds than groups, groups
+        are put together so that folds have about the same number of spots.
+    unit
+        ``"patient"``, ``"section"`` or ``"block"``: strips of equal numbers of spots across the longer side of each
+        section. Default: the first of them of which there are at least two.
+
+    Returns
+    -------
+    unit : str
+        What is held out together.
+    codes : numpy.ndarray
+        ``(n,)`` fold of each spot, from 0 without gaps.
+
+    Raises
+    ------
+    ValueError
+        If the arrays do not fit, there is nothing to hold out, or blocks are asked for without coordinates.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> grouped_folds(np.array([0, 0, 1, 2]), np.array([0, 0, 0, 1]))
+    ('patient', array([0, 0, 0, 1]))
+    """
+    sections, patients = np.asarray(sections), np.asarray(patients)
+    if sections.shape != patients.shape or sections.ndim != 1 or not len(sections):
+        raise ValueError(
+            f"`sections` {sections.shape} and `patients` {patients.shape} must be as long as there are spots"
+        )
+    if unit not in (None, *UNITS):
+        raise ValueError(f"`unit` is {unit!r}, valid: {list(UNITS)}")
+    if n_folds is not None and n_folds < 2:
+        raise ValueError(f"`n_folds` is {n_folds}; at least 2 are needed, so that one can be held out")
+    if unit is None:
+        several = {"patient": len(np.unique(patients)) > 1, "section": len(np.unique(sections)) > 1}
+        unit = next((name for name, found in several.items() if found), "block")
+    if unit == "block":
+        return unit, _blocks(sections, coordinates, n_folds or N_BLOCKS)
+    groups, inverse, sizes = np.unique(
+        patients if unit == "patient" else sections, return_inverse=True, return_counts=True
+    )
+    if len(groups) < 2:
+        raise ValueError(f"`unit` is {unit!r}, of which there is only one; nothing would be left to train on")
+    return unit, _balance(sizes, min(n_folds or len(groups), len(groups)))[inverse]
+
+
+def warn_of_unit(unit: str) -> None:
+    """Say what held-out figures do not tell where patients cannot be held out."""
+    if unit == "section":
+        logger.warning(
+            "all sections are of the same patient: held-out figures are those of another section of the SAME patient and "
+            "say nothing of other patients"
+        )
+    elif unit == "block":
+        logger.warning(
+            "there is one section only: held-out figures are those of another part of the SAME section. They are far "
+            "better than what the model reaches on other sections, let alone patients; do not report them as accuracy"
+        )
+
+
+def _balance(sizes: np.ndarray, n_folds: int) -> np.ndarray:
+    """Put groups into folds, the largest first, each into the fold that has fewest spots so far."""
+    if n_folds == len(sizes):
+        return np.arange(n_folds)
+    folds, filled = np.empty(len(sizes), np.intp), np.zeros(n_folds)
+    for group in np.argsort(-sizes, kind="stable"):
+        folds[group] = filled.argmin()
+        filled[folds[group]] += sizes[group]
+    return folds
+
+
+def _blocks(sections: np.ndarray, coordinates: np.ndarray | None, n_folds: int) -> np.ndarray:
+    if coordinates is None or np.shape(coordinates) != (len(sections), 2):
+        raise ValueError("`coordinates` of the spots, (n, 2), are needed to hold out blocks of a section")
+    coordinates = np.asarray(coordinates, float)
+    folds = np.empty(len(sections), np.intp)
+    for section in np.unique(sections):
+        rows = np.flatnonzero(sections == section)
+        if len(rows) < n_folds:
+            raise ValueError(f"a section of {len(rows)} spots cannot be cut into {n_folds} blocks")
+        along = coordinates[rows, np.ptp(coordinates[rows], axis=0).argmax()]
+        rank = np.empty(len(rows), np.intp)
+        rank[np.argsort(along, kind="stable")] = np.arange(len(rows))
+        folds[rows] = rank * n_folds // len(rows)
+    return folds

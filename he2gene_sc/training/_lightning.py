@@ -1,0 +1,44 @@
+"""Lightning, set up so that it leaves nothing behind and keeps its advice to itself."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def hardware(device: str | torch.device, devices: Any) -> tuple[str, Any]:
+    """Turn a device and a number of devices into Lightning's accelerator and devices; one by default."""
+    if str(device) == "auto":
+        return "auto", 1 if devices is None else devices
+    device = torch.device(device)
+    if devices is None:
+        devices = 1 if device.index is None else [device.index]
+    return device.type, devices
+
+
+def default_precision(accelerator: str) -> str:
+    """Return bfloat16 on CUDA, single precision elsewhere."""
+    cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+    return "bf16-mixed" if cuda else "32-true"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's tips and its advice on loaders to itself."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,544 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from he2gene_sc.models import EncoderSpec
+from he2gene_sc.training._fit import fit_network
+from he2gene_sc.training._losses import annotation_loss, gene_loss, neighbour_loss
+from he2gene_sc.training._patches import BatchLoader, PatchSet
+from he2gene_sc.training._presets import PRESETS
+from he2gene_sc.training._split import split
+
+SPEC = EncoderSpec("tiny", "tiny", "BSD-3-Clause", False, 16, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+BASE = replace(PRESETS["he2gene-base"], lr=3e-3, batch_size=16, patience=50, max_epochs=3)
+SPAT = replace(PRESETS["he2gene-spat"], lr=3e-3, batch_size=16, patience=50, max_epochs=3)
+CPU = {"device": "cpu"}
+
+
+def encoder(dropout=0.1):
+    """A small network with all that has a state of its own: batch normalisation and dropout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+        )
+
+
+def toy_set(n=80, px=18, seed=0, **changes):
+    """Spots on a 4-column grid in five sections of three patients; genes and classes follow the colour."""
+    rng = np.random.default_rng(seed)
+    hue = rng.uniform(0, 1, (n, 3))
+    patches = 255 * np.clip(hue[:, :, None, None] + 0.1 * rng.normal(size=(n, 3, px, px)), 0, 1)
+    targets = hue @ rng.uniform(0, 3, (3, 6)) + 0.05 * rng.uniform(size=(n, 6))
+    order = np.arange(n)
+    sections = order * 5 // n
+    arrays = {
+        "patches": patches.astype(np.uint8),
+        "targets": targets.astype(np.float32),
+        "codes": hue.argmax(1),
+        "sections": sections,
+        "patients": np.array([0, 0, 1, 1, 2])[sections],
+        "target_mask": np.arange(6) < 3,
+        "coordinates": np.stack([200.0 * (order % 4), 200.0 * (order // 4)], axis=1),
+        "neighbours": rng.integers(-1, n, (n, 8)),
+    }
+    return PatchSet(**(arrays | changes))
+
+
+def fit(data, preset=BASE, dropout=0.1, **options):
+    return fit_network(data, preset, encoder(dropout), SPEC, **(CPU | options))
+
+
+def same(first, second):
+    assert first.tensors.keys() == second.tensors.keys()
+    for key, value in first.tensors.items():
+        np.testing.assert_array_equal(value, second.tensors[key], err_msg=key)
+    assert first.history == second.history
+    np.testing.assert_array_equal(first.expression, second.expression)
+
+
+# The recipe
+
+
+def test_the_presets_hold_the_numbers_of_the_paper():
+    base, spat = PRESETS["he2gene-base"], PRESETS["he2gene-spat"]
+    assert (base.aux_weight, base.annotation_weight, base.neighbour_weight, base.batch_size) == (20, 1, 0, 256)
+    assert (spat.aux_weight, spat.annotation_weight, spat.neighbour_weight, spat.batch_size) == (100, 1, 0.01, 32)
+    for preset in (base, spat):
+        assert (preset.lr, preset.weight_decay, preset.lr_step, preset.lr_factor) == (1e-5, 1e-4, 10, 0.5)
+        assert (preset.max_epochs, preset.patience, preset.clip, preset.encoder) == (100, 10, 1.0, "resnet50")
+        assert preset.mean == (0.5319, 0.5080, 0.6824)
+        assert preset.std == (0.2442, 0.2063, 0.1633)
+        assert (preset.train_window_um, preset.windows_um, preset.tta) == (100.0, (50.0, 100.0, 150.0), True)
+        assert preset.n_target_genes == 250
+
+
+def test_the_loss_without_gaps_is_that_of_the_paper():
+    g = torch.Generator().manual_seed(0)
+    predicted, measured = torch.randn(5, 7, generator=g), torch.rand(5, 7, generator=g)
+    mask = torch.arange(7) < 3
+    target, aux = gene_loss(predicted, measured, mask)
+    torch.testing.assert_close(target, nn.functional.mse_loss(predicted[:, :3], measured[:, :3]))
+    torch.testing.assert_close(aux, nn.functional.mse_loss(predicted[:, 3:], measured[:, 3:]))
+    logits, codes = torch.randn(5, 2, generator=g), torch.tensor([0, 1, 1, 0, 1])
+    difference = logits[:, 1] - logits[:, 0]
+    expected = nn.functional.binary_cross_entropy_with_logits(difference, codes.float())
+    torch.testing.assert_close(annotation_loss(logits, codes), expected)
+
+
+def test_the_neighbour_loss_is_the_distance_to_the_mean_of_those_alike():
+    g = torch.Generator().manual_seed(0)
+    predicted, neighbour = torch.randn(3, 4, generator=g), torch.randn(5, 4, generator=g)
+    owner, alike = torch.tensor([0, 0, 0, 2, 2]), torch.tensor([True, True, False, False, True])
+    expected = torch.stack([predicted[0] - neighbour[:2].mean(0), predicted[2] - neighbour[4]]).square().mean()
+    torch.testing.assert_close(neighbour_loss(predicted, neighbour, owner, alike), expected)
+    assert neighbour_loss(predicted, neighbour, owner, torch.zeros(5, dtype=torch.bool)) == 0
+    assert neighbour_loss(predicted, neighbour[:0], owner[:0], alike[:0]) == 0
+
+
+# Masking
+
+
+def test_what_was_not_measured_has_no_gradient():
+    predicted = torch.randn(4, 3, requires_grad=True)
+    measured = torch.rand(4, 3)
+    measured[1:3, 1] = torch.nan
+    measured[:, 2] = torch.nan
+    sum(gene_loss(predicted, measured, torch.tensor([True, True, False]))).backward()
+    assert (predicted.grad == 0).numpy().tolist() == measured.isnan().numpy().tolist()
+    logits = torch.randn(3, 4, requires_grad=True)
+    annotation_loss(logits, torch.tensor([2, -1, 0])).backward()
+    assert (logits.grad != 0).any(1).tolist() == [True, False, True]
+    annotation_loss(logits, torch.tensor([-1, -1, -1])).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_neighbours_of_another_kind_have_no_gradient():
+    predicted, neighbour = torch.randn(2, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    neighbour_loss(predicted, neighbour, torch.tensor([0, 0, 1]), torch.tensor([True, False, False])).backward()
+    assert (predicted.grad != 0).any(1).tolist() == [True, False]
+    assert (neighbour.grad != 0).any(1).tolist() == [True, False, False]
+
+
+def module_of(data, preset, present=None):
+    from he2gene_sc.training._module import TrainingModule
+
+    torch.manual_seed(0)
+    rows = np.arange(len(data))
+    present = np.ones(len(data), bool) if present is None else present
+    return TrainingModule(
+        encoder(0.0), SPEC, preset, data, rows=rows, held_out=rows, present=present, n_classes=3, n_features=16, seed=0
+    ).train()
+
+
+def first_batch(data, present=None):
+    loader = BatchLoader(data, np.arange(len(data)), batch_size=16, seed=0, neighbours=True, present=present)
+    return next(iter(loader))
+
+
+def statistics(module):
+    return {key: value.clone() for key, value in module.state_dict().items() if "running" in key}
+
+
+def test_absent_neighbours_touch_neither_loss_nor_batch_normalisation():
+    data = toy_set()
+    none = replace(data, neighbours=np.full_like(data.neighbours, -1))
+    seen = {}
+    for name, preset, batch in (
+        ("absent", SPAT, first_batch(none)),
+        (
+            "never read",
+            replace(SPAT, neighbour_weight=0.0),
+            {k: first_batch(none)[k] for k in ("patches", "targets", "codes")},
+        ),
+        ("present", SPAT, first_batch(data)),
+    ):
+        module = module_of(data, preset)
+        loss = module.loss(batch)
+        loss.backward()
+        seen[name] = loss.item(), statistics(module), [p.grad for p in module.parameters()]
+    assert len(first_batch(none)["neighbours"]) == 0
+    assert seen["absent"][0] == seen["never read"][0]
+    for key, value in seen["absent"][1].items():
+        torch.testing.assert_close(value, seen["never read"][1][key], rtol=0, atol=0)
+    for mine, theirs in zip(seen["absent"][2], seen["never read"][2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert not torch.equal(seen["absent"][1]["encoder.1.running_mean"], seen["present"][1]["encoder.1.running_mean"])
+
+
+def test_held_out_spots_are_no_neighbours():
+    data = toy_set()
+    present = np.arange(len(data)) < 40
+    all_of_them, allowed = first_batch(data), first_batch(data, present)
+    assert 0 < len(allowed["neighbours"]) < len(all_of_them["neighbours"])
+
+
+def test_neighbours_without_a_label_are_not_alike():
+    data = toy_set(codes=np.full(80, -1))
+    assert not first_batch(data)["same"].any()
+
+
+def test_a_section_without_labels_and_one_without_a_gene_train_what_they_have():
+    data = toy_set()
+    targets, codes = data.targets.copy(), data.codes.copy()
+    targets[data.sections == 0, 2:4] = np.nan
+    codes[data.sections == 1] = -1
+    fitted = fit(replace(data, targets=targets, codes=codes))
+    assert np.isfinite(fitted.expression).all()
+    assert all(np.isfinite(value).all() for value in fitted.tensors.values())
+    assert all(np.isfinite(list(row.values())).all() for row in fitted.history)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("preset", [BASE, SPAT], ids=["base", "spat"])
+def test_a_tiny_network_learns_what_is_planted(preset):
+    data = toy_set(120)
+    recipe = replace(preset, lr=1e-2, lr_step=100, aux_weight=1.0, max_epochs=40)
+    fitted = fit(data, recipe, dropout=0.0)
+    first, best = fitted.history[0], fitted.history[fitted.best_epoch]
+    assert best["held_out_error"] < 0.1 * first["held_out_error"]
+    assert best["held_out_pearson"] > 0.95
+    assert fitted.history[-1]["loss"] < 0.2 * first["loss"]
+    assert (fitted.proba.argmax(1) == data.codes[fitted.rows]).mean() > 0.8
+
+
+def test_the_weights_are_those_of_the_best_epoch():
+    data = toy_set()
+    long = fit(data, replace(BASE, lr=0.05, max_epochs=12))
+    assert long.best_epoch == int(np.argmin([row["held_out_error"] for row in long.history]))
+    short = fit(data, replace(BASE, lr=0.05, max_epochs=long.best_epoch + 1))
+    for key, value in short.tensors.items():
+        np.testing.assert_array_equal(value, long.tensors[key])
+
+
+def test_training_stops_when_patience_is_over():
+    fitted = fit(toy_set(), replace(BASE, lr=0.1, patience=2, max_epochs=40))
+    assert len(fitted.history) == fitted.best_epoch + 3 < 40
+
+
+def test_the_learning_rate_decays_by_steps():
+    fitted = fit(toy_set(), replace(BASE, lr=1e-3, lr_step=2, max_epochs=5))
+    assert [row["lr"] for row in fitted.history] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4]
+
+
+def test_without_labels_there_is_no_annotation_head():
+    fitted = fit(toy_set(codes=np.full(80, -1)))
+    assert fitted.proba.shape == (len(fitted.rows), 0)
+    assert not [key for key in fitted.tensors if key.startswith("annotation")]
+
+
+# Determinism and resumption
+
+
+def test_one_seed_gives_the_same_bits_and_leaves_the_random_state_alone():
+    data = toy_set()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)  # noqa: NPY002 - the state a user may rely on
+    expected = torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)  # noqa: NPY002
+    first = fit(data)
+    found = torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
+    assert torch.equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert found[2] == expected[2]
+    same(first, fit(data))
+    assert not np.array_equal(fit(data, seed=1).tensors["genes.weight"], first.tensors["genes.weight"])
+
+
+def test_nothing_is_left_in_the_working_folder_and_the_encoder_is_not_touched(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    network = encoder()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    fit_network(toy_set(), BASE, network, SPEC, **CPU)
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    found = capfd.readouterr()
+    assert found.out + found.err == ""
+
+
+class Killed(Exception):
+    pass
+
+
+def killer(step):
+    from lightning.pytorch import Callback
+
+    class Killer(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == step:
+                raise Killed
+
+        def on_validation_start(self, trainer, *_):
+            if -trainer.global_step == step:
+                raise Killed
+
+    return Killer()
+
+
+@pytest.mark.parametrize("preset", [BASE, SPAT], ids=["base", "spat"])
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(tmp_path, preset, every):
+    data = toy_set()
+    whole = fit(data, preset)
+    n = round(len(whole.trained) / 16)
+    assert n == 4
+    steps = list(range(1, 3 * n + 1)) if preset is BASE else [2, n, n + 3]
+    for step in [*steps, -n, -2 * n]:
+        folder = tmp_path / f"{step}"
+        options = {"checkpoint_dir": folder, "checkpoint_steps": every}
+        with pytest.raises(Killed):
+            fit(data, preset, callbacks=[killer(step)], **options)
+        same(fit(data, preset, resume=True, **options), whole)
+
+
+def test_a_run_killed_twice_and_one_that_had_finished_end_the_same(tmp_path):
+    data = toy_set()
+    whole = fit(data)
+    options = {"checkpoint_dir": tmp_path / "run", "checkpoint_steps": 1, "resume": True}
+    for step in (2, 3, 7):
+        with pytest.raises(Killed):
+            fit(data, callbacks=[killer(step)], **options)
+    same(fit(data, **options), whole)
+    same(fit(data, **options), whole)
+
+
+def test_a_run_that_had_stopped_early_does_not_go_on(tmp_path):
+    data, preset = toy_set(), replace(BASE, lr=0.1, patience=2, max_epochs=40)
+    options = {"checkpoint_dir": tmp_path / "run"}
+    same(fit(data, preset, **options), fit(data, preset, resume=True, **options))
+
+
+_SCRIPT = """
+import sys, numpy as np
+sys.path.insert(0, {tests!r})
+from test_fit import *
+if __name__ == "__main__":
+    fitted = fit(toy_set(), SPAT, max_epochs=8, **eval(sys.argv[2]))
+    np.savez(sys.argv[1], **fitted.tensors)
+"""
+
+
+def start(tmp_path, out, options):
+    script = tmp_path / "run.py"
+    script.write_text(_SCRIPT.format(tests=str(Path(__file__).parent)))
+    return subprocess.Popen([sys.executable, script, out, repr(options)], stderr=subprocess.PIPE, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path):
+    whole = fit(toy_set(), SPAT, max_epochs=8)
+    options = {"checkpoint_dir": str(tmp_path / "run"), "checkpoint_steps": 1, "resume": True}
+    last = tmp_path / "run" / "last.ckpt"
+    out = str(tmp_path / "weights.npz")
+    for _ in range(2):
+        process = start(tmp_path, out, options)
+        before = last.stat().st_mtime_ns if last.exists() else None
+        while process.poll() is None and (last.stat().st_mtime_ns if last.exists() else None) == before:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.15))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    process = start(tmp_path, out, options)
+    assert process.wait(120) == 0, process.stderr.read()
+    found = np.load(out)
+    for key, value in whole.tensors.items():
+        np.testing.assert_array_equal(found[key], value)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path):
+    out = str(tmp_path / "weights.npz")
+    process = start(tmp_path, out, {"devices": 2, "strategy": "ddp"})
+    assert process.wait(300) == 0, process.stderr.read()
+    found = np.load(out)
+    # Batch normalisation sees half a batch in each, so the numbers are near, not equal.
+    whole = fit(toy_set(), SPAT, max_epochs=8)
+    np.testing.assert_allclose(found["genes.bias"], whole.tensors["genes.bias"], atol=0.02)
+
+
+def test_resuming_another_run_is_refused_with_what_differs(tmp_path):
+    fit(toy_set(), checkpoint_dir=tmp_path)
+    with pytest.raises(FileExistsError, match="resume=True"):
+        fit(toy_set(), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="another run.*lr was 0.003, is 0.001"):
+        fit(toy_set(), checkpoint_dir=tmp_path, resume=True, lr=1e-3)
+    with pytest.raises(ValueError, match="another run.*data was"):
+        fit(toy_set(seed=1), checkpoint_dir=tmp_path, resume=True)
+
+
+def test_processes_share_a_batch_between_them():
+    data = toy_set()
+    whole = BatchLoader(data, np.arange(80), batch_size=16, seed=3)
+    parts = [BatchLoader(data, np.arange(80), batch_size=16, seed=3, rank=r, world=2) for r in range(2)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for key in batch:
+            joined = torch.stack([half[key] for half in halves], dim=1).flatten(0, 1)
+            assert torch.equal(joined, batch[key])
+
+
+def test_every_symmetry_is_seen_and_every_spot_once_an_epoch():
+    data = toy_set(px=4)
+    loader = BatchLoader(data, np.arange(80), batch_size=16, seed=0)
+    epochs = [torch.cat([batch["targets"] for batch in loader]) for _ in range(2)]
+    assert not torch.equal(*epochs)
+    for epoch in epochs:
+        assert sorted(epoch[:, 0].tolist()) == sorted(data.targets[:, 0].tolist())
+    turns = loader._order(0)[1]
+    assert set(turns.ravel()) == set(range(8))
+
+
+# What is held out
+
+
+@pytest.mark.parametrize(
+    ("groups", "unit", "held"),
+    [({}, "patient", "patients"), ({"patients": np.zeros(80, int)}, "section", "sections")],
+)
+def test_whole_groups_are_held_out(groups, unit, held):
+    data = toy_set(**groups)
+    found, train, rows = split(data, BASE)
+    assert found == unit
+    assert sorted([*train, *rows]) == list(range(80))
+    assert not set(getattr(data, held)[train]) & set(getattr(data, held)[rows])
+
+
+def test_of_one_section_a_block_is_held_out():
+    zero = np.zeros(80, int)
+    data = toy_set(sections=zero, patients=zero)
+    unit, train, rows = split(data, BASE)
+    assert (unit, len(rows)) == ("block", 16)
+    assert data.coordinates[rows, 1].max() <= data.coordinates[train, 1].min()
+
+
+def test_the_papers_validation_holds_out_a_tenth_of_the_spots_at_random():
+    data = toy_set()
+    unit, train, rows = split(data, BASE, "random")
+    assert (unit, len(rows)) == ("spot", 8)
+    assert sorted([*train, *rows]) == list(range(80))
+    assert set(data.sections[rows]) <= set(data.sections[train])
+    assert fit(data, max_epochs=1, validation="random").unit == "spot"
+
+
+def test_held_out_predictions_are_those_of_the_model_on_the_training_window():
+    from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor, Network
+
+    data = toy_set()
+    fitted = fit(data)
+    network = encoder(0.0)
+    state = {k.removeprefix("encoder."): torch.from_numpy(v) for k, v in fitted.tensors.items() if "encoder." in k}
+    network.load_state_dict(state)
+    heads = {key: torch.from_numpy(value) for key, value in fitted.tensors.items() if "encoder." not in key}
+    model = Network(FeatureExtractor(network, SPEC, fusion="mean"), heads)
+    with torch.inference_mode():
+        latent = model.latent(model.extractor((torch.from_numpy(data.patches[fitted.rows]),), SYMMETRIES))
+        expected = model.expression(latent, torch.arange(6))
+    np.testing.assert_allclose(fitted.expression, expected, atol=1e-5)
+    assert (fitted.expression >= 0).all()
+    np.testing.assert_allclose(fitted.proba.sum(1), 1, atol=1e-5)
+
+
+def test_held_out_error_and_correlation_are_those_of_the_predictions():
+    from he2gene_sc.stats import pearson
+
+    data = toy_set()
+    fitted = fit(data, replace(BASE, tta=False, lr=1e-2, max_epochs=20))
+    measured, predicted = data.targets[fitted.rows][:, :3], fitted.expression[:, :3]
+    assert (predicted > 0).all()
+    row = fitted.history[fitted.best_epoch]
+    assert row["held_out_error"] == pytest.approx(np.square(predicted - measured).mean(), rel=1e-4)
+    sections = data.sections[fitted.rows]
+    r = [pearson(predicted[sections == s], measured[sections == s]) for s in np.unique(sections)]
+    assert row["held_out_pearson"] == pytest.approx(np.mean(r), abs=1e-4)
+
+
+# What is refused
+
+
+def test_a_loss_that_is_no_number_stops_with_what_to_change():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.eval()
+
+        def forward(self, x):
+            y = self.scale * x.mean((2, 3))
+            return y * torch.nan if self.training else y
+
+    with pytest.raises(RuntimeError, match=r"became nan in epoch 0, step 0\. Lower `lr` \(it is 0\.003; try 0\.0003\)"):
+        fit_network(toy_set(), BASE, Broken(), SPEC, **CPU)
+
+
+def test_a_diverging_loss_stops_with_what_to_change():
+    with pytest.raises(RuntimeError, match="diverged.*Lower `lr`"):
+        fit(toy_set(), replace(BASE, lr=100.0, max_epochs=30), dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"validation": "k-fold"}, "`validation` is 'k-fold', valid"),
+        ({"lr": 0.0}, "`lr` is 0.0"),
+        ({"max_epochs": 0}, "`max_epochs` is 0"),
+        ({"checkpoint_steps": 0}, "`checkpoint_steps` is 0"),
+        ({"resume": True}, "`resume` needs the `checkpoint_dir`"),
+        ({"rows": ("patient", np.arange(1), np.arange(1, 80))}, "too few"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        fit(toy_set(), **options)
+
+
+def test_the_spatial_recipe_needs_neighbours():
+    with pytest.raises(ValueError, match="'he2gene-spat' reads neighbours"):
+        fit(toy_set(neighbours=None), SPAT)
+
+
+def test_an_encoder_with_a_map_for_output_is_refused():
+    with pytest.raises(ValueError, match="build it without a head"):
+        fit_network(toy_set(), BASE, nn.Conv2d(3, 4, 3), SPEC, **CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"patches": np.zeros((80, 3, 8, 8), np.float32)}, "uint8 is needed"),
+        ({"patches": np.zeros((79, 3, 8, 8), np.uint8)}, r"\(80, 3, s, s\)"),
+        ({"codes": np.zeros(3, int)}, "`codes` has 3 entries for 80 spots"),
+        ({"targets": np.full((80, 6), -1, np.float32)}, "below 0"),
+        ({"targets": np.full((80, 6), np.inf, np.float32)}, "infinite"),
+        ({"target_mask": np.zeros(6, bool)}, "`target_mask`"),
+        ({"neighbours": np.full((80, 8), 80)}, "names spot 80"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(changes, match):
+    with pytest.raises(ValueError, match=match):
+        toy_set(**changes)
+
+
+def test_genes_that_no_held_out_section_lists_are_refused():
+    data = toy_set()
+    targets = data.targets.copy()
+    targets[split(data, BASE)[2]] = np.nan
+    with pytest.raises(ValueError, match="no section held out lists"):
+        fit(replace(data, targets=targets))
