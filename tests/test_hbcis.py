@@ -413,3 +413,65 @@ def test_a_model_learns_from_it_and_finds_the_tumour_of_another_patient(hbcis_ro
     predicted = test["table"].to_df("he2gene")[GENES["ERBB2"]]
     measured = test["table"].to_df()[GENES["ERBB2"]]
     assert np.corrcoef(predicted, measured)[0, 1] > 0.3
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, hbcis_root):
+    """Run `he2gene train` on a file with this text, next to the data; returns what `hg.tl.train` was called with."""
+    from typer.testing import CliRunner
+
+    from he2gene_sc import cli
+
+    calls = []
+
+    class Model:
+        def save(self, path):
+            return path
+
+    monkeypatch.setattr(hg.tl, "train", lambda sdatas, **options: calls.append((sdatas, options)) or Model())
+    (tmp_path / "HBCIS").symlink_to(hbcis_root, target_is_directory=True)
+
+    def call(text):
+        (tmp_path / "config.toml").write_text(text)
+        arguments = ["train", str(tmp_path / "config.toml"), "--out", str(tmp_path / "model")]
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+        return calls[-1]
+
+    return call
+
+
+def test_a_training_file_names_the_folder_relative_to_itself_and_patients(train):
+    sdatas, options = train('[data]\nhbcis = "HBCIS"\npatients = ["BC23270"]\n[train]\nmissing_genes_are_zero = true\n')
+    assert sdatas.names == ("BC23270_D2", "BC23270_E1")
+    assert options["missing_genes_are_zero"] is True
+    assert train('[data]\nhbcis = "HBCIS"\n')[0].names == tuple(NAMES)
+    assert train('[data]\nhbcis = "HBCIS"\nsections = ["BC23287_C1"]\n')[0].names == ("BC23287_C1",)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_training_file_may_name_the_split(train, part, monkeypatch):
+    split = PatientSplit(train=("BC23209", "BC23270"), test=("BC23287",))
+    monkeypatch.setattr(hg.datasets, "HE2GENE_SPLIT", split)
+    assert train(f'[data]\nhbcis = "HBCIS"\npatients = "HE2GENE_SPLIT.{part}"\n')[0].patients == getattr(split, part)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '[data]\nhbcis = "HBCIS"\npatients = "BC23270"\n',
+            r"`patients` 'BC23270' is no list, valid names: \['HE2GENE",
+        ),
+        ('[data]\npatients = ["BC23270"]\n', r"\[data\] needs `hbcis`"),
+        ('[data]\nhbcis = "HBCIS"\nother = 1\n', r"unknown: \['other'\]"),
+        ('sections = ["C5"]\n[data]\nhbcis = "HBCIS"\n', r"either a list `sections` or a table \[data\]"),
+        ("[train]\n", r"either a list `sections` or a table \[data\]"),
+        ('[data]\nhbcis = "elsewhere"\n', "`root` .*elsewhere.*: no such folder"),
+    ],
+)
+def test_a_training_file_that_names_no_data(train, text, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        train(text)
