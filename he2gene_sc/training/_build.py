@@ -196,7 +196,8 @@ def build_model(
 
 def _colour_only(sections: Sequence[Section], n_colour: int) -> tuple[list[Section], Recipe]:
     """Keep nothing but the colour of the spot itself, which no symmetry changes."""
-    recipe = Recipe(blocks=((n_colour, 1.0),), n_components=n_colour, n_latent=n_colour, context=ALONE)
+    weights = np.full(n_colour, n_colour**-0.5, np.float32)
+    recipe = Recipe(weights, n_components=n_colour, n_latent=n_colour, context=ALONE)
     return [replace(s, features=s.features[:, :1, s.features.shape[2] - n_colour :]) for s in sections], recipe
 
 

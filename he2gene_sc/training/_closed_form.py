@@ -6,7 +6,7 @@ reduced rank, and a softmax. No step holds more than one section's spots, so mem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,9 +26,8 @@ class Recipe:
 
     Attributes
     ----------
-    blocks
-        Number of features of each kind (stages of the encoder, colour), side by side in the features, and the sum of
-        squares that a spot's features of that kind are given.
+    weights
+        Factor of each standardised feature, ``(f,)``; see :func:`feature_weights`.
     n_components
         Components of a spot's own features.
     n_latent
@@ -37,20 +36,39 @@ class Recipe:
         Rings of neighbours whose features count, and their weights.
     """
 
-    blocks: tuple[tuple[int, float], ...]
+    weights: np.ndarray
     n_components: int = 192
     n_latent: int = 128
     context: Context = field(default_factory=Context)
 
     @property
-    def weights(self) -> np.ndarray:
-        """Factor of each standardised feature, ``(f,)``."""
-        return np.concatenate([np.full(n, np.sqrt(share / n)) for n, share in self.blocks if n]).astype(np.float32)
-
-    @property
     def power(self) -> float:
-        """Expected sum of squares of what a spot and its neighbours are described by, the unit of the penalty."""
-        return sum(share for n, share in self.blocks if n) * (1 + sum(self.context.weights))
+        """Expected sum of squares of what a spot and its rings are described by, the unit of the penalty."""
+        return float(np.square(self.weights, dtype=np.float64).sum()) * (1 + sum(self.context.weights))
+
+
+def feature_weights(stages: Sequence[int], n_windows: int, n_colour: int, colour_share: float) -> np.ndarray:
+    """Give every kind of feature its part, however many features it has.
+
+    Parameters
+    ----------
+    stages
+        Number of features of each stage of the encoder, in each window.
+    n_windows
+        Windows, side by side.
+    n_colour
+        Colour features of all windows, behind those of the encoder.
+    colour_share
+        Sum of squares of the colour features, that of the encoder's being 1.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(n_windows · sum(stages) + n_colour,)`` float32.
+    """
+    window = np.concatenate([np.full(n, 1 / (n * n_windows * len(stages))) for n in stages])
+    colour = np.full(n_colour, colour_share / max(1, n_colour))
+    return np.sqrt(np.concatenate([np.tile(window, n_windows), colour])).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -77,8 +95,12 @@ class Sums:
     measured: np.ndarray
     power: float
 
-    def ridge(self, penalty: float, rank: int | None = None, genes: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Solve for one penalty and rank: weights ``(k, len(genes))`` float32.
+    def ridge(self, penalty: float, rank: int | None = None) -> np.ndarray:
+        """Solve for one penalty and rank: weights ``(k, g)`` float32, see :meth:`path`."""
+        return next(self.path(penalty, (rank,), slice(None)))
+
+    def path(self, penalty: float, ranks: Sequence[int | None], genes: np.ndarray | slice) -> Iterator[np.ndarray]:
+        """Solve for one penalty and yield the weights ``(k, len(genes))`` of each rank, float32.
 
         The rank is reduced as in Izenman's regression (J Multivar Anal 1975): the fitted values of all genes are
         projected on their first principal components. Genes share few programmes; what is left over is noise.
@@ -90,15 +112,19 @@ class Sums:
         for i in range(patterns.shape[1]):
             chosen = np.flatnonzero(which.ravel() == i)
             gram = self.gram[patterns[:, i]].sum(0) + jitter
-            weight[:, chosen] = scipy.linalg.solve(gram, self.cross[:, chosen], assume_a="pos")
-        if rank is not None and rank < k:
+            weight[:, chosen] = scipy.linalg.cho_solve(scipy.linalg.cho_factor(gram), self.cross[:, chosen])
+        if any(rank is not None for rank in ranks):
             total = self.gram.sum(0)
             root = np.linalg.cholesky(total + _TINY * np.trace(total) / k * np.eye(k))
             fitted = root.T @ weight
-            left = np.linalg.eigh(fitted @ fitted.T)[1][:, -rank:]
-            weight = scipy.linalg.solve_triangular(root.T, left @ (left.T @ fitted[:, genes]), lower=False)
-            return weight.astype(np.float32)
-        return weight[:, genes].astype(np.float32)
+            directions = np.linalg.eigh(fitted @ fitted.T)[1][:, ::-1]
+        for rank in ranks:
+            if rank is None or rank >= k:
+                yield weight[:, genes].astype(np.float32)
+            else:
+                left = directions[:, :rank]
+                reduced = left @ (left.T @ fitted[:, genes])
+                yield scipy.linalg.solve_triangular(root.T, reduced, lower=False).astype(np.float32)
 
 
 def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe) -> Basis:

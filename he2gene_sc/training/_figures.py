@@ -90,7 +90,8 @@ def annotation_figures(
     figures["balanced accuracy of the annotation"] = accuracy
     codes = np.concatenate([section.codes[rows] for section, rows in zip(sections, usable, strict=True)])
     proba = softmax(
-        np.concatenate([logits[rows] for logits, rows in zip(calibrated(sections, held_out), usable, strict=True)]), axis=1
+        np.concatenate([logits[rows] for logits, rows in zip(calibrated(sections, held_out), usable, strict=True)]),
+        axis=1,
     )
     figures["AUROC of each class against the rest, all held-out spots"] = {
         name: _rounded(roc_auc_score(codes == c, proba[:, c]))
@@ -123,7 +124,7 @@ def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]
 
 
 def calibration_error(proba: np.ndarray, codes: np.ndarray, n_bins: int = _N_BINS) -> float:
-    """Expected calibration error of the most probable class (Guo et al., ICML 2017), equally wide bins.
+    """Return the expected calibration error of the most probable class (Guo et al., ICML 2017), equally wide bins.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ from ._closed_form import Recipe, Sums, embed, fit_basis, fit_softmax, fit_sums
 from ._sections import Section
 
 #: Penalties tried, in units of the expected sum of squares of what a spot is described by.
-PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
+PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 #: Ranks of the gene head tried; ``None``: full.
 RANKS = (3, 5, 8, 12, 20, None)
 STRENGTHS = (0.01, 0.03, 0.1, 0.3)
@@ -96,7 +96,7 @@ def panels(
     """Positions of the genes of highest mean, and of highest variance within sections, highest first.
 
     The variance is averaged over the sections: pooled, it would pick the genes in which patients differ, whose
-    pattern on the tissue may be flat. Genes that some section did not measure come last.
+    pattern on the tissue may be flat. Only genes that every section measured are taken.
     """
     mean = variance = spots = 0.0
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
@@ -106,8 +106,11 @@ def panels(
         total, squares = section.sums(chosen)
         mean, spots = mean + total, spots + n
         variance = variance + squares / n - np.square(total / n)
+    n = max(1, int(everywhere.sum()))
     mean, variance = np.where(everywhere, mean / spots, -1), np.where(everywhere, variance, -1)
-    return np.argsort(-mean, kind="stable")[:n_target], np.argsort(-variance, kind="stable")[:n_variable]
+    return np.argsort(-mean, kind="stable")[: min(n, n_target)], np.argsort(-variance, kind="stable")[
+        : min(n, n_variable)
+    ]
 
 
 def cross_validate(
@@ -189,15 +192,14 @@ def _best_head(sections: Sequence[Section], fitted: Sequence[_Fold]) -> tuple[fl
         {i: sections[i].dense(fold.target)[fold.held[i]] for i in fold.embeddings} for fold in fitted
     ]  # read once: taking columns out of a sparse matrix is what costs here
     for penalty in PENALTIES:
-        for rank in RANKS:
-            weights = [fold.sums.ridge(penalty, rank, fold.target) for fold in fitted]
-            scores = [
-                np.nan_to_num(pearson(fold.embeddings[i] @ weight, truth[i])).mean()
-                for fold, weight, truth in zip(fitted, weights, measured, strict=True)
-                for i in fold.embeddings
-            ]
-            if np.mean(scores) > best:
-                best, chosen = np.mean(scores), (penalty, rank)
+        scores = np.zeros(len(RANKS))
+        for fold, truth in zip(fitted, measured, strict=True):
+            for i, weight in enumerate(fold.sums.path(penalty, RANKS, fold.target)):
+                scores[i] += sum(
+                    np.nan_to_num(pearson(fold.embeddings[j] @ weight, truth[j])).mean() for j in fold.embeddings
+                )
+        if scores.max() > best:
+            best, chosen = scores.max(), (penalty, RANKS[int(scores.argmax())])
     return chosen
 
 

@@ -1,0 +1,301 @@
+"""Sections with measured counts, read and checked for training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from .._slide import Slide, resolve
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+logger = logging.getLogger("he2gene_sc")
+
+#: Sections must share at least this part of the shorter of two gene lists.
+_MIN_SHARED = 0.1
+_MIN_GENES = 10
+_MIN_CLASS = 5
+_COLOURS = (
+    "#d62728",
+    "#ff9896",
+    "#9467bd",
+    "#2ca02c",
+    "#ffdd57",
+    "#1f77b4",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#17becf",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Where a section says what.
+
+    Attributes
+    ----------
+    annotation, sample, section
+        Columns of ``obs``; ``annotation`` may be ``None``.
+    layer
+        Layer with raw counts; ``None``: ``X``.
+    gene_symbols
+        Column of ``var`` with gene names; ``None``: the index.
+    """
+
+    annotation: str | None
+    sample: str
+    section: str
+    layer: str | None
+    gene_symbols: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One section: the spots whose centre lies in the image and on which something was counted.
+
+    Attributes
+    ----------
+    name, patient
+        Names.
+    mpp
+        µm per pixel.
+    slide
+        The image and where the spots lie on it; ``None`` once it has been let go.
+    centres
+        ``(n, 2)``, pixels of level 0.
+    genes
+        Names, without duplicates.
+    counts
+        ``(n, genes)`` raw counts.
+    labels
+        ``(n,)`` objects, ``None`` without a label.
+    """
+
+    name: str
+    patient: str
+    mpp: float
+    slide: Slide | None
+    centres: np.ndarray
+    genes: pd.Index
+    counts: scipy.sparse.csr_array
+    labels: np.ndarray
+
+    def without_image(self) -> Measured:
+        """Let the image go."""
+        return replace(self, slide=None)
+
+
+def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
+    """Check one object and yield its sections, one a shapes element.
+
+    Parameters
+    ----------
+    sdata
+        The object.
+    keys
+        Where it says what.
+    symbols
+        Ensembl id to symbol.
+
+    Raises
+    ------
+    ValueError
+        If something is missing or is not what it should be; the message names the parameter.
+    """
+    slides = resolve(sdata)
+    if slides[0].table_key is None:
+        raise ValueError("`sdatas`: a section has no table; measured counts are needed to train")
+    table = sdata[slides[0].table_key]
+    for parameter, key in (
+        ("annotation_key", keys.annotation),
+        ("sample_key", keys.sample),
+        ("section_key", keys.section),
+    ):
+        if key is not None and key not in table.obs:
+            hint = "; sections without labels need the column all the same, with missing values" * (
+                parameter == "annotation_key"
+            )
+            raise ValueError(f"`{parameter}` {key!r} is no column of obs, valid: {list(table.obs.columns)}{hint}")
+    names = _gene_names(table, keys.gene_symbols, symbols)
+    matrix = _matrix(table, keys.layer)
+    for slide in slides:
+        yield _section(table, slide, names, matrix, keys)
+
+
+def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: Keys) -> Measured:
+    counts = matrix[slide.rows[slide.inside]]
+    counted = np.asarray(counts.sum(axis=1)).ravel() > 0
+    rows = slide.rows[slide.inside][counted]
+    found = [sorted(set(table.obs[key].iloc[rows].astype(str))) for key in (keys.section, keys.sample)]
+    if not len(rows):
+        raise ValueError(f"`sdatas`: no spot of {slide.shapes_key!r} lies in the image and has counts")
+    if any(len(values) != 1 for values in found):
+        raise ValueError(
+            f"`section_key`, `sample_key`: the spots of {slide.shapes_key!r} belong to one section of one patient, found "
+            f"sections {found[0][:5]} and patients {found[1][:5]}"
+        )
+    for n, what in ((int((~slide.inside).sum()), "outside the image"), (int((~counted).sum()), "without counts")):
+        if n:
+            logger.warning("section %s: %d spots %s are left out", found[0][0], n, what)
+    labels = np.full(len(rows), None, object)
+    if keys.annotation is not None:
+        column = table.obs[keys.annotation].iloc[rows].astype(object)
+        labels = column.where(column.notna(), None).to_numpy(object)
+        labels = np.array([None if label is None else str(label) for label in labels], object)
+    return Measured(
+        name=found[0][0],
+        patient=found[1][0],
+        mpp=slide.mpp,
+        slide=slide,
+        centres=slide.centres[slide.inside][counted],
+        genes=names,
+        counts=counts[counted],
+        labels=labels,
+    )
+
+
+def _gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
+    if gene_symbols is not None and gene_symbols not in table.var.columns:
+        raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(table.var.columns)}")
+    given = table.var_names if gene_symbols is None else table.var[gene_symbols]
+    names = pd.Index(given.astype(str)).str.strip()
+    ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
+    bare = names.str.replace(r"\.\d+$", "", regex=True)
+    names = pd.Index([symbols.get(b, b) if e else n for n, b, e in zip(names, bare, ensembl, strict=True)])
+    if names.has_duplicates:
+        twice = list(names[names.duplicated()].unique()[:5])
+        raise ValueError(
+            f"`sdatas`: genes {twice} stand more than once in var; sum or drop them (`adata.var_names_make_unique()` "
+            "would make other genes of them)"
+        )
+    return names
+
+
+def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
+    if layer is not None and layer not in table.layers:
+        raise ValueError(f"`layer` {layer!r} is no layer, valid: {list(table.layers)}")
+    where = "X" if layer is None else f"layer {layer!r}"
+    matrix = table.X if layer is None else table.layers[layer]
+    if matrix is None:
+        raise ValueError(f"`layer`: {where} is empty; name the layer with raw counts, of {list(table.layers)}")
+    matrix = scipy.sparse.csr_array(matrix)
+    problem = _problem(matrix.data)
+    if problem:
+        raw = [name for name, values in table.layers.items() if not _problem(scipy.sparse.csr_array(values).data)]
+        hint = (
+            f"; layer {raw[0]!r} does: pass layer={raw[0]!r}" if raw else "; put them into a layer and pass layer=..."
+        )
+        raise ValueError(f"`layer`: {where} does not hold raw counts (whole numbers from 0) but {problem}{hint}")
+    return matrix
+
+
+def _problem(values: np.ndarray) -> str:
+    """Say what keeps values from being counts; empty if nothing does."""
+    if not np.isfinite(values).all():
+        return "NaN or infinite values"
+    if (values < 0).any():
+        return f"negative values, down to {values.min():.3g}"
+    if (values % 1 != 0).any():
+        like = ", as log-normalised values are" if values.max() < 20 else ""
+        return f"fractions up to {values.max():.3g}{like}"
+    return ""
+
+
+def join_genes(
+    lists: list[pd.Index], names: list[str], *, asked: list[str] | None, missing_are_zero: bool
+) -> tuple[pd.Index, list[np.ndarray]]:
+    """Bring sections to one gene list.
+
+    Parameters
+    ----------
+    lists, names
+        Gene list and name of each section.
+    asked
+        Genes to learn; ``None``: all.
+    missing_are_zero
+        Whether a gene that a section does not list was measured there and never seen.
+
+    Returns
+    -------
+    pandas.Index
+        The genes of all sections, sorted.
+    list of numpy.ndarray
+        For each section whether a gene was measured there, ``(g,)`` bool.
+    """
+    union = lists[0]
+    for i, genes in enumerate(lists[1:], start=1):
+        shared = len(union.intersection(genes))
+        shorter = min(len(union), len(genes))
+        if shared < max(_MIN_GENES, _MIN_SHARED * shorter):
+            raise ValueError(
+                f"`sdatas`: section {names[i]!r} shares only {shared} of {shorter} genes with the others. It has "
+                f"{list(genes[:3])}, they have {list(union[:3])}. Where some hold symbols and others Ensembl ids, pass "
+                "`gene_symbols` (a column of var) or `ensembl_ids` (symbol to id)"
+            )
+        union = union.union(genes)
+    union = union.sort_values()
+    if asked is not None:
+        unknown = [gene for gene in asked if gene not in union]
+        if unknown or not asked:
+            raise ValueError(f"`genes` {unknown[:5] or asked} are in no section, which have e.g. {list(union[:5])}")
+        union = pd.Index(sorted(set(asked)))
+    everywhere = np.ones(len(union), bool)
+    return union, [everywhere if missing_are_zero else union.isin(genes) for genes in lists]
+
+
+def align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:
+    """Take columns of a sparse array, empty ones where the position is -1."""
+    padded = scipy.sparse.csc_array(
+        (targets.data, targets.indices, np.append(targets.indptr, targets.indptr[-1])),
+        shape=(targets.shape[0], targets.shape[1] + 1),
+    )
+    return scipy.sparse.csc_array(padded[:, columns])
+
+
+def code_classes(
+    labels: list[np.ndarray], merged: Mapping[str, str | None], ignored: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """Class names with enough spots, and for each section the code of each spot, -1 without a class.
+
+    Parameters
+    ----------
+    labels
+        Of each section.
+    merged
+        Label to class; ``None`` leaves it out. Labels that are not named stay what they are.
+    ignored
+        Labels that are no class.
+    """
+    seen = {label for part in labels for label in part if label is not None}
+    unknown = sorted(set(merged) - seen)
+    if unknown and seen:
+        raise ValueError(f"`classes` names labels {unknown} that no spot has, valid: {sorted(seen)}")
+    named = [
+        np.array([None if v is None or v in ignored else merged.get(v, v) for v in part], object) for part in labels
+    ]
+    counted = pd.Series([label for part in named for label in part if label is not None], dtype=object).value_counts()
+    rare = sorted(counted.index[counted < _MIN_CLASS])
+    if rare:
+        logger.warning("classes with fewer than %d spots are left out: %s", _MIN_CLASS, rare)
+    classes = tuple(sorted(counted.index[counted >= _MIN_CLASS]))
+    if len(classes) == 1:
+        logger.warning(
+            "all labelled spots are %r: one class is nothing to tell apart, no annotation is learned", *classes
+        )
+        classes = ()
+    lookup = {label: i for i, label in enumerate(classes)}
+    return classes, [np.array([lookup.get(label, -1) for label in part], int) for part in named]
+
+
+def colours_of(classes: tuple[str, ...], given: Mapping[str, str]) -> tuple[str, ...]:
+    """Colour of each class: the one given, else one of a palette."""
+    return tuple(given.get(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(classes))
