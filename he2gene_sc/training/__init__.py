@@ -1,7 +1,26 @@
-"""Training: grouped folds and the closed-form heads. Arrays in, arrays out."""
+"""Training: closed-form heads on frozen features, and whole networks by gradient. Arrays in, arrays out."""
 
-from ._build import Facts, build_model
-from ._closed_form import Heads, fit_basis
-from ._validate import HeldOut, TrainingSet, cross_validate, panels
+from .._lazy import attach
 
-__all__ = ["Facts", "HeldOut", "Heads", "TrainingSet", "build_model", "cross_validate", "fit_basis", "panels"]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Facts": "._build",
+        "Fitted": "._fit",
+        "HeldOut": "._validate",
+        "Heads": "._closed_form",
+        "PRESETS": "._presets",
+        "PatchSet": "._patches",
+        "Preset": "._presets",
+        "TrainingSet": "._validate",
+        "build_model": "._build",
+        "cross_validate": "._validate",
+        "fit_basis": "._closed_form",
+        "fit_network": "._fit",
+        "grouped_folds": "._folds",
+        "neighbour_table": "._neighbours",
+        "panels": "._validate",
+        "train_network": "._gradient",
+        "warn_of_unit": "._folds",
+    },
+)
