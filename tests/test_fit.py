@@ -451,6 +451,37 @@ def test_a_diverging_loss_stops_with_what_to_change():
         fit(toy_set(), replace(BASE, lr=100.0, max_epochs=30), dropout=0.0)
 
 
+def test_too_little_memory_stops_with_what_to_change():
+    class Hungry(nn.Linear):
+        def forward(self, x):
+            if self.training:
+                raise torch.OutOfMemoryError
+            return super().forward(x.mean((2, 3)))
+
+    with pytest.raises(RuntimeError, match=r"lower `batch_size` \(it is 16\)"):
+        fit_network(toy_set(), BASE, Hungry(3, 4), SPEC, **CPU)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    data, options = toy_set(), {"checkpoint_dir": tmp_path, "checkpoint_steps": 1}
+    save, written = Trainer.save_checkpoint, []
+
+    def full(self, path, *args, **kwargs):
+        written.append(path)
+        if len(written) == 3:
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    with pytest.raises(OSError, match=r"No space left.*another `checkpoint_dir`.*resume=True"):
+        fit(data, **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    same(fit(data, resume=True, **options), fit(data))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -141,7 +141,9 @@ def fit_network(
     FileExistsError
         If ``checkpoint_dir`` holds a run and ``resume`` is false.
     RuntimeError
-        If training diverges; the message says what to change.
+        If training diverges or the device runs out of memory; the message says what to change.
+    OSError
+        If a checkpoint cannot be written.
     """
     changes = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "lr": lr}
     preset = replace(preset, **{key: value for key, value in changes.items() if value is not None})
@@ -197,13 +199,18 @@ def fit_network(
             use_distributed_sampler=False,
         )
         last = folder / LAST
-        trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None)
+        try:
+            trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"the device is out of memory: lower `batch_size` (it is {preset.batch_size}), or take a smaller encoder"
+            ) from error
         if not keeper.best:
             # The processes of a spawning strategy are gone with all they knew but the file.
             state = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]
             keeper.load_state_dict(state)
         module.load_state_dict(keeper.best)
-        module.to(trainer.strategy.root_device if trainer.world_size == 1 else "cpu")
+        module.to(trainer.strategy.root_device)
         tensors = name_tensors(module)
         predicted = held_out if predicted is None else predicted
         expression, proba = predict_rows(module, spec, tensors, predicted, preset.tta)
