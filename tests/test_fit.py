@@ -10,57 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_network import BASE, SPAT, SPEC, encoder, toy_set
 from torch import nn
 
-from he2gene_sc.models import EncoderSpec
-from he2gene_sc.training._fit import fit_network
+from he2gene_sc.training import PRESETS, fit_network
 from he2gene_sc.training._losses import annotation_loss, gene_loss, neighbour_loss
-from he2gene_sc.training._patches import BatchLoader, PatchSet
-from he2gene_sc.training._presets import PRESETS
+from he2gene_sc.training._patches import BatchLoader
 from he2gene_sc.training._split import split
 
-SPEC = EncoderSpec("tiny", "tiny", "BSD-3-Clause", False, 16, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-BASE = replace(PRESETS["he2gene-base"], lr=3e-3, batch_size=16, patience=50, max_epochs=3)
-SPAT = replace(PRESETS["he2gene-spat"], lr=3e-3, batch_size=16, patience=50, max_epochs=3)
 CPU = {"device": "cpu"}
-
-
-def encoder(dropout=0.1):
-    """A small network with all that has a state of its own: batch normalisation and dropout."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 16, 3, stride=2),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Dropout(dropout),
-        )
-
-
-def toy_set(n=80, px=18, seed=0, **changes):
-    """Spots on a 4-column grid in five sections of three patients; genes and classes follow the colour."""
-    rng = np.random.default_rng(seed)
-    hue = rng.uniform(0, 1, (n, 3))
-    patches = 255 * np.clip(hue[:, :, None, None] + 0.1 * rng.normal(size=(n, 3, px, px)), 0, 1)
-    targets = hue @ rng.uniform(0, 3, (3, 6)) + 0.05 * rng.uniform(size=(n, 6))
-    order = np.arange(n)
-    sections = order * 5 // n
-    arrays = {
-        "patches": patches.astype(np.uint8),
-        "targets": targets.astype(np.float32),
-        "codes": hue.argmax(1),
-        "sections": sections,
-        "patients": np.array([0, 0, 1, 1, 2])[sections],
-        "target_mask": np.arange(6) < 3,
-        "coordinates": np.stack([200.0 * (order % 4), 200.0 * (order // 4)], axis=1),
-        "neighbours": rng.integers(-1, n, (n, 8)),
-    }
-    return PatchSet(**(arrays | changes))
 
 
 def fit(data, preset=BASE, dropout=0.1, **options):
@@ -491,6 +449,37 @@ def test_a_loss_that_is_no_number_stops_with_what_to_change():
 def test_a_diverging_loss_stops_with_what_to_change():
     with pytest.raises(RuntimeError, match="diverged.*Lower `lr`"):
         fit(toy_set(), replace(BASE, lr=100.0, max_epochs=30), dropout=0.0)
+
+
+def test_too_little_memory_stops_with_what_to_change():
+    class Hungry(nn.Linear):
+        def forward(self, x):
+            if self.training:
+                raise torch.OutOfMemoryError
+            return super().forward(x.mean((2, 3)))
+
+    with pytest.raises(RuntimeError, match=r"lower `batch_size` \(it is 16\)"):
+        fit_network(toy_set(), BASE, Hungry(3, 4), SPEC, **CPU)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    data, options = toy_set(), {"checkpoint_dir": tmp_path, "checkpoint_steps": 1}
+    save, written = Trainer.save_checkpoint, []
+
+    def full(self, path, *args, **kwargs):
+        written.append(path)
+        if len(written) == 3:
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    with pytest.raises(OSError, match=r"No space left.*another `checkpoint_dir`.*resume=True"):
+        fit(data, **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    same(fit(data, resume=True, **options), fit(data))
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,6 @@ def train(
                 labels,
                 ids,
                 card,
-                folder,
                 windows_um=windows_um,
                 validation=validation,
                 seed=seed,

@@ -13,7 +13,7 @@ from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._embedding import ALONE
 from ._closed_form import Recipe, fit_basis, fit_softmax, fit_sums
 from ._figures import annotation_figures, expression_figures, pooled_temperature
-from ._folds import grouped_folds
+from ._folds import grouped_folds, warn_of_unit
 from ._sections import Section
 from ._validate import Choice, HeldOut, cross_validate, labelled_embedding, panels
 
@@ -32,33 +32,40 @@ class Facts:
 
     Attributes
     ----------
+    section_names, patient_names, mpps
+        One a section; patients by section.
     genes
         Names of the targets.
     ensembl_ids
-        Of the genes, empty where unknown.
+        Gene to Ensembl id, where it is known.
     classes, class_colors
         Names of the codes, and colours.
-    encoder, encoder_sha256, stages
-        The frozen encoder, and the stages that are read of it.
+    encoder
+        What is known of the encoder.
     windows_um
-        Sides of the windows, µm.
+        Sides of the windows at inference, µm.
     name, version, description, intended_use, limitations
         For the card.
+    encoder_sha256, stages
+        Of a frozen encoder: hash of its weights, and the stages that are read.
     """
 
+    section_names: tuple[str, ...]
+    patient_names: tuple[str, ...]
+    mpps: tuple[float, ...]
     genes: pd.Index
-    ensembl_ids: tuple[str, ...]
+    ensembl_ids: dict[str, str]
     classes: tuple[str, ...]
     class_colors: tuple[str, ...]
     encoder: EncoderSpec
-    encoder_sha256: str
-    stages: tuple[int, ...] | None
     windows_um: tuple[float, ...]
     name: str
     version: str
     description: str
     intended_use: str
     limitations: tuple[str, ...]
+    encoder_sha256: str = ""
+    stages: tuple[int, ...] | None = None
 
 
 def folds_of(sections: Sequence[Section], unit: str | None, seed: int = 0) -> tuple[str, list[np.ndarray]]:
@@ -141,6 +148,7 @@ def build_model(
     n_classes = len(facts.classes)
     options = {"n_classes": n_classes, "n_target": n_target}
     unit, folds = folds_of(sections, "spot" if validation == "random" else None, seed)
+    warn_of_unit(unit)
     colour, colour_recipe = _colour_only(sections, n_colour)
     choice, held_out = cross_validate(sections, folds, recipe, **options)
     colour_choice, colour_held_out = cross_validate(colour, folds, colour_recipe, n_classes=0, n_target=n_target)
@@ -287,7 +295,7 @@ def _gene_table(
     spots = sum(len(section) * section.measured for section in sections)
     table = pd.DataFrame(
         {
-            "ensembl_id": list(facts.ensembl_ids),
+            "ensembl_id": [facts.ensembl_ids.get(gene, "") for gene in facts.genes],
             "group": np.where(np.isin(index, target), "target", "auxiliary"),
             "variable": np.isin(index, variable),
             "mean": total / np.maximum(spots, 1),

@@ -123,7 +123,14 @@ class Keeper(Callback):
         """Replace the checkpoint at once: a kill leaves the old one or the new one."""
         self.position = trainer.train_dataloader.state_dict()
         new = self.folder / f"{LAST}.new"
-        trainer.save_checkpoint(new)
+        try:
+            trainer.save_checkpoint(new)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise OSError(
+                f"the checkpoint could not be written to {str(self.folder)!r} ({error}); free space there or choose another "
+                "`checkpoint_dir`. The last one is whole: go on with `resume=True`"
+            ) from error
         if trainer.is_global_zero:
             os.replace(new, self.folder / LAST)  # noqa: PTH105 - atomic on every system
         trainer.strategy.barrier()

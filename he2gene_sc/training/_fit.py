@@ -38,13 +38,15 @@ class Fitted:
     unit
         What was held out together: ``"patient"``, ``"section"``, ``"block"`` or ``"spot"``.
     rows
-        Positions of the held-out spots, ``(h,)``.
+        Positions of the spots that were predicted, ``(h,)``: the held-out ones unless others were asked for.
     expression
         ``(h, g)`` float32 predictions for them from the training window, floored at 0.
     proba
         ``(h, c)`` float32 class probabilities; ``c`` is 0 without an annotation head.
     trained
         Positions of the spots that were trained on.
+    spec
+        Input size and normalisation that the network was trained with.
     """
 
     tensors: dict[str, np.ndarray]
@@ -55,6 +57,7 @@ class Fitted:
     expression: np.ndarray
     proba: np.ndarray
     trained: np.ndarray
+    spec: EncoderSpec
 
 
 def fit_network(
@@ -65,6 +68,7 @@ def fit_network(
     *,
     validation: str = "grouped",
     rows: tuple[str, np.ndarray, np.ndarray] | None = None,
+    predicted: np.ndarray | None = None,
     n_classes: int | None = None,
     max_epochs: int | None = None,
     patience: int | None = None,
@@ -98,6 +102,8 @@ def fit_network(
         What says when to stop, see :func:`split`.
     rows
         Result of :func:`split`, or spots of your own: unit, positions trained on, positions held out.
+    predicted
+        Positions of the spots to predict in the end; default: the held-out ones.
     n_classes
         Classes of the annotation; default: the largest code and one. Below 2 there is no such head.
     max_epochs, patience, batch_size, lr
@@ -135,7 +141,9 @@ def fit_network(
     FileExistsError
         If ``checkpoint_dir`` holds a run and ``resume`` is false.
     RuntimeError
-        If training diverges; the message says what to change.
+        If training diverges or the device runs out of memory; the message says what to change.
+    OSError
+        If a checkpoint cannot be written.
     """
     changes = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "lr": lr}
     preset = replace(preset, **{key: value for key, value in changes.items() if value is not None})
@@ -145,9 +153,9 @@ def fit_network(
         spec = replace(spec, mean=preset.mean, std=preset.std)
     if n_classes is None:
         n_classes = int(data.codes.max(initial=-1)) + 1
-    present = np.ones(len(data), bool)
-    if unit != "spot":
-        present[held_out] = False
+    # Neighbours that are not trained on are left out, but in the paper's validation.
+    present = np.full(len(data), unit == "spot")
+    present[train] = True
     from lightning.pytorch import Trainer
 
     from ._checkpoint import LAST, Keeper
@@ -191,16 +199,22 @@ def fit_network(
             use_distributed_sampler=False,
         )
         last = folder / LAST
-        trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None)
+        try:
+            trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"the device is out of memory: lower `batch_size` (it is {preset.batch_size}), or take a smaller encoder"
+            ) from error
         if not keeper.best:
             # The processes of a spawning strategy are gone with all they knew but the file.
             state = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]
             keeper.load_state_dict(state)
         module.load_state_dict(keeper.best)
-        module.to(trainer.strategy.root_device if trainer.world_size == 1 else "cpu")
+        module.to(trainer.strategy.root_device)
         tensors = name_tensors(module)
-        expression, proba = predict_rows(module, spec, tensors, held_out, preset.tta)
-    return Fitted(tensors, keeper.history, keeper.best_epoch, unit, held_out, expression, proba, train)
+        predicted = held_out if predicted is None else predicted
+        expression, proba = predict_rows(module, spec, tensors, predicted, preset.tta)
+    return Fitted(tensors, keeper.history, keeper.best_epoch, unit, predicted, expression, proba, train, spec)
 
 
 def _check(

@@ -20,7 +20,7 @@ def neighbour_table(
         ``(n, 2)`` x and y of the spots, µm. The grid may be turned; spots may stray from it by about a tenth of the
         pitch.
     pitch_um
-        Distance of neighbouring spots. Default: the median distance to the nearest spot, section by section.
+        Distance of neighbouring spots. Default: read off the spots, section by section.
     sections
         ``(n,)`` codes; spots of different sections are no neighbours. Default: one section.
 
@@ -60,9 +60,19 @@ def neighbour_table(
         tree = KDTree(coordinates[rows])
         # One more than asked for: the nearest spot to a spot is itself.
         distance, found = tree.query(coordinates[rows], k=min(N_NEIGHBOURS + 1, len(rows)))
-        pitch = float(np.median(distance[:, 1])) if pitch_um is None else pitch_um
+        pitch = _pitch(distance) if pitch_um is None else pitch_um
         near = (found != np.arange(len(rows))[:, None]) & (distance <= _REACH * pitch)
         for row, (candidates, kept) in enumerate(zip(found, near, strict=True)):
             chosen = candidates[kept][:N_NEIGHBOURS]
             table[rows[row], : len(chosen)] = rows[chosen]
     return table
+
+
+def _pitch(distance: np.ndarray) -> float:
+    """Read the pitch off the distances ``(n, k)`` of each spot to itself and those around it.
+
+    The nearest of several that stray is nearer than the pitch; the mean over all that are about as near is not.
+    """
+    nearest = np.median(distance[:, 1])
+    around = distance[:, 1:]
+    return float(around[around <= 1.3 * nearest].mean())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._folds import N_BLOCKS, grouped_folds
+from ._folds import grouped_folds
 from ._patches import PatchSet
 from ._presets import Preset
 
@@ -12,7 +12,7 @@ VALIDATIONS = ("grouped", "random")
 
 
 def split(
-    data: PatchSet, preset: Preset, validation: str = "grouped", seed: int = 0
+    data: PatchSet, preset: Preset, validation: str = "grouped", seed: int = 0, rows: np.ndarray | None = None
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """Choose the spots that say when to stop.
 
@@ -27,6 +27,8 @@ def split(
         the paper, which leaks.
     seed
         Of the random spots.
+    rows
+        Positions to choose among; default: all.
 
     Returns
     -------
@@ -35,12 +37,21 @@ def split(
     """
     if validation not in VALIDATIONS:
         raise ValueError(f"`validation` is {validation!r}, valid: {list(VALIDATIONS)}")
+    rows = np.arange(len(data)) if rows is None else rows
     if validation == "random":
-        order = np.random.default_rng([seed, 1]).permutation(len(data))
-        n = len(data) - int(len(data) * (1 - preset.validation_share))
+        order = np.random.default_rng([seed, 1]).permutation(rows)
+        n = len(rows) - int(len(rows) * (1 - preset.validation_share))
         return "spot", np.sort(order[n:]), np.sort(order[:n])
-    unit, _ = grouped_folds(data.sections, data.patients, data.coordinates)
-    n_folds = N_BLOCKS if unit == "block" else max(2, round(1 / preset.validation_share))
-    _, folds = grouped_folds(data.sections, data.patients, data.coordinates, n_folds=n_folds, unit=unit)
-    held = np.abs(np.bincount(folds) / len(data) - preset.validation_share).argmin()
-    return unit, np.flatnonzero(folds != held), np.flatnonzero(folds == held)
+    unit, folds = balanced_folds(data, preset, rows)
+    held = np.abs(np.bincount(folds) / len(rows) - preset.validation_share).argmin()
+    return unit, rows[folds != held], rows[folds == held]
+
+
+def balanced_folds(data: PatchSet, preset: Preset, rows: np.ndarray) -> tuple[str, np.ndarray]:
+    """Return the unit and folds of about the preset's share, or as many as there are groups."""
+    coordinates = None if data.coordinates is None else data.coordinates[rows]
+    arrays = (data.sections[rows], data.patients[rows], coordinates)
+    unit, folds = grouped_folds(*arrays)
+    if unit == "block":
+        return unit, folds
+    return grouped_folds(*arrays, n_folds=max(2, round(1 / preset.validation_share)), unit=unit)
