@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -92,6 +92,46 @@ class Measured:
     def without_image(self) -> Measured:
         """Let the image go."""
         return replace(self, slide=None)
+
+
+@dataclass(frozen=True)
+class Genes:
+    """Which genes are learned, see :func:`he2gene_sc.tl.train`."""
+
+    asked: list[str] | None
+    n_target: int
+    min_share: float
+    missing_are_zero: bool
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels become classes, see :func:`he2gene_sc.tl.train`."""
+
+    merged: dict[str, str | None]
+    ignored: tuple[str, ...]
+    colours: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Sections brought to one gene list and one list of classes.
+
+    Attributes
+    ----------
+    genes, classes
+        The lists.
+    targets, totals, measured, codes
+        One a section: log-normalised expression ``(n, g)``, counts of each spot ``(n,)``, whether a gene was measured
+        ``(g,)``, class of each spot ``(n,)`` or -1.
+    """
+
+    genes: pd.Index
+    classes: tuple[str, ...]
+    targets: list[scipy.sparse.csc_array]
+    totals: list[np.ndarray]
+    measured: list[np.ndarray]
+    codes: list[np.ndarray]
 
 
 def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
@@ -210,49 +250,54 @@ def _problem(values: np.ndarray) -> str:
     return ""
 
 
-def join_genes(
-    lists: list[pd.Index], names: list[str], *, asked: list[str] | None, missing_are_zero: bool
-) -> tuple[pd.Index, list[np.ndarray]]:
-    """Bring sections to one gene list.
+def join(sections: Sequence[Measured], chosen: Genes, labels: Labels) -> Joined:
+    """Bring sections to one gene list and one list of classes, and leave the rarest genes out."""
+    from ..training import log_targets
 
-    Parameters
-    ----------
-    lists, names
-        Gene list and name of each section.
-    asked
-        Genes to learn; ``None``: all.
-    missing_are_zero
-        Whether a gene that a section does not list was measured there and never seen.
+    genes, measured = _join_genes(sections, chosen)
+    classes, codes = _code_classes([section.labels for section in sections], labels.merged, labels.ignored)
+    targets, totals = [], []
+    for section in sections:
+        totals.append(np.asarray(section.counts.sum(axis=1), np.float64).ravel())
+        targets.append(_align(log_targets(section.counts, totals[-1]), section.genes.get_indexer(genes)))
+    frequent = np.ones(len(genes), bool)
+    if chosen.asked is None:
+        seen = sum(np.diff(part.indptr) for part in targets)
+        spots = sum(len(total) * there for total, there in zip(totals, measured, strict=True))
+        frequent = seen >= np.maximum(chosen.min_share * spots, 1)
+    return Joined(
+        genes[frequent],
+        classes,
+        [part[:, frequent] for part in targets],
+        totals,
+        [there[frequent] for there in measured],
+        codes,
+    )
 
-    Returns
-    -------
-    pandas.Index
-        The genes of all sections, sorted.
-    list of numpy.ndarray
-        For each section whether a gene was measured there, ``(g,)`` bool.
-    """
-    union = lists[0]
-    for i, genes in enumerate(lists[1:], start=1):
-        shared = len(union.intersection(genes))
-        shorter = min(len(union), len(genes))
-        if shared < max(_MIN_GENES, _MIN_SHARED * shorter):
+
+def _join_genes(sections: Sequence[Measured], chosen: Genes) -> tuple[pd.Index, list[np.ndarray]]:
+    """All genes, sorted, and for each section whether they were measured there."""
+    union = sections[0].genes
+    for section in sections[1:]:
+        shared, shorter = len(union.intersection(section.genes)), min(len(union), len(section.genes))
+        if shared < max(min(_MIN_GENES, shorter), _MIN_SHARED * shorter):
             raise ValueError(
-                f"`sdatas`: section {names[i]!r} shares only {shared} of {shorter} genes with the others. It has "
-                f"{list(genes[:3])}, they have {list(union[:3])}. Where some hold symbols and others Ensembl ids, pass "
-                "`gene_symbols` (a column of var) or `ensembl_ids` (symbol to id)"
+                f"`sdatas`: section {section.name!r} shares only {shared} of {shorter} genes with the others. It has "
+                f"{list(section.genes[:3])}, they have {list(union[:3])}. Where some hold symbols and others Ensembl ids, "
+                "pass `gene_symbols` (a column of var) or `ensembl_ids` (symbol to id)"
             )
-        union = union.union(genes)
+        union = union.union(section.genes)
     union = union.sort_values()
-    if asked is not None:
-        unknown = [gene for gene in asked if gene not in union]
-        if unknown or not asked:
-            raise ValueError(f"`genes` {unknown[:5] or asked} are in no section, which have e.g. {list(union[:5])}")
-        union = pd.Index(sorted(set(asked)))
+    if chosen.asked is not None:
+        unknown = [gene for gene in chosen.asked if gene not in union]
+        if unknown or not chosen.asked:
+            raise ValueError(f"`genes` {unknown[:5]} are in no section, which have e.g. {list(union[:5])}")
+        union = pd.Index(sorted(set(chosen.asked)))
     everywhere = np.ones(len(union), bool)
-    return union, [everywhere if missing_are_zero else union.isin(genes) for genes in lists]
+    return union, [everywhere if chosen.missing_are_zero else union.isin(section.genes) for section in sections]
 
 
-def align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:
+def _align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:
     """Take columns of a sparse array, empty ones where the position is -1."""
     padded = scipy.sparse.csc_array(
         (targets.data, targets.indices, np.append(targets.indptr, targets.indptr[-1])),
@@ -261,7 +306,7 @@ def align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.
     return scipy.sparse.csc_array(padded[:, columns])
 
 
-def code_classes(
+def _code_classes(
     labels: list[np.ndarray], merged: Mapping[str, str | None], ignored: tuple[str, ...]
 ) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Class names with enough spots, and for each section the code of each spot, -1 without a class.

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .._settings import settings
-from ._measured import Keys, Measured, align, code_classes, colours_of, join_genes, read_sections
+from ._measured import Genes, Keys, Labels, Measured, colours_of, join, read_sections
 
 if TYPE_CHECKING:
     import torch
@@ -189,8 +189,8 @@ def train(
         "intended_use": intended_use,
         "limitations": tuple(limitations),
     }
-    chosen = _Genes(None if genes is None else list(genes), n_target_genes, min_spot_share, missing_genes_are_zero)
-    labels = _Labels(dict(classes or {}), tuple(ignore_classes), dict(class_colors or {}))
+    chosen = Genes(None if genes is None else list(genes), n_target_genes, min_spot_share, missing_genes_are_zero)
+    labels = Labels(dict(classes or {}), tuple(ignore_classes), dict(class_colors or {}))
     with contextlib.ExitStack() as stack:
         folder = Path(cache) if cache is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         read = _read(sdatas, keys, symbols)
@@ -230,21 +230,6 @@ def train(
                 engine=(batch_size or 32, device, dtype, bar),
             )
     return model if isinstance(encoder, str) else replace(model, encoder=encoder)
-
-
-@dataclass(frozen=True)
-class _Genes:
-    asked: list[str] | None
-    n_target: int
-    min_share: float
-    missing_are_zero: bool
-
-
-@dataclass(frozen=True)
-class _Labels:
-    merged: dict[str, str | None]
-    ignored: tuple[str, ...]
-    colours: dict[str, str]
 
 
 def _check(
@@ -327,8 +312,8 @@ def _read(sdatas: SpatialData | Iterable[SpatialData], keys: Keys, symbols: Mapp
 def _train_default(
     read: Iterator[Measured],
     encoder: tuple[torch.nn.Module, EncoderSpec],
-    chosen: _Genes,
-    labels: _Labels,
+    chosen: Genes,
+    labels: Labels,
     ids: Mapping[str, str],
     card: dict[str, Any],
     folder: Path,
@@ -357,15 +342,10 @@ def _train_default(
     kept = [_encode(section, extractor, sha256, windows_um, folder, engine) for section in read]
     sections, genes, classes = _join(kept, chosen, labels)
     facts = Facts(
-        genes=genes,
-        ensembl_ids=tuple(gene if gene.startswith("ENSG") else ids.get(gene, "") for gene in genes),
-        classes=classes,
-        class_colors=colours_of(classes, labels.colours),
-        encoder=spec,
+        **describe([item.section for item in kept], genes, classes, labels, ids, card, spec),
         encoder_sha256=sha256,
         stages=stages,
         windows_um=windows_um,
-        **{**card, "description": card["description"] or f"Trained on {len(sections)} sections with {spec.name}."},
     )
     return build_model(
         sections,
@@ -376,6 +356,30 @@ def _train_default(
         validation=validation,
         seed=seed,
     )
+
+
+def describe(
+    sections: Sequence[Measured],
+    genes: pd.Index,
+    classes: tuple[str, ...],
+    labels: Labels,
+    ids: Mapping[str, str],
+    card: Mapping[str, Any],
+    spec: EncoderSpec,
+) -> dict[str, Any]:
+    """Arguments of :class:`he2gene_sc.training.Facts` that all presets share."""
+    return {
+        "section_names": tuple(section.name for section in sections),
+        "patient_names": tuple(section.patient for section in sections),
+        "mpps": tuple(section.mpp for section in sections),
+        "genes": genes,
+        "ensembl_ids": {gene: gene if gene.startswith("ENSG") else ids.get(gene, "") for gene in genes},
+        "classes": classes,
+        "class_colors": colours_of(classes, labels.colours),
+        "encoder": spec,
+        **card,
+        "description": card["description"] or f"Trained on {len(sections)} section(s) with {spec.name}.",
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,45 +427,27 @@ def _encode(
     return _Encoded(section.without_image(), features)
 
 
-def _join(kept: list[_Encoded], chosen: _Genes, labels: _Labels) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
-    """Bring the sections to one gene list and one list of classes, and leave the rarest genes out."""
-    from ..training import Section, log_targets
+def _join(kept: list[_Encoded], chosen: Genes, labels: Labels) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
+    from ..training import Section
 
-    measured = [item.section for item in kept]
-    genes, present = join_genes(
-        [section.genes for section in measured],
-        [section.name for section in measured],
-        asked=chosen.asked,
-        missing_are_zero=chosen.missing_are_zero,
-    )
-    classes, codes = code_classes([section.labels for section in measured], labels.merged, labels.ignored)
-    targets, totals = [], []
-    for section in measured:
-        totals.append(np.asarray(section.counts.sum(axis=1), np.float64).ravel())
-        targets.append(align(log_targets(section.counts, totals[-1]), section.genes.get_indexer(genes)))
-    frequent = np.ones(len(genes), bool)
-    if chosen.asked is None:
-        seen = sum(np.diff(part.indptr) for part in targets)
-        spots = sum(len(total) * there for total, there in zip(totals, present, strict=True))
-        frequent = seen >= np.maximum(chosen.min_share * spots, 1)
-    return (
-        [
-            Section(
-                name=item.section.name,
-                patient=item.section.patient,
-                mpp=item.section.mpp,
-                centres_um=item.section.centres * item.section.mpp,
-                features=item.features,
-                targets=part[:, frequent],
-                totals=total,
-                measured=there[frequent],
-                codes=code,
-            )
-            for item, part, total, there, code in zip(kept, targets, totals, present, codes, strict=True)
-        ],
-        genes[frequent],
-        classes,
-    )
+    joined = join([item.section for item in kept], chosen, labels)
+    sections = [
+        Section(
+            name=item.section.name,
+            patient=item.section.patient,
+            mpp=item.section.mpp,
+            centres_um=item.section.centres * item.section.mpp,
+            features=item.features,
+            targets=targets,
+            totals=totals,
+            measured=measured,
+            codes=codes,
+        )
+        for item, targets, totals, measured, codes in zip(
+            kept, joined.targets, joined.totals, joined.measured, joined.codes, strict=True
+        )
+    ]
+    return sections, joined.genes, joined.classes
 
 
 def _check_memory(n_features: int) -> None:
