@@ -6,10 +6,14 @@ import logging
 import sys
 import tomllib
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
 
 app = typer.Typer(
     help="Gene expression and pathology annotation from H&E images.",
@@ -96,24 +100,48 @@ def predict(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML file: her2st sections, and arguments of hg.tl.train.")],
+    config: Annotated[Path, typer.Argument(help="TOML file: the sections, and arguments of hg.tl.train.")],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
 ) -> None:
     """Train a model, deterministically on the CPU.
 
-    The file has a list `sections` of her2st sections and a table [train] with arguments of hg.tl.train.
+    The file has a list `sections` of her2st sections, or a table [data] with `hbcis`, the folder of that set (relative
+    to the file), and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; and a table [train] with
+    arguments of hg.tl.train.
     """
-    from . import datasets, tl
+    from . import tl
     from ._ensembl import symbol_to_ensembl
 
     with config.open("rb") as stream:
         settings = tomllib.load(stream)
-    unknown = sorted(settings.keys() - {"sections", "train"})
-    if unknown or not settings.get("sections"):
-        raise ValueError(f"{config.name}: a list `sections` and a table [train] are needed, unknown: {unknown}")
-    sections = (datasets.her2st(section) for section in settings["sections"])
+    unknown = sorted(settings.keys() - {"sections", "data", "train"})
+    if unknown or bool(settings.get("sections")) == bool(settings.get("data")):
+        raise ValueError(
+            f"{config.name}: either a list `sections` or a table [data], and a table [train] are needed, unknown: {unknown}"
+        )
+    sections = _sections(settings, config)
     trained = tl.train(sections, ensembl_ids=symbol_to_ensembl(), **settings.get("train", {}))
     typer.echo(f"{trained!r}\nWritten: {trained.save(out)}")
+
+
+def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:
+    """Sections that a training file names, read one by one."""
+    from . import datasets
+
+    if "data" not in settings:
+        return (datasets.her2st(section) for section in settings["sections"])
+    data = settings["data"]
+    unknown = sorted(data.keys() - {"hbcis", "patients", "sections"})
+    if unknown or not isinstance(data.get("hbcis"), str):
+        raise ValueError(f"{config.name}: [data] needs `hbcis`, the path of the set, unknown: {unknown}")
+    patients = data.get("patients")
+    if isinstance(patients, str):
+        split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in ("train", "test")}
+        if patients not in split:
+            raise ValueError(f"{config.name}: `patients` {patients!r} is no list, valid names: {sorted(split)}")
+        patients = split[patients]
+    root = config.resolve().parent / Path(data["hbcis"]).expanduser()
+    return datasets.hbcis(root, patients=patients, sections=data.get("sections"))
 
 
 @app.command()

@@ -131,3 +131,11 @@ def her2st():
         return cache[section]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def hbcis_root(tmp_path_factory):
+    """HBCIS in small: 6 sections of 4 patients; tests that change files work on a copy."""
+    from hbcis_mini import write_hbcis
+
+    return write_hbcis(tmp_path_factory.mktemp("hbcis") / "HBCIS")

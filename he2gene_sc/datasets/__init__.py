@@ -6,7 +6,9 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "her2st": "._her2st",
+        "hbcis": "._hbcis",
         "toy": "._toy",
         "HER2ST_SECTIONS": "._her2st",
+        "HE2GENE_SPLIT": "._split",
     },
 )

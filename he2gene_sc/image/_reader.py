@@ -100,6 +100,8 @@ class PatchReader:
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; at least 1 is needed")
         self.plan: ReadPlan = plan_windows(pyramid, mpp, tuple(windows_um), input_px)
+        self.centres = centres
+        self.mpp = mpp
         self.n_spots = len(centres)
         self.batch_size = batch_size
         self._allocate = allocate or (lambda shape: np.empty(shape, np.uint8))

@@ -24,7 +24,7 @@ from ._engine import encode
 logger = logging.getLogger("he2gene_sc")
 
 #: Raised whenever the same key would stand for other numbers, or a file is laid out differently.
-_VERSION = 1
+_VERSION = 2
 _PREFIX = "he2gene-features-"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _BLOCK_BYTES = 2**22
@@ -168,7 +168,7 @@ def _key(
         "architecture": hashlib.sha256(repr(extractor.encoder).encode()).hexdigest(),
         "input_px": extractor.input_px,
         "normalisation": [preprocess.shift.flatten().tolist(), preprocess.scale.flatten().tolist()],
-        "fusion": getattr(extractor, "fusion", "concat"),
+        "fusion": extractor.fusion,
         "symmetries": [[int(turns), bool(mirrored)] for turns, mirrored in symmetries],
         "dtype": str(dtype),
     }

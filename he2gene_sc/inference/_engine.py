@@ -73,36 +73,34 @@ def predict(
         In the order of the reader's spots.
     """
     network = network.to(device)
-    chunks: list[torch.Tensor] = []
-    probas: list[torch.Tensor] = []
-    order: list[np.ndarray] = []
+    n = reader.n_spots
+    proba = np.empty((n, network.annotation_bias.shape[0] if network.has_annotation else 0), np.float32)
     with torch.inference_mode():
         symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
-        for batch, features in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
-            views = network.views(features)
-            chunks.append(views.mean(1))
-            if network.has_annotation:
+        by_view = network.extractor.fusion == "mean" and network.has_annotation
+        features, probas, order = [], [], []
+        for batch, views in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
+            features.append(views.mean(1))
+            if by_view:
                 probas.append(network.annotation(views).mean(1))
             order.append(batch.index)
             if progress is not None:
                 progress(len(batch.index))
-        n = reader.n_spots
-        embedding = np.empty((n, network.n_latent), np.float32)
+        if not n:
+            return Predictions(
+                np.empty((0, len(genes)), np.float32), proba, np.empty((0, network.n_latent), np.float32)
+            )
+        # Back into the order of the spots on the device, so that one copy brings everything home.
+        back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
+        embedding = network.embed(torch.cat(features)[back].cpu().numpy(), reader.centres * reader.mpp)
+        latent = torch.from_numpy(embedding).to(device)
         expression = np.empty((n, len(genes)), np.float32)
-        proba = np.empty((n, network.annotation_bias.shape[0] if network.has_annotation else 0), np.float32)
-        if n:
-            index = np.concatenate(order)
-            latent = torch.cat(chunks)
-            # Back into the order of the spots on the device, so that one copy brings everything home.
-            back = torch.from_numpy(np.argsort(index)).to(device)
-            latent = latent[back]
-            embedding[:] = latent.cpu().numpy()
-            positions = torch.from_numpy(np.asarray(genes, np.int64)).to(device)
-            for start in range(0, len(genes), _GENES_AT_ONCE):
-                part = positions[start : start + _GENES_AT_ONCE]
-                expression[:, start : start + len(part)] = network.expression(latent, part).cpu().numpy()
-            if network.has_annotation:
-                proba[:] = torch.cat(probas)[back].cpu().numpy()
+        positions = torch.from_numpy(np.asarray(genes, np.int64)).to(device)
+        for start in range(0, len(genes), _GENES_AT_ONCE):
+            part = positions[start : start + _GENES_AT_ONCE]
+            expression[:, start : start + len(part)] = network.expression(latent, part).cpu().numpy()
+        if network.has_annotation:
+            proba[:] = (torch.cat(probas)[back] if by_view else network.annotation(latent)).cpu().numpy()
     return Predictions(expression, proba, embedding)
 
 

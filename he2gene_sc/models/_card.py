@@ -16,9 +16,6 @@ EXPRESSION_SCALE = "natural log of (1 + counts per 10,000)"
 #: What is made of several windows, see ``ModelCard.fusion``.
 FUSIONS = ("concat", "mean")
 
-#: Fields that cards of schema 1 do not have; their defaults are what such a model does.
-_SINCE_2 = {"fusion", "tta"}
-
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -32,7 +29,7 @@ class ModelCard:
         One paragraph for people.
     encoder
         ``name``, ``license``, ``sha256`` of the weights, ``input_px``; ``mean`` and ``std`` of the channels where
-        they are not those of the registry.
+        they are not those of the registry; ``stages`` whose maps are averaged, where it is not its own output.
     windows_um
         Sides of the windows around a spot, µm.
     classes, class_colors
@@ -56,6 +53,9 @@ class ModelCard:
     fusion
         ``"concat"``: the features of all windows and their colours stand side by side; ``"mean"``: every window is a
         view of its own, as is every symmetry, and the predictions are averaged over the views.
+    context
+        Rings of neighbours and what a slide is standardised by, see :class:`he2gene_sc.models._embedding.Context`;
+        ``None`` where a spot is seen alone.
     tta
         Whether inference averages over the eight symmetries of the square unless it is told otherwise.
     schema_version
@@ -80,6 +80,7 @@ class ModelCard:
     files: dict[str, str] = field(default_factory=dict)
     expression_scale: str = EXPRESSION_SCALE
     fusion: str = "concat"
+    context: dict[str, Any] | None = None
     tta: bool = False
     schema_version: int = SCHEMA_VERSION
 
@@ -115,7 +116,12 @@ class ModelCard:
                 f"{SCHEMA_VERSION}; upgrade with `pip install -U he2gene_sc`"
             )
         names = {f.name for f in fields(cls)}
-        missing = sorted(names - data.keys() - (_SINCE_2 if data["schema_version"] < 2 else set()))
+        if data["schema_version"] < SCHEMA_VERSION:
+            raise ValueError(
+                f"`model`: {where} has schema version {data['schema_version']}, of he2gene_sc 0.1, whose features are no "
+                "longer made; train the model again"
+            )
+        missing = sorted(names - data.keys())
         if missing:
             raise ValueError(f"`model`: {where} lacks {missing}; the folder is damaged")
         return cls(**{key: value for key, value in data.items() if key in names})
@@ -129,6 +135,7 @@ class ModelCard:
             "",
             f"- Encoder: {self.encoder['name']} ({self.encoder['license']}), windows of "
             f"{', '.join(f'{um:g}' for um in self.windows_um)} µm{self._views()}",
+            *self._context(),
             f"- Genes: {self.n_genes:,}, as {self.expression_scale}",
             f"- Classes: {', '.join(self.classes) or 'none'}",
             f"- Licence: {self.license}",
@@ -151,6 +158,12 @@ class ModelCard:
             "",
         ]
         return "\n".join(lines)
+
+    def _context(self) -> list[str]:
+        if self.context is None or not self.context["rings_um"]:
+            return []
+        rings = ", ".join(f"{inner:g}–{outer:g}" for inner, outer in self.context["rings_um"])
+        return [f"- Context: the slide, and the mean of the neighbours at {rings} µm"]
 
     def _views(self) -> str:
         over = ["windows"] if self.fusion == "mean" and len(self.windows_um) > 1 else []

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ._card import ModelCard
+from ._embedding import TENSORS as LATENT
 from ._hub import fetch_folder, is_address
 from ._model import HE2Gene
 
@@ -27,7 +28,6 @@ _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensor
 _COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
 _TENSORS = ("genes.weight", "genes.bias")
 #: All or none of them: without, the heads read the features as they are.
-_LATENT = ("latent.mean", "latent.scale", "latent.projection")
 
 #: Models inside the package.
 BUNDLED: tuple[str, ...] = ("breast-her2st",)
@@ -116,7 +116,7 @@ def _read(folder: Path) -> HE2Gene:
     genes = pd.read_csv(
         folder / _GENES, keep_default_na=False, na_values={c: [""] for c in ("mean", "pcc", "pcc_low", "skill")}
     )
-    needed = _TENSORS + (_LATENT if any(key in tensors for key in _LATENT) else ())
+    needed = _TENSORS + (LATENT if any(key in tensors for key in LATENT) else ())
     lacking = [key for key in needed if key not in tensors] + [c for c in _COLUMNS if c not in genes.columns]
     if lacking:
         raise ValueError(f"`model` folder {folder.name!r} lacks {lacking}: it is no he2gene_sc model of this schema")

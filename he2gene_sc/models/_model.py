@@ -38,7 +38,7 @@ class HE2Gene:
     tensors
         Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, those of the
         encoder where it was trained too (otherwise the registry has them); and ``colour.*``, the baseline that reads
-        nothing but mean and SD of colour, where there is one.
+        nothing but colour, where there is one.
     """
 
     card: ModelCard
@@ -69,6 +69,7 @@ class HE2Gene:
         """
         import torch
 
+        from ._embedding import ALONE, Context
         from ._encoders import encoder_of, encoder_sha256
         from ._network import FeatureExtractor, Network
 
@@ -94,7 +95,12 @@ class HE2Gene:
                 "`hg.models.load(path, encoder=(module, spec))`"
             )
         heads = {key: value for key, value in tensors.items() if not key.startswith(ENCODER)}
-        return Network(FeatureExtractor(encoder, spec, fusion=self.card.fusion), heads)
+        stages = self.card.encoder.get("stages")
+        extractor = FeatureExtractor(
+            encoder, spec, fusion=self.card.fusion, stages=None if stages is None else tuple(stages)
+        )
+        context = ALONE if self.card.context is None else Context(**self.card.context)
+        return Network(extractor, heads, context)
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: ``card.json``, ``genes.csv``, ``weights.safetensors``, ``README.md``.

@@ -1,19 +1,22 @@
-"""The network: encoder → features of the views → latent → {gene head, annotation head}."""
+"""The network: encoder → features of the windows and their colour → embedding → {gene head, annotation head}."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._encoders import EncoderSpec
+from ._embedding import TENSORS, Basis, Context, rings_of
 from ._fuse import fuse_batch_norm
+from ._registry import EncoderSpec
+from ._stages import staged
 
 #: The eight symmetries of the square, as (quarter turns, mirrored).
 SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4))
 
-#: Colour statistics of a window: mean and SD of three channels.
-N_COLOUR = 6
+#: Colour statistics of a window: mean, SD and covariances of the optical density of three channels.
+N_COLOUR = 9
 
 
 class Preprocess(nn.Module):
@@ -40,10 +43,11 @@ class Preprocess(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """What a spot looks like: encoder features of each window, and mean and SD of its colours.
+    """What a spot looks like: encoder features of each window, and statistics of its colour.
 
-    Colour alone carries much of what is predictable within a stain, and an ImageNet encoder half hides it. A network
-    that was trained as a whole on single windows reads the encoder's features alone, window by window.
+    Colour alone carries much of what is predictable within a stain, and an ImageNet encoder half hides it. It is
+    measured as optical density, in which stains add up (Beer and Lambert). A network that was trained as a whole on
+    single windows reads the encoder's features alone, window by window.
 
     Parameters
     ----------
@@ -53,14 +57,28 @@ class FeatureExtractor(nn.Module):
         Its entry in the registry.
     fusion
         ``"concat"``: windows side by side, and colours; ``"mean"``: every window is a view, without colours.
+    stages
+        Stages of the encoder whose maps are averaged, see :class:`he2gene_sc.models._stages.Stages`; ``None``: its own
+        output.
     """
 
-    def __init__(self, encoder: nn.Module, spec: EncoderSpec, *, fusion: str = "concat"):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        spec: EncoderSpec,
+        *,
+        fusion: str = "concat",
+        stages: tuple[int, ...] | None = None,
+    ):
         super().__init__()
         self.fusion = fusion
         self.preprocess = Preprocess(spec)
-        self.encoder = fuse_batch_norm(encoder, spec.input_px).to(memory_format=torch.channels_last)
+        fused = fuse_batch_norm(encoder, spec.input_px).to(memory_format=torch.channels_last)
+        self.encoder = staged(fused, stages)
         self.input_px = spec.input_px
+        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         self.requires_grad_(False).eval()
 
     def forward(
@@ -83,29 +101,27 @@ class FeatureExtractor(nn.Module):
         """
         n = len(patches)
         x = torch.cat([self.preprocess(window) for window in patches])
+        encoded = [self.encoder(symmetric(x, *symmetry)).float().chunk(n) for symmetry in symmetries]
         if self.fusion == "mean":
-            views = [self.encoder(symmetric(x, *symmetry)).float().chunk(n) for symmetry in symmetries]
-            return torch.stack([window for windows in views for window in windows], dim=1)
+            return torch.stack([window for windows in encoded for window in windows], dim=1)
         colour = self._colour(x, n)
-        views = [
-            torch.cat([*self.encoder(symmetric(x, *symmetry)).float().chunk(n), colour], dim=1)
-            for symmetry in symmetries
-        ]
-        return torch.stack(views, dim=1)
+        return torch.stack([torch.cat([*windows, colour], dim=1) for windows in encoded], dim=1)
 
     def colour(self, patches: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the colour features alone, ``(b, w·N_COLOUR)`` float32, without running the encoder."""
         return self._colour(torch.cat([self.preprocess(window) for window in patches]), len(patches))
 
-    @staticmethod
-    def _colour(x: torch.Tensor, n_windows: int) -> torch.Tensor:
-        # By matrix multiplication, three times as fast as torch.std_mean on channels last.
-        pixels = x.permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1])
-        mean = pixels.mean(1)
+    def _colour(self, x: torch.Tensor, n_windows: int) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            square = torch.bmm(pixels.transpose(1, 2), pixels).diagonal(dim1=1, dim2=2) / pixels.shape[1]
-        sd = (square - mean.square()).clamp_(min=0).sqrt()
-        return torch.cat(torch.cat([mean, sd], dim=1).chunk(n_windows), dim=1)
+            intensity = x.float().permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1]) * self.std + self.mean
+            density = intensity.clamp_(min=1 / 255).log_().neg_()
+            mean = density.mean(1)
+            # By matrix multiplication, three times as fast as torch.std_mean on channels last.
+            square = torch.bmm(density.transpose(1, 2), density) / density.shape[1]
+            covariance = square - mean.unsqueeze(2) * mean.unsqueeze(1)
+            sd = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+            between = covariance[:, (0, 0, 1), (1, 2, 2)]
+            return torch.cat(torch.cat([mean, sd, between], dim=1).chunk(n_windows), dim=1)
 
 
 class Network(nn.Module):
@@ -114,21 +130,24 @@ class Network(nn.Module):
     Parameters
     ----------
     extractor
-        Gives ``f`` numbers a spot.
+        Gives ``f`` numbers a spot and view.
     tensors
-        ``genes.weight`` ``(k, g)``, ``genes.bias`` ``(g,)``; with a latent of its own ``latent.mean, latent.scale``
-        ``(f,)`` and ``latent.projection`` ``(f, k)``, otherwise the heads read the features and ``k`` is ``f``; with an
+        ``genes.weight`` ``(k, g)``, ``genes.bias`` ``(g,)``; with an embedding of its own ``latent.*``, see
+        :class:`he2gene_sc.models._embedding.Basis`, otherwise the heads read the features and ``k`` is ``f``; with an
         annotation head ``annotation.weight`` ``(k, c)``, ``annotation.bias`` ``(c,)``, already divided by the
         temperature where there is one.
+    context
+        What surrounds a spot, for the embedding.
     """
 
-    def __init__(self, extractor: FeatureExtractor, tensors: dict[str, torch.Tensor]):
+    def __init__(self, extractor: FeatureExtractor, tensors: dict[str, torch.Tensor], context: Context):
         super().__init__()
         self.extractor = extractor
-        self.has_latent = "latent.projection" in tensors
-        latent = ("latent.mean", "latent.scale", "latent.projection") if self.has_latent else ()
-        for key in (*latent, "genes.weight", "genes.bias"):
-            self.register_buffer(key.replace(".", "_"), tensors[key].float())
+        self.basis: Basis | None = None
+        if "latent.projection" in tensors:
+            self.basis = Basis(*(tensors[key].float().numpy() for key in TENSORS), context)
+        self.register_buffer("genes_weight", tensors["genes.weight"].float())
+        self.register_buffer("genes_bias", tensors["genes.bias"].float())
         self.has_annotation = "annotation.weight" in tensors
         if self.has_annotation:
             self.register_buffer("annotation_weight", tensors["annotation.weight"].float())
@@ -139,21 +158,24 @@ class Network(nn.Module):
         """Length of the embedding."""
         return self.genes_weight.shape[0]
 
-    def views(self, features: torch.Tensor) -> torch.Tensor:
-        """Project features ``(b, v, f)`` to what the heads read, ``(b, v', k)``.
+    def embed(self, features: np.ndarray, centres_um: np.ndarray) -> np.ndarray:
+        """Embed all spots of one slide.
 
-        Windows side by side are averaged over the symmetries first, so that ``v'`` is 1; where windows are views, each
-        keeps its own, for their probabilities are averaged, not their features.
+        Parameters
+        ----------
+        features
+            ``(n, f)`` float32, averaged over symmetries.
+        centres_um
+            ``(n, 2)`` spot centres, µm.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``(n, k)`` float32.
         """
-        if self.extractor.fusion == "concat":
-            features = features.mean(1, keepdim=True)
-        if not self.has_latent:
+        if self.basis is None:
             return features
-        return (features - self.latent_mean) / self.latent_scale @ self.latent_projection
-
-    def latent(self, features: torch.Tensor) -> torch.Tensor:
-        """Project features ``(b, v, f)``, averaged over the views, to the embedding ``(b, k)``."""
-        return self.views(features).mean(1)
+        return self.basis.embed(features, rings_of(centres_um, self.basis.context.rings_um))
 
     def expression(self, latent: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
         """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0.

@@ -1,4 +1,4 @@
-"""Training: closed-form heads on frozen features, and whole networks by gradient. Arrays in, arrays out."""
+"""Training: grouped folds, closed-form heads, and whole networks by gradient. Arrays in, arrays out."""
 
 from .._lazy import attach
 
@@ -7,19 +7,18 @@ __getattr__, __dir__, __all__ = attach(
     {
         "Facts": "._build",
         "Fitted": "._fit",
-        "HeldOut": "._validate",
-        "Heads": "._closed_form",
         "PRESETS": "._presets",
         "PatchSet": "._patches",
         "Preset": "._presets",
-        "TrainingSet": "._validate",
+        "Recipe": "._closed_form",
+        "Section": "._sections",
         "build_model": "._build",
-        "cross_validate": "._validate",
-        "fit_basis": "._closed_form",
         "fit_network": "._fit",
+        "folds_of": "._build",
         "grouped_folds": "._folds",
+        "log_targets": "._sections",
         "neighbour_table": "._neighbours",
-        "panels": "._validate",
+        "patch_set": "._gradient",
         "train_network": "._gradient",
         "warn_of_unit": "._folds",
     },

@@ -1,19 +1,29 @@
-"""From training arrays to a model with its card: held-out figures first, then the fit on everything."""
+"""From training sections to a model with its card: held-out figures first, then the fit on everything."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from ..models import EncoderSpec, HE2Gene, ModelCard
-from ._closed_form import fit_basis, temperature
-from ._validate import HeldOut, TrainingSet, cross_validate, panels
+from ..models._embedding import ALONE
+from ._closed_form import Recipe, fit_basis, fit_softmax, fit_sums
+from ._figures import annotation_figures, expression_figures, pooled_temperature
+from ._folds import grouped_folds
+from ._sections import Section
+from ._validate import Choice, HeldOut, cross_validate, labelled_embedding, panels
+
+logger = logging.getLogger("he2gene_sc")
 
 #: Lower bound of the held-out correlation above which a gene may be called reliable.
 RELIABLE_PCC = 0.1
-_N_DIGITS = 4
+#: Sections or patients beyond this number are held out in so many groups.
+MAX_FOLDS = 10
+_HELD_OUT = {"section": "leave one section out", "patient": "leave one patient out", "block": "parts of one section"}
 
 
 @dataclass(frozen=True)
@@ -22,31 +32,27 @@ class Facts:
 
     Attributes
     ----------
-    section_names, patient_names, mpps
-        One a section, in the order of the codes of the training set; patients by section.
     genes
         Names of the targets.
     ensembl_ids
-        Symbol to Ensembl id.
+        Of the genes, empty where unknown.
     classes, class_colors
         Names of the codes, and colours.
-    encoder, encoder_sha256
-        The frozen encoder.
+    encoder, encoder_sha256, stages
+        The frozen encoder, and the stages that are read of it.
     windows_um
         Sides of the windows, µm.
     name, version, description, intended_use, limitations
         For the card.
     """
 
-    section_names: tuple[str, ...]
-    patient_names: tuple[str, ...]
-    mpps: tuple[float, ...]
     genes: pd.Index
-    ensembl_ids: dict[str, str]
+    ensembl_ids: tuple[str, ...]
     classes: tuple[str, ...]
     class_colors: tuple[str, ...]
     encoder: EncoderSpec
     encoder_sha256: str
+    stages: tuple[int, ...] | None
     windows_um: tuple[float, ...]
     name: str
     version: str
@@ -55,21 +61,77 @@ class Facts:
     limitations: tuple[str, ...]
 
 
-def build_model(data: TrainingSet, facts: Facts, *, n_target: int, n_latent: int, colour_share: float) -> HE2Gene:
-    """Validate, fit and describe a model.
+def folds_of(sections: Sequence[Section], unit: str | None, seed: int = 0) -> tuple[str, list[np.ndarray]]:
+    """Fold codes of the spots of each section.
 
     Parameters
     ----------
-    data
-        Training spots.
+    sections
+        The sections.
+    unit
+        ``"patient"``, ``"section"``, ``"block"``; ``"spot"``, the paper's random spots, for comparison only; ``None``:
+        the largest of which there are several.
+    seed
+        Of the random spots.
+
+    Returns
+    -------
+    str
+        The unit.
+    list of numpy.ndarray
+        ``(n,)`` codes a section.
+    """
+    sizes = [len(section) for section in sections]
+    cuts = np.cumsum(sizes)[:-1]
+    if unit == "spot":
+        codes = np.random.default_rng(seed).permutation(np.arange(sum(sizes)) % 5)
+        return unit, np.split(codes, cuts)
+    names = {name: i for i, name in enumerate(dict.fromkeys(section.name for section in sections))}
+    patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
+    unit, codes = grouped_folds(
+        np.repeat([names[section.name] for section in sections], sizes),
+        np.repeat([patients[section.patient] for section in sections], sizes),
+        np.concatenate([section.centres_um for section in sections]),
+        n_folds=_n_folds(unit, len(names), len(patients)),
+        unit=unit,
+    )
+    return unit, np.split(codes, cuts)
+
+
+def _n_folds(unit: str | None, n_sections: int, n_patients: int) -> int | None:
+    groups = n_patients if unit == "patient" or (unit is None and n_patients > 1) else n_sections
+    return MAX_FOLDS if groups > MAX_FOLDS and unit != "block" else None
+
+
+def build_model(
+    sections: Sequence[Section],
+    facts: Facts,
+    recipe: Recipe,
+    *,
+    n_colour: int,
+    n_target: int,
+    validation: str = "grouped",
+    seed: int = 0,
+) -> HE2Gene:
+    """Choose the penalties, take the held-out figures, fit everything.
+
+    Parameters
+    ----------
+    sections
+        Training sections.
     facts
         Names and descriptions.
+    recipe
+        How features become an embedding.
+    n_colour
+        Number of colour features, the last ones.
     n_target
         Number of target genes.
-    n_latent
-        Length of the embedding.
-    colour_share
-        Weight of the colour statistics, as a share of that of the encoder's features.
+    validation
+        ``"grouped"``: patients are held out, or sections where there is one patient, or blocks where there is one
+        section. ``"random"``: spots.
+    seed
+        Of the random spots.
 
     Returns
     -------
@@ -77,25 +139,33 @@ def build_model(data: TrainingSet, facts: Facts, *, n_target: int, n_latent: int
         Weights in half precision, as they are stored.
     """
     n_classes = len(facts.classes)
-    options = {"n_target": n_target, "colour_share": colour_share}
-    penalty, strength, held_out = cross_validate(data, data.sections, n_classes=n_classes, n_latent=n_latent, **options)
-    colour = data.colour_only()
-    colour_penalty, _, colour_held_out = cross_validate(
-        colour, data.sections, n_classes=0, n_latent=data.n_colour, **options
-    )
-    metrics = {"leave one section out": _figures(held_out, colour_held_out, facts, data, n_target)}
-    if len(set(facts.patient_names)) > 1:
-        fixed = {"penalties": (penalty,), "strengths": (strength,)}
-        _, _, across = cross_validate(data, data.patients, n_classes=n_classes, n_latent=n_latent, **options, **fixed)
-        _, _, colour_across = cross_validate(
-            colour, data.patients, penalties=(colour_penalty,), n_classes=0, n_latent=data.n_colour, **options
+    options = {"n_classes": n_classes, "n_target": n_target}
+    unit, folds = folds_of(sections, "spot" if validation == "random" else None, seed)
+    colour, colour_recipe = _colour_only(sections, n_colour)
+    choice, held_out = cross_validate(sections, folds, recipe, **options)
+    colour_choice, colour_held_out = cross_validate(colour, folds, colour_recipe, n_classes=0, n_target=n_target)
+    results = {unit: (held_out, colour_held_out)}
+    if unit == "patient":
+        _, folds = folds_of(sections, "section")
+        results = {
+            "section": (
+                cross_validate(sections, folds, recipe, choice=choice, **options)[1],
+                cross_validate(colour, folds, colour_recipe, choice=colour_choice, n_classes=0, n_target=n_target)[1],
+            ),
+            **results,
+        }
+    metrics = {
+        _HELD_OUT.get(name, "random spots of the same sections (leaks; for comparison with the paper only)"): (
+            expression_figures(sections, model, baseline) | annotation_figures(sections, model, facts.classes)
         )
-        metrics["leave one patient out"] = _figures(across, colour_across, facts, data, n_target)
-    tensors = _fit(data, penalty, strength, held_out, n_classes, n_latent, colour_share)
-    target, variable = panels(data.targets, data.sections, n_target)
-    shown = np.union1d(target, variable)
-    tensors |= _fit_colour(colour, colour_penalty, shown)
-    genes = _gene_table(data, facts, held_out, target, variable)
+        for name, (model, baseline) in results.items()
+    }
+    known = next(iter(results))
+    everything = [np.ones(len(section), bool) for section in sections]
+    target, variable = panels(sections, everything, n_target)
+    tensors = _fit(sections, everything, recipe, choice, results[known][0], n_classes)
+    tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
+    genes, rule = _gene_table(sections, facts, results[known][0], known, target, variable)
     card = ModelCard(
         name=facts.name,
         version=facts.version,
@@ -105,138 +175,121 @@ def build_model(data: TrainingSet, facts: Facts, *, n_target: int, n_latent: int
             "license": facts.encoder.license,
             "sha256": facts.encoder_sha256,
             "input_px": facts.encoder.input_px,
+            "mean": list(facts.encoder.mean),
+            "std": list(facts.encoder.std),
+            **({} if facts.stages is None else {"stages": list(facts.stages)}),
         },
         windows_um=facts.windows_um,
         classes=facts.classes,
         class_colors=facts.class_colors,
         n_genes=len(genes),
-        n_latent=int(tensors["latent.projection"].shape[1]),
-        training=_training(data, facts, penalty, strength, colour_penalty),
+        n_latent=int(tensors["genes.weight"].shape[0]),
+        training=_training(sections, facts, choice, colour_choice, unit),
         metrics=metrics,
-        reliable_rule=(
-            f"the lower 95 % bound of its held-out Pearson correlation (t over the {len(facts.section_names)} sections, "
-            f"each held out in turn) is above {RELIABLE_PCC} and its held-out skill against the training mean is "
-            "positive"
-        ),
+        reliable_rule=rule,
         intended_use=facts.intended_use,
         limitations=facts.limitations,
+        context=recipe.context.to_dict(),
     )
     return HE2Gene(card, genes, tensors)
 
 
+def _colour_only(sections: Sequence[Section], n_colour: int) -> tuple[list[Section], Recipe]:
+    """Keep nothing but the colour of the spot itself, which no symmetry changes."""
+    recipe = Recipe(blocks=((n_colour, 1.0),), n_components=n_colour, n_latent=n_colour, context=ALONE)
+    return [replace(s, features=s.features[:, :1, s.features.shape[2] - n_colour :]) for s in sections], recipe
+
+
 def _fit(
-    data: TrainingSet,
-    penalty: float,
-    strength: float,
+    sections: Sequence[Section],
+    rows: Sequence[np.ndarray],
+    recipe: Recipe,
+    choice: Choice,
     held_out: HeldOut,
     n_classes: int,
-    n_latent: int,
-    colour_share: float,
 ) -> dict[str, np.ndarray]:
-    heads = data.basis(n_latent, colour_share).ridge(penalty)
+    basis = fit_basis(sections, rows, recipe)
+    sums = fit_sums(sections, rows, basis, recipe.power)
     tensors = {
-        "latent.mean": heads.mean,
-        "latent.scale": heads.scale,
-        "latent.projection": heads.projection.astype(np.float16),
-        "genes.weight": heads.weight.astype(np.float16),
-        "genes.bias": heads.bias.astype(np.float32),
+        "latent.mean": basis.mean,
+        "latent.scale": basis.scale,
+        "latent.projection": basis.projection.astype(np.float16),
+        "latent.mixing": basis.mixing.astype(np.float16),
+        "genes.weight": sums.ridge(choice.penalty, choice.rank).astype(np.float16),
+        "genes.bias": sums.mean.astype(np.float32),
     }
-    labelled = np.flatnonzero(data.codes >= 0)
-    if n_classes and len(labelled):
-        weight, bias = data.softmax(heads, n_classes, strength)
-        t = temperature(held_out.logits[labelled], data.codes[labelled])
+    embedding, codes = labelled_embedding(sections, rows, basis)
+    if n_classes and len(codes):
+        weight, bias = fit_softmax(embedding, codes, n_classes, choice.strength)
+        t = pooled_temperature(sections, held_out.logits)
         tensors["annotation.weight"] = (weight / t).astype(np.float32)
         tensors["annotation.bias"] = (bias / t).astype(np.float32)
     return tensors
 
 
-def _fit_colour(colour: TrainingSet, penalty: float, genes: np.ndarray) -> dict[str, np.ndarray]:
+def _fit_colour(
+    colour: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe, choice: Choice, genes: np.ndarray
+) -> dict[str, np.ndarray]:
     """Ridge on nothing but colour, for the genes that are shown beside it."""
-    heads = fit_basis(
-        colour.features,
-        colour.targets[:, genes],
-        colour.sections,
-        n_latent=colour.n_colour,
-        n_colour=0,
-        colour_share=0.0,
-    ).ridge(penalty)
+    basis = fit_basis(colour, rows, recipe)
+    sums = fit_sums(colour, rows, basis, recipe.power)
+    usable = basis.scale > 0
+    to_embedding = np.where(usable, 1 / np.where(usable, basis.scale, 1), 0)[:, None] * (
+        basis.projection @ basis.mixing
+    )
+    weight = to_embedding @ sums.ridge(choice.penalty, choice.rank)[:, genes]
     return {
-        "colour.weight": (heads.projection / heads.scale[:, None] @ heads.weight).astype(np.float32),
-        "colour.bias": (heads.bias - heads.mean / heads.scale @ heads.projection @ heads.weight).astype(np.float32),
+        "colour.weight": weight.astype(np.float32),
+        "colour.bias": (sums.mean[genes] - basis.mean @ weight).astype(np.float32),
         "colour.genes": genes.astype(np.int64),
     }
 
 
-def _figures(held_out: HeldOut, colour: HeldOut, facts: Facts, data: TrainingSet, n_target: int) -> dict[str, object]:
-    """Figures of one protocol, per held-out section; never a mean over patients with an interval."""
-    names = [facts.section_names[s] for s in held_out.sections]
-
-    def by_section(values: np.ndarray) -> dict[str, float]:
-        return {name: round(float(v), _N_DIGITS) for name, v in zip(names, values, strict=True)}
-
-    figures: dict[str, object] = {
-        f"mean Pearson, {n_target} target genes": by_section(held_out.panel),
-        "the same, colour alone (target genes)": by_section(colour.panel),
-        "mean Pearson, 50 genes most variable within sections": by_section(held_out.variable),
-        "the same, colour alone (variable genes)": by_section(colour.variable),
-    }
-    labelled = np.flatnonzero(data.codes >= 0)
-    if len(facts.classes) and len(labelled):
-        from sklearn.metrics import recall_score
-
-        rows = {s: labelled[data.sections[labelled] == s] for s in held_out.sections}
-        figures["balanced accuracy of the annotation"] = {
-            facts.section_names[s]: round(
-                float(
-                    recall_score(
-                        data.codes[r], held_out.logits[r].argmax(1), labels=np.unique(data.codes[r]), average="macro"
-                    )
-                ),
-                _N_DIGITS,
-            )
-            for s, r in rows.items()
-            if len(np.unique(data.codes[r])) > 1
-        }
-    return figures
-
-
 def _training(
-    data: TrainingSet, facts: Facts, penalty: float, strength: float, colour_penalty: float
+    sections: Sequence[Section], facts: Facts, choice: Choice, colour_choice: Choice, unit: str
 ) -> dict[str, object]:
-    spots = np.bincount(data.sections, minlength=len(facts.section_names))
-    labels = np.bincount(data.codes[data.codes >= 0], minlength=len(facts.classes))
+    codes = np.concatenate([section.codes for section in sections])
+    labels = np.bincount(codes[codes >= 0], minlength=len(facts.classes))
     return {
-        "sections": {
-            name: {"patient": patient, "n_spots": int(n), "mpp": round(mpp, 4)}
-            for name, patient, n, mpp in zip(facts.section_names, facts.patient_names, spots, facts.mpps, strict=True)
-        },
-        "n_patients": len(set(facts.patient_names)),
-        "n_spots": int(spots.sum()),
+        "preset": "default",
+        "sections": {s.name: {"patient": s.patient, "n_spots": len(s), "mpp": round(s.mpp, 4)} for s in sections},
+        "n_patients": len({section.patient for section in sections}),
+        "n_spots": len(codes),
+        "mpp_range": [round(min(s.mpp for s in sections), 4), round(max(s.mpp for s in sections), 4)],
         "labelled_spots": {name: int(n) for name, n in zip(facts.classes, labels, strict=True)},
-        "penalty": penalty,
-        "annotation_strength": strength,
-        "colour_penalty": colour_penalty,
-        "chosen_by": "leave one section out",
+        "chosen_by": f"holding out each {unit}",
+        "penalty": choice.penalty,
+        "rank": choice.rank,
+        "annotation_strength": choice.strength,
+        "colour_penalty": colour_choice.penalty,
+        "colour_rank": colour_choice.rank,
+        "intervals": "bootstrap over blocks of tissue within sections, conditional on these patients",
     }
 
 
 def _gene_table(
-    data: TrainingSet, facts: Facts, held_out: HeldOut, target: np.ndarray, variable: np.ndarray
-) -> pd.DataFrame:
+    sections: Sequence[Section], facts: Facts, held_out: HeldOut, unit: str, target: np.ndarray, variable: np.ndarray
+) -> tuple[pd.DataFrame, str]:
     from scipy.stats import t
 
-    # A gene that is constant in a section was not predicted there: it counts as 0.
-    pcc = np.nan_to_num(held_out.pcc)
-    n = len(pcc)
-    mean, sd = pcc.mean(0), pcc.std(0, ddof=1)
-    low = mean - t.ppf(0.975, n - 1) * sd / np.sqrt(n)
+    # A gene that is constant in a section was not predicted there: it counts as 0. One that was not measured does not.
+    measured = np.stack([section.measured for section in sections])
+    pcc = np.where(measured, np.nan_to_num(held_out.pcc), 0)
+    n = measured.sum(0)
+    mean = pcc.sum(0) / np.maximum(n, 1)
+    deviation = np.where(measured, pcc - mean, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        sd = np.sqrt(np.square(deviation).sum(0) / (n - 1))
+        low = np.where(n > 1, mean - t.ppf(0.975, np.maximum(n - 1, 1)) * sd / np.sqrt(n), -1.0)
     index = np.arange(len(facts.genes))
-    return pd.DataFrame(
+    total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
+    spots = sum(len(section) * section.measured for section in sections)
+    table = pd.DataFrame(
         {
-            "ensembl_id": [facts.ensembl_ids.get(gene, "") for gene in facts.genes],
+            "ensembl_id": list(facts.ensembl_ids),
             "group": np.where(np.isin(index, target), "target", "auxiliary"),
             "variable": np.isin(index, variable),
-            "mean": data.targets.mean(0, dtype=np.float64),
+            "mean": total / np.maximum(spots, 1),
             "pcc": mean,
             "pcc_low": low,
             "skill": held_out.skill,
@@ -244,3 +297,9 @@ def _gene_table(
         },
         index=pd.Index(facts.genes, name="gene"),
     )
+    held = {"section": "each held out in turn", "block": "of parts held out"}.get(unit, f"{unit}s held out")
+    rule = (
+        f"the lower 95 % bound of its held-out Pearson correlation (t over the {len(sections)} section(s), {held}) is above "
+        f"{RELIABLE_PCC} and its held-out skill against the training mean is positive"
+    )
+    return table, rule

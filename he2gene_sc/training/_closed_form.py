@@ -1,135 +1,181 @@
-"""Closed-form heads on frozen features: standardise, principal components, ridge, softmax."""
+"""Closed-form heads on frozen features, fitted section by section from sums alone.
+
+Standardise within the slide → principal components → context of the neighbours → principal components → ridge of
+reduced rank, and a softmax. No step holds more than one section's spots, so memory does not grow with their number.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.linalg
 
+from ..models._embedding import Basis, Context, rings_of
+from ._sections import Section
+
+#: Above this many features their components come from a randomised solver.
+_EXACT_UP_TO = 2500
+_TINY = 1e-6
+
 
 @dataclass(frozen=True)
-class Heads:
-    """What was fitted; the names are those of the model's tensors.
+class Recipe:
+    """How features become an embedding.
 
     Attributes
     ----------
-    mean, scale
-        Standardisation of the features, ``(f,)``.
-    projection
-        Features to embedding, ``(f, k)``.
-    weight, bias
-        Embedding to genes, ``(k, g)`` and ``(g,)``.
+    blocks
+        Number of features of each kind (stages of the encoder, colour), side by side in the features, and the sum of
+        squares that a spot's features of that kind are given.
+    n_components
+        Components of a spot's own features.
+    n_latent
+        Length of the embedding.
+    context
+        Rings of neighbours whose features count, and their weights.
     """
 
-    mean: np.ndarray
-    scale: np.ndarray
-    projection: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray
+    blocks: tuple[tuple[int, float], ...]
+    n_components: int = 192
+    n_latent: int = 128
+    context: Context = field(default_factory=Context)
 
-    def embed(self, features: np.ndarray) -> np.ndarray:
-        """Map features ``(n, f)`` to the embedding ``(n, k)``."""
-        return (features - self.mean) / self.scale @ self.projection
+    @property
+    def weights(self) -> np.ndarray:
+        """Factor of each standardised feature, ``(f,)``."""
+        return np.concatenate([np.full(n, np.sqrt(share / n)) for n, share in self.blocks if n]).astype(np.float32)
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """Map features ``(n, f)`` to expression ``(n, g)``, floored at 0 as the model does."""
-        return np.maximum(self.embed(features) @ self.weight + self.bias, 0)
+    @property
+    def power(self) -> float:
+        """Expected sum of squares of what a spot and its neighbours are described by, the unit of the penalty."""
+        return sum(share for n, share in self.blocks if n) * (1 + sum(self.context.weights))
 
 
 @dataclass(frozen=True)
-class Basis:
-    """Principal components of standardised features, and what ridge needs of them for any penalty.
+class Sums:
+    """What a ridge needs of the training spots, whatever its penalty.
 
     Attributes
     ----------
-    variance
-        Sum of squares along each component, ``(k,)``.
+    gram
+        Squares of the embedding in each section, ``(sections, k, k)``.
     cross
-        Components times section-centred targets, ``(k, g)``.
-    target_mean
-        ``(g,)``.
-    n
-        Rows, the symmetries of a spot counted.
+        Embedding times section-centred targets, ``(k, g)``.
+    mean
+        Mean of each gene over the spots where it was measured, ``(g,)``.
+    measured
+        ``(sections, g)``.
+    power
+        Unit of the penalty.
     """
 
-    mean: np.ndarray
-    scale: np.ndarray
-    projection: np.ndarray
-    variance: np.ndarray
+    gram: np.ndarray
     cross: np.ndarray
-    target_mean: np.ndarray
-    n: int
+    mean: np.ndarray
+    measured: np.ndarray
+    power: float
 
-    def ridge(self, penalty: float) -> Heads:
-        """Solve for one penalty, in units of the mean sum of squares of a spot's features."""
-        weight = self.cross / (self.variance + penalty * self.projection.shape[0])[:, None]
-        return Heads(self.mean, self.scale, self.projection, weight, self.target_mean)
+    def ridge(self, penalty: float, rank: int | None = None, genes: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Solve for one penalty and rank: weights ``(k, len(genes))`` float32.
+
+        The rank is reduced as in Izenman's regression (J Multivar Anal 1975): the fitted values of all genes are
+        projected on their first principal components. Genes share few programmes; what is left over is noise.
+        """
+        k = len(self.cross)
+        jitter = penalty * self.power * np.eye(k)
+        weight = np.empty(self.cross.shape, np.float64)
+        patterns, which = np.unique(self.measured, axis=1, return_inverse=True)
+        for i in range(patterns.shape[1]):
+            chosen = np.flatnonzero(which.ravel() == i)
+            gram = self.gram[patterns[:, i]].sum(0) + jitter
+            weight[:, chosen] = scipy.linalg.solve(gram, self.cross[:, chosen], assume_a="pos")
+        if rank is not None and rank < k:
+            total = self.gram.sum(0)
+            root = np.linalg.cholesky(total + _TINY * np.trace(total) / k * np.eye(k))
+            fitted = root.T @ weight
+            left = np.linalg.eigh(fitted @ fitted.T)[1][:, -rank:]
+            weight = scipy.linalg.solve_triangular(root.T, left @ (left.T @ fitted[:, genes]), lower=False)
+            return weight.astype(np.float32)
+        return weight[:, genes].astype(np.float32)
 
 
-def fit_basis(
-    features: np.ndarray,
-    targets: np.ndarray,
-    sections: np.ndarray,
-    *,
-    n_latent: int,
-    n_colour: int,
-    colour_share: float,
-) -> Basis:
-    """Reduce the features and collect the statistics of the ridge.
-
-    Targets are centred within their section: a section differs from the next by depth and handling in ways that its
-    image does not show, and a slope fitted to that would be carried to new slides.
+def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe) -> Basis:
+    """Fit the two sets of principal components.
 
     Parameters
     ----------
-    features
-        ``(n, r, f)``: ``r`` symmetries of each spot, which count as samples of weight ``1 / r``.
-    targets
-        ``(n, g)``, log-normalised expression.
     sections
-        ``(n,)`` codes.
-    n_latent
-        Components kept.
-    n_colour
-        Number of colour features, the last of the ``f``.
-    colour_share
-        Sum of squares of all colour features, as a share of that of all others.
+        The sections.
+    rows
+        For each, which spots are trained on, ``(n,)`` bool.
+    recipe
+        Sizes and weights.
     """
-    n, r, f = features.shape
-    flat = features.reshape(n * r, f).astype(np.float32)
-    mean = flat.mean(0, dtype=np.float64)
-    scale = flat.std(0, dtype=np.float64)
-    scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 1.0)
-    if 0 < n_colour < f:
-        scale[f - n_colour :] /= np.sqrt(colour_share * (f - n_colour) / n_colour)
-    mean, scale = mean.astype(np.float32), scale.astype(np.float32)
-    flat = (flat - mean) / scale
-    k = min(n_latent, f, n * r)
-    variance, projection = scipy.linalg.eigh((flat.T @ flat).astype(np.float64) / r, subset_by_index=(f - k, f - 1))
-    variance, projection = np.maximum(variance[::-1], 0), projection[:, ::-1]
-    # Components have no sign of their own; the largest entry is made positive so that every run agrees.
-    projection = projection * np.sign(projection[np.abs(projection).argmax(0), np.arange(k)])
-    projection = np.ascontiguousarray(projection, np.float32)
-    averaged = flat.reshape(n, r, f).mean(1) @ projection
-    centred = targets - _section_means(targets, sections)
-    return Basis(
-        mean=mean,
-        scale=scale,
-        projection=projection,
-        variance=variance.astype(np.float32),
-        cross=averaged.T @ centred,
-        target_mean=targets.mean(0, dtype=np.float64).astype(np.float32),
-        n=n,
-    )
+    used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
+    means, variances = zip(*(_moments(section.features, chosen) for section, chosen in used), strict=True)
+    mean = np.mean(means, axis=0).astype(np.float32)
+    scale = np.sqrt(np.mean(variances, axis=0))
+    # A feature that never varies is left at 0 instead of dividing rounding dust by itself.
+    scale = np.where(scale > _TINY * (np.abs(mean) + 1), scale, 0).astype(np.float32)
+    weights = recipe.weights
+    f = len(weights)
+    gram = np.zeros((f, f), np.float64)
+    for section, chosen in used:
+        for view in range(section.features.shape[1]):
+            features = np.asarray(section.features[:, view], np.float32)
+            z = recipe.context.standardise(features, mean, scale)[chosen] * weights
+            gram += z.T @ z
+    own = _principal(gram, min(recipe.n_components, f))
+    basis = Basis(mean, scale, (weights[:, None] * own).astype(np.float32), np.empty((0, 0)), recipe.context)
+    size = own.shape[1] * (1 + len(recipe.context.rings_um))
+    factors = np.sqrt(np.repeat((1.0, *recipe.context.weights), own.shape[1])).astype(np.float32)
+    gram = np.zeros((size, size), np.float64)
+    n_spots = 0
+    for section, chosen in used:
+        for view in range(section.features.shape[1]):
+            parts = components(section, basis, view)[chosen] * factors
+            gram += parts.T @ parts
+        n_spots += int(chosen.sum())
+    mixing = factors[:, None] * _principal(gram, min(recipe.n_latent, size, max(1, n_spots - 1)))
+    return Basis(mean, scale, basis.projection, mixing.astype(np.float32), recipe.context)
 
 
-def _section_means(targets: np.ndarray, sections: np.ndarray) -> np.ndarray:
-    means = np.empty_like(targets)
-    for section in np.unique(sections):
-        rows = sections == section
-        means[rows] = targets[rows].mean(0, dtype=np.float64)
-    return means
+def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis, power: float) -> Sums:
+    """Collect the sums of the ridge, targets centred within their section.
+
+    A section differs from the next by depth and handling in ways that its image does not show, and a slope fitted to
+    that would be carried to new slides.
+
+    Parameters
+    ----------
+    sections, rows
+        As for :func:`fit_basis`.
+    basis
+        From features to embedding.
+    power
+        Unit of the penalty.
+    """
+    k, g = basis.mixing.shape[1], sections[0].targets.shape[1]
+    cross, total, n = np.zeros((k, g)), np.zeros(g), np.zeros(g)
+    grams, measured = [], []
+    for section, chosen in zip(sections, rows, strict=True):
+        if not chosen.any():
+            continue
+        views = section.features.shape[1]
+        gram, mean_embedding = np.zeros((k, k)), np.zeros((len(section), k))
+        for view in range(views):
+            embedding = embed(section, basis, view)[chosen].astype(np.float64)
+            gram += embedding.T @ embedding / views
+            mean_embedding[chosen] += embedding / views
+        sums, _ = section.sums(chosen)
+        cross += (section.transposed @ mean_embedding).T - np.outer(mean_embedding.sum(0), sums / chosen.sum())
+        total += sums
+        n += chosen.sum() * section.measured
+        grams.append(gram)
+        measured.append(section.measured)
+    return Sums(np.stack(grams), cross, total / np.maximum(n, 1), np.stack(measured), power)
 
 
 def fit_softmax(
@@ -163,7 +209,7 @@ def fit_softmax(
     if len(present) == 1:
         bias[present] = 0.0
         return weight, bias
-    fitted = LogisticRegression(C=strength, max_iter=2000, tol=1e-6).fit(embedding / scale, codes)
+    fitted = LogisticRegression(C=strength, max_iter=2000, tol=1e-5).fit(embedding / scale, codes)
     if len(present) == 2:
         # scikit-learn keeps one column for two classes; half of it each way is the same softmax.
         coefficients = np.concatenate([-fitted.coef_, fitted.coef_]) / 2
@@ -186,3 +232,43 @@ def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
         return -log_softmax(logits / np.exp(log_t), axis=1)[rows, codes].mean()
 
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.2), np.log(20)), method="bounded").x))
+
+
+def components(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
+    """Components of the spots of a section and of their rings under one symmetry, ``(n, c · (1 + rings))``."""
+    return basis.components(np.asarray(section.features[:, view], np.float32), _rings(section, basis.context))
+
+
+def embed(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
+    """Embedding of the spots of a section under one symmetry, ``(n, k)`` float32."""
+    return components(section, basis, view) @ basis.mixing
+
+
+def _rings(section: Section, context: Context) -> tuple:
+    """Ring matrices of a section, found once."""
+    cache = section.__dict__.setdefault("_ring_cache", {})
+    if context.rings_um not in cache:
+        cache[context.rings_um] = rings_of(section.centres_um, context.rings_um)
+    return cache[context.rings_um]
+
+
+def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the features over spots and symmetries, ``(f,)`` float64."""
+    total = squares = 0.0
+    views = features.shape[1]
+    for view in range(views):
+        x = np.asarray(features[chosen, view], np.float64)
+        total, squares = total + x.mean(0) / views, squares + np.square(x).mean(0) / views
+    return total, np.maximum(squares - np.square(total), 0)
+
+
+def _principal(gram: np.ndarray, k: int) -> np.ndarray:
+    """First ``k`` principal directions of a sum of squares, ``(f, k)``, largest first, signs made reproducible."""
+    f = len(gram)
+    if f <= _EXACT_UP_TO or k > f // 2:
+        directions = scipy.linalg.eigh(gram, subset_by_index=(f - k, f - 1))[1][:, ::-1]
+    else:
+        from sklearn.utils.extmath import randomized_svd
+
+        directions = randomized_svd(gram, k, n_oversamples=64, n_iter=6, random_state=0)[0]
+    return directions * np.sign(directions[np.abs(directions).argmax(0), np.arange(k)])

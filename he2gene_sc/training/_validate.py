@@ -1,192 +1,254 @@
-"""Grouped cross-validation: what is held out is a whole section or a whole patient, never a spot."""
+"""Grouped cross-validation: what is held out is a whole section or a whole patient (or, asked for, less)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from ..models._embedding import Basis
 from ..stats import pearson
-from ._closed_form import Basis, Heads, fit_basis, fit_softmax
+from ._closed_form import Recipe, Sums, embed, fit_basis, fit_softmax, fit_sums
+from ._sections import Section
 
-#: Penalties tried, in units of the number of features.
-PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)
-STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+#: Penalties tried, in units of the expected sum of squares of what a spot is described by.
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
+#: Ranks of the gene head tried; ``None``: full.
+RANKS = (3, 5, 8, 12, 20, None)
+STRENGTHS = (0.01, 0.03, 0.1, 0.3)
 N_VARIABLE = 50
+#: Genes predicted at once.
+_GENES_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """Everything that is known of the training spots.
+class Choice:
+    """Penalty and rank of the gene head, strength of the annotation head."""
 
-    Attributes
-    ----------
-    features
-        ``(n, r, f)`` float32, see :class:`he2gene_sc.models._network.FeatureExtractor`; the identity comes first.
-    targets
-        ``(n, g)`` float32, log-normalised expression.
-    codes
-        ``(n,)`` class codes, -1 without a label.
-    sections, patients
-        ``(n,)`` codes.
-    n_colour
-        Number of colour features, the last of the ``f``.
-    """
-
-    features: np.ndarray
-    targets: np.ndarray
-    codes: np.ndarray
-    sections: np.ndarray
-    patients: np.ndarray
-    n_colour: int
-
-    def rows(self, chosen: np.ndarray) -> TrainingSet:
-        """Take some of the spots."""
-        arrays = ("features", "targets", "codes", "sections", "patients")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in arrays})
-
-    def basis(self, n_latent: int, colour_share: float) -> Basis:
-        """Reduce the features and collect the statistics of the ridge, see :func:`fit_basis`."""
-        return fit_basis(
-            self.features,
-            self.targets,
-            self.sections,
-            n_latent=n_latent,
-            n_colour=self.n_colour,
-            colour_share=colour_share,
-        )
-
-    def softmax(self, heads: Heads, n_classes: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
-        """Fit the annotation on the labelled spots under every symmetry: weights ``(k, c)`` and biases ``(c,)``."""
-        labelled = np.flatnonzero(self.codes >= 0)
-        r = self.features.shape[1]
-        embedding = np.concatenate([heads.embed(self.features[labelled, j]) for j in range(r)])
-        return fit_softmax(embedding, np.tile(self.codes[labelled], r), n_classes, strength / r)
-
-    def colour_only(self) -> TrainingSet:
-        """Keep nothing but the colour features, which no symmetry changes."""
-        return replace(self, features=self.features[:, :1, self.features.shape[2] - self.n_colour :])
+    penalty: float
+    rank: int | None
+    strength: float
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out predictions of every spot, each by a model that has not seen its group.
+    """How held-out spots were predicted, each by a model that has not seen its group.
 
     Attributes
     ----------
     pcc
-        ``(groups, g)``: Pearson correlation of each gene within each held-out section.
+        ``(sections, g)``: Pearson correlation of each gene within each section; NaN where it is constant or was not
+        measured.
     skill
         ``(g,)`` against the training mean, over all held-out spots.
-    panel, variable
-        Per section, mean correlation over the target genes and over the most variable ones, both chosen on the
-        sections that were trained on.
-    sections
-        Code of each row of ``pcc``.
+    panel
+        For each section the predicted and measured target genes, ``(n, n_target)`` each, and the same of the most
+        variable genes; both panels were chosen on the spots that its model was trained on.
     logits
-        ``(n, c)`` of the annotation.
+        For each section ``(n, c)``, before calibration; NaN where the fold had no labels to learn from.
     """
 
     pcc: np.ndarray
     skill: np.ndarray
-    panel: np.ndarray
+    panel: tuple[Panel, ...]
+    logits: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Held-out predictions of one section for the genes that figures are taken of.
+
+    Attributes
+    ----------
+    target, variable
+        Positions of the genes.
+    predicted, measured
+        ``(n, len(target) + len(variable))``.
+    """
+
+    target: np.ndarray
     variable: np.ndarray
-    sections: np.ndarray
-    logits: np.ndarray
+    predicted: np.ndarray
+    measured: np.ndarray
+
+    def scores(self) -> tuple[float, float]:
+        """Mean correlation over the target genes and over the variable ones; a constant gene counts as 0."""
+        pcc = np.nan_to_num(pearson(self.predicted, self.measured))
+        n = len(self.target)
+        return float(pcc[:n].mean()), float(pcc[n:].mean())
+
+
+@dataclass(frozen=True)
+class _Fold:
+    basis: Basis
+    sums: Sums
+    held: tuple[np.ndarray, ...]
+    embeddings: dict[int, np.ndarray]
+    target: np.ndarray
+    variable: np.ndarray
+    softmax: dict[float, tuple[np.ndarray, np.ndarray]]
 
 
 def panels(
-    targets: np.ndarray, sections: np.ndarray, n_target: int, n_variable: int = N_VARIABLE
+    sections: Sequence[Section], rows: Sequence[np.ndarray], n_target: int, n_variable: int = N_VARIABLE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Genes of highest mean, and of highest variance within sections, highest first.
+    """Positions of the genes of highest mean, and of highest variance within sections, highest first.
 
     The variance is averaged over the sections: pooled, it would pick the genes in which patients differ, whose
-    pattern on the tissue may be flat.
+    pattern on the tissue may be flat. Genes that some section did not measure come last.
     """
-    mean = targets.mean(0, dtype=np.float64)
-    variance = np.mean([targets[sections == s].var(0, dtype=np.float64) for s in np.unique(sections)], axis=0)
+    mean = variance = spots = 0.0
+    used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
+    everywhere = np.all([section.measured for section, _ in used], axis=0)
+    for section, chosen in used:
+        n = int(chosen.sum())
+        total, squares = section.sums(chosen)
+        mean, spots = mean + total, spots + n
+        variance = variance + squares / n - np.square(total / n)
+    mean, variance = np.where(everywhere, mean / spots, -1), np.where(everywhere, variance, -1)
     return np.argsort(-mean, kind="stable")[:n_target], np.argsort(-variance, kind="stable")[:n_variable]
 
 
 def cross_validate(
-    data: TrainingSet,
-    groups: np.ndarray,
+    sections: Sequence[Section],
+    folds: Sequence[np.ndarray],
+    recipe: Recipe,
     *,
-    penalties: tuple[float, ...] = PENALTIES,
-    strengths: tuple[float, ...] = STRENGTHS,
     n_classes: int,
-    n_latent: int,
     n_target: int,
-    colour_share: float,
-) -> tuple[float, float, HeldOut]:
-    """Hold out one group after the other and choose the penalties.
+    choice: Choice | None = None,
+) -> tuple[Choice, HeldOut]:
+    """Hold out one group after the other, and choose penalty, rank and strength.
 
     Parameters
     ----------
-    data
-        The spots.
-    groups
-        ``(n,)`` codes of what is held out together: sections or patients.
-    penalties, strengths
-        Tried for expression (chosen by the mean correlation of the target genes) and annotation (by the likelihood).
-    n_classes, n_latent, n_target, colour_share
+    sections
+        The sections.
+    folds
+        For each section the code of what each spot is held out with, ``(n,)``.
+    recipe
+        How features become an embedding.
+    n_classes, n_target
         As in training.
+    choice
+        What to use; by default it is chosen, expression by the mean correlation of the target genes, annotation by the
+        likelihood. It is chosen on the folds that the figures are taken from: one combination among a few dozen.
 
     Returns
     -------
-    penalty, strength, HeldOut
-        The best of each, and the held-out predictions they give. They are chosen on the same folds that the figures
-        are taken from: one number among a handful.
+    Choice, HeldOut
+        What was chosen, and the held-out predictions it gives.
     """
-    n, g = data.targets.shape
-    predicted = np.zeros((len(penalties), n, g), np.float32)
-    means = np.zeros((n, g), np.float32)
-    logits = np.zeros((len(strengths), n, n_classes))
-    chosen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for group in np.unique(groups):
-        test = groups == group
-        train = data.rows(~test)
-        basis = train.basis(n_latent, colour_share)
-        seen = data.features[test, 0]
-        for i, penalty in enumerate(penalties):
-            predicted[i, test] = basis.ridge(penalty).predict(seen)
-        means[test] = basis.target_mean
-        for section in np.unique(data.sections[test]):
-            chosen[section] = panels(train.targets, train.sections, n_target)
-        if n_classes and (train.codes >= 0).any():
-            heads = basis.ridge(1.0)
-            for i, strength in enumerate(strengths):
-                weight, bias = train.softmax(heads, n_classes, strength)
-                logits[i, test] = heads.embed(seen) @ weight + bias
-    sections = np.array(sorted(chosen))
-    best, scores = 0, []
-    for i in range(len(penalties)):
-        pcc = _by_section(predicted[i], data, sections)
-        scores.append(np.mean([np.nanmean(np.nan_to_num(pcc[j, chosen[s][0]])) for j, s in enumerate(sections)]))
-    best = int(np.argmax(scores))
-    pcc = _by_section(predicted[best], data, sections)
-    strongest = _most_likely(logits, data.codes) if n_classes else 0
-    error = np.square(predicted[best] - data.targets).sum(0, dtype=np.float64)
-    base = np.square(means - data.targets).sum(0, dtype=np.float64)
-    held_out = HeldOut(
-        pcc=pcc,
-        skill=1 - error / np.where(base > 0, base, 1),
-        panel=np.array([np.nan_to_num(pcc[j, chosen[s][0]]).mean() for j, s in enumerate(sections)]),
-        variable=np.array([np.nan_to_num(pcc[j, chosen[s][1]]).mean() for j, s in enumerate(sections)]),
-        sections=sections,
-        logits=logits[strongest],
-    )
-    return penalties[best], strengths[strongest], held_out
+    fitted = [
+        _fit_fold(sections, [codes != fold for codes in folds], recipe, n_classes, n_target, choice)
+        for fold in np.unique(np.concatenate(list(folds)))
+    ]
+    if choice is None:
+        choice = Choice(*_best_head(sections, fitted), _best_strength(sections, fitted, n_classes))
+    return choice, _collect(sections, fitted, choice, n_classes)
 
 
-def _by_section(predicted: np.ndarray, data: TrainingSet, sections: np.ndarray) -> np.ndarray:
-    return np.stack([pearson(predicted[data.sections == s], data.targets[data.sections == s]) for s in sections])
+def _fit_fold(
+    sections: Sequence[Section],
+    rows: list[np.ndarray],
+    recipe: Recipe,
+    n_classes: int,
+    n_target: int,
+    choice: Choice | None,
+) -> _Fold:
+    basis = fit_basis(sections, rows, recipe)
+    sums = fit_sums(sections, rows, basis, recipe.power)
+    held = tuple(~chosen for chosen in rows)
+    embeddings = {i: embed(section, basis)[held[i]] for i, section in enumerate(sections) if held[i].any()}
+    strengths = STRENGTHS if choice is None else (choice.strength,)
+    embedding, codes = labelled_embedding(sections, rows, basis) if n_classes else (np.empty((0, 0)), np.empty(0, int))
+    softmax = {s: fit_softmax(embedding, codes, n_classes, s) for s in strengths} if len(codes) else {}
+    return _Fold(basis, sums, held, embeddings, *panels(sections, rows, n_target), softmax)
 
 
-def _most_likely(logits: np.ndarray, codes: np.ndarray) -> int:
+def labelled_embedding(
+    sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embedding of the chosen spots that have a label, under every symmetry, and their codes."""
+    parts, codes = [], []
+    for section, chosen in zip(sections, rows, strict=True):
+        labelled = chosen & (section.codes >= 0)
+        for view in range(section.features.shape[1]) if labelled.any() else ():
+            parts.append(embed(section, basis, view)[labelled])
+            codes.append(section.codes[labelled])
+    if not parts:
+        return np.empty((0, basis.mixing.shape[1])), np.empty(0, int)
+    return np.concatenate(parts), np.concatenate(codes)
+
+
+def _best_head(sections: Sequence[Section], fitted: Sequence[_Fold]) -> tuple[float, int | None]:
+    """Penalty and rank with the highest mean correlation of the target genes, section by section."""
+    best, chosen = -np.inf, (PENALTIES[0], None)
+    measured = [
+        {i: sections[i].dense(fold.target)[fold.held[i]] for i in fold.embeddings} for fold in fitted
+    ]  # read once: taking columns out of a sparse matrix is what costs here
+    for penalty in PENALTIES:
+        for rank in RANKS:
+            weights = [fold.sums.ridge(penalty, rank, fold.target) for fold in fitted]
+            scores = [
+                np.nan_to_num(pearson(fold.embeddings[i] @ weight, truth[i])).mean()
+                for fold, weight, truth in zip(fitted, weights, measured, strict=True)
+                for i in fold.embeddings
+            ]
+            if np.mean(scores) > best:
+                best, chosen = np.mean(scores), (penalty, rank)
+    return chosen
+
+
+def _best_strength(sections: Sequence[Section], fitted: Sequence[_Fold], n_classes: int) -> float:
     from scipy.special import log_softmax
 
-    labelled = np.flatnonzero(codes >= 0)
-    likelihood = log_softmax(logits[:, labelled], axis=2)[:, np.arange(len(labelled)), codes[labelled]]
-    # A class that a fold has never seen costs every strength the same; it must not decide.
-    return int(np.argmax(np.maximum(likelihood, -10).mean(1)))
+    if not n_classes:
+        return STRENGTHS[0]
+    likelihood = dict.fromkeys(STRENGTHS, 0.0)
+    for fold in fitted:
+        for strength, (weight, bias) in fold.softmax.items():
+            for i, embedding in fold.embeddings.items():
+                codes = sections[i].codes[fold.held[i]]
+                chosen = codes >= 0
+                logits = log_softmax(embedding[chosen] @ weight + bias, axis=1)
+                # A class that a fold has never seen costs every strength the same; it must not decide.
+                likelihood[strength] += np.maximum(logits[np.arange(chosen.sum()), codes[chosen]], -10).sum()
+    return max(likelihood, key=likelihood.__getitem__)
+
+
+def _collect(sections: Sequence[Section], fitted: Sequence[_Fold], choice: Choice, n_classes: int) -> HeldOut:
+    g = sections[0].targets.shape[1]
+    weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
+    pcc = np.full((len(sections), g), np.nan)
+    error, base = np.zeros(g), np.zeros(g)
+    for start in range(0, g, _GENES_AT_ONCE):
+        genes = slice(start, min(start + _GENES_AT_ONCE, g))
+        for i, section in enumerate(sections):
+            measured = section.dense(genes)
+            predicted, means = np.empty_like(measured), np.empty_like(measured)
+            for fold, weight in zip(fitted, weights, strict=True):
+                if i in fold.embeddings:
+                    held = fold.held[i]
+                    means[held] = fold.sums.mean[genes]
+                    predicted[held] = np.maximum(fold.embeddings[i] @ weight[:, genes] + means[held], 0)
+            pcc[i, genes] = pearson(predicted, measured)
+            error[genes] += np.nan_to_num(np.square(predicted - measured)).sum(0, dtype=np.float64)
+            base[genes] += np.nan_to_num(np.square(means - measured)).sum(0, dtype=np.float64)
+    panel, logits = [], []
+    for i, section in enumerate(sections):
+        holding = [(fold, weight) for fold, weight in zip(fitted, weights, strict=True) if i in fold.embeddings]
+        target, variable = holding[0][0].target, holding[0][0].variable
+        genes = np.concatenate([target, variable])
+        predicted = np.empty((len(section), len(genes)), np.float32)
+        scores = np.full((len(section), n_classes), np.nan)
+        for fold, weight in holding:
+            embedding = fold.embeddings[i]
+            predicted[fold.held[i]] = np.maximum(embedding @ weight[:, genes] + fold.sums.mean[genes], 0)
+            if choice.strength in fold.softmax:
+                slope, bias = fold.softmax[choice.strength]
+                scores[fold.held[i]] = embedding @ slope + bias
+        panel.append(Panel(target, variable, predicted, section.dense(genes)))
+        logits.append(scores)
+    return HeldOut(pcc, 1 - error / np.where(base > 0, base, 1), tuple(panel), tuple(logits))

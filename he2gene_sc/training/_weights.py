@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..models import EncoderSpec
+from ..models._embedding import ALONE
 from ..models._model import ENCODER
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
 
@@ -48,7 +49,7 @@ def predict_rows(
     """Predict spots from the training window with the network that inference uses."""
     heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
     extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), spec, fusion="mean")
-    network = Network(extractor, heads).to(module.device)
+    network = Network(extractor, heads, ALONE).to(module.device)
     data, genes = module.data, torch.arange(module.data.targets.shape[1], device=module.device)
     expression = np.empty((len(rows), len(genes)), np.float32)
     proba = np.empty((len(rows), len(heads.get("annotation.bias", ()))), np.float32)
@@ -57,7 +58,7 @@ def predict_rows(
         for start in range(0, len(rows), _BATCH):
             part = slice(start, start + _BATCH)
             patches = torch.from_numpy(np.asarray(data.patches[rows[part]])).to(module.device)
-            views = network.views(extractor((patches,), symmetries))
+            views = extractor((patches,), symmetries)
             expression[part] = network.expression(views.mean(1), genes).cpu().numpy()
             if network.has_annotation:
                 proba[part] = network.annotation(views).mean(1).cpu().numpy()

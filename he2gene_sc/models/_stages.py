@@ -1,0 +1,73 @@
+"""Features of an encoder: its own output, or the mean of the maps of some of its stages."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Stages(nn.Module):
+    """Mean over the image of the maps of some stages, side by side.
+
+    Early stages of a network trained on photographs see texture and colour, which tissue shares with photographs; its
+    last layers see objects, which tissue does not have. Stages after the last one used are not run.
+
+    Parameters
+    ----------
+    encoder
+        A network of timm that has ``forward_intermediates``.
+    stages
+        Positions of the maps, from 0, as ``forward_intermediates(indices=...)`` counts them.
+    """
+
+    def __init__(self, encoder: nn.Module, stages: tuple[int, ...]):
+        super().__init__()
+        self.encoder = encoder
+        self.stages = tuple(stages)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(b, 3, s, s)`` to ``(b, f)``."""
+        maps = self.encoder.forward_intermediates(
+            x, indices=list(self.stages), stop_early=True, intermediates_only=True
+        )
+        return torch.cat([found.mean((2, 3)) for found in maps], dim=1)
+
+    def extra_repr(self) -> str:
+        """Name the stages, which belong to what the network computes."""
+        return f"stages={self.stages}"
+
+
+def default_stages(encoder: nn.Module) -> tuple[int, ...] | None:
+    """Return the stages to read of an encoder: the last three of a convolutional network, ``None`` for any other."""
+    info = getattr(encoder, "feature_info", None)
+    if info is None or not hasattr(encoder, "forward_intermediates"):
+        return None
+    reductions = [entry["reduction"] for entry in info]
+    if len(reductions) < 4 or any(b <= a for a, b in zip(reductions, reductions[1:], strict=False)):
+        return None
+    return tuple(range(len(reductions) - 3, len(reductions)))
+
+
+def staged(encoder: nn.Module, stages: tuple[int, ...] | None) -> nn.Module:
+    """Wrap an encoder so that it gives the means of the stages; ``None``: its own output.
+
+    Raises
+    ------
+    ValueError
+        If the encoder has no such stages.
+    """
+    if stages is None:
+        return encoder
+    n = len(getattr(encoder, "feature_info", ()))
+    if not hasattr(encoder, "forward_intermediates") or any(not 0 <= stage < n for stage in stages) or not stages:
+        valid = f"0 to {n - 1}" if n and hasattr(encoder, "forward_intermediates") else "None"
+        raise ValueError(f"`stages` is {tuple(stages)}; valid for this encoder: {valid}")
+    return Stages(encoder, stages)
+
+
+def stage_sizes(encoder: nn.Module, stages: tuple[int, ...] | None, input_px: int) -> tuple[int, ...]:
+    """Return the number of features of each stage; of an encoder's own output, one number."""
+    if stages is not None:
+        return tuple(int(encoder.feature_info[stage]["num_chs"]) for stage in stages)
+    with torch.inference_mode():
+        return (int(encoder(torch.zeros(1, 3, input_px, input_px)).shape[1]),)

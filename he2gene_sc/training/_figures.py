@@ -1,0 +1,145 @@
+"""Held-out figures for the card: per section, with intervals, never a mean over patients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..stats import noise_ceiling
+from ._closed_form import temperature
+from ._sections import Section
+from ._validate import HeldOut, Panel
+
+#: Side of the blocks of tissue that the bootstrap draws, µm: a few spots, as far as neighbours resemble each other.
+BLOCK_UM = 800.0
+N_BOOTSTRAP = 500
+_N_DIGITS = 4
+_N_BINS = 10
+
+
+def expression_figures(sections: Sequence[Section], held_out: HeldOut, colour: HeldOut) -> dict[str, dict[str, object]]:
+    """Mean correlation of both panels in each section, with an interval, the colour baseline and the noise ceiling.
+
+    Intervals are conditional on the patients at hand: blocks of tissue are drawn anew within each section, patients
+    and sections are not.
+    """
+    n_target, n_variable = len(held_out.panel[0].target), len(held_out.panel[0].variable)
+    names = (f"{n_target} target genes", f"{n_variable} most variable genes")
+    figures: dict[str, dict[str, object]] = {}
+    for which, name in enumerate(names):
+        rows: dict[str, dict[str, object]] = {
+            f"mean Pearson, {name}": {},
+            f"95 % interval, {name}": {},
+            f"colour alone, {name}": {},
+            f"noise ceiling, {name}": {},
+        }
+        model, interval, baseline, ceiling = rows.values()
+        for i, section in enumerate(sections):
+            panel = held_out.panel[i]
+            model[section.name] = _rounded(panel.scores()[which])
+            draws = bootstrap(panel, section.centres_um)[:, which]
+            interval[section.name] = [_rounded(q) for q in np.quantile(draws, (0.025, 0.975))]
+            baseline[section.name] = _rounded(colour.panel[i].scores()[which])
+            genes = panel.variable if which else panel.target
+            ceiling[section.name] = _rounded(np.nan_to_num(noise_ceiling(section.counts(), genes=genes)).mean())
+        figures |= rows
+    return figures
+
+
+def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
+    """Mean correlations of both panels over draws of blocks of tissue, ``(n_draws, 2)``.
+
+    Blocks of the section, squares of :data:`BLOCK_UM`, are drawn with replacement, as many as there are; every spot of
+    a block comes with it (Politis and Romano, J Am Stat Assoc 1994, say why single spots will not do).
+    """
+    rng = np.random.default_rng(seed)
+    _, block = np.unique(np.floor(centres_um / BLOCK_UM).astype(int), axis=0, return_inverse=True)
+    n_blocks = int(block.max()) + 1
+    drawn = rng.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=n_draws)[:, block.ravel()].astype(float)
+    weights = drawn / np.maximum(drawn.sum(1, keepdims=True), 1)
+    p, y = (x.astype(np.float64) - x.mean(0) for x in (panel.predicted, np.nan_to_num(panel.measured)))
+    mean_p, mean_y = weights @ p, weights @ y
+    variance = (weights @ (p * p) - mean_p**2) * (weights @ (y * y) - mean_y**2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.where(variance > 1e-12, (weights @ (p * y) - mean_p * mean_y) / np.sqrt(np.maximum(variance, 0)), 0)
+    n = len(panel.target)
+    return np.stack([r[:, :n].mean(1), r[:, n:].mean(1)], axis=1)
+
+
+def annotation_figures(
+    sections: Sequence[Section], held_out: HeldOut, classes: Sequence[str]
+) -> dict[str, dict[str, object]]:
+    """Balanced accuracy of each section, and over all of them AUROC of each class and calibration error."""
+    from scipy.special import softmax
+    from sklearn.metrics import recall_score, roc_auc_score
+
+    figures: dict[str, dict[str, object]] = {}
+    usable = [
+        np.flatnonzero((section.codes >= 0) & np.isfinite(logits).all(1))
+        for section, logits in zip(sections, held_out.logits, strict=True)
+    ]
+    accuracy = {}
+    for section, logits, rows in zip(sections, held_out.logits, usable, strict=True):
+        present = np.unique(section.codes[rows])
+        if len(present) > 1:
+            recall = recall_score(section.codes[rows], logits[rows].argmax(1), labels=present, average="macro")
+            accuracy[section.name] = _rounded(recall)
+    if not accuracy:
+        return {}
+    figures["balanced accuracy of the annotation"] = accuracy
+    codes = np.concatenate([section.codes[rows] for section, rows in zip(sections, usable, strict=True)])
+    proba = softmax(
+        np.concatenate([logits[rows] for logits, rows in zip(calibrated(sections, held_out), usable, strict=True)]),
+        axis=1,
+    )
+    figures["AUROC of each class against the rest, all held-out spots"] = {
+        name: _rounded(roc_auc_score(codes == c, proba[:, c]))
+        for c, name in enumerate(classes)
+        if 0 < (codes == c).sum() < len(codes)
+    }
+    figures["calibration of the annotation, all held-out spots"] = {
+        f"expected calibration error, {_N_BINS} bins": _rounded(calibration_error(proba, codes)),
+        "labelled spots": len(codes),
+    }
+    return figures
+
+
+def calibrated(sections: Sequence[Section], held_out: HeldOut) -> list[np.ndarray]:
+    """Held-out logits divided by a temperature that the other sections' held-out logits gave, section by section."""
+    result = []
+    for i, logits in enumerate(held_out.logits):
+        others = [j for j in range(len(sections)) if j != i] or [i]
+        t = pooled_temperature([sections[j] for j in others], [held_out.logits[j] for j in others])
+        result.append(logits / t)
+    return result
+
+
+def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> float:
+    """Temperature of held-out logits over the labelled spots of all sections; 1 where there are none."""
+    codes = np.concatenate([section.codes for section in sections])
+    scores = np.concatenate(list(logits))
+    rows = (codes >= 0) & np.isfinite(scores).all(1)
+    return temperature(scores[rows], codes[rows]) if rows.any() else 1.0
+
+
+def calibration_error(proba: np.ndarray, codes: np.ndarray, n_bins: int = _N_BINS) -> float:
+    """Expected calibration error of the most probable class (Guo et al., ICML 2017), equally wide bins.
+
+    Parameters
+    ----------
+    proba
+        ``(n, c)``.
+    codes
+        ``(n,)``.
+    n_bins
+        Bins of the confidence.
+    """
+    confidence, right = proba.max(1), proba.argmax(1) == codes
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    gaps = [abs(confidence[bins == b].sum() - right[bins == b].sum()) for b in np.unique(bins)]
+    return float(np.sum(gaps) / len(codes))
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), _N_DIGITS)

@@ -1,0 +1,92 @@
+"""What training knows of one section: features on disk, sparse targets, labels. Arrays in, arrays out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse
+
+from ..stats import TARGET_SUM
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """The spots of one section.
+
+    Attributes
+    ----------
+    name, patient
+        Names.
+    mpp
+        µm per pixel of its image.
+    centres_um
+        Spot centres in µm, ``(n, 2)``.
+    features
+        ``(n, r, f)``: ``r`` symmetries of each spot, the identity first; may be memory-mapped. See
+        :class:`he2gene_sc.models._network.FeatureExtractor`.
+    targets
+        ``(n, g)`` sparse columns, natural log of (1 + counts per 10,000); genes in the order that all sections share.
+    totals
+        ``(n,)`` counts of each spot.
+    measured
+        ``(g,)``: whether the gene was measured here. Targets of a gene that was not are empty and are never read.
+    codes
+        ``(n,)`` class codes, -1 without a label.
+    """
+
+    name: str
+    patient: str
+    mpp: float
+    centres_um: np.ndarray
+    features: np.ndarray
+    targets: scipy.sparse.csc_array
+    totals: np.ndarray
+    measured: np.ndarray
+    codes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.totals)
+
+    @cached_property
+    def transposed(self) -> scipy.sparse.csr_array:
+        """Genes times spots, whose product with anything spot-wise is one pass over what was counted."""
+        return self.targets.T
+
+    def dense(self, genes: np.ndarray | slice) -> np.ndarray:
+        """Return the targets of some genes, ``(n, len(genes))`` float32; NaN where they were not measured."""
+        values = self.targets[:, genes].toarray()
+        values[:, ~self.measured[genes]] = np.nan
+        return values
+
+    def sums(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sum the targets, and their squares, over the chosen spots: two ``(g,)`` float64."""
+        weights = rows.astype(np.float64)
+        squared = scipy.sparse.csr_array(
+            (np.square(self.transposed.data), self.transposed.indices, self.transposed.indptr), self.transposed.shape
+        )
+        return self.transposed @ weights, squared @ weights
+
+    def counts(self) -> scipy.sparse.csr_array:
+        """Return the raw counts ``(n, g)`` that the targets were made of."""
+        rows = self.targets.tocsr()
+        values = np.expm1(rows.data.astype(np.float64)) * np.repeat(self.totals, np.diff(rows.indptr)) / TARGET_SUM
+        return scipy.sparse.csr_array((np.rint(values).astype(np.int64), rows.indices, rows.indptr), rows.shape)
+
+
+def log_targets(counts: scipy.sparse.csr_array, totals: np.ndarray) -> scipy.sparse.csc_array:
+    """Natural log of (1 + counts per 10,000), sparse columns float32.
+
+    Parameters
+    ----------
+    counts
+        ``(n, g)`` raw counts.
+    totals
+        ``(n,)`` counts of each spot over all genes, above 0.
+    """
+    rows = scipy.sparse.csr_array(counts)
+    values = np.log1p(TARGET_SUM * rows.data / np.repeat(totals, np.diff(rows.indptr)))
+    logs = scipy.sparse.csr_array((values.astype(np.float32), rows.indices, rows.indptr), rows.shape).tocsc()
+    logs.sum_duplicates()
+    return logs

