@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import timm
 import torch
 from tiny_network import BASE, SPEC, encoder, toy_set
@@ -11,19 +12,27 @@ from tiny_network import BASE, SPEC, encoder, toy_set
 import he2gene_sc as hg
 from he2gene_sc.models import load, load_encoder
 from he2gene_sc.stats import pearson
-from he2gene_sc.training import PatchSet, fit_network, train_network
+from he2gene_sc.training import PatchSet, Section, fit_network, log_targets, patch_set, train_network
 from he2gene_sc.training._held_out import gene_figures, held_out_sections
 
 RECIPE = replace(BASE, lr=1e-2, max_epochs=4)
 
 
+NAMES = {
+    "section_names": ("A1", "A2", "B1", "B2", "C1"),
+    "patient_names": ("A", "A", "B", "B", "C"),
+    "mpps": (0.5,) * 5,
+}
+
+
+def train(data, known, recipe, network, **options):
+    return train_network(data, known, recipe, network, **(NAMES | {"device": "cpu"} | options))
+
+
 def facts(**changes):
     values = {
-        "section_names": ("A1", "A2", "B1", "B2", "C1"),
-        "patient_names": ("A", "A", "B", "B", "C"),
-        "mpps": (0.5,) * 5,
         "genes": pd.Index([f"G{i}" for i in range(6)]),
-        "ensembl_ids": {"G1": "ENSG00000000001"},
+        "ensembl_ids": ("", "ENSG00000000001", "", "", "", ""),
         "classes": ("red", "green", "blue"),
         "class_colors": ("#ff0000", "#00ff00", "#0000ff"),
         "encoder": SPEC,
@@ -45,7 +54,7 @@ def data():
 @pytest.fixture(scope="module")
 def model(data):
     own = replace(SPEC, timm_name="")
-    return train_network(data, facts(encoder=own), RECIPE, encoder(), device="cpu")
+    return train(data, facts(encoder=own), RECIPE, encoder(), device="cpu")
 
 
 def test_the_card_says_what_was_done_and_what_was_held_out(model):
@@ -75,7 +84,7 @@ def test_an_encoder_of_ones_own_is_carried_and_supplied_at_load(model, tmp_path)
     patches = tuple(torch.full((2, 3, 20, 20), v, dtype=torch.uint8) for v in (30, 90, 200))
     saved = load(model.save(tmp_path / "mine"), encoder=(encoder(), replace(SPEC, timm_name="")))
     with torch.inference_mode():
-        views = [m.network.views(m.network.extractor(patches)) for m in (model, saved)]
+        views = [m.network.extractor(patches) for m in (model, saved)]
     assert views[0].shape == (2, 3, 16)
     torch.testing.assert_close(*views)
 
@@ -99,10 +108,11 @@ def test_a_network_that_timm_builds_is_a_folder_on_its_own_and_predicts(tmp_path
     known = facts(
         encoder=spec,
         genes=table.var_names,
+        ensembl_ids=[""] * g,
         classes=tuple(table.obs["annotation"].cat.categories),
         class_colors=("#111111",) * 3,
     )
-    trained = train_network(data, known, replace(RECIPE, max_epochs=1, tta=False), network, device="cpu")
+    trained = train(data, known, replace(RECIPE, max_epochs=1, tta=False), network, device="cpu")
     saved = load(trained.save(tmp_path / "model"))
     tables = [hg.tl.predict(sdata, model=m, copy=True, device="cpu")["table"] for m in (trained, saved)]
     np.testing.assert_array_equal(tables[0].layers["he2gene"], tables[1].layers["he2gene"])
@@ -122,13 +132,13 @@ def test_cross_validation_takes_figures_from_folds_that_had_no_say(data, monkeyp
 
     monkeypatch.setattr(_gradient, "fit_network", spy)
     recipe = replace(RECIPE, lr=2e-2, lr_step=50, aux_weight=1.0, max_epochs=25)
-    model = train_network(data, facts(), recipe, encoder(0.0), cross_validate=True, device="cpu")
+    model = train(data, facts(), recipe, encoder(0.0), cross_validate=True, device="cpu")
     assert len(seen) == 3
     assert set.union(*(test for _, _, test in seen)) == set(range(100))
-    for train, stop, test in seen:
-        assert not train & stop
-        assert not (train | stop) & test
-        patients = [set(data.patients[list(part)]) for part in (train, test)]
+    for trained, stop, test in seen:
+        assert not trained & stop
+        assert not (trained | stop) & test
+        patients = [set(data.patients[list(part)]) for part in (trained, test)]
         assert not patients[0] & patients[1]
     (protocol,) = model.card.metrics
     assert protocol == "cross-validated over 3 folds of patients"
@@ -139,7 +149,7 @@ def test_cross_validation_takes_figures_from_folds_that_had_no_say(data, monkeyp
 
 def test_random_validation_is_called_what_it_is(data):
     recipe = replace(RECIPE, lr=2e-2, lr_step=50, aux_weight=1.0, max_epochs=20)
-    model = train_network(data, facts(), recipe, encoder(0.0), validation="random", device="cpu")
+    model = train(data, facts(), recipe, encoder(0.0), validation="random", device="cpu")
     assert "this LEAKS" in next(iter(model.card.metrics))
     assert not model.genes["reliable"].any()
 
@@ -148,12 +158,12 @@ def test_one_patient_and_one_section_are_warned_of(data, caplog):
     zero = np.zeros(100, int)
     for changes, said in (({}, "SAME patient"), ({"sections": zero}, "SAME section")):
         caplog.clear()
-        model = train_network(
+        model = train(
             replace(data, patients=zero, **changes),
-            facts(patient_names=("A",) * 5),
+            facts(),
             replace(RECIPE, max_epochs=1),
             encoder(),
-            device="cpu",
+            patient_names=("A",) * 5,
         )
         assert said in caplog.text
         if "section" in said:
@@ -162,9 +172,7 @@ def test_one_patient_and_one_section_are_warned_of(data, caplog):
 
 def test_without_labels_the_model_has_no_annotation(data):
     bare = replace(data, codes=np.full(100, -1))
-    model = train_network(
-        bare, facts(classes=(), class_colors=()), replace(RECIPE, max_epochs=1), encoder(), device="cpu"
-    )
+    model = train(bare, facts(classes=(), class_colors=()), replace(RECIPE, max_epochs=1), encoder(), device="cpu")
     assert model.card.classes == ()
     assert "annotation.weight" not in model.tensors
 
@@ -188,5 +196,36 @@ def test_a_gene_that_some_sections_lack_is_judged_by_the_others(data):
 
 def test_checkpoints_of_a_cross_validation_lie_in_folders_of_their_own(data, tmp_path):
     recipe = replace(RECIPE, max_epochs=1)
-    train_network(data, facts(), recipe, encoder(), cross_validate=True, checkpoint_dir=tmp_path, device="cpu")
+    train(data, facts(), recipe, encoder(), cross_validate=True, checkpoint_dir=tmp_path, device="cpu")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fold-0", "fold-1", "fold-2", "model"]
+
+
+def test_sections_are_put_together_for_training():
+    rng = np.random.default_rng(0)
+    grid = 200.0 * np.stack(np.mgrid[:3, :4], axis=-1).reshape(-1, 2)
+    sections = []
+    for name, patient in (("X1", "X"), ("Y1", "Y"), ("X2", "X")):
+        counts = rng.poisson([5, 1, 9, 0.5], (12, 4)).astype(float) + 1
+        totals = counts.sum(1)
+        sections.append(
+            Section(
+                name=name,
+                patient=patient,
+                mpp=0.5,
+                centres_um=grid,
+                features=np.empty((12, 1, 0), np.float32),
+                targets=log_targets(scipy.sparse.csr_array(counts), totals),
+                totals=totals,
+                measured=np.array([True, name != "Y1", True, True]),
+                codes=np.zeros(12, int),
+            )
+        )
+    data = patch_set(sections, np.zeros((36, 3, 8, 8), np.uint8), n_target=2, neighbours=True)
+    assert data.sections.tolist() == np.repeat([0, 1, 2], 12).tolist()
+    assert data.patients.tolist() == np.repeat([0, 1, 0], 12).tolist()
+    assert data.target_mask.tolist() == [True, False, True, False]
+    assert np.isnan(data.targets[12:24, 1]).all()
+    assert np.isfinite(np.delete(data.targets, 1, axis=1)).all()
+    np.testing.assert_allclose(data.targets[:12], sections[0].targets.toarray(), rtol=1e-6)
+    assert (data.neighbours[12:24][data.neighbours[12:24] >= 0] // 12 == 1).all()
+    assert patch_set(sections, np.zeros((36, 3, 8, 8), np.uint8), n_target=2).neighbours is None

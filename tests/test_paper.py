@@ -91,10 +91,9 @@ def prepare(patches):
 
 def test_outputs_on_patches_equal_plain_torch(model, paper, patches):
     with torch.inference_mode():
-        features = model.network.extractor(tuple(torch.from_numpy(p) for p in patches))
-        projected = model.network.views(features)
-        found = model.network.expression(projected.mean(1), torch.arange(N_TARGET + N_AUX))
-        proba = model.network.annotation(projected).mean(1)
+        seen = model.network.extractor(tuple(torch.from_numpy(p) for p in patches))
+        found = model.network.expression(seen.mean(1), torch.arange(N_TARGET + N_AUX))
+        proba = model.network.annotation(seen).mean(1)
         outputs = [paper(prepare(window)) for window in patches]
     expression = torch.stack([e for e, _ in outputs]).mean(0)
     assert (expression > 0).any()
@@ -122,7 +121,7 @@ def test_a_saved_model_is_a_normal_folder(model, tmp_path):
     found = load(model.save(tmp_path / "paper"))
     patches = tuple(torch.full((1, 3, px, px), 90, dtype=torch.uint8) for px in (75, 150, 225))
     with torch.inference_mode():
-        outputs = [m.network.latent(m.network.extractor(patches)) for m in (model, found)]
+        outputs = [m.network.extractor(patches) for m in (model, found)]
     np.testing.assert_array_equal(*outputs)
     assert (found.card.fusion, found.card.tta, found.card.windows_um) == ("mean", True, (50.0, 100.0, 150.0))
     assert found.genes.index.tolist() == TARGET + AUX

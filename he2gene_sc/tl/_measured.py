@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+    from ..training import Section
+
 logger = logging.getLogger("he2gene_sc")
 
 #: Sections must share at least this part of the shorter of two gene lists.
@@ -111,27 +113,6 @@ class Labels:
     merged: dict[str, str | None]
     ignored: tuple[str, ...]
     colours: dict[str, str]
-
-
-@dataclass(frozen=True, eq=False)
-class Joined:
-    """Sections brought to one gene list and one list of classes.
-
-    Attributes
-    ----------
-    genes, classes
-        The lists.
-    targets, totals, measured, codes
-        One a section: log-normalised expression ``(n, g)``, counts of each spot ``(n,)``, whether a gene was measured
-        ``(g,)``, class of each spot ``(n,)`` or -1.
-    """
-
-    genes: pd.Index
-    classes: tuple[str, ...]
-    targets: list[scipy.sparse.csc_array]
-    totals: list[np.ndarray]
-    measured: list[np.ndarray]
-    codes: list[np.ndarray]
 
 
 def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
@@ -250,29 +231,52 @@ def _problem(values: np.ndarray) -> str:
     return ""
 
 
-def join(sections: Sequence[Measured], chosen: Genes, labels: Labels) -> Joined:
-    """Bring sections to one gene list and one list of classes, and leave the rarest genes out."""
-    from ..training import log_targets
+def join(
+    read: Sequence[Measured], features: Sequence[np.ndarray], chosen: Genes, labels: Labels
+) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
+    """Bring sections to one gene list and one list of classes, and leave the rarest genes out.
 
-    genes, measured = _join_genes(sections, chosen)
-    classes, codes = _code_classes([section.labels for section in sections], labels.merged, labels.ignored)
-    targets, totals = [], []
-    for section in sections:
-        totals.append(np.asarray(section.counts.sum(axis=1), np.float64).ravel())
-        targets.append(_align(log_targets(section.counts, totals[-1]), section.genes.get_indexer(genes)))
+    Parameters
+    ----------
+    read, features
+        The sections and the features of their spots, ``(n, r, f)``.
+    chosen, labels
+        Which genes are learned, and how labels become classes.
+
+    Returns
+    -------
+    sections, genes, classes
+        What is trained on, and the names of its columns and codes.
+    """
+    from ..training import Section, log_targets
+
+    genes, measured = _join_genes(read, chosen)
+    classes, codes = _code_classes([section.labels for section in read], labels.merged, labels.ignored)
+    totals = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in read]
+    targets = [
+        _align(log_targets(section.counts, total), section.genes.get_indexer(genes))
+        for section, total in zip(read, totals, strict=True)
+    ]
     frequent = np.ones(len(genes), bool)
     if chosen.asked is None:
         seen = sum(np.diff(part.indptr) for part in targets)
         spots = sum(len(total) * there for total, there in zip(totals, measured, strict=True))
         frequent = seen >= np.maximum(chosen.min_share * spots, 1)
-    return Joined(
-        genes[frequent],
-        classes,
-        [part[:, frequent] for part in targets],
-        totals,
-        [there[frequent] for there in measured],
-        codes,
-    )
+    sections = [
+        Section(
+            name=section.name,
+            patient=section.patient,
+            mpp=section.mpp,
+            centres_um=section.centres * section.mpp,
+            features=features[i],
+            targets=targets[i][:, frequent],
+            totals=totals[i],
+            measured=measured[i][frequent],
+            codes=codes[i],
+        )
+        for i, section in enumerate(read)
+    ]
+    return sections, genes[frequent], classes
 
 
 def _join_genes(sections: Sequence[Measured], chosen: Genes) -> tuple[pd.Index, list[np.ndarray]]:

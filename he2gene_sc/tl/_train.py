@@ -6,7 +6,7 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from ..models import EncoderSpec, HE2Gene
     from ..models._network import FeatureExtractor
-    from ..training import Section
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -143,7 +142,8 @@ def train(
         As in :func:`he2gene_sc.tl.predict`.
     **fit_options
         For the paper's presets: ``max_epochs``, ``patience``, ``lr``, ``precision``, ``devices``, ``num_nodes``,
-        ``strategy`` (as in ``lightning.Trainer``), ``checkpoint_dir``, ``checkpoint_steps``, ``resume``, ``callbacks``.
+        ``strategy`` (as in ``lightning.Trainer``), ``checkpoint_dir``, ``checkpoint_steps``, ``resume``, ``callbacks``,
+        ``cross_validate`` (held-out figures from folds that had no say in when to stop, at several times the work).
 
     Returns
     -------
@@ -263,6 +263,7 @@ def _check(
         "checkpoint_steps",
         "resume",
         "callbacks",
+        "cross_validate",
     }
     unknown = sorted(set(fit_options) - valid)
     if unknown:
@@ -339,10 +340,14 @@ def _train_default(
     recipe = Recipe(weights, n_latent=n_latent)
     _check_memory(len(weights))
     sha256 = encoder_sha256(network)
-    kept = [_encode(section, extractor, sha256, windows_um, folder, engine) for section in read]
-    sections, genes, classes = _join(kept, chosen, labels)
+    kept, features = [], []
+    for section in read:
+        features.append(_encode(section, extractor, sha256, windows_um, folder, engine))
+        kept.append(section.without_image())
+        del section
+    sections, genes, classes = join(kept, features, chosen, labels)
     facts = Facts(
-        **describe([item.section for item in kept], genes, classes, labels, ids, card, spec),
+        **describe(len(sections), genes, classes, labels, ids, card, spec),
         encoder_sha256=sha256,
         stages=stages,
         windows_um=windows_um,
@@ -359,7 +364,7 @@ def _train_default(
 
 
 def describe(
-    sections: Sequence[Measured],
+    n_sections: int,
     genes: pd.Index,
     classes: tuple[str, ...],
     labels: Labels,
@@ -369,23 +374,14 @@ def describe(
 ) -> dict[str, Any]:
     """Arguments of :class:`he2gene_sc.training.Facts` that all presets share."""
     return {
-        "section_names": tuple(section.name for section in sections),
-        "patient_names": tuple(section.patient for section in sections),
-        "mpps": tuple(section.mpp for section in sections),
         "genes": genes,
-        "ensembl_ids": {gene: gene if gene.startswith("ENSG") else ids.get(gene, "") for gene in genes},
+        "ensembl_ids": tuple(gene if gene.startswith("ENSG") else ids.get(gene, "") for gene in genes),
         "classes": classes,
         "class_colors": colours_of(classes, labels.colours),
         "encoder": spec,
         **card,
-        "description": card["description"] or f"Trained on {len(sections)} section(s) with {spec.name}.",
+        "description": card["description"] or f"Trained on {n_sections} section(s) with {spec.name}.",
     }
-
-
-@dataclass(frozen=True, eq=False)
-class _Encoded:
-    section: Measured
-    features: np.ndarray
 
 
 def _encode(
@@ -395,8 +391,8 @@ def _encode(
     windows_um: tuple[float, ...],
     folder: Path,
     engine: tuple[int, torch.device, torch.dtype, bool],
-) -> _Encoded:
-    """Features of the spots of one section, on disk; the image is let go."""
+) -> np.ndarray:
+    """Features of the spots of one section, on disk, ``(n, r, f)``."""
     from tqdm.auto import tqdm
 
     from ..image import PatchReader
@@ -414,7 +410,7 @@ def _encode(
         factor=slide.pixel_factor,
     )
     with tqdm(total=reader.n_spots, unit="spot", desc=f"encode {section.name}", disable=not bar) as progress:
-        features = cached_features(
+        return cached_features(
             extractor,
             reader,
             encoder_sha256=sha256,
@@ -424,30 +420,6 @@ def _encode(
             folder=folder,
             progress=progress.update,
         )
-    return _Encoded(section.without_image(), features)
-
-
-def _join(kept: list[_Encoded], chosen: Genes, labels: Labels) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
-    from ..training import Section
-
-    joined = join([item.section for item in kept], chosen, labels)
-    sections = [
-        Section(
-            name=item.section.name,
-            patient=item.section.patient,
-            mpp=item.section.mpp,
-            centres_um=item.section.centres * item.section.mpp,
-            features=item.features,
-            targets=targets,
-            totals=totals,
-            measured=measured,
-            codes=codes,
-        )
-        for item, targets, totals, measured, codes in zip(
-            kept, joined.targets, joined.totals, joined.measured, joined.codes, strict=True
-        )
-    ]
-    return sections, joined.genes, joined.classes
 
 
 def _check_memory(n_features: int) -> None:

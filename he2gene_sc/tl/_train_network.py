@@ -21,7 +21,7 @@ _BATCH = 64
 
 
 def train_by_gradient(
-    read: Iterator[Measured],
+    sections: Iterator[Measured],
     preset: str,
     encoder: tuple[torch.nn.Module, EncoderSpec],
     chosen: Genes,
@@ -38,8 +38,8 @@ def train_by_gradient(
 
     Parameters
     ----------
-    read
-        The sections, read one by one.
+    sections
+        Read one by one.
     preset
         Name of the recipe.
     encoder
@@ -51,38 +51,37 @@ def train_by_gradient(
     validation, show_progress, **options
         Of :func:`he2gene_sc.training.train_network`.
     """
-    from ..training import PRESETS, Facts, PatchSet, neighbour_table, train_network
+    from ..training import PRESETS, Facts, patch_set, train_network
 
     network, spec = encoder
     recipe = PRESETS[preset]
     with tempfile.TemporaryDirectory(prefix="he2gene-") as folder:
-        sections, parts = [], []
-        for section in read:
+        read, parts = [], []
+        for section in sections:
             parts.append(_cut(section, recipe.train_window_um, spec.input_px, Path(folder) / f"{len(parts)}.npy"))
-            sections.append(section.without_image())
+            read.append(section.without_image())
             del section
-        joined = join(sections, chosen, labels)
-        sizes = [len(part) for part in parts]
-        coordinates = np.concatenate([section.centres * section.mpp for section in sections])
-        codes = np.repeat(np.arange(len(sections)), sizes)
-        patients = list(dict.fromkeys(section.patient for section in sections))
-        targets = _targets(joined.targets, joined.measured, Path(folder) / "targets.npy")
-        data = PatchSet(
-            patches=_joined(parts, Path(folder) / "patches.npy"),
-            targets=targets,
-            codes=np.concatenate(joined.codes),
-            sections=codes,
-            patients=np.repeat([patients.index(section.patient) for section in sections], sizes),
-            target_mask=_target_mask(targets, chosen.n_target),
-            coordinates=coordinates,
-            neighbours=neighbour_table(coordinates, sections=codes) if recipe.neighbour_weight else None,
-        )
+        joined, genes, classes = join(read, [np.empty((len(part), 0, 0)) for part in parts], chosen, labels)
         facts = Facts(
-            **describe(sections, joined.genes, joined.classes, labels, ids, card, spec),
+            **describe(len(joined), genes, classes, labels, ids, card, spec),
             windows_um=tuple(float(um) for um in windows_um or recipe.windows_um),
         )
         return train_network(
-            data, facts, recipe, network, validation=validation, show_progress=show_progress, **options
+            patch_set(
+                joined,
+                _concatenated(parts, Path(folder) / "patches.npy"),
+                n_target=min(chosen.n_target, len(genes)),
+                neighbours=recipe.neighbour_weight > 0,
+            ),
+            facts,
+            recipe,
+            network,
+            section_names=[section.name for section in joined],
+            patient_names=[section.patient for section in joined],
+            mpps=[section.mpp for section in joined],
+            validation=validation,
+            show_progress=show_progress,
+            **options,
         )
 
 
@@ -114,7 +113,7 @@ def _cut(section: Measured, window_um: float, input_px: int, path: Path) -> np.n
     return np.load(path, mmap_mode="r")
 
 
-def _joined(parts: Sequence[np.ndarray], path: Path) -> np.ndarray:
+def _concatenated(parts: Sequence[np.ndarray], path: Path) -> np.ndarray:
     """Put the patches of all sections into one file, a section at a time."""
     n = sum(len(part) for part in parts)
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(n, *parts[0].shape[1:]))
@@ -125,25 +124,3 @@ def _joined(parts: Sequence[np.ndarray], path: Path) -> np.ndarray:
         Path(part.filename).unlink()
     out.flush()
     return np.load(path, mmap_mode="r")
-
-
-def _targets(parts: Sequence[Any], measured: Sequence[np.ndarray], path: Path) -> np.ndarray:
-    """Dense targets on disk, ``(n, g)`` float32; NaN where a section does not list a gene."""
-    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    start = 0
-    for part, there in zip(parts, measured, strict=True):
-        rows = part.toarray()
-        rows[:, ~there] = np.nan
-        out[start : start + len(rows)] = rows
-        start += len(rows)
-    out.flush()
-    return np.load(path, mmap_mode="r")
-
-
-def _target_mask(targets: np.ndarray, n_target: int) -> np.ndarray:
-    """Mark the genes of highest mean, of those that every section lists."""
-    mean = np.nan_to_num(targets.mean(0, dtype=np.float64), nan=-1)
-    mask = np.zeros(targets.shape[1], bool)
-    mask[np.argsort(-mean, kind="stable")[: min(n_target, int((mean >= 0).sum()))]] = True
-    return mask

@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = attach(
         "grouped_folds": "._folds",
         "log_targets": "._sections",
         "neighbour_table": "._neighbours",
-        "panels": "._validate",
+        "patch_set": "._gradient",
         "train_network": "._gradient",
         "warn_of_unit": "._folds",
     },

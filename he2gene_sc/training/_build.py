@@ -32,12 +32,10 @@ class Facts:
 
     Attributes
     ----------
-    section_names, patient_names, mpps
-        One a section; patients by section.
     genes
         Names of the targets.
     ensembl_ids
-        Gene to Ensembl id, where it is known.
+        Of the genes, empty where unknown.
     classes, class_colors
         Names of the codes, and colours.
     encoder
@@ -50,11 +48,8 @@ class Facts:
         Of a frozen encoder: hash of its weights, and the stages that are read.
     """
 
-    section_names: tuple[str, ...]
-    patient_names: tuple[str, ...]
-    mpps: tuple[float, ...]
     genes: pd.Index
-    ensembl_ids: dict[str, str]
+    ensembl_ids: tuple[str, ...]
     classes: tuple[str, ...]
     class_colors: tuple[str, ...]
     encoder: EncoderSpec
@@ -295,7 +290,7 @@ def _gene_table(
     spots = sum(len(section) * section.measured for section in sections)
     table = pd.DataFrame(
         {
-            "ensembl_id": [facts.ensembl_ids.get(gene, "") for gene in facts.genes],
+            "ensembl_id": list(facts.ensembl_ids),
             "group": np.where(np.isin(index, target), "target", "auxiliary"),
             "variable": np.isin(index, variable),
             "mean": total / np.maximum(spots, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,28 +17,63 @@ from torch import nn
 from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._encoders import encoder_sha256
 from ..models._model import ENCODER
+from ._build import RELIABLE_PCC, Facts
 from ._fit import Fitted, fit_network
 from ._folds import warn_of_unit
-from ._held_out import (
-    RELIABLE_PCC,
-    HeldOutSection,
-    column_means,
-    figures,
-    gene_figures,
-    held_out_sections,
-    variable_genes,
-)
+from ._held_out import HeldOutSection, column_means, figures, gene_figures, held_out_sections, variable_genes
+from ._neighbours import neighbour_table
 from ._patches import PatchSet
 from ._presets import Preset
 from ._split import balanced_folds, split
 
 if TYPE_CHECKING:
-    from ._build import Facts
+    from ._sections import Section
 
 logger = logging.getLogger("he2gene_sc")
 
 #: What a figure has to be of, for a gene to be called reliable by it.
 _TELLING = ("patient", "section")
+
+
+def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int, neighbours: bool = False) -> PatchSet:
+    """Put sections together for training by gradient.
+
+    Parameters
+    ----------
+    sections
+        The sections; their features are not read.
+    patches
+        ``(n, 3, s, s)`` uint8, the training window around the spots of all sections, in their order; may be a memory
+        map.
+    n_target
+        Number of target genes, those of highest mean.
+    neighbours
+        Whether to find the neighbours of each spot on its grid.
+
+    Returns
+    -------
+    PatchSet
+        Sections and patients by code, in the order in which they occur.
+    """
+    codes = np.repeat(np.arange(len(sections)), [len(section) for section in sections])
+    patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
+    targets = np.empty((len(codes), sections[0].targets.shape[1]), np.float32)
+    for code, section in enumerate(sections):
+        targets[codes == code] = section.dense(slice(None))
+    means = np.nan_to_num(column_means(targets, np.arange(len(codes))), nan=-1.0)
+    mask = np.zeros(len(means), bool)
+    mask[np.argsort(-means, kind="stable")[:n_target]] = True
+    centres = np.concatenate([section.centres_um for section in sections])
+    return PatchSet(
+        patches=patches,
+        targets=targets,
+        codes=np.concatenate([section.codes for section in sections]),
+        sections=codes,
+        patients=np.array([patients[section.patient] for section in sections])[codes],
+        target_mask=mask,
+        coordinates=centres,
+        neighbours=neighbour_table(centres, None, codes) if neighbours else None,
+    )
 
 
 def train_network(
@@ -46,6 +82,9 @@ def train_network(
     preset: Preset,
     encoder: nn.Module,
     *,
+    section_names: Sequence[str],
+    patient_names: Sequence[str],
+    mpps: Sequence[float],
     validation: str = "grouped",
     cross_validate: bool = False,
     seed: int = 0,
@@ -65,6 +104,8 @@ def train_network(
         The recipe.
     encoder
         ``(b, 3, input_px, input_px)`` to ``(b, f)``; a copy of it is trained.
+    section_names, patient_names, mpps
+        One a section, in the order of the codes of ``data``.
     validation
         ``"grouped"``: patients, else sections, else blocks say when to stop; ``"random"``: a tenth of the spots, as in
         the paper. Figures of the latter leak: the card says so, and no gene is called reliable.
@@ -102,7 +143,14 @@ def train_network(
     if cross_validate:
         protocol, found = _cross_validate(data, preset, fit)
     changes = {name: options[name] for name in ("max_epochs", "patience", "batch_size", "lr") if options.get(name)}
-    return _describe(data, facts, replace(preset, **changes), encoder, fitted, protocol, found, seed)
+    preset = replace(preset, **changes)
+    spots = np.bincount(data.sections, minlength=len(section_names))
+    sections = {
+        name: {"patient": patient, "n_spots": int(k), "mpp": round(mpp, 4)}
+        for name, patient, k, mpp in zip(section_names, patient_names, spots, mpps, strict=True)
+    }
+    training = _training(data, facts, preset, fitted, sections, seed)
+    return _describe(data, facts, preset, encoder, fitted, training, protocol, found)
 
 
 def _protocol(unit: str) -> str:
@@ -131,16 +179,16 @@ def _describe(
     preset: Preset,
     encoder: nn.Module,
     fitted: Fitted,
+    training: dict[str, Any],
     protocol: str,
     found: list[HeldOutSection],
-    seed: int,
 ) -> HE2Gene:
     genes = gene_figures(found)
     telling = fitted.unit in _TELLING
     variable = variable_genes(data, np.arange(len(data)))
     table = pd.DataFrame(
         {
-            "ensembl_id": [facts.ensembl_ids.get(gene, "") for gene in facts.genes],
+            "ensembl_id": list(facts.ensembl_ids),
             "group": np.where(data.target_mask, "target", "auxiliary"),
             "variable": np.isin(np.arange(len(facts.genes)), variable),
             "mean": column_means(data.targets, np.arange(len(data))),
@@ -173,8 +221,8 @@ def _describe(
         class_colors=facts.class_colors if "annotation.weight" in fitted.tensors else (),
         n_genes=len(table),
         n_latent=len(fitted.tensors["genes.weight"]),
-        training=_training(data, facts, preset, fitted, seed),
-        metrics={protocol: figures(found, facts.section_names)},
+        training=training,
+        metrics={protocol: figures(found, list(training["sections"]))},
         reliable_rule=(
             "the lower 95 % bound of its held-out Pearson correlation (t over the held-out sections, at least two) is "
             f"above {RELIABLE_PCC} and its held-out skill against the training mean is positive"
@@ -200,19 +248,18 @@ def _own(spec: EncoderSpec, encoder: nn.Module) -> dict[str, Any]:
     return {} if buildable else {"encoder": (encoder.eval(), spec)}
 
 
-def _training(data: PatchSet, facts: Facts, preset: Preset, fitted: Fitted, seed: int) -> dict[str, Any]:
-    n = len(facts.section_names)
-    spots = np.bincount(data.sections, minlength=n)
-    held_out = np.bincount(data.sections[fitted.rows], minlength=n)
+def _training(
+    data: PatchSet, facts: Facts, preset: Preset, fitted: Fitted, sections: dict[str, dict[str, Any]], seed: int
+) -> dict[str, Any]:
+    held_out = np.bincount(data.sections[fitted.rows], minlength=len(sections))
     labels = np.bincount(data.codes[data.codes >= 0], minlength=len(facts.classes))
     best = fitted.history[fitted.best_epoch]
+    mpps = [section["mpp"] for section in sections.values()]
     return {
-        "sections": {
-            name: {"patient": patient, "n_spots": int(k), "mpp": round(mpp, 4)}
-            for name, patient, k, mpp in zip(facts.section_names, facts.patient_names, spots, facts.mpps, strict=True)
-        },
-        "n_patients": len(set(facts.patient_names)),
-        "n_spots": int(spots.sum()),
+        "sections": sections,
+        "n_patients": len({section["patient"] for section in sections.values()}),
+        "n_spots": len(data),
+        "mpp_range": [min(mpps), max(mpps)],
         "labelled_spots": {name: int(k) for name, k in zip(facts.classes, labels, strict=True)},
         "preset": preset.name,
         "train_window_um": preset.train_window_um,
@@ -220,7 +267,7 @@ def _training(data: PatchSet, facts: Facts, preset: Preset, fitted: Fitted, seed
         "batch_size": preset.batch_size,
         "seed": seed,
         "chosen_by": f"held-out {fitted.unit}s",
-        "held_out_to_stop": {facts.section_names[s]: int(k) for s, k in enumerate(held_out) if k},
+        "held_out_to_stop": {name: int(k) for name, k in zip(sections, held_out, strict=True) if k},
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
         "held_out_error_of_the_best_epoch": round(best["held_out_error"], 5),

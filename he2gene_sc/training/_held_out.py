@@ -10,10 +10,8 @@ import numpy as np
 from ..stats import pearson
 from ._fit import Fitted
 from ._patches import PatchSet
+from ._validate import N_VARIABLE
 
-#: Lower bound of the held-out correlation above which a gene may be called reliable.
-RELIABLE_PCC = 0.1
-N_VARIABLE = 50
 _DIGITS = 4
 _GENES_AT_ONCE = 2048
 
