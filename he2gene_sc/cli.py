@@ -105,13 +105,14 @@ def train(
 ) -> None:
     """Train a model, deterministically on the CPU.
 
-    The file has a list `sections` of her2st sections, or a table [data] with `hbcis`, the folder of that set (relative
-    to the file), and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; and a table [train] with
-    arguments of hg.tl.train.
+    The file has a table [train] with arguments of hg.tl.train and says what to train on: a table [data] with `stores`, a
+    list of SpatialData stores, one or more sections each, relative to the file; or with `hbcis`, the folder of that set,
+    and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; or a list `sections` of her2st sections.
     """
     from . import tl
-    from ._ensembl import symbol_to_ensembl
+    from .models._folder import check_place
 
+    check_place(out)
     with config.open("rb") as stream:
         settings = tomllib.load(stream)
     unknown = sorted(settings.keys() - {"sections", "data", "train"})
@@ -120,7 +121,7 @@ def train(
             f"{config.name}: either a list `sections` or a table [data], and a table [train] are needed, unknown: {unknown}"
         )
     sections = _sections(settings, config)
-    trained = tl.train(sections, ensembl_ids=symbol_to_ensembl(), **settings.get("train", {}))
+    trained = tl.train(sections, **settings.get("train", {}))
     typer.echo(f"{trained!r}\nWritten: {trained.save(out)}")
 
 
@@ -131,9 +132,14 @@ def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:
     if "data" not in settings:
         return (datasets.her2st(section) for section in settings["sections"])
     data = settings["data"]
+    if "stores" in data:
+        return _stores(data, config)
     unknown = sorted(data.keys() - {"hbcis", "patients", "sections"})
     if unknown or not isinstance(data.get("hbcis"), str):
-        raise ValueError(f"{config.name}: [data] needs `hbcis`, the path of the set, unknown: {unknown}")
+        raise ValueError(
+            f"{config.name}: [data] needs `stores`, a list of SpatialData stores, or `hbcis`, the path of that set, "
+            f"unknown: {unknown}"
+        )
     patients = data.get("patients")
     if isinstance(patients, str):
         split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in ("train", "test")}
@@ -142,6 +148,27 @@ def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:
         patients = split[patients]
     root = config.resolve().parent / Path(data["hbcis"]).expanduser()
     return datasets.hbcis(root, patients=patients, sections=data.get("sections"))
+
+
+def _stores(data: dict, config: Path) -> Iterable[SpatialData]:
+    """SpatialData stores that a training file lists, checked at once and read one by one."""
+    from .io._save import is_store
+
+    stores = data["stores"]
+    if not isinstance(stores, list) or not stores or len(data) > 1:
+        raise ValueError(f"{config.name}: `stores` is a list of paths and stands alone in [data], found {data}")
+    paths = [config.resolve().parent / Path(store).expanduser() for store in stores]
+    absent = [str(path) for path in paths if not path.is_dir() or not is_store(path)]
+    if absent:
+        raise ValueError(f"{config.name}: `stores` {absent} are no SpatialData stores")
+
+    def read() -> Iterable[SpatialData]:
+        import spatialdata as sd
+
+        for path in paths:
+            yield sd.read_zarr(path)
+
+    return read()
 
 
 @app.command()

@@ -139,9 +139,7 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     """
     from safetensors.numpy import save_file
 
-    target = Path(path).expanduser()
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _CARD).is_file())):
-        raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
+    target = check_place(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -166,6 +164,20 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+    return target
+
+
+def check_place(path: str | Path) -> Path:
+    """Return the folder that a model may be written to.
+
+    Raises
+    ------
+    FileExistsError
+        If something other than a model folder is there.
+    """
+    target = Path(path).expanduser()
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _CARD).is_file())):
+        raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
     return target
 
 
