@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,9 +93,21 @@ class Measured:
     counts: scipy.sparse.csr_array
     labels: np.ndarray
 
-    def without_image(self) -> Measured:
-        """Let the image go."""
-        return replace(self, slide=None)
+    def set_down(self, folder: Path) -> Measured:
+        """Let the image go and move the counts to disk, so that the next section finds room."""
+        return replace(self, slide=None, counts=_on_disk(self.counts, folder))
+
+
+def _on_disk(
+    matrix: scipy.sparse.csr_array | scipy.sparse.csc_array, folder: Path
+) -> scipy.sparse.csr_array | scipy.sparse.csc_array:
+    """Put a sparse array on files, which take memory only where they are read."""
+    arrays = []
+    for array in (matrix.data, matrix.indices, matrix.indptr):
+        with tempfile.NamedTemporaryFile(suffix=".npy", dir=folder, delete=False) as file:
+            np.save(file, array)
+        arrays.append(np.load(file.name, mmap_mode="r") if len(array) else array)
+    return type(matrix)(tuple(arrays), shape=matrix.shape)
 
 
 @dataclass(frozen=True)
@@ -232,7 +246,7 @@ def _problem(values: np.ndarray) -> str:
 
 
 def join(
-    read: Sequence[Measured], features: Sequence[np.ndarray], chosen: Genes, labels: Labels
+    read: Sequence[Measured], features: Sequence[np.ndarray], chosen: Genes, labels: Labels, folder: Path
 ) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
     """Bring sections to one gene list and one list of classes, and leave the rarest genes out.
 
@@ -242,6 +256,8 @@ def join(
         The sections and the features of their spots, ``(n, r, f)``.
     chosen, labels
         Which genes are learned, and how labels become classes.
+    folder
+        Where the targets lie while they are used.
 
     Returns
     -------
@@ -254,7 +270,7 @@ def join(
     classes, codes = _code_classes([section.labels for section in read], labels.merged, labels.ignored)
     totals = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in read]
     targets = [
-        _align(log_targets(section.counts, total), section.genes.get_indexer(genes))
+        _on_disk(_align(log_targets(section.counts, total), section.genes.get_indexer(genes)), folder)
         for section, total in zip(read, totals, strict=True)
     ]
     frequent = np.ones(len(genes), bool)
@@ -269,7 +285,7 @@ def join(
             mpp=section.mpp,
             centres_um=section.centres * section.mpp,
             features=features[i],
-            targets=targets[i][:, frequent],
+            targets=_on_disk(targets[i][:, frequent], folder),
             totals=totals[i],
             measured=measured[i][frequent],
             codes=codes[i],

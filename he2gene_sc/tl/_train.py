@@ -192,7 +192,7 @@ def train(
     chosen = Genes(None if genes is None else list(genes), n_target_genes, min_spot_share, missing_genes_are_zero)
     labels = Labels(dict(classes or {}), tuple(ignore_classes), dict(class_colors or {}))
     with contextlib.ExitStack() as stack:
-        folder = Path(cache) if cache is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="he2gene-")))
         read = _read(sdatas, keys, symbols)
         if own_recipe:
             from ._train_network import train_by_gradient
@@ -205,6 +205,7 @@ def train(
                 labels,
                 ids,
                 card,
+                work,
                 windows_um=windows_um,
                 validation=validation,
                 seed=seed,
@@ -221,7 +222,8 @@ def train(
                 labels,
                 ids,
                 card,
-                folder,
+                work,
+                cache=work if cache is None else Path(cache),
                 stages=stages,
                 windows_um=tuple(float(um) for um in windows_um or _WINDOWS_UM),
                 n_latent=n_latent,
@@ -317,8 +319,9 @@ def _train_default(
     labels: Labels,
     ids: Mapping[str, str],
     card: dict[str, Any],
-    folder: Path,
+    work: Path,
     *,
+    cache: Path,
     stages: Sequence[int] | Literal["auto"] | None,
     windows_um: tuple[float, ...],
     n_latent: int,
@@ -342,10 +345,10 @@ def _train_default(
     sha256 = encoder_sha256(network)
     kept, features = [], []
     for section in read:
-        features.append(_encode(section, extractor, sha256, windows_um, folder, engine))
-        kept.append(section.without_image())
+        features.append(_encode(section, extractor, sha256, windows_um, cache, engine))
+        kept.append(section.set_down(work))
         del section
-    sections, genes, classes = join(kept, features, chosen, labels)
+    sections, genes, classes = join(kept, features, chosen, labels, work)
     facts = Facts(
         **describe(len(sections), genes, classes, labels, ids, card, spec),
         encoder_sha256=sha256,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ def train_by_gradient(
     labels: Labels,
     ids: Mapping[str, str],
     card: Mapping[str, Any],
+    work: Path,
     *,
     windows_um: Sequence[float] | None,
     validation: str,
@@ -46,6 +46,8 @@ def train_by_gradient(
         Where training begins, and what is known of it.
     chosen, labels, ids, card
         Genes, labels, Ensembl ids and words for the card, as given to ``hg.tl.train``.
+    work
+        Folder for what has to be on disk meanwhile.
     windows_um
         Windows at inference; default: the preset's.
     validation, show_progress, **options
@@ -55,34 +57,33 @@ def train_by_gradient(
 
     network, spec = encoder
     recipe = PRESETS[preset]
-    with tempfile.TemporaryDirectory(prefix="he2gene-") as folder:
-        read, parts = [], []
-        for section in sections:
-            parts.append(_cut(section, recipe.train_window_um, spec.input_px, Path(folder) / f"{len(parts)}.npy"))
-            read.append(section.without_image())
-            del section
-        joined, genes, classes = join(read, [np.empty((len(part), 0, 0)) for part in parts], chosen, labels)
-        facts = Facts(
-            **describe(len(joined), genes, classes, labels, ids, card, spec),
-            windows_um=tuple(float(um) for um in windows_um or recipe.windows_um),
-        )
-        return train_network(
-            patch_set(
-                joined,
-                _concatenated(parts, Path(folder) / "patches.npy"),
-                n_target=min(chosen.n_target, len(genes)),
-                neighbours=recipe.neighbour_weight > 0,
-            ),
-            facts,
-            recipe,
-            network,
-            section_names=[section.name for section in joined],
-            patient_names=[section.patient for section in joined],
-            mpps=[section.mpp for section in joined],
-            validation=validation,
-            show_progress=show_progress,
-            **options,
-        )
+    read, parts = [], []
+    for section in sections:
+        parts.append(_cut(section, recipe.train_window_um, spec.input_px, work / f"{len(parts)}.npy"))
+        read.append(section.set_down(work))
+        del section
+    joined, genes, classes = join(read, [np.empty((len(part), 0, 0)) for part in parts], chosen, labels, work)
+    facts = Facts(
+        **describe(len(joined), genes, classes, labels, ids, card, spec),
+        windows_um=tuple(float(um) for um in windows_um or recipe.windows_um),
+    )
+    return train_network(
+        patch_set(
+            joined,
+            _concatenated(parts, work / "patches.npy"),
+            n_target=min(chosen.n_target, len(genes)),
+            neighbours=recipe.neighbour_weight > 0,
+        ),
+        facts,
+        recipe,
+        network,
+        section_names=[section.name for section in joined],
+        patient_names=[section.patient for section in joined],
+        mpps=[section.mpp for section in joined],
+        validation=validation,
+        show_progress=show_progress,
+        **options,
+    )
 
 
 def _cut(section: Measured, window_um: float, input_px: int, path: Path) -> np.ndarray:

@@ -141,34 +141,27 @@ def build_model(
         Weights in half precision, as they are stored.
     """
     n_classes = len(facts.classes)
-    options = {"n_classes": n_classes, "n_target": n_target}
     unit, folds = folds_of(sections, "spot" if validation == "random" else None, seed)
     warn_of_unit(unit)
-    colour, colour_recipe = _colour_only(sections, n_colour)
-    choice, held_out = cross_validate(sections, folds, recipe, **options)
-    colour_choice, colour_held_out = cross_validate(colour, folds, colour_recipe, n_classes=0, n_target=n_target)
-    results = {unit: (held_out, colour_held_out)}
+    protocols = {unit: folds}
     if unit == "patient":
-        _, folds = folds_of(sections, "section")
-        results = {
-            "section": (
-                cross_validate(sections, folds, recipe, choice=choice, **options)[1],
-                cross_validate(colour, folds, colour_recipe, choice=colour_choice, n_classes=0, n_target=n_target)[1],
-            ),
-            **results,
-        }
+        protocols = {"section": folds_of(sections, "section")[1], **protocols}
+    colour, colour_recipe = _colour_only(sections, n_colour)
+    choice, held_out = cross_validate(sections, protocols, recipe, n_classes=n_classes, n_target=n_target)
+    colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, n_classes=0, n_target=n_target)
     metrics = {
         _HELD_OUT.get(name, "random spots of the same sections (leaks; for comparison with the paper only)"): (
-            expression_figures(sections, model, baseline) | annotation_figures(sections, model, facts.classes)
+            expression_figures(sections, found, colour_held_out[name])
+            | annotation_figures(sections, found, facts.classes)
         )
-        for name, (model, baseline) in results.items()
+        for name, found in held_out.items()
     }
-    known = next(iter(results))
+    known = next(iter(held_out))
     everything = [np.ones(len(section), bool) for section in sections]
     target, variable = panels(sections, everything, n_target)
-    tensors = _fit(sections, everything, recipe, choice, results[known][0], n_classes)
+    tensors = _fit(sections, everything, recipe, choice, held_out[known], n_classes)
     tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
-    genes, rule = _gene_table(sections, facts, results[known][0], known, target, variable)
+    genes, rule = _gene_table(sections, facts, held_out[known], known, target, variable)
     card = ModelCard(
         name=facts.name,
         version=facts.version,
@@ -187,7 +180,7 @@ def build_model(
         class_colors=facts.class_colors,
         n_genes=len(genes),
         n_latent=int(tensors["genes.weight"].shape[0]),
-        training=_training(sections, facts, choice, colour_choice, unit),
+        training=_training(sections, facts, choice, colour_choice, list(protocols)),
         metrics=metrics,
         reliable_rule=rule,
         intended_use=facts.intended_use,
@@ -250,7 +243,7 @@ def _fit_colour(
 
 
 def _training(
-    sections: Sequence[Section], facts: Facts, choice: Choice, colour_choice: Choice, unit: str
+    sections: Sequence[Section], facts: Facts, choice: Choice, colour_choice: Choice, units: list[str]
 ) -> dict[str, object]:
     codes = np.concatenate([section.codes for section in sections])
     labels = np.bincount(codes[codes >= 0], minlength=len(facts.classes))
@@ -261,7 +254,7 @@ def _training(
         "n_spots": len(codes),
         "mpp_range": [round(min(s.mpp for s in sections), 4), round(max(s.mpp for s in sections), 4)],
         "labelled_spots": {name: int(n) for name, n in zip(facts.classes, labels, strict=True)},
-        "chosen_by": f"holding out each {unit}",
+        "chosen_by": " and ".join(f"holding out each {unit}" for unit in units),
         "penalty": choice.penalty,
         "rank": choice.rank,
         "annotation_strength": choice.strength,

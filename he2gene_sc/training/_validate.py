@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,41 +115,46 @@ def panels(
 
 def cross_validate(
     sections: Sequence[Section],
-    folds: Sequence[np.ndarray],
+    protocols: Mapping[str, Sequence[np.ndarray]],
     recipe: Recipe,
     *,
     n_classes: int,
     n_target: int,
-    choice: Choice | None = None,
-) -> tuple[Choice, HeldOut]:
+) -> tuple[Choice, dict[str, HeldOut]]:
     """Hold out one group after the other, and choose penalty, rank and strength.
 
     Parameters
     ----------
     sections
         The sections.
-    folds
-        For each section the code of what each spot is held out with, ``(n,)``.
+    protocols
+        What is held out together, by name; for each section the code of what each spot is held out with, ``(n,)``.
     recipe
         How features become an embedding.
     n_classes, n_target
         As in training.
-    choice
-        What to use; by default it is chosen, expression by the mean correlation of the target genes, annotation by the
-        likelihood. It is chosen on the folds that the figures are taken from: one combination among a few dozen.
 
     Returns
     -------
-    Choice, HeldOut
-        What was chosen, and the held-out predictions it gives.
+    Choice
+        Expression: the penalty and rank with the highest mean correlation of the target genes over the sections, averaged
+        over the protocols, since a model meets known patients and new ones. Annotation: the likeliest strength. They are
+        chosen on the folds that the figures are taken from: one combination among a few dozen.
+    dict
+        Name of the protocol to :class:`HeldOut`, the held-out predictions of that choice.
     """
-    fitted = [
-        _fit_fold(sections, [codes != fold for codes in folds], recipe, n_classes, n_target, choice)
-        for fold in np.unique(np.concatenate(list(folds)))
-    ]
-    if choice is None:
-        choice = Choice(*_best_head(sections, fitted), _best_strength(sections, fitted, n_classes))
-    return choice, _collect(sections, fitted, choice, n_classes)
+    fitted = {
+        name: [
+            _fit_fold(sections, [codes != fold for codes in folds], recipe, n_classes, n_target)
+            for fold in np.unique(np.concatenate(list(folds)))
+        ]
+        for name, folds in protocols.items()
+    }
+    scores = np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0)
+    penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
+    every = [fold for folds in fitted.values() for fold in folds]
+    choice = Choice(PENALTIES[penalty], RANKS[rank], _best_strength(sections, every, n_classes))
+    return choice, {name: _collect(sections, folds, choice, n_classes) for name, folds in fitted.items()}
 
 
 def _fit_fold(
@@ -158,15 +163,13 @@ def _fit_fold(
     recipe: Recipe,
     n_classes: int,
     n_target: int,
-    choice: Choice | None,
 ) -> _Fold:
     basis = fit_basis(sections, rows, recipe)
     sums = fit_sums(sections, rows, basis, recipe.power)
     held = tuple(~chosen for chosen in rows)
     embeddings = {i: embed(section, basis)[held[i]] for i, section in enumerate(sections) if held[i].any()}
-    strengths = STRENGTHS if choice is None else (choice.strength,)
     embedding, codes = labelled_embedding(sections, rows, basis) if n_classes else (np.empty((0, 0)), np.empty(0, int))
-    softmax = {s: fit_softmax(embedding, codes, n_classes, s) for s in strengths} if len(codes) else {}
+    softmax = {s: fit_softmax(embedding, codes, n_classes, s) for s in STRENGTHS} if len(codes) else {}
     return _Fold(basis, sums, held, embeddings, *panels(sections, rows, n_target), softmax)
 
 
@@ -185,22 +188,19 @@ def labelled_embedding(
     return np.concatenate(parts), np.concatenate(codes)
 
 
-def _best_head(sections: Sequence[Section], fitted: Sequence[_Fold]) -> tuple[float, int | None]:
-    """Penalty and rank with the highest mean correlation of the target genes, section by section."""
-    best, chosen = -np.inf, (PENALTIES[0], None)
-    measured = [
-        {i: sections[i].dense(fold.target)[fold.held[i]] for i in fold.embeddings} for fold in fitted
-    ]  # read once: taking columns out of a sparse matrix is what costs here
-    for penalty in PENALTIES:
-        scores = np.zeros(len(RANKS))
-        for fold, truth in zip(fitted, measured, strict=True):
-            for i, weight in enumerate(fold.sums.path(penalty, RANKS, fold.target)):
-                scores[i] += sum(
-                    np.nan_to_num(pearson(fold.embeddings[j] @ weight, truth[j])).mean() for j in fold.embeddings
-                )
-        if scores.max() > best:
-            best, chosen = scores.max(), (penalty, RANKS[int(scores.argmax())])
-    return chosen
+def _head_scores(sections: Sequence[Section], fitted: Sequence[_Fold]) -> np.ndarray:
+    """Mean correlation of the target genes over the sections, ``(penalties, ranks)``."""
+    scores = np.zeros((len(PENALTIES), len(RANKS)))
+    n = 0
+    for fold in fitted:
+        # Read once: taking columns out of a sparse matrix is what costs here.
+        measured = {i: sections[i].dense(fold.target)[fold.held[i]] for i in fold.embeddings}
+        n += len(measured)
+        for p, penalty in enumerate(PENALTIES):
+            for r, weight in enumerate(fold.sums.path(penalty, RANKS, fold.target)):
+                for i, embedding in fold.embeddings.items():
+                    scores[p, r] += np.nan_to_num(pearson(embedding @ weight, measured[i])).mean()
+    return scores / n
 
 
 def _best_strength(sections: Sequence[Section], fitted: Sequence[_Fold], n_classes: int) -> float:
