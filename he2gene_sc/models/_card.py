@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -146,7 +147,7 @@ class ModelCard:
             "",
             "## Held-out figures",
             "",
-            *_bullets(self.metrics),
+            *(line for protocol, figures in self.metrics.items() for line in _figures(protocol, figures)),
             "",
             f"A gene is called reliable where {self.reliable_rule}.",
             "",
@@ -169,6 +170,39 @@ class ModelCard:
         over = ["windows"] if self.fusion == "mean" and len(self.windows_um) > 1 else []
         over += ["the eight symmetries of the square"] if self.tta else []
         return f"; predictions are averaged over {' and '.join(over)}" if over else ""
+
+
+def _figures(protocol: str, figures: Any) -> list[str]:
+    """Lines of one protocol: what is given section by section as a table, the rest as a list."""
+    if not isinstance(figures, dict):
+        return _bullets({protocol: figures})
+    tables: dict[tuple[str, ...], list[str]] = {}
+    rest: dict[str, Any] = {}
+    for name, values in figures.items():
+        # Sections are columns; a figure that some lack keeps its place.
+        if isinstance(values, dict) and len(figures) > 1:
+            columns = next((c for c in tables if set(values) <= set(c)), tuple(values))
+            tables.setdefault(columns, []).append(_row(name, [values.get(column, "") for column in columns]))
+        else:
+            rest[name] = values
+    lines = [f"### {protocol[:1].upper()}{protocol[1:]}", ""]
+    for columns, rows in tables.items():
+        lines += [_row("", columns), _row("---", ["---"] * len(columns)), *rows, ""]
+    return [*lines, *_bullets(rest), *([""] if rest else [])]
+
+
+def _row(name: str, values: Iterable[Any]) -> str:
+    cells = []
+    for value in values:
+        if isinstance(value, list | tuple):
+            cells.append(" to ".join(_shown(v) for v in value))
+        else:
+            cells.append(_shown(value))
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _bullets(data: dict[str, Any], depth: int = 0) -> list[str]:
