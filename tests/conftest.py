@@ -55,6 +55,7 @@ def tiny_model():
 
     import he2gene_sc as hg
     from he2gene_sc.models import EncoderSpec, HE2Gene, ModelCard
+    from he2gene_sc.models._embedding import ALONE
     from he2gene_sc.models._encoders import encoder_sha256
     from he2gene_sc.models._network import N_COLOUR, FeatureExtractor, Network
 
@@ -73,6 +74,7 @@ def tiny_model():
         "latent.mean": np.zeros(f, np.float32),
         "latent.scale": np.ones(f, np.float32),
         "latent.projection": rng.normal(size=(f, k)).astype(np.float16),
+        "latent.mixing": np.eye(k, dtype=np.float16),
         "genes.weight": rng.normal(size=(k, g)).astype(np.float16),
         "genes.bias": np.full(g, 3, np.float32),
         "annotation.weight": rng.normal(size=(k, 3)).astype(np.float32),
@@ -113,7 +115,7 @@ def tiny_model():
     model = HE2Gene(card, genes, tensors)
     # The encoder is in no registry: the network is put where `model.network` keeps it once built.
     model.__dict__["network"] = Network(
-        FeatureExtractor(encoder, spec), {key: torch.from_numpy(value) for key, value in tensors.items()}
+        FeatureExtractor(encoder, spec), {key: torch.from_numpy(value) for key, value in tensors.items()}, ALONE
     )
     return model
 

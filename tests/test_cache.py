@@ -101,7 +101,7 @@ def direct(runs, symmetries=SYMMETRIES[:2]):
 
 def test_features_are_those_of_the_encoder_bit_for_bit_in_the_order_of_the_spots(runs):
     found = runs()
-    assert found.shape == (17, 2, 24)
+    assert found.shape == (17, 2, 30)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, direct(runs))
     assert np.ptp(found, axis=0).max() > 0
@@ -297,7 +297,7 @@ def test_a_reader_of_the_old_file_outlives_its_replacement(runs):
 def test_a_disk_without_room_is_refused_before_the_work_with_the_folder_and_the_bytes(runs, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, 0))
-    with pytest.raises(OSError, match=r"full: the features take 3,\d\d\d bytes.*cache") as raised:
+    with pytest.raises(OSError, match=r"full: the features take 4,112 bytes.*cache") as raised:
         runs()
     assert raised.value.errno == errno.ENOSPC
     assert raised.value.filename == str(runs.folder)
@@ -351,7 +351,7 @@ def test_folders_are_made_and_the_home_folder_is_understood(runs, monkeypatch, t
 
 def test_no_spots_give_no_rows_and_no_file(runs):
     found = runs(centres=np.empty((0, 2)))
-    assert found.shape == (0, 2, 24)
+    assert found.shape == (0, 2, 30)
     assert not runs.folder.exists()
 
 

@@ -120,11 +120,10 @@ def test_a_card_without_a_field_is_refused_by_its_name(folder):
         load(folder)
 
 
-def test_a_card_of_the_first_schema_is_read_as_what_it_meant(folder):
-    card = json.loads((folder / "card.json").read_text())
-    del card["fusion"], card["tta"]
-    (folder / "card.json").write_text(json.dumps(card | {"schema_version": 1}))
-    assert (load(folder).card.fusion, load(folder).card.tta) == ("concat", False)
+def test_a_card_of_the_first_schema_is_refused_with_what_to_do(folder):
+    rewrite_card(folder, schema_version=1)
+    with pytest.raises(ValueError, match=r"schema version 1, of he2gene_sc 0\.1.*train the model again"):
+        load(folder)
 
 
 def test_an_unknown_fusion_is_refused(folder):
@@ -133,10 +132,11 @@ def test_an_unknown_fusion_is_refused(folder):
         load(folder)
 
 
-def test_a_latent_without_its_scale_is_refused(tiny_model, tmp_path):
-    tensors = {key: value for key, value in tiny_model.tensors.items() if key != "latent.scale"}
+@pytest.mark.parametrize("part", ["mean", "scale", "projection", "mixing"])
+def test_an_embedding_that_lacks_a_part_is_refused(tiny_model, tmp_path, part):
+    tensors = {key: value for key, value in tiny_model.tensors.items() if key != f"latent.{part}"}
     folder = HE2Gene(tiny_model.card, tiny_model.genes, tensors).save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"lacks \['latent\.scale'\]"):
+    with pytest.raises(ValueError, match=rf"lacks \['latent\.{part}'\]"):
         load(folder)
 
 
@@ -230,12 +230,25 @@ def test_patches_of_any_size_reach_the_encoder_scaled_and_normalised(tiny_model,
     np.testing.assert_allclose(found.numpy(), (51 / 255 - 0.5) / 0.5, atol=1e-6)
 
 
-def test_colour_features_are_mean_and_sd_of_each_window(tiny_model):
+def test_colour_features_are_the_moments_of_optical_density_in_each_window(tiny_model):
     rng = np.random.default_rng(0)
     patches = [rng.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8) for _ in range(2)]
-    expected = [f((p / 255 - 0.5) / 0.5, axis=(2, 3)) for p in patches for f in (np.mean, np.std)]
+    expected = []
+    for window in patches:
+        density = -np.log(np.maximum(window.reshape(4, 3, -1), 1) / 255)
+        covariance = np.stack([np.cov(spot, ddof=0) for spot in density])
+        expected += [density.mean(2), density.std(2), covariance[:, (0, 0, 1), (1, 2, 2)]]
     found = tiny_model.network.extractor.colour(tuple(torch.from_numpy(p) for p in patches))
-    np.testing.assert_allclose(found.numpy(), np.concatenate(expected, axis=1), atol=1e-5)
+    assert found.shape == (4, 18)
+    np.testing.assert_allclose(found.numpy(), np.concatenate(expected, axis=1), atol=2e-5)
+
+
+def test_colour_features_of_one_colour_are_finite_and_without_spread(tiny_model):
+    patches = tuple(torch.full((2, 3, 32, 32), value, dtype=torch.uint8) for value in (0, 255))
+    found = tiny_model.network.extractor.colour(patches).numpy().reshape(2, 2, 9)
+    np.testing.assert_allclose(found[:, 0, :3], np.log(255), rtol=1e-5)
+    np.testing.assert_allclose(found[:, 1, :3], 0, atol=1e-6)
+    np.testing.assert_allclose(found[:, :, 3:], 0, atol=5e-3)
 
 
 # The bundled model
@@ -250,7 +263,8 @@ def test_the_bundled_model_predicts_with_the_bundled_encoder(bundled):
     network = bundled.network
     patches = tuple(torch.full((1, 3, 224, 224), 200, dtype=torch.uint8) for _ in bundled.card.windows_um)
     with torch.inference_mode():
-        latent = network.latent(network.extractor(patches))
+        features = network.extractor(patches).mean(1)
+        latent = torch.from_numpy(network.embed(features.numpy(), np.zeros((1, 2))))
         expression = network.expression(latent, torch.arange(bundled.card.n_genes))
         proba = network.annotation(latent)
     assert expression.shape == (1, bundled.card.n_genes)

@@ -117,6 +117,13 @@ def test_noise_ceiling_lies_between_zero_and_one_or_is_nan(counts, seed):
     assert (np.isnan(found) | ((found >= 0) & (found <= 1))).all()
 
 
+def test_noise_ceiling_of_chosen_genes_is_that_of_all_genes():
+    counts = deep_counts(1, n=60)
+    genes = np.array([3, 0])
+    np.testing.assert_array_equal(noise_ceiling(counts, genes=genes), noise_ceiling(counts)[genes])
+    assert len(noise_ceiling(counts, genes=np.empty(0, int))) == 0
+
+
 def test_noise_ceiling_of_a_gene_that_is_never_seen_is_nan():
     counts = np.random.default_rng(0).poisson(5, (30, 3))
     counts[:, 1] = 0

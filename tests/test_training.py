@@ -1,189 +1,517 @@
+"""The closed form against plain dense algebra, and what grouped validation must not be fooled by."""
+
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import scipy.sparse
 from scipy.special import softmax
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from tiny_sections import CONTEXT, N_FEATURES, everything, planted, recipe, section
 
-from he2gene_sc.stats import pearson
-from he2gene_sc.training import TrainingSet, cross_validate, fit_basis, panels
-from he2gene_sc.training._closed_form import fit_softmax, temperature
+from he2gene_sc.models._embedding import ALONE
+from he2gene_sc.stats import log_normalise, pearson, skill
+from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of
+from he2gene_sc.training._closed_form import _principal, components, embed, fit_softmax, temperature
+from he2gene_sc.training._validate import Choice, Panel, panels
 
-N, R, F, G, N_COLOUR = 120, 2, 12, 8, 4
-OPTIONS = {"n_latent": 8, "n_colour": N_COLOUR, "colour_share": 0.25}
+GAPS = ((1, 2), (3, 2), (0, 5))
 
 
-@pytest.fixture
-def arrays():
+def dense_ridge(sections, rows, basis, penalty, power):
+    """Ridge on all spots and views at once, gene by gene, on the sections that measured it, targets centred there."""
+    g = sections[0].targets.shape[1]
+    weights = np.zeros((basis.mixing.shape[1], g))
+    for gene in range(g):
+        used = [(s, r) for s, r in zip(sections, rows, strict=True) if s.measured[gene] and r.any()]
+        views = sections[0].features.shape[1]
+        x = np.concatenate([embed(s, basis, v)[r] for s, r in used for v in range(views)]).astype(float)
+        y = [s.targets.toarray()[r, gene].astype(float) for s, r in used]
+        y = np.concatenate([part - part.mean() for part in y for _ in range(views)])
+        k = x.shape[1]
+        weights[:, gene] = np.linalg.solve(x.T @ x / views + penalty * power * np.eye(k), x.T @ y / views)
+    return weights
+
+
+# Sections
+
+
+def test_counts_come_back_exactly_from_the_targets():
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(N, 1, F)) * rng.uniform(0.5, 3, F) + 0.1 * rng.normal(size=(N, R, F)) + 5
-    features[:, :, F - N_COLOUR :] = features[:, :1, F - N_COLOUR :]
-    targets = 4 + rng.normal(size=(N, G))
-    return features.astype(np.float32), targets.astype(np.float32), np.repeat([0, 1, 2], N // 3)
+    counts = rng.poisson(0.5, (40, 6)) * rng.choice([1, 7, 1_000, 250_000, 30_000_000], (40, 6))
+    counts[0] = [1, 0, 0, 0, 0, 2_000_000]
+    totals = counts.sum(1) + 11.0
+    counts[totals == 11] = 1
+    totals = counts.sum(1) + 11.0
+    found = section(rng.normal(size=(40, 1, 3)), counts, totals=totals).counts()
+    small = counts < 1_000_000
+    np.testing.assert_array_equal(np.where(small, found.toarray(), 0), np.where(small, counts, 0))
+    np.testing.assert_allclose(found.toarray(), counts, rtol=2e-6)
 
 
-def planted(seed=0, noise=0.3, n=240, n_classes=3):
-    """Sections that differ in depth, and genes and classes that are linear in the features."""
-    rng = np.random.default_rng(seed)
-    sections = np.repeat(np.arange(4), n // 4)
-    features = rng.normal(size=(n, 1, F)).astype(np.float32)
-    slopes = rng.normal(size=(F, G))
-    targets = 10 + features[:, 0] @ slopes + noise * rng.normal(size=(n, G)) + rng.normal(size=(4, G))[sections]
-    codes = (features[:, 0] @ rng.normal(size=(F, n_classes))).argmax(1)
-    return TrainingSet(features, targets.astype(np.float32), codes, sections, sections // 2, N_COLOUR)
+def test_targets_are_log_normalised_and_stored_zeros_are_no_counts():
+    counts = np.array([[3, 0, 1], [0, 0, 9]])
+    s = section(np.zeros((2, 1, 3)), scipy.sparse.csr_array(counts))
+    np.testing.assert_allclose(s.targets.toarray(), log_normalise(counts), rtol=1e-6)
+    assert s.targets.dtype == np.float32
+    assert len(s) == 2
 
 
-def validate(data, groups=None, n_classes=0, **options):
-    groups = data.sections if groups is None else groups
-    return cross_validate(data, groups, n_classes=n_classes, n_latent=F, n_target=G, colour_share=0.25, **options)
+def test_sums_are_those_of_the_dense_targets_over_the_chosen_spots():
+    s = planted(1)[0]
+    rows = np.arange(len(s)) % 3 == 0
+    dense = s.targets.toarray().astype(float)[rows]
+    total, squares = s.sums(rows)
+    np.testing.assert_allclose(total, dense.sum(0))
+    np.testing.assert_allclose(squares, np.square(dense).sum(0))
 
 
-# panels
+def test_genes_that_were_not_measured_are_nan_and_others_are_what_was_counted():
+    s = planted(2, gaps=GAPS)[1]
+    assert np.isnan(s.dense(np.array([2, 0]))[:, 0]).all()
+    np.testing.assert_array_equal(s.dense(np.array([2, 0]))[:, 1], s.targets.toarray()[:, 0])
+    np.testing.assert_array_equal(np.isnan(s.dense(slice(None))).any(0), ~s.measured)
+
+
+# Panels
 
 
 def test_panels_are_the_highest_means_and_the_highest_variances_within_sections():
-    sections = np.repeat([0, 1], 4)
-    wave = np.array([-1, 1, -1, 1] * 2)
-    between = np.repeat([-1, 1], 4)
-    targets = np.stack([5 + 0 * wave, 3 + 2 * wave, 4 + 3 * between, 1 + wave], axis=1).astype(np.float32)
-    target, variable = panels(targets, sections, 2, n_variable=2)
-    assert target.tolist() == [0, 2]
+    wave = np.array([-1, 1, -1, 1])
+    first, second = ([5, 3, 1, 1] + np.stack([0 * wave, 2 * wave, 0 * wave, wave], 1) for _ in range(2))
+    second = second + [0, 0, 6, 0]
+    parts = [
+        replace(section(np.zeros((4, 1, 3)), np.ones((4, 4))), targets=scipy.sparse.csc_array(t), name=str(i))
+        for i, t in enumerate((first, second))
+    ]
+    target, variable = panels(parts, everything(parts), 3, n_variable=2)
+    assert target.tolist() == [0, 2, 1]
     assert variable.tolist() == [1, 3]
 
 
-# fit_basis
+def test_panels_hold_genes_that_every_training_section_measured():
+    sections = planted(4, gaps=GAPS)
+    target, variable = panels(sections, everything(sections), 10, n_variable=10)
+    for panel in (target, variable):
+        assert sorted(panel) == [0, 1, 3, 4, 6, 7, 8, 9]
+    rows = [np.full(len(s), i not in (1, 3)) for i, s in enumerate(sections)]
+    assert 2 in panels(sections, rows, 10)[0]
+    assert 5 not in panels(sections, rows, 10)[0]
 
 
-def standardised(features):
-    flat = features.reshape(-1, F).astype(float)
-    z = (flat - flat.mean(0)) / flat.std(0)
-    z[:, F - N_COLOUR :] *= np.sqrt(0.25 * (F - N_COLOUR) / N_COLOUR)
-    return z
+# Basis
 
 
-def test_projection_spans_the_principal_components_of_the_standardised_features(arrays):
-    features, targets, sections = arrays
-    projection = fit_basis(features, targets, sections, **OPTIONS).projection.astype(float)
-    components = np.linalg.svd(standardised(features), full_matrices=False)[2][: OPTIONS["n_latent"]].T
-    np.testing.assert_allclose(np.abs(np.sum(components * projection, axis=0)), 1, atol=1e-4)
+def test_feature_weights_give_each_stage_window_and_the_colour_their_share():
+    found = feature_weights((4, 16), 3, 27, 0.25).astype(float) ** 2
+    assert len(found) == 3 * 20 + 27
+    encoder, colour = found[:60].reshape(3, 20), found[60:]
+    assert encoder.sum() == pytest.approx(1)
+    assert colour.sum() == pytest.approx(0.25)
+    np.testing.assert_allclose(encoder[:, :4].sum(1), 1 / 6)
+    np.testing.assert_allclose(encoder[:, 4:].sum(1), 1 / 6)
+    assert len(np.unique(colour)) == 1
 
 
-@pytest.mark.parametrize("penalty", [0.3, 10.0])
-def test_ridge_equals_scikit_learn_on_the_same_components(arrays, penalty):
-    features, targets, sections = arrays
-    heads = fit_basis(features, targets, sections, **OPTIONS).ridge(penalty)
-    centred = targets - np.stack([targets[sections == s].mean(0) for s in sections])
-    embedding = standardised(features) @ heads.projection
-    oracle = Ridge(alpha=penalty * F, fit_intercept=False)
-    oracle.fit(embedding, centred.repeat(R, axis=0), sample_weight=np.full(N * R, 1 / R))
-    np.testing.assert_allclose(heads.weight, oracle.coef_.T, atol=1e-4)
-    np.testing.assert_allclose(heads.bias, targets.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(heads.embed(features.reshape(-1, F)), embedding, atol=1e-3)
+def test_feature_weights_without_colour():
+    assert feature_weights((5,), 1, 0, 0.25).tolist() == pytest.approx([5**-0.5] * 5)
 
 
-def test_colour_has_its_share_of_the_sum_of_squares(arrays):
-    features, targets, sections = arrays
-    basis = fit_basis(features, targets, sections, **OPTIONS)
-    energy = np.square((features.reshape(-1, F) - basis.mean) / basis.scale).sum(0)
-    assert energy[F - N_COLOUR :].sum() / energy[: F - N_COLOUR].sum() == pytest.approx(0.25, rel=1e-3)
+def test_projection_is_the_principal_components_of_scikit_learn():
+    """Without a prior every section is centred on itself, so that PCA's own centring changes nothing."""
+    sections = planted(3, views=1)
+    context = replace(CONTEXT, prior_spots=1e-9)
+    made = recipe(n_components=6, context=context)
+    basis = fit_basis(sections, everything(sections), made)
+    z = np.concatenate([context.standardise(s.features[:, 0], basis.mean, basis.scale) for s in sections])
+    oracle = PCA(6, svd_solver="full").fit(z.astype(float) * made.weights)
+    own = basis.projection / made.weights[:, None]
+    np.testing.assert_allclose(np.abs(np.sum(oracle.components_.T * own, axis=0)), 1, atol=1e-3)
+    np.testing.assert_allclose(
+        np.sum(np.square(z @ basis.projection), axis=0), 180 * oracle.explained_variance_ * 179 / 180, rtol=1e-3
+    )
 
 
-def test_depth_of_a_section_does_not_change_the_slopes(arrays):
-    features, targets, sections = arrays
-    deeper = targets + np.array([0, 5, -3], np.float32)[sections][:, None]
-    weights = [fit_basis(features, t, sections, **OPTIONS).ridge(1.0).weight for t in (targets, deeper)]
-    np.testing.assert_allclose(weights[0], weights[1], atol=1e-4)
+def test_mixing_is_the_principal_components_of_spot_and_rings():
+    sections = planted(3, views=2)
+    made = recipe()
+    basis = fit_basis(sections, everything(sections), made)
+    factors = np.sqrt(np.repeat([1, 0.7, 0.4], 10))
+    parts = np.concatenate([components(s, basis, v) for s in sections for v in range(2)]).astype(float) * factors
+    directions = np.linalg.svd(parts, full_matrices=False)[2][:8].T
+    found = basis.mixing / factors[:, None]
+    np.testing.assert_allclose(np.abs(np.sum(directions * found, axis=0)), 1, atol=1e-3)
 
 
-def test_a_constant_feature_is_harmless(arrays):
-    features, targets, sections = arrays
-    features[:, :, 3] = 7
-    heads = fit_basis(features, targets, sections, **OPTIONS).ridge(1.0)
-    assert np.isfinite(heads.predict(features[:, 0])).all()
-    np.testing.assert_allclose(heads.projection[3], 0, atol=1e-5)
+def test_mean_and_scale_are_averages_over_sections_of_any_size():
+    small, large = planted(1, n=20)[0], planted(1, n=90, seed=1)[0]
+    basis = fit_basis([small, large], everything([small, large]), recipe())
+    flat = [s.features.reshape(-1, N_FEATURES).astype(float) for s in (small, large)]
+    np.testing.assert_allclose(basis.mean, np.mean([x.mean(0) for x in flat], axis=0), rtol=1e-5)
+    np.testing.assert_allclose(basis.scale, np.sqrt(np.mean([x.var(0) for x in flat], axis=0)), rtol=1e-5)
 
 
-def test_predictions_are_floored_at_zero(arrays):
-    features, targets, sections = arrays
-    heads = fit_basis(features, targets - 4, sections, **OPTIONS).ridge(1.0)
-    raw = heads.embed(features[:, 0]) @ heads.weight + heads.bias
-    assert (raw < 0).any()
-    np.testing.assert_array_equal(heads.predict(features[:, 0]), np.where(raw > 0, raw, 0))
+def test_signs_of_the_components_are_fixed():
+    gram = np.cov(np.random.default_rng(0).normal(size=(6, 40)))
+    directions = _principal(gram, 4)
+    assert (directions[np.abs(directions).argmax(0), np.arange(4)] > 0).all()
 
 
-def test_fitting_twice_gives_the_same_bits(arrays):
-    first, second = (fit_basis(*arrays, **OPTIONS).ridge(3.0) for _ in range(2))
-    for name in ("mean", "scale", "projection", "weight", "bias"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+def test_components_of_many_features_come_close_to_the_exact_ones(monkeypatch):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(300, 10)) @ rng.normal(size=(10, 200)) * 3 + rng.normal(size=(300, 200))
+    exact = _principal(z.T @ z, 10)
+    monkeypatch.setattr("he2gene_sc.training._closed_form._EXACT_UP_TO", 100)
+    found = _principal(z.T @ z, 10)
+    np.testing.assert_allclose(np.abs(np.sum(exact * found, axis=0)), 1, atol=1e-6)
+    np.testing.assert_array_equal(_principal(z.T @ z, 10), found)
 
 
-# cross_validate
+def test_a_constant_feature_is_harmless():
+    sections = [
+        replace(s, features=np.concatenate([s.features[:, :, :-1], np.full((60, 2, 1), 7.3, np.float32)], 2))
+        for s in planted(2)
+    ]
+    basis = fit_basis(sections, everything(sections), recipe())
+    assert basis.scale[-1] == 0
+    assert np.isfinite(embed(sections[0], basis)).all()
+    changed = replace(sections[0], features=sections[0].features + np.eye(N_FEATURES, dtype=np.float32)[-1])
+    np.testing.assert_array_equal(embed(changed, basis), embed(sections[0], basis))
 
 
-def test_a_planted_linear_signal_is_recovered_on_held_out_sections():
-    _, _, held_out = validate(planted())
-    assert held_out.pcc.shape == (4, G)
-    assert held_out.pcc.min() > 0.95
+def test_the_embedding_is_no_longer_than_there_are_spots():
+    sections = planted(2, n=4)
+    assert fit_basis(sections, everything(sections), recipe()).mixing.shape[1] == 7
 
 
-def test_held_out_figures_equal_a_fit_on_the_other_sections():
-    data = planted(noise=2.0)
-    _, _, held_out = validate(data, penalties=(3.0,))
-    train, test = data.rows(data.sections != 2), data.rows(data.sections == 2)
-    basis = fit_basis(train.features, train.targets, train.sections, n_latent=F, n_colour=N_COLOUR, colour_share=0.25)
-    expected = pearson(basis.ridge(3.0).predict(test.features[:, 0]), test.targets)
-    np.testing.assert_allclose(held_out.pcc[2], expected, atol=1e-5)
-    assert held_out.panel[2] == pytest.approx(expected.mean(), abs=1e-5)
+def test_features_on_disk_give_the_same_bits(tmp_path):
+    sections = planted(3)
+    mapped = []
+    for s in sections:
+        np.save(tmp_path / f"{s.name}.npy", s.features)
+        mapped.append(replace(s, features=np.load(tmp_path / f"{s.name}.npy", mmap_mode="r")))
+    results = []
+    for these in (sections, mapped):
+        basis = fit_basis(these, everything(these), recipe())
+        results.append(
+            (basis.mean, basis.projection, basis.mixing, fit_sums(these, everything(these), basis, 1.0).ridge(1.0, 3))
+        )
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
-def test_permuted_targets_leave_no_held_out_correlation():
-    means = []
-    for seed in range(3):
-        data = planted(seed)
-        shuffled = np.random.default_rng(seed).permutation(data.targets)
-        means.append(validate(TrainingSet(**{**vars(data), "targets": shuffled}))[2].pcc.mean())
-    assert abs(np.mean(means)) < 0.08
+# Ridge
 
 
-def test_groups_of_several_sections_are_held_out_together():
-    data = planted(noise=2.0)
-    _, _, by_patient = validate(data, data.patients, penalties=(3.0,))
-    train, test = data.rows(data.patients != 1), data.rows(data.sections == 3)
-    basis = fit_basis(train.features, train.targets, train.sections, n_latent=F, n_colour=N_COLOUR, colour_share=0.25)
-    expected = pearson(basis.ridge(3.0).predict(test.features[:, 0]), test.targets)
-    assert by_patient.sections.tolist() == [0, 1, 2, 3]
-    np.testing.assert_allclose(by_patient.pcc[3], expected, atol=1e-5)
+@pytest.mark.parametrize("penalty", [0.01, 3.0])
+@pytest.mark.parametrize("gaps", [(), GAPS])
+def test_ridge_equals_a_dense_one_on_all_spots_and_views(penalty, gaps):
+    sections = planted(4, gaps=gaps)
+    rows = [np.arange(60) % 4 != i for i in range(4)]
+    made = recipe()
+    basis = fit_basis(sections, rows, made)
+    found = fit_sums(sections, rows, basis, made.power).ridge(penalty)
+    expected = dense_ridge(sections, rows, basis, penalty, made.power)
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-3)
 
 
-def test_a_weak_penalty_is_chosen_for_a_clean_signal():
-    chosen, _, _ = validate(planted(noise=0.01), penalties=(0.01, 1000.0))
-    assert chosen == 0.01
+def test_the_mean_of_a_gene_is_that_of_the_spots_where_it_was_measured():
+    sections = planted(4, gaps=GAPS)
+    rows = [np.arange(60) % 4 != i for i in range(4)]
+    found = fit_sums(sections, rows, fit_basis(sections, rows, recipe()), 1.0).mean
+    dense = np.concatenate([s.dense(slice(None))[r] for s, r in zip(sections, rows, strict=True)])
+    np.testing.assert_allclose(found, np.nanmean(dense.astype(float), axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_reduced_rank_projects_the_fitted_values_on_their_principal_components(rank):
+    sections = planted(3, views=1)
+    made = recipe()
+    basis = fit_basis(sections, everything(sections), made)
+    sums = fit_sums(sections, everything(sections), basis, made.power)
+    full = sums.ridge(0.3).astype(float)
+    x = np.concatenate([embed(s, basis) for s in sections]).astype(float)
+    left, singular, right = np.linalg.svd(x @ full, full_matrices=False)
+    best = (left[:, :rank] * singular[:rank]) @ right[:rank]
+    weight = sums.ridge(0.3, rank).astype(float)
+    assert np.linalg.matrix_rank(weight, tol=1e-4) == rank
+    np.testing.assert_allclose(x @ weight, best, atol=2e-3 * np.abs(best).max())
+
+
+def test_a_path_gives_the_weights_of_each_rank_and_of_the_genes_asked_for():
+    sections = planted(3, gaps=GAPS)
+    basis = fit_basis(sections, everything(sections), recipe())
+    sums = fit_sums(sections, everything(sections), basis, 1.0)
+    genes = np.array([7, 0, 2])
+    for rank, weight in zip((2, 5, None, 8, 99), sums.path(1.0, (2, 5, None, 8, 99), genes), strict=True):
+        assert weight.dtype == np.float32
+        np.testing.assert_allclose(weight, sums.ridge(1.0, rank)[:, genes], atol=1e-7)
+    np.testing.assert_array_equal(sums.ridge(1.0, 8), sums.ridge(1.0))
+    assert np.abs(sums.ridge(1.0, 2) - sums.ridge(1.0)).max() > 1e-3
+
+
+def test_depth_of_a_section_does_not_change_the_slopes():
+    sections = planted(3)
+    shift = scipy.sparse.csc_array(np.full((60, 10), 2.5, np.float32))
+    deeper = [
+        sections[0],
+        replace(sections[1], targets=scipy.sparse.csc_array(sections[1].targets + shift)),
+        sections[2],
+    ]
+    basis = fit_basis(sections, everything(sections), recipe())
+    found = [fit_sums(s, everything(s), basis, 1.0) for s in (sections, deeper)]
+    np.testing.assert_allclose(found[0].ridge(1.0), found[1].ridge(1.0), atol=1e-5)
+    np.testing.assert_allclose(found[1].mean - found[0].mean, 2.5 / 3, rtol=1e-5)
+
+
+def test_sections_that_are_not_trained_on_change_nothing():
+    sections = planted(4)
+    rows = [np.ones(60, bool)] * 3 + [np.zeros(60, bool)]
+    results = []
+    for these, chosen in ((sections, rows), (sections[:3], rows[:3])):
+        basis = fit_basis(these, chosen, recipe())
+        results.append((basis.mixing, fit_sums(these, chosen, basis, 1.0).ridge(0.3, 4)))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+def test_the_order_of_sections_and_of_spots_does_not_matter():
+    sections = planted(3)
+    rng = np.random.default_rng(0)
+    mixed = []
+    for s in sections[::-1]:
+        order = rng.permutation(len(s))
+        mixed.append(
+            replace(
+                s,
+                centres_um=s.centres_um[order],
+                features=s.features[order],
+                targets=scipy.sparse.csc_array(s.targets.tocsr()[order]),
+                totals=s.totals[order],
+                codes=s.codes[order],
+            )
+        )
+    found = []
+    for these in (sections, mixed):
+        basis = fit_basis(these, everything(these), recipe())
+        weight = fit_sums(these, everything(these), basis, 1.0).ridge(0.3, 4)
+        found.append(embed(sections[0], basis) @ weight)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4 * np.abs(found[0]).max())
+
+
+def test_sections_that_stand_there_four_times_give_the_same_heads():
+    """With the penalty four times as large: a repeated section brings no news."""
+    sections = planted(3)
+    repeated = [replace(s, name=f"{s.name}-{i}") for i in range(4) for s in sections]
+    found = []
+    for these, penalty in ((sections, 0.3), (repeated, 1.2)):
+        basis = fit_basis(these, everything(these), recipe())
+        sums = fit_sums(these, everything(these), basis, 1.0)
+        found.append(embed(sections[0], basis) @ sums.ridge(penalty, 4) + sums.mean)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3)
+
+
+# Cross-validation
+
+
+def validate(sections, unit="section", n_classes=0, n_target=10, made=None, **options):
+    _, folds = folds_of(sections, unit)
+    made = recipe(n_components=N_FEATURES, n_latent=30) if made is None else made
+    return cross_validate(sections, folds, made, n_classes=n_classes, n_target=n_target, **options)
+
+
+def test_a_planted_signal_is_recovered_on_held_out_sections():
+    choice, held_out = validate(planted(n=120, seed=1))
+    assert held_out.pcc.shape == (4, 10)
+    assert np.median(held_out.pcc) > 0.8
+    assert (held_out.skill > 0).mean() > 0.5
+    assert choice.penalty <= 1
+
+
+@pytest.mark.parametrize(("unit", "held"), [("section", [2]), ("patient", [0, 2])])
+def test_held_out_figures_equal_a_fit_on_the_other_groups(unit, held):
+    sections = planted(gaps=GAPS)
+    choice = Choice(0.3, 4, 0.1)
+    made = recipe()
+    _, held_out = validate(sections, unit, n_classes=3, n_target=4, made=made, choice=choice)
+    rows = [np.full(60, i not in held) for i in range(4)]
+    basis = fit_basis(sections, rows, made)
+    sums = fit_sums(sections, rows, basis, made.power)
+    predicted = np.maximum(embed(sections[2], basis) @ sums.ridge(0.3, 4) + sums.mean, 0)
+    measured = sections[2].dense(slice(None))
+    np.testing.assert_allclose(held_out.pcc[2], pearson(predicted, measured), atol=1e-5)
+    panel = held_out.panel[2]
+    target, variable = panels(sections, rows, 4)
+    np.testing.assert_array_equal(panel.target, target)
+    np.testing.assert_array_equal(panel.variable, variable)
+    np.testing.assert_allclose(panel.predicted[:, :4], predicted[:, target], atol=1e-4)
+    x = np.concatenate(
+        [embed(s, basis, v)[r] for s, r in zip(sections, rows, strict=True) if r.any() for v in range(2)]
+    )
+    codes = np.concatenate([s.codes[r] for s, r in zip(sections, rows, strict=True) if r.any() for _ in range(2)])
+    weight, bias = fit_softmax(x, codes, 3, 0.1)
+    np.testing.assert_allclose(held_out.logits[2], embed(sections[2], basis) @ weight + bias, atol=1e-3)
+
+
+def test_skill_is_taken_against_the_mean_of_the_training_sections():
+    sections = planted(2, patients=1)
+    choice = Choice(0.3, None, 0.1)
+    made = recipe()
+    _, held_out = validate(sections, made=made, choice=choice)
+    predicted, measured, reference = [], [], []
+    for i in (0, 1):
+        rows = [np.full(60, j != i) for j in (0, 1)]
+        basis = fit_basis(sections, rows, made)
+        sums = fit_sums(sections, rows, basis, made.power)
+        predicted.append(np.maximum(embed(sections[i], basis) @ sums.ridge(0.3) + sums.mean, 0))
+        measured.append(sections[i].dense(slice(None)))
+        reference.append(np.tile(sums.mean, (60, 1)))
+    expected = skill(
+        np.concatenate(predicted) - np.concatenate(reference),
+        np.concatenate(measured) - np.concatenate(reference),
+        np.zeros(10),
+    )
+    np.testing.assert_allclose(held_out.skill, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("prior", [None, 20.0])
+def test_targets_permuted_within_sections_leave_no_skill(prior):
+    """Random features, many genes: whatever is chosen on the folds must not look like knowledge."""
+    rng = np.random.default_rng(0)
+    sections = []
+    for i in range(4):
+        depth = rng.lognormal(0, 0.4, (80, 1)) * rng.lognormal(0, 1, 300)
+        sections.append(
+            section(rng.normal(size=(80, 2, N_FEATURES)), rng.poisson(3 * depth) + 1, name=f"S{i}", patient=f"P{i}")
+        )
+    made = recipe(context=replace(CONTEXT, prior_spots=prior))
+    _, held_out = validate(sections, n_target=50, made=made)
+    assert abs(held_out.pcc.mean()) < 0.02
+    assert held_out.skill.mean() <= 0.002
+    assert (held_out.skill > 0.03).mean() < 0.01
+
+
+def test_every_fold_chooses_its_panels_without_the_section_it_holds_out():
+    sections = planted(2, n_genes=12, patients=1)
+    loud = sections[1].targets.toarray()
+    loud[:, 3] += np.linspace(0, 50, 60)
+    sections[1] = replace(sections[1], targets=scipy.sparse.csc_array(loud))
+    _, held_out = validate(sections, n_target=3, choice=Choice(1.0, None, 0.1))
+    assert held_out.panel[0].target[0] == 3
+    assert held_out.panel[1].target.tolist() == panels(sections, [np.ones(60, bool), np.zeros(60, bool)], 3)[0].tolist()
+
+
+def test_a_gene_that_the_held_out_section_lacks_does_not_count_in_its_figures():
+    predicted = np.random.default_rng(0).normal(size=(30, 4))
+    measured = predicted.copy()
+    measured[:, 1] = np.nan
+    measured[:, 3] = 5.0
+    panel = Panel(np.array([0, 1]), np.array([2, 3]), predicted, measured)
+    assert panel.scores() == pytest.approx((1.0, 0.5))
+    assert [float(x) for x in panel.means(np.array([1.0, 9.0, 2.0, 4.0]))] == [1.0, 3.0]
+
+
+def test_a_gene_measured_in_no_training_section_is_predicted_by_nothing():
+    sections = planted(3, gaps=((0, 4), (1, 4)))
+    _, held_out = validate(sections, choice=Choice(1.0, 3, 0.1))
+    assert np.isnan(held_out.pcc[:2, 4]).all()
+    assert np.isnan(held_out.pcc[2, 4])
+    assert np.isfinite(np.delete(held_out.pcc, 4, axis=1)).all()
+    assert held_out.skill[4] <= 0
 
 
 def test_planted_classes_are_recovered_on_held_out_sections():
-    data = planted()
-    _, _, held_out = validate(data, n_classes=3)
-    assert (held_out.logits.argmax(1) == data.codes).mean() > 0.85
+    sections = planted(n=120)
+    _, held_out = validate(sections, n_classes=3)
+    right = [(logits.argmax(1) == s.codes).mean() for s, logits in zip(sections, held_out.logits, strict=True)]
+    assert min(right) > 0.7
 
 
 def test_spots_without_a_label_are_not_used_for_the_annotation():
-    data = planted()
-    codes = data.codes.copy()
-    codes[::2] = -1
-    misleading = TrainingSet(**{**vars(data), "codes": codes})
-    _, _, held_out = validate(misleading, n_classes=3)
-    assert (held_out.logits.argmax(1)[::2] == data.codes[::2]).mean() > 0.8
+    sections = planted()
+    bare = [replace(s, codes=np.where(np.arange(60) % 2, s.codes, -1)) for s in sections]
+    short = [
+        replace(
+            s,
+            centres_um=s.centres_um[1::2],
+            features=s.features[1::2],
+            targets=scipy.sparse.csc_array(s.targets.tocsr()[1::2]),
+            totals=s.totals[1::2],
+            codes=s.codes[1::2],
+        )
+        for s in sections
+    ]
+    made = recipe(context=ALONE)
+    basis = fit_basis(sections, everything(sections), made)
+    from he2gene_sc.training._validate import labelled_embedding
+
+    found, expected = (labelled_embedding(these, everything(these), basis) for these in (bare, short))
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_a_fold_whose_training_sections_have_no_labels_gives_none():
+    sections = planted(2, patients=1)
+    sections[0] = replace(sections[0], codes=np.full(60, -1))
+    _, held_out = validate(sections, n_classes=3)
+    assert np.isnan(held_out.logits[1]).all()
+    assert np.isfinite(held_out.logits[0]).all()
 
 
 def test_validating_twice_gives_the_same_figures():
-    first, second = (validate(planted(), n_classes=3) for _ in range(2))
-    assert first[:2] == second[:2]
-    np.testing.assert_array_equal(first[2].pcc, second[2].pcc)
-    np.testing.assert_array_equal(first[2].logits, second[2].logits)
+    (first, one), (second, two) = (validate(planted(), n_classes=3) for _ in range(2))
+    assert first == second
+    np.testing.assert_array_equal(one.pcc, two.pcc)
+    np.testing.assert_array_equal(one.logits[0], two.logits[0])
 
 
-def test_colour_alone_keeps_the_last_features_of_the_identity(arrays):
-    features, targets, sections = arrays
-    data = TrainingSet(features, targets, sections, sections, sections, N_COLOUR)
-    np.testing.assert_array_equal(data.colour_only().features, features[:, :1, F - N_COLOUR :])
+def test_genes_predicted_in_parts_are_the_same(monkeypatch):
+    whole = validate(planted(gaps=GAPS), choice=Choice(1.0, 3, 0.1))[1]
+    monkeypatch.setattr("he2gene_sc.training._validate._GENES_AT_ONCE", 3)
+    parts = validate(planted(gaps=GAPS), choice=Choice(1.0, 3, 0.1))[1]
+    np.testing.assert_allclose(parts.pcc, whole.pcc, atol=1e-6)
+    np.testing.assert_allclose(parts.skill, whole.skill, atol=1e-6)
+
+
+# Folds
+
+
+def test_folds_follow_names_of_patients_and_sections():
+    sections = planted(4, n=10)
+    assert folds_of(sections, None)[0] == "patient"
+    assert [sorted(set(codes)) for codes in folds_of(sections, None)[1]] == [[0], [1], [0], [1]]
+    assert [sorted(set(codes)) for codes in folds_of(sections, "section")[1]] == [[0], [1], [2], [3]]
+    one = [replace(s, patient="P") for s in sections]
+    assert folds_of(one, None)[0] == "section"
+    assert folds_of(one[:1], None)[0] == "block"
+    assert [len(codes) for codes in folds_of(one, "section")[1]] == [10] * 4
+
+
+def test_blocks_of_one_section_are_five_strips():
+    (s,) = planted(1, n=80)
+    unit, (codes,) = folds_of([s], None)
+    assert unit == "block"
+    assert np.bincount(codes).tolist() == [16] * 5
+
+
+def test_many_patients_are_held_out_in_ten_groups():
+    sections = [replace(s, name=str(i), patient=str(i // 2)) for i, s in enumerate(planted(1, n=6) * 30)]
+    unit, codes = folds_of(sections, None)
+    assert unit == "patient"
+    assert len(np.unique(np.concatenate(codes))) == 10
+    assert all((codes[i] == codes[i + 1]).all() for i in range(0, 30, 2))
+
+
+def test_random_spots_are_five_folds_that_follow_the_seed():
+    sections = planted(3, n=50)
+    unit, codes = folds_of(sections, "spot", seed=3)
+    assert unit == "spot"
+    assert np.bincount(np.concatenate(codes)).tolist() == [30] * 5
+    assert all(len(np.unique(part)) == 5 for part in codes)
+    np.testing.assert_array_equal(np.concatenate(codes), np.concatenate(folds_of(sections, "spot", seed=3)[1]))
+    assert (np.concatenate(codes) != np.concatenate(folds_of(sections, "spot", seed=4)[1])).any()
 
 
 # Annotation head
@@ -191,11 +519,12 @@ def test_colour_alone_keeps_the_last_features_of_the_identity(arrays):
 
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_softmax_gives_the_probabilities_of_scikit_learn(n_classes):
-    data = planted(n_classes=n_classes)
-    embedding = data.features[:, 0].astype(float)
-    weight, bias = fit_softmax(embedding, data.codes, n_classes, 0.3)
+    sections = planted(n_classes=n_classes)
+    embedding = np.concatenate([s.features[:, 0] for s in sections]).astype(float)
+    codes = np.concatenate([s.codes for s in sections])
+    weight, bias = fit_softmax(embedding, codes, n_classes, 0.3)
     scale = np.sqrt(np.square(embedding).mean())
-    oracle = LogisticRegression(C=0.3, tol=1e-8, max_iter=5000).fit(embedding / scale, data.codes)
+    oracle = LogisticRegression(C=0.3, tol=1e-8, max_iter=5000).fit(embedding / scale, codes)
     np.testing.assert_allclose(
         softmax(embedding @ weight + bias, axis=1), oracle.predict_proba(embedding / scale), atol=1e-3
     )

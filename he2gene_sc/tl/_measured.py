@@ -170,9 +170,12 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
     counts = matrix[slide.rows[slide.inside]]
     counted = np.asarray(counts.sum(axis=1)).ravel() > 0
     rows = slide.rows[slide.inside][counted]
-    found = [sorted(set(table.obs[key].iloc[rows].astype(str))) for key in (keys.section, keys.sample)]
     if not len(rows):
         raise ValueError(f"`sdatas`: no spot of {slide.shapes_key!r} lies in the image and has counts")
+    for parameter, key in (("section_key", keys.section), ("sample_key", keys.sample)):
+        if table.obs[key].iloc[rows].isna().any():
+            raise ValueError(f"`{parameter}`: values of {key!r} are missing for spots of {slide.shapes_key!r}")
+    found = [sorted(set(table.obs[key].iloc[rows].astype(str))) for key in (keys.section, keys.sample)]
     if any(len(values) != 1 for values in found):
         raise ValueError(
             f"`section_key`, `sample_key`: the spots of {slide.shapes_key!r} belong to one section of one patient, found "

@@ -248,7 +248,11 @@ def _check(
         raise ValueError(f"`preset` is {preset!r}, valid: {list(PRESETS)}")
     if validation not in ("grouped", "random"):
         raise ValueError(f"`validation` is {validation!r}, valid: ['grouped', 'random']")
-    for parameter, value in (("n_target_genes", n_target), ("n_latent", n_latent), ("batch_size", batch_size or 1)):
+    for parameter, value in (
+        ("n_target_genes", n_target),
+        ("n_latent", n_latent),
+        ("batch_size", 1 if batch_size is None else batch_size),
+    ):
         if not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"`{parameter}` is {value!r}; a whole number from 1 is needed")
     if not 0 <= min_share < 1:

@@ -23,6 +23,8 @@ logger = logging.getLogger("he2gene_sc")
 RELIABLE_PCC = 0.1
 #: Sections or patients beyond this number are held out in so many groups.
 MAX_FOLDS = 10
+#: What a figure has to be of, for a gene to be called reliable by it.
+_TELLING = ("patient", "section")
 _HELD_OUT = {"section": "leave one section out", "patient": "leave one patient out", "block": "parts of one section"}
 
 
@@ -290,13 +292,15 @@ def _gene_table(
             "pcc": mean,
             "pcc_low": low,
             "skill": held_out.skill,
-            "reliable": (low > RELIABLE_PCC) & (held_out.skill > 0),
+            "reliable": (unit in _TELLING) & (low > RELIABLE_PCC) & (held_out.skill > 0),
         },
         index=pd.Index(facts.genes, name="gene"),
     )
-    held = {"section": "each held out in turn", "block": "of parts held out"}.get(unit, f"{unit}s held out")
+    if unit not in _TELLING:
+        return table, "figures of held-out sections or patients say so; there are none"
+    held = "each held out in turn" if unit == "section" else f"{unit}s held out"
     rule = (
-        f"the lower 95 % bound of its held-out Pearson correlation (t over the {len(sections)} section(s), {held}) is above "
+        f"the lower 95 % bound of its held-out Pearson correlation (t over the {len(sections)} sections, {held}) is above "
         f"{RELIABLE_PCC} and its held-out skill against the training mean is positive"
     )
     return table, rule

@@ -26,6 +26,8 @@ def expression_figures(sections: Sequence[Section], held_out: HeldOut, colour: H
     """
     n_target, n_variable = len(held_out.panel[0].target), len(held_out.panel[0].variable)
     names = (f"{n_target} target genes", f"{n_variable} most variable genes")
+    draws = [bootstrap(panel, s.centres_um) for s, panel in zip(sections, held_out.panel, strict=True)]
+    ceilings = [_ceiling(section, panel) for section, panel in zip(sections, held_out.panel, strict=True)]
     figures: dict[str, dict[str, object]] = {}
     for which, name in enumerate(names):
         rows: dict[str, dict[str, object]] = {
@@ -36,15 +38,17 @@ def expression_figures(sections: Sequence[Section], held_out: HeldOut, colour: H
         }
         model, interval, baseline, ceiling = rows.values()
         for i, section in enumerate(sections):
-            panel = held_out.panel[i]
-            model[section.name] = _rounded(panel.scores()[which])
-            draws = bootstrap(panel, section.centres_um)[:, which]
-            interval[section.name] = [_rounded(q) for q in np.quantile(draws, (0.025, 0.975))]
+            model[section.name] = _rounded(held_out.panel[i].scores()[which])
+            interval[section.name] = [_rounded(q) for q in np.quantile(draws[i][:, which], (0.025, 0.975))]
             baseline[section.name] = _rounded(colour.panel[i].scores()[which])
-            genes = panel.variable if which else panel.target
-            ceiling[section.name] = _rounded(np.nan_to_num(noise_ceiling(section.counts(), genes=genes)).mean())
+            ceiling[section.name] = _rounded(ceilings[i][which])
         figures |= rows
     return figures
+
+
+def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+    genes = np.concatenate([panel.target, panel.variable])
+    return panel.means(np.nan_to_num(noise_ceiling(section.counts(), genes=genes)))
 
 
 def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
@@ -63,8 +67,7 @@ def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRA
     variance = (weights @ (p * p) - mean_p**2) * (weights @ (y * y) - mean_y**2)
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.where(variance > 1e-12, (weights @ (p * y) - mean_p * mean_y) / np.sqrt(np.maximum(variance, 0)), 0)
-    n = len(panel.target)
-    return np.stack([r[:, :n].mean(1), r[:, n:].mean(1)], axis=1)
+    return np.stack(panel.means(r), axis=1)
 
 
 def annotation_figures(

@@ -64,7 +64,7 @@ class Panel:
     target, variable
         Positions of the genes.
     predicted, measured
-        ``(n, len(target) + len(variable))``.
+        ``(n, len(target) + len(variable))``; measured is NaN for genes that the section did not measure.
     """
 
     target: np.ndarray
@@ -73,10 +73,17 @@ class Panel:
     measured: np.ndarray
 
     def scores(self) -> tuple[float, float]:
-        """Mean correlation over the target genes and over the variable ones; a constant gene counts as 0."""
-        pcc = np.nan_to_num(pearson(self.predicted, self.measured))
-        n = len(self.target)
-        return float(pcc[:n].mean()), float(pcc[n:].mean())
+        """Mean correlation over the target genes and over the variable ones.
+
+        A gene that is constant counts as 0, one that was not measured does not count.
+        """
+        target, variable = self.means(np.nan_to_num(pearson(self.predicted, self.measured)))
+        return float(target), float(variable)
+
+    def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean of something of each gene, ``(..., genes)``, over the target and the variable genes that were measured."""
+        known, n = ~np.isnan(self.measured).any(0), len(self.target)
+        return values[..., :n][..., known[:n]].mean(-1), values[..., n:][..., known[n:]].mean(-1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""Sections for tests of the closed form: features, targets, gaps and labels that are planted."""
+
+import numpy as np
+import scipy.sparse
+
+from he2gene_sc.models._embedding import Context
+from he2gene_sc.training import Recipe, Section, log_targets
+
+N_FEATURES, N_COLOUR = 12, 4
+CONTEXT = Context(((50.0, 250.0), (250.0, 500.0)), (0.7, 0.4), 10.0)
+
+
+def grid(n, pitch=200.0, width=8):
+    order = np.arange(n)
+    return pitch * np.stack([order % width, order // width], axis=1).astype(float)
+
+
+def section(features, counts, *, name="S", patient="P", measured=None, codes=None, centres=None, totals=None):
+    n = len(features)
+    counts = scipy.sparse.csr_array(counts)
+    totals = np.asarray(counts.sum(1), float).ravel() if totals is None else totals
+    return Section(
+        name=name,
+        patient=patient,
+        mpp=0.5,
+        centres_um=grid(n) if centres is None else centres,
+        features=np.asarray(features, np.float32),
+        targets=log_targets(counts, totals),
+        totals=totals,
+        measured=np.ones(counts.shape[1], bool) if measured is None else measured,
+        codes=np.full(n, -1) if codes is None else codes,
+    )
+
+
+def planted(n_sections=4, n=60, n_genes=10, views=2, seed=0, noise=0.0, patients=2, gaps=(), n_classes=3):
+    """Sections whose genes and classes follow the features; ``gaps`` are (section, gene) that were not measured."""
+    rng = np.random.default_rng(seed)
+    slopes = rng.normal(size=(N_FEATURES, n_genes)) / 4
+    separators = rng.normal(size=(N_FEATURES, n_classes))
+    sections = []
+    for i in range(n_sections):
+        truth = rng.normal(size=(n, 1, N_FEATURES))
+        features = truth + 0.1 * rng.normal(size=(n, views, N_FEATURES)) + rng.normal(size=N_FEATURES)
+        features[:, :, -N_COLOUR:] = features[:, :1, -N_COLOUR:]
+        rate = 40 * np.exp(truth[:, 0] @ slopes + noise * rng.normal(size=(n, n_genes)) + rng.normal(size=n_genes) / 3)
+        counts = rng.poisson(rate)
+        totals = counts.sum(1).astype(float)
+        measured = np.array([(i, gene) not in gaps for gene in range(n_genes)])
+        counts[:, ~measured] = 0
+        sections.append(
+            section(
+                features,
+                counts,
+                name=f"S{i}",
+                patient=f"P{i % patients}",
+                measured=measured,
+                codes=(truth[:, 0] @ separators).argmax(1),
+                totals=totals,
+            )
+        )
+    return sections
+
+
+def recipe(n_components=10, n_latent=8, context=CONTEXT, f=N_FEATURES):
+    return Recipe(np.linspace(0.2, 0.5, f).astype(np.float32), n_components, n_latent, context)
+
+
+def everything(sections):
+    return [np.ones(len(s), bool) for s in sections]
