@@ -114,7 +114,7 @@ def sections(cache, held_out):
         sdata = hg.datasets.her2st(test)
         model = train(names, cache)
         ceiling = pd.Series(noise_ceiling(sdata["table"].X), index=sdata["table"].var_names).fillna(0)
-        frames = {"default": predicted(sdata, model), "default, tta": predicted(sdata, model, tta=True)}
+        frames = {"default": predicted(sdata, model)}
         for title, x, penalties in (
             ("reference ridge", features, (30,)),
             ("colour alone", colours, (0.3, 1, 3, 10, 30)),
