@@ -106,8 +106,9 @@ def train(
     """Train a model, deterministically on the CPU.
 
     The file has a table [train] with arguments of hg.tl.train and says what to train on: a table [data] with `stores`, a
-    list of SpatialData stores, one or more sections each, relative to the file; or with `hbcis`, the folder of that set,
+    list of SpatialData stores, one or more sections each; or with `hbcis`, the folder of that set,
     and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; or a list `sections` of her2st sections.
+    Paths in it are relative to the file.
     """
     from . import tl
     from .models._folder import check_place
@@ -120,8 +121,10 @@ def train(
         raise ValueError(
             f"{config.name}: either a list `sections` or a table [data], and a table [train] are needed, unknown: {unknown}"
         )
-    sections = _sections(settings, config)
-    trained = tl.train(sections, **settings.get("train", {}))
+    options = settings.get("train", {})
+    if "cache" in options:
+        options["cache"] = config.resolve().parent / Path(options["cache"]).expanduser()
+    trained = tl.train(_sections(settings, config), **options)
     typer.echo(f"{trained!r}\nWritten: {trained.save(out)}")
 
 

@@ -27,7 +27,6 @@ _ROOT = Path(__file__).parent / "bundled"
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
 _COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
 _TENSORS = ("genes.weight", "genes.bias")
-#: All or none of them: without, the heads read the features as they are.
 
 #: Models inside the package.
 BUNDLED: tuple[str, ...] = ("breast-her2st",)

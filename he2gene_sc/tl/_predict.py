@@ -109,8 +109,11 @@ def predict(
 
     Notes
     -----
-    The task and the name are those of HE2Gene (Bioinformatics 2024, btae343); the model is not the paper's network
-    but closed-form heads on several windows of a frozen encoder, see ``docs/design.md``.
+    The task and the name are those of HE2Gene (Bioinformatics 2024, btae343); the bundled model is not the paper's
+    network but closed-form heads on several windows of a frozen encoder, see ``docs/design.md``.
+
+    A spot is seen against its slide and its neighbours: predict all spots of a slide together. Of a few spots cut out of
+    it, the prediction differs.
 
     Examples
     --------

@@ -50,7 +50,7 @@ def train(
     windows_um: Sequence[float] | None = None,
     genes: Sequence[str] | None = None,
     n_target_genes: int = 250,
-    n_latent: int = 128,
+    n_latent: int | None = None,
     min_spot_share: float = 0.01,
     missing_genes_are_zero: bool = False,
     ensembl_ids: Mapping[str, str] | None = None,
@@ -72,8 +72,9 @@ def train(
 
     ``"default"`` fits closed-form heads on a frozen encoder: maps of its last stages under several windows, with colour,
     standardised within the slide; principal components of a spot and of the rings of neighbours around it; a ridge of
-    reduced rank to all genes; a calibrated multinomial logistic regression to the annotation. Nothing in it needs a GPU,
-    memory does not grow with the number of spots, and on the CPU it is deterministic. What was tried, and why it is
+    reduced rank to all genes; a calibrated multinomial logistic regression to the annotation. It is solved from sums:
+    features and counts stay on disk, a few kB a spot in memory. Nothing in it needs a GPU, and on the CPU it is
+    deterministic. What was tried, and why it is
     this, stands in ``docs/experiments.md``.
 
     ``"he2gene-base"`` and ``"he2gene-spat"`` train a whole network by gradient as HE2Gene (Bioinformatics 2024,
@@ -116,7 +117,7 @@ def train(
     n_target_genes
         Genes of highest mean, called ``"target"``; penalties are chosen, and figures taken, by them.
     n_latent
-        Length of the embedding of ``"default"``.
+        Length of the embedding of ``"default"``; 128 unless given.
     min_spot_share
         Genes seen in fewer of the spots where they were measured are left out, unless asked for by ``genes``.
     missing_genes_are_zero
@@ -173,7 +174,11 @@ def train(
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
 
-    _check(preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options, stages)
+    _check(preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options)
+    if preset != "default":
+        _check_unused(
+            preset, stages=(stages, "auto"), n_latent=(n_latent, None), cache=(cache, None), dtype=(dtype, "float32")
+        )
     own_recipe = preset != "default"
     device = resolve_device(settings.device if device is None else device)
     dtype = resolve_dtype(dtype, device)
@@ -226,7 +231,7 @@ def train(
                 cache=work if cache is None else Path(cache),
                 stages=stages,
                 windows_um=tuple(float(um) for um in windows_um or _WINDOWS_UM),
-                n_latent=n_latent,
+                n_latent=n_latent or 128,
                 validation=validation,
                 seed=seed,
                 engine=(batch_size or 32, device, dtype, bar),
@@ -238,11 +243,10 @@ def _check(
     preset: str,
     validation: str,
     n_target: int,
-    n_latent: int,
+    n_latent: int | None,
     min_share: float,
     batch_size: int | None,
     fit_options: Mapping[str, Any],
-    stages: object,
 ) -> None:
     if preset not in PRESETS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(PRESETS)}")
@@ -250,7 +254,7 @@ def _check(
         raise ValueError(f"`validation` is {validation!r}, valid: ['grouped', 'random']")
     for parameter, value in (
         ("n_target_genes", n_target),
-        ("n_latent", n_latent),
+        (("n_latent", 128 if n_latent is None else n_latent)),
         ("batch_size", 1 if batch_size is None else batch_size),
     ):
         if not isinstance(value, int | np.integer) or value < 1:
@@ -279,8 +283,16 @@ def _check(
             f"`{next(iter(fit_options))}` is for the presets that are trained by gradient, {list(PRESETS[1:])}; "
             "'default' is solved in closed form"
         )
-    if preset != "default" and stages not in ("auto", None):
-        raise ValueError(f"`stages` is {stages!r}; preset {preset!r} reads the encoder's own output")
+
+
+def _check_unused(preset: str, **given: tuple[object, object]) -> None:
+    """Refuse arguments that a preset does not read."""
+    for parameter, (value, default) in given.items():
+        if value is not default and value != default:
+            raise ValueError(
+                f"`{parameter}` is {value!r}, which preset {preset!r} does not read: it trains the encoder, on its own output, "
+                "in the precision of `precision`"
+            )
 
 
 def _identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:

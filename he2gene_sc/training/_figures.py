@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,8 +18,10 @@ _N_DIGITS = 4
 _N_BINS = 10
 
 
-def expression_figures(sections: Sequence[Section], held_out: HeldOut, colour: HeldOut) -> dict[str, dict[str, object]]:
-    """Mean correlation of both panels in each section, with an interval, the colour baseline and the noise ceiling.
+def expression_figures(
+    sections: Sequence[Section], held_out: HeldOut, baselines: Mapping[str, HeldOut]
+) -> dict[str, dict[str, object]]:
+    """Mean correlation of both panels in each section, with an interval, baselines by name and the noise ceiling.
 
     Intervals are conditional on the patients at hand: blocks of tissue are drawn anew within each section, patients
     and sections are not.
@@ -33,14 +35,15 @@ def expression_figures(sections: Sequence[Section], held_out: HeldOut, colour: H
         rows: dict[str, dict[str, object]] = {
             f"mean Pearson, {name}": {},
             f"95 % interval, {name}": {},
-            f"colour alone, {name}": {},
+            **{f"{title}, {name}": {} for title in baselines},
             f"noise ceiling, {name}": {},
         }
-        model, interval, baseline, ceiling = rows.values()
+        model, interval, *others, ceiling = rows.values()
         for i, section in enumerate(sections):
             model[section.name] = _rounded(held_out.panel[i].scores()[which])
             interval[section.name] = [_rounded(q) for q in np.quantile(draws[i][:, which], (0.025, 0.975))]
-            baseline[section.name] = _rounded(colour.panel[i].scores()[which])
+            for row, baseline in zip(others, baselines.values(), strict=True):
+                row[section.name] = _rounded(baseline.panel[i].scores()[which])
             ceiling[section.name] = _rounded(ceilings[i][which])
         figures |= rows
     return figures

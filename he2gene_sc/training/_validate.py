@@ -13,7 +13,7 @@ from ._closed_form import Recipe, Sums, embed, fit_basis, fit_softmax, fit_sums
 from ._sections import Section
 
 #: Penalties tried, in units of the expected sum of squares of what a spot is described by.
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 #: Ranks of the gene head tried; ``None``: full.
 RANKS = (3, 5, 8, 12, 20, None)
 STRENGTHS = (0.01, 0.03, 0.1, 0.3)
