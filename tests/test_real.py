@@ -1,11 +1,12 @@
 """The road on real tissue: a held-out section, and the same tissue given in other ways."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import he2gene_sc as hg
 from he2gene_sc._demo import compare
-from he2gene_sc.stats import pearson
+from he2gene_sc.stats import log_normalise, pearson
 
 pytestmark = pytest.mark.data
 
@@ -101,3 +102,77 @@ def test_image_twice_as_large_gives_the_same_patterns(crop):
     assert np.corrcoef(plain.ravel(), rescaled.ravel())[0, 1] >= 0.99
     target = (hg.models.load().genes["group"] == "target").to_numpy()
     assert np.nanmedian(pearson(plain[:, target], rescaled[:, target])) >= 0.95
+
+
+# Trained here: C2 and C3, tested on C5
+
+
+@pytest.fixture(scope="module")
+def trained(her2st, tmp_path_factory):
+    return hg.tl.train(
+        [her2st("C2"), her2st("C3")],
+        annotation_key="annotation",
+        missing_genes_are_zero=True,
+        cache=tmp_path_factory.mktemp("features"),
+        device="cpu",
+    )
+
+
+def scores(model, predicted, table):
+    """Mean correlation over the model's panels, 250 genes of highest mean and 50 most variable."""
+    measured = pd.DataFrame(log_normalise(table.X), columns=table.var_names)
+    found = []
+    for members in (model.genes["group"] == "target", model.genes["variable"].astype(bool)):
+        genes = model.genes.index[members]
+        truth = measured.reindex(columns=genes, fill_value=0).to_numpy()
+        r = pearson(predicted.loc[table.obs_names].reindex(columns=genes, fill_value=0).to_numpy(), truth)
+        found.append(np.nan_to_num(r).mean())
+    return np.array(found)
+
+
+def of_image(model, pixels, centres, ids, mpp):
+    sdata = slide(pixels, centres, ids, mpp)
+    hg.tl.predict(sdata, model=model, mpp=mpp, device="cpu")
+    return sdata["table"].to_df("he2gene")
+
+
+@pytest.fixture(scope="module")
+def on_c5(her2st, trained):
+    """C5 as it is: its spots, and how well they are predicted."""
+    sdata = hg.tl.predict(her2st("C5"), model=trained, copy=True, device="cpu")
+    table = sdata["table"]
+    return sdata, scores(trained, table.to_df("he2gene").fillna(0), table)
+
+
+@pytest.mark.slow
+def test_a_model_of_two_sections_predicts_the_third_above_colour_alone(trained, on_c5):
+    sdata, found = on_c5
+    panels = compare(sdata, trained).panels.set_index("panel")
+    np.testing.assert_allclose(panels["model"], found, atol=0.01)
+    assert panels.loc["highest mean", "model"] > 0.24
+    assert panels.loc["most variable", "model"] > 0.38
+    assert (panels["model"] - panels["colour"] >= 0.02).all()
+    assert (panels["model"] < panels["ceiling"]).all()
+    figures = trained.card.metrics["leave one section out"]
+    assert min(figures["mean Pearson, 250 target genes"].values()) > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["colour", "resolution", "both"])
+def test_another_stain_and_resolution_cost_at_most_a_tenth(her2st, trained, on_c5, change):
+    from PIL import Image
+
+    sdata, reference = on_c5
+    table = her2st("C5")["table"]
+    pixels = np.asarray(her2st("C5")["he"]["scale0"]["image"])
+    centres, mpp = table.obsm["spatial"], her2st("C5").attrs["he2gene"]["mpp"]["he"]
+    if change != "colour":
+        height, width = pixels.shape[1:]
+        size = (round(0.8 * width), round(0.8 * height))
+        image = Image.fromarray(pixels.transpose(1, 2, 0)).resize(size, Image.Resampling.BOX)
+        pixels, centres, mpp = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), 0.8 * centres, mpp / 0.8
+    if change != "resolution":
+        table_of = [np.clip(gain * np.arange(256) + shift, 1, 255) for gain, shift in ((0.9, 5), (1.1, -20), (0.8, 40))]
+        pixels = np.stack([values.astype(np.uint8)[channel] for values, channel in zip(table_of, pixels, strict=True)])
+    found = scores(trained, of_image(trained, pixels, centres, table.obs_names, mpp), table)
+    assert (found >= 0.9 * reference).all(), f"{found} of {reference}"

@@ -1,0 +1,276 @@
+"""What ``hg.tl.train`` refuses, and what it says then."""
+
+import errno
+import os
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from toy_sections import SPEC, renamed, toy, toys, train, with_table
+
+import he2gene_sc as hg
+from he2gene_sc.stats import log_normalise
+
+
+def refuses(sections, match, error=ValueError, **options):
+    with pytest.raises(error, match=match):
+        train(sections, **options)
+
+
+def counted(change, i=0):
+    """Two sections, the counts of one changed."""
+    parts = [toy(0), toy(1, "B")]
+    table = parts[i]["table"]
+    table.X = change(table.X.toarray())
+    return parts
+
+
+# Counts
+
+
+def test_log_normalised_values_are_refused_and_the_raw_layer_is_named():
+    parts = [toy(0), toy(1, "B")]
+    for s in parts:
+        s["table"].layers["raw_counts"] = s["table"].X.copy()
+        s["table"].X = log_normalise(s["table"].X)
+    refuses(parts, r"`layer`: X does not hold raw counts.*fractions.*log-normalised.*pass layer='raw_counts'")
+
+
+def test_log_normalised_values_without_raw_ones_say_how_to_pass_them():
+    refuses(counted(log_normalise), r"`layer`: X does not hold raw counts.*put them into a layer and pass layer=")
+
+
+def with_first(value):
+    def change(x):
+        x = x.astype(np.float32)
+        x[2, 3] = value
+        return x
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(-1, "negative values, down to -1"), (np.nan, "NaN"), (np.inf, "infinite"), (2.5, "fractions")]
+)
+@pytest.mark.parametrize("i", [0, 1])
+def test_values_that_are_no_counts_are_refused(value, said, i):
+    refuses(
+        counted(with_first(value), i), rf"`layer`: X does not hold raw counts \(whole numbers from 0\) but .*{said}"
+    )
+
+
+def test_an_unknown_layer_and_an_empty_x_are_refused():
+    parts = toys()
+    parts[0]["table"].layers["counts"] = parts[0]["table"].X.copy()
+    refuses(parts, r"`layer` 'raw' is no layer, valid: \['counts'\]", layer="raw")
+    parts[0]["table"].X = None
+    refuses(parts, r"`layer`: X is empty; name the layer with raw counts, of \['counts'\]")
+
+
+def test_a_section_without_any_count_is_refused():
+    refuses(counted(np.zeros_like), "no spot of 'spots' lies in the image and has counts")
+
+
+# Genes
+
+
+def test_genes_that_stand_twice_are_refused():
+    parts = [renamed(toy(0), {"FTL": "ACTB"}), toy(1, "B")]
+    refuses(parts, r"genes \['ACTB'\] stand more than once")
+
+
+def test_a_symbol_and_its_own_id_stand_twice():
+    parts = [renamed(toy(0), {"FTL": "ENSG00000075624.17"}), toy(1, "B")]
+    refuses(parts, r"genes \['ACTB'\] stand more than once", ensembl_ids={"ACTB": "ENSG00000075624"})
+
+
+def test_sections_that_hardly_overlap_are_refused_with_genes_of_both_sides():
+    other = renamed(toy(1, "B"), {g: f"mouse-{g}" for g in toy(0)["table"].var_names[3:]})
+    refuses([toy(0), other], r"section 'S1' shares only 3 of 40 genes.*ERBB2.*`ensembl_ids`")
+
+
+def test_symbols_and_ids_without_a_table_between_them_are_refused():
+    other = renamed(toy(1, "B"), {g: f"ENSG{i:011d}" for i, g in enumerate(toy(0)["table"].var_names)})
+    refuses([toy(0), other], r"shares only 0 of 40 genes.*ENSG00000000000.*`ensembl_ids`", ensembl_ids={})
+
+
+@pytest.mark.parametrize("genes", [["ERBB2", "NOPE"], []])
+def test_genes_that_no_section_has_are_refused(genes):
+    refuses(toys(), r"`genes` \[('NOPE')?\] are in no section", genes=genes)
+
+
+def test_an_unknown_gene_column_is_refused():
+    refuses(toys(), "`gene_symbols` 'symbol' is no column of var, valid: .*planted", gene_symbols="symbol")
+
+
+# Columns, sections, patients, labels
+
+
+@pytest.mark.parametrize("parameter", ["annotation_key", "sample_key", "section_key"])
+def test_missing_columns_are_refused_with_those_there(parameter):
+    match = f"`{parameter}` 'nope' is no column of obs, valid: .*patient"
+    refuses(
+        toys(),
+        match + (".*need the column all the same" if parameter == "annotation_key" else ""),
+        **{parameter: "nope"},
+    )
+
+
+def test_a_column_that_one_section_lacks_is_refused():
+    parts = toys()
+    del parts[2]["table"].obs["annotation"]
+    refuses(parts, "`annotation_key` 'annotation' is no column of obs")
+
+
+def test_two_sections_of_one_name_are_refused():
+    refuses([toy(0), toy(1, "B", section="S0")], "two sections are named 'S0'")
+
+
+def test_a_section_of_two_patients_or_names_is_refused():
+    for key in ("patient", "section"):
+        parts = toys()
+        parts[0]["table"].obs[key] = np.repeat(["X", "Y"], 15)
+        refuses(parts, r"belong to one section of one patient, found .*'X', 'Y'")
+
+
+@pytest.mark.parametrize("key", ["patient", "section"])
+def test_spots_without_a_patient_or_section_are_refused(key):
+    """Missing names would make one group of what may be several."""
+    parts = toys()
+    parts[0]["table"].obs[key] = np.nan
+    refuses(parts, rf"`{'sample' if key == 'patient' else key}_key`.*missing")
+
+
+def test_a_label_that_no_spot_has_is_refused_in_classes():
+    refuses(
+        toys(),
+        r"`classes` names labels \['tumor'\] that no spot has, valid: \['adipose', ",
+        classes={"tumor": "cancer"},
+    )
+
+
+def test_classes_of_a_zarr_store_cannot_hold_a_slash():
+    refuses(toys(), "class", classes={"tumour": "in/situ"})
+
+
+def test_no_sections_and_no_table_are_refused():
+    refuses([], "`sdatas` is empty")
+    refuses(iter(()), "`sdatas` is empty")
+    bare = toy(0)
+    del bare.tables["table"]
+    refuses([bare], "a section has no table")
+
+
+def test_too_few_spots_for_blocks_are_refused():
+    refuses(toy(0, shape=(2, 2)), "4 spots cannot be cut into 5 blocks")
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"preset": "best"}, r"`preset` is 'best', valid: \['default', 'he2gene-base', 'he2gene-spat'\]"),
+        ({"validation": "leaky"}, r"`validation` is 'leaky', valid: \['grouped', 'random'\]"),
+        ({"n_target_genes": 0}, "`n_target_genes` is 0; a whole number from 1"),
+        ({"n_target_genes": 2.5}, "`n_target_genes` is 2.5"),
+        ({"n_latent": 0}, "`n_latent` is 0"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"batch_size": -3}, "`batch_size` is -3"),
+        ({"batch_size": "8"}, "`batch_size` is '8'"),
+        ({"min_spot_share": 1.0}, "`min_spot_share` is 1.0"),
+        ({"min_spot_share": -0.1}, "`min_spot_share` is -0.1"),
+        ({"stages": (0,)}, r"`stages` is \(0,\); valid for this encoder: None"),
+        ({"stages": (1,), "preset": "he2gene-base"}, "`stages`.*own output"),
+        ({"max_epochs": 3}, "`max_epochs` is for the presets that are trained by gradient"),
+        ({"resume": True}, "`resume` is for the presets"),
+        ({"windows_um": (0.0,)}, "windows"),
+        ({"windows_um": (-100.0, 200.0)}, "windows"),
+        ({"device": "gpu"}, "valid here"),
+        ({"dtype": "float8"}, "`dtype`"),
+        ({"encoder": "no-such-net"}, "'no-such-net' is unknown"),
+        ({"encoder": (torch.nn.Identity(), SPEC)}, "one vector an image"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(options, match):
+    refuses([toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))], match, **options)
+
+
+def test_unknown_arguments_are_refused_with_the_known_ones():
+    refuses(toys(), r"unexpected arguments \['epochs'\].*max_epochs", TypeError, epochs=3)
+
+
+@pytest.mark.parametrize("sdatas", [None, 3, "C5", ["C5"]])
+def test_what_is_no_object_is_refused(sdatas):
+    with pytest.raises((ValueError, TypeError), match="sdata"):
+        train(sdatas)
+
+
+def test_arguments_are_checked_before_anything_is_read():
+    def never():
+        raise AssertionError("read")
+        yield
+
+    refuses(never(), "`validation`", validation="none")
+
+
+# The machine
+
+
+def test_weights_that_cannot_be_had_say_how_to_get_them(monkeypatch):
+    import timm
+
+    def create_model(*_, pretrained, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    refuses(
+        toys(), "weights of encoder 'resnet50'.*no route to host.*efficientnet-lite0", RuntimeError, encoder="resnet50"
+    )
+
+
+def test_a_full_disk_is_said_before_the_work(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, 0))
+    with pytest.raises(OSError, match="the disk is full") as raised:
+        train(toys(), cache=tmp_path / "cache")
+    assert raised.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_too_little_memory_is_said_before_anything_is_read(monkeypatch):
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else sysconf(name))
+
+    parts = toys()
+    parts[0]["table"].X = parts[0]["table"].X.toarray() - 1  # would be refused when read
+    refuses(parts, "features a spot need .* GiB.*`windows_um` or `stages`", MemoryError, encoder="efficientnet-lite0")
+
+
+def test_after_a_refusal_the_input_is_as_it_was():
+    parts = toys()
+    table = parts[1]["table"]
+    table.obs["section"] = "S0"
+    before = table.copy()
+    refuses(parts, "two sections are named")
+    assert parts[1]["table"] is table
+    pd.testing.assert_frame_equal(table.obs, before.obs)
+    assert sorted(parts[1].tables) == ["table"]
+
+
+def test_a_gene_of_no_count_in_any_section_is_not_learned():
+    parts = toys()
+    for s in parts:
+        table = s["table"].copy()
+        matrix = table.X.tolil()
+        matrix[:, 0] = 0
+        table.X = matrix.tocsr()
+        with_table(s, table)
+    model = train(parts, min_spot_share=0.0)
+    assert parts[0]["table"].var_names[0] not in model.genes.index
+    assert len(model.genes) == 39
+    assert isinstance(model, hg.models.HE2Gene)

@@ -1,0 +1,106 @@
+"""The paper's presets through ``hg.tl.train``, on toys and a network of a few thousand weights."""
+
+import numpy as np
+import pytest
+from toy_sections import own, predicted, toy, train
+
+from he2gene_sc.models import load
+
+OPTIONS = {"max_epochs": 2, "batch_size": 32, "lr": 3e-3, "n_target_genes": 12}
+SHAPE = (4, 5)
+
+
+def sections():
+    return [toy(i, patient, shape=SHAPE) for i, patient in enumerate("ABA")]
+
+
+@pytest.fixture(scope="module", params=["he2gene-base", "he2gene-spat"])
+def model(request):
+    return train(sections(), preset=request.param, name="mine", **OPTIONS)
+
+
+def weights(model):
+    return {key: value for key, value in model.tensors.items() if key.startswith("encoder.")}
+
+
+def test_the_card_names_recipe_and_patients(model):
+    card = model.card
+    assert card.training["preset"] in ("he2gene-base", "he2gene-spat")
+    assert card.windows_um == (50.0, 100.0, 150.0)
+    assert (card.fusion, card.tta, card.training["epochs"]) == ("mean", True, 2)
+    assert card.training["sections"]["S1"] == {"patient": "B", "n_spots": 20, "mpp": 2.0}
+    # The patient of one section comes nearest to a tenth of the spots.
+    assert card.training["held_out_to_stop"] == {"S1": 20}
+    assert card.training["chosen_by"] == "held-out patients"
+    assert (model.genes["group"] == "target").sum() == 12
+    (protocol,) = card.metrics
+    assert "held-out patients" in protocol
+
+
+def test_the_network_has_been_trained(model):
+    before = own()[0].state_dict()
+    assert any((value != before[key.removeprefix("encoder.")].numpy()).any() for key, value in weights(model).items())
+
+
+def test_it_predicts_at_once_and_after_it_was_saved(model, tmp_path):
+    saved = load(model.save(tmp_path / "mine"), encoder=own())
+    one, two = (predicted(toy(5, shape=(3, 4)), m) for m in (model, saved))
+    assert np.isfinite(one.layers["he2gene"]).all()
+    assert one.layers["he2gene"].std(axis=0).max() > 0
+    assert set(one.obs["he2gene_annotation"]) <= set(model.card.classes)
+    np.testing.assert_allclose(one.layers["he2gene"], two.layers["he2gene"], atol=1e-5)
+
+
+def test_training_twice_gives_the_same_bits(model):
+    again = train(sections(), preset=model.card.training["preset"], name="mine", **OPTIONS)
+    for key, value in model.tensors.items():
+        np.testing.assert_array_equal(value, again.tensors[key], err_msg=key)
+
+
+@pytest.mark.parametrize("model", ["he2gene-base"], indirect=True)
+def test_a_run_that_stopped_is_taken_up_to_the_same_weights(model, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    from lightning.pytorch.callbacks import Callback
+
+    class Kill(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                raise Killed
+
+    options = OPTIONS | {"preset": "he2gene-base", "name": "mine", "checkpoint_dir": tmp_path, "checkpoint_steps": 1}
+    with pytest.raises(Killed):
+        train(sections(), callbacks=[Kill()], **options)
+    assert list(tmp_path.rglob("*.ckpt"))
+    resumed = train(sections(), resume=True, **options)
+    for key, value in model.tensors.items():
+        np.testing.assert_array_equal(value, resumed.tensors[key], err_msg=key)
+
+
+def test_random_validation_is_called_what_it_is():
+    found = train(sections(), preset="he2gene-base", validation="random", **(OPTIONS | {"max_epochs": 1}))
+    (protocol,) = found.card.metrics
+    assert "LEAKS" in protocol
+    assert not found.genes["reliable"].any()
+    assert len(found.card.training["held_out_to_stop"]) > 1
+
+
+def test_one_patient_is_warned_of(caplog):
+    train(
+        [toy(0, shape=SHAPE), toy(1, shape=SHAPE)],
+        preset="he2gene-base",
+        annotation_key=None,
+        windows_um=(100.0,),
+        **(OPTIONS | {"max_epochs": 1}),
+    )
+    assert "SAME patient" in caplog.text
+
+
+def test_another_training_does_not_change_the_users_network():
+    network, spec = own()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    train(sections(), preset="he2gene-base", encoder=(network, spec), **(OPTIONS | {"max_epochs": 1}))
+    for key, value in network.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+    assert not network.training
