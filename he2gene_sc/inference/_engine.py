@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 
 from ..image import PatchBatch, PatchReader
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
+from ._heap import kept_heap
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -123,26 +125,28 @@ def encode(
     """
     size = reader.batch_size
     in_flight: deque[tuple[torch.cuda.Event, PatchBatch]] = deque()
-    for batch in reader:
-        parts: list[torch.Tensor] = []
-        start = 0
-        while start < len(batch.index):
-            part = tuple(torch.from_numpy(window[start : start + size]) for window in batch.patches)
-            try:
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    parts.append(extractor(tuple(w.to(device, non_blocking=True) for w in part), symmetries))
-            except torch.OutOfMemoryError as error:
-                if size == 1:
-                    raise RuntimeError(f"one spot does not fit into the memory of `device` {device}") from error
-                size = max(1, size // 2)
-                logger.warning("%s is out of memory: going on with %d spots at a time", device, size)
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
-            start += size
-        if device.type == "cuda":
-            # The copies run behind us: a batch must outlive its own, or its page-locked memory is filled again.
-            in_flight.append((torch.cuda.current_stream(device).record_event(), batch))
-            if len(in_flight) > _IN_FLIGHT:
-                in_flight.popleft()[0].synchronize()
-        yield batch, torch.cat(parts)
+    keep = kept_heap() if device.type == "cpu" else contextlib.nullcontext()
+    with keep:
+        for batch in reader:
+            parts: list[torch.Tensor] = []
+            start = 0
+            while start < len(batch.index):
+                part = tuple(torch.from_numpy(window[start : start + size]) for window in batch.patches)
+                try:
+                    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                        parts.append(extractor(tuple(w.to(device, non_blocking=True) for w in part), symmetries))
+                except torch.OutOfMemoryError as error:
+                    if size == 1:
+                        raise RuntimeError(f"one spot does not fit into the memory of `device` {device}") from error
+                    size = max(1, size // 2)
+                    logger.warning("%s is out of memory: going on with %d spots at a time", device, size)
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    continue
+                start += size
+            if device.type == "cuda":
+                # The copies run behind us: a batch must outlive its own, or its page-locked memory is filled again.
+                in_flight.append((torch.cuda.current_stream(device).record_event(), batch))
+                if len(in_flight) > _IN_FLIGHT:
+                    in_flight.popleft()[0].synchronize()
+            yield batch, torch.cat(parts)
