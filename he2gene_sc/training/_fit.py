@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import tempfile
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from ..models import EncoderSpec
+from ..models._heap import kept_heap
 from ._lightning import default_precision, hardware, quiet
 from ._patches import PatchSet
 from ._presets import Preset
@@ -162,7 +164,8 @@ def fit_network(
     from ._module import TrainingModule
 
     accelerator, devices = hardware(device, devices)
-    with tempfile.TemporaryDirectory(prefix="he2gene-") as temporary, quiet(), torch.random.fork_rng():
+    heap = kept_heap() if accelerator == "cpu" else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory(prefix="he2gene-") as temporary, quiet(), torch.random.fork_rng(), heap:
         folder = Path(temporary if checkpoint_dir is None else checkpoint_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(seed)
