@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ..image import PatchBatch, PatchReader
+from ..models._heap import kept_heap
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
-from ._heap import kept_heap
 
 logger = logging.getLogger("he2gene_sc")
 
