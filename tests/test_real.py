@@ -149,8 +149,8 @@ def test_a_model_of_two_sections_predicts_the_third_above_colour_alone(trained, 
     sdata, found = on_c5
     panels = compare(sdata, trained).panels.set_index("panel")
     np.testing.assert_allclose(panels["model"], found, atol=0.01)
-    assert panels.loc["highest mean", "model"] > 0.24
-    assert panels.loc["most variable", "model"] > 0.38
+    assert panels.loc["highest mean", "model"] > 0.27
+    assert panels.loc["most variable", "model"] > 0.42
     assert (panels["model"] - panels["colour"] >= 0.02).all()
     assert (panels["model"] < panels["ceiling"]).all()
     figures = trained.card.metrics["leave one section out"]

@@ -199,8 +199,15 @@ def test_training_leaves_its_input_as_it_was(cache):
     np.testing.assert_array_equal(np.asarray(sdata["he"]), pixels)
 
 
-def test_one_image_at_a_time_is_in_memory(cache, model):
+def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
+    from he2gene_sc.tl import _measured
+
     alive, made = [], []
+
+    def resolve(sdata):
+        slides = hg._slide.resolve(sdata)
+        made.extend(weakref.ref(slide) for slide in slides)
+        return slides
 
     def read():
         for i, patient in enumerate("ABA"):
@@ -210,9 +217,13 @@ def test_one_image_at_a_time_is_in_memory(cache, model):
             made.append(weakref.ref(sdata))
             yield sdata
             del sdata
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in made))
 
+    monkeypatch.setattr(_measured, "resolve", resolve)
     found = train(read(), cache=cache, name="mine", n_target_genes=12)
-    assert max(alive) == 0
+    assert len(made) == 6
+    assert alive == [0] * 4
     same_model(found, model)
 
 

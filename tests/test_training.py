@@ -144,6 +144,19 @@ def test_mixing_is_the_principal_components_of_spot_and_rings():
     np.testing.assert_allclose(np.abs(np.sum(directions * found, axis=0)), 1, atol=1e-3)
 
 
+def test_a_slide_is_standardised_by_all_of_its_spots_whichever_are_trained_on():
+    """As at inference, where nothing is known of any of them."""
+    sections = planted(2, views=1)
+    rows = [np.arange(60) < 15, np.ones(60, bool)]
+    made = recipe(n_components=4)
+    basis = fit_basis(sections, rows, made)
+    z = [CONTEXT.standardise(s.features[:, 0], basis.mean, basis.scale) for s in sections]
+    z = np.concatenate([part[r] for part, r in zip(z, rows, strict=True)]).astype(float) * made.weights
+    directions = np.linalg.svd(z, full_matrices=False)[2][:4].T
+    own = basis.projection / made.weights[:, None]
+    np.testing.assert_allclose(np.abs(np.sum(directions * own, axis=0)), 1, atol=1e-4)
+
+
 def test_mean_and_scale_are_averages_over_sections_of_any_size():
     small, large = planted(1, n=20)[0], planted(1, n=90, seed=1)[0]
     basis = fit_basis([small, large], everything([small, large]), recipe())

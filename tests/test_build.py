@@ -1,0 +1,110 @@
+"""From sections to a model with its card: every part is what its own function gives."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t
+from tiny_sections import N_COLOUR, N_FEATURES, everything, planted, recipe
+
+from he2gene_sc.models import EncoderSpec
+from he2gene_sc.models._embedding import ALONE
+from he2gene_sc.training import Facts, Recipe, build_model, cross_validate, fit_basis, fit_sums, folds_of
+from he2gene_sc.training._closed_form import embed, fit_softmax
+from he2gene_sc.training._figures import pooled_temperature
+from he2gene_sc.training._validate import Choice, labelled_embedding, panels
+
+N_GENES = 10
+GAPS = ((1, 2),)
+
+
+@pytest.fixture(scope="module")
+def sections():
+    return planted(4, n=60, n_genes=N_GENES, noise=0.5, gaps=GAPS)
+
+
+@pytest.fixture(scope="module")
+def model(sections):
+    facts = Facts(
+        genes=pd.Index([f"G{i}" for i in range(N_GENES)]),
+        ensembl_ids=("",) * N_GENES,
+        classes=("a", "b", "c"),
+        class_colors=("#000000",) * 3,
+        encoder=EncoderSpec("tiny"),
+        windows_um=(100.0,),
+        name="mine",
+        version="1",
+        description="",
+        intended_use="",
+        limitations=(),
+    )
+    return build_model(sections, facts, recipe(), n_colour=N_COLOUR, n_target=4)
+
+
+def validated(sections, unit, **options):
+    _, folds = folds_of(sections, unit)
+    return cross_validate(sections, folds, recipe(), n_classes=3, n_target=4, **options)
+
+
+def test_penalties_are_chosen_on_held_out_patients(model, sections):
+    choice, _ = validated(sections, "patient")
+    training = model.card.training
+    assert Choice(training["penalty"], training["rank"], training["annotation_strength"]) == choice
+
+
+def test_heads_are_fitted_to_everything(model, sections):
+    choice, _ = validated(sections, "patient")
+    basis = fit_basis(sections, everything(sections), recipe())
+    sums = fit_sums(sections, everything(sections), basis, recipe().power)
+    np.testing.assert_array_equal(model.tensors["latent.mean"], basis.mean)
+    np.testing.assert_array_equal(model.tensors["latent.scale"], basis.scale)
+    for key, expected in (
+        ("latent.projection", basis.projection),
+        ("latent.mixing", basis.mixing),
+        ("genes.weight", sums.ridge(choice.penalty, choice.rank)),
+    ):
+        assert model.tensors[key].dtype == np.float16
+        np.testing.assert_array_equal(model.tensors[key], expected.astype(np.float16))
+    np.testing.assert_allclose(model.tensors["genes.bias"], sums.mean, rtol=1e-6)
+
+
+def test_probabilities_are_calibrated_on_held_out_sections(model, sections):
+    choice, _ = validated(sections, "patient")
+    _, held_out = validated(sections, "section", choice=choice)
+    basis = fit_basis(sections, everything(sections), recipe())
+    weight, bias = fit_softmax(*labelled_embedding(sections, everything(sections), basis), 3, choice.strength)
+    temperature = pooled_temperature(sections, held_out.logits)
+    assert abs(temperature - 1) > 0.01
+    np.testing.assert_allclose(model.tensors["annotation.weight"], weight / temperature, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.tensors["annotation.bias"], bias / temperature, rtol=1e-4, atol=1e-5)
+
+
+def test_genes_are_judged_by_held_out_sections(model, sections):
+    choice, _ = validated(sections, "patient")
+    _, held_out = validated(sections, "section", choice=choice)
+    pcc = held_out.pcc
+    genes = model.genes
+    np.testing.assert_allclose(genes["pcc"], np.nanmean(pcc, axis=0), atol=1e-6)
+    n = np.isfinite(pcc).sum(0)
+    assert n.tolist() == [4, 4, 3, *[4] * 7]
+    low = np.nanmean(pcc, 0) - t.ppf(0.975, n - 1) * np.nanstd(pcc, 0, ddof=1) / np.sqrt(n)
+    np.testing.assert_allclose(genes["pcc_low"], low, atol=1e-6)
+    np.testing.assert_allclose(genes["skill"], held_out.skill)
+    assert genes["reliable"].tolist() == ((low > 0.1) & (held_out.skill > 0)).tolist()
+    target, variable = panels(sections, everything(sections), 4)
+    assert set(np.flatnonzero(genes["group"] == "target")) == set(target)
+    assert set(np.flatnonzero(genes["variable"])) == set(variable)
+
+
+def test_the_colour_baseline_reads_colour_alone(model, sections):
+    training = model.card.training
+    colour = np.concatenate([s.features[:, 0, N_FEATURES - N_COLOUR :] for s in sections]).astype(float)
+    found = colour @ model.tensors["colour.weight"] + model.tensors["colour.bias"]
+    from dataclasses import replace
+
+    bare = [replace(s, features=s.features[:, :1, N_FEATURES - N_COLOUR :]) for s in sections]
+    made = Recipe(np.full(N_COLOUR, 0.5, np.float32), N_COLOUR, N_COLOUR, ALONE)
+    basis = fit_basis(bare, everything(bare), made)
+    sums = fit_sums(bare, everything(bare), basis, made.power)
+    weight = sums.ridge(training["colour_penalty"], training["colour_rank"])
+    expected = np.concatenate([embed(s, basis) for s in bare]) @ weight + sums.mean
+    np.testing.assert_allclose(found, expected[:, model.tensors["colour.genes"]], atol=1e-3)
