@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._embedding import ALONE, Context
@@ -121,6 +122,9 @@ def build_model(
 ) -> HE2Gene:
     """Choose the penalties, take the held-out figures, fit everything.
 
+    Linear algebra runs in one thread: its many small steps wait for each other otherwise, on a busy machine for minutes,
+    and the result would depend on the number of cores.
+
     Parameters
     ----------
     sections
@@ -144,6 +148,19 @@ def build_model(
     he2gene_sc.models.HE2Gene
         Weights in half precision, as they are stored.
     """
+    with threadpool_limits(1, user_api="blas"):
+        return _build(sections, facts, recipe, n_colour, n_target, validation, seed)
+
+
+def _build(
+    sections: Sequence[Section],
+    facts: Facts,
+    recipe: Recipe,
+    n_colour: int,
+    n_target: int,
+    validation: str,
+    seed: int,
+) -> HE2Gene:
     n_classes = len(facts.classes)
     unit, folds = folds_of(sections, "spot" if validation == "random" else None, seed)
     warn_of_unit(unit)

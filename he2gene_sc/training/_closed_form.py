@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import scipy.linalg
@@ -95,6 +96,12 @@ class Sums:
     measured: np.ndarray
     power: float
 
+    @cached_property
+    def root(self) -> np.ndarray:
+        """Lower Cholesky factor of the squares of all sections, ``(k, k)``."""
+        total = self.gram.sum(0)
+        return np.linalg.cholesky(total + _TINY * np.trace(total) / len(total) * np.eye(len(total)))
+
     def ridge(self, penalty: float, rank: int | None = None) -> np.ndarray:
         """Solve for one penalty and rank: weights ``(k, g)`` float32, see :meth:`path`."""
         return next(self.path(penalty, (rank,), slice(None)))
@@ -114,8 +121,7 @@ class Sums:
             gram = self.gram[patterns[:, i]].sum(0) + jitter
             weight[:, chosen] = scipy.linalg.cho_solve(scipy.linalg.cho_factor(gram), self.cross[:, chosen])
         if any(rank is not None for rank in ranks):
-            total = self.gram.sum(0)
-            root = np.linalg.cholesky(total + _TINY * np.trace(total) / k * np.eye(k))
+            root = self.root
             fitted = root.T @ weight
             directions = np.linalg.eigh(fitted @ fitted.T)[1][:, ::-1]
         for rank in ranks:
