@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -324,6 +325,8 @@ def _read(sdatas: SpatialData | Iterable[SpatialData], keys: Keys, symbols: Mapp
             seen[section.name] = section.patient
             yield section
         del sdata, section
+        # SpatialData objects hold themselves: without this, images wait for the collector while the next is decoded.
+        gc.collect()
     if not seen:
         raise ValueError("`sdatas` is empty; at least one section is needed")
 
