@@ -40,19 +40,19 @@ def model(sections):
     return build_model(sections, facts, recipe(), n_colour=N_COLOUR, n_target=4)
 
 
-def validated(sections, unit, **options):
-    _, folds = folds_of(sections, unit)
-    return cross_validate(sections, folds, recipe(), n_classes=3, n_target=4, **options)
+def validated(sections, **options):
+    protocols = {unit: folds_of(sections, unit)[1] for unit in ("section", "patient")}
+    return cross_validate(sections, protocols, recipe(), n_classes=3, n_target=4, **options)
 
 
-def test_penalties_are_chosen_on_held_out_patients(model, sections):
-    choice, _ = validated(sections, "patient")
+def test_penalties_are_chosen_on_held_out_sections_and_patients(model, sections):
+    choice, _ = validated(sections)
     training = model.card.training
     assert Choice(training["penalty"], training["rank"], training["annotation_strength"]) == choice
 
 
 def test_heads_are_fitted_to_everything(model, sections):
-    choice, _ = validated(sections, "patient")
+    choice, _ = validated(sections)
     basis = fit_basis(sections, everything(sections), recipe())
     sums = fit_sums(sections, everything(sections), basis, recipe().power)
     np.testing.assert_array_equal(model.tensors["latent.mean"], basis.mean)
@@ -68,8 +68,8 @@ def test_heads_are_fitted_to_everything(model, sections):
 
 
 def test_probabilities_are_calibrated_on_held_out_sections(model, sections):
-    choice, _ = validated(sections, "patient")
-    _, held_out = validated(sections, "section", choice=choice)
+    choice, _ = validated(sections)
+    held_out = validated(sections, choice=choice)[1]["section"]
     basis = fit_basis(sections, everything(sections), recipe())
     weight, bias = fit_softmax(*labelled_embedding(sections, everything(sections), basis), 3, choice.strength)
     temperature = pooled_temperature(sections, held_out.logits)
@@ -79,8 +79,8 @@ def test_probabilities_are_calibrated_on_held_out_sections(model, sections):
 
 
 def test_genes_are_judged_by_held_out_sections(model, sections):
-    choice, _ = validated(sections, "patient")
-    _, held_out = validated(sections, "section", choice=choice)
+    choice, _ = validated(sections)
+    held_out = validated(sections, choice=choice)[1]["section"]
     pcc = held_out.pcc
     genes = model.genes
     np.testing.assert_allclose(genes["pcc"], np.nanmean(pcc, axis=0), atol=1e-6)

@@ -179,9 +179,9 @@ def test_expression_figures_are_those_of_the_panels():
     sections = planted(3, gaps=((2, 0), (2, 1)))
     _, folds = folds_of(sections, "section")
     options = {"n_classes": 0, "n_target": 4, "choice": Choice(0.3, None, 0.1)}
-    found = cross_validate(sections, folds, recipe(), **options)[1]
-    weak = cross_validate(sections, folds, recipe(n_latent=1), **options)[1]
-    figures = expression_figures(sections, found, weak)
+    found = cross_validate(sections, {"section": folds}, recipe(), **options)[1]["section"]
+    weak = cross_validate(sections, {"section": folds}, recipe(n_latent=1), **options)[1]["section"]
+    figures = expression_figures(sections, found, {"colour alone": weak})
     assert list(figures)[:4] == [
         f"{what}, 4 target genes" for what in ("mean Pearson", "95 % interval", "colour alone", "noise ceiling")
     ]

@@ -46,7 +46,7 @@ def test_the_card_says_what_was_done(model, sections):
     assert card.training["preset"] == "default"
     assert card.training["sections"]["S1"] == {"patient": "B", "n_spots": 30, "mpp": 2.0}
     assert (card.training["n_patients"], card.training["n_spots"]) == (2, 90)
-    assert card.training["chosen_by"] == "holding out each patient"
+    assert card.training["chosen_by"] == "holding out each section and holding out each patient"
     labels = pd.concat([s["table"].obs["annotation"].astype(str) for s in sections]).value_counts()
     assert card.training["labelled_spots"] == {name: labels[name] for name in card.classes}
     assert list(card.metrics) == [SECTION, PATIENT]
@@ -453,7 +453,9 @@ def test_permuted_counts_leave_nothing_reliable(cache):
     assert found.genes["pcc"].mean() < 0.05
     assert found.genes["skill"].mean() < 0.01
     assert found.genes["reliable"].mean() <= 0.05
-    auroc = found.card.metrics[PATIENT]["AUROC of each class against the rest, all held-out spots"]
+    auroc = found.card.metrics[PATIENT][
+        "AUROC of each class against the rest, held-out spots whose model had seen the class"
+    ]
     assert max(auroc.values()) < 0.7
 
 
@@ -464,7 +466,8 @@ def test_sections_given_four_times_make_nearly_the_same_model(cache, sections):
     assert four.card.training["n_spots"] == 360
     np.testing.assert_allclose(four.genes["mean"], one.genes["mean"], rtol=1e-5)
     found = [predicted(toy(5), m).layers["he2gene"] for m in (one, four)]
-    assert np.nanmedian(pearson(*found)) > 0.95
+    # Not the same: copies of a held-out section stay in training, so another penalty may look best.
+    assert np.nanmedian(pearson(*found)) > 0.85
 
 
 def test_the_table_may_be_one_that_was_exchanged(sections, cache, model):

@@ -332,7 +332,8 @@ def test_sections_that_stand_there_four_times_give_the_same_heads():
 def validate(sections, unit="section", n_classes=0, n_target=10, made=None, **options):
     _, folds = folds_of(sections, unit)
     made = recipe(n_components=N_FEATURES, n_latent=30) if made is None else made
-    return cross_validate(sections, folds, made, n_classes=n_classes, n_target=n_target, **options)
+    choice, found = cross_validate(sections, {unit: folds}, made, n_classes=n_classes, n_target=n_target, **options)
+    return choice, found[unit]
 
 
 def test_a_planted_signal_is_recovered_on_held_out_sections():

@@ -19,6 +19,8 @@ from ._sections import Section
 #: Above this many features their components come from a randomised solver.
 _EXACT_UP_TO = 2500
 _TINY = 1e-6
+#: Logit of a class that the training spots of a fold do not show.
+UNSEEN = -30.0
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def fit_softmax(
 
     scale = np.sqrt(np.mean(np.square(embedding, dtype=np.float64)))
     present = np.unique(codes)
-    weight, bias = np.zeros((embedding.shape[1], n_classes)), np.full(n_classes, -30.0)
+    weight, bias = np.zeros((embedding.shape[1], n_classes)), np.full(n_classes, UNSEEN)
     if len(present) == 1:
         bias[present] = 0.0
         return weight, bias

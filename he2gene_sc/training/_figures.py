@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..stats import noise_ceiling
-from ._closed_form import temperature
+from ._closed_form import UNSEEN, temperature
 from ._sections import Section
 from ._validate import HeldOut, Panel
 
@@ -99,11 +99,14 @@ def annotation_figures(
         np.concatenate([logits[rows] for logits, rows in zip(calibrated(sections, held_out), usable, strict=True)]),
         axis=1,
     )
-    figures["AUROC of each class against the rest, all held-out spots"] = {
-        name: _rounded(roc_auc_score(codes == c, proba[:, c]))
-        for c, name in enumerate(classes)
-        if 0 < (codes == c).sum() < len(codes)
-    }
+    # A class is judged on the spots whose model had seen it: of another, it knows nothing.
+    raw = np.concatenate([logits[rows] for logits, rows in zip(held_out.logits, usable, strict=True)])
+    auroc = {}
+    for c, name in enumerate(classes):
+        known = raw[:, c] != UNSEEN
+        if 0 < (codes[known] == c).sum() < known.sum():
+            auroc[name] = _rounded(roc_auc_score(codes[known] == c, proba[known, c]))
+    figures["AUROC of each class against the rest, held-out spots whose model had seen the class"] = auroc
     figures["calibration of the annotation, all held-out spots"] = {
         f"expected calibration error, {_N_BINS} bins": _rounded(calibration_error(proba, codes)),
         "labelled spots": len(codes),

@@ -127,6 +127,7 @@ def cross_validate(
     *,
     n_classes: int,
     n_target: int,
+    choice: Choice | None = None,
 ) -> tuple[Choice, dict[str, HeldOut]]:
     """Hold out one group after the other, and choose penalty, rank and strength.
 
@@ -140,6 +141,8 @@ def cross_validate(
         How features become an embedding.
     n_classes, n_target
         As in training.
+    choice
+        What to use, instead of choosing.
 
     Returns
     -------
@@ -157,10 +160,11 @@ def cross_validate(
         ]
         for name, folds in protocols.items()
     }
-    scores = np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0)
-    penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
-    every = [fold for folds in fitted.values() for fold in folds]
-    choice = Choice(PENALTIES[penalty], RANKS[rank], _best_strength(sections, every, n_classes))
+    if choice is None:
+        scores = np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0)
+        penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
+        every = [fold for folds in fitted.values() for fold in folds]
+        choice = Choice(PENALTIES[penalty], RANKS[rank], _best_strength(sections, every, n_classes))
     return choice, {name: _collect(sections, folds, choice, n_classes) for name, folds in fitted.items()}
 
 
