@@ -122,8 +122,8 @@ def train(
             f"{config.name}: either a list `sections` or a table [data], and a table [train] are needed, unknown: {unknown}"
         )
     options = settings.get("train", {})
-    if "cache" in options:
-        options["cache"] = config.resolve().parent / Path(options["cache"]).expanduser()
+    for folder in options.keys() & {"cache", "checkpoint_dir"}:
+        options[folder] = config.resolve().parent / Path(options[folder]).expanduser()
     trained = tl.train(_sections(settings, config), **options)
     typer.echo(f"{trained!r}\nWritten: {trained.save(out)}")
 
@@ -195,6 +195,6 @@ def main() -> None:
         warnings.showwarning = lambda message, *_, **__: print(f"he2gene: {message}", file=sys.stderr)
         try:
             app()
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
             print(f"he2gene: {error}", file=sys.stderr)
             sys.exit(1)

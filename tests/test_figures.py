@@ -9,6 +9,7 @@ from tiny_sections import everything, grid, planted, recipe
 
 from he2gene_sc.stats import noise_ceiling, pearson
 from he2gene_sc.training import cross_validate, folds_of
+from he2gene_sc.training._closed_form import UNSEEN
 from he2gene_sc.training._figures import (
     BLOCK_UM,
     annotation_figures,
@@ -167,6 +168,18 @@ def test_annotation_figures_equal_scikit_learn():
     )
 
 
+def test_a_class_that_a_fold_has_not_seen_does_not_heat():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(400, 3)) * 2
+    codes = (softmax(logits, 1).cumsum(1) < rng.random((400, 1))).sum(1)
+    sections = [replace(s, codes=codes[:20]) for s in planted(1, n=20)]
+    seen = pooled_temperature(sections, [logits[:20]])
+    logits[20:40] = logits[:20]
+    logits[20:40, 2] = UNSEEN
+    more = [*sections, replace(sections[0], codes=np.full(20, 2))]
+    assert pooled_temperature(more, [logits[:20], logits[20:40]]) == pytest.approx(seen)
+
+
 def test_without_labels_there_are_no_annotation_figures():
     sections = [replace(s, codes=np.full(20, -1)) for s in planted(2, n=20)]
     assert annotation_figures(sections, held_out(sections, (np.zeros((20, 3)),) * 2), ("a", "b", "c")) == {}
@@ -192,6 +205,7 @@ def test_expression_figures_are_those_of_the_panels():
         assert target == pytest.approx(found.panel[i].scores()[0], abs=1e-4)
         assert figures["colour alone, 4 target genes"][s.name] == pytest.approx(weak.panel[i].scores()[0], abs=1e-4)
         genes = found.panel[i].target[s.measured[found.panel[i].target]]
-        ceiling = noise_ceiling(s.counts())[genes].mean()
+        rest = np.rint(s.totals - s.counts().sum(axis=1)).astype(int)[:, None]
+        ceiling = noise_ceiling(np.hstack([s.counts().toarray(), rest]))[genes].mean()
         assert figures["noise ceiling, 4 target genes"][s.name] == pytest.approx(ceiling, abs=1e-4)
     assert len(everything(sections)) == 3

@@ -46,7 +46,10 @@ def test_the_card_says_what_was_done(model, sections):
     assert card.training["preset"] == "default"
     assert card.training["sections"]["S1"] == {"patient": "B", "n_spots": 30, "mpp": 2.0}
     assert (card.training["n_patients"], card.training["n_spots"]) == (2, 90)
-    assert card.training["chosen_by"] == "holding out each section and holding out each patient"
+    assert (
+        card.training["chosen_by"]
+        == "leave one section out and leave one patient out, the folds that the figures are of"
+    )
     labels = pd.concat([s["table"].obs["annotation"].astype(str) for s in sections]).value_counts()
     assert card.training["labelled_spots"] == {name: labels[name] for name in card.classes}
     assert list(card.metrics) == [SECTION, PATIENT]
@@ -204,8 +207,8 @@ def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
 
     alive, made = [], []
 
-    def resolve(sdata):
-        slides = hg._slide.resolve(sdata)
+    def resolve(sdata, **places):
+        slides = hg._slide.resolve(sdata, **places)
         made.extend(weakref.ref(slide) for slide in slides)
         return slides
 
@@ -357,7 +360,7 @@ def test_one_patient_is_warned_of_and_sections_are_held_out(sections, cache, cap
     found = train([toy(0), toy(2)], cache=cache)
     assert "SAME patient" in caplog.text
     assert list(found.card.metrics) == [SECTION]
-    assert found.card.training["chosen_by"] == "holding out each section"
+    assert found.card.training["chosen_by"] == "leave one section out, the folds that the figures are of"
 
 
 def test_one_section_is_warned_of_more_strongly_and_trains(cache, caplog):

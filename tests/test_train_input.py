@@ -97,9 +97,22 @@ def test_symbols_and_ids_without_a_table_between_them_are_refused():
     refuses([toy(0), other], r"shares only 0 of 40 genes.*ENSG00000000000.*`ensembl_ids`", ensembl_ids={})
 
 
-@pytest.mark.parametrize("genes", [["ERBB2", "NOPE"], []])
-def test_genes_that_no_section_has_are_refused(genes):
-    refuses(toys(), r"`genes` \[('NOPE')?\] are in no section", genes=genes)
+def test_genes_that_no_section_has_are_refused():
+    refuses(toys(), r"`genes` \['NOPE'\] are in no section", genes=["ERBB2", "NOPE"])
+
+
+@pytest.mark.parametrize("genes", [[], "ERBB2"])
+def test_genes_have_to_be_a_list(genes):
+    refuses(toys(), "`genes` is .* a list of genes", genes=genes)
+
+
+@pytest.mark.parametrize("windows_um", [100, (), (0, 100)])
+def test_windows_have_to_be_a_list_of_sides(windows_um):
+    refuses(toys(), "`windows_um` is .* a list of sides", windows_um=windows_um)
+
+
+def test_the_image_may_be_named():
+    refuses(toys(), "`image_key`", image_key="nope")
 
 
 def test_an_unknown_gene_column_is_refused():

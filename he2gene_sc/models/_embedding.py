@@ -73,6 +73,9 @@ class Context:
         return asdict(self)
 
 
+#: Pairs of neighbours that fit into a few GB.
+_MAX_PAIRS = 2e8
+
 #: A spot alone, standardised by training alone.
 ALONE = Context((), (), None)
 
@@ -138,7 +141,15 @@ def rings_of(centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]) 
     n = len(centres_um)
     if not rings_um or n == 0:
         return tuple(scipy.sparse.csr_array((n, n), dtype=np.float32) for _ in rings_um)
-    pairs = cKDTree(centres_um).query_pairs(max(outer for _, outer in rings_um), output_type="ndarray")
+    tree, reach = cKDTree(centres_um), max(outer for _, outer in rings_um)
+    some = centres_um[:: max(1, n // 500)]
+    expected = n * float(np.mean(tree.query_ball_point(some, reach, return_length=True))) / 2
+    if expected > _MAX_PAIRS:
+        raise ValueError(
+            f"the spots have {expected:.2g} neighbours within {reach:g} µm, too many to average: {n:,} spots lie too close. "
+            "Put bins together to spots of 50 µm or more first"
+        )
+    pairs = tree.query_pairs(reach, output_type="ndarray")
     distance = np.linalg.norm(centres_um[pairs[:, 0]] - centres_um[pairs[:, 1]], axis=1)
     matrices = []
     for inner, outer in rings_um:

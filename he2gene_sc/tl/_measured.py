@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,8 @@ logger = logging.getLogger("he2gene_sc")
 _MIN_SHARED = 0.1
 _MIN_GENES = 10
 _MIN_CLASS = 5
+#: Left free on a disk.
+_SPARE_BYTES = 2**24
 _COLOURS = (
     "#d62728",
     "#ff9896",
@@ -53,6 +57,8 @@ class Keys:
         Layer with raw counts; ``None``: ``X``.
     gene_symbols
         Column of ``var`` with gene names; ``None``: the index.
+    places
+        Image, spots, table, coordinate system and µm/px, as ``resolve`` takes them.
     """
 
     annotation: str | None
@@ -60,6 +66,7 @@ class Keys:
     section: str
     layer: str | None
     gene_symbols: str | None
+    places: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +105,30 @@ class Measured:
         return replace(self, slide=None, counts=_on_disk(self.counts, folder))
 
 
+def check_room(folder: Path, n_bytes: int) -> None:
+    """Refuse what a disk has no room for: a memory map on a full one ends the process without a word.
+
+    Raises
+    ------
+    OSError
+        If less is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes + _SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: training needs {n_bytes:,} bytes for a section here, {free:,} are free; free them, or set "
+            "TMPDIR to a folder on another disk",
+            str(folder),
+        )
+
+
 def _on_disk(
     matrix: scipy.sparse.csr_array | scipy.sparse.csc_array, folder: Path
 ) -> scipy.sparse.csr_array | scipy.sparse.csc_array:
     """Put a sparse array on files, which take memory only where they are read."""
     arrays = []
+    check_room(folder, sum(array.nbytes for array in (matrix.data, matrix.indices, matrix.indptr)))
     for array in (matrix.data, matrix.indices, matrix.indptr):
         with tempfile.NamedTemporaryFile(suffix=".npy", dir=folder, delete=False) as file:
             np.save(file, array)
@@ -146,7 +172,7 @@ def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) ->
     ValueError
         If something is missing or is not what it should be; the message names the parameter.
     """
-    slides = resolve(sdata)
+    slides = resolve(sdata, **keys.places)
     if slides[0].table_key is None:
         raise ValueError("`sdatas`: a section has no table; measured counts are needed to train")
     table = sdata[slides[0].table_key]
@@ -156,9 +182,11 @@ def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) ->
         ("section_key", keys.section),
     ):
         if key is not None and key not in table.obs:
-            hint = "; sections without labels need the column all the same, with missing values" * (
-                parameter == "annotation_key"
-            )
+            hint = {
+                "annotation_key": "; sections without labels need the column all the same, with missing values",
+                "sample_key": "; set it, e.g. sdata['table'].obs['patient'] = 'P1'",
+                "section_key": "; set it, e.g. sdata['table'].obs['section'] = 'S1'",
+            }[parameter]
             raise ValueError(f"`{parameter}` {key!r} is no column of obs, valid: {list(table.obs.columns)}{hint}")
     names = _gene_names(table, keys.gene_symbols, symbols)
     matrix = _matrix(table, keys.layer)

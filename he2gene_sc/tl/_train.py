@@ -41,6 +41,11 @@ def train(
     annotation_key: str | None = None,
     sample_key: str = "patient",
     section_key: str = "section",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    table_key: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
     layer: str | None = None,
     gene_symbols: str | None = None,
     classes: Mapping[str, str | None] | None = None,
@@ -93,6 +98,9 @@ def train(
         annotation head.
     sample_key, section_key
         Patient and section in ``obs``. Patients are the unit that is held out.
+    image_key, shapes_key, table_key, coordinate_system, mpp
+        What to use where the objects hold several, or do not say; as in :func:`he2gene_sc.tl.predict`, the same for all
+        of them.
     layer
         Layer with raw counts. Default: ``X``.
     gene_symbols
@@ -175,7 +183,7 @@ def train(
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
 
-    _check(preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options)
+    _check(preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options, genes, windows_um)
     if preset != "default":
         _check_unused(
             preset, stages=(stages, "auto"), n_latent=(n_latent, None), cache=(cache, None), dtype=(dtype, "float32")
@@ -186,7 +194,14 @@ def train(
     encoder = encoder or ("resnet50" if own_recipe else "efficientnet-lite0")
     network, spec = load_encoder(encoder)
     ids, symbols = _identifiers(ensembl_ids)
-    keys = Keys(annotation_key, sample_key, section_key, layer, gene_symbols)
+    places = {
+        "image_key": image_key,
+        "shapes_key": shapes_key,
+        "table_key": table_key,
+        "coordinate_system": coordinate_system,
+        "mpp": mpp,
+    }
+    keys = Keys(annotation_key, sample_key, section_key, layer, gene_symbols, places)
     bar = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
     card = {
         "name": name,
@@ -248,6 +263,8 @@ def _check(
     min_share: float,
     batch_size: int | None,
     fit_options: Mapping[str, Any],
+    genes: object,
+    windows_um: object,
 ) -> None:
     if preset not in PRESETS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(PRESETS)}")
@@ -262,6 +279,10 @@ def _check(
             raise ValueError(f"`{parameter}` is {value!r}; a whole number from 1 is needed")
     if not 0 <= min_share < 1:
         raise ValueError(f"`min_spot_share` is {min_share!r}; a share from 0 to below 1 is needed")
+    if isinstance(genes, str) or (genes is not None and not len(genes)):
+        raise ValueError(f"`genes` is {genes!r}; a list of genes or None is needed")
+    if windows_um is not None and (np.ndim(windows_um) != 1 or not len(windows_um) or min(windows_um) <= 0):
+        raise ValueError(f"`windows_um` is {windows_um!r}; a list of sides in µm, above 0, or None is needed")
     valid = {
         "max_epochs",
         "patience",

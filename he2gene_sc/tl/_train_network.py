@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._measured import Genes, Labels, Measured, join
+from ._measured import Genes, Labels, Measured, check_room, join
 from ._train import describe
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _cut(section: Measured, window_um: float, input_px: int, path: Path) -> np.n
         factor=slide.pixel_factor,
     )
     shape = (reader.n_spots, 3, input_px, input_px)
-    patches = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    patches = _room(path, shape)
     for batch in reader:
         cut = torch.from_numpy(batch.patches[0])
         if cut.shape[-1] != input_px:
@@ -114,10 +115,20 @@ def _cut(section: Measured, window_um: float, input_px: int, path: Path) -> np.n
     return np.load(path, mmap_mode="r")
 
 
+def _room(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Make a file of uint8 that is there in full before it is mapped."""
+    check_room(path.parent, int(np.prod(shape)))
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return out
+
+
 def _concatenated(parts: Sequence[np.ndarray], path: Path) -> np.ndarray:
     """Put the patches of all sections into one file, a section at a time."""
     n = sum(len(part) for part in parts)
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(n, *parts[0].shape[1:]))
+    out = _room(path, (n, *parts[0].shape[1:]))
     start = 0
     for part in parts:
         out[start : start + len(part)] = part

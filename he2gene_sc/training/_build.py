@@ -179,13 +179,13 @@ def _build(
         *(colour, protocols, _colour_only(sections, n_colour, recipe.context)[1]), n_classes=0, n_target=n_target
     )
     metrics = {
-        _HELD_OUT.get(name, "random spots of the same sections (leaks; for comparison with the paper only)"): (
+        _protocol(name, protocols[name], sections): (
             expression_figures(
                 sections,
                 found,
                 {"colour alone": colour_held_out[name], "colour with slide and neighbours": around[name]},
             )
-            | annotation_figures(sections, found, facts.classes)
+            | annotation_figures(sections, found, facts.classes, by_patient=name == "patient")
         )
         for name, found in held_out.items()
     }
@@ -213,7 +213,9 @@ def _build(
         class_colors=facts.class_colors,
         n_genes=len(genes),
         n_latent=int(tensors["genes.weight"].shape[0]),
-        training=_training(sections, facts, choice, colour_choice, list(protocols)),
+        training=_training(
+            sections, facts, choice, colour_choice, [_protocol(name, protocols[name], sections) for name in protocols]
+        ),
         metrics=metrics,
         reliable_rule=rule,
         intended_use=facts.intended_use,
@@ -221,6 +223,17 @@ def _build(
         context=recipe.context.to_dict(),
     )
     return HE2Gene(card, genes, tensors)
+
+
+def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section]) -> str:
+    """Name what was held out together, for the card."""
+    if unit == "spot":
+        return "random spots of the same sections (leaks; for comparison with the paper only)"
+    n_folds = len(np.unique(np.concatenate(list(folds))))
+    groups = {"section": len(sections), "patient": len({section.patient for section in sections})}
+    if n_folds < groups.get(unit, 0):
+        return f"{n_folds} folds of whole {unit}s"
+    return _HELD_OUT[unit]
 
 
 def _colour_only(sections: Sequence[Section], n_colour: int, context: Context) -> tuple[list[Section], Recipe]:
@@ -288,7 +301,7 @@ def _training(
         "n_spots": len(codes),
         "mpp_range": [round(min(s.mpp for s in sections), 4), round(max(s.mpp for s in sections), 4)],
         "labelled_spots": {name: int(n) for name, n in zip(facts.classes, labels, strict=True)},
-        "chosen_by": " and ".join(f"holding out each {unit}" for unit in units),
+        "chosen_by": " and ".join(units) + ", the folds that the figures are of",
         "penalty": choice.penalty,
         "rank": choice.rank,
         "annotation_strength": choice.strength,
@@ -330,7 +343,9 @@ def _gene_table(
     )
     if unit not in _TELLING:
         return table, "figures of held-out sections or patients say so; there are none"
-    held = "each held out in turn" if unit == "section" else f"{unit}s held out"
+    siblings = len({section.patient for section in sections}) < len(sections)
+    known = ", while others of its patient may be trained on: this speaks for patients that are known" * siblings
+    held = f"held out{known}" if unit == "section" else f"{unit}s held out"
     rule = (
         f"the lower 95 % bound of its held-out Pearson correlation (t over the {len(sections)} sections, {held}; at least "
         f"{MIN_SECTIONS} are needed) is above {RELIABLE_PCC} and its held-out skill against the training mean is positive"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy.sparse
 
 from ..stats import noise_ceiling
 from ._closed_form import UNSEEN, temperature
@@ -51,7 +52,11 @@ def expression_figures(
 
 def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
     genes = np.concatenate([panel.target, panel.variable])
-    return panel.means(np.nan_to_num(noise_ceiling(section.counts(), genes=genes)))
+    counts = section.counts()
+    # What was counted of genes that are not learned belongs to the totals all the same.
+    rest = np.maximum(np.rint(section.totals - np.asarray(counts.sum(axis=1)).ravel()), 0).astype(np.int64)
+    counts = scipy.sparse.hstack([counts, scipy.sparse.csr_array(rest[:, None])], format="csr")
+    return panel.means(np.nan_to_num(noise_ceiling(counts, genes=genes)))
 
 
 def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
@@ -74,7 +79,7 @@ def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRA
 
 
 def annotation_figures(
-    sections: Sequence[Section], held_out: HeldOut, classes: Sequence[str]
+    sections: Sequence[Section], held_out: HeldOut, classes: Sequence[str], *, by_patient: bool = False
 ) -> dict[str, dict[str, object]]:
     """Balanced accuracy of each section, and over all of them AUROC of each class and calibration error."""
     from scipy.special import softmax
@@ -96,7 +101,12 @@ def annotation_figures(
     figures["balanced accuracy of the annotation"] = accuracy
     codes = np.concatenate([section.codes[rows] for section, rows in zip(sections, usable, strict=True)])
     proba = softmax(
-        np.concatenate([logits[rows] for logits, rows in zip(calibrated(sections, held_out), usable, strict=True)]),
+        np.concatenate(
+            [
+                logits[rows]
+                for logits, rows in zip(calibrated(sections, held_out, by_patient=by_patient), usable, strict=True)
+            ]
+        ),
         axis=1,
     )
     # A class is judged on the spots whose model had seen it: of another, it knows nothing.
@@ -114,11 +124,17 @@ def annotation_figures(
     return figures
 
 
-def calibrated(sections: Sequence[Section], held_out: HeldOut) -> list[np.ndarray]:
-    """Held-out logits divided by a temperature that the other sections' held-out logits gave, section by section."""
+def calibrated(sections: Sequence[Section], held_out: HeldOut, *, by_patient: bool = False) -> list[np.ndarray]:
+    """Held-out logits divided by a temperature that the other sections' held-out logits gave, section by section.
+
+    With ``by_patient``, only sections of other patients give it.
+    """
     result = []
-    for i, logits in enumerate(held_out.logits):
-        others = [j for j in range(len(sections)) if j != i] or [i]
+    for i, (section, logits) in enumerate(zip(sections, held_out.logits, strict=True)):
+        others = [
+            j for j in range(len(sections)) if j != i and (not by_patient or sections[j].patient != section.patient)
+        ]
+        others = others or [i]
         t = pooled_temperature([sections[j] for j in others], [held_out.logits[j] for j in others])
         result.append(logits / t)
     return result
@@ -129,6 +145,8 @@ def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]
     codes = np.concatenate([section.codes for section in sections])
     scores = np.concatenate(list(logits))
     rows = (codes >= 0) & np.isfinite(scores).all(1)
+    # Of a class that its fold had not seen, a spot says nothing about confidence.
+    rows[rows] = scores[rows, codes[rows]] != UNSEEN
     return temperature(scores[rows], codes[rows]) if rows.any() else 1.0
 
 

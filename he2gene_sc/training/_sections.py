@@ -85,8 +85,8 @@ def log_targets(counts: scipy.sparse.csr_array, totals: np.ndarray) -> scipy.spa
     totals
         ``(n,)`` counts of each spot over all genes, above 0.
     """
-    rows = scipy.sparse.csr_array(counts)
+    rows = scipy.sparse.csr_array(counts, copy=True)
+    rows.sum_duplicates()
+    rows.eliminate_zeros()
     values = np.log1p(TARGET_SUM * rows.data / np.repeat(totals, np.diff(rows.indptr)))
-    logs = scipy.sparse.csr_array((values.astype(np.float32), rows.indices, rows.indptr), rows.shape).tocsc()
-    logs.sum_duplicates()
-    return logs
+    return scipy.sparse.csr_array((values.astype(np.float32), rows.indices, rows.indptr), rows.shape).tocsc()

@@ -113,7 +113,9 @@ def panels(
         total, squares = section.sums(chosen)
         mean, spots = mean + total, spots + n
         variance = variance + squares / n - np.square(total / n)
-    n = max(1, int(everywhere.sum()))
+    n = int(everywhere.sum())
+    if not n:
+        raise ValueError("`sdatas`: no gene was measured in all sections, so nothing can be compared between them")
     mean, variance = np.where(everywhere, mean / spots, -1), np.where(everywhere, variance, -1)
     return np.argsort(-mean, kind="stable")[: min(n, n_target)], np.argsort(-variance, kind="stable")[
         : min(n, n_variable)
