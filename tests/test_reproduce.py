@@ -21,7 +21,8 @@ PYTHON = [text for language, text in BLOCKS if language == "python"]
 MODELS = ("default", "he2gene-base", "he2gene-base-random", "he2gene-spat")
 ANNOTATED = ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")
 #: What makes training small, of the arguments that there are.
-SMALL = {"device": '"cpu"', "max_epochs": "1", "encoder": '"efficientnet-lite0"', "show_progress_bar": "false"}
+SMALL = {"device": '"cpu"', "encoder": '"efficientnet-lite0"', "show_progress_bar": "false"}
+SMALL_PRESET = {"max_epochs": "1", "batch_size": "16"}
 HAS_PRESETS = "preset" in inspect.signature(hg.tl.train).parameters
 
 pytestmark = [
@@ -47,7 +48,9 @@ def workplace(tmp_path_factory):
     small = "".join(f"{key} = {value}\n" for key, value in SMALL.items() if key in known)
     for name, text in TOML.items():
         # A preset has windows of its own.
-        windows = "" if "preset" in text else "windows_um = [200.0]\n"
+        windows = "windows_um = [200.0]\n"
+        if "preset" in text:
+            windows = "".join(f"{key} = {value}\n" for key, value in SMALL_PRESET.items() if key not in text)
         (folder / name).write_text(text + small + windows, encoding="utf-8")
     return folder
 
