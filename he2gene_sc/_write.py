@@ -154,7 +154,7 @@ def fill_table(table: AnnData, filled: Filled) -> None:
     }
     if table.is_view:
         table._init_as_actual(table.copy())
-    with _undone_if_interrupted(table):
+    with undone_if_interrupted(table):
         table.layers[keys.layer] = layer
         for name, value in var.items():
             table.var[name] = value
@@ -200,7 +200,7 @@ def _merged(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _undone_if_interrupted(table: AnnData) -> Iterator[None]:
+def undone_if_interrupted(table: AnnData) -> Iterator[None]:
     """Put every slot back as it was if the block does not come to its end, by Ctrl-C too."""
     mappings = {name: dict(getattr(table, name)) for name in ("layers", "obsm", "uns")}
     frames = {name: getattr(table, name).copy() for name in ("obs", "var")}

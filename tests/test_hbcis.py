@@ -401,7 +401,14 @@ def test_a_split_with_a_patient_on_both_sides_is_refused():
 @pytest.mark.slow
 def test_a_model_learns_from_it_and_finds_the_tumour_of_another_patient(hbcis_root):
     data = hg.datasets.hbcis(hbcis_root, patients=["BC23901", "BC23209", "BC23270"])
-    model = hg.tl.train(data, missing_genes_are_zero=True, n_target_genes=20, device="cpu")
+    model = hg.tl.train(
+        data,
+        annotation_key="annotation",
+        missing_genes_are_zero=True,
+        n_target_genes=20,
+        ensembl_ids={},
+        device="cpu",
+    )
     assert set(model.card.classes) == {"normal", "tumour"}
     assert set(model.card.training["sections"]) == set(NAMES[:5])
     assert {GENES[name] for name in (*UP, *DOWN)} <= set(model.genes.index)
@@ -465,7 +472,7 @@ def test_a_training_file_may_name_the_split(train, part, monkeypatch):
             '[data]\nhbcis = "HBCIS"\npatients = "BC23270"\n',
             r"`patients` 'BC23270' is no list, valid names: \['HE2GENE",
         ),
-        ('[data]\npatients = ["BC23270"]\n', r"\[data\] needs `hbcis`"),
+        ('[data]\npatients = ["BC23270"]\n', r"\[data\] needs `stores`, .* or `hbcis`"),
         ('[data]\nhbcis = "HBCIS"\nother = 1\n', r"unknown: \['other'\]"),
         ('sections = ["C5"]\n[data]\nhbcis = "HBCIS"\n', r"either a list `sections` or a table \[data\]"),
         ("[train]\n", r"either a list `sections` or a table \[data\]"),

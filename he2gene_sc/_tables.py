@@ -1,0 +1,291 @@
+"""What the verbs after predict share: the table, its values on one scale, its spots and samples, and writing results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from ._predicted import predicted_table
+from ._slide import find_table
+from ._write import undone_if_interrupted
+from .stats import TARGET_SUM
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+Scale = Literal["auto", "counts", "log"]
+SCALES = ("auto", "counts", "log")
+
+#: Values of log-normalised data stay below this: ln(1 + 10,000) is 9.2.
+_MAX_LOG = 30.0
+#: Values that are looked at to tell counts from logarithms.
+_SAMPLE = 1_000_000
+
+
+def get_table(
+    data: SpatialData | AnnData, table_key: str | None = None, *, key_added: str | None = "he2gene"
+) -> AnnData:
+    """Return the table itself, or the one of a SpatialData object that predict filled, else the measured one.
+
+    Parameters
+    ----------
+    data
+        Object or table.
+    table_key
+        Which, where there are several.
+    key_added
+        Prefix of a prediction; ``None``: no prediction is needed, the measured table is meant.
+
+    Raises
+    ------
+    TypeError
+        If ``data`` is neither.
+    ValueError
+        If there is no such table, or several could be meant.
+    """
+    if hasattr(data, "tables"):
+        if key_added is not None:
+            return data[predicted_table(data, key_added, table_key)]
+        if table_key is None and len(data.tables) == 1:
+            return next(iter(data.tables.values()))
+        found = table_key if table_key in data.tables else find_table(data, table_key)
+        if found is None:
+            raise ValueError(f"`data` holds no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
+        return data[found]
+    if not hasattr(data, "obs_names"):
+        raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
+    return data
+
+
+def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
+    """``X`` (``layer=None``) or a layer, in memory, dense or csr.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer, or ``X`` is empty.
+    """
+    if layer is not None and layer not in table.layers:
+        raise ValueError(f"`{parameter}` {layer!r} is no layer, valid: {sorted(table.layers)} (None: X)")
+    values = table.X if layer is None else table.layers[layer]
+    if values is None:
+        raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(table.layers)}")
+    values = values.compute() if hasattr(values, "compute") else values
+    return scipy.sparse.csr_array(values) if scipy.sparse.issparse(values) else np.asarray(values)
+
+
+def scale_of(values: Any) -> Literal["counts", "log", "other"]:
+    """Tell raw counts (whole numbers from 0) from logarithms (fractions, small); NaN is looked over.
+
+    ``"other"`` are values below 0, as scaled ones have, and large fractions, as counts per 10,000 are before the log.
+    """
+    data = values.data if scipy.sparse.issparse(values) else np.asarray(values).ravel()
+    if data.size > _SAMPLE:
+        data = data[:: data.size // _SAMPLE + 1]
+    data = data[np.isfinite(data)]
+    if not data.size or (data.min() >= 0 and (data % 1 == 0).all()):
+        return "counts"
+    return "log" if data.min() >= 0 and data.max() <= _MAX_LOG else "other"
+
+
+def log_expression(
+    table: AnnData,
+    layer: str | None,
+    *,
+    genes: np.ndarray | slice = slice(None),
+    scale: Scale = "auto",
+    expected: Literal["counts", "log"],
+    parameter: str = "layer",
+    scale_parameter: str = "layer_scale",
+) -> np.ndarray:
+    """Values as natural log of (1 + counts per 10,000).
+
+    Parameters
+    ----------
+    table
+        The table.
+    layer
+        Layer; ``None``: ``X``.
+    genes
+        Columns to return; counts are normalised by the totals of all columns in any case.
+    scale
+        What the values are. ``"auto"``: they are looked at, and what is not ``expected`` is refused.
+    expected
+        What values should be where ``scale`` is ``"auto"``.
+    parameter, scale_parameter
+        Names of the caller's parameters, for errors.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(n, g)`` float32. Logarithms are returned as they are, NaN included.
+
+    Raises
+    ------
+    ValueError
+        If the values are not what was expected; the message says how to state what they are.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"`{scale_parameter}` is {scale!r}, valid: {list(SCALES)}")
+    values = values_of(table, layer, parameter)
+    where = "X" if layer is None else f"layer {layer!r}"
+    found = scale_of(values)
+    if scale == "auto" and found != expected:
+        looks = {"counts": "raw counts", "log": "already log-transformed", "other": "neither counts nor logarithms"}
+        needed = {"counts": "raw counts", "log": "natural logarithms of (1 + counts per 10,000)"}[expected]
+        hint = {"counts": "layer of raw counts", "log": "layer of logarithms"}[expected]
+        stated = f"{scale_parameter}={found!r}" if found != "other" else f"{scale_parameter}='log'"
+        raise ValueError(
+            f"`{parameter}`: {where} looks {looks[found]}, {needed} are expected; name a {hint}, or pass {stated} if they "
+            "are meant as they are"
+        )
+    if scale == "counts" and found != "counts":
+        raise ValueError(f"`{scale_parameter}` is 'counts', but {where} holds fractions or negative values")
+    if (found if scale == "auto" else scale) == "log":
+        chosen = values[:, genes]
+        return np.asarray(chosen.toarray() if scipy.sparse.issparse(chosen) else chosen, np.float32)
+    total = np.asarray(values.sum(axis=1), np.float64).reshape(-1, 1)
+    chosen = values[:, genes]
+    chosen = chosen.toarray() if scipy.sparse.issparse(chosen) else chosen
+    return np.log1p(TARGET_SUM * np.asarray(chosen, np.float64) / np.where(total > 0, total, 1)).astype(np.float32)
+
+
+def spots_of(table: AnnData) -> np.ndarray:
+    """Spot centres ``(n, 2)``, in the unit of ``obsm["spatial"]``.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or some are missing.
+    """
+    if "spatial" not in table.obsm:
+        raise ValueError("`data` has no obsm['spatial']; spot centres are needed, as scanpy and squidpy keep them")
+    xy = np.asarray(table.obsm["spatial"], float)[:, :2]
+    if not np.isfinite(xy).all():
+        raise ValueError(f"obsm['spatial'] is NaN or infinite for {int((~np.isfinite(xy).all(1)).sum())} spots")
+    return xy
+
+
+def pitch_of(xy: np.ndarray) -> float:
+    """Median distance of a spot to its nearest neighbour, in the unit of ``xy`` ``(n, 2)``."""
+    from scipy.spatial import cKDTree
+
+    if len(xy) < 2:
+        raise ValueError(f"{len(xy)} spots have no distance; at least 2 are needed")
+    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
+
+
+def column_of(table: AnnData, key: str, parameter: str) -> pd.Series:
+    """Return a column of ``obs``.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    if key not in table.obs:
+        raise ValueError(f"`{parameter}` {key!r} is no column of obs, valid: {list(table.obs.columns)}")
+    return table.obs[key]
+
+
+def sections_of(table: AnnData, section_key: str | None = None) -> np.ndarray:
+    """Name of the section of each spot, ``(n,)`` objects: the spots of one slide.
+
+    ``section_key``, else the shapes element that the row annotates together with ``obs["section"]`` where there is one,
+    else one section.
+    """
+    if section_key is not None:
+        return column_of(table, section_key, "section_key").astype(str).to_numpy(object)
+    attrs = table.uns.get("spatialdata_attrs")
+    columns = [attrs["region_key"]] if attrs is not None and attrs.get("region_key") in table.obs else []
+    columns += ["section"] * ("section" in table.obs)
+    varying = [key for key in columns if table.obs[key].nunique() > 1]
+    if not varying:
+        name = str(table.obs[columns[-1]].iloc[0]) if columns and len(table) else "section"
+        return np.full(table.n_obs, name, object)
+    return table.obs[varying[-1]].astype(str).to_numpy(object)
+
+
+def check_free(table: AnnData, verb: str, key: str, **slots: Iterable[str]) -> None:
+    """Refuse to write over what this verb did not write, before any work is done.
+
+    Parameters
+    ----------
+    table
+        The table.
+    verb
+        Name of the verb, as in ``hg.tl``.
+    key
+        ``uns[key]`` records what it wrote.
+    **slots
+        Slot (``"obs"``, ``"var"``, ``"layers"``, ``"obsm"``) to the keys that are to be written.
+
+    Raises
+    ------
+    ValueError
+        If one of them is there and does not stand in the record of an earlier run.
+    """
+    before = table.uns.get(key)
+    if before is not None and not (isinstance(before, Mapping) and before.get("verb") == verb):
+        raise ValueError(f"`key_added`: uns[{key!r}] is there and was not written by hg.tl.{verb}; choose another name")
+    ours = (before or {}).get("written", {})
+    for slot, names in slots.items():
+        taken = [name for name in names if name in getattr(table, slot) and name not in list(ours.get(slot, []))]
+        if taken:
+            raise ValueError(
+                f"`key_added`: {slot}[{taken[0]!r}] is there and was not written by hg.tl.{verb}; choose another name"
+            )
+
+
+def write_result(
+    table: AnnData,
+    verb: str,
+    key: str,
+    *,
+    params: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    **slots: Mapping[str, Any],
+) -> None:
+    """Write all results of a verb at once, or, if that is interrupted, none.
+
+    ``uns[key]`` gets ``verb``, ``params``, ``written`` (slot to keys) and the ``facts``; JSON types, arrays and
+    DataFrames only, as zarr stores hold them. What an earlier run of the verb wrote under the same key and this one does
+    not is removed.
+
+    Parameters
+    ----------
+    table
+        The table.
+    verb, key
+        As for :func:`check_free`.
+    params
+        Arguments of the call; ``None`` values are left out.
+    facts
+        Further entries of ``uns[key]``.
+    **slots
+        Slot to key to value.
+    """
+    if table.is_view:
+        table._init_as_actual(table.copy())
+    before = table.uns.get(key)
+    old = before.get("written", {}) if isinstance(before, Mapping) else {}
+    record = {
+        "verb": verb,
+        "params": {name: value for name, value in params.items() if value is not None},
+        "written": {slot: list(values) for slot, values in slots.items() if values},
+        **(facts or {}),
+    }
+    with undone_if_interrupted(table):
+        for slot, names in old.items():
+            for name in list(names):
+                if name in getattr(table, slot):
+                    del getattr(table, slot)[name]
+        for slot, values in slots.items():
+            for name, value in values.items():
+                getattr(table, slot)[name] = value
+        table.uns[key] = record

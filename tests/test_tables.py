@@ -1,0 +1,152 @@
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+from anndata import AnnData
+
+import he2gene_sc as hg
+from he2gene_sc._tables import (
+    check_free,
+    get_table,
+    log_expression,
+    pitch_of,
+    scale_of,
+    sections_of,
+    spots_of,
+    values_of,
+    write_result,
+)
+
+
+@pytest.fixture
+def table():
+    counts = np.random.default_rng(0).poisson(3, (6, 4)).astype(np.float32)
+    made = AnnData(scipy.sparse.csr_matrix(counts), obs=pd.DataFrame(index=[f"s{i}" for i in range(6)]))
+    made.layers["log"] = np.log1p(1e4 * counts / counts.sum(1, keepdims=True))
+    made.obsm["spatial"] = np.stack(np.meshgrid([0.0, 100, 200], [0.0, 100]), -1).reshape(-1, 2)
+    return made
+
+
+def test_counts_and_logs_give_the_same_values(table):
+    counted = log_expression(table, None, expected="counts")
+    np.testing.assert_allclose(counted, log_expression(table, "log", expected="log"), rtol=1e-6)
+    part = log_expression(table, None, genes=np.array([2, 0]), expected="counts")
+    np.testing.assert_allclose(part, counted[:, [2, 0]])
+
+
+def test_what_is_not_expected_is_refused_unless_it_is_stated(table):
+    with pytest.raises(
+        ValueError, match=r"`measured`: layer 'log' looks already log-transformed.*measured_scale='log'"
+    ):
+        log_expression(table, "log", expected="counts", parameter="measured", scale_parameter="measured_scale")
+    with pytest.raises(ValueError, match=r"X looks raw counts.*layer_scale='counts'"):
+        log_expression(table, None, expected="log")
+    stated = log_expression(table, None, expected="log", scale="counts")
+    np.testing.assert_allclose(stated, table.layers["log"], rtol=1e-5)
+    with pytest.raises(ValueError, match="is 'counts', but layer 'log' holds fractions"):
+        log_expression(table, "log", expected="counts", scale="counts")
+    with pytest.raises(ValueError, match="valid: "):
+        log_expression(table, None, expected="counts", scale="cpm")
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([[0, 3], [5, 1]], "counts"),
+        ([[0, 0], [0, 0]], "counts"),
+        ([[0.5, 3], [np.nan, 1]], "log"),
+        ([[-0.5, 3], [1, 1]], "other"),
+        ([[0.5, 3000], [1, 1]], "other"),
+    ],
+)
+def test_scales_are_told_apart(values, scale):
+    assert scale_of(np.array(values, float)) == scale
+    assert scale_of(scipy.sparse.csr_array(np.array(values, float))) == scale
+
+
+def test_layers_that_are_not_there_are_named(table):
+    with pytest.raises(ValueError, match=r"`measured` 'no' is no layer, valid: \['log'\]"):
+        values_of(table, "no", "measured")
+    table.X = None
+    with pytest.raises(ValueError, match="X is empty"):
+        values_of(table, None)
+
+
+def test_spots_and_their_pitch(table):
+    assert pitch_of(spots_of(table)) == 100
+    table.obsm["spatial"][0, 0] = np.nan
+    with pytest.raises(ValueError, match="for 1 spots"):
+        spots_of(table)
+    del table.obsm["spatial"]
+    with pytest.raises(ValueError, match=r"no obsm\['spatial'\]"):
+        spots_of(table)
+    with pytest.raises(ValueError, match="at least 2"):
+        pitch_of(np.zeros((1, 2)))
+
+
+def test_sections_are_what_a_row_belongs_to(table):
+    assert set(sections_of(table)) == {"section"}
+    table.obs["section"] = ["a"] * 3 + ["b"] * 3
+    assert sections_of(table).tolist() == ["a"] * 3 + ["b"] * 3
+    table.obs["slide"] = ["x"] * 2 + ["y"] * 4
+    assert sections_of(table, "slide").tolist() == ["x"] * 2 + ["y"] * 4
+    with pytest.raises(ValueError, match="`section_key` 'no' is no column"):
+        sections_of(table, "no")
+
+
+def test_tables_are_found_in_objects(toy, tiny_model):
+    assert get_table(toy, key_added=None) is toy["table"]
+    assert get_table(toy["table"]) is toy["table"]
+    with pytest.raises(ValueError, match="holds no prediction"):
+        get_table(toy)
+    hg.tl.predict(toy, model=tiny_model, genes="all")
+    assert get_table(toy, key_added=None) is toy["table"]
+    assert get_table(toy, "he2gene", key_added=None) is toy["he2gene"]
+    with pytest.raises(TypeError, match="is a list"):
+        get_table([1])
+
+
+def test_results_are_written_whole_and_replaced_whole(table):
+    table.obs["mine"] = 1
+    write_result(table, "verb", "key", params={"a": 1, "b": None}, obs={"key_x": np.arange(6), "key_y": np.arange(6)})
+    assert table.uns["key"]["params"] == {"a": 1}
+    write_result(table, "verb", "key", params={}, obs={"key_x": np.ones(6)}, facts={"n": 3})
+    assert "key_y" not in table.obs
+    assert table.obs["key_x"].sum() == 6
+    assert table.uns["key"]["n"] == 3
+    assert (table.obs["mine"] == 1).all()
+
+
+def test_a_failure_while_writing_leaves_everything_as_it_was(table):
+    write_result(table, "verb", "key", params={}, obs={"key_x": np.arange(6)})
+    with pytest.raises(ValueError, match="6"):
+        write_result(table, "verb", "key", params={}, obs={"key_x": np.ones(6)}, layers={"bad": np.ones((2, 2))})
+    assert table.obs["key_x"].tolist() == list(range(6))
+    assert "bad" not in table.layers
+
+
+def test_what_another_wrote_is_not_written_over(table):
+    table.obs["key_x"] = 1
+    with pytest.raises(ValueError, match=r"obs\['key_x'\] is there and was not written by hg.tl.verb"):
+        check_free(table, "verb", "key", obs=["key_x"])
+    del table.obs["key_x"]
+    write_result(table, "verb", "key", params={}, obs={"key_x": np.ones(6)})
+    check_free(table, "verb", "key", obs=["key_x"])
+    with pytest.raises(ValueError, match=r"uns\['key'\] is there and was not written by hg.tl.other"):
+        check_free(table, "other", "key")
+    table.layers["mine"] = table.layers["log"]
+    with pytest.raises(ValueError, match=r"layers\['mine'\]"):
+        check_free(table, "verb", "key", layers=["mine"])
+
+
+def test_a_written_table_is_kept_by_zarr(table, tmp_path):
+    import anndata
+
+    frame = pd.DataFrame({"gene": ["a", "b"], "r": [0.5, np.nan]})
+    write_result(table, "verb", "key", params={"genes": ["a"]}, facts={"table": frame}, obs={"key_x": np.ones(6)})
+    table.write_zarr(tmp_path / "t.zarr")
+    back = anndata.read_zarr(tmp_path / "t.zarr")
+    assert back.uns["key"]["verb"] == "verb"
+    assert list(back.uns["key"]["written"]["obs"]) == ["key_x"]
+    check_free(back, "verb", "key", obs=["key_x"])
+    assert back.uns["key"]["table"]["r"].tolist()[0] == 0.5
