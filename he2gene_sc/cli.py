@@ -1,4 +1,4 @@
-"""``he2gene demo | predict | train | info``: the main jobs from a shell."""
+"""``he2gene demo | predict | train | benchmark | info``: the main jobs from a shell."""
 
 from __future__ import annotations
 
@@ -172,6 +172,51 @@ def _stores(data: dict, config: Path) -> Iterable[SpatialData]:
             yield sd.read_zarr(path)
 
     return read()
+
+
+@app.command()
+def benchmark(
+    data: Annotated[str, typer.Option(help="her2st or hbcis.")] = "her2st",
+    root: Annotated[Path | None, typer.Option(help="Folder of HBCIS; her2st is found by HE2GENE_DATA_DIR.")] = None,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Preset of hg.tl.train, trained anew in each fold, or a model, scored where it may be. Repeatable."
+        ),
+    ] = ["default"],  # noqa: B006 - typer wants a list
+    folds: Annotated[
+        list[str],
+        typer.Option(help="What is held out together: section, patient. Repeatable; default: both where possible."),
+    ] = [],  # noqa: B006
+    section: Annotated[list[str], typer.Option(help="Sections to take; default: all with an image. Repeatable.")] = [],  # noqa: B006
+    options: Annotated[Path | None, typer.Option(help="TOML: a table a preset, with arguments of hg.tl.train.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder to keep the encoder's features in.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for benchmark.csv, .md and .png.")] = Path("he2gene-benchmark"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Cross-validate presets and baselines over the sections of a data set, grouped; write table and figure."""
+    from . import _benchmark, _benchmark_report
+
+    if data not in ("her2st", "hbcis"):
+        raise ValueError(f"--data is {data!r}, valid: ['her2st', 'hbcis']")
+    if data == "hbcis" and root is None:
+        raise ValueError("--data hbcis needs --root, the folder that Mendeley Data 29ntw7sh4r was unpacked to")
+    source = _benchmark.her2st(section) if data == "her2st" else _benchmark.hbcis(root, section)
+    several = len(set(source.patients.values())) > 1
+    units = folds or (["section", "patient"] if several else ["section"])
+    settings = {} if options is None else tomllib.loads(options.read_text(encoding="utf-8"))
+    if unread := sorted(settings.keys() - set(model)):
+        raise ValueError(f"--options has tables {unread} that are none of --model {model}")
+    table = _benchmark.run(source, model, units, cache=cache, options=settings, device=device, echo=typer.echo)
+    said = [
+        "he2gene benchmark",
+        f"--data {data}",
+        *(f"--model {name}" for name in model),
+        *(f"--folds {u}" for u in units),
+    ]
+    said += [f"--section {name}" for name in section] + ([f"--options {options.name}"] if options else [])
+    for path in _benchmark_report.write(table, data, out, " ".join(said)):
+        typer.echo(f"Written: {path}")
 
 
 @app.command()

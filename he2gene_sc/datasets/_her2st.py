@@ -132,15 +132,27 @@ def _reduced(spots: pd.DataFrame, image: Path, section: str) -> pd.DataFrame:
     return out
 
 
-def _image(section: str) -> Path | None:
-    folder = f"ST-imgs/{section[0]}/{section}"
+def local_image(section: str) -> Path | None:
+    """Image of a section in a local folder, the full one before the reduced one; ``None`` where there is none."""
     for root in _local_roots():
-        if found := sorted(p for p in (root / folder).glob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".tif"}):
+        found = sorted(p for p in (root / _folder(section)).glob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".tif"})
+        if found:
             return found[0]
-    reduced = f"app/{section}_HE_image_dark.png"
-    if (found := _find(reduced, download=False)) is not None:
+    return _local(_reduced_image(section))
+
+
+def _folder(section: str) -> str:
+    return f"ST-imgs/{section[0]}/{section}"
+
+
+def _reduced_image(section: str) -> str:
+    return f"app/{section}_HE_image_dark.png"
+
+
+def _image(section: str) -> Path | None:
+    if (found := local_image(section)) is not None:
         return found
-    known = [name for name in _registry() if name.startswith(f"{folder}/") or name == reduced]
+    known = [n for n in _registry() if n.startswith(f"{_folder(section)}/") or n == _reduced_image(section)]
     return _fetch(known[:1])[0] if known else None
 
 

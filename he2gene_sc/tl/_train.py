@@ -385,7 +385,7 @@ def _train_default(
     sha256 = encoder_sha256(network)
     kept, features = [], []
     for section in read:
-        features.append(_encode(section, extractor, sha256, windows_um, cache, engine))
+        features.append(encode_section(section, extractor, sha256, windows_um, cache, engine))
         kept.append(section.set_down(work))
         del section
     sections, genes, classes = join(kept, features, chosen, labels, work)
@@ -427,13 +427,14 @@ def describe(
     }
 
 
-def _encode(
+def encode_section(
     section: Measured,
     extractor: FeatureExtractor,
     sha256: str,
     windows_um: tuple[float, ...],
     folder: Path,
     engine: tuple[int, torch.device, torch.dtype, bool],
+    symmetries: tuple[tuple[int, bool], ...] = _SYMMETRIES,
 ) -> np.ndarray:
     """Features of the spots of one section, on disk, ``(n, r, f)``."""
     from tqdm.auto import tqdm
@@ -457,7 +458,7 @@ def _encode(
             extractor,
             reader,
             encoder_sha256=sha256,
-            symmetries=_SYMMETRIES,
+            symmetries=symmetries,
             device=device,
             dtype=dtype,
             folder=folder,
