@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,26 +12,25 @@ import pandas as pd
 
 from .._keys import Keys, check_key
 from .._tables import SCALES, Scale, check_free, get_table, write_result
-from ._colour import spot_colours
 from ._evaluation import (
     BASELINES,
     METRICS,
     MODEL,
     SEEN,
+    Results,
     annotation_tables,
     gene_tables,
     judge,
     summarise,
 )
-from ._judged import Judged, proba_of, read
+from ._judged import UNKNOWN_LABELS, Judged, proba_of, read
+from ._readings import readings
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
     from ..models import HE2Gene
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def evaluate(
@@ -190,37 +188,20 @@ def evaluate(
         gene_symbols=gene_symbols,
     )
     samples = None if sample_key is None else _samples(judged, sample_key)
-    facts = {}
+    left_out, facts = dict(judged.n_left_out), {}
     if annotation_key is not None:
-        facts |= annotation_tables(judged, *proba_of(judged, annotation_key, table, keys), samples)
-    wanted, skipped = _baselines(data, table, judged, baselines, annotation_key, keys)
-    results = judge(judged, wanted, n_splits=n_splits, seed=seed)
+        proba, codes, left_out[UNKNOWN_LABELS] = proba_of(judged, annotation_key, table, keys)
+        facts = annotation_tables(judged, proba, codes, samples)
+    reads, skipped = readings(data, table, judged, baselines, annotation_key, keys)
+    results = judge(judged, reads, n_splits=n_splits, seed=seed)
     if np.isnan(judged.mean).all():
         warnings.warn(
             "the training means of the genes are not known, skill is NaN: predict again, or name the `model`",
             UserWarning,
             stacklevel=2,
         )
-    of_model, of_baselines = gene_tables(judged, results, samples)
-    summary = summarise(pd.concat([of_model, of_baselines], ignore_index=True), judged.panels)
-    judged.n_left_out["genes constant on either side, pooled"] = int(np.isnan(results.pooled[MODEL]["pearson"]).sum())
-    facts |= {
-        "genes": of_model,
-        "baselines": of_baselines,
-        "summary": summary,
-        "predictors": pd.DataFrame(
-            [
-                {"predictor": p, "computed": p not in skipped, "seen": SEEN[p], "reason": skipped.get(p, "")}
-                for p in SEEN
-            ]
-        ),
-        "left_out": pd.DataFrame({"what": list(judged.n_left_out), "n": list(judged.n_left_out.values())}),
-    }
-    var = {}
-    for metric, name in names.items():
-        column = np.full(table.n_vars, np.nan, np.float32)
-        column[judged.columns] = results.pooled[MODEL][metric]
-        var[name] = column
+    left_out["genes constant on either side, pooled"] = int(np.isnan(results.pooled[MODEL]["pearson"]).sum())
+    facts |= _tables(judged, results, samples, skipped, left_out)
     params = {
         "layer": layer,
         "measured": measured,
@@ -229,18 +210,36 @@ def evaluate(
         "sample_key": sample_key,
         "section_key": section_key,
         "genes": None if genes is None else [str(gene) for gene in genes],
-        "baselines": list(wanted),
+        "baselines": list(reads),
         "prediction_key": prediction_key,
         "n_splits": int(n_splits),
         "seed": int(seed),
     }
-    facts = {name: _storable(frame) for name, frame in facts.items() if len(frame)}
+    var = {name: np.full(table.n_vars, np.nan, np.float32) for name in names.values()}
+    for metric, name in names.items():
+        var[name][judged.columns] = results.pooled[MODEL][metric]
     write_result(table, "evaluate", key_added, params=params, facts=facts, var=var)
 
 
-def _storable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return it with an index of texts, as anndata stores it."""
-    return frame.set_axis(frame.index.astype(str), axis=0)
+def _tables(
+    judged: Judged,
+    results: Results,
+    samples: Mapping[str, str] | None,
+    skipped: Mapping[str, str],
+    left_out: Mapping[str, int],
+) -> dict[str, pd.DataFrame]:
+    """Everything but the annotation."""
+    of_model, of_baselines = gene_tables(judged, results, samples)
+    predictors = [
+        {"predictor": p, "computed": p not in skipped, "seen": SEEN[p], "reason": skipped.get(p, "")} for p in SEEN
+    ]
+    tables = {
+        "genes": of_model,
+        "summary": summarise(pd.concat([of_model, of_baselines], ignore_index=True), judged.panels),
+        "predictors": pd.DataFrame(predictors),
+        "left_out": pd.DataFrame({"what": list(left_out), "n": list(left_out.values())}),
+    }
+    return tables | ({"baselines": of_baselines} if len(of_baselines) else {})
 
 
 def _samples(judged: Judged, sample_key: str) -> Mapping[str, str]:
@@ -261,55 +260,3 @@ def _samples(judged: Judged, sample_key: str) -> Mapping[str, str]:
             )
         of[section] = str(found[0])
     return of
-
-
-def _baselines(
-    data: SpatialData | AnnData,
-    table: AnnData,
-    judged: Judged,
-    asked: Sequence[str] | None,
-    annotation_key: str | None,
-    keys: Keys,
-) -> tuple[dict[str, np.ndarray | None], dict[str, str]]:
-    """Gather what each baseline reads of the spots, and why others are left out.
-
-    Raises
-    ------
-    ValueError
-        If one that was asked for cannot be computed.
-    """
-    reads: dict[str, np.ndarray | None] = {}
-    skipped = {}
-    for name in BASELINES:
-        if asked is not None and name not in asked:
-            skipped[name] = "not asked for"
-            continue
-        try:
-            reads[name] = _reads(name, data, table, judged, annotation_key, keys)
-        except ValueError as error:
-            if asked is not None:
-                raise ValueError(f"`baselines`: {name!r} cannot be computed: {error}") from error
-            skipped[name] = str(error)
-            logger.info("baseline %r is left out: %s", name, error)
-    return reads, skipped
-
-
-def _reads(
-    name: str, data: SpatialData | AnnData, table: AnnData, judged: Judged, annotation_key: str | None, keys: Keys
-) -> np.ndarray | None:
-    if name == "class mean":
-        if annotation_key is None:
-            raise ValueError("no `annotation_key` is given")
-        return pd.factorize(judged.labels(annotation_key, "annotation_key"))[0]
-    if name == "total counts":
-        if judged.depth is None:
-            raise ValueError("no counts are given, only logarithms")
-        return judged.depth
-    if name == "mean colour":
-        if not hasattr(data, "tables"):
-            raise ValueError("a SpatialData object with the image is needed, this is a table alone")
-        table_key = next(key for key, value in data.tables.items() if value is table)
-        return spot_colours(data, table, table_key, keys)[judged.rows]
-    if name == "training mean" and np.isnan(judged.mean).all():
-        raise ValueError("the training means are not known")
-    return None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
-from .._genes import match_genes
 from .._keys import MADE, Keys
 from .._predicted import predicted_layer
 from .._slide import find_table
 from .._tables import Scale, column_of, log_expression, pitch_of, sections_of, spots_of, values_of
+from ._judged_genes import genes_in_common, known_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 #: A section with fewer spots is not judged.
 MIN_SPOTS = 10
+#: Under this name labels are counted that are no class of the model.
+UNKNOWN_LABELS = "labels that the model does not know"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,7 @@ class Judged:
     pitches: dict[str, float]
     mean: np.ndarray
     panels: dict[str, np.ndarray]
-    n_left_out: dict[str, int] = field(default_factory=dict)
+    n_left_out: dict[str, int]
 
     @property
     def depth(self) -> np.ndarray | None:
@@ -116,8 +119,9 @@ def read(
         raise ValueError(f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first")
     layer = predicted_layer(table, keys.key_added, layer)
     other, rows, partner = _measured(data, table, layer, measured)
-    columns, count_columns = _genes(table, other, keys, genes, gene_symbols)
+    columns, count_columns = genes_in_common(table, other, keys, genes, gene_symbols)
     values = values_of(table, layer, "layer")
+    values = values.toarray() if scipy.sparse.issparse(values) else values
     given = log_expression(
         other,
         measured,
@@ -128,9 +132,11 @@ def read(
         scale_parameter="measured_scale",
     )
     counts = None if scale == "log" else values_of(other, measured, "measured")
-    filled = given[partner].max(axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel()[partner]
-    predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows])
-    measured_spot = np.isfinite(given[partner]).any(axis=1) if counts is None else filled > 0
+    if counts is not None and np.isnan(counts.sum()):
+        raise ValueError("`measured` holds NaN; counts of every gene and spot are needed")
+    predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
+    filled = np.isfinite(given).any(axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
+    measured_spot = filled[partner]
     section = sections_of(other, section_key)[partner]
     used = predicted_spot & measured_spot
     names, sizes = np.unique(section[used].astype(str), return_counts=True)
@@ -158,7 +164,7 @@ def read(
     if shared := [name for name, pitch in pitches.items() if not pitch > 0]:
         raise ValueError(f"obsm['spatial']: most spots of sections {shared} lie on top of each other")
     row, column = _cells(other.obs.iloc[partner], xy, sections, pitches)
-    mean, panels = _known(table, columns, keys, model, gene_symbols)
+    mean, panels = known_of(table, columns, keys, model, gene_symbols)
     return Judged(
         genes=table.var_names[columns],
         columns=columns,
@@ -208,40 +214,6 @@ def _spots(table: AnnData) -> pd.MultiIndex:
     )
 
 
-def _genes(
-    table: AnnData, other: AnnData, keys: Keys, genes: Sequence[str] | None, gene_symbols: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of both tables that hold the same gene, predicted and asked for."""
-    known = table.var[keys.predicted].to_numpy(bool)
-    if gene_symbols is not None and gene_symbols not in other.var:
-        raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(other.var.columns)}")
-    if other is table:
-        columns = np.arange(table.n_vars)
-    else:
-        names = pd.Index((other.var_names if gene_symbols is None else other.var[gene_symbols]).astype(str))
-        stripped = names.str.replace(r"\.\d+$", "", regex=True)
-        by_id = pd.Index(table.var["ensembl_id"].astype(str)) if "ensembl_id" in table.var else table.var_names
-        by_id = pd.Series(np.arange(len(by_id)), by_id)
-        by_id = by_id[~by_id.index.duplicated(keep=False)]
-        columns = table.var_names.get_indexer(names)
-        columns = np.where(columns >= 0, columns, by_id.reindex(stripped).fillna(-1).to_numpy(int))
-    usable = (columns >= 0) & known[columns] & ~pd.Series(columns).duplicated().to_numpy()
-    if not usable.any():
-        raise ValueError(
-            f"`data`: no measured gene was predicted; predicted: {list(table.var_names[known][:3])}, measured: "
-            f"{list(other.var_names[:3])}. Where symbols stand in a column of var, name it by `gene_symbols`"
-        )
-    if genes is not None:
-        asked = pd.unique(pd.Series(list(genes), dtype=str))
-        names = table.var_names[columns].astype(str)
-        absent = [gene for gene in asked if gene not in set(names[usable])]
-        if absent or not len(asked):
-            raise ValueError(f"`genes` {absent[:5]} were not both predicted and measured; hg.get.genes lists what was")
-        usable &= np.isin(names, asked)
-    chosen = np.flatnonzero(usable)
-    return columns[chosen], chosen
-
-
 def _cells(
     obs: pd.DataFrame, xy: np.ndarray, sections: Mapping[str, np.ndarray], pitches: Mapping[str, float]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -256,45 +228,8 @@ def _cells(
     return cells[:, 1], cells[:, 0]
 
 
-def _known(
-    table: AnnData, columns: np.ndarray, keys: Keys, model: HE2Gene | None, gene_symbols: str | None
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Training mean of each gene, and panels of genes: of the table, and of the model where it is at hand."""
-    mean = np.full(table.n_vars, np.nan)
-    if keys.mean in table.var:
-        mean = table.var[keys.mean].to_numpy(float)
-    panels = {"all genes": np.ones(len(columns), bool), "reliable": table.var[keys.reliable].to_numpy(bool)[columns]}
-    record = table.uns[keys.uns]
-    if model is not None and model.weights_sha256 != record.get("weights_sha256"):
-        raise ValueError(
-            f"`model` is {model.name!r}, the prediction was made by {record.get('model')!r} of other weights"
-        )
-    model = _bundled(record) if model is None else model
-    if model is not None:
-        symbols = gene_symbols if gene_symbols in table.var else None
-        found = match_genes(model, table, None, symbols)
-        position = np.full(table.n_vars, -1)
-        position[found.columns] = found.positions
-        facts = model.genes.iloc[position[columns]]
-        is_known = position[columns] >= 0
-        panels["target"] = is_known & (facts["group"] == "target").to_numpy()
-        panels["most variable"] = is_known & facts["variable"].to_numpy(bool)
-        mean[columns] = np.where(np.isnan(mean[columns]) & is_known, facts["mean"], mean[columns])
-    return mean[columns], {name: mask for name, mask in panels.items() if mask.any()}
-
-
-def _bundled(record: Mapping[str, Any]) -> HE2Gene | None:
-    """Model that made the prediction, if it comes with the package."""
-    from ..models import BUNDLED, load
-
-    if record.get("model") not in BUNDLED:
-        return None
-    model = load(record["model"])
-    return model if model.weights_sha256 == record.get("weights_sha256") else None
-
-
-def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) -> tuple[pd.DataFrame, np.ndarray]:
-    """Probabilities, a column a class, and the label of each spot as a class of the model, -1 where it has none.
+def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) -> tuple[pd.DataFrame, np.ndarray, int]:
+    """Probabilities, a column a class, the label of each spot as a class of the model (-1: none), and unknown labels.
 
     Raises
     ------
@@ -318,5 +253,4 @@ def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) ->
         warnings.warn(
             f"classes that the model does not know are left out: {unknown.to_dict()}", UserWarning, stacklevel=4
         )
-    judged.n_left_out["labels that the model does not know"] = int(unknown.sum())
-    return frame, codes
+    return frame, codes, int(unknown.sum())
