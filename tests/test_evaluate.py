@@ -6,6 +6,7 @@ import pytest
 import scipy.sparse
 from anndata import AnnData, read_zarr
 from scipy.stats import linregress, pearsonr, spearmanr
+from test_predict import two_regions
 
 import he2gene_sc as hg
 from he2gene_sc.stats import (
@@ -410,6 +411,19 @@ def test_mean_colour_is_read_from_the_image(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     hg.tl.evaluate(toy, genes=["COL1A1", "ADIPOQ", "EPCAM"])
     assert (genes_of(toy, section="toy-0", predictor="mean colour")["pearson"] > 0.5).all()
+
+
+def test_mean_colour_is_read_from_the_image_of_each_region(toy, tiny_model):
+    both, other = two_regions(toy)
+    arguments = {"baselines": ["mean colour"], "genes": ["COL1A1", "ADIPOQ"]}
+    hg.tl.predict(both, model=tiny_model, image_key={"spots": "he", "more": "he2"})
+    hg.tl.evaluate(both, section_key="region", **arguments)
+    for region, slide in (("spots", toy), ("more", other)):
+        hg.tl.predict(slide, model=tiny_model)
+        hg.tl.evaluate(slide, **arguments)
+        alone = genes_of(slide, section=slide["table"].obs["section"].iloc[0], predictor="mean colour")
+        found = genes_of(both, section=region, predictor="mean colour")["pearson"]
+        np.testing.assert_allclose(found, alone["pearson"], atol=1e-4)
 
 
 # Writing and reading
