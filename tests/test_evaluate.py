@@ -1,5 +1,7 @@
 """hg.tl.evaluate: what was predicted against what was measured."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -322,6 +324,23 @@ def test_the_model_gives_training_means_and_panels(toy, tiny_model):
     assert (panels["n_genes"] + panels["n_constant"])[["target", "most variable"]].tolist() == [4, 3]
     with pytest.raises(ValueError, match="`model` is 'breast-her2st', the prediction was made by 'tiny'"):
         hg.tl.evaluate(toy, model="breast-her2st")
+
+
+def test_a_section_of_the_training_set_is_warned_of(toy, tiny_model):
+    card = replace(tiny_model.card, training={"sections": {"toy-0": {"patient": "toy"}}})
+    hg.tl.predict(toy, model=tiny_model)
+    with pytest.warns(UserWarning, match=r"sections \['toy-0'\] are in the training set of tiny"):
+        hg.tl.evaluate(toy, model=replace(tiny_model, card=card))
+    seen = hg.get.evaluation(toy, "predictors").set_index("predictor").loc["he2gene", "seen"]
+    assert seen.endswith("toy-0 are among them")
+
+
+def test_the_evaluation_does_not_change_what_predict_wrote(table):
+    before = table.copy()
+    hg.tl.evaluate(table)
+    pd.testing.assert_frame_equal(table.var[before.var.columns], before.var)
+    np.testing.assert_array_equal(table.layers["he2gene"], before.layers["he2gene"])
+    np.testing.assert_array_equal(table.X.toarray(), before.X.toarray())
 
 
 def test_the_summary_is_the_mean_and_median_of_the_genes(table):

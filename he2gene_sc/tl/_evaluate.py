@@ -130,7 +130,8 @@ def evaluate(
     A row has a ``scope``: ``"section"``; ``"pooled"``, all spots together, so that differences between sections count,
     except for Moran's I and SSIM, where it is the mean over sections; ``"mean"``, the mean over sections (with
     ``sample_key``, over patients). With one section all three are the same. A gene that is constant on either side is
-    NaN, never 0 or 1, and is counted (``n_constant`` of the summary).
+    NaN, never 0 or 1, and is counted (``n_constant`` of the summary). A section that the model was trained on, where
+    that can be told, is warned of: its figures flatter.
 
     Raises
     ------
@@ -230,8 +231,11 @@ def _tables(
 ) -> dict[str, pd.DataFrame]:
     """Everything but the annotation."""
     of_model, of_baselines = gene_tables(judged, results, samples)
+    seen = dict(SEEN)
+    if judged.trained_on:
+        seen[MODEL] += f", and {', '.join(judged.trained_on)} are among them"
     predictors = [
-        {"predictor": p, "computed": p not in skipped, "seen": SEEN[p], "reason": skipped.get(p, "")} for p in SEEN
+        {"predictor": p, "computed": p not in skipped, "seen": seen[p], "reason": skipped.get(p, "")} for p in SEEN
     ]
     tables = {
         "genes": of_model,

@@ -15,7 +15,7 @@ from .._keys import MADE, Keys
 from .._predicted import predicted_layer
 from .._slide import find_table
 from .._tables import Scale, column_of, log_expression, pitch_of, sections_of, spots_of, values_of
-from ._judged_genes import genes_in_common, known_of
+from ._judged_genes import genes_in_common, known_of, model_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -56,6 +56,8 @@ class Judged:
         Mean of each gene in training, ``(g,)``; NaN where it is not known.
     panels
         Name to mask of genes.
+    trained_on
+        Sections that the model was trained on, as far as that is known.
     n_left_out
         What was left out, and how much of it.
     """
@@ -76,6 +78,7 @@ class Judged:
     pitches: dict[str, float]
     mean: np.ndarray
     panels: dict[str, np.ndarray]
+    trained_on: list[str]
     n_left_out: dict[str, int]
 
     @property
@@ -118,6 +121,7 @@ def read(
     if keys.predicted not in table.var:
         raise ValueError(f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first")
     layer = predicted_layer(table, keys.key_added, layer)
+    model = model_of(table.uns[keys.uns], model)
     other, rows, partner = _measured(data, table, layer, measured)
     columns, count_columns = genes_in_common(table, other, keys, genes, gene_symbols)
     values = values_of(table, layer, "layer")
@@ -164,6 +168,13 @@ def read(
     if shared := [name for name, pitch in pitches.items() if not pitch > 0]:
         raise ValueError(f"obsm['spatial']: most spots of sections {shared} lie on top of each other")
     row, column = _cells(other.obs.iloc[partner], xy, sections, pitches)
+    trained_on = [] if model is None else sorted(sections.keys() & set(model.card.training.get("sections", ())))
+    if trained_on:
+        warnings.warn(
+            f"sections {trained_on} are in the training set of {model.name}: their figures flatter it",
+            UserWarning,
+            stacklevel=4,
+        )
     mean, panels = known_of(table, columns, keys, model, gene_symbols)
     return Judged(
         genes=table.var_names[columns],
@@ -182,6 +193,7 @@ def read(
         pitches=pitches,
         mean=mean,
         panels=panels,
+        trained_on=trained_on,
         n_left_out=left_out,
     )
 

@@ -59,14 +59,8 @@ def known_of(
     """Training mean of each gene, and panels of genes: of the table, and of the model where it is at hand."""
     mean = np.full(table.n_vars, np.nan)
     if keys.mean in table.var:
-        mean = table.var[keys.mean].to_numpy(float)
+        mean = np.array(table.var[keys.mean], float)
     panels = {"all genes": np.ones(len(columns), bool), "reliable": table.var[keys.reliable].to_numpy(bool)[columns]}
-    record = table.uns[keys.uns]
-    if model is not None and model.weights_sha256 != record.get("weights_sha256"):
-        raise ValueError(
-            f"`model` is {model.name!r}, the prediction was made by {record.get('model')!r} of other weights"
-        )
-    model = _bundled(record) if model is None else model
     if model is not None:
         symbols = gene_symbols if gene_symbols in table.var else None
         found = match_genes(model, table, None, symbols)
@@ -80,10 +74,22 @@ def known_of(
     return mean[columns], {name: mask for name, mask in panels.items() if mask.any()}
 
 
-def _bundled(record: Mapping[str, Any]) -> HE2Gene | None:
-    """Model that made the prediction, if it comes with the package."""
+def model_of(record: Mapping[str, Any], model: HE2Gene | None) -> HE2Gene | None:
+    """Model that made a prediction: the one given, else the bundled one if it was that.
+
+    Raises
+    ------
+    ValueError
+        If the one that is given did not make it.
+    """
     from ..models import BUNDLED, load
 
+    if model is not None:
+        if model.weights_sha256 != record.get("weights_sha256"):
+            raise ValueError(
+                f"`model` is {model.name!r}, the prediction was made by {record.get('model')!r} of other weights"
+            )
+        return model
     if record.get("model") not in BUNDLED:
         return None
     model = load(record["model"])
