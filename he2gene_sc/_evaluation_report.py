@@ -35,13 +35,17 @@ def lines(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> Ite
             title = f"{section}, {frame['n_spots'].iloc[0]} spots" if scope == "section" else "mean over sections"
             yield ""
             yield f"{title:<44}  genes" + "".join(f"{name:>12}" for name in _COLUMNS)
-            for row in frame.to_dict("records"):
+            # Predictors stand below each other, panel by panel.
+            panels = list(frame["panel"].unique())
+            for row in frame.sort_values("panel", key=lambda names: names.map(panels.index), kind="stable").to_dict(
+                "records"
+            ):
                 figures = "".join(f"{_shown(row[column]):>12}" for column in _COLUMNS.values())
                 yield f"  {row['panel']:<20}{row['predictor']:<22}  {row['n_genes']:>5}{figures}"
     if annotation:
         yield ""
         for row in get.evaluation(sdata, "annotation", table_key=table_key).to_dict("records"):
-            if row["scope"] != "pooled":
+            if row["scope"] == "section" or (row["scope"] == "mean" and len(sections) > 1):
                 figures = ", ".join(f"{name} {_shown(row[column])}" for name, column in _ANNOTATION.items())
                 yield f"annotation, {row['section']} ({row['scope']}), {row['n_labelled']} labelled spots: {figures}"
     predictors = get.evaluation(sdata, "predictors", table_key=table_key)

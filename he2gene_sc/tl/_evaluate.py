@@ -151,8 +151,9 @@ def evaluate(
     - ``"nearest spots"``: mean of the neighbouring spots, without the spot itself.
 
     Leaving a spot out lowers the mean of the others where its own value is high: the correlation (not the skill) of a
-    baseline is taken with that mean put back, without which a constant would reach -1. Of a gene that a baseline knows
-    nothing of, its correlation is still slightly negative, since its sign is fitted.
+    baseline is taken with that mean put back, without which a constant would reach -1. It still understates baselines
+    that know little, since their sign is fitted: of a gene that it knows nothing of, a line reaches about
+    -1 / sqrt(spots). Skill does not suffer from this.
 
     Examples
     --------
