@@ -56,6 +56,11 @@ class Keys:
         return f"{self.key_added}_reliable"
 
     @property
+    def mean(self) -> str:
+        """``.var``: mean of the gene in training, which skill is measured against."""
+        return f"{self.key_added}_mean"
+
+    @property
     def annotation(self) -> str:
         """``.obs``: most probable class."""
         return f"{self.key_added}_annotation"

@@ -25,6 +25,8 @@ SCALES = ("auto", "counts", "log")
 _MAX_LOG = 30.0
 #: Values that are looked at to tell counts from logarithms.
 _SAMPLE = 1_000_000
+#: Rows that are normalised at once.
+_ROWS = 256
 
 
 def get_table(
@@ -150,9 +152,16 @@ def log_expression(
         chosen = values[:, genes]
         return np.asarray(chosen.toarray() if scipy.sparse.issparse(chosen) else chosen, np.float32)
     total = np.asarray(values.sum(axis=1), np.float64).reshape(-1, 1)
-    chosen = values[:, genes]
-    chosen = chosen.toarray() if scipy.sparse.issparse(chosen) else chosen
-    return np.log1p(TARGET_SUM * np.asarray(chosen, np.float64) / np.where(total > 0, total, 1)).astype(np.float32)
+    factor = TARGET_SUM / np.where(total > 0, total, 1)
+    n_columns = len(np.arange(values.shape[1])[genes])
+    result = np.empty((values.shape[0], n_columns), np.float32)
+    # Some rows at a time: double precision of all of them would take twice the memory of the result.
+    for start in range(0, len(result), _ROWS):
+        rows = slice(start, start + _ROWS)
+        chosen = values[rows][:, genes]
+        chosen = chosen.toarray() if scipy.sparse.issparse(chosen) else chosen
+        result[rows] = np.log1p(factor[rows] * np.asarray(chosen, np.float64))
+    return result
 
 
 def spots_of(table: AnnData) -> np.ndarray:

@@ -116,11 +116,15 @@ def fill_table(table: AnnData, filled: Filled) -> None:
     pcc[columns] = known["pcc"]
     reliable = np.zeros(n_vars, bool)
     reliable[columns] = known["reliable"]
+    mean = np.full(n_vars, np.nan, np.float32)
+    mean[columns] = known["mean"]
     if old is not None:
         elsewhere = table.var[keys.predicted].to_numpy(bool) & ~predicted
         predicted |= elsewhere
         pcc[elsewhere] = table.var[keys.pcc].to_numpy()[elsewhere]
         reliable[elsewhere] = table.var[keys.reliable].to_numpy(bool)[elsewhere]
+        if keys.mean in table.var:
+            mean[elsewhere] = table.var[keys.mean].to_numpy()[elsewhere]
 
     def spread(values: np.ndarray, name: str) -> np.ndarray:
         whole = np.full((n_obs, values.shape[1]), np.nan, np.float32)
@@ -151,6 +155,7 @@ def fill_table(table: AnnData, filled: Filled) -> None:
         keys.predicted: pd.Series(predicted, index=index),
         keys.pcc: pd.Series(pcc, index=index),
         keys.reliable: pd.Series(reliable, index=index),
+        keys.mean: pd.Series(mean, index=index),
     }
     if table.is_view:
         table._init_as_actual(table.copy())

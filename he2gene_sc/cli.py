@@ -1,4 +1,4 @@
-"""``he2gene demo | predict | train | benchmark | info``: the main jobs from a shell."""
+"""``he2gene demo | predict | train | evaluate | benchmark | info``: the main jobs from a shell."""
 
 from __future__ import annotations
 
@@ -217,6 +217,49 @@ def benchmark(
     said += [f"--section {name}" for name in section] + ([f"--options {options.name}"] if options else [])
     for path in _benchmark_report.write(table, data, out, " ".join(said)):
         typer.echo(f"Written: {path}")
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="SpatialData zarr store that was predicted and measured.")],
+    out: Annotated[Path | None, typer.Option(help="CSV file to write: metrics of each gene.")] = None,
+    measured: Annotated[str | None, typer.Option(help="Layer of raw counts; default: X.")] = None,
+    measured_scale: Annotated[str, typer.Option(help="auto, counts, log.")] = "auto",
+    annotation_key: Annotated[
+        str | None, typer.Option(help="Column of obs with labels, to judge the annotation.")
+    ] = None,
+    sample_key: Annotated[str | None, typer.Option(help="Column of obs with the patient.")] = None,
+    section_key: Annotated[str | None, typer.Option(help="Column of obs with the section.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model that predicted, where it is not bundled.")] = None,
+    table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
+) -> None:
+    """Compare a prediction with what was measured, beside baselines; print the summary. The store stays as it is."""
+    import spatialdata as sd
+
+    from . import get, tl
+    from ._evaluation_report import lines
+    from .io._save import is_store
+
+    if not path.is_dir() or not is_store(path):
+        raise ValueError(f"PATH {str(path)!r} is no SpatialData zarr store")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")
+    sdata = sd.read_zarr(path)
+    tl.evaluate(
+        sdata,
+        measured=measured,
+        measured_scale=measured_scale,
+        annotation_key=annotation_key,
+        sample_key=sample_key,
+        section_key=section_key,
+        model=model,
+        table_key=table_key,
+    )
+    for line in lines(sdata, table_key, annotation=annotation_key is not None):
+        typer.echo(line)
+    if out is not None:
+        get.evaluation(sdata, "genes", table_key=table_key).to_csv(out, index=False, float_format="%.5g")
+        typer.echo(f"Written: {out}")
 
 
 @app.command()

@@ -101,6 +101,32 @@ def test_predict_an_image_lays_spots_and_writes_a_store_beside_it(run, image):
     assert sdata["table"].uns["he2gene"]["mpp"] == 2.0
 
 
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_prints_the_summary_and_writes_the_genes(run, tmp_path):
+    toy = hg.datasets.toy((3, 4), mpp=2.0)
+    words = {"tumour": "invasive cancer", "stroma": "connective tissue", "adipose": "adipose tissue"}
+    toy["table"].obs["label"] = toy["table"].obs["pathologist"].astype(str).map(words)
+    toy.write(tmp_path / "toy.zarr")
+    run("predict", tmp_path / "toy.zarr")
+    output = run("evaluate", tmp_path / "toy.zarr", "--annotation-key", "label", "--out", tmp_path / "genes.csv").output
+    assert "toy-0, 12 spots" in output
+    assert all(f"all genes           {name}" in output for name in ("he2gene", "class mean", "mean colour"))
+    assert "annotation, toy-0 (section), 12 labelled spots: balanced accuracy" in output
+    assert "(mean)" not in output
+    assert "Left out: 2 genes not predicted" in output
+    genes = pd.read_csv(tmp_path / "genes.csv")
+    assert {"gene", "scope", "section", "predictor", "pearson", "skill", "ceiling_share"} <= set(genes)
+    assert "he2gene_eval" not in sd.read_zarr(tmp_path / "toy.zarr")["table"].uns
+
+
+def test_evaluate_refuses_what_is_no_store_or_was_not_predicted(main, store, tmp_path):
+    assert "is no SpatialData zarr store" in main("evaluate", tmp_path)[2]
+    assert "there is no folder" in main("evaluate", store, "--out", tmp_path / "no" / "genes.csv")[2]
+    assert "holds no prediction 'he2gene'; run hg.tl.predict first" in main("evaluate", store)[2]
+
+
 # -------------------------------------------------------------------------------------------------- demo
 
 
@@ -149,7 +175,7 @@ def test_demo_says_first_how_far_the_section_was_held_out(section, first_line, m
 def test_help_lists_the_commands(main):
     code, out, _ = main("--help")
     assert code == 0
-    assert all(command in out for command in ("demo", "predict", "train", "info"))
+    assert all(command in out for command in ("demo", "predict", "train", "evaluate", "info"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import softmax
 from tiny_sections import everything, grid, planted, recipe
 
-from he2gene_sc.stats import noise_ceiling, pearson
+from he2gene_sc.stats import calibration_error, noise_ceiling, pearson
 from he2gene_sc.training import cross_validate, folds_of
 from he2gene_sc.training._closed_form import UNSEEN
 from he2gene_sc.training._figures import (
@@ -15,7 +15,6 @@ from he2gene_sc.training._figures import (
     annotation_figures,
     bootstrap,
     calibrated,
-    calibration_error,
     expression_figures,
     pooled_temperature,
 )

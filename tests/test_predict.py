@@ -110,7 +110,8 @@ def test_var_says_what_the_model_knows_of_each_gene(toy, tiny_model):
     known = var.index.drop("FTL")
     np.testing.assert_allclose(var.loc[known, "he2gene_pcc"], tiny_model.genes.loc[known, "pcc"], rtol=1e-6)
     assert (var.loc[known, "he2gene_reliable"] == tiny_model.genes.loc[known, "reliable"]).all()
-    assert np.isnan(var.loc["FTL", "he2gene_pcc"])
+    assert (var.loc[known, "he2gene_mean"] == tiny_model.genes.loc[known, "mean"]).all()
+    assert np.isnan(var.loc["FTL", ["he2gene_pcc", "he2gene_mean"]].astype(float)).all()
     assert not var.loc["FTL", "he2gene_reliable"]
 
 
@@ -170,7 +171,7 @@ def test_exactly_the_keys_of_the_contract_are_new(toy, tiny_model):
     assert new["uns"] == {"he2gene", "he2gene_annotation_colors"}
     assert not new["obsp"] | new["varm"] | new["varp"]
     assert set(table.obs) - obs == {"he2gene_annotation", "he2gene_annotation_confidence"}
-    assert set(table.var) - var == {"he2gene_predicted", "he2gene_pcc", "he2gene_reliable"}
+    assert set(table.var) - var == {"he2gene_predicted", "he2gene_pcc", "he2gene_reliable", "he2gene_mean"}
     assert list(toy.tables) == ["table"]
 
 
@@ -593,7 +594,7 @@ def test_write_and_read_keep_everything_that_was_written(toy, tiny_model, tmp_pa
         written.obs["he2gene_annotation"].astype(object).fillna("-").tolist()
     )
     assert list(read.obs["he2gene_annotation"].cat.categories) == CLASSES
-    for column in ("he2gene_predicted", "he2gene_pcc", "he2gene_reliable"):
+    for column in ("he2gene_predicted", "he2gene_pcc", "he2gene_reliable", "he2gene_mean"):
         np.testing.assert_array_equal(read.var[column], written.var[column])
         assert read.var[column].dtype == written.var[column].dtype
     assert list(read.uns["he2gene_annotation_colors"]) == written.uns["he2gene_annotation_colors"]

@@ -117,6 +117,18 @@ def test_noise_ceiling_lies_between_zero_and_one_or_is_nan(counts, seed):
     assert (np.isnan(found) | ((found >= 0) & (found <= 1))).all()
 
 
+def test_noise_ceiling_is_the_correlation_of_log_normalised_halves():
+    counts = scipy.sparse.csc_array(deep_counts(0.3, n=40))
+    rng = np.random.default_rng(7)
+    r = []
+    for _ in range(3):
+        half = counts.copy()
+        half.data = rng.binomial(counts.data, 0.5)
+        r.append(pearson(log_normalise(half), log_normalise(counts - half)))
+    r = np.clip(np.mean(r, 0), 0, 1)
+    np.testing.assert_allclose(noise_ceiling(counts, n_splits=3, seed=7), np.sqrt(2 * r / (1 + r)), atol=1e-6)
+
+
 def test_noise_ceiling_of_chosen_genes_is_that_of_all_genes():
     counts = deep_counts(1, n=60)
     genes = np.array([3, 0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse
 
+from ._blocks import column_blocks
+
 TARGET_SUM = 1e4
 
 
@@ -34,18 +36,22 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     numpy.ndarray
         ``(g,)`` float64.
     """
-    a, a_varies = _centred(a)
-    b, b_varies = _centred(b)
-    size = np.sqrt(np.einsum("ij,ij->j", a, a) * np.einsum("ij,ij->j", b, b))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(a_varies & b_varies, np.einsum("ij,ij->j", a, b) / size, np.nan)
+    a, b = np.asarray(a), np.asarray(b)
+    result = np.empty(a.shape[1])
+    for block in column_blocks(a.shape):
+        (x, x_varies), (y, y_varies) = centred(a[:, block]), centred(b[:, block])
+        size = np.sqrt(np.einsum("ij,ij->j", x, x) * np.einsum("ij,ij->j", y, y))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            result[block] = np.where(x_varies & y_varies, np.einsum("ij,ij->j", x, y) / size, np.nan)
+    return result
 
 
-def _centred(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def centred(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Take the mean off each column; say which columns leave more than rounding dust."""
-    x = np.asarray(x, np.float64)
-    centred = x - x.mean(axis=0)
-    return centred, np.abs(centred).max(axis=0, initial=0) > 1e-12 * np.abs(x).max(axis=0, initial=0)
+    x = np.array(x, np.float64)
+    largest = np.maximum(x.max(axis=0, initial=0), -x.min(axis=0, initial=0))
+    x -= x.mean(axis=0)
+    return x, np.maximum(x.max(axis=0, initial=0), -x.min(axis=0, initial=0)) > 1e-12 * largest
 
 
 def skill(predicted: np.ndarray, measured: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -101,19 +107,33 @@ def noise_ceiling(
     whole = scipy.sparse.csc_array(counts)
     values = np.rint(whole.data).astype(np.int64)
     chosen = np.arange(whole.shape[1]) if genes is None else np.asarray(genes)
-    total, valid = np.zeros(len(chosen)), np.zeros(len(chosen))
+    n, n_genes = whole.shape
+    column = np.repeat(np.arange(n_genes), np.diff(whole.indptr))
+    total, valid = np.zeros(n_genes), np.zeros(n_genes)
     for _ in range(n_splits):
         half = rng.binomial(values, 0.5)
-        r = pearson(*(_log_part(whole, part, chosen) for part in (half, values - half)))
+        r = _sparse_pearson(*(_log_part(whole, part) for part in (half, values - half)), column, n, n_genes)
         total += np.nan_to_num(r)
         valid += np.isfinite(r)
-    r = np.divide(total, valid, out=np.full(len(total), np.nan), where=valid > 0)
+    r = np.divide(total, valid, out=np.full(n_genes, np.nan), where=valid > 0)[chosen]
     r = np.clip(r, 0, 1)
     return np.sqrt(2 * r / (1 + r))
 
 
-def _log_part(pattern: scipy.sparse.csc_array, values: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Log-normalise counts that lie where those of ``pattern`` do, and return some columns."""
-    part = scipy.sparse.csc_array((values, pattern.indices, pattern.indptr), pattern.shape)
-    totals = np.asarray(part.sum(axis=1)).ravel()[:, None]
-    return np.log1p(TARGET_SUM * part[:, columns].toarray() / np.where(totals > 0, totals, 1)).astype(np.float32)
+def _log_part(pattern: scipy.sparse.csc_array, values: np.ndarray) -> np.ndarray:
+    """Log-normalise counts that lie where those of ``pattern`` do; zeros stay zeros."""
+    totals = np.bincount(pattern.indices, weights=values, minlength=pattern.shape[0])
+    return np.log1p(TARGET_SUM * values / np.where(totals > 0, totals, 1)[pattern.indices])
+
+
+def _sparse_pearson(x: np.ndarray, y: np.ndarray, column: np.ndarray, n: int, n_columns: int) -> np.ndarray:
+    """Pearson correlation of columns of ``n`` spots of which only what may differ from 0 is given, in one pattern."""
+
+    def sums(z: np.ndarray) -> np.ndarray:
+        return np.bincount(column, weights=z, minlength=n_columns)
+
+    mean_x, mean_y, xx, yy = sums(x) / n, sums(y) / n, sums(x * x), sums(y * y)
+    var_x, var_y = xx - n * mean_x**2, yy - n * mean_y**2
+    varies = (var_x > 1e-12 * xx) & (var_y > 1e-12 * yy)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(varies, (sums(x * y) - n * mean_x * mean_y) / np.sqrt(var_x * var_y), np.nan)

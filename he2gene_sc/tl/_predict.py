@@ -91,8 +91,9 @@ def predict(
     ``.layers["he2gene"]``
         Predicted expression, natural log of (1 + counts per 10,000), float32, ``(n_obs, n_vars)``; NaN for genes that
         the model does not know and spots outside the image.
-    ``.var["he2gene_predicted"]``, ``.var["he2gene_pcc"]``, ``.var["he2gene_reliable"]``
-        Whether the model knows the gene, its held-out Pearson correlation, whether that is good enough to use.
+    ``.var["he2gene_predicted"]``, ``.var["he2gene_pcc"]``, ``.var["he2gene_reliable"]``, ``.var["he2gene_mean"]``
+        Whether the model knows the gene, its held-out Pearson correlation, whether that is good enough to use, its mean
+        in training (unit of the layer).
     ``.obs["he2gene_annotation"]``, ``.obs["he2gene_annotation_confidence"]``
         Most probable class and its calibrated probability.
     ``.obsm["he2gene_annotation_proba"]``

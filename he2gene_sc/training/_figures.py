@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.sparse
 
-from ..stats import noise_ceiling
+from ..stats import N_BINS, calibration_error, noise_ceiling
 from ._closed_form import UNSEEN, temperature
 from ._sections import Section
 from ._validate import HeldOut, Panel
@@ -16,7 +16,6 @@ from ._validate import HeldOut, Panel
 BLOCK_UM = 800.0
 N_BOOTSTRAP = 500
 _N_DIGITS = 4
-_N_BINS = 10
 
 
 def expression_figures(
@@ -118,7 +117,7 @@ def annotation_figures(
             auroc[name] = _rounded(roc_auc_score(codes[known] == c, proba[known, c]))
     figures["AUROC of each class against the rest, held-out spots whose model had seen the class"] = auroc
     figures["calibration of the annotation, all held-out spots"] = {
-        f"expected calibration error, {_N_BINS} bins": _rounded(calibration_error(proba, codes)),
+        f"expected calibration error, {N_BINS} bins": _rounded(calibration_error(proba, codes)),
         "labelled spots": len(codes),
     }
     return figures
@@ -148,24 +147,6 @@ def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]
     # Of a class that its fold had not seen, a spot says nothing about confidence.
     rows[rows] = scores[rows, codes[rows]] != UNSEEN
     return temperature(scores[rows], codes[rows]) if rows.any() else 1.0
-
-
-def calibration_error(proba: np.ndarray, codes: np.ndarray, n_bins: int = _N_BINS) -> float:
-    """Return the expected calibration error of the most probable class (Guo et al., ICML 2017), equally wide bins.
-
-    Parameters
-    ----------
-    proba
-        ``(n, c)``.
-    codes
-        ``(n,)``.
-    n_bins
-        Bins of the confidence.
-    """
-    confidence, right = proba.max(1), proba.argmax(1) == codes
-    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
-    gaps = [abs(confidence[bins == b].sum() - right[bins == b].sum()) for b in np.unique(bins)]
-    return float(np.sum(gaps) / len(codes))
 
 
 def _rounded(value: float) -> float:

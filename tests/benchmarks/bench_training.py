@@ -31,8 +31,7 @@ from he2gene_sc.image import PatchReader
 from he2gene_sc.inference import cached_features
 from he2gene_sc.models._encoders import encoder_sha256, load_encoder
 from he2gene_sc.models._network import FeatureExtractor
-from he2gene_sc.stats import log_normalise, noise_ceiling, pearson
-from he2gene_sc.training._figures import calibration_error
+from he2gene_sc.stats import calibration_error, log_normalise, noise_ceiling, pearson
 
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
 SHARED = {"annotation_key": "annotation", "missing_genes_are_zero": True, "device": "cpu", "show_progress_bar": False}

@@ -1,0 +1,96 @@
+"""``hg.get.evaluation``: what hg.tl.evaluate found, as tidy tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+
+from .._tables import get_table
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+#: Tables by name; ``"genes"`` are those of the model and of the baselines, one below the other.
+TABLES = ("summary", "genes", "predictors", "left_out", "annotation", "classes", "confusion")
+
+
+def evaluation(
+    data: SpatialData | AnnData,
+    what: Literal["summary", "genes", "predictors", "left_out", "annotation", "classes", "confusion"] = "summary",
+    *,
+    key_added: str = "he2gene_eval",
+    table_key: str | None = None,
+) -> pd.DataFrame:
+    """Return a tidy table of an evaluation.
+
+    Parameters
+    ----------
+    data
+        Object or table that :func:`he2gene_sc.tl.evaluate` wrote to.
+    what
+        ``"summary"``: mean and median over panels of genes, a row a scope, section, predictor and panel.
+        ``"genes"``: a row a scope, section, predictor and gene; baselines have ``pearson`` and ``skill`` alone.
+        ``"predictors"``: what each predictor has seen, and why one was left out. ``"left_out"``: spots, genes and
+        labels that were not judged, counted. ``"annotation"``: balanced accuracy, macro F1, macro AUROC and expected
+        calibration error by section. ``"classes"``: recall, F1 and AUROC of each class. ``"confusion"``: number of
+        spots by label and predicted class.
+    key_added
+        As given to evaluate.
+    table_key
+        Table, where several were evaluated.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A copy.
+
+    Raises
+    ------
+    ValueError
+        If there is no evaluation, ``what`` is unknown, or the annotation was not evaluated.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy(shape=(6, 6))
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
+    >>> hg.tl.evaluate(sdata, annotation_key=None)
+    >>> genes = hg.get.evaluation(sdata, "genes")
+    >>> genes.query("scope == 'section' and predictor == 'he2gene'").set_index("gene").loc["ERBB2", "pearson"] < 1
+    True
+    """
+    if what not in TABLES:
+        raise ValueError(f"`what` is {what!r}, valid: {list(TABLES)}")
+    table = _evaluated(data, key_added, table_key)
+    stored = table.uns[key_added]
+    if what == "genes":
+        parts = [stored[name] for name in ("genes", "baselines") if name in stored]
+        frame = pd.concat(parts, ignore_index=True)
+        for column in ("scope", "section", "predictor"):
+            frame[column] = frame[column].astype(str)
+        return frame
+    if what not in stored:
+        raise ValueError(f"`what`: {what!r} was not evaluated; run hg.tl.evaluate(annotation_key=...)")
+    return stored[what].reset_index(drop=True)
+
+
+def _evaluated(data: SpatialData | AnnData, key_added: str, table_key: str | None) -> AnnData:
+    """Table that holds the evaluation."""
+    if not hasattr(data, "tables") or table_key is not None:
+        table = get_table(data, table_key, key_added=None)
+        found = [table] if _is_evaluation(table, key_added) else []
+    else:
+        found = [table for table in data.tables.values() if _is_evaluation(table, key_added)]
+    if len(found) > 1:
+        names = [name for name, table in data.tables.items() if _is_evaluation(table, key_added)]
+        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(names)}")
+    if not found:
+        raise ValueError(f"`data` holds no evaluation {key_added!r}; run hg.tl.evaluate first")
+    return found[0]
+
+
+def _is_evaluation(table: AnnData, key_added: str) -> bool:
+    record = table.uns.get(key_added)
+    return hasattr(record, "get") and record.get("verb") == "evaluate"

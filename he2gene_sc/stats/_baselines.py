@@ -1,0 +1,151 @@
+"""What can be said of the expression of a spot without a model, from other spots of its slide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+
+#: Parts that a slide is cut into, and penalty of the ridge on colour (on standardised features).
+N_PARTS, ALPHA = 5, 1.0
+#: Side of the squares of tissue that stay together, in pitches.
+BLOCK_PITCHES = 4
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A prediction for every spot that did not read the spot itself.
+
+    Attributes
+    ----------
+    predicted
+        ``(n, g)``: the prediction.
+    comparable
+        ``(n, g)``: the same with the mean of the spots that were read put back to the mean of all spots. The mean
+        without a spot falls as the spot's own value rises, so that ``predicted`` correlates negatively with what it
+        knows nothing of (a constant reaches -1); correlations are of this one.
+    """
+
+    predicted: np.ndarray
+    comparable: np.ndarray
+
+    @classmethod
+    def without_own(cls, predicted: np.ndarray, values: np.ndarray) -> Baseline:
+        """Of predictions each from all other spots."""
+        others = others_mean(values)
+        return cls(predicted, predicted - others + values.mean(0))
+
+
+def others_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of all other spots, ``(n, g)`` from ``(n, g)``."""
+    return (values.sum(0) - values) / (len(values) - 1)
+
+
+def class_mean(values: np.ndarray, codes: np.ndarray) -> Baseline:
+    """Mean of the other spots of the same class; of all others for a spot without class, or alone in it.
+
+    Parameters
+    ----------
+    values
+        ``(n, g)`` measured.
+    codes
+        ``(n,)`` classes from 0, -1 where there is none.
+    """
+    predicted = others_mean(values)
+    for code in np.unique(codes[codes >= 0]):
+        rows = np.flatnonzero(codes == code)
+        if len(rows) > 1:
+            predicted[rows] = others_mean(values[rows])
+    return Baseline.without_own(predicted, values)
+
+
+def line(values: np.ndarray, x: np.ndarray) -> Baseline:
+    """Least-squares line on one number of each spot, fitted without the spot (by its leverage, exactly).
+
+    Parameters
+    ----------
+    values
+        ``(n, g)`` measured.
+    x
+        ``(n,)``; where it is constant, the mean of the others remains.
+    """
+    n = len(values)
+    z = x - x.mean()
+    square = z @ z
+    z = z / np.sqrt(square) if square > 1e-12 * n * max(1.0, np.abs(x).max() ** 2) else np.zeros(n)
+    leverage = (1 / n + z * z)[:, None]
+    fitted = values.mean(0) + np.outer(z, z @ values)
+    # A spot that alone spans the line leaves nothing to fit it by.
+    residual = (values - fitted) / np.maximum(1 - leverage, 1e-9)
+    return Baseline.without_own(values - residual, values)
+
+
+def neighbours_mean(values: np.ndarray, weights: scipy.sparse.sparray) -> Baseline:
+    """Mean of the neighbouring spots; of all other spots for one without neighbours.
+
+    Parameters
+    ----------
+    values
+        ``(n, g)`` measured.
+    weights
+        ``(n, n)`` of :func:`neighbour_weights`.
+    """
+    predicted = weights @ values
+    alone = np.asarray(weights.sum(axis=1)).ravel() == 0
+    if alone.any():
+        predicted[alone] = others_mean(values)[alone]
+    return Baseline.without_own(predicted, values)
+
+
+def ridge(values: np.ndarray, features: np.ndarray, parts: np.ndarray) -> Baseline:
+    """Ridge regression on a few numbers of each spot, fitted on the other parts of the slide.
+
+    Parameters
+    ----------
+    values
+        ``(n, g)`` measured.
+    features
+        ``(n, f)``.
+    parts
+        ``(n,)`` part of each spot, see :func:`tissue_parts`.
+    """
+    spread = features.std(0)
+    x = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
+    predicted, comparable = np.empty_like(values), np.empty_like(values)
+    for part in np.unique(parts):
+        out, rest = parts == part, parts != part
+        centre, mean = x[rest].mean(0), values[rest].mean(0)
+        z = x[rest] - centre
+        weights = np.linalg.solve(z.T @ z + ALPHA * np.eye(x.shape[1]), z.T @ (values[rest] - mean))
+        predicted[out] = mean + (x[out] - centre) @ weights
+        comparable[out] = values.mean(0) + x[out] @ weights
+    return Baseline(predicted, comparable)
+
+
+def tissue_parts(xy: np.ndarray, pitch: float) -> np.ndarray:
+    """Deal squares of tissue, four pitches wide, out to five parts of a slide, largest first to the smallest part.
+
+    Parameters
+    ----------
+    xy
+        ``(n, 2)`` spot centres.
+    pitch
+        Distance of neighbouring spots, in the unit of ``xy``.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(n,)`` codes; fewer parts where there are fewer squares, two at least.
+    """
+    _, square = np.unique(np.floor((xy - xy.min(0)) / (BLOCK_PITCHES * pitch)).astype(int), axis=0, return_inverse=True)
+    square = square.ravel()
+    size = np.bincount(square)
+    if len(size) < 2:
+        return (np.arange(len(xy)) >= len(xy) // 2).astype(int)
+    load = np.zeros(min(N_PARTS, len(size)), int)
+    part = np.empty(len(size), int)
+    for i in np.argsort(-size, kind="stable"):
+        part[i] = load.argmin()
+        load[part[i]] += size[i]
+    return part[square]
