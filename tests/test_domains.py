@@ -140,8 +140,8 @@ def test_leiden_is_tuned_to_the_number_of_domains():
     found = run(table, clustering="leiden", n_domains=4)
     assert value(found, "measured", "n_labels", "") == 4
     assert table.obs["he2gene_domains_measured"].nunique() == 4
-    with pytest.warns(UserWarning, match="no resolution gives 30 clusters"):
-        run(table, clustering="leiden", n_domains=30, n_seeds=1)
+    with pytest.warns(UserWarning, match="leiden gives another number of clusters than 2"):
+        run(table, clustering="leiden", n_domains=2, n_seeds=1)
 
 
 def test_measured_expression_alone_is_scored_and_leaves_no_predicted_column(slide):
@@ -185,6 +185,27 @@ def test_spots_without_a_domain_are_clustered_and_not_scored(slide):
         table.obs["some"][kept].astype(str), table.obs["he2gene_domains_measured"][kept].astype(str)
     )
     assert value(found, "measured", "ari") == pytest.approx(expected)
+
+
+def test_spots_and_genes_without_values_are_left_out(slide):
+    table = slide["table"].copy()
+    lacking = table.var_names.get_loc("FTL")
+    table.layers["he2gene"][:40, lacking] = np.nan
+    table.layers["he2gene"][5] = np.nan
+    run(table, layer="he2gene", n_seeds=1)
+    assert "FTL" not in table.uns["he2gene_domains"]["genes"]
+    clusters = table.obs["he2gene_domains_predicted"]
+    assert np.flatnonzero(clusters.isna()).tolist() == [5]
+
+
+def test_a_spot_outside_the_image_keeps_what_was_measured(toy):
+    toy = toy.subset(["he", "spots", "table"])
+    inside = toy["he"].isel(y=slice(0, toy["he"].sizes["y"] * 3 // 4))
+    toy["he"] = inside
+    with pytest.warns(UserWarning, match="no p-value"):
+        found = run(toy)
+    assert toy["table"].obs["he2gene_domains_measured"].notna().all()
+    assert "mean colour" not in set(found["labels"])
 
 
 def test_rare_domains_are_left_out_with_a_warning(slide):

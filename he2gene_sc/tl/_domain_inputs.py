@@ -179,7 +179,9 @@ def genes(
     known = np.ones(len(names), bool)
     for values in (predicted, measured_values):
         if values is not None:
-            known &= np.isfinite(values).any(axis=0)
+            finite = np.isfinite(values)
+            # A gene that some sections lack would cost their spots; spots that lack every gene are outside the image.
+            known &= finite.any(axis=0) if given is not None else finite[finite.any(axis=1)].all(axis=0) & finite.any()
     if given is not None and not known.all():
         raise ValueError(f"`genes`: {[names[i] for i in np.flatnonzero(~known)][:5]} are NaN at every spot")
     if given is None and reliable not in table.var and known.sum() > N_VARIABLE:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _VERB = "domain_preservation"
 #: Colours of clusters that match no domain, and of domains without colours in ``uns``.
-_PALETTE = (
+_PALETTE = [
     "#d62728",
     "#2ca02c",
     "#1f77b4",
@@ -33,8 +33,8 @@ _PALETTE = (
     "#e377c2",
     "#8c564b",
     "#bcbd22",
-)
-_UNMATCHED = ("#7f7f7f", "#b0b0b0", "#505050", "#d0d0d0", "#303030")
+]
+_UNMATCHED = ["#7f7f7f", "#b0b0b0", "#505050", "#d0d0d0", "#303030"]
 
 
 def domain_preservation(
@@ -110,8 +110,8 @@ def domain_preservation(
     Warns
     -----
     UserWarning
-        If domains of too few spots are left out, a section with fewer than two domains is skipped, Leiden cannot make
-        the number of clusters, or fewer than 20 shifts are admissible, so that no p-value can be below .05.
+        If domains of too few spots are left out, a section with fewer than two domains is skipped, another number of
+        clusters comes out (a graph of neighbours in more parts than domains), or fewer than 20 shifts are admissible, so that no p-value can be below .05.
 
     Raises
     ------
@@ -214,7 +214,9 @@ def _score_section(xy, codes, members, spaces, annotation, n_domains, seeds, n_p
     """Lines of the table, the spots that were clustered, and the clusters that are kept of them."""
     from ..stats import admissible_shifts
 
-    known = np.all([np.isfinite(spaces[name][members]).all(axis=1) for name in spaces], axis=0)
+    # A spot outside the image has no colour, but may have been measured.
+    needed = [spaces[name][members] for name in spaces if name != "mean colour"]
+    known = np.all([np.isfinite(values).all(axis=1) for values in needed], axis=0)
     spots = members[known]
     labelled = codes[spots] >= 0
     n = len(np.unique(codes[spots][labelled])) if n_domains == "match" else int(n_domains)
@@ -236,7 +238,7 @@ def _score_section(xy, codes, members, spaces, annotation, n_domains, seeds, n_p
             features = embed(spaces[name][spots])
             kinds.append(Labels(name, cluster(features, n, seeds, clustering), features))
     for name, features in (("mean colour", spaces.get("mean colour")), ("coordinates", xy)):
-        if features is not None:
+        if features is not None and np.isfinite(features[spots]).all():
             kinds.append(Labels(name, cluster(_standardised(features[spots]), n, seeds, clustering)))
     noise = [np.random.default_rng(s).standard_normal((len(spots), 20)) for s in seeds]
     kinds.append(
@@ -245,9 +247,13 @@ def _score_section(xy, codes, members, spaces, annotation, n_domains, seeds, n_p
     if annotation is not None and annotation.iloc[spots].notna().all():
         head = codes_of(annotation.iloc[spots].astype(str).to_numpy())
         kinds.append(Labels("annotation head", [head], trained_on_labels=True))
-    short = [k.name for k in kinds[:-1] if any(len(np.unique(x)) != n for x in k.labelings)]
-    if short:
-        warnings.warn(f"section {section!r}: no resolution gives {n} clusters of {short}", UserWarning, stacklevel=3)
+    others = [k.name for k in kinds if not k.trained_on_labels and any(len(np.unique(x)) != n for x in k.labelings)]
+    if others:
+        warnings.warn(
+            f"section {section!r}: {clustering} gives another number of clusters than {n} of: {', '.join(others)}",
+            UserWarning,
+            stacklevel=3,
+        )
     lines = list(score(Section(xy[spots], codes[spots], shifts, seeds[0]), kinds))
     if "predicted" in spaces and "measured" in spaces:
         lines.append(moran_agreement(xy[spots], spaces["predicted"][spots], spaces["measured"][spots]))
@@ -257,7 +263,8 @@ def _score_section(xy, codes, members, spaces, annotation, n_domains, seeds, n_p
 
 def _standardised(values: np.ndarray) -> np.ndarray:
     """One scale for all axes: distances on the tissue, and between colours, keep their proportions."""
-    return (values - values.mean(0)) / values.std()
+    centred = values - values.mean(0)
+    return centred / (centred.std() or 1)
 
 
 def _named(codes: np.ndarray, clusters: np.ndarray, names: list[str]) -> np.ndarray:
