@@ -183,7 +183,8 @@ def _spatial_table(xy: np.ndarray, values: np.ndarray):
     from .._tables import pitch_of
 
     table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
-    log = logging.getLogger("spatialdata")
+    # squidpy announces every graph through this logger.
+    log = logging.getLogger("spatialdata._logging")
     level = log.level
     log.setLevel(logging.WARNING)
     try:

@@ -1,6 +1,7 @@
 """Size and power of the shift test of ``hg.tl.domain_preservation``, and its figures on real sections.
 
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_domains.py size [A1 C5 hex toy strip]
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_domains.py discs [A1 C5 hex toy strip]
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_domains.py power
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_domains.py real
 
@@ -17,6 +18,9 @@ Beside the shift test stands the same index against 199 shuffles. Kinds of maps:
 - ``rare``: one disc of 6 % of the spots against the rest;
 - ``core``: rings about the middle of the tissue. Core against core is no null, both follow the outline of the tissue: it
   is printed to show what the test cannot see.
+
+Discs: both maps are one disc of 30 % of the spots about a spot of the middle half of the tissue, the hardest compact
+domains, since their places are not uniform.
 
 Power: domains that follow the measured clusters in part: the largest, at each spot, of a field a cluster, with ``w`` added
 to the field of the spot's own.
@@ -110,6 +114,10 @@ class Maps:
             across = xy @ [-np.sin(angle), np.cos(angle)] / self.extent
             wave = np.sin(2 * np.pi * (rng.uniform(0.5, 2) * across + rng.uniform()))
             return self.bands(along + 0.05 * self.extent * wave, k)
+        if name == "disc":
+            middle = np.argsort(np.linalg.norm(xy - xy.mean(0), axis=1), kind="stable")[: len(xy) // 2]
+            distance = np.linalg.norm(xy - xy[rng.choice(middle)], axis=1)
+            return (distance <= np.sort(distance)[int(0.3 * len(xy))]).astype(int)
         if name == "rare":
             distance = np.linalg.norm(xy - xy[rng.integers(len(xy))], axis=1)
             return (distance <= np.sort(distance)[max(3, int(0.06 * len(xy)))]).astype(int)
@@ -147,7 +155,7 @@ def expression(name):
     return np.asarray(table[:, hg.get.genes(sdata, reliable=True)].layers["he2gene"])
 
 
-def size(names):
+def size(names, pairs=PAIRS, kinds_against_real=AGAINST_REAL):
     grids = {"hex": hexagonal, "toy": lambda: lattice(12, 12), "strip": lambda: lattice(4, 30)}
     for name in names:
         xy = grids[name]() if name in grids else section(name)["table"].obsm["spatial"]
@@ -158,10 +166,10 @@ def size(names):
             f"\n{name}: {len(xy)} spots, {len(shifts)} shifts; rejected at p < .05 by shifts, by shuffles", flush=True
         )
         real = {}
-        if name in ("A1", "C5"):
+        if name in ("A1", "C5") and kinds_against_real:
             features = embed(expression(name))
             real = {k: cluster(features, k, [0, 1, 2], "leiden") for k in range(2, 7)}
-        for domains, clusters in [*PAIRS, *((kind, "real") for kind in AGAINST_REAL if real)]:
+        for domains, clusters in [*pairs, *((kind, "real") for kind in kinds_against_real if real)]:
             p_values = []
             for _ in range(N_SLIDES):
                 k = int(maps.rng.integers(2, 7))
@@ -205,4 +213,11 @@ def real():
 
 if __name__ == "__main__":
     mode, *rest = sys.argv[1:] or ["size"]
-    {"size": lambda: size(rest or ["A1", "C5", "hex", "toy", "strip"]), "power": power, "real": real}[mode]()
+    grids = rest or ["A1", "C5", "hex", "toy", "strip"]
+    modes = {
+        "size": lambda: size(grids),
+        "discs": lambda: size(grids, [("disc", "disc")], []),
+        "power": power,
+        "real": real,
+    }
+    modes[mode]()
