@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from ._keys import MADE
 from ._predicted import predicted_table
-from ._slide import find_table
+from ._slide import Slide, find_table, resolve
 from ._write import undone_if_interrupted
 from .stats import TARGET_SUM
 
@@ -218,6 +219,39 @@ def sections_of(table: AnnData, section_key: str | None = None) -> np.ndarray:
         name = str(table.obs[columns[-1]].iloc[0]) if columns and len(table) else "section"
         return np.full(table.n_obs, name, object)
     return table.obs[varying[-1]].astype(str).to_numpy(object)
+
+
+def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2gene") -> tuple[Slide, ...]:
+    """Images and spots that a table annotates, one slide a region; as predict recorded them, where it did.
+
+    Raises
+    ------
+    ValueError
+        If there is no image, or several things could be meant.
+    """
+    (table_key,) = [key for key, value in sdata.tables.items() if value is table]
+    attrs = table.uns.get("spatialdata_attrs")
+    if attrs is None:
+        raise ValueError(f"table {table_key!r} annotates no shapes")
+    record = table.uns.get(prediction) if prediction is not None else None
+    record = record if isinstance(record, Mapping) else {}
+
+    def recorded(name: str, region: str) -> Any:
+        value = record.get(name)
+        return value.get(region) if isinstance(value, Mapping) else value
+
+    regions = [attrs["region"]] if isinstance(attrs["region"], str) else list(attrs["region"])
+    found = []
+    for region in regions:
+        found += resolve(
+            sdata,
+            image_key=recorded("image", region),
+            shapes_key=region,
+            table_key=None if MADE in table.uns else table_key,
+            coordinate_system=recorded("coordinate_system", region),
+            mpp=recorded("mpp", region),
+        )
+    return tuple(found)
 
 
 def check_free(table: AnnData, verb: str, key: str, **slots: Iterable[str]) -> None:

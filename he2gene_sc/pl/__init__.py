@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "annotation": "._annotation",
+        "domains": "._domains",
         "spatial": "._spatial",
     },
 )

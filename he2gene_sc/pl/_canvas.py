@@ -76,7 +76,7 @@ def canvas(
 
 
 def draw(
-    where: Canvas, table: AnnData, color: str, ax: Axes, *, title: str, image: bool, size: float, **kwargs
+    where: Canvas, table: AnnData, color: str | None, ax: Axes, *, title: str, image: bool, size: float, **kwargs
 ) -> None:
     """Draw one column of a table on the spots over the tissue, by spatialdata-plot.
 
@@ -87,7 +87,7 @@ def draw(
     table
         Annotates its spots; replaces the object's tables for the drawing.
     color
-        Gene or ``obs`` column of ``table``.
+        Gene or ``obs`` column of ``table``; ``None``: the tissue alone.
     ax
         Where to draw.
     title
@@ -109,7 +109,8 @@ def draw(
     shown = sd.SpatialData.init_from_elements({**elements, "table": table})
     with _quiet():
         plot = shown.pl.render_images(slide.image_key) if image else shown
-        plot = plot.pl.render_shapes(slide.shapes_key, color=color, table_name="table", scale=size, **kwargs)
+        if color is not None:
+            plot = plot.pl.render_shapes(slide.shapes_key, color=color, table_name="table", scale=size, **kwargs)
         plot.pl.show(
             coordinate_systems=slide.coordinate_system,
             ax=ax,

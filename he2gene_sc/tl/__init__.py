@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "evaluate": "._evaluate",
+        "domain_preservation": "._domain_preservation",
         "predict": "._predict",
         "train": "._train",
     },

@@ -1,0 +1,87 @@
+"""``hg.get.domains``: scores of domain preservation as a tidy table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def domains(
+    data: SpatialData | AnnData,
+    *,
+    score: str | None = None,
+    labels: str | None = None,
+    key_added: str = "he2gene_domains",
+    table_key: str | None = None,
+) -> pd.DataFrame:
+    """Return the scores that :func:`he2gene_sc.tl.domain_preservation` wrote, one a line.
+
+    Parameters
+    ----------
+    data
+        Object or table that it wrote to.
+    score
+        Only this score, for example ``"ari"``.
+    labels
+        Only of these labels, for example ``"predicted"``.
+    key_added, table_key
+        As given to it.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``sample``, ``section`` (``"all"``: mean over samples); ``labels``: ``predicted``, ``measured``, the references
+        ``mean colour``, ``coordinates``, ``random features`` and ``annotation head``, and ``domains`` themselves;
+        ``against``: ``domains``, ``measured``, or empty for scores of one label map; ``score``: ``ari``, ``nmi``, ``ami``,
+        ``homogeneity``, ``completeness``, ``nhood_enrichment`` (correlation of neighbourhood enrichment), ``silhouette``
+        (of the domains in the principal components), ``moran`` (Spearman correlation of Moran's I over genes),
+        ``n_labels``, ``chaos`` and ``pas`` (lower is more coherent); ``mean`` and ``sd`` over ``n_seeds`` seeds; ``pval``
+        and ``n_shifts`` of the adjusted Rand index, ``null_mean`` its mean over the shifts; ``trained_on_labels``:
+        whether a model that learnt such labels made these; ``n_samples`` where there are several sections.
+
+    Raises
+    ------
+    ValueError
+        If nothing was written, or there is no such score or labels.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((8, 8), mpp=2.0)
+    >>> hg.tl.domain_preservation(sdata, "pathologist", layer=None, n_seeds=2)
+    >>> hg.get.domains(sdata, score="ari", labels="measured")["n_seeds"].item()
+    2
+    """
+    table = result(data, key_added, table_key).uns[key_added]["table"].copy()
+    for name, value in (("score", score), ("labels", labels)):
+        if value is not None:
+            if value not in set(table[name]):
+                raise ValueError(f"`{name}` {value!r} is not in the table, valid: {sorted(set(table[name]))}")
+            table = table[table[name] == value]
+    return table.reset_index(drop=True)
+
+
+def result(data: SpatialData | AnnData, key_added: str, table_key: str | None) -> AnnData:
+    """Return the table that a run of domain_preservation stands in."""
+    tables = dict(data.tables) if hasattr(data, "tables") else {"": data}
+    if table_key is not None and hasattr(data, "tables"):
+        if table_key not in tables:
+            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
+        tables = {table_key: tables[table_key]}
+    found = [
+        name
+        for name, table in tables.items()
+        if hasattr(table.uns.get(key_added), "get") and table.uns[key_added].get("verb") == "domain_preservation"
+    ]
+    if not found:
+        raise ValueError(
+            f"`key_added` {key_added!r}: nothing was written under it; run hg.tl.domain_preservation first"
+        )
+    if len(found) > 1:
+        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(found)}")
+    return tables[found[0]]

@@ -1,0 +1,207 @@
+"""``hg.pl.domains``: tissue, annotated domains, and clusters of measured and predicted expression, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .._tables import pitch_of, sections_of, slides_of, spots_of
+from ..get._domains import result
+from ._canvas import Canvas, axes_for, draw, finish
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from spatialdata import SpatialData
+
+_EXTRA_COLOURS = ("#e377c2", "#8c564b", "#aec7e8", "#ffbb78", "#98df8a")
+
+
+def domains(
+    data: SpatialData | AnnData,
+    *,
+    section: str | None = None,
+    image: bool = True,
+    size: float = 1.0,
+    key_added: str = "he2gene_domains",
+    table_key: str | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    save: str | Path | None = None,
+) -> Axes | list[Axes]:
+    """Draw the tissue, the annotated domains and the clusters beside each other, with their scores.
+
+    A cluster has the colour of the domain that it matches one to one, and a grey where it matches none.
+
+    Parameters
+    ----------
+    data
+        Object or table that :func:`he2gene_sc.tl.domain_preservation` wrote to. Without an image spots alone are drawn.
+    section
+        Which, where there are several.
+    image
+        Draw the tissue, alone and underneath the spots.
+    size
+        Scale of the spots; 1 is their true size over an image, and just touching ones without.
+    key_added, table_key
+        As given to domain_preservation.
+    ax
+        Axes to draw in, one a panel.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    matplotlib.axes.Axes or list of them
+        One a panel: tissue (with an image), annotation, measured and predicted, as far as they are there.
+
+    Raises
+    ------
+    ValueError
+        If domain_preservation was not run, ``section`` is ambiguous or not there, or ``ax`` has another number.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((8, 8), mpp=2.0)
+    >>> hg.tl.domain_preservation(sdata, "pathologist", layer=None, n_seeds=2)
+    >>> len(hg.pl.domains(sdata))
+    3
+    """
+    table = result(data, key_added, table_key)
+    record = table.uns[key_added]
+    section, spots = _spots(table, record, section)
+    columns = {record["params"]["domain_key"]: "annotation"}
+    columns |= {f"{key_added}_{name}": name for name in ("measured", "predicted") if f"{key_added}_{name}" in table.obs}
+    colours = _colours(table, columns)
+    titles = [_title(record, section, name) for name in columns.values()]
+    where = _canvas(data, table, spots, record["params"].get("layer")) if image else None
+    axes = axes_for(len(columns) + (where is not None), ax, ncols=4, panel=4.0)
+    if where is not None:
+        shown = _panels(where, table, columns)
+        draw(where, shown, None, axes[0], title="tissue", image=True, size=size)
+    for axis, column, title in zip(axes[-len(columns) :], columns, titles, strict=True):
+        if where is None:
+            _scatter(table[spots], column, colours, axis, size)
+            axis.set_title(title)
+            continue
+        present = list(shown.obs[column].cat.categories)
+        draw(
+            where,
+            shown,
+            column,
+            axis,
+            title=title,
+            image=True,
+            size=size,
+            groups=present,
+            palette=[colours[name] for name in present],
+        )
+    return finish(axes, save)
+
+
+def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, np.ndarray]:
+    """Section and its rows: those of the sample, where sections were told apart by it."""
+    scored = [name for name in record["table"]["section"].unique() if name != "all"]
+    if section is None and len(scored) > 1:
+        raise ValueError(f"`section` is ambiguous, candidates: {scored}")
+    section = scored[0] if section is None else section
+    if section not in scored:
+        raise ValueError(f"`section` {section!r} was not scored, valid: {scored}")
+    names = sections_of(table)
+    key = record["params"].get("sample_key")
+    if key is not None and section not in set(names):
+        sample = table.obs[key].astype(str).to_numpy(object)
+        names = sample if section in set(sample) else sample + "_" + names
+    return section, np.flatnonzero(names == section)
+
+
+def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, prediction: str | None) -> Canvas | None:
+    """Slide that the section lies on; ``None`` without one."""
+    if not getattr(data, "images", None):
+        return None
+    (table_key,) = [key for key, value in data.tables.items() if value is table]
+    shapes = table.obs[table.uns["spatialdata_attrs"]["region_key"]].iloc[spots].iloc[0]
+    try:
+        slides = slides_of(data, table, prediction)
+    except ValueError:
+        return None
+    return Canvas(data, next(slide for slide in slides if slide.shapes_key == shapes), table_key)
+
+
+def _panels(where: Canvas, table: AnnData, columns: Mapping[str, str]) -> AnnData:
+    """Labels alone, of the slide's spots, as spatialdata-plot wants them."""
+    from anndata import AnnData
+    from spatialdata.models import TableModel
+
+    rows = where.table
+    obs = pd.DataFrame({column: pd.Categorical(_text(rows.obs[column])) for column in columns}, index=rows.obs_names)
+    obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
+    obs["instance"] = rows.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
+    return TableModel.parse(
+        AnnData(obs=obs), region=where.slide.shapes_key, region_key="region", instance_key="instance"
+    )
+
+
+def _scatter(table: AnnData, column: str, colours: Mapping[str, str], ax: Axes, size: float) -> None:
+    """Draw spots alone, in their own size."""
+    from matplotlib.collections import EllipseCollection
+    from matplotlib.lines import Line2D
+
+    xy, labels = spots_of(table), _text(table.obs[column])
+    diameter = 0.95 * size * pitch_of(xy)
+    for label in [None, *labels.dropna().unique()]:
+        chosen = (labels.isna() if label is None else labels == label).to_numpy()
+        if chosen.any():
+            sides = np.full(chosen.sum(), diameter)
+            circles = EllipseCollection(
+                sides,
+                sides,
+                np.zeros(chosen.sum()),
+                units="xy",
+                offsets=xy[chosen],
+                offset_transform=ax.transData,
+                facecolors="none" if label is None else colours[label],
+                edgecolors="#d0d0d0" if label is None else "none",
+            )
+            ax.add_collection(circles)
+    low, high = xy.min(0) - diameter, xy.max(0) + diameter
+    ax.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal", xticks=[], yticks=[])
+    handles = [
+        Line2D([], [], marker="o", ls="", color=colours[label], label=label) for label in labels.dropna().unique()
+    ]
+    ax.legend(handles=handles, frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _text(values: pd.Series) -> pd.Series:
+    return values.astype(object).where(values.isna(), values.astype(str))
+
+
+def _colours(table: AnnData, columns: Mapping[str, str]) -> dict[str, str]:
+    """Colour of every label: that in ``uns``, where there is one, the same for a domain and for its clusters."""
+    colours: dict[str, str] = {}
+    for column in reversed(list(columns)):
+        values = table.obs[column]
+        if isinstance(values.dtype, pd.CategoricalDtype) and f"{column}_colors" in table.uns:
+            pairs = zip(values.cat.categories, table.uns[f"{column}_colors"], strict=False)
+            colours |= {str(name): str(colour) for name, colour in pairs}
+    extra = iter(_EXTRA_COLOURS * 10)
+    for label in sorted(_text(table.obs[next(iter(columns))]).dropna().unique()):
+        if label not in colours:
+            colours[label] = colours.get(f"~{label}") or next(extra)
+    return colours
+
+
+def _title(record: Mapping, section: str, name: str) -> str:
+    """Name of the panel, its agreement with the domains and the p-value."""
+    if name == "annotation":
+        return f"annotation\n{record['params']['domain_key']}"
+    lines = record["table"]
+    chosen = (lines["section"] == section) & (lines["labels"] == name)
+    line = lines[chosen & (lines["against"] == "domains") & (lines["score"] == "ari")].iloc[0]
+    spread = f" ± {line['sd']:.2f}" if np.isfinite(line["sd"]) else ""
+    p_value = f", p = {line['pval']:.3f} ({int(line['n_shifts'])} shifts)" if np.isfinite(line["pval"]) else ""
+    return f"{name}\nARI {line['mean']:.2f}{spread}{p_value}"

@@ -1,0 +1,93 @@
+"""Clusters of spots for ``hg.tl.domain_preservation``: the same pipeline for every kind of features."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+#: Principal components, and neighbours in them (scanpy's default), that clusters are made from.
+N_PCS = 20
+N_NEIGHBOURS = 15
+CLUSTERINGS = ("leiden", "kmeans")
+#: Leiden's resolution is searched between these, at most so many times.
+_RESOLUTIONS, _STEPS = (1e-3, 20.0), 25
+
+
+def embed(expression: np.ndarray) -> np.ndarray:
+    """First principal components of log expression ``(n, g)``, by scanpy: ``(n, k)`` float32."""
+    import scanpy as sc
+
+    n_pcs = min(N_PCS, *(size - 1 for size in expression.shape))
+    return np.asarray(sc.pp.pca(np.asarray(expression, np.float32), n_comps=n_pcs, random_state=0), np.float32)
+
+
+def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str) -> list[np.ndarray]:
+    """Cluster spots into a number of clusters, once a seed.
+
+    Parameters
+    ----------
+    features
+        ``(n, k)``.
+    n_clusters
+        Wanted. k-means gives it; the resolution of Leiden is bisected until it does, and where no resolution does, the
+        number nearest to it is taken.
+    seeds
+        Of k-means or Leiden.
+    method
+        ``"leiden"`` (scanpy's neighbours and Leiden of igraph) or ``"kmeans"`` (scikit-learn, ten starts).
+
+    Returns
+    -------
+    list of numpy.ndarray
+        ``(n,)`` codes from 0, one a seed.
+    """
+    if method == "kmeans":
+        from sklearn.cluster import KMeans
+
+        return [
+            KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(features).astype(np.int64) for seed in seeds
+        ]
+    import scanpy as sc
+    from anndata import AnnData
+
+    table = AnnData(np.asarray(features, np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sc.pp.neighbors(table, n_neighbors=min(N_NEIGHBOURS, len(features) - 1), use_rep="X", random_state=0)
+        return [_leiden(table, n_clusters, seed) for seed in seeds]
+
+
+def _leiden(table, n_clusters: int, seed: int) -> np.ndarray:
+    """Bisect the resolution, on a logarithmic scale."""
+    import scanpy as sc
+
+    low, high = np.log(_RESOLUTIONS)
+    best = None
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        sc.tl.leiden(
+            table,
+            resolution=float(np.exp(middle)),
+            random_state=seed,
+            flavor="igraph",
+            n_iterations=2,
+            directed=False,
+            key_added="cluster",
+        )
+        labels = table.obs["cluster"].cat.codes.to_numpy(np.int64)
+        n = labels.max() + 1
+        if best is None or abs(n - n_clusters) < abs(best.max() + 1 - n_clusters):
+            best = labels
+        if n == n_clusters:
+            break
+        low, high = (middle, high) if n < n_clusters else (low, middle)
+    return best
+
+
+def medoid(labelings: list[np.ndarray]) -> int:
+    """Position of the clustering that agrees best with the others, by the mean adjusted Rand index; the first of equals."""
+    from sklearn.metrics import adjusted_rand_score
+
+    total = [sum(adjusted_rand_score(a, b) for b in labelings) for a in labelings]
+    return int(np.argmax(np.round(total, 12)))

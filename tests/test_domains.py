@@ -1,0 +1,360 @@
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+from matplotlib.colors import to_hex
+from sklearn import metrics
+
+import he2gene_sc as hg
+from he2gene_sc._tables import pitch_of
+
+
+def run(data, **kwargs):
+    given = {"n_seeds": 2, "clustering": "kmeans", "layer": None, "n_perms": 99} | kwargs
+    hg.tl.domain_preservation(data, given.pop("domain_key", "pathologist"), **given)
+    return hg.get.domains(data, key_added=given.get("key_added", "he2gene_domains"))
+
+
+def value(table, labels, score, against="domains"):
+    chosen = (table["labels"] == labels) & (table["score"] == score) & (table["against"] == against)
+    return table.loc[chosen, "mean"].item()
+
+
+@pytest.fixture(scope="module")
+def slide():
+    """Scored once, with a layer of made-up predictions that blur what was measured; tests read it."""
+    made = hg.datasets.toy((9, 9), mpp=4.0)
+    table = made["table"]
+    measured = _log(table)
+    table.layers["he2gene"] = (0.7 * measured + 0.3 * measured.mean(0)).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(0, 0.5, table.shape)
+    table.layers["he2gene"] = (table.layers["he2gene"] + noise).astype(np.float32)
+    table.obs["he2gene_annotation"] = table.obs["pathologist"].copy()
+    run(made, layer="he2gene", n_seeds=1)
+    return made
+
+
+def _log(table):
+    from he2gene_sc.stats import log_normalise
+
+    return log_normalise(table.X)
+
+
+def test_scores_are_those_of_scikit_learn_on_the_labels_that_are_written(slide):
+    table, obs = hg.get.domains(slide), slide["table"].obs
+    for name in ("predicted", "measured"):
+        clusters = obs[f"he2gene_domains_{name}"].astype(str)
+        for score, function in {
+            "ari": metrics.adjusted_rand_score,
+            "nmi": metrics.normalized_mutual_info_score,
+            "ami": metrics.adjusted_mutual_info_score,
+            "homogeneity": metrics.homogeneity_score,
+            "completeness": metrics.completeness_score,
+        }.items():
+            expected = function(obs["pathologist"].astype(str), clusters)
+            assert value(table, name, score) == pytest.approx(expected, abs=1e-12)
+    both = metrics.adjusted_rand_score(
+        obs["he2gene_domains_measured"].astype(str), obs["he2gene_domains_predicted"].astype(str)
+    )
+    assert value(table, "predicted", "ari", "measured") == pytest.approx(both, abs=1e-12)
+
+
+def test_silhouette_is_that_of_the_principal_components(slide):
+    import scanpy as sc
+
+    pcs = sc.pp.pca(slide["table"].layers["he2gene"], n_comps=20, random_state=0)
+    expected = metrics.silhouette_score(pcs, slide["table"].obs["pathologist"])
+    assert value(hg.get.domains(slide), "predicted", "silhouette") == pytest.approx(expected, abs=1e-4)
+
+
+def test_moran_and_neighbourhoods_are_those_of_squidpy(slide):
+    import squidpy as sq
+    from anndata import AnnData
+    from scipy.stats import spearmanr
+
+    table = slide["table"]
+    graph = AnnData(
+        _log(table),
+        obs=table.obs[["pathologist", "he2gene_domains_predicted"]],
+        obsm={"spatial": table.obsm["spatial"]},
+    )
+    graph.layers["predicted"] = table.layers["he2gene"]
+    sq.gr.spatial_neighbors_radius(graph, radius=1.5 * pitch_of(table.obsm["spatial"]))
+    quiet = {"copy": True, "show_progress_bar": False}
+    measured = sq.gr.spatial_autocorr(graph, n_perms=None, **quiet)["I"]
+    predicted = sq.gr.spatial_autocorr(graph, n_perms=None, layer="predicted", **quiet)["I"]
+    found = hg.get.domains(slide)
+    expected = spearmanr(measured, predicted[measured.index]).statistic
+    assert value(found, "predicted", "moran", "measured") == pytest.approx(expected, abs=1e-6)
+
+    names = list(graph.obs["pathologist"].cat.categories)
+    graph.obs["clusters"] = pd.Categorical(graph.obs["he2gene_domains_predicted"].astype(str), [f"~{n}" for n in names])
+    z = [sq.gr.nhood_enrichment(graph, key, n_perms=1000, seed=0, **quiet)[0] for key in ("pathologist", "clusters")]
+    upper = np.triu_indices(len(names))
+    expected = np.corrcoef(z[0][upper], z[1][upper])[0, 1]
+    # Permutations of differently ordered codes differ.
+    assert value(found, "predicted", "nhood_enrichment") == pytest.approx(expected, abs=0.02)
+
+
+def test_references_stand_beside_and_say_what_they_know(slide):
+    table = hg.get.domains(slide, score="ari")
+    kinds = {"predicted", "measured", "mean colour", "coordinates", "random features", "annotation head"}
+    assert set(table["labels"]) == kinds
+    head = table[table["labels"] == "annotation head"]
+    assert head["trained_on_labels"].item()
+    assert head["mean"].item() == pytest.approx(1)
+    assert not table.loc[table["labels"] != "annotation head", "trained_on_labels"].any()
+    assert abs(value(table, "random features", "ari")) < 0.15
+    assert value(table, "measured", "ari") > 0.8
+    tested = table.dropna(subset="pval")
+    assert (tested["pval"] >= 1 / (tested["n_shifts"] + 1)).all()
+    assert tested["n_shifts"].between(20, 99).all()
+
+
+def test_clusters_bear_the_name_and_colour_of_the_domain_that_they_match(slide):
+    table = slide["table"]
+    column = table.obs["he2gene_domains_measured"]
+    assert list(column.cat.categories) == [f"~{name}" for name in table.obs["pathologist"].cat.categories]
+    agrees = column.astype(str).str[1:] == table.obs["pathologist"].astype(str)
+    assert agrees.mean() > 0.8
+    assert len(table.uns["he2gene_domains_measured_colors"]) == len(column.cat.categories)
+
+
+def test_results_survive_the_disk(slide, tmp_path):
+    slide.write(tmp_path / "slide.zarr")
+    again = sd.read_zarr(tmp_path / "slide.zarr")
+    pd.testing.assert_frame_equal(hg.get.domains(again), hg.get.domains(slide))
+    assert again["table"].uns["he2gene_domains"]["params"]["domain_key"] == "pathologist"
+    run(again, layer="he2gene")
+
+
+def test_a_table_gives_what_the_object_gives_but_for_colour(slide):
+    table = slide["table"].copy()
+    run(table, layer="he2gene", n_seeds=1)
+    whole = hg.get.domains(slide)
+    pd.testing.assert_frame_equal(hg.get.domains(table), whole[whole["labels"] != "mean colour"].reset_index(drop=True))
+
+
+def test_leiden_is_tuned_to_the_number_of_domains():
+    table = hg.datasets.toy((9, 9), mpp=8.0)["table"]
+    found = run(table, clustering="leiden", n_domains=4)
+    assert value(found, "measured", "n_labels", "") == 4
+    assert table.obs["he2gene_domains_measured"].nunique() == 4
+    with pytest.warns(UserWarning, match="leiden gives another number of clusters than 2"):
+        run(table, clustering="leiden", n_domains=2, n_seeds=1)
+
+
+def test_measured_expression_alone_is_scored_and_leaves_no_predicted_column(slide):
+    table = slide["table"].copy()
+    found = run(table, layer=None)
+    assert "predicted" not in set(found["labels"])
+    assert "he2gene_domains_predicted" not in table.obs
+    assert "he2gene_domains_predicted_colors" not in table.uns
+
+
+def test_a_prediction_without_measurement_is_scored(toy, tiny_model):
+    del toy.tables["table"]
+    hg.tl.predict(toy, model=tiny_model)
+    table = toy["table"]
+    table.obs["half"] = pd.Categorical(np.where(np.arange(table.n_obs) < 15, "a", "b"))
+    with pytest.warns(UserWarning, match="no p-value can be below"):
+        found = run(toy, domain_key="half", layer="he2gene")
+    assert {"predicted", "mean colour"} <= set(found["labels"])
+    assert "measured" not in set(found["labels"])
+    with pytest.raises(ValueError, match="nothing in it was measured"):
+        run(toy, domain_key="half", layer=None)
+
+
+def test_only_reliable_genes_are_used_on_both_sides(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model)
+    with pytest.warns(UserWarning, match="no p-value can be below"):
+        run(toy, layer="he2gene")
+    used = set(toy["table"].uns["he2gene_domains"]["genes"])
+    assert used == set(hg.get.genes(toy, reliable=True)) & set(toy["table"].var_names)
+
+
+def test_spots_without_a_domain_are_clustered_and_not_scored(slide):
+    table = slide["table"].copy()
+    table.obs["some"] = table.obs["pathologist"].astype(object)
+    unlabelled = np.arange(0, 81, 9)
+    table.obs.iloc[unlabelled, table.obs.columns.get_loc("some")] = np.nan
+    found = run(table, domain_key="some", n_seeds=1)
+    assert table.obs["he2gene_domains_measured"].notna().all()
+    kept = table.obs["some"].notna().to_numpy()
+    expected = metrics.adjusted_rand_score(
+        table.obs["some"][kept].astype(str), table.obs["he2gene_domains_measured"][kept].astype(str)
+    )
+    assert value(found, "measured", "ari") == pytest.approx(expected)
+
+
+def test_spots_and_genes_without_values_are_left_out(slide):
+    table = slide["table"].copy()
+    lacking = table.var_names.get_loc("FTL")
+    table.layers["he2gene"][:40, lacking] = np.nan
+    table.layers["he2gene"][5] = np.nan
+    run(table, layer="he2gene", n_seeds=1)
+    assert "FTL" not in table.uns["he2gene_domains"]["genes"]
+    clusters = table.obs["he2gene_domains_predicted"]
+    assert np.flatnonzero(clusters.isna()).tolist() == [5]
+
+
+def test_a_spot_outside_the_image_keeps_what_was_measured(toy):
+    toy = toy.subset(["he", "spots", "table"])
+    inside = toy["he"].isel(y=slice(0, toy["he"].sizes["y"] * 3 // 4))
+    toy["he"] = inside
+    with pytest.warns(UserWarning, match="no p-value"):
+        found = run(toy)
+    assert toy["table"].obs["he2gene_domains_measured"].notna().all()
+    assert "mean colour" not in set(found["labels"])
+
+
+def test_rare_domains_are_left_out_with_a_warning(slide):
+    table = slide["table"].copy()
+    table.obs["rare"] = table.obs["pathologist"].astype(str)
+    table.obs.iloc[:2, table.obs.columns.get_loc("rare")] = "a scar"
+    with pytest.warns(UserWarning, match=r"fewer than 3 spots.*'a scar' \(2 in toy-0\)"):
+        found = run(table, domain_key="rare")
+    assert value(found, "domains", "n_labels", "") == 3
+
+
+def test_sections_are_scored_apart_and_averaged_over_samples():
+    import anndata as ad
+
+    parts = {name: hg.datasets.toy((7, 7), mpp=8.0, seed=i)["table"] for i, name in enumerate("abc")}
+    table = ad.concat(parts, label="block", index_unique="-")
+    table.obs["patient"] = table.obs["block"].map({"a": "p", "b": "p", "c": "q"})
+    found = run(table, sample_key="patient")
+    scores = found[(found["labels"] == "measured") & (found["score"] == "ari")].set_index("section")
+    assert set(scores.index) == {"toy-0", "toy-1", "toy-2", "all"}
+    alone = run(parts["b"].copy())
+    assert scores["mean"]["toy-1"] == pytest.approx(value(alone, "measured", "ari"))
+    by_patient = [scores["mean"][["toy-0", "toy-1"]].mean(), scores["mean"]["toy-2"]]
+    assert scores["mean"]["all"] == pytest.approx(np.mean(by_patient))
+    assert scores["sd"]["all"] == pytest.approx(np.std(by_patient, ddof=1))
+    assert np.isnan(scores["pval"]["all"])
+    assert scores["n_samples"]["all"] == 2
+    with pytest.raises(ValueError, match=r"`section` is ambiguous, candidates: \['toy-0'"):
+        hg.pl.domains(table)
+    assert len(hg.pl.domains(table, section="toy-2")) == 2
+
+
+def test_a_section_of_one_domain_is_skipped():
+    import anndata as ad
+
+    parts = [hg.datasets.toy((7, 7), mpp=8.0, seed=i)["table"] for i in range(2)]
+    parts[1].obs["pathologist"] = "tumour"
+    table = ad.concat(parts, index_unique="-")
+    with pytest.warns(UserWarning, match="'toy-1' has fewer than two domains"):
+        found = run(table)
+    assert set(found["section"]) == {"toy-0"}
+    assert table.obs["he2gene_domains_measured"].isna().sum() == 49
+
+
+def _column(table, labels):
+    table.obs["odd"] = labels
+    return table
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "message"),
+    [
+        (None, {"domain_key": "nope"}, "`domain_key` 'nope' is no column of obs"),
+        (None, {"domain_key": "texture"}, "`domain_key` 'texture' holds fractions"),
+        (lambda t: _column(t, "same"), {"domain_key": "odd"}, "no section has two domains of at least 3"),
+        (lambda t: _column(t, ["a"] * 28 + ["b"] * 2), {"domain_key": "odd"}, "no section has two domains of at least 3"),
+        (None, {"layer": "he2gene"}, "`layer` 'he2gene' is no layer"),
+        (lambda t: t.layers.update(he2gene=t.X.copy()), {"layer": "he2gene"}, "looks raw counts.*layer_scale='counts'"),
+        (lambda t: setattr(t, "X", _log(t)), {}, "`measured`: X looks already log.*measured_scale='log'"),
+        (None, {"genes": ["ERBB2", "NOPE"]}, r"`genes`: \['NOPE'\] are no genes"),
+        (None, {"genes": ["ERBB2", "ERBB2"]}, "`genes`: 'ERBB2' is named twice"),
+        (None, {"genes": ["ERBB2"]}, "`genes`: 1 genes have values"),
+        (lambda t: t.layers.update(he2gene=_all_nan(t)), {"layer": "he2gene", "genes": ["ERBB2", "FTL"]}, r"`genes`: \['ERBB2'\] are NaN"),
+        (None, {"n_domains": 1}, "`n_domains` is 1"),
+        (None, {"n_domains": 30}, "`n_domains` is 30, section 'toy-0' has 30 spots"),
+        (None, {"n_seeds": 0}, "`n_seeds` is 0"),
+        (None, {"n_perms": 0.5}, "`n_perms` is 0.5"),
+        (None, {"clustering": "dbscan"}, "`clustering` is 'dbscan', valid"),
+        (None, {"sample_key": "nope"}, "`sample_key` 'nope' is no column"),
+        (None, {"key_added": "a/b"}, "`key_added` 'a/b' cannot be stored"),
+        (lambda t: t.uns.update(he2gene_domains=3), {}, "was not written by hg.tl.domain_preservation"),
+        (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots lie where another"),
+        (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "'x' stands there twice"),
+        (lambda t: t.obsm.pop("spatial"), {}, "no obsm\\['spatial'\\]"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_written(change, given, message):
+    table = hg.datasets.toy((5, 6), mpp=8.0)["table"]
+    if change is not None:
+        change(table)
+    before = set(table.uns) | set(table.obs)
+    with pytest.raises(ValueError, match=message):
+        run(table, **given)
+    assert set(table.uns) | set(table.obs) == before
+
+
+def _all_nan(table):
+    values = _log(table)
+    values[:, table.var_names.get_loc("ERBB2")] = np.nan
+    return values
+
+
+def test_a_patient_under_two_names_is_refused():
+    import anndata as ad
+
+    one = hg.datasets.toy((5, 6), mpp=8.0)["table"]
+    table = ad.concat({"p": one, "P1": one}, label="patient", index_unique="-")
+    with pytest.raises(ValueError, match="`sample_key` 'patient': 'p' and 'P1' hold the same spots"):
+        run(table, sample_key="patient")
+
+
+def test_neither_object_nor_table_is_refused():
+    with pytest.raises(TypeError, match="DataFrame"):
+        run(pd.DataFrame())
+
+
+def test_get_filters_and_says_what_is_missing(slide):
+    found = hg.get.domains(slide, score="pas", labels="measured")
+    assert len(found) == 1
+    with pytest.raises(ValueError, match="`score` 'nope' is not in the table, valid"):
+        hg.get.domains(slide, score="nope")
+    with pytest.raises(ValueError, match="run hg.tl.domain_preservation first"):
+        hg.get.domains(slide, key_added="other")
+
+
+def test_the_picture_shows_tissue_annotation_measured_and_predicted(slide, tmp_path):
+    axes = hg.pl.domains(slide, save=tmp_path / "domains.png")
+    titles = [ax.get_title() for ax in axes]
+    assert titles[0] == "tissue"
+    assert titles[1] == "annotation\npathologist"
+    score = value(hg.get.domains(slide), "predicted", "ari")
+    assert titles[3].startswith(f"predicted\nARI {score:.2f}, p = 0.0")
+    assert (tmp_path / "domains.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="`section` 'nope' was not scored"):
+        hg.pl.domains(slide, section="nope")
+
+
+def test_without_an_image_spots_alone_are_drawn_in_the_colours_of_their_domains(slide):
+    table = slide["table"]
+    annotation, measured, _ = hg.pl.domains(table)
+
+    def colour_of(ax, i):
+        for circles in ax.collections:
+            places = np.flatnonzero((circles.get_offsets() == table.obsm["spatial"][i]).all(1))
+            if len(places):
+                return to_hex(circles.get_facecolor()[0])
+        return None
+
+    for i in range(0, table.n_obs, 7):
+        if table.obs["he2gene_domains_measured"].iloc[i] == f"~{table.obs['pathologist'].iloc[i]}":
+            assert colour_of(annotation, i) == colour_of(measured, i) is not None
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_measured_clusters_of_a1_keep_the_pathologists_domains(her2st):
+    table = her2st("A1")["table"].copy()
+    with pytest.warns(UserWarning, match="immune infiltrate"):
+        found = run(table, clustering="leiden", n_seeds=3, n_perms=999)
+    scores = found[found["score"] == "ari"].set_index("labels")
+    assert scores["mean"]["measured"] > scores["mean"]["random features"] + 0.1
+    assert scores["n_shifts"]["measured"] > 100
