@@ -62,12 +62,12 @@ def adapt(
 ) -> Adapted:
     """Correct the prediction of one section by what was measured of it.
 
-    For each gene a convex combination is taken of seven predictions: the model's (``model``); that with the mean of its
-    residuals added (``level``); with the residuals kriged besides (``kriged``); with their part along the gene
+    For each gene a convex combination is taken of six predictions: the model's with the mean of its residuals added, as
+    far as that is no chance (``level``); with the residuals kriged besides (``kriged``); with their part along the gene
     directions of the predictions kriged, which all genes of a spot tell together (``shared``); with a ridge of the
     residuals on the embedding (``refit``); the mean of what was measured (``mean``), and that kriged (``neighbours``).
     Ranges, noises, penalty and weights have least squared error in cross-validation, with folds as far from the spots
-    left as the wanted spots are from the measured ones.
+    left as the wanted spots are from the measured ones. The weights are shrunk to ``level`` by what may be chance.
 
     Parameters
     ----------
