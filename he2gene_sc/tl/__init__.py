@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "evaluate": "._evaluate",
         "domain_preservation": "._domain_preservation",
+        "adapt": "._adapt",
         "predict": "._predict",
         "train": "._train",
     },

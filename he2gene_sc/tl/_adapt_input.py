@@ -1,0 +1,146 @@
+"""What ``hg.tl.adapt`` is given: genes, mask or layer of what was measured, sections, all checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .._tables import Scale, log_expression, values_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def columns_of(table: AnnData, predicted: np.ndarray, layer: str, genes: Sequence[str] | None) -> np.ndarray:
+    """Positions of the genes to adapt."""
+    known = np.isfinite(predicted).any(0)
+    if genes is None:
+        if not known.any():
+            raise ValueError(f"`layer` {layer!r} predicts no gene of the table")
+        return np.flatnonzero(known)
+    if isinstance(genes, str):
+        raise ValueError(f"`genes` is {genes!r}; a list of genes is needed")
+    genes = list(dict.fromkeys(genes))
+    at = table.var_names.get_indexer(genes)
+    missing = [gene for gene, i in zip(genes, at, strict=True) if i < 0 or not known[i]]
+    if missing or not genes:
+        raise ValueError(
+            f"`genes`: {len(missing)} of {len(genes)} are not predicted in layer {layer!r}: {missing[:5]}; those that are: "
+            f"hg.get.genes(data), {int(known.sum())} in all"
+        )
+    return at
+
+
+def measured_of(
+    table: AnnData,
+    measured: str | np.ndarray | pd.Series,
+    counts: str | None,
+    scale: Scale,
+    columns: np.ndarray,
+    layer: str,
+) -> np.ndarray:
+    """Measured expression ``(n_obs, genes)`` as logarithms, NaN where nothing was measured."""
+    is_layer = isinstance(measured, str) and measured in table.layers
+    if is_layer and measured in table.obs:
+        raise ValueError(f"`measured` {measured!r} is a layer and a column of obs: rename one")
+    if is_layer and measured == layer:
+        raise ValueError(
+            f"`measured` {measured!r} is the prediction itself; a mask or a layer of measured values is needed"
+        )
+    if is_layer and counts is not None:
+        raise ValueError(f"`counts` is {counts!r}, but `measured` {measured!r} is a layer already: give one of them")
+    mask = np.ones(table.n_obs, bool) if is_layer else _mask(table, measured)
+    source, parameter = (measured, "measured") if is_layer else (counts, "counts")
+    values = values_of(table, source, parameter)
+    if not hasattr(values, "toarray"):
+        missing = np.isnan(values)
+        mask &= ~missing.all(1)
+        partly = int((missing.any(1) & mask).sum())
+        if partly and scale != "log":
+            raise ValueError(
+                f"`{parameter}`: {partly} spots have some genes measured and others not (NaN): their total is not known, so "
+                "counts cannot be normalised; give natural logarithms of (1 + counts per 10,000) and measured_scale='log'"
+            )
+    if is_layer and (not mask.any() or (mask.all() and not partly)):
+        what = "everywhere" if not mask.any() else "nowhere"
+        raise ValueError(
+            f"`measured`: layer {measured!r} is NaN {what}; NaN where a gene of a spot was not measured is needed"
+        )
+    truth = log_expression(
+        table,
+        source,
+        genes=columns,
+        scale=scale,
+        expected="counts",
+        parameter=parameter,
+        scale_parameter="measured_scale",
+    )
+    empty = mask & (np.asarray(np.nan_to_num(values.sum(axis=1), nan=1)).ravel() == 0)
+    if empty.any():
+        warnings.warn(
+            f"{int(empty.sum())} measured spots have no counts: taken as not measured", UserWarning, stacklevel=3
+        )
+    truth[~mask | empty] = np.nan
+    return truth
+
+
+def _mask(table: AnnData, measured: str | np.ndarray | pd.Series) -> np.ndarray:
+    """Boolean mask of the measured spots, checked."""
+    found = measured
+    if isinstance(measured, str):
+        if measured not in table.obs:
+            valid = [key for key in table.obs if table.obs[key].dtype == bool]
+            raise ValueError(
+                f"`measured` {measured!r} is no column of obs and no layer, boolean columns: {valid}, layers: "
+                f"{sorted(table.layers)}"
+            )
+        found = table.obs[measured]
+    elif isinstance(measured, pd.Series):
+        missing = ~table.obs_names.isin(measured.index)
+        if missing.any() or measured.index.has_duplicates:
+            raise ValueError(
+                f"`measured`: a Series indexed by the spots is needed; {int(missing.sum())} of {table.n_obs} spots are not "
+                f"in its index{', which has duplicates' if measured.index.has_duplicates else ''}"
+            )
+        found = measured.reindex(table.obs_names)
+    mask = np.array(found)
+    if mask.dtype != bool:
+        raise ValueError(f"`measured` holds {mask.dtype}; True and False are needed")
+    if mask.shape != (table.n_obs,):
+        raise ValueError(f"`measured` has shape {mask.shape}; ({table.n_obs},), one a spot, is needed")
+    if not mask.any():
+        raise ValueError(f"`measured` is False for all {len(mask)} spots: there is nothing to learn from")
+    if mask.all():
+        raise ValueError(f"`measured` is True for all {len(mask)} spots: there is nothing left to predict")
+    return mask
+
+
+def rows_of(truth: np.ndarray, sections: np.ndarray, inside: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of each section that something was measured of."""
+    from ..stats import MIN_SPOTS
+
+    rows, few, none = {}, [], []
+    spots = np.isfinite(truth).any(1)
+    for name in dict.fromkeys(sections):
+        here = sections == name
+        n = int((spots & here).sum())
+        if n >= MIN_SPOTS:
+            rows[name] = np.flatnonzero(here & inside)
+        elif n:
+            few.append(f"{name!r} ({n})")
+        else:
+            none.append(str(name))
+    if few:
+        raise ValueError(
+            f"`measured`: too few spots with a prediction are measured in {', '.join(few)}; at least {MIN_SPOTS} are needed, "
+            "or none of a section"
+        )
+    if not rows:
+        raise ValueError("`measured`: no predicted gene is measured at a spot that has a prediction")
+    if none:
+        warnings.warn(f"nothing was measured of section(s) {none}: they get NaN", UserWarning, stacklevel=3)
+    return rows

@@ -1,0 +1,438 @@
+"""``hg.tl.adapt`` and the arithmetic below it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+from anndata import AnnData
+
+import he2gene_sc as hg
+from he2gene_sc.stats import CANDIDATES, adapt, log_normalise, pearson, residual_quantiles
+from he2gene_sc.stats._smoothers import kriging, matched_folds, ridge
+from he2gene_sc.stats._stack import simplex_weights, stack
+
+
+def grid(rows, columns):
+    return np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2).astype(float)
+
+
+def field(rng, xy, n, reach=2.0):
+    """Smooth fields of unit variance over the spots."""
+    covariance = np.exp(-np.square(xy[:, None] - xy[None]).sum(-1) / (2 * reach**2))
+    return np.linalg.cholesky(covariance + 1e-6 * np.eye(len(xy))) @ rng.normal(size=(len(xy), n))
+
+
+def slide(seed, *, useful=1.0, spatial=1.0, noise=1.0, n_genes=60, shape=(14, 14)):
+    """Truth of 60 genes, a prediction that knows part of it, and what is measured."""
+    rng = np.random.default_rng(seed)
+    xy = grid(*shape)
+    told = rng.normal(size=(len(xy), 3)) @ rng.normal(size=(3, n_genes)) / np.sqrt(3)
+    untold = field(rng, xy, n_genes)
+    truth = 5 + told + spatial * untold
+    predicted = 4 + useful * told
+    return xy, predicted.astype(np.float32), truth, (truth + noise * rng.normal(size=truth.shape)).astype(np.float32)
+
+
+def error(values, truth, spots):
+    return np.square(values[spots] - truth[spots]).mean()
+
+
+# The arithmetic
+
+
+def test_kriging_is_a_gaussian_process():
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF
+
+    rng = np.random.default_rng(0)
+    known, wanted = rng.uniform(0, 8, (40, 2)), rng.uniform(0, 8, (15, 2))
+    values = rng.normal(size=(40, 3))
+    process = GaussianProcessRegressor(RBF(2.0), alpha=0.5, optimizer=None).fit(known, values)
+    np.testing.assert_allclose(kriging(wanted, known, 2.0, 0.5) @ values, process.predict(wanted), atol=1e-8)
+
+
+def test_far_measured_spots_hardly_matter_to_kriging():
+    rng = np.random.default_rng(0)
+    known = grid(16, 16)
+    values = rng.normal(size=len(known))
+    covariance = np.exp(-np.square(known[:, None] - known[None]).sum(-1) / 2)
+    exact = covariance @ np.linalg.solve(covariance + np.eye(len(known)), values)
+    np.testing.assert_allclose(kriging(known, known, 1.0, 1.0) @ values, exact, atol=0.02)
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_ridge_is_that_of_scikit_learn(n):
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(0)
+    known, wanted, values = rng.normal(size=(n, 30)), rng.normal(size=(9, 30)), rng.normal(size=(n, 4))
+    values -= values.mean(0)
+    alpha = 0.3 * np.square(known - known.mean(0)).sum() / n
+    expected = Ridge(alpha=alpha).fit(known, values).predict(wanted)
+    np.testing.assert_allclose(ridge(wanted, known, 0.3)(values), expected, atol=1e-8)
+
+
+def test_weights_on_the_simplex_are_those_of_a_general_solver():
+    from scipy.optimize import minimize
+
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        e = rng.normal(size=(50, 4)) * [1, 1.2, 0.8, 2] + 0.7 * rng.normal(size=(50, 1))
+        moments = e.T @ e / 50
+        found = simplex_weights(moments, n_steps=500)
+        best = minimize(
+            lambda w, m=moments: w @ m @ w,
+            np.full(4, 0.25),
+            bounds=[(0, 1)] * 4,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            options={"ftol": 1e-14},
+        )
+        np.testing.assert_allclose(found, best.x, atol=1e-4)
+
+
+def test_stacking_takes_the_better_and_stays_where_nothing_is_better():
+    rng = np.random.default_rng(0)
+    folds = np.arange(60) % 10
+    errors = rng.normal(size=(5, 60, 40))
+    errors[1:] += errors[0]
+    errors[2] = 0.5 * errors[0]
+    weights, left = stack(errors, folds)
+    assert weights[:, 2].mean() > 0.6
+    assert np.square(left).mean() < np.square(errors[0]).mean()
+    np.testing.assert_allclose(weights.sum(1), 1)
+    worse = np.stack([errors[0], *(errors[0] + rng.normal(size=(4, 60, 40)))])
+    assert stack(worse, folds)[0][:, 0].mean() > 0.97
+
+
+def test_folds_are_as_far_as_what_is_wanted():
+    from scipy.spatial import cKDTree
+
+    xy = grid(20, 20)
+
+    def apart(fold, at):
+        return np.mean([cKDTree(at[fold != f]).query(at[fold == f])[0].mean() for f in np.unique(fold)])
+
+    scattered = np.random.default_rng(0).random(400) < 0.4
+    half = xy[:, 0] < 8
+    assert apart(matched_folds(xy, scattered), xy[scattered]) < 1.8
+    assert apart(matched_folds(xy, half), xy[half]) > 2
+
+
+@pytest.mark.parametrize("n", [10, 19, 60])
+def test_quantiles_cover_new_residuals(n):
+    rng = np.random.default_rng(n)
+    seen, new = rng.normal(size=(n, 20_000)), rng.normal(size=20_000)
+    low, high = residual_quantiles(seen, np.array([0.05, 0.95]))
+    assert ((new >= low) & (new <= high)).mean() >= 0.895
+    assert np.isfinite(high).all() == (n >= 19)
+
+
+def test_quantiles_leave_out_what_is_missing():
+    residuals = np.column_stack([np.arange(9.0), np.arange(9.0), np.full(9, np.nan)])
+    residuals[6:, 1] = np.nan
+    found = residual_quantiles(residuals, np.array([0.2, 0.5, 0.8]))
+    np.testing.assert_allclose(found[:, 0], [1, 4, 7])
+    np.testing.assert_allclose(found[:, 1], [0, 2.5, 5])
+    assert np.isnan(found[:, 2]).all()
+
+
+# Where the answer is known
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_adapted_is_better_than_prediction_and_neighbours_where_both_tell_something(share):
+    gains = []
+    for seed in range(3):
+        xy, predicted, truth, measured = slide(seed, noise=0.7)
+        mask = np.random.default_rng(seed).random(len(xy)) < share
+        found = adapt(predicted, np.where(mask[:, None], measured, np.nan), xy)
+        level = measured[mask].mean(0) - predicted[mask].mean(0)
+        neighbours = measured[mask].mean(0) + kriging(xy, xy[mask], 2.0, 0.5) @ (
+            measured[mask] - measured[mask].mean(0)
+        )
+        gains.append(
+            [
+                error(other, truth, ~mask) - error(found.expression, truth, ~mask)
+                for other in (predicted + level, neighbours)
+            ]
+        )
+    assert (np.mean(gains, axis=0) > 0).all()
+
+
+def test_a_useless_prediction_is_left_for_the_neighbours():
+    ratio = []
+    for seed in range(3):
+        xy, predicted, truth, measured = slide(seed, noise=0.5)
+        rng = np.random.default_rng(seed)
+        mask = rng.random(len(xy)) < 0.4
+        useless = predicted[rng.permutation(len(xy))]
+        found = adapt(useless, np.where(mask[:, None], measured, np.nan), xy)
+        neighbours = measured[mask].mean(0) + kriging(xy, xy[mask], 2.0, 0.5) @ (
+            measured[mask] - measured[mask].mean(0)
+        )
+        ratio.append(error(found.expression, truth, ~mask) / error(neighbours, truth, ~mask))
+        assert found.weights[:, CANDIDATES.index("neighbours")].mean() > 0.4
+    assert np.mean(ratio) < 1.1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_a_perfect_prediction_is_left_as_it_is(share):
+    for seed in range(3):
+        xy, predicted, _, measured = slide(seed, spatial=0.0)
+        mask = np.random.default_rng(seed).random(len(xy)) < share
+        found = adapt(predicted, np.where(mask[:, None], measured, np.nan), xy).expression
+        shape = found - found.mean(0) - (predicted - predicted.mean(0))
+        assert np.square(shape).mean() < 0.02 * predicted.var(0).mean()
+        assert abs((found - predicted).mean() - 1) < 0.15
+
+
+def test_measured_genes_tell_of_others_at_the_same_spots():
+    rng = np.random.default_rng(0)
+    xy = grid(12, 12)
+    weight = rng.normal(size=(3, 80))
+    seen, hidden = rng.normal(size=(2, len(xy), 3))
+    predicted = (5 + seen @ weight).astype(np.float32)
+    truth = 5 + (seen + hidden) @ weight
+    measured = (truth + 0.5 * rng.normal(size=truth.shape)).astype(np.float32)
+    few = rng.random(len(xy)) < 0.2
+    measured[np.ix_(~few, np.arange(50, 80))] = np.nan
+    nowhere = measured.copy()
+    nowhere[:, 70:] = np.nan
+    for given, genes in ((measured, slice(50, 80)), (nowhere, slice(70, 80))):
+        found = adapt(predicted, given, xy)
+        assert error(found.expression[:, genes], truth[:, genes], ~few) < 0.5 * error(
+            predicted[:, genes], truth[:, genes], ~few
+        )
+    assert np.isnan(found.residuals[:, 70:]).all()
+    assert np.isnan(found.weights[:, 70:]).all()
+
+
+def test_neither_order_nor_place_nor_size_of_the_slide_matters():
+    xy, predicted, _, measured = slide(0, n_genes=20, shape=(8, 8))
+    mask = np.random.default_rng(0).random(len(xy)) < 0.5
+    given = np.where(mask[:, None], measured, np.nan)
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    found = adapt(predicted, given, xy)
+    moved = adapt(predicted, given, 290 * xy @ turn + 1000)
+    np.testing.assert_allclose(moved.expression, found.expression, atol=0.02)
+    order = np.random.default_rng(1).permutation(20)
+    other = adapt(predicted[:, order], given[:, order], xy)
+    np.testing.assert_allclose(other.expression, found.expression[:, order], atol=1e-3)
+
+
+def test_residuals_are_those_of_spots_left_out():
+    xy, predicted, truth, measured = slide(0, noise=1.0)
+    mask = np.random.default_rng(0).random(len(xy)) < 0.4
+    found = adapt(predicted, np.where(mask[:, None], measured, np.nan), xy)
+    assert np.isnan(found.residuals[~mask]).all()
+    left = np.square(found.residuals[mask]).mean()
+    assert left == pytest.approx(error(found.expression, measured, ~mask), rel=0.15)
+    assert left > error(found.expression, measured, mask)
+
+
+# The verb
+
+
+@pytest.fixture
+def table():
+    """Two sections of 7 × 7 spots with a prediction, as predict writes it."""
+    rng = np.random.default_rng(0)
+    xy = np.concatenate([grid(7, 7), grid(7, 7)]) * 100
+    rates = np.exp(np.concatenate([field(rng, grid(7, 7), 12) for _ in range(2)]) * 0.5 + 2)
+    made = AnnData(
+        scipy.sparse.csr_matrix(rng.poisson(rates).astype(np.float32)),
+        obs=pd.DataFrame({"section": ["a"] * 49 + ["b"] * 49}, index=[f"s{i}" for i in range(98)]),
+        var=pd.DataFrame(index=[f"g{i}" for i in range(12)]),
+    )
+    made.obsm["spatial"] = xy
+    made.layers["he2gene"] = (log_normalise(rates) + rng.normal(0, 0.2, rates.shape)).astype(np.float32)
+    made.layers["he2gene"][:, 11] = np.nan
+    made.layers["he2gene"][5] = np.nan
+    made.obs["seen"] = rng.random(98) < 0.5
+    return made
+
+
+def test_what_is_written(table):
+    before = table.copy()
+    hg.tl.adapt(table, "seen")
+    adapted, record = table.layers["he2gene_adapted"], table.uns["he2gene_adapted"]
+    assert adapted.dtype == np.float32
+    rows = np.arange(98) != 5
+    assert np.isfinite(adapted[np.ix_(rows, np.arange(11))]).all()
+    assert np.isnan(adapted[5]).all()
+    assert np.isnan(adapted[:, 11]).all()
+    assert np.nanmin(adapted) >= 0
+    gain = table.var["he2gene_adapted_gain"]
+    assert gain[:11].notna().all()
+    assert gain[:11].max() <= 1
+    assert np.isnan(gain.iloc[11])
+    assert record["residual_quantiles"].shape == (len(record["residual_levels"]), 12)
+    assert record["residual_quantiles"].dtype == np.float32
+    assert np.isnan(record["residual_quantiles"][:, 11]).all()
+    quantiles = record["residual_quantiles"][:, :11]
+    assert (quantiles[1:] >= quantiles[:-1]).all()
+    assert record["sections"] == ["a", "b"]
+    assert record["n_measured"] == [int((before.obs["seen"] & rows & (before.obs["section"] == s)).sum()) for s in "ab"]
+    np.testing.assert_allclose(record["weights"][list(CANDIDATES)].sum(axis=1), 1, atol=1e-5)
+    assert "drawn at random" in record["guarantee"]
+    assert (table.X != before.X).nnz == 0
+    np.testing.assert_array_equal(table.layers["he2gene"], before.layers["he2gene"])
+
+
+def test_sections_are_adapted_one_by_one(table):
+    hg.tl.adapt(table, "seen")
+    alone = table[table.obs["section"] == "b"].copy()
+    hg.tl.adapt(alone, "seen")
+    np.testing.assert_allclose(alone.layers["he2gene_adapted"], table.layers["he2gene_adapted"][49:], atol=1e-5)
+
+
+def test_masks_may_be_given_in_several_ways(table):
+    hg.tl.adapt(table, "seen")
+    expected = table.layers["he2gene_adapted"].copy()
+    mask = table.obs["seen"]
+    layer = np.where(mask.to_numpy()[:, None], table.X.toarray(), np.nan)
+    table.layers["counts"] = table.X.copy()
+    table.X = None
+    table.layers["measured"] = layer
+    table.layers["log"] = np.where(mask.to_numpy()[:, None], log_normalise(table.layers["counts"]), np.nan)
+    for arguments in (
+        {"measured": mask.to_numpy(), "counts": "counts"},
+        {"measured": mask.sample(frac=1, random_state=0), "counts": "counts"},
+        {"measured": "measured"},
+        {"measured": "log", "measured_scale": "log"},
+    ):
+        hg.tl.adapt(table, **arguments)
+        np.testing.assert_allclose(table.layers["he2gene_adapted"], expected, atol=1e-4)
+
+
+def test_values_of_unmeasured_spots_are_not_looked_at(table):
+    hg.tl.adapt(table, "seen")
+    expected = table.layers["he2gene_adapted"].copy()
+    changed = table.X.toarray()
+    changed[~table.obs["seen"].to_numpy()] = 7
+    table.X = changed
+    hg.tl.adapt(table, "seen")
+    np.testing.assert_array_equal(table.layers["he2gene_adapted"], expected)
+
+
+def test_some_genes_measured_everywhere(table):
+    log = log_normalise(table.X)
+    log[np.ix_(~table.obs["seen"].to_numpy(), np.arange(6))] = np.nan
+    table.layers["some"] = log
+    with pytest.raises(ValueError, match=r"`measured`: \d+ spots have some genes measured and others not"):
+        hg.tl.adapt(table, "some")
+    hg.tl.adapt(table, "some", measured_scale="log")
+    assert np.isfinite(table.layers["he2gene_adapted"][0, :11]).all()
+    assert table.var["he2gene_adapted_gain"][:11].notna().all()
+
+
+def test_a_section_without_measured_spots_gets_nan(table):
+    mask = (table.obs["seen"] & (table.obs["section"] == "a")).to_numpy()
+    with pytest.warns(UserWarning, match=r"section\(s\) \['b'\]: they get NaN"):
+        hg.tl.adapt(table, mask)
+    assert np.isnan(table.layers["he2gene_adapted"][49:]).all()
+    assert table.uns["he2gene_adapted"]["sections"] == ["a"]
+
+
+def test_chosen_genes_alone(table):
+    hg.tl.adapt(table, "seen", genes=["g3", "g1"])
+    found = np.isfinite(table.layers["he2gene_adapted"]).any(0)
+    assert table.var_names[found].tolist() == ["g1", "g3"]
+
+
+def test_measured_spots_without_counts_are_left_out(table):
+    counts = table.X.toarray()
+    row = np.flatnonzero(table.obs["seen"])[0]
+    counts[row] = 0
+    table.X = counts
+    with pytest.warns(UserWarning, match="1 measured spots have no counts"):
+        hg.tl.adapt(table, "seen")
+    expected = table.layers["he2gene_adapted"].copy()
+    table.obs.iloc[row, table.obs.columns.get_loc("seen")] = False
+    hg.tl.adapt(table, "seen")
+    np.testing.assert_array_equal(table.layers["he2gene_adapted"], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"measured": np.zeros(98, bool)}, "False for all 98 spots: there is nothing to learn from"),
+        ({"measured": np.ones(98, bool)}, "True for all 98 spots: there is nothing left to predict"),
+        ({"measured": np.ones(97, bool)}, r"shape \(97,\); \(98,\)"),
+        ({"measured": np.ones((98, 1), bool)}, r"shape \(98, 1\)"),
+        ({"measured": np.arange(98)}, "holds int64; True and False"),
+        ({"measured": np.arange(98) < 7}, r"too few spots .* in 'a' \(6\); at least 10"),
+        ({"measured": "no"}, r"'no' is no column of obs and no layer, boolean columns: \['seen'\]"),
+        ({"measured": "section"}, "True and False are needed"),
+        ({"measured": pd.Series([True], index=["s0"])}, "97 of 98 spots are not in its index"),
+        ({"measured": "he2gene"}, "is the prediction itself"),
+        ({"measured": "seen log"}, "already log-transformed.*measured_scale='log'"),
+        ({"measured": "log", "measured_scale": "log"}, "NaN nowhere"),
+        ({"measured": "nothing"}, "NaN everywhere"),
+        ({"measured": "seen", "counts": "log"}, "`counts`: layer 'log' looks already log-transformed"),
+        ({"measured": "log", "counts": "log"}, "give one of them"),
+        ({"measured": "seen", "counts": "no"}, "`counts` 'no' is no layer"),
+        ({"measured": "seen", "measured_scale": "cpm"}, "`measured_scale` is 'cpm'"),
+        ({"measured": "seen", "genes": ["g1", "g11", "NO"]}, r"2 of 3 are not predicted.*\['g11', 'NO'\]"),
+        ({"measured": "seen", "genes": "g1"}, "a list of genes"),
+        ({"measured": "seen", "layer": "no"}, "`layer` 'no' is no layer"),
+        ({"measured": "seen", "section_key": "no"}, "`section_key` 'no'"),
+        ({"measured": "seen", "key_added": "a/b"}, "cannot be stored"),
+        ({"measured": "seen", "key_added": "log"}, r"layers\['log'\] is there"),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(table, arguments, message):
+    table.layers["log"] = log_normalise(table.X)
+    table.layers["nothing"] = np.full(table.shape, np.nan)
+    table.layers["seen log"] = np.where(table.obs[["seen"]], table.layers["log"], np.nan)
+    keys = (set(table.layers), set(table.obs), set(table.var), set(table.uns))
+    with pytest.raises(ValueError, match=message):
+        hg.tl.adapt(table, **arguments)
+    assert keys == (set(table.layers), set(table.obs), set(table.var), set(table.uns))
+
+
+def test_genes_measured_on_too_many_sets_of_spots_are_refused():
+    xy, predicted, _, measured = slide(0, shape=(6, 6))
+    measured[np.random.default_rng(0).random(measured.shape) < 0.3] = np.nan
+    with pytest.raises(ValueError, match="60 different sets of spots, at most 20"):
+        adapt(predicted, measured, xy)
+
+
+def test_a_slide_is_adapted_written_and_read(toy, tiny_model, tmp_path):
+    import spatialdata as sd
+
+    hg.tl.predict(toy, model=tiny_model)
+    hg.tl.adapt(toy, np.arange(30) % 2 == 0)
+    toy.write(tmp_path / "toy.zarr")
+    back = sd.read_zarr(tmp_path / "toy.zarr")["table"]
+    record = back.uns["he2gene_adapted"]
+    np.testing.assert_array_equal(
+        record["residual_quantiles"], toy["table"].uns["he2gene_adapted"]["residual_quantiles"]
+    )
+    np.testing.assert_array_equal(back.layers["he2gene_adapted"], toy["table"].layers["he2gene_adapted"])
+    hg.tl.adapt(back, np.arange(30) % 2 == 0)
+
+
+def test_without_prediction_it_says_so(toy):
+    with pytest.raises(ValueError, match="holds no prediction"):
+        hg.tl.adapt(toy, np.arange(30) % 2 == 0)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_measured_spots_help_on_held_out_tissue(her2st):
+    sdata = hg.tl.predict(her2st("C5"), copy=True)
+    table = sdata["table"]
+    genes = hg.models.load().genes
+    genes = genes.index[genes["group"] == "target"].intersection(table.var_names).tolist()
+    columns = table.var_names.get_indexer(genes)
+    truth = log_normalise(table.X)[:, columns]
+    gains = []
+    for seed in range(4):
+        mask = np.random.default_rng(seed).random(table.n_obs) < 0.3
+        hg.tl.adapt(table, mask, genes=genes)
+        layers = (table.layers[key][:, columns][~mask] for key in ("he2gene_adapted", "he2gene"))
+        after, before = (np.nan_to_num(pearson(values, truth[~mask])).mean() for values in layers)
+        gains.append(after - before)
+    assert np.mean(gains) > 0.003
+    assert min(gains) > -0.002
