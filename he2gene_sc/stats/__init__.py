@@ -1,5 +1,24 @@
-"""Accuracy metrics. Arrays in, arrays out."""
+"""Accuracy metrics and tests over samples. Arrays in, arrays out."""
 
 from ._accuracy import TARGET_SUM, log_normalise, noise_ceiling, pearson, skill
+from ._mixed import mixed_model
+from ._ppi import PredictionPowered, prediction_powered_mean
+from ._pseudobulk import SampleTest, paired_moderated_t, squeeze_variance, t_test, trigamma_inverse
+from ._ranking import ranking_agreement
 
-__all__ = ["TARGET_SUM", "log_normalise", "noise_ceiling", "pearson", "skill"]
+__all__ = [
+    "TARGET_SUM",
+    "PredictionPowered",
+    "SampleTest",
+    "log_normalise",
+    "mixed_model",
+    "noise_ceiling",
+    "paired_moderated_t",
+    "pearson",
+    "prediction_powered_mean",
+    "ranking_agreement",
+    "skill",
+    "squeeze_variance",
+    "t_test",
+    "trigamma_inverse",
+]

@@ -5,6 +5,7 @@ from .._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "biomarkers": "._biomarkers",
         "predict": "._predict",
         "train": "._train",
     },
