@@ -276,7 +276,7 @@ def _groups(cells: Cells, groups: str | Sequence[str] | None, reference: str, ch
 
 
 def _fault(cells: Cells, group: str, reference: str, chosen: Method) -> str:
-    """What keeps a group from being tested; empty if nothing does."""
+    """Say what keeps a group from being tested; empty if nothing does."""
     others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
     counts = {group: cells.side([group])[1], reference: cells.side(others)[1]}
     for name, count in counts.items():

@@ -29,7 +29,7 @@ class Cells:
 
     @classmethod
     def of(cls, pool: Pool, genes: pd.Index | None = None) -> Cells:
-        """``sums`` is ``(samples, labels, g)`` float64, ``counts`` ``(samples, labels)``."""
+        """Sum over the spots of a pool: ``sums`` ``(samples, labels, g)`` float64, ``counts`` ``(samples, labels)``."""
         samples, sample = np.unique(pool.samples.astype(str), return_inverse=True)
         labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
         shape = (len(samples), len(labels))
@@ -39,7 +39,7 @@ class Cells:
         return cls(samples, labels, sums.reshape(*shape, -1), counts.reshape(shape))
 
     def side(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
+        """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
         chosen = np.isin(self.labels, list(labels))
         return self.sums[:, chosen].sum(1), self.counts[:, chosen].sum(1)
 
