@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "biomarkers": "._biomarkers",
+        "concordance": "._concordance",
+        "enrichment": "._enrichment",
         "genes": "._genes",
     },
 )

@@ -88,25 +88,36 @@ def biomarkers(
 
 
 def result_of(data: Any, verb: str, key: str, table_key: str | None) -> Mapping[str, Any]:
-    """Return what a verb wrote to ``uns[key]`` of an object, a table, or the first of several.
+    """Return what a verb wrote to ``uns[key]`` of an object, a table, or the first of several."""
+    return tables_with(data, verb, key, table_key)[0].uns[key]
+
+
+def tables_with(data: Any, verb: str, key: str, table_key: str | None) -> list[AnnData]:
+    """Return the table of each object whose ``uns[key]`` a verb wrote.
 
     Raises
     ------
     ValueError
-        If there is none, or several tables hold one.
+        If an object has none, or several.
     """
-    if not (hasattr(data, "tables") or hasattr(data, "obs_names")):
-        data = next(iter(data))
-    tables = data.tables if hasattr(data, "tables") else {"": data}
-    if table_key is not None and table_key not in tables:
-        raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
-    found = {
-        name: table.uns[key]
-        for name, table in tables.items()
-        if table_key in (None, name) and isinstance(table.uns.get(key), Mapping) and table.uns[key].get("verb") == verb
-    }
+    objects = [data] if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    found = []
+    for item in objects:
+        tables = item.tables if hasattr(item, "tables") else {"": item}
+        if table_key is not None and hasattr(item, "tables") and table_key not in tables:
+            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
+        written = [
+            name
+            for name, table in tables.items()
+            if (table_key is None or name in (table_key, ""))
+            and isinstance(table.uns.get(key), Mapping)
+            and table.uns[key].get("verb") == verb
+        ]
+        if not written:
+            raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
+        if len(written) > 1:
+            raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(written)}")
+        found.append(tables[written[0]])
     if not found:
-        raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
-    if len(found) > 1:
-        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(found)}")
-    return next(iter(found.values()))
+        raise ValueError("`data` is empty; at least one object is needed")
+    return found

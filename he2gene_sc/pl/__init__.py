@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "annotation": "._annotation",
+        "biomarkers": "._biomarkers",
+        "concordance": "._concordance",
         "spatial": "._spatial",
     },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -20,7 +19,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-logger = logging.getLogger("he2gene_sc")
+#: Of the results, in their order.
+COLUMNS = (
+    *("group", "names", "logfoldchanges", "effect_size", "ci_low", "ci_high", "scores", "pvals", "pvals_adj"),
+    *("n_samples", "n_spots", "n_spots_reference", "method", "reliable", "circular"),
+)
 
 
 def biomarkers(
@@ -132,8 +135,6 @@ def biomarkers(
     covariates = (covariates,) if isinstance(covariates, str) else tuple(covariates or ())
     if not 0 < level < 1:
         raise ValueError(f"`level` is {level!r}; a number between 0 and 1 is needed")
-    if method not in ("auto", *METHODS):
-        raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")
     tables, several = tables_of(data, layer, table_key)
     for table in tables:
         check_free(table, "biomarkers", key_added)
@@ -149,17 +150,17 @@ def biomarkers(
         join=join,
         reliable_only=reliable_only,
     )
-    chosen = _method(method, spots, covariates)
+    chosen = method_for(method, spots, covariates)
     options = {"covariates": covariates, "level": level}
     run = {"chosen": chosen, "groups": groups, "reference": reference, "min_mean": min_mean, "options": options}
     if cross_fit:
         halves = _halves(spots, measured, measured_scale)
         parts = [compare(half, **run) for half in halves]
     else:
-        known = _measured(spots, measured, measured_scale) if chosen.name == "ppi" else None
+        known = measured_part(spots, measured, measured_scale)[0] if chosen.name == "ppi" else None
         parts = [compare(spots, measured=known, **run)]
     circular = is_circular(tables, groupby, layer) and not cross_fit
-    results = _finish([frame for frame, _ in parts], chosen, _reliable(tables, layer), circular)
+    results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), circular)
     _caution(chosen, circular, groupby)
     effects = pd.concat([frame for _, frame in parts], axis=1)
     params = {
@@ -240,7 +241,10 @@ def compare(
     return pd.concat(tests, ignore_index=True), pd.concat(differences)
 
 
-def _method(method: str, spots: Pool, covariates: Sequence[str]) -> Method:
+def method_for(method: str, spots: Pool, covariates: Sequence[str]) -> Method:
+    """Choose the method by the number of samples, or check the one that was named."""
+    if method not in ("auto", *METHODS):
+        raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")
     n = len(set(spots.samples))
     name = ("pseudobulk" if n >= 3 else "spatial") if method == "auto" else method
     if covariates and name != "mixed":
@@ -315,16 +319,19 @@ def _differences(contrast: Contrast, group: str) -> pd.DataFrame:
     return pd.DataFrame(contrast.differences.astype(np.float32), index=index, columns=contrast.genes.astype(str))
 
 
-def _finish(frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series | None, circular: bool) -> pd.DataFrame:
-    """Adjust within each group, best score first."""
+def adjusted(tests: pd.DataFrame) -> pd.DataFrame:
+    """Add Benjamini and Hochberg's p-values within each group; a gene without p-value gets none."""
     from statsmodels.stats.multitest import multipletests
 
-    results = pd.concat(frames, ignore_index=True)
-    results.insert(8, "pvals_adj", np.nan)
-    for _, part in results.groupby("group", sort=False):
-        known = part.index[part["pvals"].notna()]
-        if len(known):
-            results.loc[known, "pvals_adj"] = multipletests(results.loc[known, "pvals"], method="fdr_bh")[1]
+    tests = tests.assign(pvals_adj=np.nan)
+    for _, part in tests[tests["pvals"].notna()].groupby("group", sort=False):
+        tests.loc[part.index, "pvals_adj"] = multipletests(part["pvals"], method="fdr_bh")[1]
+    return tests
+
+
+def _finish(frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series | None, circular: bool) -> pd.DataFrame:
+    """Adjust and say what the result is worth; best score of each group first."""
+    results = adjusted(pd.concat(frames, ignore_index=True))
     results["method"] = chosen.label
     results["reliable"] = True if reliable is None else reliable.reindex(results["names"]).to_numpy(bool)
     results["circular"] = circular
@@ -332,10 +339,10 @@ def _finish(frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series 
     results = results.assign(order=results["group"].map(order)).sort_values(
         ["order", "scores"], ascending=[True, False], kind="stable"
     )
-    return results.drop(columns="order").reset_index(drop=True)
+    return results[list(COLUMNS)].reset_index(drop=True)
 
 
-def _reliable(tables: Sequence[AnnData], layer: str | None) -> pd.Series | None:
+def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | None:
     """Whether the cards call a gene reliable in every table; ``None`` for measured values, which are."""
     out = None
     for table in tables:
@@ -361,8 +368,8 @@ def _caution(chosen: Method, circular: bool, groupby: str) -> None:
         )
 
 
-def _measured(spots: Pool, measured: str | None, scale: Scale) -> Pool:
-    """Spots of the samples that were measured, with what was measured."""
+def measured_part(spots: Pool, measured: str | None, scale: Scale) -> tuple[Pool, np.ndarray]:
+    """Spots of the samples that were measured, with what was measured, and which they are, ``(n,)`` bool."""
     seen = np.zeros(len(spots.labels), bool)
     start = 0
     for table, rows in zip(spots.tables, spots.rows, strict=True):
@@ -388,14 +395,14 @@ def _measured(spots: Pool, measured: str | None, scale: Scale) -> Pool:
                 parameter="measured",
                 scale_parameter="measured_scale",
             )
-    return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale)
+    return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), kept
 
 
 def _halves(spots: Pool, measured: str | None, scale: Scale) -> list[Pool]:
     """Two halves of the genes, each with labels that were read from measured genes outside it."""
     from ._cross_fit import cross_fitted_labels
 
-    known = _measured(spots, measured, scale)
+    known, _ = measured_part(spots, measured, scale)
     halves = []
     common = spots.tables[0].var_names
     for table in spots.tables[1:]:
