@@ -99,9 +99,9 @@ def spatial_test(
 
     from scipy import stats
 
-    # a t with this variance and this excess kurtosis is what a normal with an uncertain variance looks like
+    # a normal of uncertain variance looks like the t of that variance and that excess kurtosis: Student's without a field
     df = np.minimum(4 + 2 / spread, moments.n_free)
-    error = np.sqrt(variance * (df - 2) / df)
+    error = np.sqrt(variance * moments.n_free / (moments.n_free - 2) * (df - 2) / df)
     scores = moments.effect / error
     reach = stats.t.ppf((1 + level) / 2, df) * error
     result = SpatialTest(
