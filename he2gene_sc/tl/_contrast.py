@@ -178,7 +178,7 @@ def _ppi(contrast: Contrast) -> SampleTest:
 
 
 def _spatial(contrast: Contrast) -> Any:
-    from ..stats._spatial_test import spatial_test
+    from ..stats import spatial_test
 
     if contrast.pool.xy is None:
         raise ValueError("`data` has no obsm['spatial']; method 'spatial' needs spot centres")
@@ -194,8 +194,7 @@ def _spatial(contrast: Contrast) -> Any:
 
 
 def _wilcoxon(contrast: Contrast) -> SampleTest:
-    from ..stats import SampleTest
-    from ..stats._spatial_test import wilcoxon_test
+    from ..stats import SampleTest, wilcoxon_test
 
     chosen = contrast.inside | contrast.outside
     scores, pvalues = wilcoxon_test(contrast.pool.values(chosen, contrast.genes), contrast.inside[chosen])
