@@ -71,7 +71,10 @@ def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray
         return 0.0, 0.0
     y = (y - y.mean()) / scale
     model = MixedLM(y, design, groups=codes)
-    start = MixedLMParams.from_components(fe_params=np.zeros(design.shape[1]), cov_re=[[_ratio(y, codes, group)]])
+    rest = y - design @ np.linalg.lstsq(design, y)[0]
+    start = MixedLMParams.from_components(
+        fe_params=np.zeros(design.shape[1]), cov_re=np.array([[_ratio(rest, codes, group)]])
+    )
     with warnings.catch_warnings():
         # A sample variance of 0 is a fair estimate, which statsmodels warns of for every gene.
         warnings.simplefilter("ignore")

@@ -291,16 +291,15 @@ def _fault(cells: Cells, group: str, reference: str, chosen: Method) -> str:
     enough = {name: count >= MIN_SPOTS for name, count in counts.items()}
     for name, there in enough.items():
         if there.sum() < 2:
-            where = cells.samples[there].tolist()
             return (
-                f"{name!r} has {MIN_SPOTS} or more spots in {there.sum()} sample{'s' * (there.sum() != 1)} {where} only; "
-                f"method {chosen.name!r} compares at least 2"
+                f"{name!r} has {MIN_SPOTS} or more spots in too few samples, {cells.samples[there].tolist()}; method "
+                f"{chosen.name!r} compares at least 2"
             )
     both = (enough[group] & enough[reference]).sum()
     if both < 2:
         return (
-            f"{group!r} and {reference!r} share {both} sample{'s' * (both != 1)} with {MIN_SPOTS} or more spots of each; "
-            "groups that do not meet within samples cannot be told from the samples"
+            f"{group!r} and {reference!r} meet in {both} of the samples, with {MIN_SPOTS} or more spots of each; at least 2 "
+            "are needed: groups that do not meet within samples cannot be told from the samples"
         )
     return ""
 

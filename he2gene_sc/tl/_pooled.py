@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._keys import MADE, Keys
-from .._tables import Scale, column_of, get_table, log_expression, sections_of
+from .._tables import Scale, column_of, get_table, log_expression, sections_of, values_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -161,6 +161,9 @@ def pool(
         if table.var_names.has_duplicates:
             double = table.var_names[table.var_names.duplicated()][:3].tolist()
             raise ValueError(f"`data`: genes stand twice in var_names, for example {double}")
+        values = values_of(table, layer)
+        if isinstance(values, np.ndarray) and values.size and np.isnan(values).all():
+            raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
         # Looks at all values once; with no genes it returns none.
         log_expression(table, layer, genes=np.zeros(0, int), scale=layer_scale, expected=_expected(layer))
     labels = [_labels(table, groupby) for table in tables]
