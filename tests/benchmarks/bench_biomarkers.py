@@ -19,6 +19,7 @@ import sys
 import time
 import tracemalloc
 import warnings
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -90,47 +91,45 @@ def places_of():
     return {"A1, C5": sites(["A1", "C5"]) * 4, "eight": sites(EIGHT)}
 
 
-def size():
-    """Share of genes with p < .05 where nothing is planted."""
-    rng = np.random.default_rng(0)
+def cells(seed, spreads=(0.0, 0.5)):
+    """Every combination of sections, range and spread with its name and a generator of its own."""
     for where, places in places_of().items():
         for name, share in RANGES.items():
-            for spread in (0.0, 0.5):
-                rate = (test(simulate(places, share, rng, spread=spread)[0], "pseudobulk")["pvals"] < 0.05).mean()
-                print(
-                    f"size, {where}, range {name}{', spread' * bool(spread)}, pseudobulk: {rate:.1%} of {GENES}",
-                    flush=True,
-                )
+            for spread in spreads:
+                cell = f"{where}, range {name}{', spread' * bool(spread)}"
+                yield cell, places, share, spread, np.random.default_rng([seed, zlib.crc32(cell.encode())])
+
+
+def size():
+    """Share of genes with p < .05 by pseudobulk where nothing is planted."""
+    for cell, places, share, spread, rng in cells(0):
+        rate = (test(simulate(places, share, rng, spread=spread)[0], "pseudobulk")["pvals"] < 0.05).mean()
+        print(f"size, {cell}, pseudobulk: {rate:.1%} of {GENES}", flush=True)
 
 
 def mixed(genes=2000):
     """Share of genes with p < .05 by the mixed model where nothing is planted."""
-    rng = np.random.default_rng(5)
-    for where, places in places_of().items():
-        for name, share in RANGES.items():
-            rate = (test(simulate(places, share, rng, genes=genes)[0], "mixed")["pvals"] < 0.05).mean()
-            print(f"size, {where}, range {name}, mixed: {rate:.1%} of {genes}", flush=True)
+    for cell, places, share, _, rng in cells(5, spreads=(0.0,)):
+        rate = (test(simulate(places, share, rng, genes=genes)[0], "mixed")["pvals"] < 0.05).mean()
+        print(f"size, {cell}, mixed: {rate:.1%} of {genes}", flush=True)
 
 
-def power(repeats=2):
+def power(repeats=8):
     """Share of planted genes found, and share of false ones among those found, at FDR 5 %."""
-    rng = np.random.default_rng(1)
-    for where, places in places_of().items():
-        for name, share in RANGES.items():
-            for spread in (0.0, 0.5):
-                found, false = [], []
-                for _ in range(repeats):
-                    tables, planted = simulate(places, share, rng, shift=1.0, spread=spread)
-                    result = test(tables, "pseudobulk")
-                    hit = result["pvals_adj"].to_numpy() < 0.05
-                    truth = pd.Series(planted, index=tables[0].var_names)[result.index].to_numpy()
-                    found.append(hit[truth].mean())
-                    false.append((hit & ~truth).sum() / max(hit.sum(), 1))
-                print(
-                    f"power, {where}, range {name}{', spread' * bool(spread)}: {np.mean(found):.1%} found, "
-                    f"FDR {np.mean(false):.1%} ({repeats} × {GENES} genes, a tenth planted at one SD)",
-                    flush=True,
-                )
+    for cell, places, share, spread, rng in cells(1):
+        found, false = [], []
+        for _ in range(repeats):
+            tables, planted = simulate(places, share, rng, shift=1.0, spread=spread)
+            result = test(tables, "pseudobulk")
+            hit = result["pvals_adj"].to_numpy() < 0.05
+            truth = pd.Series(planted, index=tables[0].var_names)[result.index].to_numpy()
+            found.append(hit[truth].mean())
+            false.append((hit & ~truth).sum() / max(hit.sum(), 1))
+        print(
+            f"power, {cell}: {np.mean(found):.1%} found, FDR {np.mean(false):.1%} "
+            f"({repeats} x {GENES} genes, a tenth planted at one SD)",
+            flush=True,
+        )
 
 
 def ppi(replicates=20_000, n=30, n_more=300):
