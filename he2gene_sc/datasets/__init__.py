@@ -5,6 +5,7 @@ from .._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "breast_markers": "._markers",
         "her2st": "._her2st",
         "hbcis": "._hbcis",
         "toy": "._toy",

@@ -7,6 +7,9 @@ __getattr__, __dir__, __all__ = attach(
     {
         "evaluation": "._evaluation",
         "domains": "._domains",
+        "biomarkers": "._biomarkers",
+        "concordance": "._concordance",
+        "enrichment": "._enrichment",
         "genes": "._genes",
     },
 )

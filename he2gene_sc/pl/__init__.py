@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "annotation": "._annotation",
         "domains": "._domains",
+        "biomarkers": "._biomarkers",
+        "concordance": "._concordance",
         "spatial": "._spatial",
     },
 )

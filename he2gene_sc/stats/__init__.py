@@ -5,9 +5,14 @@ from ._adapt import CANDIDATES, MIN_SPOTS, Adapted, adapt
 from ._classification import N_BINS, ClassScores, calibration_error, class_scores
 from ._correlation import sd_ratio, slope, spearman
 from ._domains import AGREEMENT, agreement, chaos, enrichment_agreement, match, pas, silhouette
+from ._mixed import mixed_model
+from ._ppi import PredictionPowered, prediction_powered_mean
+from ._pseudobulk import SampleTest, paired_moderated_t, squeeze_variance, t_test, trigamma_inverse
+from ._ranking import ranking_agreement
 from ._residual_quantiles import LEVELS, residual_quantiles
 from ._shift_test import MIN_OVERLAP, ShiftTest, admissible_shifts, shift_test
 from ._spatial_metrics import moran, neighbour_weights, ssim_on_grid
+from ._spatial_test import SpatialTest, spatial_test, wilcoxon_test
 
 __all__ = [
     "AGREEMENT",
@@ -19,7 +24,10 @@ __all__ = [
     "TARGET_SUM",
     "Adapted",
     "ClassScores",
+    "PredictionPowered",
+    "SampleTest",
     "ShiftTest",
+    "SpatialTest",
     "adapt",
     "admissible_shifts",
     "agreement",
@@ -29,17 +37,26 @@ __all__ = [
     "enrichment_agreement",
     "log_normalise",
     "match",
+    "mixed_model",
     "moran",
     "neighbour_weights",
     "noise_ceiling",
+    "paired_moderated_t",
     "pas",
     "pearson",
+    "prediction_powered_mean",
+    "ranking_agreement",
     "residual_quantiles",
     "sd_ratio",
     "shift_test",
     "silhouette",
     "skill",
     "slope",
+    "spatial_test",
     "spearman",
+    "squeeze_variance",
     "ssim_on_grid",
+    "t_test",
+    "trigamma_inverse",
+    "wilcoxon_test",
 ]

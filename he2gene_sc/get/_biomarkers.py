@@ -1,0 +1,123 @@
+"""``hg.get.biomarkers``: what ``hg.tl.biomarkers`` found, as a tidy table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def biomarkers(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    group: str | Sequence[str] | None = None,
+    *,
+    pval_cutoff: float | None = None,
+    log2fc_min: float | None = None,
+    log2fc_max: float | None = None,
+    reliable: bool | None = None,
+    key: str = "he2gene_biomarkers",
+    table_key: str | None = None,
+) -> pd.DataFrame:
+    """Return the tests of :func:`he2gene_sc.tl.biomarkers`, as ``scanpy.get.rank_genes_groups_df`` does those of scanpy.
+
+    Parameters
+    ----------
+    data
+        Object or table that it wrote to; of several, the first is read.
+    group
+        Group or groups; default: all.
+    pval_cutoff
+        Only adjusted p-values below this.
+    log2fc_min, log2fc_max
+        Only log2 fold changes above, or below this.
+    reliable
+        Only genes that are, or are not, reliable.
+    key
+        ``key_added`` of the run.
+    table_key
+        Table, where an object holds several.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a group and gene, highest score first:
+
+        - ``group``, ``names``: group and gene;
+        - ``logfoldchanges``: scanpy's, over all labelled spots of all samples;
+        - ``effect_size``, ``ci_low``, ``ci_high``: difference of the means of the natural logarithms, as the method
+          estimates it, and its interval;
+        - ``scores``, ``pvals``, ``pvals_adj``: test statistic, two-sided p-value, Benjamini and Hochberg's within the group;
+        - ``n_samples``, ``n_spots``, ``n_spots_reference``: what the test used;
+        - ``method``, ``reliable``, ``circular``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such result or group.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    >>> result = hg.tl.biomarkers(slides, "pathologist", layer=None)
+    >>> hg.get.biomarkers(slides, "tumour", pval_cutoff=0.05)["group"].unique().tolist()
+    ['tumour']
+    """
+    frame = result_of(data, "biomarkers", key, table_key)["results"].copy()
+    if group is not None:
+        wanted = [group] if isinstance(group, str) else list(group)
+        if unknown := [name for name in wanted if name not in set(frame["group"])]:
+            raise ValueError(f"`group` {unknown} was not tested, valid: {frame['group'].unique().tolist()}")
+        frame = frame[frame["group"].isin(wanted)]
+    if pval_cutoff is not None:
+        frame = frame[frame["pvals_adj"] < pval_cutoff]
+    if log2fc_min is not None:
+        frame = frame[frame["logfoldchanges"] > log2fc_min]
+    if log2fc_max is not None:
+        frame = frame[frame["logfoldchanges"] < log2fc_max]
+    if reliable is not None:
+        frame = frame[frame["reliable"].astype(bool) == reliable]
+    return frame.reset_index(drop=True)
+
+
+def result_of(data: Any, verb: str, key: str, table_key: str | None) -> Mapping[str, Any]:
+    """Return what a verb wrote to ``uns[key]`` of an object, a table, or the first of several."""
+    return tables_with(data, verb, key, table_key)[0].uns[key]
+
+
+def tables_with(data: Any, verb: str, key: str, table_key: str | None) -> list[AnnData]:
+    """Return the table of each object whose ``uns[key]`` a verb wrote.
+
+    Raises
+    ------
+    ValueError
+        If an object has none, or several.
+    """
+    objects = [data] if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    found = []
+    for item in objects:
+        tables = item.tables if hasattr(item, "tables") else {"": item}
+        if table_key is not None and hasattr(item, "tables") and table_key not in tables:
+            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
+        written = [
+            name
+            for name, table in tables.items()
+            if (table_key is None or name in (table_key, ""))
+            and isinstance(table.uns.get(key), Mapping)
+            and table.uns[key].get("verb") == verb
+        ]
+        if not written:
+            raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
+        if len(written) > 1:
+            raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(written)}")
+        found.append(tables[written[0]])
+    if not found:
+        raise ValueError("`data` is empty; at least one object is needed")
+    return found

@@ -1,0 +1,57 @@
+"""``hg.get.enrichment``: gene sets among the biomarkers, as a tidy table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from ._biomarkers import result_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def enrichment(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    *,
+    key: str = "he2gene_enrichment",
+    table_key: str | None = None,
+) -> pd.DataFrame:
+    """Return what :func:`he2gene_sc.tl.enrichment` found.
+
+    Parameters
+    ----------
+    data
+        Object or table that it wrote to; of several, the first is read.
+    key
+        ``key_added`` of the run.
+    table_key
+        Table, where an object holds several.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a group and gene set, highest score first: ``group``, ``source`` (the set), ``score``, ``pvals_adj``
+        (decoupler's, NaN where the method has no test), ``n_targets`` (tested genes of the set), ``method``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such result.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    >>> markers = hg.tl.biomarkers(slides, "pathologist", layer=None)
+    >>> sets = slides[0]["table"].var["planted"].rename_axis("target").reset_index(name="source")
+    >>> scores = hg.tl.enrichment(slides, sets)
+    >>> hg.get.enrichment(slides).equals(scores)
+    True
+    """
+    return result_of(data, "enrichment", key, table_key)["results"].copy()

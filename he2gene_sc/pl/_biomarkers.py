@@ -1,0 +1,169 @@
+"""``hg.pl.biomarkers``: what ``hg.tl.biomarkers`` found, as volcanoes or as dots over patients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from ..get._biomarkers import biomarkers as get_biomarkers
+from ..get._biomarkers import result_of
+from ._canvas import axes_for, finish
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from spatialdata import SpatialData
+
+_ABOVE, _BELOW, _NEITHER = "#b2182b", "#2166ac", "#bdbdbd"
+
+
+def biomarkers(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    group: str | Sequence[str] | None = None,
+    *,
+    kind: Literal["volcano", "dot"] = "volcano",
+    genes: str | Sequence[str] | None = None,
+    n_genes: int = 10,
+    fdr: float = 0.05,
+    key: str = "he2gene_biomarkers",
+    table_key: str | None = None,
+    ncols: int = 3,
+    ax: Axes | Sequence[Axes] | None = None,
+    save: str | Path | None = None,
+) -> Axes | list[Axes]:
+    """Draw the tests of biomarkers.
+
+    Parameters
+    ----------
+    data
+        What :func:`he2gene_sc.tl.biomarkers` wrote to.
+    group
+        Group or groups; default: all.
+    kind
+        ``"volcano"``: effect against p-value, a panel a group. ``"dot"``: the difference of a gene to the reference in
+        every group and patient; a dot is as large as the patient has spots of the group. What holds in the average only
+        shows as one dark dot.
+    genes
+        Genes to name (volcano) or to show (dot); default: the ``n_genes`` of each group with the highest scores, and for
+        the volcano as many with the lowest, if they pass.
+    n_genes
+        See ``genes``.
+    fdr
+        Adjusted p-value below which a gene is coloured.
+    key, table_key
+        As given to :func:`he2gene_sc.get.biomarkers`.
+    ncols
+        Volcanoes in a row.
+    ax
+        Axes to draw in: one a group for volcanoes, one for dots.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    matplotlib.axes.Axes or list of them
+
+    Raises
+    ------
+    ValueError
+        If there is no such result, group or gene.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    >>> result = hg.tl.biomarkers(slides, "pathologist", layer=None)
+    >>> len(hg.pl.biomarkers(slides))
+    3
+    """
+    if kind not in ("volcano", "dot"):
+        raise ValueError(f"`kind` is {kind!r}, valid: ['volcano', 'dot']")
+    data = data if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    frame = get_biomarkers(data, group, key=key, table_key=table_key)
+    record = result_of(data, "biomarkers", key, table_key)
+    named = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
+    if named is not None and (unknown := [gene for gene in named if gene not in set(frame["names"])]):
+        raise ValueError(f"`genes` {unknown} were not tested")
+    reference = str(record["params"]["reference"])
+    groups = list(dict.fromkeys(frame["group"]))
+    if kind == "dot":
+        (axes,) = axes_for(1, ax, 1, panel=6.0)
+        if named is None:
+            tops = [name for g in groups for name in frame.loc[frame["group"] == g, "names"].head(n_genes)]
+            named = list(dict.fromkeys(tops))
+        _dots(axes, record, groups, named, reference)
+        return finish([axes], save)
+    panels = axes_for(len(groups), ax, ncols)
+    for name, panel in zip(groups, panels, strict=True):
+        _volcano(panel, frame[frame["group"] == name], name, reference, named, n_genes, fdr)
+    return finish(panels, save)
+
+
+def _volcano(
+    ax: Axes, part: pd.DataFrame, group: str, reference: str, named: list[str] | None, n_genes: int, fdr: float
+) -> None:
+    part = part.dropna(subset=["pvals"])
+    height = -np.log10(part["pvals"].clip(lower=1e-300))
+    passed = part["pvals_adj"] < fdr
+    colours = np.where(passed, np.where(part["effect_size"] > 0, _ABOVE, _BELOW), _NEITHER)
+    ax.scatter(part["effect_size"], height, c=colours, s=8, linewidths=0, rasterized=len(part) > 2000)
+    if passed.any():
+        ax.axhline(height[passed].min(), color="0.5", linewidth=0.8, linestyle=":")
+    found = part[passed]
+    shown = (
+        part[part["names"].isin(named)]
+        if named is not None
+        else pd.concat([found[found["scores"] > 0].head(n_genes), found[found["scores"] < 0].tail(n_genes)])
+    )
+    for at, row in shown.iterrows():
+        ax.annotate(
+            row["names"], (row["effect_size"], height[at]), xytext=(3, 2), textcoords="offset points", fontsize=7
+        )
+    ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    ax.set_xlabel(f"difference to {reference} (ln)")
+    ax.set_ylabel("-log10 p")
+    marks = [part["method"].iloc[0]] + ["circular"] * bool(part["circular"].any()) if len(part) else []
+    ax.set_title(f"{group}\n{', '.join(marks)}: {int(passed.sum())} of {len(part)} at FDR {fdr:g}", fontsize=10)
+
+
+def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[str], reference: str) -> None:
+    from matplotlib.colors import TwoSlopeNorm
+
+    rows = pd.DataFrame(record["samples"])
+    effects = pd.DataFrame(np.asarray(record["sample_effects"]), columns=np.asarray(record["genes"], str))
+    kept = rows["group"].isin(groups).to_numpy()
+    rows, effects = rows[kept].reset_index(drop=True), effects[kept].reindex(columns=genes).reset_index(drop=True)
+    order = np.argsort(rows["group"].map({g: i for i, g in enumerate(groups)}).to_numpy(), kind="stable")
+    rows, effects = rows.iloc[order], effects.iloc[order]
+    y, x = np.indices(effects.shape)
+    values = effects.to_numpy()
+    limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
+    spots = rows["n_spots"].to_numpy(float)
+    area = 15 + 135 * spots / spots.max()
+    there = np.isfinite(values)
+    dots = ax.scatter(
+        x[there],
+        y[there],
+        c=values[there],
+        s=np.repeat(area[:, None], len(genes), 1)[there],
+        cmap="RdBu_r",
+        norm=TwoSlopeNorm(0, -(limit or 1.0), limit or 1.0),
+        edgecolors="0.6",
+        linewidths=0.3,
+    )
+    ax.set_xticks(range(len(genes)), genes, rotation=90, fontsize=8)
+    ax.set_yticks(
+        range(len(rows)), [f"{g}, {s}" for g, s in zip(rows["group"], rows["sample"], strict=True)], fontsize=8
+    )
+    ax.set_xlim(-0.7, len(genes) - 0.3)
+    ax.set_ylim(len(rows) - 0.3, -0.7)
+    ax.figure.colorbar(dots, ax=ax, shrink=0.6, pad=0.02).set_label(f"difference to {reference} (ln)")
+    for count in sorted({int(spots.min()), int(spots.max())}):
+        ax.scatter([], [], s=15 + 135 * count / spots.max(), c="0.6", label=f"{count} spots")
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.25), frameon=False, ncols=2, fontsize=8)

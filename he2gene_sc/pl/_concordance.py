@@ -1,0 +1,114 @@
+"""``hg.pl.concordance``: predicted against measured effects, gene by gene."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from ..get._concordance import concordance as get_concordance
+from ._canvas import axes_for, finish
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from spatialdata import SpatialData
+
+
+def concordance(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    group: str | Sequence[str] | None = None,
+    *,
+    genes: str | Sequence[str] | None = None,
+    key: str = "he2gene_concordance",
+    table_key: str | None = None,
+    ncols: int = 3,
+    ax: Axes | Sequence[Axes] | None = None,
+    save: str | Path | None = None,
+) -> Axes | list[Axes]:
+    """Draw the effect of every gene in predicted against that in measured expression, a panel a group.
+
+    Parameters
+    ----------
+    data
+        What :func:`he2gene_sc.tl.concordance` wrote to.
+    group
+        Group or groups; default: all.
+    genes
+        Genes to name.
+    key, table_key
+        As given to :func:`he2gene_sc.get.concordance`.
+    ncols
+        Panels in a row.
+    ax
+        Axes to draw in, one a group.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    matplotlib.axes.Axes or list of them
+        Reliable genes are drawn dark over the others; the title says how well both sets agree.
+
+    Raises
+    ------
+    ValueError
+        If there is no such result, group or gene.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    ...     hg.tl.predict(slide, show_progress_bar=False)
+    >>> result = hg.tl.concordance(slides, "pathologist")
+    >>> ax = hg.pl.concordance(slides, "tumour")
+    """
+    data = data if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    frame = get_concordance(data, by_gene=True, key=key, table_key=table_key)
+    table = get_concordance(data, key=key, table_key=table_key)
+    groups = list(dict.fromkeys(frame["group"]))
+    wanted = groups if group is None else [group] if isinstance(group, str) else list(group)
+    if unknown := [name for name in wanted if name not in groups]:
+        raise ValueError(f"`group` {unknown} was not compared, valid: {groups}")
+    named = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
+    if unknown := [gene for gene in named if gene not in set(frame["names"])]:
+        raise ValueError(f"`genes` {unknown} were not compared")
+    panels = axes_for(len(wanted), ax, ncols)
+    for name, panel in zip(wanted, panels, strict=True):
+        _panel(panel, frame[frame["group"] == name], table[table["group"] == name], name, named)
+    return finish(panels, save)
+
+
+def _panel(ax: Axes, part: pd.DataFrame, scores: pd.DataFrame, group: str, named: Sequence[str]) -> None:
+    reliable = part["reliable"].astype(bool)
+    for chosen, colour, label in ((~reliable, "#bdbdbd", "not reliable"), (reliable, "#1b5e9b", "reliable")):
+        of = part[chosen]
+        ax.scatter(
+            of["effect_size_measured"],
+            of["effect_size_predicted"],
+            s=8,
+            c=colour,
+            linewidths=0,
+            label=f"{label} ({len(of)})",
+            rasterized=len(of) > 2000,
+        )
+    for _, row in part[part["names"].isin(named)].iterrows():
+        ax.annotate(
+            row["names"],
+            (row["effect_size_measured"], row["effect_size_predicted"]),
+            xytext=(3, 2),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    ax.set_xlabel("measured difference (ln)")
+    ax.set_ylabel("predicted difference (ln)")
+    said = ", ".join(f"{row['genes']} {row['spearman']:.2f}" for _, row in scores.iterrows())
+    circular = ", circular" if scores["circular"].any() else ""
+    ax.set_title(f"{group}{circular}\nSpearman: {said}", fontsize=10)
+    ax.legend(frameon=False, fontsize=7)

@@ -1,0 +1,98 @@
+"""Linear mixed model of sample × group means with a random intercept a sample."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from ._pseudobulk import SampleTest, t_test
+
+
+def mixed_model(
+    values: np.ndarray,
+    group: np.ndarray,
+    sample: np.ndarray,
+    covariates: np.ndarray | None = None,
+    *,
+    level: float = 0.95,
+) -> SampleTest:
+    """Fit statsmodels' ``MixedLM`` to the means of two groups in each sample, gene by gene, by REML.
+
+    y = b0 + b1 group + b2 covariates + u(sample) + e. Without covariates and with both groups in every sample this is the
+    paired t test, unless the samples differ by less than chance.
+
+    Parameters
+    ----------
+    values
+        ``(m, g)``: mean of a gene, a row a group in a sample.
+    group
+        ``(m,)`` bool: the group, not the reference.
+    sample
+        ``(m,)``: name or code of the sample.
+    covariates
+        ``(m, c)``.
+    level
+        Of the interval.
+
+    Returns
+    -------
+    SampleTest
+        Of b1. Degrees of freedom are those within samples, ``m - number of samples - 1 - c``: with both groups in each of
+        n samples, n - 1 - c. The normal reference of statsmodels would reject too often with few samples.
+
+    Raises
+    ------
+    ValueError
+        If no degrees of freedom are left or the covariates tell what the group tells.
+    """
+    values, group = np.asarray(values, np.float64), np.asarray(group, bool)
+    codes = np.unique(sample, return_inverse=True)[1]
+    more = np.empty((len(group), 0)) if covariates is None else np.asarray(covariates, np.float64)
+    more = (more - more.mean(0)) / np.where(more.std(0) > 0, more.std(0), 1)
+    design = np.column_stack([np.ones(len(group)), group, more])
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        raise ValueError("`covariates` are constant, or one follows from the others and the group; leave it out")
+    df = len(group) - (codes.max() + 1) - 1 - more.shape[1]
+    if df < 1:
+        raise ValueError(
+            f"`covariates`: {len(group)} means of {codes.max() + 1} samples leave {df} degrees of freedom for the group"
+        )
+    fits = np.array([_fit(column, design, codes, group) for column in values.T]).reshape(-1, 2)
+    return t_test(fits[:, 0], fits[:, 1], df, level)
+
+
+def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray) -> tuple[float, float]:
+    """Effect of the group and its standard error; 0 and 0 where the gene does not vary."""
+    from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
+
+    scale = y.std()
+    if not scale > 1e-12 * max(np.abs(y).max(), 1e-300):
+        return 0.0, 0.0
+    y = (y - y.mean()) / scale
+    model = MixedLM(y, design, groups=codes)
+    rest = y - design @ np.linalg.lstsq(design, y)[0]
+    start = MixedLMParams.from_components(
+        fe_params=np.zeros(design.shape[1]), cov_re=np.array([[_ratio(rest, codes, group)]])
+    )
+    with warnings.catch_warnings():
+        # A sample variance of 0 is a fair estimate, which statsmodels warns of for every gene.
+        warnings.simplefilter("ignore")
+        try:
+            fit = model.fit(reml=True, method="lbfgs", start_params=start)
+        except np.linalg.LinAlgError:
+            # The gradient leads lbfgs to infinite variances where samples do not differ; Powell's method needs none.
+            fit = model.fit(reml=True, method="powell")
+    return float(fit.fe_params[1] * scale), float(fit.bse_fe[1] * scale)
+
+
+def _ratio(y: np.ndarray, codes: np.ndarray, group: np.ndarray) -> float:
+    """Variance between samples over that within, by moments: where the search starts."""
+    pairs = np.full((codes.max() + 1, 2), np.nan)
+    pairs[codes, group.astype(int)] = y
+    pairs = pairs[np.isfinite(pairs).all(1)]
+    if len(pairs) < 2:
+        return 1.0
+    within = np.var(pairs[:, 1] - pairs[:, 0], ddof=1) / 2
+    between = np.var(pairs.mean(1), ddof=1) - within / 2
+    return float(np.clip(between / within, 0.1, 1e4)) if within > 0 else 1.0

@@ -1,0 +1,242 @@
+"""Groups of spots against a reference: means in each sample, and the methods that compare them, all of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ._pooled import Pool
+
+if TYPE_CHECKING:
+    from ..stats import SampleTest
+
+#: A group with fewer spots than this has no mean in a sample, and none at all with fewer altogether.
+MIN_SPOTS = 3
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Sums of the logarithms and numbers of spots of every label in every sample."""
+
+    samples: np.ndarray
+    labels: np.ndarray
+    sums: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, pool: Pool, genes: pd.Index | None = None) -> Cells:
+        """Sum over the spots of a pool: ``sums`` ``(samples, labels, g)`` float64, ``counts`` ``(samples, labels)``."""
+        samples, sample = np.unique(pool.samples.astype(str), return_inverse=True)
+        labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
+        shape = (len(samples), len(labels))
+        code = sample * shape[1] + label
+        sums = pool.sums(code, shape[0] * shape[1], genes)
+        counts = np.bincount(code, minlength=shape[0] * shape[1])
+        return cls(samples, labels, sums.reshape(*shape, -1), counts.reshape(shape))
+
+    def side(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
+        chosen = np.isin(self.labels, list(labels))
+        return self.sums[:, chosen].sum(1), self.counts[:, chosen].sum(1)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One group against its reference.
+
+    ``inside`` and ``outside`` are ``(n,)`` bool over the spots of the pool; ``means`` is ``(2, samples, g)``, the group
+    first, NaN where a sample has fewer than three spots of it; ``counts`` is ``(2, samples)``. ``measured`` is the contrast
+    of the measured values, where there are some.
+    """
+
+    pool: Pool
+    genes: pd.Index
+    samples: np.ndarray
+    inside: np.ndarray
+    outside: np.ndarray
+    means: np.ndarray
+    counts: np.ndarray
+    pooled_means: np.ndarray
+    covariates: tuple[str, ...] = ()
+    level: float = 0.95
+    measured: Contrast | None = None
+
+    @classmethod
+    def of(cls, pool: Pool, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any) -> Contrast:
+        """Contrast a label with another, or with all others (``"rest"``)."""
+        others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
+        sides = [cells.side([group]), cells.side(others)]
+        counts = np.array([count for _, count in sides])
+        sums = np.array([total for total, _ in sides])
+        enough = counts >= MIN_SPOTS
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = np.where(enough[..., None], sums / counts[..., None], np.nan)
+            pooled = sums.sum(1) / counts.sum(1)[:, None]
+        inside = pool.labels == group
+        return cls(pool, genes, cells.samples, inside, np.isin(pool.labels, others), means, counts, pooled, **more)
+
+    @property
+    def paired(self) -> np.ndarray:
+        """Samples that have both, ``(samples,)`` bool."""
+        return (self.counts >= MIN_SPOTS).all(axis=0)
+
+    @property
+    def differences(self) -> np.ndarray:
+        """Mean of the group minus that of the reference in every paired sample, ``(paired, g)``."""
+        return self.means[0, self.paired] - self.means[1, self.paired]
+
+    @property
+    def logfoldchanges(self) -> np.ndarray:
+        """scanpy's: log2 of the ratio of what the means over all spots of the logarithms stand for."""
+        above, below = np.expm1(self.pooled_means) + 1e-9
+        return np.log2(above / below)
+
+    def keep(self, genes: np.ndarray) -> Contrast:
+        """Leave out genes; ``genes`` is ``(g,)`` bool."""
+        from dataclasses import replace
+
+        return replace(
+            self,
+            genes=self.genes[genes],
+            means=self.means[..., genes],
+            pooled_means=self.pooled_means[:, genes],
+            measured=None if self.measured is None else self.measured.keep(genes),
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A test of one contrast. ``samples``: how many with both groups it needs; ``caution``: what its user must know."""
+
+    name: str
+    run: Callable[[Contrast], SampleTest]
+    label: str
+    samples: int
+    uses: Callable[[Contrast], np.ndarray]
+    caution: str = ""
+
+
+def _pseudobulk(contrast: Contrast) -> SampleTest:
+    from ..stats import paired_moderated_t
+
+    return paired_moderated_t(contrast.differences, level=contrast.level)
+
+
+def _mixed(contrast: Contrast) -> SampleTest:
+    from ..stats import mixed_model
+
+    side, sample = np.nonzero(contrast.counts >= MIN_SPOTS)
+    table = _covariates(contrast, side, sample) if contrast.covariates else None
+    return mixed_model(contrast.means[side, sample], side == 0, sample, table, level=contrast.level)
+
+
+def _covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Covariates of sample × group means: means of numbers; labels, which are one a sample, as indicators."""
+    columns = []
+    for key in contrast.covariates:
+        values = contrast.pool.obs(key, "covariates")
+        if values.isna().any():
+            raise ValueError(f"`covariates` {key!r} is empty for {int(values.isna().sum())} spots")
+        if pd.api.types.is_numeric_dtype(values):
+            masks = (contrast.inside, contrast.outside)
+            of = [masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)]
+            columns.append([float(values[mask].mean()) for mask in of])
+            continue
+        per_sample = values.astype(str).groupby(contrast.pool.samples).agg(["nunique", "first"])
+        if (per_sample["nunique"] > 1).any():
+            raise ValueError(
+                f"`covariates` {key!r} has several values within sample {per_sample.index[per_sample['nunique'] > 1][0]!r}; "
+                "a number, or one label a sample is needed"
+            )
+        named = per_sample["first"].reindex(contrast.samples[sample])
+        columns += pd.get_dummies(named, drop_first=True).to_numpy(float).T.tolist()
+    return np.array(columns).reshape(len(columns), len(side)).T
+
+
+def _ppi(contrast: Contrast) -> SampleTest:
+    from ..stats import prediction_powered_mean
+
+    known = contrast.measured
+    both = known.samples[known.paired]
+    at = pd.Index(contrast.samples[contrast.paired])
+    both = both[np.isin(both, at)]
+    only = ~at.isin(known.samples)
+    if len(both) < 3 or only.sum() < 2:
+        raise ValueError(
+            f"`method` 'ppi' needs at least 3 measured and 2 more predicted samples that have both groups; there are "
+            f"{len(both)} and {int(only.sum())}"
+        )
+    rows = pd.Index(known.samples[known.paired]).get_indexer(both)
+    predicted = contrast.differences
+    return prediction_powered_mean(
+        known.differences[rows], predicted[at.get_indexer(both)], predicted[only], level=contrast.level
+    )
+
+
+def _spatial(contrast: Contrast) -> Any:
+    from ..stats import spatial_test
+
+    if contrast.pool.xy is None:
+        raise ValueError("`data` has no obsm['spatial']; method 'spatial' needs spot centres")
+    chosen = contrast.inside | contrast.outside
+    sections = np.unique(contrast.pool.sections[chosen].astype(str), return_inverse=True)[1]
+    return spatial_test(
+        contrast.pool.values(chosen, contrast.genes),
+        contrast.inside[chosen],
+        contrast.pool.xy[chosen],
+        sections if sections.max() else None,
+        level=contrast.level,
+    )
+
+
+def _wilcoxon(contrast: Contrast) -> SampleTest:
+    from ..stats import SampleTest, wilcoxon_test
+
+    chosen = contrast.inside | contrast.outside
+    scores, pvalues = wilcoxon_test(contrast.pool.values(chosen, contrast.genes), contrast.inside[chosen])
+    unknown = np.full(len(scores), np.nan)
+    return SampleTest(contrast.pooled_means[0] - contrast.pooled_means[1], unknown, unknown, scores, pvalues, unknown)
+
+
+def _with_both(contrast: Contrast) -> np.ndarray:
+    return contrast.paired
+
+
+def _with_either(contrast: Contrast) -> np.ndarray:
+    return (contrast.counts >= MIN_SPOTS).any(axis=0)
+
+
+def _all(contrast: Contrast) -> np.ndarray:
+    return (contrast.counts > 0).any(axis=0)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both),
+        Method("mixed", _mixed, "mixed", 2, _with_either),
+        Method("ppi", _ppi, "ppi", 5, _with_both),
+        Method(
+            "spatial",
+            _spatial,
+            "spatial",
+            0,
+            _all,
+            "method 'spatial' says whether groups differ in these sections beyond what neighbouring spots share; it does not "
+            "generalise to other patients",
+        ),
+        Method(
+            "wilcoxon",
+            _wilcoxon,
+            "wilcoxon (naive)",
+            0,
+            _all,
+            "method 'wilcoxon' takes spots as independent, which neighbours are not: its p-values are far too small, and it is "
+            "there for comparison with scanpy alone",
+        ),
+    )
+}

@@ -1,0 +1,234 @@
+"""Sizes, power, speed and memory of the spatial test on simulated genes at real spots with real labels.
+
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py sizes 5000 A1 C5
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py sizes 2000 B1 D1
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py layouts 1000 A1 C5 B1 D1
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py power 1000 A1 C5
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py large 2000
+    python tests/benchmarks/bench_spatial_test.py speed 14000
+
+The second argument is the number of genes a cell. Ranges are in shares of the longer side of the tissue; the
+exponential field is exp(-d / range), the Gaussian exp(-(d / range)^2). `lags` is Dutilleul's modified t-test with 13
+classes of equal width over all distances, as SpatialPack computes it, `wilcoxon` scanpy's. Labels are the pathologist's
+(C5: `label_warp`), each class of at least three spots against all others.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from scipy.spatial.distance import cdist
+
+from he2gene_sc.stats import log_normalise, spatial_test, wilcoxon_test
+
+ALPHA = 0.05
+
+
+def section(name):
+    """Array positions and labels of the annotated spots that have counts."""
+    root = Path(os.environ["HE2GENE_DATA_DIR"]) / "her2st"
+    counted = pd.read_csv(root / f"ST-cnts/{name}.tsv.gz", sep="\t", usecols=[0]).iloc[:, 0]
+    if name == "C5":
+        table = pd.read_csv(root / f"ST-pat/lbl_transferred/{name}_transferred.tsv", sep="\t")
+        table["label"] = table["label_warp"]
+    else:
+        table = pd.read_csv(root / f"ST-pat/lbl/{name}_labeled_coordinates.tsv", sep="\t")
+    table = table.dropna(subset=["x", "y", "label"])
+    table[["x", "y"]] = table[["x", "y"]].round().astype(int)
+    table["spot"] = table["x"].astype(str) + "x" + table["y"].astype(str)
+    table = table[table["spot"].isin(counted)].drop_duplicates("spot")
+    return table[["x", "y"]].to_numpy(float), table["label"].to_numpy(str)
+
+
+def covariance(xy, kind, share, *, ratio=1, angle=0.0):
+    reach = share * np.ptp(xy, axis=0).max()
+    if reach == 0:
+        return np.eye(len(xy))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = xy @ turn / np.sqrt([ratio, 1 / ratio]) / reach
+    distance = cdist(points, points)
+    if kind == "exponential":
+        return np.exp(-distance)
+    if kind == "gaussian":
+        return np.exp(-(distance**2))
+    if kind == "matern52":
+        distance = distance * np.sqrt(5)
+        return (1 + distance + distance**2 / 3) * np.exp(-distance)
+    raise ValueError(kind)
+
+
+def draw(cov, genes, rng):
+    values, vectors = np.linalg.eigh(cov)
+    return vectors @ (np.sqrt(np.maximum(values, 0))[:, None] * rng.standard_normal((len(cov), genes)))
+
+
+def counts(field, rng, level):
+    """Log-normalised counts of genes whose log rates follow the field, spots being of different depth."""
+    n, genes = field.shape
+    rate = rng.gamma(4, 0.25, n)[:, None] * np.exp(rng.normal(level, 1, genes) + 0.8 * field)
+    others = rng.poisson(rng.gamma(4, 0.25, n) * 5000)[:, None]
+    return log_normalise(np.hstack([rng.poisson(rate), others]))[:, :-1]
+
+
+def basic_fields(xy):
+    yield "none", np.eye(len(xy))
+    for kind in ("exponential", "gaussian"):
+        for name, share in (("1/16", 1 / 16), ("1/8", 1 / 8), ("1/4", 1 / 4)):
+            yield f"{kind} {name}", covariance(xy, kind, share)
+    yield "exponential 1/4 + as much noise", covariance(xy, "exponential", 1 / 4) + np.eye(len(xy))
+
+
+def other_fields(xy, genes, rng):
+    n = len(xy)
+    yield "matern 5/2, 1/8", draw(covariance(xy, "matern52", 1 / 8), genes, rng)
+    yield "matern 5/2, 1/4", draw(covariance(xy, "matern52", 1 / 4), genes, rng)
+    short, long = covariance(xy, "exponential", 1 / 16), covariance(xy, "gaussian", 1 / 4)
+    yield "exponential 1/16 + gaussian 1/4", draw(short + long, genes, rng)
+    for degrees in (0, 60, 90):
+        cov = covariance(xy, "exponential", 1 / 8, ratio=3, angle=np.radians(degrees))
+        yield f"anisotropic 3:1, {degrees} degrees", draw(cov, genes, rng)
+    standard = (xy - xy.mean(0)) / xy.std(0)
+    yield (
+        "linear trend + as much noise",
+        standard @ rng.normal(0, np.sqrt(0.5), (2, genes)) + rng.normal(size=(n, genes)),
+    )
+    yield "counts, exponential 1/8", counts(draw(covariance(xy, "exponential", 1 / 8), genes, rng), rng, 0)
+    yield "sparse counts, gaussian 1/4", counts(draw(covariance(xy, "gaussian", 1 / 4), genes, rng), rng, -2.5)
+
+
+def real_labels(labels):
+    for name, size in pd.Series(labels).value_counts().items():
+        if 3 <= size <= len(labels) - 3:
+            yield name, labels == name
+
+
+def layouts(xy, rng):
+    """Layouts that real labels do not show."""
+    n = len(xy)
+    for name, axis in (("half, left", 0), ("half, top", 1)):
+        yield name, xy[:, axis] < np.median(xy[:, axis])
+    for name, centre, size in (("blob of 30", xy[rng.integers(n)], 30), ("corner of 5", xy[xy.sum(1).argmin()], 5)):
+        order = np.argsort(np.linalg.norm(xy - centre, axis=1), kind="stable")
+        yield name, np.isin(np.arange(n), order[:size])
+    for size in (3, 10, n // 3):
+        yield f"scattered {size}", np.isin(np.arange(n), rng.choice(n, size, replace=False))
+
+
+def lag_classes(values, group, xy, n_classes=13):
+    """Modified t-test whose correlogram has classes of equal width."""
+    distance = cdist(xy, xy)
+    classes = np.ceil(distance / distance.max() * n_classes).astype(int)
+    label = group - group.mean()
+    centred = values - values.mean(0)
+    together = np.zeros(values.shape[1])
+    for code in range(n_classes + 1):
+        pairs = (classes == code).astype(float)
+        together += (label @ pairs @ label) * np.einsum("ij,ij->j", pairs @ centred, centred) / pairs.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = label @ centred / np.sqrt((label @ label) * np.square(centred).sum(0))
+    size = 1 + (label @ label) * np.square(centred).sum(0) / np.maximum(together, 1e-9)
+    df = np.maximum(size - 2, 1e-3)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 2 * stats.t.sf(np.abs(r) * np.sqrt(df / (1 - r**2)), df)
+
+
+def known(values, group, cov, *, efficient=True):
+    """Test by one who knows the covariance: generalised least squares, or the plain difference of means."""
+    design = np.column_stack([np.ones(len(group)), group])
+    left = design.T @ np.linalg.inv(cov) if efficient else design.T
+    solve = np.linalg.inv(left @ design)
+    effect = (solve @ left @ values)[1]
+    error = np.sqrt((solve @ left @ cov @ left.T @ solve)[1, 1])
+    return 2 * stats.norm.sf(np.abs(effect) / error)
+
+
+def share(pvalues):
+    return f"{100 * np.mean(pvalues[np.isfinite(pvalues)] < ALPHA):5.1f}"
+
+
+def sizes(genes, names):
+    print("section | label | field | spatial | spatial unchecked | check | lags | wilcoxon  (% of genes with p < 0.05)")
+    for name in names:
+        xy, labels = section(name)
+        fields = list(basic_fields(xy))
+        values = np.hstack([draw(cov, genes, np.random.default_rng(i)) for i, (_, cov) in enumerate(fields)])
+        for label, group in real_labels(labels):
+            test = spatial_test(values, group, xy, check_top=0)
+            ranks, lags = wilcoxon_test(values, group)[1], lag_classes(values, group, xy)
+            for i, (field, _) in enumerate(fields):
+                part = slice(i * genes, (i + 1) * genes)
+                checked = spatial_test(values[:, part][:, :1000], group, xy, check_top=1000)
+                results = (checked.pvalues, test.pvalues[part], checked.pvalues_check, lags[part], ranks[part])
+                print(f"{name} | {label} | {field} | " + " | ".join(map(share, results)), flush=True)
+
+
+def other(genes, names):
+    print("section | label | field | spatial | lags | wilcoxon  (% of genes with p < 0.05)")
+    worst = 0.0
+    for name in names:
+        xy, labels = section(name)
+        rng = np.random.default_rng(0)
+        cases = [*real_labels(labels), *layouts(xy, rng)]
+        basic = [(field, draw(cov, genes, rng)) for field, cov in basic_fields(xy)]
+        for field, values in [*basic, *other_fields(xy, genes, rng)]:
+            for label, group in cases:
+                pvalues = spatial_test(values, group, xy, check_top=0).pvalues
+                worst = max(worst, 100 * np.mean(pvalues[np.isfinite(pvalues)] < ALPHA))
+                results = pvalues, lag_classes(values, group, xy), wilcoxon_test(values, group)[1]
+                print(f"{name} | {label} | {field} | " + " | ".join(map(share, results)), flush=True)
+    print(f"largest: {worst:.1f}")
+
+
+def power(genes, names):
+    print("section | label | field | effect in SD | spatial | lags | known, difference of means | known, GLS")
+    for name in names:
+        xy, labels = section(name)
+        for label, group in [*real_labels(labels)][:3]:
+            for field, cov in basic_fields(xy):
+                noise = draw(cov, genes, np.random.default_rng(0))
+                for effect in (0.5, 1.0):
+                    values = noise + effect * np.sqrt(cov[0, 0]) * group[:, None]
+                    results = (
+                        spatial_test(values, group, xy).pvalues,
+                        lag_classes(values, group, xy),
+                        known(values, group, cov + 1e-8 * np.eye(len(cov)), efficient=False),
+                        known(values, group, cov + 1e-8 * np.eye(len(cov))),
+                    )
+                    print(f"{name} | {label} | {field} | {effect} | " + " | ".join(map(share, results)), flush=True)
+
+
+def large(genes, _):
+    print("1,980 spots of a hexagonal grid, in blocks | label | field | spatial | wilcoxon")
+    rows, columns = np.divmod(np.arange(1980), 44)
+    xy = np.column_stack([columns + 0.5 * (rows % 2), rows * np.sqrt(0.75)]) * 100.0
+    rng = np.random.default_rng(0)
+    cases = [*layouts(xy, rng)]
+    for field, cov in basic_fields(xy):
+        values = draw(cov, genes, rng)
+        for label, group in cases:
+            results = spatial_test(values, group, xy, check_top=0).pvalues, wilcoxon_test(values, group)[1]
+            print(f"{label} | {field} | " + " | ".join(map(share, results)), flush=True)
+
+
+def speed(genes, _):
+    import resource
+
+    xy = np.argwhere(np.ones((50, 100))).astype(float)
+    values = np.random.default_rng(0).standard_normal((len(xy), genes), np.float32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, cpu = time.perf_counter(), time.process_time()
+    spatial_test(values, xy[:, 0] < 20, xy)
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    layer = values.nbytes / 2**20
+    print(f"{genes} genes x {len(xy)} spots: {wall:.0f} s ({cpu:.0f} s of CPU), layer {layer:.0f} MiB, process at most")
+    print(f"{after / 1024:.0f} MiB ({after / 1024 / layer:.2f} x the layer), {before / 1024:.0f} MiB of them before")
+
+
+if __name__ == "__main__":
+    tables = {"sizes": sizes, "layouts": other, "power": power, "large": large, "speed": speed}
+    tables[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,644 @@
+import logging
+import warnings
+
+import anndata
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+from patients import as_predicted, patient, patients
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+import he2gene_sc as hg
+
+COLUMNS = [
+    "group",
+    "names",
+    "logfoldchanges",
+    "effect_size",
+    "ci_low",
+    "ci_high",
+    "scores",
+    "pvals",
+    "pvals_adj",
+    "n_samples",
+    "n_spots",
+    "n_spots_reference",
+    "method",
+    "reliable",
+    "circular",
+]
+
+
+def found(tables, groupby="label", **options):
+    options = {"layer": "log"} | options
+    return hg.tl.biomarkers(tables, groupby, **options)
+
+
+def of(frame, group="tumour"):
+    return frame[frame["group"] == group].set_index("names")
+
+
+# ----------------------------------------------------------------------------------------------- what comes out
+
+
+def test_planted_genes_are_found_and_the_table_is_tidy():
+    result = found(patients())
+    assert list(result) == COLUMNS
+    tumour = of(result)
+    assert set(tumour.index[tumour["pvals_adj"] < 0.05]) == {f"g{i}" for i in range(5)}
+    assert set(tumour.index[:5]) == {f"g{i}" for i in range(5)}
+    assert (tumour["method"] == "pseudobulk").all()
+    assert (tumour["n_samples"] == 5).all()
+    assert (tumour["n_spots"] == 100).all()
+    assert not tumour["circular"].any()
+    assert tumour["reliable"].all()
+
+
+def test_two_groups_mirror_each_other():
+    result = found(patients())
+    one, other = of(result, "tumour"), of(result, "stroma").reindex(of(result, "tumour").index)
+    np.testing.assert_allclose(one["effect_size"], -other["effect_size"], rtol=1e-6)
+    np.testing.assert_allclose(one["pvals"], other["pvals"], rtol=1e-6)
+
+
+def test_effects_are_paired_means():
+    tables = patients()
+    tumour = of(found(tables))
+    means = [
+        [t.layers["log"][t.obs["label"] == side].mean(0, dtype=float) for t in tables] for side in ("tumour", "stroma")
+    ]
+    d = pd.DataFrame(np.subtract(*np.array(means, float)), columns=tables[0].var_names)[tumour.index]
+    np.testing.assert_allclose(tumour["effect_size"], d.mean(), rtol=1e-5)
+    assert stats.spearmanr(tumour["pvals"], stats.ttest_1samp(d, 0).pvalue).statistic > 0.8
+
+
+def test_p_values_are_adjusted_within_groups():
+    result = found(patients())
+    for _, part in result.groupby("group"):
+        np.testing.assert_allclose(part["pvals_adj"], multipletests(part["pvals"], method="fdr_bh")[1])
+
+
+def test_fold_changes_are_those_of_scanpy():
+    slides = [hg.datasets.toy((6, 6), seed=i)["table"] for i in range(4)]
+    for i, slide in enumerate(slides):
+        slide.obs["patient"] = f"P{i}"
+    for reference in ("rest", "stroma"):
+        result = found(slides, "pathologist", layer=None, reference=reference)
+        whole = anndata.concat(slides, index_unique="-")
+        sc.pp.normalize_total(whole, target_sum=1e4)
+        sc.pp.log1p(whole)
+        whole.obs["pathologist"] = whole.obs["pathologist"].astype("category")
+        sc.tl.rank_genes_groups(whole, "pathologist", reference=reference, method="t-test")
+        expected = sc.get.rank_genes_groups_df(whole, "tumour").set_index("names")["logfoldchanges"]
+        tumour = of(result)
+        np.testing.assert_allclose(tumour["logfoldchanges"], expected[tumour.index], atol=1e-5)
+
+
+def test_order_of_spots_objects_and_genes_does_not_matter():
+    tables = patients()
+    one = of(found(tables))
+    rng = np.random.default_rng(0)
+    turned = [t[rng.permutation(t.n_obs), rng.permutation(t.n_vars)].copy() for t in reversed(patients())]
+    other = of(found(turned)).loc[one.index]
+    np.testing.assert_allclose(one["pvals"], other["pvals"], rtol=1e-4)
+
+
+def test_one_table_with_a_sample_column_is_several_objects():
+    whole = anndata.concat(patients())
+    assert found(whole) is None
+    pd.testing.assert_frame_equal(hg.get.biomarkers(whole), found(patients()), rtol=1e-4)
+
+
+def test_sections_of_a_patient_are_one_sample():
+    tables = patients(6)
+    for i, table in enumerate(tables):
+        table.obs["patient"] = f"P{i // 2}"
+    assert (found(tables)["n_samples"] == 3).all()
+
+
+def test_objects_and_their_tables_give_the_same(toy):
+    slides = [hg.datasets.toy((6, 6), seed=i) for i in range(3)]
+    for i, slide in enumerate(slides):
+        slide["table"].obs["patient"] = f"P{i}"
+    one = found(slides, "pathologist", layer=None)
+    other = found([slide["table"] for slide in slides], "pathologist", layer=None)
+    pd.testing.assert_frame_equal(one, other)
+
+
+def test_results_are_kept_by_zarr(tmp_path):
+    tables = patients(3)
+    result = found(tables)
+    tables[1].write_zarr(tmp_path / "t.zarr")
+    back = anndata.read_zarr(tmp_path / "t.zarr")
+    pd.testing.assert_frame_equal(hg.get.biomarkers(back), result, check_dtype=False)
+    assert back.uns["he2gene_biomarkers"]["params"]["method"] == "pseudobulk"
+
+
+def test_genes_are_matched_by_name(caplog):
+    tables = patients(3)
+    tables[0] = tables[0][:, 3:].copy()
+    with caplog.at_level(logging.INFO, "he2gene_sc"):
+        result = found(tables)
+    assert "57 genes are in every object, of at most 60" in caplog.text
+    assert "g0" not in set(result["names"])
+    with pytest.raises(ValueError, match=r"`join` is 'outer', which is for raw counts"):
+        found(tables, join="outer")
+
+
+def test_counts_may_be_joined_over_all_genes():
+    tables = patients(3)
+    for table in tables:
+        table.X = np.random.default_rng(0).poisson(np.expm1(table.layers["log"])).astype(np.float32)
+    lacking = [tables[0][:, 1:].copy(), *tables[1:]]
+    result = of(found(lacking, layer=None, join="outer"))
+    zeroed = tables[0].copy()
+    zeroed.X[:, 0] = 0
+    expected = of(found([zeroed, *tables[1:]], layer=None))
+    assert "g0" in result.index
+    np.testing.assert_allclose(result["effect_size"], expected["effect_size"].reindex(result.index), atol=1e-6)
+
+
+def test_genes_below_the_mean_are_not_tested():
+    tables = patients(3)
+    for table in tables:
+        table.layers["log"][:, 10:] = 0.01
+    assert set(found(tables)["names"]) == {f"g{i}" for i in range(10)}
+    with pytest.raises(ValueError, match="`min_mean` is 20"):
+        found(tables, min_mean=20)
+
+
+# ----------------------------------------------------------------------------------------------- methods
+
+
+def test_auto_is_pseudobulk_from_three_samples_and_spatial_below():
+    assert (found(patients(3))["method"] == "pseudobulk").all()
+    with pytest.warns(UserWarning, match="does not generalise"):
+        result = found(patients(2))
+    assert (result["method"] == "spatial").all()
+    with pytest.warns(UserWarning, match="does not generalise"):
+        assert found(patient(0)) is None
+
+
+def test_mixed_takes_covariates():
+    tables = patients(5, genes=12)
+    for i, table in enumerate(tables):
+        table.obs["depth"] = np.random.default_rng(i).normal(size=table.n_obs)
+        table.obs["batch"] = "ab"[i % 2]
+    plain, adjusted = found(tables, method="mixed"), found(tables, method="mixed", covariates=["depth", "batch"])
+    assert {f"g{i}" for i in range(5)} == set(of(plain).index[of(plain)["pvals_adj"] < 0.05])
+    assert (plain["method"] == "mixed").all()
+    assert not np.allclose(of(plain)["pvals"], of(adjusted)["pvals"].reindex(of(plain).index))
+    with pytest.raises(ValueError, match="`covariates` enter method='mixed' alone"):
+        found(tables, covariates="depth")
+    with pytest.raises(ValueError, match="`covariates` 'no' is no column"):
+        found(tables, method="mixed", covariates="no")
+    with pytest.raises(ValueError, match="several values within sample"):
+        found(tables, method="mixed", covariates="label")
+
+
+def test_wilcoxon_is_scanpys_and_called_naive():
+    table = patient(0)
+    with pytest.warns(UserWarning, match="as independent"):
+        found(table, method="wilcoxon")
+    result = of(hg.get.biomarkers(table))
+    assert (result["method"] == "wilcoxon (naive)").all()
+    other = anndata.AnnData(table.layers["log"], obs=table.obs, var=table.var)
+    other.uns["log1p"] = {"base": None}
+    other.obs["label"] = other.obs["label"].astype("category")
+    sc.tl.rank_genes_groups(other, "label", method="wilcoxon", tie_correct=True)
+    expected = sc.get.rank_genes_groups_df(other, "tumour").set_index("names")["pvals"]
+    np.testing.assert_allclose(result["pvals"], expected[result.index], rtol=1e-4)
+
+
+def test_ppi_uses_measured_samples_and_predictions_of_others():
+    tables = [as_predicted(table) for table in patients(12)]
+    for table in tables[6:]:
+        table.X = np.zeros_like(table.X)
+    result = of(found(tables, layer="he2gene", method="ppi"))
+    assert (result["method"] == "ppi").all()
+    assert (result["n_samples"] == 12).all()
+    assert set(result.index[:5]) == {f"g{i}" for i in range(5)}
+    with pytest.raises(ValueError, match="at least 3 measured and 2 more predicted samples"):
+        found(tables[:6], layer="he2gene", method="ppi")
+
+
+# ----------------------------------------------------------------------------------------------- reliable, circular
+
+
+def test_only_reliable_genes_are_tested_where_predicted():
+    tables = [as_predicted(table) for table in patients(4)]
+    assert set(found(tables, layer="he2gene")["names"]) == {f"g{i}" for i in range(30)}
+    every = found(tables, layer="he2gene", reliable_only=False)
+    assert set(every.loc[every["reliable"], "names"]) == {f"g{i}" for i in range(30)}
+    assert every["names"].nunique() == 60
+    assert found(tables, layer=None)["names"].nunique() == 60
+    for table in tables:
+        table.var["he2gene_reliable"] = False
+    with pytest.raises(ValueError, match="`reliable_only`: no gene is reliable"):
+        found(tables, layer="he2gene")
+    joined = anndata.concat(tables)
+    with pytest.raises(ValueError, match="merge='same'"):
+        found(joined, layer="he2gene")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_labels_of_the_same_model_are_marked_circular(copied):
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    key = "he2gene_annotation"
+    if copied:
+        for table in tables:
+            table.obs["mine"] = table.obs[key].astype(str)
+        key = "mine"
+    with pytest.warns(UserWarning, match="share its errors"):
+        result = found(tables, key, layer="he2gene")
+    assert result["circular"].all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not found(tables, key, layer=None)["circular"].any()
+
+
+def test_cross_fitted_labels_are_not_circular():
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    for table in tables:
+        # Measured genes outside the tested ones tell the labels.
+        table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
+    assert not result["circular"].any()
+    tumour = of(result)
+    assert set(tumour.index[tumour["pvals_adj"] < 0.05]) == {f"g{i}" for i in range(5)}
+    for table in tables[:1]:
+        table.X = np.zeros_like(table.X)
+    with pytest.raises(ValueError, match="`cross_fit`: 'P0' has no measured counts"):
+        found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
+    with pytest.raises(ValueError, match="`cross_fit` needs several sections"):
+        found(tables[1], "he2gene_annotation", layer="he2gene", cross_fit=True)
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+
+def test_names_that_are_not_there_are_named():
+    tables = patients(3)
+    with pytest.raises(ValueError, match="`groupby` 'no' is no column of obs"):
+        found(tables, "no")
+    with pytest.raises(ValueError, match=r"`reference` 'no' is no group, valid: \['rest', 'stroma', 'tumour'\]"):
+        found(tables, reference="no")
+    with pytest.raises(ValueError, match=r"`groups` \['no'\] are no groups"):
+        found(tables, groups=["no"])
+    with pytest.raises(ValueError, match="holds the reference 'stroma'"):
+        found(tables, groups="stroma", reference="stroma")
+    with pytest.raises(ValueError, match="`method` 'no' is unknown"):
+        found(tables, method="no")
+    with pytest.raises(ValueError, match="`layer` 'no' is no layer"):
+        found(tables, layer="no")
+    with pytest.raises(ValueError, match="`level` is 95"):
+        found(tables, level=95)
+
+
+def test_several_objects_without_patients_ask_for_them():
+    tables = patients(3)
+    for table in tables:
+        del table.obs["patient"]
+    with pytest.raises(ValueError, match=r"`sample_key`: object 0 has no obs\['patient'\]; name the column"):
+        found(tables)
+    assert (found(tables, sample_key="section")["n_samples"] == 3).all()
+
+
+def test_one_level_is_refused():
+    with pytest.raises(ValueError, match=r"`groupby` has one level, \['tumour'\]"):
+        found(patients(3, labels=("tumour",)))
+
+
+def test_fractions_are_no_labels():
+    tables = patients(3)
+    for table in tables:
+        table.obs["label"] = np.linspace(0, 1, table.n_obs)
+    with pytest.raises(ValueError, match="holds fractions"):
+        found(tables)
+
+
+def _relabelled(n_first, others=0):
+    """Patients of three labels: `n_first` spots of "rare" in the first, `others` in each of the rest."""
+    tables = patients(4)
+    for i, table in enumerate(tables):
+        table.obs["label"] = table.obs["label"].astype(object)
+        table.obs.iloc[: n_first if i == 0 else others, table.obs.columns.get_loc("label")] = "rare"
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("n_first", "others", "why"),
+    [
+        (2, 0, "'rare' has 2 spots, at least 3 are needed"),
+        (6, 0, r"'rare' has 3 or more spots in too few samples, \['P0'\]"),
+        (6, 2, r"'rare' has 3 or more spots in too few samples, \['P0'\]"),
+    ],
+)
+def test_groups_that_cannot_be_tested_are_refused_or_left_out(n_first, others, why):
+    tables = _relabelled(n_first, others)
+    with pytest.raises(ValueError, match=f"`groups`: {why}"):
+        found(tables, groups="rare")
+    with pytest.warns(UserWarning, match=f"groups are left out: {why}"):
+        result = found(tables)
+    assert set(result["group"]) == {"stroma", "tumour"}
+
+
+def test_labels_that_never_meet_are_refused():
+    tables = patients(4)
+    for i, table in enumerate(tables):
+        table.obs["label"] = ["tumour", "stroma"][i % 2]
+    with pytest.raises(ValueError, match="meet in 0 of the samples.* cannot be told from the samples"):
+        found(tables)
+
+
+def test_counts_and_logs_are_told_apart():
+    tables = patients(3)
+    for table in tables:
+        table.layers["counts"] = np.random.default_rng(0).poisson(np.expm1(table.layers["log"])).astype(np.float32)
+        table.X = table.layers["log"].copy()
+    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks raw counts.*layer_scale='counts'"):
+        found(tables, layer="counts")
+    with pytest.raises(ValueError, match="`layer`: X looks already log-transformed.*layer_scale='log'"):
+        found(tables, layer=None)
+    stated = found(tables, layer="counts", layer_scale="counts")
+    for table in tables:
+        table.X = table.layers["counts"]
+    pd.testing.assert_frame_equal(stated, found(tables, layer=None))
+
+
+def test_nan_genes_and_spots_are_left_out_and_counted(caplog):
+    tables = patients(3)
+    tables[1].layers["log"][:, 7] = np.nan
+    tables[2].layers["log"][4] = np.nan
+    with caplog.at_level(logging.INFO, "he2gene_sc"):
+        result = of(found(tables))
+    assert "1 genes hold NaN" in caplog.text
+    assert "1 labelled spots have no values" in caplog.text
+    assert "g7" not in result.index
+    assert (result["n_spots"] + result["n_spots_reference"] == 119).all()
+    for table in tables:
+        table.layers["log"][:] = np.nan
+    with pytest.raises(ValueError, match="is NaN for every gene"):
+        found(tables)
+
+
+def test_spots_given_twice_are_refused():
+    table = patient(0)
+    double = anndata.concat([table, table[:4]], index_unique="-")
+    with pytest.raises(ValueError, match=r"4 spots stand twice at the same place.*section 'S0' of sample 'P0'"):
+        found([double, patient(1), patient(2)])
+    del double.obsm["spatial"]
+    double.obs_names = [*table.obs_names, *table.obs_names[:4]]
+    with pytest.raises(ValueError, match="4 spots stand twice under the same name"):
+        found(double)
+
+
+def test_a_patient_under_two_names_is_refused():
+    twin = patient(0)
+    twin.obs["patient"] = "P9"
+    twin.obsm["spatial"] = twin.obsm["spatial"] + 100
+    with pytest.raises(ValueError, match=r"`sample_key`: 40 spots are the same.*'P0' and 'P9': one patient under two"):
+        found([*patients(3), twin[::-1].copy()])
+    with pytest.raises(ValueError, match="40 spots of sample 'P0' are there twice"):
+        found([*patients(3), patient(0)])
+
+
+def test_few_samples_ask_for_another_method():
+    with pytest.raises(ValueError, match="needs at least 2, there are 1"):
+        found(patient(0), method="pseudobulk")
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match="is a str"):
+        found("table")
+    with pytest.raises(TypeError, match="is a int"):
+        found([1])
+    with pytest.raises(ValueError, match="`data` is empty"):
+        found([])
+
+
+def test_a_failed_run_changes_nothing():
+    tables = patients(3)
+    found(tables)
+    before = tables[0].uns["he2gene_biomarkers"]
+    with pytest.raises(ValueError, match="`reference`"):
+        found(tables, reference="no")
+    assert tables[0].uns["he2gene_biomarkers"] is before
+    tables[2].uns["mine"] = {"a": 1}
+    with pytest.raises(ValueError, match="was not written by hg.tl.biomarkers"):
+        found(tables, key_added="mine")
+    assert "mine" not in tables[0].uns
+
+
+# ----------------------------------------------------------------------------------------------- get and pl
+
+
+def test_results_are_filtered():
+    tables = patients()
+    found(tables)
+    chosen = hg.get.biomarkers(tables, "tumour", pval_cutoff=0.05, log2fc_min=0.1)
+    assert set(chosen["names"]) == {f"g{i}" for i in range(5)}
+    assert hg.get.biomarkers(tables[3], log2fc_max=0)["logfoldchanges"].max() < 0
+    assert hg.get.biomarkers(tables, reliable=False).empty
+    with pytest.raises(ValueError, match=r"`group` \['no'\] was not tested"):
+        hg.get.biomarkers(tables, "no")
+    with pytest.raises(ValueError, match="run hg.tl.biomarkers first"):
+        hg.get.biomarkers(patient(0))
+
+
+def test_a_volcano_shows_every_gene_and_names_those_found():
+    tables = patients()
+    found(tables)
+    axes = hg.pl.biomarkers(tables)
+    assert len(axes) == 2
+    tumour = next(ax for ax in axes if ax.get_title().startswith("tumour"))
+    assert len(tumour.collections[0].get_offsets()) == 60
+    assert {text.get_text() for text in tumour.texts} == {f"g{i}" for i in range(5)}
+    assert "5 of 60 at FDR 0.05" in tumour.get_title()
+
+
+def test_dots_show_the_difference_in_every_patient():
+    tables = patients(4)
+    found(tables)
+    _, given = plt.subplots()
+    ax = hg.pl.biomarkers(tables, "tumour", kind="dot", genes=["g0", "g30"], ax=given)
+    assert ax is given
+    assert [t.get_text() for t in ax.get_yticklabels()] == [f"tumour, P{i}" for i in range(4)]
+    dots = ax.collections[0]
+    assert len(dots.get_offsets()) == 8
+    mask = tables[2].obs["label"] == "tumour"
+    log = tables[2].layers["log"][:, 0]
+    colours = dict(zip(map(tuple, dots.get_offsets().tolist()), dots.get_array(), strict=True))
+    assert colours[(0, 2)] == pytest.approx(log[mask].mean() - log[~mask].mean(), rel=1e-4)
+
+
+def test_pictures_refuse_what_was_not_tested(tmp_path):
+    tables = patients(3)
+    found(tables)
+    with pytest.raises(ValueError, match="`kind` is 'bar'"):
+        hg.pl.biomarkers(tables, kind="bar")
+    with pytest.raises(ValueError, match=r"`genes` \['no'\] were not tested"):
+        hg.pl.biomarkers(tables, genes="no")
+    hg.pl.biomarkers(tables, "tumour", save=tmp_path / "v.png")
+    assert (tmp_path / "v.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------- concordance
+
+
+def _both(n=4):
+    tables = [as_predicted(table) for table in patients(n)]
+    for table in tables:
+        table.X[:, 59] += 10_000 - table.X.sum(1)
+    return tables
+
+
+def test_concordance_compares_predicted_with_measured():
+    tables = _both()
+    table = hg.tl.concordance(tables, "label", k=(5, 100))
+    assert table.columns[:4].tolist() == ["group", "genes", "n_genes", "n_significant"]
+    row = table[(table["group"] == "tumour") & (table["genes"] == "reliable")].iloc[0]
+    assert row["n_genes"] == 30
+    assert row["precision_at_5"] == 1
+    assert np.isnan(row["precision_at_100"])
+    assert row["chance_at_5"] == pytest.approx(5 / 30)
+    genes = hg.get.concordance(tables, by_gene=True)
+    part = genes[(genes["group"] == "tumour") & genes["reliable"]]
+    expected = stats.spearmanr(part["effect_size_predicted"], part["effect_size_measured"]).statistic
+    assert row["spearman"] == pytest.approx(expected)
+    measured = of(found(tables, layer=None))
+    np.testing.assert_allclose(
+        part.set_index("names")["effect_size_measured"], measured["effect_size"].reindex(part["names"]), rtol=1e-6
+    )
+
+
+def test_concordance_of_a_copy_is_perfect():
+    tables = patients(4)
+    for table in tables:
+        table.layers["copy"] = table.layers["log"].copy()
+    table = hg.tl.concordance(tables, "label", layer="log", measured="copy", k=(5,))
+    assert (table["spearman"] > 0.999).all()
+    assert (table["precision_at_5"] == 1).all()
+    assert (table["auroc"] == 1).all()
+
+
+def test_concordance_leaves_out_what_was_not_measured():
+    tables = _both(5)
+    tables[4].X = np.zeros_like(tables[4].X)
+    assert (hg.tl.concordance(tables, "label")["n_samples"] == 4).all()
+    for table in tables:
+        table.X = np.zeros_like(table.X)
+    with pytest.raises(ValueError, match="`measured` holds no counts"):
+        hg.tl.concordance(tables, "label")
+    with pytest.raises(ValueError, match="are both 'he2gene'"):
+        hg.tl.concordance(tables, "label", measured="he2gene")
+
+
+def test_concordance_is_kept_by_zarr_and_drawn(tmp_path):
+    tables = _both()
+    table = hg.tl.concordance(tables, "label")
+    tables[0].write_zarr(tmp_path / "t.zarr")
+    back = anndata.read_zarr(tmp_path / "t.zarr")
+    pd.testing.assert_frame_equal(hg.get.concordance(back), table, check_dtype=False)
+    ax = hg.pl.concordance(back, "tumour", genes="g0")
+    assert [len(c.get_offsets()) for c in ax.collections] == [30, 30]
+    assert ax.texts[0].get_text() == "g0"
+    assert "Spearman: reliable" in ax.get_title()
+    with pytest.raises(ValueError, match=r"`group` \['no'\] was not compared"):
+        hg.pl.concordance(back, "no")
+
+
+# ----------------------------------------------------------------------------------------------- enrichment
+
+
+def test_gene_sets_are_scored_as_decoupler_does(tmp_path):
+    import decoupler as dc
+
+    tables = patients()
+    result = found(tables)
+    net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
+    scores = hg.tl.enrichment(tables, net)
+    top = scores[scores["group"] == "tumour"].iloc[0]
+    assert top["source"] == "up"
+    assert top["n_targets"] == 5
+    wide = result.pivot(index="group", columns="names", values="scores")
+    expected, adjusted = dc.mt.ulm(data=wide, net=net, tmin=5)
+    assert top["score"] == pytest.approx(expected.loc["tumour", "up"], rel=1e-5)
+    assert top["pvals_adj"] == pytest.approx(adjusted.loc["tumour", "up"], rel=1e-3)
+    gmt = tmp_path / "sets.gmt"
+    gmt.write_text("\n".join(f"{s}\tnone\t" + "\t".join(part["target"]) for s, part in net.groupby("source")))
+    pd.testing.assert_frame_equal(hg.tl.enrichment(result, gmt), scores)
+    tables[0].write_zarr(tmp_path / "t.zarr")
+    pd.testing.assert_frame_equal(hg.get.enrichment(anndata.read_zarr(tmp_path / "t.zarr")), scores, check_dtype=False)
+
+
+def test_enrichment_refuses_what_does_not_fit():
+    tables = patients(3)
+    net = pd.DataFrame({"source": "a", "target": [f"x{i}" for i in range(6)]})
+    with pytest.raises(ValueError, match="run hg.tl.biomarkers first"):
+        hg.tl.enrichment(tables, net)
+    found(tables)
+    with pytest.raises(ValueError, match="`net`: no set has 5 genes among the 60 tested"):
+        hg.tl.enrichment(tables, net)
+    with pytest.raises(ValueError, match="`net` has no column 'target'"):
+        hg.tl.enrichment(tables, net[["source"]])
+    with pytest.raises(ValueError, match="`net`: there is no file"):
+        hg.tl.enrichment(tables, "no.gmt")
+    with pytest.raises(ValueError, match="`method` 'no' is no method of decoupler"):
+        hg.tl.enrichment(tables, net, method="no")
+    with pytest.raises(ValueError, match="`statistic`"):
+        hg.tl.enrichment(tables, net, statistic="no")
+
+
+def test_marker_sets_are_genes_of_the_bundled_model():
+    net = hg.datasets.breast_markers()
+    assert list(net) == ["source", "target", "reference"]
+    assert not net.duplicated(["source", "target"]).any()
+    known = hg.models.load().genes.index
+    assert net["target"].isin(known).mean() > 0.8
+
+
+# ----------------------------------------------------------------------------------------------- sizes, real data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pseudobulk", "mixed"])
+def test_nothing_planted_is_rejected_at_the_level(method):
+    genes = 3000 if method == "pseudobulk" else 300
+    tables = patients(8, genes=genes, shift=0.0, seed=3)
+    for i, table in enumerate(tables):
+        rng = np.random.default_rng(i)
+        for side in ("tumour", "stroma"):
+            table.layers["log"][table.obs["label"] == side] += rng.normal(0, 0.1, genes)
+    rate = (of(found(tables, method=method))["pvals"] < 0.05).mean()
+    assert (0.035 < rate < 0.065) if method == "pseudobulk" else rate < 0.085
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_measured_invasive_against_connective_in_eight_patients(her2st):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tables = [her2st(name)["table"].copy() for name in ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")]
+    result = of(
+        found(
+            tables,
+            "pathologist",
+            layer=None,
+            groups="invasive cancer",
+            reference="connective tissue",
+            min_mean=0.1,
+            join="outer",
+        ),
+        "invasive cancer",
+    )
+    assert len(result) == 7086
+    assert 700 < (result["pvals_adj"] < 0.05).sum() < 900
+    markers = result.loc[["ERBB2", "EPCAM", "CD24", "CDH1"]]
+    assert (markers["pvals_adj"] < 0.05).all()
+    assert (markers["effect_size"] > 0).all()

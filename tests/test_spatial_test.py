@@ -1,0 +1,219 @@
+"""The spatial test against formulas, simulations and its own invariances; the naive test against scanpy."""
+
+import anndata as ad
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.spatial.distance import cdist
+
+from he2gene_sc.stats import _spatial_test, spatial_test, wilcoxon_test
+from he2gene_sc.stats._covariance import _Pairs, make_blocks
+
+GRID = np.argwhere(np.ones((12, 14))).astype(float)
+DISTANCE = cdist(GRID, GRID)
+BLOB = np.linalg.norm(GRID - [3, 4], axis=1) < 3.5
+
+
+def field(covariance, genes, seed=0):
+    values, vectors = np.linalg.eigh(covariance)
+    noise = np.random.default_rng(seed).standard_normal((len(covariance), genes))
+    return vectors @ (np.sqrt(np.maximum(values, 0))[:, None] * noise)
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    return field(np.exp(-DISTANCE / 3), 300)
+
+
+def assert_same(a, b, rtol=1e-4):
+    for name in ("effect", "scores", "pvalues", "df", "ci_low", "ci_high", "n_effective"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, atol=1e-6, err_msg=name)
+
+
+def test_without_any_field_it_is_students_t(monkeypatch):
+    monkeypatch.setattr(_spatial_test, "correlations", lambda blocks: iter(()))
+    values = np.random.default_rng(0).standard_normal((len(GRID), 20))
+    test = spatial_test(values, BLOB, GRID, check_top=0)
+    student = stats.ttest_ind(values[BLOB], values[~BLOB])
+    np.testing.assert_allclose(test.scores, student.statistic, rtol=1e-6)
+    np.testing.assert_allclose(test.pvalues, student.pvalue, rtol=1e-6)
+    interval = student.confidence_interval(0.95)
+    np.testing.assert_allclose(np.stack([test.ci_low, test.ci_high]), np.stack([interval.low, interval.high]))
+    np.testing.assert_allclose(test.n_effective, len(GRID))
+
+
+def test_independent_spots_under_scattered_labels_are_nearly_students_t():
+    rng = np.random.default_rng(0)
+    values, group = rng.standard_normal((len(GRID), 200)), rng.random(len(GRID)) < 0.3
+    test, student = spatial_test(values, group, GRID, check_top=0), stats.ttest_ind(values[group], values[~group])
+    assert 0.9 < np.median(test.scores / student.statistic) < 1.05
+    assert np.median(test.n_effective) > 0.85 * len(GRID)
+
+
+def test_effective_size_is_dutilleuls_under_a_known_covariance(monkeypatch):
+    sigma = np.exp(-DISTANCE / 3)
+    monkeypatch.setattr(_spatial_test, "correlations", lambda blocks: iter([sigma]))
+    monkeypatch.setattr(_spatial_test, "ODDS", np.array([1e9]))
+    monkeypatch.setattr(_spatial_test, "_JITTER", 0.0)
+    test = spatial_test(field(sigma, 10), BLOB, GRID, check_top=0)
+    n = len(GRID)
+    b = (np.eye(n) - np.ones((n, n)) / n) / n
+    label = (BLOB - BLOB.mean())[:, None]
+    sigma_x = label @ label.T
+    variance_of_r = np.trace(b @ sigma_x @ b @ sigma) / (np.trace(b @ sigma_x) * np.trace(b @ sigma))
+    np.testing.assert_allclose(test.n_effective, 1 + 1 / variance_of_r, rtol=1e-3)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("reach", [0.3, 1.5, 3.5])
+@pytest.mark.parametrize("layout", ["blob", "half", "scattered"])
+def test_size_holds_for_every_range(power, reach, layout):
+    group = {"blob": BLOB, "half": GRID[:, 1] < 7, "scattered": np.random.default_rng(1).random(len(GRID)) < 0.1}[
+        layout
+    ]
+    values = field(np.exp(-((DISTANCE / reach) ** power)), 600)
+    # 600 genes: 7 % and 1.5 standard errors
+    assert np.mean(spatial_test(values, group, GRID, check_top=0).pvalues < 0.05) <= 0.086
+
+
+def test_independent_spots_would_be_wrong(smooth):
+    assert np.mean(wilcoxon_test(smooth, BLOB)[1] < 0.05) > 0.3
+
+
+def test_interval_covers_the_planted_effect(smooth):
+    test = spatial_test(smooth + 3 * BLOB[:, None], BLOB, GRID, check_top=0)
+    covered = (test.ci_low < 3) & (test.ci_high > 3)
+    assert covered.mean() > 0.93
+    assert np.mean(test.pvalues < 0.05) > 0.8
+
+
+def test_interval_and_pvalue_agree(smooth):
+    test = spatial_test(smooth + BLOB[:, None], BLOB, GRID, level=0.9, check_top=0)
+    np.testing.assert_array_equal(test.pvalues < 0.1, (test.ci_low > 0) | (test.ci_high < 0))
+
+
+def test_longer_range_means_fewer_effective_spots():
+    sizes = [
+        np.median(spatial_test(field(np.exp(-DISTANCE / reach), 50), BLOB, GRID).n_effective) for reach in (0.2, 1, 4)
+    ]
+    assert sizes[0] > sizes[1] > sizes[2] > 1
+
+
+def test_order_unit_place_and_scale_do_not_matter(smooth):
+    values = smooth[:, :40]
+    test = spatial_test(values, BLOB, GRID, check_top=0)
+    order = np.random.default_rng(0).permutation(len(GRID))
+    assert_same(test, spatial_test(values[order], BLOB[order], GRID[order], check_top=0))
+    assert_same(test, spatial_test(values + 5, BLOB, 200 * GRID - 1e4, check_top=0))
+    np.testing.assert_allclose(test.pvalues, spatial_test(1e-4 * values, BLOB, GRID, check_top=0).pvalues, rtol=1e-4)
+
+
+def test_swapped_groups_swap_the_sign(smooth):
+    a, b = (spatial_test(smooth[:, :20], group, GRID, check_top=0) for group in (BLOB, ~BLOB))
+    np.testing.assert_allclose(a.effect, -b.effect)
+    np.testing.assert_allclose(a.pvalues, b.pvalues, rtol=1e-4)
+
+
+def test_level_of_a_section_does_not_matter(smooth):
+    values, sections = smooth[:, :30], np.where(GRID[:, 1] < 7, "a", "b")
+    shifted = values + 10 * (sections == "b")[:, None]
+    group = (GRID[:, 0] < 5) ^ (GRID[:, 1] == 2)
+    assert_same(spatial_test(values, group, GRID, sections), spatial_test(shifted, group, GRID, sections), rtol=1e-3)
+    assert_same(
+        spatial_test(values, group, GRID, sections),
+        spatial_test(values, group, GRID + 1000 * (sections == "b")[:, None], sections),
+    )
+
+
+def test_size_holds_in_two_sections():
+    sections = np.repeat([0, 1], len(GRID))
+    values = np.vstack([field(np.exp(-DISTANCE / 3), 400, seed) for seed in (1, 2)])
+    group = np.concatenate([BLOB, GRID[:, 0] < 6])
+    assert np.mean(spatial_test(values, group, np.vstack([GRID, GRID]), sections).pvalues < 0.05) <= 0.086
+
+
+def test_blocks_hold_label_and_covariance():
+    blocks = make_blocks(GRID, np.zeros(len(GRID), int), BLOB, max_blocks=60)
+    assert len(blocks.size) == 60
+    assert blocks.size.sum() == len(GRID)
+    label = (BLOB - BLOB.mean())[:, None]
+    assert np.isclose(np.square(blocks.project(label)).sum(), np.square(label).sum())
+    basis = (blocks.of_spot[:, None] == np.arange(60)) / np.sqrt(blocks.size)
+    np.testing.assert_allclose(
+        _Pairs(blocks).correlation("exponential", GRID / 3), basis.T @ np.exp(-DISTANCE / 3) @ basis, atol=1e-10
+    )
+
+
+def test_blocks_give_nearly_the_exact_test(monkeypatch, smooth):
+    values = smooth[:, :100] + 0.5 * field(np.eye(len(GRID)), 100, 1)
+    exact = spatial_test(values, BLOB, GRID, check_top=0)
+    monkeypatch.setattr(_spatial_test, "make_blocks", lambda *args: make_blocks(*args, max_blocks=80))
+    coarse = spatial_test(values, BLOB, GRID, check_top=0)
+    np.testing.assert_allclose(coarse.effect, exact.effect)
+    assert 0.85 < np.median(coarse.scores / exact.scores) < 1.15
+    assert np.corrcoef(coarse.scores, exact.scores)[0, 1] > 0.97
+
+
+def test_check_only_raises_pvalues_of_the_top_genes(smooth):
+    plain = spatial_test(smooth, BLOB, GRID, check_top=0)
+    checked = spatial_test(smooth, BLOB, GRID, check_top=25)
+    assert np.isnan(plain.pvalues_check).all()
+    done = np.isfinite(checked.pvalues_check)
+    np.testing.assert_array_equal(np.flatnonzero(done), np.sort(np.argsort(plain.pvalues, kind="stable")[:25]))
+    raised = done & (checked.pvalues_check > 0.05)
+    assert 0 < raised.sum() < 25
+    np.testing.assert_array_equal(checked.pvalues[~raised], plain.pvalues[~raised])
+    assert (checked.pvalues[raised] >= checked.pvalues_check[raised]).all()
+    np.testing.assert_array_equal(checked.pvalues, spatial_test(smooth, BLOB, GRID, check_top=25).pvalues)
+
+
+def test_check_finds_a_planted_effect_and_not_a_white_one():
+    noise = field(np.eye(len(GRID)), 200)
+    assert np.mean(spatial_test(noise, BLOB, GRID, check_top=200).pvalues_check < 0.05) < 0.1
+    assert np.mean(spatial_test(noise + BLOB[:, None], BLOB, GRID, check_top=200).pvalues_check < 0.05) > 0.9
+
+
+def test_gene_without_variation_or_numbers_has_no_pvalue(smooth):
+    values = smooth[:, :4].astype(np.float32)
+    values[:, 1], values[3, 2] = 0.1, np.nan
+    test, naive = spatial_test(values, BLOB, GRID), wilcoxon_test(values[:, :2], BLOB)
+    np.testing.assert_array_equal(np.isnan(test.pvalues), [False, True, True, False])
+    np.testing.assert_array_equal(np.isnan(naive[1]), [False, True])
+
+
+def test_wilcoxon_is_scanpys_and_scipys():
+    import scanpy as sc
+
+    values = np.random.default_rng(0).poisson(0.7, (len(GRID), 30)).astype(float) + 0.5 * BLOB[:, None]
+    scores, pvalues = wilcoxon_test(values, BLOB)
+    scipys = stats.mannwhitneyu(values[BLOB], values[~BLOB], use_continuity=False, method="asymptotic")
+    np.testing.assert_allclose(pvalues, scipys.pvalue)
+    table = ad.AnnData(values, obs={"group": np.where(BLOB, "in", "out")})
+    sc.tl.rank_genes_groups(table, "group", groups=["in"], method="wilcoxon", tie_correct=True)
+    ranked = sc.get.rank_genes_groups_df(table, "in").set_index("names").loc[table.var_names]
+    np.testing.assert_allclose(scores, ranked["scores"], rtol=1e-5)
+    np.testing.assert_allclose(pvalues, ranked["pvals"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"values": np.zeros(len(GRID))}, "`values`"),
+        ({"group": BLOB.astype(int)}, "`group`"),
+        ({"group": BLOB[1:]}, "`group`"),
+        ({"group": np.arange(len(GRID)) < 2}, "`group`"),
+        ({"group": np.arange(len(GRID)) > 1}, "`group`"),
+        ({"xy": GRID[:, :1]}, "`xy`"),
+        ({"xy": np.where(GRID == 0, np.nan, GRID)}, "`xy`"),
+        ({"xy": np.maximum(GRID, 1)}, "`xy`"),
+        ({"sections": np.zeros(3)}, "`sections`"),
+        ({"sections": BLOB}, "`sections`"),
+        ({"level": 95}, "`level`"),
+        ({"check_top": -1}, "`check_top`"),
+        ({"n_perms": 0}, "`n_perms`"),
+    ],
+)
+def test_bad_input_is_named(changed, named):
+    arguments = {"values": np.zeros((len(GRID), 2)), "group": BLOB, "xy": GRID} | changed
+    with pytest.raises(ValueError, match=named):
+        spatial_test(**arguments)
