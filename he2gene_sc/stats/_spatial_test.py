@@ -85,9 +85,10 @@ def spatial_test(
     Examples
     --------
     >>> import he2gene_sc as hg
+    >>> from he2gene_sc.stats import log_normalise, spatial_test
     >>> table = hg.datasets.toy()["table"]
     >>> left = table.obsm["spatial"][:, 0] < table.obsm["spatial"][:, 0].mean()
-    >>> test = hg.stats.spatial_test(hg.stats.log_normalise(table.X), left, table.obsm["spatial"])
+    >>> test = spatial_test(log_normalise(table.X), left, table.obsm["spatial"])
     >>> test.pvalues.shape == (table.n_vars,)
     True
     """
