@@ -11,7 +11,7 @@ from ._covariance import ODDS, Blocks, correlations, make_blocks
 #: White noise that the fit adds to every gene, as a share of its variance (and takes off the result again).
 _JITTER = 0.03
 #: Genes that are worked on together.
-_CHUNK = 2048
+_CHUNK = 1024
 #: Below this the randomisation agrees with the test, and the p-value stays as it is.
 _CHECK_LEVEL = 0.05
 
