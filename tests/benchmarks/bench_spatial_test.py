@@ -179,12 +179,15 @@ def other(genes, names):
         rng = np.random.default_rng(0)
         cases = [*real_labels(labels), *layouts(xy, rng)]
         basic = [(field, draw(cov, genes, rng)) for field, cov in basic_fields(xy)]
-        for field, values in [*basic, *other_fields(xy, genes, rng)]:
-            for label, group in cases:
-                pvalues = spatial_test(values, group, xy, check_top=0).pvalues
-                worst = max(worst, 100 * np.mean(pvalues[np.isfinite(pvalues)] < ALPHA))
-                results = pvalues, lag_classes(values, group, xy), wilcoxon_test(values, group)[1]
-                print(f"{name} | {label} | {field} | " + " | ".join(map(share, results)), flush=True)
+        fields, values = zip(*basic, *other_fields(xy, genes, rng), strict=True)
+        values = np.hstack(values)
+        for label, group in cases:
+            results = spatial_test(values, group, xy, check_top=0).pvalues, lag_classes(values, group, xy)
+            results += (wilcoxon_test(values, group)[1],)
+            for i, field in enumerate(fields):
+                row = [share(pvalues[i * genes : (i + 1) * genes]) for pvalues in results]
+                worst = max(worst, float(row[0]))
+                print(f"{name} | {label} | {field} | " + " | ".join(row), flush=True)
     print(f"largest: {worst:.1f}")
 
 
@@ -193,20 +196,21 @@ def power(genes, names):
     for argument in names:
         name, _, only = argument.partition("/")
         xy, labels = section(name)
+        cells = [(field, cov, effect) for field, cov in basic_fields(xy) for effect in (0.5, 1.0)]
+        noise = np.hstack([draw(cov, genes, np.random.default_rng(0)) for _, cov, _ in cells])
+        size = np.repeat([effect * np.sqrt(cov[0, 0]) for _, cov, effect in cells], genes)
         for label, group in real_labels(labels):
             if only not in label:
                 continue
-            for field, cov in basic_fields(xy):
-                noise = draw(cov, genes, np.random.default_rng(0))
-                for effect in (0.5, 1.0):
-                    values = noise + effect * np.sqrt(cov[0, 0]) * group[:, None]
-                    results = (
-                        spatial_test(values, group, xy).pvalues,
-                        lag_classes(values, group, xy),
-                        known(values, group, cov + 1e-8 * np.eye(len(cov)), efficient=False),
-                        known(values, group, cov + 1e-8 * np.eye(len(cov))),
-                    )
-                    print(f"{name} | {label} | {field} | {effect} | " + " | ".join(map(share, results)), flush=True)
+            values = noise + np.outer(group, size)
+            found = spatial_test(values, group, xy, check_top=values.shape[1], n_perms=499).pvalues
+            lags = lag_classes(values, group, xy)
+            for i, (field, cov, effect) in enumerate(cells):
+                part = slice(i * genes, (i + 1) * genes)
+                cov = cov + 1e-8 * np.eye(len(cov))
+                truth = [known(values[:, part], group, cov, efficient=efficient) for efficient in (False, True)]
+                row = " | ".join(map(share, (found[part], lags[part], *truth)))
+                print(f"{name} | {label} | {field} | {effect} | {row}", flush=True)
 
 
 def large(genes, _):
