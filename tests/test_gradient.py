@@ -132,7 +132,7 @@ def test_cross_validation_takes_figures_from_folds_that_had_no_say(data, monkeyp
         return fit_network(data, *args, rows=rows, predicted=predicted, **options)
 
     monkeypatch.setattr(_gradient, "fit_network", spy)
-    recipe = replace(RECIPE, lr=2e-2, lr_step=50, aux_weight=1.0, max_epochs=25)
+    recipe = replace(RECIPE, lr=2e-2, lr_step=50, aux_weight=1.0, max_epochs=10)
     model = train(data, facts(), recipe, encoder(0.0), cross_validate=True, device="cpu")
     assert len(seen) == 3
     assert set.union(*(test for _, _, test in seen)) == set(range(100))
@@ -149,7 +149,7 @@ def test_cross_validation_takes_figures_from_folds_that_had_no_say(data, monkeyp
 
 
 def test_random_validation_is_called_what_it_is(data):
-    recipe = replace(RECIPE, lr=2e-2, lr_step=50, aux_weight=1.0, max_epochs=20)
+    recipe = replace(RECIPE, lr=2e-2, lr_step=50, aux_weight=1.0, max_epochs=6)
     model = train(data, facts(), recipe, encoder(0.0), validation="random", device="cpu")
     assert "this LEAKS" in next(iter(model.card.metrics))
     assert not model.genes["reliable"].any()

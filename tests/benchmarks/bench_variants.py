@@ -43,14 +43,13 @@ from he2gene_sc.training._validate import panels
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
 SETTINGS = ((1.0, 8), (3.0, 3))
 COARSE_UM = 3.2
-HALVES = (_SYMMETRIES[:2], _SYMMETRIES[2:])
 #: What is encoded: encoder, symmetries, number of the stain (None: as it is), whether patches are degraded.
 KINDS = {
     "plain": ("efficientnet-lite0", _SYMMETRIES, None, False),
-    "lite2": ("efficientnet-lite2", HALVES[0], None, False),
-    "coarse": ("efficientnet-lite0", HALVES[0], None, True),
-    "coarse stain": ("efficientnet-lite0", HALVES[1], 0, True),
-    "stain": ("efficientnet-lite0", HALVES[0], 0, False),
+    "lite2": ("efficientnet-lite2", _SYMMETRIES[:1], None, False),
+    "coarse": ("efficientnet-lite0", _SYMMETRIES[:1], None, True),
+    "coarse stain": ("efficientnet-lite0", _SYMMETRIES[1:2], 0, True),
+    "stain": ("efficientnet-lite0", _SYMMETRIES[2:3], 0, False),
 }
 
 
@@ -153,10 +152,10 @@ def colour_weights(share=1.0):
     return np.full(n, np.sqrt(share / n), np.float32)
 
 
-def side_by_side(features, name, which=slice(None)):
-    """Lite0 and Lite2 of the same views; the colours stand behind both."""
+def side_by_side(features, name):
+    """Lite0 and Lite2 of the same view; the colours stand behind both."""
     n = N_COLOUR * len(_WINDOWS_UM)
-    lite0, lite2 = (features[name, kind][:, : len(HALVES[0])][:, which] for kind in ("plain", "lite2"))
+    lite0, lite2 = (features[name, kind][:, :1] for kind in ("plain", "lite2"))
     return np.concatenate([lite0[..., :-n], lite2[..., :-n], lite0[..., -n:]], axis=2)
 
 
@@ -225,17 +224,27 @@ class Mean:
         return genes[0], {key: np.mean([part[key] for part in found], axis=0) for key in found[0]}
 
 
+class Blend:
+    """The mean of what a variant predicts with the two settings."""
+
+    def __init__(self, variant):
+        self.variant = variant
+
+    def predict(self, *arguments):
+        genes, found = self.variant.predict(*arguments)
+        names = {name for _, name in found}
+        return genes, {(SETTINGS[0], name): np.mean([found[s, name] for s in SETTINGS], axis=0) for name in names}
+
+
 PLAIN = views("plain")
 DEFAULT = Variant(PLAIN, first("plain"), weights)
 COLOUR = Variant(colour_alone, colour_alone, colour_weights, n_latent=64)
+ONE = Variant(first("plain"), first("plain"), weights)
 LITE2 = Variant(views("lite2"), first("lite2"), lambda: weights(("efficientnet-lite2",)))
-BOTH = Variant(
-    side_by_side,
-    lambda features, name: side_by_side(features, name, slice(1)),
-    lambda: weights(("efficientnet-lite0", "efficientnet-lite2")),
-)
+BOTH = Variant(side_by_side, side_by_side, lambda: weights(("efficientnet-lite0", "efficientnet-lite2")))
 VARIANTS = {
     "default": DEFAULT,
+    "default, mean of both settings": Blend(DEFAULT),
     "colour with rings": COLOUR,
     "mean of default and colour": Mean(DEFAULT, COLOUR),
     "colour share 1": Variant(PLAIN, first("plain"), lambda: weights(colour=1.0)),
@@ -260,10 +269,11 @@ VARIANTS = {
         weights,
         context=Context(((50.0, 350.0), (350.0, 650.0), (650.0, 950.0), (950.0, 1550.0)), (0.7, 0.5, 0.3, 0.3)),
     ),
-    "Lite2": LITE2,
-    "Lite0 and Lite2 side by side": BOTH,
-    "mean of Lite0 and Lite2": Mean(DEFAULT, LITE2),
-    "mean of Lite0, Lite2 and colour": Mean(DEFAULT, LITE2, COLOUR),
+    "default, one view": ONE,
+    "Lite2, one view": LITE2,
+    "Lite0 and Lite2 side by side, one view": BOTH,
+    "mean of Lite0 and Lite2, one view": Mean(ONE, LITE2),
+    "mean of default, Lite2 and colour": Mean(DEFAULT, LITE2, COLOUR),
     "degraded copies": Variant(views("plain", "coarse"), first("plain"), weights),
     "degraded copies, tested degraded": Variant(views("plain", "coarse"), first("coarse"), weights),
     "tested degraded": Variant(PLAIN, first("coarse"), weights),
@@ -307,14 +317,16 @@ def compare(sections, features, variants):
         except KeyError as error:
             print(f"{title}: {error} was not encoded")
             continue
-        for setting in SETTINGS:
+        settings = [setting for setting in SETTINGS if (setting, C[0]) in found[0][2]]
+        for setting in settings:
             values = [
                 score(predicted[setting, name], sections[name], genes)
                 for _, genes, predicted, tests in found
                 for name in tests
             ]
             cells = [f"{target:.3f} / {variable:.3f}" for target, variable in [np.mean(values[:4], axis=0), *values]]
-            print(f"| {title} | {setting[0]:g}, {setting[1]} | {' | '.join(cells)} |", flush=True)
+            name = f"{setting[0]:g}, {setting[1]}" if len(settings) > 1 else "both"
+            print(f"| {title} | {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
