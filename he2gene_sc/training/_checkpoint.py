@@ -136,7 +136,8 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     found = []
     for key in sorted(theirs.keys() | ours.keys()):
         was, now = theirs.get(key), ours.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
+        if isinstance(now, dict):
+            was = was if isinstance(was, dict) else {}
             other = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
             found += [f"{key} has other {', '.join(other)}"] if other else []
         elif was != now:
