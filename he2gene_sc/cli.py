@@ -125,7 +125,11 @@ def train(
     for folder in options.keys() & {"cache", "checkpoint_dir"}:
         options[folder] = config.resolve().parent / Path(options[folder]).expanduser()
     trained = tl.train(_sections(settings, config), **options)
-    typer.echo(f"{trained!r}\nWritten: {trained.save(out)}")
+    from .training._lightning import is_first_process
+
+    # With several devices every process comes here, with the same model.
+    if is_first_process():
+        typer.echo(f"{trained!r}\nWritten: {trained.save(out)}")
 
 
 def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:

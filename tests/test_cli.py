@@ -1,4 +1,7 @@
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -204,6 +207,31 @@ def test_train_refuses_an_unknown_table(main, tmp_path):
     code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
     assert code == 1
     assert "unknown: ['other']" in err
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_writes_the_model(tmp_path):
+    """As several GPUs are driven: Lightning starts the command once more for each."""
+    for i, patient in enumerate("AB"):
+        toy = hg.datasets.toy((3, 4), mpp=2.0, seed=i)
+        toy["table"].obs["section"], toy["table"].obs["patient"] = f"S{i}", patient
+        toy.write(tmp_path / f"S{i}.zarr")
+    (tmp_path / "config.toml").write_text(
+        '[data]\nstores = ["S0.zarr", "S1.zarr"]\n[train]\npreset = "he2gene-base"\nencoder = "efficientnet-lite0"\n'
+        'device = "cpu"\ndevices = 2\nstrategy = "ddp"\nmax_epochs = 1\nbatch_size = 8\nshow_progress_bar = false\n'
+    )
+    command = "import sys; from he2gene_sc.cli import main; main()"
+    (tmp_path / "he2gene.py").write_text(command)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "he2gene.py", "train", tmp_path / "config.toml", "--out", tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written:") == 1
+    assert hg.models.load(tmp_path / "model").card.training["n_patients"] == 2
 
 
 # -------------------------------------------------------------------------------------------- real data

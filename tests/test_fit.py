@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from tiny_network import BASE, SPAT, SPEC, encoder, toy_set
 from torch import nn
 
-from he2gene_sc.training import PRESETS, fit_network
+from he2gene_sc.training import PRESETS, _memory, fit_network
 from he2gene_sc.training._losses import annotation_loss, gene_loss, neighbour_loss
+from he2gene_sc.training._memory import activation_bytes
 from he2gene_sc.training._patches import BatchLoader
 from he2gene_sc.training._split import split
+from he2gene_sc.training._targets import Targets, column_means
 
 CPU = {"device": "cpu"}
 
@@ -339,8 +342,24 @@ def test_resuming_another_run_is_refused_with_what_differs(tmp_path):
         fit(toy_set(), checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match="another run.*lr was 0.003, is 0.001"):
         fit(toy_set(), checkpoint_dir=tmp_path, resume=True, lr=1e-3)
-    with pytest.raises(ValueError, match="another run.*data was"):
-        fit(toy_set(seed=1), checkpoint_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("changed", ["pixels", "expression", "labels", "places", "grouping", "names of genes"])
+def test_resuming_with_other_data_is_refused_with_what_is_other(tmp_path, changed):
+    data = toy_set()
+    names = {"genes": list("abcdef")}
+    fit(data, checkpoint_dir=tmp_path, max_epochs=1, names=names)
+    # One spot that is neither the first nor seen by any sample.
+    array = {"pixels": "patches", "expression": "targets", "labels": "codes", "places": "coordinates"}.get(changed)
+    array = "target_mask" if changed == "grouping" else array
+    if array is None:
+        names = {"genes": list("abcdeg")}
+    else:
+        other = getattr(data, array).copy()
+        other.reshape(-1)[41 % other.size] = 1 - other.reshape(-1)[41 % other.size] % 2
+        data = replace(data, **{array: other})
+    with pytest.raises(ValueError, match=rf"another run \(data has other {changed}\); "):
+        fit(data, checkpoint_dir=tmp_path, max_epochs=2, resume=True, names=names)
 
 
 def test_processes_share_a_batch_between_them():
@@ -452,15 +471,114 @@ def test_a_diverging_loss_stops_with_what_to_change():
         fit(toy_set(), replace(BASE, lr=100.0, max_epochs=30), dropout=0.0)
 
 
-def test_too_little_memory_stops_with_what_to_change():
+def test_too_little_memory_stops_with_what_to_change(monkeypatch):
     class Hungry(nn.Linear):
         def forward(self, x):
             if self.training:
                 raise torch.OutOfMemoryError
             return super().forward(x.mean((2, 3)))
 
-    with pytest.raises(RuntimeError, match=r"lower `batch_size` \(it is 16\)"):
+    monkeypatch.setattr(_memory, "memory_of_machine", lambda: None)
+    with pytest.raises(RuntimeError, match=r"`patches_at_once`, lower `batch_size` \(it is 16\)"):
         fit_network(toy_set(), BASE, Hungry(3, 4), SPEC, **CPU)
+
+
+def test_what_a_patch_keeps_for_its_gradient_is_counted():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.Tanh(), nn.Linear(8, 4))
+    # The patch, and what comes out of the tangent: that is its own derivative and the next layer's input.
+    assert activation_bytes(network, 16) == 4 * (3 * 16 * 16 + 8)
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
+    monkeypatch.setattr(_memory, "memory_of_machine", lambda: 200_000)
+    with pytest.raises(MemoryError, match=r"^16 patches at once need .* pass `patches_at_once` \(at most \d+ fit\)"):
+        fit(toy_set())
+    monkeypatch.setattr(_memory, "memory_of_machine", lambda: 20_000)
+    with pytest.raises(MemoryError, match="take a smaller `encoder`"):
+        fit(toy_set())
+
+
+# A batch in parts
+
+
+def parts_of(network, at_once):
+    data = toy_set()
+    module = module_of(data, SPAT)
+    module.encoder, module.patches_at_once = network, at_once
+    loss = module.loss(first_batch(data))
+    loss.backward()
+    return loss, [p.grad for p in network.parameters()]
+
+
+def test_a_batch_in_parts_teaches_what_the_whole_does():
+    make = lambda: nn.Sequential(*(layer for layer in encoder(0.0) if not isinstance(layer, nn.BatchNorm2d)))  # noqa: E731
+    whole, parts = parts_of(make(), None), parts_of(make(), 5)
+    torch.testing.assert_close(parts[0], whole[0])
+    for mine, theirs in zip(parts[1], whole[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_normalisation_counts_a_part_once():
+    network, again = encoder(0.0).train(), encoder(0.0).train()
+    module = module_of(toy_set(), BASE)
+    module.encoder, module.patches_at_once = network, 6
+    x = module.preprocess(first_batch(toy_set())["patches"])
+    module.encode(x).sum().backward()
+    for part in x.chunk(3):
+        again(part)
+    for key, value in again.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], value, msg=key)
+    assert [norm.momentum for norm in network if isinstance(norm, nn.BatchNorm2d)] == [0.1, 0.1]
+
+
+def test_a_run_in_parts_learns_and_can_be_resumed(tmp_path):
+    data = toy_set()
+    options = {"patches_at_once": 7, "checkpoint_dir": tmp_path / "run"}
+    whole = fit(data, SPAT, patches_at_once=7)
+    with pytest.raises(Killed):
+        fit(data, SPAT, callbacks=[killer(5)], **options)
+    same(fit(data, SPAT, resume=True, **options), whole)
+
+
+# Sparse targets and calibration
+
+
+def test_sparse_targets_train_as_dense_ones(tmp_path):
+    data = toy_set()
+    dense = np.where(data.targets > 1.5, data.targets, 0).astype(np.float32)
+    measured = np.ones((5, 6), bool)
+    measured[1, 2] = measured[4, 5] = False
+    sparse = Targets([scipy.sparse.csr_array(dense[data.sections == i]) for i in range(5)], measured)
+    dense[~measured[data.sections]] = np.nan
+    np.testing.assert_array_equal(sparse[[70, 3, 20, 3]], dense[[70, 3, 20, 3]])
+    np.testing.assert_array_equal(sparse[10:40:7], dense[10:40:7])
+    np.testing.assert_allclose(column_means(sparse, np.arange(80)), np.nanmean(dense, axis=0), rtol=1e-6)
+    same(fit(replace(data, targets=sparse)), fit(replace(data, targets=dense)))
+    fit(replace(data, targets=sparse), checkpoint_dir=tmp_path)
+    same(fit(replace(data, targets=dense), checkpoint_dir=tmp_path, resume=True), fit(replace(data, targets=dense)))
+
+
+def test_the_held_out_labels_are_most_likely_at_the_temperature():
+    data = toy_set(120)
+    codes = np.where(np.random.default_rng(0).random(120) < 0.3, 0, data.codes)
+    fitted = fit(replace(data, codes=codes), replace(BASE, lr=1e-2, max_epochs=30), dropout=0.0)
+    assert fitted.temperature is not None
+    views = np.log(fitted.proba)
+
+    def surprise(stretch):
+        proba = np.exp(stretch * views)
+        return -np.log((proba / proba.sum(1, keepdims=True))[np.arange(len(views)), codes[fitted.rows]]).mean()
+
+    # Views hardly differ here, so stretching their mean is nearly stretching each.
+    assert surprise(1) < min(surprise(0.8), surprise(1.25))
+
+
+def test_without_two_classes_held_out_nothing_is_calibrated():
+    data = toy_set()
+    codes = data.codes.copy()
+    codes[split(data, BASE)[2]] = -1
+    assert fit(replace(data, codes=codes)).temperature is None
+    assert fit(toy_set(codes=np.full(80, -1))).temperature is None
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
@@ -490,6 +608,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         ({"lr": 0.0}, "`lr` is 0.0"),
         ({"max_epochs": 0}, "`max_epochs` is 0"),
         ({"checkpoint_steps": 0}, "`checkpoint_steps` is 0"),
+        ({"patches_at_once": 1}, "`patches_at_once` is 1"),
         ({"resume": True}, "`resume` needs the `checkpoint_dir`"),
         ({"rows": ("patient", np.arange(1), np.arange(1, 80))}, "too few"),
     ],

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import tempfile
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -231,6 +233,27 @@ def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
 
 
 # Genes
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_a_section_holds_two_files_open_while_heads_are_fitted(tmp_path, monkeypatch):
+    """A process may open about a thousand, and sets have hundreds of sections."""
+    from he2gene_sc import training
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    build, held = training.build_model, []
+
+    def spy(sections, *args, **kwargs):
+        gc.collect()
+        open_files = [entry.resolve() for entry in Path("/proc/self/fd").iterdir()]
+        held.append((len(sections), sum(path.is_relative_to(tmp_path) for path in open_files)))
+        return build(sections, *args, **kwargs)
+
+    monkeypatch.setattr(training, "build_model", spy)
+    train(toys("ABAB"))
+    ((n, found),) = held
+    # Features and targets.
+    assert found <= 2 * n == 8
 
 
 def test_a_gene_that_a_section_lacks_is_learned_from_the_others(sections, cache, model):

@@ -102,7 +102,7 @@ class Measured:
 
     def set_down(self, folder: Path) -> Measured:
         """Let the image go and move the counts to disk, so that the next section finds room."""
-        return replace(self, slide=None, counts=_on_disk(self.counts, folder))
+        return replace(self, slide=None, counts=on_disk(self.counts, folder))
 
 
 def check_room(folder: Path, n_bytes: int) -> None:
@@ -123,17 +123,24 @@ def check_room(folder: Path, n_bytes: int) -> None:
         )
 
 
-def _on_disk(
+def on_disk(
     matrix: scipy.sparse.csr_array | scipy.sparse.csc_array, folder: Path
 ) -> scipy.sparse.csr_array | scipy.sparse.csc_array:
-    """Put a sparse array on files, which take memory only where they are read."""
-    arrays = []
-    check_room(folder, sum(array.nbytes for array in (matrix.data, matrix.indices, matrix.indptr)))
-    for array in (matrix.data, matrix.indices, matrix.indptr):
-        with tempfile.NamedTemporaryFile(suffix=".npy", dir=folder, delete=False) as file:
-            np.save(file, array)
-        arrays.append(np.load(file.name, mmap_mode="r") if len(array) else array)
-    return type(matrix)(tuple(arrays), shape=matrix.shape)
+    """Put a sparse array on a file, which takes memory only where it is read."""
+    if not matrix.nnz:
+        return matrix
+    # A map keeps its file open, and a process may open about a thousand: one file, and pointers in memory.
+    first, second = sorted((matrix.data, matrix.indices), key=lambda array: -array.itemsize)
+    check_room(folder, first.nbytes + second.nbytes)
+    with tempfile.NamedTemporaryFile(suffix=".bin", dir=folder, delete=False) as file:
+        for array in (first, second):
+            array.tofile(file)
+    mapped = np.memmap(file.name, np.uint8, mode="r")
+    parts = {
+        id(first): np.asarray(mapped[: first.nbytes]).view(first.dtype),
+        id(second): np.asarray(mapped[first.nbytes :]).view(second.dtype),
+    }
+    return type(matrix)((parts[id(matrix.data)], parts[id(matrix.indices)], matrix.indptr), shape=matrix.shape)
 
 
 @dataclass(frozen=True)
@@ -212,6 +219,8 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
     for n, what in ((int((~slide.inside).sum()), "outside the image"), (int((~counted).sum()), "without counts")):
         if n:
             logger.warning("section %s: %d spots %s are left out", found[0][0], n, what)
+    summed = counts[counted]
+    summed.sum_duplicates()
     labels = np.full(len(rows), None, object)
     if keys.annotation is not None:
         column = table.obs[keys.annotation].iloc[rows].astype(object)
@@ -224,7 +233,7 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
         slide=slide,
         centres=slide.centres[slide.inside][counted],
         genes=names,
-        counts=counts[counted],
+        counts=summed,
         labels=labels,
     )
 
@@ -299,16 +308,12 @@ def join(
 
     genes, measured = _join_genes(read, chosen)
     classes, codes = _code_classes([section.labels for section in read], labels.merged, labels.ignored)
-    totals = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in read]
-    targets = [
-        _on_disk(_align(log_targets(section.counts, total), section.genes.get_indexer(genes)), folder)
-        for section, total in zip(read, totals, strict=True)
-    ]
-    frequent = np.ones(len(genes), bool)
     if chosen.asked is None:
-        seen = sum(np.diff(part.indptr) for part in targets)
-        spots = sum(len(total) * there for total, there in zip(totals, measured, strict=True))
+        seen = sum(_seen(section, genes) for section in read)
+        spots = sum(section.counts.shape[0] * there for section, there in zip(read, measured, strict=True))
         frequent = seen >= np.maximum(chosen.min_share * spots, 1)
+        genes, measured = genes[frequent], [there[frequent] for there in measured]
+    totals = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in read]
     sections = [
         Section(
             name=section.name,
@@ -316,14 +321,22 @@ def join(
             mpp=section.mpp,
             centres_um=section.centres * section.mpp,
             features=features[i],
-            targets=_on_disk(targets[i][:, frequent], folder),
+            targets=on_disk(_align(log_targets(section.counts, totals[i]), section.genes.get_indexer(genes)), folder),
             totals=totals[i],
-            measured=measured[i][frequent],
+            measured=measured[i],
             codes=codes[i],
         )
         for i, section in enumerate(read)
     ]
-    return sections, genes[frequent], classes
+    return sections, genes, classes
+
+
+def _seen(section: Measured, genes: pd.Index) -> np.ndarray:
+    """Count the spots of a section in which each gene was seen, ``(g,)``."""
+    counts = section.counts
+    found = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
+    positions = section.genes.get_indexer(genes)
+    return np.where(positions >= 0, found[positions], 0)
 
 
 def _join_genes(sections: Sequence[Measured], chosen: Genes) -> tuple[pd.Index, list[np.ndarray]]:

@@ -151,7 +151,8 @@ def train(
     device, dtype, show_progress_bar
         As in :func:`he2gene_sc.tl.predict`.
     **fit_options
-        For the paper's presets: ``max_epochs``, ``patience``, ``lr``, ``precision``, ``devices``, ``num_nodes``,
+        For the paper's presets: ``max_epochs``, ``patience``, ``lr``, ``patches_at_once`` (so many that the encoder sees at
+        once, a large batch in little memory: see :func:`he2gene_sc.training.fit_network`), ``precision``, ``devices``, ``num_nodes``,
         ``strategy`` (as in ``lightning.Trainer``), ``checkpoint_dir``, ``checkpoint_steps``, ``resume``, ``callbacks``,
         ``cross_validate`` (held-out figures from folds that had no say in when to stop, at several times the work).
 
@@ -169,7 +170,7 @@ def train(
     OSError
         If the disk has no room for the features.
     MemoryError
-        If the sums that training collects would not fit into memory.
+        If the sums that training collects, or what a batch leaves behind for its gradient, would not fit into memory.
 
     Examples
     --------
@@ -287,6 +288,7 @@ def _check(
         "max_epochs",
         "patience",
         "lr",
+        "patches_at_once",
         "precision",
         "devices",
         "num_nodes",
@@ -389,6 +391,8 @@ def _train_default(
         kept.append(section.set_down(work))
         del section
     sections, genes, classes = join(kept, features, chosen, labels, work)
+    # Each map holds a file open.
+    del kept, features
     facts = Facts(
         **describe(len(sections), genes, classes, labels, ids, card, spec),
         encoder_sha256=sha256,

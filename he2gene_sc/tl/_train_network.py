@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._measured import Genes, Labels, Measured, check_room, join
+from ._measured import Genes, Labels, Measured, check_room, join, on_disk
 from ._train import describe
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def train_by_gradient(
         read.append(section.set_down(work))
         del section
     joined, genes, classes = join(read, [np.empty((len(part), 0, 0)) for part in parts], chosen, labels, work)
+    # Batches are rows. Each map holds a file open.
+    joined = [replace(section, targets=on_disk(section.targets.tocsr(), work)) for section in joined]
+    del read
     facts = Facts(
         **describe(len(joined), genes, classes, labels, ids, card, spec),
         windows_um=tuple(float(um) for um in windows_um or recipe.windows_um),

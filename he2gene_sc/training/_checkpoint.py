@@ -54,12 +54,7 @@ class Keeper(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        theirs = state_dict["run"]
-        changed = [
-            f"{key} was {theirs.get(key)!r}, is {self.run.get(key)!r}"
-            for key in sorted(theirs.keys() | self.run.keys())
-            if theirs.get(key) != self.run.get(key)
-        ]
+        changed = _differences(state_dict["run"], self.run)
         if changed:
             raise ValueError(
                 f"`resume`: {LAST} in {str(self.folder)!r} is of another run ({'; '.join(changed)}); resume with the same "
@@ -134,3 +129,17 @@ class Keeper(Callback):
         if trainer.is_global_zero:
             os.replace(new, self.folder / LAST)  # noqa: PTH105 - atomic on every system
         trainer.strategy.barrier()
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Say in words how two runs differ; of digests only which."""
+    found = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        was, now = theirs.get(key), ours.get(key)
+        if isinstance(now, dict):
+            was = was if isinstance(was, dict) else {}
+            other = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+            found += [f"{key} has other {', '.join(other)}"] if other else []
+        elif was != now:
+            found.append(f"{key} was {was!r}, is {now!r}")
+    return found

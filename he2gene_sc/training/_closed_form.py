@@ -256,14 +256,23 @@ def fit_softmax(
 
 
 def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
-    """Temperature that makes held-out logits ``(n, c)`` most likely (Guo et al., ICML 2017), within 0.2 to 20."""
+    """Temperature that makes held-out labels most likely (Guo et al., ICML 2017), within 0.2 to 20.
+
+    Parameters
+    ----------
+    logits
+        ``(n, c)``, or ``(n, views, c)`` where probabilities are averaged over views.
+    codes
+        ``(n,)`` class codes.
+    """
     from scipy.optimize import minimize_scalar
-    from scipy.special import log_softmax
+    from scipy.special import log_softmax, logsumexp
 
     rows = np.arange(len(codes))
 
     def loss(log_t: float) -> float:
-        return -log_softmax(logits / np.exp(log_t), axis=1)[rows, codes].mean()
+        likely = log_softmax(logits / np.exp(log_t), axis=-1)[rows, ..., codes]
+        return -(likely if logits.ndim == 2 else logsumexp(likely, axis=1) - np.log(logits.shape[1])).mean()
 
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.2), np.log(20)), method="bounded").x))
 

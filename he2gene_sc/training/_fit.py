@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from torch import nn
 from ..models import EncoderSpec
 from ..models._heap import kept_heap
 from ._lightning import default_precision, hardware, quiet
+from ._memory import check_memory
 from ._patches import PatchSet
 from ._presets import Preset
 from ._split import split
-from ._weights import n_features, name_tensors, predict_rows
+from ._targets import blocks
+from ._weights import calibrate, n_features, name_tensors, predict_rows
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Fitted:
         Positions of the spots that were trained on.
     spec
         Input size and normalisation that the network was trained with.
+    temperature
+        What the annotation head was divided by, so that the held-out labels are most likely; ``None`` without labels of
+        two classes among them.
     """
 
     tensors: dict[str, np.ndarray]
@@ -60,6 +65,7 @@ class Fitted:
     proba: np.ndarray
     trained: np.ndarray
     spec: EncoderSpec
+    temperature: float | None
 
 
 def fit_network(
@@ -75,7 +81,9 @@ def fit_network(
     max_epochs: int | None = None,
     patience: int | None = None,
     batch_size: int | None = None,
+    patches_at_once: int | None = None,
     lr: float | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     devices: int | str | Sequence[int] | None = None,
@@ -110,6 +118,12 @@ def fit_network(
         Classes of the annotation; default: the largest code and one. Below 2 there is no such head.
     max_epochs, patience, batch_size, lr
         Instead of the preset's.
+    patches_at_once
+        Patches that the encoder sees at once: a batch of any size in the memory of so many, for about a third more time.
+        The losses are those of the whole batch, and a network without batch normalisation learns the same but for
+        rounding; batch normalisation takes its statistics from each part. Default: all of a batch.
+    names
+        Further lists that must be the same for a run to be resumed, by what they name.
     seed
         Of initial heads, order and symmetries. With one seed the result is the same to the bit on the CPU (with the same
         number of threads). The global random state is left as it was.
@@ -144,13 +158,15 @@ def fit_network(
         If ``checkpoint_dir`` holds a run and ``resume`` is false.
     RuntimeError
         If training diverges or the device runs out of memory; the message says what to change.
+    MemoryError
+        If the CPU has too little memory for such a batch.
     OSError
         If a checkpoint cannot be written.
     """
     changes = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "lr": lr}
     preset = replace(preset, **{key: value for key, value in changes.items() if value is not None})
     unit, train, held_out = rows or split(data, preset, validation, seed)
-    _check(data, preset, train, held_out, checkpoint_dir, checkpoint_steps, resume)
+    _check(data, preset, train, held_out, checkpoint_dir, checkpoint_steps, resume, patches_at_once)
     if spec.name == preset.encoder:
         spec = replace(spec, mean=preset.mean, std=preset.std)
     if n_classes is None:
@@ -164,6 +180,17 @@ def fit_network(
     from ._module import TrainingModule
 
     accelerator, devices = hardware(device, devices)
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available()):
+        around = 0 if data.neighbours is None or not preset.neighbour_weight else data.neighbours.shape[1]
+        at_once = min(preset.batch_size, len(train)) * (1 + around)
+        check_memory(
+            encoder,
+            spec.input_px,
+            patches=min(at_once, patches_at_once or at_once),
+            spots=preset.batch_size,
+            n_genes=data.targets.shape[1],
+            n_held_out=len(held_out if predicted is None else predicted),
+        )
     heap = kept_heap() if accelerator == "cpu" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory(prefix="he2gene-") as temporary, quiet(), torch.random.fork_rng(), heap:
         folder = Path(temporary if checkpoint_dir is None else checkpoint_dir).expanduser()
@@ -180,9 +207,11 @@ def fit_network(
             present=present,
             n_classes=n_classes,
             n_features=n_features(encoder, spec),
+            patches_at_once=patches_at_once,
             seed=seed,
         ).train()
         run = _facts(data, preset, spec, train, held_out, seed)
+        run |= {"patches_at_once": patches_at_once, "data": _digests(data, names or {})}
         keeper = Keeper(folder, patience=preset.patience, every=checkpoint_steps, run=run)
         trainer = Trainer(
             accelerator=accelerator,
@@ -206,7 +235,8 @@ def fit_network(
             trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
-                f"the device is out of memory: lower `batch_size` (it is {preset.batch_size}), or take a smaller encoder"
+                f"the device is out of memory: pass a small `patches_at_once`, lower `batch_size` (it is {preset.batch_size}), or "
+                "take a smaller encoder"
             ) from error
         if not keeper.best:
             # The processes of a spawning strategy are gone with all they knew but the file.
@@ -215,9 +245,12 @@ def fit_network(
         module.load_state_dict(keeper.best)
         module.to(trainer.strategy.root_device)
         tensors = name_tensors(module)
+        temperature = calibrate(module, spec, tensors, held_out, preset.tta)
         predicted = held_out if predicted is None else predicted
         expression, proba = predict_rows(module, spec, tensors, predicted, preset.tta)
-    return Fitted(tensors, keeper.history, keeper.best_epoch, unit, predicted, expression, proba, train, spec)
+    return Fitted(
+        tensors, keeper.history, keeper.best_epoch, unit, predicted, expression, proba, train, spec, temperature
+    )
 
 
 def _check(
@@ -228,18 +261,21 @@ def _check(
     checkpoint_dir: str | Path | None,
     checkpoint_steps: int,
     resume: bool,
+    patches_at_once: int | None,
 ) -> None:
     if preset.neighbour_weight > 0 and data.neighbours is None:
         raise ValueError(f"preset {preset.name!r} reads neighbours; `data` has none")
     for name in ("max_epochs", "patience", "batch_size", "lr"):
         if not getattr(preset, name) > 0:
             raise ValueError(f"`{name}` is {getattr(preset, name)}; more than 0 is needed")
+    if patches_at_once is not None and patches_at_once < 2:
+        raise ValueError(f"`patches_at_once` is {patches_at_once}; at least 2 are needed, or None for all of a batch")
     if checkpoint_steps < 1:
         raise ValueError(f"`checkpoint_steps` is {checkpoint_steps}; at least 1 is needed")
     if len(train) < 2 or not len(held_out):
         raise ValueError(f"{len(train)} spots to train on and {len(held_out)} held out are too few")
     for part, chosen in (("to train on", train), ("held out", held_out)):
-        if np.isnan(data.targets[np.ix_(chosen, np.flatnonzero(data.target_mask))]).all():
+        if all(np.isnan(values[:, data.target_mask]).all() for _, values in blocks(data.targets, chosen)):
             raise ValueError(f"no section {part} lists any of the target genes")
     if resume and checkpoint_dir is None:
         raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
@@ -252,10 +288,28 @@ def _check(
 def _facts(
     data: PatchSet, preset: Preset, spec: EncoderSpec, train: np.ndarray, held_out: np.ndarray, seed: int
 ) -> dict[str, Any]:
-    """Tell what must be the same for a run to be resumed; `max_epochs` may grow."""
-    digest = hashlib.sha256()
-    for array in (train, held_out, data.codes, data.target_mask, data.targets[: len(data) : 17]):
-        digest.update(np.ascontiguousarray(array).tobytes())
+    """Tell which settings must be the same for a run to be resumed; `max_epochs` may grow."""
     facts = {key: value for key, value in vars(preset).items() if isinstance(value, int | float | str)}
     del facts["max_epochs"]
-    return facts | {"seed": seed, "encoder": spec.name, "data": digest.hexdigest()[:16]}
+    return facts | {"seed": seed, "encoder": spec.name, "held_out": _digest([train, held_out])}
+
+
+def _digests(data: PatchSet, names: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Tell what a run reads: all of it, pixels too, for one pass over them costs less than any epoch."""
+    rows = np.arange(len(data))
+    found = {
+        "pixels": (data.patches[start : start + 256] for start in range(0, len(data), 256)),
+        "expression": (values for _, values in blocks(data.targets, rows)),
+        "labels": [data.codes],
+        "grouping": [data.sections, data.patients, data.target_mask],
+        "places": [array for array in (data.coordinates, data.neighbours) if array is not None],
+    }
+    found |= {f"names of {kind}": ["\n".join(map(str, values)).encode()] for kind, values in names.items()}
+    return {kind: _digest(arrays) for kind, arrays in found.items()}
+
+
+def _digest(arrays: Iterable[np.ndarray | bytes]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array if isinstance(array, bytes) else np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]

@@ -20,11 +20,12 @@ from ..models._model import ENCODER
 from ._build import RELIABLE_PCC, Facts
 from ._fit import Fitted, fit_network
 from ._folds import warn_of_unit
-from ._held_out import HeldOutSection, column_means, figures, gene_figures, held_out_sections, variable_genes
+from ._held_out import HeldOutSection, figures, gene_figures, held_out_sections, variable_genes
 from ._neighbours import neighbour_table
 from ._patches import PatchSet
 from ._presets import Preset
 from ._split import balanced_folds, split
+from ._targets import Targets, column_means
 
 if TYPE_CHECKING:
     from ._sections import Section
@@ -41,7 +42,7 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
     Parameters
     ----------
     sections
-        The sections; their features are not read.
+        The sections; their features are not read, their targets stay sparse (rows are not copied, and may lie on disk).
     patches
         ``(n, 3, s, s)`` uint8, the training window around the spots of all sections, in their order; may be a memory
         map.
@@ -57,9 +58,7 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
     """
     codes = np.repeat(np.arange(len(sections)), [len(section) for section in sections])
     patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
-    targets = np.empty((len(codes), sections[0].targets.shape[1]), np.float32)
-    for code, section in enumerate(sections):
-        targets[codes == code] = section.dense(slice(None))
+    targets = Targets([section.targets.tocsr() for section in sections], np.stack([s.measured for s in sections]))
     means = np.nan_to_num(column_means(targets, np.arange(len(codes))), nan=-1.0)
     mask = np.zeros(len(means), bool)
     mask[np.argsort(-means, kind="stable")[:n_target]] = True
@@ -126,7 +125,8 @@ def train_network(
     he2gene_sc.models.HE2Gene
         The network of the best epoch, its weights in single precision.
     """
-    options |= {"n_classes": len(facts.classes), "seed": seed}
+    names = {"sections": section_names, "patients": patient_names, "genes": facts.genes, "classes": facts.classes}
+    options |= {"n_classes": len(facts.classes), "seed": seed, "names": names}
     rows = split(data, preset, validation, seed)
     unit = rows[0]
     warn_of_unit(unit)
@@ -232,7 +232,7 @@ def _describe(
         intended_use=facts.intended_use,
         limitations=(
             *facts.limitations,
-            "The probabilities of its annotation are not calibrated.",
+            *_calibration(fitted),
             f"Its figures are those of the {preset.train_window_um:g} µm window it was trained on, averaged over "
             "symmetries; predictions average the windows named above.",
         ),
@@ -240,6 +240,17 @@ def _describe(
         tta=preset.tta,
     )
     return HE2Gene(card, table, fitted.tensors, **_own(spec, trained))
+
+
+def _calibration(fitted: Fitted) -> list[str]:
+    if "annotation.weight" not in fitted.tensors:
+        return []
+    if fitted.temperature is None:
+        return ["The probabilities of its annotation are not calibrated: no labels of two classes were held out."]
+    return [
+        f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that also "
+        "said when to stop, seen through the training window; predictions average the windows named above."
+    ]
 
 
 def _own(spec: EncoderSpec, encoder: nn.Module) -> dict[str, Any]:
@@ -254,6 +265,7 @@ def _training(
     held_out = np.bincount(data.sections[fitted.rows], minlength=len(sections))
     labels = np.bincount(data.codes[data.codes >= 0], minlength=len(facts.classes))
     best = fitted.history[fitted.best_epoch]
+    temperature = {} if fitted.temperature is None else {"annotation_temperature": round(fitted.temperature, 4)}
     mpps = [section["mpp"] for section in sections.values()]
     return {
         "sections": sections,
@@ -271,4 +283,5 @@ def _training(
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
         "held_out_error_of_the_best_epoch": round(best["held_out_error"], 5),
+        **temperature,
     }

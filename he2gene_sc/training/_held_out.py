@@ -10,10 +10,10 @@ import numpy as np
 from ..stats import pearson
 from ._fit import Fitted
 from ._patches import PatchSet
+from ._targets import column_means
 from ._validate import N_VARIABLE
 
 _DIGITS = 4
-_GENES_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,6 @@ def variable_genes(data: PatchSet, rows: np.ndarray, n: int = N_VARIABLE) -> np.
         part = data.targets[rows[data.sections[rows] == section]]
         variances.append(part.var(0, dtype=np.float64))
     return np.argsort(-np.nan_to_num(_nanmean(np.array(variances))), kind="stable")[:n]
-
-
-def column_means(targets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the mean of each gene over the spots that list it, NaN where none does; no second array of that size."""
-    starts = range(0, targets.shape[1], _GENES_AT_ONCE)
-    return np.concatenate([_nanmean(targets[rows, start : start + _GENES_AT_ONCE]) for start in starts])
 
 
 def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -27,6 +27,14 @@ def default_precision(accelerator: str) -> str:
     return "bf16-mixed" if cuda else "32-true"
 
 
+def is_first_process() -> bool:
+    """Tell whether this is the only process of a run, or that of global rank zero."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    # Lightning sets it where it starts processes, and reads it from the environment where another launcher did.
+    return not getattr(rank_zero_only, "rank", None)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's tips and its advice on loaders to itself."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..models import EncoderSpec
 from ..models._network import Preprocess
@@ -35,6 +40,8 @@ class TrainingModule(LightningModule):
         Classes of the annotation; below 2 there is no such head.
     n_features
         Length of the encoder's output.
+    patches_at_once
+        Patches that the encoder sees at once; ``None``: all of a batch.
     seed
         Of order, symmetries and whatever the encoder draws.
     """
@@ -51,11 +58,12 @@ class TrainingModule(LightningModule):
         present: np.ndarray,
         n_classes: int,
         n_features: int,
+        patches_at_once: int | None = None,
         seed: int,
     ):
         super().__init__()
         self.preset, self.data, self.rows, self.held_out, self.present = preset, data, rows, held_out, present
-        self.seed = seed
+        self.patches_at_once, self.seed = patches_at_once, seed
         self.preprocess = Preprocess(spec)
         self.encoder = encoder
         self.genes = nn.Linear(n_features, data.targets.shape[1])
@@ -116,7 +124,7 @@ class TrainingModule(LightningModule):
         if "neighbours" in batch:
             # In one pass with the spots, as in the paper; those that are not there have no part in it at all.
             x = torch.cat([x, batch["neighbours"]])
-        features = self.encoder(self.preprocess(x))
+        features = self.encode(self.preprocess(x))
         predicted = self.genes(features[:n]).float()
         target, aux = gene_loss(predicted, batch["targets"], self.target_mask)
         loss = target + preset.aux_weight * aux
@@ -132,6 +140,21 @@ class TrainingModule(LightningModule):
                 predicted[:, self.target_mask], beside.float(), batch["owner"], batch["same"]
             )
         return loss
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode a batch, part by part where it is larger than ``patches_at_once``.
+
+        What a part leaves behind for its gradient is computed again when that is taken, so that the memory of one part is
+        needed at a time, and the losses are those of the whole batch.
+        """
+        if self.patches_at_once is None or len(x) <= self.patches_at_once:
+            return self.encoder(x)
+
+        def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+            return contextlib.nullcontext(), _statistics_left_alone(self.encoder)
+
+        parts = x.chunk(math.ceil(len(x) / self.patches_at_once))
+        return torch.cat([checkpoint(self.encoder, part, use_reentrant=False, context_fn=contexts) for part in parts])
 
     def on_validation_epoch_start(self) -> None:
         """Begin to add up."""
@@ -160,6 +183,25 @@ class TrainingModule(LightningModule):
         self.val_pearson = float(r[n > 1].mean()) if (n > 1).any() else float("nan")
         self.log("held-out error", self.val_loss, prog_bar=True, rank_zero_only=True)
         self.log("held-out Pearson", self.val_pearson, prog_bar=True, rank_zero_only=True)
+
+
+@contextlib.contextmanager
+def _statistics_left_alone(network: nn.Module) -> Iterator[None]:
+    """Let batch normalisation not count a batch twice that it sees for the second time."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    counters = [norm.num_batches_tracked for norm in norms]
+    before = [
+        (norm.momentum, None if count is None else count.clone()) for norm, count in zip(norms, counters, strict=True)
+    ]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, counter, (momentum, count) in zip(norms, counters, before, strict=True):
+            norm.momentum = momentum
+            if counter is not None:
+                counter.copy_(count)
 
 
 def advice(preset: Preset, precision: str) -> str:

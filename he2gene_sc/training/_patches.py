@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..models._network import SYMMETRIES
+from ._targets import Targets
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class PatchSet:
     patches
         ``(n, 3, s, s)`` uint8 of the one window seen in training; may be a memory map.
     targets
-        ``(n, g)`` float32, log-normalised expression, NaN where a section does not list the gene.
+        ``(n, g)`` float32, log-normalised expression, NaN where a section does not list the gene; dense, or sparse as
+        :class:`he2gene_sc.training._targets.Targets`.
     codes
         ``(n,)`` class codes, -1 without a label.
     sections, patients
@@ -41,7 +43,7 @@ class PatchSet:
     """
 
     patches: np.ndarray
-    targets: np.ndarray
+    targets: np.ndarray | Targets
     codes: np.ndarray
     sections: np.ndarray
     patients: np.ndarray
@@ -62,8 +64,12 @@ class PatchSet:
                 f"`target_mask` must say of each of {self.targets.shape[1]} genes if it is a target; some are"
             )
         # NaN are passed over, and no second array of that size is made.
-        low, high = np.fmin.reduce(self.targets, axis=None), np.fmax.reduce(self.targets, axis=None)
-        if low < 0 or np.isinf(high):
+        parts = [p.data for p in self.targets.sections] if isinstance(self.targets, Targets) else [self.targets]
+        if any(
+            np.fmin.reduce(p, axis=None, initial=0) < 0 or np.isinf(np.fmax.reduce(p, axis=None))
+            for p in parts
+            if p.size
+        ):
             raise ValueError("`targets` has values below 0 or infinite ones; log-normalised counts are needed")
         if self.neighbours is not None and (np.max(self.neighbours, initial=-1) >= n):
             raise ValueError(f"`neighbours` names spot {np.max(self.neighbours)}, there are {n}")

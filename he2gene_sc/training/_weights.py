@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,8 +13,11 @@ from ..models import EncoderSpec
 from ..models._embedding import ALONE
 from ..models._model import ENCODER
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
+from ._closed_form import temperature
 
 _BATCH = 64
+#: A class is never called less likely than that, as a logarithm.
+_LARGEST_LOGIT = 80.0
 
 
 def n_features(encoder: nn.Module, spec: EncoderSpec) -> int:
@@ -47,19 +51,66 @@ def predict_rows(
     module: nn.Module, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict spots from the training window with the network that inference uses."""
-    heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
-    extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), spec, fusion="mean")
-    network = Network(extractor, heads, ALONE).to(module.device)
-    data, genes = module.data, torch.arange(module.data.targets.shape[1], device=module.device)
+    network = _network(module, spec, tensors)
+    genes = torch.arange(module.data.targets.shape[1], device=module.device)
     expression = np.empty((len(rows), len(genes)), np.float32)
-    proba = np.empty((len(rows), len(heads.get("annotation.bias", ()))), np.float32)
-    symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
+    proba = np.empty((len(rows), len(tensors.get("annotation.bias", ()))), np.float32)
     with torch.inference_mode():
-        for start in range(0, len(rows), _BATCH):
-            part = slice(start, start + _BATCH)
-            patches = torch.from_numpy(np.asarray(data.patches[rows[part]])).to(module.device)
-            views = extractor((patches,), symmetries)
+        for part, views in _views(network, module, rows, tta):
             expression[part] = network.expression(views.mean(1), genes).cpu().numpy()
             if network.has_annotation:
                 proba[part] = network.annotation(views).mean(1).cpu().numpy()
     return expression, proba
+
+
+def calibrate(
+    module: nn.Module, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
+) -> float | None:
+    """Divide the annotation head by the temperature that makes the labels of some spots most likely.
+
+    Probabilities are averaged over the symmetries, as inference does.
+
+    Parameters
+    ----------
+    module
+        The trained module.
+    spec
+        Input size and normalisation.
+    tensors
+        Its weights by name; those of the annotation head are replaced.
+    rows
+        Spots that were not trained on.
+    tta
+        Whether inference averages over the symmetries.
+
+    Returns
+    -------
+    float or None
+        The temperature; ``None`` where fewer than two classes occur, and nothing is changed.
+    """
+    codes = module.data.codes[rows]
+    rows, codes = rows[codes >= 0], codes[codes >= 0]
+    if "annotation.weight" not in tensors or len(np.unique(codes)) < 2:
+        return None
+    network = _network(module, spec, tensors)
+    with torch.inference_mode():
+        # Logits are known from probabilities but for a constant, which does not matter.
+        logits = [network.annotation(views).log().cpu().numpy() for _, views in _views(network, module, rows, tta)]
+    found = temperature(np.maximum(np.concatenate(logits), -_LARGEST_LOGIT), codes)
+    for name in ("annotation.weight", "annotation.bias"):
+        tensors[name] = (tensors[name] / found).astype(np.float32)
+    return found
+
+
+def _network(module: nn.Module, spec: EncoderSpec, tensors: dict[str, np.ndarray]) -> Network:
+    heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
+    extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), spec, fusion="mean")
+    return Network(extractor, heads, ALONE).to(module.device)
+
+
+def _views(network: Network, module: nn.Module, rows: np.ndarray, tta: bool) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Features ``(b, r, f)`` of spots through the training window, batch by batch."""
+    for start in range(0, len(rows), _BATCH):
+        part = slice(start, start + _BATCH)
+        patches = torch.from_numpy(np.asarray(module.data.patches[rows[part]])).to(module.device)
+        yield part, network.extractor((patches,), SYMMETRIES if tta else SYMMETRIES[:1])

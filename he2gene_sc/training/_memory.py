@@ -1,0 +1,81 @@
+"""How much memory a step of training takes, and whether it is there."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+#: Part of the memory that a run may take.
+_USABLE = 0.8
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def memory_of_machine() -> int | None:
+    """Memory of this machine, or of the container where that has less; ``None`` where nothing tells."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _LIMIT.read_text().strip() if _LIMIT.is_file() else ""
+    return min(there, int(limit)) if limit.isdigit() else there
+
+
+def activation_bytes(encoder: nn.Module, input_px: int) -> int:
+    """Bytes that an encoder keeps of one patch until its gradient is taken, measured on two of them."""
+    network = copy.deepcopy(encoder).cpu().float().requires_grad_(True).train()
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.random.fork_rng(devices=()), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The result holds what was saved: an address stands for one array as long as it lives.
+        found = network(torch.zeros(2, 3, input_px, input_px))
+    del found
+    return sum(kept.values()) // 2
+
+
+def check_memory(encoder: nn.Module, input_px: int, *, patches: int, spots: int, n_genes: int, n_held_out: int) -> None:
+    """Refuse a run on the CPU that would not fit.
+
+    Parameters
+    ----------
+    encoder
+        What is trained.
+    input_px
+        Side of a patch.
+    patches
+        Patches that the encoder sees at once.
+    spots
+        Spots of a step.
+    n_genes, n_held_out
+        Genes, and held-out spots that are predicted in the end.
+
+    Raises
+    ------
+    MemoryError
+        If the machine has less than such a run takes; the message says what to change.
+    """
+    there = memory_of_machine()
+    if there is None:
+        return
+    a_patch = activation_bytes(encoder, input_px) + 16 * input_px**2
+    # Weights, gradient, two moments of Adam and the best weights so far; losses; predictions and what was measured.
+    fixed = 20 * sum(p.numel() for p in encoder.parameters()) + n_genes * (24 * spots + 8 * n_held_out)
+    needed = patches * a_patch + fixed
+    if needed > _USABLE * there:
+        fits = int((_USABLE * there - fixed) // a_patch)
+        hint = (
+            f"pass `patches_at_once` (at most {fits} fit)" if fits > 1 else "take a smaller `encoder` or fewer `genes`"
+        )
+        raise MemoryError(
+            f"{patches:,} patches at once need {needed / 2**30:.1f} GiB ({a_patch / 2**20:.0f} MiB a patch of {input_px} px), "
+            f"this machine has {there / 2**30:.1f}; {hint}, or a smaller `batch_size`"
+        )
