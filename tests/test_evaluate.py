@@ -477,6 +477,7 @@ def test_what_is_asked_for_must_be_there(table, toy):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_figures_of_the_held_out_section_agree_with_the_demo(her2st):
     from he2gene_sc._demo import compare
     from he2gene_sc._write import copy_tables

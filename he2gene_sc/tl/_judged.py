@@ -152,7 +152,7 @@ def read(
         )
     if len(small):
         warnings.warn(
-            f"sections {small.tolist()} have fewer than {MIN_SPOTS} spots and are left out", UserWarning, stacklevel=4
+            f"sections {small.tolist()} have fewer than {MIN_SPOTS} spots and are left out", UserWarning, stacklevel=3
         )
     left_out = {
         "spots not predicted (outside the image)": int((~predicted_spot).sum()),
@@ -173,7 +173,7 @@ def read(
         warnings.warn(
             f"sections {trained_on} are in the training set of {model.name}: their figures flatter it",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     mean, panels = known_of(table, columns, keys, model, gene_symbols)
     return Judged(
@@ -263,6 +263,6 @@ def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) ->
         )
     if len(unknown):
         warnings.warn(
-            f"classes that the model does not know are left out: {unknown.to_dict()}", UserWarning, stacklevel=4
+            f"classes that the model does not know are left out: {unknown.to_dict()}", UserWarning, stacklevel=3
         )
     return frame, codes, int(unknown.sum())
