@@ -8,6 +8,8 @@ import numpy as np
 _PRIORS = (30.0, 150.0, np.inf)
 #: Parts of the spots that weights are tried on.
 _PARTS = 5
+#: Below this many spots a gain is believed only beyond this share of the squared error: less was often chance.
+_FEW, _LEAST = 30, 0.1
 
 
 def simplex_weights(moments: np.ndarray, n_steps: int = 80) -> np.ndarray:
@@ -87,7 +89,7 @@ def stack(errors: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray
             trials[prior][inside] = np.einsum("gc,cmg->mg", w, errors[:, inside])
     prior = min(trials, key=lambda prior: (np.square(trials[prior]) / scale).mean())
     gain = ((np.square(errors[0]) - np.square(trials[prior])) / scale).mean(1)
-    t = gain.mean() / max(gain.std(ddof=1) / np.sqrt(m), 1e-12)
+    t = (gain.mean() - _LEAST * (m < _FEW)) / max(gain.std(ddof=1) / np.sqrt(m), 1e-12)
     kept = max(0.0, 1 - (c - 3) / t**2) if t > 0 else 0.0
     w = kept * _weights(total[None], np.array([m]), prior)[0]
     w[:, 0] += 1 - kept

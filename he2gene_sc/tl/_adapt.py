@@ -99,7 +99,10 @@ def adapt(
     -----
     Stacked regression (Breiman, Machine Learning 1996) of regression kriging (Hengl et al., Computers & Geosciences
     2007), with folds matched to the distance of the unmeasured spots (Linnenbrink et al., Geosci. Model Dev. 2024).
-    "Never worse" holds in expectation over the spots that are measured, not for every gene and every draw.
+    "Never worse" holds in expectation over the spots that are measured, not for every gene and every draw. With fewer than
+    30 measured spots of a section a pattern is corrected only on strong evidence, so that a useless prediction is left
+    for the neighbours later than it could be. Measured on a section that the model had not seen:
+    ``tests/benchmarks/bench_adapt.py``.
 
     Examples
     --------
