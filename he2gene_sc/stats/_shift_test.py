@@ -10,8 +10,8 @@ import numpy as np
 #: A shifted spot is the spot that it falls on, where one lies within this many pitches: a lattice that is 10 % askew
 #: still meets itself, and half a lattice step is no meeting.
 _MEETS = 0.6
-#: Least share of the spots that a shift must leave on a spot. At half, layers and large compact domains that know nothing
-#: of each other are called in up to 9 % of slides, at 0.7 in at most 4 %: ``tests/benchmarks/bench_domains.py``.
+#: Least share of the spots that a shift must leave on a spot. With less, layers and large compact domains that know
+#: nothing of each other were called too often (tried at 0.5 and 0.6).
 MIN_OVERLAP = 0.7
 
 
@@ -121,9 +121,9 @@ def shift_test(domains: Sequence[np.ndarray], clusterings: Sequence[np.ndarray],
     mirrors would assume isotropy, which layered tissue lacks, and are not used. Nothing is wrapped around the border: a
     shifted score is that of the spots which still meet a spot (Lotwick & Silverman 1982 wrap; the bias of that is the
     subject of Mrkvička et al., Spatial Statistics 42, 2021, 100430). Fewer spots make shifted scores vary more
-    than the observed one, which makes the test conservative; that is not corrected, because the correction of that
-    paper, a factor of the root of the number of spots, made the index of layered and of large compact domains reject too
-    often (``tests/benchmarks/bench_domains.py``).
+    than the observed one, which makes the test conservative. That is not corrected: with the correction of that paper, a
+    factor of the root of the number of spots, layered and large compact domains were called too often. What the test
+    does is measured by ``tests/benchmarks/bench_domains.py``.
 
     Parameters
     ----------
