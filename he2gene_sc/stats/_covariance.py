@@ -13,8 +13,15 @@ MAX_BLOCKS = 500
 _REPRESENTATIVES = 4
 #: Field to white noise, as a ratio of variances: from nearly white to nearly none.
 ODDS = np.geomspace(0.02, 1000, 25)
-#: Families, numbers of ranges, and anisotropy (ratio of the ranges along and across) of the correlation functions.
-_GRID = (("exponential", 9, 1), ("matern", 15, 1), ("gaussian", 15, 1), ("exponential", 6, 3), ("gaussian", 6, 3))
+#: Families, numbers of ranges, the longest in sides of the tissue, and anisotropy (ratio of the ranges along and across).
+#: A Gaussian field of four sides is a linear trend.
+_GRID = (
+    ("exponential", 9, 1, 1),
+    ("matern", 15, 1, 1),
+    ("gaussian", 20, 4, 1),
+    ("exponential", 6, 1, 3),
+    ("gaussian", 6, 1, 3),
+)
 _DIRECTIONS = 4
 
 
@@ -61,9 +68,9 @@ def make_blocks(xy: np.ndarray, section: np.ndarray, group: np.ndarray, max_bloc
 def correlations(blocks: Blocks) -> Iterator[np.ndarray]:
     """Correlation matrices of the fixed grid, in the basis of blocks.
 
-    Ranges run geometrically from half the pitch (anisotropic: the pitch) to the side of the tissue: the pitch is the
-    median distance of a spot to its nearest neighbour, the side that of a square with the second moments of the
-    largest section. Spots of different sections do not correlate.
+    Ranges run geometrically from half the pitch (anisotropic: the pitch) to the side of the tissue (Gaussian: four
+    sides): the pitch is the median distance of a spot to its nearest neighbour, the side that of a square with the
+    second moments of the largest section. Spots of different sections do not correlate.
 
     Yields
     ------
@@ -77,9 +84,9 @@ def correlations(blocks: Blocks) -> Iterator[np.ndarray]:
     pitch = float(np.median(np.concatenate(nearest)))
     side = max(float(np.sqrt(6 * np.var(xy, axis=0).sum())) for xy in sections)
     pairs = _Pairs(blocks)
-    for family, n_ranges, ratio in _GRID:
+    for family, n_ranges, longest, ratio in _GRID:
         shortest = pitch / 2 if ratio == 1 else pitch
-        for reach in np.geomspace(shortest, max(side, shortest), n_ranges):
+        for reach in np.geomspace(shortest, max(longest * side, shortest), n_ranges):
             for turn in range(1 if ratio == 1 else _DIRECTIONS):
                 angle = np.pi * turn / _DIRECTIONS
                 along = np.array([np.cos(angle), np.sin(angle)]) / np.sqrt(ratio)

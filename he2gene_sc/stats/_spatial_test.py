@@ -11,7 +11,7 @@ from ._covariance import ODDS, Blocks, correlations, make_blocks
 #: White noise that the fit adds to every gene, as a share of its variance (and takes off the result again).
 _JITTER = 0.03
 #: Genes that are worked on together.
-_CHUNK = 2048
+_CHUNK = 1024
 #: Below this the randomisation agrees with the test, and the p-value stays as it is.
 _CHECK_LEVEL = 0.05
 
@@ -85,9 +85,10 @@ def spatial_test(
     Examples
     --------
     >>> import he2gene_sc as hg
+    >>> from he2gene_sc.stats import log_normalise, spatial_test
     >>> table = hg.datasets.toy()["table"]
     >>> left = table.obsm["spatial"][:, 0] < table.obsm["spatial"][:, 0].mean()
-    >>> test = hg.stats.spatial_test(hg.stats.log_normalise(table.X), left, table.obsm["spatial"])
+    >>> test = spatial_test(log_normalise(table.X), left, table.obsm["spatial"])
     >>> test.pvalues.shape == (table.n_vars,)
     True
     """
