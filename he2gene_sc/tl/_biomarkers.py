@@ -179,7 +179,7 @@ def biomarkers(
     facts = {
         "results": results,
         "samples": effects.index.to_frame(index=False),
-        "genes": effects.columns.to_numpy(str),
+        "genes": effects.columns.to_numpy(object),
         "sample_effects": effects.to_numpy(np.float32),
     }
     for table in tables:
