@@ -71,7 +71,7 @@ def biomarkers(
         patient are one sample: their spots are pooled.
     method
         - ``"pseudobulk"``: mean of the logarithms per sample and group, paired by sample, moderated t;
-        - ``"mixed"``: linear mixed model of these means, with covariates; 15 ms a gene;
+        - ``"mixed"``: linear mixed model of these means, with covariates; minutes for thousands of genes;
         - ``"ppi"``: prediction-powered, where some samples were measured and more were predicted;
         - ``"spatial"``: spots of one or two sections, with the effective number of independent ones;
         - ``"wilcoxon"``: spots as if they were independent, for comparison with scanpy alone;
