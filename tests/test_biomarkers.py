@@ -135,6 +135,8 @@ def test_results_are_kept_by_zarr(tmp_path):
     back = anndata.read_zarr(tmp_path / "t.zarr")
     pd.testing.assert_frame_equal(hg.get.biomarkers(back), result, check_dtype=False)
     assert back.uns["he2gene_biomarkers"]["params"]["method"] == "pseudobulk"
+    ax = hg.pl.biomarkers(back, "tumour", kind="dot", n_genes=2)
+    assert [t.get_text() for t in ax.get_xticklabels()] == result.loc[result["group"] == "tumour", "names"][:2].tolist()
 
 
 def test_genes_are_matched_by_name(caplog):

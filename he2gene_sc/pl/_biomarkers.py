@@ -136,7 +136,7 @@ def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[st
     from matplotlib.colors import TwoSlopeNorm
 
     rows = pd.DataFrame(record["samples"])
-    effects = pd.DataFrame(np.asarray(record["sample_effects"]), columns=np.asarray(record["genes"], str))
+    effects = pd.DataFrame(np.asarray(record["sample_effects"]), columns=np.asarray(record["genes"], object))
     kept = rows["group"].isin(groups).to_numpy()
     rows, effects = rows[kept].reset_index(drop=True), effects[kept].reindex(columns=genes).reset_index(drop=True)
     order = np.argsort(rows["group"].map({g: i for i, g in enumerate(groups)}).to_numpy(), kind="stable")

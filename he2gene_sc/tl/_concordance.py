@@ -11,9 +11,10 @@ import pandas as pd
 
 from .._keys import check_key
 from .._tables import Scale, check_free, write_result
-from ._biomarkers import adjusted, compare, measured_part, method_for, reliable_genes
+from ._compare import adjusted, compare, method_for
 from ._contrast import METHODS
-from ._pooled import is_circular, pool, prediction_key, tables_of
+from ._origin import is_circular, measured_part, reliable_genes
+from ._pooled import pool, prediction_key, tables_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

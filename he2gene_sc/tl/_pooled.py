@@ -166,7 +166,7 @@ def pool(
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
         # Looks at all values once; with no genes it returns none.
         log_expression(table, layer, genes=np.zeros(0, int), scale=layer_scale, expected=_expected(layer))
-    labels = [_labels(table, groupby) for table in tables]
+    labels = [labels_of(table, groupby) for table in tables]
     samples = _samples(tables, sample_key)
     rows = tuple(np.flatnonzero(pd.notna(found)) for found in labels)
     sections = [
@@ -198,7 +198,8 @@ def _expected(layer: str | None) -> Literal["counts", "log"]:
     return "counts" if layer is None else "log"
 
 
-def _labels(table: AnnData, groupby: str) -> np.ndarray:
+def labels_of(table: AnnData, groupby: str) -> np.ndarray:
+    """Labels of all rows as text, ``None`` where there is none, ``(n,)``."""
     column = column_of(table, groupby, "groupby")
     if isinstance(column.dtype, np.dtype) and column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
         raise ValueError(f"`groupby` {groupby!r} holds fractions; a column of labels is needed")
@@ -229,24 +230,6 @@ def prediction_key(table: AnnData, layer: str | None) -> str | None:
         if isinstance(record, Mapping) and "weights_sha256" in record and record.get("layer") == layer:
             return key
     return layer if Keys(layer).reliable in table.var or layer == Keys().layer else None
-
-
-def is_circular(tables: Sequence[AnnData], groupby: str, layer: str | None) -> bool:
-    """Whether the labels of a table were predicted, as its layer was: by name, or a copy of such a column."""
-    for table in tables:
-        if prediction_key(table, layer) is None:
-            continue
-        keys = [key for key, record in table.uns.items() if isinstance(record, Mapping) and "weights_sha256" in record]
-        named = {Keys(key).annotation for key in [*keys, prediction_key(table, layer)]}
-        if groupby in named:
-            return True
-        labels = _labels(table, groupby)
-        for name in named & set(table.obs):
-            if (pd.notna(labels) == table.obs[name].notna().to_numpy()).all() and (
-                labels[pd.notna(labels)] == table.obs[name].dropna().astype(str).to_numpy(object)
-            ).all():
-                return True
-    return False
 
 
 def _genes(
