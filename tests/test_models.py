@@ -100,8 +100,8 @@ def test_altered_genes_are_refused(folder):
 
 
 def test_a_newer_schema_is_refused_with_the_way_out(folder):
-    rewrite_card(folder, schema_version=3)
-    with pytest.raises(ValueError, match="schema version 3.*pip install -U"):
+    rewrite_card(folder, schema_version=4)
+    with pytest.raises(ValueError, match="schema version 4.*pip install -U"):
         load(folder)
 
 

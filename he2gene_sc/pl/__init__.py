@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "annotation": "._annotation",
+        "calibration": "._calibration",
+        "predictability": "._predictability",
         "spatial": "._spatial",
     },
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import scipy.sparse
 
 from ..stats import noise_ceiling
 from ._closed_form import UNSEEN, temperature
+from ._predictability import with_rest
 from ._sections import Section
 from ._validate import HeldOut, Panel
 
@@ -52,11 +52,7 @@ def expression_figures(
 
 def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
     genes = np.concatenate([panel.target, panel.variable])
-    counts = section.counts()
-    # What was counted of genes that are not learned belongs to the totals all the same.
-    rest = np.maximum(np.rint(section.totals - np.asarray(counts.sum(axis=1)).ravel()), 0).astype(np.int64)
-    counts = scipy.sparse.hstack([counts, scipy.sparse.csr_array(rest[:, None])], format="csr")
-    return panel.means(np.nan_to_num(noise_ceiling(counts, genes=genes)))
+    return panel.means(np.nan_to_num(noise_ceiling(with_rest(section), genes=genes)))
 
 
 def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
