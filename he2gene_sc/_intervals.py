@@ -93,7 +93,7 @@ def of_model(
     gene_symbols: str | None,
     keys: Keys,
 ) -> OfModel:
-    from .stats import half_scores
+    from .stats import MIN_GROUPS, half_scores
 
     model = predicted_by(record, model)
     facts = model.card.intervals
@@ -137,7 +137,7 @@ def of_model(
             "guarantee": "hierarchical" if holds else "none",
             "unit": facts["unit"],
             "n_groups": int(facts["n_groups"]),
-            "n_groups_needed": int(np.ceil(coverage / (1 - coverage) - 1e-9)),
+            "n_groups_needed": max(MIN_GROUPS, int(np.ceil(coverage / (1 - coverage) - 1e-9))),
             "classes": [name for name, told in zip(model.card.classes, told_apart, strict=True) if told],
             "model": model.name,
             "weights_sha256": model.weights_sha256,

@@ -108,3 +108,25 @@ def test_the_colour_baseline_reads_colour_alone(model, sections):
     weight = sums.ridge(training["colour_penalty"], training["colour_rank"])
     expected = np.concatenate([embed(s, basis) for s in bare]) @ weight + sums.mean
     np.testing.assert_allclose(found, expected[:, model.tensors["colour.genes"]], atol=1e-3)
+
+
+def test_an_annotation_that_one_section_alone_has_is_not_calibrated_and_says_so(sections, caplog):
+    from dataclasses import replace
+
+    bare = [sections[0], *(replace(s, codes=np.full(len(s), -1)) for s in sections[1:])]
+    facts = Facts(
+        genes=pd.Index([f"G{i}" for i in range(N_GENES)]),
+        ensembl_ids=("",) * N_GENES,
+        classes=("a", "b", "c"),
+        class_colors=("#000000",) * 3,
+        encoder=EncoderSpec("tiny"),
+        windows_um=(100.0,),
+        name="mine",
+        version="1",
+        description="",
+        intended_use="",
+        limitations=("One.",),
+    )
+    found = build_model(bare, facts, recipe(), n_colour=N_COLOUR, n_target=4)
+    assert "its probabilities are NOT calibrated" in caplog.text
+    assert found.card.limitations == ("One.", "The probabilities of its annotation are not calibrated.")

@@ -128,6 +128,7 @@ def test_the_guarantee_at_ninety_percent_needs_nine_groups():
     few, n = grouped_quantiles(scores[groups < 8], groups[groups < 8])
     half, holds = half_scores(few, n, 0.9)
     assert not holds.any()
+    assert not half_scores(few, n, 0.5)[1].any()
     np.testing.assert_allclose(half, few[LEVELS.tolist().index(0.9)])
 
 

@@ -87,8 +87,23 @@ def test_three_sections_give_no_guarantee_and_the_table_says_so(table, model):
     run(table, model)
     facts = table.uns["he2gene_intervals"]
     assert (facts["guarantee"], facts["unit"], facts["n_groups"], facts["n_groups_needed"]) == ("none", "section", 3, 9)
-    run(table, model, coverage=0.7)
+    run(table, model, coverage=0.5)
+    assert table.uns["he2gene_intervals"]["guarantee"] == "none"
+
+
+def test_ten_groups_give_the_guarantee_up_to_what_they_can(table, model):
+    """The groups behind the quantiles are counted gene by gene and class by class."""
+    groups = np.where(model.tensors["intervals.groups"] > 0, 10, 0).astype(np.int16)
+    more = replace(
+        model,
+        tensors=model.tensors | {"intervals.groups": groups},
+        card=replace(model.card, intervals=model.card.intervals | {"n_groups": 10}),
+    )
+    run(table, more)
     assert table.uns["he2gene_intervals"]["guarantee"] == "hierarchical"
+    run(table, more, coverage=0.95)
+    facts = table.uns["he2gene_intervals"]
+    assert (facts["guarantee"], facts["n_groups_needed"]) == ("none", 19)
 
 
 def test_the_order_of_the_spots_does_not_matter(table, model):

@@ -126,6 +126,25 @@ def test_a_card_of_the_first_schema_is_refused_with_what_to_do(folder):
         load(folder)
 
 
+def test_a_folder_of_the_second_schema_loads_without_what_it_does_not_say(folder, tiny_model):
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(
+        json.dumps({key: v for key, v in card.items() if key not in ("intervals", "guard")} | {"schema_version": 2})
+    )
+    found = load(folder)
+    assert (found.card.intervals, found.card.guard, found.guard) == (None, None, None)
+    assert replace(found.card, files={}) == tiny_model.card
+    assert load(found.save(folder.with_name("again"))).card.schema_version == 3
+
+
+def test_further_figures_of_the_genes_survive_where_a_model_states_them(tiny_model, tmp_path):
+    genes = tiny_model.genes.assign(pcc_high=0.5, pcc_new_patient=np.nan, ceiling=0.8)
+    found = load(HE2Gene(tiny_model.card, genes, tiny_model.tensors).save(tmp_path / "model")).genes
+    assert found[["pcc_high", "pcc_new_patient", "ceiling"]].dtypes.eq(float).all()
+    assert found["pcc_new_patient"].isna().all()
+    assert (found["ceiling"] == 0.8).all()
+
+
 def test_an_unknown_fusion_is_refused(folder):
     rewrite_card(folder, fusion="attention")
     with pytest.raises(ValueError, match="'attention', valid"):

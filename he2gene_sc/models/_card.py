@@ -185,7 +185,8 @@ class ModelCard:
             spots = ", ".join(f"{n} {name}" for name, n in facts["spots"].items())
             lines.append(
                 f"- Intervals (`hg.tl.intervals`): held-out residuals of {facts['n_groups']} {facts['unit']}s, spots: {spots}. "
-                f"A coverage c is guaranteed from c / (1 - c) {facts['unit']}s on; with fewer there is no guarantee."
+                f"A coverage c is guaranteed from nine {facts['unit']}s on, and c / (1 - c) of them above 90 %; with fewer there "
+                "is no guarantee."
             )
         if self.guard is not None:
             lines.append(

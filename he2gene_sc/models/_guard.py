@@ -55,12 +55,12 @@ class Guard:
     projection
         Standardised features to components, ``(f, d)``.
     bank
-        Components of training spots, ``(b, d)``.
+        Of training spots, ``(b, d + colours)``: components, and beside them the standardised colour features.
     size
         ``(k + 1,)``: from the encoder's features of one window to the log2 of its side, the last the intercept; empty
         where the model has one window.
     limits
-        Of the card: ``distance``, ``far``, ``octaves``, ``spread``, ``variation``.
+        Of the card: ``distance`` (of components, and of colour), ``far``, ``octaves``, ``spread``, ``variation``.
     windows_um
         Sides of the windows.
     """
@@ -75,25 +75,27 @@ class Guard:
 
     def look(self, features: np.ndarray) -> Look:
         """Compare the spots of one slide, ``(n, f)``, with training."""
-        own = components(features, self.mean, self.scale, self.projection)
-        distance = nearest(own, self.bank) / self.limits["distance"]
+        d = self.projection.shape[1]
+        own = components(features, self.mean, self.scale, self.projection, self.bank.shape[1] - d)
+        both = distances(own, self.bank, d)
+        distance = np.maximum(*(x / limit for x, limit in zip(both, self.limits["distance"], strict=True)))
         far = float((distance > 1).mean()) if len(distance) else 0.0
         octaves = seeming_size(features, self.size, self.windows_um)
-        variation = variation_of(own) - self.limits["spread"]
+        variation = variation_of(own[:, :d]) - self.limits["spread"]
         reasons, worst = [], 0.0
         if len(features) >= MIN_SPOTS:
             if far > self.limits["far"]:
                 reasons.append(f"{far:.0%} of its spots look like no training spot")
-            if abs(octaves) > self.limits["octaves"]:
-                factor = 2 ** abs(octaves)
-                reasons.append(
-                    f"what its windows show seems {factor:.1f} times {'larger' if octaves > 0 else 'smaller'} than it should "
-                    "be: the µm/px may be wrong"
-                )
             low, high = self.limits["variation"]
             if not low <= variation <= high:
                 reasons.append(
                     f"its spots differ {'less' if variation < low else 'more'} from each other than tissue does"
+                )
+            # Of what is no tissue, the size means nothing.
+            if not reasons and abs(octaves) > self.limits["octaves"]:
+                reasons.append(
+                    f"what its windows show seems {2 ** abs(octaves):.1f} times {'larger' if octaves > 0 else 'smaller'} than it "
+                    "should be: the µm/px may be wrong, or the image far less sharp or sharper"
                 )
             worst = max(
                 abs(octaves) / self.limits["octaves"] if np.isfinite(octaves) else 0.0,
@@ -102,10 +104,19 @@ class Guard:
         return Look(np.maximum(distance, worst).astype(np.float32), far, octaves, variation, tuple(reasons))
 
 
-def components(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, projection: np.ndarray) -> np.ndarray:
-    """Features standardised by training, as components ``(n, d)``."""
+def components(
+    features: np.ndarray, mean: np.ndarray, scale: np.ndarray, projection: np.ndarray, n_colour: int
+) -> np.ndarray:
+    """Features standardised by training, as components, and the colours among them, ``(n, d + n_colour)``."""
     usable = scale > 0
-    return ((features - mean) * np.where(usable, 1 / np.where(usable, scale, 1), 0)) @ projection
+    z = (features - mean) * np.where(usable, 1 / np.where(usable, scale, 1), 0)
+    return np.concatenate([z @ projection, z[:, z.shape[1] - n_colour :] / np.sqrt(max(n_colour, 1))], axis=1)
+
+
+def distances(own: np.ndarray, bank: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distance to the bank by the first ``d`` columns and by those of colour; 0 where there are none."""
+    colour = nearest(own[:, d:], bank[:, d:]) if own.shape[1] > d else np.zeros(len(own))
+    return nearest(own[:, :d], bank[:, :d]), colour
 
 
 def nearest(own: np.ndarray, bank: np.ndarray) -> np.ndarray:

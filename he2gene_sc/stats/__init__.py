@@ -4,6 +4,7 @@ from ._accuracy import TARGET_SUM, log_normalise, noise_ceiling, pearson, skill
 from ._conformal import (
     LEVELS,
     MAX_COVERAGE,
+    MIN_GROUPS,
     fit_spread,
     grouped_quantiles,
     half_scores,
@@ -16,6 +17,7 @@ from ._conformal import (
 __all__ = [
     "LEVELS",
     "MAX_COVERAGE",
+    "MIN_GROUPS",
     "TARGET_SUM",
     "fit_spread",
     "grouped_quantiles",

@@ -32,6 +32,8 @@ LEVELS = np.array(
 )
 #: Coverage up to which intervals can be asked for: above it the kept quantiles are those of a handful of spots.
 MAX_COVERAGE = 0.98
+#: Groups without which no guarantee is stated at any coverage: the fewer, the less they say of what a new one is like.
+MIN_GROUPS = 9
 #: Least part of a gene's mean squared residual that its spread keeps where 0 is predicted.
 _FLOOR = 0.1
 _ROUNDING = 1e-9
@@ -161,13 +163,13 @@ def half_scores(
     Returns
     -------
     numpy.ndarray
-        ``(g,)``: where :func:`hierarchical_level` is finite, the next kept quantile at or above it, which keeps the
-        guarantee; elsewhere the pooled quantile at ``coverage``, interpolated, which has none.
+        ``(g,)``: where :func:`hierarchical_level` is finite, of nine groups or more, the next kept quantile at or above
+        it, which keeps the guarantee; elsewhere the pooled quantile at ``coverage``, interpolated, which has none.
     numpy.ndarray
         ``(g,)`` bool: whether it has.
     """
     level = hierarchical_level(coverage, n_groups)
-    guaranteed = np.isfinite(level)
+    guaranteed = np.isfinite(level) & (np.asarray(n_groups) >= MIN_GROUPS)
     at = np.searchsorted(levels, np.where(guaranteed, level, 1) - _ROUNDING)
     upper = np.take_along_axis(quantiles, at[None], axis=0)[0]
     return np.where(guaranteed, upper, interpolated(quantiles, levels, coverage)), guaranteed

@@ -14,7 +14,7 @@ from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._embedding import ALONE, Context
 from ._calibrate import calibration_unit, described
 from ._closed_form import Recipe, fit_basis, fit_softmax, fit_sums
-from ._figures import annotation_figures, expression_figures, pooled_temperature
+from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
 from ._folds import grouped_folds, warn_of_unit
 from ._guard import fit_guard
 from ._predictability import gene_table
@@ -199,6 +199,13 @@ def _build(
     target, variable = panels(sections, everything, n_target)
     tensors = _fit(sections, everything, recipe, choice, held_out[known], n_classes)
     tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
+    limitations = facts.limitations
+    if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[known].logits):
+        logger.warning(
+            "annotation: no held-out spot has a label and a model that had seen its class, as where one section alone is "
+            "annotated: its probabilities are NOT calibrated"
+        )
+        limitations = (*limitations, "The probabilities of its annotation are not calibrated.")
     genes, rule = gene_table(sections, facts, held_out, target, variable)
     calibration = None if exchangeable is None else held_out[exchangeable].calibration
     if calibration is not None:
@@ -229,7 +236,7 @@ def _build(
         metrics=metrics,
         reliable_rule=rule,
         intended_use=facts.intended_use,
-        limitations=facts.limitations,
+        limitations=limitations,
         context=recipe.context.to_dict(),
         intervals=None if calibration is None else described(calibration, exchangeable, facts.classes),
         guard=limits,

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..stats import LEVELS, MAX_COVERAGE, fit_spread, grouped_quantiles, rounded_up, spread_of
+from ..stats import LEVELS, MAX_COVERAGE, MIN_GROUPS, fit_spread, grouped_quantiles, rounded_up, spread_of
 from ._sections import Section
 
-#: Groups from which a guarantee at 90 % is possible: fewer patients than this are not the unit, sections are.
-MIN_GROUPS = 9
 #: Spots of a predicted class, and groups that show it, without which it is not told apart.
 MIN_CLASS_SPOTS, MIN_CLASS_GROUPS = 50, 2
 

@@ -138,12 +138,23 @@ def calibrated(sections: Sequence[Section], held_out: HeldOut, *, by_patient: bo
 
 def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> float:
     """Temperature of held-out logits over the labelled spots of all sections; 1 where there are none."""
+    scores, codes = _telling(sections, logits)
+    return temperature(scores, codes) if len(codes) else 1.0
+
+
+def can_be_calibrated(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> bool:
+    """Whether any held-out spot says something about the confidence of the annotation."""
+    return len(_telling(sections, logits)[1]) > 0
+
+
+def _telling(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out logits and codes of the labelled spots whose fold had seen their class."""
     codes = np.concatenate([section.codes for section in sections])
     scores = np.concatenate(list(logits))
     rows = (codes >= 0) & np.isfinite(scores).all(1)
     # Of a class that its fold had not seen, a spot says nothing about confidence.
     rows[rows] = scores[rows, codes[rows]] != UNSEEN
-    return temperature(scores[rows], codes[rows]) if rows.any() else 1.0
+    return scores[rows], codes[rows]
 
 
 def calibration_error(proba: np.ndarray, codes: np.ndarray, n_bins: int = _N_BINS) -> float:

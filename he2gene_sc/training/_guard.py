@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..models._guard import BANK, PROJECTION, SIZE, components, nearest, seeming_size, variation_of
+from ..models._guard import BANK, PROJECTION, SIZE, components, distances, seeming_size, variation_of
 from ._closed_form import _principal
 from ._sections import Section
 
@@ -17,8 +17,8 @@ _BANK = 1500
 _DISTANCE_QUANTILE = 0.95
 #: Least limits: sections that happen to agree must not make the guard nervous.
 _LEAST_FAR, _LEAST_OCTAVES, _LEAST_VARIATION = 0.5, 0.5, 1.0
-#: What the worst left-out section is exceeded by before a slide is out.
-_MARGIN = 1.25
+#: How many times the worst left-out section is exceeded before a slide is out.
+_MARGIN = 2.0
 _PENALTY = 0.1
 
 
@@ -56,26 +56,34 @@ def fit_guard(
         z = (x - mean) * inverse
         gram += z.T.astype(np.float64) @ z / len(x)
     projection = (_principal(gram, min(N_COMPONENTS, f)) / np.sqrt(f)).astype(np.float16)
-    own = [components(x, mean, scale, projection.astype(np.float32)) for x in features]
+    d = projection.shape[1]
+    own = [components(x, mean, scale, projection.astype(np.float32), n_colour) for x in features]
     share = max(1, _BANK // len(sections))
     banks = [part[:: -(-len(part) // share)].astype(np.float16) for part in own]
     size = _fit_size(features, windows_um, n_colour)
-    distances, octaves = [], []
+    far_off, octaves = [], []
     for i, x in enumerate(features):
         rest = [j for j in range(len(sections)) if j != i]
-        distances.append(nearest(own[i], np.concatenate([banks[j] for j in rest]).astype(np.float32)))
+        far_off.append(distances(own[i], np.concatenate([banks[j] for j in rest]).astype(np.float32), d))
         octaves.append(seeming_size(x, _fit_size([features[j] for j in rest], windows_um, n_colour), windows_um))
-    limit = float(np.mean([np.quantile(d, _DISTANCE_QUANTILE) for d in distances]))
-    far = max(float((d > limit).mean()) for d in distances)
-    variation = np.array([variation_of(part) for part in own])
+    # No limit is 0: a feature that never varies must not make every slide odd.
+    limit = [
+        max(1e-6, float(np.mean([np.quantile(x, _DISTANCE_QUANTILE) for x in kind])))
+        for kind in zip(*far_off, strict=True)
+    ]
+    far = max(float((np.maximum(*(x / k for x, k in zip(both, limit, strict=True))) > 1).mean()) for both in far_off)
+    variation = np.array([variation_of(part[:, :d]) for part in own])
     spread = float(variation.mean())
     tensors = {PROJECTION: projection, BANK: np.concatenate(banks), SIZE: size}
-    limits = {
-        "distance": limit,
-        "far": max(_LEAST_FAR, _MARGIN * far),
-        "octaves": max(_LEAST_OCTAVES, _MARGIN * float(np.nanmax(np.abs([*octaves, 0.0])))),
-        "spread": spread,
-        "variation": [float(f(variation - spread)) + s * _LEAST_VARIATION for f, s in ((np.min, -1), (np.max, 1))],
+    limits: dict[str, object] = {
+        "distance": [round(x, 6) for x in limit],
+        "far": round(max(_LEAST_FAR, _MARGIN * far), 6),
+        "octaves": round(max(_LEAST_OCTAVES, _MARGIN * float(np.nanmax(np.abs([*octaves, 0.0])))), 6),
+        "spread": round(spread, 6),
+        "variation": [
+            round(float(variation.min()) - spread - _LEAST_VARIATION, 6),
+            round(float(variation.max()) - spread + _LEAST_VARIATION, 6),
+        ],
     }
     return tensors, limits
 
@@ -102,6 +110,6 @@ def _fit_size(features: Sequence[np.ndarray], windows_um: tuple[float, ...], n_c
     slope = np.linalg.solve(gram + _PENALTY * np.eye(k), z.T @ (weight * (y - centre)))
     fitted = z @ slope
     # Ridge draws its predictions towards the middle; a window twice as large shall seem twice as large.
-    slope *= (weight @ np.square(y - centre)) / (weight @ (fitted * (y - centre)))
+    slope *= (weight @ np.square(y - centre)) / max(weight @ (fitted * (y - centre)), 1e-9)
     slope = slope * np.where(sd > 0, 1 / np.where(sd > 0, sd, 1), 0)
     return np.append(slope, centre - mean @ slope).astype(np.float32)

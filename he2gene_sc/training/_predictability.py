@@ -26,7 +26,7 @@ ENOUGH_PATIENTS = 5
 TELLING = ("patient", "section")
 #: Sections that the noise ceiling is averaged over, and splits of each.
 _CEILING_SECTIONS, _CEILING_SPLITS = 8, 2
-_GENES_AT_ONCE = 2048
+_VALUES_AT_ONCE = 20_000_000
 
 
 def bounds(pcc: np.ndarray, min_groups: int = MIN_GROUPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,8 +83,9 @@ def ceilings(sections: Sequence[Section]) -> np.ndarray:
     total, n = np.zeros(g), np.zeros(g)
     for section in chosen:
         counts = with_rest(section)
-        for start in range(0, g, _GENES_AT_ONCE):
-            genes = np.arange(start, min(start + _GENES_AT_ONCE, g))
+        step = max(1, _VALUES_AT_ONCE // len(section))
+        for start in range(0, g, step):
+            genes = np.arange(start, min(start + step, g))
             found = np.nan_to_num(noise_ceiling(counts, genes=genes, n_splits=_CEILING_SPLITS))
             total[genes] += np.where(section.measured[genes], found, 0)
         n += section.measured
