@@ -133,6 +133,7 @@ def gene_table(
     new_patient = np.full(len(mean), np.nan)
     if "patient" in found:
         new_patient = bounds(by_patient(found["patient"], patients))[0]
+        reliable &= np.nan_to_num(new_patient) > RELIABLE_PCC
     index = np.arange(len(mean))
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
     spots = sum(len(section) * section.measured for section in sections)
@@ -152,19 +153,24 @@ def gene_table(
         },
         index=pd.Index(facts.genes, name="gene"),
     )
-    return table, _rule(unit, len(sections), n_patients)
+    return table, _rule(unit, len(sections), n_patients if "patient" in found else 1)
 
 
 def _rule(unit: str, n_sections: int, n_patients: int) -> str:
     if unit not in TELLING:
         return "figures of held-out sections or patients say so; there are none"
-    known = f", while others of its patient may be trained on: this speaks for patients that are known, and a bound over patients needs {ENOUGH_PATIENTS} of them"
-    groups = (
-        f"{n_patients} patients, held out"
-        if unit == "patient"
-        else f"{n_sections} sections, held out{known if n_patients < n_sections else ''}"
-    )
+    skilled = "its held-out skill against the training mean is positive"
+    if unit == "patient":
+        over = f"{n_patients} patients, held out"
+    elif n_patients == 1:
+        over = f"{n_sections} sections, held out; this speaks for patients that are known"
+    else:
+        over = f"{n_sections} sections, held out while others of their patient may be trained on"
+        skilled += (
+            f", and its mean over the {n_patients} patients, held out whole, is above {RELIABLE_PCC} too (a bound over patients "
+            f"needs {ENOUGH_PATIENTS} of them)"
+        )
     return (
-        f"the lower 95 % bound of its held-out Pearson correlation (t over the {groups}; at least {MIN_GROUPS} are needed) "
-        f"is above {RELIABLE_PCC} and its held-out skill against the training mean is positive"
+        f"the lower 95 % bound of its held-out Pearson correlation (t over the {over}; at least {MIN_GROUPS} are needed) is "
+        f"above {RELIABLE_PCC} and {skilled}"
     )
