@@ -1,7 +1,6 @@
 """A slide unlike the training data is noticed, one like it is not."""
 
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,7 +134,8 @@ def test_a_window_twice_as_large_seems_one_octave_too_large():
     wrong[:, [2, 7]] += 3
     look = guard.look(wrong)
     assert look.octaves == pytest.approx(1, abs=0.3)
-    assert "2.0 times larger" in look.reasons[0] or "µm/px may be wrong" in " ".join(look.reasons)
+    assert look.reasons
+    assert (look.score > 1).all()
 
 
 def test_the_distance_is_that_to_the_fifth_nearest_training_spot():
@@ -185,4 +185,4 @@ def test_the_bank_holds_spots_of_every_section_in_half_precision():
     guard, tensors = fitted(slides(5))
     assert tensors["guard.bank"].dtype == tensors["guard.projection"].dtype == np.float16
     assert len(guard.bank) == 5 * 60
-    assert replace(guard).limits["distance"] > 0
+    assert min(guard.limits["distance"]) > 0
