@@ -81,6 +81,11 @@ class Keys:
         return f"{self.key_added}_annotation_proba"
 
     @property
+    def ood(self) -> str:
+        """``.obs``: how far a spot is from what the model was trained on; above 1 it is out of distribution."""
+        return f"{self.key_added}_ood"
+
+    @property
     def embedding(self) -> str:
         """``.obsm``: the embedding that the heads read."""
         return f"X_{self.key_added}"

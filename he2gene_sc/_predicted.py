@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ._keys import MADE, Keys
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
+
+    from .models import HE2Gene
 
 
 def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: str | None = None) -> str:
@@ -41,3 +44,31 @@ def predicted_layer(table: AnnData, key_added: str = "he2gene", layer: str | Non
     if name not in table.layers:
         raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(table.layers)}")
     return name
+
+
+def predicted_by(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
+    """Find the model that predicted.
+
+    Raises
+    ------
+    ValueError
+        If it has to be given, or another is given.
+    """
+    from .models import BUNDLED, load
+
+    name, sha256 = record["model"], record["weights_sha256"]
+    if model is None:
+        found = load(name) if name in BUNDLED else None
+        if found is None or found.weights_sha256 != sha256:
+            raise ValueError(
+                f"`model`: the prediction is of {name!r}, which is no bundled model of this version; give it, as a folder or "
+                "loaded, or predict again"
+            )
+        return found
+    found = load(model)
+    if found.weights_sha256 != sha256:
+        raise ValueError(
+            f"`model` {found.name!r} has weights {found.weights_sha256[:12] or 'that were never saved'}, the prediction was "
+            f"made by {name!r} with {str(sha256)[:12] or 'weights that were never saved'}; give that model, or predict again"
+        )
+    return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,8 @@ class Filled:
         Rows of the table, ``(n,)``; ``None`` for a new table.
     expression, proba, embedding
         ``(n, g)``, ``(n, c)``, ``(n, k)`` float32; NaN for spots outside the image.
+    ood
+        ``(n,)`` float32, likewise; ``None`` where the model does not tell.
     centres
         ``(n, 2)``, pixels of level 0.
     """
@@ -47,6 +50,7 @@ class Filled:
     model: HE2Gene
     keys: Keys
     record: dict[str, Any]
+    ood: np.ndarray | None = None
 
     @classmethod
     def collect(
@@ -68,21 +72,24 @@ class Filled:
                 stacklevel=3,
             )
 
-        def stack(name: str) -> np.ndarray:
+        def stack(of: Callable[[Predictions], np.ndarray]) -> np.ndarray:
             parts = []
             for slide, result in zip(slides, predictions, strict=True):
-                values = getattr(result, name)
+                values = of(result)
                 if slide.inside.all():
                     parts.append(values)
                     continue
-                whole = np.full((len(slide.inside), values.shape[1]), np.nan, np.float32)
+                whole = np.full((len(slide.inside), *values.shape[1:]), np.nan, np.float32)
                 whole[slide.inside] = values
                 parts.append(whole)
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
         rows = None if slides[0].rows is None else np.concatenate([slide.rows for slide in slides])
         centres = np.concatenate([slide.centres for slide in slides])
-        return cls(rows, stack("expression"), stack("proba"), stack("embedding"), centres, wanted, model, keys, record)
+        expression, proba, embedding = (stack(attrgetter(name)) for name in ("expression", "proba", "embedding"))
+        looked = all(result.look is not None or not len(result.proba) for result in predictions)
+        ood = stack(_scores) if looked and model.card.guard is not None else None
+        return cls(rows, expression, proba, embedding, centres, wanted, model, keys, record, ood)
 
     def annotation(self) -> pd.Categorical:
         """Most probable class of each spot, missing where there is no prediction.
@@ -93,6 +100,10 @@ class Filled:
         missing = np.isnan(self.proba).any(1)
         codes = np.where(missing, -1, np.where(np.isnan(self.proba), -1, self.proba).argmax(1))
         return pd.Categorical.from_codes(codes, categories=list(self.model.card.classes)).remove_unused_categories()
+
+
+def _scores(result: Predictions) -> np.ndarray:
+    return np.zeros(0, np.float32) if result.look is None else result.look.score
 
 
 def fill_table(table: AnnData, filled: Filled) -> None:
@@ -144,6 +155,12 @@ def fill_table(table: AnnData, filled: Filled) -> None:
         obsm[keys.proba] = pd.DataFrame(proba, index=table.obs_names, columns=list(filled.model.card.classes))
         colours = dict(zip(filled.model.card.classes, filled.model.card.class_colors, strict=True))
         uns[keys.colors] = [colours[name] for name in annotation.categories]
+    if filled.ood is not None:
+        score = np.full(n_obs, np.nan, np.float32)
+        if before is not None and keys.ood in table.obs:
+            score[others] = table.obs[keys.ood].to_numpy(np.float32)[others]
+        score[rows] = filled.ood
+        obs[keys.ood] = pd.Series(score, index=table.obs_names)
     if "spatial" not in table.obsm or SPATIAL in table.uns:
         # Marked as ours, so that a run on another image brings it up to date.
         uns[SPATIAL] = filled.record["image"]
@@ -163,6 +180,9 @@ def fill_table(table: AnnData, filled: Filled) -> None:
         table.layers[keys.layer] = layer
         for name, value in var.items():
             table.var[name] = value
+        if keys.ood not in obs and keys.ood in table.obs:
+            # Of an earlier model: it says nothing of this one.
+            del table.obs[keys.ood]
         for name, value in obs.items():
             table.obs[name] = value
         for name, value in obsm.items():

@@ -89,7 +89,10 @@ def test_genes_are_judged_by_held_out_sections(model, sections):
     low = np.nanmean(pcc, 0) - t.ppf(0.975, n - 1) * np.nanstd(pcc, 0, ddof=1) / np.sqrt(n)
     np.testing.assert_allclose(genes["pcc_low"], low, atol=1e-6)
     np.testing.assert_allclose(genes["skill"], held_out.skill)
-    assert genes["reliable"].tolist() == ((low > 0.1) & (held_out.skill > 0)).tolist()
+    elsewhere = validated(sections, choice=choice)[1]["patient"].pcc
+    new_patient = np.mean([np.nanmean(elsewhere[i::2], axis=0) for i in range(2)], axis=0)
+    expected = (low > 0.1) & (held_out.skill > 0) & (new_patient > 0.1)
+    assert genes["reliable"].tolist() == expected.tolist()
     target, variable = panels(sections, everything(sections), 4)
     assert set(np.flatnonzero(genes["group"] == "target")) == set(target)
     assert set(np.flatnonzero(genes["variable"])) == set(variable)
@@ -108,3 +111,25 @@ def test_the_colour_baseline_reads_colour_alone(model, sections):
     weight = sums.ridge(training["colour_penalty"], training["colour_rank"])
     expected = np.concatenate([embed(s, basis) for s in bare]) @ weight + sums.mean
     np.testing.assert_allclose(found, expected[:, model.tensors["colour.genes"]], atol=1e-3)
+
+
+def test_an_annotation_that_one_section_alone_has_is_not_calibrated_and_says_so(sections, caplog):
+    from dataclasses import replace
+
+    bare = [sections[0], *(replace(s, codes=np.full(len(s), -1)) for s in sections[1:])]
+    facts = Facts(
+        genes=pd.Index([f"G{i}" for i in range(N_GENES)]),
+        ensembl_ids=("",) * N_GENES,
+        classes=("a", "b", "c"),
+        class_colors=("#000000",) * 3,
+        encoder=EncoderSpec("tiny"),
+        windows_um=(100.0,),
+        name="mine",
+        version="1",
+        description="",
+        intended_use="",
+        limitations=("One.",),
+    )
+    found = build_model(bare, facts, recipe(), n_colour=N_COLOUR, n_target=4)
+    assert "its probabilities are NOT calibrated" in caplog.text
+    assert found.card.limitations == ("One.", "The probabilities of its annotation are not calibrated.")

@@ -100,8 +100,8 @@ def test_altered_genes_are_refused(folder):
 
 
 def test_a_newer_schema_is_refused_with_the_way_out(folder):
-    rewrite_card(folder, schema_version=3)
-    with pytest.raises(ValueError, match="schema version 3.*pip install -U"):
+    rewrite_card(folder, schema_version=4)
+    with pytest.raises(ValueError, match="schema version 4.*pip install -U"):
         load(folder)
 
 
@@ -124,6 +124,25 @@ def test_a_card_of_the_first_schema_is_refused_with_what_to_do(folder):
     rewrite_card(folder, schema_version=1)
     with pytest.raises(ValueError, match=r"schema version 1, of he2gene_sc 0\.1.*train the model again"):
         load(folder)
+
+
+def test_a_folder_of_the_second_schema_loads_without_what_it_does_not_say(folder, tiny_model):
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(
+        json.dumps({key: v for key, v in card.items() if key not in ("intervals", "guard")} | {"schema_version": 2})
+    )
+    found = load(folder)
+    assert (found.card.intervals, found.card.guard, found.guard) == (None, None, None)
+    assert replace(found.card, files={}) == tiny_model.card
+    assert load(found.save(folder.with_name("again"))).card.schema_version == 3
+
+
+def test_further_figures_of_the_genes_survive_where_a_model_states_them(tiny_model, tmp_path):
+    genes = tiny_model.genes.assign(pcc_high=0.5, pcc_new_patient=np.nan, ceiling=0.8)
+    found = load(HE2Gene(tiny_model.card, genes, tiny_model.tensors).save(tmp_path / "model")).genes
+    assert found[["pcc_high", "pcc_new_patient", "ceiling"]].dtypes.eq(float).all()
+    assert found["pcc_new_patient"].isna().all()
+    assert (found["ceiling"] == 0.8).all()
 
 
 def test_an_unknown_fusion_is_refused(folder):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..image import PatchBatch, PatchReader
+from ..models._guard import Look
 from ..models._heap import kept_heap
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
 
@@ -35,11 +36,14 @@ class Predictions:
         ``(n, c)`` float32, class probabilities; ``c`` is 0 without an annotation head.
     embedding
         ``(n, k)`` float32, what the heads read.
+    look
+        How the slide looks beside training; ``None`` where the model has no statistics of it.
     """
 
     expression: np.ndarray
     proba: np.ndarray
     embedding: np.ndarray
+    look: Look | None = None
 
 
 def predict(
@@ -94,7 +98,8 @@ def predict(
             )
         # Back into the order of the spots on the device, so that one copy brings everything home.
         back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
-        embedding = network.embed(torch.cat(features)[back].cpu().numpy(), reader.centres * reader.mpp)
+        seen = torch.cat(features)[back].cpu().numpy()
+        embedding = network.embed(seen, reader.centres * reader.mpp)
         latent = torch.from_numpy(embedding).to(device)
         expression = np.empty((n, len(genes)), np.float32)
         positions = torch.from_numpy(np.asarray(genes, np.int64)).to(device)
@@ -103,7 +108,7 @@ def predict(
             expression[:, start : start + len(part)] = network.expression(latent, part).cpu().numpy()
         if network.has_annotation:
             proba[:] = (torch.cat(probas)[back] if by_view else network.annotation(latent)).cpu().numpy()
-    return Predictions(expression, proba, embedding)
+    return Predictions(expression, proba, embedding, None if network.guard is None else network.guard.look(seen))
 
 
 def encode(

@@ -10,7 +10,9 @@ from typing import Any
 from .._keys import check_class_names
 
 #: Raised whenever a reader of the old version would misunderstand the new one.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+#: Older ones that are read: what they lack is no part of a prediction.
+_READABLE = (2, SCHEMA_VERSION)
 
 EXPRESSION_SCALE = "natural log of (1 + counts per 10,000)"
 
@@ -59,6 +61,11 @@ class ModelCard:
         ``None`` where a spot is seen alone.
     tta
         Whether inference averages over the eight symmetries of the square unless it is told otherwise.
+    intervals
+        What the quantiles of the residuals rest on: ``unit`` (``"patient"`` or ``"section"``), ``n_groups``, their
+        ``levels``, ``max_coverage``, ``spots`` by predicted class; ``None`` without.
+    guard
+        Limits of :class:`he2gene_sc.models._guard.Guard`; ``None`` without.
     schema_version
         Version of this layout.
     """
@@ -83,6 +90,8 @@ class ModelCard:
     fusion: str = "concat"
     context: dict[str, Any] | None = None
     tta: bool = False
+    intervals: dict[str, Any] | None = None
+    guard: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -117,11 +126,13 @@ class ModelCard:
                 f"{SCHEMA_VERSION}; upgrade with `pip install -U he2gene_sc`"
             )
         names = {f.name for f in fields(cls)}
-        if data["schema_version"] < SCHEMA_VERSION:
+        if data["schema_version"] not in _READABLE:
             raise ValueError(
                 f"`model`: {where} has schema version {data['schema_version']}, of he2gene_sc 0.1, whose features are no "
                 "longer made; train the model again"
             )
+        if data["schema_version"] < SCHEMA_VERSION:
+            data |= {"intervals": None, "guard": None, "schema_version": SCHEMA_VERSION}
         missing = sorted(names - data.keys())
         if missing:
             raise ValueError(f"`model`: {where} lacks {missing}; the folder is damaged")
@@ -151,6 +162,7 @@ class ModelCard:
             "",
             f"A gene is called reliable where {self.reliable_rule}.",
             "",
+            *self._trust(),
             "## Use",
             "",
             self.intended_use,
@@ -165,6 +177,23 @@ class ModelCard:
             return []
         rings = ", ".join(f"{inner:g}–{outer:g}" for inner, outer in self.context["rings_um"])
         return [f"- Context: the slide, and the mean of the neighbours at {rings} µm"]
+
+    def _trust(self) -> list[str]:
+        lines = []
+        if self.intervals is not None:
+            facts = self.intervals
+            spots = ", ".join(f"{n} {name}" for name, n in facts["spots"].items())
+            lines.append(
+                f"- Intervals (`hg.tl.intervals`): held-out residuals of {facts['n_groups']} {facts['unit']}s, spots: {spots}. "
+                f"A coverage c is guaranteed from nine {facts['unit']}s on, and c / (1 - c) of them above 90 %; with fewer there "
+                "is no guarantee."
+            )
+        if self.guard is not None:
+            lines.append(
+                "- Slides unlike the training data are noticed from their features, with limits from training sections "
+                "that were left out in turn."
+            )
+        return [*lines, ""] if lines else []
 
     def _views(self) -> str:
         over = ["windows"] if self.fusion == "mean" and len(self.windows_um) > 1 else []

@@ -21,7 +21,8 @@ class Context:
     ----------
     rings_um
         Inner (included) and outer (excluded) radius of each ring, µm: the neighbours in it are averaged. Empty: a spot
-        is seen alone.
+        is seen alone. The default edges lie between the distances of spots on the grids of 200 and 100 µm pitch, so that
+        rounding or a µm/px off by half a per cent moves no neighbour into the next ring.
     weights
         Weight of each ring beside the spot's own 1.
     prior_spots
@@ -29,7 +30,7 @@ class Context:
         ``None``: they alone are used.
     """
 
-    rings_um: tuple[tuple[float, float], ...] = ((50.0, 350.0), (350.0, 600.0), (600.0, 900.0))
+    rings_um: tuple[tuple[float, float], ...] = ((50.0, 353.0), (353.0, 616.0), (616.0, 930.0))
     weights: tuple[float, ...] = (0.7, 0.5, 0.3)
     prior_spots: float | None = 20.0
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).parent / "bundled"
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
 _COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
+#: Columns of ``genes.csv`` that not every model has.
+_FIGURES = ["pcc_high", "pcc_new_patient", "ceiling"]
 _TENSORS = ("genes.weight", "genes.bias")
 
 #: Models inside the package.
@@ -113,7 +115,9 @@ def _read(folder: Path) -> HE2Gene:
 
     tensors = {key: np.asarray(value) for key, value in load_file(folder / _WEIGHTS).items()}
     genes = pd.read_csv(
-        folder / _GENES, keep_default_na=False, na_values={c: [""] for c in ("mean", "pcc", "pcc_low", "skill")}
+        folder / _GENES,
+        keep_default_na=False,
+        na_values={c: [""] for c in ("mean", "pcc", "pcc_low", "skill", *_FIGURES)},
     )
     needed = _TENSORS + (LATENT if any(key in tensors for key in LATENT) else ())
     lacking = [key for key in needed if key not in tensors] + [c for c in _COLUMNS if c not in genes.columns]
@@ -144,7 +148,8 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     try:
         # Not `ascontiguousarray`, which makes arrays of the counters of an encoder.
         save_file({k: np.asarray(v, order="C") for k, v in model.tensors.items()}, temporary / _WEIGHTS)
-        model.genes.reset_index()[_COLUMNS].to_csv(temporary / _GENES, index=False, float_format="%.5g")
+        columns = [*_COLUMNS, *(name for name in _FIGURES if name in model.genes)]
+        model.genes.reset_index()[columns].to_csv(temporary / _GENES, index=False, float_format="%.5g")
         files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
         card = replace(model.card, files=files)
         (temporary / _CARD).write_text(card.to_json(), encoding="utf-8")

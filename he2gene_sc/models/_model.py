@@ -15,6 +15,7 @@ from ._card import ModelCard
 if TYPE_CHECKING:
     import torch
 
+    from ._guard import Guard
     from ._network import Network
     from ._registry import EncoderSpec
 
@@ -34,7 +35,8 @@ class HE2Gene:
         One row a gene, in the order of the gene head; index ``gene``; columns ``ensembl_id`` (empty where unknown),
         ``group`` (``"target"``: those of highest mean in training; ``"auxiliary"``), ``variable`` (the 50 of
         highest variance in training), ``mean``, ``pcc`` (held-out Pearson correlation), ``pcc_low`` (its lower 95 %
-        bound), ``skill`` (held-out, against the training mean), ``reliable``.
+        bound), ``skill`` (held-out, against the training mean), ``reliable``; and, of models that state them, ``pcc_high``,
+        ``pcc_new_patient`` (mean over patients that were held out) and ``ceiling`` (noise ceiling in training).
     tensors
         Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, those of the
         encoder where it was trained too (otherwise the registry has them); and ``colour.*``, the baseline that reads
@@ -100,7 +102,17 @@ class HE2Gene:
             encoder, spec, fusion=self.card.fusion, stages=None if stages is None else tuple(stages)
         )
         context = ALONE if self.card.context is None else Context(**self.card.context)
-        return Network(extractor, heads, context)
+        return Network(extractor, heads, context, self.guard)
+
+    @property
+    def guard(self) -> Guard | None:
+        """What notices a slide unlike the training data; ``None`` where the model has no statistics of it."""
+        from ._guard import BANK, PROJECTION, SIZE, Guard
+
+        if self.card.guard is None:
+            return None
+        arrays = (self.tensors[name] for name in ("latent.mean", "latent.scale", PROJECTION, BANK, SIZE))
+        return Guard(*(np.asarray(x, np.float32) for x in arrays), self.card.guard, self.card.windows_um)
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: ``card.json``, ``genes.csv``, ``weights.safetensors``, ``README.md``.

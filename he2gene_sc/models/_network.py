@@ -9,6 +9,7 @@ from torch import nn
 
 from ._embedding import TENSORS, Basis, Context, rings_of
 from ._fuse import fuse_batch_norm
+from ._guard import Guard
 from ._registry import EncoderSpec
 from ._stages import staged
 
@@ -138,11 +139,20 @@ class Network(nn.Module):
         temperature where there is one.
     context
         What surrounds a spot, for the embedding.
+    guard
+        What notices a slide unlike training, where the model has it.
     """
 
-    def __init__(self, extractor: FeatureExtractor, tensors: dict[str, torch.Tensor], context: Context):
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        tensors: dict[str, torch.Tensor],
+        context: Context,
+        guard: Guard | None = None,
+    ):
         super().__init__()
         self.extractor = extractor
+        self.guard = guard
         self.basis: Basis | None = None
         if "latent.projection" in tensors:
             self.basis = Basis(*(tensors[key].float().numpy() for key in TENSORS), context)

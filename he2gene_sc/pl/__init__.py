@@ -9,6 +9,8 @@ __getattr__, __dir__, __all__ = attach(
         "domains": "._domains",
         "biomarkers": "._biomarkers",
         "concordance": "._concordance",
+        "calibration": "._calibration",
+        "predictability": "._predictability",
         "spatial": "._spatial",
     },
 )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 #: Levels that are kept: half of a level of 0.1 on either side makes an interval of 90 %.
-LEVELS = np.array(
+RESIDUAL_LEVELS = np.array(
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4]
     + [0.5]
     + [0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99, 0.995]
 )
 
 
-def residual_quantiles(residuals: np.ndarray, levels: np.ndarray = LEVELS) -> np.ndarray:
+def residual_quantiles(residuals: np.ndarray, levels: np.ndarray = RESIDUAL_LEVELS) -> np.ndarray:
     """Quantiles of each column, outwards by what a finite sample needs.
 
     Of ``n`` residuals, the upper level q is the ``⌈(n + 1) q⌉``-th smallest and the lower level q the

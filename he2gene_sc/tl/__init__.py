@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "biomarkers": "._biomarkers",
         "concordance": "._concordance",
         "enrichment": "._enrichment",
+        "intervals": "._intervals",
         "predict": "._predict",
         "train": "._train",
     },

@@ -114,7 +114,7 @@ def adapt(
     >>> sdata["table"].layers["he2gene_adapted"].shape == sdata["table"].shape
     True
     """
-    from ..stats import LEVELS, residual_quantiles
+    from ..stats import RESIDUAL_LEVELS, residual_quantiles
 
     check_key(key_added, "key_added")
     table = get_table(data, table_key, key_added=_prefix(data, layer))
@@ -129,7 +129,7 @@ def adapt(
     rows = rows_of(truth, sections, inside)
     result = _adapt_sections(table, predicted, truth, columns, rows, Keys(_prefix(table, layer)).embedding, seed)
     expression, residuals, before, weights = result
-    quantiles = np.full((len(LEVELS), table.n_vars), np.nan, np.float32)
+    quantiles = np.full((len(RESIDUAL_LEVELS), table.n_vars), np.nan, np.float32)
     quantiles[:, columns] = residual_quantiles(residuals)
     gain = np.full(table.n_vars, np.nan, np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -152,7 +152,7 @@ def adapt(
             "sections": list(rows),
             "n_measured": list(n_measured.values()),
             "weights": weights,
-            "residual_levels": LEVELS,
+            "residual_levels": RESIDUAL_LEVELS,
             "residual_quantiles": quantiles,
             "guarantee": _GUARANTEE,
         },

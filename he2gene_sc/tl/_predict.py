@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +97,9 @@ def predict(
         in training (unit of the layer).
     ``.obs["he2gene_annotation"]``, ``.obs["he2gene_annotation_confidence"]``
         Most probable class and its calibrated probability.
+    ``.obs["he2gene_ood"]``
+        How far a spot is from what the model was trained on, from the image alone; above 1 it is out of distribution,
+        see ``docs/trust.md``. Only for models that keep statistics of their training spots.
     ``.obsm["he2gene_annotation_proba"]``
         DataFrame, a column a class.
     ``.obsm["X_he2gene"]``
@@ -177,6 +181,7 @@ def predict(
         **_describe(slides, [level for level, _ in predictions]),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
+    _warn_of_looks(slides, [result for _, result in predictions])
     filled = Filled.collect(slides, [result for _, result in predictions], wanted, model, keys, record)
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
@@ -184,6 +189,23 @@ def predict(
     else:
         put_table(target, new_table, make_table(slides, filled, like=table))
     return target if copy else None
+
+
+def _warn_of_looks(slides: Sequence[Slide], predictions: Sequence[Predictions]) -> None:
+    """Warn once of all slides unlike the training data."""
+    odd = [
+        f"{slide.shapes_key!r}: {'; '.join(result.look.reasons)} (mpp {slide.mpp:.4g}, {slide.mpp_source})"
+        for slide, result in zip(slides, predictions, strict=True)
+        if result.look is not None and result.look.reasons
+    ]
+    if odd:
+        warnings.warn(
+            f"unlike what the model was trained on, {', '.join(odd)}. Check the tissue, the stain (H&E, not fluorescence or "
+            "IHC), the µm/px, and that the spots lie on tissue, not on blank glass; do not trust this prediction unless you "
+            "know better",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_windows(slide: Slide, model: HE2Gene) -> None:

@@ -12,22 +12,19 @@ from threadpoolctl import threadpool_limits
 
 from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._embedding import ALONE, Context
+from ._calibrate import calibration_unit, described
 from ._closed_form import Recipe, fit_basis, fit_softmax, fit_sums
-from ._figures import annotation_figures, expression_figures, pooled_temperature
+from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
 from ._folds import grouped_folds, warn_of_unit
+from ._guard import fit_guard
+from ._predictability import gene_table
 from ._sections import Section
 from ._validate import Choice, HeldOut, cross_validate, labelled_embedding, panels
 
 logger = logging.getLogger("he2gene_sc")
 
-#: Lower bound of the held-out correlation above which a gene may be called reliable.
-RELIABLE_PCC = 0.1
-#: Held-out sections without which no bound is given: that of two rests on a single difference.
-MIN_SECTIONS = 3
 #: Sections or patients beyond this number are held out in so many groups.
 MAX_FOLDS = 10
-#: What a figure has to be of, for a gene to be called reliable by it.
-_TELLING = ("patient", "section")
 _HELD_OUT = {"section": "leave one section out", "patient": "leave one patient out", "block": "parts of one section"}
 
 
@@ -173,7 +170,16 @@ def _build(
             "them as accuracy"
         )
     colour, colour_recipe = _colour_only(sections, n_colour, ALONE)
-    choice, held_out = cross_validate(sections, protocols, recipe, n_classes=n_classes, n_target=n_target)
+    known = next(iter(protocols))
+    exchangeable = calibration_unit(sections, unit)
+    choice, held_out = cross_validate(
+        sections,
+        protocols,
+        recipe,
+        n_classes=n_classes,
+        n_target=n_target,
+        calibrated=None if exchangeable is None else (exchangeable, exchangeable),
+    )
     colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, n_classes=0, n_target=n_target)
     _, around = cross_validate(
         *(colour, protocols, _colour_only(sections, n_colour, recipe.context)[1]), n_classes=0, n_target=n_target
@@ -189,12 +195,23 @@ def _build(
         )
         for name, found in held_out.items()
     }
-    known = next(iter(held_out))
     everything = [np.ones(len(section), bool) for section in sections]
     target, variable = panels(sections, everything, n_target)
     tensors = _fit(sections, everything, recipe, choice, held_out[known], n_classes)
     tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
-    genes, rule = _gene_table(sections, facts, held_out[known], known, target, variable)
+    limitations = facts.limitations
+    if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[known].logits):
+        logger.warning(
+            "annotation: no held-out spot has a label and a model that had seen its class, as where one section alone is "
+            "annotated: its probabilities are NOT calibrated"
+        )
+        limitations = (*limitations, "The probabilities of its annotation are not calibrated.")
+    genes, rule = gene_table(sections, facts, held_out, target, variable)
+    calibration = None if exchangeable is None else held_out[exchangeable].calibration
+    if calibration is not None:
+        tensors |= calibration.tensors()
+    guard, limits = fit_guard(sections, tensors["latent.mean"], tensors["latent.scale"], facts.windows_um, n_colour)
+    tensors |= guard
     card = ModelCard(
         name=facts.name,
         version=facts.version,
@@ -219,8 +236,10 @@ def _build(
         metrics=metrics,
         reliable_rule=rule,
         intended_use=facts.intended_use,
-        limitations=facts.limitations,
+        limitations=limitations,
         context=recipe.context.to_dict(),
+        intervals=None if calibration is None else described(calibration, exchangeable, facts.classes),
+        guard=limits,
     )
     return HE2Gene(card, genes, tensors)
 
@@ -309,45 +328,3 @@ def _training(
         "colour_rank": colour_choice.rank,
         "intervals": "bootstrap over blocks of tissue within sections, conditional on these patients",
     }
-
-
-def _gene_table(
-    sections: Sequence[Section], facts: Facts, held_out: HeldOut, unit: str, target: np.ndarray, variable: np.ndarray
-) -> tuple[pd.DataFrame, str]:
-    from scipy.stats import t
-
-    # A gene that is constant in a section was not predicted there: it counts as 0. One that was not measured does not.
-    measured = np.stack([section.measured for section in sections])
-    pcc = np.where(measured, np.nan_to_num(held_out.pcc), 0)
-    n = measured.sum(0)
-    mean = pcc.sum(0) / np.maximum(n, 1)
-    deviation = np.where(measured, pcc - mean, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sd = np.sqrt(np.square(deviation).sum(0) / (n - 1))
-        low = np.where(n >= MIN_SECTIONS, mean - t.ppf(0.975, np.maximum(n - 1, 1)) * sd / np.sqrt(n), -1.0)
-    index = np.arange(len(facts.genes))
-    total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
-    spots = sum(len(section) * section.measured for section in sections)
-    table = pd.DataFrame(
-        {
-            "ensembl_id": list(facts.ensembl_ids),
-            "group": np.where(np.isin(index, target), "target", "auxiliary"),
-            "variable": np.isin(index, variable),
-            "mean": total / np.maximum(spots, 1),
-            "pcc": mean,
-            "pcc_low": low,
-            "skill": held_out.skill,
-            "reliable": (unit in _TELLING) & (low > RELIABLE_PCC) & (held_out.skill > 0),
-        },
-        index=pd.Index(facts.genes, name="gene"),
-    )
-    if unit not in _TELLING:
-        return table, "figures of held-out sections or patients say so; there are none"
-    siblings = len({section.patient for section in sections}) < len(sections)
-    known = ", while others of its patient may be trained on: this speaks for patients that are known" * siblings
-    held = f"held out{known}" if unit == "section" else f"{unit}s held out"
-    rule = (
-        f"the lower 95 % bound of its held-out Pearson correlation (t over the {len(sections)} sections, {held}; at least "
-        f"{MIN_SECTIONS} are needed) is above {RELIABLE_PCC} and its held-out skill against the training mean is positive"
-    )
-    return table, rule

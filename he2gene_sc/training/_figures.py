@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import scipy.sparse
 
 from ..stats import N_BINS, calibration_error, noise_ceiling
 from ._closed_form import UNSEEN, temperature
+from ._predictability import with_rest
 from ._sections import Section
 from ._validate import HeldOut, Panel
 
@@ -51,11 +51,7 @@ def expression_figures(
 
 def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
     genes = np.concatenate([panel.target, panel.variable])
-    counts = section.counts()
-    # What was counted of genes that are not learned belongs to the totals all the same.
-    rest = np.maximum(np.rint(section.totals - np.asarray(counts.sum(axis=1)).ravel()), 0).astype(np.int64)
-    counts = scipy.sparse.hstack([counts, scipy.sparse.csr_array(rest[:, None])], format="csr")
-    return panel.means(np.nan_to_num(noise_ceiling(counts, genes=genes)))
+    return panel.means(np.nan_to_num(noise_ceiling(with_rest(section), genes=genes)))
 
 
 def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
@@ -141,12 +137,23 @@ def calibrated(sections: Sequence[Section], held_out: HeldOut, *, by_patient: bo
 
 def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> float:
     """Temperature of held-out logits over the labelled spots of all sections; 1 where there are none."""
+    scores, codes = _telling(sections, logits)
+    return temperature(scores, codes) if len(codes) else 1.0
+
+
+def can_be_calibrated(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> bool:
+    """Whether any held-out spot says something about the confidence of the annotation."""
+    return len(_telling(sections, logits)[1]) > 0
+
+
+def _telling(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out logits and codes of the labelled spots whose fold had seen their class."""
     codes = np.concatenate([section.codes for section in sections])
     scores = np.concatenate(list(logits))
     rows = (codes >= 0) & np.isfinite(scores).all(1)
     # Of a class that its fold had not seen, a spot says nothing about confidence.
     rows[rows] = scores[rows, codes[rows]] != UNSEEN
-    return temperature(scores[rows], codes[rows]) if rows.any() else 1.0
+    return scores[rows], codes[rows]
 
 
 def _rounded(value: float) -> float:

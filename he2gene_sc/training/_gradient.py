@@ -17,12 +17,13 @@ from torch import nn
 from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._encoders import encoder_sha256
 from ..models._model import ENCODER
-from ._build import RELIABLE_PCC, Facts
+from ._build import Facts
 from ._fit import Fitted, fit_network
 from ._folds import warn_of_unit
 from ._held_out import HeldOutSection, figures, gene_figures, held_out_sections, variable_genes
 from ._neighbours import neighbour_table
 from ._patches import PatchSet
+from ._predictability import RELIABLE_PCC, TELLING
 from ._presets import Preset
 from ._split import balanced_folds, split
 from ._targets import Targets, column_means
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from ._sections import Section
 
 logger = logging.getLogger("he2gene_sc")
-
-#: What a figure has to be of, for a gene to be called reliable by it.
-_TELLING = ("patient", "section")
 
 
 def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int, neighbours: bool = False) -> PatchSet:
@@ -183,8 +181,9 @@ def _describe(
     protocol: str,
     found: list[HeldOutSection],
 ) -> HE2Gene:
-    genes = gene_figures(found)
-    telling = fitted.unit in _TELLING
+    patients = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
+    genes = gene_figures(found, [patients[i] for i in sorted(patients)] if fitted.unit == "patient" else None)
+    telling = fitted.unit in TELLING
     variable = variable_genes(data, np.arange(len(data)))
     table = pd.DataFrame(
         {

@@ -10,6 +10,7 @@ import numpy as np
 from ..stats import pearson
 from ._fit import Fitted
 from ._patches import PatchSet
+from ._predictability import bounds, by_patient
 from ._targets import column_means
 from ._validate import N_VARIABLE
 
@@ -105,22 +106,26 @@ def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, 
     return result
 
 
-def gene_figures(found: Sequence[HeldOutSection]) -> dict[str, np.ndarray]:
-    """Give ``pcc``, ``pcc_low`` (lower 95 % bound, t over the held-out sections) and ``skill`` of each gene.
+def gene_figures(found: Sequence[HeldOutSection], patients: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+    """Give ``pcc``, its 95 % interval (t over the held-out sections), ``skill`` and ``pcc_new_patient`` of each gene.
 
-    NaN where too few held-out sections list the gene: one for ``pcc``, two for its bound.
+    NaN where too few held-out sections list the gene: one for ``pcc``, two for its interval.
+
+    Parameters
+    ----------
+    found
+        The held-out sections.
+    patients
+        Patient of each section by code, where patients were held out whole; otherwise ``pcc_new_patient`` is NaN.
     """
-    from scipy.stats import t
-
     pcc = np.array([part.pcc for part in found])
-    n = (~np.isnan(pcc)).sum(0)
-    mean = _nanmean(pcc)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sd = np.sqrt(np.nansum(np.square(pcc - mean), axis=0) / (n - 1))
-        low = np.where(n > 1, mean - t.ppf(0.975, np.maximum(n - 1, 1)) * sd / np.sqrt(n), np.nan)
-        error, base = (np.sum([getattr(part, name) for part in found], axis=0) for name in ("error", "base"))
-        skill = np.where(n > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
-    return {"pcc": mean, "pcc_low": low, "skill": skill}
+    mean, low, high = bounds(pcc, min_groups=2)
+    new_patient = np.full(pcc.shape[1], np.nan)
+    if patients is not None:
+        new_patient = bounds(by_patient(pcc, [patients[part.section] for part in found]))[0]
+    error, base = (np.sum([getattr(part, name) for part in found], axis=0) for name in ("error", "base"))
+    skill = np.where(np.isfinite(mean), 1 - error / np.where(base > 0, base, 1), np.nan)
+    return {"pcc": mean, "pcc_low": low, "pcc_high": high, "pcc_new_patient": new_patient, "skill": skill}
 
 
 def _balanced_accuracy(codes: np.ndarray, proba: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..models._embedding import Basis
 from ..stats import pearson
+from ._calibrate import Calibration, calibrate, groups_of, joined
 from ._closed_form import Recipe, Sums, embed, fit_basis, fit_softmax, fit_sums
 from ._sections import Section
 
@@ -18,8 +19,8 @@ PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 RANKS = (3, 5, 8, 12, 20, None)
 STRENGTHS = (0.01, 0.03, 0.1, 0.3)
 N_VARIABLE = 50
-#: Genes predicted at once.
-_GENES_AT_ONCE = 2048
+#: Genes predicted at once, and what a block of them and all spots may hold.
+_GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 40_000_000
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ class HeldOut:
         variable genes; both panels were chosen on the spots that its model was trained on.
     logits
         For each section ``(n, c)``, before calibration; NaN where the fold had no labels to learn from.
+    calibration
+        Residuals in short, where they were asked for.
     """
 
     pcc: np.ndarray
     skill: np.ndarray
     panel: tuple[Panel, ...]
     logits: tuple[np.ndarray, ...]
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ def cross_validate(
     n_classes: int,
     n_target: int,
     choice: Choice | None = None,
+    calibrated: tuple[str, str] | None = None,
 ) -> tuple[Choice, dict[str, HeldOut]]:
     """Hold out one group after the other, and choose penalty, rank and strength.
 
@@ -145,6 +150,9 @@ def cross_validate(
         As in training.
     choice
         What to use, instead of choosing.
+    calibrated
+        Protocol whose residuals are kept for intervals, and what is exchangeable among them: ``"patient"`` or
+        ``"section"``.
 
     Returns
     -------
@@ -167,7 +175,10 @@ def cross_validate(
         penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
         every = [fold for folds in fitted.values() for fold in folds]
         choice = Choice(PENALTIES[penalty], RANKS[rank], _best_strength(sections, every, n_classes))
-    return choice, {name: _collect(sections, folds, choice, n_classes) for name, folds in fitted.items()}
+    unit = dict([calibrated] if calibrated is not None else [])
+    return choice, {
+        name: _collect(sections, folds, choice, n_classes, unit.get(name)) for name, folds in fitted.items()
+    }
 
 
 def _fit_fold(
@@ -233,24 +244,45 @@ def _best_strength(sections: Sequence[Section], fitted: Sequence[_Fold], n_class
     return max(likelihood, key=likelihood.__getitem__)
 
 
-def _collect(sections: Sequence[Section], fitted: Sequence[_Fold], choice: Choice, n_classes: int) -> HeldOut:
+def _collect(
+    sections: Sequence[Section], fitted: Sequence[_Fold], choice: Choice, n_classes: int, unit: str | None
+) -> HeldOut:
     g = sections[0].targets.shape[1]
     weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
+    panel, logits = _panels_and_logits(sections, fitted, weights, choice, n_classes)
+    classes = np.concatenate([np.where(np.isnan(x).any(1), -1, _first_max(x)) for x in logits])
     pcc = np.full((len(sections), g), np.nan)
     error, base = np.zeros(g), np.zeros(g)
-    for start in range(0, g, _GENES_AT_ONCE):
-        genes = slice(start, min(start + _GENES_AT_ONCE, g))
-        for i, section in enumerate(sections):
-            measured = section.dense(genes)
-            predicted, means = np.empty_like(measured), np.empty_like(measured)
+    kept: list[Calibration] = []
+    cuts = np.cumsum([0, *(len(section) for section in sections)])
+    step = max(1, min(_GENES_AT_ONCE, _VALUES_AT_ONCE // int(cuts[-1])))
+    for start in range(0, g, step):
+        genes = slice(start, min(start + step, g))
+        measured = np.concatenate([section.dense(genes) for section in sections])
+        predicted, means = np.empty_like(measured), np.empty_like(measured)
+        for i in range(len(sections)):
+            here = slice(cuts[i], cuts[i + 1])
             for fold, weight in zip(fitted, weights, strict=True):
                 if i in fold.embeddings:
                     held = fold.held[i]
-                    means[held] = fold.sums.mean[genes]
-                    predicted[held] = np.maximum(fold.embeddings[i] @ weight[:, genes] + means[held], 0)
-            pcc[i, genes] = pearson(predicted, measured)
-            error[genes] += np.nan_to_num(np.square(predicted - measured)).sum(0, dtype=np.float64)
-            base[genes] += np.nan_to_num(np.square(means - measured)).sum(0, dtype=np.float64)
+                    means[here][held] = fold.sums.mean[genes]
+                    predicted[here][held] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
+            pcc[i, genes] = pearson(predicted[here], measured[here])
+            error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
+            base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
+        if unit is not None:
+            kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
+    skill = 1 - error / np.where(base > 0, base, 1)
+    return HeldOut(pcc, skill, panel, logits, joined(kept) if kept else None)
+
+
+def _panels_and_logits(
+    sections: Sequence[Section],
+    fitted: Sequence[_Fold],
+    weights: Sequence[np.ndarray],
+    choice: Choice,
+    n_classes: int,
+) -> tuple[tuple[Panel, ...], tuple[np.ndarray, ...]]:
     panel, logits = [], []
     for i, section in enumerate(sections):
         holding = [(fold, weight) for fold, weight in zip(fitted, weights, strict=True) if i in fold.embeddings]
@@ -266,4 +298,8 @@ def _collect(sections: Sequence[Section], fitted: Sequence[_Fold], choice: Choic
                 scores[fold.held[i]] = embedding @ slope + bias
         panel.append(Panel(target, variable, predicted, section.dense(genes)))
         logits.append(scores)
-    return HeldOut(pcc, 1 - error / np.where(base > 0, base, 1), tuple(panel), tuple(logits))
+    return tuple(panel), tuple(logits)
+
+
+def _first_max(values: np.ndarray) -> np.ndarray:
+    return values.argmax(1) if values.shape[1] else np.full(len(values), -1)

@@ -1,0 +1,198 @@
+"""Split conformal intervals from grouped held-out residuals. Arrays in, arrays out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: Levels at which the quantiles of the scores are kept.
+LEVELS = np.array(
+    [
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.7,
+        0.75,
+        0.8,
+        0.84,
+        0.87,
+        0.9,
+        0.91,
+        0.925,
+        0.94,
+        0.95,
+        0.96,
+        0.97,
+        0.98,
+        0.99,
+        1.0,
+    ]
+)
+#: Coverage up to which intervals can be asked for: above it the kept quantiles are those of a handful of spots.
+MAX_COVERAGE = 0.98
+#: Groups without which no guarantee is stated at any coverage: the fewer, the less they say of what a new one is like.
+MIN_GROUPS = 9
+#: Least part of a gene's mean squared residual that its spread keeps where 0 is predicted.
+_FLOOR = 0.1
+_ROUNDING = 1e-9
+
+
+def group_weights(groups: np.ndarray) -> np.ndarray:
+    """Weight of each spot such that every group counts the same: one over the size of its group, ``(n,)``."""
+    _, which, size = np.unique(groups, return_inverse=True, return_counts=True)
+    return 1 / size[which]
+
+
+def fit_spread(predicted: np.ndarray, residual: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Fit the expected squared residual of each gene as a straight line in its prediction.
+
+    Counts vary the more, the more of them are expected. Least squares of the squared residual on the prediction, groups
+    weighted equally; slope and intercept are held at 0 or above, the intercept at a tenth of the mean or above, so that
+    a spread is never 0 where residuals are not.
+
+    Parameters
+    ----------
+    predicted, residual
+        ``(n, g)``; NaN where a gene was not measured.
+    groups
+        ``(n,)`` codes.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(2, g)`` float32: intercept and slope; NaN for genes that were measured nowhere.
+    """
+    known = np.isfinite(residual)
+    weight = group_weights(groups)[:, None] * known
+    total = weight.sum(0, dtype=np.float64)
+    weight = weight / np.where(total > 0, total, np.nan)
+    x, y = np.where(known, predicted, 0).astype(np.float64), np.square(np.where(known, residual, 0), dtype=np.float64)
+    mean_x, mean_y = (weight * x).sum(0), (weight * y).sum(0)
+    variance = (weight * np.square(x)).sum(0) - np.square(mean_x)
+    covariance = (weight * x * y).sum(0) - mean_x * mean_y
+    slope = np.clip(np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 1e-12), 0, None)
+    return np.stack([np.maximum(mean_y - slope * mean_x, _FLOOR * mean_y), slope]).astype(np.float32)
+
+
+def spread_of(predicted: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Predicted spread ``(n, g)``, root of the line that :func:`fit_spread` gave, ``(2, g)``."""
+    return np.sqrt(np.maximum(spread[0] + spread[1] * predicted, np.finfo(np.float32).tiny))
+
+
+def grouped_quantiles(
+    scores: np.ndarray, groups: np.ndarray, levels: np.ndarray = LEVELS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantiles of scores in which every group weighs the same.
+
+    Parameters
+    ----------
+    scores
+        ``(n, g)``; NaN where a gene was not measured.
+    groups
+        ``(n,)`` codes of what is exchangeable: patients or sections.
+    levels
+        ``(q,)``.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(q, g)``: the smallest score whose cumulated weight reaches the level; NaN for genes measured nowhere.
+    numpy.ndarray
+        ``(g,)`` int16: number of groups that measured the gene.
+    """
+    order = np.argsort(scores, axis=0)
+    ordered = np.take_along_axis(scores, order, axis=0)
+    known = np.isfinite(scores)
+    names = np.unique(groups)
+    size = np.stack([known[groups == name].sum(0) for name in names])
+    n_groups = (size > 0).sum(0)
+    weight = (1 / np.maximum(size, 1))[np.searchsorted(names, groups)] * known
+    cumulated = np.cumsum(np.take_along_axis(weight, order, axis=0), axis=0)
+    found = np.full((len(levels), scores.shape[1]), np.nan, np.float32)
+    columns = np.flatnonzero(n_groups)
+    for i, level in enumerate(levels):
+        below = (cumulated[:, columns] < level * n_groups[columns] - _ROUNDING).sum(0)
+        last = known[:, columns].sum(0) - 1
+        found[i, columns] = ordered[np.minimum(below, last), columns]
+    return found, n_groups.astype(np.int16)
+
+
+def hierarchical_level(coverage: float, n_groups: np.ndarray | int) -> np.ndarray:
+    """Level of the pooled quantile that covers a spot of a new group with probability ``coverage``.
+
+    The new group counts as one more that lies at infinity, so the level is ``coverage * (k + 1) / k`` (Lee, Barber and
+    Willett, arXiv 2306.06342, hierarchical conformal prediction with one spot of the new group; Dunn,
+    Wasserman and Ramdas, arXiv 1809.07441, take groups as the unit too). Above 1 the interval is the whole line: at 90 % that is so below nine groups.
+
+    Parameters
+    ----------
+    coverage
+        In (0, 1).
+    n_groups
+        Groups of calibration, ``k``.
+
+    Returns
+    -------
+    numpy.ndarray
+        Levels; ``inf`` where no finite interval has the guarantee.
+    """
+    k = np.asarray(n_groups, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        level = np.where(k > 0, coverage * (k + 1) / k, np.inf)
+    return np.where(level <= 1 + _ROUNDING, np.minimum(level, 1), np.inf)
+
+
+def half_scores(
+    quantiles: np.ndarray, n_groups: np.ndarray, coverage: float, levels: np.ndarray = LEVELS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score up to which an interval reaches, by gene.
+
+    Parameters
+    ----------
+    quantiles
+        ``(q, g)``, as kept.
+    n_groups
+        ``(g,)``.
+    coverage
+        In (0, :data:`MAX_COVERAGE`].
+    levels
+        ``(q,)``, rising.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(g,)``: where :func:`hierarchical_level` is finite, of nine groups or more, the next kept quantile at or above
+        it, which keeps the guarantee; elsewhere the pooled quantile at ``coverage``, interpolated, which has none.
+    numpy.ndarray
+        ``(g,)`` bool: whether it has.
+    """
+    level = hierarchical_level(coverage, n_groups)
+    guaranteed = np.isfinite(level) & (np.asarray(n_groups) >= MIN_GROUPS)
+    at = np.searchsorted(levels, np.where(guaranteed, level, 1) - _ROUNDING)
+    upper = np.take_along_axis(quantiles, at[None], axis=0)[0]
+    return np.where(guaranteed, upper, interpolated(quantiles, levels, coverage)), guaranteed
+
+
+def interpolated(quantiles: np.ndarray, levels: np.ndarray, level: float) -> np.ndarray:
+    """Quantiles ``(g,)`` at a level between the kept ones, ``(q, g)``, on a straight line.
+
+    Raises
+    ------
+    ValueError
+        If the level lies outside those that are kept.
+    """
+    levels = np.asarray(levels, np.float64)
+    if not levels[0] - _ROUNDING <= level <= levels[-1] + _ROUNDING:
+        raise ValueError(f"level {level:.4g} lies outside the kept ones, {levels[0]:.4g} to {levels[-1]:.4g}")
+    i = int(np.clip(np.searchsorted(levels, level), 1, len(levels) - 1))
+    share = np.clip((level - levels[i - 1]) / (levels[i] - levels[i - 1]), 0, 1)
+    quantiles = np.asarray(quantiles, np.float32)
+    return ((1 - share) * quantiles[i - 1] + share * quantiles[i]).astype(np.float32)
+
+
+def rounded_up(values: np.ndarray) -> np.ndarray:
+    """Half precision, never below what it stands for."""
+    half = np.clip(values, None, np.finfo(np.float16).max).astype(np.float16)
+    return np.where(half < values, np.nextafter(half, np.float16(np.inf)), half).astype(np.float16)

@@ -1,0 +1,113 @@
+"""What intervals need of held-out predictions: spread and quantiles of the residuals, gene by gene and class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..stats import LEVELS, MAX_COVERAGE, MIN_GROUPS, fit_spread, grouped_quantiles, rounded_up, spread_of
+from ._sections import Section
+
+#: Spots of a predicted class, and groups that show it, without which it is not told apart.
+MIN_CLASS_SPOTS, MIN_CLASS_GROUPS = 50, 2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Held-out residuals in short.
+
+    Attributes
+    ----------
+    quantiles
+        ``(1 + c, q, g)`` float16, of the absolute residual over its spread: over all spots, then of each predicted
+        class; NaN for a class that is not told apart. Never below what they stand for.
+    groups
+        ``(1 + c, g)`` int16: groups that they rest on.
+    spread
+        ``(2, g)`` float32, see :func:`he2gene_sc.stats.fit_spread`.
+    spots
+        ``(1 + c,)`` int: spots.
+    """
+
+    quantiles: np.ndarray
+    groups: np.ndarray
+    spread: np.ndarray
+    spots: np.ndarray
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Arrays of a model folder."""
+        return {
+            "intervals.quantiles": self.quantiles,
+            "intervals.groups": self.groups,
+            "intervals.spread": self.spread,
+        }
+
+
+def calibration_unit(sections: Sequence[Section], unit: str) -> str | None:
+    """Say what is exchangeable in calibration: patients where there are enough, else sections; of less, nothing."""
+    if unit not in ("patient", "section") or len(sections) < 2:
+        return None
+    n_patients = len({section.patient for section in sections})
+    return "patient" if unit == "patient" and n_patients >= MIN_GROUPS else "section"
+
+
+def groups_of(sections: Sequence[Section], unit: str) -> np.ndarray:
+    """Code of the group of every spot, ``(n,)``."""
+    names = [section.patient if unit == "patient" else section.name for section in sections]
+    codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.repeat([codes[name] for name in names], [len(section) for section in sections])
+
+
+def calibrate(
+    predicted: np.ndarray, measured: np.ndarray, groups: np.ndarray, classes: np.ndarray, n_classes: int
+) -> Calibration:
+    """Put the residuals of some genes in short.
+
+    Parameters
+    ----------
+    predicted, measured
+        ``(n, g)``; measured is NaN where a gene was not measured.
+    groups
+        ``(n,)`` codes.
+    classes
+        ``(n,)`` codes of the predicted class; -1 where the fold had no labels to learn from.
+    n_classes
+        Classes of the model.
+    """
+    residual = measured - predicted
+    spread = fit_spread(predicted, residual, groups)
+    scores = np.abs(residual) / spread_of(predicted, spread)
+    g = scores.shape[1]
+    quantiles = np.full((1 + n_classes, len(LEVELS), g), np.nan, np.float16)
+    counted = np.zeros((1 + n_classes, g), np.int16)
+    spots = np.zeros(1 + n_classes, int)
+    for c in range(-1, n_classes):
+        rows = np.ones(len(classes), bool) if c < 0 else classes == c
+        if c >= 0 and (rows.sum() < MIN_CLASS_SPOTS or len(np.unique(groups[rows])) < MIN_CLASS_GROUPS):
+            continue
+        found, counted[c + 1] = grouped_quantiles(scores[rows], groups[rows])
+        quantiles[c + 1] = rounded_up(found)
+        spots[c + 1] = rows.sum()
+    return Calibration(quantiles, counted, spread, spots)
+
+
+def joined(parts: Sequence[Calibration]) -> Calibration:
+    """Put the genes of several calibrations side by side."""
+    quantiles, groups, spread = (
+        np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in ("quantiles", "groups", "spread")
+    )
+    return Calibration(quantiles, groups, spread, parts[0].spots)
+
+
+def described(calibration: Calibration, unit: str, classes: Sequence[str]) -> dict[str, object]:
+    """Entry of the card: what the intervals rest on."""
+    names = ("all", *classes)
+    return {
+        "unit": unit,
+        "n_groups": int(calibration.groups[0].max(initial=0)),
+        "levels": [float(level) for level in LEVELS],
+        "max_coverage": MAX_COVERAGE,
+        "spots": {name: int(n) for name, n in zip(names, calibration.spots, strict=True) if n},
+    }

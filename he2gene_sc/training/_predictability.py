@@ -1,0 +1,176 @@
+"""How well each gene is predicted where nothing of it was trained on, and whether that is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from ..stats import noise_ceiling
+from ._sections import Section
+
+if TYPE_CHECKING:
+    from ._build import Facts
+    from ._validate import HeldOut
+
+#: Lower bound of the held-out correlation above which a gene may be called reliable.
+RELIABLE_PCC = 0.1
+#: Groups without which no bound is given: that of two rests on a single difference.
+MIN_GROUPS = 3
+#: Patients from which figures are of held-out patients, not sections: a bound over fewer says next to nothing.
+ENOUGH_PATIENTS = 5
+#: What a figure has to be of, for a gene to be called reliable by it.
+TELLING = ("patient", "section")
+#: Sections that the noise ceiling is averaged over, and splits of each.
+_CEILING_SECTIONS, _CEILING_SPLITS = 8, 2
+_VALUES_AT_ONCE = 20_000_000
+
+
+def bounds(pcc: np.ndarray, min_groups: int = MIN_GROUPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of each gene over held-out groups and its 95 % interval, from Student's t.
+
+    Parameters
+    ----------
+    pcc
+        ``(groups, g)`` Pearson correlations; NaN where a group did not measure the gene.
+    min_groups
+        Groups without which there is no interval.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        Mean, lower and upper bound within -1 to 1, ``(g,)``; NaN where groups are missing.
+    """
+    from scipy.stats import t
+
+    n = np.isfinite(pcc).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.nansum(pcc, axis=0) / np.where(n > 0, n, np.nan)
+        sd = np.sqrt(np.nansum(np.square(pcc - mean), axis=0) / (n - 1))
+        half = np.where(n >= min_groups, t.ppf(0.975, np.maximum(n - 1, 1)) * sd / np.sqrt(n), np.nan)
+    return mean, np.clip(mean - half, -1, 1), np.clip(mean + half, -1, 1)
+
+
+def by_patient(pcc: np.ndarray, patients: Sequence[str]) -> np.ndarray:
+    """Average the sections of each patient: ``(sections, g)`` to ``(patients, g)``; NaN where none measured the gene."""
+    names = np.asarray(patients)
+    parts = [pcc[names == name] for name in dict.fromkeys(patients)]
+    with np.errstate(invalid="ignore"):
+        return np.stack(
+            [
+                np.nansum(part, axis=0) / np.where(np.isfinite(part).any(0), np.isfinite(part).sum(0), np.nan)
+                for part in parts
+            ]
+        )
+
+
+def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
+    """Correlations of the sections where a gene that is constant counts as 0, and one that was not measured as NaN."""
+    measured = np.stack([section.measured for section in sections])
+    return np.where(measured, np.nan_to_num(pcc), np.nan)
+
+
+def ceilings(sections: Sequence[Section]) -> np.ndarray:
+    """Noise ceiling of each gene, ``(g,)``, averaged over up to eight sections that measured it.
+
+    See :func:`he2gene_sc.stats.noise_ceiling`; a gene whose halves do not agree counts as 0.
+    """
+    chosen = sections[:: -(-len(sections) // _CEILING_SECTIONS)]
+    g = chosen[0].targets.shape[1]
+    total, n = np.zeros(g), np.zeros(g)
+    for section in chosen:
+        counts = with_rest(section)
+        step = max(1, _VALUES_AT_ONCE // len(section))
+        for start in range(0, g, step):
+            genes = np.arange(start, min(start + step, g))
+            found = np.nan_to_num(noise_ceiling(counts, genes=genes, n_splits=_CEILING_SPLITS))
+            total[genes] += np.where(section.measured[genes], found, 0)
+        n += section.measured
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan)
+
+
+def with_rest(section: Section) -> scipy.sparse.csr_array:
+    """Raw counts with one more column: what was counted of genes that are not learned, which belongs to the totals."""
+    counts = section.counts()
+    rest = np.maximum(np.rint(section.totals - np.asarray(counts.sum(axis=1)).ravel()), 0).astype(np.int64)
+    return scipy.sparse.hstack([counts, scipy.sparse.csr_array(rest[:, None])], format="csr")
+
+
+def gene_table(
+    sections: Sequence[Section],
+    facts: Facts,
+    held_out: Mapping[str, HeldOut],
+    target: np.ndarray,
+    variable: np.ndarray,
+) -> tuple[pd.DataFrame, str]:
+    """Make the gene table of a model, and say in words what makes a gene reliable.
+
+    Parameters
+    ----------
+    sections
+        All of them.
+    facts
+        Names of the genes.
+    held_out
+        By what was held out together: ``"patient"`` is what the figures are of where there are
+        :data:`ENOUGH_PATIENTS`, else ``"section"``, else what there is.
+    target, variable
+        Positions of the genes of both panels.
+    """
+    patients = [section.patient for section in sections]
+    n_patients = len(set(patients))
+    found = {unit: section_pcc(sections, figures.pcc) for unit, figures in held_out.items()}
+    unit = next(iter(found))
+    if "patient" in found and n_patients >= ENOUGH_PATIENTS:
+        unit = "patient"
+    grouped = by_patient(found[unit], patients) if unit == "patient" else found[unit]
+    mean, low, high = bounds(grouped)
+    skill = held_out[unit].skill
+    reliable = (unit in TELLING) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
+    new_patient = np.full(len(mean), np.nan)
+    if "patient" in found:
+        new_patient = bounds(by_patient(found["patient"], patients))[0]
+        reliable &= np.nan_to_num(new_patient) > RELIABLE_PCC
+    index = np.arange(len(mean))
+    total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
+    spots = sum(len(section) * section.measured for section in sections)
+    table = pd.DataFrame(
+        {
+            "ensembl_id": list(facts.ensembl_ids),
+            "group": np.where(np.isin(index, target), "target", "auxiliary"),
+            "variable": np.isin(index, variable),
+            "mean": total / np.maximum(spots, 1),
+            "pcc": np.nan_to_num(mean),
+            "pcc_low": low,
+            "pcc_high": high,
+            "pcc_new_patient": new_patient,
+            "ceiling": ceilings(sections),
+            "skill": skill,
+            "reliable": reliable,
+        },
+        index=pd.Index(facts.genes, name="gene"),
+    )
+    return table, _rule(unit, len(sections), n_patients if "patient" in found else 1)
+
+
+def _rule(unit: str, n_sections: int, n_patients: int) -> str:
+    if unit not in TELLING:
+        return "figures of held-out sections or patients say so; there are none"
+    skilled = "its held-out skill against the training mean is positive"
+    if unit == "patient":
+        over = f"{n_patients} patients, held out"
+    elif n_patients == 1:
+        over = f"{n_sections} sections, held out; this speaks for patients that are known"
+    else:
+        over = f"{n_sections} sections, held out while others of their patient may be trained on"
+        skilled += (
+            f", and its mean over the {n_patients} patients, held out whole, is above {RELIABLE_PCC} too (a bound over patients "
+            f"needs {ENOUGH_PATIENTS} of them)"
+        )
+    return (
+        f"the lower 95 % bound of its held-out Pearson correlation (t over the {over}; at least {MIN_GROUPS} are needed) is "
+        f"above {RELIABLE_PCC} and {skilled}"
+    )

@@ -1,0 +1,140 @@
+"""Bounds of held-out correlations, the gene table, and what a reliable gene promises."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from tiny_sections import CONTEXT, N_COLOUR, planted, recipe
+
+from he2gene_sc.models import EncoderSpec
+from he2gene_sc.models._embedding import Basis, rings_of
+from he2gene_sc.stats import noise_ceiling, pearson
+from he2gene_sc.training import Facts, build_model, cross_validate, folds_of
+from he2gene_sc.training._predictability import ENOUGH_PATIENTS, RELIABLE_PCC, bounds, by_patient, ceilings, with_rest
+
+N_GENES = 40
+
+
+def build(sections, n_genes=N_GENES):
+    facts = Facts(
+        genes=pd.Index([f"G{i}" for i in range(n_genes)]),
+        ensembl_ids=("",) * n_genes,
+        classes=("a", "b", "c"),
+        class_colors=("#000000",) * 3,
+        encoder=EncoderSpec("tiny"),
+        windows_um=(100.0,),
+        name="mine",
+        version="1",
+        description="",
+        intended_use="",
+        limitations=(),
+    )
+    return build_model(sections, facts, recipe(), n_colour=N_COLOUR, n_target=10)
+
+
+def predicted(model, section):
+    tensors = {key: np.asarray(value, np.float32) for key, value in model.tensors.items()}
+    basis = Basis(*(tensors[f"latent.{name}"] for name in ("mean", "scale", "projection", "mixing")), CONTEXT)
+    latent = basis.embed(section.features[:, 0], rings_of(section.centres_um, CONTEXT.rings_um))
+    return np.maximum(latent @ tensors["genes.weight"] + tensors["genes.bias"], 0)
+
+
+def permuted(section, seed):
+    """Hand the counts to other spots of the same section."""
+    order = np.random.default_rng(seed).permutation(len(section))
+    return replace(
+        section,
+        targets=section.targets.tocsr()[order].tocsc(),
+        totals=section.totals[order],
+        codes=section.codes[order],
+    )
+
+
+@pytest.fixture(scope="module")
+def sections():
+    """Half of the genes follow the image, the others do not: their counts stand at other spots."""
+    made = planted(6, n=60, n_genes=N_GENES, noise=0.3)
+    mixed = []
+    for i, section in enumerate(made):
+        other = permuted(section, i)
+        targets = np.concatenate([section.targets.toarray()[:, :20], other.targets.toarray()[:, 20:]], axis=1)
+        mixed.append(replace(section, targets=type(section.targets)(targets)))
+    return mixed
+
+
+@pytest.fixture(scope="module")
+def model(sections):
+    return build(sections[:5])
+
+
+def test_bounds_are_those_of_a_t_test():
+    pcc = np.random.default_rng(0).uniform(-0.5, 0.5, (6, 4))
+    pcc[0, 1] = np.nan
+    mean, low, high = bounds(pcc)
+    for gene in range(4):
+        values = pcc[np.isfinite(pcc[:, gene]), gene]
+        expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        np.testing.assert_allclose([mean[gene], low[gene], high[gene]], [values.mean(), *expected])
+
+
+def test_two_groups_give_a_mean_without_bounds_and_none_gives_nothing():
+    mean, low, high = bounds(np.array([[0.2, np.nan], [0.4, np.nan]]))
+    assert mean[0] == pytest.approx(0.3)
+    assert np.isnan([mean[1], *low, *high]).all()
+
+
+def test_patients_weigh_the_same_however_many_sections_they_have():
+    pcc = np.array([[0.1, np.nan], [0.3, np.nan], [0.8, 0.5]])
+    np.testing.assert_allclose(by_patient(pcc, ["A", "A", "B"]), [[0.2, np.nan], [0.8, 0.5]])
+
+
+def test_ceilings_are_averages_over_the_sections_that_measured_a_gene():
+    made = planted(3, n_genes=6, gaps=((1, 2),))
+    found = [np.nan_to_num(noise_ceiling(with_rest(s), genes=np.arange(6), n_splits=2)) for s in made]
+    expected = np.mean(found, axis=0)
+    expected[2] = (found[0][2] + found[2][2]) / 2
+    np.testing.assert_allclose(ceilings(made), expected)
+
+
+def test_the_gene_table_states_interval_new_patients_and_ceiling(model, sections):
+    genes = model.genes
+    protocols = {unit: folds_of(sections[:5], unit)[1] for unit in ("section", "patient")}
+    _, held_out = cross_validate(sections[:5], protocols, recipe(), n_classes=3, n_target=10)
+    mean, low, high = bounds(held_out["section"].pcc)
+    for name, expected in (("pcc", mean), ("pcc_low", low), ("pcc_high", high)):
+        np.testing.assert_allclose(genes[name], expected, atol=1e-6)
+    across = by_patient(held_out["patient"].pcc, [s.patient for s in sections[:5]]).mean(0)
+    np.testing.assert_allclose(genes["pcc_new_patient"], across, atol=1e-6)
+    np.testing.assert_allclose(genes["ceiling"], ceilings(sections[:5]))
+    assert (genes["pcc_low"] <= genes["pcc"]).all()
+    assert (genes["pcc"] <= genes["pcc_high"]).all()
+
+
+def test_reliable_genes_keep_their_promise_on_a_held_out_section(model, sections):
+    truth = sections[5].targets.toarray()
+    r = np.nan_to_num(pearson(predicted(model, sections[5]), truth))
+    reliable = model.genes["reliable"].to_numpy()
+    assert reliable[:20].sum() >= 15
+    assert (r[reliable] > RELIABLE_PCC).mean() >= 0.8
+
+
+def test_permuted_spots_leave_next_to_nothing_reliable():
+    """Counts that stand at other spots of their section cannot be seen in the image."""
+    found = [
+        build([permuted(s, seed) for s in planted(5, n_genes=N_GENES, noise=0.3, seed=seed)]).genes for seed in range(3)
+    ]
+    assert np.mean([genes["reliable"].mean() for genes in found]) <= 0.025
+    assert np.mean([genes["skill"].mean() for genes in found]) <= 0
+
+
+def test_with_enough_patients_figures_are_of_held_out_patients():
+    made = planted(6, n_genes=6, patients=ENOUGH_PATIENTS)
+    found = build(made, 6)
+    protocols = {unit: folds_of(made, unit)[1] for unit in ("section", "patient")}
+    _, held_out = cross_validate(made, protocols, recipe(), n_classes=3, n_target=6)
+    names = [s.patient for s in made]
+    np.testing.assert_allclose(found.genes["pcc"], by_patient(held_out["patient"].pcc, names).mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.genes["skill"], held_out["patient"].skill, atol=1e-5)
+    assert f"t over the {ENOUGH_PATIENTS} patients, held out" in found.card.reliable_rule
