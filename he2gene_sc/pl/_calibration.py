@@ -77,7 +77,7 @@ def calibration(
     >>> import he2gene_sc as hg
     >>> sdata = hg.datasets.toy((4, 4))
     >>> hg.tl.predict(sdata, show_progress_bar=False)
-    >>> axes = hg.pl.calibration(sdata, annotation_key="annotation")
+    >>> ax = hg.pl.calibration(sdata)
     """
     check_by(by)
     for coverage in coverages:
