@@ -467,6 +467,13 @@ def test_what_is_asked_for_must_be_there(table, toy):
     with pytest.raises(ValueError, match="`data` holds no evaluation"):
         hg.get.evaluation(toy)
     hg.tl.evaluate(table)
+    genes = hg.get.evaluation(table, "genes")
+    pd.testing.assert_frame_equal(
+        hg.get.evaluation(table, "baselines"),
+        genes.loc[
+            genes["predictor"] != "he2gene", ["gene", "scope", "section", "predictor", "n_spots", "pearson", "skill"]
+        ].reset_index(drop=True),
+    )
     with pytest.raises(ValueError, match="`what` is 'gene', valid"):
         hg.get.evaluation(table, "gene")
     with pytest.raises(ValueError, match="holds no evaluation 'other'"):
