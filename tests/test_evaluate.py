@@ -532,6 +532,17 @@ def test_spots_that_adapt_was_fitted_on_are_not_judged(table):
     assert "he2gene" not in seen.index
 
 
+def test_a_layer_adapted_twice_is_judged_on_spots_of_neither(table):
+    first = adapted(table)
+    adapted(table, "again")
+    table.uns["again"]["params"]["layer"] = "he2gene_adapted"
+    second = np.arange(table.n_obs) % 5 == 1
+    table.obs["again_measured"] = second
+    hg.tl.evaluate(table, layer="again", baselines="training mean")
+    left_out = hg.get.evaluation(table, "left_out").set_index("what")["n"]
+    assert left_out["spots that hg.tl.adapt was fitted on"] == (first | second).sum()
+
+
 def test_neighbours_are_those_of_the_array_where_spots_are_left_out(table):
     fitted = adapted(table)
     hg.tl.evaluate(table, layer="he2gene_adapted", baselines=["training mean"])

@@ -61,16 +61,21 @@ def judged_layer(table: AnnData, keys: Keys, layer: str | None) -> JudgedLayer:
         raise ValueError(f"`layer` {name!r} is recorded but not there any more, layers: {sorted(table.layers)}")
     if name == own:
         return JudgedLayer(name, MODEL, False, np.zeros(table.n_obs, bool))
-    column = f"{name}_measured"
-    return JudgedLayer(name, name, True, table.obs[column].to_numpy(bool) if column in table.obs else None)
+    fitted_on: np.ndarray | None = np.zeros(table.n_obs, bool)
+    step = name
+    while step != own and fitted_on is not None:
+        column = f"{step}_measured"
+        fitted_on = fitted_on | table.obs[column].to_numpy(bool) if column in table.obs else None
+        step = adapted[step]
+    return JudgedLayer(name, name, True, fitted_on)
 
 
 def _is_prediction(record: object) -> bool:
     return isinstance(record, Mapping) and "weights_sha256" in record
 
 
-def _adapted_from(table: AnnData, layer: str) -> list[str]:
-    """Layers that adapt made of one, of those it made of them, and so on."""
+def _adapted_from(table: AnnData, layer: str) -> dict[str, str]:
+    """Layers that adapt made of one, of those it made of them, and so on, with what it made them of."""
     made = {
         key: record["params"].get("layer")
         for key, record in table.uns.items()
@@ -79,7 +84,7 @@ def _adapted_from(table: AnnData, layer: str) -> list[str]:
     found = [layer]
     for source in found:
         found += [key for key, origin in made.items() if origin == source and key not in found]
-    return found[1:]
+    return {key: made[key] for key in found[1:]}
 
 
 def prediction_named(data: object, key: str) -> bool:
