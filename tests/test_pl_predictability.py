@@ -73,6 +73,7 @@ def test_the_legend_says_what_the_band_is_over_and_new_patients_are_drawn(bundle
     [
         (-1, "`genes` is -1"),
         (True, "`genes` is True"),
+        (None, "`genes` is None"),
         (100_000, "labels do not fit, at most 40"),
         (["NO"], r"\['NO'\]"),
     ],

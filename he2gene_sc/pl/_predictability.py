@@ -114,9 +114,10 @@ def predictability(
 
 def _chosen(table: pd.DataFrame, genes: str | Sequence[str] | int) -> list[str]:
     """Genes to label, best first."""
-    if isinstance(genes, bool) or (isinstance(genes, int | np.integer) and genes < 0):
+    is_number = isinstance(genes, int | np.integer) and not isinstance(genes, bool)
+    if (is_number and genes < 0) or not (is_number or np.iterable(genes)):
         raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of them from 0, are needed")
-    if isinstance(genes, int | np.integer):
+    if is_number:
         asked = list(table.index[:genes])
     else:
         asked = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))

@@ -126,8 +126,14 @@ def _mask(table: AnnData, measured: str | np.ndarray | pd.Series) -> np.ndarray:
 
 def _booleans(found: object) -> np.ndarray | str:
     """Read True and False from an array, list or column, whatever they are kept as; else say what is wrong with them."""
-    column = found if isinstance(found, pd.Series) else None
-    values = np.asarray(found if column is None else column.astype(object))
+    if isinstance(found, pd.Series | pd.Index | pd.api.extensions.ExtensionArray):
+        values = np.asarray(found.astype(object))
+    elif isinstance(found, list | tuple):
+        values = np.array(found, object)
+    elif isinstance(found, np.ndarray):
+        values = found
+    else:
+        return f"is a {type(found).__name__}; an array of True and False, a column of obs or a layer is needed"
     if values.dtype == bool:
         return values.copy()
     if not values.size:
