@@ -89,6 +89,10 @@ def _chosen(asked: Sequence[str] | None, valid: Sequence[str], default: Sequence
     if unknown:
         raise ValueError(f"`sections` {unknown} are unknown, valid: {', '.join(valid)}")
     chosen = list(dict.fromkeys(asked or default))
+    if asked and len(chosen) < 2:
+        raise ValueError(
+            f"`sections`: only {chosen[0]} is named; two are needed to hold one out, valid: {', '.join(valid)}"
+        )
     if len(chosen) < 2:
         raise ValueError(
             f"`sections`: {len(chosen)} section(s) with an image found here; two are needed to hold one out. Set "

@@ -227,6 +227,11 @@ def benchmark(
 def evaluate(
     path: Annotated[Path, typer.Argument(help="SpatialData zarr store that was predicted and measured.")],
     out: Annotated[Path | None, typer.Option(help="CSV file to write: metrics of each gene.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer to judge: that of the prediction, the default, or an adapted one.")
+    ] = None,
+    prediction_key: Annotated[str, typer.Option(help="Prefix that the prediction was written under.")] = "he2gene",
+    genes: Annotated[list[str], typer.Option(help="Genes to judge, default: all. Repeatable, or with commas.")] = [],  # noqa: B006
     measured: Annotated[str | None, typer.Option(help="Layer of raw counts; default: X.")] = None,
     measured_scale: Annotated[str, typer.Option(help="auto, counts, log.")] = "auto",
     annotation_key: Annotated[
@@ -246,11 +251,19 @@ def evaluate(
 
     if not path.is_dir() or not is_store(path):
         raise ValueError(f"PATH {str(path)!r} is no SpatialData zarr store")
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
     if out is not None and not out.resolve().parent.is_dir():
         raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")
+    named = [name.strip() for text in genes for name in text.split(",") if name.strip()]
+    if genes and not named:
+        raise ValueError(f"--genes {genes} names no gene")
     sdata = sd.read_zarr(path)
     tl.evaluate(
         sdata,
+        layer=layer,
+        genes=named or None,
+        prediction_key=prediction_key,
         measured=measured,
         measured_scale=measured_scale,
         annotation_key=annotation_key,

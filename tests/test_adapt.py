@@ -305,6 +305,33 @@ def test_masks_may_be_given_in_several_ways(table):
         np.testing.assert_allclose(table.layers["he2gene_adapted"], expected, atol=1e-4)
 
 
+def test_columns_of_true_and_false_may_be_kept_in_several_ways(table):
+    hg.tl.adapt(table, "seen", genes=["g1"])
+    expected = table.layers["he2gene_adapted"].copy()
+    seen = table.obs["seen"]
+    table.obs["nullable"] = seen.astype("boolean")
+    table.obs["object"] = seen.astype(object)
+    table.obs["category"] = seen.astype("category")
+    table.obs["text"] = seen.astype(str)
+    table.obs["text category"] = seen.astype(str).astype("category")
+    table.obs["number"] = seen.astype(int)
+    for measured in (
+        "nullable",
+        "object",
+        "category",
+        "text",
+        "text category",
+        seen.tolist(),
+        seen.astype(str).tolist(),
+    ):
+        hg.tl.adapt(table, measured, genes=["g1"])
+        np.testing.assert_array_equal(table.layers["he2gene_adapted"], expected)
+    accepted = ["seen", "nullable", "object", "category", "text", "text category"]
+    with pytest.raises(ValueError, match="columns of True and False: .*, layers") as found:
+        hg.tl.adapt(table, "no")
+    assert str(accepted) in str(found.value)
+
+
 def test_values_of_unmeasured_spots_are_not_looked_at(table):
     hg.tl.adapt(table, "seen")
     expected = table.layers["he2gene_adapted"].copy()
@@ -362,8 +389,15 @@ def test_measured_spots_without_counts_are_left_out(table):
         ({"measured": np.ones((98, 1), bool)}, r"shape \(98, 1\)"),
         ({"measured": np.arange(98)}, "holds int64; True and False"),
         ({"measured": np.arange(98) < 7}, r"too few spots .* in 'a' \(6\); at least 10"),
-        ({"measured": "no"}, r"'no' is no column of obs and no layer, boolean columns: \['seen'\]"),
+        ({"measured": "no"}, r"'no' is no column of obs and no layer, columns of True and False: \['seen'\]"),
         ({"measured": "section"}, "True and False are needed"),
+        ({"measured": None}, "`measured` is None; a mask"),
+        ({"measured": []}, "`measured` is empty; True or False for each spot"),
+        ({"measured": slice(0, 50)}, "is a slice; an array of True and False"),
+        ({"measured": [[True], [False, True]]}, r"holds \[True\], \[False, True\]; True and False"),
+        ({"measured": [1, 0] * 49}, "holds 1, 0; True and False"),
+        ({"measured": ["yes", "no"] * 49}, "holds 'yes', 'no'; True and False"),
+        ({"measured": "nullable"}, r"`measured` 'nullable' is NA for 1 of 98 spots; .*fillna\(False\)"),
         ({"measured": pd.Series([True], index=["s0"])}, "97 of 98 spots are not in its index"),
         ({"measured": "he2gene"}, "is the prediction itself"),
         ({"measured": "seen log"}, "already log-transformed.*measured_scale='log'"),
@@ -385,6 +419,7 @@ def test_bad_input_is_refused_and_changes_nothing(table, arguments, message):
     table.layers["log"] = log_normalise(table.X)
     table.layers["nothing"] = np.full(table.shape, np.nan)
     table.layers["seen log"] = np.where(table.obs[["seen"]], table.layers["log"], np.nan)
+    table.obs["nullable"] = pd.array([pd.NA, *table.obs["seen"][1:]], dtype="boolean")
     keys = (set(table.layers), set(table.obs), set(table.var), set(table.uns))
     with pytest.raises(ValueError, match=message):
         hg.tl.adapt(table, **arguments)

@@ -118,7 +118,7 @@ def test_table_markdown_and_figure_are_written(table, tmp_path):
         (["--data", "visium"], "--data is 'visium', valid"),
         (["--data", "hbcis"], "needs --root"),
         (["--section", "Z9", "--section", "C5"], r"`sections` \['Z9'\] are unknown"),
-        (["--section", "C5"], "two are needed"),
+        (["--section", "C5"], "only C5 is named; two are needed"),
     ],
 )
 def test_bad_arguments_are_named(arguments, said):

@@ -124,8 +124,26 @@ def test_evaluate_prints_the_summary_and_writes_the_genes(run, tmp_path):
     assert "he2gene_eval" not in sd.read_zarr(tmp_path / "toy.zarr")["table"].uns
 
 
+def test_evaluate_judges_the_layer_prediction_and_genes_that_are_named(run, main, tmp_path):
+    toy = hg.datasets.toy((3, 4), mpp=2.0)
+    hg.tl.predict(toy, key_added="v2", show_progress_bar=False)
+    table = toy["table"]
+    table.layers["mine"] = table.layers["v2"]
+    table.uns["mine"] = {"verb": "adapt", "params": {"layer": "v2"}}
+    table.obs["mine_measured"] = [True] * 2 + [False] * 10
+    toy.write(tmp_path / "toy.zarr")
+    named = ("--genes", "ERBB2, CD24", "--genes", "COL1A1", "--prediction-key", "v2", "--layer", "mine")
+    output = run("evaluate", tmp_path / "toy.zarr", *named, "--out", tmp_path / "genes.csv").output
+    assert "2 spots that hg.tl.adapt was fitted on" in output
+    assert set(pd.read_csv(tmp_path / "genes.csv")["gene"]) == {"ERBB2", "CD24", "COL1A1"}
+    assert (
+        "valid: ['v2', 'mine']" in main("evaluate", tmp_path / "toy.zarr", "--prediction-key", "v2", "--layer", "no")[2]
+    )
+
+
 def test_evaluate_refuses_what_is_no_store_or_was_not_predicted(main, store, tmp_path):
     assert "is no SpatialData zarr store" in main("evaluate", tmp_path)[2]
+    assert "is a folder; name a CSV file" in main("evaluate", store, "--out", tmp_path)[2]
     assert "there is no folder" in main("evaluate", store, "--out", tmp_path / "no" / "genes.csv")[2]
     assert "holds no prediction 'he2gene'; run hg.tl.predict first" in main("evaluate", store)[2]
 

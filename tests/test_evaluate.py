@@ -467,6 +467,13 @@ def test_what_is_asked_for_must_be_there(table, toy):
     with pytest.raises(ValueError, match="`data` holds no evaluation"):
         hg.get.evaluation(toy)
     hg.tl.evaluate(table)
+    genes = hg.get.evaluation(table, "genes")
+    pd.testing.assert_frame_equal(
+        hg.get.evaluation(table, "baselines"),
+        genes.loc[
+            genes["predictor"] != "he2gene", ["gene", "scope", "section", "predictor", "n_spots", "pearson", "skill"]
+        ].reset_index(drop=True),
+    )
     with pytest.raises(ValueError, match="`what` is 'gene', valid"):
         hg.get.evaluation(table, "gene")
     with pytest.raises(ValueError, match="holds no evaluation 'other'"):
@@ -498,3 +505,118 @@ def test_figures_of_the_held_out_section_agree_with_the_demo(her2st):
         mean = row["pearson_mean"] * row["n_genes"] / (row["n_genes"] + row["n_constant"])
         assert mean == pytest.approx(demo.panels.set_index("panel").loc[name, "model"], abs=1e-6)
     assert summary.loc[("he2gene", "target"), "pearson_mean"] > summary.loc[("mean colour", "target"), "pearson_mean"]
+
+
+def adapted(table, name="he2gene_adapted"):
+    """The table as adapt leaves it, every third spot measured and its measurement in the layer."""
+    fitted = np.arange(table.n_obs) % 3 == 0
+    table.layers[name] = np.where(fitted[:, None], table.layers["log"], table.layers["he2gene"]).astype(np.float32)
+    table.layers[name][:, 5] = np.nan
+    table.uns[name] = {"verb": "adapt", "params": {"layer": "he2gene"}, "written": {"layers": [name]}}
+    table.obs[f"{name}_measured"] = fitted
+    return fitted
+
+
+def test_spots_that_adapt_was_fitted_on_are_not_judged(table):
+    fitted = adapted(table)
+    hg.tl.evaluate(table, layer="he2gene_adapted", baselines=["training mean"])
+    left_out = hg.get.evaluation(table, "left_out").set_index("what")["n"]
+    assert left_out["spots that hg.tl.adapt was fitted on"] == fitted.sum()
+    section = ~fitted & (table.obs["section"] == "a").to_numpy()
+    found = genes_of(table, predictor="he2gene_adapted")
+    assert (found["n_spots"] == section.sum()).all()
+    expected = pearsonr(table.layers["he2gene"][section, 0], table.layers["log"][section, 0])[0]
+    assert found.loc["G0", "pearson"] == pytest.approx(expected, abs=1e-6)
+    seen = hg.get.evaluation(table, "predictors").set_index("predictor")["seen"]
+    assert f"{fitted.sum()} measured spots of this slide, which are not judged" in seen["he2gene_adapted"]
+    assert "he2gene" not in seen.index
+
+
+def test_a_layer_adapted_twice_is_judged_on_spots_of_neither(table):
+    first = adapted(table)
+    adapted(table, "again")
+    table.uns["again"]["params"]["layer"] = "he2gene_adapted"
+    second = np.arange(table.n_obs) % 5 == 1
+    table.obs["again_measured"] = second
+    hg.tl.evaluate(table, layer="again", baselines="training mean")
+    left_out = hg.get.evaluation(table, "left_out").set_index("what")["n"]
+    assert left_out["spots that hg.tl.adapt was fitted on"] == (first | second).sum()
+
+
+def test_neighbours_are_those_of_the_array_where_spots_are_left_out(table):
+    fitted = adapted(table)
+    hg.tl.evaluate(table, layer="he2gene_adapted", baselines=["training mean"])
+    at = np.flatnonzero(~fitted & (table.obs["section"] == "a").to_numpy())
+    expected = hg.stats.moran(table.layers["log"][at][:, :1], neighbour_weights(table.obsm["spatial"][at], 100.0))
+    assert genes_of(table, predictor="he2gene_adapted").loc["G0", "moran_measured"] == pytest.approx(
+        expected[0], abs=1e-6
+    )
+
+
+def test_an_adapted_layer_of_an_older_version_is_warned_of(table):
+    adapted(table)
+    del table.obs["he2gene_adapted_measured"]
+    with pytest.warns(UserWarning, match="older version.* flatter it; run hg.tl.adapt again"):
+        hg.tl.evaluate(table, layer="he2gene_adapted", baselines=["training mean"])
+    seen = hg.get.evaluation(table, "predictors").set_index("predictor")["seen"]
+    assert "they are judged too" in seen["he2gene_adapted"]
+
+
+def test_a_layer_adapted_at_every_spot_leaves_nothing_to_judge(table):
+    adapted(table)
+    table.obs["he2gene_adapted_measured"] = True
+    with pytest.raises(ValueError, match="adapted to all 114 spots"):
+        hg.tl.evaluate(table, layer="he2gene_adapted")
+
+
+def test_the_layer_of_the_prediction_may_be_named(table):
+    hg.tl.evaluate(table, layer="he2gene", baselines="training mean")
+    named = hg.get.evaluation(table)
+    hg.tl.evaluate(table, baselines=["training mean"])
+    pd.testing.assert_frame_equal(named, hg.get.evaluation(table))
+
+
+@pytest.mark.parametrize("layer", ["he2gene_lower", "log", "", "nope"])
+def test_layers_that_are_no_prediction_are_refused(table, layer):
+    adapted(table)
+    table.layers["he2gene_lower"] = table.layers["he2gene"] - 1
+    table.uns["he2gene_intervals"] = {"verb": "intervals", "params": {"layer": "he2gene"}}
+    with pytest.raises(ValueError, match=r"`layer` .* valid: \['he2gene', 'he2gene_adapted'\]"):
+        hg.tl.evaluate(table, layer=layer)
+
+
+def test_another_prediction_is_pointed_to(table):
+    table.layers["v2"] = table.layers["he2gene"]
+    table.uns["v2"] = {"model": "mine", "weights_sha256": "y", "layer": "v2"}
+    with pytest.raises(ValueError, match="pass prediction_key='v2'"):
+        hg.tl.evaluate(table, layer="v2")
+    with pytest.raises(ValueError, match="`key_added` 'v2' is a prediction.*prediction_key='v2'.*'v2_eval'"):
+        hg.tl.evaluate(table, key_added="v2")
+
+
+def test_a_single_name_is_a_list_of_one(table):
+    hg.tl.evaluate(table, genes="G1", baselines="total counts")
+    genes = hg.get.evaluation(table, "genes")
+    assert set(genes["gene"]) == {"G1"}
+    assert set(genes["predictor"]) == {"he2gene", "total counts"}
+
+
+@pytest.mark.parametrize("arguments", [{"sample_key": "spot"}, {"section_key": "spot"}])
+def test_messages_about_many_values_are_short(table, arguments):
+    table.obs["spot"] = [f"spot {i}" for i in range(table.n_obs)]
+    with pytest.raises(ValueError, match=r"in all\)") as found:
+        hg.tl.evaluate(table, **arguments)
+    assert len(str(found.value)) < 300
+
+
+def test_the_column_of_symbols_is_the_one_that_predict_recorded(toy, tiny_model):
+    table = toy["table"]
+    table.var["symbol"] = table.var_names.astype(str)
+    table.var_names = [f"g{i}" for i in range(table.n_vars)]
+    hg.tl.predict(toy, model=tiny_model, gene_symbols="symbol", show_progress_bar=False)
+    hg.tl.evaluate(toy, model=tiny_model, gene_symbols="symbol", baselines="training mean")
+    stated = hg.get.evaluation(toy)
+    table.uns["he2gene"]["gene_symbols"] = "symbol"
+    hg.tl.evaluate(toy, model=tiny_model, baselines="training mean")
+    pd.testing.assert_frame_equal(hg.get.evaluation(toy), stated)
+    assert "target" in set(stated["panel"])

@@ -139,6 +139,17 @@ def test_spatial_says_nothing_of_the_kind_about_a_reliable_gene(predicted):
     assert hg.pl.spatial(predicted, reliable, measured=False).get_title() == f"{reliable} predicted"
 
 
+@pytest.mark.parametrize(("record", "title"), [({"verb": "adapt"}, "adapted"), ({}, "he2gene_adapted")])
+def test_spatial_titles_say_where_another_layer_is_shown(predicted, record, title):
+    table = predicted["table"]
+    table.layers["he2gene_adapted"] = table.layers["he2gene"] + 1
+    table.uns["he2gene_adapted"] = record
+    reliable = hg.get.genes(predicted, reliable=True)[0]
+    ax = hg.pl.spatial(predicted, reliable, measured=False, layer="he2gene_adapted")
+    assert ax.get_title() == f"{reliable} {title}"
+    assert hg.pl.spatial(predicted, reliable, measured=False, layer="he2gene").get_title() == f"{reliable} predicted"
+
+
 def test_spatial_draws_into_given_axes(predicted):
     figure, axes = plt.subplots(1, 2)
     drawn = hg.pl.spatial(predicted, "ERBB2", ax=axes)

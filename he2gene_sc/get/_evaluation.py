@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 #: Tables by name; ``"genes"`` are those of the model and of the baselines, one below the other.
-TABLES = ("summary", "genes", "predictors", "left_out", "annotation", "classes", "confusion")
+TABLES = ("summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion")
 
 
 def evaluation(
     data: SpatialData | AnnData,
-    what: Literal["summary", "genes", "predictors", "left_out", "annotation", "classes", "confusion"] = "summary",
+    what: Literal[
+        "summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion"
+    ] = "summary",
     *,
     key_added: str = "he2gene_eval",
     table_key: str | None = None,
@@ -32,6 +34,7 @@ def evaluation(
     what
         ``"summary"``: mean and median over panels of genes, a row a scope, section, predictor and panel.
         ``"genes"``: a row a scope, section, predictor and gene; baselines have ``pearson`` and ``skill`` alone.
+        ``"baselines"``: their rows of it.
         ``"predictors"``: what each predictor has seen, and why one was left out. ``"left_out"``: spots, genes and
         labels that were not judged, counted. ``"annotation"``: balanced accuracy, macro F1, macro AUROC and expected
         calibration error by section. ``"classes"``: recall, F1 and AUROC of each class. ``"confusion"``: number of
@@ -66,13 +69,19 @@ def evaluation(
     stored = table.uns[key_added]
     if what == "genes":
         parts = [stored[name] for name in ("genes", "baselines") if name in stored]
-        frame = pd.concat(parts, ignore_index=True)
-        for column in ("scope", "section", "predictor"):
-            frame[column] = frame[column].astype(str)
-        return frame
+        return _as_texts(pd.concat(parts, ignore_index=True))
+    if what == "baselines" and what not in stored:
+        raise ValueError('`what`: no baseline was computed; see what="predictors" for the reasons')
     if what not in stored:
         raise ValueError(f"`what`: {what!r} was not evaluated; run hg.tl.evaluate(annotation_key=...)")
-    return stored[what].reset_index(drop=True)
+    frame = stored[what].reset_index(drop=True)
+    return _as_texts(frame) if what == "baselines" else frame
+
+
+def _as_texts(frame: pd.DataFrame) -> pd.DataFrame:
+    for column in ("scope", "section", "predictor"):
+        frame[column] = frame[column].astype(str)
+    return frame
 
 
 def _evaluated(data: SpatialData | AnnData, key_added: str, table_key: str | None) -> AnnData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +23,21 @@ if TYPE_CHECKING:
     from ..models import HE2Gene
 
 _COLOURS = {True: "#1f77b4", False: "#b0b0b0"}
+_NEW_PATIENT = "#9467bd"
+#: More labels do not fit beside each other.
+_MAX_LABELS = 40
+_FONT_SIZE = 7
+#: Above so many genes their points are drawn faint.
+_MANY = 500
+#: Running medians are taken over the ranks between one by this and times this.
+_WINDOW = 1.25
 
 
 def predictability(
     model: HE2Gene | str | Path | SpatialData | AnnData = "breast-her2st",
     *,
-    genes: Sequence[str] | int = 10,
+    genes: str | Sequence[str] | int = 10,
+    gene_symbols: str | None = None,
     key_added: str = "he2gene",
     table_key: str | None = None,
     ax: Axes | None = None,
@@ -41,7 +51,9 @@ def predictability(
         A model, its name or folder; or an object or table that :func:`he2gene_sc.tl.predict` wrote to by a bundled
         model, whose predicted genes are shown.
     genes
-        Genes to label, or so many of the best.
+        Genes to label, or so many of the best; at most 40.
+    gene_symbols
+        As given to predict; default: what it recorded.
     key_added, table_key
         As given to predict.
     ax
@@ -52,74 +64,138 @@ def predictability(
     Returns
     -------
     matplotlib.axes.Axes
-        Points are genes, best first, the reliable ones in blue; the band is the 95 % interval over held-out sections or
-        patients, the orange line the noise ceiling (running median over 101 genes): no prediction can correlate better
-        with counts this shallow.
+        Points are genes, best first on a logarithmic axis of ranks, the reliable ones in blue. The band is the 95 %
+        interval of each gene's mean over what the legend says: held-out sections of known patients, or held-out
+        patients. Where the model has them, the purple points are the correlations with whole patients held out. Lines
+        are running medians over the genes between 0.8 and 1.25 times a rank: of those points, purple, and of the noise
+        ceiling, orange: no prediction can correlate better with counts this shallow.
 
     Raises
     ------
     ValueError
-        If the model has no held-out figures, or a gene to label is none of its own.
+        If the model has no held-out figures, a gene to label is none of its own, or there are too many.
 
     Examples
     --------
     >>> import he2gene_sc as hg
     >>> ax = hg.pl.predictability(genes=["ERBB2", "CD24"])
     """
-    table = _genes_of(model, key_added, table_key)
+    table, rule = _genes_of(model, key_added, table_key, gene_symbols)
     if table["pcc"].isna().all():
         raise ValueError("`model` has no held-out figures: nothing is known of how well it predicts any gene")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
-    if isinstance(genes, str):
-        genes = [genes]
-    chosen = list(table.index[:genes]) if isinstance(genes, int | np.integer) else list(genes)
-    unknown = [gene for gene in chosen if gene not in table.index]
-    if unknown:
-        raise ValueError(f"`genes` {unknown[:5]} have no held-out figure in this model")
-    (ax,) = axes_for(1, ax, ncols=1, panel=5.0)
+    chosen = _chosen(table, genes)
+    (ax,) = axes_for(1, ax, ncols=1, panel=6.0)
     rank = np.arange(1, len(table) + 1)
     if {"pcc_low", "pcc_high"} <= set(table.columns) and table["pcc_high"].notna().any():
         ax.fill_between(
-            rank, table["pcc_low"], table["pcc_high"], color="#cfd8e3", lw=0, label="95 % interval", zorder=1
+            rank, table["pcc_low"], table["pcc_high"], color="#dfe6ee", lw=0, label=f"95 % interval over {_unit(rule)}"
         )
+    if "pcc_new_patient" in table and table["pcc_new_patient"].notna().any():
+        faint = {"s": 2, "alpha": 0.2} if len(table) > _MANY else {"s": 8, "alpha": 0.7}
+        ax.scatter(rank, table["pcc_new_patient"], lw=0, color=_NEW_PATIENT, zorder=2, rasterized=True, **faint)
+        ax.plot(*_running(table["pcc_new_patient"]), color=_NEW_PATIENT, label=_new_patients(rule), zorder=4)
     for reliable, name in ((False, "not reliable"), (True, "reliable")):
         here = table["reliable"].to_numpy(bool) == reliable
         ax.scatter(
-            rank[here], table["pcc"][here], s=4, color=_COLOURS[reliable], label=f"{name} ({here.sum():,})", zorder=2
+            rank[here], table["pcc"][here], s=7, color=_COLOURS[reliable], label=f"{name} ({here.sum():,})", zorder=3
         )
     if "ceiling" in table and table["ceiling"].notna().any():
-        smooth = table["ceiling"].rolling(101, center=True, min_periods=1).median()
-        ax.plot(rank, smooth, color="#ff7f0e", label="noise ceiling", zorder=3)
-    for gene in chosen:
-        ax.annotate(
-            gene,
-            (rank[table.index.get_loc(gene)], table.at[gene, "pcc"]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            fontsize=7,
-            va="center",
-            zorder=4,
-        )
+        ax.plot(*_running(table["ceiling"]), color="#ff7f0e", label="noise ceiling", zorder=3)
     ax.axhline(0, color="k", lw=0.5)
-    ax.set_xlabel("genes, best predicted first")
+    ax.set_xscale("log")
+    ax.set_xlim(0.8, 1.3 * len(table))
+    ax.set_xlabel("genes, best predicted first (rank)")
     ax.set_ylabel("held-out Pearson correlation")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    _label(ax, table, chosen)
     return finish([ax], save)
 
 
-def _genes_of(model: object, key_added: str, table_key: str | None) -> pd.DataFrame:
-    """Gene table of a model; of an object, the rows that were predicted in it, under the names they have there."""
+def _chosen(table: pd.DataFrame, genes: str | Sequence[str] | int) -> list[str]:
+    """Genes to label, best first."""
+    is_number = isinstance(genes, int | np.integer) and not isinstance(genes, bool)
+    if (is_number and genes < 0) or not (is_number or np.iterable(genes)):
+        raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of them from 0, are needed")
+    if is_number:
+        asked = list(table.index[:genes])
+    else:
+        asked = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    if unknown := [gene for gene in asked if gene not in table.index]:
+        raise ValueError(f"`genes` {unknown[:5]} have no held-out figure in this model")
+    if len(asked) > _MAX_LABELS:
+        raise ValueError(f"`genes`: {len(asked):,} labels do not fit, at most {_MAX_LABELS} do")
+    return list(table.index[table.index.isin(asked)])
+
+
+def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
+    """Ring the chosen genes and write their names in a column on the right, with a line to each."""
+    from sklearn.isotonic import isotonic_regression
+
+    if not chosen:
+        return
+    x, y = 1.0 + table.index.get_indexer(chosen), table.loc[list(chosen), "pcc"].to_numpy(float)
+    ax.scatter(x, y, s=30, facecolors="none", edgecolors="k", lw=0.8, zorder=5)
+    left, right = ax.get_xlim()
+    low, high = ax.get_ylim()
+    height = ax.get_window_extent().height * 72 / ax.figure.dpi
+    step = min(1.5 * _FONT_SIZE / height, 1 / len(chosen)) * (high - low)
+    # Names stand as near as can be to the height of their points, a line apart, and inside the axes.
+    order = step * np.arange(len(chosen))
+    at = np.clip(isotonic_regression(y + order, increasing=False), low + order[-1] + step / 2, high - step / 2) - order
+    column = right * (right / left) ** 0.03
+    for name, point, place in zip(chosen, zip(x, y, strict=True), at, strict=True):
+        ax.annotate(
+            name,
+            point,
+            xytext=(column, place),
+            fontsize=_FONT_SIZE,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#606060", "lw": 0.5, "shrinkA": 1, "shrinkB": 3},
+            zorder=5,
+        )
+    ax.set_xlim(left, right * (right / left) ** (0.05 + 0.012 * max(map(len, chosen))))
+    ax.set_ylim(low, high)
+
+
+def _running(values: pd.Series) -> tuple[np.ndarray, list[float]]:
+    """Ranks, evenly spaced on the axis, and the medians around them."""
+    ranks = np.unique(np.geomspace(1, len(values), 200).round().astype(int))
+    return ranks, [values.iloc[int(np.ceil(r / _WINDOW)) - 1 : int(r * _WINDOW)].median() for r in ranks]
+
+
+def _unit(rule: str) -> str:
+    """Name the groups that the bounds are taken over, as the card states them where it says what is reliable."""
+    found = re.search(r"t over the (\d+) (patients|sections), held out", rule)
+    if found is None:
+        return "what was held out"
+    return f"{found[1]} held-out " + ("patients" if found[2] == "patients" else "sections of known patients")
+
+
+def _new_patients(rule: str) -> str:
+    found = re.search(r"mean over the (\d+) patients, held out whole", rule)
+    return f"mean over {found[1]} patients held out whole" if found else "patients held out whole"
+
+
+def _genes_of(
+    model: object, key_added: str, table_key: str | None, gene_symbols: str | None
+) -> tuple[pd.DataFrame, str]:
+    """Gene table of a model, and what it calls reliable; of an object, the rows that were predicted, as named there."""
     from ..models import HE2Gene, load
 
     if isinstance(model, HE2Gene | str | Path):
-        return load(model).genes
+        found = load(model)
+        return found.genes, found.card.reliable_rule
     from .._genes import match_genes
 
     table = get_table(model, table_key, key_added=key_added)
     keys = Keys(key_added)
     if keys.predicted not in table.var:
         raise ValueError(f"`model` holds no prediction {key_added!r}; run hg.tl.predict first")
-    found = predicted_by(table.uns[keys.uns], None)
-    wanted = match_genes(found, table, None, None)
+    record = table.uns[keys.uns]
+    if gene_symbols is None and record.get("gene_symbols") in table.var:
+        gene_symbols = record["gene_symbols"]
+    found = predicted_by(record, None)
+    wanted = match_genes(found, table, None, gene_symbols)
     genes = found.genes.iloc[wanted.positions].set_axis(table.var_names[wanted.columns], axis=0)
-    return genes[table.var[keys.predicted].to_numpy(bool)[wanted.columns]]
+    return genes[table.var[keys.predicted].to_numpy(bool)[wanted.columns]], found.card.reliable_rule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,9 @@ def spatial(
         Colour map.
     size
         Scale of the spots; 1 is their true size.
-    layer, key_added, table_key, shapes_key, image_key, coordinate_system
+    layer
+        What to show instead of the prediction, ``"he2gene_adapted"`` for example; the titles say so.
+    key_added, table_key, shapes_key, image_key, coordinate_system
         As given to predict.
     ncols
         Panels in a row; default 2 with measured, else 4.
@@ -99,11 +101,13 @@ def spatial(
     )
     table = where.table
     _check_predicted(table, genes, key_added)
-    predicted = np.asarray(table[:, genes].layers[predicted_layer(table, key_added, layer)], dtype=float)
+    shown_layer = predicted_layer(table, key_added, layer)
+    predicted = np.asarray(table[:, genes].layers[shown_layer], dtype=float)
     found = _measured(where, table, genes, measured)
     beside, were_counts = found if found is not None else (None, False)
     panels = _panel_table(where, table, genes, predicted, beside)
     kinds = ["predicted"] if beside is None else ["predicted", "measured"]
+    name = "predicted" if shown_layer == predicted_layer(table, key_added) else _name(table, shown_layer)
     axes = axes_for(len(genes) * len(kinds), ax, ncols or (4 if beside is None else 2))
     reliable = table.var[Keys(key_added).reliable]
     for i, gene in enumerate(genes):
@@ -118,7 +122,7 @@ def spatial(
                 panels,
                 f"{kind}_{i}",
                 panel,
-                title=f"{gene} {kind}{doubt}",
+                title=f"{gene} {name if kind == 'predicted' else kind}{doubt}",
                 image=image,
                 size=size,
                 cmap=cmap,
@@ -128,6 +132,12 @@ def spatial(
             in_log = kind == "predicted" or were_counts
             add_colorbar(panel, norm, cmap, "ln(1 + counts per 10,000)" if in_log else "as stored")
     return finish(axes, save)
+
+
+def _name(table: AnnData, layer: str) -> str:
+    """Say what the titles call a layer that is not the prediction."""
+    record = table.uns.get(layer)
+    return "adapted" if isinstance(record, Mapping) and record.get("verb") == "adapt" else layer
 
 
 def _norm(values: np.ndarray) -> Normalize:

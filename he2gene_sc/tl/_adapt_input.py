@@ -93,9 +93,9 @@ def _mask(table: AnnData, measured: str | np.ndarray | pd.Series) -> np.ndarray:
     found = measured
     if isinstance(measured, str):
         if measured not in table.obs:
-            valid = [key for key in table.obs if table.obs[key].dtype == bool]
+            valid = [key for key in table.obs if isinstance(_booleans(table.obs[key]), np.ndarray)]
             raise ValueError(
-                f"`measured` {measured!r} is no column of obs and no layer, boolean columns: {valid}, layers: "
+                f"`measured` {measured!r} is no column of obs and no layer, columns of True and False: {valid}, layers: "
                 f"{sorted(table.layers)}"
             )
         found = table.obs[measured]
@@ -107,9 +107,14 @@ def _mask(table: AnnData, measured: str | np.ndarray | pd.Series) -> np.ndarray:
                 f"in its index{', which has duplicates' if measured.index.has_duplicates else ''}"
             )
         found = measured.reindex(table.obs_names)
-    mask = np.array(found)
-    if mask.dtype != bool:
-        raise ValueError(f"`measured` holds {mask.dtype}; True and False are needed")
+    if found is None:
+        raise ValueError(
+            "`measured` is None; a mask of the spots, a column of True and False in obs, or a layer is needed"
+        )
+    mask = _booleans(found)
+    if isinstance(mask, str):
+        name = f" {measured!r}" if isinstance(measured, str) else ""
+        raise ValueError(f"`measured`{name} {mask}")
     if mask.shape != (table.n_obs,):
         raise ValueError(f"`measured` has shape {mask.shape}; ({table.n_obs},), one a spot, is needed")
     if not mask.any():
@@ -117,6 +122,36 @@ def _mask(table: AnnData, measured: str | np.ndarray | pd.Series) -> np.ndarray:
     if mask.all():
         raise ValueError(f"`measured` is True for all {len(mask)} spots: there is nothing left to predict")
     return mask
+
+
+def _booleans(found: object) -> np.ndarray | str:
+    """Read True and False from an array, list or column, whatever they are kept as; else say what is wrong with them."""
+    if isinstance(found, pd.Series | pd.Index | pd.api.extensions.ExtensionArray):
+        values = np.asarray(found.astype(object))
+    elif isinstance(found, list | tuple):
+        values = np.array(found, object)
+    elif isinstance(found, np.ndarray):
+        values = found
+    else:
+        return f"is a {type(found).__name__}; an array of True and False, a column of obs or a layer is needed"
+    if values.dtype == bool:
+        return values.copy()
+    if not values.size:
+        return "is empty; True or False for each spot is needed"
+    if values.dtype != object and values.dtype.kind not in "UT":
+        return f"holds {values.dtype}; True and False are needed"
+    missing = np.asarray(pd.isna(values))
+    if missing.all():
+        return "is NA for all spots; True or False for each is needed"
+    given = values[~missing].tolist()
+    if other := [value for value in given if not isinstance(value, bool | np.bool_) and value not in ("True", "False")]:
+        return f"holds {', '.join(list(dict.fromkeys(map(repr, other)))[:3])}; True and False are needed"
+    if missing.any():
+        return (
+            f"is NA for {int(missing.sum())} of {missing.size} spots; say of each whether it was measured, with .fillna(False) "
+            "for example"
+        )
+    return np.isin(values.astype(str), "True")
 
 
 def rows_of(truth: np.ndarray, sections: np.ndarray, inside: np.ndarray) -> dict[str, np.ndarray]:

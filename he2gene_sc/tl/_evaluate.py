@@ -15,7 +15,6 @@ from .._tables import SCALES, Scale, check_free, get_table, write_result
 from ._evaluation import (
     BASELINES,
     METRICS,
-    MODEL,
     SEEN,
     Results,
     annotation_tables,
@@ -23,7 +22,8 @@ from ._evaluation import (
     judge,
     summarise,
 )
-from ._judged import UNKNOWN_LABELS, Judged, proba_of, read
+from ._judged import UNKNOWN_LABELS, Judged, few, proba_of, read
+from ._judged_layer import MODEL, prediction_named
 from ._readings import readings
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def evaluate(
     annotation_key: str | None = None,
     sample_key: str | None = None,
     section_key: str | None = None,
-    genes: Sequence[str] | None = None,
-    baselines: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
+    baselines: str | Sequence[str] | None = None,
     model: str | Path | HE2Gene | None = None,
     gene_symbols: str | None = None,
     prediction_key: str = "he2gene",
@@ -61,7 +61,8 @@ def evaluate(
     data
         Object or table that :func:`he2gene_sc.tl.predict` wrote to.
     layer
-        Predicted expression. Default: the layer of the prediction.
+        Predicted expression: the layer of the prediction (``None``), or one that :func:`he2gene_sc.tl.adapt` made of it.
+        Spots that this was fitted on are left out, and the tables call the predictor by the name of the layer.
     measured
         Layer of raw counts; ``None``: ``X``. Counts become ln(1 + counts per 10,000) by the totals of all genes. Where
         ``predict(genes="all")`` made a table of its own, this is a layer of the measured table beside it.
@@ -76,7 +77,7 @@ def evaluate(
     section_key
         Column of ``obs`` with the section of each spot. Default: shapes element or ``obs["section"]``.
     genes
-        Genes to judge. Default: all that were predicted and measured.
+        Genes to judge, a name or several. Default: all that were predicted and measured.
     baselines
         Of ``"training mean"``, ``"class mean"``, ``"total counts"``, ``"mean colour"``, ``"nearest spots"``, see Notes.
         Default: all that can be computed.
@@ -84,7 +85,7 @@ def evaluate(
         The model, for its panels of genes and, in predictions of older versions, the training mean. Default: the one
         that made the prediction, if it is bundled.
     gene_symbols
-        As given to predict.
+        As given to predict; default: what it recorded.
     prediction_key
         ``key_added`` of predict.
     table_key
@@ -167,6 +168,13 @@ def evaluate(
     from ..models import load
 
     check_key(key_added, "key_added")
+    genes = [genes] if isinstance(genes, str) else genes
+    baselines = [baselines] if isinstance(baselines, str) else baselines
+    if prediction_named(data, key_added):
+        raise ValueError(
+            f"`key_added` {key_added!r} is a prediction; to judge it pass prediction_key={key_added!r}, and as `key_added` "
+            f"a name for the evaluation, {key_added + '_eval'!r} for example"
+        )
     if measured_scale not in SCALES:
         raise ValueError(f"`measured_scale` is {measured_scale!r}, valid: {list(SCALES)}")
     if unknown := [name for name in baselines or () if name not in BASELINES]:
@@ -202,7 +210,7 @@ def evaluate(
             UserWarning,
             stacklevel=2,
         )
-    left_out["genes constant on either side, pooled"] = int(np.isnan(results.pooled[MODEL]["pearson"]).sum())
+    left_out["genes constant on either side, pooled"] = int(np.isnan(results.pooled[judged.predictor]["pearson"]).sum())
     facts |= _tables(judged, results, samples, skipped, left_out)
     params = {
         "layer": layer,
@@ -219,7 +227,7 @@ def evaluate(
     }
     var = {name: np.full(table.n_vars, np.nan, np.float32) for name in names.values()}
     for metric, name in names.items():
-        var[name][judged.columns] = results.pooled[MODEL][metric]
+        var[name][judged.columns] = results.pooled[judged.predictor][metric]
     write_result(table, "evaluate", key_added, params=params, facts=facts, var=var)
 
 
@@ -232,11 +240,14 @@ def _tables(
 ) -> dict[str, pd.DataFrame]:
     """Everything but the annotation."""
     of_model, of_baselines = gene_tables(judged, results, samples)
-    seen = dict(SEEN)
-    if judged.trained_on:
-        seen[MODEL] += f", and {', '.join(judged.trained_on)} are among them"
+    model = SEEN[MODEL] + (f", and {', '.join(judged.trained_on)} are among them" if judged.trained_on else "")
+    if judged.n_fitted is None:
+        model += "; expression of measured spots of this slide, which of them is not known: they are judged too"
+    elif judged.predictor != MODEL:
+        model += f"; expression of {judged.n_fitted} measured spots of this slide, which are not judged"
+    seen = {judged.predictor: model} | {name: SEEN[name] for name in BASELINES}
     predictors = [
-        {"predictor": p, "computed": p not in skipped, "seen": seen[p], "reason": skipped.get(p, "")} for p in SEEN
+        {"predictor": p, "computed": p not in skipped, "seen": seen[p], "reason": skipped.get(p, "")} for p in seen
     ]
     tables = {
         "genes": of_model,
@@ -261,7 +272,7 @@ def _samples(judged: Judged, sample_key: str) -> Mapping[str, str]:
         found = pd.unique(pd.Series(values[where], dtype=object))
         if len(found) != 1 or pd.isna(found[0]):
             raise ValueError(
-                f"`sample_key` {sample_key!r}: section {section!r} has {list(found)}; one sample is needed"
+                f"`sample_key` {sample_key!r}: section {section!r} has {few(map(repr, found))}; one sample is needed"
             )
         of[section] = str(found[0])
     return of

@@ -24,6 +24,7 @@ from ..stats import (
 )
 from ..stats._blocks import column_blocks
 from ._judged import Judged
+from ._judged_layer import MODEL
 
 #: Metrics of the model; a baseline has the first two.
 METRICS = (
@@ -43,7 +44,6 @@ BASELINE_METRICS = METRICS[:2]
 #: Of these a picture is needed, which only a section is: pooled, they are the mean over sections.
 _OF_MAPS = ("moran_measured", "moran_predicted", "ssim")
 ALL_SECTIONS = "all sections"
-MODEL = "he2gene"
 #: What each predictor has seen of the slide that it is judged on.
 SEEN = {
     MODEL: "the image; expression of its training sections",
@@ -90,11 +90,11 @@ def judge(judged: Judged, baselines: Mapping[str, np.ndarray | None], *, n_split
     """
     weights = {name: neighbour_weights(judged.xy[w], judged.pitches[name]) for name, w in judged.sections.items()}
     model = [_model(judged, where, weights[name], n_splits, seed) for name, where in judged.sections.items()]
-    of_sections = {MODEL: {metric: np.stack([part[metric] for part in model]) for metric in METRICS}}
-    pooled = {MODEL: model[0]}
+    of_sections = {judged.predictor: {metric: np.stack([part[metric] for part in model]) for metric in METRICS}}
+    pooled = {judged.predictor: model[0]}
     if len(model) > 1:
-        pooled[MODEL] = _model(judged, np.arange(len(judged.rows)), None, n_splits, seed)
-        pooled[MODEL] |= {metric: _mean(of_sections[MODEL][metric]) for metric in _OF_MAPS}
+        pooled[judged.predictor] = _model(judged, np.arange(len(judged.rows)), None, n_splits, seed)
+        pooled[judged.predictor] |= {metric: _mean(of_sections[judged.predictor][metric]) for metric in _OF_MAPS}
     for name, reads in baselines.items():
         parts, whole = _baseline(judged, name, reads, weights)
         of_sections[name], pooled[name] = parts, whole
@@ -191,7 +191,7 @@ def gene_tables(
                 **{metric: value.astype(np.float32) for metric, value in values.items()},
             }
         )
-        (model if predictor == MODEL else baselines).append(frame)
+        (model if predictor == judged.predictor else baselines).append(frame)
     return _stack(model), _stack(baselines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ import pandas as pd
 import scipy.sparse
 
 from .._keys import MADE, Keys
-from .._predicted import predicted_layer
 from .._slide import find_table
 from .._tables import Scale, column_of, log_expression, pitch_of, sections_of, spots_of, values_of
 from ._judged_genes import genes_in_common, known_of, model_of
+from ._judged_layer import judged_layer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MIN_SPOTS = 10
 #: Under this name labels are counted that are no class of the model.
 UNKNOWN_LABELS = "labels that the model does not know"
+#: And under this one spots that an adapted layer was fitted on.
+FITTED = "spots that hg.tl.adapt was fitted on"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,11 @@ class Judged:
         Sections that the model was trained on, as far as that is known.
     n_left_out
         What was left out, and how much of it.
+    predictor
+        What the tables call the layer that is judged.
+    n_fitted
+        Spots of the judged sections that it was adapted to, all left out; ``None`` where that is not known, 0 where it was
+        not adapted.
     """
 
     genes: pd.Index
@@ -80,6 +87,8 @@ class Judged:
     panels: dict[str, np.ndarray]
     trained_on: list[str]
     n_left_out: dict[str, int]
+    predictor: str
+    n_fitted: int | None
 
     @property
     def depth(self) -> np.ndarray | None:
@@ -120,9 +129,13 @@ def read(
     """
     if keys.predicted not in table.var:
         raise ValueError(f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first")
-    layer = predicted_layer(table, keys.key_added, layer)
+    chosen = judged_layer(table, keys, layer)
+    layer = chosen.name
     model = model_of(table.uns[keys.uns], model)
     other, rows, partner = _measured(data, table, layer, measured)
+    recorded = table.uns[keys.uns].get("gene_symbols")
+    if gene_symbols is None and recorded in other.var:
+        gene_symbols = recorded
     columns, count_columns = genes_in_common(table, other, keys, genes, gene_symbols)
     values = values_of(table, layer, "layer")
     values = values.toarray() if scipy.sparse.issparse(values) else values
@@ -142,31 +155,52 @@ def read(
     filled = np.isfinite(given).any(axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
     measured_spot = filled[partner]
     section = sections_of(other, section_key)[partner]
-    used = predicted_spot & measured_spot
+    both = predicted_spot & measured_spot
+    fitted = both & (False if chosen.fitted_on is None else chosen.fitted_on[rows])
+    used = both & ~fitted
+    if fitted.any() and not used.any():
+        raise ValueError(
+            f"`layer` {layer!r} was adapted to all {int(fitted.sum())} spots that were predicted and measured: none is left "
+            "to judge it by"
+        )
+    if chosen.fitted_on is None:
+        warnings.warn(
+            f"layer {layer!r} was adapted by an older version, the spots that it was fitted on are not known and are judged "
+            "with the others: its figures flatter it; run hg.tl.adapt again",
+            UserWarning,
+            stacklevel=3,
+        )
     names, sizes = np.unique(section[used].astype(str), return_counts=True)
+    names = names.astype(object)
     small = names[sizes < MIN_SPOTS]
     if len(small) == len(names):
         raise ValueError(
-            f"`data`: {int(used.sum())} spots were both predicted and measured, in sections of "
-            f"{dict(zip(names.tolist(), sizes.tolist(), strict=True))}; at least {MIN_SPOTS} spots of a section are needed"
+            f"`data`: {int(used.sum())} spots were both predicted and measured{', and not used by hg.tl.adapt' * chosen.adapted}"
+            f", in sections of so many: {few(f'{s!r} {n}' for s, n in zip(names, sizes, strict=True))}; at least {MIN_SPOTS} "
+            "spots of a section are needed"
         )
     if len(small):
         warnings.warn(
-            f"sections {small.tolist()} have fewer than {MIN_SPOTS} spots and are left out", UserWarning, stacklevel=3
+            f"sections [{few(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out",
+            UserWarning,
+            stacklevel=3,
         )
     left_out = {
         "spots not predicted (outside the image)": int((~predicted_spot).sum()),
         "spots without any counts": int((predicted_spot & ~measured_spot).sum()),
         f"spots of sections under {MIN_SPOTS} spots": int(np.isin(section[used].astype(str), small).sum()),
+        **({FITTED: int(fitted.sum())} if chosen.adapted and chosen.fitted_on is not None else {}),
         "genes not predicted": other.n_vars - len(columns) if genes is None else 0,
     }
+    # Distances are those of the array, which has holes where spots are left out.
+    pitches = {name: pitch_of(spots_of(table[rows[both & (section == name)]])) for name in names if name not in small}
     kept = np.flatnonzero(used & ~np.isin(section.astype(str), small))
     rows, partner, section = rows[kept], partner[kept], section[kept]
     xy = spots_of(table[rows])
     sections = {str(name): np.flatnonzero(section == name) for name in pd.unique(section)}
-    pitches = {name: pitch_of(xy[where]) for name, where in sections.items()}
+    pitches = {name: pitches[name] for name in sections}
     if shared := [name for name, pitch in pitches.items() if not pitch > 0]:
-        raise ValueError(f"obsm['spatial']: most spots of sections {shared} lie on top of each other")
+        raise ValueError(f"obsm['spatial']: most spots of sections {few(shared)} lie on top of each other")
     row, column = _cells(other.obs.iloc[partner], xy, sections, pitches)
     trained_on = [] if model is None else sorted(sections.keys() & set(model.card.training.get("sections", ())))
     if trained_on:
@@ -195,7 +229,15 @@ def read(
         panels=panels,
         trained_on=trained_on,
         n_left_out=left_out,
+        predictor=chosen.predictor,
+        n_fitted=None if chosen.fitted_on is None else int(fitted.sum()),
     )
+
+
+def few(values: Iterable[object], n: int = 5) -> str:
+    """Write the first values, and how many there are where not all are shown."""
+    values = [str(value) for value in values]
+    return ", ".join(values[:n]) + (f", … ({len(values)} in all)" if len(values) > n else "")
 
 
 def _measured(
@@ -263,6 +305,8 @@ def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) ->
         )
     if len(unknown):
         warnings.warn(
-            f"classes that the model does not know are left out: {unknown.to_dict()}", UserWarning, stacklevel=3
+            f"classes that the model does not know are left out: {{{few(f'{k!r}: {n}' for k, n in unknown.items())}}}",
+            UserWarning,
+            stacklevel=3,
         )
     return frame, codes, int(unknown.sum())
