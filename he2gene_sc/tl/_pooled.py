@@ -62,13 +62,16 @@ class Pool:
                 yield slice(start + first, start + first + len(chosen)), block
             start += len(rows)
 
-    def sums(self, codes: np.ndarray, n: int, genes: pd.Index | None = None) -> np.ndarray:
-        """Sum of the logarithms of the spots of each of ``n`` codes, ``(n, g)`` float64; a code below 0 is left out."""
+    def sums(self, codes: np.ndarray, n: int, *, detected: bool = False) -> np.ndarray:
+        """Sum of the logarithms of the spots of each of ``n`` codes, ``(n, g)`` float64; a code below 0 is left out.
+
+        ``detected``: number of spots where the gene is not 0 instead.
+        """
         from scipy.sparse import csr_array
 
-        genes = self.genes if genes is None else genes
-        out = np.zeros((n, len(genes)))
-        for where, block in self.blocks(genes):
+        out = np.zeros((n, len(self.genes)))
+        for where, values in self.blocks():
+            block = (values != 0).astype(np.float32) if detected else values
             code = codes[where]
             kept = code >= 0
             ones = csr_array((np.ones(kept.sum()), (code[kept], np.flatnonzero(kept))), (n, len(code)))
@@ -170,7 +173,8 @@ def pool(
     samples = _samples(tables, sample_key)
     rows = tuple(np.flatnonzero(pd.notna(found)) for found in labels)
     sections = [
-        np.array([f"{i}/{name}" for name in sections_of(table, section_key)], object) for i, table in enumerate(tables)
+        _section_names(i, sections_of(table, section_key), named)
+        for i, (table, named) in enumerate(zip(tables, samples, strict=True))
     ]
     places = all("spatial" in table.obsm for table in tables)
 
@@ -192,6 +196,12 @@ def pool(
         raise ValueError(f"`groupby` {groupby!r} is empty for every spot")
     _check_places(pooled, [np.asarray(table.obs_names) for table in tables])
     return _inspected(pooled)
+
+
+def _section_names(i: int, sections: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Names under which no two sections meet: those of several samples in one table may be called alike, or not at all."""
+    pairs = zip(sections, samples, strict=True)
+    return np.array([f"section {section!r} of sample {sample!r} (object {i})" for section, sample in pairs], object)
 
 
 def _expected(layer: str | None) -> Literal["counts", "log"]:
@@ -272,13 +282,13 @@ def _check_places(pooled: Pool, names: Sequence[np.ndarray]) -> None:
     else:
         places = list(np.concatenate([n[rows] for n, rows in zip(names, pooled.rows, strict=True)]))
         how = "under the same name"
-    keys = Counter(zip(pooled.samples, pooled.sections, places, strict=True))
+    keys = Counter(zip(pooled.sections, places, strict=True))
     double = [key for key, count in keys.items() if count > 1]
     if double:
-        sample, section, place = double[0]
+        section, place = double[0]
         raise ValueError(
-            f"`data`: {len(double)} spots stand twice {how}, for example {place} in section {section.split('/', 1)[1]!r} "
-            f"of sample {sample!r}; drop duplicates, or tell sections apart by `section_key`"
+            f"`data`: {len(double)} spots stand twice {how}, for example {place} in {section}; drop duplicates, or tell "
+            "sections apart by `section_key`"
         )
 
 
