@@ -184,6 +184,65 @@ def test_auto_is_pseudobulk_from_three_samples_and_spatial_below():
         assert found(patient(0)) is None
 
 
+def _two_unlike_patients():
+    """Two patients without a section column, of other expression and other shares of the labels, nothing planted."""
+    tables = [patient(i, n=80, genes=200, shift=0.0) for i in range(2)]
+    for i, table in enumerate(tables):
+        del table.obs["section"]
+        table.obs["label"] = np.where(np.random.default_rng(i).random(80) < (0.8, 0.2)[i], "tumour", "stroma")
+    return tables
+
+
+def test_patients_in_one_table_are_sections_of_their_own():
+    tables = _two_unlike_patients()
+    whole = anndata.concat(tables)
+    with pytest.warns(UserWarning, match="does not generalise"):
+        expected = found(tables)
+        found(whole)
+    result = hg.get.biomarkers(whole)
+    pd.testing.assert_frame_equal(result, expected, rtol=1e-4)
+    assert (of(result)["pvals"] < 0.05).mean() < 0.1
+
+
+def test_cross_fit_of_one_table_equals_that_of_several():
+    tables = [as_predicted(table) for table in patients(4, genes=120)]
+    for i, table in enumerate(tables):
+        del table.obs["section"]
+        # Measured levels of the patients differ, so that centring over all would mix them up.
+        table.X = table.X + np.random.default_rng(i).poisson(30, 120)
+    options = {"layer": "he2gene", "cross_fit": True, "reliable_only": False}
+    whole = anndata.concat(tables, merge="same")
+    found(whole, **options)
+    pd.testing.assert_frame_equal(hg.get.biomarkers(whole), found(tables, **options), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["spatial", "wilcoxon"])
+def test_the_filter_does_not_choose_genes_that_are_high_in_the_smaller_group(method):
+    rng = np.random.default_rng(5)
+    table = patient(0, n=320, genes=2000)
+    table.obs["label"] = np.where(rng.permutation(320) < 20, "few", "many")
+    table.X = rng.poisson(np.r_[np.full(1990, 0.02), np.full(10, 20)], (320, 2000)).astype(np.float32)
+    with pytest.warns(UserWarning):
+        found(table, layer=None, groups="few", method=method, min_mean=0.25)
+    result = of(hg.get.biomarkers(table), "few")
+    assert set(result.index) == {f"g{i}" for i in range(1990, 2000)}
+
+
+def test_genes_that_a_small_group_can_hardly_show_are_not_tested(caplog):
+    rng = np.random.default_rng(5)
+    table = patient(0, n=320, genes=60)
+    table.obs["label"] = np.where(rng.permutation(320) < 5, "few", "many")
+    share = np.r_[np.full(30, 0.3), np.full(30, 0.9)]
+    table.X = ((rng.random((320, 60)) < share) * 4).astype(np.float32)
+    with pytest.warns(UserWarning), caplog.at_level(logging.WARNING, "he2gene_sc"):
+        found(table, layer=None, groups="few", method="spatial")
+    assert set(of(hg.get.biomarkers(table), "few").index) == {f"g{i}" for i in range(30, 60)}
+    assert "30 of 60 genes are not tested in 'few': they are expected in fewer than 3 of the 5 spots" in caplog.text
+    table.X[:, 30:] = table.X[:, :30]
+    with pytest.raises(ValueError, match="none is expected in 3 of the 5 spots"):
+        found(table, layer=None, groups="few", method="spatial")
+
+
 def test_mixed_takes_covariates():
     tables = patients(5, genes=12)
     for i, table in enumerate(tables):
@@ -275,7 +334,7 @@ def test_cross_fitted_labels_are_not_circular():
     assert set(tumour.index[tumour["pvals_adj"] < 0.05]) == {f"g{i}" for i in range(5)}
     for table in tables[:1]:
         table.X = np.zeros_like(table.X)
-    with pytest.raises(ValueError, match="`cross_fit`: 'P0' has no measured counts"):
+    with pytest.raises(ValueError, match="`cross_fit`: section 'S0' of sample 'P0'.* has no measured counts"):
         found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
     with pytest.raises(ValueError, match="`cross_fit` needs several sections"):
         found(tables[1], "he2gene_annotation", layer="he2gene", cross_fit=True)
@@ -539,6 +598,55 @@ def test_concordance_leaves_out_what_was_not_measured():
         hg.tl.concordance(tables, "label")
     with pytest.raises(ValueError, match="are both 'he2gene'"):
         hg.tl.concordance(tables, "label", measured="he2gene")
+
+
+def _with_unmeasured_sections(n=8, measured=4):
+    """Some patients measured; each of these has a second section that was predicted only, nearly all of one label."""
+    tables = _both(n)
+    for i, table in enumerate(tables):
+        if i >= measured:
+            table.X = np.zeros_like(table.X)
+            continue
+        second = as_predicted(patient(i, seed=2))
+        second.obs["section"] = f"S{i}b"
+        second = second[(second.obs["label"] == "tumour").to_numpy() | (np.arange(40) < 8)].copy()
+        second.X = np.zeros_like(second.X)
+        tables.append(second)
+    return tables
+
+
+def test_sections_that_were_not_measured_are_no_zeros_in_concordance():
+    tables = _with_unmeasured_sections()
+    hg.tl.concordance(tables, "label", groups="tumour")
+    expected = hg.tl.concordance(_both(4), "label", groups="tumour")
+    pd.testing.assert_frame_equal(hg.get.concordance(tables), expected)
+    one = [tables[0].copy(), anndata.concat(tables[1:], merge="same", uns_merge="same")]
+    pd.testing.assert_frame_equal(hg.tl.concordance(one, "label", groups="tumour"), expected, rtol=1e-5)
+
+
+def test_sections_that_were_not_measured_are_no_zeros_in_ppi():
+    tables = _with_unmeasured_sections()
+    result = of(found(tables, layer="he2gene", method="ppi", groups="tumour", reliable_only=False))
+    measured = of(found(_both(4), layer=None, groups="tumour", min_mean=-1))["effect_size"]
+    spots = anndata.concat(tables, merge="same")
+
+    def effect(patient, gene):
+        part = spots[spots.obs["patient"] == patient]
+        inside = (part.obs["label"] == "tumour").to_numpy()
+        return part.layers["he2gene"][inside].mean(0)[gene] - part.layers["he2gene"][~inside].mean(0)[gene]
+
+    log = [hg.stats.log_normalise(t.X) for t in tables[:4]]
+    inside = [(t.obs["label"] == "tumour").to_numpy() for t in tables[:4]]
+    for gene in (0, 30):
+        known = [v[i, gene].mean() - v[~i, gene].mean() for v, i in zip(log, inside, strict=True)]
+        assert measured[f"g{gene}"] == pytest.approx(np.mean(known), rel=1e-4)
+        beside = [effect(f"P{i}", gene) for i in range(8)]
+        expected = hg.stats.prediction_powered_mean(*(np.array(v)[:, None] for v in (known, beside[:4], beside[4:])))
+        assert result.loc[f"g{gene}", "effect_size"] == pytest.approx(expected.effect[0], rel=1e-3)
+    for table in tables:
+        table.X = np.zeros_like(table.X)
+    with pytest.raises(ValueError, match="`measured` holds no counts"):
+        found(tables, layer="he2gene", method="ppi")
 
 
 def test_concordance_is_kept_by_zarr_and_drawn(tmp_path):

@@ -88,10 +88,13 @@ def biomarkers(
         predicted from. Genes are tested in two halves; the labels for one are read from genes outside it. Sound if the
         model that predicted the genes was not trained on these sections.
     measured, measured_scale
-        Measured values for ``"ppi"`` and ``cross_fit``: layer, ``None`` is ``X``, and its scale. A sample counts as
-        measured if any of its spots has counts there and its table is not one that predict made.
+        Measured values for ``"ppi"`` and ``cross_fit``: layer, ``None`` is ``X``, and its scale. A spot counts as
+        measured if it has counts there and its table is not one that predict made; a sample with the groups in its
+        measured spots.
     min_mean
-        Genes are tested if the mean of the two group means is above this, in the unit of the layer.
+        Genes are tested if their mean is above this, in the unit of the layer: for ``"spatial"`` and ``"wilcoxon"`` that
+        over all spots of both groups, else that of the two group means, averaged over samples. ``"spatial"`` also leaves out
+        genes that fewer than three spots of the smaller group are expected to show, from the share of all spots that do.
     join
         ``"inner"``: genes of every object. ``"outer"``: of any; in raw counts a gene that a table does not name is 0.
     level
@@ -159,7 +162,9 @@ def biomarkers(
         halves = _halves(spots, measured, measured_scale)
         parts = [compare(half, **run) for half in halves]
     else:
-        known = measured_part(spots, measured, measured_scale)[0] if chosen.name == "ppi" else None
+        known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
+        if seen is not None and not seen.any():
+            raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
         parts = [compare(spots, measured=known, **run)]
     circular = is_circular(tables, groupby, layer) and not cross_fit
     results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), circular)
@@ -219,7 +224,14 @@ def _halves(spots: Pool, measured: str | None, scale: Scale) -> list[Pool]:
     """Two halves of the genes, each with labels that were read from measured genes outside it."""
     from ._cross_fit import cross_fitted_labels
 
-    known, _ = measured_part(spots, measured, scale)
+    known, seen = measured_part(spots, measured, scale)
+    lacking = sorted(set(spots.sections) - set(known.sections))
+    if lacking:
+        raise ValueError(
+            f"`cross_fit`: {lacking[0]} has no measured counts. Its labels would have to come from its image, which its "
+            "predicted genes come from too; use a pathologist's labels there, or leave it out"
+        )
+    spots = spots.take(seen)
     halves = []
     common = spots.tables[0].var_names
     for table in spots.tables[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,8 @@ import pandas as pd
 
 from ._contrast import METHODS, MIN_SPOTS, Cells, Contrast, Method
 from ._pooled import Pool
+
+logger = logging.getLogger("he2gene_sc")
 
 
 def compare(
@@ -32,6 +35,7 @@ def compare(
     """
     cells = Cells.of(spots)
     of_measured = None if measured is None else Cells.of(measured)
+    detected = Cells.of(spots, detected=True) if chosen.detecting else None
     tests, differences = [], []
     for group in _groups(cells, groups, reference, chosen):
         contrast = Contrast.of(spots, cells, spots.genes, group, reference, **options)
@@ -40,11 +44,7 @@ def compare(
                 contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, **options)
             )
         used = chosen.uses(contrast)
-        with np.errstate(invalid="ignore"):
-            mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.pooled_means.mean(0)
-        contrast = contrast.keep(mean > min_mean)
-        if not len(contrast.genes):
-            raise ValueError(f"`min_mean` is {min_mean}; no gene has a mean above it in {group!r} and {reference!r}")
+        contrast = _filtered(contrast, chosen, used, min_mean, group, reference, detected)
         test = chosen.run(contrast)
         tests.append(
             pd.DataFrame(
@@ -65,6 +65,46 @@ def compare(
         )
         differences.append(_differences(contrast, group))
     return pd.concat(tests, ignore_index=True), pd.concat(differences)
+
+
+def _filtered(
+    contrast: Contrast,
+    chosen: Method,
+    used: np.ndarray,
+    min_mean: float,
+    group: str,
+    reference: str,
+    detected: Cells | None,
+) -> Contrast:
+    """Leave out genes of low mean, and those that too few spots of the smaller group are expected to show.
+
+    Where spots are the unit, both look at all spots together: a mean of the means would choose the genes that happen to
+    be high in the smaller group.
+    """
+    with np.errstate(invalid="ignore"):
+        mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
+    enough = mean > min_mean
+    if not enough.any():
+        raise ValueError(f"`min_mean` is {min_mean}; no gene has a mean above it in {group!r} and {reference!r}")
+    if detected is not None:
+        others = detected.labels[detected.labels != group] if reference == "rest" else [reference]
+        spots = detected.side([group])[0].sum(0) + detected.side(others)[0].sum(0)
+        n = contrast.counts.sum(1)
+        seen = spots / n.sum() * n.min() >= chosen.detecting
+        if not (enough & seen).any():
+            raise ValueError(
+                f"`groups`: of the {enough.sum()} genes above `min_mean` none is expected in {chosen.detecting} of the "
+                f"{n.min()} spots of the smaller of {group!r} and {reference!r}; more spots are needed"
+            )
+        if not (lost := (enough & ~seen).sum()):
+            return contrast.keep(enough)
+        logger.warning(
+            "biomarkers: %d of %d genes are not tested in %r: they are expected in fewer than %d of the %d spots of the "
+            "smaller group",
+            *(lost, enough.sum(), group, chosen.detecting, n.min()),
+        )
+        enough &= seen
+    return contrast.keep(enough)
 
 
 def method_for(method: str, spots: Pool, covariates: Sequence[str]) -> Method:

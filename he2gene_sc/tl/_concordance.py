@@ -47,14 +47,14 @@ def concordance(
     data, groupby, groups, reference, layer, layer_scale, sample_key, section_key, method, table_key
         As for :func:`he2gene_sc.tl.biomarkers`.
     measured, measured_scale
-        What was measured at the same spots: layer, ``None`` is ``X`` (raw counts), and its scale. Samples without counts
-        there are left out.
+        What was measured at the same spots: layer, ``None`` is ``X`` (raw counts), and its scale. Spots without counts
+        there are left out, of both.
     k
         Lengths of the lists of top genes that are compared.
     fdr
         Below this adjusted p-value a measured gene counts as significant.
     min_mean
-        Genes whose measured mean of the two group means is above this are compared.
+        Genes that biomarkers would test in what was measured are compared; see there.
     key_added
         Where in ``uns`` it is written.
 

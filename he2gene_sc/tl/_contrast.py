@@ -28,13 +28,16 @@ class Cells:
     counts: np.ndarray
 
     @classmethod
-    def of(cls, pool: Pool, genes: pd.Index | None = None) -> Cells:
-        """Sum over the spots of a pool: ``sums`` ``(samples, labels, g)`` float64, ``counts`` ``(samples, labels)``."""
+    def of(cls, pool: Pool, *, detected: bool = False) -> Cells:
+        """Sum over the spots of a pool: ``sums`` ``(samples, labels, g)`` float64, ``counts`` ``(samples, labels)``.
+
+        ``detected``: the sums are numbers of spots where a gene is not 0.
+        """
         samples, sample = np.unique(pool.samples.astype(str), return_inverse=True)
         labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
         shape = (len(samples), len(labels))
         code = sample * shape[1] + label
-        sums = pool.sums(code, shape[0] * shape[1], genes)
+        sums = pool.sums(code, shape[0] * shape[1], detected=detected)
         counts = np.bincount(code, minlength=shape[0] * shape[1])
         return cls(samples, labels, sums.reshape(*shape, -1), counts.reshape(shape))
 
@@ -90,10 +93,16 @@ class Contrast:
         return self.means[0, self.paired] - self.means[1, self.paired]
 
     @property
+    def mean(self) -> np.ndarray:
+        """Mean over all spots of both, ``(g,)``: without a difference, it says nothing of one, whatever the sizes."""
+        return np.average(self.pooled_means, axis=0, weights=self.counts.sum(1))
+
+    @property
     def logfoldchanges(self) -> np.ndarray:
-        """scanpy's: log2 of the ratio of what the means over all spots of the logarithms stand for."""
+        """scanpy's: log2 of the ratio of what the means over all spots of the logarithms stand for; NaN below 0."""
         above, below = np.expm1(self.pooled_means) + 1e-9
-        return np.log2(above / below)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where((above > 0) & (below > 0), np.log2(above / below), np.nan)
 
     def keep(self, genes: np.ndarray) -> Contrast:
         """Leave out genes; ``genes`` is ``(g,)`` bool."""
@@ -110,7 +119,11 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Method:
-    """A test of one contrast. ``samples``: how many with both groups it needs; ``caution``: what its user must know."""
+    """A test of one contrast.
+
+    ``samples``: how many with both groups it needs; ``caution``: what its user must know; ``detecting``: spots of the
+    smaller group that are expected to show a gene, from its share of all spots, for the gene to be tested.
+    """
 
     name: str
     run: Callable[[Contrast], SampleTest]
@@ -118,6 +131,7 @@ class Method:
     samples: int
     uses: Callable[[Contrast], np.ndarray]
     caution: str = ""
+    detecting: int = 0
 
 
 def _pseudobulk(contrast: Contrast) -> SampleTest:
@@ -228,6 +242,7 @@ METHODS = {
             _all,
             "method 'spatial' says whether groups differ in these sections beyond what neighbouring spots share; it does not "
             "generalise to other patients",
+            detecting=3,
         ),
         Method(
             "wilcoxon",

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import issparse
 
 from .._keys import MADE, Keys
-from .._tables import Scale, log_expression
-from ._pooled import Pool, labels_of, prediction_key
+from .._tables import Scale, labels_of, log_expression, values_of
+from ._pooled import Pool, prediction_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,7 +27,7 @@ def is_circular(tables: Sequence[AnnData], groupby: str, layer: str | None) -> b
         named = {Keys(key).annotation for key in [*keys, prediction_key(table, layer)]}
         if groupby in named:
             return True
-        labels = labels_of(table, groupby)
+        labels = labels_of(table, groupby, "groupby")
         for name in named & set(table.obs):
             if (pd.notna(labels) == table.obs[name].notna().to_numpy()).all() and (
                 labels[pd.notna(labels)] == table.obs[name].dropna().astype(str).to_numpy(object)
@@ -49,21 +50,21 @@ def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | 
 
 
 def measured_part(spots: Pool, measured: str | None, scale: Scale) -> tuple[Pool, np.ndarray]:
-    """Spots of the samples that were measured, with what was measured, and which they are, ``(n,)`` bool."""
+    """Spots that were measured, with what was measured, and which they are, ``(n,)`` bool.
+
+    A spot without any count was not: a section beside a measured one of the same patient may have been predicted alone.
+    """
     seen = np.zeros(len(spots.labels), bool)
     start = 0
     for table, rows in zip(spots.tables, spots.rows, strict=True):
         end = start + len(rows)
         if MADE not in table.uns and len(rows):
-            values = table.X if measured is None else table.layers.get(measured)
-            if values is None:
-                raise ValueError(f"`measured` {measured!r} is no layer, valid: {sorted(table.layers)} (None: X)")
-            total = np.asarray(values.sum(axis=1), float).ravel()
-            seen[start:end] = np.nan_to_num(total[rows]) > 0
+            values = abs(values_of(table, measured, "measured"))
+            total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)
+            seen[start:end] = np.nan_to_num(np.asarray(total, float).ravel()[rows]) > 0
         start = end
-    kept = np.isin(spots.samples, np.unique(spots.samples[seen].astype(str)))
     expected = "counts" if measured is None else "log"
-    chosen = spots.take(kept)
+    chosen = spots.take(seen)
     for table, rows in zip(chosen.tables, chosen.rows, strict=True):
         if len(rows):
             log_expression(
@@ -75,4 +76,4 @@ def measured_part(spots: Pool, measured: str | None, scale: Scale) -> tuple[Pool
                 parameter="measured",
                 scale_parameter="measured_scale",
             )
-    return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), kept
+    return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), seen

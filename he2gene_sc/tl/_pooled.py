@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._keys import MADE, Keys
-from .._tables import Scale, column_of, get_table, log_expression, sections_of, values_of
+from .._tables import Scale, column_of, get_table, labels_of, log_expression, sections_of, values_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -62,13 +62,16 @@ class Pool:
                 yield slice(start + first, start + first + len(chosen)), block
             start += len(rows)
 
-    def sums(self, codes: np.ndarray, n: int, genes: pd.Index | None = None) -> np.ndarray:
-        """Sum of the logarithms of the spots of each of ``n`` codes, ``(n, g)`` float64; a code below 0 is left out."""
+    def sums(self, codes: np.ndarray, n: int, *, detected: bool = False) -> np.ndarray:
+        """Sum of the logarithms of the spots of each of ``n`` codes, ``(n, g)`` float64; a code below 0 is left out.
+
+        ``detected``: number of spots where the gene is not 0 instead.
+        """
         from scipy.sparse import csr_array
 
-        genes = self.genes if genes is None else genes
-        out = np.zeros((n, len(genes)))
-        for where, block in self.blocks(genes):
+        out = np.zeros((n, len(self.genes)))
+        for where, values in self.blocks():
+            block = (values != 0).astype(np.float32) if detected else values
             code = codes[where]
             kept = code >= 0
             ones = csr_array((np.ones(kept.sum()), (code[kept], np.flatnonzero(kept))), (n, len(code)))
@@ -166,11 +169,12 @@ def pool(
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
         # Looks at all values once; with no genes it returns none.
         log_expression(table, layer, genes=np.zeros(0, int), scale=layer_scale, expected=_expected(layer))
-    labels = [labels_of(table, groupby) for table in tables]
+    labels = [labels_of(table, groupby, "groupby") for table in tables]
     samples = _samples(tables, sample_key)
     rows = tuple(np.flatnonzero(pd.notna(found)) for found in labels)
     sections = [
-        np.array([f"{i}/{name}" for name in sections_of(table, section_key)], object) for i, table in enumerate(tables)
+        _section_names(i, sections_of(table, section_key), named)
+        for i, (table, named) in enumerate(zip(tables, samples, strict=True))
     ]
     places = all("spatial" in table.obsm for table in tables)
 
@@ -194,16 +198,14 @@ def pool(
     return _inspected(pooled)
 
 
+def _section_names(i: int, sections: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Names under which no two sections meet: those of several samples in one table may be called alike, or not at all."""
+    pairs = zip(sections, samples, strict=True)
+    return np.array([f"section {section!r} of sample {sample!r} (object {i})" for section, sample in pairs], object)
+
+
 def _expected(layer: str | None) -> Literal["counts", "log"]:
     return "counts" if layer is None else "log"
-
-
-def labels_of(table: AnnData, groupby: str) -> np.ndarray:
-    """Labels of all rows as text, ``None`` where there is none, ``(n,)``."""
-    column = column_of(table, groupby, "groupby")
-    if isinstance(column.dtype, np.dtype) and column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
-        raise ValueError(f"`groupby` {groupby!r} holds fractions; a column of labels is needed")
-    return column.astype(object).where(column.notna(), None).map(lambda v: None if v is None else str(v)).to_numpy()
 
 
 def _samples(tables: Sequence[AnnData], sample_key: str | None) -> list[np.ndarray]:
@@ -280,13 +282,13 @@ def _check_places(pooled: Pool, names: Sequence[np.ndarray]) -> None:
     else:
         places = list(np.concatenate([n[rows] for n, rows in zip(names, pooled.rows, strict=True)]))
         how = "under the same name"
-    keys = Counter(zip(pooled.samples, pooled.sections, places, strict=True))
+    keys = Counter(zip(pooled.sections, places, strict=True))
     double = [key for key, count in keys.items() if count > 1]
     if double:
-        sample, section, place = double[0]
+        section, place = double[0]
         raise ValueError(
-            f"`data`: {len(double)} spots stand twice {how}, for example {place} in section {section.split('/', 1)[1]!r} "
-            f"of sample {sample!r}; drop duplicates, or tell sections apart by `section_key`"
+            f"`data`: {len(double)} spots stand twice {how}, for example {place} in {section}; drop duplicates, or tell "
+            "sections apart by `section_key`"
         )
 
 

@@ -4,6 +4,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py power
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py circular
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py measured
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py small
     python tests/benchmarks/bench_biomarkers.py ppi
     python tests/benchmarks/bench_biomarkers.py speed
 
@@ -225,6 +226,37 @@ def measured():
             f"  {group} against the rest: {(part['pvals_adj'] < 0.05).sum()} of {len(part)} at FDR 5 %, "
             f"{part['n_samples'].iloc[0]} patients"
         )
+
+
+def small(repeats=6):
+    """Few spots, drawn at random, against all others, as counted: nothing is there to be found."""
+    tables = {name: load(name) for name in EIGHT}
+    for method, names in (("spatial", ("B1",)), ("pseudobulk", EIGHT)):
+        rng = np.random.default_rng(0)
+        for n in (3, 5, 10, 30):
+            results = []
+            for _ in range(repeats):
+                for name in names:
+                    label = np.full(tables[name].n_obs, "others", object)
+                    label[rng.permutation(len(label))[:n]] = "drawn"
+                    tables[name].obs["drawn"] = label
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    chosen = [tables[name] for name in names]
+                    results.append(
+                        hg.tl.biomarkers(
+                            chosen, "drawn", groups="drawn", layer=None, method=method, sample_key="patient"
+                        )
+                    )
+            every = pd.concat(results)
+            low = every["pvals"] < 0.05
+            print(
+                f"small, {method}, {', '.join(names)}, {n} spots: {len(every) / repeats:.0f} genes tested, p < .05 "
+                f"{100 * low.mean():.1f} % ({100 * (low & (every['effect_size'] > 0)).mean():.1f} above), p < .001 "
+                f"{100 * (every['pvals'] < 0.001).mean():.2f} %, found at FDR 5 % in each draw "
+                f"{[int((result['pvals_adj'] < 0.05).sum()) for result in results]}",
+                flush=True,
+            )
 
 
 def summed(tables):
