@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,13 +76,33 @@ def of_adapted(record: Any, coverage: float, n_vars: int) -> OfAdapted:
     if low < levels[0] - 1e-9 or high > levels[-1] + 1e-9:
         most = 1 - 2 * max(levels[0], 1 - levels[-1])
         raise ValueError(f"`coverage` is {coverage}; the residuals kept by hg.tl.adapt reach to {most:.4g}")
+    lower, upper = (interpolated(quantiles, levels, level) for level in (low, high))
+    known = np.isfinite(lower) & np.isfinite(upper)
+    adapted = ~np.isnan(quantiles).all(0)
+    if (adapted & ~known).any() or not known.any():
+        _tell_few(coverage, levels, quantiles, adapted, known, low)
     facts = {"guarantee": "none", "unit": "spot", "residuals": str(record.get("guarantee", "of hg.tl.adapt"))}
-    return OfAdapted(
-        interpolated(quantiles, levels, low),
-        interpolated(quantiles, levels, high),
-        np.isfinite(quantiles).all(0),
-        facts,
+    return OfAdapted(lower, upper, known, facts | {"by": "none"})
+
+
+def _tell_few(
+    coverage: float, levels: np.ndarray, quantiles: np.ndarray, adapted: np.ndarray, known: np.ndarray, low: float
+) -> None:
+    """Warn of adapted genes that too few spots were measured of for an interval, refuse where it is all of them."""
+    if not adapted.any():
+        raise ValueError("`layer`: no gene of it has residuals, none was measured at ten spots; measure more")
+    # The kept level at or below the lower end: its rank among n residuals is 1 or more from n + 1 = 1 / level on.
+    needed = int(np.ceil(1 / levels[np.flatnonzero(levels <= low + 1e-9)[-1]] - 1 - 1e-9))
+    message = (
+        f"an interval of {coverage:g} needs {needed} measured spots; {int((adapted & ~known).sum()):,} of "
+        f"{int(adapted.sum()):,} adapted genes were measured at fewer"
     )
+    if known.any():
+        warnings.warn(f"`coverage`: {message} and get no interval", UserWarning, stacklevel=4)
+        return
+    finite = levels[np.isfinite(quantiles[:, adapted]).any(1)]
+    most = 1 - 2 * max(finite.min(), 1 - finite.max())
+    raise ValueError(f"`coverage`: {message}; measure more, or ask for {most:.4g} or less")
 
 
 def of_model(
