@@ -12,6 +12,7 @@ import scipy.sparse
 from ._keys import MADE
 from ._predicted import predicted_table
 from ._slide import Slide, find_table, resolve
+from ._stale import remove_derived, same_values, warn_removed
 from ._write import undone_if_interrupted
 from .stats import TARGET_SUM
 
@@ -298,7 +299,7 @@ def write_result(
 
     ``uns[key]`` gets ``verb``, ``params``, ``written`` (slot to keys) and the ``facts``; JSON types, arrays and
     DataFrames only, as zarr stores hold them. What an earlier run of the verb wrote under the same key and this one does
-    not is removed.
+    not is removed; so is, with a warning, what was computed from layers whose values change.
 
     Parameters
     ----------
@@ -323,7 +324,14 @@ def write_result(
         "written": {slot: list(values) for slot, values in slots.items() if values},
         **(facts or {}),
     }
+    layers = slots.get("layers", {})
+    changed = [
+        name
+        for name in old.get("layers", [])
+        if name in table.layers and not (name in layers and same_values(table.layers[name], layers[name]))
+    ]
     with undone_if_interrupted(table):
+        removed = remove_derived(table, changed, but=key)
         for slot, names in old.items():
             for name in list(names):
                 if name in getattr(table, slot):
@@ -332,3 +340,4 @@ def write_result(
             for name, value in values.items():
                 getattr(table, slot)[name] = value
         table.uns[key] = record
+    warn_removed(removed, stacklevel=3)
