@@ -40,7 +40,7 @@ def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: s
 
 
 def record_of(table: AnnData, key_added: str = "he2gene") -> Mapping[str, Any]:
-    """What ``predict(key_added=...)`` recorded in a table.
+    """Return what ``predict(key_added=...)`` recorded in a table.
 
     Raises
     ------
@@ -57,6 +57,12 @@ def record_of(table: AnnData, key_added: str = "he2gene") -> Mapping[str, Any]:
             "predict again"
         )
     return record
+
+
+def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | None) -> str | None:
+    """Column of ``var`` with gene symbols: the one given, else the one that predict was given."""
+    recorded = record.get("gene_symbols")
+    return recorded if gene_symbols is None and recorded in table.var else gene_symbols
 
 
 def predicted_layer(table: AnnData, key_added: str = "he2gene", layer: str | None = None) -> str:

@@ -80,6 +80,8 @@ def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
     if values is None:
         raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(table.layers)}")
     values = values.compute() if hasattr(values, "compute") else values
+    # A sparse matrix of a backed table.
+    values = values.to_memory() if hasattr(values, "to_memory") else values
     return scipy.sparse.csr_array(values) if scipy.sparse.issparse(values) else np.asarray(values)
 
 
@@ -138,6 +140,9 @@ def log_expression(
         raise ValueError(f"`{scale_parameter}` is {scale!r}, valid: {list(SCALES)}")
     values = values_of(table, layer, parameter)
     where = "X" if layer is None else f"layer {layer!r}"
+    infinite = int(np.isinf(values.data if scipy.sparse.issparse(values) else values).sum())
+    if infinite:
+        raise ValueError(f"`{parameter}`: {where} holds {infinite} infinite value(s); finite ones are needed")
     found = scale_of(values)
     if scale == "auto" and found != expected:
         looks = {"counts": "raw counts", "log": "already log-transformed", "other": "neither counts nor logarithms"}
