@@ -138,7 +138,7 @@ def test_results_survive_a_store_and_a_second_run(slide, model, tmp_path):
 
 def test_above_the_memory_limit_half_widths_alone_are_written(table, model, monkeypatch):
     monkeypatch.setattr(hg.settings, "memory_limit", 100)
-    with pytest.warns(UserWarning, match="memory_limit"):
+    with pytest.warns(UserWarning, match=r"two layers, 0\.0195 MiB together, would pass hg\.settings\.memory_limit"):
         hg.tl.intervals(table, model=model)
     assert "he2gene_lower" not in table.layers
     assert (table.var["he2gene_halfwidth"] > 0).all()
