@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,35 @@ def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: s
     return candidates[0]
 
 
+def record_of(table: AnnData, key_added: str = "he2gene") -> Mapping[str, Any]:
+    """Return what ``predict(key_added=...)`` recorded in a table.
+
+    Raises
+    ------
+    ValueError
+        If it wrote nothing there, or the flags of the genes that go with it are gone.
+    """
+    keys = Keys(key_added)
+    record = table.uns.get(keys.uns)
+    if not isinstance(record, Mapping) or "layer" not in record:
+        raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
+    if keys.predicted not in table.var:
+        raise ValueError(
+            f"`data`: var has no {keys.predicted!r}, which hg.tl.predict wrote with prediction {key_added!r}; keep it, or "
+            "predict again"
+        )
+    return record
+
+
+def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | None) -> str | None:
+    """Column of ``var`` with gene symbols: the one given, else the one that predict was given."""
+    recorded = record.get("gene_symbols")
+    return recorded if gene_symbols is None and recorded in table.var else gene_symbols
+
+
 def predicted_layer(table: AnnData, key_added: str = "he2gene", layer: str | None = None) -> str:
     """Name of the layer of a prediction."""
-    name = layer or table.uns[Keys(key_added).uns]["layer"]
+    name = record_of(table, key_added)["layer"] if layer is None else layer
     if name not in table.layers:
         raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(table.layers)}")
     return name

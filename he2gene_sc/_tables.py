@@ -12,6 +12,7 @@ import scipy.sparse
 from ._keys import MADE
 from ._predicted import predicted_table
 from ._slide import Slide, find_table, resolve
+from ._stale import remove_derived, same_values, warn_removed
 from ._write import undone_if_interrupted
 from .stats import TARGET_SUM
 
@@ -81,6 +82,8 @@ def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
     if values is None:
         raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(table.layers)}")
     values = values.compute() if hasattr(values, "compute") else values
+    # A sparse matrix of a backed table.
+    values = values.to_memory() if hasattr(values, "to_memory") else values
     return scipy.sparse.csr_array(values) if scipy.sparse.issparse(values) else np.asarray(values)
 
 
@@ -139,6 +142,9 @@ def log_expression(
         raise ValueError(f"`{scale_parameter}` is {scale!r}, valid: {list(SCALES)}")
     values = values_of(table, layer, parameter)
     where = "X" if layer is None else f"layer {layer!r}"
+    infinite = int(np.isinf(values.data if scipy.sparse.issparse(values) else values).sum())
+    if infinite:
+        raise ValueError(f"`{parameter}`: {where} holds {infinite} infinite value(s); finite ones are needed")
     found = scale_of(values)
     if scale == "auto" and found != expected:
         looks = {"counts": "raw counts", "log": "already log-transformed", "other": "neither counts nor logarithms"}
@@ -323,7 +329,7 @@ def write_result(
 
     ``uns[key]`` gets ``verb``, ``params``, ``written`` (slot to keys) and the ``facts``; JSON types, arrays and
     DataFrames only, as zarr stores hold them. What an earlier run of the verb wrote under the same key and this one does
-    not is removed.
+    not is removed; so is, with a warning, what was computed from layers whose values change.
 
     Parameters
     ----------
@@ -348,7 +354,14 @@ def write_result(
         "written": {slot: list(values) for slot, values in slots.items() if values},
         **(facts or {}),
     }
+    layers = slots.get("layers", {})
+    changed = [
+        name
+        for name in old.get("layers", [])
+        if name in table.layers and not (name in layers and same_values(table.layers[name], layers[name]))
+    ]
     with undone_if_interrupted(table):
+        removed = remove_derived(table, changed, but=key)
         for slot, names in old.items():
             for name in list(names):
                 if name in getattr(table, slot):
@@ -357,3 +370,4 @@ def write_result(
             for name, value in values.items():
                 getattr(table, slot)[name] = value
         table.uns[key] = record
+    warn_removed(removed, stacklevel=3)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ._keys import FACTS, INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
 from ._settings import settings
+from ._stale import remove_derived, same_values, warn_removed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -109,7 +110,9 @@ def _scores(result: Predictions) -> np.ndarray:
 def fill_table(table: AnnData, filled: Filled) -> None:
     """Write into a measured table; its rows, their order, ``X`` and every other slot stay as they were.
 
-    Rows of regions that were not predicted keep what an earlier run of the same model wrote there.
+    Rows of regions that were not predicted keep what an earlier run of the same model wrote there. Results of other verbs
+    that were computed from the prediction are removed, with a warning, if a value of the layer changes, in one region or
+    all: they were computed from all of it.
     """
     keys, rows, columns = filled.keys, filled.rows, filled.wanted.columns
     n_obs, n_vars = table.shape
@@ -176,7 +179,9 @@ def fill_table(table: AnnData, filled: Filled) -> None:
     }
     if table.is_view:
         table._init_as_actual(table.copy())
+    changed = not same_values(table.layers[keys.layer], layer) if keys.layer in table.layers else True
     with undone_if_interrupted(table):
+        removed = remove_derived(table, _names(keys)) if changed else []
         table.layers[keys.layer] = layer
         for name, value in var.items():
             table.var[name] = value
@@ -189,6 +194,12 @@ def fill_table(table: AnnData, filled: Filled) -> None:
             table.obsm[name] = value
         for name, value in uns.items():
             table.uns[name] = value
+    warn_removed(removed, stacklevel=3)
+
+
+def _names(keys: Keys) -> set[str]:
+    """Names by which other verbs know what a prediction wrote."""
+    return {keys.layer, keys.uns, keys.annotation}
 
 
 def _earlier(table: AnnData, filled: Filled, others: np.ndarray) -> dict[str, Any] | None:
@@ -283,12 +294,23 @@ def make_table(slides: Sequence[Slide], filled: Filled, like: AnnData | None) ->
     )
 
 
-def put_table(sdata: SpatialData, name: str, table: AnnData) -> None:
-    """Set a table that we made, in place of one that we made before, which comes back if this is interrupted."""
+def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None:
+    """Set a table that we made, in place of one that we made before, which comes back if this is interrupted.
+
+    What was computed from the prediction is not carried over if its values have changed.
+    """
     check_place(sdata, name)
     before = sdata.tables.get(name)
+    removed = []
     if before is not None:
         carry_over(before, table)
+        old = before.layers.get(keys.layer)
+        if (
+            old is None
+            or not before.var_names.equals(table.var_names)
+            or not same_values(old, table.layers[keys.layer])
+        ):
+            removed = remove_derived(table, _names(keys))
     try:
         if before is not None:
             del sdata.tables[name]
@@ -297,6 +319,7 @@ def put_table(sdata: SpatialData, name: str, table: AnnData) -> None:
         if before is not None and name not in sdata.tables:
             sdata.tables[name] = before
         raise
+    warn_removed(removed, stacklevel=3)
 
 
 def copy_tables(sdata: SpatialData) -> SpatialData:

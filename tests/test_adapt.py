@@ -471,3 +471,102 @@ def test_measured_spots_help_on_held_out_tissue(her2st):
         gains.append(after - before)
     assert np.mean(gains) > 0.003
     assert min(gains) > -0.002
+
+
+# What a later look at it needs
+
+
+@pytest.fixture
+def predicted(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model)
+    return toy
+
+
+def test_which_spots_were_measured_is_kept(table):
+    table.layers["he2gene"][5] = np.nan
+    hg.tl.adapt(table, "seen")
+    expected = table.obs["seen"].to_numpy() & (np.arange(98) != 5)
+    assert table.obs["he2gene_adapted_measured"].dtype == bool
+    np.testing.assert_array_equal(table.obs["he2gene_adapted_measured"], expected)
+    assert table.uns["he2gene_adapted"]["measured_spots"] == "he2gene_adapted_measured"
+
+
+def test_another_layer_has_an_adapted_layer_of_its_own(table):
+    hg.tl.adapt(table, "seen")
+    before = table.layers["he2gene_adapted"].copy()
+    table.layers["v2"] = table.layers["he2gene"] + 1
+    hg.tl.adapt(table, "seen", layer="v2")
+    np.testing.assert_array_equal(table.layers["he2gene_adapted"], before)
+    assert table.uns["v2_adapted"]["params"]["layer"] == "v2"
+
+
+def test_an_adapted_layer_is_adapted_to_other_spots_alone(table):
+    first = (np.arange(98) % 4 == 0, np.arange(98) % 4 == 1)
+    hg.tl.adapt(table, first[0])
+    with pytest.raises(
+        ValueError, match=r"was adapted to 25 of the 49 measured spots already; adapt the prediction 'he2"
+    ):
+        hg.tl.adapt(table, first[0] | first[1], layer="he2gene_adapted")
+    hg.tl.adapt(table, first[1], layer="he2gene_adapted")
+    assert "he2gene_adapted_adapted" in table.layers
+
+
+def test_a_prediction_is_not_adapted_to_itself_or_another(predicted, tiny_model):
+    table = predicted["table"]
+    mask = np.arange(30) % 2 == 0
+    with pytest.raises(ValueError, match="`counts` 'he2gene' is the prediction itself"):
+        hg.tl.adapt(table, mask, counts="he2gene", measured_scale="log")
+    hg.tl.predict(predicted, model=tiny_model, key_added="v2")
+    with pytest.raises(ValueError, match="`counts` 'v2' was predicted"):
+        hg.tl.adapt(table, mask, counts="v2", measured_scale="log")
+    hg.tl.predict(predicted, model=tiny_model, genes="all", key_added="every")
+    with pytest.raises(ValueError, match=r"made by hg\.tl\.predict, its X is the prediction"):
+        hg.tl.adapt(predicted, mask, layer="every", measured_scale="log")
+
+
+def test_sparse_layers_are_taken_as_dense_ones(table):
+    hg.tl.adapt(table, "seen")
+    expected = table.layers["he2gene_adapted"].copy()
+    table.layers["he2gene"] = scipy.sparse.csr_matrix(table.layers["he2gene"])
+    hg.tl.adapt(table, "seen")
+    np.testing.assert_array_equal(table.layers["he2gene_adapted"], expected)
+    table.layers["sparse"] = table.X.copy()
+    with pytest.raises(ValueError, match="`measured`: layer 'sparse' is NaN nowhere"):
+        hg.tl.adapt(table, "sparse")
+    missing = np.where(table.obs[["seen"]], table.X.toarray(), np.nan)
+    table.layers["sparse"] = scipy.sparse.csr_matrix(missing)
+    hg.tl.adapt(table, "sparse")
+    np.testing.assert_allclose(table.layers["he2gene_adapted"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "0", None, True])
+def test_a_seed_is_a_whole_number(table, seed):
+    with pytest.raises(ValueError, match="`seed` is"):
+        hg.tl.adapt(table, "seen", seed=seed)
+
+
+def test_infinite_counts_are_refused(table):
+    counts = table.X.toarray()
+    counts[3, 2] = np.inf
+    table.X = counts
+    with pytest.raises(ValueError, match="`counts`: X holds 1 infinite value"):
+        hg.tl.adapt(table, "seen")
+
+
+def test_a_backed_table_is_read(table, tmp_path):
+    import anndata as ad
+
+    expected = table.copy()
+    hg.tl.adapt(expected, "seen")
+    table.write_h5ad(tmp_path / "t.h5ad")
+    backed = ad.read_h5ad(tmp_path / "t.h5ad", backed="r")
+    hg.tl.adapt(backed, "seen")
+    np.testing.assert_array_equal(backed.layers["he2gene_adapted"], expected.layers["he2gene_adapted"])
+
+
+def test_where_a_spot_outside_the_image_lies_does_not_matter(table):
+    hg.tl.adapt(table, "seen")
+    expected = table.layers["he2gene_adapted"].copy()
+    table.obsm["spatial"][5] = np.nan
+    hg.tl.adapt(table, "seen")
+    np.testing.assert_array_equal(table.layers["he2gene_adapted"], expected)

@@ -138,7 +138,7 @@ def test_results_survive_a_store_and_a_second_run(slide, model, tmp_path):
 
 def test_above_the_memory_limit_half_widths_alone_are_written(table, model, monkeypatch):
     monkeypatch.setattr(hg.settings, "memory_limit", 100)
-    with pytest.warns(UserWarning, match="memory_limit"):
+    with pytest.warns(UserWarning, match=r"two layers, 0\.0195 MiB together, would pass hg\.settings\.memory_limit"):
         hg.tl.intervals(table, model=model)
     assert "he2gene_lower" not in table.layers
     assert (table.var["he2gene_halfwidth"] > 0).all()
@@ -162,6 +162,53 @@ def test_an_adapted_layer_has_intervals_of_its_own_residuals(table, model):
     assert np.isnan(high[:, 0]).all()
     with pytest.raises(ValueError, match=r"`coverage` is 0\.99.*reach to 0\.98"):
         hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.99)
+
+
+def test_an_adapted_layer_of_few_spots_has_intervals_that_cover_the_others(model):
+    """Levels that need more spots than were measured are infinite, and do not matter to an interval inside them."""
+    sdata = toy(7, shape=(12, 12))
+    hg.tl.predict(sdata, model=model, device="cpu")
+    table = sdata["table"]
+    mask = np.random.default_rng(0).random(table.n_obs) < 0.3
+    hg.tl.adapt(table, mask)
+    assert np.isinf(table.uns["he2gene_adapted"]["residual_quantiles"][0]).all()
+    hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.9)
+    low, high = (table.layers[f"he2gene_adapted_{end}"] for end in ("lower", "upper"))
+    assert np.isfinite(low).all()
+    assert np.isfinite(high).all()
+    truth = log_normalise(table.X)[~mask]
+    assert 0.84 <= ((truth >= low[~mask]) & (truth <= high[~mask])).mean() <= 0.97
+    with pytest.raises(ValueError, match=r"0\.98 needs 99 measured spots; 40 of 40 adapted genes .*0\.95 or less"):
+        hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.98)
+
+
+def test_a_gene_of_too_few_spots_has_no_interval_and_a_warning_says_so(table):
+    table.layers["he2gene_adapted"] = table.layers["he2gene"] + 0.1
+    quantiles = np.tile(np.array([-0.3, -0.1, 0.0, 0.2, 0.6])[:, None], (1, table.n_vars)).astype(np.float32)
+    quantiles[:2, 1], quantiles[3:, 1] = -np.inf, np.inf
+    table.uns["he2gene_adapted"] = {
+        "verb": "adapt",
+        "residual_levels": np.array([0.01, 0.05, 0.5, 0.95, 0.99]),
+        "residual_quantiles": quantiles,
+    }
+    with pytest.warns(UserWarning, match="0.9 needs 19 measured spots; 1 of 40"):
+        hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.9)
+    assert np.isnan(table.layers["he2gene_adapted_upper"]).all(0).tolist() == [i == 1 for i in range(table.n_vars)]
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_intervals_of_adapted_tissue_cover_about_what_they_say(her2st):
+    sdata = hg.tl.predict(her2st("C5"), copy=True)
+    table = sdata["table"]
+    truth = log_normalise(table.X)
+    mask = np.random.default_rng(0).random(table.n_obs) < 0.3
+    hg.tl.adapt(table, mask)
+    hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.9)
+    low, high = (table.layers[f"he2gene_adapted_{end}"][~mask] for end in ("lower", "upper"))
+    known = np.isfinite(high).all(0)
+    assert known.sum() > 10_000
+    assert 0.85 <= ((truth[~mask] >= low) & (truth[~mask] <= high))[:, known].mean() <= 0.97
 
 
 @pytest.mark.parametrize("coverage", [0, 1, -0.1, 1.5, 90, float("nan"), "0.9", True, None])

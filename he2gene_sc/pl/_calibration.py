@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .._intervals import check_by, check_coverage, of_model
+from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of_model
 from .._keys import MADE, Keys
-from .._predicted import predicted_layer
-from .._tables import Scale, column_of, get_table, log_expression
+from .._predicted import record_of, symbols_of
+from .._tables import Scale, get_table
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 _COVERAGES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 _N_BINS = 10
+_MIN_SPOTS = 10
 
 
 def calibration(
     data: SpatialData | AnnData,
     *,
+    layer: str | None = None,
     annotation_key: str | None = None,
     coverages: Sequence[float] = _COVERAGES,
     measured: str | None = None,
@@ -45,7 +47,11 @@ def calibration(
     Parameters
     ----------
     data
-        Object or table that :func:`he2gene_sc.tl.predict` wrote to, with measured counts.
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to, with measured counts: of the same table, or of the one
+        beside it where ``predict(genes="all")`` made a table.
+    layer
+        Prediction that is checked, as in :func:`he2gene_sc.tl.intervals`. Of an adapted one, spots that it was fitted on are
+        left out.
     annotation_key
         Column of ``obs`` with known labels: adds the reliability diagram of the annotation (share of right classes in
         ten bins of the confidence).
@@ -65,12 +71,14 @@ def calibration(
     Returns
     -------
     matplotlib.axes.Axes or list of them
-        The line is the mean over the genes that were predicted and measured, the band their 10th to 90th percentile.
+        The line is the mean over the genes that were predicted and measured, the band their 10th to 90th percentile. Spots
+        without counts and sections of fewer than ten spots do not count, as in :func:`he2gene_sc.tl.evaluate`.
 
     Raises
     ------
     ValueError
-        If nothing was measured, the model has no calibration residuals, or a coverage lies outside what it keeps.
+        If fewer than ten spots of a section were both predicted and measured (for an adapted layer: and not used by it),
+        the measured layer is a prediction, the model has no calibration residuals, or a coverage lies outside what is kept.
 
     Examples
     --------
@@ -79,44 +87,90 @@ def calibration(
     >>> hg.tl.predict(sdata, show_progress_bar=False)
     >>> ax = hg.pl.calibration(sdata)
     """
+    from ..models import load
+    from ..tl._judged import proba_of, read
+
     check_by(by)
-    for coverage in coverages:
-        check_coverage(coverage, "coverages")
+    coverages = _checked(coverages)
     table = get_table(data, table_key, key_added=key_added)
-    keys = Keys(key_added)
-    if measured is None and MADE in table.uns:
-        raise ValueError("`data`: the table holds predictions only; counts are needed to compare with")
-    layer = predicted_layer(table, key_added)
-    bounds = [of_model(table, table.uns[keys.uns], model, c, by, gene_symbols, keys) for c in coverages]
-    genes = np.flatnonzero(bounds[0].known)
-    truth = log_expression(
+    keys, record = Keys(key_added), record_of(table, key_added)
+    if layer is None or (layer == key_added and layer not in table.layers):
+        layer = record["layer"]
+    adapted = adaptation_of(table, record, layer)
+    gene_symbols = symbols_of(table, record, gene_symbols)
+    if adapted is None:
+        # Of a table of all genes it is the measured one beside it that has the column.
+        own = None if MADE in table.uns and gene_symbols not in table.var else gene_symbols
+        bounds = [of_model(table, record, model, c, by, own, keys) for c in coverages]
+    else:
+        bounds = [of_adapted(adapted, c, table.n_vars) for c in coverages]
+    judged = read(
+        data,
         table,
-        measured,
-        genes=genes,
+        keys=keys,
+        layer=layer,
+        measured=measured,
         scale=measured_scale,
-        expected="counts",
-        parameter="measured",
-        scale_parameter="measured_scale",
+        genes=None,
+        section_key=None,
+        model=None if model is None else load(model),
+        gene_symbols=gene_symbols,
     )
-    predicted = np.asarray(table.layers[layer][:, genes], np.float32)
-    rows = np.isfinite(predicted).all(1)
-    covered = np.stack([_covered(found.ends(predicted, genes), truth, rows) for found in bounds])
+    spots = _unused(table, layer, judged.rows)
+    genes = np.flatnonzero(np.all([found.known[judged.columns] for found in bounds], axis=0))
+    if not len(genes):
+        raise ValueError("`measured`: no gene that has intervals was measured")
     axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, panel=4.5)
-    _draw_coverage(axes[0], np.asarray(coverages, float), covered)
+    at = np.ix_(spots, genes)
+    predicted, truth = judged.predicted[at], judged.measured[at]
+    rows, columns = judged.rows[spots], judged.columns[genes]
+    covered = np.stack([_covered(found.ends(predicted, columns, rows), truth) for found in bounds])
+    _draw_coverage(axes[0], coverages, covered)
     if annotation_key is not None:
-        _draw_reliability(axes[1], table, annotation_key, keys)
+        proba, codes, _ = proba_of(judged, annotation_key, table, keys)
+        _draw_reliability(axes[1], proba.to_numpy(float)[spots], codes[spots])
     return finish(axes, save)
 
 
-def _covered(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _checked(coverages: object) -> np.ndarray:
+    try:
+        coverages = list(coverages)
+    except TypeError:
+        raise ValueError(f"`coverages` is {coverages!r}; a list is needed, such as [{coverages!r}]") from None
+    if not coverages:
+        raise ValueError("`coverages` is empty; one or more are needed, such as [0.5, 0.9]")
+    for coverage in coverages:
+        check_coverage(coverage, "coverages")
+    return np.asarray(coverages, float)
+
+
+def _unused(table: AnnData, layer: str, rows: np.ndarray) -> np.ndarray:
+    """Positions of the spots that the layer was not adapted to."""
+    key = f"{layer}_measured"
+    if key not in table.obs:
+        return np.arange(len(rows))
+    spots = np.flatnonzero(~table.obs[key].to_numpy(bool)[rows])
+    if len(spots) < _MIN_SPOTS:
+        raise ValueError(
+            f"`layer` {layer!r} was adapted to all but {len(spots)} of the {len(rows)} spots that were measured; at least "
+            f"{_MIN_SPOTS} others are needed to check it by"
+        )
+    return spots
+
+
+def _covered(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray) -> np.ndarray:
+    """Share of the measured values of each gene that lie inside, ``(g,)``."""
     low, high = ends
+    known = np.isfinite(truth) & np.isfinite(high)
     # What is at 0 is inside where the lower end was floored there.
-    inside = (truth >= np.maximum(low, 0)) & (truth <= np.maximum(high, 0))
-    return inside[rows].mean(0)
+    inside = known & (truth >= np.maximum(low, 0)) & (truth <= np.maximum(high, 0))
+    n = known.sum(0)
+    return np.divide(inside.sum(0), n, out=np.full(len(n), np.nan), where=n >= _MIN_SPOTS)
 
 
 def _draw_coverage(ax: Axes, coverages: np.ndarray, covered: np.ndarray) -> None:
     order = np.argsort(coverages)
+    covered = covered[:, np.isfinite(covered).all(0)]
     low, high = np.quantile(covered, (0.1, 0.9), axis=1)
     ax.plot([0, 1], [0, 1], color="k", lw=0.8, ls="--", label="as asked for")
     ax.fill_between(coverages[order], low[order], high[order], color="#cfd8e3", lw=0, label="10th to 90th percentile")
@@ -125,16 +179,11 @@ def _draw_coverage(ax: Axes, coverages: np.ndarray, covered: np.ndarray) -> None
     ax.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _draw_reliability(ax: Axes, table: AnnData, annotation_key: str, keys: Keys) -> None:
-    if keys.annotation not in table.obs:
-        raise ValueError(f"`annotation_key`: the model has no annotation head, obs has no {keys.annotation!r}")
-    classes = list(table.obsm[keys.proba].columns)
-    known = column_of(table, annotation_key, "annotation_key").astype(object)
-    usable = known.isin(classes).to_numpy() & table.obs[keys.annotation].notna().to_numpy()
+def _draw_reliability(ax: Axes, proba: np.ndarray, codes: np.ndarray) -> None:
+    usable = (codes >= 0) & np.isfinite(proba).all(1)
     if not usable.any():
-        raise ValueError(f"`annotation_key` {annotation_key!r} holds none of the classes of the model, {classes}")
-    confidence = table.obs[keys.confidence].to_numpy(float)[usable]
-    right = (table.obs[keys.annotation].astype(object) == known).to_numpy()[usable]
+        raise ValueError("`annotation_key`: none of the spots that are checked has a label")
+    confidence, right = proba[usable].max(1), proba[usable].argmax(1) == codes[usable]
     bins = np.minimum((confidence * _N_BINS).astype(int), _N_BINS - 1)
     there = np.unique(bins)
     x, y = (np.array([values[bins == b].mean() for b in there]) for values in (confidence, right))

@@ -176,7 +176,7 @@ def half_scores(
 
 
 def interpolated(quantiles: np.ndarray, levels: np.ndarray, level: float) -> np.ndarray:
-    """Quantiles ``(g,)`` at a level between the kept ones, ``(q, g)``, on a straight line.
+    """Quantiles ``(g,)`` at a level between the kept ones, ``(q, g)``, on a straight line; infinite beside infinite ones.
 
     Raises
     ------
@@ -189,6 +189,9 @@ def interpolated(quantiles: np.ndarray, levels: np.ndarray, level: float) -> np.
     i = int(np.clip(np.searchsorted(levels, level), 1, len(levels) - 1))
     share = np.clip((level - levels[i - 1]) / (levels[i] - levels[i - 1]), 0, 1)
     quantiles = np.asarray(quantiles, np.float32)
+    # At a kept level its neighbour does not count: of few residuals that is infinite.
+    if min(levels[i] - level, level - levels[i - 1]) <= _ROUNDING:
+        return quantiles[i if levels[i] - level <= _ROUNDING else i - 1].copy()
     return ((1 - share) * quantiles[i - 1] + share * quantiles[i]).astype(np.float32)
 
 

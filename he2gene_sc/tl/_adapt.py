@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
-from .._keys import Keys, check_key
+from .._keys import MADE, Keys, check_key
 from .._tables import Scale, check_free, get_table, sections_of, spots_of, values_of, write_result
 from ._adapt_input import columns_of, measured_of, rows_of
 
@@ -34,7 +35,7 @@ def adapt(
     genes: Sequence[str] | None = None,
     section_key: str | None = None,
     table_key: str | None = None,
-    key_added: str = "he2gene_adapted",
+    key_added: str | None = None,
     seed: int = 0,
 ) -> None:
     """Correct the prediction by what was measured of the slide: some of its spots, or some of its genes.
@@ -54,7 +55,8 @@ def adapt(
         Which spots were measured: a boolean array ``(n_obs,)``, a boolean Series indexed by ``obs_names``, or the name
         of a boolean column of ``obs``. Or the name of a layer of what was measured, NaN where a gene of a spot was not.
     counts
-        With a mask, the layer of raw counts; default ``X``.
+        With a mask, the layer of raw counts; default ``X``. A table that ``predict(genes="all")`` made holds no counts: adapt
+        the prediction in the measured table, or put a layer of what was measured beside it.
     measured_scale
         ``"counts"`` or ``"log"``, natural log of (1 + counts per 10,000); ``"auto"``: raw counts are expected, and what
         is not is refused. Spots of which only some genes were measured have no known total: they need ``"log"``.
@@ -67,19 +69,23 @@ def adapt(
     table_key
         Table, where several hold the prediction.
     key_added
-        Name of everything that is written.
+        Name of everything that is written; default: that of the layer and ``"_adapted"``.
     seed
-        Of the folds.
+        Of the folds, a whole number from 0.
 
     Returns
     -------
-    ``None``. Written to the table (``key_added="he2gene_adapted"``):
+    ``None``. Written to the table (``layer="he2gene"``, without ``key_added``):
 
     ``.layers["he2gene_adapted"]``
         ``(n_obs, n_vars)`` float32, on the scale of the prediction, floored at 0. At measured spots too it is an
         estimate, which their own measurement moves, and not the measurement, which is mostly noise of counting. A
-        gene measured at fewer than ten spots, but some, keeps its prediction. NaN for genes that are not predicted, or
+        gene measured at fewer than ten spots, but some, keeps its prediction. A gene that no spot measured is changed too,
+        by what it shares with those that were, where these are ten or more; how well is not known. NaN for genes that are not predicted, or
         not among ``genes``, for spots outside the image, and for sections of which nothing was measured.
+    ``.obs["he2gene_adapted_measured"]``
+        Whether the layer was fitted on the spot, by any gene of it; :func:`he2gene_sc.tl.evaluate` and
+        :func:`he2gene_sc.pl.calibration` judge the others.
     ``.var["he2gene_adapted_gain"]``
         Share of the squared error of the prediction that is gone, cross-validated on measured spots; NaN for genes that
         were not adapted, or that no spot measured.
@@ -93,7 +99,8 @@ def adapt(
     ------
     ValueError
         If the mask fits no spots, measures none or all of them, or fewer than ten of a section; if what was measured is
-        not on the scale that is expected; if genes are unknown; or if the keys are taken. Nothing has been changed then.
+        not on the scale that is expected, or is a prediction; if the layer was adapted to some of these spots before; if
+        genes are unknown; or if the keys are taken. Nothing has been changed then.
 
     Notes
     -----
@@ -116,15 +123,22 @@ def adapt(
     """
     from ..stats import RESIDUAL_LEVELS, residual_quantiles
 
+    key_added = f"{layer}_adapted" if key_added is None else key_added
     check_key(key_added, "key_added")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"`seed` is {seed!r}; a whole number from 0 is needed")
     table = get_table(data, table_key, key_added=_prefix(data, layer))
-    gain_key = f"{key_added}_gain"
-    check_free(table, "adapt", key_added, layers=[key_added], var=[gain_key])
-    predicted = np.asarray(values_of(table, layer), np.float32)
+    gain_key, measured_key = f"{key_added}_gain", f"{key_added}_measured"
+    check_free(table, "adapt", key_added, layers=[key_added], obs=[measured_key], var=[gain_key])
+    predicted = values_of(table, layer)
+    predicted = np.asarray(predicted.toarray() if scipy.sparse.issparse(predicted) else predicted, np.float32)
+    _refuse_predictions(table, measured, counts, layer)
     columns = columns_of(table, predicted, layer, genes)
     inside = np.isfinite(predicted[:, columns]).all(1)
     truth = measured_of(table, measured, counts, measured_scale, columns, layer)
     truth[~inside] = np.nan
+    spots = np.isfinite(truth).any(1)
+    _refuse_twice(table, layer, spots)
     sections = sections_of(table, section_key)
     rows = rows_of(truth, sections, inside)
     result = _adapt_sections(table, predicted, truth, columns, rows, Keys(_prefix(table, layer)).embedding, seed)
@@ -146,17 +160,19 @@ def adapt(
             "layer": layer,
             "n_genes": len(columns),
             "section_key": section_key,
-            "seed": seed,
+            "seed": int(seed),
         },
         facts={
             "sections": list(rows),
             "n_measured": list(n_measured.values()),
+            "measured_spots": measured_key,
             "weights": weights,
             "residual_levels": RESIDUAL_LEVELS,
             "residual_quantiles": quantiles,
             "guarantee": _GUARANTEE,
         },
         layers={key_added: expression},
+        obs={measured_key: pd.Series(spots, index=table.obs_names)},
         var={gain_key: pd.Series(gain, index=table.var_names)},
     )
 
@@ -173,7 +189,10 @@ def _adapt_sections(
     """Adapt each section; return expression ``(n_obs, n_vars)``, residuals after and before, mean weights."""
     from ..stats import CANDIDATES, adapt
 
-    xy = spots_of(table)
+    used = np.sort(np.concatenate(list(rows.values())))
+    xy = np.full((table.n_obs, 2), np.nan)
+    # Where a spot lies that has no prediction does not matter.
+    xy[used] = spots_of(table[used])
     embedding = np.asarray(table.obsm[embedding_key], np.float32) if embedding_key in table.obsm else None
     expression = np.full(table.shape, np.nan, np.float32)
     residuals, before = (np.full(truth.shape, np.nan, np.float32) for _ in range(2))
@@ -190,9 +209,48 @@ def _adapt_sections(
 
 
 def _prefix(data: SpatialData | AnnData, layer: str) -> str:
-    """``key_added`` of the prediction that wrote the layer."""
+    """``key_added`` of the prediction that wrote the layer, or the one that it was adapted from."""
     for table in data.tables.values() if hasattr(data, "tables") else [data]:
-        for key, record in getattr(table, "uns", {}).items():
+        uns = getattr(table, "uns", {})
+        for key, record in uns.items():
             if isinstance(record, Mapping) and "weights_sha256" in record and record.get("layer") == layer:
                 return key
+        adapted = uns.get(layer)
+        if isinstance(adapted, Mapping) and adapted.get("verb") == "adapt" and layer != adapted["params"]["layer"]:
+            return _prefix(table, adapted["params"]["layer"])
     return layer
+
+
+def _refuse_predictions(table: AnnData, measured: object, counts: str | None, layer: str) -> None:
+    """Refuse to adapt a prediction to itself or to another."""
+    is_layer = isinstance(measured, str) and measured in table.layers
+    source, parameter = (measured, "measured") if is_layer else (counts, "counts")
+    made = {layer}
+    for record in table.uns.values():
+        if isinstance(record, Mapping) and {"weights_sha256", "layer"} <= set(record):
+            made.add(record["layer"])
+        elif isinstance(record, Mapping) and record.get("verb") in ("adapt", "intervals"):
+            made.update(record.get("written", {}).get("layers", []))
+    if source in made:
+        what = "is the prediction itself" if source == layer else "was predicted"
+        raise ValueError(f"`{parameter}` {source!r} {what}; a mask or a layer of measured values is needed")
+    if source is None and MADE in table.uns:
+        raise ValueError(
+            "`counts`: the table was made by hg.tl.predict, its X is the prediction and nothing was measured in it; predict "
+            "into the measured table (genes=None) and adapt that, or put a layer of what was measured into this one and name "
+            "it by `measured` or `counts`"
+        )
+
+
+def _refuse_twice(table: AnnData, layer: str, spots: np.ndarray) -> None:
+    """Refuse to adapt a layer again to spots that it was adapted to: their residuals are too small."""
+    key = f"{layer}_measured"
+    record = table.uns.get(layer)
+    if not (isinstance(record, Mapping) and record.get("verb") == "adapt" and key in table.obs):
+        return
+    again = int((spots & table.obs[key].to_numpy(bool)).sum())
+    if again:
+        raise ValueError(
+            f"`layer` {layer!r} was adapted to {again} of the {int(spots.sum())} measured spots already; adapt the prediction "
+            f"{record['params']['layer']!r} to all that was measured at once"
+        )

@@ -56,7 +56,9 @@ def measured_of(
     mask = np.ones(table.n_obs, bool) if is_layer else _mask(table, measured)
     source, parameter = (measured, "measured") if is_layer else (counts, "counts")
     values = values_of(table, source, parameter)
-    if not hasattr(values, "toarray"):
+    partly = 0
+    if not hasattr(values, "toarray") or np.isnan(values.data).any():
+        values = values.toarray() if hasattr(values, "toarray") else values
         missing = np.isnan(values)
         mask &= ~missing.all(1)
         partly = int((missing.any(1) & mask).sum())

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
-from .._intervals import check_by, check_coverage, of_adapted, of_model
+from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of_model
 from .._keys import Keys
+from .._predicted import record_of
 from .._settings import settings
 from .._tables import check_free, get_table, values_of, write_result
 
@@ -43,15 +45,17 @@ def intervals(
     coverage
         Share of measured values that shall lie inside, within what the model keeps quantiles for (0.1 to 0.98).
     layer
-        Prediction to put intervals around: that of predict (default), or one of ``hg.tl.adapt``, whose own
-        cross-validated residuals are used then.
+        Prediction to put intervals around: that of predict (``None`` or ``key_added``), or one of ``hg.tl.adapt``, whose
+        own cross-validated residuals are used then. Their number limits the coverage: 90 % needs 19 measured spots, 95 %
+        39, 99 % 199; genes of fewer get NaN, with a warning.
     by
         ``"annotation"``: residuals of spots of the same predicted class, where there are enough of them, else of all;
-        ``None``: of all spots.
+        ``None``: of all spots. What was done stands in ``uns``: without an annotation, and for adapted layers, residuals
+        are those of all spots.
     model
         The model that predicted. Default: the bundled one that is named in ``uns``, if its weights are those.
     gene_symbols
-        As given to predict.
+        As given to predict; default: what it recorded.
     key_added, table_key
         As given to predict.
 
@@ -66,12 +70,14 @@ def intervals(
     ``.var["he2gene_halfwidth"]``
         Median over the spots of half the width before the lower end is floored.
     ``.uns["he2gene_intervals"]``
-        Coverage, and ``guarantee``: ``"hierarchical"`` or ``"none"``, with ``unit`` and ``n_groups``.
+        Coverage, and ``guarantee``: ``"hierarchical"`` or ``"none"``, with ``unit`` and ``n_groups``; ``by``:
+        ``"annotation"`` or ``"none"``.
 
     Raises
     ------
     ValueError
-        If the coverage lies outside (0, 1) or what is kept, or the model has no calibration residuals.
+        If the coverage lies outside (0, 1) or what is kept, the model has no calibration residuals, or too few spots were
+        measured of an adapted layer.
 
     Notes
     -----
@@ -94,17 +100,11 @@ def intervals(
     check_by(by)
     table = get_table(data, table_key, key_added=key_added)
     keys = Keys(key_added)
-    if keys.uns not in table.uns:
-        raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
-    record = table.uns[keys.uns]
-    layer = record["layer"] if layer is None else layer
+    record = record_of(table, key_added)
+    if layer is None or (layer == key_added and layer not in table.layers):
+        layer = record["layer"]
     predicted = values_of(table, layer)
-    adapted = table.uns.get(layer) if layer != record["layer"] else None
-    if layer != record["layer"] and not (hasattr(adapted, "get") and adapted.get("verb") == "adapt"):
-        raise ValueError(
-            f"`layer` {layer!r} was written neither by hg.tl.predict(key_added={key_added!r}), which wrote "
-            f"{record['layer']!r}, nor by hg.tl.adapt: nothing is known of its residuals"
-        )
+    adapted = adaptation_of(table, record, layer)
     names = {"lower": f"{layer}_lower", "upper": f"{layer}_upper", "halfwidth": f"{layer}_halfwidth"}
     uns = f"{layer}_intervals"
     check_free(table, "intervals", uns, layers=[names["lower"], names["upper"]], var=[names["halfwidth"]])
@@ -112,22 +112,25 @@ def intervals(
         found = of_adapted(adapted, coverage, table.n_vars)
     else:
         found = of_model(table, record, model, coverage, by, gene_symbols, keys)
-    fits = 2 * predicted.nbytes <= settings.memory_limit
+    n_bytes = 2 * 4 * table.n_obs * table.n_vars
+    fits = n_bytes <= settings.memory_limit
     layers: dict[str, np.ndarray] = {}
     halfwidth = np.full(table.n_vars, np.nan, np.float32)
     if fits:
         layers = {names[end]: np.full(table.shape, np.nan, np.float32) for end in ("lower", "upper")}
     else:
         warnings.warn(
-            f"two layers of {predicted.nbytes / 2**30:.1f} GiB would pass hg.settings.memory_limit: only "
-            f"var[{names['halfwidth']!r}] is written; raise the limit, or subset the genes first",
+            f"two layers, {n_bytes / 2**20:,.3g} MiB together, would pass hg.settings.memory_limit, "
+            f"{settings.memory_limit / 2**20:,.3g} MiB: only var[{names['halfwidth']!r}] is written; raise the limit, or subset the genes first",
             UserWarning,
             stacklevel=2,
         )
     known = np.flatnonzero(found.known)
     for start in range(0, len(known), _GENES_AT_ONCE):
         genes = known[start : start + _GENES_AT_ONCE]
-        low, high = found.ends(np.asarray(predicted[:, genes], np.float32), genes)
+        values = predicted[:, genes]
+        values = values.toarray() if scipy.sparse.issparse(values) else values
+        low, high = found.ends(np.asarray(values, np.float32), genes)
         there = np.isfinite(high).any(0)
         halfwidth[genes[there]] = np.nanmedian((high - low)[:, there], axis=0) / 2
         if fits:

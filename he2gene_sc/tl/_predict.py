@@ -105,7 +105,12 @@ def predict(
     ``.obsm["X_he2gene"]``
         Embedding that the heads read, ``(n_obs, k)`` float32.
     ``.uns["he2gene"]``
-        Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit, versions.
+        Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit, versions;
+        ``gene_symbols`` where it was given, which the verbs that read the prediction use.
+
+    Where a prediction of the same ``key_added`` stands and a value of its layer changes, in all regions or one, what
+    other verbs computed from it (intervals, evaluation, adapted layers and what was computed from those, domains,
+    biomarkers) is removed, with a warning that names it.
 
     Raises
     ------
@@ -179,6 +184,7 @@ def predict(
         "dtype": str(dtype).removeprefix("torch."),
         "windows_um": [float(um) for um in model.card.windows_um],
         **_describe(slides, [level for level, _ in predictions]),
+        **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
     _warn_of_looks(slides, [result for _, result in predictions])
@@ -187,7 +193,7 @@ def predict(
     if new_table is None:
         fill_table(target[measured], filled)
     else:
-        put_table(target, new_table, make_table(slides, filled, like=table))
+        put_table(target, new_table, make_table(slides, filled, like=table), keys)
     return target if copy else None
 
 

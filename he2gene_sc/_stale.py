@@ -1,0 +1,74 @@
+"""What was computed from values that have changed: found by its records in ``uns``, and removed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Parameters of the verbs that name what they read: a layer, a column of ``obs``, another result, a prediction.
+_READ = ("layer", "measured", "counts", "groupby", "domain_key", "key", "prediction")
+
+
+def same_values(before: Any, after: np.ndarray) -> bool:
+    """Whether a layer holds what it held, NaN included."""
+    before = before.toarray() if hasattr(before, "toarray") else np.asarray(before)
+    return before.shape == after.shape and np.array_equal(before, after, equal_nan=True)
+
+
+def remove_derived(table: AnnData, names: Iterable[str], but: str | None = None) -> list[str]:
+    """Remove the results that were computed from what goes by these names, and those computed from them in turn.
+
+    Parameters
+    ----------
+    table
+        The table; to be called where changes are undone if they are interrupted.
+    names
+        Layers, columns of ``obs`` and predictions whose values have changed.
+    but
+        A result that stays.
+
+    Returns
+    -------
+    list of str
+        Their keys in ``uns``.
+    """
+    names, removed = set(names), []
+    while found := [key for key, record in table.uns.items() if key != but and _reads(record, names)]:
+        for key in found:
+            written = table.uns[key].get("written", {})
+            del table.uns[key]
+            names.add(key)
+            for slot, keys in written.items():
+                names.update(keys)
+                for name in keys:
+                    if name in getattr(table, slot):
+                        del getattr(table, slot)[name]
+        removed += found
+    return removed
+
+
+def warn_removed(removed: list[str], stacklevel: int) -> None:
+    """Say what was removed, if anything was."""
+    if removed:
+        warnings.warn(
+            f"removed, since it was computed from values that have changed: uns {sorted(removed)} and the layers and columns "
+            "that go with it; run what made it again",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _reads(record: Any, names: set[str]) -> bool:
+    if not isinstance(record, Mapping) or not {"verb", "params"} <= set(record):
+        return False
+    params = record["params"]
+    read = [params.get(name) for name in _READ]
+    if "layer" not in params or "annotation_key" in params:
+        read.append(params.get("prediction_key"))
+    return any(isinstance(name, str) and name in names for name in read)
