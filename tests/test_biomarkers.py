@@ -198,6 +198,7 @@ def test_patients_in_one_table_are_sections_of_their_own():
     whole = anndata.concat(tables)
     with pytest.warns(UserWarning, match="does not generalise"):
         expected = found(tables)
+    with pytest.warns(UserWarning, match="does not generalise"):
         found(whole)
     result = hg.get.biomarkers(whole)
     pd.testing.assert_frame_equal(result, expected, rtol=1e-4)
@@ -222,7 +223,7 @@ def test_the_filter_does_not_choose_genes_that_are_high_in_the_smaller_group(met
     table = patient(0, n=320, genes=2000)
     table.obs["label"] = np.where(rng.permutation(320) < 20, "few", "many")
     table.X = rng.poisson(np.r_[np.full(1990, 0.02), np.full(10, 20)], (320, 2000)).astype(np.float32)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match=f"method '{method}'"):
         found(table, layer=None, groups="few", method=method, min_mean=0.25)
     result = of(hg.get.biomarkers(table), "few")
     assert set(result.index) == {f"g{i}" for i in range(1990, 2000)}
@@ -234,13 +235,18 @@ def test_genes_that_a_small_group_can_hardly_show_are_not_tested(caplog):
     table.obs["label"] = np.where(rng.permutation(320) < 5, "few", "many")
     share = np.r_[np.full(30, 0.3), np.full(30, 0.9)]
     table.X = ((rng.random((320, 60)) < share) * 4).astype(np.float32)
-    with pytest.warns(UserWarning), caplog.at_level(logging.WARNING, "he2gene_sc"):
+    with pytest.warns(UserWarning, match="does not generalise"), caplog.at_level(logging.WARNING, "he2gene_sc"):
         found(table, layer=None, groups="few", method="spatial")
     assert set(of(hg.get.biomarkers(table), "few").index) == {f"g{i}" for i in range(30, 60)}
     assert "30 of 60 genes are not tested in 'few': they are expected in fewer than 3 of the 5 spots" in caplog.text
     table.X[:, 30:] = table.X[:, :30]
     with pytest.raises(ValueError, match="none is expected in 3 of the 5 spots"):
         found(table, layer=None, groups="few", method="spatial")
+    table.obs.iloc[:100, table.obs.columns.get_loc("label")] = "third"
+    table.obs.iloc[:5, table.obs.columns.get_loc("label")] = "few"
+    with pytest.warns(UserWarning, match="groups are left out: .*smaller of 'few'"):
+        found(table, layer=None, method="spatial")
+    assert set(hg.get.biomarkers(table)["group"]) == {"many", "third"}
 
 
 def test_mixed_takes_covariates():
@@ -319,6 +325,85 @@ def test_labels_of_the_same_model_are_marked_circular(copied):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not found(tables, key, layer=None)["circular"].any()
+
+
+def _renamed(label):
+    return label.map({"tumour": "T", "stroma": "S", "fat": "F"})
+
+
+def _merged(label):
+    return label.map({"tumour": "tumour", "stroma": "other", "fat": "other"})
+
+
+def _some_changed(label):
+    changed = label.copy()
+    changed.iloc[0] = "stroma" if changed.iloc[0] == "tumour" else "tumour"
+    return changed
+
+
+def _unlike(label):
+    return pd.Series(np.random.default_rng(0).permutation(label), label.index)
+
+
+def _mostly_one(label):
+    return pd.Series(np.where(np.arange(len(label)) < 3, "rare", "common"), label.index)
+
+
+@pytest.mark.parametrize(
+    ("change", "circular"),
+    [(_renamed, True), (_merged, True), (_some_changed, True), (_unlike, False), (_mostly_one, False)],
+)
+def test_labels_that_follow_from_predicted_ones_are_circular(change, circular):
+    tables = patients(4, labels=("tumour", "stroma", "fat"), n=64)
+    for table in tables:
+        as_predicted(table, annotation=table.obs["label"])
+        table.obs["mine"] = change(table.obs["label"].astype(str))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = found(tables, "mine", layer="he2gene")
+    assert (result["circular"] == circular).all()
+    assert any("follows from obs['he2gene_annotation']" in str(w.message) for w in said) == circular
+
+
+def test_predictions_are_known_after_concat_by_what_stands_beside_them():
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    for table in tables:
+        table.layers["mine"] = table.layers["he2gene"]
+        table.obs["mine_annotation"] = table.obs["label"]
+        table.obs["mine_ood"] = 0.0
+    whole = anndata.concat(tables)
+    with pytest.raises(ValueError, match="`reliable_only`: var has no 'mine_reliable'"):
+        found(whole, "mine_annotation", layer="mine")
+    with pytest.warns(UserWarning, match="share its errors"):
+        found(whole, "mine_annotation", layer="mine", reliable_only=False)
+    assert hg.get.biomarkers(whole)["circular"].all()
+    del whole.obs["mine_annotation"]
+    found(whole, layer="mine", reliable_only=False)
+    assert not hg.get.biomarkers(whole)["reliable"].any()
+
+
+def test_clusters_of_the_tested_values_are_circular():
+    table = as_predicted(patient(0, n=64))
+    table.obs["pathologist"] = table.obs["label"]
+    hg.tl.domain_preservation(table, "pathologist", n_seeds=1, n_perms=19, clustering="kmeans")
+    table.obs["mine"] = table.obs["he2gene_domains_measured"].astype(str).str.upper()
+    cases = {
+        ("he2gene_domains_predicted", "he2gene"): True,
+        ("he2gene_domains_predicted", None): False,
+        ("he2gene_domains_measured", "he2gene"): False,
+        ("he2gene_domains_measured", None): True,
+        ("mine", None): True,
+        ("pathologist", None): False,
+        ("pathologist", "he2gene"): False,
+    }
+    for (key, layer), circular in cases.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found(table, key, layer=layer, method="wilcoxon")
+        assert (hg.get.biomarkers(table)["circular"] == circular).all(), (key, layer)
+        assert any("is marked circular" in str(w.message) for w in said) == circular
+    assert hg.tl.concordance(table, "he2gene_domains_measured", method="wilcoxon") is None
+    assert hg.get.concordance(table)["circular"].all()
 
 
 def test_cross_fitted_labels_are_not_circular():
@@ -685,6 +770,17 @@ def test_gene_sets_are_scored_as_decoupler_does(tmp_path):
     pd.testing.assert_frame_equal(hg.tl.enrichment(result, gmt), scores)
     tables[0].write_zarr(tmp_path / "t.zarr")
     pd.testing.assert_frame_equal(hg.get.enrichment(anndata.read_zarr(tmp_path / "t.zarr")), scores, check_dtype=False)
+
+
+def test_gene_sets_of_circular_biomarkers_are_circular():
+    net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    assert not hg.tl.enrichment(found(tables, "label", layer=None), net)["circular"].any()
+    with pytest.warns(UserWarning, match="marked circular"):
+        found(tables, "he2gene_annotation", layer="he2gene")
+    with pytest.warns(UserWarning, match="the biomarkers are circular"):
+        scores = hg.tl.enrichment(tables, net)
+    assert scores["circular"].all()
 
 
 def test_enrichment_refuses_what_does_not_fit():

@@ -13,7 +13,7 @@ from .._keys import check_key
 from .._tables import Scale, check_free, write_result
 from ._compare import adjusted, compare, method_for
 from ._contrast import METHODS
-from ._origin import is_circular, measured_part, reliable_genes
+from ._origin import circularity, measured_part, reliable_genes
 from ._pooled import pool, prediction_key, tables_of
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def concordance(
     genes["reliable"] = True if reliable is None else reliable.reindex(genes["names"]).to_numpy(bool)
     table = _scores(genes, lengths, fdr)
     table["method"] = METHODS[chosen.name].label
-    table["circular"] = is_circular(tables, groupby, layer)
+    table["circular"] = any(circularity(tables, groupby, values) for values in (layer, measured))
     params = {
         "groupby": groupby,
         "reference": reference,

@@ -231,7 +231,10 @@ def prediction_key(table: AnnData, layer: str | None) -> str | None:
     for key, record in table.uns.items():
         if isinstance(record, Mapping) and "weights_sha256" in record and record.get("layer") == layer:
             return key
-    return layer if Keys(layer).reliable in table.var or layer == Keys().layer else None
+    # What predict writes beside a layer, of which anndata.concat keeps obs alone.
+    keys = Keys(layer)
+    beside = keys.reliable in table.var or keys.annotation in table.obs or keys.ood in table.obs
+    return layer if beside or layer == Keys().layer else None
 
 
 def _genes(
