@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+from matplotlib.text import Text
 from patients import as_predicted, patient, patients
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -136,7 +137,8 @@ def test_results_are_kept_by_zarr(tmp_path):
     pd.testing.assert_frame_equal(hg.get.biomarkers(back), result, check_dtype=False)
     assert back.uns["he2gene_biomarkers"]["params"]["method"] == "pseudobulk"
     ax = hg.pl.biomarkers(back, "tumour", kind="dot", n_genes=2)
-    assert [t.get_text() for t in ax.get_xticklabels()] == result.loc[result["group"] == "tumour", "names"][:2].tolist()
+    names = result.loc[result["group"] == "tumour", "names"].tolist()
+    assert [t.get_text() for t in ax.get_xticklabels()] == names[:2] + names[-2:]
 
 
 def test_genes_are_matched_by_name(caplog):
@@ -354,7 +356,7 @@ def _mostly_one(label):
     [(_renamed, True), (_merged, True), (_some_changed, True), (_unlike, False), (_mostly_one, False)],
 )
 def test_labels_that_follow_from_predicted_ones_are_circular(change, circular):
-    tables = patients(4, labels=("tumour", "stroma", "fat"), n=64)
+    tables = [patient(i, labels=("tumour", "stroma", "fat"), n=64) for i in range(4)]
     for table in tables:
         as_predicted(table, annotation=table.obs["label"])
         table.obs["mine"] = change(table.obs["label"].astype(str))
@@ -550,8 +552,80 @@ def test_a_patient_under_two_names_is_refused():
     twin.obsm["spatial"] = twin.obsm["spatial"] + 100
     with pytest.raises(ValueError, match=r"`sample_key`: 40 spots are the same.*'P0' and 'P9': one patient under two"):
         found([*patients(3), twin[::-1].copy()])
-    with pytest.raises(ValueError, match="40 spots of sample 'P0' are there twice"):
+    with pytest.raises(ValueError, match="40 spots are the same.* in two sections of sample 'P0'"):
         found([*patients(3), patient(0)])
+
+
+def _counted(i):
+    table = as_predicted(patient(i))
+    table.X *= 5
+    return table
+
+
+@pytest.mark.parametrize("change", ["fewer genes", "other values", "fewer spots and moved"])
+def test_a_patient_under_two_names_is_refused_though_it_was_changed(change):
+    twin = _counted(0)
+    if change == "fewer genes":
+        twin = twin[:, :-3].copy()
+    elif change == "other values":
+        twin.X = np.maximum(twin.X + np.random.default_rng(0).integers(-1, 2, twin.shape), 0).astype(np.float32)
+    else:
+        twin = twin[5:, ::-1].copy()
+        twin.obsm["spatial"] = twin.obsm["spatial"] + 0.3
+    twin.obs["patient"] = "P9"
+    with pytest.raises(ValueError, match="in samples 'P0' and 'P9': one patient under two names"):
+        found([*(_counted(i) for i in range(3)), twin], layer=None)
+
+
+def test_sections_of_one_layout_are_no_twins():
+    # Same places, same labels, little noise: neighbouring sections in one frame.
+    tables = [_counted(i) for i in range(2)]
+    for table in tables:
+        table.obs["patient"] = "P0"
+    with pytest.warns(UserWarning, match="does not generalise"):
+        assert len(found(tables, layer=None))
+
+
+def test_numbers_name_groups_of_a_column_of_numbers():
+    tables = patients(3)
+    for table in tables:
+        table.obs["label"] = np.where(np.arange(table.n_obs) % 8 < 2, np.nan, np.arange(table.n_obs) % 2)
+    expected = found(tables, groups="1")
+    for groups in (1, [1], [1.0], np.array([1])):
+        pd.testing.assert_frame_equal(found(tables, groups=groups), expected)
+    pd.testing.assert_frame_equal(found(tables, reference=0), found(tables, groups=["1"], reference="0"))
+
+
+def test_odd_arguments_are_named():
+    tables = patients(3)
+    with pytest.raises(ValueError, match=r"`groups` is empty; name some of \['stroma', 'tumour'\]"):
+        found(tables, groups=[])
+    for value in ("a", None, np.nan):
+        with pytest.raises(ValueError, match="`min_mean` is .*a number is needed"):
+            found(tables, min_mean=value)
+    for table in tables:
+        table.obs["label"] = table.obs["label"].replace("stroma", "rest")
+    with pytest.raises(ValueError, match="`groupby` has a level of this name"):
+        found(tables)
+    assert set(found(tables, groups="rest", reference="tumour")["group"]) == {"rest"}
+
+
+def test_scaled_values_have_no_fold_change_and_it_is_said():
+    tables = patients(3)
+    for table in tables:
+        table.layers["log"] -= 5
+    with pytest.warns(UserWarning, match="logfoldchanges are NaN for") as said:
+        result = found(tables, layer_scale="log", min_mean=-9)
+    assert not [w for w in said if issubclass(w.category, RuntimeWarning)]
+    assert result["logfoldchanges"].isna().any()
+    assert result["effect_size"].notna().all()
+
+
+def test_genes_without_a_p_value_are_not_adjusted():
+    from he2gene_sc.tl._compare import adjusted
+
+    tests = adjusted(pd.DataFrame({"group": "a", "pvals": [0.01, np.nan, 0.02]}))
+    np.testing.assert_allclose(tests["pvals_adj"], [0.02, np.nan, 0.02])
 
 
 def test_few_samples_ask_for_another_method():
@@ -608,19 +682,37 @@ def test_a_volcano_shows_every_gene_and_names_those_found():
     assert "5 of 60 at FDR 0.05" in tumour.get_title()
 
 
+def test_names_in_a_volcano_do_not_cover_each_other():
+    tables = patients(genes=300)
+    for table in tables:
+        # All alike, so that their points lie on top of each other.
+        table.layers["log"][:, 5:25] += 0.8 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+    found(tables)
+    ax = hg.pl.biomarkers(tables, "tumour", n_genes=12)
+    ax.figure.canvas.draw()
+    # Of the text alone; an annotation's own extent holds its line too.
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    texts = [(box.x0, box.x1, box.y0, box.y1) for box in boxes]
+    assert len(texts) >= 12
+    for i, (x0, x1, y0, y1) in enumerate(texts):
+        for u0, u1, v0, v1 in texts[:i]:
+            assert x1 <= u0 or u1 <= x0 or y1 <= v0 + 1 or v1 <= y0 + 1
+
+
 def test_dots_show_the_difference_in_every_patient():
     tables = patients(4)
     found(tables)
     _, given = plt.subplots()
     ax = hg.pl.biomarkers(tables, "tumour", kind="dot", genes=["g0", "g30"], ax=given)
     assert ax is given
-    assert [t.get_text() for t in ax.get_yticklabels()] == [f"tumour, P{i}" for i in range(4)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == [f"P{i}" for i in range(4)]
+    assert [t.get_text() for t in ax.texts] == ["tumour"]
     dots = ax.collections[0]
     assert len(dots.get_offsets()) == 8
     mask = tables[2].obs["label"] == "tumour"
     log = tables[2].layers["log"][:, 0]
     colours = dict(zip(map(tuple, dots.get_offsets().tolist()), dots.get_array(), strict=True))
-    assert colours[(0, 2)] == pytest.approx(log[mask].mean() - log[~mask].mean(), rel=1e-4)
+    assert colours[(0, 3)] == pytest.approx(log[mask].mean() - log[~mask].mean(), rel=1e-4)
 
 
 def test_pictures_refuse_what_was_not_tested(tmp_path):

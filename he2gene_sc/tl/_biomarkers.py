@@ -12,7 +12,7 @@ import pandas as pd
 
 from .._keys import check_key
 from .._tables import Scale, check_free, column_of, write_result
-from ._compare import adjusted, compare, method_for
+from ._compare import adjusted, compare, method_for, named_groups
 from ._contrast import Method
 from ._origin import circularity, measured_part, reliable_genes
 from ._pooled import Pool, pool, tables_of
@@ -141,6 +141,7 @@ def biomarkers(
     covariates = (covariates,) if isinstance(covariates, str) else tuple(covariates or ())
     if not 0 < level < 1:
         raise ValueError(f"`level` is {level!r}; a number between 0 and 1 is needed")
+    groups, reference = named_groups(groups, reference, min_mean)
     tables, several = tables_of(data, layer, table_key)
     for table in tables:
         check_free(table, "biomarkers", key_added)

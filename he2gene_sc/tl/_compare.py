@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 
+from .._tables import label_text
 from ._contrast import METHODS, MIN_SPOTS, Cells, Contrast, Method
 from ._pooled import Pool
 
@@ -20,7 +22,7 @@ def compare(
     spots: Pool,
     *,
     chosen: Method,
-    groups: str | Sequence[str] | None,
+    groups: Sequence[str] | None,
     reference: str,
     min_mean: float,
     options: dict[str, object],
@@ -114,6 +116,21 @@ def _tested(
     return seen, ""
 
 
+def named_groups(groups: object, reference: object, min_mean: object) -> tuple[list[str] | None, str]:
+    """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too.
+
+    Raises
+    ------
+    ValueError
+        If ``min_mean`` is no number.
+    """
+    if isinstance(min_mean, bool) or not isinstance(min_mean, Real) or np.isnan(min_mean):
+        raise ValueError(f"`min_mean` is {min_mean!r}; a number is needed, in the unit of the layer")
+    several = isinstance(groups, Iterable) and not isinstance(groups, str)
+    named = None if groups is None else [label_text(group) for group in (groups if several else [groups])]
+    return named, label_text(reference)
+
+
 def method_for(method: str, spots: Pool, covariates: Sequence[str]) -> Method:
     """Choose the method by the number of samples, or check the one that was named."""
     if method not in ("auto", *METHODS):
@@ -130,14 +147,20 @@ def method_for(method: str, spots: Pool, covariates: Sequence[str]) -> Method:
     return METHODS[name]
 
 
-def _groups(cells: Cells, groups: str | Sequence[str] | None, reference: str, chosen: Method) -> list[str]:
+def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: Method) -> list[str]:
     """Names of the groups to test; what cannot be tested is an error if it was named, else left out with a warning."""
     labels = cells.labels.tolist()
     if len(labels) < 2:
         raise ValueError(f"`groupby` has one level, {labels}; at least 2 are needed")
+    if reference == "rest" and "rest" in labels:
+        raise ValueError(
+            "`reference` 'rest' is all others, but `groupby` has a level of this name too; rename the level"
+        )
     if reference != "rest" and reference not in labels:
         raise ValueError(f"`reference` {reference!r} is no group, valid: {['rest', *labels]}")
-    named = [groups] if isinstance(groups, str) else groups
+    named = groups
+    if named is not None and not len(named):
+        raise ValueError(f"`groups` is empty; name some of {labels}, or None for all")
     if named is not None and (unknown := [group for group in named if group not in labels]):
         raise ValueError(f"`groups` {unknown} are no groups, valid: {labels}")
     if named is not None and reference in named:
