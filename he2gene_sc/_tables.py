@@ -227,11 +227,14 @@ def labels_of(table: AnnData, key: str, parameter: str) -> np.ndarray:
         raise ValueError(f"`{parameter}` {key!r} holds fractions; a column of labels is needed")
     out = np.full(len(column), None, object)
     for i, (value, missing) in enumerate(zip(column.tolist(), pd.isna(column).tolist(), strict=True)):
-        if missing:
-            continue
-        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        text = "" if missing else label_text(value)
         out[i] = None if text.strip() in _NO_LABEL else text
     return out
+
+
+def label_text(value: object) -> str:
+    """Text of a label, as :func:`labels_of` has it."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def sections_of(table: AnnData, section_key: str | None = None) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+from matplotlib.text import Text
 from patients import as_predicted, patient, patients
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -136,7 +137,8 @@ def test_results_are_kept_by_zarr(tmp_path):
     pd.testing.assert_frame_equal(hg.get.biomarkers(back), result, check_dtype=False)
     assert back.uns["he2gene_biomarkers"]["params"]["method"] == "pseudobulk"
     ax = hg.pl.biomarkers(back, "tumour", kind="dot", n_genes=2)
-    assert [t.get_text() for t in ax.get_xticklabels()] == result.loc[result["group"] == "tumour", "names"][:2].tolist()
+    names = result.loc[result["group"] == "tumour", "names"].tolist()
+    assert [t.get_text() for t in ax.get_xticklabels()] == names[:2] + names[-2:]
 
 
 def test_genes_are_matched_by_name(caplog):
@@ -198,6 +200,7 @@ def test_patients_in_one_table_are_sections_of_their_own():
     whole = anndata.concat(tables)
     with pytest.warns(UserWarning, match="does not generalise"):
         expected = found(tables)
+    with pytest.warns(UserWarning, match="does not generalise"):
         found(whole)
     result = hg.get.biomarkers(whole)
     pd.testing.assert_frame_equal(result, expected, rtol=1e-4)
@@ -222,7 +225,7 @@ def test_the_filter_does_not_choose_genes_that_are_high_in_the_smaller_group(met
     table = patient(0, n=320, genes=2000)
     table.obs["label"] = np.where(rng.permutation(320) < 20, "few", "many")
     table.X = rng.poisson(np.r_[np.full(1990, 0.02), np.full(10, 20)], (320, 2000)).astype(np.float32)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match=f"method '{method}'"):
         found(table, layer=None, groups="few", method=method, min_mean=0.25)
     result = of(hg.get.biomarkers(table), "few")
     assert set(result.index) == {f"g{i}" for i in range(1990, 2000)}
@@ -234,13 +237,18 @@ def test_genes_that_a_small_group_can_hardly_show_are_not_tested(caplog):
     table.obs["label"] = np.where(rng.permutation(320) < 5, "few", "many")
     share = np.r_[np.full(30, 0.3), np.full(30, 0.9)]
     table.X = ((rng.random((320, 60)) < share) * 4).astype(np.float32)
-    with pytest.warns(UserWarning), caplog.at_level(logging.WARNING, "he2gene_sc"):
+    with pytest.warns(UserWarning, match="does not generalise"), caplog.at_level(logging.WARNING, "he2gene_sc"):
         found(table, layer=None, groups="few", method="spatial")
     assert set(of(hg.get.biomarkers(table), "few").index) == {f"g{i}" for i in range(30, 60)}
     assert "30 of 60 genes are not tested in 'few': they are expected in fewer than 3 of the 5 spots" in caplog.text
     table.X[:, 30:] = table.X[:, :30]
     with pytest.raises(ValueError, match="none is expected in 3 of the 5 spots"):
         found(table, layer=None, groups="few", method="spatial")
+    table.obs.iloc[:100, table.obs.columns.get_loc("label")] = "third"
+    table.obs.iloc[:5, table.obs.columns.get_loc("label")] = "few"
+    with pytest.warns(UserWarning, match="groups are left out: .*smaller of 'few'"):
+        found(table, layer=None, method="spatial")
+    assert set(hg.get.biomarkers(table)["group"]) == {"many", "third"}
 
 
 def test_mixed_takes_covariates():
@@ -319,6 +327,85 @@ def test_labels_of_the_same_model_are_marked_circular(copied):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not found(tables, key, layer=None)["circular"].any()
+
+
+def _renamed(label):
+    return label.map({"tumour": "T", "stroma": "S", "fat": "F"})
+
+
+def _merged(label):
+    return label.map({"tumour": "tumour", "stroma": "other", "fat": "other"})
+
+
+def _some_changed(label):
+    changed = label.copy()
+    changed.iloc[0] = "stroma" if changed.iloc[0] == "tumour" else "tumour"
+    return changed
+
+
+def _unlike(label):
+    return pd.Series(np.random.default_rng(0).permutation(label), label.index)
+
+
+def _mostly_one(label):
+    return pd.Series(np.where(np.arange(len(label)) < 3, "rare", "common"), label.index)
+
+
+@pytest.mark.parametrize(
+    ("change", "circular"),
+    [(_renamed, True), (_merged, True), (_some_changed, True), (_unlike, False), (_mostly_one, False)],
+)
+def test_labels_that_follow_from_predicted_ones_are_circular(change, circular):
+    tables = [patient(i, labels=("tumour", "stroma", "fat"), n=64) for i in range(4)]
+    for table in tables:
+        as_predicted(table, annotation=table.obs["label"])
+        table.obs["mine"] = change(table.obs["label"].astype(str))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = found(tables, "mine", layer="he2gene")
+    assert (result["circular"] == circular).all()
+    assert any("follows from obs['he2gene_annotation']" in str(w.message) for w in said) == circular
+
+
+def test_predictions_are_known_after_concat_by_what_stands_beside_them():
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    for table in tables:
+        table.layers["mine"] = table.layers["he2gene"]
+        table.obs["mine_annotation"] = table.obs["label"]
+        table.obs["mine_ood"] = 0.0
+    whole = anndata.concat(tables)
+    with pytest.raises(ValueError, match="`reliable_only`: var has no 'mine_reliable'"):
+        found(whole, "mine_annotation", layer="mine")
+    with pytest.warns(UserWarning, match="share its errors"):
+        found(whole, "mine_annotation", layer="mine", reliable_only=False)
+    assert hg.get.biomarkers(whole)["circular"].all()
+    del whole.obs["mine_annotation"]
+    found(whole, layer="mine", reliable_only=False)
+    assert not hg.get.biomarkers(whole)["reliable"].any()
+
+
+def test_clusters_of_the_tested_values_are_circular():
+    table = as_predicted(patient(0, n=64))
+    table.obs["pathologist"] = table.obs["label"]
+    hg.tl.domain_preservation(table, "pathologist", n_seeds=1, n_perms=19, clustering="kmeans")
+    table.obs["mine"] = table.obs["he2gene_domains_measured"].astype(str).str.upper()
+    cases = {
+        ("he2gene_domains_predicted", "he2gene"): True,
+        ("he2gene_domains_predicted", None): False,
+        ("he2gene_domains_measured", "he2gene"): False,
+        ("he2gene_domains_measured", None): True,
+        ("mine", None): True,
+        ("pathologist", None): False,
+        ("pathologist", "he2gene"): False,
+    }
+    for (key, layer), circular in cases.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found(table, key, layer=layer, method="wilcoxon")
+        assert (hg.get.biomarkers(table)["circular"] == circular).all(), (key, layer)
+        assert any("is marked circular" in str(w.message) for w in said) == circular
+    assert hg.tl.concordance(table, "he2gene_domains_measured", method="wilcoxon") is None
+    assert hg.get.concordance(table)["circular"].all()
 
 
 def test_cross_fitted_labels_are_not_circular():
@@ -465,8 +552,80 @@ def test_a_patient_under_two_names_is_refused():
     twin.obsm["spatial"] = twin.obsm["spatial"] + 100
     with pytest.raises(ValueError, match=r"`sample_key`: 40 spots are the same.*'P0' and 'P9': one patient under two"):
         found([*patients(3), twin[::-1].copy()])
-    with pytest.raises(ValueError, match="40 spots of sample 'P0' are there twice"):
+    with pytest.raises(ValueError, match="40 spots are the same.* in two sections of sample 'P0'"):
         found([*patients(3), patient(0)])
+
+
+def _counted(i):
+    table = as_predicted(patient(i))
+    table.X *= 5
+    return table
+
+
+@pytest.mark.parametrize("change", ["fewer genes", "other values", "fewer spots and moved"])
+def test_a_patient_under_two_names_is_refused_though_it_was_changed(change):
+    twin = _counted(0)
+    if change == "fewer genes":
+        twin = twin[:, :-3].copy()
+    elif change == "other values":
+        twin.X = np.maximum(twin.X + np.random.default_rng(0).integers(-1, 2, twin.shape), 0).astype(np.float32)
+    else:
+        twin = twin[5:, ::-1].copy()
+        twin.obsm["spatial"] = twin.obsm["spatial"] + 0.3
+    twin.obs["patient"] = "P9"
+    with pytest.raises(ValueError, match="in samples 'P0' and 'P9': one patient under two names"):
+        found([*(_counted(i) for i in range(3)), twin], layer=None)
+
+
+def test_sections_of_one_layout_are_no_twins():
+    # Same places, same labels, little noise: neighbouring sections in one frame.
+    tables = [_counted(i) for i in range(2)]
+    for table in tables:
+        table.obs["patient"] = "P0"
+    with pytest.warns(UserWarning, match="does not generalise"):
+        assert len(found(tables, layer=None))
+
+
+def test_numbers_name_groups_of_a_column_of_numbers():
+    tables = patients(3)
+    for table in tables:
+        table.obs["label"] = np.where(np.arange(table.n_obs) % 8 < 2, np.nan, np.arange(table.n_obs) % 2)
+    expected = found(tables, groups="1")
+    for groups in (1, [1], [1.0], np.array([1])):
+        pd.testing.assert_frame_equal(found(tables, groups=groups), expected)
+    pd.testing.assert_frame_equal(found(tables, reference=0), found(tables, groups=["1"], reference="0"))
+
+
+def test_odd_arguments_are_named():
+    tables = patients(3)
+    with pytest.raises(ValueError, match=r"`groups` is empty; name some of \['stroma', 'tumour'\]"):
+        found(tables, groups=[])
+    for value in ("a", None, np.nan):
+        with pytest.raises(ValueError, match="`min_mean` is .*a number is needed"):
+            found(tables, min_mean=value)
+    for table in tables:
+        table.obs["label"] = table.obs["label"].replace("stroma", "rest")
+    with pytest.raises(ValueError, match="`groupby` has a level of this name"):
+        found(tables)
+    assert set(found(tables, groups="rest", reference="tumour")["group"]) == {"rest"}
+
+
+def test_scaled_values_have_no_fold_change_and_it_is_said():
+    tables = patients(3)
+    for table in tables:
+        table.layers["log"] -= 5
+    with pytest.warns(UserWarning, match="logfoldchanges are NaN for") as said:
+        result = found(tables, layer_scale="log", min_mean=-9)
+    assert not [w for w in said if issubclass(w.category, RuntimeWarning)]
+    assert result["logfoldchanges"].isna().any()
+    assert result["effect_size"].notna().all()
+
+
+def test_genes_without_a_p_value_are_not_adjusted():
+    from he2gene_sc.tl._compare import adjusted
+
+    tests = adjusted(pd.DataFrame({"group": "a", "pvals": [0.01, np.nan, 0.02]}))
+    np.testing.assert_allclose(tests["pvals_adj"], [0.02, np.nan, 0.02])
 
 
 def test_few_samples_ask_for_another_method():
@@ -523,19 +682,37 @@ def test_a_volcano_shows_every_gene_and_names_those_found():
     assert "5 of 60 at FDR 0.05" in tumour.get_title()
 
 
+def test_names_in_a_volcano_do_not_cover_each_other():
+    tables = patients(genes=300)
+    for table in tables:
+        # All alike, so that their points lie on top of each other.
+        table.layers["log"][:, 5:25] += 0.8 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+    found(tables)
+    ax = hg.pl.biomarkers(tables, "tumour", n_genes=12)
+    ax.figure.canvas.draw()
+    # Of the text alone; an annotation's own extent holds its line too.
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    texts = [(box.x0, box.x1, box.y0, box.y1) for box in boxes]
+    assert len(texts) >= 12
+    for i, (x0, x1, y0, y1) in enumerate(texts):
+        for u0, u1, v0, v1 in texts[:i]:
+            assert x1 <= u0 or u1 <= x0 or y1 <= v0 + 1 or v1 <= y0 + 1
+
+
 def test_dots_show_the_difference_in_every_patient():
     tables = patients(4)
     found(tables)
     _, given = plt.subplots()
     ax = hg.pl.biomarkers(tables, "tumour", kind="dot", genes=["g0", "g30"], ax=given)
     assert ax is given
-    assert [t.get_text() for t in ax.get_yticklabels()] == [f"tumour, P{i}" for i in range(4)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == [f"P{i}" for i in range(4)]
+    assert [t.get_text() for t in ax.texts] == ["tumour"]
     dots = ax.collections[0]
     assert len(dots.get_offsets()) == 8
     mask = tables[2].obs["label"] == "tumour"
     log = tables[2].layers["log"][:, 0]
     colours = dict(zip(map(tuple, dots.get_offsets().tolist()), dots.get_array(), strict=True))
-    assert colours[(0, 2)] == pytest.approx(log[mask].mean() - log[~mask].mean(), rel=1e-4)
+    assert colours[(0, 3)] == pytest.approx(log[mask].mean() - log[~mask].mean(), rel=1e-4)
 
 
 def test_pictures_refuse_what_was_not_tested(tmp_path):
@@ -685,6 +862,17 @@ def test_gene_sets_are_scored_as_decoupler_does(tmp_path):
     pd.testing.assert_frame_equal(hg.tl.enrichment(result, gmt), scores)
     tables[0].write_zarr(tmp_path / "t.zarr")
     pd.testing.assert_frame_equal(hg.get.enrichment(anndata.read_zarr(tmp_path / "t.zarr")), scores, check_dtype=False)
+
+
+def test_gene_sets_of_circular_biomarkers_are_circular():
+    net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    assert not hg.tl.enrichment(found(tables, "label", layer=None), net)["circular"].any()
+    with pytest.warns(UserWarning, match="marked circular"):
+        found(tables, "he2gene_annotation", layer="he2gene")
+    with pytest.warns(UserWarning, match="the biomarkers are circular"):
+        scores = hg.tl.enrichment(tables, net)
+    assert scores["circular"].all()
 
 
 def test_enrichment_refuses_what_does_not_fit():

@@ -35,7 +35,8 @@ def enrichment(
     -------
     pandas.DataFrame
         A row a group and gene set, highest score first: ``group``, ``source`` (the set), ``score``, ``pvals_adj``
-        (decoupler's, NaN where the method has no test), ``n_targets`` (tested genes of the set), ``method``.
+        (decoupler's, NaN where the method has no test), ``n_targets`` (tested genes of the set), ``method``, ``circular`` (as the
+        biomarkers were marked).
 
     Raises
     ------

@@ -48,8 +48,8 @@ def biomarkers(
         every group and patient; a dot is as large as the patient has spots of the group. What holds in the average only
         shows as one dark dot.
     genes
-        Genes to name (volcano) or to show (dot); default: the ``n_genes`` of each group with the highest scores, and for
-        the volcano as many with the lowest, if they pass.
+        Genes to name (volcano) or to show (dot); default: the ``n_genes`` of each group with the highest scores, and as
+        many with the lowest; for the volcano if they pass.
     n_genes
         See ``genes``.
     fdr
@@ -95,8 +95,7 @@ def biomarkers(
     if kind == "dot":
         (axes,) = axes_for(1, ax, 1, panel=6.0)
         if named is None:
-            tops = [name for g in groups for name in frame.loc[frame["group"] == g, "names"].head(n_genes)]
-            named = list(dict.fromkeys(tops))
+            named = list(dict.fromkeys(name for g in groups for name in _extremes(frame[frame["group"] == g], n_genes)))
         _dots(axes, record, groups, named, reference)
         return finish([axes], save)
     panels = axes_for(len(groups), ax, ncols)
@@ -121,15 +120,52 @@ def _volcano(
         if named is not None
         else pd.concat([found[found["scores"] > 0].head(n_genes), found[found["scores"] < 0].tail(n_genes)])
     )
-    for at, row in shown.iterrows():
-        ax.annotate(
-            row["names"], (row["effect_size"], height[at]), xytext=(3, 2), textcoords="offset points", fontsize=7
-        )
+    _name(ax, part["effect_size"], height, shown)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set_xlabel(f"difference to {reference} (ln)")
     ax.set_ylabel("-log10 p")
     marks = [part["method"].iloc[0]] + ["circular"] * bool(part["circular"].any()) if len(part) else []
     ax.set_title(f"{group}\n{', '.join(marks)}: {int(passed.sum())} of {len(part)} at FDR {fdr:g}", fontsize=10)
+
+
+def _name(ax: Axes, x: pd.Series, y: pd.Series, shown: pd.DataFrame) -> None:
+    """Write the names of genes in two columns at the sides, with lines to their points, so that none covers another."""
+    reach = 1.9 * max(float(x.abs().max()), 1e-9) if len(x) else 1.0
+    top = 1.08 * max(float(y.max()), 1e-9) if len(y) else 1.0
+    ax.set_xlim(-reach, reach)
+    ax.set_ylim(0, top)
+    for side, part in ((1, shown[shown["effect_size"] > 0]), (-1, shown[shown["effect_size"] <= 0])):
+        order = y[part.index].sort_values(ascending=False, kind="stable")
+        places = _apart(order.to_numpy() / top, min(0.05, 0.96 / max(len(order), 1)))
+        for at, place in zip(order.index, places, strict=True):
+            ax.annotate(
+                part.loc[at, "names"],
+                (x[at], y[at]),
+                xytext=(0.5 + 0.48 * side, place),
+                textcoords="axes fraction",
+                ha="right" if side > 0 else "left",
+                va="center",
+                fontsize=7,
+                arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.4, "shrinkA": 1, "shrinkB": 1},
+            )
+
+
+def _apart(places: np.ndarray, gap: float) -> np.ndarray:
+    """Move falling places in 0 to 1 as little as keeps them ``gap`` apart."""
+    out = places.astype(float).copy()
+    for i in range(1, len(out)):
+        out[i] = min(out[i], out[i - 1] - gap)
+    floor = gap / 2
+    for i in reversed(range(len(out))):
+        out[i] = max(out[i], floor)
+        floor = out[i] + gap
+    return out
+
+
+def _extremes(part: pd.DataFrame, n: int) -> list[str]:
+    """Genes of highest and of lowest score."""
+    part = part.dropna(subset=["scores"])
+    return [*part.loc[part["scores"] > 0, "names"].head(n), *part.loc[part["scores"] < 0, "names"].tail(n)]
 
 
 def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[str], reference: str) -> None:
@@ -139,10 +175,13 @@ def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[st
     effects = pd.DataFrame(np.asarray(record["sample_effects"]), columns=np.asarray(record["genes"], object))
     kept = rows["group"].isin(groups).to_numpy()
     rows, effects = rows[kept].reset_index(drop=True), effects[kept].reindex(columns=genes).reset_index(drop=True)
-    order = np.argsort(rows["group"].map({g: i for i, g in enumerate(groups)}).to_numpy(), kind="stable")
-    rows, effects = rows.iloc[order], effects.iloc[order]
-    y, x = np.indices(effects.shape)
+    block = rows["group"].map({g: i for i, g in enumerate(groups)}).to_numpy()
+    order = np.argsort(block, kind="stable")
+    rows, effects, block = rows.iloc[order], effects.iloc[order], block[order]
+    # The name of a group stands once, in a line of its own above its patients.
+    lines = np.arange(len(rows)) + block + 1
     values = effects.to_numpy()
+    y, x = np.broadcast_to(lines[:, None], values.shape), np.indices(values.shape)[1]
     limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     spots = rows["n_spots"].to_numpy(float)
     area = 15 + 135 * spots / spots.max()
@@ -157,13 +196,15 @@ def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[st
         edgecolors="0.6",
         linewidths=0.3,
     )
+    for i, group in enumerate(groups):
+        head = lines[block == i].min() - 1 if (block == i).any() else None
+        if head is not None:
+            ax.text(-0.5, head, group, va="center", ha="left", fontsize=9, fontweight="bold")
     ax.set_xticks(range(len(genes)), genes, rotation=90, fontsize=8)
-    ax.set_yticks(
-        range(len(rows)), [f"{g}, {s}" for g, s in zip(rows["group"], rows["sample"], strict=True)], fontsize=8
-    )
+    ax.set_yticks(lines, rows["sample"].tolist(), fontsize=8)
     ax.set_xlim(-0.7, len(genes) - 0.3)
-    ax.set_ylim(len(rows) - 0.3, -0.7)
-    ax.figure.colorbar(dots, ax=ax, shrink=0.6, pad=0.02).set_label(f"difference to {reference} (ln)")
+    ax.set_ylim(lines.max() + 0.7, -0.7)
+    ax.figure.colorbar(dots, ax=ax, shrink=0.6, pad=0.02, anchor=(0, 1)).set_label(f"difference to {reference} (ln)")
     for count in sorted({int(spots.min()), int(spots.max())}):
         ax.scatter([], [], s=15 + 135 * count / spots.max(), c="0.6", label=f"{count} spots")
-    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.25), frameon=False, ncols=2, fontsize=8)
+    ax.legend(loc="lower left", bbox_to_anchor=(1.01, 0), frameon=False, fontsize=8)

@@ -12,9 +12,9 @@ import pandas as pd
 
 from .._keys import check_key
 from .._tables import Scale, check_free, column_of, write_result
-from ._compare import adjusted, compare, method_for
+from ._compare import adjusted, compare, method_for, named_groups
 from ._contrast import Method
-from ._origin import is_circular, measured_part, reliable_genes
+from ._origin import circularity, measured_part, reliable_genes
 from ._pooled import Pool, pool, tables_of
 
 if TYPE_CHECKING:
@@ -123,8 +123,9 @@ def biomarkers(
 
     Notes
     -----
-    Labels that were predicted from the image that the genes were predicted from share its errors: the p-values do not
-    hold, the result is marked ``circular``. Assumptions, formulas and error rates of every method: ``docs/statistics.md``.
+    Labels that were predicted from the image that the genes were predicted from share its errors, and clusters of genes the
+    noise of these genes (``hg.tl.domain_preservation``): the p-values do not hold, the result is marked ``circular``, also
+    for renamed or merged levels of such labels. Assumptions, formulas and error rates of every method: ``docs/statistics.md``.
 
     Examples
     --------
@@ -140,6 +141,7 @@ def biomarkers(
     covariates = (covariates,) if isinstance(covariates, str) else tuple(covariates or ())
     if not 0 < level < 1:
         raise ValueError(f"`level` is {level!r}; a number between 0 and 1 is needed")
+    groups, reference = named_groups(groups, reference, min_mean)
     tables, several = tables_of(data, layer, table_key)
     for table in tables:
         check_free(table, "biomarkers", key_added)
@@ -166,9 +168,9 @@ def biomarkers(
         if seen is not None and not seen.any():
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
         parts = [compare(spots, measured=known, **run)]
-    circular = is_circular(tables, groupby, layer) and not cross_fit
-    results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), circular)
-    _caution(chosen, circular, groupby)
+    circular = "" if cross_fit else circularity(tables, groupby, layer)
+    results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular))
+    _caution(results, chosen, circular)
     effects = pd.concat([frame for _, frame in parts], axis=1)
     params = {
         "groupby": groupby,
@@ -207,14 +209,20 @@ def _finish(frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series 
     return results[list(COLUMNS)].reset_index(drop=True)
 
 
-def _caution(chosen: Method, circular: bool, groupby: str) -> None:
+def _caution(results: pd.DataFrame, chosen: Method, circular: str) -> None:
     if chosen.caution:
         warnings.warn(chosen.caution, UserWarning, stacklevel=3)
     if circular:
         warnings.warn(
-            f"obs[{groupby!r}] was predicted from the image that the genes were predicted from: labels and genes share its "
-            "errors, the p-values do not hold and the result is marked circular. Sound are a pathologist's labels, labels "
-            "carried over from another section, or cross_fit=True where several sections were measured",
+            f"{circular}, the p-values do not hold and the result is marked circular. Sound are a pathologist's labels, "
+            "labels carried over from another section, or cross_fit=True where several sections were measured",
+            UserWarning,
+            stacklevel=3,
+        )
+    if lost := int(results["logfoldchanges"].isna().sum()):
+        warnings.warn(
+            f"logfoldchanges are NaN for {lost} tests: means of logarithms below 0, as scaled values have them, stand for no "
+            "expression; effect_size is in the unit of the layer",
             UserWarning,
             stacklevel=3,
         )

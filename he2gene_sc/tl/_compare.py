@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 
+from .._tables import label_text
 from ._contrast import METHODS, MIN_SPOTS, Cells, Contrast, Method
 from ._pooled import Pool
 
@@ -20,7 +22,7 @@ def compare(
     spots: Pool,
     *,
     chosen: Method,
-    groups: str | Sequence[str] | None,
+    groups: Sequence[str] | None,
     reference: str,
     min_mean: float,
     options: dict[str, object],
@@ -36,7 +38,7 @@ def compare(
     cells = Cells.of(spots)
     of_measured = None if measured is None else Cells.of(measured)
     detected = Cells.of(spots, detected=True) if chosen.detecting else None
-    tests, differences = [], []
+    tests, differences, faults = [], [], []
     for group in _groups(cells, groups, reference, chosen):
         contrast = Contrast.of(spots, cells, spots.genes, group, reference, **options)
         if of_measured is not None:
@@ -44,7 +46,11 @@ def compare(
                 contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, **options)
             )
         used = chosen.uses(contrast)
-        contrast = _filtered(contrast, chosen, used, min_mean, group, reference, detected)
+        kept, fault = _tested(contrast, chosen, used, min_mean, group, reference, detected)
+        if fault:
+            faults.append(fault)
+            continue
+        contrast = contrast.keep(kept)
         test = chosen.run(contrast)
         tests.append(
             pd.DataFrame(
@@ -64,10 +70,14 @@ def compare(
             )
         )
         differences.append(_differences(contrast, group))
+    if faults and (groups is not None or not tests):
+        raise ValueError(faults[0])
+    if faults:
+        warnings.warn(f"groups are left out: {'; '.join(faults)}", UserWarning, stacklevel=3)
     return pd.concat(tests, ignore_index=True), pd.concat(differences)
 
 
-def _filtered(
+def _tested(
     contrast: Contrast,
     chosen: Method,
     used: np.ndarray,
@@ -75,8 +85,8 @@ def _filtered(
     group: str,
     reference: str,
     detected: Cells | None,
-) -> Contrast:
-    """Leave out genes of low mean, and those that too few spots of the smaller group are expected to show.
+) -> tuple[np.ndarray, str]:
+    """Genes of sufficient mean that enough spots of the smaller group are expected to show, and why there are none.
 
     Where spots are the unit, both look at all spots together: a mean of the means would choose the genes that happen to
     be high in the smaller group.
@@ -85,26 +95,40 @@ def _filtered(
         mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
     enough = mean > min_mean
     if not enough.any():
-        raise ValueError(f"`min_mean` is {min_mean}; no gene has a mean above it in {group!r} and {reference!r}")
-    if detected is not None:
-        others = detected.labels[detected.labels != group] if reference == "rest" else [reference]
-        spots = detected.side([group])[0].sum(0) + detected.side(others)[0].sum(0)
-        n = contrast.counts.sum(1)
-        seen = spots / n.sum() * n.min() >= chosen.detecting
-        if not (enough & seen).any():
-            raise ValueError(
-                f"`groups`: of the {enough.sum()} genes above `min_mean` none is expected in {chosen.detecting} of the "
-                f"{n.min()} spots of the smaller of {group!r} and {reference!r}; more spots are needed"
-            )
-        if not (lost := (enough & ~seen).sum()):
-            return contrast.keep(enough)
+        return enough, f"`min_mean` is {min_mean}; no gene has a mean above it in {group!r} and {reference!r}"
+    if detected is None:
+        return enough, ""
+    others = detected.labels[detected.labels != group] if reference == "rest" else [reference]
+    spots = detected.side([group])[0].sum(0) + detected.side(others)[0].sum(0)
+    n = contrast.counts.sum(1)
+    seen = enough & (spots * n.min() >= chosen.detecting * n.sum())
+    if not seen.any():
+        return seen, (
+            f"`groups`: of {enough.sum()} genes above `min_mean` none is expected in {chosen.detecting} of the {n.min()} "
+            f"spots of the smaller of {group!r} and {reference!r}; more spots are needed"
+        )
+    if lost := int(enough.sum() - seen.sum()):
         logger.warning(
             "biomarkers: %d of %d genes are not tested in %r: they are expected in fewer than %d of the %d spots of the "
             "smaller group",
             *(lost, enough.sum(), group, chosen.detecting, n.min()),
         )
-        enough &= seen
-    return contrast.keep(enough)
+    return seen, ""
+
+
+def named_groups(groups: object, reference: object, min_mean: object) -> tuple[list[str] | None, str]:
+    """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too.
+
+    Raises
+    ------
+    ValueError
+        If ``min_mean`` is no number.
+    """
+    if isinstance(min_mean, bool) or not isinstance(min_mean, Real) or np.isnan(min_mean):
+        raise ValueError(f"`min_mean` is {min_mean!r}; a number is needed, in the unit of the layer")
+    several = isinstance(groups, Iterable) and not isinstance(groups, str)
+    named = None if groups is None else [label_text(group) for group in (groups if several else [groups])]
+    return named, label_text(reference)
 
 
 def method_for(method: str, spots: Pool, covariates: Sequence[str]) -> Method:
@@ -123,14 +147,20 @@ def method_for(method: str, spots: Pool, covariates: Sequence[str]) -> Method:
     return METHODS[name]
 
 
-def _groups(cells: Cells, groups: str | Sequence[str] | None, reference: str, chosen: Method) -> list[str]:
+def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: Method) -> list[str]:
     """Names of the groups to test; what cannot be tested is an error if it was named, else left out with a warning."""
     labels = cells.labels.tolist()
     if len(labels) < 2:
         raise ValueError(f"`groupby` has one level, {labels}; at least 2 are needed")
+    if reference == "rest" and "rest" in labels:
+        raise ValueError(
+            "`reference` 'rest' is all others, but `groupby` has a level of this name too; rename the level"
+        )
     if reference != "rest" and reference not in labels:
         raise ValueError(f"`reference` {reference!r} is no group, valid: {['rest', *labels]}")
-    named = [groups] if isinstance(groups, str) else groups
+    named = groups
+    if named is not None and not len(named):
+        raise ValueError(f"`groups` is empty; name some of {labels}, or None for all")
     if named is not None and (unknown := [group for group in named if group not in labels]):
         raise ValueError(f"`groups` {unknown} are no groups, valid: {labels}")
     if named is not None and reference in named:

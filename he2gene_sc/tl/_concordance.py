@@ -11,9 +11,9 @@ import pandas as pd
 
 from .._keys import check_key
 from .._tables import Scale, check_free, write_result
-from ._compare import adjusted, compare, method_for
+from ._compare import adjusted, compare, method_for, named_groups
 from ._contrast import METHODS
-from ._origin import is_circular, measured_part, reliable_genes
+from ._origin import circularity, measured_part, reliable_genes
 from ._pooled import pool, prediction_key, tables_of
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def concordance(
     lengths = [int(length) for length in np.ravel(k)]
     if any(length < 1 for length in lengths):
         raise ValueError(f"`k` is {list(k)}; whole numbers from 1 are needed")
+    groups, reference = named_groups(groups, reference, min_mean)
     tables, several = tables_of(data, layer, table_key)
     for table in tables:
         check_free(table, "concordance", key_added)
@@ -117,7 +118,7 @@ def concordance(
     genes["reliable"] = True if reliable is None else reliable.reindex(genes["names"]).to_numpy(bool)
     table = _scores(genes, lengths, fdr)
     table["method"] = METHODS[chosen.name].label
-    table["circular"] = is_circular(tables, groupby, layer)
+    table["circular"] = any(circularity(tables, groupby, values) for values in (layer, measured))
     params = {
         "groupby": groupby,
         "reference": reference,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,15 @@ def enrichment(
         ignore_index=True,
     )
     results["method"] = method
+    circular = frame.groupby("group")["circular"].any() if "circular" in frame else pd.Series(dtype=bool)
+    results["circular"] = results["group"].map(circular).fillna(False).astype(bool)
+    if results["circular"].any():
+        warnings.warn(
+            "the biomarkers are circular, so their statistics are too large, and those of the gene sets with them; see "
+            "hg.tl.biomarkers for labels that would be sound",
+            UserWarning,
+            stacklevel=2,
+        )
     params = {
         "key": key,
         "statistic": statistic,

@@ -18,22 +18,80 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-def is_circular(tables: Sequence[AnnData], groupby: str, layer: str | None) -> bool:
-    """Whether the labels of a table were predicted, as its layer was: by name, or a copy of such a column."""
-    for table in tables:
-        if prediction_key(table, layer) is None:
+def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> str:
+    """Say what makes the labels depend on the errors of the values; empty if nothing does.
+
+    Labels of the head, and clusters of predicted genes, share the image with predicted values; clusters of measured genes
+    the noise with measured ones. By name, or because the labels follow from such a column: renamed or merged levels, few
+    spots changed.
+    """
+    predicted = any(prediction_key(table, layer) is not None for table in tables)
+    heads = set().union(*(_heads(table, layer) for table in tables)) if predicted else set()
+    clusters = set().union(*(_clusters(table, predicted) for table in tables))
+    why = (
+        "predicted from the image that the genes were predicted from: labels and genes share its errors"
+        if predicted
+        else "made of the values that are tested, which differ between their own clusters without any cause"
+    )
+    if groupby in heads | clusters:
+        return f"obs[{groupby!r}] was {why}"
+    # Good clusters agree with the labels that they were compared with, which owe nothing to them.
+    compared = {record["params"].get("domain_key") for table in tables for record in _domain_records(table)}
+    for name, least in [(name, 0.95) for name in sorted(heads)] + [(name, 1 - 1e-9) for name in sorted(clusters)]:
+        if name in clusters and groupby in compared:
             continue
-        keys = [key for key, record in table.uns.items() if isinstance(record, Mapping) and "weights_sha256" in record]
-        named = {Keys(key).annotation for key in [*keys, prediction_key(table, layer)]}
-        if groupby in named:
-            return True
-        labels = labels_of(table, groupby, "groupby")
-        for name in named & set(table.obs):
-            if (pd.notna(labels) == table.obs[name].notna().to_numpy()).all() and (
-                labels[pd.notna(labels)] == table.obs[name].dropna().astype(str).to_numpy(object)
-            ).all():
-                return True
-    return False
+        if _follows(tables, groupby, name) > least:
+            return f"obs[{groupby!r}] follows from obs[{name!r}], level by level, which was {why}"
+    return ""
+
+
+def _heads(table: AnnData, layer: str | None) -> set[str]:
+    """Columns of labels that predict wrote, also where anndata.concat has dropped its record."""
+    keys = [key for key, record in table.uns.items() if isinstance(record, Mapping) and "weights_sha256" in record]
+    named = {Keys(key).annotation for key in [*keys, prediction_key(table, layer)] if key is not None}
+    ends = Keys("").annotation
+    for key in (str(name).removesuffix(ends) for name in table.obs if str(name).endswith(ends)):
+        if Keys(key).ood in table.obs or Keys(key).confidence in table.obs:
+            named.add(Keys(key).annotation)
+    return named & set(table.obs)
+
+
+def _domain_records(table: AnnData) -> list[Mapping]:
+    return [
+        record
+        for record in table.uns.values()
+        if isinstance(record, Mapping) and record.get("verb") == "domain_preservation"
+    ]
+
+
+def _clusters(table: AnnData, predicted: bool) -> set[str]:
+    """Columns of clusters of predicted, or of measured expression, as hg.tl.domain_preservation writes them."""
+    # Its default names, should anndata.concat have dropped the record.
+    found = {f"he2gene_domains_{'predicted' if predicted else 'measured'}"}
+    for record in _domain_records(table):
+        layers = {"predicted": record["params"].get("layer"), "measured": record["params"].get("measured")}
+        for name in list(record["written"].get("obs", [])):
+            source = layers[str(name).rsplit("_", 1)[1]]
+            found.discard(name)
+            if (prediction_key(table, source) is not None) == predicted:
+                found.add(name)
+    return found & set(table.obs)
+
+
+def _follows(tables: Sequence[AnnData], groupby: str, name: str) -> float:
+    """Share of labelled spots whose label is that of most spots of the same level of another column.
+
+    0 if that is little more than the share of the most frequent label.
+    """
+    chosen = [table for table in tables if name in table.obs]
+    labels = np.concatenate([labels_of(table, groupby, "groupby") for table in chosen])
+    source = np.concatenate([labels_of(table, name, "groupby") for table in chosen])
+    there = pd.notna(labels)
+    if not there.any():
+        return 0.0
+    counts = pd.crosstab(pd.Series(source[there]).fillna("").to_numpy(), labels[there]).to_numpy()
+    share, most = counts.max(axis=1).sum() / counts.sum(), counts.sum(axis=0).max() / counts.sum()
+    return float(share) if share - most > 0.8 * (1 - most) else 0.0
 
 
 def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | None:

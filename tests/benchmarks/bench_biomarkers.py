@@ -240,14 +240,16 @@ def small(repeats=6):
                     label = np.full(tables[name].n_obs, "others", object)
                     label[rng.permutation(len(label))[:n]] = "drawn"
                     tables[name].obs["drawn"] = label
+                options = {"groups": "drawn", "layer": None, "method": method, "sample_key": "patient"}
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    chosen = [tables[name] for name in names]
-                    results.append(
-                        hg.tl.biomarkers(
-                            chosen, "drawn", groups="drawn", layer=None, method=method, sample_key="patient"
-                        )
-                    )
+                    try:
+                        results.append(hg.tl.biomarkers([tables[name] for name in names], "drawn", **options))
+                    except ValueError as error:
+                        print(f"small, {method}, {', '.join(names)}, {n} spots: {error}")
+                        break
+            if not results:
+                continue
             every = pd.concat(results)
             low = every["pvals"] < 0.05
             print(
