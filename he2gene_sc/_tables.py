@@ -26,6 +26,8 @@ SCALES = ("auto", "counts", "log")
 _MAX_LOG = 30.0
 #: Values that are looked at to tell counts from logarithms.
 _SAMPLE = 1_000_000
+#: Texts that stand for a missing label: what ``astype(str)`` makes of one, besides blanks.
+_NO_LABEL = ("", "nan", "NaN", "None", "<NA>")
 #: Rows that are normalised at once.
 _ROWS = 256
 
@@ -201,6 +203,29 @@ def column_of(table: AnnData, key: str, parameter: str) -> pd.Series:
     if key not in table.obs:
         raise ValueError(f"`{parameter}` {key!r} is no column of obs, valid: {list(table.obs.columns)}")
     return table.obs[key]
+
+
+def labels_of(table: AnnData, key: str, parameter: str) -> np.ndarray:
+    """Labels of all rows as text, ``None`` where there is none, ``(n,)`` objects.
+
+    Blank texts and those that ``astype(str)`` makes of a missing value (``"nan"``, ``"None"``, ``"<NA>"``) are none. Whole
+    numbers are labels, ``1.0`` being ``"1"``, since a column of integers with gaps is one of floats.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, or it holds fractions.
+    """
+    column = column_of(table, key, parameter)
+    if column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
+        raise ValueError(f"`{parameter}` {key!r} holds fractions; a column of labels is needed")
+    out = np.full(len(column), None, object)
+    for i, (value, missing) in enumerate(zip(column.tolist(), pd.isna(column).tolist(), strict=True)):
+        if missing:
+            continue
+        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        out[i] = None if text.strip() in _NO_LABEL else text
+    return out
 
 
 def sections_of(table: AnnData, section_key: str | None = None) -> np.ndarray:

@@ -8,6 +8,7 @@ import he2gene_sc as hg
 from he2gene_sc._tables import (
     check_free,
     get_table,
+    labels_of,
     log_expression,
     pitch_of,
     scale_of,
@@ -150,3 +151,26 @@ def test_a_written_table_is_kept_by_zarr(table, tmp_path):
     assert list(back.uns["key"]["written"]["obs"]) == ["key_x"]
     check_free(back, "verb", "key", obs=["key_x"])
     assert back.uns["key"]["table"]["r"].tolist()[0] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (["a", "", "nan", None, np.nan, "<NA>"], ["a", None, None, None, None, None]),
+        ([1, 0, np.nan, 1, 0, np.nan], ["1", "0", None, "1", "0", None]),
+        (pd.array([1, 0, None, 1, 0, 1], "Int64"), ["1", "0", None, "1", "0", "1"]),
+        (pd.Categorical(["a", "b", None, " ", "a", "nan"]), ["a", "b", None, None, "a", None]),
+        ([True, False] * 3, ["True", "False"] * 3),
+    ],
+)
+def test_labels_are_texts_and_what_is_none_is_missing(table, column, expected):
+    table.obs["label"] = column
+    assert labels_of(table, "label", "groupby").tolist() == expected
+
+
+def test_fractions_and_unknown_columns_are_no_labels(table):
+    table.obs["label"] = np.linspace(0, 1, 6)
+    with pytest.raises(ValueError, match="`domain_key` 'label' holds fractions"):
+        labels_of(table, "label", "domain_key")
+    with pytest.raises(ValueError, match="`groupby` 'no' is no column"):
+        labels_of(table, "no", "groupby")

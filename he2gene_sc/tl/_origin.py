@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from .._keys import MADE, Keys
-from .._tables import Scale, log_expression
-from ._pooled import Pool, labels_of, prediction_key
+from .._tables import Scale, labels_of, log_expression
+from ._pooled import Pool, prediction_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,7 +26,7 @@ def is_circular(tables: Sequence[AnnData], groupby: str, layer: str | None) -> b
         named = {Keys(key).annotation for key in [*keys, prediction_key(table, layer)]}
         if groupby in named:
             return True
-        labels = labels_of(table, groupby)
+        labels = labels_of(table, groupby, "groupby")
         for name in named & set(table.obs):
             if (pd.notna(labels) == table.obs[name].notna().to_numpy()).all() and (
                 labels[pd.notna(labels)] == table.obs[name].dropna().astype(str).to_numpy(object)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._keys import MADE, Keys
-from .._tables import Scale, column_of, get_table, log_expression, sections_of, values_of
+from .._tables import Scale, column_of, get_table, labels_of, log_expression, sections_of, values_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -166,7 +166,7 @@ def pool(
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
         # Looks at all values once; with no genes it returns none.
         log_expression(table, layer, genes=np.zeros(0, int), scale=layer_scale, expected=_expected(layer))
-    labels = [labels_of(table, groupby) for table in tables]
+    labels = [labels_of(table, groupby, "groupby") for table in tables]
     samples = _samples(tables, sample_key)
     rows = tuple(np.flatnonzero(pd.notna(found)) for found in labels)
     sections = [
@@ -196,14 +196,6 @@ def pool(
 
 def _expected(layer: str | None) -> Literal["counts", "log"]:
     return "counts" if layer is None else "log"
-
-
-def labels_of(table: AnnData, groupby: str) -> np.ndarray:
-    """Labels of all rows as text, ``None`` where there is none, ``(n,)``."""
-    column = column_of(table, groupby, "groupby")
-    if isinstance(column.dtype, np.dtype) and column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
-        raise ValueError(f"`groupby` {groupby!r} holds fractions; a column of labels is needed")
-    return column.astype(object).where(column.notna(), None).map(lambda v: None if v is None else str(v)).to_numpy()
 
 
 def _samples(tables: Sequence[AnnData], sample_key: str | None) -> list[np.ndarray]:
