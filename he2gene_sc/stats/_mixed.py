@@ -38,7 +38,7 @@ def mixed_model(
     Returns
     -------
     SampleTest
-        Of b1. Degrees of freedom are those within samples, ``m - number of samples - 1 - c``: with both groups in each of
+        Of b1, with the standard error of generalised least squares at the fitted variances. Degrees of freedom are those within samples, ``m - number of samples - 1 - c``: with both groups in each of
         n samples, n - 1 - c. The normal reference of statsmodels would reject too often with few samples.
 
     Raises
@@ -63,7 +63,11 @@ def mixed_model(
 
 
 def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray) -> tuple[float, float]:
-    """Effect of the group and its standard error; 0 and 0 where the gene does not vary."""
+    """Effect of the group and its standard error, that of generalised least squares; 0 and 0 for a constant gene.
+
+    statsmodels reads its errors off the observed Hessian, which is NaN or off by a factor of two where the variance
+    between samples is near 0 and patients with one group unbalance the design; in balanced designs both are equal.
+    """
     from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
 
     scale = y.std()
@@ -83,7 +87,10 @@ def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray
         except np.linalg.LinAlgError:
             # The gradient leads lbfgs to infinite variances where samples do not differ; Powell's method needs none.
             fit = model.fit(reml=True, method="powell")
-    return float(fit.fe_params[1] * scale), float(fit.bse_fe[1] * scale)
+    of_sample = (codes[:, None] == np.arange(codes.max() + 1)).astype(float)
+    covariance = np.eye(len(y)) + fit.cov_re[0, 0] / fit.scale * of_sample @ of_sample.T
+    error = np.sqrt(fit.scale * np.linalg.inv(design.T @ np.linalg.solve(covariance, design))[1, 1])
+    return float(fit.fe_params[1] * scale), float(error * scale)
 
 
 def _ratio(y: np.ndarray, codes: np.ndarray, group: np.ndarray) -> float:

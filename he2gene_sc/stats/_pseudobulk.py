@@ -25,7 +25,7 @@ def t_test(effect: np.ndarray, error: np.ndarray, df: float | np.ndarray, level:
     Parameters
     ----------
     effect, error
-        ``(g,)`` estimates and their standard errors. Where the error is 0 nothing is known: score 0, p 1, no interval.
+        ``(g,)`` estimates and their standard errors. Where the error is 0 or NaN nothing is known: score, p and interval are NaN.
     df
         Degrees of freedom, one or ``(g,)``; infinite ones give the normal distribution.
     level
@@ -36,10 +36,11 @@ def t_test(effect: np.ndarray, error: np.ndarray, df: float | np.ndarray, level:
     effect, error = np.asarray(effect, np.float64), np.asarray(error, np.float64)
     df = np.broadcast_to(np.asarray(df, np.float64), effect.shape)
     known = np.isfinite(error) & (error > 0)
-    scores = np.divide(effect, error, out=np.zeros(len(effect)), where=known)
+    error = np.where(known, error, np.nan)
+    scores = effect / error
     # scipy's t takes an infinite df as the normal distribution.
-    pvalues = np.where(known, 2 * stats.t.sf(np.abs(scores), df), 1.0)
-    half = np.where(known, stats.t.ppf(0.5 + level / 2, df) * np.where(known, error, 0), np.nan)
+    pvalues = 2 * stats.t.sf(np.abs(scores), df)
+    half = stats.t.ppf(0.5 + level / 2, df) * error
     return SampleTest(effect, effect - half, effect + half, scores, pvalues, df.copy())
 
 
