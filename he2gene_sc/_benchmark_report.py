@@ -151,7 +151,9 @@ def _limits(table: pd.DataFrame) -> list[str]:
         "- *Sections held out* says how well another section of a patient is predicted of whom sections were measured. It says "
         "nothing of a new patient."
     ]
-    if len(patients) < _FEW_PATIENTS:
+    if len(patients) == 1:
+        lines.append(f"- All sections are of patient {patients[0]}: nothing follows for any other.")
+    elif len(patients) < _FEW_PATIENTS:
         lines.append(
             f"- The sections are of {len(patients)} patients ({', '.join(patients)}). *Patients held out* is {len(patients)} "
             "folds: no mean over them is given, no interval over patients can be, and nothing follows for patients in general."
