@@ -261,12 +261,12 @@ def measured():
 
 def small():
     """Few spots, drawn at random, against all others, as counted: nothing is there to be found."""
-    for method, names in (("spatial", ("B1",)), ("pseudobulk", EIGHT)):
+    for method, names, repeats in (("spatial", ("B1",), 6), ("pseudobulk", EIGHT, 2)):
         for n in (3, 5, 10, 30):
-            drawn(method, names, n)
+            drawn(method, names, n, repeats)
 
 
-def drawn(method, names, n, repeats=6):
+def drawn(method, names, n, repeats):
     """Test `n` spots of each section, `repeats` times."""
     rng = np.random.default_rng(n)
     tables = {name: load(name) for name in names}
