@@ -70,7 +70,7 @@ def biomarkers(
         Column of ``obs`` that tells the patients apart; default ``"patient"``. One object without it is one sample.
     section_key
         Column of ``obs`` that tells the sections apart; default: the shapes element, or ``"section"``. The sections of a
-        patient are one sample: their spots are pooled.
+        patient are one sample: their spots are pooled, which assumes that the labels are spread alike over them.
     method
         - ``"pseudobulk"``: mean of the logarithms per sample and group, paired by sample, moderated t;
         - ``"mixed"``: linear mixed model of these means, with covariates; minutes for thousands of genes;

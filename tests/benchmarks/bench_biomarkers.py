@@ -5,7 +5,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py circular
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py measured
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py small
-    python tests/benchmarks/bench_biomarkers.py ppi
+    python tests/benchmarks/bench_biomarkers.py ppi skewed sections
     python tests/benchmarks/bench_biomarkers.py speed
 
 Simulated patients: spots and labels (invasive cancer, connective tissue) of real sections, genes drawn as Gaussian random
@@ -150,6 +150,37 @@ def ppi(replicates=20_000, n=30, n_more=300):
         )
 
 
+def skewed(replicates=20_000, n_more=300):
+    """Do the same for outcomes that are exponential, less their mean; r is .8."""
+    rng = np.random.default_rng(6)
+    for n in (10, 30, 100):
+        y = rng.exponential(1, (n + n_more, replicates)) - 1
+        f = 0.8 * y + 0.6 * rng.standard_normal(y.shape)
+        result = prediction_powered_mean(y[:n], f[:n], f[n:])
+        covered = ((result.ci_low <= 0) & (result.ci_high >= 0)).mean()
+        half = stats.t.ppf(0.975, n - 1) * y[:n].std(0, ddof=1) / np.sqrt(n)
+        alone = (np.abs(y[:n].mean(0)) <= half).mean()
+        print(f"ppi, skewed, {n} measured: covers {covered:.1%}, measured alone {alone:.1%}")
+
+
+def sections(genes=1000, patients=6, spots=100):
+    """Two sections a patient, labels 90 : 10 in one and 10 : 90 in the other; sections differ, the groups do not."""
+    rng = np.random.default_rng(7)
+    gap = np.exp(rng.normal(0, 0.5, genes))
+    for shares in ((0.9, 0.1), (0.5, 0.5)):
+        tables = []
+        for i in range(patients):
+            for j, share in enumerate(shares):
+                counts = rng.poisson(20 * gap**j, (spots, genes)).astype(np.float32)
+                label = np.where(rng.random(spots) < share, *GROUPS)
+                obs = pd.DataFrame({"patient": f"P{i}", "section": f"{i}-{j}", "label": label})
+                table = AnnData(counts, obs.set_index(obs["section"] + "-" + obs.index.astype(str)))
+                table.obsm["spatial"] = np.indices((10, 10)).reshape(2, -1).T[:spots].astype(float)
+                tables.append(table)
+        result = hg.tl.biomarkers(tables, "label", groups=GROUPS[0], layer=None)
+        print(f"sections, labels {shares}: {(result['pvals_adj'] < 0.05).mean():.1%} of the genes at FDR 5 %")
+
+
 def circular(genes=2000, repeats=4):
     """Predicted labels and genes that share nothing but the errors of one model: how often a gene is called."""
     rng = np.random.default_rng(3)
@@ -228,37 +259,40 @@ def measured():
         )
 
 
-def small(repeats=6):
+def small():
     """Few spots, drawn at random, against all others, as counted: nothing is there to be found."""
-    tables = {name: load(name) for name in EIGHT}
-    for method, names in (("spatial", ("B1",)), ("pseudobulk", EIGHT)):
-        rng = np.random.default_rng(0)
+    for method, names, repeats in (("spatial", ("B1",), 6), ("pseudobulk", EIGHT, 2)):
         for n in (3, 5, 10, 30):
-            results = []
-            for _ in range(repeats):
-                for name in names:
-                    label = np.full(tables[name].n_obs, "others", object)
-                    label[rng.permutation(len(label))[:n]] = "drawn"
-                    tables[name].obs["drawn"] = label
-                options = {"groups": "drawn", "layer": None, "method": method, "sample_key": "patient"}
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    try:
-                        results.append(hg.tl.biomarkers([tables[name] for name in names], "drawn", **options))
-                    except ValueError as error:
-                        print(f"small, {method}, {', '.join(names)}, {n} spots: {error}")
-                        break
-            if not results:
-                continue
-            every = pd.concat(results)
-            low = every["pvals"] < 0.05
-            print(
-                f"small, {method}, {', '.join(names)}, {n} spots: {len(every) / repeats:.0f} genes tested, p < .05 "
-                f"{100 * low.mean():.1f} % ({100 * (low & (every['effect_size'] > 0)).mean():.1f} above), p < .001 "
-                f"{100 * (every['pvals'] < 0.001).mean():.2f} %, found at FDR 5 % in each draw "
-                f"{[int((result['pvals_adj'] < 0.05).sum()) for result in results]}",
-                flush=True,
-            )
+            drawn(method, names, n, repeats)
+
+
+def drawn(method, names, n, repeats):
+    """Test `n` spots of each section, `repeats` times."""
+    rng = np.random.default_rng(n)
+    tables = {name: load(name) for name in names}
+    results = []
+    for _ in range(repeats):
+        for table in tables.values():
+            label = np.full(table.n_obs, "others", object)
+            label[rng.permutation(len(label))[:n]] = "drawn"
+            table.obs["drawn"] = label
+        options = {"groups": "drawn", "layer": None, "method": method, "sample_key": "patient"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                results.append(hg.tl.biomarkers(list(tables.values()), "drawn", **options))
+            except ValueError as error:
+                print(f"small, {method}, {', '.join(names)}, {n} spots: {error}", flush=True)
+                return
+    every = pd.concat(results)
+    low = every["pvals"] < 0.05
+    print(
+        f"small, {method}, {', '.join(names)}, {n} spots: {len(every) / repeats:.0f} genes tested, p < .05 "
+        f"{100 * low.mean():.1f} % ({100 * (low & (every['effect_size'] > 0)).mean():.1f} above), p < .001 "
+        f"{100 * (every['pvals'] < 0.001).mean():.2f} %, found at FDR 5 % in each draw "
+        f"{[int((result['pvals_adj'] < 0.05).sum()) for result in results]}",
+        flush=True,
+    )
 
 
 def summed(tables):
