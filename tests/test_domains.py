@@ -1,3 +1,4 @@
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -218,7 +219,6 @@ def test_rare_domains_are_left_out_with_a_warning(slide):
 
 
 def test_sections_are_scored_apart_and_averaged_over_samples():
-    import anndata as ad
 
     parts = {name: hg.datasets.toy((7, 7), mpp=8.0, seed=i)["table"] for i, name in enumerate("abc")}
     table = ad.concat(parts, label="block", index_unique="-")
@@ -238,8 +238,50 @@ def test_sections_are_scored_apart_and_averaged_over_samples():
     assert len(hg.pl.domains(table, section="toy-2")) == 2
 
 
+def _table(n=9, seed=0):
+    rng = np.random.default_rng(seed)
+    xy = np.argwhere(np.ones((n, n))).astype(float)
+    domain = np.where(xy[:, 0] < n / 2, "a", "b")
+    rates = np.where((domain == "a")[:, None], 5, 2) * np.ones(20)
+    table = ad.AnnData(rng.poisson(rates).astype(np.float32), obs=pd.DataFrame({"pathologist": domain}))
+    table.obs_names = [f"{seed}_{i}" for i in range(len(xy))]
+    table.obsm["spatial"] = xy
+    return table
+
+
+def test_patients_of_one_table_are_not_clustered_together():
+    tables = [_table(seed=seed) for seed in (0, 1)]
+    for name, table in zip("PQ", tables, strict=True):
+        table.obs["patient"] = name
+    tables[1].obsm["spatial"] = tables[1].obsm["spatial"] + 100
+    both = ad.concat(tables)
+    found = run(both)
+    assert set(found["section"]) == {"P", "Q", "all"}
+    assert both.uns["he2gene_domains"]["params"]["sample_key"] == "patient"
+
+
+def test_positions_without_a_lattice_have_no_pvalue_and_a_warning():
+    table = _table()
+    table.obsm["spatial"] = np.random.default_rng(0).uniform(0, 9, table.obsm["spatial"].shape)
+    with pytest.warns(UserWarning, match="no lattice, or too few: no shift is admissible, no p-value"):
+        found = run(table)
+    assert found["pval"].isna().all()
+
+
+@pytest.mark.parametrize("blank", [np.nan, "", "nan"])
+def test_whole_numbers_are_labels_and_blanks_are_none(blank):
+    table = _table()
+    codes = np.where(table.obs["pathologist"] == "a", 1.0, 0.0)
+    codes[3] = np.nan
+    table.obs["code"] = codes
+    if isinstance(blank, str):
+        table.obs["code"] = [blank if np.isnan(code) else str(int(code)) for code in codes]
+    run(table, domain_key="code")
+    assert set(table.obs["he2gene_domains_measured"].astype(str)) == {"~0", "~1"}
+    assert len(hg.pl.domains(table)) == 2
+
+
 def test_a_section_of_one_domain_is_skipped():
-    import anndata as ad
 
     parts = [hg.datasets.toy((7, 7), mpp=8.0, seed=i)["table"] for i in range(2)]
     parts[1].obs["pathologist"] = "tumour"
@@ -299,7 +341,6 @@ def _all_nan(table):
 
 
 def test_a_patient_under_two_names_is_refused():
-    import anndata as ad
 
     one = hg.datasets.toy((5, 6), mpp=8.0)["table"]
     table = ad.concat({"p": one, "P1": one}, label="patient", index_unique="-")
@@ -358,3 +399,12 @@ def test_measured_clusters_of_a1_keep_the_pathologists_domains(her2st):
     scores = found[found["score"] == "ari"].set_index("labels")
     assert scores["mean"]["measured"] > scores["mean"]["random features"] + 0.1
     assert scores["n_shifts"]["measured"] > 100
+
+
+def test_a_domain_that_was_left_out_of_the_scores_is_not_in_the_legend():
+    table = _table()
+    table.obs.iloc[:2, table.obs.columns.get_loc("pathologist")] = "rare"
+    with pytest.warns(UserWarning, match="'rare'"):
+        run(table)
+    annotation = hg.pl.domains(table)[0]
+    assert [text.get_text() for text in annotation.get_legend().get_texts()] == ["a", "b"]

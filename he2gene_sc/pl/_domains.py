@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .._tables import pitch_of, sections_of, slides_of, spots_of
+from .._tables import labels_of, pitch_of, sections_of, slides_of, spots_of
 from ..get._domains import result
 from ._canvas import Canvas, axes_for, draw, finish
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
+#: As domain_preservation has it: a domain of fewer spots in a section is not scored.
+MIN_SPOTS = 3
 _EXTRA_COLOURS = ("#e377c2", "#8c564b", "#aec7e8", "#ffbb78", "#98df8a")
 
 
@@ -76,30 +78,24 @@ def domains(
     section, spots = _spots(table, record, section)
     columns = {record["params"]["domain_key"]: "annotation"}
     columns |= {f"{key_added}_{name}": name for name in ("measured", "predicted") if f"{key_added}_{name}" in table.obs}
-    colours = _colours(table, columns)
+    labels = {column: _labels(table, spots, column) for column in columns}
+    colours = _colours(table, labels)
     titles = [_title(record, section, name) for name in columns.values()]
     where = _canvas(data, table, spots, record["params"].get("layer")) if image else None
     axes = axes_for(len(columns) + (where is not None), ax, ncols=4, panel=4.0)
     if where is not None:
-        shown = _panels(where, table, columns)
+        shown = _panels(where, table, labels)
         draw(where, shown, None, axes[0], title="tissue", image=True, size=size)
     for axis, column, title in zip(axes[-len(columns) :], columns, titles, strict=True):
+        present = labels[column].iloc[spots].dropna().unique()
+        present = [name for name in colours if name in set(present)]
         if where is None:
-            _scatter(table[spots], column, colours, axis, size)
+            _scatter(spots_of(table)[spots], labels[column].iloc[spots], colours, axis, size)
             axis.set_title(title)
-            continue
-        present = list(shown.obs[column].cat.categories)
-        draw(
-            where,
-            shown,
-            column,
-            axis,
-            title=title,
-            image=True,
-            size=size,
-            groups=present,
-            palette=[colours[name] for name in present],
-        )
+        else:
+            palette = [colours[name] for name in present]
+            draw(where, shown, column, axis, title=title, image=True, size=size, groups=present, palette=palette)
+        _legend(axis, {name: colours[name] for name in present})
     return finish(axes, save)
 
 
@@ -132,13 +128,21 @@ def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, pred
     return Canvas(data, next(slide for slide in slides if slide.shapes_key == shapes), table_key)
 
 
-def _panels(where: Canvas, table: AnnData, columns: Mapping[str, str]) -> AnnData:
+def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
+    """Labels as text, without those that have too few spots in the section to be scored."""
+    labels = pd.Series(labels_of(table, column, "domain_key"), index=table.obs_names)
+    size = labels.iloc[spots].value_counts()
+    return labels.where(~labels.isin(size.index[size < MIN_SPOTS]), None)
+
+
+def _panels(where: Canvas, table: AnnData, labels: Mapping[str, pd.Series]) -> AnnData:
     """Labels alone, of the slide's spots, as spatialdata-plot wants them."""
     from anndata import AnnData
     from spatialdata.models import TableModel
 
     rows = where.table
-    obs = pd.DataFrame({column: pd.Categorical(_text(rows.obs[column])) for column in columns}, index=rows.obs_names)
+    obs = pd.DataFrame({column: pd.Categorical(values[rows.obs_names]) for column, values in labels.items()})
+    obs.index = rows.obs_names
     obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
     obs["instance"] = rows.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
     return TableModel.parse(
@@ -146,12 +150,28 @@ def _panels(where: Canvas, table: AnnData, columns: Mapping[str, str]) -> AnnDat
     )
 
 
-def _scatter(table: AnnData, column: str, colours: Mapping[str, str], ax: Axes, size: float) -> None:
-    """Draw spots alone, in their own size."""
-    from matplotlib.collections import EllipseCollection
+def _legend(ax: Axes, colours: Mapping[str, str]) -> None:
+    """Name the colours below the panel, where they push no other panel apart."""
     from matplotlib.lines import Line2D
 
-    xy, labels = spots_of(table), _text(table.obs[column])
+    handles = [Line2D([], [], marker="o", ls="", color=colour, label=name) for name, colour in colours.items()]
+    columns = 2 if len(handles) > 2 else 1
+    ax.legend(
+        handles=handles,
+        frameon=False,
+        fontsize="small",
+        ncols=columns,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        handletextpad=0.2,
+        columnspacing=1,
+    )
+
+
+def _scatter(xy: np.ndarray, labels: pd.Series, colours: Mapping[str, str], ax: Axes, size: float) -> None:
+    """Draw spots alone, in their own size."""
+    from matplotlib.collections import EllipseCollection
+
     diameter = 0.95 * size * pitch_of(xy)
     for label in [None, *labels.dropna().unique()]:
         chosen = (labels.isna() if label is None else labels == label).to_numpy()
@@ -170,26 +190,18 @@ def _scatter(table: AnnData, column: str, colours: Mapping[str, str], ax: Axes, 
             ax.add_collection(circles)
     low, high = xy.min(0) - diameter, xy.max(0) + diameter
     ax.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal", xticks=[], yticks=[])
-    handles = [
-        Line2D([], [], marker="o", ls="", color=colours[label], label=label) for label in labels.dropna().unique()
-    ]
-    ax.legend(handles=handles, frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _text(values: pd.Series) -> pd.Series:
-    return values.astype(object).where(values.isna(), values.astype(str))
-
-
-def _colours(table: AnnData, columns: Mapping[str, str]) -> dict[str, str]:
+def _colours(table: AnnData, labels: Mapping[str, pd.Series]) -> dict[str, str]:
     """Colour of every label: that in ``uns``, where there is one, the same for a domain and for its clusters."""
     colours: dict[str, str] = {}
-    for column in reversed(list(columns)):
+    for column in reversed(list(labels)):
         values = table.obs[column]
         if isinstance(values.dtype, pd.CategoricalDtype) and f"{column}_colors" in table.uns:
             pairs = zip(values.cat.categories, table.uns[f"{column}_colors"], strict=False)
             colours |= {str(name): str(colour) for name, colour in pairs}
     extra = iter(_EXTRA_COLOURS * 10)
-    for label in sorted(_text(table.obs[next(iter(columns))]).dropna().unique()):
+    for label in sorted(next(iter(labels.values())).dropna().unique()):
         if label not in colours:
             colours[label] = colours.get(f"~{label}") or next(extra)
     return colours

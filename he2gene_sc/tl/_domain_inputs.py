@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._keys import MADE, Keys
-from .._tables import Scale, column_of, get_table, log_expression, sections_of, slides_of, spots_of
+from .._tables import Scale, column_of, get_table, labels_of, log_expression, sections_of, slides_of, spots_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,6 +31,12 @@ def find(data: SpatialData | AnnData, layer: str | None, table_key: str | None) 
         layer is not None and hasattr(data, "tables") and any(layer in table.uns for table in data.tables.values())
     )
     return get_table(data, table_key, key_added=layer if predicted else None)
+
+
+def sample_column(table: AnnData, sample_key: str | None) -> str | None:
+    """Column of samples: as given, else ``obs["patient"]`` where it is there, as biomarkers have it."""
+    known = "patient" in table.obs and table.obs["patient"].notna().any()
+    return "patient" if sample_key is None and known else sample_key
 
 
 def sections(table: AnnData, sample_key: str | None) -> pd.DataFrame:
@@ -95,13 +101,10 @@ def domains(table: AnnData, domain_key: str, where: pd.DataFrame) -> tuple[np.nd
     ValueError
         If ``domain_key`` is no column of labels, or no section has two domains.
     """
-    column = column_of(table, domain_key, "domain_key")
-    if pd.api.types.is_float_dtype(column.dtype):
-        raise ValueError(f"`domain_key` {domain_key!r} holds fractions; a column of labels is needed")
-    labels = column.astype(object).where(column.notna(), None)
-    values = labels.map(lambda value: None if value is None or not str(value).strip() else str(value))
+    values = pd.Series(labels_of(table, domain_key, "domain_key"))
+    column = table.obs[domain_key]
     if isinstance(column.dtype, pd.CategoricalDtype):
-        names = [str(name) for name in column.cat.categories if str(name) in set(values.dropna())]
+        names = values.iloc[np.argsort(column.cat.codes, kind="stable")].dropna().unique().tolist()
     else:
         names = sorted(set(values.dropna()))
     codes = pd.Categorical(values, categories=names).codes.astype(np.int64)

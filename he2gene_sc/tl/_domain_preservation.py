@@ -83,7 +83,8 @@ def domain_preservation(
     n_perms
         Most shifts to test with. The distinct admissible ones are often fewer: then all are used.
     sample_key
-        Column of ``obs`` with the sample (patient). Sections are scored one by one; the table's lines of section
+        Column of ``obs`` with the sample (patient); default: ``"patient"`` where it is there. Samples are never clustered
+        together. Sections are scored one by one; the table's lines of section
         ``"all"`` are means over samples, each the mean of its sections, with the SD over samples and no p-value.
     clustering
         ``"leiden"`` or ``"kmeans"``.
@@ -111,7 +112,8 @@ def domain_preservation(
     -----
     UserWarning
         If domains of too few spots are left out, a section with fewer than two domains is skipped, another number of
-        clusters comes out (a graph of neighbours in more parts than domains), or fewer than 20 shifts are admissible, so that no p-value can be below .05.
+        clusters comes out (a graph of neighbours in more parts than domains), fewer than 20 shifts are
+        admissible, so that no p-value can be below .05, or none, as where spots stand on no lattice: there is no p-value.
 
     Raises
     ------
@@ -140,6 +142,7 @@ def domain_preservation(
     has_measured = not inputs.is_made(table)
     if layer is None and not has_measured:
         raise ValueError("`layer` is None, but the table was made by hg.tl.predict: nothing in it was measured")
+    sample_key = inputs.sample_column(table, sample_key)
     where = inputs.sections(table, sample_key)
     codes, names = inputs.domains(table, domain_key, where)
     written = [
@@ -226,7 +229,13 @@ def _score_section(xy, codes, members, spaces, annotation, n_domains, seeds, n_p
     if n >= len(spots):
         raise ValueError(f"`n_domains` is {n}, section {section!r} has {len(spots)} spots; fewer clusters are needed")
     shifts = admissible_shifts(xy[spots][labelled], n_max=n_perms, seed=seeds[0])
-    if len(shifts) < 20:
+    if not len(shifts):
+        warnings.warn(
+            f"section {section!r}: the positions are no lattice, or too few: no shift is admissible, no p-value",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif len(shifts) < 20:
         warnings.warn(
             f"section {section!r} allows {len(shifts)} shifts: no p-value can be below {1 / (len(shifts) + 1):.2g}",
             UserWarning,
