@@ -22,8 +22,8 @@ def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> s
     """Say what makes the labels depend on the errors of the values; empty if nothing does.
 
     Labels of the head, and clusters of predicted genes, share the image with predicted values; clusters of measured genes
-    the noise with measured ones. By name, or because the labels follow from such a column: renamed or merged levels, few
-    spots changed.
+    the noise with measured ones. By name, or because the labels follow from such a column exactly: renamed or merged
+    levels. Labels that merely agree well with the head's may be a pathologist's.
     """
     predicted = any(prediction_key(table, layer) is not None for table in tables)
     heads = set().union(*(_heads(table, layer) for table in tables)) if predicted else set()
@@ -37,10 +37,10 @@ def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> s
         return f"obs[{groupby!r}] was {why}"
     # Good clusters agree with the labels that they were compared with, which owe nothing to them.
     compared = {record["params"].get("domain_key") for table in tables for record in _domain_records(table)}
-    for name, least in [(name, 0.95) for name in sorted(heads)] + [(name, 1 - 1e-9) for name in sorted(clusters)]:
+    for name in sorted(heads | clusters):
         if name in clusters and groupby in compared:
             continue
-        if _follows(tables, groupby, name) > least:
+        if _follows(tables, groupby, name) > 1 - 1e-9:
             return f"obs[{groupby!r}] follows from obs[{name!r}], level by level, which was {why}"
     return ""
 
