@@ -5,6 +5,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py layouts 1000 A1 C5 B1 D1
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py power 1000 A1 C5
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py large 2000
+    python tests/benchmarks/bench_spatial_test.py variances 500
     python tests/benchmarks/bench_spatial_test.py speed 14000
 
 The second argument is the number of genes a cell; `A1/cancer in situ` is one label of a section. Ranges are in shares of the longer side of the tissue; the
@@ -226,6 +227,35 @@ def large(genes, _):
             print(f"{label} | {field} | " + " | ".join(map(share, results)), flush=True)
 
 
+def variances(genes, _):
+    print(
+        "306 spots of a hexagonal grid | label | field | SD in the group | spatial | Welch  (% of genes with p < 0.05)"
+    )
+    rows, columns = np.divmod(np.arange(306), 18)
+    xy = np.column_stack([columns + 0.5 * (rows % 2), rows * np.sqrt(0.75)])
+    rng = np.random.default_rng(0)
+    distance = cdist(xy, xy)
+    order = np.argsort(distance[102], kind="stable")
+    cases = {
+        "scattered 76": np.isin(np.arange(306), rng.choice(306, 76, replace=False)),
+        "blob of 76": np.isin(np.arange(306), order[:76]),
+        "corner of 30": np.isin(np.arange(306), np.argsort(xy.sum(1), kind="stable")[-30:]),
+        "scattered 3": np.isin(np.arange(306), rng.choice(306, 3, replace=False)),
+    }
+    fields = {
+        "none": np.eye(306),
+        "exponential, 2 pitches": np.exp(-distance / 2),
+        "gaussian, 4 pitches": np.exp(-((distance / 4) ** 2)),
+    }
+    for label, group in cases.items():
+        for field, cov in fields.items():
+            for sd in (0.5, 1, 2):
+                values = draw(cov, genes, rng) * np.where(group, sd, 1)[:, None]
+                welch = stats.ttest_ind(values[group], values[~group], equal_var=False).pvalue
+                results = spatial_test(values, group, xy, check_top=0).pvalues, welch
+                print(f"{label} | {field} | {sd} | " + " | ".join(map(share, results)), flush=True)
+
+
 def speed(genes, _):
     import resource
 
@@ -242,5 +272,5 @@ def speed(genes, _):
 
 
 if __name__ == "__main__":
-    tables = {"sizes": sizes, "layouts": other, "power": power, "large": large, "speed": speed}
+    tables = {"sizes": sizes, "layouts": other, "power": power, "large": large, "variances": variances, "speed": speed}
     tables[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])
