@@ -241,7 +241,8 @@ def _build(
         intervals=None if calibration is None else described(calibration, exchangeable, facts.classes),
         guard=limits,
     )
-    return HE2Gene(card, genes, tensors)
+    # In the order in which they are stored: rounding depends on it.
+    return HE2Gene(card, genes, {key: np.asarray(value, order="C") for key, value in tensors.items()})
 
 
 def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section]) -> str:
