@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .tl._train import PRESETS, WINDOWS_UM
+
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from .tl._measured import Measured
     from .training import Section
 
-PRESETS = ("default", "he2gene-base", "he2gene-spat")
 UNITS = ("section", "patient")
 N_TARGET = 250
 #: More groups than these are held out in so many folds of whole groups.
@@ -26,7 +27,6 @@ MAX_FOLDS = 8
 #: Penalties of the ridges, in units of the number of features.
 _PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)
 _ENCODER = "efficientnet-lite0"
-_WINDOWS_UM = (100.0, 200.0, 400.0)
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _read(
         if not sdata.images:
             raise FileNotFoundError(f"section {name} of {source.name} has no image here")
         for section in read_sections(sdata, Keys("annotation", "patient", "section", None, None), {}):
-            features.append(encode_section(section, extractor, sha256, _WINDOWS_UM, cache, engine, ((0, False),)))
+            features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine, ((0, False),)))
             kept.append(section.set_down(work))
         del sdata, section
     sections, genes, _ = join(
@@ -253,7 +253,7 @@ def _baselines(fold: _Fold) -> dict[str, list[Prediction | None]]:
     """Predict by what needs no model, each fitted on the training sections of the fold alone."""
     from .models._network import N_COLOUR
 
-    n_colour = N_COLOUR * len(_WINDOWS_UM)
+    n_colour = N_COLOUR * len(WINDOWS_UM)
     return {
         "training mean": [Prediction(np.tile(fold.mean, (len(section), 1))) for section in fold.test],
         "class mean (labels of the held-out section given)": _class_mean(fold),

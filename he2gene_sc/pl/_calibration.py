@@ -12,6 +12,7 @@ from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of
 from .._keys import MADE, Keys
 from .._predicted import record_of, symbols_of
 from .._tables import Scale, get_table
+from ..stats import N_BINS
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from ..models import HE2Gene
 
 _COVERAGES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
-_N_BINS = 10
 _MIN_SPOTS = 10
 
 
@@ -184,7 +184,7 @@ def _draw_reliability(ax: Axes, proba: np.ndarray, codes: np.ndarray) -> None:
     if not usable.any():
         raise ValueError("`annotation_key`: none of the spots that are checked has a label")
     confidence, right = proba[usable].max(1), proba[usable].argmax(1) == codes[usable]
-    bins = np.minimum((confidence * _N_BINS).astype(int), _N_BINS - 1)
+    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
     there = np.unique(bins)
     x, y = (np.array([values[bins == b].mean() for b in there]) for values in (confidence, right))
     size = np.array([(bins == b).sum() for b in there])

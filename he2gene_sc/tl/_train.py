@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("he2gene_sc")
 
 PRESETS = ("default", "he2gene-base", "he2gene-spat")
-_WINDOWS_UM = (100.0, 200.0, 400.0)
+WINDOWS_UM = (100.0, 200.0, 400.0)
 #: Symmetries a training spot is seen under: the identity, and one of each quarter turn, half of them mirrored.
 _SYMMETRIES = ((0, False), (1, True), (2, False), (3, True))
 #: Sum of squares of the colour features, that of the encoder's being 1.
@@ -247,7 +247,7 @@ def train(
                 work,
                 cache=work if cache is None else Path(cache),
                 stages=stages,
-                windows_um=tuple(float(um) for um in windows_um or _WINDOWS_UM),
+                windows_um=tuple(float(um) for um in windows_um or WINDOWS_UM),
                 n_latent=n_latent or 128,
                 validation=validation,
                 seed=seed,

@@ -35,7 +35,7 @@ from he2gene_sc.models._network import N_COLOUR, FeatureExtractor
 from he2gene_sc.models._stages import default_stages, stage_sizes
 from he2gene_sc.stats import pearson
 from he2gene_sc.tl._measured import Genes, Keys, Labels, join, read_sections
-from he2gene_sc.tl._train import _COLOUR_SHARE, _SYMMETRIES, _WINDOWS_UM
+from he2gene_sc.tl._train import _COLOUR_SHARE, _SYMMETRIES, WINDOWS_UM
 from he2gene_sc.training import Recipe, feature_weights
 from he2gene_sc.training._closed_form import embed, fit_basis, fit_sums
 from he2gene_sc.training._validate import panels
@@ -103,7 +103,7 @@ def encode(measured, kind, folder):
         slide.pyramid,
         measured.centres,
         slide.mpp,
-        windows_um=_WINDOWS_UM,
+        windows_um=WINDOWS_UM,
         input_px=extractor.input_px,
         factor=slide.pixel_factor,
     )
@@ -144,18 +144,18 @@ def read(folder, work, kinds):
 
 
 def weights(encoders=("efficientnet-lite0",), colour=_COLOUR_SHARE):
-    parts = [feature_weights(extractor_of(name)[2], len(_WINDOWS_UM), 0, 0) for name in encoders]
+    parts = [feature_weights(extractor_of(name)[2], len(WINDOWS_UM), 0, 0) for name in encoders]
     return np.concatenate([*(part / np.sqrt(len(parts)) for part in parts), colour_weights(colour)])
 
 
 def colour_weights(share=1.0):
-    n = N_COLOUR * len(_WINDOWS_UM)
+    n = N_COLOUR * len(WINDOWS_UM)
     return np.full(n, np.sqrt(share / n), np.float32)
 
 
 def side_by_side(features, name):
     """Lite0 and Lite2 of the same view; the colours stand behind both."""
-    n = N_COLOUR * len(_WINDOWS_UM)
+    n = N_COLOUR * len(WINDOWS_UM)
     lite0, lite2 = (features[name, kind][:, :1] for kind in ("plain", "lite2"))
     return np.concatenate([lite0[..., :-n], lite2[..., :-n], lite0[..., -n:]], axis=2)
 
@@ -172,7 +172,7 @@ def first(kind):
 
 
 def colour_alone(features, name):
-    return np.array(features[name, "plain"][:, :1, -N_COLOUR * len(_WINDOWS_UM) :])
+    return np.array(features[name, "plain"][:, :1, -N_COLOUR * len(WINDOWS_UM) :])
 
 
 def normal_scores(features):
