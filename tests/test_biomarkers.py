@@ -13,6 +13,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 import he2gene_sc as hg
+from he2gene_sc.stats import paired_moderated_t
 
 COLUMNS = [
     "group",
@@ -74,6 +75,19 @@ def test_effects_are_paired_means():
     d = pd.DataFrame(np.subtract(*np.array(means, float)), columns=tables[0].var_names)[tumour.index]
     np.testing.assert_allclose(tumour["effect_size"], d.mean(), rtol=1e-5)
     assert stats.spearmanr(tumour["pvals"], stats.ttest_1samp(d, 0).pvalue).statistic > 0.8
+
+
+@pytest.mark.parametrize("trend", [True, False])
+def test_prior_goes_with_the_variance_of_the_spots(trend):
+    tables = patients()
+    tumour = of(found(tables, trend=trend))
+    values = [[t.layers["log"][t.obs["label"] == side].astype(float) for side in ("tumour", "stroma")] for t in tables]
+    d = np.array([one.mean(0) - other.mean(0) for one, other in values])
+    parts = [side for pair in values for side in pair]
+    within = sum(side.var(0) * len(side) for side in parts) / sum(len(side) - 1 for side in parts)
+    expected = paired_moderated_t(d, alike=within if trend else None)
+    expected = pd.Series(expected.pvalues, tables[0].var_names)
+    np.testing.assert_allclose(tumour["pvals"], expected[tumour.index], rtol=1e-3)
 
 
 def test_p_values_are_adjusted_within_groups():

@@ -94,6 +94,67 @@ def test_moderated_t_keeps_its_size():
     assert 0.04 < rate < 0.06
 
 
+def test_prior_follows_what_the_variances_are_like():
+    rng = np.random.default_rng(5)
+    d0, df = 8.0, 7
+    x = rng.normal(size=50_000)
+    prior = np.exp(0.5 * x + 0.3 * np.sin(x))
+    true = prior * d0 / rng.chisquare(d0, len(x))
+    posterior, found_prior, found_d0 = squeeze_variance(true * rng.chisquare(df, len(x)) / df, df, np.exp(x))
+    assert found_d0 == pytest.approx(d0, rel=0.05)
+    middle = np.abs(x) < 2
+    np.testing.assert_allclose(found_prior[middle], prior[middle], rtol=0.08)
+    assert np.corrcoef(np.log(posterior), np.log(true))[0, 1] > 0.85
+
+
+@pytest.mark.parametrize("genes", [50, 500])
+def test_variances_that_are_all_alike_have_one_prior(genes):
+    d = np.random.default_rng(6).normal(size=(8, genes))
+    one, other = paired_moderated_t(d), paired_moderated_t(d, alike=np.full(genes, 2.0))
+    np.testing.assert_allclose(one.pvalues, other.pvalues)
+
+
+@pytest.mark.parametrize("genes", [2, 8, 40, 400])
+def test_units_of_the_genes_do_not_matter_where_they_have_variances_of_their_own(genes):
+    rng = np.random.default_rng(7)
+    d, scale = rng.normal(size=(8, genes)), np.exp(np.linspace(-1, 1, genes))
+    test, again = (paired_moderated_t(d * unit, alike=np.square(unit)) for unit in (scale, 7 * scale))
+    np.testing.assert_allclose(test.pvalues, again.pvalues, rtol=1e-6)
+    if genes < 200:
+        np.testing.assert_allclose(test.pvalues, paired_moderated_t(d).pvalues, rtol=1e-6)
+
+
+def test_variances_of_the_spots_keep_the_size_and_find_more_where_scales_differ():
+    rng = np.random.default_rng(8)
+    scale = rng.lognormal(0, 0.5, 5000)
+    d = rng.normal(size=(8, 5000)) * scale
+    # An estimate too.
+    alike = scale**2 * rng.chisquare(200, 5000) / 200
+    rates = paired_moderated_t(d, alike=alike).pvalues
+    assert 0.04 < (rates < 0.05).mean() < 0.06
+    assert 0.0002 < (rates < 0.001).mean() < 0.003
+    shifted = d + 1.5 * scale
+    plain, informed = paired_moderated_t(shifted), paired_moderated_t(shifted, alike=alike)
+    assert (informed.pvalues < 0.001).mean() > (plain.pvalues < 0.001).mean() + 0.1
+
+
+@pytest.mark.parametrize(("n", "genes"), [(3, 4), (3, 40), (4, 10)])
+def test_few_genes_keep_their_size(n, genes):
+    rng = np.random.default_rng(9)
+    low = []
+    for _ in range(8000 // genes):
+        scale = rng.lognormal(0, 0.5, genes)
+        alike = scale**2 * rng.chisquare(100, genes) / 100
+        low.append((paired_moderated_t(rng.normal(size=(n, genes)) * scale, alike=alike).pvalues < 0.05).mean())
+    assert 0.035 < np.mean(low) < 0.06
+
+
+@pytest.mark.parametrize("alike", [np.ones(3), np.array([1, np.nan, 1, 2]), np.array([1.0, 0, 1, 2]), np.ones((4, 1))])
+def test_what_is_no_variance_is_refused(alike):
+    with pytest.raises(ValueError, match="`alike` must be 4 positive numbers"):
+        paired_moderated_t(np.ones((3, 4)), alike=alike)
+
+
 def test_one_sample_is_refused():
     with pytest.raises(ValueError, match="1 samples"):
         paired_moderated_t(np.zeros((1, 3)))

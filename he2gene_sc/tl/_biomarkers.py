@@ -41,6 +41,7 @@ def biomarkers(
     method: Literal["auto", "pseudobulk", "mixed", "ppi", "spatial", "wilcoxon"] = "auto",
     reliable_only: bool = True,
     covariates: str | Sequence[str] | None = None,
+    trend: bool = True,
     cross_fit: bool = False,
     measured: str | None = None,
     measured_scale: Scale = "auto",
@@ -82,6 +83,9 @@ def biomarkers(
         Test only the genes that the model's card calls reliable. Measured values are not subject to it.
     covariates
         Columns of ``obs`` for ``"mixed"``: numbers, averaged per sample and group, or labels, one a sample.
+    trend
+        Of ``"pseudobulk"``: the prior variance of a gene goes with the variance of its spots (as limma's ``eBayes`` with that as
+        its ``trend``); ``False``: one prior for all genes (Smyth 2004).
     cross_fit
         Replace the labels of each sample (of each section, in one patient) by those of a classifier of *measured*
         expression fitted on the others and their labels, so that they owe nothing to the image that the genes were
@@ -158,7 +162,7 @@ def biomarkers(
         reliable_only=reliable_only,
     )
     chosen = method_for(method, spots, covariates)
-    options = {"covariates": covariates, "level": level}
+    options = {"covariates": covariates, "level": level, "trend": bool(trend)}
     run = {"chosen": chosen, "groups": groups, "reference": reference, "min_mean": min_mean, "options": options}
     if cross_fit:
         halves = _halves(spots, measured, measured_scale)
@@ -180,6 +184,7 @@ def biomarkers(
         "method": chosen.name,
         "reliable_only": reliable_only,
         "covariates": list(covariates) or None,
+        "trend": bool(trend) if chosen.name == "pseudobulk" else None,
         "cross_fit": cross_fit,
         "min_mean": min_mean,
         "join": join,

@@ -35,9 +35,8 @@ def compare(
     tuple
         The tests, a row a group and gene, without adjustment; the differences, a row a group and sample, a column a gene.
     """
-    cells = Cells.of(spots)
+    cells = Cells.of(spots, squares=chosen.squares, detected=chosen.detecting > 0)
     of_measured = None if measured is None else Cells.of(measured)
-    detected = Cells.of(spots, detected=True) if chosen.detecting else None
     tests, differences, faults = [], [], []
     for group in _groups(cells, groups, reference, chosen):
         contrast = Contrast.of(spots, cells, spots.genes, group, reference, **options)
@@ -46,7 +45,7 @@ def compare(
                 contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, **options)
             )
         used = chosen.uses(contrast)
-        kept, fault = _tested(contrast, chosen, used, min_mean, group, reference, detected)
+        kept, fault = _tested(contrast, chosen, used, min_mean, group, reference, cells)
         if fault:
             faults.append(fault)
             continue
@@ -84,7 +83,7 @@ def _tested(
     min_mean: float,
     group: str,
     reference: str,
-    detected: Cells | None,
+    cells: Cells,
 ) -> tuple[np.ndarray, str]:
     """Genes of sufficient mean that enough spots of the smaller group are expected to show, and why there are none.
 
@@ -96,10 +95,10 @@ def _tested(
     enough = mean > min_mean
     if not enough.any():
         return enough, f"`min_mean` is {min_mean}; no gene has a mean above it in {group!r} and {reference!r}"
-    if detected is None:
+    if cells.detected is None:
         return enough, ""
-    others = detected.labels[detected.labels != group] if reference == "rest" else [reference]
-    spots = detected.side([group])[0].sum(0) + detected.side(others)[0].sum(0)
+    others = cells.labels[cells.labels != group] if reference == "rest" else [reference]
+    spots = cells.side([group], "detected")[0].sum(0) + cells.side(others, "detected")[0].sum(0)
     n = contrast.counts.sum(1)
     seen = enough & (spots * n.min() >= chosen.detecting * n.sum())
     if not seen.any():

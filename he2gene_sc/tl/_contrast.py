@@ -20,31 +20,40 @@ MIN_SPOTS = 3
 
 @dataclass(frozen=True)
 class Cells:
-    """Sums of the logarithms and numbers of spots of every label in every sample."""
+    """Sums over the spots of every label in every sample, ``(samples, labels, g)`` float64.
+
+    ``counts`` ``(samples, labels)`` are the spots, ``sums`` those of the logarithms; ``squares``, of their squares, and
+    ``detected``, of the spots where a gene is not 0, are there where they were asked for.
+    """
 
     samples: np.ndarray
     labels: np.ndarray
-    sums: np.ndarray
     counts: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray | None = None
+    detected: np.ndarray | None = None
 
     @classmethod
-    def of(cls, pool: Pool, *, detected: bool = False) -> Cells:
-        """Sum over the spots of a pool: ``sums`` ``(samples, labels, g)`` float64, ``counts`` ``(samples, labels)``.
-
-        ``detected``: the sums are numbers of spots where a gene is not 0.
-        """
+    def of(cls, pool: Pool, *, squares: bool = False, detected: bool = False) -> Cells:
+        """Sum over the spots of a pool, in one reading."""
         samples, sample = np.unique(pool.samples.astype(str), return_inverse=True)
         labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
         shape = (len(samples), len(labels))
         code = sample * shape[1] + label
-        sums = pool.sums(code, shape[0] * shape[1], detected=detected)
-        counts = np.bincount(code, minlength=shape[0] * shape[1])
-        return cls(samples, labels, sums.reshape(*shape, -1), counts.reshape(shape))
+        asked = {"sums": np.asarray} | ({"squares": np.square} if squares else {})
+        asked |= {"detected": _seen} if detected else {}
+        sums = pool.sums(code, shape[0] * shape[1], *asked.values())
+        counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
+        return cls(samples, labels, counts, **dict(zip(asked, sums.reshape(len(asked), *shape, -1), strict=True)))
 
-    def side(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def side(self, labels: Sequence[str], what: str = "sums") -> tuple[np.ndarray, np.ndarray]:
         """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
         chosen = np.isin(self.labels, list(labels))
-        return self.sums[:, chosen].sum(1), self.counts[:, chosen].sum(1)
+        return getattr(self, what)[:, chosen].sum(1), self.counts[:, chosen].sum(1)
+
+
+def _seen(values: np.ndarray) -> np.ndarray:
+    return (values != 0).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ class Contrast:
     """One group against its reference.
 
     ``inside`` and ``outside`` are ``(n,)`` bool over the spots of the pool; ``means`` is ``(2, samples, g)``, the group
-    first, NaN where a sample has fewer than three spots of it; ``counts`` is ``(2, samples)``. ``measured`` is the contrast
+    first, NaN where a sample has fewer than three spots of it; ``counts`` is ``(2, samples)``. ``spot_variance`` ``(g,)``
+    is the variance of spots about the means of their group and sample, where squares were summed. ``measured`` is the contrast
     of the measured values, where there are some.
     """
 
@@ -66,6 +76,8 @@ class Contrast:
     pooled_means: np.ndarray
     covariates: tuple[str, ...] = ()
     level: float = 0.95
+    trend: bool = True
+    spot_variance: np.ndarray | None = None
     measured: Contrast | None = None
 
     @classmethod
@@ -79,6 +91,10 @@ class Contrast:
         with np.errstate(invalid="ignore", divide="ignore"):
             means = np.where(enough[..., None], sums / counts[..., None], np.nan)
             pooled = sums.sum(1) / counts.sum(1)[:, None]
+        if cells.squares is not None:
+            squares = np.array([cells.side(side, "squares")[0] for side in ([group], others)])
+            about = (squares - np.square(sums) / np.maximum(counts, 1)[..., None]).sum((0, 1))
+            more["spot_variance"] = about / max(counts.sum() - (counts > 0).sum(), 1)
         inside = pool.labels == group
         return cls(pool, genes, cells.samples, inside, np.isin(pool.labels, others), means, counts, pooled, **more)
 
@@ -113,6 +129,7 @@ class Contrast:
             genes=self.genes[genes],
             means=self.means[..., genes],
             pooled_means=self.pooled_means[:, genes],
+            spot_variance=None if self.spot_variance is None else self.spot_variance[genes],
             measured=None if self.measured is None else self.measured.keep(genes),
         )
 
@@ -122,7 +139,8 @@ class Method:
     """A test of one contrast.
 
     ``samples``: how many with both groups it needs; ``caution``: what its user must know; ``detecting``: spots of the
-    smaller group that are expected to show a gene, from its share of all spots, for the gene to be tested.
+    smaller group that are expected to show a gene, from its share of all spots, for the gene to be tested; ``squares``: whether
+    it uses the variance of spots.
     """
 
     name: str
@@ -132,12 +150,18 @@ class Method:
     uses: Callable[[Contrast], np.ndarray]
     caution: str = ""
     detecting: int = 0
+    squares: bool = False
 
 
 def _pseudobulk(contrast: Contrast) -> SampleTest:
     from ..stats import paired_moderated_t
 
-    return paired_moderated_t(contrast.differences, level=contrast.level)
+    alike = None
+    if contrast.trend:
+        # A gene of one value everywhere has no variance to go with.
+        least = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
+        alike = np.maximum(contrast.spot_variance, least)
+    return paired_moderated_t(contrast.differences, alike=alike, level=contrast.level)
 
 
 def _mixed(contrast: Contrast) -> SampleTest:
@@ -231,7 +255,7 @@ def _all(contrast: Contrast) -> np.ndarray:
 METHODS = {
     method.name: method
     for method in (
-        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both),
+        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, squares=True),
         Method("mixed", _mixed, "mixed", 2, _with_either),
         Method("ppi", _ppi, "ppi", 5, _with_both),
         Method(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -61,20 +61,20 @@ class Pool:
                 yield slice(start + first, start + first + len(chosen)), block
             start += len(rows)
 
-    def sums(self, codes: np.ndarray, n: int, *, detected: bool = False) -> np.ndarray:
-        """Sum of the logarithms of the spots of each of ``n`` codes, ``(n, g)`` float64; a code below 0 is left out.
+    def sums(self, codes: np.ndarray, n: int, *of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Sum over the spots of each of ``n`` codes, ``(len(of), n, g)`` float64; a code below 0 is left out.
 
-        ``detected``: number of spots where the gene is not 0 instead.
+        ``of`` says what is summed, from the logarithms of some spots ``(b, g)``; all are made in one reading.
         """
         from scipy.sparse import csr_array
 
-        out = np.zeros((n, len(self.genes)))
+        out = np.zeros((len(of), n, len(self.genes)))
         for where, values in self.blocks():
-            block = (values != 0).astype(np.float32) if detected else values
             code = codes[where]
             kept = code >= 0
             ones = csr_array((np.ones(kept.sum()), (code[kept], np.flatnonzero(kept))), (n, len(code)))
-            out += ones @ block
+            for total, make in zip(out, of, strict=True):
+                total += ones @ make(values)
         return out
 
     def values(self, chosen: np.ndarray, genes: pd.Index) -> np.ndarray:
