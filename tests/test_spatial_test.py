@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from he2gene_sc.stats import _spatial_test, spatial_test, wilcoxon_test
+from he2gene_sc.stats import _spatial_fit, _spatial_test, spatial_test, wilcoxon_test
 from he2gene_sc.stats._covariance import _Pairs, make_blocks
 
 GRID = np.argwhere(np.ones((12, 14))).astype(float)
@@ -30,8 +30,9 @@ def assert_same(a, b, rtol=1e-4):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, atol=1e-6, err_msg=name)
 
 
-def test_without_any_field_it_is_students_t(monkeypatch):
-    monkeypatch.setattr(_spatial_test, "correlations", lambda blocks: iter(()))
+def test_without_any_field_and_with_equal_variances_it_is_students_t(monkeypatch):
+    monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter(()))
+    monkeypatch.setattr(_spatial_fit, "RATIOS", np.zeros(1))
     values = np.random.default_rng(0).standard_normal((len(GRID), 20))
     test = spatial_test(values, BLOB, GRID, check_top=0)
     student = stats.ttest_ind(values[BLOB], values[~BLOB])
@@ -52,9 +53,10 @@ def test_independent_spots_under_scattered_labels_are_nearly_students_t():
 
 def test_effective_size_is_dutilleuls_under_a_known_covariance(monkeypatch):
     sigma = np.exp(-DISTANCE / 3)
-    monkeypatch.setattr(_spatial_test, "correlations", lambda blocks: iter([sigma]))
-    monkeypatch.setattr(_spatial_test, "ODDS", np.array([1e9]))
-    monkeypatch.setattr(_spatial_test, "_JITTER", 0.0)
+    monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter([sigma]))
+    monkeypatch.setattr(_spatial_fit, "ODDS", np.array([1e9]))
+    monkeypatch.setattr(_spatial_fit, "JITTER", 0.0)
+    monkeypatch.setattr(_spatial_fit, "RATIOS", np.zeros(1))
     test = spatial_test(field(sigma, 10), BLOB, GRID, check_top=0)
     n = len(GRID)
     b = (np.eye(n) - np.ones((n, n)) / n) / n
@@ -74,6 +76,28 @@ def test_size_holds_for_every_range(power, reach, layout):
     values = field(np.exp(-((DISTANCE / reach) ** power)), 600)
     # 600 genes: 7 % and 1.5 standard errors
     assert np.mean(spatial_test(values, group, GRID, check_top=0).pvalues < 0.05) <= 0.086
+
+
+@pytest.mark.parametrize("reach", [0.01, 2])
+@pytest.mark.parametrize("layout", ["blob", "scattered"])
+def test_size_holds_where_a_group_has_twice_the_sd(reach, layout):
+    group = BLOB if layout == "blob" else np.random.default_rng(1).random(len(GRID)) < 0.25
+    values = field(np.exp(-DISTANCE / reach), 600) * np.where(group, 2, 1)[:, None]
+    assert np.mean(spatial_test(values, group, GRID, check_top=0).pvalues < 0.05) <= 0.086
+
+
+def test_without_any_field_it_is_nearly_welchs_t(monkeypatch):
+    monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter(()))
+    values = np.random.default_rng(0).standard_normal((len(GRID), 200)) * np.where(BLOB, 3, 1)[:, None]
+    test = spatial_test(values, BLOB, GRID, check_top=0)
+    welch = stats.ttest_ind(values[BLOB], values[~BLOB], equal_var=False)
+    assert 0.95 < np.median(test.scores / welch.statistic) < 1.05
+    assert 0.6 < np.median(test.df) / np.median(welch.df) < 1.5
+
+
+def test_equal_variances_keep_their_power():
+    values = np.random.default_rng(0).standard_normal((len(GRID), 200)) + BLOB[:, None]
+    assert np.mean(spatial_test(values, BLOB, GRID, check_top=0).pvalues < 0.05) > 0.9
 
 
 def test_independent_spots_would_be_wrong(smooth):

@@ -6,12 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ._covariance import ODDS, Blocks, correlations, make_blocks
+from ._covariance import Blocks, correlations, make_blocks
+from ._spatial_fit import CHUNK, Moments, covariance_of
 
-#: White noise that the fit adds to every gene, as a share of its variance (and takes off the result again).
-_JITTER = 0.03
-#: Genes that are worked on together.
-_CHUNK = 1024
 #: Below this the randomisation agrees with the test, and the p-value stays as it is.
 _CHECK_LEVEL = 0.05
 
@@ -49,7 +46,11 @@ def spatial_test(
     the gene's own spatial covariance. That covariance is not read off a correlogram, which is biased towards none in a
     window that the range is no small part of, but averaged over a fixed grid of covariances (exponential, Matérn 3/2
     and Gaussian, isotropic and anisotropic, with white noise), each weighted by its restricted likelihood (Patterson &
-    Thompson 1971). How much the grid disagrees makes the degrees of freedom. See docs/statistics.md.
+    Thompson 1971). Each group has an SD of its own: the grid holds 15 ratios of the two, equal ones weighing most before the data.
+    How much the grid disagrees makes the degrees of freedom. See docs/statistics.md.
+
+    A group of a few spots cannot tell its own SD: where that is twice the others', three scattered spots are still
+    rejected too often (docs/statistics.md).
 
     The null holds the labels fixed: it says something of this section (these sections), not of other patients.
 
@@ -95,8 +96,8 @@ def spatial_test(
     values, group = np.asarray(values), np.asarray(group)
     xy, codes = _checked(values, group, xy, sections, level, check_top, n_perms)
     blocks = make_blocks(xy, codes, group)
-    moments = _Moments.of(values, group, codes, blocks)
-    variance, spread, total = _covariance_of(moments, blocks)
+    moments = Moments.of(values, group, codes, blocks)
+    variance, spread, total = covariance_of(moments, blocks)
 
     from scipy import stats
 
@@ -142,135 +143,17 @@ def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np
     n, g = values.shape
     inside = int(group.sum())
     scores = np.empty(g)
-    for start in range(0, g, _CHUNK):
-        ranks = stats.rankdata(values[:, start : start + _CHUNK], axis=0) - (n + 1) / 2
+    for start in range(0, g, CHUNK):
+        ranks = stats.rankdata(values[:, start : start + CHUNK], axis=0) - (n + 1) / 2
         # the variance of the ranks themselves holds the correction for ties
         variance = np.square(ranks).sum(0) * inside * (n - inside) / (n * (n - 1))
         with np.errstate(invalid="ignore", divide="ignore"):
-            scores[start : start + _CHUNK] = np.where(variance > 0, ranks[group].sum(0) / np.sqrt(variance), np.nan)
+            scores[start : start + CHUNK] = np.where(variance > 0, ranks[group].sum(0) / np.sqrt(variance), np.nan)
     return scores, 2 * stats.norm.sf(np.abs(scores))
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """What the test needs of all genes, in the basis of blocks."""
-
-    effect: np.ndarray  # (g,)
-    contrasts: np.ndarray  # (q, g) float32, residuals in the complement of sections and label, in units of `scale`
-    inside: np.ndarray  # (g,) mean square of what blocks do not see, in units of `scale`
-    scale: np.ndarray  # (g,) residual variance as if spots were independent; NaN where there is none
-    label: np.ndarray  # (m,) label, centred within sections
-    complement: np.ndarray  # (m, q)
-    centred: np.ndarray  # (m, m) takes the section means off
-    n_free: int  # residual degrees of freedom of the spots
-
-    @classmethod
-    def of(cls, values: np.ndarray, group: np.ndarray, codes: np.ndarray, blocks: Blocks) -> _Moments:
-        from scipy import linalg
-
-        n, g = values.shape
-        sections = (codes[:, None] == np.unique(codes)).astype(float)
-        means = sections / sections.sum(0)
-        label = group - sections @ (means.T @ group)
-        in_blocks = blocks.project(np.column_stack([sections / np.sqrt(sections.sum(0)), label]))
-        complement = linalg.qr(in_blocks)[0][:, in_blocks.shape[1] :]
-        n_free = n - in_blocks.shape[1]
-        effect, scale, inside = np.empty(g), np.empty(g), np.zeros(g)
-        contrasts = np.empty((complement.shape[1], g), np.float32)
-        for start in range(0, g, _CHUNK):
-            part = slice(start, start + _CHUNK)
-            chunk = values[:, part].astype(np.float64)
-            size = np.abs(chunk).max(0)
-            chunk -= sections @ (means.T @ chunk)
-            effect[part] = label @ chunk / (label @ label)
-            chunk -= np.outer(label, effect[part])
-            energy = np.einsum("ij,ij->j", chunk, chunk)
-            varies = np.isfinite(energy) & (energy > (1e-7 * size) ** 2 * n)
-            chunk[:, ~varies] = 0
-            scale[part] = np.where(varies, energy, np.nan) / n_free
-            chunk = complement.T @ blocks.project(chunk)
-            unit = np.where(varies, np.sqrt(energy / n_free), 1)
-            contrasts[:, part] = chunk / unit
-            if n > len(blocks.size):
-                rest = np.maximum(n_free - np.einsum("ij,ij->j", chunk / unit, chunk / unit), 0)
-                inside[part] = rest / (n - len(blocks.size))
-        return cls(effect, contrasts, inside, scale, in_blocks[:, -1], complement, _centring(in_blocks[:, :-1]), n_free)
-
-
-def _centring(sections: np.ndarray) -> np.ndarray:
-    return np.eye(len(sections)) - sections @ sections.T
-
-
-def _covariance_of(moments: _Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Average over the grid of covariances, weighted by restricted likelihood.
-
-    Returns
-    -------
-    variance, spread, total
-        ``(g,)``: variance of the effect, squared coefficient of variation of that variance, and the expected sum of
-        squares about the section means (the trace of the centred covariance).
-    """
-    n, m = len(blocks.of_spot), len(blocks.size)
-    n_inside = n - m
-    n_sections = n - moments.n_free - 1
-    # energy within blocks counts as no more than blocks do: it is thousands of spots of short range only
-    weight = min(n_inside, m)
-    n_terms = moments.contrasts.shape[0] + weight
-    coefficient = moments.label / (moments.label @ moments.label)
-    white = coefficient @ coefficient
-    noise = 1 / (1 + ODDS)
-    inside = (moments.inside + _JITTER).astype(np.float32)
-    g = len(moments.effect)
-
-    best = np.full(g, -np.inf, np.float32)
-    sums = np.zeros((4, g))  # of weights, variances, their squares, and traces
-
-    def add(likelihood: np.ndarray, variance: np.ndarray, trace: np.ndarray, part: slice) -> None:
-        top = np.maximum(best[part], likelihood.max(0))
-        sums[:, part] *= np.exp(best[part] - top)
-        best[part] = top
-        weights = np.exp(likelihood - top)
-        sums[0, part] += weights.sum(0)
-        sums[3, part] += (weights * trace).sum(0)
-        weights *= variance
-        sums[1, part] += weights.sum(0)
-        weights *= variance
-        sums[2, part] += weights.sum(0)
-
-    everything = slice(0, g)
-    level = np.full((1, g), -0.5 * n_terms * np.log1p(_JITTER))
-    add(level, np.full((1, g), white), np.full((1, g), float(n - n_sections)), everything)
-    for correlation in correlations(blocks):
-        eigenvalues, vectors = np.linalg.eigh(moments.complement.T @ correlation @ moments.complement)
-        spectrum = np.outer(1 - noise, np.maximum(eigenvalues, 0)) + noise[:, None]
-        rest = max(n - np.trace(correlation), 0) / n_inside if n_inside else 1.0
-        spectrum_inside = ((1 - noise) * rest + noise)[:, None]
-        log_det = 0.5 * (np.log(spectrum).sum(1, keepdims=True) + weight * np.log(spectrum_inside))
-        own = ((1 - noise) * (coefficient @ correlation @ coefficient) + noise * white)[:, None]
-        # the trace of the centred correlation: all n spots have 1, less what the section means take
-        taken = np.trace(correlation) - np.einsum("ij,ji->", moments.centred, correlation)
-        trace = ((1 - noise) * (n - taken) + noise * (n - n_sections))[:, None]
-        inverse, vectors, log_det, own, trace = (
-            array.astype(np.float32) for array in (1 / spectrum, vectors.T, log_det, own, trace)
-        )
-        for start in range(0, g, _CHUNK):
-            part = slice(start, start + _CHUNK)
-            power = np.square(vectors @ moments.contrasts[:, part]) + np.float32(_JITTER)
-            sigma2 = inverse @ power
-            if n_inside:
-                sigma2 += (weight / spectrum_inside).astype(np.float32) * inside[part]
-            sigma2 /= np.float32(n_terms)
-            likelihood = np.log(sigma2) * np.float32(-0.5 * n_terms) - log_det
-            variance = np.maximum(sigma2 * own - np.float32(_JITTER * white), np.float32(1e-9 * white))
-            add(likelihood, variance, sigma2 * trace - np.float32(_JITTER * (n - n_sections)), part)
-    weights, variance, square, total = sums
-    variance, square, total = variance / weights, square / weights, total / weights
-    spread = np.maximum(square / variance**2 - 1, 0) + 2 / moments.n_free
-    return variance * moments.scale, spread, total * moments.scale
-
-
 def _check(
-    result: SpatialTest, moments: _Moments, blocks: Blocks, check_top: int, n_perms: int, seed: int
+    result: SpatialTest, moments: Moments, blocks: Blocks, check_top: int, n_perms: int, seed: int
 ) -> SpatialTest:
     """Randomise the top genes within triplets of Moran eigenvectors; raise the p-values that do not hold."""
     genes = np.argsort(result.pvalues, kind="stable")[:check_top]
@@ -280,7 +163,7 @@ def _check(
     nearest = next(correlations(blocks))
     vectors = np.linalg.eigh(moments.centred @ nearest @ moments.centred)[1][:, ::-1]
     # the last ones are the section means
-    vectors = vectors[:, : moments.complement.shape[1] + 1]
+    vectors = vectors[:, : vectors.shape[1] - moments.sections.shape[1]]
     triplets = np.arange(vectors.shape[1]) // 3
     unit = np.sqrt(moments.scale[genes])
     values = moments.complement @ moments.contrasts[:, genes] + np.outer(moments.label, result.effect[genes] / unit)

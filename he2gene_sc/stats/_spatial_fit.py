@@ -1,0 +1,214 @@
+"""Variance of a difference of means under a grid of covariances, each weighted by how likely it makes the gene."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ._covariance import ODDS, Blocks, correlations
+
+#: White noise that the fit adds to every gene, as a share of its variance (and takes off the result again).
+JITTER = 0.03
+#: Logarithms of SD within the group over SD outside that a gene is tried with: from 1 : 5.8 to 5.8 : 1.
+RATIOS = np.arange(-7, 8) / 4
+#: Their weight before the data is (1 + (ratio / scale)²)^-tail: equal SDs unless the gene says otherwise, long tails.
+_SCALE, _TAIL = 0.25, 2.0
+#: Genes that are worked on together.
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the test needs of all genes, in the basis of blocks; two of a thing: inside the group, and outside."""
+
+    effect: np.ndarray  # (g,)
+    contrasts: np.ndarray  # (q, g) float32, residuals in the complement of section × group means, in units of `scale`
+    energy: np.ndarray  # (2, g) sum of their squares
+    inside: np.ndarray  # (2, g) sum of squares of what blocks do not see, in units of `scale`
+    scale: np.ndarray  # (g,) residual variance as if spots were independent; NaN where there is none
+    label: np.ndarray  # (m,) label, centred within sections
+    complement: np.ndarray  # (m, q), the group's columns first
+    n_contrasts: tuple[int, int]
+    n_inside: tuple[int, int]
+    sides: np.ndarray  # (2, m) whether a block is of the group, or not
+    sections: np.ndarray  # (m, s) unit vectors
+    n_free: int  # residual degrees of freedom of the spots
+
+    @classmethod
+    def of(cls, values: np.ndarray, group: np.ndarray, codes: np.ndarray, blocks: Blocks) -> Moments:
+        from scipy import linalg
+
+        n, g = values.shape
+        sections = (codes[:, None] == np.unique(codes)).astype(float)
+        means = sections / sections.sum(0)
+        label = group - sections @ (means.T @ group)
+        in_blocks = blocks.project(np.column_stack([sections / np.sqrt(sections.sum(0)), label]))
+        first = np.zeros(len(blocks.size), int)
+        first[blocks.of_spot] = np.arange(n)
+        sides = np.stack([group[first], ~group[first]])
+        parts, cells = [], []
+        for side, of_spot in zip(sides, (group, ~group), strict=True):
+            there = sections * of_spot[:, None]
+            there = there[:, there.any(0)]
+            cells.append(there)
+            there = blocks.project(there / np.sqrt(there.sum(0)))[side]
+            basis = np.zeros((len(side), side.sum() - there.shape[1]))
+            basis[side] = linalg.qr(there)[0][:, there.shape[1] :]
+            parts.append(basis)
+        n_contrasts = tuple(part.shape[1] for part in parts)
+        n_inside = tuple(int(of_spot.sum() - side.sum()) for side, of_spot in zip(sides, (group, ~group), strict=True))
+        complement, cells = np.hstack(parts), np.hstack(cells)
+        cell_means = cells / cells.sum(0)
+        n_free = n - cells.shape[1]
+        effect, scale, inside, energies = np.empty(g), np.empty(g), np.zeros((2, g)), np.empty((2, g))
+        contrasts = np.empty((complement.shape[1], g), np.float32)
+        for start in range(0, g, CHUNK):
+            part = slice(start, start + CHUNK)
+            chunk = values[:, part].astype(np.float64)
+            size = np.abs(chunk).max(0)
+            chunk -= sections @ (means.T @ chunk)
+            effect[part] = label @ chunk / (label @ label)
+            chunk -= cells @ (cell_means.T @ chunk)
+            both = np.stack([np.einsum("ij,ij->j", chunk[side], chunk[side]) for side in (group, ~group)])
+            energy = both.sum(0)
+            varies = np.isfinite(energy) & (energy > (1e-7 * size) ** 2 * n)
+            chunk[:, ~varies], both[:, ~varies] = 0, 0
+            scale[part] = np.where(varies, energy, np.nan) / n_free
+            unit = np.where(varies, np.sqrt(energy / n_free), 1)
+            chunk = complement.T @ blocks.project(chunk) / unit
+            contrasts[:, part] = chunk
+            for i, rows in enumerate((slice(n_contrasts[0]), slice(n_contrasts[0], None))):
+                energies[i, part] = np.einsum("ij,ij->j", chunk[rows], chunk[rows])
+                if n_inside[i]:
+                    inside[i, part] = np.maximum(both[i] / unit**2 - energies[i, part], 0)
+        return cls(
+            effect,
+            contrasts,
+            energies,
+            inside,
+            scale,
+            in_blocks[:, -1],
+            complement,
+            n_contrasts,
+            n_inside,
+            sides,
+            in_blocks[:, :-1],
+            n_free,
+        )
+
+    @property
+    def centred(self) -> np.ndarray:
+        """``(m, m)``: takes the section means off."""
+        return np.eye(len(self.sections)) - self.sections @ self.sections.T
+
+
+def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Average over the grid of covariances and of ratios of the two groups' SDs, weighted by restricted likelihood.
+
+    Returns
+    -------
+    variance, spread, total
+        ``(g,)``: variance of the effect, squared coefficient of variation of that variance, and the expected sum of
+        squares about the section means (the trace of the centred covariance).
+    """
+    n, m = len(blocks.of_spot), len(blocks.size)
+    n_inside = n - m
+    # energy within blocks counts as no more than blocks do: it is thousands of spots of short range only
+    weight = min(n_inside, m)
+    share = weight / n_inside if n_inside else 0.0
+    n_terms = moments.contrasts.shape[0] + weight
+    counts = np.array(moments.n_contrasts) + share * np.array(moments.n_inside)
+    coefficient = moments.label / (moments.label @ moments.label) * moments.sides
+    means = np.stack([moments.sections.T * side for side in moments.sides])  # (2, s, m)
+    of_side = np.array([blocks.size[side].sum() for side in moments.sides])
+    noise = 1 / (1 + ODDS)
+    inside = share * moments.inside
+    n_first = moments.n_contrasts[0]
+    g = len(moments.effect)
+
+    section = np.abs(moments.sections).argmax(1)
+    together = section[:, None] == section
+    shared = np.sqrt(np.outer(blocks.size, blocks.size))
+
+    white = np.square(coefficient).sum(1)
+    white_trace = of_side - np.square(means).sum((1, 2))
+    ratios = _ratios(moments)  # (k, g) logarithms
+    shrink = [np.exp(-ratios), np.exp(ratios)]  # 1 / s², s_a s_b being 1
+    plain = np.stack([(moments.energy[i] + inside[i]) * shrink[i] for i in (0, 1)]).sum(0) / n_terms  # (k, g)
+    plain = np.where(plain > 0, plain, 1)  # a constant gene, which has no scale
+    jitter = (JITTER * plain).astype(np.float32)
+    penalty = _TAIL * np.log1p(np.square(ratios / _SCALE)) + 0.5 * (counts[0] - counts[1]) * ratios
+    white_own = white[0] * shrink[1] + white[1] * shrink[0]
+    white_total = white_trace[0] * shrink[1] + white_trace[1] * shrink[0]
+
+    best = np.full(g, -np.inf, np.float32)
+    sums = np.zeros((4, g))  # of weights, variances, their squares, and traces
+
+    def add(likelihood: np.ndarray, variance: np.ndarray, trace: np.ndarray, part: slice) -> None:
+        top = np.maximum(best[part], likelihood.max(0))
+        sums[:, part] *= np.exp(best[part] - top)
+        best[part] = top
+        weights = np.exp(likelihood - top)
+        sums[0, part] += weights.sum(0)
+        sums[3, part] += (weights * trace).sum(0)
+        weights *= variance
+        sums[1, part] += weights.sum(0)
+        weights *= variance
+        sums[2, part] += weights.sum(0)
+
+    level = -0.5 * n_terms * np.log(plain * (1 + JITTER)) - penalty
+    add(level, plain * white_own, plain * white_total, slice(0, g))
+    shrink, inside, penalty = np.float32(shrink), np.float32(inside), np.float32(penalty)
+    white_own, white_total = np.float32(white_own), np.float32(white_total)
+    for correlation in correlations(blocks):
+        eigenvalues, vectors = np.linalg.eigh(moments.complement.T @ correlation @ moments.complement)
+        spectrum = np.outer(1 - noise, np.maximum(eigenvalues, 0)) + noise[:, None]
+        rest = max(n - np.trace(correlation), 0) / n_inside if n_inside else 1.0
+        spectrum_inside = ((1 - noise) * rest + noise)[:, None]
+        log_det = 0.5 * (np.log(spectrum).sum(1, keepdims=True) + weight * np.log(spectrum_inside))
+        # What the farthest spots still share is the level of the section, which no data tell: it is nobody's variance.
+        floor = (correlation[together] / shared[together]).min()
+        local = correlation - floor * np.where(together, shared, 0)
+        own = coefficient @ local @ coefficient.T
+        # all n spots have 1, less what the section means take
+        trace = np.diag(of_side) * (1 - floor) - np.einsum("asi,ij,bsj->ab", means, local, means, optimize=True)
+        # quadratic forms in the two SDs: inside, outside, and between the groups
+        own = np.outer(1 - noise, [own[0, 0], own[1, 1], 2 * own[0, 1]]) + np.outer(noise, [*white, 0])
+        trace = np.outer(1 - noise, [trace[0, 0], trace[1, 1], 2 * trace[0, 1]]) + np.outer(noise, [*white_trace, 0])
+        inverse, vectors, log_det, own, trace, inverse_inside = (
+            array.astype(np.float32) for array in (1 / spectrum, vectors.T, log_det, own, trace, 1 / spectrum_inside)
+        )
+        in_all = inverse.sum(1, keepdims=True) + np.float32(weight) * inverse_inside
+        for start in range(0, g, CHUNK):
+            part = slice(start, start + CHUNK)
+            a = vectors[:, :n_first] @ moments.contrasts[:n_first, part]
+            b = vectors[:, n_first:] @ moments.contrasts[n_first:, part]
+            both = inverse @ (a * b) * np.float32(2)
+            a = inverse @ np.square(a) + inverse_inside * inside[0, part]
+            b = inverse @ np.square(b) + inverse_inside * inside[1, part]
+            for k in range(len(ratios)):
+                up, down = shrink[1][k, part], shrink[0][k, part]
+                sigma2 = (a * down + b * up + both + in_all * jitter[k, part]) / np.float32(n_terms)
+                likelihood = np.log(sigma2) * np.float32(-0.5 * n_terms) - (log_det + penalty[k, part])
+                lost = jitter[k, part] * white_own[k, part]
+                variance = sigma2 * (own[:, :1] * up + own[:, 1:2] * down + own[:, 2:]) - lost
+                variance = np.maximum(variance, np.float32(1e-9) * white_own[k, part])
+                total = sigma2 * (trace[:, :1] * up + trace[:, 1:2] * down + trace[:, 2:])
+                add(likelihood, variance, total - jitter[k, part] * white_total[k, part], part)
+    weights, variance, square, total = sums
+    variance, square, total = variance / weights, square / weights, total / weights
+    spread = np.maximum(square / variance**2 - 1, 0) + 2 / moments.n_free
+    return variance * moments.scale, spread, total * moments.scale
+
+
+def _ratios(moments: Moments) -> np.ndarray:
+    """Logarithms of the ratio of the groups' SDs, ``(k, g)``: the grid, moved so that the gene's own ratio is in it."""
+    if len(RATIOS) == 1:
+        return np.repeat(RATIOS[:, None], len(moments.effect), axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variances = (moments.energy + moments.inside) / (np.array(moments.n_contrasts) + moments.n_inside)[:, None]
+        own = 0.5 * np.log(variances[0] / variances[1])
+    own = np.clip(np.nan_to_num(own, posinf=RATIOS[-1], neginf=RATIOS[0]), RATIOS[0], RATIOS[-1])
+    step = RATIOS[1] - RATIOS[0]
+    return RATIOS[:, None] + own - step * np.round(own / step)
