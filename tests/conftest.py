@@ -1,6 +1,11 @@
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process a core: threads of several would wait for each other. Programs that tests start inherit it.
+    for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(_variable, "1")
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd

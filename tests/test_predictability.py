@@ -12,7 +12,15 @@ from he2gene_sc.models import EncoderSpec
 from he2gene_sc.models._embedding import Basis, rings_of
 from he2gene_sc.stats import noise_ceiling, pearson
 from he2gene_sc.training import Facts, build_model, cross_validate, folds_of
-from he2gene_sc.training._predictability import ENOUGH_PATIENTS, RELIABLE_PCC, bounds, by_patient, ceilings, with_rest
+from he2gene_sc.training._predictability import (
+    ENOUGH_PATIENTS,
+    RELIABLE_PCC,
+    bound_within,
+    bounds,
+    by_patient,
+    ceilings,
+    with_rest,
+)
 
 N_GENES = 40
 
@@ -88,6 +96,36 @@ def test_two_groups_give_a_mean_without_bounds_and_none_gives_nothing():
 def test_patients_weigh_the_same_however_many_sections_they_have():
     pcc = np.array([[0.1, np.nan], [0.3, np.nan], [0.8, 0.5]])
     np.testing.assert_allclose(by_patient(pcc, ["A", "A", "B"]), [[0.2, np.nan], [0.8, 0.5]])
+
+
+def test_bound_within_a_patient_is_fishers():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 80))
+    y += 0.5 * x
+    r = np.corrcoef(x, y)[0, 1]
+    expected = scipy.stats.pearsonr(x, y).confidence_interval(0.95).low
+    assert bound_within(np.array([[r]]), [80], ["A"])[0, 0] == pytest.approx(expected, abs=1e-4)
+    # Two sections halve the variance of the mean; a section that did not measure the gene says nothing of it.
+    pcc = np.array([[0.3, 0.3, np.nan], [0.3, np.nan, np.nan], [0.2, 0.2, np.nan]])
+    found = bound_within(pcc, [103, 103, 28], ["A", "A", "B"])
+    z = np.arctanh(0.3)
+    np.testing.assert_allclose(found[0], [np.tanh(z - 1.96 / np.sqrt(200)), np.tanh(z - 0.196), np.nan])
+    np.testing.assert_allclose(found[1], [np.tanh(np.arctanh(0.2) - 1.96 / 5)] * 2 + [np.nan])
+
+
+def test_a_gene_that_fails_in_one_patient_is_not_reliable():
+    """Half of the genes stand at other spots in the sections of one patient of two."""
+    made = planted(6, n=120, n_genes=N_GENES, noise=0.3)
+    assert len({section.patient for section in made}) == 2
+    mixed = []
+    for i, section in enumerate(made):
+        other = permuted(section, i) if section.patient == made[0].patient else section
+        targets = np.concatenate([section.targets.toarray()[:, :20], other.targets.toarray()[:, 20:]], axis=1)
+        mixed.append(replace(section, targets=type(section.targets)(targets)))
+    genes = build(mixed).genes
+    assert genes["reliable"][:20].sum() >= 15
+    assert not genes["reliable"][20:].any()
+    assert (genes["pcc_patient_low"][20:] < RELIABLE_PCC).all()
 
 
 def test_ceilings_are_averages_over_the_sections_that_measured_a_gene():

@@ -27,7 +27,7 @@ _ROOT = Path(__file__).parent / "bundled"
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
 _COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
 #: Columns of ``genes.csv`` that not every model has.
-_FIGURES = ["pcc_high", "pcc_new_patient", "ceiling"]
+_FIGURES = ["pcc_high", "pcc_patient_low", "pcc_new_patient", "ceiling"]
 _TENSORS = ("genes.weight", "genes.bias")
 
 #: Models inside the package.

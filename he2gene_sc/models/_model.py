@@ -36,6 +36,7 @@ class HE2Gene:
         ``group`` (``"target"``: those of highest mean in training; ``"auxiliary"``), ``variable`` (the 50 of
         highest variance in training), ``mean``, ``pcc`` (held-out Pearson correlation), ``pcc_low`` (its lower 95 %
         bound), ``skill`` (held-out, against the training mean), ``reliable``; and, of models that state them, ``pcc_high``,
+        ``pcc_patient_low`` (lowest over the patients of the 95 % bound from the spots of each),
         ``pcc_new_patient`` (mean over patients that were held out) and ``ceiling`` (noise ceiling in training).
     tensors
         Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, those of the

@@ -173,7 +173,7 @@ def _unit(rule: str) -> str:
 
 
 def _new_patients(rule: str) -> str:
-    found = re.search(r"mean over the (\d+) patients, held out whole", rule)
+    found = re.search(r"the (\d+) patients, held out whole", rule)
     return f"mean over {found[1]} patients held out whole" if found else "patients held out whole"
 
 

@@ -67,6 +67,35 @@ def by_patient(pcc: np.ndarray, patients: Sequence[str]) -> np.ndarray:
         )
 
 
+def bound_within(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str]) -> np.ndarray:
+    """Lower 95 % bound of each patient's mean correlation, from the error that its spots leave (Fisher's z).
+
+    Spots count as independent, which neighbours are not: the bound is the least that should be asked.
+
+    Parameters
+    ----------
+    pcc
+        ``(sections, g)``; NaN where a section did not measure the gene.
+    n_spots, patients
+        Of each section.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(patients, g)``, NaN where none measured the gene.
+    """
+    there = np.isfinite(pcc)
+    z = np.arctanh(np.clip(np.where(there, pcc, 0), -0.999999, 0.999999))
+    errors = np.where(there, 1 / np.maximum(np.asarray(n_spots, float) - 3, 0.1)[:, None], 0)
+    names = np.asarray(patients)
+    found = []
+    for name in dict.fromkeys(patients):
+        part = names == name
+        n = np.where(there[part].any(0), there[part].sum(0), np.nan)
+        found.append(np.tanh((z[part].sum(0) - 1.96 * np.sqrt(errors[part].sum(0))) / n))
+    return np.stack(found)
+
+
 def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
     """Correlations of the sections where a gene that is constant counts as 0, and one that was not measured as NaN."""
     measured = np.stack([section.measured for section in sections])
@@ -130,10 +159,15 @@ def gene_table(
     mean, low, high = bounds(grouped)
     skill = held_out[unit].skill
     reliable = (unit in TELLING) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
+    patient_low = _least(bound_within(found[unit], [len(section) for section in sections], patients))
+    if unit == "section":
+        reliable &= np.nan_to_num(patient_low) > RELIABLE_PCC
     new_patient = np.full(len(mean), np.nan)
     if "patient" in found:
-        new_patient = bounds(by_patient(found["patient"], patients))[0]
-        reliable &= np.nan_to_num(new_patient) > RELIABLE_PCC
+        across = by_patient(found["patient"], patients)
+        new_patient = bounds(across)[0]
+        if unit == "section":
+            reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
     index = np.arange(len(mean))
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
     spots = sum(len(section) * section.measured for section in sections)
@@ -146,6 +180,7 @@ def gene_table(
             "pcc": np.nan_to_num(mean),
             "pcc_low": low,
             "pcc_high": high,
+            "pcc_patient_low": patient_low,
             "pcc_new_patient": new_patient,
             "ceiling": ceilings(sections),
             "skill": skill,
@@ -156,21 +191,33 @@ def gene_table(
     return table, _rule(unit, len(sections), n_patients if "patient" in found else 1)
 
 
+def _least(of_patients: np.ndarray) -> np.ndarray:
+    """Least over the patients that measured the gene, ``(g,)``; NaN where none did."""
+    least = np.where(np.isfinite(of_patients), of_patients, np.inf).min(0)
+    return np.where(np.isfinite(least), least, np.nan)
+
+
 def _rule(unit: str, n_sections: int, n_patients: int) -> str:
     if unit not in TELLING:
         return "figures of held-out sections or patients say so; there are none"
     skilled = "its held-out skill against the training mean is positive"
     if unit == "patient":
         over = f"{n_patients} patients, held out"
-    elif n_patients == 1:
+        return (
+            f"the lower 95 % bound of its held-out Pearson correlation (t over the {over}; at least {MIN_GROUPS} are needed) is "
+            f"above {RELIABLE_PCC} and {skilled}"
+        )
+    if n_patients == 1:
         over = f"{n_sections} sections, held out; this speaks for patients that are known"
     else:
         over = f"{n_sections} sections, held out while others of their patient may be trained on"
-        skilled += (
-            f", and its mean over the {n_patients} patients, held out whole, is above {RELIABLE_PCC} too (a bound over patients "
-            f"needs {ENOUGH_PATIENTS} of them)"
-        )
-    return (
+    rule = (
         f"the lower 95 % bound of its held-out Pearson correlation (t over the {over}; at least {MIN_GROUPS} are needed) is "
-        f"above {RELIABLE_PCC} and {skilled}"
+        f"above {RELIABLE_PCC}, so is the bound of its mean in each patient (from the number of spots) and {skilled}"
     )
+    if n_patients > 1:
+        rule += (
+            f", and its correlation in each of the {n_patients} patients, held out whole, is above {RELIABLE_PCC} too (a bound "
+            f"over patients needs {ENOUGH_PATIENTS} of them)"
+        )
+    return rule
