@@ -18,7 +18,12 @@ HAS_DATA = DATA_DIR is not None and (Path(DATA_DIR) / "her2st").is_dir()
 REQUIRE_DATA = os.environ.get("HE2GENE_REQUIRE_DATA") == "1"
 
 
+#: Files that take longest, which are begun first: at the end one process would wait for them.
+FIRST = ("test_tutorials", "test_reproduce", "test_real")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     if HAS_DATA or REQUIRE_DATA:
         return
     skip = pytest.mark.skip(reason="needs her2st under HE2GENE_DATA_DIR")

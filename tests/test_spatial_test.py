@@ -100,6 +100,12 @@ def test_equal_variances_keep_their_power():
     assert np.mean(spatial_test(values, BLOB, GRID, check_top=0).pvalues < 0.05) > 0.9
 
 
+def test_too_few_spots_for_their_sections_are_refused():
+    group, sections = np.arange(7) < 3, np.array([0, 1, 2, 0, 1, 2, 2])
+    with pytest.raises(ValueError, match="`sections`: 7 spots in 6 groups of a section leave 1 degrees"):
+        spatial_test(np.ones((7, 2)), group, GRID[:7], sections)
+
+
 def test_independent_spots_would_be_wrong(smooth):
     assert np.mean(wilcoxon_test(smooth, BLOB)[1] < 0.05) > 0.3
 

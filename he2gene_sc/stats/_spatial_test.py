@@ -80,8 +80,8 @@ def spatial_test(
     Raises
     ------
     ValueError
-        If shapes do not fit, a group has fewer than 3 spots, no section holds both groups, two spots lie on one
-        another, or ``level``, ``check_top`` or ``n_perms`` is out of range.
+        If shapes do not fit, a group has fewer than 3 spots, no section holds both groups, fewer than 3 spots are left
+        beyond one for each group of a section, two spots lie on one another, or ``level``, ``check_top`` or ``n_perms`` is out of range.
 
     Examples
     --------
@@ -93,14 +93,30 @@ def spatial_test(
     >>> test.pvalues.shape == (table.n_vars,)
     True
     """
+    from threadpoolctl import threadpool_limits
+
     values, group = np.asarray(values), np.asarray(group)
     xy, codes = _checked(values, group, xy, sections, level, check_top, n_perms)
+    # Its small matrices gain nothing from threads, which wait for each other for minutes on a busy machine.
+    with threadpool_limits(1, user_api="blas"):
+        return _tested(values, group, xy, codes, level, check_top, n_perms, seed)
+
+
+def _tested(
+    values: np.ndarray,
+    group: np.ndarray,
+    xy: np.ndarray,
+    codes: np.ndarray,
+    level: float,
+    check_top: int,
+    n_perms: int,
+    seed: int,
+) -> SpatialTest:
+    from scipy import stats
+
     blocks = make_blocks(xy, codes, group)
     moments = Moments.of(values, group, codes, blocks)
     variance, spread, total = covariance_of(moments, blocks)
-
-    from scipy import stats
-
     # a normal of uncertain variance looks like the t of that variance and that excess kurtosis: Student's without a field
     df = np.minimum(4 + 2 / spread, moments.n_free)
     error = np.sqrt(variance * moments.n_free / (moments.n_free - 2) * (df - 2) / df)
@@ -201,6 +217,11 @@ def _checked(values, group, xy, sections, level, check_top, n_perms) -> tuple[np
     if not any(0 < group[codes == code].sum() < (codes == code).sum() for code in np.unique(codes)):
         raise ValueError(
             "`sections`: none holds spots of the group and of the reference, valid: at least one that does"
+        )
+    cells = len(np.unique(codes * 2 + group))
+    if n - cells < 3:
+        raise ValueError(
+            f"`sections`: {n} spots in {cells} groups of a section leave {n - cells} degrees of freedom, at least 3 are needed"
         )
     if len(np.unique(np.column_stack([codes, xy]), axis=0)) < n:
         raise ValueError("`xy` has spots of one section at the same position; each position may occur once")
