@@ -1,11 +1,6 @@
 import os
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # A process a core: threads of several would wait for each other. Programs that tests start inherit it.
-    for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ.setdefault(_variable, "1")
-
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -16,6 +11,13 @@ mpl.use("Agg")
 DATA_DIR = os.environ.get("HE2GENE_DATA_DIR")
 HAS_DATA = DATA_DIR is not None and (Path(DATA_DIR) / "her2st").is_dir()
 REQUIRE_DATA = os.environ.get("HE2GENE_REQUIRE_DATA") == "1"
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):
+        # A process a core: threads of several would wait for each other. Workers inherit it, and programs that tests start.
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(variable, "1")
 
 
 #: Files that take longest, which are begun first: at the end one process would wait for them.

@@ -406,6 +406,7 @@ def test_a_model_learns_from_it_and_finds_the_tumour_of_another_patient(hbcis_ro
         annotation_key="annotation",
         missing_genes_are_zero=True,
         n_target_genes=20,
+        windows_um=(150.0,),
         ensembl_ids={},
         device="cpu",
     )

@@ -24,8 +24,20 @@ SMALL = """
 _toy = hg.datasets.toy
 hg.datasets.toy = lambda **options: _toy((6, 6), mpp=2.0, **options)
 """
+#: Features of a section are the same for every tutorial with its windows.
+CACHED = """
+import he2gene_sc as hg
+
+_train = hg.tl.train
+hg.tl.train = lambda *sections, **options: _train(*sections, **options | {{"cache": {folder!r}}})
+"""
 
 pytestmark = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("features"))
 
 
 def _execute(notebook):
@@ -52,8 +64,9 @@ def test_tutorial_runs_on_the_toy_slide(path):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_tutorial_runs_on_a_real_section(path):
+def test_tutorial_runs_on_a_real_section(path, features):
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(CACHED.format(folder=features)))
     name, section = PREDICTED[path.stem]
     check = f'assert {name}["table"].obs["section"].unique().tolist() == [{section!r}]'
     notebook.cells.append(nbformat.v4.new_code_cell(check))

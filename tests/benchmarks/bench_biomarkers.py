@@ -235,10 +235,12 @@ def measured():
             differences = pd.DataFrame(record["sample_effects"], columns=record["genes"])
             plain = stats.false_discovery_control(stats.ttest_1samp(differences, 0).pvalue)
             found = result[result["pvals_adj"] < 0.05]
+            one = paired_moderated_t(differences.to_numpy())
             print(
                 f"measured, join {join!r}, mean above {min_mean}: {len(result)} genes, at FDR 5 % plain paired t "
-                f"{(plain < 0.05).sum()}, moderated {len(found)} ({(found['effect_size'] > 0).sum()} above in {GROUPS[0]}), "
-                f"d0 {squeeze_variance(differences.var(), len(differences) - 1)[2]:.2f}"
+                f"{(plain < 0.05).sum()}, moderated with one prior {(stats.false_discovery_control(one.pvalues) < 0.05).sum()} "
+                f"(d0 {squeeze_variance(differences.var(), len(differences) - 1)[2]:.2f}), with the variance of spots {len(found)} "
+                f"({(found['effect_size'] > 0).sum()} above in {GROUPS[0]})"
             )
             for gene in ("ERBB2", "EPCAM", "CD24", "CDH1"):
                 row = result.loc[gene]
