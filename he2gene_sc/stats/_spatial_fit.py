@@ -10,8 +10,10 @@ from ._covariance import ODDS, Blocks, correlations
 
 #: White noise that the fit adds to every gene, as a share of its variance (and takes off the result again).
 JITTER = 0.03
-#: Logarithms of SD within the group over SD outside that a gene is tried with: from 1 : 5.8 to 5.8 : 1.
+#: Logarithms of SD within the group over SD outside that a gene is tried with: from 1 : 5.8 to 5.8 : 1, and as far beyond the
+#: gene's own ratio, which is taken to be at most 400 : 1.
 RATIOS = np.arange(-7, 8) / 4
+_MOST = 6.0
 #: Their weight before the data is (1 + (ratio / scale)²)^-tail: equal SDs unless the gene says otherwise, long tails.
 _SCALE, _TAIL = 0.25, 2.0
 #: Genes that are worked on together.
@@ -127,15 +129,19 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     n_first = moments.n_contrasts[0]
     g = len(moments.effect)
 
-    section = np.abs(moments.sections).argmax(1)
-    together = section[:, None] == section
-    shared = np.sqrt(np.outer(blocks.size, blocks.size))
-
     white = np.square(coefficient).sum(1)
     white_trace = of_side - np.square(means).sum((1, 2))
     ratios = _ratios(moments)  # (k, g) logarithms
     shrink = [np.exp(-ratios), np.exp(ratios)]  # 1 / s², s_a s_b being 1
-    plain = np.stack([(moments.energy[i] + inside[i]) * shrink[i] for i in (0, 1)]).sum(0) / n_terms  # (k, g)
+    # A side that is constant has the least variance that the ratios allow, as white noise: else the other's would be
+    # divided by the spots of both.
+    of_sides = _variances(moments)
+    least = np.exp(-2 * _MOST) * of_sides[::-1]
+    lacking = np.where(of_sides < least, least, 0).astype(np.float32)
+    plain = (
+        np.stack([(moments.energy[i] + inside[i] + counts[i] * lacking[i]) * shrink[i] for i in (0, 1)]).sum(0)
+        / n_terms
+    )
     plain = np.where(plain > 0, plain, 1)  # a constant gene, which has no scale
     jitter = (JITTER * plain).astype(np.float32)
     penalty = _TAIL * np.log1p(np.square(ratios / _SCALE)) + 0.5 * (counts[0] - counts[1]) * ratios
@@ -159,7 +165,8 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
 
     level = -0.5 * n_terms * np.log(plain * (1 + JITTER)) - penalty
     add(level, plain * white_own, plain * white_total, slice(0, g))
-    shrink, inside, penalty = np.float32(shrink), np.float32(inside), np.float32(penalty)
+    shrink, penalty = np.float32(shrink), np.float32(penalty)
+    within = np.float32(inside + share * np.array(moments.n_inside)[:, None] * lacking)
     white_own, white_total = np.float32(white_own), np.float32(white_total)
     for correlation in correlations(blocks):
         eigenvalues, vectors = np.linalg.eigh(moments.complement.T @ correlation @ moments.complement)
@@ -167,26 +174,25 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
         rest = max(n - np.trace(correlation), 0) / n_inside if n_inside else 1.0
         spectrum_inside = ((1 - noise) * rest + noise)[:, None]
         log_det = 0.5 * (np.log(spectrum).sum(1, keepdims=True) + weight * np.log(spectrum_inside))
-        # What the farthest spots still share is the level of the section, which no data tell: it is nobody's variance.
-        floor = (correlation[together] / shared[together]).min()
-        local = correlation - floor * np.where(together, shared, 0)
-        own = coefficient @ local @ coefficient.T
+        own = coefficient @ correlation @ coefficient.T
         # all n spots have 1, less what the section means take
-        trace = np.diag(of_side) * (1 - floor) - np.einsum("asi,ij,bsj->ab", means, local, means, optimize=True)
+        trace = np.diag(of_side) - np.einsum("asi,ij,bsj->ab", means, correlation, means, optimize=True)
         # quadratic forms in the two SDs: inside, outside, and between the groups
         own = np.outer(1 - noise, [own[0, 0], own[1, 1], 2 * own[0, 1]]) + np.outer(noise, [*white, 0])
         trace = np.outer(1 - noise, [trace[0, 0], trace[1, 1], 2 * trace[0, 1]]) + np.outer(noise, [*white_trace, 0])
         inverse, vectors, log_det, own, trace, inverse_inside = (
             array.astype(np.float32) for array in (1 / spectrum, vectors.T, log_det, own, trace, 1 / spectrum_inside)
         )
+        # of each component of the spectrum, what lies in either group
+        shares = [np.square(part).sum(1, keepdims=True) for part in (vectors[:, :n_first], vectors[:, n_first:])]
         in_all = inverse.sum(1, keepdims=True) + np.float32(weight) * inverse_inside
         for start in range(0, g, CHUNK):
             part = slice(start, start + CHUNK)
             a = vectors[:, :n_first] @ moments.contrasts[:n_first, part]
             b = vectors[:, n_first:] @ moments.contrasts[n_first:, part]
             both = inverse @ (a * b) * np.float32(2)
-            a = inverse @ np.square(a) + inverse_inside * inside[0, part]
-            b = inverse @ np.square(b) + inverse_inside * inside[1, part]
+            a = inverse @ (np.square(a) + shares[0] * lacking[0, part]) + inverse_inside * within[0, part]
+            b = inverse @ (np.square(b) + shares[1] * lacking[1, part]) + inverse_inside * within[1, part]
             for k in range(len(ratios)):
                 up, down = shrink[1][k, part], shrink[0][k, part]
                 sigma2 = (a * down + b * up + both + in_all * jitter[k, part]) / np.float32(n_terms)
@@ -203,12 +209,22 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
 
 
 def _ratios(moments: Moments) -> np.ndarray:
-    """Logarithms of the ratio of the groups' SDs, ``(k, g)``: the grid, moved so that the gene's own ratio is in it."""
+    """Logarithms of the ratio of the groups' SDs, ``(k, g)``: the grid, stretched to the gene's own ratio, which is in it."""
     if len(RATIOS) == 1:
         return np.repeat(RATIOS[:, None], len(moments.effect), axis=1)
+    variances = _variances(moments)
     with np.errstate(divide="ignore", invalid="ignore"):
-        variances = (moments.energy + moments.inside) / (np.array(moments.n_contrasts) + moments.n_inside)[:, None]
-        own = 0.5 * np.log(variances[0] / variances[1])
-    own = np.clip(np.nan_to_num(own, posinf=RATIOS[-1], neginf=RATIOS[0]), RATIOS[0], RATIOS[-1])
-    step = RATIOS[1] - RATIOS[0]
-    return RATIOS[:, None] + own - step * np.round(own / step)
+        own = np.nan_to_num(0.5 * np.log(variances[0] / variances[1]), posinf=_MOST, neginf=-_MOST)
+    own = np.clip(own, -_MOST, _MOST)
+    low, high = RATIOS[0] + np.minimum(own, 0), RATIOS[-1] + np.maximum(own, 0)
+    step = (high - low) / (len(RATIOS) - 1)
+    grid = low + step * np.arange(len(RATIOS))[:, None]
+    # moved by less than half a step
+    offset = own - low
+    return grid + offset - step * np.round(offset / step)
+
+
+def _variances(moments: Moments) -> np.ndarray:
+    """Mean squares of the residuals of either side, ``(2, g)``; NaN where it has no more spots than sections."""
+    counts = np.array(moments.n_contrasts) + moments.n_inside
+    return (moments.energy + moments.inside) / np.where(counts > 0, counts, np.nan)[:, None]
