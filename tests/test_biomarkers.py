@@ -460,6 +460,10 @@ def test_names_that_are_not_there_are_named():
         found(tables, layer="no")
     with pytest.raises(ValueError, match="`level` is 95"):
         found(tables, level=95)
+    with pytest.raises(ValueError, match="`trend` is 'no'"):
+        found(tables, trend="no")
+    with pytest.raises(ValueError, match="`trend` is of method='pseudobulk' alone, the method is 'mixed'"):
+        found(tables, method="mixed", trend=False)
 
 
 def test_several_objects_without_patients_ask_for_them():

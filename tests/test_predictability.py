@@ -114,18 +114,21 @@ def test_bound_within_a_patient_is_fishers():
 
 
 def test_a_gene_that_fails_in_one_patient_is_not_reliable():
-    """Half of the genes stand at other spots in the sections of one patient of two."""
-    made = planted(6, n=120, n_genes=N_GENES, noise=0.3)
-    assert len({section.patient for section in made}) == 2
-    mixed = []
-    for i, section in enumerate(made):
-        other = permuted(section, i) if section.patient == made[0].patient else section
-        targets = np.concatenate([section.targets.toarray()[:, :20], other.targets.toarray()[:, 20:]], axis=1)
-        mixed.append(replace(section, targets=type(section.targets)(targets)))
-    genes = build(mixed).genes
+    """Half of the genes stand at other spots in the one section of a patient, eight of another outvote it."""
+    made = [
+        replace(section, patient="B" if i == 8 else "A")
+        for i, section in enumerate(planted(9, n_genes=N_GENES, n=90, noise=0.3))
+    ]
+    other = permuted(made[8], 0)
+    targets = np.concatenate([made[8].targets.toarray()[:, :20], other.targets.toarray()[:, 20:]], axis=1)
+    made[8] = replace(made[8], targets=type(made[8].targets)(targets))
+    genes = build(made).genes
     assert genes["reliable"][:20].sum() >= 15
-    assert not genes["reliable"][20:].any()
-    assert (genes["pcc_patient_low"][20:] < RELIABLE_PCC).all()
+    bad = genes[20:]
+    # By the mean over sections alone most of them would be.
+    assert ((bad["pcc_low"] > RELIABLE_PCC) & (bad["skill"] > 0)).sum() >= 10
+    assert not bad["reliable"].any()
+    assert (bad["pcc_patient_low"] < RELIABLE_PCC).all()
 
 
 def test_ceilings_are_averages_over_the_sections_that_measured_a_gene():

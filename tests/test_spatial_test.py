@@ -100,6 +100,44 @@ def test_equal_variances_keep_their_power():
     assert np.mean(spatial_test(values, BLOB, GRID, check_top=0).pvalues < 0.05) > 0.9
 
 
+@pytest.mark.parametrize("reach", [4, 15])
+@pytest.mark.parametrize("layout", ["core", "ring", "small core"])
+def test_size_holds_in_smooth_fields_around_a_core(reach, layout):
+    away = np.linalg.norm(GRID - GRID.mean(0), axis=1)
+    group = {"core": away < np.quantile(away, 0.4), "ring": away > np.quantile(away, 0.6)}.get(layout)
+    group = away < np.quantile(away, 0.1) if group is None else group
+    values = field(np.exp(-((DISTANCE / reach) ** 2)), 400)
+    assert np.mean(spatial_test(values, group, GRID, check_top=0).pvalues < 0.05) <= 0.08
+
+
+@pytest.mark.parametrize("ratio", [10, 100])
+def test_a_group_may_vary_many_times_as_much(ratio):
+    values = np.random.default_rng(0).standard_normal((len(GRID), 400)) * np.where(BLOB, ratio, 1)[:, None]
+    test = spatial_test(values, BLOB, GRID, check_top=0)
+    assert np.mean(test.pvalues < 0.05) <= 0.08
+    welch = stats.ttest_ind(values[BLOB], values[~BLOB], equal_var=False)
+    assert np.median(np.abs(test.scores)) < 1.2 * np.median(np.abs(welch.statistic))
+    assert (test.n_effective <= len(GRID)).all()
+
+
+def test_a_gene_that_is_0_outside_the_group_has_the_variance_of_the_group():
+    values = np.random.default_rng(0).normal(3, 1, (len(GRID), 50)) * BLOB[:, None]
+    test = spatial_test(values, BLOB, GRID, check_top=0)
+    welch = stats.ttest_ind(values[BLOB], values[~BLOB], equal_var=False)
+    assert np.median(test.scores) < 1.1 * np.median(welch.statistic)
+
+
+def test_check_of_several_sections_has_the_size_of_one():
+    sections = GRID[:, 0].astype(int) // 3
+    group = np.random.default_rng(0).random(len(GRID)) < np.array([0.1, 0.3, 0.5, 0.9])[sections]
+    values = np.zeros((len(GRID), 300))
+    for code in range(4):
+        part = sections == code
+        values[part] = field(np.exp(-((DISTANCE[np.ix_(part, part)] / 3) ** 2)), 300, seed=code)
+    test = spatial_test(values, group, GRID, sections, check_top=300)
+    assert np.mean(test.pvalues_check < 0.05) <= 0.09
+
+
 def test_too_few_spots_for_their_sections_are_refused():
     group, sections = np.arange(7) < 3, np.array([0, 1, 2, 0, 1, 2, 2])
     with pytest.raises(ValueError, match="`sections`: 7 spots in 6 groups of a section leave 1 degrees"):

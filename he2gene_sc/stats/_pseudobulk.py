@@ -53,9 +53,10 @@ def squeeze_variance(
     """Empirical Bayes variances: each gene's is drawn towards what genes like it have.
 
     Variances are taken to follow s0² F(df, d0). The prior is fitted to the mean and variance of their logarithms
-    (Smyth, Stat Appl Genet Mol Biol 2004, section 6.2; limma's ``fitFDist``). With ``alike``, s0² is a multiple of it;
-    from 200 genes on log s0² is a natural cubic spline of its logarithm, as by limma's ``eBayes`` with a numeric ``trend``
-    (Law et al., Genome Biol 2014). limma fits the spline from 30 genes on, where it costs size.
+    (Smyth, Stat Appl Genet Mol Biol 2004, section 6.2; limma's ``fitFDist``). With ``alike``, log s0² is a natural cubic
+    spline of its logarithm, as by limma's ``eBayes`` with a numeric ``trend`` (Law et al., Genome Biol 2014). limma fits the
+    spline from 30 genes on, where it costs size; here, with fewer than 200, s0² is a multiple of ``alike`` or one number,
+    whichever leaves less.
 
     Parameters
     ----------
@@ -71,10 +72,21 @@ def squeeze_variance(
     tuple
         Posterior variances ``(g,)``, prior variance s0² (with ``alike`` ``(g,)``) and prior degrees of freedom d0, infinite
         where the genes do not differ by more than chance. One gene alone has no prior: d0 is 0.
+
+    Raises
+    ------
+    ValueError
+        If ``alike`` is not one positive number a gene.
     """
     from scipy import special
 
     variances = np.asarray(variances, np.float64)
+    if alike is not None and not (
+        np.shape(alike) == variances.shape and np.isfinite(alike).all() and (np.asarray(alike) > 0).all()
+    ):
+        raise ValueError(
+            f"`alike` must be {len(variances)} positive numbers, one a gene, found shape {np.shape(alike)}"
+        )
     if len(variances) < 2:
         return variances.copy(), float(variances.mean()) if len(variances) else 0.0, 0.0
     # As limma does: zeros would have infinite logarithms.
@@ -85,7 +97,7 @@ def squeeze_variance(
     spread = np.square(shifted - expected).sum() / n_free - special.polygamma(1, df / 2)
     if spread <= 0:
         prior = np.exp(expected)
-        return np.full(len(variances), prior), prior, np.inf
+        return np.broadcast_to(prior, variances.shape).copy(), prior, np.inf
     d0 = 2 * trigamma_inverse(spread)
     prior = np.exp(expected + special.digamma(d0 / 2) - np.log(d0 / 2))
     return (d0 * prior + df * variances) / (d0 + df), prior, d0
@@ -97,7 +109,8 @@ def _expected(logs: np.ndarray, alike: np.ndarray | None) -> tuple[float | np.nd
         return float(logs.mean()), len(logs) - 1
     line = np.log(alike)
     if len(logs) < _MIN_SPLINE or len(np.unique(line)) < _TERMS:
-        return line + (logs - line).mean(), len(logs) - 1
+        flat, multiple = np.full(len(logs), logs.mean()), line + (logs - line).mean()
+        return min(flat, multiple, key=lambda fit: np.square(logs - fit).sum()), len(logs) - 1
     from patsy import dmatrix
 
     design = np.asarray(dmatrix("cr(line, df=terms) - 1", {"line": line, "terms": _TERMS}))
@@ -153,10 +166,6 @@ def paired_moderated_t(
     n, g = np.shape(differences)
     if n < 2:
         raise ValueError(f"`differences` holds {n} samples; at least 2 are needed")
-    if alike is not None and not (
-        np.shape(alike) == (g,) and np.isfinite(alike).all() and (np.asarray(alike) > 0).all()
-    ):
-        raise ValueError(f"`alike` must be {g} positive numbers, one a gene, found shape {np.shape(alike)}")
     differences = np.asarray(differences, np.float64)
     variances, df = differences.var(axis=0, ddof=1), float(n - 1)
     if moderate:

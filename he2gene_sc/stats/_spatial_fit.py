@@ -71,7 +71,9 @@ class Moments:
             size = np.abs(chunk).max(0)
             chunk -= sections @ (means.T @ chunk)
             effect[part] = label @ chunk / (label @ label)
-            chunk -= cells @ (cell_means.T @ chunk)
+            # A value that is no number is in every mean; the gene is left out below.
+            with np.errstate(invalid="ignore"):
+                chunk -= cells @ (cell_means.T @ chunk)
             both = np.stack([np.einsum("ij,ij->j", chunk[side], chunk[side]) for side in (group, ~group)])
             energy = both.sum(0)
             varies = np.isfinite(energy) & (energy > (1e-7 * size) ** 2 * n)
@@ -129,6 +131,10 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     n_first = moments.n_contrasts[0]
     g = len(moments.effect)
 
+    section = np.abs(moments.sections).argmax(1)
+    together = section[:, None] == section
+    shared = np.sqrt(np.outer(blocks.size, blocks.size))
+
     white = np.square(coefficient).sum(1)
     white_trace = of_side - np.square(means).sum((1, 2))
     ratios = _ratios(moments)  # (k, g) logarithms
@@ -174,9 +180,12 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
         rest = max(n - np.trace(correlation), 0) / n_inside if n_inside else 1.0
         spectrum_inside = ((1 - noise) * rest + noise)[:, None]
         log_det = 0.5 * (np.log(spectrum).sum(1, keepdims=True) + weight * np.log(spectrum_inside))
-        own = coefficient @ correlation @ coefficient.T
+        # What the farthest spots still share is the level of the section, which no data tell: it is nobody's variance.
+        floor = (correlation[together] / shared[together]).min()
+        local = correlation - floor * np.where(together, shared, 0)
+        own = coefficient @ local @ coefficient.T
         # all n spots have 1, less what the section means take
-        trace = np.diag(of_side) - np.einsum("asi,ij,bsj->ab", means, correlation, means, optimize=True)
+        trace = np.diag(of_side) * (1 - floor) - np.einsum("asi,ij,bsj->ab", means, local, means, optimize=True)
         # quadratic forms in the two SDs: inside, outside, and between the groups
         own = np.outer(1 - noise, [own[0, 0], own[1, 1], 2 * own[0, 1]]) + np.outer(noise, [*white, 0])
         trace = np.outer(1 - noise, [trace[0, 0], trace[1, 1], 2 * trace[0, 1]]) + np.outer(noise, [*white_trace, 0])
@@ -198,7 +207,11 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
                 sigma2 = (a * down + b * up + both + in_all * jitter[k, part]) / np.float32(n_terms)
                 likelihood = np.log(sigma2) * np.float32(-0.5 * n_terms) - (log_det + penalty[k, part])
                 lost = jitter[k, part] * white_own[k, part]
-                variance = sigma2 * (own[:, :1] * up + own[:, 1:2] * down + own[:, 2:]) - lost
+                # Not less than with equal SDs: in smooth fields the sums for the two groups would nearly cancel otherwise.
+                variance = (
+                    sigma2 * np.maximum(own[:, :1] * up + own[:, 1:2] * down + own[:, 2:], own.sum(1, keepdims=True))
+                    - lost
+                )
                 variance = np.maximum(variance, np.float32(1e-9) * white_own[k, part])
                 total = sigma2 * (trace[:, :1] * up + trace[:, 1:2] * down + trace[:, 2:])
                 add(likelihood, variance, total - jitter[k, part] * white_total[k, part], part)

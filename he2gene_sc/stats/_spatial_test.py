@@ -25,7 +25,7 @@ class SpatialTest:
     df: np.ndarray  #: degrees of freedom of `scores`
     ci_low: np.ndarray  #: interval of `effect`
     ci_high: np.ndarray
-    n_effective: np.ndarray  #: independent spots that would tell as much
+    n_effective: np.ndarray  #: independent spots that would tell as much, at most all
     pvalues_check: np.ndarray  #: by spectral randomisation, NaN where it was not done
 
 
@@ -129,10 +129,10 @@ def _tested(
         df=df,
         ci_low=moments.effect - reach,
         ci_high=moments.effect + reach,
-        n_effective=1 + total / (variance * (moments.label @ moments.label)),
+        n_effective=np.minimum(1 + total / (variance * (moments.label @ moments.label)), len(values)),
         pvalues_check=np.full(values.shape[1], np.nan),
     )
-    return _check(result, moments, blocks, check_top, n_perms, seed)
+    return _check(result, values, codes, moments, blocks, check_top, n_perms, seed)
 
 
 def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +169,14 @@ def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _check(
-    result: SpatialTest, moments: Moments, blocks: Blocks, check_top: int, n_perms: int, seed: int
+    result: SpatialTest,
+    values: np.ndarray,
+    codes: np.ndarray,
+    moments: Moments,
+    blocks: Blocks,
+    check_top: int,
+    n_perms: int,
+    seed: int,
 ) -> SpatialTest:
     """Randomise the top genes within triplets of Moran eigenvectors; raise the p-values that do not hold."""
     genes = np.argsort(result.pvalues, kind="stable")[:check_top]
@@ -181,17 +188,18 @@ def _check(
     # the last ones are the section means
     vectors = vectors[:, : vectors.shape[1] - moments.sections.shape[1]]
     triplets = np.arange(vectors.shape[1]) // 3
-    unit = np.sqrt(moments.scale[genes])
-    values = moments.complement @ moments.contrasts[:, genes] + np.outer(moments.label, result.effect[genes] / unit)
+    sections = (codes[:, None] == np.unique(codes)).astype(float)
+    chosen = values[:, genes].astype(np.float64)
+    chosen = blocks.project(chosen - sections @ (sections.T @ chosen / sections.sum(0)[:, None]))
     share = np.bincount(triplets, np.square(vectors.T @ moments.label))
-    power = np.stack([np.bincount(triplets, column) for column in np.square(vectors.T @ values).T], axis=1)
+    power = np.stack([np.bincount(triplets, column) for column in np.square(vectors.T @ chosen).T], axis=1)
     # turning a triplet at random leaves its energy and draws the cosine of its angle to the label's
     dimension = np.bincount(triplets)
     directions = np.random.default_rng(seed).standard_normal((n_perms, len(dimension), 3))
     directions[:, -1, dimension[-1] :] = 0
     cosine = directions[:, :, 0] / np.linalg.norm(directions, axis=2)
     drawn = np.abs(cosine @ np.sqrt(share[:, None] * power))
-    observed = np.abs(result.effect[genes]) / unit * (moments.label @ moments.label)
+    observed = np.abs(result.effect[genes]) * (moments.label @ moments.label)
     checked = (1 + (drawn >= observed).sum(0)) / (n_perms + 1)
     pvalues, pvalues_check = result.pvalues.copy(), result.pvalues_check.copy()
     pvalues_check[genes] = checked

@@ -161,7 +161,7 @@ def biomarkers(
         join=join,
         reliable_only=reliable_only,
     )
-    chosen = method_for(method, spots, covariates)
+    chosen = method_for(method, spots, covariates, trend)
     options = {"covariates": covariates, "level": level, "trend": bool(trend)}
     run = {"chosen": chosen, "groups": groups, "reference": reference, "min_mean": min_mean, "options": options}
     if cross_fit:

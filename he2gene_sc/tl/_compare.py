@@ -130,7 +130,7 @@ def named_groups(groups: object, reference: object, min_mean: object) -> tuple[l
     return named, label_text(reference)
 
 
-def method_for(method: str, spots: Pool, covariates: Sequence[str]) -> Method:
+def method_for(method: str, spots: Pool, covariates: Sequence[str], trend: object = True) -> Method:
     """Choose the method by the number of samples, or check the one that was named."""
     if method not in ("auto", *METHODS):
         raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")
@@ -138,6 +138,10 @@ def method_for(method: str, spots: Pool, covariates: Sequence[str]) -> Method:
     name = ("pseudobulk" if n >= 3 else "spatial") if method == "auto" else method
     if covariates and name != "mixed":
         raise ValueError(f"`covariates` enter method='mixed' alone, the method is {name!r}")
+    if not isinstance(trend, bool | np.bool_):
+        raise ValueError(f"`trend` is {trend!r}; True or False is needed")
+    if not trend and name != "pseudobulk":
+        raise ValueError(f"`trend` is of method='pseudobulk' alone, the method is {name!r}")
     if n < METHODS[name].samples:
         raise ValueError(
             f"`method` {name!r} compares samples and needs at least {METHODS[name].samples}, there are {n}; name the patients "

@@ -40,7 +40,7 @@ class Cells:
         labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
         shape = (len(samples), len(labels))
         code = sample * shape[1] + label
-        asked = {"sums": np.asarray} | ({"squares": np.square} if squares else {})
+        asked = {"sums": np.asarray} | ({"squares": _square} if squares else {})
         asked |= {"detected": _seen} if detected else {}
         sums = pool.sums(code, shape[0] * shape[1], *asked.values())
         counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
@@ -50,6 +50,10 @@ class Cells:
         """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
         chosen = np.isin(self.labels, list(labels))
         return getattr(self, what)[:, chosen].sum(1), self.counts[:, chosen].sum(1)
+
+
+def _square(values: np.ndarray) -> np.ndarray:
+    return np.square(values, dtype=np.float64)
 
 
 def _seen(values: np.ndarray) -> np.ndarray:

@@ -213,7 +213,7 @@ def _rule(unit: str, n_sections: int, n_patients: int) -> str:
         over = f"{n_sections} sections, held out while others of their patient may be trained on"
     rule = (
         f"the lower 95 % bound of its held-out Pearson correlation (t over the {over}; at least {MIN_GROUPS} are needed) is "
-        f"above {RELIABLE_PCC}, so is the bound of its mean in each patient (from the number of spots) and {skilled}"
+        f"above {RELIABLE_PCC}, so is the bound of its mean in each patient that measured it (from the number of spots) and {skilled}"
     )
     if n_patients > 1:
         rule += (
