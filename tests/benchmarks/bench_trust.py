@@ -60,9 +60,13 @@ def promised(model, name, title):
     inside = ((truth >= low) & (truth <= high)).mean(0)
     often = (truth > 0).mean(0) >= 0.5
     missing = int(model.genes["reliable"].sum() - reliable.sum())
+    kept = (
+        f", {(r[reliable] > RELIABLE_PCC).mean():.1%} of them above {RELIABLE_PCC} here (mean Pearson {r[reliable].mean():.3f})"
+        if reliable.any()
+        else ""
+    )
     print(
-        f"{name} by {title}: {reliable.sum():,} genes reliable, {(r[reliable] > RELIABLE_PCC).mean():.1%} of them above "
-        f"{RELIABLE_PCC} here (mean Pearson {r[reliable].mean():.3f}), of the others {(r[~reliable] > RELIABLE_PCC).mean():.1%}; "
+        f"{name} by {title}: {reliable.sum():,} genes reliable{kept}, of the others {(r[~reliable] > RELIABLE_PCC).mean():.1%}; "
         f"{missing} more are not in this table. Coverage at {COVERAGE:.0%}: mean over {len(inside):,} genes {inside.mean():.1%}, "
         f"10th to 90th percentile {np.quantile(inside, 0.1):.1%} to {np.quantile(inside, 0.9):.1%}; {often.sum()} genes seen in "
         f"half of the spots {inside[often].mean():.1%}; reliable genes {inside[reliable].mean():.1%}",
