@@ -96,8 +96,11 @@ ALL_PATIENTS = {
 FIRST = (7, 10)
 
 
-def write_hbcis(root, sections=SECTIONS, *, side=6, seed=0):
-    """Write the set to `root`: `side` × `side` spots a section, images of about `(side + 1) * 60` pixels."""
+def write_hbcis(root, sections=SECTIONS, *, side=6, sides=None, seed=0):
+    """Write the set to `root`: `side` × `side` spots a section, images of about `(side + 1) * 60` pixels.
+
+    `sides` has the sides of patients that have others.
+    """
     root = Path(root)
     root.mkdir(parents=True)
     rows = []
@@ -115,7 +118,7 @@ def write_hbcis(root, sections=SECTIONS, *, side=6, seed=0):
                 "spot_coordinates": f"spots_{name}_{replicate}.csv.gz",
                 "tumor_annotation": f"{patient}_{replicate}_Coords.tsv.gz",
             }
-            _write_section(root, row, rng, side, pitch=50 + 7 * (i % 4))
+            _write_section(root, row, rng, (sides or {}).get(patient, side), pitch=50 + 7 * (i % 4))
             rows.append(row)
     pd.DataFrame(rows).to_csv(root / "metadata.csv", index=False)
     return root
