@@ -148,6 +148,21 @@ def her2st():
 
 
 @pytest.fixture(scope="session")
+def _predicted(her2st):
+    import he2gene_sc as hg
+
+    return hg.tl.predict(her2st("C5"), device="cpu", dtype="float32", copy=True)
+
+
+@pytest.fixture
+def predicted_c5(_predicted):
+    """C5, predicted by the bundled model once a session, with a table of its own for each test."""
+    from he2gene_sc._write import copy_tables
+
+    return copy_tables(_predicted)
+
+
+@pytest.fixture(scope="session")
 def hbcis_root(tmp_path_factory):
     """HBCIS in small: 6 sections of 4 patients; tests that change files work on a copy."""
     from hbcis_mini import write_hbcis

@@ -456,9 +456,8 @@ def test_without_prediction_it_says_so(toy):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_measured_spots_help_on_held_out_tissue(her2st):
-    sdata = hg.tl.predict(her2st("C5"), copy=True)
-    table = sdata["table"]
+def test_measured_spots_help_on_held_out_tissue(predicted_c5):
+    table = predicted_c5["table"]
     genes = hg.models.load().genes
     genes = genes.index[genes["group"] == "target"].intersection(table.var_names).tolist()
     columns = table.var_names.get_indexer(genes)

@@ -198,9 +198,8 @@ def test_a_gene_of_too_few_spots_has_no_interval_and_a_warning_says_so(table):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_intervals_of_adapted_tissue_cover_about_what_they_say(her2st):
-    sdata = hg.tl.predict(her2st("C5"), copy=True)
-    table = sdata["table"]
+def test_intervals_of_adapted_tissue_cover_about_what_they_say(predicted_c5):
+    table = predicted_c5["table"]
     truth = log_normalise(table.X)
     mask = np.random.default_rng(0).random(table.n_obs) < 0.3
     hg.tl.adapt(table, mask)

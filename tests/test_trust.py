@@ -10,11 +10,10 @@ from he2gene_sc.training._predictability import RELIABLE_PCC
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def table(her2st):
-    sdata = hg.tl.predict(her2st("C5"), device="cpu", dtype="float32", copy=True)
-    hg.tl.intervals(sdata)
-    return sdata["table"]
+@pytest.fixture
+def table(predicted_c5):
+    hg.tl.intervals(predicted_c5)
+    return predicted_c5["table"]
 
 
 def test_at_least_fifty_genes_are_reliable_and_four_fifths_of_them_keep_it(table):
