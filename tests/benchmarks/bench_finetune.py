@@ -1,4 +1,4 @@
-"""Does an encoder whose last stage is trained further, with or without labels, serve the default preset better?
+"""Does an encoder whose last stage is trained further on expression serve the default preset better?
 
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_finetune.py [VARIANT...] [--cache DIR]
 
@@ -6,8 +6,6 @@ Variants:
   frozen       as `default` has it
   expression   the last stage (blocks 6 and 7 of EfficientNet-Lite0) is trained on C2-C4 to predict 32 principal components of
                expression from the means of its maps in the three windows, from the ridge solution on; 3 and 10 epochs
-  vicreg       the last stage is trained without labels on the images of all six sections, C5 among them, so that views of a
-               patch (turned, mirrored, stained differently) agree (Bardes, Ponce & LeCun, ICLR 2022); 5 epochs
 
 Then `default` is trained on C2-C4 with that encoder and tested on C5, a section of a known patient: mean Pearson over the 250
 genes of highest mean / the 50 most variable of the training sections.
@@ -23,7 +21,6 @@ import numpy as np
 import pandas as pd
 import torch
 from bench_training import expression, panels, score
-from bench_variants import Changed
 from torch import nn
 
 import he2gene_sc as hg
@@ -33,7 +30,7 @@ from he2gene_sc.models._encoders import load_encoder
 from he2gene_sc.models._network import Preprocess, symmetric
 from he2gene_sc.stats import log_normalise
 
-TRAIN, TEST, A = ("C2", "C3", "C4"), "C5", ("A1", "A2")
+TRAIN, TEST = ("C2", "C3", "C4"), "C5"
 WINDOWS = (100.0, 200.0, 400.0)
 SYMMETRIES = ((0, False), (1, True))
 FROZEN_BLOCKS = 5
@@ -51,15 +48,14 @@ class Tail(nn.Module):
 
 
 @torch.inference_mode()
-def maps(network, spec, sdata, stain=None):
+def maps(network, spec, sdata):
     """What the trained blocks are given, ``(spots, symmetries, windows, c, y, x)`` in half precision."""
     (slide,) = resolve(sdata)
     reader = PatchReader(
         slide.pyramid, slide.centres, slide.mpp, windows_um=WINDOWS, input_px=spec.input_px, factor=slide.pixel_factor
     )
     prepare, found = Preprocess(spec), [None] * len(slide.centres)
-    name = sdata["table"].obs["section"].iloc[0]
-    for batch in reader if stain is None else Changed(reader, stain, False, name):
+    for batch in reader:
         x = torch.cat([prepare(torch.as_tensor(window)) for window in batch.patches])
         views = [
             network.blocks[:FROZEN_BLOCKS](network.bn1(network.conv_stem(symmetric(x, *s)))).half() for s in SYMMETRIES
@@ -113,35 +109,6 @@ def by_expression(network, spec, epochs):
         )
 
 
-def by_views(network, spec, epochs):
-    """Train the tail so that views of a patch agree, dimensions vary and do not repeat each other."""
-    parts = []
-    for name in (*TRAIN, TEST, *A):
-        sdata = hg.datasets.her2st(name)
-        plain, stained = maps(network, spec, sdata), maps(network, spec, sdata, stain=0)
-        parts.append(torch.cat([plain, stained], 1).transpose(1, 2).flatten(0, 1))
-    x, tail = torch.cat(parts), Tail(network)
-    projector = nn.Sequential(nn.Linear(320, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512))
-    optimiser = torch.optim.AdamW([*tail.parameters(), *projector.parameters()], lr=1e-4, weight_decay=1e-4)
-    generator = torch.Generator().manual_seed(0)
-    for epoch in range(epochs):
-        losses = []
-        for rows in torch.randperm(len(x), generator=generator).split(128)[:-1]:
-            one, other = torch.randperm(x.shape[1], generator=generator)[:2]
-            za, zb = (projector(tail(x[rows, i].float())) for i in (one, other))
-            loss = 25 * (za - zb).square().mean()
-            for z in (za, zb):
-                loss = loss + 25 * torch.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
-                z = z - z.mean(0)
-                cov = (z.T @ z) / (len(z) - 1)
-                loss = loss + (cov - torch.diag(cov.diagonal())).square().sum() / z.shape[1]
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(loss.item())
-        print(f"  vicreg, epoch {epoch + 1}: loss {np.mean(losses):.3f}", flush=True)
-
-
 def tested(encoder, title, cache):
     """Train ``default`` on C2-C4 with the encoder and test it on C5."""
     sections = [hg.datasets.her2st(name) for name in TRAIN]
@@ -165,7 +132,7 @@ def tested(encoder, title, cache):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="*", default=["frozen", "expression", "vicreg"])
+    parser.add_argument("variants", nargs="*", default=["frozen", "expression"])
     parser.add_argument("--cache", type=Path, help="folder for the encoder's features")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -174,11 +141,11 @@ def main():
         start = time.perf_counter()
         if name == "frozen":
             tested("efficientnet-lite0", "frozen", arguments.cache)
-        for epochs in {"expression": (3, 10), "vicreg": (5,)}.get(name, ()):
+        for epochs in (3, 10) if name == "expression" else ():
             # Batch normalisation keeps its statistics: batches are small.
             trained = copy.deepcopy(network).eval()
-            {"expression": by_expression, "vicreg": by_views}[name](trained, spec, epochs)
-            tested((trained.requires_grad_(False), spec), f"{name}, {epochs} epochs", arguments.cache)
+            by_expression(trained, spec, epochs)
+            tested((trained.requires_grad_(False), spec), f"expression, {epochs} epochs", arguments.cache)
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
 
 
