@@ -198,7 +198,7 @@ def test_exchange_swaps_two_folders(tmp_path):
 def test_a_kill_at_any_moment_leaves_a_whole_store(store):
     """The store at the path reads at once after each kill, and holds the last round that was done or the next."""
     rng = random.Random(0)
-    for _ in range(7):
+    for _ in range(10):
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", LOOP, str(store)], stdout=subprocess.PIPE, text=True
         )

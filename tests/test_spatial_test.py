@@ -32,7 +32,7 @@ def assert_same(a, b, rtol=1e-4):
 
 def test_without_any_field_and_with_equal_variances_it_is_students_t(monkeypatch):
     monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter(()))
-    monkeypatch.setattr(_spatial_fit, "RATIOS", np.zeros(1))
+    monkeypatch.setattr(_spatial_fit, "_ratios", lambda moments: np.zeros((1, len(moments.effect))))
     values = np.random.default_rng(0).standard_normal((len(GRID), 20))
     test = spatial_test(values, BLOB, GRID, check_top=0)
     student = stats.ttest_ind(values[BLOB], values[~BLOB])
@@ -56,7 +56,7 @@ def test_effective_size_is_dutilleuls_under_a_known_covariance(monkeypatch):
     monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter([sigma]))
     monkeypatch.setattr(_spatial_fit, "ODDS", np.array([1e9]))
     monkeypatch.setattr(_spatial_fit, "JITTER", 0.0)
-    monkeypatch.setattr(_spatial_fit, "RATIOS", np.zeros(1))
+    monkeypatch.setattr(_spatial_fit, "_ratios", lambda moments: np.zeros((1, len(moments.effect))))
     test = spatial_test(field(sigma, 10), BLOB, GRID, check_top=0)
     n = len(GRID)
     b = (np.eye(n) - np.ones((n, n)) / n) / n

@@ -194,6 +194,7 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
         )
         # of each component of the spectrum, what lies in either group
         shares = [np.square(part).sum(1, keepdims=True) for part in (vectors[:, :n_first], vectors[:, n_first:])]
+        equal = own.sum(1, keepdims=True)
         in_all = inverse.sum(1, keepdims=True) + np.float32(weight) * inverse_inside
         for start in range(0, g, CHUNK):
             part = slice(start, start + CHUNK)
@@ -208,10 +209,8 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
                 likelihood = np.log(sigma2) * np.float32(-0.5 * n_terms) - (log_det + penalty[k, part])
                 lost = jitter[k, part] * white_own[k, part]
                 # Not less than with equal SDs: in smooth fields the sums for the two groups would nearly cancel otherwise.
-                variance = (
-                    sigma2 * np.maximum(own[:, :1] * up + own[:, 1:2] * down + own[:, 2:], own.sum(1, keepdims=True))
-                    - lost
-                )
+                form = np.maximum(own[:, :1] * up + own[:, 1:2] * down + own[:, 2:], equal)
+                variance = sigma2 * form - lost
                 variance = np.maximum(variance, np.float32(1e-9) * white_own[k, part])
                 total = sigma2 * (trace[:, :1] * up + trace[:, 1:2] * down + trace[:, 2:])
                 add(likelihood, variance, total - jitter[k, part] * white_total[k, part], part)
@@ -223,8 +222,6 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
 
 def _ratios(moments: Moments) -> np.ndarray:
     """Logarithms of the ratio of the groups' SDs, ``(k, g)``: the grid, stretched to the gene's own ratio, which is in it."""
-    if len(RATIOS) == 1:
-        return np.repeat(RATIOS[:, None], len(moments.effect), axis=1)
     variances = _variances(moments)
     with np.errstate(divide="ignore", invalid="ignore"):
         own = np.nan_to_num(0.5 * np.log(variances[0] / variances[1]), posinf=_MOST, neginf=-_MOST)

@@ -200,22 +200,20 @@ def _least(of_patients: np.ndarray) -> np.ndarray:
 def _rule(unit: str, n_sections: int, n_patients: int) -> str:
     if unit not in TELLING:
         return "figures of held-out sections or patients say so; there are none"
-    skilled = "its held-out skill against the training mean is positive"
     if unit == "patient":
         over = f"{n_patients} patients, held out"
-        return (
-            f"the lower 95 % bound of its held-out Pearson correlation (t over the {over}; at least {MIN_GROUPS} are needed) is "
-            f"above {RELIABLE_PCC} and {skilled}"
-        )
-    if n_patients == 1:
+    elif n_patients == 1:
         over = f"{n_sections} sections, held out; this speaks for patients that are known"
     else:
         over = f"{n_sections} sections, held out while others of their patient may be trained on"
     rule = (
         f"the lower 95 % bound of its held-out Pearson correlation (t over the {over}; at least {MIN_GROUPS} are needed) is "
-        f"above {RELIABLE_PCC}, so is the bound of its mean in each patient that measured it (from the number of spots) and {skilled}"
+        f"above {RELIABLE_PCC}"
     )
-    if n_patients > 1:
+    if unit == "section":
+        rule += ", so is the bound of its mean in each patient that measured it (from the number of spots)"
+    rule += " and its held-out skill against the training mean is positive"
+    if unit == "section" and n_patients > 1:
         rule += (
             f", and its correlation in each of the {n_patients} patients, held out whole, is above {RELIABLE_PCC} too (a bound "
             f"over patients needs {ENOUGH_PATIENTS} of them)"
