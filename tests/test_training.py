@@ -239,7 +239,7 @@ def test_the_mean_of_a_gene_is_that_of_the_spots_where_it_was_measured():
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_reduced_rank_projects_the_fitted_values_on_their_principal_components(rank):
+def test_the_principal_components_of_the_fitted_values_are_shrunk_by_their_size(rank):
     sections = planted(3, views=1)
     made = recipe()
     basis = fit_basis(sections, everything(sections), made)
@@ -247,10 +247,23 @@ def test_reduced_rank_projects_the_fitted_values_on_their_principal_components(r
     full = sums.ridge(0.3).astype(float)
     x = np.concatenate([embed(s, basis) for s in sections]).astype(float)
     left, singular, right = np.linalg.svd(x @ full, full_matrices=False)
-    best = (left[:, :rank] * singular[:rank]) @ right[:rank]
-    weight = sums.ridge(0.3, rank).astype(float)
-    assert np.linalg.matrix_rank(weight, tol=1e-4) == rank
-    np.testing.assert_allclose(x @ weight, best, atol=2e-3 * np.abs(best).max())
+    kept = 1 / (1 + (singular[rank] / singular) ** 4)
+    assert kept[rank] == 0.5
+    assert (kept[:rank] > 0.5).all()
+    best = (left * singular * kept) @ right
+    found = x @ sums.ridge(0.3, rank).astype(float)
+    np.testing.assert_allclose(found, best, atol=2e-3 * np.abs(best).max())
+    assert np.abs(found - x @ full).max() > 0.05 * np.abs(best).max()
+
+
+def test_components_of_nothing_but_rounding_do_not_return():
+    """Of fewer programmes than the rank, all stay as they are; what is 0 stays 0."""
+    sections = planted(3)
+    sums = fit_sums(sections, everything(sections), fit_basis(sections, everything(sections), recipe()), 1.0)
+    one = replace(sums, cross=np.outer(sums.cross[:, 0], np.arange(1.0, 1 + sums.cross.shape[1])))
+    np.testing.assert_allclose(one.ridge(1.0, 3), one.ridge(1.0), rtol=1e-3, atol=1e-6)
+    nothing = replace(sums, cross=np.zeros_like(sums.cross))
+    np.testing.assert_array_equal(nothing.ridge(1.0, 3), 0)
 
 
 def test_a_path_gives_the_weights_of_each_rank_and_of_the_genes_asked_for():

@@ -1,7 +1,7 @@
 """Closed-form heads on frozen features, fitted section by section from sums alone.
 
-Standardise within the slide → principal components → context of the neighbours → principal components → ridge of
-reduced rank, and a softmax. No step holds more than one section's spots, so memory does not grow with their number.
+Standardise within the slide → principal components → context of the neighbours → principal components → ridge whose
+small components are shrunk, and a softmax. No step holds more than one section's spots, so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -111,8 +111,10 @@ class Sums:
     def path(self, penalty: float, ranks: Sequence[int | None], genes: np.ndarray | slice) -> Iterator[np.ndarray]:
         """Solve for one penalty and yield the weights ``(k, len(genes))`` of each rank, float32.
 
-        The rank is reduced as in Izenman's regression (J Multivar Anal 1975): the fitted values of all genes are
-        projected on their first principal components. Genes share few programmes; what is left over is noise.
+        Genes share few programmes; what is left over is noise. As in Izenman's regression of reduced rank (J Multivar
+        Anal 1975) the fitted values of all genes are taken apart into principal components. None is cut off, though:
+        as with Breiman and Friedman's curds and whey (J R Stat Soc B 1997) each is drawn towards 0, the more so the
+        smaller it is, the first ``rank`` by less than half. ``None`` leaves all as they are.
         """
         k = len(self.cross)
         jitter = penalty * self.power * np.eye(k)
@@ -125,14 +127,17 @@ class Sums:
         if any(rank is not None for rank in ranks):
             root = self.root
             fitted = root.T @ weight
-            directions = np.linalg.eigh(fitted @ fitted.T)[1][:, ::-1]
+            squares, directions = np.linalg.eigh(fitted @ fitted.T)
+            size, directions = np.maximum(squares[::-1], 0), directions[:, ::-1]
+            size /= max(size[0], np.finfo(float).tiny)
         for rank in ranks:
             if rank is None or rank >= k:
                 yield weight[:, genes].astype(np.float32)
             else:
-                left = directions[:, :rank]
-                reduced = left @ (left.T @ fitted[:, genes])
-                yield scipy.linalg.solve_triangular(root.T, reduced, lower=False).astype(np.float32)
+                # Where there are no more components than the rank, all stay.
+                kept = size**2 / (size**2 + max(size[rank], _TINY**2) ** 2)
+                shrunk = directions @ (kept[:, None] * (directions.T @ fitted[:, genes]))
+                yield scipy.linalg.solve_triangular(root.T, shrunk, lower=False).astype(np.float32)
 
 
 def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe) -> Basis:

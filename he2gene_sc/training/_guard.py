@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +23,8 @@ _LEAST_FAR, _LEAST_OCTAVES, _LEAST_VARIATION = 0.5, 0.5, 1.0
 #: How many times the worst left-out section is exceeded before a slide is out.
 _MARGIN = 2.0
 _PENALTY = 0.1
+#: Share of its square below which the variance of a feature, a difference of sums, is rounding.
+_ROUNDING = 1e-12
 
 
 def fit_guard(
@@ -60,12 +65,11 @@ def fit_guard(
     own = [components(x, mean, scale, projection.astype(np.float32), n_colour) for x in features]
     share = max(1, _BANK // len(sections))
     banks = [part[:: -(-len(part) // share)].astype(np.float16) for part in own]
-    size = _fit_size(features, windows_um, n_colour)
-    far_off, octaves = [], []
-    for i, x in enumerate(features):
-        rest = [j for j in range(len(sections)) if j != i]
-        far_off.append(distances(own[i], np.concatenate([banks[j] for j in rest]).astype(np.float32), d))
-        octaves.append(seeming_size(x, _fit_size([features[j] for j in rest], windows_um, n_colour), windows_um))
+    size, octaves = _sizes(features, windows_um, n_colour)
+    far_off = []
+    for i in range(len(features)):
+        rest = np.concatenate([bank for j, bank in enumerate(banks) if j != i]).astype(np.float32)
+        far_off.append(distances(own[i], rest, d))
     # No limit is 0: a feature that never varies must not make every slide odd.
     limit = [
         max(1e-6, float(np.mean([np.quantile(x, _DISTANCE_QUANTILE) for x in kind])))
@@ -88,28 +92,60 @@ def fit_guard(
     return tensors, limits
 
 
-def _fit_size(features: Sequence[np.ndarray], windows_um: tuple[float, ...], n_colour: int) -> np.ndarray:
-    """Ridge of the log2 of a window's side on the encoder's features of it, sections weighted equally; slope made 1.
+def _sizes(
+    features: Sequence[np.ndarray], windows_um: tuple[float, ...], n_colour: int
+) -> tuple[np.ndarray, list[float]]:
+    """From features to the size of a window, and how many octaves each section seems off by what the others say."""
+    if len(windows_um) < 2:
+        return np.zeros(0, np.float32), [float("nan")] * len(features)
+    total = functools.reduce(operator.add, (_SizeSums.of(x, windows_um, n_colour) for x in features))
+    octaves = [
+        seeming_size(x, (total - _SizeSums.of(x, windows_um, n_colour)).fit(windows_um), windows_um) for x in features
+    ]
+    return total.fit(windows_um), octaves
 
-    A window of 200 µm shows what one of 100 µm would if the µm/px were wrong by two: labels for free.
-    """
-    w = len(windows_um)
-    if w < 2:
-        return np.zeros(0, np.float32)
-    sides = np.log2(windows_um)
-    k = (features[0].shape[1] - n_colour) // w
-    x = np.concatenate([part[:, : k * w].reshape(-1, k) for part in features]).astype(np.float64)
-    y = np.concatenate([np.tile(sides, len(part)) for part in features])
-    weight = np.concatenate([np.full(len(part) * w, 1 / len(part)) for part in features])
-    weight /= weight.sum()
-    mean = weight @ x
-    sd = np.sqrt(weight @ np.square(x - mean))
-    z = (x - mean) * np.where(sd > 0, 1 / np.where(sd > 0, sd, 1), 0)
-    centre = float(weight @ y)
-    gram = (z * weight[:, None]).T @ z
-    slope = np.linalg.solve(gram + _PENALTY * np.eye(k), z.T @ (weight * (y - centre)))
-    fitted = z @ slope
-    # Ridge draws its predictions towards the middle; a window twice as large shall seem twice as large.
-    slope *= (weight @ np.square(y - centre)) / max(weight @ (fitted * (y - centre)), 1e-9)
-    slope = slope * np.where(sd > 0, 1 / np.where(sd > 0, sd, 1), 0)
-    return np.append(slope, centre - mean @ slope).astype(np.float32)
+
+@dataclass(frozen=True)
+class _SizeSums:
+    """Sums over sections, each of weight 1, of the moments of a window's features ``x`` and the log2 of its side."""
+
+    n: float
+    x: np.ndarray
+    xx: np.ndarray
+    xy: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, windows_um: tuple[float, ...], n_colour: int) -> _SizeSums:
+        """Read one section, ``(n, f)``."""
+        w, sides = len(windows_um), np.log2(windows_um)
+        k = (features.shape[1] - n_colour) // w
+        x, xx, xy = np.zeros(k), np.zeros((k, k)), np.zeros(k)
+        for i, side in enumerate(sides):
+            window = features[:, i * k : (i + 1) * k].astype(np.float64)
+            mean = window.mean(0) / w
+            x, xx, xy = x + mean, xx + window.T @ window / (len(window) * w), xy + side * mean
+        return cls(1, x, xx, xy)
+
+    def __add__(self, other: _SizeSums) -> _SizeSums:
+        return _SizeSums(self.n + other.n, self.x + other.x, self.xx + other.xx, self.xy + other.xy)
+
+    def __sub__(self, other: _SizeSums) -> _SizeSums:
+        return _SizeSums(self.n - other.n, self.x - other.x, self.xx - other.xx, self.xy - other.xy)
+
+    def fit(self, windows_um: tuple[float, ...]) -> np.ndarray:
+        """Ridge of the log2 of a window's side on the encoder's features of it, sections weighted equally; slope made 1.
+
+        A window of 200 µm shows what one of 100 µm would if the µm/px were wrong by two: labels for free.
+        """
+        y = np.log2(windows_um)
+        centre, mean = y.mean(), self.x / self.n
+        covariance = self.xx / self.n - np.outer(mean, mean)
+        variance = covariance.diagonal()
+        usable = variance > _ROUNDING * np.square(mean)
+        inverse = np.where(usable, 1 / np.sqrt(np.where(usable, variance, 1)), 0)
+        gram = covariance * np.outer(inverse, inverse)
+        with_size = (self.xy / self.n - mean * centre) * inverse
+        slope = np.linalg.solve(gram + _PENALTY * np.eye(len(gram)), with_size)
+        # Ridge draws its predictions towards the middle; a window twice as large shall seem twice as large.
+        slope *= y.var() / max(slope @ with_size, 1e-9) * inverse
+        return np.append(slope, centre - mean @ slope).astype(np.float32)

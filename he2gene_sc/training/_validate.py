@@ -20,7 +20,7 @@ RANKS = (3, 5, 8, 12, 20, None)
 STRENGTHS = (0.01, 0.03, 0.1, 0.3)
 N_VARIABLE = 50
 #: Genes predicted at once, and what a block of them and all spots may hold.
-_GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 40_000_000
+_GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 4_000_000
 
 
 @dataclass(frozen=True)
