@@ -115,7 +115,10 @@ def train(
 
     check_place(out)
     with config.open("rb") as stream:
-        settings = tomllib.load(stream)
+        try:
+            settings = tomllib.load(stream)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{config.name} is no TOML file: {error}") from error
     unknown = sorted(settings.keys() - {"sections", "data", "train"})
     if unknown or bool(settings.get("sections")) == bool(settings.get("data")):
         raise ValueError(
@@ -137,6 +140,8 @@ def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:
     from . import datasets
 
     if "data" not in settings:
+        if not isinstance(settings["sections"], list):
+            raise ValueError(f"{config.name}: `sections` is {settings['sections']!r}; a list is needed")
         return (datasets.her2st(section) for section in settings["sections"])
     data = settings["data"]
     if "stores" in data:

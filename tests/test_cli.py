@@ -227,6 +227,29 @@ def test_train_refuses_an_unknown_table(main, tmp_path):
     assert "unknown: ['other']" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sections = [", "config.toml is no TOML file"),
+        ('sections = "C2"\n[train]\n', "`sections` is 'C2'; a list is needed"),
+    ],
+)
+def test_train_says_what_is_wrong_with_its_file(main, tmp_path, text, said):
+    (tmp_path / "config.toml").write_text(text)
+    code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
+    assert code == 1
+    assert said in err
+
+
+def test_train_tries_where_to_write_before_the_work(main, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "config.toml").write_text('sections = ["none of that name"]\n[train]\n')
+    code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "file" / "model")
+    assert code == 1
+    assert "cannot be written" in err
+    assert "none of that name" not in err
+
+
 @pytest.mark.slow
 def test_of_two_processes_the_first_writes_the_model(tmp_path):
     """As several GPUs are driven: Lightning starts the command once more for each."""

@@ -293,14 +293,16 @@ def test_chunks_far_from_every_spot_are_not_read():
 
 @given(n=st.integers(0, 30), batch_size=st.integers(1, 12))
 @few
-def test_batches_name_every_spot_once_and_only_the_last_is_smaller(n, batch_size):
+def test_batches_name_every_spot_once_and_are_of_one_size(n, batch_size):
     centres = np.random.default_rng(n).uniform(0, 50, (n, 2))
     reader = PatchReader(
         Pyramid.single(random_image(50, 50)), centres, 1.0, windows_um=(5.0,), input_px=5, batch_size=batch_size
     )
     index = [batch.index for batch in reader]
     assert len(index) == len(reader)
-    assert all(len(part) == batch_size for part in index[:-1])
+    sizes = [len(part) for part in index]
+    assert max(sizes, default=0) <= batch_size
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1
     assert sorted(np.concatenate([*index, []])) == list(range(n))
 
 

@@ -178,6 +178,12 @@ def test_the_other_preset_is_refused_by_name(checkpoint, preset):
         from_checkpoint(checkpoint, other, TARGET, AUX)
 
 
+@pytest.mark.parametrize("windows_um", [(-1,), (), 100])
+def test_windows_have_to_be_a_list_of_sides(checkpoint, preset, windows_um):
+    with pytest.raises(ValueError, match="`windows_um` is .* a list of sides"):
+        hg.models.from_checkpoint(checkpoint, preset, ["A"], ["B"], windows_um=windows_um)
+
+
 def test_an_unknown_preset_is_refused(checkpoint):
     with pytest.raises(ValueError, match="`preset` is 'st-net', valid"):
         from_checkpoint(checkpoint, "st-net", TARGET, AUX)

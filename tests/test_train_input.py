@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toy_sections import SPEC, renamed, toy, toys, train, with_table
+from toy_sections import SPEC, own, renamed, same_model, toy, toys, train, with_table, without_genes
 
 import he2gene_sc as hg
 from he2gene_sc.stats import log_normalise
@@ -89,12 +89,81 @@ def test_a_symbol_and_its_own_id_stand_twice():
 
 def test_sections_that_hardly_overlap_are_refused_with_genes_of_both_sides():
     other = renamed(toy(1, "B"), {g: f"mouse-{g}" for g in toy(0)["table"].var_names[3:]})
-    refuses([toy(0), other], r"section 'S1' shares only 3 of 40 genes.*ERBB2.*`ensembl_ids`")
+    refuses([toy(0), other], r"section 'S0' shares only 3 of 40 genes.*'ACTB'.*'mouse-ACTB'.*`ensembl_ids`")
 
 
 def test_symbols_and_ids_without_a_table_between_them_are_refused():
     other = renamed(toy(1, "B"), {g: f"ENSG{i:011d}" for i, g in enumerate(toy(0)["table"].var_names)})
     refuses([toy(0), other], r"shares only 0 of 40 genes.*ENSG00000000000.*`ensembl_ids`", ensembl_ids={})
+
+
+@pytest.mark.parametrize("order", ["ABC", "ACB", "CAB"])
+def test_gene_lists_are_judged_whatever_the_order_of_the_sections(order):
+    names = toy(0)["table"].var_names
+    parts = {
+        "A": without_genes(toy(0), names[20:]),
+        "B": without_genes(toy(1, "B"), names[:20]),
+        "C": toy(2),
+    }
+    match = "no gene was measured in all 3 sections.*missing_genes_are_zero=True"
+    refuses([parts[name] for name in order], match)
+    refuses((parts[name] for name in order), match)
+    refuses([parts["C"], parts["A"]], "no gene of `genes` was measured in all 2 sections", genes=list(names[20:]))
+
+
+def test_genes_without_a_symbol_keep_their_own_name(caplog):
+    parts = toys()
+    for s in parts:
+        table = s["table"]
+        table.var["symbol"] = table.var_names.astype(object)
+        table.var_names = [f"ENSG{i:011d}" for i in range(table.n_vars)]
+        table.var.iloc[[3, 5, 6], table.var.columns.get_loc("symbol")] = [None, np.nan, " "]
+    model = train(parts, gene_symbols="symbol", ensembl_ids={}, min_spot_share=0.0)
+    assert {"ENSG00000000003", "ENSG00000000005", "ENSG00000000006"} <= set(model.genes.index)
+    assert not {"None", "nan", ""} & set(model.genes.index)
+    assert "3 of 40 genes have no name in var['symbol']" in caplog.text
+
+
+def test_a_gene_that_was_asked_for_and_never_seen_has_no_skill():
+    parts = toys()
+    for s in parts:
+        table = s["table"].copy()
+        matrix = table.X.tolil()
+        matrix[:, 0] = 0
+        table.X = matrix.tocsr()
+        with_table(s, table)
+    names = parts[0]["table"].var_names
+    genes = train(parts, genes=list(names[:5])).genes
+    assert np.isnan(genes.loc[names[0], "skill"])
+    assert not genes.loc[names[0], "reliable"]
+    assert genes.loc[names[1:5], "skill"].notna().all()
+
+
+def test_genes_are_asked_for_by_either_name():
+    names = toy(0)["table"].var_names[:3]
+    ids = {gene: f"ENSG{i:011d}" for i, gene in enumerate(names)}
+    for parts in (toys(), [renamed(s, ids) for s in toys()]):
+        model = train(parts, genes=[ids[names[0]] + ".4", names[1]], ensembl_ids=ids)
+        assert set(model.genes.index) == set(names[:2])
+
+
+def test_counts_on_disk_and_in_half_precision_are_read(tmp_path):
+    import anndata as ad
+
+    parts = toys()
+    expected = train(parts)
+    for layout in ("csr", "csc", "float16"):
+        for i, s in enumerate(parts):
+            table = toy(i)["table"]
+            matrix = table.X.toarray().astype(np.float16) if layout == "float16" else table.X.asformat(layout)
+            if layout == "float16":
+                s["table"].X = matrix
+            else:
+                ad.AnnData(matrix).write_h5ad(tmp_path / f"{layout}{i}.h5ad")
+                s["table"].layers["raw"] = ad.read_h5ad(tmp_path / f"{layout}{i}.h5ad", backed="r").X
+        found = train(parts, layer=None if layout == "float16" else "raw")
+        for key, value in expected.tensors.items():
+            np.testing.assert_array_equal(found.tensors[key], value, err_msg=f"{layout} {key}")
 
 
 def test_genes_that_no_section_has_are_refused():
@@ -165,8 +234,62 @@ def test_a_label_that_no_spot_has_is_refused_in_classes():
     )
 
 
-def test_classes_of_a_zarr_store_cannot_hold_a_slash():
-    refuses(toys(), "class", classes={"tumour": "in/situ"})
+def never_encoded():
+    """Make an encoder that fails if it is asked for more than its size."""
+    network, spec = own()
+    network.register_forward_hook(lambda module, inputs, output: pytest.fail("encoded") if len(output) > 1 else None)
+    return network, spec
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"tumour": "in/situ"}, "class name 'in/situ' cannot be stored.*`classes`"),
+        ({"tumour": "Stroma"}, "'Stroma' and 'stroma' differ only in case.*`classes`"),
+    ],
+)
+def test_classes_that_a_zarr_store_cannot_hold_are_refused_before_the_work(labels, said):
+    refuses(toys(), said, classes=labels, encoder=never_encoded())
+    parts = toys()
+    column = parts[0]["table"].obs["annotation"].astype(str).replace(labels)
+    parts[0]["table"].obs["annotation"] = column
+    refuses(parts, said, encoder=never_encoded())
+
+
+def test_blank_labels_are_none():
+    parts = toys()
+    for s in parts:
+        column = s["table"].obs["annotation"].astype(str)
+        s["table"].obs["annotation"] = column.where(column != "tumour", "  ")
+    assert "tumour" not in train(parts).card.classes
+
+
+def test_labels_may_be_numbers():
+    parts = toys()
+    for s in parts:
+        s["table"].obs["annotation"] = s["table"].obs["annotation"].astype("category").cat.codes
+    assert set(train(parts, classes={0: "first", 1: "second", 2: None}).card.classes) <= {"first", "second"}
+
+
+def test_an_error_says_which_section_and_comes_before_the_work():
+    parts = toys()
+    table = parts[1]["table"]
+    table.X = table.X.toarray() - 1.0
+    refuses(parts, r"negative values.*\(object 2 of `sdatas`\)", encoder=never_encoded())
+    refuses(iter(parts), r"negative values.*\(object 2 of `sdatas`\)")
+
+
+def test_a_section_of_a_few_spots_is_left_out(caplog):
+    found = train([*toys(), toy(3, "C", shape=(2, 4))])
+    assert "section S3 is left out: it has 8 spots" in caplog.text
+    same_model(found, train(toys()))
+
+
+def test_an_image_on_which_all_spots_look_the_same_is_refused():
+    parts = toys()
+    image = parts[1]["he"]
+    image.data[:] = 255
+    refuses(parts, "all spots of section 'S1' look the same")
 
 
 def test_no_sections_and_no_table_are_refused():
@@ -178,7 +301,7 @@ def test_no_sections_and_no_table_are_refused():
 
 
 def test_too_few_spots_for_blocks_are_refused():
-    refuses(toy(0, shape=(2, 2)), "4 spots cannot be cut into 5 blocks")
+    refuses(toy(0, shape=(2, 2)), "`sdatas` has no section of 10 spots")
 
 
 # Arguments
@@ -187,6 +310,12 @@ def test_too_few_spots_for_blocks_are_refused():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"annotation_key": ["a"] * 30}, "`annotation_key` is of type list; the name of a column of obs"),
+        ({"annotation_key": pd.Series(["a"])}, "`annotation_key` is of type Series"),
+        ({"sample_key": None}, "`sample_key` is of type NoneType"),
+        ({"annotation_key": None, "classes": {"tumour": "x"}}, "`classes` names labels, but `annotation_key` is None"),
+        ({"ignore_classes": "tumour"}, r"`ignore_classes` is the text 'tumour'; a list is needed: \['tumour'\]"),
+        ({"limitations": "None."}, "`limitations` is the text"),
         ({"preset": "best"}, r"`preset` is 'best', valid: \['default', 'he2gene-base', 'he2gene-spat'\]"),
         ({"validation": "leaky"}, r"`validation` is 'leaky', valid: \['grouped', 'random'\]"),
         ({"n_target_genes": 0}, "`n_target_genes` is 0; a whole number from 1"),
@@ -229,6 +358,24 @@ def test_arguments_are_checked_before_anything_is_read():
         yield
 
     refuses(never(), "`validation`", validation="none")
+
+
+class Power(torch.nn.Module):
+    """A network whose weights do not tell what it does."""
+
+    def __init__(self, power):
+        super().__init__()
+        self.inner, self.power = own()[0], power
+
+    def forward(self, x):
+        return self.inner(x).abs() ** self.power
+
+
+def test_a_model_refuses_a_network_of_its_weights_that_does_something_else(tmp_path):
+    path = train(toys(), encoder=(Power(1.0), SPEC)).save(tmp_path / "model")
+    assert hg.models.load(path, encoder=(Power(1.0), SPEC)).network is not None
+    with pytest.raises(ValueError, match="has its weights but gives another output"):
+        _ = hg.models.load(path, encoder=(Power(0.25), SPEC)).network
 
 
 # The machine

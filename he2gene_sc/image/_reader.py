@@ -58,7 +58,8 @@ class PatchReader:
     input_px
         Side of the encoder's input, which bounds how coarse a window may be read.
     batch_size
-        Spots a batch; the last one may be smaller.
+        Spots a batch at most; all batches are of one size, give or take a spot. A last batch of a few would be encoded by
+        other kernels, whose rounding goes with the number of threads.
     factor
         What :func:`he2gene_sc.image.check_pixels` returned for the image.
     allocate
@@ -178,8 +179,8 @@ class PatchReader:
         def load(block: Block) -> dict[int, np.ndarray]:
             return self._reduce(source.read(block))
 
-        done = 0
-        index, patches, filled = self._new_batch(done)
+        done, left = 0, len(self)
+        index, patches, filled = self._new_batch(done, left)
         with ThreadPoolExecutor(1, thread_name_prefix="he2gene-blocks") as pool:
             # One block ahead: the next is decoded and averaged while this one is cut.
             ahead = [pool.submit(load, block) for block in self._blocks[:1]]
@@ -193,11 +194,11 @@ class PatchReader:
                     filled += 1
                     if filled == len(index):
                         yield PatchBatch(index, patches)
-                        done += filled
-                        index, patches, filled = self._new_batch(done)
+                        done, left = done + filled, left - 1
+                        index, patches, filled = self._new_batch(done, left)
 
-    def _new_batch(self, done: int) -> tuple[np.ndarray, tuple[np.ndarray, ...], int]:
-        n = min(self.batch_size, self.n_spots - done)
+    def _new_batch(self, done: int, left: int) -> tuple[np.ndarray, tuple[np.ndarray, ...], int]:
+        n = -(-(self.n_spots - done) // max(1, left))
         return np.empty(n, np.intp), tuple(self._allocate((n, 3, w.size, w.size)) for w in self.plan.windows), 0
 
     def _reduce(self, pixels: np.ndarray) -> dict[int, np.ndarray]:

@@ -24,7 +24,7 @@ from ._engine import encode
 logger = logging.getLogger("he2gene_sc")
 
 #: Raised whenever the same key would stand for other numbers, or a file is laid out differently.
-_VERSION = 2
+_VERSION = 3
 _PREFIX = "he2gene-features-"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _BLOCK_BYTES = 2**22
@@ -86,8 +86,9 @@ def cached_features(
     noticed by that, with a warning, and computed again. To clear the cache, delete the files or the folder.
 
     *Key.* SHA-256 of the pixels of all patches in the order of the spots, the windows in µm and their sizes in pixels,
-    the hash of the encoder's weights, its architecture, input size and normalisation, the symmetries, the precision and
-    the version of this format. Neither the batch size nor the device is part of it: they change a feature by
+    the hash of the encoder's weights, its architecture, input size and normalisation, what it makes of one patch of noise
+    (two networks of the same weights and layers may still do different things with them), the symmetries, the precision
+    and the version of this format. Neither the batch size nor the device is part of it: they change a feature by
     rounding error.
 
     *Whole or not at all.* Batches are written to a temporary file (``.part``), which is renamed when it is complete. A
@@ -166,6 +167,7 @@ def _key(
         "windows": [[float(window.um), window.factor, window.size] for window in reader.plan.windows],
         "encoder": encoder_sha256,
         "architecture": hashlib.sha256(repr(extractor.encoder).encode()).hexdigest(),
+        "output": extractor.fingerprint(),
         "input_px": extractor.input_px,
         "normalisation": [preprocess.shift.flatten().tolist(), preprocess.scale.flatten().tolist()],
         "fusion": extractor.fusion,

@@ -141,9 +141,9 @@ def encode(
                     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                         parts.append(extractor(tuple(w.to(device, non_blocking=True) for w in part), symmetries))
                 except torch.OutOfMemoryError as error:
-                    if size == 1:
+                    if len(part[0]) == 1:
                         raise RuntimeError(f"one spot does not fit into the memory of `device` {device}") from error
-                    size = max(1, size // 2)
+                    size = len(part[0]) // 2
                     logger.warning("%s is out of memory: going on with %d spots at a time", device, size)
                     if device.type == "cuda":
                         torch.cuda.empty_cache()

@@ -32,7 +32,8 @@ class ModelCard:
         One paragraph for people.
     encoder
         ``name``, ``license``, ``sha256`` of the weights, ``input_px``; ``mean`` and ``std`` of the channels where
-        they are not those of the registry; ``stages`` whose maps are averaged, where it is not its own output.
+        they are not those of the registry; ``stages`` whose maps are averaged, where it is not its own output; of a network of
+        somebody's own, ``output``, what it makes of a patch of noise.
     windows_um
         Sides of the windows around a spot, µm.
     classes, class_colors

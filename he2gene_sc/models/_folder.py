@@ -143,7 +143,6 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     from safetensors.numpy import save_file
 
     target = check_place(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         # Not `ascontiguousarray`, which makes arrays of the counters of an encoder.
@@ -178,10 +177,21 @@ def check_place(path: str | Path) -> Path:
     ------
     FileExistsError
         If something other than a model folder is there.
+    OSError
+        If nothing can be written beside it.
     """
     target = Path(path).expanduser()
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _CARD).is_file())):
         raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"`path` {str(path)!r} cannot be written ({error.strerror}); choose another",
+            str(target.parent),
+        ) from error
     return target
 
 

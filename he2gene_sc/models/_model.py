@@ -102,6 +102,12 @@ class HE2Gene:
         extractor = FeatureExtractor(
             encoder, spec, fusion=self.card.fusion, stages=None if stages is None else tuple(stages)
         )
+        output = self.card.encoder.get("output")
+        if output is not None and not np.allclose(extractor.fingerprint(), output, rtol=0.05, atol=0.11):
+            raise ValueError(
+                f"`model` {self.name!r} was trained on encoder {spec.name!r}; the one found here has its weights but gives "
+                "another output, as where it reads another layer or pools otherwise: its predictions would be meaningless"
+            )
         context = ALONE if self.card.context is None else Context(**self.card.context)
         return Network(extractor, heads, context, self.guard)
 

@@ -112,6 +112,22 @@ class FeatureExtractor(nn.Module):
         """Return the colour features alone, ``(b, w·N_COLOUR)`` float32, without running the encoder."""
         return self._colour(torch.cat([self.preprocess(window) for window in patches]), len(patches))
 
+    def fingerprint(self) -> list[float]:
+        """Describe what the encoder makes of one patch of noise: its length, and where it points on eight random axes.
+
+        Networks of the same weights and layers may do different things with them. Two digits, so that another device
+        says the same.
+        """
+        rng = np.random.default_rng(0)
+        noise = rng.standard_normal((1, 3, self.input_px, self.input_px)).astype(np.float32)
+        with torch.inference_mode():
+            found = self.encoder(torch.from_numpy(noise).to(self.mean.device)).double().cpu().numpy().ravel()
+        length = float(np.linalg.norm(found))
+        if not np.isfinite(length) or not length:
+            return [0.0]
+        axes = rng.standard_normal((8, len(found)))
+        return [float(f"{length:.2g}"), *(float(f"{x:.1f}") + 0.0 for x in axes @ found / length)]
+
     def _colour(self, x: torch.Tensor, n_windows: int) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             intensity = x.float().permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1]) * self.std + self.mean

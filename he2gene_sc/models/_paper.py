@@ -89,6 +89,8 @@ def from_checkpoint(
     """
     if preset not in _HEADS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(_HEADS)}")
+    if np.ndim(windows_um) != 1 or not len(windows_um) or min(windows_um) <= 0:
+        raise ValueError(f"`windows_um` is {windows_um!r}; a list of sides in µm, above 0, is needed")
     target, aux = _names(target_genes, "target_genes"), _names(aux_genes, "aux_genes")
     names = pd.Index(target + aux, name="gene")
     if names.has_duplicates:

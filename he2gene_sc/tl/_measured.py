@@ -6,7 +6,7 @@ import errno
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from .._keys import check_class_names
 from .._slide import Slide, resolve
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ logger = logging.getLogger("he2gene_sc")
 _MIN_SHARED = 0.1
 _MIN_GENES = 10
 _MIN_CLASS = 5
+#: Spots below which a section says nothing of how well its genes are predicted.
+MIN_SPOTS = 10
 #: Left free on a disk.
 _SPARE_BYTES = 2**24
 _COLOURS = (
@@ -179,6 +182,21 @@ def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) ->
     ValueError
         If something is missing or is not what it should be; the message names the parameter.
     """
+    slides, table, names, matrix = _opened(sdata, keys, symbols)
+    for slide in slides:
+        yield _section(table, slide, names, matrix, keys)
+
+
+def check_table(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> tuple[str, pd.Index]:
+    """Check what can be checked of one object without its pixels; return the names of its sections, and of its genes."""
+    _, table, genes, _ = _opened(sdata, keys, symbols)
+    return ", ".join(sorted(set(table.obs[keys.section].dropna().astype(str)))), genes
+
+
+def _opened(
+    sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]
+) -> tuple[list[Slide], AnnData, pd.Index, scipy.sparse.csr_array]:
+    """Slides, table, gene names and counts of one object."""
     slides = resolve(sdata, **keys.places)
     if slides[0].table_key is None:
         raise ValueError("`sdatas`: a section has no table; measured counts are needed to train")
@@ -195,10 +213,7 @@ def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) ->
                 "section_key": "; set it, e.g. sdata['table'].obs['section'] = 'S1'",
             }[parameter]
             raise ValueError(f"`{parameter}` {key!r} is no column of obs, valid: {list(table.obs.columns)}{hint}")
-    names = _gene_names(table, keys.gene_symbols, symbols)
-    matrix = _matrix(table, keys.layer)
-    for slide in slides:
-        yield _section(table, slide, names, matrix, keys)
+    return slides, table, _gene_names(table, keys.gene_symbols, symbols), _matrix(table, keys.layer)
 
 
 def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: Keys) -> Measured:
@@ -225,7 +240,7 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
     if keys.annotation is not None:
         column = table.obs[keys.annotation].iloc[rows].astype(object)
         labels = column.where(column.notna(), None).to_numpy(object)
-        labels = np.array([None if label is None else str(label) for label in labels], object)
+        labels = np.array([None if label is None else str(label).strip() or None for label in labels], object)
     return Measured(
         name=found[0][0],
         patient=found[1][0],
@@ -241,18 +256,36 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
 def _gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
     if gene_symbols is not None and gene_symbols not in table.var.columns:
         raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(table.var.columns)}")
-    given = table.var_names if gene_symbols is None else table.var[gene_symbols]
-    names = pd.Index(given.astype(str)).str.strip()
-    ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
-    bare = names.str.replace(r"\.\d+$", "", regex=True)
-    names = pd.Index([symbols.get(b, b) if e else n for n, b, e in zip(names, bare, ensembl, strict=True)])
+    given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols], dtype=object).reset_index(
+        drop=True
+    )
+    absent = (given.isna() | (given.astype(str).str.strip() == "")).to_numpy()
+    if absent.any():
+        if gene_symbols is None:
+            raise ValueError(f"`sdatas`: {absent.sum()} genes have no name in var_names; name or drop them")
+        logger.warning(
+            "%d of %d genes have no name in var[%r]; those in var_names are used",
+            absent.sum(),
+            len(given),
+            gene_symbols,
+        )
+        given = given.where(~absent, pd.Series(table.var_names, dtype=object))
+    names = symbols_of(given, symbols)
     if names.has_duplicates:
         twice = list(names[names.duplicated()].unique()[:5])
         raise ValueError(
-            f"`sdatas`: genes {twice} stand more than once in var; sum or drop them (`adata.var_names_make_unique()` "
-            "would make other genes of them)"
+            f"`sdatas`: genes {twice} stand more than once in var, as {list(given[names.isin(twice)])}; sum or drop them "
+            "(`adata.var_names_make_unique()` would make other genes of them)"
         )
     return names
+
+
+def symbols_of(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
+    """Symbols of gene names of which some may be Ensembl ids, with a version or without."""
+    names = pd.Index(list(given), dtype=object).astype(str).str.strip()
+    ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
+    bare = names.str.replace(r"\.\d+$", "", regex=True)
+    return pd.Index([symbols.get(b, b) if e else n for n, b, e in zip(names, bare, ensembl, strict=True)])
 
 
 def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
@@ -262,15 +295,24 @@ def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
     matrix = table.X if layer is None else table.layers[layer]
     if matrix is None:
         raise ValueError(f"`layer`: {where} is empty; name the layer with raw counts, of {list(table.layers)}")
-    matrix = scipy.sparse.csr_array(matrix)
+    matrix = _sparse(matrix)
     problem = _problem(matrix.data)
     if problem:
-        raw = [name for name, values in table.layers.items() if not _problem(scipy.sparse.csr_array(values).data)]
+        raw = [name for name, values in table.layers.items() if not _problem(_sparse(values).data)]
         hint = (
             f"; layer {raw[0]!r} does: pass layer={raw[0]!r}" if raw else "; put them into a layer and pass layer=..."
         )
         raise ValueError(f"`layer`: {where} does not hold raw counts (whole numbers from 0) but {problem}{hint}")
     return matrix
+
+
+def _sparse(matrix: Any) -> scipy.sparse.csr_array:
+    """Rows of any matrix that anndata holds, those on disk and in half precision among them."""
+    if hasattr(matrix, "to_memory"):
+        matrix = matrix.to_memory()
+    if matrix.dtype == np.float16:
+        matrix = matrix.astype(np.float32)
+    return scipy.sparse.csr_array(matrix)
 
 
 def _problem(values: np.ndarray) -> str:
@@ -341,24 +383,63 @@ def _seen(section: Measured, genes: pd.Index) -> np.ndarray:
 
 def _join_genes(sections: Sequence[Measured], chosen: Genes) -> tuple[pd.Index, list[np.ndarray]]:
     """All genes, sorted, and for each section whether they were measured there."""
-    union = sections[0].genes
-    for section in sections[1:]:
-        shared, shorter = len(union.intersection(section.genes)), min(len(union), len(section.genes))
+    union = check_gene_lists({section.name: section.genes for section in sections}, chosen)
+    everywhere = np.ones(len(union), bool)
+    return union, [everywhere if chosen.missing_are_zero else union.isin(section.genes) for section in sections]
+
+
+def check_gene_lists(lists: Mapping[str, pd.Index], chosen: Genes) -> pd.Index:
+    """Return the genes to learn, sorted, of the genes of each section by its name.
+
+    Raises
+    ------
+    ValueError
+        If a section shares hardly a gene with the others, or all of them none, whatever their order; or if a gene that
+        was asked for is in none.
+    """
+    counted = pd.Index(np.concatenate([list(genes) for genes in lists.values()])).value_counts()
+    for name, genes in lists.items() if len(lists) > 1 else ():
+        elsewhere = counted.subtract(pd.Series(1, index=genes), fill_value=0)
+        others = elsewhere.index[elsewhere > 0]
+        shared, shorter = len(others.intersection(genes)), min(len(others), len(genes))
         if shared < max(min(_MIN_GENES, shorter), _MIN_SHARED * shorter):
             raise ValueError(
-                f"`sdatas`: section {section.name!r} shares only {shared} of {shorter} genes with the others. It has "
-                f"{list(section.genes[:3])}, they have {list(union[:3])}. Where some hold symbols and others Ensembl ids, "
+                f"`sdatas`: section {name!r} shares only {shared} of {shorter} genes with the others. It has "
+                f"{list(genes.difference(others)[:3])}, they have {list(others.difference(genes)[:3])}. Where some hold symbols and others Ensembl ids, "
                 "pass `gene_symbols` (a column of var) or `ensembl_ids` (symbol to id)"
             )
-        union = union.union(section.genes)
-    union = union.sort_values()
+    union = counted.index.sort_values()
     if chosen.asked is not None:
-        unknown = [gene for gene in chosen.asked if gene not in union]
+        unknown = [gene for gene in chosen.asked if gene not in counted.index]
         if unknown or not chosen.asked:
             raise ValueError(f"`genes` {unknown[:5]} are in no section, which have e.g. {list(union[:5])}")
         union = pd.Index(sorted(set(chosen.asked)))
-    everywhere = np.ones(len(union), bool)
-    return union, [everywhere if chosen.missing_are_zero else union.isin(section.genes) for section in sections]
+    if not chosen.missing_are_zero and not (counted[union] == len(lists)).any():
+        what = "gene" if chosen.asked is None else "gene of `genes`"
+        fewest = min(lists, key=lambda name: len(union.intersection(lists[name])))
+        raise ValueError(
+            f"`sdatas`: no {what} was measured in all {len(lists)} sections, so nothing can be compared between them; section "
+            f"{fewest!r} has the fewest of them. Leave sections out, or pass missing_genes_are_zero=True where a gene that "
+            "a section does not list was measured there and never seen"
+        )
+    return union
+
+
+def check_labels(labels: Iterable[str], chosen: Labels) -> None:
+    """Refuse labels that would be classes whose names cannot be stored.
+
+    Raises
+    ------
+    ValueError
+        If a name cannot be stored, or two differ only in case.
+    """
+    named = {chosen.merged.get(label, label) for label in labels if label not in chosen.ignored} - {None}
+    try:
+        check_class_names(sorted(named))
+    except ValueError as error:
+        raise ValueError(
+            f"`annotation_key`: {error}, by `classes`, which maps labels to classes (None leaves a label out)"
+        ) from error
 
 
 def _align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:

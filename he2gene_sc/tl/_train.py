@@ -15,7 +15,20 @@ import numpy as np
 import pandas as pd
 
 from .._settings import settings
-from ._measured import Genes, Keys, Labels, Measured, colours_of, join, read_sections
+from ._measured import (
+    MIN_SPOTS,
+    Genes,
+    Keys,
+    Labels,
+    Measured,
+    check_gene_lists,
+    check_labels,
+    check_table,
+    colours_of,
+    join,
+    read_sections,
+    symbols_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +45,8 @@ WINDOWS_UM = (100.0, 200.0, 400.0)
 _SYMMETRIES = ((0, False), (1, True), (2, False), (3, True))
 #: Sum of squares of the colour features, that of the encoder's being 1.
 _COLOUR_SHARE = 0.25
+#: Share of the largest feature below which spots do not differ.
+_SAME = 1e-6
 
 
 def train(
@@ -184,6 +199,7 @@ def train(
     from ..models import load_encoder
 
     _check(preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options, genes, windows_um)
+    _check_names(annotation_key, sample_key, section_key, classes, ignore_classes, limitations)
     if preset != "default":
         _check_unused(
             preset, stages=(stages, "auto"), n_latent=(n_latent, None), cache=(cache, None), dtype=(dtype, "float32")
@@ -210,11 +226,13 @@ def train(
         "intended_use": intended_use,
         "limitations": tuple(limitations),
     }
-    chosen = Genes(None if genes is None else list(genes), n_target_genes, min_spot_share, missing_genes_are_zero)
-    labels = Labels(dict(classes or {}), tuple(ignore_classes), dict(class_colors or {}))
+    asked = None if genes is None else list(symbols_of(genes, symbols))
+    chosen = Genes(asked, n_target_genes, min_spot_share, missing_genes_are_zero)
+    merged = {str(label): name for label, name in (classes or {}).items()}
+    labels = Labels(merged, tuple(ignore_classes), dict(class_colors or {}))
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="he2gene-")))
-        read = _read(sdatas, keys, symbols)
+        read = _read(sdatas, keys, symbols, chosen, labels)
         if own_recipe:
             from ._train_network import train_by_gradient
 
@@ -251,6 +269,7 @@ def train(
                 validation=validation,
                 seed=seed,
                 engine=(batch_size or 32, device, dtype, bar),
+                own_encoder=not isinstance(encoder, str),
             )
     return model if isinstance(encoder, str) else replace(model, encoder=encoder)
 
@@ -308,6 +327,31 @@ def _check(
         )
 
 
+def _check_names(
+    annotation_key: object,
+    sample_key: object,
+    section_key: object,
+    classes: Mapping[str, str | None] | None,
+    ignore_classes: object,
+    limitations: object,
+) -> None:
+    for parameter, key in (
+        ("annotation_key", annotation_key),
+        ("sample_key", sample_key),
+        ("section_key", section_key),
+    ):
+        if not isinstance(key, str) and not (key is None and parameter == "annotation_key"):
+            raise ValueError(
+                f"`{parameter}` is of type {type(key).__name__}; the name of a column of obs is needed, which has a value for "
+                "every spot"
+            )
+    for parameter, value in (("ignore_classes", ignore_classes), ("limitations", limitations)):
+        if isinstance(value, str):
+            raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
+    if classes and annotation_key is None:
+        raise ValueError("`classes` names labels, but `annotation_key` is None; name the column of obs that holds them")
+
+
 def _check_unused(preset: str, **given: tuple[object, object]) -> None:
     """Refuse arguments that a preset does not read."""
     for parameter, (value, default) in given.items():
@@ -327,11 +371,25 @@ def _identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[
     return ids, {ensembl: symbol for symbol, ensembl in ids.items() if counted[ensembl] == 1}
 
 
-def _read(sdatas: SpatialData | Iterable[SpatialData], keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
-    """Read the sections one by one, holding none of them."""
-    seen: dict[str, str] = {}
+def _read(
+    sdatas: SpatialData | Iterable[SpatialData],
+    keys: Keys,
+    symbols: Mapping[str, str],
+    chosen: Genes,
+    labels: Labels,
+) -> Iterator[Measured]:
+    """Read the sections one by one, holding none of them; check first what is at hand anyway."""
     if not isinstance(sdatas, Iterable):
         sdatas = [sdatas]
+    if isinstance(sdatas, Sequence):
+        lists = {}
+        for i, sdata in enumerate(sdatas):
+            with _naming(i):
+                name, genes = check_table(sdata, keys, symbols)
+                lists[name if name not in lists else f"{name} (object {i + 1})"] = genes
+        if lists:
+            check_gene_lists(lists, chosen)
+    n, seen, classes = 0, set(), set()
     iterator = iter(sdatas)
     del sdatas
     while True:
@@ -339,18 +397,43 @@ def _read(sdatas: SpatialData | Iterable[SpatialData], keys: Keys, symbols: Mapp
             sdata = next(iterator)
         except StopIteration:
             break
-        for section in read_sections(sdata, keys, symbols):
+        sections = read_sections(sdata, keys, symbols)
+        while True:
+            with _naming(n):
+                section = next(sections, None)
+                if section is None:
+                    break
+                classes.update(label for label in section.labels if label is not None)
+                check_labels(classes, labels)
             if section.name in seen:
                 raise ValueError(
                     f"`section_key`: two sections are named {section.name!r}; each needs a name of its own"
                 )
-            seen[section.name] = section.patient
-            yield section
-        del sdata, section
+            seen.add(section.name)
+            if len(section.centres) >= MIN_SPOTS:
+                yield section
+            else:
+                logger.warning(
+                    "section %s is left out: it has %d spots, fewer than %d say nothing of how well a gene is predicted",
+                    *(section.name, len(section.centres), MIN_SPOTS),
+                )
+                seen.discard(section.name)
+        del sdata, section, sections
         # SpatialData objects hold themselves: without this, images wait for the collector while the next is decoded.
         gc.collect()
+        n += 1
     if not seen:
-        raise ValueError("`sdatas` is empty; at least one section is needed")
+        found = f"has no section of {MIN_SPOTS} spots" if n else "is empty"
+        raise ValueError(f"`sdatas` {found}; at least one section is needed")
+
+
+@contextlib.contextmanager
+def _naming(i: int) -> Iterator[None]:
+    """Say which object an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (object {i + 1} of `sdatas`)") from error
 
 
 def _train_default(
@@ -369,6 +452,7 @@ def _train_default(
     validation: str,
     seed: int,
     engine: tuple[int, torch.device, torch.dtype, bool],
+    own_encoder: bool,
 ) -> HE2Gene:
     from ..models._encoders import encoder_sha256
     from ..models._network import N_COLOUR, FeatureExtractor
@@ -387,6 +471,7 @@ def _train_default(
     kept, features = [], []
     for section in read:
         features.append(encode_section(section, extractor, sha256, windows_um, cache, engine))
+        _check_features(section.name, features[-1])
         kept.append(section.set_down(work))
         del section
     sections, genes, classes = join(kept, features, chosen, labels, work)
@@ -397,6 +482,7 @@ def _train_default(
         encoder_sha256=sha256,
         stages=stages,
         windows_um=windows_um,
+        encoder_output=tuple(extractor.fingerprint()) if own_encoder else None,
     )
     return build_model(
         sections,
@@ -407,6 +493,18 @@ def _train_default(
         validation=validation,
         seed=seed,
     )
+
+
+def _check_features(name: str, features: np.ndarray) -> None:
+    """Refuse an image on which no spot looks different from another."""
+    x = np.asarray(features[:, 0], np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError(f"`encoder` gives NaN or infinite features in section {name!r}")
+    if (x.std(axis=0) <= _SAME * np.abs(x).max(initial=1)).all():
+        raise ValueError(
+            f"`sdatas`: all spots of section {name!r} look the same to the encoder, as where its image is blank or not the one "
+            "of these spots; mend it or leave the section out"
+        )
 
 
 def describe(

@@ -48,6 +48,8 @@ class Facts:
         For the card.
     encoder_sha256, stages
         Of a frozen encoder: hash of its weights, and the stages that are read.
+    encoder_output
+        Of a network of somebody's own: its fingerprint.
     """
 
     genes: pd.Index
@@ -63,6 +65,7 @@ class Facts:
     limitations: tuple[str, ...]
     encoder_sha256: str = ""
     stages: tuple[int, ...] | None = None
+    encoder_output: tuple[float, ...] | None = None
 
 
 def folds_of(sections: Sequence[Section], unit: str | None, seed: int = 0) -> tuple[str, list[np.ndarray]]:
@@ -224,6 +227,7 @@ def _build(
             "mean": list(facts.encoder.mean),
             "std": list(facts.encoder.std),
             **({} if facts.stages is None else {"stages": list(facts.stages)}),
+            **({} if facts.encoder_output is None else {"output": list(facts.encoder_output)}),
         },
         windows_um=facts.windows_um,
         classes=facts.classes,

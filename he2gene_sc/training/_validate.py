@@ -42,7 +42,8 @@ class HeldOut:
         ``(sections, g)``: Pearson correlation of each gene within each section; NaN where it is constant or was not
         measured.
     skill
-        ``(g,)`` against the training mean, over all held-out spots.
+        ``(g,)`` against the training mean, over all held-out spots; NaN where that mean is right everywhere, as of a
+        gene that was never seen.
     panel
         For each section the predicted and measured target genes, ``(n, n_target)`` each, and the same of the most
         variable genes; both panels were chosen on the spots that its model was trained on.
@@ -272,7 +273,7 @@ def _collect(
             base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
         if unit is not None:
             kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
-    skill = 1 - error / np.where(base > 0, base, 1)
+    skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
     return HeldOut(pcc, skill, panel, logits, joined(kept) if kept else None)
 
 
