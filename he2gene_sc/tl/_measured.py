@@ -31,7 +31,7 @@ _MIN_SHARED = 0.1
 _MIN_GENES = 10
 _MIN_CLASS = 5
 #: Spots below which a section says nothing of how well its genes are predicted.
-MIN_SPOTS = 10
+MIN_SPOTS = 4
 #: Left free on a disk.
 _SPARE_BYTES = 2**24
 _COLOURS = (
