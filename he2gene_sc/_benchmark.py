@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .tl._train import PRESETS, WINDOWS_UM
+from .tl._train import WINDOWS_UM
+from .tl._train_input import PRESETS
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -227,7 +228,9 @@ def _read(
     from .models import load_encoder
     from .models._encoders import encoder_sha256
     from .models._network import FeatureExtractor
-    from .tl._measured import Genes, Keys, Labels, join, read_sections
+    from .tl._gene_lists import Genes
+    from .tl._labels import Labels
+    from .tl._measured import Keys, join, read_sections
     from .tl._train import encode_section
 
     where = resolve_device(device or "auto")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_sections import Power
 
 from he2gene_sc.image import PatchReader, Pyramid
 from he2gene_sc.inference import _cache, cached_features, encode
@@ -175,23 +176,12 @@ def test_whatever_changes_a_feature_changes_the_key(runs, change):
     assert runs.hit
 
 
-class Power(nn.Module):
-    """Its weights and its ``repr`` do not tell what it does."""
-
-    def __init__(self, power):
-        super().__init__()
-        self.inner, self.power = network(), power
-
-    def forward(self, x):
-        return self.inner(x).abs() ** self.power
-
-
 def test_networks_of_the_same_weights_and_layers_that_do_other_things_are_told_apart(runs):
-    one = np.array(runs(encoder=Power(1.0)))
-    other = np.array(runs(encoder=Power(0.25)))
+    one = np.array(runs(encoder=Power(network(), 1.0)))
+    other = np.array(runs(encoder=Power(network(), 0.25)))
     assert not runs.hit
     np.testing.assert_allclose(other[..., :12], one[..., :12] ** 0.25, rtol=1e-5)
-    runs(encoder=Power(1.0))
+    runs(encoder=Power(network(), 1.0))
     assert runs.hit
 
 

@@ -4,12 +4,13 @@ import errno
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toy_sections import SPEC, own, renamed, same_model, toy, toys, train, with_table, without_genes
+from toy_sections import SPEC, Power, network, own, renamed, same_model, toy, toys, train, with_table, without_genes
 
 import he2gene_sc as hg
 from he2gene_sc.stats import log_normalise
@@ -124,7 +125,7 @@ def test_genes_without_a_symbol_keep_their_own_name(caplog):
     assert "3 of 40 genes have no name in var['symbol']" in caplog.text
 
 
-def test_a_gene_that_was_asked_for_and_never_seen_has_no_skill():
+def without_counts_of_the_first_gene():
     parts = toys()
     for s in parts:
         table = s["table"].copy()
@@ -132,6 +133,11 @@ def test_a_gene_that_was_asked_for_and_never_seen_has_no_skill():
         matrix[:, 0] = 0
         table.X = matrix.tocsr()
         with_table(s, table)
+    return parts
+
+
+def test_a_gene_that_was_asked_for_and_never_seen_has_no_skill():
+    parts = without_counts_of_the_first_gene()
     names = parts[0]["table"].var_names
     genes = train(parts, genes=list(names[:5])).genes
     assert np.isnan(genes.loc[names[0], "skill"])
@@ -301,7 +307,28 @@ def test_no_sections_and_no_table_are_refused():
 
 
 def test_too_few_spots_for_blocks_are_refused():
+    refuses(toy(0, shape=(2, 2)), "4 spots cannot be cut into 5 blocks")
+
+
+def test_no_section_of_enough_spots_is_refused():
     refuses(toy(0, shape=(1, 3)), "`sdatas` has no section of 4 spots")
+
+
+def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
+    class Lazy(Sequence):
+        asked = []
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            if i >= len(self):
+                raise IndexError
+            self.asked.append(i)
+            return toy(i, "ABA"[i])
+
+    train(Lazy())
+    assert Lazy.asked == [0, 1, 2]
 
 
 # Arguments
@@ -360,22 +387,11 @@ def test_arguments_are_checked_before_anything_is_read():
     refuses(never(), "`validation`", validation="none")
 
 
-class Power(torch.nn.Module):
-    """A network whose weights do not tell what it does."""
-
-    def __init__(self, power):
-        super().__init__()
-        self.inner, self.power = own()[0], power
-
-    def forward(self, x):
-        return self.inner(x).abs() ** self.power
-
-
 def test_a_model_refuses_a_network_of_its_weights_that_does_something_else(tmp_path):
-    path = train(toys(), encoder=(Power(1.0), SPEC)).save(tmp_path / "model")
-    assert hg.models.load(path, encoder=(Power(1.0), SPEC)).network is not None
+    path = train(toys(), encoder=(Power(network(), 1.0), SPEC)).save(tmp_path / "model")
+    assert hg.models.load(path, encoder=(Power(network(), 1.0), SPEC)).network is not None
     with pytest.raises(ValueError, match="has its weights but gives another output"):
-        _ = hg.models.load(path, encoder=(Power(0.25), SPEC)).network
+        _ = hg.models.load(path, encoder=(Power(network(), 0.25), SPEC)).network
 
 
 # The machine
@@ -423,13 +439,7 @@ def test_after_a_refusal_the_input_is_as_it_was():
 
 
 def test_a_gene_of_no_count_in_any_section_is_not_learned():
-    parts = toys()
-    for s in parts:
-        table = s["table"].copy()
-        matrix = table.X.tolil()
-        matrix[:, 0] = 0
-        table.X = matrix.tocsr()
-        with_table(s, table)
+    parts = without_counts_of_the_first_gene()
     model = train(parts, min_spot_share=0.0)
     assert parts[0]["table"].var_names[0] not in model.genes.index
     assert len(model.genes) == 39

@@ -25,6 +25,17 @@ def network(seed=0):
         ).eval()
 
 
+class Power(nn.Module):
+    """A network whose weights and ``repr`` do not tell what it does."""
+
+    def __init__(self, inner, power):
+        super().__init__()
+        self.inner, self.power = inner, power
+
+    def forward(self, x):
+        return self.inner(x).abs() ** self.power
+
+
 def own():
     return network(), SPEC
 

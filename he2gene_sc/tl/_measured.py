@@ -6,7 +6,7 @@ import errno
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from .._keys import check_class_names
 from .._slide import Slide, resolve
+from ._gene_lists import Genes, check_gene_lists, gene_names
+from ._labels import Labels, code_classes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,26 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("he2gene_sc")
 
-#: Sections must share at least this part of the shorter of two gene lists.
-_MIN_SHARED = 0.1
-_MIN_GENES = 10
-_MIN_CLASS = 5
 #: Spots below which a section says nothing of how well its genes are predicted.
 MIN_SPOTS = 4
 #: Left free on a disk.
 _SPARE_BYTES = 2**24
-_COLOURS = (
-    "#d62728",
-    "#ff9896",
-    "#9467bd",
-    "#2ca02c",
-    "#ffdd57",
-    "#1f77b4",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#17becf",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,25 +131,6 @@ def on_disk(
     return type(matrix)((parts[id(matrix.data)], parts[id(matrix.indices)], matrix.indptr), shape=matrix.shape)
 
 
-@dataclass(frozen=True)
-class Genes:
-    """Which genes are learned, see :func:`he2gene_sc.tl.train`."""
-
-    asked: list[str] | None
-    n_target: int
-    min_share: float
-    missing_are_zero: bool
-
-
-@dataclass(frozen=True)
-class Labels:
-    """How labels become classes, see :func:`he2gene_sc.tl.train`."""
-
-    merged: dict[str, str | None]
-    ignored: tuple[str, ...]
-    colours: dict[str, str]
-
-
 def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
     """Check one object and yield its sections, one a shapes element.
 
@@ -213,7 +179,7 @@ def _opened(
                 "section_key": "; set it, e.g. sdata['table'].obs['section'] = 'S1'",
             }[parameter]
             raise ValueError(f"`{parameter}` {key!r} is no column of obs, valid: {list(table.obs.columns)}{hint}")
-    return slides, table, _gene_names(table, keys.gene_symbols, symbols), _matrix(table, keys.layer)
+    return slides, table, gene_names(table, keys.gene_symbols, symbols), _matrix(table, keys.layer)
 
 
 def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: Keys) -> Measured:
@@ -251,41 +217,6 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
         counts=summed,
         labels=labels,
     )
-
-
-def _gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
-    if gene_symbols is not None and gene_symbols not in table.var.columns:
-        raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(table.var.columns)}")
-    given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols], dtype=object).reset_index(
-        drop=True
-    )
-    absent = (given.isna() | (given.astype(str).str.strip() == "")).to_numpy()
-    if absent.any():
-        if gene_symbols is None:
-            raise ValueError(f"`sdatas`: {absent.sum()} genes have no name in var_names; name or drop them")
-        logger.warning(
-            "%d of %d genes have no name in var[%r]; those in var_names are used",
-            absent.sum(),
-            len(given),
-            gene_symbols,
-        )
-        given = given.where(~absent, pd.Series(table.var_names, dtype=object))
-    names = symbols_of(given, symbols)
-    if names.has_duplicates:
-        twice = list(names[names.duplicated()].unique()[:5])
-        raise ValueError(
-            f"`sdatas`: genes {twice} stand more than once in var, as {list(given[names.isin(twice)])}; sum or drop them "
-            "(`adata.var_names_make_unique()` would make other genes of them)"
-        )
-    return names
-
-
-def symbols_of(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
-    """Symbols of gene names of which some may be Ensembl ids, with a version or without."""
-    names = pd.Index(list(given), dtype=object).astype(str).str.strip()
-    ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
-    bare = names.str.replace(r"\.\d+$", "", regex=True)
-    return pd.Index([symbols.get(b, b) if e else n for n, b, e in zip(names, bare, ensembl, strict=True)])
 
 
 def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
@@ -349,7 +280,7 @@ def join(
     from ..training import Section, log_targets
 
     genes, measured = _join_genes(read, chosen)
-    classes, codes = _code_classes([section.labels for section in read], labels.merged, labels.ignored)
+    classes, codes = code_classes([section.labels for section in read], labels.merged, labels.ignored)
     if chosen.asked is None:
         seen = sum(_seen(section, genes) for section in read)
         spots = sum(section.counts.shape[0] * there for section, there in zip(read, measured, strict=True))
@@ -388,60 +319,6 @@ def _join_genes(sections: Sequence[Measured], chosen: Genes) -> tuple[pd.Index, 
     return union, [everywhere if chosen.missing_are_zero else union.isin(section.genes) for section in sections]
 
 
-def check_gene_lists(lists: Mapping[str, pd.Index], chosen: Genes) -> pd.Index:
-    """Return the genes to learn, sorted, of the genes of each section by its name.
-
-    Raises
-    ------
-    ValueError
-        If a section shares hardly a gene with the others, or all of them none, whatever their order; or if a gene that
-        was asked for is in none.
-    """
-    counted = pd.Index(np.concatenate([list(genes) for genes in lists.values()])).value_counts()
-    for name, genes in lists.items() if len(lists) > 1 else ():
-        elsewhere = counted.subtract(pd.Series(1, index=genes), fill_value=0)
-        others = elsewhere.index[elsewhere > 0]
-        shared, shorter = len(others.intersection(genes)), min(len(others), len(genes))
-        if shared < max(min(_MIN_GENES, shorter), _MIN_SHARED * shorter):
-            raise ValueError(
-                f"`sdatas`: section {name!r} shares only {shared} of {shorter} genes with the others. It has "
-                f"{list(genes.difference(others)[:3])}, they have {list(others.difference(genes)[:3])}. Where some hold symbols and others Ensembl ids, "
-                "pass `gene_symbols` (a column of var) or `ensembl_ids` (symbol to id)"
-            )
-    union = counted.index.sort_values()
-    if chosen.asked is not None:
-        unknown = [gene for gene in chosen.asked if gene not in counted.index]
-        if unknown or not chosen.asked:
-            raise ValueError(f"`genes` {unknown[:5]} are in no section, which have e.g. {list(union[:5])}")
-        union = pd.Index(sorted(set(chosen.asked)))
-    if not chosen.missing_are_zero and not (counted[union] == len(lists)).any():
-        what = "gene" if chosen.asked is None else "gene of `genes`"
-        fewest = min(lists, key=lambda name: len(union.intersection(lists[name])))
-        raise ValueError(
-            f"`sdatas`: no {what} was measured in all {len(lists)} sections, so nothing can be compared between them; section "
-            f"{fewest!r} has the fewest of them. Leave sections out, or pass missing_genes_are_zero=True where a gene that "
-            "a section does not list was measured there and never seen"
-        )
-    return union
-
-
-def check_labels(labels: Iterable[str], chosen: Labels) -> None:
-    """Refuse labels that would be classes whose names cannot be stored.
-
-    Raises
-    ------
-    ValueError
-        If a name cannot be stored, or two differ only in case.
-    """
-    named = {chosen.merged.get(label, label) for label in labels if label not in chosen.ignored} - {None}
-    try:
-        check_class_names(sorted(named))
-    except ValueError as error:
-        raise ValueError(
-            f"`annotation_key`: {error}, by `classes`, which maps labels to classes (None leaves a label out)"
-        ) from error
-
-
 def _align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:
     """Take columns of a sparse array, empty ones where the position is -1."""
     padded = scipy.sparse.csc_array(
@@ -449,43 +326,3 @@ def _align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse
         shape=(targets.shape[0], targets.shape[1] + 1),
     )
     return scipy.sparse.csc_array(padded[:, columns])
-
-
-def _code_classes(
-    labels: list[np.ndarray], merged: Mapping[str, str | None], ignored: tuple[str, ...]
-) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """Class names with enough spots, and for each section the code of each spot, -1 without a class.
-
-    Parameters
-    ----------
-    labels
-        Of each section.
-    merged
-        Label to class; ``None`` leaves it out. Labels that are not named stay what they are.
-    ignored
-        Labels that are no class.
-    """
-    seen = {label for part in labels for label in part if label is not None}
-    unknown = sorted(set(merged) - seen)
-    if unknown and seen:
-        raise ValueError(f"`classes` names labels {unknown} that no spot has, valid: {sorted(seen)}")
-    named = [
-        np.array([None if v is None or v in ignored else merged.get(v, v) for v in part], object) for part in labels
-    ]
-    counted = pd.Series([label for part in named for label in part if label is not None], dtype=object).value_counts()
-    rare = sorted(counted.index[counted < _MIN_CLASS])
-    if rare:
-        logger.warning("classes with fewer than %d spots are left out: %s", _MIN_CLASS, rare)
-    classes = tuple(sorted(counted.index[counted >= _MIN_CLASS]))
-    if len(classes) == 1:
-        logger.warning(
-            "all labelled spots are %r: one class is nothing to tell apart, no annotation is learned", *classes
-        )
-        classes = ()
-    lookup = {label: i for i, label in enumerate(classes)}
-    return classes, [np.array([lookup.get(label, -1) for label in part], int) for part in named]
-
-
-def colours_of(classes: tuple[str, ...], given: Mapping[str, str]) -> tuple[str, ...]:
-    """Colour of each class: the one given, else one of a palette."""
-    return tuple(given.get(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(classes))

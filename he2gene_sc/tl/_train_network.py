@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._measured import Genes, Labels, Measured, check_room, join, on_disk
+from ._gene_lists import Genes
+from ._labels import Labels
+from ._measured import Measured, check_room, join, on_disk
 from ._train import describe
 
 if TYPE_CHECKING:

@@ -34,7 +34,9 @@ from he2gene_sc.models._encoders import encoder_sha256, load_encoder
 from he2gene_sc.models._network import N_COLOUR, FeatureExtractor
 from he2gene_sc.models._stages import default_stages, stage_sizes
 from he2gene_sc.stats import pearson
-from he2gene_sc.tl._measured import Genes, Keys, Labels, join, read_sections
+from he2gene_sc.tl._gene_lists import Genes
+from he2gene_sc.tl._labels import Labels
+from he2gene_sc.tl._measured import Keys, join, read_sections
 from he2gene_sc.tl._train import _COLOUR_SHARE, _SYMMETRIES, WINDOWS_UM
 from he2gene_sc.training import Recipe, feature_weights
 from he2gene_sc.training._closed_form import embed, fit_basis, fit_sums

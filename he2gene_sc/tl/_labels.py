@@ -1,0 +1,94 @@
+"""Labels of training spots, and the classes that are made of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from .._keys import check_class_names
+
+logger = logging.getLogger("he2gene_sc")
+
+_MIN_CLASS = 5
+_COLOURS = (
+    "#d62728",
+    "#ff9896",
+    "#9467bd",
+    "#2ca02c",
+    "#ffdd57",
+    "#1f77b4",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#17becf",
+)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels become classes, see :func:`he2gene_sc.tl.train`."""
+
+    merged: dict[str, str | None]
+    ignored: tuple[str, ...]
+    colours: dict[str, str]
+
+
+def check_labels(labels: Iterable[str], chosen: Labels) -> None:
+    """Refuse labels that would be classes whose names cannot be stored.
+
+    Raises
+    ------
+    ValueError
+        If a name cannot be stored, or two differ only in case.
+    """
+    named = {chosen.merged.get(label, label) for label in labels if label not in chosen.ignored} - {None}
+    try:
+        check_class_names(sorted(named))
+    except ValueError as error:
+        raise ValueError(
+            f"`annotation_key`: {error}, by `classes`, which maps labels to classes (None leaves a label out)"
+        ) from error
+
+
+def code_classes(
+    labels: list[np.ndarray], merged: Mapping[str, str | None], ignored: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """Class names with enough spots, and for each section the code of each spot, -1 without a class.
+
+    Parameters
+    ----------
+    labels
+        Of each section.
+    merged
+        Label to class; ``None`` leaves it out. Labels that are not named stay what they are.
+    ignored
+        Labels that are no class.
+    """
+    seen = {label for part in labels for label in part if label is not None}
+    unknown = sorted(set(merged) - seen)
+    if unknown and seen:
+        raise ValueError(f"`classes` names labels {unknown} that no spot has, valid: {sorted(seen)}")
+    named = [
+        np.array([None if v is None or v in ignored else merged.get(v, v) for v in part], object) for part in labels
+    ]
+    counted = pd.Series([label for part in named for label in part if label is not None], dtype=object).value_counts()
+    rare = sorted(counted.index[counted < _MIN_CLASS])
+    if rare:
+        logger.warning("classes with fewer than %d spots are left out: %s", _MIN_CLASS, rare)
+    classes = tuple(sorted(counted.index[counted >= _MIN_CLASS]))
+    if len(classes) == 1:
+        logger.warning(
+            "all labelled spots are %r: one class is nothing to tell apart, no annotation is learned", *classes
+        )
+        classes = ()
+    lookup = {label: i for i, label in enumerate(classes)}
+    return classes, [np.array([lookup.get(label, -1) for label in part], int) for part in named]
+
+
+def colours_of(classes: tuple[str, ...], given: Mapping[str, str]) -> tuple[str, ...]:
+    """Colour of each class: the one given, else one of a palette."""
+    return tuple(given.get(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(classes))
