@@ -369,14 +369,14 @@ def _score(
     fold: _Fold, section: Section, predictor: str, prediction: Prediction, ceiling: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     from .stats import pearson, skill
-    from .training._figures import bootstrap
+    from .training._figures import interval
     from .training._validate import Panel
 
     measured = section.dense(fold.columns)
     panel = Panel(fold.target, fold.variable, prediction.values.astype(np.float32), measured)
     r = np.nan_to_num(pearson(prediction.values, measured))
     gained = skill(prediction.values, measured, fold.mean)
-    draws = np.quantile(bootstrap(panel, section.centres_um), (0.025, 0.975), axis=0)
+    between = interval(panel, section.centres_um)
     constant = predictor == "training mean"
     common = {"folds": fold.unit, "section": section.name, "patient": section.patient, "predictor": predictor}
     n = len(fold.target)
@@ -388,8 +388,8 @@ def _score(
             "panel": name,
             "n_genes": len(r[part]),
             "pearson": np.nan if constant else r[part].mean(),
-            "low": np.nan if constant else draws[0, i],
-            "high": np.nan if constant else draws[1, i],
+            "low": np.nan if constant else between[i, 0],
+            "high": np.nan if constant else between[i, 1],
             "skill": np.nanmedian(gained[part]),
             "ceiling": ceiling[part].mean(),
             "above": np.nan if constant else (r[part] > 0.1).mean(),

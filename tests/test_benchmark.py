@@ -66,9 +66,9 @@ def test_figures_mean_what_they_say(table):
     mean = table[table["predictor"] == "training mean"]
     assert mean["pearson"].isna().all()
     np.testing.assert_allclose(mean["skill"], 0, atol=1e-6)
-    scored = table[table["pearson"].notna() & table["low"].notna()]
-    assert (scored["low"] <= scored["pearson"] + 0.05).all()
-    assert (scored["high"] >= scored["pearson"] - 0.05).all()
+    scored = table[table["pearson"].notna() & table["ceiling"].notna()]
+    # Too few blocks for an interval: tests/test_figures.py has those.
+    assert scored[["low", "high"]].isna().all(axis=None)
     # The toy's genes follow its image: what looks at colour must find them, and no more than there is.
     colour = scored[scored["predictor"] == "mean colour, ridge"]
     assert colour["pearson"].mean() > 0.3

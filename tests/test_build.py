@@ -67,13 +67,14 @@ def test_heads_are_fitted_to_everything(model, sections):
     np.testing.assert_allclose(model.tensors["genes.bias"], sums.mean, rtol=1e-6)
 
 
-def test_probabilities_are_calibrated_on_held_out_sections(model, sections):
+def test_probabilities_are_calibrated_on_held_out_patients(model, sections):
     choice, _ = validated(sections)
-    held_out = validated(sections, choice=choice)[1]["section"]
+    held_out = validated(sections, choice=choice)[1]["patient"]
     basis = fit_basis(sections, everything(sections), recipe())
     weight, bias = fit_softmax(*labelled_embedding(sections, everything(sections), basis), 3, choice.strength)
     temperature = pooled_temperature(sections, held_out.logits)
-    assert abs(temperature - 1) > 0.01
+    of_sections = pooled_temperature(sections, validated(sections, choice=choice)[1]["section"].logits)
+    assert abs(temperature / of_sections - 1) > 0.01
     np.testing.assert_allclose(model.tensors["annotation.weight"], weight / temperature, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(model.tensors["annotation.bias"], bias / temperature, rtol=1e-4, atol=1e-5)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.special import softmax
+from scipy.stats import norm
 from tiny_sections import everything, grid, planted, recipe
 
 from he2gene_sc.stats import calibration_error, noise_ceiling, pearson
@@ -16,6 +17,8 @@ from he2gene_sc.training._figures import (
     bootstrap,
     calibrated,
     expression_figures,
+    given_depth,
+    interval,
     pooled_temperature,
 )
 from he2gene_sc.training._validate import Choice, HeldOut, Panel
@@ -65,6 +68,35 @@ def test_intervals_cover_the_true_correlation():
         low, high = np.quantile(draws, (0.025, 0.975), axis=0)
         covered += list((low <= 0.6) & (high >= 0.6))
     assert 0.8 < np.mean(covered) < 1
+
+
+def test_intervals_over_few_blocks_are_expanded_and_over_fewer_not_given():
+    predicted, measured = pair(60, 4)
+    one_each = np.stack([np.arange(60) % 6 * BLOCK_UM + 1, np.zeros(60)], axis=1)
+    whole = panel(predicted, measured, 2)
+    found = interval(whole, one_each)
+    # Six blocks: t of five degrees of freedom at 2.5 % is 2.571, by 6 / 5 under the root 2.816, of the normal .0024.
+    expected = np.quantile(
+        bootstrap(whole, one_each), (norm.cdf(-2.5706 * np.sqrt(1.2)), norm.cdf(2.5706 * np.sqrt(1.2))), 0
+    )
+    np.testing.assert_allclose(found, expected.T, atol=1e-5)
+    assert found.shape == (2, 2)
+    assert np.isnan(interval(whole, np.minimum(one_each, [3 * BLOCK_UM + 1, 0]))).all()
+
+
+def test_depth_alone_gives_no_partial_correlation():
+    rng = np.random.default_rng(0)
+    totals = rng.lognormal(8, 0.5, 400)
+    depth = np.log(totals)[:, None]
+    by_depth = np.hstack([depth, depth**2, np.exp(-depth / 8), np.full((400, 1), 3.0)])
+    truth = rng.normal(size=(400, 4))
+    measured = by_depth + truth * [0.01, 0.05, 0.001, 0]
+    assert panel(by_depth, measured, 2).scores()[0] > 0.99
+    assert np.abs(given_depth(panel(by_depth, measured, 2), totals)).max() < 0.1
+    # What is not depth is left as it is.
+    alone = panel(truth + by_depth, measured, 3)
+    assert given_depth(alone, totals)[0] > 0.99
+    assert given_depth(panel(truth, truth, 3), np.full(400, 7.0)) == pytest.approx((1.0, 1.0))
 
 
 def test_neighbours_that_are_alike_make_intervals_wider():
@@ -117,7 +149,8 @@ def logits_of(sections, sharpness, seed=0):
 
 def held_out(sections, logits):
     empty = panel(np.zeros((1, 2)), np.zeros((1, 2)), 1)
-    return HeldOut(np.empty((0, 0)), np.empty(0), (empty,) * len(sections), logits)
+    parts = tuple(np.zeros(len(section), int) for section in sections)
+    return HeldOut(np.empty((0, 0)), np.empty(0), (empty,) * len(sections), logits, parts)
 
 
 def test_each_section_is_calibrated_by_the_others():
@@ -130,6 +163,30 @@ def test_each_section_is_calibrated_by_the_others():
         np.testing.assert_allclose(found[i], logits[i] / expected[i])
     assert expected[0] == pytest.approx(5, rel=0.2)
     assert expected[1] > 6
+
+
+def test_known_patients_are_calibrated_as_the_model_is_by_new_ones():
+    sections, logits = logits_of(planted(4, n=400, n_genes=2), 5.0)
+    known, new = held_out(sections, logits), held_out(sections, tuple(3 * x for x in logits))
+    found = calibrated(sections, known, new, by_patient=True)
+    for i in range(4):
+        others = [j for j in range(4) if j % 2 != i % 2]
+        expected = pooled_temperature([sections[j] for j in others], [new.logits[j] for j in others])
+        np.testing.assert_allclose(found[i], logits[i] / expected)
+        assert expected == pytest.approx(15, rel=0.2)
+
+
+def test_a_single_section_is_calibrated_part_by_part():
+    (section,), (logits,) = logits_of(planted(1, n=400, n_genes=2), 5.0)
+    parts = np.arange(400) // 100
+    section = replace(section, codes=np.where(parts == 0, (section.codes + 1) % 3, section.codes))
+    found = calibrated([section], replace(held_out([section], (logits,)), parts=(parts,)))[0]
+    for part in range(4):
+        rest = parts != part
+        expected = pooled_temperature([replace(section, codes=np.where(rest, section.codes, -1))], [logits])
+        np.testing.assert_allclose(found[~rest], logits[~rest] / expected)
+    # By itself, the part whose labels are wrong would have been cooled.
+    assert np.ptp(logits[0]) / np.ptp(found[0]) < 0.9 * np.ptp(logits[399]) / np.ptp(found[399])
 
 
 def test_unlabelled_spots_and_folds_without_labels_do_not_count():
@@ -188,18 +245,22 @@ def test_without_labels_there_are_no_annotation_figures():
 
 
 def test_expression_figures_are_those_of_the_panels():
-    sections = planted(3, gaps=((2, 0), (2, 1)))
+    sections = [replace(s, centres_um=2 * s.centres_um) for s in planted(3, gaps=((2, 0), (2, 1)))]
     _, folds = folds_of(sections, "section")
     options = {"n_classes": 0, "n_target": 4, "choice": Choice(0.3, None, 0.1)}
     found = cross_validate(sections, {"section": folds}, recipe(), **options)[1]["section"]
     weak = cross_validate(sections, {"section": folds}, recipe(n_latent=1), **options)[1]["section"]
     figures = expression_figures(sections, found, {"colour alone": weak})
-    assert list(figures)[:4] == [
-        f"{what}, 4 target genes" for what in ("mean Pearson", "95 % interval", "colour alone", "noise ceiling")
+    given = "mean partial Pearson given the spots' counts"
+    assert list(figures)[:5] == [
+        f"{what}, 4 target genes" for what in ("mean Pearson", "95 % interval", given, "colour alone", "noise ceiling")
     ]
     for i, s in enumerate(sections):
         low, high = figures["95 % interval, 4 target genes"][s.name]
         target = figures["mean Pearson, 4 target genes"][s.name]
+        assert figures[f"{given}, 4 target genes"][s.name] == pytest.approx(
+            given_depth(found.panel[i], s.totals)[0], abs=1e-4
+        )
         assert low <= target <= high
         assert target == pytest.approx(found.panel[i].scores()[0], abs=1e-4)
         assert figures["colour alone, 4 target genes"][s.name] == pytest.approx(weak.panel[i].scores()[0], abs=1e-4)

@@ -420,6 +420,23 @@ def test_targets_permuted_within_sections_leave_no_skill(prior):
     assert (held_out.skill > 0.03).mean() < 0.01
 
 
+def test_a_section_held_out_in_parts_is_judged_within_them():
+    """A gradient along the section that no feature shows: each part's mean is missed, in the other direction."""
+    rng = np.random.default_rng(0)
+    found = []
+    for seed in range(6):
+        slope = np.exp(np.linspace(-1, 1, 160))[:, None]
+        counts = np.hstack([rng.poisson(20 * slope * np.ones((160, 5))), rng.poisson(300, (160, 5))])
+        (one,) = planted(1, n=160, patients=1, seed=seed)
+        alone = section(one.features, counts, totals=np.full(160, 3000.0))
+        _, held_out = validate([alone], "block", n_target=5, choice=Choice(1.0, None, 0.1))
+        found.append([held_out.pcc[0, :5].mean(), held_out.panel[0].scores()[0]])
+        assert len(np.unique(held_out.parts[0])) == 5
+        means = [held_out.panel[0].measured[held_out.parts[0] == part].mean(0) for part in range(5)]
+        np.testing.assert_allclose(means, 0, atol=1e-6)
+    assert np.abs(np.mean(found, axis=0)).max() < 0.1
+
+
 def test_every_fold_chooses_its_panels_without_the_section_it_holds_out():
     sections = planted(2, n_genes=12, patients=1)
     loud = sections[1].targets.toarray()

@@ -25,6 +25,17 @@ logger = logging.getLogger("he2gene_sc")
 
 #: Sections or patients beyond this number are held out in so many groups.
 MAX_FOLDS = 10
+#: What the card has to say of figures that are not of held-out patients.
+_LIMITATIONS = {
+    "section": (
+        "All sections are of one patient: the held-out figures are of another section of the SAME patient and say nothing of "
+        "other patients.",
+    ),
+    "block": (
+        "Trained on one section: the held-out figures are of another part of the SAME section, next to what was trained on, far "
+        "better than what the model reaches on other sections, let alone patients.",
+    ),
+}
 _HELD_OUT = {"section": "leave one section out", "patient": "leave one patient out", "block": "parts of one section"}
 
 
@@ -187,6 +198,8 @@ def _build(
     _, around = cross_validate(
         *(colour, protocols, _colour_only(sections, n_colour, recipe.context)[1]), n_classes=0, n_target=n_target
     )
+    # A model meets new patients: where their confidence is known, it is theirs that counts.
+    telling = next((n for n in reversed(protocols) if can_be_calibrated(sections, held_out[n].logits)), known)
     metrics = {
         _protocol(name, protocols[name], sections): (
             expression_figures(
@@ -194,16 +207,18 @@ def _build(
                 found,
                 {"colour alone": colour_held_out[name], "colour with slide and neighbours": around[name]},
             )
-            | annotation_figures(sections, found, facts.classes, by_patient=name == "patient")
+            | annotation_figures(
+                sections, found, facts.classes, telling=held_out[telling], by_patient=telling == "patient"
+            )
         )
         for name, found in held_out.items()
     }
     everything = [np.ones(len(section), bool) for section in sections]
     target, variable = panels(sections, everything, n_target)
-    tensors = _fit(sections, everything, recipe, choice, held_out[known], n_classes)
+    tensors = _fit(sections, everything, recipe, choice, held_out[telling], n_classes)
     tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
-    limitations = facts.limitations
-    if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[known].logits):
+    limitations = (*facts.limitations, *_LIMITATIONS.get(unit, ()))
+    if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[telling].logits):
         logger.warning(
             "annotation: no held-out spot has a label and a model that had seen its class, as where one section alone is "
             "annotated: its probabilities are NOT calibrated"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ..stats import N_BINS, calibration_error, noise_ceiling
+from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._closed_form import UNSEEN, temperature
 from ._predictability import with_rest
 from ._sections import Section
@@ -15,43 +16,95 @@ from ._validate import HeldOut, Panel
 #: Side of the blocks of tissue that the bootstrap draws, µm: a few spots, as far as neighbours resemble each other.
 BLOCK_UM = 800.0
 N_BOOTSTRAP = 500
+#: Blocks below which their spread says nothing.
+MIN_BLOCKS = 5
 _N_DIGITS = 4
 
 
 def expression_figures(
     sections: Sequence[Section], held_out: HeldOut, baselines: Mapping[str, HeldOut]
 ) -> dict[str, dict[str, object]]:
-    """Mean correlation of both panels in each section, with an interval, baselines by name and the noise ceiling.
+    """Mean correlation of both panels in each section, with an interval, given depth, baselines and the noise ceiling.
 
     Intervals are conditional on the patients at hand: blocks of tissue are drawn anew within each section, patients
     and sections are not.
     """
     n_target, n_variable = len(held_out.panel[0].target), len(held_out.panel[0].variable)
     names = (f"{n_target} target genes", f"{n_variable} most variable genes")
-    draws = [bootstrap(panel, s.centres_um) for s, panel in zip(sections, held_out.panel, strict=True)]
+    intervals = [interval(panel, s.centres_um) for s, panel in zip(sections, held_out.panel, strict=True)]
+    given = [given_depth(panel, s.totals) for s, panel in zip(sections, held_out.panel, strict=True)]
     ceilings = [_ceiling(section, panel) for section, panel in zip(sections, held_out.panel, strict=True)]
     figures: dict[str, dict[str, object]] = {}
     for which, name in enumerate(names):
         rows: dict[str, dict[str, object]] = {
             f"mean Pearson, {name}": {},
             f"95 % interval, {name}": {},
+            f"mean partial Pearson given the spots' counts, {name}": {},
             **{f"{title}, {name}": {} for title in baselines},
             f"noise ceiling, {name}": {},
         }
-        model, interval, *others, ceiling = rows.values()
+        model, between, rest, *others, ceiling = rows.values()
         for i, section in enumerate(sections):
             model[section.name] = _rounded(held_out.panel[i].scores()[which])
-            interval[section.name] = [_rounded(q) for q in np.quantile(draws[i][:, which], (0.025, 0.975))]
+            if np.isfinite(intervals[i]).all():
+                between[section.name] = [_rounded(q) for q in intervals[i][which]]
+            rest[section.name] = _rounded(given[i][which])
             for row, baseline in zip(others, baselines.values(), strict=True):
                 row[section.name] = _rounded(baseline.panel[i].scores()[which])
             ceiling[section.name] = _rounded(ceilings[i][which])
-        figures |= rows
+        figures |= {title: row for title, row in rows.items() if row}
     return figures
+
+
+def given_depth(panel: Panel, totals: np.ndarray) -> tuple[float, float]:
+    """Mean partial correlation of both panels, given the counts of each spot (a cubic of their log).
+
+    Of counts as sparse as these, log-normalised expression follows the number of counts even where the tissue has no
+    pattern at all, and an image shows where there is much RNA. What is left here is not that.
+
+    Parameters
+    ----------
+    panel
+        Held-out predictions.
+    totals
+        ``(n,)`` counts of each spot.
+    """
+    depth = np.log(totals)
+    depth = (depth - depth.mean()) / max(depth.std(), np.finfo(float).tiny)
+    powers = np.vander(depth, 4)
+
+    def rest(values: np.ndarray) -> np.ndarray:
+        values = values.astype(np.float64)
+        return values - powers @ np.linalg.lstsq(powers, values, rcond=1e-9)[0]
+
+    measured = np.nan_to_num(panel.measured)
+    varies = np.isfinite(pearson(panel.predicted, measured))
+    target, variable = panel.means(np.where(varies, np.nan_to_num(pearson(rest(panel.predicted), rest(measured))), 0))
+    return float(target), float(variable)
 
 
 def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
     genes = np.concatenate([panel.target, panel.variable])
     return panel.means(np.nan_to_num(noise_ceiling(with_rest(section), genes=genes)))
+
+
+def interval(panel: Panel, centres_um: np.ndarray) -> np.ndarray:
+    """95 % interval of the mean correlation of both panels, ``(2, 2)``: target and variable, low and high.
+
+    Percentiles of :func:`bootstrap`, expanded for the few blocks that there are (Hesterberg, Am Stat 2015): at n of them by
+    the t distribution and by n / (n - 1). NaN below :data:`MIN_BLOCKS`.
+    """
+    from scipy.stats import norm, t
+
+    n = len(np.unique(_blocks(centres_um), axis=0))
+    if n < MIN_BLOCKS:
+        return np.full((2, 2), np.nan)
+    tail = norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf(0.975, n - 1))
+    return np.quantile(bootstrap(panel, centres_um), (tail, 1 - tail), axis=0).T
+
+
+def _blocks(centres_um: np.ndarray) -> np.ndarray:
+    return np.floor(centres_um / BLOCK_UM).astype(int)
 
 
 def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
@@ -61,7 +114,7 @@ def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRA
     a block comes with it (Politis and Romano, J Am Stat Assoc 1994, say why single spots will not do).
     """
     rng = np.random.default_rng(seed)
-    _, block = np.unique(np.floor(centres_um / BLOCK_UM).astype(int), axis=0, return_inverse=True)
+    _, block = np.unique(_blocks(centres_um), axis=0, return_inverse=True)
     n_blocks = int(block.max()) + 1
     drawn = rng.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=n_draws)[:, block.ravel()].astype(float)
     weights = drawn / np.maximum(drawn.sum(1, keepdims=True), 1)
@@ -74,9 +127,17 @@ def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRA
 
 
 def annotation_figures(
-    sections: Sequence[Section], held_out: HeldOut, classes: Sequence[str], *, by_patient: bool = False
+    sections: Sequence[Section],
+    held_out: HeldOut,
+    classes: Sequence[str],
+    *,
+    telling: HeldOut | None = None,
+    by_patient: bool = False,
 ) -> dict[str, dict[str, object]]:
-    """Balanced accuracy of each section, and over all of them AUROC of each class and calibration error."""
+    """Balanced accuracy of each section, and over all of them AUROC of each class and calibration error.
+
+    ``telling`` and ``by_patient`` are those of :func:`calibrated`.
+    """
     from scipy.special import softmax
     from sklearn.metrics import recall_score, roc_auc_score
 
@@ -95,15 +156,8 @@ def annotation_figures(
         return {}
     figures["balanced accuracy of the annotation"] = accuracy
     codes = np.concatenate([section.codes[rows] for section, rows in zip(sections, usable, strict=True)])
-    proba = softmax(
-        np.concatenate(
-            [
-                logits[rows]
-                for logits, rows in zip(calibrated(sections, held_out, by_patient=by_patient), usable, strict=True)
-            ]
-        ),
-        axis=1,
-    )
+    fair = calibrated(sections, held_out, telling, by_patient=by_patient)
+    proba = softmax(np.concatenate([logits[rows] for logits, rows in zip(fair, usable, strict=True)]), axis=1)
     # A class is judged on the spots whose model had seen it: of another, it knows nothing.
     raw = np.concatenate([logits[rows] for logits, rows in zip(held_out.logits, usable, strict=True)])
     auroc = {}
@@ -119,19 +173,31 @@ def annotation_figures(
     return figures
 
 
-def calibrated(sections: Sequence[Section], held_out: HeldOut, *, by_patient: bool = False) -> list[np.ndarray]:
-    """Held-out logits divided by a temperature that the other sections' held-out logits gave, section by section.
+def calibrated(
+    sections: Sequence[Section], held_out: HeldOut, telling: HeldOut | None = None, *, by_patient: bool = False
+) -> list[np.ndarray]:
+    """Held-out logits divided by a temperature that the spots had no say in, section by section.
 
-    With ``by_patient``, only sections of other patients give it.
+    It is found as the model's own is, from the logits of the other sections in ``telling`` (default: ``held_out``); with
+    ``by_patient``, of the other patients' sections; where there is no other section, from the other parts of it.
     """
+    telling = telling or held_out
     result = []
     for i, (section, logits) in enumerate(zip(sections, held_out.logits, strict=True)):
         others = [
             j for j in range(len(sections)) if j != i and (not by_patient or sections[j].patient != section.patient)
         ]
-        others = others or [i]
-        t = pooled_temperature([sections[j] for j in others], [held_out.logits[j] for j in others])
-        result.append(logits / t)
+        if others:
+            result.append(
+                logits / pooled_temperature([sections[j] for j in others], [telling.logits[j] for j in others])
+            )
+            continue
+        scaled = logits.copy()
+        for part in np.unique(held_out.parts[i]):
+            here = held_out.parts[i] == part
+            rest = replace(section, codes=np.where(here, -1, section.codes))
+            scaled[here] /= pooled_temperature([rest], [telling.logits[i]])
+        result.append(scaled)
     return result
 
 

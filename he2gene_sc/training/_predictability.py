@@ -165,7 +165,8 @@ def gene_table(
     new_patient = np.full(len(mean), np.nan)
     if "patient" in found:
         across = by_patient(found["patient"], patients)
-        new_patient = bounds(across)[0]
+        # A gene of a single patient was never predicted for another.
+        new_patient = np.where(np.isfinite(across).sum(0) > 1, bounds(across)[0], np.nan)
         if unit == "section":
             reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
     index = np.arange(len(mean))

@@ -21,6 +21,8 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3)
 N_VARIABLE = 50
 #: Genes predicted at once, and what a block of them and all spots may hold.
 _GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 4_000_000
+#: Rounding error of a mean, relative to it, beyond which a value differs from it.
+_DUST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,19 @@ class HeldOut:
     ----------
     pcc
         ``(sections, g)``: Pearson correlation of each gene within each section; NaN where it is constant or was not
-        measured.
+        measured. Of a section that was held out in parts, within the parts: a model's mean is too high where the part
+        that it has not seen is low, and the other way round.
     skill
         ``(g,)`` against the training mean, over all held-out spots; NaN where that mean is right everywhere, as of a
         gene that was never seen.
     panel
         For each section the predicted and measured target genes, ``(n, n_target)`` each, and the same of the most
-        variable genes; both panels were chosen on the spots that its model was trained on.
+        variable genes; both panels were chosen on the spots that its model was trained on, of a section that was held
+        out in parts, that of the first part.
     logits
         For each section ``(n, c)``, before calibration; NaN where the fold had no labels to learn from.
+    parts
+        For each section what each spot was held out with, ``(n,)`` codes.
     calibration
         Residuals in short, where they were asked for.
     """
@@ -57,6 +63,7 @@ class HeldOut:
     skill: np.ndarray
     panel: tuple[Panel, ...]
     logits: tuple[np.ndarray, ...]
+    parts: tuple[np.ndarray, ...]
     calibration: Calibration | None = None
 
 
@@ -69,7 +76,8 @@ class Panel:
     target, variable
         Positions of the genes.
     predicted, measured
-        ``(n, len(target) + len(variable))``; measured is NaN for genes that the section did not measure.
+        ``(n, len(target) + len(variable))``; measured is NaN for genes that the section did not measure. Of a section that
+        was held out in parts, less the mean of each part.
     """
 
     target: np.ndarray
@@ -250,7 +258,8 @@ def _collect(
 ) -> HeldOut:
     g = sections[0].targets.shape[1]
     weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
-    panel, logits = _panels_and_logits(sections, fitted, weights, choice, n_classes)
+    parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
+    panel, logits = _panels_and_logits(sections, fitted, weights, parts, choice, n_classes)
     classes = np.concatenate([np.where(np.isnan(x).any(1), -1, _first_max(x)) for x in logits])
     pcc = np.full((len(sections), g), np.nan)
     error, base = np.zeros(g), np.zeros(g)
@@ -268,19 +277,41 @@ def _collect(
                     held = fold.held[i]
                     means[here][held] = fold.sums.mean[genes]
                     predicted[here][held] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
-            pcc[i, genes] = pearson(predicted[here], measured[here])
+            pcc[i, genes] = pearson(_within(predicted[here], parts[i]), _within(measured[here], parts[i]))
             error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
             base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
         if unit is not None:
             kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
     skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
-    return HeldOut(pcc, skill, panel, logits, joined(kept) if kept else None)
+    return HeldOut(pcc, skill, panel, logits, parts, joined(kept) if kept else None)
+
+
+def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
+    """Which fold held each spot of section ``i`` out."""
+    codes = np.full(len(section), -1)
+    for f, fold in enumerate(fitted):
+        codes[fold.held[i]] = f
+    return codes
+
+
+def _within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Take the mean of each part off its spots; a section that was held out whole stays as it is."""
+    names = np.unique(parts)
+    if len(names) == 1:
+        return values
+    values = values.astype(np.float64)
+    for name in names:
+        here = parts == name
+        mean = values[here].mean(0)
+        values[here] = np.where(np.abs(values[here] - mean) > _DUST * np.abs(mean), values[here] - mean, 0)
+    return values
 
 
 def _panels_and_logits(
     sections: Sequence[Section],
     fitted: Sequence[_Fold],
     weights: Sequence[np.ndarray],
+    parts: Sequence[np.ndarray],
     choice: Choice,
     n_classes: int,
 ) -> tuple[tuple[Panel, ...], tuple[np.ndarray, ...]]:
@@ -297,7 +328,7 @@ def _panels_and_logits(
             if choice.strength in fold.softmax:
                 slope, bias = fold.softmax[choice.strength]
                 scores[fold.held[i]] = embedding @ slope + bias
-        panel.append(Panel(target, variable, predicted, section.dense(genes)))
+        panel.append(Panel(target, variable, _within(predicted, parts[i]), _within(section.dense(genes), parts[i])))
         logits.append(scores)
     return tuple(panel), tuple(logits)
 
