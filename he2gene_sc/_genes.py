@@ -58,8 +58,8 @@ def match_genes(
     Raises
     ------
     ValueError
-        If a gene of the list is unknown to the model or not in the table, ``gene_symbols`` is no column, or under
-        10 % of the table's genes are known to the model.
+        If a gene of the list is unknown to the model or not in the table, ``gene_symbols`` is no column, or the table
+        shares under 10 % of the shorter of both lists of genes with the model.
     """
     if genes is not None and not isinstance(genes, str):
         genes = list(genes)
@@ -75,7 +75,7 @@ def match_genes(
     names = pd.Index((table.var_names if gene_symbols is None else table.var[gene_symbols]).astype(str))
     positions = _lookup(model, names)
     known = positions >= 0
-    if known.mean() < _MIN_MATCHED:
+    if known.sum() < _MIN_MATCHED * min(len(names), len(model.genes)):
         ensembl = [v for v in model.genes["ensembl_id"] if v][:2]
         raise ValueError(
             f"`gene_symbols`: only {int(known.sum())} of {len(names)} genes of the table are known to model "

@@ -102,6 +102,7 @@ def predict(
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file: the sections, and arguments of hg.tl.train.")],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")] = False,
 ) -> None:
     """Train a model, deterministically on the CPU.
 
@@ -113,7 +114,8 @@ def train(
     from . import tl
     from .models._folder import check_place
 
-    check_place(out)
+    if check_place(out).exists() and any(out.expanduser().iterdir()) and not overwrite:
+        raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it, once the new one is trained")
     with config.open("rb") as stream:
         try:
             settings = tomllib.load(stream)
@@ -124,15 +126,30 @@ def train(
         raise ValueError(
             f"{config.name}: either a list `sections` or a table [data], and a table [train] are needed, unknown: {unknown}"
         )
+    for table in ("train", "data"):
+        if not isinstance(settings.get(table, {}), dict):
+            raise ValueError(f"{config.name}: `{table}` is {settings[table]!r}; a table [{table}] is needed")
     options = settings.get("train", {})
+    if "sdatas" in options:
+        raise ValueError(
+            f"{config.name}: `sdatas` is no argument of [train]; name the sections in `sections` or [data]"
+        )
     for folder in options.keys() & {"cache", "checkpoint_dir"}:
-        options[folder] = config.resolve().parent / Path(options[folder]).expanduser()
+        if not isinstance(options[folder], str):
+            raise ValueError(f"{config.name}: `{folder}` is {options[folder]!r}; the path of a folder is needed")
+        options[folder] = (config.resolve().parent / Path(options[folder]).expanduser()).resolve()
+        if options[folder].is_relative_to(out.expanduser().resolve()):
+            raise ValueError(
+                f"{config.name}: `{folder}` {str(options[folder])!r} lies in OUT {str(out)!r}, where the model alone will be; choose "
+                "another folder"
+            )
     trained = tl.train(_sections(settings, config), **options)
     from .training._lightning import is_first_process
 
     # With several devices every process comes here, with the same model.
+    written = trained.save(out)
     if is_first_process():
-        typer.echo(f"{trained!r}\nWritten: {trained.save(out)}")
+        typer.echo(f"{trained!r}\nWritten: {written}")
 
 
 def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:
@@ -167,7 +184,7 @@ def _stores(data: dict, config: Path) -> Iterable[SpatialData]:
     from .io._save import is_store
 
     stores = data["stores"]
-    if not isinstance(stores, list) or not stores or len(data) > 1:
+    if not isinstance(stores, list) or not stores or len(data) > 1 or not all(isinstance(s, str) for s in stores):
         raise ValueError(f"{config.name}: `stores` is a list of paths and stands alone in [data], found {data}")
     paths = [config.resolve().parent / Path(store).expanduser() for store in stores]
     absent = [str(path) for path in paths if not path.is_dir() or not is_store(path)]

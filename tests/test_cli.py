@@ -241,6 +241,36 @@ def test_train_says_what_is_wrong_with_its_file(main, tmp_path, text, said):
     assert said in err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('sections = ["C5"]\ntrain = 3\n', "`train` is 3; a table [train] is needed"),
+        ('data = ["C5"]\n', "a table [data] is needed"),
+        ("[data]\nstores = [3]\n", "`stores` is a list of paths"),
+        ('sections = ["C5"]\n[train]\nsdatas = ["C5"]\n', "`sdatas` is no argument of [train]"),
+        ('sections = ["C5"]\n[train]\ncache = "model/cache"\n', "`cache` "),
+        ('sections = ["C5"]\n[train]\ncheckpoint_dir = "model"\n', "lies in OUT"),
+    ],
+)
+def test_train_refuses_a_file_by_which_it_could_not_end(main, tmp_path, text, said):
+    (tmp_path / "config.toml").write_text(text)
+    code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
+    assert code == 1
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_train_replaces_another_model_only_where_asked(main, tmp_path, tiny_model):
+    tiny_model.save(tmp_path / "model")
+    (tmp_path / "config.toml").write_text('sections = ["none of that name"]\n[train]\n')
+    code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
+    assert code == 1
+    assert "holds a model; --overwrite replaces it" in err
+    code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model", "--overwrite")
+    assert "none of that name" in err
+    assert (tmp_path / "model" / "card.json").is_file()
+
+
 def test_train_tries_where_to_write_before_the_work(main, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "config.toml").write_text('sections = ["none of that name"]\n[train]\n')

@@ -654,3 +654,27 @@ def test_genes_that_no_held_out_section_lists_are_refused():
     targets[split(data, BASE)[2]] = np.nan
     with pytest.raises(ValueError, match="no section held out lists"):
         fit(replace(data, targets=targets))
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", "torn", "foreign"])
+def test_resuming_from_a_damaged_or_foreign_file_names_it(tmp_path, content):
+    data = toy_set(40)
+    fit(data, replace(BASE, max_epochs=1), checkpoint_dir=tmp_path)
+    last = tmp_path / "last.ckpt"
+    if content == "torn":
+        last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    elif content == "foreign":
+        torch.save({"weights": torch.zeros(3)}, last)
+    else:
+        last.write_bytes(content)
+    before = last.read_bytes()
+    with pytest.raises(ValueError, match=r"`resume`: .*last.ckpt' is damaged or no checkpoint"):
+        fit(data, replace(BASE, max_epochs=2), checkpoint_dir=tmp_path, resume=True)
+    assert last.read_bytes() == before
+
+
+def test_a_callback_that_stops_at_once_is_told():
+    from lightning.pytorch.callbacks import Timer
+
+    with pytest.raises(RuntimeError, match="stopped before its first epoch"):
+        fit(toy_set(40), replace(BASE, max_epochs=1), callbacks=[Timer(duration={"seconds": 0})])

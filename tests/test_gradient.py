@@ -13,6 +13,7 @@ import he2gene_sc as hg
 from he2gene_sc.models import load, load_encoder
 from he2gene_sc.stats import pearson
 from he2gene_sc.training import PatchSet, Section, fit_network, log_targets, patch_set, train_network
+from he2gene_sc.training._gradient import target_mask
 from he2gene_sc.training._held_out import gene_figures, held_out_sections
 
 RECIPE = replace(BASE, lr=1e-2, max_epochs=4)
@@ -71,14 +72,44 @@ def test_the_card_says_what_was_done_and_what_was_held_out(model):
 
 
 def test_the_gene_table_holds_the_figures_of_the_held_out_section(model, data):
+    trained = np.flatnonzero(data.patients != data.patients[-1])
+    data = replace(data, target_mask=target_mask(data.targets, trained, 3))
     fitted = fit_network(data, RECIPE, encoder(), SPEC, device="cpu", n_classes=3)
+    np.testing.assert_array_equal(fitted.trained, trained)
     expected = pearson(fitted.expression, data.targets[fitted.rows])
     np.testing.assert_allclose(model.genes["pcc"], expected, atol=1e-6)
     assert model.genes["pcc_low"].isna().all()
     assert not model.genes["reliable"].any()
-    assert model.genes["group"].tolist() == ["target"] * 3 + ["auxiliary"] * 3
+    assert model.genes["group"].tolist() == np.where(data.target_mask, "target", "auxiliary").tolist()
     np.testing.assert_allclose(model.genes["mean"], data.targets.mean(0), rtol=1e-5)
     assert model.genes.loc["G1", "ensembl_id"] == "ENSG00000000001"
+
+
+@pytest.mark.parametrize("cross_validate", [False, True])
+def test_target_genes_are_chosen_without_the_patients_that_are_held_out(data, cross_validate):
+    held = data.patients == data.patients[-1]
+    lowest = np.argsort(data.targets[~held].mean(0))[:3]
+    loud = data.targets.copy()
+    loud[np.ix_(held, lowest)] += 100
+    asked = []
+
+    def watched(data, *arguments, rows, **options):
+        asked.append((rows[1], np.flatnonzero(data.target_mask)))
+        return fit_network(data, *arguments, rows=rows, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("he2gene_sc.training._gradient.fit_network", watched)
+        made = train(
+            replace(data, targets=loud),
+            facts(),
+            replace(RECIPE, max_epochs=1),
+            encoder(),
+            cross_validate=cross_validate,
+        )
+    assert len(asked) == (4 if cross_validate else 1)
+    for rows, chosen in asked:
+        assert set(chosen) == set(np.argsort(-loud[rows].mean(0), kind="stable")[:3])
+    assert not set(lowest) & set(np.flatnonzero(made.genes["group"] == "target"))
 
 
 def test_an_encoder_of_ones_own_is_carried_and_supplied_at_load(model, tmp_path):

@@ -58,11 +58,37 @@ def test_genes_named_like_missing_values_and_figures_that_are_missing_survive(ti
 
 
 def test_saving_replaces_an_older_model_whole(tiny_model, folder):
-    (folder / "left-over.txt").write_text("old")
     newer = HE2Gene(replace(tiny_model.card, version="2"), tiny_model.genes, tiny_model.tensors)
     assert load(newer.save(folder)).card.version == "2"
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "card.json", "genes.csv", "weights.safetensors"]
     assert [p.name for p in folder.parent.iterdir()] == ["tiny"]
+
+
+def test_saving_over_a_model_beside_which_something_else_lies_is_refused(tiny_model, folder):
+    (folder / "notes.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"`path` .* holds a model and \['notes.txt'\]"):
+        tiny_model.save(folder)
+    assert (folder / "notes.txt").read_text() == "years of work"
+    assert load(folder).name == "tiny"
+
+
+def test_saving_through_a_link_replaces_what_it_leads_to(tiny_model, folder):
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    newer = HE2Gene(replace(tiny_model.card, version="2"), tiny_model.genes, tiny_model.tensors)
+    newer.save(link)
+    assert link.is_symlink()
+    assert load(folder).card.version == "2"
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["link", "tiny"]
+
+
+def test_of_several_processes_the_first_alone_saves(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert tiny_model.save(tmp_path / "model") == tmp_path / "model"
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    assert load(tiny_model.save(tmp_path / "model")).name == "tiny"
 
 
 def test_saving_into_an_empty_folder_works(tiny_model, tmp_path):

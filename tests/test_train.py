@@ -57,9 +57,9 @@ def test_the_card_says_what_was_done(model, sections):
     assert list(card.metrics) == [SECTION, PATIENT]
     for figures in card.metrics.values():
         assert figures["mean Pearson, 12 target genes"].keys() == {"S0", "S1", "S2"}
-        for name in "S0", "S1", "S2":
-            low, high = figures["95 % interval, 12 target genes"][name]
-            assert low <= figures["mean Pearson, 12 target genes"][name] <= high
+        # Toys of 1 mm have too few blocks for an interval, see tests/test_figures.py.
+        assert not any(title.startswith("95 %") for title in figures)
+        assert figures["mean partial Pearson given the spots' counts, 12 target genes"].keys() == {"S0", "S1", "S2"}
         assert {"balanced accuracy of the annotation", "calibration of the annotation, all held-out spots"} <= set(
             figures
         )

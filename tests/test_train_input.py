@@ -307,7 +307,7 @@ def test_no_sections_and_no_table_are_refused():
 
 
 def test_too_few_spots_for_blocks_are_refused():
-    refuses(toy(0, shape=(2, 2)), "4 spots cannot be cut into 5 blocks")
+    refuses(toy(0, shape=(2, 2)), "`sdatas` is one section of 4 spots; at least 5 are needed")
 
 
 def test_no_section_of_enough_spots_is_refused():
@@ -444,3 +444,145 @@ def test_a_gene_of_no_count_in_any_section_is_not_learned():
     assert parts[0]["table"].var_names[0] not in model.genes.index
     assert len(model.genes) == 39
     assert isinstance(model, hg.models.HE2Gene)
+
+
+# Found by a fresh reader
+
+
+def test_names_of_patients_are_the_same_as_numbers_and_as_text():
+    parts = toys()
+    for part, patient in zip(parts, (3, 3.0, "4 "), strict=True):
+        part["table"].obs["patient"] = pd.Series([patient] * part["table"].n_obs, index=part["table"].obs_names)
+    patients = {facts["patient"] for facts in train(parts).card.training["sections"].values()}
+    assert patients == {"3", "4"}
+
+
+def test_missing_labels_that_became_text_are_missing_and_undetermined_ones_are_no_class(caplog):
+    parts = toys()
+    labels = parts[0]["table"].obs["annotation"].astype(object)
+    labels.iloc[:8] = np.nan
+    parts[0]["table"].obs["annotation"] = labels.astype(str)
+    labels = parts[1]["table"].obs["annotation"].astype(object)
+    labels.iloc[:8] = "Undetermined"
+    parts[1]["table"].obs["annotation"] = labels
+    model = train(parts, annotation_key="annotation")
+    assert not {"nan", "Undetermined"} & set(model.card.classes)
+    assert "S0: 8 labels are the text of a missing value" in caplog.text
+
+
+def test_labels_that_are_all_missing_are_warned_of(caplog):
+    parts = toys()
+    for part in parts:
+        part["table"].obs["annotation"] = pd.Series(np.nan, index=part["table"].obs_names, dtype=object)
+    assert train(parts, annotation_key="annotation").card.classes == ()
+    assert "`annotation_key`: no spot has a label in 'annotation'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda parts: {"classes": {"tumuor": "cancer"}}, r"`classes` names labels \['tumuor'\]"),
+        (
+            lambda parts: parts[2]["table"].obs.__setitem__("section", "S0"),
+            "two sections are named 'S0'.* object 1 too",
+        ),
+        (lambda parts: parts[1]["table"].obs.__setitem__("patient", np.nan), r"`sample_key`: values .*\(object 2 of"),
+    ],
+)
+def test_what_a_list_of_sections_tells_is_checked_before_any_is_encoded(monkeypatch, spoil, match):
+    parts = toys()
+    options = spoil(parts) or {}
+    monkeypatch.setattr("he2gene_sc.tl._train.encode_section", lambda *_: pytest.fail("a section was encoded"))
+    refuses(parts, match, annotation_key="annotation", **options)
+
+
+def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
+    """One section lists a few genes only: counts per 10,000 of those are not those of all."""
+    parts = toys()
+    whole = train(parts)
+    genes = whole.genes.sort_values("mean", ascending=False).index
+    kept = [*genes[::2]]
+    places = parts[1]["table"].var_names.get_indexer(kept)
+    full = log_normalise(parts[1]["table"].X).mean(0)[places]
+    short = without_genes(parts[1], [gene for gene in genes if gene not in kept])
+    model = train([parts[0], short, parts[2]])
+    assert "section S1 lists genes that make up" in caplog.text
+    np.testing.assert_allclose(model.genes.loc[kept, "mean"], whole.genes.loc[kept, "mean"], atol=0.1)
+    # Taken as they stand, they would be too high.
+    as_it_stands = log_normalise(short["table"].X).mean(0)[short["table"].var_names.get_indexer(kept)]
+    assert (as_it_stands - full).mean() > 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"windows_um": ["100"]}, "`windows_um` is"),
+        ({"windows_um": [np.nan]}, "`windows_um` is"),
+        ({"min_spot_share": "a"}, "`min_spot_share` is 'a'"),
+        ({"seed": -1}, "`seed` is -1"),
+        ({"genes": 5}, "`genes` is 5"),
+        ({"classes": ["tumour"], "annotation_key": "annotation"}, "`classes` is of type list"),
+        ({"classes": {"tumour": 1}, "annotation_key": "annotation"}, "`classes` maps labels to"),
+        ({"ignore_classes": None}, "`ignore_classes` is None"),
+        ({"class_colors": {"tumour": "red"}}, "`class_colors` has"),
+        ({"ensembl_ids": ["a"]}, "`ensembl_ids` is of type list"),
+        ({"stages": 3}, "`stages` is 3"),
+        ({"cache": 5}, "`cache` is 5"),
+        ({"cache": ""}, "`cache` is ''"),
+        ({"description": 5}, "`description` is 5"),
+        ({"missing_genes_are_zero": "no"}, "`missing_genes_are_zero` is 'no'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(options, match):
+    refuses(toys(), match, **options)
+
+
+def test_a_misspelt_argument_is_told_which_was_meant():
+    refuses(toys(), r"n_target_gene'\]; near .*n_target_genes", TypeError, n_target_gene=3)
+
+
+def test_sections_that_are_no_objects_are_named():
+    refuses({"a": toy(0)}, "`sdatas` is a dict")
+    refuses("sections.zarr", "`sdatas` is a str")
+    refuses([toy(0), "sections.zarr"], r"object 2 of `sdatas`", (TypeError, ValueError))
+
+
+def test_windows_may_be_an_array_and_genes_a_generator():
+    parts = toys()
+    genes = list(parts[0]["table"].var_names[:12])
+    same_model(
+        train(parts, windows_um=np.array([100.0, 200.0]), genes=(gene for gene in genes)),
+        train(parts, windows_um=[100.0, 200.0], genes=genes),
+    )
+
+
+def test_a_model_of_few_genes_predicts_a_table_of_many():
+    parts = toys()
+    genes = list(parts[0]["table"].var_names[:2])
+    model = train(parts, genes=genes, n_target_genes=2)
+    hg.tl.predict(parts[0], model=model, show_progress_bar=False)
+    assert parts[0]["table"].var["he2gene_predicted"].sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "match", "error"),
+    [
+        ({"max_epochs": 2.5}, "`max_epochs` is 2.5", ValueError),
+        ({"lr": float("inf")}, "`lr` is inf", ValueError),
+        ({"lr": "a"}, "`lr` is 'a'", ValueError),
+        ({"callbacks": None}, "`callbacks` is None", ValueError),
+        ({"callbacks": [1]}, r"`callbacks` is \[1\]", ValueError),
+        ({"precision": "bf16-true"}, "`precision` is 'bf16-true', valid", ValueError),
+        ({"patches_at_once": 1}, "`patches_at_once` is 1", ValueError),
+        ({"resume": True}, "`resume` needs the `checkpoint_dir`", ValueError),
+        ({"checkpoint_dir": "/proc/x"}, "`checkpoint_dir` '/proc/x' cannot be written", OSError),
+    ],
+)
+def test_options_of_training_by_gradient_are_refused_before_a_section_is_read(monkeypatch, options, match, error):
+    monkeypatch.setattr("he2gene_sc.tl._train.read_all", lambda *_: pytest.fail("a section was read"))
+    refuses(toys(), match, error, preset="he2gene-base", **options)
+
+
+def test_a_run_in_the_checkpoint_folder_is_not_begun_anew(tmp_path):
+    (tmp_path / "last.ckpt").write_text("a run")
+    refuses(toys(), "holds a run; go on with", FileExistsError, preset="he2gene-base", checkpoint_dir=tmp_path)

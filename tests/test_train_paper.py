@@ -1,5 +1,7 @@
 """The paper's presets through ``hg.tl.train``, on toys and a network of a few thousand weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toy_sections import own, predicted, toy, train
@@ -104,3 +106,13 @@ def test_another_training_does_not_change_the_users_network():
     for key, value in network.state_dict().items():
         np.testing.assert_array_equal(value, before[key])
     assert not network.training
+
+
+def test_a_network_of_ones_own_called_resnet50_keeps_its_normalisation_and_predicts(tmp_path):
+    network, spec = own()
+    encoder = network, replace(spec, name="resnet50")
+    model = train(sections(), preset="he2gene-base", encoder=encoder, **(OPTIONS | {"max_epochs": 1}))
+    assert model.card.encoder["mean"] == list(spec.mean)
+    first = predicted(toy(0, shape=SHAPE), model).layers["he2gene"]
+    again = load(model.save(tmp_path / "model"), encoder=encoder)
+    np.testing.assert_allclose(predicted(toy(0, shape=SHAPE), again).layers["he2gene"], first, atol=1e-5)

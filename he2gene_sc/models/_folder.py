@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from functools import lru_cache
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).parent / "bundled"
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
+_FILES = (_CARD, _GENES, _WEIGHTS, _README)
 _COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
 #: Columns of ``genes.csv`` that not every model has.
 _FIGURES = ["pcc_high", "pcc_patient_low", "pcc_new_patient", "ceiling"]
@@ -143,6 +145,8 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     from safetensors.numpy import save_file
 
     target = check_place(path)
+    if not _first_process():
+        return target
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         # Not `ascontiguousarray`, which makes arrays of the counters of an encoder.
@@ -170,19 +174,34 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     return target
 
 
+def _first_process() -> bool:
+    """Whether no other process of the same run, of several devices, writes the same model."""
+    distributed = sys.modules.get("torch.distributed")
+    return not (
+        distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0
+    )
+
+
 def check_place(path: str | Path) -> Path:
     """Return the folder that a model may be written to.
 
     Raises
     ------
     FileExistsError
-        If something other than a model folder is there.
+        If something other than a model folder is there, or a model folder with files that are not the model's.
     OSError
         If nothing can be written beside it.
     """
-    target = Path(path).expanduser()
+    # A link stays one, what it leads to is replaced.
+    target = Path(path).expanduser().resolve()
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _CARD).is_file())):
         raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
+    foreign = sorted({p.name for p in target.iterdir()} - set(_FILES)) if target.exists() else []
+    if foreign:
+        raise FileExistsError(
+            f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not the model's and would be lost; move them or "
+            "choose another folder"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()

@@ -127,7 +127,8 @@ class HE2Gene:
         Parameters
         ----------
         path
-            Folder to make. It must not exist or be empty, unless it holds an older model, which is replaced whole.
+            Folder to make. It must not exist or be empty, unless it holds an older model and nothing else, which is replaced
+            whole. Where several devices trained the model, every process has it, and the first alone writes.
 
         Returns
         -------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .._windows import check_windows
 from ._card import ModelCard
 from ._model import ENCODER, HE2Gene
 
@@ -89,8 +90,9 @@ def from_checkpoint(
     """
     if preset not in _HEADS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(_HEADS)}")
-    if np.ndim(windows_um) != 1 or not len(windows_um) or min(windows_um) <= 0:
-        raise ValueError(f"`windows_um` is {windows_um!r}; a list of sides in µm, above 0, is needed")
+    check_windows(windows_um)
+    if not isinstance(path, str | Path):
+        raise ValueError(f"`path` is {path!r}; the path of a checkpoint is needed")
     target, aux = _names(target_genes, "target_genes"), _names(aux_genes, "aux_genes")
     names = pd.Index(target + aux, name="gene")
     if names.has_duplicates:
@@ -237,15 +239,18 @@ def _heads(
 
     target, aux, tumour = ((state[f"{h}.weight"].float(), state[f"{h}.bias"].float()) for h in _HEADS[preset])
     for parameter, (weight, bias) in {"target_genes": target, "aux_genes": aux}.items():
-        if weight.shape != (len(bias), n_features):
+        if bias.ndim != 1 or weight.shape != (len(bias), n_features):
             raise ValueError(
                 f"`path`: the head of `{parameter}` has shape {tuple(weight.shape)}, with {n_features} features and "
-                f"{len(bias)} biases"
+                f"biases of shape {tuple(bias.shape)}"
             )
         if len(weight) != n_genes[parameter]:
             raise ValueError(f"`{parameter}` names {n_genes[parameter]} genes, the network has {len(weight)} of them")
-    if tumour[0].shape != (1, n_features):
-        raise ValueError(f"`path`: the tumour head has shape {tuple(tumour[0].shape)}, (1, {n_features}) is needed")
+    if tumour[0].shape != (1, n_features) or tumour[1].shape != (1,):
+        raise ValueError(
+            f"`path`: the tumour head has shape {tuple(tumour[0].shape)} and biases {tuple(tumour[1].shape)}, "
+            f"(1, {n_features}) and (1,) are needed"
+        )
     return {
         "genes.weight": torch.cat([target[0], aux[0]]).T,
         "genes.bias": torch.cat([target[1], aux[1]]),

@@ -45,13 +45,27 @@ def check_labels(labels: Iterable[str], chosen: Labels) -> None:
     ValueError
         If a name cannot be stored, or two differ only in case.
     """
-    named = {chosen.merged.get(label, label) for label in labels if label not in chosen.ignored} - {None}
+    labels = set(labels)
+    named = {chosen.merged.get(label, label) for label in labels if not is_ignored(label, chosen.ignored)} - {None}
     try:
         check_class_names(sorted(named))
     except ValueError as error:
         raise ValueError(
             f"`annotation_key`: {error}, by `classes`, which maps labels to classes (None leaves a label out)"
         ) from error
+
+
+def check_merged(labels: Iterable[str], merged: Mapping[str, str | None]) -> None:
+    """Refuse to merge labels that no spot has, where any spot has one."""
+    seen = set(labels)
+    unknown = sorted(set(merged) - seen)
+    if unknown and seen:
+        raise ValueError(f"`classes` names labels {unknown} that no spot has, valid: {sorted(seen)}")
+
+
+def is_ignored(label: str, ignored: tuple[str, ...]) -> bool:
+    """Whether a label is no class, however it is capitalised."""
+    return label.lower() in {name.lower() for name in ignored}
 
 
 def code_classes(
@@ -68,12 +82,10 @@ def code_classes(
     ignored
         Labels that are no class.
     """
-    seen = {label for part in labels for label in part if label is not None}
-    unknown = sorted(set(merged) - seen)
-    if unknown and seen:
-        raise ValueError(f"`classes` names labels {unknown} that no spot has, valid: {sorted(seen)}")
+    check_merged((label for part in labels for label in part if label is not None), merged)
     named = [
-        np.array([None if v is None or v in ignored else merged.get(v, v) for v in part], object) for part in labels
+        np.array([None if v is None or is_ignored(v, ignored) else merged.get(v, v) for v in part], object)
+        for part in labels
     ]
     counted = pd.Series([label for part in named for label in part if label is not None], dtype=object).value_counts()
     rare = sorted(counted.index[counted < _MIN_CLASS])

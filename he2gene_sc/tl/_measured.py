@@ -29,6 +29,10 @@ logger = logging.getLogger("he2gene_sc")
 
 #: Spots below which a section says nothing of how well its genes are predicted.
 MIN_SPOTS = 4
+#: What a missing value is called once it has become text.
+_MISSING = ("nan", "NaN", "None", "<NA>", "NaT")
+#: Share of all counts below which a gene list is called short.
+_WHOLE_LIST = 0.9
 #: Left free on a disk.
 _SPARE_BYTES = 2**24
 
@@ -153,10 +157,16 @@ def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) ->
         yield _section(table, slide, names, matrix, keys)
 
 
-def check_table(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> tuple[str, pd.Index]:
-    """Check what can be checked of one object without its pixels; return the names of its sections, and of its genes."""
-    _, table, genes, _ = _opened(sdata, keys, symbols)
-    return ", ".join(sorted(set(table.obs[keys.section].dropna().astype(str)))), genes
+def check_table(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> tuple[list[str], set[str], pd.Index]:
+    """Check what can be checked of one object without its pixels; return names of its sections, labels and genes."""
+    slides, table, genes, matrix = _opened(sdata, keys, symbols)
+    names, labels = [], set()
+    for slide in slides:
+        rows, _, _ = _counted(slide, matrix)
+        names.append(_names(table, rows, slide, keys)[0])
+        if keys.annotation is not None:
+            labels |= {name_of(value) for value in table.obs[keys.annotation].iloc[rows].astype(object)}
+    return names, labels - {None, *_MISSING}, genes
 
 
 def _opened(
@@ -182,34 +192,30 @@ def _opened(
     return slides, table, gene_names(table, keys.gene_symbols, symbols), _matrix(table, keys.layer)
 
 
-def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: Keys) -> Measured:
+def _counted(slide: Slide, matrix: scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndarray, scipy.sparse.csr_array]:
+    """Rows of the spots in the image on which something was counted, which of those in the image they are, their counts."""
     counts = matrix[slide.rows[slide.inside]]
     counted = np.asarray(counts.sum(axis=1)).ravel() > 0
     rows = slide.rows[slide.inside][counted]
     if not len(rows):
         raise ValueError(f"`sdatas`: no spot of {slide.shapes_key!r} lies in the image and has counts")
-    for parameter, key in (("section_key", keys.section), ("sample_key", keys.sample)):
-        if table.obs[key].iloc[rows].isna().any():
-            raise ValueError(f"`{parameter}`: values of {key!r} are missing for spots of {slide.shapes_key!r}")
-    found = [sorted(set(table.obs[key].iloc[rows].astype(str))) for key in (keys.section, keys.sample)]
-    if any(len(values) != 1 for values in found):
-        raise ValueError(
-            f"`section_key`, `sample_key`: the spots of {slide.shapes_key!r} belong to one section of one patient, found "
-            f"sections {found[0][:5]} and patients {found[1][:5]}"
-        )
-    for n, what in ((int((~slide.inside).sum()), "outside the image"), (int((~counted).sum()), "without counts")):
-        if n:
-            logger.warning("section %s: %d spots %s are left out", found[0][0], n, what)
     summed = counts[counted]
     summed.sum_duplicates()
+    return rows, counted, summed
+
+
+def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: Keys) -> Measured:
+    rows, counted, summed = _counted(slide, matrix)
+    name, patient = _names(table, rows, slide, keys)
+    for n, what in ((int((~slide.inside).sum()), "outside the image"), (int((~counted).sum()), "without counts")):
+        if n:
+            logger.warning("section %s: %d spots %s are left out", name, n, what)
     labels = np.full(len(rows), None, object)
     if keys.annotation is not None:
-        column = table.obs[keys.annotation].iloc[rows].astype(object)
-        labels = column.where(column.notna(), None).to_numpy(object)
-        labels = np.array([None if label is None else str(label).strip() or None for label in labels], object)
+        labels = labels_of(table.obs[keys.annotation].iloc[rows], name)
     return Measured(
-        name=found[0][0],
-        patient=found[1][0],
+        name=name,
+        patient=patient,
         mpp=slide.mpp,
         slide=slide,
         centres=slide.centres[slide.inside][counted],
@@ -217,6 +223,40 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
         counts=summed,
         labels=labels,
     )
+
+
+def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[str, str]:
+    """Section and patient of some spots, one each."""
+    found = []
+    for parameter, key in (("section_key", keys.section), ("sample_key", keys.sample)):
+        values = {name_of(value) for value in table.obs[key].iloc[rows].astype(object)}
+        if None in values:
+            raise ValueError(f"`{parameter}`: values of {key!r} are missing for spots of {slide.shapes_key!r}")
+        found.append(sorted(values))
+    if any(len(values) != 1 for values in found):
+        raise ValueError(
+            f"`section_key`, `sample_key`: the spots of {slide.shapes_key!r} belong to one section of one patient, found "
+            f"sections {found[0][:5]} and patients {found[1][:5]}"
+        )
+    return found[0][0], found[1][0]
+
+
+def name_of(value: object) -> str | None:
+    """Text of a name, the same for 3, 3.0 and "3 "; ``None`` where it is missing or empty."""
+    if pd.isna(value):
+        return None
+    if isinstance(value, float | np.floating) and value == int(value):
+        value = int(value)
+    return str(value).strip() or None
+
+
+def labels_of(column: pd.Series, section: str) -> np.ndarray:
+    """Labels as text, ``None`` without one, also where a missing value has become text."""
+    labels = [name_of(value) for value in column.astype(object)]
+    missing = sum(label in _MISSING for label in labels)
+    if missing:
+        logger.warning("section %s: %d labels are the text of a missing value; they count as missing", section, missing)
+    return np.array([None if label in _MISSING else label for label in labels], object)
 
 
 def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
@@ -286,7 +326,7 @@ def join(
         spots = sum(section.counts.shape[0] * there for section, there in zip(read, measured, strict=True))
         frequent = seen >= np.maximum(chosen.min_share * spots, 1)
         genes, measured = genes[frequent], [there[frequent] for there in measured]
-    totals = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in read]
+    totals = totals_of(read, chosen)
     sections = [
         Section(
             name=section.name,
@@ -302,6 +342,42 @@ def join(
         for i, section in enumerate(read)
     ]
     return sections, genes, classes
+
+
+def totals_of(sections: Sequence[Measured], chosen: Genes) -> list[np.ndarray]:
+    """Count each spot over the genes of all sections; of a section that lists fewer, as many as it would have had.
+
+    Expression is counts per 10,000, so a list without the genes that make up half of the counts would double all others.
+    The share of the counts that a list makes up is taken from the sections that measured the rest, in units of the
+    genes that all of them measured.
+    """
+    own = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in sections]
+    common = sections[0].genes
+    union = sections[0].genes
+    for section in sections[1:]:
+        common, union = common.intersection(section.genes), union.union(section.genes)
+    if chosen.missing_are_zero or len(common) == len(union):
+        return own
+    counted, base = np.zeros(len(union)), np.zeros(len(union))
+    for section in sections:
+        sums = np.asarray(section.counts.sum(axis=0), np.float64).ravel()
+        places = union.get_indexer(section.genes)
+        counted[places] += sums
+        base[places] += sums[section.genes.isin(common)].sum()
+    rate = counted / np.maximum(base, 1)
+    if not rate[union.isin(common)].sum():
+        return own
+    found = []
+    for section, total in zip(sections, own, strict=True):
+        share = rate[union.get_indexer(section.genes)].sum() / rate.sum()
+        if share < _WHOLE_LIST:
+            logger.warning(
+                "section %s lists genes that make up %.0f %% of the counts of all genes, by the sections that list more: its "
+                "counts are taken for that part of all (missing_genes_are_zero=True: for all)",
+                *(section.name, 100 * share),
+            )
+        found.append(total / share)
+    return found
 
 
 def _seen(section: Measured, genes: pd.Index) -> np.ndarray:

@@ -24,6 +24,7 @@ from ._train_input import (
     check_names,
     check_unused,
     identifiers,
+    is_list_of_stages,
     read_all,
 )
 
@@ -192,10 +193,32 @@ def train(
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
 
+    genes = list(genes) if isinstance(genes, Iterator) else genes
     check_arguments(
-        preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options, genes, windows_um
+        preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options, genes, windows_um, seed
     )
-    check_names(annotation_key, sample_key, section_key, classes, ignore_classes, limitations)
+    words = {
+        "name": name,
+        "version": version,
+        "description": description,
+        "intended_use": intended_use,
+        "limitations": limitations,
+    }
+    check_names(
+        annotation_key,
+        sample_key,
+        section_key,
+        classes,
+        ignore_classes,
+        class_colors,
+        ensembl_ids,
+        missing_genes_are_zero,
+        words,
+    )
+    if not (stages is None or stages == "auto" or is_list_of_stages(stages)):
+        raise ValueError(f"`stages` is {stages!r}; a list of positions from 0, 'auto' or None is needed")
+    if cache is not None and (not isinstance(cache, str | Path) or not str(cache)):
+        raise ValueError(f"`cache` is {cache!r}; the path of a folder or None is needed")
     if preset != "default":
         check_unused(
             preset, stages=(stages, "auto"), n_latent=(n_latent, None), cache=(cache, None), dtype=(dtype, "float32")
@@ -215,13 +238,8 @@ def train(
     }
     keys = Keys(annotation_key, sample_key, section_key, layer, gene_symbols, places)
     bar = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
-    card = {
-        "name": name,
-        "version": version,
-        "description": description,
-        "intended_use": intended_use,
-        "limitations": tuple(limitations),
-    }
+    card = words | {"limitations": tuple(limitations)}
+    windows_um = None if windows_um is None else tuple(float(um) for um in windows_um)
     asked = None if genes is None else list(symbols_of(genes, symbols))
     chosen = Genes(asked, n_target_genes, min_spot_share, missing_genes_are_zero)
     merged = {str(label): name for label, name in (classes or {}).items()}
@@ -241,6 +259,7 @@ def train(
                 ids,
                 card,
                 work,
+                own_encoder=not isinstance(encoder, str),
                 windows_um=windows_um,
                 validation=validation,
                 seed=seed,
@@ -260,7 +279,7 @@ def train(
                 work,
                 cache=work if cache is None else Path(cache),
                 stages=stages,
-                windows_um=tuple(float(um) for um in windows_um or WINDOWS_UM),
+                windows_um=windows_um or WINDOWS_UM,
                 n_latent=n_latent or 128,
                 validation=validation,
                 seed=seed,

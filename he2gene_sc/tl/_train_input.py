@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from .._windows import check_windows
 from ._gene_lists import Genes, check_gene_lists
-from ._labels import Labels, check_labels
+from ._labels import Labels, check_labels, check_merged
 from ._measured import MIN_SPOTS, Keys, Measured, check_table, read_sections
 
 if TYPE_CHECKING:
@@ -20,7 +24,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("he2gene_sc")
 
+_TWICE = "`section_key`: two sections are named {!r}; each needs a name of its own, those of other patients too"
 PRESETS = ("default", "he2gene-base", "he2gene-spat")
+#: Options of training by gradient, and the least of those that are whole numbers.
+_FIT_OPTIONS = {
+    "max_epochs": 1,
+    "patience": 1,
+    "lr": 0,
+    "patches_at_once": 2,
+    "precision": 0,
+    "devices": 0,
+    "num_nodes": 1,
+    "strategy": 0,
+    "checkpoint_dir": 0,
+    "checkpoint_steps": 1,
+    "resume": 0,
+    "callbacks": 0,
+    "cross_validate": 0,
+}
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
+_HEX = "#[0-9a-fA-F]{6}"
 #: Share of the largest feature below which spots do not differ.
 _SAME = 1e-6
 
@@ -35,6 +58,7 @@ def check_arguments(
     fit_options: Mapping[str, Any],
     genes: object,
     windows_um: object,
+    seed: object,
 ) -> None:
     if preset not in PRESETS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(PRESETS)}")
@@ -45,46 +69,29 @@ def check_arguments(
         (("n_latent", 128 if n_latent is None else n_latent)),
         ("batch_size", 1 if batch_size is None else batch_size),
     ):
-        if not isinstance(value, int | np.integer) or value < 1:
+        if not is_whole(value) or value < 1:
             raise ValueError(f"`{parameter}` is {value!r}; a whole number from 1 is needed")
-    if not 0 <= min_share < 1:
+    if not is_number(min_share) or not 0 <= min_share < 1:
         raise ValueError(f"`min_spot_share` is {min_share!r}; a share from 0 to below 1 is needed")
-    if isinstance(genes, str) or (genes is not None and not len(genes)):
+    if not is_whole(seed) or seed < 0:
+        raise ValueError(f"`seed` is {seed!r}; a whole number from 0 is needed")
+    if genes is not None and (isinstance(genes, str) or not isinstance(genes, Iterable) or not len(list(genes))):
         raise ValueError(f"`genes` is {genes!r}; a list of genes or None is needed")
-    if windows_um is not None and (np.ndim(windows_um) != 1 or not len(windows_um) or min(windows_um) <= 0):
-        raise ValueError(f"`windows_um` is {windows_um!r}; a list of sides in µm, above 0, or None is needed")
-    valid = {
-        "max_epochs",
-        "patience",
-        "lr",
-        "patches_at_once",
-        "precision",
-        "devices",
-        "num_nodes",
-        "strategy",
-        "checkpoint_dir",
-        "checkpoint_steps",
-        "resume",
-        "callbacks",
-        "cross_validate",
-    }
-    unknown = sorted(set(fit_options) - valid)
-    if unknown:
-        raise TypeError(f"train() got unexpected arguments {unknown}; valid beside those named: {sorted(valid)}")
-    if fit_options and preset == "default":
-        raise ValueError(
-            f"`{next(iter(fit_options))}` is for the presets that are trained by gradient, {list(PRESETS[1:])}; "
-            "'default' is solved in closed form"
-        )
+    if windows_um is not None:
+        check_windows(windows_um)
+    check_fit_options(preset, fit_options)
 
 
 def check_names(
     annotation_key: object,
     sample_key: object,
     section_key: object,
-    classes: Mapping[str, str | None] | None,
+    classes: object,
     ignore_classes: object,
-    limitations: object,
+    class_colors: object,
+    ensembl_ids: object,
+    missing_genes_are_zero: object,
+    words: Mapping[str, object],
 ) -> None:
     for parameter, key in (
         ("annotation_key", annotation_key),
@@ -96,11 +103,106 @@ def check_names(
                 f"`{parameter}` is of type {type(key).__name__}; the name of a column of obs is needed, which has a value for "
                 "every spot"
             )
-    for parameter, value in (("ignore_classes", ignore_classes), ("limitations", limitations)):
+    for parameter, value in (("ignore_classes", ignore_classes), ("limitations", words["limitations"])):
         if isinstance(value, str):
             raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
+        if not isinstance(value, Sequence) or not all(isinstance(part, str) for part in value):
+            raise ValueError(f"`{parameter}` is {value!r}; a list of texts is needed, which may be empty")
+    for parameter in ("name", "version", "description", "intended_use"):
+        if not isinstance(words[parameter], str):
+            raise ValueError(f"`{parameter}` is {words[parameter]!r}; a text is needed")
+    for parameter, value in (("classes", classes), ("class_colors", class_colors), ("ensembl_ids", ensembl_ids)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a mapping or None is needed")
+    wrong = {label: name for label, name in (classes or {}).items() if not (name is None or isinstance(name, str))}
+    if wrong:
+        raise ValueError(
+            f"`classes` maps labels to {wrong}; the name of a class is needed, or None, which leaves it out"
+        )
+    wrong = {n: c for n, c in (class_colors or {}).items() if not (isinstance(c, str) and re.fullmatch(_HEX, c))}
+    if wrong:
+        raise ValueError(f"`class_colors` has {wrong}; colours are written '#rrggbb'")
+    if not isinstance(missing_genes_are_zero, bool | np.bool_):
+        raise ValueError(f"`missing_genes_are_zero` is {missing_genes_are_zero!r}; True or False is needed")
     if classes and annotation_key is None:
         raise ValueError("`classes` names labels, but `annotation_key` is None; name the column of obs that holds them")
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and bool(np.isfinite(value))
+
+
+def is_list_of_stages(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(is_whole(stage) and stage >= 0 for stage in value)
+
+
+def check_fit_options(preset: str, options: Mapping[str, Any]) -> None:
+    """Refuse, before a section is read, what training by gradient would refuse once all of them are."""
+    unknown = sorted(set(options) - set(_FIT_OPTIONS))
+    if unknown:
+        from difflib import get_close_matches
+        from inspect import signature
+
+        from ._train import train
+
+        names = [name for name in signature(train).parameters if name != "fit_options"]
+        near = get_close_matches(unknown[0], [*names, *_FIT_OPTIONS], n=3)
+        hint = f"; near {unknown[0]!r}: {near}" if near else ""
+        raise TypeError(
+            f"train() got unexpected arguments {unknown}{hint}; valid beside those named: {sorted(_FIT_OPTIONS)}"
+        )
+    if options and preset == "default":
+        raise ValueError(
+            f"`{next(iter(options))}` is for the presets that are trained by gradient, {list(PRESETS[1:])}; "
+            "'default' is solved in closed form"
+        )
+    for parameter, least in _FIT_OPTIONS.items():
+        value = options.get(parameter)
+        if least and value is not None and not (is_whole(value) and value >= least):
+            raise ValueError(f"`{parameter}` is {value!r}; a whole number from {least} is needed")
+    lr = options.get("lr")
+    if lr is not None and not (is_number(lr) and lr > 0):
+        raise ValueError(f"`lr` is {lr!r}; a number above 0 is needed")
+    precision = options.get("precision")
+    if precision is not None and str(precision) not in _PRECISIONS:
+        raise ValueError(
+            f"`precision` is {precision!r}, valid: {list(_PRECISIONS)}; the weights themselves stay single"
+        )
+    for parameter in ("resume", "cross_validate"):
+        if not isinstance(options.get(parameter, False), bool):
+            raise ValueError(f"`{parameter}` is {options[parameter]!r}; True or False is needed")
+    callbacks = options.get("callbacks", ())
+    if callbacks:
+        from lightning.pytorch import Callback
+    if not isinstance(callbacks, list | tuple) or not all(isinstance(callback, Callback) for callback in callbacks):
+        raise ValueError(f"`callbacks` is {callbacks!r}; a list of Lightning callbacks is needed, which may be empty")
+    if options.get("checkpoint_dir") is not None:
+        _check_checkpoint_dir(options["checkpoint_dir"], options.get("resume", False))
+    elif options.get("resume"):
+        raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
+
+
+def _check_checkpoint_dir(folder: object, resume: bool) -> None:
+    if not isinstance(folder, str | Path):
+        raise ValueError(f"`checkpoint_dir` is {folder!r}; the path of a folder is needed")
+    place = Path(folder).expanduser()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"`checkpoint_dir` {str(folder)!r} cannot be written ({error.strerror}); choose another",
+            str(place),
+        ) from error
+    if not resume and ((place / "last.ckpt").exists() or any(place.glob("*/last.ckpt"))):
+        raise FileExistsError(
+            f"`checkpoint_dir` {str(folder)!r} holds a run; go on with `resume=True`, or choose another folder"
+        )
 
 
 def check_unused(preset: str, **given: tuple[object, object]) -> None:
@@ -130,18 +232,29 @@ def read_all(
     labels: Labels,
 ) -> Iterator[Measured]:
     """Read the sections one by one, holding none of them; check first what is at hand anyway."""
+    if isinstance(sdatas, str | Path | Mapping):
+        raise ValueError(
+            f"`sdatas` is a {type(sdatas).__name__}; SpatialData objects are needed: spatialdata.read_zarr(path), or list(d.values())"
+        )
     if not isinstance(sdatas, Iterable):
         sdatas = [sdatas]
     # Other sequences may read a section, its image with it, each time that they are asked for it.
     if isinstance(sdatas, list | tuple):
-        lists = {}
+        lists, places, found = {}, {}, set()
         for i, sdata in enumerate(sdatas):
             with _naming(i):
-                name, genes = check_table(sdata, keys, symbols)
-                lists[name if name not in lists else f"{name} (object {i + 1})"] = genes
+                names, own, genes = check_table(sdata, keys, symbols)
+                for name in names:
+                    if name in places:
+                        raise ValueError(f"{_TWICE.format(name)}, found in object {places[name] + 1} too")
+                    places[name] = i
+                lists[", ".join(names)] = genes
+                found |= own
+                check_labels(found, labels)
         if lists:
             check_gene_lists(lists, chosen)
-    n, seen, classes = 0, set(), set()
+        check_merged(found, labels.merged)
+    n, seen, classes, spots = 0, set(), set(), 0
     iterator = iter(sdatas)
     del sdatas
     while True:
@@ -158,10 +271,9 @@ def read_all(
                 classes.update(label for label in section.labels if label is not None)
                 check_labels(classes, labels)
             if section.name in seen:
-                raise ValueError(
-                    f"`section_key`: two sections are named {section.name!r}; each needs a name of its own"
-                )
+                raise ValueError(f"{_TWICE.format(section.name)} (object {n + 1} of `sdatas`)")
             seen.add(section.name)
+            spots = max(spots, len(section.centres))
             if len(section.centres) >= MIN_SPOTS:
                 yield section
             else:
@@ -177,6 +289,14 @@ def read_all(
     if not seen:
         found = f"has no section of {MIN_SPOTS} spots" if n else "is empty"
         raise ValueError(f"`sdatas` {found}; at least one section is needed")
+    from ..training._folds import N_BLOCKS
+
+    if len(seen) == 1 and spots < N_BLOCKS:
+        raise ValueError(
+            f"`sdatas` is one section of {spots} spots; at least {N_BLOCKS} are needed, so that parts of it can be held out"
+        )
+    if keys.annotation is not None and not classes:
+        logger.warning("`annotation_key`: no spot has a label in %r, no annotation is learned", keys.annotation)
 
 
 @contextlib.contextmanager
@@ -184,8 +304,9 @@ def _naming(i: int) -> Iterator[None]:
     """Say which object an error is about."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{error} (object {i + 1} of `sdatas`)") from error
+    except (ValueError, TypeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{error} (object {i + 1} of `sdatas`)") from error
 
 
 def check_features(name: str, features: np.ndarray) -> None:

@@ -33,6 +33,7 @@ def train_by_gradient(
     card: Mapping[str, Any],
     work: Path,
     *,
+    own_encoder: bool,
     windows_um: Sequence[float] | None,
     validation: str,
     show_progress: bool,
@@ -52,6 +53,8 @@ def train_by_gradient(
         Genes, labels, Ensembl ids and words for the card, as given to ``hg.tl.train``.
     work
         Folder for what has to be on disk meanwhile.
+    own_encoder
+        Whether the encoder is a network of somebody's own, which keeps its normalisation.
     windows_um
         Windows at inference; default: the preset's.
     validation, show_progress, **options
@@ -61,6 +64,9 @@ def train_by_gradient(
 
     network, spec = encoder
     recipe = PRESETS[preset]
+    # The normalisation of the paper goes with the weights that the paper began from, not with a network of one's own.
+    if not own_encoder and spec.name == recipe.encoder:
+        spec = replace(spec, mean=recipe.mean, std=recipe.std)
     read, parts = [], []
     for section in sections:
         parts.append(_cut(section, recipe.train_window_um, spec.input_px, work / f"{len(parts)}.npy"))
@@ -72,7 +78,7 @@ def train_by_gradient(
     del read
     facts = Facts(
         **describe(len(joined), genes, classes, labels, ids, card, spec),
-        windows_um=tuple(float(um) for um in windows_um or recipe.windows_um),
+        windows_um=tuple(windows_um or recipe.windows_um),
     )
     return train_network(
         patch_set(

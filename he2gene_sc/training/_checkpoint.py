@@ -30,7 +30,7 @@ class Keeper(Callback):
     every
         Steps between checkpoints within an epoch.
     run
-        Facts of the run; going on with others is refused.
+        Facts of the run; going on with others is refused, see :func:`check_checkpoint`.
     """
 
     def __init__(self, folder: Path, *, patience: int, every: int, run: dict[str, Any]):
@@ -54,12 +54,6 @@ class Keeper(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        changed = _differences(state_dict["run"], self.run)
-        if changed:
-            raise ValueError(
-                f"`resume`: {LAST} in {str(self.folder)!r} is of another run ({'; '.join(changed)}); resume with the same "
-                "data and settings, or choose another `checkpoint_dir`"
-            )
         self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
         self.history, self.stopped, self._loss = state_dict["history"], state_dict["stopped"], state_dict["loss"]
         self.position, self.first = state_dict["position"], state_dict["first"]
@@ -117,18 +111,49 @@ class Keeper(Callback):
     def _save(self, trainer: Trainer) -> None:
         """Replace the checkpoint at once: a kill leaves the old one or the new one."""
         self.position = trainer.train_dataloader.state_dict()
+        if trainer.world_size > 1:
+            # The file is of the first process: what it holds has to be true of all.
+            total = torch.tensor(self._loss[0], device=trainer.strategy.root_device)
+            self._loss[0] = float(trainer.strategy.reduce(total, reduce_op="mean"))
         new = self.folder / f"{LAST}.new"
         try:
             trainer.save_checkpoint(new)
+            if trainer.is_global_zero:
+                with new.open("rb+") as file:
+                    os.fsync(file.fileno())
         except OSError as error:
             new.unlink(missing_ok=True)
+            hint = ". The last one is whole: go on with `resume=True`" if (self.folder / LAST).is_file() else ""
             raise OSError(
                 f"the checkpoint could not be written to {str(self.folder)!r} ({error}); free space there or choose another "
-                "`checkpoint_dir`. The last one is whole: go on with `resume=True`"
+                f"`checkpoint_dir`{hint}"
             ) from error
         if trainer.is_global_zero:
             os.replace(new, self.folder / LAST)  # noqa: PTH105 - atomic on every system
         trainer.strategy.barrier()
+
+
+def check_checkpoint(path: Path, run: dict[str, Any]) -> None:
+    """Refuse to go on from a file that is damaged, no checkpoint, or of another run.
+
+    Raises
+    ------
+    ValueError
+        If it is; the message says what differs.
+    """
+    try:
+        theirs = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]["run"]
+    except Exception as error:  # Whatever a torn file makes of torch.
+        raise ValueError(
+            f"`resume`: {str(path)!r} is damaged or no checkpoint of such a run ({type(error).__name__}); remove it to begin "
+            "anew, or choose another `checkpoint_dir`"
+        ) from error
+    changed = _differences(theirs, run)
+    if changed:
+        raise ValueError(
+            f"`resume`: {LAST} in {str(path.parent)!r} is of another run ({'; '.join(changed)}); resume with the same "
+            "data and settings, or choose another `checkpoint_dir`"
+        )
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -107,7 +107,7 @@ def fit_network(
     encoder
         ``(b, 3, input_px, input_px)`` to ``(b, f)``; a copy of it is trained.
     spec
-        Its input size and normalisation; the preset's normalisation is used for the encoder it is meant for.
+        Its input size and normalisation.
     validation
         What says when to stop, see :func:`split`.
     rows
@@ -141,7 +141,7 @@ def fit_network(
         Go on from ``last.ckpt`` in ``checkpoint_dir``; without one, begin. On the CPU the result is that of a run that
         was never stopped.
     callbacks
-        Further Lightning callbacks.
+        Further Lightning callbacks; those that need a logger or write checkpoints themselves, Lightning refuses here.
     show_progress
         Show a bar with the loss and the held-out Pearson correlation.
 
@@ -167,8 +167,6 @@ def fit_network(
     preset = replace(preset, **{key: value for key, value in changes.items() if value is not None})
     unit, train, held_out = rows or split(data, preset, validation, seed)
     _check(data, preset, train, held_out, checkpoint_dir, checkpoint_steps, resume, patches_at_once)
-    if spec.name == preset.encoder:
-        spec = replace(spec, mean=preset.mean, std=preset.std)
     if n_classes is None:
         n_classes = int(data.codes.max(initial=-1)) + 1
     # Neighbours that are not trained on are left out, but in the paper's validation.
@@ -176,7 +174,7 @@ def fit_network(
     present[train] = True
     from lightning.pytorch import Trainer
 
-    from ._checkpoint import LAST, Keeper
+    from ._checkpoint import LAST, Keeper, check_checkpoint
     from ._module import TrainingModule
 
     accelerator, devices = hardware(device, devices)
@@ -231,13 +229,20 @@ def fit_network(
             use_distributed_sampler=False,
         )
         last = folder / LAST
+        goes_on = resume and last.is_file()
+        if goes_on:
+            check_checkpoint(last, run)
         try:
-            trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None)
+            trainer.fit(module, ckpt_path=str(last) if goes_on else None)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"the device is out of memory: pass a small `patches_at_once`, lower `batch_size` (it is {preset.batch_size}), or "
                 "take a smaller encoder"
             ) from error
+        if not keeper.best and not last.is_file():
+            raise RuntimeError(
+                "training was stopped before its first epoch was over, by one of `callbacks`; nothing was learned"
+            )
         if not keeper.best:
             # The processes of a spawning strategy are gone with all they knew but the file.
             state = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]

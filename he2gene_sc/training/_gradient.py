@@ -57,9 +57,6 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
     codes = np.repeat(np.arange(len(sections)), [len(section) for section in sections])
     patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
     targets = Targets([section.targets.tocsr() for section in sections], np.stack([s.measured for s in sections]))
-    means = np.nan_to_num(column_means(targets, np.arange(len(codes))), nan=-1.0)
-    mask = np.zeros(len(means), bool)
-    mask[np.argsort(-means, kind="stable")[:n_target]] = True
     centres = np.concatenate([section.centres_um for section in sections])
     return PatchSet(
         patches=patches,
@@ -67,10 +64,18 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
         codes=np.concatenate([section.codes for section in sections]),
         sections=codes,
         patients=np.array([patients[section.patient] for section in sections])[codes],
-        target_mask=mask,
+        target_mask=target_mask(targets, np.arange(len(codes)), n_target),
         coordinates=centres,
         neighbours=neighbour_table(centres, None, codes) if neighbours else None,
     )
+
+
+def target_mask(targets: Targets | np.ndarray, rows: np.ndarray, n_target: int) -> np.ndarray:
+    """Say which genes are the ``n_target`` of highest mean over some spots, ``(g,)``."""
+    means = np.nan_to_num(column_means(targets, rows), nan=-1.0)
+    mask = np.zeros(len(means), bool)
+    mask[np.argsort(-means, kind="stable")[:n_target]] = True
+    return mask
 
 
 def train_network(
@@ -93,7 +98,8 @@ def train_network(
     Parameters
     ----------
     data
-        The spots, seen through the preset's training window.
+        The spots, seen through the preset's training window. Of its target genes only the number counts: in each fold
+        they are chosen anew on the spots that are trained on.
     facts
         Names and descriptions; ``facts.encoder`` is what is known of ``encoder``, ``facts.windows_um`` are the windows
         at inference.
@@ -130,16 +136,22 @@ def train_network(
     warn_of_unit(unit)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
 
-    def fit(chosen: tuple[str, np.ndarray, np.ndarray], name: str, predicted: np.ndarray | None = None) -> Fitted:
+    n_target = int(data.target_mask.sum())
+
+    def fit(
+        chosen: tuple[str, np.ndarray, np.ndarray], name: str, predicted: np.ndarray | None = None
+    ) -> tuple[PatchSet, Fitted]:
         place = folder / name if folder is not None and cross_validate else folder
-        return fit_network(
-            data, preset, encoder, facts.encoder, rows=chosen, predicted=predicted, checkpoint_dir=place, **options
+        seen = replace(data, target_mask=target_mask(data.targets, chosen[1], n_target))
+        return seen, fit_network(
+            seen, preset, encoder, facts.encoder, rows=chosen, predicted=predicted, checkpoint_dir=place, **options
         )
 
-    fitted = fit(rows, "model")
+    whole = data
+    data, fitted = fit(rows, "model")
     protocol, found = _protocol(unit), held_out_sections(data, fitted)
     if cross_validate:
-        protocol, found = _cross_validate(data, preset, fit)
+        protocol, found = _cross_validate(whole, preset, fit)
     changes = {name: options[name] for name in ("max_epochs", "patience", "batch_size", "lr") if options.get(name)}
     preset = replace(preset, **changes)
     spots = np.bincount(data.sections, minlength=len(section_names))
@@ -164,9 +176,9 @@ def _cross_validate(data: PatchSet, preset: Preset, fit: Any) -> tuple[str, list
     found: list[HeldOutSection] = []
     for fold in np.unique(folds):
         test, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        fitted = fit(split(data, preset, rows=rest), f"fold-{fold}", test)
+        seen, fitted = fit(split(data, preset, rows=rest), f"fold-{fold}", test)
         logger.info("fold %d of %d: best epoch %d", fold + 1, folds.max() + 1, fitted.best_epoch)
-        found += held_out_sections(data, fitted)
+        found += held_out_sections(seen, fitted)
     warning = "; other parts of the SAME section, do not report it as accuracy" if unit == "block" else ""
     return f"cross-validated over {folds.max() + 1} folds of {unit}s{warning}", found
 
