@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = attach(
         "toy": "._toy",
         "HER2ST_SECTIONS": "._her2st",
         "HE2GENE_SPLIT": "._split",
+        "HER2ST_IN_HBCIS": "._split",
     },
 )

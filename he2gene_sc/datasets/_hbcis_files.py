@@ -11,6 +11,7 @@ import gzip
 import importlib.util
 import logging
 import warnings
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,11 +154,19 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
     place. Positions are those found on the slide, fractional in some sections, and are rounded.
     """
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as stream:
-        lines = [line.split("\t") for line in stream.read().splitlines() if line.strip()]
+    try:
+        with opened(path, "rt", encoding="utf-8") as stream:
+            lines = [line.split("\t") for line in stream.read().splitlines() if line.strip()]
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path.name} is damaged or no text: {error}") from error
+    if len(lines) < 2:
+        raise ValueError(
+            f"{path.name} holds no labels: a header and a line a spot are needed, found {len(lines)} lines"
+        )
+    if _is_number(lines[0][1:2]) and _is_number(lines[0][2:3]):
+        raise ValueError(f"{path.name}: the first line {lines[0]} is no header; xcoord, ycoord, lab, tumor is needed")
     rows = [[field.strip() for field in line] for line in lines[1:]]
-    rows = [row + [""] * (_N_FIELDS - len(row)) for row in rows]
-    wrong = [i + 2 for i, row in enumerate(rows) if any(row[_N_FIELDS:])]
+    wrong = [i + 2 for i, row in enumerate(rows) if len(row) < _N_FIELDS or any(row[_N_FIELDS:])]
     if wrong:
         raise ValueError(
             f"{path.name}: {_N_FIELDS} fields a line are needed (name, x, y, outline, label), see {wrong[:5]}"
@@ -176,6 +185,13 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
     labels = pd.Series(found.map(_LABELS).to_numpy(object), index=pd.Index(x + "x" + y)).dropna()
     problems = [f"{int((~located).sum())} rows of labels without coordinates are dropped"] if not located.all() else []
     return _agreeing(labels, problems)
+
+
+def _is_number(fields: list[str]) -> bool:
+    try:
+        return bool([float(field) for field in fields])
+    except ValueError:
+        return False
 
 
 def _agreeing(labels: pd.Series, problems: list[str]) -> tuple[pd.Series, list[str]]:

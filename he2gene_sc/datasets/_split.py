@@ -1,8 +1,10 @@
-"""Which patients of HBCIS the paper trained on, and which it tested on."""
+"""Which patients of HBCIS the paper trained on, which it tested on, and which of them her2st holds too."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,8 @@ HE2GENE_SPLIT = PatientSplit(
     ),
     test=("BC23268", "BC23287", "BC23377", "BC23508", "BC23903"),
 )
+
+#: Patients of her2st that are patients of HBCIS too, by the names of their slides: public copies of her2st hold
+#: ``HE_BT23567_D2`` (E), ``HE_BT23810_D2`` (F) and ``HE_BT24044_D2`` (H). All three are in the paper's training set. Nothing of
+#: the kind is known of A (9769), C (5714) and D (10426) and B; of G it is not known.
+HER2ST_IN_HBCIS: Mapping[str, str] = MappingProxyType({"E": "BC23567", "F": "BC23810", "H": "BC24044"})
