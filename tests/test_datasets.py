@@ -369,3 +369,12 @@ def test_the_registry_agrees_with_the_files_at_hand():
     assert at_hand
     for name in at_hand:
         assert hashlib.sha256((root / name).read_bytes()).hexdigest() == registry[name], name
+
+
+def test_images_are_found_as_the_archive_on_zenodo_unpacks(small, tmp_path, monkeypatch):
+    (small / "images" / "HE").mkdir(parents=True)
+    (small / "ST-imgs/A/A1/he.jpg").rename(small / "images" / "HE" / "A1.jpg")
+    (tmp_path / "set" / "her2st").mkdir(parents=True)
+    (tmp_path / "set" / "her2st" / "data").symlink_to(small, target_is_directory=True)
+    monkeypatch.setattr(hg.settings, "data_dir", tmp_path / "set")
+    assert hg.datasets.her2st("A1")["he"].shape == (3, 480, 512)

@@ -142,6 +142,29 @@ def test_labels_as_they_may_be_written(root, written, read):
     assert label == read if read else pd.isna(label)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("xcoord\tycoord\tlab\ttumor\t\rC1_7_10\t7\t10\ttumor\r", "5 fields a line are needed"),
+        ("C1_7_10\t7\t10\tL1\ttumor\rC1_8_10\t8\t10\tL1\tnon\r", "the first line .* is no header"),
+        ("xcoord\tycoord\tlab\ttumor\t\r", "holds no labels"),
+        ("", "holds no labels"),
+    ],
+)
+def test_label_files_that_are_otherwise_are_refused_by_name(root, content, said):
+    with gzip.open(root / "BC23209_C1_Coords.tsv.gz", "wt", newline="") as stream:
+        stream.write(content)
+    with pytest.raises(ValueError, match=rf"BC23209_C1_Coords.tsv.gz.*{said}"):
+        hg.datasets.hbcis(root)["BC23209_C1"]
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b"x\ty\xff\xfe\r"), b"no gzip", gzip.compress(b"x" * 99)[:-12]])
+def test_label_files_that_are_damaged_are_refused_by_name(root, content):
+    (root / "BC23209_C1_Coords.tsv.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"BC23209_C1_Coords.tsv.gz is damaged"):
+        hg.datasets.hbcis(root)["BC23209_C1"]
+
+
 # ------------------------------------------------------------------------------------------- the sequence
 
 

@@ -179,3 +179,10 @@ def test_with_enough_patients_figures_are_of_held_out_patients():
     np.testing.assert_allclose(found.genes["pcc"], by_patient(held_out["patient"].pcc, names).mean(0), atol=1e-5)
     np.testing.assert_allclose(found.genes["skill"], held_out["patient"].skill, atol=1e-5)
     assert f"t over the {ENOUGH_PATIENTS} patients, held out" in found.card.reliable_rule
+
+
+def test_a_gene_of_a_single_patient_has_no_figure_of_new_ones():
+    made = planted(4, n_genes=6, gaps=((1, 2), (3, 2)))
+    genes = build(made, 6).genes
+    assert genes["pcc_new_patient"].isna().tolist() == [False, False, True, False, False, False]
+    assert not genes["reliable"].iloc[2]

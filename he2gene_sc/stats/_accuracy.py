@@ -82,9 +82,10 @@ def noise_ceiling(
     n_splits: int = 10,
     seed: int = 0,
 ) -> np.ndarray:
-    """Best correlation that any prediction of the true expression could reach with these counts.
+    """Best correlation that a prediction could reach with these counts, by halves of them.
 
-    Each count is split binomially into halves; the correlation r of the log-normalised halves gives the reliability
+    Both halves share the depth of a spot, and log-normalised counts follow it: what depth alone explains counts as signal
+    here. Correlations below 0 are taken for 0, so a gene without any signal has a ceiling of about .1. Each count is split binomially into halves; the correlation r of the log-normalised halves gives the reliability
     R = 2r / (1 + r) of the whole (Spearman–Brown), whose root is the ceiling.
 
     Parameters

@@ -7,6 +7,9 @@ Parts:
   promise    the same of models trained here: C2-C5 one by one by one of the other three and A1, A2 (a known patient); A1
              and A2 by a model of C2-C5, C2-C5 by one of A1 and A2 (an unknown patient)
   permuted   the counts of A1, A2, C2, C3 and C4 handed to other spots of their section: how many genes are called reliable
+  depth      the counts of A1, C2, C3 and C4 drawn anew from one profile a section, so that no gene has a pattern: with the
+             total that each spot has, and with the same total everywhere; and as they were measured
+  blocks     how often the card's 95 % interval of a mean correlation holds the true one, in simulated fields
   guard      C5 by the bundled model as it is, with a wrong µm/px, recoloured, rescaled, and replaced by what is no tissue;
              A1 and A2 with a wrong µm/px, and by a model of C2-C4 alone
 
@@ -22,12 +25,16 @@ import geopandas as gpd
 import numpy as np
 import spatialdata as sd
 from bench_training import recoloured, rescaled
+from scipy.ndimage import gaussian_filter
+from scipy.sparse import csr_matrix
 from shapely import Point
 
 import he2gene_sc as hg
 from he2gene_sc._slide import resolve
 from he2gene_sc.stats import log_normalise, pearson
+from he2gene_sc.training._figures import interval
 from he2gene_sc.training._predictability import RELIABLE_PCC
+from he2gene_sc.training._validate import Panel
 
 A, C = ("A1", "A2"), ("C2", "C3", "C4", "C5")
 COVERAGE = 0.9
@@ -105,6 +112,63 @@ def permuted(cache):
     )
 
 
+def depth(cache):
+    def drawn(equal):
+        def change(sdata):
+            table = sdata["table"]
+            counts = np.asarray(table.X.todense() if hasattr(table.X, "todense") else table.X).astype(np.int64)
+            totals = counts.sum(1)
+            totals = np.full(len(totals), int(np.median(totals))) if equal else totals
+            rng = np.random.default_rng(len(table))
+            table.X = csr_matrix(rng.multinomial(totals, counts.sum(0) / counts.sum()).astype(np.float32))
+            return sdata
+
+        return change
+
+    parts = {
+        "as measured": lambda sdata: sdata,
+        "no pattern, real totals": drawn(False),
+        "no pattern, one total": drawn(True),
+    }
+    for title, change in parts.items():
+        model = train(("A1", "C2", "C3", "C4"), cache, change)
+        print(f"{title}: {model.genes['reliable'].sum():,} of {len(model.genes):,} genes called reliable")
+        for protocol, figures in model.card.metrics.items():
+            for row, values in figures.items():
+                if row.startswith(("mean P", "mean p", "noise")) and "target" in row:
+                    print(f"  {protocol}, {row}: " + ", ".join(f"{n} {v:.3f}" for n, v in values.items()), flush=True)
+
+
+def blocks(cache):
+    """Fields of white noise that was smoothed, as wide as the title says, on a grid of legacy ST; predicted and measured."""
+
+    def fields(rng, side, n, spots):
+        pad = int(4 * spots) + 1
+        wide = rng.normal(size=(side + 2 * pad, side + 2 * pad, n))
+        found = gaussian_filter(wide, (spots, spots, 0))[pad : pad + side, pad : pad + side].reshape(side**2, n)
+        impulse = np.zeros((8 * pad + 1,) * 2)
+        impulse[4 * pad, 4 * pad] = 1
+        return found / np.linalg.norm(gaussian_filter(impulse, spots))
+
+    side, n_programmes, n_genes, r, share = 14, 5, 50, 0.4, 0.5
+    centres = 200.0 * np.stack([np.tile(np.arange(side), side), np.repeat(np.arange(side), side)], axis=1)
+    loadings = np.random.default_rng(0).normal(size=(n_programmes, n_genes))
+    loadings /= np.linalg.norm(loadings, axis=0)
+    for um in (0, 200, 400, 800):
+        held = []
+        for seed in range(300):
+            rng = np.random.default_rng(seed)
+            predicted, other = (fields(rng, side, n_programmes, um / 200) @ loadings for _ in range(2))
+            measured = np.sqrt(share) * (r * predicted + np.sqrt(1 - r**2) * other)
+            measured += np.sqrt(1 - share) * rng.normal(size=measured.shape)
+            low, high = interval(Panel(np.arange(n_genes), np.arange(0), predicted, measured), centres)[0]
+            held.append(low <= np.sqrt(share) * r <= high)
+        print(
+            f"{side} x {side} spots, fields of sigma {um} um: the interval holds the truth in {np.mean(held):.0%}",
+            flush=True,
+        )
+
+
 def looked_at(title, model, pixels, centres, mpp):
     """Predict every third spot of an image; what the guard says rests on the image alone."""
     centres = centres[::3]
@@ -164,17 +228,25 @@ def guard(cache):
         looked_at(f"{name} by a model of C2, C3 and C4", other, *pixels_of(hg.datasets.her2st(name)))
 
 
+PARTS = {
+    "bundled": bundled,
+    "promise": promise,
+    "permuted": permuted,
+    "depth": depth,
+    "blocks": blocks,
+    "guard": guard,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["bundled", "promise", "permuted", "guard"])
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--cache", type=Path, help="folder for the encoder's features; default: a temporary one")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as temporary:
         for part in arguments.parts:
-            {"bundled": bundled, "promise": promise, "permuted": permuted, "guard": guard}[part](
-                arguments.cache or Path(temporary)
-            )
+            PARTS[part](arguments.cache or Path(temporary))
 
 
 if __name__ == "__main__":
