@@ -114,7 +114,7 @@ def train(
     from . import tl
     from .models._folder import check_place
 
-    if check_place(out).exists() and any(out.expanduser().iterdir()) and not overwrite:
+    if (check_place(out) / "card.json").exists() and not overwrite:
         raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it, once the new one is trained")
     with config.open("rb") as stream:
         try:
@@ -147,9 +147,9 @@ def train(
     from .training._lightning import is_first_process
 
     # With several devices every process comes here, with the same model.
-    written = trained.save(out)
     if is_first_process():
-        typer.echo(f"{trained!r}\nWritten: {written}")
+        trained.save(out)
+        typer.echo(f"{trained!r}\nWritten: {out}")
 
 
 def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:

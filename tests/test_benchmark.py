@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -147,3 +149,21 @@ def test_the_command_runs_and_names_itself(monkeypatch, table, source, tmp_path)
 def test_sections_of_her2st_with_an_image_are_found():
     assert set(_benchmark.her2st().patients) >= {"A1", "A2", "C2", "C3", "C4", "C5"}
     assert "B1" not in _benchmark.her2st().patients
+
+
+def test_a_figure_lies_in_its_interval_and_panels_are_not_mixed_up():
+    rng = np.random.default_rng(0)
+    expected = rng.normal(3, 1, (400, 8)).clip(0)
+    measured = expected + np.repeat([0.3, 3.0], 4) * rng.normal(size=(400, 8))
+    section = SimpleNamespace(
+        name="S", patient="A", dense=lambda genes: measured[:, genes], centres_um=200.0 * np.argwhere(np.ones((20, 20)))
+    )
+    fold = SimpleNamespace(
+        unit="section", columns=np.arange(8), target=np.arange(4), variable=np.arange(4, 8), mean=measured.mean(0)
+    )
+    rows = list(_benchmark._score(fold, section, "default", _benchmark.Prediction(expected, None), np.ones(8)))
+    assert [row["panel"] for row in rows] == ["4 highest mean", "4 most variable"]
+    for row, expected_r in zip(rows, (0.96, 0.32), strict=True):
+        assert row["low"] < row["pearson"] < row["high"]
+        assert row["pearson"] == pytest.approx(expected_r, abs=0.06)
+        assert row["high"] - row["low"] < 0.3

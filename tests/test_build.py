@@ -1,5 +1,7 @@
 """From sections to a model with its card: every part is what its own function gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -103,8 +105,6 @@ def test_the_colour_baseline_reads_colour_alone(model, sections):
     training = model.card.training
     colour = np.concatenate([s.features[:, 0, N_FEATURES - N_COLOUR :] for s in sections]).astype(float)
     found = colour @ model.tensors["colour.weight"] + model.tensors["colour.bias"]
-    from dataclasses import replace
-
     bare = [replace(s, features=s.features[:, :1, N_FEATURES - N_COLOUR :]) for s in sections]
     made = Recipe(np.full(N_COLOUR, 0.5, np.float32), N_COLOUR, N_COLOUR, ALONE)
     basis = fit_basis(bare, everything(bare), made)
@@ -115,8 +115,6 @@ def test_the_colour_baseline_reads_colour_alone(model, sections):
 
 
 def test_an_annotation_that_one_section_alone_has_is_not_calibrated_and_says_so(sections, caplog):
-    from dataclasses import replace
-
     bare = [sections[0], *(replace(s, codes=np.full(len(s), -1)) for s in sections[1:])]
     facts = Facts(
         genes=pd.Index([f"G{i}" for i in range(N_GENES)]),
@@ -134,3 +132,31 @@ def test_an_annotation_that_one_section_alone_has_is_not_calibrated_and_says_so(
     found = build_model(bare, facts, recipe(), n_colour=N_COLOUR, n_target=4)
     assert "its probabilities are NOT calibrated" in caplog.text
     assert found.card.limitations == ("One.", "The probabilities of its annotation are not calibrated.")
+
+
+def test_a_patient_of_a_few_labels_does_not_say_how_confident_the_model_is(sections):
+    """Of two patients one has three labels: what they teach says nothing of a model that knows all."""
+    few = [
+        replace(s, codes=np.where(np.arange(len(s)) < (len(s) if i % 2 == 0 else 3 * (i == 1)), s.codes, -1))
+        for i, s in enumerate(sections)
+    ]
+    facts = Facts(
+        genes=pd.Index([f"G{i}" for i in range(N_GENES)]),
+        ensembl_ids=("",) * N_GENES,
+        classes=("a", "b", "c"),
+        class_colors=("#000000",) * 3,
+        encoder=EncoderSpec("tiny"),
+        windows_um=(100.0,),
+        name="mine",
+        version="1",
+        description="",
+        intended_use="",
+        limitations=(),
+    )
+    made = build_model(few, facts, recipe(), n_colour=N_COLOUR, n_target=4)
+    choice, held_out = validated(few)
+    basis = fit_basis(few, everything(few), recipe())
+    weight, _ = fit_softmax(*labelled_embedding(few, everything(few), basis), 3, choice.strength)
+    by_section, by_patient = (pooled_temperature(few, held_out[unit].logits) for unit in ("section", "patient"))
+    assert abs(by_section / by_patient - 1) > 0.05
+    np.testing.assert_allclose(made.tensors["annotation.weight"], weight / by_section, rtol=1e-3, atol=1e-5)

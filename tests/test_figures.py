@@ -21,7 +21,7 @@ from he2gene_sc.training._figures import (
     interval,
     pooled_temperature,
 )
-from he2gene_sc.training._validate import Choice, HeldOut, Panel
+from he2gene_sc.training._validate import Choice, HeldOut, Panel, within
 
 
 def panel(predicted, measured, n_target):
@@ -92,11 +92,21 @@ def test_depth_alone_gives_no_partial_correlation():
     truth = rng.normal(size=(400, 4))
     measured = by_depth + truth * [0.01, 0.05, 0.001, 0]
     assert panel(by_depth, measured, 2).scores()[0] > 0.99
-    assert np.abs(given_depth(panel(by_depth, measured, 2), totals)).max() < 0.1
+    assert np.abs(given_depth(panel(by_depth, measured, 2), totals, np.zeros(400))).max() < 0.1
     # What is not depth is left as it is.
     alone = panel(truth + by_depth, measured, 3)
-    assert given_depth(alone, totals)[0] > 0.99
-    assert given_depth(panel(truth, truth, 3), np.full(400, 7.0)) == pytest.approx((1.0, 1.0))
+    assert given_depth(alone, totals, np.zeros(400))[0] > 0.99
+    assert given_depth(panel(truth, truth, 3), np.full(400, 7.0), np.zeros(400)) == pytest.approx((1.0, 1.0))
+
+
+def test_depth_is_taken_off_within_the_parts_of_a_section():
+    """Depth with a gradient over the parts, in whose means alone the parts would differ otherwise."""
+    rng = np.random.default_rng(0)
+    parts = np.repeat(np.arange(5), 80)
+    depth = 8 + 0.2 * rng.normal(size=400) + parts
+    values = [within(depth[:, None] + 0.1 * rng.normal(size=(400, 4)), parts) for _ in range(2)]
+    assert panel(*values, 2).scores()[0] > 0.7
+    assert np.abs(given_depth(panel(*values, 2), np.exp(depth), parts)).max() < 0.1
 
 
 def test_neighbours_that_are_alike_make_intervals_wider():
@@ -259,7 +269,7 @@ def test_expression_figures_are_those_of_the_panels():
         low, high = figures["95 % interval, 4 target genes"][s.name]
         target = figures["mean Pearson, 4 target genes"][s.name]
         assert figures[f"{given}, 4 target genes"][s.name] == pytest.approx(
-            given_depth(found.panel[i], s.totals)[0], abs=1e-4
+            given_depth(found.panel[i], s.totals, found.parts[i])[0], abs=1e-4
         )
         assert low <= target <= high
         assert target == pytest.approx(found.panel[i].scores()[0], abs=1e-4)

@@ -82,13 +82,31 @@ def test_saving_through_a_link_replaces_what_it_leads_to(tiny_model, folder):
     assert sorted(p.name for p in folder.parent.iterdir()) == ["link", "tiny"]
 
 
-def test_of_several_processes_the_first_alone_saves(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    assert tiny_model.save(tmp_path / "model") == tmp_path / "model"
-    assert not (tmp_path / "model").exists()
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    assert load(tiny_model.save(tmp_path / "model")).name == "tiny"
+def test_several_may_save_the_same_model_at_once(tiny_model, tmp_path):
+    """As the processes of several devices do."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        for saved in [pool.submit(tiny_model.save, tmp_path / "model") for _ in range(40)]:
+            saved.result()
+    assert load(tmp_path / "model").name == "tiny"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_hidden_in_a_model_folder_is_kept(tiny_model, tmp_path):
+    (tmp_path / "clone" / ".git").mkdir(parents=True)
+    (tmp_path / "clone" / ".git" / "HEAD").write_text("ref")
+    for _ in range(2):
+        tiny_model.save(tmp_path / "clone")
+        assert (tmp_path / "clone" / ".git" / "HEAD").read_text() == "ref"
+        assert load(tmp_path / "clone").name == "tiny"
+    assert [p.name for p in tmp_path.iterdir()] == ["clone"]
+
+
+def test_the_folder_that_a_process_works_in_is_not_replaced(tiny_model, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(FileExistsError, match="`path` '.' is the folder that this process works in"):
+        tiny_model.save(".")
 
 
 def test_saving_into_an_empty_folder_works(tiny_model, tmp_path):

@@ -186,3 +186,11 @@ def test_a_gene_of_a_single_patient_has_no_figure_of_new_ones():
     genes = build(made, 6).genes
     assert genes["pcc_new_patient"].isna().tolist() == [False, False, True, False, False, False]
     assert not genes["reliable"].iloc[2]
+
+
+def test_a_gene_of_a_single_section_has_no_figure():
+    made = planted(3, n_genes=6, patients=1, gaps=((1, 2), (2, 2)))
+    genes = build(made, 6).genes
+    for name in ("pcc", "skill"):
+        assert genes[name].isna().tolist() == [False, False, True, False, False, False]
+    assert not genes["reliable"].iloc[2]

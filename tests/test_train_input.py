@@ -9,11 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 from toy_sections import SPEC, Power, network, own, renamed, same_model, toy, toys, train, with_table, without_genes
 
 import he2gene_sc as hg
 from he2gene_sc.stats import log_normalise
+from he2gene_sc.tl._gene_lists import Genes
+from he2gene_sc.tl._measured import Measured, totals_of
 
 
 def refuses(sections, match, error=ValueError, **options):
@@ -524,7 +527,9 @@ def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
         ({"classes": ["tumour"], "annotation_key": "annotation"}, "`classes` is of type list"),
         ({"classes": {"tumour": 1}, "annotation_key": "annotation"}, "`classes` maps labels to"),
         ({"ignore_classes": None}, "`ignore_classes` is None"),
-        ({"class_colors": {"tumour": "red"}}, "`class_colors` has"),
+        ({"class_colors": {"tumour": "no colour"}}, "`class_colors` has"),
+        ({"windows_um": (um for um in (100.0, 200.0))}, "`windows_um` is"),
+        ({"windows_um": {100.0, 200.0}}, "`windows_um` is"),
         ({"ensembl_ids": ["a"]}, "`ensembl_ids` is of type list"),
         ({"stages": 3}, "`stages` is 3"),
         ({"cache": 5}, "`cache` is 5"),
@@ -586,3 +591,77 @@ def test_options_of_training_by_gradient_are_refused_before_a_section_is_read(mo
 def test_a_run_in_the_checkpoint_folder_is_not_begun_anew(tmp_path):
     (tmp_path / "last.ckpt").write_text("a run")
     refuses(toys(), "holds a run; go on with", FileExistsError, preset="he2gene-base", checkpoint_dir=tmp_path)
+
+
+def test_a_label_that_classes_name_is_that_class_whatever_is_ignored():
+    parts = toys()
+    for part in parts:
+        labels = part["table"].obs["annotation"].astype(object)
+        labels.iloc[:8] = "Undetermined"
+        part["table"].obs["annotation"] = labels
+    assert "fat" in train(parts, annotation_key="annotation", classes={"Undetermined": "fat"}).card.classes
+
+
+def test_labels_that_are_numbers_are_named_as_they_stand_in_the_column():
+    parts = toys()
+    for part in parts:
+        part["table"].obs["annotation"] = np.arange(part["table"].n_obs) % 3 + 0.0
+        part["table"].obs.iloc[0, part["table"].obs.columns.get_loc("annotation")] = np.nan
+    model = train(parts, annotation_key="annotation", classes={0.0: "none", "1 ": "one"}, ignore_classes=(2.0,))
+    assert model.card.classes == ("none", "one")
+
+
+def test_other_containers_do_as_well():
+    parts = toys()
+    genes = parts[0]["table"].var_names
+    ids = pd.Series([f"ENSG{i:011d}" for i in range(len(genes))], index=genes)
+    model = train(
+        parts,
+        annotation_key="annotation",
+        ensembl_ids=ids,
+        ignore_classes={"undetermined"},
+        limitations=np.array(["None of it is real."]),
+        version=2,
+        class_colors={"tumour": "red"},
+        missing_genes_are_zero=np.True_,
+    )
+    assert model.card.version == "2"
+    assert dict(zip(model.card.classes, model.card.class_colors, strict=True))["tumour"] == "#ff0000"
+    assert model.genes["ensembl_id"].iloc[0].startswith("ENSG")
+
+
+def test_a_patient_that_became_text_is_missing():
+    parts = toys()
+    parts[1]["table"].obs["patient"] = "nan"
+    refuses(parts, r"`sample_key`: values of 'patient' are missing")
+
+
+def test_two_sections_too_small_to_count_may_share_a_name(caplog):
+    small = [toy(7, shape=(1, 3), section="rest"), toy(8, shape=(1, 3), section="rest")]
+    assert set(train([*toys(), *small]).card.training["sections"]) == {"S0", "S1", "S2"}
+    assert caplog.text.count("section rest is left out") == 2
+
+
+def test_lists_with_few_common_counts_are_not_scaled(caplog):
+    def part(name, genes, counts):
+        return Measured(
+            name=name,
+            patient=name,
+            mpp=1.0,
+            slide=None,
+            centres=np.zeros((len(counts), 2)),
+            genes=pd.Index(genes),
+            counts=scipy.sparse.csr_array(counts),
+            labels=np.full(len(counts), None, object),
+        )
+
+    rng = np.random.default_rng(0)
+    parts = [part(name, ["X", f"{name}1", f"{name}2"], rng.poisson((2, 50, 80), (20, 3))) for name in "ABC"]
+    chosen = Genes(None, 3, 0.01, False)
+    for found, section in zip(totals_of(parts, chosen), parts, strict=True):
+        np.testing.assert_array_equal(found, section.counts.sum(axis=1))
+    assert "the genes that all sections measured have only" in caplog.text
+    parts = [part(name, ["X", f"{name}1"], rng.poisson((100, 50), (200, 2))) for name in "ABC"]
+    for found, section in zip(totals_of(parts, chosen), parts, strict=True):
+        # Each lists 150 of the 250 counts that a spot would have had.
+        assert (found / section.counts.sum(axis=1)).mean() == pytest.approx(250 / 150, rel=0.02)

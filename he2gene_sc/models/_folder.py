@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 import tempfile
+import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).parent / "bundled"
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
+#: Tries of exchanging two folders where several processes write the same model.
+_TRIES = 20
 _FILES = (_CARD, _GENES, _WEIGHTS, _README)
 _COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
 #: Columns of ``genes.csv`` that not every model has.
@@ -145,8 +147,6 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     from safetensors.numpy import save_file
 
     target = check_place(path)
-    if not _first_process():
-        return target
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         # Not `ascontiguousarray`, which makes arrays of the counters of an encoder.
@@ -161,25 +161,36 @@ def save(model: HE2Gene, path: str | Path) -> Path:
         temporary.chmod(0o755)
         for file in temporary.iterdir():
             file.chmod(0o644)
-        if target.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
+        _exchange(temporary, target)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
     return target
 
 
-def _first_process() -> bool:
-    """Whether no other process of the same run, of several devices, writes the same model."""
-    distributed = sys.modules.get("torch.distributed")
-    return not (
-        distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0
-    )
+def _exchange(new: Path, target: Path) -> None:
+    """Put a folder where another may be, keeping what is hidden in that (``.git``); other processes may do the same."""
+    replaced: list[Path] = []
+    for left in reversed(range(_TRIES)):
+        old = new.with_name(f"{new.name}-old{left}")
+        try:
+            if target.exists():
+                target.rename(old)
+                replaced.append(old)
+            new.rename(target)
+            break
+        except OSError:
+            # Between two steps another process was faster.
+            if replaced and not target.exists():
+                replaced.pop().rename(target)
+            if not left:
+                raise
+            time.sleep(0.05)
+    for old in replaced:
+        for entry in old.iterdir():
+            if entry.name.startswith("."):
+                entry.rename(target / entry.name)
+        shutil.rmtree(old)
 
 
 def check_place(path: str | Path) -> Path:
@@ -194,9 +205,17 @@ def check_place(path: str | Path) -> Path:
     """
     # A link stays one, what it leads to is replaced.
     target = Path(path).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _CARD).is_file())):
+    if target.exists() and not target.is_dir():
         raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
-    foreign = sorted({p.name for p in target.iterdir()} - set(_FILES)) if target.exists() else []
+    # What is hidden (.git, .DS_Store) is kept.
+    found = {p.name for p in target.iterdir() if not p.name.startswith(".")} if target.exists() else set()
+    if found and _CARD not in found:
+        raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
+    if target == Path.cwd():
+        raise FileExistsError(
+            f"`path` {str(path)!r} is the folder that this process works in, which saving would replace; choose another"
+        )
+    foreign = sorted(found - set(_FILES))
     if foreign:
         raise FileExistsError(
             f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not the model's and would be lost; move them or "

@@ -128,12 +128,12 @@ class HE2Gene:
         ----------
         path
             Folder to make. It must not exist or be empty, unless it holds an older model and nothing else, which is replaced
-            whole. Where several devices trained the model, every process has it, and the first alone writes.
+            whole; what is hidden there (``.git``) is kept.
 
         Returns
         -------
         pathlib.Path
-            The folder.
+            The folder, absolute.
         """
         from ._folder import save
 

@@ -90,7 +90,7 @@ def from_checkpoint(
     """
     if preset not in _HEADS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(_HEADS)}")
-    check_windows(windows_um)
+    windows_um = check_windows(windows_um)
     if not isinstance(path, str | Path):
         raise ValueError(f"`path` is {path!r}; the path of a checkpoint is needed")
     target, aux = _names(target_genes, "target_genes"), _names(aux_genes, "aux_genes")
@@ -140,7 +140,7 @@ def from_checkpoint(
             "mean": list(PAPER_MEAN),
             "std": list(PAPER_STD),
         },
-        windows_um=tuple(float(um) for um in windows_um),
+        windows_um=windows_um,
         classes=("normal", "tumour"),
         class_colors=("#2ca02c", "#d62728"),
         n_genes=len(names),

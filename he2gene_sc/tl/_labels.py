@@ -45,8 +45,7 @@ def check_labels(labels: Iterable[str], chosen: Labels) -> None:
     ValueError
         If a name cannot be stored, or two differ only in case.
     """
-    labels = set(labels)
-    named = {chosen.merged.get(label, label) for label in labels if not is_ignored(label, chosen.ignored)} - {None}
+    named = {class_of(label, chosen.merged, chosen.ignored) for label in labels} - {None}
     try:
         check_class_names(sorted(named))
     except ValueError as error:
@@ -63,9 +62,11 @@ def check_merged(labels: Iterable[str], merged: Mapping[str, str | None]) -> Non
         raise ValueError(f"`classes` names labels {unknown} that no spot has, valid: {sorted(seen)}")
 
 
-def is_ignored(label: str, ignored: tuple[str, ...]) -> bool:
-    """Whether a label is no class, however it is capitalised."""
-    return label.lower() in {name.lower() for name in ignored}
+def class_of(label: str, merged: Mapping[str, str | None], ignored: tuple[str, ...]) -> str | None:
+    """Class of a label: what `classes` says, else none where it is to be ignored, however capitalised, else the label."""
+    if label in merged:
+        return merged[label]
+    return None if label.lower() in {name.lower() for name in ignored} else label
 
 
 def code_classes(
@@ -84,7 +85,7 @@ def code_classes(
     """
     check_merged((label for part in labels for label in part if label is not None), merged)
     named = [
-        np.array([None if v is None or is_ignored(v, ignored) else merged.get(v, v) for v in part], object)
+        np.array([None if label is None else class_of(label, merged, ignored) for label in part], object)
         for part in labels
     ]
     counted = pd.Series([label for part in named for label in part if label is not None], dtype=object).value_counts()
@@ -99,6 +100,24 @@ def code_classes(
         classes = ()
     lookup = {label: i for i, label in enumerate(classes)}
     return classes, [np.array([lookup.get(label, -1) for label in part], int) for part in named]
+
+
+def hex_colours(given: Mapping[str, str]) -> dict[str, str]:
+    """Colours as matplotlib knows them, written ``#rrggbb``.
+
+    Raises
+    ------
+    ValueError
+        If one is no colour.
+    """
+    if not given:
+        return {}
+    from matplotlib.colors import is_color_like, to_hex
+
+    wrong = {name: colour for name, colour in given.items() if not is_color_like(colour)}
+    if wrong:
+        raise ValueError(f"`class_colors` has {wrong}, which are no colours; they are written 'red' or '#d62728'")
+    return {name: to_hex(colour) for name, colour in given.items()}
 
 
 def colours_of(classes: tuple[str, ...], given: Mapping[str, str]) -> tuple[str, ...]:

@@ -30,7 +30,9 @@ logger = logging.getLogger("he2gene_sc")
 #: Spots below which a section says nothing of how well its genes are predicted.
 MIN_SPOTS = 4
 #: What a missing value is called once it has become text.
-_MISSING = ("nan", "NaN", "None", "<NA>", "NaT")
+_MISSING = ("", "nan", "NaN", "None", "<NA>", "NaT")
+#: Counts of common genes below which sections with different lists cannot be brought to one scale.
+_ENOUGH_COUNTS = 1000
 #: Share of all counts below which a gene list is called short.
 _WHOLE_LIST = 0.9
 #: Left free on a disk.
@@ -163,10 +165,13 @@ def check_table(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> t
     names, labels = [], set()
     for slide in slides:
         rows, _, _ = _counted(slide, matrix)
-        names.append(_names(table, rows, slide, keys)[0])
+        name, _ = _names(table, rows, slide, keys)
+        if len(rows) < MIN_SPOTS:
+            continue
+        names.append(name)
         if keys.annotation is not None:
             labels |= {name_of(value) for value in table.obs[keys.annotation].iloc[rows].astype(object)}
-    return names, labels - {None, *_MISSING}, genes
+    return names, labels - {None}, genes
 
 
 def _opened(
@@ -242,21 +247,22 @@ def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[
 
 
 def name_of(value: object) -> str | None:
-    """Text of a name, the same for 3, 3.0 and "3 "; ``None`` where it is missing or empty."""
+    """Text of a name, the same for 3, 3.0 and "3 "; ``None`` where it is missing or empty, or has become text so."""
     if pd.isna(value):
         return None
-    if isinstance(value, float | np.floating) and value == int(value):
+    if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)
-    return str(value).strip() or None
+    name = str(value).strip()
+    return None if name in _MISSING else name
 
 
 def labels_of(column: pd.Series, section: str) -> np.ndarray:
     """Labels as text, ``None`` without one, also where a missing value has become text."""
-    labels = [name_of(value) for value in column.astype(object)]
-    missing = sum(label in _MISSING for label in labels)
+    column = column.astype(object)
+    missing = sum(isinstance(value, str) and value.strip() in _MISSING[1:] for value in column)
     if missing:
         logger.warning("section %s: %d labels are the text of a missing value; they count as missing", section, missing)
-    return np.array([None if label in _MISSING else label for label in labels], object)
+    return np.array([name_of(value) for value in column], object)
 
 
 def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
@@ -349,7 +355,7 @@ def totals_of(sections: Sequence[Measured], chosen: Genes) -> list[np.ndarray]:
 
     Expression is counts per 10,000, so a list without the genes that make up half of the counts would double all others.
     The share of the counts that a list makes up is taken from the sections that measured the rest, in units of the
-    genes that all of them measured.
+    genes that all of them measured; it is right for tissue that is alike.
     """
     own = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in sections]
     common = sections[0].genes
@@ -358,15 +364,22 @@ def totals_of(sections: Sequence[Measured], chosen: Genes) -> list[np.ndarray]:
         common, union = common.intersection(section.genes), union.union(section.genes)
     if chosen.missing_are_zero or len(common) == len(union):
         return own
-    counted, base = np.zeros(len(union)), np.zeros(len(union))
+    counted, base, least = np.zeros(len(union)), np.zeros(len(union)), np.inf
     for section in sections:
         sums = np.asarray(section.counts.sum(axis=0), np.float64).ravel()
         places = union.get_indexer(section.genes)
         counted[places] += sums
-        base[places] += sums[section.genes.isin(common)].sum()
-    rate = counted / np.maximum(base, 1)
-    if not rate[union.isin(common)].sum():
+        shared = sums[section.genes.isin(common)].sum()
+        base[places] += shared
+        least = min(least, shared)
+    if least < _ENOUGH_COUNTS:
+        logger.warning(
+            "gene lists differ, and the genes that all sections measured have only %d counts in one of them: counts per 10,000 are "
+            "of each section's own genes and cannot be compared well",
+            int(least),
+        )
         return own
+    rate = counted / base
     found = []
     for section, total in zip(sections, own, strict=True):
         share = rate[union.get_indexer(section.genes)].sum() / rate.sum()

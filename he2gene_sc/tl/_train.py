@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from .._settings import settings
+from .._windows import check_windows
 from ._gene_lists import Genes, symbols_of
-from ._labels import Labels, colours_of
-from ._measured import Keys, Measured, join
+from ._labels import Labels, colours_of, hex_colours
+from ._measured import Keys, Measured, join, name_of
 from ._train_input import (
     check_arguments,
     check_features,
@@ -118,9 +119,9 @@ def train(
         Label to class, to merge labels; ``None`` as class leaves a label out. Others stay as they are. A class needs
         five spots.
     ignore_classes
-        Labels that are no class.
+        Labels that are no class, however they are capitalised, unless ``classes`` names them.
     class_colors
-        Class name to colour (hex), for plots; further classes get one of a palette.
+        Class name to colour, as matplotlib knows colours, for plots; further classes get one of a palette.
     encoder
         Name in ``hg.models.ENCODERS`` or of timm, or ``(module, hg.models.EncoderSpec(...))``. Default:
         ``"efficientnet-lite0"``, which is in the package; for the paper's presets ``"resnet50"``, which it used.
@@ -193,7 +194,9 @@ def train(
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
 
-    genes = list(genes) if isinstance(genes, Iterator) else genes
+    genes, ignore_classes, limitations = (
+        list(given) if isinstance(given, Iterator) else given for given in (genes, ignore_classes, limitations)
+    )
     check_arguments(
         preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options, genes, windows_um, seed
     )
@@ -238,12 +241,12 @@ def train(
     }
     keys = Keys(annotation_key, sample_key, section_key, layer, gene_symbols, places)
     bar = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
-    card = words | {"limitations": tuple(limitations)}
-    windows_um = None if windows_um is None else tuple(float(um) for um in windows_um)
+    card = words | {"version": str(version), "limitations": tuple(limitations)}
+    windows_um = None if windows_um is None else check_windows(windows_um)
     asked = None if genes is None else list(symbols_of(genes, symbols))
     chosen = Genes(asked, n_target_genes, min_spot_share, missing_genes_are_zero)
-    merged = {str(label): name for label, name in (classes or {}).items()}
-    labels = Labels(merged, tuple(ignore_classes), dict(class_colors or {}))
+    merged = {name_of(label): name for label, name in (classes or {}).items()}
+    labels = Labels(merged, tuple(map(name_of, ignore_classes)), hex_colours(class_colors or {}))
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="he2gene-")))
         read = read_all(sdatas, keys, symbols, chosen, labels)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,6 @@ _FIT_OPTIONS = {
     "cross_validate": 0,
 }
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
-_HEX = "#[0-9a-fA-F]{6}"
 #: Share of the largest feature below which spots do not differ.
 _SAME = 1e-6
 
@@ -106,25 +104,24 @@ def check_names(
     for parameter, value in (("ignore_classes", ignore_classes), ("limitations", words["limitations"])):
         if isinstance(value, str):
             raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
-        if not isinstance(value, Sequence) or not all(isinstance(part, str) for part in value):
+        if not isinstance(value, Iterable) or not all(isinstance(part, str | int | float) for part in value):
             raise ValueError(f"`{parameter}` is {value!r}; a list of texts is needed, which may be empty")
     for parameter in ("name", "version", "description", "intended_use"):
-        if not isinstance(words[parameter], str):
-            raise ValueError(f"`{parameter}` is {words[parameter]!r}; a text is needed")
+        value = words[parameter]
+        if not isinstance(value, str) and not (parameter == "version" and is_number(value)):
+            raise ValueError(f"`{parameter}` is {value!r}; a text is needed")
     for parameter, value in (("classes", classes), ("class_colors", class_colors), ("ensembl_ids", ensembl_ids)):
-        if value is not None and not isinstance(value, Mapping):
+        if value is not None and not isinstance(value, Mapping | pd.Series):
             raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a mapping or None is needed")
-    wrong = {label: name for label, name in (classes or {}).items() if not (name is None or isinstance(name, str))}
+    pairs = {} if classes is None else classes
+    wrong = {label: name for label, name in pairs.items() if not (name is None or isinstance(name, str))}
     if wrong:
         raise ValueError(
             f"`classes` maps labels to {wrong}; the name of a class is needed, or None, which leaves it out"
         )
-    wrong = {n: c for n, c in (class_colors or {}).items() if not (isinstance(c, str) and re.fullmatch(_HEX, c))}
-    if wrong:
-        raise ValueError(f"`class_colors` has {wrong}; colours are written '#rrggbb'")
-    if not isinstance(missing_genes_are_zero, bool | np.bool_):
+    if not isinstance(missing_genes_are_zero, int | np.bool_) or missing_genes_are_zero not in (0, 1):
         raise ValueError(f"`missing_genes_are_zero` is {missing_genes_are_zero!r}; True or False is needed")
-    if classes and annotation_key is None:
+    if len(pairs) and annotation_key is None:
         raise ValueError("`classes` names labels, but `annotation_key` is None; name the column of obs that holds them")
 
 
@@ -173,7 +170,7 @@ def check_fit_options(preset: str, options: Mapping[str, Any]) -> None:
             f"`precision` is {precision!r}, valid: {list(_PRECISIONS)}; the weights themselves stay single"
         )
     for parameter in ("resume", "cross_validate"):
-        if not isinstance(options.get(parameter, False), bool):
+        if not isinstance(options.get(parameter, False), bool | np.bool_):
             raise ValueError(f"`{parameter}` is {options[parameter]!r}; True or False is needed")
     callbacks = options.get("callbacks", ())
     if callbacks:
@@ -181,12 +178,14 @@ def check_fit_options(preset: str, options: Mapping[str, Any]) -> None:
     if not isinstance(callbacks, list | tuple) or not all(isinstance(callback, Callback) for callback in callbacks):
         raise ValueError(f"`callbacks` is {callbacks!r}; a list of Lightning callbacks is needed, which may be empty")
     if options.get("checkpoint_dir") is not None:
-        _check_checkpoint_dir(options["checkpoint_dir"], options.get("resume", False))
+        in_folds = "*/last.ckpt" if options.get("cross_validate") else "last.ckpt"
+        _check_checkpoint_dir(options["checkpoint_dir"], None if options.get("resume") else in_folds)
     elif options.get("resume"):
         raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
 
 
-def _check_checkpoint_dir(folder: object, resume: bool) -> None:
+def _check_checkpoint_dir(folder: object, begun: str | None) -> None:
+    """Refuse a folder that cannot be written, or, where a run is to begin, that holds one in such a place."""
     if not isinstance(folder, str | Path):
         raise ValueError(f"`checkpoint_dir` is {folder!r}; the path of a folder is needed")
     place = Path(folder).expanduser()
@@ -199,7 +198,7 @@ def _check_checkpoint_dir(folder: object, resume: bool) -> None:
             f"`checkpoint_dir` {str(folder)!r} cannot be written ({error.strerror}); choose another",
             str(place),
         ) from error
-    if not resume and ((place / "last.ckpt").exists() or any(place.glob("*/last.ckpt"))):
+    if begun is not None and any(place.glob(begun)):
         raise FileExistsError(
             f"`checkpoint_dir` {str(folder)!r} holds a run; go on with `resume=True`, or choose another folder"
         )
@@ -323,14 +322,12 @@ def check_features(name: str, features: np.ndarray) -> None:
 
 def check_memory(n_features: int) -> None:
     """Refuse what would not fit: squares of the features, twice in double precision while they are solved."""
-    import os
+    from ..training._memory import memory_of_machine
 
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = memory_of_machine()
     needed = 3 * 8 * n_features**2
-    if needed > 0.8 * there:
+    if there is not None and needed > 0.8 * there:
         raise MemoryError(
-            f"{n_features:,} features a spot need {needed / 2**30:.1f} GiB for their sums of squares, this machine has "
-            f"{there / 2**30:.1f}; use fewer `windows_um` or `stages`, or a smaller `encoder`"
+            f"{n_features:,} features a spot need {needed / 2**30:.1f} GiB for their sums of squares, "
+            f"{there / 2**30:.1f} are free here; use fewer `windows_um` or `stages`, or a smaller `encoder`"
         )

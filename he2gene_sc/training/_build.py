@@ -15,7 +15,7 @@ from ..models._embedding import ALONE, Context
 from ._calibrate import calibration_unit, described
 from ._closed_form import Recipe, fit_basis, fit_softmax, fit_sums
 from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
-from ._folds import grouped_folds, warn_of_unit
+from ._folds import NOT_TOLD, grouped_folds, warn_of_unit
 from ._guard import fit_guard
 from ._predictability import gene_table
 from ._sections import Section
@@ -25,17 +25,8 @@ logger = logging.getLogger("he2gene_sc")
 
 #: Sections or patients beyond this number are held out in so many groups.
 MAX_FOLDS = 10
-#: What the card has to say of figures that are not of held-out patients.
-_LIMITATIONS = {
-    "section": (
-        "All sections are of one patient: the held-out figures are of another section of the SAME patient and say nothing of "
-        "other patients.",
-    ),
-    "block": (
-        "Trained on one section: the held-out figures are of another part of the SAME section, next to what was trained on, far "
-        "better than what the model reaches on other sections, let alone patients.",
-    ),
-}
+#: Share of all labels that a fold has to be trained on for its confidence to be that of the model.
+_ENOUGH_LABELS = 0.2
 _HELD_OUT = {"section": "leave one section out", "patient": "leave one patient out", "block": "parts of one section"}
 
 
@@ -199,7 +190,7 @@ def _build(
         *(colour, protocols, _colour_only(sections, n_colour, recipe.context)[1]), n_classes=0, n_target=n_target
     )
     # A model meets new patients: where their confidence is known, it is theirs that counts.
-    telling = next((n for n in reversed(protocols) if can_be_calibrated(sections, held_out[n].logits)), known)
+    telling = next((n for n in reversed(protocols) if _tells_confidence(sections, protocols[n], held_out[n])), known)
     metrics = {
         _protocol(name, protocols[name], sections): (
             expression_figures(
@@ -217,7 +208,9 @@ def _build(
     target, variable = panels(sections, everything, n_target)
     tensors = _fit(sections, everything, recipe, choice, held_out[telling], n_classes)
     tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
-    limitations = (*facts.limitations, *_LIMITATIONS.get(unit, ()))
+    limitations = facts.limitations
+    if unit in NOT_TOLD:
+        limitations = (*limitations, f"{NOT_TOLD[unit][0].upper()}{NOT_TOLD[unit][1:]}.")
     if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[telling].logits):
         logger.warning(
             "annotation: no held-out spot has a label and a model that had seen its class, as where one section alone is "
@@ -262,6 +255,13 @@ def _build(
     )
     # In the order in which they are stored: rounding depends on it.
     return HE2Gene(card, genes, {key: np.asarray(value, order="C") for key, value in tensors.items()})
+
+
+def _tells_confidence(sections: Sequence[Section], folds: Sequence[np.ndarray], held_out: HeldOut) -> bool:
+    """Whether held-out spots have labels, and the models that predict them had a fair part of all labels."""
+    labelled = np.concatenate([section.codes for section in sections]) >= 0
+    held = np.bincount(np.concatenate(list(folds))[labelled])
+    return can_be_calibrated(sections, held_out.logits) and held.max() <= (1 - _ENOUGH_LABELS) * labelled.sum()
 
 
 def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section]) -> str:
@@ -346,5 +346,5 @@ def _training(
         "annotation_strength": choice.strength,
         "colour_penalty": colour_choice.penalty,
         "colour_rank": colour_choice.rank,
-        "intervals": "bootstrap over blocks of tissue within sections, conditional on these patients",
+        "intervals": "bootstrap over blocks of tissue within sections (none below five), conditional on these patients",
     }

@@ -145,8 +145,9 @@ def check_checkpoint(path: Path, run: dict[str, Any]) -> None:
         theirs = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]["run"]
     except Exception as error:  # Whatever a torn file makes of torch.
         raise ValueError(
-            f"`resume`: {str(path)!r} is damaged or no checkpoint of such a run ({type(error).__name__}); remove it to begin "
-            "anew, or choose another `checkpoint_dir`"
+            f"`resume`: {str(path)!r} is damaged, no checkpoint of such a run, or holds what cannot be loaded safely, as the state "
+            f"of one of `callbacks` may ({type(error).__name__}: {' '.join(str(error).split())[:200]}). If it is damaged, remove it "
+            "to begin anew; or choose another `checkpoint_dir`"
         ) from error
     changed = _differences(theirs, run)
     if changed:

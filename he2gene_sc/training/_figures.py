@@ -11,7 +11,7 @@ from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._closed_form import UNSEEN, temperature
 from ._predictability import with_rest
 from ._sections import Section
-from ._validate import HeldOut, Panel
+from ._validate import HeldOut, Panel, within
 
 #: Side of the blocks of tissue that the bootstrap draws, µm: a few spots, as far as neighbours resemble each other.
 BLOCK_UM = 800.0
@@ -32,7 +32,9 @@ def expression_figures(
     n_target, n_variable = len(held_out.panel[0].target), len(held_out.panel[0].variable)
     names = (f"{n_target} target genes", f"{n_variable} most variable genes")
     intervals = [interval(panel, s.centres_um) for s, panel in zip(sections, held_out.panel, strict=True)]
-    given = [given_depth(panel, s.totals) for s, panel in zip(sections, held_out.panel, strict=True)]
+    given = [
+        given_depth(*found) for found in zip(held_out.panel, (s.totals for s in sections), held_out.parts, strict=True)
+    ]
     ceilings = [_ceiling(section, panel) for section, panel in zip(sections, held_out.panel, strict=True)]
     figures: dict[str, dict[str, object]] = {}
     for which, name in enumerate(names):
@@ -56,7 +58,7 @@ def expression_figures(
     return figures
 
 
-def given_depth(panel: Panel, totals: np.ndarray) -> tuple[float, float]:
+def given_depth(panel: Panel, totals: np.ndarray, parts: np.ndarray) -> tuple[float, float]:
     """Mean partial correlation of both panels, given the counts of each spot (a cubic of their log).
 
     Of counts as sparse as these, log-normalised expression follows the number of counts even where the tissue has no
@@ -68,10 +70,12 @@ def given_depth(panel: Panel, totals: np.ndarray) -> tuple[float, float]:
         Held-out predictions.
     totals
         ``(n,)`` counts of each spot.
+    parts
+        ``(n,)`` codes of what was held out together; the panel is centred within them where there are several.
     """
     depth = np.log(totals)
     depth = (depth - depth.mean()) / max(depth.std(), np.finfo(float).tiny)
-    powers = np.vander(depth, 4)
+    powers = within(np.vander(depth, 4), parts)
 
     def rest(values: np.ndarray) -> np.ndarray:
         values = values.astype(np.float64)

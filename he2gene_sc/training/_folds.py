@@ -9,6 +9,17 @@ import numpy as np
 logger = logging.getLogger("he2gene_sc")
 
 UNITS = ("patient", "section", "block")
+#: What held-out figures do not tell, by what was held out.
+NOT_TOLD = {
+    "section": (
+        "all sections are of the same patient: held-out figures are those of another section of the SAME patient and say "
+        "nothing of other patients"
+    ),
+    "block": (
+        "there is one section only: held-out figures are those of another part of the SAME section. They are far better than "
+        "what the model reaches on other sections, let alone patients; do not report them as accuracy"
+    ),
+}
 #: Blocks that a section is cut into where nothing larger can be held out.
 N_BLOCKS = 5
 
@@ -78,16 +89,8 @@ def grouped_folds(
 
 def warn_of_unit(unit: str) -> None:
     """Say what held-out figures do not tell where patients cannot be held out."""
-    if unit == "section":
-        logger.warning(
-            "all sections are of the same patient: held-out figures are those of another section of the SAME patient and "
-            "say nothing of other patients"
-        )
-    elif unit == "block":
-        logger.warning(
-            "there is one section only: held-out figures are those of another part of the SAME section. They are far "
-            "better than what the model reaches on other sections, let alone patients; do not report them as accuracy"
-        )
+    if unit in NOT_TOLD:
+        logger.warning(NOT_TOLD[unit])
 
 
 def _balance(sizes: np.ndarray, n_folds: int) -> np.ndarray:

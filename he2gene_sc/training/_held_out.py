@@ -109,7 +109,8 @@ def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, 
 def gene_figures(found: Sequence[HeldOutSection], patients: Sequence[int] | None = None) -> dict[str, np.ndarray]:
     """Give ``pcc``, its 95 % interval (t over the held-out sections), ``skill`` and ``pcc_new_patient`` of each gene.
 
-    NaN where too few held-out sections list the gene: one for ``pcc``, two for its interval.
+    NaN where too few held-out sections list the gene, one for ``pcc``, two for its interval, or patients, two for
+    ``pcc_new_patient``.
 
     Parameters
     ----------
@@ -122,7 +123,8 @@ def gene_figures(found: Sequence[HeldOutSection], patients: Sequence[int] | None
     mean, low, high = bounds(pcc, min_groups=2)
     new_patient = np.full(pcc.shape[1], np.nan)
     if patients is not None:
-        new_patient = bounds(by_patient(pcc, [patients[part.section] for part in found]))[0]
+        across = by_patient(pcc, [patients[part.section] for part in found])
+        new_patient = np.where(np.isfinite(across).sum(0) > 1, bounds(across)[0], np.nan)
     error, base = (np.sum([getattr(part, name) for part in found], axis=0) for name in ("error", "base"))
     skill = np.where(np.isfinite(mean), 1 - error / np.where(base > 0, base, 1), np.nan)
     return {"pcc": mean, "pcc_low": low, "pcc_high": high, "pcc_new_patient": new_patient, "skill": skill}

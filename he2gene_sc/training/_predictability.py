@@ -157,7 +157,9 @@ def gene_table(
         unit = "patient"
     grouped = by_patient(found[unit], patients) if unit == "patient" else found[unit]
     mean, low, high = bounds(grouped)
-    skill = held_out[unit].skill
+    # A gene of a single group was never predicted for another.
+    tested = np.isfinite(grouped).sum(0) > (unit in TELLING)
+    mean, skill = np.where(tested, mean, np.nan), np.where(tested, held_out[unit].skill, np.nan)
     reliable = (unit in TELLING) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
     patient_low = _least(bound_within(found[unit], [len(section) for section in sections], patients))
     if unit == "section":
@@ -165,7 +167,6 @@ def gene_table(
     new_patient = np.full(len(mean), np.nan)
     if "patient" in found:
         across = by_patient(found["patient"], patients)
-        # A gene of a single patient was never predicted for another.
         new_patient = np.where(np.isfinite(across).sum(0) > 1, bounds(across)[0], np.nan)
         if unit == "section":
             reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
@@ -178,7 +179,7 @@ def gene_table(
             "group": np.where(np.isin(index, target), "target", "auxiliary"),
             "variable": np.isin(index, variable),
             "mean": total / np.maximum(spots, 1),
-            "pcc": np.nan_to_num(mean),
+            "pcc": mean,
             "pcc_low": low,
             "pcc_high": high,
             "pcc_patient_low": patient_low,

@@ -277,7 +277,7 @@ def _collect(
                     held = fold.held[i]
                     means[here][held] = fold.sums.mean[genes]
                     predicted[here][held] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
-            pcc[i, genes] = pearson(_within(predicted[here], parts[i]), _within(measured[here], parts[i]))
+            pcc[i, genes] = pearson(within(predicted[here], parts[i]), within(measured[here], parts[i]))
             error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
             base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
         if unit is not None:
@@ -294,7 +294,7 @@ def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
     return codes
 
 
-def _within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
+def within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Take the mean of each part off its spots; a section that was held out whole stays as it is."""
     names = np.unique(parts)
     if len(names) == 1:
@@ -328,7 +328,7 @@ def _panels_and_logits(
             if choice.strength in fold.softmax:
                 slope, bias = fold.softmax[choice.strength]
                 scores[fold.held[i]] = embedding @ slope + bias
-        panel.append(Panel(target, variable, _within(predicted, parts[i]), _within(section.dense(genes), parts[i])))
+        panel.append(Panel(target, variable, within(predicted, parts[i]), within(section.dense(genes), parts[i])))
         logits.append(scores)
     return tuple(panel), tuple(logits)
 
