@@ -158,7 +158,11 @@ def test_label_files_that_are_otherwise_are_refused_by_name(root, content, said)
         hg.datasets.hbcis(root)["BC23209_C1"]
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"x\ty\xff\xfe\r"), b"no gzip", gzip.compress(b"x" * 99)[:-12]])
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(b"x\ty\xff\xfe\r"), b"no gzip", gzip.compress(b"x" * 99)[:-12]],
+    ids=["no text", "no gzip", "torn"],
+)
 def test_label_files_that_are_damaged_are_refused_by_name(root, content):
     (root / "BC23209_C1_Coords.tsv.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"BC23209_C1_Coords.tsv.gz is damaged"):
