@@ -3,14 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.stats import t
-from tiny_sections import N_COLOUR, N_FEATURES, everything, planted, recipe
+from tiny_sections import N_COLOUR, N_FEATURES, everything, facts, planted, recipe
 
-from he2gene_sc.models import EncoderSpec
 from he2gene_sc.models._embedding import ALONE
-from he2gene_sc.training import Facts, Recipe, build_model, cross_validate, fit_basis, fit_sums, folds_of
+from he2gene_sc.training import Recipe, build_model, cross_validate, fit_basis, fit_sums, folds_of
 from he2gene_sc.training._closed_form import embed, fit_softmax
 from he2gene_sc.training._figures import pooled_temperature
 from he2gene_sc.training._validate import Choice, labelled_embedding, panels
@@ -26,20 +24,7 @@ def sections():
 
 @pytest.fixture(scope="module")
 def model(sections):
-    facts = Facts(
-        genes=pd.Index([f"G{i}" for i in range(N_GENES)]),
-        ensembl_ids=("",) * N_GENES,
-        classes=("a", "b", "c"),
-        class_colors=("#000000",) * 3,
-        encoder=EncoderSpec("tiny"),
-        windows_um=(100.0,),
-        name="mine",
-        version="1",
-        description="",
-        intended_use="",
-        limitations=(),
-    )
-    return build_model(sections, facts, recipe(), n_colour=N_COLOUR, n_target=4)
+    return build_model(sections, facts(N_GENES), recipe(), n_colour=N_COLOUR, n_target=4)
 
 
 def validated(sections, **options):
@@ -116,20 +101,8 @@ def test_the_colour_baseline_reads_colour_alone(model, sections):
 
 def test_an_annotation_that_one_section_alone_has_is_not_calibrated_and_says_so(sections, caplog):
     bare = [sections[0], *(replace(s, codes=np.full(len(s), -1)) for s in sections[1:])]
-    facts = Facts(
-        genes=pd.Index([f"G{i}" for i in range(N_GENES)]),
-        ensembl_ids=("",) * N_GENES,
-        classes=("a", "b", "c"),
-        class_colors=("#000000",) * 3,
-        encoder=EncoderSpec("tiny"),
-        windows_um=(100.0,),
-        name="mine",
-        version="1",
-        description="",
-        intended_use="",
-        limitations=("One.",),
-    )
-    found = build_model(bare, facts, recipe(), n_colour=N_COLOUR, n_target=4)
+    known = replace(facts(N_GENES), limitations=("One.",))
+    found = build_model(bare, known, recipe(), n_colour=N_COLOUR, n_target=4)
     assert "its probabilities are NOT calibrated" in caplog.text
     assert found.card.limitations == ("One.", "The probabilities of its annotation are not calibrated.")
 
@@ -140,20 +113,7 @@ def test_a_patient_of_a_few_labels_does_not_say_how_confident_the_model_is(secti
         replace(s, codes=np.where(np.arange(len(s)) < (len(s) if i % 2 == 0 else 3 * (i == 1)), s.codes, -1))
         for i, s in enumerate(sections)
     ]
-    facts = Facts(
-        genes=pd.Index([f"G{i}" for i in range(N_GENES)]),
-        ensembl_ids=("",) * N_GENES,
-        classes=("a", "b", "c"),
-        class_colors=("#000000",) * 3,
-        encoder=EncoderSpec("tiny"),
-        windows_um=(100.0,),
-        name="mine",
-        version="1",
-        description="",
-        intended_use="",
-        limitations=(),
-    )
-    made = build_model(few, facts, recipe(), n_colour=N_COLOUR, n_target=4)
+    made = build_model(few, facts(N_GENES), recipe(), n_colour=N_COLOUR, n_target=4)
     choice, held_out = validated(few)
     basis = fit_basis(few, everything(few), recipe())
     weight, _ = fit_softmax(*labelled_embedding(few, everything(few), basis), 3, choice.strength)

@@ -3,15 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.stats
-from tiny_sections import CONTEXT, N_COLOUR, planted, recipe
+from tiny_sections import CONTEXT, N_COLOUR, facts, planted, recipe
 
-from he2gene_sc.models import EncoderSpec
 from he2gene_sc.models._embedding import Basis, rings_of
 from he2gene_sc.stats import noise_ceiling, pearson
-from he2gene_sc.training import Facts, build_model, cross_validate, folds_of
+from he2gene_sc.training import build_model, cross_validate, folds_of
 from he2gene_sc.training._predictability import (
     ENOUGH_PATIENTS,
     RELIABLE_PCC,
@@ -26,20 +24,7 @@ N_GENES = 40
 
 
 def build(sections, n_genes=N_GENES):
-    facts = Facts(
-        genes=pd.Index([f"G{i}" for i in range(n_genes)]),
-        ensembl_ids=("",) * n_genes,
-        classes=("a", "b", "c"),
-        class_colors=("#000000",) * 3,
-        encoder=EncoderSpec("tiny"),
-        windows_um=(100.0,),
-        name="mine",
-        version="1",
-        description="",
-        intended_use="",
-        limitations=(),
-    )
-    return build_model(sections, facts, recipe(), n_colour=N_COLOUR, n_target=10)
+    return build_model(sections, facts(n_genes), recipe(), n_colour=N_COLOUR, n_target=10)
 
 
 def predicted(model, section):

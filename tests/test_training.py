@@ -14,7 +14,7 @@ from he2gene_sc.models._embedding import ALONE
 from he2gene_sc.stats import log_normalise, pearson, skill
 from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of
 from he2gene_sc.training._closed_form import _principal, components, embed, fit_softmax, temperature
-from he2gene_sc.training._validate import Choice, Panel, panels
+from he2gene_sc.training._validate import Choice, Panel, panels, within
 
 GAPS = ((1, 2), (3, 2), (0, 5))
 
@@ -435,6 +435,15 @@ def test_a_section_held_out_in_parts_is_judged_within_them():
         means = [held_out.panel[0].measured[held_out.parts[0] == part].mean(0) for part in range(5)]
         np.testing.assert_allclose(means, 0, atol=1e-6)
     assert np.abs(np.mean(found, axis=0)).max() < 0.1
+
+
+def test_within_parts_constant_genes_are_zero_and_unmeasured_ones_stay_unknown():
+    values = np.stack([np.full(30, 10 / 3), np.full(30, np.nan), np.arange(30.0)], axis=1)
+    found = within(values, np.arange(30) // 15)
+    assert (found[:, 0] == 0).all()
+    assert np.isnan(found[:, 1]).all()
+    np.testing.assert_allclose(found[:, 2], np.tile(np.arange(15) - 7.0, 2))
+    assert within(values, np.zeros(30)) is values
 
 
 def test_every_fold_chooses_its_panels_without_the_section_it_holds_out():

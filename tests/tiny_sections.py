@@ -1,10 +1,12 @@
 """Sections for tests of the closed form: features, targets, gaps and labels that are planted."""
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 
+from he2gene_sc.models import EncoderSpec
 from he2gene_sc.models._embedding import Context
-from he2gene_sc.training import Recipe, Section, log_targets
+from he2gene_sc.training import Facts, Recipe, Section, log_targets
 
 N_FEATURES, N_COLOUR = 12, 4
 CONTEXT = Context(((50.0, 250.0), (250.0, 500.0)), (0.7, 0.4), 10.0)
@@ -67,3 +69,20 @@ def recipe(n_components=10, n_latent=8, context=CONTEXT, f=N_FEATURES):
 
 def everything(sections):
     return [np.ones(len(s), bool) for s in sections]
+
+
+def facts(n_genes):
+    """What a card needs beside the arrays."""
+    return Facts(
+        genes=pd.Index([f"G{i}" for i in range(n_genes)]),
+        ensembl_ids=("",) * n_genes,
+        classes=("a", "b", "c"),
+        class_colors=("#000000",) * 3,
+        encoder=EncoderSpec("tiny"),
+        windows_um=(100.0,),
+        name="mine",
+        version="1",
+        description="",
+        intended_use="",
+        limitations=(),
+    )

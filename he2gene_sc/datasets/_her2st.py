@@ -135,13 +135,11 @@ def _reduced(spots: pd.DataFrame, image: Path, section: str) -> pd.DataFrame:
 def local_image(section: str) -> Path | None:
     """Image of a section in a local folder, the full one before the reduced one; ``None`` where there is none."""
     for root in _local_roots():
-        found = sorted(p for p in (root / _folder(section)).glob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".tif"})
-        # As the archive of images on Zenodo unpacks.
-        found += [
-            p for p in (root / "images" / "HE").glob(f"{section}.*") if p.suffix.lower() in {".jpg", ".jpeg", ".tif"}
-        ]
-        if found:
-            return found[0]
+        # The second is how the archive of images on Zenodo unpacks.
+        for files_there in ((root / _folder(section)).glob("*"), (root / "images" / "HE").glob(f"{section}.*")):
+            found = sorted(p for p in files_there if p.suffix.lower() in {".jpg", ".jpeg", ".tif"})
+            if found:
+                return found[0]
     return _local(_reduced_image(section))
 
 

@@ -17,7 +17,7 @@ import scipy.sparse
 
 from .._slide import Slide, resolve
 from ._gene_lists import Genes, check_gene_lists, gene_names
-from ._labels import Labels, code_classes
+from ._labels import Labels, code_classes, labels_of, name_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,8 +29,6 @@ logger = logging.getLogger("he2gene_sc")
 
 #: Spots below which a section says nothing of how well its genes are predicted.
 MIN_SPOTS = 4
-#: What a missing value is called once it has become text.
-_MISSING = ("", "nan", "NaN", "None", "<NA>", "NaT")
 #: Counts of common genes below which sections with different lists cannot be brought to one scale.
 _ENOUGH_COUNTS = 1000
 #: Share of all counts below which a gene list is called short.
@@ -244,25 +242,6 @@ def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[
             f"sections {found[0][:5]} and patients {found[1][:5]}"
         )
     return found[0][0], found[1][0]
-
-
-def name_of(value: object) -> str | None:
-    """Text of a name, the same for 3, 3.0 and "3 "; ``None`` where it is missing or empty, or has become text so."""
-    if pd.isna(value):
-        return None
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        value = int(value)
-    name = str(value).strip()
-    return None if name in _MISSING else name
-
-
-def labels_of(column: pd.Series, section: str) -> np.ndarray:
-    """Labels as text, ``None`` without one, also where a missing value has become text."""
-    column = column.astype(object)
-    missing = sum(isinstance(value, str) and value.strip() in _MISSING[1:] for value in column)
-    if missing:
-        logger.warning("section %s: %d labels are the text of a missing value; they count as missing", section, missing)
-    return np.array([name_of(value) for value in column], object)
 
 
 def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:

@@ -16,8 +16,8 @@ import pandas as pd
 from .._settings import settings
 from .._windows import check_windows
 from ._gene_lists import Genes, symbols_of
-from ._labels import Labels, colours_of, hex_colours
-from ._measured import Keys, Measured, join, name_of
+from ._labels import Labels, colours_of, hex_colours, name_of
+from ._measured import Keys, Measured, join
 from ._train_input import (
     check_arguments,
     check_features,

@@ -247,7 +247,8 @@ def read_all(
                     if name in places:
                         raise ValueError(f"{_TWICE.format(name)}, found in object {places[name] + 1} too")
                     places[name] = i
-                lists[", ".join(names)] = genes
+                if names:
+                    lists[", ".join(names)] = genes
                 found |= own
                 check_labels(found, labels)
         if lists:

@@ -295,7 +295,7 @@ def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
 
 
 def within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Take the mean of each part off its spots; a section that was held out whole stays as it is."""
+    """Take the mean of each part off its spots, ``(n, g)``; a section that was held out whole stays as it is, as NaN does."""
     names = np.unique(parts)
     if len(names) == 1:
         return values
@@ -303,7 +303,9 @@ def within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
     for name in names:
         here = parts == name
         mean = values[here].mean(0)
-        values[here] = np.where(np.abs(values[here] - mean) > _DUST * np.abs(mean), values[here] - mean, 0)
+        left = values[here] - mean
+        left[np.abs(left) <= _DUST * np.abs(mean)] = 0
+        values[here] = left
     return values
 
 
