@@ -1,0 +1,1 @@
+"""What the verbs share: names, values of a table, results, and checks of arguments."""

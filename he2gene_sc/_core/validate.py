@@ -1,0 +1,235 @@
+"""Checks of arguments. Each returns the value, or says which parameter is wrong, what it is and what is valid.
+
+They are called by the name of the module: ``validate.one_of(preset, PRESETS, "preset")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: Names that an error lists before it counts the rest.
+_SHOWN = 20
+
+
+def format_list(values: Iterable[object], n: int = 5) -> str:
+    """Join the first values by commas and count the rest: ``"a, b, … (7 in all)"``."""
+    found = [str(value) for value in values]
+    return ", ".join(found) if len(found) <= n else f"{', '.join(found[:n])}, … ({len(found)} in all)"
+
+
+def near(name: object, known: Iterable[object], n: int = 3) -> str:
+    """Name what a misspelt name is near to, as the end of an error; empty if nothing is."""
+    from difflib import get_close_matches
+
+    folded: dict[str, str] = {}
+    for value in map(str, known):
+        folded.setdefault(value.lower(), value)
+    found = [folded[key] for key in get_close_matches(str(name).lower(), list(folded), n=n)]
+    return f"; near {name!r}: {found}" if found else ""
+
+
+def one_of(value: Any, valid: Iterable[Any], parameter: str) -> Any:
+    """Check that a value is one of a few.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    choices = list(valid)
+    # Not `in`: True is 1, and an array is compared element by element.
+    if any(type(value) is type(choice) and value == choice for choice in choices):
+        return value
+    raise ValueError(f"`{parameter}` is {value!r}, valid: {choices}{near(value, choices)}")
+
+
+def key_in(key: Any, available: Iterable[Any], parameter: str, *, what: str = "a column of obs", hint: str = "") -> Any:
+    """Check that a name is among those that are there.
+
+    Parameters
+    ----------
+    key
+        The name.
+    available
+        Names that are there: columns of ``obs``, layers, elements.
+    parameter
+        The parameter that gave it.
+    what
+        What it should name, with its article.
+    hint
+        What to do, as the end of the error, such as ``" (None: X)"``.
+
+    Raises
+    ------
+    ValueError
+        If it is not there.
+    """
+    names = list(available)
+    if isinstance(key, str | int | float | tuple) and key in names:
+        return key
+    shown = names[:_SHOWN] if len(names) > _SHOWN else names
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    raise ValueError(f"`{parameter}` {key!r} is not {what}, valid: {shown}{more}{near(key, names)}{hint}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; True and False are not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; True and False are not."""
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and bool(np.isfinite(value))
+
+
+def whole(value: Any, parameter: str, least: int = 1) -> int:
+    """Check that a value is a whole number from ``least``.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if is_whole(value) and value >= least:
+        return int(value)
+    raise ValueError(f"`{parameter}` is {value!r}; a whole number from {least} is needed")
+
+
+def in_range(
+    value: Any,
+    parameter: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    what: str = "a number",
+) -> float:
+    """Check that a value is a finite number in a range; ``least`` and ``most`` belong to it, ``above`` and ``below`` do not.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    inside = is_number(value) and (
+        (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+    )
+    if inside:
+        return value
+    bounds = [
+        f"{word} {bound:g}"
+        for word, bound in (("from", least), ("above", above), ("to", most), ("below", below))
+        if bound is not None
+    ]
+    raise ValueError(f"`{parameter}` is {value!r}; {' '.join([what, ' and '.join(bounds)]).strip()} is needed")
+
+
+def flag(value: Any, parameter: str) -> bool:
+    """Check that a value is True or False.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(f"`{parameter}` is {value!r}; True or False is needed")
+
+
+def instance(value: Any, kinds: type | tuple[type, ...], parameter: str, needed: str) -> Any:
+    """Check the type of a value; ``needed`` says what it should be, with its article.
+
+    Raises
+    ------
+    TypeError
+        If it is of another type.
+    """
+    if isinstance(value, kinds):
+        return value
+    raise TypeError(f"`{parameter}` is of type {type(value).__name__}; {needed} is needed")
+
+
+def name(value: Any, parameter: str) -> str:
+    """Check that a value is a text that is not blank.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    raise ValueError(f"`{parameter}` is {value!r}; a name is needed")
+
+
+def names(value: Any, parameter: str, *, least: int = 0) -> list[Any]:
+    """Check that a value is a list of names, not one text.
+
+    Raises
+    ------
+    ValueError
+        If it is not, or holds fewer than ``least``.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"`{parameter}` is {value!r}; a list of texts is needed")
+    found = list(value)
+    if len(found) < least or not all(isinstance(part, str | int | float | np.generic) for part in found):
+        raise ValueError(f"`{parameter}` is {found!r}; a list of at least {least} texts is needed")
+    return found
+
+
+def folder_or_file(value: Any, parameter: str) -> Path:
+    """Check that a value is a path.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if isinstance(value, str | Path) and str(value).strip():
+        return Path(value).expanduser()
+    raise ValueError(f"`{parameter}` is {value!r}; a path is needed")
+
+
+def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
+    """Check that numbers are finite.
+
+    Raises
+    ------
+    ValueError
+        If one is NaN or infinite, or they are not numbers.
+    """
+    try:
+        array = np.asarray(values, float)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{parameter}` does not hold numbers; finite {what} are needed") from None
+    wrong = int((~np.isfinite(array)).sum())
+    if wrong:
+        raise ValueError(f"`{parameter}` holds {wrong} {what} that are NaN or infinite; finite ones are needed")
+    return array
+
+
+def unique(values: Collection[Any], parameter: str, what: str = "names") -> None:
+    """Check that nothing stands twice.
+
+    Raises
+    ------
+    ValueError
+        If something does.
+    """
+    seen: set[Any] = set()
+    twice = list(dict.fromkeys(value for value in values if value in seen or seen.add(value)))
+    if twice:
+        raise ValueError(f"`{parameter}`: {what} stand twice: {format_list(map(repr, twice))}")

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from he2gene_sc._core import validate
+
+
+def test_one_of_lists_what_is_valid_and_what_is_near():
+    assert validate.one_of("leiden", ["leiden", "kmeans"], "clustering") == "leiden"
+    with pytest.raises(
+        ValueError, match=r"`clustering` is 'Leidn', valid: \['leiden', 'kmeans'\]; near 'Leidn': \['leiden'\]"
+    ):
+        validate.one_of("Leidn", ["leiden", "kmeans"], "clustering")
+
+
+@pytest.mark.parametrize("value", [True, 1.0, None, np.array([1, 2]), ["a"], {}])
+def test_one_of_takes_nothing_that_only_looks_equal(value):
+    with pytest.raises(ValueError, match="`n`"):
+        validate.one_of(value, [1, 2], "n")
+
+
+def test_key_in_names_what_is_there():
+    assert validate.key_in("patient", ["patient"], "sample_key") == "patient"
+    with pytest.raises(
+        ValueError, match=r"`layer` 'cnts' is not a layer, valid: \['counts'\]; near 'cnts': .*\(None: X\)"
+    ):
+        validate.key_in("cnts", ["counts"], "layer", what="a layer", hint=" (None: X)")
+    with pytest.raises(ValueError, match="and 80 more"):
+        validate.key_in("x", [f"column {i}" for i in range(100)], "groupby")
+    with pytest.raises(ValueError, match="`groupby`"):
+        validate.key_in(["patient"], ["patient"], "groupby")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None, float("nan")])
+def test_whole_takes_whole_numbers_alone(value):
+    with pytest.raises(ValueError, match="`n_splits` is .*; a whole number from 1 is needed"):
+        validate.whole(value, "n_splits")
+
+
+def test_whole_and_in_range_return_the_value():
+    assert validate.whole(np.int64(3), "n") == 3
+    assert validate.in_range(0.5, "share", least=0, below=1) == 0.5
+    assert validate.in_range(0, "share", least=0, below=1) == 0
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, float("nan"), float("inf"), "0.5", None, True, [0.5]])
+def test_in_range_states_its_bounds(value):
+    with pytest.raises(ValueError, match="`share` is .*; a share from 0 and below 1 is needed"):
+        validate.in_range(value, "share", least=0, below=1, what="a share")
+
+
+def test_flags_names_and_paths():
+    assert validate.flag(np.True_, "trend") is True
+    assert validate.names(("a", 1), "genes") == ["a", 1]
+    assert validate.folder_or_file("a", "cache") == Path("a")
+    for wrong in (1, None, "True"):
+        with pytest.raises(ValueError, match="True or False is needed"):
+            validate.flag(wrong, "trend")
+    with pytest.raises(ValueError, match=r"`genes` is the text 'ERBB2'; a list is needed: \['ERBB2'\]"):
+        validate.names("ERBB2", "genes")
+    for wrong in ({}, 1, None, [None], [["a"]]):
+        with pytest.raises(ValueError, match="`genes`"):
+            validate.names(wrong, "genes")
+    with pytest.raises(ValueError, match="at least 1"):
+        validate.names([], "genes", least=1)
+    with pytest.raises(ValueError, match="a path is needed"):
+        validate.folder_or_file(" ", "cache")
+    with pytest.raises(ValueError, match="a name is needed"):
+        validate.name(" ", "key_added")
+    with pytest.raises(TypeError, match="`net` is of type int; a DataFrame is needed"):
+        validate.instance(1, str, "net", "a DataFrame")
+
+
+def test_finite_counts_what_is_not():
+    np.testing.assert_array_equal(validate.finite([1, 2], "xy"), [1, 2])
+    with pytest.raises(ValueError, match="`xy` holds 2 coordinates that are NaN or infinite"):
+        validate.finite([[1, np.nan], [np.inf, 2]], "xy", "coordinates")
+    with pytest.raises(ValueError, match="does not hold numbers"):
+        validate.finite(["a"], "xy")
+
+
+def test_unique_names_what_stands_twice():
+    validate.unique(["a", "b"], "genes")
+    with pytest.raises(ValueError, match="`genes`: genes stand twice: 'a'$"):
+        validate.unique(["a", "b", "a", "a"], "genes", "genes")
+
+
+def test_long_lists_are_counted():
+    assert validate.format_list("ab") == "a, b"
+    assert validate.format_list(range(7), 3) == "0, 1, 2, … (7 in all)"
