@@ -1,33 +1,17 @@
 """Gene expression and pathology annotation from H&E images, at the spots of a SpatialData object.
 
-Usage: ``import he2gene_sc as hg``, then ``hg.tl.predict(sdata)``. Everything below is loaded on first use, so that
-importing the package costs next to nothing.
+Usage: ``import he2gene_sc as hg``, then ``hg.tl.predict(sdata)``. Namespaces are loaded on first use; what they offer stands in
+the ``.pyi`` file beside each ``__init__.py``, which type checkers read too.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-import importlib
-from typing import TYPE_CHECKING
-
-from ._settings import settings
-
-if TYPE_CHECKING:
-    from . import datasets, get, io, models, pl, pp, tl
-
-__all__ = ["__version__", "datasets", "get", "io", "models", "pl", "pp", "settings", "tl"]
-
-_NAMESPACES = {"datasets", "get", "io", "models", "pl", "pp", "tl"}
+_attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
-def __getattr__(name: str):
-    if name in _NAMESPACES:
-        return importlib.import_module(f".{name}", __name__)
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 
-        return version("he2gene_sc")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+        return version(__name__)
+    return _attribute(name)

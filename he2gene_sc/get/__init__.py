@@ -1,15 +1,5 @@
 """Tidy tables of what the verbs wrote."""
 
-from .._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach(
-    __name__,
-    {
-        "evaluation": "._evaluation",
-        "domains": "._domains",
-        "biomarkers": "._biomarkers",
-        "concordance": "._concordance",
-        "enrichment": "._enrichment",
-        "genes": "._genes",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

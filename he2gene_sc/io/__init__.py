@@ -1,12 +1,5 @@
 """Legacy ST sections and plain H&E images to SpatialData; saving without losing."""
 
-from .._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach(
-    __name__,
-    {
-        "read_he": "._he",
-        "read_st": "._st",
-        "save": "._save",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,16 +1,5 @@
 """Pictures of what the verbs wrote."""
 
-from .._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach(
-    __name__,
-    {
-        "annotation": "._annotation",
-        "domains": "._domains",
-        "biomarkers": "._biomarkers",
-        "concordance": "._concordance",
-        "calibration": "._calibration",
-        "predictability": "._predictability",
-        "spatial": "._spatial",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,11 +1,5 @@
 """Before the prediction: tissue mask and pseudo-spots for an image without spots."""
 
-from .._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach(
-    __name__,
-    {
-        "grid": "._grid",
-        "tissue": "._tissue",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

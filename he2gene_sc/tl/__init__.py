@@ -1,18 +1,5 @@
 """The verbs."""
 
-from .._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach(
-    __name__,
-    {
-        "evaluate": "._evaluate",
-        "domain_preservation": "._domain_preservation",
-        "adapt": "._adapt",
-        "biomarkers": "._biomarkers",
-        "concordance": "._concordance",
-        "enrichment": "._enrichment",
-        "intervals": "._intervals",
-        "predict": "._predict",
-        "train": "._train",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,15 @@
+from ._biomarkers import biomarkers
+from ._concordance import concordance
+from ._domains import domains
+from ._enrichment import enrichment
+from ._evaluation import evaluation
+from ._genes import genes
+
+__all__ = [
+    "biomarkers",
+    "concordance",
+    "domains",
+    "enrichment",
+    "evaluation",
+    "genes",
+]

@@ -1,0 +1,17 @@
+from ._annotation import annotation
+from ._biomarkers import biomarkers
+from ._calibration import calibration
+from ._concordance import concordance
+from ._domains import domains
+from ._predictability import predictability
+from ._spatial import spatial
+
+__all__ = [
+    "annotation",
+    "biomarkers",
+    "calibration",
+    "concordance",
+    "domains",
+    "predictability",
+    "spatial",
+]
