@@ -160,7 +160,7 @@ def _colour_pearson(
     """Correlation that the model's colour baseline reaches on each gene it covers, NaN elsewhere."""
     import torch
 
-    from ._slide import resolve
+    from ._core.slide import resolve
     from .image import PatchReader
     from .stats import pearson
 

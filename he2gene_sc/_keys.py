@@ -14,7 +14,7 @@ REGION = "region"
 INSTANCE = "instance_id"
 COORDINATE_SYSTEM = "global"
 
-#: ``sdata.attrs[ATTRS]["mpp"][image_key]``: µm per pixel of level 0, written by our readers, read by ``_slide``.
+#: ``sdata.attrs[ATTRS]["mpp"][image_key]``: µm per pixel of level 0, written by our readers, read by ``_core/mpp.py``.
 ATTRS = "he2gene"
 #: ``table.uns[MADE]``: marks a table that we made, which is no candidate when a measured table has to be found.
 MADE = "he2gene_made"

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from ._core.elements import find_table
+from ._core.slide import Slide, resolve
 from ._keys import MADE
 from ._predicted import predicted_table
-from ._slide import Slide, find_table, resolve
 from ._stale import remove_derived, same_values, warn_removed
 from ._write import undone_if_interrupted
 from .stats import TARGET_SUM

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+    from ._core.slide import Slide
     from ._genes import WantedGenes
-    from ._slide import Slide
     from .inference import Predictions
     from .models import HE2Gene
 

@@ -61,7 +61,7 @@ def predict(
 ) -> None:
     """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first."""
     from . import io, pp, tl
-    from ._mpp import stored_mpp
+    from ._core.mpp import stored_mpp
     from .io._save import check_target, is_store
 
     if not path.exists():

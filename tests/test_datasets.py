@@ -18,7 +18,7 @@ from PIL import Image
 from spatialdata.transformations import get_transformation
 
 import he2gene_sc as hg
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.datasets import _her2st
 from he2gene_sc.datasets._toy import PLANTED
 

@@ -62,7 +62,7 @@ def test_what_is_no_tissue_is_noticed(model, change):
 @pytest.mark.slow
 @pytest.mark.parametrize(("factor", "odd"), [(1, False), (0.5, True), (2, True)])
 def test_a_resolution_wrong_by_two_is_noticed_on_c5_and_the_right_one_passes(her2st, factor, odd):
-    from he2gene_sc._slide import resolve
+    from he2gene_sc._core.slide import resolve
 
     sdata = her2st("C5")
     mpp = resolve(sdata)[0].mpp * factor

@@ -12,7 +12,7 @@ from hbcis_mini import AMBIGUOUS, DOWN, GENES, SECTIONS, UP
 from PIL import Image
 
 import he2gene_sc as hg
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.datasets._split import PatientSplit
 from he2gene_sc.io import _st
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import he2gene_sc as hg
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.models import from_checkpoint, load
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
 
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 
 
 def square(n=6, pitch=100.0):

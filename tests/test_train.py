@@ -144,7 +144,7 @@ def test_expression_of_training_spots_is_what_the_heads_make_of_the_features(mod
 
 
 def first_features(sdata):
-    from he2gene_sc._slide import resolve
+    from he2gene_sc._core.slide import resolve
     from he2gene_sc.image import PatchReader
     from he2gene_sc.models._network import FeatureExtractor
 
@@ -210,7 +210,7 @@ def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
     alive, made = [], []
 
     def resolve(sdata, **places):
-        slides = hg._slide.resolve(sdata, **places)
+        slides = hg._core.slide.resolve(sdata, **places)
         made.extend(weakref.ref(slide) for slide in slides)
         return slides
 

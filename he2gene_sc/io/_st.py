@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core.mpp import check_mpp
 from .._keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
-from .._mpp import check_mpp
 from ._decode import decode
 from ._raster import image_element
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._core.mpp import affine
+from .._core.slide import Slide, resolve
 from .._keys import Keys
-from .._mpp import affine
 from .._predicted import predicted_table
-from .._slide import Slide, resolve
 
 if TYPE_CHECKING:
     from anndata import AnnData

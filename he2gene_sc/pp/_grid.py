@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core.images import find_image, pyramid_of
+from .._core.mpp import check_mpp, stored_mpp
 from .._keys import ATTRS, SPOTS, check_key
-from .._mpp import check_mpp, stored_mpp
-from .._slide import find_image, pyramid_of
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .._core.images import find_image, pyramid_of
 from .._keys import check_key
-from .._slide import find_image, pyramid_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -94,7 +94,7 @@ def read_thumbnail(sdata: SpatialData, image_key: str, max_pixels: int) -> tuple
     tuple of float
         Pixels of level 0 per pixel of it, along y and x.
     """
-    from .._slide import check_image
+    from .._core.images import check_image
     from ..image import read_reduced
 
     pyramid = pyramid_of(sdata, image_key)

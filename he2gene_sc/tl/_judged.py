@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from .._core.elements import find_table
 from .._keys import MADE, Keys
-from .._slide import find_table
 from .._tables import Scale, column_of, log_expression, pitch_of, sections_of, spots_of, values_of
 from ._judged_genes import genes_in_common, known_of, model_of
 from ._judged_layer import judged_layer

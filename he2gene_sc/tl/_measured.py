@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from .._slide import Slide, resolve
+from .._core.slide import Slide, resolve
 from ._gene_lists import Genes, check_gene_lists, gene_names
 from ._labels import Labels, code_classes, labels_of, name_of
 

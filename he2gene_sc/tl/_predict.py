@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .._core.slide import Slide, resolve
 from .._genes import match_genes
 from .._keys import FACTS, TABLE, Keys, check_key
 from .._settings import settings
-from .._slide import Slide, resolve
 from .._write import Filled, check_layer, check_place, copy_tables, fill_table, make_table, put_table
 
 if TYPE_CHECKING:

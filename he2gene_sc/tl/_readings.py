@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core.slide import resolve
 from .._keys import Keys
-from .._slide import resolve
 from ._evaluation import BASELINES
 from ._judged import Judged
 

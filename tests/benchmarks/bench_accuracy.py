@@ -13,7 +13,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 import he2gene_sc as hg
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.stats import log_normalise, noise_ceiling, pearson
 

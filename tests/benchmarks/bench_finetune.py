@@ -32,7 +32,7 @@ from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import nn
 
 import he2gene_sc as hg
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.models._encoders import load_encoder
 from he2gene_sc.models._network import Preprocess, symmetric

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import he2gene_sc as hg
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.inference import resolve_device, resolve_dtype
 from he2gene_sc.models import load_encoder

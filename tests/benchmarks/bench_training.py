@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 
 import he2gene_sc as hg
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.inference import cached_features
 from he2gene_sc.models._encoders import encoder_sha256, load_encoder

@@ -30,7 +30,7 @@ from scipy.sparse import csr_matrix
 from shapely import Point
 
 import he2gene_sc as hg
-from he2gene_sc._slide import resolve
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.stats import log_normalise, pearson
 from he2gene_sc.training._figures import interval
 from he2gene_sc.training._predictability import RELIABLE_PCC
