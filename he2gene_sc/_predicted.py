@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._core.layers import layer_names
 from ._keys import MADE, Keys
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def predicted_layer(table: AnnData, key_added: str = "he2gene", layer: str | Non
     """Name of the layer of a prediction."""
     name = record_of(table, key_added)["layer"] if layer is None else layer
     if name not in table.layers:
-        raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(table.layers)}")
+        raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(layer_names(table))}")
     return name
 
 

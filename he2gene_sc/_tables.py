@@ -10,6 +10,7 @@ import pandas as pd
 import scipy.sparse
 
 from ._core.elements import find_table
+from ._core.layers import layer_names
 from ._core.slide import Slide, resolve
 from ._keys import MADE
 from ._predicted import predicted_table
@@ -78,10 +79,10 @@ def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
         If there is no such layer, or ``X`` is empty.
     """
     if layer is not None and layer not in table.layers:
-        raise ValueError(f"`{parameter}` {layer!r} is no layer, valid: {sorted(table.layers)} (None: X)")
+        raise ValueError(f"`{parameter}` {layer!r} is no layer, valid: {sorted(layer_names(table))} (None: X)")
     values = table.X if layer is None else table.layers[layer]
     if values is None:
-        raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(table.layers)}")
+        raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(layer_names(table))}")
     values = values.compute() if hasattr(values, "compute") else values
     # A sparse matrix of a backed table.
     values = values.to_memory() if hasattr(values, "to_memory") else values

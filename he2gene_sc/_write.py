@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ._core.layers import layer_names
 from ._keys import FACTS, INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
 from ._settings import settings
 from ._stale import remove_derived, same_values, warn_removed
@@ -238,7 +239,8 @@ def _merged(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def undone_if_interrupted(table: AnnData) -> Iterator[None]:
     """Put every slot back as it was if the block does not come to its end, by Ctrl-C too."""
-    mappings = {name: dict(getattr(table, name)) for name in ("layers", "obsm", "uns")}
+    mappings: dict[str, dict[str, Any]] = {name: dict(getattr(table, name)) for name in ("obsm", "uns")}
+    mappings["layers"] = {name: table.layers[name] for name in layer_names(table)}
     frames = {name: getattr(table, name).copy() for name in ("obs", "var")}
     try:
         yield
@@ -247,7 +249,7 @@ def undone_if_interrupted(table: AnnData) -> Iterator[None]:
             setattr(table, name, frame)
         for name, before in mappings.items():
             slot = getattr(table, name)
-            for key in [key for key in slot if key not in before]:
+            for key in [key for key in slot if key is not None and key not in before]:
                 del slot[key]
             for key, value in before.items():
                 slot[key] = value
@@ -374,5 +376,5 @@ def carry_over(before: AnnData, table: AnnData) -> None:
         slots += ["var", "layers", "varm"]
     for name in slots:
         there, here = getattr(before, name), getattr(table, name)
-        for key in [key for key in there if key not in here]:
+        for key in [key for key in there if key is not None and key not in here]:
             here[key] = there[key]

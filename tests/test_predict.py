@@ -16,6 +16,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
 import he2gene_sc as hg
+from he2gene_sc._core.layers import layer_names
 
 CLASSES = ["adipose tissue", "connective tissue", "invasive cancer"]
 
@@ -196,7 +197,7 @@ def test_x_rows_and_every_other_slot_stay_as_they_were(toy, tiny_model):
 def test_key_added_and_layer_name_everything(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model, key_added="run2", layer="imputed")
     table = toy["table"]
-    assert set(table.layers) == {"imputed"}
+    assert layer_names(table) == ["imputed"]
     assert {"X_run2", "run2_annotation_proba"} <= set(table.obsm)
     assert {"run2", "run2_annotation_colors"} <= set(table.uns)
     assert {"run2_annotation", "run2_annotation_confidence"} <= set(table.obs)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core.layers import layer_names
 from .._keys import MADE, Keys
 from .._predicted import predicted_layer
 from ._canvas import Canvas, add_colorbar, axes_for, canvas, draw, finish
@@ -184,8 +185,8 @@ def _measured(
         if measured:
             raise ValueError(f"`measured`: table {where.table_key!r} holds predictions only")
         return None
-    if isinstance(measured, str) and measured not in table.layers:
-        raise ValueError(f"`measured` {measured!r} is no layer, valid: {sorted(table.layers)}")
+    if isinstance(measured, str) and measured not in layer_names(table):
+        raise ValueError(f"`measured` {measured!r} is no layer, valid: {sorted(layer_names(table))}")
     values = table.layers[measured] if isinstance(measured, str) else table.X
     if values is None:
         return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core.layers import layer_names
 from .._tables import Scale, log_expression, values_of
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _mask(table: AnnData, measured: str | np.ndarray | pd.Series) -> np.ndarray:
             valid = [key for key in table.obs if isinstance(_booleans(table.obs[key]), np.ndarray)]
             raise ValueError(
                 f"`measured` {measured!r} is no column of obs and no layer, columns of True and False: {valid}, layers: "
-                f"{sorted(table.layers)}"
+                f"{sorted(layer_names(table))}"
             )
         found = table.obs[measured]
     elif isinstance(measured, pd.Series):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._core.layers import layer_names
 from .._keys import Keys
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def judged_layer(table: AnnData, keys: Keys, layer: str | None) -> JudgedLayer:
             f"{[own, *adapted]}{hint}"
         )
     if name not in table.layers:
-        raise ValueError(f"`layer` {name!r} is recorded but not there any more, layers: {sorted(table.layers)}")
+        raise ValueError(f"`layer` {name!r} is recorded but not there any more, layers: {sorted(layer_names(table))}")
     if name == own:
         return JudgedLayer(name, MODEL, False, np.zeros(table.n_obs, bool))
     fitted_on: np.ndarray | None = np.zeros(table.n_obs, bool)

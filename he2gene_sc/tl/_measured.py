@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from .._core.layers import layer_names
 from .._core.slide import Slide, resolve
 from ._gene_lists import Genes, check_gene_lists, gene_names
 from ._labels import Labels, code_classes, labels_of, name_of
@@ -246,15 +247,15 @@ def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[
 
 def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
     if layer is not None and layer not in table.layers:
-        raise ValueError(f"`layer` {layer!r} is no layer, valid: {list(table.layers)}")
+        raise ValueError(f"`layer` {layer!r} is no layer, valid: {layer_names(table)}")
     where = "X" if layer is None else f"layer {layer!r}"
     matrix = table.X if layer is None else table.layers[layer]
     if matrix is None:
-        raise ValueError(f"`layer`: {where} is empty; name the layer with raw counts, of {list(table.layers)}")
+        raise ValueError(f"`layer`: {where} is empty; name the layer with raw counts, of {layer_names(table)}")
     matrix = _sparse(matrix)
     problem = _problem(matrix.data)
     if problem:
-        raw = [name for name, values in table.layers.items() if not _problem(_sparse(values).data)]
+        raw = [name for name in layer_names(table) if not _problem(_sparse(table.layers[name]).data)]
         hint = (
             f"; layer {raw[0]!r} does: pass layer={raw[0]!r}" if raw else "; put them into a layer and pass layer=..."
         )
