@@ -10,6 +10,7 @@ from ._core.layers import layer_names
 from ._keys import MADE, Keys
 
 if TYPE_CHECKING:
+    import numpy as np
     from anndata import AnnData
     from spatialdata import SpatialData
 
@@ -58,6 +59,26 @@ def record_of(table: AnnData, key_added: str = "he2gene") -> Mapping[str, Any]:
             "predict again"
         )
     return record
+
+
+def gene_flags(table: AnnData, name: str) -> np.ndarray:
+    """Return a column of ``var`` that is true or false for every gene, ``(n_vars,)`` bool.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, or a gene has another value.
+    """
+    if name not in table.var:
+        raise ValueError(f"`data`: var has no {name!r}, which hg.tl.predict wrote; keep it, or predict again")
+    column = table.var[name]
+    other = column.isna() | ~column.isin([True, False])
+    if other.any():
+        raise ValueError(
+            f"`data`: var[{name!r}] is neither True nor False for {int(other.sum()):,} genes, for example "
+            f"{column[other].iloc[0]!r} for {column.index[other][0]!r}; predict again"
+        )
+    return column.to_numpy(bool)
 
 
 def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | None) -> str | None:

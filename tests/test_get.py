@@ -86,12 +86,13 @@ def _annotated(sdata):
 
 def _varying(table):
     """Predicted genes that are not the same everywhere, which has no autocorrelation."""
-    return [gene for gene in hg.get.genes(table) if table.obs_vector(gene, layer="he2gene").std() > 0]
+    genes = hg.get.genes(table)
+    return [gene for gene, sd in zip(genes, table[:, genes].layers["he2gene"].std(axis=0), strict=True) if sd > 0]
 
 
 def test_squidpy_chain_on_the_annotated_rows_of_the_table(imperfect):
     table = _annotated(imperfect)
-    sq.gr.spatial_neighbors(table, coord_type="grid", n_neighs=4)
+    sq.gr.spatial_neighbors_grid(table, n_neighs=4)
     sq.gr.nhood_enrichment(table, cluster_key="he2gene_annotation", n_perms=10, show_progress_bar=False)
     sq.gr.spatial_autocorr(table, layer="he2gene", genes=_varying(table), show_progress_bar=False)
     n = table.obs["he2gene_annotation"].nunique()
@@ -102,8 +103,8 @@ def test_squidpy_chain_on_the_annotated_rows_of_the_table(imperfect):
 
 def test_squidpy_chain_on_the_object(imperfect):
     shown = sd.match_sdata_to_table(imperfect, table=_annotated(imperfect), table_name="table")
-    sq.gr.spatial_neighbors(
-        shown, elements_to_coordinate_systems={"spots": "global"}, table_key="table", coord_type="grid", n_neighs=4
+    sq.gr.spatial_neighbors_grid(
+        shown, elements_to_coordinate_systems={"spots": "global"}, table_key="table", n_neighs=4
     )
     options = {"table_key": "table", "show_progress_bar": False}
     sq.gr.nhood_enrichment(shown, cluster_key="he2gene_annotation", n_perms=10, **options)
@@ -112,8 +113,8 @@ def test_squidpy_chain_on_the_object(imperfect):
 
 
 def test_squidpy_finds_neighbours_on_the_whole_object(imperfect):
-    sq.gr.spatial_neighbors(
-        imperfect, elements_to_coordinate_systems={"spots": "global"}, table_key="table", coord_type="grid", n_neighs=4
+    sq.gr.spatial_neighbors_grid(
+        imperfect, elements_to_coordinate_systems={"spots": "global"}, table_key="table", n_neighs=4
     )
     assert imperfect["table"].obsp["spatial_connectivities"].shape == (30, 30)
 
@@ -121,7 +122,7 @@ def test_squidpy_finds_neighbours_on_the_whole_object(imperfect):
 def test_squidpy_makes_all_corrected_p_values_nan_of_one_unknown_gene(imperfect):
     """Why the examples subset; when this fails, squidpy forgives NaN and they need not any more."""
     table = _annotated(imperfect)
-    sq.gr.spatial_neighbors(table, coord_type="grid", n_neighs=4)
+    sq.gr.spatial_neighbors_grid(table, n_neighs=4)
     genes = [*_varying(table), "FTL"]
     sq.gr.spatial_autocorr(table, layer="he2gene", genes=genes, show_progress_bar=False)
     assert table.uns["moranI"]["pval_norm_fdr_bh"].isna().all()
@@ -130,6 +131,6 @@ def test_squidpy_makes_all_corrected_p_values_nan_of_one_unknown_gene(imperfect)
 def test_squidpy_raises_key_error_at_one_missing_label(imperfect):
     """Why the examples subset; when this fails, squidpy forgives missing labels and they need not any more."""
     table = imperfect["table"]
-    sq.gr.spatial_neighbors(table, coord_type="grid", n_neighs=4)
+    sq.gr.spatial_neighbors_grid(table, n_neighs=4)
     with pytest.raises(KeyError):
         sq.gr.nhood_enrichment(table, cluster_key="he2gene_annotation", n_perms=10, show_progress_bar=False)

@@ -4,6 +4,7 @@ from ._domains import domains
 from ._enrichment import enrichment
 from ._evaluation import evaluation
 from ._genes import genes
+from ._predicted import predicted
 
 __all__ = [
     "biomarkers",
@@ -12,4 +13,5 @@ __all__ = [
     "enrichment",
     "evaluation",
     "genes",
+    "predicted",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._keys import Keys
-from .._predicted import predicted_table
+from .._predicted import gene_flags, predicted_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -21,7 +21,7 @@ def genes(
 ) -> list[str]:
     """List the predicted genes, best held-out correlation first.
 
-    scanpy and squidpy do not forgive the NaN of genes that the model does not know: subset by this list.
+    :func:`he2gene_sc.get.predicted` gives them as a table, without missing values, for scanpy and squidpy.
 
     Parameters
     ----------
@@ -54,7 +54,8 @@ def genes(
     table = data[predicted_table(data, key_added, table_key)] if hasattr(data, "tables") else data
     if keys.predicted not in table.var:
         raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
-    var = table.var[table.var[keys.predicted].astype(bool)]
+    chosen = gene_flags(table, keys.predicted)
     if reliable is not None:
-        var = var[var[keys.reliable].astype(bool) == reliable]
+        chosen = chosen & (gene_flags(table, keys.reliable) == reliable)
+    var = table.var[chosen]
     return var.sort_values(keys.pcc, ascending=False, kind="stable").index.tolist()

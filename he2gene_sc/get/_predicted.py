@@ -1,0 +1,207 @@
+"""``hg.get.predicted``: the predicted genes alone, as a table for scanpy, squidpy and decoupler."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._keys import MADE, Keys
+from .._predicted import gene_flags, predicted_layer, record_of
+from .._tables import get_table, values_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def predicted(
+    data: SpatialData | AnnData,
+    reliable: bool | None = None,
+    *,
+    layer: str | None | EllipsisType = ...,
+    prediction_key: str = "he2gene",
+    table_key: str | None = None,
+) -> AnnData:
+    """Return a table of the predicted genes alone, without missing values: ``X`` is the prediction.
+
+    scanpy, squidpy and decoupler do not skip missing values. A gene that the model does not know is NaN in the layer, and
+    so is a spot that was not predicted. One of them makes every p-value NaN, or makes every such gene significant.
+
+    Parameters
+    ----------
+    data
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to. It is not changed.
+    reliable
+        ``True``: only reliable genes; ``False``: only the others; ``None``: all predicted genes.
+    layer
+        Layer of the table that becomes ``X``, for example ``"he2gene_adapted"``. Default: the layer of the prediction.
+        ``None``: ``X``, which in a measured table holds what was measured.
+    prediction_key
+        ``key_added`` of predict.
+    table_key
+        Table, where several were predicted.
+
+    Returns
+    -------
+    anndata.AnnData
+        A copy that shares no memory with ``data``:
+
+        ``.X``
+            The layer, float32: natural log of (1 + counts per 10,000) for a prediction.
+        ``.obs``
+            All columns. Spots without values are dropped, with a warning; categories that no spot has are removed.
+        ``.var``
+            All columns, among them ``he2gene_pcc`` and ``he2gene_reliable``. Genes stay in the order of the table.
+        ``.obsm``
+            ``"spatial"``, the embedding ``"X_he2gene"`` and the probabilities of the classes.
+        ``.uns``
+            Colours of the categories, ``"spatial"`` (images of scanpy and squidpy), the region that the table annotates,
+            and the record of the prediction.
+
+        Other layers, graphs and embeddings are left out: they were made of other values or other spots.
+
+    Raises
+    ------
+    ValueError
+        If there is no prediction, no such layer, no gene with ``reliable``, or no spot with values.
+
+    See Also
+    --------
+    he2gene_sc.get.genes : Names of the predicted genes.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> import scanpy as sc
+    >>> sdata = hg.datasets.toy((6, 6))
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
+    >>> adata = hg.get.predicted(sdata)
+    >>> sc.tl.rank_genes_groups(adata, "pathologist")
+    """
+    table = get_table(data, table_key, key_added=prediction_key)
+    record = record_of(table, prediction_key)
+    name = predicted_layer(table, prediction_key) if layer is ... else layer
+    _check_own(table, name, prediction_key)
+    columns = _columns(table, prediction_key, reliable)
+    values = _dense(values_of(table[:, columns], name))
+    where = "X" if name is None else f"layer {name!r}"
+    rows, kept = _complete(values, where)
+    return _copy(table, values[np.ix_(rows, kept)], rows, columns[kept], record, prediction_key, name)
+
+
+def _check_own(table: AnnData, layer: str | None, prediction_key: str) -> None:
+    """Refuse the layer of another prediction, whose reliable genes are others."""
+    for key, record in table.uns.items():
+        of_prediction = isinstance(record, Mapping) and "weights_sha256" in record and record.get("layer") == layer
+        if of_prediction and layer is not None and key != prediction_key:
+            raise ValueError(
+                f"`layer` {layer!r} is of prediction {key!r}, not of {prediction_key!r}; pass prediction_key={key!r}"
+            )
+
+
+def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.ndarray:
+    """Positions of the chosen genes."""
+    if reliable is not None and not isinstance(reliable, bool | np.bool_):
+        raise TypeError(f"`reliable` is {reliable!r}; True, False or None is needed")
+    keys = Keys(prediction_key)
+    flags = gene_flags(table, keys.predicted)
+    n_predicted = int(flags.sum())
+    if not n_predicted:
+        raise ValueError(
+            f"`data`: no gene of the table was predicted (var[{keys.predicted!r}] is False everywhere); predict again, with "
+            "genes='all' for a table of all genes of the model"
+        )
+    if reliable is not None:
+        flags = flags & (gene_flags(table, keys.reliable) == reliable)
+    if not flags.any():
+        model = table.uns[keys.uns].get("model")
+        raise ValueError(
+            f"`reliable` is {reliable}: model {model!r} calls none of the {n_predicted:,} predicted genes reliable; use "
+            "reliable=None for all of them (hg.pl.predictability shows how well each was predicted in training), or train "
+            "a model on more sections and patients with hg.tl.train"
+            if reliable
+            else f"`reliable` is False: all {n_predicted:,} predicted genes are reliable; use reliable=None"
+        )
+    names = table.var_names[flags]
+    if names.has_duplicates:
+        raise ValueError(
+            f"`data`: var_names {names[names.duplicated()].unique().tolist()[:5]} occur twice; run "
+            "adata.var_names_make_unique() on the table first"
+        )
+    return np.flatnonzero(flags)
+
+
+def _dense(values: Any) -> np.ndarray:
+    return np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float32)
+
+
+def _complete(values: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the spots that have values, and of the genes that all these spots have; what is left out is said."""
+    missing = np.isnan(values)
+    if np.isinf(values).any():
+        raise ValueError(f"`layer`: {where} holds {int(np.isinf(values).sum())} infinite value(s); predict again")
+    rows = np.flatnonzero(~missing.all(axis=1))
+    if not len(rows):
+        raise ValueError(f"`layer`: {where} is NaN for all {len(values)} spots; predict again")
+    kept = np.flatnonzero(~missing[rows].any(axis=0))
+    if not len(kept):
+        raise ValueError(
+            f"`layer`: {where} has no gene that all {len(rows)} predicted spots have; the regions of the table were "
+            "predicted for different genes. Take the rows of one region first"
+        )
+    left_out = [
+        f"{n:,} of {total:,} {what}"
+        for n, total, what in (
+            (len(values) - len(rows), len(values), "spots that were not predicted"),
+            (values.shape[1] - len(kept), values.shape[1], "genes that are NaN for some spots"),
+        )
+        if n
+    ]
+    if left_out:
+        warnings.warn(f"left out of {where}: {', '.join(left_out)}", UserWarning, stacklevel=3)
+    return rows, kept
+
+
+def _copy(
+    table: AnnData,
+    values: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    record: Any,
+    prediction_key: str,
+    layer: str | None,
+) -> AnnData:
+    from anndata import AnnData
+
+    keys = Keys(prediction_key)
+    obs, var = table.obs.iloc[rows].copy(), table.var.iloc[columns].copy()
+    uns: dict[str, Any] = {keys.uns: deepcopy(dict(record))}
+    for name in obs.columns[[column.dtype.name == "category" for _, column in obs.items()]]:
+        before = obs[name].cat.categories
+        obs[name] = obs[name].cat.remove_unused_categories()
+        colors = table.uns.get(f"{name}_colors")
+        if colors is not None and len(colors) == len(before):
+            left = before.isin(obs[name].cat.categories)
+            uns[f"{name}_colors"] = [color for color, here in zip(colors, left, strict=True) if here]
+    if "spatial" in table.uns:
+        uns["spatial"] = deepcopy(table.uns["spatial"])
+    if layer is not None:
+        # scanpy: the logarithm is the natural one, and is not to be taken again.
+        uns["log1p"] = {"base": None}
+        uns[MADE] = {"by": "hg.get.predicted", "X": layer}
+    obsm = {name: table.obsm[name] for name in ("spatial", keys.embedding, keys.proba) if name in table.obsm}
+    obsm = {name: value.iloc[rows].copy() if hasattr(value, "iloc") else value[rows] for name, value in obsm.items()}
+    if (attrs := table.uns.get("spatialdata_attrs")) is not None:
+        uns["spatialdata_attrs"] = _annotated(attrs, obs)
+    return AnnData(X=values, obs=obs, var=var, obsm=obsm, uns=uns)
+
+
+def _annotated(attrs: Any, obs: Any) -> dict[str, Any]:
+    """Limit the regions that a table annotates to those that are left."""
+    left = obs[attrs["region_key"]].astype(str).unique().tolist()
+    return {**attrs, "region": left if len(left) > 1 else left[0]}
