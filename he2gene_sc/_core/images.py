@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..image import Level, Pyramid, check_pixels
+from ..image import Level, Pyramid, check_channel_names, check_pixels
 from .mpp import affine
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
     """Wrap an image of the object, single or multiscale, finest level first."""
     element = sdata.images[image_key]
     nodes = [node["image"] for node in element.values()] if hasattr(element, "children") else [element]
-    arrays = sorted((_in_rgb_order(node.transpose("c", "y", "x")) for node in nodes), key=lambda a: -a.sizes["x"])
+    arrays = sorted(
+        (_in_rgb_order(node.transpose("c", "y", "x"), image_key) for node in nodes), key=lambda a: -a.sizes["x"]
+    )
     full = arrays[0]
     levels = []
     for array in arrays:
@@ -107,22 +109,20 @@ def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
     return Pyramid(tuple(levels))
 
 
-def _in_rgb_order(array: DataArray) -> DataArray:
+def _in_rgb_order(array: DataArray, image_key: str) -> DataArray:
     """Bring channels that are named red, green and blue into that order, alpha last."""
-    names = [str(name).lower()[:1] for name in array.coords["c"].to_numpy()] if "c" in array.coords else []
-    if sorted(names) not in (sorted("rgb"), sorted("rgba")) or names == list("rgba")[: len(names)]:
-        return array
-    return array.isel(c=[names.index(name) for name in "rgba"[: len(names)]])
+    order = check_channel_names(array.coords["c"].to_numpy().tolist(), image_key) if "c" in array.coords else None
+    return array if order is None or order == list(range(len(order))) else array.isel(c=order)
 
 
 def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = None) -> float:
     """Check that an image is RGB H&E and return what brings its pixels to 0..255.
 
-    Float images are sampled around some of the ``centres``, or everywhere on their coarsest level.
+    Float images and those with alpha are sampled around some of the ``centres``, or everywhere on their coarsest level.
     """
     array = pyramid.levels[0].array
     sample = None
-    if np.dtype(array.dtype).kind == "f":
+    if np.dtype(array.dtype).kind == "f" or array.shape[0] == 4:
         if centres is not None and len(centres):
             chosen = centres[np.linspace(0, len(centres) - 1, min(16, len(centres))).astype(int)].astype(int)
             blocks = [array[:, max(0, y - 64) : y + 64, max(0, x - 64) : x + 64] for x, y in chosen]

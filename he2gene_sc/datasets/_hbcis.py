@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, overload
 
 import pandas as pd
 
+from ..io._text import read_table
+
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
@@ -169,7 +171,7 @@ def _folder(root: Path) -> Path:
 
 def _metadata(path: Path) -> pd.DataFrame:
     """Read one row a section, its label file under ``tumor_annotation``."""
-    frame = pd.read_csv(path, dtype=str)
+    frame = read_table(path, sep=",", dtype=str)
     label = next((column for column in _LABEL_COLUMNS if column in frame.columns), None)
     missing = [column for column in _METADATA if column not in frame.columns]
     if missing or label is None:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..io._text import check_header, read_table
+
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
@@ -106,7 +108,7 @@ def _ids(names: pd.Index, path: Path) -> pd.Index:
 
 def _spots(path: Path) -> pd.DataFrame:
     """Array positions and pixels of the spots under the tissue, as ``read_st`` takes them, checked to be a lattice."""
-    frame = pd.read_csv(path, index_col=0)
+    frame = read_table(path, sep=",", index_col=0)
     missing = [column for column in ("X", "Y") if column not in frame.columns]
     if missing:
         raise ValueError(f"{path.name} lacks the columns {missing}; it has {list(frame.columns[:10])}")
@@ -135,11 +137,8 @@ def _check_lattice(position: np.ndarray, pixels: np.ndarray, path: Path) -> None
 
 def _counts(path: Path) -> pd.DataFrame:
     """Raw counts, spots by genes, without the columns of ambiguous reads."""
-    # pandas would rename a second column of the same name, to what looks like another version of an Ensembl id.
-    header = pd.Index(pd.read_csv(path, sep="\t", header=None, nrows=1, dtype=str).iloc[0, 1:])
-    if header.has_duplicates:
-        raise ValueError(f"{path.name} has duplicated genes: {list(header[header.duplicated()][:5])}")
-    frame = pd.read_csv(path, sep="\t", index_col=0)
+    check_header(path)
+    frame = read_table(path, index_col=0)
     frame = frame.set_axis(_ids(frame.index, path), axis=0)
     ambiguous = frame.columns.astype(str).str.startswith("__")
     if ambiguous.any():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._settings import settings
+from ..io._text import read_table
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -86,7 +87,7 @@ def her2st(section: str) -> SpatialData:
 
     counts, spots = _fetch([f"ST-cnts/{section}.tsv.gz", f"ST-spotfiles/{section}_selection.tsv"])
     image = _image(section)
-    spot_table = pd.read_csv(spots, sep="\t")
+    spot_table = read_table(spots)
     if image is not None and image.suffix == ".png":
         spot_table = _reduced(spot_table, image, section)
     if image is None:
@@ -118,7 +119,7 @@ def _reduced(spots: pd.DataFrame, image: Path, section: str) -> pd.DataFrame:
     from PIL import Image
 
     (clusters,) = _fetch([f"ST-cluster/lbl/{section}-cluster-annotation.tsv.gz"])
-    aligned = pd.read_csv(clusters, sep="\t", index_col=0)
+    aligned = read_table(clusters, index_col=0)
     there = np.column_stack([aligned[["pixel_x", "pixel_y"]], np.ones(len(aligned))])
     motion = np.linalg.lstsq(there, aligned[["warped_x", "warped_y"]].to_numpy(), rcond=None)[0]
     moved = np.column_stack([spots[["pixel_x", "pixel_y"]], np.ones(len(spots))]) @ motion

@@ -1,7 +1,8 @@
 """Pixels: level choice, µm geometry and block-wise patch reading. Arrays in, arrays out."""
 
+from ._direct import direct
 from ._geometry import ReadPlan, WindowPlan, plan_windows
-from ._pixels import check_pixels, reflect_index, to_rgb_uint8
+from ._pixels import check_channel_names, check_pixels, reflect_index, to_rgb_uint8
 from ._pyramid import Level, Pyramid
 from ._reader import PatchBatch, PatchReader
 from ._reduced import read_reduced
@@ -13,7 +14,9 @@ __all__ = [
     "Pyramid",
     "ReadPlan",
     "WindowPlan",
+    "check_channel_names",
     "check_pixels",
+    "direct",
     "plan_windows",
     "read_reduced",
     "reflect_index",

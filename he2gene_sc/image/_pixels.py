@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 
 _WANTED = "an RGB H&E image (3 channels, or 4 with alpha; uint8, or float in 0..1 or 0..255) is needed"
@@ -21,7 +24,7 @@ def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, na
     dtype
         Type of the pixels.
     sample
-        Some pixels, from where the spots are; needed for float images only.
+        Some pixels, from where the spots are, ``(n_channels, …)``; needed for float images and for alpha.
     name
         What to call the image in an error.
 
@@ -40,6 +43,7 @@ def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, na
     if n_channels not in (3, 4):
         kind = "a one-channel (grey or fluorescence) image" if n_channels == 1 else f"an image of {n_channels} channels"
         raise ValueError(f"`image_key` {name!r} is {kind}; {_WANTED}")
+    _check_alpha(n_channels, dtype, sample, name)
     if dtype == np.uint8:
         return 1.0
     if dtype.kind != "f":
@@ -53,6 +57,65 @@ def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, na
         if -_OVERSHOOT * top <= low and high <= top * (1 + _OVERSHOOT) and (factor == 255.0 or high >= _DARKEST):
             return factor
     raise ValueError(f"`image_key` {name!r} has float pixels from {low:.3g} to {high:.3g}; {_WANTED}")
+
+
+def _check_alpha(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, name: str) -> None:
+    """Refuse alpha on another scale than the colours: the image would come out white, or black."""
+    if n_channels != 4 or sample is None or sample.ndim < 2 or sample.size == 0:
+        return
+    alpha = float(np.nanmax(sample[3]))
+    colours = float(np.nanmax(sample[:3]))
+    of_one, of_255 = alpha <= 1 + _OVERSHOOT, colours > 1 + _OVERSHOOT
+    if alpha > 0 and of_one == of_255 and (of_255 or dtype.kind == "f") and colours > 0:
+        raise ValueError(
+            f"`image_key` {name!r} has alpha up to {alpha:.3g} and colours up to {colours:.3g}, which are two scales; bring "
+            "alpha to the scale of the colours, or leave it out: image[:3]"
+        )
+
+
+#: Names that say nothing of what a channel shows.
+_NUMBERED = re.compile(r"(c|ch|channel|image|band|sample)?[\s:_-]*\d+([\s:_-]+\d+)*")
+_COLOURS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
+_BRIGHT_FIELD = ("rgb", "h&e", "bright", "transmitted")
+
+
+def check_channel_names(names: Sequence[object], name: str) -> list[int] | None:
+    """Decide by the names of channels which are red, green, blue and alpha.
+
+    Parameters
+    ----------
+    names
+        One a channel; numbers and names such as ``"channel 0"`` say nothing.
+    name
+        What to call the image in an error.
+
+    Returns
+    -------
+    list of int or None
+        Positions of red, green, blue and, where it is there, alpha; ``None`` where the names say nothing.
+
+    Raises
+    ------
+    ValueError
+        If they name something else, such as stains of fluorescence.
+    """
+    texts = [str(text).strip().lower() for text in names]
+    colours = [_COLOURS.get(text, "") for text in texts]
+    if sorted(colours) in (sorted("rgb"), sorted("rgba")):
+        return [colours.index(colour) for colour in "rgba"[: len(colours)]]
+    unknown = [
+        str(original)
+        for original, text in zip(names, texts, strict=True)
+        if text not in ("", "none", "nan")
+        and not _NUMBERED.fullmatch(text)
+        and not any(word in text for word in _BRIGHT_FIELD)
+    ]
+    if unknown and len(texts) in (3, 4):
+        raise ValueError(
+            f"`image_key` {name!r} has channels that are not red, green and blue: {', '.join(map(repr, unknown))}; {_WANTED}. "
+            f'If the names are wrong: sdata.set_channel_names({name!r}, ["r", "g", "b"])'
+        )
+    return None
 
 
 def to_rgb_uint8(block: np.ndarray, factor: float = 1.0, *, paint_black: bool = True) -> np.ndarray:

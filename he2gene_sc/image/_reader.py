@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ._blocks import BLOCK_BYTES, Block, BlockSource, plan_blocks, row_step
+from ._direct import direct
 from ._geometry import ReadPlan, plan_windows
 from ._pixels import reflect_index
 from ._pyramid import Pyramid
@@ -107,7 +108,7 @@ class PatchReader:
         self.batch_size = batch_size
         self._allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
         self._factor = factor
-        self._array: Any = pyramid.levels[self.plan.level].array
+        self._array: Any = direct(pyramid.levels[self.plan.level].array)
         self._height, self._width = int(self._array.shape[1]), int(self._array.shape[2])
         # First column and row of each window, in pixels averaged by its factor.
         self._starts = []

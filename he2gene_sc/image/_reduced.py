@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._blocks import row_step
+from ._direct import direct
 from ._pixels import to_rgb_uint8
 from ._pyramid import Pyramid
 from ._reader import halve
@@ -34,10 +35,11 @@ def read_reduced(pyramid: Pyramid, max_pixels: int, factor: float = 1.0) -> np.n
     times = 0
     while max(1, level.height >> times) * max(1, level.width >> times) > max_pixels:
         times += 1
-    step = -(-row_step(level.array) // 2**times) * 2**times
+    array = direct(level.array)
+    step = -(-row_step(array) // 2**times) * 2**times
     strips = []
     for top in range(0, level.height, step):
-        strip = to_rgb_uint8(np.asarray(level.array[:, top : top + step]), factor)
+        strip = to_rgb_uint8(np.asarray(array[:, top : top + step]), factor)
         if strip.shape[1] < 2**times and strips:
             continue
         for _ in range(times):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,14 +23,15 @@ logger = logging.getLogger("he2gene_sc")
 def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAGE) -> SpatialData:
     """Read an H&E image.
 
-    Tiled TIFF files (OME-TIFF, pyramidal TIFF; svs, ndpi and scn through the optional tiffslide) are opened lazily,
-    with the levels they have. JPEG, PNG and stripped TIFF cannot be read by region: they are decoded once, into
-    memory, and halved into a pyramid. Orientation tags of photographs are not applied.
+    Tiled TIFF files (OME-TIFF, pyramidal TIFF, svs, ndpi, scn) are read by region, with the levels they have; where a
+    file holds several images, the largest RGB one is read. JPEG, PNG and stripped TIFF cannot be read by region: they
+    are decoded once, into memory, and halved into a pyramid. An image that is stored mirrored or turned (EXIF, TIFF
+    orientation) is turned upright with a warning; spots have to be in that frame. Ink (CMYK) and palettes become RGB.
 
     Parameters
     ----------
     path
-        jpg, png, tif, OME-TIFF, pyramidal tif; svs, ndpi, scn with ``pip install 'he2gene_sc[svs]'``.
+        jpg, png, tif, OME-TIFF, pyramidal tif, svs, ndpi or scn. A file that is read by region has to stay where it is.
     mpp
         µm per pixel. Default: what the file states (OME, Aperio, metric resolution tags); where it states nothing,
         ``mpp`` has to be given to :func:`he2gene_sc.pp.grid` or :func:`he2gene_sc.tl.predict`.
@@ -46,8 +48,11 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
     ------
     FileNotFoundError
         If there is no such file.
+    OSError
+        If the file is damaged, or its compression is not known. A damaged tile in the middle of a slide may be found
+        only when it is read.
     ValueError
-        If the file is no RGB H&E image, or ``mpp`` is not positive.
+        If the file is not an RGB H&E image, or ``mpp`` is not positive.
 
     Examples
     --------
@@ -63,6 +68,13 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
     check_mpp(mpp)
     decoded = decode(Path(path).expanduser())
     found = mpp if mpp is not None else decoded.mpp
+    if decoded.orientation != 1:
+        warnings.warn(
+            f"image {image_key!r} is stored mirrored or turned (orientation {decoded.orientation}) and was turned upright: "
+            "spots that refer to the pixels as stored would lie elsewhere",
+            UserWarning,
+            stacklevel=2,
+        )
     sdata = SpatialData(images={image_key: image_element(decoded.levels)})
     if found is not None and np.isfinite(found) and found > 0:
         sdata.attrs[ATTRS] = {"mpp": {image_key: float(found)}}

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from xarray import DataArray, DataTree
 
 CHUNK = 1024
+#: Least side of the chunks of an image that is read by region: the graph of a whole slide stays small.
+_LAZY_CHUNK = 2048
 _SMALLEST = 512
 
 
@@ -38,7 +40,8 @@ def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
     Parameters
     ----------
     levels
-        Arrays ``(3, h, w)`` uint8, numpy or dask, finest first. Numpy ones are chunked by 1,024 pixels.
+        Arrays ``(3, h, w)`` uint8, finest first: numpy, dask, or images that are read by region. Numpy ones are chunked
+        by 1,024 pixels, the others by whole tiles, of at least 2,048 pixels together.
     """
     import dask.array as da
     from spatialdata.models import Image2DModel
@@ -48,7 +51,10 @@ def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
     full = levels[0].shape
     nodes = {}
     for i, array in enumerate(levels):
-        if not isinstance(array, da.Array):
+        if getattr(array, "reads_regions", False):
+            rows, columns = (n * -(-_LAZY_CHUNK // n) for n in array.chunks[1:])
+            array = da.from_array(array, chunks=(3, rows, columns), meta=np.empty((0, 0, 0), np.uint8))
+        elif not isinstance(array, da.Array):
             # Named by us: hashing the pixels for a name would cost more than reading them.
             array = da.from_array(array, chunks=(3, CHUNK, CHUNK), name=False)
         y, x = full[1] / array.shape[1], full[2] / array.shape[2]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._core.mpp import check_mpp
 from .._keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
 from ._decode import decode
 from ._raster import image_element
+from ._text import check_header, read_table
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("he2gene_sc")
 
 _PITCH_UM, _DIAMETER_UM = 200.0, 100.0
+#: Spots closer than this have no array in the image, whatever it shows.
+_LEAST_PITCH_PX = 1e-3
 
 
 def read_st(
@@ -43,9 +47,10 @@ def read_st(
         TSV (may be gzipped) or DataFrame: rows named ``XxY`` by array position, columns gene names, whole numbers.
     spots
         TSV or DataFrame with the array position ``x, y`` and the centre ``pixel_x, pixel_y`` in the image;
-        ``new_x, new_y``, the array position as found on the slide, sharpen the estimate of µm per pixel.
+        ``new_x, new_y``, the array position as found on the slide, sharpen the estimate of µm per pixel; rows whose
+        ``selected`` is 0 or false are left out.
     image
-        H&E image that the pixels refer to; ``None`` for a section without one.
+        H&E image that the pixels refer to, stored upright; ``None`` for a section without one.
     labels
         TSV or DataFrame with ``x, y`` (array position, rounded) and ``label``.
     section, patient
@@ -66,8 +71,11 @@ def read_st(
     ------
     FileNotFoundError
         If a file is missing.
+    OSError
+        If a file is damaged.
     ValueError
-        If columns are missing, ids are duplicated, counts are negative or not whole, or no spot is in both files.
+        If columns are missing, ids or genes are duplicated, counts are negative or not whole, no spot is in both files,
+        no label is of a spot, or the image is stored mirrored or turned.
 
     Notes
     -----
@@ -80,6 +88,8 @@ def read_st(
     from spatialdata.transformations import Identity
 
     check_mpp(mpp)
+    for name, value in (("pitch_um", pitch_um), ("diameter_um", diameter_um)):
+        validate.in_range(value, name, above=0)
     count_frame = _table(counts, "counts", index_col=0)
     count_frame = count_frame.set_axis(count_frame.index.astype(str), axis=0)
     spot_frame = _spot_table(spots)
@@ -88,10 +98,15 @@ def read_st(
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all() or (values < 0).any() or (values % 1 != 0).any():
         raise ValueError(f"`counts` of section {section!r} are not raw counts: whole numbers from 0 are needed")
     genes = pd.Index(count_frame.columns.astype(str))
+    if len(genes) == 0:
+        raise ValueError(f"`counts` of section {section!r} has no genes; columns separated by tabs are needed")
     if genes.has_duplicates:
         raise ValueError(f"`counts` has duplicated genes: {list(genes[genes.duplicated()][:5])}")
     spot_frame = spot_frame.loc[ids]
-    centres = spot_frame[["pixel_x", "pixel_y"]].to_numpy(dtype=float)
+    try:
+        centres = spot_frame[["pixel_x", "pixel_y"]].to_numpy(dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`spots`: pixel_x and pixel_y have to be numbers: {error}") from error
     if not np.isfinite(centres).all():
         raise ValueError(f"`spots` has NaN or infinite pixels: {list(ids[~np.isfinite(centres).all(1)][:5])}")
     mpp = float(mpp) if mpp is not None else _mpp_of_array(spot_frame, pitch_um)
@@ -105,7 +120,7 @@ def read_st(
         index=ids,
     )
     if labels is not None:
-        obs["annotation"] = pd.Categorical(read_labels(labels).reindex(ids))
+        obs["annotation"] = pd.Categorical(_labels_of(ids, read_labels(labels), section))
     obs[REGION] = pd.Categorical([SPOTS] * len(ids))
     obs[INSTANCE] = ids.to_numpy()
     table = AnnData(csr_matrix(values.astype(np.float32)), obs=obs, var=pd.DataFrame(index=genes))
@@ -113,13 +128,41 @@ def read_st(
     shapes = ShapesModel.parse(
         centres, geometry=0, radius=diameter_um / mpp / 2, index=ids, transformations={"global": Identity()}
     )
+    images = {} if image is None else {IMAGE: image_element(_upright_levels(Path(image).expanduser()))}
     sdata = SpatialData(
-        images={} if image is None else {IMAGE: image_element(decode(Path(image).expanduser()).levels)},
+        images=images,
         shapes={SPOTS: shapes},
         tables={TABLE: TableModel.parse(table, region=SPOTS, region_key=REGION, instance_key=INSTANCE)},
     )
     sdata.attrs[ATTRS] = {"mpp": {IMAGE: mpp}}
     return sdata
+
+
+def _upright_levels(path: Path) -> list[Any]:
+    decoded = decode(path)
+    if decoded.orientation != 1:
+        raise ValueError(
+            f"`image` {path.name!r} is stored mirrored or turned (orientation {decoded.orientation}), and the pixels of "
+            "`spots` may refer to it as stored or upright; save it without that tag, in the frame of the spots"
+        )
+    return decoded.levels
+
+
+def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
+    """Labels of the spots, of which there has to be one."""
+    found = labels.reindex(ids)
+    if labels.notna().any() and not found.notna().any():
+        raise ValueError(
+            f"`labels` of section {section!r} has no label of a spot: {list(labels.index[:3])} against {list(ids[:3])}"
+        )
+    if (missed := int((labels.notna() & ~labels.index.isin(ids)).sum())) > len(labels) / 2:
+        warnings.warn(
+            f"section {section!r}: {missed} of {len(labels)} labels are not of a spot and are left out; do the files belong "
+            "together?",
+            UserWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def read_labels(labels: str | Path | pd.DataFrame, column: str = "label") -> pd.Series:
@@ -136,7 +179,7 @@ def read_labels(labels: str | Path | pd.DataFrame, column: str = "label") -> pd.
     if not located.all():
         logger.info("labels: %d rows without coordinates dropped", (~located).sum())
     frame = frame[located]
-    found = pd.Series(frame[column].to_numpy(object), index=_array_ids(frame))
+    found = pd.Series(frame[column].to_numpy(object), index=_array_ids(frame, "labels"))
     found = found.where(found.notna() & (found != ""), None)
     if found.index.has_duplicates:
         raise ValueError(f"`labels` names spots twice: {list(found.index[found.index.duplicated()][:5])}")
@@ -149,7 +192,9 @@ def _table(data: str | Path | pd.DataFrame, parameter: str, index_col: int | Non
     path = Path(data).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"`{parameter}` {str(data)!r}: no such file")
-    return pd.read_csv(path, sep="\t", index_col=index_col)
+    if index_col is not None:
+        check_header(path, parameter)
+    return read_table(path, parameter, index_col=index_col)
 
 
 def _need(frame: pd.DataFrame, columns: list[str], parameter: str) -> None:
@@ -158,17 +203,38 @@ def _need(frame: pd.DataFrame, columns: list[str], parameter: str) -> None:
         raise ValueError(f"`{parameter}` lacks the columns {missing}; it has {list(frame.columns[:10])}")
 
 
-def _array_ids(frame: pd.DataFrame) -> pd.Index:
-    x, y = (frame[axis].astype(float).round().astype(int).astype(str) for axis in ("x", "y"))
+def _array_ids(frame: pd.DataFrame, parameter: str) -> pd.Index:
+    try:
+        position = frame[["x", "y"]].astype(float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{parameter}`: x and y have to be array positions, numbers: {error}") from error
+    if not np.isfinite(position.to_numpy()).all():
+        bad = frame.index[~np.isfinite(position.to_numpy()).all(axis=1)]
+        raise ValueError(f"`{parameter}` has rows without an array position: {list(bad[:5])}")
+    x, y = (position[axis].round().astype(int).astype(str) for axis in ("x", "y"))
     return pd.Index(x + "x" + y)
+
+
+#: What spot files say of a spot that counts, and of one that does not.
+_SELECTED = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
+
+
+def _selected(column: pd.Series) -> np.ndarray:
+    """Whether a spot counts, by numbers or words."""
+    texts = column.astype(str).str.strip().str.lower()
+    found = texts.map(_SELECTED)
+    if found.isna().any():
+        unknown = list(dict.fromkeys(column[found.isna()].tolist()))[:5]
+        raise ValueError(f"`spots`: the column 'selected' has {unknown}; 1 and 0, or true and false, are needed")
+    return found.to_numpy(dtype=bool)
 
 
 def _spot_table(spots: str | Path | pd.DataFrame) -> pd.DataFrame:
     frame = _table(spots, "spots")
     _need(frame, ["x", "y", "pixel_x", "pixel_y"], "spots")
     if "selected" in frame.columns:
-        frame = frame[frame["selected"].astype(bool)]
-    frame = frame.set_axis(_array_ids(frame), axis=0)
+        frame = frame[_selected(frame["selected"])]
+    frame = frame.set_axis(_array_ids(frame, "spots"), axis=0)
     if frame.index.has_duplicates:
         raise ValueError(f"`spots` names spots twice: {list(frame.index[frame.index.duplicated()][:5])}")
     return frame
@@ -196,10 +262,21 @@ def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.I
 def _mpp_of_array(spots: pd.DataFrame, pitch_um: float) -> float:
     """µm per pixel from the affine map of array positions to pixels, whichever way the array lies in the image."""
     named = ("new_x", "new_y") if {"new_x", "new_y"} <= set(spots.columns) else ("x", "y")
-    position = spots[list(named)].to_numpy(dtype=float)
+    try:
+        position = spots[list(named)].to_numpy(dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`spots`: {' and '.join(named)} have to be numbers: {error}") from error
     design = np.column_stack([position, np.ones(len(position))])
+    if not np.isfinite(position).all():
+        raise ValueError(f"`spots` has NaN or infinite values of {' and '.join(named)}; give `mpp`, or leave them out")
     if np.linalg.matrix_rank(design) < 3:
         raise ValueError("`mpp` cannot be found from spots in a single row or column; give it in µm per pixel")
     pixels = spots[["pixel_x", "pixel_y"]].to_numpy(dtype=float)
     linear = np.linalg.lstsq(design, pixels, rcond=None)[0][:2]
-    return float(pitch_um / np.sqrt(abs(np.linalg.det(linear))))
+    pitch = np.sqrt(abs(np.linalg.det(linear)))
+    if not pitch > _LEAST_PITCH_PX:
+        raise ValueError(
+            f"`mpp` cannot be found: neighbouring spots are {pitch:.3g} pixels apart; check pixel_x and pixel_y of `spots`, "
+            "or give `mpp` in µm per pixel"
+        )
+    return float(pitch_um / pitch)

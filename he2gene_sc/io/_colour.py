@@ -1,0 +1,133 @@
+"""Samples as a TIFF stores them to RGB uint8: ink, palettes, luminance with chroma, alpha."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ..image import check_pixels, to_rgb_uint8
+
+if TYPE_CHECKING:
+    import tifffile
+
+#: Compressions whose decoder leaves luminance and chroma as they are; those of JPEG convert them.
+_PLAIN = {1, 5, 8, 32773, 32946, 34925, 50000}
+_APERIO_YCBCR = 33003
+_READ_AS_STORED = {"MINISBLACK", "MINISWHITE", "RGB", "YCBCR"}
+
+
+@dataclass(frozen=True)
+class Colour:
+    """How samples become RGB.
+
+    Attributes
+    ----------
+    kind
+        What the samples are.
+    factor
+        What :func:`he2gene_sc.image.check_pixels` returned for them.
+    palette
+        ``(3, n)`` uint8, for ``kind="palette"``.
+    """
+
+    kind: Literal["rgb", "premultiplied", "opaque", "ink", "palette", "ycbcr"] = "rgb"
+    factor: float = 1.0
+    palette: Any = None
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Convert ``(n, h, w)`` to ``(3, h, w)`` uint8."""
+        if self.kind == "palette":
+            return self.palette[:, np.minimum(samples[0], self.palette.shape[1] - 1)]
+        if self.kind == "ink":
+            return ink_to_rgb(samples)
+        if self.kind == "ycbcr":
+            return ycbcr_to_rgb(samples)
+        if self.kind == "opaque":
+            samples = samples[:3]
+        if self.kind == "premultiplied":
+            colours, alpha = samples[:3].astype(np.float32) * self.factor, samples[3:] * np.float32(self.factor)
+            return np.rint(np.clip(colours + 255 - alpha, 0, 255)).astype(np.uint8)
+        return to_rgb_uint8(samples, self.factor, paint_black=False)
+
+
+def ink_to_rgb(samples: np.ndarray) -> np.ndarray:
+    """Cyan, magenta, yellow and black, ``(4, h, w)`` uint8 and 0 for no ink, to RGB, as Pillow does."""
+    light = 255 - samples[3].astype(np.uint16)
+    out = np.empty((3, *samples.shape[1:]), np.uint8)
+    for i in range(3):
+        product = samples[i] * light + 128
+        out[i] = light - ((product + (product >> 8)) >> 8)
+    return out
+
+
+def ycbcr_to_rgb(samples: np.ndarray) -> np.ndarray:
+    """Luminance and chroma of the full range (ITU-R BT.601), ``(3, h, w)`` uint8, to RGB."""
+    y, cb, cr = (samples[i].astype(np.float32) for i in range(3))
+    cb, cr = cb - 128, cr - 128
+    rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb])
+    return np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
+
+
+def colour_of(page: tifffile.TiffPage, n: int, sample: np.ndarray, name: str) -> Colour:
+    """Decide how the samples of a TIFF become RGB.
+
+    Parameters
+    ----------
+    page
+        Page that describes the image.
+    n
+        Samples of a pixel.
+    sample
+        Some pixels, ``(n, k)``.
+    name
+        What to call the image in an error.
+
+    Raises
+    ------
+    ValueError
+        If they are not those of an RGB image.
+    """
+    photometric = getattr(page.photometric, "name", str(page.photometric))
+    dtype = sample.dtype
+    if photometric == "PALETTE" and n == 1 and dtype.kind == "u":
+        return Colour("palette", palette=_palette(page))
+    if photometric == "SEPARATED":
+        ink_set = page.tags.valueof(332, 1)
+        if n != 4 or int(ink_set) != 1 or dtype != np.uint8:
+            raise ValueError(f"`path` {name!r} has {n} inks of type {dtype}; save it as RGB")
+        return Colour("ink")
+    if photometric not in _READ_AS_STORED:
+        raise ValueError(f"`path` {name!r} holds {photometric} colours; save it as RGB")
+    factor = check_pixels(n, dtype, sample, name)
+    if int(page.compression) == _APERIO_YCBCR or (photometric == "YCBCR" and int(page.compression) in _PLAIN):
+        if n != 3 or dtype != np.uint8:
+            raise ValueError(f"`path` {name!r} has {n} channels of luminance and chroma ({dtype}); save it as RGB")
+        return Colour("ycbcr")
+    return Colour(_kind_of_alpha(page, photometric, sample, name) if n == 4 else "rgb", factor)
+
+
+def _palette(page: tifffile.TiffPage) -> np.ndarray:
+    colours = np.asarray(page.colormap)
+    # Some writers fill the 16 bits of an entry, some only the lower 8.
+    return (colours >> 8 if colours.max(initial=0) > 255 else colours).astype(np.uint8)
+
+
+def _kind_of_alpha(page: tifffile.TiffPage, photometric: str, sample: np.ndarray, name: str) -> Any:
+    """Tell what the fourth channel is: alpha, alpha that the colours were multiplied with, or nothing."""
+    if page.samplesperpixel != 4 or photometric == "MINISBLACK":
+        raise ValueError(
+            f"`path` {name!r} has 4 channels that are not declared as red, green, blue and alpha; save it as RGB"
+        )
+    extra = int(page.extrasamples[0]) if page.extrasamples else 0
+    if extra == 1:
+        return "premultiplied"
+    if extra == 2:
+        return "rgb"
+    alpha = sample[3]
+    if not alpha.any():
+        return "opaque"
+    if (alpha < alpha.max()).any() and not np.isin(alpha, (0, alpha.max())).all():
+        raise ValueError(f"`path` {name!r} has a fourth channel that is not declared as alpha; save it as RGB")
+    return "rgb"

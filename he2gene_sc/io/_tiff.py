@@ -1,0 +1,221 @@
+"""TIFF files and whole slides of scanners: which image is the scan, µm per pixel, levels that are read by region."""
+
+from __future__ import annotations
+
+import logging
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..image import check_channel_names, check_pixels
+from ._colour import colour_of
+from ._tiled import TiledImage, pages_of
+
+if TYPE_CHECKING:
+    import tifffile
+
+logger = logging.getLogger("he2gene_sc")
+
+#: What scanners call the images beside the scan.
+_BESIDE = {"thumbnail", "label", "macro", "map", "overview"}
+#: Pixels of a tile, which is decoded whole.
+_MAX_TILE = 2**26
+#: Levels of a pyramid show the same: their sides may be off by this share and by a few pixels of rounding.
+_OFF_SHAPE, _OFF_PX = 0.02, 2
+
+#: µm per pixel that a slide scanner can have; resolution tags outside it are print settings.
+_PLAUSIBLE_MPP = (0.05, 10.0)
+_UNITS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tifffile.TiffFile]:
+    """Open a TIFF file; what is wrong with its directory becomes an error that names the file."""
+    import tifffile
+
+    try:
+        file = tifffile.TiffFile(path)
+    except PermissionError:
+        raise
+    except Exception as error:
+        raise ValueError(f"`path` {path.name!r} is not a TIFF file: {error}") from error
+    with file:
+        try:
+            file.series  # noqa: B018 - it is read here, where an error is caught
+        except Exception as error:
+            raise ValueError(
+                f"`path` {path.name!r} has a damaged directory ({type(error).__name__}: {error}); convert it again"
+            ) from error
+        yield file
+
+
+def scan_of(file: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
+    """Return the scan among the images of a file: the largest that is RGB, and no thumbnail, label or macro image."""
+    series = [s for s in file.series if s.levels and s.keyframe is not None]
+    if not series:
+        raise ValueError(f"`path` {path.name!r} holds no image; it may be truncated")
+    named = [s for s in series if s.name.lower() not in _BESIDE] or series
+    scan = max([s for s in named if _may_be_rgb(s)] or named, key=_n_pixels)
+    others = [s for s in named if s is not scan]
+    if scan is not named[0] or any(_n_pixels(s) > _n_pixels(scan) / 2 and _may_be_rgb(s) for s in others):
+        logger.warning(
+            "%r holds %d images: the largest is read, %s; the others are %s",
+            path.name,
+            len(named),
+            _size_text(scan),
+            ", ".join(_size_text(s) for s in others),
+        )
+    return scan
+
+
+def _may_be_rgb(series: tifffile.TiffPageSeries) -> bool:
+    channels = _n_channels(series)
+    return channels in (3, 4) or (channels == 1 and getattr(series.keyframe.photometric, "name", "") == "PALETTE")
+
+
+def _n_channels(series: tifffile.TiffPageSeries) -> int | None:
+    """Count the channels; ``None`` for a stack."""
+    sizes = dict(zip(series.axes, series.shape, strict=True))
+    channels = sizes.pop("S", 1) * sizes.pop("C", 1)
+    return channels if all(n == 1 for axis, n in sizes.items() if axis not in "YX") else None
+
+
+def size_of(series: tifffile.TiffPageSeries) -> tuple[int, int]:
+    """Height and width."""
+    sizes = dict(zip(series.axes, series.shape, strict=True))
+    return int(sizes.get("Y", 1)), int(sizes.get("X", 1))
+
+
+def _n_pixels(series: tifffile.TiffPageSeries) -> int:
+    height, width = size_of(series)
+    return height * width
+
+
+def _size_text(series: tifffile.TiffPageSeries) -> str:
+    height, width = size_of(series)
+    return f"{width} × {height}"
+
+
+def check_series(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> None:
+    """Refuse what is not one RGB plane, by what the file states of it."""
+    channels = _n_channels(series)
+    if channels is None:
+        raise ValueError(
+            f"`path` {path.name!r} has axes {series.axes} of shape {series.shape}; one RGB plane is needed"
+        )
+    height, width = size_of(series)
+    if height * width == 0:
+        raise ValueError(f"`path` {path.name!r} has {width} × {height} pixels")
+    if not _may_be_rgb(series) and getattr(series.keyframe.photometric, "name", "") != "SEPARATED":
+        check_pixels(channels, series.dtype, None, path.name)
+    if "C" in series.axes and (names := _ome_channels(file, series)):
+        check_channel_names(names, path.name)
+
+
+def orientation_of(series: tifffile.TiffPageSeries) -> int:
+    """Orientation tag, 1 to 8; 1 is upright, and what is not valid."""
+    with suppress(TypeError, ValueError):
+        value = int(series.keyframe.tags.valueof(274, 1))
+        return value if 1 <= value <= 8 else 1
+    return 1
+
+
+def is_tiled(series: tifffile.TiffPageSeries) -> bool:
+    """Whether regions of an image can be read."""
+    pages = pages_of(series.levels[0])
+    return bool(pages) and all(page.keyframe.is_tiled and page.keyframe.imagedepth == 1 for page in pages)
+
+
+def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> list[TiledImage]:
+    """Levels of a tiled image, finest first; some tiles of each are decoded, so that damage is found at once."""
+    number = next(i for i, other in enumerate(file.series) if other is series)
+    levels: list[TiledImage] = []
+    for i, level in enumerate(series.levels):
+        pages = pages_of(level)
+        if not pages:
+            continue
+        rows, columns = pages[0].keyframe.chunks[:2]
+        if rows * columns > _MAX_TILE:
+            raise ValueError(
+                f"`path` {path.name!r} has tiles of {columns} × {rows} pixels; convert it, for example: "
+                f"vips tiffsave {path.name} OUT.tif --tile --pyramid"
+            )
+        array = TiledImage(path, number, i, pages)
+        if not levels or _is_level(array.shape, levels):
+            levels.append(array)
+    samples = [level.probe() for level in levels]
+    # Whether float pixels reach to 1 or to 255 is told by as much of the image as can be had.
+    sample = levels[-1].probe(64) if len(levels) > 1 or samples[0].dtype.kind == "f" else samples[0]
+    sample = np.concatenate([samples[0], sample], axis=1)
+    colour = colour_of(pages_of(series.levels[0])[0].keyframe, sample.shape[0], sample, path.name)
+    for level, own in zip(levels, samples, strict=True):
+        if own.shape[0] != sample.shape[0] or own.dtype != sample.dtype:
+            raise ValueError(f"`path` {path.name!r} has levels of different channels or types")
+        level.colour = colour
+    return levels
+
+
+def _is_level(shape: tuple[int, ...], levels: list[TiledImage]) -> bool:
+    """Whether an image is smaller than the level before and of the shape of the first; a label is not."""
+    (_, height, width), (_, full_height, full_width) = shape, levels[0].shape
+    if height >= levels[-1].shape[1] or width >= levels[-1].shape[2]:
+        return False
+    expected = full_width / full_height * height
+    return abs(width - expected) <= _OFF_SHAPE * expected + _OFF_PX
+
+
+def check_whole(series: tifffile.TiffPageSeries, path: Path) -> None:
+    """Refuse a file that ends before its pixels do, which a lazy array would notice in the middle of a run."""
+    for level in series.levels:
+        for page in level.pages:
+            if page is None:
+                continue
+            end = max((a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
+            size = page.parent.filehandle.size
+            if end > size:
+                raise ValueError(f"`path` {path.name!r} is truncated: {end:,} bytes are needed, {size:,} are there")
+
+
+def mpp_of(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> float | None:
+    """µm per pixel from OME metadata, an Aperio description, or resolution tags in metric units."""
+    pixels = _ome_pixels(file, series)
+    if pixels is not None and pixels.get("PhysicalSizeX"):
+        with suppress(ValueError):
+            value = float(pixels.get("PhysicalSizeX")) * _UNITS.get(pixels.get("PhysicalSizeXUnit", "µm"), np.nan)
+            return value if np.isfinite(value) and value > 0 else None
+    page = series.keyframe
+    for entry in (page.description or "").split("|"):
+        name, _, value = entry.partition("=")
+        with suppress(ValueError):
+            if name.strip() == "MPP":
+                return float(value)
+    with suppress(TypeError, ValueError, ZeroDivisionError):
+        if int(page.tags.valueof(296, 0)) == 3:
+            n, centimetres = page.tags.valueof(282)
+            mpp = 1e4 * centimetres / n
+            if _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1]:
+                return mpp
+    return None
+
+
+def _ome_pixels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Any:
+    """Element ``Pixels`` of an image in OME metadata; ``None`` without one, or where the metadata are damaged."""
+    if not (file.is_ome and file.ome_metadata):
+        return None
+    with suppress(ET.ParseError):
+        found = list(ET.fromstring(file.ome_metadata).iterfind(".//{*}Pixels"))
+        number = next(i for i, other in enumerate(file.series) if other is series)
+        return found[number] if number < len(found) else found[0] if found else None
+    logger.warning("the OME metadata of %r are damaged", file.filename)
+    return None
+
+
+def _ome_channels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> list[str]:
+    pixels = _ome_pixels(file, series)
+    channels = [] if pixels is None else pixels.findall("{*}Channel")
+    names = [channel.get("Name") or channel.get("Fluor") or "" for channel in channels]
+    return names if any(names) else []

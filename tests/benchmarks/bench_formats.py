@@ -1,0 +1,179 @@
+"""Odd files: what should happen to each, what happened, and whether that is right.
+
+python tests/benchmarks/bench_formats.py FOLDER
+
+FOLDER holds ``svs, tiff, png, jpeg, pen`` and folders of Space Ranger, as described in its README. Nothing is copied.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+#: Files by what should happen. "read (w, h)": `hg.io.read_he` gives that size as RGB uint8, with that mpp where one is
+#: named. "refuse": an error that names the file.
+FILES = {
+    "svs/cmu-1-small-region.svs": ("read", (2220, 2967), 0.499),
+    "svs/tcga-cr-7395-01a-01-ts1.svs": ("read", (4443, 3567), None),
+    "svs/broken.svs": ("refuse",),
+    "svs/small.svs": ("read, nothing to predict on", (16, 16), 0.499),
+    "svs/unreadable.svs": ("refuse",),
+    "tiff/boxes.tiff": ("read", (300, 250), None),
+    "tiff/unopenable.tiff": ("refuse",),
+    "tiff/test_orient0.tif": ("refuse",),
+    "tiff/test_orient3.tif": ("refuse",),
+    "tiff/test_orient5.tif": ("refuse",),
+    "tiff/test_orient8.tif": ("refuse",),
+    "tiff/grey10kx5k.tif": ("refuse",),
+    "tiff/small_la.tiff": ("refuse",),
+    "tiff/yb10kx5k.zstd.tiff": ("read, not tissue", (10000, 5000), None),
+    "tiff/rgba_geotiff.tiff": ("read, not tissue", (600, 600), None),
+    "tiff/xy_12bit__plant.ome.tiff": ("refuse",),
+    "png/boxes.png": ("read", (300, 250), None),
+    "png/yb10kx5ktrans.png": ("read, not tissue", (10000, 5000), None),
+    "png/test_RGB_16.png": ("read", (64, 64), None),
+    "png/test_LA_16.png": ("refuse",),
+    "jpeg/paper_figure1.jpg": ("read, not tissue", (1112, 528), None),
+    "pen/high-nuclei-score-red-pen-level1.png": ("read, not tissue", (512, 512), None),
+    "pen/medium-nuclei-score-green-pen-level1.png": ("read, not tissue", (512, 512), None),
+    "pen/no-tissue-green-pen.png": ("read, not tissue", (512, 512), None),
+    "pen/no-tissue-line.png": ("read, not tissue", (512, 512), None),
+    "pen/wsi-blue-pen.png": ("read, nothing to predict on", (174, 133), None),
+}
+#: Folders by what should happen.
+FOLDERS = {
+    "spaceranger_1": "black hires is not predicted on",
+    "spaceranger_2/outs": "refused to predict",
+    "spaceranger_probe": "probes are not genes",
+    "visium_hd_2um/binned_outputs": "bins far below a spot: refused or pooled",
+    "visium_hd_blank/binned_outputs": "a transparent image has no tissue",
+}
+#: Pixels that show what an image should look like: position (x, y) and colour.
+WHITE = {"jpeg/paper_figure1.jpg": (2, 2)}
+#: µm per pixel to try where a file states none.
+MPP = {"pen/wsi-blue-pen.png": 60.0, "pen": 0.5, "jpeg": 2.0, "tiff": 2.0, "png": 2.0, "svs": 0.5}
+
+
+class Said(logging.Handler):
+    """What is said meanwhile."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.words = []
+
+    def emit(self, record):
+        self.words.append(record.getMessage())
+
+
+def short(text: object, n: int = 110) -> str:
+    text = " ".join(str(text).split())
+    return text if len(text) <= n else text[: n - 1] + "…"
+
+
+def read(path: Path, name: str, expected: tuple):
+    import he2gene_sc as hg
+
+    try:
+        sdata = hg.io.read_he(path)
+    except (OSError, ValueError) as error:
+        named = path.name in str(error)
+        return None, expected[0] == "refuse" and named, f"refused: {error}"
+    except Exception as error:  # noqa: BLE001 - any error is a row of the table
+        return None, False, f"{type(error).__name__}: {error}"
+    image = sdata["he"]
+    image = image["scale0"]["image"] if hasattr(image, "children") else image
+    size, mpp = (image.sizes["x"], image.sizes["y"]), sdata.attrs.get("he2gene", {}).get("mpp", {}).get("he")
+    happened = f"read {size[0]} × {size[1]} {image.dtype}, {mpp or 'no'} µm/px"
+    if expected[0] == "refuse":
+        return None, False, happened
+    right = size == expected[1] and image.dtype == np.uint8 and image.sizes["c"] == 3
+    right &= (mpp is None) == (expected[2] is None) and (mpp is None or abs(mpp / expected[2] - 1) < 0.01)
+    if name in WHITE:
+        x, y = WHITE[name]
+        colour = np.asarray(image[:, y, x])
+        right &= bool((colour > 240).all())
+        happened += f", paper {colour.tolist()}"
+    return sdata, right, happened
+
+
+def predict(sdata, name: str) -> tuple[bool, str]:
+    """Whether something says that this is not tissue like that of training."""
+    import he2gene_sc as hg
+
+    mpp = sdata.attrs.get("he2gene", {}).get("mpp", {}).get("he") or MPP.get(name) or MPP[name.split("/")[0]]
+    said = Said()
+    logging.getLogger("he2gene_sc").addHandler(said)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                hg.pp.tissue(sdata)
+                hg.pp.grid(sdata, mpp=mpp)
+                hg.tl.predict(sdata, mpp=mpp, genes=["ERBB2", "CD24", "COL1A1"])
+            except (OSError, ValueError) as error:
+                return True, f"refused: {error}"
+            except Exception as error:  # noqa: BLE001 - any error is a row of the table
+                return False, f"{type(error).__name__}: {error}"
+        words = said.words + [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    finally:
+        logging.getLogger("he2gene_sc").removeHandler(said)
+    found = [w for w in words if any(part in w.lower() for part in ("train", "tissue", "unlike", "distribution"))]
+    return bool(found), f"predicted {len(sdata['spots'])} spots, said: {found[0] if found else words}"
+
+
+def try_folder(folder: Path) -> tuple[bool, str]:
+    """Read a folder of Space Ranger by spatialdata-io and predict: an error that names what is wrong, or a warning."""
+    import spatialdata_io
+
+    import he2gene_sc as hg
+
+    said = Said()
+    logging.getLogger("he2gene_sc").addHandler(said)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            if "visium_hd" in str(folder):
+                sdata = spatialdata_io.visium_hd(folder.parent, dataset_id="")
+            else:
+                sdata = spatialdata_io.visium(folder, dataset_id="")
+        except Exception as error:  # noqa: BLE001 - any error is a row of the table
+            return False, f"not read by spatialdata-io: {type(error).__name__}: {error}"
+        try:
+            hg.tl.predict(sdata, genes=["ERBB2", "CD24", "COL1A1"])
+        except (OSError, ValueError, TypeError) as error:
+            return True, f"refused: {error}"
+        except Exception as error:  # noqa: BLE001 - any error is a row of the table
+            return False, f"{type(error).__name__}: {error}"
+    words = said.words + [str(w.message) for w in caught if "he2gene" in w.filename or "he2gene" in str(w.message)]
+    return bool(words), f"predicted, said: {words}"
+
+
+def main(folder: Path) -> int:
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    rows = []
+    for name, expected in FILES.items():
+        sdata, right, happened = read(folder / name, name, expected)
+        if sdata is not None and "," in expected[0]:
+            said, more = predict(sdata, name)
+            right, happened = right and said, f"{short(happened, 50)}; {more}"
+        rows.append((name, expected[0] + (f" {expected[1]}" if len(expected) > 1 else ""), happened, right))
+        print(
+            " | ".join(["", name, rows[-1][1], short(happened), "right" if right else "WRONG", ""]).strip(), flush=True
+        )
+    for name, expected in FOLDERS.items():
+        right, happened = try_folder(folder / name)
+        rows.append((name, expected, happened, right))
+        print(" | ".join(["", name, expected, short(happened), "right" if right else "WRONG", ""]).strip(), flush=True)
+    wrong = sum(not row[3] for row in rows)
+    print(f"{len(rows)} files and folders, {wrong} wrong")
+    return wrong
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    sys.exit(bool(main(parser.parse_args().folder)))
