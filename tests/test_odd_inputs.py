@@ -1,0 +1,17 @@
+"""A tenth of the odd inputs; ``python tests/benchmarks/bench_faults.py`` runs all of them."""
+
+import pytest
+from odd import everything, outcome
+from odd.harness import GOOD
+
+SHARE = 10
+
+
+@pytest.mark.parametrize("odd", everything()[::SHARE], ids=lambda odd: odd.name)
+def test_an_odd_input_is_answered_rightly_stated_or_refused_before_work(odd):
+    kind, said = outcome(odd)
+    assert kind in GOOD, f"{kind}: {said}"
+
+
+def test_there_are_as_many_as_stated():
+    assert len(everything()) >= 1500
