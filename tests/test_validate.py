@@ -89,3 +89,29 @@ def test_unique_names_what_stands_twice():
 def test_long_lists_are_counted():
     assert validate.format_list("ab") == "a, b"
     assert validate.format_list(range(7), 3) == "0, 1, 2, … (7 in all)"
+
+
+def verb(data: object, layer: str | None = None, key_added: str = "he2gene", copy: bool = False, seed: int = 0) -> None:
+    """Take arguments as the verbs do."""
+    validate.arguments(verb, locals())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"layer": ["a"]}, r"`layer` is \['a'\]; a text"),
+        ({"key_added": None}, "`key_added` is None; a text"),
+        ({"copy": 1}, "`copy` is 1; True or False"),
+        ({"copy": None}, "`copy` is None; True or False"),
+        ({"seed": -1}, "`seed` is -1; a whole number from 0"),
+        ({"seed": True}, "`seed` is True; a whole number from 0"),
+    ],
+)
+def test_arguments_of_another_type_are_named(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        verb([1], **wrong)
+
+
+def test_arguments_as_annotated_pass():
+    verb(object(), layer=None, key_added="x", copy=True, seed=np.int64(3))
+    verb(object(), "counts")

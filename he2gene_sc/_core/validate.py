@@ -5,7 +5,9 @@ They are called by the name of the module: ``validate.one_of(preset, PRESETS, "p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +235,49 @@ def unique(values: Collection[Any], parameter: str, what: str = "names") -> None
     twice = list(dict.fromkeys(value for value in values if value in seen or seen.add(value)))
     if twice:
         raise ValueError(f"`{parameter}`: {what} stand twice: {format_list(map(repr, twice))}")
+
+
+def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Check that texts are texts, numbers numbers, flags True or False, and a seed a whole number from 0.
+
+    Called first in a public function, as ``validate.arguments(predict, locals())``: a decorator would add a frame, and
+    warnings would no longer point at the caller. Parameters with other annotations are left to the function itself.
+
+    Raises
+    ------
+    ValueError
+        If an argument is of another type.
+    """
+    for name, check in _checks(function).items():
+        check(given[name], name)
+
+
+@functools.cache
+def _checks(function: Callable[..., Any]) -> dict[str, Callable[[Any, str], Any]]:
+    found = {name: _check_of(parameter) for name, parameter in inspect.signature(function).parameters.items()}
+    return {name: check for name, check in found.items() if check is not None}
+
+
+def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
+    kinds = {kind.strip(" '") for kind in inspect.formatannotation(parameter.annotation).split("|")}
+    optional = "None" in kinds
+    kinds.discard("None")
+    if parameter.name == "seed":
+        return lambda value, name: whole(value, name, 0)
+    check = {"str": _text, "bool": flag, "float": _number}.get(kinds.pop()) if len(kinds) == 1 else None
+    if check is None or not optional:
+        return check
+    return lambda value, name: value if value is None else check(value, name)
+
+
+def _text(value: Any, parameter: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"`{parameter}` is {value!r}; a text is needed")
+
+
+def _number(value: Any, parameter: str) -> Any:
+    # What numbers are valid, NaN among them, the function says.
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"`{parameter}` is {value!r}; a number is needed")

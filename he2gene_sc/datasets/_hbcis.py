@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, overload
 
 import pandas as pd
 
+from .._core import validate
 from ..io._text import read_table
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def hbcis(
     >>> train = hg.datasets.hbcis("HBCIS", patients=hg.datasets.HE2GENE_SPLIT.train)  # doctest: +SKIP
     >>> model = hg.tl.train(train, missing_genes_are_zero=True)  # doctest: +SKIP
     """
+    validate.arguments(hbcis, locals())
     folder = _folder(Path(root).expanduser())
     metadata = _metadata(folder / "metadata.csv")
     taken = _taken(patients, metadata["patient"], "patients") & _taken(sections, metadata.index, "sections")

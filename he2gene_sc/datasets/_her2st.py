@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._settings import settings
 from ..io._text import read_table
 
@@ -81,6 +82,7 @@ def her2st(section: str) -> SpatialData:
     >>> hg.datasets.her2st("C5")["table"].obs["section"].unique().tolist()  # doctest: +SKIP
     ['C5']
     """
+    validate.arguments(her2st, locals())
     if section not in HER2ST_SECTIONS:
         raise ValueError(f"`section` {section!r} is unknown, valid: {', '.join(HER2ST_SECTIONS)}")
     from ..io._st import read_labels, read_st

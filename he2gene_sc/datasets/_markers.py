@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from .._core import validate
+
 #: Set to its source and genes.
 _SETS = {
     # Parker et al., J Clin Oncol 2009 (PAM50); grouped as in Nielsen et al., Clin Cancer Res 2010.
@@ -48,6 +50,7 @@ def breast_markers() -> pd.DataFrame:
     >>> sorted(hg.datasets.breast_markers().query("source == 'HER2-enriched'")["target"])
     ['ERBB2', 'FGFR4', 'GRB7', 'TMEM45B']
     """
+    validate.arguments(breast_markers, locals())
     return pd.DataFrame(
         [(name, gene, source) for name, (source, genes) in _SETS.items() for gene in genes.split()],
         columns=["source", "target", "reference"],

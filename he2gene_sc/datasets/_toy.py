@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
     >>> hg.datasets.toy((3, 4))["table"].n_obs
     12
     """
+    validate.arguments(toy, locals())
     from anndata import AnnData
     from scipy.sparse import csr_matrix
     from spatialdata import SpatialData

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from .._core import validate
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -70,6 +72,7 @@ def biomarkers(
     >>> hg.get.biomarkers(slides, "tumour", pval_cutoff=0.05)["group"].unique().tolist()
     ['tumour']
     """
+    validate.arguments(biomarkers, locals())
     frame = result_of(data, "biomarkers", key, table_key)["results"].copy()
     if group is not None:
         wanted = [group] if isinstance(group, str) else list(group)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from .._core import validate
 from ._biomarkers import result_of
 
 if TYPE_CHECKING:
@@ -64,4 +65,5 @@ def concordance(
     >>> hg.get.concordance(slides)["group"].nunique()
     3
     """
+    validate.arguments(concordance, locals())
     return result_of(data, "concordance", key, table_key)["genes" if by_gene else "table"].copy()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from .._core import validate
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -57,6 +59,7 @@ def domains(
     >>> hg.get.domains(sdata, score="ari", labels="measured")["n_seeds"].item()
     2
     """
+    validate.arguments(domains, locals())
     table = result(data, key_added, table_key).uns[key_added]["table"].copy()
     for name, value in (("score", score), ("labels", labels)):
         if value is not None:

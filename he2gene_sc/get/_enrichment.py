@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from .._core import validate
 from ._biomarkers import result_of
 
 if TYPE_CHECKING:
@@ -55,4 +56,5 @@ def enrichment(
     >>> hg.get.enrichment(slides).equals(scores)
     True
     """
+    validate.arguments(enrichment, locals())
     return result_of(data, "enrichment", key, table_key)["results"].copy()

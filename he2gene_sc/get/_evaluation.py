@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
+from .._core import validate
 from .._tables import get_table
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def evaluation(
     >>> {"gene", "section", "predictor", "pearson", "skill"} <= set(hg.get.evaluation(sdata, "genes"))
     True
     """
+    validate.arguments(evaluation, locals())
     if what not in TABLES:
         raise ValueError(f"`what` is {what!r}, valid: {list(TABLES)}")
     table = _evaluated(data, key_added, table_key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .._core import validate
 from .._keys import Keys
 from .._predicted import gene_flags, predicted_table
 
@@ -50,6 +51,7 @@ def genes(
     >>> "ERBB2" in hg.get.genes(sdata)
     True
     """
+    validate.arguments(genes, locals())
     keys = Keys(key_added)
     table = data[predicted_table(data, key_added, table_key)] if hasattr(data, "tables") else data
     if keys.predicted not in table.var:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core import validate
 from .._keys import MADE, Keys
 from .._predicted import gene_flags, predicted_layer, record_of
 from .._tables import get_table, values_of
@@ -83,6 +84,7 @@ def predicted(
     >>> adata = hg.get.predicted(sdata)
     >>> sc.tl.rank_genes_groups(adata, "pathologist")
     """
+    validate.arguments(predicted, locals())
     table = get_table(data, table_key, key_added=prediction_key)
     record = record_of(table, prediction_key)
     name = predicted_layer(table, prediction_key) if layer is ... else layer

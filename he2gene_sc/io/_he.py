@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._core import validate
 from .._core.mpp import check_mpp
 from .._keys import ATTRS, IMAGE, check_key
 from ._decode import decode
@@ -62,6 +63,7 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
     ... hg.pp.grid(sdata)
     ... hg.tl.predict(sdata)  # doctest: +SKIP
     """
+    validate.arguments(read_he, locals())
     from spatialdata import SpatialData
 
     check_key(image_key, "image_key")

@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._core import validate
+
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
@@ -56,6 +58,7 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     away first; a kill between the two renames leaves both stores whole, under the names ``.NAME.<id>.old`` and
     ``.NAME.<id>.tmp``.
     """
+    validate.arguments(save, locals())
     if path is None and sdata.path is None:
         raise ValueError("`path` is None and `sdata` was not read from a store; say where to write")
     # A link is followed: what is replaced is the store, not the link to it.

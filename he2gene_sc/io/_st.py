@@ -81,6 +81,7 @@ def read_st(
     -----
     Spots that stand in only one of counts and spot file are dropped, with one warning that counts them.
     """
+    validate.arguments(read_st, locals())
     from anndata import AnnData
     from scipy.sparse import csr_matrix
     from spatialdata import SpatialData

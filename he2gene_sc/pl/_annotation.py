@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from .._core import validate
 from .._keys import Keys
 from ._canvas import axes_for, canvas, draw, finish
 
@@ -68,6 +69,7 @@ def annotation(
     >>> hg.tl.predict(sdata, show_progress_bar=False)
     >>> ax = hg.pl.annotation(sdata)
     """
+    validate.arguments(annotation, locals())
     from anndata import AnnData
     from spatialdata.models import TableModel
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from ..get._biomarkers import biomarkers as get_biomarkers
 from ..get._biomarkers import result_of
 from ._canvas import axes_for, finish
@@ -82,6 +83,7 @@ def biomarkers(
     >>> len(hg.pl.biomarkers(slides))
     3
     """
+    validate.arguments(biomarkers, locals())
     if kind not in ("volcano", "dot"):
         raise ValueError(f"`kind` is {kind!r}, valid: ['volcano', 'dot']")
     data = data if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)

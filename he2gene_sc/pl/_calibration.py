@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .._core import validate
 from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of_model
 from .._keys import MADE, Keys
 from .._predicted import record_of, symbols_of
@@ -87,6 +88,7 @@ def calibration(
     >>> hg.tl.predict(sdata, show_progress_bar=False)
     >>> ax = hg.pl.calibration(sdata)
     """
+    validate.arguments(calibration, locals())
     from ..models import load
     from ..tl._judged import proba_of, read
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from .._core import validate
 from ..get._concordance import concordance as get_concordance
 from ._canvas import axes_for, finish
 
@@ -67,6 +68,7 @@ def concordance(
     >>> result = hg.tl.concordance(slides, "pathologist")
     >>> ax = hg.pl.concordance(slides, "tumour")
     """
+    validate.arguments(concordance, locals())
     data = data if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
     frame = get_concordance(data, by_gene=True, key=key, table_key=table_key)
     table = get_concordance(data, key=key, table_key=table_key)

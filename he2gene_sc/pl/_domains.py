@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._tables import labels_of, pitch_of, sections_of, slides_of, spots_of
 from ..get._domains import result
 from ._canvas import Canvas, axes_for, draw, finish
@@ -73,6 +74,7 @@ def domains(
     >>> len(hg.pl.domains(sdata))
     3
     """
+    validate.arguments(domains, locals())
     table = result(data, key_added, table_key)
     record = table.uns[key_added]
     section, spots = _spots(table, record, section)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._keys import Keys
 from .._predicted import predicted_by
 from .._tables import get_table
@@ -80,6 +81,7 @@ def predictability(
     >>> import he2gene_sc as hg
     >>> ax = hg.pl.predictability(genes=["ERBB2", "CD24"])
     """
+    validate.arguments(predictability, locals())
     table, rule = _genes_of(model, key_added, table_key, gene_symbols)
     if table["pcc"].isna().all():
         raise ValueError("`model` has no held-out figures: nothing is known of how well it predicts any gene")

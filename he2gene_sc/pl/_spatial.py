@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._core.layers import layer_names
 from .._keys import MADE, Keys
 from .._predicted import predicted_layer
@@ -91,6 +92,7 @@ def spatial(
     >>> len(axes)
     2
     """
+    validate.arguments(spatial, locals())
     genes = [genes] if isinstance(genes, str) else list(genes)
     where = canvas(
         sdata,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._core.images import find_image, pyramid_of
 from .._core.mpp import check_mpp, stored_mpp
 from .._keys import ATTRS, SPOTS, check_key
@@ -60,6 +61,7 @@ def grid(
         If µm per pixel is unknown, the mask is missing, a size is not positive, the name is taken by shapes
         that ``grid`` did not make or by others that a table annotates, or no spot lies on tissue.
     """
+    validate.arguments(grid, locals())
     from scipy.ndimage import uniform_filter
     from spatialdata.models import ShapesModel
     from spatialdata.transformations import get_transformation

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .._core import validate
 from .._core.images import find_image, pyramid_of
 from .._keys import check_key
 
@@ -54,6 +55,7 @@ def tissue(
     ValueError
         If the image is missing or ambiguous, or no RGB image.
     """
+    validate.arguments(tissue, locals())
     import squidpy as sq
     from spatialdata import SpatialData
     from spatialdata.models import Image2DModel, Labels2DModel

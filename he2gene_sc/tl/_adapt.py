@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from .._core import validate
 from .._keys import MADE, Keys, check_key
 from .._tables import Scale, check_free, get_table, sections_of, spots_of, values_of, write_result
 from ._adapt_input import columns_of, measured_of, rows_of
@@ -121,6 +122,7 @@ def adapt(
     >>> sdata["table"].layers["he2gene_adapted"].shape == sdata["table"].shape
     True
     """
+    validate.arguments(adapt, locals())
     from ..stats import RESIDUAL_LEVELS, residual_quantiles
 
     key_added = f"{layer}_adapted" if key_added is None else key_added

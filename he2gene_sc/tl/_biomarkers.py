@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._keys import check_key
 from .._tables import Scale, check_free, column_of, write_result
 from ._compare import adjusted, compare, method_for, named_groups
@@ -141,6 +142,7 @@ def biomarkers(
     >>> bool(result.query("group == 'tumour' and names == 'ERBB2'")["pvals_adj"].item() < 0.05)
     True
     """
+    validate.arguments(biomarkers, locals())
     check_key(key_added, "key_added")
     covariates = (covariates,) if isinstance(covariates, str) else tuple(covariates or ())
     if not 0 < level < 1:

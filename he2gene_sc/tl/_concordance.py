@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._keys import check_key
 from .._tables import Scale, check_free, write_result
 from ._compare import adjusted, compare, method_for, named_groups
@@ -86,6 +87,7 @@ def concordance(
     >>> hg.tl.concordance(slides, "pathologist", k=(5,))["genes"].unique().tolist()
     ['reliable', 'all']
     """
+    validate.arguments(concordance, locals())
     check_key(key_added, "key_added")
     if layer is None or layer == measured:
         raise ValueError(f"`layer` and `measured` are both {layer!r}; a predicted and a measured one are needed")

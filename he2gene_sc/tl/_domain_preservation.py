@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._keys import Keys, check_key
 from .._tables import Scale, check_free, spots_of, write_result
 from ..stats import MIN_OVERLAP
@@ -137,6 +138,7 @@ def domain_preservation(
     >>> bool(table.set_index("labels")["mean"]["measured"] > 0.5)
     True
     """
+    validate.arguments(domain_preservation, locals())
     _check(n_domains, n_seeds, n_perms, clustering, key_added)
     table = inputs.find(sdata, layer, table_key)
     has_measured = not inputs.is_made(table)

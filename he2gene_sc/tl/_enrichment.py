@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._keys import check_key
 from .._tables import check_free, write_result
 from ..get._biomarkers import biomarkers as get_biomarkers
@@ -86,6 +87,7 @@ def enrichment(
     >>> hg.tl.enrichment(markers, sets)["group"].nunique()
     3
     """
+    validate.arguments(enrichment, locals())
     decoupler = _decoupler()
     check_key(key_added, "key_added")
     if not hasattr(decoupler.mt, method):

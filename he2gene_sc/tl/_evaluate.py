@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._keys import Keys, check_key
 from .._tables import SCALES, Scale, check_free, get_table, write_result
 from ._evaluation import (
@@ -165,6 +166,7 @@ def evaluate(
     >>> hg.get.evaluation(sdata).columns[:4].tolist()
     ['scope', 'section', 'predictor', 'panel']
     """
+    validate.arguments(evaluate, locals())
     from ..models import load
 
     check_key(key_added, "key_added")

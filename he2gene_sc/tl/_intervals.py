@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from .._core import validate
 from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of_model
 from .._keys import Keys
 from .._predicted import record_of
@@ -96,6 +97,7 @@ def intervals(
     >>> sdata["table"].uns["he2gene_intervals"]["guarantee"]
     'none'
     """
+    validate.arguments(intervals, locals())
     check_coverage(coverage)
     check_by(by)
     table = get_table(data, table_key, key_added=key_added)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .._core import validate
 from .._core.slide import Slide, resolve
 from .._genes import match_genes
 from .._keys import FACTS, TABLE, Keys, check_key
@@ -133,6 +134,7 @@ def predict(
     >>> sdata["table"].layers["he2gene"].shape == sdata["table"].shape
     True
     """
+    validate.arguments(predict, locals())
     from ..inference import resolve_device, resolve_dtype
     from ..models import load
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._settings import settings
 from .._windows import check_windows
 from ._gene_lists import Genes, symbols_of
@@ -191,6 +192,7 @@ def train(
     >>> model = hg.tl.train(sections, annotation_key="annotation", show_progress_bar=False)
     >>> hg.tl.predict(sections[0], model=model, show_progress_bar=False)
     """
+    validate.arguments(train, locals())
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
 

@@ -13,13 +13,11 @@ from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+os.environ["MPLBACKEND"] = "Agg"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib as mpl
-from odd import everything, outcome
-from odd.harness import BAD, GOOD
-
-mpl.use("Agg")
+from odd import everything, outcome  # noqa: E402 - found by the path above
+from odd.harness import BAD, GOOD  # noqa: E402
 
 
 def main() -> None:

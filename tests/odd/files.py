@@ -185,7 +185,9 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "is separated by commas": lambda text: text.replace("\t", ","),
     "is binary": lambda text: "\0\1\2" * 50,
     "has a column twice": lambda text: _twice(text),
-    "has no rows that meet": lambda text: text.replace("x1\t", "x91\t").replace("x2\t", "x92\t").replace("x3\t", "x93\t"),
+    "has no rows that meet": lambda text: (
+        text.replace("x1\t", "x91\t").replace("x2\t", "x92\t").replace("x3\t", "x93\t")
+    ),
     "has NaN": lambda text: text.rstrip("\n").rsplit("\t", 1)[0] + "\tNaN\n",
     "has a negative number": lambda text: text.rstrip("\n").rsplit("\t", 1)[0] + "\t-3\n",
     "has infinity": lambda text: text.rstrip("\n").rsplit("\t", 1)[0] + "\tinf\n",
@@ -249,7 +251,10 @@ def odd_inputs() -> Iterator[Odd]:
         for name, content in {"a.png": _encoded("PNG"), "a.jpg": _encoded("JPEG"), "a.tif": _tiled()}.items():
             yield _truncated(name, content, share)
     for what, value in MPPS.items():
-        yield Odd(f"read_he(mpp={what})", lambda v=value: (lambda: _pixels(hg.io.read_he(_saved("a.png")(_place()), mpp=v)), [], None))
+        yield Odd(
+            f"read_he(mpp={what})",
+            lambda v=value: (lambda: _pixels(hg.io.read_he(_saved("a.png")(_place()), mpp=v)), [], None),
+        )
         yield _st(f"mpp is {what}", lambda paths, place, v=value: {"mpp": v})
         yield _st(f"pitch_um is {what}", lambda paths, place, v=value: {"pitch_um": v, "mpp": None})
         yield _st(f"diameter_um is {what}", lambda paths, place, v=value: {"diameter_um": v})

@@ -56,7 +56,17 @@ TENSORS = (
     "guard.size",
 )
 #: Fields that nothing is computed from: another text in them is right.
-FREE = {"description", "intended_use", "limitations", "reliable_rule", "license", "training", "metrics", "version", "name"}
+FREE = {
+    "description",
+    "intended_use",
+    "limitations",
+    "reliable_rule",
+    "license",
+    "training",
+    "metrics",
+    "version",
+    "name",
+}
 
 
 @cache

@@ -54,7 +54,7 @@ def outcome(odd: Odd) -> tuple[str, str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             given = call()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - which kind it is, is what is judged
         return _refusal(odd, error, [fingerprint(each) for each in objects] == before)
     said = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and _ours(w)]
     if clean is not None and same(given, clean):

@@ -43,7 +43,17 @@ MEANT = {
     ("genes", "empty list"),
 }
 #: Parameters that any truth value may be given to, or that are not read where the plain call is made.
-FREE = {"show_progress_bar", "copy", "ax", "save", "kwargs", "fit_options", "description", "intended_use", "limitations"}
+FREE = {
+    "show_progress_bar",
+    "copy",
+    "ax",
+    "save",
+    "kwargs",
+    "fit_options",
+    "description",
+    "intended_use",
+    "limitations",
+}
 
 FUNCTIONS = {
     "predict": hg.tl.predict,

@@ -105,7 +105,9 @@ def odd_inputs() -> Iterator[Odd]:
         for option in ("--mpp", "--model", "--image-key", "--shapes-key", "--table-key", "--device", "--pitch-um"):
             if (option, word) in {("--pitch-um", "0")}:
                 continue
-            yield _command(f"predict slide.tif {option} {word!r}", lambda p, o=option, w=word: ["predict", _picture(p), o, w])
+            yield _command(
+                f"predict slide.tif {option} {word!r}", lambda p, o=option, w=word: ["predict", _picture(p), o, w]
+            )
         for option in ("--layer", "--prediction-key", "--genes", "--measured", "--measured-scale", "--annotation-key"):
             yield _command(f"evaluate {option} {word!r}", lambda p, o=option, w=word: ["evaluate", _store(p), o, w])
         yield _command(f"info {word!r}", lambda p, w=word: ["info", w])

@@ -289,5 +289,10 @@ def odd_inputs() -> Iterator[Odd]:
         for what, change in BROKEN.items():
             yield _odd(verb, what, change, False)
     for verb in ALSO:
-        for what in ("a gene stands twice", "coordinates are NaN in part", "spot names stand twice", "genes are numbers"):
+        for what in (
+            "a gene stands twice",
+            "coordinates are NaN in part",
+            "spot names stand twice",
+            "genes are numbers",
+        ):
             yield _odd(verb, what, HARMFUL[what], False)
