@@ -25,7 +25,7 @@ SPATIAL = "he2gene_spatial"
 FACTS = ("image", "coordinate_system", "level", "mpp", "mpp_source", "n_spots", "n_outside")
 
 #: What the zarr stores of spatialdata accept as the name of an element or key.
-_VALID = re.compile(r"^[A-Za-z0-9_.-]+$")
+_VALID = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def check_key(name: str, parameter: str) -> None:
         If the key is empty or has other characters than letters, digits, ``_``, ``.`` and ``-``, or starts with
         ``__`` or a dot.
     """
-    if not isinstance(name, str) or not _VALID.match(name) or name.startswith(("__", ".")):
+    if not isinstance(name, str) or not _VALID.fullmatch(name) or name.startswith(("__", ".")):
         raise ValueError(
             f"`{parameter}` {name!r} cannot be stored: use letters, digits, '_', '.' and '-' only, "
             "not starting with '.' or '__' (for example 'he2gene')"
@@ -118,12 +118,15 @@ def check_class_names(names: Iterable[str]) -> None:
     Raises
     ------
     ValueError
-        If a name is empty, contains ``/``, starts with ``__`` or differs from another only in case.
+        If a name is empty, contains ``/`` or a control character, starts with ``__`` or differs from another only in case.
     """
     seen: dict[str, str] = {}
     for name in names:
-        if not isinstance(name, str) or not name.strip() or "/" in name or name.startswith("__") or name in {".", ".."}:
-            raise ValueError(f"class name {name!r} cannot be stored: it must be a text without '/', not starting '__'")
+        text = isinstance(name, str) and bool(name.strip())
+        if not text or not name.isprintable() or "/" in name or name.startswith("__") or name in {".", ".."}:
+            raise ValueError(
+                f"class name {name!r} cannot be stored: it must be a text without '/' and line breaks, not starting '__'"
+            )
         if name.lower() in seen:
             raise ValueError(
                 f"class names {seen[name.lower()]!r} and {name!r} differ only in case: merge or rename one"

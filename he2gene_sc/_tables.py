@@ -1,8 +1,8 @@
-"""What the verbs after predict share: the table, its values on one scale, its spots and samples, and writing results."""
+"""What the verbs after predict share: the table, its values on one scale, its spots and samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,8 +14,6 @@ from ._core.layers import layer_names
 from ._core.slide import Slide, resolve
 from ._keys import MADE
 from ._predicted import predicted_table
-from ._stale import remove_derived, same_values, warn_removed
-from ._write import undone_if_interrupted
 from .stats import TARGET_SUM
 
 if TYPE_CHECKING:
@@ -288,91 +286,3 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
             mpp=recorded("mpp", region),
         )
     return tuple(found)
-
-
-def check_free(table: AnnData, verb: str, key: str, **slots: Iterable[str]) -> None:
-    """Refuse to write over what this verb did not write, before any work is done.
-
-    Parameters
-    ----------
-    table
-        The table.
-    verb
-        Name of the verb, as in ``hg.tl``.
-    key
-        ``uns[key]`` records what it wrote.
-    **slots
-        Slot (``"obs"``, ``"var"``, ``"layers"``, ``"obsm"``) to the keys that are to be written.
-
-    Raises
-    ------
-    ValueError
-        If one of them is there and does not stand in the record of an earlier run.
-    """
-    before = table.uns.get(key)
-    if before is not None and not (isinstance(before, Mapping) and before.get("verb") == verb):
-        raise ValueError(f"`key_added`: uns[{key!r}] is there and was not written by hg.tl.{verb}; choose another name")
-    ours = (before or {}).get("written", {})
-    for slot, names in slots.items():
-        taken = [name for name in names if name in getattr(table, slot) and name not in list(ours.get(slot, []))]
-        if taken:
-            raise ValueError(
-                f"`key_added`: {slot}[{taken[0]!r}] is there and was not written by hg.tl.{verb}; choose another name"
-            )
-
-
-def write_result(
-    table: AnnData,
-    verb: str,
-    key: str,
-    *,
-    params: Mapping[str, Any],
-    facts: Mapping[str, Any] | None = None,
-    **slots: Mapping[str, Any],
-) -> None:
-    """Write all results of a verb at once, or, if that is interrupted, none.
-
-    ``uns[key]`` gets ``verb``, ``params``, ``written`` (slot to keys) and the ``facts``; JSON types, arrays and
-    DataFrames only, as zarr stores hold them. What an earlier run of the verb wrote under the same key and this one does
-    not is removed; so is, with a warning, what was computed from layers whose values change.
-
-    Parameters
-    ----------
-    table
-        The table.
-    verb, key
-        As for :func:`check_free`.
-    params
-        Arguments of the call; ``None`` values are left out.
-    facts
-        Further entries of ``uns[key]``.
-    **slots
-        Slot to key to value.
-    """
-    if table.is_view:
-        table._init_as_actual(table.copy())
-    before = table.uns.get(key)
-    old = before.get("written", {}) if isinstance(before, Mapping) else {}
-    record = {
-        "verb": verb,
-        "params": {name: value for name, value in params.items() if value is not None},
-        "written": {slot: list(values) for slot, values in slots.items() if values},
-        **(facts or {}),
-    }
-    layers = slots.get("layers", {})
-    changed = [
-        name
-        for name in old.get("layers", [])
-        if name in table.layers and not (name in layers and same_values(table.layers[name], layers[name]))
-    ]
-    with undone_if_interrupted(table):
-        removed = remove_derived(table, changed, but=key)
-        for slot, names in old.items():
-            for name in list(names):
-                if name in getattr(table, slot):
-                    del getattr(table, slot)[name]
-        for slot, values in slots.items():
-            for name, value in values.items():
-                getattr(table, slot)[name] = value
-        table.uns[key] = record
-    warn_removed(removed, stacklevel=3)

@@ -157,7 +157,7 @@ def _predicted(her2st):
 @pytest.fixture
 def predicted_c5(_predicted):
     """C5, predicted by the bundled model once a session, with a table of its own for each test."""
-    from he2gene_sc._write import copy_tables
+    from he2gene_sc._core.element_results import copy_tables
 
     return copy_tables(_predicted)
 

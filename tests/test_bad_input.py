@@ -363,7 +363,7 @@ def test_ctrl_c_after_the_old_second_table_was_taken_out_puts_it_back(toy, tiny_
 
 
 def test_frames_survive_an_interruption_as_the_same_values(toy, tiny_model, monkeypatch):
-    toy["table"].obs["he2gene_annotation"] = pd.Categorical(["mine"] * 30)
-    monkeypatch.setattr("he2gene_sc._write.Filled.annotation", raises(KeyboardInterrupt()))
+    toy["table"].obs["label"] = pd.Categorical(["mine"] * 30)
+    monkeypatch.setattr("he2gene_sc._core.fill.StackedPredictions.annotation", raises(KeyboardInterrupt()))
     refuses(toy, None, error=KeyboardInterrupt, model=tiny_model)
-    assert list(toy["table"].obs["he2gene_annotation"].cat.categories) == ["mine"]
+    assert list(toy["table"].obs["label"].cat.categories) == ["mine"]

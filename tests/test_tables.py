@@ -5,8 +5,8 @@ import scipy.sparse
 from anndata import AnnData
 
 import he2gene_sc as hg
+from he2gene_sc._core.results import check_free, write_result
 from he2gene_sc._tables import (
-    check_free,
     get_table,
     labels_of,
     log_expression,
@@ -15,7 +15,6 @@ from he2gene_sc._tables import (
     sections_of,
     spots_of,
     values_of,
-    write_result,
 )
 
 

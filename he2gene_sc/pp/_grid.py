@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.element_results import check_element_free, write_element
 from .._core.images import find_image, pyramid_of
 from .._core.mpp import check_mpp, stored_mpp
-from .._keys import ATTRS, SPOTS, check_key
+from .._keys import ATTRS, SPOTS
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -58,8 +59,8 @@ def grid(
     Raises
     ------
     ValueError
-        If µm per pixel is unknown, the mask is missing, a size is not positive, the name is taken by shapes
-        that ``grid`` did not make or by others that a table annotates, or no spot lies on tissue.
+        If µm per pixel is unknown, the mask is missing, a size is not positive, the name is taken by an element that
+        ``grid`` did not make, that was changed since or that a table annotates, or no spot lies on tissue.
     """
     validate.arguments(grid, locals())
     from scipy.ndimage import uniform_filter
@@ -67,7 +68,7 @@ def grid(
     from spatialdata.transformations import get_transformation
 
     image_key = find_image(sdata, None, image_key)
-    check_key(key_added, "key_added")
+    check_element_free(sdata, "hg.pp.grid", "shapes", key_added)
     check_mpp(mpp)
     for name, value in (("diameter_um", diameter_um), ("pitch_um", pitch_um)):
         if not (np.isfinite(value) and value > 0):
@@ -110,22 +111,14 @@ def grid(
         transformations=get_transformation(sdata.images[image_key], get_all=True),
     )
     if key_added in sdata.shapes:
-        if key_added not in sdata.attrs.get(ATTRS, {}).get("grids", []):
-            raise ValueError(f"`key_added` {key_added!r} names shapes that hg.pp.grid did not make; choose another key")
         annotated = any(key_added in _regions(table) for table in sdata.tables.values())
         if annotated and not _same_spots(sdata.shapes[key_added], shapes):
             raise ValueError(
                 f"`key_added` {key_added!r} names other shapes, which a table annotates; delete that table or choose "
                 "another key"
             )
-        del sdata.shapes[key_added]
-    sdata.shapes[key_added] = shapes
-    attrs = sdata.attrs.get(ATTRS, {})
-    sdata.attrs[ATTRS] = {
-        **attrs,
-        "mpp": {**attrs.get("mpp", {}), image_key: found[0]},
-        "grids": sorted({*attrs.get("grids", []), key_added}),
-    }
+    stated = {**sdata.attrs.get(ATTRS, {}).get("mpp", {}), image_key: found[0]}
+    write_element(sdata, "shapes", key_added, shapes, {"mpp": stated})
     logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from .._core import validate
+from .._core.element_results import check_element_free, write_element
 from .._core.images import find_image, pyramid_of
-from .._keys import check_key
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -53,7 +53,8 @@ def tissue(
     Raises
     ------
     ValueError
-        If the image is missing or ambiguous, or no RGB image.
+        If the image is missing, ambiguous or not RGB; or if ``key_added`` names an element that ``tissue`` did not make,
+        or that was changed since.
     """
     validate.arguments(tissue, locals())
     import squidpy as sq
@@ -63,7 +64,7 @@ def tissue(
 
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_tissue" if key_added is None else key_added
-    check_key(key_added, "key_added")
+    check_element_free(sdata, "hg.pp.tissue", "labels", key_added)
     thumbnail, scale = read_thumbnail(sdata, image_key, _WORKING_PX)
     reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
     # H&E has a bright background; squidpy then needs no corners to tell, which an inset or a full slide would mislead.
@@ -80,9 +81,7 @@ def tissue(
             for system, transformation in get_transformation(sdata.images[image_key], get_all=True).items()
         },
     )
-    if key_added in sdata.labels:
-        del sdata.labels[key_added]
-    sdata.labels[key_added] = labels
+    write_element(sdata, "labels", key_added, labels)
     logger.info("tissue: %.0f %% of image %r, in labels %r", 100 * (np.asarray(mask) > 0).mean(), image_key, key_added)
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 import scipy.sparse
 
 from .._core import validate
+from .._core.results import check_free, write_result
 from .._keys import MADE, Keys, check_key
-from .._tables import Scale, check_free, get_table, sections_of, spots_of, values_of, write_result
+from .._tables import Scale, get_table, sections_of, spots_of, values_of
 from ._adapt_input import columns_of, measured_of, rows_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.results import check_free, write_to_all
 from .._keys import check_key
-from .._tables import Scale, check_free, column_of, write_result
+from .._tables import Scale, column_of
 from ._compare import adjusted, compare, method_for, named_groups
 from ._contrast import Method
 from ._origin import circularity, measured_part, reliable_genes
@@ -198,8 +199,7 @@ def biomarkers(
         "genes": effects.columns.to_numpy(object),
         "sample_effects": effects.to_numpy(np.float32),
     }
-    for table in tables:
-        write_result(table, "biomarkers", key_added, params=params, facts=facts)
+    write_to_all(tables, "biomarkers", key_added, params=params, facts=facts)
     return results.copy() if several else None
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.results import check_free, write_to_all
 from .._keys import check_key
-from .._tables import Scale, check_free, write_result
+from .._tables import Scale
 from ._compare import adjusted, compare, method_for, named_groups
 from ._contrast import METHODS
 from ._origin import circularity, measured_part, reliable_genes
@@ -133,8 +134,7 @@ def concordance(
         "min_mean": min_mean,
         "k": lengths,
     }
-    for target in tables:
-        write_result(target, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
+    write_to_all(tables, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
     return table.copy() if several else None
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.results import check_free, write_result
 from .._keys import Keys, check_key
-from .._tables import Scale, check_free, spots_of, write_result
+from .._tables import Scale, spots_of
 from ..stats import MIN_OVERLAP
 from . import _domain_inputs as inputs
 from ._domain_clusters import CLUSTERINGS, cluster, embed, medoid

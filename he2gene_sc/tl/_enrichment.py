@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.results import check_free, write_to_all
 from .._keys import check_key
-from .._tables import check_free, write_result
 from ..get._biomarkers import biomarkers as get_biomarkers
 from ..get._biomarkers import tables_with
 
@@ -134,8 +134,7 @@ def enrichment(
         "tmin": tmin,
         "n_sets": int(net["source"].nunique()),
     }
-    for table in targets:
-        write_result(table, "enrichment", key_added, params=params, facts={"results": results})
+    write_to_all(targets, "enrichment", key_added, params=params, facts={"results": results})
     return results.copy() if several else None
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.results import check_free, write_result
 from .._keys import Keys, check_key
-from .._tables import SCALES, Scale, check_free, get_table, write_result
+from .._tables import SCALES, Scale, get_table
 from ._evaluation import (
     BASELINES,
     METRICS,

@@ -11,11 +11,12 @@ import pandas as pd
 import scipy.sparse
 
 from .._core import validate
+from .._core.results import check_free, write_result
 from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of_model
 from .._keys import Keys
 from .._predicted import record_of
 from .._settings import settings
-from .._tables import check_free, get_table, values_of, write_result
+from .._tables import get_table, values_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -109,7 +110,8 @@ def intervals(
     adapted = adaptation_of(table, record, layer)
     names = {"lower": f"{layer}_lower", "upper": f"{layer}_upper", "halfwidth": f"{layer}_halfwidth"}
     uns = f"{layer}_intervals"
-    check_free(table, "intervals", uns, layers=[names["lower"], names["upper"]], var=[names["halfwidth"]])
+    ends = [names["lower"], names["upper"]]
+    check_free(table, "intervals", uns, parameter="layer", layers=ends, var=[names["halfwidth"]])
     if adapted is not None:
         found = of_adapted(adapted, coverage, table.n_vars)
     else:

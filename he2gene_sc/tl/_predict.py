@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from .._core import validate
+from .._core.element_results import copy_tables
+from .._core.fill import StackedPredictions, check_fillable, fill_table
+from .._core.made_table import check_new_table, make_table, put_table
 from .._core.slide import Slide, resolve
 from .._genes import match_genes
 from .._keys import FACTS, TABLE, Keys, check_key
 from .._settings import settings
-from .._write import Filled, check_layer, check_place, copy_tables, fill_table, make_table, put_table
 
 if TYPE_CHECKING:
     import torch
@@ -164,10 +166,10 @@ def predict(
     table = sdata[measured] if measured is not None else None
     wanted = match_genes(model, table, genes, gene_symbols)
     if table is not None and not wanted.all_genes:
-        check_layer(table, keys)
+        check_fillable(table, model, keys)
     new_table = None if table is not None and not wanted.all_genes else (key_added if table is not None else TABLE)
     if new_table is not None:
-        check_place(sdata, new_table)
+        check_new_table(sdata, new_table, slides, wanted, model, keys)
     predictions = tuple(
         _predict_slide(slide, model, wanted.positions, batch_size, device, dtype, tta, show_progress_bar)
         for slide in slides
@@ -190,12 +192,12 @@ def predict(
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
     _warn_of_looks(slides, [result for _, result in predictions])
-    filled = Filled.collect(slides, [result for _, result in predictions], wanted, model, keys, record)
+    stacked = StackedPredictions.collect(slides, [result for _, result in predictions], wanted, model, keys, record)
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
-        fill_table(target[measured], filled)
+        fill_table(target[measured], stacked)
     else:
-        put_table(target, new_table, make_table(slides, filled, like=table), keys)
+        put_table(target, new_table, make_table(slides, stacked, like=table), keys)
     return target if copy else None
 
 

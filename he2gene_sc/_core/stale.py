@@ -1,4 +1,4 @@
-"""What was computed from values that have changed: found by its records in ``uns``, and removed."""
+"""Invalidate results in a table that depend on values that have changed, by their records in ``uns``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .ownership import ours
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,12 +26,14 @@ def same_values(before: Any, after: np.ndarray) -> bool:
 def remove_derived(table: AnnData, names: Iterable[str], but: str | None = None) -> list[str]:
     """Remove the results that were computed from what goes by these names, and those computed from them in turn.
 
+    What somebody has changed since stays.
+
     Parameters
     ----------
     table
         The table; to be called where changes are undone if they are interrupted.
     names
-        Layers, columns of ``obs`` and predictions whose values have changed.
+        Layers, columns of ``obs``, results and predictions whose values have changed.
     but
         A result that stays.
 
@@ -41,24 +45,29 @@ def remove_derived(table: AnnData, names: Iterable[str], but: str | None = None)
     names, removed = set(names), []
     while found := [key for key, record in table.uns.items() if key != but and _reads(record, names)]:
         for key in found:
-            written = table.uns[key].get("written", {})
-            del table.uns[key]
             names.add(key)
-            for slot, keys in written.items():
-                names.update(keys)
-                for name in keys:
-                    if name in getattr(table, slot):
-                        del getattr(table, slot)[name]
+            names.update(*remove_result(table, key).values())
         removed += found
     return removed
+
+
+def remove_result(table: AnnData, key: str) -> dict[str, list[str]]:
+    """Remove a record and what it names; return what was removed beside the record."""
+    written = ours(table, key)
+    del table.uns[key]
+    for slot, keys in written.items():
+        for name in keys:
+            if name in getattr(table, slot):
+                del getattr(table, slot)[name]
+    return written
 
 
 def warn_removed(removed: list[str], stacklevel: int) -> None:
     """Say what was removed, if anything was."""
     if removed:
         warnings.warn(
-            f"removed, since it was computed from values that have changed: uns {sorted(removed)} and the layers and columns "
-            "that go with it; run what made it again",
+            f"removed, since it was computed from values that have changed: uns {sorted(set(removed))} and the layers and "
+            "columns that go with it; run what made it again",
             UserWarning,
             stacklevel=stacklevel + 1,
         )

@@ -1,0 +1,138 @@
+"""Elements that we write into a SpatialData object: checked beforehand, exchanged whole, recorded in ``sdata.attrs``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .._keys import ATTRS, check_key
+from .signatures import is_element_unchanged, of_element
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+#: ``sdata.attrs[ATTRS][_WRITTEN][kind][name]``: digest of what we wrote there.
+_WRITTEN = "written"
+_KINDS = ("images", "labels", "points", "shapes", "tables")
+
+
+def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str, parameter: str = "key_added") -> None:
+    """Refuse, before any work is done, to put an element where one is that ``verb`` did not write.
+
+    Parameters
+    ----------
+    sdata
+        The object.
+    verb
+        The function, as ``"hg.pp.tissue"``.
+    kind
+        ``"labels"`` or ``"shapes"``.
+    name
+        Name of the element that is to be written.
+    parameter
+        The parameter that the name comes from.
+
+    Raises
+    ------
+    ValueError
+        If the name cannot be stored; is that of another element, or differs from one only in case; or if the element was
+        changed since ``verb`` wrote it.
+    """
+    check_key(name, parameter)
+    facts = _facts(sdata)
+    for other_kind, other in element_names(sdata):
+        if other.lower() != name.lower():
+            continue
+        where = f"`{parameter}`: {other_kind}[{other!r}] is there"
+        if other != name:
+            raise ValueError(f"{where}, which differs from {name!r} only in case; choose another name")
+        written = facts.get(_WRITTEN, {}).get(kind, {})
+        # Version 0.6.0 recorded the names of grids alone.
+        if other_kind != kind or (name not in written and not (kind == "shapes" and name in facts.get("grids", []))):
+            raise ValueError(
+                f"{where} and was not written by {verb}; choose another name, or delete it first: del "
+                f"sdata.{other_kind}[{name!r}]"
+            )
+        if name in written and not is_element_unchanged(sdata, kind, name, written[name]):
+            raise ValueError(
+                f"{where} and was changed after {verb} wrote it; keep it under another name, or delete it first: del "
+                f"sdata.{kind}[{name!r}]"
+            )
+
+
+def write_element(
+    sdata: SpatialData, kind: str, name: str, element: Any, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Put an element in place of one of ours, and record it; all or nothing.
+
+    Parameters
+    ----------
+    sdata
+        The object.
+    kind, name
+        As for :func:`check_element_free`.
+    element
+        The element.
+    facts
+        Further entries of ``sdata.attrs["he2gene"]``.
+    """
+    before = _facts(sdata)
+    written = {**before.get(_WRITTEN, {})}
+    written[kind] = {**written.get(kind, {}), name: of_element(element)}
+    with exchanged(sdata, kind, name, element):
+        sdata.attrs[ATTRS] = {**before, **(facts or {}), _WRITTEN: written}
+
+
+@contextmanager
+def exchanged(sdata: SpatialData, kind: str, name: str, element: Any) -> Iterator[None]:
+    """Put an element, in place of what has its name; undone if the block does not come to its end, by Ctrl-C too."""
+    elements = getattr(sdata, kind)
+    before, attrs = dict(elements.items()), dict(sdata.attrs)
+    try:
+        if name in elements:
+            del elements[name]
+        elements[name] = element
+        yield
+    except BaseException:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if name in elements and elements[name] is not before.get(name):
+                del elements[name]
+            if name in before and name not in elements:
+                elements[name] = before[name]
+        sdata.attrs.clear()
+        sdata.attrs.update(attrs)
+        raise
+
+
+def element_names(sdata: SpatialData) -> list[tuple[str, str]]:
+    """Kind and name of every element, tables among them."""
+    return [(kind, name) for kind in _KINDS for name in getattr(sdata, kind)]
+
+
+def copy_tables(sdata: SpatialData) -> SpatialData:
+    """Return an object that shares every element but the tables, which are copied."""
+    import spatialdata as sd
+
+    elements: dict[str, Any] = {name: element for _, name, element in sdata.gen_spatial_elements()}
+    tables = {name: table.copy() for name, table in sdata.tables.items()}
+    return sd.SpatialData.init_from_elements({**elements, **tables}, attrs=dict(sdata.attrs))
+
+
+def _facts(sdata: SpatialData) -> Mapping[str, Any]:
+    """Return ``sdata.attrs["he2gene"]``.
+
+    Raises
+    ------
+    ValueError
+        If somebody else's value stands there.
+    """
+    facts = sdata.attrs.get(ATTRS, {})
+    if not isinstance(facts, Mapping) or not isinstance(facts.get("mpp", {}), Mapping):
+        raise ValueError(
+            f"`sdata`: attrs[{ATTRS!r}] is {facts!r}; it is where he2gene_sc keeps µm per pixel ({{'mpp': {{image: value}}}}). "
+            "Rename or delete it"
+        )
+    return facts

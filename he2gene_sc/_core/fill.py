@@ -1,0 +1,256 @@
+"""Write what was predicted into a table, measured or made for it: computed first, written whole or not at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .._keys import FACTS, SPATIAL, Keys
+from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
+from .results import Result, write_results
+from .signatures import of_slot
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from .._genes import WantedGenes
+    from ..inference import Predictions
+    from ..models import HE2Gene
+    from .slide import Slide
+
+
+@dataclass(frozen=True)
+class StackedPredictions:
+    """Predictions of all slides of a table, spot by spot, and where they go.
+
+    Attributes
+    ----------
+    rows
+        Rows of the table, ``(n,)``; ``None`` for a new table.
+    expression, proba, embedding
+        ``(n, g)``, ``(n, c)``, ``(n, k)`` float32; NaN for spots outside the image.
+    ood
+        ``(n,)`` float32, likewise; ``None`` where the model has no score.
+    centres
+        ``(n, 2)``, pixels of level 0.
+    """
+
+    rows: np.ndarray | None
+    expression: np.ndarray
+    proba: np.ndarray
+    embedding: np.ndarray
+    centres: np.ndarray
+    wanted: WantedGenes
+    model: HE2Gene
+    keys: Keys
+    record: dict[str, Any]
+    ood: np.ndarray | None = None
+
+    @classmethod
+    def collect(
+        cls,
+        slides: Sequence[Slide],
+        predictions: Sequence[Predictions],
+        wanted: WantedGenes,
+        model: HE2Gene,
+        keys: Keys,
+        record: dict[str, Any],
+    ) -> StackedPredictions:
+        """Put the slides of a table one below the other, and say once how many spots lie outside their image."""
+        outside = sum(int((~slide.inside).sum()) for slide in slides)
+        if outside:
+            total = sum(len(slide.inside) for slide in slides)
+            warnings.warn(
+                f"{outside} of {total} spots have their centre outside the image: they get NaN and no annotation",
+                UserWarning,
+                stacklevel=3,
+            )
+
+        def stack(values_of: Callable[[Predictions], np.ndarray]) -> np.ndarray:
+            parts = []
+            for slide, result in zip(slides, predictions, strict=True):
+                values = values_of(result)
+                if slide.inside.all():
+                    parts.append(values)
+                    continue
+                whole = np.full((len(slide.inside), *values.shape[1:]), np.nan, np.float32)
+                whole[slide.inside] = values
+                parts.append(whole)
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+        rows = None if slides[0].rows is None else np.concatenate([slide.rows for slide in slides])
+        centres = np.concatenate([slide.centres for slide in slides])
+        expression, proba, embedding = (stack(attrgetter(name)) for name in ("expression", "proba", "embedding"))
+        looked = all(result.look is not None or not len(result.proba) for result in predictions)
+        ood = stack(_scores) if looked and model.card.guard is not None else None
+        return cls(rows, expression, proba, embedding, centres, wanted, model, keys, record, ood)
+
+    def annotation(self, proba: np.ndarray | None = None) -> pd.Categorical:
+        """Most probable class of each spot, missing where there is no prediction.
+
+        The categories are the classes that occur, in the order of the card: squidpy makes NaN of one that does not, and
+        spatialdata-plot gives its colour to the next.
+        """
+        proba = self.proba if proba is None else proba
+        missing = np.isnan(proba).any(1)
+        codes = np.where(missing, -1, np.where(np.isnan(proba), -1, proba).argmax(1))
+        return pd.Categorical.from_codes(codes, categories=list(self.model.card.classes)).remove_unused_categories()
+
+
+def _scores(result: Predictions) -> np.ndarray:
+    return np.zeros(0, np.float32) if result.look is None else result.look.score
+
+
+def planned_keys(model: HE2Gene, keys: Keys) -> dict[str, list[str]]:
+    """Slot to the keys that a prediction of this model may write."""
+    return keys_of_prediction(keys, classes=bool(model.card.classes), ood=model.card.guard is not None)
+
+
+def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
+    """Refuse, before any work is done, to predict into a table where something would be written over.
+
+    Raises
+    ------
+    ValueError
+        If a key is there that an earlier prediction under ``key_added`` did not write.
+    """
+    planned = planned_keys(model, keys)
+    if keys.layer_name is not None:
+        check_free(table, "predict", keys.uns, parameter="layer", layers=planned["layers"])
+    check_free(table, "predict", keys.uns, **planned)
+    check_case(table, "sdata", {"obsm": ["spatial"], "uns": [SPATIAL]})
+
+
+def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
+    """Write into a measured table; its rows, their order, ``X`` and every other slot stay as they were.
+
+    Rows of regions that were not predicted keep what an earlier run of the same model wrote there. Results of other verbs
+    that were computed from the prediction are removed, with a warning, if a value of the layer changes, in one region or
+    all: they were computed from all of it.
+    """
+    others = np.setdiff1d(np.arange(table.n_obs), stacked.rows)
+    before = _earlier(table, stacked, others)
+    spread = _Spread(table, stacked.rows, others, before is not None)
+    keys, card = stacked.keys, stacked.model.card
+    slots: dict[str, dict[str, Any]] = {
+        "layers": {keys.layer: _layer(table, stacked, others, before is not None)},
+        "var": _gene_columns(table, stacked, before is not None),
+        "obs": {},
+        "obsm": {keys.embedding: spread("obsm", keys.embedding, stacked.embedding)},
+        "uns": {},
+    }
+    if card.classes:
+        proba = spread("obsm", keys.proba, stacked.proba)
+        annotation = stacked.annotation(proba)
+        slots["obs"][keys.annotation] = pd.Series(annotation, index=table.obs_names)
+        slots["obs"][keys.confidence] = pd.Series(np.max(proba, axis=1), index=table.obs_names)
+        slots["obsm"][keys.proba] = pd.DataFrame(proba, index=table.obs_names, columns=list(card.classes))
+        colours = dict(zip(card.classes, card.class_colors, strict=True))
+        slots["uns"][keys.colors] = [colours[name] for name in annotation.categories]
+    if stacked.ood is not None:
+        score = spread("obs", keys.ood, stacked.ood[:, None])[:, 0]
+        slots["obs"][keys.ood] = pd.Series(score, index=table.obs_names)
+    record = {"verb": "predict", **(stacked.record if before is None else _merged(before, stacked.record))}
+    write_results([(table, Result("predict", keys.uns, record, slots, _spatial(table, stacked)))], stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Values of the predicted rows among those that an earlier run wrote in the others."""
+
+    table: AnnData
+    rows: np.ndarray
+    others: np.ndarray
+    keep: bool
+
+    def __call__(self, slot: str, name: str, values: np.ndarray) -> np.ndarray:
+        whole = np.full((self.table.n_obs, values.shape[1]), np.nan, np.float32)
+        there = getattr(self.table, slot)
+        if self.keep and name in there:
+            whole[self.others] = np.asarray(there[name], np.float32).reshape(whole.shape)[self.others]
+        whole[self.rows] = values
+        return whole
+
+
+def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> np.ndarray:
+    layer = np.full(table.shape, np.nan, np.float32)
+    if keep and stacked.keys.layer in table.layers:
+        old = table.layers[stacked.keys.layer][others]
+        layer[others] = np.asarray(old.toarray() if hasattr(old, "toarray") else old, np.float32)
+    layer[np.ix_(stacked.rows, stacked.wanted.columns)] = stacked.expression
+    return layer
+
+
+def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> dict[str, pd.Series]:
+    """Columns of ``var``; of genes that only an earlier run predicted, in other rows, as they were."""
+    keys, columns, var = stacked.keys, stacked.wanted.columns, table.var
+    known = stacked.model.genes.iloc[stacked.wanted.positions]
+    found: dict[str, np.ndarray] = {keys.predicted: np.zeros(table.n_vars, bool)}
+    found[keys.predicted][columns] = True
+    for key, name in ((keys.pcc, "pcc"), (keys.reliable, "reliable"), (keys.mean, "mean")):
+        found[key] = np.zeros(table.n_vars, bool) if name == "reliable" else np.full(table.n_vars, np.nan, np.float32)
+        found[key][columns] = known[name]
+    if keep and keys.layer in table.layers and keys.predicted in var:
+        elsewhere = var[keys.predicted].to_numpy(bool) & ~found[keys.predicted]
+        for key, values in found.items():
+            if key in var:
+                values[elsewhere] = var[key].to_numpy(values.dtype)[elsewhere]
+    return {key: pd.Series(values, index=table.var_names) for key, values in found.items()}
+
+
+def _spatial(table: AnnData, stacked: StackedPredictions) -> dict[str, dict[str, Any]]:
+    """Spot centres, where the table had none; marked, so that a run on another image brings them up to date."""
+    if "spatial" in table.obsm and not owns_spatial(table):
+        return {}
+    centres = np.full((table.n_obs, 2), np.nan)
+    centres[stacked.rows] = stacked.centres
+    names = type(table)(obs=pd.DataFrame(index=table.obs_names), obsm={"spatial": centres})
+    mark = {"image": stacked.record["image"], "signature": of_slot(names, "obsm", "spatial")}
+    return {"obsm": {"spatial": centres}, "uns": {SPATIAL: mark}}
+
+
+def _earlier(table: AnnData, stacked: StackedPredictions, others: np.ndarray) -> Mapping[str, Any] | None:
+    """Record of an earlier run whose other rows may stay: it must be of the same model."""
+    before = table.uns.get(stacked.keys.uns)
+    if not len(others) or not is_prediction(before):
+        return None
+    if all(before.get(name) == stacked.record[name] for name in ("model", "model_version", "weights_sha256")):
+        return before
+    warnings.warn(
+        f"{len(others)} spots of other regions were predicted by model {before.get('model')!r}: they get NaN, since one "
+        f"column cannot hold two models. Predict them again, or use another `key_added`",
+        UserWarning,
+        stacklevel=4,
+    )
+    return None
+
+
+def _merged(before: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Facts of this run, and of the regions that only an earlier one predicted."""
+
+    def regions(facts: Mapping[str, Any]) -> list[str]:
+        shapes = facts.get("shapes", [])
+        return [shapes] if isinstance(shapes, str) else [str(name) for name in shapes]
+
+    kept = [region for region in regions(before) if region not in regions(record)]
+    # anndata.concat keeps those entries alone that all tables share.
+    if not kept or any(fact not in before for fact in FACTS):
+        return record
+    merged = {**record, "shapes": [*kept, *regions(record)]}
+    for fact in FACTS:
+        old = before[fact] if isinstance(before[fact], Mapping) else {kept[0]: before[fact]}
+        new = record[fact] if isinstance(record[fact], Mapping) else {regions(record)[0]: record[fact]}
+        merged[fact] = {region: old[region] for region in kept if region in old} | new
+    return merged
+
+
+def on_all_rows(stacked: StackedPredictions) -> StackedPredictions:
+    """Predictions for a table of these spots and genes alone."""
+    wanted = type(stacked.wanted)(stacked.wanted.positions, np.arange(stacked.expression.shape[1]), False)
+    return replace(stacked, rows=np.arange(len(stacked.expression)), wanted=wanted)

@@ -1,0 +1,217 @@
+"""Tables that we make of what was predicted, and put in place of those that we made before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .._keys import INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
+from .._settings import settings
+from .element_results import element_names, exchanged
+from .fill import StackedPredictions, check_fillable, fill_table, on_all_rows
+from .ownership import is_result, not_ours, ours, owns_spatial, written_in
+from .signatures import same, signature
+from .stale import remove_derived, same_values, warn_removed
+from .validate import format_list
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from .._genes import WantedGenes
+    from ..models import HE2Gene
+    from .slide import Slide
+
+#: Slots of a table, and the axes that they are aligned to.
+_SLOTS = {
+    "obs": {"obs"},
+    "obsm": {"obs"},
+    "obsp": {"obs"},
+    "uns": {"obs"},
+    "var": {"var"},
+    "varm": {"var"},
+    "varp": {"var"},
+    "layers": {"obs", "var"},
+}
+#: Columns that every table has that we make.
+_OWN = {"obs": (REGION, INSTANCE), "var": ("ensembl_id",)}
+
+
+def check_new_table(
+    sdata: SpatialData, name: str, slides: Sequence[Slide], wanted: WantedGenes, model: HE2Gene, keys: Keys
+) -> None:
+    """Refuse, before any work is done, to make a table whose name or ids cannot be, or in whose place something would be lost.
+
+    Raises
+    ------
+    ValueError
+        If an element of that name is there that we did not make; if it holds what the new table could not take over; or
+        if the spots have ids that no table can hold.
+    """
+    check_place(sdata, name)
+    for slide in slides:
+        check_spot_ids(pd.Index(slide.spot_ids), slide.shapes_key)
+    before = sdata.tables.get(name)
+    if before is None:
+        return
+    check_fillable(before, model, keys)
+    like = None if slides[0].table_key is None else sdata[slides[0].table_key]
+    new_obs = _obs(slides, like).index
+    changed = _changed_axes(before, new_obs, pd.Index(model.genes.index[wanted.positions].astype(str)))
+    lost = [
+        f"{slot}[{key!r}]"
+        for slot, keys_there in not_ours(before).items()
+        for key in keys_there
+        if _SLOTS[slot] & changed and key not in _OWN.get(slot, ())
+    ]
+    if changed and before.raw is not None:
+        lost.append("raw")
+    signed = before.uns[MADE].get("signature") if hasattr(before.uns[MADE], "get") else None
+    if signed and before.X is not None and str(signed) != signature(before.X):
+        lost.append("X, changed since hg.tl.predict wrote it")
+    if lost:
+        what = " and ".join({"obs": "spots", "var": "genes"}[axis] for axis in sorted(changed)) or "values"
+        raise ValueError(
+            f"`key_added`: table {name!r} would be replaced by one of other {what}, and {format_list(lost)} would be lost; "
+            f"keep the table under another name or delete it: del sdata.tables[{name!r}]"
+        )
+
+
+def check_place(sdata: SpatialData, name: str) -> None:
+    """Refuse, before any work is done, to put a table where one stands that is not ours.
+
+    Raises
+    ------
+    ValueError
+        If an element of that name is there and is not a table that we made.
+    """
+    if name in sdata.tables and MADE in sdata.tables[name].uns:
+        return
+    if name in sdata.tables and name == TABLE:
+        attrs = sdata.tables[name].uns.get("spatialdata_attrs", {})
+        raise ValueError(
+            f"`table_key`: table {name!r} does not annotate the spots: it annotates {attrs.get('region', 'nothing')!r}, the "
+            f"shapes are {sorted(sdata.shapes)}. Link it with sdata.set_table_annotates_spatialelement({name!r}, "
+            "region=..., region_key=..., instance_key=...), or, if it is another, rename it"
+        )
+    if name.lower() in [other.lower() for _, other in element_names(sdata)]:
+        raise ValueError(f"`key_added`: the new table would be named {name!r}, which is taken; choose another key")
+
+
+def check_spot_ids(ids: pd.Index, shapes_key: str) -> None:
+    """Refuse ids that ``TableModel`` would refuse, after the work is done.
+
+    Raises
+    ------
+    ValueError
+        If they are neither whole numbers nor texts.
+    """
+    kind = "mixed" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
+    if kind in ("integer", "string") or (kind == "categorical" and _is_plain(ids.categories)):
+        return
+    raise ValueError(
+        f"`shapes_key` {shapes_key!r}: the ids of the spots are {kind} values ({format_list(map(repr, ids[:3]))}); a table "
+        f"needs whole numbers or texts: sdata[{shapes_key!r}].index = sdata[{shapes_key!r}].index.map(str)"
+    )
+
+
+def _is_plain(ids: pd.Index) -> bool:
+    return pd.api.types.infer_dtype(ids, skipna=False) in ("integer", "string")
+
+
+def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnData | None) -> AnnData:
+    """Make a table of the predicted genes, marked as ours.
+
+    ``X`` is a copy of the layer, or empty where that would pass ``settings.memory_limit``. With ``like``, the table
+    that annotates the same spots, its ``obs`` names and ids are taken over.
+    """
+    import scipy.sparse
+    from anndata import AnnData
+    from spatialdata.models import TableModel
+
+    model = stacked.model
+    shape = stacked.expression.shape
+    fits = stacked.expression.nbytes <= settings.memory_limit
+    genes = model.genes.iloc[stacked.wanted.positions]
+    table = AnnData(
+        X=stacked.expression.copy() if fits else scipy.sparse.csr_matrix(shape, dtype=np.float32),
+        obs=_obs(slides, like),
+        var=pd.DataFrame({"ensembl_id": genes["ensembl_id"].astype(str)}, index=pd.Index(genes.index.astype(str))),
+    )
+    fill_table(table, on_all_rows(stacked))
+    table.uns[MADE] = {
+        "by": "hg.tl.predict",
+        "X": model.card.expression_scale if fits else "empty: over memory_limit",
+        **({"signature": signature(table.X)} if fits else {}),
+    }
+    regions = [slide.shapes_key for slide in slides]
+    return TableModel.parse(
+        table, region=regions if len(regions) > 1 else regions[0], region_key=REGION, instance_key=INSTANCE
+    )
+
+
+def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None:
+    """Set a table that we made, in place of one that we made before, which comes back if this is interrupted.
+
+    What was computed from the prediction is not carried over if its values have changed.
+    """
+    check_place(sdata, name)
+    before = sdata.tables.get(name)
+    removed = [] if before is None else _carry_over(before, table, keys)
+    with exchanged(sdata, "tables", name, table):
+        # Within: a warning may have been made an exception.
+        warn_removed(removed, stacklevel=3)
+
+
+def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
+    """Bring what else stands in a table that we made into the one that takes its place; return what does not come along."""
+    changed = _changed_axes(before, table.obs_names, table.var_names)
+    dropped: dict[str, dict[str, list[str]]] = {keys.uns: written_in(keys.uns, before.uns.get(keys.uns))}
+    for key in [key for key, record in before.uns.items() if key != keys.uns and is_result(record)]:
+        written = ours(before, key)
+        if "obs" in changed or any(_SLOTS[slot] & changed for slot, names in written.items() if names):
+            dropped[key] = written
+    for slot, axes in _SLOTS.items():
+        if axes & changed:
+            continue
+        there, here = getattr(before, slot), getattr(table, slot)
+        gone = {name for written in dropped.values() for name in written.get(slot, [])}
+        gone |= set(dropped) if slot == "uns" else set()
+        for key in [key for key in there if key not in here and key not in gone]:
+            here[key] = there[key]
+    if "obs" not in changed and "spatial" in before.obsm and not owns_spatial(before):
+        table.obsm["spatial"] = before.obsm["spatial"]
+        del table.uns[SPATIAL]
+    if not changed and before.raw is not None:
+        table.raw = before.raw.to_adata()
+    layer = before.layers.get(keys.layer)
+    labels = [t.obs.get(keys.annotation) for t in (before, table)]
+    same_labels = (labels[0] is None) == (labels[1] is None) and (labels[0] is None or same(*labels))
+    if not changed and same_labels and layer is not None and same_values(layer, table.layers[keys.layer]):
+        return []
+    lost = [key for key in dropped if key != keys.uns]
+    return lost + remove_derived(table, {keys.layer, keys.uns, keys.annotation})
+
+
+def _changed_axes(before: AnnData, obs_names: pd.Index, var_names: pd.Index) -> set[str]:
+    return {
+        axis
+        for axis, names in (("obs", obs_names), ("var", var_names))
+        if not getattr(before, f"{axis}_names").equals(names)
+    }
+
+
+def _obs(slides: Sequence[Slide], like: AnnData | None) -> pd.DataFrame:
+    """Regions and ids of the spots, under the names of the measured table, else their ids."""
+    region = np.concatenate([np.repeat(slide.shapes_key, len(slide.spot_ids)) for slide in slides])
+    ids: Any = pd.Index(np.concatenate([np.asarray(slide.spot_ids) for slide in slides])).infer_objects()
+    names = pd.Index(ids.astype(str))
+    if like is not None:
+        names = like.obs_names[np.concatenate([slide.rows for slide in slides])]
+    if names.has_duplicates:
+        names = pd.Index([f"{r}-{i}" for r, i in zip(region, ids, strict=True)])
+    ids = ids.astype(np.int64) if ids.dtype.kind in "iu" else ids
+    return pd.DataFrame({REGION: pd.Categorical(region), INSTANCE: np.asarray(ids)}, index=names)

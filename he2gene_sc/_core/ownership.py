@@ -1,0 +1,201 @@
+"""What of a table is ours, by the records in ``uns``; what is not is never written over.
+
+A record ``uns[key]`` names the verb, the keys that it wrote (``written``) and a digest of each value (``signatures``). A
+key is ours if such a record names it and its value is what was written. Predictions of version 0.6.0 and earlier have no
+list: the keys follow from ``key_added``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .._keys import MADE, SPATIAL, Keys
+from .signatures import is_unchanged, of_slot
+from .validate import format_list
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Keys of ``uns`` that have a meaning of their own, here, in spatialdata or in scanpy.
+RESERVED = (MADE, SPATIAL, "spatial", "spatialdata_attrs")
+
+
+def is_prediction(record: Any) -> bool:
+    """Whether ``hg.tl.predict`` wrote a record."""
+    return isinstance(record, Mapping) and {"weights_sha256", "layer"} <= set(record)
+
+
+def is_of(verb: str, record: Any) -> bool:
+    """Whether a verb wrote a record."""
+    if verb == "predict":
+        return is_prediction(record)
+    return isinstance(record, Mapping) and record.get("verb") == verb
+
+
+def is_result(record: Any) -> bool:
+    """Whether any verb wrote a record."""
+    return is_prediction(record) or (isinstance(record, Mapping) and {"verb", "params"} <= set(record))
+
+
+def written_in(key: str, record: Any) -> dict[str, list[str]]:
+    """Slot to the keys that a record names."""
+    if not isinstance(record, Mapping):
+        return {}
+    if isinstance(written := record.get("written"), Mapping):
+        return {str(slot): [str(name) for name in np.ravel(names)] for slot, names in written.items()}
+    return keys_of_prediction(Keys(key, str(record["layer"]))) if is_prediction(record) else {}
+
+
+def keys_of_prediction(keys: Keys, *, classes: bool = True, ood: bool = True) -> dict[str, list[str]]:
+    """Slot to the keys that ``hg.tl.predict`` writes beside its record: with annotation classes, with a score of them."""
+    return {
+        "layers": [keys.layer],
+        "var": [keys.predicted, keys.pcc, keys.reliable, keys.mean],
+        "obs": [keys.annotation, keys.confidence] * classes + [keys.ood] * ood,
+        "obsm": [keys.embedding] + [keys.proba] * classes,
+        "uns": [keys.colors] * classes,
+    }
+
+
+def signatures_of(table: AnnData, written: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Digests of what was just written, in the order of ``written``."""
+    return {slot: [of_slot(table, slot, name) for name in names] for slot, names in written.items() if slot != "uns"}
+
+
+def ours(table: AnnData, key: str, record: Any = None) -> dict[str, list[str]]:
+    """Slot to the keys that the record ``uns[key]`` names, which are there and nobody has changed since."""
+    record = table.uns.get(key) if record is None else record
+    stored = record.get("signatures", {}) if isinstance(record, Mapping) else {}
+    found: dict[str, list[str]] = {}
+    for slot, names in written_in(key, record).items():
+        digests = [str(digest) for digest in np.ravel(stored.get(slot, []))]
+        digests = digests if len(digests) == len(names) else [""] * len(names)
+        there = getattr(table, slot)
+        found[slot] = [
+            name
+            for name, digest in zip(names, digests, strict=True)
+            if name in there and is_unchanged(table, slot, name, digest)
+        ]
+    return found
+
+
+def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_added", **slots: Iterable[str]) -> None:
+    """Refuse to write over what this verb did not write, before any work is done.
+
+    Parameters
+    ----------
+    table
+        The table.
+    verb
+        Name of the verb, as in ``hg.tl``.
+    key
+        ``uns[key]`` records what it wrote.
+    parameter
+        The parameter that the names come from.
+    **slots
+        Slot (``"obs"``, ``"var"``, ``"layers"``, ``"obsm"``, ``"uns"``) to the keys that are to be written.
+
+    Raises
+    ------
+    ValueError
+        If one of them is there and does not stand in the record of an earlier run, or was changed since; if one differs
+        from another key only in case, which a store cannot hold; or if ``key`` is reserved.
+    """
+    slots = {slot: list(names) for slot, names in slots.items()}
+    if key in RESERVED:
+        raise ValueError(f"`{parameter}`: uns[{key!r}] has a meaning of its own; choose another name")
+    check_case(table, parameter, {**slots, "uns": [key, *slots.get("uns", [])]})
+    record = table.uns.get(key)
+    if record is not None and not is_of(verb, record):
+        raise ValueError(
+            f"`{parameter}`: uns[{key!r}] is there and was not written by hg.tl.{verb}; choose another name, or rename or "
+            "delete it first"
+        )
+    named = written_in(key, record) if record is not None else _without_record(table, verb, key, slots)
+    unchanged = named if record is None else ours(table, key, record)
+    taken = [(slot, n) for slot, names in slots.items() for n in names if n in getattr(table, slot)]
+    foreign = [(slot, n) for slot, n in taken if n not in named.get(slot, [])]
+    changed = [(slot, n) for slot, n in taken if n in named.get(slot, []) and n not in unchanged.get(slot, [])]
+    if foreign:
+        lost = (
+            ""
+            if record is not None
+            else (f". If it was, its record uns[{key!r}] is gone: anndata.concat keeps it with uns_merge='first'")
+        )
+        raise ValueError(
+            f"`{parameter}`: {_shown(foreign)} and was not written by hg.tl.{verb}; choose another name, or rename or delete "
+            f"it first{lost}"
+        )
+    if changed:
+        raise ValueError(
+            f"`{parameter}`: {_shown(changed)} and was changed after hg.tl.{verb} wrote it; keep it under another name, "
+            "delete it, or choose another name for the result"
+        )
+
+
+def owns_spatial(table: AnnData) -> bool:
+    """Whether ``obsm["spatial"]`` is there and holds the centres that ``hg.tl.predict`` wrote."""
+    mark = table.uns.get(SPATIAL)
+    signature = mark.get("signature") if isinstance(mark, Mapping) else None
+    return mark is not None and "spatial" in table.obsm and is_unchanged(table, "obsm", "spatial", signature)
+
+
+def not_ours(table: AnnData) -> dict[str, list[str]]:
+    """Slot to the keys of a table that no verb wrote, or that were changed since."""
+    results = [key for key, record in table.uns.items() if is_result(record)]
+    found = {}
+    for slot in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
+        known = {name for key in results for name in ours(table, key).get(slot, [])}
+        known |= {*results, *RESERVED} if slot == "uns" else set()
+        known |= {"spatial"} if slot == "obsm" and owns_spatial(table) else set()
+        found[slot] = [str(name) for name in getattr(table, slot) if name not in known]
+    return found
+
+
+def check_case(table: AnnData, parameter: str, slots: Mapping[str, Iterable[str]]) -> None:
+    """Refuse names that differ only in case from what is there, or that the index of a frame has.
+
+    Raises
+    ------
+    ValueError
+        If there is such a name.
+    """
+    for slot, names in slots.items():
+        there = {str(name).lower(): str(name) for name in getattr(table, slot)}
+        index = getattr(table, slot).index.name if slot in ("obs", "var") else None
+        for name in names:
+            other = there.get(name.lower(), name)
+            if other != name and name not in getattr(table, slot):
+                raise ValueError(
+                    f"`{parameter}`: {slot} has {other!r}, which differs from {name!r} only in case, and a store cannot hold "
+                    "both; choose another name, or rename it first"
+                )
+            if index is not None and str(index).lower() == name.lower():
+                raise ValueError(f"`{parameter}`: the index of {slot} is named {index!r}; choose another name")
+
+
+def _without_record(table: AnnData, verb: str, key: str, slots: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Names of a whole prediction whose record ``anndata.concat`` has dropped; none if it is not whole."""
+    if verb != "predict" or not slots.get("layers"):
+        return {}
+    keys = Keys(key, slots["layers"][0])
+    layer, embedding = table.layers.get(keys.layer), table.obsm.get(keys.embedding)
+    proba, annotation = table.obsm.get(keys.proba), table.obs.get(keys.annotation)
+    whole = (
+        getattr(layer, "dtype", None) == np.float32
+        and getattr(embedding, "dtype", None) == np.float32
+        and isinstance(proba, pd.DataFrame)
+        and isinstance(annotation, pd.Series)
+        and set(annotation.dropna().astype(str)) <= set(proba.columns.astype(str))
+        and keys.confidence in table.obs
+    )
+    return keys_of_prediction(keys) if whole else {}
+
+
+def _shown(entries: list[tuple[str, str]]) -> str:
+    first, *others = [f"{slot}[{name!r}]" for slot, name in entries]
+    return f"{first} is there" + (f" (so is {format_list(others)})" if others else "")

@@ -1,0 +1,172 @@
+"""The one writer of results: declared as data, checked beforehand, written whole or not at all.
+
+A verb calls :func:`check_free` before its work and :func:`write_result` after it. What depends on values that change is
+removed, with a warning. An exception while writing, a warning that was made one included, leaves the table as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from .._keys import Keys
+from .ownership import check_free, is_of, ours, signatures_of
+from .signatures import same
+from .stale import remove_derived, same_values, warn_removed
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Result", "check_free", "undone_if_interrupted", "write_result", "write_results", "write_to_all"]
+
+_MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp", "uns")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of a verb writes into a table.
+
+    Attributes
+    ----------
+    verb
+        Name of the verb, as in ``hg.tl``.
+    key
+        ``uns[key]`` gets the record.
+    record
+        Facts of the record; JSON types, arrays and DataFrames only, as zarr stores hold them.
+    slots
+        Slot (``"obs"``, ``"var"``, ``"layers"``, ``"obsm"``, ``"uns"``) to key to value.
+    unrecorded
+        The same, of what is written without being ours for good: spot centres where the table had none.
+    """
+
+    verb: str
+    key: str
+    record: Mapping[str, Any]
+    slots: Mapping[str, Mapping[str, Any]]
+    unrecorded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def write_result(
+    table: AnnData,
+    verb: str,
+    key: str,
+    *,
+    params: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    **slots: Mapping[str, Any],
+) -> None:
+    """Write all results of a verb at once, or, if that is interrupted, none.
+
+    ``uns[key]`` gets ``verb``, ``params``, ``written`` (slot to keys), ``signatures`` of the values, and the ``facts``.
+    What an earlier run of the verb wrote under the same key and this one does not is removed; so is, with a warning, what
+    was computed from values that change.
+
+    Parameters
+    ----------
+    table
+        The table.
+    verb, key
+        As for :func:`check_free`.
+    params
+        Arguments of the call; ``None`` values are left out.
+    facts
+        Further entries of ``uns[key]``.
+    **slots
+        Slot to key to value.
+    """
+    write_results([(table, _result(verb, key, params, facts, slots))], stacklevel=3)
+
+
+def write_to_all(
+    tables: Sequence[AnnData], verb: str, key: str, *, params: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write one record into several tables, into all or none; parameters as for :func:`write_result`."""
+    write_results([(table, _result(verb, key, params, facts, {})) for table in tables], stacklevel=3)
+
+
+def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2) -> None:
+    """Write results into tables, into all or none."""
+    removed: list[str] = []
+    with ExitStack() as undo:
+        for table, result in results:
+            if table.is_view:
+                table._init_as_actual(table.copy())
+            undo.enter_context(undone_if_interrupted(table))
+            removed += _write(table, result)
+        # Within: a warning may have been made an exception.
+        warn_removed(removed, stacklevel=stacklevel + 1)
+
+
+@contextmanager
+def undone_if_interrupted(table: AnnData) -> Iterator[None]:
+    """Put every slot back as it was if the block does not come to its end, by Ctrl-C too."""
+    mappings = {name: dict(getattr(table, name)) for name in _MAPPINGS}
+    frames = {name: getattr(table, name).copy() for name in ("obs", "var")}
+    try:
+        yield
+    except BaseException:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _restore(table, mappings, frames)
+        raise
+
+
+def _restore(table: AnnData, mappings: Mapping[str, dict], frames: Mapping[str, pd.DataFrame]) -> None:
+    for name, frame in frames.items():
+        setattr(table, name, frame)
+    for name, before in mappings.items():
+        slot = getattr(table, name)
+        for key in [key for key in slot if key not in before]:
+            del slot[key]
+        for key, value in before.items():
+            if key not in slot or slot[key] is not value:
+                slot[key] = value
+
+
+def _result(verb: str, key: str, params: Mapping, facts: Mapping | None, slots: Mapping) -> Result:
+    given = {name: value for name, value in params.items() if value is not None}
+    return Result(verb, key, {"verb": verb, "params": given, **(facts or {})}, slots)
+
+
+def _write(table: AnnData, result: Result) -> list[str]:
+    """Write one result; return the keys of the results that were removed."""
+    before = table.uns.get(result.key)
+    old = ours(table, result.key) if is_of(result.verb, before) else {}
+    removed = remove_derived(table, _changed(table, result, old, before), but=result.key)
+    for slot, names in old.items():
+        for name in names:
+            if name in getattr(table, slot) and name not in result.slots.get(slot, {}):
+                del getattr(table, slot)[name]
+    for slots in (result.slots, result.unrecorded):
+        for slot, values in slots.items():
+            for name, value in values.items():
+                getattr(table, slot)[name] = value
+    written = {slot: list(values) for slot, values in result.slots.items() if values}
+    table.uns[result.key] = {**result.record, "written": written, "signatures": signatures_of(table, written)}
+    return removed
+
+
+def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], before: Any) -> set[str]:
+    """Names of layers, columns of ``obs`` and results that will hold something else."""
+    changed = set()
+    for slot in ("layers", "obs"):
+        values, there = result.slots.get(slot, {}), getattr(table, slot)
+        names = dict.fromkeys([*values, *old.get(slot, [])])
+        changed |= {n for n in names if n not in values or n not in there or not _same(slot, there[n], values[n])}
+    if result.verb == "predict":
+        labels = Keys(result.key).annotation
+        # Other facts, the versions of packages among them, change no value.
+        return changed | ({result.key, labels} if changed & {*result.slots["layers"], labels} else set())
+    facts = result.record.keys() - {"verb", "params"}
+    is_other = isinstance(before, Mapping) and any(not same(before.get(n), result.record[n]) for n in facts)
+    return changed | ({result.key} if is_other else set())
+
+
+def _same(slot: str, before: Any, after: Any) -> bool:
+    return same_values(before, after) if slot == "layers" else same(pd.Series(before), pd.Series(after))

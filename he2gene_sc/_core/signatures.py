@@ -1,0 +1,136 @@
+"""Short digests of what was written, to see later whether somebody has changed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+#: Values of a matrix that are read at a time.
+_BLOCK = 1 << 22
+#: A larger matrix is judged by a sample of its rows.
+_MOST = 1 << 26
+#: Axes of a table that a slot is aligned to.
+_AXES = {"obs": ("obs",), "obsm": ("obs",), "var": ("var",), "varm": ("var",), "layers": ("obs", "var")}
+
+
+def of_slot(table: AnnData, slot: str, name: str) -> str:
+    """Digest of one entry of a table, and of the names that it is aligned to: ``"<names>:<values>"``."""
+    names = [getattr(table, f"{axis}_names") for axis in _AXES[slot]]
+    return f"{_digest(*names)}:{_digest(getattr(table, slot)[name])}"
+
+
+def is_unchanged(table: AnnData, slot: str, name: str, signature: str | None) -> bool:
+    """Whether an entry holds what was written, as far as can be said.
+
+    In a subset, a concatenation or a reordered table the names differ: nothing can be said, and the entry counts as
+    unchanged. So it does without a signature.
+    """
+    if not signature or slot not in _AXES:
+        return True
+    names, _, _ = signature.partition(":")
+    found = of_slot(table, slot, name)
+    return not found.startswith(f"{names}:") or found == signature
+
+
+def of_element(element: Any) -> str:
+    """Digest of labels or shapes: ``"<shape>:<values>"``."""
+    if isinstance(element, pd.DataFrame):
+        content = [element.index, element.geometry.to_wkb().to_numpy()]
+        content += [element["radius"]] if "radius" in element else []
+    else:
+        element = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
+        content = [element]
+    return f"{_shape(element)}:{_digest(*content)}"
+
+
+def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: str) -> bool:
+    """Whether labels or shapes are what was written; of another size they are not, and are not read."""
+    element = getattr(sdata, kind)[name]
+    element = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
+    return signature.startswith(f"{_shape(element)}:") and of_element(element) == signature
+
+
+def signature(value: Any) -> str:
+    """Digest of a value alone."""
+    return _digest(value)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal, through a zarr store too: a list is an array there, and whole numbers are numbers."""
+    return _digest(a) == _digest(b)
+
+
+def _shape(element: Any) -> str:
+    return "x".join(map(str, element.shape))
+
+
+def _digest(*values: Any) -> str:
+    digest = blake2b(digest_size=8)
+    for value in values:
+        _update(digest, value)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            digest.update(f"{key}\0".encode())
+            _update(digest, value[key])
+    elif isinstance(value, pd.DataFrame):
+        for column in value.columns:
+            digest.update(f"{column}\0".encode())
+            _update(digest, value[column])
+    elif isinstance(value, pd.Series | pd.Index | pd.Categorical):
+        numeric = (
+            not isinstance(value, pd.Categorical) and isinstance(value.dtype, np.dtype) and value.dtype.kind in "fiub"
+        )
+        _update_array(digest, np.asarray(value, float)) if numeric else _update_texts(digest, value)
+    elif hasattr(value, "shape") and len(value.shape) and getattr(value.dtype, "kind", "O") in "fiub":
+        _update_array(digest, value)
+    elif isinstance(value, list | tuple):
+        _update(digest, _as_array(value))
+    elif isinstance(value, np.ndarray) and value.ndim:
+        _update_texts(digest, value.ravel())
+    elif isinstance(value, bool | int | float | np.number | np.bool_):
+        _update_array(digest, np.array([value], float))
+    else:
+        digest.update(f"{value}\0".encode())
+
+
+def _as_array(values: list | tuple) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists of several lengths
+        return np.asarray([repr(value) for value in values])
+
+
+def _update_texts(digest: Any, values: Any) -> None:
+    objects = np.asarray(values, object)
+    missing = pd.isna(objects)
+    texts = ["\1" if gone else str(value) for value, gone in zip(objects.tolist(), missing.tolist(), strict=True)]
+    digest.update("\0".join(texts).encode("utf-8", "surrogatepass"))
+
+
+def _update_array(digest: Any, array: Any) -> None:
+    """Values in single precision, block by block: numpy, sparse, dask or on disk."""
+    digest.update(repr(tuple(int(n) for n in array.shape)).encode())
+    width = int(np.prod(array.shape[1:])) or 1
+    rows = np.arange(array.shape[0])
+    if len(rows) * width > _MOST:
+        rows = np.unique(np.linspace(0, len(rows) - 1, max(1, _MOST // width)).astype(int))
+    step = max(1, _BLOCK // width)
+    for start in range(0, len(rows), step):
+        chosen = rows[start : start + step]
+        block = array[chosen[0] : chosen[-1] + 1] if len(rows) == array.shape[0] else array[chosen]
+        block = block.toarray() if hasattr(block, "toarray") else np.asarray(block)
+        block = block.astype(np.float32) + np.float32(0)  # no zero below zero
+        block[np.isnan(block)] = np.nan  # every NaN alike
+        digest.update(np.ascontiguousarray(block).tobytes())
