@@ -62,21 +62,17 @@ def predict(
     """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first."""
     from . import io, pp, tl
     from ._core.mpp import stored_mpp
-    from .io._save import check_target, is_store
+    from .io._open import open_store
+    from .io._save import check_target
 
     if not path.exists():
         raise ValueError(f"PATH {str(path)!r}: nothing there")
     in_store = path.is_dir()
-    if in_store and not is_store(path):
-        raise ValueError(f"PATH {str(path)!r} is no SpatialData zarr store")
+    sdata = open_store(path) if in_store else None
     out = out if out is not None or in_store else path.with_suffix(".zarr")
     if out is not None:
         check_target(out.expanduser().resolve(), overwrite=overwrite or (in_store and out.resolve() == path.resolve()))
-    if in_store:
-        import spatialdata as sd
-
-        sdata = sd.read_zarr(path)
-    else:
+    if sdata is None:
         sdata = io.read_he(path, mpp=mpp)
         if stored_mpp(sdata, "he") is None:
             raise ValueError(
@@ -181,6 +177,7 @@ def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:
 
 def _stores(data: dict, config: Path) -> Iterable[SpatialData]:
     """SpatialData stores that a training file lists, checked at once and read one by one."""
+    from .io._open import open_store
     from .io._save import is_store
 
     stores = data["stores"]
@@ -192,10 +189,8 @@ def _stores(data: dict, config: Path) -> Iterable[SpatialData]:
         raise ValueError(f"{config.name}: `stores` {absent} are no SpatialData stores")
 
     def read() -> Iterable[SpatialData]:
-        import spatialdata as sd
-
         for path in paths:
-            yield sd.read_zarr(path)
+            yield open_store(path, "`stores`")
 
     return read()
 
@@ -265,14 +260,10 @@ def evaluate(
     table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
 ) -> None:
     """Compare a prediction with what was measured, beside baselines; print the summary. The store stays as it is."""
-    import spatialdata as sd
-
     from . import get, tl
     from ._evaluation_report import lines
-    from .io._save import is_store
+    from .io._open import open_store
 
-    if not path.is_dir() or not is_store(path):
-        raise ValueError(f"PATH {str(path)!r} is no SpatialData zarr store")
     if out is not None and out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
     if out is not None and not out.resolve().parent.is_dir():
@@ -280,7 +271,7 @@ def evaluate(
     named = [name.strip() for text in genes for name in text.split(",") if name.strip()]
     if genes and not named:
         raise ValueError(f"--genes {genes} names no gene")
-    sdata = sd.read_zarr(path)
+    sdata = open_store(path)
     tl.evaluate(
         sdata,
         layer=layer,

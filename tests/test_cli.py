@@ -142,7 +142,7 @@ def test_evaluate_judges_the_layer_prediction_and_genes_that_are_named(run, main
 
 
 def test_evaluate_refuses_what_is_no_store_or_was_not_predicted(main, store, tmp_path):
-    assert "is no SpatialData zarr store" in main("evaluate", tmp_path)[2]
+    assert "is not a SpatialData zarr store" in main("evaluate", tmp_path)[2]
     assert "is a folder; name a CSV file" in main("evaluate", store, "--out", tmp_path)[2]
     assert "there is no folder" in main("evaluate", store, "--out", tmp_path / "no" / "genes.csv")[2]
     assert "holds no prediction 'he2gene'; run hg.tl.predict first" in main("evaluate", store)[2]
@@ -332,7 +332,7 @@ def test_predict_on_an_image_does_not_replace_a_store_beside_it(toy, tmp_path, c
     assert sd.read_zarr(tmp_path / "slide.zarr")["table"].n_obs == toy["table"].n_obs
 
 
-@pytest.mark.parametrize(("name", "said"), [("slide.png", "give --mpp"), ("folder", "is no SpatialData zarr store")])
+@pytest.mark.parametrize(("name", "said"), [("slide.png", "give --mpp"), ("folder", "is not a SpatialData zarr store")])
 def test_what_cannot_be_predicted_is_refused_first(toy, tmp_path, capsys, monkeypatch, name, said):
     (tmp_path / "folder").mkdir()
     Image.fromarray(np.asarray(toy["he"]).transpose(1, 2, 0)).save(tmp_path / "slide.png")
@@ -340,3 +340,32 @@ def test_what_cannot_be_predicted_is_refused_first(toy, tmp_path, capsys, monkey
     with pytest.raises(SystemExit):
         cli.main()
     assert said in capsys.readouterr().err
+
+
+def _overwrite(store, pattern, content=b"\x00damaged"):
+    found = sorted(path for path in store.glob(pattern) if path.is_file())
+    assert found
+    for path in found:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("zarr.json", "metadata cannot be read"),
+        ("images/he/**/zarr.json", "images"),
+        ("images/he/**/c/**/*", "images"),
+        ("shapes/spots/*.parquet", "shapes"),
+        ("tables/table/X/**/zarr.json", "tables"),
+        ("tables/table/obs/**/c/*", "tables"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_damaged_store_is_named_before_any_work(store, main, monkeypatch, command, pattern, named):
+    monkeypatch.setattr("he2gene_sc.tl._predict._predict_slide", pytest.fail)
+    _overwrite(store, pattern)
+    code, _, error = main(command, store)
+    assert code == 1
+    assert "Traceback" not in error
+    assert f"PATH '{store}' is damaged" in error
+    assert named in error

@@ -180,7 +180,7 @@ def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
         there, here = getattr(before, slot), getattr(table, slot)
         gone = {name for written in dropped.values() for name in written.get(slot, [])}
         gone |= set(dropped) if slot == "uns" else set()
-        for key in [key for key in there if key not in here and key not in gone]:
+        for key in [key for key in there if key is not None and key not in here and key not in gone]:
             here[key] = there[key]
     if "obs" not in changed and "spatial" in before.obsm and not owns_spatial(before):
         table.obsm["spatial"] = before.obsm["spatial"]

@@ -152,7 +152,7 @@ def not_ours(table: AnnData) -> dict[str, list[str]]:
         known = {name for key in results for name in ours(table, key).get(slot, [])}
         known |= {*results, *RESERVED} if slot == "uns" else set()
         known |= {"spatial"} if slot == "obsm" and owns_spatial(table) else set()
-        found[slot] = [str(name) for name in getattr(table, slot) if name not in known]
+        found[slot] = [str(n) for n in getattr(table, slot) if n is not None and n not in known]
     return found
 
 
@@ -165,7 +165,7 @@ def check_case(table: AnnData, parameter: str, slots: Mapping[str, Iterable[str]
         If there is such a name.
     """
     for slot, names in slots.items():
-        there = {str(name).lower(): str(name) for name in getattr(table, slot)}
+        there = {str(name).lower(): str(name) for name in getattr(table, slot) if name is not None}
         index = getattr(table, slot).index.name if slot in ("obs", "var") else None
         for name in names:
             other = there.get(name.lower(), name)

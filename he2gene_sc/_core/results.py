@@ -106,7 +106,11 @@ def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2
 @contextmanager
 def undone_if_interrupted(table: AnnData) -> Iterator[None]:
     """Put every slot back as it was if the block does not come to its end, by Ctrl-C too."""
-    mappings = {name: dict(getattr(table, name)) for name in _MAPPINGS}
+    # From anndata 0.13 on, X is among the layers, as None.
+    mappings = {
+        name: {key: slot[key] for key in slot if key is not None}
+        for name, slot in ((name, getattr(table, name)) for name in _MAPPINGS)
+    }
     frames = {name: getattr(table, name).copy() for name in ("obs", "var")}
     try:
         yield
@@ -122,7 +126,7 @@ def _restore(table: AnnData, mappings: Mapping[str, dict], frames: Mapping[str, 
         setattr(table, name, frame)
     for name, before in mappings.items():
         slot = getattr(table, name)
-        for key in [key for key in slot if key not in before]:
+        for key in [key for key in slot if key is not None and key not in before]:
             del slot[key]
         for key, value in before.items():
             if key not in slot or slot[key] is not value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -161,6 +161,7 @@ def domain_preservation(
         measured_scale=measured_scale,
         has_measured=has_measured,
     )
+    _check_varies(where, {"layer": predicted, "measured": counted})
     xy = spots_of(table)
     inputs.check_not_twice(where, xy, predicted if counted is None else counted, sample_key)
     spaces = {"predicted": predicted, "measured": counted, "mean colour": inputs.mean_colour(sdata, table, layer)}
@@ -203,6 +204,25 @@ def domain_preservation(
         obs=columns,
         uns=colours,
     )
+
+
+def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -> None:
+    """Refuse a section whose spots all have the same expression, before any is clustered."""
+    for parameter, values in given.items():
+        for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
+            block = None if values is None else values[rows]
+            if block is None or not (known := np.isfinite(block).all(axis=1)).any():
+                continue
+            if known.sum() > 1 and not np.ptp(block[known], axis=0).any():
+                what = (
+                    "has no counts of the chosen genes"
+                    if not block[known].any()
+                    else "has the same values at all spots"
+                )
+                raise ValueError(
+                    f"`{parameter}`: section {section!r} {what}, so there is nothing to cluster; leave the section out, or "
+                    "name a layer that was measured there"
+                )
 
 
 def _check(n_domains, n_seeds, n_perms, clustering, key_added) -> None:

@@ -118,7 +118,8 @@ def predict(
     Raises
     ------
     ValueError
-        If an argument or the object does not fit; nothing has been changed then.
+        If an argument or the object does not fit, or if a key that would be written is there and was not written by an
+        earlier prediction under ``key_added``, or was changed since; nothing has been encoded or changed then.
 
     Notes
     -----

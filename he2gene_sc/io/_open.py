@@ -1,0 +1,77 @@
+"""Read a SpatialData store for the command line: what is damaged is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._save import is_store
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+
+def open_store(path: Path, parameter: str = "PATH") -> SpatialData:
+    """Read a store.
+
+    Raises
+    ------
+    ValueError
+        If it is not a SpatialData store.
+    OSError
+        If it is damaged; the message names the elements that cannot be read.
+    """
+    import spatialdata as sd
+
+    if not path.is_dir() or not _is_store(path, parameter):
+        raise ValueError(f"{parameter} {str(path)!r} is not a SpatialData zarr store")
+    try:
+        sdata = sd.read_zarr(path)
+        _read_a_pixel(sdata)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever zarr, parquet or a codec makes of damaged bytes
+        raise OSError(
+            f"{parameter} {str(path)!r} is damaged{_damaged(path)}: {type(error).__name__}: {_first_line(error)}. Restore it "
+            "from a copy, or delete the damaged element"
+        ) from error
+    return sdata
+
+
+def _is_store(path: Path, parameter: str) -> bool:
+    try:
+        return is_store(path)
+    except (ValueError, OSError) as error:  # text that is not JSON, or not text
+        raise OSError(
+            f"{parameter} {str(path)!r} is damaged: its metadata cannot be read: {_first_line(error)}"
+        ) from error
+
+
+def _read_a_pixel(sdata: SpatialData) -> None:
+    """Read one pixel of each image, which is not read otherwise: its codec is there, its first chunk is whole."""
+    for element in (*sdata.images.values(), *sdata.labels.values()):
+        array = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
+        array[(slice(0, 1),) * array.ndim].compute()
+
+
+def _damaged(path: Path) -> str:
+    """Name the kinds of elements that cannot be read alone."""
+    import warnings
+
+    import spatialdata as sd
+
+    found = []
+    for kind in ("images", "labels", "points", "shapes", "tables"):
+        if not (path / kind).is_dir():
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _read_a_pixel(sd.read_zarr(path, selection=(kind,)))
+        except Exception:  # noqa: BLE001 - it is one of those that are looked for
+            found.append(kind)
+    return f" ({', '.join(found)} cannot be read)" if found else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]
