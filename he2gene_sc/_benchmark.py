@@ -254,7 +254,7 @@ def _read(
 
 def _baselines(fold: _Fold) -> dict[str, list[Prediction | None]]:
     """Predict by what needs no model, each fitted on the training sections of the fold alone."""
-    from .models._network import N_COLOUR
+    from .models._embedding import N_COLOUR
 
     n_colour = N_COLOUR * len(WINDOWS_UM)
     return {

@@ -58,6 +58,10 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another store at OUT.")] = False,
     pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
+    allow_encoder_source: Annotated[
+        bool,
+        typer.Option("--allow-encoder-source", help="Let the card of MODEL name a repository or folder of its encoder."),
+    ] = False,
 ) -> None:
     """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first."""
     from . import io, pp, tl
@@ -82,7 +86,7 @@ def predict(
         pp.grid(sdata, pitch_um=pitch_um)
     tl.predict(
         sdata,
-        model=model,
+        model=models.load(model, allow_encoder_source=allow_encoder_source),
         image_key=image_key,
         shapes_key=shapes_key,
         table_key=table_key,

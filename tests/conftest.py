@@ -67,9 +67,9 @@ def tiny_model():
 
     import he2gene_sc as hg
     from he2gene_sc.models import EncoderSpec, HE2Gene, ModelCard
-    from he2gene_sc.models._embedding import ALONE
+    from he2gene_sc.models._embedding import ALONE, N_COLOUR
     from he2gene_sc.models._encoders import encoder_sha256
-    from he2gene_sc.models._network import N_COLOUR, FeatureExtractor, Network
+    from he2gene_sc.models._network import FeatureExtractor, Network
 
     generator = torch.Generator().manual_seed(0)
     encoder = torch.nn.Sequential(

@@ -139,7 +139,7 @@ def test_transformers_entries_pool_as_their_cards_say(monkeypatch, name, reposit
 
     fake_transformers(monkeypatch, from_pretrained)
     encoder, spec = load_encoder(name)
-    assert asked == [(repository, {"trust_remote_code": False})]
+    assert asked == [(repository, {"trust_remote_code": False, "use_safetensors": True})]
     assert spec.repository == repository
     with torch.inference_mode():
         found = encoder(torch.zeros(2, 3, 224, 224))

@@ -98,3 +98,14 @@ def test_a_hub_that_refuses_says_what_to_do(monkeypatch, error, kind, message):
 def test_an_unknown_name_mentions_the_hub():
     with pytest.raises(ValueError, match="hf://owner/name"):
         hg.models.load("no-such-model")
+
+
+def test_a_model_without_a_revision_says_which_commit_was_taken_and_keeps_it(hub, caplog):
+    model = hg.models.load("hf://a/b")
+    assert model.source == "hf://a/b@0123abcd"
+    assert "took 'hf://a/b@0123abcd'" in caplog.text
+
+
+def test_a_model_with_a_revision_keeps_the_commit_and_says_nothing(hub, caplog):
+    assert hg.models.load("hf://a/b@v1").source == "hf://a/b@0123abcd"
+    assert not caplog.records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .._keys import check_class_names
@@ -32,7 +32,8 @@ class ModelCard:
         One paragraph for people.
     encoder
         ``name``, ``license``, ``sha256`` of the weights, ``input_px``; ``mean`` and ``std`` of the channels where
-        they are not those of the registry; ``stages`` whose maps are averaged, where it is not its own output; of a network of
+        they are not those of the registry; ``stages`` whose maps are averaged, where it is not its own output; ``mpp``
+        that it was trained at, where that is known; ``interpolation``, where it is not bilinear; of a network of
         somebody's own, ``output``, what it makes of a patch of noise.
     windows_um
         Sides of the windows around a spot, µm.
@@ -113,20 +114,20 @@ class ModelCard:
         Raises
         ------
         ValueError
-            If the text is not JSON, fields are missing, or the schema is newer than this package.
+            If the text is not JSON, the schema is newer than this package, or a field is missing, unknown or of another
+            type. The message names the file and the field.
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"`model`: {where} is not valid JSON ({error}); the folder is damaged") from error
-        if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
-            raise ValueError(f"`model`: {where} states no `schema_version`; it is no he2gene_sc model card")
+        if not isinstance(data, dict) or type(data.get("schema_version")) is not int:
+            raise ValueError(f"`model`: {where} states no `schema_version`; it is not a he2gene_sc model card")
         if data["schema_version"] > SCHEMA_VERSION:
             raise ValueError(
                 f"`model`: {where} has schema version {data['schema_version']}, this he2gene_sc reads up to "
                 f"{SCHEMA_VERSION}; upgrade with `pip install -U he2gene_sc`"
             )
-        names = {f.name for f in fields(cls)}
         if data["schema_version"] not in _READABLE:
             raise ValueError(
                 f"`model`: {where} has schema version {data['schema_version']}, of he2gene_sc 0.1, whose features are no "
@@ -134,10 +135,13 @@ class ModelCard:
             )
         if data["schema_version"] < SCHEMA_VERSION:
             data |= {"intervals": None, "guard": None, "schema_version": SCHEMA_VERSION}
-        missing = sorted(names - data.keys())
-        if missing:
-            raise ValueError(f"`model`: {where} lacks {missing}; the folder is damaged")
-        return cls(**{key: value for key, value in data.items() if key in names})
+        from ._schema import check_card
+
+        check_card(data, where)
+        try:
+            return cls(**data)
+        except ValueError as error:
+            raise ValueError(f"`model`: {where}: {error}") from error
 
     def to_markdown(self) -> str:
         """Return the card for people, ``README.md`` of the folder."""

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+#: Colour statistics of a window: mean, SD and covariances of the optical density of three channels.
+N_COLOUR = 9
+
 #: Arrays of a :class:`Basis` among the tensors of a model.
 TENSORS = ("latent.mean", "latent.scale", "latent.projection", "latent.mixing")
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._hub import quick_offline
+from ._local import PREFIX, spec_of
 from ._registry import ENCODERS, EncoderSpec
 
 if TYPE_CHECKING:
@@ -20,21 +22,26 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 def load_encoder(
-    encoder: str | tuple[torch.nn.Module, EncoderSpec],
+    encoder: str | Path | tuple[torch.nn.Module, EncoderSpec],
     *,
     pretrained: bool = True,
+    weights: str | Path | None = None,
 ) -> tuple[torch.nn.Module, EncoderSpec]:
     """Build an encoder with its weights, in evaluation mode on the CPU, float32.
 
     Parameters
     ----------
     encoder
-        A name in :data:`ENCODERS`; any timm name, ``"hf-hub:owner/name@revision"`` among them; or a network of your
-        own with what has to be known of it, ``(module, EncoderSpec("my-encoder", input_px=224))``. The network is
-        copied: yours stays on its device and in its mode.
+        A name in :data:`ENCODERS`; any timm name, ``"hf-hub:owner/name@revision"`` among them; a folder as timm saves it
+        (``config.json`` beside the weights), by its path or as ``"local-dir:FOLDER"``; or a network of your own with what
+        has to be known of it, ``(module, EncoderSpec("my-encoder", input_px=224))``. The network is copied: yours stays
+        on its device and in its mode.
     pretrained
         Whether its weights are read. Without, the architecture alone is built, of which a repository on the hub still
         has to tell.
+    weights
+        Weights on this machine for an encoder that is named: a ``.safetensors`` file, a ``state_dict`` that PyTorch
+        saved, or a folder that holds one of them. Nothing is fetched, and only tensors are read.
 
     Returns
     -------
@@ -46,8 +53,8 @@ def load_encoder(
     Raises
     ------
     ValueError
-        If neither the registry nor timm knows the name, or a network of your own does not map an image of
-        ``input_px`` × ``input_px`` pixels to one vector of finite numbers.
+        If neither the registry nor timm knows the name, weights on this machine cannot be read or do not fit, or a
+        network of your own does not map an image of ``input_px`` × ``input_px`` pixels to one vector of finite numbers.
     RuntimeError
         If the weights are not on this machine and cannot be fetched; the message says how to get them.
 
@@ -58,49 +65,117 @@ def load_encoder(
     >>> spec.license, spec.n_features
     ('Apache-2.0', 1280)
     """
-    import timm
-
+    from ._local import load_folder, local_path
     from ._own import check_output, check_own
 
-    if not isinstance(encoder, str):
-        return check_own(encoder)
-    name = encoder
-    spec = ENCODERS.get(name)
-    from_hub = name.startswith(_HUB_PREFIXES)
-    if spec is None and not from_hub and not timm.is_model(name.split(":", 1)[-1].split("/")[-1].split(".")[0]):
-        raise ValueError(f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)} or any name of timm.list_models()")
+    folder = local_path(encoder)
+    if folder is not None or not isinstance(encoder, str):
+        if weights is not None:
+            raise ValueError("`weights` are for an encoder that is named; this `encoder` brings its own")
+        if folder is None:
+            return check_own(encoder)
+        network, spec = load_folder(folder)
+        check_output(network, spec)
+        return network, spec
+    spec = ENCODERS.get(encoder)
+    if spec is None and not encoder.startswith(_HUB_PREFIXES):
+        _check_timm_name(encoder)
+    if weights is not None:
+        return _with_weights(spec or EncoderSpec(encoder, encoder), Path(weights).expanduser(), known=spec is not None)
     if spec is not None and (spec.weights or spec.package):
-        network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
-        if pretrained:
-            network.load_state_dict(_read_weights(_WEIGHTS / spec.weights) if spec.weights else _read_package(spec))
-        return network.eval(), spec
-    wanted = spec or EncoderSpec(name, name)
+        return _bundled(spec, pretrained), spec
+    wanted = spec or EncoderSpec(encoder, encoder)
     if wanted.transformers_name:
-        _need_transformers(name)
+        _need_transformers(encoder)
     try:
-        network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
+        with quick_offline():
+            network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
     except Exception as error:  # timm, transformers, the hub client and its transport each raise their own types
         raise RuntimeError(_how_to_get(wanted, error)) from error
     network = network.float().eval()
     if spec is None:
-        spec = _spec_from_timm(name, network)
+        spec = spec_of(encoder, network.pretrained_cfg, encoder)
         check_output(network, spec)
     return network, spec
 
 
+def has_source(name: str) -> bool:
+    """Whether an encoder's name says where to fetch or read it from, instead of naming one that is known."""
+    return name not in ENCODERS and (name.startswith((*_HUB_PREFIXES, PREFIX)) or any(c in name for c in ":/\\"))
+
+
+def _check_timm_name(name: str) -> None:
+    import timm
+
+    if has_source(name) or not timm.is_model(name.split(".")[0]):
+        raise ValueError(
+            f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
+            "folder as timm saves it"
+        )
+
+
+def _bundled(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
+    """Build an encoder whose weights a package holds."""
+    import timm
+
+    network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
+    if pretrained:
+        network.load_state_dict(_read_weights(_WEIGHTS / spec.weights) if spec.weights else _read_package(spec))
+    return network.eval()
+
+
+def _with_weights(spec: EncoderSpec, path: Path, *, known: bool) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Build an encoder by its name, with weights that lie on this machine."""
+    from ._own import check_output
+
+    if spec.transformers_name:
+        _need_transformers(spec.name)
+        if not path.is_dir():
+            raise ValueError(
+                f"`weights` of encoder {spec.name!r} are {str(path)!r}; a folder with the config.json and "
+                f"model.safetensors of {spec.transformers_name} is needed"
+            )
+        try:
+            network = _from_transformers(spec, True, path)
+        except Exception as error:  # transformers raises its own types
+            raise ValueError(f"`weights` {str(path)!r} cannot be loaded as encoder {spec.name!r} ({error})") from error
+    elif spec.name.startswith(_HUB_PREFIXES):
+        raise ValueError(
+            f"`weights`: only the repository of {spec.name!r} says which network it is; load its folder, "
+            "`hg.models.load_encoder('local-dir:FOLDER')`"
+        )
+    else:
+        network = _from_timm(spec, False, path)
+    network = network.float().eval()
+    spec = spec if known else spec_of(spec.name, network.pretrained_cfg, spec.name)
+    check_output(network, spec)
+    return network, spec
+
+
 def encoder_of(
-    card: ModelCard, given: tuple[torch.nn.Module, EncoderSpec] | None, *, pretrained: bool = True
+    card: ModelCard,
+    given: tuple[torch.nn.Module, EncoderSpec] | None,
+    *,
+    pretrained: bool = True,
+    allow_source: bool = False,
 ) -> tuple[torch.nn.Module, EncoderSpec]:
     """Return the encoder of a model: the one given, else the one its card names.
 
     Raises
     ------
     ValueError
-        If the one given takes another input than the card says.
+        If the card names a repository or a folder and the user has not agreed; or the encoder that is given takes another
+        input than the card says.
     RuntimeError
         If the card names neither an entry nor a timm network and none is given, or its weights cannot be had.
     """
     name = card.encoder["name"]
+    if given is None and has_source(name) and not allow_source:
+        raise ValueError(
+            f"`model` {card.name!r} asks for encoder {name!r}, which is neither of he2gene_sc nor of timm. A model folder "
+            "may not decide what is fetched or read. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or "
+            "give the encoder: `hg.models.load(path, encoder='local-dir:FOLDER')`"
+        )
     try:
         network, spec = load_encoder(name if given is None else given, pretrained=pretrained)
     except ValueError as error:
@@ -123,17 +198,23 @@ def encoder_of(
     return network, spec
 
 
-def _from_timm(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
+def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None) -> torch.nn.Module:
     import timm
     import torch
 
+    from ._local import load_weights
     from ._tokens import Tokens
 
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
     options = {
         key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
     }
-    network = timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, **options)
+    name = spec.timm_name
+    if weights is not None and spec.architecture:
+        name, options = spec.architecture, {**spec.architecture_options, **options}
+    network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    if weights is not None:
+        load_weights(network, weights)
     return network if spec.pooling == "network" else Tokens(network, spec.pooling, network.num_prefix_tokens)
 
 
@@ -146,16 +227,18 @@ def _need_transformers(name: str) -> None:
         ) from error
 
 
-def _from_transformers(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
+def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None = None) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModel
 
     from ._tokens import Tokens
 
-    # Code from a repository is never run: both architectures are part of transformers. Neither has registers.
+    source = spec.transformers_name if folder is None else str(folder)
+    # Code from a repository is never run, nor is anything unpickled: both architectures are part of transformers. Neither
+    # has registers.
     if pretrained:
-        network = AutoModel.from_pretrained(spec.transformers_name, trust_remote_code=False)
+        network = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
     else:
-        config = AutoConfig.from_pretrained(spec.transformers_name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         network = AutoModel.from_config(config, trust_remote_code=False)
     return Tokens(network, spec.pooling, 1)
 
@@ -194,20 +277,6 @@ def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
         f"the weights of encoder {spec.name!r} "
         f"{'are not on this machine and could not be fetched' if fetched else 'could not be loaded'} "
         f"({reason[0] if reason else type(error).__name__}). {' '.join(steps)}"
-    )
-
-
-def _spec_from_timm(name: str, encoder: torch.nn.Module) -> EncoderSpec:
-    config = encoder.pretrained_cfg
-    return EncoderSpec(
-        name=name,
-        timm_name=name,
-        license=str(config.get("license") or "unknown"),
-        gated=False,
-        input_px=int(config["input_size"][-1]),
-        mpp=None,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
     )
 
 

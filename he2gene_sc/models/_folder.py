@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ._card import ModelCard
-from ._embedding import TENSORS as LATENT
+from ._encoders import load_encoder
+from ._gene_table import COLUMNS, FIGURES, read_genes
 from ._hub import fetch_folder, is_address
 from ._model import HE2Gene
+from ._tensors import check_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +30,6 @@ _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensor
 #: Tries of exchanging two folders where several processes write the same model.
 _TRIES = 20
 _FILES = (_CARD, _GENES, _WEIGHTS, _README)
-_COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
-#: Columns of ``genes.csv`` that not every model has.
-_FIGURES = ["pcc_high", "pcc_patient_low", "pcc_new_patient", "ceiling"]
-_TENSORS = ("genes.weight", "genes.bias")
 
 #: Models inside the package.
 BUNDLED: tuple[str, ...] = ("breast-her2st",)
@@ -41,7 +38,8 @@ BUNDLED: tuple[str, ...] = ("breast-her2st",)
 def load(
     model: str | Path | HE2Gene = "breast-her2st",
     *,
-    encoder: tuple[torch.nn.Module, EncoderSpec] | None = None,
+    encoder: str | Path | tuple[torch.nn.Module, EncoderSpec] | None = None,
+    allow_encoder_source: bool = False,
 ) -> HE2Gene:
     """Load a model by name, from its folder or from the Hugging Face hub.
 
@@ -49,11 +47,15 @@ def load(
     ----------
     model
         Name of a bundled model; the path of a model folder; or ``"hf://owner/name@revision"``, whose four files are
-        fetched into the hub's cache (the revision, a branch, tag or commit, may be left out). A model that is loaded
-        already is returned.
+        fetched into the hub's cache. The revision, a branch, tag or commit, may be left out: the log then says which
+        commit was taken, and :attr:`HE2Gene.source` keeps it. A model that is loaded already is returned.
     encoder
         The network that the model was trained on and its specification, where it was one of your own; or weights that
-        you have at hand for any other. Default: the encoder that the card names.
+        you have at hand for any other: whatever :func:`load_encoder` takes or returns. Default: the encoder that the card
+        names.
+    allow_encoder_source
+        Whether the card may name a repository or a folder (``hf-hub:``, ``local-dir:``) that its encoder is taken from.
+        Otherwise it may name encoders of :data:`ENCODERS` and of timm alone.
 
     Returns
     -------
@@ -63,8 +65,8 @@ def load(
     Raises
     ------
     ValueError
-        If the name is unknown, or the folder is incomplete, truncated, altered or of a newer schema; or there is no
-        such repository or revision on the hub.
+        If the name is unknown, or the folder is incomplete, truncated, altered, damaged or of a newer schema: the message
+        names the file and the field; or there is no such repository or revision on the hub.
     RuntimeError
         If a repository is gated, or the hub cannot be reached and its cache does not hold the model.
 
@@ -75,7 +77,10 @@ def load(
     'adipose tissue'
     """
     if encoder is not None:
-        return replace(load(model), encoder=encoder)
+        given = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+        return replace(load(model), encoder=given)
+    if allow_encoder_source:
+        return replace(load(model), allow_encoder_source=True)
     if isinstance(model, HE2Gene):
         return model
     if not isinstance(model, str | Path):
@@ -83,9 +88,9 @@ def load(
     if isinstance(model, str) and model in BUNDLED:
         return _load_bundled(model)
     if is_address(model):
-        fetched = fetch_folder(model)
+        fetched, source = fetch_folder(model)
         try:
-            return _read(fetched)
+            return replace(_read(fetched), source=source)
         except ValueError as error:
             raise ValueError(f"`model` {model!r}: {error}") from error
     folder = Path(model).expanduser()
@@ -106,34 +111,36 @@ def _read(folder: Path) -> HE2Gene:
     missing = [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"`model` folder {folder.name!r} is incomplete: {missing} not found")
-    card = ModelCard.from_json((folder / _CARD).read_text(encoding="utf-8"), f"{folder.name}/{_CARD}")
+    try:
+        text = (folder / _CARD).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`model`: {folder.name}/{_CARD} is not a text in UTF-8; the folder is damaged") from error
+    card = ModelCard.from_json(text, f"{folder.name}/{_CARD}")
     for name in (_GENES, _WEIGHTS):
-        expected = card.files.get(name)
+        expected = card.files[name]
         found = _sha256(folder / name)
         if found != expected:
             raise ValueError(
                 f"`model` folder {folder.name!r}: {name} was altered or truncated (SHA-256 {found[:12]}…, the card says "
-                f"{str(expected)[:12]}…); fetch the folder again"
+                f"{expected[:12]}…); fetch the folder again"
             )
+    genes = read_genes(folder / _GENES, f"`model`: {folder.name}/{_GENES}")
+    tensors = _read_tensors(folder / _WEIGHTS, f"`model`: {folder.name}/{_WEIGHTS}")
+    if len(genes) != card.n_genes:
+        raise ValueError(
+            f"`model` folder {folder.name!r}: {len(genes)} genes in {_GENES}, {card.n_genes} in {_CARD}; they must agree"
+        )
+    check_tensors(card, tensors, f"`model`: {folder.name}/{_WEIGHTS}")
+    return HE2Gene(card, genes, tensors)
+
+
+def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
-    tensors = {key: np.asarray(value) for key, value in load_file(folder / _WEIGHTS).items()}
-    genes = pd.read_csv(
-        folder / _GENES,
-        keep_default_na=False,
-        na_values={c: [""] for c in ("mean", "pcc", "pcc_low", "skill", *_FIGURES)},
-    )
-    needed = _TENSORS + (LATENT if any(key in tensors for key in LATENT) else ())
-    lacking = [key for key in needed if key not in tensors] + [c for c in _COLUMNS if c not in genes.columns]
-    if lacking:
-        raise ValueError(f"`model` folder {folder.name!r} lacks {lacking}: it is no he2gene_sc model of this schema")
-    genes = genes.set_index("gene")
-    if not (len(genes) == card.n_genes == tensors["genes.weight"].shape[1]):
-        raise ValueError(
-            f"`model` folder {folder.name!r}: {len(genes)} genes in {_GENES}, {tensors['genes.weight'].shape[1]} in "
-            f"{_WEIGHTS}, {card.n_genes} in {_CARD}; they must agree"
-        )
-    return HE2Gene(card, genes, tensors)
+    try:
+        return {key: np.asarray(value) for key, value in load_file(path).items()}
+    except Exception as error:  # safetensors has its own type, and numpy lacks some of its dtypes
+        raise ValueError(f"{where} is not a safetensors file that numpy can read ({error})") from error
 
 
 def save(model: HE2Gene, path: str | Path) -> Path:
@@ -143,15 +150,18 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     ------
     FileExistsError
         If ``path`` holds something other than a model folder.
+    ValueError
+        If the weights are not finite or do not fit the card.
     """
     from safetensors.numpy import save_file
 
+    check_tensors(model.card, model.tensors, f"model {model.name!r}")
     target = check_place(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         # Not `ascontiguousarray`, which makes arrays of the counters of an encoder.
         save_file({k: np.asarray(v, order="C") for k, v in model.tensors.items()}, temporary / _WEIGHTS)
-        columns = [*_COLUMNS, *(name for name in _FIGURES if name in model.genes)]
+        columns = [*COLUMNS, *(name for name in FIGURES if name in model.genes)]
         model.genes.reset_index()[columns].to_csv(temporary / _GENES, index=False, float_format="%.5g")
         files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
         card = replace(model.card, files=files)

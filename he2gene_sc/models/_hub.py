@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+logger = logging.getLogger("he2gene_sc")
 
 _PREFIX = "hf://"
 _ADDRESS = re.compile(r"hf://(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _FILES = ("card.json", "genes.csv", "weights.safetensors", "README.md")
+
+#: Seconds after which the hub counts as unreachable. Its client would try for half a minute.
+_PATIENCE = 2.0
 
 LOGIN = "log in by `hf auth login` (`huggingface-cli login` before huggingface_hub 1.0) or set HF_TOKEN"
 OFFLINE = (
@@ -22,7 +33,7 @@ def is_address(model: object) -> bool:
     return isinstance(model, str) and model.startswith(_PREFIX)
 
 
-def fetch_folder(address: str) -> Path:
+def fetch_folder(address: str) -> tuple[Path, str]:
     """Fetch the four files of a model folder, or find them in the hub's cache.
 
     Parameters
@@ -34,6 +45,8 @@ def fetch_folder(address: str) -> Path:
     -------
     pathlib.Path
         The folder in the hub's cache; nothing in it has been checked.
+    str
+        The address with the commit that was taken. Where the address names no revision, the log says which it is.
 
     Raises
     ------
@@ -53,7 +66,8 @@ def fetch_folder(address: str) -> Path:
     repository, revision = found["repository"], found["revision"]
     page = f"https://huggingface.co/{repository}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
+        with quick_offline():
+            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
     except Exception as error:  # the hub client and its transport each raise their own types
         kind = kind_of(error)
         if kind == "gated":
@@ -69,6 +83,47 @@ def fetch_folder(address: str) -> Path:
         raise RuntimeError(
             f"`model` {address!r} is not on this machine and could not be fetched ({error}). {OFFLINE}"
         ) from error
+    taken = f"{_PREFIX}{repository}@{folder.name}"
+    if revision is None:
+        logger.warning("`model` %r names no revision: took %r; name that to get the same model again", address, taken)
+    return folder, taken
+
+
+@contextlib.contextmanager
+def quick_offline() -> Iterator[None]:
+    """Let the hub's client read its cache alone where the hub cannot be reached, instead of trying again and again."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or _reachable(constants.ENDPOINT):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def _reachable(address: str) -> bool:
+    """Whether a server, or the proxy in front of it, takes connections within a moment."""
+    server = urlsplit(address)
+    proxies = getproxies()
+    proxy = proxies.get(server.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(server.hostname or ""):
+        server = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    found: list[bool] = []
+
+    def connect() -> None:
+        default = 80 if server.scheme == "http" else 443
+        with contextlib.suppress(OSError, ValueError):
+            socket.create_connection((server.hostname, server.port or default), _PATIENCE).close()
+            found.append(True)
+
+    # A name server that does not answer cannot be given a time limit.
+    waiting = threading.Thread(target=connect, daemon=True)
+    waiting.start()
+    waiting.join(_PATIENCE)
+    return bool(found)
 
 
 def kind_of(error: BaseException) -> str:

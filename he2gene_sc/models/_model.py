@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ._card import ModelCard
+from ._tensors import ENCODER, check_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from ._network import Network
     from ._registry import EncoderSpec
 
-#: What the names of an encoder's own tensors begin with.
-ENCODER = "encoder."
+__all__ = ["ENCODER", "HE2Gene"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +42,21 @@ class HE2Gene:
         Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, those of the
         encoder where it was trained too (otherwise the registry has them); and ``colour.*``, the baseline that reads
         nothing but colour, where there is one.
+    encoder
+        Network and specification that were supplied; ``None``: those that the card names.
+    source
+        Address on the hub with the commit that it was loaded from; empty for any other.
+    allow_encoder_source
+        Whether the card may name a repository or a folder to take the encoder from, see
+        :func:`he2gene_sc.models.load`.
     """
 
     card: ModelCard
     genes: pd.DataFrame
     tensors: dict[str, np.ndarray]
     encoder: tuple[torch.nn.Module, EncoderSpec] | None = None
+    source: str = ""
+    allow_encoder_source: bool = False
 
     @property
     def name(self) -> str:
@@ -68,7 +77,8 @@ class HE2Gene:
         RuntimeError
             If the encoder's weights cannot be had here, or it is a network of somebody's own and was not supplied.
         ValueError
-            If the encoder at hand has other weights than the one the model was trained with, or is built otherwise.
+            If the model's own weights are not finite or do not fit its card; or the encoder at hand has other weights than
+            the one the model was trained with, or is built otherwise.
         """
         import torch
 
@@ -76,9 +86,10 @@ class HE2Gene:
         from ._encoders import encoder_of, encoder_sha256
         from ._network import FeatureExtractor, Network
 
+        check_tensors(self.card, self.tensors, f"model {self.name!r}")
         tensors = {key: torch.from_numpy(value) for key, value in self.tensors.items()}
         own = {key.removeprefix(ENCODER): value for key, value in tensors.items() if key.startswith(ENCODER)}
-        encoder, spec = encoder_of(self.card, self.encoder, pretrained=not own)
+        encoder, spec = encoder_of(self.card, self.encoder, pretrained=not own, allow_source=self.allow_encoder_source)
         if own:
             try:
                 encoder.load_state_dict(own)
@@ -88,7 +99,10 @@ class HE2Gene:
                     f"here: {error}"
                 ) from error
         spec = replace(
-            spec, **{key: tuple(self.card.encoder[key]) for key in ("mean", "std") if key in self.card.encoder}
+            spec,
+            # Cards before 0.7 do not state it: they were trained so, whatever the registry says now.
+            interpolation=self.card.encoder.get("interpolation", "bilinear"),
+            **{key: tuple(self.card.encoder[key]) for key in ("mean", "std") if key in self.card.encoder},
         )
         found = encoder_sha256(encoder)
         if found != self.card.encoder["sha256"]:

@@ -16,9 +16,6 @@ from ._stages import staged
 #: The eight symmetries of the square, as (quarter turns, mirrored).
 SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4))
 
-#: Colour statistics of a window: mean, SD and covariances of the optical density of three channels.
-N_COLOUR = 9
-
 
 class Preprocess(nn.Module):
     """uint8 patches of any size to the encoder's input: resized (antialiased), scaled, normalised, channels last."""
@@ -26,6 +23,7 @@ class Preprocess(nn.Module):
     def __init__(self, spec: EncoderSpec):
         super().__init__()
         self.input_px = spec.input_px
+        self.interpolation = spec.interpolation
         self.register_buffer("shift", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, 3, 1, 1)), persistent=False)
 
@@ -36,10 +34,10 @@ class Preprocess(nn.Module):
             size = (self.input_px, self.input_px)
             if x.device.type == "cuda":
                 # There is no uint8 kernel on CUDA; rounding keeps its input equal to the CPU's.
-                x = F.interpolate(x.float(), size=size, mode="bilinear", antialias=True).round_().clamp_(0, 255)
+                x = F.interpolate(x.float(), size=size, mode=self.interpolation, antialias=True).round_().clamp_(0, 255)
             else:
                 # Apple's MPS has no antialiased kernel at all: it gets its patches from the CPU.
-                x = F.interpolate(x.cpu(), size=size, mode="bilinear", antialias=True).to(x.device)
+                x = F.interpolate(x.cpu(), size=size, mode=self.interpolation, antialias=True).to(x.device)
         return torch.sub(x, self.shift).mul_(self.scale)
 
 

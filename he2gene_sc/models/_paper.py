@@ -6,11 +6,10 @@ torchvision's ResNet-50 without its last layer, and three linear heads on its 2,
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -32,7 +31,6 @@ PAPER_WINDOWS_UM = (50.0, 100.0, 150.0)
 #: Names of the target, auxiliary and tumour heads in each layout.
 _HEADS = {"he2gene-base": ("fc1", "fc2", "fc3"), "he2gene-spat": ("fc", "fc_aux", "fc_tmr")}
 _BASE = "base_model."
-_WRAPPERS = ("state_dict", "model_state_dict")
 _ENCODER = "resnet50"
 _SHOWN = 6
 
@@ -180,27 +178,11 @@ def _names(genes: Sequence[str] | str | Path, parameter: str) -> list[str]:
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of the file by name, without wrappers and prefixes."""
-    import torch
+    from ._local import read_state
 
     if not path.is_file():
-        raise FileNotFoundError(f"`path` {str(path)!r} is no file")
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"`path` {path.name!r} holds more than tensors ({str(error).splitlines()[0]}), or is no PyTorch file. Objects "
-            "in it could run any code, so they are refused: save `model.state_dict()` where the file comes from"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "it is empty")
-        raise ValueError(f"`path` {path.name!r} is truncated or no PyTorch file ({reason})") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        kind = f"a mapping with {list(found)[:_SHOWN]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        raise ValueError(f"`path` {path.name!r} holds {kind}; a state dict is needed, bare or under one of {_WRAPPERS}")
-    return {str(key).removeprefix("module."): value for key, value in found.items()}
+        raise FileNotFoundError(f"`path` {str(path)!r} is not a file")
+    return read_state(path, "path")
 
 
 def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:

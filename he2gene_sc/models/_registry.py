@@ -10,6 +10,9 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _INCEPTION = (0.5, 0.5, 0.5)
 _BIOPTIMUS_MEAN, _BIOPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
 
+#: How a patch is resized to the input.
+INTERPOLATIONS = ("bilinear", "bicubic")
+
 #: How an encoder's output becomes one vector a patch.
 POOLINGS = ("network", "cls", "cls+mean")
 
@@ -51,12 +54,17 @@ class EncoderSpec:
         beside the mean of the patch tokens, register tokens left out. A network of your own pools by itself.
     n_features
         Length of the output; ``None``: not stated.
+    interpolation
+        How a patch is resized to the input: ``"bilinear"`` or ``"bicubic"``, always antialiased.
+    architecture, architecture_options
+        What timm calls the network of a repository, and the arguments that the repository adds to ``options``: with
+        weights from a file nothing of it is fetched.
 
     Raises
     ------
     ValueError
         If ``name`` is empty, ``input_px`` is no positive whole number, ``mean`` or ``std`` are not three finite
-        numbers (``std`` above 0), or ``pooling`` is none of the three.
+        numbers (``std`` above 0), ``mpp`` is not above 0, or ``pooling`` or ``interpolation`` is not one of those named.
 
     Examples
     --------
@@ -79,6 +87,9 @@ class EncoderSpec:
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     pooling: str = "network"
     n_features: int | None = None
+    interpolation: str = "bilinear"
+    architecture: str = ""
+    architecture_options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -95,8 +106,18 @@ class EncoderSpec:
                     "for channels scaled to 0..1, are needed"
                 )
             object.__setattr__(self, key, values)
+        if self.mpp is not None:
+            listed = self.mpp if isinstance(self.mpp, tuple | list) else (self.mpp,)
+            if not listed or any(isinstance(v, bool | str) or not 0 < float(v) < math.inf for v in listed):
+                raise ValueError(f"`mpp` of encoder {self.name!r} is {self.mpp!r}; µm/px above 0, or None, are needed")
+            scales = tuple(float(v) for v in listed)
+            object.__setattr__(self, "mpp", scales if isinstance(self.mpp, tuple | list) else scales[0])
         if self.pooling not in POOLINGS:
             raise ValueError(f"`pooling` of encoder {self.name!r} is {self.pooling!r}; valid: {POOLINGS}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"`interpolation` of encoder {self.name!r} is {self.interpolation!r}; valid: {INTERPOLATIONS}"
+            )
 
     @property
     def repository(self) -> str:
@@ -107,6 +128,16 @@ class EncoderSpec:
         if source in ("hf-hub", "hf_hub"):
             return name.partition("@")[0]
         return self.transformers_name or (f"timm/{self.timm_name}" if "." in self.timm_name else "")
+
+
+def input_facts(spec: EncoderSpec) -> dict[str, object]:
+    """Facts of an encoder's input for the card of a model; what is as it always was is left out."""
+    facts: dict[str, object] = {"input_px": spec.input_px, "mean": list(spec.mean), "std": list(spec.std)}
+    if spec.interpolation != "bilinear":
+        facts["interpolation"] = spec.interpolation
+    if spec.mpp is not None:
+        facts["mpp"] = list(spec.mpp) if isinstance(spec.mpp, tuple | list) else spec.mpp
+    return facts
 
 
 def _lite(number: int, input_px: int) -> EncoderSpec:
@@ -163,6 +194,7 @@ ENCODERS: dict[str, EncoderSpec] = {
             },
             pooling="cls",
             n_features=1536,
+            architecture="vit_giant_patch14_224",
         ),
         *(
             EncoderSpec(
@@ -171,12 +203,22 @@ ENCODERS: dict[str, EncoderSpec] = {
                 licence,
                 options={"init_values": 1e-5, "dynamic_img_size": False},
                 pooling="cls",
+                architecture="vit_giant_patch14_reg4_dinov2",
+                architecture_options={"img_size": 224},
                 **_OPTIMUS,
             )
             for name, licence in (("H-optimus-0", "Apache-2.0"), ("H-optimus-1", "CC-BY-NC-ND-4.0"))
         ),
         EncoderSpec(
-            "h0-mini", "hf-hub:bioptimus/H0-mini", "CC-BY-NC-ND-4.0", options=_SWIGLU, pooling="cls+mean", **_OPTIMUS
+            "h0-mini",
+            "hf-hub:bioptimus/H0-mini",
+            "CC-BY-NC-ND-4.0",
+            options=_SWIGLU,
+            pooling="cls+mean",
+            interpolation="bicubic",
+            architecture="vit_base_patch14_reg4_dinov2",
+            architecture_options={"img_size": 224, "global_pool": "", "mlp_ratio": 5.33334},
+            **_OPTIMUS,
         ),
         EncoderSpec(
             "virchow2",
@@ -187,6 +229,9 @@ ENCODERS: dict[str, EncoderSpec] = {
             options=_SWIGLU,
             pooling="cls+mean",
             n_features=2560,
+            interpolation="bicubic",
+            architecture="vit_huge_patch14_224",
+            architecture_options={"init_values": 1e-5, "reg_tokens": 4, "mlp_ratio": 5.3375, "global_pool": ""},
         ),
         EncoderSpec(
             "midnight-12k",
@@ -205,6 +250,7 @@ ENCODERS: dict[str, EncoderSpec] = {
             transformers_name="owkin/phikon-v2",
             pooling="cls",
             n_features=1024,
+            interpolation="bicubic",
         ),
     )
 }

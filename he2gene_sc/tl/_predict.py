@@ -179,6 +179,7 @@ def predict(
         "model": model.name,
         "model_version": model.card.version,
         "weights_sha256": model.weights_sha256,
+        **({"model_source": model.source} if model.source else {}),
         "encoder": model.card.encoder["name"],
         "encoder_license": model.card.encoder["license"],
         "encoder_sha256": model.card.encoder["sha256"],

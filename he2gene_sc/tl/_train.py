@@ -63,7 +63,7 @@ def train(
     classes: Mapping[str, str | None] | None = None,
     ignore_classes: Sequence[str] = ("undetermined",),
     class_colors: Mapping[str, str] | None = None,
-    encoder: str | tuple[torch.nn.Module, EncoderSpec] | None = None,
+    encoder: str | Path | tuple[torch.nn.Module, EncoderSpec] | None = None,
     stages: Sequence[int] | Literal["auto"] | None = "auto",
     windows_um: Sequence[float] | None = None,
     genes: Sequence[str] | None = None,
@@ -124,7 +124,9 @@ def train(
     class_colors
         Class name to colour, as matplotlib knows colours, for plots; further classes get one of a palette.
     encoder
-        Name in ``hg.models.ENCODERS`` or of timm, or ``(module, hg.models.EncoderSpec(...))``. Default:
+        Name in ``hg.models.ENCODERS`` or of timm, a folder as timm saves it, or ``(module, hg.models.EncoderSpec(...))``, which
+        ``hg.models.load_encoder(name, weights=...)`` gives too. A UserWarning says if the windows show it another µm/px than
+        it was trained at. Default:
         ``"efficientnet-lite0"``, which is in the package; for the paper's presets ``"resnet50"``, which it used.
     stages
         Stages of the encoder whose mean maps are the features. ``"auto"``: the last three of a convolutional network;
@@ -195,6 +197,9 @@ def train(
     validate.arguments(train, locals())
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
+    from ..models._local import local_path
+    from ..models._scale import warn_of_scale
+    from ..training import PRESETS
 
     genes, ignore_classes, limitations = (
         list(given) if isinstance(given, Iterator) else given for given in (genes, ignore_classes, limitations)
@@ -233,6 +238,8 @@ def train(
     dtype = resolve_dtype(dtype, device)
     encoder = encoder or ("resnet50" if own_recipe else "efficientnet-lite0")
     network, spec = load_encoder(encoder)
+    # What is not named cannot be found again by name.
+    named = isinstance(encoder, str) and local_path(encoder) is None
     ids, symbols = identifiers(ensembl_ids)
     places = {
         "image_key": image_key,
@@ -245,6 +252,7 @@ def train(
     bar = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
     card = words | {"version": str(version), "limitations": tuple(limitations)}
     windows_um = None if windows_um is None else check_windows(windows_um)
+    warn_of_scale(spec, windows_um or (PRESETS[preset].windows_um if own_recipe else WINDOWS_UM))
     asked = None if genes is None else list(symbols_of(genes, symbols))
     chosen = Genes(asked, n_target_genes, min_spot_share, missing_genes_are_zero)
     merged = {name_of(label): name for label, name in (classes or {}).items()}
@@ -264,7 +272,7 @@ def train(
                 ids,
                 card,
                 work,
-                own_encoder=not isinstance(encoder, str),
+                own_encoder=not named,
                 windows_um=windows_um,
                 validation=validation,
                 seed=seed,
@@ -289,9 +297,11 @@ def train(
                 validation=validation,
                 seed=seed,
                 engine=(batch_size or 32, device, dtype, bar),
-                own_encoder=not isinstance(encoder, str),
+                own_encoder=not named,
             )
-    return model if isinstance(encoder, str) else replace(model, encoder=encoder)
+    if named:
+        return replace(model, allow_encoder_source=True)
+    return replace(model, encoder=encoder if isinstance(encoder, tuple) else (network, spec))
 
 
 def _train_default(
@@ -312,8 +322,9 @@ def _train_default(
     engine: tuple[int, torch.device, torch.dtype, bool],
     own_encoder: bool,
 ) -> HE2Gene:
+    from ..models._embedding import N_COLOUR
     from ..models._encoders import encoder_sha256
-    from ..models._network import N_COLOUR, FeatureExtractor
+    from ..models._network import FeatureExtractor
     from ..models._stages import default_stages, stage_sizes
     from ..training import Facts, Recipe, build_model, feature_weights
 

@@ -69,7 +69,9 @@ def train_by_gradient(
         spec = replace(spec, mean=recipe.mean, std=recipe.std)
     read, parts = [], []
     for section in sections:
-        parts.append(_cut(section, recipe.train_window_um, spec.input_px, work / f"{len(parts)}.npy"))
+        parts.append(
+            _cut(section, recipe.train_window_um, spec.input_px, spec.interpolation, work / f"{len(parts)}.npy")
+        )
         read.append(section.set_down(work))
         del section
     joined, genes, classes = join(read, [np.empty((len(part), 0, 0)) for part in parts], chosen, labels, work)
@@ -99,7 +101,7 @@ def train_by_gradient(
     )
 
 
-def _cut(section: Measured, window_um: float, input_px: int, path: Path) -> np.ndarray:
+def _cut(section: Measured, window_um: float, input_px: int, interpolation: str, path: Path) -> np.ndarray:
     """Patches of one section at the encoder's input size, ``(n, 3, input_px, input_px)`` uint8 on disk."""
     import torch
     import torch.nn.functional as F
@@ -121,7 +123,7 @@ def _cut(section: Measured, window_um: float, input_px: int, path: Path) -> np.n
     for batch in reader:
         cut = torch.from_numpy(batch.patches[0])
         if cut.shape[-1] != input_px:
-            cut = F.interpolate(cut, size=(input_px, input_px), mode="bilinear", antialias=True)
+            cut = F.interpolate(cut, size=(input_px, input_px), mode=interpolation, antialias=True)
         patches[batch.index] = cut.numpy()
     patches.flush()
     return np.load(path, mmap_mode="r")

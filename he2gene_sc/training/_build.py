@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._embedding import ALONE, Context
+from ..models._registry import input_facts
 from ._calibrate import calibration_unit, described
 from ._closed_form import Recipe, fit_basis, fit_softmax, fit_sums
 from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
@@ -231,9 +232,7 @@ def _build(
             "name": facts.encoder.name,
             "license": facts.encoder.license,
             "sha256": facts.encoder_sha256,
-            "input_px": facts.encoder.input_px,
-            "mean": list(facts.encoder.mean),
-            "std": list(facts.encoder.std),
+            **input_facts(facts.encoder),
             **({} if facts.stages is None else {"stages": list(facts.stages)}),
             **({} if facts.encoder_output is None else {"output": list(facts.encoder_output)}),
         },

@@ -17,6 +17,7 @@ from torch import nn
 from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._encoders import encoder_sha256
 from ..models._model import ENCODER
+from ..models._registry import input_facts
 from ._build import Facts
 from ._fit import Fitted, fit_network
 from ._folds import warn_of_unit
@@ -223,9 +224,7 @@ def _describe(
             "name": spec.name,
             "license": spec.license,
             "sha256": encoder_sha256(trained),
-            "input_px": spec.input_px,
-            "mean": list(spec.mean),
-            "std": list(spec.std),
+            **input_facts(spec),
         },
         windows_um=facts.windows_um,
         classes=facts.classes if "annotation.weight" in fitted.tensors else (),

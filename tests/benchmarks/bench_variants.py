@@ -29,9 +29,9 @@ from skimage.color import hed_from_rgb, rgb_from_hed
 import he2gene_sc as hg
 from he2gene_sc.image import PatchBatch, PatchReader
 from he2gene_sc.inference import cached_features
-from he2gene_sc.models._embedding import Context, rings_of
+from he2gene_sc.models._embedding import N_COLOUR, Context, rings_of
 from he2gene_sc.models._encoders import encoder_sha256, load_encoder
-from he2gene_sc.models._network import N_COLOUR, FeatureExtractor
+from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.models._stages import default_stages, stage_sizes
 from he2gene_sc.stats import pearson
 from he2gene_sc.tl._gene_lists import Genes

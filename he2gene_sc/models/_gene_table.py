@@ -1,0 +1,136 @@
+"""Reading ``genes.csv`` of a model folder, cell by cell."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import pandas as pd
+
+_TEXTS = ("gene", "ensembl_id", "group")
+_TRUTHS = ("variable", "reliable")
+#: Columns of every model, in their order.
+COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
+#: Columns that not every model has.
+FIGURES = ["pcc_high", "pcc_patient_low", "pcc_new_patient", "ceiling"]
+_NUMBERS = ("mean", "pcc", "pcc_low", "skill", *FIGURES)
+_CORRELATIONS = ("pcc", "pcc_new_patient")
+_GROUPS = ("target", "auxiliary")
+_TRUE, _FALSE = ("True", "TRUE", "true"), ("False", "FALSE", "false")
+_SHOWN = 5
+
+
+def read_genes(path: Path, where: str) -> pd.DataFrame:
+    """Read the gene table.
+
+    Parameters
+    ----------
+    path
+        ``genes.csv``.
+    where
+        Named in errors.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by ``gene``.
+
+    Raises
+    ------
+    ValueError
+        If it is not a table of these columns, a gene has no name or stands twice, or a cell is not what its column holds.
+        The message names the column, the gene and the cell.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{where} is not a CSV table in UTF-8 ({error})") from error
+    header, *lines = rows or [[]]
+    _check_header(header, where)
+    odd = next((i for i, line in enumerate(lines) if len(line) != len(header)), None)
+    if odd is not None:
+        raise ValueError(f"{where}: row {odd + 2} has {len(lines[odd])} cells, the header {len(header)}")
+    columns = dict(zip(header, zip(*lines, strict=True) if lines else [()] * len(header), strict=True))
+    _check_genes(columns["gene"], where)
+    for name in header:
+        _check_column(name, columns[name], columns["gene"], where)
+    found = pd.read_csv(
+        io.BytesIO(data),
+        keep_default_na=False,
+        na_values={name: [""] for name in _NUMBERS},
+        dtype=dict.fromkeys(_TEXTS, str),
+    )
+    return found.set_index("gene")
+
+
+def _check_header(header: list[str], where: str) -> None:
+    lacking = [name for name in COLUMNS if name not in header]
+    if lacking:
+        raise ValueError(f"{where} lacks {lacking}: it is not the gene table of a he2gene_sc model of this schema")
+    unknown = [name for name in header if name not in (*COLUMNS, *FIGURES)]
+    if unknown or len(set(header)) < len(header):
+        twice = sorted({name for name in header if header.count(name) > 1})
+        raise ValueError(
+            f"{where} has columns that this version does not know, {unknown}, or twice, {twice}; valid: "
+            f"{[*COLUMNS, *FIGURES]}"
+        )
+
+
+def _check_genes(genes: tuple[str, ...], where: str) -> None:
+    blank = [i + 2 for i, gene in enumerate(genes) if not gene or gene != gene.strip() or not gene.isprintable()]
+    if blank:
+        raise ValueError(
+            f"{where}: column 'gene' is empty, or has blanks around a name or control characters, in rows {blank[:_SHOWN]}"
+        )
+    seen: set[str] = set()
+    twice = [gene for gene in genes if gene in seen or seen.add(gene)]
+    if twice:
+        raise ValueError(
+            f"{where}: {len(twice)} genes stand twice, first {twice[:_SHOWN]}; every row needs its own name"
+        )
+
+
+def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], where: str) -> None:
+    if name in _TRUTHS:
+        fits, valid = (*_TRUE, *_FALSE).__contains__, "True or False"
+    elif name == "group":
+        fits, valid = _GROUPS.__contains__, f"one of {list(_GROUPS)}"
+    elif name == "ensembl_id":
+        fits, valid = _is_id, "an id without blanks, or nothing,"
+    elif name in _CORRELATIONS:
+        fits, valid = _is_correlation, "a number from -1 to 1, or nothing,"
+    elif name in _NUMBERS:
+        fits, valid = _is_number, "a finite number, or nothing,"
+    else:
+        return
+    odd = [(gene, cell) for gene, cell in zip(genes, cells, strict=True) if not fits(cell)]
+    if odd:
+        gene, cell = odd[0]
+        more = f" (and {len(odd) - 1:,} cells more)" if len(odd) > 1 else ""
+        raise ValueError(f"{where}: column {name!r} of gene {gene!r} is {cell!r}{more}; {valid} is needed")
+
+
+def _is_id(cell: str) -> bool:
+    return cell.isprintable() and " " not in cell
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "" or _value(cell) is not None
+
+
+def _is_correlation(cell: str) -> bool:
+    value = _value(cell)
+    return cell == "" or (value is not None and -1 <= value <= 1)
+
+
+def _value(cell: str) -> float | None:
+    """Read the number of a cell; ``None`` if it is not a finite one as files write it."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and "_" not in cell else None

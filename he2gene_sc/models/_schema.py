@@ -1,0 +1,186 @@
+"""What a model card must look like: every field with its type. Imported only where a card is read."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ._card import EXPRESSION_SCALE
+from ._embedding import Context
+from ._registry import INTERPOLATIONS
+
+#: Faults that one error names.
+_SHOWN = 3
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HEX_COLOUR = re.compile(r"#[0-9a-fA-F]{6}([0-9a-fA-F]{2})?")
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a text that is not blank is needed")
+    return text
+
+
+def _sha256(text: str) -> str:
+    if not _SHA256.fullmatch(text):
+        raise ValueError("64 hexadecimal digits are needed")
+    return text
+
+
+def _colour(text: str) -> str:
+    from matplotlib.colors import is_color_like
+
+    if not _HEX_COLOUR.fullmatch(text) and not is_color_like(text):
+        raise ValueError("a colour such as '#2ca02c' is needed")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+Colour = Annotated[str, AfterValidator(_colour)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Three = Annotated[list[Number], Field(min_length=3, max_length=3)]
+Two = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Encoder(_Strict):
+    name: Text
+    license: str
+    sha256: Sha256
+    input_px: Count
+    # What is left out is not null.
+    mean: Three = Field(default=None)
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = Field(default=None)
+    stages: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default=None)
+    output: Annotated[list[Number], Field(min_length=1)] = Field(default=None)
+    mpp: Positive | list[Positive] = Field(default=None)
+    interpolation: Literal[INTERPOLATIONS] = Field(default=None)
+
+
+class _Context(_Strict):
+    rings_um: list[Two]
+    weights: list[Number]
+    prior_spots: NotNegative | None
+
+
+class _Intervals(_Strict):
+    unit: Literal["patient", "section"]
+    n_groups: Annotated[int, Field(ge=0)]
+    levels: Annotated[list[Share], Field(min_length=1)]
+    max_coverage: Share
+    spots: dict[str, Annotated[int, Field(ge=0)]]
+
+
+class _Guard(_Strict):
+    distance: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    far: Positive
+    octaves: Positive
+    spread: Number
+    variation: Two
+
+
+class Card(_Strict):
+    """Fields of ``card.json``, as :class:`he2gene_sc.models.ModelCard` describes them."""
+
+    name: Text
+    version: Text
+    description: str
+    encoder: _Encoder
+    windows_um: Annotated[list[Positive], Field(min_length=1)]
+    classes: list[Text]
+    class_colors: list[Colour]
+    n_genes: Count
+    n_latent: Count
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    reliable_rule: str
+    intended_use: str
+    limitations: list[str]
+    license: str
+    files: dict[str, Sha256]
+    expression_scale: Literal[EXPRESSION_SCALE]
+    fusion: Literal["concat", "mean"]
+    context: _Context | None
+    tta: bool
+    intervals: _Intervals | None
+    guard: _Guard | None
+    schema_version: int
+
+
+def check_card(data: dict[str, Any], where: str) -> None:
+    """Check the fields of a card.
+
+    Raises
+    ------
+    ValueError
+        If a field is missing, unknown or of another type; the message names the file and the fields.
+    """
+    try:
+        card = Card.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"`model`: {where} is not valid: {explain(error)}. Fetch the folder again") from error
+    lacking = sorted({"genes.csv", "weights.safetensors"} - card.files.keys())
+    if lacking:
+        raise ValueError(f"`model`: {where}: `files` lacks the SHA-256 of {lacking}. Fetch the folder again")
+    if len(card.class_colors) != len(card.classes):
+        raise ValueError(
+            f"`model`: {where}: `class_colors` has {len(card.class_colors)} colours for {len(card.classes)} `classes`; "
+            "one for each is needed"
+        )
+    if data["context"] is not None:
+        try:
+            Context(**data["context"])
+        except ValueError as error:
+            raise ValueError(f"`model`: {where}: `context`: {error}") from error
+    if card.intervals is not None and sorted(set(card.intervals.levels)) != card.intervals.levels:
+        raise ValueError(f"`model`: {where}: `intervals.levels` must ascend")
+    sections = card.training.get("sections", {})
+    if not isinstance(sections, dict) or not all(isinstance(facts, dict) for facts in sections.values()):
+        raise ValueError(f"`model`: {where}: `training.sections` must map each section to its facts")
+
+
+def explain(error: ValidationError) -> str:
+    """Name the fields that pydantic refused, what each is, and what is valid."""
+    found = error.errors(include_url=False)
+    # Of a union, every branch has its own line.
+    unique = {_field(fault["loc"]): fault for fault in reversed(found)}
+    faults = [unique[name] for name in reversed(unique)]
+    missing = [_field(fault["loc"]) for fault in faults if fault["type"] == "missing"]
+    said = [f"lacks {missing}"] if missing else []
+    for fault in faults:
+        if fault["type"] == "extra_forbidden":
+            said.append(f"`{_field(fault['loc'])}` is not a field that this version knows")
+        elif fault["type"] != "missing":
+            said.append(f"`{_field(fault['loc'])}` is {_short(fault['input'])}: {_valid(fault['msg'])}")
+    more = f"; and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+    return "; ".join(said[:_SHOWN]) + more
+
+
+def _field(place: tuple[int | str, ...]) -> str:
+    """Join names and positions; what pydantic calls the branches of a union is left out."""
+    named = [str(part) for part in place if not (isinstance(part, str) and ("[" in part or part in _BRANCHES))]
+    return ".".join(named)
+
+
+#: Names that pydantic gives to the branches of a union.
+_BRANCHES = ("float", "int", "bool", "str", "constrained-float", "constrained-int", "list", "none")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _valid(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message.replace("Input should be ", "it must be ").replace("Input should have ", "it must have ")

@@ -1,0 +1,165 @@
+"""Checks of the tensors of a model: names, shapes that fit the card, finite values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ._card import ModelCard
+from ._embedding import N_COLOUR
+from ._embedding import TENSORS as LATENT
+from ._guard import BANK, PROJECTION, SIZE
+
+#: What the names of an encoder's own tensors begin with.
+ENCODER = "encoder."
+_GENES = ("genes.weight", "genes.bias")
+_ANNOTATION = ("annotation.weight", "annotation.bias")
+_COLOUR = ("colour.weight", "colour.bias", "colour.genes")
+_INTERVALS = ("intervals.quantiles", "intervals.groups", "intervals.spread")
+_GUARD = (PROJECTION, BANK, SIZE)
+_WHOLE = ("colour.genes", "intervals.groups")
+#: NaN where a class has too few spots, infinite where groups are too few for a level.
+_NOT_FINITE = ("intervals.quantiles",)
+_SHOWN = 5
+
+
+def check_tensors(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Check that the tensors are those that the card speaks of.
+
+    Parameters
+    ----------
+    card
+        Number of genes, components, classes and windows; rings of the context.
+    tensors
+        By name.
+    where
+        Named in the error: the file, or the model.
+
+    Raises
+    ------
+    ValueError
+        If a tensor is missing, unknown, of another type or shape, or holds values that are not finite.
+    """
+    _check_names(card, tensors, where)
+    for name, values in tensors.items():
+        _check_values(name, values, where)
+    sizes = _Sizes(card, tensors)
+    for name, (shape, because) in sizes.expected().items():
+        found = tensors[name].shape
+        if len(found) != len(shape) or any(n is not None and n != m for n, m in zip(shape, found, strict=True)):
+            shown = ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(f"{where}: tensor {name!r} has shape {found}; ({shown}) is needed for {because}")
+    sizes.check_features(where)
+    _check_ranges(card, tensors, where)
+
+
+def _check_names(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
+    needed = set(_GENES)
+    for group, wanted in (
+        (LATENT, any(name in tensors for name in LATENT) or card.context is not None or card.guard is not None),
+        (_ANNOTATION, bool(card.classes)),
+        (_COLOUR, any(name in tensors for name in _COLOUR)),
+        (_INTERVALS, card.intervals is not None),
+        (_GUARD, card.guard is not None),
+    ):
+        needed |= set(group) if wanted else set()
+    heads = {name for name in tensors if not name.startswith(ENCODER)}
+    lacking = sorted(needed - heads)
+    if lacking:
+        raise ValueError(
+            f"{where} lacks {lacking[:_SHOWN]}: it is not a he2gene_sc model of this schema, or is damaged"
+        )
+    unknown = sorted(heads - needed)
+    if unknown:
+        raise ValueError(f"{where} holds {unknown[:_SHOWN]}, which its card does not speak of: it is damaged")
+
+
+def _check_values(name: str, values: np.ndarray, where: str) -> None:
+    whole = name in _WHOLE
+    kinds = "iu" if whole else "fiu" if name.startswith(ENCODER) else "f"
+    if values.dtype.kind not in kinds:
+        wanted = "whole numbers" if whole else "floating-point numbers"
+        raise ValueError(f"{where}: tensor {name!r} is of type {values.dtype}; {wanted} are needed")
+    if values.dtype.kind == "f" and name not in _NOT_FINITE and not np.isfinite(values).all():
+        n = int((~np.isfinite(values)).sum())
+        raise ValueError(
+            f"{where}: tensor {name!r} holds {n:,} values that are not finite: its training diverged, or it is damaged"
+        )
+
+
+def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
+    chosen = tensors.get("colour.genes")
+    if chosen is not None and chosen.size and (chosen.min() < 0 or chosen.max() >= card.n_genes):
+        raise ValueError(f"{where}: tensor 'colour.genes' holds positions outside the {card.n_genes} genes")
+    for name in ("latent.scale", "intervals.groups"):
+        if name in tensors and (tensors[name] < 0).any():
+            raise ValueError(f"{where}: tensor {name!r} holds negative values")
+    if card.intervals is None:
+        return
+    quantiles, groups = tensors["intervals.quantiles"], tensors["intervals.groups"]
+    if (quantiles < 0).any() or np.isnan(quantiles[0][:, groups[0] > 0]).any():
+        raise ValueError(f"{where}: tensor 'intervals.quantiles' holds values that are missing or negative")
+
+
+class _Sizes:
+    """The numbers that shapes are made of."""
+
+    def __init__(self, card: ModelCard, tensors: Mapping[str, np.ndarray]):
+        self.card, self.tensors = card, tensors
+        self.g, self.k, self.c = card.n_genes, card.n_latent, len(card.classes)
+        self.windows = len(card.windows_um)
+        self.n_rings = 0 if card.context is None else len(card.context["rings_um"])
+        self.f = self._axis("latent.mean", 0)
+
+    def _axis(self, name: str, axis: int) -> int:
+        shape = self.tensors[name].shape if name in self.tensors else ()
+        return shape[axis] if len(shape) > axis else 0
+
+    def expected(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        """Shape of each tensor, and what it follows from; ``None``: any number."""
+        g, k, c, f = self.g, self.k, self.c, self.f
+        p = self._axis("latent.projection", 1)
+        genes, latent = f"{g} genes (`n_genes`)", f"{k} components (`n_latent`)"
+        classes = f"{c} classes and {latent}"
+        features = f"{f} features, as many as 'latent.mean' has"
+        shapes: dict[str, tuple[tuple[int | None, ...], str]] = {
+            "genes.weight": ((k, g), f"{latent} and {genes}"),
+            "genes.bias": ((g,), genes),
+            "annotation.weight": ((k, c), classes),
+            "annotation.bias": ((c,), classes),
+            "latent.mean": ((None,), "the features"),
+            "latent.scale": ((f,), features),
+            "latent.projection": ((f, None), features),
+            "latent.mixing": ((p * (1 + self.n_rings), k), f"{p} components, {self.n_rings} rings and {latent}"),
+            "colour.weight": ((N_COLOUR * self.windows, None), f"the colour of {self.windows} windows"),
+            "colour.bias": ((self._axis("colour.weight", 1),), "the genes of 'colour.weight'"),
+            "colour.genes": ((self._axis("colour.weight", 1),), "the genes of 'colour.weight'"),
+        }
+        if self.card.intervals is not None:
+            levels = len(self.card.intervals["levels"])
+            shapes["intervals.quantiles"] = ((1 + c, levels, g), f"{c} classes, {levels} levels and {genes}")
+            shapes["intervals.groups"] = ((1 + c, g), f"{c} classes and {genes}")
+            shapes["intervals.spread"] = ((2, g), genes)
+        if self.card.guard is not None:
+            d = self._axis(PROJECTION, 1)
+            encoded = max(0, f - self.n_colour) // self.windows
+            shapes[PROJECTION] = ((f, None), features)
+            shapes[BANK] = ((None, d + self.n_colour), f"{d} components and {self.n_colour} colours")
+            shapes[SIZE] = ((encoded + 1 if self.windows > 1 else 0,), f"{encoded} features of a window")
+        return {name: wanted for name, wanted in shapes.items() if name in self.tensors}
+
+    @property
+    def n_colour(self) -> int:
+        """Colour features of a spot: none where every window is a view of its own."""
+        return N_COLOUR * self.windows if self.card.fusion == "concat" else 0
+
+    def check_features(self, where: str) -> None:
+        """Check that the windows share the features evenly."""
+        if "latent.mean" not in self.tensors or self.card.fusion != "concat":
+            return
+        if self.f <= self.n_colour or self.f % self.windows:
+            raise ValueError(
+                f"{where}: tensor 'latent.mean' has {self.f} features, which are not those of {self.windows} windows "
+                f"(`windows_um`), each with {N_COLOUR} colours"
+            )
