@@ -60,11 +60,13 @@ def predict(
     pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
     allow_encoder_source: Annotated[
         bool,
-        typer.Option("--allow-encoder-source", help="Let the card of MODEL name a repository or folder of its encoder."),
+        typer.Option(
+            "--allow-encoder-source", help="Let the card of MODEL name a repository or folder of its encoder."
+        ),
     ] = False,
 ) -> None:
     """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first."""
-    from . import io, pp, tl
+    from . import io, models, pp, tl
     from ._core.mpp import stored_mpp
     from .io._open import open_store
     from .io._save import check_target
