@@ -339,7 +339,7 @@ def test_labels_of_the_same_model_are_marked_circular(copied):
         result = found(tables, key, layer="he2gene")
     assert result["circular"].all()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert not found(tables, key, layer=None)["circular"].any()
 
 
@@ -428,7 +428,7 @@ def test_cross_fitted_labels_are_not_circular():
         # Measured genes outside the tested ones tell the labels.
         table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         result = found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
     assert not result["circular"].any()
     tumour = of(result)

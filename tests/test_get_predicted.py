@@ -139,9 +139,13 @@ def test_no_reliable_gene_is_an_error_that_says_what_to_do(predicted):
         hg.get.predicted(predicted, reliable=True)
 
 
-def test_reliable_refuses_what_is_neither_true_nor_false(predicted):
-    with pytest.raises(TypeError, match="`reliable` is 'yes'; True, False or None is needed"):
-        hg.get.predicted(predicted, reliable="yes")
+@pytest.mark.parametrize("argument", [{"reliable": "yes"}, {"layer": ["he2gene"]}, {"layer": 1}, {"prediction_key": 1}])
+def test_arguments_of_another_type_are_refused(predicted, argument):
+    with pytest.raises(ValueError, match=f"`{next(iter(argument))}` is .* is needed"):
+        hg.get.predicted(predicted, **argument)
+
+
+def test_a_flag_that_is_neither_true_nor_false_is_refused(predicted):
     flags = predicted["table"].var["he2gene_reliable"].astype(object)
     flags.iloc[3] = "False"
     predicted["table"].var["he2gene_reliable"] = flags

@@ -108,7 +108,7 @@ def test_mpp_that_disagrees_with_the_spots_warns_and_names_the_other(toy):
 
 def test_mpp_that_agrees_does_not_warn(toy):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         resolve(toy)
 
 

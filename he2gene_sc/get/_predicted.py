@@ -68,6 +68,8 @@ def predicted(
 
     Raises
     ------
+    TypeError
+        If ``data`` is neither an object nor a table.
     ValueError
         If there is no prediction, no such layer, no gene with ``reliable``, or no spot with values.
 
@@ -85,6 +87,8 @@ def predicted(
     >>> sc.tl.rank_genes_groups(adata, "pathologist")
     """
     validate.arguments(predicted, locals())
+    if layer is not ... and layer is not None:
+        validate.name(layer, "layer")
     table = get_table(data, table_key, key_added=prediction_key)
     record = record_of(table, prediction_key)
     name = predicted_layer(table, prediction_key) if layer is ... else layer
@@ -108,8 +112,6 @@ def _check_own(table: AnnData, layer: str | None, prediction_key: str) -> None:
 
 def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.ndarray:
     """Positions of the chosen genes."""
-    if reliable is not None and not isinstance(reliable, bool | np.bool_):
-        raise TypeError(f"`reliable` is {reliable!r}; True, False or None is needed")
     keys = Keys(prediction_key)
     flags = gene_flags(table, keys.predicted)
     n_predicted = int(flags.sum())
