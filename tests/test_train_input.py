@@ -464,7 +464,7 @@ def test_missing_labels_that_became_text_are_missing_and_undetermined_ones_are_n
     parts = toys()
     labels = parts[0]["table"].obs["annotation"].astype(object)
     labels.iloc[:8] = np.nan
-    parts[0]["table"].obs["annotation"] = labels.astype(str)
+    parts[0]["table"].obs["annotation"] = labels.fillna("nan")
     labels = parts[1]["table"].obs["annotation"].astype(object)
     labels.iloc[:8] = "Undetermined"
     parts[1]["table"].obs["annotation"] = labels
