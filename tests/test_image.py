@@ -388,3 +388,25 @@ def test_float_pixels_that_overshoot_a_little_are_clipped_and_dark_ones_refused(
         check_pixels(3, np.float32, np.array([0.0, 2.55]), "he")
     block = to_rgb_uint8(np.full((3, 2, 2), 1.02, np.float32), 255.0)
     assert (block == 255).all()
+
+
+def test_chunks_between_spots_far_apart_are_not_read():
+    array = CountingArray(random_image(500, 3000), (3, 256, 256))
+    centres = np.array([[100.0, 100.0], [1400.0, 100.0], [2900.0, 100.0]])
+    reader = PatchReader(Pyramid.single(array), centres, 1.0, windows_um=(50.0,), input_px=50)
+    for centre, patch in zip(centres, reader.read_all()[0], strict=True):
+        np.testing.assert_array_equal(patch, naive_patch(array._array, centre, 50))
+    assert array.reads.sum() == 3
+
+
+def test_a_small_cache_keeps_what_is_needed_next(monkeypatch):
+    """Two bands over a wide image need the same chunks; half of them fit into the cache."""
+    array = CountingArray(random_image(1024, 8192), (3, 1024, 256))
+    centres = np.stack(np.meshgrid(np.arange(128.0, 8192, 256), [200.0, 800.0]), axis=-1).reshape(-1, 2)
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 16 * 3 * 1024 * 256)
+    monkeypatch.setattr(blocks, "_MAX_CELL", 512)
+    monkeypatch.setattr(reader_module, "BLOCK_BYTES", 3 * 50 * 2048)
+    reader = PatchReader(Pyramid.single(array), centres, 1.0, windows_um=(50.0,), input_px=50)
+    assert len(reader._blocks) > 2
+    assert sum(len(batch.index) for batch in reader) == len(centres)
+    assert array.reads.sum() < 1.6 * array.reads.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ def plan_blocks(
 ) -> list[Block]:
     """Group spots into blocks that are read whole.
 
-    Spots are sorted into bands of ``row_step`` rows; a band whose rectangle is larger than ``max_bytes`` is cut along
-    x. A single window larger than ``max_bytes`` still makes a block of its own.
+    Spots are sorted into bands of ``row_step`` rows; a band whose rectangle is larger than ``max_bytes``, or that has a
+    gap wider than ``row_step``, is cut along x. A single window larger than ``max_bytes`` still makes a block of its own.
 
     Parameters
     ----------
@@ -62,6 +62,8 @@ def plan_blocks(
             left = max(0, int(e[start, 2]) // align * align)
             rights = np.maximum.accumulate(e[start:, 3])
             fits = int(np.searchsorted(rights, left + columns, side="right"))
+            gaps = np.flatnonzero(e[start + 1 :, 2] - rights[:-1] > row_step)
+            fits = min(fits, int(gaps[0]) + 1) if len(gaps) else fits
             stop = start + max(1, fits)
             right = min(width, -(-int(rights[stop - start - 1]) // align) * align)
             blocks.append(Block(top, bottom, left, right, members[start:stop]))
@@ -89,8 +91,8 @@ def _chunk_shape(array: Any) -> tuple[int, int]:
 class BlockSource:
     """Reads rectangles of RGB uint8 from numpy, dask or zarr, each stored chunk once.
 
-    Decoded cells (whole chunks, small ones put together) are kept until the last block that needs them, within
-    ``CACHE_BYTES``. A numpy array is sliced in place.
+    Only cells (whole chunks, small ones put together) that a spot needs are decoded. They are kept until the last block
+    that needs them, within ``CACHE_BYTES``: what is needed last goes first. A numpy array is sliced in place.
 
     Parameters
     ----------
@@ -100,21 +102,28 @@ class BlockSource:
         What :func:`he2gene_sc.image.check_pixels` returned.
     blocks
         The blocks in the order in which they will be read.
+    extents
+        What each spot needs, as for :func:`plan_blocks`. What lies between is left as it is.
     """
 
-    def __init__(self, array: Any, factor: float, blocks: list[Block]):
+    def __init__(self, array: Any, factor: float, blocks: list[Block], extents: np.ndarray):
         self._array = array
         self._factor = factor
         self._height, self._width = int(array.shape[1]), int(array.shape[2])
         self._in_memory = isinstance(array, np.ndarray)
-        self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._last_use: dict[tuple[int, int], int] = {}
+        self._cache: dict[tuple[int, int], np.ndarray] = {}
+        # Blocks that need a cell, in their order.
+        self._uses: dict[tuple[int, int], list[int]] = {}
+        self._needed: list[list[tuple[int, int]]] = []
         if not self._in_memory:
             rows, columns = _chunk_shape(array)
-            self._cell = tuple(n * -(-_MIN_CELL // n) if n < _MIN_CELL else n for n in (rows, columns))
-            for i, block in enumerate(blocks):
-                for cell in self._cells(block):
-                    self._last_use[cell] = i
+            # Small chunks are put together: a call of dask costs more than one of zarr or of an image file.
+            least = _MIN_CELL if hasattr(array, "dask") else _MIN_CELL // 2
+            self._cell = tuple(n * -(-least // n) if n < least else n for n in (rows, columns))
+            self._needed = [self._cells(extents[block.spots]) for block in blocks]
+            for i, cells in enumerate(self._needed):
+                for cell in cells:
+                    self._uses.setdefault(cell, []).append(i)
         self._n_read = 0
         # Blocks are put together in the same memory by turns: touching new pages costs more than the copying.
         largest = max(((b.bottom - b.top) * (b.right - b.left) for b in blocks), default=0)
@@ -124,11 +133,12 @@ class BlockSource:
         """Return the pixels of the next block, ``(3, rows, columns)`` uint8, valid until the next call but one."""
         if self._in_memory:
             return to_rgb_uint8(self._array[:, block.top : block.bottom, block.left : block.right], self._factor)
-        self._fill(self._cells(block))
+        needed = self._needed[self._n_read]
+        self._fill(needed)
         shape = (3, block.bottom - block.top, block.right - block.left)
         out = self._buffers[self._n_read % 2][: math.prod(shape)].reshape(shape)
         ch, cw = self._cell
-        for iy, ix in self._cells(block):
+        for iy, ix in needed:
             y0, x0 = iy * ch, ix * cw
             pixels = self._cache[iy, ix]
             top, bottom = max(block.top, y0), min(block.bottom, y0 + pixels.shape[1])
@@ -139,27 +149,32 @@ class BlockSource:
         self._evict()
         return out
 
-    def _cells(self, block: Block) -> list[tuple[int, int]]:
+    def _cells(self, extents: np.ndarray) -> list[tuple[int, int]]:
+        """Cells that some spots need, row by row."""
         ch, cw = self._cell
-        return [
-            (iy, ix)
-            for iy in range(block.top // ch, -(-block.bottom // ch))
-            for ix in range(block.left // cw, -(-block.right // cw))
-        ]
+        spans = np.column_stack(
+            [extents[:, 0] // ch, -(-extents[:, 1] // ch), extents[:, 2] // cw, -(-extents[:, 3] // cw)]
+        )
+        return sorted(
+            {
+                (iy, ix)
+                for top, bottom, left, right in np.unique(spans, axis=0).tolist()
+                for iy in range(top, bottom)
+                for ix in range(left, right)
+            }
+        )
 
     def _fill(self, cells: list[tuple[int, int]]) -> None:
-        """Decode the missing cells, neighbours in a row by one read where they are kept equally long."""
+        """Decode the missing cells, neighbours in a row by one read where the same blocks need them."""
         missing = [cell for cell in cells if cell not in self._cache]
         ch, cw = self._cell
         start = 0
         while start < len(missing):
             stop = start + 1
             iy, ix = missing[start]
-            until = self._last_use[iy, ix]
+            uses = self._uses[iy, ix]
             while (
-                stop < len(missing)
-                and missing[stop] == (iy, ix + stop - start)
-                and self._last_use[missing[stop]] == until
+                stop < len(missing) and missing[stop] == (iy, ix + stop - start) and self._uses[missing[stop]] == uses
             ):
                 stop += 1
             y0, y1 = iy * ch, min(self._height, (iy + 1) * ch)
@@ -170,9 +185,16 @@ class BlockSource:
             start = stop
 
     def _evict(self) -> None:
-        for cell in [cell for cell in self._cache if self._last_use[cell] <= self._n_read]:
+        for cell in [cell for cell in self._cache if self._uses[cell][-1] <= self._n_read]:
             del self._cache[cell]
-        self._n_read += 1
         size = sum(pixels.nbytes for pixels in self._cache.values())
-        while size > CACHE_BYTES and len(self._cache) > 1:
-            size -= self._cache.popitem(last=False)[1].nbytes
+        if size > CACHE_BYTES:
+            for cell in sorted(self._cache, key=self._next_use, reverse=True):
+                if size <= CACHE_BYTES or len(self._cache) == 1:
+                    break
+                size -= self._cache.pop(cell).nbytes
+        self._n_read += 1
+
+    def _next_use(self, cell: tuple[int, int]) -> int:
+        uses = self._uses[cell]
+        return uses[bisect_right(uses, self._n_read)]

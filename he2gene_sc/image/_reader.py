@@ -124,9 +124,9 @@ class PatchReader:
             n = np.array([max(1, self._width // window.factor), max(1, self._height // window.factor)])
             low = np.minimum(low, np.clip(np.minimum(start, 2 * n - 1 - stop), 0, n - 1) * window.factor)
             high = np.maximum(high, np.clip(np.maximum(stop, 1 - start), 1, n) * window.factor)
-        table = np.stack([low[:, 1], high[:, 1], low[:, 0], high[:, 0]], axis=1)
+        self._extents = np.stack([low[:, 1], high[:, 1], low[:, 0], high[:, 0]], axis=1)
         self._blocks: list[Block] = plan_blocks(
-            table,
+            self._extents,
             row_step(self._array),
             align=max(window.factor for window in self.plan.windows),
             height=self._height,
@@ -175,7 +175,7 @@ class PatchReader:
         return out
 
     def _batches(self) -> Iterator[PatchBatch]:
-        source = BlockSource(self._array, self._factor, self._blocks)
+        source = BlockSource(self._array, self._factor, self._blocks, self._extents)
 
         def load(block: Block) -> dict[int, np.ndarray]:
             return self._reduce(source.read(block))
