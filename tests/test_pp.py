@@ -1,5 +1,7 @@
 """`hg.pp.tissue` and `hg.pp.grid`: from a bare image to pseudo-spots that can be predicted."""
 
+import warnings
+
 import numpy as np
 import pytest
 import spatialdata as sd
@@ -79,6 +81,16 @@ def test_transparency_counts_whatever_colour_lies_under_it():
     sdata = bare(np.concatenate([pixels, 255 * tissue[None].astype(np.uint8)]))
     hg.pp.tissue(sdata)
     assert agreement(sdata, tissue) > 0.9
+
+
+def test_ink_of_a_pen_among_the_tissue_is_said():
+    pixels, tissue = disc()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        hg.pp.tissue(bare(pixels))
+    pixels[:, 270:330, 250:550] = np.array([40, 140, 90], np.uint8)[:, None, None]
+    with pytest.warns(UserWarning, match=r"1[345] % of the tissue found on image 'he' is green or blue, as pen is"):
+        hg.pp.tissue(bare(pixels))
 
 
 def test_tissue_of_a_large_image_is_found_at_reduced_resolution():
