@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-import tomllib
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from spatialdata import SpatialData
+    pass
 
 app = typer.Typer(
     help="Gene expression and pathology annotation from H&E images.",
@@ -114,91 +112,19 @@ def train(
     Paths in it are relative to the file.
     """
     from . import tl
+    from ._training_file import read_training_file
     from .models._folder import check_place
 
     if (check_place(out) / "card.json").exists() and not overwrite:
         raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it, once the new one is trained")
-    with config.open("rb") as stream:
-        try:
-            settings = tomllib.load(stream)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{config.name} is no TOML file: {error}") from error
-    unknown = sorted(settings.keys() - {"sections", "data", "train"})
-    if unknown or bool(settings.get("sections")) == bool(settings.get("data")):
-        raise ValueError(
-            f"{config.name}: either a list `sections` or a table [data], and a table [train] are needed, unknown: {unknown}"
-        )
-    for table in ("train", "data"):
-        if not isinstance(settings.get(table, {}), dict):
-            raise ValueError(f"{config.name}: `{table}` is {settings[table]!r}; a table [{table}] is needed")
-    options = settings.get("train", {})
-    if "sdatas" in options:
-        raise ValueError(
-            f"{config.name}: `sdatas` is no argument of [train]; name the sections in `sections` or [data]"
-        )
-    for folder in options.keys() & {"cache", "checkpoint_dir"}:
-        if not isinstance(options[folder], str):
-            raise ValueError(f"{config.name}: `{folder}` is {options[folder]!r}; the path of a folder is needed")
-        options[folder] = (config.resolve().parent / Path(options[folder]).expanduser()).resolve()
-        if options[folder].is_relative_to(out.expanduser().resolve()):
-            raise ValueError(
-                f"{config.name}: `{folder}` {str(options[folder])!r} lies in OUT {str(out)!r}, where the model alone will be; choose "
-                "another folder"
-            )
-    trained = tl.train(_sections(settings, config), **options)
+    sections, options = read_training_file(config, out)
+    trained = tl.train(sections, **options)
     from .training._lightning import is_first_process
 
     # With several devices every process comes here, with the same model.
     if is_first_process():
         trained.save(out)
         typer.echo(f"{trained!r}\nWritten: {out}")
-
-
-def _sections(settings: dict, config: Path) -> Iterable[SpatialData]:
-    """Sections that a training file names, read one by one."""
-    from . import datasets
-
-    if "data" not in settings:
-        if not isinstance(settings["sections"], list):
-            raise ValueError(f"{config.name}: `sections` is {settings['sections']!r}; a list is needed")
-        return (datasets.her2st(section) for section in settings["sections"])
-    data = settings["data"]
-    if "stores" in data:
-        return _stores(data, config)
-    unknown = sorted(data.keys() - {"hbcis", "patients", "sections"})
-    if unknown or not isinstance(data.get("hbcis"), str):
-        raise ValueError(
-            f"{config.name}: [data] needs `stores`, a list of SpatialData stores, or `hbcis`, the path of that set, "
-            f"unknown: {unknown}"
-        )
-    patients = data.get("patients")
-    if isinstance(patients, str):
-        split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in ("train", "test")}
-        if patients not in split:
-            raise ValueError(f"{config.name}: `patients` {patients!r} is no list, valid names: {sorted(split)}")
-        patients = split[patients]
-    root = config.resolve().parent / Path(data["hbcis"]).expanduser()
-    return datasets.hbcis(root, patients=patients, sections=data.get("sections"))
-
-
-def _stores(data: dict, config: Path) -> Iterable[SpatialData]:
-    """SpatialData stores that a training file lists, checked at once and read one by one."""
-    from .io._open import open_store
-    from .io._save import is_store
-
-    stores = data["stores"]
-    if not isinstance(stores, list) or not stores or len(data) > 1 or not all(isinstance(s, str) for s in stores):
-        raise ValueError(f"{config.name}: `stores` is a list of paths and stands alone in [data], found {data}")
-    paths = [config.resolve().parent / Path(store).expanduser() for store in stores]
-    absent = [str(path) for path in paths if not path.is_dir() or not is_store(path)]
-    if absent:
-        raise ValueError(f"{config.name}: `stores` {absent} are no SpatialData stores")
-
-    def read() -> Iterable[SpatialData]:
-        for path in paths:
-            yield open_store(path, "`stores`")
-
-    return read()
 
 
 @app.command()
@@ -223,6 +149,7 @@ def benchmark(
 ) -> None:
     """Cross-validate presets and baselines over the sections of a data set, grouped; write table and figure."""
     from . import _benchmark, _benchmark_report
+    from ._training_file import check_options, read_toml
 
     if data not in ("her2st", "hbcis"):
         raise ValueError(f"--data is {data!r}, valid: ['her2st', 'hbcis']")
@@ -231,9 +158,14 @@ def benchmark(
     source = _benchmark.her2st(section) if data == "her2st" else _benchmark.hbcis(root, section)
     several = len(set(source.patients.values())) > 1
     units = folds or (["section", "patient"] if several else ["section"])
-    settings = {} if options is None else tomllib.loads(options.read_text(encoding="utf-8"))
+    settings = {} if options is None else read_toml(options)
     if unread := sorted(settings.keys() - set(model)):
         raise ValueError(f"--options has tables {unread} that are none of --model {model}")
+    for preset, given in settings.items():
+        where = f"{options.name}: [{preset}]"
+        if not isinstance(given, dict):
+            raise ValueError(f"{where} is {given!r}; a table is needed")
+        check_options({**given, "preset": preset}, where)
     table = _benchmark.run(source, model, units, cache=cache, options=settings, device=device, echo=typer.echo)
     said = [
         "he2gene benchmark",

@@ -224,14 +224,14 @@ def test_train_refuses_an_unknown_table(main, tmp_path):
     (tmp_path / "config.toml").write_text('sections = ["C5"]\n[other]\n')
     code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
     assert code == 1
-    assert "unknown: ['other']" in err
+    assert "config.toml is not valid: `other` is not a field" in err
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("sections = [", "config.toml is no TOML file"),
-        ('sections = "C2"\n[train]\n', "`sections` is 'C2'; a list is needed"),
+        ("sections = [", "config.toml is not a TOML file"),
+        ('sections = "C2"\n[train]\n', "config.toml is not valid: `sections` is 'C2': it must be a valid list"),
     ],
 )
 def test_train_says_what_is_wrong_with_its_file(main, tmp_path, text, said):
@@ -244,12 +244,19 @@ def test_train_says_what_is_wrong_with_its_file(main, tmp_path, text, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('sections = ["C5"]\ntrain = 3\n', "`train` is 3; a table [train] is needed"),
-        ('data = ["C5"]\n', "a table [data] is needed"),
-        ("[data]\nstores = [3]\n", "`stores` is a list of paths"),
-        ('sections = ["C5"]\n[train]\nsdatas = ["C5"]\n', "`sdatas` is no argument of [train]"),
+        ('sections = ["C5"]\ntrain = 3\n', "config.toml is not valid: `train` is 3: it must be a valid dictionary"),
+        ('data = ["C5"]\n', "config.toml is not valid: `data` is ['C5']"),
+        ("[data]\nstores = [3]\n", "config.toml is not valid: `data.stores.0` is 3: it must be a valid string"),
+        ("[data]\nstores = []\n", "config.toml is not valid: `data.stores` is []"),
+        ("[data]\nstores = ['a.zarr']\nhbcis = 'x'\n", "config.toml: [data] `stores` stands alone"),
+        ("[data]\n", "config.toml: [data] lacks `stores`"),
+        ("[train]\n", "config.toml: either a list `sections` or a table [data]"),
+        ('sections = ["C5"]\n[train]\nsdatas = ["C5"]\n', "config.toml: [train] `sdatas` is not an option"),
+        ('sections = ["C5"]\n[train]\nseed = "1"\n', "config.toml: [train] `seed` is '1'; a whole number from 0"),
+        ('sections = ["C5"]\n[train]\nlayer = 3\n', "config.toml: [train] `layer` is 3; a text"),
+        ('sections = ["C5"]\n[train]\nencodr = "a"\n', "config.toml: [train] "),
         ('sections = ["C5"]\n[train]\ncache = "model/cache"\n', "`cache` "),
-        ('sections = ["C5"]\n[train]\ncheckpoint_dir = "model"\n', "lies in OUT"),
+        ('sections = ["C5"]\n[train]\npreset = "he2gene-base"\ncheckpoint_dir = "model"\n', "lies in OUT"),
     ],
 )
 def test_train_refuses_a_file_by_which_it_could_not_end(main, tmp_path, text, said):

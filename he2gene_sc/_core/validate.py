@@ -249,7 +249,8 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
         If an argument is of another type.
     """
     for name, check in _checks(function).items():
-        check(given[name], name)
+        if name in given:
+            check(given[name], name)
 
 
 @functools.cache
