@@ -103,6 +103,8 @@ def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], whe
         fits, valid = _is_id, "an id without blanks, or nothing,"
     elif name in _CORRELATIONS:
         fits, valid = _is_correlation, "a number from -1 to 1, or nothing,"
+    elif name == "mean":
+        fits, valid = _is_mean, "a number from 0, or nothing,"
     elif name in _NUMBERS:
         fits, valid = _is_number, "a finite number, or nothing,"
     else:
@@ -120,6 +122,11 @@ def _is_id(cell: str) -> bool:
 
 def _is_number(cell: str) -> bool:
     return cell == "" or _value(cell) is not None
+
+
+def _is_mean(cell: str) -> bool:
+    value = _value(cell)
+    return cell == "" or (value is not None and value >= 0)
 
 
 def _is_correlation(cell: str) -> bool:
