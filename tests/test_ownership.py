@@ -468,6 +468,25 @@ def test_ids_that_a_table_cannot_hold_are_refused_before_encoding(toy, tiny_mode
     assert not toy.tables
 
 
+@pytest.mark.parametrize(
+    ("ids", "listed", "match"),
+    [
+        (None, [None, *map(str, range(29))], r"1 rows have no id in obs\['instance_id'\]"),
+        (None, [1, *map(str, range(29))], "extra ids in the table"),
+        (pd.MultiIndex.from_product([range(5), range(6)]), None, "several levels"),
+    ],
+)
+def test_ids_of_a_table_that_match_no_spot_are_named(toy, tiny_model, idle, ids, listed, match):
+    if ids is not None:
+        toy.shapes.data["spots"].index = ids
+    if listed is not None:
+        toy["table"].obs["instance_id"] = pd.Series(listed, index=toy["table"].obs_names, dtype=object)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(ValueError, match=match):
+            hg.tl.predict(toy, model=tiny_model)
+
+
 @pytest.mark.parametrize("ids", [np.arange(30, dtype=np.int8), list("abcdefghijklmnopqrstuvwxyz1234"), range(30)])
 def test_whole_numbers_and_texts_are_ids(toy, tiny_model, ids):
     del toy.tables["table"]

@@ -88,9 +88,16 @@ def match_rows(
     rows = np.flatnonzero((table.obs[attrs["region_key"]] == shapes_key).to_numpy())
     ids = pd.Index(table.obs[attrs["instance_key"]].iloc[rows])
     where = f"`table_key` {table_key!r} and `shapes_key` {shapes_key!r} do not match"
+    if ids.hasnans:
+        raise ValueError(f"{where}: {int(ids.isna().sum())} rows have no id in obs[{attrs['instance_key']!r}]")
+    if isinstance(shapes.index, pd.MultiIndex):
+        raise ValueError(
+            f"{where}: the ids of the shapes have several levels; one text or whole number a spot is needed"
+        )
     if ids.has_duplicates:
         raise ValueError(f"{where}: duplicated ids in the table: {_some(ids[ids.duplicated()])}")
-    extra, missing = ids.difference(shapes.index), shapes.index.difference(ids)
+    # Not sorted: ids of mixed types have no order.
+    extra, missing = ids.difference(shapes.index, sort=False), shapes.index.difference(ids, sort=False)
     if len(extra):
         hint = "" if ids.dtype == shapes.index.dtype else f" (ids are {ids.dtype} there, {shapes.index.dtype} here)"
         raise ValueError(f"{where}: {len(extra)} extra ids in the table that are no spots: {_some(extra)}{hint}")

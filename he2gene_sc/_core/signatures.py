@@ -85,9 +85,9 @@ def _update(digest: Any, value: Any) -> None:
             digest.update(f"{key}\0".encode())
             _update(digest, value[key])
     elif isinstance(value, pd.DataFrame):
-        for column in value.columns:
+        for i, column in enumerate(value.columns):
             digest.update(f"{column}\0".encode())
-            _update(digest, value[column])
+            _update(digest, value.iloc[:, i])
     elif isinstance(value, pd.Series | pd.Index | pd.Categorical):
         numeric = (
             not isinstance(value, pd.Categorical) and isinstance(value.dtype, np.dtype) and value.dtype.kind in "fiub"
