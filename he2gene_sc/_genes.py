@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("he2gene_sc")
 
 _MIN_MATCHED = 0.1
+#: Names of probes as Space Ranger writes them: gene and hash.
+_PROBE = r"\|[0-9a-f]{7}$"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def match_genes(
         return WantedGenes(chosen, None, all_genes=table is not None)
     if gene_symbols is not None and gene_symbols not in table.var.columns:
         raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(table.var.columns)}")
+    check_not_probes(table)
     names = pd.Index((table.var_names if gene_symbols is None else table.var[gene_symbols]).astype(str))
     positions = _lookup(model, names)
     known = positions >= 0
@@ -94,6 +97,24 @@ def match_genes(
         known &= np.isin(positions, asked)
     columns = np.flatnonzero(known)
     return WantedGenes(positions[columns], columns, all_genes=False)
+
+
+def check_not_probes(table: AnnData) -> None:
+    """Refuse a table whose columns are probes of 10x Genomics, several of a gene.
+
+    Raises
+    ------
+    ValueError
+        If they are.
+    """
+    named = table.var_names.astype(str).str.contains(_PROBE, regex=True)
+    if not len(named) or named.mean() < 0.5:
+        return
+    raise ValueError(
+        f"the table holds probes, not genes, such as {list(table.var_names[named][:2])}. Read filtered_feature_bc_matrix.h5, "
+        "which holds genes, or sum the probes of a gene first: adata.var['gene'] = adata.var_names.str.split('|').str[0]; "
+        "genes = scanpy.get.aggregate(adata, 'gene', 'sum', axis='var'); genes.X = genes.layers['sum']"
+    )
 
 
 def _lookup(model: HE2Gene, names: pd.Index) -> np.ndarray:

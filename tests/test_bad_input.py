@@ -51,7 +51,7 @@ def pixels_of(toy):
 
 
 def test_no_spatialdata(toy, tiny_model):
-    with pytest.raises(TypeError, match="`sdata` is a AnnData"):
+    with pytest.raises(TypeError, match="`sdata` is an AnnData.*from_legacy_anndata"):
         hg.tl.predict(toy["table"], model=tiny_model)
 
 

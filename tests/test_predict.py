@@ -558,13 +558,6 @@ def test_spots_outside_do_not_change_the_others(toy, tiny_model):
     same(result[2:], expected[2:])
 
 
-def test_all_spots_outside_get_nan(toy, tiny_model):
-    with pytest.warns(UserWarning, match="30 of 30"):
-        hg.tl.predict(shift(toy, -5000.0, rows=slice(None)), model=tiny_model)
-    assert np.isnan(toy["table"].layers["he2gene"]).all()
-    assert toy["table"].obs["he2gene_annotation"].isna().all()
-
-
 @pytest.mark.parametrize("dx", [-100.0, -99.0, -80.0])
 def test_a_spot_at_the_border_is_kept(toy, tiny_model, dx):
     shift(toy, dx, rows=slice(0, 1))

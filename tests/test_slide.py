@@ -267,3 +267,190 @@ def test_image_key_may_map_regions_to_images(toy):
     assert resolve(toy, image_key={"spots": "other"}, mpp=2.0)[0].image_key == "other"
     with pytest.raises(ValueError, match=r"`image_key` names no image for shapes 'spots'"):
         resolve(toy, image_key={"elsewhere": "other"})
+
+
+# Several images of one slide
+
+
+def pictures(**scales):
+    """One textured picture at several scales over the same spots, each image in a system of the spots."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(60, 240, (3, 40, 40)).astype(np.uint8)
+    centres = square(pitch=100.0)
+    images, systems = {}, {}
+    for name, factor in scales.items():
+        side = round(20 * factor)
+        pixels = np.repeat(np.repeat(coarse, side, 1), side, 2)
+        images[name] = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations={name: Identity()})
+        systems[name] = Scale([factor, factor], axes=("x", "y"))
+    return sd.SpatialData(images=images, shapes={"spots": circles(centres, 25.0, systems)})
+
+
+def test_of_several_images_of_one_slide_the_finest_is_taken_and_said(caplog):
+    sdata = pictures(lowres=0.25, full=1.0, hires=0.5)
+    with caplog.at_level("INFO", logger="he2gene_sc"):
+        (slide,) = resolve(sdata, mpp=2.0)
+    assert slide.image_key == "full"
+    assert "image 'full' is taken, the finest of" in caplog.text
+    assert resolve(sdata, image_key="hires", mpp=4.0)[0].image_key == "hires"
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_blank_image_gives_way_to_the_next_and_is_named(value):
+    sdata = pictures(lowres=0.25, full=1.0, hires=0.5)
+    sdata["full"].data[:] = value
+    with pytest.warns(UserWarning, match=r"images \['full'\] are blank and not used; image 'hires' is taken"):
+        (slide,) = resolve(sdata, mpp=4.0)
+    assert slide.image_key == "hires"
+
+
+def test_images_of_different_tissue_are_ambiguous():
+    sdata = pictures(full=1.0, hires=0.5)
+    other = np.random.default_rng(1).integers(60, 240, (3, 40, 40)).astype(np.uint8)
+    sdata["hires"].data[:] = np.repeat(np.repeat(other, 10, 1), 10, 2)
+    with pytest.raises(
+        ValueError, match=r"`image_key` is ambiguous, candidates: \['full', 'hires'\]: they show different"
+    ):
+        resolve(sdata, mpp=2.0)
+
+
+def test_an_image_that_covers_few_of_the_spots_gives_way_to_a_coarser_one():
+    sdata = pictures(full=1.0, hires=0.5)
+    sdata["full"] = Image2DModel.parse(
+        np.asarray(sdata["full"])[:, :300, :300].copy(), dims=("c", "y", "x"), transformations={"full": Identity()}
+    )
+    assert resolve(sdata, mpp=4.0)[0].image_key == "hires"
+
+
+def test_the_only_rgb_image_is_taken():
+    sdata = pictures(full=1.0)
+    stain = np.random.default_rng(0).integers(0, 999, (1, 800, 800)).astype(np.uint16)
+    sdata["focus"] = Image2DModel.parse(stain, dims=("c", "y", "x"), transformations={"full": Identity()})
+    assert resolve(sdata, mpp=2.0)[0].image_key == "full"
+    del sdata.images["full"]
+    sdata["focus2"] = sdata["focus"].copy()
+    with pytest.raises(ValueError, match=r"none of the images \['focus', 'focus2'\] is an RGB H&E image"):
+        resolve(sdata, mpp=2.0)
+
+
+def test_without_spots_the_finest_image_of_one_slide_is_found_too():
+    from he2gene_sc._core.images import find_image
+
+    sdata = pictures(full=1.0, hires=0.5)
+    for name, factor in (("full", 1.0), ("hires", 2.0)):
+        set_transformation(sdata[name], {"slide": Scale([factor, factor], axes=("x", "y"))}, set_all=True)
+    assert find_image(sdata) == "full"
+
+
+# Cells: polygons and labels
+
+
+def test_polygons_without_a_table_are_spots_and_circles_come_first(toy):
+    toy["cells"] = sd.models.ShapesModel.parse(
+        toy["spots"].drop(columns="radius").set_geometry(toy["spots"].buffer(25))
+    )
+    del toy.tables["table"]
+    assert resolve(toy, mpp=2.0)[0].shapes_key == "spots"
+    del toy.shapes["spots"]
+    assert resolve(toy, mpp=2.0)[0].shapes_key == "cells"
+    toy["nuclei"] = toy["cells"].copy()
+    with pytest.raises(ValueError, match=r"`shapes_key` is ambiguous, candidates: \['cells', 'nuclei'\]"):
+        resolve(toy, mpp=2.0)
+
+
+def cells(toy, **systems):
+    """Labels of 20 px where the toy slide has spots, numbered from 1, and their centres."""
+    labels = np.zeros((600, 700), np.int32)
+    centres = np.asarray(toy["table"].obsm["spatial"]).astype(int)
+    for i, (x, y) in enumerate(centres):
+        labels[y - 10 : y + 10, x - 10 : x + 10] = i + 1
+    toy["cells"] = sd.models.Labels2DModel.parse(
+        labels, dims=("y", "x"), transformations=systems or {"global": Identity()}
+    )
+    return centres
+
+
+def test_labels_without_a_table_are_spots_at_their_centroids(toy):
+    centres = cells(toy)
+    del toy.tables["table"], toy.shapes["spots"]
+    toy["he_tissue"] = toy["cells"].copy()
+    (slide,) = resolve(toy, mpp=2.0)
+    assert slide.shapes_key == "cells"
+    np.testing.assert_allclose(slide.centres, centres)
+    np.testing.assert_array_equal(slide.spot_ids, np.arange(30) + 1)
+    assert slide.diameter_um == pytest.approx(40.0)
+
+
+def of_cells(toy, kept=slice(None)):
+    """The table of the toy slide, annotating labels, some rows of it in another order."""
+    table = toy["table"]
+    table.obs["instance_id"] = np.arange(30) + 1
+    table.obs["region"] = pd.Categorical(["cells"] * 30)
+    table = table[np.arange(30)[::-1][kept]].copy()
+    toy.tables["table"] = TableModel.parse(
+        table, region="cells", region_key="region", instance_key="instance_id", overwrite_metadata=True
+    )
+    del toy.shapes["spots"]
+
+
+def test_a_table_may_annotate_labels_and_list_some_of_them(toy):
+    centres = cells(toy)
+    of_cells(toy, slice(3, None))
+    (slide,) = resolve(toy)
+    np.testing.assert_allclose(slide.centres, centres[::-1][3:])
+
+
+def test_mpp_of_cells_follows_from_a_system_in_micrometres_of_theirs(toy):
+    cells(toy, **{"global": Identity(), "microns": Scale([2.0, 2.0], axes=("x", "y"))})
+    of_cells(toy)
+    del toy.attrs["he2gene"]
+    (slide,) = resolve(toy)
+    assert slide.mpp == pytest.approx(2.0)
+    assert "'microns' of the spots" in slide.mpp_source
+
+
+def test_mpp_of_xenium_follows_from_its_shapes_in_micrometres(toy):
+    centres = cells(toy)
+    of_cells(toy)
+    del toy.attrs["he2gene"]
+    to_pixels = {"global": Scale([0.5, 0.5], axes=("x", "y"))}
+    toy["cell_circles"] = ShapesModel.parse(centres * 2.0, geometry=0, radius=20.0, transformations=to_pixels)
+    with pytest.raises(ValueError, match="`mpp` of image 'he' is unknown"):
+        resolve(toy)
+    toy.attrs["spatialdata_io_reader"] = "xenium"
+    assert resolve(toy)[0].mpp == pytest.approx(2.0)
+    set_transformation(toy["he"], Scale([2.0, 2.0], axes=("x", "y")), "global")
+    assert resolve(toy)[0].mpp == pytest.approx(4.0)
+
+
+def test_an_unknown_mpp_names_the_scale_of_the_alignment():
+    sdata = slide_of(np.random.default_rng(0).uniform(20, 150, (40, 2)), 5.0, aligned=Identity())
+    set_transformation(sdata["he"], Scale([0.2125, 0.2125], axes=("x", "y")), "aligned")
+    with pytest.raises(ValueError, match=r"if coordinate system 'aligned' is in µm, pass mpp=0\.2125"):
+        resolve(sdata)
+
+
+def test_bins_smaller_than_a_cell_and_images_too_coarse_are_refused_with_the_road_to_take():
+    with pytest.raises(ValueError, match=r"a spot is 4 px wide.*2 µm, smaller than a cell.*hg\.pp\.grid"):
+        resolve(slide_of(square(), 2.0), mpp=0.5)
+    with pytest.raises(ValueError, match=r"4 px wide.*too coarse at 15 µm/px.*7\.5 µm/px or finer"):
+        resolve(slide_of(square(), 2.0), mpp=15.0)
+
+
+def test_a_resolution_tag_off_by_ten_is_named():
+    sdata = slide_of(square(), 25.0)
+    sdata.attrs["he2gene"] = {"mpp": {"he": 0.2}}
+    with pytest.warns(UserWarning, match=r"which makes 2, ten times off; if that is right, pass mpp=2"):
+        resolve(sdata)
+
+
+def test_mpp_of_a_few_scattered_visium_spots_follows_from_their_array_positions():
+    row, column = np.divmod(np.arange(400), 20)
+    centres = np.column_stack([20 + 36.0 * (column + 0.5 * (row % 2)), 20 + 36 * np.sqrt(0.75) * row])
+    sdata = slide_of(centres[::29], 10.0)
+    with pytest.raises(ValueError, match="`mpp` of image 'he' is unknown"):
+        resolve(sdata)
+    sdata["table"].obs["array_row"], sdata["table"].obs["array_col"] = row[::29], (2 * column + row % 2)[::29]
+    (slide,) = resolve(sdata)
+    assert slide.mpp == pytest.approx(100 / 36)
+    assert "Visium" in slide.mpp_source

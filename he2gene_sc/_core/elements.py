@@ -1,18 +1,64 @@
-"""Tables and shapes of a SpatialData object: which are meant, which rows are which spots, where the spots lie."""
+"""Tables and spots of a SpatialData object: which are meant, which rows are which spots, where the spots lie."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from .._keys import MADE
+from .._keys import ATTRS, MADE
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
+    from xarray import DataArray
+
+
+@dataclass(frozen=True, eq=False)
+class Spots:
+    """Spots of one element, in its own units.
+
+    Attributes
+    ----------
+    ids
+        Index of the shapes, or values of the labels, ``(n,)``.
+    centres
+        Centroids, x and y, ``(n, 2)``.
+    diameters
+        ``(n,)``; of polygons and labels the side of a square of the same area.
+    """
+
+    ids: pd.Index
+    centres: np.ndarray
+    diameters: np.ndarray
+
+
+def check_spatialdata(data: object, parameter: str = "sdata") -> None:
+    """Refuse what is not a SpatialData object, and say how one is made of it.
+
+    Raises
+    ------
+    TypeError
+        If it is not one.
+    """
+    from spatialdata import SpatialData
+
+    if isinstance(data, SpatialData):
+        return
+    if hasattr(data, "obs_names"):
+        raise TypeError(
+            f"`{parameter}` is an AnnData; a SpatialData object with the image is needed. If it comes from "
+            "scanpy.read_visium or squidpy.read.visium: `import spatialdata_io.experimental`, "
+            "`sdata = spatialdata_io.experimental.from_legacy_anndata(adata)`, then call again with `sdata`, for example "
+            "hg.tl.predict(sdata). From Space Ranger's folder, with its full-resolution image: "
+            "`sdata = spatialdata_io.visium(path, dataset_id='slide', fullres_image_file='slide.tif')`"
+        )
+    raise TypeError(
+        f"`{parameter}` is a {type(data).__name__}; a SpatialData object is needed (for an image file: hg.io.read_he)"
+    )
 
 
 def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str | None = None) -> str | None:
@@ -21,13 +67,16 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
     Raises
     ------
     ValueError
-        If ``table_key`` is not there or annotates no shapes, or several tables could be meant.
+        If ``table_key`` is not there or annotates no spots, or several tables could be meant.
     """
     if table_key is not None:
         if table_key not in sdata.tables:
             raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")
         if not regions_of(sdata[table_key], sdata):
-            raise ValueError(f"`table_key` {table_key!r} annotates no shapes of this object: {sorted(sdata.shapes)}")
+            raise ValueError(
+                f"`table_key` {table_key!r} annotates no shapes or labels of this object: "
+                f"{sorted(sdata.shapes) + sorted(sdata.labels)}"
+            )
         return table_key
     found = [
         key
@@ -42,18 +91,30 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
 
 
 def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
-    """Shapes elements of ``sdata`` that a table annotates."""
+    """Shapes and labels elements of ``sdata`` that a table annotates."""
     attrs = table.uns.get("spatialdata_attrs")
     if attrs is None:
         return []
     region = attrs["region"]
-    return [key for key in ([region] if isinstance(region, str) else list(region)) if key in sdata.shapes]
+    return [
+        key
+        for key in ([region] if isinstance(region, str) else list(region))
+        if key in sdata.shapes or key in sdata.labels
+    ]
 
 
 def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> list[str]:
+    """Elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or several could be meant.
+    """
     if shapes_key is not None:
-        if shapes_key not in sdata.shapes:
-            raise ValueError(f"`shapes_key` {shapes_key!r} not found, valid keys: {sorted(sdata.shapes)}")
+        if shapes_key not in sdata.shapes and shapes_key not in sdata.labels:
+            valid = sorted(sdata.shapes) + sorted(_cells(sdata))
+            raise ValueError(f"`shapes_key` {shapes_key!r} not found, valid keys: {valid}")
         if table_key is not None and shapes_key not in regions_of(sdata[table_key], sdata):
             raise ValueError(
                 f"`table_key` {table_key!r} annotates {regions_of(sdata[table_key], sdata)}, not `shapes_key` {shapes_key!r}"
@@ -62,73 +123,118 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
     if table_key is not None:
         return regions_of(sdata[table_key], sdata)
     circles = [key for key, element in sdata.shapes.items() if "radius" in element.columns]
-    if not circles:
+    polygons = [key for key in sdata.shapes if key not in circles]
+    found = circles or polygons or _cells(sdata)
+    if not found:
         raise ValueError(
-            "`sdata` holds no spots (circles in sdata.shapes); make pseudo-spots with hg.pp.tissue(sdata), hg.pp.grid(sdata)"
+            "`sdata` holds no spots (circles or polygons in sdata.shapes, or labels of cells); make pseudo-spots with "
+            "hg.pp.tissue(sdata), hg.pp.grid(sdata)"
         )
-    if len(circles) > 1:
-        raise ValueError(f"`shapes_key` is ambiguous, candidates: {sorted(circles)}")
-    return circles
+    if len(found) > 1:
+        raise ValueError(f"`shapes_key` is ambiguous, candidates: {sorted(found)}")
+    return found
+
+
+def _cells(sdata: SpatialData) -> list[str]:
+    """Labels that are not tissue masks of :func:`he2gene_sc.pp.tissue`."""
+    written = sdata.attrs.get(ATTRS, {}).get("written", {}).get("labels", {})
+    masks = {f"{image}_tissue" for image in sdata.images} | set(written)
+    return [key for key in sdata.labels if key not in masks]
+
+
+def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
+    """Shapes or labels of that name."""
+    return sdata.shapes[shapes_key] if shapes_key in sdata.shapes else sdata.labels[shapes_key]
+
+
+def read_spots(sdata: SpatialData, shapes_key: str) -> Spots:
+    """Ids, centres and diameters of the spots of an element.
+
+    Raises
+    ------
+    ValueError
+        If it holds no spots, ids are duplicated, or coordinates or diameters are not finite.
+    """
+    if shapes_key in sdata.shapes:
+        spots = _spots_of_shapes(sdata.shapes[shapes_key])
+    else:
+        spots = _spots_of_labels(sdata.labels[shapes_key])
+    if not len(spots.ids):
+        raise ValueError(f"`shapes_key` {shapes_key!r} holds no spots")
+    if spots.ids.has_duplicates:
+        twice = spots.ids[spots.ids.duplicated()]
+        raise ValueError(f"`shapes_key` {shapes_key!r} has duplicated ids: {_some(twice)}")
+    bad = ~np.isfinite(spots.centres).all(1)
+    if bad.any():
+        raise ValueError(
+            f"`shapes_key` {shapes_key!r} has NaN or infinite coordinates in {int(bad.sum())} spots: {_some(spots.ids[bad])}"
+        )
+    diameter = float(np.median(spots.diameters))
+    if not (np.isfinite(diameter) and diameter > 0):
+        raise ValueError(f"`shapes_key` {shapes_key!r}: the spots have a diameter of {diameter}; circles are needed")
+    return spots
+
+
+def _spots_of_shapes(shapes: GeoDataFrame) -> Spots:
+    points = shapes.geometry.centroid
+    centres = np.column_stack([points.x, points.y]).astype(float)
+    if "radius" in shapes.columns:
+        return Spots(shapes.index, centres, 2 * shapes["radius"].to_numpy(dtype=float))
+    return Spots(shapes.index, centres, np.sqrt(shapes.geometry.area.to_numpy(dtype=float)))
+
+
+def _spots_of_labels(element: Any) -> Spots:
+    """Centroids of labels, read by blocks of rows; 0 is background."""
+    nodes = [node["image"] for node in element.values()] if hasattr(element, "children") else [element]
+    array: DataArray = max(nodes, key=lambda a: a.sizes["x"]).transpose("y", "x")
+    rows = max(1, 2**24 // array.sizes["x"])
+    parts = []
+    for start in range(0, array.sizes["y"], rows):
+        block = np.asarray(array.data[start : start + rows])
+        y, x = np.nonzero(block)
+        ids, codes = np.unique(block[y, x], return_inverse=True)
+        n = np.bincount(codes, minlength=len(ids))
+        # A pixel's centre lies half a pixel inside.
+        sums = [np.bincount(codes, weights=values + 0.5, minlength=len(ids)) for values in (x, y + start)]
+        parts.append(pd.DataFrame({"x": sums[0], "y": sums[1], "n": n}, index=ids))
+    total = pd.concat(parts).groupby(level=0).sum()
+    centres = total[["x", "y"]].to_numpy(float) / total[["n"]].to_numpy(float)
+    return Spots(total.index, centres, np.sqrt(total["n"].to_numpy(float)))
 
 
 def match_rows(
-    sdata: SpatialData, shapes: GeoDataFrame, shapes_key: str, table_key: str | None
+    sdata: SpatialData, ids: pd.Index, shapes_key: str, table_key: str | None
 ) -> tuple[pd.Index, np.ndarray | None]:
     """Ids of the spots in the order of the table's rows, and those rows."""
-    if len(shapes) == 0:
-        raise ValueError(f"`shapes_key` {shapes_key!r} holds no spots")
-    if shapes.index.has_duplicates:
-        raise ValueError(
-            f"`shapes_key` {shapes_key!r} has duplicated ids: {_some(shapes.index[shapes.index.duplicated()])}"
-        )
     if table_key is None:
-        return shapes.index, None
+        return ids, None
     table = sdata[table_key]
     attrs = table.uns["spatialdata_attrs"]
     rows = np.flatnonzero((table.obs[attrs["region_key"]] == shapes_key).to_numpy())
-    ids = pd.Index(table.obs[attrs["instance_key"]].iloc[rows])
+    listed = pd.Index(table.obs[attrs["instance_key"]].iloc[rows])
     where = f"`table_key` {table_key!r} and `shapes_key` {shapes_key!r} do not match"
-    if ids.hasnans:
-        raise ValueError(f"{where}: {int(ids.isna().sum())} rows have no id in obs[{attrs['instance_key']!r}]")
-    if isinstance(shapes.index, pd.MultiIndex):
+    if listed.hasnans:
+        raise ValueError(f"{where}: {int(listed.isna().sum())} rows have no id in obs[{attrs['instance_key']!r}]")
+    if isinstance(ids, pd.MultiIndex):
         raise ValueError(
             f"{where}: the ids of the shapes have several levels; one text or whole number a spot is needed"
         )
-    if ids.has_duplicates:
-        raise ValueError(f"{where}: duplicated ids in the table: {_some(ids[ids.duplicated()])}")
+    if listed.has_duplicates:
+        raise ValueError(f"{where}: duplicated ids in the table: {_some(listed[listed.duplicated()])}")
     # Not sorted: ids of mixed types have no order.
-    extra, missing = ids.difference(shapes.index, sort=False), shapes.index.difference(ids, sort=False)
+    extra, missing = listed.difference(ids, sort=False), ids.difference(listed, sort=False)
     if len(extra):
-        hint = "" if ids.dtype == shapes.index.dtype else f" (ids are {ids.dtype} there, {shapes.index.dtype} here)"
+        hint = "" if listed.dtype == ids.dtype else f" (ids are {listed.dtype} there, {ids.dtype} here)"
         raise ValueError(f"{where}: {len(extra)} extra ids in the table that are no spots: {_some(extra)}{hint}")
-    if len(missing):
+    if len(missing) and shapes_key in sdata.shapes:
         raise ValueError(
             f"{where}: {len(missing)} spots are missing from the table: {_some(missing)}. "
             "If the table was filtered, filter the shapes too: "
             f"sdata[{shapes_key!r}] = spatialdata.match_element_to_table(sdata, {shapes_key!r}, {table_key!r})[0][{shapes_key!r}]"
         )
-    return ids, rows
+    return listed, rows
 
 
 def _some(values: pd.Index) -> str:
     shown = ", ".join(repr(v) for v in values[:5].tolist())
     return shown + (f", … ({len(values)} in all)" if len(values) > 5 else "")
-
-
-def spot_geometry(shapes: GeoDataFrame, shapes_key: str) -> tuple[np.ndarray, float]:
-    """Centres ``(n, 2)`` and median diameter in the units of the element."""
-    points = shapes.geometry.centroid
-    xy = np.column_stack([points.x, points.y]).astype(float)
-    bad = ~np.isfinite(xy).all(1)
-    if bad.any():
-        raise ValueError(
-            f"`shapes_key` {shapes_key!r} has NaN or infinite coordinates in {int(bad.sum())} spots: {_some(shapes.index[bad])}"
-        )
-    if "radius" in shapes.columns:
-        diameters = 2 * shapes["radius"].to_numpy(dtype=float)
-    else:
-        diameters = np.sqrt(shapes.geometry.area.to_numpy(dtype=float))
-    diameter = float(np.median(diameters))
-    if not (np.isfinite(diameter) and diameter > 0):
-        raise ValueError(f"`shapes_key` {shapes_key!r}: the spots have a diameter of {diameter}; circles are needed")
-    return xy, diameter

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..image import Level, Pyramid, check_channel_names, check_pixels
+from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels, read_darkness
+from .elements import Spots, check_spatialdata, spot_element
 from .mpp import affine
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
+
+logger = logging.getLogger("he2gene_sc")
+
+#: Points at which images are compared, the least of them, and the correlation of darkness that says "the same tissue".
+_N_POINTS, _MIN_POINTS, _SAME_TISSUE = 64, 8, 0.5
+#: SD of darkness below which nothing can be compared.
+_FLAT = 1.0
+#: Part of a side by which extents may differ, and share of the points that the finest image has to cover.
+_SAME_EXTENT, _COVERED = 0.02, 0.95
 
 
 def find_image(
@@ -20,8 +33,9 @@ def find_image(
     shapes_key: str | None = None,
     image_key: str | Mapping[str, str] | None = None,
     coordinate_system: str | None = None,
+    spots: Spots | None = None,
 ) -> str:
-    """Name of the image; where there are several, of the only one in a coordinate system of the spots.
+    """Name of the image; of several that show the same tissue, the finest.
 
     Raises
     ------
@@ -30,6 +44,9 @@ def find_image(
     """
     from spatialdata.transformations import get_transformation
 
+    check_spatialdata(sdata)
+    if not sdata.images:
+        raise ValueError("`sdata` holds no image; read one with hg.io.read_he or add it to sdata.images")
     if isinstance(image_key, Mapping):
         if shapes_key not in image_key:
             raise ValueError(f"`image_key` names no image for shapes {shapes_key!r}, it has {sorted(image_key)}")
@@ -40,7 +57,7 @@ def find_image(
         return image_key
     candidates = list(sdata.images)
     if shapes_key is not None and len(candidates) > 1:
-        systems = set(get_transformation(sdata.shapes[shapes_key], get_all=True))
+        systems = set(get_transformation(spot_element(sdata, shapes_key), get_all=True))
         if coordinate_system is not None:
             systems &= {coordinate_system}
         candidates = [k for k in candidates if systems & set(get_transformation(sdata.images[k], get_all=True))]
@@ -49,17 +66,17 @@ def find_image(
             f"`image_key`: no image shares a coordinate system with shapes {shapes_key!r}; images: {sorted(sdata.images)}"
         )
     if len(candidates) > 1:
-        raise ValueError(f"`image_key` is ambiguous, candidates: {sorted(candidates)}")
+        return finest_image(sdata, candidates, shapes_key, coordinate_system, spots)
     return candidates[0]
 
 
 def spots_to_pixels(
-    sdata: SpatialData, image_key: str, shapes_key: str, coordinate_system: str | None
+    sdata: SpatialData, image_key: str, shapes_key: str, coordinate_system: str | None, spots: Spots
 ) -> tuple[str, np.ndarray]:
     """Compose shapes → coordinate system → image, level 0."""
     from spatialdata.transformations import get_transformation
 
-    image, shapes = sdata.images[image_key], sdata.shapes[shapes_key]
+    image, shapes = sdata.images[image_key], spot_element(sdata, shapes_key)
     of_shapes = set(get_transformation(shapes, get_all=True))
     shared = sorted(of_shapes & set(get_transformation(image, get_all=True)), key=lambda s: (s != "global", s))
     if coordinate_system is not None:
@@ -82,7 +99,7 @@ def spots_to_pixels(
         matrices[system] = np.linalg.inv(of_image) @ affine(shapes, system)
     first = matrices[shared[0]]
     # Corners of the spots must land on the same pixel through every shared system, else the choice matters.
-    left, top, right, bottom = shapes.total_bounds
+    (left, top), (right, bottom) = spots.centres.min(0), spots.centres.max(0)
     corners = np.array([[left, top, 1], [right, bottom, 1], [left, bottom, 1]]).T
     if any(np.abs((matrix - first) @ corners)[:2].max() > 0.5 for matrix in matrices.values()):
         raise ValueError(
@@ -90,6 +107,138 @@ def spots_to_pixels(
             "spots on different pixels"
         )
     return shared[0], first
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An image among several: its way to a frame that they share, and its darkness at common points of that frame."""
+
+    key: str
+    to_pixels: np.ndarray
+    size: tuple[int, int]
+    look: Darkness
+
+    @property
+    def scale(self) -> float:
+        """Pixels per unit of the frame."""
+        return float(np.sqrt(abs(np.linalg.det(self.to_pixels[:2, :2]))))
+
+    def corners(self) -> np.ndarray:
+        """Corners in the frame, ``(4, 2)``."""
+        return _corners(self.to_pixels, self.size)
+
+    def shows_the_same(self, other: _Candidate) -> bool:
+        """Whether both show one tissue: by darkness at common points, else by their extent."""
+        both = np.isfinite(self.look.mean) & np.isfinite(other.look.mean)
+        varied = both.sum() >= _MIN_POINTS and min(c.look.mean[both].std() for c in (self, other)) > _FLAT
+        if varied:
+            return np.corrcoef(self.look.mean[both], other.look.mean[both])[0, 1] > _SAME_TISSUE
+        own, others = self.corners(), other.corners()
+        return np.abs(own - others).max() <= _SAME_EXTENT * np.ptp(own, axis=0).max()
+
+
+def finest_image(
+    sdata: SpatialData,
+    candidates: list[str],
+    shapes_key: str | None,
+    coordinate_system: str | None = None,
+    spots: Spots | None = None,
+) -> str:
+    """Of several images the finest that is not blank, where all show the same tissue.
+
+    Raises
+    ------
+    ValueError
+        If they show different tissue, or are equally fine.
+    """
+    rgb = [key for key in candidates if _is_rgb(sdata, key)]
+    if not rgb:
+        raise ValueError(
+            f"`image_key`: none of the images {sorted(candidates)} is an RGB H&E image of uint8 or float pixels"
+        )
+    if len(rgb) == 1:
+        logger.info("image %r is taken: the only RGB image of %s", rgb[0], sorted(candidates))
+        return rgb[0]
+    ambiguous = f"`image_key` is ambiguous, candidates: {sorted(rgb)}"
+    frames = _frames(sdata, rgb, shapes_key, coordinate_system, spots)
+    if not frames:
+        raise ValueError(ambiguous)
+    points, side = _points(sdata, frames, spots)
+    found = []
+    for key, matrix in frames.items():
+        pyramid = pyramid_of(sdata, key)
+        places = points @ matrix[:2, :2].T + matrix[:2, 2]
+        try:
+            look = darkness_at(pyramid, key, places, side * np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+        except ValueError as error:
+            logger.info("image %r is left out: %s", key, error)
+            continue
+        found.append(_Candidate(key, matrix, (pyramid.width, pyramid.height), look))
+    if not found:
+        raise ValueError(ambiguous)
+    seen = [c for c in found if not c.look.blank] or found
+    covered = max(np.isfinite(c.look.mean).mean() for c in seen)
+    seen = sorted((c for c in seen if np.isfinite(c.look.mean).mean() >= _COVERED * covered), key=lambda c: -c.scale)
+    best = seen[0]
+    if not all(best.shows_the_same(other) for other in seen[1:]):
+        raise ValueError(f"{ambiguous}: they show different tissue")
+    if any(other.scale > best.scale * 0.99 for other in seen[1:]):
+        raise ValueError(ambiguous)
+    blank = sorted(c.key for c in found if c.look.blank and c not in seen)
+    if blank:
+        warnings.warn(f"images {blank} are blank and not used; image {best.key!r} is taken", UserWarning, stacklevel=4)
+    logger.info(
+        "image %r is taken, the finest of %s; name another one by `image_key`", best.key, [c.key for c in found]
+    )
+    return best.key
+
+
+def _is_rgb(sdata: SpatialData, image_key: str) -> bool:
+    try:
+        array = pyramid_of(sdata, image_key).levels[0].array
+        check_pixels(int(array.shape[0]), array.dtype, None, image_key)
+    except ValueError:
+        return False
+    return True
+
+
+def _frames(
+    sdata: SpatialData, keys: list[str], shapes_key: str | None, coordinate_system: str | None, spots: Spots | None
+) -> dict[str, np.ndarray]:
+    """Ways from a frame that all images share to the pixels of each: the spots' own units, or a coordinate system."""
+    from spatialdata.transformations import get_transformation
+
+    if shapes_key is not None and spots is not None:
+        return {key: spots_to_pixels(sdata, key, shapes_key, coordinate_system, spots)[1] for key in keys}
+    shared = set.intersection(*(set(get_transformation(sdata.images[key], get_all=True)) for key in keys))
+    if not shared:
+        return {}
+    system = "global" if "global" in shared else min(shared)
+    matrices = {key: affine(sdata.images[key], system) for key in keys}
+    if any(abs(np.linalg.det(matrix)) < 1e-12 for matrix in matrices.values()):
+        return {}
+    return {key: np.linalg.inv(matrix) for key, matrix in matrices.items()}
+
+
+def _corners(to_pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    pixels = np.array([[0, 0], [size[0], 0], [size[0], size[1]], [0, size[1]]], float)
+    back = np.linalg.inv(to_pixels)
+    return pixels @ back[:2, :2].T + back[:2, 2]
+
+
+def _points(sdata: SpatialData, frames: Mapping[str, np.ndarray], spots: Spots | None) -> tuple[np.ndarray, float]:
+    """Points of the common frame where the images are looked at, and the side of a look: some spots, else a raster."""
+    if spots is not None:
+        return some_of(spots.centres), float(np.median(spots.diameters))
+    boxes = []
+    for key, matrix in frames.items():
+        pyramid = pyramid_of(sdata, key)
+        corners = _corners(matrix, (pyramid.width, pyramid.height))
+        boxes.append((corners.min(0), corners.max(0)))
+    low, high = np.max([box[0] for box in boxes], axis=0), np.min([box[1] for box in boxes], axis=0)
+    steps = (np.arange(8) + 0.5) / 8
+    x, y = np.meshgrid(low[0] + steps * (high[0] - low[0]), low[1] + steps * (high[1] - low[1]))
+    return np.column_stack([x.ravel(), y.ravel()]), float(max(np.min(high - low), 0) / 24)
 
 
 def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
@@ -130,3 +279,16 @@ def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = N
         else:
             sample = np.asarray(pyramid.levels[-1].array)
     return check_pixels(int(array.shape[0]), array.dtype, sample, image_key)
+
+
+def some_of(values: np.ndarray, n: int = _N_POINTS) -> np.ndarray:
+    """Choose at most ``n`` values, evenly through their order."""
+    return values[np.linspace(0, len(values) - 1, min(n, len(values))).astype(int)]
+
+
+def darkness_at(pyramid: Pyramid, image_key: str, centres: np.ndarray, side: float) -> Darkness:
+    """How dark an image is in squares around some places."""
+    inside = centres[((centres >= 0) & (centres < [pyramid.width, pyramid.height])).all(1)]
+    if not len(inside):
+        return Darkness(np.full(len(centres), np.nan), blank=False)
+    return read_darkness(pyramid, centres, side, check_image(pyramid, image_key, inside))

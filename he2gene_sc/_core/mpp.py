@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from .._keys import ATTRS
+from .elements import spot_element
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("he2gene_sc")
 
 _MICROMETRE_SYSTEMS = ("micrometer", "micrometers", "micrometre", "micrometres", "micron", "microns", "um", "µm", "μm")
+
+#: A lattice this near to 1 µm/px is in µm, or on an image that was made so.
+_EXACT = 2e-3
 
 
 @dataclass(frozen=True)
@@ -65,52 +70,157 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
     return None
 
 
+def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tuple[float, str] | None:
+    """µm per pixel by the alignment of spots that are in µm: by a coordinate system in µm, or as Xenium's reader says."""
+    from spatialdata.transformations import get_transformation
+
+    scale = _scale(to_pixels)
+    element = spot_element(sdata, shapes_key)
+    for system in get_transformation(element, get_all=True):
+        if system.lower() in _MICROMETRE_SYSTEMS:
+            return _scale(affine(element, system)) / scale, f"coordinate system {system!r} of the spots"
+    if sdata.attrs.get("spatialdata_io_reader") != "xenium":
+        return None
+    # Xenium's shapes are in µm; its labels are in pixels that a shape or the transcripts relate to µm.
+    if shapes_key in sdata.shapes:
+        return 1 / scale, "Xenium, shapes in µm"
+    for other in [*sdata.shapes.values(), *sdata.points.values()]:
+        shared = set(get_transformation(other, get_all=True)) & set(get_transformation(element, get_all=True))
+        for system in sorted(shared):
+            um = _scale(affine(element, system)) / _scale(affine(other, system))
+            return um / scale, "Xenium, shapes in µm"
+    return None
+
+
+def _scale(matrix: np.ndarray) -> float:
+    """Length that a length of 1 becomes."""
+    return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+
+
 def resolve_mpp(
-    sdata: SpatialData, image_key: str, mpp: float | None, centres: np.ndarray, diameter_px: float, *, measured: bool
+    sdata: SpatialData,
+    image_key: str,
+    shapes_key: str,
+    mpp: float | None,
+    centres: np.ndarray,
+    diameter_px: float,
+    to_pixels: np.ndarray,
+    *,
+    measured: bool,
+    lattice: np.ndarray | None = None,
 ) -> tuple[float, str]:
     """Find µm per pixel and say where it was found: argument, then what the object states, then a known assay.
 
     Parameters
     ----------
-    sdata, image_key
-        The image.
+    sdata, image_key, shapes_key
+        The image and the spots.
     mpp
         The caller's own value.
     centres
         Spots, ``(n, 2)``, pixels of level 0.
     diameter_px
         Their diameter.
+    to_pixels
+        From the units of the spots to these pixels, 3 × 3.
     measured
         Whether the spots carry measurements: then a value that contradicts the lattice of a known assay is warned of.
+    lattice
+        What :func:`array_lattice` found.
 
     Raises
     ------
     ValueError
-        If it is stated nowhere and the spots are no known lattice.
+        If it is stated nowhere and the spots are not a known lattice.
     """
-    assay = _known_assay(centres, diameter_px)
-    found = (float(mpp), "argument") if mpp is not None else stored_mpp(sdata, image_key) or assay
+    from spatialdata.transformations import get_transformation
+
+    assay = _known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
+    if mpp is not None:
+        found = float(mpp), "argument"
+    else:
+        found = stored_mpp(sdata, image_key) or spots_mpp(sdata, shapes_key, to_pixels) or assay
     if found is None:
+        per_unit = {
+            system: _scale(affine(sdata.images[image_key], system))
+            for system in get_transformation(sdata.images[image_key], get_all=True)
+        }
+        hint = "".join(
+            f"; if coordinate system {system!r} is in µm, pass mpp={value:.4g}"
+            for system, value in per_unit.items()
+            if abs(value - 1) > 1e-6
+        )
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
-            "object states none and the spots are no Visium or legacy ST lattice"
+            f"object states none and the spots are not a Visium or legacy ST lattice{hint}"
         )
+    in_um = assay is not None and abs(assay[0] - 1) < _EXACT
     if measured and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
+        ratio = found[0] / assay[0]
+        cause = (
+            "its coordinates look like micrometres, not pixels; if they are, transform them: "
+            f"{scaling(shapes_key, 1 / found[0])}"
+            if in_um
+            else f"if that is right, pass mpp={assay[0]:.4g}"
+        )
+        tenfold = ", ten times off" if not in_um and any(0.8 < r < 1.25 for r in (ratio / 10, ratio * 10)) else ""
         warnings.warn(
             f"µm/px of image {image_key!r} is {found[0]:.4g} ({found[1]}), but its spots look like {assay[1]}, which makes "
-            f"{assay[0]:.4g}; if that is right, pass mpp={assay[0]:.4g}",
+            f"{assay[0]:.4g}{tenfold}; {cause}",
+            UserWarning,
+            stacklevel=4,
+        )
+    elif in_um and found[1] == assay[1]:
+        warnings.warn(
+            f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
+            f"not pixels of image {image_key!r}. If they are, the wrong pixels are read; transform them by the true µm/px, "
+            f"for 0.5: {scaling(shapes_key, 2.0)}. If the image has 1 µm/px, pass mpp=1.0",
             UserWarning,
             stacklevel=4,
         )
     if not measured and found[1] == (assay and assay[1]):
         warnings.warn(
             f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. Nothing "
-            "was measured on them, so they may be no such assay; pass mpp= to be sure",
+            "was measured on them, so they may not be of this assay; pass mpp= to be sure",
             UserWarning,
             stacklevel=4,
         )
     logger.info("image %r: %.4g µm/px (%s)", image_key, *found)
     return found
+
+
+def scaling(shapes_key: str, factor: float) -> str:
+    """Call that multiplies the coordinates of spots that lie in pixels by a factor."""
+    return (
+        f"spatialdata.transformations.set_transformation(sdata[{shapes_key!r}], "
+        f"spatialdata.transformations.Scale([{factor:.4g}, {factor:.4g}], axes=('x', 'y')))"
+    )
+
+
+def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
+    """Pixels per step of ``array_col`` and ``array_row``, 2 × 2; ``None`` where the spots do not lie on the array."""
+    if not {"array_row", "array_col"} <= set(obs) or len(obs) < 12:
+        return None
+    steps = np.column_stack([pd.to_numeric(obs[name], errors="coerce") for name in ("array_col", "array_row")])
+    if not np.isfinite(steps.astype(float)).all():
+        return None
+    design = np.column_stack([steps, np.ones(len(steps))]).astype(float)
+    solution, _, rank, _ = np.linalg.lstsq(design, centres, rcond=None)
+    lattice = solution[:2].T
+    off = np.sqrt(np.mean((design @ solution - centres) ** 2))
+    return lattice if rank == 3 and off < 0.3 * np.linalg.norm(lattice, axis=0).min() else None
+
+
+def _visium_array(lattice: np.ndarray | None, diameter_px: float) -> tuple[float, str] | None:
+    """µm/px by the array positions of Visium, also where few spots are left: 50 µm a column, 86.6 µm a row."""
+    if lattice is None:
+        return None
+    column, row = np.linalg.norm(lattice, axis=0)
+    assay = _ASSAYS[0]
+    ratio = diameter_px / (2 * column)
+    if abs(row / column / np.sqrt(3) - 1) > 0.02 or not assay.ratio[0] <= ratio <= assay.ratio[1]:
+        return None
+    return assay.pitch_um / (2 * column), assay.name
 
 
 def _known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | None:

@@ -10,14 +10,15 @@ import numpy as np
 import pandas as pd
 
 from ..image import Pyramid
-from .elements import find_shapes, find_table, match_rows, spot_geometry
+from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, read_spots
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
-from .mpp import check_mpp, resolve_mpp
+from .mpp import array_lattice, check_mpp, resolve_mpp
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-_MIN_SPOT_PX = 8
+#: Least size of a spot on the image; of polygons and labels narrower than ``_WIDE_UM`` less is enough.
+_MIN_SPOT_PX, _WIDE_UM, _MIN_SPOT_UM = 8, 40.0, 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class Slide:
     mpp, mpp_source
         µm per pixel of level 0, and where that was found.
     spot_ids
-        Index of the shapes, ``(n,)``, in the order of the table's rows, or of the shapes where there is no table.
+        Index of the shapes or values of the labels, ``(n,)``, in the order of the table's rows, or of the element where
+        there is no table.
     rows
         Positions of the spots in the table, ``(n,)``; ``None`` without a table.
     centres
@@ -80,9 +82,10 @@ def resolve(
     sdata
         The object.
     image_key
-        Image; or a mapping from shapes element to image, where a table annotates several.
+        Image; or a mapping from shapes element to image, where a table annotates several. Default: the only RGB image,
+        or of several that show the same tissue the finest that is not blank.
     shapes_key
-        Spots. Default: those that the table annotates, or the only circles.
+        Spots: shapes or labels. Default: those that the table annotates, or the only circles, polygons or labels.
     table_key
         Table that annotates the spots. Tables that ``he2gene_sc`` made are no candidates.
     coordinate_system
@@ -103,12 +106,7 @@ def resolve(
     ValueError
         If something is missing, ambiguous, or does not fit together; the message names the parameter.
     """
-    from spatialdata import SpatialData
-
-    if not isinstance(sdata, SpatialData):
-        raise TypeError(
-            f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed (for an image file: hg.io.read_he)"
-        )
+    check_spatialdata(sdata)
     for value in mpp.values() if isinstance(mpp, Mapping) else (mpp,):
         check_mpp(value)
     if not sdata.images:
@@ -138,22 +136,30 @@ def _resolve_one(
     coordinate_system: str | None,
     mpp: float | None,
 ) -> Slide:
-    shapes = sdata.shapes[shapes_key]
-    image_key = find_image(sdata, shapes_key, image_key, coordinate_system)
-    spot_ids, rows = match_rows(sdata, shapes, shapes_key, table_key)
-    xy, diameter = spot_geometry(shapes.loc[spot_ids], shapes_key)
-    system, to_pixels = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system)
-    centres = xy @ to_pixels[:2, :2].T + to_pixels[:2, 2]
-    diameter_px = diameter * np.sqrt(abs(np.linalg.det(to_pixels[:2, :2])))
+    spots = read_spots(sdata, shapes_key)
+    image_key = find_image(sdata, shapes_key, image_key, coordinate_system, spots)
+    spot_ids, rows = match_rows(sdata, spots.ids, shapes_key, table_key)
+    # Labels that the table does not list are not spots of it.
+    order = spots.ids.get_indexer(spot_ids)
+    spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
+    system, to_pixels = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
+    centres = spots.centres @ to_pixels[:2, :2].T + to_pixels[:2, 2]
+    diameter_px = float(np.median(spots.diameters)) * np.sqrt(abs(np.linalg.det(to_pixels[:2, :2])))
     pyramid = pyramid_of(sdata, image_key)
-    mpp, source = resolve_mpp(sdata, image_key, mpp, centres, diameter_px, measured=table_key is not None)
-    shortest = min(pyramid.height, pyramid.width)
-    if not _MIN_SPOT_PX <= diameter_px <= shortest / 2:
-        raise ValueError(
-            f"`shapes_key` {shapes_key!r}: a spot is {diameter_px:.3g} px wide on image {image_key!r} "
-            f"({pyramid.width} × {pyramid.height}); {_MIN_SPOT_PX} to {shortest // 2} px make sense. "
-            "Check the transformations, `coordinate_system` and which image is meant"
-        )
+    lattice = None if rows is None else array_lattice(sdata[table_key].obs.iloc[rows], centres)
+    mpp, source = resolve_mpp(
+        sdata,
+        image_key,
+        shapes_key,
+        mpp,
+        centres,
+        diameter_px,
+        to_pixels,
+        measured=table_key is not None,
+        lattice=lattice,
+    )
+    circles = shapes_key in sdata.shapes and "radius" in sdata.shapes[shapes_key].columns
+    _check_size(pyramid, image_key, shapes_key, diameter_px, mpp, circles)
     inside = (centres >= 0).all(1) & (centres[:, 0] <= pyramid.width) & (centres[:, 1] <= pyramid.height)
     return Slide(
         image_key=image_key,
@@ -170,3 +176,33 @@ def _resolve_one(
         inside=inside,
         diameter_um=float(diameter_px * mpp),
     )
+
+
+def _check_size(
+    pyramid: Pyramid, image_key: str, shapes_key: str, diameter_px: float, mpp: float, circles: bool
+) -> None:
+    """Refuse spots that are too small or too wide for the image to show them."""
+    shortest = min(pyramid.height, pyramid.width)
+    found = (
+        f"`shapes_key` {shapes_key!r}: a spot is {diameter_px:.3g} px wide on image {image_key!r} "
+        f"({pyramid.width} × {pyramid.height})"
+    )
+    if diameter_px > shortest / 2:
+        raise ValueError(
+            f"{found}; at most {shortest // 2} px make sense. Check the transformations, `coordinate_system` and which image "
+            "is meant"
+        )
+    diameter_um = diameter_px * mpp
+    if diameter_um < _MIN_SPOT_UM:
+        raise ValueError(
+            f"{found}, that is {diameter_um:.3g} µm, smaller than a cell. If these are 2 µm bins of Visium HD, use spots of "
+            "50 µm instead: hg.pp.tissue(sdata), hg.pp.grid(sdata, diameter_um=50, pitch_um=50, key_added='grid'), "
+            "hg.tl.predict(sdata, shapes_key='grid'). Else check the transformations and `mpp`"
+        )
+    # Outlines of cells are far smaller than the window that is read around them.
+    needed = _MIN_SPOT_PX if circles or diameter_um >= _WIDE_UM else 1
+    if diameter_px < needed:
+        raise ValueError(
+            f"{found}, which is too coarse at {mpp:.3g} µm/px: {needed} px are the least, that is {diameter_um / needed:.2g} "
+            "µm/px or finer. Use the full-resolution image, or check the transformations"
+        )

@@ -1,5 +1,6 @@
 """Pixels: level choice, µm geometry and block-wise patch reading. Arrays in, arrays out."""
 
+from ._darkness import Darkness, read_darkness
 from ._direct import direct
 from ._geometry import ReadPlan, WindowPlan, plan_windows
 from ._pixels import check_channel_names, check_pixels, reflect_index, to_rgb_uint8
@@ -8,6 +9,7 @@ from ._reader import PatchBatch, PatchReader
 from ._reduced import read_reduced
 
 __all__ = [
+    "Darkness",
     "Level",
     "PatchBatch",
     "PatchReader",
@@ -18,6 +20,7 @@ __all__ = [
     "check_pixels",
     "direct",
     "plan_windows",
+    "read_darkness",
     "read_reduced",
     "reflect_index",
     "to_rgb_uint8",

@@ -124,6 +124,32 @@ class Basis:
         return self.components(features, rings) @ self.mixing
 
 
+def check_pairs(centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]) -> None:
+    """Refuse spots that have too many neighbours to average, before they are encoded.
+
+    Raises
+    ------
+    ValueError
+        If the pairs of neighbours would not fit into memory.
+    """
+    from scipy.spatial import cKDTree
+
+    n = len(centres_um)
+    if not rings_um or n == 0:
+        return
+    reach = max(outer for _, outer in rings_um)
+    some = centres_um[:: max(1, n // 500)]
+    tree = cKDTree(centres_um)
+    expected = n * float(np.mean(tree.query_ball_point(some, reach, return_length=True))) / 2
+    if expected > _MAX_PAIRS:
+        raise ValueError(
+            f"`shapes_key`: {n:,} spots lie too close: they have {expected:.2g} pairs of neighbours within {reach:g} µm, at "
+            f"most {_MAX_PAIRS:.0g} fit into memory. Put bins or cells together to spots of 50 µm or more: "
+            "hg.pp.tissue(sdata), hg.pp.grid(sdata, diameter_um=50, pitch_um=50, key_added='grid'), then "
+            "hg.tl.predict(sdata, shapes_key='grid')"
+        )
+
+
 def rings_of(centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]) -> tuple[scipy.sparse.csr_array, ...]:
     """Averaging matrices of the rings.
 
@@ -145,14 +171,8 @@ def rings_of(centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]) 
     n = len(centres_um)
     if not rings_um or n == 0:
         return tuple(scipy.sparse.csr_array((n, n), dtype=np.float32) for _ in rings_um)
+    check_pairs(centres_um, rings_um)
     tree, reach = cKDTree(centres_um), max(outer for _, outer in rings_um)
-    some = centres_um[:: max(1, n // 500)]
-    expected = n * float(np.mean(tree.query_ball_point(some, reach, return_length=True))) / 2
-    if expected > _MAX_PAIRS:
-        raise ValueError(
-            f"the spots have {expected:.2g} neighbours within {reach:g} µm, too many to average: {n:,} spots lie too close. "
-            "Put bins together to spots of 50 µm or more first"
-        )
     pairs = tree.query_pairs(reach, output_type="ndarray")
     distance = np.linalg.norm(centres_um[pairs[:, 0]] - centres_um[pairs[:, 1]], axis=1)
     matrices = []

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._embedding import TENSORS, Basis, Context, rings_of
+from ._embedding import TENSORS, Basis, Context, check_pairs, rings_of
 from ._fuse import fuse_batch_norm
 from ._guard import Guard
 from ._registry import EncoderSpec
@@ -200,6 +200,11 @@ class Network(nn.Module):
         if self.basis is None:
             return features
         return self.basis.embed(features, rings_of(centres_um, self.basis.context.rings_um))
+
+    def check_spots(self, centres_um: np.ndarray) -> None:
+        """Refuse the spots of a slide, ``(n, 2)`` µm, that lie too close to be embedded; before they are encoded."""
+        if self.basis is not None:
+            check_pairs(centres_um, self.basis.context.rings_um)
 
     def expression(self, latent: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
         """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._core.elements import check_spatialdata, spot_element
 from .._core.mpp import affine
 from .._core.slide import Slide, resolve
 from .._keys import Keys
@@ -54,6 +55,7 @@ def canvas(
     coordinate_system: str | None,
 ) -> Canvas:
     """Find the slide that a prediction was made on."""
+    check_spatialdata(sdata)
     table_key = predicted_table(sdata, key_added, table_key)
     record = sdata[table_key].uns[Keys(key_added).uns]
     regions = [record["shapes"]] if isinstance(record["shapes"], str) else list(record["shapes"])
@@ -97,19 +99,21 @@ def draw(
     size
         Scale of the spots.
     **kwargs
-        Passed to ``render_shapes``.
+        Passed to ``render_shapes``, or ``render_labels`` where the spots are labels.
     """
     import spatialdata as sd
     import spatialdata_plot  # noqa: F401 - registers sdata.pl
 
     slide = where.slide
-    elements = {slide.shapes_key: where.sdata.shapes[slide.shapes_key]}
+    elements = {slide.shapes_key: spot_element(where.sdata, slide.shapes_key)}
     if image:
         elements[slide.image_key] = where.sdata.images[slide.image_key]
     shown = sd.SpatialData.init_from_elements({**elements, "table": table})
     with _quiet():
         plot = shown.pl.render_images(slide.image_key) if image else shown
-        if color is not None:
+        if color is not None and slide.shapes_key in where.sdata.labels:
+            plot = plot.pl.render_labels(slide.shapes_key, color=color, table_name="table", **kwargs)
+        elif color is not None:
             plot = plot.pl.render_shapes(slide.shapes_key, color=color, table_name="table", scale=size, **kwargs)
         plot.pl.show(
             coordinate_systems=slide.coordinate_system,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._genes import check_not_probes
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -47,6 +49,7 @@ def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, s
     ValueError
         If there is no such column, a gene has no name at all, or two have the same.
     """
+    check_not_probes(table)
     if gene_symbols is not None and gene_symbols not in table.var.columns:
         raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(table.var.columns)}")
     given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols], dtype=object).reset_index(

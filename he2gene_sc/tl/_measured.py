@@ -16,6 +16,7 @@ import pandas as pd
 import scipy.sparse
 
 from .._core.layers import layer_names
+from .._core.placement import check_placement
 from .._core.slide import Slide, resolve
 from ._gene_lists import Genes, check_gene_lists, gene_names
 from ._labels import Labels, code_classes, labels_of, name_of
@@ -163,6 +164,7 @@ def check_table(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> t
     slides, table, genes, matrix = _opened(sdata, keys, symbols)
     names, labels = [], set()
     for slide in slides:
+        check_placement(sdata, slide)
         rows, _, _ = _counted(slide, matrix)
         name, _ = _names(table, rows, slide, keys)
         if len(rows) < MIN_SPOTS:

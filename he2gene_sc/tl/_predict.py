@@ -15,6 +15,7 @@ from .._core import validate
 from .._core.element_results import copy_tables
 from .._core.fill import StackedPredictions, check_fillable, fill_table
 from .._core.made_table import check_new_table, make_table, put_table
+from .._core.placement import check_placement
 from .._core.slide import Slide, resolve
 from .._genes import match_genes
 from .._keys import FACTS, TABLE, Keys, check_key
@@ -161,6 +162,8 @@ def predict(
     )
     for slide in slides:
         _check_windows(slide, model)
+        check_placement(sdata, slide)
+        model.network.check_spots(slide.centres[slide.inside] * slide.mpp)
     measured = slides[0].table_key
     if isinstance(genes, str) and genes != "all":
         raise ValueError(f"`genes` is {genes!r}; a list of genes, 'all' or None is needed")
@@ -225,10 +228,12 @@ def _check_windows(slide: Slide, model: HE2Gene) -> None:
     pixels = smallest / slide.mpp
     shortest = min(slide.pyramid.height, slide.pyramid.width)
     if not 8 <= pixels <= shortest / 2:
+        least, most = 2 * smallest / shortest, smallest / 8
+        cause = f"image {slide.image_key!r} is too coarse; " if pixels < 8 else ""
         raise ValueError(
-            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): a window of {smallest:g} µm, the size of a spot, would be "
+            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}a window of {smallest:g} µm, the size of a spot, would be "
             f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; 8 to {shortest // 2} px make "
-            f"sense, that is an `mpp` of {2 * smallest / shortest:.3g} to {smallest / 8:.3g}"
+            f"sense, that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of finer resolution, or check `mpp`"
         )
 
 

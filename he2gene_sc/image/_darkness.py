@@ -1,0 +1,73 @@
+"""How dark an image is at some places: what tells tissue from glass, and one image from another, without reading it whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ._direct import direct
+from ._pixels import to_rgb_uint8
+from ._pyramid import Pyramid
+
+#: Pixels of a level that a square should have a side, and the most that are read.
+_FINE, _MOST = 4, 64
+#: Values between darkest and brightest pixel from which an image is not blank.
+_CONTRAST = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Darkness:
+    """What squares of an image look like.
+
+    Attributes
+    ----------
+    mean
+        ``(n,)``: 255 minus the mean of the channels, black and transparent taken for white; NaN outside the image.
+    blank
+        Whether all pixels of all squares are about alike; ``False`` where none lies in the image.
+    """
+
+    mean: np.ndarray
+    blank: bool
+
+
+def read_darkness(pyramid: Pyramid, centres: np.ndarray, side: float, factor: float = 1.0) -> Darkness:
+    """Read squares of an image, from the coarsest level that still shows them.
+
+    Parameters
+    ----------
+    pyramid
+        The image.
+    centres
+        ``(n, 2)``: x and y in pixels of level 0.
+    side
+        Side of a square, pixels of level 0.
+    factor
+        What :func:`he2gene_sc.image.check_pixels` returned for the image.
+
+    Returns
+    -------
+    Darkness
+        In the order of the centres.
+    """
+    level = max((e for e in pyramid.levels if e.scale == 1 or side / e.scale >= _FINE), key=lambda e: e.scale)
+    inside = ((centres >= 0) & (centres < [pyramid.width, pyramid.height])).all(1)
+    half = max(1, min(_MOST, round(side / level.scale)) // 2)
+    # The last row or column of a reduced level may be missing.
+    last = [level.width - 1, level.height - 1]
+    places = np.minimum((centres[inside] / level.scale).astype(int), last)
+    array = direct(level.array)
+    blocks = [array[:, max(0, y - half) : y + half, max(0, x - half) : x + half] for x, y in places]
+    if blocks and hasattr(blocks[0], "dask"):
+        import dask
+
+        blocks = dask.compute(*blocks)
+    mean = np.full(len(centres), np.nan)
+    found, low, high = [], 255, 0
+    for block in map(np.asarray, blocks):
+        shown = to_rgb_uint8(block, factor, paint_black=False)
+        low, high = min(low, int(shown.min())), max(high, int(shown.max()))
+        found.append(255 - float(to_rgb_uint8(block, factor).mean()))
+    mean[inside] = found
+    return Darkness(mean, bool(found) and high - low < _CONTRAST)

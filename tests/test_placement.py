@@ -1,0 +1,213 @@
+"""Spots that do not lie where they should are refused or warned of, with a call that mends it; those that do are not."""
+
+import re
+import warnings
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+from spatialdata.models import Image2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
+
+import he2gene_sc as hg
+from he2gene_sc._core.placement import check_placement
+from he2gene_sc._core.slide import resolve
+
+PITCH, SIDE = 40.0, 800
+
+
+def tissue(side=SIDE):
+    """Glass with a dark L of tissue, that no symmetry of the square maps onto itself, darker to the right."""
+    y, x = np.mgrid[:side, :side] / side
+    inside = ((x > 0.08) & (x < 0.35) & (y > 0.08) & (y < 0.92)) | ((x < 0.8) & (x > 0.08) & (y > 0.7) & (y < 0.92))
+    shade = np.where(inside, 150 - 60 * x - 40 * y, 235)
+    return (shade + np.random.default_rng(0).normal(0, 3, size=shade.shape)).clip(1, 254).astype(np.uint8), inside
+
+
+def section(*, everywhere=False, array=True):
+    """Visium spots on the tissue of an image at 2.5 µm/px."""
+    shade, inside = tissue()
+    row, column = (grid.ravel() for grid in np.mgrid[0:20, 0:18])
+    centres = np.column_stack([30 + PITCH * (column + 0.5 * (row % 2)), 30 + PITCH * np.sqrt(0.75) * row])
+    kept = everywhere | inside[tuple(centres.astype(int).T[::-1])]
+    centres, row, column = centres[kept], row[kept], column[kept]
+    index = pd.Index([f"s{i}" for i in range(len(centres))])
+    obs = pd.DataFrame({"region": pd.Categorical(["spots"] * len(index)), "instance_id": index.to_numpy()}, index=index)
+    if array:
+        obs["array_row"], obs["array_col"] = row, 2 * column + row % 2
+    counts = ad.AnnData(np.ones((len(index), 3), np.float32), obs=obs)
+    shapes = ShapesModel.parse(
+        centres, geometry=0, radius=PITCH * 0.275, index=index, transformations={"global": Identity()}
+    )
+    return sd.SpatialData(
+        images={"he": Image2DModel.parse(np.stack([shade] * 3), dims=("c", "y", "x"))},
+        shapes={"spots": shapes},
+        tables={"table": TableModel.parse(counts, region="spots", region_key="region", instance_key="instance_id")},
+    )
+
+
+def place(sdata, matrix):
+    """Transform the spots by a 2 × 3 matrix."""
+    whole = Affine([*np.asarray(matrix, float), [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
+    set_transformation(sdata["spots"], whole, "global")
+
+
+def said(sdata, **kwargs):
+    """All warnings of finding and checking the slide."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for slide in resolve(sdata, **kwargs):
+            check_placement(sdata, slide)
+    return [str(w.message) for w in caught]
+
+
+def mend(sdata, message):
+    """Run the call that a message names."""
+    call = re.search(
+        r"spatialdata\.transformations\.set_transformation\(.*?'global'\)|spatialdata.*?axes=.*?\)\)\)", message
+    )
+    exec(call.group(0), {"spatialdata": sd, "sdata": sdata})
+
+
+def test_spots_where_they_belong_are_not_warned_of():
+    assert said(section()) == []
+    assert said(section(array=False)) == []
+    assert said(section(everywhere=True)) == []
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_rotated_slide_is_not_warned_of(turns):
+    sdata = section()
+    pixels = np.rot90(np.asarray(sdata["he"]), turns, axes=(1, 2)).copy()
+    sdata["he"] = Image2DModel.parse(pixels, dims=("c", "y", "x"))
+    c, s = {1: (0, 1), 2: (-1, 0), 3: (0, -1)}[turns]
+    half = SIDE / 2
+    place(sdata, [[c, s, half - half * (c + s)], [-s, c, half - half * (c - s)]])
+    assert said(sdata) == []
+
+
+def test_a_slide_imaged_mirrored_is_not_warned_of():
+    sdata = section()
+    sdata["he"] = Image2DModel.parse(np.asarray(sdata["he"])[:, :, ::-1].copy(), dims=("c", "y", "x"))
+    place(sdata, [[-1, 0, SIDE], [0, 1, 0]])
+    assert said(sdata) == []
+
+
+def test_array_positions_with_exchanged_names_are_not_warned_of_where_spots_lie_on_tissue():
+    sdata = section()
+    sdata["table"].obs = sdata["table"].obs.rename(columns={"array_row": "array_col", "array_col": "array_row"})
+    assert said(sdata) == []
+
+
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        ([[0, 1, 0], [1, 0, 0]], "x and y of the spots look swapped"),
+        ([[-1, 0, SIDE], [0, 1, 0]], "x of the spots looks mirrored"),
+        ([[1, 0, 0], [0, -1, SIDE]], "y of the spots looks mirrored"),
+    ],
+)
+def test_swapped_and_mirrored_spots_are_warned_of_and_the_named_call_mends_them(matrix, words):
+    sdata = section()
+    right = resolve(sdata)[0].centres
+    place(sdata, matrix)
+    (message,) = said(sdata)
+    assert "`array_row` and `array_col`" in message
+    assert words in message
+    mend(sdata, message)
+    np.testing.assert_allclose(resolve(sdata)[0].centres, right, atol=1e-6)
+    assert said(sdata) == []
+
+
+def test_swapped_spots_off_the_tissue_are_warned_of_without_array_positions():
+    sdata = section(array=False)
+    place(sdata, [[0, 1, 0], [1, 0, 0]])
+    (message,) = said(sdata)
+    assert "x and y of the spots look swapped" in message
+
+
+def test_all_spots_outside_are_refused_and_the_earlier_prediction_stays(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model)
+    before = toy["table"].layers["he2gene"].copy()
+    set_transformation(toy["spots"], Translation([50000, 50000], axes=("x", "y")), "global")
+    with pytest.raises(ValueError, match=r"30 of 30 spots lie outside image 'he' \(700 × 600 px.*transformations"):
+        hg.tl.predict(toy, model=tiny_model)
+    np.testing.assert_array_equal(toy["table"].layers["he2gene"], before)
+
+
+def test_full_resolution_coordinates_on_a_reduced_image_are_mended_by_its_scale_factor():
+    sdata = section()
+    right = resolve(sdata)[0].centres
+    place(sdata, [[20, 0, 0], [0, 20, 0]])
+    sdata["table"].uns["spatial"] = {"demo": {"scalefactors": {"tissue_hires_scalef": 0.05}}}
+    sdata["spots"]["radius"] /= 4
+    slides = resolve(sdata, mpp=2.5)
+    with pytest.raises(ValueError, match=r"full-resolution coordinates.*tissue_hires_scalef") as error:
+        check_placement(sdata, slides[0])
+    mend(sdata, str(error.value))
+    np.testing.assert_allclose(resolve(sdata, mpp=2.5)[0].centres, right, atol=1e-3)
+
+
+def test_coordinates_of_a_larger_image_are_named_where_no_scale_factor_is_known():
+    sdata = section()
+    place(sdata, [[3, 0, 0], [0, 3, 0]])
+    (message,) = said(sdata)
+    assert "look like those of a larger image" in message
+
+
+def test_micrometres_that_leave_a_coarse_image_are_named():
+    sdata = section(array=False)
+    place(sdata, [[2.5, 0, 0], [0, 2.5, 0]])
+    messages = said(sdata, mpp=2.5)
+    assert any("look like micrometres" in message and "lie outside" in message for message in messages)
+    mend(sdata, messages[-1])
+    assert said(sdata) == []
+
+
+def test_micrometres_on_pixels_are_told_by_a_lattice_of_exactly_1_um_per_px():
+    sdata = section(array=False)
+    set_transformation(sdata["he"], Scale([2.5, 2.5], axes=("x", "y")), "other")
+    sdata["he"] = Image2DModel.parse(np.repeat(np.repeat(np.asarray(sdata["he"]), 5, 1), 5, 2), dims=("c", "y", "x"))
+    place(sdata, [[2.5, 0, 0], [0, 2.5, 0]])
+    assert any("at exactly 1 µm/px" in message and "micrometres" in message for message in said(sdata))
+    assert not any("micrometres" in message for message in said(sdata, mpp=1.0))
+    assert any("micrometres" in message for message in said(sdata, mpp=0.5))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_an_image_that_is_blank_at_all_spots_is_refused(value):
+    sdata = section()
+    sdata["he"] = Image2DModel.parse(np.full((3, SIDE, SIDE), value, np.uint8), dims=("c", "y", "x"))
+    (slide,) = resolve(sdata)
+    with pytest.raises(ValueError, match="`image_key` 'he' is blank at all spots"):
+        check_placement(sdata, slide)
+
+
+def test_training_checks_the_placement_too(toy):
+    set_transformation(toy["spots"], Translation([50000, 50000], axes=("x", "y")), "global")
+    with pytest.raises(ValueError, match="30 of 30 spots lie outside"):
+        hg.tl.train([toy], validation="random")
+
+
+def test_spots_too_close_to_average_are_refused_before_encoding(toy, tiny_model, monkeypatch):
+    from he2gene_sc.models import _embedding
+
+    model = hg.models.load("breast-her2st")
+    monkeypatch.setattr(_embedding, "_MAX_PAIRS", 10)
+    monkeypatch.setattr("he2gene_sc.inference.predict", lambda *a, **k: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match=r"spots lie too close.*hg\.pp\.grid"):
+        hg.tl.predict(toy, model=model)
+
+
+def test_probes_are_refused_as_genes(toy, tiny_model):
+    toy["table"].var_names = [f"{name}|{i:07x}" for i, name in enumerate(toy["table"].var_names)]
+    with pytest.raises(ValueError, match=r"probes, not genes.*scanpy\.get\.aggregate"):
+        hg.tl.predict(toy, model=tiny_model)
+
+
+@pytest.mark.parametrize("verb", [hg.tl.predict, hg.pp.tissue, hg.pp.grid])
+def test_an_anndata_is_told_how_it_becomes_a_spatialdata(toy, verb):
+    with pytest.raises(TypeError, match=r"`sdata` is an AnnData.*from_legacy_anndata\(adata\).*then call again"):
+        verb(toy["table"])
