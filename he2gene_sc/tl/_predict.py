@@ -56,16 +56,16 @@ def predict(
     Parameters
     ----------
     sdata
-        Object with an RGB H&E image and spots (circles) in a shared coordinate system. A table that annotates the
+        Object with an RGB H&E image and spots (circles, polygons or labels) in a shared coordinate system. A table that annotates the
         spots is filled in place; without one, a table ``"table"`` is made.
     model
         A bundled model's name, a model folder, or a loaded model.
     image_key, shapes_key, table_key, coordinate_system
-        What to use where the object holds several; one candidate is found without. ``image_key`` may map shapes
-        elements to images.
+        What to use where the object holds several; one candidate is found without. Of several images that show the same
+        tissue the finest that is not blank is taken. ``image_key`` may map shapes elements to images.
     mpp
-        µm per pixel of the full-resolution image; or a mapping from shapes element to it. Default: the object's metadata, a coordinate system in µm, or the
-        pitch of a known assay.
+        µm per pixel of the full-resolution image; or a mapping from shapes element to it. Default: the object's metadata, a coordinate system in µm, Xenium's
+        shapes, or the pitch of a known assay.
     genes
         Genes to predict. ``None``: all genes of the table that the model knows (all model genes without a table). A
         list: these alone. ``"all"``: every model gene, into a second table named ``key_added``.
@@ -119,7 +119,7 @@ def predict(
     Raises
     ------
     ValueError
-        If an argument or the object does not fit, or if a key that would be written is there and was not written by an
+        If an argument or the object does not fit, no spot lies inside the image, the image is blank at all spots, or a key that would be written is there and was not written by an
         earlier prediction under ``key_added``, or was changed since; nothing has been encoded or changed then.
 
     Notes
