@@ -196,10 +196,15 @@ def test_files_that_disagree_give_one_warning():
     assert [m.split("'")[1] for m in said] == expected
 
 
-@pytest.mark.parametrize("section", ["Z9", "c5", "", None])
+@pytest.mark.parametrize("section", ["Z9", "c5", ""])
 def test_an_unknown_section_is_refused_and_valid_ones_are_listed(section):
     with pytest.raises(ValueError, match="`section` .* is unknown, valid: A1, A2"):
         hg.datasets.her2st(section)
+
+
+def test_a_section_that_is_not_a_text_is_refused():
+    with pytest.raises(ValueError, match="`section` is None; a text is needed"):
+        hg.datasets.her2st(None)
 
 
 # her2st from elsewhere: a small section of our own stands in for the files of the repository
