@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ._core import validate
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -72,8 +74,8 @@ def match_genes(
     if table is None or (isinstance(genes, str) and genes == "all"):
         chosen = everything if genes is None or isinstance(genes, str) else pd.unique(_lookup(model, pd.Index(genes)))
         return WantedGenes(chosen, None, all_genes=table is not None)
-    if gene_symbols is not None and gene_symbols not in table.var.columns:
-        raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(table.var.columns)}")
+    if gene_symbols is not None:
+        validate.key_in(gene_symbols, list(table.var.columns), "gene_symbols", what="a column of var")
     check_not_probes(table)
     names = pd.Index((table.var_names if gene_symbols is None else table.var[gene_symbols]).astype(str))
     positions = _lookup(model, names)

@@ -208,7 +208,7 @@ def test_table_whose_genes_the_model_does_not_know(toy, tiny_model):
 def test_gene_symbols_that_is_no_column(toy, tiny_model):
     refuses(
         toy,
-        r"`gene_symbols` 'symbol' is no column of var, valid: \['planted'\]",
+        r"`gene_symbols` 'symbol' is not a column of var, valid: \['planted'\]",
         model=tiny_model,
         gene_symbols="symbol",
     )

@@ -276,7 +276,7 @@ def test_mixed_takes_covariates():
     assert not np.allclose(of(plain)["pvals"], of(adjusted)["pvals"].reindex(of(plain).index))
     with pytest.raises(ValueError, match="`covariates` enter method='mixed' alone"):
         found(tables, covariates="depth")
-    with pytest.raises(ValueError, match="`covariates` 'no' is no column"):
+    with pytest.raises(ValueError, match="`covariates` 'no' is not a column"):
         found(tables, method="mixed", covariates="no")
     with pytest.raises(ValueError, match="several values within sample"):
         found(tables, method="mixed", covariates="label")
@@ -446,7 +446,7 @@ def test_cross_fitted_labels_are_not_circular():
 
 def test_names_that_are_not_there_are_named():
     tables = patients(3)
-    with pytest.raises(ValueError, match="`groupby` 'no' is no column of obs"):
+    with pytest.raises(ValueError, match="`groupby` 'no' is not a column of obs"):
         found(tables, "no")
     with pytest.raises(ValueError, match=r"`reference` 'no' is no group, valid: \['rest', 'stroma', 'tumour'\]"):
         found(tables, reference="no")
@@ -456,7 +456,7 @@ def test_names_that_are_not_there_are_named():
         found(tables, groups="stroma", reference="stroma")
     with pytest.raises(ValueError, match="`method` 'no' is unknown"):
         found(tables, method="no")
-    with pytest.raises(ValueError, match="`layer` 'no' is no layer"):
+    with pytest.raises(ValueError, match="`layer` 'no' is not a layer"):
         found(tables, layer="no")
     with pytest.raises(ValueError, match="`level` is 95"):
         found(tables, level=95)

@@ -300,11 +300,11 @@ def _column(table, labels):
 @pytest.mark.parametrize(
     ("change", "given", "message"),
     [
-        (None, {"domain_key": "nope"}, "`domain_key` 'nope' is no column of obs"),
+        (None, {"domain_key": "nope"}, "`domain_key` 'nope' is not a column of obs"),
         (None, {"domain_key": "texture"}, "`domain_key` 'texture' holds fractions"),
         (lambda t: _column(t, "same"), {"domain_key": "odd"}, "no section has two domains of at least 3"),
         (lambda t: _column(t, ["a"] * 28 + ["b"] * 2), {"domain_key": "odd"}, "no section has two domains of at least 3"),
-        (None, {"layer": "he2gene"}, "`layer` 'he2gene' is no layer"),
+        (None, {"layer": "he2gene"}, "`layer` 'he2gene' is not a layer"),
         (lambda t: t.layers.update(he2gene=t.X.copy()), {"layer": "he2gene"}, "looks raw counts.*layer_scale='counts'"),
         (lambda t: setattr(t, "X", _log(t)), {}, "`measured`: X looks already log.*measured_scale='log'"),
         (None, {"genes": ["ERBB2", "NOPE"]}, r"`genes`: \['NOPE'\] are no genes"),
@@ -316,7 +316,7 @@ def _column(table, labels):
         (None, {"n_seeds": 0}, "`n_seeds` is 0"),
         (None, {"n_perms": 0.5}, "`n_perms` is 0.5"),
         (None, {"clustering": "dbscan"}, "`clustering` is 'dbscan', valid"),
-        (None, {"sample_key": "nope"}, "`sample_key` 'nope' is no column"),
+        (None, {"sample_key": "nope"}, "`sample_key` 'nope' is not a column"),
         (None, {"key_added": "a/b"}, "`key_added` 'a/b' cannot be stored"),
         (lambda t: t.uns.update(he2gene_domains=3), {}, "was not written by hg.tl.domain_preservation"),
         (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots lie where another"),

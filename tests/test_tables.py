@@ -65,7 +65,7 @@ def test_scales_are_told_apart(values, scale):
 
 
 def test_layers_that_are_not_there_are_named(table):
-    with pytest.raises(ValueError, match=r"`measured` 'no' is no layer, valid: \['log'\]"):
+    with pytest.raises(ValueError, match=r"`measured` 'no' is not a layer, valid: \['log'\]"):
         values_of(table, "no", "measured")
     table.X = None
     with pytest.raises(ValueError, match="X is empty"):
@@ -90,7 +90,7 @@ def test_sections_are_what_a_row_belongs_to(table):
     assert sections_of(table).tolist() == ["a"] * 3 + ["b"] * 3
     table.obs["slide"] = ["x"] * 2 + ["y"] * 4
     assert sections_of(table, "slide").tolist() == ["x"] * 2 + ["y"] * 4
-    with pytest.raises(ValueError, match="`section_key` 'no' is no column"):
+    with pytest.raises(ValueError, match="`section_key` 'no' is not a column"):
         sections_of(table, "no")
 
 
@@ -171,5 +171,5 @@ def test_fractions_and_unknown_columns_are_no_labels(table):
     table.obs["label"] = np.linspace(0, 1, 6)
     with pytest.raises(ValueError, match="`domain_key` 'label' holds fractions"):
         labels_of(table, "label", "domain_key")
-    with pytest.raises(ValueError, match="`groupby` 'no' is no column"):
+    with pytest.raises(ValueError, match="`groupby` 'no' is not a column"):
         labels_of(table, "no", "groupby")

@@ -69,7 +69,7 @@ def test_values_that_are_no_counts_are_refused(value, said, i):
 def test_an_unknown_layer_and_an_empty_x_are_refused():
     parts = toys()
     parts[0]["table"].layers["counts"] = parts[0]["table"].X.copy()
-    refuses(parts, r"`layer` 'raw' is no layer, valid: \['counts'\]", layer="raw")
+    refuses(parts, r"`layer` 'raw' is not a layer, valid: \['counts'\]", layer="raw")
     parts[0]["table"].X = None
     refuses(parts, r"`layer`: X is empty; name the layer with raw counts, of \['counts'\]")
 
@@ -194,7 +194,7 @@ def test_the_image_may_be_named():
 
 
 def test_an_unknown_gene_column_is_refused():
-    refuses(toys(), "`gene_symbols` 'symbol' is no column of var, valid: .*planted", gene_symbols="symbol")
+    refuses(toys(), "`gene_symbols` 'symbol' is not a column of var, valid: .*planted", gene_symbols="symbol")
 
 
 # Columns, sections, patients, labels
@@ -202,7 +202,7 @@ def test_an_unknown_gene_column_is_refused():
 
 @pytest.mark.parametrize("parameter", ["annotation_key", "sample_key", "section_key"])
 def test_missing_columns_are_refused_with_those_there(parameter):
-    match = f"`{parameter}` 'nope' is no column of obs, valid: .*patient"
+    match = f"`{parameter}` 'nope' is not a column of obs, valid: .*patient"
     refuses(
         toys(),
         match + (".*need the column all the same" if parameter == "annotation_key" else ""),
@@ -213,7 +213,7 @@ def test_missing_columns_are_refused_with_those_there(parameter):
 def test_a_column_that_one_section_lacks_is_refused():
     parts = toys()
     del parts[2]["table"].obs["annotation"]
-    refuses(parts, "`annotation_key` 'annotation' is no column of obs")
+    refuses(parts, "`annotation_key` 'annotation' is not a column of obs")
 
 
 def test_two_sections_of_one_name_are_refused():

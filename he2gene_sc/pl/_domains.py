@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._tables import labels_of, pitch_of, sections_of, slides_of, spots_of
+from .._core.spots import labels_of, samples_of, sections_of
+from .._tables import pitch_of, slides_of, spots_of
 from ..get._domains import result
 from ._canvas import Canvas, axes_for, draw, finish
 
@@ -112,7 +113,7 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
     names = sections_of(table)
     key = record["params"].get("sample_key")
     if key is not None and section not in set(names):
-        sample = table.obs[key].astype(str).to_numpy(object)
+        sample = samples_of(table, key)
         names = sample if section in set(sample) else sample + "_" + names
     return section, np.flatnonzero(names == section)
 

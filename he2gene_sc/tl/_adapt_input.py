@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core.expression import Scale, log_expression, values_of
 from .._core.layers import layer_names
-from .._tables import Scale, log_expression, values_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -81,6 +81,7 @@ def measured_of(
         expected="counts",
         parameter=parameter,
         scale_parameter="measured_scale",
+        unmeasured_spots=True,
     )
     empty = mask & (np.asarray(np.nan_to_num(values.sum(axis=1), nan=1)).ravel() == 0)
     if empty.any():

@@ -11,7 +11,8 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
-from .._tables import label_text
+from .._core.spots import asked_name
+from .._core.validate import format_list
 from ._contrast import METHODS, MIN_SPOTS, Cells, Contrast, Method
 from ._pooled import Pool
 
@@ -49,6 +50,7 @@ def compare(
         if fault:
             faults.append(fault)
             continue
+        _say_left_out(contrast, used, group, reference)
         contrast = contrast.keep(kept)
         test = chosen.run(contrast)
         tests.append(
@@ -115,19 +117,33 @@ def _tested(
     return seen, ""
 
 
+def _say_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: str) -> None:
+    """Say which samples are not in a test for want of labelled spots."""
+    if used.all():
+        return
+    lacking = [
+        f"{sample!r} ({a} of {group!r}, {b} of {reference!r})"
+        for sample, (a, b) in zip(contrast.samples[~used], contrast.counts[:, ~used].T, strict=True)
+    ]
+    logger.warning(
+        "biomarkers: %r against %r is tested in %d of %d samples; the others have fewer than %d labelled spots of one: %s",
+        *(group, reference, used.sum(), len(used), MIN_SPOTS, format_list(lacking)),
+    )
+
+
 def named_groups(groups: object, reference: object, min_mean: object) -> tuple[list[str] | None, str]:
     """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too.
 
     Raises
     ------
     ValueError
-        If ``min_mean`` is no number.
+        If ``min_mean`` is not a number, or a name is missing.
     """
     if isinstance(min_mean, bool) or not isinstance(min_mean, Real) or np.isnan(min_mean):
         raise ValueError(f"`min_mean` is {min_mean!r}; a number is needed, in the unit of the layer")
     several = isinstance(groups, Iterable) and not isinstance(groups, str)
-    named = None if groups is None else [label_text(group) for group in (groups if several else [groups])]
-    return named, label_text(reference)
+    named = None if groups is None else [asked_name(group, "groups") for group in (groups if several else [groups])]
+    return named, asked_name(reference, "reference")
 
 
 def method_for(method: str, spots: Pool, covariates: Sequence[str], trend: object = True) -> Method:

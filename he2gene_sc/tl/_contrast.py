@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .._core.spots import check_spelling, clean_names
 from ._pooled import Pool
 
 if TYPE_CHECKING:
@@ -181,14 +182,19 @@ def _covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.
     columns = []
     for key in contrast.covariates:
         values = contrast.pool.obs(key, "covariates")
+        numbers = pd.api.types.is_numeric_dtype(values)
+        values = values if numbers else pd.Series(clean_names(values), dtype=object)
         if values.isna().any():
-            raise ValueError(f"`covariates` {key!r} is empty for {int(values.isna().sum())} spots")
-        if pd.api.types.is_numeric_dtype(values):
+            raise ValueError(
+                f"`covariates` {key!r} is missing for {int(values.isna().sum())} spots; fill it, or leave it out"
+            )
+        if numbers:
             masks = (contrast.inside, contrast.outside)
             of = [masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)]
             columns.append([float(values[mask].mean()) for mask in of])
             continue
-        per_sample = values.astype(str).groupby(contrast.pool.samples).agg(["nunique", "first"])
+        check_spelling({"": values.to_numpy(object)}, "covariates", key)
+        per_sample = values.groupby(contrast.pool.samples).agg(["nunique", "first"])
         if (per_sample["nunique"] > 1).any():
             raise ValueError(
                 f"`covariates` {key!r} has several values within sample {per_sample.index[per_sample['nunique'] > 1][0]!r}; "

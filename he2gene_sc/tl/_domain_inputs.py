@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core.expression import Scale, count_totals, log_expression, matrix_of
+from .._core.spots import clean_names, labels_of, samples_of, sections_of
 from .._keys import MADE, Keys
-from .._tables import Scale, column_of, get_table, labels_of, log_expression, sections_of, slides_of, spots_of
+from .._tables import get_table, slides_of, spots_of
+from ._pooled import prediction_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,7 +38,7 @@ def find(data: SpatialData | AnnData, layer: str | None, table_key: str | None) 
 
 def sample_column(table: AnnData, sample_key: str | None) -> str | None:
     """Column of samples: as given, else ``obs["patient"]`` where it is there, as biomarkers have it."""
-    known = "patient" in table.obs and table.obs["patient"].notna().any()
+    known = "patient" in table.obs and pd.notna(clean_names(table.obs["patient"])).any()
     return "patient" if sample_key is None and known else sample_key
 
 
@@ -48,13 +51,7 @@ def sections(table: AnnData, sample_key: str | None) -> pd.DataFrame:
         If a sample is missing, or two spots of a section lie at one place.
     """
     section = sections_of(table)
-    if sample_key is None:
-        sample = section
-    else:
-        column = column_of(table, sample_key, "sample_key")
-        if column.isna().any():
-            raise ValueError(f"`sample_key` {sample_key!r} is missing for {int(column.isna().sum())} spots")
-        sample = column.astype(str).to_numpy(object)
+    sample = section if sample_key is None else samples_of(table, sample_key)
     where = pd.DataFrame({"sample": sample, "section": section})
     if where.groupby("section")["sample"].nunique().max() > 1:
         alone = where["section"].nunique() == 1
@@ -168,7 +165,14 @@ def genes(
     columns = table.var_names.get_indexer(names)
     predicted = measured_values = None
     if layer is not None:
-        predicted = log_expression(table, layer, genes=columns, scale=layer_scale, expected="log")
+        predicted = log_expression(
+            table,
+            layer,
+            genes=columns,
+            scale=layer_scale,
+            expected="log",
+            predicted=prediction_key(table, layer) is not None,
+        )
     if has_measured:
         measured_values = log_expression(
             table,
@@ -179,6 +183,15 @@ def genes(
             parameter="measured",
             scale_parameter="measured_scale",
         )
+        if measured_scale != "log":
+            empty = count_totals(matrix_of(table, measured, "measured")) == 0
+            measured_values[empty] = np.nan
+            if empty.any():
+                warnings.warn(
+                    f"{int(empty.sum())} spots have no counts and are left out, for example {table.obs_names[empty][0]!r}",
+                    UserWarning,
+                    stacklevel=3,
+                )
     known = np.ones(len(names), bool)
     for values in (predicted, measured_values):
         if values is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._genes import check_not_probes
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, s
         If there is no such column, a gene has no name at all, or two have the same.
     """
     check_not_probes(table)
-    if gene_symbols is not None and gene_symbols not in table.var.columns:
-        raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(table.var.columns)}")
+    if gene_symbols is not None:
+        validate.key_in(gene_symbols, list(table.var.columns), "gene_symbols", what="a column of var")
     given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols], dtype=object).reset_index(
         drop=True
     )

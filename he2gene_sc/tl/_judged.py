@@ -12,8 +12,10 @@ import pandas as pd
 import scipy.sparse
 
 from .._core.elements import find_table
+from .._core.expression import Scale, log_expression, values_of
+from .._core.spots import names_of, sections_of
 from .._keys import MADE, Keys
-from .._tables import Scale, column_of, log_expression, pitch_of, sections_of, spots_of, values_of
+from .._tables import pitch_of, spots_of
 from ._judged_genes import genes_in_common, known_of, model_of
 from ._judged_layer import judged_layer
 
@@ -96,15 +98,15 @@ class Judged:
         return None if self.counts is None else np.log(np.asarray(self.counts.sum(axis=1), np.float64).ravel())
 
     def labels(self, key: str, parameter: str) -> pd.Series:
-        """Column of ``obs`` as texts, ``(n,)``; missing where it is.
+        """Names in a column of ``obs``, cleaned, ``(n,)``; ``None`` where there is none.
 
         Raises
         ------
         ValueError
-            If there is none of that name.
+            If there is no such column, or two of its names differ only in case.
         """
-        column = column_of(self.source, key, parameter).iloc[self.partner].astype(object)
-        return column.where(column.isna(), column.astype(str))
+        names = names_of(self.source, key, parameter)[self.partner]
+        return pd.Series(names, index=self.source.obs_names[self.partner], dtype=object)
 
 
 def read(
@@ -149,8 +151,6 @@ def read(
         scale_parameter="measured_scale",
     )
     counts = None if scale == "log" else values_of(other, measured, "measured")
-    if counts is not None and np.isnan(counts.sum()):
-        raise ValueError("`measured` holds NaN; counts of every gene and spot are needed")
     predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
     filled = np.isfinite(given).any(axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
     measured_spot = filled[partner]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._genes import match_genes
 from .._keys import Keys
 
@@ -22,8 +23,8 @@ def genes_in_common(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Columns of both tables that hold the same gene, predicted and asked for."""
     known = table.var[keys.predicted].to_numpy(bool)
-    if gene_symbols is not None and gene_symbols not in other.var:
-        raise ValueError(f"`gene_symbols` {gene_symbols!r} is no column of var, valid: {list(other.var.columns)}")
+    if gene_symbols is not None:
+        validate.key_in(gene_symbols, list(other.var.columns), "gene_symbols", what="a column of var")
     if other is table:
         columns = np.arange(table.n_vars)
     else:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .._core.spots import clean_names
 from .._keys import check_class_names
 
 logger = logging.getLogger("he2gene_sc")
 
 _MIN_CLASS = 5
-#: What a missing value is called once it has become text.
-_MISSING = ("", "nan", "NaN", "None", "<NA>", "NaT")
 _COLOURS = (
     "#d62728",
     "#ff9896",
@@ -39,23 +38,13 @@ class Labels:
     colours: dict[str, str]
 
 
-def name_of(value: object) -> str | None:
-    """Text of a name, the same for 3, 3.0 and "3 "; ``None`` where it is missing or empty, or has become text so."""
-    if pd.isna(value):
-        return None
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        value = int(value)
-    name = str(value).strip()
-    return None if name in _MISSING else name
-
-
 def labels_of(column: pd.Series, section: str) -> np.ndarray:
     """Labels as text, ``None`` without one, also where a missing value has become text."""
-    column = column.astype(object)
-    missing = sum(isinstance(value, str) and value.strip() in _MISSING[1:] for value in column)
+    names = clean_names(column)
+    missing = int(sum(isinstance(value, str) and value.strip() != "" for value in column[pd.isna(names)]))
     if missing:
         logger.warning("section %s: %d labels are the text of a missing value; they count as missing", section, missing)
-    return np.array([name_of(value) for value in column], object)
+    return names
 
 
 def check_labels(labels: Iterable[str], chosen: Labels) -> None:

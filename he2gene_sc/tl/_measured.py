@@ -15,11 +15,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from .._core.expression import contents_of, matrix_of, where_of
 from .._core.layers import layer_names
 from .._core.placement import check_placement
 from .._core.slide import Slide, resolve
+from .._core.spots import clean_names, column_of
 from ._gene_lists import Genes, check_gene_lists, gene_names
-from ._labels import Labels, code_classes, labels_of, name_of
+from ._labels import Labels, code_classes, labels_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,8 +31,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("he2gene_sc")
 
+TWICE = "`section_key`: two sections are named {!r}; each needs a name of its own, those of other patients too"
 #: Spots below which a section says nothing of how well its genes are predicted.
 MIN_SPOTS = 4
+_COLUMN_HINTS = {
+    "annotation_key": "; sections without labels need the column all the same, with missing values",
+    "sample_key": "; set it, e.g. sdata['table'].obs['patient'] = 'P1'",
+    "section_key": "; set it, e.g. sdata['table'].obs['section'] = 'S1'",
+}
 #: Counts of common genes below which sections with different lists cannot be brought to one scale.
 _ENOUGH_COUNTS = 1000
 #: Share of all counts below which a gene list is called short.
@@ -159,20 +167,24 @@ def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) ->
         yield _section(table, slide, names, matrix, keys)
 
 
-def check_table(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> tuple[list[str], set[str], pd.Index]:
-    """Check what can be checked of one object without its pixels; return names of its sections, labels and genes."""
+def check_table(
+    sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]
+) -> tuple[dict[str, str], set[str], pd.Index]:
+    """Check what can be checked of one object without its pixels; return patients by section, labels and genes."""
     slides, table, genes, matrix = _opened(sdata, keys, symbols)
-    names, labels = [], set()
+    patients, labels = {}, set()
     for slide in slides:
         check_placement(sdata, slide)
         rows, _, _ = _counted(slide, matrix)
-        name, _ = _names(table, rows, slide, keys)
+        name, patient = _names(table, rows, slide, keys)
         if len(rows) < MIN_SPOTS:
             continue
-        names.append(name)
+        if name in patients:
+            raise ValueError(TWICE.format(name))
+        patients[name] = patient
         if keys.annotation is not None:
-            labels |= {name_of(value) for value in table.obs[keys.annotation].iloc[rows].astype(object)}
-    return names, labels - {None}, genes
+            labels |= set(clean_names(table.obs[keys.annotation].iloc[rows]))
+    return patients, labels - {None}, genes
 
 
 def _opened(
@@ -188,13 +200,8 @@ def _opened(
         ("sample_key", keys.sample),
         ("section_key", keys.section),
     ):
-        if key is not None and key not in table.obs:
-            hint = {
-                "annotation_key": "; sections without labels need the column all the same, with missing values",
-                "sample_key": "; set it, e.g. sdata['table'].obs['patient'] = 'P1'",
-                "section_key": "; set it, e.g. sdata['table'].obs['section'] = 'S1'",
-            }[parameter]
-            raise ValueError(f"`{parameter}` {key!r} is no column of obs, valid: {list(table.obs.columns)}{hint}")
+        if key is not None:
+            column_of(table, key, parameter, _COLUMN_HINTS[parameter])
     return slides, table, gene_names(table, keys.gene_symbols, symbols), _matrix(table, keys.layer)
 
 
@@ -235,9 +242,13 @@ def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[
     """Section and patient of some spots, one each."""
     found = []
     for parameter, key in (("section_key", keys.section), ("sample_key", keys.sample)):
-        values = {name_of(value) for value in table.obs[key].iloc[rows].astype(object)}
+        names = clean_names(table.obs[key].iloc[rows])
+        values = set(names)
         if None in values:
-            raise ValueError(f"`{parameter}`: values of {key!r} are missing for spots of {slide.shapes_key!r}")
+            first = table.obs_names[rows[pd.isna(names)]][:3].tolist()
+            raise ValueError(
+                f"`{parameter}`: values of {key!r} are missing for spots of {slide.shapes_key!r}, for example {first}"
+            )
         found.append(sorted(values))
     if any(len(values) != 1 for values in found):
         raise ValueError(
@@ -248,42 +259,27 @@ def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[
 
 
 def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
-    if layer is not None and layer not in table.layers:
-        raise ValueError(f"`layer` {layer!r} is no layer, valid: {layer_names(table)}")
-    where = "X" if layer is None else f"layer {layer!r}"
-    matrix = table.X if layer is None else table.layers[layer]
-    if matrix is None:
-        raise ValueError(f"`layer`: {where} is empty; name the layer with raw counts, of {layer_names(table)}")
-    matrix = _sparse(matrix)
-    problem = _problem(matrix.data)
+    matrix = matrix_of(table, layer)
+    problem = contents_of(matrix).problem
     if problem:
-        raw = [name for name in layer_names(table) if not _problem(_sparse(table.layers[name]).data)]
+        raw = [name for name in layer_names(table) if not contents_of(matrix_of(table, name)).problem]
         hint = (
             f"; layer {raw[0]!r} does: pass layer={raw[0]!r}" if raw else "; put them into a layer and pass layer=..."
         )
-        raise ValueError(f"`layer`: {where} does not hold raw counts (whole numbers from 0) but {problem}{hint}")
-    return matrix
+        raise ValueError(
+            f"`layer`: {where_of(layer)} does not hold raw counts (whole numbers from 0) but {problem}{hint}"
+        )
+    return _sparse(matrix)
 
 
 def _sparse(matrix: Any) -> scipy.sparse.csr_array:
     """Rows of any matrix that anndata holds, those on disk and in half precision among them."""
+    matrix = matrix.compute() if hasattr(matrix, "compute") else matrix
     if hasattr(matrix, "to_memory"):
         matrix = matrix.to_memory()
     if matrix.dtype == np.float16:
         matrix = matrix.astype(np.float32)
     return scipy.sparse.csr_array(matrix)
-
-
-def _problem(values: np.ndarray) -> str:
-    """Say what keeps values from being counts; empty if nothing does."""
-    if not np.isfinite(values).all():
-        return "NaN or infinite values"
-    if (values < 0).any():
-        return f"negative values, down to {values.min():.3g}"
-    if (values % 1 != 0).any():
-        like = ", as log-normalised values are" if values.max() < 20 else ""
-        return f"fractions up to {values.max():.3g}{like}"
-    return ""
 
 
 def join(

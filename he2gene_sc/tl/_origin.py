@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import issparse
 
+from .._core.expression import Scale, log_expression, values_of
+from .._core.spots import clean_names
 from .._keys import MADE, Keys
-from .._tables import Scale, labels_of, log_expression, values_of
 from ._pooled import Pool, prediction_key
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def _follows(tables: Sequence[AnnData], groupby: str, name: str) -> float:
     0 if that is little more than the share of the most frequent label.
     """
     chosen = [table for table in tables if name in table.obs]
-    labels = np.concatenate([labels_of(table, groupby, "groupby") for table in chosen])
-    source = np.concatenate([labels_of(table, name, "groupby") for table in chosen])
+    labels = np.concatenate([clean_names(table.obs[groupby]) for table in chosen])
+    source = np.concatenate([clean_names(table.obs[name]) for table in chosen])
     there = pd.notna(labels)
     if not there.any():
         return 0.0

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from .._core.expression import Scale, as_logs, count_totals, log_expression, matrix_of, values_of
+from .._core.spots import check_spelling, column_of, labels_of, samples_of, sections_of
 from .._keys import MADE, Keys
-from .._tables import Scale, column_of, get_table, labels_of, log_expression, sections_of, values_of
+from .._tables import get_table
 from ._twins import check_twins
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Pool:
     tables: tuple[AnnData, ...]
     rows: tuple[np.ndarray, ...]
     layer: str | None
-    scale: Scale
+    scale: Literal["counts", "log"]
     genes: pd.Index
     labels: np.ndarray
     samples: np.ndarray
@@ -53,9 +55,7 @@ class Pool:
             step = max(1, _BLOCK // table.n_vars)
             for first in range(0, len(rows), step):
                 chosen = rows[first : first + step]
-                block = log_expression(
-                    table[chosen], self.layer, genes=columns, scale=self.scale, expected=_expected(self.layer)
-                )
+                block = as_logs(values_of(table[chosen], self.layer), self.scale, columns)
                 # Only where join="outer": a gene that a table of counts does not name was not seen.
                 block[:, missing] = 0
                 yield slice(start + first, start + first + len(chosen)), block
@@ -167,14 +167,25 @@ def pool(
         if isinstance(values, np.ndarray) and values.size and np.isnan(values).all():
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
         # Looks at all values once; with no genes it returns none.
-        log_expression(table, layer, genes=np.zeros(0, int), scale=layer_scale, expected=_expected(layer))
+        log_expression(
+            table,
+            layer,
+            genes=np.zeros(0, int),
+            scale=layer_scale,
+            expected=_expected(layer),
+            predicted=prediction_key(table, layer) is not None,
+        )
     labels = [labels_of(table, groupby, "groupby") for table in tables]
+    _check_spelling(tables, labels, "groupby", groupby, "labels")
     samples = _samples(tables, sample_key)
-    rows = tuple(np.flatnonzero(pd.notna(found)) for found in labels)
     sections = [
         _section_names(i, sections_of(table, section_key), named)
         for i, (table, named) in enumerate(zip(tables, samples, strict=True))
     ]
+    kind = _expected(layer) if layer_scale == "auto" else layer_scale
+    if kind == "counts":
+        labels = _counted(tables, layer, labels)
+    rows = tuple(np.flatnonzero(pd.notna(found)) for found in labels)
     places = all("spatial" in table.obsm for table in tables)
 
     def at(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -184,7 +195,7 @@ def pool(
         tables=tuple(tables),
         rows=rows,
         layer=layer,
-        scale=_expected(layer) if layer_scale == "auto" else layer_scale,
+        scale=kind,
         genes=_genes(tables, layer, join, layer_scale, reliable_only),
         labels=at(labels),
         samples=at(samples),
@@ -207,6 +218,29 @@ def _expected(layer: str | None) -> Literal["counts", "log"]:
     return "counts" if layer is None else "log"
 
 
+def _counted(tables: Sequence[AnnData], layer: str | None, labels: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Labels without those of spots on which nothing was counted, which have no expression."""
+    kept = []
+    for table, found in zip(tables, labels, strict=True):
+        empty = pd.notna(found) & (count_totals(matrix_of(table, layer)) == 0)
+        if empty.any():
+            logger.warning(
+                "biomarkers: %d labelled spots have no counts and are left out, for example %r",
+                *(empty.sum(), table.obs_names[empty][0]),
+            )
+        kept.append(np.where(empty, None, found))
+    return kept
+
+
+def _check_spelling(
+    tables: Sequence[AnnData], names: Sequence[np.ndarray], parameter: str, key: str, what: str
+) -> None:
+    """Refuse names that differ only in case from one object to another."""
+    places = [f"object {i}" for i in range(len(tables))]
+    rows = {place: table.obs_names for place, table in zip(places, tables, strict=True)}
+    check_spelling(dict(zip(places, names, strict=True)), parameter, key, what=what, rows=rows)
+
+
 def _samples(tables: Sequence[AnnData], sample_key: str | None) -> list[np.ndarray]:
     key = "patient" if sample_key is None else sample_key
     missing = [i for i, table in enumerate(tables) if key not in table.obs]
@@ -217,10 +251,9 @@ def _samples(tables: Sequence[AnnData], sample_key: str | None) -> list[np.ndarr
             f"`sample_key`: object {missing[0]} has no obs[{key!r}]; name the column that tells the patients apart, of "
             f"{list(tables[missing[0]].obs.columns)}"
         )
-    for table in tables:
-        if table.obs[key].isna().any():
-            raise ValueError(f"`sample_key` {key!r} is empty for {int(table.obs[key].isna().sum())} spots")
-    return [table.obs[key].astype(str).to_numpy(object) for table in tables]
+    samples = [samples_of(table, key) for table in tables]
+    _check_spelling(tables, samples, "sample_key", key, "samples")
+    return samples
 
 
 def prediction_key(table: AnnData, layer: str | None) -> str | None:

@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.spots import clean_name
 from .._settings import settings
 from .._windows import check_windows
 from ._gene_lists import Genes, symbols_of
-from ._labels import Labels, colours_of, hex_colours, name_of
+from ._labels import Labels, colours_of, hex_colours
 from ._measured import Keys, Measured, join
 from ._train_input import (
     check_arguments,
@@ -255,8 +256,9 @@ def train(
     warn_of_scale(spec, windows_um or (PRESETS[preset].windows_um if own_recipe else WINDOWS_UM))
     asked = None if genes is None else list(symbols_of(genes, symbols))
     chosen = Genes(asked, n_target_genes, min_spot_share, missing_genes_are_zero)
-    merged = {name_of(label): name for label, name in (classes or {}).items()}
-    labels = Labels(merged, tuple(map(name_of, ignore_classes)), hex_colours(class_colors or {}))
+    merged = {clean_name(label): name for label, name in (classes or {}).items()}
+    ignored = tuple(name for name in map(clean_name, ignore_classes) if name is not None)
+    labels = Labels(merged, ignored, hex_colours(class_colors or {}))
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="he2gene-")))
         read = read_all(sdatas, keys, symbols, chosen, labels)

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .._core.spots import check_spelling
 from .._windows import check_windows
 from ._gene_lists import Genes, check_gene_lists
 from ._labels import Labels, check_labels, check_merged
-from ._measured import MIN_SPOTS, Keys, Measured, check_table, read_sections
+from ._measured import MIN_SPOTS, TWICE, Keys, Measured, check_table, read_sections
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 logger = logging.getLogger("he2gene_sc")
 
-_TWICE = "`section_key`: two sections are named {!r}; each needs a name of its own, those of other patients too"
 PRESETS = ("default", "he2gene-base", "he2gene-spat")
 #: Options of training by gradient, and the least of those that are whole numbers.
 _FIT_OPTIONS = {
@@ -239,14 +239,15 @@ def read_all(
         sdatas = [sdatas]
     # Other sequences may read a section, its image with it, each time that they are asked for it.
     if isinstance(sdatas, list | tuple):
-        lists, places, found = {}, {}, set()
+        lists, places, patients, found = {}, {}, {}, set()
         for i, sdata in enumerate(sdatas):
             with _naming(i):
                 names, own, genes = check_table(sdata, keys, symbols)
                 for name in names:
                     if name in places:
-                        raise ValueError(f"{_TWICE.format(name)}, found in object {places[name] + 1} too")
+                        raise ValueError(f"{TWICE.format(name)}, found in object {places[name] + 1} too")
                     places[name] = i
+                _check_spelling(patients := patients | names, keys)
                 if names:
                     lists[", ".join(names)] = genes
                 found |= own
@@ -254,7 +255,7 @@ def read_all(
         if lists:
             check_gene_lists(lists, chosen)
         check_merged(found, labels.merged)
-    n, seen, classes, spots = 0, set(), set(), 0
+    n, seen, classes, spots = 0, {}, set(), 0
     iterator = iter(sdatas)
     del sdatas
     while True:
@@ -271,8 +272,9 @@ def read_all(
                 classes.update(label for label in section.labels if label is not None)
                 check_labels(classes, labels)
             if section.name in seen:
-                raise ValueError(f"{_TWICE.format(section.name)} (object {n + 1} of `sdatas`)")
-            seen.add(section.name)
+                raise ValueError(f"{TWICE.format(section.name)} (object {n + 1} of `sdatas`)")
+            seen[section.name] = section.patient
+            _check_spelling(seen, keys)
             spots = max(spots, len(section.centres))
             if len(section.centres) >= MIN_SPOTS:
                 yield section
@@ -281,7 +283,7 @@ def read_all(
                     "section %s is left out: it has %d spots, fewer than %d say nothing of how well a gene is predicted",
                     *(section.name, len(section.centres), MIN_SPOTS),
                 )
-                seen.discard(section.name)
+                seen.pop(section.name)
         del sdata, section, sections
         # SpatialData objects hold themselves: without this, images wait for the collector while the next is decoded.
         gc.collect()
@@ -297,6 +299,15 @@ def read_all(
         )
     if keys.annotation is not None and not classes:
         logger.warning("`annotation_key`: no spot has a label in %r, no annotation is learned", keys.annotation)
+
+
+def _check_spelling(patients: Mapping[str, str], keys: Keys) -> None:
+    """Refuse sections, or patients, whose names differ only in case from one section to another."""
+    for parameter, key, what, names in (
+        ("section_key", keys.section, "sections", {"": list(patients)}),
+        ("sample_key", keys.sample, "patients", {f"section {name!r}": [of] for name, of in patients.items()}),
+    ):
+        check_spelling(names, parameter, key, what=what)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,427 @@
+"""What a matrix of expression holds: one check for every verb, and natural logarithms of it, by blocks of rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import scipy.sparse
+
+from ..stats import TARGET_SUM
+from . import validate
+from .layers import layer_names
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+Scale = Literal["auto", "counts", "log"]
+SCALES = ("auto", "counts", "log")
+
+#: Values of log-normalised data stay below this: ln(1 + 10,000) is 9.2.
+MAX_LOG = 30.0
+#: Values that are looked at, or normalised, at once.
+_BLOCK = 2_000_000
+#: A total this close to 10,000 is 10,000: some genes may have been left out since.
+_SAME_TOTAL = 0.01
+#: Totals that differ by less are one total: what rounding leaves of it, also in half precision.
+_ROUNDING, _HALF_ROUNDING = 1e-4, 5e-3
+#: Spots whose values are looked at to tell the base of a logarithm.
+_BASE_SPOTS = 100
+_LOOKS = {"counts": "raw counts", "log": "already log-transformed", "other": "neither counts nor logarithms"}
+_NEEDED = {"counts": "raw counts", "log": "natural logarithms of (1 + counts per 10,000)"}
+_HINTS = {"counts": "layer of raw counts", "log": "layer of logarithms"}
+_AGAIN = "sc.pp.normalize_total(adata, target_sum=1e4), then sc.pp.log1p(adata)"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the values of a matrix are.
+
+    Attributes
+    ----------
+    n_nan, n_nan_spots, n_empty_spots
+        Values that are NaN, spots of which some are, and spots of which all are.
+    n_infinite, n_negative, n_fractions
+        Other values that counts cannot have.
+    low, high
+        The smallest and the largest finite value; 0 where there is none.
+    """
+
+    n_nan: int = 0
+    n_nan_spots: int = 0
+    n_empty_spots: int = 0
+    n_infinite: int = 0
+    n_negative: int = 0
+    n_fractions: int = 0
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def kind(self) -> Literal["counts", "log", "other"]:
+        """Raw counts (whole numbers from 0), logarithms (fractions, small), or neither, as scaled values are."""
+        if not self.n_negative and not self.n_fractions:
+            return "counts"
+        return "log" if not self.n_negative and self.high <= MAX_LOG else "other"
+
+    @property
+    def problem(self) -> str:
+        """What keeps the values from being raw counts; empty if nothing does."""
+        if self.n_nan or self.n_infinite:
+            return f"{self.n_nan} NaN and {self.n_infinite} infinite values"
+        if self.n_negative:
+            return f"{self.n_negative} negative values, down to {self.low:.3g}"
+        if self.n_fractions:
+            like = ", as log-normalised values are" if self.high < 20 else ""
+            return f"{self.n_fractions} fractions, up to {self.high:.3g}{like}"
+        return ""
+
+
+def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
+    """``X`` (``layer=None``) or a layer, as the table keeps it: in memory, on disk or as a dask array.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer, ``X`` is empty, or it does not hold numbers.
+    """
+    if layer is not None:
+        validate.key_in(layer, sorted(layer_names(table)), parameter, what="a layer", hint=" (None: X)")
+    values = table.X if layer is None else table.layers[layer]
+    if values is None:
+        raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(layer_names(table))}")
+    dtype = np.dtype(getattr(values, "dtype", float))
+    if dtype.kind not in "biuf":
+        raise ValueError(f"`{parameter}`: {where_of(layer)} holds {dtype}; numbers are needed")
+    return values
+
+
+def where_of(layer: str | None) -> str:
+    """Name a matrix in errors."""
+    return "X" if layer is None else f"layer {layer!r}"
+
+
+def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
+    """``X`` (``layer=None``) or a layer, in memory, dense or csr.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer, ``X`` is empty, or it does not hold numbers.
+    """
+    return _in_memory(matrix_of(table, layer, parameter))
+
+
+def _in_memory(values: Any) -> Any:
+    values = values.compute() if hasattr(values, "compute") else values
+    # A sparse matrix of a backed table.
+    values = values.to_memory() if hasattr(values, "to_memory") else values
+    if not scipy.sparse.issparse(values):
+        return np.asarray(values)
+    # scipy has no arithmetic of sparse arrays in half precision.
+    return scipy.sparse.csr_array(values.astype(np.float32) if values.dtype == np.float16 else values)
+
+
+def blocks_of(values: Any) -> Iterator[tuple[slice, Any]]:
+    """Rows of a matrix in memory, some at a time, dense or csr, and where they stand."""
+    n_rows, n_columns = values.shape
+    if scipy.sparse.issparse(values):
+        values = _in_memory(values)
+    elif getattr(values, "format", None) == "csc":
+        # Rows of a matrix on disk that is kept by columns: reading it once is cheaper.
+        values = _in_memory(values)
+    ends = np.cumsum(values.chunks[0]).tolist() if hasattr(values, "compute") else [n_rows]
+    step = max(1, _BLOCK // max(1, n_columns))
+    start = 0
+    for end in ends:
+        # A chunk of a dask array is computed once.
+        part = _in_memory(values[start:end]) if len(ends) > 1 or hasattr(values, "compute") else values
+        for first in range(0, end - start, step):
+            last = min(first + step, end - start)
+            yield slice(start + first, start + last), _in_memory(part[first:last])
+        start = end
+
+
+def contents_of(values: Any) -> Contents:
+    """Look at all values of a matrix, some rows at a time."""
+    counts = np.zeros(6, np.int64)
+    low, high = np.inf, -np.inf
+    for _, block in blocks_of(values):
+        numbers = block.data if scipy.sparse.issparse(block) else block
+        if numbers.dtype.kind in "bu":
+            high = max(high, float(numbers.max(initial=0)))
+            low = min(low, 0.0)
+            continue
+        finite = np.isfinite(numbers)
+        if not finite.all():
+            nan = np.isnan(numbers)
+            some, every = _nan_spots(block, nan)
+            counts[:4] += nan.sum(), some, every, (~finite & ~nan).sum()
+            numbers = numbers[finite]
+        if numbers.size:
+            low, high = min(low, float(numbers.min())), max(high, float(numbers.max()))
+            counts[4] += (numbers < 0).sum() if low < 0 else 0
+            counts[5] += (numbers % 1 != 0).sum() if numbers.dtype.kind == "f" else 0
+    bounds = (low, high) if np.isfinite(high) else (0.0, 0.0)
+    return Contents(*counts.tolist(), *bounds)
+
+
+def _nan_spots(block: Any, nan: np.ndarray) -> tuple[int, int]:
+    """Spots of which some values are NaN, and of which all are."""
+    if scipy.sparse.issparse(block):
+        row = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
+        found = np.bincount(row[nan], minlength=block.shape[0])
+    else:
+        found = nan.sum(axis=1)
+    return int((found > 0).sum()), int((found == block.shape[1]).sum())
+
+
+def scale_of(values: Any) -> Literal["counts", "log", "other"]:
+    """Tell raw counts (whole numbers from 0) from logarithms (fractions, small); NaN is looked over.
+
+    ``"other"`` are values below 0, as scaled ones have, and large fractions, as counts per 10,000 are before the log.
+    """
+    return contents_of(values).kind
+
+
+def check_expression(
+    values: Any,
+    where: str,
+    *,
+    scale: Scale = "auto",
+    expected: Literal["counts", "log"],
+    parameter: str = "layer",
+    scale_parameter: str = "layer_scale",
+    predicted: bool = False,
+    unmeasured_spots: bool = False,
+) -> Literal["counts", "log"]:
+    """Check what a matrix holds, and return whether it is counts or logarithms.
+
+    Parameters
+    ----------
+    values
+        The matrix.
+    where
+        What errors call it, see :func:`where_of`.
+    scale
+        What the user says that it is. ``"auto"``: it is looked at, and what is not ``expected`` is refused.
+    expected
+        What it should be where ``scale`` is ``"auto"``.
+    parameter, scale_parameter
+        Names of the caller's parameters, for errors.
+    predicted
+        Whether a model made it: of logarithms that were measured, the total of each spot is looked at too.
+    unmeasured_spots
+        Whether spots may be NaN for every gene, where counts are needed.
+
+    Raises
+    ------
+    ValueError
+        If a value is infinite, the values are not what was expected or stated, counts are NaN, or all are 0.
+
+    Warns
+    -----
+    UserWarning
+        If logarithms are of another total or base, or the values cannot be logarithms of counts.
+    """
+    validate.one_of(scale, SCALES, scale_parameter)
+    found = contents_of(values)
+    if found.n_infinite:
+        raise ValueError(f"`{parameter}`: {where} holds {found.n_infinite} infinite value(s); finite ones are needed")
+    if scale == "auto" and found.kind != expected and not (predicted and found.high == 0):
+        stated = f"{scale_parameter}={found.kind!r}" if found.kind != "other" else f"{scale_parameter}='log'"
+        raise ValueError(
+            f"`{parameter}`: {where} looks {_LOOKS[found.kind]}, {_NEEDED[expected]} are expected; name a "
+            f"{_HINTS[expected]}, or pass {stated} if they are meant as they are"
+        )
+    if scale == "counts" and found.kind != "counts":
+        raise ValueError(f"`{scale_parameter}` is 'counts', but {where} holds fractions or negative values")
+    kind = found.kind if scale == "auto" else scale
+    if predicted:
+        return expected if scale == "auto" else scale
+    if kind == "counts":
+        _check_counts(found, where, parameter, unmeasured_spots)
+        return "counts"
+    if found.kind == "counts" and found.high > 0:
+        raise ValueError(
+            f"`{scale_parameter}` is 'log', but {where} looks raw counts: all are whole numbers, up to {found.high:,.0f}; "
+            f"pass {scale_parameter}='counts'"
+        )
+    _check_logs(values, found, where, parameter)
+    return "log"
+
+
+def check_counts(values: Any, where: str, parameter: str) -> None:
+    """Check that a matrix holds raw counts.
+
+    Raises
+    ------
+    ValueError
+        If it holds anything but whole numbers from 0, or 0 alone.
+    """
+    problem = contents_of(values).problem
+    if problem:
+        raise ValueError(f"`{parameter}`: {where} does not hold raw counts (whole numbers from 0) but {problem}")
+
+
+def _check_counts(found: Contents, where: str, parameter: str, unmeasured_spots: bool) -> None:
+    partly = found.n_nan_spots - found.n_empty_spots
+    if partly or (found.n_nan and not unmeasured_spots):
+        raise ValueError(
+            f"`{parameter}`: {where} holds {found.n_nan} NaN, in {found.n_nan_spots} spots: their total is not known, so "
+            "counts cannot be normalised; leave these spots or genes out, or set what was not seen to 0"
+        )
+    if not found.high > 0:
+        raise ValueError(f"`{parameter}`: {where} is 0 for every gene and spot; nothing was counted")
+
+
+def _check_logs(values: Any, found: Contents, where: str, parameter: str) -> None:
+    if found.n_negative or found.high > MAX_LOG:
+        warnings.warn(
+            f"`{parameter}`: {where} goes from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
+            "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit",
+            UserWarning,
+            stacklevel=5,
+        )
+        return
+    other = other_scale(values)
+    if other:
+        warnings.warn(
+            f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {other}. Levels, fold "
+            f"changes and spread are on another scale than predictions. Normalise the counts again: {_AGAIN}",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def other_scale(values: Any) -> str:
+    """Say what logarithms are, if they are not natural ones of (1 + counts per 10,000); empty if they are or may be.
+
+    ``expm1`` of all genes of a spot sums to 10,000, of a list of genes to less, by another amount in each spot. So a sum
+    above 10,000, or one below it that is the same in all spots, is of another total. The values of a spot, less the
+    logarithm, are multiples of the smallest, which tells the base also where genes are missing.
+    """
+    totals = log_totals(values)
+    totals = totals[totals > 0]
+    if not len(totals):
+        return ""
+    low, typical, high = np.quantile(totals, (0.05, 0.5, 0.95))
+    if abs(typical / TARGET_SUM - 1) <= _SAME_TOTAL and high <= TARGET_SUM * (1 + _SAME_TOTAL):
+        return ""
+    base = _base_of(values)
+    if base:
+        return f"they are logarithms to base {base}"
+    above = high > TARGET_SUM * (1 + _SAME_TOTAL)
+    rounding = _HALF_ROUNDING if values.dtype == np.float16 else _ROUNDING
+    if above or (len(totals) > 2 and high - low <= rounding * typical):
+        return f"expm1 of a spot sums to {typical if not above else max(typical, high):,.0f}, not to 10,000"
+    return ""
+
+
+def count_totals(values: Any) -> np.ndarray:
+    """Sum of the counts of each spot, ``(n,)`` float64."""
+    totals = np.zeros(values.shape[0])
+    for rows, block in blocks_of(values):
+        totals[rows] = np.asarray(block.sum(axis=1), np.float64).ravel()
+    return totals
+
+
+def log_totals(values: Any) -> np.ndarray:
+    """Sum of ``expm1`` over the genes of each spot, ``(n,)`` float64, NaN left out."""
+    totals = np.zeros(values.shape[0])
+    for rows, block in blocks_of(values):
+        with np.errstate(over="ignore"):
+            if scipy.sparse.issparse(block):
+                linear = block.astype(np.float64)
+                linear.data = np.nan_to_num(np.expm1(linear.data))
+                totals[rows] = np.asarray(linear.sum(axis=1)).ravel()
+            else:
+                totals[rows] = np.nansum(np.expm1(np.asarray(block, np.float64)), axis=1)
+    return totals
+
+
+def _base_of(values: Any) -> int | None:
+    """2 or 10 where that base makes multiples of a smallest count, and e does not; ``None`` where nothing is known."""
+    some = _in_memory(values[:_BASE_SPOTS])
+    some = some.toarray() if scipy.sparse.issparse(some) else some
+    votes = {np.e: 0, 2: 0, 10: 0}
+    for row in np.asarray(some, np.float64):
+        row = row[np.isfinite(row) & (row > 0)]
+        if len(np.unique(row)) < 3:
+            continue
+        for base in votes:
+            multiples = np.expm1(row * np.log(base)) / np.expm1(row.min() * np.log(base))
+            # Large multiples are whole by chance of rounding.
+            multiples = multiples[(multiples > 1.2) & (multiples < 20)]
+            votes[base] += len(multiples) > 1 and bool((abs(multiples - np.rint(multiples)) < 0.03).all())
+    best = max(votes, key=votes.__getitem__)
+    return int(best) if best != np.e and votes[best] > 2 * votes[np.e] + 2 else None
+
+
+def as_logs(values: Any, kind: Literal["counts", "log"], genes: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """Natural log of (1 + counts per 10,000), ``(n, g)`` float32, of a matrix that was checked.
+
+    Counts are normalised by the totals of all columns; logarithms are returned as they are, NaN included.
+    """
+    n_columns = len(np.arange(values.shape[1])[genes])
+    result = np.empty((values.shape[0], n_columns), np.float32)
+    for rows, block in blocks_of(values):
+        chosen = block[:, genes]
+        chosen = chosen.toarray() if scipy.sparse.issparse(chosen) else chosen
+        if kind == "log":
+            result[rows] = chosen
+            continue
+        total = np.asarray(block.sum(axis=1), np.float64).reshape(-1, 1)
+        result[rows] = np.log1p(TARGET_SUM / np.where(total > 0, total, 1) * np.asarray(chosen, np.float64))
+    return result
+
+
+def log_expression(
+    table: AnnData,
+    layer: str | None,
+    *,
+    genes: np.ndarray | slice = slice(None),
+    scale: Scale = "auto",
+    expected: Literal["counts", "log"],
+    parameter: str = "layer",
+    scale_parameter: str = "layer_scale",
+    predicted: bool = False,
+    unmeasured_spots: bool = False,
+) -> np.ndarray:
+    """Values as natural log of (1 + counts per 10,000), checked.
+
+    Parameters
+    ----------
+    table
+        The table.
+    layer
+        Layer; ``None``: ``X``.
+    genes
+        Columns to return; counts are normalised by the totals of all columns in any case.
+    scale, expected, parameter, scale_parameter, predicted, unmeasured_spots
+        As for :func:`check_expression`.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(n, g)`` float32. Logarithms are returned as they are, NaN included.
+
+    Raises
+    ------
+    ValueError
+        If the values are not what was expected; the message says how to state what they are.
+    """
+    values = matrix_of(table, layer, parameter)
+    kind = check_expression(
+        values,
+        where_of(layer),
+        scale=scale,
+        expected=expected,
+        parameter=parameter,
+        scale_parameter=scale_parameter,
+        predicted=predicted,
+        unmeasured_spots=unmeasured_spots,
+    )
+    return as_logs(values, kind, genes)
