@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ._core import validate
+from ._core.genes import by_previous, symbols_in
+from ._core.validate import format_list
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,11 +37,14 @@ class WantedGenes:
         Their places in the table's ``var``, ``(g,)``; ``None`` where the result gets a table of its own.
     all_genes
         Whether the result goes into a table beside a measured one.
+    renamed
+        Genes of the table that the model knows by another symbol of theirs, and that symbol.
     """
 
     positions: np.ndarray
     columns: np.ndarray | None
     all_genes: bool
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def match_genes(
@@ -72,13 +76,11 @@ def match_genes(
         _check_known(model, genes)
     everything = np.arange(len(model.genes))
     if table is None or (isinstance(genes, str) and genes == "all"):
-        chosen = everything if genes is None or isinstance(genes, str) else pd.unique(_lookup(model, pd.Index(genes)))
+        chosen = everything if genes is None or isinstance(genes, str) else pd.unique(_asked(model, genes))
         return WantedGenes(chosen, None, all_genes=table is not None)
-    if gene_symbols is not None:
-        validate.key_in(gene_symbols, list(table.var.columns), "gene_symbols", what="a column of var")
     check_not_probes(table)
-    names = pd.Index((table.var_names if gene_symbols is None else table.var[gene_symbols]).astype(str))
-    positions = _lookup(model, names)
+    names = symbols_in(table, gene_symbols)
+    positions, renamed = _lookup(model, names)
     known = positions >= 0
     if known.sum() < _MIN_MATCHED * min(len(names), len(model.genes)):
         ensembl = [v for v in model.genes["ensembl_id"] if v][:2]
@@ -88,8 +90,13 @@ def match_genes(
             "Pass gene_symbols='column' where symbols stand in a column of var, or genes='all' for a table of their own"
         )
     logger.info("%d of %d genes of the table are known to model %r", known.sum(), len(names), model.name)
+    if renamed:
+        logger.info(
+            "%d of them by another symbol that HGNC lists: %s",
+            *(len(renamed), format_list(f"{name} as {own}" for name, own in renamed.items())),
+        )
     if genes is not None:
-        asked = _lookup(model, pd.Index(genes))
+        asked = _asked(model, genes)
         absent = [gene for gene, position in zip(genes, asked, strict=True) if position not in positions]
         if absent:
             raise ValueError(
@@ -98,7 +105,7 @@ def match_genes(
             )
         known &= np.isin(positions, asked)
     columns = np.flatnonzero(known)
-    return WantedGenes(positions[columns], columns, all_genes=False)
+    return WantedGenes(positions[columns], columns, all_genes=False, renamed=renamed)
 
 
 def check_not_probes(table: AnnData) -> None:
@@ -119,8 +126,11 @@ def check_not_probes(table: AnnData) -> None:
     )
 
 
-def _lookup(model: HE2Gene, names: pd.Index) -> np.ndarray:
-    """Positions of names in the model, -1 where unknown: by symbol, else by Ensembl id without its version."""
+def _lookup(model: HE2Gene, names: pd.Index, *, one_to_one: bool = True) -> tuple[np.ndarray, dict[str, str]]:
+    """Positions of names in the model, -1 where unknown, and those found by a symbol that was changed.
+
+    By symbol, else by Ensembl id without its version, else by another symbol of the gene that is still free.
+    """
     by_symbol = model.genes.index.get_indexer(names)
     ids = model.genes["ensembl_id"].astype(str).to_numpy()
     with_id = np.flatnonzero(ids != "")
@@ -128,13 +138,21 @@ def _lookup(model: HE2Gene, names: pd.Index) -> np.ndarray:
     stripped = names.astype(str).str.replace(r"\.\d+$", "", regex=True)
     found = pd.Index(ids[with_id]).get_indexer(stripped)
     by_ensembl = np.append(with_id, -1)[found]
-    return np.where(by_symbol >= 0, by_symbol, by_ensembl)
+    known = np.where(by_symbol >= 0, by_symbol, by_ensembl)
+    found = by_previous(names, model.genes.index, known, one_to_one=one_to_one)
+    more = np.flatnonzero((found >= 0) & (known < 0))
+    return found, {names[i]: str(model.genes.index[found[i]]) for i in more}
+
+
+def _asked(model: HE2Gene, genes: Sequence[str]) -> np.ndarray:
+    """Positions of genes that the user named, -1 where unknown."""
+    return _lookup(model, pd.Index([str(gene).strip() for gene in genes], dtype=object), one_to_one=False)[0]
 
 
 def _check_known(model: HE2Gene, genes: list[str]) -> None:
     from difflib import get_close_matches
 
-    unknown = [gene for gene, position in zip(genes, _lookup(model, pd.Index(genes)), strict=True) if position < 0]
+    unknown = [gene for gene, position in zip(genes, _asked(model, genes), strict=True) if position < 0]
     if unknown:
         near = get_close_matches(str(unknown[0]).upper(), list(model.genes.index), n=3)
         hint = f"; near {unknown[0]!r}: {near}" if near else ""

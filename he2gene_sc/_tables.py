@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._core.elements import find_table
-from ._core.expression import SCALES, Scale, log_expression, scale_of, values_of
+from ._core.expression import SCALES, Scale, log_expression, scale_of
+from ._core.matrix import values_of
 from ._core.slide import Slide, resolve
 from ._core.spots import column_of, labels_of, sections_of
 from ._keys import MADE

@@ -291,7 +291,7 @@ def test_a_prediction_kept_sparse_and_counts_kept_dense_are_read(table):
     hg.tl.evaluate(table, genes=GENES[:5])
     pd.testing.assert_frame_equal(genes_of(table), before)
     table.X[0, 0] = np.nan
-    with pytest.raises(ValueError, match="`measured` holds NaN"):
+    with pytest.raises(ValueError, match="`measured`: X holds 1 NaN"):
         hg.tl.evaluate(table)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +11,7 @@ import scipy.sparse
 
 from ..stats import TARGET_SUM
 from . import validate
-from .layers import layer_names
+from .matrix import blocks_of, in_memory, matrix_of, where_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -22,8 +21,6 @@ SCALES = ("auto", "counts", "log")
 
 #: Values of log-normalised data stay below this: ln(1 + 10,000) is 9.2.
 MAX_LOG = 30.0
-#: Values that are looked at, or normalised, at once.
-_BLOCK = 2_000_000
 #: A total this close to 10,000 is 10,000: some genes may have been left out since.
 _SAME_TOTAL = 0.01
 #: Totals that differ by less are one total: what rounding leaves of it, also in half precision.
@@ -79,77 +76,14 @@ class Contents:
         return ""
 
 
-def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
-    """``X`` (``layer=None``) or a layer, as the table keeps it: in memory, on disk or as a dask array.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer, ``X`` is empty, or it does not hold numbers.
-    """
-    if layer is not None:
-        validate.key_in(layer, sorted(layer_names(table)), parameter, what="a layer", hint=" (None: X)")
-    values = table.X if layer is None else table.layers[layer]
-    if values is None:
-        raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(layer_names(table))}")
-    dtype = np.dtype(getattr(values, "dtype", float))
-    if dtype.kind not in "biuf":
-        raise ValueError(f"`{parameter}`: {where_of(layer)} holds {dtype}; numbers are needed")
-    return values
-
-
-def where_of(layer: str | None) -> str:
-    """Name a matrix in errors."""
-    return "X" if layer is None else f"layer {layer!r}"
-
-
-def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
-    """``X`` (``layer=None``) or a layer, in memory, dense or csr.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer, ``X`` is empty, or it does not hold numbers.
-    """
-    return _in_memory(matrix_of(table, layer, parameter))
-
-
-def _in_memory(values: Any) -> Any:
-    values = values.compute() if hasattr(values, "compute") else values
-    # A sparse matrix of a backed table.
-    values = values.to_memory() if hasattr(values, "to_memory") else values
-    if not scipy.sparse.issparse(values):
-        return np.asarray(values)
-    # scipy has no arithmetic of sparse arrays in half precision.
-    return scipy.sparse.csr_array(values.astype(np.float32) if values.dtype == np.float16 else values)
-
-
-def blocks_of(values: Any) -> Iterator[tuple[slice, Any]]:
-    """Rows of a matrix in memory, some at a time, dense or csr, and where they stand."""
-    n_rows, n_columns = values.shape
-    if scipy.sparse.issparse(values):
-        values = _in_memory(values)
-    elif getattr(values, "format", None) == "csc":
-        # Rows of a matrix on disk that is kept by columns: reading it once is cheaper.
-        values = _in_memory(values)
-    ends = np.cumsum(values.chunks[0]).tolist() if hasattr(values, "compute") else [n_rows]
-    step = max(1, _BLOCK // max(1, n_columns))
-    start = 0
-    for end in ends:
-        # A chunk of a dask array is computed once.
-        part = _in_memory(values[start:end]) if len(ends) > 1 or hasattr(values, "compute") else values
-        for first in range(0, end - start, step):
-            last = min(first + step, end - start)
-            yield slice(start + first, start + last), _in_memory(part[first:last])
-        start = end
-
-
 def contents_of(values: Any) -> Contents:
     """Look at all values of a matrix, some rows at a time."""
     counts = np.zeros(6, np.int64)
     low, high = np.inf, -np.inf
     for _, block in blocks_of(values):
-        numbers = block.data if scipy.sparse.issparse(block) else block
+        numbers = block
+        if scipy.sparse.issparse(block):
+            numbers, low = block.data, min(low, 0.0)
         if numbers.dtype.kind in "bu":
             high = max(high, float(numbers.max(initial=0)))
             low = min(low, 0.0)
@@ -344,7 +278,7 @@ def log_totals(values: Any) -> np.ndarray:
 
 def _base_of(values: Any) -> int | None:
     """2 or 10 where that base makes multiples of a smallest count, and e does not; ``None`` where nothing is known."""
-    some = _in_memory(values[:_BASE_SPOTS])
+    some = in_memory(values[:_BASE_SPOTS])
     some = some.toarray() if scipy.sparse.issparse(some) else some
     votes = {np.e: 0, 2: 0, 10: 0}
     for row in np.asarray(some, np.float64):

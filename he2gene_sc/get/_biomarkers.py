@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .._core import validate
+from .._core.genes import columns_of, find_genes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -124,3 +125,22 @@ def tables_with(data: Any, verb: str, key: str, table_key: str | None) -> list[A
     if not found:
         raise ValueError("`data` is empty; at least one object is needed")
     return found
+
+
+def genes_of_result(table: AnnData, asked: Sequence[str], names: pd.Series, what: str) -> list[str]:
+    """Names in a result of genes that a user named: as there, by the symbols that predict was given, or as they were before.
+
+    Raises
+    ------
+    ValueError
+        If one is not in the result; ``what`` says what was not done with it.
+    """
+    known = pd.Index(names.unique())
+    records = (record for record in table.uns.values() if isinstance(record, Mapping) and "weights_sha256" in record)
+    symbols = next((record["gene_symbols"] for record in records if "gene_symbols" in record), None)
+    columns = columns_of(table, asked, symbols)
+    called = [table.var_names[column] if column >= 0 else gene for gene, column in zip(asked, columns, strict=True)]
+    found = find_genes(called, known, one_to_one=False)
+    if unknown := [gene for gene, place in zip(asked, found, strict=True) if place < 0]:
+        raise ValueError(f"`genes` {unknown[:5]} were not {what}")
+    return known[found].tolist()

@@ -11,7 +11,7 @@ import pandas as pd
 
 from .._core import validate
 from ..get._biomarkers import biomarkers as get_biomarkers
-from ..get._biomarkers import result_of
+from ..get._biomarkers import genes_of_result, result_of, tables_with
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:
@@ -90,8 +90,9 @@ def biomarkers(
     frame = get_biomarkers(data, group, key=key, table_key=table_key)
     record = result_of(data, "biomarkers", key, table_key)
     named = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
-    if named is not None and (unknown := [gene for gene in named if gene not in set(frame["names"])]):
-        raise ValueError(f"`genes` {unknown} were not tested")
+    if named is not None:
+        table = tables_with(data, "biomarkers", key, table_key)[0]
+        named = genes_of_result(table, named, frame["names"], "tested")
     reference = str(record["params"]["reference"])
     groups = list(dict.fromkeys(frame["group"]))
     if kind == "dot":

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.genes import find_genes
 from .._keys import Keys
 from .._predicted import predicted_by
 from .._tables import get_table
@@ -123,8 +124,12 @@ def _chosen(table: pd.DataFrame, genes: str | Sequence[str] | int) -> list[str]:
         asked = list(table.index[:genes])
     else:
         asked = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    if unknown := [gene for gene in asked if gene not in table.index]:
+    found = find_genes(asked, table.index, one_to_one=False)
+    if "symbol" in table:
+        found = np.where(found >= 0, found, find_genes(asked, table["symbol"], one_to_one=False))
+    if unknown := [gene for gene, place in zip(asked, found, strict=True) if place < 0]:
         raise ValueError(f"`genes` {unknown[:5]} have no held-out figure in this model")
+    asked = list(table.index[found])
     if len(asked) > _MAX_LABELS:
         raise ValueError(f"`genes`: {len(asked):,} labels do not fit, at most {_MAX_LABELS} do")
     return list(table.index[table.index.isin(asked)])
@@ -199,5 +204,6 @@ def _genes_of(
         gene_symbols = record["gene_symbols"]
     found = predicted_by(record, None)
     wanted = match_genes(found, table, None, gene_symbols)
-    genes = found.genes.iloc[wanted.positions].set_axis(table.var_names[wanted.columns], axis=0)
+    genes = found.genes.iloc[wanted.positions]
+    genes = genes.assign(symbol=genes.index).set_axis(table.var_names[wanted.columns], axis=0)
     return genes[table.var[keys.predicted].to_numpy(bool)[wanted.columns]], found.card.reliable_rule

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.genes import columns_of
 from .._core.layers import layer_names
 from .._keys import MADE, Keys
-from .._predicted import predicted_layer
+from .._predicted import predicted_layer, symbols_of
 from ._canvas import Canvas, add_colorbar, axes_for, canvas, draw, finish
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def spatial(
     sdata
         Object that :func:`he2gene_sc.tl.predict` wrote to.
     genes
-        One gene or several.
+        One gene or several: names in ``var_names``, or in the column that predict was given as ``gene_symbols``. A symbol
+        that HGNC has changed since is found by its other name.
     measured
         What to show beside the prediction. ``None``: ``X``, where the table was measured. ``True``: the same, an error
         where there is none. ``False``: nothing. A text: that layer. Raw counts are shown as natural log of (1 +
@@ -103,22 +105,22 @@ def spatial(
         coordinate_system=coordinate_system,
     )
     table = where.table
-    _check_predicted(table, genes, key_added)
+    names = _check_predicted(table, genes, key_added)
     shown_layer = predicted_layer(table, key_added, layer)
-    predicted = np.asarray(table[:, genes].layers[shown_layer], dtype=float)
-    found = _measured(where, table, genes, measured)
+    predicted = np.asarray(table[:, names].layers[shown_layer], dtype=float)
+    found = _measured(where, table, names, measured)
     beside, were_counts = found if found is not None else (None, False)
     panels = _panel_table(where, table, genes, predicted, beside)
     kinds = ["predicted"] if beside is None else ["predicted", "measured"]
     name = "predicted" if shown_layer == predicted_layer(table, key_added) else _name(table, shown_layer)
     axes = axes_for(len(genes) * len(kinds), ax, ncols or (4 if beside is None else 2))
     reliable = table.var[Keys(key_added).reliable]
-    for i, gene in enumerate(genes):
+    for i, (gene, own) in enumerate(zip(genes, names, strict=True)):
         shown = {"predicted": predicted[:, i]} | ({} if beside is None else {"measured": beside[:, i]})
         for j, kind in enumerate(kinds):
             values = np.concatenate(list(shown.values())) if shared_scale else shown[kind]
             norm = _norm(values)
-            doubt = "" if kind == "measured" or bool(reliable[gene]) else " (not reliable)"
+            doubt = "" if kind == "measured" or bool(reliable[own]) else " (not reliable)"
             panel = axes[i * len(kinds) + j]
             draw(
                 where,
@@ -158,23 +160,31 @@ def _table_with(sdata: SpatialData, genes: list[str], key_added: str) -> str | N
     first = predicted_table(sdata, key_added)
     others = [key for key, table in sdata.tables.items() if Keys(key_added).uns in table.uns and key != first]
     for key in (first, *others):
-        predicted = sdata[key].var.index[sdata[key].var[Keys(key_added).predicted].astype(bool)]
-        if set(genes) <= set(predicted):
+        if (_columns(sdata[key], genes, key_added) >= 0).all():
             return key
     return first
 
 
-def _check_predicted(table: AnnData, genes: list[str], key_added: str) -> None:
+def _columns(table: AnnData, genes: list[str], key_added: str) -> np.ndarray:
+    """Columns of the genes, -1 where one was not predicted."""
+    found = columns_of(table, genes, symbols_of(table, table.uns.get(Keys(key_added).uns, {}), None))
+    known = np.append(table.var[Keys(key_added).predicted].to_numpy(bool), False)
+    return np.where(known[found], found, -1)
+
+
+def _check_predicted(table: AnnData, genes: list[str], key_added: str) -> list[str]:
+    """Names of the genes in the table."""
     if not genes:
         raise ValueError("`genes` is empty; name at least one")
     if not table.var_names.is_unique:
         raise ValueError(
             "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
         )
-    known = table.var.index[table.var[Keys(key_added).predicted].astype(bool)]
-    missing = [gene for gene in genes if gene not in known]
+    found = _columns(table, genes, key_added)
+    missing = [gene for gene, place in zip(genes, found, strict=True) if place < 0]
     if missing:
         raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists those that were")
+    return table.var_names[found].tolist()
 
 
 def _measured(

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .._core.expression import Scale, log_expression, values_of
+from .._core.expression import Scale, log_expression
+from .._core.genes import columns_of as named_columns
 from .._core.layers import layer_names
+from .._core.matrix import values_of
+from .._predicted import symbols_of
+from ._pooled import prediction_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,14 +30,15 @@ def columns_of(table: AnnData, predicted: np.ndarray, layer: str, genes: Sequenc
     if isinstance(genes, str):
         raise ValueError(f"`genes` is {genes!r}; a list of genes is needed")
     genes = list(dict.fromkeys(genes))
-    at = table.var_names.get_indexer(genes)
+    key = prediction_key(table, layer)
+    at = named_columns(table, genes, symbols_of(table, table.uns.get(key, {}), None))
     missing = [gene for gene, i in zip(genes, at, strict=True) if i < 0 or not known[i]]
     if missing or not genes:
         raise ValueError(
             f"`genes`: {len(missing)} of {len(genes)} are not predicted in layer {layer!r}: {missing[:5]}; those that are: "
             f"hg.get.genes(data), {int(known.sum())} in all"
         )
-    return at
+    return pd.unique(at)
 
 
 def measured_of(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.genes import find_genes
 from .._core.results import check_free, write_to_all
 from .._keys import check_key
 from .._tables import Scale, column_of
@@ -250,7 +251,7 @@ def _halves(spots: Pool, measured: str | None, scale: Scale) -> list[Pool]:
     halves = []
     common = spots.tables[0].var_names
     for table in spots.tables[1:]:
-        common = common[common.isin(table.var_names)]
+        common = common[find_genes(common, table.var_names) >= 0]
     for i in (0, 1):
         genes = spots.genes[i::2]
         labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale)

@@ -122,7 +122,7 @@ def _say_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: s
     if used.all():
         return
     lacking = [
-        f"{sample!r} ({a} of {group!r}, {b} of {reference!r})"
+        f"{str(sample)!r} ({a} of {group!r}, {b} of {reference!r})"
         for sample, (a, b) in zip(contrast.samples[~used], contrast.counts[:, ~used].T, strict=True)
     ]
     logger.warning(

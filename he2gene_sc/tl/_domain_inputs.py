@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .._core.expression import Scale, count_totals, log_expression, matrix_of
+from .._core.expression import Scale, count_totals, log_expression
+from .._core.genes import columns_of
+from .._core.matrix import matrix_of
 from .._core.spots import clean_names, labels_of, samples_of, sections_of
 from .._keys import MADE, Keys
+from .._predicted import symbols_of
 from .._tables import get_table, slides_of, spots_of
 from ._pooled import prediction_key
 
@@ -146,13 +149,15 @@ def genes(
     """
     if given is not None:
         given = [given] if isinstance(given, str) else list(given)
-        unknown = [name for name in given if name not in table.var_names]
+        found = columns_of(table, given, _symbols(table, layer))
+        unknown = [name for name, column in zip(given, found, strict=True) if column < 0]
         if unknown:
             raise ValueError(
                 f"`genes`: {unknown[:5]} are no genes of the table, whose {table.n_vars} begin {list(table.var_names[:3])}"
             )
-        if len(set(given)) < len(given):
-            raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(given).duplicated()][0]!r} is named twice")
+        if len(set(found)) < len(given):
+            raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(found).duplicated()][0]!r} is named twice")
+        given = table.var_names[found].tolist()
     reliable = Keys(layer).reliable if layer is not None else ""
     if given is not None:
         names = given
@@ -207,6 +212,12 @@ def genes(
         raise ValueError(f"`genes`: {int(known.sum())} genes have values; at least 2 are needed")
     chosen = [name for name, is_known in zip(names, known, strict=True) if is_known]
     return chosen, *(None if v is None else v[:, known] for v in (predicted, measured_values))
+
+
+def _symbols(table: AnnData, layer: str | None) -> str | None:
+    """Column of symbols that the prediction was given."""
+    key = prediction_key(table, layer)
+    return symbols_of(table, table.uns.get(key, {}), None) if key is not None else None
 
 
 def is_made(table: AnnData) -> bool:

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.genes import current_symbols, find_genes
+from .._core.validate import format_list
 from .._genes import check_not_probes
 
 if TYPE_CHECKING:
@@ -85,6 +87,26 @@ def symbols_of(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
     return pd.Index([symbols.get(b, b) if e else n for n, b, e in zip(names, bare, ensembl, strict=True)])
 
 
+def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:
+    """Present symbols of genes that sections call by different ones, by the names that they have there.
+
+    Where a section lists both names, they stay two genes.
+    """
+    union = pd.Index(np.concatenate([list(genes) for genes in lists.values()])).unique()
+    current = pd.Series(current_symbols(union), index=union)
+    several = current[current.duplicated(keep=False)]
+    for genes in lists.values():
+        here = several[several.index.isin(genes)]
+        several = several[~several.isin(here[here.duplicated()])]
+    renamed = several[several != several.index].to_dict()
+    if renamed:
+        logger.info(
+            "%d genes have other symbols in other sections and take their present ones: %s",
+            *(len(renamed), format_list(f"{old} is {new}" for old, new in renamed.items())),
+        )
+    return renamed
+
+
 def check_gene_lists(lists: Mapping[str, pd.Index], chosen: Genes) -> pd.Index:
     """Return the genes to learn, sorted, of the genes of each section by its name.
 
@@ -94,6 +116,9 @@ def check_gene_lists(lists: Mapping[str, pd.Index], chosen: Genes) -> pd.Index:
         If a section shares hardly a gene with the others, or all of them none, whatever their order; or if a gene that
         was asked for is in none.
     """
+    renamed = common_names(lists)
+    if renamed:
+        lists = {name: genes.map(lambda gene: renamed.get(gene, gene)) for name, genes in lists.items()}
     counted = pd.Index(np.concatenate([list(genes) for genes in lists.values()])).value_counts()
     for name, genes in lists.items() if len(lists) > 1 else ():
         elsewhere = counted.subtract(pd.Series(1, index=genes), fill_value=0)
@@ -107,10 +132,11 @@ def check_gene_lists(lists: Mapping[str, pd.Index], chosen: Genes) -> pd.Index:
             )
     union = counted.index.sort_values()
     if chosen.asked is not None:
-        unknown = [gene for gene in chosen.asked if gene not in counted.index]
+        found = find_genes(chosen.asked, counted.index, one_to_one=False)
+        unknown = [gene for gene, place in zip(chosen.asked, found, strict=True) if place < 0]
         if unknown or not chosen.asked:
             raise ValueError(f"`genes` {unknown[:5]} are in no section, which have e.g. {list(union[:5])}")
-        union = pd.Index(sorted(set(chosen.asked)))
+        union = pd.Index(sorted(set(counted.index[found])))
     if not chosen.missing_are_zero and not (counted[union] == len(lists)).any():
         what = "gene" if chosen.asked is None else "gene of `genes`"
         fewest = min(lists, key=lambda name: len(union.intersection(lists[name])))

@@ -12,7 +12,8 @@ import pandas as pd
 import scipy.sparse
 
 from .._core.elements import find_table
-from .._core.expression import Scale, log_expression, values_of
+from .._core.expression import Scale, log_expression
+from .._core.matrix import values_of
 from .._core.spots import names_of, sections_of
 from .._keys import MADE, Keys
 from .._tables import pitch_of, spots_of

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.genes import by_previous, columns_of, symbols_in
 from .._genes import match_genes
 from .._keys import Keys
 
@@ -28,13 +29,14 @@ def genes_in_common(
     if other is table:
         columns = np.arange(table.n_vars)
     else:
-        names = pd.Index((other.var_names if gene_symbols is None else other.var[gene_symbols]).astype(str))
+        names = symbols_in(other, gene_symbols)
         stripped = names.str.replace(r"\.\d+$", "", regex=True)
         by_id = pd.Index(table.var["ensembl_id"].astype(str)) if "ensembl_id" in table.var else table.var_names
         by_id = pd.Series(np.arange(len(by_id)), by_id)
         by_id = by_id[~by_id.index.duplicated(keep=False)]
         columns = table.var_names.get_indexer(names)
         columns = np.where(columns >= 0, columns, by_id.reindex(stripped).fillna(-1).to_numpy(int))
+        columns = by_previous(names, table.var_names, columns)
     usable = (columns >= 0) & known[columns] & ~pd.Series(columns).duplicated().to_numpy()
     if not usable.any():
         raise ValueError(
@@ -44,12 +46,12 @@ def genes_in_common(
     if genes is not None:
         if not len(genes):
             raise ValueError("`genes` is empty; name some genes, or use None")
-        asked = pd.unique(pd.Series(list(genes), dtype=str))
-        names = table.var_names[columns].astype(str)
-        absent = [gene for gene in asked if gene not in set(names[usable])]
+        asked = list(dict.fromkeys(str(gene) for gene in genes))
+        wanted = columns_of(table, asked, gene_symbols)
+        absent = [gene for gene, column in zip(asked, wanted, strict=True) if column not in set(columns[usable])]
         if absent:
             raise ValueError(f"`genes` {absent[:5]} were not both predicted and measured; hg.get.genes lists what was")
-        usable &= np.isin(names, asked)
+        usable &= np.isin(columns, wanted)
     chosen = np.flatnonzero(usable)
     return columns[chosen], chosen
 

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from .._core.expression import contents_of, matrix_of, where_of
+from .._core.expression import contents_of
 from .._core.layers import layer_names
+from .._core.matrix import matrix_of, where_of
 from .._core.placement import check_placement
 from .._core.slide import Slide, resolve
 from .._core.spots import clean_names, column_of
-from ._gene_lists import Genes, check_gene_lists, gene_names
+from ._gene_lists import Genes, check_gene_lists, common_names, gene_names
 from ._labels import Labels, code_classes, labels_of
 
 if TYPE_CHECKING:
@@ -303,6 +304,9 @@ def join(
     """
     from ..training import Section, log_targets
 
+    renamed = common_names({section.name: section.genes for section in read})
+    if renamed:
+        read = [replace(s, genes=s.genes.map(lambda gene: renamed.get(gene, gene))) for s in read]
     genes, measured = _join_genes(read, chosen)
     classes, codes = code_classes([section.labels for section in read], labels.merged, labels.ignored)
     if chosen.asked is None:

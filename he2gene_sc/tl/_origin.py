@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import issparse
 
-from .._core.expression import Scale, log_expression, values_of
+from .._core.expression import Scale, log_expression
+from .._core.genes import find_genes
+from .._core.matrix import values_of
 from .._core.spots import clean_names
 from .._keys import MADE, Keys
 from ._pooled import Pool, prediction_key
@@ -104,7 +106,10 @@ def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | 
             continue
         name = Keys(key).reliable
         flags = table.var[name].astype(bool) if name in table.var else pd.Series(False, index=table.var_names)
-        out = flags if out is None else out & flags.reindex(out.index, fill_value=False)
+        if out is None:
+            out = flags
+            continue
+        out &= np.append(flags.to_numpy(), False)[find_genes(out.index, flags.index)]
     return None if out is None else out.rename(index=str)
 
 

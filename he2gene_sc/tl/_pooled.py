@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from .._core.expression import Scale, as_logs, count_totals, log_expression, matrix_of, values_of
+from .._core.expression import Scale, as_logs, count_totals, log_expression
+from .._core.genes import find_genes
+from .._core.matrix import matrix_of, values_of
 from .._core.spots import check_spelling, column_of, labels_of, samples_of, sections_of
 from .._keys import MADE, Keys
 from .._tables import get_table
@@ -50,7 +52,7 @@ class Pool:
         genes = self.genes if genes is None else genes
         start = 0
         for table, rows in zip(self.tables, self.rows, strict=True):
-            columns = table.var_names.get_indexer(genes)
+            columns = find_genes(genes, table.var_names)
             missing = columns < 0
             step = max(1, _BLOCK // table.n_vars)
             for first in range(0, len(rows), step):
@@ -276,7 +278,10 @@ def _genes(
         raise ValueError("`join` is 'outer', which is for raw counts: a gene that was not predicted is unknown, not 0")
     genes = tables[0].var_names
     for table in tables[1:]:
-        genes = genes.union(table.var_names, sort=False) if join == "outer" else genes[genes.isin(table.var_names)]
+        if join == "inner":
+            genes = genes[find_genes(genes, table.var_names) >= 0]
+        else:
+            genes = genes.append(table.var_names[find_genes(table.var_names, genes) < 0])
     if not len(genes):
         raise ValueError(
             f"`data`: the objects have no gene in common, for example {tables[0].var_names[0]!r} and "
@@ -298,7 +303,7 @@ def _genes(
                 "reliable_only=False"
             )
         good = table.var_names[table.var[name].astype(bool)]
-        genes = genes[genes.isin(good)]
+        genes = genes[find_genes(genes, good) >= 0]
     if not len(genes):
         raise ValueError(
             "`reliable_only`: no gene is reliable by the model's own figures; reliable_only=False tests all"

@@ -1,0 +1,117 @@
+"""Which names are the same gene: by symbol, by Ensembl id, or by a symbol that HGNC has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from . import validate
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Made by tools/make_previous_symbols.py from HGNC's complete set of June 2026 (CC0).
+_PREVIOUS = Path(__file__).with_name("previous_symbols.csv.gz")
+
+
+@cache
+def previous_symbols() -> dict[str, str]:
+    """Symbols that one human gene had before, and the one that it has now; symbols of several genes are left out."""
+    frame = pd.read_csv(_PREVIOUS, keep_default_na=False, dtype=str)
+    return dict(zip(frame["previous"], frame["symbol"], strict=True))
+
+
+def current_symbols(names: Iterable[str]) -> np.ndarray:
+    """Present symbols of genes, ``(g,)`` objects; names that are not a previous symbol stay as they are."""
+    table = previous_symbols()
+    return np.array([table.get(name, name) for name in names], object)
+
+
+def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bool = True) -> np.ndarray:
+    """Find genes by name, or else by a symbol that was changed.
+
+    Parameters
+    ----------
+    names
+        What is looked for, ``(g,)``.
+    available
+        Where it is looked for.
+    one_to_one
+        Whether two names may not be one gene: where ``names`` hold a gene under its own name, another name of it is not
+        matched. ``False`` for names that a user gave.
+
+    Returns
+    -------
+    numpy.ndarray
+        Positions in ``available``, ``(g,)``; -1 where a gene is not there, or several could be it.
+    """
+    names, available = pd.Index(names, dtype=object).astype(str), pd.Index(available, dtype=object).astype(str)
+    first = pd.Index(available[~available.duplicated()])
+    place = np.append(np.flatnonzero(~available.duplicated()), -1)
+    return by_previous(names, available, place[first.get_indexer(names)], one_to_one=one_to_one)
+
+
+def by_previous(names: pd.Index, available: pd.Index, found: np.ndarray, *, one_to_one: bool = True) -> np.ndarray:
+    """Fill in what was not found otherwise: names whose present symbol is that of one gene that is still free."""
+    lost = np.flatnonzero(found < 0)
+    free = np.setdiff1d(np.arange(len(available)), found) if one_to_one else np.arange(len(available))
+    if not len(lost) or not len(free):
+        return found
+    old, new = current_symbols(names[lost]), current_symbols(available[free])
+    once = ~pd.Index(new).duplicated(keep=False)
+    place = np.append(free[once], -1)[pd.Index(new[once]).get_indexer(old)]
+    if one_to_one:
+        place[pd.Index(old).duplicated(keep=False)] = -1
+    out = np.array(found)
+    out[lost] = place
+    return out
+
+
+def symbols_in(table: AnnData, gene_symbols: str | None) -> pd.Index:
+    """Names of the genes of a table, stripped: a column of ``var``, or its index; empty where one is missing.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column.
+    """
+    if gene_symbols is not None:
+        validate.key_in(gene_symbols, list(table.var.columns), "gene_symbols", what="a column of var")
+    given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols].to_numpy(), dtype=object)
+    return pd.Index(given.where(given.notna(), "").astype(str).str.strip())
+
+
+def columns_of(table: AnnData, asked: Sequence[str], gene_symbols: str | None = None) -> np.ndarray:
+    """Columns of genes that a user named: by ``var_names``, by ``gene_symbols``, or by a symbol that was changed.
+
+    Parameters
+    ----------
+    table
+        The table.
+    asked
+        Names.
+    gene_symbols
+        Column of ``var`` with symbols, such as the one that predict was given; looked at where it is there.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(g,)``, -1 where there is no such gene, or several could be it.
+    """
+    asked = [str(name).strip() for name in asked]
+    found = find_genes(asked, table.var_names, one_to_one=False)
+    exact = table.var_names.isin(asked)
+    if gene_symbols is not None and gene_symbols in table.var:
+        symbols = symbols_in(table, gene_symbols)
+        twice = symbols.duplicated(keep=False)
+        unique = pd.Index(np.where(twice, "", symbols))
+        by_symbol = find_genes(asked, unique, one_to_one=False)
+        by_symbol[np.array([not name for name in asked])] = -1
+        own = np.array([place >= 0 and exact[place] for place in found])
+        found = np.where(own | (by_symbol < 0), found, by_symbol)
+    return found

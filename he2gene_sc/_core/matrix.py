@@ -1,0 +1,84 @@
+"""The matrices of a table, in memory, on disk or as dask arrays, read some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse
+
+from . import validate
+from .layers import layer_names
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Values that are in memory, or normalised, at once.
+_BLOCK = 2_000_000
+
+
+def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
+    """``X`` (``layer=None``) or a layer, as the table keeps it: in memory, on disk or as a dask array.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer, ``X`` is empty, or it does not hold numbers.
+    """
+    if layer is not None:
+        validate.key_in(layer, sorted(layer_names(table)), parameter, what="a layer", hint=" (None: X)")
+    values = table.X if layer is None else table.layers[layer]
+    if values is None:
+        raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(layer_names(table))}")
+    dtype = np.dtype(getattr(values, "dtype", float))
+    if dtype.kind not in "biuf":
+        raise ValueError(f"`{parameter}`: {where_of(layer)} holds {dtype}; numbers are needed")
+    return values
+
+
+def where_of(layer: str | None) -> str:
+    """Name a matrix in errors."""
+    return "X" if layer is None else f"layer {layer!r}"
+
+
+def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
+    """``X`` (``layer=None``) or a layer, in memory, dense or csr.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer, ``X`` is empty, or it does not hold numbers.
+    """
+    return in_memory(matrix_of(table, layer, parameter))
+
+
+def in_memory(values: Any) -> Any:
+    """Bring a matrix into memory, dense or csr."""
+    values = values.compute() if hasattr(values, "compute") else values
+    # A sparse matrix of a backed table.
+    values = values.to_memory() if hasattr(values, "to_memory") else values
+    if not scipy.sparse.issparse(values):
+        return np.asarray(values)
+    # scipy has no arithmetic of sparse arrays in half precision.
+    return scipy.sparse.csr_array(values.astype(np.float32) if values.dtype == np.float16 else values)
+
+
+def blocks_of(values: Any) -> Iterator[tuple[slice, Any]]:
+    """Rows of a matrix in memory, some at a time, dense or csr, and where they stand."""
+    n_rows, n_columns = values.shape
+    if scipy.sparse.issparse(values):
+        values = in_memory(values)
+    elif getattr(values, "format", None) == "csc":
+        # Rows of a matrix on disk that is kept by columns: reading it once is cheaper.
+        values = in_memory(values)
+    ends = np.cumsum(values.chunks[0]).tolist() if hasattr(values, "compute") else [n_rows]
+    step = max(1, _BLOCK // max(1, n_columns))
+    start = 0
+    for end in ends:
+        # A chunk of a dask array is computed once.
+        part = in_memory(values[start:end]) if len(ends) > 1 or hasattr(values, "compute") else values
+        for first in range(0, end - start, step):
+            last = min(first + step, end - start)
+            yield slice(start + first, start + last), in_memory(part[first:last])
+        start = end
