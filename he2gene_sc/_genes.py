@@ -61,7 +61,8 @@ def match_genes(
     genes
         A list, ``"all"`` or ``None``.
     gene_symbols
-        Column of ``table.var`` with symbols or Ensembl ids; ``None`` is the index.
+        Column of ``table.var`` with symbols or Ensembl ids; ``None`` is the index. A symbol that HGNC has changed is matched
+        by its other name, where the model does not know the name itself and the gene is not in the table under both.
 
     Raises
     ------
@@ -89,7 +90,10 @@ def match_genes(
             f"{model.name!r}. The table has {list(names[:3])}, the model {list(model.genes.index[:3]) + ensembl}. "
             "Pass gene_symbols='column' where symbols stand in a column of var, or genes='all' for a table of their own"
         )
-    logger.info("%d of %d genes of the table are known to model %r", known.sum(), len(names), model.name)
+    logger.info(
+        "%d of %d genes of the table are known to model %r; unknown are: %s",
+        *(known.sum(), len(names), model.name, format_list(names[~known]) or "none"),
+    )
     if renamed:
         logger.info(
             "%d of them by another symbol that HGNC lists: %s",

@@ -165,3 +165,8 @@ def test_layers_are_found_by_name(counts):
     table = AnnData(counts, var=pd.DataFrame(index=[f"g{i}" for i in range(60)]))
     with pytest.raises(ValueError, match=r"`measured` 'no' is not a layer, valid: \[\] \(None: X\)"):
         matrix_of(table, "no", "measured")
+
+
+def test_a_spot_without_a_total_gets_no_expression_at_all(counts):
+    counts[3, 4] = np.nan
+    assert np.isnan(as_logs(counts, "counts", np.array([0, 1]))[3]).all()

@@ -308,7 +308,8 @@ def as_logs(values: Any, kind: Literal["counts", "log"], genes: np.ndarray | sli
             result[rows] = chosen
             continue
         total = np.asarray(block.sum(axis=1), np.float64).reshape(-1, 1)
-        result[rows] = np.log1p(TARGET_SUM / np.where(total > 0, total, 1) * np.asarray(chosen, np.float64))
+        # A total of NaN makes the whole spot NaN, one of 0 makes it 0.
+        result[rows] = np.log1p(TARGET_SUM / np.where(total == 0, 1, total) * np.asarray(chosen, np.float64))
     return result
 
 

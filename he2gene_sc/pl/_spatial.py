@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.expression import contents_of
 from .._core.genes import columns_of
 from .._core.layers import layer_names
+from .._core.matrix import in_memory
 from .._keys import MADE, Keys
 from .._predicted import predicted_layer, symbols_of
 from ._canvas import Canvas, add_colorbar, axes_for, canvas, draw, finish
@@ -217,15 +219,14 @@ def _as_log(values, columns: np.ndarray) -> tuple[np.ndarray, bool]:
     """
     import scipy.sparse
 
-    # A dask array is brought into memory, a view of the table loses its wrapper.
-    values = values.compute() if hasattr(values, "compute") else values
-    values = scipy.sparse.csr_matrix(values) if scipy.sparse.issparse(values) else np.asarray(values)
+    values = in_memory(values)
     chosen = values[:, columns]
     chosen = np.asarray(chosen.toarray() if scipy.sparse.issparse(chosen) else chosen, dtype=float)
-    data = values.data if scipy.sparse.issparse(values) else values
-    if data.size and (data % 1 == 0).all() and data.max() > 1 and data.min() >= 0:
+    found = contents_of(values)
+    if found.kind == "counts" and found.high > 1:
+        # A spot of which a count is NaN has no total and is not drawn.
         total = np.asarray(values.sum(axis=1), dtype=float).reshape(-1, 1)
-        return np.log1p(1e4 * chosen / np.where(total > 0, total, 1)), True
+        return np.log1p(1e4 * chosen / np.where(total == 0, 1, total)), True
     return chosen, False
 
 

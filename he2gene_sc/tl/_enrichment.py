@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.genes import find_genes
 from .._core.results import check_free, write_to_all
 from .._keys import check_key
 from ..get._biomarkers import biomarkers as get_biomarkers
@@ -160,11 +161,20 @@ def _net(net: pd.DataFrame | str | Path, decoupler) -> pd.DataFrame:
     return net.drop_duplicates(["source", "target"])
 
 
+def _in_names_of(net: pd.DataFrame, tested: pd.Index) -> pd.DataFrame:
+    """Call targets as the tested genes are called, where HGNC has changed a symbol."""
+    targets = pd.Index(net["target"].unique())
+    found = find_genes(targets, tested)
+    names = {target: tested[place] for target, place in zip(targets, found, strict=True) if place >= 0}
+    return net.assign(target=net["target"].map(lambda target: names.get(target, target)))
+
+
 def _scores(
     part: pd.DataFrame, group: str, net: pd.DataFrame, statistic: str, method: Any, tmin: int, kwargs: dict[str, Any]
 ) -> pd.DataFrame:
     """Score the sets in one group, best first."""
     values = part.dropna(subset=[statistic]).set_index("names")[statistic].astype(float)
+    net = _in_names_of(net, values.index)
     sizes = net[net["target"].isin(values.index)].groupby("source").size()
     if not (sizes >= tmin).any():
         raise ValueError(

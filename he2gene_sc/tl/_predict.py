@@ -194,6 +194,7 @@ def predict(
         "windows_um": [float(um) for um in model.card.windows_um],
         **_describe(slides, [level for level, _ in predictions]),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
+        **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
     _warn_of_looks(slides, [result for _, result in predictions])
