@@ -454,3 +454,8 @@ def test_mpp_of_a_few_scattered_visium_spots_follows_from_their_array_positions(
     (slide,) = resolve(sdata)
     assert slide.mpp == pytest.approx(100 / 36)
     assert "Visium" in slide.mpp_source
+
+
+def test_bins_side_by_side_may_be_few_pixels_wide():
+    assert resolve(slide_of(square(pitch=8.0), 4.0), mpp=2.0)[0].diameter_um == pytest.approx(16.0)
+    assert resolve(slide_of(square(pitch=7.0), 3.5), mpp=1.1)[0].diameter_um == pytest.approx(7.7)

@@ -17,7 +17,7 @@ from .mpp import array_lattice, check_mpp, resolve_mpp
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-#: Least size of a spot on the image; of polygons and labels narrower than ``_WIDE_UM`` less is enough.
+#: Least size of a spot on the image; of cells and bins, narrower than ``_WIDE_UM``, less is enough.
 _MIN_SPOT_PX, _WIDE_UM, _MIN_SPOT_UM = 8, 40.0, 4.0
 
 
@@ -158,8 +158,8 @@ def _resolve_one(
         measured=table_key is not None,
         lattice=lattice,
     )
-    circles = shapes_key in sdata.shapes and "radius" in sdata.shapes[shapes_key].columns
-    _check_size(pyramid, image_key, shapes_key, diameter_px, mpp, circles)
+    outlines = shapes_key not in sdata.shapes or "radius" not in sdata.shapes[shapes_key].columns
+    _check_size(pyramid, image_key, shapes_key, diameter_px, mpp, cells=outlines or _dense(centres, diameter_px))
     inside = (centres >= 0).all(1) & (centres[:, 0] <= pyramid.width) & (centres[:, 1] <= pyramid.height)
     return Slide(
         image_key=image_key,
@@ -178,8 +178,17 @@ def _resolve_one(
     )
 
 
+def _dense(centres: np.ndarray, diameter_px: float) -> bool:
+    """Whether spots lie as close as bins and cells do."""
+    from scipy.spatial import KDTree
+
+    if len(centres) < 2:
+        return False
+    return bool(np.median(KDTree(centres).query(centres, k=2)[0][:, 1]) < 1.5 * diameter_px)
+
+
 def _check_size(
-    pyramid: Pyramid, image_key: str, shapes_key: str, diameter_px: float, mpp: float, circles: bool
+    pyramid: Pyramid, image_key: str, shapes_key: str, diameter_px: float, mpp: float, *, cells: bool
 ) -> None:
     """Refuse spots that are too small or too wide for the image to show them."""
     shortest = min(pyramid.height, pyramid.width)
@@ -199,8 +208,8 @@ def _check_size(
             "50 µm instead: hg.pp.tissue(sdata), hg.pp.grid(sdata, diameter_um=50, pitch_um=50, key_added='grid'), "
             "hg.tl.predict(sdata, shapes_key='grid'). Else check the transformations and `mpp`"
         )
-    # Outlines of cells are far smaller than the window that is read around them.
-    needed = _MIN_SPOT_PX if circles or diameter_um >= _WIDE_UM else 1
+    # Cells and bins are far smaller than the window that is read around them.
+    needed = 1 if cells and diameter_um < _WIDE_UM else _MIN_SPOT_PX
     if diameter_px < needed:
         raise ValueError(
             f"{found}, which is too coarse at {mpp:.3g} µm/px: {needed} px are the least, that is {diameter_um / needed:.2g} "

@@ -119,8 +119,9 @@ def predict(
     Raises
     ------
     ValueError
-        If an argument or the object does not fit, no spot lies inside the image, the image is blank at all spots, or a key that would be written is there and was not written by an
-        earlier prediction under ``key_added``, or was changed since; nothing has been encoded or changed then.
+        If an argument or the object does not fit; no spot lies inside the image, or it is blank at all spots; or if a key
+        that would be written is there and was not written by an earlier prediction under ``key_added``, or was changed
+        since. Nothing has been encoded or changed then.
 
     Notes
     -----
