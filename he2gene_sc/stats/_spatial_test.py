@@ -47,10 +47,10 @@ def spatial_test(
     window that the range is no small part of, but averaged over a fixed grid of covariances (exponential, Matérn 3/2
     and Gaussian, isotropic and anisotropic, with white noise), each weighted by its restricted likelihood (Patterson &
     Thompson 1971). Each group has an SD of its own: the grid holds 15 ratios of the two, equal ones weighing most before the data.
-    How much the grid disagrees makes the degrees of freedom. See docs/statistics.md.
+    How much the grid disagrees makes the degrees of freedom. See docs/statistics/methods.md.
 
     A group of a few spots cannot tell its own SD: where that is twice the others', three scattered spots are still
-    rejected too often (docs/statistics.md).
+    rejected too often (docs/statistics/validation.md).
 
     The null holds the labels fixed: it says something of this section (these sections), not of other patients.
 

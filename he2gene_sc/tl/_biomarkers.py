@@ -132,7 +132,8 @@ def biomarkers(
     -----
     Labels that were predicted from the image that the genes were predicted from share its errors, and clusters of genes the
     noise of these genes (``hg.tl.domain_preservation``): the p-values do not hold, the result is marked ``circular``, also
-    for renamed or merged levels of such labels. Assumptions, formulas and error rates of every method: ``docs/statistics.md``.
+    for renamed or merged levels of such labels. Assumptions and formulas of every method: ``docs/statistics/methods.md``,
+    error rates: ``docs/statistics/validation.md``.
 
     Examples
     --------
