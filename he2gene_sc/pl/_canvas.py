@@ -135,9 +135,8 @@ def draw(
 def _zoom(where: Canvas, ax: Axes) -> None:
     """Show the spots and a margin, not the empty glass around them."""
     slide = where.slide
-    points = where.sdata.shapes[slide.shapes_key].geometry.centroid
-    matrix = affine(where.sdata.shapes[slide.shapes_key], slide.coordinate_system)
-    xy = np.column_stack([points.x, points.y]) @ matrix[:2, :2].T + matrix[:2, 2]
+    matrix = affine(where.sdata.images[slide.image_key], slide.coordinate_system)
+    xy = slide.centres @ matrix[:2, :2].T + matrix[:2, 2]
     low, high = xy.min(0), xy.max(0)
     margin = 0.06 * (high - low).max() + slide.diameter_um / where.um_per_unit()
     ax.set_xlim(low[0] - margin, high[0] + margin)
