@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import warnings
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    pass
+    from spatialdata import SpatialData
 
 app = typer.Typer(
     help="Gene expression and pathology annotation from H&E images.",
@@ -54,7 +55,13 @@ def predict(
         typer.Option(help="Average the eight symmetries: slower, slightly better. Default: as the card says."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another store at OUT.")] = False,
+    no_image: Annotated[
+        bool, typer.Option("--no-image", help="Write OUT without a copy of the pixels. It cannot be predicted again.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace another store at OUT, or what others have saved to PATH meanwhile."),
+    ] = False,
     pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
     allow_encoder_source: Annotated[
         bool,
@@ -63,20 +70,30 @@ def predict(
         ),
     ] = False,
 ) -> None:
-    """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first."""
+    """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first.
+
+    A store is updated in place: its tables alone are written.
+    """
     from . import io, models, pp, tl
     from ._core.mpp import stored_mpp
     from .io._open import open_store
-    from .io._save import check_target
+    from .io._save import check_place, check_target, least_bytes, resolved
+    from .io._store import fingerprints, remember
 
     if not path.exists():
         raise ValueError(f"PATH {str(path)!r}: nothing there")
     in_store = path.is_dir()
+    as_read = fingerprints(path) if in_store else {}
     sdata = open_store(path) if in_store else None
-    out = out if out is not None or in_store else path.with_suffix(".zarr")
-    if out is not None:
-        check_target(out.expanduser().resolve(), overwrite=overwrite or (in_store and out.resolve() == path.resolve()))
-    if sdata is None:
+    target = resolved(out or (path if in_store else path.with_suffix(".zarr")))
+    in_place = in_store and target == resolved(path)
+    if in_place and no_image:
+        raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store by --out")
+    check_target(target, overwrite=overwrite or in_place)
+    check_place(target, 0)
+    if sdata is not None:
+        remember(sdata, as_read)
+    else:
         sdata = io.read_he(path, mpp=mpp)
         if stored_mpp(sdata, "he") is None:
             raise ValueError(
@@ -84,6 +101,7 @@ def predict(
             )
         pp.tissue(sdata)
         pp.grid(sdata, pitch_um=pitch_um)
+    check_place(target, least_bytes(sdata, images=not (in_place or no_image)))
     tl.predict(
         sdata,
         model=models.load(model, allow_encoder_source=allow_encoder_source),
@@ -95,7 +113,27 @@ def predict(
         tta=tta,
         device=device,
     )
-    typer.echo(f"Written: {io.save(sdata, out, overwrite=overwrite)}")
+    if no_image:
+        for name in list(sdata.images):
+            del sdata.images[name]
+    try:
+        typer.echo(f"Written: {io.save(sdata, target, overwrite=overwrite)}")
+    except (FileExistsError, BlockingIOError) as error:
+        if not in_place:
+            raise
+        raise type(error)(
+            f"{error}. The prediction is in {str(_rescue(sdata, target))!r}, without the image"
+        ) from error
+
+
+def _rescue(sdata: SpatialData, target: Path) -> Path:
+    """Write what was predicted beside a store that others have changed meanwhile."""
+    from . import io
+
+    places = (target.with_name(f"{target.stem}-he2gene-{number}.zarr") for number in itertools.count(1))
+    for name in list(sdata.images):
+        del sdata.images[name]
+    return io.save(sdata, next(place for place in places if not place.exists()))
 
 
 @app.command()

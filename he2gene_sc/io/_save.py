@@ -1,33 +1,30 @@
-"""``hg.io.save``: a store that is replaced whole or not at all."""
+"""``hg.io.save``: write what changed; a store holds the old or the new elements, whole, at any moment."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import json
-import os
+import contextlib
 import shutil
-import sys
-import uuid
-import warnings
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._core import validate
+from ._differences import levels
+from ._files import link_tree, swap, sync, sync_tree
+from ._store import KINDS, ROOT_FILES, STAGING, elements, is_store, locked
+from ._update import Change, reopen, update, user_attrs, write
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_RENAME_SWAP = 2
 
 
 def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write a SpatialData object to a zarr store, also to the one that it was read from.
 
-    The new store is written beside the old one, and the two are swapped by one call of the file system: whoever looks,
-    at any moment and after any interruption, finds the old store or the new one, whole. Then the old one is removed. A
-    leftover of an interrupted run is a hidden folder ``.NAME.<id>.tmp`` beside the store, which may be deleted.
+    To its own store, only elements are written that are new or differ; of a table, only the layers and matrices that
+    differ. Images are neither written nor read. What the object does not hold stays. Each element is written beside
+    the old one and exchanged with it by one call of the file system: after any interruption, the store opens and holds
+    the old or the new element, whole.
 
     Parameters
     ----------
@@ -36,7 +33,9 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     path
         Store to write. Default: the one that ``sdata`` is backed by.
     overwrite
-        Whether another store that stands at ``path`` may be replaced; the one that ``sdata`` is backed by always may.
+        For the object's own store: whether columns, layers and keys may be replaced or removed that the store holds
+        and the object does not, because they were removed from it, or saved by another process after it was read. For any other
+        store: whether it may be replaced.
 
     Returns
     -------
@@ -46,42 +45,36 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     Raises
     ------
     ValueError
-        If ``path`` is ``None`` and the object has no store.
+        If ``path`` is ``None`` and the object has no store, or an element cannot be written.
     FileExistsError
-        If ``path`` exists and is no SpatialData store, or is another than that of ``sdata`` without ``overwrite``.
+        If something would be lost without ``overwrite``, or ``path`` is not a SpatialData store.
+    BlockingIOError
+        If another process is saving to the store.
     OSError
-        If it could not be written, for example because the disk is full; the old store is as it was.
+        If it could not be written, for example because the disk is full. The store is as it was.
 
     Notes
     -----
-    Linux and macOS swap atomically. On other systems, and on file systems that cannot swap, the old store is renamed
-    away first; a kill between the two renames leaves both stores whole, under the names ``.NAME.<id>.old`` and
-    ``.NAME.<id>.tmp``.
+    A save that was killed leaves ``.he2gene_save`` in the store, or ``.NAME.he2gene_save`` beside a new one; the next
+    save removes it. See :doc:`/saving`.
     """
     validate.arguments(save, locals())
     if path is None and sdata.path is None:
         raise ValueError("`path` is None and `sdata` was not read from a store; say where to write")
     # A link is followed: what is replaced is the store, not the link to it.
-    target = Path(path if path is not None else sdata.path).expanduser().resolve()
-    own = sdata.path is not None and target == Path(sdata.path).expanduser().resolve()
-    check_target(target, overwrite=overwrite or own)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="zarr v3 autosharding")
-            sdata.write(temporary, update_sdata_path=False)
-        _sync(temporary)
-        if target.exists():
-            _swap(temporary, target)
-        else:
-            temporary.rename(target)
-    finally:
-        # After a swap this is the old store, after a failure the unfinished new one.
-        if temporary.exists():
-            shutil.rmtree(temporary)
+    target = resolved(path if path is not None else sdata.path)
+    if sdata.path is not None and target == resolved(sdata.path) and target.exists() and is_store(target):
+        update(sdata, target, overwrite=overwrite)
+    else:
+        check_target(target, overwrite=overwrite)
+        _copy(sdata, target, overwrite=overwrite)
     sdata.path = target
     return target
+
+
+def resolved(path: str | Path) -> Path:
+    """Absolute path of a store, links followed."""
+    return Path(path).expanduser().resolve()
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -89,61 +82,88 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     if not target.exists():
         return
     if not is_store(target):
-        raise FileExistsError(f"`path` {str(target)!r} exists and is no SpatialData zarr store; choose another")
+        raise FileExistsError(f"`path` {str(target)!r} exists and is not a SpatialData zarr store; choose another")
     if not overwrite:
         raise FileExistsError(
             f"`path` {str(target)!r} is another store; choose another path, or pass overwrite=True (--overwrite)"
         )
 
 
-def is_store(path: Path) -> bool:
-    """Whether a folder is a zarr group written by spatialdata."""
-    for name, keys in (("zarr.json", ("attributes", "spatialdata_attrs")), (".zattrs", ("spatialdata_attrs",))):
-        if (path / name).is_file():
-            content = json.loads((path / name).read_text(encoding="utf-8"))
-            for key in keys:
-                content = content.get(key) if isinstance(content, dict) else None
-            if content is not None:
-                return True
-    return False
+def check_place(target: Path, n_bytes: int) -> None:
+    """Refuse a store that cannot be written, or has no room, before any work is done.
+
+    Parameters
+    ----------
+    target
+        A store, or where one is to be made.
+    n_bytes
+        What will be written at least.
+    """
+    folder = target if target.exists() else target.parent
+    while not folder.exists():
+        folder = folder.parent
+    inside = [folder]
+    if folder == target:
+        with locked(target):
+            inside += [target / kind for kind in KINDS if (target / kind).is_dir()]
+            inside += [target / kind / name for kind, name in elements(target) if kind == "tables"]
+    for place in inside:
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise type(error)(
+                error.errno, f"the store {str(target)!r} cannot be written: {error.strerror} in {str(place)!r}"
+            ) from error
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise OSError(
+            f"the store {str(target)!r} needs at least {n_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free in "
+            f"{str(folder)!r}; make room, or choose another place"
+        )
 
 
-def _sync(store: Path) -> None:
-    """Bring the files to disk before the swap makes them the only copy."""
-    if not hasattr(os, "sync"):
+def least_bytes(sdata: SpatialData, *, images: bool) -> int:
+    """Estimate what a prediction will write at least: one layer a table, and the images, compressed well."""
+    n_bytes = sum(2 * table.n_obs * table.n_vars for table in sdata.tables.values())
+    if images:
+        n_bytes += sum(levels(image)[0].data.nbytes for image in sdata.images.values()) // 3
+    return n_bytes
+
+
+def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
+    """Write the whole object to a store of its own."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        staging = stack.enter_context(locked(target, beside=True))
+        # Another process may have been faster.
+        check_target(target, overwrite=overwrite)
+        if target.exists():
+            stack.enter_context(locked(target))
+        new = staging / "new"
+        members: dict[str, dict[str, Any]] = {}
+        for kind, name, element in sdata.gen_elements():
+            members.setdefault(kind, {})[name] = element
+        write(new, members, user_attrs(sdata.attrs))
+        if target.exists():
+            _carry_files(target, new)
+        sync_tree(new)
+        _put(new, target)
+    sdata.attrs = user_attrs(sdata.attrs)
+    reopen(sdata, target, [Change(kind, name, element) for kind, name, element in sdata.gen_elements()])
+
+
+def _put(new: Path, target: Path) -> None:
+    if target.exists():
+        swap(new, target)
         return
-    for file in store.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+    # Fails if a folder with anything in it has come there meanwhile.
+    new.rename(target)
+    sync(target.parent)
 
 
-def _swap(new: Path, old: Path) -> None:
-    """Exchange two folders, atomically where the system can."""
-    if _exchange(new, old):
-        return
-    aside = old.with_name(new.name.removesuffix(".tmp") + ".old")
-    old.rename(aside)
-    try:
-        new.rename(old)
-    except BaseException:
-        aside.rename(old)
-        raise
-    shutil.rmtree(aside)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names by ``renameat2`` (Linux) or ``renamex_np`` (macOS); ``False`` where that is not possible."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        result = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
-    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        result = libc.renamex_np(os.fsencode(a), os.fsencode(b), _RENAME_SWAP)
-    else:
-        return False
-    if result == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
-        return False
-    raise OSError(code, os.strerror(code), str(b))
+def _carry_files(old: Path, new: Path) -> None:
+    """Take over what a user has put into the folder of a store that is replaced."""
+    for path in old.iterdir():
+        if path.name not in (*KINDS, *ROOT_FILES) and not path.name.startswith(STAGING):
+            link_tree(path, new / path.name)

@@ -1,0 +1,280 @@
+"""What an object holds otherwise than the store that it was read from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._core.ownership import is_result, written_in
+from .._keys import MADE
+from ._same import same, same_array, same_column
+
+if TYPE_CHECKING:
+    import zarr
+    from anndata import AnnData
+
+MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp")
+
+
+@dataclass
+class Difference:
+    """How an element in memory differs from that on disk.
+
+    Attributes
+    ----------
+    lost
+        What lies on disk and not in memory.
+    altered
+        What is another in memory.
+    added
+        What is in memory alone.
+    kept
+        Parts of a table that are the same, by their path in it.
+    of_verbs
+        Those of ``lost`` that our verbs wrote, and remove where they no longer hold.
+    metadata_only
+        Whether the data are the same, and transformations or channel names differ.
+    """
+
+    lost: list[str] = field(default_factory=list)
+    altered: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    of_verbs: set[str] = field(default_factory=set)
+    metadata_only: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.lost or self.altered or self.added)
+
+    def note(self, where: str, there: Iterable[str], here: Iterable[str]) -> list[str]:
+        """Note what only one side holds; return what both hold."""
+        there, here = list(there), set(here)
+        self.lost += [f"{where}[{key!r}]" for key in there if key not in here]
+        self.added += [f"{where}[{key!r}]" for key in sorted(here.difference(there))]
+        return [key for key in there if key in here]
+
+
+def table_difference(path: Path, table: AnnData) -> Difference:
+    """Compare a table with what lies on disk, column by column and layer by layer."""
+    import zarr
+    from anndata.io import read_elem
+
+    found = Difference()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group = zarr.open_group(path, mode="r", use_consolidated=False)
+        frames = {axis: read_elem(group[axis]) for axis in ("obs", "var")}
+        uns = read_elem(group["uns"]) if "uns" in group else {}
+        for axis, names in (("obs", table.obs_names), ("var", table.var_names)):
+            _names(found, axis, frames[axis].index.astype(str), names.astype(str))
+            _frame(found, axis, frames[axis], getattr(table, axis))
+        _part(found, "X", group, table.X)
+        _mapping(found, "uns", uns, table.uns)
+        for slot in MAPPINGS:
+            # Newer versions of anndata have X among the layers, under None.
+            here = {key: value for key, value in dict(getattr(table, slot)).items() if key is not None}
+            there = list(group[slot].keys()) if slot in group else []
+            for key in found.note(slot, there, here):
+                _part(found, f"{slot}/{key}", group, here[key])
+        _raw(found, group, table)
+    found.of_verbs = _of_verbs(uns, found.lost)
+    return found
+
+
+def _names(found: Difference, axis: str, there: Any, here: Any) -> None:
+    if there.equals(here):
+        return
+    gone = ~np.isin(there, here)
+    if gone.any():
+        found.lost.append(f"{gone.sum()} of {len(there)} rows of {axis} ({', '.join(there[gone][:3])}, …)")
+    else:
+        found.altered.append(f"{axis}_names")
+
+
+def _frame(found: Difference, where: str, there: Any, here: Any) -> None:
+    both = found.note(where, map(str, there.columns), map(str, here.columns))
+    if len(there) != len(here):
+        found.altered.append(where)
+        return
+    found.altered += [f"{where}[{key!r}]" for key in both if not same(there[key], here[key])]
+    order = [str(key) for key in here.columns if str(key) in both]
+    if order != both or there.index.name != here.index.name:
+        found.altered.append(f"order of {where}")
+
+
+def _mapping(found: Difference, where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    here = {str(key): value for key, value in here.items() if value is not None or str(key) in there}
+    for key in found.note(where, map(str, there), here):
+        if isinstance(there[key], Mapping) and isinstance(here[key], Mapping):
+            _mapping(found, f"{where}[{key!r}]", there[key], here[key])
+        elif not same(there[key], here[key]):
+            found.altered.append(f"{where}[{key!r}]")
+
+
+def _part(found: Difference, where: str, group: zarr.Group, value: Any) -> None:
+    """Compare one array of a table, without reading it whole where it is large."""
+    name = where.replace("/", "['", 1) + "']" if "/" in where else where
+    there = group.get(where)
+    if there is None or value is None:
+        if there is not None:
+            found.lost.append(name)
+        elif value is not None:
+            found.added.append(name)
+        return
+    if _same_part(there, value):
+        found.kept.append(where)
+    else:
+        found.altered.append(name)
+
+
+def _same_part(there: Any, value: Any) -> bool:
+    from anndata.io import read_elem
+
+    encoding = there.attrs.get("encoding-type", "")
+    if encoding in ("csr_matrix", "csc_matrix"):
+        if getattr(value, "format", None) != encoding[:3] or tuple(there.attrs["shape"]) != value.shape:
+            return False
+        if there["data"].dtype != value.data.dtype:
+            return False
+        return all(
+            same_array(there[part], getattr(value, part).astype(there[part].dtype, copy=False))
+            for part in ("indptr", "indices", "data")
+        )
+    if encoding == "array" and hasattr(value, "dtype") and not hasattr(value, "tocsr"):
+        return same_array(there, value)
+    return same(read_elem(there), value)
+
+
+def _raw(found: Difference, group: zarr.Group, table: AnnData) -> None:
+    there = group.get("raw")
+    if there is not None and there.attrs.get("encoding-type") == "null":
+        there = None
+    if there is None or table.raw is None:
+        if there is not None:
+            found.lost.append("raw")
+        elif table.raw is not None:
+            found.added.append("raw")
+        return
+    from anndata.io import read_elem
+
+    alike = _same_part(there["X"], table.raw.X) and same(read_elem(there["var"]), table.raw.var)
+    (found.kept if alike and not len(table.raw.varm) else found.altered).append("raw")
+
+
+def _of_verbs(uns: Mapping[str, Any], lost: list[str]) -> set[str]:
+    """Those of the lost that our verbs wrote: by their records in ``uns``."""
+    written = {f"uns[{key!r}]" for key, record in uns.items() if is_result(record)}
+    for key, record in uns.items():
+        if is_result(record):
+            written.update(f"{slot}[{name!r}]" for slot, names in written_in(key, record).items() for name in names)
+    ours = {item for item in lost if item in written or any(item.startswith(f"{start}[") for start in written)}
+    return ours | ({item for item in lost if " rows of " in item} if MADE in uns else set())
+
+
+# --- Elements in space -----------------------------------------------------------------------------------------------
+
+
+def spatial_difference(kind: str, there: Any, here: Any) -> Difference:
+    """Compare an image, labels, points or shapes with what lies on disk; pixels are read only if they may differ."""
+    compare = {"images": _same_raster, "labels": _same_raster, "points": _same_points, "shapes": _same_shapes}[kind]
+    found = Difference()
+    if not compare(there, here):
+        found.altered.append("pixels" if kind in ("images", "labels") else "values")
+        return found
+    if not same_transformations(there, here):
+        found.altered.append("transformations")
+    if kind == "images" and channels(there) != channels(here):
+        found.altered.append("channel names")
+    found.metadata_only = bool(found)
+    return found
+
+
+def same_transformations(there: Any, here: Any) -> bool:
+    """Whether two elements lie at the same place of the same coordinate systems."""
+    from spatialdata.models import get_axes_names
+    from spatialdata.transformations import get_transformation
+
+    before, now = (get_transformation(element, get_all=True) for element in (there, here))
+    axes = tuple(axis for axis in get_axes_names(here) if axis != "c")
+    return set(before) == set(now) and all(
+        np.array_equal(before[name].to_affine_matrix(axes, axes), now[name].to_affine_matrix(axes, axes))
+        for name in before
+    )
+
+
+def levels(element: Any) -> list[Any]:
+    """Arrays of an image or labels, finest first."""
+    if hasattr(element, "children"):
+        return [next(iter(level.data_vars.values())) for level in element.children.values()]
+    return [element]
+
+
+def channels(element: Any) -> list[str]:
+    """Names of the channels of an image."""
+    first = levels(element)[0]
+    return [str(name) for name in first.coords["c"].values] if "c" in first.coords else []
+
+
+def _same_raster(there: Any, here: Any) -> bool:
+    before, now = levels(there), levels(here)
+    if len(before) != len(now):
+        return False
+    return all(
+        a.dims == b.dims and a.shape == b.shape and a.dtype == b.dtype and _same_pixels(a.data, b.data)
+        for a, b in zip(before, now, strict=True)
+    )
+
+
+def _same_pixels(there: Any, here: Any) -> bool:
+    place = _source(there)
+    if place is not None and place == _source(here):
+        return True
+    import dask.array as da
+
+    a = da.asarray(there)
+    b = da.asarray(here).rechunk(a.chunks)
+    unequal = a != b
+    if a.dtype.kind == "f":
+        unequal &= ~(da.isnan(a) & da.isnan(b))
+    return not bool(unequal.any().compute())
+
+
+def _source(array: Any) -> str | None:
+    """Return the zarr array that a dask array reads as it stands, rechunked or not; ``None`` for any other."""
+    layers = getattr(getattr(array, "dask", None), "layers", {})
+    found = set()
+    for name, layer in layers.items():
+        if name.startswith("original-from-zarr"):
+            source = dict(layer)[name]
+            root = getattr(getattr(source, "store", None), "root", None)
+            found.add(None if root is None else str(Path(root, source.path).resolve()))
+        elif not name.startswith(("from-zarr", "rechunk-merge", "rechunk-split", "rechunk-p2p")):
+            return None
+    return found.pop() if len(found) == 1 else None
+
+
+def _same_points(there: Any, here: Any) -> bool:
+    if getattr(there, "_name", None) == getattr(here, "_name", ()):
+        return True
+    if list(there.columns) != list(here.columns):
+        return False
+    return there.compute().equals(here.compute())
+
+
+def _same_shapes(there: Any, here: Any) -> bool:
+    if list(there.columns) != list(here.columns) or len(there) != len(here):
+        return False
+    if not same_column(there.index.to_series(), here.index.to_series()) or there.index.name != here.index.name:
+        return False
+    for name in there.columns:
+        if name == "geometry":
+            if not np.array_equal(there.geometry.to_wkb(), here.geometry.to_wkb()):
+                return False
+        elif not same(there[name], here[name]):
+            return False
+    return True

@@ -1,0 +1,123 @@
+"""Files that survive a kill or a power cut: exchange of two folders, synchronisation, links."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+
+#: What a new folder is called for the moment between two renames, where the file system cannot exchange.
+WAITING = "-he2gene-new"
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_RENAME_SWAP = 2
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two names by ``renameat2`` (Linux) or ``renamex_np`` (macOS); ``False`` where that is not possible."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        result = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        result = libc.renamex_np(os.fsencode(a), os.fsencode(b), _RENAME_SWAP)
+    else:
+        return False
+    if result == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def swap(new: Path, old: Path) -> None:
+    """Exchange two folders, atomically where the system can.
+
+    Elsewhere the new folder stands beside the old one, under a visible name, before the old one is moved: after a kill
+    between the renames, one of the two is there, whole. ``finish_swap`` puts it back.
+    """
+    if not exchange(new, old):
+        waiting, aside = old.with_name(old.name + WAITING), new.with_name(new.name + "-old")
+        new.rename(waiting)
+        try:
+            old.rename(aside)
+            waiting.rename(old)
+        except BaseException:
+            if not old.exists():
+                aside.rename(old)
+            waiting.rename(new)
+            raise
+        aside.rename(new)
+    sync(new.parent)
+    sync(old.parent)
+
+
+def finish_swap(place: Path) -> None:
+    """Bring a swap to its end that was killed between two renames."""
+    waiting = place.with_name(place.name + WAITING)
+    if waiting.exists() and place.exists():
+        remove(waiting)
+    elif waiting.exists():
+        waiting.rename(place)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot synchronise a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder and all that lies in it to disk."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make a copy of a file or folder that shares the bytes of its files, where the file system has hard links."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link, symlinks=True)
+    else:
+        _link(source, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            raise
+        shutil.copy2(source, target)
+
+
+def replace_file(path: Path, data: bytes, staging: Path) -> None:
+    """Replace the content of a file at once; ``staging`` is a folder of the same file system."""
+    new = staging / f"{path.name}.new"
+    new.write_bytes(data)
+    sync(new)
+    new.replace(path)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()

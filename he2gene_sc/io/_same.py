@@ -1,0 +1,114 @@
+"""Whether two values are the same, one in memory and one that was read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+#: Bytes of an array that are compared at once.
+_BLOCK = 1 << 26
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of a table are equal, in type too; missing values are equal to each other."""
+    try:
+        return _same(a, b)
+    except (TypeError, ValueError, AttributeError):
+        return False
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is None and b is None
+    if isinstance(a, Mapping) or isinstance(b, Mapping):
+        both = isinstance(a, Mapping) and isinstance(b, Mapping)
+        return both and set(map(str, a)) == set(map(str, b)) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, pd.DataFrame) or isinstance(b, pd.DataFrame):
+        return type(a) is type(b) and _same_frame(a, b)
+    if hasattr(a, "tocsr") or hasattr(b, "tocsr"):
+        return _same_sparse(a, b)
+    if isinstance(a, str | bytes) or isinstance(b, str | bytes):
+        return isinstance(a, str | bytes) and isinstance(b, str | bytes) and str(a) == str(b)
+    if hasattr(a, "dask") or hasattr(b, "dask"):
+        a, b = (np.asarray(value) for value in (a, b))
+    if isinstance(a, pd.api.extensions.ExtensionArray | pd.Series | pd.Index):
+        return same_column(pd.Series(a), pd.Series(b))
+    return _same_values(np.asarray(a), np.asarray(b))
+
+
+def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.shape != b.shape:
+        return False
+    if _is_text(a) and _is_text(b):
+        return same_column(pd.Series(a.ravel()), pd.Series(b.ravel()))
+    if a.dtype != b.dtype:
+        return False
+    if a.dtype.names:
+        return all(_same_values(a[name], b[name]) for name in a.dtype.names)
+    return np.array_equal(a, b, equal_nan=a.dtype.kind in "fcmM")
+
+
+def _is_text(values: np.ndarray) -> bool:
+    return values.dtype.kind in "OUT"
+
+
+def _same_sparse(a: Any, b: Any) -> bool:
+    if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("indptr", "indices")) and (
+        np.array_equal(a.data, b.data, equal_nan=a.dtype.kind in "fc")
+    )
+
+
+def _same_frame(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    if list(a.columns) != list(b.columns) or not same_column(a.index.to_series(), b.index.to_series()):
+        return False
+    return a.index.name == b.index.name and all(same_column(a[name], b[name]) for name in a.columns)
+
+
+def same_column(a: pd.Series, b: pd.Series) -> bool:
+    """Whether two columns hold the same, categories and their order included; texts of any type of pandas are texts."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a.dtype, pd.CategoricalDtype) or isinstance(b.dtype, pd.CategoricalDtype):
+        if not (isinstance(a.dtype, pd.CategoricalDtype) and isinstance(b.dtype, pd.CategoricalDtype)):
+            return False
+        return (
+            a.cat.ordered == b.cat.ordered
+            and same_column(pd.Series(a.cat.categories), pd.Series(b.cat.categories))
+            and np.array_equal(a.cat.codes, b.cat.codes)
+        )
+    if all(pd.api.types.is_object_dtype(s.dtype) or pd.api.types.is_string_dtype(s.dtype) for s in (a, b)):
+        missing = a.isna().to_numpy()
+        if not np.array_equal(missing, b.isna().to_numpy()):
+            return False
+        here, there = (s.to_numpy(dtype=object)[~missing] for s in (a, b))
+        return all(x == y for x, y in zip(here, there, strict=True))
+    return a.dtype == b.dtype and a.reset_index(drop=True).equals(b.reset_index(drop=True))
+
+
+def same_array(stored: Any, value: Any) -> bool:
+    """Whether a zarr array holds what an array in memory, or of dask, holds; compared block by block."""
+    if tuple(stored.shape) != tuple(value.shape):
+        return False
+    if not all(np.dtype(x.dtype).kind in "biufc" for x in (stored, value)):
+        return same(np.asarray(stored[...]), np.asarray(value))
+    if stored.dtype != value.dtype:
+        return False
+    return all(
+        np.array_equal(stored[rows], np.asarray(value[rows]), equal_nan=stored.dtype.kind in "fc")
+        for rows in _blocks(stored, value)
+    )
+
+
+def _blocks(stored: Any, value: Any) -> Iterator[Any]:
+    if not stored.shape or not value.size:
+        yield Ellipsis
+        return
+    # Whole chunks, which are read once then.
+    step = stored.chunks[0] * max(1, _BLOCK // max(1, stored.chunks[0] * value.nbytes // value.shape[0]))
+    for first in range(0, value.shape[0], step):
+        yield slice(first, first + step)

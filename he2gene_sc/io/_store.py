@@ -1,0 +1,240 @@
+"""A SpatialData store as files: what lies in it, its lock, its root metadata, and whether it has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._files import WAITING, finish_swap, remove, replace_file, sync
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+    from spatialdata import SpatialData
+
+#: Kinds of elements; tables last, since they name the others.
+KINDS = ("images", "labels", "points", "shapes", "tables")
+#: Names of what a save needs meanwhile; a leftover is removed by the next save.
+STAGING = ".he2gene_save"
+ROOT_FILES = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a zarr group written by spatialdata."""
+    return "spatialdata_attrs" in (root_attrs(path) or {})
+
+
+def root_attrs(store: Path) -> dict[str, Any] | None:
+    """Attributes of the root group; ``None`` if the folder is not a zarr group."""
+    for name in ("zarr.json", ".zattrs"):
+        if (store / name).is_file():
+            try:
+                content = json.loads((store / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"the store {str(store)!r} is damaged: {name} is not JSON ({error})") from error
+            content = content.get("attributes", {}) if isinstance(content, dict) and name == "zarr.json" else content
+            if isinstance(content, dict):
+                return content
+    return None
+
+
+def elements(store: Path) -> set[tuple[str, str]]:
+    """Kind and name of every element that lies in a store, in its consolidated metadata or not."""
+    found = set()
+    for kind in KINDS:
+        if (store / kind).is_dir():
+            for path in (store / kind).iterdir():
+                if not path.name.startswith(".") and any((path / name).is_file() for name in ROOT_FILES):
+                    found.add((kind, path.name))
+    return found
+
+
+# --- Lock ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(store: Path, *, beside: bool = False) -> Iterator[Path]:
+    """Lock a store against other savers; yield an empty folder of the same file system, which goes away afterwards.
+
+    Parameters
+    ----------
+    store
+        The store.
+    beside
+        Whether lock and folder lie beside the store, which may not exist yet, instead of inside.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process, or another thread, is saving to the store.
+    PermissionError, OSError
+        If nothing can be written there.
+    """
+    place = store.parent / f".{store.name}{STAGING}" if beside else store / STAGING
+    lock_path = place.with_name(f"{place.name}.lock")
+    with _lock(lock_path, store):
+        try:
+            if place.exists():
+                _clear(store, place, beside)
+            place.mkdir()
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _clear(store: Path, place: Path, beside: bool) -> None:
+    """Remove what a killed save has left."""
+    if beside:
+        finish_swap(store)
+    else:
+        for kind in KINDS:
+            for waiting in (store / kind).glob(f"*{WAITING}"):
+                finish_swap(waiting.with_name(waiting.name.removesuffix(WAITING)))
+    remove(place)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, store: Path) -> Iterator[None]:
+    lock = _acquire(path, store)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _acquire(path: Path, store: Path) -> BaseFileLock:
+    from filelock import FileLock, Timeout
+
+    for _ in range(100):
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+        except OSError as error:
+            raise type(error)(
+                error.errno, f"the store {str(store)!r} cannot be written: {error.strerror}; choose another place"
+            ) from error
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"the store {str(store)!r} is being saved by another process; save again when that is done"
+            ) from None
+        # The file may have been removed by its last owner just before it was locked.
+        descriptor = getattr(lock._context, "lock_file_fd", None)
+        with contextlib.suppress(FileNotFoundError):
+            if descriptor is None or os.path.samestat(os.fstat(descriptor), path.stat()):
+                return lock
+        lock.release()
+    raise BlockingIOError(f"the store {str(store)!r} is being saved by several processes; save again later")
+
+
+# --- Root metadata ---------------------------------------------------------------------------------------------------
+
+
+class RootMetadata:
+    """The files at the root of a store: changed one after the other, each at once, and put back after a failure."""
+
+    def __init__(self, store: Path, staging: Path) -> None:
+        self.store, self.staging = store, staging
+        self.version = 3 if (store / "zarr.json").is_file() else 2
+        self.before = {name: (store / name).read_bytes() for name in ROOT_FILES if (store / name).is_file()}
+        (staging / "root").mkdir()
+        for name, content in self.before.items():
+            # Written now, so that a full disk cannot prevent the way back.
+            (staging / "root" / name).write_bytes(content)
+
+    def unconsolidate(self) -> None:
+        """Take the consolidated metadata away, which would tell of the old elements."""
+        if self.version == 2:
+            remove(self.store / ".zmetadata")
+            sync(self.store)
+            return
+        content = json.loads(self.before["zarr.json"])
+        if content.pop("consolidated_metadata", None) is not None:
+            replace_file(self.store / "zarr.json", _dump(content), self.staging)
+
+    def write(self, attrs: Mapping[str, Any]) -> None:
+        """Write attributes, and metadata consolidated from what lies there now."""
+        consolidated = _consolidated(self.store, self.version)
+        if self.version == 3:
+            content = json.loads(self.before["zarr.json"]) | {"attributes": dict(attrs)}
+            content["consolidated_metadata"] = json.loads(consolidated["zarr.json"])["consolidated_metadata"]
+            replace_file(self.store / "zarr.json", _dump(content), self.staging)
+            return
+        content = json.loads(consolidated[".zmetadata"])
+        content["metadata"][".zattrs"] = dict(attrs)
+        replace_file(self.store / ".zattrs", _dump(attrs), self.staging)
+        replace_file(self.store / ".zmetadata", _dump(content), self.staging)
+
+    def restore(self) -> None:
+        """Put back what stood there."""
+        for name in ROOT_FILES:
+            if name in self.before:
+                (self.staging / "root" / name).replace(self.store / name)
+            else:
+                remove(self.store / name)
+        sync(self.store)
+
+
+def _dump(content: Any) -> bytes:
+    return json.dumps(content, indent=2).encode()
+
+
+def _consolidated(store: Path, version: int) -> dict[str, bytes]:
+    """Return the root files as zarr would consolidate them, which writes them in place otherwise."""
+    import zarr
+    from zarr.storage import LocalStore
+
+    files: dict[str, bytes] = {}
+
+    class Captured(LocalStore):
+        async def set(self, key: str, value: Any) -> None:
+            files[key] = value.to_bytes()
+
+        def set_sync(self, key: str, value: Any) -> None:
+            files[key] = value.to_bytes()
+
+    with warnings.catch_warnings():
+        # Of parquet and of the user's own files.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(Captured(store), zarr_format=version)
+    return files
+
+
+# --- Has it changed? -------------------------------------------------------------------------------------------------
+
+_AS_READ: weakref.WeakKeyDictionary[SpatialData, dict[tuple[str, str], int]] = weakref.WeakKeyDictionary()
+
+
+def fingerprints(store: Path) -> dict[tuple[str, str], int]:
+    """Describe the files of every element, without reading them; of images and labels, the metadata alone."""
+    return {(kind, name): fingerprint(store / kind / name) for kind, name in elements(store)}
+
+
+def fingerprint(element: Path) -> int:
+    """Describe the files of an element by name, inode, size and time."""
+    raster = element.parent.name in ("images", "labels")
+    paths = [element, *element.glob("*"), *element.glob("*/.zarray"), *element.glob("*/zarr.json")]
+    facts = []
+    for path in sorted(set(paths)) if raster else sorted(element.rglob("*")):
+        stat = path.stat()
+        facts.append((str(path.relative_to(element)), stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return hash(tuple(facts))
+
+
+def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:
+    """Note the files that an object was read from, so that a later save notices what was written in between."""
+    _AS_READ.setdefault(sdata, {}).update(state)
+
+
+def remembered(sdata: SpatialData) -> dict[tuple[str, str], int]:
+    """Return what was noted of an object."""
+    return _AS_READ.get(sdata, {})

@@ -1,0 +1,396 @@
+"""Bring the store of an object up to date: only what differs is written, beside what is there, and exchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._keys import ATTRS
+from ._differences import MAPPINGS, Difference, levels, spatial_difference, table_difference
+from ._files import link_tree, remove, swap, sync, sync_tree
+from ._store import KINDS, STAGING, RootMetadata, elements, fingerprint, locked, remember, remembered, root_attrs
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+#: ``sdata.attrs["he2gene"]["saved"]``: which save last changed an element; an object that was read before has another.
+SAVED = "saved"
+_METADATA = ("zarr.json", ".zattrs")
+
+
+@dataclass(frozen=True)
+class Change:
+    """An element that is to be written; ``difference`` is ``None`` where the store does not have it."""
+
+    kind: str
+    name: str
+    element: Any
+    difference: Difference | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.kind, self.name)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def metadata_only(self) -> bool:
+        return self.difference is not None and self.difference.metadata_only
+
+
+def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
+    """Write what is new or differs; ``store`` is the one that ``sdata`` was read from.
+
+    Raises
+    ------
+    FileExistsError
+        If something would be lost that lies in the store and not in the object, without ``overwrite``.
+    """
+    interrupted = (store / STAGING).exists()
+    with locked(store) as staging:
+        before = root_attrs(store) or {}
+        changes, unchanged = _compare(sdata, store)
+        attrs = user_attrs(sdata.attrs)
+        attrs_differ = _attrs_difference(user_attrs(before), attrs)
+        if not overwrite:
+            _refuse_loss(sdata, store, changes, attrs_differ, saved_by(before))
+        ids = {change.key: uuid.uuid4().hex[:12] for change in changes}
+        if attrs_differ:
+            ids["attrs"] = uuid.uuid4().hex[:12]
+        if ids or interrupted:
+            stage(staging, [c for c in changes if not c.metadata_only], store)
+            _stage_metadata(staging, [c for c in changes if c.metadata_only], store)
+            sync_tree(staging)
+            if "spatialdata_attrs" in before:
+                attrs["spatialdata_attrs"] = before["spatialdata_attrs"]
+            saved = {**saved_by(before), **ids}
+            if saved:
+                attrs[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: saved}
+            with _undone_on_failure(store, staging) as (metadata, undo):
+                metadata.unconsolidate()
+                for change in sorted(changes, key=lambda c: KINDS.index(c.kind)):
+                    _exchange_element(change, store, staging, undo)
+                metadata.write(attrs)
+            reopen(sdata, store, changes)
+        _mark(sdata, {**{key: saved_by(before)[key] for key in unchanged if key in saved_by(before)}, **ids})
+        remember(sdata, {(c.kind, c.name): fingerprint(store / c.path) for c in changes})
+
+
+# --- What differs ----------------------------------------------------------------------------------------------------
+
+
+def _compare(sdata: SpatialData, store: Path) -> tuple[list[Change], list[str]]:
+    """Compare every element with the store; return what is to be written, and what is the same."""
+    there = elements(store)
+    kinds = {name: kind for kind, name in there}
+    stored = _read(store, {kind for kind, name, _ in sdata.gen_elements() if (kind, name) in there} - {"tables"})
+    changes, unchanged = [], []
+    for kind, name, element in sdata.gen_elements():
+        if (kind, name) not in there:
+            if name in kinds:
+                raise ValueError(
+                    f"{kind} {name!r} cannot be saved: the store has {kinds[name]} of that name; rename yours"
+                )
+            changes.append(Change(kind, name, element))
+            continue
+        difference = Difference(lost=["all of it: it cannot be read, or is not in the consolidated metadata"])
+        with contextlib.suppress(Exception):
+            # What cannot be read is not the same; it is replaced with `overwrite` alone.
+            if kind == "tables":
+                difference = table_difference(store / kind / name, element)
+            elif name in stored:
+                difference = spatial_difference(kind, stored[name], element)
+        if difference:
+            changes.append(Change(kind, name, element, difference))
+        else:
+            unchanged.append(f"{kind}/{name}")
+    return changes, unchanged
+
+
+def _read(store: Path, kinds: set[str]) -> dict[str, Any]:
+    import spatialdata as sd
+
+    if not kinds:
+        return {}
+    with quiet():
+        found = sd.read_zarr(store, selection=tuple(sorted(kinds)), on_bad_files="warn")
+    return {name: element for _, name, element in found.gen_elements()}
+
+
+def _refuse_loss(
+    sdata: SpatialData, store: Path, changes: list[Change], attrs: Difference, saved: Mapping[str, str]
+) -> None:
+    """Refuse to write over what the object does not know."""
+    mine, noted = saved_by(sdata.attrs), remembered(sdata)
+    lost = []
+    for key, kind, difference in [(c.key, c.kind, c.difference) for c in changes] + [("attrs", "attrs", attrs)]:
+        if not difference:
+            continue
+        as_read = mine.get(key) == saved.get(key)
+        place = (kind, key.partition("/")[2])
+        if place in noted:
+            as_read = as_read and noted[place] == fingerprint(store / key)
+        items = [item for item in difference.lost if not (as_read and item in difference.of_verbs)]
+        # Pixels are never changed by the way, and cannot be had again.
+        if not as_read or (kind == "images" and not difference.metadata_only):
+            items += difference.altered
+        if items:
+            since = "" if as_read else " (saved by another since it was read)"
+            lost.append(f"{key}{since}: {', '.join(items)}")
+    if lost:
+        raise FileExistsError(
+            f"`sdata` would overwrite what its store {str(store)!r} holds and it does not: {'; '.join(lost)}. Read the store "
+            "again, or pass overwrite=True to replace it"
+        )
+
+
+def saved_by(attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Which save last changed each element."""
+    ours = attrs.get(ATTRS)
+    return dict(ours.get(SAVED, {})) if isinstance(ours, Mapping) else {}
+
+
+def user_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes without what belongs to the store."""
+    kept = {key: value for key, value in attrs.items() if key != "spatialdata_attrs"}
+    if isinstance(kept.get(ATTRS), Mapping):
+        kept[ATTRS] = {key: value for key, value in kept[ATTRS].items() if key != SAVED}
+        if not kept[ATTRS]:
+            del kept[ATTRS]
+    return json.loads(json.dumps(kept))
+
+
+def _attrs_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> Difference:
+    found = Difference()
+    for key in found.note("attrs", there, here):
+        if there[key] != here[key]:
+            found.altered.append(f"attrs[{key!r}]")
+    return found
+
+
+def _mark(sdata: SpatialData, ids: Mapping[str, str]) -> None:
+    """Note in the object which saves it knows of."""
+    if ids:
+        ours = sdata.attrs.get(ATTRS, {})
+        sdata.attrs = {**sdata.attrs, ATTRS: {**ours, SAVED: {**saved_by(sdata.attrs), **ids}}}
+
+
+# --- Writing beside --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what zarr, anndata and spatialdata say that a user can do nothing about."""
+    import anndata
+
+    loggers = [logging.getLogger(name) for name in ("spatialdata", "ome_zarr")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), anndata.settings.override(allow_write_nullable_strings=True):
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
+
+
+def write(
+    folder: Path, members: Mapping[str, Mapping[str, Any]], attrs: Mapping[str, Any], formats: Any = None
+) -> None:
+    """Write elements to a new store, without the root's consolidated metadata where ``formats`` are given."""
+    import spatialdata as sd
+
+    with quiet():
+        new = sd.SpatialData(**members, attrs=dict(attrs))
+        try:
+            new.write(folder, update_sdata_path=True, consolidate_metadata=formats is None, sdata_formats=formats)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise ValueError(f"`sdata` cannot be written: {error}; the store is as it was") from error
+
+
+def stage(staging: Path, changes: list[Change], store: Path) -> None:
+    """Write elements to ``staging/new``; parts of tables that are the same become links."""
+    if not changes:
+        return
+    members: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        element = _skeleton(change.element, change.difference) if change.kind == "tables" else change.element
+        members.setdefault(change.kind, {})[change.name] = element
+    write(staging / "new", members, {}, formats=_formats(store))
+    for change in changes:
+        for part in change.difference.kept if change.difference is not None else ():
+            target = staging / "new" / change.path / part
+            remove(target)
+            if not target.parent.exists():
+                target.parent.mkdir()
+                for name in (".zgroup", *_METADATA):
+                    if (store / change.path / part).with_name(name).exists():
+                        link_tree((store / change.path / part).with_name(name), target.with_name(name))
+            link_tree(store / change.path / part, target)
+
+
+def _skeleton(table: AnnData, difference: Difference | None) -> AnnData:
+    """Return a table without the parts that are to become links."""
+    if difference is None or not difference.kept:
+        return table
+    from anndata import AnnData
+
+    slots = {
+        slot: {
+            key: value
+            for key, value in dict(getattr(table, slot)).items()
+            if key is not None and f"{slot}/{key}" not in difference.kept
+        }
+        for slot in MAPPINGS
+    }
+    light = AnnData(
+        X=None if "X" in difference.kept else table.X, obs=table.obs, var=table.var, uns=dict(table.uns), **slots
+    )
+    if table.raw is not None and "raw" not in difference.kept:
+        light.raw = table.raw.to_adata()
+    return light
+
+
+def _formats(store: Path) -> list[Any]:
+    """Return the formats that keep a store in its version of zarr."""
+    from spatialdata._io import format as formats
+
+    current = (store / "zarr.json").is_file()
+    name = "SpatialDataContainerFormatV02" if current else "SpatialDataContainerFormatV01"
+    return [getattr(formats, name)()]
+
+
+def _stage_metadata(staging: Path, changes: list[Change], store: Path) -> None:
+    """Write transformations and channel names into copies of the metadata of their elements."""
+    import spatialdata as sd
+
+    if not changes:
+        return
+    shadow = staging / "metadata"
+    for change in changes:
+        for folder in [Path(), Path(change.kind), *_groups(store, change.path)]:
+            (shadow / folder).mkdir(parents=True, exist_ok=True)
+            for name in ("zarr.json", ".zgroup", ".zattrs", ".zarray"):
+                if (store / folder / name).is_file() and not (shadow / folder / name).exists():
+                    (shadow / folder / name).write_bytes((store / folder / name).read_bytes())
+    RootMetadata(shadow, _folder(staging / "shadow")).unconsolidate()
+    members: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        members.setdefault(change.kind, {})[change.name] = change.element
+    with quiet():
+        new = sd.SpatialData(**members)
+        new.path = shadow
+        for change in changes:
+            new.write_transformations(change.name)
+            if change.difference is not None and "channel names" in change.difference.altered:
+                new.write_channel_names(change.name)
+
+
+def _groups(store: Path, path: Path) -> list[Path]:
+    children = [child for child in (store / path).iterdir() if child.is_dir()]
+    return [path, *(path / child.name for child in children)]
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+# --- Exchange --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _undone_on_failure(store: Path, staging: Path) -> Iterator[tuple[RootMetadata, list[Callable[[], None]]]]:
+    """Put everything back as it was if the block does not come to its end, by Ctrl-C too."""
+    metadata, undo = RootMetadata(store, staging), []
+    try:
+        yield metadata, undo
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        metadata.restore()
+        raise
+
+
+def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Callable[[], None]]) -> None:
+    """Put what was written in the place of what is there; what undoes it is noted first."""
+    if change.metadata_only:
+        for name in _METADATA:
+            new, old = staging / "metadata" / change.path / name, store / change.path / name
+            if new.exists() and old.exists():
+                before = new.with_name(f"{name}-old")
+                before.write_bytes(old.read_bytes())
+                undo.append(partial(before.replace, old))
+                new.replace(old)
+                sync(old.parent)
+        return
+    new, old = staging / "new" / change.path, store / change.path
+    if not old.parent.exists():
+        # The first of its kind: with the group that holds it; others that are new come with it.
+        new, old = new.parent, old.parent
+    if not new.exists():
+        return
+    undo.append(partial(_put_back, new, old, old.stat().st_ino if old.exists() else None))
+    if old.exists():
+        swap(new, old)
+    else:
+        new.rename(old)
+        sync(old.parent)
+
+
+def _put_back(new: Path, old: Path, inode: int | None) -> None:
+    """Undo an exchange, if it has taken place."""
+    if inode is None and not new.exists():
+        old.rename(new)
+    elif inode is not None and old.stat().st_ino != inode:
+        swap(new, old)
+
+
+def reopen(sdata: SpatialData, store: Path, changes: list[Change]) -> None:
+    """Let lazy arrays of what was written read the store as it is now."""
+    lazy = [c for c in changes if c.kind != "tables" and not c.metadata_only and is_lazy(c.element)]
+    stored = _read(store, {change.kind for change in lazy})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for change in lazy:
+            getattr(sdata, change.kind)[change.name] = stored[change.name]
+        for change in changes:
+            if change.kind == "tables":
+                _reopen_table(change.element, store / change.path)
+
+
+def is_lazy(element: Any) -> bool:
+    """Whether an element reads files of a store when it is computed."""
+    from spatialdata._io._utils import get_dask_backing_files
+
+    if hasattr(element, "dims") or hasattr(element, "children"):
+        return any(get_dask_backing_files(level) for level in levels(element))
+    return hasattr(element, "dask") and bool(get_dask_backing_files(element))
+
+
+def _reopen_table(table: AnnData, path: Path) -> None:
+    import zarr
+    from anndata.experimental import read_elem_lazy
+
+    group = zarr.open_group(path, mode="r", use_consolidated=False)
+    if hasattr(table.X, "dask"):
+        table.X = read_elem_lazy(group["X"])
+    for slot in MAPPINGS:
+        for key, value in dict(getattr(table, slot)).items():
+            if key is not None and hasattr(value, "dask"):
+                getattr(table, slot)[key] = read_elem_lazy(group[f"{slot}/{key}"])
