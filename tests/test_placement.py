@@ -140,9 +140,8 @@ def test_all_spots_outside_are_refused_and_the_earlier_prediction_stays(toy, tin
 def test_full_resolution_coordinates_on_a_reduced_image_are_mended_by_its_scale_factor():
     sdata = section()
     right = resolve(sdata)[0].centres
-    place(sdata, [[20, 0, 0], [0, 20, 0]])
-    sdata["table"].uns["spatial"] = {"demo": {"scalefactors": {"tissue_hires_scalef": 0.05}}}
-    sdata["spots"]["radius"] /= 4
+    place(sdata, [[16, 0, 0], [0, 16, 0]])
+    sdata["table"].uns["spatial"] = {"demo": {"scalefactors": {"tissue_hires_scalef": 0.0625}}}
     slides = resolve(sdata, mpp=2.5)
     with pytest.raises(ValueError, match=r"full-resolution coordinates.*tissue_hires_scalef") as error:
         check_placement(sdata, slides[0])
