@@ -11,6 +11,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -26,7 +27,7 @@ class Faults:
 
     def __init__(self, folder, mode, last):
         self.folder, self.mode, self.last = str(folder), mode, last
-        self.log, self.synced, self.off = [], set(), False
+        self.log, self.synced, self.off, self.reached = [], set(), False, False
         self.known = {path.lstat().st_ino for path in [folder, *folder.rglob("*")]}
         sys.addaudithook(self.hook)
 
@@ -51,14 +52,17 @@ class Faults:
         self.step(event, paths, space=event in ("open", "os.mkdir", "os.link"))
 
     def step(self, event, paths, space=False):
-        self.log.append([event, *(path.replace(self.folder, "") for path in paths)])
-        number = len(self.log) - 1
-        if self.mode in ("kill", "cut") and number == self.last:
+        # Threads of zarr come in any order: an operation is known by its names, not by its number.
+        operation = [event, *(re.sub("[0-9a-f]{32}", "*", path.replace(self.folder, "")) for path in paths)]
+        operation.append(sum(entry[:-1] == operation for entry in self.log))
+        self.log.append(operation)
+        self.reached = self.reached or operation == self.last
+        if self.mode in ("kill", "cut") and operation == self.last:
             self.off = True
             if self.mode == "cut":
                 self.lose()
             os._exit(9)
-        if (self.mode == "error" and number == self.last) or (self.mode == "full" and number >= self.last and space):
+        if (self.mode == "error" and operation == self.last) or (self.mode == "full" and self.reached and space):
             raise OSError(errno.EIO if self.mode == "error" else errno.ENOSPC, "injected", paths[-1])
 
     def lose(self):
@@ -157,8 +161,9 @@ def trials(log, stride):
     """Return the operations to try: all that readers see or that move something, and some of the others."""
     seen = [
         number
-        for number, (event, *paths) in enumerate(log)
-        if event == "exchange" or not all("he2gene" in path or path.startswith("fd") for path in paths)
+        for number, (event, *paths, _) in enumerate(log)
+        if event == "exchange"
+        or (event in ("os.rename", "open") and not all("he2gene" in path or path[:1] != "/" for path in paths))
     ]
     near = {n + d for n in seen for d in (0, 1)} if stride > 1 else set()
     return sorted(n for n in near | set(range(0, len(log), stride)) if n < len(log))
@@ -189,12 +194,12 @@ def main(template, mode, stride=1, no_exchange=False):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     fresh()
-    status, said = forked(lambda: save(store, ("count", -1), no_exchange))
+    status, said = forked(lambda: save(store, ("count", None), no_exchange))
     assert status == 0, said
     log = json.loads((place / "log.json").read_text())
     for number in trials(log, stride):
         fresh()
-        status, said = forked(lambda n=number: save(store, (mode, n), no_exchange))
+        status, said = forked(lambda n=number: save(store, (mode, log[n]), no_exchange))
         outcome = {"number": number, "operation": log[number], "status": status}
         if mode in ("error", "full") and status and "injected" not in str(said):
             outcome["wrong"] = said
