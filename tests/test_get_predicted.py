@@ -268,3 +268,11 @@ def test_regions_that_are_left_are_those_it_annotates(predicted):
     table.obs["region"] = pd.Categorical(["other"] + ["spots"] * 29)
     table.uns["spatialdata_attrs"]["region"] = ["other", "spots"]
     assert _get(table).uns["spatialdata_attrs"]["region"] == "spots"
+
+
+def test_labels_of_the_same_image_are_circular_in_the_copy_too(toy, tiny_model):
+    from he2gene_sc.tl._origin import circularity
+
+    hg.tl.predict(toy, model=tiny_model)
+    assert "predicted from the image" in circularity([hg.get.predicted(toy)], "he2gene_annotation", None)
+    assert not circularity([toy["table"]], "pathologist", None)

@@ -15,7 +15,7 @@ from . import validate
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: Made by tools/make_previous_symbols.py from HGNC's complete set of June 2026 (CC0).
+#: Made by docs/make_previous_symbols.py from HGNC's complete set of June 2026 (CC0).
 _PREVIOUS = Path(__file__).with_name("previous_symbols.csv.gz")
 
 

@@ -260,11 +260,14 @@ def _samples(tables: Sequence[AnnData], sample_key: str | None) -> list[np.ndarr
 
 def prediction_key(table: AnnData, layer: str | None) -> str | None:
     """``key_added`` of the prediction that a layer is; ``None`` if it was measured."""
-    if layer is None:
+    if layer is None and MADE not in table.uns:
         return None
     for key, record in table.uns.items():
-        if isinstance(record, Mapping) and "weights_sha256" in record and record.get("layer") == layer:
+        # `X` of a table that we made is the prediction.
+        if isinstance(record, Mapping) and "weights_sha256" in record and layer in (None, record.get("layer")):
             return key
+    if layer is None:
+        return None
     # What predict writes beside a layer, of which anndata.concat keeps obs alone.
     keys = Keys(layer)
     beside = keys.reliable in table.var or keys.annotation in table.obs or keys.ood in table.obs

