@@ -96,8 +96,7 @@ def markdown(table: pd.DataFrame, data: str, command: str) -> str:
             "",
             "## Published figures",
             "",
-            "Mean Pearson per gene, each under a protocol of its own: not comparable with "
-            "the tables above, nor with each other, except within a row.",
+            "Mean Pearson per gene, each under its own protocol. Comparable only within a row, and not with the tables above.",
             "",
             "| protocol | figures |",
             "|---|---|",
@@ -110,12 +109,11 @@ def markdown(table: pd.DataFrame, data: str, command: str) -> str:
 
 def _what_it_is() -> list[str]:
     return [
-        "Mean Pearson correlation per gene across the spots of the held-out section, on counts that were not smoothed, as "
-        "natural log of (1 + counts per 10,000); a gene that is constant counts as 0. In brackets the 95 % interval by a "
-        "bootstrap over blocks of tissue, which is conditional on these sections and patients. The genes are chosen on the "
-        "training sections of the fold. *Skill* is the median over genes of the share of the squared error that a predictor "
-        "takes off the training mean; below 0 it is worse than that mean. The *noise ceiling* is what a perfect prediction "
-        "would reach with these counts.",
+        "Mean Pearson correlation per gene across the spots of the held-out section. Counts are not smoothed, in natural log of "
+        "(1 + counts per 10,000). A constant gene counts as 0. In brackets the 95 % interval by a bootstrap over blocks of "
+        "tissue, conditional on these sections and patients. Genes are chosen on the training sections of the fold. *Skill* is "
+        "the share of the squared error of the training mean that a predictor removes, median over genes. Below 0 it is worse "
+        "than that mean. The *noise ceiling* is what a perfect prediction would reach with these counts.",
         "",
         "![Mean Pearson of each predictor, a dot a held-out section](benchmark.png)",
     ]
@@ -150,29 +148,28 @@ def _with_interval(row: pd.Series) -> str:
 def _limits(table: pd.DataFrame) -> list[str]:
     patients = sorted(set(table["patient"]))
     lines = [
-        "- *Sections held out* says how well another section of a patient is predicted of whom sections were measured. It says "
-        "nothing of a new patient."
+        "- *Sections held out* is evidence about another section of a patient with measured sections, not about a new patient."
     ]
     if len(patients) == 1:
-        lines.append(f"- All sections are of patient {patients[0]}: nothing follows for any other.")
+        lines.append(f"- All sections are of patient {patients[0]}: there is no evidence about any other.")
     elif len(patients) < _FEW_PATIENTS:
         lines.append(
             f"- The sections are of {len(patients)} patients ({', '.join(patients)}). *Patients held out* is {len(patients)} "
-            "folds: no mean over them is given, no interval over patients can be, and nothing follows for patients in general."
+            "folds. So there is no mean or interval over patients, and no evidence about patients in general."
         )
     if set(patients) == {"A", "C"}:
         lines.append(
-            "- The images of patient A are reduced copies, five times coarser (3.2 against 0.69 µm/px): between A and C, a new "
-            "patient cannot be told from a new resolution."
+            "- The images of patient A are reduced copies, five times coarser (3.2 against 0.69 µm/px). Between A and C, a new "
+            "patient and a new resolution are confounded."
         )
     return [
         *lines,
-        "- *Class mean* and *total counts* are given what an image does not hold: the true label of each held-out spot, and "
-        "its depth. They are no competitors but show how far such knowledge goes.",
-        "- The ridges see features as they are, standardised over all training sections together. Where the stains of the "
-        "training patients differ, that handicaps them: trained on sections of one patient, they predict his others better.",
-        "- Penalties and panels are chosen within the training sections of a fold; the recipe of the preset `default` itself "
-        "was found on these sections (see the experiment log), which flatters it by what choosing among its variants gains.",
+        "- *Class mean* and *total counts* use what an image does not hold: the true label of each held-out spot, and its "
+        "depth. They are not competitors. They show how far such knowledge goes.",
+        "- The ridges read features standardised over all training sections together. This is a handicap if the stains of the "
+        "training patients differ. Trained on sections of one patient, they predict other sections of that patient better.",
+        "- Penalties and panels are chosen within the training sections of a fold. The recipe of the preset `default` was "
+        "chosen on these sections (see Experiments), so its metrics are optimistic.",
     ]
 
 
