@@ -1,5 +1,6 @@
-"""Sphinx configuration. The build reads nothing from the network."""
+"""Sphinx configuration. The build reads nothing from the network, unless asked for links to other projects."""
 
+import os
 import shutil
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -18,6 +19,20 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
+# Links to the pages of other projects need their inventories from the network: on Read the Docs, or where asked for.
+if os.environ.get("READTHEDOCS") or os.environ.get("HE2GENE_INTERSPHINX"):
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_timeout = 20
+    intersphinx_mapping = {
+        "anndata": ("https://anndata.readthedocs.io/en/stable/", None),
+        "numpy": ("https://numpy.org/doc/stable/", None),
+        "pandas": ("https://pandas.pydata.org/docs/", None),
+        "python": ("https://docs.python.org/3/", None),
+        "scanpy": ("https://scanpy.readthedocs.io/en/stable/", None),
+        "spatialdata": ("https://spatialdata.scverse.org/en/stable/", None),
+        "squidpy": ("https://squidpy.readthedocs.io/en/stable/", None),
+        "torch": ("https://docs.pytorch.org/docs/stable/", None),
+    }
 exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
 
 # Sphinx reads below this folder only: the notebooks are copied to a place that git ignores.
