@@ -103,7 +103,7 @@ def save(store, faults=None, no_exchange=False):
     from he2gene_sc.io import _files
 
     sdata = sd.read_zarr(store)
-    table = sdata["table"]
+    table = sdata["table"] if "table" in sdata else sdata["table-he2gene-new"]
     table.obs["round"] = np.arange(table.n_obs) + 1000
     table.layers["round"] = np.ones(table.shape, np.float32)
     table.uns["round"] = 1

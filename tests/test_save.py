@@ -270,12 +270,22 @@ def test_what_another_saved_since_is_not_lost(store, change):
 def test_two_that_change_different_elements_may_both_save(store):
     first, second = sd.read_zarr(store), sd.read_zarr(store)
     hg.pp.tissue(first)
+    first.attrs["note"] = 1
     hg.io.save(first)
     second["table"].obs["other"] = 1
+    second.attrs["other"] = 2
+    hg.io.save(second)
+    assert second.attrs["note"] == 1
     hg.io.save(second)
     again = sd.read_zarr(store)
     assert "he_tissue" in again
     assert "other" in again["table"].obs
+    assert (again.attrs["note"], again.attrs["other"]) == (1, 2)
+    second.attrs["note"] = 3
+    hg.io.save(second)
+    first.attrs["note"] = 4
+    with pytest.raises(FileExistsError, match=r"attrs\['note'\]"):
+        hg.io.save(first)
 
 
 def test_a_layer_that_other_tools_wrote_since_is_not_lost(backed, store):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._keys import ATTRS
 from ._differences import MAPPINGS, Difference, levels, spatial_difference, table_difference
-from ._files import link_tree, remove, swap, sync, sync_tree
+from ._files import WAITING, swap, sync, sync_tree
+from ._staging import METADATA, quiet, stage, stage_metadata
 from ._store import KINDS, STAGING, RootMetadata, elements, fingerprint, locked, remember, remembered, root_attrs
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 #: ``sdata.attrs["he2gene"]["saved"]``: which save last changed an element; an object that was read before has another.
 SAVED = "saved"
-_METADATA = ("zarr.json", ".zattrs")
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,13 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
     """
     interrupted = (store / STAGING).exists()
     with locked(store) as staging:
+        if interrupted:
+            _rename_waiting(sdata)
         before = root_attrs(store) or {}
         changes, unchanged = _compare(sdata, store)
         attrs = user_attrs(sdata.attrs)
+        if saved_by(sdata.attrs).get("attrs") != saved_by(before).get("attrs"):
+            attrs = _merged(user_attrs(before), attrs)
         attrs_differ = _attrs_difference(user_attrs(before), attrs)
         if not overwrite:
             _refuse_loss(sdata, store, changes, attrs_differ, saved_by(before))
@@ -70,21 +73,29 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
             ids["attrs"] = uuid.uuid4().hex[:12]
         if ids or interrupted:
             stage(staging, [c for c in changes if not c.metadata_only], store)
-            _stage_metadata(staging, [c for c in changes if c.metadata_only], store)
+            stage_metadata(staging, [c for c in changes if c.metadata_only], store)
             sync_tree(staging)
-            if "spatialdata_attrs" in before:
-                attrs["spatialdata_attrs"] = before["spatialdata_attrs"]
-            saved = {**saved_by(before), **ids}
-            if saved:
-                attrs[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: saved}
+            root = {**attrs, "spatialdata_attrs": before.get("spatialdata_attrs", {})}
+            if saved := {**saved_by(before), **ids}:
+                root[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: saved}
             with _undone_on_failure(store, staging) as (metadata, undo):
                 metadata.unconsolidate()
                 for change in sorted(changes, key=lambda c: KINDS.index(c.kind)):
                     _exchange_element(change, store, staging, undo)
-                metadata.write(attrs)
+                metadata.write(root)
             reopen(sdata, store, changes)
+        sdata.attrs = _merged(attrs, sdata.attrs)
         _mark(sdata, {**{key: saved_by(before)[key] for key in unchanged if key in saved_by(before)}, **ids})
         remember(sdata, {(c.kind, c.name): fingerprint(store / c.path) for c in changes})
+
+
+def _rename_waiting(sdata: SpatialData) -> None:
+    """Give elements their name that were read between the two renames of a killed save; the lock has ended those."""
+    for kind, name, element in list(sdata.gen_elements()):
+        if name.endswith(WAITING):
+            del getattr(sdata, kind)[name]
+            if name.removesuffix(WAITING) not in sdata:
+                getattr(sdata, kind)[name.removesuffix(WAITING)] = element
 
 
 # --- What differs ----------------------------------------------------------------------------------------------------
@@ -179,136 +190,20 @@ def _attrs_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> Diff
     return found
 
 
+def _merged(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of the object, and those that another has added to the store since."""
+    merged = {**there, **here}
+    for key in set(there) & set(here):
+        if isinstance(there[key], Mapping) and isinstance(here[key], Mapping):
+            merged[key] = _merged(there[key], here[key])
+    return merged
+
+
 def _mark(sdata: SpatialData, ids: Mapping[str, str]) -> None:
     """Note in the object which saves it knows of."""
     if ids:
         ours = sdata.attrs.get(ATTRS, {})
         sdata.attrs = {**sdata.attrs, ATTRS: {**ours, SAVED: {**saved_by(sdata.attrs), **ids}}}
-
-
-# --- Writing beside --------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what zarr, anndata and spatialdata say that a user can do nothing about."""
-    import anndata
-
-    loggers = [logging.getLogger(name) for name in ("spatialdata", "ome_zarr")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), anndata.settings.override(allow_write_nullable_strings=True):
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
-
-
-def write(
-    folder: Path, members: Mapping[str, Mapping[str, Any]], attrs: Mapping[str, Any], formats: Any = None
-) -> None:
-    """Write elements to a new store, without the root's consolidated metadata where ``formats`` are given."""
-    import spatialdata as sd
-
-    with quiet():
-        new = sd.SpatialData(**members, attrs=dict(attrs))
-        try:
-            new.write(folder, update_sdata_path=True, consolidate_metadata=formats is None, sdata_formats=formats)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            raise ValueError(f"`sdata` cannot be written: {error}; the store is as it was") from error
-
-
-def stage(staging: Path, changes: list[Change], store: Path) -> None:
-    """Write elements to ``staging/new``; parts of tables that are the same become links."""
-    if not changes:
-        return
-    members: dict[str, dict[str, Any]] = {}
-    for change in changes:
-        element = _skeleton(change.element, change.difference) if change.kind == "tables" else change.element
-        members.setdefault(change.kind, {})[change.name] = element
-    write(staging / "new", members, {}, formats=_formats(store))
-    for change in changes:
-        for part in change.difference.kept if change.difference is not None else ():
-            target = staging / "new" / change.path / part
-            remove(target)
-            if not target.parent.exists():
-                target.parent.mkdir()
-                for name in (".zgroup", *_METADATA):
-                    if (store / change.path / part).with_name(name).exists():
-                        link_tree((store / change.path / part).with_name(name), target.with_name(name))
-            link_tree(store / change.path / part, target)
-
-
-def _skeleton(table: AnnData, difference: Difference | None) -> AnnData:
-    """Return a table without the parts that are to become links."""
-    if difference is None or not difference.kept:
-        return table
-    from anndata import AnnData
-
-    slots = {
-        slot: {
-            key: value
-            for key, value in dict(getattr(table, slot)).items()
-            if key is not None and f"{slot}/{key}" not in difference.kept
-        }
-        for slot in MAPPINGS
-    }
-    light = AnnData(
-        X=None if "X" in difference.kept else table.X, obs=table.obs, var=table.var, uns=dict(table.uns), **slots
-    )
-    if table.raw is not None and "raw" not in difference.kept:
-        light.raw = table.raw.to_adata()
-    return light
-
-
-def _formats(store: Path) -> list[Any]:
-    """Return the formats that keep a store in its version of zarr."""
-    from spatialdata._io import format as formats
-
-    current = (store / "zarr.json").is_file()
-    name = "SpatialDataContainerFormatV02" if current else "SpatialDataContainerFormatV01"
-    return [getattr(formats, name)()]
-
-
-def _stage_metadata(staging: Path, changes: list[Change], store: Path) -> None:
-    """Write transformations and channel names into copies of the metadata of their elements."""
-    import spatialdata as sd
-
-    if not changes:
-        return
-    shadow = staging / "metadata"
-    for change in changes:
-        for folder in [Path(), Path(change.kind), *_groups(store, change.path)]:
-            (shadow / folder).mkdir(parents=True, exist_ok=True)
-            for name in ("zarr.json", ".zgroup", ".zattrs", ".zarray"):
-                if (store / folder / name).is_file() and not (shadow / folder / name).exists():
-                    (shadow / folder / name).write_bytes((store / folder / name).read_bytes())
-    RootMetadata(shadow, _folder(staging / "shadow")).unconsolidate()
-    members: dict[str, dict[str, Any]] = {}
-    for change in changes:
-        members.setdefault(change.kind, {})[change.name] = change.element
-    with quiet():
-        new = sd.SpatialData(**members)
-        new.path = shadow
-        for change in changes:
-            new.write_transformations(change.name)
-            if change.difference is not None and "channel names" in change.difference.altered:
-                new.write_channel_names(change.name)
-
-
-def _groups(store: Path, path: Path) -> list[Path]:
-    children = [child for child in (store / path).iterdir() if child.is_dir()]
-    return [path, *(path / child.name for child in children)]
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir()
-    return path
 
 
 # --- Exchange --------------------------------------------------------------------------------------------------------
@@ -330,7 +225,7 @@ def _undone_on_failure(store: Path, staging: Path) -> Iterator[tuple[RootMetadat
 def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Callable[[], None]]) -> None:
     """Put what was written in the place of what is there; what undoes it is noted first."""
     if change.metadata_only:
-        for name in _METADATA:
+        for name in METADATA:
             new, old = staging / "metadata" / change.path / name, store / change.path / name
             if new.exists() and old.exists():
                 before = new.with_name(f"{name}-old")

@@ -134,8 +134,15 @@ for line in sys.stdin:
     last = stream.readline()
     time.sleep(float(wait))
     os.kill(child, int(number))
+    for _ in range(50):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        time.sleep(0.1)
+    else:
+        # Python drops a Ctrl-C that comes while it runs a finaliser.
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     rest = stream.read().split()
-    os.waitpid(child, 0)
     print(rest[-1] if rest else last.strip(), flush=True)
 """
 

@@ -1,0 +1,144 @@
+"""Write elements beside those of a store: whole, or the parts that differ, or their metadata alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._differences import MAPPINGS, Difference
+from ._files import link_tree, remove
+from ._store import RootMetadata
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from ._update import Change
+
+#: Files of a group that hold its attributes.
+METADATA = ("zarr.json", ".zattrs")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what zarr, anndata and spatialdata say that a user can do nothing about."""
+    import anndata
+
+    loggers = [logging.getLogger(name) for name in ("spatialdata", "ome_zarr")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), anndata.settings.override(allow_write_nullable_strings=True):
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
+
+
+def write(
+    folder: Path, members: Mapping[str, Mapping[str, Any]], attrs: Mapping[str, Any], formats: Any = None
+) -> None:
+    """Write elements to a new store, without the root's consolidated metadata where ``formats`` are given."""
+    import spatialdata as sd
+
+    with quiet():
+        new = sd.SpatialData(**members, attrs=dict(attrs))
+        try:
+            new.write(folder, update_sdata_path=True, consolidate_metadata=formats is None, sdata_formats=formats)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise ValueError(f"`sdata` cannot be written: {error}; the store is as it was") from error
+
+
+def stage(staging: Path, changes: list[Change], store: Path) -> None:
+    """Write elements to ``staging/new``; parts of tables that are the same become links."""
+    if not changes:
+        return
+    members: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        element = _skeleton(change.element, change.difference) if change.kind == "tables" else change.element
+        members.setdefault(change.kind, {})[change.name] = element
+    write(staging / "new", members, {}, formats=_formats(store))
+    for change in changes:
+        for part in change.difference.kept if change.difference is not None else ():
+            target = staging / "new" / change.path / part
+            remove(target)
+            if not target.parent.exists():
+                target.parent.mkdir()
+                for name in (".zgroup", *METADATA):
+                    if (store / change.path / part).with_name(name).exists():
+                        link_tree((store / change.path / part).with_name(name), target.with_name(name))
+            link_tree(store / change.path / part, target)
+
+
+def _skeleton(table: AnnData, difference: Difference | None) -> AnnData:
+    """Return a table without the parts that are to become links."""
+    if difference is None or not difference.kept:
+        return table
+    from anndata import AnnData
+
+    slots = {
+        slot: {
+            key: value
+            for key, value in dict(getattr(table, slot)).items()
+            if key is not None and f"{slot}/{key}" not in difference.kept
+        }
+        for slot in MAPPINGS
+    }
+    light = AnnData(
+        X=None if "X" in difference.kept else table.X, obs=table.obs, var=table.var, uns=dict(table.uns), **slots
+    )
+    if table.raw is not None and "raw" not in difference.kept:
+        light.raw = table.raw.to_adata()
+    return light
+
+
+def _formats(store: Path) -> list[Any]:
+    """Return the formats that keep a store in its version of zarr."""
+    from spatialdata._io import format as formats
+
+    current = (store / "zarr.json").is_file()
+    name = "SpatialDataContainerFormatV02" if current else "SpatialDataContainerFormatV01"
+    return [getattr(formats, name)()]
+
+
+def stage_metadata(staging: Path, changes: list[Change], store: Path) -> None:
+    """Write transformations and channel names into copies of the metadata of their elements."""
+    import spatialdata as sd
+
+    if not changes:
+        return
+    shadow = staging / "metadata"
+    for change in changes:
+        for folder in [Path(), Path(change.kind), *_groups(store, change.path)]:
+            (shadow / folder).mkdir(parents=True, exist_ok=True)
+            for name in ("zarr.json", ".zgroup", ".zattrs", ".zarray"):
+                if (store / folder / name).is_file() and not (shadow / folder / name).exists():
+                    (shadow / folder / name).write_bytes((store / folder / name).read_bytes())
+    RootMetadata(shadow, _folder(staging / "shadow")).unconsolidate()
+    members: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        members.setdefault(change.kind, {})[change.name] = change.element
+    with quiet():
+        new = sd.SpatialData(**members)
+        new.path = shadow
+        for change in changes:
+            new.write_transformations(change.name)
+            if change.difference is not None and "channel names" in change.difference.altered:
+                new.write_channel_names(change.name)
+
+
+def _groups(store: Path, path: Path) -> list[Path]:
+    children = [child for child in (store / path).iterdir() if child.is_dir()]
+    return [path, *(path / child.name for child in children)]
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
