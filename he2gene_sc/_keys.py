@@ -52,8 +52,23 @@ class Keys:
 
     @property
     def reliable(self) -> str:
-        """``.var``: whether that is good enough to use."""
+        """``.var``: whether the gene is good enough to use on a new patient."""
         return f"{self.key_added}_reliable"
+
+    @property
+    def reliable_known_patient(self) -> str:
+        """``.var``: whether it is good enough on another section of a patient that the model was trained on."""
+        return f"{self.key_added}_reliable_known_patient"
+
+    @property
+    def pcc_new_patient(self) -> str:
+        """``.var``: mean correlation of the gene over patients that were held out whole."""
+        return f"{self.key_added}_pcc_new_patient"
+
+    @property
+    def pcc_given_depth(self) -> str:
+        """``.var``: the same, given the counts of each spot."""
+        return f"{self.key_added}_pcc_given_depth"
 
     @property
     def mean(self) -> str:
@@ -62,7 +77,7 @@ class Keys:
 
     @property
     def annotation(self) -> str:
-        """``.obs``: most probable class."""
+        """``.obs``: most probable class; missing where it is unknown."""
         return f"{self.key_added}_annotation"
 
     @property
@@ -84,6 +99,11 @@ class Keys:
     def ood(self) -> str:
         """``.obs``: how far a spot is from what the model was trained on; above 1 it is out of distribution."""
         return f"{self.key_added}_ood"
+
+    @property
+    def tissue(self) -> str:
+        """``.obs``: share of tissue of a spot."""
+        return f"{self.key_added}_tissue"
 
     @property
     def embedding(self) -> str:

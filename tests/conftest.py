@@ -151,7 +151,7 @@ def her2st():
 def _predicted(her2st):
     import he2gene_sc as hg
 
-    return hg.tl.predict(her2st("C5"), device="cpu", dtype="float32", copy=True)
+    return hg.tl.predict(her2st("C5"), known_patient=True, device="cpu", dtype="float32", copy=True)
 
 
 @pytest.fixture

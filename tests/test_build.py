@@ -9,9 +9,10 @@ from tiny_sections import N_COLOUR, N_FEATURES, everything, facts, planted, reci
 
 from he2gene_sc.models._embedding import ALONE
 from he2gene_sc.training import Recipe, build_model, cross_validate, fit_basis, fit_sums, folds_of
-from he2gene_sc.training._closed_form import embed, fit_softmax
+from he2gene_sc.training._annotation import fit_annotation
+from he2gene_sc.training._closed_form import embed
 from he2gene_sc.training._figures import pooled_temperature
-from he2gene_sc.training._validate import Choice, labelled_embedding, panels
+from he2gene_sc.training._validate import Choice, panels
 
 N_GENES = 10
 GAPS = ((1, 2),)
@@ -35,7 +36,7 @@ def validated(sections, **options):
 def test_penalties_are_chosen_on_held_out_sections_and_patients(model, sections):
     choice, _ = validated(sections)
     training = model.card.training
-    assert Choice(training["penalty"], training["rank"], training["annotation_strength"]) == choice
+    assert Choice(training["penalty"], training["rank"]) == choice
 
 
 def test_heads_are_fitted_to_everything(model, sections):
@@ -57,13 +58,14 @@ def test_heads_are_fitted_to_everything(model, sections):
 def test_probabilities_are_calibrated_on_held_out_patients(model, sections):
     choice, _ = validated(sections)
     held_out = validated(sections, choice=choice)[1]["patient"]
-    basis = fit_basis(sections, everything(sections), recipe())
-    weight, bias = fit_softmax(*labelled_embedding(sections, everything(sections), basis), 3, choice.strength)
+    head = fit_annotation(sections, everything(sections), recipe().weights, 3)
     temperature = pooled_temperature(sections, held_out.logits)
     of_sections = pooled_temperature(sections, validated(sections, choice=choice)[1]["section"].logits)
     assert abs(temperature / of_sections - 1) > 0.01
-    np.testing.assert_allclose(model.tensors["annotation.weight"], weight / temperature, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(model.tensors["annotation.bias"], bias / temperature, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        model.tensors["annotation.weight"], head.basis.mixing / temperature, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(model.tensors["annotation.bias"], head.bias / temperature, rtol=1e-4, atol=1e-5)
 
 
 def test_genes_are_judged_by_held_out_sections(model, sections):
@@ -80,7 +82,9 @@ def test_genes_are_judged_by_held_out_sections(model, sections):
     elsewhere = validated(sections, choice=choice)[1]["patient"].pcc
     new_patient = np.mean([np.nanmean(elsewhere[i::2], axis=0) for i in range(2)], axis=0)
     expected = (low > 0.1) & (held_out.skill > 0) & (new_patient > 0.1)
-    assert genes["reliable"].tolist() == expected.tolist()
+    assert genes["reliable_known_patient"].tolist() == expected.tolist()
+    # Of two patients nothing is said of a third.
+    assert not genes["reliable"].any()
     target, variable = panels(sections, everything(sections), 4)
     assert set(np.flatnonzero(genes["group"] == "target")) == set(target)
     assert set(np.flatnonzero(genes["variable"])) == set(variable)
@@ -115,8 +119,7 @@ def test_a_patient_of_a_few_labels_does_not_say_how_confident_the_model_is(secti
     ]
     made = build_model(few, facts(N_GENES), recipe(), n_colour=N_COLOUR, n_target=4)
     choice, held_out = validated(few)
-    basis = fit_basis(few, everything(few), recipe())
-    weight, _ = fit_softmax(*labelled_embedding(few, everything(few), basis), 3, choice.strength)
+    head = fit_annotation(few, everything(few), recipe().weights, 3)
     by_section, by_patient = (pooled_temperature(few, held_out[unit].logits) for unit in ("section", "patient"))
     assert abs(by_section / by_patient - 1) > 0.05
-    np.testing.assert_allclose(made.tensors["annotation.weight"], weight / by_section, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(made.tensors["annotation.weight"], head.basis.mixing / by_section, rtol=1e-3, atol=1e-5)

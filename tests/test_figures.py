@@ -11,6 +11,7 @@ from tiny_sections import everything, grid, planted, recipe
 from he2gene_sc.stats import calibration_error, noise_ceiling, pearson
 from he2gene_sc.training import cross_validate, folds_of
 from he2gene_sc.training._closed_form import UNSEEN
+from he2gene_sc.training._depth import within
 from he2gene_sc.training._figures import (
     BLOCK_UM,
     annotation_figures,
@@ -21,7 +22,7 @@ from he2gene_sc.training._figures import (
     interval,
     pooled_temperature,
 )
-from he2gene_sc.training._validate import Choice, HeldOut, Panel, within
+from he2gene_sc.training._validate import Choice, HeldOut, Panel
 
 
 def panel(predicted, measured, n_target):
@@ -160,7 +161,7 @@ def logits_of(sections, sharpness, seed=0):
 def held_out(sections, logits):
     empty = panel(np.zeros((1, 2)), np.zeros((1, 2)), 1)
     parts = tuple(np.zeros(len(section), int) for section in sections)
-    return HeldOut(np.empty((0, 0)), np.empty(0), (empty,) * len(sections), logits, parts)
+    return HeldOut(np.empty((0, 0)), np.empty((0, 0)), np.empty(0), (empty,) * len(sections), logits, parts)
 
 
 def test_each_section_is_calibrated_by_the_others():
@@ -257,7 +258,7 @@ def test_without_labels_there_are_no_annotation_figures():
 def test_expression_figures_are_those_of_the_panels():
     sections = [replace(s, centres_um=2 * s.centres_um) for s in planted(3, gaps=((2, 0), (2, 1)))]
     _, folds = folds_of(sections, "section")
-    options = {"n_classes": 0, "n_target": 4, "choice": Choice(0.3, None, 0.1)}
+    options = {"n_classes": 0, "n_target": 4, "choice": Choice(0.3, None)}
     found = cross_validate(sections, {"section": folds}, recipe(), **options)[1]["section"]
     weak = cross_validate(sections, {"section": folds}, recipe(n_latent=1), **options)[1]["section"]
     figures = expression_figures(sections, found, {"colour alone": weak})

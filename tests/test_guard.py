@@ -8,8 +8,8 @@ from spatialdata.models import Image2DModel
 from toy_sections import toy, train
 
 import he2gene_sc as hg
-from he2gene_sc.models._guard import Guard, components, nearest, seeming_size, variation_of
-from he2gene_sc.training._guard import fit_guard
+from he2gene_sc.models._ood import CAUSES, OODDetector, SlideFacts, components, nearest, seeming_size
+from he2gene_sc.training._ood import fit_detector
 
 ODD = "unlike what the model was trained on"
 
@@ -106,36 +106,102 @@ def test_a_model_without_statistics_writes_no_score_and_takes_away_that_of_anoth
 
 
 def slides(n=3, seed=0, spots=60):
-    """Two windows of five features each and four of colour; the third feature tells the size of a window."""
+    """Two windows of five features each and nine of colour each; the third feature tells the size of a window."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(n):
         windows = rng.normal(size=(spots, 2, 5)) + rng.normal(size=5) / 4
         windows[:, :, 2] += 3 * np.array([0.0, 1.0])
-        made.append(np.hstack([windows.reshape(spots, 10), rng.normal(size=(spots, 4))]).astype(np.float32))
+        colours = [colour(rng, spots) for _ in range(2)]
+        made.append(np.hstack([windows.reshape(spots, 10), *colours]).astype(np.float32))
     return made
 
 
-def fitted(features, windows_um=(100.0, 200.0)):
+def colour(rng, spots):
+    """Mean, SD and covariances of the density of an H&E stain, more or less of each."""
+    stains = np.array([[0.65, 0.70, 0.29], [0.15, 0.95, 0.25], [0.58, -0.36, 0.73]])
+    found = []
+    for _ in range(spots):
+        amounts = np.array([0.5, 0.4, 0.02]) * np.exp(0.15 * rng.normal(size=3))
+        density = rng.normal(amounts, 0.5 * amounts, (200, 3)) @ stains
+        cov = np.cov(density.T)
+        found.append([*density.mean(0), *np.sqrt(np.diag(cov)), cov[0, 1], cov[0, 2], cov[1, 2]])
+    return np.array(found)
+
+
+def fitted(features, windows_um=(100.0, 200.0), patients="ABC"):
     from tiny_sections import section
 
-    sections = [section(x[:, None], np.ones((len(x), 2)), name=str(i)) for i, x in enumerate(features)]
-    mean, scale = np.mean([x.mean(0) for x in features], axis=0), np.std(np.concatenate(features), axis=0)
-    tensors, limits = fit_guard(sections, mean, scale, windows_um, 4)
-    arrays = (np.asarray(x, np.float32) for x in (mean, scale, *tensors.values()))
-    return Guard(*arrays, limits, windows_um), tensors
+    n = len(features)
+    names = [patients[i % len(patients)] for i in range(n)]
+    sections = [
+        section(x[:, None], np.ones((len(x), 2)), name=str(i), patient=names[i]) for i, x in enumerate(features)
+    ]
+    weights = np.full(features[0].shape[1], 0.3, np.float32)
+    tensors, limits = fit_detector(sections, weights, windows_um, 200, 9 * len(windows_um))
+    keys = ("mean", "scale", "weights", "projection", "bank", "size")
+    arrays = (np.asarray(tensors[f"guard.{key}"], np.float32) for key in keys)
+    return OODDetector(*arrays, limits, windows_um), tensors
+
+
+def facts(n, mpp=0.5, tissue=1.0, faults=0.0):
+    return SlideFacts(mpp, np.full(n, tissue, np.float32), np.full((n, 3), faults, np.float32))
+
+
+def test_a_slide_like_those_of_training_is_new_or_known():
+    detector, _ = fitted(slides(6))
+    (other,) = slides(1, seed=1)
+    found = detector.judge(other, facts(60))
+    assert found.reasons == ()
+    assert found.verdict in ("like training", "new")
+    assert (found.score > 1).mean() < 0.2
+    assert set(found.causes) == set(CAUSES)
 
 
 def test_a_window_twice_as_large_seems_one_octave_too_large():
-    guard, _ = fitted(slides())
+    detector, _ = fitted(slides())
     (other,) = slides(1, seed=1)
-    assert guard.look(other).octaves == pytest.approx(0, abs=0.25)
+    assert detector.judge(other).octaves == pytest.approx(0, abs=0.25)
     wrong = other.copy()
     wrong[:, [2, 7]] += 3
-    look = guard.look(wrong)
-    assert look.octaves == pytest.approx(1, abs=0.3)
-    assert look.reasons
-    assert (look.score > 1).all()
+    found = detector.judge(wrong)
+    assert found.octaves == pytest.approx(1, abs=0.3)
+    assert found.causes["resolution"] == 1
+    assert (found.score > 1).all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 60])
+def test_every_cause_is_named_however_few_the_spots(n):
+    detector, _ = fitted(slides())
+    (other,) = slides(1, seed=1)
+    other = other[:n]
+    stained, strange = other.copy(), other.copy()
+    # Haematoxylin alone: one stain, whose density rises and falls together in all channels.
+    haematoxylin = np.array([0.65, 0.70, 0.29])
+    pairs = haematoxylin[[0, 0, 1]] * haematoxylin[[1, 2, 2]]
+    stained[:, 10:] = np.tile([*0.5 * haematoxylin, *0.2 * haematoxylin, *0.04 * pairs], 2)
+    strange[:, :10] += 8
+    for cause, features, seen in (
+        ("stain", stained, facts(n)),
+        ("focus", other, facts(n, faults=3.0)),
+        ("resolution", other, facts(n, mpp=2.0)),
+        ("tissue", strange, facts(n)),
+    ):
+        found = detector.judge(features, seen)
+        assert found.verdict == "out of distribution"
+        assert any(reason.startswith(cause) for reason in found.reasons), (cause, found)
+        assert (found.score > 1).all()
+
+
+def test_glass_says_nothing_of_the_slide():
+    detector, _ = fitted(slides())
+    (other,) = slides(1, seed=1)
+    seen = facts(60)
+    seen.tissue[:40] = 0
+    mixed = other.copy()
+    mixed[:40] += 50
+    assert detector.judge(mixed, seen).reasons == ()
+    assert detector.judge(other, facts(60, tissue=0.0)).reasons == ("no spot lies on tissue",)
 
 
 def test_the_distance_is_that_to_the_fifth_nearest_training_spot():
@@ -146,43 +212,62 @@ def test_the_distance_is_that_to_the_fifth_nearest_training_spot():
 
 
 def test_scores_do_not_depend_on_the_order_of_the_spots():
-    guard, _ = fitted(slides())
+    detector, _ = fitted(slides())
     (other,) = slides(1, seed=3)
     order = np.random.default_rng(0).permutation(len(other))
-    np.testing.assert_allclose(guard.look(other[order]).score, guard.look(other).score[order], rtol=1e-5)
+    np.testing.assert_allclose(detector.judge(other[order]).score, detector.judge(other).score[order], rtol=1e-5)
 
 
-def test_variation_is_that_between_the_spots():
-    own = np.random.default_rng(4).normal(size=(50, 6))
-    assert variation_of(2 * own + 7) == pytest.approx(variation_of(own) + 1)
-    np.testing.assert_allclose(
-        components(np.ones((2, 3)), np.zeros(3), np.array([1, 0, 2.0]), np.eye(3), 1), [[1, 0, 0.5, 0.5]] * 2
+def test_components_and_rest_together_are_the_whole_length():
+    rng = np.random.default_rng(4)
+    x, projection = rng.normal(size=(50, 6)), np.linalg.qr(rng.normal(size=(6, 2)))[0]
+    own, rest = components(x, np.zeros(6), np.ones(6), np.full(6, 0.5), projection)
+    np.testing.assert_allclose(np.square(own).sum(1) + rest**2, np.square(0.5 * x).sum(1))
+    own, rest = components(np.ones((2, 3)), np.zeros(3), np.array([1, 0, 2.0]), np.empty(0), np.eye(3))
+    np.testing.assert_allclose(own, [[1, 0, 0.5]] * 2)
+    assert (rest == 0).all()
+
+
+def test_limits_of_a_model_of_0_6_are_still_read():
+    detector, _ = fitted(slides())
+    old = {"distance": [2.0, 1.0], "far": 0.5, "octaves": 0.5, "spread": 0.0, "variation": [-1.0, 1.0]}
+    bank = np.hstack([detector.bank, np.zeros((len(detector.bank), 18), np.float32)])
+    before = OODDetector(
+        detector.mean,
+        detector.scale,
+        np.empty(0, np.float32),
+        detector.projection,
+        bank,
+        detector.size,
+        old,
+        (100.0, 200.0),
     )
+    (other,) = slides(1, seed=1)
+    assert before.judge(other).score.shape == (60,)
+    assert before.judge(other + 50).verdict == "out of distribution"
 
 
-def test_a_few_spots_are_not_judged_as_a_slide():
-    guard, _ = fitted(slides())
-    assert guard.look(slides(1, seed=5)[0][:5] + 100).reasons == ()
-    assert guard.look(np.empty((0, 14), np.float32)).score.shape == (0,)
+def test_no_spots_give_no_scores():
+    detector, _ = fitted(slides())
+    assert detector.judge(np.empty((0, 28), np.float32)).score.shape == (0,)
 
 
 def test_one_window_says_nothing_of_its_size():
-    features = [np.delete(x, slice(5, 10), axis=1) for x in slides()]
-    guard, _ = fitted(features, (100.0,))
-    assert np.isnan(seeming_size(features[0], guard.size, (100.0,)))
-    assert np.isfinite(guard.look(features[0]).score).all()
+    features = [np.delete(x, [*range(5, 10), *range(19, 28)], axis=1) for x in slides()]
+    detector, _ = fitted(features, (100.0,))
+    assert np.isnan(seeming_size(features[0], detector.size, (100.0,)))
+    assert np.isfinite(detector.judge(features[0]).score).all()
 
 
-def test_one_section_gives_no_guard():
+def test_one_section_gives_no_detector():
     from tiny_sections import section
 
     (x,) = slides(1)
-    found = fit_guard([section(x[:, None], np.ones((60, 2)))], x.mean(0), x.std(0), (100.0, 200.0), 4)
-    assert found == ({}, None)
+    assert fit_detector([section(x[:, None], np.ones((60, 2)))], np.ones(28), (100.0, 200.0), 224, 18) == ({}, None)
 
 
 def test_the_bank_holds_spots_of_every_section_in_half_precision():
-    guard, tensors = fitted(slides(5))
+    detector, tensors = fitted(slides(5))
     assert tensors["guard.bank"].dtype == tensors["guard.projection"].dtype == np.float16
-    assert len(guard.bank) == 5 * 60
-    assert min(guard.limits["distance"]) > 0
+    assert len(detector.bank) == 5 * 60
+    assert detector.limits["distance"] > 0

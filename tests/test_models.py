@@ -144,8 +144,8 @@ def test_altered_genes_are_refused(folder):
 
 
 def test_a_newer_schema_is_refused_with_the_way_out(folder):
-    rewrite_card(folder, schema_version=4)
-    with pytest.raises(ValueError, match="schema version 4.*pip install -U"):
+    rewrite_card(folder, schema_version=5)
+    with pytest.raises(ValueError, match="schema version 5.*pip install -U"):
         load(folder)
 
 
@@ -173,12 +173,15 @@ def test_a_card_of_the_first_schema_is_refused_with_what_to_do(folder):
 def test_a_folder_of_the_second_schema_loads_without_what_it_does_not_say(folder, tiny_model):
     card = json.loads((folder / "card.json").read_text())
     (folder / "card.json").write_text(
-        json.dumps({key: v for key, v in card.items() if key not in ("intervals", "guard")} | {"schema_version": 2})
+        json.dumps(
+            {key: v for key, v in card.items() if key not in ("intervals", "guard", "annotation")}
+            | {"schema_version": 2}
+        )
     )
     found = load(folder)
-    assert (found.card.intervals, found.card.guard, found.guard) == (None, None, None)
+    assert (found.card.intervals, found.card.guard, found.detector) == (None, None, None)
     assert replace(found.card, files={}) == tiny_model.card
-    assert load(found.save(folder.with_name("again"))).card.schema_version == 3
+    assert load(found.save(folder.with_name("again"))).card.schema_version == 4
 
 
 def test_further_figures_of_the_genes_survive_where_a_model_states_them(tiny_model, tmp_path):
@@ -359,7 +362,9 @@ def test_the_bundled_card_says_what_the_model_is_and_is_not(bundled):
 def test_the_bundled_reliable_genes_follow_from_their_own_figures(bundled):
     genes = bundled.genes
     assert genes["reliable"].any()
-    assert (genes.loc[genes["reliable"], "pcc_low"] > 0.0999).all()
+    assert (genes.loc[genes["reliable"], "pcc_given_depth"] > 0.0999).all()
+    assert genes["reliable_known_patient"].any()
+    assert (genes.loc[genes["reliable_known_patient"], "pcc_low"] > 0.0999).all()
     assert (genes["pcc_low"] <= genes["pcc"]).all()
 
 

@@ -54,8 +54,8 @@ def refused(sdata, match, call, *args, **kwargs):
 
 WRITTEN = [
     ("layers", "new"),
-    *(("var", f"new_{name}") for name in ("predicted", "pcc", "reliable", "mean")),
-    *(("obs", f"new_{name}") for name in ("annotation", "annotation_confidence", "ood")),
+    *(("var", f"new_{name}") for name in ("predicted", "pcc", "reliable", "reliable_known_patient", "mean")),
+    *(("obs", f"new_{name}") for name in ("annotation", "annotation_confidence", "ood", "tissue")),
     ("obsm", "X_new"),
     ("obsm", "new_annotation_proba"),
     ("uns", "new"),

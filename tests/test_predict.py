@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -171,8 +172,9 @@ def test_exactly_the_keys_of_the_contract_are_new(toy, tiny_model):
     assert new["obsm"] == {"X_he2gene", "he2gene_annotation_proba"}
     assert new["uns"] == {"he2gene", "he2gene_annotation_colors"}
     assert not new["obsp"] | new["varm"] | new["varp"]
-    assert set(table.obs) - obs == {"he2gene_annotation", "he2gene_annotation_confidence"}
-    assert set(table.var) - var == {"he2gene_predicted", "he2gene_pcc", "he2gene_reliable", "he2gene_mean"}
+    assert set(table.obs) - obs == {"he2gene_annotation", "he2gene_annotation_confidence", "he2gene_tissue"}
+    figures = ("predicted", "pcc", "pcc_new_patient", "pcc_given_depth", "reliable", "reliable_known_patient", "mean")
+    assert set(table.var) - var == {f"he2gene_{name}" for name in figures}
     assert list(toy.tables) == ["table"]
 
 
@@ -697,3 +699,37 @@ def test_table_that_annotates_nothing_is_named_with_the_call_that_links_it(toy, 
     del toy["table"].uns["spatialdata_attrs"]
     with pytest.raises(ValueError, match="set_table_annotates_spatialelement"):
         hg.tl.predict(toy, model=tiny_model)
+
+
+# What is not known
+
+
+def test_spots_on_glass_are_not_annotated_and_keep_their_probabilities(tiny_model):
+    sdata = hg.datasets.toy((6, 6), mpp=2.0)
+    image = np.asarray(sdata["he"]["scale0"]["image"] if hasattr(sdata["he"], "children") else sdata["he"]).copy()
+    glass = np.asarray(sdata["spots"].geometry.x) < image.shape[2] / 3
+    image[:, :, : image.shape[2] // 2] = 230
+    del sdata.images["he"]
+    sdata.images["he"] = Image2DModel.parse(image, dims=("c", "y", "x"))
+    hg.tl.predict(sdata, model=tiny_model, mpp=2.0)
+    obs = sdata["table"].obs
+    assert (obs["he2gene_tissue"][glass] < 0.25).all()
+    assert obs["he2gene_annotation"][glass].isna().all()
+    assert obs["he2gene_annotation_confidence"][glass].notna().all()
+    assert obs["he2gene_annotation"][~glass].notna().any()
+    assert 0 < sdata["table"].uns["he2gene"]["share_on_tissue"] < 1
+
+
+def test_reliable_is_of_new_patients_unless_the_patient_is_known(toy, tiny_model):
+    genes = tiny_model.genes.assign(reliable_known_patient=True, pcc_new_patient=0.3, pcc_given_depth=0.2)
+    model = replace(tiny_model, genes=genes)
+    model.__dict__["network"] = tiny_model.network
+    new, known = (
+        hg.tl.predict(toy, model=model, known_patient=known, copy=True)["table"].var for known in (False, True)
+    )
+    predicted = new["he2gene_predicted"]
+    expected = genes["reliable"].reindex(new.index[predicted]).astype(bool)
+    assert new["he2gene_reliable"][predicted].tolist() == expected.tolist()
+    assert known["he2gene_reliable"][predicted].all()
+    assert new["he2gene_reliable_known_patient"].equals(known["he2gene_reliable_known_patient"])
+    np.testing.assert_allclose(new["he2gene_pcc_given_depth"][predicted], 0.2, rtol=1e-6)

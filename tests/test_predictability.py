@@ -17,6 +17,7 @@ from he2gene_sc.training._predictability import (
     bounds,
     by_patient,
     ceilings,
+    new_patient_bound,
     with_rest,
 )
 
@@ -108,11 +109,11 @@ def test_a_gene_that_fails_in_one_patient_is_not_reliable():
     targets = np.concatenate([made[8].targets.toarray()[:, :20], other.targets.toarray()[:, 20:]], axis=1)
     made[8] = replace(made[8], targets=type(made[8].targets)(targets))
     genes = build(made).genes
-    assert genes["reliable"][:20].sum() >= 15
+    assert genes["reliable_known_patient"][:20].sum() >= 15
     bad = genes[20:]
     # By the mean over sections alone most of them would be.
     assert ((bad["pcc_low"] > RELIABLE_PCC) & (bad["skill"] > 0)).sum() >= 10
-    assert not bad["reliable"].any()
+    assert not bad["reliable_known_patient"].any()
     assert (bad["pcc_patient_low"] < RELIABLE_PCC).all()
 
 
@@ -141,7 +142,7 @@ def test_the_gene_table_states_interval_new_patients_and_ceiling(model, sections
 def test_reliable_genes_keep_their_promise_on_a_held_out_section(model, sections):
     truth = sections[5].targets.toarray()
     r = np.nan_to_num(pearson(predicted(model, sections[5]), truth))
-    reliable = model.genes["reliable"].to_numpy()
+    reliable = model.genes["reliable_known_patient"].to_numpy()
     assert reliable[:20].sum() >= 15
     assert (r[reliable] > RELIABLE_PCC).mean() >= 0.8
 
@@ -151,7 +152,7 @@ def test_permuted_spots_leave_next_to_nothing_reliable():
     found = [
         build([permuted(s, seed) for s in planted(5, n_genes=N_GENES, noise=0.3, seed=seed)]).genes for seed in range(3)
     ]
-    assert np.mean([genes["reliable"].mean() for genes in found]) <= 0.025
+    assert np.mean([genes["reliable_known_patient"].mean() for genes in found]) <= 0.025
     assert np.mean([genes["skill"].mean() for genes in found]) <= 0
 
 
@@ -170,7 +171,7 @@ def test_a_gene_of_a_single_patient_has_no_figure_of_new_ones():
     made = planted(4, n_genes=6, gaps=((1, 2), (3, 2)))
     genes = build(made, 6).genes
     assert genes["pcc_new_patient"].isna().tolist() == [False, False, True, False, False, False]
-    assert not genes["reliable"].iloc[2]
+    assert not genes["reliable_known_patient"].iloc[2]
 
 
 def test_a_gene_of_a_single_section_has_no_figure():
@@ -178,4 +179,48 @@ def test_a_gene_of_a_single_section_has_no_figure():
     genes = build(made, 6).genes
     for name in ("pcc", "skill"):
         assert genes[name].isna().tolist() == [False, False, True, False, False, False]
-    assert not genes["reliable"].iloc[2]
+    assert not genes["reliable_known_patient"].iloc[2]
+
+
+# New patients
+
+
+def simulated(rho, n_patients=3, spots=200, between=0.1, n_genes=2000, seed=0):
+    """Partial correlations of genes whose population correlation is ``rho``, in patients that differ."""
+    rng = np.random.default_rng(seed)
+    true = np.arctanh(rho) + between * rng.normal(size=(n_patients, n_genes))
+    return np.tanh(true + rng.normal(size=true.shape) / np.sqrt(spots - 6))
+
+
+def test_three_patients_tell_a_gene_that_holds_from_one_that_does_not():
+    given = np.concatenate([simulated(rho, seed=i) for i, rho in enumerate((0.0, 0.05, 0.1, 0.3))], axis=1)
+    called = (new_patient_bound(given, np.full(3, 200)) > RELIABLE_PCC).reshape(4, -1).mean(1)
+    assert called[:3].max() <= 0.06
+    assert called[3] >= 0.6
+
+
+def test_two_patients_say_nothing_of_a_third():
+    given = simulated(0.6, n_patients=3)
+    given[2, :5] = np.nan
+    found = new_patient_bound(given, np.full(3, 200))
+    assert (found[:5] == -1).all()
+    assert (found[5:] > RELIABLE_PCC).mean() > 0.9
+    assert (new_patient_bound(given[:2], np.full(2, 200)) == -1).all()
+
+
+def test_a_gene_is_reliable_on_a_new_patient_where_every_patient_says_so(three):
+    sections, genes = three
+    assert genes["reliable"][:20].sum() >= 10
+    assert not genes["reliable"][20:].any()
+    assert (genes["pcc_given_depth"][:20] > genes["pcc_given_depth"][20:].max()).mean() > 0.7
+
+
+@pytest.fixture(scope="module")
+def three():
+    """Six sections of three patients; half of the genes stand at other spots."""
+    mixed = []
+    for i, section in enumerate(planted(6, n=90, n_genes=N_GENES, noise=0.3, patients=3)):
+        other = permuted(section, i)
+        targets = np.concatenate([section.targets.toarray()[:, :20], other.targets.toarray()[:, 20:]], axis=1)
+        mixed.append(replace(section, targets=type(section.targets)(targets)))
+    return mixed, build(mixed).genes

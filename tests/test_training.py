@@ -10,11 +10,12 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from tiny_sections import CONTEXT, N_FEATURES, everything, planted, recipe, section
 
-from he2gene_sc.models._embedding import ALONE
 from he2gene_sc.stats import log_normalise, pearson, skill
 from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of
-from he2gene_sc.training._closed_form import _principal, components, embed, fit_softmax, temperature
-from he2gene_sc.training._validate import Choice, Panel, panels, within
+from he2gene_sc.training._annotation import equal_weights, fit_annotation
+from he2gene_sc.training._closed_form import components, embed, fit_softmax, principal, temperature
+from he2gene_sc.training._depth import Depth, within
+from he2gene_sc.training._validate import Choice, Panel, panels
 
 GAPS = ((1, 2), (3, 2), (0, 5))
 
@@ -167,18 +168,18 @@ def test_mean_and_scale_are_averages_over_sections_of_any_size():
 
 def test_signs_of_the_components_are_fixed():
     gram = np.cov(np.random.default_rng(0).normal(size=(6, 40)))
-    directions = _principal(gram, 4)
+    directions = principal(gram, 4)
     assert (directions[np.abs(directions).argmax(0), np.arange(4)] > 0).all()
 
 
 def test_components_of_many_features_come_close_to_the_exact_ones(monkeypatch):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(300, 10)) @ rng.normal(size=(10, 200)) * 3 + rng.normal(size=(300, 200))
-    exact = _principal(z.T @ z, 10)
+    exact = principal(z.T @ z, 10)
     monkeypatch.setattr("he2gene_sc.training._closed_form._EXACT_UP_TO", 100)
-    found = _principal(z.T @ z, 10)
+    found = principal(z.T @ z, 10)
     np.testing.assert_allclose(np.abs(np.sum(exact * found, axis=0)), 1, atol=1e-6)
-    np.testing.assert_array_equal(_principal(z.T @ z, 10), found)
+    np.testing.assert_array_equal(principal(z.T @ z, 10), found)
 
 
 def test_a_constant_feature_is_harmless():
@@ -360,7 +361,7 @@ def test_a_planted_signal_is_recovered_on_held_out_sections():
 @pytest.mark.parametrize(("unit", "held"), [("section", [2]), ("patient", [0, 2])])
 def test_held_out_figures_equal_a_fit_on_the_other_groups(unit, held):
     sections = planted(gaps=GAPS)
-    choice = Choice(0.3, 4, 0.1)
+    choice = Choice(0.3, 4)
     made = recipe()
     _, held_out = validate(sections, unit, n_classes=3, n_target=4, made=made, choice=choice)
     rows = [np.full(60, i not in held) for i in range(4)]
@@ -374,17 +375,16 @@ def test_held_out_figures_equal_a_fit_on_the_other_groups(unit, held):
     np.testing.assert_array_equal(panel.target, target)
     np.testing.assert_array_equal(panel.variable, variable)
     np.testing.assert_allclose(panel.predicted[:, :4], predicted[:, target], atol=1e-4)
-    x = np.concatenate(
-        [embed(s, basis, v)[r] for s, r in zip(sections, rows, strict=True) if r.any() for v in range(2)]
+    np.testing.assert_allclose(
+        held_out.given[2], Depth.of(sections[2].totals, np.zeros(60)).partial(predicted, measured), atol=1e-5
     )
-    codes = np.concatenate([s.codes[r] for s, r in zip(sections, rows, strict=True) if r.any() for _ in range(2)])
-    weight, bias = fit_softmax(x, codes, 3, 0.1)
-    np.testing.assert_allclose(held_out.logits[2], embed(sections[2], basis) @ weight + bias, atol=1e-3)
+    head = fit_annotation(sections, rows, made.weights, 3)
+    np.testing.assert_allclose(held_out.logits[2], head.logits(sections[2]), atol=1e-3)
 
 
 def test_skill_is_taken_against_the_mean_of_the_training_sections():
     sections = planted(2, patients=1)
-    choice = Choice(0.3, None, 0.1)
+    choice = Choice(0.3, None)
     made = recipe()
     _, held_out = validate(sections, made=made, choice=choice)
     predicted, measured, reference = [], [], []
@@ -429,7 +429,7 @@ def test_a_section_held_out_in_parts_is_judged_within_them():
         counts = np.hstack([rng.poisson(20 * slope * np.ones((160, 5))), rng.poisson(300, (160, 5))])
         (one,) = planted(1, n=160, patients=1, seed=seed)
         alone = section(one.features, counts, totals=np.full(160, 3000.0))
-        _, held_out = validate([alone], "block", n_target=5, choice=Choice(1.0, None, 0.1))
+        _, held_out = validate([alone], "block", n_target=5, choice=Choice(1.0, None))
         found.append([held_out.pcc[0, :5].mean(), held_out.panel[0].scores()[0]])
         assert len(np.unique(held_out.parts[0])) == 5
         means = [held_out.panel[0].measured[held_out.parts[0] == part].mean(0) for part in range(5)]
@@ -451,7 +451,7 @@ def test_every_fold_chooses_its_panels_without_the_section_it_holds_out():
     loud = sections[1].targets.toarray()
     loud[:, 3] += np.linspace(0, 50, 60)
     sections[1] = replace(sections[1], targets=scipy.sparse.csc_array(loud))
-    _, held_out = validate(sections, n_target=3, choice=Choice(1.0, None, 0.1))
+    _, held_out = validate(sections, n_target=3, choice=Choice(1.0, None))
     assert held_out.panel[0].target[0] == 3
     assert held_out.panel[1].target.tolist() == panels(sections, [np.ones(60, bool), np.zeros(60, bool)], 3)[0].tolist()
 
@@ -468,41 +468,67 @@ def test_a_gene_that_the_held_out_section_lacks_does_not_count_in_its_figures():
 
 def test_a_gene_measured_in_no_training_section_is_predicted_by_nothing():
     sections = planted(3, gaps=((0, 4), (1, 4)))
-    _, held_out = validate(sections, choice=Choice(1.0, 3, 0.1))
+    _, held_out = validate(sections, choice=Choice(1.0, 3))
     assert np.isnan(held_out.pcc[:2, 4]).all()
     assert np.isnan(held_out.pcc[2, 4])
     assert np.isfinite(np.delete(held_out.pcc, 4, axis=1)).all()
     assert held_out.skill[4] <= 0
 
 
+def of_one_stain(sections):
+    """The annotation reads features as they are: sections that do not differ as a whole."""
+    return [replace(s, features=s.features - s.features.mean((0, 1))) for s in sections]
+
+
 def test_planted_classes_are_recovered_on_held_out_sections():
-    sections = planted(n=120)
+    sections = of_one_stain(planted(n=120))
     _, held_out = validate(sections, n_classes=3)
     right = [(logits.argmax(1) == s.codes).mean() for s, logits in zip(sections, held_out.logits, strict=True)]
     assert min(right) > 0.7
 
 
-def test_spots_without_a_label_are_not_used_for_the_annotation():
-    sections = planted()
-    bare = [replace(s, codes=np.where(np.arange(60) % 2, s.codes, -1)) for s in sections]
-    short = [
-        replace(
-            s,
-            centres_um=s.centres_um[1::2],
-            features=s.features[1::2],
-            targets=scipy.sparse.csc_array(s.targets.tocsr()[1::2]),
-            totals=s.totals[1::2],
-            codes=s.codes[1::2],
+def test_spots_without_a_label_teach_no_class():
+    sections = of_one_stain(planted(n=120))
+    bare = [replace(s, codes=np.where(np.arange(120) % 2, s.codes, -1)) for s in sections]
+    head = fit_annotation(bare[:3], everything(bare[:3]), recipe().weights, 3)
+    assert (head.logits(sections[3]).argmax(1) == sections[3].codes).mean() > 0.7
+    assert (
+        fit_annotation(
+            [replace(s, codes=np.full(120, -1)) for s in sections], everything(sections), recipe().weights, 3
         )
-        for s in sections
-    ]
-    made = recipe(context=ALONE)
-    basis = fit_basis(sections, everything(sections), made)
-    from he2gene_sc.training._validate import labelled_embedding
+        is None
+    )
 
-    found, expected = (labelled_embedding(these, everything(these), basis) for these in (bare, short))
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
-    np.testing.assert_array_equal(found[1], expected[1])
+
+def test_patients_and_classes_weigh_the_same_in_the_annotation():
+    codes = np.array([0] * 90 + [1] * 10 + [0] * 5 + [2] * 5)
+    patients = np.repeat(["A", "B"], [100, 10]).astype(object)
+    weight = equal_weights(codes, patients)
+    assert weight.mean() == pytest.approx(1)
+    of_classes = [weight[codes == c].sum() for c in range(3)]
+    np.testing.assert_allclose(of_classes, of_classes[0])
+    assert weight[:90].sum() == pytest.approx(weight[100:105].sum())
+
+
+def test_a_slide_that_is_all_one_class_is_annotated_as_that():
+    """Standardised within the slide, every slide looks as mixed as the others."""
+    sections = planted(4, n=160, n_classes=2)
+    apart = np.array([3.0, *[0] * 11])
+    sections = [
+        replace(s, features=s.features + apart * np.where(s.codes, 1, -1)[:, None, None])
+        for s in of_one_stain(sections)
+    ]
+    alone = sections[3].codes == 1
+    part = replace(
+        sections[3],
+        centres_um=sections[3].centres_um[alone],
+        features=sections[3].features[alone],
+        targets=scipy.sparse.csc_array(sections[3].targets.tocsr()[alone]),
+        totals=sections[3].totals[alone],
+        codes=sections[3].codes[alone],
+    )
+    head = fit_annotation(sections[:3], everything(sections[:3]), recipe().weights, 2)
+    assert (head.logits(part).argmax(1) == 1).mean() > 0.9
 
 
 def test_a_fold_whose_training_sections_have_no_labels_gives_none():
@@ -521,9 +547,9 @@ def test_validating_twice_gives_the_same_figures():
 
 
 def test_genes_predicted_in_parts_are_the_same(monkeypatch):
-    whole = validate(planted(gaps=GAPS), choice=Choice(1.0, 3, 0.1))[1]
+    whole = validate(planted(gaps=GAPS), choice=Choice(1.0, 3))[1]
     monkeypatch.setattr("he2gene_sc.training._validate._GENES_AT_ONCE", 3)
-    parts = validate(planted(gaps=GAPS), choice=Choice(1.0, 3, 0.1))[1]
+    parts = validate(planted(gaps=GAPS), choice=Choice(1.0, 3))[1]
     np.testing.assert_allclose(parts.pcc, whole.pcc, atol=1e-6)
     np.testing.assert_allclose(parts.skill, whole.skill, atol=1e-6)
 

@@ -30,4 +30,4 @@ def test_intervals_cover_what_they_say_though_nothing_guarantees_it(table):
     low, high = (table.layers[f"he2gene_{end}"][:, known] for end in ("lower", "upper"))
     assert 0.85 <= ((truth >= low) & (truth <= high)).mean() <= 0.95
     facts = table.uns["he2gene_intervals"]
-    assert (facts["guarantee"], facts["n_groups"], facts["n_groups_needed"]) == ("none", 5, 9)
+    assert (facts["guarantee"], facts["n_groups"], facts["n_groups_needed"]) == ("none", 6, 9)

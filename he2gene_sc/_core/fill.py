@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._keys import FACTS, SPATIAL, Keys
+from ..image import MIN_TISSUE
 from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
 from .results import Result, write_results
 from .signatures import of_slot
@@ -35,8 +36,14 @@ class StackedPredictions:
         Rows of the table, ``(n,)``; ``None`` for a new table.
     expression, proba, embedding
         ``(n, g)``, ``(n, c)``, ``(n, k)`` float32; NaN for spots outside the image.
+    tissue
+        ``(n,)`` float32, likewise.
     ood
         ``(n,)`` float32, likewise; ``None`` where the model has no score.
+    familiar
+        Whether no slide is out of distribution.
+    known_patient
+        Whether the model was trained on sections of the same patients.
     centres
         ``(n, 2)``, pixels of level 0.
     """
@@ -45,12 +52,15 @@ class StackedPredictions:
     expression: np.ndarray
     proba: np.ndarray
     embedding: np.ndarray
+    tissue: np.ndarray
     centres: np.ndarray
     wanted: WantedGenes
     model: HE2Gene
     keys: Keys
     record: dict[str, Any]
     ood: np.ndarray | None = None
+    familiar: bool = True
+    known_patient: bool = False
 
     @classmethod
     def collect(
@@ -61,6 +71,8 @@ class StackedPredictions:
         model: HE2Gene,
         keys: Keys,
         record: dict[str, Any],
+        *,
+        known_patient: bool = False,
     ) -> StackedPredictions:
         """Put the slides of a table one below the other, and say once how many spots lie outside their image."""
         outside = sum(int((~slide.inside).sum()) for slide in slides)
@@ -86,25 +98,33 @@ class StackedPredictions:
 
         rows = None if slides[0].rows is None else np.concatenate([slide.rows for slide in slides])
         centres = np.concatenate([slide.centres for slide in slides])
-        expression, proba, embedding = (stack(attrgetter(name)) for name in ("expression", "proba", "embedding"))
-        looked = all(result.look is not None or not len(result.proba) for result in predictions)
-        ood = stack(_scores) if looked and model.card.guard is not None else None
-        return cls(rows, expression, proba, embedding, centres, wanted, model, keys, record, ood)
+        arrays = [stack(attrgetter(name)) for name in ("expression", "proba", "embedding", "tissue")]
+        judged = all(result.ood is not None or not len(result.proba) for result in predictions)
+        ood = stack(_scores) if judged and model.card.guard is not None else None
+        familiar = all(result.ood is None or not result.ood.reasons for result in predictions)
+        facts = {"ood": ood, "familiar": familiar, "known_patient": known_patient}
+        return cls(rows, *arrays, centres, wanted, model, keys, record, **facts)
 
-    def annotation(self, proba: np.ndarray | None = None) -> pd.Categorical:
-        """Most probable class of each spot, missing where there is no prediction.
+    @property
+    def unknown(self) -> np.ndarray:
+        """Spots that get no annotation: outside the image, on glass, or out of distribution; ``(n,)`` bool."""
+        found = ~(self.tissue >= MIN_TISSUE)
+        return found if self.ood is None else found | ~(self.ood <= 1)
+
+    def annotation(self, proba: np.ndarray | None = None, unknown: np.ndarray | None = None) -> pd.Categorical:
+        """Most probable class of each spot, missing where it is unknown.
 
         The categories are the classes that occur, in the order of the card: squidpy makes NaN of one that does not, and
         spatialdata-plot gives its colour to the next.
         """
         proba = self.proba if proba is None else proba
-        missing = np.isnan(proba).any(1)
+        missing = np.isnan(proba).any(1) | (self.unknown if unknown is None else unknown)
         codes = np.where(missing, -1, np.where(np.isnan(proba), -1, proba).argmax(1))
         return pd.Categorical.from_codes(codes, categories=list(self.model.card.classes)).remove_unused_categories()
 
 
 def _scores(result: Predictions) -> np.ndarray:
-    return np.zeros(0, np.float32) if result.look is None else result.look.score
+    return np.zeros(0, np.float32) if result.ood is None else result.ood.score
 
 
 def planned_keys(model: HE2Gene, keys: Keys) -> dict[str, list[str]]:
@@ -147,12 +167,14 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
     }
     if card.classes:
         proba = spread("obsm", keys.proba, stacked.proba)
-        annotation = stacked.annotation(proba)
+        annotation = stacked.annotation(proba, spread.unknown(keys.annotation, stacked.unknown))
         slots["obs"][keys.annotation] = pd.Series(annotation, index=table.obs_names)
         slots["obs"][keys.confidence] = pd.Series(np.max(proba, axis=1), index=table.obs_names)
         slots["obsm"][keys.proba] = pd.DataFrame(proba, index=table.obs_names, columns=list(card.classes))
         colours = dict(zip(card.classes, card.class_colors, strict=True))
         slots["uns"][keys.colors] = [colours[name] for name in annotation.categories]
+    tissue = spread("obs", keys.tissue, stacked.tissue[:, None])[:, 0]
+    slots["obs"][keys.tissue] = pd.Series(tissue, index=table.obs_names)
     if stacked.ood is not None:
         score = spread("obs", keys.ood, stacked.ood[:, None])[:, 0]
         slots["obs"][keys.ood] = pd.Series(score, index=table.obs_names)
@@ -177,6 +199,14 @@ class _Spread:
         whole[self.rows] = values
         return whole
 
+    def unknown(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Mask of the spots without an annotation."""
+        whole = np.ones(self.table.n_obs, bool)
+        if self.keep and name in self.table.obs:
+            whole[self.others] = self.table.obs[name].isna().to_numpy()[self.others]
+        whole[self.rows] = values
+        return whole
+
 
 def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> np.ndarray:
     layer = np.full(table.shape, np.nan, np.float32)
@@ -193,9 +223,24 @@ def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> di
     known = stacked.model.genes.iloc[stacked.wanted.positions]
     found: dict[str, np.ndarray] = {keys.predicted: np.zeros(table.n_vars, bool)}
     found[keys.predicted][columns] = True
-    for key, name in ((keys.pcc, "pcc"), (keys.reliable, "reliable"), (keys.mean, "mean")):
-        found[key] = np.zeros(table.n_vars, bool) if name == "reliable" else np.full(table.n_vars, np.nan, np.float32)
-        found[key][columns] = known[name]
+    figures = {
+        keys.pcc: "pcc",
+        keys.pcc_new_patient: "pcc_new_patient",
+        keys.pcc_given_depth: "pcc_given_depth",
+        keys.mean: "mean",
+    }
+    for key, name in figures.items():
+        found[key] = np.full(table.n_vars, np.nan, np.float32)
+        if name in known:
+            found[key][columns] = known[name]
+    of_known = "reliable_known_patient" if "reliable_known_patient" in known else "reliable"
+    for key, name in (
+        (keys.reliable, of_known if stacked.known_patient else "reliable"),
+        (keys.reliable_known_patient, of_known),
+    ):
+        found[key] = np.zeros(table.n_vars, bool)
+        # Of a slide out of distribution no figure says anything.
+        found[key][columns] = known[name] & stacked.familiar
     if keep and keys.layer in table.layers and keys.predicted in var:
         elsewhere = var[keys.predicted].to_numpy(bool) & ~found[keys.predicted]
         for key, values in found.items():

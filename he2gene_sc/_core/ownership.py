@@ -54,8 +54,16 @@ def keys_of_prediction(keys: Keys, *, classes: bool = True, ood: bool = True) ->
     """Slot to the keys that ``hg.tl.predict`` writes beside its record: with annotation classes, with a score of them."""
     return {
         "layers": [keys.layer],
-        "var": [keys.predicted, keys.pcc, keys.reliable, keys.mean],
-        "obs": [keys.annotation, keys.confidence] * classes + [keys.ood] * ood,
+        "var": [
+            keys.predicted,
+            keys.pcc,
+            keys.pcc_new_patient,
+            keys.pcc_given_depth,
+            keys.reliable,
+            keys.reliable_known_patient,
+            keys.mean,
+        ],
+        "obs": [keys.annotation, keys.confidence] * classes + [keys.ood] * ood + [keys.tissue],
         "obsm": [keys.embedding] + [keys.proba] * classes,
         "uns": [keys.colors] * classes,
     }

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..image import PatchBatch, PatchReader
-from ..models._guard import Look
+from ..image import FAULTS, PatchBatch, PatchReader, faults, tissue_share
 from ..models._heap import kept_heap
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
+from ..models._ood import OODResult, SlideFacts
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -36,14 +36,17 @@ class Predictions:
         ``(n, c)`` float32, class probabilities; ``c`` is 0 without an annotation head.
     embedding
         ``(n, k)`` float32, what the heads read.
-    look
+    tissue
+        ``(n,)`` float32, share of tissue in the smallest window.
+    ood
         How the slide looks beside training; ``None`` where the model has no statistics of it.
     """
 
     expression: np.ndarray
     proba: np.ndarray
     embedding: np.ndarray
-    look: Look | None = None
+    tissue: np.ndarray
+    ood: OODResult | None = None
 
 
 def predict(
@@ -84,17 +87,19 @@ def predict(
     with torch.inference_mode():
         symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
         by_view = network.extractor.fusion == "mean" and network.has_annotation
+        facts = _no_facts(n, reader)
         features, probas, order = [], [], []
         for batch, views in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
             features.append(views.mean(1))
             if by_view:
                 probas.append(network.annotation(views).mean(1))
+            _read_pixels(facts, batch, reader)
             order.append(batch.index)
             if progress is not None:
                 progress(len(batch.index))
         if not n:
             return Predictions(
-                np.empty((0, len(genes)), np.float32), proba, np.empty((0, network.n_latent), np.float32)
+                np.empty((0, len(genes)), np.float32), proba, np.empty((0, network.n_latent), np.float32), facts.tissue
             )
         # Back into the order of the spots on the device, so that one copy brings everything home.
         back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
@@ -106,9 +111,26 @@ def predict(
         for start in range(0, len(genes), _GENES_AT_ONCE):
             part = positions[start : start + _GENES_AT_ONCE]
             expression[:, start : start + len(part)] = network.expression(latent, part).cpu().numpy()
-        if network.has_annotation:
-            proba[:] = (torch.cat(probas)[back] if by_view else network.annotation(latent)).cpu().numpy()
-    return Predictions(expression, proba, embedding, None if network.guard is None else network.guard.look(seen))
+        if by_view:
+            proba[:] = torch.cat(probas)[back].cpu().numpy()
+        elif network.has_annotation:
+            proba[:] = network.classify(seen, reader.centres * reader.mpp, latent)
+    return Predictions(expression, proba, embedding, facts.tissue, network.judge(seen, facts))
+
+
+def _no_facts(n: int, reader: PatchReader) -> SlideFacts:
+    return SlideFacts(reader.mpp, np.zeros(n, np.float32), np.zeros((n, len(FAULTS)), np.float32))
+
+
+def _read_pixels(facts: SlideFacts, batch: PatchBatch, reader: PatchReader) -> None:
+    """Note what the patches of a batch show without a model: tissue in the smallest window, faults in stored pixels."""
+    windows = reader.plan.windows
+    smallest = min(range(len(windows)), key=lambda i: windows[i].um)
+    facts.tissue[batch.index] = tissue_share(batch.patches[smallest], windows[smallest].um)
+    # Averaging hides faults: they are looked for in the widest window that was not averaged.
+    whole = [i for i, window in enumerate(windows) if window.factor == 1]
+    widest = max(whole or [smallest], key=lambda i: windows[i].um)
+    facts.faults[batch.index] = faults(batch.patches[widest])
 
 
 def encode(

@@ -10,9 +10,11 @@ from typing import Any
 from .._keys import check_class_names
 
 #: Raised whenever a reader of the old version would misunderstand the new one.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+#: The first that states intervals and a guard.
+_TRUST_VERSION = 3
 #: Older ones that are read: what they lack is no part of a prediction.
-_READABLE = (2, SCHEMA_VERSION)
+_READABLE = (2, 3, SCHEMA_VERSION)
 
 EXPRESSION_SCALE = "natural log of (1 + counts per 10,000)"
 
@@ -67,7 +69,10 @@ class ModelCard:
         What the quantiles of the residuals rest on: ``unit`` (``"patient"`` or ``"section"``), ``n_groups``, their
         ``levels``, ``max_coverage``, ``spots`` by predicted class; ``None`` without.
     guard
-        Limits of :class:`he2gene_sc.models._guard.Guard`; ``None`` without.
+        Limits of :class:`he2gene_sc.models._ood.OODDetector`; ``None`` without.
+    annotation
+        ``context``: the neighbours that the annotation reads, where it has components of its own; ``None`` where it reads
+        the embedding.
     schema_version
         Version of this layout.
     """
@@ -94,6 +99,7 @@ class ModelCard:
     tta: bool = False
     intervals: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
+    annotation: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -133,8 +139,10 @@ class ModelCard:
                 f"`model`: {where} has schema version {data['schema_version']}, of he2gene_sc 0.1, whose features are no "
                 "longer made; train the model again"
             )
+        if data["schema_version"] < _TRUST_VERSION:
+            data |= {"intervals": None, "guard": None}
         if data["schema_version"] < SCHEMA_VERSION:
-            data |= {"intervals": None, "guard": None, "schema_version": SCHEMA_VERSION}
+            data |= {"annotation": None, "schema_version": SCHEMA_VERSION}
         from ._schema import check_card
 
         check_card(data, where)

@@ -14,6 +14,8 @@ N_COLOUR = 9
 
 #: Arrays of a :class:`Basis` among the tensors of a model.
 TENSORS = ("latent.mean", "latent.scale", "latent.projection", "latent.mixing")
+#: Colour statistics of a window: mean, SD and covariances of the optical density of three channels.
+N_COLOUR = 9
 
 
 @dataclass(frozen=True)

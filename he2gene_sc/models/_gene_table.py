@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 _TEXTS = ("gene", "ensembl_id", "group")
-_TRUTHS = ("variable", "reliable")
+_TRUTHS = ("variable", "reliable", "reliable_known_patient")
 #: Columns of every model, in their order.
 COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
 #: Columns that not every model has.
-FIGURES = ["pcc_high", "pcc_patient_low", "pcc_new_patient", "ceiling"]
-_NUMBERS = ("mean", "pcc", "pcc_low", "skill", *FIGURES)
-_CORRELATIONS = ("pcc", "pcc_new_patient")
+FIGURES = ["pcc_high", "pcc_patient_low", "pcc_new_patient", "pcc_given_depth", "ceiling", "reliable_known_patient"]
+_NUMBERS = ("mean", "pcc", "pcc_low", "skill", *FIGURES[:-1])
+_CORRELATIONS = ("pcc", "pcc_new_patient", "pcc_given_depth")
 _GROUPS = ("target", "auxiliary")
 _TRUE, _FALSE = ("True", "TRUE", "true"), ("False", "FALSE", "false")
 _SHOWN = 5

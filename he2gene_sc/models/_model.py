@@ -16,8 +16,8 @@ from ._tensors import ENCODER, check_tensors
 if TYPE_CHECKING:
     import torch
 
-    from ._guard import Guard
     from ._network import Network
+    from ._ood import OODDetector
     from ._registry import EncoderSpec
 
 __all__ = ["ENCODER", "HE2Gene"]
@@ -123,17 +123,20 @@ class HE2Gene:
                 "another output, as where it reads another layer or pools otherwise: its predictions would be meaningless"
             )
         context = ALONE if self.card.context is None else Context(**self.card.context)
-        return Network(extractor, heads, context, self.guard)
+        around = (self.card.annotation or {}).get("context")
+        return Network(extractor, heads, context, self.detector, ALONE if around is None else Context(**around))
 
     @property
-    def guard(self) -> Guard | None:
+    def detector(self) -> OODDetector | None:
         """What notices a slide unlike the training data; ``None`` where the model has no statistics of it."""
-        from ._guard import BANK, PROJECTION, SIZE, Guard
+        from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, OODDetector
 
         if self.card.guard is None:
             return None
-        arrays = (self.tensors[name] for name in ("latent.mean", "latent.scale", PROJECTION, BANK, SIZE))
-        return Guard(*(np.asarray(x, np.float32) for x in arrays), self.card.guard, self.card.windows_um)
+        own = (MEAN, SCALE) if MEAN in self.tensors else ("latent.mean", "latent.scale")
+        none = np.zeros(0, np.float32)
+        arrays = (self.tensors.get(name, none) for name in (*own, WEIGHTS, PROJECTION, BANK, SIZE))
+        return OODDetector(*(np.asarray(x, np.float32) for x in arrays), self.card.guard, self.card.windows_um)
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: ``card.json``, ``genes.csv``, ``weights.safetensors``, ``README.md``.

@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._embedding import TENSORS, Basis, Context, check_pairs, rings_of
+from ._embedding import ALONE, TENSORS, Basis, Context, check_pairs, rings_of
 from ._fuse import fuse_batch_norm
-from ._guard import Guard
+from ._ood import OODDetector, OODResult, SlideFacts
 from ._registry import EncoderSpec
 from ._stages import staged
+
+#: Arrays of an annotation that reads components of its own.
+ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
 
 #: The eight symmetries of the square, as (quarter turns, mirrored).
 SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4))
@@ -150,11 +153,14 @@ class Network(nn.Module):
         ``genes.weight`` ``(k, g)``, ``genes.bias`` ``(g,)``; with an embedding of its own ``latent.*``, see
         :class:`he2gene_sc.models._embedding.Basis`, otherwise the heads read the features and ``k`` is ``f``; with an
         annotation head ``annotation.weight`` ``(k, c)``, ``annotation.bias`` ``(c,)``, already divided by the
-        temperature where there is one.
+        temperature where there is one. Where the annotation reads components of its own, ``annotation.mean``,
+        ``annotation.scale`` and ``annotation.projection`` make them, and ``k`` is theirs.
     context
         What surrounds a spot, for the embedding.
-    guard
+    detector
         What notices a slide unlike training, where the model has it.
+    annotation_context
+        What surrounds a spot, for an annotation with components of its own.
     """
 
     def __init__(
@@ -162,11 +168,12 @@ class Network(nn.Module):
         extractor: FeatureExtractor,
         tensors: dict[str, torch.Tensor],
         context: Context,
-        guard: Guard | None = None,
+        detector: OODDetector | None = None,
+        annotation_context: Context = ALONE,
     ):
         super().__init__()
         self.extractor = extractor
-        self.guard = guard
+        self.detector = detector
         self.basis: Basis | None = None
         if "latent.projection" in tensors:
             self.basis = Basis(*(tensors[key].float().numpy() for key in TENSORS), context)
@@ -176,6 +183,10 @@ class Network(nn.Module):
         if self.has_annotation:
             self.register_buffer("annotation_weight", tensors["annotation.weight"].float())
             self.register_buffer("annotation_bias", tensors["annotation.bias"].float())
+        self.annotation_basis: Basis | None = None
+        if ANNOTATION[0] in tensors:
+            arrays = (tensors[key].float().numpy() for key in (*ANNOTATION, "annotation.weight"))
+            self.annotation_basis = Basis(*arrays, annotation_context)
 
     @property
     def n_latent(self) -> int:
@@ -205,6 +216,18 @@ class Network(nn.Module):
         """Refuse the spots of a slide, ``(n, 2)`` µm, that lie too close to be embedded; before they are encoded."""
         if self.basis is not None:
             check_pairs(centres_um, self.basis.context.rings_um)
+
+    def classify(self, features: np.ndarray, centres_um: np.ndarray, latent: torch.Tensor) -> np.ndarray:
+        """Class probabilities of all spots of one slide, ``(n, c)`` float32; arguments as those of :meth:`embed`, and its result."""
+        if self.annotation_basis is None:
+            return self.annotation(latent).cpu().numpy()
+        rings = rings_of(centres_um, self.annotation_basis.context.rings_um)
+        logits = torch.from_numpy(self.annotation_basis.embed(features, rings)) + self.annotation_bias.cpu()
+        return torch.softmax(logits, dim=-1).numpy()
+
+    def judge(self, features: np.ndarray, facts: SlideFacts) -> OODResult | None:
+        """Say how the spots of one slide look beside training."""
+        return None if self.detector is None else self.detector.judge(features, facts)
 
     def expression(self, latent: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
         """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from ._card import EXPRESSION_SCALE
 from ._embedding import Context
 from ._registry import INTERPOLATIONS
+from ._stain import N_STAIN
 
 #: Faults that one error names.
 _SHOWN = 3
@@ -81,12 +82,40 @@ class _Intervals(_Strict):
     spots: dict[str, Annotated[int, Field(ge=0)]]
 
 
+class _Stain(_Strict):
+    middle: Annotated[list[Number], Field(min_length=N_STAIN, max_length=N_STAIN)]
+    half: Annotated[list[Positive], Field(min_length=N_STAIN, max_length=N_STAIN)]
+
+
 class _Guard(_Strict):
+    distance: Positive
+    rest: Positive
+    octaves: Positive
+    mpp: Positive
+    known: NotNegative = Field(default=None)
+    stain: _Stain = Field(default=None)
+
+
+class _GuardOf06(_Strict):
     distance: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     far: Positive
     octaves: Positive
     spread: Number
     variation: Two
+
+
+def _layout(guard: object) -> str:
+    return "0.6" if isinstance(guard, dict) and {"far", "spread", "variation"} & guard.keys() else "0.7"
+
+
+_AnyGuard = Annotated[
+    Annotated[_Guard, Tag("0.7")] | Annotated[_GuardOf06, Tag("0.6")],
+    Discriminator(_layout),
+]
+
+
+class _Annotation(_Strict):
+    context: _Context
 
 
 class Card(_Strict):
@@ -113,7 +142,8 @@ class Card(_Strict):
     context: _Context | None
     tta: bool
     intervals: _Intervals | None
-    guard: _Guard | None
+    guard: _AnyGuard | None
+    annotation: _Annotation | None
     schema_version: int
 
 
@@ -137,11 +167,15 @@ def check_card(data: dict[str, Any], where: str) -> None:
             f"`model`: {where}: `class_colors` has {len(card.class_colors)} colours for {len(card.classes)} `classes`; "
             "one for each is needed"
         )
-    if data["context"] is not None:
-        try:
-            Context(**data["context"])
-        except ValueError as error:
-            raise ValueError(f"`model`: {where}: `context`: {error}") from error
+    for name, context in (
+        ("context", data["context"]),
+        ("annotation.context", (data["annotation"] or {}).get("context")),
+    ):
+        if context is not None:
+            try:
+                Context(**context)
+            except ValueError as error:
+                raise ValueError(f"`model`: {where}: `{name}`: {error}") from error
     if card.intervals is not None and sorted(set(card.intervals.levels)) != card.intervals.levels:
         raise ValueError(f"`model`: {where}: `intervals.levels` must ascend")
     sections = card.training.get("sections", {})
@@ -173,7 +207,7 @@ def _field(place: tuple[int | str, ...]) -> str:
 
 
 #: Names that pydantic gives to the branches of a union.
-_BRANCHES = ("float", "int", "bool", "str", "constrained-float", "constrained-int", "list", "none")
+_BRANCHES = ("float", "int", "bool", "str", "constrained-float", "constrained-int", "list", "none", "0.6", "0.7")
 
 
 def _short(value: object) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from ._card import ModelCard
 from ._embedding import N_COLOUR
 from ._embedding import TENSORS as LATENT
-from ._guard import BANK, PROJECTION, SIZE
+from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS
 
 #: What the names of an encoder's own tensors begin with.
 ENCODER = "encoder."
@@ -17,7 +17,9 @@ _GENES = ("genes.weight", "genes.bias")
 _ANNOTATION = ("annotation.weight", "annotation.bias")
 _COLOUR = ("colour.weight", "colour.bias", "colour.genes")
 _INTERVALS = ("intervals.quantiles", "intervals.groups", "intervals.spread")
-_GUARD = (PROJECTION, BANK, SIZE)
+_OWN_ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
+#: Of models of he2gene_sc 0.6, whose detector was standardised as the embedding is; and what later ones have beside them.
+_GUARD, _OWN_GUARD = (PROJECTION, BANK, SIZE), (MEAN, SCALE, WEIGHTS)
 _WHOLE = ("colour.genes", "intervals.groups")
 #: NaN where a class has too few spots, infinite where groups are too few for a level.
 _NOT_FINITE = ("intervals.quantiles",)
@@ -62,6 +64,8 @@ def _check_names(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str)
         (_COLOUR, any(name in tensors for name in _COLOUR)),
         (_INTERVALS, card.intervals is not None),
         (_GUARD, card.guard is not None),
+        (_OWN_GUARD, card.guard is not None and "rest" in card.guard),
+        (_OWN_ANNOTATION, card.annotation is not None),
     ):
         needed |= set(group) if wanted else set()
     heads = {name for name in tensors if not name.startswith(ENCODER)}
@@ -92,7 +96,7 @@ def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
     chosen = tensors.get("colour.genes")
     if chosen is not None and chosen.size and (chosen.min() < 0 or chosen.max() >= card.n_genes):
         raise ValueError(f"{where}: tensor 'colour.genes' holds positions outside the {card.n_genes} genes")
-    for name in ("latent.scale", "intervals.groups"):
+    for name in ("latent.scale", "annotation.scale", SCALE, WEIGHTS, "intervals.groups"):
         if name in tensors and (tensors[name] < 0).any():
             raise ValueError(f"{where}: tensor {name!r} holds negative values")
     if card.intervals is None:
@@ -126,7 +130,10 @@ class _Sizes:
         shapes: dict[str, tuple[tuple[int | None, ...], str]] = {
             "genes.weight": ((k, g), f"{latent} and {genes}"),
             "genes.bias": ((g,), genes),
-            "annotation.weight": ((k, c), classes),
+            "annotation.weight": ((k, c), classes) if self.card.annotation is None else self._own_annotation(),
+            "annotation.mean": ((f,), features),
+            "annotation.scale": ((f,), features),
+            "annotation.projection": ((f, None), features),
             "annotation.bias": ((c,), classes),
             "latent.mean": ((None,), "the features"),
             "latent.scale": ((f,), features),
@@ -145,9 +152,15 @@ class _Sizes:
             d = self._axis(PROJECTION, 1)
             encoded = max(0, f - self.n_colour) // self.windows
             shapes[PROJECTION] = ((f, None), features)
-            shapes[BANK] = ((None, d + self.n_colour), f"{d} components and {self.n_colour} colours")
+            beside = 0 if "rest" in self.card.guard else self.n_colour
+            shapes[BANK] = ((None, d + beside), f"{d} components and {beside} colours")
+            shapes |= dict.fromkeys(_OWN_GUARD, ((f,), features))
             shapes[SIZE] = ((encoded + 1 if self.windows > 1 else 0,), f"{encoded} features of a window")
         return {name: wanted for name, wanted in shapes.items() if name in self.tensors}
+
+    def _own_annotation(self) -> tuple[tuple[int | None, ...], str]:
+        p, rings = self._axis("annotation.projection", 1), len(self.card.annotation["context"]["rings_um"])
+        return (p * (1 + rings), self.c), f"{p} components of the annotation, {rings} rings and {self.c} classes"
 
     @property
     def n_colour(self) -> int:

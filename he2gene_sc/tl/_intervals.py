@@ -86,7 +86,7 @@ def intervals(
     Split conformal: the absolute residual of held-out spots over a spread that rises with the prediction (Lei et al., J Am
     Stat Assoc 2018, sec. 5.2), its quantile by predicted class (Mondrian: Vovk, Gammerman and Shafer 2005, sec. 4.5), with
     sections or patients as the unit (Lee, Barber and Willett, arXiv 2306.06342). The guarantee needs nine groups, above
-    90 % ``coverage / (1 - coverage)``; the bundled model has five sections of two patients: none. What that means is
+    90 % ``coverage / (1 - coverage)``; the bundled model has six sections of three patients: none. What that means is
     in ``docs/trust.md``.
 
     Examples

@@ -44,6 +44,7 @@ def predict(
     gene_symbols: str | None = None,
     layer: str | None = None,
     key_added: str = "he2gene",
+    known_patient: bool = False,
     tta: bool | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
@@ -75,6 +76,9 @@ def predict(
         Name of the layer; default ``key_added``.
     key_added
         Prefix of everything that is written.
+    known_patient
+        Whether other sections of the same patients are among those that the model was trained on (the card lists them).
+        Then ``var["he2gene_reliable"]`` is that of known patients.
     tta
         Average over the eight symmetries of the square: eight times the work, slightly better. Default: what the
         model's card says; the paper's models do, the bundled one does not.
@@ -96,11 +100,19 @@ def predict(
     ``.layers["he2gene"]``
         Predicted expression, natural log of (1 + counts per 10,000), float32, ``(n_obs, n_vars)``; NaN for genes that
         the model does not know and spots outside the image.
-    ``.var["he2gene_predicted"]``, ``.var["he2gene_pcc"]``, ``.var["he2gene_reliable"]``, ``.var["he2gene_mean"]``
-        Whether the model knows the gene, its held-out Pearson correlation, whether that is good enough to use, its mean
-        in training (unit of the layer).
+    ``.var["he2gene_predicted"]``, ``.var["he2gene_pcc"]``, ``.var["he2gene_mean"]``
+        Whether the model knows the gene, its held-out Pearson correlation, its mean in training (unit of the layer).
+    ``.var["he2gene_reliable"]``, ``.var["he2gene_pcc_new_patient"]``, ``.var["he2gene_pcc_given_depth"]``
+        Whether the gene is good enough to use on a new patient; its mean correlation over patients that were held out
+        whole, and what is left of it given the counts of each spot.
+    ``.var["he2gene_reliable_known_patient"]``
+        Whether it is good enough on another section of a patient that the model was trained on. Neither is true on a
+        slide out of distribution.
     ``.obs["he2gene_annotation"]``, ``.obs["he2gene_annotation_confidence"]``
-        Most probable class and its calibrated probability.
+        Most probable class and its calibrated probability. The class is missing where it is unknown: on glass, and out
+        of distribution.
+    ``.obs["he2gene_tissue"]``
+        Share of tissue in the smallest window of the spot; below 0.25 it is taken for glass.
     ``.obs["he2gene_ood"]``
         How far a spot is from what the model was trained on, from the image alone; above 1 it is out of distribution,
         see ``docs/trust.md``. Only for models that keep statistics of their training spots.
@@ -194,12 +206,15 @@ def predict(
         "dtype": str(dtype).removeprefix("torch."),
         "windows_um": [float(um) for um in model.card.windows_um],
         **_describe(slides, [level for level, _ in predictions]),
+        **_summary([result for _, result in predictions]),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
-    _warn_of_looks(slides, [result for _, result in predictions])
-    stacked = StackedPredictions.collect(slides, [result for _, result in predictions], wanted, model, keys, record)
+    _warn_of_slides(slides, [result for _, result in predictions])
+    stacked = StackedPredictions.collect(
+        slides, [result for _, result in predictions], wanted, model, keys, record, known_patient=known_patient
+    )
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
         fill_table(target[measured], stacked)
@@ -208,18 +223,34 @@ def predict(
     return target if copy else None
 
 
-def _warn_of_looks(slides: Sequence[Slide], predictions: Sequence[Predictions]) -> None:
+def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
+    """Say how much of the slides lies on tissue, and whether they look like training; logged, and kept in ``uns``."""
+    from ..image import MIN_TISSUE
+    from ..models._ood import VERDICTS
+
+    tissue = np.concatenate([result.tissue for result in predictions])
+    found: dict[str, object] = {"share_on_tissue": float((tissue >= MIN_TISSUE).mean()) if len(tissue) else 0.0}
+    judged = [result.ood for result in predictions if result.ood is not None]
+    if judged:
+        score = np.concatenate([ood.score for ood in judged])
+        found["share_out_of_distribution"] = float((score > 1).mean()) if len(score) else 0.0
+        found["verdict"] = max((ood.verdict for ood in judged), key=VERDICTS.index)
+    logger.info("predict: %s", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items()))
+    return found
+
+
+def _warn_of_slides(slides: Sequence[Slide], predictions: Sequence[Predictions]) -> None:
     """Warn once of all slides unlike the training data."""
     odd = [
-        f"{slide.shapes_key!r}: {'; '.join(result.look.reasons)} (mpp {slide.mpp:.4g}, {slide.mpp_source})"
+        f"{slide.shapes_key!r}: {'; '.join(result.ood.reasons)} (mpp {slide.mpp:.4g}, {slide.mpp_source})"
         for slide, result in zip(slides, predictions, strict=True)
-        if result.look is not None and result.look.reasons
+        if result.ood is not None and result.ood.reasons
     ]
     if odd:
         warnings.warn(
             f"unlike what the model was trained on, {', '.join(odd)}. Check the tissue, the stain (H&E, not fluorescence or "
             "IHC), the µm/px, and that the spots lie on tissue, not on blank glass; do not trust this prediction unless you "
-            "know better",
+            "know better: its spots are not annotated, and no gene is called reliable",
             UserWarning,
             stacklevel=3,
         )

@@ -41,10 +41,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("he2gene_sc")
 
 WINDOWS_UM = (100.0, 200.0, 400.0)
-#: Symmetries a training spot is seen under: the identity, and one of each quarter turn, half of them mirrored.
-_SYMMETRIES = ((0, False), (1, True), (2, False), (3, True))
+#: Symmetries a training spot is seen under.
+_SYMMETRIES = ((0, False),)
 #: Sum of squares of the colour features, that of the encoder's being 1.
 _COLOUR_SHARE = 0.25
+#: The same for the annotation.
+_ANNOTATION_COLOUR_SHARE = 2.0
 
 
 def train(
@@ -336,7 +338,8 @@ def _train_default(
     sizes = stage_sizes(network, stages, spec.input_px)
     n_colour = N_COLOUR * len(windows_um)
     weights = feature_weights(sizes, len(windows_um), n_colour, _COLOUR_SHARE)
-    recipe = Recipe(weights, n_latent=n_latent)
+    annotation = feature_weights(sizes, len(windows_um), n_colour, _ANNOTATION_COLOUR_SHARE)
+    recipe = Recipe(weights, n_latent=n_latent, annotation_weights=annotation)
     check_memory(len(weights))
     sha256 = encoder_sha256(network)
     kept, features = [], []

@@ -13,14 +13,15 @@ from threadpoolctl import threadpool_limits
 from ..models import EncoderSpec, HE2Gene, ModelCard
 from ..models._embedding import ALONE, Context
 from ..models._registry import input_facts
+from ._annotation import AROUND, STRENGTH, fit_annotation
 from ._calibrate import calibration_unit, described
-from ._closed_form import Recipe, fit_basis, fit_softmax, fit_sums
+from ._closed_form import Recipe, fit_basis, fit_sums
 from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
 from ._folds import NOT_TOLD, grouped_folds, warn_of_unit
-from ._guard import fit_guard
+from ._ood import fit_detector
 from ._predictability import gene_table
 from ._sections import Section
-from ._validate import Choice, HeldOut, cross_validate, labelled_embedding, panels
+from ._validate import Choice, HeldOut, cross_validate, panels
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -203,7 +204,8 @@ def _build(
                 sections, found, facts.classes, telling=held_out[telling], by_patient=telling == "patient"
             )
         )
-        for name, found in held_out.items()
+        # New patients first.
+        for name, found in reversed(held_out.items())
     }
     everything = [np.ones(len(section), bool) for section in sections]
     target, variable = panels(sections, everything, n_target)
@@ -222,8 +224,8 @@ def _build(
     calibration = None if exchangeable is None else held_out[exchangeable].calibration
     if calibration is not None:
         tensors |= calibration.tensors()
-    guard, limits = fit_guard(sections, tensors["latent.mean"], tensors["latent.scale"], facts.windows_um, n_colour)
-    tensors |= guard
+    kept, limits = fit_detector(sections, recipe.weights, facts.windows_um, facts.encoder.input_px, n_colour)
+    tensors |= kept
     card = ModelCard(
         name=facts.name,
         version=facts.version,
@@ -251,6 +253,7 @@ def _build(
         context=recipe.context.to_dict(),
         intervals=None if calibration is None else described(calibration, exchangeable, facts.classes),
         guard=limits,
+        annotation={"context": AROUND.to_dict()} if "annotation.mean" in tensors else None,
     )
     # In the order in which they are stored: rounding depends on it.
     return HE2Gene(card, genes, {key: np.asarray(value, order="C") for key, value in tensors.items()})
@@ -300,13 +303,8 @@ def _fit(
         "genes.weight": sums.ridge(choice.penalty, choice.rank).astype(np.float16),
         "genes.bias": sums.mean.astype(np.float32),
     }
-    embedding, codes = labelled_embedding(sections, rows, basis)
-    if n_classes and len(codes):
-        weight, bias = fit_softmax(embedding, codes, n_classes, choice.strength)
-        t = pooled_temperature(sections, held_out.logits)
-        tensors["annotation.weight"] = (weight / t).astype(np.float32)
-        tensors["annotation.bias"] = (bias / t).astype(np.float32)
-    return tensors
+    head = fit_annotation(sections, rows, recipe.annotation, n_classes) if n_classes else None
+    return tensors if head is None else tensors | head.tensors(pooled_temperature(sections, held_out.logits))
 
 
 def _fit_colour(
@@ -342,7 +340,7 @@ def _training(
         "chosen_by": " and ".join(units) + ", the folds that the figures are of",
         "penalty": choice.penalty,
         "rank": choice.rank,
-        "annotation_strength": choice.strength,
+        "annotation_strength": STRENGTH,
         "colour_penalty": colour_choice.penalty,
         "colour_rank": colour_choice.rank,
         "intervals": "bootstrap over blocks of tissue within sections (none below five), conditional on these patients",

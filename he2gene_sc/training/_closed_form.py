@@ -37,12 +37,20 @@ class Recipe:
         Length of the embedding.
     context
         Rings of neighbours whose features count, and their weights.
+    annotation_weights
+        As ``weights``, for the annotation; default: the same.
     """
 
     weights: np.ndarray
     n_components: int = 192
     n_latent: int = 128
     context: Context = field(default_factory=Context)
+    annotation_weights: np.ndarray | None = None
+
+    @property
+    def annotation(self) -> np.ndarray:
+        """Factor of each standardised feature, for the annotation."""
+        return self.weights if self.annotation_weights is None else self.annotation_weights
 
     @property
     def power(self) -> float:
@@ -166,7 +174,7 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
             features = np.asarray(section.features[:, view], np.float32)
             z = recipe.context.standardise(features, mean, scale)[chosen] * weights
             gram += z.T @ z
-    own = _principal(gram, min(recipe.n_components, f))
+    own = principal(gram, min(recipe.n_components, f))
     basis = Basis(mean, scale, (weights[:, None] * own).astype(np.float32), np.empty((0, 0)), recipe.context)
     size = own.shape[1] * (1 + len(recipe.context.rings_um))
     factors = np.sqrt(np.repeat((1.0, *recipe.context.weights), own.shape[1])).astype(np.float32)
@@ -177,7 +185,7 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
             parts = components(section, basis, view)[chosen] * factors
             gram += parts.T @ parts
         n_spots += int(chosen.sum())
-    mixing = factors[:, None] * _principal(gram, min(recipe.n_latent, size, max(1, n_spots - 1)))
+    mixing = factors[:, None] * principal(gram, min(recipe.n_latent, size, max(1, n_spots - 1)))
     return Basis(mean, scale, basis.projection, mixing.astype(np.float32), recipe.context)
 
 
@@ -218,7 +226,7 @@ def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Bas
 
 
 def fit_softmax(
-    embedding: np.ndarray, codes: np.ndarray, n_classes: int, strength: float
+    embedding: np.ndarray, codes: np.ndarray, n_classes: int, strength: float, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Multinomial logistic regression on the embedding (scikit-learn, lbfgs).
 
@@ -232,6 +240,8 @@ def fit_softmax(
         Classes of the result; those that do not occur get a bias that no spot overcomes.
     strength
         Inverse of the L2 penalty, on the standardised embedding.
+    weight
+        ``(n,)`` of each spot; default: 1.
 
     Returns
     -------
@@ -242,22 +252,22 @@ def fit_softmax(
     """
     from sklearn.linear_model import LogisticRegression
 
-    scale = np.sqrt(np.mean(np.square(embedding, dtype=np.float64)))
+    scale = np.sqrt(np.average(np.square(embedding, dtype=np.float64).mean(1), weights=weight))
     present = np.unique(codes)
-    weight, bias = np.zeros((embedding.shape[1], n_classes)), np.full(n_classes, UNSEEN)
+    slope, bias = np.zeros((embedding.shape[1], n_classes)), np.full(n_classes, UNSEEN)
     if len(present) == 1:
         bias[present] = 0.0
-        return weight, bias
-    fitted = LogisticRegression(C=strength, max_iter=2000, tol=1e-5).fit(embedding / scale, codes)
+        return slope, bias
+    fitted = LogisticRegression(C=strength, max_iter=2000, tol=1e-5).fit(embedding / scale, codes, weight)
     if len(present) == 2:
         # scikit-learn keeps one column for two classes; half of it each way is the same softmax.
         coefficients = np.concatenate([-fitted.coef_, fitted.coef_]) / 2
         intercepts = np.concatenate([-fitted.intercept_, fitted.intercept_]) / 2
     else:
         coefficients, intercepts = fitted.coef_, fitted.intercept_
-    weight[:, present] = coefficients.T / scale
+    slope[:, present] = coefficients.T / scale
     bias[present] = intercepts
-    return weight, bias
+    return slope, bias
 
 
 def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
@@ -310,7 +320,7 @@ def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.n
     return total, np.maximum(squares - np.square(total), 0)
 
 
-def _principal(gram: np.ndarray, k: int) -> np.ndarray:
+def principal(gram: np.ndarray, k: int) -> np.ndarray:
     """First ``k`` principal directions of a sum of squares, ``(f, k)``, largest first, signs made reproducible."""
     f = len(gram)
     if f <= _EXACT_UP_TO or k > f // 2:

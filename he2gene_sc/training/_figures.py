@@ -9,9 +9,10 @@ import numpy as np
 
 from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._closed_form import UNSEEN, temperature
+from ._depth import Depth
 from ._predictability import with_rest
 from ._sections import Section
-from ._validate import HeldOut, Panel, within
+from ._validate import HeldOut, Panel
 
 #: Side of the blocks of tissue that the bootstrap draws, µm: a few spots, as far as neighbours resemble each other.
 BLOCK_UM = 800.0
@@ -73,17 +74,10 @@ def given_depth(panel: Panel, totals: np.ndarray, parts: np.ndarray) -> tuple[fl
     parts
         ``(n,)`` codes of what was held out together; the panel is centred within them where there are several.
     """
-    depth = np.log(totals)
-    depth = (depth - depth.mean()) / max(depth.std(), np.finfo(float).tiny)
-    powers = within(np.vander(depth, 4), parts)
-
-    def rest(values: np.ndarray) -> np.ndarray:
-        values = values.astype(np.float64)
-        return values - powers @ np.linalg.lstsq(powers, values, rcond=1e-9)[0]
-
+    depth = Depth.of(totals, parts)
     measured = np.nan_to_num(panel.measured)
     varies = np.isfinite(pearson(panel.predicted, measured))
-    target, variable = panel.means(np.where(varies, np.nan_to_num(pearson(rest(panel.predicted), rest(measured))), 0))
+    target, variable = panel.means(np.where(varies, np.nan_to_num(depth.partial(panel.predicted, measured)), 0))
     return float(target), float(variable)
 
 

@@ -96,6 +96,51 @@ def bound_within(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str
     return np.stack(found)
 
 
+def spots_of(sections: Sequence[Section], patients: Sequence[str]) -> np.ndarray:
+    """Spots of each patient, in the order of :func:`by_patient`."""
+    return np.array(
+        [
+            sum(len(s) for s, other in zip(sections, patients, strict=True) if other == name)
+            for name in dict.fromkeys(patients)
+        ]
+    )
+
+
+def new_patient_bound(given: np.ndarray, n_spots: np.ndarray, n_depth: int = 3) -> np.ndarray:
+    """One-sided 95 % lower bound of the mean over patients of each gene's correlation, ``(g,)``.
+
+    Two or three patients do not tell how much patients differ in one gene. All genes together do: the variance between
+    patients beyond that of their spots (Fisher's z) is pooled over the genes, as moderated tests pool it (Smyth, Stat Appl
+    Genet Mol Biol 2004).
+
+    Parameters
+    ----------
+    given
+        ``(patients, g)`` partial correlations of patients that were held out whole; NaN where one did not measure a gene.
+    n_spots
+        ``(patients,)``.
+    n_depth
+        Numbers that depth was described by.
+
+    Returns
+    -------
+    numpy.ndarray
+        -1 where fewer than :data:`MIN_GROUPS` patients measured a gene.
+    """
+    there = np.isfinite(given)
+    n = there.sum(0)
+    enough = n >= MIN_GROUPS
+    if not enough.any():
+        return np.full(given.shape[1], -1.0)
+    z = np.arctanh(np.clip(np.where(there, given, 0), -0.999999, 0.999999))
+    error = np.where(there, 1 / np.maximum(np.asarray(n_spots, float) - 3 - n_depth, 0.1)[:, None], 0)
+    mean = z.sum(0) / np.maximum(n, 1)
+    between = np.where(there, np.square(z - mean), 0).sum(0) / np.maximum(n - 1, 1) - error.sum(0) / np.maximum(n, 1)
+    spread = max(0.0, float(between[enough].mean()))
+    deviation = np.sqrt((n * spread + error.sum(0)) / np.maximum(n, 1) ** 2)
+    return np.where(enough, np.tanh(mean - 1.645 * deviation), -1.0)
+
+
 def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
     """Correlations of the sections where a gene that is constant counts as 0, and one that was not measured as NaN."""
     measured = np.stack([section.measured for section in sections])
@@ -160,16 +205,22 @@ def gene_table(
     # A gene of a single group was never predicted for another.
     tested = np.isfinite(grouped).sum(0) > (unit in TELLING)
     mean, skill = np.where(tested, mean, np.nan), np.where(tested, held_out[unit].skill, np.nan)
-    reliable = (unit in TELLING) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
+    known = (unit in TELLING) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
     patient_low = _least(bound_within(found[unit], [len(section) for section in sections], patients))
     if unit == "section":
-        reliable &= np.nan_to_num(patient_low) > RELIABLE_PCC
-    new_patient = np.full(len(mean), np.nan)
+        known &= np.nan_to_num(patient_low) > RELIABLE_PCC
+    new_patient, given_depth = np.full((2, len(mean)), np.nan)
+    reliable = np.zeros(len(mean), bool)
     if "patient" in found:
-        across = by_patient(found["patient"], patients)
-        new_patient = np.where(np.isfinite(across).sum(0) > 1, bounds(across)[0], np.nan)
+        across, given = (
+            by_patient(section_pcc(sections, getattr(held_out["patient"], name)), patients) for name in ("pcc", "given")
+        )
+        several = np.isfinite(across).sum(0) > 1
+        new_patient, given_depth = (np.where(several, bounds(x)[0], np.nan) for x in (across, given))
+        reliable = new_patient_bound(given, spots_of(sections, patients)) > RELIABLE_PCC
+        reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
         if unit == "section":
-            reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
+            known &= np.nan_to_num(_least(across)) > RELIABLE_PCC
     index = np.arange(len(mean))
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
     spots = sum(len(section) * section.measured for section in sections)
@@ -184,19 +235,36 @@ def gene_table(
             "pcc_high": high,
             "pcc_patient_low": patient_low,
             "pcc_new_patient": new_patient,
+            "pcc_given_depth": given_depth,
             "ceiling": ceilings(sections),
             "skill": skill,
             "reliable": reliable,
+            "reliable_known_patient": known,
         },
         index=pd.Index(facts.genes, name="gene"),
     )
-    return table, _rule(unit, len(sections), n_patients if "patient" in found else 1)
+    n_held = n_patients if "patient" in found else 1
+    return (
+        table,
+        f"{_new_patient_rule(n_held)} On a known patient a gene is called reliable where {_rule(unit, len(sections), n_held)}",
+    )
 
 
 def _least(of_patients: np.ndarray) -> np.ndarray:
     """Least over the patients that measured the gene, ``(g,)``; NaN where none did."""
     least = np.where(np.isfinite(of_patients), of_patients, np.inf).min(0)
     return np.where(np.isfinite(least), least, np.nan)
+
+
+def _new_patient_rule(n_patients: int) -> str:
+    if n_patients < MIN_GROUPS:
+        return (
+            f"figures of {MIN_GROUPS} held-out patients say so; there are {n_patients if n_patients > 1 else 'none'}."
+        )
+    return (
+        f"the lower 95 % bound of its mean correlation given the counts of each spot, over {n_patients} patients held out whole, "
+        f"is above {RELIABLE_PCC} (differences between patients pooled over the genes), and so is its correlation in each of them."
+    )
 
 
 def _rule(unit: str, n_sections: int, n_patients: int) -> str:

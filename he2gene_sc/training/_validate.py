@@ -9,29 +9,27 @@ import numpy as np
 
 from ..models._embedding import Basis
 from ..stats import pearson
+from ._annotation import AnnotationHead, fit_annotation
 from ._calibrate import Calibration, calibrate, groups_of, joined
-from ._closed_form import Recipe, Sums, embed, fit_basis, fit_softmax, fit_sums
+from ._closed_form import Recipe, Sums, embed, fit_basis, fit_sums
+from ._depth import Depth, within
 from ._sections import Section
 
 #: Penalties tried, in units of the expected sum of squares of what a spot is described by.
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 #: Ranks of the gene head tried; ``None``: full.
 RANKS = (3, 5, 8, 12, 20, None)
-STRENGTHS = (0.01, 0.03, 0.1, 0.3)
 N_VARIABLE = 50
 #: Genes predicted at once, and what a block of them and all spots may hold.
 _GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 4_000_000
-#: Rounding error of a mean, relative to it, beyond which a value differs from it.
-_DUST = 1e-12
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Penalty and rank of the gene head, strength of the annotation head."""
+    """Penalty and rank of the gene head."""
 
     penalty: float
     rank: int | None
-    strength: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class HeldOut:
         ``(sections, g)``: Pearson correlation of each gene within each section; NaN where it is constant or was not
         measured. Of a section that was held out in parts, within the parts: a model's mean is too high where the part
         that it has not seen is low, and the other way round.
+    given
+        As ``pcc``, partial correlations given the counts of each spot, see :class:`he2gene_sc.training._depth.Depth`.
     skill
         ``(g,)`` against the training mean, over all held-out spots; NaN where that mean is right everywhere, as of a
         gene that was never seen.
@@ -60,6 +60,7 @@ class HeldOut:
     """
 
     pcc: np.ndarray
+    given: np.ndarray
     skill: np.ndarray
     panel: tuple[Panel, ...]
     logits: tuple[np.ndarray, ...]
@@ -107,7 +108,7 @@ class _Fold:
     embeddings: dict[int, np.ndarray]
     target: np.ndarray
     variable: np.ndarray
-    softmax: dict[float, tuple[np.ndarray, np.ndarray]]
+    annotation: AnnotationHead | None
 
 
 def panels(
@@ -145,7 +146,7 @@ def cross_validate(
     choice: Choice | None = None,
     calibrated: tuple[str, str] | None = None,
 ) -> tuple[Choice, dict[str, HeldOut]]:
-    """Hold out one group after the other, and choose penalty, rank and strength.
+    """Hold out one group after the other, and choose penalty and rank.
 
     Parameters
     ----------
@@ -167,8 +168,7 @@ def cross_validate(
     -------
     Choice
         Expression: the penalty and rank with the highest mean correlation of the target genes over the sections, averaged
-        over the protocols, since a model meets known patients and new ones. Annotation: the likeliest strength. They are
-        chosen on the folds that the figures are taken from: one combination among a few dozen.
+        over the protocols, since a model meets known patients and new ones. They are chosen on the folds that the figures are taken from: one combination among a few dozen.
     dict
         Name of the protocol to :class:`HeldOut`, the held-out predictions of that choice.
     """
@@ -182,8 +182,7 @@ def cross_validate(
     if choice is None:
         scores = np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0)
         penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
-        every = [fold for folds in fitted.values() for fold in folds]
-        choice = Choice(PENALTIES[penalty], RANKS[rank], _best_strength(sections, every, n_classes))
+        choice = Choice(PENALTIES[penalty], RANKS[rank])
     unit = dict([calibrated] if calibrated is not None else [])
     return choice, {
         name: _collect(sections, folds, choice, n_classes, unit.get(name)) for name, folds in fitted.items()
@@ -201,24 +200,8 @@ def _fit_fold(
     sums = fit_sums(sections, rows, basis, recipe.power)
     held = tuple(~chosen for chosen in rows)
     embeddings = {i: embed(section, basis)[held[i]] for i, section in enumerate(sections) if held[i].any()}
-    embedding, codes = labelled_embedding(sections, rows, basis) if n_classes else (np.empty((0, 0)), np.empty(0, int))
-    softmax = {s: fit_softmax(embedding, codes, n_classes, s) for s in STRENGTHS} if len(codes) else {}
-    return _Fold(basis, sums, held, embeddings, *panels(sections, rows, n_target), softmax)
-
-
-def labelled_embedding(
-    sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embedding of the chosen spots that have a label, under every symmetry, and their codes."""
-    parts, codes = [], []
-    for section, chosen in zip(sections, rows, strict=True):
-        labelled = chosen & (section.codes >= 0)
-        for view in range(section.features.shape[1]) if labelled.any() else ():
-            parts.append(embed(section, basis, view)[labelled])
-            codes.append(section.codes[labelled])
-    if not parts:
-        return np.empty((0, basis.mixing.shape[1])), np.empty(0, int)
-    return np.concatenate(parts), np.concatenate(codes)
+    annotation = fit_annotation(sections, rows, recipe.annotation, n_classes) if n_classes else None
+    return _Fold(basis, sums, held, embeddings, *panels(sections, rows, n_target), annotation)
 
 
 def _head_scores(sections: Sequence[Section], fitted: Sequence[_Fold]) -> np.ndarray:
@@ -236,32 +219,16 @@ def _head_scores(sections: Sequence[Section], fitted: Sequence[_Fold]) -> np.nda
     return scores / n
 
 
-def _best_strength(sections: Sequence[Section], fitted: Sequence[_Fold], n_classes: int) -> float:
-    from scipy.special import log_softmax
-
-    if not n_classes:
-        return STRENGTHS[0]
-    likelihood = dict.fromkeys(STRENGTHS, 0.0)
-    for fold in fitted:
-        for strength, (weight, bias) in fold.softmax.items():
-            for i, embedding in fold.embeddings.items():
-                codes = sections[i].codes[fold.held[i]]
-                chosen = codes >= 0
-                logits = log_softmax(embedding[chosen] @ weight + bias, axis=1)
-                # A class that a fold has never seen costs every strength the same; it must not decide.
-                likelihood[strength] += np.maximum(logits[np.arange(chosen.sum()), codes[chosen]], -10).sum()
-    return max(likelihood, key=likelihood.__getitem__)
-
-
 def _collect(
     sections: Sequence[Section], fitted: Sequence[_Fold], choice: Choice, n_classes: int, unit: str | None
 ) -> HeldOut:
     g = sections[0].targets.shape[1]
     weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
     parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
-    panel, logits = _panels_and_logits(sections, fitted, weights, parts, choice, n_classes)
+    panel, logits = _panels_and_logits(sections, fitted, weights, parts, n_classes)
     classes = np.concatenate([np.where(np.isnan(x).any(1), -1, _first_max(x)) for x in logits])
-    pcc = np.full((len(sections), g), np.nan)
+    pcc, given = np.full((2, len(sections), g), np.nan)
+    depths = [Depth.of(section.totals, part) for section, part in zip(sections, parts, strict=True)]
     error, base = np.zeros(g), np.zeros(g)
     kept: list[Calibration] = []
     cuts = np.cumsum([0, *(len(section) for section in sections)])
@@ -277,13 +244,15 @@ def _collect(
                     held = fold.held[i]
                     means[here][held] = fold.sums.mean[genes]
                     predicted[here][held] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
-            pcc[i, genes] = pearson(within(predicted[here], parts[i]), within(measured[here], parts[i]))
+            pair = within(predicted[here], parts[i]), within(measured[here], parts[i])
+            pcc[i, genes] = pearson(*pair)
+            given[i, genes] = depths[i].partial(*pair)
             error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
             base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
         if unit is not None:
             kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
     skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
-    return HeldOut(pcc, skill, panel, logits, parts, joined(kept) if kept else None)
+    return HeldOut(pcc, given, skill, panel, logits, parts, joined(kept) if kept else None)
 
 
 def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
@@ -294,27 +263,11 @@ def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
     return codes
 
 
-def within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Take the mean of each part off its spots, ``(n, g)``; a section that was held out whole stays as it is, as NaN does."""
-    names = np.unique(parts)
-    if len(names) == 1:
-        return values
-    values = values.astype(np.float64)
-    for name in names:
-        here = parts == name
-        mean = values[here].mean(0)
-        left = values[here] - mean
-        left[np.abs(left) <= _DUST * np.abs(mean)] = 0
-        values[here] = left
-    return values
-
-
 def _panels_and_logits(
     sections: Sequence[Section],
     fitted: Sequence[_Fold],
     weights: Sequence[np.ndarray],
     parts: Sequence[np.ndarray],
-    choice: Choice,
     n_classes: int,
 ) -> tuple[tuple[Panel, ...], tuple[np.ndarray, ...]]:
     panel, logits = [], []
@@ -327,9 +280,8 @@ def _panels_and_logits(
         for fold, weight in holding:
             embedding = fold.embeddings[i]
             predicted[fold.held[i]] = np.maximum(embedding @ weight[:, genes] + fold.sums.mean[genes], 0)
-            if choice.strength in fold.softmax:
-                slope, bias = fold.softmax[choice.strength]
-                scores[fold.held[i]] = embedding @ slope + bias
+            if fold.annotation is not None:
+                scores[fold.held[i]] = fold.annotation.logits(section)[fold.held[i]]
         panel.append(Panel(target, variable, within(predicted, parts[i]), within(section.dense(genes), parts[i])))
         logits.append(scores)
     return tuple(panel), tuple(logits)

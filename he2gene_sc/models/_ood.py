@@ -1,0 +1,215 @@
+"""Whether a slide looks like what a model was trained on, and if not, why: spot by spot. Arrays in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..image import FAULTS, MIN_TISSUE
+from ._stain import stain_of
+
+#: Arrays of an :class:`OODDetector` among the tensors of a model.
+MEAN, SCALE, WEIGHTS = "guard.mean", "guard.scale", "guard.weights"
+PROJECTION, BANK, SIZE = "guard.projection", "guard.bank", "guard.size"
+#: Neighbours in the bank over whose distance a spot is judged.
+N_NEAREST = 5
+#: What may be unlike training.
+CAUSES = ("stain", "focus", "resolution", "tissue")
+#: What a slide may be called, from the best on.
+VERDICTS = ("like training", "new", "out of distribution", "no tissue")
+#: Share of the spots on tissue above which a slide as a whole is out of distribution.
+MOST = 0.5
+
+
+@dataclass(frozen=True)
+class SlideFacts:
+    """What is known of the spots beside their features.
+
+    Attributes
+    ----------
+    mpp
+        µm per pixel of the image.
+    tissue
+        ``(n,)`` share of tissue.
+    faults
+        ``(n, 3)``, see :func:`he2gene_sc.image.faults`.
+    """
+
+    mpp: float
+    tissue: np.ndarray
+    faults: np.ndarray
+
+    @classmethod
+    def unknown(cls, n: int) -> SlideFacts:
+        """Nothing is known: every spot is on tissue, and sharp."""
+        return cls(float("nan"), np.ones(n, np.float32), np.zeros((n, len(FAULTS)), np.float32))
+
+
+@dataclass(frozen=True)
+class OODResult:
+    """How a slide looks beside training.
+
+    Attributes
+    ----------
+    score
+        ``(n,)`` float32; above 1 a spot is out of distribution.
+    causes
+        Shares of the spots on tissue that each cause puts out of distribution.
+    octaves
+        How many times too large the windows seem to be, as log2; NaN where the model has one window.
+    verdict
+        One of :data:`VERDICTS`.
+    reasons
+        What is wrong with the slide as a whole, in words; empty where nothing is.
+    """
+
+    score: np.ndarray
+    causes: Mapping[str, float]
+    octaves: float
+    verdict: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OODDetector:
+    """What is kept of the training spots to compare with.
+
+    Features are compared as they are, standardised by training alone: what :class:`Context` takes off a slide, its stain
+    and its resolution, is what has to be noticed here.
+
+    Attributes
+    ----------
+    mean, scale
+        Of the training features, ``(f,)``.
+    weights
+        Of the standardised features, ``(f,)``; empty in models of he2gene_sc 0.6, whose components need none.
+    projection
+        Standardised features to components, ``(f, d)``.
+    bank
+        Components of training spots, ``(b, d)`` or more columns, which are not read.
+    size
+        ``(k + 1,)``: from the encoder's features of one window to the log2 of its side, the last the intercept; empty
+        where the model has one window.
+    limits
+        Of the card: ``distance``, ``octaves``; and, from 0.7 on, ``rest``, ``known``, ``mpp`` and ``stain``.
+    windows_um
+        Sides of the windows.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    projection: np.ndarray
+    bank: np.ndarray
+    size: np.ndarray
+    limits: Mapping[str, Any]
+    windows_um: tuple[float, ...]
+
+    def judge(self, features: np.ndarray, facts: SlideFacts | None = None) -> OODResult:
+        """Compare the spots of one slide, ``(n, f)``, with training."""
+        n = len(features)
+        facts = SlideFacts.unknown(n) if facts is None else facts
+        on_tissue = facts.tissue >= MIN_TISSUE
+        octaves = seeming_size(features[on_tissue], self.size, self.windows_um)
+        own, rest = components(features, self.mean, self.scale, self.weights, self.projection)
+        distance = nearest(own, self.bank[:, : own.shape[1]])
+        scores = {
+            "stain": self._stain(features),
+            "focus": facts.faults.max(1, initial=0),
+            "resolution": np.full(n, self._resolution(octaves, facts.mpp)),
+            "tissue": np.maximum(distance / self._distance, rest / self.limits.get("rest", np.inf)),
+        }
+        # A stain is that of a slide: a spot is not better than most of them.
+        for cause in ("stain", "focus"):
+            if on_tissue.any():
+                scores[cause] = np.maximum(scores[cause], np.median(scores[cause][on_tissue]))
+        score = np.max(list(scores.values()), axis=0).astype(np.float32) if n else np.zeros(0, np.float32)
+        causes = {name: float((x[on_tissue] > 1).mean()) if on_tissue.any() else 0.0 for name, x in scores.items()}
+        verdict = self._verdict(score[on_tissue], distance[on_tissue])
+        found = _main_causes(causes) if verdict == "out of distribution" else []
+        reasons = tuple(self._words(cause, octaves, facts, on_tissue) for cause in found)
+        if verdict == "no tissue" and n:
+            reasons = ("no spot lies on tissue",)
+        return OODResult(score, causes, octaves, verdict, reasons)
+
+    @property
+    def _distance(self) -> float:
+        limit = self.limits["distance"]
+        return limit[0] if isinstance(limit, list | tuple) else limit
+
+    def _stain(self, features: np.ndarray) -> np.ndarray:
+        limits = self.limits.get("stain")
+        if limits is None:
+            return np.zeros(len(features))
+        found = stain_of(features, len(self.windows_um))
+        return np.abs((found - np.array(limits["middle"])) / np.array(limits["half"])).max(1, initial=0)
+
+    def _resolution(self, octaves: float, mpp: float) -> float:
+        seeming = abs(octaves) / self.limits["octaves"] if np.isfinite(octaves) else 0.0
+        coarse = mpp / self.limits["mpp"] if "mpp" in self.limits and np.isfinite(mpp) else 0.0
+        return float(max(seeming, coarse))
+
+    def _verdict(self, score: np.ndarray, distance: np.ndarray) -> str:
+        if not len(score):
+            return "no tissue"
+        if (score > 1).mean() > MOST:
+            return "out of distribution"
+        known = self.limits.get("known")
+        return "like training" if known is not None and np.median(distance) <= known else "new"
+
+    def _words(self, cause: str, octaves: float, facts: SlideFacts, on_tissue: np.ndarray) -> str:
+        if cause == "focus":
+            shares = (facts.faults[on_tissue] > 1).mean(0)
+            return f"focus: the image is {FAULTS[int(shares.argmax())]}"
+        if cause == "resolution":
+            if "mpp" in self.limits and facts.mpp > self.limits["mpp"]:
+                return f"resolution: {facts.mpp:.3g} µm/px is coarser than the images that it was trained on"
+            return (
+                f"resolution: what its windows show seems {2 ** abs(octaves):.1f} times {'larger' if octaves > 0 else 'smaller'} "
+                "than it should be: the µm/px may be wrong, or the image far less sharp or sharper"
+            )
+        if cause == "stain":
+            return "stain: its colours are not those of the H&E stains that it was trained on"
+        return "tissue: its spots look like no training spot"
+
+
+def _main_causes(causes: Mapping[str, float]) -> list[str]:
+    """Causes that hold for most spots, else the most frequent one."""
+    found = [name for name in CAUSES if causes[name] > MOST]
+    return found or [max(causes, key=lambda name: causes[name])]
+
+
+def components(
+    features: np.ndarray, mean: np.ndarray, scale: np.ndarray, weights: np.ndarray, projection: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features standardised by training: their components ``(n, d)``, and the length of what is left of them ``(n,)``."""
+    usable = scale > 0
+    z = (features.astype(np.float64) - mean) * np.where(usable, 1 / np.where(usable, scale, 1), 0)
+    if not len(weights):
+        return z @ projection, np.zeros(len(z))
+    z = z * weights
+    own = z @ projection
+    return own, np.sqrt(np.maximum(np.square(z).sum(1) - np.square(own).sum(1), 0))
+
+
+def nearest(own: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """Distance of each spot ``(n, d)`` to the fifth nearest of the bank ``(b, d)``."""
+    from scipy.spatial.distance import cdist
+
+    if not len(own):
+        return np.zeros(0)
+    distance = cdist(own, bank)
+    k = min(N_NEAREST, len(bank)) - 1
+    return np.partition(distance, k, axis=1)[:, k]
+
+
+def seeming_size(features: np.ndarray, size: np.ndarray, windows_um: tuple[float, ...]) -> float:
+    """Mean over spots and windows of the log2 of the side that a window seems to have over the side that it has."""
+    if not len(size) or not len(features):
+        return float("nan")
+    k, w = len(size) - 1, len(windows_um)
+    windows = features[:, : k * w].reshape(-1, w, k).mean(0, dtype=np.float64)
+    return float((windows @ size[:-1] + size[-1] - np.log2(windows_um)).mean())

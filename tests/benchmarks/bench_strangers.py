@@ -1,0 +1,183 @@
+"""What the bundled model says of slides that it was not made for, and of patients that were held out.
+
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_strangers.py [PART...] [--slides FILE.py] [--cache DIR]
+
+Parts:
+  altered   a crop of C5 and of B4 as it is, stained otherwise, blurred, noisy, compressed, with a wrong µm/px: share of the
+            spots that are flagged, and the cause
+  held-out  models of all patients but one: balanced accuracy, calibration error and share flagged of the one held out
+  slides    the slides of a Python file of your own, with `ITEMS` (names) and `load(name)` (SpatialData with an image "he",
+            perhaps shapes "spots", and `attrs["stranger"]["mpp"]`)
+"""
+
+import argparse
+import io
+import runpy
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+from bench_trust import pixels_of
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage.color import hed2rgb, rgb2hed
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, ShapesModel
+
+import he2gene_sc as hg
+from he2gene_sc.image import MIN_TISSUE
+from he2gene_sc.stats import calibration_error
+
+SECTIONS = ("A1", "A2", "B4", "C2", "C3", "C4", "C5")
+#: Side of the crops that are altered, pixels, and spots that are read at most.
+SIDE, MOST = 3000, 60
+
+
+def stained(change):
+    def altered(image):
+        hed = change(rgb2hed(np.moveaxis(image, 0, -1)))
+        return np.moveaxis((np.clip(hed2rgb(hed), 0, 1) * 255).astype(np.uint8), -1, 0)
+
+    return altered
+
+
+def dab(hed):
+    return np.stack([hed[..., 0], np.zeros_like(hed[..., 1]), hed[..., 1] + np.clip(hed[..., 2], 0, None)], axis=-1)
+
+
+def fluorescence(image):
+    out = np.zeros_like(image)
+    out[2] = np.clip(1.2 * (255 - image.mean(0)) - 40, 0, 255)
+    return out
+
+
+def blurred(sigma):
+    return lambda image: np.stack([gaussian_filter(x.astype(np.float32), sigma) for x in image]).astype(np.uint8)
+
+
+def noisy(sd):
+    return lambda image: np.clip(image + np.random.default_rng(0).normal(0, sd, image.shape), 0, 255).astype(np.uint8)
+
+
+def compressed(quality):
+    def altered(image):
+        stream = io.BytesIO()
+        Image.fromarray(np.moveaxis(image, 0, -1)).save(stream, "JPEG", quality=quality)
+        return np.moveaxis(np.asarray(Image.open(stream)), -1, 0).copy()
+
+    return altered
+
+
+ALTERED = {
+    "as it is": lambda image: image,
+    "eosin removed": stained(lambda hed: hed * [1, 0, 1]),
+    "haematoxylin removed": stained(lambda hed: hed * [0, 1, 1]),
+    "DAB instead of eosin": stained(dab),
+    "fluorescence": fluorescence,
+    "inverted": lambda image: 255 - image,
+    **{f"blur {s} px": blurred(s) for s in (2, 4, 6)},
+    **{f"noise {s}": noisy(s) for s in (20, 40)},
+    "JPEG 5": compressed(5),
+}
+
+
+def said(title, sdata, mpp):
+    """Print a row: spots, share on tissue, share flagged, verdict, classes of the spots that are called."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            hg.tl.predict(sdata, mpp=mpp, genes=["ERBB2"], device="cpu", dtype="float32", show_progress_bar=False)
+        except ValueError as error:
+            print(f"| {title} | refused: {error} |", flush=True)
+            return
+    reasons = [str(w.message).split(" (mpp")[0] for w in caught if "unlike what" in str(w.message)]
+    table = next(iter(sdata.tables.values()))
+    obs, record = table.obs, table.uns["he2gene"]
+    tissue = obs["he2gene_tissue"] >= MIN_TISSUE
+    flagged = (obs["he2gene_ood"][tissue] > 1).mean()
+    classes = obs["he2gene_annotation"].value_counts(normalize=True).round(2).to_dict()
+    print(
+        f"| {title} | {len(obs)} | {tissue.mean():.0%} | {flagged:.0%} | {record['verdict']} | {classes} | "
+        f"{reasons[0] if reasons else ''} |",
+        flush=True,
+    )
+
+
+def slide(image, centres, mpp):
+    return SpatialData(
+        images={"he": Image2DModel.parse(image, dims=("c", "y", "x"))},
+        shapes={"spots": ShapesModel.parse(centres, geometry=0, radius=50 / mpp)},
+    )
+
+
+def altered(arguments):
+    for name in ("C5", "B4"):
+        image, centres, mpp = pixels_of(hg.datasets.her2st(name))
+        low = np.median(centres, axis=0).astype(int) - SIDE // 2
+        crop = image[:, low[1] : low[1] + SIDE, low[0] : low[0] + SIDE]
+        inside = centres[((centres > low + 50) & (centres < low + SIDE - 50)).all(1)][:MOST] - low
+        for title, change in ALTERED.items():
+            said(f"{name}, {title}", slide(change(crop), inside, mpp), mpp)
+        for factor in (0.5, 2):
+            said(f"{name}, µm/px times {factor}", slide(crop, inside, mpp), mpp * factor)
+
+
+def held_out(arguments):
+    for patient in "ABC":
+        names = [name for name in SECTIONS if name[0] != patient]
+        model = hg.tl.train(
+            (hg.datasets.her2st(name) for name in names),
+            cache=arguments.cache,
+            annotation_key="annotation",
+            ignore_classes=("undetermined", "breast glands"),
+            missing_genes_are_zero=True,
+            device="cpu",
+            show_progress_bar=False,
+        )
+        for name in (name for name in SECTIONS if name[0] == patient):
+            sdata = hg.datasets.her2st(name)
+            hg.tl.predict(sdata, model=model, device="cpu", dtype="float32", show_progress_bar=False)
+            table = sdata["table"]
+            proba = table.obsm["he2gene_annotation_proba"]
+            codes = proba.columns.get_indexer(table.obs["annotation"].astype(str))
+            known, guessed = codes >= 0, proba.to_numpy().argmax(1)
+            recall = [(guessed[codes == c] == c).mean() for c in np.unique(codes[known])]
+            print(
+                f"| {name} by {', '.join(names)} | balanced accuracy {np.mean(recall):.2f} | calibration error "
+                f"{calibration_error(proba.to_numpy()[known], codes[known]):.2f} | flagged "
+                f"{(table.obs['he2gene_ood'] > 1).mean():.0%} | {table.uns['he2gene']['verdict']} |",
+                flush=True,
+            )
+
+
+def slides(arguments):
+    if arguments.slides is None:
+        return
+    module = runpy.run_path(str(arguments.slides))
+    for name in module["ITEMS"]:
+        sdata = module["load"](name)
+        mpp = sdata.attrs["stranger"]["mpp"] or 0.5
+        if "spots" not in sdata.shapes:
+            hg.pp.tissue(sdata)
+            hg.pp.grid(sdata, mpp=mpp)
+        said(name, sdata, mpp)
+
+
+PARTS = {"altered": altered, "held-out": held_out, "slides": slides}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {list(PARTS)}")
+    parser.add_argument("--slides", type=Path, help="Python file with `ITEMS` and `load(name)`")
+    parser.add_argument("--cache", type=Path, help="folder for the encoder's features; default: a temporary one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        arguments.cache = arguments.cache or Path(temporary)
+        for part in arguments.parts:
+            PARTS[part](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What the pixels of a spot show without a model: glass, blur, noise, compression."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from he2gene_sc.image import FAULTS, MIN_TISSUE, faults, tissue_share
+
+
+@pytest.fixture(scope="module")
+def patch():
+    """Nuclei on stroma, with grain that all channels share, as a sharp scan has."""
+    rng = np.random.default_rng(0)
+    shape = (160, 160)
+    nuclei = gaussian_filter(rng.normal(size=shape), 2.5)
+    nuclei = (nuclei > np.quantile(nuclei, 0.75)).astype(float)
+    fibres = gaussian_filter(rng.normal(size=shape), (0.8, 3))
+    grain = gaussian_filter(rng.normal(size=shape), 0.5)
+    picture = np.array([200.0, 150, 190])[:, None, None] - nuclei * np.array([110.0, 90, 50])[:, None, None]
+    return np.clip(picture + 60 * fibres + 8 * grain, 0, 255).astype(np.uint8)[None]
+
+
+def worst(patches):
+    (found,) = faults(patches)
+    return FAULTS[int(found.argmax())] if found.max() > 1 else ""
+
+
+def jpeg(patch, quality):
+    stream = io.BytesIO()
+    Image.fromarray(np.moveaxis(patch[0], 0, -1)).save(stream, "JPEG", quality=quality)
+    return np.moveaxis(np.asarray(Image.open(stream)), -1, 0)[None]
+
+
+def test_a_sharp_patch_has_no_fault(patch):
+    assert worst(patch) == ""
+    assert worst(jpeg(patch, 80)) == ""
+
+
+@pytest.mark.parametrize("sigma", [2, 4, 6])
+def test_blur_is_noticed(patch, sigma):
+    assert worst(gaussian_filter(patch.astype(float), (0, 0, sigma, sigma)).astype(np.uint8)) == "blurred"
+
+
+@pytest.mark.parametrize("sd", [20, 40])
+def test_noise_is_noticed(patch, sd):
+    noisy = patch + np.random.default_rng(1).normal(0, sd, patch.shape)
+    assert worst(np.clip(noisy, 0, 255).astype(np.uint8)) == "noisy"
+
+
+def test_compression_is_noticed_wherever_its_blocks_begin(patch):
+    for start in (0, 3):
+        assert worst(jpeg(patch, 5)[..., start:, start:]) == "compressed too far"
+
+
+def test_flat_patches_have_nothing_to_be_sharp():
+    assert (faults(np.full((2, 3, 64, 64), 230, np.uint8)) == 0).all()
+    assert faults(np.zeros((2, 3, 4, 4), np.uint8)).shape == (2, 3)
+
+
+def test_the_stain_does_not_count(patch):
+    paler = (255 - 0.5 * (255 - patch.astype(float))).astype(np.uint8)
+    np.testing.assert_allclose(faults(paler)[0, 0], faults(patch)[0, 0], rtol=0.1)
+
+
+@pytest.mark.parametrize("side", [8, 31, 145, 400])
+def test_tissue_is_what_is_stained_or_has_structure(side):
+    rng = np.random.default_rng(0)
+    glass = np.clip(225 + rng.normal(0, 1, (3, side, side)), 0, 255)
+    half = glass.copy()
+    half[:, : side // 2] -= 80
+    found = tissue_share(np.stack([glass, half, np.zeros_like(glass)]).astype(np.uint8), 100.0)
+    assert found.dtype == np.float32
+    assert found[0] == found[2] == 0 < MIN_TISSUE
+    assert found[1] == pytest.approx(0.5, abs=0.15)
+
+
+def test_fat_is_tissue_though_most_of_it_is_clear():
+    side = 145
+    fat = np.full((1, 3, side, side), 228, np.uint8)
+    fat[:, :, ::36] = fat[:, :, :, ::36] = 170
+    assert tissue_share(fat, 100.0)[0] > 0.4
