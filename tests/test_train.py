@@ -54,7 +54,8 @@ def test_the_card_says_what_was_done(model, sections):
     )
     labels = pd.concat([s["table"].obs["annotation"].astype(str) for s in sections]).value_counts()
     assert card.training["labelled_spots"] == {name: labels[name] for name in card.classes}
-    assert list(card.metrics) == [SECTION, PATIENT]
+    # New patients first.
+    assert list(card.metrics) == [PATIENT, SECTION]
     for figures in card.metrics.values():
         assert figures["mean Pearson, 12 target genes"].keys() == {"S0", "S1", "S2"}
         # Toys of 1 mm have too few blocks for an interval, see tests/test_figures.py.
