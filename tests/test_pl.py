@@ -321,3 +321,10 @@ def test_spatial_draws_dense_counts_as_sparse_ones(predicted):
 def test_annotation_refuses_a_numeric_reference(predicted):
     with pytest.raises(ValueError, match="`reference` 'texture' is no column of obs with labels"):
         hg.pl.annotation(predicted, reference="texture")
+
+
+def test_a_slide_on_which_every_spot_is_unknown_is_drawn(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model)
+    toy["table"].obs["he2gene_annotation"] = pd.Categorical([None] * 30, categories=["invasive cancer"])
+    ax = hg.pl.annotation(toy)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["unknown"]

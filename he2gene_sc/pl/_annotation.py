@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
+#: Of a slide on which every spot is unknown.
+_UNKNOWN, _GREY = "unknown", "#bdbdbd"
 _EXTRA_COLOURS = ("#17becf", "#bcbd22", "#7f7f7f", "#e377c2", "#8c564b", "#1f77b4", "#aec7e8", "#ffbb78")
 
 
@@ -93,11 +95,7 @@ def annotation(
         columns[reference] = table.obs[reference]
     colours = _colours(where.sdata[where.table_key], keys, columns)
     obs = pd.DataFrame(
-        {
-            f"panel_{i}": pd.Categorical(values.astype(object).where(values.isna(), values.astype(str)))
-            for i, values in enumerate(columns.values())
-        },
-        index=table.obs_names,
+        {f"panel_{i}": _labels(values) for i, values in enumerate(columns.values())}, index=table.obs_names
     )
     obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
     obs["instance"] = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
@@ -121,6 +119,13 @@ def annotation(
     return finish(axes, save)
 
 
+def _labels(values: pd.Series) -> pd.Categorical:
+    # spatialdata-plot cannot draw a column without any label.
+    if values.isna().all():
+        return pd.Categorical([_UNKNOWN] * len(values))
+    return pd.Categorical(values.astype(object).where(values.isna(), values.astype(str)))
+
+
 def _has_labels(table, column: str) -> bool:
     if column not in table.obs or table.obs[column].isna().all():
         return False
@@ -132,4 +137,6 @@ def _colours(table, keys: Keys, columns: dict[str, pd.Series]) -> dict[str, str]
     """Colour of every class: the model's, and further ones for labels that it does not know."""
     known = dict(zip(table.obs[keys.annotation].cat.categories, table.uns.get(keys.colors, ()), strict=False))
     labels = sorted({str(v) for values in columns.values() for v in values.dropna().unique()} - set(known))
-    return known | {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(labels)}
+    return (
+        known | {_UNKNOWN: _GREY} | {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(labels)}
+    )
