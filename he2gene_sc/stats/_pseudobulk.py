@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ._prior import VariancePrior
 
 #: Genes from which a spline of so many terms (those of limma) is fitted.
 _MIN_SPLINE, _TERMS = 200, 4
@@ -48,7 +52,7 @@ def t_test(effect: np.ndarray, error: np.ndarray, df: float | np.ndarray, level:
 
 
 def squeeze_variance(
-    variances: np.ndarray, df: float, alike: np.ndarray | None = None
+    variances: np.ndarray, df: float | np.ndarray, alike: np.ndarray | None = None
 ) -> tuple[np.ndarray, float | np.ndarray, float]:
     """Empirical Bayes variances: each gene's is drawn towards what genes like it have.
 
@@ -63,7 +67,7 @@ def squeeze_variance(
     variances
         ``(g,)`` sample variances.
     df
-        Their degrees of freedom.
+        Their degrees of freedom, one or ``(g,)``.
     alike
         ``(g,)`` positive, what the variances may go with; ``None``: one prior for all.
 
@@ -94,7 +98,7 @@ def squeeze_variance(
     logs = np.log(np.maximum(variances, 1e-5 * (middle if middle > 0 else 1.0)))
     shifted = logs - special.digamma(df / 2) + np.log(df / 2)
     expected, n_free = _expected(shifted, alike)
-    spread = np.square(shifted - expected).sum() / n_free - special.polygamma(1, df / 2)
+    spread = np.square(shifted - expected).sum() / n_free - np.mean(special.polygamma(1, df / 2))
     if spread <= 0:
         prior = np.exp(expected)
         return np.broadcast_to(prior, variances.shape).copy(), prior, np.inf
@@ -136,7 +140,16 @@ def trigamma_inverse(x: float) -> float:
 
 
 def paired_moderated_t(
-    differences: np.ndarray, *, moderate: bool = True, alike: np.ndarray | None = None, level: float = 0.95
+    differences: np.ndarray,
+    *,
+    moderate: bool = True,
+    alike: np.ndarray | None = None,
+    level: float = 0.95,
+    design: np.ndarray | None = None,
+    column: int = 0,
+    weights: np.ndarray | None = None,
+    robust: bool = False,
+    minimum: float = 0.0,
 ) -> SampleTest:
     """Moderated t test of the mean difference between two groups, paired by sample.
 
@@ -151,24 +164,120 @@ def paired_moderated_t(
         genes.
     level
         Of the interval.
+    design
+        ``(n, p)``: what the differences may depend on; ``None``: a mean alone.
+    column
+        Of ``design``, whose coefficient is tested.
+    weights
+        ``(n,)`` or ``(n, g)``: inverse variances up to a factor; ``None``: all alike. A sample of weight 0 does not count.
+    robust
+        Hypervariable genes have a prior of their own, see :func:`hypervariable_prior`.
+    minimum
+        Effects up to this size, of either sign, are part of the null (McCarthy and Smyth, Bioinformatics 2009).
 
     Returns
     -------
     SampleTest
-        The effect is the mean difference. Degrees of freedom are d0 + n - 1, at most those of all genes together
-        (limma's ``eBayes``).
+        The effect is the coefficient: the (weighted) mean difference. Degrees of freedom are d0 + those of the residuals, at
+        most those of all genes together (limma's ``eBayes``).
 
     Raises
     ------
     ValueError
-        If there are fewer than two samples, or ``alike`` is not one positive number a gene.
+        If there are no more samples than coefficients, or ``alike`` is not one positive number a gene.
     """
-    n, g = np.shape(differences)
+    from ._prior import VariancePrior, hypervariable_prior
+
+    differences = np.asarray(differences, np.float64)
+    n = len(differences)
     if n < 2:
         raise ValueError(f"`differences` holds {n} samples; at least 2 are needed")
-    differences = np.asarray(differences, np.float64)
-    variances, df = differences.var(axis=0, ddof=1), float(n - 1)
-    if moderate:
-        variances, _, d0 = squeeze_variance(variances, df, alike)
-        df = min(d0 + df, df * g)
-    return t_test(differences.mean(axis=0), np.sqrt(variances / n), df, level)
+    effect, unscaled, variances, df = weighted_fit(differences, design, column, weights)
+    tested = df > 0
+    prior = VariancePrior(variances, 0.0, np.zeros(len(effect)))
+    if moderate and tested.any():
+        found = squeeze_variance(variances[tested], df[tested], None if alike is None else alike[tested])
+        scale = np.full(len(effect), np.nan)
+        scale[tested] = found[1]
+        prior = VariancePrior(scale, found[2], np.zeros(len(effect)))
+        if robust and found[2] > 0:
+            prior = hypervariable_prior(variances, df, scale, found[2])
+    return predictive_t(effect, unscaled, variances, df, prior, level=level, minimum=minimum)
+
+
+def weighted_fit(
+    values: np.ndarray, design: np.ndarray | None = None, column: int = 0, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Weighted least squares, gene by gene.
+
+    Returns
+    -------
+    tuple
+        Of each gene, ``(g,)``: the coefficient of the column, its standard error at variance 1, the residual variance and its
+        degrees of freedom; NaN and 0 where too few samples have a weight.
+
+    Raises
+    ------
+    ValueError
+        If no degrees of freedom are left, or columns follow from each other.
+    """
+    n, g = values.shape
+    design = np.ones((n, 1)) if design is None else np.asarray(design, np.float64)
+    p = design.shape[1]
+    if n <= p or np.linalg.matrix_rank(design) < p:
+        raise ValueError(f"{n} samples do not tell {p} coefficients apart; at least {p + 1} that differ are needed")
+    weights = np.ones((n, 1)) if weights is None else np.asarray(weights, np.float64).reshape(n, -1)
+    weights = np.broadcast_to(weights / np.maximum(weights.max(0), 1e-300), (n, g))
+    df = np.maximum((weights > 0).sum(0) - p, 0).astype(np.float64)
+    information = np.einsum("ni,ng,nj->gij", design, weights, design, optimize=True)
+    # Samples of weight 0 can leave columns of a gene that follow from each other.
+    df[np.linalg.cond(information) > 1e12] = 0
+    information[df == 0] = np.eye(p)
+    inverse = np.linalg.inv(information)
+    fit = np.einsum("gij,nj,ng->gi", inverse, design, weights * values, optimize=True)
+    rest = values - design @ fit.T
+    known = df > 0
+    variances = np.where(known, (weights * np.square(rest)).sum(0) / np.maximum(df, 1), np.nan)
+    unscaled = np.where(known, np.sqrt(inverse[:, column, column]), np.nan)
+    return np.where(known, fit[:, column], np.nan), unscaled, variances, df
+
+
+def predictive_t(
+    effect: np.ndarray,
+    unscaled: np.ndarray,
+    variances: np.ndarray,
+    df: np.ndarray,
+    prior: VariancePrior,
+    *,
+    level: float = 0.95,
+    minimum: float = 0.0,
+) -> SampleTest:
+    """T test with the posterior of the variance; of two kinds of genes the mean of both tests."""
+    from scipy import stats
+
+    # limma: no more degrees of freedom than all genes have together.
+    total = np.minimum(prior.d0 + df, df.sum())
+    kinds = [(1 - prior.outlier, prior.scale)]
+    if prior.outlier.any():
+        kinds.append((prior.outlier, prior.factor * prior.scale))
+    shares = [share for share, _ in kinds]
+    squeezed = [
+        scale if np.isinf(prior.d0) else (prior.d0 * scale + df * variances) / (prior.d0 + df) for _, scale in kinds
+    ]
+    if prior.d0 == 0:
+        squeezed = [variances]
+    errors = [np.where(v > 0, unscaled * np.sqrt(np.maximum(v, 0)), np.nan) for v in squeezed]
+    error = np.sqrt(sum(share * np.square(e) for share, e in zip(shares, errors, strict=True)))
+    size = np.abs(effect)
+
+    def beyond(distance: np.ndarray) -> np.ndarray:
+        return sum(share * stats.t.sf(distance / e, total) for share, e in zip(shares, errors, strict=True))
+
+    pvalues = np.minimum(beyond(size - minimum) + beyond(size + minimum), 1.0)
+    low, high = (np.full(len(effect), 0.0), stats.t.ppf(0.5 + level / 2, total) * np.fmax.reduce(errors))
+    for _ in range(60 if len(kinds) > 1 else 0):
+        middle = (low + high) / 2
+        inside = beyond(middle) > 0.5 - level / 2
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    scores = np.sign(effect) * np.maximum(size - minimum, 0) / error
+    return SampleTest(effect, effect - high, effect + high, scores, pvalues, np.asarray(total, np.float64))

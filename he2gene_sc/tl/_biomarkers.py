@@ -15,7 +15,8 @@ from .._core.genes import find_genes
 from .._core.results import check_free, write_to_all
 from .._keys import check_key
 from .._tables import Scale, column_of
-from ._compare import adjusted, compare, method_for, named_groups
+from ._bulk import depth_of
+from ._compare import NO_DEPTH, adjusted, check_model, compare, method_for, named_groups
 from ._contrast import Method
 from ._origin import circularity, measured_part, reliable_genes
 from ._pooled import Pool, pool, tables_of
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 #: Of the results, in their order.
 COLUMNS = (
-    *("group", "names", "logfoldchanges", "effect_size", "ci_low", "ci_high", "scores", "pvals", "pvals_adj"),
+    *("group", "names", "logfoldchanges", "logfoldchanges_pooled", "effect_size", "ci_low", "ci_high"),
+    *("scores", "pvals", "pvals_adj"),
     *("n_samples", "n_spots", "n_spots_reference", "method", "reliable", "circular"),
 )
 
@@ -41,14 +43,20 @@ def biomarkers(
     layer_scale: Scale = "auto",
     sample_key: str | None = None,
     section_key: str | None = None,
-    method: Literal["auto", "pseudobulk", "mixed", "ppi", "spatial", "wilcoxon"] = "auto",
+    method: Literal["auto", "pseudobulk", "deseq2", "means", "mixed", "ppi", "spatial", "wilcoxon"] = "auto",
     reliable_only: bool = True,
     covariates: str | Sequence[str] | None = None,
+    formula: str | None = None,
+    term: str | None = None,
+    depth: str | None = "auto",
+    lfc: float = 0.0,
     trend: bool = True,
+    robust: bool = True,
     cross_fit: bool = False,
     measured: str | None = None,
     measured_scale: Scale = "auto",
     min_mean: float = 0.05,
+    adjust_over: Literal["group", "all"] = "group",
     join: Literal["inner", "outer"] = "inner",
     level: float = 0.95,
     table_key: str | None = None,
@@ -76,19 +84,38 @@ def biomarkers(
         Column of ``obs`` that tells the sections apart; default: the shapes element, or ``"section"``. The sections of a
         patient are one sample: their spots are pooled, which assumes that the labels are spread alike over them.
     method
-        - ``"pseudobulk"``: mean of the logarithms per sample and group, paired by sample, moderated t;
-        - ``"mixed"``: linear mixed model of these means, with covariates; minutes for thousands of genes;
+        - ``"pseudobulk"``: raw counts summed per sample and group, TMM library sizes, paired by sample, precision weights by
+          counts and spots, moderated t. On logarithms it is ``"means"``;
+        - ``"deseq2"``: PyDESeq2 on the same sums (optional: ``pip install pydeseq2``);
+        - ``"means"``: mean of logarithms per sample and group, for predicted layers; depth adjusted for, weights by spots,
+          paired by sample, moderated t;
+        - ``"mixed"``: linear mixed model of the means of logarithms, with covariates; minutes for thousands of genes;
         - ``"ppi"``: prediction-powered, where some samples were measured and more were predicted;
         - ``"spatial"``: spots of one or two sections, with the effective number of independent ones;
         - ``"wilcoxon"``: spots as if they were independent, for comparison with scanpy alone;
-        - ``"auto"``: pseudobulk with three or more samples, else spatial.
+        - ``"auto"``: pseudobulk (of logarithms means) with three or more samples, else spatial.
     reliable_only
         Test only the genes that the model's card calls reliable. Measured values are not subject to it.
     covariates
-        Columns of ``obs`` for ``"mixed"``: numbers, averaged per sample and group, or labels, one a sample.
+        Columns of ``obs``: numbers, averaged per sample and group, or labels, one a sample and group. ``"mixed"``, and
+        ``"pseudobulk"`` and ``"means"`` where they differ within samples: what does not, cancels in the pairs.
+    formula
+        More terms of the design of ``"pseudobulk"`` and ``"means"``, by patsy, of columns of ``obs`` and of ``group`` (1/2 in the
+        group, -1/2 in the reference): ``"group:age"`` asks whether the difference goes with age. The sample is a block.
+    term
+        Term of the design that is tested; default: the group.
+    depth
+        Of ``"means"``: the log depth of the spots is adjusted for, in every sample by its own slope. ``"auto"``: total counts in
+        ``X``, where every spot has some; or a column of total counts in ``obs``. Without it differences of depth pass for
+        differences of genes, which a warning says; ``None`` leaves it out.
+    lfc
+        Smallest effect of interest of ``"pseudobulk"``, ``"deseq2"`` and ``"means"``, as log2 of a ratio: effects up to this
+        size are part of the null (TREAT).
     trend
-        Of ``"pseudobulk"``: the prior variance of a gene goes with the variance of its spots (as limma's ``eBayes`` with that as
-        its ``trend``); ``False``: one prior for all genes (Smyth 2004).
+        Of ``"pseudobulk"`` and ``"means"``: the prior variance of a gene goes with the variance that its counts and spots tell
+        (as limma's ``eBayes`` with that as its ``trend``); ``False``: one prior for all genes (Smyth 2004).
+    robust
+        Of the same: hypervariable genes get a prior of their own.
     cross_fit
         Replace the labels of each sample (of each section, in one patient) by those of a classifier of *measured*
         expression fitted on the others and their labels, so that they owe nothing to the image that the genes were
@@ -102,6 +129,8 @@ def biomarkers(
         Genes are tested if their mean is above this, in the unit of the layer: for ``"spatial"`` and ``"wilcoxon"`` that
         over all spots of both groups, else that of the two group means, averaged over samples. ``"spatial"`` also leaves out
         genes that fewer than three spots of the smaller group are expected to show, from the share of all spots that do.
+    adjust_over
+        P-values are adjusted within each ``"group"``, or over ``"all"`` groups together.
     join
         ``"inner"``: genes of every object. ``"outer"``: of any; in raw counts a gene that a table does not name is 0.
     level
@@ -147,6 +176,8 @@ def biomarkers(
     """
     validate.arguments(biomarkers, locals())
     check_key(key_added, "key_added")
+    validate.one_of(adjust_over, ("group", "all"), "adjust_over")
+    validate.one_of(robust, (True, False), "robust")
     covariates = (covariates,) if isinstance(covariates, str) else tuple(covariates or ())
     if not 0 < level < 1:
         raise ValueError(f"`level` is {level!r}; a number between 0 and 1 is needed")
@@ -167,8 +198,11 @@ def biomarkers(
         reliable_only=reliable_only,
     )
     chosen = method_for(method, spots, covariates, trend)
-    options = {"covariates": covariates, "level": level, "trend": bool(trend)}
+    model = check_model(chosen, formula, term, lfc)
+    known_depth = depth_of(spots, depth) if chosen.name == "means" else None
+    options = {"covariates": covariates, "level": level, "trend": bool(trend), "robust": bool(robust), **model}
     run = {"chosen": chosen, "groups": groups, "reference": reference, "min_mean": min_mean, "options": options}
+    run["depth"] = known_depth
     if cross_fit:
         halves = _halves(spots, measured, measured_scale)
         parts = [compare(half, **run) for half in halves]
@@ -178,8 +212,8 @@ def biomarkers(
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
         parts = [compare(spots, measured=known, **run)]
     circular = "" if cross_fit else circularity(tables, groupby, layer)
-    results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular))
-    _caution(results, chosen, circular)
+    results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), adjust_over)
+    _caution(results, chosen, circular, chosen.name == "means" and known_depth is None)
     effects = pd.concat([frame for _, frame in parts], axis=1)
     params = {
         "groupby": groupby,
@@ -189,7 +223,13 @@ def biomarkers(
         "method": chosen.name,
         "reliable_only": reliable_only,
         "covariates": list(covariates) or None,
-        "trend": bool(trend) if chosen.name == "pseudobulk" else None,
+        "formula": formula,
+        "term": term,
+        "depth": depth if known_depth is not None else None,
+        "lfc": float(lfc),
+        "trend": bool(trend) if chosen.name in ("pseudobulk", "means") else None,
+        "robust": bool(robust) if chosen.name in ("pseudobulk", "means") else None,
+        "adjust_over": adjust_over,
         "cross_fit": cross_fit,
         "min_mean": min_mean,
         "join": join,
@@ -205,9 +245,11 @@ def biomarkers(
     return results.copy() if several else None
 
 
-def _finish(frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series | None, circular: bool) -> pd.DataFrame:
+def _finish(
+    frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series | None, circular: bool, over: str
+) -> pd.DataFrame:
     """Adjust and say what the result is worth; best score of each group first."""
-    results = adjusted(pd.concat(frames, ignore_index=True))
+    results = adjusted(pd.concat(frames, ignore_index=True), over)
     results["method"] = chosen.label
     results["reliable"] = True if reliable is None else reliable.reindex(results["names"]).to_numpy(bool)
     results["circular"] = circular
@@ -218,7 +260,9 @@ def _finish(frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series 
     return results[list(COLUMNS)].reset_index(drop=True)
 
 
-def _caution(results: pd.DataFrame, chosen: Method, circular: str) -> None:
+def _caution(results: pd.DataFrame, chosen: Method, circular: str, no_depth: bool = False) -> None:
+    if no_depth:
+        warnings.warn(NO_DEPTH, UserWarning, stacklevel=3)
     if chosen.caution:
         warnings.warn(chosen.caution, UserWarning, stacklevel=3)
     if circular:

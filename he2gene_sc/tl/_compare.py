@@ -7,14 +7,29 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from .._core.spots import asked_name
 from .._core.validate import format_list
-from ._contrast import METHODS, MIN_SPOTS, Cells, Contrast, Method
+from ._contrast import METHODS, MIN_SPOTS, Cells, Contrast, Method, Outcome, run
 from ._pooled import Pool
+
+if TYPE_CHECKING:
+    from ..stats import CountSums
+
+#: Counts that a gene must have for a test of counts: those of the rarer group, of both alike half.
+MIN_INFORMATION = 5.0
+
+#: What it means that means of logarithms are compared as they are.
+NO_DEPTH = (
+    "the depth of the spots is not adjusted for: where one group is sequenced deeper, or has denser cells, genes differ by that "
+    "alone. Raw counts of every spot in X, or depth= with a column of total counts, mend this"
+)
+#: Methods that share the moderated test.
+_MODERATED = ("pseudobulk", "means")
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -28,6 +43,7 @@ def compare(
     min_mean: float,
     options: dict[str, object],
     measured: Pool | None = None,
+    depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run a method on every group.
 
@@ -36,7 +52,13 @@ def compare(
     tuple
         The tests, a row a group and gene, without adjustment; the differences, a row a group and sample, a column a gene.
     """
-    cells = Cells.of(spots, squares=chosen.squares, detected=chosen.detecting > 0)
+    cells = Cells.of(
+        spots,
+        squares=chosen.squares,
+        detected=chosen.detecting > 0,
+        raw=chosen.scale == "counts",
+        depth=depth if chosen.name == "means" else None,
+    )
     of_measured = None if measured is None else Cells.of(measured)
     tests, differences, faults = [], [], []
     for group in _groups(cells, groups, reference, chosen):
@@ -52,13 +74,15 @@ def compare(
             continue
         _say_left_out(contrast, used, group, reference)
         contrast = contrast.keep(kept)
-        test = chosen.run(contrast)
+        outcome = run(chosen, contrast)
+        test = outcome.test
         tests.append(
             pd.DataFrame(
                 {
                     "group": group,
                     "names": contrast.genes.astype(str).to_numpy(object),
-                    "logfoldchanges": contrast.logfoldchanges,
+                    "logfoldchanges": outcome.logfoldchanges,
+                    "logfoldchanges_pooled": contrast.pooled_fold_changes,
                     "effect_size": test.effect,
                     "ci_low": test.ci_low,
                     "ci_high": test.ci_high,
@@ -70,7 +94,7 @@ def compare(
                 }
             )
         )
-        differences.append(_differences(contrast, group))
+        differences.append(_differences(contrast, outcome, group))
     if faults and (groups is not None or not tests):
         raise ValueError(faults[0])
     if faults:
@@ -95,6 +119,8 @@ def _tested(
     with np.errstate(invalid="ignore"):
         mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
     enough = mean > min_mean
+    if contrast.raw is not None:
+        enough &= _counted(contrast.raw)
     if not enough.any():
         return enough, f"`min_mean` is {min_mean}; no gene has a mean above it in {group!r} and {reference!r}"
     if cells.detected is None:
@@ -131,6 +157,12 @@ def _say_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: s
     )
 
 
+def _counted(sums: CountSums) -> np.ndarray:
+    """Mask of genes with enough counts in both groups, as expected where nothing differs, ``(g,)``."""
+    share = sums.depth[0] * sums.depth[1] / np.maximum(sums.depth.sum(0), 1) ** 2
+    return (sums.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
+
+
 def named_groups(groups: object, reference: object, min_mean: object) -> tuple[list[str] | None, str]:
     """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too.
 
@@ -151,19 +183,51 @@ def method_for(method: str, spots: Pool, covariates: Sequence[str], trend: objec
     if method not in ("auto", *METHODS):
         raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")
     n = len(set(spots.samples))
-    name = ("pseudobulk" if n >= 3 else "spatial") if method == "auto" else method
-    if covariates and name != "mixed":
-        raise ValueError(f"`covariates` enter method='mixed' alone, the method is {name!r}")
+    bulk = "pseudobulk" if spots.scale == "counts" else "means"
+    name = (bulk if n >= 3 else "spatial") if method == "auto" else method
+    # Logarithms cannot be summed as counts; their means are what is left.
+    name = "means" if name == "pseudobulk" and bulk == "means" else name
+    if METHODS[name].scale not in (None, spots.scale):
+        raise ValueError(
+            f"`method` {name!r} is for {'raw counts' if name == 'deseq2' else 'logarithms'}, the layer holds "
+            f"{'logarithms' if name == 'deseq2' else 'raw counts'}; use method={bulk!r}"
+        )
     if not isinstance(trend, bool | np.bool_):
         raise ValueError(f"`trend` is {trend!r}; True or False is needed")
-    if not trend and name != "pseudobulk":
-        raise ValueError(f"`trend` is of method='pseudobulk' alone, the method is {name!r}")
+    if not trend and name not in _MODERATED:
+        raise ValueError(f"`trend` is of method='pseudobulk' and 'means' alone, the method is {name!r}")
+    if covariates and name not in (*_MODERATED, "mixed"):
+        raise ValueError(f"`covariates` enter method='pseudobulk', 'means' and 'mixed' alone, the method is {name!r}")
+    if name == "deseq2":
+        from ._deseq import import_pydeseq2
+
+        import_pydeseq2()
     if n < METHODS[name].samples:
         raise ValueError(
             f"`method` {name!r} compares samples and needs at least {METHODS[name].samples}, there are {n}; name the patients "
             "by `sample_key`, or use method='spatial'"
         )
     return METHODS[name]
+
+
+def check_model(chosen: Method, formula: object, term: object, lfc: object) -> dict[str, object]:
+    """Return what the moderated tests take beside covariates.
+
+    Raises
+    ------
+    ValueError
+        If one is not what it should be, or the method does not take it.
+    """
+    if isinstance(lfc, bool) or not isinstance(lfc, Real) or not 0 <= lfc < np.inf:
+        raise ValueError(f"`lfc` is {lfc!r}; a number from 0 is needed, log2 of the smallest ratio of interest")
+    for name, value in (("formula", formula), ("term", term)):
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise ValueError(f"`{name}` is {value!r}; a text is needed, for example 'group:age'")
+        if value is not None and chosen.name not in _MODERATED:
+            raise ValueError(f"`{name}` is of method='pseudobulk' and 'means' alone, the method is {chosen.name!r}")
+    if lfc and chosen.name not in (*_MODERATED, "deseq2"):
+        raise ValueError(f"`lfc` is of method='pseudobulk', 'deseq2' and 'means' alone, the method is {chosen.name!r}")
+    return {"formula": formula, "term": term, "lfc": float(lfc)}
 
 
 def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: Method) -> list[str]:
@@ -219,7 +283,7 @@ def _fault(cells: Cells, group: str, reference: str, chosen: Method) -> str:
     return ""
 
 
-def _differences(contrast: Contrast, group: str) -> pd.DataFrame:
+def _differences(contrast: Contrast, outcome: Outcome, group: str) -> pd.DataFrame:
     """Difference in every sample that has both, with the numbers of spots in the index."""
     index = pd.MultiIndex.from_arrays(
         [
@@ -230,14 +294,15 @@ def _differences(contrast: Contrast, group: str) -> pd.DataFrame:
         ],
         names=["group", "sample", "n_spots", "n_spots_reference"],
     )
-    return pd.DataFrame(contrast.differences.astype(np.float32), index=index, columns=contrast.genes.astype(str))
+    return pd.DataFrame(outcome.differences.astype(np.float32), index=index, columns=contrast.genes.astype(str))
 
 
-def adjusted(tests: pd.DataFrame) -> pd.DataFrame:
-    """Add Benjamini and Hochberg's p-values within each group; a gene without p-value gets none."""
+def adjusted(tests: pd.DataFrame, over: str = "group") -> pd.DataFrame:
+    """Add Benjamini and Hochberg's p-values within each group, or over all; a gene without p-value gets none."""
     from statsmodels.stats.multitest import multipletests
 
     tests = tests.assign(pvals_adj=np.nan)
-    for _, part in tests[tests["pvals"].notna()].groupby("group", sort=False):
+    known = tests[tests["pvals"].notna()]
+    for _, part in known.groupby(known["group"] if over == "group" else np.zeros(len(known)), sort=False):
         tests.loc[part.index, "pvals_adj"] = multipletests(part["pvals"], method="fdr_bh")[1]
     return tests

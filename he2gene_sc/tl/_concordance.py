@@ -13,6 +13,7 @@ from .._core import validate
 from .._core.results import check_free, write_to_all
 from .._keys import check_key
 from .._tables import Scale
+from ._bulk import depth_of
 from ._compare import adjusted, compare, method_for, named_groups
 from ._contrast import METHODS
 from ._origin import circularity, measured_part, reliable_genes
@@ -108,12 +109,14 @@ def concordance(
         raise ValueError("`measured` holds no counts at any labelled spot; there is nothing to compare with")
     spots = spots.take(seen)
     chosen = method_for(method, spots, ())
-    run = {"chosen": chosen, "groups": groups, "reference": reference, "options": {}}
-    found, _ = compare(known, min_mean=min_mean, **run)
+    depth = depth_of(spots, "auto") if chosen.name == "means" else None
+    run = {"groups": groups, "reference": reference, "options": {}, "depth": depth}
+    # Counts are summed; what was predicted has none.
+    found, _ = compare(known, min_mean=min_mean, chosen=method_for(method, known, ()), **run)
     with warnings.catch_warnings():
         # Said once, of the measured.
         warnings.simplefilter("ignore", UserWarning)
-        predicted, _ = compare(spots, min_mean=-np.inf, **run)
+        predicted, _ = compare(spots, min_mean=-np.inf, chosen=chosen, **run)
     if chosen.caution:
         warnings.warn(chosen.caution, UserWarning, stacklevel=2)
     genes = _beside(predicted, found)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from .._core.spots import check_spelling, clean_names
+from ._bulk import CountCells, DepthCells, keep_genes, pair_design
 from ._pooled import Pool
 
 if TYPE_CHECKING:
-    from ..stats import SampleTest
+    from ..stats import CountSums, SampleTest
 
 #: A group with fewer spots than this has no mean in a sample, and none at all with fewer altogether.
 MIN_SPOTS = 3
@@ -33,9 +34,19 @@ class Cells:
     sums: np.ndarray
     squares: np.ndarray | None = None
     detected: np.ndarray | None = None
+    raw: CountCells | None = None
+    depth: DepthCells | None = None
 
     @classmethod
-    def of(cls, pool: Pool, *, squares: bool = False, detected: bool = False) -> Cells:
+    def of(
+        cls,
+        pool: Pool,
+        *,
+        squares: bool = False,
+        detected: bool = False,
+        raw: bool = False,
+        depth: np.ndarray | None = None,
+    ) -> Cells:
         """Sum over the spots of a pool, in one reading."""
         samples, sample = np.unique(pool.samples.astype(str), return_inverse=True)
         labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
@@ -45,7 +56,13 @@ class Cells:
         asked |= {"detected": _seen} if detected else {}
         sums = pool.sums(code, shape[0] * shape[1], *asked.values())
         counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
-        return cls(samples, labels, counts, **dict(zip(asked, sums.reshape(len(asked), *shape, -1), strict=True)))
+        more = {
+            "raw": CountCells.of(pool, code, shape) if raw else None,
+            "depth": None if depth is None else DepthCells.of(pool, depth, code, shape),
+        }
+        return cls(
+            samples, labels, counts, **more, **dict(zip(asked, sums.reshape(len(asked), *shape, -1), strict=True))
+        )
 
     def side(self, labels: Sequence[str], what: str = "sums") -> tuple[np.ndarray, np.ndarray]:
         """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
@@ -84,6 +101,13 @@ class Contrast:
     trend: bool = True
     spot_variance: np.ndarray | None = None
     measured: Contrast | None = None
+    raw: CountSums | None = None
+    adjustment: np.ndarray | None = None
+    depth_variance: np.ndarray | None = None
+    formula: str | None = None
+    term: str | None = None
+    lfc: float = 0.0
+    robust: bool = True
 
     @classmethod
     def of(cls, pool: Pool, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any) -> Contrast:
@@ -100,6 +124,12 @@ class Contrast:
             squares = np.array([cells.side(side, "squares")[0] for side in ([group], others)])
             about = (squares - np.square(sums) / np.maximum(counts, 1)[..., None]).sum((0, 1))
             more["spot_variance"] = about / max(counts.sum() - (counts > 0).sum(), 1)
+        masks = [np.isin(cells.labels, side) for side in ([group], others)]
+        paired = enough.all(axis=0)
+        if cells.raw is not None:
+            more["raw"] = cells.raw.pairs(masks, counts, paired)
+        if cells.depth is not None:
+            more["adjustment"], more["depth_variance"] = cells.depth.adjust(masks, counts, sums, paired)
         inside = pool.labels == group
         return cls(pool, genes, cells.samples, inside, np.isin(pool.labels, others), means, counts, pooled, **more)
 
@@ -110,8 +140,9 @@ class Contrast:
 
     @property
     def differences(self) -> np.ndarray:
-        """Mean of the group minus that of the reference in every paired sample, ``(paired, g)``."""
-        return self.means[0, self.paired] - self.means[1, self.paired]
+        """Mean of the group minus that of the reference in every paired sample, ``(paired, g)``, without what depth adds."""
+        found = self.means[0, self.paired] - self.means[1, self.paired]
+        return found if self.adjustment is None else found - self.adjustment
 
     @property
     def mean(self) -> np.ndarray:
@@ -119,7 +150,28 @@ class Contrast:
         return np.average(self.pooled_means, axis=0, weights=self.counts.sum(1))
 
     @property
-    def logfoldchanges(self) -> np.ndarray:
+    def design(self) -> tuple[np.ndarray, int]:
+        """Design of the differences ``(paired, p)``, and its column that is tested."""
+        return pair_design(
+            self.pool,
+            self.samples[self.paired],
+            (self.inside, self.outside),
+            self.covariates,
+            self.formula,
+            self.term,
+        )
+
+    def fold_changes(self, effect: np.ndarray) -> np.ndarray:
+        """log2 of the ratio of expression that an effect stands for, at the mean of both groups; NaN below 0."""
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            middle = self.mean if self.paired.sum() < 2 else self.means[:, self.paired].mean((0, 1))
+            low = middle - np.abs(effect) / 2
+            exact = np.sign(effect) * np.log2(np.expm1(low + np.abs(effect)) / np.expm1(low))
+            # A mean that an adjusted effect would take below 0: by the slope of the logarithm.
+            return np.where(low > 0, exact, np.where(middle > 0, effect / -np.expm1(-middle) / np.log(2), np.nan))
+
+    @property
+    def pooled_fold_changes(self) -> np.ndarray:
         """scanpy's: log2 of the ratio of what the means over all spots of the logarithms stand for; NaN below 0."""
         above, below = np.expm1(self.pooled_means) + 1e-9
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -127,8 +179,6 @@ class Contrast:
 
     def keep(self, genes: np.ndarray) -> Contrast:
         """Leave out genes; ``genes`` is ``(g,)`` bool."""
-        from dataclasses import replace
-
         return replace(
             self,
             genes=self.genes[genes],
@@ -136,6 +186,8 @@ class Contrast:
             pooled_means=self.pooled_means[:, genes],
             spot_variance=None if self.spot_variance is None else self.spot_variance[genes],
             measured=None if self.measured is None else self.measured.keep(genes),
+            raw=None if self.raw is None else keep_genes(self.raw, genes),
+            adjustment=None if self.adjustment is None else self.adjustment[:, genes],
         )
 
 
@@ -156,17 +208,82 @@ class Method:
     caution: str = ""
     detecting: int = 0
     squares: bool = False
+    scale: str | None = None
 
 
-def _pseudobulk(contrast: Contrast) -> SampleTest:
-    from ..stats import paired_moderated_t
+@dataclass(frozen=True)
+class Outcome:
+    """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast."""
 
-    alike = None
-    if contrast.trend:
-        # A gene of one value everywhere has no variance to go with.
-        least = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
-        alike = np.maximum(contrast.spot_variance, least)
-    return paired_moderated_t(contrast.differences, alike=alike, level=contrast.level)
+    test: SampleTest
+    differences: np.ndarray
+    logfoldchanges: np.ndarray
+
+
+def run(method: Method, contrast: Contrast) -> Outcome:
+    """Run a method."""
+    if method.scale == "counts":
+        return method.run(contrast)
+    test = method.run(contrast)
+    return Outcome(test, contrast.differences, contrast.fold_changes(test.effect))
+
+
+def _pseudobulk(contrast: Contrast) -> Outcome:
+    from ..stats import count_differences, paired_moderated_t
+
+    found = count_differences(contrast.raw)
+    known = np.isfinite(found.variances)
+    weights = np.where(known, 1 / np.where(known, found.variances, 1), 0)
+    expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
+    design, column = contrast.design
+    test = paired_moderated_t(
+        found.differences,
+        alike=np.maximum(expected, 1e-30) if contrast.trend else None,
+        weights=weights,
+        design=design,
+        column=column,
+        level=contrast.level,
+        robust=contrast.robust,
+        minimum=contrast.lfc * np.log(2),
+    )
+    return Outcome(test, found.differences, test.effect / np.log(2))
+
+
+def _deseq2(contrast: Contrast) -> Outcome:
+    from ..stats import count_differences
+    from ._deseq import deseq2
+
+    test = deseq2(contrast.raw, level=contrast.level, lfc=contrast.lfc)
+    return Outcome(test, count_differences(contrast.raw).differences, test.effect / np.log(2))
+
+
+def _means(contrast: Contrast) -> SampleTest:
+    from ..stats import paired_moderated_t, variance_components
+
+    # A gene of one value everywhere has no variance to go with.
+    least = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
+    within = np.maximum(contrast.spot_variance, least)
+    differences = contrast.differences
+    sampling = (1 / contrast.counts[:, contrast.paired]).sum(0)
+    if contrast.depth_variance is not None:
+        sampling = sampling + contrast.depth_variance
+    weights = None
+    if len(np.unique(sampling)) > 1 and len(differences) > 2:
+        between, factor = variance_components(
+            differences / np.sqrt(within), np.broadcast_to(sampling[:, None], differences.shape)
+        )
+        weights = 1 / (between + factor * sampling)
+    design, column = contrast.design
+    return paired_moderated_t(
+        differences,
+        alike=within if contrast.trend else None,
+        weights=weights,
+        design=design,
+        column=column,
+        level=contrast.level,
+        robust=contrast.robust,
+        minimum=contrast.lfc * np.log(2),
+    )
 
 
 def _mixed(contrast: Contrast) -> SampleTest:
@@ -265,7 +382,9 @@ def _all(contrast: Contrast) -> np.ndarray:
 METHODS = {
     method.name: method
     for method in (
-        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, squares=True),
+        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, scale="counts"),
+        Method("deseq2", _deseq2, "deseq2", 2, _with_both, scale="counts"),
+        Method("means", _means, "means", 2, _with_both, squares=True, scale="log"),
         Method("mixed", _mixed, "mixed", 2, _with_either),
         Method("ppi", _ppi, "ppi", 5, _with_both),
         Method(

@@ -6,6 +6,8 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py measured
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py small
     python tests/benchmarks/bench_biomarkers.py ppi skewed sections
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py counts
+    python tests/benchmarks/bench_biomarkers.py hypervariable
     python tests/benchmarks/bench_biomarkers.py speed
 
 Simulated patients: spots and labels (invasive cancer, connective tissue) of real sections, genes drawn as Gaussian random
@@ -25,7 +27,7 @@ import zlib
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import stats
+from scipy import sparse, stats
 from scipy.spatial.distance import cdist
 
 import he2gene_sc as hg
@@ -362,6 +364,76 @@ def speed(spots=5000, genes=14_000):
     cpu = time.process_time()
     hg.tl.biomarkers(table[:, :300].copy(), "label", layer="log", method="mixed", groups="a")
     print(f"speed, mixed: CPU {(time.process_time() - cpu) / 300 * 1e3:.0f} ms a gene")
+
+
+def _composition_null(table, seed):
+    """Poisson counts of the mean profile of a section at its own totals: no gene differs in composition."""
+    rng = np.random.default_rng(seed)
+    counts = np.asarray(table.X.toarray() if hasattr(table.X, "toarray") else table.X, float)
+    depth = counts.sum(1)
+    null = table.copy()
+    null.X = sparse.csr_matrix(rng.poisson(depth[:, None] * counts.sum(0) / depth.sum()).astype(np.float32))
+    return null
+
+
+def two_groups():
+    """Spots of both groups of the eight annotated patients, genes of every section."""
+    tables = [load(name) for name in EIGHT]
+    genes = sorted(set.intersection(*(set(table.var_names) for table in tables)))
+    return [table[table.obs["pathologist"].isin(GROUPS).to_numpy(), genes].copy() for table in tables]
+
+
+def counts(repeats=3):
+    """Default test of counts: the composition null at real totals and labels, and what it shares with DESeq2."""
+    tables = two_groups()
+    options = {"groups": GROUPS[0], "reference": GROUPS[1], "layer": None}
+    start = time.perf_counter()
+    mine = hg.tl.biomarkers(tables, "pathologist", **options).set_index("names")
+    wall = time.perf_counter() - start
+    hit = mine["pvals_adj"] < 0.05
+    up = mine["effect_size"] > 0
+    print(f"counts: {hit.sum()} of {len(mine)} genes, {(hit & up).sum()} above, {wall:.1f} s", flush=True)
+    print(
+        f"  first above: {', '.join(mine.index[hit & up][:12])}; below: {', '.join(mine.index[hit & ~up][::-1][:12])}"
+    )
+    for gene in ("ERBB2", "EPCAM", "CD24", "CDH1"):
+        row = mine.loc[gene]
+        print(f"  {gene}: {row['effect_size']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}], {row['pvals_adj']:.3g}")
+    for i in range(repeats):
+        null = [_composition_null(table, [i, j]) for j, table in enumerate(tables)]
+        result = hg.tl.biomarkers(null, "pathologist", **options)
+        print(
+            f"counts, composition null {i}: p < .05 {(result['pvals'] < 0.05).mean():.1%}, < .001 "
+            f"{(result['pvals'] < 0.001).mean():.2%} of {len(result)}, {(result['effect_size'] > 0).mean():.1%} above 0, "
+            f"{(result['pvals_adj'] < 0.05).sum()} at FDR 5 %",
+            flush=True,
+        )
+    theirs = hg.tl.biomarkers(tables, "pathologist", method="deseq2", **options).set_index("names")
+    found = theirs["pvals_adj"] < 0.05
+    for side, name in ((1, "above"), (-1, "below")):
+        part = theirs.index[found & (np.sign(theirs["effect_size"]) == side)]
+        same = hit[part] & (np.sign(mine.loc[part, "effect_size"]) == side)
+        print(f"counts, DESeq2 {name}: {len(part)} genes, {same.sum()} of them found", flush=True)
+
+
+def hypervariable(genes=8000, repeats=6):
+    """FDR, power and size where one gene in twenty varies 20 times as much between patients; one in ten is planted."""
+    planted = np.arange(genes) < genes // 10
+    for n in (3, 4, 6):
+        for robust in (False, True):
+            rng = np.random.default_rng(n)
+            rows = []
+            for _ in range(repeats):
+                variance = rng.lognormal(0, 0.6, genes)
+                between = 0.03 * variance * np.where(rng.random(genes) < 0.05, 20, 1)
+                noise = np.sqrt(between + variance / 20) * rng.standard_normal((n, genes))
+                alike = variance * rng.chisquare(200, genes) / 200
+                test = paired_moderated_t(0.5 * np.sqrt(variance) * planted + noise, alike=alike, robust=robust)
+                hit = stats.false_discovery_control(test.pvalues) < 0.05
+                null = test.pvalues[~planted]
+                rows.append((hit[planted].mean(), (hit & ~planted).sum() / max(hit.sum(), 1), (null < 0.05).mean()))
+            power, false, size = np.mean(rows, axis=0)
+            print(f"hypervariable, {n} patients, robust={robust}: {power:.1%} found, FDR {false:.1%}, size {size:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""A second kind of genes in the prior of the variances: the hypervariable ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Genes from which two kinds are told apart, and twice the log likelihood ratio that they must gain.
+_MIN_GENES, _GAIN = 200, 15.0
+#: Bounds of the logarithm of d0, of the factor between both kinds, and of the logit of the share of the second.
+_LOG_D0, _LOG_FACTOR, _LOGIT = (-1.0, 8.0), (1.0, 7.0), (-8.0, -0.5)
+
+
+@dataclass(frozen=True)
+class VariancePrior:
+    """Variances follow ``scale`` F(df, ``d0``); those of hypervariable genes are ``factor`` times as large.
+
+    ``scale`` and ``outlier`` are ``(g,)``: the prior variance, and the probability that a gene is hypervariable, given its
+    own variance. Without such genes ``outlier`` is 0.
+    """
+
+    scale: np.ndarray
+    d0: float
+    outlier: np.ndarray
+    factor: float = 1.0
+
+
+def hypervariable_prior(variances: np.ndarray, df: np.ndarray, scale: np.ndarray, d0: float) -> VariancePrior:
+    """Fit a prior of two kinds by maximum likelihood, starting from one of one kind.
+
+    One prior for all draws the variance of a hypervariable gene down, and takes chance for an effect (Phipson et al., Ann
+    Appl Stat 2016). Their remedy lowers the degrees of freedom of genes whose variance is too large. With three patients a
+    hypervariable gene often has a small variance by chance. So here every gene has a probability of being one, and its
+    p-value is the mean over both kinds.
+
+    Parameters
+    ----------
+    variances, df
+        ``(g,)`` variances and their degrees of freedom.
+    scale, d0
+        The prior of one kind, see :func:`squeeze_variance`.
+    """
+    from scipy.optimize import minimize
+
+    known = (df > 0) & np.isfinite(variances)
+    alone = VariancePrior(scale, d0, np.zeros(len(variances)))
+    if known.sum() < _MIN_GENES:
+        return alone
+    middle = np.median(variances[known])
+    ratio = np.log(np.maximum(variances, 1e-5 * middle if middle > 0 else 1e-300)) - np.log(scale)
+    x, n = ratio[known], df[known]
+
+    def one(theta: np.ndarray) -> float:
+        return -_log_f(x - theta[0], n, np.exp(theta[1])).sum()
+
+    def two(theta: np.ndarray) -> float:
+        return -np.logaddexp(*_kinds(x, n, *theta)).sum()
+
+    bounds = [(-3.0, 3.0), _LOG_D0]
+    start = np.clip(np.log(min(d0, 1e4)) if d0 > 0 else 0.0, *_LOG_D0)
+    single = minimize(one, [0.0, start], bounds=bounds, method="L-BFGS-B")
+    starts = ([-0.3, level, np.log(8.0), -3.0] for level in (min(start + 1, _LOG_D0[1]), _LOG_D0[1]))
+    fits = [minimize(two, at, bounds=[*bounds, _LOG_FACTOR, _LOGIT], method="L-BFGS-B") for at in starts]
+    best = min(fits, key=lambda fit: fit.fun)
+    if 2 * (single.fun - best.fun) < _GAIN:
+        return alone
+    shift, log_d0, log_factor, _ = best.x
+    first, second = _kinds(ratio, np.maximum(df, 1e-9), *best.x)
+    outlier = np.where(known, np.exp(second - np.logaddexp(first, second)), 1 / (1 + np.exp(-best.x[3])))
+    # At the bound the genes of a kind do not differ by more than chance.
+    d0 = np.inf if log_d0 > _LOG_D0[1] - 0.01 else float(np.exp(log_d0))
+    return VariancePrior(scale * np.exp(shift), d0, outlier, float(np.exp(log_factor)))
+
+
+def _kinds(
+    ratio: np.ndarray, df: np.ndarray, shift: float, log_d0: float, log_factor: float, logit: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log densities of the logarithm of a variance ratio under both kinds, with the shares of these."""
+    d0 = np.exp(log_d0)
+    first = _log_f(ratio - shift, df, d0) - np.logaddexp(0, logit)
+    return first, _log_f(ratio - shift - log_factor, df, d0) - np.logaddexp(0, -logit)
+
+
+def _log_f(x: np.ndarray, df: np.ndarray, d0: float) -> np.ndarray:
+    """Log density of the logarithm of F(df, d0)."""
+    from scipy.special import betaln
+
+    half = df / 2
+    return half * (x + np.log(df / d0)) - betaln(half, d0 / 2) - (half + d0 / 2) * np.log1p(df / d0 * np.exp(x))

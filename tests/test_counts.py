@@ -1,0 +1,267 @@
+"""Tests of summed counts, of depth and of designs, with planted truth."""
+
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+import he2gene_sc as hg
+from he2gene_sc.stats import (
+    CountSums,
+    count_differences,
+    hypervariable_prior,
+    library_factors,
+    paired_moderated_t,
+    squeeze_variance,
+    variance_components,
+    weighted_fit,
+)
+
+GENES = 400
+
+
+def counted(i, *, n=(40, 25), deeper=4.0, planted=0, shift=1.0, genes=GENES, between=0.0):
+    """One patient: group "a" is `deeper` times as deep; the first genes are `shift` (natural log) higher in it."""
+    rng = np.random.default_rng((7, i))
+    label = np.array(["a"] * n[0] + ["b"] * n[1])
+    profile = np.random.default_rng(0).lognormal(0, 1, genes) * rng.lognormal(0, 0.3, genes)
+    rates = np.tile(profile, (2, 1)) * rng.lognormal(0, between, (2, genes))
+    rates[0, :planted] *= np.exp(shift)
+    rates /= rates.sum(1, keepdims=True)
+    depth = rng.lognormal(np.log(3000), 0.3, len(label)) * np.where(label == "a", deeper, 1)
+    counts = rng.poisson(depth[:, None] * rates[(label == "b").astype(int)])
+    obs = pd.DataFrame({"patient": f"P{i}", "label": label}, index=[f"P{i}-{j}" for j in range(len(label))])
+    table = AnnData(counts.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"g{j}" for j in range(genes)]))
+    table.obsm["spatial"] = np.column_stack([np.arange(len(label)), np.zeros(len(label))])
+    return table
+
+
+def found(tables, **options):
+    options = {"groups": "a", "reference": "b", "layer": None} | options
+    return hg.tl.biomarkers(tables, "label", **options).set_index("names")
+
+
+def test_a_deeper_group_does_not_pass_for_a_difference():
+    result = found([counted(i, genes=2000) for i in range(8)], min_mean=-1)
+    assert (result["method"] == "pseudobulk").all()
+    assert 0.03 < (result["pvals"] < 0.05).mean() < 0.07
+    assert 0.45 < (result["effect_size"] > 0).mean() < 0.55
+
+
+def test_planted_genes_are_found_with_their_size():
+    result = found([counted(i, planted=20, between=0.05) for i in range(6)])
+    significant = result.index[result["pvals_adj"] < 0.05]
+    planted = [f"g{i}" for i in range(20)]
+    assert set(planted) <= set(significant)
+    assert len(significant) < 30
+    # Libraries are those of the genes that do not differ.
+    assert result.loc[planted, "effect_size"].median() == pytest.approx(1, abs=0.1)
+    np.testing.assert_allclose(result["logfoldchanges"], result["effect_size"] / np.log(2))
+
+
+def test_a_minimum_effect_leaves_out_smaller_ones():
+    tables = [counted(i, planted=20, shift=0.4, between=0.02) for i in range(6)]
+    assert (found(tables)["pvals_adj"] < 0.05).sum() >= 15
+    assert (found(tables, lfc=1)["pvals_adj"] < 0.05).sum() == 0
+    for value in (-1, "a", np.nan, True):
+        with pytest.raises(ValueError, match="`lfc` is"):
+            found(tables, lfc=value)
+
+
+def test_patients_of_few_spots_do_not_hide_a_difference():
+    # Without weights two patients of three spots each take the power of four good ones.
+    good = [counted(i, planted=20, shift=0.5, between=0.05, n=(150, 150)) for i in range(4)]
+    poor = [counted(i, planted=20, shift=0.5, between=0.05, n=(3, 3), deeper=0.05) for i in (4, 5)]
+    planted = [f"g{i}" for i in range(20)]
+    alone, all_six = found(good), found(good + poor)
+    assert (all_six.loc[planted, "pvals_adj"] < 0.05).mean() >= (alone.loc[planted, "pvals_adj"] < 0.05).mean() - 0.1
+
+
+def test_order_of_patients_does_not_matter():
+    tables = [counted(i, planted=5) for i in range(4)]
+    one, other = found(tables), found(tables[::-1])
+    np.testing.assert_allclose(one["pvals"], other["pvals"].reindex(one.index), rtol=1e-5)
+
+
+def test_an_interaction_is_found_by_its_term():
+    tables = []
+    for i in range(8):
+        tables.append(counted(i, planted=20, shift=[0.0, 1.0][i % 2], between=0.05))
+        tables[-1].obs["age"] = float(i % 2)
+        tables[-1].obs["stage"] = "ab"[i % 2]
+    planted = [f"g{i}" for i in range(20)]
+    for formula, term in (("group:age", "group:age"), ("group:stage", "group:stage[T.b]")):
+        result = found(tables, formula=formula, term=term)
+        assert set(planted) <= set(result.index[result["pvals_adj"] < 0.05])
+        assert result.loc[planted, "effect_size"].median() == pytest.approx(1, abs=0.15)
+        # The group itself is tested at the average patient.
+        average = found(tables, formula=formula)
+        assert average.loc[planted, "effect_size"].median() == pytest.approx(0.5, abs=0.15)
+    with pytest.raises(ValueError, match="`covariates`: .* does not differ within samples"):
+        found(tables, covariates="age")
+    with pytest.raises(ValueError, match="`term` 'no' is not a term of the design"):
+        found(tables, formula="group:age", term="no")
+    with pytest.raises(ValueError, match="`formula` .* cannot be read"):
+        found(tables, formula="group:nowhere")
+    with pytest.raises(ValueError, match="`formula` is of method='pseudobulk' and 'means' alone"):
+        found(tables, formula="group:age", method="wilcoxon")
+
+
+def test_p_values_may_be_adjusted_over_all_groups():
+    tables = [counted(i, planted=5) for i in range(4)]
+    result = hg.tl.biomarkers(tables, "label", layer=None, adjust_over="all")
+    from scipy.stats import false_discovery_control
+
+    np.testing.assert_allclose(result["pvals_adj"], false_discovery_control(result["pvals"]))
+
+
+def test_sums_are_for_counts_and_means_for_logarithms():
+    tables = [_predicted(i) for i in range(3)]
+    with pytest.raises(ValueError, match="`method` 'means' is for logarithms, the layer holds raw counts"):
+        found(tables, method="means")
+    with pytest.raises(ValueError, match="`method` 'deseq2' is for raw counts, the layer holds logarithms"):
+        found(tables, layer="log", method="deseq2")
+    assert (found(tables, layer="log", method="pseudobulk")["method"] == "means").all()
+
+
+def test_deseq2_is_pydeseq2_or_names_what_to_install(monkeypatch):
+    tables = [counted(i, planted=20, genes=60, between=0.1) for i in range(3)]
+    monkeypatch.setitem(sys.modules, "pydeseq2.dds", None)
+    with pytest.raises(ImportError, match="`method` 'deseq2' needs PyDESeq2"):
+        found(tables, method="deseq2")
+    monkeypatch.undo()
+    pytest.importorskip("pydeseq2")
+    result = found(tables, method="deseq2")
+    assert (result["method"] == "deseq2").all()
+    assert np.corrcoef(result["effect_size"], found(tables)["effect_size"].reindex(result.index))[0, 1] > 0.9
+
+
+# ----------------------------------------------------------------------------------------------- means, depth
+
+
+def _predicted(i, genes=300):
+    """Logarithms that rise with the depth of the spot and know nothing else; group "a" is deeper."""
+    table = counted(i, deeper=2.0, genes=genes)
+    rng = np.random.default_rng(i)
+    depth = np.log(table.X.sum(1))
+    slope = np.random.default_rng(1).uniform(0.2, 1, genes)
+    noise = 0.5 * rng.standard_normal(table.shape)
+    table.layers["log"] = (5 + (depth - 8)[:, None] * slope + noise).astype(np.float32)
+    return table
+
+
+def test_depth_is_taken_off_predicted_layers_and_leaving_it_out_is_said():
+    tables = [_predicted(i) for i in range(8)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*depth of the spots")
+        result = found(tables, layer="log")
+    assert 0.02 < (result["pvals"] < 0.05).mean() < 0.09
+    assert 0.4 < (result["effect_size"] > 0).mean() < 0.6
+    with pytest.warns(UserWarning, match="depth of the spots is not adjusted for"):
+        raw = found(tables, layer="log", depth=None)
+    assert (raw["pvals"] < 0.05).mean() > 0.9
+    for table in tables:
+        table.obs["total"] = table.X.sum(1)
+        table.X = np.zeros_like(table.X)
+    named = found(tables, layer="log", depth="total")
+    np.testing.assert_allclose(named["pvals"], result["pvals"].reindex(named.index), rtol=1e-4)
+    tables[0].obs["total"] = 0.0
+    with pytest.raises(ValueError, match="`depth` 'total' is not a number above 0"):
+        found(tables, layer="log", depth="total")
+
+
+def test_effect_and_fold_change_have_one_sign_whatever_the_sizes_of_groups():
+    rng = np.random.default_rng(0)
+    tables = []
+    for i, (level, n) in enumerate(((3, (5, 80)), (3, (6, 80)), (1, (80, 6)), (1, (80, 5)))):
+        table = counted(i, n=n, genes=20)
+        inside = (table.obs["label"] == "a").to_numpy()[:, None]
+        table.layers["log"] = (level + 0.3 * inside + 0.1 * rng.standard_normal(table.shape)).astype(np.float32)
+        tables.append(table)
+    with pytest.warns(UserWarning, match="depth"):
+        result = found(tables, layer="log", depth=None)
+    assert (result["effect_size"] > 0).all()
+    assert (result["logfoldchanges"] > 0).all()
+    assert (result["logfoldchanges_pooled"] < 0).all()
+
+
+# ----------------------------------------------------------------------------------------------- arrays
+
+
+def test_library_factors_are_those_of_the_genes_that_do_not_differ():
+    rng = np.random.default_rng(0)
+    share = rng.lognormal(0, 1, 1000)
+    changed = share.copy()
+    changed[:50] *= 20
+    rates = np.array([changed / changed.sum(), share / share.sum()])
+    depth = np.array([[4e6, 1e6], [1e6, 4e6]])
+    counts = rng.poisson(depth[..., None] * rates[:, None])
+    factors = library_factors(counts, depth)
+    np.testing.assert_allclose(factors.prod(0), 1)
+    np.testing.assert_allclose(factors[0] / factors[1], share.sum() / changed.sum(), rtol=0.05)
+
+
+def test_components_of_variance_are_found_again():
+    rng = np.random.default_rng(1)
+    sampling = rng.lognormal(-2, 1, (8, 3000))
+    d = rng.standard_normal(sampling.shape) * np.sqrt(0.1 + 1.5 * sampling)
+    between, factor = variance_components(d, sampling)
+    assert between == pytest.approx(0.1, rel=0.2)
+    assert factor == pytest.approx(1.5, rel=0.2)
+
+
+def test_differences_of_counts_have_the_variance_that_they_say():
+    rng = np.random.default_rng(2)
+    depth = np.array([[4e4] * 6, [1e4] * 6])
+    share = np.full(2000, 1 / 2000)
+    counts = rng.poisson(np.tile(depth[..., None] * share, 1)).astype(float)
+    spots = np.full((2, 6), 10)
+    per_spot = depth / 10
+    sums = CountSums(counts, counts + counts**2 / 10, counts * per_spot[..., None], spots, depth, per_spot**2 * 10)
+    found = count_differences(sums)
+    assert np.square(found.differences).mean() == pytest.approx(found.variances.mean(), rel=0.1)
+    assert abs(found.differences.mean()) < 0.02
+
+
+def test_weighted_fits_are_those_of_statsmodels():
+    import statsmodels.api as sm
+
+    rng = np.random.default_rng(3)
+    y, design = rng.normal(size=(7, 4)), np.column_stack([np.ones(7), rng.normal(size=7)])
+    weights = rng.gamma(2, 1, (7, 4))
+    effect, unscaled, variances, df = weighted_fit(y, design, 1, weights)
+    for j in range(4):
+        fit = sm.WLS(y[:, j], design, weights=weights[:, j]).fit()
+        assert effect[j] == pytest.approx(fit.params[1])
+        assert unscaled[j] * np.sqrt(variances[j]) == pytest.approx(fit.bse[1])
+    assert (df == 5).all()
+
+
+def test_hypervariable_genes_have_a_prior_of_their_own():
+    rng = np.random.default_rng(4)
+    wild = np.arange(6000) < 300
+    d = rng.standard_normal((4, 6000)) * np.where(wild, 5, 1)
+    plain, robust = (paired_moderated_t(d, robust=choice).pvalues for choice in (False, True))
+    assert 0.04 < (robust < 0.05).mean() < 0.06
+    assert (robust[wild] < 0.001).mean() < 0.5 * (plain[wild] < 0.001).mean()
+    variances = d.var(0, ddof=1)
+    _, scale, d0 = squeeze_variance(variances, 3.0)
+    prior = hypervariable_prior(variances, np.full(6000, 3.0), np.full(6000, scale), d0)
+    assert prior.factor == pytest.approx(25, rel=0.4)
+    assert prior.outlier[wild].mean() > 0.5 > 0.05 > prior.outlier[~wild].mean()
+
+
+def test_genes_of_one_kind_keep_their_prior():
+    d = np.random.default_rng(5).normal(size=(6, 2000)) / np.sqrt(np.random.default_rng(6).gamma(4, 0.25, 2000))
+    one, other = paired_moderated_t(d), paired_moderated_t(d, robust=True)
+    np.testing.assert_array_equal(one.pvalues, other.pvalues)
+
+
+def test_intervals_of_two_kinds_agree_with_their_p_values():
+    rng = np.random.default_rng(7)
+    d = rng.standard_normal((4, 3000)) * np.where(np.arange(3000) < 150, 6, 1) + 1
+    test = paired_moderated_t(d, robust=True, level=0.95)
+    np.testing.assert_array_equal((test.ci_low > 0) | (test.ci_high < 0), test.pvalues < 0.05)
