@@ -51,10 +51,11 @@ def biomarkers(
         A row a group and gene, highest score first:
 
         - ``group``, ``names``: group and gene;
-        - ``logfoldchanges``: scanpy's, over all labelled spots of all samples;
-        - ``effect_size``, ``ci_low``, ``ci_high``: difference of the means of the natural logarithms, as the method
-          estimates it, and its interval;
-        - ``scores``, ``pvals``, ``pvals_adj``: test statistic, two-sided p-value, Benjamini and Hochberg's within the group;
+        - ``logfoldchanges``: log2 fold change, of the same contrast as ``effect_size``;
+        - ``logfoldchanges_pooled``: scanpy's, over all labelled spots of all samples;
+        - ``effect_size``, ``ci_low``, ``ci_high``: difference in natural logarithms, as the method estimates it, and its
+          interval;
+        - ``scores``, ``pvals``, ``pvals_adj``: test statistic, two-sided p-value, Benjamini and Hochberg's within the group (``adjust_over``);
         - ``n_samples``, ``n_spots``, ``n_spots_reference``: what the test used;
         - ``method``, ``reliable``, ``circular``.
 

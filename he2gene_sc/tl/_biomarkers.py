@@ -86,7 +86,7 @@ def biomarkers(
     method
         - ``"pseudobulk"``: raw counts summed per sample and group, TMM library sizes, paired by sample, precision weights by
           counts and spots, moderated t. On logarithms it is ``"means"``;
-        - ``"deseq2"``: PyDESeq2 on the same sums (optional: ``pip install pydeseq2``);
+        - ``"deseq2"``: PyDESeq2 on the same sums (optional: ``pip install "he2gene_sc[deseq2]"``);
         - ``"means"``: mean of logarithms per sample and group, for predicted layers; depth adjusted for, weights by spots,
           paired by sample, moderated t;
         - ``"mixed"``: linear mixed model of the means of logarithms, with covariates; minutes for thousands of genes;

@@ -56,6 +56,6 @@ def import_pydeseq2() -> tuple[type, type]:
         from pydeseq2.ds import DeseqStats
     except ImportError as error:
         raise ImportError(
-            "`method` 'deseq2' needs PyDESeq2, which is not installed; pip install 'he2gene-sc[deseq2]'"
+            "`method` 'deseq2' needs PyDESeq2, which is not installed; pip install 'he2gene_sc[deseq2]'"
         ) from error
     return DeseqDataSet, DeseqStats
