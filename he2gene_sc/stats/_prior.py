@@ -66,8 +66,9 @@ def hypervariable_prior(variances: np.ndarray, df: np.ndarray, scale: np.ndarray
     if 2 * (single.fun - best.fun) < _GAIN:
         return alone
     shift, log_d0, log_factor, _ = best.x
-    first, second = _kinds(ratio, np.maximum(df, 1e-9), *best.x)
-    outlier = np.where(known, np.exp(second - np.logaddexp(first, second)), 1 / (1 + np.exp(-best.x[3])))
+    first, second = _kinds(x, n, *best.x)
+    outlier = np.full(len(variances), 1 / (1 + np.exp(-best.x[3])))
+    outlier[known] = np.exp(second - np.logaddexp(first, second))
     # At the bound the genes of a kind do not differ by more than chance.
     d0 = np.inf if log_d0 > _LOG_D0[1] - 0.01 else float(np.exp(log_d0))
     return VariancePrior(scale * np.exp(shift), d0, outlier, float(np.exp(log_factor)))

@@ -85,12 +85,7 @@ def squeeze_variance(
     from scipy import special
 
     variances = np.asarray(variances, np.float64)
-    if alike is not None and not (
-        np.shape(alike) == variances.shape and np.isfinite(alike).all() and (np.asarray(alike) > 0).all()
-    ):
-        raise ValueError(
-            f"`alike` must be {len(variances)} positive numbers, one a gene, found shape {np.shape(alike)}"
-        )
+    _check_alike(alike, len(variances))
     if len(variances) < 2:
         return variances.copy(), float(variances.mean()) if len(variances) else 0.0, 0.0
     # As limma does: zeros would have infinite logarithms.
@@ -105,6 +100,13 @@ def squeeze_variance(
     d0 = 2 * trigamma_inverse(spread)
     prior = np.exp(expected + special.digamma(d0 / 2) - np.log(d0 / 2))
     return (d0 * prior + df * variances) / (d0 + df), prior, d0
+
+
+def _check_alike(alike: np.ndarray | None, n: int) -> None:
+    if alike is not None and not (
+        np.shape(alike) == (n,) and np.isfinite(alike).all() and (np.asarray(alike) > 0).all()
+    ):
+        raise ValueError(f"`alike` must be {n} positive numbers, one a gene, found shape {np.shape(alike)}")
 
 
 def _expected(logs: np.ndarray, alike: np.ndarray | None) -> tuple[float | np.ndarray, int]:
@@ -193,10 +195,11 @@ def paired_moderated_t(
     if n < 2:
         raise ValueError(f"`differences` holds {n} samples; at least 2 are needed")
     effect, unscaled, variances, df = weighted_fit(differences, design, column, weights)
+    _check_alike(alike, len(effect))
     tested = df > 0
     prior = VariancePrior(variances, 0.0, np.zeros(len(effect)))
     if moderate and tested.any():
-        found = squeeze_variance(variances[tested], df[tested], None if alike is None else alike[tested])
+        found = squeeze_variance(variances[tested], df[tested], None if alike is None else np.asarray(alike)[tested])
         scale = np.full(len(effect), np.nan)
         scale[tested] = found[1]
         prior = VariancePrior(scale, found[2], np.zeros(len(effect)))
