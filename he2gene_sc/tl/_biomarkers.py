@@ -202,15 +202,15 @@ def biomarkers(
     known_depth = depth_of(spots, depth) if chosen.name == "means" else None
     options = {"covariates": covariates, "level": level, "trend": bool(trend), "robust": bool(robust), **model}
     run = {"chosen": chosen, "groups": groups, "reference": reference, "min_mean": min_mean, "options": options}
-    run["depth"] = known_depth
     if cross_fit:
         halves = _halves(spots, measured, measured_scale)
-        parts = [compare(half, **run) for half in halves]
+        deep = chosen.name == "means"
+        parts = [compare(half, depth=depth_of(half, depth) if deep else None, **run) for half in halves]
     else:
         known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
         if seen is not None and not seen.any():
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
-        parts = [compare(spots, measured=known, **run)]
+        parts = [compare(spots, measured=known, depth=known_depth, **run)]
     circular = "" if cross_fit else circularity(tables, groupby, layer)
     results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), adjust_over)
     _caution(results, chosen, circular, chosen.name == "means" and known_depth is None)
