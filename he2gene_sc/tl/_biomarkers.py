@@ -38,7 +38,7 @@ def biomarkers(
     groupby: str,
     *,
     groups: str | Sequence[str] | None = None,
-    reference: str = "rest",
+    reference: str | float = "rest",
     layer: str | None = "he2gene",
     layer_scale: Scale = "auto",
     sample_key: str | None = None,

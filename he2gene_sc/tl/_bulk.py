@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array, issparse
 
+from .._core.spots import check_spelling, clean_names
 from .._keys import MADE
 from .._tables import column_of, scale_of, values_of
 from ..stats import CountSums
 from ._pooled import Pool
+
+if TYPE_CHECKING:
+    from ._contrast import Contrast
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,8 @@ def _rows(
         if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
             rows[key] = [float(values[mask].mean()) for mask in masks]
             continue
-        texts = values.astype(str)
+        texts = pd.Series(clean_names(values), dtype=object)
+        check_spelling({"": texts[used].to_numpy(object)}, "covariates", key)
         found = [texts[mask].unique() for mask in masks]
         if several := [sample for sample, names in zip([*samples] * 2, found, strict=True) if len(names) > 1]:
             raise ValueError(
@@ -211,6 +217,34 @@ def _rows(
             )
         rows[key] = [names[0] for names in found]
     return pd.DataFrame(rows)
+
+
+def cell_covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Covariates of sample × group means: means of numbers; labels, which are one a sample, as indicators."""
+    columns = []
+    for key in contrast.covariates:
+        values = contrast.pool.obs(key, "covariates")
+        numbers = pd.api.types.is_numeric_dtype(values)
+        values = values if numbers else pd.Series(clean_names(values), dtype=object)
+        if values.isna().any():
+            raise ValueError(
+                f"`covariates` {key!r} is missing for {int(values.isna().sum())} spots; fill it, or leave it out"
+            )
+        if numbers:
+            masks = (contrast.inside, contrast.outside)
+            of = [masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)]
+            columns.append([float(values[mask].mean()) for mask in of])
+            continue
+        check_spelling({"": values.to_numpy(object)}, "covariates", key)
+        per_sample = values.groupby(contrast.pool.samples).agg(["nunique", "first"])
+        if (per_sample["nunique"] > 1).any():
+            raise ValueError(
+                f"`covariates` {key!r} has several values within sample {per_sample.index[per_sample['nunique'] > 1][0]!r}; "
+                "a number, or one label a sample is needed"
+            )
+        named = per_sample["first"].reindex(contrast.samples[sample])
+        columns += pd.get_dummies(named, drop_first=True).to_numpy(float).T.tolist()
+    return np.array(columns).reshape(len(columns), len(side)).T
 
 
 def keep_genes(sums: CountSums, genes: np.ndarray) -> CountSums:

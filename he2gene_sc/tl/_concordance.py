@@ -29,7 +29,7 @@ def concordance(
     groupby: str,
     *,
     groups: str | Sequence[str] | None = None,
-    reference: str = "rest",
+    reference: str | float = "rest",
     layer: str = "he2gene",
     layer_scale: Scale = "auto",
     measured: str | None = None,

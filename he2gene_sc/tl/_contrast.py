@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._core.spots import check_spelling, clean_names
-from ._bulk import CountCells, DepthCells, keep_genes, pair_design
+from ._bulk import CountCells, DepthCells, cell_covariates, keep_genes, pair_design
 from ._pooled import Pool
 
 if TYPE_CHECKING:
@@ -290,36 +289,8 @@ def _mixed(contrast: Contrast) -> SampleTest:
     from ..stats import mixed_model
 
     side, sample = np.nonzero(contrast.counts >= MIN_SPOTS)
-    table = _covariates(contrast, side, sample) if contrast.covariates else None
+    table = cell_covariates(contrast, side, sample) if contrast.covariates else None
     return mixed_model(contrast.means[side, sample], side == 0, sample, table, level=contrast.level)
-
-
-def _covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Covariates of sample × group means: means of numbers; labels, which are one a sample, as indicators."""
-    columns = []
-    for key in contrast.covariates:
-        values = contrast.pool.obs(key, "covariates")
-        numbers = pd.api.types.is_numeric_dtype(values)
-        values = values if numbers else pd.Series(clean_names(values), dtype=object)
-        if values.isna().any():
-            raise ValueError(
-                f"`covariates` {key!r} is missing for {int(values.isna().sum())} spots; fill it, or leave it out"
-            )
-        if numbers:
-            masks = (contrast.inside, contrast.outside)
-            of = [masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)]
-            columns.append([float(values[mask].mean()) for mask in of])
-            continue
-        check_spelling({"": values.to_numpy(object)}, "covariates", key)
-        per_sample = values.groupby(contrast.pool.samples).agg(["nunique", "first"])
-        if (per_sample["nunique"] > 1).any():
-            raise ValueError(
-                f"`covariates` {key!r} has several values within sample {per_sample.index[per_sample['nunique'] > 1][0]!r}; "
-                "a number, or one label a sample is needed"
-            )
-        named = per_sample["first"].reindex(contrast.samples[sample])
-        columns += pd.get_dummies(named, drop_first=True).to_numpy(float).T.tolist()
-    return np.array(columns).reshape(len(columns), len(side)).T
 
 
 def _ppi(contrast: Contrast) -> SampleTest:
