@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from ._core.elements import find_table
 from ._core.expression import SCALES, Scale, log_expression, scale_of
@@ -58,16 +59,24 @@ def get_table(
     """
     if hasattr(data, "tables"):
         if key_added is not None:
-            return data[predicted_table(data, key_added, table_key)]
+            return _with_names(data[predicted_table(data, key_added, table_key)])
         if table_key is None and len(data.tables) == 1:
-            return next(iter(data.tables.values()))
+            return _with_names(next(iter(data.tables.values())))
         found = table_key if table_key in data.tables else find_table(data, table_key)
         if found is None:
             raise ValueError(f"`data` holds no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
-        return data[found]
+        return _with_names(data[found])
     if not hasattr(data, "obs_names"):
         raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
-    return data
+    return _with_names(data)
+
+
+def _with_names(table: AnnData) -> AnnData:
+    # anndata itself cannot take rows of a table whose names are numbers.
+    for axis in ("obs_names", "var_names"):
+        if pd.api.types.is_numeric_dtype(getattr(table, axis)):
+            raise ValueError(f"`data`: {axis} are numbers; run table.{axis} = table.{axis}.astype(str)")
+    return table
 
 
 def spots_of(table: AnnData) -> np.ndarray:

@@ -32,7 +32,9 @@ def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
     if values is None:
         raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(layer_names(table))}")
     dtype = np.dtype(getattr(values, "dtype", float))
-    if dtype.kind not in "biuf":
+    if dtype.kind == "b":
+        raise ValueError(f"`{parameter}`: {where_of(layer)} holds True and False; counts are needed")
+    if dtype.kind not in "iuf":
         raise ValueError(f"`{parameter}`: {where_of(layer)} holds {dtype}; numbers are needed")
     return values
 

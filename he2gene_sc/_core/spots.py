@@ -44,7 +44,11 @@ def clean_name(value: object) -> str | None:
 def clean_names(values: Iterable[object]) -> np.ndarray:
     """Clean many names, ``(n,)`` objects, ``None`` where one is missing."""
     column = pd.Series(values).astype(object) if not isinstance(values, pd.Series) else values.astype(object)
-    codes, unique = pd.factorize(column.to_numpy(object))
+    try:
+        codes, unique = pd.factorize(column.to_numpy(object))
+    except TypeError:
+        odd = next(value for value in column if not pd.api.types.is_hashable(value))
+        raise ValueError(f"names are texts or numbers; found {odd!r}, a {type(odd).__name__}") from None
     # The last entry is for -1, which factorize gives to missing values.
     cleaned = np.array([*map(clean_name, unique), None], object)
     return cleaned[codes]

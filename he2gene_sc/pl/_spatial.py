@@ -15,7 +15,7 @@ from .._core.genes import columns_of
 from .._core.layers import layer_names
 from .._core.matrix import in_memory
 from .._keys import MADE, Keys
-from .._predicted import predicted_layer, symbols_of
+from .._predicted import predicted_layer, record_of, symbols_of
 from ._canvas import Canvas, add_colorbar, axes_for, canvas, draw, finish
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ def spatial(
         coordinate_system=coordinate_system,
     )
     table = where.table
-    names = _check_predicted(table, genes, key_added)
     shown_layer = predicted_layer(table, key_added, layer)
+    names = _check_predicted(table, genes, key_added)
     predicted = np.asarray(table[:, names].layers[shown_layer], dtype=float)
     found = _measured(where, table, names, measured)
     beside, were_counts = found if found is not None else (None, False)
@@ -169,7 +169,7 @@ def _table_with(sdata: SpatialData, genes: list[str], key_added: str) -> str | N
 
 def _columns(table: AnnData, genes: list[str], key_added: str) -> np.ndarray:
     """Columns of the genes, -1 where one was not predicted."""
-    found = columns_of(table, genes, symbols_of(table, table.uns.get(Keys(key_added).uns, {}), None))
+    found = columns_of(table, genes, symbols_of(table, record_of(table, key_added), None))
     known = np.append(table.var[Keys(key_added).predicted].to_numpy(bool), False)
     return np.where(known[found], found, -1)
 

@@ -135,6 +135,9 @@ def adapt(
     check_free(table, "adapt", key_added, layers=[key_added], obs=[measured_key], var=[gain_key])
     predicted = values_of(table, layer)
     predicted = np.asarray(predicted.toarray() if scipy.sparse.issparse(predicted) else predicted, np.float32)
+    infinite = int(np.isinf(predicted).sum())
+    if infinite:
+        raise ValueError(f"`layer`: layer {layer!r} holds {infinite} infinite value(s); finite ones are needed")
     _refuse_predictions(table, measured, counts, layer)
     columns = columns_of(table, predicted, layer, genes)
     inside = np.isfinite(predicted[:, columns]).all(1)

@@ -69,7 +69,6 @@ FUNCTIONS = {
     "get.genes": hg.get.genes,
     "pl.spatial": hg.pl.spatial,
     "pl.annotation": hg.pl.annotation,
-    "pl.predictability": hg.pl.predictability,
 }
 
 

@@ -13,7 +13,7 @@ from .verbs import VERBS, arguments, clean
 
 #: Verbs whose table is changed, with the number of the object that is.
 WHO = ("predict", "evaluate", "intervals", "adapt", "domain_preservation", "biomarkers", "concordance", "train")
-ALSO = ("get.genes", "pl.spatial", "pl.annotation", "pl.predictability")
+ALSO = ("get.genes", "pl.spatial", "pl.annotation")
 
 
 def _x(change: Callable[[np.ndarray], Any]) -> Callable[[Any], None]:
@@ -229,6 +229,12 @@ MEANT = {
     ("concordance", "labels are missing in part"): "spots without a label are in no group",
     ("evaluate", "labels are missing in part"): "spots without a label are not judged",
     ("domain_preservation", "labels are missing in part"): "spots without a label are not judged",
+    **{
+        (verb, "a gene is called nan"): "it is a gene of that name, which the model does not know"
+        for verb in ("predict", "evaluate", "intervals", "adapt", "biomarkers", "concordance", "domain_preservation")
+    },
+    ("intervals", "the prediction is NaN in a row"): "there is no interval where nothing was predicted",
+    ("adapt", "the prediction is NaN in a row"): "nothing is adapted where nothing was predicted",
     ("train", "labels are missing in part"): "spots without a label do not train the annotation",
 }
 #: What has to give what something else gives, if it is answered.

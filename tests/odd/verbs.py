@@ -68,6 +68,15 @@ def _written(objects: list[Any], _: Any) -> dict[str, Any]:
     return found
 
 
+def _of(*ends: str) -> Callable[[list[Any], Any], Any]:
+    """What a verb wrote whose names end so."""
+
+    def read(objects: list[Any], returned: Any) -> dict[str, Any]:
+        return {key: value for key, value in _written(objects, returned).items() if key.endswith(ends)}
+
+    return read
+
+
 def _record(key: str, frame: str) -> Callable[[list[Any], Any], Any]:
     def read(objects: list[Any], _: Any) -> Any:
         table = objects[0]["table"] if hasattr(objects[0], "tables") else objects[0]
@@ -114,8 +123,8 @@ VERBS = {
         _record("he2gene_eval", "genes"),
         {"model": None, "annotation_key": "annotation", "baselines": ["mean colour"], "n_splits": 2},
     ),
-    "intervals": Verb(_one(hg.tl.intervals), _done, _written, {"model": None}),
-    "adapt": Verb(_one(hg.tl.adapt), _done, _written, {"measured": _half()}),
+    "intervals": Verb(_one(hg.tl.intervals), _done, _of("_lower", "_upper", "_halfwidth"), {"model": None}),
+    "adapt": Verb(_one(hg.tl.adapt), _done, _of("_adapted", "_gain"), {"measured": _half()}),
     "domain_preservation": Verb(
         _one(hg.tl.domain_preservation),
         _done,
@@ -146,7 +155,6 @@ VERBS = {
     "get.genes": Verb(_one(hg.get.genes), _done, lambda _, result: list(result), {"reliable": False}),
     "pl.spatial": Verb(_one(hg.pl.spatial), _done, _figure, {"genes": ["ERBB2", "COL1A1"]}),
     "pl.annotation": Verb(_one(hg.pl.annotation), _done, _figure),
-    "pl.predictability": Verb(_one(hg.pl.predictability), _done, _figure, {"genes": ["ERBB2"]}),
 }
 
 
