@@ -22,9 +22,13 @@ def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: s
 
     Raises
     ------
+    TypeError
+        If ``sdata`` is not a SpatialData object.
     ValueError
         If there is none, or several could be meant.
     """
+    if not hasattr(sdata, "tables"):
+        raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
     if table_key is not None:
         if table_key not in sdata.tables:
             raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from .._core import validate
 from .._keys import Keys
-from .._predicted import gene_flags, predicted_table
+from .._predicted import gene_flags
+from .._tables import get_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -53,7 +54,7 @@ def genes(
     """
     validate.arguments(genes, locals())
     keys = Keys(key_added)
-    table = data[predicted_table(data, key_added, table_key)] if hasattr(data, "tables") else data
+    table = get_table(data, table_key, key_added=key_added)
     if keys.predicted not in table.var:
         raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
     chosen = gene_flags(table, keys.predicted)

@@ -97,6 +97,8 @@ def spatial(
     2
     """
     validate.arguments(spatial, locals())
+    if ncols is not None:
+        validate.whole(ncols, "ncols")
     genes = [genes] if isinstance(genes, str) else list(genes)
     where = canvas(
         sdata,

@@ -60,6 +60,7 @@ def tissue(
         or that was changed since.
     """
     validate.arguments(tissue, locals())
+    validate.one_of(method, ("otsu", "felzenszwalb", "weka"), "method")
     import squidpy as sq
     from spatialdata import SpatialData
     from spatialdata.models import Image2DModel, Labels2DModel

@@ -239,7 +239,7 @@ def train(
     own_recipe = preset != "default"
     device = resolve_device(settings.device if device is None else device)
     dtype = resolve_dtype(dtype, device)
-    encoder = encoder or ("resnet50" if own_recipe else "efficientnet-lite0")
+    encoder = ("resnet50" if own_recipe else "efficientnet-lite0") if encoder is None else encoder
     network, spec = load_encoder(encoder)
     # What is not named cannot be found again by name.
     named = isinstance(encoder, str) and local_path(encoder) is None

@@ -33,7 +33,8 @@ def main() -> None:
             kind, said = outcome(odd)
         except Exception as error:  # noqa: BLE001 - one input that cannot be made must not stop the rest
             kind, said = "not run", f"{type(error).__name__}: {error}"
-        counts[odd.name.split(" / ")[0].split("(")[0].split(" slide")[0]][kind] += 1
+        where = " ".join(odd.name.split(" / ")[0].split("(")[0].split()[:3])
+        counts[where][kind] += 1
         if kind in (*BAD, "not run") or kind == options.listed:
             print(f"{kind:<18} {odd.name}: {' '.join(said.split())[:220]}", flush=True)
     kinds = [*GOOD, *BAD, "not run"]

@@ -111,7 +111,6 @@ REFUSED = {
     "float with NaN": _tiff(np.where(PICTURE > 200, np.nan, PICTURE / 255).astype(np.float32), photometric="rgb"),
     "float beyond 255": _tiff((PICTURE * 100.0).astype(np.float32), photometric="rgb"),
     "float below 0": _tiff((PICTURE / 255 - 0.9).astype(np.float32), photometric="rgb"),
-    "an infrared picture": _tiff(PICTURE, photometric="minisblack", planarconfig="contig", volumetric=False),
 }
 
 MPPS: dict[str, Any] = {

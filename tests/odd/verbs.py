@@ -40,6 +40,12 @@ def _slide() -> list[Any]:
     return [labelled(0)]
 
 
+def _masked() -> list[Any]:
+    sdata = labelled(0)
+    hg.pp.tissue(sdata)
+    return [sdata]
+
+
 def _done() -> list[Any]:
     return [predicted()]
 
@@ -151,7 +157,7 @@ VERBS = {
         {"annotation_key": "annotation", "encoder": None, "show_progress_bar": False},
     ),
     "tissue": Verb(_one(hg.pp.tissue), _slide, lambda o, _: {"labels": sorted(o[0].labels)}),
-    "grid": Verb(_one(hg.pp.grid), _slide, lambda o, _: {"shapes": sorted(o[0].shapes)}, {"key_added": "grid"}),
+    "grid": Verb(_one(hg.pp.grid), _masked, lambda o, _: {"shapes": sorted(o[0].shapes)}, {"key_added": "grid"}),
     "get.genes": Verb(_one(hg.get.genes), _done, lambda _, result: list(result), {"reliable": False}),
     "pl.spatial": Verb(_one(hg.pl.spatial), _done, _figure, {"genes": ["ERBB2", "COL1A1"]}),
     "pl.annotation": Verb(_one(hg.pl.annotation), _done, _figure),
