@@ -253,7 +253,7 @@ def test_train_says_what_is_wrong_with_its_file(main, tmp_path, text, said):
         ("[train]\n", "config.toml: either a list `sections` or a table [data]"),
         ('sections = ["C5"]\n[train]\nsdatas = ["C5"]\n', "config.toml: [train] `sdatas` is not an option"),
         ('sections = ["C5"]\n[train]\nseed = "1"\n', "config.toml: [train] `seed` is '1'; a whole number from 0"),
-        ('sections = ["C5"]\n[train]\nlayer = 3\n', "config.toml: [train] `layer` is 3; a text"),
+        ('sections = ["C5"]\n[train]\nlayer = 3\n', "config.toml: [train] `layer` is of type int; a text"),
         ('sections = ["C5"]\n[train]\nencodr = "a"\n', "config.toml: [train] "),
         ('sections = ["C5"]\n[train]\ncache = "model/cache"\n', "`cache` "),
         ('sections = ["C5"]\n[train]\npreset = "he2gene-base"\ncheckpoint_dir = "model"\n', "lies in OUT"),

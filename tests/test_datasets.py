@@ -203,7 +203,7 @@ def test_an_unknown_section_is_refused_and_valid_ones_are_listed(section):
 
 
 def test_a_section_that_is_not_a_text_is_refused():
-    with pytest.raises(ValueError, match="`section` is None; a text is needed"):
+    with pytest.raises(ValueError, match="`section` is of type NoneType; a text is needed"):
         hg.datasets.her2st(None)
 
 

@@ -298,7 +298,7 @@ def test_an_image_on_which_all_spots_look_the_same_is_refused():
     parts = toys()
     image = parts[1]["he"]
     image.data[:] = 255
-    refuses(parts, "all spots of section 'S1' look the same")
+    refuses(parts, r"`image_key` 'he' is blank at all spots.*\(object 2 of `sdatas`\)")
 
 
 def test_no_sections_and_no_table_are_refused():
@@ -340,7 +340,7 @@ def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"annotation_key": ["a"] * 30}, "`annotation_key` is of type list; the name of a column of obs"),
+        ({"annotation_key": ["a"] * 30}, "`annotation_key` is of type list; a text"),
         ({"annotation_key": pd.Series(["a"])}, "`annotation_key` is of type Series"),
         ({"sample_key": None}, "`sample_key` is of type NoneType"),
         ({"annotation_key": None, "classes": {"tumour": "x"}}, "`classes` names labels, but `annotation_key` is None"),

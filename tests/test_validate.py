@@ -99,8 +99,8 @@ def verb(data: object, layer: str | None = None, key_added: str = "he2gene", cop
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"layer": ["a"]}, r"`layer` is \['a'\]; a text"),
-        ({"key_added": None}, "`key_added` is None; a text"),
+        ({"layer": ["a"]}, "`layer` is of type list; a text"),
+        ({"key_added": None}, "`key_added` is of type NoneType; a text"),
         ({"copy": 1}, "`copy` is 1; True or False"),
         ({"copy": None}, "`copy` is None; True or False"),
         ({"seed": -1}, "`seed` is -1; a whole number from 0"),

@@ -274,7 +274,7 @@ def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
 def _text(value: Any, parameter: str) -> str:
     if isinstance(value, str):
         return value
-    raise ValueError(f"`{parameter}` is {value!r}; a text is needed")
+    raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a text is needed")
 
 
 def _number(value: Any, parameter: str) -> Any:

@@ -79,7 +79,7 @@ def train(
     cache: str | Path | None = None,
     seed: int = 0,
     name: str = "my-model",
-    version: str = "1",
+    version: str | float = "1",
     description: str = "",
     intended_use: str = "Research use only.",
     limitations: Sequence[str] = (),
