@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -69,8 +68,8 @@ def _refusal(odd: Odd, error: Exception, unchanged: bool) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}"
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     kinds = (ValueError, TypeError, OSError, ImportError, MemoryError)
-    # What the shell was asked for and cannot be read is named by typer.
-    named = isinstance(error, click.UsageError) or (isinstance(error, kinds) and last.startswith(PACKAGE))
+    # What the shell was asked for and cannot be read is named by typer, in whose error this is the text.
+    named = hasattr(error, "format_message") or (isinstance(error, kinds) and last.startswith(PACKAGE))
     if not unchanged:
         return "data lost", text
     if not named:
