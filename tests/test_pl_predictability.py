@@ -57,8 +57,8 @@ def test_the_legend_says_what_the_band_is_over_and_new_patients_are_drawn(bundle
     ax = hg.pl.predictability(bundled, genes=0)
     legend = {text.get_text() for text in ax.get_legend().get_texts()}
     assert {
-        "95 % interval over 5 held-out sections of known patients",
-        "mean over 2 patients held out whole",
+        "95 % interval over 6 held-out sections of known patients",
+        "mean over 3 patients held out whole",
     } <= legend
     points = [c for c in ax.collections if len(c.get_offsets()) == len(bundled.genes)]
     ranked = bundled.genes.sort_values("pcc", ascending=False, kind="stable")

@@ -122,15 +122,19 @@ def test_tissue_leaves_the_image_and_takes_a_name(tmp_path):
     assert list(sd.read_zarr(tmp_path / "a.zarr").labels) == ["mine"]
 
 
-def test_tissue_refuses_several_images_and_grey_ones():
+def test_tissue_refuses_two_equal_images_and_grey_ones():
     pixels, _ = disc()
     sdata = bare(pixels)
     sdata["grey"] = Image2DModel.parse(pixels[:1], dims=("c", "y", "x"))
-    with pytest.raises(ValueError, match=r"`image_key` is ambiguous, candidates: \['grey', 'he'\]"):
-        hg.pp.tissue(sdata)
     with pytest.raises(ValueError, match="`image_key` 'grey' is a one-channel"):
         hg.pp.tissue(sdata, image_key="grey")
+    sdata["twin"] = Image2DModel.parse(pixels, dims=("c", "y", "x"))
+    with pytest.raises(ValueError, match="`image_key` is ambiguous, candidates: .*'he', 'twin'"):
+        hg.pp.tissue(sdata)
     assert not sdata.labels
+    del sdata.images["twin"]
+    hg.pp.tissue(sdata)
+    assert list(sdata.labels) == ["he_tissue"]
 
 
 @pytest.mark.data
