@@ -15,3 +15,10 @@ def test_an_odd_input_is_answered_rightly_stated_or_refused_before_work(odd):
 
 def test_there_are_as_many_as_stated():
     assert len(everything()) >= 1500
+
+
+def test_a_path_among_the_odd_values_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (odd,) = [odd for odd in everything() if odd.name == "train(cache=newline)"]
+    outcome(odd)
+    assert not list(tmp_path.iterdir())

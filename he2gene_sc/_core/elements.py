@@ -225,7 +225,7 @@ def match_rows(
     extra, missing = listed.difference(ids, sort=False), ids.difference(listed, sort=False)
     if len(extra):
         hint = "" if listed.dtype == ids.dtype else f" (ids are {listed.dtype} there, {ids.dtype} here)"
-        raise ValueError(f"{where}: {len(extra)} extra ids in the table that are no spots: {_some(extra)}{hint}")
+        raise ValueError(f"{where}: {len(extra)} extra ids in the table that are not spots: {_some(extra)}{hint}")
     if len(missing) and shapes_key in sdata.shapes:
         raise ValueError(
             f"{where}: {len(missing)} spots are missing from the table: {_some(missing)}. "

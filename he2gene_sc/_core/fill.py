@@ -1,4 +1,4 @@
-"""Write what was predicted into a table, measured or made for it: computed first, written whole or not at all."""
+"""Write what was predicted into a table, measured or made for it: computed first, then written at once, and undone on an interruption."""
 
 from __future__ import annotations
 

@@ -4,9 +4,11 @@ import hashlib
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,8 @@ def outcome(odd: Odd) -> tuple[str, str]:
     before = [fingerprint(each) for each in objects]
     WORK["images"] = 0
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        # A relative path among the odd values must not leave files where the tests were started.
+        with TemporaryDirectory() as place, chdir(place), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             given = call()
     except Exception as error:  # noqa: BLE001 - which kind it is, is what is judged
