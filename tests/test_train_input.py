@@ -534,7 +534,7 @@ def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
         ({"stages": 3}, "`stages` is 3"),
         ({"cache": 5}, "`cache` is 5"),
         ({"cache": ""}, "`cache` is ''"),
-        ({"description": 5}, "`description` is 5"),
+        ({"description": 5}, "`description` is of type int"),
         ({"missing_genes_are_zero": "no"}, "`missing_genes_are_zero` is 'no'"),
     ],
 )

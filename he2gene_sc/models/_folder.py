@@ -203,6 +203,20 @@ def _exchange(new: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
+def _visible(folder: Path) -> set[str]:
+    """Names in a folder but for hidden ones (.git, .DS_Store), which are kept; empty where there is none."""
+    while True:
+        try:
+            before = folder.stat()
+            found = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
+            after = folder.stat()
+        except FileNotFoundError:
+            return set()
+        # Exchanged meanwhile by another process, which may have been emptying the old one.
+        if (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
+            return found
+
+
 def check_place(path: str | Path) -> Path:
     """Return the folder that a model may be written to.
 
@@ -217,8 +231,7 @@ def check_place(path: str | Path) -> Path:
     target = Path(path).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
-    # What is hidden (.git, .DS_Store) is kept.
-    found = {p.name for p in target.iterdir() if not p.name.startswith(".")} if target.exists() else set()
+    found = _visible(target)
     if found and _CARD not in found:
         raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
     if target == Path.cwd():

@@ -29,6 +29,8 @@ _COARSER = 1.3
 #: Quantile of a patient's spots that the range of a stain leaves out at each end, and what is added to half that range for the
 #: patients that there are: 1.5 over their number.
 _STAIN_TAIL, _STAIN_MARGIN = 0.02, 1.5
+#: Half of the least range of a number of the stain, a logarithm: patients of one laboratory may have chanced on less.
+_LEAST_STAIN = 0.12
 _PENALTY = 0.1
 #: Share of its square below which the variance of a feature, a difference of sums, is rounding.
 _ROUNDING = 1e-12
@@ -169,7 +171,7 @@ def _stains(stains: Sequence[np.ndarray], patients: Sequence[str]) -> dict[str, 
         own = np.concatenate([x for x, patient in zip(stains, patients, strict=True) if patient == name])
         ends.append(np.quantile(own, (_STAIN_TAIL, 1 - _STAIN_TAIL), axis=0))
     low, high = np.min([end[0] for end in ends], axis=0), np.max([end[1] for end in ends], axis=0)
-    half = np.maximum((high - low) / 2 * (1 + _STAIN_MARGIN / len(names)), 1e-6)
+    half = np.maximum((high - low) / 2 * (1 + _STAIN_MARGIN / len(names)), _LEAST_STAIN)
     return {"middle": [round(float(x), 6) for x in (low + high) / 2], "half": [round(float(x), 6) for x in half]}
 
 
