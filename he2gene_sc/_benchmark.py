@@ -231,7 +231,7 @@ def _read(
     from .tl._gene_lists import Genes
     from .tl._labels import Labels
     from .tl._measured import Keys, join, read_sections
-    from .tl._train import encode_section
+    from .tl._train_default import encode_section
 
     where = resolve_device(device or "auto")
     network, spec = load_encoder(_ENCODER)

@@ -495,7 +495,7 @@ def test_labels_that_are_all_missing_are_warned_of(caplog):
 def test_what_a_list_of_sections_tells_is_checked_before_any_is_encoded(monkeypatch, spoil, match):
     parts = toys()
     options = spoil(parts) or {}
-    monkeypatch.setattr("he2gene_sc.tl._train.encode_section", lambda *_: pytest.fail("a section was encoded"))
+    monkeypatch.setattr("he2gene_sc.tl._train_default.encode_section", lambda *_: pytest.fail("a section was encoded"))
     refuses(parts, match, annotation_key="annotation", **options)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ._gene_lists import Genes
 from ._labels import Labels
 from ._measured import Measured, check_room, join, on_disk
-from ._train import describe
+from ._train_default import describe
 
 if TYPE_CHECKING:
     import torch

@@ -37,7 +37,8 @@ from he2gene_sc.stats import pearson
 from he2gene_sc.tl._gene_lists import Genes
 from he2gene_sc.tl._labels import Labels
 from he2gene_sc.tl._measured import Keys, join, read_sections
-from he2gene_sc.tl._train import _COLOUR_SHARE, _SYMMETRIES, WINDOWS_UM
+from he2gene_sc.tl._train import WINDOWS_UM
+from he2gene_sc.tl._train_default import _COLOUR_SHARE, _SYMMETRIES
 from he2gene_sc.training import Recipe, feature_weights
 from he2gene_sc.training._closed_form import embed, fit_basis, fit_sums
 from he2gene_sc.training._validate import panels
