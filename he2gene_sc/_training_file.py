@@ -28,6 +28,21 @@ class _Data(_Strict):
     hbcis: Text | None = None
     patients: Text | Texts | None = None
     sections: Texts | None = None
+    hest: Text | None = None
+    ids: Text | Texts | None = None
+    organ: Text | Texts | None = None
+    species: Text | Texts | None = None
+    technology: Text | Texts | None = None
+
+
+#: Sources of sections, what each is, and the fields that choose among its sections.
+_SOURCES = {
+    "stores": ("a list of SpatialData stores", ()),
+    "hbcis": ("a folder", ("patients", "sections")),
+    "hest": ("a folder", ("ids", "organ", "species", "technology")),
+}
+#: Parts of the split that a source may name instead of a list.
+_PARTS = {"patients": ("train", "test"), "ids": ("hest_train", "hest_test", "hest_her2st")}
 
 
 class _File(_Strict):
@@ -113,22 +128,38 @@ def _sections(found: _File, path: Path) -> Iterable[SpatialData]:
     data = found.data
     if data is None:
         return (datasets.her2st(section) for section in found.sections or [])
-    if data.stores is not None:
-        if data.model_dump(exclude_none=True).keys() != {"stores"}:
-            raise ValueError(f"{path.name}: [data] `stores` stands alone; remove the other fields")
-        return _stores(data.stores, path)
-    if data.hbcis is None:
-        raise ValueError(f"{path.name}: [data] lacks `stores`, a list of SpatialData stores, or `hbcis`, a folder")
-    patients = data.patients
-    if isinstance(patients, str):
-        split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in ("train", "test")}
-        try:
-            patients = split[validate.one_of(patients, split, "patients")]
-        except ValueError as error:
-            raise ValueError(f"{path.name}: [data] {error}; or give a list of patients") from error
-    return datasets.hbcis(
-        path.resolve().parent / Path(data.hbcis).expanduser(), patients=patients, sections=data.sections
-    )
+    given = data.model_dump(exclude_none=True)
+    if "stores" in given and len(given) > 1:
+        raise ValueError(f"{path.name}: [data] `stores` stands alone; remove the other fields")
+    sources = [name for name in _SOURCES if name in given]
+    if len(sources) != 1:
+        listed = " or ".join(f"`{name}`, {what}" for name, (what, _) in _SOURCES.items())
+        problem = f"names {sources}; one of them is needed" if sources else f"lacks {listed}"
+        raise ValueError(f"{path.name}: [data] {problem}")
+    (source,) = sources
+    choices = {name: value for name, value in given.items() if name != source}
+    others = sorted(choices.keys() - set(_SOURCES[source][1]))
+    if others:
+        raise ValueError(
+            f"{path.name}: [data] {others} do not go with `{source}`, which takes {list(_SOURCES[source][1])}; remove them"
+        )
+    if source == "stores":
+        return _stores(given["stores"], path)
+    for name in _PARTS.keys() & choices.keys():
+        if isinstance(choices[name], str):
+            choices[name] = _part(choices[name], name, path)
+    return getattr(datasets, source)(path.resolve().parent / Path(given[source]).expanduser(), **choices)
+
+
+def _part(value: str, name: str, path: Path) -> tuple[str, ...]:
+    """Part of the paper's split that a file names."""
+    from . import datasets
+
+    split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in _PARTS[name]}
+    try:
+        return split[validate.one_of(value, split, name)]
+    except ValueError as error:
+        raise ValueError(f"{path.name}: [data] {error}; or give a list of {name}") from error
 
 
 def _stores(stores: list[str], path: Path) -> Iterable[SpatialData]:

@@ -146,8 +146,8 @@ def train(
 
     The file has a table [train] with arguments of hg.tl.train and says what to train on: a table [data] with `stores`, a
     list of SpatialData stores, one or more sections each; or with `hbcis`, the folder of that set,
-    and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; or a list `sections` of her2st sections.
-    Paths in it are relative to the file.
+    and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; or with `hest`, a folder of HEST-1k, and `ids`,
+    `organ`, `species` or `technology`; or a list `sections` of her2st sections. Paths in it are relative to the file.
     """
     from . import tl
     from ._training_file import read_training_file

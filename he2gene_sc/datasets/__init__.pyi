@@ -1,5 +1,6 @@
 from ._hbcis import hbcis
 from ._her2st import HER2ST_SECTIONS, her2st
+from ._hest import hest
 from ._markers import breast_markers
 from ._split import HE2GENE_SPLIT, HER2ST_IN_HBCIS
 from ._toy import toy
@@ -11,5 +12,6 @@ __all__ = [
     "breast_markers",
     "hbcis",
     "her2st",
+    "hest",
     "toy",
 ]

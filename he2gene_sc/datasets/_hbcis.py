@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from .._core import validate
 from ..io._text import read_table
+from ._sections import LazySections, taken
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -86,13 +87,14 @@ def hbcis(
     validate.arguments(hbcis, locals())
     folder = _folder(Path(root).expanduser())
     metadata = _metadata(folder / "metadata.csv")
-    taken = _taken(patients, metadata["patient"], "patients") & _taken(sections, metadata.index, "sections")
-    if not taken.any():
+    chosen = taken(patients, metadata["patient"], "patients", "metadata.csv")
+    chosen &= taken(sections, metadata.index, "sections", "metadata.csv")
+    if not chosen.any():
         raise ValueError(f"no section is left of `patients` {patients!r} and `sections` {sections!r}")
-    return HBCISSections(folder, metadata[taken])
+    return HBCISSections(folder, metadata[chosen])
 
 
-class HBCISSections(Sequence):
+class HBCISSections(LazySections):
     """Sections of HBCIS as a sequence that reads one at a time, see :func:`hbcis`.
 
     Attributes
@@ -108,55 +110,16 @@ class HBCISSections(Sequence):
         If a file of a section is missing.
     """
 
-    def __init__(self, root: Path, metadata: pd.DataFrame) -> None:
-        self.root = root
-        self.metadata = metadata
-        found = {name: _files(root, row) for name, row in metadata.iterrows()}
-        missing = [f"{name}: {problem}" for name, (_, problems) in found.items() for problem in problems]
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} files that metadata.csv names are missing in {root}:\n  " + "\n  ".join(missing)
-            )
-        self._files = {name: files for name, (files, _) in found.items()}
+    dataset = "HBCIS"
+    table = "metadata.csv"
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the sections."""
-        return tuple(self.metadata.index)
+    def _look_up(self, name: str, row: pd.Series) -> tuple[dict[str, Path], list[str]]:
+        return _files(self.root, row)
 
-    @property
-    def patients(self) -> tuple[str, ...]:
-        """Patients, in the order of their first sections."""
-        return tuple(dict.fromkeys(self.metadata["patient"]))
-
-    def __len__(self) -> int:
-        return len(self.metadata)
-
-    @overload
-    def __getitem__(self, key: int | str) -> SpatialData: ...
-    @overload
-    def __getitem__(self, key: slice) -> HBCISSections: ...
-    def __getitem__(self, key):
+    def _read(self, name: str, files: Mapping[str, Path], row: pd.Series) -> SpatialData:
         from ._hbcis_files import read_section
 
-        if isinstance(key, slice):
-            return HBCISSections(self.root, self.metadata[key])
-        if isinstance(key, str):
-            if key not in self._files:
-                raise KeyError(f"section {key!r} is unknown, valid: {', '.join(self.names)}")
-            name = key
-        else:
-            name = self.names[key]
-        row = self.metadata.loc[name]
-        return read_section(self._files[name], section=name, patient=row["patient"], subtype=row["type"])
-
-    def __iter__(self) -> Iterator[SpatialData]:
-        # No name is bound to a section here, so that the caller decides how long its image stays in memory.
-        for i in range(len(self)):
-            yield self[i]
-
-    def __repr__(self) -> str:
-        return f"HBCIS: {len(self)} sections of {len(self.patients)} patients in {str(self.root)!r}"
+        return read_section(files, section=name, patient=row["patient"], subtype=row["type"])
 
 
 def _folder(root: Path) -> Path:
@@ -188,20 +151,6 @@ def _metadata(path: Path) -> pd.DataFrame:
     if frame.index.has_duplicates:
         raise ValueError(f"{path} names sections twice: {list(frame.index[frame.index.duplicated()][:5])}")
     return frame
-
-
-def _taken(wanted: str | Iterable[str] | None, known: pd.Index | pd.Series, parameter: str):
-    """Rows whose name is wanted, as a boolean array."""
-    names = pd.Index(known)
-    if wanted is None:
-        return names.notna()
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-    unknown = [name for name in wanted if name not in names]
-    if unknown:
-        raise ValueError(
-            f"`{parameter}` {unknown} are not in metadata.csv, which has {', '.join(dict.fromkeys(names))}"
-        )
-    return names.isin(wanted)
 
 
 def _files(root: Path, row: pd.Series) -> tuple[dict[str, Path], list[str]]:

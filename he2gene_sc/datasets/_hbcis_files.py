@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,10 @@ import numpy as np
 import pandas as pd
 
 from ..io._text import check_header, read_table
+from ._sections import check_inside
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from spatialdata import SpatialData
 
 logger = logging.getLogger("he2gene_sc")
@@ -35,7 +38,7 @@ _MIN_WITH_COUNTS = 0.5
 _MAX_OUTSIDE = 0.1
 
 
-def read_section(files: dict[str, Path], *, section: str, patient: str, subtype: str) -> SpatialData:
+def read_section(files: Mapping[str, Path], *, section: str, patient: str, subtype: str) -> SpatialData:
     """Read the files of a section.
 
     Parameters
@@ -79,7 +82,7 @@ def read_section(files: dict[str, Path], *, section: str, patient: str, subtype:
     if problems:
         warnings.warn(f"section {section!r}: {'; '.join(problems)}", UserWarning, stacklevel=3)
     sdata = read_st(counts.loc[spots.index], spots, files["histology_image"], section=section, patient=patient)
-    _check_inside(sdata, section, files)
+    check_inside(sdata, section, files["histology_image"], files["spot_coordinates"], _MAX_OUTSIDE)
     obs = sdata["table"].obs
     label = labels.reindex(obs.index)
     source = pd.Series(np.where(label.notna(), "pathologist", None), index=obs.index, dtype=object)
@@ -87,10 +90,14 @@ def read_section(files: dict[str, Path], *, section: str, patient: str, subtype:
     obs["pathologist"] = pd.Categorical(label)
     obs["annotation"] = pd.Categorical(label)
     obs["annotation_source"] = pd.Categorical(source)
-    if symbols := _symbols():
-        names = sdata["table"].var_names
-        sdata["table"].var["gene_symbols"] = [symbols.get(name.split(".")[0], name) for name in names]
+    add_symbols(sdata["table"])
     return sdata
+
+
+def add_symbols(table: AnnData) -> None:
+    """Add the column ``gene_symbols`` to ``var`` where Ensembl ids can be translated; other names stay as they are."""
+    if symbols := _symbols():
+        table.var["gene_symbols"] = [symbols.get(name.split(".")[0], name) for name in table.var_names]
 
 
 def _ids(names: pd.Index, path: Path) -> pd.Index:
@@ -201,20 +208,6 @@ def _agreeing(labels: pd.Series, problems: list[str]) -> tuple[pd.Series, list[s
         problems = [*problems, f"{len(disputed)} spots with two different labels are left without one"]
     labels = labels[~labels.index.isin(disputed)]
     return labels[~labels.index.duplicated()], problems
-
-
-def _check_inside(sdata: SpatialData, section: str, files: dict[str, Path]) -> None:
-    from spatialdata import get_pyramid_levels
-
-    image = sdata["he"]
-    height, width = (get_pyramid_levels(image, n=0) if hasattr(image, "children") else image).shape[1:]
-    x, y = sdata["table"].obsm["spatial"].T
-    outside = ~((x >= 0) & (x < width) & (y >= 0) & (y < height))
-    if outside.mean() > _MAX_OUTSIDE:
-        raise ValueError(
-            f"section {section!r}: {int(outside.sum())} of {len(outside)} spots lie outside {files['histology_image'].name} "
-            f"({width} × {height}); does {files['spot_coordinates'].name} belong to it?"
-        )
 
 
 @functools.cache

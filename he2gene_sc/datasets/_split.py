@@ -1,9 +1,9 @@
-"""Which patients of HBCIS the paper trained on, which it tested on, and which of them her2st holds too."""
+"""Which patients of HBCIS the paper trained on, which it tested on, and where both sets stand in HEST-1k."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 
@@ -15,6 +15,10 @@ class PatientSplit:
     ----------
     train, test
         Names of patients; no patient is in both.
+    hest_ids
+        Ids of their samples in HEST-1k, by patient; empty where they are not there.
+    hest_her2st
+        Ids of the samples of her2st in HEST-1k, on which the paper tests without re-training.
 
     Raises
     ------
@@ -24,6 +28,8 @@ class PatientSplit:
 
     train: tuple[str, ...]
     test: tuple[str, ...]
+    hest_ids: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    hest_her2st: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         both = self.train + self.test
@@ -35,6 +41,48 @@ class PatientSplit:
     def patients(self) -> tuple[str, ...]:
         """All patients, in the order of their names."""
         return tuple(sorted(self.train + self.test))
+
+    @property
+    def hest_train(self) -> tuple[str, ...]:
+        """Ids in HEST-1k of the samples to train on."""
+        return self._ids_of(self.train)
+
+    @property
+    def hest_test(self) -> tuple[str, ...]:
+        """Ids in HEST-1k of the samples of the patients to test on."""
+        return self._ids_of(self.test)
+
+    def _ids_of(self, patients: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for patient in patients for name in self.hest_ids.get(patient, ()))
+
+
+#: First sample in HEST-1k of each patient of HBCIS, by the table of HEST (``HEST_v1_1_0.csv``). The sections of a patient follow
+#: each other; all have three but BC23901, which has two.
+_FIRST_IN_HEST = {
+    "BC23209": 60,
+    "BC23268": 87,
+    "BC23269": 84,
+    "BC23270": 75,
+    "BC23272": 81,
+    "BC23277": 72,
+    "BC23287": 116,
+    "BC23288": 57,
+    "BC23377": 54,
+    "BC23450": 113,
+    "BC23506": 69,
+    "BC23508": 66,
+    "BC23567": 102,
+    "BC23803": 51,
+    "BC23810": 99,
+    "BC23895": 63,
+    "BC23901": 111,
+    "BC23903": 96,
+    "BC23944": 108,
+    "BC24044": 93,
+    "BC24105": 90,
+    "BC24220": 105,
+    "BC24223": 78,
+}
 
 
 #: The paper's split of HBCIS. The five test patients, one of each subtype, stand in HE2Gene's training script
@@ -62,6 +110,11 @@ HE2GENE_SPLIT = PatientSplit(
         "BC24223",
     ),
     test=("BC23268", "BC23287", "BC23377", "BC23508", "BC23903"),
+    hest_ids={
+        patient: tuple(f"SPA{first + i}" for i in range(2 if patient == "BC23901" else 3))
+        for patient, first in _FIRST_IN_HEST.items()
+    },
+    hest_her2st=tuple(f"SPA{i}" for i in range(119, 155)),
 )
 
 #: Patients of her2st that are patients of HBCIS too, by the names of their slides: public copies of her2st hold

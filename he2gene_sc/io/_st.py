@@ -18,6 +18,7 @@ from ._raster import image_element
 from ._text import check_header, read_table
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
     from spatialdata import SpatialData
 
 logger = logging.getLogger("he2gene_sc")
@@ -82,11 +83,7 @@ def read_st(
     Spots that stand in only one of counts and spot file are dropped, with one warning that counts them.
     """
     validate.arguments(read_st, locals())
-    from anndata import AnnData
     from scipy.sparse import csr_matrix
-    from spatialdata import SpatialData
-    from spatialdata.models import ShapesModel, TableModel
-    from spatialdata.transformations import Identity
 
     check_mpp(mpp)
     for name, value in (("pitch_um", pitch_um), ("diameter_um", diameter_um)):
@@ -122,14 +119,50 @@ def read_st(
     )
     if labels is not None:
         obs["annotation"] = pd.Categorical(_labels_of(ids, read_labels(labels), section))
-    obs[REGION] = pd.Categorical([SPOTS] * len(ids))
-    obs[INSTANCE] = ids.to_numpy()
-    table = AnnData(csr_matrix(values.astype(np.float32)), obs=obs, var=pd.DataFrame(index=genes))
+    images = {} if image is None else {IMAGE: upright_image(Path(image).expanduser())}
+    return section_of(csr_matrix(values.astype(np.float32)), obs, genes, centres, diameter_um / mpp, mpp, images)
+
+
+def section_of(
+    counts: csr_matrix,
+    obs: pd.DataFrame,
+    genes: pd.Index,
+    centres: np.ndarray,
+    diameter_px: float,
+    mpp: float,
+    images: dict[str, Any],
+) -> SpatialData:
+    """Put counts, spots and image of a section together, in pixels of the image.
+
+    Parameters
+    ----------
+    counts
+        ``(n, genes)``.
+    obs
+        A row a spot, indexed by its name; columns are added.
+    genes
+        Names.
+    centres
+        ``(n, 2)``, x and y.
+    diameter_px
+        Of the spots.
+    mpp
+        µm per pixel.
+    images
+        The element by its name; may be empty.
+    """
+    from anndata import AnnData
+    from spatialdata import SpatialData
+    from spatialdata.models import ShapesModel, TableModel
+    from spatialdata.transformations import Identity
+
+    obs[REGION] = pd.Categorical([SPOTS] * len(obs))
+    obs[INSTANCE] = obs.index.to_numpy()
+    table = AnnData(counts, obs=obs, var=pd.DataFrame(index=genes))
     table.obsm["spatial"] = centres
     shapes = ShapesModel.parse(
-        centres, geometry=0, radius=diameter_um / mpp / 2, index=ids, transformations={"global": Identity()}
+        centres, geometry=0, radius=diameter_px / 2, index=obs.index, transformations={"global": Identity()}
     )
-    images = {} if image is None else {IMAGE: image_element(_upright_levels(Path(image).expanduser()))}
     sdata = SpatialData(
         images=images,
         shapes={SPOTS: shapes},
@@ -137,6 +170,17 @@ def read_st(
     )
     sdata.attrs[ATTRS] = {"mpp": {IMAGE: mpp}}
     return sdata
+
+
+def upright_image(path: Path) -> Any:
+    """Image element of a file that is stored upright.
+
+    Raises
+    ------
+    ValueError
+        If it is not: spots may refer to it as stored or upright.
+    """
+    return image_element(_upright_levels(path))
 
 
 def _upright_levels(path: Path) -> list[Any]:

@@ -1,0 +1,240 @@
+"""``hg.datasets.hest``: a folder of HEST-1k (Jaume et al., NeurIPS 2024), one sample at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from .._core import validate
+from ..io._text import read_table
+from ._sections import LazySections, taken
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+_NEEDED = (
+    "id",
+    "dataset_title",
+    "patient",
+    "organ",
+    "species",
+    "st_technology",
+    "pixel_size_um_estimated",
+    "spot_diameter",
+)
+_HUB = "https://huggingface.co/datasets/MahmoodLab/hest"
+#: Other names of species and technologies, in lower case.
+_ALIASES = {"human": "homo sapiens", "mouse": "mus musculus", "st": "spatial transcriptomics"}
+#: Samples of one patient that the table lists under several titles. By the names of their slides E, F and H of her2st
+#: are BC23567, BC23810 and BC24044 of HBCIS. By their titles and tissue samples the others are two sections of one block,
+#: two panels on one section or block, and Visium and Xenium of one tumour.
+_SAME_PATIENT = {
+    **dict.fromkeys(("SPA128", "SPA129", "SPA130"), "SPA102"),
+    **dict.fromkeys(("SPA125", "SPA126", "SPA127"), "SPA99"),
+    **dict.fromkeys(("SPA119", "SPA120", "SPA121"), "SPA93"),
+    "TENX14": "TENX13",
+    "TENX23": "TENX24",
+    "TENX96": "TENX94",
+    "TENX97": "TENX95",
+    "NCBI776": "NCBI785",
+}
+
+
+def hest(
+    root: str | Path,
+    *,
+    ids: str | Iterable[str] | None = None,
+    organ: str | Iterable[str] | None = None,
+    species: str | Iterable[str] | None = None,
+    technology: str | Iterable[str] | None = None,
+) -> HESTSections:
+    """Find samples of HEST-1k, which are read when they are asked for.
+
+    The data are not downloaded: accept the licence on https://huggingface.co/datasets/MahmoodLab/hest and download all
+    or some samples, as its page says. Each sample keeps its own licence; many are not for commercial use.
+
+    Parameters
+    ----------
+    root
+        The folder, with ``HEST_v1_1_0.csv`` (the newest version counts) or the folder ``metadata`` (``<id>.json``) in it.
+    ids
+        Samples to take, such as ``hg.datasets.HE2GENE_SPLIT.hest_train``; default: all. Their files have to be there.
+    organ, species, technology
+        Values of the columns ``organ``, ``species`` and ``st_technology`` to take, such as ``"Breast"``,
+        ``"Homo sapiens"`` (or ``"human"``) and ``["Visium", "Xenium"]``, in any case; default: all.
+
+    Returns
+    -------
+    HESTSections
+        A sequence of ``SpatialData``, in the order of the table: it has a length, can be indexed by position, slice or id,
+        and iterated any number of times. Only the table and the presence of files are read at once; a sample is read
+        anew each time it is asked for, and not kept. Each has image ``"he"`` (multiscale, uint8, read from the file by
+        region), shapes ``"spots"`` (circles), table ``"table"``: raw counts in ``X`` (sparse float32, spots × genes),
+        ``obsm["spatial"]`` (pixels), and in ``obs``
+
+        - ``patient``: title of the data set and patient, since HEST's names are unique within a data set only. All samples
+          of a data set that name no patient count as one patient. Samples that are known to be of one patient under two
+          titles have one name: E, F and H of her2st are patients of HBCIS;
+        - ``section``: the id; ``dataset``, ``technology``;
+        - ``array_row``, ``array_col``, where the sample has them.
+
+        µm per pixel is ``pixel_size_um_estimated``. No labels: HEST has none.
+
+    Raises
+    ------
+    FileNotFoundError
+        If ``root`` or its table is missing, if a sample of ``ids`` lacks files, or no sample that is left has any.
+    ValueError
+        If the table lacks columns or names a sample twice, if a name is unknown or no sample is left; when a sample is
+        read: if its files do not belong together, or hold what they should not.
+    OSError
+        If a file is damaged.
+
+    Warns
+    -----
+    UserWarning
+        If samples were not asked for by ``ids`` and are not in the folder: they are left out.
+
+    Notes
+    -----
+    - The table of a Xenium sample holds transcripts in squares of 100 µm, that of a Visium HD sample bins in squares of
+      128 µm; the spots are circles of that diameter. Where it holds cells or small bins, they are summed into such squares.
+      Control probes of Xenium are left out.
+    - Spots off the tissue (``in_tissue``) and reads that fit several genes (``__ambiguous[…]``) are left out, columns of one
+      gene are summed.
+    - Xenium and targeted panels list some hundred genes: train without ``missing_genes_are_zero`` where they are among the
+      samples.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> data = hg.datasets.hest("HEST", organ="Breast", species="human", technology="Visium")  # doctest: +SKIP
+    >>> model = hg.tl.train(data)  # doctest: +SKIP
+    """
+    validate.arguments(hest, locals())
+    folder = validate.folder_or_file(root, "root")
+    metadata, table = _metadata(folder)
+    chosen = taken(ids, metadata.index, "ids", table)
+    for parameter, wanted, column in (
+        ("organ", organ, "organ"),
+        ("species", species, "species"),
+        ("technology", technology, "st_technology"),
+    ):
+        chosen &= taken(wanted, metadata[column], parameter, table, _ALIASES)
+    if not chosen.any():
+        raise ValueError(
+            f"no sample of {table} is left of `ids` {ids!r}, `organ` {organ!r}, `species` {species!r} and `technology` "
+            f"{technology!r}; drop one of them"
+        )
+    metadata = metadata[chosen]
+    return HESTSections(folder, metadata if ids is not None else _downloaded(folder, metadata, table))
+
+
+class HESTSections(LazySections):
+    """Samples of HEST-1k as a sequence that reads one at a time, see :func:`hest`.
+
+    Attributes
+    ----------
+    root
+        The folder.
+    metadata
+        One row a sample, indexed by its id: the table of HEST, ``patient`` unique over data sets.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file of a sample is missing.
+    """
+
+    dataset = "HEST-1k"
+    table = "its table"
+
+    def _look_up(self, name: str, row: pd.Series) -> tuple[dict[str, Path], list[str]]:
+        files = _files(self.root, name)
+        return files, [str(path.relative_to(self.root)) for path in files.values() if not path.is_file()]
+
+    def _read(self, name: str, files: Mapping[str, Path], row: pd.Series) -> SpatialData:
+        from ._hest_files import read_sample
+
+        return read_sample(files["st"], files["wsi"], section=name, row=row)
+
+
+def _files(root: Path, name: str) -> dict[str, Path]:
+    return {"st": root / "st" / f"{name}.h5ad", "wsi": root / "wsis" / f"{name}.tif"}
+
+
+def _downloaded(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
+    """Take samples of which a file is there; half a sample is left for the error that names what it lacks."""
+    there = [any(path.is_file() for path in _files(root, str(name)).values()) for name in metadata.index]
+    absent = list(metadata.index[[not found for found in there]])
+    if not any(there):
+        raise FileNotFoundError(
+            f"`root` {str(root)!r} holds none of the {len(metadata)} samples of {table} that were chosen: neither "
+            f"st/{absent[0]}.h5ad nor wsis/{absent[0]}.tif is there; download them from {_HUB}"
+        )
+    if absent:
+        warnings.warn(
+            f"{len(absent)} of {len(metadata)} samples that {table} lists are not in {str(root)!r} and are left out: "
+            f"{validate.format_list(absent)}; name those you need in `ids` to have that refused",
+            UserWarning,
+            stacklevel=3,
+        )
+    return metadata[there]
+
+
+def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
+    """Read one row a sample, indexed by id, and the name of where they stand."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"`root` {str(root)!r}: no such folder")
+    tables = sorted(root.glob("HEST_v*.csv"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+    rows = sorted((root / "metadata").glob("*.json"))
+    if not tables and not rows:
+        raise FileNotFoundError(
+            f"`root` {str(root)!r} holds neither a table HEST_v1_1_0.csv nor a folder metadata with <id>.json; download one of "
+            f"them from {_HUB}"
+        )
+    table = tables[-1].name if tables else "metadata"
+    text = dict.fromkeys(_NEEDED[:6], str)
+    frame = read_table(tables[-1], sep=",", encoding="utf-8-sig", dtype=text) if tables else _from_json(rows)
+    missing = [column for column in _NEEDED if column not in frame.columns]
+    if missing:
+        raise ValueError(f"{table} in {str(root)!r} lacks the columns {missing}; it has {list(frame.columns)}")
+    for column in text:
+        frame[column] = frame[column].where(frame[column].isna(), frame[column].astype(str).str.strip())
+    if frame["id"].isna().any():
+        raise ValueError(f"{table} has rows without an id: {[int(i) for i in frame.index[frame['id'].isna()][:5]]}")
+    frame = frame.set_axis(pd.Index(frame["id"], name="section"), axis=0)
+    if frame.index.has_duplicates:
+        raise ValueError(f"{table} names samples twice: {list(frame.index[frame.index.duplicated()][:5])}")
+    return frame.assign(patient=_patients(frame)), table
+
+
+def _from_json(paths: list[Path]) -> pd.DataFrame:
+    rows = []
+    for path in paths:
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise OSError(f"{path} is damaged or not JSON ({error}); download it again") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} holds a {type(row).__name__}; an object with the fields of the sample is needed")
+        rows.append({"patient": None, "spot_diameter": None, **row, "id": row.get("id", path.stem)})
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _patients(frame: pd.DataFrame) -> pd.Series:
+    """Names of patients that are unique over data sets."""
+    title = frame["dataset_title"].fillna("")
+    name = frame["patient"].fillna("")
+    found = title.where(name == "", title + ": " + name)
+    # Nothing says that two samples without both are of one patient.
+    found = found.where(found != "", frame["id"])
+    first = pd.Series(_SAME_PATIENT).reindex(frame.index)
+    known = first.isin(frame.index)
+    return found.where(~known, first.where(known).map(found))

@@ -1,0 +1,177 @@
+"""Files of one sample of HEST-1k to one ``SpatialData``.
+
+What they hold was read from HEST's own code (github.com/mahmoodlab/HEST, ``src/hest/readers.py``) and table.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .._core.expression import contents_of
+from .._core.matrix import matrix_of
+from .._keys import IMAGE
+from ._hbcis_files import add_symbols
+from ._sections import check_inside
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+    from spatialdata import SpatialData
+
+logger = logging.getLogger("he2gene_sc")
+
+#: Side of the squares in which HEST sums transcripts and bins, µm.
+_SQUARES_UM = {"Xenium": 100.0, "Visium HD": 128.0}
+#: Squares lie at least this part of their side apart; cells and small bins are nearer.
+_NEAR = 0.5
+#: Beginnings of names of Xenium's controls, in lower case.
+_CONTROLS = ("negcontrol", "blank_", "unassignedcodeword", "deprecatedcodeword", "antisense_", "intergenic_region")
+_AMBIGUOUS = "__"
+#: The image of a Xenium sample may show a part of it.
+_MAX_OUTSIDE = 0.5
+
+
+def read_sample(counts: Path, image: Path, *, section: str, row: pd.Series) -> SpatialData:
+    """Read the files of a sample.
+
+    Parameters
+    ----------
+    counts, image
+        ``st/<id>.h5ad`` and ``wsis/<id>.tif``.
+    section
+        The id.
+    row
+        Its row of the table, ``patient`` unique.
+
+    Returns
+    -------
+    spatialdata.SpatialData
+        See :func:`he2gene_sc.datasets.hest`.
+
+    Raises
+    ------
+    ValueError
+        If a file does not hold what it should, or the files do not belong together.
+    OSError
+        If a file is damaged.
+    """
+    from ..io._st import section_of, upright_image
+
+    mpp = _um(row, "pixel_size_um_estimated", section)
+    technology = str(row["st_technology"])
+    side_um = _SQUARES_UM.get(technology)
+    diameter_um = side_um or _um(row, "spot_diameter", section)
+    table = _on_tissue(_open(counts), section)
+    centres = _centres(table, counts)
+    values, genes = _genes(table, counts, technology)
+    obs = table.obs[[name for name in ("array_row", "array_col") if name in table.obs]].copy()
+    if side_um is not None and _spacing(centres) < _NEAR * side_um / mpp:
+        logger.info("sample %s: %d cells or bins are summed into squares of %g µm", section, len(centres), side_um)
+        values, centres, obs = _pooled(values, centres, side_um / mpp)
+    obs = obs.assign(
+        patient=pd.Categorical([row["patient"]] * len(obs)),
+        section=pd.Categorical([section] * len(obs)),
+        dataset=pd.Categorical([row["dataset_title"]] * len(obs)),
+        technology=pd.Categorical([technology] * len(obs)),
+    )
+    images = {IMAGE: upright_image(image)}
+    sdata = section_of(values, obs, genes, centres, diameter_um / mpp, mpp, images)
+    check_inside(sdata, section, image, counts, _MAX_OUTSIDE)
+    add_symbols(sdata["table"])
+    return sdata
+
+
+def _um(row: pd.Series, column: str, section: str) -> float:
+    found = float(pd.to_numeric(row[column], errors="coerce"))
+    if not np.isfinite(found) or found <= 0:
+        raise ValueError(f"sample {section!r}: `{column}` is {row[column]}; a number of µm above 0 is needed")
+    return found
+
+
+def _open(path: Path) -> AnnData:
+    import anndata
+
+    try:
+        table = anndata.read_h5ad(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever HDF5 makes of damaged bytes
+        raise OSError(
+            f"{path} is damaged or not an h5ad file ({type(error).__name__}: {error}); download it again"
+        ) from error
+    if not table.n_obs or not table.n_vars:
+        raise ValueError(f"{path.name} has {table.n_obs} spots and {table.n_vars} genes; some of both are needed")
+    if table.obs_names.has_duplicates:
+        twice = list(table.obs_names[table.obs_names.duplicated()][:5])
+        raise ValueError(f"{path.name} names spots twice: {twice}")
+    return table
+
+
+def _on_tissue(table: AnnData, section: str) -> AnnData:
+    if "in_tissue" not in table.obs:
+        return table
+    there = pd.to_numeric(table.obs["in_tissue"].replace({"True": 1, "False": 0}), errors="coerce").ne(0).to_numpy()
+    if there.all() or not there.any():
+        return table
+    logger.info("sample %s: %d spots off the tissue are left out", section, (~there).sum())
+    return table[there]
+
+
+def _centres(table: AnnData, path: Path) -> np.ndarray:
+    if "spatial" not in table.obsm:
+        raise ValueError(f"{path.name} lacks obsm['spatial'], the pixels of the spots; it has {list(table.obsm)}")
+    found = np.asarray(table.obsm["spatial"], dtype=float)
+    if found.ndim != 2 or found.shape[1] < 2:
+        raise ValueError(f"{path.name}: obsm['spatial'] has shape {found.shape}; x and y of each spot are needed")
+    if not np.isfinite(found[:, :2]).all():
+        wrong = list(table.obs_names[~np.isfinite(found[:, :2]).all(axis=1)][:5])
+        raise ValueError(f"{path.name}: spots {wrong} have no pixels")
+    return found[:, :2]
+
+
+def _genes(table: AnnData, path: Path, technology: str) -> tuple[csr_matrix, pd.Index]:
+    """Raw counts of the genes, without controls and ambiguous reads; columns of one gene are summed."""
+    from scipy.sparse import csr_matrix
+
+    matrix = matrix_of(table, None)
+    if problem := contents_of(matrix).problem:
+        raise ValueError(f"{path.name}: X does not hold raw counts (whole numbers from 0) but {problem}")
+    names = table.var_names.astype(str)
+    gene = ~names.str.startswith(_AMBIGUOUS)
+    if technology == "Xenium":
+        gene &= ~names.str.lower().str.startswith(_CONTROLS)
+    if not gene.any():
+        raise ValueError(f"{path.name} has no genes: its columns are {list(names[:5])}")
+    values, names = csr_matrix(matrix, dtype=np.float32)[:, np.flatnonzero(gene)], names[gene]
+    if names.has_duplicates:
+        codes, unique = pd.factorize(names)
+        logger.info("%s: %d columns of genes that stand more than once are summed", path.name, len(names) - len(unique))
+        ones = np.ones(len(codes), np.float32)
+        values, names = values @ csr_matrix((ones, (np.arange(len(codes)), codes))), pd.Index(unique)
+    return values, names
+
+
+def _spacing(centres: np.ndarray) -> float:
+    """Median distance of a spot to the next; infinite for a single one."""
+    from scipy.spatial import KDTree
+
+    return float(np.median(KDTree(centres).query(centres, k=2)[0][:, 1]))
+
+
+def _pooled(values: csr_matrix, centres: np.ndarray, side: float) -> tuple[csr_matrix, np.ndarray, pd.DataFrame]:
+    """Sum rows into squares of a lattice that begins at the first row and column."""
+    from scipy.sparse import csr_matrix
+
+    origin = centres.min(axis=0)
+    places = np.floor((centres - origin) / side).astype(int)[:, ::-1]
+    squares, codes = np.unique(places, axis=0, return_inverse=True)
+    codes = codes.ravel()
+    sums = csr_matrix((np.ones(len(codes), np.float32), (codes, np.arange(len(codes))))) @ values
+    names = [f"{row:04d}x{column:04d}" for row, column in squares]
+    obs = pd.DataFrame({"array_row": squares[:, 0], "array_col": squares[:, 1]}, index=names)
+    return csr_matrix(sums), origin + (squares[:, ::-1] + 0.5) * side, obs

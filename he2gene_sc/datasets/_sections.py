@@ -1,0 +1,163 @@
+"""A folder of sections as a sequence that reads one at a time: what the sets have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, overload
+
+import numpy as np
+import pandas as pd
+
+from .._core import validate
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from spatialdata import SpatialData
+
+#: Names that an error lists before it counts the rest.
+_SHOWN = 30
+
+
+class LazySections(Sequence, ABC):
+    """Sections of a set, of which one is read when it is asked for, and none is kept.
+
+    Parameters
+    ----------
+    root
+        Folder that holds the table.
+    metadata
+        One row a section, indexed by its name; the column ``patient`` names its patient.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file of a section is missing; the message names all that are.
+    """
+
+    #: Name of the set, and of the table that names its files.
+    dataset: ClassVar[str]
+    table: str
+
+    def __init__(self, root: Path, metadata: pd.DataFrame) -> None:
+        self.root = root
+        self.metadata = metadata
+        found = {name: self._look_up(str(name), row) for name, row in metadata.iterrows()}
+        missing = [f"{name}: {problem}" for name, (_, problems) in found.items() for problem in problems]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} files that {self.table} names are missing in {root}:\n  " + "\n  ".join(missing)
+            )
+        self._files = {name: files for name, (files, _) in found.items()}
+
+    @abstractmethod
+    def _look_up(self, name: str, row: pd.Series) -> tuple[dict[str, Path], list[str]]:
+        """Files of a section, and what is missing."""
+
+    @abstractmethod
+    def _read(self, name: str, files: Mapping[str, Path], row: pd.Series) -> SpatialData:
+        """Read a section."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sections."""
+        return tuple(self.metadata.index)
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Patients, in the order of their first sections."""
+        return tuple(dict.fromkeys(self.metadata["patient"]))
+
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+    @overload
+    def __getitem__(self, key: int | str) -> SpatialData: ...
+    @overload
+    def __getitem__(self, key: slice) -> Self: ...
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            return type(self)(self.root, self.metadata[key])
+        if isinstance(key, str):
+            if key not in self._files:
+                known = validate.format_list(self.names, _SHOWN)
+                raise KeyError(f"section {key!r} is unknown, valid: {known}")
+            name = key
+        else:
+            name = self.names[key]
+        return self._read(name, self._files[name], self.metadata.loc[name])
+
+    def __iter__(self) -> Iterator[SpatialData]:
+        # No name is bound to a section here, so that the caller decides how long its image stays in memory.
+        for i in range(len(self)):
+            yield self[i]
+
+    def __repr__(self) -> str:
+        return f"{self.dataset}: {len(self)} sections of {len(self.patients)} patients in {str(self.root)!r}"
+
+
+def taken(
+    wanted: str | Iterable[str] | None,
+    known: pd.Index | pd.Series,
+    parameter: str,
+    table: str,
+    aliases: Mapping[str, str] | None = None,
+) -> np.ndarray:
+    """Rows whose name is wanted, as a boolean array.
+
+    Parameters
+    ----------
+    wanted
+        A name or several; ``None``: all rows.
+    known
+        The names of the rows.
+    parameter, table
+        Where they were given, and where the names stand, for errors.
+    aliases
+        Other names, in lower case. If given, names count whatever their case.
+
+    Raises
+    ------
+    ValueError
+        If a name is that of no row.
+    """
+    names = pd.Index(known)
+    if wanted is None:
+        return np.ones(len(names), bool)
+    asked = [wanted] if isinstance(wanted, str) else validate.names(wanted, parameter)
+    if aliases is None:
+        keys, rows = list(asked), names
+    else:
+        keys = [aliases.get(key, key) for key in (str(name).strip().lower() for name in asked)]
+        rows = names.astype(str).str.lower()
+    unknown = [name for name, key in zip(asked, keys, strict=True) if key not in rows]
+    if unknown:
+        there = list(dict.fromkeys(names.dropna()))
+        raise ValueError(
+            f"`{parameter}` {unknown} are not in {table}, which has {validate.format_list(there, _SHOWN)}"
+            f"{validate.near(unknown[0], there)}"
+        )
+    return np.asarray(rows.isin(keys))
+
+
+def check_inside(sdata: SpatialData, section: str, image: Path, spots: Path, most: float) -> None:
+    """Refuse a section of whose spots more than a share lie outside its image.
+
+    Raises
+    ------
+    ValueError
+        If so: the files do not belong together.
+    """
+    from spatialdata import get_pyramid_levels
+
+    element = sdata["he"]
+    height, width = (get_pyramid_levels(element, n=0) if hasattr(element, "children") else element).shape[1:]
+    x, y = sdata["table"].obsm["spatial"].T
+    outside = ~((x >= 0) & (x < width) & (y >= 0) & (y < height))
+    if outside.mean() > most:
+        raise ValueError(
+            f"section {section!r}: {int(outside.sum())} of {len(outside)} spots lie outside {image.name} "
+            f"({width} × {height}); does {spots.name} belong to it?"
+        )
