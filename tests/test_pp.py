@@ -137,6 +137,73 @@ def test_tissue_refuses_two_equal_images_and_grey_ones():
     assert list(sdata.labels) == ["he_tissue"]
 
 
+def two_tissues(pale, dark=300, colour=(205, 165, 195)):
+    """Tissue of 600 × 800 px from edge to edge: ``dark`` px of each row are dark, ``pale`` px beside them pale, the rest is glass."""
+    rng = np.random.default_rng(0)
+    pixels = np.full((3, 600, 800), 243, np.uint8)
+    for stain, part in (((120, 60, 130), slice(0, dark)), (colour, slice(dark, dark + pale))):
+        n = pixels[:, :, part].shape
+        pixels[:, :, part] = np.clip(np.array(stain)[:, None, None] + rng.normal(0, 15, n), 1, 255)
+    tissue = np.zeros((600, 800), bool)
+    tissue[:, : dark + pale] = True
+    return pixels, tissue
+
+
+def test_tissue_from_edge_to_edge_is_found_whole():
+    pixels, tissue = two_tissues(pale=500)
+    sdata = bare(pixels)
+    hg.pp.tissue(sdata)
+    assert agreement(sdata, tissue) > 0.98
+
+
+def test_otsu_says_that_it_lost_half_and_names_the_call_that_finds_it():
+    pixels, tissue = two_tissues(pale=500)
+    sdata = bare(pixels)
+    for options in ({"method": "otsu"}, {"n_samples": 5}):
+        with pytest.warns(UserWarning, match=r"'otsu' leaves out 6\d % of what is stained.*method='glass'"):
+            hg.pp.tissue(sdata, **options)
+        assert agreement(sdata, tissue) < 0.5
+    hg.pp.tissue(sdata, method="glass")
+    assert agreement(sdata, tissue) > 0.98
+
+
+def test_pale_tissue_on_a_slide_that_is_mostly_glass_is_said_and_left_out():
+    pixels, tissue = two_tissues(pale=120, dark=60, colour=(228, 190, 222))
+    sdata = bare(pixels)
+    with pytest.warns(UserWarning, match="leaves out 6"):
+        hg.pp.tissue(sdata)
+    assert agreement(sdata, tissue) < 0.5
+    hg.pp.tissue(sdata, method="glass")
+    assert agreement(sdata, tissue) > 0.9
+
+
+def test_what_is_not_glass_has_neither_dust_nor_holes():
+    pixels, tissue = disc()
+    pixels[:, 20:24, 20:24] = 100
+    pixels[:, 298:304, 398:404] = 243
+    sdata = bare(pixels)
+    hg.pp.tissue(sdata, method="glass")
+    mask = sdata["he_tissue"].to_numpy()
+    assert set(np.unique(mask)) == {0, 1}
+    assert mask[300, 400] == 1
+    assert agreement(sdata, tissue) > 0.9
+
+
+def test_a_slide_of_glass_and_tissue_is_masked_by_otsu_without_a_warning():
+    pixels, _ = disc()
+    sdata = bare(pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        hg.pp.tissue(sdata)
+        hg.pp.tissue(sdata, method="otsu", key_added="otsu")
+    np.testing.assert_array_equal(sdata["he_tissue"], sdata["otsu"])
+
+
+def test_tissue_by_glass_takes_no_arguments_of_squidpy():
+    with pytest.raises(ValueError, match=r"`method` 'glass' takes no further arguments, given: \['n_samples'\]"):
+        hg.pp.tissue(bare(disc()[0]), method="glass", n_samples=5)
+
+
 @pytest.mark.data
 def test_the_inset_of_a1_is_no_tissue(her2st):
     sdata = her2st("A1")

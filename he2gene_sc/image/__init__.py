@@ -5,7 +5,7 @@ from ._direct import direct
 from ._geometry import ReadPlan, WindowPlan, plan_windows
 from ._pixels import check_channel_names, check_pixels, reflect_index, to_rgb_uint8
 from ._pyramid import Level, Pyramid
-from ._quality import FAULTS, MIN_TISSUE, faults, tissue_share
+from ._quality import FAULTS, MIN_TISSUE, faults, tissue_pixels, tissue_share
 from ._reader import PatchBatch, PatchReader
 from ._reduced import read_reduced
 
@@ -27,6 +27,7 @@ __all__ = [
     "read_darkness",
     "read_reduced",
     "reflect_index",
+    "tissue_pixels",
     "tissue_share",
     "to_rgb_uint8",
 ]

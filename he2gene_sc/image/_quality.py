@@ -10,6 +10,8 @@ MIN_TISSUE = 0.25
 _CELL_UM, _CELL_PX = 12.5, 4
 #: Glass is bright in its darkest channel and flat; what is black in all channels is no slide.
 _BRIGHT, _FLAT, _BLACK = 185.0, 4.0, 25.0
+#: Darkest channel of stained structure in a reduced image, and the side of the surroundings that a pixel is read by.
+_STAINED, _AROUND = 200.0, 9
 #: Pixels of a side that focus is judged by at most.
 _SIDE = 192
 #: Root mean square difference of pixels four apart below which there is nothing to be sharp.
@@ -57,6 +59,34 @@ def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
     structure = np.sqrt(np.maximum(mean(np.square(x)) - np.square(level), 0)).mean(1)
     tissue = ((structure > _FLAT) | (level.min(1) < _BRIGHT)) & (level.max(1) > _BLACK)
     return tissue.mean((1, 2)).astype(np.float32)
+
+
+def tissue_pixels(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of a reduced image that are neither glass nor black, by their surroundings of 9 × 9 pixels.
+
+    Parameters
+    ----------
+    image
+        ``(3, h, w)`` uint8.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(h, w)`` bool, what is stained or has structure, the rule of :func:`tissue_share`.
+    numpy.ndarray
+        ``(h, w)`` bool, what is stained *and* has structure: tissue beyond doubt, where tinted glass and dust are not.
+    """
+    from scipy.ndimage import uniform_filter
+
+    structure = np.zeros(image.shape[1:], np.float32)
+    darkest, brightest = np.full_like(structure, np.inf), np.zeros_like(structure)
+    for channel in image.astype(np.float32):
+        level = uniform_filter(channel, _AROUND)
+        structure += np.sqrt(np.maximum(uniform_filter(np.square(channel), _AROUND) - np.square(level), 0)) / len(image)
+        np.minimum(darkest, level, out=darkest)
+        np.maximum(brightest, level, out=brightest)
+    textured, seen = structure > _FLAT, brightest > _BLACK
+    return (textured | (darkest < _BRIGHT)) & seen, textured & (darkest < _STAINED) & seen
 
 
 def faults(patches: np.ndarray) -> np.ndarray:

@@ -1,16 +1,17 @@
-"""``hg.pp.tissue``: a tissue mask, by squidpy's detection."""
+"""``hg.pp.tissue``: a tissue mask, by squidpy's detection or as what is not glass."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .._core import validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import find_image, pyramid_of
+from ..image import tissue_pixels
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -20,13 +21,19 @@ logger = logging.getLogger("he2gene_sc")
 _WORKING_PX = 1_500_000
 #: Stains of H&E leave more red than green; ink of a pen does not. Sections of her2st have up to 2 % of such pixels.
 _INK_STEP, _INK_SHARE = 12, 0.05
+_METHODS = ("auto", "otsu", "felzenszwalb", "weka", "glass")
+#: Share of what a mask leaves out that is stained structure, above which the image is mostly tissue: 0.32 at most on whole
+#: slides, 0.57 and more on crops inside the tissue. And the share of all stained structure whose loss is said.
+_MOSTLY_TISSUE, _MUCH_LOST = 0.5, 0.5
+#: Shares of the image: what is worth a word, below which a piece of tissue is dust, and below which a hole is closed.
+_PIECE, _DUST, _HOLE = 0.01, 1e-3, 1e-4
 
 
 def tissue(
     sdata: SpatialData,
     *,
     image_key: str | None = None,
-    method: Literal["otsu", "felzenszwalb", "weka"] = "otsu",
+    method: Literal["auto", "otsu", "felzenszwalb", "weka", "glass"] = "auto",
     key_added: str | None = None,
     **kwargs,
 ) -> None:
@@ -42,44 +49,47 @@ def tissue(
     image_key
         Image; needed where there are several.
     method
-        Method of squidpy's detection.
+        ``"otsu"``, ``"felzenszwalb"`` or ``"weka"``: that of squidpy's detection. ``"glass"``: everything that is not glass, the
+        rule of ``obs["he2gene_tissue"]``; it finds pale tissue, such as fat, and dirt. ``"auto"``: Otsu, but ``"glass"`` where
+        most of what Otsu leaves out is stained: on an image that is tissue from edge to edge its threshold parts dark
+        tissue from pale.
     key_added
         Name of the labels; default ``"<image_key>_tissue"``.
     **kwargs
-        Passed to :func:`squidpy.experimental.im.detect_tissue`.
+        Passed to :func:`squidpy.experimental.im.detect_tissue`; ``"auto"`` then is ``"otsu"``.
 
     Returns
     -------
     ``None``. Written: ``sdata.labels[key_added]``, 0 for background and 1, 2, … for the pieces of tissue, at reduced
-    resolution, in the coordinate systems of the image.
+    resolution, in the coordinate systems of the image. :func:`he2gene_sc.pl.tissue` shows it.
 
     Raises
     ------
     ValueError
         If the image is missing, ambiguous or not RGB; or if ``key_added`` names an element that ``tissue`` did not make,
         or that was changed since.
+
+    Warns
+    -----
+    UserWarning
+        If half of what is stained and has structure is left out, or a part of what was found is green or blue.
     """
     validate.arguments(tissue, locals())
-    validate.one_of(method, ("otsu", "felzenszwalb", "weka"), "method")
-    import squidpy as sq
-    from spatialdata import SpatialData
-    from spatialdata.models import Image2DModel, Labels2DModel
+    validate.one_of(method, _METHODS, "method")
+    if method == "glass" and kwargs:
+        raise ValueError(f"`method` 'glass' takes no further arguments, given: {sorted(kwargs)}")
+    from spatialdata.models import Labels2DModel
     from spatialdata.transformations import Scale, Sequence, get_transformation
 
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_tissue" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.tissue", "labels", key_added)
     thumbnail, scale = read_thumbnail(sdata, image_key, _WORKING_PX)
-    reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
-    # H&E has a bright background; squidpy then needs no corners to tell, which an inset or a full slide would mislead.
-    kwargs.setdefault("corners_are_background", method == "weka")
-    mask = sq.experimental.im.detect_tissue(
-        reduced, "image", method=method, channel_format="rgb", inplace=False, **kwargs
-    )
-    _warn_of_ink(thumbnail, np.asarray(mask) > 0, image_key)
+    mask, method = _detect(thumbnail, image_key, method, kwargs)
+    _warn_of_ink(thumbnail, mask > 0, image_key)
     to_pixels = Scale([scale[0], scale[1]], axes=("y", "x"))
     labels = Labels2DModel.parse(
-        np.asarray(mask).astype(np.uint16),
+        mask.astype(np.uint16),
         dims=("y", "x"),
         transformations={
             system: Sequence([to_pixels, transformation])
@@ -87,7 +97,62 @@ def tissue(
         },
     )
     write_element(sdata, "labels", key_added, labels)
-    logger.info("tissue: %.0f %% of image %r, in labels %r", 100 * (np.asarray(mask) > 0).mean(), image_key, key_added)
+    share = 100 * (mask > 0).mean()
+    logger.info("tissue: %.0f %% of image %r by method %r, in labels %r", share, image_key, method, key_added)
+
+
+def _detect(thumbnail: np.ndarray, image_key: str, method: str, kwargs: dict[str, Any]) -> tuple[np.ndarray, str]:
+    """Mask of the pieces of tissue, ``(h, w)``, and the method that made it."""
+    if method == "glass":
+        return _not_glass(tissue_pixels(thumbnail)[0]), method
+    used = "otsu" if method == "auto" else method
+    mask = _by_squidpy(thumbnail, used, kwargs)
+    anything, certain = tissue_pixels(thumbnail)
+    left_out = mask == 0
+    if method == "auto" and not kwargs and left_out.any() and certain[left_out].mean() > _MOSTLY_TISSUE:
+        return _not_glass(anything), "glass"
+    n_lost = certain[left_out].sum()
+    lost = n_lost / max(1, certain.sum())
+    if lost > _MUCH_LOST and n_lost > _PIECE * mask.size:
+        warnings.warn(
+            f"method {used!r} leaves out {100 * lost:.0f} % of what is stained and has structure on image {image_key!r}: pale "
+            "tissue, such as fat, would get no spots. Look at the mask by hg.pl.tissue(sdata). If tissue is missing: "
+            "hg.pp.tissue(sdata, method='glass')",
+            UserWarning,
+            stacklevel=3,
+        )
+    return mask, used
+
+
+def _by_squidpy(thumbnail: np.ndarray, method: str, kwargs: dict[str, Any]) -> np.ndarray:
+    import squidpy as sq
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel
+
+    reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
+    # H&E has a bright background; squidpy then needs no corners to tell, which an inset or a full slide would mislead.
+    kwargs = {"corners_are_background": method == "weka", **kwargs}
+    return np.asarray(
+        sq.experimental.im.detect_tissue(reduced, "image", method=method, channel_format="rgb", inplace=False, **kwargs)
+    )
+
+
+def _not_glass(tissue: np.ndarray) -> np.ndarray:
+    """Mask with numbered pieces, without dust and holes."""
+    from skimage.measure import label
+
+    pieces = label(_without_small(~_without_small(~tissue, _HOLE), _DUST), connectivity=2)
+    return np.asarray(pieces)
+
+
+def _without_small(mask: np.ndarray, share: float) -> np.ndarray:
+    """Leave out the pieces of a mask that are smaller than a share of the image."""
+    from skimage.measure import label
+
+    pieces = np.asarray(label(mask, connectivity=2))
+    large = np.bincount(pieces.ravel()) >= share * mask.size
+    large[0] = False
+    return large[pieces]
 
 
 def _warn_of_ink(thumbnail: np.ndarray, mask: np.ndarray, image_key: str) -> None:
