@@ -285,7 +285,47 @@ def test_annotation_does_not_colour_a_spot_without_annotation(toy, tiny_model):
         hg.tl.predict(toy, model=tiny_model)
     ax = hg.pl.annotation(toy)
     classes = set(toy["table"].obs["he2gene_annotation"].dropna())
-    assert set(_legend(ax)) - {"NA"} == classes
+    assert _legend(ax) == [*sorted(classes), "unknown"]
+    assert _legend(hg.pl.spatial(toy, "ERBB2", measured=False)) == ["unknown"]
+
+
+@pytest.fixture
+def with_glass(predicted):
+    """Three spots on glass, which predict would have left without a class, and one that is unknown."""
+    obs = predicted["table"].obs
+    obs.iloc[:3, obs.columns.get_loc("he2gene_tissue")] = 0.2
+    obs.iloc[:4, obs.columns.get_loc("he2gene_annotation")] = np.nan
+    return predicted
+
+
+def test_a_prediction_on_glass_is_grey_and_does_not_stretch_the_colours(with_glass):
+    table = with_glass["table"]
+    predicted, measured = hg.pl.spatial(with_glass, "ERBB2")
+    grey = plt.matplotlib.colors.to_rgb("#c4c4c4")
+    drawn = _spots(predicted).get_facecolor()[:, :3]
+    np.testing.assert_array_equal(np.isclose(drawn, grey, atol=1 / 255).all(1), np.arange(table.n_obs) < 3)
+    assert _colour_limits(predicted)[0] == pytest.approx(np.linspace(1, 3, table.n_obs)[3], rel=1e-5)
+    assert _legend(predicted) == ["no tissue"]
+    assert not np.isclose(_spots(measured).get_facecolor()[:, :3], grey, atol=1 / 255).all(1).any()
+    assert np.isfinite(table.layers["he2gene"][:3, table.var_names.get_loc("ERBB2")]).all()
+
+
+def test_annotation_tells_glass_from_what_is_unknown(with_glass):
+    ax = hg.pl.annotation(with_glass)
+    classes = with_glass["table"].obs["he2gene_annotation"].cat.categories
+    assert _legend(ax) == [*sorted(classes), "no tissue", "unknown"]
+    wanted = plt.matplotlib.colors.to_rgba_array(["#c4c4c4"] * 3 + ["#8c8c8c"])[:, :3]
+    np.testing.assert_allclose(_spots(ax).get_facecolor()[:4, :3], wanted, atol=1 / 255)
+
+
+def test_a_slide_that_is_all_glass_is_drawn(predicted):
+    predicted["table"].obs["he2gene_tissue"] = 0.0
+    assert _legend(hg.pl.spatial(predicted, "ERBB2", measured=False)) == ["no tissue"]
+
+
+def test_a_prediction_that_does_not_know_its_tissue_is_drawn_in_colour(predicted):
+    del predicted["table"].obs["he2gene_tissue"]
+    assert hg.pl.spatial(predicted, "ERBB2", measured=False).get_legend() is None
 
 
 def _move_first_spot_outside(sdata):
@@ -328,3 +368,56 @@ def test_a_slide_on_which_every_spot_is_unknown_is_drawn(toy, tiny_model):
     toy["table"].obs["he2gene_annotation"] = pd.Categorical([None] * 30, categories=["invasive cancer"])
     ax = hg.pl.annotation(toy)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["unknown"]
+
+
+# ------------------------------------------------------------------------------------------------ tissue
+
+
+@pytest.fixture
+def masked(toy):
+    """The left half of the toy slide is tissue, and two spots of 100 µm lie on it."""
+    from spatialdata.models import Labels2DModel, ShapesModel
+    from spatialdata.transformations import Scale
+
+    width, height = (int(toy.images["he"].sizes[axis]) for axis in "xy")
+    mask = np.zeros((height // 4, width // 4), np.uint16)
+    mask[:, : mask.shape[1] // 2] = 2
+    scale = Scale([width / mask.shape[1], height / mask.shape[0]], axes=("x", "y"))
+    toy.labels["he_tissue"] = Labels2DModel.parse(mask, dims=("y", "x"), transformations={"global": scale})
+    xy = np.array([[0.1 * width, 0.4 * height], [0.3 * width, 0.4 * height]])
+    toy.shapes["grid"] = ShapesModel.parse(xy, geometry=0, radius=25.0)
+    return toy
+
+
+def test_tissue_draws_mask_and_spots_over_the_image(masked):
+    ax = hg.pl.tissue(masked, shapes_key="grid")
+    assert ax.get_title() == "tissue: 50 % of the image, 2 spots"
+    assert len(ax.images) >= 2
+    assert {len(c.get_paths()) for c in ax.collections if isinstance(c, PatchCollection | PathCollection)} == {2}
+    assert len(_scale_bars(ax)) == 1
+    mask = ax.images[1].get_array()
+    drawn = np.asarray(mask[..., 3]) > 0
+    middle, end = drawn.shape[1] // 2, drawn.shape[1]
+    assert drawn[:, : middle - 4].all()
+    assert not drawn[:, middle + 4 : end].any()
+
+
+def test_tissue_without_spots_draws_the_mask(masked, tmp_path):
+    for key in list(masked.shapes):
+        del masked.shapes[key]
+    _, ax = plt.subplots()
+    assert hg.pl.tissue(masked, ax=ax, save=tmp_path / "mask.png") is ax
+    assert ax.get_title() == "tissue: 50 % of the image"
+    assert (tmp_path / "mask.png").stat().st_size
+
+
+def test_tissue_names_what_is_missing_or_ambiguous(masked):
+    with pytest.raises(ValueError, match=r"`shapes_key` is ambiguous, candidates: \['grid', 'spots'\]"):
+        hg.pl.tissue(masked)
+    with pytest.raises(ValueError, match=r"`coordinate_system` is 'other'; valid.*'global'"):
+        hg.pl.tissue(masked, shapes_key="grid", coordinate_system="other")
+    with pytest.raises(ValueError, match=r"`shapes_key` 'he_tissue' names labels"):
+        hg.pl.tissue(masked, shapes_key="he_tissue")
+    del masked.labels["he_tissue"]
+    with pytest.raises(ValueError, match=r"`tissue_key` 'he_tissue' not found.*run hg\.pp\.tissue first"):
+        hg.pl.tissue(masked, shapes_key="grid")

@@ -717,7 +717,9 @@ def test_spots_on_glass_are_not_annotated_and_keep_their_probabilities(tiny_mode
     assert obs["he2gene_annotation"][glass].isna().all()
     assert obs["he2gene_annotation_confidence"][glass].notna().all()
     assert obs["he2gene_annotation"][~glass].notna().any()
-    assert 0 < sdata["table"].uns["he2gene"]["share_on_tissue"] < 1
+    record = sdata["table"].uns["he2gene"]
+    assert 0 < record["share_on_tissue"] < 1
+    assert (obs["he2gene_tissue"] >= record["min_tissue"]).mean() == pytest.approx(record["share_on_tissue"])
 
 
 def test_reliable_is_of_new_patients_unless_the_patient_is_known(toy, tiny_model):

@@ -5,6 +5,7 @@ from ._concordance import concordance
 from ._domains import domains
 from ._predictability import predictability
 from ._spatial import spatial
+from ._tissue import tissue
 
 __all__ = [
     "annotation",
@@ -14,4 +15,5 @@ __all__ = [
     "domains",
     "predictability",
     "spatial",
+    "tissue",
 ]

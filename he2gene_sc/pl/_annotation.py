@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from .._core import validate
 from .._keys import Keys
-from ._canvas import axes_for, canvas, draw, finish
+from ._canvas import GREYS, NO_TISSUE, UNKNOWN, axes_for, canvas, draw, finish, on_glass
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
-#: Of a slide on which every spot is unknown.
-_UNKNOWN, _GREY = "unknown", "#bdbdbd"
 _EXTRA_COLOURS = ("#17becf", "#bcbd22", "#7f7f7f", "#e377c2", "#8c564b", "#1f77b4", "#aec7e8", "#ffbb78")
 
 
@@ -36,6 +35,8 @@ def annotation(
     save: str | Path | None = None,
 ) -> Axes | list[Axes]:
     """Draw the predicted annotation at the spots over the tissue, and known labels beside it.
+
+    Spots without a class are grey: "no tissue" where less than 0.25 of a spot is tissue, else "unknown".
 
     Parameters
     ----------
@@ -94,8 +95,10 @@ def annotation(
     if reference is not None:
         columns[reference] = table.obs[reference]
     colours = _colours(where.sdata[where.table_key], keys, columns)
+    glass = on_glass(table, key_added)
     obs = pd.DataFrame(
-        {f"panel_{i}": _labels(values) for i, values in enumerate(columns.values())}, index=table.obs_names
+        {f"panel_{i}": _labels(values, glass & (i == 0)) for i, values in enumerate(columns.values())},
+        index=table.obs_names,
     )
     obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
     obs["instance"] = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
@@ -119,11 +122,12 @@ def annotation(
     return finish(axes, save)
 
 
-def _labels(values: pd.Series) -> pd.Categorical:
-    # spatialdata-plot cannot draw a column without any label.
-    if values.isna().all():
-        return pd.Categorical([_UNKNOWN] * len(values))
-    return pd.Categorical(values.astype(object).where(values.isna(), values.astype(str)))
+def _labels(values: pd.Series, glass: np.ndarray) -> pd.Categorical:
+    """Labels as text, the missing ones named; classes first."""
+    missing = values.isna().to_numpy()
+    texts = np.where(missing, np.where(glass, NO_TISSUE, UNKNOWN), values.astype(str))
+    found = set(texts)
+    return pd.Categorical(texts, categories=[*sorted(found - set(GREYS)), *(name for name in GREYS if name in found)])
 
 
 def _has_labels(table, column: str) -> bool:
@@ -137,6 +141,4 @@ def _colours(table, keys: Keys, columns: dict[str, pd.Series]) -> dict[str, str]
     """Colour of every class: the model's, and further ones for labels that it does not know."""
     known = dict(zip(table.obs[keys.annotation].cat.categories, table.uns.get(keys.colors, ()), strict=False))
     labels = sorted({str(v) for values in columns.values() for v in values.dropna().unique()} - set(known))
-    return (
-        known | {_UNKNOWN: _GREY} | {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(labels)}
-    )
+    return {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(labels)} | known | GREYS

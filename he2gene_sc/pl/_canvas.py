@@ -16,12 +16,17 @@ from .._core.mpp import affine
 from .._core.slide import Slide, resolve
 from .._keys import Keys
 from .._predicted import predicted_table
+from ..image import MIN_TISSUE
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from spatialdata import SpatialData
+
+#: What legends call a spot without a value, and a spot on glass, and their greys.
+UNKNOWN, NO_TISSUE = "unknown", "no tissue"
+GREYS = {NO_TISSUE: "#c4c4c4", UNKNOWN: "#8c8c8c"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def draw(
     if image:
         elements[slide.image_key] = where.sdata.images[slide.image_key]
     shown = sd.SpatialData.init_from_elements({**elements, "table": table})
-    with _quiet():
+    with quiet():
         plot = shown.pl.render_images(slide.image_key) if image else shown
         if color is not None and slide.shapes_key in where.sdata.labels:
             plot = plot.pl.render_labels(slide.shapes_key, color=color, table_name="table", **kwargs)
@@ -124,12 +129,14 @@ def draw(
             scalebar_params={"location": "lower left", "box_alpha": 0.6},
             show=False,
         )
-    ax.set_xlabel("")
-    ax.set_ylabel("")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.set_title(title)
+    bare_axes(ax, title)
     _zoom(where, ax)
+
+
+def bare_axes(ax: Axes, title: str) -> None:
+    """Leave a picture without labels and ticks, and set its title."""
+    ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
+    ax.set_title(title)
 
 
 def _zoom(where: Canvas, ax: Axes) -> None:
@@ -145,6 +152,21 @@ def _zoom(where: Canvas, ax: Axes) -> None:
     ax.set_ylim(limits[::-1] if bottom > top else limits)
 
 
+def on_glass(table: AnnData, key_added: str) -> np.ndarray:
+    """Mask of the spots with less tissue than is needed; ``False`` everywhere for predictions that do not say."""
+    share = table.obs.get(Keys(key_added).tissue)
+    return np.zeros(table.n_obs, bool) if share is None else share.to_numpy(dtype=float) < MIN_TISSUE
+
+
+def name_grey(ax: Axes, names: Sequence[str]) -> None:
+    """Say in a legend inside the axes what the grey spots are."""
+    from matplotlib.lines import Line2D
+
+    if names:
+        handle = Line2D([], [], marker="o", ls="", color=GREYS[NO_TISSUE], label=" or ".join(names))
+        ax.legend(handles=[handle], loc="upper right", fontsize="small", handletextpad=0.2)
+
+
 def add_colorbar(ax: Axes, norm: Normalize, cmap: str, label: str) -> None:
     """Put a colour bar beside the axes, inside what the layout gives them."""
     from matplotlib.cm import ScalarMappable
@@ -153,9 +175,9 @@ def add_colorbar(ax: Axes, norm: Normalize, cmap: str, label: str) -> None:
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Keep spatialdata-plot's log lines about a temporary object out of the notebook."""
-    loggers = [logging.getLogger("spatialdata"), logging.getLogger("spatialdata_plot")]
+    loggers = [logging.getLogger(name) for name in ("spatialdata", "spatialdata_plot", "spatialdata_plot._logging")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

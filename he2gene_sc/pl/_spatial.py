@@ -16,7 +16,19 @@ from .._core.layers import layer_names
 from .._core.matrix import in_memory
 from .._keys import MADE, Keys
 from .._predicted import predicted_layer, record_of, symbols_of
-from ._canvas import Canvas, add_colorbar, axes_for, canvas, draw, finish
+from ._canvas import (
+    GREYS,
+    NO_TISSUE,
+    UNKNOWN,
+    Canvas,
+    add_colorbar,
+    axes_for,
+    canvas,
+    draw,
+    finish,
+    name_grey,
+    on_glass,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -45,6 +57,9 @@ def spatial(
     save: str | Path | None = None,
 ) -> Axes | list[Axes]:
     """Draw predicted genes at the spots over the tissue, and the measured expression beside them.
+
+    The prediction of a spot on glass is of no tissue: it is grey and does not count for the colour scale. Measured values are
+    drawn everywhere.
 
     Parameters
     ----------
@@ -111,7 +126,9 @@ def spatial(
     table = where.table
     shown_layer = predicted_layer(table, key_added, layer)
     names = _check_predicted(table, genes, key_added)
-    predicted = np.asarray(table[:, names].layers[shown_layer], dtype=float)
+    predicted = np.array(table[:, names].layers[shown_layer], dtype=float)
+    glass = on_glass(table, key_added)
+    predicted[glass] = np.nan
     found = _measured(where, table, names, measured)
     beside, were_counts = found if found is not None else (None, False)
     panels = _panel_table(where, table, genes, predicted, beside)
@@ -137,7 +154,11 @@ def spatial(
                 cmap=cmap,
                 norm=norm,
                 colorbar=False,
+                na_color=GREYS[NO_TISSUE],
             )
+            if kind == "predicted":
+                unknown = np.isnan(predicted[:, i]) & ~glass
+                name_grey(panel, [NO_TISSUE] * bool(glass.any()) + [UNKNOWN] * bool(unknown.any()))
             in_log = kind == "predicted" or were_counts
             add_colorbar(panel, norm, cmap, "ln(1 + counts per 10,000)" if in_log else "as stored")
     return finish(axes, save)

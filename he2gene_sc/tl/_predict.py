@@ -112,7 +112,8 @@ def predict(
         Most probable class and its calibrated probability. The class is missing where it is unknown: on glass, and out
         of distribution.
     ``.obs["he2gene_tissue"]``
-        Share of tissue in the smallest window of the spot; below 0.25 it is taken for glass.
+        Share of tissue in the smallest window of the spot. Below ``uns["he2gene"]["min_tissue"]`` (0.25) it is taken for
+        glass: its expression is predicted from no tissue, and drawn grey.
     ``.obs["he2gene_ood"]``
         How far a spot is from what the model was trained on, from the image alone; above 1 it is out of distribution,
         see ``docs/trust.md``. Only for models that keep statistics of their training spots.
@@ -229,7 +230,8 @@ def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
     from ..models._ood import VERDICTS
 
     tissue = np.concatenate([result.tissue for result in predictions])
-    found: dict[str, object] = {"share_on_tissue": float((tissue >= MIN_TISSUE).mean()) if len(tissue) else 0.0}
+    on_tissue = float((tissue >= MIN_TISSUE).mean()) if len(tissue) else 0.0
+    found: dict[str, object] = {"min_tissue": MIN_TISSUE, "share_on_tissue": on_tissue}
     judged = [result.ood for result in predictions if result.ood is not None]
     if judged:
         score = np.concatenate([ood.score for ood in judged])
