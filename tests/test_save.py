@@ -306,6 +306,16 @@ def test_values_that_other_tools_changed_since_are_noticed_where_the_reading_was
         hg.io.save(sdata)
 
 
+def test_values_that_other_tools_changed_while_a_slide_was_predicted_are_not_lost(backed, store, tiny_model):
+    hg.tl.predict(backed, model=tiny_model)
+    group = zarr.open_group(store / "tables" / "table", mode="r+", use_consolidated=False)
+    theirs = np.ones(backed["table"].shape, np.float32)
+    write_elem(group, "X", theirs)
+    with pytest.raises(FileExistsError, match="saved by another since it was read"):
+        hg.io.save(backed)
+    np.testing.assert_array_equal(sd.read_zarr(store)["table"].X, theirs)
+
+
 def test_an_image_is_replaced_only_when_told(backed, store):
     truth = backed["he"].to_numpy().copy()
     backed.images["he"] = Image2DModel.parse(truth, dims=("c", "y", "x"), c_coords=["r", "g", "b"])

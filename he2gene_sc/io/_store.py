@@ -235,6 +235,13 @@ def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:
     _AS_READ.setdefault(sdata, {}).update(state)
 
 
+def note(sdata: SpatialData) -> None:
+    """Note the files of an object's own store as they are now, but for elements that were noted before."""
+    store = sdata.path
+    if store is not None and store.is_dir():
+        remember(sdata, {**fingerprints(store), **remembered(sdata)})
+
+
 def remembered(sdata: SpatialData) -> dict[tuple[str, str], int]:
     """Return what was noted of an object."""
     return _AS_READ.get(sdata, {})

@@ -154,6 +154,7 @@ def predict(
     """
     validate.arguments(predict, locals())
     from ..inference import resolve_device, resolve_dtype
+    from ..io._store import note
     from ..models import load
 
     check_key(key_added, "key_added")
@@ -174,6 +175,7 @@ def predict(
         coordinate_system=coordinate_system,
         mpp=mpp,
     )
+    note(sdata)
     for slide in slides:
         _check_windows(slide, model)
         check_placement(sdata, slide)
