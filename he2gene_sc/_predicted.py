@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ._core.layers import layer_names
+from ._core.matrix import matrix_of
+from ._core.ownership import is_prediction, ours
+from ._core.spots import with_text_names
 from ._keys import MADE, Keys
 
 if TYPE_CHECKING:
-    import numpy as np
     from anndata import AnnData
     from spatialdata import SpatialData
 
@@ -32,16 +37,18 @@ def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: s
     if table_key is not None:
         if table_key not in sdata.tables:
             raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")
-        if Keys(key_added).uns not in sdata[table_key].uns:
+        if not is_prediction(sdata[table_key].uns.get(Keys(key_added).uns)):
             raise ValueError(f"`table_key` {table_key!r} holds no prediction {key_added!r}; run hg.tl.predict first")
+        with_text_names(sdata[table_key])
         return table_key
-    found = [key for key, table in sdata.tables.items() if Keys(key_added).uns in table.uns]
+    found = [key for key, table in sdata.tables.items() if is_prediction(table.uns.get(Keys(key_added).uns))]
     measured = [key for key in found if MADE not in sdata[key].uns]
     candidates = measured or found
     if not candidates:
         raise ValueError(f"`sdata` holds no prediction {key_added!r}; run hg.tl.predict first")
     if len(candidates) > 1:
         raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
+    with_text_names(sdata[candidates[0]])
     return candidates[0]
 
 
@@ -55,7 +62,7 @@ def record_of(table: AnnData, key_added: str = "he2gene") -> Mapping[str, Any]:
     """
     keys = Keys(key_added)
     record = table.uns.get(keys.uns)
-    if not isinstance(record, Mapping) or "layer" not in record:
+    if not is_prediction(record):
         raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
     if keys.predicted not in table.var:
         raise ValueError(
@@ -97,6 +104,30 @@ def predicted_layer(table: AnnData, key_added: str = "he2gene", layer: str | Non
     if name not in table.layers:
         raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(layer_names(table))}")
     return name
+
+
+def check_as_predicted(table: AnnData, key_added: str, layer: str, stacklevel: int = 3) -> None:
+    """Warn where a layer that predict wrote was changed since.
+
+    Raises
+    ------
+    ValueError
+        If it holds infinite values, or nothing but NaN.
+    """
+    values = matrix_of(table, layer)
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        if np.isinf(values).any():
+            raise ValueError(f"`layer` {layer!r} holds infinite values; predict again")
+        if np.isnan(values).all():
+            raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot; predict again")
+    record = record_of(table, key_added)
+    if layer == record["layer"] and layer not in ours(table, Keys(key_added).uns, record).get("layers", ()):
+        warnings.warn(
+            f"`layer` {layer!r} was changed since hg.tl.predict wrote it: what the model promises need not hold for it; "
+            "predict again",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def predicted_by(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ._core.elements import find_table
 from ._core.expression import SCALES, Scale, log_expression, scale_of
 from ._core.matrix import values_of
 from ._core.slide import Slide, resolve
-from ._core.spots import column_of, labels_of, sections_of
+from ._core.spots import annotated_by, column_of, labels_of, sections_of, with_text_names
 from ._keys import MADE
 from ._predicted import predicted_table
 
@@ -59,24 +58,16 @@ def get_table(
     """
     if hasattr(data, "tables"):
         if key_added is not None:
-            return _with_names(data[predicted_table(data, key_added, table_key)])
+            return with_text_names(data[predicted_table(data, key_added, table_key)])
         if table_key is None and len(data.tables) == 1:
-            return _with_names(next(iter(data.tables.values())))
+            return with_text_names(next(iter(data.tables.values())))
         found = table_key if table_key in data.tables else find_table(data, table_key)
         if found is None:
             raise ValueError(f"`data` holds no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
-        return _with_names(data[found])
+        return with_text_names(data[found])
     if not hasattr(data, "obs_names"):
         raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
-    return _with_names(data)
-
-
-def _with_names(table: AnnData) -> AnnData:
-    # anndata itself cannot take rows of a table whose names are numbers.
-    for axis in ("obs_names", "var_names"):
-        if pd.api.types.is_numeric_dtype(getattr(table, axis)):
-            raise ValueError(f"`data`: {axis} are numbers; run table.{axis} = table.{axis}.astype(str)")
-    return table
+    return with_text_names(data)
 
 
 def spots_of(table: AnnData) -> np.ndarray:
@@ -89,7 +80,10 @@ def spots_of(table: AnnData) -> np.ndarray:
     """
     if "spatial" not in table.obsm:
         raise ValueError("`data` has no obsm['spatial']; spot centres are needed, as scanpy and squidpy keep them")
-    xy = np.asarray(table.obsm["spatial"], float)[:, :2]
+    xy = np.asarray(table.obsm["spatial"], float)
+    if xy.ndim != 2 or xy.shape[1] < 2:
+        raise ValueError(f"obsm['spatial'] has shape {xy.shape}; a row (x, y) for each spot is needed")
+    xy = xy[:, :2]
     if not np.isfinite(xy).all():
         raise ValueError(f"obsm['spatial'] is NaN or infinite for {int((~np.isfinite(xy).all(1)).sum())} spots")
     return xy
@@ -113,7 +107,7 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
         If there is no image, or several things could be meant.
     """
     (table_key,) = [key for key, value in sdata.tables.items() if value is table]
-    attrs = table.uns.get("spatialdata_attrs")
+    attrs = annotated_by(table)
     if attrs is None:
         raise ValueError(f"table {table_key!r} annotates no shapes")
     record = table.uns.get(prediction) if prediction is not None else None

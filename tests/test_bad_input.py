@@ -367,3 +367,15 @@ def test_frames_survive_an_interruption_as_the_same_values(toy, tiny_model, monk
     monkeypatch.setattr("he2gene_sc._core.fill.StackedPredictions.annotation", raises(KeyboardInterrupt()))
     refuses(toy, None, error=KeyboardInterrupt, model=tiny_model)
     assert list(toy["table"].obs["label"].cat.categories) == ["mine"]
+
+
+def test_a_damaged_note_of_what_a_table_annotates_is_named(toy):
+    toy["table"].uns["spatialdata_attrs"] = "spots"
+    with pytest.raises(ValueError, match=r"uns\['spatialdata_attrs'\] is 'spots'; region, region_key and instance_key"):
+        hg.tl.predict(toy)
+
+
+@pytest.mark.parametrize("value", [[], np.ones(2), 5])
+def test_an_image_key_that_is_no_name_is_named(toy, value):
+    with pytest.raises(ValueError, match=r"`image_key` is of type .*; a text, or a mapping to texts, is needed"):
+        hg.tl.predict(toy, image_key=value)

@@ -320,3 +320,13 @@ def test_predictability_of_an_object_shows_the_genes_that_were_predicted():
 def test_levels_rise_to_the_largest_score():
     assert (np.diff(LEVELS) > 0).all()
     assert LEVELS[-1] == 1
+
+
+def test_a_layer_that_was_changed_since_is_told(table, model):
+    layer = table.layers["he2gene"]
+    layer += 1
+    with pytest.warns(UserWarning, match="`layer` 'he2gene' was changed since hg.tl.predict wrote it"):
+        run(table, model)
+    layer[:] = np.nan
+    with pytest.raises(ValueError, match="`layer` 'he2gene' is NaN for every gene and spot"):
+        run(table, model)

@@ -667,3 +667,11 @@ def test_lists_with_few_common_counts_are_not_scaled(caplog):
     for found, section in zip(totals_of(parts, chosen), parts, strict=True):
         # Each lists 150 of the 250 counts that a spot would have had.
         assert (found / section.counts.sum(axis=1)).mean() == pytest.approx(250 / 150, rel=0.02)
+
+
+def test_windows_of_a_few_pixels_are_refused_before_anything_is_encoded():
+    refuses(
+        toys(),
+        r"`windows_um`: a window of 10 µm is .* px of section '.*' \(.*\); 8 px, .* µm, are the least",
+        windows_um=[10.0, 400.0],
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .._keys import ATTRS, MADE
+from .spots import annotated_by
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -92,7 +93,7 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
 
 def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
     """Shapes and labels elements of ``sdata`` that a table annotates."""
-    attrs = table.uns.get("spatialdata_attrs")
+    attrs = annotated_by(table)
     if attrs is None:
         return []
     region = attrs["region"]

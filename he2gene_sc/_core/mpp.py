@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("he2gene_sc")
 
+#: µm per pixel that an image may have: from an electron microscope to a slide on a thumbnail.
+_PLAUSIBLE = (1e-3, 1e4)
 _MICROMETRE_SYSTEMS = ("micrometer", "micrometers", "micrometre", "micrometres", "micron", "microns", "um", "µm", "μm")
 
 #: A lattice this near to 1 µm/px is in µm, or on an image that was made so.
@@ -44,6 +46,10 @@ def check_mpp(mpp: float | None) -> None:
     valid = isinstance(mpp, int | float | np.number) and not isinstance(mpp, bool) and np.isfinite(mpp) and mpp > 0
     if mpp is not None and not valid:
         raise ValueError(f"`mpp` is {mpp!r}; a positive number of µm per pixel is needed, for example 0.5")
+    if mpp is not None and not _PLAUSIBLE[0] <= mpp <= _PLAUSIBLE[1]:
+        raise ValueError(
+            f"`mpp` is {mpp!r}; µm per pixel is needed, {_PLAUSIBLE[0]:g} to {_PLAUSIBLE[1]:g}: 0.5 for a 20× scan, 0.25 for 40×"
+        )
 
 
 def affine(element: Any, coordinate_system: str) -> np.ndarray:

@@ -6,7 +6,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -199,8 +199,8 @@ def sections_of(table: AnnData, section_key: str | None = None) -> np.ndarray:
     """
     if section_key is not None:
         return names_of(table, section_key, "section_key", what="sections", required=True)
-    attrs = table.uns.get("spatialdata_attrs")
-    columns = [attrs["region_key"]] if attrs is not None and attrs.get("region_key") in table.obs else []
+    attrs = annotated_by(table)
+    columns = [attrs["region_key"]] if attrs is not None and attrs["region_key"] in table.obs else []
     if "section" in table.obs and pd.notna(clean_names(table.obs["section"])).any():
         columns.append("section")
     varying = [key for key in columns if table.obs[key].nunique(dropna=False) > 1]
@@ -208,3 +208,36 @@ def sections_of(table: AnnData, section_key: str | None = None) -> np.ndarray:
         name = clean_name(table.obs[columns[-1]].iloc[0]) if columns and len(table) else None
         return np.full(table.n_obs, name or "section", object)
     return names_of(table, varying[-1], "section_key", what="sections", required=True)
+
+
+def annotated_by(table: AnnData) -> Mapping[str, Any] | None:
+    """Which shapes or labels a table annotates, as spatialdata notes it; ``None`` if it annotates nothing.
+
+    Raises
+    ------
+    ValueError
+        If the note is damaged.
+    """
+    attrs = table.uns.get("spatialdata_attrs")
+    if attrs is None:
+        return None
+    if not isinstance(attrs, Mapping) or not {"region", "region_key", "instance_key"} <= set(attrs):
+        raise ValueError(
+            f"uns['spatialdata_attrs'] is {attrs!r}; region, region_key and instance_key are needed: run table = "
+            "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=..., overwrite_metadata=True)"
+        )
+    return attrs
+
+
+def with_text_names(table: AnnData) -> AnnData:
+    """Return the table, of which anndata could not take rows if its names were numbers.
+
+    Raises
+    ------
+    ValueError
+        If they are.
+    """
+    for axis in ("obs_names", "var_names"):
+        if pd.api.types.is_numeric_dtype(getattr(table, axis)):
+            raise ValueError(f"`data`: {axis} are numbers; run table.{axis} = table.{axis}.astype(str)")
+    return table

@@ -260,15 +260,31 @@ def _checks(function: Callable[..., Any]) -> dict[str, Callable[[Any, str], Any]
 
 
 def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
-    kinds = {kind.strip(" '") for kind in inspect.formatannotation(parameter.annotation).split("|")}
+    kinds = {kind.strip(" '").partition("[")[0] for kind in inspect.formatannotation(parameter.annotation).split("|")}
     optional = "None" in kinds
     kinds.discard("None")
     if parameter.name == "seed":
         return lambda value, name: whole(value, name, 0)
-    check = {"str": _text, "bool": flag, "float": _number}.get(kinds.pop()) if len(kinds) == 1 else None
+    if len(kinds) == 1:
+        check = {"str": _text, "bool": flag, "int": _whole, "float": _number}.get(kinds.pop())
+    else:
+        check = _text_or_mapping if kinds == {"str", "Mapping"} else None
     if check is None or not optional:
         return check
     return lambda value, name: value if value is None else check(value, name)
+
+
+def _whole(value: Any, parameter: str) -> Any:
+    # From where on, the function says.
+    if is_whole(value):
+        return value
+    raise ValueError(f"`{parameter}` is {value!r}; a whole number is needed")
+
+
+def _text_or_mapping(value: Any, parameter: str) -> Any:
+    if isinstance(value, str | Mapping):
+        return value
+    raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a text, or a mapping to texts, is needed")
 
 
 def _text(value: Any, parameter: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core import validate
+from .._core.spots import annotated_by
 from .._keys import MADE, Keys
 from .._predicted import gene_flags, predicted_layer, record_of
 from .._tables import get_table, values_of
@@ -200,7 +201,7 @@ def _copy(
         uns[MADE] = {"by": "hg.get.predicted", "X": layer}
     obsm = {name: table.obsm[name] for name in ("spatial", keys.embedding, keys.proba) if name in table.obsm}
     obsm = {name: value.iloc[rows].copy() if hasattr(value, "iloc") else value[rows] for name, value in obsm.items()}
-    if (attrs := table.uns.get("spatialdata_attrs")) is not None:
+    if (attrs := annotated_by(table)) is not None:
         uns["spatialdata_attrs"] = _annotated(attrs, obs)
     return AnnData(X=values, obs=obs, var=var, obsm=obsm, uns=uns)
 

@@ -99,6 +99,8 @@ def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
     for name in ("latent.scale", "annotation.scale", SCALE, WEIGHTS, "intervals.groups"):
         if name in tensors and (tensors[name] < 0).any():
             raise ValueError(f"{where}: tensor {name!r} holds negative values")
+    if BANK in tensors and not len(tensors[BANK]):
+        raise ValueError(f"{where}: tensor {BANK!r} holds no spot")
     if card.intervals is None:
         return
     quantiles, groups = tensors["intervals.quantiles"], tensors["intervals.groups"]

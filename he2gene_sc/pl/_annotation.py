@@ -73,6 +73,7 @@ def annotation(
     >>> ax = hg.pl.annotation(sdata)
     """
     validate.arguments(annotation, locals())
+    validate.in_range(size, "size", above=0)
     from anndata import AnnData
     from spatialdata.models import TableModel
 

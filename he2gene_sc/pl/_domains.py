@@ -76,6 +76,7 @@ def domains(
     3
     """
     validate.arguments(domains, locals())
+    validate.in_range(size, "size", above=0)
     table = result(data, key_added, table_key)
     record = table.uns[key_added]
     section, spots = _spots(table, record, section)

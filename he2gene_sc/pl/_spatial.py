@@ -112,6 +112,10 @@ def spatial(
     2
     """
     validate.arguments(spatial, locals())
+    from matplotlib import colormaps
+
+    validate.key_in(cmap, colormaps, "cmap", what="a colour map of matplotlib")
+    validate.in_range(size, "size", above=0)
     if ncols is not None:
         validate.whole(ncols, "ncols")
     genes = [genes] if isinstance(genes, str) else list(genes)

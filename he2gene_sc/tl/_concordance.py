@@ -95,9 +95,7 @@ def concordance(
         raise ValueError(f"`layer` and `measured` are both {layer!r}; a predicted and a measured one are needed")
     if method == "ppi":
         raise ValueError("`method` 'ppi' mixes predicted and measured; name another")
-    lengths = [int(length) for length in np.ravel(k)]
-    if any(length < 1 for length in lengths):
-        raise ValueError(f"`k` is {list(k)}; whole numbers from 1 are needed")
+    lengths = [validate.whole(length, "k") for length in np.ravel(np.array(k, object))]
     groups, reference = named_groups(groups, reference, min_mean)
     tables, several = tables_of(data, layer, table_key)
     for table in tables:

@@ -227,10 +227,10 @@ def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -
 
 def _check(n_domains, n_seeds, n_perms, clustering, key_added) -> None:
     check_key(key_added, "key_added")
-    if n_domains != "match" and (isinstance(n_domains, str) or int(n_domains) != n_domains or n_domains < 2):
+    if n_domains != "match" and not (validate.is_whole(n_domains) and n_domains >= 2):
         raise ValueError(f"`n_domains` is {n_domains!r}; 'match' or a whole number from 2 is needed")
     for name, value in (("n_seeds", n_seeds), ("n_perms", n_perms)):
-        if int(value) != value or value < 1:
+        if value < 1:
             raise ValueError(f"`{name}` is {value!r}; a whole number from 1 is needed")
     if clustering not in CLUSTERINGS:
         raise ValueError(f"`clustering` is {clustering!r}, valid: {list(CLUSTERINGS)}")

@@ -14,7 +14,7 @@ from .._core import validate
 from .._core.results import check_free, write_result
 from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of_model
 from .._keys import Keys
-from .._predicted import record_of
+from .._predicted import check_as_predicted, record_of
 from .._settings import settings
 from .._tables import get_table, values_of
 
@@ -106,6 +106,7 @@ def intervals(
     record = record_of(table, key_added)
     if layer is None or (layer == key_added and layer not in table.layers):
         layer = record["layer"]
+    check_as_predicted(table, key_added, layer)
     predicted = values_of(table, layer)
     adapted = adaptation_of(table, record, layer)
     names = {"lower": f"{layer}_lower", "upper": f"{layer}_upper", "halfwidth": f"{layer}_halfwidth"}

@@ -14,7 +14,7 @@ import pandas as pd
 from .._core.expression import Scale, as_logs, count_totals, log_expression
 from .._core.genes import find_genes
 from .._core.matrix import matrix_of, values_of
-from .._core.spots import check_spelling, column_of, labels_of, samples_of, sections_of
+from .._core.spots import check_spelling, column_of, labels_of, samples_of, sections_of, with_text_names
 from .._keys import MADE, Keys
 from .._tables import get_table
 from ._twins import check_twins
@@ -137,7 +137,7 @@ def _table(data: SpatialData | AnnData, layer: str | None, table_key: str | None
         )
     if len(candidates) > 1:
         raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
-    return data[candidates[0]]
+    return with_text_names(data[candidates[0]])
 
 
 def pool(
@@ -206,6 +206,9 @@ def pool(
     )
     if not len(pooled.labels):
         raise ValueError(f"`groupby` {groupby!r} is empty for every spot")
+    unlabelled = sorted(set(np.concatenate(samples)) - set(pooled.samples))
+    if unlabelled:
+        logger.warning("biomarkers: samples without a labelled spot are left out: %s", unlabelled)
     _check_places(pooled, [np.asarray(table.obs_names) for table in tables])
     return _inspected(pooled)
 
@@ -292,7 +295,8 @@ def _genes(
         )
     if len(tables) > 1:
         most = max(table.n_vars for table in tables)
-        logger.info("biomarkers: %d genes are in %s object, of at most %d", len(genes), _every(join), most)
+        level = logging.INFO if len(genes) > most / 2 else logging.WARNING
+        logger.log(level, "biomarkers: %d genes are in %s object, of at most %d", len(genes), _every(join), most)
     if not reliable_only:
         return genes
     for table in tables:

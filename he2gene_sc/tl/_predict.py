@@ -20,6 +20,7 @@ from .._core.slide import Slide, resolve
 from .._genes import match_genes
 from .._keys import FACTS, TABLE, Keys, check_key
 from .._settings import settings
+from .._windows import MIN_PX
 
 if TYPE_CHECKING:
     import torch
@@ -264,12 +265,12 @@ def _check_windows(slide: Slide, model: HE2Gene) -> None:
     smallest = min(model.card.windows_um)
     pixels = smallest / slide.mpp
     shortest = min(slide.pyramid.height, slide.pyramid.width)
-    if not 8 <= pixels <= shortest / 2:
-        least, most = 2 * smallest / shortest, smallest / 8
-        cause = f"image {slide.image_key!r} is too coarse; " if pixels < 8 else ""
+    if not MIN_PX <= pixels <= shortest / 2:
+        least, most = 2 * smallest / shortest, smallest / MIN_PX
+        cause = f"image {slide.image_key!r} is too coarse; " if pixels < MIN_PX else ""
         raise ValueError(
             f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}a window of {smallest:g} µm, the size of a spot, would be "
-            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; 8 to {shortest // 2} px make "
+            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; {MIN_PX} to {shortest // 2} px make "
             f"sense, that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of finer resolution, or check `mpp`"
         )
 

@@ -24,6 +24,7 @@ from ._train_input import (
     identifiers,
     is_list_of_stages,
     read_all,
+    wide_enough,
 )
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ def train(
     bar = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
     card = words | {"version": str(version), "limitations": tuple(limitations)}
     windows_um = None if windows_um is None else check_windows(windows_um)
-    warn_of_scale(spec, windows_um or (PRESETS[preset].windows_um if own_recipe else WINDOWS_UM))
+    seen = windows_um or (PRESETS[preset].windows_um if own_recipe else WINDOWS_UM)
+    warn_of_scale(spec, seen)
     asked = None if genes is None else list(symbols_of(genes, symbols))
     chosen = Genes(asked, n_target_genes, min_spot_share, missing_genes_are_zero)
     merged = {clean_name(label): name for label, name in (classes or {}).items()}
@@ -251,7 +253,7 @@ def train(
     labels = Labels(merged, ignored, hex_colours(class_colors or {}))
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="he2gene-")))
-        read = read_all(sdatas, keys, symbols, chosen, labels)
+        read = wide_enough(read_all(sdatas, keys, symbols, chosen, labels), seen)
         if own_recipe:
             from ._train_network import train_by_gradient
 

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .._core.spots import check_spelling
-from .._windows import check_windows
+from .._windows import MIN_PX, check_windows
 from ._gene_lists import Genes, check_gene_lists
 from ._labels import Labels, check_labels, check_merged
 from ._measured import MIN_SPOTS, TWICE, Keys, Measured, check_table, read_sections
@@ -221,6 +221,19 @@ def identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[s
     ids = dict(symbol_to_ensembl() if given is None else given)
     counted = pd.Series(list(ids.values()), dtype=object).value_counts()
     return ids, {ensembl: symbol for symbol, ensembl in ids.items() if counted[ensembl] == 1}
+
+
+def wide_enough(sections: Iterator[Measured], windows_um: Sequence[float]) -> Iterator[Measured]:
+    """Pass sections on, refusing one whose pixels are too coarse for the smallest window."""
+    for section in sections:
+        pixels = min(windows_um) / section.slide.mpp
+        if pixels < MIN_PX:
+            raise ValueError(
+                f"`windows_um`: a window of {min(windows_um):g} µm is {pixels:.3g} px of section {section.name!r} "
+                f"({section.slide.mpp:.4g} µm/px); {MIN_PX} px, {MIN_PX * section.slide.mpp:.3g} µm, are the least"
+            )
+        yield section
+        del section
 
 
 def read_all(

@@ -1,10 +1,11 @@
 """What an odd input is, how it is run, and how what came of it is judged."""
 
 import hashlib
+import logging
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import chdir
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,17 +55,34 @@ def outcome(odd: Odd) -> tuple[str, str]:
     WORK["images"] = 0
     try:
         # A relative path among the odd values must not leave files where the tests were started.
-        with TemporaryDirectory() as place, chdir(place), warnings.catch_warnings(record=True) as caught:
+        with TemporaryDirectory() as place, chdir(place), warnings.catch_warnings(record=True) as caught, _log() as log:
             warnings.simplefilter("always")
             given = call()
     except Exception as error:  # noqa: BLE001 - which kind it is, is what is judged
         return _refusal(odd, error, [fingerprint(each) for each in objects] == before)
-    said = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and _ours(w)]
+    said = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and _ours(w)] + log
     if clean is not None and same(given, clean):
         return "right", ""
     if said and not odd.harmless:
         return "stated", said[0]
     return "wrong in silence", f"gave {_short(given)}"
+
+
+@contextmanager
+def _log() -> Iterator[list[str]]:
+    """What is logged as a warning, which a notebook shows as it shows warnings."""
+    words: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            words.append(record.getMessage())
+
+    handler, logger = Kept(logging.WARNING), logging.getLogger("he2gene_sc")
+    logger.addHandler(handler)
+    try:
+        yield words
+    finally:
+        logger.removeHandler(handler)
 
 
 def _refusal(odd: Odd, error: Exception, unchanged: bool) -> tuple[str, str]:

@@ -41,6 +41,10 @@ MEANT = {
     ("tta", "true"),
     ("tta", "zero"),
     ("genes", "empty list"),
+    ("reliable", "true"),
+    ("lfc", "fraction"),
+    ("min_mean", "fraction"),
+    ("cross_fit", "true"),
 }
 #: Parameters that any truth value may be given to, or that are not read where the plain call is made.
 FREE = {

@@ -225,14 +225,20 @@ def _labels(table: Any, change: Callable[[pd.Series], Any]) -> None:
 MEANT = {
     ("predict", "a gene stands twice"): "both columns get the prediction of the gene whose name they bear",
     ("predict", "instance ids are moved by one"): "each row gets the prediction of the spot that it names",
+    ("train", "instance ids are moved by one"): "each row has the counts of the spot that it names",
+    ("intervals", "a gene stands twice"): "both columns get the interval of the gene whose name they bear",
+    ("get.genes", "a gene stands twice"): "the name stands for both columns",
     ("biomarkers", "labels are missing in part"): "spots without a label are in no group",
     ("concordance", "labels are missing in part"): "spots without a label are in no group",
     ("evaluate", "labels are missing in part"): "spots without a label are not judged",
     ("domain_preservation", "labels are missing in part"): "spots without a label are not judged",
     **{
-        (verb, "a gene is called nan"): "it is a gene of that name, which the model does not know"
-        for verb in ("predict", "evaluate", "intervals", "adapt", "biomarkers", "concordance", "domain_preservation")
+        (verb, what): "it is a gene of that name, which the model does not know"
+        for verb in WHO
+        for what in ("a gene is called nan", "a gene has no name")
+        if (verb, what) != ("train", "a gene has no name")
     },
+    ("adapt", "the prediction is constant"): "what was measured is taken, and the gain says how much it helps",
     ("intervals", "the prediction is NaN in a row"): "there is no interval where nothing was predicted",
     ("adapt", "the prediction is NaN in a row"): "nothing is adapted where nothing was predicted",
     ("train", "labels are missing in part"): "spots without a label do not train the annotation",
