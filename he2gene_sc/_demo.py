@@ -91,7 +91,7 @@ def _first_line(section: str, model: HE2Gene) -> str:
     trained = model.card.training["sections"]
     if section in trained:
         return f"NOTE: section {section} is in the training set of {model.name}: the figures below flatter it."
-    siblings = sorted(name for name, facts in trained.items() if facts["patient"] == section[0])
+    siblings = sorted(name for name, facts in trained.items() if facts["patient"] == section[:1])
     known = f", though on its patient's sections {', '.join(siblings)}" if siblings else " nor on its patient"
     return f"Section {section}, which {model.name} was not trained on{known}."
 
