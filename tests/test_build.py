@@ -55,7 +55,15 @@ def test_heads_are_fitted_to_everything(model, sections):
     np.testing.assert_allclose(model.tensors["genes.bias"], sums.mean, rtol=1e-6)
 
 
-def test_probabilities_are_calibrated_on_held_out_patients(model, sections):
+def test_two_patients_do_not_calibrate_a_model_of_both(model, sections):
+    head = fit_annotation(sections, everything(sections), recipe().weights, 3)
+    np.testing.assert_allclose(model.tensors["annotation.weight"], head.basis.mixing, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.tensors["annotation.bias"], head.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_probabilities_are_calibrated_on_held_out_patients(sections):
+    sections = [*sections[:3], replace(sections[3], patient="another")]
+    model = build_model(sections, facts(N_GENES), recipe(), n_colour=N_COLOUR, n_target=4)
     choice, _ = validated(sections)
     held_out = validated(sections, choice=choice)[1]["patient"]
     head = fit_annotation(sections, everything(sections), recipe().weights, 3)

@@ -17,6 +17,7 @@ from toy_sections import SPEC, network, own, predicted, renamed, same_model, toy
 import he2gene_sc as hg
 from he2gene_sc.models import load
 from he2gene_sc.stats import log_normalise, pearson
+from he2gene_sc.training import _validate
 
 PATIENT, SECTION = "leave one patient out", "leave one section out"
 
@@ -486,19 +487,19 @@ def test_permuted_counts_leave_nothing_reliable(cache):
     assert max(auroc.values()) < 0.7
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="0.78: with one orientation the choice of the penalty is noisier; four orientations have to come back",
-)
-def test_sections_given_four_times_make_nearly_the_same_model(cache, sections):
+def test_sections_given_four_times_make_nearly_the_same_model(cache, sections, monkeypatch):
+    # Given, not chosen: copies of a held-out section stay in training, so that another penalty would look best. It stands
+    # against a sum over spots.
+    monkeypatch.setattr(_validate, "RANKS", (5,))
     repeated = [toy(i, p, section=f"S{i}-{k}") for k in range(4) for i, p in enumerate("ABA")]
+    monkeypatch.setattr(_validate, "PENALTIES", (1.0,))
     one = train(sections, cache=cache)
+    monkeypatch.setattr(_validate, "PENALTIES", (4.0,))
     four = train(repeated, cache=cache)
     assert four.card.training["n_spots"] == 360
     np.testing.assert_allclose(four.genes["mean"], one.genes["mean"], rtol=1e-5)
     found = [predicted(toy(5), m).layers["he2gene"] for m in (one, four)]
-    # Not the same: copies of a held-out section stay in training, so another penalty may look best.
-    assert np.nanmedian(pearson(*found)) > 0.85
+    assert np.nanmin(pearson(*found)) > 0.999
 
 
 def test_the_table_may_be_one_that_was_exchanged(sections, cache, model):

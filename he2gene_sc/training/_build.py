@@ -16,7 +16,7 @@ from ..models._registry import input_facts
 from ._annotation import AROUND, STRENGTH, fit_annotation
 from ._calibrate import calibration_unit, described
 from ._closed_form import Recipe, fit_basis, fit_sums
-from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
+from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature, too_few_patients
 from ._folds import NOT_TOLD, grouped_folds, warn_of_unit
 from ._ood import fit_detector
 from ._predictability import gene_table
@@ -209,7 +209,11 @@ def _build(
     }
     everything = [np.ones(len(section), bool) for section in sections]
     target, variable = panels(sections, everything, n_target)
-    tensors = _fit(sections, everything, recipe, choice, held_out[telling], n_classes)
+    tensors = _fit(sections, everything, recipe, choice)
+    head = fit_annotation(sections, everything, recipe.annotation, n_classes) if n_classes else None
+    if head is not None:
+        untold = telling == "patient" and too_few_patients(sections)
+        tensors |= head.tensors(1.0 if untold else pooled_temperature(sections, held_out[telling].logits))
     tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
     limitations = facts.limitations
     if unit in NOT_TOLD:
@@ -290,12 +294,10 @@ def _fit(
     rows: Sequence[np.ndarray],
     recipe: Recipe,
     choice: Choice,
-    held_out: HeldOut,
-    n_classes: int,
 ) -> dict[str, np.ndarray]:
     basis = fit_basis(sections, rows, recipe)
     sums = fit_sums(sections, rows, basis, recipe.power)
-    tensors = {
+    return {
         "latent.mean": basis.mean,
         "latent.scale": basis.scale,
         "latent.projection": basis.projection.astype(np.float16),
@@ -303,8 +305,6 @@ def _fit(
         "genes.weight": sums.ridge(choice.penalty, choice.rank).astype(np.float16),
         "genes.bias": sums.mean.astype(np.float32),
     }
-    head = fit_annotation(sections, rows, recipe.annotation, n_classes) if n_classes else None
-    return tensors if head is None else tensors | head.tensors(pooled_temperature(sections, held_out.logits))
 
 
 def _fit_colour(

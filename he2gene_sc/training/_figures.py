@@ -10,7 +10,7 @@ import numpy as np
 from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._closed_form import UNSEEN, temperature
 from ._depth import Depth
-from ._predictability import with_rest
+from ._predictability import MIN_GROUPS, with_rest
 from ._sections import Section
 from ._validate import HeldOut, Panel
 
@@ -177,9 +177,12 @@ def calibrated(
     """Held-out logits divided by a temperature that the spots had no say in, section by section.
 
     It is found as the model's own is, from the logits of the other sections in ``telling`` (default: ``held_out``); with
-    ``by_patient``, of the other patients' sections; where there is no other section, from the other parts of it.
+    ``by_patient``, of the other patients' sections, or 1 where they are too few; where there is no other section, from
+    the other parts of it.
     """
     telling = telling or held_out
+    if by_patient and too_few_patients(sections):
+        return list(held_out.logits)
     result = []
     for i, (section, logits) in enumerate(zip(sections, held_out.logits, strict=True)):
         others = [
@@ -197,6 +200,11 @@ def calibrated(
             scaled[here] /= pooled_temperature([rest], [telling.logits[i]])
         result.append(scaled)
     return result
+
+
+def too_few_patients(sections: Sequence[Section]) -> bool:
+    """Whether held-out patients say nothing of a model of all: of two, each was seen by a model of a single patient."""
+    return len({section.patient for section in sections}) < MIN_GROUPS
 
 
 def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> float:

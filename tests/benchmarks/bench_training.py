@@ -7,6 +7,8 @@ Parts:
   base       the same folds: `he2gene-base` with the encoder of `default` (hours on two cores; --held-out C5 for one fold)
   across     train on C2-C5, predict A1 and A2, and the other way round
   robust     C5 recoloured with A1's stain statistics, and rescaled; trained on C2-C4
+  orientations  the best held-out correlation over penalties and ranks, of a section of a known patient and of a patient held
+             out, where training sees each spot under one, two or four orientations
   labels     calibration of the annotation on the held-out sections, against a perfectly calibrated model
   cost       time and memory of training with cached features, at 1, 4 and 16 times the spots, all with four folds (by
              itself, 4 and 16 times the sections would be put into ten)
@@ -17,25 +19,30 @@ the training sections. Only patients A and C have images here, at different reso
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import resource
 import tempfile
 import threading
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
 
 import he2gene_sc as hg
+from he2gene_sc import training
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.inference import cached_features
 from he2gene_sc.models._encoders import encoder_sha256, load_encoder
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import calibration_error, log_normalise, noise_ceiling, pearson
-from he2gene_sc.training import _build
+from he2gene_sc.tl import _train
+from he2gene_sc.training import _build, _validate
 
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
 SHARED = {"annotation_key": "annotation", "missing_genes_are_zero": True, "device": "cpu", "show_progress_bar": False}
@@ -283,6 +290,40 @@ def labels(cache):
     )
 
 
+def orientations(cache):
+    """Print figures of 250 genes for A1, A2, B4, C2-C4 (section, patient) and for C2-C5 (section)."""
+    chosen = {}
+
+    def spy(sections, facts, recipe, **_):
+        chosen.update(sections=sections, recipe=recipe)
+        raise StopIteration
+
+    seen = (*A, "B4", *C)
+    four = functools.partial(_train.encode_section, symmetries=((0, False), (1, True), (2, False), (3, True)))
+    with (
+        mock.patch.object(training, "build_model", spy),
+        mock.patch.object(_train, "encode_section", four),
+        contextlib.suppress(StopIteration),
+    ):
+        train(seen, cache)
+    for n in (1, 2, 4):
+        parts = [dataclasses.replace(part, features=part.features[:, :n]) for part in chosen["sections"]]
+        for used, units in ((seen[:-1], ("section", "patient")), (C, ("section",))):
+            of = [part for part in parts if part.name in used]
+            grids = {}
+            for unit in units:
+                folds = _build.folds_of(of, unit)[1]
+                fitted = [
+                    _validate._fit_fold(of, [codes != fold for codes in folds], chosen["recipe"], 0, 250)
+                    for fold in np.unique(np.concatenate(list(folds)))
+                ]
+                grids[unit] = _validate._head_scores(of, fitted)
+            mean = np.mean(list(grids.values()), axis=0)
+            best = np.unravel_index(mean.argmax(), mean.shape)
+            found = ", ".join(f"{unit} {grid[best]:.3f}" for unit, grid in grids.items())
+            print(f"{n} orientation(s), {', '.join(used)}: mean {mean[best]:.4f} ({found})", flush=True)
+
+
 def cost(cache):
     def repeated(times):
         for name in C:
@@ -326,9 +367,12 @@ def own_memory():
         thread.join()
 
 
+PARTS = {"across": across, "robust": robust, "orientations": orientations, "labels": labels, "cost": cost}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["sections", "base", "across", "robust", "labels", "cost"])
+    parser.add_argument("parts", nargs="+", choices=["sections", "base", *PARTS])
     parser.add_argument("--cache", type=Path, help="folder for the encoder's features; default: a temporary one")
     parser.add_argument("--held-out", nargs="+", default=list(C), choices=C)
     parser.add_argument("--lr", type=float, help="of `base`, instead of the paper's 1e-5")
@@ -347,7 +391,7 @@ def main():
             elif part == "base":
                 base(cache, arguments.held_out, {**options, "batch_size": arguments.batch_size})
             else:
-                {"across": across, "robust": robust, "labels": labels, "cost": cost}[part](cache)
+                PARTS[part](cache)
 
 
 if __name__ == "__main__":
