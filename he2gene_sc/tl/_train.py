@@ -288,7 +288,7 @@ def train(
                 work,
                 cache=work if cache is None else Path(cache),
                 stages=stages,
-                windows_um=windows_um or WINDOWS_UM,
+                windows_um=seen,
                 n_latent=n_latent or 128,
                 validation=validation,
                 seed=seed,

@@ -41,7 +41,7 @@ from he2gene_sc.inference import cached_features
 from he2gene_sc.models._encoders import encoder_sha256, load_encoder
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import calibration_error, log_normalise, noise_ceiling, pearson
-from he2gene_sc.tl import _train
+from he2gene_sc.tl import _train_default
 from he2gene_sc.training import _build, _validate
 
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
@@ -299,10 +299,10 @@ def orientations(cache):
         raise StopIteration
 
     seen = (*A, "B4", *C)
-    four = functools.partial(_train.encode_section, symmetries=((0, False), (1, True), (2, False), (3, True)))
+    four = functools.partial(_train_default.encode_section, symmetries=((0, False), (1, True), (2, False), (3, True)))
     with (
         mock.patch.object(training, "build_model", spy),
-        mock.patch.object(_train, "encode_section", four),
+        mock.patch.object(_train_default, "encode_section", four),
         contextlib.suppress(StopIteration),
     ):
         train(seen, cache)
