@@ -52,6 +52,23 @@ def test_the_presets_hold_the_numbers_of_the_paper():
         assert preset.n_target_genes == 250
 
 
+def test_one_logit_has_the_loss_of_a_sigmoid_over_the_labelled():
+    logits, codes = torch.tensor([[0.5], [-2.0], [9.0]]), torch.tensor([1, 0, -1])
+    expected = nn.functional.binary_cross_entropy(torch.sigmoid(logits[:2, 0]), codes[:2].float())
+    torch.testing.assert_close(annotation_loss(logits, codes), expected)
+    two = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    torch.testing.assert_close(annotation_loss(two, codes), expected)
+    assert annotation_loss(logits, torch.full((3,), -1)) == 0
+
+
+def test_to_the_letter_windows_are_pixels_of_the_paper():
+    for preset in PRESETS.values():
+        exact = preset.to_the_letter()
+        assert exact.windows_um == pytest.approx([75 * 0.69, 150 * 0.69, 225 * 0.69])
+        assert exact.train_window_um == pytest.approx(150 * 0.69)
+        assert replace(exact, exact=False, train_window_um=100.0, windows_um=preset.windows_um) == preset
+
+
 def test_the_loss_without_gaps_is_that_of_the_paper():
     g = torch.Generator().manual_seed(0)
     predicted, measured = torch.randn(5, 7, generator=g), torch.rand(5, 7, generator=g)

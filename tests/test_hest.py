@@ -1,9 +1,11 @@
 """`hg.datasets.hest` on a small folder in the layout of HEST-1k."""
 
 import gc
+import re
 import shutil
 import warnings
 import weakref
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -365,3 +367,14 @@ def test_a_training_file_may_name_the_split(train, monkeypatch):
 def test_a_training_file_that_chooses_nothing(train, text, said):
     with pytest.raises(ValueError, match=said):
         train(text)
+
+
+def test_the_files_of_the_page_are_valid(train, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "train.md").read_text(encoding="utf-8")
+    files = re.findall(r"```toml\n(.*?)```", page, re.S)
+    asked = []
+    monkeypatch.setattr(hg.datasets, "hest", lambda root, **chosen: asked.append(chosen))
+    for text in files:
+        train(text)
+    assert asked[0] == {"ids": hg.datasets.HE2GENE_SPLIT.hest_train}
+    assert asked[1] == {"organ": "Breast", "species": "human", "technology": ["Spatial Transcriptomics", "Visium"]}

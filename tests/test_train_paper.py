@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.sparse
 from toy_sections import own, predicted, toy, train
 
 from he2gene_sc.models import load
@@ -116,3 +117,110 @@ def test_a_network_of_ones_own_called_resnet50_keeps_its_normalisation_and_predi
     first = predicted(toy(0, shape=SHAPE), model).layers["he2gene"]
     again = load(model.save(tmp_path / "model"), encoder=encoder)
     np.testing.assert_allclose(predicted(toy(0, shape=SHAPE), again).layers["he2gene"], first, atol=1e-5)
+
+
+# To the letter
+
+
+def exact_sections():
+    """Toys with a gene that one spot shows, a gene that none does, and two labels."""
+    found = sections()
+    for i, sdata in enumerate(found):
+        table = sdata["table"]
+        counts = table.X.toarray()
+        rare, never = (list(table.var_names).index(gene) for gene in (RARE, NEVER))
+        counts[:, [rare, never]] = 0
+        counts[0, rare] = int(i == 0)
+        table.X = scipy.sparse.csr_matrix(counts)
+        table.obs["annotation"] = np.where(np.arange(table.n_obs) % 2, "tumour", "normal")
+    return found
+
+
+RARE, NEVER = "FTL", "GAPDH"
+
+
+@pytest.fixture(scope="module")
+def exact_model():
+    from he2gene_sc.training import _module
+
+    heads = []
+
+    class Watched(_module.TrainingModule):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            heads.append(self.annotation.out_features)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_module, "TrainingModule", Watched)
+        model = train(exact_sections(), preset="he2gene-base", exact=True, min_spot_share=0, **OPTIONS)
+    return model, heads
+
+
+def test_exact_keeps_all_genes(exact_model):
+    model, _ = exact_model
+    listed = toy(0, shape=(2, 2))["table"].var_names
+    assert set(model.genes.index) == set(listed)
+    assert model.genes.loc[NEVER, "mean"] == 0
+    assert (model.genes["group"] == "target").sum() == OPTIONS["n_target_genes"]
+
+
+def test_exact_has_one_logit_that_is_not_calibrated(exact_model):
+    model, heads = exact_model
+    assert heads == [1]
+    assert model.card.classes == ("normal", "tumour")
+    weight, bias = model.tensors["annotation.weight"], model.tensors["annotation.bias"]
+    assert (weight.shape[1], bias.shape) == (2, (2,))
+    assert (weight[:, 0] == 0).all()
+    assert bias[0] == 0
+    assert weight[:, 1].any()
+    assert "annotation_temperature" not in model.card.training
+    assert "not calibrated, as in the paper" in " ".join(model.card.limitations)
+    assert model.card.training["exact"] is True
+
+
+def test_exact_windows_are_the_pixels_of_the_paper(exact_model):
+    model, _ = exact_model
+    assert model.card.windows_um == pytest.approx((51.75, 103.5, 155.25))
+    assert model.card.training["train_window_um"] == pytest.approx(150 * 0.69)
+    assert [round(um / 0.69, 6) for um in model.card.windows_um] == [75, 150, 225]
+
+
+def test_exact_is_single_precision(monkeypatch):
+    import lightning.pytorch
+
+    from he2gene_sc.training import _fit
+
+    class Stop(BaseException):
+        pass
+
+    said = []
+
+    def trainer(**options):
+        said.append(options["precision"])
+        raise Stop
+
+    monkeypatch.setattr(_fit, "default_precision", lambda accelerator: "bf16-mixed")
+    monkeypatch.setattr(lightning.pytorch, "Trainer", trainer)
+    with pytest.raises(Stop):
+        train(sections(), preset="he2gene-base", annotation_key=None, exact=True, **OPTIONS)
+    assert said == ["32-true"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"preset": "default"}, "`exact` is True, but preset 'default' is not one of the paper; pass preset= one of"),
+        ({"min_spot_share": 0.1}, "`min_spot_share` is 0.1, but `exact` sets it"),
+        ({"windows_um": (50.0,)}, r"`windows_um` is \(50.0,\), but `exact` sets it"),
+        ({"precision": "bf16-mixed"}, "`precision` is 'bf16-mixed', but `exact` sets it"),
+        ({"exact": "yes"}, "`exact` is 'yes'; True or False is needed"),
+    ],
+)
+def test_exact_refuses_what_it_sets(options, said):
+    with pytest.raises(ValueError, match=said):
+        train([], **({"preset": "he2gene-base", "exact": True} | options))
+
+
+def test_exact_refuses_a_third_class():
+    with pytest.raises(ValueError, match=r"`exact` is True, .* two classes.*found \['adipose.*by `classes`"):
+        train(sections(), preset="he2gene-base", exact=True, **OPTIONS)

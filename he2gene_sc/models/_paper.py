@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 #: Channels of the training patches of the paper, after scaling to 0..1.
 PAPER_MEAN, PAPER_STD = (0.5319, 0.5080, 0.6824), (0.2442, 0.2063, 0.1633)
-#: 75, 150 and 225 px of the HBCIS images, which have about 0.67 µm/px.
+#: About 75, 150 and 225 px of the images of HBCIS, in round numbers.
 PAPER_WINDOWS_UM = (50.0, 100.0, 150.0)
+#: µm per pixel of HBCIS and her2st (but A), and the same windows in pixels.
+PAPER_MPP = 0.69
+PAPER_WINDOWS_PX = (75, 150, 225)
 
 #: Names of the target, auxiliary and tumour heads in each layout.
 _HEADS = {"he2gene-base": ("fc1", "fc2", "fc3"), "he2gene-spat": ("fc", "fc_aux", "fc_tmr")}
@@ -68,7 +71,8 @@ def from_checkpoint(
     name, version, description, intended_use, license
         For the card. Default name: that of the preset.
     windows_um
-        Sides of the windows, µm. The paper's 75, 150 and 225 px are about 50, 100 and 150 µm.
+        Sides of the windows, µm. The paper's 75, 150 and 225 px are about 50, 100 and 150 µm; at the 0.69 µm/px of HBCIS
+        they are 51.75, 103.5 and 155.25 µm.
     ensembl_ids
         Symbol to Ensembl id, for the gene table; genes that are named by an Ensembl id have their own.
 
@@ -153,7 +157,7 @@ def from_checkpoint(
         intended_use=intended_use,
         limitations=(
             "How well it predicts any gene on any tissue is unknown until it is tested there.",
-            "It was trained on fresh frozen breast cancer sections of one study, at about 0.67 µm/px.",
+            "It was trained on fresh frozen breast cancer sections of one study, at about 0.69 µm/px.",
             "The probabilities of its annotation are not calibrated.",
             "What it predicts below 0 is shown as 0.",
         ),

@@ -33,6 +33,8 @@ class Genes:
     n_target: int
     min_share: float
     missing_are_zero: bool
+    #: Also those that no spot shows.
+    all_listed: bool = False
 
 
 def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -110,6 +111,24 @@ def code_classes(
         classes = ()
     lookup = {label: i for i, label in enumerate(classes)}
     return classes, [np.array([lookup.get(label, -1) for label in part], int) for part in named]
+
+
+def check_two_classes(part: np.ndarray, labels: Labels, counted: Counter[str]) -> None:
+    """Add the labels of a section to a count of classes; refuse a third class.
+
+    Raises
+    ------
+    ValueError
+        If there is one.
+    """
+    named = (class_of(label, labels.merged, labels.ignored) for label in part if label is not None)
+    counted.update(name for name in named if name is not None)
+    classes = sorted(name for name, n in counted.items() if n >= _MIN_CLASS)
+    if len(classes) > 2:
+        raise ValueError(
+            f"`exact` is True, which has one logit for two classes, as the paper has for tumour; found {classes}. Merge "
+            "them by `classes` (label to class, None leaves a label out), or drop `exact`"
+        )
 
 
 def hex_colours(given: Mapping[str, str]) -> dict[str, str]:

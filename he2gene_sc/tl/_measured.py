@@ -309,7 +309,7 @@ def join(
         read = [replace(s, genes=s.genes.map(lambda gene: renamed.get(gene, gene))) for s in read]
     genes, measured = _join_genes(read, chosen)
     classes, codes = code_classes([section.labels for section in read], labels.merged, labels.ignored)
-    if chosen.asked is None:
+    if chosen.asked is None and not chosen.all_listed:
         seen = sum(_seen(section, genes) for section in read)
         spots = sum(section.counts.shape[0] * there for section, there in zip(read, measured, strict=True))
         frequent = seen >= np.maximum(chosen.min_share * spots, 1)

@@ -41,6 +41,8 @@ _FIT_OPTIONS = {
     "callbacks": 0,
     "cross_validate": 0,
 }
+#: Default of `min_spot_share`.
+MIN_SPOT_SHARE = 0.01
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
 #: Share of the largest feature below which spots do not differ.
 _SAME = 1e-6
@@ -78,6 +80,25 @@ def check_arguments(
     if windows_um is not None:
         check_windows(windows_um)
     check_fit_options(preset, fit_options)
+
+
+def check_exact(exact: bool, preset: str, min_share: float, windows_um: object, fit_options: Mapping[str, Any]) -> None:
+    """Refuse `exact` beside arguments that it sets."""
+    if not exact:
+        return
+    if preset == "default":
+        raise ValueError(
+            f"`exact` is True, but preset 'default' is not one of the paper; pass preset= one of {list(PRESETS[1:])}, or drop "
+            "`exact`"
+        )
+    precision = fit_options.get("precision")
+    for parameter, given, its in (
+        ("min_spot_share", min_share if min_share not in (MIN_SPOT_SHARE, 0) else None, "0: all genes are learned"),
+        ("windows_um", windows_um, "75, 150 and 225 px at 0.69 µm/px"),
+        ("precision", precision if precision not in (None, "32", "32-true") else None, "'32-true'"),
+    ):
+        if given is not None:
+            raise ValueError(f"`{parameter}` is {given!r}, but `exact` sets it ({its}); drop one of them")
 
 
 def check_names(

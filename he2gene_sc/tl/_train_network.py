@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._gene_lists import Genes
-from ._labels import Labels
+from ._labels import Labels, check_two_classes
 from ._measured import Measured, check_room, join, on_disk
 from ._train_default import describe
 
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
     import torch
 
     from ..models import EncoderSpec, HE2Gene
+    from ..training import Preset
 
 _BATCH = 64
 
 
 def train_by_gradient(
     sections: Iterator[Measured],
-    preset: str,
+    recipe: Preset,
     encoder: tuple[torch.nn.Module, EncoderSpec],
     chosen: Genes,
     labels: Labels,
@@ -45,8 +47,8 @@ def train_by_gradient(
     ----------
     sections
         Read one by one.
-    preset
-        Name of the recipe.
+    recipe
+        The recipe.
     encoder
         Where training begins, and what is known of it.
     chosen, labels, ids, card
@@ -60,15 +62,17 @@ def train_by_gradient(
     validation, show_progress, **options
         Of :func:`he2gene_sc.training.train_network`.
     """
-    from ..training import PRESETS, Facts, patch_set, train_network
+    from ..training import Facts, patch_set, train_network
 
     network, spec = encoder
-    recipe = PRESETS[preset]
     # The normalisation of the paper goes with the weights that the paper began from, not with a network of one's own.
     if not own_encoder and spec.name == recipe.encoder:
         spec = replace(spec, mean=recipe.mean, std=recipe.std)
     read, parts = [], []
+    counted: Counter[str] = Counter()
     for section in sections:
+        if recipe.exact:
+            check_two_classes(section.labels, labels, counted)
         parts.append(
             _cut(section, recipe.train_window_um, spec.input_px, spec.interpolation, work / f"{len(parts)}.npy")
         )

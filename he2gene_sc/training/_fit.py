@@ -53,7 +53,7 @@ class Fitted:
         Input size and normalisation that the network was trained with.
     temperature
         What the annotation head was divided by, so that the held-out labels are most likely; ``None`` without labels of
-        two classes among them.
+        two classes among them, or where the preset is exact.
     """
 
     tensors: dict[str, np.ndarray]
@@ -132,7 +132,8 @@ def fit_network(
     devices, num_nodes, strategy
         As in ``lightning.Trainer``; default: one device. ``batch_size`` counts the spots of all devices.
     precision
-        As in ``lightning.Trainer``; default: ``"bf16-mixed"`` on CUDA, ``"32-true"`` elsewhere.
+        As in ``lightning.Trainer``; default: ``"bf16-mixed"`` on CUDA, ``"32-true"`` elsewhere and where the preset is
+        exact.
     checkpoint_dir
         Folder for ``last.ckpt``; default: a temporary one.
     checkpoint_steps
@@ -169,6 +170,8 @@ def fit_network(
     _check(data, preset, train, held_out, checkpoint_dir, checkpoint_steps, resume, patches_at_once)
     if n_classes is None:
         n_classes = int(data.codes.max(initial=-1)) + 1
+    if preset.exact and n_classes > 2:
+        raise ValueError(f"`preset` is exact: its annotation is one logit, of two classes; there are {n_classes}")
     # Neighbours that are not trained on are left out, but in the paper's validation.
     present = np.full(len(data), unit == "spot")
     present[train] = True
@@ -216,7 +219,7 @@ def fit_network(
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
-            precision=precision or default_precision(accelerator),
+            precision=precision or ("32-true" if preset.exact else default_precision(accelerator)),
             max_epochs=preset.max_epochs,
             gradient_clip_val=preset.clip,
             callbacks=[keeper, *callbacks],
@@ -250,7 +253,7 @@ def fit_network(
         module.load_state_dict(keeper.best)
         module.to(trainer.strategy.root_device)
         tensors = name_tensors(module)
-        temperature = calibrate(module, spec, tensors, held_out, preset.tta)
+        temperature = None if preset.exact else calibrate(module, spec, tensors, held_out, preset.tta)
         predicted = held_out if predicted is None else predicted
         expression, proba = predict_rows(module, spec, tensors, predicted, preset.tta)
     return Fitted(
@@ -295,6 +298,9 @@ def _facts(
 ) -> dict[str, Any]:
     """Tell which settings must be the same for a run to be resumed; `max_epochs` may grow."""
     facts = {key: value for key, value in vars(preset).items() if isinstance(value, int | float | str)}
+    if not preset.exact:
+        # Runs of earlier versions do not know it.
+        del facts["exact"]
     del facts["max_epochs"]
     return facts | {"seed": seed, "encoder": spec.name, "held_out": _digest([train, held_out])}
 

@@ -242,7 +242,7 @@ def _describe(
         intended_use=facts.intended_use,
         limitations=(
             *facts.limitations,
-            *_calibration(fitted),
+            *_calibration(fitted, preset),
             f"Its figures are those of the {preset.train_window_um:g} µm window it was trained on, averaged over "
             "symmetries; predictions average the windows named above.",
         ),
@@ -252,9 +252,11 @@ def _describe(
     return HE2Gene(card, table, fitted.tensors, **_own(spec, trained))
 
 
-def _calibration(fitted: Fitted) -> list[str]:
+def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
     if "annotation.weight" not in fitted.tensors:
         return []
+    if preset.exact:
+        return ["The probabilities of its annotation are not calibrated, as in the paper."]
     if fitted.temperature is None:
         return ["The probabilities of its annotation are not calibrated: no labels of two classes were held out."]
     return [
@@ -284,6 +286,7 @@ def _training(
         "mpp_range": [min(mpps), max(mpps)],
         "labelled_spots": {name: int(k) for name, k in zip(facts.classes, labels, strict=True)},
         "preset": preset.name,
+        **({"exact": True} if preset.exact else {}),
         "train_window_um": preset.train_window_um,
         "lr": preset.lr,
         "batch_size": preset.batch_size,

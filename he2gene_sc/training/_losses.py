@@ -35,8 +35,12 @@ def gene_loss(
 def annotation_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of ``(b, c)`` logits over the spots with a label; codes are ``(b,)``, -1 without one.
 
-    With two classes it is the binary cross entropy of the difference of the logits.
+    With two classes it is the binary cross entropy of the difference of the logits; a single logit is that of code 1.
     """
+    if logits.shape[1] == 1:
+        labelled = codes >= 0
+        loss = F.binary_cross_entropy_with_logits(logits[:, 0], codes.clamp(min=0).to(logits.dtype), reduction="none")
+        return torch.where(labelled, loss, 0).sum() / labelled.sum().clamp(min=1)
     return F.cross_entropy(logits, codes, ignore_index=-1, reduction="sum") / (codes >= 0).sum().clamp(min=1)
 
 

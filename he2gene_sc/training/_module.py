@@ -67,7 +67,8 @@ class TrainingModule(LightningModule):
         self.preprocess = Preprocess(spec)
         self.encoder = encoder
         self.genes = nn.Linear(n_features, data.targets.shape[1])
-        self.annotation = nn.Linear(n_features, n_classes) if n_classes > 1 else None
+        n_logits = 1 if preset.exact else n_classes
+        self.annotation = nn.Linear(n_features, n_logits) if n_classes > 1 else None
         self.register_buffer("target_mask", torch.from_numpy(np.asarray(data.target_mask, bool)), persistent=False)
         self.val_loss = self.val_pearson = float("nan")
         self._sums: torch.Tensor | None = None

