@@ -107,6 +107,43 @@ def test_predict_an_image_lays_spots_and_writes_a_store_beside_it(run, image):
 # ---------------------------------------------------------------------------------------------- evaluate
 
 
+def test_a_store_without_a_copy_of_the_pixels(run, image):
+    run("predict", image, "--mpp", "2", "--no-image")
+    sdata = sd.read_zarr(image.with_suffix(".zarr"))
+    assert not sdata.images
+    assert "he2gene_ood" in sdata["table"].obs
+    assert len(sdata["spots"]) == sdata["table"].n_obs > 0
+
+
+def test_a_store_that_is_updated_keeps_its_image(main, store):
+    code, _, err = main("predict", store, "--no-image")
+    assert code == 1
+    assert "--no-image: PATH is updated in place and keeps its image" in err
+    assert "he2gene" not in sd.read_zarr(store)["table"].layers
+
+
+def test_what_another_saved_meanwhile_stays_and_the_prediction_is_written_beside(main, store, monkeypatch):
+    predict = hg.tl.predict
+
+    def while_another_saves(sdata, **options):
+        predict(sdata, **options)
+        theirs = sd.read_zarr(store)
+        theirs["table"].obs["theirs"] = 1
+        hg.io.save(theirs)
+
+    monkeypatch.setattr(hg.tl, "predict", while_another_saves)
+    code, _, err = main("predict", store)
+    assert code == 1
+    assert "saved by another since it was read" in err
+    assert "The prediction is in" in err
+    kept = sd.read_zarr(store)["table"]
+    assert "theirs" in kept.obs
+    assert "he2gene" not in kept.layers
+    beside = sd.read_zarr(store.with_name("toy-he2gene-1.zarr"))
+    assert "he2gene" in beside["table"].layers
+    assert not beside.images
+
+
 def test_evaluate_prints_the_summary_and_writes_the_genes(run, tmp_path):
     toy = hg.datasets.toy((3, 4), mpp=2.0)
     words = {"tumour": "invasive cancer", "stroma": "connective tissue", "adipose": "adipose tissue"}
