@@ -173,7 +173,7 @@ def _colour_pearson(
         slide.centres[seen],
         slide.mpp,
         windows_um=model.card.windows_um,
-        input_px=extractor.input_px,
+        input_px=extractor.window_px,
         factor=slide.pixel_factor,
     )
     baseline = np.zeros((int(seen.sum()), len(model.tensors["colour.genes"])), np.float32)

@@ -4,7 +4,7 @@ import torch
 
 from he2gene_sc.image import PatchReader, Pyramid
 from he2gene_sc.inference import encode, predict, resolve_device, resolve_dtype
-from he2gene_sc.models._network import SYMMETRIES
+from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor
 
 CPU = torch.device("cpu")
 # Even, so that no window of averaged pixels lies on a tie that rounds differently once mirrored.
@@ -189,3 +189,37 @@ def test_the_heap_is_kept_only_meanwhile_and_changes_no_number():
         with kept_heap(), kept_heap():
             assert torch.equal(layer(x), before)
         assert torch.equal(layer(x), before)
+
+
+# Tiles
+
+
+def test_a_wide_window_in_tiles_is_the_mean_of_windows_at_the_scale_of_the_encoder(image):
+    from toy_sections import SPEC, network
+
+    centres, net = np.array([[64.0, 80.0], [70.0, 60.0]]), network()
+    tiled = FeatureExtractor(net, SPEC, tiles=(1, 2))
+    assert tiled.window_px == (16, 32)
+    options = {"windows_um": (16.0, 32.0), "input_px": tiled.window_px}
+    reader = PatchReader(Pyramid.single(image), centres, 1.0, **options)
+    assert [(w.factor, w.size) for w in reader.plan.windows] == [(1, 16), (1, 32)]
+    found = features(tiled, reader)[:, 0]
+    corners = np.concatenate([centres + 8 * np.array(step) for step in ((-1, -1), (1, -1), (-1, 1), (1, 1))])
+    whole = FeatureExtractor(net, SPEC)
+    alone = features(whole, PatchReader(Pyramid.single(image), corners, 1.0, windows_um=(16.0,), input_px=16))[:, 0]
+    np.testing.assert_allclose(found[:, 12:24], alone[:, :12].reshape(4, 2, 12).mean(0), atol=1e-5)
+    coarse = features(whole, PatchReader(Pyramid.single(image), centres, 1.0, **options | {"input_px": 16}))[:, 0]
+    np.testing.assert_allclose(found[:, :12], coarse[:, :12], atol=1e-5)
+    assert np.abs(found[:, 12:24] - coarse[:, 12:24]).max() > 0.01
+
+
+def test_tiles_are_turned_with_their_window():
+    from toy_sections import SPEC, network
+
+    extractor = FeatureExtractor(network(), SPEC, tiles=(2,))
+    patch = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = extractor((patch,), SYMMETRIES)[0]
+    for i, (turns, mirrored) in enumerate(SYMMETRIES):
+        turned = torch.rot90(patch, turns, dims=(2, 3))
+        expected = extractor((turned.flip(3) if mirrored else turned,))[0, 0]
+        torch.testing.assert_close(found[i, :12], expected[:12], atol=1e-5, rtol=1e-4)

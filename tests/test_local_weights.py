@@ -216,6 +216,26 @@ def test_windows_at_the_scale_of_the_encoder_are_not_warned_of():
     warn_of_scale(EncoderSpec("mine"), (100.0, 400.0))
 
 
+def test_an_encoder_that_knows_its_scale_has_windows_and_tiles_at_it():
+    from he2gene_sc.models._scale import own_windows, tiles_of, warn_of_scale
+
+    usual, mixed = EncoderSpec("mine", mpp=0.5), EncoderSpec("mine", mpp=(0.25, 0.5, 1.0, 2.0))
+    assert own_windows(usual) == own_windows(mixed) == (112.0, 224.0)
+    assert tiles_of(usual, (112.0, 224.0, 448.0)) == tiles_of(usual, (100.0, 200.0, 400.0)) == (1, 2, 4)
+    # What has seen 1 µm/px as well takes 224 µm whole.
+    assert tiles_of(mixed, (112.0, 224.0)) is None
+    assert own_windows(EncoderSpec("mine")) is tiles_of(EncoderSpec("mine"), (100.0, 400.0)) is None
+    with pytest.warns(UserWarning, match="`windows_um` of 3e\\+03 show it 1.67"):
+        warn_of_scale(usual, (112.0, 3000.0), tiles_of(usual, (112.0, 3000.0)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_tiles_at_the_scale_of_the_encoder_are_not_warned_of():
+    from he2gene_sc.models._scale import warn_of_scale
+
+    warn_of_scale(EncoderSpec("mine", mpp=0.5), (100.0, 200.0, 400.0), (1, 2, 4))
+
+
 def test_a_model_on_local_weights_says_to_supply_them_and_runs_with_them(place, tiny_model, tmp_path):
     from dataclasses import replace
 

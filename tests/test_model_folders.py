@@ -159,6 +159,8 @@ def test_a_card_whose_field_is_missing_or_of_another_type_is_refused_by_name(fol
         ("encoder.stages", [-1]),
         ("encoder.interpolation", "nearest"),
         ("encoder.mpp", "0.5"),
+        ("encoder.tiles", [1]),
+        ("encoder.tiles", [0, 1]),
         ("context.rings_um", [[300.0, 50.0]]),
         ("context.weights", []),
         ("intervals.unit", "spot"),

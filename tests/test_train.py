@@ -4,6 +4,7 @@ import copy
 import gc
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,30 @@ def test_the_card_says_what_was_done(model, sections):
     assert card.context["rings_um"]
     assert "mean of the neighbours" in card.to_markdown()
     assert str(card.to_json())
+
+
+@pytest.mark.filterwarnings("error:encoder:UserWarning")
+def test_an_encoder_that_knows_its_scale_is_trained_and_used_at_it(sections, tmp_path):
+    encoder = (network(), replace(SPEC, mpp=4.0))
+    made = train(sections, encoder=encoder, n_target_genes=12)
+    assert made.card.windows_um == (64.0, 128.0)
+    assert (made.card.encoder["mpp"], made.card.encoder["tiles"]) == (4.0, [1, 2])
+    assert "windows of 64, 128 µm, read as 1 × 1, 2 × 2 tiles at 4, 4 µm/px" in made.card.to_markdown()
+    loaded = load(made.save(tmp_path / "model"), encoder=encoder)
+    assert loaded.network.extractor.tiles == (1, 2)
+    np.testing.assert_array_equal(
+        predicted(sections[0], loaded).layers["he2gene"], predicted(sections[0], made).layers["he2gene"]
+    )
+
+
+def test_coarse_windows_are_warned_of_where_they_are_asked_for(sections):
+    said = pytest.warns(UserWarning, match="trained at 4 µm/px. `windows_um` of 128 show it 8 µm/px")
+    with said, pytest.raises(ValueError, match="`sdatas`"):
+        train([], encoder=(network(), replace(SPEC, mpp=4.0)), tile_windows=False)
+    with pytest.raises(ValueError, match="`tile_windows` is 'no'"):
+        train(sections, tile_windows="no")
+    with pytest.raises(ValueError, match="`tile_windows` is False, which preset"):
+        train(sections, tile_windows=False, preset="he2gene-base")
 
 
 def test_the_gene_table_holds_what_was_measured(model, sections):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ._pyramid import Pyramid
 
@@ -52,7 +55,9 @@ class ReadPlan:
     windows: tuple[WindowPlan, ...]
 
 
-def plan_windows(pyramid: Pyramid, mpp: float, windows_um: tuple[float, ...], input_px: int) -> ReadPlan:
+def plan_windows(
+    pyramid: Pyramid, mpp: float, windows_um: tuple[float, ...], input_px: int | Sequence[int]
+) -> ReadPlan:
     """Choose the level and the size in pixels of each window.
 
     One level is read for all windows: the coarsest that still gives the finest window the µm/px that the encoder will
@@ -68,7 +73,7 @@ def plan_windows(pyramid: Pyramid, mpp: float, windows_um: tuple[float, ...], in
     windows_um
         Sides of the windows, µm.
     input_px
-        Side of the encoder's input, pixels.
+        Side that windows are resized to, pixels; one for all of them, or one a window.
 
     Raises
     ------
@@ -79,13 +84,14 @@ def plan_windows(pyramid: Pyramid, mpp: float, windows_um: tuple[float, ...], in
         raise ValueError(f"`mpp` is {mpp}; a positive number of µm per pixel is needed")
     if not windows_um or any(not (math.isfinite(um) and um > 0) for um in windows_um):
         raise ValueError(f"`windows_um` is {windows_um}; positive sizes in µm are needed")
-    finest = min(windows_um) / input_px * (1 + _SLACK)
+    sides = [input_px] * len(windows_um) if isinstance(input_px, int | np.integer) else list(input_px)
+    seen = [um / px * (1 + _SLACK) for um, px in zip(windows_um, sides, strict=True)]
+    finest = min(seen)
     level = max((i for i, entry in enumerate(pyramid.levels) if i == 0 or entry.scale * mpp <= finest))
     scale = pyramid.levels[level].scale
     source_mpp = mpp * scale
     windows = []
-    for um in windows_um:
-        needed = um / input_px * (1 + _SLACK)
+    for um, needed in zip(windows_um, seen, strict=True):
         factor = 2 ** max(0, math.floor(math.log2(needed / source_mpp)))
         windows.append(
             WindowPlan(um=um, factor=factor, size=max(1, math.floor(um / (source_mpp * factor) + 0.5 + 1e-6)))

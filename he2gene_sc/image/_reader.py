@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,7 @@ class PatchReader:
     windows_um
         Sides of the windows, µm.
     input_px
-        Side of the encoder's input, which bounds how coarse a window may be read.
+        Side that windows are resized to, one for all or one a window, which bounds how coarse a window may be read.
     batch_size
         Spots a batch at most; all batches are of one size, give or take a spot. A last batch of a few would be encoded by
         other kernels, whose rounding goes with the number of threads.
@@ -88,7 +88,7 @@ class PatchReader:
         mpp: float,
         *,
         windows_um: tuple[float, ...],
-        input_px: int,
+        input_px: int | Sequence[int],
         batch_size: int = 32,
         factor: float = 1.0,
         allocate: Callable[[tuple[int, ...]], np.ndarray] | None = None,

@@ -86,7 +86,7 @@ def cached_features(
     noticed by that, with a warning, and computed again. To clear the cache, delete the files or the folder.
 
     *Key.* SHA-256 of the pixels of all patches in the order of the spots, the windows in µm and their sizes in pixels,
-    the hash of the encoder's weights, its architecture, input size, interpolation and normalisation, what it makes of one patch of noise
+    the tiles that they are cut into, the hash of the encoder's weights, its architecture, input size, interpolation and normalisation, what it makes of one patch of noise
     (two networks of the same weights and layers may still do different things with them), the symmetries, the precision
     and the version of this format. Neither the batch size nor the device is part of it: they change a feature by
     rounding error.
@@ -171,6 +171,7 @@ def _key(
         "input_px": extractor.input_px,
         "normalisation": [preprocess.shift.flatten().tolist(), preprocess.scale.flatten().tolist()],
         **({} if preprocess.interpolation == "bilinear" else {"interpolation": preprocess.interpolation}),
+        **({} if extractor.tiles is None else {"tiles": list(extractor.tiles)}),
         "fusion": extractor.fusion,
         "symmetries": [[int(turns), bool(mirrored)] for turns, mirrored in symmetries],
         "dtype": str(dtype),

@@ -35,7 +35,8 @@ class ModelCard:
     encoder
         ``name``, ``license``, ``sha256`` of the weights, ``input_px``; ``mean`` and ``std`` of the channels where
         they are not those of the registry; ``stages`` whose maps are averaged, where it is not its own output; ``mpp``
-        that it was trained at, where that is known; ``interpolation``, where it is not bilinear; of a network of
+        that it was trained at, where that is known; ``interpolation``, where it is not bilinear; ``tiles``, into how many
+        a side each window is cut, where one is not read whole; of a network of
         somebody's own, ``output``, what it makes of a patch of noise.
     windows_um
         Sides of the windows around a spot, µm.
@@ -159,7 +160,7 @@ class ModelCard:
             self.description,
             "",
             f"- Encoder: {self.encoder['name']} ({self.encoder['license']}), windows of "
-            f"{', '.join(f'{um:g}' for um in self.windows_um)} µm{self._views()}",
+            f"{', '.join(f'{um:g}' for um in self.windows_um)} µm{self._tiles()}{self._views()}",
             *self._context(),
             f"- Genes: {self.n_genes:,}, as {self.expression_scale}",
             f"- Classes: {', '.join(self.classes) or 'none'}",
@@ -184,6 +185,13 @@ class ModelCard:
             "",
         ]
         return "\n".join(lines)
+
+    def _tiles(self) -> str:
+        tiles = self.encoder.get("tiles")
+        if tiles is None:
+            return ""
+        seen = [um / (n * self.encoder["input_px"]) for um, n in zip(self.windows_um, tiles, strict=True)]
+        return f", read as {', '.join(f'{n} × {n}' for n in tiles)} tiles at {', '.join(f'{mpp:.3g}' for mpp in seen)} µm/px"
 
     def _context(self) -> list[str]:
         if self.context is None or not self.context["rings_um"]:

@@ -112,10 +112,10 @@ class HE2Gene:
                 "`hg.models.load(path, encoder=(module, spec))`"
             )
         heads = {key: value for key, value in tensors.items() if not key.startswith(ENCODER)}
-        stages = self.card.encoder.get("stages")
-        extractor = FeatureExtractor(
-            encoder, spec, fusion=self.card.fusion, stages=None if stages is None else tuple(stages)
+        stages, tiles = (
+            None if found is None else tuple(found) for found in map(self.card.encoder.get, ("stages", "tiles"))
         )
+        extractor = FeatureExtractor(encoder, spec, fusion=self.card.fusion, stages=stages, tiles=tiles)
         output = self.card.encoder.get("output")
         if output is not None and not np.allclose(extractor.fingerprint(), output, rtol=0.05, atol=0.11):
             raise ValueError(

@@ -30,11 +30,12 @@ class Preprocess(nn.Module):
         self.register_buffer("shift", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, 3, 1, 1)), persistent=False)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Map ``(b, 3, s, s)`` uint8 to ``(b, 3, input_px, input_px)`` float32."""
+    def forward(self, patches: torch.Tensor, times: int = 1) -> torch.Tensor:
+        """Map ``(b, 3, s, s)`` uint8 to float32 of ``times`` the input's side."""
         x = patches.contiguous(memory_format=torch.channels_last)
-        if x.shape[-1] != self.input_px:
-            size = (self.input_px, self.input_px)
+        side = times * self.input_px
+        if x.shape[-1] != side:
+            size = (side, side)
             if x.device.type == "cuda":
                 # There is no uint8 kernel on CUDA; rounding keeps its input equal to the CPU's.
                 x = F.interpolate(x.float(), size=size, mode=self.interpolation, antialias=True).round_().clamp_(0, 255)
@@ -62,6 +63,8 @@ class FeatureExtractor(nn.Module):
     stages
         Stages of the encoder whose maps are averaged, see :class:`he2gene_sc.models._stages.Stages`; ``None``: its own
         output.
+    tiles
+        Of each window, into how many tiles a side it is cut, whose features are averaged; ``None``: into one.
     """
 
     def __init__(
@@ -71,9 +74,10 @@ class FeatureExtractor(nn.Module):
         *,
         fusion: str = "concat",
         stages: tuple[int, ...] | None = None,
+        tiles: tuple[int, ...] | None = None,
     ):
         super().__init__()
-        self.fusion = fusion
+        self.fusion, self.tiles = fusion, tiles
         self.preprocess = Preprocess(spec)
         fused = fuse_batch_norm(encoder, spec.input_px).to(memory_format=torch.channels_last)
         self.encoder = staged(fused, stages)
@@ -82,6 +86,11 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.requires_grad_(False).eval()
+
+    @property
+    def window_px(self) -> int | tuple[int, ...]:
+        """Side that a window is resized to: one for all, or one a window."""
+        return self.input_px if self.tiles is None else tuple(n * self.input_px for n in self.tiles)
 
     def forward(
         self, patches: tuple[torch.Tensor, ...], symmetries: tuple[tuple[int, bool], ...] = ((0, False),)
@@ -103,11 +112,27 @@ class FeatureExtractor(nn.Module):
         """
         n = len(patches)
         x = torch.cat([self.preprocess(window) for window in patches])
-        encoded = [self.encoder(symmetric(x, *symmetry)).float().chunk(n) for symmetry in symmetries]
+        if self.tiles is None:
+            encoded = [self.encoder(symmetric(x, *symmetry)).float().chunk(n) for symmetry in symmetries]
+        else:
+            encoded = [self._tiled(patches, symmetry) for symmetry in symmetries]
         if self.fusion == "mean":
             return torch.stack([window for windows in encoded for window in windows], dim=1)
         colour = self._colour(x, n)
         return torch.stack([torch.cat([*windows, colour], dim=1) for windows in encoded], dim=1)
+
+    def _tiled(self, patches: tuple[torch.Tensor, ...], symmetry: tuple[int, bool]) -> list[torch.Tensor]:
+        """Mean features of the tiles of each window; a tile at a time, so that a batch stays as large as it was."""
+        found = []
+        for window, n in zip(patches, self.tiles or (), strict=True):
+            x = self.preprocess(window, n)
+            tiles = [part for row in x.chunk(n, dim=2) for part in row.chunk(n, dim=3)]
+            total = sum(
+                self.encoder(symmetric(tile.contiguous(memory_format=torch.channels_last), *symmetry)).float()
+                for tile in tiles
+            )
+            found.append(total / len(tiles))
+        return found
 
     def colour(self, patches: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the colour features alone, ``(b, w·N_COLOUR)`` float32, without running the encoder."""

@@ -1,7 +1,8 @@
-"""Whether windows show an encoder tissue at the scale that it was trained at."""
+"""Windows that show an encoder tissue at the scale that it was trained at."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -9,14 +10,40 @@ from ._registry import EncoderSpec
 
 #: How many times too coarse or too fine a window may be before it is said.
 _TOLERANCE = 1.5
+#: Tiles a side at most.
+_MOST_TILES = 8
+#: Of an encoder of several scales, the one that windows are made for: 20×, what all of them know.
+_USUAL_MPP = 0.5
 
 
-def warn_of_scale(spec: EncoderSpec, windows_um: Sequence[float], *, stacklevel: int = 3) -> None:
-    """Warn if windows are resized to another µm/px than the encoder was trained at."""
-    if spec.mpp is None:
+def own_windows(spec: EncoderSpec) -> tuple[float, ...] | None:
+    """Windows made for an encoder, µm: its input at its own scale, and twice that; ``None`` where its scale is not known."""
+    if not _trained(spec):
+        return None
+    own = min(_trained(spec), key=lambda mpp: abs(math.log(mpp / _USUAL_MPP))) * spec.input_px
+    return (own, 2 * own)
+
+
+def tiles_of(spec: EncoderSpec, windows_um: Sequence[float]) -> tuple[int, ...] | None:
+    """Tiles a side of each window that bring an encoder nearest to its own scale; ``None`` where all are read whole."""
+    if not _trained(spec):
+        return None
+
+    def off(um: float, n: int) -> tuple[float, int]:
+        return round(min(abs(math.log(um / (n * spec.input_px) / mpp)) for mpp in _trained(spec)), 6), n
+
+    tiles = tuple(min(range(1, _MOST_TILES + 1), key=lambda n: off(um, n)) for um in windows_um)
+    return None if set(tiles) == {1} else tiles
+
+
+def warn_of_scale(
+    spec: EncoderSpec, windows_um: Sequence[float], tiles: Sequence[int] | None = None, *, stacklevel: int = 3
+) -> None:
+    """Warn if windows, or their tiles, are resized to another µm/px than the encoder was trained at."""
+    trained = _trained(spec)
+    if not trained:
         return
-    trained = spec.mpp if isinstance(spec.mpp, tuple) else (spec.mpp,)
-    shown = {um: um / spec.input_px for um in windows_um}
+    shown = {um: um / (n * spec.input_px) for um, n in zip(windows_um, tiles or [1] * len(windows_um), strict=True)}
     off = [um for um, mpp in shown.items() if min(max(mpp / at, at / mpp) for at in trained) > _TOLERANCE]
     if off:
         fitting = ", ".join(f"{at * spec.input_px:g}" for at in trained)
@@ -27,6 +54,10 @@ def warn_of_scale(spec: EncoderSpec, windows_um: Sequence[float], *, stacklevel:
             UserWarning,
             stacklevel=stacklevel,
         )
+
+
+def _trained(spec: EncoderSpec) -> tuple[float, ...]:
+    return spec.mpp if isinstance(spec.mpp, tuple) else () if spec.mpp is None else (spec.mpp,)
 
 
 def _listed(values: Iterable[float]) -> str:

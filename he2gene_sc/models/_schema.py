@@ -66,6 +66,7 @@ class _Encoder(_Strict):
     output: Annotated[list[Number], Field(min_length=1)] = Field(default=None)
     mpp: Positive | list[Positive] = Field(default=None)
     interpolation: Literal[INTERPOLATIONS] = Field(default=None)
+    tiles: Annotated[list[Count], Field(min_length=1)] = Field(default=None)
 
 
 class _Context(_Strict):
@@ -165,6 +166,11 @@ def check_card(data: dict[str, Any], where: str) -> None:
     if len(card.class_colors) != len(card.classes):
         raise ValueError(
             f"`model`: {where}: `class_colors` has {len(card.class_colors)} colours for {len(card.classes)} `classes`; "
+            "one for each is needed"
+        )
+    if card.encoder.tiles is not None and len(card.encoder.tiles) != len(card.windows_um):
+        raise ValueError(
+            f"`model`: {where}: `encoder.tiles` has {len(card.encoder.tiles)} entries for {len(card.windows_um)} `windows_um`; "
             "one for each is needed"
         )
     for name, context in (

@@ -157,7 +157,8 @@ class _Sizes:
             beside = 0 if "rest" in self.card.guard else self.n_colour
             shapes[BANK] = ((None, d + beside), f"{d} components and {beside} colours")
             shapes |= dict.fromkeys(_OWN_GUARD, ((f,), features))
-            shapes[SIZE] = ((encoded + 1 if self.windows > 1 else 0,), f"{encoded} features of a window")
+            sized = self.windows > 1 and "tiles" not in self.card.encoder
+            shapes[SIZE] = ((encoded + 1 if sized else 0,), f"{encoded} features of a window")
         return {name: wanted for name, wanted in shapes.items() if name in self.tensors}
 
     def _own_annotation(self) -> tuple[tuple[int | None, ...], str]:

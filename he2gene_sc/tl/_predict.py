@@ -296,7 +296,7 @@ def _predict_slide(
         slide.centres[slide.inside],
         slide.mpp,
         windows_um=model.card.windows_um,
-        input_px=model.network.extractor.input_px,
+        input_px=model.network.extractor.window_px,
         batch_size=batch_size,
         factor=slide.pixel_factor,
         allocate=_pinned if device.type == "cuda" else None,

@@ -60,6 +60,7 @@ def train(
     encoder: str | Path | tuple[torch.nn.Module, EncoderSpec] | None = None,
     stages: Sequence[int] | Literal["auto"] | None = "auto",
     windows_um: Sequence[float] | None = None,
+    tile_windows: bool = True,
     genes: Sequence[str] | None = None,
     n_target_genes: int = 250,
     n_latent: int | None = None,
@@ -125,14 +126,19 @@ def train(
     encoder
         Name in ``hg.models.ENCODERS`` or of timm, a folder as timm saves it, or ``(module, hg.models.EncoderSpec(...))``, which
         ``hg.models.load_encoder(name, weights=...)`` gives too. A UserWarning says if the windows show it another µm/px than
-        it was trained at. Default:
+        it was trained at (``EncoderSpec.mpp``). Default:
         ``"efficientnet-lite0"``, which is in the package; for the paper's presets ``"resnet50"``, which it used.
     stages
         Stages of the encoder whose mean maps are the features. ``"auto"``: the last three of a convolutional network;
         ``None``: its own output, as ``"auto"`` does for transformers. Not for the paper's presets.
     windows_um
-        Sides of the windows around a spot, µm; resolution may differ between sections. Default: 100, 200 and 400; for the
-        paper's presets 50, 100 and 150 (``exact`` has its own), over which predictions are averaged.
+        Sides of the windows around a spot, µm; resolution may differ between sections. Default: 100, 200 and 400; of an
+        encoder that was trained at a known µm/px, its input at that µm/px and twice as wide (112 and 224 for 224 px at
+        0.5 µm/px); for the paper's presets 50, 100 and 150 (``exact`` has its own), over which predictions are averaged.
+    tile_windows
+        Whether an encoder that was trained at a known µm/px reads a wider window as tiles at its own µm/px, whose features
+        are averaged: 2 × 2 for 224 µm, 4 × 4 for 448. ``False``: each window is resized to one input, however coarse. The
+        card states the tiles. Not for the paper's presets.
     genes
         Genes to learn. Default: all that were seen in ``min_spot_share`` of the spots.
     n_target_genes
@@ -197,7 +203,7 @@ def train(
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
     from ..models._local import local_path
-    from ..models._scale import warn_of_scale
+    from ..models._scale import own_windows, tiles_of, warn_of_scale
     from ..training import PRESETS
 
     genes, ignore_classes, limitations = (
@@ -229,9 +235,16 @@ def train(
         raise ValueError(f"`stages` is {stages!r}; a list of positions from 0, 'auto' or None is needed")
     if cache is not None and (not isinstance(cache, str | Path) or not str(cache)):
         raise ValueError(f"`cache` is {cache!r}; the path of a folder or None is needed")
+    if not isinstance(tile_windows, int) or tile_windows not in (0, 1):
+        raise ValueError(f"`tile_windows` is {tile_windows!r}; True or False is needed")
     if preset != "default":
         check_unused(
-            preset, stages=(stages, "auto"), n_latent=(n_latent, None), cache=(cache, None), dtype=(dtype, "float32")
+            preset,
+            stages=(stages, "auto"),
+            tile_windows=(bool(tile_windows), True),
+            n_latent=(n_latent, None),
+            cache=(cache, None),
+            dtype=(dtype, "float32"),
         )
     own_recipe = preset != "default"
     recipe = None if not own_recipe else PRESETS[preset].to_the_letter() if exact else PRESETS[preset]
@@ -253,8 +266,9 @@ def train(
     bar = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
     card = words | {"version": str(version), "limitations": tuple(limitations)}
     windows_um = None if windows_um is None else check_windows(windows_um)
-    seen = windows_um or (WINDOWS_UM if recipe is None else recipe.windows_um)
-    warn_of_scale(spec, seen)
+    seen = windows_um or (own_windows(spec) or WINDOWS_UM if recipe is None else recipe.windows_um)
+    tiles = tiles_of(spec, seen) if tile_windows and recipe is None else None
+    warn_of_scale(spec, seen, tiles)
     asked = None if genes is None else list(symbols_of(genes, symbols))
     chosen = Genes(asked, n_target_genes, min_spot_share, missing_genes_are_zero, all_listed=exact)
     merged = {clean_name(label): name for label, name in (classes or {}).items()}
@@ -298,6 +312,7 @@ def train(
                 cache=work if cache is None else Path(cache),
                 stages=stages,
                 windows_um=seen,
+                tiles=tiles,
                 n_latent=n_latent or 128,
                 validation=validation,
                 seed=seed,

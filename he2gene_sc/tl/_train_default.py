@@ -40,6 +40,7 @@ def train_default(
     cache: Path,
     stages: Sequence[int] | Literal["auto"] | None,
     windows_um: tuple[float, ...],
+    tiles: tuple[int, ...] | None,
     n_latent: int,
     validation: str,
     seed: int,
@@ -55,7 +56,7 @@ def train_default(
 
     network, spec = encoder
     stages = default_stages(network) if stages == "auto" else None if stages is None else tuple(stages)
-    extractor = FeatureExtractor(network, spec, stages=stages)
+    extractor = FeatureExtractor(network, spec, stages=stages, tiles=tiles)
     sizes = stage_sizes(network, stages, spec.input_px)
     n_colour = N_COLOUR * len(windows_um)
     weights = feature_weights(sizes, len(windows_um), n_colour, _COLOUR_SHARE)
@@ -76,6 +77,7 @@ def train_default(
         **describe(len(sections), genes, classes, labels, ids, card, spec),
         encoder_sha256=sha256,
         stages=stages,
+        tiles=tiles,
         windows_um=windows_um,
         encoder_output=tuple(extractor.fingerprint()) if own_encoder else None,
     )
@@ -133,7 +135,7 @@ def encode_section(
         section.centres,
         slide.mpp,
         windows_um=windows_um,
-        input_px=extractor.input_px,
+        input_px=extractor.window_px,
         batch_size=batch_size,
         factor=slide.pixel_factor,
     )

@@ -50,8 +50,8 @@ class Facts:
         Sides of the windows at inference, µm.
     name, version, description, intended_use, limitations
         For the card.
-    encoder_sha256, stages
-        Of a frozen encoder: hash of its weights, and the stages that are read.
+    encoder_sha256, stages, tiles
+        Of a frozen encoder: hash of its weights, the stages that are read, and the tiles a side of each window.
     encoder_output
         Of a network of somebody's own: its fingerprint.
     """
@@ -69,6 +69,7 @@ class Facts:
     limitations: tuple[str, ...]
     encoder_sha256: str = ""
     stages: tuple[int, ...] | None = None
+    tiles: tuple[int, ...] | None = None
     encoder_output: tuple[float, ...] | None = None
 
 
@@ -228,7 +229,8 @@ def _build(
     calibration = None if exchangeable is None else held_out[exchangeable].calibration
     if calibration is not None:
         tensors |= calibration.tensors()
-    kept, limits = fit_detector(sections, recipe.weights, facts.windows_um, facts.encoder.input_px, n_colour)
+    px, tiled = facts.encoder.input_px, facts.tiles is not None
+    kept, limits = fit_detector(sections, recipe.weights, facts.windows_um, px, n_colour, tiled=tiled)
     tensors |= kept
     card = ModelCard(
         name=facts.name,
@@ -240,6 +242,7 @@ def _build(
             "sha256": facts.encoder_sha256,
             **input_facts(facts.encoder),
             **({} if facts.stages is None else {"stages": list(facts.stages)}),
+            **({} if facts.tiles is None else {"tiles": list(facts.tiles)}),
             **({} if facts.encoder_output is None else {"output": list(facts.encoder_output)}),
         },
         windows_um=facts.windows_um,

@@ -37,7 +37,13 @@ _ROUNDING = 1e-12
 
 
 def fit_detector(
-    sections: Sequence[Section], weights: np.ndarray, windows_um: tuple[float, ...], input_px: int, n_colour: int
+    sections: Sequence[Section],
+    weights: np.ndarray,
+    windows_um: tuple[float, ...],
+    input_px: int,
+    n_colour: int,
+    *,
+    tiled: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, object] | None]:
     """Fit the components, the bank, the seeming size of a window and the limits.
 
@@ -53,6 +59,8 @@ def fit_detector(
         Side of the encoder's input.
     n_colour
         Number of colour features, the last ones.
+    tiled
+        Whether windows are read as tiles of one µm/px: their features then do not tell how large a window is.
 
     Returns
     -------
@@ -71,7 +79,7 @@ def fit_detector(
     tensors = space.tensors() | {BANK: space.bank(features).astype(np.float16)}
     far, rest = _left_out(features, patients if len(names) > 1 else [str(i) for i in range(len(sections))], encoded)
     slack = 1.0 if len(names) > 1 else _ONE_PATIENT
-    tensors[SIZE], octaves = _sizes(features, windows_um, n_colour)
+    tensors[SIZE], octaves = _sizes(features, windows_um[:1] if tiled else windows_um, n_colour)
     coarsest = max(max(section.mpp for section in sections), min(windows_um) / input_px)
     limits: dict[str, object] = {
         "distance": _limit(far, slack),

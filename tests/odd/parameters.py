@@ -49,6 +49,7 @@ MEANT = {
 #: Parameters that any truth value may be given to, or that are not read where the plain call is made.
 FREE = {
     "show_progress_bar",
+    "tile_windows",
     "copy",
     "ax",
     "save",
