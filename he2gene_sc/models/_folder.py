@@ -210,7 +210,7 @@ def _visible(folder: Path) -> set[str]:
             before = folder.stat()
             found = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
             after = folder.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return set()
         # Exchanged meanwhile by another process, which may have been emptying the old one.
         if (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
