@@ -85,7 +85,7 @@ def read_section(files: Mapping[str, Path], *, section: str, patient: str, subty
     check_inside(sdata, section, files["histology_image"], files["spot_coordinates"], _MAX_OUTSIDE)
     obs = sdata["table"].obs
     label = labels.reindex(obs.index)
-    source = pd.Series(np.where(label.notna(), "pathologist", None), index=obs.index, dtype=object)
+    source = pd.Series(np.where(label.notna(), "pathologist", np.array(None)), index=obs.index, dtype=object)
     obs["subtype"] = pd.Categorical([subtype] * len(obs))
     obs["pathologist"] = pd.Categorical(label)
     obs["annotation"] = pd.Categorical(label)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -162,7 +161,7 @@ def _image(section: str) -> Path | None:
 
 
 def _registry() -> dict[str, str]:
-    text = (files(__package__) / "her2st_sha256.txt").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("her2st_sha256.txt").read_text(encoding="utf-8")
     return {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
 
 
@@ -199,8 +198,8 @@ def _fetch(names: list[str]) -> list[Path]:
     FileNotFoundError
         With all that are missing, and all places.
     """
-    paths = {name: _local(name) for name in names}
-    missing = [name for name, path in paths.items() if path is None]
+    paths = {name: path for name in names if (path := _local(name)) is not None}
+    missing = [name for name in names if name not in paths]
     if missing:
         registry = _registry()
         cache = _cache()
@@ -224,7 +223,7 @@ def _fetch(names: list[str]) -> list[Path]:
     return [paths[name] for name in names]
 
 
-def _cache():
+def _cache() -> Any:
     import pooch
 
     return pooch.create(

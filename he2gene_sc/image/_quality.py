@@ -50,7 +50,7 @@ def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
     x = _shrunk(patches, max(1, side // (n * _CELL_PX)))
     edges = np.linspace(0, x.shape[-1], n + 1).astype(int)[:-1]
     pixels = np.diff(np.append(edges, x.shape[-1]))
-    area = pixels[:, None] * pixels[None]
+    area = np.outer(pixels, pixels)
 
     def mean(values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(np.add.reduceat(values, edges, axis=2), edges, axis=3) / area

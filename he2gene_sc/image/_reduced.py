@@ -37,7 +37,7 @@ def read_reduced(pyramid: Pyramid, max_pixels: int, factor: float = 1.0) -> np.n
         times += 1
     array = direct(level.array)
     step = -(-row_step(array) // 2**times) * 2**times
-    strips = []
+    strips: list[np.ndarray] = []
     for top in range(0, level.height, step):
         strip = to_rgb_uint8(np.asarray(array[:, top : top + step]), factor)
         if strip.shape[1] < 2**times and strips:

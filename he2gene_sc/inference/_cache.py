@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -158,7 +158,7 @@ def _key(
         for row, spot in enumerate(batch.index):
             digest = hashlib.sha256()
             for window in batch.patches:
-                digest.update(np.ascontiguousarray(window[row]))
+                digest.update(np.ascontiguousarray(window[row]).data)
             pixels[spot] = np.frombuffer(digest.digest(), np.uint8)
     preprocess = extractor.preprocess
     facts = {
@@ -228,7 +228,7 @@ def _open(path: Path, n_spots: int) -> np.ndarray | None:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path, n_bytes: int):
+def _explained(folder: Path, n_bytes: int) -> Iterator[None]:
     """Say of a full disk or a folder that cannot be written which folder it was and what it needs."""
     try:
         yield

@@ -43,7 +43,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, str) and dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES.values():
+    if found is None or found not in _DTYPES.values():
         raise ValueError(f"`dtype` {dtype!r} is unknown; valid: 'auto', {', '.join(map(repr, _DTYPES))}")
     if found == torch.float16 and device.type == "cpu":
         raise ValueError("`dtype` 'float16' is for GPUs; on the CPU use 'float32' or 'bfloat16'")

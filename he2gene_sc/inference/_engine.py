@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ def encode(
         If one spot alone does not fit.
     """
     size = reader.batch_size
-    in_flight: deque[tuple[torch.cuda.Event, PatchBatch]] = deque()
+    in_flight: deque[tuple[Any, PatchBatch]] = deque()
     keep = kept_heap() if device.type == "cpu" else contextlib.nullcontext()
     with keep:
         for batch in reader:

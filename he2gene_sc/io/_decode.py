@@ -150,9 +150,9 @@ def _check_mode(image: PillowImage, path: Path) -> None:
         with path.open("rb") as stream:
             header = stream.read(26)
         if channels := _PNG_GREY.get(header[25]):
-            check_pixels(channels, np.uint8, None, path.name)
+            check_pixels(channels, np.dtype(np.uint8), None, path.name)
     if image.mode not in _CONVERT:
-        check_pixels(len(image.getbands()), np.uint8, None, path.name)
+        check_pixels(len(image.getbands()), np.dtype(np.uint8), None, path.name)
         raise ValueError(f"`path` {path.name!r} holds {image.mode} colours; save it as RGB")
 
 

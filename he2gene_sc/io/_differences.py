@@ -67,7 +67,7 @@ def table_difference(path: Path, table: AnnData) -> Difference:
     found = Difference()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        group = zarr.open_group(path, mode="r", use_consolidated=False)
+        group: Any = zarr.open_group(path, mode="r", use_consolidated=False)
         frames = {axis: read_elem(group[axis]) for axis in ("obs", "var")}
         uns = read_elem(group["uns"]) if "uns" in group else {}
         for axis, names in (("obs", table.obs_names), ("var", table.var_names)):
@@ -150,7 +150,7 @@ def _same_part(there: Any, value: Any) -> bool:
     return same(read_elem(there), value)
 
 
-def _raw(found: Difference, group: zarr.Group, table: AnnData) -> None:
+def _raw(found: Difference, group: Any, table: AnnData) -> None:
     there = group.get("raw")
     if there is not None and there.attrs.get("encoding-type") == "null":
         there = None

@@ -19,7 +19,9 @@ _RENAME_SWAP = 2
 
 def exchange(a: Path, b: Path) -> bool:
     """Exchange two names by ``renameat2`` (Linux) or ``renamex_np`` (macOS); ``False`` where that is not possible."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+    if sys.platform not in ("linux", "darwin"):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "linux" and hasattr(libc, "renameat2"):
         result = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
     elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):

@@ -48,15 +48,16 @@ def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
     from spatialdata.transformations import Identity, Scale, Sequence
     from xarray import Dataset, DataTree
 
+    from_array: Any = da.from_array  # dask types chunks as text
     full = levels[0].shape
     nodes = {}
     for i, array in enumerate(levels):
         if getattr(array, "reads_regions", False):
             rows, columns = (n * -(-_LAZY_CHUNK // n) for n in array.chunks[1:])
-            array = da.from_array(array, chunks=(3, rows, columns), meta=np.empty((0, 0, 0), np.uint8))
+            array = from_array(array, chunks=(3, rows, columns), meta=np.empty((0, 0, 0), np.uint8))
         elif not isinstance(array, da.Array):
             # Named by us: hashing the pixels for a name would cost more than reading them.
-            array = da.from_array(array, chunks=(3, CHUNK, CHUNK), name=False)
+            array = from_array(array, chunks=(3, CHUNK, CHUNK), name=False)
         y, x = full[1] / array.shape[1], full[2] / array.shape[2]
         transformation = Identity() if i == 0 else Sequence([Scale([y, x], axes=("y", "x")), Identity()])
         level = Image2DModel.parse(

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ._files import WAITING, finish_swap, remove, replace_file, sync
 
@@ -144,7 +144,7 @@ class RootMetadata:
 
     def __init__(self, store: Path, staging: Path) -> None:
         self.store, self.staging = store, staging
-        self.version = 3 if (store / "zarr.json").is_file() else 2
+        self.version: Literal[2, 3] = 3 if (store / "zarr.json").is_file() else 2
         self.before = {name: (store / name).read_bytes() for name in ROOT_FILES if (store / name).is_file()}
         (staging / "root").mkdir()
         for name, content in self.before.items():
@@ -188,7 +188,7 @@ def _dump(content: Any) -> bytes:
     return json.dumps(content, indent=2).encode()
 
 
-def _consolidated(store: Path, version: int) -> dict[str, bytes]:
+def _consolidated(store: Path, version: Literal[2, 3]) -> dict[str, bytes]:
     """Return the root files as zarr would consolidate them, which writes them in place otherwise."""
     import zarr
     from zarr.storage import LocalStore

@@ -152,10 +152,10 @@ def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path:
     sample = levels[-1].probe(64) if len(levels) > 1 or samples[0].dtype.kind == "f" else samples[0]
     sample = np.concatenate([samples[0], sample], axis=1)
     colour = colour_of(pages_of(series.levels[0])[0].keyframe, sample.shape[0], sample, path.name)
-    for level, own in zip(levels, samples, strict=True):
+    for image, own in zip(levels, samples, strict=True):
         if own.shape[0] != sample.shape[0] or own.dtype != sample.dtype:
             raise ValueError(f"`path` {path.name!r} has levels of different channels or types")
-        level.colour = colour
+        image.colour = colour
     return levels
 
 
@@ -189,10 +189,10 @@ def mpp_of(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> float | 
             return value if np.isfinite(value) and value > 0 else None
     page = series.keyframe
     for entry in (page.description or "").split("|"):
-        name, _, value = entry.partition("=")
+        name, _, stated = entry.partition("=")
         with suppress(ValueError):
             if name.strip() == "MPP":
-                return float(value)
+                return float(stated)
     with suppress(TypeError, ValueError, ZeroDivisionError):
         if int(page.tags.valueof(296, 0)) == 3:
             n, centimetres = page.tags.valueof(282)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ class TiledImage:
     #: For :func:`he2gene_sc.image.direct`: reading a region costs no more than its tiles.
     reads_regions = True
 
-    def __init__(self, path: Path, series: int, level: int, pages: Sequence[tifffile.TiffPage]):
+    def __init__(self, path: Path, series: int, level: int, pages: Sequence[Any]):
         page = pages[0].keyframe
         self.path = path.resolve()
         self._where = series, level
@@ -135,20 +135,22 @@ class TiledImage:
             parts.append(tile.reshape(self._n_samples, -1))
         return np.concatenate(parts, axis=1)
 
-    def _tiles(self, opened: _Opened, iy: int, ix: int):
+    def _tiles(self, opened: _Opened, iy: int, ix: int) -> Iterator[tuple[int | slice, np.ndarray]]:
         """Decode the tiles at a place, each with the channels it holds."""
         index = iy * self._grid[1] + ix
         per_plane = self._grid[0] * self._grid[1]
-        if len(opened.planes) > 1:
+        wanted: list[tuple[int | slice, _Plane, int]]
+        first, *others = opened.planes
+        if others:
             wanted = [(i, plane, index) for i, plane in enumerate(opened.planes)]
         elif self._planar:
-            wanted = [(i, opened.planes[0], index + i * per_plane) for i in range(self._n_samples)]
+            wanted = [(i, first, index + i * per_plane) for i in range(self._n_samples)]
         else:
-            wanted = [(slice(None), opened.planes[0], index)]
+            wanted = [(slice(None), first, index)]
         for channel, plane, position in wanted:
             tile = self._decode(opened, plane, position)
             if tile is not None:
-                yield channel, (tile.transpose(2, 0, 1) if channel == slice(None) else tile[..., 0])
+                yield channel, (tile.transpose(2, 0, 1) if isinstance(channel, slice) else tile[..., 0])
 
     def _decode(self, opened: _Opened, plane: _Plane, index: int) -> np.ndarray | None:
         """Decode one tile, ``(h, w, n)``; ``None`` where the file has none."""
@@ -217,15 +219,15 @@ class TiledImage:
         return f"`path` {str(self.path)!r} has changed since it was read; read it again with hg.io.read_he"
 
 
-def pages_of(level: tifffile.TiffPageSeries) -> list[tifffile.TiffPage]:
-    """Pages of a level; empty where some cannot be read by region."""
+def pages_of(level: tifffile.TiffPageSeries) -> list[Any]:
+    """Pages (or frames, which have a page as their ``keyframe``) of a level; empty where some cannot be read by region."""
     pages = list(level.pages)
     if any(page is None for page in pages) or (len(pages) > 1 and level.dataoffset is not None):
         return []
     return pages
 
 
-def _tables(page: tifffile.TiffPage) -> dict[str, Any]:
+def _tables(page: Any) -> dict[str, Any]:
     found = {"jpegtables": page.jpegtables, "jpegheader": page.keyframe.jpegheader}
     return {name: value for name, value in found.items() if value is not None}
 

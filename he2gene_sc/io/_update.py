@@ -210,9 +210,10 @@ def _mark(sdata: SpatialData, ids: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _undone_on_failure(store: Path, staging: Path) -> Iterator[tuple[RootMetadata, list[Callable[[], None]]]]:
+def _undone_on_failure(store: Path, staging: Path) -> Iterator[tuple[RootMetadata, list[Callable[[], object]]]]:
     """Put everything back as it was if the block does not come to its end, by Ctrl-C too."""
-    metadata, undo = RootMetadata(store, staging), []
+    metadata = RootMetadata(store, staging)
+    undo: list[Callable[[], object]] = []
     try:
         yield metadata, undo
     except BaseException:
@@ -222,7 +223,7 @@ def _undone_on_failure(store: Path, staging: Path) -> Iterator[tuple[RootMetadat
         raise
 
 
-def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Callable[[], None]]) -> None:
+def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Callable[[], object]]) -> None:
     """Put what was written in the place of what is there; what undoes it is noted first."""
     if change.metadata_only:
         for name in METADATA:

@@ -15,6 +15,7 @@ from .._core.mpp import check_mpp, stored_mpp
 from .._keys import ATTRS, SPOTS
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
@@ -126,6 +127,6 @@ def _same_spots(a: GeoDataFrame, b: GeoDataFrame) -> bool:
     return a.index.equals(b.index) and bool(a.geometry.geom_equals(b.geometry, align=False).all())
 
 
-def _regions(table) -> list[str]:
+def _regions(table: AnnData) -> list[str]:
     region = table.uns.get("spatialdata_attrs", {}).get("region", [])
     return [region] if isinstance(region, str) else list(region)

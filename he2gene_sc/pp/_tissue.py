@@ -35,7 +35,7 @@ def tissue(
     image_key: str | None = None,
     method: Literal["auto", "otsu", "felzenszwalb", "weka", "glass"] = "auto",
     key_added: str | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> None:
     """Mark where the tissue is.
 

@@ -23,7 +23,10 @@ def log_normalise(counts: np.ndarray | scipy.sparse.sparray | scipy.sparse.spmat
     numpy.ndarray
         ``(n, g)`` float32; a spot without counts is 0 everywhere.
     """
-    dense = counts.toarray() if scipy.sparse.issparse(counts) else np.asarray(counts)
+    if isinstance(counts, np.ndarray) or not scipy.sparse.issparse(counts):
+        dense = np.asarray(counts)
+    else:
+        dense = counts.toarray()
     total = dense.sum(axis=1, keepdims=True, dtype=np.float64)
     return np.log1p(TARGET_SUM * dense / np.where(total > 0, total, 1)).astype(np.float32)
 
@@ -113,7 +116,7 @@ def noise_ceiling(
     total, valid = np.zeros(n_genes), np.zeros(n_genes)
     for _ in range(n_splits):
         half = rng.binomial(values, 0.5)
-        r = _sparse_pearson(*(_log_part(whole, part) for part in (half, values - half)), column, n, n_genes)
+        r = _sparse_pearson(_log_part(whole, half), _log_part(whole, values - half), column, n, n_genes)
         total += np.nan_to_num(r)
         valid += np.isfinite(r)
     r = np.divide(total, valid, out=np.full(n_genes, np.nan), where=valid > 0)[chosen]

@@ -247,7 +247,7 @@ class _Group:
                 count("shared", setting, wanted - self._shared(scores, held, *setting) @ self.loadings[genes].T)
             for penalty in _PENALTIES:
                 count("refit", penalty, wanted - self._ridge(known, held, penalty)(residual))
-        return {name: min(tried, key=tried.get) for name, tried in trials.items()}
+        return {name: min(tried, key=tried.__getitem__) for name, tried in trials.items()}
 
 
 def _level(residual: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ def count_differences(sums: CountSums) -> CountDifferences:
     """
     library = sums.depth * library_factors(sums.counts, sums.depth)
     null = library[0] / np.maximum(library.sum(0), 1e-300)
-    inside = ((library > 0).all(0) & (sums.spots > 0).all(0))[:, None]
+    inside = (np.all(library > 0, axis=0) & np.all(sums.spots > 0, axis=0))[:, None]
     total = np.where(inside, sums.counts.sum(0), 0)
     y = np.where(inside, sums.counts[0], 0) + _PRIOR_COUNT * null[:, None]
     effective = np.square(sums.depth) / np.maximum(sums.depth_squares, 1)
@@ -136,18 +136,18 @@ def variance_components(
     used
         ``(n, g)`` bool: where both are to be trusted.
     """
-    used = np.isfinite(sampling) if used is None else used & np.isfinite(sampling)
-    used = used & (used.sum(0) >= 2)
-    if not used.any():
+    trusted = np.isfinite(sampling) if used is None else used & np.isfinite(sampling)
+    trusted = trusted & (trusted.sum(0) >= 2)
+    if not trusted.any():
         return 0.0, 1.0
     between, factor = 0.0, 1.0
     for _ in range(20):
-        variance = np.where(used, between + factor * sampling, 1.0)
-        weight = used / variance
-        total = np.where(used.any(0), weight.sum(0), 1.0)
+        variance = np.where(trusted, between + factor * sampling, 1.0)
+        weight = trusted / variance
+        total = np.where(trusted.any(0), weight.sum(0), 1.0)
         square = np.square(differences - (weight * differences).sum(0) / total)
-        mean = (weight * square).sum(0) / np.maximum(used.sum(0) - 1, 1)
-        kept = used & (mean <= np.quantile(mean[used.any(0)], 0.95))
+        mean = (weight * square).sum(0) / np.maximum(trusted.sum(0) - 1, 1)
+        kept = trusted & (mean <= np.quantile(mean[trusted.any(0)], 0.95))
         # A residual has lost what the mean has taken.
         target, w = square + 1 / total, kept / np.square(variance)
         s = np.where(kept, sampling, 0)

@@ -274,7 +274,8 @@ def predictive_t(
     size = np.abs(effect)
 
     def beyond(distance: np.ndarray) -> np.ndarray:
-        return sum(share * stats.t.sf(distance / e, total) for share, e in zip(shares, errors, strict=True))
+        tails = (share * stats.t.sf(distance / e, total) for share, e in zip(shares, errors, strict=True))
+        return sum(tails, start=np.zeros(len(effect)))
 
     pvalues = np.minimum(beyond(size - minimum) + beyond(size + minimum), 1.0)
     low, high = (np.full(len(effect), 0.0), stats.t.ppf(0.5 + level / 2, total) * np.fmax.reduce(errors))

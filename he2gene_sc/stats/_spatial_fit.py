@@ -31,8 +31,8 @@ class Moments:
     scale: np.ndarray  # (g,) residual variance as if spots were independent; NaN where there is none
     label: np.ndarray  # (m,) label, centred within sections
     complement: np.ndarray  # (m, q), the group's columns first
-    n_contrasts: tuple[int, int]
-    n_inside: tuple[int, int]
+    n_contrasts: tuple[int, ...]
+    n_inside: tuple[int, ...]
     sides: np.ndarray  # (2, m) whether a block is of the group, or not
     sections: np.ndarray  # (m, s) unit vectors
     n_free: int  # residual degrees of freedom of the spots
@@ -49,18 +49,18 @@ class Moments:
         first = np.zeros(len(blocks.size), int)
         first[blocks.of_spot] = np.arange(n)
         sides = np.stack([group[first], ~group[first]])
-        parts, cells = [], []
+        parts, columns = [], []
         for side, of_spot in zip(sides, (group, ~group), strict=True):
             there = sections * of_spot[:, None]
             there = there[:, there.any(0)]
-            cells.append(there)
+            columns.append(there)
             there = blocks.project(there / np.sqrt(there.sum(0)))[side]
             basis = np.zeros((len(side), side.sum() - there.shape[1]))
             basis[side] = linalg.qr(there)[0][:, there.shape[1] :]
             parts.append(basis)
         n_contrasts = tuple(part.shape[1] for part in parts)
         n_inside = tuple(int(of_spot.sum() - side.sum()) for side, of_spot in zip(sides, (group, ~group), strict=True))
-        complement, cells = np.hstack(parts), np.hstack(cells)
+        complement, cells = np.hstack(parts), np.hstack(columns)
         cell_means = cells / cells.sum(0)
         n_free = n - cells.shape[1]
         effect, scale, inside, energies = np.empty(g), np.empty(g), np.zeros((2, g)), np.empty((2, g))
@@ -138,7 +138,7 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     white = np.square(coefficient).sum(1)
     white_trace = of_side - np.square(means).sum((1, 2))
     ratios = _ratios(moments)  # (k, g) logarithms
-    shrink = [np.exp(-ratios), np.exp(ratios)]  # 1 / s², s_a s_b being 1
+    shrink: np.ndarray = np.stack([np.exp(-ratios), np.exp(ratios)])  # 1 / s², s_a s_b being 1
     # A side that is constant has the least variance that the ratios allow, as white noise: else the other's would be
     # divided by the spots of both.
     of_sides = _variances(moments)
@@ -150,7 +150,7 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     )
     plain = np.where(plain > 0, plain, 1)  # a constant gene, which has no scale
     jitter = (JITTER * plain).astype(np.float32)
-    penalty = _TAIL * np.log1p(np.square(ratios / _SCALE)) + 0.5 * (counts[0] - counts[1]) * ratios
+    penalty: np.ndarray = _TAIL * np.log1p(np.square(ratios / _SCALE)) + 0.5 * (counts[0] - counts[1]) * ratios
     white_own = white[0] * shrink[1] + white[1] * shrink[0]
     white_total = white_trace[0] * shrink[1] + white_trace[1] * shrink[0]
 
@@ -171,9 +171,10 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
 
     level = -0.5 * n_terms * np.log(plain * (1 + JITTER)) - penalty
     add(level, plain * white_own, plain * white_total, slice(0, g))
-    shrink, penalty = np.float32(shrink), np.float32(penalty)
-    within = np.float32(inside + share * np.array(moments.n_inside)[:, None] * lacking)
-    white_own, white_total = np.float32(white_own), np.float32(white_total)
+    within: np.ndarray = inside + share * np.array(moments.n_inside)[:, None] * lacking
+    shrink, penalty, within, white_own, white_total = (
+        array.astype(np.float32) for array in (shrink, penalty, within, white_own, white_total)
+    )
     for correlation in correlations(blocks):
         eigenvalues, vectors = np.linalg.eigh(moments.complement.T @ correlation @ moments.complement)
         spectrum = np.outer(1 - noise, np.maximum(eigenvalues, 0)) + noise[:, None]

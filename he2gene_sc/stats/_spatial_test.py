@@ -207,7 +207,15 @@ def _check(
     return replace(result, pvalues=pvalues, pvalues_check=pvalues_check)
 
 
-def _checked(values, group, xy, sections, level, check_top, n_perms) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    values: np.ndarray,
+    group: np.ndarray,
+    xy: np.ndarray,
+    sections: np.ndarray | None,
+    level: float,
+    check_top: int,
+    n_perms: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """Return positions as float and sections as integer codes, or say which argument is wrong."""
     if values.ndim != 2:
         raise ValueError(f"`values` must be (spots, genes), found {values.ndim} dimension(s)")
