@@ -194,8 +194,8 @@ def run(
                 for i, section in enumerate(fold.test):
                     ceiling = _ceiling(read[section.name], genes[fold.columns])
                     for name, predictions in predictors.items():
-                        if predictions[i] is not None:
-                            rows += _score(fold, section, name, predictions[i], ceiling)
+                        if (prediction := predictions[i]) is not None:
+                            rows += _score(fold, section, name, prediction, ceiling)
                 echo(f"{source.name}, {unit} held out: {', '.join(test)} done")
     return pd.DataFrame(rows)
 
@@ -319,8 +319,9 @@ def _train(
     from . import tl
 
     own = {"cache": cache} if preset == "default" else {"encoder": _ENCODER}
-    settings = {"annotation_key": "annotation", "missing_genes_are_zero": True, "device": device, **own, **options}
-    return tl.train((source.read(name) for name in names), preset=preset, show_progress_bar=False, **settings)
+    settings: dict[str, Any] = {"preset": preset, "annotation_key": "annotation", "missing_genes_are_zero": True}
+    settings |= {"device": device, **own, **options}
+    return tl.train((source.read(name) for name in names), show_progress_bar=False, **settings)
 
 
 def _by_model(

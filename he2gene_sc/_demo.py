@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from spatialdata import SpatialData
 
     from .models import HE2Gene
@@ -188,7 +189,7 @@ def _colour_pearson(
     return r
 
 
-def _report(comparison: Comparison, table, echo: Callable[[str], object]) -> None:
+def _report(comparison: Comparison, table: AnnData, echo: Callable[[str], object]) -> None:
     echo("")
     echo("Mean Pearson per gene, across spots     model   colour alone   noise ceiling")
     for row in comparison.panels.itertuples():
@@ -210,6 +211,6 @@ def _report(comparison: Comparison, table, echo: Callable[[str], object]) -> Non
         echo(f"Annotation: {same.mean():.0%} of {known.sum()} labelled spots agree ({_source(table)}).")
 
 
-def _source(table) -> str:
+def _source(table: AnnData) -> str:
     sources = sorted(table.obs["annotation_source"].dropna().unique())
     return f"labels: {', '.join(sources)}"

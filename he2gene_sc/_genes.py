@@ -34,7 +34,7 @@ class WantedGenes:
     positions
         Their places in the model's gene head, ``(g,)``.
     columns
-        Their places in the table's ``var``, ``(g,)``; ``None`` where the result gets a table of its own.
+        Their places in the table's ``var``, ``(g,)``, or in that of the table that the result gets.
     all_genes
         Whether the result goes into a table beside a measured one.
     renamed
@@ -42,7 +42,7 @@ class WantedGenes:
     """
 
     positions: np.ndarray
-    columns: np.ndarray | None
+    columns: np.ndarray
     all_genes: bool
     renamed: dict[str, str] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ def match_genes(
     everything = np.arange(len(model.genes))
     if table is None or (isinstance(genes, str) and genes == "all"):
         chosen = everything if genes is None or isinstance(genes, str) else pd.unique(_asked(model, genes))
-        return WantedGenes(chosen, None, all_genes=table is not None)
+        return WantedGenes(chosen, np.arange(len(chosen)), all_genes=table is not None)
     check_not_probes(table)
     names = symbols_in(table, gene_symbols)
     positions, renamed = _lookup(model, names)

@@ -102,7 +102,7 @@ def of_adapted(record: Any, coverage: float, n_vars: int) -> OfAdapted:
         raise ValueError(f"`coverage` is {coverage}; the residuals kept by hg.tl.adapt reach to {most:.4g}")
     lower, upper = (interpolated(quantiles, levels, level) for level in (low, high))
     known = np.isfinite(lower) & np.isfinite(upper)
-    adapted = ~np.isnan(quantiles).all(0)
+    adapted = ~np.all(np.isnan(quantiles), axis=0)
     if (adapted & ~known).any() or not known.any():
         _tell_few(coverage, levels, quantiles, adapted, known, low)
     facts = {"guarantee": "none", "unit": "spot", "residuals": str(record.get("guarantee", "of hg.tl.adapt"))}

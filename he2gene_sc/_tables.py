@@ -118,7 +118,7 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
         return value.get(region) if isinstance(value, Mapping) else value
 
     regions = [attrs["region"]] if isinstance(attrs["region"], str) else list(attrs["region"])
-    found = []
+    found: list[Slide] = []
     for region in regions:
         found += resolve(
             sdata,

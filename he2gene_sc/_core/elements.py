@@ -205,10 +205,10 @@ def _spots_of_labels(element: Any) -> Spots:
 
 def match_rows(
     sdata: SpatialData, ids: pd.Index, shapes_key: str, table_key: str | None
-) -> tuple[pd.Index, np.ndarray | None]:
-    """Ids of the spots in the order of the table's rows, and those rows."""
+) -> tuple[pd.Index, np.ndarray]:
+    """Ids of the spots in the order of the table's rows, and those rows; without a table, those of the element."""
     if table_key is None:
-        return ids, None
+        return ids, np.arange(len(ids))
     table = sdata[table_key]
     attrs = table.uns["spatialdata_attrs"]
     rows = np.flatnonzero((table.obs[attrs["region_key"]] == shapes_key).to_numpy())

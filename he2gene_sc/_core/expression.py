@@ -99,7 +99,8 @@ def contents_of(values: Any) -> Contents:
             counts[4] += (numbers < 0).sum() if low < 0 else 0
             counts[5] += (numbers % 1 != 0).sum() if numbers.dtype.kind == "f" else 0
     bounds = (low, high) if np.isfinite(high) else (0.0, 0.0)
-    return Contents(*counts.tolist(), *bounds)
+    n_nan, n_nan_spots, n_empty, n_infinite, n_negative, n_fractions = counts.tolist()
+    return Contents(n_nan, n_nan_spots, n_empty, n_infinite, n_negative, n_fractions, *bounds)
 
 
 def _nan_spots(block: Any, nan: np.ndarray) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +47,7 @@ class StackedPredictions:
         ``(n, 2)``, pixels of level 0.
     """
 
-    rows: np.ndarray | None
+    rows: np.ndarray
     expression: np.ndarray
     proba: np.ndarray
     embedding: np.ndarray
@@ -96,14 +95,24 @@ class StackedPredictions:
                 parts.append(whole)
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-        rows = None if slides[0].rows is None else np.concatenate([slide.rows for slide in slides])
-        centres = np.concatenate([slide.centres for slide in slides])
-        arrays = [stack(attrgetter(name)) for name in ("expression", "proba", "embedding", "tissue")]
         judged = all(result.ood is not None or not len(result.proba) for result in predictions)
         ood = stack(_scores) if judged and model.card.guard is not None else None
         familiar = all(result.ood is None or not result.ood.reasons for result in predictions)
-        facts = {"ood": ood, "familiar": familiar, "known_patient": known_patient}
-        return cls(rows, *arrays, centres, wanted, model, keys, record, **facts)
+        return cls(
+            rows=np.concatenate([slide.rows for slide in slides]),
+            expression=stack(lambda result: result.expression),
+            proba=stack(lambda result: result.proba),
+            embedding=stack(lambda result: result.embedding),
+            tissue=stack(lambda result: result.tissue),
+            centres=np.concatenate([slide.centres for slide in slides]),
+            wanted=wanted,
+            model=model,
+            keys=keys,
+            record=record,
+            ood=ood,
+            familiar=familiar,
+            known_patient=known_patient,
+        )
 
     @property
     def unknown(self) -> np.ndarray:
@@ -143,7 +152,7 @@ def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
     planned = planned_keys(model, keys)
     if keys.layer_name is not None:
         check_free(table, "predict", keys.uns, parameter="layer", layers=planned["layers"])
-    check_free(table, "predict", keys.uns, **planned)
+    check_free(table, "predict", keys.uns, parameter="key_added", **planned)
     check_case(table, "sdata", {"obsm": ["spatial"], "uns": [SPATIAL]})
 
 

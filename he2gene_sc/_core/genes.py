@@ -50,10 +50,10 @@ def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bo
     numpy.ndarray
         Positions in ``available``, ``(g,)``; -1 where a gene is not there, or several could be it.
     """
-    names, available = pd.Index(names, dtype=object).astype(str), pd.Index(available, dtype=object).astype(str)
-    first = pd.Index(available[~available.duplicated()])
-    place = np.append(np.flatnonzero(~available.duplicated()), -1)
-    return by_previous(names, available, place[first.get_indexer(names)], one_to_one=one_to_one)
+    wanted, present = pd.Index(names, dtype=object).astype(str), pd.Index(available, dtype=object).astype(str)
+    first = pd.Index(present[~present.duplicated()])
+    place = np.append(np.flatnonzero(~present.duplicated()), -1)
+    return by_previous(wanted, present, place[first.get_indexer(wanted)], one_to_one=one_to_one)
 
 
 def by_previous(names: pd.Index, available: pd.Index, found: np.ndarray, *, one_to_one: bool = True) -> np.ndarray:

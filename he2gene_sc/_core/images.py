@@ -48,7 +48,7 @@ def find_image(
     if not sdata.images:
         raise ValueError("`sdata` holds no image; read one with hg.io.read_he or add it to sdata.images")
     if isinstance(image_key, Mapping):
-        if shapes_key not in image_key:
+        if shapes_key is None or shapes_key not in image_key:
             raise ValueError(f"`image_key` names no image for shapes {shapes_key!r}, it has {sorted(image_key)}")
         image_key = image_key[shapes_key]
     if image_key is not None:

@@ -142,6 +142,7 @@ def resolve_mpp(
     from spatialdata.transformations import get_transformation
 
     assay = _known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
+    found: tuple[float, str] | None
     if mpp is not None:
         found = float(mpp), "argument"
     else:
@@ -176,7 +177,7 @@ def resolve_mpp(
             UserWarning,
             stacklevel=4,
         )
-    elif in_um and found[1] == assay[1]:
+    elif assay is not None and in_um and found[1] == assay[1]:
         warnings.warn(
             f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
             f"not pixels of image {image_key!r}. If they are, the wrong pixels are read; transform them by the true µm/px, "

@@ -113,19 +113,19 @@ def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_add
         If one of them is there and does not stand in the record of an earlier run, or was changed since; if one differs
         from another key only in case, which a store cannot hold; or if ``key`` is reserved.
     """
-    slots = {slot: list(names) for slot, names in slots.items()}
+    planned = {slot: list(names) for slot, names in slots.items()}
     if key in RESERVED:
         raise ValueError(f"`{parameter}`: uns[{key!r}] has a meaning of its own; choose another name")
-    check_case(table, parameter, {**slots, "uns": [key, *slots.get("uns", [])]})
+    check_case(table, parameter, {**planned, "uns": [key, *planned.get("uns", [])]})
     record = table.uns.get(key)
     if record is not None and not is_of(verb, record):
         raise ValueError(
             f"`{parameter}`: uns[{key!r}] is there and was not written by hg.tl.{verb}; choose another name, or rename or "
             "delete it first"
         )
-    named = written_in(key, record) if record is not None else _without_record(table, verb, key, slots)
+    named = written_in(key, record) if record is not None else _without_record(table, verb, key, planned)
     unchanged = named if record is None else ours(table, key, record)
-    taken = [(slot, n) for slot, names in slots.items() for n in names if n in getattr(table, slot)]
+    taken = [(slot, n) for slot, names in planned.items() for n in names if n in getattr(table, slot)]
     foreign = [(slot, n) for slot, n in taken if n not in named.get(slot, [])]
     changed = [(slot, n) for slot, n in taken if n in named.get(slot, []) and n not in unchanged.get(slot, [])]
     if foreign:

@@ -39,7 +39,7 @@ class Slide:
         Index of the shapes or values of the labels, ``(n,)``, in the order of the table's rows, or of the element where
         there is no table.
     rows
-        Positions of the spots in the table, ``(n,)``; ``None`` without a table.
+        Positions of the spots in the table, ``(n,)``, or in the element where there is no table.
     centres
         ``(n, 2)``: x and y in pixels of level 0.
     inside
@@ -57,7 +57,7 @@ class Slide:
     mpp: float
     mpp_source: str
     spot_ids: pd.Index
-    rows: np.ndarray | None
+    rows: np.ndarray
     centres: np.ndarray
     inside: np.ndarray
     diameter_um: float
@@ -146,7 +146,7 @@ def _resolve_one(
     centres = spots.centres @ to_pixels[:2, :2].T + to_pixels[:2, 2]
     diameter_px = float(np.median(spots.diameters)) * np.sqrt(abs(np.linalg.det(to_pixels[:2, :2])))
     pyramid = pyramid_of(sdata, image_key)
-    lattice = None if rows is None else array_lattice(sdata[table_key].obs.iloc[rows], centres)
+    lattice = None if table_key is None else array_lattice(sdata[table_key].obs.iloc[rows], centres)
     mpp, source = resolve_mpp(
         sdata,
         image_key,

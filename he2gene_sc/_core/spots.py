@@ -43,7 +43,7 @@ def clean_name(value: object) -> str | None:
 
 def clean_names(values: Iterable[object]) -> np.ndarray:
     """Clean many names, ``(n,)`` objects, ``None`` where one is missing."""
-    column = pd.Series(values).astype(object) if not isinstance(values, pd.Series) else values.astype(object)
+    column = pd.Series(values).astype(object)
     try:
         codes, unique = pd.factorize(column.to_numpy(object))
     except TypeError:
@@ -112,7 +112,7 @@ def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", 
 
 
 def check_spelling(
-    names: Mapping[str, np.ndarray],
+    names: Mapping[str, Sequence[str] | np.ndarray],
     parameter: str,
     key: str,
     *,
@@ -153,7 +153,7 @@ def _folded(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
-def _shown(name: str, place: str, found: np.ndarray, rows: Mapping[str, Sequence[str]] | None) -> str:
+def _shown(name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mapping[str, Sequence[str]] | None) -> str:
     """Write a name with where it stands: how many spots, and the first of them."""
     where = np.flatnonzero(np.asarray(found, object) == name)
     parts = [f"{len(where)} spots"] if rows is not None else []

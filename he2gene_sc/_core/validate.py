@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ def is_whole(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number; True and False are not."""
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and bool(np.isfinite(value))
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(np.isfinite(value))
 
 
 def whole(value: Any, parameter: str, least: int = 1) -> int:
@@ -231,8 +233,7 @@ def unique(values: Collection[Any], parameter: str, what: str = "names") -> None
     ValueError
         If something does.
     """
-    seen: set[Any] = set()
-    twice = list(dict.fromkeys(value for value in values if value in seen or seen.add(value)))
+    twice = [value for value, n in Counter(values).items() if n > 1]
     if twice:
         raise ValueError(f"`{parameter}`: {what} stand twice: {format_list(map(repr, twice))}")
 

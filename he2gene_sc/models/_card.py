@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .._keys import check_class_names
 
@@ -16,7 +16,8 @@ _TRUST_VERSION = 3
 #: Older ones that are read: what they lack is no part of a prediction.
 _READABLE = (2, 3, SCHEMA_VERSION)
 
-EXPRESSION_SCALE = "natural log of (1 + counts per 10,000)"
+ExpressionScale = Literal["natural log of (1 + counts per 10,000)"]
+EXPRESSION_SCALE: ExpressionScale = "natural log of (1 + counts per 10,000)"
 
 #: What is made of several windows, see ``ModelCard.fusion``.
 FUSIONS = ("concat", "mean")

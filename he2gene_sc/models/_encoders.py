@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -74,9 +74,9 @@ def load_encoder(
             raise ValueError("`weights` are for an encoder that is named; this `encoder` brings its own")
         if folder is None:
             return check_own(encoder)
-        network, spec = load_folder(folder)
-        check_output(network, spec)
-        return network, spec
+        found = load_folder(folder)
+        check_output(*found)
+        return found
     spec = ENCODERS.get(encoder)
     if spec is None and not encoder.startswith(_HUB_PREFIXES):
         _check_timm_name(encoder)
@@ -198,7 +198,7 @@ def encoder_of(
     return network, spec
 
 
-def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None) -> torch.nn.Module:
+def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None) -> Any:
     import timm
     import torch
 
@@ -206,7 +206,7 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     from ._tokens import Tokens
 
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
-    options = {
+    options: dict[str, Any] = {
         key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
     }
     name = spec.timm_name
@@ -215,7 +215,11 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     if weights is not None:
         load_weights(network, weights)
-    return network if spec.pooling == "network" else Tokens(network, spec.pooling, network.num_prefix_tokens)
+    return (
+        network
+        if spec.pooling == "network"
+        else Tokens(network, spec.pooling, getattr(network, "num_prefix_tokens", 1))
+    )
 
 
 def _need_transformers(name: str) -> None:
@@ -227,7 +231,7 @@ def _need_transformers(name: str) -> None:
         ) from error
 
 
-def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None = None) -> torch.nn.Module:
+def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None = None) -> Any:
     from transformers import AutoConfig, AutoModel
 
     from ._tokens import Tokens

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -91,8 +93,7 @@ def _check_genes(genes: tuple[str, ...], where: str) -> None:
     unnamed = [i + 2 for i, gene in enumerate(genes) if gene in _MISSING]
     if unnamed:
         raise ValueError(f"{where}: column 'gene' holds the text of a missing value in rows {unnamed[:_SHOWN]}")
-    seen: set[str] = set()
-    twice = [gene for gene in genes if gene in seen or seen.add(gene)]
+    twice = [gene for gene, n in Counter(genes).items() if n > 1]
     if twice:
         raise ValueError(
             f"{where}: {len(twice)} genes stand twice, first {twice[:_SHOWN]}; every row needs its own name"
@@ -100,6 +101,7 @@ def _check_genes(genes: tuple[str, ...], where: str) -> None:
 
 
 def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], where: str) -> None:
+    fits: Callable[[str], bool]
     if name in _TRUTHS:
         fits, valid = (*_TRUE, *_FALSE).__contains__, "True or False"
     elif name == "group":

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -28,7 +29,7 @@ OFFLINE = (
 )
 
 
-def is_address(model: object) -> bool:
+def is_address(model: object) -> TypeGuard[str]:
     """Whether this names a model on the hub."""
     return isinstance(model, str) and model.startswith(_PREFIX)
 

@@ -59,7 +59,7 @@ def main() -> None:
     spec = ENCODERS["efficientnet-lite0"]
     # Vectors (batch-norm statistics among them) are small and span decades: they stay in single precision.
     tensors = {key: (value.half() if value.ndim > 1 else value).contiguous() for key, value in read_lite(0).items()}
-    save_file(tensors, _WEIGHTS / spec.weights, metadata={"license": spec.license, "format": "pt"})
+    save_file(tensors, _WEIGHTS / str(spec.weights), metadata={"license": spec.license, "format": "pt"})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -98,11 +98,14 @@ class HE2Gene:
                     f"`model` {self.name!r} carries weights that do not fit its encoder {spec.name!r} as timm builds it "
                     f"here: {error}"
                 ) from error
+        stated: dict[str, Any] = {
+            key: tuple(self.card.encoder[key]) for key in ("mean", "std") if key in self.card.encoder
+        }
         spec = replace(
             spec,
             # Cards before 0.7 do not state it: they were trained so, whatever the registry says now.
             interpolation=self.card.encoder.get("interpolation", "bilinear"),
-            **{key: tuple(self.card.encoder[key]) for key in ("mean", "std") if key in self.card.encoder},
+            **stated,
         )
         found = encoder_sha256(encoder)
         if found != self.card.encoder["sha256"]:
@@ -135,8 +138,10 @@ class HE2Gene:
             return None
         own = (MEAN, SCALE) if MEAN in self.tensors else ("latent.mean", "latent.scale")
         none = np.zeros(0, np.float32)
-        arrays = (self.tensors.get(name, none) for name in (*own, WEIGHTS, PROJECTION, BANK, SIZE))
-        return OODDetector(*(np.asarray(x, np.float32) for x in arrays), self.card.guard, self.card.windows_um)
+        mean, scale, weights, projection, bank, size = (
+            np.asarray(self.tensors.get(name, none), np.float32) for name in (*own, WEIGHTS, PROJECTION, BANK, SIZE)
+        )
+        return OODDetector(mean, scale, weights, projection, bank, size, self.card.guard, self.card.windows_um)
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: ``card.json``, ``genes.csv``, ``weights.safetensors``, ``README.md``.

@@ -23,6 +23,9 @@ SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in 
 class Preprocess(nn.Module):
     """uint8 patches of any size to the encoder's input: resized (antialiased), scaled, normalised, channels last."""
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, spec: EncoderSpec):
         super().__init__()
         self.input_px = spec.input_px
@@ -66,6 +69,9 @@ class FeatureExtractor(nn.Module):
     tiles
         Of each window, into how many tiles a side it is cut, whose features are averaged; ``None``: into one.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(
         self,
@@ -188,6 +194,11 @@ class Network(nn.Module):
         What surrounds a spot, for an annotation with components of its own.
     """
 
+    genes_weight: torch.Tensor
+    genes_bias: torch.Tensor
+    annotation_weight: torch.Tensor
+    annotation_bias: torch.Tensor
+
     def __init__(
         self,
         extractor: FeatureExtractor,
@@ -201,7 +212,7 @@ class Network(nn.Module):
         self.detector = detector
         self.basis: Basis | None = None
         if "latent.projection" in tensors:
-            self.basis = Basis(*(tensors[key].float().numpy() for key in TENSORS), context)
+            self.basis = _basis(tensors, TENSORS, context)
         self.register_buffer("genes_weight", tensors["genes.weight"].float())
         self.register_buffer("genes_bias", tensors["genes.bias"].float())
         self.has_annotation = "annotation.weight" in tensors
@@ -210,8 +221,7 @@ class Network(nn.Module):
             self.register_buffer("annotation_bias", tensors["annotation.bias"].float())
         self.annotation_basis: Basis | None = None
         if ANNOTATION[0] in tensors:
-            arrays = (tensors[key].float().numpy() for key in (*ANNOTATION, "annotation.weight"))
-            self.annotation_basis = Basis(*arrays, annotation_context)
+            self.annotation_basis = _basis(tensors, (*ANNOTATION, "annotation.weight"), annotation_context)
 
     @property
     def n_latent(self) -> int:
@@ -264,6 +274,11 @@ class Network(nn.Module):
     def annotation(self, latent: torch.Tensor) -> torch.Tensor:
         """Predict the class probabilities, ``(…, k)`` to ``(…, c)``; those of several views are to be averaged."""
         return torch.softmax(latent @ self.annotation_weight + self.annotation_bias, dim=-1)
+
+
+def _basis(tensors: dict[str, torch.Tensor], names: tuple[str, ...], context: Context) -> Basis:
+    mean, scale, projection, mixing = (tensors[name].float().numpy() for name in names)
+    return Basis(mean, scale, projection, mixing, context)
 
 
 def symmetric(x: torch.Tensor, turns: int, mirrored: bool) -> torch.Tensor:

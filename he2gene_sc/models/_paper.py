@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -204,7 +204,7 @@ def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:
     )
 
 
-def _encoder(state: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, EncoderSpec]:
+def _encoder(state: dict[str, torch.Tensor]) -> tuple[Any, EncoderSpec]:
     """Build the ResNet-50 of the file; torchvision and timm name its layers alike."""
     from ._encoders import load_encoder
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _INCEPTION = (0.5, 0.5, 0.5)
 _BIOPTIMUS_MEAN, _BIOPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
 
 #: How a patch is resized to the input.
-INTERPOLATIONS = ("bilinear", "bicubic")
+Interpolation = Literal["bilinear", "bicubic"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 
 #: How an encoder's output becomes one vector a patch.
 POOLINGS = ("network", "cls", "cls+mean")
@@ -156,7 +158,7 @@ def _lite(number: int, input_px: int) -> EncoderSpec:
 
 
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
-_OPTIMUS = {
+_OPTIMUS: dict[str, Any] = {
     "gated": True,
     "mpp": 0.5,
     "mean": _BIOPTIMUS_MEAN,

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from ._card import EXPRESSION_SCALE
+from ._card import ExpressionScale
 from ._embedding import Context
-from ._registry import INTERPOLATIONS
+from ._registry import Interpolation
 from ._stain import N_STAIN
 
 #: Faults that one error names.
@@ -50,6 +50,10 @@ Three = Annotated[list[Number], Field(min_length=3, max_length=3)]
 Two = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
+#: Default of a field that may be left out, but not be null.
+_LEFT_OUT: Any = None
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -59,14 +63,13 @@ class _Encoder(_Strict):
     license: str
     sha256: Sha256
     input_px: Count
-    # What is left out is not null.
-    mean: Three = Field(default=None)
-    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = Field(default=None)
-    stages: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default=None)
-    output: Annotated[list[Number], Field(min_length=1)] = Field(default=None)
-    mpp: Positive | list[Positive] = Field(default=None)
-    interpolation: Literal[INTERPOLATIONS] = Field(default=None)
-    tiles: Annotated[list[Count], Field(min_length=1)] = Field(default=None)
+    mean: Three = _LEFT_OUT
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = _LEFT_OUT
+    stages: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = _LEFT_OUT
+    output: Annotated[list[Number], Field(min_length=1)] = _LEFT_OUT
+    mpp: Positive | list[Positive] = _LEFT_OUT
+    interpolation: Interpolation = _LEFT_OUT
+    tiles: Annotated[list[Count], Field(min_length=1)] = _LEFT_OUT
 
 
 class _Context(_Strict):
@@ -93,8 +96,8 @@ class _Guard(_Strict):
     rest: Positive
     octaves: Positive
     mpp: Positive
-    known: NotNegative = Field(default=None)
-    stain: _Stain = Field(default=None)
+    known: NotNegative = _LEFT_OUT
+    stain: _Stain = _LEFT_OUT
 
 
 class _GuardOf06(_Strict):
@@ -138,7 +141,7 @@ class Card(_Strict):
     limitations: list[str]
     license: str
     files: dict[str, Sha256]
-    expression_scale: Literal[EXPRESSION_SCALE]
+    expression_scale: ExpressionScale
     fusion: Literal["concat", "mean"]
     context: _Context | None
     tta: bool

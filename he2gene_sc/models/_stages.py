@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,6 +21,8 @@ class Stages(nn.Module):
     stages
         Positions of the maps, from 0, as ``forward_intermediates(indices=...)`` counts them.
     """
+
+    encoder: Any  # of timm: nn.Module declares none of its methods
 
     def __init__(self, encoder: nn.Module, stages: tuple[int, ...]):
         super().__init__()
@@ -68,6 +72,7 @@ def staged(encoder: nn.Module, stages: tuple[int, ...] | None) -> nn.Module:
 def stage_sizes(encoder: nn.Module, stages: tuple[int, ...] | None, input_px: int) -> tuple[int, ...]:
     """Return the number of features of each stage; of an encoder's own output, one number."""
     if stages is not None:
-        return tuple(int(encoder.feature_info[stage]["num_chs"]) for stage in stages)
+        info: Any = encoder.feature_info
+        return tuple(int(info[stage]["num_chs"]) for stage in stages)
     with torch.inference_mode():
         return (int(encoder(torch.zeros(1, 3, input_px, input_px)).shape[1]),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +133,9 @@ class _Sizes:
         shapes: dict[str, tuple[tuple[int | None, ...], str]] = {
             "genes.weight": ((k, g), f"{latent} and {genes}"),
             "genes.bias": ((g,), genes),
-            "annotation.weight": ((k, c), classes) if self.card.annotation is None else self._own_annotation(),
+            "annotation.weight": ((k, c), classes)
+            if self.card.annotation is None
+            else self._own_annotation(self.card.annotation),
             "annotation.mean": ((f,), features),
             "annotation.scale": ((f,), features),
             "annotation.projection": ((f, None), features),
@@ -161,8 +164,8 @@ class _Sizes:
             shapes[SIZE] = ((encoded + 1 if sized else 0,), f"{encoded} features of a window")
         return {name: wanted for name, wanted in shapes.items() if name in self.tensors}
 
-    def _own_annotation(self) -> tuple[tuple[int | None, ...], str]:
-        p, rings = self._axis("annotation.projection", 1), len(self.card.annotation["context"]["rings_um"])
+    def _own_annotation(self, annotation: Mapping[str, Any]) -> tuple[tuple[int | None, ...], str]:
+        p, rings = self._axis("annotation.projection", 1), len(annotation["context"]["rings_um"])
         return (p * (1 + rings), self.c), f"{p} components of the annotation, {rings} rings and {self.c} classes"
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,6 +20,8 @@ class Tokens(nn.Module):
     n_prefix
         Tokens before those of the patches: the class token, which is the first, and registers.
     """
+
+    network: Any  # of timm or transformers
 
     def __init__(self, network: nn.Module, pooling: str, n_prefix: int):
         super().__init__()
