@@ -108,7 +108,7 @@ def _basis(used: Sequence[tuple[Section, np.ndarray]], weights: np.ndarray) -> B
     names = [section.patient for section, _ in used]
     share = np.array([1 / names.count(name) for name in names]) / len(set(names))
     moments = [_moments(section.features, chosen) for section, chosen in used]
-    mean = sum(part * first for part, (first, _) in zip(share, moments, strict=True))
+    mean = sum((part * first for part, (first, _) in zip(share, moments, strict=True)), start=np.zeros(len(weights)))
     square = sum(part * second for part, (_, second) in zip(share, moments, strict=True))
     scale = np.sqrt(np.maximum(square - np.square(mean), 0))
     scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 0)

@@ -258,7 +258,9 @@ def _build(
         intended_use=facts.intended_use,
         limitations=limitations,
         context=recipe.context.to_dict(),
-        intervals=None if calibration is None else described(calibration, exchangeable, facts.classes),
+        intervals=None
+        if calibration is None or exchangeable is None
+        else described(calibration, exchangeable, facts.classes),
         guard=limits,
         annotation={"context": AROUND.to_dict()} if "annotation.mean" in tensors else None,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from ._module import TrainingModule, advice
+from ._module import advice
 
 LAST = "last.ckpt"
 #: A loss of that many times that of the first step, when nothing had been learned, is called diverged.
@@ -43,7 +43,7 @@ class Keeper(Callback):
         self.position: dict[str, int] | None = None
         self._loss = [0.0, 0]
 
-    def setup(self, trainer: Trainer, pl_module: TrainingModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Let all processes know the folder of the first."""
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
 
@@ -58,16 +58,15 @@ class Keeper(Callback):
         self.history, self.stopped, self._loss = state_dict["history"], state_dict["stopped"], state_dict["loss"]
         self.position, self.first = state_dict["position"], state_dict["first"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Go to where the run was; a run that had stopped early has nothing left to do."""
         if self.position is not None:
             # Lightning itself leaves a loader where it is when the checkpoint is of the end of an epoch.
-            trainer.train_dataloader.load_state_dict(self.position)
+            loader: Any = trainer.train_dataloader
+            loader.load_state_dict(self.position)
         trainer.should_stop = self.stopped
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: TrainingModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add up the loss; write a checkpoint now and then."""
         if self.first is None:
             self.first = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
@@ -78,7 +77,7 @@ class Keeper(Callback):
         if trainer.global_step % self.every == 0 and not last:
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: TrainingModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Compare with the best epoch, decide whether to go on, and write a checkpoint."""
         epoch, (total, n) = trainer.current_epoch, self._loss
         loss = float(trainer.strategy.reduce(torch.tensor(total / n, device=pl_module.device), reduce_op="mean"))
@@ -95,7 +94,7 @@ class Keeper(Callback):
             }
         )
         errors = [row["held_out_error"] for row in self.history]
-        if not errors[-1] < float("inf") or loss > _DIVERGED * self.first:
+        if not errors[-1] < float("inf") or (self.first is not None and loss > _DIVERGED * self.first):
             raise RuntimeError(
                 f"training diverged: in epoch {epoch} the loss is {loss:.4g} (in the first step it was "
                 f"{self.first:.4g}) and the held-out error {errors[-1]:.4g}. "
@@ -110,7 +109,8 @@ class Keeper(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         """Replace the checkpoint at once: a kill leaves the old one or the new one."""
-        self.position = trainer.train_dataloader.state_dict()
+        loader: Any = trainer.train_dataloader
+        self.position = loader.state_dict()
         if trainer.world_size > 1:
             # The file is of the first process: what it holds has to be true of all.
             total = torch.tensor(self._loss[0], device=trainer.strategy.root_device)

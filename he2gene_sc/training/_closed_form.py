@@ -312,7 +312,7 @@ def _rings(section: Section, context: Context) -> tuple:
 
 def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of the features over spots and symmetries, ``(f,)`` float64."""
-    total = squares = 0.0
+    total, squares = np.zeros((2, features.shape[2]))
     views = features.shape[1]
     for view in range(views):
         x = np.asarray(features[chosen, view], np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import SupportsFloat
 
 import numpy as np
 
@@ -144,7 +145,7 @@ def annotation_figures(
         np.flatnonzero((section.codes >= 0) & np.isfinite(logits).all(1))
         for section, logits in zip(sections, held_out.logits, strict=True)
     ]
-    accuracy = {}
+    accuracy: dict[str, object] = {}
     for section, logits, rows in zip(sections, held_out.logits, usable, strict=True):
         present = np.unique(section.codes[rows])
         if len(present) > 1:
@@ -158,7 +159,7 @@ def annotation_figures(
     proba = softmax(np.concatenate([logits[rows] for logits, rows in zip(fair, usable, strict=True)]), axis=1)
     # A class is judged on the spots whose model had seen it: of another, it knows nothing.
     raw = np.concatenate([logits[rows] for logits, rows in zip(held_out.logits, usable, strict=True)])
-    auroc = {}
+    auroc: dict[str, object] = {}
     for c, name in enumerate(classes):
         known = raw[:, c] != UNSEEN
         if 0 < (codes[known] == c).sum() < known.sum():
@@ -228,5 +229,5 @@ def _telling(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> tuple
     return scores[rows], codes[rows]
 
 
-def _rounded(value: float) -> float:
+def _rounded(value: SupportsFloat) -> float:
     return round(float(value), _N_DIGITS)

@@ -164,7 +164,7 @@ def fit_network(
     OSError
         If a checkpoint cannot be written.
     """
-    changes = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "lr": lr}
+    changes: dict[str, Any] = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "lr": lr}
     preset = replace(preset, **{key: value for key, value in changes.items() if value is not None})
     unit, train, held_out = rows or split(data, preset, validation, seed)
     _check(data, preset, train, held_out, checkpoint_dir, checkpoint_steps, resume, patches_at_once)
@@ -180,7 +180,8 @@ def fit_network(
     from ._checkpoint import LAST, Keeper, check_checkpoint
     from ._module import TrainingModule
 
-    accelerator, devices = hardware(device, devices)
+    accelerator, used = hardware(device, devices)
+    numbers: Any = precision or ("32-true" if preset.exact else default_precision(accelerator))
     if accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available()):
         around = 0 if data.neighbours is None or not preset.neighbour_weight else data.neighbours.shape[1]
         at_once = min(preset.batch_size, len(train)) * (1 + around)
@@ -216,10 +217,10 @@ def fit_network(
         keeper = Keeper(folder, patience=preset.patience, every=checkpoint_steps, run=run)
         trainer = Trainer(
             accelerator=accelerator,
-            devices=devices,
+            devices=used,
             num_nodes=num_nodes,
             strategy=strategy,
-            precision=precision or ("32-true" if preset.exact else default_precision(accelerator)),
+            precision=numbers,
             max_epochs=preset.max_epochs,
             gradient_clip_val=preset.clip,
             callbacks=[keeper, *callbacks],
@@ -308,7 +309,7 @@ def _facts(
 def _digests(data: PatchSet, names: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Tell what a run reads: all of it, pixels too, for one pass over them costs less than any epoch."""
     rows = np.arange(len(data))
-    found = {
+    found: dict[str, Iterable[np.ndarray | bytes]] = {
         "pixels": (data.patches[start : start + 256] for start in range(0, len(data), 256)),
         "expression": (values for _, values in blocks(data.targets, rows)),
         "labels": [data.codes],
@@ -322,5 +323,5 @@ def _digests(data: PatchSet, names: Mapping[str, Sequence[str]]) -> dict[str, st
 def _digest(arrays: Iterable[np.ndarray | bytes]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(array if isinstance(array, bytes) else np.ascontiguousarray(array))
+        digest.update(array if isinstance(array, bytes) else np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]

@@ -53,7 +53,7 @@ def held_out_sections(data: PatchSet, fitted: Fitted) -> list[HeldOutSection]:
         here = np.flatnonzero(data.sections[fitted.rows] == section)
         rows, predicted = fitted.rows[here], fitted.expression[here]
         measured = data.targets[rows]
-        listed = ~np.isnan(measured).any(0)
+        listed = ~np.any(np.isnan(measured), axis=0)
         pcc = np.full(len(listed), np.nan)
         pcc[listed] = np.nan_to_num(pearson(predicted[:, listed], measured[:, listed]))
         found.append(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +47,9 @@ class TrainingModule(LightningModule):
         Of order, symmetries and whatever the encoder draws.
     """
 
+    target_mask: torch.Tensor
+    _sums: torch.Tensor
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -71,7 +75,6 @@ class TrainingModule(LightningModule):
         self.annotation = nn.Linear(n_features, n_logits) if n_classes > 1 else None
         self.register_buffer("target_mask", torch.from_numpy(np.asarray(data.target_mask, bool)), persistent=False)
         self.val_loss = self.val_pearson = float("nan")
-        self._sums: torch.Tensor | None = None
 
     def train_dataloader(self) -> BatchLoader:
         """Return the loader of this process."""
@@ -96,7 +99,7 @@ class TrainingModule(LightningModule):
             world=self.trainer.world_size,
         )
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam and a step decay by epochs."""
         preset = self.preset
         optimizer = torch.optim.Adam(self.parameters(), lr=preset.lr, weight_decay=preset.weight_decay)
@@ -201,7 +204,7 @@ def _statistics_left_alone(network: nn.Module) -> Iterator[None]:
     finally:
         for norm, counter, (momentum, count) in zip(norms, counters, before, strict=True):
             norm.momentum = momentum
-            if counter is not None:
+            if counter is not None and count is not None:
                 counter.copy_(count)
 
 

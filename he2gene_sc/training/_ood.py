@@ -108,7 +108,8 @@ class _Space:
     def fit(cls, features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray) -> _Space:
         """Read the sections, ``(n, f)`` each."""
         share = [1 / (list(patients).count(name) * len(set(patients))) for name in patients]
-        mean = sum(part * x.mean(0, dtype=np.float64) for part, x in zip(share, features, strict=True))
+        means = (part * x.mean(0, dtype=np.float64) for part, x in zip(share, features, strict=True))
+        mean = sum(means, start=np.zeros(features[0].shape[1]))
         scale = np.sqrt(sum(part * x.var(0, dtype=np.float64) for part, x in zip(share, features, strict=True)))
         scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 0)
         mean, scale = mean.astype(np.float32), scale.astype(np.float32)

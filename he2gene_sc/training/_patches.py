@@ -117,7 +117,7 @@ class BatchLoader:
         world: int = 1,
     ):
         self.data, self.rows, self.batch_size, self.seed = data, rows, batch_size, seed
-        self.neighbours, self.present = neighbours, present
+        self.neighbours, self.present = data.neighbours if neighbours else None, present
         self.rank, self.world = rank, world
         self.epoch = self.position = 0
 
@@ -152,7 +152,7 @@ class BatchLoader:
         """Order of the spots, and symmetry of each and (from the second column) of its neighbours."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.rows)
-        k = self.data.neighbours.shape[1] if self.neighbours else 0
+        k = 0 if self.neighbours is None else self.neighbours.shape[1]
         return order, rng.integers(len(SYMMETRIES), size=(len(self.data), 1 + k), dtype=np.int8)
 
     def _batch(self, order: np.ndarray, turns: np.ndarray, position: int) -> dict[str, torch.Tensor]:
@@ -163,8 +163,8 @@ class BatchLoader:
             "targets": torch.from_numpy(np.asarray(data.targets[rows], np.float32)),
             "codes": torch.from_numpy(data.codes[rows].astype(np.int64)),
         }
-        if self.neighbours:
-            table = data.neighbours[rows]
+        if self.neighbours is not None:
+            table = self.neighbours[rows]
             there = (table >= 0) & (True if self.present is None else self.present[table])
             owner, column = np.nonzero(there)
             found = table[owner, column]
@@ -177,10 +177,10 @@ class BatchLoader:
 
     def _cut(self, rows: np.ndarray, turns: np.ndarray) -> torch.Tensor:
         out = np.empty((len(rows), *self.data.patches.shape[1:]), np.uint8)
-        for place, row, turn in zip(out, rows, turns, strict=True):
+        for i, (row, turn) in enumerate(zip(rows, turns, strict=True)):
             quarter, mirrored = SYMMETRIES[turn]
             patch = np.rot90(self.data.patches[row], quarter, axes=(1, 2))
-            place[:] = patch[:, :, ::-1] if mirrored else patch
+            out[i] = patch[:, :, ::-1] if mirrored else patch
         return torch.from_numpy(out)
 
 

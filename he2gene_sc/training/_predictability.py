@@ -54,7 +54,7 @@ def bounds(pcc: np.ndarray, min_groups: int = MIN_GROUPS) -> tuple[np.ndarray, n
     return mean, np.clip(mean - half, -1, 1), np.clip(mean + half, -1, 1)
 
 
-def by_patient(pcc: np.ndarray, patients: Sequence[str]) -> np.ndarray:
+def by_patient(pcc: np.ndarray, patients: Sequence[str] | Sequence[int]) -> np.ndarray:
     """Average the sections of each patient: ``(sections, g)`` to ``(patients, g)``; NaN where none measured the gene."""
     names = np.asarray(patients)
     parts = [pcc[names == name] for name in dict.fromkeys(patients)]

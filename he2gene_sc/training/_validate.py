@@ -96,7 +96,7 @@ class Panel:
 
     def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean of something of each gene, ``(..., genes)``, over the target and the variable genes that were measured."""
-        known, n = ~np.isnan(self.measured).any(0), len(self.target)
+        known, n = ~np.any(np.isnan(self.measured), axis=0), len(self.target)
         return values[..., :n][..., known[:n]].mean(-1), values[..., n:][..., known[n:]].mean(-1)
 
 
@@ -119,7 +119,9 @@ def panels(
     The variance is averaged over the sections: pooled, it would pick the genes in which patients differ, whose
     pattern on the tissue may be flat. Only genes that every section measured are taken.
     """
-    mean = variance = spots = 0.0
+    mean: np.ndarray | float = 0.0
+    variance: np.ndarray | float = 0.0
+    spots = 0
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
     everywhere = np.all([section.measured for section, _ in used], axis=0)
     for section, chosen in used:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from ..models._embedding import ALONE
 from ..models._model import ENCODER
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
 from ._closed_form import temperature
+
+if TYPE_CHECKING:
+    from ._module import TrainingModule
 
 _BATCH = 64
 #: A class is never called less likely than that, as a logarithm.
@@ -33,7 +37,7 @@ def n_features(encoder: nn.Module, spec: EncoderSpec) -> int:
     return found.shape[1]
 
 
-def name_tensors(module: nn.Module) -> dict[str, np.ndarray]:
+def name_tensors(module: TrainingModule) -> dict[str, np.ndarray]:
     """Name the weights as a model folder does."""
 
     def array(value: torch.Tensor) -> np.ndarray:
@@ -52,7 +56,7 @@ def name_tensors(module: nn.Module) -> dict[str, np.ndarray]:
 
 
 def predict_rows(
-    module: nn.Module, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
+    module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict spots from the training window with the network that inference uses."""
     network = _network(module, spec, tensors)
@@ -68,7 +72,7 @@ def predict_rows(
 
 
 def calibrate(
-    module: nn.Module, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
+    module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
 ) -> float | None:
     """Divide the annotation head by the temperature that makes the labels of some spots most likely.
 
@@ -106,13 +110,15 @@ def calibrate(
     return found
 
 
-def _network(module: nn.Module, spec: EncoderSpec, tensors: dict[str, np.ndarray]) -> Network:
+def _network(module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray]) -> Network:
     heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
     extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), spec, fusion="mean")
     return Network(extractor, heads, ALONE).to(module.device)
 
 
-def _views(network: Network, module: nn.Module, rows: np.ndarray, tta: bool) -> Iterator[tuple[slice, torch.Tensor]]:
+def _views(
+    network: Network, module: TrainingModule, rows: np.ndarray, tta: bool
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Features ``(b, r, f)`` of spots through the training window, batch by batch."""
     for start in range(0, len(rows), _BATCH):
         part = slice(start, start + _BATCH)
