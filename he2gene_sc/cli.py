@@ -191,16 +191,19 @@ def benchmark(
 
     if data not in ("her2st", "hbcis"):
         raise ValueError(f"--data is {data!r}, valid: ['her2st', 'hbcis']")
-    if data == "hbcis" and root is None:
+    if data == "her2st":
+        source = _benchmark.her2st(section)
+    elif root is None:
         raise ValueError("--data hbcis needs --root, the folder that Mendeley Data 29ntw7sh4r was unpacked to")
-    source = _benchmark.her2st(section) if data == "her2st" else _benchmark.hbcis(root, section)
+    else:
+        source = _benchmark.hbcis(root, section)
     several = len(set(source.patients.values())) > 1
     units = folds or (["section", "patient"] if several else ["section"])
     settings = {} if options is None else read_toml(options)
     if unread := sorted(settings.keys() - set(model)):
         raise ValueError(f"--options has tables {unread} that are none of --model {model}")
     for preset, given in settings.items():
-        where = f"{options.name}: [{preset}]"
+        where = f"{'' if options is None else options.name}: [{preset}]"
         if not isinstance(given, dict):
             raise ValueError(f"{where} is {given!r}; a table is needed")
         check_options({**given, "preset": preset}, where)
@@ -254,7 +257,7 @@ def evaluate(
         genes=named or None,
         prediction_key=prediction_key,
         measured=measured,
-        measured_scale=measured_scale,
+        measured_scale=measured_scale,  # type: ignore[arg-type]  # evaluate checks it
         annotation_key=annotation_key,
         sample_key=sample_key,
         section_key=section_key,

@@ -14,6 +14,7 @@ from .._keys import Keys
 from ._canvas import GREYS, NO_TISSUE, UNKNOWN, axes_for, canvas, draw, finish, on_glass
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
@@ -131,14 +132,14 @@ def _labels(values: pd.Series, glass: np.ndarray) -> pd.Categorical:
     return pd.Categorical(texts, categories=[*sorted(found - set(GREYS)), *(name for name in GREYS if name in found)])
 
 
-def _has_labels(table, column: str) -> bool:
+def _has_labels(table: AnnData, column: str) -> bool:
     if column not in table.obs or table.obs[column].isna().all():
         return False
     values = table.obs[column]
     return isinstance(values.dtype, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(values)
 
 
-def _colours(table, keys: Keys, columns: dict[str, pd.Series]) -> dict[str, str]:
+def _colours(table: AnnData, keys: Keys, columns: dict[str, pd.Series]) -> dict[str, str]:
     """Colour of every class: the model's, and further ones for labels that it does not know."""
     known = dict(zip(table.obs[keys.annotation].cat.categories, table.uns.get(keys.colors, ()), strict=False))
     labels = sorted({str(v) for values in columns.values() for v in values.dropna().unique()} - set(known))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .._core import validate
-from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of_model
+from .._intervals import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
 from .._keys import MADE, Keys
 from .._predicted import record_of, symbols_of
 from .._tables import Scale, get_table
@@ -93,19 +93,20 @@ def calibration(
     from ..tl._judged import proba_of, read
 
     check_by(by)
-    coverages = _checked(coverages)
+    levels = _checked(coverages)
     table = get_table(data, table_key, key_added=key_added)
     keys, record = Keys(key_added), record_of(table, key_added)
     if layer is None or (layer == key_added and layer not in table.layers):
-        layer = record["layer"]
+        layer = str(record["layer"])
     adapted = adaptation_of(table, record, layer)
     gene_symbols = symbols_of(table, record, gene_symbols)
+    bounds: list[OfModel] | list[OfAdapted]
     if adapted is None:
         # Of a table of all genes it is the measured one beside it that has the column.
         own = None if MADE in table.uns and gene_symbols not in table.var else gene_symbols
-        bounds = [of_model(table, record, model, c, by, own, keys) for c in coverages]
+        bounds = [of_model(table, record, model, c, by, own, keys) for c in levels]
     else:
-        bounds = [of_adapted(adapted, c, table.n_vars) for c in coverages]
+        bounds = [of_adapted(adapted, c, table.n_vars) for c in levels]
     judged = read(
         data,
         table,
@@ -127,14 +128,14 @@ def calibration(
     predicted, truth = judged.predicted[at], judged.measured[at]
     rows, columns = judged.rows[spots], judged.columns[genes]
     covered = np.stack([_covered(found.ends(predicted, columns, rows), truth) for found in bounds])
-    _draw_coverage(axes[0], coverages, covered)
+    _draw_coverage(axes[0], levels, covered)
     if annotation_key is not None:
         proba, codes, _ = proba_of(judged, annotation_key, table, keys)
         _draw_reliability(axes[1], proba.to_numpy(float)[spots], codes[spots])
     return finish(axes, save)
 
 
-def _checked(coverages: object) -> np.ndarray:
+def _checked(coverages: Any) -> np.ndarray:
     try:
         coverages = list(coverages)
     except TypeError:

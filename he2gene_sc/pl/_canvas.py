@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def canvas(
         raise ValueError(f"`shapes_key` is ambiguous, candidates: {regions}")
     shapes_key = shapes_key or regions[0]
 
-    def recorded(name: str):
+    def recorded(name: str) -> Any:
         return record[name][shapes_key] if isinstance(record[name], dict) else record[name]
 
     (slide,) = resolve(
@@ -83,7 +83,7 @@ def canvas(
 
 
 def draw(
-    where: Canvas, table: AnnData, color: str | None, ax: Axes, *, title: str, image: bool, size: float, **kwargs
+    where: Canvas, table: AnnData, color: str | None, ax: Axes, *, title: str, image: bool, size: float, **kwargs: Any
 ) -> None:
     """Draw one column of a table on the spots over the tissue, by spatialdata-plot.
 
@@ -175,7 +175,7 @@ def add_colorbar(ax: Axes, norm: Normalize, cmap: str, label: str) -> None:
 
 
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Keep spatialdata-plot's log lines about a temporary object out of the notebook."""
     loggers = [logging.getLogger(name) for name in ("spatialdata", "spatialdata_plot", "spatialdata_plot._logging")]
     before = [logger.level for logger in loggers]
@@ -217,5 +217,5 @@ def axes_for(n: int, ax: Axes | Sequence[Axes] | None, ncols: int, panel: float 
 def finish(axes: list[Axes], save: str | Path | None) -> Axes | list[Axes]:
     """Save the figure if asked, and return one axes or the list of them."""
     if save is not None:
-        axes[0].figure.savefig(Path(save).expanduser(), dpi=150, bbox_inches="tight")
+        axes[0].figure.canvas.figure.savefig(Path(save).expanduser(), dpi=150, bbox_inches="tight")
     return axes[0] if len(axes) == 1 else axes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -95,7 +95,7 @@ def predictability(
             rank, table["pcc_low"], table["pcc_high"], color="#dfe6ee", lw=0, label=f"95 % interval over {_unit(rule)}"
         )
     if "pcc_new_patient" in table and table["pcc_new_patient"].notna().any():
-        faint = {"s": 2, "alpha": 0.2} if len(table) > _MANY else {"s": 8, "alpha": 0.7}
+        faint: dict[str, Any] = {"s": 2, "alpha": 0.2} if len(table) > _MANY else {"s": 8, "alpha": 0.7}
         ax.scatter(rank, table["pcc_new_patient"], lw=0, color=_NEW_PATIENT, zorder=2, rasterized=True, **faint)
         ax.plot(*_running(table["pcc_new_patient"]), color=_NEW_PATIENT, label=_new_patients(rule), zorder=4)
     for reliable, name in ((False, "not reliable"), (True, "reliable")):
@@ -112,12 +112,13 @@ def predictability(
     ax.set_ylabel("held-out Pearson correlation")
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     _label(ax, table, chosen)
-    return finish([ax], save)
+    finish([ax], save)
+    return ax
 
 
-def _chosen(table: pd.DataFrame, genes: str | Sequence[str] | int) -> list[str]:
+def _chosen(table: pd.DataFrame, genes: Any) -> list[str]:
     """Genes to label, best first."""
-    is_number = isinstance(genes, int | np.integer) and not isinstance(genes, bool)
+    is_number = validate.is_whole(genes)
     if (is_number and genes < 0) or not (is_number or np.iterable(genes)):
         raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of them from 0, are needed")
     if is_number:

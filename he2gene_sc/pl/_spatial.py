@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -234,7 +234,7 @@ def _measured(
     return _as_log(values, table.var_names.get_indexer(genes))
 
 
-def _as_log(values, columns: np.ndarray) -> tuple[np.ndarray, bool]:
+def _as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
     """Chosen columns; raw counts brought to the unit of the prediction by the depth of the whole spot.
 
     Returns

@@ -140,10 +140,10 @@ def adapt(
         raise ValueError(f"`layer`: layer {layer!r} holds {infinite} infinite value(s); finite ones are needed")
     _refuse_predictions(table, measured, counts, layer)
     columns = columns_of(table, predicted, layer, genes)
-    inside = np.isfinite(predicted[:, columns]).all(1)
+    inside = np.all(np.isfinite(predicted[:, columns]), axis=1)
     truth = measured_of(table, measured, counts, measured_scale, columns, layer)
     truth[~inside] = np.nan
-    spots = np.isfinite(truth).any(1)
+    spots = np.any(np.isfinite(truth), axis=1)
     _refuse_twice(table, layer, spots)
     sections = sections_of(table, section_key)
     rows = rows_of(truth, sections, inside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def columns_of(table: AnnData, predicted: np.ndarray, layer: str, genes: Sequence[str] | None) -> np.ndarray:
     """Positions of the genes to adapt."""
-    known = np.isfinite(predicted).any(0)
+    known = np.any(np.isfinite(predicted), axis=0)
     if genes is None:
         if not known.any():
             raise ValueError(f"`layer` {layer!r} predicts no gene of the table")
@@ -60,7 +60,8 @@ def measured_of(
     if is_layer and counts is not None:
         raise ValueError(f"`counts` is {counts!r}, but `measured` {measured!r} is a layer already: give one of them")
     mask = np.ones(table.n_obs, bool) if is_layer else _mask(table, measured)
-    source, parameter = (measured, "measured") if is_layer else (counts, "counts")
+    source = measured if isinstance(measured, str) and is_layer else counts
+    parameter = "measured" if is_layer else "counts"
     values = values_of(table, source, parameter)
     partly = 0
     if not hasattr(values, "toarray") or np.isnan(values.data).any():
@@ -97,7 +98,7 @@ def measured_of(
     return truth
 
 
-def _mask(table: AnnData, measured: str | np.ndarray | pd.Series) -> np.ndarray:
+def _mask(table: AnnData, measured: Any) -> np.ndarray:
     """Boolean mask of the measured spots, checked."""
     found = measured
     if isinstance(measured, str):
@@ -133,7 +134,7 @@ def _mask(table: AnnData, measured: str | np.ndarray | pd.Series) -> np.ndarray:
     return mask
 
 
-def _booleans(found: object) -> np.ndarray | str:
+def _booleans(found: Any) -> np.ndarray | str:
     """Read True and False from an array, list or column, whatever they are kept as; else say what is wrong with them."""
     if isinstance(found, pd.Series | pd.Index | pd.api.extensions.ExtensionArray):
         values = np.asarray(found.astype(object))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -201,7 +201,13 @@ def biomarkers(
     model = check_model(chosen, formula, term, lfc)
     known_depth = depth_of(spots, depth) if chosen.name == "means" else None
     options = {"covariates": covariates, "level": level, "trend": bool(trend), "robust": bool(robust), **model}
-    run = {"chosen": chosen, "groups": groups, "reference": reference, "min_mean": min_mean, "options": options}
+    run: dict[str, Any] = {
+        "chosen": chosen,
+        "groups": groups,
+        "reference": reference,
+        "min_mean": min_mean,
+        "options": options,
+    }
     if cross_fit:
         halves = _halves(spots, measured, measured_scale)
         deep = chosen.name == "means"

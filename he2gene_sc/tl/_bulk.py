@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -197,7 +197,7 @@ def _rows(
     """Variables of a formula, a row a sample in the group, then in the reference: means of numbers, labels as they are."""
     words = set(re.findall(r"\w+", formula or "")) - {"group"}
     known = [key for key in pool.tables[0].obs if key in words and all(key in table.obs for table in pool.tables)]
-    rows = {"group": np.repeat([0.5, -0.5], len(samples))}
+    rows: dict[str, Any] = {"group": np.repeat([0.5, -0.5], len(samples))}
     masks = [side & (pool.samples == sample) for side in sides for sample in samples]
     for key in dict.fromkeys([*covariates, *known]):
         values = pool.obs(key, "covariates")

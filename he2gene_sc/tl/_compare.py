@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,7 @@ def compare(
     groups: Sequence[str] | None,
     reference: str,
     min_mean: float,
-    options: dict[str, object],
+    options: Mapping[str, Any],
     measured: Pool | None = None,
     depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -63,7 +63,7 @@ def compare(
     tests, differences, faults = [], [], []
     for group in _groups(cells, groups, reference, chosen):
         contrast = Contrast.of(spots, cells, spots.genes, group, reference, **options)
-        if of_measured is not None:
+        if measured is not None and of_measured is not None:
             contrast = replace(
                 contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, **options)
             )
@@ -163,7 +163,7 @@ def _counted(sums: CountSums) -> np.ndarray:
     return (sums.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
 
 
-def named_groups(groups: object, reference: object, min_mean: object) -> tuple[list[str] | None, str]:
+def named_groups(groups: Any, reference: object, min_mean: object) -> tuple[list[str] | None, str]:
     """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too.
 
     Raises
@@ -171,7 +171,7 @@ def named_groups(groups: object, reference: object, min_mean: object) -> tuple[l
     ValueError
         If ``min_mean`` is not a number, or a name is missing.
     """
-    if isinstance(min_mean, bool) or not isinstance(min_mean, Real) or np.isnan(min_mean):
+    if isinstance(min_mean, bool) or not isinstance(min_mean, Real) or np.isnan(float(min_mean)):
         raise ValueError(f"`min_mean` is {min_mean!r}; a number is needed, in the unit of the layer")
     several = isinstance(groups, Iterable) and not isinstance(groups, str)
     named = None if groups is None else [asked_name(group, "groups") for group in (groups if several else [groups])]
@@ -218,7 +218,7 @@ def check_model(chosen: Method, formula: object, term: object, lfc: object) -> d
     ValueError
         If one is not what it should be, or the method does not take it.
     """
-    if isinstance(lfc, bool) or not isinstance(lfc, Real) or not 0 <= lfc < np.inf:
+    if isinstance(lfc, bool) or not isinstance(lfc, Real) or not 0 <= float(lfc) < np.inf:
         raise ValueError(f"`lfc` is {lfc!r}; a number from 0 is needed, log2 of the smallest ratio of interest")
     for name, value in (("formula", formula), ("term", term)):
         if value is not None and (not isinstance(value, str) or not value.strip()):

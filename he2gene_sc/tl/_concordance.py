@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -100,7 +100,12 @@ def concordance(
     tables, several = tables_of(data, layer, table_key)
     for table in tables:
         check_free(table, "concordance", key_added)
-    options = {"layer": layer, "layer_scale": layer_scale, "sample_key": sample_key, "section_key": section_key}
+    options: dict[str, Any] = {
+        "layer": layer,
+        "layer_scale": layer_scale,
+        "sample_key": sample_key,
+        "section_key": section_key,
+    }
     spots = pool(tables, groupby, **options)
     known, seen = measured_part(spots, measured, measured_scale)
     if not seen.any():
@@ -108,7 +113,7 @@ def concordance(
     spots = spots.take(seen)
     chosen = method_for(method, spots, ())
     depth = depth_of(spots, "auto") if chosen.name == "means" else None
-    run = {"groups": groups, "reference": reference, "options": {}, "depth": depth}
+    run: dict[str, Any] = {"groups": groups, "reference": reference, "options": {}, "depth": depth}
     # Counts are summed; what was predicted has none.
     found, _ = compare(known, min_mean=min_mean, chosen=method_for(method, known, ()), **run)
     with warnings.catch_warnings():

@@ -51,19 +51,20 @@ class Cells:
         labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
         shape = (len(samples), len(labels))
         code = sample * shape[1] + label
-        asked = {"sums": np.asarray} | ({"squares": _square} if squares else {})
-        asked |= {"detected": _seen} if detected else {}
+        asked: dict[str, Callable[[Any], Any]] = {"sums": np.asarray}
+        asked |= ({"squares": _square} if squares else {}) | ({"detected": _seen} if detected else {})
         sums = pool.sums(code, shape[0] * shape[1], *asked.values())
         counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
-        more = {
-            "raw": CountCells.of(pool, code, shape) if raw else None,
-            "depth": None if depth is None else DepthCells.of(pool, depth, code, shape),
-        }
         return cls(
-            samples, labels, counts, **more, **dict(zip(asked, sums.reshape(len(asked), *shape, -1), strict=True))
+            samples,
+            labels,
+            counts,
+            raw=CountCells.of(pool, code, shape) if raw else None,
+            depth=None if depth is None else DepthCells.of(pool, depth, code, shape),
+            **dict(zip(asked, sums.reshape(len(asked), *shape, -1), strict=True)),
         )
 
-    def side(self, labels: Sequence[str], what: str = "sums") -> tuple[np.ndarray, np.ndarray]:
+    def side(self, labels: Sequence[str] | np.ndarray, what: str = "sums") -> tuple[np.ndarray, np.ndarray]:
         """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
         chosen = np.isin(self.labels, list(labels))
         return getattr(self, what)[:, chosen].sum(1), self.counts[:, chosen].sum(1)
@@ -124,7 +125,7 @@ class Contrast:
             about = (squares - np.square(sums) / np.maximum(counts, 1)[..., None]).sum((0, 1))
             more["spot_variance"] = about / max(counts.sum() - (counts > 0).sum(), 1)
         masks = [np.isin(cells.labels, side) for side in ([group], others)]
-        paired = enough.all(axis=0)
+        paired = np.all(enough, axis=0)
         if cells.raw is not None:
             more["raw"] = cells.raw.pairs(masks, counts, paired)
         if cells.depth is not None:
@@ -135,7 +136,7 @@ class Contrast:
     @property
     def paired(self) -> np.ndarray:
         """Samples that have both, ``(samples,)`` bool."""
-        return (self.counts >= MIN_SPOTS).all(axis=0)
+        return np.all(self.counts >= MIN_SPOTS, axis=0)
 
     @property
     def differences(self) -> np.ndarray:
@@ -200,7 +201,7 @@ class Method:
     """
 
     name: str
-    run: Callable[[Contrast], SampleTest]
+    run: Callable[[Contrast], SampleTest | Outcome]
     label: str
     samples: int
     uses: Callable[[Contrast], np.ndarray]
@@ -221,15 +222,16 @@ class Outcome:
 
 def run(method: Method, contrast: Contrast) -> Outcome:
     """Run a method."""
-    if method.scale == "counts":
-        return method.run(contrast)
-    test = method.run(contrast)
-    return Outcome(test, contrast.differences, contrast.fold_changes(test.effect))
+    found = method.run(contrast)
+    if isinstance(found, Outcome):
+        return found
+    return Outcome(found, contrast.differences, contrast.fold_changes(found.effect))
 
 
 def _pseudobulk(contrast: Contrast) -> Outcome:
     from ..stats import count_differences, paired_moderated_t
 
+    assert contrast.raw is not None
     found = count_differences(contrast.raw)
     known = np.isfinite(found.variances)
     weights = np.where(known, 1 / np.where(known, found.variances, 1), 0)
@@ -252,6 +254,7 @@ def _deseq2(contrast: Contrast) -> Outcome:
     from ..stats import count_differences
     from ._deseq import deseq2
 
+    assert contrast.raw is not None
     test = deseq2(contrast.raw, level=contrast.level, lfc=contrast.lfc)
     return Outcome(test, count_differences(contrast.raw).differences, test.effect / np.log(2))
 
@@ -259,6 +262,7 @@ def _deseq2(contrast: Contrast) -> Outcome:
 def _means(contrast: Contrast) -> SampleTest:
     from ..stats import paired_moderated_t, variance_components
 
+    assert contrast.spot_variance is not None
     # A gene of one value everywhere has no variance to go with.
     least = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
     within = np.maximum(contrast.spot_variance, least)
@@ -297,6 +301,7 @@ def _ppi(contrast: Contrast) -> SampleTest:
     from ..stats import prediction_powered_mean
 
     known = contrast.measured
+    assert known is not None
     both = known.samples[known.paired]
     at = pd.Index(contrast.samples[contrast.paired])
     both = both[np.isin(both, at)]
@@ -343,11 +348,11 @@ def _with_both(contrast: Contrast) -> np.ndarray:
 
 
 def _with_either(contrast: Contrast) -> np.ndarray:
-    return (contrast.counts >= MIN_SPOTS).any(axis=0)
+    return np.any(contrast.counts >= MIN_SPOTS, axis=0)
 
 
 def _all(contrast: Contrast) -> np.ndarray:
-    return (contrast.counts > 0).any(axis=0)
+    return np.any(contrast.counts > 0, axis=0)
 
 
 METHODS = {

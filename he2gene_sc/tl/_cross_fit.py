@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from .._tables import Scale
 from ._pooled import Pool
 
 #: Genes of highest mean that the classifier reads, and the components it makes of them.
 _GENES, _COMPONENTS = 1000, 30
 
 
-def cross_fitted_labels(pool: Pool, features: pd.Index, measured: str | None, scale: Scale) -> np.ndarray:
+def cross_fitted_labels(
+    pool: Pool, features: pd.Index, measured: str | None, scale: Literal["counts", "log"]
+) -> np.ndarray:
     """Label every spot by a classifier of measured expression that was fitted to the other samples' spots and labels.
 
     Multinomial logistic regression on principal components of measured expression, centred within the section. Held out
@@ -61,7 +63,7 @@ def cross_fitted_labels(pool: Pool, features: pd.Index, measured: str | None, sc
     return labels
 
 
-def _classifier(values: np.ndarray, labels: np.ndarray):
+def _classifier(values: np.ndarray, labels: np.ndarray) -> Any:
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 #: Principal components, and neighbours in them (scanpy's default), that clusters are made from.
 N_PCS = 20
@@ -58,12 +62,12 @@ def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str
         return [_leiden(table, n_clusters, seed) for seed in seeds]
 
 
-def _leiden(table, n_clusters: int, seed: int) -> np.ndarray:
+def _leiden(table: AnnData, n_clusters: int, seed: int) -> np.ndarray:
     """Bisect the resolution, on a logarithmic scale."""
     import scanpy as sc
 
     low, high = np.log(_RESOLUTIONS)
-    best = None
+    tried: list[np.ndarray] = []
     for _ in range(_STEPS):
         middle = (low + high) / 2
         sc.tl.leiden(
@@ -75,14 +79,12 @@ def _leiden(table, n_clusters: int, seed: int) -> np.ndarray:
             directed=False,
             key_added="cluster",
         )
-        labels = table.obs["cluster"].cat.codes.to_numpy(np.int64)
-        n = labels.max() + 1
-        if best is None or abs(n - n_clusters) < abs(best.max() + 1 - n_clusters):
-            best = labels
+        tried.append(table.obs["cluster"].cat.codes.to_numpy(np.int64))
+        n = tried[-1].max() + 1
         if n == n_clusters:
             break
         low, high = (middle, high) if n < n_clusters else (low, middle)
-    return best
+    return min(tried, key=lambda labels: abs(labels.max() + 1 - n_clusters))
 
 
 def medoid(labelings: list[np.ndarray]) -> int:

@@ -82,7 +82,7 @@ def check_not_twice(where: pd.DataFrame, xy: np.ndarray, values: np.ndarray, sam
         If two samples hold the same spots with the same values.
     """
     seen: dict[bytes, str] = {}
-    total = np.nansum(values, axis=1, dtype=np.float64)
+    total = np.asarray(np.nansum(values, axis=1, dtype=np.float64))
     for (sample, _), rows in where.groupby(["sample", "section"], sort=False).indices.items():
         content = np.column_stack([xy[rows], total[rows]])
         key = content[np.lexsort(content.T)].tobytes()
@@ -115,7 +115,7 @@ def domains(table: AnnData, domain_key: str, where: pd.DataFrame) -> tuple[np.nd
         small = np.flatnonzero((size > 0) & (size < MIN_SPOTS))
         few += [f"{names[code]!r} ({size[code]} in {section})" for code in small]
         codes[rows[np.isin(codes[rows], small)]] = -1
-        enough |= np.count_nonzero(size >= MIN_SPOTS) > 1
+        enough |= bool(np.count_nonzero(size >= MIN_SPOTS) > 1)
     if not enough:
         raise ValueError(
             f"`domain_key` {domain_key!r}: no section has two domains of at least {MIN_SPOTS} spots; found "
@@ -198,20 +198,22 @@ def genes(
                     stacklevel=3,
                 )
     known = np.ones(len(names), bool)
-    for values in (predicted, measured_values):
-        if values is not None:
-            finite = np.isfinite(values)
-            # A gene that some sections lack would cost their spots; spots that lack every gene are outside the image.
-            known &= finite.any(axis=0) if given is not None else finite[finite.any(axis=1)].all(axis=0) & finite.any()
+    there = [values for values in (predicted, measured_values) if values is not None]
+    for values in there:
+        finite = np.isfinite(values)
+        # A gene that some sections lack would cost their spots; spots that lack every gene are outside the image.
+        known &= finite.any(axis=0) if given is not None else finite[finite.any(axis=1)].all(axis=0) & finite.any()
     if given is not None and not known.all():
-        raise ValueError(f"`genes`: {[names[i] for i in np.flatnonzero(~known)][:5]} are NaN at every spot")
+        lost = [name for name, is_known in zip(names, known, strict=True) if not is_known]
+        raise ValueError(f"`genes`: {lost[:5]} are NaN at every spot")
     if given is None and reliable not in table.var and known.sum() > N_VARIABLE:
-        spread = np.nanvar(predicted if measured_values is None else measured_values, axis=0)
+        spread = np.nanvar(there[-1], axis=0)
         known[np.argsort(-np.where(known, spread, -1), kind="stable")[N_VARIABLE:]] = False
     if known.sum() < 2:
         raise ValueError(f"`genes`: {int(known.sum())} genes have values; at least 2 are needed")
     chosen = [name for name, is_known in zip(names, known, strict=True) if is_known]
-    return chosen, *(None if v is None else v[:, known] for v in (predicted, measured_values))
+    predicted, measured_values = (None if v is None else v[:, known] for v in (predicted, measured_values))
+    return chosen, predicted, measured_values
 
 
 def _symbols(table: AnnData, layer: str | None) -> str | None:

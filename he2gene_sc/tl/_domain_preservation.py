@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -163,9 +163,11 @@ def domain_preservation(
     )
     _check_varies(where, {"layer": predicted, "measured": counted})
     xy = spots_of(table)
-    inputs.check_not_twice(where, xy, predicted if counted is None else counted, sample_key)
-    spaces = {"predicted": predicted, "measured": counted, "mean colour": inputs.mean_colour(sdata, table, layer)}
-    spaces = {name: values for name, values in spaces.items() if values is not None}
+    compared = predicted if counted is None else counted
+    assert compared is not None
+    inputs.check_not_twice(where, xy, compared, sample_key)
+    given = {"predicted": predicted, "measured": counted, "mean colour": inputs.mean_colour(sdata, table, layer)}
+    spaces = {name: values for name, values in given.items() if values is not None}
     annotation = table.obs.get(Keys(layer or "he2gene").annotation)
 
     seeds = list(range(seed, seed + n_seeds))
@@ -225,7 +227,7 @@ def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -
                 )
 
 
-def _check(n_domains, n_seeds, n_perms, clustering, key_added) -> None:
+def _check(n_domains: Any, n_seeds: int, n_perms: int, clustering: str, key_added: str) -> None:
     check_key(key_added, "key_added")
     if n_domains != "match" and not (validate.is_whole(n_domains) and n_domains >= 2):
         raise ValueError(f"`n_domains` is {n_domains!r}; 'match' or a whole number from 2 is needed")
@@ -236,7 +238,19 @@ def _check(n_domains, n_seeds, n_perms, clustering, key_added) -> None:
         raise ValueError(f"`clustering` is {clustering!r}, valid: {list(CLUSTERINGS)}")
 
 
-def _score_section(xy, codes, members, spaces, annotation, n_domains, seeds, n_perms, clustering, *, section):
+def _score_section(
+    xy: np.ndarray,
+    codes: np.ndarray,
+    members: np.ndarray,
+    spaces: Mapping[str, np.ndarray],
+    annotation: pd.Series | None,
+    n_domains: int | Literal["match"],
+    seeds: list[int],
+    n_perms: int,
+    clustering: str,
+    *,
+    section: str,
+) -> tuple[list[dict[str, Any]], np.ndarray, dict[str, np.ndarray]] | None:
     """Lines of the table, the spots that were clustered, and the clusters that are kept of them."""
     from ..stats import admissible_shifts
 
@@ -269,9 +283,9 @@ def _score_section(xy, codes, members, spaces, annotation, n_domains, seeds, n_p
         if name in spaces:
             features = embed(spaces[name][spots])
             kinds.append(Labels(name, cluster(features, n, seeds, clustering), features))
-    for name, features in (("mean colour", spaces.get("mean colour")), ("coordinates", xy)):
-        if features is not None and np.isfinite(features[spots]).all():
-            kinds.append(Labels(name, cluster(_standardised(features[spots]), n, seeds, clustering)))
+    for name, values in (("mean colour", spaces.get("mean colour")), ("coordinates", xy)):
+        if values is not None and np.isfinite(values[spots]).all():
+            kinds.append(Labels(name, cluster(_standardised(values[spots]), n, seeds, clustering)))
     noise = [np.random.default_rng(s).standard_normal((len(spots), 20)) for s in seeds]
     kinds.append(
         Labels("random features", [cluster(x, n, [s], clustering)[0] for x, s in zip(noise, seeds, strict=True)])
@@ -312,7 +326,9 @@ def _named(codes: np.ndarray, clusters: np.ndarray, names: list[str]) -> np.ndar
     return np.array(called, object)[clusters]
 
 
-def _columns(table, domain_key, found, names) -> tuple[dict, dict]:
+def _columns(
+    table: AnnData, domain_key: str, found: Mapping[str, pd.Series], names: list[str]
+) -> tuple[dict[str, pd.Categorical], dict[str, np.ndarray]]:
     """Categorical columns in the order of the domains, and their colours."""
     column = table.obs[domain_key]
     known = table.uns.get(f"{domain_key}_colors")

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from ..stats import (
     shift_test,
     silhouette,
 )
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 #: Permutations of squidpy's neighbourhood enrichment, its default.
 _ENRICHMENT_PERMS = 1000
@@ -84,11 +87,20 @@ def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
         yield from _coherence(xy, Labels(kind.name, kept, trained_on_labels=kind.trained_on_labels))
     named = {kind.name: kind for kind in kinds}
     if "predicted" in named and "measured" in named:
-        pairs = [[codes_of(labels[labelled]) for labels in named[name].labelings] for name in ("measured", "predicted")]
-        yield from _compare(named["predicted"], "measured", *pairs, section.shifts, enrichment)
+        measured, predicted = (
+            [codes_of(labels[labelled]) for labels in named[name].labelings] for name in ("measured", "predicted")
+        )
+        yield from _compare(named["predicted"], "measured", measured, predicted, section.shifts, enrichment)
 
 
-def _compare(kind, against, domains, clusterings, shifts, enrichment) -> Iterator[dict[str, Any]]:
+def _compare(
+    kind: Labels,
+    against: str,
+    domains: list[np.ndarray],
+    clusterings: list[np.ndarray],
+    shifts: np.ndarray,
+    enrichment: Enrichment,
+) -> Iterator[dict[str, Any]]:
     """Agreement of pairs of labels, seed by seed, and the test of the adjusted Rand index."""
     values = [agreement(a, b) for a, b in zip(domains, clusterings, strict=True)]
     test = shift_test(domains, clusterings, shifts)
@@ -175,7 +187,7 @@ class Enrichment:
         return self._known[key]
 
 
-def _spatial_table(xy: np.ndarray, values: np.ndarray):
+def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
     """Table with squidpy's graph of neighbours within 1.5 pitches."""
     import squidpy as sq
     from anndata import AnnData

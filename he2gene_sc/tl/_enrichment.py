@@ -99,7 +99,7 @@ def enrichment(
     targets = [] if is_frame else tables_with(data, "biomarkers", key, table_key)
     for table in targets:
         check_free(table, "enrichment", key_added)
-    frame = data if is_frame else get_biomarkers(data, key=key, table_key=table_key)
+    frame: Any = data if is_frame else get_biomarkers(data, key=key, table_key=table_key)
     missing = [name for name in ("group", "names", statistic) if name not in frame]
     if missing:
         raise ValueError(
@@ -110,10 +110,10 @@ def enrichment(
         if unknown := sorted(set(wanted) - set(frame["group"])):
             raise ValueError(f"`group` {unknown} was not tested, valid: {frame['group'].unique().tolist()}")
         frame = frame[frame["group"].isin(wanted)]
-    net = _net(net, decoupler)
+    sets = _net(net, decoupler)
     results = pd.concat(
         [
-            _scores(part, name, net, statistic, getattr(decoupler.mt, method), tmin, kwargs)
+            _scores(part, name, sets, statistic, getattr(decoupler.mt, method), tmin, kwargs)
             for name, part in frame.groupby("group", sort=False)
         ],
         ignore_index=True,
@@ -133,13 +133,13 @@ def enrichment(
         "statistic": statistic,
         "method": method,
         "tmin": tmin,
-        "n_sets": int(net["source"].nunique()),
+        "n_sets": int(sets["source"].nunique()),
     }
     write_to_all(targets, "enrichment", key_added, params=params, facts={"results": results})
     return results.copy() if several else None
 
 
-def _decoupler():
+def _decoupler() -> Any:
     try:
         import decoupler
     except ImportError as error:
@@ -147,11 +147,11 @@ def _decoupler():
     return decoupler
 
 
-def _methods(decoupler) -> list[str]:
+def _methods(decoupler: Any) -> list[str]:
     return sorted(name for name in decoupler.mt.show()["name"])
 
 
-def _net(net: pd.DataFrame | str | Path, decoupler) -> pd.DataFrame:
+def _net(net: Any, decoupler: Any) -> pd.DataFrame:
     if not isinstance(net, pd.DataFrame):
         if not Path(net).expanduser().is_file():
             raise ValueError(f"`net`: there is no file {str(net)!r}; a GMT file or a DataFrame is needed")

@@ -163,13 +163,13 @@ def _predictor(
     judged: Judged, name: str, reads: np.ndarray | None, weights: Mapping[str, scipy.sparse.sparray]
 ) -> Callable[[str, np.ndarray, np.ndarray], of_others.Baseline] | None:
     """Return a function of a section, its spots and what was measured there; ``None`` for the training mean."""
-    if name == "class mean":
+    if name == "class mean" and reads is not None:
         return lambda _, where, values: of_others.class_mean(values, reads[where])
-    if name == "total counts":
+    if name == "total counts" and reads is not None:
         return lambda _, where, values: of_others.line(values, reads[where])
     if name == "nearest spots":
         return lambda section, _, values: of_others.neighbours_mean(values, weights[section])
-    if name == "mean colour":
+    if name == "mean colour" and reads is not None:
         tissue = {s: of_others.tissue_parts(judged.xy[w], judged.pitches[s]) for s, w in judged.sections.items()}
         return lambda section, where, values: of_others.ridge(values, reads[where], tissue[section])
     return None
@@ -179,7 +179,8 @@ def gene_tables(
     judged: Judged, results: Results, samples: Mapping[str, str] | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tidy tables of the model and of the baselines: a row a scope, section, predictor and gene."""
-    model, baselines = [], []
+    model: list[pd.DataFrame] = []
+    baselines: list[pd.DataFrame] = []
     for scope, section, n_spots, predictor, values in _scopes(judged, results, samples):
         frame = pd.DataFrame(
             {

@@ -12,7 +12,7 @@ import scipy.sparse
 
 from .._core import validate
 from .._core.results import check_free, write_result
-from .._intervals import adaptation_of, check_by, check_coverage, of_adapted, of_model
+from .._intervals import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
 from .._keys import Keys
 from .._predicted import check_as_predicted, record_of
 from .._settings import settings
@@ -105,7 +105,7 @@ def intervals(
     keys = Keys(key_added)
     record = record_of(table, key_added)
     if layer is None or (layer == key_added and layer not in table.layers):
-        layer = record["layer"]
+        layer = str(record["layer"])
     check_as_predicted(table, key_added, layer)
     predicted = values_of(table, layer)
     adapted = adaptation_of(table, record, layer)
@@ -113,6 +113,7 @@ def intervals(
     uns = f"{layer}_intervals"
     ends = [names["lower"], names["upper"]]
     check_free(table, "intervals", uns, parameter="layer", layers=ends, var=[names["halfwidth"]])
+    found: OfModel | OfAdapted
     if adapted is not None:
         found = of_adapted(adapted, coverage, table.n_vars)
     else:

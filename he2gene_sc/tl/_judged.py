@@ -153,7 +153,7 @@ def read(
     )
     counts = None if scale == "log" else values_of(other, measured, "measured")
     predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
-    filled = np.isfinite(given).any(axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
+    filled = np.any(np.isfinite(given), axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
     measured_spot = filled[partner]
     section = sections_of(other, section_key)[partner]
     both = predicted_spot & measured_spot
@@ -204,7 +204,7 @@ def read(
         raise ValueError(f"obsm['spatial']: most spots of sections {few(shared)} lie on top of each other")
     row, column = _cells(other.obs.iloc[partner], xy, sections, pitches)
     trained_on = [] if model is None else sorted(sections.keys() & set(model.card.training.get("sections", ())))
-    if trained_on:
+    if model is not None and trained_on:
         warnings.warn(
             f"sections {trained_on} are in the training set of {model.name}: their figures flatter it",
             UserWarning,
@@ -237,8 +237,8 @@ def read(
 
 def few(values: Iterable[object], n: int = 5) -> str:
     """Write the first values, and how many there are where not all are shown."""
-    values = [str(value) for value in values]
-    return ", ".join(values[:n]) + (f", … ({len(values)} in all)" if len(values) > n else "")
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:n]) + (f", … ({len(texts)} in all)" if len(texts) > n else "")
 
 
 def _measured(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def _adapted_from(table: AnnData, layer: str) -> dict[str, str]:
     return {key: made[key] for key in found[1:]}
 
 
-def prediction_named(data: object, key: str) -> bool:
+def prediction_named(data: Any, key: str) -> bool:
     """Whether a table of the object holds a prediction of that name."""
     tables = data.tables.values() if hasattr(data, "tables") else [data]
     return any(_is_prediction(getattr(table, "uns", {}).get(key)) for table in tables)

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ _COLOURS = (
 class Labels:
     """How labels become classes, see :func:`he2gene_sc.tl.train`."""
 
-    merged: dict[str, str | None]
+    merged: Mapping[Any, str | None]
     ignored: tuple[str, ...]
     colours: dict[str, str]
 
@@ -56,9 +57,9 @@ def check_labels(labels: Iterable[str], chosen: Labels) -> None:
     ValueError
         If a name cannot be stored, or two differ only in case.
     """
-    named = {class_of(label, chosen.merged, chosen.ignored) for label in labels} - {None}
+    named = {class_of(label, chosen.merged, chosen.ignored) for label in labels}
     try:
-        check_class_names(sorted(named))
+        check_class_names(sorted(name for name in named if name is not None))
     except ValueError as error:
         raise ValueError(
             f"`annotation_key`: {error}, by `classes`, which maps labels to classes (None leaves a label out)"

@@ -190,7 +190,7 @@ def check_table(
 
 def _opened(
     sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]
-) -> tuple[list[Slide], AnnData, pd.Index, scipy.sparse.csr_array]:
+) -> tuple[tuple[Slide, ...], AnnData, pd.Index, scipy.sparse.csr_array]:
     """Slides, table, gene names and counts of one object."""
     slides = resolve(sdata, **keys.places)
     if slides[0].table_key is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -127,7 +127,7 @@ def measured_part(spots: Pool, measured: str | None, scale: Scale) -> tuple[Pool
             total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)
             seen[start:end] = np.nan_to_num(np.asarray(total, float).ravel()[rows]) > 0
         start = end
-    expected = "counts" if measured is None else "log"
+    expected: Literal["counts", "log"] = "counts" if measured is None else "log"
     chosen = spots.take(seen)
     for table, rows in zip(chosen.tables, chosen.rows, strict=True):
         if len(rows):

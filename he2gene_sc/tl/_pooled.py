@@ -49,10 +49,10 @@ class Pool:
 
     def blocks(self, genes: pd.Index | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Logarithms of some spots at a time, ``(b, g)`` float32, and where these spots stand."""
-        genes = self.genes if genes is None else genes
+        asked = self.genes if genes is None else genes
         start = 0
         for table, rows in zip(self.tables, self.rows, strict=True):
-            columns = find_genes(genes, table.var_names)
+            columns = find_genes(asked, table.var_names)
             missing = columns < 0
             step = max(1, _BLOCK // table.n_vars)
             for first in range(0, len(rows), step):
@@ -233,7 +233,7 @@ def _counted(tables: Sequence[AnnData], layer: str | None, labels: Sequence[np.n
                 "biomarkers: %d labelled spots have no counts and are left out, for example %r",
                 *(empty.sum(), table.obs_names[empty][0]),
             )
-        kept.append(np.where(empty, None, found))
+        kept.append(np.where(empty, np.array(None), found))
     return kept
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -315,7 +315,7 @@ def _pinned(shape: tuple[int, ...]) -> np.ndarray:
 
 def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, object]:
     """Tell what was read: plain values for one slide, a mapping from shapes element to value for several."""
-    values = (
+    values: tuple[list[Any], ...] = (
         [slide.image_key for slide in slides],
         [slide.coordinate_system for slide in slides],
         list(levels),

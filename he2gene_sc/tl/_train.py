@@ -206,9 +206,9 @@ def train(
     from ..models._scale import own_windows, tiles_of, warn_of_scale
     from ..training import PRESETS
 
-    genes, ignore_classes, limitations = (
-        list(given) if isinstance(given, Iterator) else given for given in (genes, ignore_classes, limitations)
-    )
+    genes = list(genes) if isinstance(genes, Iterator) else genes
+    ignore_classes = list(ignore_classes) if isinstance(ignore_classes, Iterator) else ignore_classes
+    limitations = list(limitations) if isinstance(limitations, Iterator) else limitations
     check_arguments(
         preset, validation, n_target_genes, n_latent, min_spot_share, batch_size, fit_options, genes, windows_um, seed
     )

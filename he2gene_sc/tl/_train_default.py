@@ -17,6 +17,7 @@ from ._train_input import check_features, check_memory
 if TYPE_CHECKING:
     import torch
 
+    from ..image import PatchReader
     from ..models import EncoderSpec, HE2Gene
     from ..models._network import FeatureExtractor
 
@@ -125,20 +126,10 @@ def encode_section(
     """Features of the spots of one section, on disk, ``(n, r, f)``."""
     from tqdm.auto import tqdm
 
-    from ..image import PatchReader
     from ..inference import cached_features
 
     batch_size, device, dtype, bar = engine
-    slide = section.slide
-    reader = PatchReader(
-        slide.pyramid,
-        section.centres,
-        slide.mpp,
-        windows_um=windows_um,
-        input_px=extractor.window_px,
-        batch_size=batch_size,
-        factor=slide.pixel_factor,
-    )
+    reader = patch_reader(section, windows_um, extractor.window_px, batch_size)
     with tqdm(total=reader.n_spots, unit="spot", desc=f"encode {section.name}", disable=not bar) as progress:
         return cached_features(
             extractor,
@@ -150,3 +141,20 @@ def encode_section(
             folder=folder,
             progress=progress.update,
         )
+
+
+def patch_reader(section: Measured, windows_um: tuple[float, ...], input_px: int, batch_size: int) -> PatchReader:
+    """Reader of the windows around the spots of a section that has its image still."""
+    from ..image import PatchReader
+
+    slide = section.slide
+    assert slide is not None
+    return PatchReader(
+        slide.pyramid,
+        section.centres,
+        slide.mpp,
+        windows_um=windows_um,
+        input_px=input_px,
+        batch_size=batch_size,
+        factor=slide.pixel_factor,
+    )

@@ -58,7 +58,7 @@ def check_arguments(
     fit_options: Mapping[str, Any],
     genes: object,
     windows_um: object,
-    seed: object,
+    seed: Any,
 ) -> None:
     if preset not in PRESETS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(PRESETS)}")
@@ -105,7 +105,7 @@ def check_names(
     annotation_key: object,
     sample_key: object,
     section_key: object,
-    classes: object,
+    classes: Any,
     ignore_classes: object,
     class_colors: object,
     ensembl_ids: object,
@@ -273,7 +273,10 @@ def read_all(
         sdatas = [sdatas]
     # Other sequences may read a section, its image with it, each time that they are asked for it.
     if isinstance(sdatas, list | tuple):
-        lists, places, patients, found = {}, {}, {}, set()
+        lists: dict[str, pd.Index] = {}
+        places: dict[str, int] = {}
+        patients: dict[str, str] = {}
+        found: set[str] = set()
         for i, sdata in enumerate(sdatas):
             with _naming(i):
                 names, own, genes = check_table(sdata, keys, symbols)
@@ -289,7 +292,9 @@ def read_all(
         if lists:
             check_gene_lists(lists, chosen)
         check_merged(found, labels.merged)
-    n, seen, classes, spots = 0, {}, set(), 0
+    n = spots = 0
+    seen: dict[str, str] = {}
+    classes: set[str] = set()
     iterator = iter(sdatas)
     del sdatas
     while True:
@@ -323,8 +328,8 @@ def read_all(
         gc.collect()
         n += 1
     if not seen:
-        found = f"has no section of {MIN_SPOTS} spots" if n else "is empty"
-        raise ValueError(f"`sdatas` {found}; at least one section is needed")
+        what = f"has no section of {MIN_SPOTS} spots" if n else "is empty"
+        raise ValueError(f"`sdatas` {what}; at least one section is needed")
     from ..training._folds import N_BLOCKS
 
     if len(seen) == 1 and spots < N_BLOCKS:

@@ -14,7 +14,7 @@ import numpy as np
 from ._gene_lists import Genes
 from ._labels import Labels, check_two_classes
 from ._measured import Measured, check_room, join, on_disk
-from ._train_default import describe
+from ._train_default import describe, patch_reader
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,8 @@ def train_by_gradient(
     # The normalisation of the paper goes with the weights that the paper began from, not with a network of one's own.
     if not own_encoder and spec.name == recipe.encoder:
         spec = replace(spec, mean=recipe.mean, std=recipe.std)
-    read, parts = [], []
+    read: list[Measured] = []
+    parts: list[np.memmap] = []
     counted: Counter[str] = Counter()
     for section in sections:
         if recipe.exact:
@@ -105,23 +106,12 @@ def train_by_gradient(
     )
 
 
-def _cut(section: Measured, window_um: float, input_px: int, interpolation: str, path: Path) -> np.ndarray:
+def _cut(section: Measured, window_um: float, input_px: int, interpolation: str, path: Path) -> np.memmap:
     """Patches of one section at the encoder's input size, ``(n, 3, input_px, input_px)`` uint8 on disk."""
     import torch
     import torch.nn.functional as F
 
-    from ..image import PatchReader
-
-    slide = section.slide
-    reader = PatchReader(
-        slide.pyramid,
-        section.centres,
-        slide.mpp,
-        windows_um=(window_um,),
-        input_px=input_px,
-        batch_size=_BATCH,
-        factor=slide.pixel_factor,
-    )
+    reader = patch_reader(section, (window_um,), input_px, _BATCH)
     shape = (reader.n_spots, 3, input_px, input_px)
     patches = _room(path, shape)
     for batch in reader:
@@ -133,7 +123,7 @@ def _cut(section: Measured, window_um: float, input_px: int, interpolation: str,
     return np.load(path, mmap_mode="r")
 
 
-def _room(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _room(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Make a file of uint8 that is there in full before it is mapped."""
     check_room(path.parent, int(np.prod(shape)))
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
@@ -143,7 +133,7 @@ def _room(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def _concatenated(parts: Sequence[np.ndarray], path: Path) -> np.ndarray:
+def _concatenated(parts: Sequence[np.memmap], path: Path) -> np.ndarray:
     """Put the patches of all sections into one file, a section at a time."""
     n = sum(len(part) for part in parts)
     out = _room(path, (n, *parts[0].shape[1:]))
@@ -151,6 +141,6 @@ def _concatenated(parts: Sequence[np.ndarray], path: Path) -> np.ndarray:
     for part in parts:
         out[start : start + len(part)] = part
         start += len(part)
-        Path(part.filename).unlink()
+        Path(str(part.filename)).unlink()
     out.flush()
     return np.load(path, mmap_mode="r")
