@@ -77,7 +77,7 @@ class LazySections(Sequence, ABC):
     def __getitem__(self, key: int | str) -> SpatialData: ...
     @overload
     def __getitem__(self, key: slice) -> Self: ...
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | str | slice) -> SpatialData | Self:
         if isinstance(key, slice):
             return type(self)(self.root, self.metadata[key])
         if isinstance(key, str):

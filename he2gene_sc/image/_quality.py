@@ -48,9 +48,9 @@ def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
     side = patches.shape[-1]
     n = max(1, min(round(um / _CELL_UM), side // 2))
     x = _shrunk(patches, max(1, side // (n * _CELL_PX)))
-    edges = np.linspace(0, x.shape[-1], n + 1).astype(int)[:-1]
-    pixels = np.diff(np.append(edges, x.shape[-1]))
-    area = np.outer(pixels, pixels)
+    bounds = np.linspace(0, x.shape[-1], n + 1).astype(int)
+    edges, pixels = bounds[:-1], bounds[1:] - bounds[:-1]
+    area = pixels[:, None] * pixels[None]
 
     def mean(values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(np.add.reduceat(values, edges, axis=2), edges, axis=3) / area

@@ -129,7 +129,7 @@ def _shared_system(elements: dict[str, Any], coordinate_system: str | None) -> s
         return shared.pop()
     if coordinate_system is None and "global" in shared:
         return "global"
-    if coordinate_system not in shared:
+    if coordinate_system is None or coordinate_system not in shared:
         raise ValueError(
             f"`coordinate_system` is {coordinate_system!r}; valid, as shared by {sorted(elements)}: {sorted(shared)}"
         )

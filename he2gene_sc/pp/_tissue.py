@@ -85,7 +85,7 @@ def tissue(
     key_added = f"{image_key}_tissue" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.tissue", "labels", key_added)
     thumbnail, scale = read_thumbnail(sdata, image_key, _WORKING_PX)
-    mask, method = _detect(thumbnail, image_key, method, kwargs)
+    mask, used = _detect(thumbnail, image_key, method, kwargs)
     _warn_of_ink(thumbnail, mask > 0, image_key)
     to_pixels = Scale([scale[0], scale[1]], axes=("y", "x"))
     labels = Labels2DModel.parse(
@@ -98,7 +98,7 @@ def tissue(
     )
     write_element(sdata, "labels", key_added, labels)
     share = 100 * (mask > 0).mean()
-    logger.info("tissue: %.0f %% of image %r by method %r, in labels %r", share, image_key, method, key_added)
+    logger.info("tissue: %.0f %% of image %r by method %r, in labels %r", share, image_key, used, key_added)
 
 
 def _detect(thumbnail: np.ndarray, image_key: str, method: str, kwargs: dict[str, Any]) -> tuple[np.ndarray, str]:

@@ -247,11 +247,11 @@ def identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[s
 def wide_enough(sections: Iterator[Measured], windows_um: Sequence[float]) -> Iterator[Measured]:
     """Pass sections on, refusing one whose pixels are too coarse for the smallest window."""
     for section in sections:
-        pixels = min(windows_um) / section.slide.mpp
+        pixels = min(windows_um) / section.mpp
         if pixels < MIN_PX:
             raise ValueError(
                 f"`windows_um`: a window of {min(windows_um):g} µm is {pixels:.3g} px of section {section.name!r} "
-                f"({section.slide.mpp:.4g} µm/px); {MIN_PX} px, {MIN_PX * section.slide.mpp:.3g} µm, are the least"
+                f"({section.mpp:.4g} µm/px); {MIN_PX} px, {MIN_PX * section.mpp:.3g} µm, are the least"
             )
         yield section
         del section
