@@ -143,7 +143,9 @@ def encode_section(
         )
 
 
-def patch_reader(section: Measured, windows_um: tuple[float, ...], input_px: int, batch_size: int) -> PatchReader:
+def patch_reader(
+    section: Measured, windows_um: tuple[float, ...], input_px: int | tuple[int, ...], batch_size: int
+) -> PatchReader:
     """Reader of the windows around the spots of a section that has its image still."""
     from ..image import PatchReader
 
