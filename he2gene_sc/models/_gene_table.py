@@ -12,8 +12,6 @@ from pathlib import Path
 import pandas as pd
 
 _TEXTS = ("gene", "ensembl_id", "group")
-#: Texts that pandas makes of a name that is missing.
-_MISSING = ("nan", "NaN", "None", "<NA>")
 _TRUTHS = ("variable", "reliable", "reliable_known_patient")
 #: Columns of every model, in their order.
 COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
@@ -90,9 +88,6 @@ def _check_genes(genes: tuple[str, ...], where: str) -> None:
         raise ValueError(
             f"{where}: column 'gene' is empty, or has blanks around a name or control characters, in rows {blank[:_SHOWN]}"
         )
-    unnamed = [i + 2 for i, gene in enumerate(genes) if gene in _MISSING]
-    if unnamed:
-        raise ValueError(f"{where}: column 'gene' holds the text of a missing value in rows {unnamed[:_SHOWN]}")
     twice = [gene for gene, n in Counter(genes).items() if n > 1]
     if twice:
         raise ValueError(

@@ -41,6 +41,7 @@ ODD_TENSORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 MEANT = {
     "tta of the card is true",
     "gene of a gene is '-1'",
+    "gene of a gene is 'nan'",
     "gene of a gene is 'odd'",
     "gene of a gene is '1e999'",
     "ensembl_id of a gene is ''",
