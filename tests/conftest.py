@@ -34,6 +34,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _toys_are_painted_once():
+    """The picture of a toy slide is most of its work, and many tests have the same."""
+    from he2gene_sc.datasets import _toy
+
+    paint, painted = _toy._paint, {}
+
+    def once(rng, regions, density, mpp):
+        key = (str(rng.bit_generator.state), regions.shape, mpp)
+        if key not in painted:
+            if len(painted) > 50:
+                painted.clear()
+            painted[key] = paint(rng, regions, density, mpp), rng.bit_generator.state
+        image, rng.bit_generator.state = painted[key]
+        return image.copy()
+
+    _toy._paint = once
+    yield
+    _toy._paint = paint
+
+
 @pytest.fixture(autouse=True)
 def _quiet_bars():
     import he2gene_sc as hg
