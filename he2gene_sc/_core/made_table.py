@@ -110,6 +110,9 @@ def check_spot_ids(ids: pd.Index, shapes_key: str) -> None:
         If they are neither whole numbers nor texts.
     """
     kind = "mixed" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
+    if kind == "string" and ids.hasnans:
+        # Texts of pandas 3 have a missing value of their own.
+        kind = "mixed"
     if kind in ("integer", "string") or (kind == "categorical" and _is_plain(ids.categories)):
         return
     raise ValueError(

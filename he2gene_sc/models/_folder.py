@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -206,15 +208,21 @@ def _exchange(new: Path, target: Path) -> None:
 def _visible(folder: Path) -> set[str]:
     """Names in a folder but for hidden ones (.git, .DS_Store), which are kept; empty where there is none."""
     while True:
-        try:
-            before = folder.stat()
-            found = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-            after = folder.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
-        # Exchanged meanwhile by another process, which may have been emptying the old one.
-        if (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
-            return found
+        with contextlib.ExitStack() as stack:
+            try:
+                # Held open, so that its number is not given to another folder meanwhile; Windows opens no folders.
+                if os.name == "nt":
+                    before = folder.stat()
+                else:
+                    opened = os.open(folder, os.O_RDONLY)
+                    stack.callback(os.close, opened)
+                    before = os.fstat(opened)
+                found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+                if os.path.samestat(before, folder.stat()):
+                    return found
+            except (FileNotFoundError, NotADirectoryError):
+                return set()
+        # Exchanged by another process, which may have been emptying the old one.
 
 
 def check_place(path: str | Path) -> Path:

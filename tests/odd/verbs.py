@@ -67,7 +67,7 @@ def _written(objects: list[Any], _: Any) -> dict[str, Any]:
         for slot in ("layers", "obsm", "obs", "var"):
             holder = getattr(table, slot)
             for key in list(holder):
-                if "he2gene" in key:
+                if "he2gene" in str(key):
                     value = holder[key]
                     value = value.astype(str) if getattr(value, "dtype", None) == "category" else value
                     found[f"{number} {slot} {key}"] = np.asarray(value)
