@@ -290,7 +290,7 @@ def test_two_that_change_different_elements_may_both_save(store):
 
 def test_a_layer_that_other_tools_wrote_since_is_not_lost(backed, store):
     group = zarr.open_group(store / "tables" / "table", mode="r+", use_consolidated=False)
-    write_elem(group, "layers/theirs", np.ones(backed["table"].shape, np.float32))
+    write_elem(group["layers"], "theirs", np.ones(backed["table"].shape, np.float32))
     backed["table"].obs["other"] = 1
     with pytest.raises(FileExistsError, match=r"layers\['theirs'\]"):
         hg.io.save(backed)
