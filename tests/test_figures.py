@@ -177,21 +177,14 @@ def test_each_section_is_calibrated_by_the_others():
 
 
 def test_known_patients_are_calibrated_as_the_model_is_by_new_ones():
-    sections, logits = logits_of(planted(6, n=400, n_genes=2, patients=3), 5.0)
+    sections, logits = logits_of(planted(4, n=400, n_genes=2), 5.0)
     known, new = held_out(sections, logits), held_out(sections, tuple(3 * x for x in logits))
     found = calibrated(sections, known, new, by_patient=True)
-    for i in range(6):
-        others = [j for j in range(6) if j % 3 != i % 3]
+    for i in range(4):
+        others = [j for j in range(4) if j % 2 != i % 2]
         expected = pooled_temperature([sections[j] for j in others], [new.logits[j] for j in others])
         np.testing.assert_allclose(found[i], logits[i] / expected)
         assert expected == pytest.approx(15, rel=0.2)
-
-
-def test_two_patients_leave_the_logits_as_they_are():
-    sections, logits = logits_of(planted(4, n=400, n_genes=2), 5.0)
-    new = held_out(sections, tuple(3 * x for x in logits))
-    found = calibrated(sections, held_out(sections, logits), new, by_patient=True)
-    assert all(np.array_equal(a, b) for a, b in zip(found, logits, strict=True))
 
 
 def test_a_single_section_is_calibrated_part_by_part():

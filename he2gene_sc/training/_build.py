@@ -16,10 +16,10 @@ from ..models._registry import input_facts
 from ._annotation import AROUND, STRENGTH, fit_annotation
 from ._calibrate import calibration_unit, described
 from ._closed_form import Recipe, fit_basis, fit_sums
-from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature, too_few_patients
+from ._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
 from ._folds import NOT_TOLD, grouped_folds, warn_of_unit
 from ._ood import fit_detector
-from ._predictability import gene_table
+from ._predictability import MIN_GROUPS, gene_table
 from ._sections import Section
 from ._validate import Choice, HeldOut, cross_validate, panels
 
@@ -194,6 +194,8 @@ def _build(
     )
     # A model meets new patients: where their confidence is known, it is theirs that counts.
     telling = next((n for n in reversed(protocols) if _tells_confidence(sections, protocols[n], held_out[n])), known)
+    # Of two patients, each was seen by a model of one: neither they nor their sections tell how sure a model of both may be.
+    tempered = unit != "patient" or len({section.patient for section in sections}) >= MIN_GROUPS
     metrics = {
         _protocol(name, protocols[name], sections): (
             expression_figures(
@@ -202,7 +204,12 @@ def _build(
                 {"colour alone": colour_held_out[name], "colour with slide and neighbours": around[name]},
             )
             | annotation_figures(
-                sections, found, facts.classes, telling=held_out[telling], by_patient=telling == "patient"
+                sections,
+                found,
+                facts.classes,
+                telling=held_out[telling],
+                by_patient=telling == "patient",
+                tempered=tempered,
             )
         )
         # New patients first.
@@ -213,8 +220,7 @@ def _build(
     tensors = _fit(sections, everything, recipe, choice)
     head = fit_annotation(sections, everything, recipe.annotation, n_classes) if n_classes else None
     if head is not None:
-        untold = telling == "patient" and too_few_patients(sections)
-        tensors |= head.tensors(1.0 if untold else pooled_temperature(sections, held_out[telling].logits))
+        tensors |= head.tensors(pooled_temperature(sections, held_out[telling].logits) if tempered else 1.0)
     tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
     limitations = facts.limitations
     if unit in NOT_TOLD:

@@ -11,7 +11,7 @@ import numpy as np
 from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._closed_form import UNSEEN, temperature
 from ._depth import Depth
-from ._predictability import MIN_GROUPS, with_rest
+from ._predictability import with_rest
 from ._sections import Section
 from ._validate import HeldOut, Panel
 
@@ -132,10 +132,11 @@ def annotation_figures(
     *,
     telling: HeldOut | None = None,
     by_patient: bool = False,
+    tempered: bool = True,
 ) -> dict[str, dict[str, object]]:
     """Balanced accuracy of each section, and over all of them AUROC of each class and calibration error.
 
-    ``telling`` and ``by_patient`` are those of :func:`calibrated`.
+    ``telling`` and ``by_patient`` are those of :func:`calibrated`; without ``tempered`` logits are taken as they are.
     """
     from scipy.special import softmax
     from sklearn.metrics import recall_score, roc_auc_score
@@ -155,7 +156,7 @@ def annotation_figures(
         return {}
     figures["balanced accuracy of the annotation"] = accuracy
     codes = np.concatenate([section.codes[rows] for section, rows in zip(sections, usable, strict=True)])
-    fair = calibrated(sections, held_out, telling, by_patient=by_patient)
+    fair = calibrated(sections, held_out, telling, by_patient=by_patient) if tempered else held_out.logits
     proba = softmax(np.concatenate([logits[rows] for logits, rows in zip(fair, usable, strict=True)]), axis=1)
     # A class is judged on the spots whose model had seen it: of another, it knows nothing.
     raw = np.concatenate([logits[rows] for logits, rows in zip(held_out.logits, usable, strict=True)])
@@ -178,12 +179,9 @@ def calibrated(
     """Held-out logits divided by a temperature that the spots had no say in, section by section.
 
     It is found as the model's own is, from the logits of the other sections in ``telling`` (default: ``held_out``); with
-    ``by_patient``, of the other patients' sections, or 1 where they are too few; where there is no other section, from
-    the other parts of it.
+    ``by_patient``, of the other patients' sections; where there is no other section, from the other parts of it.
     """
     telling = telling or held_out
-    if by_patient and too_few_patients(sections):
-        return list(held_out.logits)
     result = []
     for i, (section, logits) in enumerate(zip(sections, held_out.logits, strict=True)):
         others = [
@@ -201,11 +199,6 @@ def calibrated(
             scaled[here] /= pooled_temperature([rest], [telling.logits[i]])
         result.append(scaled)
     return result
-
-
-def too_few_patients(sections: Sequence[Section]) -> bool:
-    """Whether held-out patients say nothing of a model of all: of two, each was seen by a model of a single patient."""
-    return len({section.patient for section in sections}) < MIN_GROUPS
 
 
 def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> float:
