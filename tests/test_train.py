@@ -72,10 +72,12 @@ def test_the_card_says_what_was_done(model, sections):
 
 
 @pytest.mark.filterwarnings("error:encoder:UserWarning")
-def test_an_encoder_that_knows_its_scale_is_trained_and_used_at_it(sections, tmp_path):
+def test_an_encoder_that_knows_its_scale_is_trained_and_used_at_it(sections, tmp_path, caplog):
     encoder = (network(), replace(SPEC, mpp=4.0))
+    caplog.set_level("INFO", "he2gene_sc")
     made = train(sections, encoder=encoder, n_target_genes=12)
     assert made.card.windows_um == (64.0, 128.0)
+    assert "windows of [64.0, 128.0] µm, read as 1 × 1, 2 × 2 tiles at 4, 4 µm/px" in caplog.text
     assert (made.card.encoder["mpp"], made.card.encoder["tiles"]) == (4.0, [1, 2])
     assert "windows of 64, 128 µm, read as 1 × 1, 2 × 2 tiles at 4, 4 µm/px" in made.card.to_markdown()
     loaded = load(made.save(tmp_path / "model"), encoder=encoder)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .._keys import check_class_names
+from ._scale import read_as
 
 #: Raised whenever a reader of the old version would misunderstand the new one.
 SCHEMA_VERSION = 4
@@ -189,10 +190,7 @@ class ModelCard:
 
     def _tiles(self) -> str:
         tiles = self.encoder.get("tiles")
-        if tiles is None:
-            return ""
-        seen = [um / (n * self.encoder["input_px"]) for um, n in zip(self.windows_um, tiles, strict=True)]
-        return f", read as {', '.join(f'{n} × {n}' for n in tiles)} tiles at {', '.join(f'{mpp:.3g}' for mpp in seen)} µm/px"
+        return "" if tiles is None else f", {read_as(self.windows_um, tiles, self.encoder['input_px'])}"
 
     def _context(self) -> list[str]:
         if self.context is None or not self.context["rings_um"]:

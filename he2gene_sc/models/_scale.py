@@ -36,6 +36,12 @@ def tiles_of(spec: EncoderSpec, windows_um: Sequence[float]) -> tuple[int, ...] 
     return None if set(tiles) == {1} else tiles
 
 
+def read_as(windows_um: Sequence[float], tiles: Sequence[int], input_px: int) -> str:
+    """Say how windows are cut, and at what µm/px an encoder sees them."""
+    seen = [um / (n * input_px) for um, n in zip(windows_um, tiles, strict=True)]
+    return f"read as {', '.join(f'{n} × {n}' for n in tiles)} tiles at {_listed(seen)} µm/px"
+
+
 def warn_of_scale(
     spec: EncoderSpec, windows_um: Sequence[float], tiles: Sequence[int] | None = None, *, stacklevel: int = 3
 ) -> None:

@@ -203,7 +203,7 @@ def train(
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
     from ..models._local import local_path
-    from ..models._scale import own_windows, tiles_of, warn_of_scale
+    from ..models._scale import own_windows, read_as, tiles_of, warn_of_scale
     from ..training import PRESETS
 
     genes = list(genes) if isinstance(genes, Iterator) else genes
@@ -235,8 +235,6 @@ def train(
         raise ValueError(f"`stages` is {stages!r}; a list of positions from 0, 'auto' or None is needed")
     if cache is not None and (not isinstance(cache, str | Path) or not str(cache)):
         raise ValueError(f"`cache` is {cache!r}; the path of a folder or None is needed")
-    if not isinstance(tile_windows, int) or tile_windows not in (0, 1):
-        raise ValueError(f"`tile_windows` is {tile_windows!r}; True or False is needed")
     if preset != "default":
         check_unused(
             preset,
@@ -268,6 +266,8 @@ def train(
     windows_um = None if windows_um is None else check_windows(windows_um)
     seen = windows_um or (own_windows(spec) or WINDOWS_UM if recipe is None else recipe.windows_um)
     tiles = tiles_of(spec, seen) if tile_windows and recipe is None else None
+    if tiles is not None:
+        logger.info("encoder %r: windows of %s µm, %s", spec.name, list(seen), read_as(seen, tiles, spec.input_px))
     warn_of_scale(spec, seen, tiles)
     asked = None if genes is None else list(symbols_of(genes, symbols))
     chosen = Genes(asked, n_target_genes, min_spot_share, missing_genes_are_zero, all_listed=exact)
