@@ -243,7 +243,7 @@ def _read(
         if not sdata.images:
             raise FileNotFoundError(f"section {name} of {source.name} has no image here")
         for section in read_sections(sdata, Keys("annotation", "patient", "section", None, None), {}):
-            features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine, ((0, False),)))
+            features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine))
             kept.append(section.set_down(work))
         del sdata, section
     sections, genes, _ = join(

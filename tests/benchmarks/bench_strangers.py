@@ -18,6 +18,7 @@ import functools
 import io
 import runpy
 import tempfile
+import types
 import warnings
 from pathlib import Path
 
@@ -35,15 +36,14 @@ from spatialdata.models import Image2DModel, ShapesModel
 
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
-from he2gene_sc.image import MIN_TISSUE, PatchReader
-from he2gene_sc.inference import cached_features
+from he2gene_sc.image import MIN_TISSUE
 from he2gene_sc.models._embedding import N_COLOUR
 from he2gene_sc.models._encoders import encoder_sha256, load_encoder
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.models._stages import default_stages
 from he2gene_sc.stats import calibration_error
 from he2gene_sc.tl._train import WINDOWS_UM
-from he2gene_sc.tl._train_default import _SYMMETRIES as SYMMETRIES
+from he2gene_sc.tl._train_default import encode_section
 
 SECTIONS = ("A1", "A2", "B4", "C2", "C3", "C4", "C5")
 #: Side of the crops that are altered, pixels, and spots that are read at most.
@@ -175,23 +175,9 @@ def read(name, cache):
     extractor = FeatureExtractor(network, spec, stages=default_stages(network))
     sdata = hg.datasets.her2st(name)
     (slide,) = resolve(sdata)
-    reader = PatchReader(
-        slide.pyramid,
-        slide.centres,
-        slide.mpp,
-        windows_um=WINDOWS_UM,
-        input_px=spec.input_px,
-        factor=slide.pixel_factor,
-    )
-    found = cached_features(
-        extractor,
-        reader,
-        encoder_sha256=encoder_sha256(network),
-        symmetries=SYMMETRIES,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        folder=cache,
-    )[:, 0]
+    section = types.SimpleNamespace(name=name, slide=slide, centres=slide.centres)
+    engine = (32, torch.device("cpu"), torch.float32, False)
+    found = encode_section(section, extractor, encoder_sha256(network), WINDOWS_UM, cache, engine)[:, 0]
     n_colour = N_COLOUR * len(WINDOWS_UM)
     return found[:, :-n_colour], found[:, -n_colour:], slide.centres * slide.mpp, bench_training.expression(sdata)
 
