@@ -89,7 +89,7 @@ def tiny_model():
     import he2gene_sc as hg
     from he2gene_sc.models import EncoderSpec, HE2Gene, ModelCard
     from he2gene_sc.models._embedding import ALONE, N_COLOUR
-    from he2gene_sc.models._encoders import encoder_sha256
+    from he2gene_sc.models._encoders.load import encoder_sha256
     from he2gene_sc.models._network import FeatureExtractor, Network
 
     generator = torch.Generator().manual_seed(0)

@@ -6,8 +6,10 @@ import pytest
 from toy_sections import own, toy
 from typer.testing import CliRunner
 
-from he2gene_sc import _benchmark, _benchmark_report, cli
-from he2gene_sc._benchmark import Source, run, split
+from he2gene_sc.benchmark import cross_validation as _benchmark
+from he2gene_sc.benchmark import report as _benchmark_report
+from he2gene_sc.benchmark.cross_validation import Source, run, split
+from he2gene_sc.cli import app as cli
 
 
 @pytest.fixture(scope="module")

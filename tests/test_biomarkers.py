@@ -645,7 +645,7 @@ def test_scaled_values_have_no_fold_change_and_it_is_said():
 
 
 def test_genes_without_a_p_value_are_not_adjusted():
-    from he2gene_sc.tl._compare import adjusted
+    from he2gene_sc.tl._biomarkers.compare import adjusted
 
     tests = adjusted(pd.DataFrame({"group": "a", "pvals": [0.01, np.nan, 0.02]}))
     np.testing.assert_allclose(tests["pvals_adj"], [0.02, np.nan, 0.02])

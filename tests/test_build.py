@@ -9,10 +9,10 @@ from tiny_sections import N_COLOUR, N_FEATURES, everything, facts, planted, reci
 
 from he2gene_sc.models._embedding import ALONE
 from he2gene_sc.training import Recipe, build_model, cross_validate, fit_basis, fit_sums, folds_of
-from he2gene_sc.training._annotation import fit_annotation
-from he2gene_sc.training._closed_form import embed
+from he2gene_sc.training._closed_form.annotation import fit_annotation
+from he2gene_sc.training._closed_form.heads import embed
+from he2gene_sc.training._closed_form.validate import Choice, panels
 from he2gene_sc.training._figures import pooled_temperature
-from he2gene_sc.training._validate import Choice, panels
 
 N_GENES = 10
 GAPS = ((1, 2),)

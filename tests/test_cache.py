@@ -17,7 +17,7 @@ from toy_sections import Power
 from he2gene_sc.image import PatchReader, Pyramid
 from he2gene_sc.inference import _cache, cached_features, encode
 from he2gene_sc.models import EncoderSpec
-from he2gene_sc.models._encoders import encoder_sha256
+from he2gene_sc.models._encoders.load import encoder_sha256
 from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor
 
 CPU = torch.device("cpu")

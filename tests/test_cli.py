@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import he2gene_sc as hg
-from he2gene_sc import cli
+from he2gene_sc.cli import app as cli
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_demo_reports_model_colour_and_ceiling_and_speed(run, no_data, small_toy
     ],
 )
 def test_demo_says_first_how_far_the_section_was_held_out(section, first_line, monkeypatch, tmp_path):
-    from he2gene_sc import _demo
+    from he2gene_sc.cli import demo as _demo
 
     lines = []
     monkeypatch.setattr(_demo, "_load", lambda *_: 1 / 0)
@@ -335,7 +335,7 @@ def test_of_two_processes_the_first_writes_the_model(tmp_path):
         '[data]\nstores = ["S0.zarr", "S1.zarr"]\n[train]\npreset = "he2gene-base"\nencoder = "efficientnet-lite0"\n'
         'device = "cpu"\ndevices = 2\nstrategy = "ddp"\nmax_epochs = 1\nbatch_size = 8\nshow_progress_bar = false\n'
     )
-    command = "import sys; from he2gene_sc.cli import main; main()"
+    command = "import sys; from he2gene_sc.cli.app import main; main()"
     (tmp_path / "he2gene.py").write_text(command)
     done = subprocess.run(
         [sys.executable, tmp_path / "he2gene.py", "train", tmp_path / "config.toml", "--out", tmp_path / "model"],
@@ -355,7 +355,7 @@ def test_of_two_processes_the_first_writes_the_model(tmp_path):
 @pytest.mark.data
 @pytest.mark.slow
 def test_demo_on_the_held_out_section_beats_colour(run, tmp_path):
-    from he2gene_sc._demo import compare
+    from he2gene_sc.cli.demo import compare
 
     run("demo", "--section", "C5", "--out", tmp_path)
     panels = compare(sd.read_zarr(tmp_path / "C5.zarr"), hg.models.load()).panels.set_index("panel")

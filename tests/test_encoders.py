@@ -13,10 +13,10 @@ from torch import nn
 
 import he2gene_sc as hg
 from he2gene_sc.models import ENCODERS, EncoderSpec, HE2Gene, load_encoder
-from he2gene_sc.models._encoders import encoder_sha256
+from he2gene_sc.models._encoders.load import encoder_sha256
+from he2gene_sc.models._encoders.registry import POOLINGS
 from he2gene_sc.models._fuse import fuse_batch_norm
 from he2gene_sc.models._network import FeatureExtractor, Network
-from he2gene_sc.models._registry import POOLINGS
 
 DOCS = Path(__file__).parents[1] / "docs" / "encoders.md"
 CREATE_MODEL = timm.create_model
@@ -171,7 +171,7 @@ def test_without_transformers_the_package_to_install_is_named(monkeypatch):
 
 
 def test_tokens_of_a_vision_transformer_are_pooled_without_registers():
-    from he2gene_sc.models._tokens import Tokens
+    from he2gene_sc.models._encoders.tokens import Tokens
 
     network = tiny_vit()
     x = torch.rand(2, 3, 32, 32)
@@ -268,7 +268,7 @@ def test_converted_lite_weights_know_a_cat_and_a_coffee(number):
         pytest.skip(f"needs {package}")
     import skimage.data
 
-    from he2gene_sc.models._lite import read_lite
+    from he2gene_sc.models._encoders.lite import read_lite
 
     spec = ENCODERS[f"efficientnet-lite{number}"]
     network = CREATE_MODEL(spec.timm_name, pretrained=False)
@@ -444,7 +444,7 @@ def test_batch_norm_is_still_fused_where_there_is_some():
 
 def test_the_table_lists_every_encoder_and_fetches_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "he2gene_sc.models._catalogue.is_cached", lambda repository, _: repository == "bioptimus/H0-mini"
+        "he2gene_sc.models._encoders.catalogue.is_cached", lambda repository, _: repository == "bioptimus/H0-mini"
     )
     table = hg.models.encoders()
     assert table.index.tolist() == list(ENCODERS)

@@ -486,7 +486,7 @@ def test_what_is_asked_for_must_be_there(table, toy):
 @pytest.mark.data
 @pytest.mark.slow
 def test_figures_of_the_held_out_section_agree_with_the_demo(predicted_c5):
-    from he2gene_sc._demo import compare
+    from he2gene_sc.cli.demo import compare
 
     model, sdata = hg.models.load(), predicted_c5
     hg.tl.evaluate(sdata, annotation_key="annotation")

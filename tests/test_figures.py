@@ -10,7 +10,8 @@ from tiny_sections import everything, grid, planted, recipe
 
 from he2gene_sc.stats import calibration_error, noise_ceiling, pearson
 from he2gene_sc.training import cross_validate, folds_of
-from he2gene_sc.training._closed_form import UNSEEN
+from he2gene_sc.training._calibrate import UNSEEN
+from he2gene_sc.training._closed_form.validate import Choice, HeldOut, Panel
 from he2gene_sc.training._depth import within
 from he2gene_sc.training._figures import (
     BLOCK_UM,
@@ -22,7 +23,6 @@ from he2gene_sc.training._figures import (
     interval,
     pooled_temperature,
 )
-from he2gene_sc.training._validate import Choice, HeldOut, Panel
 
 
 def panel(predicted, measured, n_target):

@@ -15,11 +15,11 @@ from tiny_network import BASE, SPAT, SPEC, encoder, toy_set
 from torch import nn
 
 from he2gene_sc.training import PRESETS, _memory, fit_network
-from he2gene_sc.training._losses import annotation_loss, gene_loss, neighbour_loss
+from he2gene_sc.training._gradient.losses import annotation_loss, gene_loss, neighbour_loss
+from he2gene_sc.training._gradient.patches import BatchLoader
+from he2gene_sc.training._gradient.split import split
+from he2gene_sc.training._gradient.targets import Targets, column_means
 from he2gene_sc.training._memory import activation_bytes
-from he2gene_sc.training._patches import BatchLoader
-from he2gene_sc.training._split import split
-from he2gene_sc.training._targets import Targets, column_means
 
 CPU = {"device": "cpu"}
 
@@ -117,7 +117,7 @@ def test_neighbours_of_another_kind_have_no_gradient():
 
 
 def module_of(data, preset, present=None):
-    from he2gene_sc.training._module import TrainingModule
+    from he2gene_sc.training._gradient.module import TrainingModule
 
     torch.manual_seed(0)
     rows = np.arange(len(data))

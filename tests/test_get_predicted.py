@@ -271,7 +271,7 @@ def test_regions_that_are_left_are_those_it_annotates(predicted):
 
 
 def test_labels_of_the_same_image_are_circular_in_the_copy_too(toy, tiny_model):
-    from he2gene_sc.tl._origin import circularity
+    from he2gene_sc.tl._biomarkers.provenance import circularity
 
     hg.tl.predict(toy, model=tiny_model)
     assert "predicted from the image" in circularity([hg.get.predicted(toy)], "he2gene_annotation", None)

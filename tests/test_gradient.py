@@ -13,8 +13,8 @@ import he2gene_sc as hg
 from he2gene_sc.models import load, load_encoder
 from he2gene_sc.stats import pearson
 from he2gene_sc.training import PatchSet, Section, fit_network, log_targets, patch_set, train_network
-from he2gene_sc.training._gradient import target_mask
-from he2gene_sc.training._held_out import gene_figures, held_out_sections
+from he2gene_sc.training._gradient.held_out import gene_figures, held_out_sections
+from he2gene_sc.training._gradient.train_network import target_mask
 
 RECIPE = replace(BASE, lr=1e-2, max_epochs=4)
 
@@ -98,7 +98,7 @@ def test_target_genes_are_chosen_without_the_patients_that_are_held_out(data, cr
         return fit_network(data, *arguments, rows=rows, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("he2gene_sc.training._gradient.fit_network", watched)
+        patch.setattr("he2gene_sc.training._gradient.train_network.fit_network", watched)
         made = train(
             replace(data, targets=loud),
             facts(),
@@ -153,7 +153,7 @@ def test_a_network_that_timm_builds_is_a_folder_on_its_own_and_predicts(tmp_path
 
 
 def test_cross_validation_takes_figures_from_folds_that_had_no_say(data, monkeypatch):
-    from he2gene_sc.training import _gradient
+    from he2gene_sc.training._gradient import train_network as _gradient
 
     seen = []
 

@@ -9,7 +9,7 @@ from toy_sections import toy, train
 
 import he2gene_sc as hg
 from he2gene_sc.models._ood import CAUSES, OODDetector, SlideFacts, components, nearest, seeming_size
-from he2gene_sc.training._ood import fit_detector
+from he2gene_sc.training._closed_form.ood import fit_detector
 
 ODD = "unlike what the model was trained on"
 

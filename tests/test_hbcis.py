@@ -459,7 +459,7 @@ def train(monkeypatch, tmp_path, hbcis_root):
     """Run `he2gene train` on a file with this text, next to the data; returns what `hg.tl.train` was called with."""
     from typer.testing import CliRunner
 
-    from he2gene_sc import cli
+    from he2gene_sc.cli import app as cli
 
     calls = []
 

@@ -202,7 +202,7 @@ def test_a_specification_with_another_interpolation_or_scale_is_refused():
 
 
 def test_windows_at_another_scale_than_the_encoder_was_trained_at_are_warned_of():
-    from he2gene_sc.models._scale import warn_of_scale
+    from he2gene_sc.models._encoders.scale import warn_of_scale
 
     with pytest.warns(UserWarning, match="trained at 0.5 µm/px. `windows_um` of 200, 400 .*Windows of 112 µm"):
         warn_of_scale(EncoderSpec("mine", mpp=0.5), (100.0, 200.0, 400.0))
@@ -210,14 +210,14 @@ def test_windows_at_another_scale_than_the_encoder_was_trained_at_are_warned_of(
 
 @pytest.mark.filterwarnings("error")
 def test_windows_at_the_scale_of_the_encoder_are_not_warned_of():
-    from he2gene_sc.models._scale import warn_of_scale
+    from he2gene_sc.models._encoders.scale import warn_of_scale
 
     warn_of_scale(EncoderSpec("mine", mpp=(0.25, 0.5, 1.0)), (56.0, 112.0, 224.0))
     warn_of_scale(EncoderSpec("mine"), (100.0, 400.0))
 
 
 def test_an_encoder_that_knows_its_scale_has_windows_and_tiles_at_it():
-    from he2gene_sc.models._scale import own_windows, tiles_of, warn_of_scale
+    from he2gene_sc.models._encoders.scale import own_windows, tiles_of, warn_of_scale
 
     usual, mixed = EncoderSpec("mine", mpp=0.5), EncoderSpec("mine", mpp=(0.25, 0.5, 1.0, 2.0))
     assert own_windows(usual) == own_windows(mixed) == (112.0, 224.0)
@@ -231,7 +231,7 @@ def test_an_encoder_that_knows_its_scale_has_windows_and_tiles_at_it():
 
 @pytest.mark.filterwarnings("error")
 def test_tiles_at_the_scale_of_the_encoder_are_not_warned_of():
-    from he2gene_sc.models._scale import warn_of_scale
+    from he2gene_sc.models._encoders.scale import warn_of_scale
 
     warn_of_scale(EncoderSpec("mine", mpp=0.5), (100.0, 200.0, 400.0), (1, 2, 4))
 
@@ -239,8 +239,8 @@ def test_tiles_at_the_scale_of_the_encoder_are_not_warned_of():
 def test_a_model_on_local_weights_says_to_supply_them_and_runs_with_them(place, tiny_model, tmp_path):
     from dataclasses import replace
 
-    from he2gene_sc.models._encoders import encoder_sha256
-    from he2gene_sc.models._registry import input_facts
+    from he2gene_sc.models._encoders.load import encoder_sha256
+    from he2gene_sc.models._encoders.registry import input_facts
 
     encoder, spec = load_encoder(place)
     facts = {"name": spec.name, "license": spec.license, "sha256": encoder_sha256(encoder), **input_facts(spec)}

@@ -391,7 +391,7 @@ def test_with_consent_the_encoder_is_fetched_from_where_the_card_says(folder, mo
 
 
 def test_the_command_line_says_what_is_wrong_with_a_folder_without_a_traceback(folder, monkeypatch, capsys):
-    from he2gene_sc import cli
+    from he2gene_sc.cli import app as cli
 
     change_card(folder, "n_genes", "many")
     monkeypatch.setattr("sys.argv", ["he2gene", "info", str(folder)])

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 import he2gene_sc as hg
-from he2gene_sc._demo import compare
+from he2gene_sc.cli.demo import compare
 from he2gene_sc.stats import log_normalise, pearson
 
 pytestmark = pytest.mark.data

@@ -5,7 +5,7 @@ from anndata import AnnData
 
 import he2gene_sc as hg
 from he2gene_sc._core.spots import asked_name, clean_name, clean_names, names_of, sections_of
-from he2gene_sc.tl._pooled import pool
+from he2gene_sc.tl._biomarkers.pool import pool
 
 
 def table_of(**columns):

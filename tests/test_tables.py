@@ -6,7 +6,7 @@ from anndata import AnnData
 
 import he2gene_sc as hg
 from he2gene_sc._core.results import check_free, write_result
-from he2gene_sc._tables import (
+from he2gene_sc._core.tables import (
     get_table,
     labels_of,
     log_expression,

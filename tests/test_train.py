@@ -18,7 +18,7 @@ from toy_sections import SPEC, network, own, predicted, renamed, same_model, toy
 import he2gene_sc as hg
 from he2gene_sc.models import load
 from he2gene_sc.stats import log_normalise, pearson
-from he2gene_sc.training import _validate
+from he2gene_sc.training._closed_form import validate as _validate
 
 PATIENT, SECTION = "leave one patient out", "leave one section out"
 
@@ -234,7 +234,7 @@ def test_training_leaves_its_input_as_it_was(cache):
 
 
 def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
-    from he2gene_sc.tl import _measured
+    from he2gene_sc.tl._train import measured as _measured
 
     alive, made = [], []
 

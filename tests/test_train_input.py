@@ -15,8 +15,8 @@ from toy_sections import SPEC, Power, network, own, renamed, same_model, toy, to
 
 import he2gene_sc as hg
 from he2gene_sc.stats import log_normalise
-from he2gene_sc.tl._gene_lists import Genes
-from he2gene_sc.tl._measured import Measured, totals_of
+from he2gene_sc.tl._train.gene_lists import Genes
+from he2gene_sc.tl._train.measured import Measured, totals_of
 
 
 def refuses(sections, match, error=ValueError, **options):
@@ -495,7 +495,7 @@ def test_labels_that_are_all_missing_are_warned_of(caplog):
 def test_what_a_list_of_sections_tells_is_checked_before_any_is_encoded(monkeypatch, spoil, match):
     parts = toys()
     options = spoil(parts) or {}
-    monkeypatch.setattr("he2gene_sc.tl._train_default.encode_section", lambda *_: pytest.fail("a section was encoded"))
+    monkeypatch.setattr("he2gene_sc.tl._train.default.encode_section", lambda *_: pytest.fail("a section was encoded"))
     refuses(parts, match, annotation_key="annotation", **options)
 
 
@@ -584,7 +584,7 @@ def test_a_model_of_few_genes_predicts_a_table_of_many():
     ],
 )
 def test_options_of_training_by_gradient_are_refused_before_a_section_is_read(monkeypatch, options, match, error):
-    monkeypatch.setattr("he2gene_sc.tl._train.read_all", lambda *_: pytest.fail("a section was read"))
+    monkeypatch.setattr("he2gene_sc.tl._train.train.read_all", lambda *_: pytest.fail("a section was read"))
     refuses(toys(), match, error, preset="he2gene-base", **options)
 
 

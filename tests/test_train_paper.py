@@ -141,7 +141,7 @@ RARE, NEVER = "FTL", "GAPDH"
 
 @pytest.fixture(scope="module")
 def exact_model():
-    from he2gene_sc.training import _module
+    from he2gene_sc.training._gradient import module as _module
 
     heads = []
 
@@ -188,7 +188,7 @@ def test_exact_windows_are_the_pixels_of_the_paper(exact_model):
 def test_exact_is_single_precision(monkeypatch):
     import lightning.pytorch
 
-    from he2gene_sc.training import _fit
+    from he2gene_sc.training._gradient import fit as _fit
 
     class Stop(BaseException):
         pass

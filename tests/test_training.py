@@ -12,10 +12,11 @@ from tiny_sections import CONTEXT, N_FEATURES, everything, planted, recipe, sect
 
 from he2gene_sc.stats import log_normalise, pearson, skill
 from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of
-from he2gene_sc.training._annotation import equal_weights, fit_annotation
-from he2gene_sc.training._closed_form import components, embed, fit_softmax, principal, temperature
+from he2gene_sc.training._calibrate import temperature
+from he2gene_sc.training._closed_form.annotation import equal_weights, fit_annotation
+from he2gene_sc.training._closed_form.heads import components, embed, fit_softmax, principal
+from he2gene_sc.training._closed_form.validate import Choice, Panel, panels
 from he2gene_sc.training._depth import Depth, within
-from he2gene_sc.training._validate import Choice, Panel, panels
 
 GAPS = ((1, 2), (3, 2), (0, 5))
 
@@ -176,7 +177,7 @@ def test_components_of_many_features_come_close_to_the_exact_ones(monkeypatch):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(300, 10)) @ rng.normal(size=(10, 200)) * 3 + rng.normal(size=(300, 200))
     exact = principal(z.T @ z, 10)
-    monkeypatch.setattr("he2gene_sc.training._closed_form._EXACT_UP_TO", 100)
+    monkeypatch.setattr("he2gene_sc.training._closed_form.heads._EXACT_UP_TO", 100)
     found = principal(z.T @ z, 10)
     np.testing.assert_allclose(np.abs(np.sum(exact * found, axis=0)), 1, atol=1e-6)
     np.testing.assert_array_equal(principal(z.T @ z, 10), found)
@@ -548,7 +549,7 @@ def test_validating_twice_gives_the_same_figures():
 
 def test_genes_predicted_in_parts_are_the_same(monkeypatch):
     whole = validate(planted(gaps=GAPS), choice=Choice(1.0, 3))[1]
-    monkeypatch.setattr("he2gene_sc.training._validate._GENES_AT_ONCE", 3)
+    monkeypatch.setattr("he2gene_sc.training._closed_form.validate._GENES_AT_ONCE", 3)
     parts = validate(planted(gaps=GAPS), choice=Choice(1.0, 3))[1]
     np.testing.assert_allclose(parts.pcc, whole.pcc, atol=1e-6)
     np.testing.assert_allclose(parts.skill, whole.skill, atol=1e-6)

@@ -6,7 +6,7 @@ import scipy.sparse
 
 from he2gene_sc.models import EncoderSpec
 from he2gene_sc.models._embedding import Context
-from he2gene_sc.training import Facts, Recipe, Section, log_targets
+from he2gene_sc.training import ModelMetadata, Recipe, Section, log_targets
 
 N_FEATURES, N_COLOUR = 12, 4
 CONTEXT = Context(((50.0, 250.0), (250.0, 500.0)), (0.7, 0.4), 10.0)
@@ -73,7 +73,7 @@ def everything(sections):
 
 def facts(n_genes):
     """What a card needs beside the arrays."""
-    return Facts(
+    return ModelMetadata(
         genes=pd.Index([f"G{i}" for i in range(n_genes)]),
         ensembl_ids=("",) * n_genes,
         classes=("a", "b", "c"),

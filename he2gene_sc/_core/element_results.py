@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .._keys import ATTRS, check_key
+from .keys import ATTRS, check_key
 from .signatures import is_element_unchanged, of_element
 
 if TYPE_CHECKING:

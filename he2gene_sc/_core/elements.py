@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._keys import ATTRS, MADE
+from .keys import ATTRS, MADE
 from .spots import annotated_by
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._keys import FACTS, SPATIAL, Keys
 from ..image import MIN_TISSUE
+from .keys import FACTS, SPATIAL, Keys
 from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
 from .results import Result, write_results
 from .signatures import of_slot
@@ -19,9 +19,9 @@ from .signatures import of_slot
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from .._genes import WantedGenes
     from ..inference import Predictions
     from ..models import HE2Gene
+    from .model_genes import WantedGenes
     from .slide import Slide
 
 

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._keys import INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
 from .._settings import settings
 from .element_results import element_names, exchanged
 from .fill import StackedPredictions, check_fillable, fill_table, on_all_rows
+from .invalidate import remove_derived, same_values, warn_removed
+from .keys import INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
 from .ownership import is_result, not_ours, ours, owns_spatial, written_in
 from .signatures import same, signature
-from .stale import remove_derived, same_values, warn_removed
 from .validate import format_list
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-    from .._genes import WantedGenes
     from ..models import HE2Gene
+    from .model_genes import WantedGenes
     from .slide import Slide
 
 #: Slots of a table, and the axes that they are aligned to.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._keys import ATTRS
 from .elements import spot_element
+from .keys import ATTRS
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._keys import MADE, SPATIAL, Keys
+from .keys import MADE, SPATIAL, Keys
 from .signatures import is_unchanged, of_slot
 from .validate import format_list
 

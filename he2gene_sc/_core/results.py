@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from .._keys import Keys
+from .invalidate import remove_derived, same_values, warn_removed
+from .keys import Keys
 from .ownership import check_free, is_of, ours, signatures_of
 from .signatures import same
-from .stale import remove_derived, same_values, warn_removed
 
 if TYPE_CHECKING:
     from anndata import AnnData

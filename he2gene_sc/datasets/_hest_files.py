@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from .._core.expression import contents_of
+from .._core.keys import IMAGE
 from .._core.matrix import matrix_of
-from .._keys import IMAGE
 from ._hbcis_files import add_symbols
 from ._sections import check_inside
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
+from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

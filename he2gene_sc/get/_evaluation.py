@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from .._core import validate
-from .._tables import get_table
+from .._core.tables import get_table
 
 if TYPE_CHECKING:
     from anndata import AnnData

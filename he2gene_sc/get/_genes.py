@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._core import validate
-from .._keys import Keys
-from .._predicted import gene_flags
-from .._tables import get_table
+from .._core.keys import Keys
+from .._core.predictions import gene_flags
+from .._core.tables import get_table
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core import validate
+from .._core.keys import MADE, Keys
+from .._core.predictions import gene_flags, predicted_layer, record_of
 from .._core.spots import annotated_by
-from .._keys import MADE, Keys
-from .._predicted import gene_flags, predicted_layer, record_of
-from .._tables import get_table, values_of
+from .._core.tables import get_table, values_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

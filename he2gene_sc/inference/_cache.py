@@ -55,7 +55,7 @@ def cached_features(
     reader
         The patches.
     encoder_sha256
-        Hash of the encoder's weights, :func:`he2gene_sc.models._encoders.encoder_sha256`.
+        Hash of the encoder's weights, :func:`he2gene_sc.models._encoders.load.encoder_sha256`.
     symmetries
         Ways to turn and mirror the patches, ``r`` in all.
     device, dtype

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core.keys import MADE
 from .._core.ownership import is_result, written_in
-from .._keys import MADE
 from ._same import same, same_array, same_column
 
 if TYPE_CHECKING:
@@ -57,6 +57,28 @@ class Difference:
         self.lost += [f"{where}[{key!r}]" for key in there if key not in here]
         self.added += [f"{where}[{key!r}]" for key in sorted(here.difference(there))]
         return [key for key in there if key in here]
+
+
+@dataclass(frozen=True)
+class Change:
+    """An element that is to be written; ``difference`` is ``None`` where the store does not have it."""
+
+    kind: str
+    name: str
+    element: Any
+    difference: Difference | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.kind, self.name)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def metadata_only(self) -> bool:
+        return self.difference is not None and self.difference.metadata_only
 
 
 def table_difference(path: Path, table: AnnData) -> Difference:

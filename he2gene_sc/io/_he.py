@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._core import validate
+from .._core.keys import ATTRS, IMAGE, check_key
 from .._core.mpp import check_mpp
-from .._keys import ATTRS, IMAGE, check_key
 from ._decode import decode
 from ._raster import image_element
 

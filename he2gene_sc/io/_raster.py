@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._keys import COORDINATE_SYSTEM
+from .._core.keys import COORDINATE_SYSTEM
 
 if TYPE_CHECKING:
     from xarray import DataArray, DataTree

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
-from ._differences import levels
+from ._differences import Change, levels
 from ._files import link_tree, swap, sync, sync_tree
 from ._staging import write
 from ._store import KINDS, ROOT_FILES, STAGING, elements, is_store, locked
-from ._update import Change, reopen, update, user_attrs
+from ._update import reopen, update, user_attrs
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
 from .._core.mpp import check_mpp
-from .._keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
 from ._decode import decode
 from ._raster import image_element
 from ._text import check_header, read_table

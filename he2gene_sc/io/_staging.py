@@ -9,14 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._differences import MAPPINGS, Difference
+from ._differences import MAPPINGS, Change, Difference
 from ._files import link_tree, remove
 from ._store import RootMetadata
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-    from ._update import Change
 
 #: Files of a group that hold its attributes.
 METADATA = ("zarr.json", ".zattrs")

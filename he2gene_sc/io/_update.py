@@ -7,13 +7,12 @@ import json
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._keys import ATTRS
-from ._differences import MAPPINGS, Difference, levels, spatial_difference, table_difference
+from .._core.keys import ATTRS
+from ._differences import MAPPINGS, Change, Difference, levels, spatial_difference, table_difference
 from ._files import WAITING, swap, sync, sync_tree
 from ._staging import METADATA, quiet, stage, stage_metadata
 from ._store import KINDS, STAGING, RootMetadata, elements, fingerprint, locked, remember, remembered, root_attrs
@@ -24,28 +23,6 @@ if TYPE_CHECKING:
 
 #: ``sdata.attrs["he2gene"]["saved"]``: which save last changed an element; an object that was read before has another.
 SAVED = "saved"
-
-
-@dataclass(frozen=True)
-class Change:
-    """An element that is to be written; ``difference`` is ``None`` where the store does not have it."""
-
-    kind: str
-    name: str
-    element: Any
-    difference: Difference | None = None
-
-    @property
-    def path(self) -> Path:
-        return Path(self.kind, self.name)
-
-    @property
-    def key(self) -> str:
-        return f"{self.kind}/{self.name}"
-
-    @property
-    def metadata_only(self) -> bool:
-        return self.difference is not None and self.difference.metadata_only
 
 
 def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:

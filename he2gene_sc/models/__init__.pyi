@@ -1,10 +1,10 @@
 from ._card import ModelCard
-from ._catalogue import encoders
-from ._encoders import load_encoder
-from ._folder import BUNDLED, load
+from ._encoders.catalogue import encoders
+from ._encoders.load import load_encoder
+from ._encoders.registry import ENCODERS, EncoderSpec
+from ._load import BUNDLED, load
 from ._model import HE2Gene
 from ._paper import from_checkpoint
-from ._registry import ENCODERS, EncoderSpec
 
 __all__ = [
     "BUNDLED",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from .._keys import check_class_names
-from ._scale import read_as
+from ._encoders.scale import read_as
+from ._schema import EXPRESSION_SCALE, check_card, check_class_names
 
 #: Raised whenever a reader of the old version would misunderstand the new one.
 SCHEMA_VERSION = 4
@@ -16,9 +16,6 @@ SCHEMA_VERSION = 4
 _TRUST_VERSION = 3
 #: Older ones that are read: what they lack is no part of a prediction.
 _READABLE = (2, 3, SCHEMA_VERSION)
-
-ExpressionScale = Literal["natural log of (1 + counts per 10,000)"]
-EXPRESSION_SCALE: ExpressionScale = "natural log of (1 + counts per 10,000)"
 
 #: What is made of several windows, see ``ModelCard.fusion``.
 FUSIONS = ("concat", "mean")
@@ -146,8 +143,6 @@ class ModelCard:
             data |= {"intervals": None, "guard": None}
         if data["schema_version"] < SCHEMA_VERSION:
             data |= {"annotation": None, "schema_version": SCHEMA_VERSION}
-        from ._schema import check_card
-
         check_card(data, where)
         try:
             return cls(**data)

@@ -1,4 +1,4 @@
-"""Model folders: saving, and loading with every file checked."""
+"""Model folders: written whole, and read with every file checked."""
 
 from __future__ import annotations
 
@@ -9,107 +9,23 @@ import shutil
 import tempfile
 import time
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from ._card import ModelCard
-from ._encoders import load_encoder
 from ._gene_table import COLUMNS, FIGURES, read_genes
-from ._hub import fetch_folder, is_address
-from ._model import HE2Gene
 from ._tensors import check_tensors
 
-if TYPE_CHECKING:
-    import torch
-
-    from ._registry import EncoderSpec
-
-_ROOT = Path(__file__).parent / "bundled"
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
 #: Tries of exchanging two folders where several processes write the same model.
 _TRIES = 20
 _FILES = (_CARD, _GENES, _WEIGHTS, _README)
 
-#: Models inside the package.
-BUNDLED: tuple[str, ...] = ("breast-her2st",)
 
-
-def load(
-    model: str | Path | HE2Gene = "breast-her2st",
-    *,
-    encoder: str | Path | tuple[torch.nn.Module, EncoderSpec] | None = None,
-    allow_encoder_source: bool = False,
-) -> HE2Gene:
-    """Load a model by name, from its folder or from the Hugging Face hub.
-
-    Parameters
-    ----------
-    model
-        Name of a bundled model; the path of a model folder; or ``"hf://owner/name@revision"``, whose four files are
-        fetched into the hub's cache. The revision, a branch, tag or commit, may be left out: the log then says which
-        commit was taken, and :attr:`HE2Gene.source` keeps it. A model that is loaded already is returned.
-    encoder
-        The network that the model was trained on and its specification, where it was one of your own; or weights that
-        you have at hand for any other: whatever :func:`load_encoder` takes or returns. Default: the encoder that the card
-        names.
-    allow_encoder_source
-        Whether the card may name a repository or a folder (``hf-hub:``, ``local-dir:``) that its encoder is taken from.
-        Otherwise it may name encoders of :data:`ENCODERS` and of timm alone.
-
-    Returns
-    -------
-    HE2Gene
-        The model.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or the folder is incomplete, truncated, altered, damaged or of a newer schema: the message
-        names the file and the field; or there is no such repository or revision on the hub.
-    RuntimeError
-        If a repository is gated, or the hub cannot be reached and its cache does not hold the model.
-
-    Examples
-    --------
-    >>> import he2gene_sc as hg
-    >>> hg.models.load("breast-her2st").card.classes[0]
-    'adipose tissue'
-    """
-    if encoder is not None:
-        given = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
-        return replace(load(model), encoder=given)
-    if allow_encoder_source:
-        return replace(load(model), allow_encoder_source=True)
-    if isinstance(model, HE2Gene):
-        return model
-    if not isinstance(model, str | Path):
-        raise ValueError(f"`model` is a {type(model).__name__}; a name of {list(BUNDLED)}, a path or a model is needed")
-    if isinstance(model, str) and model in BUNDLED:
-        return _load_bundled(model)
-    if is_address(model):
-        fetched, source = fetch_folder(model)
-        try:
-            return replace(_read(fetched), source=source)
-        except ValueError as error:
-            raise ValueError(f"`model` {model!r}: {error}") from error
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"`model` {str(model)!r} is neither a bundled model, one of {list(BUNDLED)}, nor a folder; one on the hub is "
-            "written 'hf://owner/name'"
-        )
-    return _read(folder)
-
-
-@lru_cache(maxsize=4)
-def _load_bundled(name: str) -> HE2Gene:
-    return _read(_ROOT / name)
-
-
-def _read(folder: Path) -> HE2Gene:
+def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
+    """Read card, gene table and tensors, with every file checked."""
     missing = [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"`model` folder {folder.name!r} is incomplete: {missing} not found")
@@ -133,7 +49,7 @@ def _read(folder: Path) -> HE2Gene:
             f"`model` folder {folder.name!r}: {len(genes)} genes in {_GENES}, {card.n_genes} in {_CARD}; they must agree"
         )
     check_tensors(card, tensors, f"`model`: {folder.name}/{_WEIGHTS}")
-    return HE2Gene(card, genes, tensors)
+    return card, genes, tensors
 
 
 def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
@@ -145,7 +61,7 @@ def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{where} is not a safetensors file that numpy can read ({error})") from error
 
 
-def save(model: HE2Gene, path: str | Path) -> Path:
+def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], path: str | Path) -> Path:
     """Write a model folder beside its place and move it there whole.
 
     Raises
@@ -157,16 +73,16 @@ def save(model: HE2Gene, path: str | Path) -> Path:
     """
     from safetensors.numpy import save_file
 
-    check_tensors(model.card, model.tensors, f"model {model.name!r}")
+    check_tensors(card, tensors, f"model {card.name!r}")
     target = check_place(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         # Not `ascontiguousarray`, which makes arrays of the counters of an encoder.
-        save_file({k: np.asarray(v, order="C") for k, v in model.tensors.items()}, temporary / _WEIGHTS)
-        columns = [*COLUMNS, *(name for name in FIGURES if name in model.genes)]
-        model.genes.reset_index()[columns].to_csv(temporary / _GENES, index=False, float_format="%.5g")
+        save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, temporary / _WEIGHTS)
+        columns = [*COLUMNS, *(name for name in FIGURES if name in genes)]
+        genes.reset_index()[columns].to_csv(temporary / _GENES, index=False, float_format="%.5g")
         files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
-        card = replace(model.card, files=files)
+        card = replace(card, files=files)
         (temporary / _CARD).write_text(card.to_json(), encoding="utf-8")
         (temporary / _README).write_text(card.to_markdown(), encoding="utf-8")
         # mkdtemp and safetensors keep others out; a model is there to be read.

@@ -11,14 +11,15 @@ import numpy as np
 import pandas as pd
 
 from ._card import ModelCard
+from ._folder import save
 from ._tensors import ENCODER, check_tensors
 
 if TYPE_CHECKING:
     import torch
 
+    from ._encoders.registry import EncoderSpec
     from ._network import Network
     from ._ood import OODDetector
-    from ._registry import EncoderSpec
 
 __all__ = ["ENCODER", "HE2Gene"]
 
@@ -83,7 +84,7 @@ class HE2Gene:
         import torch
 
         from ._embedding import ALONE, Context
-        from ._encoders import encoder_of, encoder_sha256
+        from ._encoders.load import encoder_of, encoder_sha256
         from ._network import FeatureExtractor, Network
 
         check_tensors(self.card, self.tensors, f"model {self.name!r}")
@@ -157,9 +158,7 @@ class HE2Gene:
         pathlib.Path
             The folder, absolute.
         """
-        from ._folder import save
-
-        return save(self, path)
+        return save(self.card, self.genes, self.tensors, path)
 
     def __repr__(self) -> str:
         return (

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._embedding import ALONE, TENSORS, Basis, Context, check_pairs, rings_of
+from ._encoders.registry import EncoderSpec
+from ._encoders.stages import staged
 from ._fuse import fuse_batch_norm
 from ._ood import OODDetector, OODResult, SlideFacts
-from ._registry import EncoderSpec
-from ._stages import staged
 
 #: Arrays of an annotation that reads components of its own.
 ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
@@ -64,7 +64,7 @@ class FeatureExtractor(nn.Module):
     fusion
         ``"concat"``: windows side by side, and colours; ``"mean"``: every window is a view, without colours.
     stages
-        Stages of the encoder whose maps are averaged, see :class:`he2gene_sc.models._stages.Stages`; ``None``: its own
+        Stages of the encoder whose maps are averaged, see :class:`he2gene_sc.models._encoders.stages.Stages`; ``None``: its own
         output.
     tiles
         Of each window, into how many tiles a side it is cut, whose features are averaged; ``None``: into one.

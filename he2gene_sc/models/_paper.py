@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._windows import check_windows
+from ..image._windows import check_windows
 from ._card import ModelCard
 from ._model import ENCODER, HE2Gene
 
 if TYPE_CHECKING:
     import torch
 
-    from ._encoders import EncoderSpec
+    from ._encoders.load import EncoderSpec
 
 #: Channels of the training patches of the paper, after scaling to 0..1.
 PAPER_MEAN, PAPER_STD = (0.5319, 0.5080, 0.6824), (0.2442, 0.2063, 0.1633)
@@ -103,7 +103,7 @@ def from_checkpoint(
             f"`target_genes`, `aux_genes`: {len(twice)} genes occur twice, first {twice[:_SHOWN]}; every output of the "
             "network needs a name of its own"
         )
-    from ._encoders import encoder_sha256
+    from ._encoders.load import encoder_sha256
 
     state = _read(Path(path).expanduser())
     _check_layout(state, preset)
@@ -182,7 +182,7 @@ def _names(genes: Sequence[str] | str | Path, parameter: str) -> list[str]:
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of the file by name, without wrappers and prefixes."""
-    from ._local import read_state
+    from ._encoders.local import read_state
 
     if not path.is_file():
         raise FileNotFoundError(f"`path` {str(path)!r} is not a file")
@@ -206,7 +206,7 @@ def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:
 
 def _encoder(state: dict[str, torch.Tensor]) -> tuple[Any, EncoderSpec]:
     """Build the ResNet-50 of the file; torchvision and timm name its layers alike."""
-    from ._encoders import load_encoder
+    from ._encoders.load import load_encoder
 
     encoder, spec = load_encoder(_ENCODER, pretrained=False)
     own = {key.removeprefix(_BASE): value for key, value in state.items() if key.startswith(_BASE)}

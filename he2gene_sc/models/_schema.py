@@ -1,17 +1,19 @@
-"""What a model card must look like: every field with its type. Imported only where a card is read."""
+"""What a model card must look like: every field with its type."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from ._card import ExpressionScale
 from ._embedding import Context
-from ._registry import Interpolation
+from ._encoders.registry import Interpolation
 from ._stain import N_STAIN
 
+ExpressionScale = Literal["natural log of (1 + counts per 10,000)"]
+EXPRESSION_SCALE: ExpressionScale = "natural log of (1 + counts per 10,000)"
 #: Faults that one error names.
 _SHOWN = 3
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -190,6 +192,28 @@ def check_card(data: dict[str, Any], where: str) -> None:
     sections = card.training.get("sections", {})
     if not isinstance(sections, dict) or not all(isinstance(facts, dict) for facts in sections.values()):
         raise ValueError(f"`model`: {where}: `training.sections` must map each section to its facts")
+
+
+def check_class_names(names: Iterable[str]) -> None:
+    """Refuse class names that a zarr store cannot hold side by side as columns.
+
+    Raises
+    ------
+    ValueError
+        If a name is empty, contains ``/`` or a control character, starts with ``__`` or differs from another only in case.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        text = isinstance(name, str) and bool(name.strip())
+        if not text or not name.isprintable() or "/" in name or name.startswith("__") or name in {".", ".."}:
+            raise ValueError(
+                f"class name {name!r} cannot be stored: it must be a text without '/' and line breaks, not starting '__'"
+            )
+        if name.lower() in seen:
+            raise ValueError(
+                f"class names {seen[name.lower()]!r} and {name!r} differ only in case: merge or rename one"
+            )
+        seen[name.lower()] = name
 
 
 def explain(error: ValidationError) -> str:

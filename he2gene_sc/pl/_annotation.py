@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._keys import Keys
+from .._core.keys import Keys
 from ._canvas import GREYS, NO_TISSUE, UNKNOWN, axes_for, canvas, draw, finish, on_glass
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .._core import validate
-from .._intervals import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
-from .._keys import MADE, Keys
-from .._predicted import record_of, symbols_of
-from .._tables import Scale, get_table
+from .._core.keys import MADE, Keys
+from .._core.predictions import record_of, symbols_of
+from .._core.tables import Scale, get_table
 from ..stats import N_BINS
+from ..tl._interval_ends import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def calibration(
     """
     validate.arguments(calibration, locals())
     from ..models import load
-    from ..tl._judged import proba_of, read
+    from ..tl._evaluate.aligned import proba_of, read
 
     check_by(by)
     levels = _checked(coverages)

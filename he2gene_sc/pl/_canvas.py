@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core.elements import check_spatialdata, spot_element
+from .._core.keys import Keys
 from .._core.mpp import affine
+from .._core.predictions import predicted_table
 from .._core.slide import Slide, resolve
-from .._keys import Keys
-from .._predicted import predicted_table
 from ..image import MIN_TISSUE
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.spots import labels_of, samples_of, sections_of
-from .._tables import pitch_of, slides_of, spots_of
+from .._core.tables import pitch_of, slides_of, spots_of
 from ..get._domains import result
 from ._canvas import Canvas, axes_for, draw, finish
 

@@ -12,9 +12,9 @@ import pandas as pd
 
 from .._core import validate
 from .._core.genes import find_genes
-from .._keys import Keys
-from .._predicted import predicted_by
-from .._tables import get_table
+from .._core.keys import Keys
+from .._core.predictions import predicted_by
+from .._core.tables import get_table
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _genes_of(
     if isinstance(model, HE2Gene | str | Path):
         found = load(model)
         return found.genes, found.card.reliable_rule
-    from .._genes import match_genes
+    from .._core.model_genes import match_genes
 
     table = get_table(model, table_key, key_added=key_added)
     keys = Keys(key_added)

@@ -12,10 +12,10 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import contents_of
 from .._core.genes import columns_of
+from .._core.keys import MADE, Keys
 from .._core.layers import layer_names
 from .._core.matrix import in_memory
-from .._keys import MADE, Keys
-from .._predicted import predicted_layer, record_of, symbols_of
+from .._core.predictions import predicted_layer, record_of, symbols_of
 from ._canvas import (
     GREYS,
     NO_TISSUE,
@@ -184,7 +184,7 @@ def _norm(values: np.ndarray) -> Normalize:
 
 def _table_with(sdata: SpatialData, genes: list[str], key_added: str) -> str | None:
     """Prefer the measured table; if it lacks a gene, the table of all model genes, where there is one."""
-    from .._predicted import predicted_table
+    from .._core.predictions import predicted_table
 
     first = predicted_table(sdata, key_added)
     others = [key for key, table in sdata.tables.items() if Keys(key_added).uns in table.uns and key != first]

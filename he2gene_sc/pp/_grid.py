@@ -11,8 +11,8 @@ import pandas as pd
 from .._core import validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import find_image, pyramid_of
+from .._core.keys import ATTRS, SPOTS
 from .._core.mpp import check_mpp, stored_mpp
-from .._keys import ATTRS, SPOTS
 
 if TYPE_CHECKING:
     from anndata import AnnData

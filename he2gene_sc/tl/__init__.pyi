@@ -1,12 +1,12 @@
 from ._adapt import adapt
-from ._biomarkers import biomarkers
-from ._concordance import concordance
-from ._domain_preservation import domain_preservation
-from ._enrichment import enrichment
-from ._evaluate import evaluate
+from ._biomarkers.biomarkers import biomarkers
+from ._biomarkers.concordance import concordance
+from ._biomarkers.enrichment import enrichment
+from ._domains.domain_preservation import domain_preservation
+from ._evaluate.evaluate import evaluate
 from ._intervals import intervals
 from ._predict import predict
-from ._train import train
+from ._train.train import train
 
 __all__ = [
     "adapt",

@@ -10,9 +10,9 @@ import pandas as pd
 import scipy.sparse
 
 from .._core import validate
+from .._core.keys import MADE, Keys, check_key
 from .._core.results import check_free, write_result
-from .._keys import MADE, Keys, check_key
-from .._tables import Scale, get_table, sections_of, spots_of, values_of
+from .._core.tables import Scale, get_table, sections_of, spots_of, values_of
 from ._adapt_input import columns_of, measured_of, rows_of
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from .._core.expression import Scale, log_expression
 from .._core.genes import columns_of as named_columns
 from .._core.layers import layer_names
 from .._core.matrix import values_of
-from .._predicted import symbols_of
-from ._pooled import prediction_key
+from .._core.predictions import symbols_of
+from ._biomarkers.pool import prediction_key
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -11,12 +11,12 @@ import pandas as pd
 import scipy.sparse
 
 from .._core import validate
+from .._core.keys import Keys
+from .._core.predictions import check_as_predicted, record_of
 from .._core.results import check_free, write_result
-from .._intervals import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
-from .._keys import Keys
-from .._predicted import check_as_predicted, record_of
+from .._core.tables import get_table, values_of
 from .._settings import settings
-from .._tables import get_table, values_of
+from ._interval_ends import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -14,13 +14,13 @@ import numpy as np
 from .._core import validate
 from .._core.element_results import copy_tables
 from .._core.fill import StackedPredictions, check_fillable, fill_table
+from .._core.keys import FACTS, TABLE, Keys, check_key
 from .._core.made_table import check_new_table, make_table, put_table
+from .._core.model_genes import match_genes
 from .._core.placement import check_placement
 from .._core.slide import Slide, resolve
-from .._genes import match_genes
-from .._keys import FACTS, TABLE, Keys, check_key
 from .._settings import settings
-from .._windows import MIN_PX
+from ..image._windows import MIN_PX
 
 if TYPE_CHECKING:
     import torch

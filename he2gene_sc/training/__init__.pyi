@@ -1,16 +1,17 @@
-from ._build import Facts, build_model, folds_of
-from ._closed_form import Recipe, feature_weights, fit_basis, fit_sums
-from ._fit import Fitted, fit_network
+from ._closed_form.build import build_model, folds_of
+from ._closed_form.heads import Recipe, feature_weights, fit_basis, fit_sums
+from ._closed_form.validate import cross_validate
 from ._folds import grouped_folds, warn_of_unit
-from ._gradient import patch_set, train_network
-from ._neighbours import neighbour_table
-from ._patches import PatchSet
-from ._presets import PRESETS, Preset
+from ._gradient.fit import Fitted, fit_network
+from ._gradient.neighbours import neighbour_table
+from ._gradient.patches import PatchSet
+from ._gradient.presets import PRESETS, Preset
+from ._gradient.train_network import patch_set, train_network
+from ._metadata import ModelMetadata
 from ._sections import Section, log_targets
-from ._validate import cross_validate
 
 __all__ = [
-    "Facts",
+    "ModelMetadata",
     "Fitted",
     "PRESETS",
     "PatchSet",

@@ -12,6 +12,8 @@ from ._sections import Section
 
 #: Spots of a predicted class, and groups that show it, without which it is not told apart.
 MIN_CLASS_SPOTS, MIN_CLASS_GROUPS = 50, 2
+#: Logit of a class that the training spots of a fold do not show.
+UNSEEN = -30.0
 
 
 @dataclass(frozen=True)
@@ -111,3 +113,25 @@ def described(calibration: Calibration, unit: str, classes: Sequence[str]) -> di
         "max_coverage": MAX_COVERAGE,
         "spots": {name: int(n) for name, n in zip(names, calibration.spots, strict=True) if n},
     }
+
+
+def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
+    """Temperature that makes held-out labels most likely (Guo et al., ICML 2017), within 0.2 to 20.
+
+    Parameters
+    ----------
+    logits
+        ``(n, c)``, or ``(n, views, c)`` where probabilities are averaged over views.
+    codes
+        ``(n,)`` class codes.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax, logsumexp
+
+    rows = np.arange(len(codes))
+
+    def loss(log_t: float) -> float:
+        likely = log_softmax(logits / np.exp(log_t), axis=-1)[rows, ..., codes]
+        return -(likely if logits.ndim == 2 else logsumexp(likely, axis=1) - np.log(logits.shape[1])).mean()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.2), np.log(20)), method="bounded").x))

@@ -9,11 +9,11 @@ from typing import SupportsFloat
 import numpy as np
 
 from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
-from ._closed_form import UNSEEN, temperature
+from ._calibrate import UNSEEN, temperature
 from ._depth import Depth
+from ._held_out import HeldOut, Panel
 from ._predictability import with_rest
 from ._sections import Section
-from ._validate import HeldOut, Panel
 
 #: Side of the blocks of tissue that the bootstrap draws, µm: a few spots, as far as neighbours resemble each other.
 BLOCK_UM = 800.0

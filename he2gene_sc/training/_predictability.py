@@ -13,8 +13,8 @@ from ..stats import noise_ceiling
 from ._sections import Section
 
 if TYPE_CHECKING:
-    from ._build import Facts
-    from ._validate import HeldOut
+    from ._held_out import HeldOut
+    from ._metadata import ModelMetadata
 
 #: Lower bound of the held-out correlation above which a gene may be called reliable.
 RELIABLE_PCC = 0.1
@@ -175,7 +175,7 @@ def with_rest(section: Section) -> scipy.sparse.csr_array:
 
 def gene_table(
     sections: Sequence[Section],
-    facts: Facts,
+    metadata: ModelMetadata,
     held_out: Mapping[str, HeldOut],
     target: np.ndarray,
     variable: np.ndarray,
@@ -186,7 +186,7 @@ def gene_table(
     ----------
     sections
         All of them.
-    facts
+    metadata
         Names of the genes.
     held_out
         By what was held out together: ``"patient"`` is what the figures are of where there are
@@ -226,7 +226,7 @@ def gene_table(
     spots = sum(len(section) * section.measured for section in sections)
     table = pd.DataFrame(
         {
-            "ensembl_id": list(facts.ensembl_ids),
+            "ensembl_id": list(metadata.ensembl_ids),
             "group": np.where(np.isin(index, target), "target", "auxiliary"),
             "variable": np.isin(index, variable),
             "mean": total / np.maximum(spots, 1),
@@ -241,7 +241,7 @@ def gene_table(
             "reliable": reliable,
             "reliable_known_patient": known,
         },
-        index=pd.Index(facts.genes, name="gene"),
+        index=pd.Index(metadata.genes, name="gene"),
     )
     n_held = n_patients if "patient" in found else 1
     return (

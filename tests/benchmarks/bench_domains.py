@@ -35,7 +35,7 @@ from scipy.spatial.distance import cdist
 
 import he2gene_sc as hg
 from he2gene_sc.stats import MIN_OVERLAP, admissible_shifts, log_normalise, shift_test
-from he2gene_sc.tl._domain_clusters import cluster, embed
+from he2gene_sc.tl._domains.clusters import cluster, embed
 
 N_SLIDES = 1000
 PAIRS = [

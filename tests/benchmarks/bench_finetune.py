@@ -34,7 +34,7 @@ from torch import nn
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
-from he2gene_sc.models._encoders import load_encoder
+from he2gene_sc.models._encoders.load import load_encoder
 from he2gene_sc.models._network import Preprocess, symmetric
 from he2gene_sc.stats import log_normalise
 

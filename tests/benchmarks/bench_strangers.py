@@ -38,12 +38,12 @@ import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import MIN_TISSUE
 from he2gene_sc.models._embedding import N_COLOUR
-from he2gene_sc.models._encoders import encoder_sha256, load_encoder
+from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
+from he2gene_sc.models._encoders.stages import default_stages
 from he2gene_sc.models._network import FeatureExtractor
-from he2gene_sc.models._stages import default_stages
 from he2gene_sc.stats import calibration_error
-from he2gene_sc.tl._train import WINDOWS_UM
-from he2gene_sc.tl._train_default import encode_section
+from he2gene_sc.tl._train.default import encode_section
+from he2gene_sc.tl._train.train import WINDOWS_UM
 
 SECTIONS = ("A1", "A2", "B4", "C2", "C3", "C4", "C5")
 #: Side of the crops that are altered, pixels, and spots that are read at most.

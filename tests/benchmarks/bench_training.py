@@ -38,11 +38,12 @@ from he2gene_sc import training
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.inference import cached_features
-from he2gene_sc.models._encoders import encoder_sha256, load_encoder
+from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import calibration_error, log_normalise, noise_ceiling, pearson
-from he2gene_sc.tl import _train_default
-from he2gene_sc.training import _build, _validate
+from he2gene_sc.tl._train import default as _train_default
+from he2gene_sc.training._closed_form import build as _build
+from he2gene_sc.training._closed_form import validate as _validate
 
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
 SHARED = {"annotation_key": "annotation", "missing_genes_are_zero": True, "device": "cpu", "show_progress_bar": False}

@@ -32,9 +32,9 @@ from shapely import Point
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.stats import log_normalise, pearson
+from he2gene_sc.training._closed_form.validate import Panel
 from he2gene_sc.training._figures import interval
 from he2gene_sc.training._predictability import RELIABLE_PCC
-from he2gene_sc.training._validate import Panel
 
 A, C = ("A1", "A2"), ("C2", "C3", "C4", "C5")
 COVERAGE = 0.9

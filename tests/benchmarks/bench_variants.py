@@ -30,18 +30,18 @@ import he2gene_sc as hg
 from he2gene_sc.image import PatchBatch, PatchReader
 from he2gene_sc.inference import cached_features
 from he2gene_sc.models._embedding import N_COLOUR, Context, rings_of
-from he2gene_sc.models._encoders import encoder_sha256, load_encoder
+from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
+from he2gene_sc.models._encoders.stages import default_stages, stage_sizes
 from he2gene_sc.models._network import FeatureExtractor
-from he2gene_sc.models._stages import default_stages, stage_sizes
 from he2gene_sc.stats import pearson
-from he2gene_sc.tl._gene_lists import Genes
-from he2gene_sc.tl._labels import Labels
-from he2gene_sc.tl._measured import Keys, join, read_sections
-from he2gene_sc.tl._train import WINDOWS_UM
-from he2gene_sc.tl._train_default import _COLOUR_SHARE, _SYMMETRIES
+from he2gene_sc.tl._train.default import _COLOUR_SHARE, _SYMMETRIES
+from he2gene_sc.tl._train.gene_lists import Genes
+from he2gene_sc.tl._train.labels import Labels
+from he2gene_sc.tl._train.measured import Keys, join, read_sections
+from he2gene_sc.tl._train.train import WINDOWS_UM
 from he2gene_sc.training import Recipe, feature_weights
-from he2gene_sc.training._closed_form import embed, fit_basis, fit_sums
-from he2gene_sc.training._validate import panels
+from he2gene_sc.training._closed_form.heads import embed, fit_basis, fit_sums
+from he2gene_sc.training._closed_form.validate import panels
 
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
 #: Penalty and rank (None: full).

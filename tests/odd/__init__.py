@@ -6,8 +6,8 @@ became of it. ``tests/test_odd_inputs.py`` runs a tenth, ``tests/benchmarks/benc
 
 from itertools import chain
 
-from . import files, folders, parameters, shell, tables
-from .harness import Odd, outcome
+from tests.odd import files, folders, parameters, shell, tables
+from tests.odd.harness import Odd, outcome
 
 __all__ = ["Odd", "everything", "outcome"]
 

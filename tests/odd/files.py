@@ -12,8 +12,7 @@ import tifffile
 from PIL import Image
 
 import he2gene_sc as hg
-
-from .harness import Odd
+from tests.odd.harness import Odd
 
 _RNG = np.random.default_rng(0)
 #: A smooth picture: lossy codecs keep it.

@@ -13,9 +13,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import he2gene_sc as hg
-
-from .harness import Odd, labelled, tiny
-from .verbs import VERBS, clean
+from tests.odd.harness import Odd, labelled, tiny
+from tests.odd.verbs import VERBS, clean
 
 ODD_VALUES: dict[str, Any] = {
     "null": None,

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 import he2gene_sc as hg
-
-from .harness import Odd
-from .verbs import VERBS, arguments, clean
+from tests.odd.harness import Odd
+from tests.odd.verbs import VERBS, arguments, clean
 
 #: By name, since names of tests cannot hold values.
 VALUES: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from .harness import Odd, predicted
+from tests.odd.harness import Odd, predicted
 
 WORDS = ("", " ", "nope", "-1", "0", "nan", "inf", "a/b", "1e400", "ä")
 
@@ -18,7 +18,7 @@ def _place() -> Path:
 
 
 def _run(*words: object) -> str:
-    from he2gene_sc.cli import app
+    from he2gene_sc.cli.app import app
 
     return app([str(word) for word in words], standalone_mode=False)
 

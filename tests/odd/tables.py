@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from .harness import Odd
-from .verbs import VERBS, arguments, clean
+from tests.odd.harness import Odd
+from tests.odd.verbs import VERBS, arguments, clean
 
 #: Verbs whose table is changed, with the number of the object that is.
 WHO = ("predict", "evaluate", "intervals", "adapt", "domain_preservation", "biomarkers", "concordance", "train")

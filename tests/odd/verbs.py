@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 import he2gene_sc as hg
-
-from .harness import labelled, predicted, tiny
+from tests.odd.harness import labelled, predicted, tiny
 
 
 @dataclass(frozen=True)

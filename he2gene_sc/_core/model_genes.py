@@ -1,0 +1,163 @@
+"""Which genes of a table are which genes of a model: by symbol or Ensembl id."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .genes import by_previous, symbols_in
+from .validate import format_list
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from ..models import HE2Gene
+
+logger = logging.getLogger("he2gene_sc")
+
+_MIN_MATCHED = 0.1
+#: Names of probes as Space Ranger writes them: gene and hash.
+_PROBE = r"\|[0-9a-f]{7}$"
+
+
+@dataclass(frozen=True)
+class WantedGenes:
+    """Genes of a run.
+
+    Attributes
+    ----------
+    positions
+        Their places in the model's gene head, ``(g,)``.
+    columns
+        Their places in the table's ``var``, ``(g,)``, or in that of the table that the result gets.
+    all_genes
+        Whether the result goes into a table beside a measured one.
+    renamed
+        Genes of the table that the model knows by another symbol of theirs, and that symbol.
+    """
+
+    positions: np.ndarray
+    columns: np.ndarray
+    all_genes: bool
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+def match_genes(
+    model: HE2Gene, table: AnnData | None, genes: Sequence[str] | str | None, gene_symbols: str | None
+) -> WantedGenes:
+    """Find the genes to predict and where they go.
+
+    Parameters
+    ----------
+    model
+        The model.
+    table
+        The table to be filled; ``None`` where one will be made.
+    genes
+        A list, ``"all"`` or ``None``.
+    gene_symbols
+        Column of ``table.var`` with symbols or Ensembl ids; ``None`` is the index. A symbol that HGNC has changed is matched
+        by its other name, where the model does not know the name itself and the gene is not in the table under both.
+
+    Raises
+    ------
+    ValueError
+        If a gene of the list is unknown to the model or not in the table, ``gene_symbols`` is no column, or the table
+        shares under 10 % of the shorter of both lists of genes with the model.
+    """
+    if genes is not None and not isinstance(genes, str):
+        genes = list(genes)
+        if not genes:
+            raise ValueError("`genes` is empty; name some genes, or use None or 'all'")
+        _check_known(model, genes)
+    everything = np.arange(len(model.genes))
+    if table is None or (isinstance(genes, str) and genes == "all"):
+        chosen = everything if genes is None or isinstance(genes, str) else pd.unique(_asked(model, genes))
+        return WantedGenes(chosen, np.arange(len(chosen)), all_genes=table is not None)
+    check_not_probes(table)
+    names = symbols_in(table, gene_symbols)
+    positions, renamed = _lookup(model, names)
+    known = positions >= 0
+    if known.sum() < _MIN_MATCHED * min(len(names), len(model.genes)):
+        ensembl = [v for v in model.genes["ensembl_id"] if v][:2]
+        raise ValueError(
+            f"`gene_symbols`: only {int(known.sum())} of {len(names)} genes of the table are known to model "
+            f"{model.name!r}. The table has {list(names[:3])}, the model {list(model.genes.index[:3]) + ensembl}. "
+            "Pass gene_symbols='column' where symbols stand in a column of var, or genes='all' for a table of their own"
+        )
+    logger.info(
+        "%d of %d genes of the table are known to model %r; unknown are: %s",
+        *(known.sum(), len(names), model.name, format_list(names[~known]) or "none"),
+    )
+    if renamed:
+        logger.info(
+            "%d of them by another symbol that HGNC lists: %s",
+            *(len(renamed), format_list(f"{name} as {own}" for name, own in renamed.items())),
+        )
+    if genes is not None:
+        asked = _asked(model, genes)
+        absent = [gene for gene, position in zip(genes, asked, strict=True) if position not in positions]
+        if absent:
+            raise ValueError(
+                f"`genes` {absent[:5]} are known to the model but not in the table; use genes='all' for a table of all "
+                "model genes"
+            )
+        known &= np.isin(positions, asked)
+    columns = np.flatnonzero(known)
+    return WantedGenes(positions[columns], columns, all_genes=False, renamed=renamed)
+
+
+def check_not_probes(table: AnnData) -> None:
+    """Refuse a table whose columns are probes of 10x Genomics, several of a gene.
+
+    Raises
+    ------
+    ValueError
+        If they are.
+    """
+    named = table.var_names.astype(str).str.contains(_PROBE, regex=True)
+    if not len(named) or named.mean() < 0.5:
+        return
+    raise ValueError(
+        f"the table holds probes, not genes, such as {list(table.var_names[named][:2])}. Read filtered_feature_bc_matrix.h5, "
+        "which holds genes, or sum the probes of a gene first: adata.var['gene'] = adata.var_names.str.split('|').str[0]; "
+        "genes = scanpy.get.aggregate(adata, 'gene', 'sum', axis='var'); genes.X = genes.layers['sum']"
+    )
+
+
+def _lookup(model: HE2Gene, names: pd.Index, *, one_to_one: bool = True) -> tuple[np.ndarray, dict[str, str]]:
+    """Positions of names in the model, -1 where unknown, and those found by a symbol that was changed.
+
+    By symbol, else by Ensembl id without its version, else by another symbol of the gene that is still free.
+    """
+    by_symbol = model.genes.index.get_indexer(names)
+    ids = model.genes["ensembl_id"].astype(str).to_numpy()
+    with_id = np.flatnonzero(ids != "")
+    with_id = with_id[~pd.Index(ids[with_id]).duplicated(keep=False)]
+    stripped = names.astype(str).str.replace(r"\.\d+$", "", regex=True)
+    found = pd.Index(ids[with_id]).get_indexer(stripped)
+    by_ensembl = np.append(with_id, -1)[found]
+    known = np.where(by_symbol >= 0, by_symbol, by_ensembl)
+    found = by_previous(names, model.genes.index, known, one_to_one=one_to_one)
+    more = np.flatnonzero((found >= 0) & (known < 0))
+    return found, {names[i]: str(model.genes.index[found[i]]) for i in more}
+
+
+def _asked(model: HE2Gene, genes: Sequence[str]) -> np.ndarray:
+    """Positions of genes that the user named, -1 where unknown."""
+    return _lookup(model, pd.Index([str(gene).strip() for gene in genes], dtype=object), one_to_one=False)[0]
+
+
+def _check_known(model: HE2Gene, genes: list[str]) -> None:
+    from difflib import get_close_matches
+
+    unknown = [gene for gene, position in zip(genes, _asked(model, genes), strict=True) if position < 0]
+    if unknown:
+        near = get_close_matches(str(unknown[0]).upper(), list(model.genes.index), n=3)
+        hint = f"; near {unknown[0]!r}: {near}" if near else ""
+        raise ValueError(f"`genes` {unknown[:5]} are unknown to model {model.name!r}{hint}; see hg.models.load().genes")

@@ -1,0 +1,158 @@
+"""Finding what predict wrote, for the pictures and tables that read it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .keys import MADE, Keys
+from .layers import layer_names
+from .matrix import matrix_of
+from .ownership import is_prediction, ours
+from .spots import with_text_names
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ..models import HE2Gene
+
+
+def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: str | None = None) -> str:
+    """Name of the table that ``predict(key_added=...)`` filled; a measured one before one that we made.
+
+    Raises
+    ------
+    TypeError
+        If ``sdata`` is not a SpatialData object.
+    ValueError
+        If there is none, or several could be meant.
+    """
+    if not hasattr(sdata, "tables"):
+        raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
+    if table_key is not None:
+        if table_key not in sdata.tables:
+            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")
+        if not is_prediction(sdata[table_key].uns.get(Keys(key_added).uns)):
+            raise ValueError(f"`table_key` {table_key!r} holds no prediction {key_added!r}; run hg.tl.predict first")
+        with_text_names(sdata[table_key])
+        return table_key
+    found = [key for key, table in sdata.tables.items() if is_prediction(table.uns.get(Keys(key_added).uns))]
+    measured = [key for key in found if MADE not in sdata[key].uns]
+    candidates = measured or found
+    if not candidates:
+        raise ValueError(f"`sdata` holds no prediction {key_added!r}; run hg.tl.predict first")
+    if len(candidates) > 1:
+        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
+    with_text_names(sdata[candidates[0]])
+    return candidates[0]
+
+
+def record_of(table: AnnData, key_added: str = "he2gene") -> Mapping[str, Any]:
+    """Return what ``predict(key_added=...)`` recorded in a table.
+
+    Raises
+    ------
+    ValueError
+        If it wrote nothing there, or the flags of the genes that go with it are gone.
+    """
+    keys = Keys(key_added)
+    record = table.uns.get(keys.uns)
+    if not is_prediction(record):
+        raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
+    if keys.predicted not in table.var:
+        raise ValueError(
+            f"`data`: var has no {keys.predicted!r}, which hg.tl.predict wrote with prediction {key_added!r}; keep it, or "
+            "predict again"
+        )
+    return record
+
+
+def gene_flags(table: AnnData, name: str) -> np.ndarray:
+    """Return a column of ``var`` that is true or false for every gene, ``(n_vars,)`` bool.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, or a gene has another value.
+    """
+    if name not in table.var:
+        raise ValueError(f"`data`: var has no {name!r}, which hg.tl.predict wrote; keep it, or predict again")
+    column = table.var[name]
+    other = column.isna() | ~column.isin([True, False])
+    if other.any():
+        raise ValueError(
+            f"`data`: var[{name!r}] is neither True nor False for {int(other.sum()):,} genes, for example "
+            f"{column[other].iloc[0]!r} for {column.index[other][0]!r}; predict again"
+        )
+    return column.to_numpy(bool)
+
+
+def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | None) -> str | None:
+    """Column of ``var`` with gene symbols: the one given, else the one that predict was given."""
+    recorded = record.get("gene_symbols")
+    return recorded if gene_symbols is None and recorded in table.var else gene_symbols
+
+
+def predicted_layer(table: AnnData, key_added: str = "he2gene", layer: str | None = None) -> str:
+    """Name of the layer of a prediction."""
+    name = record_of(table, key_added)["layer"] if layer is None else layer
+    if name not in table.layers:
+        raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(layer_names(table))}")
+    return name
+
+
+def check_as_predicted(table: AnnData, key_added: str, layer: str, stacklevel: int = 3) -> None:
+    """Warn where a layer that predict wrote was changed since.
+
+    Raises
+    ------
+    ValueError
+        If it holds infinite values, or nothing but NaN.
+    """
+    values = matrix_of(table, layer)
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        if np.isinf(values).any():
+            raise ValueError(f"`layer` {layer!r} holds infinite values; predict again")
+        if np.isnan(values).all():
+            raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot; predict again")
+    record = record_of(table, key_added)
+    if layer == record["layer"] and layer not in ours(table, Keys(key_added).uns, record).get("layers", ()):
+        warnings.warn(
+            f"`layer` {layer!r} was changed since hg.tl.predict wrote it: what the model promises need not hold for it; "
+            "predict again",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def predicted_by(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
+    """Find the model that predicted.
+
+    Raises
+    ------
+    ValueError
+        If it has to be given, or another is given.
+    """
+    from ..models import BUNDLED, load
+
+    name, sha256 = record["model"], record["weights_sha256"]
+    if model is None:
+        found = load(name) if name in BUNDLED else None
+        if found is None or found.weights_sha256 != sha256:
+            raise ValueError(
+                f"`model`: the prediction is of {name!r}, which is no bundled model of this version; give it, as a folder or "
+                "loaded, or predict again"
+            )
+        return found
+    found = load(model)
+    if found.weights_sha256 != sha256:
+        raise ValueError(
+            f"`model` {found.name!r} has weights {found.weights_sha256[:12] or 'that were never saved'}, the prediction was "
+            f"made by {name!r} with {str(sha256)[:12] or 'weights that were never saved'}; give that model, or predict again"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Cross-validation behind ``he2gene benchmark``."""

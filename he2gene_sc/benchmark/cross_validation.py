@@ -1,0 +1,400 @@
+"""Grouped cross-validation of presets, models and baselines over the sections of a data set, for ``he2gene benchmark``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..tl._train.arguments import PRESETS
+from ..tl._train.train import WINDOWS_UM
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+    from ..models import HE2Gene
+    from ..tl._train.measured import Measured
+    from ..training import Section
+
+UNITS = ("section", "patient")
+N_TARGET = 250
+#: More groups than these are held out in so many folds of whole groups.
+MAX_FOLDS = 8
+#: Penalties of the ridges, in units of the number of features.
+_PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)
+_ENCODER = "efficientnet-lite0"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Sections of a data set, read when they are asked for.
+
+    Attributes
+    ----------
+    name
+        Of the set.
+    patients
+        Section to patient, in the order of the set.
+    read
+        From the name of a section to the object.
+    """
+
+    name: str
+    patients: dict[str, str]
+    read: Callable[[str], SpatialData]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one predictor says of the panel genes of one held-out section, ``(n, g)``; NaN rows were not predicted.
+
+    ``reliable`` are the measured and predicted values of the genes that a model calls reliable, where it does.
+    """
+
+    values: np.ndarray
+    reliable: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def her2st(sections: Sequence[str] | None = None) -> Source:
+    """Sections of her2st that have an image here; ``sections`` chooses among all.
+
+    Raises
+    ------
+    ValueError
+        If a section is unknown, or there are fewer than two.
+    """
+    from ..datasets import HER2ST_SECTIONS
+    from ..datasets import her2st as read
+    from ..datasets._her2st import local_image
+
+    chosen = _chosen(sections, HER2ST_SECTIONS, [name for name in HER2ST_SECTIONS if local_image(name) is not None])
+    return Source("her2st", {name: name[0] for name in chosen}, read)
+
+
+def hbcis(root: str | Path, sections: Sequence[str] | None = None) -> Source:
+    """Sections of HBCIS under ``root``."""
+    from ..datasets import hbcis as read
+
+    found = read(root)
+    chosen = _chosen(sections, found.names, found.names)
+    return Source("hbcis", {name: found.metadata.loc[name, "patient"] for name in chosen}, found.__getitem__)
+
+
+def _chosen(asked: Sequence[str] | None, valid: Sequence[str], default: Sequence[str]) -> list[str]:
+    unknown = [name for name in asked or () if name not in valid]
+    if unknown:
+        raise ValueError(f"`sections` {unknown} are unknown, valid: {', '.join(valid)}")
+    chosen = list(dict.fromkeys(asked or default))
+    if asked and len(chosen) < 2:
+        raise ValueError(
+            f"`sections`: only {chosen[0]} is named; two are needed to hold one out, valid: {', '.join(valid)}"
+        )
+    if len(chosen) < 2:
+        raise ValueError(
+            f"`sections`: {len(chosen)} section(s) with an image found here; two are needed to hold one out. Set "
+            "HE2GENE_DATA_DIR to the folder above her2st, or name sections that can be downloaded"
+        )
+    return chosen
+
+
+def split(source: Source, unit: str) -> list[tuple[list[str], list[str]]]:
+    """Names trained on and names held out, fold by fold; whole sections, or whole patients.
+
+    Raises
+    ------
+    ValueError
+        If there is only one of them.
+    """
+    from ..training import grouped_folds
+
+    if unit not in UNITS:
+        raise ValueError(f"`folds` is {unit!r}, valid: {list(UNITS)}")
+    names = list(source.patients)
+    patients = list(dict.fromkeys(source.patients.values()))
+    codes = np.array([patients.index(source.patients[name]) for name in names])
+    groups = len(patients) if unit == "patient" else len(names)
+    if groups < 2:
+        raise ValueError(f"`folds` is {unit!r}, but the sections {names} are of one {unit} only")
+    n_folds = MAX_FOLDS if groups > MAX_FOLDS else None
+    _, folds = grouped_folds(np.arange(len(names)), codes, unit=unit, n_folds=n_folds)
+    return [
+        (
+            [name for name, fold in zip(names, folds, strict=True) if fold != held],
+            [name for name, fold in zip(names, folds, strict=True) if fold == held],
+        )
+        for held in np.unique(folds)
+    ]
+
+
+def run(
+    source: Source,
+    models: Sequence[str],
+    units: Sequence[str],
+    *,
+    cache: str | Path | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    device: str | None = None,
+    n_target: int = N_TARGET,
+    echo: Callable[[str], object] = print,
+) -> pd.DataFrame:
+    """Hold out one group after the other and score every predictor on what was held out.
+
+    Parameters
+    ----------
+    source
+        The sections.
+    models
+        Presets of :func:`he2gene_sc.tl.train`, trained anew in each fold; any other text is a model, bundled or a folder,
+        that is scored where it was not trained on the section (section folds) or the patient (patient folds).
+    units
+        What is held out together, of :data:`UNITS`.
+    cache
+        Folder for the encoder's features.
+    options
+        Preset to further arguments of :func:`he2gene_sc.tl.train`.
+    device
+        Of encoder and training.
+    n_target
+        Genes of highest mean in training that are scored; beside them the 50 of highest variance within sections.
+    echo
+        Called with a line when a fold is done.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each ``folds``, ``section`` (held out), ``patient``, ``predictor`` and ``panel``: ``n_genes``,
+        ``pearson`` (mean over genes across spots; a constant gene counts as 0), ``low, high`` (95 % by a bootstrap over
+        blocks of tissue, conditional on these patients), ``skill`` (median over genes, against the training mean),
+        ``ceiling``, ``above`` (share of the genes whose correlation is above 0.1).
+    """
+    from ..models import load
+
+    folds = {unit: split(source, unit) for unit in units}
+    loaded = {name: load(name) for name in models if name not in PRESETS}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="he2gene-") as work:
+        cache = Path(work) if cache is None else Path(cache)
+        read, sections, genes = _read(source, cache, Path(work), device, n_target)
+        for unit, parts in folds.items():
+            for train, test in parts:
+                fold = _Fold(
+                    unit, [sections[name] for name in train], [sections[name] for name in test], genes, n_target
+                )
+                predictors = _baselines(fold)
+                for name in models:
+                    model = loaded.get(name) or _train(
+                        source, train, name, cache, device, (options or {}).get(name, {})
+                    )
+                    predictors[name] = _by_model(source, fold, model, read, trained_here=name in PRESETS, device=device)
+                for i, section in enumerate(fold.test):
+                    ceiling = _ceiling(read[section.name], genes[fold.columns])
+                    for name, predictions in predictors.items():
+                        if (prediction := predictions[i]) is not None:
+                            rows += _score(fold, section, name, prediction, ceiling)
+                echo(f"{source.name}, {unit} held out: {', '.join(test)} done")
+    return pd.DataFrame(rows)
+
+
+class _Fold:
+    """Sections trained on and held out, and the genes that are scored, chosen on the former."""
+
+    def __init__(self, unit: str, train: list[Section], test: list[Section], genes: pd.Index, n_target: int) -> None:
+        from ..training._closed_form.validate import panels
+
+        self.unit, self.train, self.test, self.genes = unit, train, test, genes
+        rows = [np.ones(len(section), bool) for section in train]
+        self.target, self.variable = panels(train, rows, min(n_target, len(genes)))
+        self.columns = np.concatenate([self.target, self.variable])
+        self.y = [section.dense(self.columns) for section in train]
+        self.mean = np.nanmean(np.concatenate(self.y), axis=0)
+
+    def inner(self) -> np.ndarray:
+        """Fold of each training spot within the fold, to choose a penalty by."""
+        from ..training import folds_of
+
+        return np.concatenate(folds_of(self.train, None)[1])
+
+
+def _read(
+    source: Source, cache: Path, work: Path, device: str | None, n_target: int
+) -> tuple[dict[str, Measured], dict[str, Section], pd.Index]:
+    """All sections with the features of the baselines: the encoder's own output in three windows, and colour."""
+    from ..inference import resolve_device, resolve_dtype
+    from ..models import load_encoder
+    from ..models._encoders.load import encoder_sha256
+    from ..models._network import FeatureExtractor
+    from ..tl._train.default import encode_section
+    from ..tl._train.gene_lists import Genes
+    from ..tl._train.labels import Labels
+    from ..tl._train.measured import Keys, join, read_sections
+
+    where = resolve_device(device or "auto")
+    network, spec = load_encoder(_ENCODER)
+    extractor, sha256 = FeatureExtractor(network, spec), encoder_sha256(network)
+    engine = (32, where, resolve_dtype("float32", where), False)
+    kept, features = [], []
+    for name in source.patients:
+        sdata = source.read(name)
+        if not sdata.images:
+            raise FileNotFoundError(f"section {name} of {source.name} has no image here")
+        for section in read_sections(sdata, Keys("annotation", "patient", "section", None, None), {}):
+            features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine))
+            kept.append(section.set_down(work))
+        del sdata, section
+    sections, genes, _ = join(
+        kept, features, Genes(None, n_target, 0.01, missing_are_zero=True), Labels({}, ("undetermined",), {}), work
+    )
+    return {m.name: m for m in kept}, {s.name: s for s in sections}, genes
+
+
+def _baselines(fold: _Fold) -> dict[str, list[Prediction | None]]:
+    """Predict by what needs no model, each fitted on the training sections of the fold alone."""
+    from ..models._embedding import N_COLOUR
+
+    n_colour = N_COLOUR * len(WINDOWS_UM)
+    return {
+        "training mean": [Prediction(np.tile(fold.mean, (len(section), 1))) for section in fold.test],
+        "class mean (labels of the held-out section given)": _class_mean(fold),
+        "total counts (of the held-out section given)": _total_counts(fold),
+        "mean colour, ridge": _ridge(fold, slice(-n_colour, None)),
+        "frozen encoder, ridge": _ridge(fold, slice(None, -n_colour)),
+    }
+
+
+def _class_mean(fold: _Fold) -> list[Prediction | None]:
+    codes, y = np.concatenate([section.codes for section in fold.train]), np.concatenate(fold.y)
+    means = {code: np.nanmean(y[codes == code], axis=0) for code in np.unique(codes[codes >= 0])}
+    found: list[Prediction | None] = []
+    for section in fold.test:
+        values = np.tile(fold.mean, (len(section), 1))
+        for code, mean in means.items():
+            values[section.codes == code] = mean
+        found.append(Prediction(values) if (section.codes >= 0).any() else None)
+    return found
+
+
+def _total_counts(fold: _Fold) -> list[Prediction | None]:
+    depth = [np.log(section.totals) for section in fold.train]
+    x = np.concatenate([d - d.mean() for d in depth])
+    y = np.concatenate([np.nan_to_num(part - np.nanmean(part, axis=0)) for part in fold.y])
+    slope = x @ y / np.square(x).sum()
+    depth = [np.log(section.totals) for section in fold.test]
+    return [Prediction(np.outer(d - d.mean(), slope) + fold.mean) for d in depth]
+
+
+def _ridge(fold: _Fold, features: slice) -> list[Prediction | None]:
+    """Ridge on standardised features, its penalty chosen by grouped folds within the training sections."""
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    from ..stats import pearson
+
+    x = np.concatenate([np.asarray(section.features[:, 0, features]) for section in fold.train])
+    y, inner = np.nan_to_num(np.concatenate(fold.y) - fold.mean), fold.inner()
+    target = slice(0, len(fold.target))
+    scores = np.zeros(len(_PENALTIES))
+    for held in np.unique(inner):
+        scaler = StandardScaler().fit(x[inner != held])
+        for i, penalty in enumerate(_PENALTIES):
+            fitted = Ridge(alpha=penalty * x.shape[1]).fit(scaler.transform(x[inner != held]), y[inner != held, target])
+            scores[i] += np.nan_to_num(
+                pearson(fitted.predict(scaler.transform(x[inner == held])), y[inner == held, target])
+            ).mean()
+    scaler = StandardScaler().fit(x)
+    fitted = Ridge(alpha=_PENALTIES[scores.argmax()] * x.shape[1]).fit(scaler.transform(x), y)
+    return [
+        Prediction(fitted.predict(scaler.transform(np.asarray(section.features[:, 0, features]))) + fold.mean)
+        for section in fold.test
+    ]
+
+
+def _train(
+    source: Source, names: Sequence[str], preset: str, cache: Path, device: str | None, options: Mapping[str, Any]
+) -> HE2Gene:
+    from .. import tl
+
+    own = {"cache": cache} if preset == "default" else {"encoder": _ENCODER}
+    settings: dict[str, Any] = {"preset": preset, "annotation_key": "annotation", "missing_genes_are_zero": True}
+    settings |= {"device": device, **own, **options}
+    return tl.train((source.read(name) for name in names), show_progress_bar=False, **settings)
+
+
+def _by_model(
+    source: Source, fold: _Fold, model: HE2Gene, read: Mapping[str, Measured], *, trained_here: bool, device: str | None
+) -> list[Prediction | None]:
+    """Predict the held-out sections; ``None`` where a ready model was trained on what has to be held out."""
+    from .. import tl
+    from ..stats import log_normalise
+
+    known = model.card.training.get("sections", {})
+    patients = {facts["patient"] for facts in known.values()}
+    found: list[Prediction | None] = []
+    for section in fold.test:
+        leaks = section.name in known or (fold.unit == "patient" and section.patient in patients)
+        if leaks and not trained_here:
+            found.append(None)
+            continue
+        sdata = source.read(section.name)
+        tl.predict(sdata, model=model, genes="all", key_added="he2gene_bench", device=device, show_progress_bar=False)
+        made = sdata["he2gene_bench"]
+        # The rows of the section: spots in the image on which something was counted, in the order of the table.
+        totals = np.asarray(sdata["table"].X.sum(axis=1)).ravel()
+        rows = np.flatnonzero((totals > 0) & np.isfinite(made.layers["he2gene_bench"][:, 0]))
+        values = np.asarray(made.layers["he2gene_bench"][rows])
+        columns = made.var_names.get_indexer(fold.genes[fold.columns])
+        panel = np.where(columns >= 0, values[:, columns], fold.mean)
+        reliable = np.flatnonzero(model.genes.loc[made.var_names, "reliable"].to_numpy(bool))
+        there = read[section.name].genes.get_indexer(made.var_names[reliable])
+        measured = np.zeros((len(rows), len(reliable)), np.float32)
+        measured[:, there >= 0] = log_normalise(read[section.name].counts)[:, there[there >= 0]]
+        found.append(Prediction(panel, (measured, values[:, reliable]) if len(reliable) else None))
+        del sdata, made
+    return found
+
+
+def _ceiling(measured: Measured, genes: pd.Index) -> np.ndarray:
+    from ..stats import noise_ceiling
+
+    columns = measured.genes.get_indexer(genes)
+    ceiling = np.zeros(len(genes))
+    ceiling[columns >= 0] = np.nan_to_num(noise_ceiling(measured.counts, genes=columns[columns >= 0]))
+    return ceiling
+
+
+def _score(
+    fold: _Fold, section: Section, predictor: str, prediction: Prediction, ceiling: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    from ..stats import pearson, skill
+    from ..training._closed_form.validate import Panel
+    from ..training._figures import interval
+
+    measured = section.dense(fold.columns)
+    panel = Panel(fold.target, fold.variable, prediction.values.astype(np.float32), measured)
+    r = np.nan_to_num(pearson(prediction.values, measured))
+    gained = skill(prediction.values, measured, fold.mean)
+    between = interval(panel, section.centres_um)
+    constant = predictor == "training mean"
+    common = {"folds": fold.unit, "section": section.name, "patient": section.patient, "predictor": predictor}
+    n = len(fold.target)
+    for i, (name, part) in enumerate(
+        ((f"{n} highest mean", slice(0, n)), (f"{len(fold.variable)} most variable", slice(n, None)))
+    ):
+        yield {
+            **common,
+            "panel": name,
+            "n_genes": len(r[part]),
+            "pearson": np.nan if constant else r[part].mean(),
+            "low": np.nan if constant else between[i, 0],
+            "high": np.nan if constant else between[i, 1],
+            "skill": np.nanmedian(gained[part]),
+            "ceiling": ceiling[part].mean(),
+            "above": np.nan if constant else (r[part] > 0.1).mean(),
+        }
+    if prediction.reliable is not None:
+        r = np.nan_to_num(pearson(*prediction.reliable))
+        yield {**common, "panel": "called reliable", "n_genes": len(r), "pearson": r.mean(), "above": (r > 0.1).mean()}

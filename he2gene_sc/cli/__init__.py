@@ -1,0 +1,1 @@
+"""``he2gene``: the main jobs from a shell."""

@@ -1,0 +1,298 @@
+"""``he2gene demo | predict | train | evaluate | benchmark | info``: the main jobs from a shell."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+app = typer.Typer(
+    help="Gene expression and pathology annotation from H&E images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL = "breast-her2st"
+
+
+@app.command()
+def demo(
+    section: Annotated[str, typer.Option(help="her2st section; C5 was held out of the bundled model.")] = "C5",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("he2gene-demo"),
+    model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = _MODEL,
+) -> None:
+    """Predict a real breast section, compare with what was measured, write pictures and tables.
+
+    Looks for her2st in HE2GENE_DATA_DIR, then online; where it cannot be had, a synthetic slide is used.
+    """
+    from ..models import load
+    from .demo import run
+
+    run(section, out, load(model), typer.echo)
+
+
+@app.command()
+def predict(
+    path: Annotated[Path, typer.Argument(help="SpatialData zarr store, or an H&E image (jpg, png, tif, svs).")],
+    mpp: Annotated[float | None, typer.Option(help="µm per pixel of the full-resolution image.")] = None,
+    model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = _MODEL,
+    out: Annotated[Path | None, typer.Option(help="Store to write; default: update PATH, or PATH.zarr.")] = None,
+    image_key: Annotated[str | None, typer.Option(help="Image, where the store holds several.")] = None,
+    shapes_key: Annotated[str | None, typer.Option(help="Spots, where the store holds several.")] = None,
+    table_key: Annotated[str | None, typer.Option(help="Table, where the store holds several.")] = None,
+    all_genes: Annotated[bool, typer.Option("--all-genes", help="Every model gene, into a table of its own.")] = False,
+    tta: Annotated[
+        bool | None,
+        typer.Option(help="Average the eight symmetries: slower, slightly better. Default: as the card says."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    no_image: Annotated[
+        bool, typer.Option("--no-image", help="Write OUT without a copy of the pixels. It cannot be predicted again.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace another store at OUT, or what others have saved to PATH meanwhile."),
+    ] = False,
+    pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
+    allow_encoder_source: Annotated[
+        bool,
+        typer.Option(
+            "--allow-encoder-source", help="Let the card of MODEL name a repository or folder of its encoder."
+        ),
+    ] = False,
+) -> None:
+    """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first.
+
+    A store is updated in place: its tables alone are written.
+    """
+    from .. import io, models, pp, tl
+    from .._core.mpp import stored_mpp
+    from ..io._open import open_store
+    from ..io._save import check_place, check_target, least_bytes, resolved
+    from ..io._store import fingerprints, remember
+
+    if not path.exists():
+        raise ValueError(f"PATH {str(path)!r}: nothing there")
+    in_store = path.is_dir()
+    as_read = fingerprints(path) if in_store else {}
+    sdata = open_store(path) if in_store else None
+    target = resolved(out or (path if in_store else path.with_suffix(".zarr")))
+    in_place = in_store and target == resolved(path)
+    if in_place and no_image:
+        raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store by --out")
+    check_target(target, overwrite=overwrite or in_place)
+    check_place(target, 0)
+    if sdata is not None:
+        remember(sdata, as_read)
+    else:
+        sdata = io.read_he(path, mpp=mpp)
+        if stored_mpp(sdata, "he") is None:
+            raise ValueError(
+                "`mpp` of image 'he' is unknown: the file states none; give --mpp in µm per pixel (0.5 for a 20× scan)"
+            )
+        pp.tissue(sdata)
+        pp.grid(sdata, pitch_um=pitch_um)
+    check_place(target, least_bytes(sdata, images=not (in_place or no_image)))
+    tl.predict(
+        sdata,
+        model=models.load(model, allow_encoder_source=allow_encoder_source),
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        mpp=mpp,
+        genes="all" if all_genes else None,
+        tta=tta,
+        device=device,
+    )
+    if no_image:
+        for name in list(sdata.images):
+            del sdata.images[name]
+    try:
+        typer.echo(f"Written: {io.save(sdata, target, overwrite=overwrite)}")
+    except (FileExistsError, BlockingIOError) as error:
+        if not in_place:
+            raise
+        raise type(error)(
+            f"{error}. The prediction is in {str(_rescue(sdata, target))!r}, without the image"
+        ) from error
+
+
+def _rescue(sdata: SpatialData, target: Path) -> Path:
+    """Write what was predicted beside a store that others have changed meanwhile."""
+    from .. import io
+
+    places = (target.with_name(f"{target.stem}-he2gene-{number}.zarr") for number in itertools.count(1))
+    for name in list(sdata.images):
+        del sdata.images[name]
+    return io.save(sdata, next(place for place in places if not place.exists()))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file: the sections, and arguments of hg.tl.train.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")] = False,
+) -> None:
+    """Train a model, deterministically on the CPU.
+
+    The file has a table [train] with arguments of hg.tl.train and says what to train on: a table [data] with `stores`, a
+    list of SpatialData stores, one or more sections each; or with `hbcis`, the folder of that set,
+    and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; or with `hest`, a folder of HEST-1k, and `ids`,
+    `organ`, `species` or `technology`; or a list `sections` of her2st sections. Paths in it are relative to the file.
+    """
+    from .. import tl
+    from ..models._folder import check_place
+    from .training_file import read_training_file
+
+    if (check_place(out) / "card.json").exists() and not overwrite:
+        raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it, once the new one is trained")
+    sections, options = read_training_file(config, out)
+    trained = tl.train(sections, **options)
+    from ..training._gradient.lightning import is_first_process
+
+    # With several devices every process comes here, with the same model.
+    if is_first_process():
+        trained.save(out)
+        typer.echo(f"{trained!r}\nWritten: {out}")
+
+
+@app.command()
+def benchmark(
+    data: Annotated[str, typer.Option(help="her2st or hbcis.")] = "her2st",
+    root: Annotated[Path | None, typer.Option(help="Folder of HBCIS; her2st is found by HE2GENE_DATA_DIR.")] = None,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Preset of hg.tl.train, trained anew in each fold, or a model, scored where it may be. Repeatable."
+        ),
+    ] = ["default"],  # noqa: B006 - typer wants a list
+    folds: Annotated[
+        list[str],
+        typer.Option(help="What is held out together: section, patient. Repeatable; default: both where possible."),
+    ] = [],  # noqa: B006
+    section: Annotated[list[str], typer.Option(help="Sections to take; default: all with an image. Repeatable.")] = [],  # noqa: B006
+    options: Annotated[Path | None, typer.Option(help="TOML: a table a preset, with arguments of hg.tl.train.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder to keep the encoder's features in.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for benchmark.csv, .md and .png.")] = Path("he2gene-benchmark"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Cross-validate presets and baselines over the sections of a data set, grouped; write table and figure."""
+    from ..benchmark import cross_validation as _benchmark
+    from ..benchmark import report as _benchmark_report
+    from .training_file import check_options, read_toml
+
+    if data not in ("her2st", "hbcis"):
+        raise ValueError(f"--data is {data!r}, valid: ['her2st', 'hbcis']")
+    if data == "her2st":
+        source = _benchmark.her2st(section)
+    elif root is None:
+        raise ValueError("--data hbcis needs --root, the folder that Mendeley Data 29ntw7sh4r was unpacked to")
+    else:
+        source = _benchmark.hbcis(root, section)
+    several = len(set(source.patients.values())) > 1
+    units = folds or (["section", "patient"] if several else ["section"])
+    settings = {} if options is None else read_toml(options)
+    if unread := sorted(settings.keys() - set(model)):
+        raise ValueError(f"--options has tables {unread} that are none of --model {model}")
+    for preset, given in settings.items():
+        where = f"{'' if options is None else options.name}: [{preset}]"
+        if not isinstance(given, dict):
+            raise ValueError(f"{where} is {given!r}; a table is needed")
+        check_options({**given, "preset": preset}, where)
+    table = _benchmark.run(source, model, units, cache=cache, options=settings, device=device, echo=typer.echo)
+    said = [
+        "he2gene benchmark",
+        f"--data {data}",
+        *(f"--model {name}" for name in model),
+        *(f"--folds {u}" for u in units),
+    ]
+    said += [f"--section {name}" for name in section] + ([f"--options {options.name}"] if options else [])
+    for path in _benchmark_report.write(table, data, out, " ".join(said)):
+        typer.echo(f"Written: {path}")
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="SpatialData zarr store that was predicted and measured.")],
+    out: Annotated[Path | None, typer.Option(help="CSV file to write: metrics of each gene.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer to judge: that of the prediction, the default, or an adapted one.")
+    ] = None,
+    prediction_key: Annotated[str, typer.Option(help="Prefix that the prediction was written under.")] = "he2gene",
+    genes: Annotated[list[str], typer.Option(help="Genes to judge, default: all. Repeatable, or with commas.")] = [],  # noqa: B006
+    measured: Annotated[str | None, typer.Option(help="Layer of raw counts; default: X.")] = None,
+    measured_scale: Annotated[str, typer.Option(help="auto, counts, log.")] = "auto",
+    annotation_key: Annotated[
+        str | None, typer.Option(help="Column of obs with labels, to judge the annotation.")
+    ] = None,
+    sample_key: Annotated[str | None, typer.Option(help="Column of obs with the patient.")] = None,
+    section_key: Annotated[str | None, typer.Option(help="Column of obs with the section.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model that predicted, where it is not bundled.")] = None,
+    table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
+) -> None:
+    """Compare a prediction with what was measured, beside baselines; print the summary. The store stays as it is."""
+    from .. import get, tl
+    from ..io._open import open_store
+    from .evaluation_report import lines
+
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")
+    named = [name.strip() for text in genes for name in text.split(",") if name.strip()]
+    if genes and not named:
+        raise ValueError(f"--genes {genes} names no gene")
+    sdata = open_store(path)
+    tl.evaluate(
+        sdata,
+        layer=layer,
+        genes=named or None,
+        prediction_key=prediction_key,
+        measured=measured,
+        measured_scale=measured_scale,  # type: ignore[arg-type]  # evaluate checks it
+        annotation_key=annotation_key,
+        sample_key=sample_key,
+        section_key=section_key,
+        model=model,
+        table_key=table_key,
+    )
+    for line in lines(sdata, table_key, annotation=annotation_key is not None):
+        typer.echo(line)
+    if out is not None:
+        get.evaluation(sdata, "genes", table_key=table_key).to_csv(out, index=False, float_format="%.5g")
+        typer.echo(f"Written: {out}")
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help="Bundled model or model folder.")] = _MODEL) -> None:
+    """Print the card of a model."""
+    from ..models import load
+
+    typer.echo(load(model).card.to_markdown())
+
+
+def main() -> None:
+    """Run the command line; user errors are one line, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ome_zarr").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        # Of packages that are compiled on first import.
+        warnings.filterwarnings("ignore", category=SyntaxWarning)
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding")
+        # What a warning says is for the user, the line of code that says it is not.
+        warnings.showwarning = lambda message, *_, **__: print(f"he2gene: {message}", file=sys.stderr)
+        try:
+            app()
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
+            print(f"he2gene: {error}", file=sys.stderr)
+            sys.exit(1)

@@ -1,0 +1,216 @@
+"""The main job on one section, for ``he2gene demo``: predict, compare with what was measured, write everything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ..models import HE2Gene
+
+_GENES = ("ERBB2", "CD24", "COL1A1", "FASN")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Predicted against measured expression of one section.
+
+    Attributes
+    ----------
+    genes
+        One row a gene: ``gene, mean`` (measured), ``pearson`` (here), ``ceiling`` (here), ``pcc`` (held-out, from the
+        card), ``reliable``.
+    panels
+        One row a panel: ``panel, n_genes, model, colour, ceiling``, mean Pearson correlations.
+    """
+
+    genes: pd.DataFrame
+    panels: pd.DataFrame
+
+
+def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) -> None:
+    """Run the demo and say what happens, line by line.
+
+    Parameters
+    ----------
+    section
+        her2st section; where its files cannot be had, the toy slide takes its place.
+    out
+        Folder to write to.
+    model
+        The model.
+    echo
+        Prints a line.
+    """
+    from .. import get, io, pl, tl
+
+    # The first line states whether what follows is honest.
+    echo(_first_line(section, model))
+    start = time.perf_counter()
+    name, sdata = _load(section, echo)
+    echo(f"Loaded in {time.perf_counter() - start:.1f} s (decoding the image included).")
+    start = time.perf_counter()
+    tl.predict(sdata, model=model)
+    seconds = time.perf_counter() - start
+    table = sdata["table"]
+    record = table.uns["he2gene"]
+    echo(
+        f"Predicted {len(get.genes(sdata)):,} genes and the annotation of {table.n_obs} spots in {seconds:.1f} s "
+        f"({table.n_obs / seconds:.1f} spots/s) at {record['mpp']:.3f} µm/px ({record['mpp_source']})."
+    )
+    comparison = compare(sdata, model)
+    _report(comparison, table, echo)
+    out.mkdir(parents=True, exist_ok=True)
+    comparison.genes.to_csv(out / "genes.csv", index=False, float_format="%.4g")
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.use("Agg")
+    drawn = [gene for gene in _GENES if gene in set(get.genes(sdata))]
+    pl.spatial(sdata, drawn, save=out / "genes.png")
+    reference = "annotation" if table.obs["annotation"].notna().any() else None
+    pl.annotation(sdata, reference=reference, save=out / "annotation.png")
+    plt.close("all")
+    store = io.save(sdata, out / f"{name}.zarr", overwrite=True)
+    echo("")
+    echo(f"Pictures   {out / 'genes.png'}  ({', '.join(drawn)}: predicted, and measured beside it)")
+    echo(f"           {out / 'annotation.png'}")
+    echo(f"Genes      {out / 'genes.csv'}  (column `reliable`: the genes where it is False are not to be trusted)")
+    echo(f"Object     {store}  (spatialdata.read_zarr)")
+
+
+def _first_line(section: str, model: HE2Gene) -> str:
+    trained = model.card.training["sections"]
+    if section in trained:
+        return f"NOTE: section {section} is in the training set of {model.name}: the figures below flatter it."
+    siblings = sorted(name for name, facts in trained.items() if facts["patient"] == section[:1])
+    known = f", though on its patient's sections {', '.join(siblings)}" if siblings else " nor on its patient"
+    return f"Section {section}, which {model.name} was not trained on{known}."
+
+
+def _load(section: str, echo: Callable[[str], object]) -> tuple[str, SpatialData]:
+    from .. import datasets
+
+    try:
+        sdata = datasets.her2st(section)
+    except FileNotFoundError as error:
+        echo(f"No real data: {str(error).splitlines()[0]} ({section}). Set HE2GENE_DATA_DIR to have it.")
+        echo("Going on with the synthetic toy slide: what follows shows the road, not the accuracy.")
+        return "toy", datasets.toy()
+    if not sdata.images:
+        echo(f"Section {section} has no image here. Going on with the synthetic toy slide.")
+        return "toy", datasets.toy()
+    return section, sdata
+
+
+def compare(sdata: SpatialData, model: HE2Gene) -> Comparison:
+    """Compare the layer ``"he2gene"`` of ``sdata["table"]`` with its counts, and with colour alone.
+
+    The panels are the model's: the genes of highest mean and of highest variance in its training sections.
+    """
+    from ..stats import log_normalise, noise_ceiling, pearson
+
+    table = sdata["table"]
+    predicted = table.var["he2gene_predicted"].to_numpy(bool)
+    names = table.var_names[predicted]
+    measured = log_normalise(table.X)[:, predicted]
+    seen = ~np.isnan(table.layers["he2gene"][:, predicted]).any(1)
+    r = pearson(np.asarray(table.layers["he2gene"])[seen][:, predicted], measured[seen])
+    ceiling = noise_ceiling(table.X[np.flatnonzero(seen)])[predicted]
+    genes = pd.DataFrame(
+        {
+            "gene": names,
+            "mean": measured.mean(0),
+            "pearson": r,
+            "ceiling": ceiling,
+            "pcc": table.var["he2gene_pcc"].to_numpy()[predicted],
+            "reliable": table.var["he2gene_reliable"].to_numpy()[predicted],
+        }
+    ).sort_values("pcc", ascending=False, kind="stable")
+    colour = pd.Series(_colour_pearson(sdata, model, names, measured, seen), index=names)
+    by_name = genes.set_index("gene")
+    rows = []
+    target, variable = model.genes["group"] == "target", model.genes["variable"].astype(bool)
+    for panel, members in (("highest mean", target), ("most variable", variable)):
+        chosen = model.genes.index[members].intersection(names)
+        rows.append(
+            {
+                "panel": panel,
+                "n_genes": len(chosen),
+                # A gene that is constant on either side is not predicted: it counts as 0.
+                "model": by_name.loc[chosen, "pearson"].fillna(0).mean(),
+                "colour": colour[chosen].fillna(0).mean() if colour.notna().any() else np.nan,
+                "ceiling": by_name.loc[chosen, "ceiling"].fillna(0).mean(),
+            }
+        )
+    return Comparison(genes, pd.DataFrame(rows))
+
+
+def _colour_pearson(
+    sdata: SpatialData, model: HE2Gene, names: pd.Index, measured: np.ndarray, seen: np.ndarray
+) -> np.ndarray:
+    """Correlation that the model's colour baseline reaches on each gene it covers, NaN elsewhere."""
+    import torch
+
+    from .._core.slide import resolve
+    from ..image import PatchReader
+    from ..stats import pearson
+
+    if "colour.genes" not in model.tensors:
+        return np.full(len(names), np.nan)
+    (slide,) = resolve(sdata)
+    extractor = model.network.extractor
+    reader = PatchReader(
+        slide.pyramid,
+        slide.centres[seen],
+        slide.mpp,
+        windows_um=model.card.windows_um,
+        input_px=extractor.window_px,
+        factor=slide.pixel_factor,
+    )
+    baseline = np.zeros((int(seen.sum()), len(model.tensors["colour.genes"])), np.float32)
+    for batch in reader:
+        colour = extractor.colour(tuple(torch.from_numpy(window) for window in batch.patches)).numpy()
+        baseline[batch.index] = colour @ model.tensors["colour.weight"] + model.tensors["colour.bias"]
+    covered = model.genes.index[model.tensors["colour.genes"]]
+    columns = names.get_indexer(covered)
+    r = np.full(len(names), np.nan)
+    here = columns >= 0
+    r[columns[here]] = pearson(np.maximum(baseline[:, here], 0), measured[seen][:, columns[here]])
+    return r
+
+
+def _report(comparison: Comparison, table: AnnData, echo: Callable[[str], object]) -> None:
+    echo("")
+    echo("Mean Pearson per gene, across spots     model   colour alone   noise ceiling")
+    for row in comparison.panels.itertuples():
+        echo(f"  {row.n_genes:>3} genes, {row.panel:<24} {row.model:6.3f}   {row.colour:12.3f}   {row.ceiling:13.3f}")
+    by_name = comparison.genes.set_index("gene")
+    echo("")
+    echo("Gene       Pearson here   held-out in training   noise ceiling   reliable")
+    shown = [gene for gene in _GENES if gene in by_name.index] + list(by_name.index[:6])
+    for gene in dict.fromkeys(shown):
+        row = by_name.loc[gene]
+        echo(
+            f"{gene:<10} {row.pearson:12.3f}   {row.pcc:20.3f}   {row.ceiling:13.3f}   {'yes' if row.reliable else 'no'}"
+        )
+    reliable = int(by_name["reliable"].sum())
+    echo(f"{reliable:,} genes are called reliable, {len(by_name) - reliable:,} are not to be trusted one by one.")
+    if table.obs["annotation"].notna().any():
+        known = table.obs["annotation"].notna() & table.obs["he2gene_annotation"].notna()
+        same = table.obs["annotation"].astype(str)[known] == table.obs["he2gene_annotation"].astype(str)[known]
+        echo(f"Annotation: {same.mean():.0%} of {known.sum()} labelled spots agree ({_source(table)}).")
+
+
+def _source(table: AnnData) -> str:
+    sources = sorted(table.obs["annotation_source"].dropna().unique())
+    return f"labels: {', '.join(sources)}"

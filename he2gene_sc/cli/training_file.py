@@ -1,0 +1,173 @@
+"""Training files of ``he2gene train`` and ``he2gene benchmark --options``: read, and checked field by field."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .._core import validate
+from ..models._schema import explain
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Data(_Strict):
+    stores: Texts | None = None
+    hbcis: Text | None = None
+    patients: Text | Texts | None = None
+    sections: Texts | None = None
+    hest: Text | None = None
+    ids: Text | Texts | None = None
+    organ: Text | Texts | None = None
+    species: Text | Texts | None = None
+    technology: Text | Texts | None = None
+
+
+#: Sources of sections, what each is, and the fields that choose among its sections.
+_SOURCES = {
+    "stores": ("a list of SpatialData stores", ()),
+    "hbcis": ("a folder", ("patients", "sections")),
+    "hest": ("a folder", ("ids", "organ", "species", "technology")),
+}
+#: Parts of the split that a source may name instead of a list.
+_PARTS = {"patients": ("train", "test"), "ids": ("hest_train", "hest_test", "hest_her2st")}
+
+
+class _File(_Strict):
+    sections: Texts | None = None
+    data: _Data | None = None
+    train: dict[str, Any] = {}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises
+    ------
+    ValueError
+        If it is not one.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not a TOML file: {error}") from error
+
+
+def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], dict[str, Any]]:
+    """Read a training file: sections, read one by one, and the arguments of :func:`he2gene_sc.tl.train`.
+
+    Raises
+    ------
+    ValueError
+        If it is not TOML, or a field is missing, unknown or of another type; the message names the file and the field.
+    """
+    try:
+        found = _File.model_validate(read_toml(path))
+    except ValidationError as error:
+        raise ValueError(f"{path.name} is not valid: {explain(error)}") from error
+    if (found.sections is None) == (found.data is None):
+        raise ValueError(f"{path.name}: either a list `sections` or a table [data] is needed, beside a table [train]")
+    options = check_options(found.train, f"{path.name}: [train]")
+    for folder in options.keys() & {"cache", "checkpoint_dir"}:
+        options[folder] = _folder(options[folder], folder, path, out)
+    return _sections(found, path), options
+
+
+def check_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check names and plain types of arguments of :func:`he2gene_sc.tl.train`; ``where`` begins the error.
+
+    Raises
+    ------
+    ValueError
+        If one is unknown, or of another type.
+    """
+    from inspect import Parameter, signature
+
+    from ..tl._train.arguments import check_fit_options
+    from ..tl._train.train import train
+
+    named = {name for name, p in signature(train).parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
+    if "sdatas" in options:
+        raise ValueError(f"{where} `sdatas` is not an option; name the sections in `sections` or [data]")
+    try:
+        validate.arguments(train, options)
+        further = {name: value for name, value in options.items() if name not in named}
+        check_fit_options(options.get("preset", "default"), further)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} {error}") from error
+    return dict(options)
+
+
+def _folder(value: Any, name: str, path: Path, out: Path) -> Path:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{path.name}: [train] `{name}` is {value!r}; the path of a folder is needed")
+    folder = (path.resolve().parent / Path(value).expanduser()).resolve()
+    if folder.is_relative_to(out.expanduser().resolve()):
+        raise ValueError(
+            f"{path.name}: [train] `{name}` {str(folder)!r} lies in OUT {str(out)!r}, which holds the model alone; choose "
+            "another folder"
+        )
+    return folder
+
+
+def _sections(found: _File, path: Path) -> Iterable[SpatialData]:
+    from .. import datasets
+
+    data = found.data
+    if data is None:
+        return (datasets.her2st(section) for section in found.sections or [])
+    given = data.model_dump(exclude_none=True)
+    if "stores" in given and len(given) > 1:
+        raise ValueError(f"{path.name}: [data] `stores` stands alone; remove the other fields")
+    sources = [name for name in _SOURCES if name in given]
+    if len(sources) != 1:
+        listed = " or ".join(f"`{name}`, {what}" for name, (what, _) in _SOURCES.items())
+        problem = f"names {sources}; one of them is needed" if sources else f"lacks {listed}"
+        raise ValueError(f"{path.name}: [data] {problem}")
+    (source,) = sources
+    choices = {name: value for name, value in given.items() if name != source}
+    others = sorted(choices.keys() - set(_SOURCES[source][1]))
+    if others:
+        raise ValueError(
+            f"{path.name}: [data] {others} do not go with `{source}`, which takes {list(_SOURCES[source][1])}; remove them"
+        )
+    if source == "stores":
+        return _stores(given["stores"], path)
+    for name in _PARTS.keys() & choices.keys():
+        if isinstance(choices[name], str):
+            choices[name] = _part(choices[name], name, path)
+    return getattr(datasets, source)(path.resolve().parent / Path(given[source]).expanduser(), **choices)
+
+
+def _part(value: str, name: str, path: Path) -> tuple[str, ...]:
+    """Part of the paper's split that a file names."""
+    from .. import datasets
+
+    split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in _PARTS[name]}
+    try:
+        return split[validate.one_of(value, split, name)]
+    except ValueError as error:
+        raise ValueError(f"{path.name}: [data] {error}; or give a list of {name}") from error
+
+
+def _stores(stores: list[str], path: Path) -> Iterable[SpatialData]:
+    from ..io._open import open_store
+    from ..io._save import is_store
+
+    places = [path.resolve().parent / Path(store).expanduser() for store in stores]
+    absent = [str(place) for place in places if not place.is_dir() or not is_store(place)]
+    if absent:
+        raise ValueError(f"{path.name}: [data] `stores` {absent} are not SpatialData stores")
+    return (open_store(place, "`stores`") for place in places)

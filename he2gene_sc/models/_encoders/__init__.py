@@ -1,0 +1,1 @@
+"""Encoders: their specifications, weights, stages and inputs."""

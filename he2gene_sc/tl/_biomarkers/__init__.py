@@ -1,0 +1,1 @@
+"""``hg.tl.biomarkers``, ``hg.tl.concordance`` and ``hg.tl.enrichment``."""

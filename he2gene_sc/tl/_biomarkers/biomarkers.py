@@ -1,0 +1,310 @@
+"""``hg.tl.biomarkers``: genes that differ between groups of spots, tested over patients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from ..._core import validate
+from ..._core.genes import find_genes
+from ..._core.keys import check_key
+from ..._core.results import check_free, write_to_all
+from ..._core.tables import Scale, column_of
+from .compare import NO_DEPTH, adjusted, check_model, compare, method_for, named_groups
+from .contrast import Method
+from .pool import Pool, pool, tables_of
+from .provenance import circularity, measured_part, reliable_genes
+from .sums import depth_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+#: Of the results, in their order.
+COLUMNS = (
+    *("group", "names", "logfoldchanges", "logfoldchanges_pooled", "effect_size", "ci_low", "ci_high"),
+    *("scores", "pvals", "pvals_adj"),
+    *("n_samples", "n_spots", "n_spots_reference", "method", "reliable", "circular"),
+)
+
+
+def biomarkers(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    groupby: str,
+    *,
+    groups: str | Sequence[str] | None = None,
+    reference: str | float = "rest",
+    layer: str | None = "he2gene",
+    layer_scale: Scale = "auto",
+    sample_key: str | None = None,
+    section_key: str | None = None,
+    method: Literal["auto", "pseudobulk", "deseq2", "means", "mixed", "ppi", "spatial", "wilcoxon"] = "auto",
+    reliable_only: bool = True,
+    covariates: str | Sequence[str] | None = None,
+    formula: str | None = None,
+    term: str | None = None,
+    depth: str | None = "auto",
+    lfc: float = 0.0,
+    trend: bool = True,
+    robust: bool = True,
+    cross_fit: bool = False,
+    measured: str | None = None,
+    measured_scale: Scale = "auto",
+    min_mean: float = 0.05,
+    adjust_over: Literal["group", "all"] = "group",
+    join: Literal["inner", "outer"] = "inner",
+    level: float = 0.95,
+    table_key: str | None = None,
+    key_added: str = "he2gene_biomarkers",
+) -> pd.DataFrame | None:
+    """Test which genes differ between groups of spots, with the patient as the statistical unit.
+
+    Parameters
+    ----------
+    data
+        One object or table, several, or one with a sample column. Genes are matched by name.
+    groupby
+        Column of ``obs`` with the groups; spots without one are left out.
+    groups
+        Groups to test; default: all that can be, the others are named in a warning.
+    reference
+        Group to compare with; ``"rest"``: all other labelled spots.
+    layer
+        Predicted or other logarithms, natural log of (1 + counts per 10,000); ``None``: the raw counts in ``X``.
+    layer_scale
+        ``"counts"`` or ``"log"``, where the layer does not hold what is expected of it.
+    sample_key
+        Column of ``obs`` that tells the patients apart; default ``"patient"``. One object without it is one sample.
+    section_key
+        Column of ``obs`` that tells the sections apart; default: the shapes element, or ``"section"``. The sections of a
+        patient are one sample: their spots are pooled, which assumes that the labels are spread alike over them.
+    method
+        - ``"pseudobulk"``: raw counts summed per sample and group, TMM library sizes, paired by sample, precision weights by
+          counts and spots, moderated t. On logarithms it is ``"means"``;
+        - ``"deseq2"``: PyDESeq2 on the same sums (optional: ``pip install "he2gene_sc[deseq2]"``);
+        - ``"means"``: mean of logarithms per sample and group, for predicted layers; depth adjusted for, weights by spots,
+          paired by sample, moderated t;
+        - ``"mixed"``: linear mixed model of the means of logarithms, with covariates; minutes for thousands of genes;
+        - ``"ppi"``: prediction-powered, where some samples were measured and more were predicted;
+        - ``"spatial"``: spots of one or two sections, with the effective number of independent ones;
+        - ``"wilcoxon"``: spots as if they were independent, for comparison with scanpy alone;
+        - ``"auto"``: pseudobulk (of logarithms means) with three or more samples, else spatial.
+    reliable_only
+        Test only the genes that the model's card calls reliable. Measured values are not subject to it.
+    covariates
+        Columns of ``obs``: numbers, averaged per sample and group, or labels, one a sample and group. ``"mixed"``, and
+        ``"pseudobulk"`` and ``"means"`` where they differ within samples: what does not, cancels in the pairs.
+    formula
+        More terms of the design of ``"pseudobulk"`` and ``"means"``, by patsy, of columns of ``obs`` and of ``group`` (1/2 in the
+        group, -1/2 in the reference): ``"group:age"`` asks whether the difference goes with age. The sample is a block.
+    term
+        Term of the design that is tested; default: the group.
+    depth
+        Of ``"means"``: the log depth of the spots is adjusted for, in every sample by its own slope. ``"auto"``: total counts in
+        ``X``, where every spot has some; or a column of total counts in ``obs``. Without it differences of depth pass for
+        differences of genes, which a warning says; ``None`` leaves it out.
+    lfc
+        Smallest effect of interest of ``"pseudobulk"``, ``"deseq2"`` and ``"means"``, as log2 of a ratio: effects up to this
+        size are part of the null (TREAT).
+    trend
+        Of ``"pseudobulk"`` and ``"means"``: the prior variance of a gene goes with the variance that its counts and spots tell
+        (as limma's ``eBayes`` with that as its ``trend``); ``False``: one prior for all genes (Smyth 2004).
+    robust
+        Of the same: hypervariable genes get a prior of their own.
+    cross_fit
+        Replace the labels of each sample (of each section, in one patient) by those of a classifier of *measured*
+        expression fitted on the others and their labels, so that they owe nothing to the image that the genes were
+        predicted from. Genes are tested in two halves; the labels for one are read from genes outside it. Sound if the
+        model that predicted the genes was not trained on these sections.
+    measured, measured_scale
+        Measured values for ``"ppi"`` and ``cross_fit``: layer, ``None`` is ``X``, and its scale. A spot counts as
+        measured if it has counts there and its table is not one that predict made; a sample with the groups in its
+        measured spots.
+    min_mean
+        Genes are tested if their mean is above this, in the unit of the layer: for ``"spatial"`` and ``"wilcoxon"`` that
+        over all spots of both groups, else that of the two group means, averaged over samples. ``"spatial"`` also leaves out
+        genes that fewer than three spots of the smaller group are expected to show, from the share of all spots that do.
+    adjust_over
+        P-values are adjusted within each ``"group"``, or over ``"all"`` groups together.
+    join
+        ``"inner"``: genes of every object. ``"outer"``: of any; in raw counts a gene that a table does not name is 0.
+    level
+        Of the intervals.
+    table_key
+        Table, where an object holds several.
+    key_added
+        Where in ``uns`` it is written.
+
+    Returns
+    -------
+    ``None`` for one object, the results for several. Written to the table, or to the table of every object:
+
+    ``.uns["he2gene_biomarkers"]``
+        ``"results"``: DataFrame, a row a group and gene, see :func:`he2gene_sc.get.biomarkers`; ``"samples"``, ``"genes"``
+        and ``"sample_effects"``: spots and difference in every sample; ``"params"``.
+
+    Raises
+    ------
+    TypeError
+        If ``data`` holds something else.
+    ValueError
+        If an argument or the object does not fit: a missing column or group, one level, fewer than three spots, a group
+        in one sample only, groups that never share a sample, values on another scale, spots or patients given twice.
+        Nothing has been changed then.
+
+    Notes
+    -----
+    Labels that were predicted from the image that the genes were predicted from share its errors, and clusters of genes the
+    noise of these genes (``hg.tl.domain_preservation``): the p-values do not hold, the result is marked ``circular``, also
+    for renamed or merged levels of such labels. Assumptions and formulas of every method: ``docs/statistics/methods.md``,
+    error rates: ``docs/statistics/validation.md``.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    >>> result = hg.tl.biomarkers(slides, "pathologist", layer=None)
+    >>> bool(result.query("group == 'tumour' and names == 'ERBB2'")["pvals_adj"].item() < 0.05)
+    True
+    """
+    validate.arguments(biomarkers, locals())
+    check_key(key_added, "key_added")
+    validate.one_of(adjust_over, ("group", "all"), "adjust_over")
+    validate.one_of(robust, (True, False), "robust")
+    covariates = (covariates,) if isinstance(covariates, str) else tuple(covariates or ())
+    if not 0 < level < 1:
+        raise ValueError(f"`level` is {level!r}; a number between 0 and 1 is needed")
+    groups, reference = named_groups(groups, reference, min_mean)
+    tables, several = tables_of(data, layer, table_key)
+    for table in tables:
+        check_free(table, "biomarkers", key_added)
+        for key in covariates:
+            column_of(table, key, "covariates")
+    spots = pool(
+        tables,
+        groupby,
+        layer=layer,
+        layer_scale=layer_scale,
+        sample_key=sample_key,
+        section_key=section_key,
+        join=join,
+        reliable_only=reliable_only,
+    )
+    chosen = method_for(method, spots, covariates, trend)
+    model = check_model(chosen, formula, term, lfc)
+    known_depth = depth_of(spots, depth) if chosen.name == "means" else None
+    options = {"covariates": covariates, "level": level, "trend": bool(trend), "robust": bool(robust), **model}
+    run: dict[str, Any] = {
+        "chosen": chosen,
+        "groups": groups,
+        "reference": reference,
+        "min_mean": min_mean,
+        "options": options,
+    }
+    if cross_fit:
+        halves = _halves(spots, measured, measured_scale)
+        deep = chosen.name == "means"
+        parts = [compare(half, depth=depth_of(half, depth) if deep else None, **run) for half in halves]
+    else:
+        known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
+        if seen is not None and not seen.any():
+            raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
+        parts = [compare(spots, measured=known, depth=known_depth, **run)]
+    circular = "" if cross_fit else circularity(tables, groupby, layer)
+    results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), adjust_over)
+    _caution(results, chosen, circular, chosen.name == "means" and known_depth is None)
+    effects = pd.concat([frame for _, frame in parts], axis=1)
+    params = {
+        "groupby": groupby,
+        "reference": reference,
+        "layer": "X" if layer is None else layer,
+        "sample_key": sample_key,
+        "method": chosen.name,
+        "reliable_only": reliable_only,
+        "covariates": list(covariates) or None,
+        "formula": formula,
+        "term": term,
+        "depth": depth if known_depth is not None else None,
+        "lfc": float(lfc),
+        "trend": bool(trend) if chosen.name in ("pseudobulk", "means") else None,
+        "robust": bool(robust) if chosen.name in ("pseudobulk", "means") else None,
+        "adjust_over": adjust_over,
+        "cross_fit": cross_fit,
+        "min_mean": min_mean,
+        "join": join,
+        "level": level,
+    }
+    facts = {
+        "results": results,
+        "samples": effects.index.to_frame(index=False),
+        "genes": effects.columns.to_numpy(object),
+        "sample_effects": effects.to_numpy(np.float32),
+    }
+    write_to_all(tables, "biomarkers", key_added, params=params, facts=facts)
+    return results.copy() if several else None
+
+
+def _finish(
+    frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series | None, circular: bool, over: str
+) -> pd.DataFrame:
+    """Adjust and say what the result is worth; best score of each group first."""
+    results = adjusted(pd.concat(frames, ignore_index=True), over)
+    results["method"] = chosen.label
+    results["reliable"] = True if reliable is None else reliable.reindex(results["names"]).to_numpy(bool)
+    results["circular"] = circular
+    order = {name: i for i, name in enumerate(dict.fromkeys(results["group"]))}
+    results = results.assign(order=results["group"].map(order)).sort_values(
+        ["order", "scores"], ascending=[True, False], kind="stable"
+    )
+    return results[list(COLUMNS)].reset_index(drop=True)
+
+
+def _caution(results: pd.DataFrame, chosen: Method, circular: str, no_depth: bool = False) -> None:
+    if no_depth:
+        warnings.warn(NO_DEPTH, UserWarning, stacklevel=3)
+    if chosen.caution:
+        warnings.warn(chosen.caution, UserWarning, stacklevel=3)
+    if circular:
+        warnings.warn(
+            f"{circular}, the p-values do not hold and the result is marked circular. Sound are a pathologist's labels, "
+            "labels carried over from another section, or cross_fit=True where several sections were measured",
+            UserWarning,
+            stacklevel=3,
+        )
+    if lost := int(results["logfoldchanges"].isna().sum()):
+        warnings.warn(
+            f"logfoldchanges are NaN for {lost} tests: means of logarithms below 0, as scaled values have them, stand for no "
+            "expression; effect_size is in the unit of the layer",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _halves(spots: Pool, measured: str | None, scale: Scale) -> list[Pool]:
+    """Two halves of the genes, each with labels that were read from measured genes outside it."""
+    from .cross_fit import cross_fitted_labels
+
+    known, seen = measured_part(spots, measured, scale)
+    lacking = sorted(set(spots.sections) - set(known.sections))
+    if lacking:
+        raise ValueError(
+            f"`cross_fit`: {lacking[0]} has no measured counts. Its labels would have to come from its image, which its "
+            "predicted genes come from too; use a pathologist's labels there, or leave it out"
+        )
+    spots = spots.take(seen)
+    halves = []
+    common = spots.tables[0].var_names
+    for table in spots.tables[1:]:
+        common = common[find_genes(common, table.var_names) >= 0]
+    for i in (0, 1):
+        genes = spots.genes[i::2]
+        labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale)
+        halves.append(replace(spots, genes=genes, labels=labels))
+    return halves

@@ -1,0 +1,308 @@
+"""A method run on every group of a pool: which groups can be tested, and the tests side by side."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..._core.spots import asked_name
+from ..._core.validate import format_list
+from .contrast import METHODS, MIN_SPOTS, Cells, Contrast, Method, Outcome, run
+from .pool import Pool
+
+if TYPE_CHECKING:
+    from ...stats import CountSums
+
+#: Counts that a gene must have for a test of counts: those of the rarer group, of both alike half.
+MIN_INFORMATION = 5.0
+
+#: What it means that means of logarithms are compared as they are.
+NO_DEPTH = (
+    "the depth of the spots is not adjusted for: where one group is sequenced deeper, or has denser cells, genes differ by that "
+    "alone. Raw counts of every spot in X, or depth= with a column of total counts, mend this"
+)
+#: Methods that share the moderated test.
+_MODERATED = ("pseudobulk", "means")
+
+logger = logging.getLogger("he2gene_sc")
+
+
+def compare(
+    spots: Pool,
+    *,
+    chosen: Method,
+    groups: Sequence[str] | None,
+    reference: str,
+    min_mean: float,
+    options: Mapping[str, Any],
+    measured: Pool | None = None,
+    depth: np.ndarray | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Run a method on every group.
+
+    Returns
+    -------
+    tuple
+        The tests, a row a group and gene, without adjustment; the differences, a row a group and sample, a column a gene.
+    """
+    cells = Cells.of(
+        spots,
+        squares=chosen.squares,
+        detected=chosen.detecting > 0,
+        raw=chosen.scale == "counts",
+        depth=depth if chosen.name == "means" else None,
+    )
+    of_measured = None if measured is None else Cells.of(measured)
+    tests, differences, faults = [], [], []
+    for group in _groups(cells, groups, reference, chosen):
+        contrast = Contrast.of(spots, cells, spots.genes, group, reference, **options)
+        if measured is not None and of_measured is not None:
+            contrast = replace(
+                contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, **options)
+            )
+        used = chosen.uses(contrast)
+        kept, fault = _tested(contrast, chosen, used, min_mean, group, reference, cells)
+        if fault:
+            faults.append(fault)
+            continue
+        _say_left_out(contrast, used, group, reference)
+        contrast = contrast.keep(kept)
+        outcome = run(chosen, contrast)
+        test = outcome.test
+        tests.append(
+            pd.DataFrame(
+                {
+                    "group": group,
+                    "names": contrast.genes.astype(str).to_numpy(object),
+                    "logfoldchanges": outcome.logfoldchanges,
+                    "logfoldchanges_pooled": contrast.pooled_fold_changes,
+                    "effect_size": test.effect,
+                    "ci_low": test.ci_low,
+                    "ci_high": test.ci_high,
+                    "scores": test.scores,
+                    "pvals": test.pvalues,
+                    "n_samples": int(used.sum()),
+                    "n_spots": int(contrast.counts[0, used].sum()),
+                    "n_spots_reference": int(contrast.counts[1, used].sum()),
+                }
+            )
+        )
+        differences.append(_differences(contrast, outcome, group))
+    if faults and (groups is not None or not tests):
+        raise ValueError(faults[0])
+    if faults:
+        warnings.warn(f"groups are left out: {'; '.join(faults)}", UserWarning, stacklevel=3)
+    return pd.concat(tests, ignore_index=True), pd.concat(differences)
+
+
+def _tested(
+    contrast: Contrast,
+    chosen: Method,
+    used: np.ndarray,
+    min_mean: float,
+    group: str,
+    reference: str,
+    cells: Cells,
+) -> tuple[np.ndarray, str]:
+    """Genes of sufficient mean that enough spots of the smaller group are expected to show, and why there are none.
+
+    Where spots are the unit, both look at all spots together: a mean of the means would choose the genes that happen to
+    be high in the smaller group.
+    """
+    with np.errstate(invalid="ignore"):
+        mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
+    enough = mean > min_mean
+    if contrast.raw is not None:
+        enough &= _counted(contrast.raw)
+    if not enough.any():
+        return enough, f"`min_mean` is {min_mean}; no gene has a mean above it in {group!r} and {reference!r}"
+    if cells.detected is None:
+        return enough, ""
+    others = cells.labels[cells.labels != group] if reference == "rest" else [reference]
+    spots = cells.side([group], "detected")[0].sum(0) + cells.side(others, "detected")[0].sum(0)
+    n = contrast.counts.sum(1)
+    seen = enough & (spots * n.min() >= chosen.detecting * n.sum())
+    if not seen.any():
+        return seen, (
+            f"`groups`: of {enough.sum()} genes above `min_mean` none is expected in {chosen.detecting} of the {n.min()} "
+            f"spots of the smaller of {group!r} and {reference!r}; more spots are needed"
+        )
+    if lost := int(enough.sum() - seen.sum()):
+        logger.warning(
+            "biomarkers: %d of %d genes are not tested in %r: they are expected in fewer than %d of the %d spots of the "
+            "smaller group",
+            *(lost, enough.sum(), group, chosen.detecting, n.min()),
+        )
+    return seen, ""
+
+
+def _say_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: str) -> None:
+    """Say which samples are not in a test for want of labelled spots."""
+    if used.all():
+        return
+    lacking = [
+        f"{str(sample)!r} ({a} of {group!r}, {b} of {reference!r})"
+        for sample, (a, b) in zip(contrast.samples[~used], contrast.counts[:, ~used].T, strict=True)
+    ]
+    logger.warning(
+        "biomarkers: %r against %r is tested in %d of %d samples; the others have fewer than %d labelled spots of one: %s",
+        *(group, reference, used.sum(), len(used), MIN_SPOTS, format_list(lacking)),
+    )
+
+
+def _counted(sums: CountSums) -> np.ndarray:
+    """Mask of genes with enough counts in both groups, as expected where nothing differs, ``(g,)``."""
+    share = sums.depth[0] * sums.depth[1] / np.maximum(sums.depth.sum(0), 1) ** 2
+    return (sums.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
+
+
+def named_groups(groups: Any, reference: object, min_mean: object) -> tuple[list[str] | None, str]:
+    """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too.
+
+    Raises
+    ------
+    ValueError
+        If ``min_mean`` is not a number, or a name is missing.
+    """
+    if isinstance(min_mean, bool) or not isinstance(min_mean, Real) or np.isnan(float(min_mean)):
+        raise ValueError(f"`min_mean` is {min_mean!r}; a number is needed, in the unit of the layer")
+    several = isinstance(groups, Iterable) and not isinstance(groups, str)
+    named = None if groups is None else [asked_name(group, "groups") for group in (groups if several else [groups])]
+    return named, asked_name(reference, "reference")
+
+
+def method_for(method: str, spots: Pool, covariates: Sequence[str], trend: object = True) -> Method:
+    """Choose the method by the number of samples, or check the one that was named."""
+    if method not in ("auto", *METHODS):
+        raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")
+    n = len(set(spots.samples))
+    bulk = "pseudobulk" if spots.scale == "counts" else "means"
+    name = (bulk if n >= 3 else "spatial") if method == "auto" else method
+    # Logarithms cannot be summed as counts; their means are what is left.
+    name = "means" if name == "pseudobulk" and bulk == "means" else name
+    if METHODS[name].scale not in (None, spots.scale):
+        raise ValueError(
+            f"`method` {name!r} is for {'raw counts' if name == 'deseq2' else 'logarithms'}, the layer holds "
+            f"{'logarithms' if name == 'deseq2' else 'raw counts'}; use method={bulk!r}"
+        )
+    if not isinstance(trend, bool | np.bool_):
+        raise ValueError(f"`trend` is {trend!r}; True or False is needed")
+    if not trend and name not in _MODERATED:
+        raise ValueError(f"`trend` is of method='pseudobulk' and 'means' alone, the method is {name!r}")
+    if covariates and name not in (*_MODERATED, "mixed"):
+        raise ValueError(f"`covariates` enter method='pseudobulk', 'means' and 'mixed' alone, the method is {name!r}")
+    if name == "deseq2":
+        from .deseq2 import import_pydeseq2
+
+        import_pydeseq2()
+    if n < METHODS[name].samples:
+        raise ValueError(
+            f"`method` {name!r} compares samples and needs at least {METHODS[name].samples}, there are {n}; name the patients "
+            "by `sample_key`, or use method='spatial'"
+        )
+    return METHODS[name]
+
+
+def check_model(chosen: Method, formula: object, term: object, lfc: object) -> dict[str, object]:
+    """Return what the moderated tests take beside covariates.
+
+    Raises
+    ------
+    ValueError
+        If one is not what it should be, or the method does not take it.
+    """
+    if isinstance(lfc, bool) or not isinstance(lfc, Real) or not 0 <= float(lfc) < np.inf:
+        raise ValueError(f"`lfc` is {lfc!r}; a number from 0 is needed, log2 of the smallest ratio of interest")
+    for name, value in (("formula", formula), ("term", term)):
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise ValueError(f"`{name}` is {value!r}; a text is needed, for example 'group:age'")
+        if value is not None and chosen.name not in _MODERATED:
+            raise ValueError(f"`{name}` is of method='pseudobulk' and 'means' alone, the method is {chosen.name!r}")
+    if lfc and chosen.name not in (*_MODERATED, "deseq2"):
+        raise ValueError(f"`lfc` is of method='pseudobulk', 'deseq2' and 'means' alone, the method is {chosen.name!r}")
+    return {"formula": formula, "term": term, "lfc": float(lfc)}
+
+
+def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: Method) -> list[str]:
+    """Names of the groups to test; what cannot be tested is an error if it was named, else left out with a warning."""
+    labels = cells.labels.tolist()
+    if len(labels) < 2:
+        raise ValueError(f"`groupby` has one level, {labels}; at least 2 are needed")
+    if reference == "rest" and "rest" in labels:
+        raise ValueError(
+            "`reference` 'rest' is all others, but `groupby` has a level of this name too; rename the level"
+        )
+    if reference != "rest" and reference not in labels:
+        raise ValueError(f"`reference` {reference!r} is no group, valid: {['rest', *labels]}")
+    named = groups
+    if named is not None and not len(named):
+        raise ValueError(f"`groups` is empty; name some of {labels}, or None for all")
+    if named is not None and (unknown := [group for group in named if group not in labels]):
+        raise ValueError(f"`groups` {unknown} are no groups, valid: {labels}")
+    if named is not None and reference in named:
+        raise ValueError(f"`groups` holds the reference {reference!r}; leave it out")
+    wanted = [label for label in labels if label != reference] if named is None else list(dict.fromkeys(named))
+    faults = {group: _fault(cells, group, reference, chosen) for group in wanted}
+    bad = {group: fault for group, fault in faults.items() if fault}
+    if bad and (named is not None or len(bad) == len(wanted)):
+        raise ValueError(f"`{'groups' if named is not None else 'groupby'}`: {next(iter(bad.values()))}")
+    if bad:
+        warnings.warn(f"groups are left out: {'; '.join(bad.values())}", UserWarning, stacklevel=4)
+    return [group for group in wanted if not faults[group]]
+
+
+def _fault(cells: Cells, group: str, reference: str, chosen: Method) -> str:
+    """Say what keeps a group from being tested; empty if nothing does."""
+    others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
+    counts = {group: cells.side([group])[1], reference: cells.side(others)[1]}
+    for name, count in counts.items():
+        if count.sum() < MIN_SPOTS:
+            return f"{name!r} has {count.sum()} spots, at least {MIN_SPOTS} are needed"
+    if not chosen.samples:
+        return ""
+    enough = {name: count >= MIN_SPOTS for name, count in counts.items()}
+    for name, there in enough.items():
+        if there.sum() < 2:
+            return (
+                f"{name!r} has {MIN_SPOTS} or more spots in too few samples, {cells.samples[there].tolist()}; method "
+                f"{chosen.name!r} compares at least 2"
+            )
+    both = (enough[group] & enough[reference]).sum()
+    if both < 2:
+        return (
+            f"{group!r} and {reference!r} meet in {both} of the samples, with {MIN_SPOTS} or more spots of each; at least 2 "
+            "are needed: groups that do not meet within samples cannot be told from the samples"
+        )
+    return ""
+
+
+def _differences(contrast: Contrast, outcome: Outcome, group: str) -> pd.DataFrame:
+    """Difference in every sample that has both, with the numbers of spots in the index."""
+    index = pd.MultiIndex.from_arrays(
+        [
+            [group] * int(contrast.paired.sum()),
+            contrast.samples[contrast.paired],
+            contrast.counts[0, contrast.paired],
+            contrast.counts[1, contrast.paired],
+        ],
+        names=["group", "sample", "n_spots", "n_spots_reference"],
+    )
+    return pd.DataFrame(outcome.differences.astype(np.float32), index=index, columns=contrast.genes.astype(str))
+
+
+def adjusted(tests: pd.DataFrame, over: str = "group") -> pd.DataFrame:
+    """Add Benjamini and Hochberg's p-values within each group, or over all; a gene without p-value gets none."""
+    from statsmodels.stats.multitest import multipletests
+
+    tests = tests.assign(pvals_adj=np.nan)
+    known = tests[tests["pvals"].notna()]
+    for _, part in known.groupby(known["group"] if over == "group" else np.zeros(len(known)), sort=False):
+        tests.loc[part.index, "pvals_adj"] = multipletests(part["pvals"], method="fdr_bh")[1]
+    return tests

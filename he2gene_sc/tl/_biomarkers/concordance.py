@@ -1,0 +1,182 @@
+"""``hg.tl.concordance``: do predicted biomarkers match the measured ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from ..._core import validate
+from ..._core.keys import check_key
+from ..._core.results import check_free, write_to_all
+from ..._core.tables import Scale
+from .compare import adjusted, compare, method_for, named_groups
+from .contrast import METHODS
+from .pool import pool, prediction_key, tables_of
+from .provenance import circularity, measured_part, reliable_genes
+from .sums import depth_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def concordance(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    groupby: str,
+    *,
+    groups: str | Sequence[str] | None = None,
+    reference: str | float = "rest",
+    layer: str = "he2gene",
+    layer_scale: Scale = "auto",
+    measured: str | None = None,
+    measured_scale: Scale = "auto",
+    sample_key: str | None = None,
+    section_key: str | None = None,
+    method: Literal["auto", "pseudobulk", "mixed", "spatial", "wilcoxon"] = "auto",
+    k: Sequence[int] = (10, 20, 50, 100, 200),
+    fdr: float = 0.05,
+    min_mean: float = 0.05,
+    table_key: str | None = None,
+    key_added: str = "he2gene_concordance",
+) -> pd.DataFrame | None:
+    """Compare the biomarkers of predicted with those of measured expression, at the same spots and by the same test.
+
+    Parameters
+    ----------
+    data, groupby, groups, reference, layer, layer_scale, sample_key, section_key, method, table_key
+        As for :func:`he2gene_sc.tl.biomarkers`.
+    measured, measured_scale
+        What was measured at the same spots: layer, ``None`` is ``X`` (raw counts), and its scale. Spots without counts
+        there are left out, of both.
+    k
+        Lengths of the lists of top genes that are compared.
+    fdr
+        Below this adjusted p-value a measured gene counts as significant.
+    min_mean
+        Genes that biomarkers would test in what was measured are compared; see there.
+    key_added
+        Where in ``uns`` it is written.
+
+    Returns
+    -------
+    ``None`` for one object, the table for several. Written to the table, or to the table of every object:
+
+    ``.uns["he2gene_concordance"]``
+        ``"table"``: DataFrame, a row a group and set of genes (``"reliable"``, ``"all"``), see
+        :func:`he2gene_sc.get.concordance`; ``"genes"``: both tests gene by gene; ``"params"``.
+
+    Raises
+    ------
+    ValueError
+        As for biomarkers; if nothing was measured; if predicted and measured are the same layer.
+
+    Notes
+    -----
+    Measured effects are noisy themselves, so the agreement of a perfect prediction is below 1. If the model was trained on
+    these sections, the agreement is too good.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    ...     hg.tl.predict(slide, show_progress_bar=False)
+    >>> hg.tl.concordance(slides, "pathologist", k=(5,))["genes"].unique().tolist()
+    ['reliable', 'all']
+    """
+    validate.arguments(concordance, locals())
+    check_key(key_added, "key_added")
+    if layer is None or layer == measured:
+        raise ValueError(f"`layer` and `measured` are both {layer!r}; a predicted and a measured one are needed")
+    if method == "ppi":
+        raise ValueError("`method` 'ppi' mixes predicted and measured; name another")
+    lengths = [validate.whole(length, "k") for length in np.ravel(np.array(k, object))]
+    groups, reference = named_groups(groups, reference, min_mean)
+    tables, several = tables_of(data, layer, table_key)
+    for table in tables:
+        check_free(table, "concordance", key_added)
+    options: dict[str, Any] = {
+        "layer": layer,
+        "layer_scale": layer_scale,
+        "sample_key": sample_key,
+        "section_key": section_key,
+    }
+    spots = pool(tables, groupby, **options)
+    known, seen = measured_part(spots, measured, measured_scale)
+    if not seen.any():
+        raise ValueError("`measured` holds no counts at any labelled spot; there is nothing to compare with")
+    spots = spots.take(seen)
+    chosen = method_for(method, spots, ())
+    depth = depth_of(spots, "auto") if chosen.name == "means" else None
+    run: dict[str, Any] = {"groups": groups, "reference": reference, "options": {}, "depth": depth}
+    # Counts are summed; what was predicted has none.
+    found, _ = compare(known, min_mean=min_mean, chosen=method_for(method, known, ()), **run)
+    with warnings.catch_warnings():
+        # Said once, of the measured.
+        warnings.simplefilter("ignore", UserWarning)
+        predicted, _ = compare(spots, min_mean=-np.inf, chosen=chosen, **run)
+    if chosen.caution:
+        warnings.warn(chosen.caution, UserWarning, stacklevel=2)
+    genes = _beside(predicted, found)
+    reliable = reliable_genes(tables, layer)
+    genes["reliable"] = True if reliable is None else reliable.reindex(genes["names"]).to_numpy(bool)
+    table = _scores(genes, lengths, fdr)
+    table["method"] = METHODS[chosen.name].label
+    table["circular"] = any(circularity(tables, groupby, values) for values in (layer, measured))
+    params = {
+        "groupby": groupby,
+        "reference": reference,
+        "layer": layer,
+        "prediction": prediction_key(tables[0], layer),
+        "measured": "X" if measured is None else measured,
+        "sample_key": sample_key,
+        "method": chosen.name,
+        "fdr": fdr,
+        "min_mean": min_mean,
+        "k": lengths,
+    }
+    write_to_all(tables, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
+    return table.copy() if several else None
+
+
+def _beside(predicted: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """Both tests of the genes that both have, a row a group and gene."""
+    columns = ["group", "names", "effect_size", "scores", "pvals_adj"]
+    both = adjusted(measured)[[*columns, "n_samples", "n_spots"]].merge(
+        adjusted(predicted)[columns], on=["group", "names"], suffixes=("_measured", "_predicted"), validate="one_to_one"
+    )
+    return both.dropna().reset_index(drop=True)
+
+
+def _scores(genes: pd.DataFrame, k: Sequence[int], fdr: float) -> pd.DataFrame:
+    from ...stats import ranking_agreement
+
+    rows = []
+    for group, of_group in genes.groupby("group", sort=False):
+        for name, part in (("reliable", of_group[of_group["reliable"]]), ("all", of_group)):
+            significant = (part["pvals_adj_measured"] < fdr).to_numpy()
+            scores = ranking_agreement(
+                part["effect_size_predicted"],
+                part["effect_size_measured"],
+                significant,
+                predicted_scores=part["scores_predicted"],
+                measured_scores=part["scores_measured"],
+                k=k,
+            )
+            rows.append(
+                {
+                    "group": group,
+                    "genes": name,
+                    "n_genes": len(part),
+                    "n_significant": int(significant.sum()),
+                    "n_samples": int(of_group["n_samples"].iloc[0]),
+                    "n_spots": int(of_group["n_spots"].iloc[0]),
+                    **scores,
+                }
+            )
+    return pd.DataFrame(rows)

@@ -1,0 +1,386 @@
+"""Groups of spots against a reference: means in each sample, and the methods that compare them, all of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .pool import Pool
+from .sums import CountCells, DepthCells, cell_covariates, keep_genes, pair_design
+
+if TYPE_CHECKING:
+    from ...stats import CountSums, SampleTest
+
+#: A group with fewer spots than this has no mean in a sample, and none at all with fewer altogether.
+MIN_SPOTS = 3
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Sums over the spots of every label in every sample, ``(samples, labels, g)`` float64.
+
+    ``counts`` ``(samples, labels)`` are the spots, ``sums`` those of the logarithms; ``squares``, of their squares, and
+    ``detected``, of the spots where a gene is not 0, are there where they were asked for.
+    """
+
+    samples: np.ndarray
+    labels: np.ndarray
+    counts: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray | None = None
+    detected: np.ndarray | None = None
+    raw: CountCells | None = None
+    depth: DepthCells | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pool: Pool,
+        *,
+        squares: bool = False,
+        detected: bool = False,
+        raw: bool = False,
+        depth: np.ndarray | None = None,
+    ) -> Cells:
+        """Sum over the spots of a pool, in one reading."""
+        samples, sample = np.unique(pool.samples.astype(str), return_inverse=True)
+        labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
+        shape = (len(samples), len(labels))
+        code = sample * shape[1] + label
+        asked: dict[str, Callable[[Any], Any]] = {"sums": np.asarray}
+        asked |= ({"squares": _square} if squares else {}) | ({"detected": _seen} if detected else {})
+        sums = pool.sums(code, shape[0] * shape[1], *asked.values())
+        counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
+        return cls(
+            samples,
+            labels,
+            counts,
+            raw=CountCells.of(pool, code, shape) if raw else None,
+            depth=None if depth is None else DepthCells.of(pool, depth, code, shape),
+            **dict(zip(asked, sums.reshape(len(asked), *shape, -1), strict=True)),
+        )
+
+    def side(self, labels: Sequence[str] | np.ndarray, what: str = "sums") -> tuple[np.ndarray, np.ndarray]:
+        """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
+        chosen = np.isin(self.labels, list(labels))
+        return getattr(self, what)[:, chosen].sum(1), self.counts[:, chosen].sum(1)
+
+
+def _square(values: np.ndarray) -> np.ndarray:
+    return np.square(values, dtype=np.float64)
+
+
+def _seen(values: np.ndarray) -> np.ndarray:
+    return (values != 0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One group against its reference.
+
+    ``inside`` and ``outside`` are ``(n,)`` bool over the spots of the pool; ``means`` is ``(2, samples, g)``, the group
+    first, NaN where a sample has fewer than three spots of it; ``counts`` is ``(2, samples)``. ``spot_variance`` ``(g,)``
+    is the variance of spots about the means of their group and sample, where squares were summed. ``measured`` is the contrast
+    of the measured values, where there are some.
+    """
+
+    pool: Pool
+    genes: pd.Index
+    samples: np.ndarray
+    inside: np.ndarray
+    outside: np.ndarray
+    means: np.ndarray
+    counts: np.ndarray
+    pooled_means: np.ndarray
+    covariates: tuple[str, ...] = ()
+    level: float = 0.95
+    trend: bool = True
+    spot_variance: np.ndarray | None = None
+    measured: Contrast | None = None
+    raw: CountSums | None = None
+    adjustment: np.ndarray | None = None
+    depth_variance: np.ndarray | None = None
+    formula: str | None = None
+    term: str | None = None
+    lfc: float = 0.0
+    robust: bool = True
+
+    @classmethod
+    def of(cls, pool: Pool, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any) -> Contrast:
+        """Contrast a label with another, or with all others (``"rest"``)."""
+        others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
+        sides = [cells.side([group]), cells.side(others)]
+        counts = np.array([count for _, count in sides])
+        sums = np.array([total for total, _ in sides])
+        enough = counts >= MIN_SPOTS
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = np.where(enough[..., None], sums / counts[..., None], np.nan)
+            pooled = sums.sum(1) / counts.sum(1)[:, None]
+        if cells.squares is not None:
+            squares = np.array([cells.side(side, "squares")[0] for side in ([group], others)])
+            about = (squares - np.square(sums) / np.maximum(counts, 1)[..., None]).sum((0, 1))
+            more["spot_variance"] = about / max(counts.sum() - (counts > 0).sum(), 1)
+        masks = [np.isin(cells.labels, side) for side in ([group], others)]
+        paired = np.all(enough, axis=0)
+        if cells.raw is not None:
+            more["raw"] = cells.raw.pairs(masks, counts, paired)
+        if cells.depth is not None:
+            more["adjustment"], more["depth_variance"] = cells.depth.adjust(masks, counts, sums, paired)
+        inside = pool.labels == group
+        return cls(pool, genes, cells.samples, inside, np.isin(pool.labels, others), means, counts, pooled, **more)
+
+    @property
+    def paired(self) -> np.ndarray:
+        """Samples that have both, ``(samples,)`` bool."""
+        return np.all(self.counts >= MIN_SPOTS, axis=0)
+
+    @property
+    def differences(self) -> np.ndarray:
+        """Mean of the group minus that of the reference in every paired sample, ``(paired, g)``, without what depth adds."""
+        found = self.means[0, self.paired] - self.means[1, self.paired]
+        return found if self.adjustment is None else found - self.adjustment
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean over all spots of both, ``(g,)``: without a difference, it says nothing of one, whatever the sizes."""
+        return np.average(self.pooled_means, axis=0, weights=self.counts.sum(1))
+
+    @property
+    def design(self) -> tuple[np.ndarray, int]:
+        """Design of the differences ``(paired, p)``, and its column that is tested."""
+        return pair_design(
+            self.pool,
+            self.samples[self.paired],
+            (self.inside, self.outside),
+            self.covariates,
+            self.formula,
+            self.term,
+        )
+
+    def fold_changes(self, effect: np.ndarray) -> np.ndarray:
+        """log2 of the ratio of expression that an effect stands for, at the mean of both groups; NaN below 0."""
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            middle = self.mean if self.paired.sum() < 2 else self.means[:, self.paired].mean((0, 1))
+            low = middle - np.abs(effect) / 2
+            exact = np.sign(effect) * np.log2(np.expm1(low + np.abs(effect)) / np.expm1(low))
+            # A mean that an adjusted effect would take below 0: by the slope of the logarithm.
+            return np.where(low > 0, exact, np.where(middle > 0, effect / -np.expm1(-middle) / np.log(2), np.nan))
+
+    @property
+    def pooled_fold_changes(self) -> np.ndarray:
+        """scanpy's: log2 of the ratio of what the means over all spots of the logarithms stand for; NaN below 0."""
+        above, below = np.expm1(self.pooled_means) + 1e-9
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where((above > 0) & (below > 0), np.log2(above / below), np.nan)
+
+    def keep(self, genes: np.ndarray) -> Contrast:
+        """Leave out genes; ``genes`` is ``(g,)`` bool."""
+        return replace(
+            self,
+            genes=self.genes[genes],
+            means=self.means[..., genes],
+            pooled_means=self.pooled_means[:, genes],
+            spot_variance=None if self.spot_variance is None else self.spot_variance[genes],
+            measured=None if self.measured is None else self.measured.keep(genes),
+            raw=None if self.raw is None else keep_genes(self.raw, genes),
+            adjustment=None if self.adjustment is None else self.adjustment[:, genes],
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A test of one contrast.
+
+    ``samples``: how many with both groups it needs; ``caution``: what its user must know; ``detecting``: spots of the
+    smaller group that are expected to show a gene, from its share of all spots, for the gene to be tested; ``squares``: whether
+    it uses the variance of spots.
+    """
+
+    name: str
+    run: Callable[[Contrast], SampleTest | Outcome]
+    label: str
+    samples: int
+    uses: Callable[[Contrast], np.ndarray]
+    caution: str = ""
+    detecting: int = 0
+    squares: bool = False
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast."""
+
+    test: SampleTest
+    differences: np.ndarray
+    logfoldchanges: np.ndarray
+
+
+def run(method: Method, contrast: Contrast) -> Outcome:
+    """Run a method."""
+    found = method.run(contrast)
+    if isinstance(found, Outcome):
+        return found
+    return Outcome(found, contrast.differences, contrast.fold_changes(found.effect))
+
+
+def _pseudobulk(contrast: Contrast) -> Outcome:
+    from ...stats import count_differences, paired_moderated_t
+
+    assert contrast.raw is not None
+    found = count_differences(contrast.raw)
+    known = np.isfinite(found.variances)
+    weights = np.where(known, 1 / np.where(known, found.variances, 1), 0)
+    expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
+    design, column = contrast.design
+    test = paired_moderated_t(
+        found.differences,
+        alike=np.maximum(expected, 1e-30) if contrast.trend else None,
+        weights=weights,
+        design=design,
+        column=column,
+        level=contrast.level,
+        robust=contrast.robust,
+        minimum=contrast.lfc * np.log(2),
+    )
+    return Outcome(test, found.differences, test.effect / np.log(2))
+
+
+def _deseq2(contrast: Contrast) -> Outcome:
+    from ...stats import count_differences
+    from .deseq2 import deseq2
+
+    assert contrast.raw is not None
+    test = deseq2(contrast.raw, level=contrast.level, lfc=contrast.lfc)
+    return Outcome(test, count_differences(contrast.raw).differences, test.effect / np.log(2))
+
+
+def _means(contrast: Contrast) -> SampleTest:
+    from ...stats import paired_moderated_t, variance_components
+
+    assert contrast.spot_variance is not None
+    # A gene of one value everywhere has no variance to go with.
+    least = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
+    within = np.maximum(contrast.spot_variance, least)
+    differences = contrast.differences
+    sampling = (1 / contrast.counts[:, contrast.paired]).sum(0)
+    if contrast.depth_variance is not None:
+        sampling = sampling + contrast.depth_variance
+    weights = None
+    if len(np.unique(sampling)) > 1 and len(differences) > 2:
+        between, factor = variance_components(
+            differences / np.sqrt(within), np.broadcast_to(sampling[:, None], differences.shape)
+        )
+        weights = 1 / (between + factor * sampling)
+    design, column = contrast.design
+    return paired_moderated_t(
+        differences,
+        alike=within if contrast.trend else None,
+        weights=weights,
+        design=design,
+        column=column,
+        level=contrast.level,
+        robust=contrast.robust,
+        minimum=contrast.lfc * np.log(2),
+    )
+
+
+def _mixed(contrast: Contrast) -> SampleTest:
+    from ...stats import mixed_model
+
+    side, sample = np.nonzero(contrast.counts >= MIN_SPOTS)
+    table = cell_covariates(contrast, side, sample) if contrast.covariates else None
+    return mixed_model(contrast.means[side, sample], side == 0, sample, table, level=contrast.level)
+
+
+def _ppi(contrast: Contrast) -> SampleTest:
+    from ...stats import prediction_powered_mean
+
+    known = contrast.measured
+    assert known is not None
+    both = known.samples[known.paired]
+    at = pd.Index(contrast.samples[contrast.paired])
+    both = both[np.isin(both, at)]
+    only = ~at.isin(known.samples)
+    if len(both) < 3 or only.sum() < 2:
+        raise ValueError(
+            f"`method` 'ppi' needs at least 3 measured and 2 more predicted samples that have both groups; there are "
+            f"{len(both)} and {int(only.sum())}"
+        )
+    rows = pd.Index(known.samples[known.paired]).get_indexer(both)
+    predicted = contrast.differences
+    return prediction_powered_mean(
+        known.differences[rows], predicted[at.get_indexer(both)], predicted[only], level=contrast.level
+    )
+
+
+def _spatial(contrast: Contrast) -> Any:
+    from ...stats import spatial_test
+
+    if contrast.pool.xy is None:
+        raise ValueError("`data` has no obsm['spatial']; method 'spatial' needs spot centres")
+    chosen = contrast.inside | contrast.outside
+    sections = np.unique(contrast.pool.sections[chosen].astype(str), return_inverse=True)[1]
+    return spatial_test(
+        contrast.pool.values(chosen, contrast.genes),
+        contrast.inside[chosen],
+        contrast.pool.xy[chosen],
+        sections if sections.max() else None,
+        level=contrast.level,
+    )
+
+
+def _wilcoxon(contrast: Contrast) -> SampleTest:
+    from ...stats import SampleTest, wilcoxon_test
+
+    chosen = contrast.inside | contrast.outside
+    scores, pvalues = wilcoxon_test(contrast.pool.values(chosen, contrast.genes), contrast.inside[chosen])
+    unknown = np.full(len(scores), np.nan)
+    return SampleTest(contrast.pooled_means[0] - contrast.pooled_means[1], unknown, unknown, scores, pvalues, unknown)
+
+
+def _with_both(contrast: Contrast) -> np.ndarray:
+    return contrast.paired
+
+
+def _with_either(contrast: Contrast) -> np.ndarray:
+    return np.any(contrast.counts >= MIN_SPOTS, axis=0)
+
+
+def _all(contrast: Contrast) -> np.ndarray:
+    return np.any(contrast.counts > 0, axis=0)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, scale="counts"),
+        Method("deseq2", _deseq2, "deseq2", 2, _with_both, scale="counts"),
+        Method("means", _means, "means", 2, _with_both, squares=True, scale="log"),
+        Method("mixed", _mixed, "mixed", 2, _with_either),
+        Method("ppi", _ppi, "ppi", 5, _with_both),
+        Method(
+            "spatial",
+            _spatial,
+            "spatial",
+            0,
+            _all,
+            "method 'spatial' says whether groups differ in these sections beyond what neighbouring spots share; it does not "
+            "generalise to other patients",
+            detecting=3,
+        ),
+        Method(
+            "wilcoxon",
+            _wilcoxon,
+            "wilcoxon (naive)",
+            0,
+            _all,
+            "method 'wilcoxon' takes spots as independent, which neighbours are not: its p-values are far too small, and it is "
+            "there for comparison with scanpy alone",
+        ),
+    )
+}

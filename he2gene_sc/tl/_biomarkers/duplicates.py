@@ -1,0 +1,97 @@
+"""Whether spots of a pool stand there twice: one patient under two names, or a section given again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import issparse
+
+from ..._core.tables import values_of
+
+if TYPE_CHECKING:
+    from .pool import Pool
+
+#: Values that are dense at a time.
+_BLOCK = 4_000_000
+#: Fewer genes than this cannot tell two spots apart.
+_FINGERPRINT = 10
+#: Correlation of two spots at one place over genes, each less its mean in the section, above which they are one.
+_ALIKE = 0.99
+
+
+def check_twins(pooled: Pool) -> None:
+    """Refuse two samples, or two sections of one, that share half of their spots: value by value, or nearly, place by place.
+
+    Compared are raw values of the genes that all tables have: a copy may lack some.
+    """
+    units, unit = np.unique(pooled.sections.astype(str), return_inverse=True)
+    genes = pooled.tables[0].var_names
+    for table in pooled.tables[1:]:
+        genes = genes[genes.isin(table.var_names)]
+    if len(units) < 2 or len(genes) < _FINGERPRINT:
+        return
+    prints, sketch = _fingerprints(pooled, genes)
+    found: dict[int, set[int]] = {}
+    for value, i in zip(prints.tolist(), unit.tolist(), strict=True):
+        if value:
+            found.setdefault(value, set()).add(i)
+    shared = Counter(tuple(sorted(held)) for held in found.values() if len(held) > 1)
+    sizes = np.bincount(unit)
+    for held, count in shared.items():
+        if count >= 3 and 2 * count >= sizes[list(held)].min():
+            _refuse_twins(pooled, unit, held[:2], f"{count} spots are the same, value by value,")
+    if pooled.xy is None:
+        return
+    at = [np.flatnonzero((unit == i) & (prints != 0)) for i in range(len(units))]
+    places = [{tuple(row): j for row, j in zip(pooled.xy[rows].tolist(), rows, strict=True)} for rows in at]
+    norms = np.zeros(len(unit))
+    for rows in at:
+        sketch[rows] -= sketch[rows].mean(axis=0) if len(rows) else 0
+        norms[rows] = np.linalg.norm(sketch[rows], axis=1)
+    for a in range(len(units)):
+        for b in range(a):
+            both = places[a].keys() & places[b].keys()
+            one, other = (np.array([place[xy] for xy in both], int) for place in (places[a], places[b]))
+            scale = norms[one] * norms[other]
+            if (scale > 0).sum() < 3 or 2 * (scale > 0).sum() < sizes[[a, b]].min():
+                continue
+            alike = (sketch[one] * sketch[other]).sum(axis=1)[scale > 0] / scale[scale > 0]
+            if np.median(alike) > _ALIKE:
+                _refuse_twins(pooled, unit, (b, a), f"{len(both)} spots at the same places have nearly the same values")
+
+
+def _fingerprints(pooled: Pool, genes: pd.Index) -> tuple[np.ndarray, np.ndarray]:
+    """Hash of the raw values of each spot, 0 for rows of one value, and a random projection of them, ``(n, 32)``."""
+    prints = np.zeros(len(pooled.labels), np.int64)
+    projection = np.random.default_rng(0).standard_normal((len(genes), 32)).astype(np.float32)
+    sketch = np.zeros((len(prints), projection.shape[1]), np.float32)
+    start = 0
+    for table, rows in zip(pooled.tables, pooled.rows, strict=True):
+        columns = table.var_names.get_indexer(genes)
+        step = max(1, _BLOCK // table.n_vars)
+        for first in range(0, len(rows), step):
+            chosen = rows[first : first + step]
+            values = values_of(table[chosen], pooled.layer)[:, columns]
+            values = np.ascontiguousarray(values.toarray() if issparse(values) else values, np.float32)
+            where = slice(start + first, start + first + len(chosen))
+            # Rows of one value, as spots without counts are, are alike without being the same spot.
+            varied = np.nanmax(values, axis=1, initial=-np.inf) > np.nanmin(values, axis=1, initial=np.inf)
+            prints[where] = [hash(row.tobytes()) if v else 0 for row, v in zip(values, varied, strict=True)]
+            values = np.nan_to_num(values)
+            sketch[where] = (np.log1p(values) if pooled.scale == "counts" else values) @ projection
+        start += len(rows)
+    return prints, sketch
+
+
+def _refuse_twins(pooled: Pool, unit: np.ndarray, held: Sequence[int], what: str) -> None:
+    a, b = (pooled.samples[np.argmax(unit == i)] for i in held)
+    if a == b:
+        raise ValueError(f"`data`: {what} in two sections of sample {a!r}; give a section once")
+    raise ValueError(
+        f"`sample_key`: {what} in samples {a!r} and {b!r}: one patient under two names counts twice; give it one name, and "
+        "the section once"
+    )

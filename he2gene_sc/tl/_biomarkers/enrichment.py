@@ -1,0 +1,195 @@
+"""``hg.tl.enrichment``: gene sets among the biomarkers, by decoupler."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..._core import validate
+from ..._core.genes import find_genes
+from ..._core.keys import check_key
+from ..._core.results import check_free, write_to_all
+from ...get._biomarkers import biomarkers as get_biomarkers
+from ...get._biomarkers import tables_with
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def enrichment(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData] | pd.DataFrame,
+    net: pd.DataFrame | str | Path,
+    *,
+    group: str | Sequence[str] | None = None,
+    statistic: str = "scores",
+    method: str = "ulm",
+    tmin: int = 5,
+    key: str = "he2gene_biomarkers",
+    table_key: str | None = None,
+    key_added: str = "he2gene_enrichment",
+    **kwargs: Any,
+) -> pd.DataFrame | None:
+    """Score gene sets by the biomarker statistics of their genes, with decoupler.
+
+    Parameters
+    ----------
+    data
+        What :func:`he2gene_sc.tl.biomarkers` wrote to, or its DataFrame.
+    net
+        DataFrame with columns ``source`` and ``target`` (and ``weight``, where the method takes one), or a GMT file.
+    group
+        Group or groups of the biomarkers; default: all.
+    statistic
+        Column of the biomarkers that is read.
+    method
+        Name of a method in ``decoupler.mt``.
+    tmin
+        Sets with fewer tested genes are left out.
+    key
+        ``key_added`` of the biomarkers.
+    table_key
+        Table, where an object holds several.
+    key_added
+        Where in ``uns`` it is written.
+    **kwargs
+        Passed to the method.
+
+    Returns
+    -------
+    ``None`` for one object, the results for several or a DataFrame. Written to ``.uns["he2gene_enrichment"]``:
+    ``"results"``, see :func:`he2gene_sc.get.enrichment`, and ``"params"``.
+
+    Raises
+    ------
+    ImportError
+        If decoupler is missing: ``pip install 'he2gene_sc[enrichment]'``.
+    ValueError
+        If there are no biomarkers, or too few genes of the sets were tested.
+
+    Notes
+    -----
+    decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022) takes genes as independent. Genes of a set are
+    co-expressed, so its p-values are too small: they rank sets, they are no error rates.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    >>> markers = hg.tl.biomarkers(slides, "pathologist", layer=None)
+    >>> sets = slides[0]["table"].var["planted"].rename_axis("target").reset_index(name="source")
+    >>> hg.tl.enrichment(markers, sets)["group"].nunique()
+    3
+    """
+    validate.arguments(enrichment, locals())
+    decoupler = _decoupler()
+    check_key(key_added, "key_added")
+    if not hasattr(decoupler.mt, method):
+        raise ValueError(f"`method` {method!r} is no method of decoupler, valid: {_methods(decoupler)}")
+    is_frame = isinstance(data, pd.DataFrame)
+    several = is_frame or not (hasattr(data, "tables") or hasattr(data, "obs_names"))
+    data = list(data) if several and not is_frame else data
+    targets = [] if is_frame else tables_with(data, "biomarkers", key, table_key)
+    for table in targets:
+        check_free(table, "enrichment", key_added)
+    frame: Any = data if is_frame else get_biomarkers(data, key=key, table_key=table_key)
+    missing = [name for name in ("group", "names", statistic) if name not in frame]
+    if missing:
+        raise ValueError(
+            f"`{'data' if missing[0] != statistic else 'statistic'}`: the biomarkers have no {missing[0]!r}"
+        )
+    if group is not None:
+        wanted = [group] if isinstance(group, str) else list(group)
+        if unknown := sorted(set(wanted) - set(frame["group"])):
+            raise ValueError(f"`group` {unknown} was not tested, valid: {frame['group'].unique().tolist()}")
+        frame = frame[frame["group"].isin(wanted)]
+    sets = _net(net, decoupler)
+    results = pd.concat(
+        [
+            _scores(part, name, sets, statistic, getattr(decoupler.mt, method), tmin, kwargs)
+            for name, part in frame.groupby("group", sort=False)
+        ],
+        ignore_index=True,
+    )
+    results["method"] = method
+    circular = frame.groupby("group")["circular"].any() if "circular" in frame else pd.Series(dtype=bool)
+    results["circular"] = results["group"].map(circular).fillna(False).astype(bool)
+    if results["circular"].any():
+        warnings.warn(
+            "the biomarkers are circular, so their statistics are too large, and those of the gene sets with them; see "
+            "hg.tl.biomarkers for labels that would be sound",
+            UserWarning,
+            stacklevel=2,
+        )
+    params = {
+        "key": key,
+        "statistic": statistic,
+        "method": method,
+        "tmin": tmin,
+        "n_sets": int(sets["source"].nunique()),
+    }
+    write_to_all(targets, "enrichment", key_added, params=params, facts={"results": results})
+    return results.copy() if several else None
+
+
+def _decoupler() -> Any:
+    try:
+        import decoupler
+    except ImportError as error:
+        raise ImportError("hg.tl.enrichment needs decoupler: pip install 'he2gene_sc[enrichment]'") from error
+    return decoupler
+
+
+def _methods(decoupler: Any) -> list[str]:
+    return sorted(name for name in decoupler.mt.show()["name"])
+
+
+def _net(net: Any, decoupler: Any) -> pd.DataFrame:
+    if not isinstance(net, pd.DataFrame):
+        if not Path(net).expanduser().is_file():
+            raise ValueError(f"`net`: there is no file {str(net)!r}; a GMT file or a DataFrame is needed")
+        net = decoupler.pp.read_gmt(str(Path(net).expanduser()))
+    if missing := [name for name in ("source", "target") if name not in net]:
+        raise ValueError(f"`net` has no column {missing[0]!r}; 'source' (the set) and 'target' (the gene) are needed")
+    return net.drop_duplicates(["source", "target"])
+
+
+def _in_names_of(net: pd.DataFrame, tested: pd.Index) -> pd.DataFrame:
+    """Call targets as the tested genes are called, where HGNC has changed a symbol."""
+    targets = pd.Index(net["target"].unique())
+    found = find_genes(targets, tested)
+    names = {target: tested[place] for target, place in zip(targets, found, strict=True) if place >= 0}
+    return net.assign(target=net["target"].map(lambda target: names.get(target, target)))
+
+
+def _scores(
+    part: pd.DataFrame, group: str, net: pd.DataFrame, statistic: str, method: Any, tmin: int, kwargs: dict[str, Any]
+) -> pd.DataFrame:
+    """Score the sets in one group, best first."""
+    values = part.dropna(subset=[statistic]).set_index("names")[statistic].astype(float)
+    net = _in_names_of(net, values.index)
+    sizes = net[net["target"].isin(values.index)].groupby("source").size()
+    if not (sizes >= tmin).any():
+        raise ValueError(
+            f"`net`: no set has {tmin} genes among the {len(values)} tested in {group!r}, the best has "
+            f"{int(sizes.max()) if len(sizes) else 0}; check gene names, or lower `tmin`"
+        )
+    found = method(data=values.to_frame(group).T, net=net, tmin=tmin, **kwargs)
+    scores, pvalues = found if isinstance(found, tuple) else (found, None)
+    out = pd.DataFrame(
+        {
+            "group": group,
+            "source": scores.columns.astype(str),
+            "score": scores.loc[group].to_numpy(float),
+            "pvals_adj": np.nan if pvalues is None else pvalues.loc[group, scores.columns].to_numpy(float),
+            "n_targets": sizes.reindex(scores.columns).to_numpy(int),
+        }
+    )
+    return out.sort_values("score", ascending=False, kind="stable")

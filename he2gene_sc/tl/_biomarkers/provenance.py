@@ -1,0 +1,143 @@
+"""Where values and labels come from: predicted or measured, reliable or not, both from one image or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import issparse
+
+from ..._core.expression import Scale, log_expression
+from ..._core.genes import find_genes
+from ..._core.keys import MADE, Keys
+from ..._core.matrix import values_of
+from ..._core.spots import clean_names
+from .pool import Pool, prediction_key
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> str:
+    """Say what makes the labels depend on the errors of the values; empty if nothing does.
+
+    Labels of the head, and clusters of predicted genes, share the image with predicted values; clusters of measured genes
+    the noise with measured ones. By name, or because the labels follow from such a column exactly: renamed or merged
+    levels. Labels that merely agree well with the head's may be a pathologist's.
+    """
+    predicted = any(prediction_key(table, layer) is not None for table in tables)
+    heads = set().union(*(_heads(table, layer) for table in tables)) if predicted else set()
+    clusters = set().union(*(_clusters(table, predicted) for table in tables))
+    why = (
+        "predicted from the image that the genes were predicted from: labels and genes share its errors"
+        if predicted
+        else "made of the values that are tested, which differ between their own clusters without any cause"
+    )
+    if groupby in heads | clusters:
+        return f"obs[{groupby!r}] was {why}"
+    # Good clusters agree with the labels that they were compared with, which owe nothing to them.
+    compared = {record["params"].get("domain_key") for table in tables for record in _domain_records(table)}
+    for name in sorted(heads | clusters):
+        if name in clusters and groupby in compared:
+            continue
+        if _follows(tables, groupby, name) > 1 - 1e-9:
+            return f"obs[{groupby!r}] follows from obs[{name!r}], level by level, which was {why}"
+    return ""
+
+
+def _heads(table: AnnData, layer: str | None) -> set[str]:
+    """Columns of labels that predict wrote, also where anndata.concat has dropped its record."""
+    keys = [key for key, record in table.uns.items() if isinstance(record, Mapping) and "weights_sha256" in record]
+    named = {Keys(key).annotation for key in [*keys, prediction_key(table, layer)] if key is not None}
+    ends = Keys("").annotation
+    for key in (str(name).removesuffix(ends) for name in table.obs if str(name).endswith(ends)):
+        if Keys(key).ood in table.obs or Keys(key).confidence in table.obs:
+            named.add(Keys(key).annotation)
+    return named & set(table.obs)
+
+
+def _domain_records(table: AnnData) -> list[Mapping]:
+    return [
+        record
+        for record in table.uns.values()
+        if isinstance(record, Mapping) and record.get("verb") == "domain_preservation"
+    ]
+
+
+def _clusters(table: AnnData, predicted: bool) -> set[str]:
+    """Columns of clusters of predicted, or of measured expression, as hg.tl.domain_preservation writes them."""
+    # Its default names, should anndata.concat have dropped the record.
+    found = {f"he2gene_domains_{'predicted' if predicted else 'measured'}"}
+    for record in _domain_records(table):
+        layers = {"predicted": record["params"].get("layer"), "measured": record["params"].get("measured")}
+        for name in list(record["written"].get("obs", [])):
+            source = layers[str(name).rsplit("_", 1)[1]]
+            found.discard(name)
+            if (prediction_key(table, source) is not None) == predicted:
+                found.add(name)
+    return found & set(table.obs)
+
+
+def _follows(tables: Sequence[AnnData], groupby: str, name: str) -> float:
+    """Share of labelled spots whose label is that of most spots of the same level of another column.
+
+    0 if that is little more than the share of the most frequent label.
+    """
+    chosen = [table for table in tables if name in table.obs]
+    labels = np.concatenate([clean_names(table.obs[groupby]) for table in chosen])
+    source = np.concatenate([clean_names(table.obs[name]) for table in chosen])
+    there = pd.notna(labels)
+    if not there.any():
+        return 0.0
+    counts = pd.crosstab(pd.Series(source[there]).fillna("").to_numpy(), labels[there]).to_numpy()
+    share, most = counts.max(axis=1).sum() / counts.sum(), counts.sum(axis=0).max() / counts.sum()
+    return float(share) if share - most > 0.8 * (1 - most) else 0.0
+
+
+def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | None:
+    """Whether the cards call a gene reliable in every table; ``None`` for measured values, which are."""
+    out = None
+    for table in tables:
+        key = prediction_key(table, layer)
+        if key is None:
+            continue
+        name = Keys(key).reliable
+        flags = table.var[name].astype(bool) if name in table.var else pd.Series(False, index=table.var_names)
+        if out is None:
+            out = flags
+            continue
+        out &= np.append(flags.to_numpy(), False)[find_genes(out.index, flags.index)]
+    return None if out is None else out.rename(index=str)
+
+
+def measured_part(spots: Pool, measured: str | None, scale: Scale) -> tuple[Pool, np.ndarray]:
+    """Spots that were measured, with what was measured, and which they are, ``(n,)`` bool.
+
+    A spot without any count was not: a section beside a measured one of the same patient may have been predicted alone.
+    """
+    seen = np.zeros(len(spots.labels), bool)
+    start = 0
+    for table, rows in zip(spots.tables, spots.rows, strict=True):
+        end = start + len(rows)
+        if MADE not in table.uns and len(rows):
+            values = abs(values_of(table, measured, "measured"))
+            total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)
+            seen[start:end] = np.nan_to_num(np.asarray(total, float).ravel()[rows]) > 0
+        start = end
+    expected: Literal["counts", "log"] = "counts" if measured is None else "log"
+    chosen = spots.take(seen)
+    for table, rows in zip(chosen.tables, chosen.rows, strict=True):
+        if len(rows):
+            log_expression(
+                table[rows],
+                measured,
+                genes=np.zeros(0, int),
+                scale=scale,
+                expected=expected,
+                parameter="measured",
+                scale_parameter="measured_scale",
+            )
+    return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), seen

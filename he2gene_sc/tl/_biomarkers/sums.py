@@ -1,0 +1,254 @@
+"""What is summed over the spots of a sample and group beside the logarithms: raw counts, and depth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_array, issparse
+
+from ..._core.keys import MADE
+from ..._core.spots import check_spelling, clean_names
+from ..._core.tables import column_of, scale_of, values_of
+from ...stats import CountSums
+from .pool import Pool
+
+if TYPE_CHECKING:
+    from .contrast import Contrast
+
+
+@dataclass(frozen=True)
+class CountCells:
+    """Sums of raw counts over the spots of every label in every sample, as :class:`~he2gene_sc.stats.CountSums` has them."""
+
+    counts: np.ndarray
+    squares: np.ndarray
+    by_depth: np.ndarray
+    depth: np.ndarray
+    depth_squares: np.ndarray
+
+    @classmethod
+    def of(cls, pool: Pool, code: np.ndarray, shape: tuple[int, int]) -> CountCells:
+        """Sum in one reading; ``code`` is the cell of each spot."""
+        n = shape[0] * shape[1]
+        sums = np.zeros((3, n, len(pool.genes)))
+        depth = np.zeros((2, n))
+        start = 0
+        for table, rows in zip(pool.tables, pool.rows, strict=True):
+            values = values_of(table, pool.layer)
+            columns = table.var_names.get_indexer(pool.genes)
+            named = np.flatnonzero(columns >= 0)
+            for first in range(0, len(rows), 512):
+                chosen = rows[first : first + 512]
+                block = csr_array(np.nan_to_num(values[chosen])) if not issparse(values) else csr_array(values[chosen])
+                block = block.astype(np.float64)
+                block.data = np.nan_to_num(block.data)
+                total = np.asarray(block.sum(axis=1)).ravel()
+                at = code[start + first : start + first + len(chosen)]
+                ones = csr_array((np.ones(len(chosen)), (at, np.arange(len(chosen)))), (n, len(chosen)))
+                y = block[:, columns[named]]
+                deep = csr_array((total, (at, np.arange(len(chosen)))), (n, len(chosen)))
+                for out, part in zip(sums, (ones @ y, ones @ y.multiply(y), deep @ y), strict=True):
+                    out[:, named] += part.toarray()
+                depth += np.array([ones @ total, ones @ np.square(total)])
+            start += len(rows)
+        return cls(*sums.reshape(3, *shape, -1), *depth.reshape(2, *shape))
+
+    def pairs(self, sides: Sequence[np.ndarray], spots: np.ndarray, paired: np.ndarray) -> CountSums:
+        """Return the sums of two sides, masks of labels, in the paired samples; ``spots`` is ``(2, samples)``."""
+        parts = {
+            field.name: np.array([getattr(self, field.name)[paired][:, side].sum(1) for side in sides])
+            for field in fields(self)
+        }
+        return CountSums(spots=spots[:, paired], **parts)
+
+
+@dataclass(frozen=True)
+class DepthCells:
+    """Sums over the spots of every label in every sample of x, the log depth of a spot, of x², and of x times the logarithms."""
+
+    sums: np.ndarray
+    squares: np.ndarray
+    products: np.ndarray
+
+    @classmethod
+    def of(cls, pool: Pool, depth: np.ndarray, code: np.ndarray, shape: tuple[int, int]) -> DepthCells:
+        """Sum in one reading; ``depth`` is ``(n,)``."""
+        n = shape[0] * shape[1]
+        x = depth - depth.mean()
+        products = np.zeros((n, len(pool.genes)))
+        for where, values in pool.blocks():
+            at = np.arange(len(values))
+            products += csr_array((x[where], (code[where], at)), (n, len(values))) @ values
+        sums, squares = (np.bincount(code, of, n).reshape(shape) for of in (x, np.square(x)))
+        return cls(sums, squares, products.reshape(*shape, -1))
+
+    def adjust(
+        self, sides: Sequence[np.ndarray], spots: np.ndarray, sums: np.ndarray, paired: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return what depth adds to the difference of each paired sample ``(n, g)``, and to its variance ``(n,)``.
+
+        Each sample has its own slope, from the spots within its groups: errors of slopes are then part of how samples differ.
+        """
+        x, xx = (np.array([part[paired][:, side].sum(1) for side in sides]) for part in (self.sums, self.squares))
+        xy = np.array([self.products[paired][:, side].sum(1) for side in sides])
+        n, y = spots[:, paired], sums[:, paired]
+        mean = x / n
+        spread = (xx - mean * x).sum(0)
+        shared = (xy - mean[..., None] * y).sum(0)
+        gap = mean[0] - mean[1]
+        varies = spread > 1e-9 * np.maximum(xx.sum(0), 1e-300)
+        slope = np.where(varies[:, None], shared / np.where(varies, spread, 1)[:, None], 0)
+        unknown = np.where(np.abs(gap) > 1e-9, np.inf, 0.0)
+        return gap[:, None] * slope, np.where(varies, np.square(gap) / np.where(varies, spread, 1), unknown)
+
+
+def depth_of(pool: Pool, depth: str | None) -> np.ndarray | None:
+    """Natural log of the depth of each spot ``(n,)``; ``None`` where it is not known.
+
+    ``"auto"``: total counts in ``X``, where every spot has some; else a column of ``obs``.
+    """
+    if depth is None:
+        return None
+    parts = []
+    for table, rows in zip(pool.tables, pool.rows, strict=True):
+        if depth != "auto":
+            parts.append(pd.to_numeric(column_of(table, depth, "depth").iloc[rows], errors="coerce").to_numpy(float))
+            continue
+        if MADE in table.uns or table.X is None:
+            return None
+        values = values_of(table, None)
+        if scale_of(values) != "counts":
+            return None
+        total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)
+        parts.append(np.nan_to_num(np.asarray(total, float).ravel()[rows]))
+    found = np.concatenate(parts)
+    known = np.isfinite(found) & (found > 0)
+    if known.all():
+        return np.log(found)
+    if depth == "auto":
+        return None
+    raise ValueError(
+        f"`depth` {depth!r} is not a number above 0 for {int((~known).sum())} spots; name a column of total counts, or pass "
+        "depth=None to leave it out"
+    )
+
+
+def pair_design(
+    pool: Pool,
+    samples: np.ndarray,
+    sides: tuple[np.ndarray, np.ndarray],
+    covariates: Sequence[str],
+    formula: str | None,
+    term: str | None,
+) -> tuple[np.ndarray, int]:
+    """Design of the differences within samples ``(n, p)``, and the column that is tested.
+
+    What is one in a sample cancels in its difference. Columns that go with the group are centred: the effect of the group is
+    that of the average sample.
+    """
+    if not covariates and formula is None:
+        return np.ones((len(samples), 1)), 0
+    from patsy import PatsyError, dmatrix
+
+    text = " + ".join([*(f"Q({name!r})" for name in covariates), *([formula] if formula is not None else [])])
+    rows = _rows(pool, samples, sides, covariates, formula)
+    try:
+        matrix = dmatrix(f"group + {text}", rows, NA_action="raise")
+    except (PatsyError, NameError, SyntaxError, TypeError) as error:
+        raise ValueError(f"`formula` {formula!r} cannot be read: {str(error).splitlines()[0]}") from error
+    info = matrix.design_info
+    matrix = np.asarray(matrix, np.float64)
+    change = matrix[: len(samples)] - matrix[len(samples) :]
+    names, columns = ["group"], [np.ones(len(samples))]
+    for part in info.terms:
+        factors = [factor.name() for factor in part.factors]
+        where = info.term_slices[part]
+        if not factors or factors == ["group"]:
+            continue
+        for name, column in zip(info.column_names[where], change[:, where].T, strict=True):
+            column = column - column.mean() if "group" in factors else column
+            if np.ptp(column) < 1e-12 and abs(column[0]) < 1e-12:
+                raise ValueError(
+                    f"`{'covariates' if name.startswith('Q(') else 'formula'}`: {name!r} does not differ within samples, "
+                    f"which are compared with themselves; leave it out, or name its interaction, as in formula='group:{name}'"
+                )
+            names.append(name)
+            columns.append(column)
+    if (term or "group") not in names:
+        raise ValueError(f"`term` {term!r} is not a term of the design, valid: {names}")
+    design = np.column_stack(columns)
+    if len(samples) <= design.shape[1] or np.linalg.matrix_rank(design) < design.shape[1]:
+        raise ValueError(f"`formula`: {len(samples)} samples do not tell the terms {names} apart; leave some out")
+    return design, names.index(term or "group")
+
+
+def _rows(
+    pool: Pool,
+    samples: np.ndarray,
+    sides: tuple[np.ndarray, np.ndarray],
+    covariates: Sequence[str],
+    formula: str | None,
+) -> pd.DataFrame:
+    """Variables of a formula, a row a sample in the group, then in the reference: means of numbers, labels as they are."""
+    words = set(re.findall(r"\w+", formula or "")) - {"group"}
+    known = [key for key in pool.tables[0].obs if key in words and all(key in table.obs for table in pool.tables)]
+    rows: dict[str, Any] = {"group": np.repeat([0.5, -0.5], len(samples))}
+    masks = [side & (pool.samples == sample) for side in sides for sample in samples]
+    for key in dict.fromkeys([*covariates, *known]):
+        values = pool.obs(key, "covariates")
+        used = np.logical_or.reduce(masks)
+        if values[used].isna().any():
+            raise ValueError(f"`covariates` {key!r} is empty for {int(values[used].isna().sum())} spots")
+        if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+            rows[key] = [float(values[mask].mean()) for mask in masks]
+            continue
+        texts = pd.Series(clean_names(values), dtype=object)
+        check_spelling({"": texts[used].to_numpy(object)}, "covariates", key)
+        found = [texts[mask].unique() for mask in masks]
+        if several := [sample for sample, names in zip([*samples] * 2, found, strict=True) if len(names) > 1]:
+            raise ValueError(
+                f"`covariates` {key!r} has several values within sample {several[0]!r}; a number, or one label a sample and "
+                "group is needed"
+            )
+        rows[key] = [names[0] for names in found]
+    return pd.DataFrame(rows)
+
+
+def cell_covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Covariates of sample × group means: means of numbers; labels, which are one a sample, as indicators."""
+    columns = []
+    for key in contrast.covariates:
+        values = contrast.pool.obs(key, "covariates")
+        numbers = pd.api.types.is_numeric_dtype(values)
+        values = values if numbers else pd.Series(clean_names(values), dtype=object)
+        if values.isna().any():
+            raise ValueError(
+                f"`covariates` {key!r} is missing for {int(values.isna().sum())} spots; fill it, or leave it out"
+            )
+        if numbers:
+            masks = (contrast.inside, contrast.outside)
+            of = [masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)]
+            columns.append([float(values[mask].mean()) for mask in of])
+            continue
+        check_spelling({"": values.to_numpy(object)}, "covariates", key)
+        per_sample = values.groupby(contrast.pool.samples).agg(["nunique", "first"])
+        if (per_sample["nunique"] > 1).any():
+            raise ValueError(
+                f"`covariates` {key!r} has several values within sample {per_sample.index[per_sample['nunique'] > 1][0]!r}; "
+                "a number, or one label a sample is needed"
+            )
+        named = per_sample["first"].reindex(contrast.samples[sample])
+        columns += pd.get_dummies(named, drop_first=True).to_numpy(float).T.tolist()
+    return np.array(columns).reshape(len(columns), len(side)).T
+
+
+def keep_genes(sums: CountSums, genes: np.ndarray) -> CountSums:
+    """Leave out genes."""
+    return replace(
+        sums, counts=sums.counts[..., genes], squares=sums.squares[..., genes], by_depth=sums.by_depth[..., genes]
+    )

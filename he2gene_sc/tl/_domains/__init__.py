@@ -1,0 +1,1 @@
+"""``hg.tl.domain_preservation``."""

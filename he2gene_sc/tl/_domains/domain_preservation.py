@@ -1,0 +1,359 @@
+"""``hg.tl.domain_preservation``: do predicted clusters keep the annotated domains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from ..._core import validate
+from ..._core.keys import Keys, check_key
+from ..._core.results import check_free, write_result
+from ..._core.tables import Scale, spots_of
+from ...stats import MIN_OVERLAP
+from . import inputs as inputs
+from .clusters import CLUSTERINGS, cluster, embed, medoid
+from .scores import Labels, Section, codes_of, moran_agreement, score
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+_VERB = "domain_preservation"
+#: Colours of clusters that match no domain, and of domains without colours in ``uns``.
+_PALETTE = [
+    "#d62728",
+    "#2ca02c",
+    "#1f77b4",
+    "#ffdd57",
+    "#9467bd",
+    "#ff7f0e",
+    "#17becf",
+    "#e377c2",
+    "#8c564b",
+    "#bcbd22",
+]
+_UNMATCHED = ["#7f7f7f", "#b0b0b0", "#505050", "#d0d0d0", "#303030"]
+
+
+def domain_preservation(
+    sdata: SpatialData | AnnData,
+    domain_key: str,
+    *,
+    layer: str | None = "he2gene",
+    measured: str | None = None,
+    n_domains: int | Literal["match"] = "match",
+    n_seeds: int = 10,
+    n_perms: int = 999,
+    sample_key: str | None = None,
+    clustering: Literal["leiden", "kmeans"] = "leiden",
+    genes: Sequence[str] | None = None,
+    layer_scale: Scale = "auto",
+    measured_scale: Scale = "auto",
+    table_key: str | None = None,
+    key_added: str = "he2gene_domains",
+    seed: int = 0,
+) -> None:
+    """Test whether clusters of predicted and of measured expression keep the annotated spatial domains.
+
+    Predicted and measured expression of the same genes go through one pipeline: log expression, 20 principal components
+    (scanpy), 15 neighbours, Leiden at the resolution that gives as many clusters as there are domains (or k-means).
+    Clusters are compared with the domains and with each other, beside references that know less or more: random
+    features, the mean colour of a spot, its coordinates, and the labels of the annotation head. The adjusted Rand index
+    is tested against domains shifted over the tissue (:func:`he2gene_sc.stats.shift_test`), since shuffled labels
+    lose their spatial autocorrelation and make chance agreement look significant.
+
+    Parameters
+    ----------
+    sdata
+        Object or table, with or without an image.
+    domain_key
+        Column of ``obs`` with the domains. Spots without a label are clustered, not scored; domains of fewer than 3
+        spots in a section have no part in it. Labels that were chosen with the expression in hand
+        (``obs["annotation"]`` of her2st outside the annotated sections) favour the expression.
+    layer
+        Layer of predicted log expression; ``None``: measured expression alone is clustered.
+    measured
+        Layer of measured counts; ``None``: ``X``. A table that predict made holds nothing measured.
+    n_domains
+        Clusters to make; ``"match"``: as many as a section has domains.
+    n_seeds
+        Seeds of the clustering. Their SD says how far the clustering is arbitrary, not how other tissue would do.
+    n_perms
+        Most shifts to test with. The distinct admissible ones are often fewer: then all are used.
+    sample_key
+        Column of ``obs`` with the sample (patient); default: ``"patient"`` where it is there. Samples are never clustered
+        together. Sections are scored one by one; the table's lines of section
+        ``"all"`` are means over samples, each the mean of its sections, with the SD over samples and no p-value.
+    clustering
+        ``"leiden"`` or ``"kmeans"``.
+    genes
+        Used on both sides. Default: the genes that the model card calls reliable; where ``var`` does not tell, the 2,000
+        of highest variance in measured log expression.
+    layer_scale, measured_scale
+        ``"counts"`` or ``"log"``, where looking at the values would refuse them.
+    table_key
+        Which table, where there are several.
+    key_added
+        Prefix of what is written.
+    seed
+        First seed of the clusterings; also of random features, drawn shifts and squidpy's permutations.
+
+    Returns
+    -------
+    None
+        Writes ``.obs["{key_added}_predicted"]`` and ``.obs["{key_added}_measured"]``: clusters of the seed that agrees
+        best with the others, named after the domain that they match one to one (``"~name"``) or ``"unmatched i"``,
+        colours in ``.uns``; and ``.uns[key_added]``: parameters, genes, and the table that
+        :func:`he2gene_sc.get.domains` returns. See :func:`he2gene_sc.pl.domains` for the picture.
+
+    Warns
+    -----
+    UserWarning
+        If domains of too few spots are left out, a section with fewer than two domains is skipped, another number of
+        clusters comes out (a graph of neighbours in more parts than domains), fewer than 20 shifts are
+        admissible, so that no p-value can be below .05, or none, as where spots stand on no lattice: there is no p-value.
+
+    Raises
+    ------
+    TypeError
+        If ``sdata`` is neither SpatialData nor AnnData.
+    ValueError
+        If a column, layer or gene is missing; values are not what they should be; no section has two domains; spots are
+        there twice; a parameter is out of range; or ``key_added`` would write over what is not ours.
+
+    Notes
+    -----
+    The null: the domains are stationary and know nothing of the expression. Tissue whose domains and expression both
+    follow the outline of the section (a core and a rim) violates it; the reference "coordinates" shows it.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((8, 8), mpp=2.0)
+    >>> hg.tl.domain_preservation(sdata, "pathologist", layer=None, n_seeds=2)
+    >>> table = hg.get.domains(sdata, score="ari")
+    >>> bool(table.set_index("labels")["mean"]["measured"] > 0.5)
+    True
+    """
+    validate.arguments(domain_preservation, locals())
+    _check(n_domains, n_seeds, n_perms, clustering, key_added)
+    table = inputs.find(sdata, layer, table_key)
+    has_measured = not inputs.is_made(table)
+    if layer is None and not has_measured:
+        raise ValueError("`layer` is None, but the table was made by hg.tl.predict: nothing in it was measured")
+    sample_key = inputs.sample_column(table, sample_key)
+    where = inputs.sections(table, sample_key)
+    codes, names = inputs.domains(table, domain_key, where)
+    written = [
+        f"{key_added}_{name}" for name, there in (("predicted", layer is not None), ("measured", has_measured)) if there
+    ]
+    check_free(table, _VERB, key_added, obs=written, uns=[f"{name}_colors" for name in written])
+    used, predicted, counted = inputs.genes(
+        table,
+        genes,
+        layer,
+        measured,
+        layer_scale=layer_scale,
+        measured_scale=measured_scale,
+        has_measured=has_measured,
+    )
+    _check_varies(where, {"layer": predicted, "measured": counted})
+    xy = spots_of(table)
+    compared = predicted if counted is None else counted
+    assert compared is not None
+    inputs.check_not_twice(where, xy, compared, sample_key)
+    given = {"predicted": predicted, "measured": counted, "mean colour": inputs.mean_colour(sdata, table, layer)}
+    spaces = {name: values for name, values in given.items() if values is not None}
+    annotation = table.obs.get(Keys(layer or "he2gene").annotation)
+
+    seeds = list(range(seed, seed + n_seeds))
+    found = {name: pd.Series(None, index=table.obs_names, dtype=object) for name in written}
+    rows: list[dict] = []
+    for (sample, section), members in where.groupby(["sample", "section"], sort=False).indices.items():
+        scored = _score_section(
+            xy, codes, members, spaces, annotation, n_domains, seeds, n_perms, clustering, section=section
+        )
+        if scored is None:
+            continue
+        lines, spots, clusters = scored
+        rows += [{"sample": sample, "section": section, **line} for line in lines]
+        for name, labels in clusters.items():
+            found[f"{key_added}_{name}"].iloc[spots] = _named(codes[spots], labels, names)
+    if not rows:
+        raise ValueError(f"`domain_key` {domain_key!r}: no section has spots of two domains whose expression is known")
+    columns, colours = _columns(table, domain_key, found, names)
+    write_result(
+        table,
+        _VERB,
+        key_added,
+        params={
+            "domain_key": domain_key,
+            "layer": layer,
+            "measured": measured,
+            "n_domains": n_domains,
+            "n_seeds": n_seeds,
+            "n_perms": n_perms,
+            "sample_key": sample_key,
+            "clustering": clustering,
+            "seed": seed,
+            "min_overlap": MIN_OVERLAP,
+        },
+        facts={"genes": np.array(used), "table": _with_summary(pd.DataFrame(rows))},
+        obs=columns,
+        uns=colours,
+    )
+
+
+def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -> None:
+    """Refuse a section whose spots all have the same expression, before any is clustered."""
+    for parameter, values in given.items():
+        for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
+            block = None if values is None else values[rows]
+            if block is None or not (known := np.isfinite(block).all(axis=1)).any():
+                continue
+            if known.sum() > 1 and not np.ptp(block[known], axis=0).any():
+                what = (
+                    "has no counts of the chosen genes"
+                    if not block[known].any()
+                    else "has the same values at all spots"
+                )
+                raise ValueError(
+                    f"`{parameter}`: section {section!r} {what}, so there is nothing to cluster; leave the section out, or "
+                    "name a layer that was measured there"
+                )
+
+
+def _check(n_domains: Any, n_seeds: int, n_perms: int, clustering: str, key_added: str) -> None:
+    check_key(key_added, "key_added")
+    if n_domains != "match" and not (validate.is_whole(n_domains) and n_domains >= 2):
+        raise ValueError(f"`n_domains` is {n_domains!r}; 'match' or a whole number from 2 is needed")
+    for name, value in (("n_seeds", n_seeds), ("n_perms", n_perms)):
+        if value < 1:
+            raise ValueError(f"`{name}` is {value!r}; a whole number from 1 is needed")
+    if clustering not in CLUSTERINGS:
+        raise ValueError(f"`clustering` is {clustering!r}, valid: {list(CLUSTERINGS)}")
+
+
+def _score_section(
+    xy: np.ndarray,
+    codes: np.ndarray,
+    members: np.ndarray,
+    spaces: Mapping[str, np.ndarray],
+    annotation: pd.Series | None,
+    n_domains: int | Literal["match"],
+    seeds: list[int],
+    n_perms: int,
+    clustering: str,
+    *,
+    section: str,
+) -> tuple[list[dict[str, Any]], np.ndarray, dict[str, np.ndarray]] | None:
+    """Lines of the table, the spots that were clustered, and the clusters that are kept of them."""
+    from ...stats import admissible_shifts
+
+    # A spot outside the image has no colour, but may have been measured.
+    needed = [spaces[name][members] for name in spaces if name != "mean colour"]
+    known = np.all([np.isfinite(values).all(axis=1) for values in needed], axis=0)
+    spots = members[known]
+    labelled = codes[spots] >= 0
+    n = len(np.unique(codes[spots][labelled])) if n_domains == "match" else int(n_domains)
+    if len(np.unique(codes[spots][labelled])) < 2:
+        warnings.warn(f"section {section!r} has fewer than two domains and is skipped", UserWarning, stacklevel=3)
+        return None
+    if n >= len(spots):
+        raise ValueError(f"`n_domains` is {n}, section {section!r} has {len(spots)} spots; fewer clusters are needed")
+    shifts = admissible_shifts(xy[spots][labelled], n_max=n_perms, seed=seeds[0])
+    if not len(shifts):
+        warnings.warn(
+            f"section {section!r}: the positions are no lattice, or too few: no shift is admissible, no p-value",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif len(shifts) < 20:
+        warnings.warn(
+            f"section {section!r} allows {len(shifts)} shifts: no p-value can be below {1 / (len(shifts) + 1):.2g}",
+            UserWarning,
+            stacklevel=3,
+        )
+    kinds = []
+    for name in ("predicted", "measured"):
+        if name in spaces:
+            features = embed(spaces[name][spots])
+            kinds.append(Labels(name, cluster(features, n, seeds, clustering), features))
+    for name, values in (("mean colour", spaces.get("mean colour")), ("coordinates", xy)):
+        if values is not None and np.isfinite(values[spots]).all():
+            kinds.append(Labels(name, cluster(_standardised(values[spots]), n, seeds, clustering)))
+    noise = [np.random.default_rng(s).standard_normal((len(spots), 20)) for s in seeds]
+    kinds.append(
+        Labels("random features", [cluster(x, n, [s], clustering)[0] for x, s in zip(noise, seeds, strict=True)])
+    )
+    if annotation is not None and annotation.iloc[spots].notna().all():
+        head = codes_of(annotation.iloc[spots].astype(str).to_numpy())
+        kinds.append(Labels("annotation head", [head], trained_on_labels=True))
+    others = [k.name for k in kinds if not k.trained_on_labels and any(len(np.unique(x)) != n for x in k.labelings)]
+    if others:
+        warnings.warn(
+            f"section {section!r}: {clustering} gives another number of clusters than {n} of: {', '.join(others)}",
+            UserWarning,
+            stacklevel=3,
+        )
+    lines = list(score(Section(xy[spots], codes[spots], shifts, seeds[0]), kinds))
+    if "predicted" in spaces and "measured" in spaces:
+        lines.append(moran_agreement(xy[spots], spaces["predicted"][spots], spaces["measured"][spots]))
+    kept = {k.name: k.labelings[medoid(k.labelings)] for k in kinds if k.name in ("predicted", "measured")}
+    return lines, spots, kept
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """One scale for all axes: distances on the tissue, and between colours, keep their proportions."""
+    centred = values - values.mean(0)
+    return centred / (centred.std() or 1)
+
+
+def _named(codes: np.ndarray, clusters: np.ndarray, names: list[str]) -> np.ndarray:
+    """Name of each spot's cluster: of the domain that it matches, marked, else a number."""
+    from ...stats import match
+
+    labelled = codes >= 0
+    matched = np.full(clusters.max() + 1, -1)
+    of_labelled = match(codes[labelled], clusters[labelled])
+    matched[: len(of_labelled)] = of_labelled
+    rest = iter(range(1, len(matched) + 1))
+    called = [f"~{names[domain]}" if domain >= 0 else f"unmatched {next(rest)}" for domain in matched]
+    return np.array(called, object)[clusters]
+
+
+def _columns(
+    table: AnnData, domain_key: str, found: Mapping[str, pd.Series], names: list[str]
+) -> tuple[dict[str, pd.Categorical], dict[str, np.ndarray]]:
+    """Categorical columns in the order of the domains, and their colours."""
+    column = table.obs[domain_key]
+    known = table.uns.get(f"{domain_key}_colors")
+    colours = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(names)}
+    if known is not None and isinstance(column.dtype, pd.CategoricalDtype) and len(known) == len(column.cat.categories):
+        colours |= {str(name): str(colour) for name, colour in zip(column.cat.categories, known, strict=True)}
+    columns, written = {}, {}
+    for key, values in found.items():
+        present = set(values.dropna())
+        order = [f"~{name}" for name in names if f"~{name}" in present]
+        others = sorted(present - set(order), key=lambda name: int(name.rsplit(" ", 1)[1]))
+        columns[key] = pd.Categorical(values, categories=order + others)
+        written[f"{key}_colors"] = np.array(
+            [colours[name[1:]] for name in order] + [_UNMATCHED[i % len(_UNMATCHED)] for i in range(len(others))]
+        )
+    return columns, written
+
+
+def _with_summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the means over samples, where there are several sections."""
+    if rows["section"].nunique() < 2:
+        return rows
+    by = ["labels", "against", "score", "trained_on_labels"]
+    samples = rows.groupby(["sample", *by], sort=False)["mean"].mean().reset_index()
+    summary = samples.groupby(by, sort=False)["mean"].agg(["mean", "std", "count"]).reset_index()
+    summary = summary.rename(columns={"std": "sd", "count": "n_samples"}).assign(sample="all", section="all")
+    whole = pd.concat([rows.assign(n_samples=1), summary], ignore_index=True)
+    return whole.fillna({"n_seeds": 0, "n_shifts": 0}).astype({"n_seeds": int, "n_shifts": int})

@@ -1,0 +1,258 @@
+"""What ``hg.tl.domain_preservation`` reads, checked: sections, domains, genes, colour."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ..._core.expression import Scale, count_totals, log_expression
+from ..._core.genes import columns_of
+from ..._core.keys import MADE, Keys
+from ..._core.matrix import matrix_of
+from ..._core.predictions import symbols_of
+from ..._core.spots import clean_names, labels_of, samples_of, sections_of
+from ..._core.tables import get_table, slides_of, spots_of
+from .._biomarkers.pool import prediction_key
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+logger = logging.getLogger(__name__)
+
+#: A domain of fewer spots in a section has no part in it.
+MIN_SPOTS = 3
+#: Genes that are taken where no prediction says which are reliable.
+N_VARIABLE = 2000
+
+
+def find(data: SpatialData | AnnData, layer: str | None, table_key: str | None) -> AnnData:
+    """Return the table that a prediction is in, else the measured one."""
+    predicted = (
+        layer is not None and hasattr(data, "tables") and any(layer in table.uns for table in data.tables.values())
+    )
+    return get_table(data, table_key, key_added=layer if predicted else None)
+
+
+def sample_column(table: AnnData, sample_key: str | None) -> str | None:
+    """Column of samples: as given, else ``obs["patient"]`` where it is there, as biomarkers have it."""
+    known = "patient" in table.obs and pd.notna(clean_names(table.obs["patient"])).any()
+    return "patient" if sample_key is None and known else sample_key
+
+
+def sections(table: AnnData, sample_key: str | None) -> pd.DataFrame:
+    """``sample`` and ``section`` of each row; sections of one name in two samples are two.
+
+    Raises
+    ------
+    ValueError
+        If a sample is missing, or two spots of a section lie at one place.
+    """
+    section = sections_of(table)
+    sample = section if sample_key is None else samples_of(table, sample_key)
+    where = pd.DataFrame({"sample": sample, "section": section})
+    if where.groupby("section")["sample"].nunique().max() > 1:
+        alone = where["section"].nunique() == 1
+        where["section"] = where["sample"] if alone else where["sample"] + "_" + where["section"]
+    xy = spots_of(table)
+    if not table.obs_names.is_unique:
+        name = table.obs_names[table.obs_names.duplicated()][0]
+        raise ValueError(f"`sdata`: obs_names are not unique, {name!r} stands there twice; a spot counts once")
+    twice = pd.DataFrame({"section": where["section"], "x": xy[:, 0], "y": xy[:, 1]}).duplicated().to_numpy()
+    if twice.any():
+        raise ValueError(
+            f"`sdata`: {int(twice.sum())} spots lie where another spot of their section does, for example "
+            f"{table.obs_names[twice][0]!r}; a spot counts once (several sections of a table: give obs['section'] or "
+            "`sample_key`)"
+        )
+    return where
+
+
+def check_not_twice(where: pd.DataFrame, xy: np.ndarray, values: np.ndarray, sample_key: str | None) -> None:
+    """Refuse a section that stands under two sample names.
+
+    Raises
+    ------
+    ValueError
+        If two samples hold the same spots with the same values.
+    """
+    seen: dict[bytes, str] = {}
+    total = np.asarray(np.nansum(values, axis=1, dtype=np.float64))
+    for (sample, _), rows in where.groupby(["sample", "section"], sort=False).indices.items():
+        content = np.column_stack([xy[rows], total[rows]])
+        key = content[np.lexsort(content.T)].tobytes()
+        if seen.setdefault(key, sample) != sample:
+            raise ValueError(
+                f"`sample_key` {sample_key!r}: {seen[key]!r} and {sample!r} hold the same spots with the same values; a "
+                "sample must have one name"
+            )
+
+
+def domains(table: AnnData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+    """Codes of the domains, -1 where there is none or it has too few spots in its section, and the names.
+
+    Raises
+    ------
+    ValueError
+        If ``domain_key`` is no column of labels, or no section has two domains.
+    """
+    values = pd.Series(labels_of(table, domain_key, "domain_key"))
+    column = table.obs[domain_key]
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        names = values.iloc[np.argsort(column.cat.codes, kind="stable")].dropna().unique().tolist()
+    else:
+        names = sorted(set(values.dropna()))
+    codes = pd.Categorical(values, categories=names).codes.astype(np.int64)
+    few = []
+    enough = False
+    for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
+        size = np.bincount(codes[rows][codes[rows] >= 0], minlength=len(names))
+        small = np.flatnonzero((size > 0) & (size < MIN_SPOTS))
+        few += [f"{names[code]!r} ({size[code]} in {section})" for code in small]
+        codes[rows[np.isin(codes[rows], small)]] = -1
+        enough |= bool(np.count_nonzero(size >= MIN_SPOTS) > 1)
+    if not enough:
+        raise ValueError(
+            f"`domain_key` {domain_key!r}: no section has two domains of at least {MIN_SPOTS} spots; found "
+            f"{ {name: int((values == name).sum()) for name in names} }"
+        )
+    if few:
+        warnings.warn(
+            f"domains of fewer than {MIN_SPOTS} spots in a section have no part in it: {', '.join(few)}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return codes, names
+
+
+def genes(
+    table: AnnData,
+    given: Sequence[str] | None,
+    layer: str | None,
+    measured: str | None,
+    *,
+    layer_scale: Scale,
+    measured_scale: Scale,
+    has_measured: bool,
+) -> tuple[list[str], np.ndarray | None, np.ndarray | None]:
+    """Names of the genes, and predicted and measured log expression of them, ``None`` where there is none.
+
+    Raises
+    ------
+    ValueError
+        If a gene is unknown, NaN everywhere, or fewer than two are left.
+    """
+    if given is not None:
+        given = [given] if isinstance(given, str) else list(given)
+        found = columns_of(table, given, _symbols(table, layer))
+        unknown = [name for name, column in zip(given, found, strict=True) if column < 0]
+        if unknown:
+            raise ValueError(
+                f"`genes`: {unknown[:5]} are no genes of the table, whose {table.n_vars} begin {list(table.var_names[:3])}"
+            )
+        if len(set(found)) < len(given):
+            raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(found).duplicated()][0]!r} is named twice")
+        given = table.var_names[found].tolist()
+    reliable = Keys(layer).reliable if layer is not None else ""
+    if given is not None:
+        names = given
+    elif reliable in table.var:
+        names = table.var_names[table.var[reliable].astype(bool)].tolist()
+        if len(names) < 2:
+            raise ValueError(f"`genes`: {len(names)} genes are reliable; name genes, knowing that they are not")
+    else:
+        names = table.var_names.tolist()
+    columns = table.var_names.get_indexer(names)
+    predicted = measured_values = None
+    if layer is not None:
+        predicted = log_expression(
+            table,
+            layer,
+            genes=columns,
+            scale=layer_scale,
+            expected="log",
+            predicted=prediction_key(table, layer) is not None,
+        )
+    if has_measured:
+        measured_values = log_expression(
+            table,
+            measured,
+            genes=columns,
+            scale=measured_scale,
+            expected="counts",
+            parameter="measured",
+            scale_parameter="measured_scale",
+        )
+        if measured_scale != "log":
+            empty = count_totals(matrix_of(table, measured, "measured")) == 0
+            measured_values[empty] = np.nan
+            if empty.any():
+                warnings.warn(
+                    f"{int(empty.sum())} spots have no counts and are left out, for example {table.obs_names[empty][0]!r}",
+                    UserWarning,
+                    stacklevel=3,
+                )
+    known = np.ones(len(names), bool)
+    there = [values for values in (predicted, measured_values) if values is not None]
+    for values in there:
+        finite = np.isfinite(values)
+        # A gene that some sections lack would cost their spots; spots that lack every gene are outside the image.
+        known &= finite.any(axis=0) if given is not None else finite[finite.any(axis=1)].all(axis=0) & finite.any()
+    if given is not None and not known.all():
+        lost = [name for name, is_known in zip(names, known, strict=True) if not is_known]
+        raise ValueError(f"`genes`: {lost[:5]} are NaN at every spot")
+    if given is None and reliable not in table.var and known.sum() > N_VARIABLE:
+        spread = np.nanvar(there[-1], axis=0)
+        known[np.argsort(-np.where(known, spread, -1), kind="stable")[N_VARIABLE:]] = False
+    if known.sum() < 2:
+        raise ValueError(f"`genes`: {int(known.sum())} genes have values; at least 2 are needed")
+    chosen = [name for name, is_known in zip(names, known, strict=True) if is_known]
+    predicted, measured_values = (None if v is None else v[:, known] for v in (predicted, measured_values))
+    return chosen, predicted, measured_values
+
+
+def _symbols(table: AnnData, layer: str | None) -> str | None:
+    """Column of symbols that the prediction was given."""
+    key = prediction_key(table, layer)
+    return symbols_of(table, table.uns.get(key, {}), None) if key is not None else None
+
+
+def is_made(table: AnnData) -> bool:
+    """Whether predict made the table, so that nothing in it was measured."""
+    return MADE in table.uns
+
+
+def mean_colour(sdata: SpatialData | AnnData, table: AnnData, layer: str | None) -> np.ndarray | None:
+    """Mean RGB of each spot's own square ``(n, 3)``, NaN outside the image; ``None`` where no image is found."""
+    from ...image import PatchReader
+
+    if not getattr(sdata, "images", None):
+        return None
+    try:
+        slides = slides_of(sdata, table, layer)
+    except ValueError as error:
+        logger.warning("mean colour is left out of the references: %s", error)
+        return None
+    attrs = table.uns["spatialdata_attrs"]
+    out = np.full((table.n_obs, 3), np.nan, np.float32)
+    for slide in slides:
+        own = np.flatnonzero((table.obs[attrs["region_key"]] == slide.shapes_key).to_numpy())
+        place = pd.Index(table.obs[attrs["instance_key"]].iloc[own]).get_indexer(slide.spot_ids)
+        read = slide.inside & (place >= 0)
+        if not read.any():
+            continue
+        reader = PatchReader(
+            slide.pyramid,
+            slide.centres[read],
+            slide.mpp,
+            windows_um=(slide.diameter_um,),
+            input_px=32,
+            factor=slide.pixel_factor,
+        )
+        out[own[place[read]]] = reader.read_all()[0].mean(axis=(2, 3))
+    return out

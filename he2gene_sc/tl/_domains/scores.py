@@ -1,0 +1,221 @@
+"""Scores of one section for ``hg.tl.domain_preservation``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...stats import agreement, chaos, enrichment_agreement, match, pas, shift_test, silhouette
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Permutations of squidpy's neighbourhood enrichment, its default.
+_ENRICHMENT_PERMS = 1000
+#: Spots are neighbours within so many pitches: the eight of a square lattice, the six of a hexagonal one.
+_RADIUS = 1.5
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One kind of labels of a section's spots.
+
+    Attributes
+    ----------
+    name
+        Of the kind: ``"predicted"``, ``"measured"`` or a reference.
+    labelings
+        ``(n,)`` codes, one a seed; one alone, where there are no seeds.
+    features
+        ``(n, k)`` that they were clustered in, where it is one space.
+    trained_on_labels
+        Whether a model that learnt such labels made them.
+    """
+
+    name: str
+    labelings: list[np.ndarray]
+    features: np.ndarray | None = None
+    trained_on_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Spots of a section: centres ``(n, 2)``, codes of their domains ``(n,)`` (-1: none) and shifts of those that have one."""
+
+    xy: np.ndarray
+    domains: np.ndarray
+    shifts: np.ndarray
+    seed: int
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Whether a spot has a domain."""
+        return self.domains >= 0
+
+
+def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
+    """Score every kind against the domains, and predicted against measured.
+
+    Yields
+    ------
+    dict
+        ``labels``, ``against``, ``score``, ``mean`` and ``sd`` over seeds, ``n_seeds``, ``pval``, ``n_shifts``,
+        ``null_mean``, ``trained_on_labels``.
+    """
+    labelled = section.labelled
+    xy, domains = section.xy[labelled], codes_of(section.domains[labelled])
+    enrichment = Enrichment(xy, section.seed)
+    yield from _coherence(xy, Labels("domains", [domains]))
+    for kind in kinds:
+        kept = [codes_of(labels[labelled]) for labels in kind.labelings]
+        yield from _compare(kind, "domains", [domains] * len(kept), kept, section.shifts, enrichment)
+        if kind.features is not None:
+            yield _row(kind, "domains", "silhouette", [silhouette(kind.features[labelled], domains)])
+        yield from _coherence(xy, Labels(kind.name, kept, trained_on_labels=kind.trained_on_labels))
+    named = {kind.name: kind for kind in kinds}
+    if "predicted" in named and "measured" in named:
+        measured, predicted = (
+            [codes_of(labels[labelled]) for labels in named[name].labelings] for name in ("measured", "predicted")
+        )
+        yield from _compare(named["predicted"], "measured", measured, predicted, section.shifts, enrichment)
+
+
+def _compare(
+    kind: Labels,
+    against: str,
+    domains: list[np.ndarray],
+    clusterings: list[np.ndarray],
+    shifts: np.ndarray,
+    enrichment: Enrichment,
+) -> Iterator[dict[str, Any]]:
+    """Agreement of pairs of labels, seed by seed, and the test of the adjusted Rand index."""
+    values = [agreement(a, b) for a, b in zip(domains, clusterings, strict=True)]
+    test = shift_test(domains, clusterings, shifts)
+    for name in values[0]:
+        tested = (
+            {
+                "pval": test.p_value,
+                "n_shifts": len(shifts),
+                "null_mean": float(test.null.mean()) if len(shifts) else np.nan,
+            }
+            if name == "ari"
+            else {}
+        )
+        yield _row(kind, against, name, [value[name] for value in values], **tested)
+    scores = [
+        enrichment_agreement(enrichment.of(a), enrichment.of(b), match(a, b))
+        for a, b in zip(domains, clusterings, strict=True)
+    ]
+    yield _row(kind, against, "nhood_enrichment", scores)
+
+
+def _coherence(xy: np.ndarray, kind: Labels) -> Iterator[dict[str, Any]]:
+    yield _row(kind, "", "n_labels", [float(len(np.unique(labels))) for labels in kind.labelings])
+    yield _row(kind, "", "chaos", [chaos(xy, labels) for labels in kind.labelings])
+    yield _row(kind, "", "pas", [pas(xy, labels) for labels in kind.labelings])
+
+
+def moran_agreement(xy: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
+    """Spearman correlation over genes of Moran's I of predicted and measured expression, by squidpy."""
+    from scipy.stats import spearmanr
+
+    a, b = moran(xy, predicted), moran(xy, measured)
+    finite = np.isfinite(a) & np.isfinite(b)
+    value = spearmanr(a[finite], b[finite]).statistic if finite.sum() > 2 else np.nan
+    return _row(Labels("predicted", []), "measured", "moran", [float(value)])
+
+
+def moran(xy: np.ndarray, expression: np.ndarray) -> np.ndarray:
+    """Moran's I of each gene ``(n, g)``, by squidpy, between neighbours within 1.5 pitches; NaN of a constant gene."""
+    import squidpy as sq
+
+    table = _spatial_table(xy, expression)
+    varies = np.ptp(expression, axis=0) > 0
+    out = np.full(expression.shape[1], np.nan)
+    if varies.any():
+        found = sq.gr.spatial_autocorr(
+            table[:, varies].copy(), mode="moran", n_perms=None, copy=True, n_jobs=1, show_progress_bar=False
+        )
+        out[found.index.astype(int)] = found["I"]
+    return out
+
+
+class Enrichment:
+    """Neighbourhood enrichment of label maps on the same spots, by squidpy; each map is looked at once."""
+
+    def __init__(self, xy: np.ndarray, seed: int) -> None:
+        self._table = _spatial_table(xy, np.zeros((len(xy), 1), np.float32))
+        self._seed = seed
+        self._known: dict[bytes, np.ndarray] = {}
+
+    def of(self, labels: np.ndarray) -> np.ndarray:
+        """z-scores between labels, codes from 0, ``(k, k)``."""
+        import pandas as pd
+        import squidpy as sq
+
+        key = labels.tobytes()
+        if key not in self._known:
+            if labels.max() == 0:
+                return np.full((1, 1), np.nan)
+            self._table.obs["label"] = pd.Categorical(labels)
+            with warnings.catch_warnings():
+                # A label that never meets another has no variance to divide by.
+                warnings.simplefilter("ignore")
+                found = sq.gr.nhood_enrichment(
+                    self._table,
+                    "label",
+                    n_perms=_ENRICHMENT_PERMS,
+                    seed=self._seed,
+                    copy=True,
+                    n_jobs=1,
+                    show_progress_bar=False,
+                )
+            self._known[key] = np.asarray(found[0])
+        return self._known[key]
+
+
+def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
+    """Table with squidpy's graph of neighbours within 1.5 pitches."""
+    import squidpy as sq
+    from anndata import AnnData
+
+    from ..._core.tables import pitch_of
+
+    table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
+    # squidpy announces every graph through this logger.
+    log = logging.getLogger("spatialdata._logging")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        sq.gr.spatial_neighbors_radius(table, radius=_RADIUS * pitch_of(xy))
+    finally:
+        log.setLevel(level)
+    return table
+
+
+def codes_of(labels: np.ndarray) -> np.ndarray:
+    """Codes from 0 without gaps."""
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+
+def _row(kind: Labels, against: str, name: str, values: list[float], **tested: float) -> dict[str, Any]:
+    """One line of the table; the SD needs two seeds."""
+    finite = np.asarray(values, float)[np.isfinite(values)]
+    return {
+        "labels": kind.name,
+        "against": against,
+        "score": name,
+        "mean": float(finite.mean()) if len(finite) else np.nan,
+        "sd": float(finite.std(ddof=1)) if len(finite) > 1 else np.nan,
+        "n_seeds": len(values),
+        "pval": np.nan,
+        "n_shifts": 0,
+        "null_mean": np.nan,
+        "trained_on_labels": kind.trained_on_labels,
+        **tested,
+    }

@@ -1,0 +1,313 @@
+"""What hg.tl.evaluate compares: spots and genes that were both predicted and measured, read and checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from ..._core.elements import find_table
+from ..._core.expression import Scale, log_expression
+from ..._core.keys import MADE, Keys
+from ..._core.matrix import values_of
+from ..._core.spots import names_of, sections_of
+from ..._core.tables import pitch_of, spots_of
+from .genes import genes_in_common, known_of, model_of
+from .layer import judged_layer
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ...models import HE2Gene
+
+#: A section with fewer spots is not judged.
+MIN_SPOTS = 10
+#: Under this name labels are counted that are no class of the model.
+UNKNOWN_LABELS = "labels that the model does not know"
+#: And under this one spots that an adapted layer was fitted on.
+FITTED = "spots that hg.tl.adapt was fitted on"
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Spots ``n`` and genes ``g`` that can be judged, aligned.
+
+    Attributes
+    ----------
+    genes, columns
+        Names, and columns of the predicted table, ``(g,)``.
+    rows
+        Rows of the predicted table, ``(n,)``.
+    predicted, measured
+        ``(n, g)`` float32, natural log of (1 + counts per 10,000).
+    counts, count_columns
+        Raw counts of all measured genes ``(n, G)`` and where ``genes`` stand in them; ``None`` where logarithms were
+        given.
+    source, partner
+        The measured table, and its rows, ``(n,)``.
+    xy, row, column
+        ``(n, 2)`` centres; ``(n,)`` cell of each spot on the array.
+    sections
+        Name to positions of its spots.
+    pitches
+        Distance of neighbouring spots of each section, in the unit of ``xy``.
+    mean
+        Mean of each gene in training, ``(g,)``; NaN where it is not known.
+    panels
+        Name to mask of genes.
+    trained_on
+        Sections that the model was trained on, as far as that is known.
+    n_left_out
+        What was left out, and how much of it.
+    predictor
+        What the tables call the layer that is judged.
+    n_fitted
+        Spots of the judged sections that it was adapted to, all left out; ``None`` where that is not known, 0 where it was
+        not adapted.
+    """
+
+    genes: pd.Index
+    columns: np.ndarray
+    rows: np.ndarray
+    predicted: np.ndarray
+    measured: np.ndarray
+    counts: Any
+    count_columns: np.ndarray
+    source: AnnData
+    partner: np.ndarray
+    xy: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    sections: dict[str, np.ndarray]
+    pitches: dict[str, float]
+    mean: np.ndarray
+    panels: dict[str, np.ndarray]
+    trained_on: list[str]
+    n_left_out: dict[str, int]
+    predictor: str
+    n_fitted: int | None
+
+    @property
+    def depth(self) -> np.ndarray | None:
+        """Natural log of the total counts of each spot; ``None`` where there are none."""
+        return None if self.counts is None else np.log(np.asarray(self.counts.sum(axis=1), np.float64).ravel())
+
+    def labels(self, key: str, parameter: str) -> pd.Series:
+        """Names in a column of ``obs``, cleaned, ``(n,)``; ``None`` where there is none.
+
+        Raises
+        ------
+        ValueError
+            If there is no such column, or two of its names differ only in case.
+        """
+        names = names_of(self.source, key, parameter)[self.partner]
+        return pd.Series(names, index=self.source.obs_names[self.partner], dtype=object)
+
+
+def read(
+    data: SpatialData | AnnData,
+    table: AnnData,
+    *,
+    keys: Keys,
+    layer: str | None,
+    measured: str | None,
+    scale: Scale,
+    genes: Sequence[str] | None,
+    section_key: str | None,
+    model: HE2Gene | None,
+    gene_symbols: str | None,
+) -> Judged:
+    """Align what was predicted with what was measured.
+
+    Raises
+    ------
+    ValueError
+        If they have no genes or fewer than 10 spots in common, or the measured values are not what they should be.
+    """
+    if keys.predicted not in table.var:
+        raise ValueError(f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first")
+    chosen = judged_layer(table, keys, layer)
+    layer = chosen.name
+    model = model_of(table.uns[keys.uns], model)
+    other, rows, partner = _measured(data, table, layer, measured)
+    recorded = table.uns[keys.uns].get("gene_symbols")
+    if gene_symbols is None and recorded in other.var:
+        gene_symbols = recorded
+    columns, count_columns = genes_in_common(table, other, keys, genes, gene_symbols)
+    values = values_of(table, layer, "layer")
+    values = values.toarray() if scipy.sparse.issparse(values) else values
+    given = log_expression(
+        other,
+        measured,
+        genes=count_columns,
+        scale=scale,
+        expected="counts",
+        parameter="measured",
+        scale_parameter="measured_scale",
+    )
+    counts = None if scale == "log" else values_of(other, measured, "measured")
+    predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
+    filled = np.any(np.isfinite(given), axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
+    measured_spot = filled[partner]
+    section = sections_of(other, section_key)[partner]
+    both = predicted_spot & measured_spot
+    fitted = both & (False if chosen.fitted_on is None else chosen.fitted_on[rows])
+    used = both & ~fitted
+    if fitted.any() and not used.any():
+        raise ValueError(
+            f"`layer` {layer!r} was adapted to all {int(fitted.sum())} spots that were predicted and measured: none is left "
+            "to judge it by"
+        )
+    if chosen.fitted_on is None:
+        warnings.warn(
+            f"layer {layer!r} was adapted by an older version, the spots that it was fitted on are not known and are judged "
+            "with the others: its figures flatter it; run hg.tl.adapt again",
+            UserWarning,
+            stacklevel=3,
+        )
+    names, sizes = np.unique(section[used].astype(str), return_counts=True)
+    names = names.astype(object)
+    small = names[sizes < MIN_SPOTS]
+    if len(small) == len(names):
+        raise ValueError(
+            f"`data`: {int(used.sum())} spots were both predicted and measured{', and not used by hg.tl.adapt' * chosen.adapted}"
+            f", in sections of so many: {few(f'{s!r} {n}' for s, n in zip(names, sizes, strict=True))}; at least {MIN_SPOTS} "
+            "spots of a section are needed"
+        )
+    if len(small):
+        warnings.warn(
+            f"sections [{few(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out",
+            UserWarning,
+            stacklevel=3,
+        )
+    left_out = {
+        "spots not predicted (outside the image)": int((~predicted_spot).sum()),
+        "spots without any counts": int((predicted_spot & ~measured_spot).sum()),
+        f"spots of sections under {MIN_SPOTS} spots": int(np.isin(section[used].astype(str), small).sum()),
+        **({FITTED: int(fitted.sum())} if chosen.adapted and chosen.fitted_on is not None else {}),
+        "genes not predicted": other.n_vars - len(columns) if genes is None else 0,
+    }
+    # Distances are those of the array, which has holes where spots are left out.
+    pitches = {name: pitch_of(spots_of(table[rows[both & (section == name)]])) for name in names if name not in small}
+    kept = np.flatnonzero(used & ~np.isin(section.astype(str), small))
+    rows, partner, section = rows[kept], partner[kept], section[kept]
+    xy = spots_of(table[rows])
+    sections = {str(name): np.flatnonzero(section == name) for name in pd.unique(section)}
+    pitches = {name: pitches[name] for name in sections}
+    if shared := [name for name, pitch in pitches.items() if not pitch > 0]:
+        raise ValueError(f"obsm['spatial']: most spots of sections {few(shared)} lie on top of each other")
+    row, column = _cells(other.obs.iloc[partner], xy, sections, pitches)
+    trained_on = [] if model is None else sorted(sections.keys() & set(model.card.training.get("sections", ())))
+    if model is not None and trained_on:
+        warnings.warn(
+            f"sections {trained_on} are in the training set of {model.name}: their figures flatter it",
+            UserWarning,
+            stacklevel=3,
+        )
+    mean, panels = known_of(table, columns, keys, model, gene_symbols)
+    return Judged(
+        genes=table.var_names[columns],
+        columns=columns,
+        rows=rows,
+        predicted=np.asarray(values[rows][:, columns], np.float32),
+        measured=given[partner],
+        counts=None if counts is None else counts[partner],
+        count_columns=count_columns,
+        source=other,
+        partner=partner,
+        xy=xy,
+        row=row,
+        column=column,
+        sections=sections,
+        pitches=pitches,
+        mean=mean,
+        panels=panels,
+        trained_on=trained_on,
+        n_left_out=left_out,
+        predictor=chosen.predictor,
+        n_fitted=None if chosen.fitted_on is None else int(fitted.sum()),
+    )
+
+
+def few(values: Iterable[object], n: int = 5) -> str:
+    """Write the first values, and how many there are where not all are shown."""
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:n]) + (f", … ({len(texts)} in all)" if len(texts) > n else "")
+
+
+def _measured(
+    data: SpatialData | AnnData, table: AnnData, layer: str, measured: str | None
+) -> tuple[AnnData, np.ndarray, np.ndarray]:
+    """Table with what was measured, and pairs of rows: of the predicted table and of that one."""
+    if measured is not None and measured == layer:
+        raise ValueError(f"`measured` {measured!r} is the prediction itself; name a layer of measured counts (None: X)")
+    every = np.arange(table.n_obs)
+    if MADE not in table.uns:
+        return table, every, every
+    found = find_table(data) if hasattr(data, "tables") else None
+    if found is None:
+        raise ValueError(
+            "`measured`: the table was made by hg.tl.predict, nothing was measured in it, and there is no measured table "
+            "beside it; pass the SpatialData object with both"
+        )
+    other = data[found]
+    partner = _spots(other).get_indexer(_spots(table))
+    rows = np.flatnonzero(partner >= 0)
+    return other, rows, partner[rows]
+
+
+def _spots(table: AnnData) -> pd.MultiIndex:
+    attrs = table.uns["spatialdata_attrs"]
+    return pd.MultiIndex.from_arrays(
+        [table.obs[attrs["region_key"]].astype(str), table.obs[attrs["instance_key"]].astype(str)]
+    )
+
+
+def _cells(
+    obs: pd.DataFrame, xy: np.ndarray, sections: Mapping[str, np.ndarray], pitches: Mapping[str, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column on the array of each spot: as ``obs`` states them, else read off the centres."""
+    if {"array_row", "array_col"} <= set(obs):
+        stated = obs[["array_row", "array_col"]].to_numpy(float)
+        if np.isfinite(stated).all():
+            return tuple(np.rint(stated).astype(int).T)
+    cells = np.empty(xy.shape, int)
+    for name, where in sections.items():
+        cells[where] = np.rint((xy[where] - xy[where].min(0)) / pitches[name]).astype(int)
+    return cells[:, 1], cells[:, 0]
+
+
+def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) -> tuple[pd.DataFrame, np.ndarray, int]:
+    """Probabilities, a column a class, the label of each spot as a class of the model (-1: none), and unknown labels.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, the model predicts no classes, or none of the labels is one of them.
+    """
+    labels = judged.labels(annotation_key, "annotation_key")
+    if keys.proba not in table.obsm:
+        raise ValueError(
+            f"`annotation_key`: prediction {keys.key_added!r} has no annotation, its model knows no classes"
+        )
+    frame = table.obsm[keys.proba].iloc[judged.rows]
+    codes = pd.Index(frame.columns.astype(str)).get_indexer(labels)
+    unknown = labels[codes < 0].value_counts()
+    if not (codes >= 0).any():
+        raise ValueError(
+            f"`annotation_key` {annotation_key!r} holds none of the classes of the model {list(frame.columns)}, but "
+            f"{unknown.index[:10].tolist()}"
+        )
+    if len(unknown):
+        warnings.warn(
+            f"classes that the model does not know are left out: {{{few(f'{k!r}: {n}' for k, n in unknown.items())}}}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return frame, codes, int(unknown.sum())

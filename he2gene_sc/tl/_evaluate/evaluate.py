@@ -1,0 +1,272 @@
+"""``hg.tl.evaluate``: how far the prediction agrees with what was measured, gene by gene."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ..._core import validate
+from ..._core.keys import Keys, check_key
+from ..._core.results import check_free, write_result
+from ..._core.tables import SCALES, Scale, get_table
+from .aligned import UNKNOWN_LABELS, Judged, few, proba_of, read
+from .baselines import readings
+from .layer import MODEL, prediction_named
+from .metrics import BASELINES, METRICS, SEEN, Results, annotation_tables, gene_tables, judge, summarise
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ...models import HE2Gene
+
+
+def evaluate(
+    data: SpatialData | AnnData,
+    *,
+    layer: str | None = None,
+    measured: str | None = None,
+    measured_scale: Scale = "auto",
+    annotation_key: str | None = None,
+    sample_key: str | None = None,
+    section_key: str | None = None,
+    genes: str | Sequence[str] | None = None,
+    baselines: str | Sequence[str] | None = None,
+    model: str | Path | HE2Gene | None = None,
+    gene_symbols: str | None = None,
+    prediction_key: str = "he2gene",
+    table_key: str | None = None,
+    n_splits: int = 10,
+    seed: int = 0,
+    key_added: str = "he2gene_eval",
+) -> None:
+    """Compare predicted expression and annotation with what was measured, beside baselines.
+
+    Every gene is judged over the spots of a section, never a spot over its genes: a constant profile reaches .5 there.
+
+    Parameters
+    ----------
+    data
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to.
+    layer
+        Predicted expression: the layer of the prediction (``None``), or one that :func:`he2gene_sc.tl.adapt` made of it.
+        Spots that this was fitted on are left out, and the tables call the predictor by the name of the layer.
+    measured
+        Layer of raw counts; ``None``: ``X``. Counts become ln(1 + counts per 10,000) by the totals of all genes. Where
+        ``predict(genes="all")`` made a table of its own, this is a layer of the measured table beside it.
+    measured_scale
+        ``"auto"``: counts are expected and anything else is refused; ``"log"``: the values are logarithms already, as
+        above (no noise ceiling, correlation with depth or baseline of total counts then); ``"counts"``.
+    annotation_key
+        Column of ``obs`` with labels, in the words of the model's classes.
+    sample_key
+        Column of ``obs`` with the patient: the mean over sections becomes one over patients, each the mean of its
+        sections.
+    section_key
+        Column of ``obs`` with the section of each spot. Default: shapes element or ``obs["section"]``.
+    genes
+        Genes to judge, a name or several. Default: all that were predicted and measured.
+    baselines
+        Of ``"training mean"``, ``"class mean"``, ``"total counts"``, ``"mean colour"``, ``"nearest spots"``, see Notes.
+        Default: all that can be computed.
+    model
+        The model, for its panels of genes and, in predictions of older versions, the training mean. Default: the one
+        that made the prediction, if it is bundled.
+    gene_symbols
+        As given to predict; default: what it recorded.
+    prediction_key
+        ``key_added`` of predict.
+    table_key
+        Table, where several were predicted.
+    n_splits, seed
+        Binomial splits of the counts for the noise ceiling.
+    key_added
+        Prefix of what is written.
+
+    Returns
+    -------
+    ``None``. Written to the table of the prediction; read it with :func:`he2gene_sc.get.evaluation`:
+
+    ``.var["he2gene_eval_pearson"]``, and so on
+        Each metric, float32, over all spots pooled; NaN for genes that were not judged.
+    ``.uns["he2gene_eval"]``
+        DataFrames ``genes``, ``baselines``, ``summary``, ``predictors``, ``left_out``; with ``annotation_key``
+        ``annotation``, ``classes``, ``confusion``.
+
+    The metrics, float32 in the tables:
+
+    ``pearson``, ``spearman``
+        Correlation over spots.
+    ``skill``
+        1 - squared error / squared error of the model's training mean; 0 is no better than that constant.
+    ``sd_ratio``
+        Standard deviation, predicted over measured.
+    ``slope``
+        Of the least-squares line of measured on predicted.
+    ``moran_measured``, ``moran_predicted``
+        Moran's I, neighbours up to 1.6 pitches away (8 on a square lattice, 6 on a hexagonal one), weights of a spot
+        sum to 1, as squidpy does it.
+    ``ssim``
+        Structural similarity on the grid of the array, :func:`he2gene_sc.stats.ssim_on_grid`; cells without a spot
+        have no part in it.
+    ``ceiling``, ``ceiling_share``
+        Noise ceiling of Pearson by binomial splitting of counts, :func:`he2gene_sc.stats.noise_ceiling`, and
+        Pearson's share of it.
+    ``depth_correlation``
+        Pearson correlation of measured - predicted with the log of total counts: what is left of the residual that
+        sequencing depth explains.
+
+    A row has a ``scope``: ``"section"``; ``"pooled"``, all spots together, so that differences between sections count,
+    except for Moran's I and SSIM, where it is the mean over sections; ``"mean"``, the mean over sections (with
+    ``sample_key``, over patients). With one section all three are the same. A gene that is constant on either side is
+    NaN, never 0 or 1, and is counted (``n_constant`` of the summary). A section that the model was trained on, where
+    that can be told, is warned of: its figures flatter.
+
+    Raises
+    ------
+    ValueError
+        If there is no prediction, nothing measured in common, fewer than 10 spots in every section, measured values
+        that are no counts, or an argument does not fit; nothing has been changed then.
+
+    Notes
+    -----
+    Baselines know the slide that they are judged on, which no model does, so that a model may fall behind them:
+
+    - ``"training mean"``: a constant, skill 0 by definition;
+    - ``"class mean"``: mean of the other spots with the same label in ``annotation_key``, leave-one-out;
+    - ``"total counts"``: a line on log total counts, leave-one-out;
+    - ``"mean colour"``: ridge on mean and SD of the optical density of three channels in a square as wide as a spot,
+      fitted on the other four of five parts of the section, parts dealt from squares of 4 × 4 spots; it needs the image;
+    - ``"nearest spots"``: mean of the neighbouring spots, without the spot itself.
+
+    Leaving a spot out lowers the mean of the others where its own value is high: the correlation (not the skill) of a
+    baseline is taken with that mean put back, without which a constant would reach -1. It still understates baselines
+    that know little, since their sign is fitted: of a gene that it knows nothing of, a line reaches about
+    -1 / sqrt(spots). Skill does not suffer from this.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy(shape=(6, 6))
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
+    >>> hg.tl.evaluate(sdata)
+    >>> hg.get.evaluation(sdata).columns[:4].tolist()
+    ['scope', 'section', 'predictor', 'panel']
+    """
+    validate.arguments(evaluate, locals())
+    from ...models import load
+
+    check_key(key_added, "key_added")
+    genes = [genes] if isinstance(genes, str) else genes
+    baselines = [baselines] if isinstance(baselines, str) else baselines
+    if prediction_named(data, key_added):
+        raise ValueError(
+            f"`key_added` {key_added!r} is a prediction; to judge it pass prediction_key={key_added!r}, and as `key_added` "
+            f"a name for the evaluation, {key_added + '_eval'!r} for example"
+        )
+    if measured_scale not in SCALES:
+        raise ValueError(f"`measured_scale` is {measured_scale!r}, valid: {list(SCALES)}")
+    if unknown := [name for name in baselines or () if name not in BASELINES]:
+        raise ValueError(f"`baselines` {unknown} are unknown, valid: {list(BASELINES)}")
+    if not isinstance(n_splits, int | np.integer) or n_splits < 1:
+        raise ValueError(f"`n_splits` is {n_splits!r}; a whole number from 1 is needed")
+    keys = Keys(prediction_key)
+    table = get_table(data, table_key, key_added=prediction_key)
+    names = {metric: f"{key_added}_{metric}" for metric in METRICS}
+    check_free(table, "evaluate", key_added, var=names.values())
+    judged = read(
+        data,
+        table,
+        keys=keys,
+        layer=layer,
+        measured=measured,
+        scale=measured_scale,
+        genes=genes,
+        section_key=section_key,
+        model=None if model is None else load(model),
+        gene_symbols=gene_symbols,
+    )
+    samples = None if sample_key is None else _samples(judged, sample_key)
+    left_out, facts = dict(judged.n_left_out), {}
+    if annotation_key is not None:
+        proba, codes, left_out[UNKNOWN_LABELS] = proba_of(judged, annotation_key, table, keys)
+        facts = annotation_tables(judged, proba, codes, samples)
+    reads, skipped = readings(data, table, judged, baselines, annotation_key, keys)
+    results = judge(judged, reads, n_splits=n_splits, seed=seed)
+    if np.isnan(judged.mean).all():
+        warnings.warn(
+            "the training means of the genes are not known, skill is NaN: predict again, or name the `model`",
+            UserWarning,
+            stacklevel=2,
+        )
+    left_out["genes constant on either side, pooled"] = int(np.isnan(results.pooled[judged.predictor]["pearson"]).sum())
+    facts |= _tables(judged, results, samples, skipped, left_out)
+    params = {
+        "layer": layer,
+        "measured": measured,
+        "measured_scale": measured_scale,
+        "annotation_key": annotation_key,
+        "sample_key": sample_key,
+        "section_key": section_key,
+        "genes": None if genes is None else [str(gene) for gene in genes],
+        "baselines": list(reads),
+        "prediction_key": prediction_key,
+        "n_splits": int(n_splits),
+        "seed": int(seed),
+    }
+    var = {name: np.full(table.n_vars, np.nan, np.float32) for name in names.values()}
+    for metric, name in names.items():
+        var[name][judged.columns] = results.pooled[judged.predictor][metric]
+    write_result(table, "evaluate", key_added, params=params, facts=facts, var=var)
+
+
+def _tables(
+    judged: Judged,
+    results: Results,
+    samples: Mapping[str, str] | None,
+    skipped: Mapping[str, str],
+    left_out: Mapping[str, int],
+) -> dict[str, pd.DataFrame]:
+    """Everything but the annotation."""
+    of_model, of_baselines = gene_tables(judged, results, samples)
+    model = SEEN[MODEL] + (f", and {', '.join(judged.trained_on)} are among them" if judged.trained_on else "")
+    if judged.n_fitted is None:
+        model += "; expression of measured spots of this slide, which of them is not known: they are judged too"
+    elif judged.predictor != MODEL:
+        model += f"; expression of {judged.n_fitted} measured spots of this slide, which are not judged"
+    seen = {judged.predictor: model} | {name: SEEN[name] for name in BASELINES}
+    predictors = [
+        {"predictor": p, "computed": p not in skipped, "seen": seen[p], "reason": skipped.get(p, "")} for p in seen
+    ]
+    tables = {
+        "genes": of_model,
+        "summary": summarise(pd.concat([of_model, of_baselines], ignore_index=True), judged.panels),
+        "predictors": pd.DataFrame(predictors),
+        "left_out": pd.DataFrame({"what": list(left_out), "n": list(left_out.values())}),
+    }
+    return tables | ({"baselines": of_baselines} if len(of_baselines) else {})
+
+
+def _samples(judged: Judged, sample_key: str) -> Mapping[str, str]:
+    """Sample of each section.
+
+    Raises
+    ------
+    ValueError
+        If a section has none or several.
+    """
+    values = judged.labels(sample_key, "sample_key").to_numpy(object)
+    of = {}
+    for section, where in judged.sections.items():
+        found = pd.unique(pd.Series(values[where], dtype=object))
+        if len(found) != 1 or pd.isna(found[0]):
+            raise ValueError(
+                f"`sample_key` {sample_key!r}: section {section!r} has {few(map(repr, found))}; one sample is needed"
+            )
+        of[section] = str(found[0])
+    return of

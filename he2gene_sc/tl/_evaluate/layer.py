@@ -1,0 +1,94 @@
+"""Which layer hg.tl.evaluate judges, and which spots an adaptation of it was fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..._core.keys import Keys
+from ..._core.layers import layer_names
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: The prediction, as the tables of an evaluation call it; an adapted layer keeps its own name.
+MODEL = "he2gene"
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedLayer:
+    """A layer that predict or adapt wrote.
+
+    Attributes
+    ----------
+    name
+        Of the layer.
+    predictor
+        What the tables call it.
+    adapted
+        Whether adapt wrote it.
+    fitted_on
+        Spots that adapt was fitted on, ``(n_obs,)`` bool; ``None`` where an older version did not say.
+    """
+
+    name: str
+    predictor: str
+    adapted: bool
+    fitted_on: np.ndarray | None
+
+
+def judged_layer(table: AnnData, keys: Keys, layer: str | None) -> JudgedLayer:
+    """Find the layer: that of the prediction, or one that was adapted from it.
+
+    Raises
+    ------
+    ValueError
+        If neither predict nor adapt wrote it from this prediction, or it is not there any more.
+    """
+    own = table.uns[keys.uns]["layer"]
+    name = own if layer is None else layer
+    adapted = _adapted_from(table, own)
+    if name != own and name not in adapted:
+        others = [key for key, record in table.uns.items() if _is_prediction(record) and record.get("layer") == name]
+        hint = f"; {name!r} is another prediction, pass prediction_key={others[0]!r}" if others else ""
+        raise ValueError(
+            f"`layer` {name!r} was not written by hg.tl.predict or hg.tl.adapt from prediction {keys.key_added!r}, valid: "
+            f"{[own, *adapted]}{hint}"
+        )
+    if name not in table.layers:
+        raise ValueError(f"`layer` {name!r} is recorded but not there any more, layers: {sorted(layer_names(table))}")
+    if name == own:
+        return JudgedLayer(name, MODEL, False, np.zeros(table.n_obs, bool))
+    fitted_on: np.ndarray | None = np.zeros(table.n_obs, bool)
+    step = name
+    while step != own and fitted_on is not None:
+        column = f"{step}_measured"
+        fitted_on = fitted_on | table.obs[column].to_numpy(bool) if column in table.obs else None
+        step = adapted[step]
+    return JudgedLayer(name, name, True, fitted_on)
+
+
+def _is_prediction(record: object) -> bool:
+    return isinstance(record, Mapping) and "weights_sha256" in record
+
+
+def _adapted_from(table: AnnData, layer: str) -> dict[str, str]:
+    """Layers that adapt made of one, of those it made of them, and so on, with what it made them of."""
+    made = {
+        key: record["params"].get("layer")
+        for key, record in table.uns.items()
+        if isinstance(record, Mapping) and record.get("verb") == "adapt" and "params" in record
+    }
+    found = [layer]
+    for source in found:
+        found += [key for key, origin in made.items() if origin == source and key not in found]
+    return {key: made[key] for key in found[1:]}
+
+
+def prediction_named(data: Any, key: str) -> bool:
+    """Whether a table of the object holds a prediction of that name."""
+    tables = data.tables.values() if hasattr(data, "tables") else [data]
+    return any(_is_prediction(getattr(table, "uns", {}).get(key)) for table in tables)

@@ -1,0 +1,150 @@
+"""Genes of training sections: their names, and whether the lists of several sections fit together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ..._core import validate
+from ..._core.genes import current_symbols, find_genes
+from ..._core.model_genes import check_not_probes
+from ..._core.validate import format_list
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger("he2gene_sc")
+
+#: Sections must share at least this part of the shorter of two gene lists.
+_MIN_SHARED = 0.1
+_MIN_GENES = 10
+
+
+@dataclass(frozen=True)
+class Genes:
+    """Which genes are learned, see :func:`he2gene_sc.tl.train`."""
+
+    asked: list[str] | None
+    n_target: int
+    min_share: float
+    missing_are_zero: bool
+    #: Also those that no spot shows.
+    all_listed: bool = False
+
+
+def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
+    """Read the names of the genes of a table: symbols where they are known, without duplicates.
+
+    Parameters
+    ----------
+    table
+        The table.
+    gene_symbols
+        Column of ``var`` with names; those that are missing there are taken from the index. ``None``: the index.
+    symbols
+        Ensembl id to symbol.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, a gene has no name at all, or two have the same.
+    """
+    check_not_probes(table)
+    if gene_symbols is not None:
+        validate.key_in(gene_symbols, list(table.var.columns), "gene_symbols", what="a column of var")
+    given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols], dtype=object).reset_index(
+        drop=True
+    )
+    absent = (given.isna() | (given.astype(str).str.strip() == "")).to_numpy()
+    if absent.any():
+        if gene_symbols is None:
+            raise ValueError(f"`sdatas`: {absent.sum()} genes have no name in var_names; name or drop them")
+        logger.warning(
+            "%d of %d genes have no name in var[%r]; those in var_names are used",
+            absent.sum(),
+            len(given),
+            gene_symbols,
+        )
+        given = given.where(~absent, pd.Series(table.var_names, dtype=object))
+    names = symbols_of(given, symbols)
+    if names.has_duplicates:
+        twice = list(names[names.duplicated()].unique()[:5])
+        raise ValueError(
+            f"`sdatas`: genes {twice} stand more than once in var, as {list(given[names.isin(twice)])}; sum or drop them "
+            "(`adata.var_names_make_unique()` would make other genes of them)"
+        )
+    return names
+
+
+def symbols_of(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
+    """Symbols of gene names of which some may be Ensembl ids, with a version or without."""
+    names = pd.Index(list(given), dtype=object).astype(str).str.strip()
+    ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
+    bare = names.str.replace(r"\.\d+$", "", regex=True)
+    return pd.Index([symbols.get(b, b) if e else n for n, b, e in zip(names, bare, ensembl, strict=True)])
+
+
+def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:
+    """Present symbols of genes that sections call by different ones, by the names that they have there.
+
+    Where a section lists both names, they stay two genes.
+    """
+    union = pd.Index(np.concatenate([list(genes) for genes in lists.values()])).unique()
+    current = pd.Series(current_symbols(union), index=union)
+    several = current[current.duplicated(keep=False)]
+    for genes in lists.values():
+        here = several[several.index.isin(genes)]
+        several = several[~several.isin(here[here.duplicated()])]
+    renamed = several[several != several.index].to_dict()
+    if renamed:
+        logger.info(
+            "%d genes have other symbols in other sections and take their present ones: %s",
+            *(len(renamed), format_list(f"{old} is {new}" for old, new in renamed.items())),
+        )
+    return renamed
+
+
+def check_gene_lists(lists: Mapping[str, pd.Index], chosen: Genes) -> pd.Index:
+    """Return the genes to learn, sorted, of the genes of each section by its name.
+
+    Raises
+    ------
+    ValueError
+        If a section shares hardly a gene with the others, or all of them none, whatever their order; or if a gene that
+        was asked for is in none.
+    """
+    renamed = common_names(lists)
+    if renamed:
+        lists = {name: genes.map(lambda gene: renamed.get(gene, gene)) for name, genes in lists.items()}
+    counted = pd.Index(np.concatenate([list(genes) for genes in lists.values()])).value_counts()
+    for name, genes in lists.items() if len(lists) > 1 else ():
+        elsewhere = counted.subtract(pd.Series(1, index=genes), fill_value=0)
+        others = elsewhere.index[elsewhere > 0]
+        shared, shorter = len(others.intersection(genes)), min(len(others), len(genes))
+        if shared < max(min(_MIN_GENES, shorter), _MIN_SHARED * shorter):
+            raise ValueError(
+                f"`sdatas`: section {name!r} shares only {shared} of {shorter} genes with the others. It has "
+                f"{list(genes.difference(others)[:3])}, they have {list(others.difference(genes)[:3])}. Where some hold symbols and others Ensembl ids, "
+                "pass `gene_symbols` (a column of var) or `ensembl_ids` (symbol to id)"
+            )
+    union = counted.index.sort_values()
+    if chosen.asked is not None:
+        found = find_genes(chosen.asked, counted.index, one_to_one=False)
+        unknown = [gene for gene, place in zip(chosen.asked, found, strict=True) if place < 0]
+        if unknown or not chosen.asked:
+            raise ValueError(f"`genes` {unknown[:5]} are in no section, which have e.g. {list(union[:5])}")
+        union = pd.Index(sorted(set(counted.index[found])))
+    if not chosen.missing_are_zero and not (counted[union] == len(lists)).any():
+        what = "gene" if chosen.asked is None else "gene of `genes`"
+        fewest = min(lists, key=lambda name: len(union.intersection(lists[name])))
+        raise ValueError(
+            f"`sdatas`: no {what} was measured in all {len(lists)} sections, so nothing can be compared between them; section "
+            f"{fewest!r} has the fewest of them. Leave sections out, or pass missing_genes_are_zero=True where a gene that "
+            "a section does not list was measured there and never seen"
+        )
+    return union

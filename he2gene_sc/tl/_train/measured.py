@@ -1,0 +1,399 @@
+"""Sections with measured counts, read and checked for training."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from ..._core.expression import contents_of
+from ..._core.layers import layer_names
+from ..._core.matrix import matrix_of, where_of
+from ..._core.placement import check_placement
+from ..._core.slide import Slide, resolve
+from ..._core.spots import clean_names, column_of
+from .gene_lists import Genes, check_gene_lists, common_names, gene_names
+from .labels import Labels, code_classes, labels_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ...training import Section
+
+logger = logging.getLogger("he2gene_sc")
+
+TWICE = "`section_key`: two sections are named {!r}; each needs a name of its own, those of other patients too"
+#: Spots below which a section says nothing of how well its genes are predicted.
+MIN_SPOTS = 4
+_COLUMN_HINTS = {
+    "annotation_key": "; sections without labels need the column all the same, with missing values",
+    "sample_key": "; set it, e.g. sdata['table'].obs['patient'] = 'P1'",
+    "section_key": "; set it, e.g. sdata['table'].obs['section'] = 'S1'",
+}
+#: Counts of common genes below which sections with different lists cannot be brought to one scale.
+_ENOUGH_COUNTS = 1000
+#: Share of all counts below which a gene list is called short.
+_WHOLE_LIST = 0.9
+#: Left free on a disk.
+_SPARE_BYTES = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Where a section says what.
+
+    Attributes
+    ----------
+    annotation, sample, section
+        Columns of ``obs``; ``annotation`` may be ``None``.
+    layer
+        Layer with raw counts; ``None``: ``X``.
+    gene_symbols
+        Column of ``var`` with gene names; ``None``: the index.
+    places
+        Image, spots, table, coordinate system and µm/px, as ``resolve`` takes them.
+    """
+
+    annotation: str | None
+    sample: str
+    section: str
+    layer: str | None
+    gene_symbols: str | None
+    places: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One section: the spots whose centre lies in the image and on which something was counted.
+
+    Attributes
+    ----------
+    name, patient
+        Names.
+    mpp
+        µm per pixel.
+    slide
+        The image and where the spots lie on it; ``None`` once it has been let go.
+    centres
+        ``(n, 2)``, pixels of level 0.
+    genes
+        Names, without duplicates.
+    counts
+        ``(n, genes)`` raw counts.
+    labels
+        ``(n,)`` objects, ``None`` without a label.
+    """
+
+    name: str
+    patient: str
+    mpp: float
+    slide: Slide | None
+    centres: np.ndarray
+    genes: pd.Index
+    counts: scipy.sparse.csr_array
+    labels: np.ndarray
+
+    def set_down(self, folder: Path) -> Measured:
+        """Let the image go and move the counts to disk, so that the next section finds room."""
+        return replace(self, slide=None, counts=on_disk(self.counts, folder))
+
+
+def check_room(folder: Path, n_bytes: int) -> None:
+    """Refuse what a disk has no room for: a memory map on a full one ends the process without a word.
+
+    Raises
+    ------
+    OSError
+        If less is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes + _SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: training needs {n_bytes:,} bytes for a section here, {free:,} are free; free them, or set "
+            "TMPDIR to a folder on another disk",
+            str(folder),
+        )
+
+
+def on_disk(
+    matrix: scipy.sparse.csr_array | scipy.sparse.csc_array, folder: Path
+) -> scipy.sparse.csr_array | scipy.sparse.csc_array:
+    """Put a sparse array on a file, which takes memory only where it is read."""
+    if not matrix.nnz:
+        return matrix
+    # A map keeps its file open, and a process may open about a thousand: one file, and pointers in memory.
+    first, second = sorted((matrix.data, matrix.indices), key=lambda array: -array.itemsize)
+    check_room(folder, first.nbytes + second.nbytes)
+    with tempfile.NamedTemporaryFile(suffix=".bin", dir=folder, delete=False) as file:
+        for array in (first, second):
+            array.tofile(file)
+    mapped = np.memmap(file.name, np.uint8, mode="r")
+    parts = {
+        id(first): np.asarray(mapped[: first.nbytes]).view(first.dtype),
+        id(second): np.asarray(mapped[first.nbytes :]).view(second.dtype),
+    }
+    return type(matrix)((parts[id(matrix.data)], parts[id(matrix.indices)], matrix.indptr), shape=matrix.shape)
+
+
+def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
+    """Check one object and yield its sections, one a shapes element.
+
+    Parameters
+    ----------
+    sdata
+        The object.
+    keys
+        Where it says what.
+    symbols
+        Ensembl id to symbol.
+
+    Raises
+    ------
+    ValueError
+        If something is missing or is not what it should be; the message names the parameter.
+    """
+    slides, table, names, matrix = _opened(sdata, keys, symbols)
+    for slide in slides:
+        yield _section(table, slide, names, matrix, keys)
+
+
+def check_table(
+    sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]
+) -> tuple[dict[str, str], set[str], pd.Index]:
+    """Check what can be checked of one object without its pixels; return patients by section, labels and genes."""
+    slides, table, genes, matrix = _opened(sdata, keys, symbols)
+    patients, labels = {}, set()
+    for slide in slides:
+        check_placement(sdata, slide)
+        rows, _, _ = _counted(slide, matrix)
+        name, patient = _names(table, rows, slide, keys)
+        if len(rows) < MIN_SPOTS:
+            continue
+        if name in patients:
+            raise ValueError(TWICE.format(name))
+        patients[name] = patient
+        if keys.annotation is not None:
+            labels |= set(clean_names(table.obs[keys.annotation].iloc[rows]))
+    return patients, labels - {None}, genes
+
+
+def _opened(
+    sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]
+) -> tuple[tuple[Slide, ...], AnnData, pd.Index, scipy.sparse.csr_array]:
+    """Slides, table, gene names and counts of one object."""
+    slides = resolve(sdata, **keys.places)
+    if slides[0].table_key is None:
+        raise ValueError("`sdatas`: a section has no table; measured counts are needed to train")
+    table = sdata[slides[0].table_key]
+    for parameter, key in (
+        ("annotation_key", keys.annotation),
+        ("sample_key", keys.sample),
+        ("section_key", keys.section),
+    ):
+        if key is not None:
+            column_of(table, key, parameter, _COLUMN_HINTS[parameter])
+    return slides, table, gene_names(table, keys.gene_symbols, symbols), _matrix(table, keys.layer)
+
+
+def _counted(slide: Slide, matrix: scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndarray, scipy.sparse.csr_array]:
+    """Rows of the spots in the image on which something was counted, which of those in the image they are, their counts."""
+    counts = matrix[slide.rows[slide.inside]]
+    counted = np.asarray(counts.sum(axis=1)).ravel() > 0
+    rows = slide.rows[slide.inside][counted]
+    if not len(rows):
+        raise ValueError(f"`sdatas`: no spot of {slide.shapes_key!r} lies in the image and has counts")
+    summed = counts[counted]
+    summed.sum_duplicates()
+    return rows, counted, summed
+
+
+def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: Keys) -> Measured:
+    rows, counted, summed = _counted(slide, matrix)
+    name, patient = _names(table, rows, slide, keys)
+    for n, what in ((int((~slide.inside).sum()), "outside the image"), (int((~counted).sum()), "without counts")):
+        if n:
+            logger.warning("section %s: %d spots %s are left out", name, n, what)
+    labels = np.full(len(rows), None, object)
+    if keys.annotation is not None:
+        labels = labels_of(table.obs[keys.annotation].iloc[rows], name)
+    return Measured(
+        name=name,
+        patient=patient,
+        mpp=slide.mpp,
+        slide=slide,
+        centres=slide.centres[slide.inside][counted],
+        genes=names,
+        counts=summed,
+        labels=labels,
+    )
+
+
+def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[str, str]:
+    """Section and patient of some spots, one each."""
+    found = []
+    for parameter, key in (("section_key", keys.section), ("sample_key", keys.sample)):
+        names = clean_names(table.obs[key].iloc[rows])
+        values = set(names)
+        if None in values:
+            first = table.obs_names[rows[pd.isna(names)]][:3].tolist()
+            raise ValueError(
+                f"`{parameter}`: values of {key!r} are missing for spots of {slide.shapes_key!r}, for example {first}"
+            )
+        found.append(sorted(values))
+    if any(len(values) != 1 for values in found):
+        raise ValueError(
+            f"`section_key`, `sample_key`: the spots of {slide.shapes_key!r} belong to one section of one patient, found "
+            f"sections {found[0][:5]} and patients {found[1][:5]}"
+        )
+    return found[0][0], found[1][0]
+
+
+def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
+    matrix = matrix_of(table, layer)
+    problem = contents_of(matrix).problem
+    if problem:
+        raw = [name for name in layer_names(table) if not contents_of(matrix_of(table, name)).problem]
+        hint = (
+            f"; layer {raw[0]!r} does: pass layer={raw[0]!r}" if raw else "; put them into a layer and pass layer=..."
+        )
+        raise ValueError(
+            f"`layer`: {where_of(layer)} does not hold raw counts (whole numbers from 0) but {problem}{hint}"
+        )
+    return _sparse(matrix)
+
+
+def _sparse(matrix: Any) -> scipy.sparse.csr_array:
+    """Rows of any matrix that anndata holds, those on disk and in half precision among them."""
+    matrix = matrix.compute() if hasattr(matrix, "compute") else matrix
+    if hasattr(matrix, "to_memory"):
+        matrix = matrix.to_memory()
+    if matrix.dtype == np.float16:
+        matrix = matrix.astype(np.float32)
+    return scipy.sparse.csr_array(matrix)
+
+
+def join(
+    read: Sequence[Measured], features: Sequence[np.ndarray], chosen: Genes, labels: Labels, folder: Path
+) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
+    """Bring sections to one gene list and one list of classes, and leave the rarest genes out.
+
+    Parameters
+    ----------
+    read, features
+        The sections and the features of their spots, ``(n, r, f)``.
+    chosen, labels
+        Which genes are learned, and how labels become classes.
+    folder
+        Where the targets lie while they are used.
+
+    Returns
+    -------
+    sections, genes, classes
+        What is trained on, and the names of its columns and codes.
+    """
+    from ...training import Section, log_targets
+
+    renamed = common_names({section.name: section.genes for section in read})
+    if renamed:
+        read = [replace(s, genes=s.genes.map(lambda gene: renamed.get(gene, gene))) for s in read]
+    genes, measured = _join_genes(read, chosen)
+    classes, codes = code_classes([section.labels for section in read], labels.merged, labels.ignored)
+    if chosen.asked is None and not chosen.all_listed:
+        seen = sum(_seen(section, genes) for section in read)
+        spots = sum(section.counts.shape[0] * there for section, there in zip(read, measured, strict=True))
+        frequent = seen >= np.maximum(chosen.min_share * spots, 1)
+        genes, measured = genes[frequent], [there[frequent] for there in measured]
+    totals = totals_of(read, chosen)
+    sections = [
+        Section(
+            name=section.name,
+            patient=section.patient,
+            mpp=section.mpp,
+            centres_um=section.centres * section.mpp,
+            features=features[i],
+            targets=on_disk(_align(log_targets(section.counts, totals[i]), section.genes.get_indexer(genes)), folder),
+            totals=totals[i],
+            measured=measured[i],
+            codes=codes[i],
+        )
+        for i, section in enumerate(read)
+    ]
+    return sections, genes, classes
+
+
+def totals_of(sections: Sequence[Measured], chosen: Genes) -> list[np.ndarray]:
+    """Count each spot over the genes of all sections; of a section that lists fewer, as many as it would have had.
+
+    Expression is counts per 10,000, so a list without the genes that make up half of the counts would double all others.
+    The share of the counts that a list makes up is taken from the sections that measured the rest, in units of the
+    genes that all of them measured; it is right for tissue that is alike.
+    """
+    own = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in sections]
+    common = sections[0].genes
+    union = sections[0].genes
+    for section in sections[1:]:
+        common, union = common.intersection(section.genes), union.union(section.genes)
+    if chosen.missing_are_zero or len(common) == len(union):
+        return own
+    counted, base, least = np.zeros(len(union)), np.zeros(len(union)), np.inf
+    for section in sections:
+        sums = np.asarray(section.counts.sum(axis=0), np.float64).ravel()
+        places = union.get_indexer(section.genes)
+        counted[places] += sums
+        shared = sums[section.genes.isin(common)].sum()
+        base[places] += shared
+        least = min(least, shared)
+    if least < _ENOUGH_COUNTS:
+        logger.warning(
+            "gene lists differ, and the genes that all sections measured have only %d counts in one of them: counts per 10,000 are "
+            "of each section's own genes and cannot be compared well",
+            int(least),
+        )
+        return own
+    rate = counted / base
+    found = []
+    for section, total in zip(sections, own, strict=True):
+        share = rate[union.get_indexer(section.genes)].sum() / rate.sum()
+        if share < _WHOLE_LIST:
+            logger.warning(
+                "section %s lists genes that make up %.0f %% of the counts of all genes, by the sections that list more: its "
+                "counts are taken for that part of all (missing_genes_are_zero=True: for all)",
+                *(section.name, 100 * share),
+            )
+        found.append(total / share)
+    return found
+
+
+def _seen(section: Measured, genes: pd.Index) -> np.ndarray:
+    """Count the spots of a section in which each gene was seen, ``(g,)``."""
+    counts = section.counts
+    found = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
+    positions = section.genes.get_indexer(genes)
+    return np.where(positions >= 0, found[positions], 0)
+
+
+def _join_genes(sections: Sequence[Measured], chosen: Genes) -> tuple[pd.Index, list[np.ndarray]]:
+    """All genes, sorted, and for each section whether they were measured there."""
+    union = check_gene_lists({section.name: section.genes for section in sections}, chosen)
+    everywhere = np.ones(len(union), bool)
+    return union, [everywhere if chosen.missing_are_zero else union.isin(section.genes) for section in sections]
+
+
+def _align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:
+    """Take columns of a sparse array, empty ones where the position is -1."""
+    padded = scipy.sparse.csc_array(
+        (targets.data, targets.indices, np.append(targets.indptr, targets.indptr[-1])),
+        shape=(targets.shape[0], targets.shape[1] + 1),
+    )
+    return scipy.sparse.csc_array(padded[:, columns])

@@ -1,0 +1,1 @@
+"""Frozen features, closed-form heads."""

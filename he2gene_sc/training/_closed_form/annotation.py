@@ -1,0 +1,135 @@
+"""The annotation head: components of features as they are, every patient and class of the same weight.
+
+Standardised within a slide, features hide how much of it is cancer, and the classes of training decide. As they are, they
+tell tissues apart across patients; see ``docs/experiments.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...models._embedding import Basis, Context
+from .._calibrate import UNSEEN
+from .._sections import Section
+from .heads import components, fit_softmax, principal
+
+#: Components of a spot, and as many of the ring around it.
+N_COMPONENTS = 64
+#: Inverse of the L2 penalty of the regression.
+STRENGTH = 0.03
+#: Neighbours whose mean is read beside a spot; nothing is taken off a slide.
+AROUND = Context(((50.0, 353.0),), (1.0,), None)
+
+
+@dataclass(frozen=True)
+class AnnotationHead:
+    """From the features of the spots of a slide to logits.
+
+    Attributes
+    ----------
+    basis
+        Its ``mixing`` are the weights of the classes.
+    bias
+        ``(c,)``.
+    """
+
+    basis: Basis
+    bias: np.ndarray
+
+    def logits(self, section: Section) -> np.ndarray:
+        """Logits of all spots of a section, under its first symmetry, ``(n, c)``."""
+        return components(section, self.basis) @ self.basis.mixing + self.bias
+
+    def tensors(self, temperature: float) -> dict[str, np.ndarray]:
+        """Arrays of a model, calibrated."""
+        return {
+            "annotation.mean": self.basis.mean,
+            "annotation.scale": self.basis.scale,
+            "annotation.projection": self.basis.projection.astype(np.float16),
+            "annotation.weight": (self.basis.mixing / temperature).astype(np.float32),
+            "annotation.bias": (self.bias / temperature).astype(np.float32),
+        }
+
+
+def fit_annotation(
+    sections: Sequence[Section], rows: Sequence[np.ndarray], weights: np.ndarray, n_classes: int
+) -> AnnotationHead | None:
+    """Fit components and regression.
+
+    Parameters
+    ----------
+    sections
+        The sections; those without labels say how tissue looks.
+    rows
+        For each, which spots are trained on, ``(n,)`` bool.
+    weights
+        Factor of each standardised feature, ``(f,)``.
+    n_classes
+        Classes of the result; those that do not occur get a bias that no spot overcomes.
+
+    Returns
+    -------
+    AnnotationHead or None
+        ``None`` where no chosen spot has a label.
+    """
+    used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
+    if not any((section.codes[chosen] >= 0).any() for section, chosen in used):
+        return None
+    basis = _basis(used, weights)
+    found, codes, patients = [], [], []
+    for section, chosen in used:
+        labelled = chosen & (section.codes >= 0)
+        for view in range(section.features.shape[1]) if labelled.any() else ():
+            found.append(components(section, basis, view)[labelled])
+            codes.append(section.codes[labelled])
+            patients.append(np.full(labelled.sum(), section.patient, object))
+    parts, labels = np.concatenate(found), np.concatenate(codes)
+    weight = equal_weights(labels, np.concatenate(patients))
+    centre = np.average(parts, axis=0, weights=weight)
+    slope, bias = fit_softmax(parts - centre, labels, n_classes, STRENGTH, weight)
+    bias = np.where(bias == UNSEEN, UNSEEN, bias - centre @ slope)
+    return AnnotationHead(Basis(basis.mean, basis.scale, basis.projection, slope, AROUND), bias)
+
+
+def equal_weights(codes: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """Weights of spots: within a class every patient that shows it counts the same, and so does every class; mean 1."""
+    weight = np.zeros(len(codes))
+    for code in np.unique(codes):
+        here = codes == code
+        names, which, n = np.unique(patients[here].astype(str), return_inverse=True, return_counts=True)
+        weight[here] = 1 / (n[which] * len(names))
+    return weight * len(weight) / weight.sum()
+
+
+def _basis(used: Sequence[tuple[Section, np.ndarray]], weights: np.ndarray) -> Basis:
+    """Mean and scale over all spots, between patients too, and principal components; patients weigh the same."""
+    names = [section.patient for section, _ in used]
+    share = np.array([1 / names.count(name) for name in names]) / len(set(names))
+    moments = [_moments(section.features, chosen) for section, chosen in used]
+    mean = sum((part * first for part, (first, _) in zip(share, moments, strict=True)), start=np.zeros(len(weights)))
+    square = sum(part * second for part, (_, second) in zip(share, moments, strict=True))
+    scale = np.sqrt(np.maximum(square - np.square(mean), 0))
+    scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 0)
+    mean, scale = mean.astype(np.float32), scale.astype(np.float32)
+    gram = np.zeros((len(weights), len(weights)))
+    for part, (section, chosen) in zip(share, used, strict=True):
+        views = section.features.shape[1]
+        for view in range(views):
+            z = AROUND.standardise(np.asarray(section.features[chosen, view], np.float32), mean, scale) * weights
+            gram += part / (views * len(z)) * (z.T @ z)
+    projection = weights[:, None] * principal(gram, min(N_COMPONENTS, len(weights)))
+    return Basis(mean, scale, projection.astype(np.float32), np.empty((0, 0)), AROUND)
+
+
+def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and mean square of the features over spots and symmetries, ``(f,)`` float64."""
+    views = features.shape[1]
+    total, square = np.zeros(features.shape[2]), np.zeros(features.shape[2])
+    for view in range(views):
+        x = np.asarray(features[chosen, view], np.float64)
+        total += x.mean(0) / views
+        square += np.square(x).mean(0) / views
+    return total, square

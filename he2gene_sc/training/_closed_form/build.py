@@ -1,0 +1,322 @@
+"""From training sections to a model with its card: held-out figures first, then the fit on everything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from ...models import HE2Gene, ModelCard
+from ...models._embedding import ALONE, Context
+from ...models._encoders.registry import input_facts
+from .._calibrate import calibration_unit, described
+from .._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
+from .._folds import NOT_TOLD, grouped_folds, warn_of_unit
+from .._held_out import HeldOut
+from .._metadata import ModelMetadata
+from .._predictability import MIN_GROUPS, gene_table
+from .._sections import Section
+from .annotation import AROUND, STRENGTH, fit_annotation
+from .heads import Recipe, fit_basis, fit_sums
+from .ood import fit_detector
+from .validate import Choice, cross_validate, panels
+
+logger = logging.getLogger("he2gene_sc")
+
+#: Sections or patients beyond this number are held out in so many groups.
+MAX_FOLDS = 10
+#: Share of all labels that a fold has to be trained on for its confidence to be that of the model.
+_ENOUGH_LABELS = 0.2
+_HELD_OUT = {"section": "leave one section out", "patient": "leave one patient out", "block": "parts of one section"}
+
+
+def folds_of(sections: Sequence[Section], unit: str | None, seed: int = 0) -> tuple[str, list[np.ndarray]]:
+    """Fold codes of the spots of each section.
+
+    Parameters
+    ----------
+    sections
+        The sections.
+    unit
+        ``"patient"``, ``"section"``, ``"block"``; ``"spot"``, the paper's random spots, for comparison only; ``None``:
+        the largest of which there are several.
+    seed
+        Of the random spots.
+
+    Returns
+    -------
+    str
+        The unit.
+    list of numpy.ndarray
+        ``(n,)`` codes a section.
+    """
+    sizes = [len(section) for section in sections]
+    cuts = np.cumsum(sizes)[:-1]
+    if unit == "spot":
+        codes = np.random.default_rng(seed).permutation(np.arange(sum(sizes)) % 5)
+        return unit, np.split(codes, cuts)
+    names = {name: i for i, name in enumerate(dict.fromkeys(section.name for section in sections))}
+    patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
+    unit, codes = grouped_folds(
+        np.repeat([names[section.name] for section in sections], sizes),
+        np.repeat([patients[section.patient] for section in sections], sizes),
+        np.concatenate([section.centres_um for section in sections]),
+        n_folds=_n_folds(unit, len(names), len(patients)),
+        unit=unit,
+    )
+    return unit, np.split(codes, cuts)
+
+
+def _n_folds(unit: str | None, n_sections: int, n_patients: int) -> int | None:
+    groups = n_patients if unit == "patient" or (unit is None and n_patients > 1) else n_sections
+    return MAX_FOLDS if groups > MAX_FOLDS and unit != "block" else None
+
+
+def build_model(
+    sections: Sequence[Section],
+    metadata: ModelMetadata,
+    recipe: Recipe,
+    *,
+    n_colour: int,
+    n_target: int,
+    validation: str = "grouped",
+    seed: int = 0,
+) -> HE2Gene:
+    """Choose the penalties, take the held-out figures, fit everything.
+
+    Linear algebra runs in one thread: its many small steps wait for each other otherwise, on a busy machine for minutes,
+    and the result would depend on the number of cores.
+
+    Parameters
+    ----------
+    sections
+        Training sections.
+    metadata
+        Names and descriptions.
+    recipe
+        How features become an embedding.
+    n_colour
+        Number of colour features, the last ones.
+    n_target
+        Number of target genes.
+    validation
+        ``"grouped"``: patients are held out, or sections where there is one patient, or blocks where there is one
+        section. ``"random"``: spots.
+    seed
+        Of the random spots.
+
+    Returns
+    -------
+    he2gene_sc.models.HE2Gene
+        Weights in half precision, as they are stored.
+    """
+    with threadpool_limits(1, user_api="blas"):
+        return _build(sections, metadata, recipe, n_colour, n_target, validation, seed)
+
+
+def _build(
+    sections: Sequence[Section],
+    metadata: ModelMetadata,
+    recipe: Recipe,
+    n_colour: int,
+    n_target: int,
+    validation: str,
+    seed: int,
+) -> HE2Gene:
+    n_classes = len(metadata.classes)
+    unit, folds = folds_of(sections, "spot" if validation == "random" else None, seed)
+    warn_of_unit(unit)
+    protocols = {unit: folds}
+    if unit == "patient":
+        protocols = {"section": folds_of(sections, "section")[1], **protocols}
+    if unit == "spot":
+        logger.warning(
+            "validation='random': the neighbours of held-out spots were trained on, so figures are too good; do not report "
+            "them as accuracy"
+        )
+    colour, colour_recipe = _colour_only(sections, n_colour, ALONE)
+    known = next(iter(protocols))
+    exchangeable = calibration_unit(sections, unit)
+    choice, held_out = cross_validate(
+        sections,
+        protocols,
+        recipe,
+        n_classes=n_classes,
+        n_target=n_target,
+        calibrated=None if exchangeable is None else (exchangeable, exchangeable),
+    )
+    colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, n_classes=0, n_target=n_target)
+    _, around = cross_validate(
+        *(colour, protocols, _colour_only(sections, n_colour, recipe.context)[1]), n_classes=0, n_target=n_target
+    )
+    # A model meets new patients: where their confidence is known, it is theirs that counts.
+    telling = next((n for n in reversed(protocols) if _tells_confidence(sections, protocols[n], held_out[n])), known)
+    # Of two patients, each was seen by a model of one: neither they nor their sections tell how sure a model of both may be.
+    tempered = unit != "patient" or len({section.patient for section in sections}) >= MIN_GROUPS
+    metrics = {
+        _protocol(name, protocols[name], sections): (
+            expression_figures(
+                sections,
+                found,
+                {"colour alone": colour_held_out[name], "colour with slide and neighbours": around[name]},
+            )
+            | annotation_figures(
+                sections,
+                found,
+                metadata.classes,
+                telling=held_out[telling],
+                by_patient=telling == "patient",
+                tempered=tempered,
+            )
+        )
+        # New patients first.
+        for name, found in reversed(held_out.items())
+    }
+    everything = [np.ones(len(section), bool) for section in sections]
+    target, variable = panels(sections, everything, n_target)
+    tensors = _fit(sections, everything, recipe, choice)
+    head = fit_annotation(sections, everything, recipe.annotation, n_classes) if n_classes else None
+    if head is not None:
+        tensors |= head.tensors(pooled_temperature(sections, held_out[telling].logits) if tempered else 1.0)
+    tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
+    limitations = metadata.limitations
+    if unit in NOT_TOLD:
+        limitations = (*limitations, f"{NOT_TOLD[unit][0].upper()}{NOT_TOLD[unit][1:]}.")
+    if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[telling].logits):
+        logger.warning(
+            "annotation: no held-out spot has a label and a model that had seen its class, as where one section alone is "
+            "annotated: its probabilities are NOT calibrated"
+        )
+        limitations = (*limitations, "The probabilities of its annotation are not calibrated.")
+    genes, rule = gene_table(sections, metadata, held_out, target, variable)
+    calibration = None if exchangeable is None else held_out[exchangeable].calibration
+    if calibration is not None:
+        tensors |= calibration.tensors()
+    px, tiled = metadata.encoder.input_px, metadata.tiles is not None
+    kept, limits = fit_detector(sections, recipe.weights, metadata.windows_um, px, n_colour, tiled=tiled)
+    tensors |= kept
+    card = ModelCard(
+        name=metadata.name,
+        version=metadata.version,
+        description=metadata.description,
+        encoder={
+            "name": metadata.encoder.name,
+            "license": metadata.encoder.license,
+            "sha256": metadata.encoder_sha256,
+            **input_facts(metadata.encoder),
+            **({} if metadata.stages is None else {"stages": list(metadata.stages)}),
+            **({} if metadata.tiles is None else {"tiles": list(metadata.tiles)}),
+            **({} if metadata.encoder_output is None else {"output": list(metadata.encoder_output)}),
+        },
+        windows_um=metadata.windows_um,
+        classes=metadata.classes,
+        class_colors=metadata.class_colors,
+        n_genes=len(genes),
+        n_latent=int(tensors["genes.weight"].shape[0]),
+        training=_training(
+            sections,
+            metadata,
+            choice,
+            colour_choice,
+            [_protocol(name, protocols[name], sections) for name in protocols],
+        ),
+        metrics=metrics,
+        reliable_rule=rule,
+        intended_use=metadata.intended_use,
+        limitations=limitations,
+        context=recipe.context.to_dict(),
+        intervals=None
+        if calibration is None or exchangeable is None
+        else described(calibration, exchangeable, metadata.classes),
+        guard=limits,
+        annotation={"context": AROUND.to_dict()} if "annotation.mean" in tensors else None,
+    )
+    # In the order in which they are stored: rounding depends on it.
+    return HE2Gene(card, genes, {key: np.asarray(value, order="C") for key, value in tensors.items()})
+
+
+def _tells_confidence(sections: Sequence[Section], folds: Sequence[np.ndarray], held_out: HeldOut) -> bool:
+    """Whether held-out spots have labels, and the models that predict them had a fair part of all labels."""
+    labelled = np.concatenate([section.codes for section in sections]) >= 0
+    held = np.bincount(np.concatenate(list(folds))[labelled])
+    return can_be_calibrated(sections, held_out.logits) and held.max() <= (1 - _ENOUGH_LABELS) * labelled.sum()
+
+
+def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section]) -> str:
+    """Name what was held out together, for the card."""
+    if unit == "spot":
+        return "random spots of the same sections (leaks; for comparison with the paper only)"
+    n_folds = len(np.unique(np.concatenate(list(folds))))
+    groups = {"section": len(sections), "patient": len({section.patient for section in sections})}
+    if n_folds < groups.get(unit, 0):
+        return f"{n_folds} folds of whole {unit}s"
+    return _HELD_OUT[unit]
+
+
+def _colour_only(sections: Sequence[Section], n_colour: int, context: Context) -> tuple[list[Section], Recipe]:
+    """Keep nothing but colour, which no symmetry changes."""
+    weights = np.full(n_colour, n_colour**-0.5, np.float32)
+    size = n_colour * (1 + len(context.rings_um))
+    recipe = Recipe(weights, n_components=n_colour, n_latent=size, context=context)
+    return [replace(s, features=s.features[:, :1, s.features.shape[2] - n_colour :]) for s in sections], recipe
+
+
+def _fit(
+    sections: Sequence[Section],
+    rows: Sequence[np.ndarray],
+    recipe: Recipe,
+    choice: Choice,
+) -> dict[str, np.ndarray]:
+    basis = fit_basis(sections, rows, recipe)
+    sums = fit_sums(sections, rows, basis, recipe.power)
+    return {
+        "latent.mean": basis.mean,
+        "latent.scale": basis.scale,
+        "latent.projection": basis.projection.astype(np.float16),
+        "latent.mixing": basis.mixing.astype(np.float16),
+        "genes.weight": sums.ridge(choice.penalty, choice.rank).astype(np.float16),
+        "genes.bias": sums.mean.astype(np.float32),
+    }
+
+
+def _fit_colour(
+    colour: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe, choice: Choice, genes: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Ridge on nothing but colour, for the genes that are shown beside it."""
+    basis = fit_basis(colour, rows, recipe)
+    sums = fit_sums(colour, rows, basis, recipe.power)
+    usable = basis.scale > 0
+    to_embedding = np.where(usable, 1 / np.where(usable, basis.scale, 1), 0)[:, None] * (
+        basis.projection @ basis.mixing
+    )
+    weight = to_embedding @ sums.ridge(choice.penalty, choice.rank)[:, genes]
+    return {
+        "colour.weight": weight.astype(np.float32),
+        "colour.bias": (sums.mean[genes] - basis.mean @ weight).astype(np.float32),
+        "colour.genes": genes.astype(np.int64),
+    }
+
+
+def _training(
+    sections: Sequence[Section], metadata: ModelMetadata, choice: Choice, colour_choice: Choice, units: list[str]
+) -> dict[str, object]:
+    codes = np.concatenate([section.codes for section in sections])
+    labels = np.bincount(codes[codes >= 0], minlength=len(metadata.classes))
+    return {
+        "preset": "default",
+        "sections": {s.name: {"patient": s.patient, "n_spots": len(s), "mpp": round(s.mpp, 4)} for s in sections},
+        "n_patients": len({section.patient for section in sections}),
+        "n_spots": len(codes),
+        "mpp_range": [round(min(s.mpp for s in sections), 4), round(max(s.mpp for s in sections), 4)],
+        "labelled_spots": {name: int(n) for name, n in zip(metadata.classes, labels, strict=True)},
+        "chosen_by": " and ".join(units) + ", the folds that the figures are of",
+        "penalty": choice.penalty,
+        "rank": choice.rank,
+        "annotation_strength": STRENGTH,
+        "colour_penalty": colour_choice.penalty,
+        "colour_rank": colour_choice.rank,
+        "intervals": "bootstrap over blocks of tissue within sections (none below five), conditional on these patients",
+    }

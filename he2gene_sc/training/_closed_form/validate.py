@@ -1,0 +1,226 @@
+"""Grouped cross-validation: what is held out is a whole section or a whole patient (or, asked for, less)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...models._embedding import Basis
+from ...stats import pearson
+from .._calibrate import Calibration, calibrate, groups_of, joined
+from .._depth import Depth, within
+from .._held_out import HeldOut, Panel
+from .._sections import Section
+from .annotation import AnnotationHead, fit_annotation
+from .heads import Recipe, Sums, embed, fit_basis, fit_sums
+
+#: Penalties tried, in units of the expected sum of squares of what a spot is described by.
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+#: Ranks of the gene head tried; ``None``: full.
+RANKS = (3, 5, 8, 12, 20, None)
+N_VARIABLE = 50
+#: Genes predicted at once, and what a block of them and all spots may hold.
+_GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 4_000_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Penalty and rank of the gene head."""
+
+    penalty: float
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class _Fold:
+    basis: Basis
+    sums: Sums
+    held: tuple[np.ndarray, ...]
+    embeddings: dict[int, np.ndarray]
+    target: np.ndarray
+    variable: np.ndarray
+    annotation: AnnotationHead | None
+
+
+def panels(
+    sections: Sequence[Section], rows: Sequence[np.ndarray], n_target: int, n_variable: int = N_VARIABLE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the genes of highest mean, and of highest variance within sections, highest first.
+
+    The variance is averaged over the sections: pooled, it would pick the genes in which patients differ, whose
+    pattern on the tissue may be flat. Only genes that every section measured are taken.
+    """
+    mean: np.ndarray | float = 0.0
+    variance: np.ndarray | float = 0.0
+    spots = 0
+    used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
+    everywhere = np.all([section.measured for section, _ in used], axis=0)
+    for section, chosen in used:
+        n = int(chosen.sum())
+        total, squares = section.sums(chosen)
+        mean, spots = mean + total, spots + n
+        variance = variance + squares / n - np.square(total / n)
+    n = int(everywhere.sum())
+    if not n:
+        raise ValueError("`sdatas`: no gene was measured in all sections, so nothing can be compared between them")
+    mean, variance = np.where(everywhere, mean / spots, -1), np.where(everywhere, variance, -1)
+    return np.argsort(-mean, kind="stable")[: min(n, n_target)], np.argsort(-variance, kind="stable")[
+        : min(n, n_variable)
+    ]
+
+
+def cross_validate(
+    sections: Sequence[Section],
+    protocols: Mapping[str, Sequence[np.ndarray]],
+    recipe: Recipe,
+    *,
+    n_classes: int,
+    n_target: int,
+    choice: Choice | None = None,
+    calibrated: tuple[str, str] | None = None,
+) -> tuple[Choice, dict[str, HeldOut]]:
+    """Hold out one group after the other, and choose penalty and rank.
+
+    Parameters
+    ----------
+    sections
+        The sections.
+    protocols
+        What is held out together, by name; for each section the code of what each spot is held out with, ``(n,)``.
+    recipe
+        How features become an embedding.
+    n_classes, n_target
+        As in training.
+    choice
+        What to use, instead of choosing.
+    calibrated
+        Protocol whose residuals are kept for intervals, and what is exchangeable among them: ``"patient"`` or
+        ``"section"``.
+
+    Returns
+    -------
+    Choice
+        Expression: the penalty and rank with the highest mean correlation of the target genes over the sections, averaged
+        over the protocols, since a model meets known patients and new ones. They are chosen on the folds that the figures are taken from: one combination among a few dozen.
+    dict
+        Name of the protocol to :class:`HeldOut`, the held-out predictions of that choice.
+    """
+    fitted = {
+        name: [
+            _fit_fold(sections, [codes != fold for codes in folds], recipe, n_classes, n_target)
+            for fold in np.unique(np.concatenate(list(folds)))
+        ]
+        for name, folds in protocols.items()
+    }
+    if choice is None:
+        scores = np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0)
+        penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
+        choice = Choice(PENALTIES[penalty], RANKS[rank])
+    unit = dict([calibrated] if calibrated is not None else [])
+    return choice, {
+        name: _collect(sections, folds, choice, n_classes, unit.get(name)) for name, folds in fitted.items()
+    }
+
+
+def _fit_fold(
+    sections: Sequence[Section],
+    rows: list[np.ndarray],
+    recipe: Recipe,
+    n_classes: int,
+    n_target: int,
+) -> _Fold:
+    basis = fit_basis(sections, rows, recipe)
+    sums = fit_sums(sections, rows, basis, recipe.power)
+    held = tuple(~chosen for chosen in rows)
+    embeddings = {i: embed(section, basis)[held[i]] for i, section in enumerate(sections) if held[i].any()}
+    annotation = fit_annotation(sections, rows, recipe.annotation, n_classes) if n_classes else None
+    return _Fold(basis, sums, held, embeddings, *panels(sections, rows, n_target), annotation)
+
+
+def _head_scores(sections: Sequence[Section], fitted: Sequence[_Fold]) -> np.ndarray:
+    """Mean correlation of the target genes over the sections, ``(penalties, ranks)``."""
+    scores = np.zeros((len(PENALTIES), len(RANKS)))
+    n = 0
+    for fold in fitted:
+        # Read once: taking columns out of a sparse matrix is what costs here.
+        measured = {i: sections[i].dense(fold.target)[fold.held[i]] for i in fold.embeddings}
+        n += len(measured)
+        for p, penalty in enumerate(PENALTIES):
+            for r, weight in enumerate(fold.sums.path(penalty, RANKS, fold.target)):
+                for i, embedding in fold.embeddings.items():
+                    scores[p, r] += np.nan_to_num(pearson(embedding @ weight, measured[i])).mean()
+    return scores / n
+
+
+def _collect(
+    sections: Sequence[Section], fitted: Sequence[_Fold], choice: Choice, n_classes: int, unit: str | None
+) -> HeldOut:
+    g = sections[0].targets.shape[1]
+    weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
+    parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
+    panel, logits = _panels_and_logits(sections, fitted, weights, parts, n_classes)
+    classes = np.concatenate([np.where(np.isnan(x).any(1), -1, _first_max(x)) for x in logits])
+    pcc, given = np.full((2, len(sections), g), np.nan)
+    depths = [Depth.of(section.totals, part) for section, part in zip(sections, parts, strict=True)]
+    error, base = np.zeros(g), np.zeros(g)
+    kept: list[Calibration] = []
+    cuts = np.cumsum([0, *(len(section) for section in sections)])
+    step = max(1, min(_GENES_AT_ONCE, _VALUES_AT_ONCE // int(cuts[-1])))
+    for start in range(0, g, step):
+        genes = slice(start, min(start + step, g))
+        measured = np.concatenate([section.dense(genes) for section in sections])
+        predicted, means = np.empty_like(measured), np.empty_like(measured)
+        for i in range(len(sections)):
+            here = slice(cuts[i], cuts[i + 1])
+            for fold, weight in zip(fitted, weights, strict=True):
+                if i in fold.embeddings:
+                    held = fold.held[i]
+                    means[here][held] = fold.sums.mean[genes]
+                    predicted[here][held] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
+            pair = within(predicted[here], parts[i]), within(measured[here], parts[i])
+            pcc[i, genes] = pearson(*pair)
+            given[i, genes] = depths[i].partial(*pair)
+            error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
+            base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
+        if unit is not None:
+            kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
+    skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
+    return HeldOut(pcc, given, skill, panel, logits, parts, joined(kept) if kept else None)
+
+
+def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
+    """Which fold held each spot of section ``i`` out."""
+    codes = np.full(len(section), -1)
+    for f, fold in enumerate(fitted):
+        codes[fold.held[i]] = f
+    return codes
+
+
+def _panels_and_logits(
+    sections: Sequence[Section],
+    fitted: Sequence[_Fold],
+    weights: Sequence[np.ndarray],
+    parts: Sequence[np.ndarray],
+    n_classes: int,
+) -> tuple[tuple[Panel, ...], tuple[np.ndarray, ...]]:
+    panel, logits = [], []
+    for i, section in enumerate(sections):
+        holding = [(fold, weight) for fold, weight in zip(fitted, weights, strict=True) if i in fold.embeddings]
+        target, variable = holding[0][0].target, holding[0][0].variable
+        genes = np.concatenate([target, variable])
+        predicted = np.empty((len(section), len(genes)), np.float32)
+        scores = np.full((len(section), n_classes), np.nan)
+        for fold, weight in holding:
+            embedding = fold.embeddings[i]
+            predicted[fold.held[i]] = np.maximum(embedding @ weight[:, genes] + fold.sums.mean[genes], 0)
+            if fold.annotation is not None:
+                scores[fold.held[i]] = fold.annotation.logits(section)[fold.held[i]]
+        panel.append(Panel(target, variable, within(predicted, parts[i]), within(section.dense(genes), parts[i])))
+        logits.append(scores)
+    return tuple(panel), tuple(logits)
+
+
+def _first_max(values: np.ndarray) -> np.ndarray:
+    return values.argmax(1) if values.shape[1] else np.full(len(values), -1)

@@ -1,0 +1,1 @@
+"""Whole networks, trained by gradient."""

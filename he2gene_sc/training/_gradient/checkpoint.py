@@ -1,0 +1,171 @@
+"""What is kept of a run: the best weights so far, its history, and a file to go on from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from .module import advice
+
+LAST = "last.ckpt"
+#: A loss of that many times that of the first step, when nothing had been learned, is called diverged.
+_DIVERGED = 10.0
+
+
+class Keeper(Callback):
+    """Keep the best weights, stop early, and write a checkpoint after every epoch and every so many steps.
+
+    All of it is part of the checkpoint, so that a run that goes on from one ends as if it had never stopped.
+
+    Parameters
+    ----------
+    folder
+        Where ``last.ckpt`` is written.
+    patience
+        Epochs without a better held-out error after which training stops.
+    every
+        Steps between checkpoints within an epoch.
+    run
+        Facts of the run; going on with others is refused, see :func:`check_checkpoint`.
+    """
+
+    def __init__(self, folder: Path, *, patience: int, every: int, run: dict[str, Any]):
+        self.folder, self.patience, self.every, self.run = folder, patience, every, run
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_epoch = -1
+        self.history: list[dict[str, float]] = []
+        self.stopped = False
+        self.first: float | None = None
+        self.position: dict[str, int] | None = None
+        self._loss = [0.0, 0]
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Let all processes know the folder of the first."""
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run needs."""
+        names = ("best", "best_epoch", "history", "stopped", "run", "position", "first")
+        return {name: getattr(self, name) for name in names} | {"loss": list(self._loss)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+        self.history, self.stopped, self._loss = state_dict["history"], state_dict["stopped"], state_dict["loss"]
+        self.position, self.first = state_dict["position"], state_dict["first"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Go to where the run was; a run that had stopped early has nothing left to do."""
+        if self.position is not None:
+            # Lightning itself leaves a loader where it is when the checkpoint is of the end of an epoch.
+            loader: Any = trainer.train_dataloader
+            loader.load_state_dict(self.position)
+        trainer.should_stop = self.stopped
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Add up the loss; write a checkpoint now and then."""
+        if self.first is None:
+            self.first = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
+        self._loss[0] += float(outputs["loss"])
+        self._loss[1] += 1
+        # The last batch of an epoch is followed by validation; the epoch's own checkpoint comes after that.
+        last = trainer.fit_loop.epoch_loop.batch_progress.current.ready == trainer.num_training_batches
+        if trainer.global_step % self.every == 0 and not last:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Compare with the best epoch, decide whether to go on, and write a checkpoint."""
+        epoch, (total, n) = trainer.current_epoch, self._loss
+        loss = float(trainer.strategy.reduce(torch.tensor(total / n, device=pl_module.device), reduce_op="mean"))
+        self._loss = [0.0, 0]
+        # Lightning has decayed it for the next epoch already.
+        lr = pl_module.preset.lr * pl_module.preset.lr_factor ** (epoch // pl_module.preset.lr_step)
+        self.history.append(
+            {
+                "epoch": epoch,
+                "lr": lr,
+                "loss": loss,
+                "held_out_error": pl_module.val_loss,
+                "held_out_pearson": pl_module.val_pearson,
+            }
+        )
+        errors = [row["held_out_error"] for row in self.history]
+        if not errors[-1] < float("inf") or (self.first is not None and loss > _DIVERGED * self.first):
+            raise RuntimeError(
+                f"training diverged: in epoch {epoch} the loss is {loss:.4g} (in the first step it was "
+                f"{self.first:.4g}) and the held-out error {errors[-1]:.4g}. "
+                + advice(pl_module.preset, str(trainer.precision))
+            )
+        if self.best_epoch < 0 or errors[-1] < errors[self.best_epoch]:
+            self.best_epoch = epoch
+            self.best = {key: value.detach().cpu().clone() for key, value in pl_module.state_dict().items()}
+        self.stopped = epoch - self.best_epoch >= self.patience
+        trainer.should_stop = trainer.should_stop or self.stopped
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Replace the checkpoint at once: a kill leaves the old one or the new one."""
+        loader: Any = trainer.train_dataloader
+        self.position = loader.state_dict()
+        if trainer.world_size > 1:
+            # The file is of the first process: what it holds has to be true of all.
+            total = torch.tensor(self._loss[0], device=trainer.strategy.root_device)
+            self._loss[0] = float(trainer.strategy.reduce(total, reduce_op="mean"))
+        new = self.folder / f"{LAST}.new"
+        try:
+            trainer.save_checkpoint(new)
+            if trainer.is_global_zero:
+                with new.open("rb+") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            hint = ". The last one is whole: go on with `resume=True`" if (self.folder / LAST).is_file() else ""
+            raise OSError(
+                f"the checkpoint could not be written to {str(self.folder)!r} ({error}); free space there or choose another "
+                f"`checkpoint_dir`{hint}"
+            ) from error
+        if trainer.is_global_zero:
+            os.replace(new, self.folder / LAST)  # noqa: PTH105 - atomic on every system
+        trainer.strategy.barrier()
+
+
+def check_checkpoint(path: Path, run: dict[str, Any]) -> None:
+    """Refuse to go on from a file that is damaged, no checkpoint, or of another run.
+
+    Raises
+    ------
+    ValueError
+        If it is; the message says what differs.
+    """
+    try:
+        theirs = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]["run"]
+    except Exception as error:  # Whatever a torn file makes of torch.
+        raise ValueError(
+            f"`resume`: {str(path)!r} is damaged, no checkpoint of such a run, or holds what cannot be loaded safely, as the state "
+            f"of one of `callbacks` may ({type(error).__name__}: {' '.join(str(error).split())[:200]}). If it is damaged, remove it "
+            "to begin anew; or choose another `checkpoint_dir`"
+        ) from error
+    changed = _differences(theirs, run)
+    if changed:
+        raise ValueError(
+            f"`resume`: {LAST} in {str(path.parent)!r} is of another run ({'; '.join(changed)}); resume with the same "
+            "data and settings, or choose another `checkpoint_dir`"
+        )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Say in words how two runs differ; of digests only which."""
+    found = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        was, now = theirs.get(key), ours.get(key)
+        if isinstance(now, dict):
+            was = was if isinstance(was, dict) else {}
+            other = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+            found += [f"{key} has other {', '.join(other)}"] if other else []
+        elif was != now:
+            found.append(f"{key} was {was!r}, is {now!r}")
+    return found

@@ -1,0 +1,150 @@
+"""What held-out predictions of a network say of it: by section, by gene, and in the words of a card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...stats import pearson
+from .._closed_form.validate import N_VARIABLE
+from .._predictability import bounds, by_patient
+from .fit import Fitted
+from .patches import PatchSet
+from .targets import column_means
+
+_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class HeldOutSection:
+    """Held-out spots of one section, predicted by a network that has not seen its group.
+
+    Attributes
+    ----------
+    section
+        Its code.
+    pcc
+        ``(g,)`` Pearson correlation of each gene; NaN where the section does not list it, 0 where it is constant.
+    panel, variable
+        Mean correlation over the target genes, and over the genes most variable within the sections trained on.
+    accuracy
+        Balanced accuracy of the annotation over the classes that occur; NaN where there are fewer than two.
+    error, base
+        ``(g,)`` squared error of the prediction, and of the training mean, summed over the spots.
+    """
+
+    section: int
+    pcc: np.ndarray
+    panel: float
+    variable: float
+    accuracy: float
+    error: np.ndarray
+    base: np.ndarray
+
+
+def held_out_sections(data: PatchSet, fitted: Fitted) -> list[HeldOutSection]:
+    """Compare the held-out predictions of a fit with what was measured, section by section."""
+    mean = np.nan_to_num(column_means(data.targets, fitted.trained))
+    variable = variable_genes(data, fitted.trained)
+    found = []
+    for section in np.unique(data.sections[fitted.rows]):
+        here = np.flatnonzero(data.sections[fitted.rows] == section)
+        rows, predicted = fitted.rows[here], fitted.expression[here]
+        measured = data.targets[rows]
+        listed = ~np.any(np.isnan(measured), axis=0)
+        pcc = np.full(len(listed), np.nan)
+        pcc[listed] = np.nan_to_num(pearson(predicted[:, listed], measured[:, listed]))
+        found.append(
+            HeldOutSection(
+                section=int(section),
+                pcc=pcc,
+                panel=_mean(pcc[data.target_mask]),
+                variable=_mean(pcc[variable]),
+                accuracy=_balanced_accuracy(data.codes[rows], fitted.proba[here]),
+                error=np.where(listed, np.square(predicted - measured).sum(0, dtype=np.float64), 0),
+                base=np.where(listed, np.square(mean - measured).sum(0, dtype=np.float64), 0),
+            )
+        )
+    return found
+
+
+def variable_genes(data: PatchSet, rows: np.ndarray, n: int = N_VARIABLE) -> np.ndarray:
+    """Return the genes of highest variance within sections, averaged over the sections that list them."""
+    variances = []
+    for section in np.unique(data.sections[rows]):
+        part = data.targets[rows[data.sections[rows] == section]]
+        variances.append(part.var(0, dtype=np.float64))
+    return np.argsort(-np.nan_to_num(_nanmean(np.array(variances))), kind="stable")[:n]
+
+
+def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Give the figures of a card, by section; never a mean over patients.
+
+    Parameters
+    ----------
+    found
+        The held-out sections; one whose blocks were held out in turn occurs several times, and its blocks are averaged.
+    names
+        Names by code.
+    """
+    tables = {
+        "mean Pearson, target genes": "panel",
+        f"mean Pearson, {N_VARIABLE} genes most variable within sections": "variable",
+        "balanced accuracy of the annotation": "accuracy",
+    }
+    result: dict[str, dict[str, float]] = {}
+    for title, attribute in tables.items():
+        values: dict[str, list[float]] = {}
+        for part in found:
+            values.setdefault(names[part.section], []).append(getattr(part, attribute))
+        means = {name: round(_mean(np.array(v)), _DIGITS) for name, v in values.items()}
+        means = {name: v for name, v in means.items() if np.isfinite(v)}
+        if means:
+            result[title] = means
+    return result
+
+
+def gene_figures(found: Sequence[HeldOutSection], patients: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+    """Give ``pcc``, its 95 % interval (t over the held-out sections), ``skill`` and ``pcc_new_patient`` of each gene.
+
+    NaN where too few held-out sections list the gene, one for ``pcc``, two for its interval, or patients, two for
+    ``pcc_new_patient``.
+
+    Parameters
+    ----------
+    found
+        The held-out sections.
+    patients
+        Patient of each section by code, where patients were held out whole; otherwise ``pcc_new_patient`` is NaN.
+    """
+    pcc = np.array([part.pcc for part in found])
+    mean, low, high = bounds(pcc, min_groups=2)
+    new_patient = np.full(pcc.shape[1], np.nan)
+    if patients is not None:
+        across = by_patient(pcc, [patients[part.section] for part in found])
+        new_patient = np.where(np.isfinite(across).sum(0) > 1, bounds(across)[0], np.nan)
+    error, base = (np.sum([getattr(part, name) for part in found], axis=0) for name in ("error", "base"))
+    skill = np.where(np.isfinite(mean), 1 - error / np.where(base > 0, base, 1), np.nan)
+    return {"pcc": mean, "pcc_low": low, "pcc_high": high, "pcc_new_patient": new_patient, "skill": skill}
+
+
+def _balanced_accuracy(codes: np.ndarray, proba: np.ndarray) -> float:
+    present = np.unique(codes[codes >= 0])
+    if proba.shape[1] == 0 or len(present) < 2:
+        return float("nan")
+    guessed = proba.argmax(1)
+    return float(np.mean([(guessed[codes == code] == code).mean() for code in present]))
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each column over what is there, without a warning where nothing is."""
+    count = (~np.isnan(values)).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nansum(values, axis=0, dtype=np.float64) / np.where(count > 0, count, np.nan)
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")

@@ -1,0 +1,217 @@
+"""The network in training, as Lightning drives it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ...models import EncoderSpec
+from ...models._network import Preprocess
+from .losses import annotation_loss, gene_loss, neighbour_loss
+from .patches import BatchLoader, PatchSet, RowLoader
+from .presets import Preset
+
+
+class TrainingModule(LightningModule):
+    """Encoder and linear heads with the losses of a preset.
+
+    Parameters
+    ----------
+    encoder
+        ``(b, 3, input_px, input_px)`` to ``(b, f)``; trained in place.
+    spec
+        Its input size and normalisation.
+    preset
+        Weights of the losses, optimiser and schedule.
+    data
+        The spots.
+    rows, held_out
+        Spots that are trained on and those that say when to stop.
+    present
+        ``(n,)`` bool, which spots may serve as neighbours.
+    n_classes
+        Classes of the annotation; below 2 there is no such head.
+    n_features
+        Length of the encoder's output.
+    patches_at_once
+        Patches that the encoder sees at once; ``None``: all of a batch.
+    seed
+        Of order, symmetries and whatever the encoder draws.
+    """
+
+    target_mask: torch.Tensor
+    _sums: torch.Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        spec: EncoderSpec,
+        preset: Preset,
+        data: PatchSet,
+        *,
+        rows: np.ndarray,
+        held_out: np.ndarray,
+        present: np.ndarray,
+        n_classes: int,
+        n_features: int,
+        patches_at_once: int | None = None,
+        seed: int,
+    ):
+        super().__init__()
+        self.preset, self.data, self.rows, self.held_out, self.present = preset, data, rows, held_out, present
+        self.patches_at_once, self.seed = patches_at_once, seed
+        self.preprocess = Preprocess(spec)
+        self.encoder = encoder
+        self.genes = nn.Linear(n_features, data.targets.shape[1])
+        n_logits = 1 if preset.exact else n_classes
+        self.annotation = nn.Linear(n_features, n_logits) if n_classes > 1 else None
+        self.register_buffer("target_mask", torch.from_numpy(np.asarray(data.target_mask, bool)), persistent=False)
+        self.val_loss = self.val_pearson = float("nan")
+
+    def train_dataloader(self) -> BatchLoader:
+        """Return the loader of this process."""
+        return BatchLoader(
+            self.data,
+            self.rows,
+            batch_size=self.preset.batch_size,
+            seed=self.seed,
+            neighbours=self.preset.neighbour_weight > 0,
+            present=self.present,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+        )
+
+    def val_dataloader(self) -> RowLoader:
+        """Return the held-out spots of this process."""
+        return RowLoader(
+            self.data,
+            self.held_out,
+            batch_size=self.preset.batch_size,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return Adam and a step decay by epochs."""
+        preset = self.preset
+        optimizer = torch.optim.Adam(self.parameters(), lr=preset.lr, weight_decay=preset.weight_decay)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, preset.lr_step, preset.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Return the loss of a batch; raise when it is no number."""
+        # What an encoder draws (dropout) has to be the same after a resumption.
+        torch.manual_seed(
+            np.random.SeedSequence([self.seed, self.global_step, self.global_rank]).generate_state(1).item()
+        )
+        loss = self.loss(batch)
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"the loss became {loss.item()} in epoch {self.current_epoch}, step {self.global_step}. "
+                + advice(self.preset, str(self.trainer.precision))
+            )
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["patches"]))
+        return loss
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Weigh and add the losses of a batch of :class:`he2gene_sc.training._gradient.patches.BatchLoader`."""
+        preset, n = self.preset, len(batch["patches"])
+        x = batch["patches"]
+        if "neighbours" in batch:
+            # In one pass with the spots, as in the paper; those that are not there have no part in it at all.
+            x = torch.cat([x, batch["neighbours"]])
+        features = self.encode(self.preprocess(x))
+        predicted = self.genes(features[:n]).float()
+        target, aux = gene_loss(predicted, batch["targets"], self.target_mask)
+        loss = target + preset.aux_weight * aux
+        if self.annotation is not None:
+            loss = loss + preset.annotation_weight * annotation_loss(
+                self.annotation(features[:n]).float(), batch["codes"]
+            )
+        if "neighbours" in batch:
+            beside = nn.functional.linear(
+                features[n:], self.genes.weight[self.target_mask], self.genes.bias[self.target_mask]
+            )
+            loss = loss + preset.neighbour_weight * neighbour_loss(
+                predicted[:, self.target_mask], beside.float(), batch["owner"], batch["same"]
+            )
+        return loss
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode a batch, part by part where it is larger than ``patches_at_once``.
+
+        What a part leaves behind for its gradient is computed again when that is taken, so that the memory of one part is
+        needed at a time, and the losses are those of the whole batch.
+        """
+        if self.patches_at_once is None or len(x) <= self.patches_at_once:
+            return self.encoder(x)
+
+        def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+            return contextlib.nullcontext(), _statistics_left_alone(self.encoder)
+
+        parts = x.chunk(math.ceil(len(x) / self.patches_at_once))
+        return torch.cat([checkpoint(self.encoder, part, use_reentrant=False, context_fn=contexts) for part in parts])
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to add up."""
+        # Six sums for each section and target gene; not in double precision on Apple's MPS, which has none.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        n_sections, n_targets = int(self.data.sections.max()) + 1, int(self.target_mask.sum())
+        self._sums = torch.zeros((6, n_sections, n_targets), dtype=dtype, device=self.device)
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """Add up what error and correlation are made of."""
+        features = self.encoder(self.preprocess(batch["patches"]))
+        predicted = self.genes(features).float()[:, self.target_mask].to(self._sums.dtype)
+        measured = batch["targets"].to(self._sums.dtype)
+        seen = ~measured.isnan()
+        x, y = torch.where(seen, predicted, 0), measured.nan_to_num()
+        for total, part in zip(self._sums, (seen.to(x.dtype), x, y, x * x, y * y, x * y), strict=True):
+            total.index_add_(0, batch["sections"], part)
+
+    def on_validation_epoch_end(self) -> None:
+        """Turn the sums of all processes into held-out error and mean correlation."""
+        n, x, y, xx, yy, xy = self.trainer.strategy.reduce(self._sums, reduce_op="sum").cpu().double().numpy()
+        self.val_loss = float((xx - 2 * xy + yy).sum() / n.sum())
+        with np.errstate(invalid="ignore", divide="ignore"):
+            size = np.sqrt((xx - x * x / n) * (yy - y * y / n))
+            r = np.where((n > 1) & (size > 1e-9 * (1 + yy)), (xy - x * y / n) / size, 0)
+        self.val_pearson = float(r[n > 1].mean()) if (n > 1).any() else float("nan")
+        self.log("held-out error", self.val_loss, prog_bar=True, rank_zero_only=True)
+        self.log("held-out Pearson", self.val_pearson, prog_bar=True, rank_zero_only=True)
+
+
+@contextlib.contextmanager
+def _statistics_left_alone(network: nn.Module) -> Iterator[None]:
+    """Let batch normalisation not count a batch twice that it sees for the second time."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    counters = [norm.num_batches_tracked for norm in norms]
+    before = [
+        (norm.momentum, None if count is None else count.clone()) for norm, count in zip(norms, counters, strict=True)
+    ]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, counter, (momentum, count) in zip(norms, counters, before, strict=True):
+            norm.momentum = momentum
+            if counter is not None and count is not None:
+                counter.copy_(count)
+
+
+def advice(preset: Preset, precision: str) -> str:
+    """Say what to change when training diverges."""
+    mixed = f"; use precision='32-true' instead of {precision!r}" if precision.startswith(("bf16", "16")) else ""
+    return (
+        f"Lower `lr` (it is {preset.lr:g}; try {preset.lr / 10:g}); check that the sections hold raw counts and that no spot "
+        f"is nearly empty; check that the images are H&E{mixed}"
+    )

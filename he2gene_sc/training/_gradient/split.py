@@ -1,0 +1,57 @@
+"""Which spots say when to stop."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .._folds import grouped_folds
+from .patches import PatchSet
+from .presets import Preset
+
+VALIDATIONS = ("grouped", "random")
+
+
+def split(
+    data: PatchSet, preset: Preset, validation: str = "grouped", seed: int = 0, rows: np.ndarray | None = None
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """Choose the spots that say when to stop.
+
+    Parameters
+    ----------
+    data
+        The spots.
+    preset
+        Its ``validation_share`` is the share that is held out; of groups, the fold that comes nearest to it.
+    validation
+        ``"grouped"``: whole patients, else sections, else blocks; ``"random"``: spots of the training patients, as in
+        the paper, which leaks.
+    seed
+        Of the random spots.
+    rows
+        Positions to choose among; default: all.
+
+    Returns
+    -------
+    str, numpy.ndarray, numpy.ndarray
+        Unit, positions trained on, positions held out.
+    """
+    if validation not in VALIDATIONS:
+        raise ValueError(f"`validation` is {validation!r}, valid: {list(VALIDATIONS)}")
+    rows = np.arange(len(data)) if rows is None else rows
+    if validation == "random":
+        order = np.random.default_rng([seed, 1]).permutation(rows)
+        n = len(rows) - int(len(rows) * (1 - preset.validation_share))
+        return "spot", np.sort(order[n:]), np.sort(order[:n])
+    unit, folds = balanced_folds(data, preset, rows)
+    held = np.abs(np.bincount(folds) / len(rows) - preset.validation_share).argmin()
+    return unit, rows[folds != held], rows[folds == held]
+
+
+def balanced_folds(data: PatchSet, preset: Preset, rows: np.ndarray) -> tuple[str, np.ndarray]:
+    """Return the unit and folds of about the preset's share, or as many as there are groups."""
+    coordinates = None if data.coordinates is None else data.coordinates[rows]
+    arrays = (data.sections[rows], data.patients[rows], coordinates)
+    unit, folds = grouped_folds(*arrays)
+    if unit == "block":
+        return unit, folds
+    return grouped_folds(*arrays, n_folds=max(2, round(1 / preset.validation_share)), unit=unit)

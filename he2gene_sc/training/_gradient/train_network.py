@@ -1,0 +1,305 @@
+"""From patches to a trained network with its card."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from ...models import EncoderSpec, HE2Gene, ModelCard
+from ...models._encoders.load import encoder_sha256
+from ...models._encoders.registry import input_facts
+from ...models._model import ENCODER
+from .._folds import warn_of_unit
+from .._metadata import ModelMetadata
+from .._predictability import RELIABLE_PCC, TELLING
+from .fit import Fitted, fit_network
+from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, variable_genes
+from .neighbours import neighbour_table
+from .patches import PatchSet
+from .presets import Preset
+from .split import balanced_folds, split
+from .targets import Targets, column_means
+
+if TYPE_CHECKING:
+    from .._sections import Section
+
+logger = logging.getLogger("he2gene_sc")
+
+
+def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int, neighbours: bool = False) -> PatchSet:
+    """Put sections together for training by gradient.
+
+    Parameters
+    ----------
+    sections
+        The sections; their features are not read, their targets stay sparse (rows are not copied, and may lie on disk).
+    patches
+        ``(n, 3, s, s)`` uint8, the training window around the spots of all sections, in their order; may be a memory
+        map.
+    n_target
+        Number of target genes, those of highest mean.
+    neighbours
+        Whether to find the neighbours of each spot on its grid.
+
+    Returns
+    -------
+    PatchSet
+        Sections and patients by code, in the order in which they occur.
+    """
+    codes = np.repeat(np.arange(len(sections)), [len(section) for section in sections])
+    patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
+    targets = Targets([section.targets.tocsr() for section in sections], np.stack([s.measured for s in sections]))
+    centres = np.concatenate([section.centres_um for section in sections])
+    return PatchSet(
+        patches=patches,
+        targets=targets,
+        codes=np.concatenate([section.codes for section in sections]),
+        sections=codes,
+        patients=np.array([patients[section.patient] for section in sections])[codes],
+        target_mask=target_mask(targets, np.arange(len(codes)), n_target),
+        coordinates=centres,
+        neighbours=neighbour_table(centres, None, codes) if neighbours else None,
+    )
+
+
+def target_mask(targets: Targets | np.ndarray, rows: np.ndarray, n_target: int) -> np.ndarray:
+    """Say which genes are the ``n_target`` of highest mean over some spots, ``(g,)``."""
+    means = np.nan_to_num(column_means(targets, rows), nan=-1.0)
+    mask = np.zeros(len(means), bool)
+    mask[np.argsort(-means, kind="stable")[:n_target]] = True
+    return mask
+
+
+def train_network(
+    data: PatchSet,
+    metadata: ModelMetadata,
+    preset: Preset,
+    encoder: nn.Module,
+    *,
+    section_names: Sequence[str],
+    patient_names: Sequence[str],
+    mpps: Sequence[float],
+    validation: str = "grouped",
+    cross_validate: bool = False,
+    seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    **options: Any,
+) -> HE2Gene:
+    """Train a whole network by a preset's recipe and describe it.
+
+    Parameters
+    ----------
+    data
+        The spots, seen through the preset's training window. Of its target genes only the number counts: in each fold
+        they are chosen anew on the spots that are trained on.
+    metadata
+        Names and descriptions; ``metadata.encoder`` is what is known of ``encoder``, ``metadata.windows_um`` are the windows
+        at inference.
+    preset
+        The recipe.
+    encoder
+        ``(b, 3, input_px, input_px)`` to ``(b, f)``; a copy of it is trained.
+    section_names, patient_names, mpps
+        One a section, in the order of the codes of ``data``.
+    validation
+        ``"grouped"``: patients, else sections, else blocks say when to stop; ``"random"``: a tenth of the spots, as in
+        the paper. Figures of the latter leak: the card says so, and no gene is called reliable.
+    cross_validate
+        Train once more for each fold of patients (else sections, else blocks), and take the figures of the card and of
+        the genes from folds that had no say in when to stop: up to eleven times the work. Without, they are those of the
+        one fold that had, which flatters them a little; the card says so.
+    seed
+        Of everything that is drawn.
+    checkpoint_dir
+        Folder for checkpoints; with ``cross_validate`` each fold has one of its own in it.
+    **options
+        Of :func:`he2gene_sc.training.fit_network`: ``device``, ``devices``, ``strategy``, ``precision``, ``max_epochs``,
+        ``resume`` and so on.
+
+    Returns
+    -------
+    he2gene_sc.models.HE2Gene
+        The network of the best epoch, its weights in single precision.
+    """
+    names = {"sections": section_names, "patients": patient_names, "genes": metadata.genes, "classes": metadata.classes}
+    options |= {"n_classes": len(metadata.classes), "seed": seed, "names": names}
+    rows = split(data, preset, validation, seed)
+    unit = rows[0]
+    warn_of_unit(unit)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+
+    n_target = int(data.target_mask.sum())
+
+    def fit(
+        chosen: tuple[str, np.ndarray, np.ndarray], name: str, predicted: np.ndarray | None = None
+    ) -> tuple[PatchSet, Fitted]:
+        place = folder / name if folder is not None and cross_validate else folder
+        seen = replace(data, target_mask=target_mask(data.targets, chosen[1], n_target))
+        return seen, fit_network(
+            seen, preset, encoder, metadata.encoder, rows=chosen, predicted=predicted, checkpoint_dir=place, **options
+        )
+
+    whole = data
+    data, fitted = fit(rows, "model")
+    protocol, found = _protocol(unit), held_out_sections(data, fitted)
+    if cross_validate:
+        protocol, found = _cross_validate(whole, preset, fit)
+    changes = {name: options[name] for name in ("max_epochs", "patience", "batch_size", "lr") if options.get(name)}
+    preset = replace(preset, **changes)
+    spots = np.bincount(data.sections, minlength=len(section_names))
+    sections = {
+        name: {"patient": patient, "n_spots": int(k), "mpp": round(mpp, 4)}
+        for name, patient, k, mpp in zip(section_names, patient_names, spots, mpps, strict=True)
+    }
+    training = _training(data, metadata, preset, fitted, sections, seed)
+    return _describe(data, metadata, preset, encoder, fitted, training, protocol, found)
+
+
+def _protocol(unit: str) -> str:
+    if unit == "spot":
+        return "random spots of the training patients, as in the paper: this LEAKS, do not report it as accuracy"
+    warning = "; another part of the SAME section, do not report it as accuracy" if unit == "block" else ""
+    return f"one fold of held-out {unit}s, which also said when to stop (slightly flattering){warning}"
+
+
+def _cross_validate(data: PatchSet, preset: Preset, fit: Any) -> tuple[str, list[HeldOutSection]]:
+    """Hold out one fold after the other; part of the rest, not the fold, says when to stop."""
+    unit, folds = balanced_folds(data, preset, np.arange(len(data)))
+    found: list[HeldOutSection] = []
+    for fold in np.unique(folds):
+        test, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        seen, fitted = fit(split(data, preset, rows=rest), f"fold-{fold}", test)
+        logger.info("fold %d of %d: best epoch %d", fold + 1, folds.max() + 1, fitted.best_epoch)
+        found += held_out_sections(seen, fitted)
+    warning = "; other parts of the SAME section, do not report it as accuracy" if unit == "block" else ""
+    return f"cross-validated over {folds.max() + 1} folds of {unit}s{warning}", found
+
+
+def _describe(
+    data: PatchSet,
+    metadata: ModelMetadata,
+    preset: Preset,
+    encoder: nn.Module,
+    fitted: Fitted,
+    training: dict[str, Any],
+    protocol: str,
+    found: list[HeldOutSection],
+) -> HE2Gene:
+    patients = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
+    genes = gene_figures(found, [patients[i] for i in sorted(patients)] if fitted.unit == "patient" else None)
+    telling = fitted.unit in TELLING
+    variable = variable_genes(data, np.arange(len(data)))
+    table = pd.DataFrame(
+        {
+            "ensembl_id": list(metadata.ensembl_ids),
+            "group": np.where(data.target_mask, "target", "auxiliary"),
+            "variable": np.isin(np.arange(len(metadata.genes)), variable),
+            "mean": column_means(data.targets, np.arange(len(data))),
+            **genes,
+            "reliable": telling
+            & (np.nan_to_num(genes["pcc_low"]) > RELIABLE_PCC)
+            & (np.nan_to_num(genes["skill"]) > 0),
+        },
+        index=pd.Index(metadata.genes, name="gene"),
+    )
+    spec = fitted.spec
+    trained = copy.deepcopy(encoder).cpu()
+    trained.load_state_dict(
+        {key.removeprefix(ENCODER): torch.from_numpy(v) for key, v in fitted.tensors.items() if key.startswith(ENCODER)}
+    )
+    card = ModelCard(
+        name=metadata.name,
+        version=metadata.version,
+        description=metadata.description,
+        encoder={
+            "name": spec.name,
+            "license": spec.license,
+            "sha256": encoder_sha256(trained),
+            **input_facts(spec),
+        },
+        windows_um=metadata.windows_um,
+        classes=metadata.classes if "annotation.weight" in fitted.tensors else (),
+        class_colors=metadata.class_colors if "annotation.weight" in fitted.tensors else (),
+        n_genes=len(table),
+        n_latent=len(fitted.tensors["genes.weight"]),
+        training=training,
+        metrics={protocol: figures(found, list(training["sections"]))},
+        reliable_rule=(
+            "the lower 95 % bound of its held-out Pearson correlation (t over the held-out sections, at least two) is "
+            f"above {RELIABLE_PCC} and its held-out skill against the training mean is positive"
+            if telling
+            else f"figures of held-out patients or sections say so; there are only those of held-out {fitted.unit}s"
+        ),
+        intended_use=metadata.intended_use,
+        limitations=(
+            *metadata.limitations,
+            *_calibration(fitted, preset),
+            f"Its figures are those of the {preset.train_window_um:g} µm window it was trained on, averaged over "
+            "symmetries; predictions average the windows named above.",
+        ),
+        fusion="mean",
+        tta=preset.tta,
+    )
+    return HE2Gene(card, table, fitted.tensors, **_own(spec, trained))
+
+
+def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
+    if "annotation.weight" not in fitted.tensors:
+        return []
+    if preset.exact:
+        return ["The probabilities of its annotation are not calibrated, as in the paper."]
+    if fitted.temperature is None:
+        return ["The probabilities of its annotation are not calibrated: no labels of two classes were held out."]
+    return [
+        f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that also "
+        "said when to stop, seen through the training window; predictions average the windows named above."
+    ]
+
+
+def _own(spec: EncoderSpec, encoder: nn.Module) -> dict[str, Any]:
+    """Carry a network that can be built by no name."""
+    buildable = spec.timm_name or getattr(spec, "transformers_name", "")
+    return {} if buildable else {"encoder": (encoder.eval(), spec)}
+
+
+def _training(
+    data: PatchSet,
+    metadata: ModelMetadata,
+    preset: Preset,
+    fitted: Fitted,
+    sections: dict[str, dict[str, Any]],
+    seed: int,
+) -> dict[str, Any]:
+    held_out = np.bincount(data.sections[fitted.rows], minlength=len(sections))
+    labels = np.bincount(data.codes[data.codes >= 0], minlength=len(metadata.classes))
+    best = fitted.history[fitted.best_epoch]
+    temperature = {} if fitted.temperature is None else {"annotation_temperature": round(fitted.temperature, 4)}
+    mpps = [section["mpp"] for section in sections.values()]
+    return {
+        "sections": sections,
+        "n_patients": len({section["patient"] for section in sections.values()}),
+        "n_spots": len(data),
+        "mpp_range": [min(mpps), max(mpps)],
+        "labelled_spots": {name: int(k) for name, k in zip(metadata.classes, labels, strict=True)},
+        "preset": preset.name,
+        **({"exact": True} if preset.exact else {}),
+        "train_window_um": preset.train_window_um,
+        "lr": preset.lr,
+        "batch_size": preset.batch_size,
+        "seed": seed,
+        "chosen_by": f"held-out {fitted.unit}s",
+        "held_out_to_stop": {name: int(k) for name, k in zip(sections, held_out, strict=True) if k},
+        "epochs": len(fitted.history),
+        "best_epoch": fitted.best_epoch,
+        "held_out_error_of_the_best_epoch": round(best["held_out_error"], 5),
+        **temperature,
+    }

@@ -1,0 +1,126 @@
+"""From a trained module to the tensors of a model folder, and what they predict for held-out spots."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...models import EncoderSpec
+from ...models._embedding import ALONE
+from ...models._model import ENCODER
+from ...models._network import SYMMETRIES, FeatureExtractor, Network
+from .._calibrate import temperature
+
+if TYPE_CHECKING:
+    from .module import TrainingModule
+
+_BATCH = 64
+#: A class is never called less likely than that, as a logarithm.
+_LARGEST_LOGIT = 80.0
+
+
+def n_features(encoder: nn.Module, spec: EncoderSpec) -> int:
+    """Ask the encoder, in evaluation mode so that nothing in it changes."""
+    training = encoder.training
+    with torch.inference_mode():
+        found = encoder.eval()(torch.zeros(1, 3, spec.input_px, spec.input_px))
+    encoder.train(training)
+    if found.ndim != 2:
+        raise ValueError(
+            f"`encoder` gives {tuple(found.shape)} for one image; (1, f) is needed: build it without a head"
+        )
+    return found.shape[1]
+
+
+def name_tensors(module: TrainingModule) -> dict[str, np.ndarray]:
+    """Name the weights as a model folder does."""
+
+    def array(value: torch.Tensor) -> np.ndarray:
+        return np.array(value.detach().cpu().numpy(), order="C")
+
+    tensors = {ENCODER + key: array(value) for key, value in module.encoder.state_dict().items()}
+    for name in ("genes", "annotation"):
+        head = getattr(module, name)
+        if head is not None:
+            tensors |= {f"{name}.weight": array(head.weight.T), f"{name}.bias": array(head.bias)}
+    if module.annotation is not None and module.annotation.out_features == 1:
+        # A sigmoid of z is a softmax of (0, z).
+        for key in ("annotation.weight", "annotation.bias"):
+            tensors[key] = np.concatenate([np.zeros_like(tensors[key]), tensors[key]], axis=-1)
+    return tensors
+
+
+def predict_rows(
+    module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predict spots from the training window with the network that inference uses."""
+    network = _network(module, spec, tensors)
+    genes = torch.arange(module.data.targets.shape[1], device=module.device)
+    expression = np.empty((len(rows), len(genes)), np.float32)
+    proba = np.empty((len(rows), len(tensors.get("annotation.bias", ()))), np.float32)
+    with torch.inference_mode():
+        for part, views in _views(network, module, rows, tta):
+            expression[part] = network.expression(views.mean(1), genes).cpu().numpy()
+            if network.has_annotation:
+                proba[part] = network.annotation(views).mean(1).cpu().numpy()
+    return expression, proba
+
+
+def calibrate(
+    module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
+) -> float | None:
+    """Divide the annotation head by the temperature that makes the labels of some spots most likely.
+
+    Probabilities are averaged over the symmetries, as inference does.
+
+    Parameters
+    ----------
+    module
+        The trained module.
+    spec
+        Input size and normalisation.
+    tensors
+        Its weights by name; those of the annotation head are replaced.
+    rows
+        Spots that were not trained on.
+    tta
+        Whether inference averages over the symmetries.
+
+    Returns
+    -------
+    float or None
+        The temperature; ``None`` where fewer than two classes occur, and nothing is changed.
+    """
+    codes = module.data.codes[rows]
+    rows, codes = rows[codes >= 0], codes[codes >= 0]
+    if "annotation.weight" not in tensors or len(np.unique(codes)) < 2:
+        return None
+    network = _network(module, spec, tensors)
+    with torch.inference_mode():
+        # Logits are known from probabilities but for a constant, which does not matter.
+        logits = [network.annotation(views).log().cpu().numpy() for _, views in _views(network, module, rows, tta)]
+    found = temperature(np.maximum(np.concatenate(logits), -_LARGEST_LOGIT), codes)
+    for name in ("annotation.weight", "annotation.bias"):
+        tensors[name] = (tensors[name] / found).astype(np.float32)
+    return found
+
+
+def _network(module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray]) -> Network:
+    heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
+    extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), spec, fusion="mean")
+    return Network(extractor, heads, ALONE).to(module.device)
+
+
+def _views(
+    network: Network, module: TrainingModule, rows: np.ndarray, tta: bool
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Features ``(b, r, f)`` of spots through the training window, batch by batch."""
+    for start in range(0, len(rows), _BATCH):
+        part = slice(start, start + _BATCH)
+        patches = torch.from_numpy(np.asarray(module.data.patches[rows[part]])).to(module.device)
+        yield part, network.extractor((patches,), SYMMETRIES if tta else SYMMETRIES[:1])
