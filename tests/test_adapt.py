@@ -230,7 +230,83 @@ def test_residuals_are_those_of_spots_left_out():
     assert left > error(found.expression, measured, mask)
 
 
+# Measured spots that do not represent the others
+
+
+def biased(seed, n_genes=40):
+    """A slide of 14 × 14 spots whose prediction is .6 too high in one class, the right half, and shows that class."""
+    rng = np.random.default_rng(seed)
+    xy = grid(14, 14)
+    right = xy[:, 0] >= 7
+    truth = 3 + 0.3 * field(rng, xy, n_genes) + np.outer(right, rng.normal(0, 0.5, n_genes))
+    predicted = truth + 0.6 * right[:, None] + 0.3 * field(rng, xy, n_genes)
+    return xy, right, predicted.astype(np.float32), truth, truth + rng.normal(size=truth.shape)
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_correction_is_not_carried_to_what_was_not_measured(classes):
+    xy, right, predicted, truth, measured = biased(0)
+    given = np.where(right[:, None], measured, np.nan)
+    found = adapt(predicted, given, xy, classes=right.astype(int) if classes else None)
+    assert error(found.expression, truth, ~right) <= 1.02 * error(predicted, truth, ~right)
+    assert found.support[~right].max() < 0.5
+    assert np.nanmax(found.reach) < 0.2
+
+
+def test_few_spots_in_a_corner_do_no_harm_and_folds_leave_enough_of_them():
+    ratios = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        xy = grid(14, 14)
+        truth = 3 + 0.8 * field(rng, xy, 30, reach=4)
+        predicted = (truth + 0.25 * field(rng, xy, 30, reach=4)).astype(np.float32)
+        angle = rng.uniform(0, 2 * np.pi)
+        corner = np.argsort(np.argsort(xy @ [np.cos(angle), np.sin(angle)])) < 12
+        assert np.bincount(matched_folds(xy, corner)).max() <= 8
+        measured = truth + rng.normal(size=truth.shape)
+        found = adapt(predicted, np.where(corner[:, None], measured, np.nan), xy)
+        ratios.append(error(found.expression, truth, ~corner) / error(predicted, truth, ~corner))
+    assert np.mean(ratios) <= 1.02
+    assert max(ratios) < 1.1
+
+
+def test_spots_at_random_represent_the_others_and_correct_their_offset():
+    xy, _, predicted, truth, measured = biased(1)
+    few = np.random.default_rng(0).permutation(len(xy))[:12]
+    given = np.full(truth.shape, np.nan)
+    given[few] = measured[few] - 1
+    found = adapt(predicted, given, xy)
+    rest = np.setdiff1d(np.arange(len(xy)), few)
+    assert found.support[rest].mean() > 0.8
+    assert error(found.expression, truth - 1, rest) < 0.3 * error(predicted, truth - 1, rest)
+
+
+def test_a_class_that_is_right_already_is_left_alone():
+    xy, right, predicted, truth, measured = biased(2)
+    mask = np.random.default_rng(0).random(len(xy)) < np.where(right, 0.8, 0.1)
+    given = np.where(mask[:, None], measured, np.nan)
+    without, found = (adapt(predicted, given, xy, classes=codes).expression for codes in (None, right.astype(int)))
+    left = ~right & ~mask
+    assert error(found, truth, left) <= 1.02 * error(predicted, truth, left)
+    assert error(found, truth, left) <= error(without, truth, left)
+
+
 # The verb
+
+
+def test_it_warns_of_what_was_not_measured_and_claims_no_gain_there():
+    xy, right, predicted, _, measured = biased(0)
+    obs = pd.DataFrame({"he2gene_annotation": pd.Categorical(np.where(right, "tumour", "stroma"))})
+    made = AnnData(scipy.sparse.csr_matrix(predicted.shape), obs=obs.set_index(obs.index.astype(str)))
+    made.obsm["spatial"] = xy
+    made.layers["he2gene"] = predicted
+    made.layers["measured"] = np.where(right[:, None], np.maximum(measured, 0), np.nan)
+    with pytest.warns(UserWarning, match="do not represent 98 of 98 others, .* also of 'stroma'"):
+        hg.tl.adapt(made, "measured", measured_scale="log")
+    assert np.nanmean(made.var["he2gene_adapted_gain"]) < 0.01
+    assert made.obs["he2gene_adapted_support"].to_numpy()[~right].max() == 0
+    np.testing.assert_array_equal(made.layers["he2gene_adapted"][~right], predicted[~right])
+    assert made.uns["he2gene_adapted"]["support"] == [0.0]
 
 
 @pytest.fixture

@@ -9,9 +9,11 @@ import numpy as np
 
 from ._smoothers import kriging, matched_folds, ridge
 from ._stack import stack
+from ._support import believed, evidence_blocks, support
 
-#: What is combined; the first, the prediction with its level put right, is what the others have to be better than.
-CANDIDATES = ("level", "kriged", "shared", "refit", "mean", "neighbours")
+#: What is combined; the first, the prediction with its level put right, is what the others have to be better than. The last
+#: is the prediction as it was.
+CANDIDATES = ("level", "kriged", "shared", "refit", "mean", "neighbours", "prediction")
 #: Fewest spots on which a gene must be measured.
 MIN_SPOTS = 10
 #: Sets of spots that genes may be measured on: each is a fit of its own.
@@ -43,13 +45,21 @@ class Adapted:
     before
         The same of the prediction as it was.
     weights
-        ``(g, c)`` float32, of :data:`CANDIDATES`; NaN for genes that could not be adapted.
+        ``(g, c)`` float32, of :data:`CANDIDATES`, at spots that the measured ones stand for; NaN for genes that could not
+        be adapted.
+    support
+        ``(n,)`` float32, mean over the genes that were adapted: how far the measured spots stand for a spot, see
+        :func:`he2gene_sc.stats._support.support`; NaN where no gene was.
+    reach
+        ``(g,)`` float32: share of the gain at measured spots that those not measured may expect.
     """
 
     expression: np.ndarray
     residuals: np.ndarray
     before: np.ndarray
     weights: np.ndarray
+    support: np.ndarray
+    reach: np.ndarray
 
 
 def adapt(
@@ -57,6 +67,7 @@ def adapt(
     measured: np.ndarray,
     xy: np.ndarray,
     embedding: np.ndarray | None = None,
+    classes: np.ndarray | None = None,
     *,
     seed: int = 0,
 ) -> Adapted:
@@ -69,6 +80,10 @@ def adapt(
     Ranges, noises, penalty and weights have least squared error in cross-validation, with folds as far from the spots
     left as the wanted spots are from the measured ones. The weights are shrunk to ``level`` by what may be chance.
 
+    The correction is then taken in part: as far as held-out spots bear it out, block of tissue by block and class by class
+    (:func:`he2gene_sc.stats._support.believed`), and as far as the measured spots stand for a spot in place, features and
+    class (:func:`he2gene_sc.stats._support.support`).
+
     Parameters
     ----------
     predicted
@@ -79,6 +94,8 @@ def adapt(
         ``(n, 2)`` spot centres.
     embedding
         ``(n, k)`` for ``refit``; without, that is as ``level``.
+    classes
+        ``(n,)`` codes of the class of each spot, -1 where there is none.
     seed
         Of the folds.
 
@@ -105,7 +122,10 @@ def adapt(
         np.full(predicted.shape, np.nan, np.float32),
         residual,
         np.full((predicted.shape[1], len(CANDIDATES)), np.nan, np.float32),
+        np.zeros(len(predicted), np.float32),
+        np.full(predicted.shape[1], np.nan, np.float32),
     )
+    features = [predicted @ loadings] + ([] if embedding is None else [embedding @ _directions(embedding)])
     sets, member = np.unique(np.packbits(known, axis=0), axis=1, return_inverse=True)
     if sets.shape[1] > MAX_SETS:
         raise ValueError(
@@ -115,10 +135,12 @@ def adapt(
         genes = np.flatnonzero(member.ravel() == i)
         spots = known[:, genes[0]]
         if spots.sum() >= MIN_SPOTS:
-            _Group(result, predicted, residual, loadings, xy, embedding, spots, genes, seed).fit()
+            _Group(result, predicted, residual, loadings, xy, embedding, features, classes, spots, genes, seed).fit()
         elif not spots.any():
             _unmeasured(result, predicted, residual, loadings, xy, genes, seed)
     np.maximum(result.expression, 0, out=result.expression)
+    with np.errstate(invalid="ignore"):
+        result.support[:] /= np.isfinite(result.reach).sum()
     return result
 
 
@@ -162,6 +184,8 @@ class _Group:
     loadings: np.ndarray
     xy: np.ndarray
     embedding: np.ndarray | None
+    features: list[np.ndarray]
+    classes: np.ndarray | None
     spots: np.ndarray
     genes: np.ndarray
     seed: int
@@ -179,17 +203,34 @@ class _Group:
         left = [self._smoothers(*split[:2], score, chosen) for split, score in zip(splits, scored, strict=True)]
         everywhere = np.arange(len(self.xy))
         final = self._smoothers(at, everywhere, _scores(self.residual, self.loadings, None), chosen)
+        near = support(self.xy, self.spots, folds, self.features, self.classes, seed=self.seed)
+        self.result.support[:] += len(self.genes) * near
+        self.result.reach[self.genes] = (2 * near - near**2)[~self.spots].mean() if len(at) < len(near) else 1.0
+        blocks = evidence_blocks(self.xy[at], self.seed)
         for start in range(0, len(by_mean), _BLOCK):
             genes = by_mean[start : start + _BLOCK]
-            errors = np.empty((len(CANDIDATES), len(at), len(genes)), np.float32)
+            errors = np.empty((len(CANDIDATES) - 1, len(at), len(genes)), np.float32)
             for smoothers, (known, held, f) in zip(left, splits, strict=True):
                 measured = self.predicted[np.ix_(held, genes)] + self.residual[np.ix_(held, genes)]
                 errors[:, folds == f] = measured - self._candidates(smoothers, known, held, genes)
             weights, residuals = stack(errors, folds)
-            self.result.weights[genes] = weights
-            self.result.residuals[np.ix_(at, genes)] = residuals
-            values = self._candidates(final, at, everywhere, genes)
-            self.result.expression[:, genes] = np.einsum("gc,cng->ng", weights, values)
+            before = self.residual[np.ix_(at, genes)]
+            share = self._believed(before, residuals, blocks)
+            self.result.weights[genes, :-1], self.result.weights[genes, -1] = share.max() * weights, 1 - share.max()
+            self.result.residuals[np.ix_(at, genes)] = before + share[at, None] * (residuals - before)
+            values = np.einsum("gc,cng->ng", weights, self._candidates(final, at, everywhere, genes))
+            old = self.predicted[:, genes]
+            self.result.expression[:, genes] = old + (near * share)[:, None] * (values - old)
+
+    def _believed(self, before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Share of the correction that each spot ``(n,)`` gets."""
+        codes = self.classes
+        share, of_class = believed(before, after, blocks, None if codes is None else codes[self.spots])
+        found = np.full(len(self.xy), share)
+        if codes is not None and len(of_class):
+            known = (codes >= 0) & (codes < len(of_class))
+            found[known] = np.minimum(share, of_class[codes[known]])
+        return found
 
     def _smoothers(
         self, known: np.ndarray, wanted: np.ndarray, scores: np.ndarray, chosen: dict
@@ -218,7 +259,7 @@ class _Group:
         r = self.residual[np.ix_(known, genes)]
         y = r + self.predicted[np.ix_(known, genes)]
         level, mean = r.mean(0), y.mean(0)
-        values = np.empty((len(CANDIDATES), *p.shape), np.float32)
+        values = np.empty((len(CANDIDATES) - 1, *p.shape), np.float32)
         values[0] = p + _level(r)
         values[1] = p + level + smoothers["kriged"](r - level)
         values[2] = p + level + smoothers["shared"](genes)

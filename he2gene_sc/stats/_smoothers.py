@@ -11,6 +11,8 @@ import scipy.sparse
 _NEAREST = 40
 #: Folds of the cross-validation, at most.
 _FOLDS = 10
+#: Fewest known spots that a fold leaves.
+_LEFT = 4
 
 
 def kriging(xy: np.ndarray, known: np.ndarray, reach: float, noise: float) -> scipy.sparse.csr_array:
@@ -106,7 +108,10 @@ def matched_folds(xy: np.ndarray, known: np.ndarray, *, seed: int = 0) -> np.nda
     for q in sorted({2, 5, 10, 20, 40, 80} & set(range(n // 2 + 1))):
         cluster = KMeans(q, n_init=1, random_state=seed).fit_predict(at)
         order = rng.permutation(q)
-        candidates.append(order[cluster] % min(5, q))
+        fold = order[cluster] % min(5, q)
+        # One spot left tells nothing of how they vary.
+        if n - np.bincount(fold).max() >= _LEFT:
+            candidates.append(fold)
     real = cKDTree(at).query(xy[~known])[0]
 
     def mismatch(fold: np.ndarray) -> float:
