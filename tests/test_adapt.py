@@ -10,6 +10,7 @@ import he2gene_sc as hg
 from he2gene_sc.stats import CANDIDATES, adapt, log_normalise, pearson, residual_quantiles
 from he2gene_sc.stats._smoothers import kriging, matched_folds, ridge
 from he2gene_sc.stats._stack import simplex_weights, stack
+from he2gene_sc.stats._support import believed
 
 
 def grid(rows, columns):
@@ -268,6 +269,24 @@ def test_few_spots_in_a_corner_do_no_harm_and_folds_leave_enough_of_them():
         ratios.append(error(found.expression, truth, ~corner) / error(predicted, truth, ~corner))
     assert np.mean(ratios) <= 1.02
     assert max(ratios) < 1.1
+
+
+def test_folds_of_an_outlying_spot_leave_enough_to_learn_from():
+    known = np.concatenate([grid(1, 11), [[40.0, 0.0]]])
+    xy = np.concatenate([known, grid(1, 20) + [80.0, 0.0]])
+    assert np.bincount(matched_folds(xy, np.arange(len(xy)) < 12)).max() <= 8
+
+
+def test_a_correction_is_believed_as_far_as_blocks_of_tissue_agree():
+    rng = np.random.default_rng(0)
+    blocks = np.repeat(np.arange(4), 6)
+    before = rng.normal(size=(24, 20))
+    assert believed(1 + 0.1 * before, 0.1 * before, blocks, None)[0] > 0.9
+    # One block says one thing, the next another: 24 spots agree no better than chance.
+    swinging = np.array([2.0, -1.5, 1.5, -1.0])[blocks][:, None] + 0.1 * before
+    assert believed(swinging, swinging - 1, blocks, None)[0] == 0
+    share, of_class = believed(1 + 0.1 * before, 0.1 * before, blocks, (blocks > 1).astype(int))
+    np.testing.assert_allclose(of_class, 1, atol=0.1)
 
 
 def test_spots_at_random_represent_the_others_and_correct_their_offset():
