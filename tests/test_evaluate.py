@@ -13,8 +13,10 @@ from test_predict import two_regions
 import he2gene_sc as hg
 from he2gene_sc.stats import (
     calibration_error,
+    ceiling_of_neighbours,
     class_scores,
     log_normalise,
+    moran,
     neighbour_weights,
     noise_ceiling,
     ssim_on_grid,
@@ -88,9 +90,34 @@ def test_each_metric_is_that_of_the_spots_of_its_scope(table, scope, section):
         found["depth_correlation"], [pearsonr(m[:, j] - p[:, j], depth)[0] for j in range(5)], rtol=1e-4, atol=1e-5
     )
     ceiling = noise_ceiling(table.X[rows])[:5]
-    np.testing.assert_allclose(found["ceiling"], ceiling, **close)
+    np.testing.assert_allclose(found["ceiling_high"], ceiling, **close)
+    assert (found["ceiling"] <= found["ceiling_high"]).all()
     np.testing.assert_allclose(found["ceiling_share"], found["pearson"] / ceiling, **close)
     assert (found["n_spots"] == len(rows)).all()
+
+
+def test_the_ceiling_of_overdispersed_counts_is_an_interval():
+    """G0: counting noise alone; G1, G2: spots differ at random; G3: a smooth pattern; G4: both in equal parts."""
+    rng = np.random.default_rng(0)
+    xy = np.stack(np.mgrid[:20, :20], -1).reshape(-1, 2).astype(float)
+    smooth = 0.6 * np.sin(xy @ [0.5, 0.2])
+    log_rates = np.column_stack([np.zeros((400, 4)), smooth, smooth + rng.normal(0, smooth.std(), 400)])
+    rates = 6 * np.exp(log_rates[:, 1:])
+    rates[:, 1], rates[:, 2] = (6 * rng.gamma(1 / d, d, 400) for d in (0.5, 2.0))
+    counts = rng.poisson(rates)
+    counts = np.column_stack([counts, 8000 - counts.sum(1)])
+    made = AnnData(
+        scipy.sparse.csr_matrix(counts.astype(np.float32)), var=pd.DataFrame(index=[f"G{i}" for i in range(6)])
+    )
+    weights = neighbour_weights(xy, 1.0)
+    low, chance = ceiling_of_neighbours(moran(log_normalise(made.X), weights), weights)
+    high = noise_ceiling(made.X)
+    truth = [np.corrcoef(log_normalise(made.X)[:, i], smooth)[0, 1] for i in (3, 4)]
+    assert (low[:3] < 0.25).all()
+    assert (high[1:3] > 0.7).all()
+    assert (low[3:5] > chance).all()
+    assert (truth < high[3:5] + 0.02).all()
+    np.testing.assert_allclose(low[3:5], truth, atol=0.08)
 
 
 def test_maps_are_those_of_a_section_and_pooled_their_mean(table):
@@ -150,7 +177,7 @@ def test_the_order_of_spots_does_not_matter(table):
         hg.get.evaluation(t, "genes").sort_values(["predictor", "scope", "section", "gene"]).reset_index(drop=True)
         for t in (table, shuffled)
     )
-    random = ["ceiling", "ceiling_share"]
+    random = ["ceiling", "ceiling_high", "ceiling_share", "ceiling_share_high"]
     pd.testing.assert_frame_equal(first.drop(columns=random), second.drop(columns=random), rtol=1e-4, atol=1e-5)
 
 
@@ -171,7 +198,7 @@ def test_constant_genes_are_nan_and_counted(table):
     for metric in ("pearson", "spearman", "sd_ratio", "slope", "ssim", "ceiling_share"):
         assert found[metric].isna().tolist() == [True, True, False, False, False], metric
     assert np.isnan(found.loc["G0", "moran_predicted"])
-    assert np.isnan(found.loc["G1", ["moran_measured", "ceiling"]].astype(float)).all()
+    assert np.isnan(found.loc["G1", ["moran_measured", "ceiling", "ceiling_high"]].astype(float)).all()
     assert left_out(table)["genes constant on either side, pooled"] == 2
     row = (
         hg.get.evaluation(table).query("scope == 'section' and predictor == 'he2gene' and panel == 'all genes'").iloc[0]
@@ -226,7 +253,11 @@ def test_logarithms_are_refused_unless_they_are_stated(table):
     hg.tl.evaluate(table, measured="log", measured_scale="log")
     found = genes_of(table)
     np.testing.assert_allclose(found["pearson"], counted["pearson"], rtol=1e-5)
-    assert found[["ceiling", "ceiling_share", "depth_correlation"]].isna().all(axis=None)
+    assert (
+        found[["ceiling", "ceiling_high", "ceiling_share", "ceiling_share_high", "depth_correlation"]]
+        .isna()
+        .all(axis=None)
+    )
     reason = hg.get.evaluation(table, "predictors").set_index("predictor")["reason"]
     assert reason["total counts"] == "no counts are given, only logarithms"
 
@@ -279,7 +310,7 @@ def test_a_prediction_in_a_table_of_its_own_is_compared_with_the_measured_one(to
     hg.tl.evaluate(other)
     assert "he2gene_eval" in other["he2gene"].uns
     found = genes_of(other, section="toy-0").loc[expected.index]
-    drawn = ["ceiling", "ceiling_share"]
+    drawn = ["ceiling", "ceiling_high", "ceiling_share", "ceiling_share_high"]
     pd.testing.assert_frame_equal(found.drop(columns=drawn), expected.drop(columns=drawn), rtol=1e-3, atol=1e-4)
 
 
@@ -494,7 +525,7 @@ def test_figures_of_the_held_out_section_agree_with_the_demo(predicted_c5):
     found = genes_of(sdata, section="C5")
     by_gene = demo.genes.set_index("gene").loc[found.index]
     np.testing.assert_allclose(found["pearson"], by_gene["pearson"], atol=1e-6)
-    np.testing.assert_allclose(found["ceiling"], by_gene["ceiling"], atol=1e-6)
+    np.testing.assert_allclose(found["ceiling_high"], by_gene["ceiling"], atol=1e-6)
     summary = hg.get.evaluation(sdata).query("scope == 'section'").set_index(["predictor", "panel"])
     for panel, name in (("target", "highest mean"), ("most variable", "most variable")):
         row = summary.loc[("he2gene", panel)]

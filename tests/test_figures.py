@@ -8,6 +8,7 @@ from scipy.special import softmax
 from scipy.stats import norm
 from tiny_sections import everything, grid, planted, recipe
 
+from he2gene_sc.models._card import BLOCK_BOOTSTRAP
 from he2gene_sc.stats import calibration_error, noise_ceiling, pearson
 from he2gene_sc.training import cross_validate, folds_of
 from he2gene_sc.training._calibrate import UNSEEN
@@ -264,10 +265,10 @@ def test_expression_figures_are_those_of_the_panels():
     figures = expression_figures(sections, found, {"colour alone": weak})
     given = "mean partial Pearson given the spots' counts"
     assert list(figures)[:5] == [
-        f"{what}, 4 target genes" for what in ("mean Pearson", "95 % interval", given, "colour alone", "noise ceiling")
+        f"{what}, 4 target genes" for what in ("mean Pearson", BLOCK_BOOTSTRAP, given, "colour alone", "noise ceiling")
     ]
     for i, s in enumerate(sections):
-        low, high = figures["95 % interval, 4 target genes"][s.name]
+        low, high = figures[f"{BLOCK_BOOTSTRAP}, 4 target genes"][s.name]
         target = figures["mean Pearson, 4 target genes"][s.name]
         assert figures[f"{given}, 4 target genes"][s.name] == pytest.approx(
             given_depth(found.panel[i], s.totals, found.parts[i])[0], abs=1e-4

@@ -359,6 +359,15 @@ def test_the_bundled_card_says_what_the_model_is_and_is_not(bundled):
     assert all(sentence in text for sentence in (bundled.card.name, *bundled.card.limitations))
 
 
+def test_the_bootstrap_of_an_older_card_is_not_called_a_95_percent_interval(bundled):
+    old = bundled.card.to_json().replace("bootstrap over 800 µm blocks of the section", "95 % interval")
+    card = type(bundled.card).from_json(old, "card.json")
+    assert card == bundled.card
+    text = card.to_markdown()
+    assert "| 95 % interval" not in text
+    assert "It is not a 95 % interval" in text
+
+
 def test_the_bundled_reliable_genes_follow_from_their_own_figures(bundled):
     genes = bundled.genes
     assert genes["reliable"].any()

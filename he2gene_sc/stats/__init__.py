@@ -33,11 +33,12 @@ from ._pseudobulk import (
 from ._ranking import ranking_agreement
 from ._residual_quantiles import RESIDUAL_LEVELS, residual_quantiles
 from ._shift_test import MIN_OVERLAP, ShiftTest, admissible_shifts, shift_test
-from ._spatial_metrics import moran, neighbour_weights, ssim_on_grid
+from ._spatial_metrics import ceiling_of_neighbours, moran, neighbour_weights, ssim_on_grid
 from ._spatial_test import SpatialTest, spatial_test, wilcoxon_test
 
 __all__ = [
     "moran",
+    "ceiling_of_neighbours",
     "chaos",
     "prediction_powered_mean",
     "ranking_agreement",

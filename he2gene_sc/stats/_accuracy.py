@@ -88,7 +88,9 @@ def noise_ceiling(
     """Best correlation that a prediction could reach with these counts, by halves of them.
 
     Both halves share the depth of a spot, and log-normalised counts follow it: what depth alone explains counts as signal
-    here. Correlations below 0 are taken for 0, so a gene without any signal has a ceiling of about .1. Each count is split binomially into halves; the correlation r of the log-normalised halves gives the reliability
+    here, and so does all that varies between spots beyond counting: of overdispersed counts without a pattern the ceiling is up to
+    .9, see :func:`he2gene_sc.stats.ceiling_of_neighbours`. Correlations below 0 are taken for 0, so a gene of Poisson counts without
+    signal has a ceiling of about .1. Each count is split binomially into halves; the correlation r of the log-normalised halves gives the reliability
     R = 2r / (1 + r) of the whole (Spearman–Brown), whose root is the ceiling.
 
     Parameters

@@ -64,6 +64,37 @@ def moran(values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmat
     return result
 
 
+def ceiling_of_neighbours(
+    autocorrelation: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmatrix
+) -> tuple[np.ndarray, float]:
+    """Lower end of the noise ceiling: what neighbouring spots share is signal, all else may be overdispersion.
+
+    Counts vary between spots beyond counting, at random or not; of one section alone nothing tells which. Moran's I is about
+    the share of the variance that neighbours have in common, its root the correlation that a prediction of this part
+    reaches. :func:`noise_ceiling` takes all variance beyond counting for signal and is the upper end.
+
+    Parameters
+    ----------
+    autocorrelation
+        ``(g,)`` of :func:`moran`.
+    weights
+        ``(n, n)`` that it was computed with.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(g,)``: 0 where neighbours share nothing, NaN where the autocorrelation is.
+    float
+        What a gene without any pattern seldom passes: two standard errors of Moran's I.
+    """
+    w = scipy.sparse.csr_array(weights)
+    n, total = w.shape[0], w.sum()
+    low = np.sqrt(np.clip(np.asarray(autocorrelation) + 1 / max(n - 1, 1), 0, 1))
+    both = w + w.T
+    error = np.sqrt(0.5 * both.multiply(both).sum()) / total if total > 0 else np.inf
+    return low, float(np.sqrt(min(2 * error, 1.0)))
+
+
 def ssim_on_grid(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Structural similarity of two maps of each gene, with spots as the pixels.
 

@@ -8,6 +8,7 @@ from typing import SupportsFloat
 
 import numpy as np
 
+from ..models._card import BLOCK_BOOTSTRAP
 from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._calibrate import UNSEEN, temperature
 from ._depth import Depth
@@ -26,9 +27,9 @@ _N_DIGITS = 4
 def expression_figures(
     sections: Sequence[Section], held_out: HeldOut, baselines: Mapping[str, HeldOut]
 ) -> dict[str, dict[str, object]]:
-    """Mean correlation of both panels in each section, with an interval, given depth, baselines and the noise ceiling.
+    """Mean correlation of both panels in each section, with a bootstrap, given depth, baselines and the noise ceiling.
 
-    Intervals are conditional on the patients at hand: blocks of tissue are drawn anew within each section, patients
+    The bootstrap is conditional on the patients at hand: blocks of tissue are drawn anew within each section, patients
     and sections are not.
     """
     n_target, n_variable = len(held_out.panel[0].target), len(held_out.panel[0].variable)
@@ -42,7 +43,7 @@ def expression_figures(
     for which, name in enumerate(names):
         rows: dict[str, dict[str, object]] = {
             f"mean Pearson, {name}": {},
-            f"95 % interval, {name}": {},
+            f"{BLOCK_BOOTSTRAP}, {name}": {},
             f"mean partial Pearson given the spots' counts, {name}": {},
             **{f"{title}, {name}": {} for title in baselines},
             f"noise ceiling, {name}": {},
@@ -88,9 +89,10 @@ def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interval(panel: Panel, centres_um: np.ndarray) -> np.ndarray:
-    """95 % interval of the mean correlation of both panels, ``(2, 2)``: target and variable, low and high.
+    """How far other blocks of the section would move the mean correlation of both panels, ``(2, 2)``: low and high.
 
-    Percentiles of :func:`bootstrap`, expanded for the few blocks that there are (Hesterberg, Am Stat 2015): at n of them by
+    The rows are target and variable. It is a 95 % interval where blocks are independent, and covers 94 to 46 % where they
+    are not (``bench_trust.py blocks``): the card does not call it one. Percentiles of :func:`bootstrap`, expanded for the few blocks that there are (Hesterberg, Am Stat 2015): at n of them by
     the t distribution and by n / (n - 1). NaN below :data:`MIN_BLOCKS`.
     """
     from scipy.stats import norm, t

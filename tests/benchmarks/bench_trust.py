@@ -9,7 +9,8 @@ Parts:
   permuted   the counts of A1, A2, C2, C3 and C4 handed to other spots of their section: how many genes are called reliable
   depth      the counts of A1, C2, C3 and C4 drawn anew from one profile a section, so that no gene has a pattern: with the
              total that each spot has, and with the same total everywhere; and as they were measured
-  blocks     how often the card's 95 % interval of a mean correlation holds the true one, in simulated fields
+  blocks     how often the bootstrap of a mean correlation on the card holds the true one, in simulated fields
+  ceiling    the noise ceiling of the serial sections C2-C5 beside what their agreement, spot by spot, allows
   guard      C5 by the bundled model as it is, with a wrong µm/px, recoloured, rescaled, and replaced by what is no tissue;
              A1 and A2 with a wrong µm/px, and by a model of C2-C4 alone
 
@@ -31,7 +32,7 @@ from shapely import Point
 
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
-from he2gene_sc.stats import log_normalise, pearson
+from he2gene_sc.stats import ceiling_of_neighbours, log_normalise, moran, neighbour_weights, noise_ceiling, pearson
 from he2gene_sc.training._closed_form.validate import Panel
 from he2gene_sc.training._figures import interval
 from he2gene_sc.training._predictability import RELIABLE_PCC
@@ -169,6 +170,42 @@ def blocks(cache):
         )
 
 
+def ceiling(_):
+    """Both ends of the noise ceiling, and the root of the correlation of the same place in two serial sections.
+
+    Half of the 1,000 genes of highest mean say which shift of the lattice puts two sections on each other, the others
+    are compared. Layers lie apart and do not fit exactly, so that this is a little less than the ceiling.
+    """
+    tables = {name: hg.datasets.her2st(name)["table"] for name in C}
+    genes = sorted(set.intersection(*(set(table.var_names) for table in tables.values())))
+    logs = {name: log_normalise(t.X)[:, t.var_names.get_indexer(genes)] for name, t in tables.items()}
+    top = np.argsort(-np.mean([y.mean(0) for y in logs.values()], axis=0))[:1000]
+    places, low, high = {}, {}, {}
+    for name, table in tables.items():
+        logs[name] = logs[name][:, top]
+        xy = table.obs[["array_col", "array_row"]].to_numpy(float)
+        places[name] = np.round(xy).astype(int)
+        weights = neighbour_weights(xy, 1.0)
+        low[name] = ceiling_of_neighbours(moran(logs[name], weights), weights)[0]
+        high[name] = noise_ceiling(table.X, genes=table.var_names.get_indexer(genes)[top])
+    for i, a in enumerate(C):
+        for b in C[i + 1 :]:
+            shifts = ((dx, dy) for dx in range(-8, 9) for dy in range(-8, 9))
+            pairs = [pair for s in shifts if len((pair := _paired(places[a], places[b] + s))[0]) >= 100]
+            r = [pearson(logs[a][m], logs[b][n]) for m, n in pairs]
+            best = max(r, key=lambda found: np.nanmean(found[::2]))
+            serial = np.sqrt(max(float(np.nanmean(best[1::2])), 0))
+            ends = [np.sqrt(np.nanmean((of[a] * of[b])[1::2])) for of in (low, high)]
+            print(f"{a}, {b}: ceiling {ends[0]:.2f} to {ends[1]:.2f}, serial sections {serial:.2f}", flush=True)
+
+
+def _paired(a, b):
+    """Rows of two sections at the same places."""
+    at = {tuple(place): i for i, place in enumerate(b)}
+    pairs = [(i, at[tuple(place)]) for i, place in enumerate(a) if tuple(place) in at]
+    return np.array(pairs, int).reshape(-1, 2).T
+
+
 def looked_at(title, model, pixels, centres, mpp):
     """Predict every third spot of an image; what the guard says rests on the image alone."""
     centres = centres[::3]
@@ -234,6 +271,7 @@ PARTS = {
     "permuted": permuted,
     "depth": depth,
     "blocks": blocks,
+    "ceiling": ceiling,
     "guard": guard,
 }
 

@@ -114,9 +114,13 @@ def evaluate(
     ``ssim``
         Structural similarity on the grid of the array, :func:`he2gene_sc.stats.ssim_on_grid`; cells without a spot
         have no part in it.
-    ``ceiling``, ``ceiling_share``
-        Noise ceiling of Pearson by binomial splitting of counts, :func:`he2gene_sc.stats.noise_ceiling`, and
-        Pearson's share of it.
+    ``ceiling``, ``ceiling_high``
+        Noise ceiling of Pearson, an interval. The lower end takes for signal what neighbouring spots share
+        (:func:`he2gene_sc.stats.ceiling_of_neighbours`), the upper all that varies beyond counting, by binomial splitting
+        of counts (:func:`he2gene_sc.stats.noise_ceiling`). They differ by overdispersion: variation of single spots that may
+        be biology or not. Serial sections are near the lower end (``docs/trust.md``).
+    ``ceiling_share``, ``ceiling_share_high``
+        Pearson over the upper and over the lower end. The latter is NaN where the lower end is not above chance.
     ``depth_correlation``
         Pearson correlation of measured - predicted with the log of total counts: what is left of the residual that
         sequencing depth explains.

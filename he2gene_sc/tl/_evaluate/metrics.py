@@ -11,6 +11,7 @@ import scipy.sparse
 
 from ...stats import _baselines as of_others
 from ...stats import (
+    ceiling_of_neighbours,
     class_scores,
     moran,
     neighbour_weights,
@@ -37,7 +38,9 @@ METRICS = (
     "moran_predicted",
     "ssim",
     "ceiling",
+    "ceiling_high",
     "ceiling_share",
+    "ceiling_share_high",
     "depth_correlation",
 )
 BASELINE_METRICS = METRICS[:2]
@@ -89,11 +92,12 @@ def judge(judged: Judged, baselines: Mapping[str, np.ndarray | None], *, n_split
         For the noise ceiling.
     """
     weights = {name: neighbour_weights(judged.xy[w], judged.pitches[name]) for name, w in judged.sections.items()}
-    model = [_model(judged, where, weights[name], n_splits, seed) for name, where in judged.sections.items()]
+    model = [_model(judged, where, weights[name], True, n_splits, seed) for name, where in judged.sections.items()]
     of_sections = {judged.predictor: {metric: np.stack([part[metric] for part in model]) for metric in METRICS}}
     pooled = {judged.predictor: model[0]}
     if len(model) > 1:
-        pooled[judged.predictor] = _model(judged, np.arange(len(judged.rows)), None, n_splits, seed)
+        everywhere = np.arange(len(judged.rows))
+        pooled[judged.predictor] = _model(judged, everywhere, _within(judged, weights), False, n_splits, seed)
         pooled[judged.predictor] |= {metric: _mean(of_sections[judged.predictor][metric]) for metric in _OF_MAPS}
     for name, reads in baselines.items():
         parts, whole = _baseline(judged, name, reads, weights)
@@ -108,29 +112,44 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return np.where(n > 0, np.where(known, values, 0).sum(0) / np.maximum(n, 1), np.nan)
 
 
+def _within(judged: Judged, weights: Mapping[str, scipy.sparse.sparray]) -> scipy.sparse.csr_array:
+    """Neighbours of all spots, each in its own section."""
+    n = len(judged.rows)
+    whole = scipy.sparse.csr_array((n, n))
+    for name, where in judged.sections.items():
+        part = scipy.sparse.coo_array(weights[name])
+        whole = whole + scipy.sparse.csr_array((part.data, (where[part.row], where[part.col])), shape=(n, n))
+    return whole
+
+
 def _model(
-    judged: Judged, where: np.ndarray, weights: scipy.sparse.sparray | None, n_splits: int, seed: int
+    judged: Judged, where: np.ndarray, weights: scipy.sparse.sparray, maps: bool, n_splits: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Every metric of the prediction on some spots; of maps only with ``weights``."""
+    """Every metric of the prediction on some spots; that of maps only where they are one section."""
     n_genes = len(judged.genes)
     found = {metric: np.full(n_genes, np.nan) for metric in METRICS}
+    shared = np.full(n_genes, np.nan)
     depth = judged.depth
     for block in column_blocks((len(where), n_genes), _BLOCK):
         p, m = judged.predicted[:, block][where], judged.measured[:, block][where]
         for name, metric in (("pearson", pearson), ("spearman", spearman), ("sd_ratio", sd_ratio), ("slope", slope)):
             found[name][block] = metric(p, m)
         found["skill"][block] = skill(p, m, judged.mean[block])
+        shared[block] = moran(m, weights)
         if depth is not None:
             found["depth_correlation"][block] = pearson(m - p, np.broadcast_to(depth[where][:, None], p.shape))
-        if weights is not None:
-            found["moran_measured"][block], found["moran_predicted"][block] = moran(m, weights), moran(p, weights)
+        if maps:
+            found["moran_measured"][block], found["moran_predicted"][block] = shared[block], moran(p, weights)
             found["ssim"][block] = ssim_on_grid(p, m, judged.row[where], judged.column[where])
     if judged.counts is not None:
         counts = judged.counts[where]
-        found["ceiling"] = noise_ceiling(counts, genes=judged.count_columns, n_splits=n_splits, seed=seed)
+        high = noise_ceiling(counts, genes=judged.count_columns, n_splits=n_splits, seed=seed)
+        low, chance = ceiling_of_neighbours(shared, weights)
+        low = np.minimum(low, high)
+        found["ceiling"], found["ceiling_high"] = low, high
         with np.errstate(invalid="ignore", divide="ignore"):
-            share = found["pearson"] / found["ceiling"]
-        found["ceiling_share"] = np.where(found["ceiling"] > 0, share, np.nan)
+            found["ceiling_share"] = np.where(high > 0, found["pearson"] / high, np.nan)
+            found["ceiling_share_high"] = np.where(low > chance, found["pearson"] / low, np.nan)
     return found
 
 
