@@ -80,7 +80,7 @@ def auroc(labels, made):
     if not classes or len(set(tumour[known])) < 2:
         return np.nan
     share = proba[classes].sum(axis=1).to_numpy()
-    known &= np.isfinite(share)
+    known = known & np.isfinite(share)
     return roc_auc_score(tumour[known], share[known])
 
 
