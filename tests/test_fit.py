@@ -673,7 +673,7 @@ def test_genes_that_no_held_out_section_lists_are_refused():
         fit(replace(data, targets=targets))
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", "torn", "foreign"])
+@pytest.mark.parametrize("content", [b"", b"junk", "torn", "foreign", "another"])
 def test_resuming_from_a_damaged_or_foreign_file_names_it(tmp_path, content):
     data = toy_set(40)
     fit(data, replace(BASE, max_epochs=1), checkpoint_dir=tmp_path)
@@ -682,6 +682,8 @@ def test_resuming_from_a_damaged_or_foreign_file_names_it(tmp_path, content):
         last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     elif content == "foreign":
         torch.save({"weights": torch.zeros(3)}, last)
+    elif content == "another":
+        torch.save({"callbacks": {"Keeper": {"run": [1, 2]}}}, last)
     else:
         last.write_bytes(content)
     before = last.read_bytes()

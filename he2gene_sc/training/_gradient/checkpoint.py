@@ -142,7 +142,7 @@ def check_checkpoint(path: Path, run: dict[str, Any]) -> None:
         If it is; the message says what differs.
     """
     try:
-        theirs = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]["run"]
+        theirs = dict(torch.load(path, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]["run"])
     except Exception as error:  # Whatever a torn file makes of torch.
         raise ValueError(
             f"`resume`: {str(path)!r} is damaged, no checkpoint of such a run, or holds what cannot be loaded safely, as the state "
@@ -160,7 +160,7 @@ def check_checkpoint(path: Path, run: dict[str, Any]) -> None:
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """Say in words how two runs differ; of digests only which."""
     found = []
-    for key in sorted(theirs.keys() | ours.keys()):
+    for key in sorted(theirs.keys() | ours.keys(), key=str):
         was, now = theirs.get(key), ours.get(key)
         if isinstance(now, dict):
             was = was if isinstance(was, dict) else {}
