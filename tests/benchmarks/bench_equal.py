@@ -22,6 +22,7 @@ SECTIONS = ("C5", "A1", "B4")
 BOUND = 1e-6
 #: Results that another version gives by intention, by the beginning of their name.
 MEANT = {
+    "intervals": "spots without a class take the interval of all classes",
     "predict/ood": "the score is also of stain, focus, noise and glass",
     "biomarkers/spatial/logfoldchanges": "patients weigh alike, as in effect_size",
     "biomarkers/wilcoxon/logfoldchanges": "patients weigh alike, as in effect_size",
