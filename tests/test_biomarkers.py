@@ -277,7 +277,7 @@ def test_mixed_takes_covariates():
     assert {f"g{i}" for i in range(5)} == set(of(plain).index[of(plain)["pvals_adj"] < 0.05])
     assert (plain["method"] == "mixed").all()
     assert not np.allclose(of(plain)["pvals"], of(adjusted)["pvals"].reindex(of(plain).index))
-    with pytest.raises(ValueError, match="'pseudobulk', 'means' and 'mixed' alone, the method is 'wilcoxon'"):
+    with pytest.raises(ValueError, match="'pseudobulk', 'means', 'mixed' and 'spatial' alone"):
         found(tables, covariates="depth", method="wilcoxon")
     with pytest.raises(ValueError, match="`covariates` 'no' is not a column"):
         found(tables, method="mixed", covariates="no")

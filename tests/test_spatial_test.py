@@ -66,16 +66,78 @@ def test_effective_size_is_dutilleuls_under_a_known_covariance(monkeypatch):
     np.testing.assert_allclose(test.n_effective, 1 + 1 / variance_of_r, rtol=1e-3)
 
 
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("reach", [0.3, 1.5, 3.5])
-@pytest.mark.parametrize("layout", ["blob", "half", "scattered"])
+@pytest.mark.parametrize(
+    ("power", "reach", "layout"),
+    [(1, 0.3, "blob"), (1, 1.5, "scattered"), (1, 3.5, "half"), (2, 1.5, "blob"), (2, 3.5, "half"), (2, 3.5, "blob")],
+)
 def test_size_holds_for_every_range(power, reach, layout):
     group = {"blob": BLOB, "half": GRID[:, 1] < 7, "scattered": np.random.default_rng(1).random(len(GRID)) < 0.1}[
         layout
     ]
-    values = field(np.exp(-((DISTANCE / reach) ** power)), 600)
-    # 600 genes: 7 % and 1.5 standard errors
+    values = field(np.exp(-((DISTANCE / reach) ** power)), 400)
+    # 400 genes: 7 % and 1.3 standard errors
     assert np.mean(spatial_test(values, group, GRID, check_top=0).pvalues < 0.05) <= 0.086
+
+
+def stretched(ratio, degrees, reach=4.0):
+    """Covariance of a smooth field (Matérn 3/2) that is longer in one direction."""
+    turn = np.radians(degrees)
+    axes = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    points = GRID @ axes / np.sqrt([ratio, 1 / ratio]) / reach
+    distance = np.sqrt(3) * cdist(points, points)
+    return (1 + distance) * np.exp(-distance)
+
+
+@pytest.mark.parametrize(("ratio", "degrees", "layout"), [(3, 0, "rim"), (5, 45, "rim"), (5, 90, "half")])
+def test_size_holds_in_smooth_fields_that_are_stretched(ratio, degrees, layout):
+    away = np.linalg.norm((GRID - GRID.mean(0)) / np.ptp(GRID, axis=0), axis=1)
+    group = away > np.quantile(away, 0.7) if layout == "rim" else GRID[:, 1] < 7
+    test = spatial_test(field(stretched(ratio, degrees), 200), group, GRID, check_top=0)
+    assert np.mean(test.pvalues < 0.05) <= 0.06
+
+
+# ------------------------------------------------------------------------------------------------ covariates
+
+DEPTH = (BLOB + np.random.default_rng(2).normal(0, 1, len(GRID)))[:, None]
+
+
+def test_a_covariate_that_differs_between_the_groups_is_not_a_difference(smooth):
+    values = 0.3 * smooth[:, :100] + field(np.eye(len(GRID)), 100, 1)
+    assert np.mean(spatial_test(values + DEPTH, BLOB, GRID, check_top=0).pvalues < 0.05) > 0.5
+    test = spatial_test(values + DEPTH, BLOB, GRID, covariates=DEPTH)
+    assert np.mean(test.pvalues < 0.05) <= 0.07
+    assert_same(test, spatial_test(values, BLOB, GRID, covariates=DEPTH), rtol=1e-3)
+
+
+def test_effects_at_equal_covariates_are_those_of_least_squares(monkeypatch):
+    monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter(()))
+    monkeypatch.setattr(_spatial_fit, "_ratios", lambda moments: np.zeros((1, len(moments.effect))))
+    values = np.random.default_rng(0).standard_normal((len(GRID), 20)) + DEPTH + BLOB[:, None]
+    test = spatial_test(values, BLOB, GRID, covariates=DEPTH, check_top=0)
+    design = np.column_stack([BLOB, np.ones(len(GRID)), DEPTH])
+    fit = np.linalg.lstsq(design, values)[0]
+    np.testing.assert_allclose(test.effect, fit[0])
+    error = np.sqrt(np.square(values - design @ fit).sum(0) / (len(GRID) - 3) * np.linalg.inv(design.T @ design)[0, 0])
+    np.testing.assert_allclose(test.effect / test.scores, error, rtol=0.03)
+
+
+def test_covariates_in_blocks_are_nearly_those_of_spots(monkeypatch, smooth):
+    values, group = smooth[:, :60] + 0.5 * DEPTH, BLOB
+    exact = spatial_test(values, group, GRID, covariates=DEPTH, check_top=0)
+    monkeypatch.setattr(_spatial_test, "make_blocks", lambda *args: make_blocks(*args, max_blocks=80))
+    coarse = spatial_test(values, group, GRID, covariates=DEPTH, check_top=0)
+    np.testing.assert_allclose(coarse.effect, exact.effect)
+    assert 0.85 < np.median(coarse.scores / exact.scores) < 1.15
+
+
+def test_covariates_that_vary_nowhere_change_nothing(smooth):
+    values = smooth[:, :10]
+    constant = np.column_stack([np.ones(len(GRID)), np.zeros(len(GRID))])
+    assert_same(
+        spatial_test(values, BLOB, GRID, covariates=constant, check_top=0),
+        spatial_test(values, BLOB, GRID, check_top=0),
+        rtol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("reach", [0.01, 2])
@@ -100,13 +162,14 @@ def test_equal_variances_keep_their_power():
     assert np.mean(spatial_test(values, BLOB, GRID, check_top=0).pvalues < 0.05) > 0.9
 
 
-@pytest.mark.parametrize("reach", [4, 15])
-@pytest.mark.parametrize("layout", ["core", "ring", "small core"])
+@pytest.mark.parametrize(
+    ("layout", "reach"), [("core", 4), ("core", 15), ("ring", 4), ("small core", 4), ("small core", 15)]
+)
 def test_size_holds_in_smooth_fields_around_a_core(reach, layout):
     away = np.linalg.norm(GRID - GRID.mean(0), axis=1)
     group = {"core": away < np.quantile(away, 0.4), "ring": away > np.quantile(away, 0.6)}.get(layout)
     group = away < np.quantile(away, 0.1) if group is None else group
-    values = field(np.exp(-((DISTANCE / reach) ** 2)), 400)
+    values = field(np.exp(-((DISTANCE / reach) ** 2)), 300)
     assert np.mean(spatial_test(values, group, GRID, check_top=0).pvalues < 0.05) <= 0.08
 
 
@@ -162,13 +225,14 @@ def test_interval_and_pvalue_agree(smooth):
 
 def test_longer_range_means_fewer_effective_spots():
     sizes = [
-        np.median(spatial_test(field(np.exp(-DISTANCE / reach), 50), BLOB, GRID).n_effective) for reach in (0.2, 1, 4)
+        np.median(spatial_test(field(np.exp(-DISTANCE / reach), 20), BLOB, GRID, check_top=0).n_effective)
+        for reach in (0.2, 1, 4)
     ]
     assert sizes[0] > sizes[1] > sizes[2] > 1
 
 
 def test_order_unit_place_and_scale_do_not_matter(smooth):
-    values = smooth[:, :40]
+    values = smooth[:, :10]
     test = spatial_test(values, BLOB, GRID, check_top=0)
     order = np.random.default_rng(0).permutation(len(GRID))
     assert_same(test, spatial_test(values[order], BLOB[order], GRID[order], check_top=0))
@@ -183,7 +247,7 @@ def test_swapped_groups_swap_the_sign(smooth):
 
 
 def test_level_of_a_section_does_not_matter(smooth):
-    values, sections = smooth[:, :30], np.where(GRID[:, 1] < 7, "a", "b")
+    values, sections = smooth[:, :10], np.where(GRID[:, 1] < 7, "a", "b")
     shifted = values + 10 * (sections == "b")[:, None]
     group = (GRID[:, 0] < 5) ^ (GRID[:, 1] == 2)
     assert_same(spatial_test(values, group, GRID, sections), spatial_test(shifted, group, GRID, sections), rtol=1e-3)
@@ -195,9 +259,9 @@ def test_level_of_a_section_does_not_matter(smooth):
 
 def test_size_holds_in_two_sections():
     sections = np.repeat([0, 1], len(GRID))
-    values = np.vstack([field(np.exp(-DISTANCE / 3), 400, seed) for seed in (1, 2)])
+    values = np.vstack([field(np.exp(-DISTANCE / 3), 200, seed) for seed in (1, 2)])
     group = np.concatenate([BLOB, GRID[:, 0] < 6])
-    assert np.mean(spatial_test(values, group, np.vstack([GRID, GRID]), sections).pvalues < 0.05) <= 0.086
+    assert np.mean(spatial_test(values, group, np.vstack([GRID, GRID]), sections).pvalues < 0.05) <= 0.09
 
 
 def test_blocks_hold_label_and_covariance():
@@ -223,6 +287,7 @@ def test_blocks_give_nearly_the_exact_test(monkeypatch, smooth):
 
 
 def test_check_only_raises_pvalues_of_the_top_genes(smooth):
+    smooth = smooth[:, :150]
     plain = spatial_test(smooth, BLOB, GRID, check_top=0)
     checked = spatial_test(smooth, BLOB, GRID, check_top=25)
     assert np.isnan(plain.pvalues_check).all()
@@ -275,6 +340,8 @@ def test_wilcoxon_is_scanpys_and_scipys():
         ({"xy": np.where(GRID == 0, np.nan, GRID)}, "`xy`"),
         ({"xy": np.maximum(GRID, 1)}, "`xy`"),
         ({"sections": np.zeros(3)}, "`sections`"),
+        ({"covariates": np.ones(len(GRID))}, "`covariates`"),
+        ({"covariates": BLOB[:, None].astype(float)}, "alone tell the group"),
         ({"sections": BLOB}, "`sections`"),
         ({"level": 95}, "`level`"),
         ({"check_top": -1}, "`check_top`"),

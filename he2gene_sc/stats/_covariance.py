@@ -14,14 +14,19 @@ _REPRESENTATIVES = 4
 #: Field to white noise, as a ratio of variances: from nearly white to nearly none.
 ODDS = np.geomspace(0.02, 1000, 25)
 #: Families, numbers of ranges, the longest in sides of the tissue, and anisotropy (ratio of the ranges along and across).
-#: A Gaussian field of four sides is a linear trend.
+#: A Gaussian field of four sides is a linear trend. Smooth stretched fields need a smooth stretched family: rough and Gaussian
+#: ones alone misjudge the difference between rim and core.
 _GRID = (
     ("exponential", 9, 1, 1),
     ("matern", 15, 1, 1),
     ("gaussian", 20, 4, 1),
     ("exponential", 6, 1, 3),
+    ("matern", 6, 1, 3),
     ("gaussian", 6, 1, 3),
+    ("matern", 6, 1, 6),
 )
+#: Pairs of more spots than this are computed in single precision.
+_MAX_DOUBLE = 1000
 _DIRECTIONS = 4
 
 
@@ -118,9 +123,11 @@ class _Pairs:
     def correlation(self, family: str, xy: np.ndarray) -> np.ndarray:
         from scipy.spatial.distance import cdist
 
-        between = _correlation(family, cdist(xy[self.spots], xy[self.spots]))
+        distance = cdist(xy[self.spots], xy[self.spots])
+        between = _correlation(family, distance.astype(np.float32) if len(self.spots) > _MAX_DOUBLE else distance)
         if len(self.spots) > len(self.size):
             between = np.add.reduceat(np.add.reduceat(between, self.starts, axis=0), self.starts, axis=1)
+        between = between.astype(np.float64)
         between *= self.weight[:, None] * self.weight
         between[self.apart] = 0
         within = _correlation(family, np.linalg.norm(xy[self.first] - xy[self.second], axis=1))
@@ -135,5 +142,5 @@ def _correlation(family: str, distance: np.ndarray) -> np.ndarray:
         return np.exp(-distance)
     if family == "gaussian":
         return np.exp(-np.square(distance))
-    scaled = np.sqrt(3) * distance
+    scaled = distance * distance.dtype.type(np.sqrt(3))
     return (1 + scaled) * np.exp(-scaled)

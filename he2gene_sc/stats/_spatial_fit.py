@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from ._covariance import ODDS, Blocks, correlations
+from ._spatial_moments import CHUNK, Moments
 
 #: White noise that the fit adds to every gene, as a share of its variance (and takes off the result again).
 JITTER = 0.03
@@ -16,95 +15,6 @@ RATIOS = np.arange(-7, 8) / 4
 _MOST = 6.0
 #: Their weight before the data is (1 + (ratio / scale)²)^-tail: equal SDs unless the gene says otherwise, long tails.
 _SCALE, _TAIL = 0.25, 2.0
-#: Genes that are worked on together.
-CHUNK = 1024
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What the test needs of all genes, in the basis of blocks; two of a thing: inside the group, and outside."""
-
-    effect: np.ndarray  # (g,)
-    contrasts: np.ndarray  # (q, g) float32, residuals in the complement of section × group means, in units of `scale`
-    energy: np.ndarray  # (2, g) sum of their squares
-    inside: np.ndarray  # (2, g) sum of squares of what blocks do not see, in units of `scale`
-    scale: np.ndarray  # (g,) residual variance as if spots were independent; NaN where there is none
-    label: np.ndarray  # (m,) label, centred within sections
-    complement: np.ndarray  # (m, q), the group's columns first
-    n_contrasts: tuple[int, ...]
-    n_inside: tuple[int, ...]
-    sides: np.ndarray  # (2, m) whether a block is of the group, or not
-    sections: np.ndarray  # (m, s) unit vectors
-    n_free: int  # residual degrees of freedom of the spots
-
-    @classmethod
-    def of(cls, values: np.ndarray, group: np.ndarray, codes: np.ndarray, blocks: Blocks) -> Moments:
-        from scipy import linalg
-
-        n, g = values.shape
-        sections = (codes[:, None] == np.unique(codes)).astype(float)
-        means = sections / sections.sum(0)
-        label = group - sections @ (means.T @ group)
-        in_blocks = blocks.project(np.column_stack([sections / np.sqrt(sections.sum(0)), label]))
-        first = np.zeros(len(blocks.size), int)
-        first[blocks.of_spot] = np.arange(n)
-        sides = np.stack([group[first], ~group[first]])
-        parts, columns = [], []
-        for side, of_spot in zip(sides, (group, ~group), strict=True):
-            there = sections * of_spot[:, None]
-            there = there[:, there.any(0)]
-            columns.append(there)
-            there = blocks.project(there / np.sqrt(there.sum(0)))[side]
-            basis = np.zeros((len(side), side.sum() - there.shape[1]))
-            basis[side] = linalg.qr(there)[0][:, there.shape[1] :]
-            parts.append(basis)
-        n_contrasts = tuple(part.shape[1] for part in parts)
-        n_inside = tuple(int(of_spot.sum() - side.sum()) for side, of_spot in zip(sides, (group, ~group), strict=True))
-        complement, cells = np.hstack(parts), np.hstack(columns)
-        cell_means = cells / cells.sum(0)
-        n_free = n - cells.shape[1]
-        effect, scale, inside, energies = np.empty(g), np.empty(g), np.zeros((2, g)), np.empty((2, g))
-        contrasts = np.empty((complement.shape[1], g), np.float32)
-        for start in range(0, g, CHUNK):
-            part = slice(start, start + CHUNK)
-            chunk = values[:, part].astype(np.float64)
-            size = np.abs(chunk).max(0)
-            chunk -= sections @ (means.T @ chunk)
-            effect[part] = label @ chunk / (label @ label)
-            # A value that is no number is in every mean; the gene is left out below.
-            with np.errstate(invalid="ignore"):
-                chunk -= cells @ (cell_means.T @ chunk)
-            both = np.stack([np.einsum("ij,ij->j", chunk[side], chunk[side]) for side in (group, ~group)])
-            energy = both.sum(0)
-            varies = np.isfinite(energy) & (energy > (1e-7 * size) ** 2 * n)
-            chunk[:, ~varies], both[:, ~varies] = 0, 0
-            scale[part] = np.where(varies, energy, np.nan) / n_free
-            unit = np.where(varies, np.sqrt(energy / n_free), 1)
-            chunk = complement.T @ blocks.project(chunk) / unit
-            contrasts[:, part] = chunk
-            for i, rows in enumerate((slice(n_contrasts[0]), slice(n_contrasts[0], None))):
-                energies[i, part] = np.einsum("ij,ij->j", chunk[rows], chunk[rows])
-                if n_inside[i]:
-                    inside[i, part] = np.maximum(both[i] / unit**2 - energies[i, part], 0)
-        return cls(
-            effect,
-            contrasts,
-            energies,
-            inside,
-            scale,
-            in_blocks[:, -1],
-            complement,
-            n_contrasts,
-            n_inside,
-            sides,
-            in_blocks[:, :-1],
-            n_free,
-        )
-
-    @property
-    def centred(self) -> np.ndarray:
-        """``(m, m)``: takes the section means off."""
-        return np.eye(len(self.sections)) - self.sections @ self.sections.T
 
 
 def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,7 +33,8 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     share = weight / n_inside if n_inside else 0.0
     n_terms = moments.contrasts.shape[0] + weight
     counts = np.array(moments.n_contrasts) + share * np.array(moments.n_inside)
-    coefficient = moments.label / (moments.label @ moments.label) * moments.sides
+    coefficient = moments.label / moments.size * moments.sides
+    unseen = moments.unseen / moments.size**2
     means = np.stack([moments.sections.T * side for side in moments.sides])  # (2, s, m)
     of_side = np.array([blocks.size[side].sum() for side in moments.sides])
     noise = 1 / (1 + ODDS)
@@ -135,7 +46,7 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     together = section[:, None] == section
     shared = np.sqrt(np.outer(blocks.size, blocks.size))
 
-    white = np.square(coefficient).sum(1)
+    white = np.square(coefficient).sum(1) + unseen
     white_trace = of_side - np.square(means).sum((1, 2))
     ratios = _ratios(moments)  # (k, g) logarithms
     shrink: np.ndarray = np.stack([np.exp(-ratios), np.exp(ratios)])  # 1 / s², s_a s_b being 1
@@ -184,7 +95,7 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
         # What the farthest spots still share is the level of the section, which no data tell: it is nobody's variance.
         floor = (correlation[together] / shared[together]).min()
         local = correlation - floor * np.where(together, shared, 0)
-        own = coefficient @ local @ coefficient.T
+        own = coefficient @ local @ coefficient.T + np.diag(unseen * rest)
         # all n spots have 1, less what the section means take
         trace = np.diag(of_side) * (1 - floor) - np.einsum("asi,ij,bsj->ab", means, local, means, optimize=True)
         # quadratic forms in the two SDs: inside, outside, and between the groups

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ._covariance import Blocks, correlations, make_blocks
-from ._spatial_fit import CHUNK, Moments, covariance_of
+from ._spatial_fit import covariance_of
+from ._spatial_moments import CHUNK, Design, Moments
 
 #: Below this the randomisation agrees with the test, and the p-value stays as it is.
 _CHECK_LEVEL = 0.05
@@ -35,6 +36,7 @@ def spatial_test(
     xy: np.ndarray,
     sections: np.ndarray | None = None,
     *,
+    covariates: np.ndarray | None = None,
     level: float = 0.95,
     check_top: int = 100,
     n_perms: int = 999,
@@ -45,8 +47,8 @@ def spatial_test(
     A modified t-test (Clifford, Richardson & Hémon 1989; Dutilleul 1993): the variance of the difference is that under
     the gene's own spatial covariance. That covariance is not read off a correlogram, which is biased towards none in a
     window that the range is no small part of, but averaged over a fixed grid of covariances (exponential, Matérn 3/2
-    and Gaussian, isotropic and anisotropic, with white noise), each weighted by its restricted likelihood (Patterson &
-    Thompson 1971). Each group has an SD of its own: the grid holds 15 ratios of the two, equal ones weighing most before the data.
+    and Gaussian, isotropic and stretched in four directions, with white noise), each weighted by its restricted likelihood
+    (Patterson & Thompson 1971). Each group has an SD of its own: the grid holds 15 ratios of the two, equal ones weighing most before the data.
     How much the grid disagrees makes the degrees of freedom. See docs/statistics/methods.md.
 
     A group of a few spots cannot tell its own SD: where that is twice the others', three scattered spots are still
@@ -64,6 +66,8 @@ def spatial_test(
         ``(n, 2)`` spot centres in any unit; grids and irregular positions alike.
     sections
         ``(n,)`` codes; values and labels are compared within a section. ``None``: one section.
+    covariates
+        ``(n, c)`` numbers of the spots, such as their log depth. The effect is that at equal covariates.
     level
         Of the interval.
     check_top
@@ -81,7 +85,7 @@ def spatial_test(
     ------
     ValueError
         If shapes do not fit, a group has fewer than 3 spots, no section holds both groups, fewer than 3 spots are left
-        beyond one for each group of a section, two spots lie on one another, or ``level``, ``check_top`` or ``n_perms`` is out of range.
+        beyond one for each group of a section, covariates tell the groups apart, two spots lie on one another, or ``level``, ``check_top`` or ``n_perms`` is out of range.
 
     Examples
     --------
@@ -97,9 +101,10 @@ def spatial_test(
 
     values, group = np.asarray(values), np.asarray(group)
     xy, codes = _checked(values, group, xy, sections, level, check_top, n_perms)
+    design = _designed(group, codes, covariates)
     # Its small matrices gain nothing from threads, which wait for each other for minutes on a busy machine.
     with threadpool_limits(1, user_api="blas"):
-        return _tested(values, group, xy, codes, level, check_top, n_perms, seed)
+        return _tested(values, group, xy, codes, design, level, check_top, n_perms, seed)
 
 
 def _tested(
@@ -107,6 +112,7 @@ def _tested(
     group: np.ndarray,
     xy: np.ndarray,
     codes: np.ndarray,
+    design: Design,
     level: float,
     check_top: int,
     n_perms: int,
@@ -115,7 +121,7 @@ def _tested(
     from scipy import stats
 
     blocks = make_blocks(xy, codes, group)
-    moments = Moments.of(values, group, codes, blocks)
+    moments = Moments.of(values, group, codes, blocks, design)
     variance, spread, total = covariance_of(moments, blocks)
     # a normal of uncertain variance looks like the t of that variance and that excess kurtosis: Student's without a field
     df = np.minimum(4 + 2 / spread, moments.n_free)
@@ -129,10 +135,10 @@ def _tested(
         df=df,
         ci_low=moments.effect - reach,
         ci_high=moments.effect + reach,
-        n_effective=np.minimum(1 + total / (variance * (moments.label @ moments.label)), len(values)),
+        n_effective=np.minimum(1 + total / (variance * moments.size), len(values)),
         pvalues_check=np.full(values.shape[1], np.nan),
     )
-    return _check(result, values, codes, moments, blocks, check_top, n_perms, seed)
+    return _check(result, values, design, moments, blocks, check_top, n_perms, seed)
 
 
 def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +177,7 @@ def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np
 def _check(
     result: SpatialTest,
     values: np.ndarray,
-    codes: np.ndarray,
+    design: Design,
     moments: Moments,
     blocks: Blocks,
     check_top: int,
@@ -188,9 +194,7 @@ def _check(
     # the last ones are the section means
     vectors = vectors[:, : vectors.shape[1] - moments.sections.shape[1]]
     triplets = np.arange(vectors.shape[1]) // 3
-    sections = (codes[:, None] == np.unique(codes)).astype(float)
-    chosen = values[:, genes].astype(np.float64)
-    chosen = blocks.project(chosen - sections @ (sections.T @ chosen / sections.sum(0)[:, None]))
+    chosen = blocks.project(design.residuals(values[:, genes].astype(np.float64)))
     share = np.bincount(triplets, np.square(vectors.T @ moments.label))
     power = np.stack([np.bincount(triplets, column) for column in np.square(vectors.T @ chosen).T], axis=1)
     # turning a triplet at random leaves its energy and draws the cosine of its angle to the label's
@@ -199,12 +203,33 @@ def _check(
     directions[:, -1, dimension[-1] :] = 0
     cosine = directions[:, :, 0] / np.linalg.norm(directions, axis=2)
     drawn = np.abs(cosine @ np.sqrt(share[:, None] * power))
-    observed = np.abs(result.effect[genes]) * (moments.label @ moments.label)
+    observed = np.abs(moments.label @ chosen)
     checked = (1 + (drawn >= observed).sum(0)) / (n_perms + 1)
     pvalues, pvalues_check = result.pvalues.copy(), result.pvalues_check.copy()
     pvalues_check[genes] = checked
     pvalues[genes] = np.where(checked > _CHECK_LEVEL, np.maximum(pvalues[genes], checked), pvalues[genes])
     return replace(result, pvalues=pvalues, pvalues_check=pvalues_check)
+
+
+def _designed(group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None) -> Design:
+    """Return label and covariates, or say why these do not fit."""
+    n = len(group)
+    if covariates is not None and (
+        np.ndim(covariates) != 2 or len(covariates) != n or not np.isfinite(covariates).all()
+    ):
+        raise ValueError(f"`covariates` must be ({n}, c) finite numbers, found shape {np.shape(covariates)}")
+    design = Design.of(group, codes, covariates)
+    plain = Design.of(group, codes).label
+    if design.label @ design.label < 1e-6 * (plain @ plain):
+        raise ValueError(
+            "`covariates` (or the depth of the spots) alone tell the group from the reference; leave them out (depth=None)"
+        )
+    left = n - sum(basis.shape[1] for basis in design.within)
+    if left < 3:
+        raise ValueError(
+            f"`covariates`: {n} spots leave {left} degrees of freedom, at least 3 are needed; leave some out"
+        )
+    return design
 
 
 def _checked(

@@ -16,7 +16,7 @@ from ..._core.keys import check_key
 from ..._core.results import check_free, write_to_all
 from ..._core.tables import Scale, column_of
 from .compare import NO_DEPTH, adjusted, check_model, compare, method_for, named_groups
-from .contrast import Method
+from .methods import Method
 from .pool import Pool, pool, tables_of
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
@@ -199,7 +199,7 @@ def biomarkers(
     )
     chosen = method_for(method, spots, covariates, trend)
     model = check_model(chosen, formula, term, lfc)
-    known_depth = depth_of(spots, depth) if chosen.name == "means" else None
+    known_depth = depth_of(spots, depth) if chosen.depth else None
     options = {"covariates": covariates, "level": level, "trend": bool(trend), "robust": bool(robust), **model}
     run: dict[str, Any] = {
         "chosen": chosen,
@@ -210,8 +210,7 @@ def biomarkers(
     }
     if cross_fit:
         halves = _halves(spots, measured, measured_scale)
-        deep = chosen.name == "means"
-        parts = [compare(half, depth=depth_of(half, depth) if deep else None, **run) for half in halves]
+        parts = [compare(half, depth=depth_of(half, depth) if chosen.depth else None, **run) for half in halves]
     else:
         known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
         if seen is not None and not seen.any():
@@ -219,7 +218,7 @@ def biomarkers(
         parts = [compare(spots, measured=known, depth=known_depth, **run)]
     circular = "" if cross_fit else circularity(tables, groupby, layer)
     results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), adjust_over)
-    _caution(results, chosen, circular, chosen.name == "means" and known_depth is None)
+    _caution(results, chosen, circular, chosen.depth and known_depth is None)
     effects = pd.concat([frame for _, frame in parts], axis=1)
     params = {
         "groupby": groupby,

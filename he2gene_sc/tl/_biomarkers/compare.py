@@ -14,7 +14,8 @@ import pandas as pd
 
 from ..._core.spots import asked_name
 from ..._core.validate import format_list
-from .contrast import METHODS, MIN_SPOTS, Cells, Contrast, Method, Outcome, run
+from .contrast import MIN_SPOTS, Cells, Contrast
+from .methods import METHODS, Method, Outcome, run
 from .pool import Pool
 
 if TYPE_CHECKING:
@@ -52,17 +53,18 @@ def compare(
     tuple
         The tests, a row a group and gene, without adjustment; the differences, a row a group and sample, a column a gene.
     """
+    depth = depth if chosen.depth else None
     cells = Cells.of(
         spots,
         squares=chosen.squares,
         detected=chosen.detecting > 0,
         raw=chosen.scale == "counts",
-        depth=depth if chosen.name == "means" else None,
+        depth=depth,
     )
     of_measured = None if measured is None else Cells.of(measured)
     tests, differences, faults = [], [], []
     for group in _groups(cells, groups, reference, chosen):
-        contrast = Contrast.of(spots, cells, spots.genes, group, reference, **options)
+        contrast = Contrast.of(spots, cells, spots.genes, group, reference, depth=depth, **options)
         if measured is not None and of_measured is not None:
             contrast = replace(
                 contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, **options)
@@ -196,8 +198,10 @@ def method_for(method: str, spots: Pool, covariates: Sequence[str], trend: objec
         raise ValueError(f"`trend` is {trend!r}; True or False is needed")
     if not trend and name not in _MODERATED:
         raise ValueError(f"`trend` is of method='pseudobulk' and 'means' alone, the method is {name!r}")
-    if covariates and name not in (*_MODERATED, "mixed"):
-        raise ValueError(f"`covariates` enter method='pseudobulk', 'means' and 'mixed' alone, the method is {name!r}")
+    if covariates and name not in (*_MODERATED, "mixed", "spatial"):
+        raise ValueError(
+            f"`covariates` enter method='pseudobulk', 'means', 'mixed' and 'spatial' alone, the method is {name!r}"
+        )
     if name == "deseq2":
         from .deseq2 import import_pydeseq2
 

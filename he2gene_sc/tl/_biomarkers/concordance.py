@@ -14,7 +14,7 @@ from ..._core.keys import check_key
 from ..._core.results import check_free, write_to_all
 from ..._core.tables import Scale
 from .compare import adjusted, compare, method_for, named_groups
-from .contrast import METHODS
+from .methods import METHODS
 from .pool import pool, prediction_key, tables_of
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of

@@ -1,4 +1,4 @@
-"""Groups of spots against a reference: means in each sample, and the methods that compare them, all of one shape."""
+"""Groups of spots against a reference: means in each sample."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from .pool import Pool
-from .sums import CountCells, DepthCells, cell_covariates, keep_genes, pair_design
+from .sums import CountCells, DepthCells, keep_genes, pair_design
 
 if TYPE_CHECKING:
-    from ...stats import CountSums, SampleTest
+    from ...stats import CountSums
 
 #: A group with fewer spots than this has no mean in a sample, and none at all with fewer altogether.
 MIN_SPOTS = 3
@@ -85,7 +85,8 @@ class Contrast:
     ``inside`` and ``outside`` are ``(n,)`` bool over the spots of the pool; ``means`` is ``(2, samples, g)``, the group
     first, NaN where a sample has fewer than three spots of it; ``counts`` is ``(2, samples)``. ``spot_variance`` ``(g,)``
     is the variance of spots about the means of their group and sample, where squares were summed. ``measured`` is the contrast
-    of the measured values, where there are some.
+    of the measured values, where there are some. ``depth`` is the log depth of the spots of the pool, ``(n,)``, and ``shift``
+    what it adds to ``means``.
     """
 
     pool: Pool
@@ -108,6 +109,8 @@ class Contrast:
     term: str | None = None
     lfc: float = 0.0
     robust: bool = True
+    depth: np.ndarray | None = None
+    shift: np.ndarray | None = None
 
     @classmethod
     def of(cls, pool: Pool, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any) -> Contrast:
@@ -130,6 +133,7 @@ class Contrast:
             more["raw"] = cells.raw.pairs(masks, counts, paired)
         if cells.depth is not None:
             more["adjustment"], more["depth_variance"] = cells.depth.adjust(masks, counts, sums, paired)
+            more["shift"] = cells.depth.shift(masks, counts, sums)
         inside = pool.labels == group
         return cls(pool, genes, cells.samples, inside, np.isin(pool.labels, others), means, counts, pooled, **more)
 
@@ -188,199 +192,5 @@ class Contrast:
             measured=None if self.measured is None else self.measured.keep(genes),
             raw=None if self.raw is None else keep_genes(self.raw, genes),
             adjustment=None if self.adjustment is None else self.adjustment[:, genes],
+            shift=None if self.shift is None else self.shift[..., genes],
         )
-
-
-@dataclass(frozen=True)
-class Method:
-    """A test of one contrast.
-
-    ``samples``: how many with both groups it needs; ``caution``: what its user must know; ``detecting``: spots of the
-    smaller group that are expected to show a gene, from its share of all spots, for the gene to be tested; ``squares``: whether
-    it uses the variance of spots.
-    """
-
-    name: str
-    run: Callable[[Contrast], SampleTest | Outcome]
-    label: str
-    samples: int
-    uses: Callable[[Contrast], np.ndarray]
-    caution: str = ""
-    detecting: int = 0
-    squares: bool = False
-    scale: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast."""
-
-    test: SampleTest
-    differences: np.ndarray
-    logfoldchanges: np.ndarray
-
-
-def run(method: Method, contrast: Contrast) -> Outcome:
-    """Run a method."""
-    found = method.run(contrast)
-    if isinstance(found, Outcome):
-        return found
-    return Outcome(found, contrast.differences, contrast.fold_changes(found.effect))
-
-
-def _pseudobulk(contrast: Contrast) -> Outcome:
-    from ...stats import count_differences, paired_moderated_t
-
-    assert contrast.raw is not None
-    found = count_differences(contrast.raw)
-    known = np.isfinite(found.variances)
-    weights = np.where(known, 1 / np.where(known, found.variances, 1), 0)
-    expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
-    design, column = contrast.design
-    test = paired_moderated_t(
-        found.differences,
-        alike=np.maximum(expected, 1e-30) if contrast.trend else None,
-        weights=weights,
-        design=design,
-        column=column,
-        level=contrast.level,
-        robust=contrast.robust,
-        minimum=contrast.lfc * np.log(2),
-    )
-    return Outcome(test, found.differences, test.effect / np.log(2))
-
-
-def _deseq2(contrast: Contrast) -> Outcome:
-    from ...stats import count_differences
-    from .deseq2 import deseq2
-
-    assert contrast.raw is not None
-    test = deseq2(contrast.raw, level=contrast.level, lfc=contrast.lfc)
-    return Outcome(test, count_differences(contrast.raw).differences, test.effect / np.log(2))
-
-
-def _means(contrast: Contrast) -> SampleTest:
-    from ...stats import paired_moderated_t, variance_components
-
-    assert contrast.spot_variance is not None
-    # A gene of one value everywhere has no variance to go with.
-    least = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
-    within = np.maximum(contrast.spot_variance, least)
-    differences = contrast.differences
-    sampling = (1 / contrast.counts[:, contrast.paired]).sum(0)
-    if contrast.depth_variance is not None:
-        sampling = sampling + contrast.depth_variance
-    weights = None
-    if len(np.unique(sampling)) > 1 and len(differences) > 2:
-        between, factor = variance_components(
-            differences / np.sqrt(within), np.broadcast_to(sampling[:, None], differences.shape)
-        )
-        weights = 1 / (between + factor * sampling)
-    design, column = contrast.design
-    return paired_moderated_t(
-        differences,
-        alike=within if contrast.trend else None,
-        weights=weights,
-        design=design,
-        column=column,
-        level=contrast.level,
-        robust=contrast.robust,
-        minimum=contrast.lfc * np.log(2),
-    )
-
-
-def _mixed(contrast: Contrast) -> SampleTest:
-    from ...stats import mixed_model
-
-    side, sample = np.nonzero(contrast.counts >= MIN_SPOTS)
-    table = cell_covariates(contrast, side, sample) if contrast.covariates else None
-    return mixed_model(contrast.means[side, sample], side == 0, sample, table, level=contrast.level)
-
-
-def _ppi(contrast: Contrast) -> SampleTest:
-    from ...stats import prediction_powered_mean
-
-    known = contrast.measured
-    assert known is not None
-    both = known.samples[known.paired]
-    at = pd.Index(contrast.samples[contrast.paired])
-    both = both[np.isin(both, at)]
-    only = ~at.isin(known.samples)
-    if len(both) < 3 or only.sum() < 2:
-        raise ValueError(
-            f"`method` 'ppi' needs at least 3 measured and 2 more predicted samples that have both groups; there are "
-            f"{len(both)} and {int(only.sum())}"
-        )
-    rows = pd.Index(known.samples[known.paired]).get_indexer(both)
-    predicted = contrast.differences
-    return prediction_powered_mean(
-        known.differences[rows], predicted[at.get_indexer(both)], predicted[only], level=contrast.level
-    )
-
-
-def _spatial(contrast: Contrast) -> Any:
-    from ...stats import spatial_test
-
-    if contrast.pool.xy is None:
-        raise ValueError("`data` has no obsm['spatial']; method 'spatial' needs spot centres")
-    chosen = contrast.inside | contrast.outside
-    sections = np.unique(contrast.pool.sections[chosen].astype(str), return_inverse=True)[1]
-    return spatial_test(
-        contrast.pool.values(chosen, contrast.genes),
-        contrast.inside[chosen],
-        contrast.pool.xy[chosen],
-        sections if sections.max() else None,
-        level=contrast.level,
-    )
-
-
-def _wilcoxon(contrast: Contrast) -> SampleTest:
-    from ...stats import SampleTest, wilcoxon_test
-
-    chosen = contrast.inside | contrast.outside
-    scores, pvalues = wilcoxon_test(contrast.pool.values(chosen, contrast.genes), contrast.inside[chosen])
-    unknown = np.full(len(scores), np.nan)
-    return SampleTest(contrast.pooled_means[0] - contrast.pooled_means[1], unknown, unknown, scores, pvalues, unknown)
-
-
-def _with_both(contrast: Contrast) -> np.ndarray:
-    return contrast.paired
-
-
-def _with_either(contrast: Contrast) -> np.ndarray:
-    return np.any(contrast.counts >= MIN_SPOTS, axis=0)
-
-
-def _all(contrast: Contrast) -> np.ndarray:
-    return np.any(contrast.counts > 0, axis=0)
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, scale="counts"),
-        Method("deseq2", _deseq2, "deseq2", 2, _with_both, scale="counts"),
-        Method("means", _means, "means", 2, _with_both, squares=True, scale="log"),
-        Method("mixed", _mixed, "mixed", 2, _with_either),
-        Method("ppi", _ppi, "ppi", 5, _with_both),
-        Method(
-            "spatial",
-            _spatial,
-            "spatial",
-            0,
-            _all,
-            "method 'spatial' says whether groups differ in these sections beyond what neighbouring spots share; it does not "
-            "generalise to other patients",
-            detecting=3,
-        ),
-        Method(
-            "wilcoxon",
-            _wilcoxon,
-            "wilcoxon (naive)",
-            0,
-            _all,
-            "method 'wilcoxon' takes spots as independent, which neighbours are not: its p-values are far too small, and it is "
-            "there for comparison with scanpy alone",
-        ),
-    )
-}

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .contrast import Contrast
 
 
+#: Spots from which a sample has a slope of its own.
+_MIN_SLOPE = 20
+
+
 @dataclass(frozen=True)
 class CountCells:
     """Sums of raw counts over the spots of every label in every sample, as :class:`~he2gene_sc.stats.CountSums` has them."""
@@ -106,22 +110,38 @@ class DepthCells:
         unknown = np.where(np.abs(gap) > 1e-9, np.inf, 0.0)
         return gap[:, None] * slope, np.where(varies, np.square(gap) / np.where(varies, spread, 1), unknown)
 
+    def shift(self, sides: Sequence[np.ndarray], spots: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        """Return what depth adds to the mean of each side and sample, ``(2, samples, g)``, against the mean depth of all spots.
+
+        A sample of few spots has the slope of all.
+        """
+        x, xx = (np.array([part[:, side].sum(1) for side in sides]) for part in (self.sums, self.squares))
+        xy = np.array([self.products[:, side].sum(1) for side in sides])
+        mean = x / np.maximum(spots, 1)
+        spread = (xx - mean * x).sum(0)
+        shared = (xy - mean[..., None] * sums).sum(0)
+        own = (spread > 1e-9 * np.maximum(xx.sum(0), 1e-300)) & (spots.sum(0) >= _MIN_SLOPE)
+        of_all = shared.sum(0) / spread.sum() if spread.sum() > 1e-9 * xx.sum() else np.zeros(shared.shape[1])
+        slope = np.where(own[:, None], shared / np.where(own, spread, 1)[:, None], of_all)
+        return mean[..., None] * slope
+
 
 def depth_of(pool: Pool, depth: str | None) -> np.ndarray | None:
     """Natural log of the depth of each spot ``(n,)``; ``None`` where it is not known.
 
-    ``"auto"``: total counts in ``X``, where every spot has some; else a column of ``obs``.
+    ``"auto"``: total counts of the layer, if it holds counts, or of ``X``, where every spot has some; else a column of ``obs``.
     """
     if depth is None:
         return None
+    layer = pool.layer if pool.scale == "counts" else None
     parts = []
     for table, rows in zip(pool.tables, pool.rows, strict=True):
         if depth != "auto":
             parts.append(pd.to_numeric(column_of(table, depth, "depth").iloc[rows], errors="coerce").to_numpy(float))
             continue
-        if MADE in table.uns or table.X is None:
+        if layer is None and (MADE in table.uns or table.X is None):
             return None
-        values = values_of(table, None)
+        values = values_of(table, layer)
         if scale_of(values) != "counts":
             return None
         total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)

@@ -1,0 +1,179 @@
+"""What the spatial test needs of the values of all genes: effects, and contrasts that hold nothing of the effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ._covariance import Blocks
+
+#: Genes that are worked on together.
+CHUNK = 1024
+#: SD within groups, of all, that a covariate must have beyond the others.
+_VARIES = 1e-6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the test needs of all genes, in the basis of blocks; two of a thing: inside the group, and outside."""
+
+    effect: np.ndarray  # (g,)
+    contrasts: np.ndarray  # (q, g) float32, residuals in the complement of section × group means, in units of `scale`
+    energy: np.ndarray  # (2, g) sum of their squares
+    inside: np.ndarray  # (2, g) sum of squares of what blocks do not see, in units of `scale`
+    scale: np.ndarray  # (g,) residual variance as if spots were independent; NaN where there is none
+    label: np.ndarray  # (m,) label without section means and covariates
+    size: float  # sum of its squares over the spots
+    unseen: np.ndarray  # (2,) of these what blocks do not see
+    complement: np.ndarray  # (m, q), the group's columns first
+    n_contrasts: tuple[int, ...]
+    n_inside: tuple[int, ...]
+    sides: np.ndarray  # (2, m) whether a block is of the group, or not
+    sections: np.ndarray  # (m, s) unit vectors
+    n_free: int  # residual degrees of freedom of the spots
+
+    @classmethod
+    def of(
+        cls, values: np.ndarray, group: np.ndarray, codes: np.ndarray, blocks: Blocks, design: Design | None = None
+    ) -> Moments:
+        design = Design.of(group, codes) if design is None else design
+        n, g = values.shape
+        label, sections = design.label, design.sections
+        in_blocks = blocks.project(np.column_stack([sections / np.sqrt(sections.sum(0)), label]))
+        first = np.zeros(len(blocks.size), int)
+        first[blocks.of_spot] = np.arange(n)
+        of_spots = (group, ~group)
+        sides = np.stack([group[first], ~group[first]])
+        unseen = [_unseen(label * there, blocks) for there in of_spots]
+        parts = [
+            _complement(blocks.project(basis)[side], side) for basis, side in zip(design.within, sides, strict=True)
+        ]
+        n_contrasts = tuple(part.shape[1] for part in parts)
+        n_inside = tuple(int(there.sum() - side.sum()) for side, there in zip(sides, of_spots, strict=True))
+        complement = np.hstack(parts)
+        n_free = n - sum(basis.shape[1] for basis in design.within)
+        effect, scale, inside, energies = np.empty(g), np.empty(g), np.zeros((2, g)), np.empty((2, g))
+        contrasts = np.empty((complement.shape[1], g), np.float32)
+        for start in range(0, g, CHUNK):
+            part = slice(start, start + CHUNK)
+            chunk = values[:, part].astype(np.float64)
+            size = np.abs(chunk).max(0)
+            # A value that is no number is in every mean; the gene is left out below.
+            with np.errstate(invalid="ignore"):
+                effect[part], chunk = design.fit(chunk)
+            both = np.stack([np.einsum("ij,ij->j", chunk[side], chunk[side]) for side in of_spots])
+            energy = both.sum(0)
+            varies = np.isfinite(energy) & (energy > (1e-7 * size) ** 2 * n)
+            chunk[:, ~varies], both[:, ~varies] = 0, 0
+            scale[part] = np.where(varies, energy, np.nan) / n_free
+            unit = np.where(varies, np.sqrt(energy / n_free), 1)
+            chunk = complement.T @ blocks.project(chunk) / unit
+            contrasts[:, part] = chunk
+            for i, rows in enumerate((slice(n_contrasts[0]), slice(n_contrasts[0], None))):
+                energies[i, part] = np.einsum("ij,ij->j", chunk[rows], chunk[rows])
+                if n_inside[i]:
+                    inside[i, part] = np.maximum(both[i] / unit**2 - energies[i, part], 0)
+        return cls(
+            effect=effect,
+            contrasts=contrasts,
+            energy=energies,
+            inside=inside,
+            scale=scale,
+            label=in_blocks[:, -1],
+            size=float(label @ label),
+            unseen=np.array(unseen),
+            complement=complement,
+            n_contrasts=n_contrasts,
+            n_inside=n_inside,
+            sides=sides,
+            sections=in_blocks[:, :-1],
+            n_free=n_free,
+        )
+
+    @property
+    def centred(self) -> np.ndarray:
+        """``(m, m)``: takes the section means off."""
+        return np.eye(len(self.sections)) - self.sections @ self.sections.T
+
+
+@dataclass(frozen=True)
+class Design:
+    """Label, sections and covariates of the spots.
+
+    The effect is that of least squares: both groups share the slopes of the covariates. Residuals, from which the covariance is
+    estimated, have slopes of their own in either group.
+    """
+
+    label: np.ndarray  # (n,) label, without section means and covariates
+    sections: np.ndarray  # (n, s) 0 or 1
+    shared: np.ndarray  # (n, c) unit vectors of the covariates within sections
+    within: tuple[
+        np.ndarray, np.ndarray
+    ]  # (n, q) unit vectors of section means and covariates in the group, and outside
+
+    @classmethod
+    def of(cls, group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None = None) -> Design:
+        n = len(group)
+        covariates = np.empty((n, 0)) if covariates is None else _standardised(np.asarray(covariates, np.float64))
+        sections = (codes[:, None] == np.unique(codes)).astype(float)
+        centred = covariates - _means(covariates, sections)
+        shared = _basis(centred)
+        label = group - _means(group.astype(float)[:, None], sections)[:, 0]
+        label = label - shared @ (shared.T @ label)
+        within = []
+        for side in (group, ~group):
+            cells = sections * side[:, None]
+            cells = cells[:, cells.any(0)]
+            inside = (covariates - _means(covariates, cells)) * side[:, None]
+            within.append(np.hstack([cells / np.sqrt(cells.sum(0)), _basis(inside)]))
+        return cls(label, sections, shared, (within[0], within[1]))
+
+    def fit(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Effects ``(g,)`` and residuals ``(n, g)``."""
+        values = values - _means(values, self.sections)
+        effect = self.label @ values / (self.label @ self.label)
+        for basis in self.within:
+            values -= basis @ (basis.T @ values)
+        return effect, values
+
+    def residuals(self, values: np.ndarray) -> np.ndarray:
+        """Values without section means and covariates, ``(n, g)``."""
+        values = values - _means(values, self.sections)
+        return values - self.shared @ (self.shared.T @ values)
+
+
+def _means(values: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Mean of the cell of each spot, ``(n, k)``; 0 outside all cells."""
+    return cells @ ((cells / cells.sum(0)).T @ values)
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Columns of mean 0 and SD 1; 0 where there is one value."""
+    gap, spread = values - values.mean(0), values.std(0)
+    return np.where(spread > 1e-9 * np.abs(values).max(0), gap / np.where(spread > 0, spread, 1), 0)
+
+
+def _basis(values: np.ndarray) -> np.ndarray:
+    """Orthonormal basis of standardised columns; those that hardly vary here, or follow from others, are left out."""
+    if not values.shape[1]:
+        return values
+    left, sizes, _ = np.linalg.svd(values, full_matrices=False)
+    return left[:, sizes > _VARIES * np.sqrt(len(values))]
+
+
+def _complement(columns: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """Orthonormal basis of what is orthogonal to the columns in the blocks of a side, ``(m, q)``."""
+    from scipy import linalg
+
+    basis = np.zeros((len(side), max(int(side.sum()) - columns.shape[1], 0)))
+    basis[side] = linalg.qr(columns)[0][:, columns.shape[1] :]
+    return basis
+
+
+def _unseen(label: np.ndarray, blocks: Blocks) -> float:
+    return (
+        max(float(label @ label - np.square(blocks.project(label[:, None])).sum()), 0.0)
+        if len(label) > len(blocks.size)
+        else 0.0
+    )

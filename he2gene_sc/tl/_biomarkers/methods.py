@@ -1,0 +1,216 @@
+"""The tests of one contrast, all of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .contrast import MIN_SPOTS, Contrast
+from .spot_covariates import spot_covariates
+from .sums import cell_covariates
+
+if TYPE_CHECKING:
+    from ...stats import SampleTest
+
+
+@dataclass(frozen=True)
+class Method:
+    """A test of one contrast.
+
+    ``samples``: how many with both groups it needs; ``caution``: what its user must know; ``detecting``: spots of the
+    smaller group that are expected to show a gene, from its share of all spots, for the gene to be tested; ``squares``: whether
+    it uses the variance of spots; ``depth``: whether it takes logarithms of counts and adjusts for depth.
+    """
+
+    name: str
+    run: Callable[[Contrast], SampleTest | Outcome]
+    label: str
+    samples: int
+    uses: Callable[[Contrast], np.ndarray]
+    caution: str = ""
+    detecting: int = 0
+    squares: bool = False
+    scale: str | None = None
+    depth: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast."""
+
+    test: SampleTest
+    differences: np.ndarray
+    logfoldchanges: np.ndarray
+
+
+def run(method: Method, contrast: Contrast) -> Outcome:
+    """Run a method."""
+    found = method.run(contrast)
+    if isinstance(found, Outcome):
+        return found
+    return Outcome(found, contrast.differences, contrast.fold_changes(found.effect))
+
+
+def _pseudobulk(contrast: Contrast) -> Outcome:
+    from ...stats import count_differences, paired_moderated_t
+
+    assert contrast.raw is not None
+    found = count_differences(contrast.raw)
+    known = np.isfinite(found.variances)
+    weights = np.where(known, 1 / np.where(known, found.variances, 1), 0)
+    expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
+    design, column = contrast.design
+    test = paired_moderated_t(
+        found.differences,
+        alike=np.maximum(expected, 1e-30) if contrast.trend else None,
+        weights=weights,
+        design=design,
+        column=column,
+        level=contrast.level,
+        robust=contrast.robust,
+        minimum=contrast.lfc * np.log(2),
+    )
+    return Outcome(test, found.differences, test.effect / np.log(2))
+
+
+def _deseq2(contrast: Contrast) -> Outcome:
+    from ...stats import count_differences
+    from .deseq2 import deseq2
+
+    assert contrast.raw is not None
+    test = deseq2(contrast.raw, level=contrast.level, lfc=contrast.lfc)
+    return Outcome(test, count_differences(contrast.raw).differences, test.effect / np.log(2))
+
+
+def _means(contrast: Contrast) -> SampleTest:
+    from ...stats import paired_moderated_t, variance_components
+
+    assert contrast.spot_variance is not None
+    # A gene of one value everywhere has no variance to go with.
+    least = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
+    within = np.maximum(contrast.spot_variance, least)
+    differences = contrast.differences
+    sampling = (1 / contrast.counts[:, contrast.paired]).sum(0)
+    if contrast.depth_variance is not None:
+        sampling = sampling + contrast.depth_variance
+    weights = None
+    if len(np.unique(sampling)) > 1 and len(differences) > 2:
+        between, factor = variance_components(
+            differences / np.sqrt(within), np.broadcast_to(sampling[:, None], differences.shape)
+        )
+        weights = 1 / (between + factor * sampling)
+    design, column = contrast.design
+    return paired_moderated_t(
+        differences,
+        alike=within if contrast.trend else None,
+        weights=weights,
+        design=design,
+        column=column,
+        level=contrast.level,
+        robust=contrast.robust,
+        minimum=contrast.lfc * np.log(2),
+    )
+
+
+def _mixed(contrast: Contrast) -> SampleTest:
+    from ...stats import mixed_model
+
+    side, sample = np.nonzero(contrast.counts >= MIN_SPOTS)
+    table = cell_covariates(contrast, side, sample) if contrast.covariates else None
+    means = contrast.means if contrast.shift is None else contrast.means - contrast.shift
+    return mixed_model(means[side, sample], side == 0, sample, table, level=contrast.level)
+
+
+def _ppi(contrast: Contrast) -> SampleTest:
+    from ...stats import prediction_powered_mean
+
+    known = contrast.measured
+    assert known is not None
+    both = known.samples[known.paired]
+    at = pd.Index(contrast.samples[contrast.paired])
+    both = both[np.isin(both, at)]
+    only = ~at.isin(known.samples)
+    if len(both) < 3 or only.sum() < 2:
+        raise ValueError(
+            f"`method` 'ppi' needs at least 3 measured and 2 more predicted samples that have both groups; there are "
+            f"{len(both)} and {int(only.sum())}"
+        )
+    rows = pd.Index(known.samples[known.paired]).get_indexer(both)
+    predicted = contrast.differences
+    return prediction_powered_mean(
+        known.differences[rows], predicted[at.get_indexer(both)], predicted[only], level=contrast.level
+    )
+
+
+def _spatial(contrast: Contrast) -> Any:
+    from ...stats import spatial_test
+
+    if contrast.pool.xy is None:
+        raise ValueError("`data` has no obsm['spatial']; method 'spatial' needs spot centres")
+    chosen = contrast.inside | contrast.outside
+    sections = np.unique(contrast.pool.sections[chosen].astype(str), return_inverse=True)[1]
+    return spatial_test(
+        contrast.pool.values(chosen, contrast.genes),
+        contrast.inside[chosen],
+        contrast.pool.xy[chosen],
+        sections if sections.max() else None,
+        covariates=spot_covariates(contrast, chosen),
+        level=contrast.level,
+    )
+
+
+def _wilcoxon(contrast: Contrast) -> SampleTest:
+    from ...stats import SampleTest, wilcoxon_test
+
+    chosen = contrast.inside | contrast.outside
+    scores, pvalues = wilcoxon_test(contrast.pool.values(chosen, contrast.genes), contrast.inside[chosen])
+    unknown = np.full(len(scores), np.nan)
+    return SampleTest(contrast.pooled_means[0] - contrast.pooled_means[1], unknown, unknown, scores, pvalues, unknown)
+
+
+def _with_both(contrast: Contrast) -> np.ndarray:
+    return contrast.paired
+
+
+def _with_either(contrast: Contrast) -> np.ndarray:
+    return np.any(contrast.counts >= MIN_SPOTS, axis=0)
+
+
+def _all(contrast: Contrast) -> np.ndarray:
+    return np.any(contrast.counts > 0, axis=0)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, scale="counts"),
+        Method("deseq2", _deseq2, "deseq2", 2, _with_both, scale="counts"),
+        Method("means", _means, "means", 2, _with_both, squares=True, scale="log", depth=True),
+        Method("mixed", _mixed, "mixed", 2, _with_either, depth=True),
+        Method("ppi", _ppi, "ppi", 5, _with_both),
+        Method(
+            "spatial",
+            _spatial,
+            "spatial",
+            0,
+            _all,
+            "method 'spatial' says whether groups differ in these sections beyond what neighbouring spots share; it does not "
+            "generalise to other patients",
+            detecting=3,
+            depth=True,
+        ),
+        Method(
+            "wilcoxon",
+            _wilcoxon,
+            "wilcoxon (naive)",
+            0,
+            _all,
+            "method 'wilcoxon' takes spots as independent, which neighbours are not: its p-values are far too small, and it is "
+            "there for comparison with scanpy alone",
+        ),
+    )
+}
