@@ -173,6 +173,41 @@ def test_depth_is_taken_off_predicted_layers_and_leaving_it_out_is_said():
         found(tables, layer="log", depth="total")
 
 
+def test_depth_is_taken_off_in_the_mixed_model():
+    tables = [_predicted(i, genes=40) for i in range(5)]
+    # One patient has one group only, and few spots.
+    tables.append(_predicted(5, genes=40)[:5].copy())
+    result, raw = (found(tables, layer="log", method="mixed", depth=depth) for depth in ("auto", None))
+    assert (raw["pvals"] < 0.05).mean() > 0.8
+    assert (result["pvals"] < 0.05).mean() < 0.15
+    assert 0.25 < (result["effect_size"] > 0).mean() < 0.75
+
+
+def test_depth_and_covariates_are_taken_off_in_one_section():
+    table = counted(0, n=(40, 30), genes=100)
+    table.obsm["spatial"] = np.random.default_rng(0).permutation(table.obsm["spatial"])
+    table.obs["log_total"] = np.log(table.X.sum(1))
+    results = []
+    for options in ({}, {"depth": None, "covariates": "log_total"}, {"depth": None}):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            hg.tl.biomarkers(table, "label", groups="a", layer=None, method="spatial", **options)
+        without = "depth" in options
+        assert any("depth of the spots is not adjusted for" in str(w.message) for w in said) == without
+        results.append(hg.get.biomarkers(table).set_index("names"))
+    auto, named, raw = results
+    assert (auto["pvals"] < 0.05).mean() < 0.06
+    assert (raw["effect_size"] > 0).mean() > 0.7
+    assert 0.35 < (auto["effect_size"] > 0).mean() < 0.65
+    np.testing.assert_allclose(named["pvals"], auto["pvals"].reindex(named.index), rtol=1e-5)
+    table.obs["batch"] = table.obs["label"]
+    with pytest.raises(ValueError, match="alone tell the group from the reference"):
+        found(table, method="spatial", covariates="batch")
+    table.obs.loc[table.obs_names[:2], "batch"] = None
+    with pytest.raises(ValueError, match="`covariates` 'batch' is missing for 2 spots"):
+        found(table, method="spatial", covariates="batch")
+
+
 def test_effect_and_fold_change_have_one_sign_whatever_the_sizes_of_groups():
     rng = np.random.default_rng(0)
     tables = []

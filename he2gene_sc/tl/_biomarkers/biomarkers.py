@@ -89,25 +89,26 @@ def biomarkers(
         - ``"deseq2"``: PyDESeq2 on the same sums (optional: ``pip install "he2gene_sc[deseq2]"``);
         - ``"means"``: mean of logarithms per sample and group, for predicted layers; depth adjusted for, weights by spots,
           paired by sample, moderated t;
-        - ``"mixed"``: linear mixed model of the means of logarithms, with covariates; minutes for thousands of genes;
+        - ``"mixed"``: linear mixed model of the means of logarithms, depth adjusted for; minutes for thousands of genes;
         - ``"ppi"``: prediction-powered, where some samples were measured and more were predicted;
-        - ``"spatial"``: spots of one or two sections, with the effective number of independent ones;
+        - ``"spatial"``: spots of one or two sections, with the effective number of independent ones, depth adjusted for;
         - ``"wilcoxon"``: spots as if they were independent, for comparison with scanpy alone;
         - ``"auto"``: pseudobulk (of logarithms means) with three or more samples, else spatial.
     reliable_only
         Test only the genes that the model's card calls reliable. Measured values are not subject to it.
     covariates
-        Columns of ``obs``: numbers, averaged per sample and group, or labels, one a sample and group. ``"mixed"``, and
-        ``"pseudobulk"`` and ``"means"`` where they differ within samples: what does not, cancels in the pairs.
+        Columns of ``obs``. ``"spatial"``: numbers or labels of the spots. ``"mixed"``: numbers, averaged per sample and group,
+        or labels, one a sample and group. ``"pseudobulk"`` and ``"means"``: the same, where they differ within samples; what
+        does not, cancels in the pairs.
     formula
         More terms of the design of ``"pseudobulk"`` and ``"means"``, by patsy, of columns of ``obs`` and of ``group`` (1/2 in the
         group, -1/2 in the reference): ``"group:age"`` asks whether the difference goes with age. The sample is a block.
     term
         Term of the design that is tested; default: the group.
     depth
-        Of ``"means"``: the log depth of the spots is adjusted for, in every sample by its own slope. ``"auto"``: total counts in
-        ``X``, where every spot has some; or a column of total counts in ``obs``. Without it differences of depth pass for
-        differences of genes, which a warning says; ``None`` leaves it out.
+        Of ``"means"``, ``"mixed"`` and ``"spatial"``: the log depth of the spots is adjusted for, over patients by a slope for
+        each. ``"auto"``: total counts of the layer or of ``X``, where every spot has some; or a column of total counts in
+        ``obs``. Without it differences of depth pass for differences of genes, which a warning says; ``None`` leaves it out.
     lfc
         Smallest effect of interest of ``"pseudobulk"``, ``"deseq2"`` and ``"means"``, as log2 of a ratio: effects up to this
         size are part of the null (TREAT).
