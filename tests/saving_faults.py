@@ -149,7 +149,8 @@ def forked(job):
             result, status = job(), 0
         except BaseException:  # noqa: BLE001 - the parent prints it
             result, status = traceback.format_exc(), 1
-        os.write(writer, json.dumps(result).encode()[-60_000:])
+        with os.fdopen(writer, "w") as stream:
+            json.dump(result, stream)
         os._exit(status)
     os.close(writer)
     with os.fdopen(reader) as stream:
