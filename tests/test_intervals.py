@@ -65,6 +65,20 @@ def test_ends_are_score_times_spread_around_the_prediction(table, model):
     np.testing.assert_allclose(table.var["he2gene_halfwidth"], np.median(half, axis=0), rtol=1e-4)
 
 
+def test_genes_that_training_seldom_detected_are_marked_and_said(table, model):
+    assert (model.genes["detected"] > 0.2).all()
+    run(table, model)
+    assert not table.var["he2gene_rarely_detected"].any()
+    genes = model.genes.assign(detected=np.where(np.arange(len(model.genes)) % 3 == 0, 0.19, 0.21))
+    seldom = replace(model, genes=genes)
+    with pytest.warns(UserWarning, match=r"detected in fewer than 20% of the training spots: .* 'not detected'"):
+        run(table, seldom)
+    marked = set(table.var_names[table.var["he2gene_rarely_detected"]])
+    assert marked == set(genes.index[genes["detected"] < 0.2]) & set(table.var_names)
+    run(table, replace(model, genes=genes.drop(columns="detected")))
+    assert "he2gene_rarely_detected" not in table.var
+
+
 def test_a_class_with_enough_spots_has_quantiles_of_its_own(table, model):
     told = table.copy()
     run(table, model, by=None)

@@ -135,6 +135,8 @@ def test_the_gene_table_states_interval_new_patients_and_ceiling(model, sections
     across = by_patient(held_out["patient"].pcc, [s.patient for s in sections[:5]]).mean(0)
     np.testing.assert_allclose(genes["pcc_new_patient"], across, atol=1e-6)
     np.testing.assert_allclose(genes["ceiling"], ceilings(sections[:5]))
+    shown = np.concatenate([np.where(s.measured, s.targets.toarray() > 0, np.nan) for s in sections[:5]])
+    np.testing.assert_allclose(genes["detected"], np.nanmean(shown, axis=0))
     assert (genes["pcc_low"] <= genes["pcc"]).all()
     assert (genes["pcc"] <= genes["pcc_high"]).all()
 

@@ -16,7 +16,15 @@ _TRUTHS = ("variable", "reliable", "reliable_known_patient")
 #: Columns of every model, in their order.
 COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
 #: Columns that not every model has.
-FIGURES = ["pcc_high", "pcc_patient_low", "pcc_new_patient", "pcc_given_depth", "ceiling", "reliable_known_patient"]
+FIGURES = [
+    "pcc_high",
+    "pcc_patient_low",
+    "pcc_new_patient",
+    "pcc_given_depth",
+    "ceiling",
+    "detected",
+    "reliable_known_patient",
+]
 _NUMBERS = ("mean", "pcc", "pcc_low", "skill", *FIGURES[:-1])
 _CORRELATIONS = ("pcc", "pcc_new_patient", "pcc_given_depth")
 _GROUPS = ("target", "auxiliary")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ..models import HE2Gene
 
 
+#: Genes detected in a smaller share of the training spots have intervals that say "not detected".
+RARELY = 0.2
+
+
 @dataclass(frozen=True)
 class OfModel:
     """Intervals from what a model keeps: score by class and gene, ``(1 + c, n_vars)``, times the spread of a gene."""
@@ -30,6 +34,8 @@ class OfModel:
     codes: np.ndarray
     known: np.ndarray
     facts: dict[str, Any]
+    #: Genes detected in fewer than a fifth of the training spots; ``None`` where the model does not state it.
+    rare: np.ndarray | None = None
 
     def ends(
         self, predicted: np.ndarray, genes: np.ndarray, rows: np.ndarray | slice = slice(None)
@@ -48,6 +54,7 @@ class OfAdapted:
     upper: np.ndarray
     known: np.ndarray
     facts: dict[str, Any]
+    rare: np.ndarray | None = None
 
     def ends(
         self, predicted: np.ndarray, genes: np.ndarray, rows: np.ndarray | slice = slice(None)
@@ -195,4 +202,14 @@ def of_model(
             "model": model.name,
             "weights_sha256": model.weights_sha256,
         },
+        _rare(model, wanted.columns, wanted.positions, table.n_vars),
     )
+
+
+def _rare(model: HE2Gene, columns: np.ndarray, positions: np.ndarray, n_vars: int) -> np.ndarray | None:
+    """Genes of the table that training seldom detected."""
+    if "detected" not in model.genes:
+        return None
+    found = np.zeros(n_vars, bool)
+    found[columns] = model.genes["detected"].to_numpy(float)[positions] < RARELY
+    return found

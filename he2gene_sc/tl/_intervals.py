@@ -16,7 +16,7 @@ from .._core.predictions import check_as_predicted, record_of
 from .._core.results import check_free, write_result
 from .._core.tables import get_table, values_of
 from .._settings import settings
-from ._interval_ends import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
+from ._interval_ends import RARELY, OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -71,9 +71,18 @@ def intervals(
         ``hg.settings.memory_limit``.
     ``.var["he2gene_halfwidth"]``
         Median over the spots of half the width before the lower end is floored.
+    ``.var["he2gene_rarely_detected"]``
+        Whether the gene was detected in fewer than 20 % of the training spots. Then the interval says "not detected": it
+        holds the spots without a count and few of those that express the gene, whatever its coverage. Of models that state
+        how often genes were detected.
     ``.uns["he2gene_intervals"]``
         Coverage, and ``guarantee``: ``"hierarchical"`` or ``"none"``, with ``unit`` and ``n_groups``; ``by``:
         ``"annotation"`` or ``"none"``.
+
+    Warns
+    -----
+    UserWarning
+        If genes were detected in fewer than 20 % of the training spots.
 
     Raises
     ------
@@ -109,10 +118,12 @@ def intervals(
     check_as_predicted(table, key_added, layer)
     predicted = values_of(table, layer)
     adapted = adaptation_of(table, record, layer)
-    names = {"lower": f"{layer}_lower", "upper": f"{layer}_upper", "halfwidth": f"{layer}_halfwidth"}
+    names = {name: f"{layer}_{name}" for name in ("lower", "upper", "halfwidth", "rarely_detected")}
     uns = f"{layer}_intervals"
     ends = [names["lower"], names["upper"]]
-    check_free(table, "intervals", uns, parameter="layer", layers=ends, var=[names["halfwidth"]])
+    check_free(
+        table, "intervals", uns, parameter="layer", layers=ends, var=[names["halfwidth"], names["rarely_detected"]]
+    )
     found: OfModel | OfAdapted
     if adapted is not None:
         found = of_adapted(adapted, coverage, table.n_vars)
@@ -142,6 +153,18 @@ def intervals(
         if fits:
             layers[names["lower"]][:, genes] = np.maximum(low, 0)
             layers[names["upper"]][:, genes] = np.maximum(high, 0)
+    var = {names["halfwidth"]: pd.Series(halfwidth, index=table.var_names)}
+    if found.rare is not None:
+        rare = found.rare & found.known
+        var[names["rarely_detected"]] = pd.Series(rare, index=table.var_names)
+        if rare.any():
+            warnings.warn(
+                f"{int(rare.sum()):,} of {int(found.known.sum()):,} genes were detected in fewer than {RARELY:.0%} of the training "
+                "spots: their intervals say 'not detected' and hold few of the spots that express them, whatever the coverage; "
+                f"var[{names['rarely_detected']!r}] marks them",
+                UserWarning,
+                stacklevel=2,
+            )
     write_result(
         table,
         "intervals",
@@ -149,5 +172,5 @@ def intervals(
         params={"coverage": float(coverage), "layer": layer, "by": by, "key_added": key_added},
         facts=found.facts,
         layers=layers,
-        var={names["halfwidth"]: pd.Series(halfwidth, index=table.var_names)},
+        var=var,
     )

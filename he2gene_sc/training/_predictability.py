@@ -224,6 +224,7 @@ def gene_table(
     index = np.arange(len(mean))
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
     spots = sum(len(section) * section.measured for section in sections)
+    detected = sum(np.diff(section.targets.indptr) * section.measured for section in sections)
     table = pd.DataFrame(
         {
             "ensembl_id": list(metadata.ensembl_ids),
@@ -237,6 +238,7 @@ def gene_table(
             "pcc_new_patient": new_patient,
             "pcc_given_depth": given_depth,
             "ceiling": ceilings(sections),
+            "detected": np.where(spots > 0, detected / np.maximum(spots, 1), np.nan),
             "skill": skill,
             "reliable": reliable,
             "reliable_known_patient": known,

@@ -80,6 +80,15 @@ def promised(model, name, title):
         f"half of the spots {inside[often].mean():.1%}; reliable genes {inside[reliable].mean():.1%}",
         flush=True,
     )
+    share, expressed = (truth > 0).mean(0), truth > 0
+    held = (truth >= low) & (truth <= high)
+    for least, most in ((0, 0.1), (0.1, 0.2), (0.2, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.01)):
+        part = (share > least) & (share <= most)
+        print(
+            f"  detected in {least:.0%} to {min(most, 1):.0%} of the spots: {part.sum():,} genes, coverage {held[:, part].mean():.1%}, "
+            f"of expressing spots {held[:, part][expressed[:, part]].mean():.1%}",
+            flush=True,
+        )
     return inside.mean()
 
 

@@ -128,7 +128,9 @@ VERBS = {
         _record("he2gene_eval", "genes"),
         {"model": None, "annotation_key": "annotation", "baselines": ["mean colour"], "n_splits": 2},
     ),
-    "intervals": Verb(_one(hg.tl.intervals), _done, _of("_lower", "_upper", "_halfwidth"), {"model": None}),
+    "intervals": Verb(
+        _one(hg.tl.intervals), _done, _of("_lower", "_upper", "_halfwidth", "_rarely_detected"), {"model": None}
+    ),
     "adapt": Verb(_one(hg.tl.adapt), _done, _of("_adapted", "_gain"), {"measured": _half()}),
     "domain_preservation": Verb(
         _one(hg.tl.domain_preservation),
