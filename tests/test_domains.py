@@ -31,6 +31,8 @@ def slide():
     noise = np.random.default_rng(0).uniform(0, 0.5, table.shape)
     table.layers["he2gene"] = (table.layers["he2gene"] + noise).astype(np.float32)
     table.obs["he2gene_annotation"] = table.obs["pathologist"].copy()
+    # A spot on glass, or one that the model does not know.
+    table.obs.loc[table.obs_names[0], "he2gene_annotation"] = np.nan
     run(made, layer="he2gene", n_seeds=1)
     return made
 
@@ -103,7 +105,7 @@ def test_references_stand_beside_and_say_what_they_know(slide):
     assert set(table["labels"]) == kinds
     head = table[table["labels"] == "annotation head"]
     assert head["trained_on_labels"].item()
-    assert head["mean"].item() == pytest.approx(1)
+    assert head["mean"].item() == pytest.approx(1, abs=0.1)
     assert not table.loc[table["labels"] != "annotation head", "trained_on_labels"].any()
     assert abs(value(table, "random features", "ari")) < 0.15
     assert value(table, "measured", "ari") > 0.8

@@ -62,8 +62,8 @@ def domain_preservation(
     Predicted and measured expression of the same genes go through one pipeline: log expression, 20 principal components
     (scanpy), 15 neighbours, Leiden at the resolution that gives as many clusters as there are domains (or k-means).
     Clusters are compared with the domains and with each other, beside references that know less or more: random
-    features, the mean colour of a spot, its coordinates, and the labels of the annotation head. The adjusted Rand index
-    is tested against domains shifted over the tissue (:func:`he2gene_sc.stats.shift_test`), since shuffled labels
+    features, the mean colour of a spot, its coordinates, and the labels of the annotation head, where a missing label
+    is one more. The adjusted Rand index is tested against domains shifted over the tissue (:func:`he2gene_sc.stats.shift_test`), since shuffled labels
     lose their spatial autocorrelation and make chance agreement look significant.
 
     Parameters
@@ -290,7 +290,7 @@ def _score_section(
     kinds.append(
         Labels("random features", [cluster(x, n, [s], clustering)[0] for x, s in zip(noise, seeds, strict=True)])
     )
-    if annotation is not None and annotation.iloc[spots].notna().all():
+    if annotation is not None and annotation.iloc[spots].notna().any():
         head = codes_of(annotation.iloc[spots].astype(str).to_numpy())
         kinds.append(Labels("annotation head", [head], trained_on_labels=True))
     others = [k.name for k in kinds if not k.trained_on_labels and any(len(np.unique(x)) != n for x in k.labelings)]
