@@ -303,7 +303,10 @@ def test_ppi_uses_measured_samples_and_predictions_of_others():
     tables = [as_predicted(table) for table in patients(12)]
     for table in tables[6:]:
         table.X = np.zeros_like(table.X)
-    result = of(found(tables, layer="he2gene", method="ppi"))
+    with pytest.warns(UserWarning, match="has 6 measured samples: pvals are NaN, since they need 8"):
+        result = of(found(tables, layer="he2gene", method="ppi"))
+    assert result[["pvals", "pvals_adj"]].isna().all(axis=None)
+    assert (result.loc[[f"g{i}" for i in range(5)], "ci_low"] > 0).all()
     assert (result["method"] == "ppi").all()
     assert (result["n_samples"] == 12).all()
     assert set(result.index[:5]) == {f"g{i}" for i in range(5)}

@@ -278,6 +278,17 @@ def test_prediction_powered_intervals_cover(r, widest):
     assert (test.ci_high - test.ci_low).mean() <= widest * alone.mean()
 
 
+def test_prediction_powered_p_values_need_eight_measured_samples():
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((58, 20_000))
+    f = 0.5 * y + np.sqrt(0.75) * rng.standard_normal(y.shape)
+    for n in (3, 7, 8):
+        test = prediction_powered_mean(y[:n], f[:n], f[n:])
+        assert np.isnan(test.pvalues).all() == (n < 8)
+        assert ((test.ci_low <= 0) & (test.ci_high >= 0)).mean() > 0.94
+    assert (test.pvalues < 1e-3).mean() < 3e-3
+
+
 def test_prediction_powered_refuses_what_does_not_fit():
     y = np.zeros((5, 2))
     with pytest.raises(ValueError, match="do not fit"):

@@ -19,7 +19,7 @@ from ._correlation import sd_ratio, slope, spearman
 from ._counts import CountDifferences, CountSums, count_differences, library_factors, variance_components
 from ._domains import AGREEMENT, agreement, chaos, enrichment_agreement, match, pas, silhouette
 from ._mixed import mixed_model
-from ._ppi import PredictionPowered, prediction_powered_mean
+from ._ppi import MIN_PVALUES, PredictionPowered, prediction_powered_mean
 from ._prior import VariancePrior, hypervariable_prior
 from ._pseudobulk import (
     SampleTest,
@@ -46,6 +46,7 @@ __all__ = [
     "VariancePrior",
     "log_normalise",
     "MIN_OVERLAP",
+    "MIN_PVALUES",
     "interpolated",
     "count_differences",
     "pearson",

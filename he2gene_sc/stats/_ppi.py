@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ._pseudobulk import SampleTest, t_test
+
+#: Measured samples from which p-values hold: with fewer, small ones come up to 20 times as often as they should.
+MIN_PVALUES = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ def prediction_powered_mean(
     -------
     PredictionPowered
         Variance λ² var(F) / N + var(Y - λ f) / n; t quantile. The second variance has ``n - 2`` degrees of freedom,
-        since λ is estimated on the same samples; those of the sum follow Welch and Satterthwaite.
+        since λ is estimated on the same samples; those of the sum follow Welch and Satterthwaite. P-values are NaN with fewer
+        than eight measured samples; intervals hold from three on.
 
     Raises
     ------
@@ -77,4 +81,6 @@ def prediction_powered_mean(
     )
     effect = weight * more.mean(0) + (y - weight * f).mean(0)
     test = t_test(effect, np.sqrt(total), df, level)
+    if n < MIN_PVALUES:
+        test = replace(test, pvalues=np.full(len(effect), np.nan))
     return PredictionPowered(**test.__dict__, weight=weight)

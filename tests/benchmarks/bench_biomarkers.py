@@ -5,7 +5,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py circular
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py measured
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py small
-    python tests/benchmarks/bench_biomarkers.py ppi skewed sections
+    python tests/benchmarks/bench_biomarkers.py ppi few_measured skewed sections
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py counts
     python tests/benchmarks/bench_biomarkers.py hypervariable
     python tests/benchmarks/bench_biomarkers.py speed
@@ -150,6 +150,25 @@ def ppi(replicates=20_000, n=30, n_more=300):
         print(
             f"ppi, {name}: covers {covered:.2%}, width {width:.3f} of measured-only, weight {result.weight.mean():.2f}"
         )
+
+
+def few_measured(replicates=100_000, repeats=10, n_more=50):
+    """Coverage, and how often p-values are small, with few measured patients; nothing differs."""
+    rng = np.random.default_rng(0)
+    for n in (3, 4, 5, 6, 8, 10, 15):
+        for r in (0.0, 0.5, 0.9):
+            covered, small = [], []
+            for _ in range(repeats):
+                y = rng.standard_normal((n + n_more, replicates))
+                f = r * y + np.sqrt(1 - r**2) * rng.standard_normal(y.shape)
+                result = prediction_powered_mean(y[:n], f[:n], f[n:])
+                covered.append(((result.ci_low <= 0) & (result.ci_high >= 0)).mean())
+                p = 2 * stats.t.sf(np.abs(result.scores), result.df)
+                small.append([(p < 1e-3).mean() / 1e-3, (p < 1e-4).mean() / 1e-4])
+            times = np.mean(small, axis=0).round(1)
+            print(
+                f"ppi, {n} measured, r {r}: covers {np.mean(covered):.1%}, p < .001 {times[0]} times, < .0001 {times[1]}"
+            )
 
 
 def skewed(replicates=20_000, n_more=300):

@@ -90,7 +90,8 @@ def biomarkers(
         - ``"means"``: mean of logarithms per sample and group, for predicted layers; depth adjusted for, weights by spots,
           paired by sample, moderated t;
         - ``"mixed"``: linear mixed model of the means of logarithms, depth adjusted for; minutes for thousands of genes;
-        - ``"ppi"``: prediction-powered, where some samples were measured and more were predicted;
+        - ``"ppi"``: prediction-powered, where some samples were measured and more were predicted; p-values from eight measured
+          ones on, with fewer intervals alone;
         - ``"spatial"``: spots of one or two sections, with the effective number of independent ones, depth adjusted for;
         - ``"wilcoxon"``: spots as if they were independent, for comparison with scanpy alone;
         - ``"auto"``: pseudobulk (of logarithms means) with three or more samples, else spatial.

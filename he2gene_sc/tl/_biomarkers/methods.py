@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,7 @@ def _mixed(contrast: Contrast) -> SampleTest:
 
 
 def _ppi(contrast: Contrast) -> SampleTest:
-    from ...stats import prediction_powered_mean
+    from ...stats import MIN_PVALUES, prediction_powered_mean
 
     known = contrast.measured
     assert known is not None
@@ -138,6 +139,12 @@ def _ppi(contrast: Contrast) -> SampleTest:
         raise ValueError(
             f"`method` 'ppi' needs at least 3 measured and 2 more predicted samples that have both groups; there are "
             f"{len(both)} and {int(only.sum())}"
+        )
+    if len(both) < MIN_PVALUES:
+        warnings.warn(
+            f"method 'ppi' has {len(both)} measured samples: pvals are NaN, since they need {MIN_PVALUES}; ci_low and ci_high hold",
+            UserWarning,
+            stacklevel=5,
         )
     rows = pd.Index(known.samples[known.paired]).get_indexer(both)
     predicted = contrast.differences
