@@ -230,7 +230,9 @@ def test_cross_fit_of_one_table_equals_that_of_several():
         del table.obs["section"]
         # Measured levels of the patients differ, so that centring over all would mix them up.
         table.X = table.X + np.random.default_rng(i).poisson(30, 120)
-    options = {"layer": "he2gene", "cross_fit": True, "reliable_only": False}
+        table.X[:, 100:] += 60 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+    # The markers are much of the counts: depth would be a marker.
+    options = {"layer": "he2gene", "cross_fit": True, "reliable_only": False, "depth": None}
     whole = anndata.concat(tables, merge="same")
     found(whole, **options)
     pd.testing.assert_frame_equal(hg.get.biomarkers(whole), found(tables, **options), rtol=1e-4)
@@ -447,6 +449,24 @@ def test_cross_fitted_labels_are_not_circular():
         found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
     with pytest.raises(ValueError, match="`cross_fit` needs several sections"):
         found(tables[1], "he2gene_annotation", layer="he2gene", cross_fit=True)
+
+
+def test_cross_fitted_labels_that_agree_little_with_those_given_are_refused_or_warned_of():
+    tables = [as_predicted(t) for t in patients(4)]
+    for i, table in enumerate(tables):
+        table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+        table.obs["noisy"] = table.obs["label"].astype(str).mask(np.arange(40) % 11 == i, "stroma")
+    options = {"layer": "he2gene", "cross_fit": True, "depth": None}
+    with pytest.warns(UserWarning, match="its labels agree with those of `groupby` in 9[1-4]% of the spots; below 95%"):
+        found(tables, "noisy", **options)
+    agreement = tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"]
+    assert 0.91 <= agreement < 0.95
+    for i, table in enumerate(tables):
+        # Half of the labels owe nothing to what was measured.
+        table.obs["noisy"] = table.obs["label"].astype(str).mask(np.random.default_rng(i).random(40) < 0.5, "stroma")
+    with pytest.raises(ValueError, match=r"in [5-7]\d% of the spots; at least 85% are needed"):
+        found(tables, "noisy", **options)
+    assert tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"] == agreement
 
 
 # ----------------------------------------------------------------------------------------------- bad input

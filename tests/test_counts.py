@@ -142,9 +142,9 @@ def test_deseq2_is_pydeseq2_or_names_what_to_install(monkeypatch):
 # ----------------------------------------------------------------------------------------------- means, depth
 
 
-def _predicted(i, genes=300):
+def _predicted(i, genes=300, deeper=2.0):
     """Logarithms that rise with the depth of the spot and know nothing else; group "a" is deeper."""
-    table = counted(i, deeper=2.0, genes=genes)
+    table = counted(i, deeper=deeper, genes=genes)
     rng = np.random.default_rng(i)
     depth = np.log(table.X.sum(1))
     slope = np.random.default_rng(1).uniform(0.2, 1, genes)
@@ -206,6 +206,16 @@ def test_depth_and_covariates_are_taken_off_in_one_section():
     table.obs.loc[table.obs_names[:2], "batch"] = None
     with pytest.raises(ValueError, match="`covariates` 'batch' is missing for 2 spots"):
         found(table, method="spatial", covariates="batch")
+
+
+def test_cross_fitted_labels_are_not_read_from_depth():
+    # Nothing but depth tells the groups apart.
+    tables = [_predicted(i, genes=60, deeper=6.0) for i in range(4)]
+    options = {"layer": "log", "cross_fit": True, "measured": "log"}
+    with pytest.raises(ValueError, match="`cross_fit`: its labels agree"):
+        found(tables, **options)
+    found(tables, depth=None, **options)
+    assert tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"] > 0.9
 
 
 def test_effect_and_fold_change_have_one_sign_whatever_the_sizes_of_groups():

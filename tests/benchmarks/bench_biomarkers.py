@@ -237,9 +237,13 @@ def circular(genes=2000, repeats=4):
         ):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                result = hg.tl.biomarkers(tables, key, groups=GROUPS[0], cross_fit=fit)
+                try:
+                    result = hg.tl.biomarkers(tables, key, groups=GROUPS[0], cross_fit=fit)
+                except ValueError as error:
+                    print(f"circular, {name}: {error}")
+                    continue
             rates[name].append((result["pvals"] < 0.05).mean())
-    for name, rate in rates.items():
+    for name, rate in ((name, rate) for name, rate in rates.items() if rate):
         print(f"circular, {name}: {np.mean(rate):.1%} of genes at p < .05 ({repeats} × {genes} genes)")
 
 

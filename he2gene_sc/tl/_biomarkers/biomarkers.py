@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from ..._core import validate
-from ..._core.genes import find_genes
 from ..._core.keys import check_key
 from ..._core.results import check_free, write_to_all
 from ..._core.tables import Scale, column_of
 from .compare import NO_DEPTH, adjusted, check_model, compare, method_for, named_groups
+from .cross_fit import cross_fitted_halves
 from .methods import Method
-from .pool import Pool, pool, tables_of
+from .pool import pool, tables_of
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
 
@@ -121,8 +120,10 @@ def biomarkers(
     cross_fit
         Replace the labels of each sample (of each section, in one patient) by those of a classifier of *measured*
         expression fitted on the others and their labels, so that they owe nothing to the image that the genes were
-        predicted from. Genes are tested in two halves; the labels for one are read from genes outside it. Sound if the
-        model that predicted the genes was not trained on these sections.
+        predicted from. Genes are tested in two halves; the labels for one are read from genes outside it. What goes with
+        depth is taken off first. Sound if the model that predicted the genes was not trained on these sections, and if the
+        labels agree with those given: below 95 % of the spots a warning says so, below 85 % they are refused.
+        ``params["cross_fit_agreement"]`` has the share.
     measured, measured_scale
         Measured values for ``"ppi"`` and ``cross_fit``: layer, ``None`` is ``X``, and its scale. A spot counts as
         measured if it has counts there and its table is not one that predict made; a sample with the groups in its
@@ -210,8 +211,9 @@ def biomarkers(
         "min_mean": min_mean,
         "options": options,
     }
+    agreement = None
     if cross_fit:
-        halves = _halves(spots, measured, measured_scale)
+        halves, agreement = cross_fitted_halves(spots, measured, measured_scale, depth, groups, reference)
         parts = [compare(half, depth=depth_of(half, depth) if chosen.depth else None, **run) for half in halves]
     else:
         known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
@@ -238,6 +240,7 @@ def biomarkers(
         "robust": bool(robust) if chosen.name in ("pseudobulk", "means") else None,
         "adjust_over": adjust_over,
         "cross_fit": cross_fit,
+        "cross_fit_agreement": agreement,
         "min_mean": min_mean,
         "join": join,
         "level": level,
@@ -286,26 +289,3 @@ def _caution(results: pd.DataFrame, chosen: Method, circular: str, no_depth: boo
             UserWarning,
             stacklevel=3,
         )
-
-
-def _halves(spots: Pool, measured: str | None, scale: Scale) -> list[Pool]:
-    """Two halves of the genes, each with labels that were read from measured genes outside it."""
-    from .cross_fit import cross_fitted_labels
-
-    known, seen = measured_part(spots, measured, scale)
-    lacking = sorted(set(spots.sections) - set(known.sections))
-    if lacking:
-        raise ValueError(
-            f"`cross_fit`: {lacking[0]} has no measured counts. Its labels would have to come from its image, which its "
-            "predicted genes come from too; use a pathologist's labels there, or leave it out"
-        )
-    spots = spots.take(seen)
-    halves = []
-    common = spots.tables[0].var_names
-    for table in spots.tables[1:]:
-        common = common[find_genes(common, table.var_names) >= 0]
-    for i in (0, 1):
-        genes = spots.genes[i::2]
-        labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale)
-        halves.append(replace(spots, genes=genes, labels=labels))
-    return halves

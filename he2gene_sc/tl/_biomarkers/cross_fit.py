@@ -2,25 +2,108 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from ..._core.genes import find_genes
+from ..._core.tables import Scale
 from .pool import Pool
+from .provenance import measured_part
+from .sums import depth_of
+
+logger = logging.getLogger("he2gene_sc")
 
 #: Genes of highest mean that the classifier reads, and the components it makes of them.
 _GENES, _COMPONENTS = 1000, 30
+#: Agreement with the given labels below which the labels are refused, and below which they are warned of.
+_REFUSED, _WARNED = 0.85, 0.95
+
+
+def cross_fitted_halves(
+    spots: Pool, measured: str | None, scale: Scale, depth: str | None, groups: Sequence[str] | None, reference: str
+) -> tuple[list[Pool], float]:
+    """Two halves of the genes, each with labels that were read from measured genes outside it.
+
+    Returns
+    -------
+    tuple
+        The halves, and the share of spots whose labels are those given, in the half where it is lower. With groups and
+        reference named, of the spots of these.
+
+    Raises
+    ------
+    ValueError
+        If a section was not measured, or fewer than 85 % of the labels are those given.
+    """
+    known, seen = measured_part(spots, measured, scale)
+    lacking = sorted(set(spots.sections) - set(known.sections))
+    if lacking:
+        raise ValueError(
+            f"`cross_fit`: {lacking[0]} has no measured counts. Its labels would have to come from its image, which its "
+            "predicted genes come from too; use a pathologist's labels there, or leave it out"
+        )
+    spots = spots.take(seen)
+    common = spots.tables[0].var_names
+    for table in spots.tables[1:]:
+        common = common[find_genes(common, table.var_names) >= 0]
+    depths = depth_of(known, depth)
+    halves, agreements = [], []
+    for i in (0, 1):
+        genes = spots.genes[i::2]
+        labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale, depths)
+        halves.append(replace(spots, genes=genes, labels=labels))
+        agreements.append(_agreement(labels, spots.labels, groups, reference))
+    return halves, _checked(min(agreements))
+
+
+def _agreement(found: np.ndarray, given: np.ndarray, groups: Sequence[str] | None, reference: str) -> float:
+    """Share of the spots of the tested groups whose labels are those given."""
+    if groups is None or reference == "rest":
+        return _share(found, given)
+    named = [*groups, reference]
+    return _share(*(labels[np.isin(given, named) | np.isin(found, named)] for labels in (found, given)))
+
+
+def _share(found: np.ndarray, given: np.ndarray) -> float:
+    return float((found.astype(str) == given.astype(str)).mean()) if len(found) else 0.0
+
+
+def _checked(agreement: float) -> float:
+    said = f"`cross_fit`: its labels agree with those of `groupby` in {agreement:.0%} of the spots"
+    if agreement < _REFUSED:
+        raise ValueError(
+            f"{said}; at least {_REFUSED:.0%} are needed. Measured expression does not tell these groups well, so what else counts "
+            "and image share, such as cell density, would pass for a difference; use a pathologist's labels as they are, "
+            "cross_fit=False"
+        )
+    if agreement < _WARNED:
+        warnings.warn(
+            f"{said}; below {_WARNED:.0%}, what else counts and image share, such as cell density, can pass for a difference: "
+            "p-values may be too small",
+            UserWarning,
+            stacklevel=4,
+        )
+    logger.info("biomarkers: cross-fitted labels agree with those given in %.1f %% of the spots", 100 * agreement)
+    return agreement
 
 
 def cross_fitted_labels(
-    pool: Pool, features: pd.Index, measured: str | None, scale: Literal["counts", "log"]
+    pool: Pool,
+    features: pd.Index,
+    measured: str | None,
+    scale: Literal["counts", "log"],
+    depth: np.ndarray | None = None,
 ) -> np.ndarray:
     """Label every spot by a classifier of measured expression that was fitted to the other samples' spots and labels.
 
-    Multinomial logistic regression on principal components of measured expression, centred within the section. Held out
-    are samples; with one sample, sections.
+    Multinomial logistic regression on principal components of measured expression, centred within the section and without
+    what goes with depth there. Held out are samples; with one sample, sections.
 
     Parameters
     ----------
@@ -30,6 +113,8 @@ def cross_fitted_labels(
         Genes to read: none of those that are tested with these labels.
     measured, scale
         Layer of what was measured (``None``: ``X``) and its scale.
+    depth
+        ``(n,)`` log depth of the spots; ``None``: it stays in the expression.
 
     Returns
     -------
@@ -53,7 +138,8 @@ def cross_fitted_labels(
     top = np.sort(np.argsort(-np.nan_to_num(values).mean(0), kind="stable")[:_GENES])
     values = np.nan_to_num(values[:, top])
     for section in set(pool.sections):
-        values[pool.sections == section] -= values[pool.sections == section].mean(0)
+        inside = pool.sections == section
+        values[inside] = _without(values[inside], None if depth is None else depth[inside])
     labels = np.empty(len(units), object)
     for name in names:
         held = units == name
@@ -61,6 +147,15 @@ def cross_fitted_labels(
             raise ValueError(f"`cross_fit`: the sections other than {name!r} hold one label; at least 2 are needed")
         labels[held] = _classifier(values[~held], pool.labels[~held]).predict(values[held])
     return labels
+
+
+def _without(values: np.ndarray, depth: np.ndarray | None) -> np.ndarray:
+    """Values without their mean and their slope on depth."""
+    values = values - values.mean(0)
+    if depth is None or np.ptp(depth) < 1e-9:
+        return values
+    x = (depth - depth.mean()).astype(values.dtype)
+    return values - np.outer(x, x @ values / (x @ x))
 
 
 def _classifier(values: np.ndarray, labels: np.ndarray) -> Any:
