@@ -806,9 +806,30 @@ def test_concordance_of_a_copy_is_perfect():
     for table in tables:
         table.layers["copy"] = table.layers["log"].copy()
     table = hg.tl.concordance(tables, "label", layer="log", measured="copy", k=(5,))
+    table = table[table["predictor"] == "log"]
     assert (table["spearman"] > 0.999).all()
     assert (table["precision_at_5"] == 1).all()
     assert (table["auroc"] == 1).all()
+
+
+def test_references_that_know_no_gene_stand_beside_the_prediction():
+    tables = _both()
+    for table in tables:
+        table.X = table.X.copy()
+        table.X[table.obs["label"] == "tumour"] *= 3
+    good = hg.tl.concordance(tables, "label", groups="tumour", k=())
+    assert good["predictor"].tolist() == ["he2gene"] * 2 + ["depth"] * 2 + ["coordinates"] * 2
+    rows = good[good["genes"] == "all"].set_index("predictor")
+    assert rows.loc["depth", "spearman_difference"] == pytest.approx(
+        rows.loc["he2gene", "spearman"] - rows.loc["depth", "spearman"]
+    )
+    assert rows.loc["depth", "spearman_difference"] > 0.3
+    assert np.isnan(rows.loc["he2gene", "spearman_difference"])
+    genes = hg.get.concordance(tables, by_gene=True)
+    above = (genes["effect_size_measured"] > 0).mean()
+    # Tumour was made the deeper: all effects of depth are above 0.
+    assert rows.loc["depth", "sign_agreement"] == pytest.approx(above)
+    assert rows.loc["coordinates", "sign_agreement"] == pytest.approx(above)
 
 
 def test_concordance_leaves_out_what_was_not_measured():

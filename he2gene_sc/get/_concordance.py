@@ -38,7 +38,7 @@ def concordance(
     Returns
     -------
     pandas.DataFrame
-        A row a group and set of genes (``genes``: ``"reliable"`` or ``"all"``):
+        A row a group and set of genes (``genes``: ``"reliable"`` or ``"all"``), of the prediction and then of each reference:
 
         - ``n_genes``, ``n_significant`` (in measured expression), ``n_samples``, ``n_spots``;
         - ``spearman``: of the effects; chance is 0;
@@ -47,6 +47,9 @@ def concordance(
         - ``auroc``: of the measured-significant genes, ranked by the size of the predicted score; chance is one half;
         - ``precision_at_<k>``: share of the k genes of highest predicted score that are among the k of highest measured
           score; chance is ``chance_at_<k>``;
+        - ``predictor``: the layer, or a reference that knows no gene: ``"depth"``, ``"mean colour"``, ``"coordinates"``;
+        - ``spearman_difference``, ``sign_agreement_difference``, ``sign_agreement_significant_difference``,
+          ``auroc_difference``: of a reference, the score of the prediction minus its own, on the same genes;
         - ``method``, ``circular``.
 
     Raises

@@ -73,6 +73,8 @@ def concordance(
     data = data if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
     frame = get_concordance(data, by_gene=True, key=key, table_key=table_key)
     table = get_concordance(data, key=key, table_key=table_key)
+    if "predictor" in table:
+        table = table[table["predictor"] == table["predictor"].iloc[0]]
     groups = list(dict.fromkeys(frame["group"]))
     wanted = groups if group is None else [group] if isinstance(group, str) else list(group)
     if unknown := [name for name in wanted if name not in groups]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,15 +13,19 @@ from ..._core import validate
 from ..._core.keys import check_key
 from ..._core.results import check_free, write_to_all
 from ..._core.tables import Scale
+from . import blind
 from .compare import adjusted, compare, method_for, named_groups
 from .methods import METHODS
-from .pool import pool, prediction_key, tables_of
+from .pool import Pool, pool, prediction_key, tables_of
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
+
+#: Scores that a prediction is compared with the references by.
+_COMPARED = ("spearman", "sign_agreement", "sign_agreement_significant", "auroc")
 
 
 def concordance(
@@ -45,6 +49,9 @@ def concordance(
 ) -> pd.DataFrame | None:
     """Compare the biomarkers of predicted with those of measured expression, at the same spots and by the same test.
 
+    Beside the prediction stand references that know no gene: the mean of each gene times the depth of a spot, its colour, or
+    its place between the groups.
+
     Parameters
     ----------
     data, groupby, groups, reference, layer, layer_scale, sample_key, section_key, method, table_key
@@ -66,7 +73,7 @@ def concordance(
     ``None`` for one object, the table for several. Written to the table, or to the table of every object:
 
     ``.uns["he2gene_concordance"]``
-        ``"table"``: DataFrame, a row a group and set of genes (``"reliable"``, ``"all"``), see
+        ``"table"``: DataFrame, a row a group and set of genes (``"reliable"``, ``"all"``) and ``predictor``, see
         :func:`he2gene_sc.get.concordance`; ``"genes"``: both tests gene by gene; ``"params"``.
 
     Raises
@@ -76,6 +83,9 @@ def concordance(
 
     Notes
     -----
+    A reference has one number a spot, so all its effects of a group have one sign. The prediction is tested as biomarkers are,
+    adjusted for depth where it holds logarithms; the references are not adjusted. Colour needs objects with images.
+
     Measured effects are noisy themselves, so the agreement of a perfect prediction is below 1. If the model was trained on
     these sections, the agreement is too good.
 
@@ -126,6 +136,9 @@ def concordance(
     reliable = reliable_genes(tables, layer)
     genes["reliable"] = True if reliable is None else reliable.reindex(genes["names"]).to_numpy(bool)
     table = _scores(genes, lengths, fdr)
+    table["predictor"] = layer
+    references = _references(data, tables, known, layer, genes, reference, lengths, fdr)
+    table = pd.concat([table, *(_against(table, rows) for rows in references)], ignore_index=True)
     table["method"] = METHODS[chosen.name].label
     table["circular"] = any(circularity(tables, groupby, values) for values in (layer, measured))
     params = {
@@ -142,6 +155,31 @@ def concordance(
     }
     write_to_all(tables, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
     return table.copy() if several else None
+
+
+def _references(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    tables: tuple[AnnData, ...],
+    known: Pool,
+    layer: str,
+    genes: pd.DataFrame,
+    reference: str,
+    k: Sequence[int],
+    fdr: float,
+) -> Iterator[pd.DataFrame]:
+    """Scores of predictions that know no gene: the mean of each gene times a number of the spot."""
+    by_spot = blind.fields(data, tables, known, prediction_key(tables[0], layer) or layer)
+    found = blind.effects(known, by_spot, list(dict.fromkeys(genes["group"])), reference)
+    mean = genes["names"].map(blind.mean_expression(known)).to_numpy(float)
+    for name in found.index:
+        effect = mean * genes["group"].map(found.loc[name]).to_numpy(float)
+        rows = _scores(genes.assign(effect_size_predicted=effect, scores_predicted=effect), k, fdr)
+        yield rows.assign(predictor=name)
+
+
+def _against(prediction: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a reference, with the prediction's score minus its own, on the same genes."""
+    return rows.assign(**{f"{score}_difference": prediction[score] - rows[score] for score in _COMPARED})
 
 
 def _beside(predicted: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:

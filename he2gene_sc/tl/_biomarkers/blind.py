@@ -1,0 +1,90 @@
+"""Predictions that know no gene: what depth, colour and place of a spot reach in place of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .._domains.inputs import mean_colour
+from .pool import Pool
+from .sums import depth_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+DEPTH, COLOUR, COORDINATES = "depth", "mean colour", "coordinates"
+
+
+def fields(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    tables: tuple[AnnData, ...],
+    measured: Pool,
+    layer: str,
+) -> dict[str, np.ndarray]:
+    """Return a number of every spot ``(n,)`` by reference, of mean 0 and variance 1 within each section.
+
+    Depth is the log of total counts, colour the darkness of the spot in the image; each where it is known of all sections.
+    """
+    found: dict[str, np.ndarray] = {}
+    depth = depth_of(measured, "auto")
+    if depth is not None:
+        found[DEPTH] = depth
+    objects = [data] if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    colours = [mean_colour(item, table, layer) for item, table in zip(objects, tables, strict=True)]
+    known = [c for c in colours if c is not None]
+    if len(known) == len(colours):
+        rgb = np.concatenate([c[rows] for c, rows in zip(known, measured.rows, strict=True)])
+        found[COLOUR] = -rgb.mean(1)
+    return {name: _within_sections(values, measured) for name, values in found.items()}
+
+
+def _within_sections(values: np.ndarray, spots: Pool) -> np.ndarray:
+    out = np.zeros(len(values))
+    places = pd.DataFrame({"sample": spots.samples, "section": spots.sections})
+    for rows in places.groupby(["sample", "section"], sort=False).indices.values():
+        part = values[rows]
+        known = np.isfinite(part)
+        if known.sum() > 1 and part[known].std() > 0:
+            out[rows[known]] = (part[known] - part[known].mean()) / part[known].std()
+    return out
+
+
+def effects(spots: Pool, by_spot: dict[str, np.ndarray], groups: Iterable[str], reference: str) -> pd.DataFrame:
+    """Mean difference of each field between a group and its reference over samples: a row a reference, a column a group."""
+    rows: dict[str, dict[str, float]] = {name: {} for name in by_spot}
+    if spots.xy is not None:
+        rows[COORDINATES] = {}
+    for group in groups:
+        inside = spots.labels == group
+        outside = (spots.labels == reference) if reference != "rest" else ~inside
+        for name in rows:
+            gaps = []
+            for sample in pd.unique(pd.Series(spots.samples)):
+                a, b = (np.flatnonzero(part & (spots.samples == sample)) for part in (inside, outside))
+                if len(a) and len(b):
+                    gaps.append(
+                        _place(spots, a, b)
+                        if name == COORDINATES
+                        else by_spot[name][a].mean() - by_spot[name][b].mean()
+                    )
+            rows[name][group] = float(np.mean(gaps)) if gaps else np.nan
+    return pd.DataFrame(rows).T
+
+
+def _place(spots: Pool, a: np.ndarray, b: np.ndarray) -> float:
+    """Distance of the middles of two groups, in SD of the spots along the line between them."""
+    assert spots.xy is not None
+    xy = spots.xy[np.concatenate([a, b])]
+    gap = spots.xy[a].mean(0) - spots.xy[b].mean(0)
+    along = (xy - xy.mean(0)) @ gap
+    return float(gap @ gap / along.std()) if along.std() > 0 else 0.0
+
+
+def mean_expression(measured: Pool) -> pd.Series:
+    """Mean measured expression of each gene over all spots."""
+    total = measured.sums(np.zeros(len(measured.labels), int), 1, lambda values: values)[0, 0]
+    return pd.Series(total / max(len(measured.labels), 1), index=measured.genes.astype(str))
