@@ -289,6 +289,21 @@ def test_a_correction_is_believed_as_far_as_blocks_of_tissue_agree():
     np.testing.assert_allclose(of_class, 1, atol=0.1)
 
 
+def test_a_level_is_corrected_alike_at_all_other_spots():
+    """Where half of them are represented, a correction by parts would be a pattern that nobody measured."""
+    rng = np.random.default_rng(0)
+    xy = grid(8, 20)
+    truth = 4 + 0.3 * field(rng, xy, 30, reach=1)
+    predicted = (truth - 1 + 0.1 * rng.normal(size=truth.shape)).astype(np.float32)
+    near = xy[:, 0] < 10
+    given = np.where(near[:, None], truth + 0.3 * rng.normal(size=truth.shape), np.nan)
+    found = adapt(predicted, given, xy)
+    assert 0.6 < found.support[~near].mean() < 0.97
+    change = (found.expression - predicted)[~near].mean(1)
+    assert np.ptp(change) < 0.2
+    assert change.mean() > 0.3
+
+
 def test_spots_at_random_represent_the_others_and_correct_their_offset():
     xy, _, predicted, truth, measured = biased(1)
     few = np.random.default_rng(0).permutation(len(xy))[:12]

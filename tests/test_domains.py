@@ -8,6 +8,7 @@ from sklearn import metrics
 
 import he2gene_sc as hg
 from he2gene_sc._core.tables import pitch_of
+from he2gene_sc.stats import log_normalise
 
 
 def run(data, **kwargs):
@@ -101,7 +102,7 @@ def test_moran_and_neighbourhoods_are_those_of_squidpy(slide):
 
 def test_references_stand_beside_and_say_what_they_know(slide):
     table = hg.get.domains(slide, score="ari")
-    kinds = {"predicted", "measured", "mean colour", "coordinates", "random features", "annotation head"}
+    kinds = {"predicted", "measured", "depth", "mean colour", "coordinates", "random features", "annotation head"}
     assert set(table["labels"]) == kinds
     head = table[table["labels"] == "annotation head"]
     assert head["trained_on_labels"].item()
@@ -135,7 +136,37 @@ def test_a_table_gives_what_the_object_gives_but_for_colour(slide):
     table = slide["table"].copy()
     run(table, layer="he2gene", n_seeds=1)
     whole = hg.get.domains(slide)
-    pd.testing.assert_frame_equal(hg.get.domains(table), whole[whole["labels"] != "mean colour"].reset_index(drop=True))
+    found, whole = (
+        t.drop(columns="pval_better") for t in (hg.get.domains(table), whole[whole["labels"] != "mean colour"])
+    )
+    pd.testing.assert_frame_equal(found, whole.reset_index(drop=True))
+
+
+def test_a_prediction_of_depth_alone_is_not_better_than_depth_and_a_good_one_is():
+    """Four round domains of three kinds; depth tells one kind from the rest, expression all."""
+    rng = np.random.default_rng(0)
+    xy = np.stack(np.mgrid[:16, :16], -1).reshape(-1, 2).astype(float)
+    round_ = [np.square(xy - centre).sum(1) < 16 for centre in ([2, 2], [8, 3], [4, 8], [10, 10])]
+    domain = np.select([round_[0] | round_[3], round_[1] | round_[2]], [1, 2], 0)
+    level = np.array([2.0, 2.0, 3.0])[domain] + rng.normal(0, 0.1, len(xy))
+    means = rng.normal(0, 1, (3, 40))
+    counts = rng.poisson(np.exp(level[:, None] + means[domain]))
+    log = log_normalise(counts)
+    blind = (log.mean(0) + 0.5 * np.log(counts.sum(1))[:, None] + rng.normal(0, 0.01, log.shape)).astype(np.float32)
+    pvalues = {}
+    for name, values in (("good", log), ("blind", blind)):
+        table = ad.AnnData(counts.astype(np.float32), obs=pd.DataFrame({"domain": [f"d{i}" for i in domain]}))
+        table.obs_names = [f"s{i}" for i in range(len(xy))]
+        table.obsm["spatial"], table.layers["he2gene"] = xy, np.maximum(values, 0)
+        found = run(table, domain_key="domain", layer="he2gene", genes=list(table.var_names))
+        ari = found[found["score"] == "ari"]
+        rows = ari[ari["against"] == "domains"].set_index("labels")
+        pvalues[name] = rows.loc["predicted", "pval_better"]
+        of = rows.loc[["depth", "coordinates"]]
+        assert pvalues[name] == of["pval_better"].max()
+        np.testing.assert_allclose(of["difference"], rows.loc["predicted", "mean"] - of["mean"])
+    assert pvalues["good"] < 0.05
+    assert pvalues["blind"] > 0.1
 
 
 def test_leiden_is_tuned_to_the_number_of_domains():

@@ -38,12 +38,14 @@ def domains(
     -------
     pandas.DataFrame
         ``sample``, ``section`` (``"all"``: mean over samples); ``labels``: ``predicted``, ``measured``, the references
-        ``mean colour``, ``coordinates``, ``random features`` and ``annotation head``, and ``domains`` themselves;
+        ``depth``, ``mean colour``, ``coordinates``, ``random features`` and ``annotation head``, and ``domains`` themselves;
         ``against``: ``domains``, ``measured``, or empty for scores of one label map; ``score``: ``ari``, ``nmi``, ``ami``,
         ``homogeneity``, ``completeness``, ``nhood_enrichment`` (correlation of neighbourhood enrichment), ``silhouette``
         (of the domains in the principal components), ``moran`` (Spearman correlation of Moran's I over genes),
         ``n_labels``, ``chaos`` and ``pas`` (lower is more coherent); ``mean`` and ``sd`` over ``n_seeds`` seeds; ``pval``
-        and ``n_shifts`` of the adjusted Rand index, ``null_mean`` its mean over the shifts; ``trained_on_labels``:
+        and ``n_shifts`` of the adjusted Rand index, ``null_mean`` its mean over the shifts; of depth, colour and coordinates
+        ``difference``, the prediction's index minus theirs, and ``pval_better``, whether the prediction is better; of the
+        prediction the largest of these, whether it is better than each; ``trained_on_labels``:
         whether a model that learnt such labels made these; ``n_samples`` where there are several sections.
 
     Raises

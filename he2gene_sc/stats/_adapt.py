@@ -9,7 +9,7 @@ import numpy as np
 
 from ._smoothers import kriging, matched_folds, ridge
 from ._stack import stack
-from ._support import believed, evidence_blocks, support
+from ._support import believed, evidence_blocks, level_share, support
 
 #: What is combined; the first, the prediction with its level put right, is what the others have to be better than. The last
 #: is the prediction as it was.
@@ -82,7 +82,8 @@ def adapt(
 
     The correction is then taken in part: as far as held-out spots bear it out, block of tissue by block and class by class
     (:func:`he2gene_sc.stats._support.believed`), and as far as the measured spots stand for a spot in place, features and
-    class (:func:`he2gene_sc.stats._support.support`).
+    class (:func:`he2gene_sc.stats._support.support`). The level of a gene is corrected alike at all spots that were not
+    measured (:func:`he2gene_sc.stats._support.level_share`): by parts it would be a pattern.
 
     Parameters
     ----------
@@ -205,7 +206,9 @@ class _Group:
         final = self._smoothers(at, everywhere, _scores(self.residual, self.loadings, None), chosen)
         near = support(self.xy, self.spots, folds, self.features, self.classes, seed=self.seed)
         self.result.support[:] += len(self.genes) * near
-        self.result.reach[self.genes] = (2 * near - near**2)[~self.spots].mean() if len(at) < len(near) else 1.0
+        level = np.where(self.spots, 1, level_share(near, self.spots))
+        got = np.minimum(near, level)
+        self.result.reach[self.genes] = (2 * got - got**2)[~self.spots].mean() if len(at) < len(near) else 1.0
         blocks = evidence_blocks(self.xy[at], self.seed)
         for start in range(0, len(by_mean), _BLOCK):
             genes = by_mean[start : start + _BLOCK]
@@ -220,7 +223,10 @@ class _Group:
             self.result.residuals[np.ix_(at, genes)] = before + share[at, None] * (residuals - before)
             values = np.einsum("gc,cng->ng", weights, self._candidates(final, at, everywhere, genes))
             old = self.predicted[:, genes]
-            self.result.expression[:, genes] = old + (near * share)[:, None] * (values - old)
+            change = values - old
+            offset = change[at].mean(0)
+            change = level[:, None] * offset + near[:, None] * (change - offset)
+            self.result.expression[:, genes] = old + share[:, None] * change
 
     def _believed(self, before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         """Share of the correction that each spot ``(n,)`` gets."""

@@ -12,6 +12,8 @@ _COMPONENTS = 10
 _FOLDS, _MIN_OF_FOLD = 5, 4
 #: Standard deviations below the mean of measured spots from which, and to which, support falls from 1 to 0.
 _NEAR, _FAR = 2.0, 3.0
+#: Mean support of the other spots from which, and to which, the correction of the level rises from 0 to 1.
+_LEVEL_FROM, _LEVEL_TO = 0.5, 0.8
 #: Blocks of measured spots that a correction is tried on.
 _MIN_BLOCKS, _MAX_BLOCKS, _OF_BLOCK = 3, 10, 4
 
@@ -73,6 +75,15 @@ def support(
         found[(classes >= 0) & (measured[classes] < _MIN_OF_CLASS)] = 0
     found[known] = 1
     return found
+
+
+def level_share(near: np.ndarray, known: np.ndarray) -> float:
+    """Share of the correction of the level that spots not measured get, all alike: 0 to 1.
+
+    From their mean support: 0 up to a half, 1 from .8 on.
+    """
+    others = near[~known]
+    return float(np.clip((others.mean() - _LEVEL_FROM) / (_LEVEL_TO - _LEVEL_FROM), 0, 1)) if len(others) else 1.0
 
 
 def feature_support(features: np.ndarray, xy: np.ndarray, known: np.ndarray, *, seed: int = 0) -> np.ndarray:

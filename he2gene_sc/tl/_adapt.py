@@ -93,10 +93,10 @@ def adapt(
         Whether the layer was fitted on the spot, by any gene of it; :func:`he2gene_sc.tl.evaluate` and
         :func:`he2gene_sc.pl.calibration` judge the others.
     ``.obs["he2gene_adapted_support"]``
-        float32, how far the measured spots represent a spot, 0 to 1: the share of the correction that it gets. 1 up to
+        float32, how far the measured spots represent a spot, 0 to 1: the share of the corrected pattern that it gets. 1 up to
         the largest distance that cross-validation tried, 0 from twice that; less where a linear discriminant tells the spot
         from the measured ones; 0 in a predicted class of which fewer than three spots were measured. NaN where nothing
-        was adapted.
+        was adapted. The level of a gene is corrected alike at all other spots, if they are represented on average.
     ``.var["he2gene_adapted_gain"]``
         Share of the squared error of the prediction that is expected to be gone at the spots that were not measured:
         cross-validated on measured spots, times what of the correction the others get. NaN for genes that were not

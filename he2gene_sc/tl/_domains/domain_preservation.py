@@ -16,7 +16,7 @@ from ..._core.tables import Scale, spots_of
 from ...stats import MIN_OVERLAP
 from . import inputs as inputs
 from .clusters import CLUSTERINGS, cluster, embed, medoid
-from .scores import Labels, Section, codes_of, moran_agreement, score
+from .scores import BLIND, Labels, Section, codes_of, moran_agreement, score
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -62,9 +62,11 @@ def domain_preservation(
     Predicted and measured expression of the same genes go through one pipeline: log expression, 20 principal components
     (scanpy), 15 neighbours, Leiden at the resolution that gives as many clusters as there are domains (or k-means).
     Clusters are compared with the domains and with each other, beside references that know less or more: random
-    features, the mean colour of a spot, its coordinates, and the labels of the annotation head, where a missing label
-    is one more. The adjusted Rand index is tested against domains shifted over the tissue (:func:`he2gene_sc.stats.shift_test`), since shuffled labels
-    lose their spatial autocorrelation and make chance agreement look significant.
+    features, the depth of a spot, its mean colour, its coordinates, and the labels of the annotation head, where a missing label
+    is one more. The adjusted Rand index is tested against domains shifted over the tissue
+    (:func:`he2gene_sc.stats.shift_test`), since shuffled labels lose their spatial autocorrelation and make chance agreement
+    look significant. A second p-value tests whether the prediction keeps the domains better than each of depth, colour and
+    coordinates, which see no gene.
 
     Parameters
     ----------
@@ -166,7 +168,9 @@ def domain_preservation(
     compared = predicted if counted is None else counted
     assert compared is not None
     inputs.check_not_twice(where, xy, compared, sample_key)
-    given = {"predicted": predicted, "measured": counted, "mean colour": inputs.mean_colour(sdata, table, layer)}
+    depth = inputs.depth(table, measured, measured_scale) if has_measured else None
+    colour = inputs.mean_colour(sdata, table, layer)
+    given = {"predicted": predicted, "measured": counted, "depth": depth, "mean colour": colour}
     spaces = {name: values for name, values in given.items() if values is not None}
     annotation = table.obs.get(Keys(layer or "he2gene").annotation)
 
@@ -255,7 +259,7 @@ def _score_section(
     from ...stats import admissible_shifts
 
     # A spot outside the image has no colour, but may have been measured.
-    needed = [spaces[name][members] for name in spaces if name != "mean colour"]
+    needed = [spaces[name][members] for name in spaces if name not in BLIND]
     known = np.all([np.isfinite(values).all(axis=1) for values in needed], axis=0)
     spots = members[known]
     labelled = codes[spots] >= 0
@@ -283,7 +287,7 @@ def _score_section(
         if name in spaces:
             features = embed(spaces[name][spots])
             kinds.append(Labels(name, cluster(features, n, seeds, clustering), features))
-    for name, values in (("mean colour", spaces.get("mean colour")), ("coordinates", xy)):
+    for name, values in [(name, xy if name == "coordinates" else spaces.get(name)) for name in BLIND]:
         if values is not None and np.isfinite(values[spots]).all():
             kinds.append(Labels(name, cluster(_standardised(values[spots]), n, seeds, clustering)))
     noise = [np.random.default_rng(s).standard_normal((len(spots), 20)) for s in seeds]

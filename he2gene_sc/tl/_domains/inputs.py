@@ -227,6 +227,14 @@ def is_made(table: AnnData) -> bool:
     return MADE in table.uns
 
 
+def depth(table: AnnData, measured: str | None, scale: Scale) -> np.ndarray | None:
+    """Log of the total counts of each spot ``(n, 1)``, NaN without counts; ``None`` where only logarithms are known."""
+    if scale == "log":
+        return None
+    total = np.asarray(count_totals(matrix_of(table, measured, "measured")), float).ravel()
+    return np.log(np.where(total > 0, total, np.nan))[:, None]
+
+
 def mean_colour(sdata: SpatialData | AnnData, table: AnnData, layer: str | None) -> np.ndarray | None:
     """Mean RGB of each spot's own square ``(n, 3)``, NaN outside the image; ``None`` where no image is found."""
     from ...image import PatchReader

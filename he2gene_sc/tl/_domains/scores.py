@@ -21,6 +21,10 @@ _ENRICHMENT_PERMS = 1000
 _RADIUS = 1.5
 
 
+#: References that see no gene, which a prediction should be better than.
+BLIND = ("depth", "mean colour", "coordinates")
+
+
 @dataclass(frozen=True)
 class Labels:
     """One kind of labels of a section's spots.
@@ -65,15 +69,18 @@ def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
     ------
     dict
         ``labels``, ``against``, ``score``, ``mean`` and ``sd`` over seeds, ``n_seeds``, ``pval``, ``n_shifts``,
-        ``null_mean``, ``trained_on_labels``.
+        ``null_mean``, ``trained_on_labels``; ``difference`` and ``pval_better``, see :func:`_against_references`.
     """
     labelled = section.labelled
     xy, domains = section.xy[labelled], codes_of(section.domains[labelled])
     enrichment = Enrichment(xy, section.seed)
     yield from _coherence(xy, Labels("domains", [domains]))
+    cut = {kind.name: [codes_of(labels[labelled]) for labels in kind.labelings] for kind in kinds}
+    better = _against_references(domains, cut, section.shifts)
     for kind in kinds:
-        kept = [codes_of(labels[labelled]) for labels in kind.labelings]
-        yield from _compare(kind, "domains", [domains] * len(kept), kept, section.shifts, enrichment)
+        kept = cut[kind.name]
+        for row in _compare(kind, "domains", [domains] * len(kept), kept, section.shifts, enrichment):
+            yield row | better.get(kind.name, {}) if row["score"] == "ari" else row
         if kind.features is not None:
             yield _row(kind, "domains", "silhouette", [silhouette(kind.features[labelled], domains)])
         yield from _coherence(xy, Labels(kind.name, kept, trained_on_labels=kind.trained_on_labels))
@@ -83,6 +90,30 @@ def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
             [codes_of(labels[labelled]) for labels in named[name].labelings] for name in ("measured", "predicted")
         )
         yield from _compare(named["predicted"], "measured", measured, predicted, section.shifts, enrichment)
+
+
+def _against_references(
+    domains: np.ndarray, cut: dict[str, list[np.ndarray]], shifts: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """Whether the prediction keeps the domains better than references that see no gene, by kind.
+
+    ``difference`` of a reference is the prediction's adjusted Rand index minus its own; ``pval_better`` the share of shifts,
+    and of the domains as they lie, at which this is as large. That of the prediction is the largest of these: it tests being
+    better than each. Without a prediction, what was measured is compared.
+    """
+    name = next((kind for kind in ("predicted", "measured") if kind in cut), None)
+    references = [kind for kind in BLIND if kind in cut]
+    if name is None or not references:
+        return {}
+    tests = {kind: shift_test([domains] * len(cut[kind]), cut[kind], shifts) for kind in (name, *references)}
+    found: dict[str, dict[str, float]] = {}
+    for kind in references:
+        difference = tests[name].observed - tests[kind].observed
+        beyond = tests[name].null - tests[kind].null >= difference - 1e-12
+        p = float((beyond.sum() + 1) / (len(shifts) + 1)) if len(shifts) else np.nan
+        found[kind] = {"difference": difference, "pval_better": p}
+    found[name] = {"pval_better": max(row["pval_better"] for row in found.values())}
+    return found
 
 
 def _compare(
@@ -216,6 +247,8 @@ def _row(kind: Labels, against: str, name: str, values: list[float], **tested: f
         "pval": np.nan,
         "n_shifts": 0,
         "null_mean": np.nan,
+        "difference": np.nan,
+        "pval_better": np.nan,
         "trained_on_labels": kind.trained_on_labels,
         **tested,
     }
