@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 
 #: Files that take longest, which are begun first: at the end one process would wait for them.
-FIRST = ("test_tutorials", "test_reproduce", "test_real")
+FIRST = ("test_tutorials", "test_reproduce", "test_real", "test_save", "test_examples")
 
 
 def pytest_collection_modifyitems(items):

@@ -60,13 +60,13 @@ def concordance(
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> slides = [hg.datasets.toy((5, 5), seed=i) for i in range(4)]
     >>> for i, slide in enumerate(slides):
     ...     slide["table"].obs["patient"] = f"P{i}"
     ...     hg.tl.predict(slide, show_progress_bar=False)
-    >>> result = hg.tl.concordance(slides, "pathologist")
+    >>> result = hg.tl.concordance(slides, "pathologist", groups="tumour")
     >>> hg.get.concordance(slides)["group"].nunique()
-    3
+    1
     """
     validate.arguments(concordance, locals())
     return result_of(data, "concordance", key, table_key)["genes" if by_gene else "table"].copy()

@@ -58,6 +58,15 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     -----
     A save that was killed leaves ``.he2gene_save`` in the store, or ``.NAME.he2gene_save`` beside a new one; the next
     save removes it. See :doc:`/saving`.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((4, 4))
+    >>> store = hg.io.save(sdata, "slide.zarr")
+    >>> sdata["table"].obs["seen"] = True
+    >>> hg.io.save(sdata) == store  # only the table is written
+    True
     """
     validate.arguments(save, locals())
     if path is None and sdata.path is None:

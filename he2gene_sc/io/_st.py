@@ -81,6 +81,11 @@ def read_st(
     Notes
     -----
     Spots that stand in only one of counts and spot file are dropped, with one warning that counts them.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.io.read_st("C5.tsv.gz", "C5_selection.tsv", "C5.jpg", patient="C")  # doctest: +SKIP
     """
     validate.arguments(read_st, locals())
     from scipy.sparse import csr_matrix

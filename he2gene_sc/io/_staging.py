@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._core import logs
 from ._differences import MAPPINGS, Change, Difference
 from ._files import link_tree, remove
 from ._store import RootMetadata
@@ -25,17 +25,10 @@ def quiet() -> Iterator[None]:
     """Without what zarr, anndata and spatialdata say that a user can do nothing about."""
     import anndata
 
-    loggers = [logging.getLogger(name) for name in ("spatialdata", "ome_zarr")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), anndata.settings.override(allow_write_nullable_strings=True):
+    strings = anndata.settings.override(allow_write_nullable_strings=True)
+    with warnings.catch_warnings(), strings, logs.quiet("spatialdata", "ome_zarr"):
         warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
+        yield
 
 
 def write(

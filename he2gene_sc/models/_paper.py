@@ -89,6 +89,11 @@ def from_checkpoint(
     ValueError
         If the file is truncated, holds pickled objects, or is of another layout; if it has other numbers of genes than
         the lists; if genes occur twice.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> model = hg.models.from_checkpoint("he2gene.pt", "he2gene-base", "target.txt", "aux.txt")  # doctest: +SKIP
     """
     if preset not in _HEADS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(_HEADS)}")

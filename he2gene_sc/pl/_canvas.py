@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core import logs
 from .._core.elements import check_spatialdata, spot_element
 from .._core.keys import Keys
 from .._core.mpp import affine
@@ -174,18 +174,9 @@ def add_colorbar(ax: Axes, norm: Normalize, cmap: str, label: str) -> None:
     ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, shrink=0.8, pad=0.02).set_label(label)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Keep spatialdata-plot's log lines about a temporary object out of the notebook."""
-    loggers = [logging.getLogger(name) for name in ("spatialdata", "spatialdata_plot", "spatialdata_plot._logging")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+    return logs.quiet("spatialdata", "spatialdata_plot", "spatialdata_plot._logging")
 
 
 def axes_for(n: int, ax: Axes | Sequence[Axes] | None, ncols: int, panel: float = 4.5) -> list[Axes]:

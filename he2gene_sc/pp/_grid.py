@@ -62,6 +62,15 @@ def grid(
     ValueError
         If µm per pixel is unknown, the mask is missing, a size is not positive, the name is taken by an element that
         ``grid`` did not make, that was changed since or that a table annotates, or no spot lies on tissue.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((4, 4))
+    >>> hg.pp.tissue(sdata)
+    >>> hg.pp.grid(sdata, diameter_um=100, key_added="bins")
+    >>> len(sdata["bins"]) > 0
+    True
     """
     validate.arguments(grid, locals())
     from scipy.ndimage import uniform_filter

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .._core import validate
+from .._core import logs, validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import find_image, pyramid_of
 from ..image import tissue_pixels
@@ -73,6 +73,14 @@ def tissue(
     -----
     UserWarning
         If half of what is stained and has structure is left out, or a part of what was found is green or blue.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((4, 4))
+    >>> hg.pp.tissue(sdata)
+    >>> bool((sdata["he_tissue"] > 0).any())
+    True
     """
     validate.arguments(tissue, locals())
     validate.one_of(method, _METHODS, "method")
@@ -132,9 +140,11 @@ def _by_squidpy(thumbnail: np.ndarray, method: str, kwargs: dict[str, Any]) -> n
     reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
     # H&E has a bright background; squidpy then needs no corners to tell, which an inset or a full slide would mislead.
     kwargs = {"corners_are_background": method == "weka", **kwargs}
-    return np.asarray(
-        sq.experimental.im.detect_tissue(reduced, "image", method=method, channel_format="rgb", inplace=False, **kwargs)
-    )
+    with logs.quiet("spatialdata._logging"):
+        found = sq.experimental.im.detect_tissue(
+            reduced, "image", method=method, channel_format="rgb", inplace=False, **kwargs
+        )
+    return np.asarray(found)
 
 
 def _not_glass(tissue: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def support(
     for values in features:
         found = np.minimum(found, feature_support(values, xy, known, seed=seed))
     if classes is not None:
-        measured = np.bincount(classes[known & (classes >= 0)], minlength=classes.max() + 1)
+        measured = np.bincount(classes[known & (classes >= 0)], minlength=max(classes.max(), 0) + 1)
         found[(classes >= 0) & (measured[classes] < _MIN_OF_CLASS)] = 0
     found[known] = 1
     return found

@@ -21,6 +21,12 @@ def encoders() -> pd.DataFrame:
         A row an encoder, indexed by ``name``: ``license``; ``gated``, whether the hub asks for an accepted licence;
         ``input_px``; ``mpp`` (µm per pixel, ``None`` where it has never seen tissue); ``n_features``; ``pooling``;
         ``source``, where its weights come from; ``available``, whether they lie on this machine. Nothing is fetched.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> bool(hg.models.encoders().loc["efficientnet-lite0", "available"])
+    True
     """
     import pandas as pd
 

@@ -92,11 +92,11 @@ def concordance(
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> slides = [hg.datasets.toy((6, 6), seed=i) for i in range(4)]
+    >>> slides = [hg.datasets.toy((5, 5), seed=i) for i in range(4)]
     >>> for i, slide in enumerate(slides):
     ...     slide["table"].obs["patient"] = f"P{i}"
     ...     hg.tl.predict(slide, show_progress_bar=False)
-    >>> hg.tl.concordance(slides, "pathologist", k=(5,))["genes"].unique().tolist()
+    >>> hg.tl.concordance(slides, "pathologist", groups="tumour", k=(5,))["genes"].unique().tolist()
     ['reliable', 'all']
     """
     validate.arguments(concordance, locals())

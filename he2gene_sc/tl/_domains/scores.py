@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..._core import logs
 from ...stats import agreement, chaos, enrichment_agreement, match, pas, shift_test, silhouette
 
 if TYPE_CHECKING:
@@ -219,13 +219,8 @@ def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
 
     table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
     # squidpy announces every graph through this logger.
-    log = logging.getLogger("spatialdata._logging")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
+    with logs.quiet("spatialdata._logging"):
         sq.gr.spatial_neighbors_radius(table, radius=_RADIUS * pitch_of(xy))
-    finally:
-        log.setLevel(level)
     return table
 
 

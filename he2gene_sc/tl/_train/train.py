@@ -193,7 +193,7 @@ def train(
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> sections = [hg.datasets.toy(shape=(8, 8), seed=i) for i in range(2)]
+    >>> sections = [hg.datasets.toy(shape=(5, 5), seed=i) for i in range(2)]
     >>> for i, section in enumerate(sections):
     ...     section["table"].obs["section"] = f"S{i}"
     >>> model = hg.tl.train(sections, annotation_key="annotation", show_progress_bar=False)

@@ -1,0 +1,27 @@
+"""The example of every public function runs and gives what it shows."""
+
+import doctest
+
+import pytest
+
+import he2gene_sc as hg
+
+PUBLIC = [
+    pytest.param(namespace, name, id=f"{namespace}.{name}")
+    for namespace in ("datasets", "get", "io", "models", "pl", "pp", "tl")
+    for name in getattr(hg, namespace).__all__
+    if callable(getattr(getattr(hg, namespace), name))
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("namespace", "name"), PUBLIC)
+def test_the_example_of_a_public_function_runs(namespace, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    thing = getattr(getattr(hg, namespace), name)
+    found = [test for test in doctest.DocTestFinder(exclude_empty=True).find(thing, name) if test.examples]
+    for test in found:
+        said = []
+        outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+        assert outcome.failed == 0, "".join(said)
+    assert found or not isinstance(thing, type(hg.tl.predict)), f"hg.{namespace}.{name} has no example"
