@@ -12,6 +12,8 @@ _PRIOR_COUNT = 0.5
 _STEPS, _MOST = 6, 12.0
 #: Pairs with fewer expected counts do not enter the estimates of library sizes and of components of variance.
 _MIN_EXPECTED = 5.0
+#: Share of the genes, the quieter ones, that the components of variance are fitted to.
+_KEPT = 0.95
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,16 @@ def variance_components(
     if not trusted.any():
         return 0.0, 1.0
     between, factor = 0.0, 1.0
+    remaining = _trimmed_mean(np.maximum(trusted.sum(0) - 1, 1))
     for _ in range(20):
         variance = np.where(trusted, between + factor * sampling, 1.0)
         weight = trusted / variance
         total = np.where(trusted.any(0), weight.sum(0), 1.0)
         square = np.square(differences - (weight * differences).sum(0) / total)
         mean = (weight * square).sum(0) / np.maximum(trusted.sum(0) - 1, 1)
-        kept = trusted & (mean <= np.quantile(mean[trusted.any(0)], 0.95))
-        # A residual has lost what the mean has taken.
-        target, w = square + 1 / total, kept / np.square(variance)
+        kept = trusted & (mean <= np.quantile(mean[trusted.any(0)], _KEPT))
+        # A residual has lost what the mean has taken, and the genes that are kept are the quieter ones.
+        target, w = square / remaining + 1 / total, kept / np.square(variance)
         s = np.where(kept, sampling, 0)
         a, b, c = w.sum(), (w * s).sum(), (w * s * s).sum()
         y, ys = (w * target).sum(), (w * s * target).sum()
@@ -165,3 +168,10 @@ def variance_components(
         if np.allclose(before, (between, factor), rtol=1e-3, atol=1e-9):
             break
     return float(between), float(factor)
+
+
+def _trimmed_mean(df: np.ndarray) -> np.ndarray:
+    """Mean of χ² / df below its quantile ``_KEPT``."""
+    from scipy import stats
+
+    return stats.chi2.cdf(stats.chi2.ppf(_KEPT, df), df + 2) / _KEPT

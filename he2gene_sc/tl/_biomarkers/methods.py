@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ...stats import SampleTest
 
 
+#: The largest weight of a sample, in units of their median.
+_MOST_WEIGHT = 4.0
+
+
 @dataclass(frozen=True)
 class Method:
     """A test of one contrast.
@@ -62,7 +66,7 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
     assert contrast.raw is not None
     found = count_differences(contrast.raw)
     known = np.isfinite(found.variances)
-    weights = np.where(known, 1 / np.where(known, found.variances, 1), 0)
+    weights = _capped(np.where(known, 1 / np.where(known, found.variances, 1), 0))
     expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
     design, column = contrast.design
     test = paired_moderated_t(
@@ -76,6 +80,15 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
         minimum=contrast.lfc * np.log(2),
     )
     return Outcome(test, found.differences, test.effect / np.log(2))
+
+
+def _capped(weights: np.ndarray) -> np.ndarray:
+    """Weights of samples ``(n, g)``, at most four times their median.
+
+    How samples differ beyond their spots cannot be told where one sample outweighs the others.
+    """
+    middle = np.nanmedian(np.where((weights > 0).any(0) & (weights <= 0), np.nan, weights), axis=0)
+    return np.minimum(weights, _MOST_WEIGHT * middle)
 
 
 def _deseq2(contrast: Contrast) -> Outcome:
@@ -103,7 +116,7 @@ def _means(contrast: Contrast) -> SampleTest:
         between, factor = variance_components(
             differences / np.sqrt(within), np.broadcast_to(sampling[:, None], differences.shape)
         )
-        weights = 1 / (between + factor * sampling)
+        weights = _capped((1 / (between + factor * sampling))[:, None])
     design, column = contrast.design
     return paired_moderated_t(
         differences,
