@@ -80,6 +80,14 @@ def test_patients_of_few_spots_do_not_hide_a_difference():
     assert (all_six.loc[planted, "pvals_adj"] < 0.05).mean() >= (alone.loc[planted, "pvals_adj"] < 0.05).mean() - 0.1
 
 
+def test_patients_of_unlike_sizes_do_not_make_differences():
+    # One patient of many spots, three of few: how patients differ cannot be told from one.
+    sizes = [(150, 150), (3, 80), (60, 4), (5, 5)]
+    result = found([counted(i, n=n, genes=1000, between=0.12) for i, n in enumerate(sizes)], min_mean=-1)
+    assert (result["pvals"] < 0.05).mean() < 0.06
+    assert (result["pvals"] < 0.001).mean() < 0.003
+
+
 def test_order_of_patients_does_not_matter():
     tables = [counted(i, planted=5) for i in range(4)]
     one, other = found(tables), found(tables[::-1])

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Counts that are added to both groups together, shared out as their libraries are.
-_PRIOR_COUNT = 0.5
 #: Steps of the fit, and the largest difference (natural log).
 _STEPS, _MOST = 6, 12.0
 #: Pairs with fewer expected counts do not enter the estimates of library sizes and of components of variance.
@@ -51,10 +49,9 @@ def count_differences(sums: CountSums) -> CountDifferences:
     less, by a factor c. τ² and c are fitted to all genes.
     """
     library = sums.depth * library_factors(sums.counts, sums.depth)
-    null = library[0] / np.maximum(library.sum(0), 1e-300)
     inside = (np.all(library > 0, axis=0) & np.all(sums.spots > 0, axis=0))[:, None]
     total = np.where(inside, sums.counts.sum(0), 0)
-    y = np.where(inside, sums.counts[0], 0) + _PRIOR_COUNT * null[:, None]
+    y = np.where(inside, sums.counts[0], 0)
     effective = np.square(sums.depth) / np.maximum(sums.depth_squares, 1)
     spread = overdispersion(sums) * (1 / np.maximum(effective, 1)).sum(0)[:, None]
     offset = np.log(np.maximum(library[0], 1e-300) / np.maximum(library[1], 1e-300))[:, None]
@@ -62,8 +59,8 @@ def count_differences(sums: CountSums) -> CountDifferences:
     for i in range(_STEPS + 1):
         odds = np.exp(np.clip(offset + beta, -30, 30))
         pi = odds / (1 + odds)
-        information = (total + _PRIOR_COUNT) * pi * (1 - pi)
-        differences = beta + (y - (total + _PRIOR_COUNT) * pi) / information
+        information = np.maximum(total, 1) * pi * (1 - pi)
+        differences = beta + (y - total * pi) / information
         with np.errstate(divide="ignore"):
             sampling = 1 / (total * pi * (1 - pi)) + spread
         if i % 2 == 0:

@@ -1,0 +1,104 @@
+"""Error rates and power of ``hg.tl.biomarkers`` where patients are few or unequal, or genes vary more than others.
+
+python tests/benchmarks/bench_few_patients.py partial hypervariable few_measured
+"""
+
+import sys
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import stats
+
+import he2gene_sc as hg
+from he2gene_sc.stats import paired_moderated_t, prediction_powered_mean
+
+GROUPS = ("invasive cancer", "connective tissue")
+
+
+def few_measured(replicates=100_000, repeats=10, n_more=50):
+    """Coverage, and how often p-values are small, with few measured patients; nothing differs."""
+    rng = np.random.default_rng(0)
+    for n in (3, 4, 5, 6, 8, 10, 15):
+        for r in (0.0, 0.5, 0.9):
+            covered, small = [], []
+            for _ in range(repeats):
+                y = rng.standard_normal((n + n_more, replicates))
+                f = r * y + np.sqrt(1 - r**2) * rng.standard_normal(y.shape)
+                result = prediction_powered_mean(y[:n], f[:n], f[n:])
+                covered.append(((result.ci_low <= 0) & (result.ci_high >= 0)).mean())
+                p = 2 * stats.t.sf(np.abs(result.scores), result.df)
+                small.append([(p < 1e-3).mean() / 1e-3, (p < 1e-4).mean() / 1e-4])
+            times = np.mean(small, axis=0).round(1)
+            print(
+                f"ppi, {n} measured, r {r}: covers {np.mean(covered):.1%}, p < .001 {times[0]} times, < .0001 {times[1]}"
+            )
+
+
+def _planted_counts(i, rng, profile, effects, spread, sizes):
+    """Overdispersed counts of a patient whose first group is deeper; genes differ by `effects` and by chance."""
+    label = np.repeat(GROUPS, sizes)
+    gap = effects + rng.standard_normal(len(profile)) * spread
+    rates = np.stack([profile * np.exp(gap / 2), profile * np.exp(-gap / 2)])
+    rates /= rates.sum(1, keepdims=True)
+    depth = rng.lognormal(np.log(5000), 0.4, len(label)) * np.where(label == GROUPS[0], 1.8, 1)
+    mean = depth[:, None] * rates[(label == GROUPS[1]).astype(int)]
+    values = rng.poisson(mean * rng.gamma(5, 1 / 5, mean.shape)).astype(np.float32)
+    obs = pd.DataFrame({"patient": f"P{i}", "label": label}, index=[f"P{i}-{j}" for j in range(len(label))])
+    table = AnnData(values, obs=obs, var=pd.DataFrame(index=[f"gene{j}" for j in range(len(profile))]))
+    table.obsm["spatial"] = np.column_stack([np.arange(len(label)), np.zeros(len(label))])
+    return table
+
+
+def partial(genes=3000, repeats=6):
+    """Power, FDR and size of the default test of counts, a tenth of the genes planted; few, unequal, hypervariable."""
+    equal, poor = (60, 60), (3, 3)
+    designs = [([equal] * n, 0.5, False) for n in (3, 4, 8)]
+    designs += [([(150, 150), (10, 80), (60, 8), (100, 40)], 0.5, False)]
+    designs += [([(150, 150), (3, 80), (60, 4), (5, 5)], 0.5, False), ([(150, 150)] * 4 + [poor] * 2, 0.3, False)]
+    designs += [([equal] * n, effect, True) for n, effect in ((3, 0.5), (3, 1.0), (4, 0.5), (6, 0.5))]
+    for sizes, effect, extra in designs:
+        rows = []
+        for repeat in range(repeats):
+            rng = np.random.default_rng([len(sizes), repeat, extra])
+            profile = rng.lognormal(0, 1.2, genes)
+            effects = effect * rng.choice([-1, 1], genes) * (np.arange(genes) < genes // 10)
+            spread = 0.12 * np.where(rng.random(genes) < 0.05 * extra, 4.5, 1)
+            tables = [_planted_counts(i, rng, profile, effects, spread, size) for i, size in enumerate(sizes)]
+            result = hg.tl.biomarkers(tables, "label", groups=GROUPS[0], reference=GROUPS[1], layer=None)
+            planted = effects[result["names"].str[4:].astype(int)] != 0
+            hit, null = result["pvals_adj"].to_numpy() < 0.05, result["pvals"][~planted]
+            false = (hit & ~planted).sum() / max(hit.sum(), 1)
+            rows.append((hit[planted].mean(), false, (null < 0.05).mean(), (null < 0.001).mean() / 0.001))
+        power, false, low, lowest = np.mean(rows, axis=0)
+        error = np.std([row[1] for row in rows]) / np.sqrt(repeats)
+        print(
+            f"| {', '.join(f'{a} : {b}' for a, b in sizes)}{'; 5 % hypervariable' * extra}; effect {effect} | {power:.1%} | "
+            f"{false:.1%} ({error:.1%}) | {low:.1%} | {lowest:.1f} |",
+            flush=True,
+        )
+
+
+def hypervariable(genes=8000, repeats=4):
+    """FDR, power and size where one gene in twenty varies 20 times as much between patients; one in ten is planted."""
+    planted = np.arange(genes) < genes // 10
+    for n in (3, 4, 6):
+        for robust in (False, True):
+            rng = np.random.default_rng(n)
+            rows = []
+            for _ in range(repeats):
+                variance = rng.lognormal(0, 0.6, genes)
+                between = 0.03 * variance * np.where(rng.random(genes) < 0.05, 20, 1)
+                noise = np.sqrt(between + variance / 20) * rng.standard_normal((n, genes))
+                alike = variance * rng.chisquare(200, genes) / 200
+                test = paired_moderated_t(0.5 * np.sqrt(variance) * planted + noise, alike=alike, robust=robust)
+                hit = stats.false_discovery_control(test.pvalues) < 0.05
+                null = test.pvalues[~planted]
+                rows.append((hit[planted].mean(), (hit & ~planted).sum() / max(hit.sum(), 1), (null < 0.05).mean()))
+            power, false, size = np.mean(rows, axis=0)
+            print(f"hypervariable, {n} patients, robust={robust}: {power:.1%} found, FDR {false:.1%}, size {size:.1%}")
+
+
+if __name__ == "__main__":
+    for part in sys.argv[1:]:
+        globals()[part]()
