@@ -22,10 +22,13 @@ SECTIONS = ("C5", "A1", "B4")
 BOUND = 1e-6
 #: Results that another version gives by intention, by the beginning of their name.
 MEANT = {
+    "adapt": "corrected only where the measured spots represent the rest, as held-out blocks bear it out",
+    "biomarkers/spatial": "stretched and smooth covariances are tried too; patients weigh alike in the fold change",
+    "biomarkers/wilcoxon/logfoldchanges": "patients weigh alike, as in effect_size",
+    "domains": "depth is one more reference; a missing annotation is one more label",
+    "evaluate/genes/ceiling": "overdispersion of the counts is estimated",
     "intervals": "spots without a class take the interval of all classes",
     "predict/ood": "the score is also of stain, focus, noise and glass",
-    "biomarkers/spatial/logfoldchanges": "patients weigh alike, as in effect_size",
-    "biomarkers/wilcoxon/logfoldchanges": "patients weigh alike, as in effect_size",
 }
 
 
