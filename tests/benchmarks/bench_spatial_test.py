@@ -6,6 +6,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py power 1000 A1 C5
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py large 2000
     python tests/benchmarks/bench_spatial_test.py variances 500
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py stretched 500 D1 hex
     python tests/benchmarks/bench_spatial_test.py speed 14000
 
 The second argument is the number of genes a cell; `A1/cancer in situ` is one label of a section. Ranges are in shares of the longer side of the tissue; the
@@ -56,6 +57,8 @@ def covariance(xy, kind, share, *, ratio=1, angle=0.0):
         return np.exp(-distance)
     if kind == "gaussian":
         return np.exp(-(distance**2))
+    if kind == "matern32":
+        return (1 + np.sqrt(3) * distance) * np.exp(-np.sqrt(3) * distance)
     if kind == "matern52":
         distance = distance * np.sqrt(5)
         return (1 + distance + distance**2 / 3) * np.exp(-distance)
@@ -256,6 +259,38 @@ def variances(genes, _):
                 print(f"{label} | {field} | {sd} | " + " | ".join(map(share, results)), flush=True)
 
 
+def margins(xy):
+    """Layouts that follow the outline of the tissue, and scattered fragments."""
+    centred = (xy - xy.mean(0)) / np.ptp(xy, axis=0)
+    away, across = np.linalg.norm(centred, axis=1), centred.sum(1)
+    yield "rim", away > np.quantile(away, 0.7)
+    yield "corner", across < np.quantile(across, 0.1)
+    yield "half", centred[:, 0] < np.median(centred[:, 0])
+    starts = np.random.default_rng(3).choice(len(xy), 5, replace=False)
+    nearest = np.argsort(cdist(xy[starts], xy), axis=1)[:, : max(3, len(xy) // 25)]
+    yield "fragments", np.isin(np.arange(len(xy)), nearest)
+
+
+def stretched(genes, names):
+    """Matérn fields that are longer in one direction; `hex` is a hexagonal grid of 4,992 spots."""
+    rows, columns = np.divmod(np.arange(4992), 64)
+    fields = [("matern32", 0.3, 1, 0), ("matern32", 0.3, 3, 0), ("matern32", 0.3, 5, 90), ("exponential", 0.3, 5, 0)]
+    fields += [("matern52", 0.3, 5, 45), ("matern52", 0.15, 3, 60), ("matern32", 0.15, 5, 30)]
+    for name in names:
+        xy = np.column_stack([columns + 0.5 * (rows % 2), rows * np.sqrt(0.75)]) if name == "hex" else section(name)[0]
+        values = []
+        for i, (kind, share_of_side, ratio, degrees) in enumerate(fields):
+            cov = covariance(xy, kind, share_of_side, ratio=ratio, angle=np.radians(degrees))
+            noise = np.random.default_rng(i).standard_normal((len(xy), genes))
+            values.append(np.linalg.cholesky(cov + 1e-6 * np.eye(len(xy))) @ noise)
+        for label, group in margins(xy):
+            found = spatial_test(np.hstack(values), group, xy, check_top=0).pvalues.reshape(len(fields), genes)
+            for (kind, share_of_side, ratio, degrees), pvalues in zip(fields, found, strict=True):
+                lowest = f"{(pvalues < 0.001).mean() / 0.001:.1f}"
+                row = (name, label, f"{kind} {share_of_side}, {ratio}:1 at {degrees}°", share(pvalues).strip(), lowest)
+                print(f"| {' | '.join(row)} |", flush=True)
+
+
 def speed(genes, _):
     import resource
 
@@ -272,5 +307,12 @@ def speed(genes, _):
 
 
 if __name__ == "__main__":
-    tables = {"sizes": sizes, "layouts": other, "power": power, "large": large, "variances": variances, "speed": speed}
+    tables = {
+        "sizes": sizes,
+        "layouts": other,
+        "power": power,
+        "large": large,
+        "variances": variances,
+        "speed": speed,
+    } | {"stretched": stretched}
     tables[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])
