@@ -1,1 +1,5 @@
 """``he2gene``: the main jobs from a shell."""
+
+from .app import main
+
+__all__ = ["main"]
