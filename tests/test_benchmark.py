@@ -11,6 +11,8 @@ from he2gene_sc.benchmark import report as _benchmark_report
 from he2gene_sc.benchmark.cross_validation import Source, run, split
 from he2gene_sc.cli import app as cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def source():

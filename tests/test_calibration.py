@@ -30,6 +30,7 @@ def found(*args, **kwargs):
     return line.get_ydata()
 
 
+@pytest.mark.slow
 def test_spots_without_counts_do_not_count(table, model):
     counts = table.X.toarray()
     counts[:20] = 0

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 import he2gene_sc as hg
 from he2gene_sc.cli import app as cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run():

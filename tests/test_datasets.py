@@ -22,6 +22,8 @@ from he2gene_sc._core.slide import resolve
 from he2gene_sc.datasets import _her2st
 from he2gene_sc.datasets._toy import PLANTED
 
+pytestmark = pytest.mark.slow
+
 OBS = ["array_row", "array_col", "patient", "section", "pathologist", "annotation", "annotation_source", "label_warp"]
 
 

@@ -10,6 +10,8 @@ import he2gene_sc as hg
 from he2gene_sc._core.tables import pitch_of
 from he2gene_sc.stats import log_normalise
 
+pytestmark = pytest.mark.slow
+
 
 def run(data, **kwargs):
     given = {"n_seeds": 2, "clustering": "kmeans", "layer": None, "n_perms": 99} | kwargs

@@ -15,6 +15,8 @@ from he2gene_sc.models._embedding import ALONE, Basis, Context, rings_of
 from he2gene_sc.models._encoders.stages import Stages, default_stages, stage_sizes, staged
 from he2gene_sc.models._network import FeatureExtractor
 
+pytestmark = pytest.mark.slow
+
 RINGS = ((50.0, 350.0), (350.0, 600.0), (600.0, 900.0))
 few = settings(max_examples=40, deadline=None)
 

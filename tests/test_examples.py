@@ -6,6 +6,8 @@ import pytest
 
 import he2gene_sc as hg
 
+pytestmark = pytest.mark.slow
+
 PUBLIC = [
     pytest.param(namespace, name, id=f"{namespace}.{name}")
     for namespace in ("datasets", "get", "io", "models", "pl", "pp", "tl")

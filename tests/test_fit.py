@@ -21,6 +21,8 @@ from he2gene_sc.training._gradient.split import split
 from he2gene_sc.training._gradient.targets import Targets, column_means
 from he2gene_sc.training._memory import activation_bytes
 
+pytestmark = pytest.mark.slow
+
 CPU = {"device": "cpu"}
 
 

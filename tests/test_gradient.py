@@ -16,6 +16,8 @@ from he2gene_sc.training import PatchSet, Section, fit_network, log_targets, pat
 from he2gene_sc.training._gradient.held_out import gene_figures, held_out_sections
 from he2gene_sc.training._gradient.train_network import target_mask
 
+pytestmark = pytest.mark.slow
+
 RECIPE = replace(BASE, lr=1e-2, max_epochs=4)
 
 

@@ -286,6 +286,7 @@ def test_the_split_of_the_paper_names_the_samples_of_both_sets():
 SMALL = {"windows_um": (150.0,), "n_target_genes": 20, "ensembl_ids": GENES, "device": "cpu"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_training_holds_one_image_at_a_time(hest_root, monkeypatch):
     held, images = [], weakref.WeakSet()

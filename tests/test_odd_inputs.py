@@ -4,6 +4,8 @@ import pytest
 from odd import everything, outcome
 from odd.harness import GOOD
 
+pytestmark = pytest.mark.slow
+
 SHARE = 10
 
 

@@ -13,6 +13,8 @@ from test_bad_input import snapshot
 
 import he2gene_sc as hg
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tiny_model):

@@ -10,6 +10,8 @@ from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.models import from_checkpoint, load
 
+pytestmark = pytest.mark.slow
+
 N_TARGET, N_AUX = 5, 9
 TARGET = ["ERBB2", "EPCAM", "COL1A1", "ADIPOQ", "MKI67"]
 AUX = ["ENSG00000139618.2", "ACTB", "GAPDH", "VIM", "NOT1", "NOT2", "NOT3", "NOT4", "NOT5"]

@@ -8,7 +8,7 @@ import he2gene_sc as hg
 from he2gene_sc.cli.demo import compare
 from he2gene_sc.stats import log_normalise, pearson
 
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

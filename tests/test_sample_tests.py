@@ -221,6 +221,7 @@ def test_mixed_says_nothing_of_a_constant_gene():
     np.testing.assert_array_equal(np.isnan(mixed_model(values, group, sample).pvalues), [True, False])
 
 
+@pytest.mark.slow
 def test_mixed_error_is_that_of_generalised_least_squares_where_the_hessian_fails():
     # Eight samples, three with both groups, six SD apart: the Hessian of statsmodels gives NaN here.
     rng = np.random.default_rng(5)

@@ -21,6 +21,8 @@ from spatialdata.transformations import Scale, get_transformation, set_transform
 import he2gene_sc as hg
 from he2gene_sc.io import _files, _save, _store
 
+pytestmark = pytest.mark.slow
+
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
 

@@ -9,6 +9,8 @@ from scipy.spatial.distance import cdist
 from he2gene_sc.stats import _spatial_fit, _spatial_test, spatial_test, wilcoxon_test
 from he2gene_sc.stats._covariance import _Pairs, make_blocks
 
+pytestmark = pytest.mark.slow
+
 GRID = np.argwhere(np.ones((12, 14))).astype(float)
 DISTANCE = cdist(GRID, GRID)
 BLOB = np.linalg.norm(GRID - [3, 4], axis=1) < 3.5

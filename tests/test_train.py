@@ -20,6 +20,8 @@ from he2gene_sc.models import load
 from he2gene_sc.stats import log_normalise, pearson
 from he2gene_sc.training._closed_form import validate as _validate
 
+pytestmark = pytest.mark.slow
+
 PATIENT, SECTION = "leave one patient out", "leave one section out"
 
 

@@ -18,6 +18,8 @@ from he2gene_sc.stats import log_normalise
 from he2gene_sc.tl._train.gene_lists import Genes
 from he2gene_sc.tl._train.measured import Measured, totals_of
 
+pytestmark = pytest.mark.slow
+
 
 def refuses(sections, match, error=ValueError, **options):
     with pytest.raises(error, match=match):

@@ -9,6 +9,8 @@ from toy_sections import own, predicted, toy, train
 
 from he2gene_sc.models import load
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"max_epochs": 2, "batch_size": 32, "lr": 3e-3, "n_target_genes": 12}
 SHAPE = (4, 5)
 
