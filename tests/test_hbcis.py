@@ -17,7 +17,7 @@ from he2gene_sc.datasets._split import PatientSplit
 from he2gene_sc.io import _st
 
 NAMES = [f"{patient}_{replicate}" for patient, replicates in SECTIONS.items() for replicate in replicates]
-pytestmark = pytest.mark.filterwarnings("ignore:section .* spots without counts")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:section .* spots without counts")]
 
 
 @pytest.fixture
