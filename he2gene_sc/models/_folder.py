@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from dataclasses import replace
@@ -153,8 +154,10 @@ def check_place(path: str | Path) -> Path:
     """
     # A link stays one, what it leads to is replaced.
     target = Path(path).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
+    # One look: between two, another process that saves the same model may be exchanging it.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISDIR(target.stat().st_mode):
+            raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
     found = _visible(target)
     if found and _CARD not in found:
         raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
