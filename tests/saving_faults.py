@@ -159,7 +159,7 @@ def forked(job):
 
 
 def trials(log, stride):
-    """Return the operations to try: all that readers see or that move something, and some of the others."""
+    """Return the operations to try: all that readers see or that move something, the last, and some of the others."""
     seen = [
         number
         for number, (event, *paths, _) in enumerate(log)
@@ -167,7 +167,7 @@ def trials(log, stride):
         or (event in ("os.rename", "open") and not all("he2gene" in path or path[:1] != "/" for path in paths))
     ]
     near = {n + d for n in seen for d in (0, 1)} if stride > 1 else set()
-    return sorted(n for n in near | set(range(0, len(log), stride)) if n < len(log))
+    return sorted(n for n in near | {len(log) - 1} | set(range(0, len(log), stride)) if n < len(log))
 
 
 def main(template, mode, stride=1, no_exchange=False):
