@@ -4,12 +4,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.slow
-
 TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 #: Tutorials that are run on a real section too, and what they call it; what the others do there, the demo and the tests of
-#: training, domains and biomarkers on measured sections do.
-PREDICTED = {"03_trust": ("sdata", "C5")}
+#: domains and biomarkers on measured sections do.
+PREDICTED = {"02_train": ("test", "C5"), "03_trust": ("sdata", "C5")}
 OFFLINE = """
 import he2gene_sc as hg
 
@@ -22,8 +20,20 @@ SMALL = """
 _toy = hg.datasets.toy
 hg.datasets.toy = lambda **options: _toy((6, 6), mpp=2.0, **options)
 """
+#: Features of a section are the same for every tutorial with its windows.
+CACHED = """
+import he2gene_sc as hg
+
+_train = hg.tl.train
+hg.tl.train = lambda *sections, **options: _train(*sections, **options | {{"cache": {folder!r}}})
+"""
 
 each = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("features"))
 
 
 def _execute(notebook):
@@ -53,9 +63,10 @@ def test_tutorial_runs_on_the_toy_slide(path):
 @pytest.mark.data
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PREDICTED)
-def test_tutorial_runs_on_a_real_section(name):
+def test_tutorial_runs_on_a_real_section(name, features):
     (path,) = [path for path in TUTORIALS if path.stem == name]
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(CACHED.format(folder=features)))
     variable, section = PREDICTED[name]
     check = f'assert {variable}["table"].obs["section"].unique().tolist() == [{section!r}]'
     notebook.cells.append(nbformat.v4.new_code_cell(check))

@@ -122,7 +122,7 @@ def concordance(
         raise ValueError("`measured` holds no counts at any labelled spot; there is nothing to compare with")
     spots = spots.take(seen)
     chosen = method_for(method, spots, ())
-    depth = depth_of(spots, "auto") if chosen.name == "means" else None
+    depth = depth_of(spots, "auto") if chosen.depth else None
     run: dict[str, Any] = {"groups": groups, "reference": reference, "options": {}, "depth": depth}
     # Counts are summed; what was predicted has none.
     found, _ = compare(known, min_mean=min_mean, chosen=method_for(method, known, ()), **run)
