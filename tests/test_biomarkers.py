@@ -15,6 +15,7 @@ from statsmodels.stats.multitest import multipletests
 import he2gene_sc as hg
 from he2gene_sc.stats import paired_moderated_t
 
+MARKERS = ["ERBB2", "EPCAM", "CD24", "CDH1"]
 COLUMNS = [
     "group",
     "names",
@@ -984,31 +985,42 @@ def test_nothing_planted_is_rejected_at_the_level(method):
     assert (0.035 < rate < 0.065) if method == "means" else rate < 0.085
 
 
-@pytest.mark.slow
-@pytest.mark.data
-@pytest.mark.parametrize("trend", [True, False])
-def test_measured_invasive_against_connective_in_eight_patients(her2st, trend):
+@pytest.fixture(scope="module", params=[True, False], ids=["trend", "one prior"])
+def eight_patients(request, her2st):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tables = [her2st(name)["table"].copy() for name in ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")]
-    result = of(
-        found(
-            tables,
-            "pathologist",
-            layer=None,
-            groups="invasive cancer",
-            reference="connective tissue",
-            min_mean=0.1,
-            join="outer",
-            trend=trend,
-        ),
-        "invasive cancer",
+    found_in = found(
+        tables,
+        "pathologist",
+        layer=None,
+        groups="invasive cancer",
+        reference="connective tissue",
+        min_mean=0.1,
+        join="outer",
+        trend=request.param,
     )
+    return request.param, of(found_in, "invasive cancer")
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_measured_invasive_against_connective_in_eight_patients(eight_patients):
+    _, result = eight_patients
     significant = result[result["pvals_adj"] < 0.05]
     # Both directions: a deeper group does not pass for higher genes.
     assert 100 < (significant["effect_size"] > 0).sum() < 600
     assert 100 < (significant["effect_size"] < 0).sum() < 900
-    markers = result.loc[["ERBB2", "EPCAM", "CD24", "CDH1"]]
-    # One prior variance for all genes has less power: two markers are at .06 with it.
-    assert (markers["pvals_adj"] < (0.05 if trend else 0.1)).all()
-    assert (markers["effect_size"] > 0).all()
+    assert (result.loc[MARKERS, "effect_size"] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_markers_of_cancer_are_found_in_eight_patients(eight_patients, request):
+    trend, result = eight_patients
+    if not trend:
+        reason = (
+            "ERBB2 and EPCAM are at .06 with one prior, since the weights of unequal patients hold the type I error"
+        )
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    assert (result.loc[MARKERS, "pvals_adj"] < 0.05).all()

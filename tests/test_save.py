@@ -510,7 +510,7 @@ def test_a_fault_at_any_file_operation_leaves_the_old_or_the_new_table(tmp_path,
     program = Path(__file__).with_name("saving_faults.py")
     kind, *options = mode.split()
     done = subprocess.run(
-        [sys.executable, program, tmp_path / "slide.zarr", kind, "900", *options], capture_output=True, text=True
+        [sys.executable, program, tmp_path / "slide.zarr", kind, "400", *options], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     trials = [json.loads(line) for line in done.stdout.splitlines()]

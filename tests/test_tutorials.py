@@ -4,6 +4,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.slow
+
 TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 #: Tutorials that are run on a real section too, and what they call it; what the others do there, the demo and the tests of
 #: domains and biomarkers on measured sections do.
