@@ -120,7 +120,7 @@ def test_an_annotation_that_one_section_alone_has_is_not_calibrated_and_says_so(
 
 
 def test_a_patient_of_a_few_labels_does_not_say_how_confident_the_model_is(sections):
-    """Of three patients one has nearly all labels: what the others teach says nothing of a model that knows all."""
+    """One of three patients has nearly all labels: a fold without it has too few to calibrate the whole model."""
     patients = ("P0", "P1", "P0", "P2")
     few = [
         replace(s, patient=p, codes=np.where(np.arange(len(s)) < (len(s) if p == "P0" else 3), s.codes, -1))

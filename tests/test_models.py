@@ -116,7 +116,7 @@ def test_saving_into_an_empty_folder_works(tiny_model, tmp_path):
 def test_saving_over_something_else_is_refused_and_leaves_it_alone(tiny_model, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     for path in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(FileExistsError, match="no model folder"):
+        with pytest.raises(FileExistsError, match="is not a model folder"):
             tiny_model.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

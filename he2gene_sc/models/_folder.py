@@ -155,12 +155,12 @@ def check_place(path: str | Path) -> Path:
     # A link stays one, what it leads to is replaced.
     target = Path(path).expanduser().resolve()
     # One look: between two, another process that saves the same model may be exchanging it.
+    is_folder = True
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        if not stat.S_ISDIR(target.stat().st_mode):
-            raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
+        is_folder = stat.S_ISDIR(target.stat().st_mode)
     found = _visible(target)
-    if found and _CARD not in found:
-        raise FileExistsError(f"`path` {str(path)!r} exists and is no model folder; choose another or remove it")
+    if not is_folder or (found and _CARD not in found):
+        raise FileExistsError(f"`path` {str(path)!r} exists and is not a model folder; choose another or remove it")
     if target == Path.cwd():
         raise FileExistsError(
             f"`path` {str(path)!r} is the folder that this process works in, which saving would replace; choose another"

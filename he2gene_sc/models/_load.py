@@ -54,7 +54,7 @@ def load(
     ------
     ValueError
         If the name is unknown, or the folder is incomplete, truncated, altered, damaged or of a newer schema: the message
-        names the file and the field; or there is no such repository or revision on the hub.
+        names the file and the field. Also if the hub does not have the repository or the revision.
     RuntimeError
         If a repository is gated, or the hub cannot be reached and its cache does not hold the model.
 

@@ -59,7 +59,7 @@ class Moments:
             part = slice(start, start + CHUNK)
             chunk = values[:, part].astype(np.float64)
             size = np.abs(chunk).max(0)
-            # A value that is no number is in every mean; the gene is left out below.
+            # NaN enters every mean; such genes are left out below.
             with np.errstate(invalid="ignore"):
                 effect[part], chunk = design.fit(chunk)
             both = np.stack([np.einsum("ij,ij->j", chunk[side], chunk[side]) for side in of_spots])
@@ -110,7 +110,7 @@ class Design:
     shared: np.ndarray  # (n, c) unit vectors of the covariates within sections
     within: tuple[
         np.ndarray, np.ndarray
-    ]  # (n, q) unit vectors of section means and covariates in the group, and outside
+    ]  # (n, q) each, in and outside the group: section means and covariates, unit vectors
 
     @classmethod
     def of(cls, group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None = None) -> Design:

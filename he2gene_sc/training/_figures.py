@@ -178,10 +178,10 @@ def annotation_figures(
 def calibrated(
     sections: Sequence[Section], held_out: HeldOut, telling: HeldOut | None = None, *, by_patient: bool = False
 ) -> list[np.ndarray]:
-    """Held-out logits divided by a temperature that the spots had no say in, section by section.
+    """Divide held-out logits by a temperature that was fitted on the other sections, section by section.
 
-    It is found as the model's own is, from the logits of the other sections in ``telling`` (default: ``held_out``); with
-    ``by_patient``, of the other patients' sections; where there is no other section, from the other parts of it.
+    The other sections' logits are those of ``telling`` (default: ``held_out``). With ``by_patient``, sections of the same patient
+    are left out too. A single section takes the temperature of its other parts.
     """
     telling = telling or held_out
     result = []

@@ -14,7 +14,7 @@ from ..._core.keys import Keys, check_key
 from ..._core.results import check_free, write_result
 from ..._core.tables import Scale, spots_of
 from ...stats import MIN_OVERLAP
-from . import inputs as inputs
+from . import inputs
 from .clusters import CLUSTERINGS, cluster, embed, medoid
 from .scores import BLIND, Labels, Section, codes_of, moran_agreement, score
 
