@@ -1,6 +1,24 @@
 from . import datasets, get, io, models, pl, pp, tl
 from ._settings import settings
+from .tl._train.options import CardText, Classes, GeneSelection, SectionKeys
+from .tl._train.recipes import DefaultRecipe, PaperRecipe
 
 __version__: str
 
-__all__ = ["__version__", "datasets", "get", "io", "models", "pl", "pp", "settings", "tl"]
+__all__ = [
+    "CardText",
+    "Classes",
+    "DefaultRecipe",
+    "GeneSelection",
+    "PaperRecipe",
+    "SectionKeys",
+    "__version__",
+    "datasets",
+    "get",
+    "io",
+    "models",
+    "pl",
+    "pp",
+    "settings",
+    "tl",
+]

@@ -6,6 +6,7 @@ import pytest
 from toy_sections import own, toy
 from typer.testing import CliRunner
 
+import he2gene_sc as hg
 from he2gene_sc.benchmark import cross_validation as _benchmark
 from he2gene_sc.benchmark import report as _benchmark_report
 from he2gene_sc.benchmark.cross_validation import Source, run, split
@@ -136,15 +137,16 @@ def test_the_command_runs_and_names_itself(monkeypatch, table, source, tmp_path)
     monkeypatch.setattr(_benchmark, "her2st", lambda sections: source)
     calls = []
     monkeypatch.setattr(_benchmark, "run", lambda *args, **kwargs: calls.append((args, kwargs)) or table)
-    (tmp_path / "o.toml").write_text("[default]\nn_latent = 16\n")
+    (tmp_path / "o.toml").write_text("[default.preset]\nn_latent = 16\n[default.genes]\nn_target_genes = 5\n")
     arguments = ["benchmark", "--folds", "patient", "--options", tmp_path / "o.toml", "--out", tmp_path / "out"]
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0
     (_, models, units), options = calls[0]
     assert (models, units) == (["default"], ["patient"])
-    assert options["options"] == {"default": {"n_latent": 16}}
+    genes = hg.GeneSelection(n_target_genes=5, missing_genes_are_zero=True)
+    assert options["options"] == {"default": {"preset": hg.DefaultRecipe(n_latent=16), "genes": genes}}
     assert "--folds patient --options o.toml" in (tmp_path / "out" / "benchmark.md").read_text()
-    (tmp_path / "o.toml").write_text("[he2gene-base]\nlr = 1e-4\n")
+    (tmp_path / "o.toml").write_text("[he2gene-base.preset]\nlr = 1e-4\n")
     with pytest.raises(ValueError, match="are none of --model"):
         CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
 

@@ -292,10 +292,24 @@ def test_train_says_what_is_wrong_with_its_file(main, tmp_path, text, said):
         ("[train]\n", "config.toml: either a list `sections` or a table [data]"),
         ('sections = ["C5"]\n[train]\nsdatas = ["C5"]\n', "config.toml: [train] `sdatas` is not an option"),
         ('sections = ["C5"]\n[train]\nseed = "1"\n', "config.toml: [train] `seed` is '1'; a whole number from 0"),
-        ('sections = ["C5"]\n[train]\nlayer = 3\n', "config.toml: [train] `layer` is of type int; a text"),
-        ('sections = ["C5"]\n[train]\nencodr = "a"\n', "config.toml: [train] "),
+        ('sections = ["C5"]\n[train.keys]\nlayer = 3\n', "config.toml: [train.keys] `layer` is of type int; a text"),
+        (
+            'sections = ["C5"]\n[train]\nencodr = "a"\n',
+            "config.toml: [train] `encodr` is not an argument of hg.tl.train; near",
+        ),
+        (
+            'sections = ["C5"]\n[train]\nn_latent = 8\n',
+            "`n_latent` is not an argument of hg.tl.train; it is a field of",
+        ),
+        ('sections = ["C5"]\n[train.genes]\nn_targets = 8\n', "config.toml: [train.genes] `n_targets` is not a field"),
+        (
+            'sections = ["C5"]\n[train.classes]\ntumour = "x"\n',
+            "[train.classes] `tumour` is not a field, valid: ['merge'",
+        ),
+        ('sections = ["C5"]\n[train.preset]\nlr = 1.0\n', "`lr` is not a field, valid"),
+        ('sections = ["C5"]\n[train.preset]\nname = "best"\n', "[train.preset] `name` is 'best', valid"),
         ('sections = ["C5"]\n[train]\ncache = "model/cache"\n', "`cache` "),
-        ('sections = ["C5"]\n[train]\npreset = "he2gene-base"\ncheckpoint_dir = "model"\n', "lies in OUT"),
+        ('sections = ["C5"]\n[train.preset]\nname = "he2gene-base"\ncheckpoint_dir = "model"\n', "lies in OUT"),
     ],
 )
 def test_train_refuses_a_file_by_which_it_could_not_end(main, tmp_path, text, said):
@@ -334,8 +348,9 @@ def test_of_two_processes_the_first_writes_the_model(tmp_path):
         toy["table"].obs["section"], toy["table"].obs["patient"] = f"S{i}", patient
         toy.write(tmp_path / f"S{i}.zarr")
     (tmp_path / "config.toml").write_text(
-        '[data]\nstores = ["S0.zarr", "S1.zarr"]\n[train]\npreset = "he2gene-base"\nencoder = "efficientnet-lite0"\n'
-        'device = "cpu"\ndevices = 2\nstrategy = "ddp"\nmax_epochs = 1\nbatch_size = 8\nshow_progress_bar = false\n'
+        '[data]\nstores = ["S0.zarr", "S1.zarr"]\n[train]\nencoder = "efficientnet-lite0"\ndevice = "cpu"\n'
+        'show_progress_bar = false\n[train.preset]\nname = "he2gene-base"\ndevices = 2\nstrategy = "ddp"\nmax_epochs = 1\n'
+        "batch_size = 8\n"
     )
     command = "import sys; from he2gene_sc.cli.app import main; main()"
     (tmp_path / "he2gene.py").write_text(command)

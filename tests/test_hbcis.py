@@ -432,10 +432,8 @@ def test_a_model_learns_from_it_and_finds_the_tumour_of_another_patient(hbcis_ro
     model = hg.tl.train(
         data,
         annotation_key="annotation",
-        missing_genes_are_zero=True,
-        n_target_genes=20,
-        windows_um=(150.0,),
-        ensembl_ids={},
+        preset=hg.DefaultRecipe(windows_um=(150.0,)),
+        genes=hg.GeneSelection(missing_genes_are_zero=True, n_target_genes=20, ensembl_ids={}),
         device="cpu",
     )
     assert set(model.card.classes) == {"normal", "tumour"}
@@ -480,9 +478,11 @@ def train(monkeypatch, tmp_path, hbcis_root):
 
 
 def test_a_training_file_names_the_folder_relative_to_itself_and_patients(train):
-    sdatas, options = train('[data]\nhbcis = "HBCIS"\npatients = ["BC23270"]\n[train]\nmissing_genes_are_zero = true\n')
+    sdatas, options = train(
+        '[data]\nhbcis = "HBCIS"\npatients = ["BC23270"]\n[train.genes]\nmissing_genes_are_zero = true\n'
+    )
     assert sdatas.names == ("BC23270_D2", "BC23270_E1")
-    assert options["missing_genes_are_zero"] is True
+    assert options == {"genes": hg.GeneSelection(missing_genes_are_zero=True)}
     assert train('[data]\nhbcis = "HBCIS"\n')[0].names == tuple(NAMES)
     assert train('[data]\nhbcis = "HBCIS"\nsections = ["BC23287_C1"]\n')[0].names == ("BC23287_C1",)
 

@@ -283,8 +283,6 @@ def test_the_split_of_the_paper_names_the_samples_of_both_sets():
 
 # ------------------------------------------------------------------------------------------------ training
 
-SMALL = {"windows_um": (150.0,), "n_target_genes": 20, "ensembl_ids": GENES, "device": "cpu"}
-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
@@ -304,7 +302,9 @@ def test_training_holds_one_image_at_a_time(hest_root, monkeypatch):
     monkeypatch.setattr(_hest_files, "_open", read)
     data = hg.datasets.hest(hest_root, organ="Breast", technology="ST")
     gc.collect()
-    model = hg.tl.train(data, encoder=own(), **SMALL)
+    genes = hg.GeneSelection(n_target_genes=20, ensembl_ids=GENES)
+    preset = hg.DefaultRecipe(windows_um=(150.0,))
+    model = hg.tl.train(data, encoder=own(), preset=preset, genes=genes, device="cpu")
     # No image of an earlier sample is left when the next is opened.
     assert held == [0] * 5
     assert set(model.card.training["sections"]) == set(NAMES[3:])

@@ -112,7 +112,7 @@ def trained(her2st, tmp_path_factory):
     return hg.tl.train(
         [her2st("C2"), her2st("C3")],
         annotation_key="annotation",
-        missing_genes_are_zero=True,
+        genes=hg.GeneSelection(missing_genes_are_zero=True),
         cache=tmp_path_factory.mktemp("features"),
         device="cpu",
     )

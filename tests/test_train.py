@@ -95,8 +95,6 @@ def test_coarse_windows_are_warned_of_where_they_are_asked_for(sections):
         train([], encoder=(network(), replace(SPEC, mpp=4.0)), tile_windows=False)
     with pytest.raises(ValueError, match="`tile_windows` is 'no'"):
         train(sections, tile_windows="no")
-    with pytest.raises(ValueError, match="`tile_windows` is False, which preset"):
-        train(sections, tile_windows=False, preset="he2gene-base")
 
 
 def test_the_gene_table_holds_what_was_measured(model, sections):
@@ -135,7 +133,8 @@ def test_a_saved_model_predicts_the_same(model, tmp_path):
 
 
 def test_the_default_encoder_is_read_by_its_stages_and_needs_no_encoder_at_load(tmp_path):
-    model = hg.tl.train([toy(0, shape=(4, 4)), toy(1, "B", shape=(4, 4))], windows_um=(100.0,), device="cpu")
+    preset = hg.DefaultRecipe(windows_um=(100.0,))
+    model = hg.tl.train([toy(0, shape=(4, 4)), toy(1, "B", shape=(4, 4))], preset=preset, device="cpu")
     assert model.card.encoder["stages"] == [2, 3, 4]
     assert model.card.windows_um == (100.0,)
     assert model.card.classes == ()
@@ -149,7 +148,7 @@ def test_stages_may_be_chosen_or_left_out():
     parts = [toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))]
     sizes = {}
     for stages in (None, (4,)):
-        model = hg.tl.train(parts, stages=stages, windows_um=(100.0,), device="cpu")
+        model = hg.tl.train(parts, preset=hg.DefaultRecipe(stages=stages, windows_um=(100.0,)), device="cpu")
         sizes[stages] = len(model.tensors["latent.mean"])
         assert model.card.encoder.get("stages") == (None if stages is None else [4])
     assert sizes == {None: 1280 + 9, (4,): 320 + 9}
@@ -376,14 +375,15 @@ def test_classes_are_merged_left_out_and_coloured(cache, sections):
     found = train(
         sections,
         cache=cache,
-        classes={"tumour": "cancer", "stroma": "other", "adipose": "other"},
-        class_colors={"cancer": "#123456"},
+        classes=hg.Classes(
+            merge={"tumour": "cancer", "stroma": "other", "adipose": "other"}, colors={"cancer": "#123456"}
+        ),
     )
     assert found.card.classes == ("cancer", "other")
     assert found.card.class_colors[0] == "#123456"
     assert sum(found.card.training["labelled_spots"].values()) == 90
-    for options in ({"classes": {"adipose": None}}, {"ignore_classes": ("adipose",)}):
-        left = train(sections, cache=cache, **options)
+    for classes in ({"adipose": None}, hg.Classes(ignore=("adipose",))):
+        left = train(sections, cache=cache, classes=classes)
         assert left.card.classes == ("stroma", "tumour")
         assert sum(left.card.training["labelled_spots"].values()) < 90
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import namedtuple
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,6 @@ from toy_sections import SPEC, Power, network, own, renamed, same_model, toy, to
 
 import he2gene_sc as hg
 from he2gene_sc.stats import log_normalise
-from he2gene_sc.tl._train.gene_lists import Genes
 from he2gene_sc.tl._train.measured import Measured, totals_of
 
 pytestmark = pytest.mark.slow
@@ -42,11 +42,17 @@ def test_log_normalised_values_are_refused_and_the_raw_layer_is_named():
     for s in parts:
         s["table"].layers["raw_counts"] = s["table"].X.copy()
         s["table"].X = log_normalise(s["table"].X)
-    refuses(parts, r"`layer`: X does not hold raw counts.*fractions.*log-normalised.*pass layer='raw_counts'")
+    refuses(
+        parts,
+        r"`layer`: X does not hold raw counts.*fractions.*log-normalised.*pass keys=hg.SectionKeys\(layer='raw_counts'\)",
+    )
 
 
 def test_log_normalised_values_without_raw_ones_say_how_to_pass_them():
-    refuses(counted(log_normalise), r"`layer`: X does not hold raw counts.*put them into a layer and pass layer=")
+    refuses(
+        counted(log_normalise),
+        r"`layer`: X does not hold raw counts.*put them into a layer and pass keys=hg.SectionKeys\(layer=",
+    )
 
 
 def with_first(value):
@@ -95,12 +101,12 @@ def test_a_symbol_and_its_own_id_stand_twice():
 
 def test_sections_that_hardly_overlap_are_refused_with_genes_of_both_sides():
     other = renamed(toy(1, "B"), {g: f"mouse-{g}" for g in toy(0)["table"].var_names[3:]})
-    refuses([toy(0), other], r"section 'S0' shares only 3 of 40 genes.*'ACTB'.*'mouse-ACTB'.*`ensembl_ids`")
+    refuses([toy(0), other], r"section 'S0' shares only 3 of 40 genes.*'ACTB'.*'mouse-ACTB'.*ensembl_ids=")
 
 
 def test_symbols_and_ids_without_a_table_between_them_are_refused():
     other = renamed(toy(1, "B"), {g: f"ENSG{i:011d}" for i, g in enumerate(toy(0)["table"].var_names)})
-    refuses([toy(0), other], r"shares only 0 of 40 genes.*ENSG00000000000.*`ensembl_ids`", ensembl_ids={})
+    refuses([toy(0), other], r"shares only 0 of 40 genes.*ENSG00000000000.*ensembl_ids=", ensembl_ids={})
 
 
 @pytest.mark.parametrize("order", ["ABC", "ACB", "CAB"])
@@ -346,7 +352,6 @@ def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
         ({"annotation_key": pd.Series(["a"])}, "`annotation_key` is of type Series"),
         ({"sample_key": None}, "`sample_key` is of type NoneType"),
         ({"annotation_key": None, "classes": {"tumour": "x"}}, "`classes` names labels, but `annotation_key` is None"),
-        ({"ignore_classes": "tumour"}, r"`ignore_classes` is the text 'tumour'; a list is needed: \['tumour'\]"),
         ({"limitations": "None."}, "`limitations` is the text"),
         ({"preset": "best"}, r"`preset` is 'best', valid: \['default', 'he2gene-base', 'he2gene-spat'\]"),
         ({"validation": "leaky"}, r"`validation` is 'leaky', valid: \['grouped', 'random'\]"),
@@ -359,9 +364,7 @@ def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
         ({"min_spot_share": 1.0}, "`min_spot_share` is 1.0"),
         ({"min_spot_share": -0.1}, "`min_spot_share` is -0.1"),
         ({"stages": (0,)}, r"`stages` is \(0,\); valid for this encoder: None"),
-        ({"stages": (1,), "preset": "he2gene-base"}, "`stages`.*own output"),
-        ({"max_epochs": 3}, "`max_epochs` is for the presets that are trained by gradient"),
-        ({"resume": True}, "`resume` is for the presets"),
+        ({"cache": "features", "preset": "he2gene-base"}, "`cache`.*own output"),
         ({"windows_um": (0.0,)}, "windows"),
         ({"windows_um": (-100.0, 200.0)}, "windows"),
         ({"device": "gpu"}, "valid here"),
@@ -374,8 +377,32 @@ def test_arguments_that_do_not_fit_are_refused(options, match):
     refuses([toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))], match, **options)
 
 
-def test_unknown_arguments_are_refused_with_the_known_ones():
-    refuses(toys(), r"unexpected arguments \['epochs'\].*max_epochs", TypeError, epochs=3)
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"ignore": "tumour"}, r"`ignore` is the text 'tumour'; a list is needed: \['tumour'\]"),
+        ({"ignore": None}, "`ignore` is None"),
+        ({"colors": {"tumour": "no colour"}}, "`colors` has"),
+        ({"colors": ["red"]}, "`colors` is of type list"),
+        ({"merge": ["tumour"]}, "`classes` is of type list"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        hg.Classes(**options)
+
+
+def test_keys_and_card_have_to_be_dataclasses():
+    refuses([], r"`keys` is of type dict; hg.SectionKeys\(...\) is needed", TypeError, keys={"layer": "counts"})
+    refuses([], r"`card` is of type str; hg.CardText\(...\) is needed", TypeError, card="2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(hg.DefaultRecipe, "max_epochs"), (partial(hg.PaperRecipe, "he2gene-base"), "stages")]
+)
+def test_a_recipe_has_no_field_of_the_other(kind, field):
+    with pytest.raises(TypeError, match=field):
+        kind(**{field: 3})
 
 
 @pytest.mark.parametrize("sdatas", [None, 3, "C5", ["C5"]])
@@ -528,8 +555,6 @@ def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
         ({"genes": 5}, "`genes` is 5"),
         ({"classes": ["tumour"], "annotation_key": "annotation"}, "`classes` is of type list"),
         ({"classes": {"tumour": 1}, "annotation_key": "annotation"}, "`classes` maps labels to"),
-        ({"ignore_classes": None}, "`ignore_classes` is None"),
-        ({"class_colors": {"tumour": "no colour"}}, "`class_colors` has"),
         ({"windows_um": (um for um in (100.0, 200.0))}, "`windows_um` is"),
         ({"windows_um": {100.0, 200.0}}, "`windows_um` is"),
         ({"ensembl_ids": ["a"]}, "`ensembl_ids` is of type list"),
@@ -542,10 +567,6 @@ def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
 )
 def test_arguments_of_another_kind_are_named(options, match):
     refuses(toys(), match, **options)
-
-
-def test_a_misspelt_argument_is_told_which_was_meant():
-    refuses(toys(), r"n_target_gene'\]; near .*n_target_genes", TypeError, n_target_gene=3)
 
 
 def test_sections_that_are_no_objects_are_named():
@@ -609,7 +630,9 @@ def test_labels_that_are_numbers_are_named_as_they_stand_in_the_column():
     for part in parts:
         part["table"].obs["annotation"] = np.arange(part["table"].n_obs) % 3 + 0.0
         part["table"].obs.iloc[0, part["table"].obs.columns.get_loc("annotation")] = np.nan
-    model = train(parts, annotation_key="annotation", classes={0.0: "none", "1 ": "one"}, ignore_classes=(2.0,))
+    model = train(
+        parts, annotation_key="annotation", classes=hg.Classes(merge={0.0: "none", "1 ": "one"}, ignore=(2.0,))
+    )
     assert model.card.classes == ("none", "one")
 
 
@@ -621,10 +644,9 @@ def test_other_containers_do_as_well():
         parts,
         annotation_key="annotation",
         ensembl_ids=ids,
-        ignore_classes={"undetermined"},
+        classes=hg.Classes(ignore={"undetermined"}, colors={"tumour": "red"}),
         limitations=np.array(["None of it is real."]),
         version=2,
-        class_colors={"tumour": "red"},
         missing_genes_are_zero=np.True_,
     )
     assert model.card.version == "2"
@@ -661,7 +683,7 @@ def test_lists_with_few_common_counts_are_not_scaled(caplog):
 
     rng = np.random.default_rng(0)
     parts = [part(name, ["X", f"{name}1", f"{name}2"], rng.poisson((2, 50, 80), (20, 3))) for name in "ABC"]
-    chosen = Genes(None, 3, 0.01, False)
+    chosen = hg.GeneSelection()
     for found, section in zip(totals_of(parts, chosen), parts, strict=True):
         np.testing.assert_array_equal(found, section.counts.sum(axis=1))
     assert "the genes that all sections measured have only" in caplog.text

@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse
 from toy_sections import own, predicted, toy, train
 
+from he2gene_sc import PaperRecipe
 from he2gene_sc.models import load
 
 pytestmark = pytest.mark.slow
@@ -208,10 +209,14 @@ def test_exact_is_single_precision(monkeypatch):
     assert said == ["32-true"]
 
 
+def test_the_default_is_no_recipe_of_the_paper():
+    with pytest.raises(ValueError, match=r"`name` is 'default', valid: \['he2gene-base', 'he2gene-spat'\]"):
+        PaperRecipe("default", exact=True)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"preset": "default"}, "`exact` is True, but preset 'default' is not one of the paper; pass preset= one of"),
         ({"min_spot_share": 0.1}, "`min_spot_share` is 0.1, but `exact` sets it"),
         ({"windows_um": (50.0,)}, r"`windows_um` is \(50.0,\), but `exact` sets it"),
         ({"precision": "bf16-mixed"}, "`precision` is 'bf16-mixed', but `exact` sets it"),

@@ -1,5 +1,8 @@
 """Toy sections of several patients, and an encoder that is small enough to train with them in a second."""
 
+from dataclasses import fields
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
@@ -78,8 +81,24 @@ def renamed(sdata, names):
     return sdata
 
 
+def arguments(**options):
+    """Arguments of `hg.tl.train`; fields of its dataclasses may be given by their own names."""
+    preset = options.get("preset", "default")
+    kinds: dict = {"keys": hg.SectionKeys, "genes": hg.GeneSelection, "card": hg.CardText}
+    kinds["preset"] = hg.DefaultRecipe if preset == "default" else partial(hg.PaperRecipe, preset)
+    for parameter, kind in kinds.items():
+        known = {field.name for field in fields(getattr(kind, "func", kind))} - {"name"}
+        own = {name: options.pop(name) for name in known & options.keys()}
+        if own.keys() - {"genes"}:
+            options[parameter] = kind(**own)
+        else:
+            options |= own
+    return options
+
+
 def train(sections, **options):
-    return hg.tl.train(sections, **({"encoder": own(), "annotation_key": "annotation", "device": "cpu"} | options))
+    options = {"encoder": own(), "annotation_key": "annotation", "device": "cpu"} | options
+    return hg.tl.train(sections, **arguments(**options))
 
 
 def predicted(sdata, model, **options):

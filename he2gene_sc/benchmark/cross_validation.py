@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..tl._train.arguments import PRESETS
-from ..tl._train.train import WINDOWS_UM
+from ..tl._train.options import Classes, GeneSelection, Keys
+from ..tl._train.recipes import PRESETS, WINDOWS_UM
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -28,6 +28,8 @@ MAX_FOLDS = 8
 #: Penalties of the ridges, in units of the number of features.
 _PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)
 _ENCODER = "efficientnet-lite0"
+#: Genes that are learned: files of these sets leave out what a section never saw.
+GENES = GeneSelection(missing_genes_are_zero=True)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def run(
     cache
         Folder for the encoder's features.
     options
-        Preset to further arguments of :func:`he2gene_sc.tl.train`.
+        Preset to further arguments of :func:`he2gene_sc.tl.train`; ``genes`` are :data:`GENES` unless given.
     device
         Of encoder and training.
     n_target
@@ -179,7 +181,7 @@ def run(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="he2gene-") as work:
         cache = Path(work) if cache is None else Path(cache)
-        read, sections, genes = _read(source, cache, Path(work), device, n_target)
+        read, sections, genes = _read(source, cache, Path(work), device)
         for unit, parts in folds.items():
             for train, test in parts:
                 fold = _Fold(
@@ -221,7 +223,7 @@ class _Fold:
 
 
 def _read(
-    source: Source, cache: Path, work: Path, device: str | None, n_target: int
+    source: Source, cache: Path, work: Path, device: str | None
 ) -> tuple[dict[str, Measured], dict[str, Section], pd.Index]:
     """All sections with the features of the baselines: the encoder's own output in three windows, and colour."""
     from ..inference import resolve_device, resolve_dtype
@@ -229,9 +231,7 @@ def _read(
     from ..models._encoders.load import encoder_sha256
     from ..models._network import FeatureExtractor
     from ..tl._train.default import encode_section
-    from ..tl._train.gene_lists import Genes
-    from ..tl._train.labels import Labels
-    from ..tl._train.measured import Keys, join, read_sections
+    from ..tl._train.measured import join, read_sections
 
     where = resolve_device(device or "auto")
     network, spec = load_encoder(_ENCODER)
@@ -242,13 +242,11 @@ def _read(
         sdata = source.read(name)
         if not sdata.images:
             raise FileNotFoundError(f"section {name} of {source.name} has no image here")
-        for section in read_sections(sdata, Keys("annotation", "patient", "section", None, None), {}):
+        for section in read_sections(sdata, Keys("annotation", "patient", "section"), {}):
             features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine))
             kept.append(section.set_down(work))
         del sdata, section
-    sections, genes, _ = join(
-        kept, features, Genes(None, n_target, 0.01, missing_are_zero=True), Labels({}, ("undetermined",), {}), work
-    )
+    sections, genes, _ = join(kept, features, GENES, Classes(), work)
     return {m.name: m for m in kept}, {s.name: s for s in sections}, genes
 
 
@@ -319,8 +317,7 @@ def _train(
     from .. import tl
 
     own = {"cache": cache} if preset == "default" else {"encoder": _ENCODER}
-    settings: dict[str, Any] = {"preset": preset, "annotation_key": "annotation", "missing_genes_are_zero": True}
-    settings |= {"device": device, **own, **options}
+    settings = {"preset": preset, "annotation_key": "annotation", "device": device, "genes": GENES, **own, **options}
     return tl.train((source.read(name) for name in names), show_progress_bar=False, **settings)
 
 

@@ -144,7 +144,8 @@ def train(
 ) -> None:
     """Train a model, deterministically on the CPU.
 
-    The file has a table [train] with arguments of hg.tl.train and says what to train on: a table [data] with `stores`, a
+    The file has a table [train] with arguments of hg.tl.train ([train.preset], [train.keys], [train.genes], [train.classes]
+    and [train.card] are tables of their fields) and says what to train on: a table [data] with `stores`, a
     list of SpatialData stores, one or more sections each; or with `hbcis`, the folder of that set,
     and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; or with `hest`, a folder of HEST-1k, and `ids`,
     `organ`, `species` or `technology`; or a list `sections` of her2st sections. Paths in it are relative to the file.
@@ -188,7 +189,7 @@ def benchmark(
     """Cross-validate presets and baselines over the sections of a data set, grouped; write table and figure."""
     from ..benchmark import cross_validation as _benchmark
     from ..benchmark import report as _benchmark_report
-    from .training_file import check_options, read_toml
+    from .training_file import read_toml, train_options
 
     if data not in ("her2st", "hbcis"):
         raise ValueError(f"--data is {data!r}, valid: ['her2st', 'hbcis']")
@@ -200,14 +201,20 @@ def benchmark(
         source = _benchmark.hbcis(root, section)
     several = len(set(source.patients.values())) > 1
     units = folds or (["section", "patient"] if several else ["section"])
-    settings = {} if options is None else read_toml(options)
-    if unread := sorted(settings.keys() - set(model)):
+    tables = {} if options is None else read_toml(options)
+    if unread := sorted(tables.keys() - set(model)):
         raise ValueError(f"--options has tables {unread} that are none of --model {model}")
-    for preset, given in settings.items():
+    settings = {}
+    for preset, given in tables.items():
         where = f"{'' if options is None else options.name}: [{preset}]"
-        if not isinstance(given, dict):
-            raise ValueError(f"{where} is {given!r}; a table is needed")
-        check_options({**given, "preset": preset}, where)
+        recipe = given.get("preset", {}) if isinstance(given, dict) else None
+        if not isinstance(recipe, dict):
+            raise ValueError(
+                f"{where} is {given!r}; a table is needed, and `preset` in it is one of the fields to change"
+            )
+        genes = given.get("genes", {})
+        genes = {"missing_genes_are_zero": True} | (genes if isinstance(genes, dict) else {"genes": genes})
+        settings[preset] = train_options({**given, "preset": {"name": preset, **recipe}, "genes": genes}, where)
     table = _benchmark.run(source, model, units, cache=cache, options=settings, device=device, echo=typer.echo)
     said = [
         "he2gene benchmark",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .._core import validate
+from .._core.validate import near
 from ..models._schema import explain
+from ..tl._train.options import CardText, Classes, GeneSelection, SectionKeys
+from ..tl._train.recipes import PRESETS, DefaultRecipe, PaperRecipe
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -79,35 +83,70 @@ def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], di
         raise ValueError(f"{path.name} is not valid: {explain(error)}") from error
     if (found.sections is None) == (found.data is None):
         raise ValueError(f"{path.name}: either a list `sections` or a table [data] is needed, beside a table [train]")
-    options = check_options(found.train, f"{path.name}: [train]")
-    for folder in options.keys() & {"cache", "checkpoint_dir"}:
-        options[folder] = _folder(options[folder], folder, path, out)
-    return _sections(found, path), options
+    options = found.train
+    recipe = options.get("preset")
+    for table, folder in ((options, "cache"), (recipe if isinstance(recipe, dict) else {}, "checkpoint_dir")):
+        if folder in table:
+            table[folder] = _folder(table[folder], folder, path, out)
+    return _sections(found, path), train_options(options, f"{path.name}: [train]")
 
 
-def check_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Check names and plain types of arguments of :func:`he2gene_sc.tl.train`; ``where`` begins the error.
+def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Turn a table into arguments of :func:`he2gene_sc.tl.train`, checked; tables in it are its dataclasses.
 
     Raises
     ------
     ValueError
-        If one is unknown, or of another type.
+        If an argument or a field is unknown, or of another type; the message begins with ``where``.
     """
-    from inspect import Parameter, signature
+    from inspect import signature
 
-    from ..tl._train.arguments import check_fit_options
     from ..tl._train.train import train
 
-    named = {name for name, p in signature(train).parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
     if "sdatas" in options:
         raise ValueError(f"{where} `sdatas` is not an option; name the sections in `sections` or [data]")
+    preset = options.get("preset", {})
+    paper = isinstance(preset, dict) and preset.get("name", "default") != "default"
+    tables: dict[str, type] = {
+        "preset": PaperRecipe if paper else DefaultRecipe,
+        "keys": SectionKeys,
+        "classes": Classes,
+        "genes": GeneSelection,
+        "card": CardText,
+    }
+    found = dict(options)
+    for name in options.keys() - signature(train).parameters.keys():
+        holding = [table for table, kind in tables.items() if name in _fields(kind)]
+        hint = f"; it is a field of [{where.partition('[')[2].rstrip(']')}.{holding[0]}]" if holding else ""
+        raise ValueError(
+            f"{where} `{name}` is not an argument of hg.tl.train{hint or near(name, signature(train).parameters)}"
+        )
     try:
         validate.arguments(train, options)
-        further = {name: value for name, value in options.items() if name not in named}
-        check_fit_options(options.get("preset", "default"), further)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+    for table, kind in tables.items():
+        if isinstance(given := options.get(table), dict):
+            found[table] = _made(kind, given, f"{where[:-1]}.{table}]")
+    return found
+
+
+def _made(kind: type, given: Mapping[str, Any], where: str) -> Any:
+    """Make a dataclass of a table."""
+    valid = _fields(kind)
+    given = {name: value for name, value in given.items() if not (kind is DefaultRecipe and name == "name")}
+    if unknown := sorted(given.keys() - set(valid)):
+        paper = kind is DefaultRecipe and unknown[0] in _fields(PaperRecipe)
+        hint = f"; it needs `name`, one of {list(PRESETS[1:])}" if paper else near(unknown[0], valid)
+        raise ValueError(f"{where} `{unknown[0]}` is not a field, valid: {valid}{hint}")
+    try:
+        return kind(**given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where} {error}") from error
-    return dict(options)
+
+
+def _fields(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind)]
 
 
 def _folder(value: Any, name: str, path: Path, out: Path) -> Path:

@@ -75,14 +75,15 @@ def hbcis(
       spot file those under the tissue: the rest is left out. Spots without counts (a few a section are known) and
       rows of labels without coordinates are dropped with one warning a section, which counts them.
     - The count files leave out the genes that a section never saw. So an absent gene is a measured zero: train with
-      ``missing_genes_are_zero=True``. Columns of reads that fit several genes (``__ambiguous[…]``) are left out.
+      ``hg.GeneSelection(missing_genes_are_zero=True)``. Columns of reads that fit several genes (``__ambiguous[…]``) are left out.
     - µm per pixel comes from the pitch of the array, 200 µm, in each section: the images differ in size.
 
     Examples
     --------
     >>> import he2gene_sc as hg
     >>> train = hg.datasets.hbcis("HBCIS", patients=hg.datasets.HE2GENE_SPLIT.train)  # doctest: +SKIP
-    >>> model = hg.tl.train(train, missing_genes_are_zero=True)  # doctest: +SKIP
+    >>> genes = hg.GeneSelection(missing_genes_are_zero=True)
+    >>> model = hg.tl.train(train, genes=genes)  # doctest: +SKIP
     """
     validate.arguments(hbcis, locals())
     folder = _folder(Path(root).expanduser())

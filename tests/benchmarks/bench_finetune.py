@@ -226,7 +226,7 @@ def tested(encoder, title, cache):
         sections,
         encoder=encoder,
         annotation_key="annotation",
-        missing_genes_are_zero=True,
+        genes=hg.GeneSelection(missing_genes_are_zero=True),
         device="cpu",
         cache=cache,
         show_progress_bar=False,

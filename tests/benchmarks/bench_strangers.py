@@ -43,7 +43,7 @@ from he2gene_sc.models._encoders.stages import default_stages
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import calibration_error
 from he2gene_sc.tl._train.default import encode_section
-from he2gene_sc.tl._train.train import WINDOWS_UM
+from he2gene_sc.tl._train.recipes import WINDOWS_UM
 
 SECTIONS = ("A1", "A2", "B4", "C2", "C3", "C4", "C5")
 #: Side of the crops that are altered, pixels, and spots that are read at most.
@@ -146,8 +146,8 @@ def held_out(arguments):
             (hg.datasets.her2st(name) for name in names),
             cache=arguments.cache,
             annotation_key="annotation",
-            ignore_classes=("undetermined", "breast glands"),
-            missing_genes_are_zero=True,
+            classes=hg.Classes(ignore=("undetermined", "breast glands")),
+            genes=hg.GeneSelection(missing_genes_are_zero=True),
             device="cpu",
             show_progress_bar=False,
         )

@@ -46,7 +46,12 @@ from he2gene_sc.training._closed_form import build as _build
 from he2gene_sc.training._closed_form import validate as _validate
 
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
-SHARED = {"annotation_key": "annotation", "missing_genes_are_zero": True, "device": "cpu", "show_progress_bar": False}
+SHARED = {
+    "annotation_key": "annotation",
+    "genes": hg.GeneSelection(missing_genes_are_zero=True),
+    "device": "cpu",
+    "show_progress_bar": False,
+}
 
 
 def expression(sdata):
@@ -158,7 +163,8 @@ def base(cache, held_out, options):
     for test in held_out:
         names = [name for name in C if name != test]
         start = time.perf_counter()
-        model = train(names, None, preset="he2gene-base", encoder="efficientnet-lite0", **options)
+        preset = hg.PaperRecipe("he2gene-base", **options)
+        model = train(names, None, preset=preset, encoder="efficientnet-lite0")
         frame = predicted(hg.datasets.her2st(test), model)
         genes = panels([measured[name] for name in names])
         facts = model.card.training

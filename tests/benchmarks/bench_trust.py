@@ -46,9 +46,8 @@ def train(names, cache, change=lambda sdata: sdata):
         (change(hg.datasets.her2st(name)) for name in names),
         cache=cache,
         annotation_key="annotation",
-        missing_genes_are_zero=True,
+        genes=hg.GeneSelection(missing_genes_are_zero=True),
         device="cpu",
-        dtype="float32",
         show_progress_bar=False,
     )
 

@@ -35,10 +35,9 @@ from he2gene_sc.models._encoders.stages import default_stages, stage_sizes
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import pearson
 from he2gene_sc.tl._train.default import _COLOUR_SHARE, _SYMMETRIES
-from he2gene_sc.tl._train.gene_lists import Genes
-from he2gene_sc.tl._train.labels import Labels
-from he2gene_sc.tl._train.measured import Keys, join, read_sections
-from he2gene_sc.tl._train.train import WINDOWS_UM
+from he2gene_sc.tl._train.measured import join, read_sections
+from he2gene_sc.tl._train.options import Keys
+from he2gene_sc.tl._train.recipes import WINDOWS_UM
 from he2gene_sc.training import Recipe, feature_weights
 from he2gene_sc.training._closed_form.heads import embed, fit_basis, fit_sums
 from he2gene_sc.training._closed_form.validate import panels
@@ -125,7 +124,7 @@ def encode(measured, kind, folder):
 
 def read(folder, work, kinds):
     """Sections by name, without features, and the features of each kind."""
-    keys = Keys("annotation", "patient", "section", None, None)
+    keys = Keys("annotation", "patient", "section")
     kept, features = [], {}
     for name in (*C, *A):
         (measured,) = read_sections(hg.datasets.her2st(name), keys, {})
@@ -138,7 +137,11 @@ def read(folder, work, kinds):
         del measured
         gc.collect()
     sections, _, _ = join(
-        kept, [np.empty((len(s.centres), 0, 0)) for s in kept], Genes(None, 250, 0.01, True), Labels({}, (), {}), work
+        kept,
+        [np.empty((len(s.centres), 0, 0)) for s in kept],
+        hg.GeneSelection(missing_genes_are_zero=True),
+        hg.Classes(ignore=()),
+        work,
     )
     return {section.name: section for section in sections}, features
 

@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 import he2gene_sc as hg
 from tests.odd.harness import Odd
-from tests.odd.verbs import VERBS, arguments, clean
+from tests.odd.verbs import KINDS, VERBS, arguments, clean, fields_of
 
 #: By name, since names of tests cannot hold values.
 VALUES: dict[str, Any] = {
@@ -53,7 +54,6 @@ FREE = {
     "ax",
     "save",
     "kwargs",
-    "fit_options",
     "description",
     "intended_use",
     "limitations",
@@ -97,6 +97,7 @@ def odd_inputs() -> Iterator[Odd]:
     """Parameters times values, the first parameter (the data) too."""
     for verb, function in FUNCTIONS.items():
         first, *rest = inspect.signature(function).parameters
+        rest += chain.from_iterable(map(fields_of, KINDS.values())) if verb == "train" else ()
         for parameter in rest:
             if parameter not in FREE:
                 for what in VALUES:

@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -113,7 +113,25 @@ def _card(_: list[Any], model: Any) -> dict[str, Any]:
     return {"genes": list(model.genes.index), "weight": np.asarray(model.tensors["genes.weight"], float)}
 
 
+#: Dataclasses that arguments of `train` may be.
+KINDS: dict[str, Any] = {
+    "preset": hg.DefaultRecipe,
+    "keys": hg.SectionKeys,
+    "classes": hg.Classes,
+    "genes": hg.GeneSelection,
+    "card": hg.CardText,
+}
+
+
+def fields_of(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind) if field.name not in (*KINDS, "merge")]
+
+
 def _train(objects: list[Any], **kwargs: Any) -> Any:
+    for parameter, kind in KINDS.items():
+        own = {name: kwargs.pop(name) for name in fields_of(kind) if name in kwargs}
+        if own:
+            kwargs[parameter] = kind(**own)
     return hg.tl.train(objects, **kwargs)
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from .arguments import check_features, check_memory
-from .gene_lists import Genes
-from .labels import Labels, colours_of
+from .labels import colours_of
 from .measured import Measured, join
+from .options import Plan
 
 if TYPE_CHECKING:
     import torch
 
     from ...image import PatchReader
-    from ...models import EncoderSpec, HE2Gene
+    from ...models import HE2Gene
     from ...models._network import FeatureExtractor
+    from ...training import ModelMetadata
 
 #: Symmetries a training spot is seen under.
 _SYMMETRIES = ((0, False),)
@@ -29,89 +31,71 @@ _COLOUR_SHARE = 0.25
 _ANNOTATION_COLOUR_SHARE = 2.0
 
 
-def train_default(
-    read: Iterator[Measured],
-    encoder: tuple[torch.nn.Module, EncoderSpec],
-    chosen: Genes,
-    labels: Labels,
-    ids: Mapping[str, str],
-    card: dict[str, Any],
-    work: Path,
-    *,
-    cache: Path,
-    stages: Sequence[int] | Literal["auto"] | None,
-    windows_um: tuple[float, ...],
-    tiles: tuple[int, ...] | None,
-    n_latent: int,
-    validation: str,
-    seed: int,
-    engine: tuple[int, torch.device, torch.dtype, bool],
-    own_encoder: bool,
-) -> HE2Gene:
+def train_default(read: Iterator[Measured], plan: Plan) -> HE2Gene:
     """Encode the sections one by one, and fit the heads to the features of all."""
+    from ...inference import resolve_dtype
     from ...models._embedding import N_COLOUR
     from ...models._encoders.load import encoder_sha256
     from ...models._encoders.stages import default_stages, stage_sizes
     from ...models._network import FeatureExtractor
-    from ...training import ModelMetadata, Recipe, build_model, feature_weights
+    from ...training import Recipe, build_model, feature_weights
 
-    network, spec = encoder
-    stages = default_stages(network) if stages == "auto" else None if stages is None else tuple(stages)
-    extractor = FeatureExtractor(network, spec, stages=stages, tiles=tiles)
+    recipe, network, spec = plan.recipe, plan.network, plan.spec
+    stages = default_stages(network) if recipe.stages == "auto" else recipe.stages
+    stages = None if stages is None else tuple(stages)
+    extractor = FeatureExtractor(network, spec, stages=stages, tiles=plan.tiles)
     sizes = stage_sizes(network, stages, spec.input_px)
-    n_colour = N_COLOUR * len(windows_um)
-    weights = feature_weights(sizes, len(windows_um), n_colour, _COLOUR_SHARE)
-    annotation = feature_weights(sizes, len(windows_um), n_colour, _ANNOTATION_COLOUR_SHARE)
-    recipe = Recipe(weights, n_latent=n_latent, annotation_weights=annotation)
+    n_colour = N_COLOUR * len(plan.windows_um)
+    weights = feature_weights(sizes, len(plan.windows_um), n_colour, _COLOUR_SHARE)
+    annotation = feature_weights(sizes, len(plan.windows_um), n_colour, _ANNOTATION_COLOUR_SHARE)
     check_memory(len(weights))
     sha256 = encoder_sha256(network)
+    engine = (recipe.batch_size, plan.device, resolve_dtype(recipe.dtype, plan.device), plan.show_progress)
     kept, features = [], []
     for section in read:
-        features.append(encode_section(section, extractor, sha256, windows_um, cache, engine))
+        features.append(encode_section(section, extractor, sha256, plan.windows_um, plan.cache, engine))
         check_features(section.name, features[-1])
-        kept.append(section.set_down(work))
+        kept.append(section.set_down(plan.work))
         del section
-    sections, genes, classes = join(kept, features, chosen, labels, work)
+    sections, genes, classes = join(kept, features, plan.genes, plan.classes, plan.work)
     # Each map holds a file open.
     del kept, features
-    metadata = ModelMetadata(
-        **describe(len(sections), genes, classes, labels, ids, card, spec),
+    metadata = replace(
+        describe(len(sections), genes, classes, plan),
         encoder_sha256=sha256,
         stages=stages,
-        tiles=tiles,
-        windows_um=windows_um,
-        encoder_output=tuple(extractor.fingerprint()) if own_encoder else None,
+        tiles=plan.tiles,
+        encoder_output=tuple(extractor.fingerprint()) if plan.own_encoder else None,
     )
     return build_model(
         sections,
         metadata,
-        recipe,
+        Recipe(weights, n_latent=recipe.n_latent, annotation_weights=annotation),
         n_colour=n_colour,
-        n_target=min(chosen.n_target, len(genes)),
-        validation=validation,
-        seed=seed,
+        n_target=min(plan.genes.n_target_genes, len(genes)),
+        validation=plan.validation,
+        seed=plan.seed,
     )
 
 
-def describe(
-    n_sections: int,
-    genes: pd.Index,
-    classes: tuple[str, ...],
-    labels: Labels,
-    ids: Mapping[str, str],
-    card: Mapping[str, Any],
-    spec: EncoderSpec,
-) -> dict[str, Any]:
-    """Arguments of :class:`he2gene_sc.training.ModelMetadata` that all presets share."""
-    return {
-        "genes": genes,
-        "ensembl_ids": tuple(gene if gene.startswith("ENSG") else ids.get(gene, "") for gene in genes),
-        "classes": classes,
-        "class_colors": colours_of(classes, labels.colours),
-        "encoder": spec,
-        **card,
-        "description": card["description"] or f"Trained on {n_sections} section(s) with {spec.name}.",
-    }
+def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: Plan) -> ModelMetadata:
+    """Facts of a model that all presets share."""
+    from ...training import ModelMetadata
+
+    card = plan.card
+    return ModelMetadata(
+        genes=genes,
+        ensembl_ids=tuple(gene if gene.startswith("ENSG") else plan.ids.get(gene, "") for gene in genes),
+        classes=classes,
+        class_colors=colours_of(classes, plan.classes.colors),
+        encoder=plan.spec,
+        windows_um=plan.windows_um,
+        name=plan.name,
+        version=str(card.version),
+        description=card.description or f"Trained on {n_sections} section(s) with {plan.spec.name}.",
+        intended_use=card.intended_use,
+        limitations=tuple(card.limitations),
+    )
 
 
 def encode_section(

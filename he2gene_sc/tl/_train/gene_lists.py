@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,23 +17,13 @@ from ..._core.validate import format_list
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from .options import GeneSelection
+
 logger = logging.getLogger("he2gene_sc")
 
 #: Sections must share at least this part of the shorter of two gene lists.
 _MIN_SHARED = 0.1
 _MIN_GENES = 10
-
-
-@dataclass(frozen=True)
-class Genes:
-    """Which genes are learned, see :func:`he2gene_sc.tl.train`."""
-
-    asked: list[str] | None
-    n_target: int
-    min_share: float
-    missing_are_zero: bool
-    #: Also those that no spot shows.
-    all_listed: bool = False
 
 
 def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
@@ -109,7 +98,7 @@ def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:
     return renamed
 
 
-def check_gene_lists(lists: Mapping[str, pd.Index], chosen: Genes) -> pd.Index:
+def check_gene_lists(lists: Mapping[str, pd.Index], chosen: GeneSelection) -> pd.Index:
     """Return the genes to learn, sorted, of the genes of each section by its name.
 
     Raises
@@ -130,21 +119,22 @@ def check_gene_lists(lists: Mapping[str, pd.Index], chosen: Genes) -> pd.Index:
             raise ValueError(
                 f"`sdatas`: section {name!r} shares only {shared} of {shorter} genes with the others. It has "
                 f"{list(genes.difference(others)[:3])}, they have {list(others.difference(genes)[:3])}. Where some hold symbols and others Ensembl ids, "
-                "pass `gene_symbols` (a column of var) or `ensembl_ids` (symbol to id)"
+                "pass keys=hg.SectionKeys(gene_symbols=...), a column of var, or genes=hg.GeneSelection(ensembl_ids=...), symbol to id"
             )
     union = counted.index.sort_values()
-    if chosen.asked is not None:
-        found = find_genes(chosen.asked, counted.index, one_to_one=False)
-        unknown = [gene for gene, place in zip(chosen.asked, found, strict=True) if place < 0]
-        if unknown or not chosen.asked:
+    if chosen.genes is not None:
+        asked = list(chosen.genes)
+        found = find_genes(asked, counted.index, one_to_one=False)
+        unknown = [gene for gene, place in zip(asked, found, strict=True) if place < 0]
+        if unknown:
             raise ValueError(f"`genes` {unknown[:5]} are in no section, which have e.g. {list(union[:5])}")
         union = pd.Index(sorted(set(counted.index[found])))
-    if not chosen.missing_are_zero and not (counted[union] == len(lists)).any():
-        what = "gene" if chosen.asked is None else "gene of `genes`"
+    if not chosen.missing_genes_are_zero and not (counted[union] == len(lists)).any():
+        what = "gene" if chosen.genes is None else "gene of `genes`"
         fewest = min(lists, key=lambda name: len(union.intersection(lists[name])))
         raise ValueError(
             f"`sdatas`: no {what} was measured in all {len(lists)} sections, so nothing can be compared between them; section "
-            f"{fewest!r} has the fewest of them. Leave sections out, or pass missing_genes_are_zero=True where a gene that "
-            "a section does not list was measured there and never seen"
+            f"{fewest!r} has the fewest of them. Leave sections out, or pass genes=hg.GeneSelection(missing_genes_are_zero=True) "
+            "where a gene that a section does not list was measured there and never seen"
         )
     return union

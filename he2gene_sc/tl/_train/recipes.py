@@ -1,0 +1,219 @@
+"""Presets of ``hg.tl.train`` with changes, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..._core import validate
+from ...image._windows import check_windows
+from .options import Checked
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...models import EncoderSpec
+    from ...training import Preset
+
+PRESETS = ("default", "he2gene-base", "he2gene-spat")
+#: Default of `windows_um` for encoders of unknown µm/px.
+WINDOWS_UM = (100.0, 200.0, 400.0)
+#: How a network is trained on this machine.
+RUN_OPTIONS = (
+    "patches_at_once",
+    "precision",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "checkpoint_dir",
+    "checkpoint_steps",
+    "resume",
+    "callbacks",
+)
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefaultRecipe(Checked):
+    """Preset ``"default"`` of :func:`he2gene_sc.tl.train`, with changes.
+
+    Parameters
+    ----------
+    windows_um
+        Sides of the windows around a spot, µm; resolution may differ between sections. Default: 100, 200 and 400; of an
+        encoder that was trained at a known µm/px, its input at that µm/px and twice as wide (112 and 224 for 224 px at
+        0.5 µm/px).
+    stages
+        Stages of the encoder whose mean maps are the features. ``"auto"``: the last three of a convolutional network;
+        ``None``: its own output, as ``"auto"`` does for transformers.
+    tile_windows
+        Whether an encoder that was trained at a known µm/px reads a wider window as tiles at its own µm/px, whose features
+        are averaged: 2 × 2 for 224 µm, 4 × 4 for 448. ``False``: each window is resized to one input, however coarse. The
+        card states the tiles.
+    n_latent
+        Length of the embedding.
+    batch_size
+        Spots a batch of the encoder; it does not change the result.
+    dtype
+        As in :func:`he2gene_sc.tl.predict`.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> preset = hg.DefaultRecipe(windows_um=[100, 200], n_latent=64)
+    """
+
+    windows_um: Sequence[float] | None = None
+    stages: Sequence[int] | Literal["auto"] | None = "auto"
+    tile_windows: bool = True
+    n_latent: int = 128
+    batch_size: int = 32
+    dtype: str | torch.dtype = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        listed = isinstance(self.stages, list | tuple) and len(self.stages) > 0
+        if not (
+            self.stages is None
+            or self.stages == "auto"
+            or (listed and all(validate.is_whole(stage) and stage >= 0 for stage in self.stages))
+        ):
+            raise ValueError(f"`stages` is {self.stages!r}; a list of positions from 0, 'auto' or None is needed")
+        validate.whole(self.n_latent, "n_latent")
+        validate.whole(self.batch_size, "batch_size")
+        self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))
+
+    @property
+    def usual_encoder(self) -> str:
+        """Encoder that is taken unless another is given."""
+        return "efficientnet-lite0"
+
+    def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], tuple[int, ...] | None]:
+        """Windows for an encoder, and tiles a side of each."""
+        from ...models._encoders.scale import own_windows, tiles_of
+
+        windows_um = tuple(self.windows_um or own_windows(spec) or WINDOWS_UM)
+        return windows_um, tiles_of(spec, windows_um) if self.tile_windows else None
+
+
+@dataclass(frozen=True)
+class PaperRecipe(Checked):
+    """One of the paper's presets of :func:`he2gene_sc.tl.train`, with changes.
+
+    Parameters
+    ----------
+    name
+        ``"he2gene-base"`` or ``"he2gene-spat"``.
+    exact
+        Train to the letter: all genes that a section lists are learned, an annotation of two classes is one logit and a
+        sigmoid and is not calibrated, precision is single, and windows are 75, 150 and 225 px at the 0.69 µm/px of the
+        paper's images (51.75, 103.5 and 155.25 µm). ``validation="random"`` is as in the paper too. What still differs
+        stands in ``docs/reproduce.md``.
+    windows_um
+        Sides of the windows over which predictions are averaged, µm. Default: 50, 100 and 150.
+    batch_size, max_epochs, patience, lr
+        Spots a step, over all devices; epochs at most, and those without a better held-out error after which training stops;
+        learning rate. Default: the preset's.
+    cross_validate
+        Held-out figures from folds that did not decide when to stop, at several times the work.
+    patches_at_once
+        Patches that the encoder sees at once, a large batch in little memory: see
+        :func:`he2gene_sc.training.fit_network`.
+    precision, devices, num_nodes, strategy
+        As in ``lightning.Trainer``.
+    checkpoint_dir, checkpoint_steps, resume
+        Folder for checkpoints, steps between them, and whether to go on from the one that is there.
+    callbacks
+        Further Lightning callbacks.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> preset = hg.PaperRecipe("he2gene-base", exact=True, patches_at_once=32)
+    """
+
+    name: str
+    _: KW_ONLY
+    exact: bool = False
+    windows_um: Sequence[float] | None = None
+    batch_size: int | None = None
+    max_epochs: int | None = None
+    patience: int | None = None
+    lr: float | None = None
+    cross_validate: bool = False
+    patches_at_once: int | None = None
+    precision: str | None = None
+    devices: int | str | Sequence[int] | None = None
+    num_nodes: int = 1
+    strategy: str = "auto"
+    checkpoint_dir: str | Path | None = None
+    checkpoint_steps: int = 500
+    resume: bool = False
+    callbacks: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate.one_of(self.name, PRESETS[1:], "name")
+        for name, least in (
+            ("batch_size", 1),
+            ("max_epochs", 1),
+            ("patience", 1),
+            ("patches_at_once", 2),
+            ("num_nodes", 1),
+            ("checkpoint_steps", 1),
+        ):
+            if getattr(self, name) is not None:
+                validate.whole(getattr(self, name), name, least)
+        if self.lr is not None:
+            validate.in_range(self.lr, "lr", above=0)
+        if self.precision not in (None, *_PRECISIONS):
+            raise ValueError(
+                f"`precision` is {self.precision!r}, valid: {list(_PRECISIONS)}; the weights themselves stay single"
+            )
+        self._check_callbacks()
+        if self.resume and self.checkpoint_dir is None:
+            raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
+        self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))
+        for name, value, its in (
+            ("windows_um", self.windows_um, "75, 150 and 225 px at 0.69 µm/px"),
+            ("precision", None if self.precision in ("32", "32-true") else self.precision, "'32-true'"),
+        ):
+            if self.exact and value is not None:
+                raise ValueError(f"`{name}` is {value!r}, but `exact` sets it ({its}); drop one of them")
+
+    def preset(self) -> Preset:
+        """Return the numbers of the paper, with the changes."""
+        from ...training import PRESETS as known
+
+        preset = known[self.name].to_the_letter() if self.exact else known[self.name]
+        changes = {name: getattr(self, name) for name in ("windows_um", "batch_size", "max_epochs", "patience", "lr")}
+        return replace(preset, **{name: value for name, value in changes.items() if value is not None})
+
+    @property
+    def usual_encoder(self) -> str:
+        """Encoder of the paper."""
+        return self.preset().encoder
+
+    def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], None]:
+        """Windows at inference; none is read as tiles."""
+        return self.preset().windows_um, None
+
+    def _check_callbacks(self) -> None:
+        fits = isinstance(self.callbacks, list | tuple)
+        if fits and self.callbacks:
+            from lightning.pytorch import Callback
+
+            fits = all(isinstance(callback, Callback) for callback in self.callbacks)
+        if not fits:
+            raise ValueError(
+                f"`callbacks` is {self.callbacks!r}; a list of Lightning callbacks is needed, which may be empty"
+            )
+
+
+def recipe_of(preset: Any) -> DefaultRecipe | PaperRecipe:
+    """Recipe of a preset that may be named."""
+    if isinstance(preset, DefaultRecipe | PaperRecipe):
+        return preset
+    return DefaultRecipe() if validate.one_of(preset, PRESETS, "preset") == "default" else PaperRecipe(preset)
