@@ -81,7 +81,7 @@ def test_few_spots_are_refused(table, model):
         ({"coverages": [0.5, 2]}, "`coverages` is 2"),
         ({"measured": "he2gene", "measured_scale": "log"}, "is the prediction itself"),
         ({"layer": "no"}, "`layer` 'no'"),
-        ({"key_added": "no"}, "holds no prediction 'no'"),
+        ({"prediction_key": "no"}, "holds no prediction 'no'"),
     ],
 )
 def test_bad_input_is_refused(table, model, arguments, message):

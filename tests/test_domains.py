@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def run(data, **kwargs):
     given = {"n_seeds": 2, "clustering": "kmeans", "layer": None, "n_perms": 99} | kwargs
     hg.tl.domain_preservation(data, given.pop("domain_key", "pathologist"), **given)
-    return hg.get.domains(data, key_added=given.get("key_added", "he2gene_domains"))
+    return hg.get.domains(data, key=given.get("key_added", "he2gene_domains"))
 
 
 def value(table, labels, score, against="domains"):
@@ -398,7 +398,7 @@ def test_get_filters_and_says_what_is_missing(slide):
     with pytest.raises(ValueError, match="`score` 'nope' is not in the table, valid"):
         hg.get.domains(slide, score="nope")
     with pytest.raises(ValueError, match="run hg.tl.domain_preservation first"):
-        hg.get.domains(slide, key_added="other")
+        hg.get.domains(slide, key="other")
 
 
 def test_the_picture_shows_tissue_annotation_measured_and_predicted(slide, tmp_path):

@@ -493,9 +493,9 @@ def test_an_evaluation_survives_the_disk_and_is_replaced(table, tmp_path):
 
 
 def test_what_is_asked_for_must_be_there(table, toy):
-    with pytest.raises(ValueError, match="`data` holds no evaluation 'he2gene_eval'; run hg.tl.evaluate first"):
+    with pytest.raises(ValueError, match="`key` 'he2gene_eval': `data` holds no such result; run hg.tl.evaluate first"):
         hg.get.evaluation(table)
-    with pytest.raises(ValueError, match="`data` holds no evaluation"):
+    with pytest.raises(ValueError, match="`data` holds no such result"):
         hg.get.evaluation(toy)
     hg.tl.evaluate(table)
     genes = hg.get.evaluation(table, "genes")
@@ -507,8 +507,8 @@ def test_what_is_asked_for_must_be_there(table, toy):
     )
     with pytest.raises(ValueError, match="`what` is 'gene', valid"):
         hg.get.evaluation(table, "gene")
-    with pytest.raises(ValueError, match="holds no evaluation 'other'"):
-        hg.get.evaluation(table, key_added="other")
+    with pytest.raises(ValueError, match="`key` 'other': `data` holds no such result"):
+        hg.get.evaluation(table, key="other")
 
 
 # Real data

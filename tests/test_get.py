@@ -6,6 +6,7 @@ import squidpy as sq
 from shapely import Point
 
 import he2gene_sc as hg
+from he2gene_sc._core.predictions import predicted_layer
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_genes_of_the_table_of_all_genes(predicted, tiny_model):
 
 def test_genes_of_another_run_are_found_by_its_key(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model, genes=["ERBB2", "CD24"], key_added="mine")
-    assert set(hg.get.genes(toy, key_added="mine")) == {"ERBB2", "CD24"}
+    assert set(hg.get.genes(toy, prediction_key="mine")) == {"ERBB2", "CD24"}
 
 
 def test_genes_without_a_prediction_ask_for_one(toy):
@@ -134,3 +135,19 @@ def test_squidpy_raises_key_error_at_one_missing_label(imperfect):
     sq.gr.spatial_neighbors_grid(table, n_neighs=4)
     with pytest.raises(KeyError):
         sq.gr.nhood_enrichment(table, cluster_key="he2gene_annotation", n_perms=10, show_progress_bar=False)
+
+
+@pytest.mark.parametrize("verb", [hg.tl.evaluate, hg.tl.intervals, hg.pl.calibration])
+def test_no_layer_is_never_the_prediction(toy, verb):
+    with pytest.raises(ValueError, match="`layer` is of type NoneType; a text is needed"):
+        verb(toy, layer=None)
+
+
+def test_the_default_layer_is_that_of_the_prediction_key(toy, tiny_model):
+    hg.tl.predict(
+        toy, model=tiny_model, genes=["ERBB2", "CD24"], key_added="mine", layer="values", show_progress_bar=False
+    )
+    table = toy["table"]
+    assert [predicted_layer(table, "mine", name) for name in ("he2gene", "mine", "values")] == ["values"] * 3
+    hg.tl.evaluate(toy, prediction_key="mine")
+    assert hg.get.evaluation(toy, "genes")["predictor"].unique()[0] == "he2gene"

@@ -66,6 +66,12 @@ def in_memory(values: Any) -> Any:
     return scipy.sparse.csr_array(values.astype(np.float32) if values.dtype == np.float16 else values)
 
 
+def dense(values: Any) -> np.ndarray:
+    """Bring a matrix into memory as an array."""
+    values = in_memory(values)
+    return values.toarray() if scipy.sparse.issparse(values) else values
+
+
 def blocks_of(values: Any) -> Iterator[tuple[slice, Any]]:
     """Rows of a matrix in memory, some at a time, dense or csr, and where they stand."""
     n_rows, n_columns = values.shape

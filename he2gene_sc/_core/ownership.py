@@ -8,7 +8,7 @@ list: the keys follow from ``key_added``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RESERVED = (MADE, SPATIAL, "spatial", "spatialdata_attrs")
 
 
-def is_prediction(record: Any) -> bool:
+def is_prediction(record: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether ``hg.tl.predict`` wrote a record."""
     return isinstance(record, Mapping) and {"weights_sha256", "layer"} <= set(record)
 

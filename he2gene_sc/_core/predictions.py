@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..models import HE2Gene
 
 
-def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: str | None = None) -> str:
+def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_key: str | None = None) -> str:
     """Name of the table that ``predict(key_added=...)`` filled; a measured one before one that we made.
 
     Raises
@@ -37,22 +37,40 @@ def predicted_table(sdata: SpatialData, key_added: str = "he2gene", table_key: s
     if table_key is not None:
         if table_key not in sdata.tables:
             raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")
-        if not is_prediction(sdata[table_key].uns.get(Keys(key_added).uns)):
-            raise ValueError(f"`table_key` {table_key!r} holds no prediction {key_added!r}; run hg.tl.predict first")
+        if not is_prediction(sdata[table_key].uns.get(Keys(prediction_key).uns)):
+            raise ValueError(
+                f"`table_key` {table_key!r} holds no prediction {prediction_key!r}; run hg.tl.predict first"
+            )
         with_text_names(sdata[table_key])
         return table_key
-    found = [key for key, table in sdata.tables.items() if is_prediction(table.uns.get(Keys(key_added).uns))]
+    found = [key for key, table in sdata.tables.items() if is_prediction(table.uns.get(Keys(prediction_key).uns))]
     measured = [key for key in found if MADE not in sdata[key].uns]
     candidates = measured or found
     if not candidates:
-        raise ValueError(f"`sdata` holds no prediction {key_added!r}; run hg.tl.predict first")
+        raise ValueError(f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first")
     if len(candidates) > 1:
         raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
     with_text_names(sdata[candidates[0]])
     return candidates[0]
 
 
-def record_of(table: AnnData, key_added: str = "he2gene") -> Mapping[str, Any]:
+def prediction_of(table: AnnData, layer: str | None) -> str | None:
+    """Name of the prediction that a layer (``None``: ``X``) is; ``None`` if it was measured."""
+    if layer is None and MADE not in table.uns:
+        return None
+    for key, record in table.uns.items():
+        # `X` of a table that we made is the prediction.
+        if is_prediction(record) and layer in (None, record["layer"]):
+            return key
+    if layer is None:
+        return None
+    # What predict writes beside a layer, of which anndata.concat keeps obs alone.
+    keys = Keys(layer)
+    beside = keys.reliable in table.var or keys.annotation in table.obs or keys.ood in table.obs
+    return layer if beside or layer == Keys().layer else None
+
+
+def record_of(table: AnnData, prediction_key: str = "he2gene") -> Mapping[str, Any]:
     """Return what ``predict(key_added=...)`` recorded in a table.
 
     Raises
@@ -60,13 +78,13 @@ def record_of(table: AnnData, key_added: str = "he2gene") -> Mapping[str, Any]:
     ValueError
         If it wrote nothing there, or the flags of the genes that go with it are gone.
     """
-    keys = Keys(key_added)
+    keys = Keys(prediction_key)
     record = table.uns.get(keys.uns)
     if not is_prediction(record):
-        raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
+        raise ValueError(f"`data` holds no prediction {prediction_key!r}; run hg.tl.predict first")
     if keys.predicted not in table.var:
         raise ValueError(
-            f"`data`: var has no {keys.predicted!r}, which hg.tl.predict wrote with prediction {key_added!r}; keep it, or "
+            f"`data`: var has no {keys.predicted!r}, which hg.tl.predict wrote with prediction {prediction_key!r}; keep it, or "
             "predict again"
         )
     return record
@@ -98,15 +116,22 @@ def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | No
     return recorded if gene_symbols is None and recorded in table.var else gene_symbols
 
 
-def predicted_layer(table: AnnData, key_added: str = "he2gene", layer: str | None = None) -> str:
-    """Name of the layer of a prediction."""
-    name = record_of(table, key_added)["layer"] if layer is None else layer
+def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str = "he2gene") -> str:
+    """Name of a layer. The default and the name of the prediction stand for the layer that the prediction wrote.
+
+    Raises
+    ------
+    ValueError
+        If there is no such prediction or layer.
+    """
+    record = record_of(table, prediction_key)
+    name = str(record["layer"]) if layer in (Keys().layer, prediction_key) else layer
     if name not in table.layers:
         raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(layer_names(table))}")
     return name
 
 
-def check_as_predicted(table: AnnData, key_added: str, layer: str, stacklevel: int = 3) -> None:
+def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklevel: int = 3) -> None:
     """Warn where a layer that predict wrote was changed since.
 
     Raises
@@ -120,8 +145,8 @@ def check_as_predicted(table: AnnData, key_added: str, layer: str, stacklevel: i
             raise ValueError(f"`layer` {layer!r} holds infinite values; predict again")
         if np.isnan(values).all():
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot; predict again")
-    record = record_of(table, key_added)
-    if layer == record["layer"] and layer not in ours(table, Keys(key_added).uns, record).get("layers", ()):
+    record = record_of(table, prediction_key)
+    if layer == record["layer"] and layer not in ours(table, Keys(prediction_key).uns, record).get("layers", ()):
         warnings.warn(
             f"`layer` {layer!r} was changed since hg.tl.predict wrote it: what the model promises need not hold for it; "
             "predict again",

@@ -1,4 +1,4 @@
-"""The one writer of results: declared as data, checked beforehand, written whole or not at all.
+"""Results of verbs: found, and written as declared, checked beforehand, whole or not at all.
 
 A verb calls :func:`check_free` before its work and :func:`write_result` after it. What depends on values that change is
 removed, with a warning. An exception while writing, a warning that was made one included, leaves the table as it was.
@@ -22,7 +22,16 @@ from .signatures import same
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Result", "check_free", "undone_if_interrupted", "write_result", "write_results", "write_to_all"]
+__all__ = [
+    "Result",
+    "check_free",
+    "find_result",
+    "find_results",
+    "undone_if_interrupted",
+    "write_result",
+    "write_results",
+    "write_to_all",
+]
 
 _MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp", "uns")
 
@@ -50,6 +59,40 @@ class Result:
     record: Mapping[str, Any]
     slots: Mapping[str, Mapping[str, Any]]
     unrecorded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -> list[AnnData]:
+    """Return the table of each object whose ``uns[key]`` a verb wrote; ``data`` is an object or table, or several.
+
+    Raises
+    ------
+    ValueError
+        If an object has none, or several.
+    """
+    objects = [data] if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    found = []
+    for item in objects:
+        tables = item.tables if hasattr(item, "tables") else {"": item}
+        if table_key is not None and hasattr(item, "tables") and table_key not in tables:
+            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
+        written = [
+            name
+            for name, table in tables.items()
+            if (table_key is None or name in (table_key, "")) and is_of(verb, table.uns.get(key))
+        ]
+        if not written:
+            raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
+        if len(written) > 1:
+            raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(written)}")
+        found.append(tables[written[0]])
+    if not found:
+        raise ValueError("`data` is empty; at least one object is needed")
+    return found
+
+
+def find_result(data: Any, verb: str, key: str, table_key: str | None = None) -> Mapping[str, Any]:
+    """Return what a verb wrote to ``uns[key]`` of an object, a table, or the first of several."""
+    return find_results(data, verb, key, table_key)[0].uns[key]
 
 
 def write_result(

@@ -232,8 +232,8 @@ def evaluate(
     path: Annotated[Path, typer.Argument(help="SpatialData zarr store that was predicted and measured.")],
     out: Annotated[Path | None, typer.Option(help="CSV file to write: metrics of each gene.")] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Layer to judge: that of the prediction, the default, or an adapted one.")
-    ] = None,
+        str, typer.Option(help="Layer to judge: that of the prediction, the default, or an adapted one.")
+    ] = "he2gene",
     prediction_key: Annotated[str, typer.Option(help="Prefix that the prediction was written under.")] = "he2gene",
     genes: Annotated[list[str], typer.Option(help="Genes to judge, default: all. Repeatable, or with commas.")] = [],  # noqa: B006
     measured: Annotated[str | None, typer.Option(help="Layer of raw counts; default: X.")] = None,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from .._core import validate
 from .._core.genes import columns_of, find_genes
+from .._core.ownership import is_prediction
+from .._core.results import find_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,7 +77,7 @@ def biomarkers(
     ['tumour']
     """
     validate.arguments(biomarkers, locals())
-    frame = result_of(data, "biomarkers", key, table_key)["results"].copy()
+    frame = find_result(data, "biomarkers", key, table_key)["results"].copy()
     if group is not None:
         wanted = [group] if isinstance(group, str) else list(group)
         if unknown := [name for name in wanted if name not in set(frame["group"])]:
@@ -92,42 +94,6 @@ def biomarkers(
     return frame.reset_index(drop=True)
 
 
-def result_of(data: Any, verb: str, key: str, table_key: str | None) -> Mapping[str, Any]:
-    """Return what a verb wrote to ``uns[key]`` of an object, a table, or the first of several."""
-    return tables_with(data, verb, key, table_key)[0].uns[key]
-
-
-def tables_with(data: Any, verb: str, key: str, table_key: str | None) -> list[AnnData]:
-    """Return the table of each object whose ``uns[key]`` a verb wrote.
-
-    Raises
-    ------
-    ValueError
-        If an object has none, or several.
-    """
-    objects = [data] if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
-    found = []
-    for item in objects:
-        tables = item.tables if hasattr(item, "tables") else {"": item}
-        if table_key is not None and hasattr(item, "tables") and table_key not in tables:
-            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
-        written = [
-            name
-            for name, table in tables.items()
-            if (table_key is None or name in (table_key, ""))
-            and isinstance(table.uns.get(key), Mapping)
-            and table.uns[key].get("verb") == verb
-        ]
-        if not written:
-            raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
-        if len(written) > 1:
-            raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(written)}")
-        found.append(tables[written[0]])
-    if not found:
-        raise ValueError("`data` is empty; at least one object is needed")
-    return found
-
-
 def genes_of_result(table: AnnData, asked: Sequence[str], names: pd.Series, what: str) -> list[str]:
     """Names in a result of genes that a user named: as there, by the symbols that predict was given, or as they were before.
 
@@ -137,7 +103,7 @@ def genes_of_result(table: AnnData, asked: Sequence[str], names: pd.Series, what
         If one is not in the result; ``what`` says what was not done with it.
     """
     known = pd.Index(names.unique())
-    records = (record for record in table.uns.values() if isinstance(record, Mapping) and "weights_sha256" in record)
+    records = (record for record in table.uns.values() if is_prediction(record))
     symbols = next((record["gene_symbols"] for record in records if "gene_symbols" in record), None)
     columns = columns_of(table, asked, symbols)
     called = [table.var_names[column] if column >= 0 else gene for gene, column in zip(asked, columns, strict=True)]

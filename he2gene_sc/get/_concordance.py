@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from .._core import validate
-from ._biomarkers import result_of
+from .._core.results import find_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -69,4 +69,4 @@ def concordance(
     1
     """
     validate.arguments(concordance, locals())
-    return result_of(data, "concordance", key, table_key)["genes" if by_gene else "table"].copy()
+    return find_result(data, "concordance", key, table_key)["genes" if by_gene else "table"].copy()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from .._core import validate
+from .._core.results import find_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -18,7 +19,7 @@ def domains(
     *,
     score: str | None = None,
     labels: str | None = None,
-    key_added: str = "he2gene_domains",
+    key: str = "he2gene_domains",
     table_key: str | None = None,
 ) -> pd.DataFrame:
     """Return the scores that :func:`he2gene_sc.tl.domain_preservation` wrote, one a line.
@@ -31,8 +32,10 @@ def domains(
         Only this score, for example ``"ari"``.
     labels
         Only of these labels, for example ``"predicted"``.
-    key_added, table_key
-        As given to it.
+    key
+        ``key_added`` of the run.
+    table_key
+        Table, where an object holds several.
 
     Returns
     -------
@@ -62,31 +65,10 @@ def domains(
     2
     """
     validate.arguments(domains, locals())
-    table = result(data, key_added, table_key).uns[key_added]["table"].copy()
+    table = find_result(data, "domain_preservation", key, table_key)["table"].copy()
     for name, value in (("score", score), ("labels", labels)):
         if value is not None:
             if value not in set(table[name]):
                 raise ValueError(f"`{name}` {value!r} is not in the table, valid: {sorted(set(table[name]))}")
             table = table[table[name] == value]
     return table.reset_index(drop=True)
-
-
-def result(data: SpatialData | AnnData, key_added: str, table_key: str | None) -> AnnData:
-    """Return the table that a run of domain_preservation stands in."""
-    tables = dict(data.tables) if hasattr(data, "tables") else {"": data}
-    if table_key is not None and hasattr(data, "tables"):
-        if table_key not in tables:
-            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
-        tables = {table_key: tables[table_key]}
-    found = [
-        name
-        for name, table in tables.items()
-        if hasattr(table.uns.get(key_added), "get") and table.uns[key_added].get("verb") == "domain_preservation"
-    ]
-    if not found:
-        raise ValueError(
-            f"`key_added` {key_added!r}: nothing was written under it; run hg.tl.domain_preservation first"
-        )
-    if len(found) > 1:
-        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(found)}")
-    return tables[found[0]]

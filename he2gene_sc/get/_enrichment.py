@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from .._core import validate
-from ._biomarkers import result_of
+from .._core.results import find_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -57,4 +57,4 @@ def enrichment(
     True
     """
     validate.arguments(enrichment, locals())
-    return result_of(data, "enrichment", key, table_key)["results"].copy()
+    return find_result(data, "enrichment", key, table_key)["results"].copy()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from .._core import validate
-from .._core.tables import get_table
+from .._core.results import find_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,7 +23,7 @@ def evaluation(
         "summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion"
     ] = "summary",
     *,
-    key_added: str = "he2gene_eval",
+    key: str = "he2gene_eval",
     table_key: str | None = None,
 ) -> pd.DataFrame:
     """Return a tidy table of an evaluation.
@@ -40,8 +40,8 @@ def evaluation(
         labels that were not judged, counted. ``"annotation"``: balanced accuracy, macro F1, macro AUROC and expected
         calibration error by section. ``"classes"``: recall, F1 and AUROC of each class. ``"confusion"``: number of
         spots by label and predicted class.
-    key_added
-        As given to evaluate.
+    key
+        ``key_added`` of the run.
     table_key
         Table, where several were evaluated.
 
@@ -67,8 +67,7 @@ def evaluation(
     validate.arguments(evaluation, locals())
     if what not in TABLES:
         raise ValueError(f"`what` is {what!r}, valid: {list(TABLES)}")
-    table = _evaluated(data, key_added, table_key)
-    stored = table.uns[key_added]
+    stored = find_result(data, "evaluate", key, table_key)
     if what == "genes":
         parts = [stored[name] for name in ("genes", "baselines") if name in stored]
         return _as_texts(pd.concat(parts, ignore_index=True))
@@ -84,23 +83,3 @@ def _as_texts(frame: pd.DataFrame) -> pd.DataFrame:
     for column in ("scope", "section", "predictor"):
         frame[column] = frame[column].astype(str)
     return frame
-
-
-def _evaluated(data: SpatialData | AnnData, key_added: str, table_key: str | None) -> AnnData:
-    """Table that holds the evaluation."""
-    if not hasattr(data, "tables") or table_key is not None:
-        table = get_table(data, table_key, key_added=None)
-        found = [table] if _is_evaluation(table, key_added) else []
-    else:
-        found = [table for table in data.tables.values() if _is_evaluation(table, key_added)]
-    if len(found) > 1:
-        names = [name for name, table in data.tables.items() if _is_evaluation(table, key_added)]
-        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(names)}")
-    if not found:
-        raise ValueError(f"`data` holds no evaluation {key_added!r}; run hg.tl.evaluate first")
-    return found[0]
-
-
-def _is_evaluation(table: AnnData, key_added: str) -> bool:
-    record = table.uns.get(key_added)
-    return hasattr(record, "get") and record.get("verb") == "evaluate"

@@ -18,7 +18,7 @@ def genes(
     data: SpatialData | AnnData,
     *,
     reliable: bool | None = None,
-    key_added: str = "he2gene",
+    prediction_key: str = "he2gene",
     table_key: str | None = None,
 ) -> list[str]:
     """List the predicted genes, best held-out correlation first.
@@ -31,8 +31,10 @@ def genes(
         Object or table that :func:`he2gene_sc.tl.predict` wrote to.
     reliable
         ``True``: only those good enough to use; ``False``: only those not to trust; ``None``: all.
-    key_added, table_key
-        As given to predict.
+    prediction_key
+        ``key_added`` of predict.
+    table_key
+        Table, where several were predicted.
 
     Returns
     -------
@@ -53,10 +55,10 @@ def genes(
     True
     """
     validate.arguments(genes, locals())
-    keys = Keys(key_added)
-    table = get_table(data, table_key, key_added=key_added)
+    keys = Keys(prediction_key)
+    table = get_table(data, table_key, key_added=prediction_key)
     if keys.predicted not in table.var:
-        raise ValueError(f"`data` holds no prediction {key_added!r}; run hg.tl.predict first")
+        raise ValueError(f"`data` holds no prediction {prediction_key!r}; run hg.tl.predict first")
     chosen = gene_flags(table, keys.predicted)
     if reliable is not None:
         chosen = chosen & (gene_flags(table, keys.reliable) == reliable)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from copy import deepcopy
-from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._core import validate
 from .._core.keys import MADE, Keys
+from .._core.matrix import dense, matrix_of, where_of
+from .._core.ownership import is_prediction
 from .._core.predictions import gene_flags, predicted_layer, record_of
 from .._core.spots import annotated_by
-from .._core.tables import get_table, values_of
+from .._core.tables import get_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,7 +25,7 @@ def predicted(
     data: SpatialData | AnnData,
     reliable: bool | None = None,
     *,
-    layer: str | None | EllipsisType = ...,
+    layer: str | None = "he2gene",
     prediction_key: str = "he2gene",
     table_key: str | None = None,
 ) -> AnnData:
@@ -41,7 +41,7 @@ def predicted(
     reliable
         ``True``: only reliable genes; ``False``: only the others; ``None``: all predicted genes.
     layer
-        Layer of the table that becomes ``X``, for example ``"he2gene_adapted"``. Default: the layer of the prediction.
+        Layer of the table that becomes ``X``, for example ``"he2gene_adapted"``. Default: the layer of ``prediction_key``.
         ``None``: ``X``, which in a measured table holds what was measured.
     prediction_key
         ``key_added`` of predict.
@@ -88,15 +88,13 @@ def predicted(
     >>> sc.tl.rank_genes_groups(adata, "pathologist")
     """
     validate.arguments(predicted, locals())
-    if layer is not ... and layer is not None:
-        validate.name(layer, "layer")
     table = get_table(data, table_key, key_added=prediction_key)
     record = record_of(table, prediction_key)
-    name = predicted_layer(table, prediction_key) if layer is ... else layer
+    name = None if layer is None else predicted_layer(table, prediction_key, layer)
     _check_own(table, name, prediction_key)
     columns = _columns(table, prediction_key, reliable)
-    values = _dense(values_of(table[:, columns], name))
-    where = "X" if name is None else f"layer {name!r}"
+    values = np.asarray(dense(matrix_of(table[:, columns], name)), np.float32)
+    where = where_of(name)
     rows, kept = _complete(values, where)
     return _copy(table, values[np.ix_(rows, kept)], rows, columns[kept], record, prediction_key, name)
 
@@ -104,8 +102,7 @@ def predicted(
 def _check_own(table: AnnData, layer: str | None, prediction_key: str) -> None:
     """Refuse the layer of another prediction, whose reliable genes are others."""
     for key, record in table.uns.items():
-        of_prediction = isinstance(record, Mapping) and "weights_sha256" in record and record.get("layer") == layer
-        if of_prediction and layer is not None and key != prediction_key:
+        if is_prediction(record) and record["layer"] == layer and key != prediction_key:
             raise ValueError(
                 f"`layer` {layer!r} is of prediction {key!r}, not of {prediction_key!r}; pass prediction_key={key!r}"
             )
@@ -139,10 +136,6 @@ def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.n
             "adata.var_names_make_unique() on the table first"
         )
     return np.flatnonzero(flags)
-
-
-def _dense(values: Any) -> np.ndarray:
-    return np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float32)
 
 
 def _complete(values: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ def annotation(
     reference: str | None = None,
     image: bool = True,
     size: float = 1.0,
-    key_added: str = "he2gene",
+    prediction_key: str = "he2gene",
     table_key: str | None = None,
     shapes_key: str | None = None,
     image_key: str | None = None,
@@ -49,7 +49,9 @@ def annotation(
         Draw the tissue underneath.
     size
         Scale of the spots; 1 is their true size.
-    key_added, table_key, shapes_key, image_key, coordinate_system
+    prediction_key
+        ``key_added`` of predict.
+    table_key, shapes_key, image_key, coordinate_system
         As given to predict.
     ax
         Axes to draw in: one, or two with ``reference``.
@@ -78,10 +80,10 @@ def annotation(
     from anndata import AnnData
     from spatialdata.models import TableModel
 
-    keys = Keys(key_added)
+    keys = Keys(prediction_key)
     where = canvas(
         sdata,
-        key_added=key_added,
+        prediction_key=prediction_key,
         table_key=table_key,
         shapes_key=shapes_key,
         image_key=image_key,
@@ -89,7 +91,9 @@ def annotation(
     )
     table = where.table
     if keys.annotation not in table.obs:
-        raise ValueError(f"`key_added` {key_added!r}: the model has no annotation head, obs has no {keys.annotation!r}")
+        raise ValueError(
+            f"`prediction_key` {prediction_key!r}: the model has no annotation head, obs has no {keys.annotation!r}"
+        )
     if reference is not None and not _has_labels(table, reference):
         labelled = [c for c in table.obs if isinstance(table.obs[c].dtype, pd.CategoricalDtype)]
         raise ValueError(f"`reference` {reference!r} is no column of obs with labels, candidates: {labelled}")
@@ -97,7 +101,7 @@ def annotation(
     if reference is not None:
         columns[reference] = table.obs[reference]
     colours = _colours(where.sdata[where.table_key], keys, columns)
-    glass = on_glass(table, key_added)
+    glass = on_glass(table, prediction_key)
     obs = pd.DataFrame(
         {f"panel_{i}": _labels(values, glass & (i == 0)) for i, values in enumerate(columns.values())},
         index=table.obs_names,

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.results import find_result, find_results
 from ..get._biomarkers import biomarkers as get_biomarkers
-from ..get._biomarkers import genes_of_result, result_of, tables_with
+from ..get._biomarkers import genes_of_result
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ def biomarkers(
         raise ValueError(f"`kind` is {kind!r}, valid: ['volcano', 'dot']")
     data = data if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
     frame = get_biomarkers(data, group, key=key, table_key=table_key)
-    record = result_of(data, "biomarkers", key, table_key)
+    record = find_result(data, "biomarkers", key, table_key)
     named = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
     if named is not None:
-        table = tables_with(data, "biomarkers", key, table_key)[0]
+        table = find_results(data, "biomarkers", key, table_key)[0]
         named = genes_of_result(table, named, frame["names"], "tested")
     reference = str(record["params"]["reference"])
     groups = list(dict.fromkeys(frame["group"]))

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._core import validate
 from .._core.keys import MADE, Keys
-from .._core.predictions import record_of, symbols_of
+from .._core.predictions import predicted_layer, record_of, symbols_of
 from .._core.tables import Scale, get_table
 from ..stats import N_BINS
 from ..tl._interval_ends import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
@@ -30,7 +30,7 @@ _MIN_SPOTS = 10
 def calibration(
     data: SpatialData | AnnData,
     *,
-    layer: str | None = None,
+    layer: str = "he2gene",
     annotation_key: str | None = None,
     coverages: Sequence[float] = _COVERAGES,
     measured: str | None = None,
@@ -38,7 +38,7 @@ def calibration(
     by: Literal["annotation"] | None = "annotation",
     model: str | Path | HE2Gene | None = None,
     gene_symbols: str | None = None,
-    key_added: str = "he2gene",
+    prediction_key: str = "he2gene",
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     save: str | Path | None = None,
@@ -62,7 +62,9 @@ def calibration(
         Layer of what was measured (``None``: ``X``), and what it holds, as in ``hg.tl.evaluate``.
     by, model, gene_symbols
         As in :func:`he2gene_sc.tl.intervals`.
-    key_added, table_key
+    prediction_key
+        ``key_added`` of predict.
+    table_key
         As given to predict.
     ax
         Axes to draw in: one, or two with ``annotation_key``.
@@ -94,10 +96,9 @@ def calibration(
 
     check_by(by)
     levels = _checked(coverages)
-    table = get_table(data, table_key, key_added=key_added)
-    keys, record = Keys(key_added), record_of(table, key_added)
-    if layer is None or (layer == key_added and layer not in table.layers):
-        layer = str(record["layer"])
+    table = get_table(data, table_key, key_added=prediction_key)
+    keys, record = Keys(prediction_key), record_of(table, prediction_key)
+    layer = predicted_layer(table, prediction_key, layer)
     adapted = adaptation_of(table, record, layer)
     gene_symbols = symbols_of(table, record, gene_symbols)
     bounds: list[OfModel] | list[OfAdapted]

@@ -53,7 +53,7 @@ class Canvas:
 def canvas(
     sdata: SpatialData,
     *,
-    key_added: str,
+    prediction_key: str,
     table_key: str | None,
     shapes_key: str | None,
     image_key: str | None,
@@ -61,8 +61,8 @@ def canvas(
 ) -> Canvas:
     """Find the slide that a prediction was made on."""
     check_spatialdata(sdata)
-    table_key = predicted_table(sdata, key_added, table_key)
-    record = sdata[table_key].uns[Keys(key_added).uns]
+    table_key = predicted_table(sdata, prediction_key, table_key)
+    record = sdata[table_key].uns[Keys(prediction_key).uns]
     regions = [record["shapes"]] if isinstance(record["shapes"], str) else list(record["shapes"])
     if shapes_key is None and len(regions) > 1:
         raise ValueError(f"`shapes_key` is ambiguous, candidates: {regions}")
@@ -152,9 +152,9 @@ def _zoom(where: Canvas, ax: Axes) -> None:
     ax.set_ylim(limits[::-1] if bottom > top else limits)
 
 
-def on_glass(table: AnnData, key_added: str) -> np.ndarray:
+def on_glass(table: AnnData, prediction_key: str) -> np.ndarray:
     """Mask of the spots with less tissue than is needed; ``False`` everywhere for predictions that do not say."""
-    share = table.obs.get(Keys(key_added).tissue)
+    share = table.obs.get(Keys(prediction_key).tissue)
     return np.zeros(table.n_obs, bool) if share is None else share.to_numpy(dtype=float) < MIN_TISSUE
 
 

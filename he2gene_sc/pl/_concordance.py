@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from .._core import validate
-from ..get._biomarkers import genes_of_result, tables_with
+from .._core.results import find_results
+from ..get._biomarkers import genes_of_result
 from ..get._concordance import concordance as get_concordance
 from ._canvas import axes_for, finish
 
@@ -80,7 +81,7 @@ def concordance(
     if unknown := [name for name in wanted if name not in groups]:
         raise ValueError(f"`group` {unknown} was not compared, valid: {groups}")
     named = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
-    named = genes_of_result(tables_with(data, "concordance", key, table_key)[0], named, frame["names"], "compared")
+    named = genes_of_result(find_results(data, "concordance", key, table_key)[0], named, frame["names"], "compared")
     panels = axes_for(len(wanted), ax, ncols)
     for name, panel in zip(wanted, panels, strict=True):
         _panel(panel, frame[frame["group"] == name], table[table["group"] == name], name, named)

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.results import find_results
 from .._core.spots import labels_of, samples_of, sections_of
 from .._core.tables import pitch_of, slides_of, spots_of
-from ..get._domains import result
 from ._canvas import Canvas, axes_for, draw, finish
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def domains(
     section: str | None = None,
     image: bool = True,
     size: float = 1.0,
-    key_added: str = "he2gene_domains",
+    key: str = "he2gene_domains",
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     save: str | Path | None = None,
@@ -50,8 +50,10 @@ def domains(
         Draw the tissue, alone and underneath the spots.
     size
         Scale of the spots; 1 is their true size over an image, and just touching ones without.
-    key_added, table_key
-        As given to domain_preservation.
+    key
+        ``key_added`` of the run.
+    table_key
+        Table, where an object holds several.
     ax
         Axes to draw in, one a panel.
     save
@@ -77,11 +79,11 @@ def domains(
     """
     validate.arguments(domains, locals())
     validate.in_range(size, "size", above=0)
-    table = result(data, key_added, table_key)
-    record = table.uns[key_added]
+    (table,) = find_results(data, "domain_preservation", key, table_key)
+    record = table.uns[key]
     section, spots = _spots(table, record, section)
     columns = {record["params"]["domain_key"]: "annotation"}
-    columns |= {f"{key_added}_{name}": name for name in ("measured", "predicted") if f"{key_added}_{name}" in table.obs}
+    columns |= {f"{key}_{name}": name for name in ("measured", "predicted") if f"{key}_{name}" in table.obs}
     labels = {column: _labels(table, spots, column) for column in columns}
     colours = _colours(table, labels)
     titles = [_title(record, section, name) for name in columns.values()]

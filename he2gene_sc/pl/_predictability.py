@@ -40,7 +40,7 @@ def predictability(
     *,
     genes: str | Sequence[str] | int = 10,
     gene_symbols: str | None = None,
-    key_added: str = "he2gene",
+    prediction_key: str = "he2gene",
     table_key: str | None = None,
     ax: Axes | None = None,
     save: str | Path | None = None,
@@ -56,7 +56,9 @@ def predictability(
         Genes to label, or so many of the best; at most 40.
     gene_symbols
         As given to predict; default: what it recorded.
-    key_added, table_key
+    prediction_key
+        ``key_added`` of predict.
+    table_key
         As given to predict.
     ax
         Axes to draw in.
@@ -83,7 +85,7 @@ def predictability(
     >>> ax = hg.pl.predictability(genes=["ERBB2", "CD24"])
     """
     validate.arguments(predictability, locals())
-    table, rule = _genes_of(model, key_added, table_key, gene_symbols)
+    table, rule = _genes_of(model, prediction_key, table_key, gene_symbols)
     if table["pcc"].isna().all():
         raise ValueError("`model` has no held-out figures: nothing is known of how well it predicts any gene")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
@@ -186,7 +188,7 @@ def _new_patients(rule: str) -> str:
 
 
 def _genes_of(
-    model: object, key_added: str, table_key: str | None, gene_symbols: str | None
+    model: object, prediction_key: str, table_key: str | None, gene_symbols: str | None
 ) -> tuple[pd.DataFrame, str]:
     """Gene table of a model, and what it calls reliable; of an object, the rows that were predicted, as named there."""
     from ..models import HE2Gene, load
@@ -196,10 +198,10 @@ def _genes_of(
         return found.genes, found.card.reliable_rule
     from .._core.model_genes import match_genes
 
-    table = get_table(model, table_key, key_added=key_added)
-    keys = Keys(key_added)
+    table = get_table(model, table_key, key_added=prediction_key)
+    keys = Keys(prediction_key)
     if keys.predicted not in table.var:
-        raise ValueError(f"`model` holds no prediction {key_added!r}; run hg.tl.predict first")
+        raise ValueError(f"`model` holds no prediction {prediction_key!r}; run hg.tl.predict first")
     record = table.uns[keys.uns]
     if gene_symbols is None and record.get("gene_symbols") in table.var:
         gene_symbols = record["gene_symbols"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from .._core.expression import contents_of
 from .._core.genes import columns_of
 from .._core.keys import MADE, Keys
 from .._core.layers import layer_names
-from .._core.matrix import in_memory
+from .._core.matrix import dense, in_memory, matrix_of, where_of
+from .._core.ownership import is_of
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from ._canvas import (
     GREYS,
@@ -46,8 +47,8 @@ def spatial(
     image: bool = True,
     cmap: str = "viridis",
     size: float = 1.0,
-    layer: str | None = None,
-    key_added: str = "he2gene",
+    layer: str | None = "he2gene",
+    prediction_key: str = "he2gene",
     table_key: str | None = None,
     shapes_key: str | None = None,
     image_key: str | None = None,
@@ -82,8 +83,10 @@ def spatial(
     size
         Scale of the spots; 1 is their true size.
     layer
-        What to show instead of the prediction, ``"he2gene_adapted"`` for example; the titles say so.
-    key_added, table_key, shapes_key, image_key, coordinate_system
+        What to show: the prediction, or another layer, ``"he2gene_adapted"`` for example; the titles say so. ``None``: ``X``.
+    prediction_key
+        ``key_added`` of predict.
+    table_key, shapes_key, image_key, coordinate_system
         As given to predict.
     ncols
         Panels in a row; default 2 with measured, else 4.
@@ -121,25 +124,25 @@ def spatial(
     genes = [genes] if isinstance(genes, str) else list(genes)
     where = canvas(
         sdata,
-        key_added=key_added,
-        table_key=_table_with(sdata, genes, key_added) if table_key is None else table_key,
+        prediction_key=prediction_key,
+        table_key=_table_with(sdata, genes, prediction_key) if table_key is None else table_key,
         shapes_key=shapes_key,
         image_key=image_key,
         coordinate_system=coordinate_system,
     )
     table = where.table
-    shown_layer = predicted_layer(table, key_added, layer)
-    names = _check_predicted(table, genes, key_added)
-    predicted = np.array(table[:, names].layers[shown_layer], dtype=float)
-    glass = on_glass(table, key_added)
+    shown_layer = None if layer is None else predicted_layer(table, prediction_key, layer)
+    names = _check_predicted(table, genes, prediction_key)
+    predicted = np.array(dense(matrix_of(table[:, names], shown_layer)), dtype=float)
+    glass = on_glass(table, prediction_key)
     predicted[glass] = np.nan
     found = _measured(where, table, names, measured)
     beside, were_counts = found if found is not None else (None, False)
     panels = _panel_table(where, table, genes, predicted, beside)
     kinds = ["predicted"] if beside is None else ["predicted", "measured"]
-    name = "predicted" if shown_layer == predicted_layer(table, key_added) else _name(table, shown_layer)
+    name = "predicted" if shown_layer == predicted_layer(table, prediction_key) else _name(table, shown_layer)
     axes = axes_for(len(genes) * len(kinds), ax, ncols or (4 if beside is None else 2))
-    reliable = table.var[Keys(key_added).reliable]
+    reliable = table.var[Keys(prediction_key).reliable]
     for i, (gene, own) in enumerate(zip(genes, names, strict=True)):
         shown = {"predicted": predicted[:, i]} | ({} if beside is None else {"measured": beside[:, i]})
         for j, kind in enumerate(kinds):
@@ -168,10 +171,11 @@ def spatial(
     return finish(axes, save)
 
 
-def _name(table: AnnData, layer: str) -> str:
+def _name(table: AnnData, layer: str | None) -> str:
     """Say what the titles call a layer that is not the prediction."""
-    record = table.uns.get(layer)
-    return "adapted" if isinstance(record, Mapping) and record.get("verb") == "adapt" else layer
+    if layer is None:
+        return where_of(layer)
+    return "adapted" if is_of("adapt", table.uns.get(layer)) else layer
 
 
 def _norm(values: np.ndarray) -> Normalize:
@@ -182,26 +186,26 @@ def _norm(values: np.ndarray) -> Normalize:
     return Normalize(low, high if high > low else low + 1.0)
 
 
-def _table_with(sdata: SpatialData, genes: list[str], key_added: str) -> str | None:
+def _table_with(sdata: SpatialData, genes: list[str], prediction_key: str) -> str | None:
     """Prefer the measured table; if it lacks a gene, the table of all model genes, where there is one."""
     from .._core.predictions import predicted_table
 
-    first = predicted_table(sdata, key_added)
-    others = [key for key, table in sdata.tables.items() if Keys(key_added).uns in table.uns and key != first]
+    first = predicted_table(sdata, prediction_key)
+    others = [key for key, table in sdata.tables.items() if Keys(prediction_key).uns in table.uns and key != first]
     for key in (first, *others):
-        if (_columns(sdata[key], genes, key_added) >= 0).all():
+        if (_columns(sdata[key], genes, prediction_key) >= 0).all():
             return key
     return first
 
 
-def _columns(table: AnnData, genes: list[str], key_added: str) -> np.ndarray:
+def _columns(table: AnnData, genes: list[str], prediction_key: str) -> np.ndarray:
     """Columns of the genes, -1 where one was not predicted."""
-    found = columns_of(table, genes, symbols_of(table, record_of(table, key_added), None))
-    known = np.append(table.var[Keys(key_added).predicted].to_numpy(bool), False)
+    found = columns_of(table, genes, symbols_of(table, record_of(table, prediction_key), None))
+    known = np.append(table.var[Keys(prediction_key).predicted].to_numpy(bool), False)
     return np.where(known[found], found, -1)
 
 
-def _check_predicted(table: AnnData, genes: list[str], key_added: str) -> list[str]:
+def _check_predicted(table: AnnData, genes: list[str], prediction_key: str) -> list[str]:
     """Names of the genes in the table."""
     if not genes:
         raise ValueError("`genes` is empty; name at least one")
@@ -209,7 +213,7 @@ def _check_predicted(table: AnnData, genes: list[str], key_added: str) -> list[s
         raise ValueError(
             "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
         )
-    found = _columns(table, genes, key_added)
+    found = _columns(table, genes, prediction_key)
     missing = [gene for gene, place in zip(genes, found, strict=True) if place < 0]
     if missing:
         raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists those that were")

@@ -13,6 +13,7 @@ import scipy.sparse
 
 from .._core import validate
 from .._core.keys import MADE, Keys, check_key
+from .._core.ownership import is_of, is_prediction
 from .._core.results import check_free, write_result
 from .._core.tables import Scale, get_table, sections_of, spots_of, values_of
 from ._adapt_input import columns_of, measured_of, rows_of
@@ -296,11 +297,10 @@ def _prefix(data: SpatialData | AnnData, layer: str) -> str:
     for table in data.tables.values() if hasattr(data, "tables") else [data]:
         uns = getattr(table, "uns", {})
         for key, record in uns.items():
-            if isinstance(record, Mapping) and "weights_sha256" in record and record.get("layer") == layer:
+            if is_prediction(record) and record["layer"] == layer:
                 return key
-        adapted = uns.get(layer)
-        if isinstance(adapted, Mapping) and adapted.get("verb") == "adapt" and layer != adapted["params"]["layer"]:
-            return _prefix(table, adapted["params"]["layer"])
+        if is_of("adapt", uns.get(layer)) and layer != (source := uns[layer]["params"]["layer"]):
+            return _prefix(table, source)
     return layer
 
 
@@ -310,7 +310,7 @@ def _refuse_predictions(table: AnnData, measured: object, counts: str | None, la
     source, parameter = (measured, "measured") if is_layer else (counts, "counts")
     made = {layer}
     for record in table.uns.values():
-        if isinstance(record, Mapping) and {"weights_sha256", "layer"} <= set(record):
+        if is_prediction(record):
             made.add(record["layer"])
         elif isinstance(record, Mapping) and record.get("verb") in ("adapt", "intervals"):
             made.update(record.get("written", {}).get("layers", []))
@@ -329,7 +329,7 @@ def _refuse_twice(table: AnnData, layer: str, spots: np.ndarray) -> None:
     """Refuse to adapt a layer again to spots that it was adapted to: their residuals are too small."""
     key = f"{layer}_measured"
     record = table.uns.get(layer)
-    if not (isinstance(record, Mapping) and record.get("verb") == "adapt" and key in table.obs):
+    if not (is_of("adapt", record) and key in table.obs):
         return
     again = int((spots & table.obs[key].to_numpy(bool)).sum())
     if again:

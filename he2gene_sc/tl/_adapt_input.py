@@ -13,8 +13,7 @@ from .._core.expression import Scale, log_expression
 from .._core.genes import columns_of as named_columns
 from .._core.layers import layer_names
 from .._core.matrix import values_of
-from .._core.predictions import symbols_of
-from ._biomarkers.pool import prediction_key
+from .._core.predictions import prediction_of, symbols_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -30,7 +29,7 @@ def columns_of(table: AnnData, predicted: np.ndarray, layer: str, genes: Sequenc
     if isinstance(genes, str):
         raise ValueError(f"`genes` is {genes!r}; a list of genes is needed")
     genes = list(dict.fromkeys(genes))
-    key = prediction_key(table, layer)
+    key = prediction_of(table, layer)
     at = named_columns(table, genes, symbols_of(table, table.uns.get(key, {}), None))
     missing = [gene for gene, i in zip(genes, at, strict=True) if i < 0 or not known[i]]
     if missing or not genes:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from .._core.keys import Keys
 from .._core.model_genes import match_genes
+from .._core.ownership import is_of
 from .._core.predictions import predicted_by, symbols_of
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def adaptation_of(table: AnnData, record: Mapping[str, Any], layer: str) -> Mapp
     if layer == record["layer"]:
         return None
     adapted = table.uns.get(layer)
-    if not isinstance(adapted, Mapping) or adapted.get("verb") != "adapt":
+    if not is_of("adapt", adapted):
         raise ValueError(
             f"`layer` {layer!r} was written neither by hg.tl.predict, which wrote {record['layer']!r}, nor by hg.tl.adapt: "
             "nothing is known of its residuals"

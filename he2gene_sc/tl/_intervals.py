@@ -12,7 +12,7 @@ import scipy.sparse
 
 from .._core import validate
 from .._core.keys import Keys
-from .._core.predictions import check_as_predicted, record_of
+from .._core.predictions import check_as_predicted, predicted_layer, record_of
 from .._core.results import check_free, write_result
 from .._core.tables import get_table, values_of
 from .._settings import settings
@@ -31,11 +31,11 @@ def intervals(
     data: SpatialData | AnnData,
     *,
     coverage: float = 0.9,
-    layer: str | None = None,
+    layer: str = "he2gene",
     by: Literal["annotation"] | None = "annotation",
     model: str | Path | HE2Gene | None = None,
     gene_symbols: str | None = None,
-    key_added: str = "he2gene",
+    prediction_key: str = "he2gene",
     table_key: str | None = None,
 ) -> None:
     """Give every predicted value an interval that holds the measured one with a stated probability.
@@ -47,8 +47,7 @@ def intervals(
     coverage
         Share of measured values that shall lie inside, within what the model keeps quantiles for (0.1 to 0.98).
     layer
-        Prediction to put intervals around: that of predict (``None`` or ``key_added``), or one of ``hg.tl.adapt``, whose
-        own cross-validated residuals are used then. Their number limits the coverage: 90 % needs 19 measured spots, 95 %
+        Layer to put intervals around: that of the prediction (the default), or one of ``hg.tl.adapt``, whose own cross-validated residuals are used then. Their number limits the coverage: 90 % needs 19 measured spots, 95 %
         39, 99 % 199; genes of fewer get NaN, with a warning.
     by
         ``"annotation"``: residuals of spots of the same predicted class, where there are enough of them, else of all;
@@ -58,8 +57,10 @@ def intervals(
         The model that predicted. Default: the bundled one that is named in ``uns``, if its weights are those.
     gene_symbols
         As given to predict; default: what it recorded.
-    key_added, table_key
-        As given to predict.
+    prediction_key
+        ``key_added`` of predict.
+    table_key
+        Table, where several were predicted.
 
     Returns
     -------
@@ -110,12 +111,11 @@ def intervals(
     validate.arguments(intervals, locals())
     check_coverage(coverage)
     check_by(by)
-    table = get_table(data, table_key, key_added=key_added)
-    keys = Keys(key_added)
-    record = record_of(table, key_added)
-    if layer is None or (layer == key_added and layer not in table.layers):
-        layer = str(record["layer"])
-    check_as_predicted(table, key_added, layer)
+    table = get_table(data, table_key, key_added=prediction_key)
+    keys = Keys(prediction_key)
+    record = record_of(table, prediction_key)
+    layer = predicted_layer(table, prediction_key, layer)
+    check_as_predicted(table, prediction_key, layer)
     predicted = values_of(table, layer)
     adapted = adaptation_of(table, record, layer)
     names = {name: f"{layer}_{name}" for name in ("lower", "upper", "halfwidth", "rarely_detected")}
@@ -169,7 +169,7 @@ def intervals(
         table,
         "intervals",
         uns,
-        params={"coverage": float(coverage), "layer": layer, "by": by, "key_added": key_added},
+        params={"coverage": float(coverage), "layer": layer, "by": by, "prediction_key": prediction_key},
         facts=found.facts,
         layers=layers,
         var=var,

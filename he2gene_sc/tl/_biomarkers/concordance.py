@@ -11,12 +11,13 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.keys import check_key
+from ..._core.predictions import prediction_of
 from ..._core.results import check_free, write_to_all
 from ..._core.tables import Scale
 from . import blind
 from .compare import adjusted, compare, method_for, named_groups
 from .methods import METHODS
-from .pool import Pool, pool, prediction_key, tables_of
+from .pool import Pool, pool, tables_of
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
 
@@ -145,7 +146,7 @@ def concordance(
         "groupby": groupby,
         "reference": reference,
         "layer": layer,
-        "prediction": prediction_key(tables[0], layer),
+        "prediction": prediction_of(tables[0], layer),
         "measured": "X" if measured is None else measured,
         "sample_key": sample_key,
         "method": chosen.name,
@@ -168,7 +169,7 @@ def _references(
     fdr: float,
 ) -> Iterator[pd.DataFrame]:
     """Scores of predictions that know no gene: the mean of each gene times a number of the spot."""
-    by_spot = blind.fields(data, tables, known, prediction_key(tables[0], layer) or layer)
+    by_spot = blind.fields(data, tables, known, prediction_of(tables[0], layer) or layer)
     found = blind.effects(known, by_spot, list(dict.fromkeys(genes["group"])), reference)
     mean = genes["names"].map(blind.mean_expression(known)).to_numpy(float)
     for name in found.index:

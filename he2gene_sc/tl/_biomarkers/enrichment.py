@@ -13,9 +13,8 @@ import pandas as pd
 from ..._core import validate
 from ..._core.genes import find_genes
 from ..._core.keys import check_key
-from ..._core.results import check_free, write_to_all
+from ..._core.results import check_free, find_results, write_to_all
 from ...get._biomarkers import biomarkers as get_biomarkers
-from ...get._biomarkers import tables_with
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -96,7 +95,7 @@ def enrichment(
     is_frame = isinstance(data, pd.DataFrame)
     several = is_frame or not (hasattr(data, "tables") or hasattr(data, "obs_names"))
     data = list(data) if several and not is_frame else data
-    targets = [] if is_frame else tables_with(data, "biomarkers", key, table_key)
+    targets = [] if is_frame else find_results(data, "biomarkers", key, table_key)
     for table in targets:
         check_free(table, "enrichment", key_added)
     frame: Any = data if is_frame else get_biomarkers(data, key=key, table_key=table_key)

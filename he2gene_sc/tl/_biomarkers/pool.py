@@ -15,6 +15,7 @@ from ..._core.expression import Scale, as_logs, count_totals, log_expression
 from ..._core.genes import find_genes
 from ..._core.keys import MADE, Keys
 from ..._core.matrix import matrix_of, values_of
+from ..._core.predictions import prediction_of
 from ..._core.spots import check_spelling, column_of, labels_of, samples_of, sections_of, with_text_names
 from ..._core.tables import get_table
 from .duplicates import check_twins
@@ -175,7 +176,7 @@ def pool(
             genes=np.zeros(0, int),
             scale=layer_scale,
             expected=_expected(layer),
-            predicted=prediction_key(table, layer) is not None,
+            predicted=prediction_of(table, layer) is not None,
         )
     labels = [labels_of(table, groupby, "groupby") for table in tables]
     _check_spelling(tables, labels, "groupby", groupby, "labels")
@@ -261,22 +262,6 @@ def _samples(tables: Sequence[AnnData], sample_key: str | None) -> list[np.ndarr
     return samples
 
 
-def prediction_key(table: AnnData, layer: str | None) -> str | None:
-    """``key_added`` of the prediction that a layer is; ``None`` if it was measured."""
-    if layer is None and MADE not in table.uns:
-        return None
-    for key, record in table.uns.items():
-        # `X` of a table that we made is the prediction.
-        if isinstance(record, Mapping) and "weights_sha256" in record and layer in (None, record.get("layer")):
-            return key
-    if layer is None:
-        return None
-    # What predict writes beside a layer, of which anndata.concat keeps obs alone.
-    keys = Keys(layer)
-    beside = keys.reliable in table.var or keys.annotation in table.obs or keys.ood in table.obs
-    return layer if beside or layer == Keys().layer else None
-
-
 def _genes(
     tables: Sequence[AnnData], layer: str | None, join: str, layer_scale: Scale, reliable_only: bool
 ) -> pd.Index:
@@ -300,7 +285,7 @@ def _genes(
     if not reliable_only:
         return genes
     for table in tables:
-        key = prediction_key(table, layer)
+        key = prediction_of(table, layer)
         if key is None:
             continue
         name = Keys(key).reliable

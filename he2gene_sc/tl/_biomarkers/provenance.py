@@ -14,8 +14,10 @@ from ..._core.expression import Scale, log_expression
 from ..._core.genes import find_genes
 from ..._core.keys import MADE, Keys
 from ..._core.matrix import values_of
+from ..._core.ownership import is_of, is_prediction
+from ..._core.predictions import prediction_of
 from ..._core.spots import clean_names
-from .pool import Pool, prediction_key
+from .pool import Pool
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,7 +30,7 @@ def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> s
     the noise with measured ones. By name, or because the labels follow from such a column exactly: renamed or merged
     levels. Labels that merely agree well with the head's may be a pathologist's.
     """
-    predicted = any(prediction_key(table, layer) is not None for table in tables)
+    predicted = any(prediction_of(table, layer) is not None for table in tables)
     heads = set().union(*(_heads(table, layer) for table in tables)) if predicted else set()
     clusters = set().union(*(_clusters(table, predicted) for table in tables))
     why = (
@@ -50,8 +52,8 @@ def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> s
 
 def _heads(table: AnnData, layer: str | None) -> set[str]:
     """Columns of labels that predict wrote, also where anndata.concat has dropped its record."""
-    keys = [key for key, record in table.uns.items() if isinstance(record, Mapping) and "weights_sha256" in record]
-    named = {Keys(key).annotation for key in [*keys, prediction_key(table, layer)] if key is not None}
+    keys = [key for key, record in table.uns.items() if is_prediction(record)]
+    named = {Keys(key).annotation for key in [*keys, prediction_of(table, layer)] if key is not None}
     ends = Keys("").annotation
     for key in (str(name).removesuffix(ends) for name in table.obs if str(name).endswith(ends)):
         if Keys(key).ood in table.obs or Keys(key).confidence in table.obs:
@@ -60,11 +62,7 @@ def _heads(table: AnnData, layer: str | None) -> set[str]:
 
 
 def _domain_records(table: AnnData) -> list[Mapping]:
-    return [
-        record
-        for record in table.uns.values()
-        if isinstance(record, Mapping) and record.get("verb") == "domain_preservation"
-    ]
+    return [record for record in table.uns.values() if is_of("domain_preservation", record)]
 
 
 def _clusters(table: AnnData, predicted: bool) -> set[str]:
@@ -76,7 +74,7 @@ def _clusters(table: AnnData, predicted: bool) -> set[str]:
         for name in list(record["written"].get("obs", [])):
             source = layers[str(name).rsplit("_", 1)[1]]
             found.discard(name)
-            if (prediction_key(table, source) is not None) == predicted:
+            if (prediction_of(table, source) is not None) == predicted:
                 found.add(name)
     return found & set(table.obs)
 
@@ -101,7 +99,7 @@ def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | 
     """Whether the cards call a gene reliable in every table; ``None`` for measured values, which are."""
     out = None
     for table in tables:
-        key = prediction_key(table, layer)
+        key = prediction_of(table, layer)
         if key is None:
             continue
         name = Keys(key).reliable

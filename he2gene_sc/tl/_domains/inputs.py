@@ -14,10 +14,9 @@ from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import columns_of
 from ..._core.keys import MADE, Keys
 from ..._core.matrix import matrix_of
-from ..._core.predictions import symbols_of
+from ..._core.predictions import prediction_of, symbols_of
 from ..._core.spots import clean_names, labels_of, samples_of, sections_of
 from ..._core.tables import get_table, slides_of, spots_of
-from .._biomarkers.pool import prediction_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -176,7 +175,7 @@ def genes(
             genes=columns,
             scale=layer_scale,
             expected="log",
-            predicted=prediction_key(table, layer) is not None,
+            predicted=prediction_of(table, layer) is not None,
         )
     if has_measured:
         measured_values = log_expression(
@@ -218,7 +217,7 @@ def genes(
 
 def _symbols(table: AnnData, layer: str | None) -> str | None:
     """Column of symbols that the prediction was given."""
-    key = prediction_key(table, layer)
+    key = prediction_of(table, layer)
     return symbols_of(table, table.uns.get(key, {}), None) if key is not None else None
 
 

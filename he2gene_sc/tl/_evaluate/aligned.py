@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
 
 from ..._core.elements import find_table
 from ..._core.expression import Scale, log_expression
 from ..._core.keys import MADE, Keys
-from ..._core.matrix import values_of
+from ..._core.matrix import dense, matrix_of, values_of
 from ..._core.spots import names_of, sections_of
 from ..._core.tables import pitch_of, spots_of
 from .genes import genes_in_common, known_of, model_of
@@ -115,7 +114,7 @@ def read(
     table: AnnData,
     *,
     keys: Keys,
-    layer: str | None,
+    layer: str,
     measured: str | None,
     scale: Scale,
     genes: Sequence[str] | None,
@@ -140,8 +139,7 @@ def read(
     if gene_symbols is None and recorded in other.var:
         gene_symbols = recorded
     columns, count_columns = genes_in_common(table, other, keys, genes, gene_symbols)
-    values = values_of(table, layer, "layer")
-    values = values.toarray() if scipy.sparse.issparse(values) else values
+    values = dense(matrix_of(table, layer))
     given = log_expression(
         other,
         measured,

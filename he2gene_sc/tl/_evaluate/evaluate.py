@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def evaluate(
     data: SpatialData | AnnData,
     *,
-    layer: str | None = None,
+    layer: str = "he2gene",
     measured: str | None = None,
     measured_scale: Scale = "auto",
     annotation_key: str | None = None,
@@ -54,7 +54,7 @@ def evaluate(
     data
         Object or table that :func:`he2gene_sc.tl.predict` wrote to.
     layer
-        Predicted expression: the layer of the prediction (``None``), or one that :func:`he2gene_sc.tl.adapt` made of it.
+        Predicted expression: the layer of the prediction (the default), or one that :func:`he2gene_sc.tl.adapt` made of it.
         Spots that this was fitted on are left out, and the tables call the predictor by the name of the layer.
     measured
         Layer of raw counts; ``None``: ``X``. Counts become ln(1 + counts per 10,000) by the totals of all genes. Where
@@ -211,7 +211,7 @@ def evaluate(
     left_out["genes constant on either side, pooled"] = int(np.isnan(results.pooled[judged.predictor]["pearson"]).sum())
     facts |= _tables(judged, results, samples, skipped, left_out)
     params = {
-        "layer": layer,
+        "layer": None if judged.predictor == MODEL else layer,
         "measured": measured,
         "measured_scale": measured_scale,
         "annotation_key": annotation_key,

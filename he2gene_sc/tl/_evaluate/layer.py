@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ..._core.keys import Keys
 from ..._core.layers import layer_names
+from ..._core.ownership import is_of, is_prediction
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,7 +40,7 @@ class JudgedLayer:
     fitted_on: np.ndarray | None
 
 
-def judged_layer(table: AnnData, keys: Keys, layer: str | None) -> JudgedLayer:
+def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
     """Find the layer: that of the prediction, or one that was adapted from it.
 
     Raises
@@ -49,10 +49,10 @@ def judged_layer(table: AnnData, keys: Keys, layer: str | None) -> JudgedLayer:
         If neither predict nor adapt wrote it from this prediction, or it is not there any more.
     """
     own = table.uns[keys.uns]["layer"]
-    name = own if layer is None else layer
+    name = own if layer in (Keys().layer, keys.key_added) else layer
     adapted = _adapted_from(table, own)
     if name != own and name not in adapted:
-        others = [key for key, record in table.uns.items() if _is_prediction(record) and record.get("layer") == name]
+        others = [key for key, record in table.uns.items() if is_prediction(record) and record["layer"] == name]
         hint = f"; {name!r} is another prediction, pass prediction_key={others[0]!r}" if others else ""
         raise ValueError(
             f"`layer` {name!r} was not written by hg.tl.predict or hg.tl.adapt from prediction {keys.key_added!r}, valid: "
@@ -71,17 +71,9 @@ def judged_layer(table: AnnData, keys: Keys, layer: str | None) -> JudgedLayer:
     return JudgedLayer(name, name, True, fitted_on)
 
 
-def _is_prediction(record: object) -> bool:
-    return isinstance(record, Mapping) and "weights_sha256" in record
-
-
 def _adapted_from(table: AnnData, layer: str) -> dict[str, str]:
     """Layers that adapt made of one, of those it made of them, and so on, with what it made them of."""
-    made = {
-        key: record["params"].get("layer")
-        for key, record in table.uns.items()
-        if isinstance(record, Mapping) and record.get("verb") == "adapt" and "params" in record
-    }
+    made = {key: record["params"].get("layer") for key, record in table.uns.items() if is_of("adapt", record)}
     found = [layer]
     for source in found:
         found += [key for key, origin in made.items() if origin == source and key not in found]
@@ -91,4 +83,4 @@ def _adapted_from(table: AnnData, layer: str) -> dict[str, str]:
 def prediction_named(data: Any, key: str) -> bool:
     """Whether a table of the object holds a prediction of that name."""
     tables = data.tables.values() if hasattr(data, "tables") else [data]
-    return any(_is_prediction(getattr(table, "uns", {}).get(key)) for table in tables)
+    return any(is_prediction(getattr(table, "uns", {}).get(key)) for table in tables)
