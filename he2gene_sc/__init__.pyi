@@ -1,5 +1,6 @@
 from . import datasets, get, io, models, pl, pp, tl
 from ._settings import settings
+from .tl._biomarkers.design import Design
 from .tl._train.options import CardText, Classes, GeneSelection, SectionKeys
 from .tl._train.recipes import DefaultRecipe, PaperRecipe
 
@@ -9,6 +10,7 @@ __all__ = [
     "CardText",
     "Classes",
     "DefaultRecipe",
+    "Design",
     "GeneSelection",
     "PaperRecipe",
     "SectionKeys",

@@ -1,10 +1,21 @@
 """Tables of several patients with planted genes, small and fast."""
 
+from dataclasses import fields
+
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+import he2gene_sc as hg
+
 GENES = 60
+DESIGN = {field.name for field in fields(hg.Design)}
+
+
+def biomarkers(tables, groupby, **options):
+    """Call hg.tl.biomarkers, with what belongs to the design among the options."""
+    design = {name: options.pop(name) for name in DESIGN & options.keys()}
+    return hg.tl.biomarkers(tables, groupby, design=hg.Design(**design), **options)
 
 
 def patient(i, *, n=40, genes=GENES, shift=2.0, labels=("tumour", "stroma"), seed=1):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scanpy as sc
 from matplotlib.text import Text
-from patients import as_predicted, patient, patients
+from patients import as_predicted, biomarkers, patient, patients
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -38,7 +38,7 @@ COLUMNS = [
 
 def found(tables, groupby="label", **options):
     options = {"layer": "log"} | options
-    return hg.tl.biomarkers(tables, groupby, **options)
+    return biomarkers(tables, groupby, **options)
 
 
 def of(frame, group="tumour"):
@@ -489,8 +489,8 @@ def test_names_that_are_not_there_are_named():
         found(tables, method="no")
     with pytest.raises(ValueError, match="`layer` 'no' is not a layer"):
         found(tables, layer="no")
-    with pytest.raises(ValueError, match="`level` is 95"):
-        found(tables, level=95)
+    with pytest.raises(ValueError, match="`confidence_level` is 95"):
+        found(tables, confidence_level=95)
     with pytest.raises(ValueError, match="`trend` is 'no'"):
         found(tables, trend="no")
     with pytest.raises(ValueError, match="`trend` is of method='pseudobulk' and 'means' alone, the method is 'mixed'"):

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from patients import biomarkers
 
 import he2gene_sc as hg
 from he2gene_sc.stats import (
@@ -41,7 +42,7 @@ def counted(i, *, n=(40, 25), deeper=4.0, planted=0, shift=1.0, genes=GENES, bet
 
 def found(tables, **options):
     options = {"groups": "a", "reference": "b", "layer": None} | options
-    return hg.tl.biomarkers(tables, "label", **options).set_index("names")
+    return biomarkers(tables, "label", **options).set_index("names")
 
 
 def test_a_deeper_group_does_not_pass_for_a_difference():
@@ -118,9 +119,22 @@ def test_an_interaction_is_found_by_its_term():
         found(tables, formula="group:age", method="wilcoxon")
 
 
+def test_a_design_may_be_a_formula_or_a_list_of_covariates():
+    tables = [counted(i, planted=20) for i in range(8)]
+    for table in tables:
+        table.obs["age"] = np.random.default_rng(len(table.obs_names[0])).normal(size=table.n_obs)
+    call = {"groups": "a", "reference": "b", "layer": None}
+    for short, long in (("~ group + age", hg.Design(formula="age")), (["age"], hg.Design(covariates="age"))):
+        one, other = (hg.tl.biomarkers(tables, "label", **call, design=design) for design in (short, long))
+        pd.testing.assert_frame_equal(one, other)
+    for wrong in ("age", 3, {"formula": "age"}):
+        with pytest.raises(ValueError, match=r"`design` is .* begins with '~' is needed"):
+            hg.tl.biomarkers(tables, "label", **call, design=wrong)
+
+
 def test_p_values_may_be_adjusted_over_all_groups():
     tables = [counted(i, planted=5) for i in range(4)]
-    result = hg.tl.biomarkers(tables, "label", layer=None, adjust_over="all")
+    result = biomarkers(tables, "label", layer=None, adjust_over="all")
     from scipy.stats import false_discovery_control
 
     np.testing.assert_allclose(result["pvals_adj"], false_discovery_control(result["pvals"]))
@@ -199,7 +213,7 @@ def test_depth_and_covariates_are_taken_off_in_one_section():
     for options in ({}, {"depth": None, "covariates": "log_total"}, {"depth": None}):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            hg.tl.biomarkers(table, "label", groups="a", layer=None, method="spatial", **options)
+            biomarkers(table, "label", groups="a", layer=None, method="spatial", **options)
         without = "depth" in options
         assert any("depth of the spots is not adjusted for" in str(w.message) for w in said) == without
         results.append(hg.get.biomarkers(table).set_index("names"))

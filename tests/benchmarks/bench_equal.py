@@ -95,6 +95,8 @@ def of_section(name, model):
         }
         if method == "mixed":
             continue
+        if hasattr(hg, "Design"):
+            options["design"] = hg.Design(depth=options["depth"])
         hg.tl.biomarkers(sdata, "annotation", **only_known(hg.tl.biomarkers, options))
         for column, values in numbers(hg.get.biomarkers(sdata)):
             if column in ("names", "scores", "pvals", "effect_size", "logfoldchanges"):

@@ -13,8 +13,9 @@ from ..._core import validate
 from ..._core.keys import check_key
 from ..._core.results import check_free, write_to_all
 from ..._core.tables import Scale, column_of
-from .compare import NO_DEPTH, adjusted, check_model, compare, method_for, named_groups
+from .compare import NO_DEPTH, adjusted, compare, method_for, named_groups
 from .cross_fit import cross_fitted_halves
+from .design import Design, as_design
 from .methods import Method
 from .pool import pool, tables_of
 from .provenance import circularity, measured_part, reliable_genes
@@ -44,20 +45,10 @@ def biomarkers(
     section_key: str | None = None,
     method: Literal["auto", "pseudobulk", "deseq2", "means", "mixed", "ppi", "spatial", "wilcoxon"] = "auto",
     reliable_only: bool = True,
-    covariates: str | Sequence[str] | None = None,
-    formula: str | None = None,
-    term: str | None = None,
-    depth: str | None = "auto",
-    lfc: float = 0.0,
-    trend: bool = True,
-    robust: bool = True,
     cross_fit: bool = False,
     measured: str | None = None,
     measured_scale: Scale = "auto",
-    min_mean: float = 0.05,
-    adjust_over: Literal["group", "all"] = "group",
-    join: Literal["inner", "outer"] = "inner",
-    level: float = 0.95,
+    design: str | Sequence[str] | Design | None = None,
     table_key: str | None = None,
     key_added: str = "he2gene_biomarkers",
 ) -> pd.DataFrame | None:
@@ -96,27 +87,6 @@ def biomarkers(
         - ``"auto"``: pseudobulk (of logarithms means) with three or more samples, else spatial.
     reliable_only
         Test only the genes that the model's card calls reliable. Measured values are not subject to it.
-    covariates
-        Columns of ``obs``. ``"spatial"``: numbers or labels of the spots. ``"mixed"``: numbers, averaged per sample and group,
-        or labels, one a sample and group. ``"pseudobulk"`` and ``"means"``: the same, where they differ within samples; what
-        does not, cancels in the pairs.
-    formula
-        More terms of the design of ``"pseudobulk"`` and ``"means"``, by patsy, of columns of ``obs`` and of ``group`` (1/2 in the
-        group, -1/2 in the reference): ``"group:age"`` asks whether the difference goes with age. The sample is a block.
-    term
-        Term of the design that is tested; default: the group.
-    depth
-        Of ``"means"``, ``"mixed"`` and ``"spatial"``: the log depth of the spots is adjusted for, over patients by a slope for
-        each. ``"auto"``: total counts of the layer or of ``X``, where every spot has some; or a column of total counts in
-        ``obs``. Without it differences of depth pass for differences of genes, which a warning says; ``None`` leaves it out.
-    lfc
-        Smallest effect of interest of ``"pseudobulk"``, ``"deseq2"`` and ``"means"``, as log2 of a ratio: effects up to this
-        size are part of the null (TREAT).
-    trend
-        Of ``"pseudobulk"`` and ``"means"``: the prior variance of a gene goes with the variance that its counts and spots tell
-        (as limma's ``eBayes`` with that as its ``trend``); ``False``: one prior for all genes (Smyth 2004).
-    robust
-        Of the same: hypervariable genes get a prior of their own.
     cross_fit
         Replace the labels of each sample (of each section, in one patient) by those of a classifier of *measured*
         expression fitted on the others and their labels, so that they owe nothing to the image that the genes were
@@ -128,16 +98,9 @@ def biomarkers(
         Measured values for ``"ppi"`` and ``cross_fit``: layer, ``None`` is ``X``, and its scale. A spot counts as
         measured if it has counts there and its table is not one that predict made; a sample with the groups in its
         measured spots.
-    min_mean
-        Genes are tested if their mean is above this, in the unit of the layer: for ``"spatial"`` and ``"wilcoxon"`` that
-        over all spots of both groups, else that of the two group means, averaged over samples. ``"spatial"`` also leaves out
-        genes that fewer than three spots of the smaller group are expected to show, from the share of all spots that do.
-    adjust_over
-        P-values are adjusted within each ``"group"``, or over ``"all"`` groups together.
-    join
-        ``"inner"``: genes of every object. ``"outer"``: of any; in raw counts a gene that a table does not name is 0.
-    level
-        Of the intervals.
+    design
+        Covariates, formula, depth, smallest effect and thresholds: a formula (``"~ group:age"``), covariates (``["age"]``), or
+        :class:`he2gene_sc.Design`.
     table_key
         Table, where an object holds several.
     key_added
@@ -179,16 +142,12 @@ def biomarkers(
     """
     validate.arguments(biomarkers, locals())
     check_key(key_added, "key_added")
-    validate.one_of(adjust_over, ("group", "all"), "adjust_over")
-    validate.one_of(robust, (True, False), "robust")
-    covariates = (covariates,) if isinstance(covariates, str) else tuple(covariates or ())
-    if not 0 < level < 1:
-        raise ValueError(f"`level` is {level!r}; a number between 0 and 1 is needed")
-    groups, reference = named_groups(groups, reference, min_mean)
+    design = as_design(design)
+    groups, reference = named_groups(groups, reference)
     tables, several = tables_of(data, layer, table_key)
     for table in tables:
         check_free(table, "biomarkers", key_added)
-        for key in covariates:
+        for key in design.covariates:
             column_of(table, key, "covariates")
     spots = pool(
         tables,
@@ -197,31 +156,25 @@ def biomarkers(
         layer_scale=layer_scale,
         sample_key=sample_key,
         section_key=section_key,
-        join=join,
+        join=design.join,
         reliable_only=reliable_only,
     )
-    chosen = method_for(method, spots, covariates, trend)
-    model = check_model(chosen, formula, term, lfc)
-    known_depth = depth_of(spots, depth) if chosen.depth else None
-    options = {"covariates": covariates, "level": level, "trend": bool(trend), "robust": bool(robust), **model}
-    run: dict[str, Any] = {
-        "chosen": chosen,
-        "groups": groups,
-        "reference": reference,
-        "min_mean": min_mean,
-        "options": options,
-    }
+    chosen = method_for(method, spots, design)
+    known_depth = depth_of(spots, design.depth) if chosen.depth else None
+    run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
     agreement = None
     if cross_fit:
-        halves, agreement = cross_fitted_halves(spots, measured, measured_scale, depth, groups, reference)
-        parts = [compare(half, depth=depth_of(half, depth) if chosen.depth else None, **run) for half in halves]
+        halves, agreement = cross_fitted_halves(spots, measured, measured_scale, design.depth, groups, reference)
+        parts = [compare(half, depth=depth_of(half, design.depth) if chosen.depth else None, **run) for half in halves]
     else:
         known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
         if seen is not None and not seen.any():
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
         parts = [compare(spots, measured=known, depth=known_depth, **run)]
     circular = "" if cross_fit else circularity(tables, groupby, layer)
-    results = _finish([frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), adjust_over)
+    results = _finish(
+        [frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), design.adjust_over
+    )
     _caution(results, chosen, circular, chosen.depth and known_depth is None)
     effects = pd.concat([frame for _, frame in parts], axis=1)
     params = {
@@ -231,19 +184,11 @@ def biomarkers(
         "sample_key": sample_key,
         "method": chosen.name,
         "reliable_only": reliable_only,
-        "covariates": list(covariates) or None,
-        "formula": formula,
-        "term": term,
-        "depth": depth if known_depth is not None else None,
-        "lfc": float(lfc),
-        "trend": bool(trend) if chosen.name in ("pseudobulk", "means") else None,
-        "robust": bool(robust) if chosen.name in ("pseudobulk", "means") else None,
-        "adjust_over": adjust_over,
+        **design.params,
+        "depth": design.depth if known_depth is not None else None,
+        **({} if chosen.moderated else {"trend": None, "robust": None}),
         "cross_fit": cross_fit,
         "cross_fit_agreement": agreement,
-        "min_mean": min_mean,
-        "join": join,
-        "level": level,
     }
     facts = {
         "results": results,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pandas as pd
 from ..._core.spots import asked_name
 from ..._core.validate import format_list
 from .contrast import MIN_SPOTS, Cells, Contrast
+from .design import Design
 from .methods import METHODS, Method, Outcome, run
 from .pool import Pool
 
@@ -27,10 +27,9 @@ MIN_INFORMATION = 5.0
 #: What it means that means of logarithms are compared as they are.
 NO_DEPTH = (
     "the depth of the spots is not adjusted for: where one group is sequenced deeper, or has denser cells, genes differ by that "
-    "alone. Raw counts of every spot in X, or depth= with a column of total counts, mend this"
+    "alone. Raw counts of every spot in X, or hg.Design(depth=...) with a column of total counts, mend this"
 )
-#: Methods that share the moderated test.
-_MODERATED = ("pseudobulk", "means")
+_PLAIN = Design()
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -41,8 +40,7 @@ def compare(
     chosen: Method,
     groups: Sequence[str] | None,
     reference: str,
-    min_mean: float,
-    options: Mapping[str, Any],
+    design: Design,
     measured: Pool | None = None,
     depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -64,13 +62,13 @@ def compare(
     of_measured = None if measured is None else Cells.of(measured)
     tests, differences, faults = [], [], []
     for group in _groups(cells, groups, reference, chosen):
-        contrast = Contrast.of(spots, cells, spots.genes, group, reference, depth=depth, **options)
+        contrast = Contrast.of(spots, cells, spots.genes, group, reference, design=design, depth=depth)
         if measured is not None and of_measured is not None:
             contrast = replace(
-                contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, **options)
+                contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, design=design)
             )
         used = chosen.uses(contrast)
-        kept, fault = _tested(contrast, chosen, used, min_mean, group, reference, cells)
+        kept, fault = _tested(contrast, chosen, used, group, reference, cells)
         if fault:
             faults.append(fault)
             continue
@@ -108,7 +106,6 @@ def _tested(
     contrast: Contrast,
     chosen: Method,
     used: np.ndarray,
-    min_mean: float,
     group: str,
     reference: str,
     cells: Cells,
@@ -120,11 +117,14 @@ def _tested(
     """
     with np.errstate(invalid="ignore"):
         mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
-    enough = mean > min_mean
+    enough = mean > contrast.design.min_mean
     if contrast.raw is not None:
         enough &= _counted(contrast.raw)
     if not enough.any():
-        return enough, f"`min_mean` is {min_mean}; no gene has a mean above it in {group!r} and {reference!r}"
+        return (
+            enough,
+            f"`min_mean` is {contrast.design.min_mean}; no gene has a mean above it in {group!r} and {reference!r}",
+        )
     if cells.detected is None:
         return enough, ""
     others = cells.labels[cells.labels != group] if reference == "rest" else [reference]
@@ -165,23 +165,21 @@ def _counted(sums: CountSums) -> np.ndarray:
     return (sums.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
 
 
-def named_groups(groups: Any, reference: object, min_mean: object) -> tuple[list[str] | None, str]:
+def named_groups(groups: Any, reference: object) -> tuple[list[str] | None, str]:
     """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too.
 
     Raises
     ------
     ValueError
-        If ``min_mean`` is not a number, or a name is missing.
+        If a name is missing.
     """
-    if isinstance(min_mean, bool) or not isinstance(min_mean, Real) or np.isnan(float(min_mean)):
-        raise ValueError(f"`min_mean` is {min_mean!r}; a number is needed, in the unit of the layer")
     several = isinstance(groups, Iterable) and not isinstance(groups, str)
     named = None if groups is None else [asked_name(group, "groups") for group in (groups if several else [groups])]
     return named, asked_name(reference, "reference")
 
 
-def method_for(method: str, spots: Pool, covariates: Sequence[str], trend: object = True) -> Method:
-    """Choose the method by the number of samples, or check the one that was named."""
+def method_for(method: str, spots: Pool, design: Design = _PLAIN) -> Method:
+    """Choose the method by the number of samples, or check the one that was named, and that it takes the design."""
     if method not in ("auto", *METHODS):
         raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")
     n = len(set(spots.samples))
@@ -194,11 +192,13 @@ def method_for(method: str, spots: Pool, covariates: Sequence[str], trend: objec
             f"`method` {name!r} is for {'raw counts' if name == 'deseq2' else 'logarithms'}, the layer holds "
             f"{'logarithms' if name == 'deseq2' else 'raw counts'}; use method={bulk!r}"
         )
-    if not isinstance(trend, bool | np.bool_):
-        raise ValueError(f"`trend` is {trend!r}; True or False is needed")
-    if not trend and name not in _MODERATED:
-        raise ValueError(f"`trend` is of method='pseudobulk' and 'means' alone, the method is {name!r}")
-    if covariates and name not in (*_MODERATED, "mixed", "spatial"):
+    moderated = METHODS[name].moderated
+    for parameter, asked in (("trend", not design.trend), ("formula", design.formula), ("term", design.term)):
+        if asked and not moderated:
+            raise ValueError(f"`{parameter}` is of method='pseudobulk' and 'means' alone, the method is {name!r}")
+    if design.lfc and not moderated and name != "deseq2":
+        raise ValueError(f"`lfc` is of method='pseudobulk', 'deseq2' and 'means' alone, the method is {name!r}")
+    if design.covariates and not moderated and name not in ("mixed", "spatial"):
         raise ValueError(
             f"`covariates` enter method='pseudobulk', 'means', 'mixed' and 'spatial' alone, the method is {name!r}"
         )
@@ -212,26 +212,6 @@ def method_for(method: str, spots: Pool, covariates: Sequence[str], trend: objec
             "by `sample_key`, or use method='spatial'"
         )
     return METHODS[name]
-
-
-def check_model(chosen: Method, formula: object, term: object, lfc: object) -> dict[str, object]:
-    """Return what the moderated tests take beside covariates.
-
-    Raises
-    ------
-    ValueError
-        If one is not what it should be, or the method does not take it.
-    """
-    if isinstance(lfc, bool) or not isinstance(lfc, Real) or not 0 <= float(lfc) < np.inf:
-        raise ValueError(f"`lfc` is {lfc!r}; a number from 0 is needed, log2 of the smallest ratio of interest")
-    for name, value in (("formula", formula), ("term", term)):
-        if value is not None and (not isinstance(value, str) or not value.strip()):
-            raise ValueError(f"`{name}` is {value!r}; a text is needed, for example 'group:age'")
-        if value is not None and chosen.name not in _MODERATED:
-            raise ValueError(f"`{name}` is of method='pseudobulk' and 'means' alone, the method is {chosen.name!r}")
-    if lfc and chosen.name not in (*_MODERATED, "deseq2"):
-        raise ValueError(f"`lfc` is of method='pseudobulk', 'deseq2' and 'means' alone, the method is {chosen.name!r}")
-    return {"formula": formula, "term": term, "lfc": float(lfc)}
 
 
 def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: Method) -> list[str]:

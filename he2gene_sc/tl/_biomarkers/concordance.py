@@ -16,6 +16,7 @@ from ..._core.results import check_free, write_to_all
 from ..._core.tables import Scale
 from . import blind
 from .compare import adjusted, compare, method_for, named_groups
+from .design import Design
 from .methods import METHODS
 from .pool import Pool, pool, tables_of
 from .provenance import circularity, measured_part, reliable_genes
@@ -107,7 +108,8 @@ def concordance(
     if method == "ppi":
         raise ValueError("`method` 'ppi' mixes predicted and measured; name another")
     lengths = [validate.whole(length, "k") for length in np.ravel(np.array(k, object))]
-    groups, reference = named_groups(groups, reference, min_mean)
+    groups, reference = named_groups(groups, reference)
+    design = Design(min_mean=min_mean)
     tables, several = tables_of(data, layer, table_key)
     for table in tables:
         check_free(table, "concordance", key_added)
@@ -122,15 +124,15 @@ def concordance(
     if not seen.any():
         raise ValueError("`measured` holds no counts at any labelled spot; there is nothing to compare with")
     spots = spots.take(seen)
-    chosen = method_for(method, spots, ())
+    chosen = method_for(method, spots)
     depth = depth_of(spots, "auto") if chosen.depth else None
-    run: dict[str, Any] = {"groups": groups, "reference": reference, "options": {}, "depth": depth}
+    run: dict[str, Any] = {"groups": groups, "reference": reference, "depth": depth}
     # Counts are summed; what was predicted has none.
-    found, _ = compare(known, min_mean=min_mean, chosen=method_for(method, known, ()), **run)
+    found, _ = compare(known, design=design, chosen=method_for(method, known), **run)
     with warnings.catch_warnings():
         # Said once, of the measured.
         warnings.simplefilter("ignore", UserWarning)
-        predicted, _ = compare(spots, min_mean=-np.inf, chosen=chosen, **run)
+        predicted, _ = compare(spots, design=Design(min_mean=-np.inf), chosen=chosen, **run)
     if chosen.caution:
         warnings.warn(chosen.caution, UserWarning, stacklevel=2)
     genes = _beside(predicted, found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from .design import Design
 from .pool import Pool
 from .sums import CountCells, DepthCells, keep_genes, pair_design
 
@@ -97,18 +98,12 @@ class Contrast:
     means: np.ndarray
     counts: np.ndarray
     pooled_means: np.ndarray
-    covariates: tuple[str, ...] = ()
-    level: float = 0.95
-    trend: bool = True
+    design: Design = field(default_factory=Design)
     spot_variance: np.ndarray | None = None
     measured: Contrast | None = None
     raw: CountSums | None = None
     adjustment: np.ndarray | None = None
     depth_variance: np.ndarray | None = None
-    formula: str | None = None
-    term: str | None = None
-    lfc: float = 0.0
-    robust: bool = True
     depth: np.ndarray | None = None
     shift: np.ndarray | None = None
 
@@ -154,16 +149,9 @@ class Contrast:
         return np.average(self.pooled_means, axis=0, weights=self.counts.sum(1))
 
     @property
-    def design(self) -> tuple[np.ndarray, int]:
+    def matrix(self) -> tuple[np.ndarray, int]:
         """Design of the differences ``(paired, p)``, and its column that is tested."""
-        return pair_design(
-            self.pool,
-            self.samples[self.paired],
-            (self.inside, self.outside),
-            self.covariates,
-            self.formula,
-            self.term,
-        )
+        return pair_design(self.pool, self.samples[self.paired], (self.inside, self.outside), self.design)
 
     def fold_changes(self, effect: np.ndarray) -> np.ndarray:
         """log2 of the ratio of expression that an effect stands for, at the mean of both groups; NaN below 0."""

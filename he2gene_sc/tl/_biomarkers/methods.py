@@ -28,7 +28,8 @@ class Method:
 
     ``samples``: how many with both groups it needs; ``caution``: what its user must know; ``detecting``: spots of the
     smaller group that are expected to show a gene, from its share of all spots, for the gene to be tested; ``squares``: whether
-    it uses the variance of spots; ``depth``: whether it takes logarithms of counts and adjusts for depth.
+    it uses the variance of spots; ``depth``: whether it takes logarithms of counts and adjusts for depth; ``moderated``: whether
+    variances are moderated over genes, and it takes a formula.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     squares: bool = False
     scale: str | None = None
     depth: bool = False
+    moderated: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,16 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
     known = np.isfinite(found.variances)
     weights = _capped(np.where(known, 1 / np.where(known, found.variances, 1), 0))
     expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
-    design, column = contrast.design
+    matrix, column = contrast.matrix
     test = paired_moderated_t(
         found.differences,
-        alike=np.maximum(expected, 1e-30) if contrast.trend else None,
+        alike=np.maximum(expected, 1e-30) if contrast.design.trend else None,
         weights=weights,
-        design=design,
+        design=matrix,
         column=column,
-        level=contrast.level,
-        robust=contrast.robust,
-        minimum=contrast.lfc * np.log(2),
+        level=contrast.design.confidence_level,
+        robust=contrast.design.robust,
+        minimum=contrast.design.lfc * np.log(2),
     )
     return Outcome(test, found.differences, test.effect / np.log(2))
 
@@ -96,7 +98,7 @@ def _deseq2(contrast: Contrast) -> Outcome:
     from .deseq2 import deseq2
 
     assert contrast.raw is not None
-    test = deseq2(contrast.raw, level=contrast.level, lfc=contrast.lfc)
+    test = deseq2(contrast.raw, level=contrast.design.confidence_level, lfc=contrast.design.lfc)
     return Outcome(test, count_differences(contrast.raw).differences, test.effect / np.log(2))
 
 
@@ -117,16 +119,16 @@ def _means(contrast: Contrast) -> SampleTest:
             differences / np.sqrt(within), np.broadcast_to(sampling[:, None], differences.shape)
         )
         weights = _capped((1 / (between + factor * sampling))[:, None])
-    design, column = contrast.design
+    matrix, column = contrast.matrix
     return paired_moderated_t(
         differences,
-        alike=within if contrast.trend else None,
+        alike=within if contrast.design.trend else None,
         weights=weights,
-        design=design,
+        design=matrix,
         column=column,
-        level=contrast.level,
-        robust=contrast.robust,
-        minimum=contrast.lfc * np.log(2),
+        level=contrast.design.confidence_level,
+        robust=contrast.design.robust,
+        minimum=contrast.design.lfc * np.log(2),
     )
 
 
@@ -134,9 +136,9 @@ def _mixed(contrast: Contrast) -> SampleTest:
     from ...stats import mixed_model
 
     side, sample = np.nonzero(contrast.counts >= MIN_SPOTS)
-    table = cell_covariates(contrast, side, sample) if contrast.covariates else None
+    table = cell_covariates(contrast, side, sample) if contrast.design.covariates else None
     means = contrast.means if contrast.shift is None else contrast.means - contrast.shift
-    return mixed_model(means[side, sample], side == 0, sample, table, level=contrast.level)
+    return mixed_model(means[side, sample], side == 0, sample, table, level=contrast.design.confidence_level)
 
 
 def _ppi(contrast: Contrast) -> SampleTest:
@@ -162,7 +164,10 @@ def _ppi(contrast: Contrast) -> SampleTest:
     rows = pd.Index(known.samples[known.paired]).get_indexer(both)
     predicted = contrast.differences
     return prediction_powered_mean(
-        known.differences[rows], predicted[at.get_indexer(both)], predicted[only], level=contrast.level
+        known.differences[rows],
+        predicted[at.get_indexer(both)],
+        predicted[only],
+        level=contrast.design.confidence_level,
     )
 
 
@@ -179,7 +184,7 @@ def _spatial(contrast: Contrast) -> Any:
         contrast.pool.xy[chosen],
         sections if sections.max() else None,
         covariates=spot_covariates(contrast, chosen),
-        level=contrast.level,
+        level=contrast.design.confidence_level,
     )
 
 
@@ -207,9 +212,9 @@ def _all(contrast: Contrast) -> np.ndarray:
 METHODS = {
     method.name: method
     for method in (
-        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, scale="counts"),
+        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, scale="counts", moderated=True),
         Method("deseq2", _deseq2, "deseq2", 2, _with_both, scale="counts"),
-        Method("means", _means, "means", 2, _with_both, squares=True, scale="log", depth=True),
+        Method("means", _means, "means", 2, _with_both, squares=True, scale="log", depth=True, moderated=True),
         Method("mixed", _mixed, "mixed", 2, _with_either, depth=True),
         Method("ppi", _ppi, "ppi", 5, _with_both),
         Method(

@@ -160,8 +160,6 @@ def pool(
         If a column or layer is missing, values are not on the scale expected, there is no gene in common, or spots stand
         twice.
     """
-    if join not in ("inner", "outer"):
-        raise ValueError(f"`join` is {join!r}, valid: ['inner', 'outer']")
     for table in tables:
         if table.var_names.has_duplicates:
             double = table.var_names[table.var_names.duplicated()][:3].tolist()

@@ -22,7 +22,7 @@ def spot_covariates(contrast: Contrast, chosen: np.ndarray) -> np.ndarray | None
         If a covariate is missing for a spot.
     """
     columns = [] if contrast.depth is None else [contrast.depth[chosen]]
-    for key in contrast.covariates:
+    for key in contrast.design.covariates:
         values = contrast.pool.obs(key, "covariates")[chosen]
         numbers = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
         values = values if numbers else pd.Series(clean_names(values), dtype=object)

@@ -15,6 +15,7 @@ from ..._core.keys import MADE
 from ..._core.spots import check_spelling, clean_names
 from ..._core.tables import column_of, scale_of, values_of
 from ...stats import CountSums
+from .design import Design
 from .pool import Pool
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def depth_of(pool: Pool, depth: str | None) -> np.ndarray | None:
         return None
     raise ValueError(
         f"`depth` {depth!r} is not a number above 0 for {int((~known).sum())} spots; name a column of total counts, or pass "
-        "depth=None to leave it out"
+        "design=hg.Design(depth=None) to leave it out"
     )
 
 
@@ -162,25 +163,23 @@ def pair_design(
     pool: Pool,
     samples: np.ndarray,
     sides: tuple[np.ndarray, np.ndarray],
-    covariates: Sequence[str],
-    formula: str | None,
-    term: str | None,
+    design: Design,
 ) -> tuple[np.ndarray, int]:
     """Design of the differences within samples ``(n, p)``, and the column that is tested.
 
     What is one in a sample cancels in its difference. Columns that go with the group are centred: the effect of the group is
     that of the average sample.
     """
-    if not covariates and formula is None:
+    if not design.terms:
         return np.ones((len(samples), 1)), 0
     from patsy import PatsyError, dmatrix
 
-    text = " + ".join([*(f"Q({name!r})" for name in covariates), *([formula] if formula is not None else [])])
-    rows = _rows(pool, samples, sides, covariates, formula)
+    term = design.term or "group"
+    rows = _rows(pool, samples, sides, design)
     try:
-        matrix = dmatrix(f"group + {text}", rows, NA_action="raise")
+        matrix = dmatrix(f"group + {design.terms}", rows, NA_action="raise")
     except (PatsyError, NameError, SyntaxError, TypeError) as error:
-        raise ValueError(f"`formula` {formula!r} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"`formula` {design.formula!r} cannot be read: {str(error).splitlines()[0]}") from error
     info = matrix.design_info
     matrix = np.asarray(matrix, np.float64)
     change = matrix[: len(samples)] - matrix[len(samples) :]
@@ -199,27 +198,26 @@ def pair_design(
                 )
             names.append(name)
             columns.append(column)
-    if (term or "group") not in names:
+    if term not in names:
         raise ValueError(f"`term` {term!r} is not a term of the design, valid: {names}")
-    design = np.column_stack(columns)
-    if len(samples) <= design.shape[1] or np.linalg.matrix_rank(design) < design.shape[1]:
+    matrix = np.column_stack(columns)
+    if len(samples) <= matrix.shape[1] or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
         raise ValueError(f"`formula`: {len(samples)} samples do not tell the terms {names} apart; leave some out")
-    return design, names.index(term or "group")
+    return matrix, names.index(term)
 
 
 def _rows(
     pool: Pool,
     samples: np.ndarray,
     sides: tuple[np.ndarray, np.ndarray],
-    covariates: Sequence[str],
-    formula: str | None,
+    design: Design,
 ) -> pd.DataFrame:
     """Variables of a formula, a row a sample in the group, then in the reference: means of numbers, labels as they are."""
-    words = set(re.findall(r"\w+", formula or "")) - {"group"}
+    words = set(re.findall(r"\w+", design.formula or "")) - {"group"}
     known = [key for key in pool.tables[0].obs if key in words and all(key in table.obs for table in pool.tables)]
     rows: dict[str, Any] = {"group": np.repeat([0.5, -0.5], len(samples))}
     masks = [side & (pool.samples == sample) for side in sides for sample in samples]
-    for key in dict.fromkeys([*covariates, *known]):
+    for key in dict.fromkeys([*design.covariates, *known]):
         values = pool.obs(key, "covariates")
         used = np.logical_or.reduce(masks)
         if values[used].isna().any():
@@ -242,7 +240,7 @@ def _rows(
 def cell_covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.ndarray:
     """Covariates of sample × group means: means of numbers; labels, which are one a sample, as indicators."""
     columns = []
-    for key in contrast.covariates:
+    for key in contrast.design.covariates:
         values = contrast.pool.obs(key, "covariates")
         numbers = pd.api.types.is_numeric_dtype(values)
         values = values if numbers else pd.Series(clean_names(values), dtype=object)
