@@ -151,10 +151,10 @@ def test_the_array_is_read_off_the_centres_where_obs_does_not_state_it(table):
 def test_the_mean_is_over_sections_or_over_patients():
     table = make(shapes={"a": (5, 6), "b": (6, 6), "c": (4, 7)})
     table.obs["patient"] = table.obs["section"].map({"a": "p", "b": "p", "c": "q"})
-    hg.tl.evaluate(table)
+    hg.tl.evaluate(table, sample_key="section")
     a, b, c = (genes_of(table, section=s)["pearson"] for s in "abc")
     np.testing.assert_allclose(genes_of(table, "mean", "all sections")["pearson"], (a + b + c) / 3, rtol=1e-5)
-    hg.tl.evaluate(table, sample_key="patient")
+    hg.tl.evaluate(table)
     np.testing.assert_allclose(genes_of(table, "mean", "all sections")["pearson"], ((a + b) / 2 + c) / 2, rtol=1e-5)
     table.obs.loc[table.obs_names[0], "patient"] = "q"
     with pytest.raises(ValueError, match="`sample_key` 'patient': section 'a' has"):

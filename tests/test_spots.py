@@ -4,7 +4,7 @@ import pytest
 from anndata import AnnData
 
 import he2gene_sc as hg
-from he2gene_sc._core.spots import asked_name, clean_name, clean_names, names_of, sections_of
+from he2gene_sc._core.spots import apart, asked_name, clean_name, clean_names, names_of, samples_of, sections_of
 from he2gene_sc.tl._biomarkers.pool import pool
 
 
@@ -132,3 +132,15 @@ def test_spots_without_counts_have_no_part_in_a_test(slides, caplog):
     pooled = pool(slides, "pathologist", layer=None)
     assert labelled[0] not in pooled.rows[0]
     assert "1 labelled spots have no counts and are left out" in caplog.text
+
+
+def test_a_table_without_patients_is_of_one_and_sections_of_one_name_in_two_patients_are_two():
+    for table in (table_of(section=["a", "b"]), table_of(section=["a", "b"], patient=[None, "nan"])):
+        assert samples_of(table).tolist() == ["sample", "sample"]
+    with pytest.raises(ValueError, match="`sample_key` 'who' is not a column of obs"):
+        samples_of(table_of(patient=["p"]), "who")
+    one, both = np.array(["s", "s"], object), np.array(["s", "t"], object)
+    patients = np.array(["p", "q"], object)
+    assert apart(one, patients).tolist() == ["p", "q"]
+    assert apart(np.array(["s", "t", "s"], object), np.array(["p", "p", "q"], object)).tolist() == ["p_s", "p_t", "q_s"]
+    assert apart(both, patients) is both

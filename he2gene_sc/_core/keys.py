@@ -12,6 +12,9 @@ TABLE = "table"
 REGION = "region"
 INSTANCE = "instance_id"
 COORDINATE_SYSTEM = "global"
+#: Columns of ``obs`` with the patient and the section, unless others are named.
+PATIENT = "patient"
+SECTION = "section"
 
 #: ``sdata.attrs[ATTRS]["mpp"][image_key]``: µm per pixel of level 0, written by our readers, read by ``_core/mpp.py``.
 ATTRS = "he2gene"

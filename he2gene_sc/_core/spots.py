@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from . import validate
+from .keys import PATIENT, SECTION
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -181,32 +182,52 @@ def asked_name(value: object, parameter: str) -> str:
     return name
 
 
-def samples_of(table: AnnData, key: str, parameter: str = "sample_key") -> np.ndarray:
-    """Sample of each spot, ``(n,)`` objects; every spot needs one."""
-    return names_of(table, key, parameter, what="samples", required=True)
+def has_samples(table: AnnData, sample_key: str = PATIENT) -> bool:
+    """Whether samples are told apart: where the default column is missing or empty, they are not."""
+    return sample_key != PATIENT or (PATIENT in table.obs and bool(pd.notna(clean_names(table.obs[PATIENT])).any()))
 
 
-def sections_of(table: AnnData, section_key: str | None = None) -> np.ndarray:
+def samples_of(table: AnnData, sample_key: str = PATIENT) -> np.ndarray:
+    """Sample (patient) of each spot, ``(n,)`` objects: one sample where the default column is missing or empty.
+
+    Raises
+    ------
+    ValueError
+        If there is no column of another name, or it is missing for some spots.
+    """
+    if not has_samples(table, sample_key):
+        return np.full(table.n_obs, "sample", object)
+    return names_of(table, sample_key, "sample_key", what="samples", required=True)
+
+
+def apart(sections: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Names of sections, ``(n,)`` objects, where those of one name in two samples are two."""
+    where = pd.DataFrame({"sample": samples, "section": sections})
+    if where.groupby("section")["sample"].nunique().max() < 2:
+        return sections
+    return samples if where["section"].nunique() == 1 else samples + "_" + sections
+
+
+def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
     """Name of the section of each spot, ``(n,)`` objects: the spots of one slide.
 
-    ``section_key``, else the shapes element that the row annotates together with ``obs["section"]`` where there is one,
-    else one section.
+    Where the default column is missing, empty or one name, the shapes element that the row annotates; else one section.
 
     Raises
     ------
     ValueError
         If there is no such column, or it is missing for some spots.
     """
-    if section_key is not None:
+    if section_key != SECTION:
         return names_of(table, section_key, "section_key", what="sections", required=True)
     attrs = annotated_by(table)
     columns = [attrs["region_key"]] if attrs is not None and attrs["region_key"] in table.obs else []
-    if "section" in table.obs and pd.notna(clean_names(table.obs["section"])).any():
-        columns.append("section")
+    if SECTION in table.obs and pd.notna(clean_names(table.obs[SECTION])).any():
+        columns.append(SECTION)
     varying = [key for key in columns if table.obs[key].nunique(dropna=False) > 1]
     if not varying:
         name = clean_name(table.obs[columns[-1]].iloc[0]) if columns and len(table) else None
-        return np.full(table.n_obs, name or "section", object)
+        return np.full(table.n_obs, name or SECTION, object)
     return names_of(table, varying[-1], "section_key", what="sections", required=True)
 
 

@@ -241,8 +241,8 @@ def evaluate(
     annotation_key: Annotated[
         str | None, typer.Option(help="Column of obs with labels, to judge the annotation.")
     ] = None,
-    sample_key: Annotated[str | None, typer.Option(help="Column of obs with the patient.")] = None,
-    section_key: Annotated[str | None, typer.Option(help="Column of obs with the section.")] = None,
+    sample_key: Annotated[str, typer.Option(help="Column of obs with the patient.")] = "patient",
+    section_key: Annotated[str, typer.Option(help="Column of obs with the section.")] = "section",
     model: Annotated[str | None, typer.Option(help="Model that predicted, where it is not bundled.")] = None,
     table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .._core import validate
-from .._core.keys import MADE, Keys
+from .._core.keys import MADE, SECTION, Keys
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from .._core.tables import Scale, get_table
 from ..stats import N_BINS
@@ -116,7 +116,7 @@ def calibration(
         measured=measured,
         scale=measured_scale,
         genes=None,
-        section_key=None,
+        section_key=SECTION,
         model=None if model is None else load(model),
         gene_symbols=gene_symbols,
     )

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.keys import PATIENT, SECTION
 from .._core.results import find_results
-from .._core.spots import labels_of, samples_of, sections_of
+from .._core.spots import apart, labels_of, samples_of, sections_of
 from .._core.tables import pitch_of, slides_of, spots_of
 from ._canvas import Canvas, axes_for, draw, finish
 
@@ -113,11 +114,9 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
     section = scored[0] if section is None else section
     if section not in scored:
         raise ValueError(f"`section` {section!r} was not scored, valid: {scored}")
-    names = sections_of(table)
-    key = record["params"].get("sample_key")
-    if key is not None and section not in set(names):
-        sample = samples_of(table, key)
-        names = sample if section in set(sample) else sample + "_" + names
+    params = record["params"]
+    samples = samples_of(table, params.get("sample_key", PATIENT))
+    names = apart(sections_of(table, params.get("section_key", SECTION)), samples)
     return section, np.flatnonzero(names == section)
 
 

@@ -40,7 +40,7 @@ def adapt(
     measured_scale: Scale = "auto",
     layer: str = "he2gene",
     genes: Sequence[str] | None = None,
-    section_key: str | None = None,
+    section_key: str = "section",
     table_key: str | None = None,
     key_added: str | None = None,
     seed: int = 0,
@@ -72,7 +72,7 @@ def adapt(
     genes
         Genes to adapt; default: all that are predicted.
     section_key
-        Column of ``obs`` that tells sections; default: the regions of the table, and ``obs["section"]``.
+        Column of ``obs`` with the section. Without the default column the shapes elements are the sections.
     table_key
         Table, where several hold the prediction.
     key_added

@@ -91,7 +91,6 @@ def of_section(name, model):
             "reliable_only": False,
             "groups": classes[:1],
             "depth": None,
-            "sample_key": None,
         }
         if method == "mixed":
             continue

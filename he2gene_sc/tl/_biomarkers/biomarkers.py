@@ -41,8 +41,8 @@ def biomarkers(
     reference: str | float = "rest",
     layer: str | None = "he2gene",
     layer_scale: Scale = "auto",
-    sample_key: str | None = None,
-    section_key: str | None = None,
+    sample_key: str = "patient",
+    section_key: str = "section",
     method: Literal["auto", "pseudobulk", "deseq2", "means", "mixed", "ppi", "spatial", "wilcoxon"] = "auto",
     reliable_only: bool = True,
     cross_fit: bool = False,
@@ -69,9 +69,9 @@ def biomarkers(
     layer_scale
         ``"counts"`` or ``"log"``, where the layer does not hold what is expected of it.
     sample_key
-        Column of ``obs`` that tells the patients apart; default ``"patient"``. One object without it is one sample.
+        Column of ``obs`` with the patient, the statistical unit. One table without the default column is of one patient.
     section_key
-        Column of ``obs`` that tells the sections apart; default: the shapes element, or ``"section"``. The sections of a
+        Column of ``obs`` with the section. Without the default column the shapes elements are the sections. The sections of a
         patient are one sample: their spots are pooled, which assumes that the labels are spread alike over them.
     method
         - ``"pseudobulk"``: raw counts summed per sample and group, TMM library sizes, paired by sample, precision weights by

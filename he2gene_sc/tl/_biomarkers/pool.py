@@ -13,10 +13,10 @@ import pandas as pd
 
 from ..._core.expression import Scale, as_logs, count_totals, log_expression
 from ..._core.genes import find_genes
-from ..._core.keys import MADE, Keys
+from ..._core.keys import MADE, PATIENT, SECTION, Keys
 from ..._core.matrix import matrix_of, values_of
 from ..._core.predictions import prediction_of
-from ..._core.spots import check_spelling, column_of, labels_of, samples_of, sections_of, with_text_names
+from ..._core.spots import check_spelling, column_of, has_samples, labels_of, samples_of, sections_of, with_text_names
 from ..._core.tables import get_table
 from .duplicates import check_twins
 
@@ -147,8 +147,8 @@ def pool(
     *,
     layer: str | None,
     layer_scale: Scale = "auto",
-    sample_key: str | None = None,
-    section_key: str | None = None,
+    sample_key: str = PATIENT,
+    section_key: str = SECTION,
     join: Literal["inner", "outer"] = "inner",
     reliable_only: bool = False,
 ) -> Pool:
@@ -245,18 +245,15 @@ def _check_spelling(
     check_spelling(dict(zip(places, names, strict=True)), parameter, key, what=what, rows=rows)
 
 
-def _samples(tables: Sequence[AnnData], sample_key: str | None) -> list[np.ndarray]:
-    key = "patient" if sample_key is None else sample_key
-    missing = [i for i, table in enumerate(tables) if key not in table.obs]
-    if missing and sample_key is None and len(tables) == 1:
-        return [np.full(tables[0].n_obs, "sample", object)]
-    if missing:
+def _samples(tables: Sequence[AnnData], sample_key: str) -> list[np.ndarray]:
+    lacking = [i for i, table in enumerate(tables) if not has_samples(table, sample_key)]
+    if lacking and len(tables) > 1:
         raise ValueError(
-            f"`sample_key`: object {missing[0]} has no obs[{key!r}]; name the column that tells the patients apart, of "
-            f"{list(tables[missing[0]].obs.columns)}"
+            f"`sample_key`: object {lacking[0]} has no obs[{sample_key!r}]; name the column that tells the patients apart, of "
+            f"{list(tables[lacking[0]].obs.columns)}"
         )
-    samples = [samples_of(table, key) for table in tables]
-    _check_spelling(tables, samples, "sample_key", key, "samples")
+    samples = [samples_of(table, sample_key) for table in tables]
+    _check_spelling(tables, samples, "sample_key", sample_key, "samples")
     return samples
 
 

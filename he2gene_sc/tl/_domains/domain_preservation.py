@@ -40,7 +40,7 @@ _UNMATCHED = ["#7f7f7f", "#b0b0b0", "#505050", "#d0d0d0", "#303030"]
 
 
 def domain_preservation(
-    sdata: SpatialData | AnnData,
+    data: SpatialData | AnnData,
     domain_key: str,
     *,
     layer: str | None = "he2gene",
@@ -48,7 +48,8 @@ def domain_preservation(
     n_domains: int | Literal["match"] = "match",
     n_seeds: int = 10,
     n_perms: int = 999,
-    sample_key: str | None = None,
+    sample_key: str = "patient",
+    section_key: str = "section",
     clustering: Literal["leiden", "kmeans"] = "leiden",
     genes: Sequence[str] | None = None,
     layer_scale: Scale = "auto",
@@ -70,7 +71,7 @@ def domain_preservation(
 
     Parameters
     ----------
-    sdata
+    data
         Object or table, with or without an image.
     domain_key
         Column of ``obs`` with the domains. Spots without a label are clustered, not scored; domains of fewer than 3
@@ -87,9 +88,11 @@ def domain_preservation(
     n_perms
         Most shifts to test with. The distinct admissible ones are often fewer: then all are used.
     sample_key
-        Column of ``obs`` with the sample (patient); default: ``"patient"`` where it is there. Samples are never clustered
-        together. Sections are scored one by one; the table's lines of section
+        Column of ``obs`` with the patient, the statistical unit. A table without the default column is of one patient. Patients
+        are never clustered together. Sections are scored one by one; the table's lines of section
         ``"all"`` are means over samples, each the mean of its sections, with the SD over samples and no p-value.
+    section_key
+        Column of ``obs`` with the section. Without the default column the shapes elements are the sections.
     clustering
         ``"leiden"`` or ``"kmeans"``.
     genes
@@ -122,7 +125,7 @@ def domain_preservation(
     Raises
     ------
     TypeError
-        If ``sdata`` is neither SpatialData nor AnnData.
+        If ``data`` is neither SpatialData nor AnnData.
     ValueError
         If a column, layer or gene is missing; values are not what they should be; no section has two domains; spots are
         there twice; a parameter is out of range; or ``key_added`` would write over what is not ours.
@@ -143,12 +146,11 @@ def domain_preservation(
     """
     validate.arguments(domain_preservation, locals())
     _check(n_domains, n_seeds, n_perms, clustering, key_added)
-    table = inputs.find(sdata, layer, table_key)
+    table = inputs.find(data, layer, table_key)
     has_measured = not inputs.is_made(table)
     if layer is None and not has_measured:
         raise ValueError("`layer` is None, but the table was made by hg.tl.predict: nothing in it was measured")
-    sample_key = inputs.sample_column(table, sample_key)
-    where = inputs.sections(table, sample_key)
+    where = inputs.sections(table, sample_key, section_key)
     codes, names = inputs.domains(table, domain_key, where)
     written = [
         f"{key_added}_{name}" for name, there in (("predicted", layer is not None), ("measured", has_measured)) if there
@@ -169,7 +171,7 @@ def domain_preservation(
     assert compared is not None
     inputs.check_not_twice(where, xy, compared, sample_key)
     depth = inputs.depth(table, measured, measured_scale) if has_measured else None
-    colour = inputs.mean_colour(sdata, table, layer)
+    colour = inputs.mean_colour(data, table, layer)
     given = {"predicted": predicted, "measured": counted, "depth": depth, "mean colour": colour}
     spaces = {name: values for name, values in given.items() if values is not None}
     annotation = table.obs.get(Keys(layer or "he2gene").annotation)
@@ -202,6 +204,7 @@ def domain_preservation(
             "n_seeds": n_seeds,
             "n_perms": n_perms,
             "sample_key": sample_key,
+            "section_key": section_key,
             "clustering": clustering,
             "seed": seed,
             "min_overlap": MIN_OVERLAP,

@@ -15,7 +15,7 @@ from ..._core.genes import columns_of
 from ..._core.keys import MADE, Keys
 from ..._core.matrix import matrix_of
 from ..._core.predictions import prediction_of, symbols_of
-from ..._core.spots import clean_names, labels_of, samples_of, sections_of
+from ..._core.spots import apart, labels_of, samples_of, sections_of
 from ..._core.tables import get_table, slides_of, spots_of
 
 if TYPE_CHECKING:
@@ -38,13 +38,7 @@ def find(data: SpatialData | AnnData, layer: str | None, table_key: str | None) 
     return get_table(data, table_key, key_added=layer if predicted else None)
 
 
-def sample_column(table: AnnData, sample_key: str | None) -> str | None:
-    """Column of samples: as given, else ``obs["patient"]`` where it is there, as biomarkers have it."""
-    known = "patient" in table.obs and pd.notna(clean_names(table.obs["patient"])).any()
-    return "patient" if sample_key is None and known else sample_key
-
-
-def sections(table: AnnData, sample_key: str | None) -> pd.DataFrame:
+def sections(table: AnnData, sample_key: str, section_key: str) -> pd.DataFrame:
     """``sample`` and ``section`` of each row; sections of one name in two samples are two.
 
     Raises
@@ -52,27 +46,23 @@ def sections(table: AnnData, sample_key: str | None) -> pd.DataFrame:
     ValueError
         If a sample is missing, or two spots of a section lie at one place.
     """
-    section = sections_of(table)
-    sample = section if sample_key is None else samples_of(table, sample_key)
-    where = pd.DataFrame({"sample": sample, "section": section})
-    if where.groupby("section")["sample"].nunique().max() > 1:
-        alone = where["section"].nunique() == 1
-        where["section"] = where["sample"] if alone else where["sample"] + "_" + where["section"]
+    sample = samples_of(table, sample_key)
+    where = pd.DataFrame({"sample": sample, "section": apart(sections_of(table, section_key), sample)})
     xy = spots_of(table)
     if not table.obs_names.is_unique:
         name = table.obs_names[table.obs_names.duplicated()][0]
-        raise ValueError(f"`sdata`: obs_names are not unique, {name!r} stands there twice; a spot counts once")
+        raise ValueError(f"`data`: obs_names are not unique, {name!r} stands there twice; a spot counts once")
     twice = pd.DataFrame({"section": where["section"], "x": xy[:, 0], "y": xy[:, 1]}).duplicated().to_numpy()
     if twice.any():
         raise ValueError(
-            f"`sdata`: {int(twice.sum())} spots lie where another spot of their section does, for example "
-            f"{table.obs_names[twice][0]!r}; a spot counts once (several sections of a table: give obs['section'] or "
+            f"`data`: {int(twice.sum())} spots lie where another spot of their section does, for example "
+            f"{table.obs_names[twice][0]!r}; a spot counts once (several sections of a table: give `section_key` or "
             "`sample_key`)"
         )
     return where
 
 
-def check_not_twice(where: pd.DataFrame, xy: np.ndarray, values: np.ndarray, sample_key: str | None) -> None:
+def check_not_twice(where: pd.DataFrame, xy: np.ndarray, values: np.ndarray, sample_key: str) -> None:
     """Refuse a section that stands under two sample names.
 
     Raises

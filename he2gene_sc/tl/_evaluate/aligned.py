@@ -118,7 +118,7 @@ def read(
     measured: str | None,
     scale: Scale,
     genes: Sequence[str] | None,
-    section_key: str | None,
+    section_key: str,
     model: HE2Gene | None,
     gene_symbols: str | None,
 ) -> Judged:

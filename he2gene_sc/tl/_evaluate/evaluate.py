@@ -13,6 +13,7 @@ import pandas as pd
 from ..._core import validate
 from ..._core.keys import Keys, check_key
 from ..._core.results import check_free, write_result
+from ..._core.spots import has_samples
 from ..._core.tables import SCALES, Scale, get_table
 from .aligned import UNKNOWN_LABELS, Judged, few, proba_of, read
 from .baselines import readings
@@ -33,8 +34,8 @@ def evaluate(
     measured: str | None = None,
     measured_scale: Scale = "auto",
     annotation_key: str | None = None,
-    sample_key: str | None = None,
-    section_key: str | None = None,
+    sample_key: str = "patient",
+    section_key: str = "section",
     genes: str | Sequence[str] | None = None,
     baselines: str | Sequence[str] | None = None,
     model: str | Path | HE2Gene | None = None,
@@ -65,10 +66,10 @@ def evaluate(
     annotation_key
         Column of ``obs`` with labels, in the words of the model's classes.
     sample_key
-        Column of ``obs`` with the patient: the mean over sections becomes one over patients, each the mean of its
-        sections.
+        Column of ``obs`` with the patient, the statistical unit. A table without the default column is of one patient. Means
+        are over patients, each the mean of its sections; ``"section"``: over sections.
     section_key
-        Column of ``obs`` with the section of each spot. Default: shapes element or ``obs["section"]``.
+        Column of ``obs`` with the section. Without the default column the shapes elements are the sections.
     genes
         Genes to judge, a name or several. Default: all that were predicted and measured.
     baselines
@@ -126,8 +127,8 @@ def evaluate(
         sequencing depth explains.
 
     A row has a ``scope``: ``"section"``; ``"pooled"``, all spots together, so that differences between sections count,
-    except for Moran's I and SSIM, where it is the mean over sections; ``"mean"``, the mean over sections (with
-    ``sample_key``, over patients). With one section all three are the same. A gene that is constant on either side is
+    except for Moran's I and SSIM, where it is the mean over sections; ``"mean"``, the mean over patients, each the
+    mean of its sections. With one section all three are the same. A gene that is constant on either side is
     NaN, never 0 or 1, and is counted (``n_constant`` of the summary). A section that the model was trained on, where
     that can be told, is warned of: its figures flatter.
 
@@ -195,7 +196,7 @@ def evaluate(
         model=None if model is None else load(model),
         gene_symbols=gene_symbols,
     )
-    samples = None if sample_key is None else _samples(judged, sample_key)
+    samples = _samples(judged, sample_key) if has_samples(judged.source, sample_key) else None
     left_out, facts = dict(judged.n_left_out), {}
     if annotation_key is not None:
         proba, codes, left_out[UNKNOWN_LABELS] = proba_of(judged, annotation_key, table, keys)
@@ -270,7 +271,8 @@ def _samples(judged: Judged, sample_key: str) -> Mapping[str, str]:
         found = pd.unique(pd.Series(values[where], dtype=object))
         if len(found) != 1 or pd.isna(found[0]):
             raise ValueError(
-                f"`sample_key` {sample_key!r}: section {section!r} has {few(map(repr, found))}; one sample is needed"
+                f"`sample_key` {sample_key!r}: section {section!r} has {few(map(repr, found))}; one sample is needed: "
+                "tell sections apart by `section_key`, or pass sample_key='section' for means over sections"
             )
         of[section] = str(found[0])
     return of
