@@ -121,8 +121,8 @@ def test_an_interaction_is_found_by_its_term():
 
 def test_a_design_may_be_a_formula_or_a_list_of_covariates():
     tables = [counted(i, planted=20) for i in range(8)]
-    for table in tables:
-        table.obs["age"] = np.random.default_rng(len(table.obs_names[0])).normal(size=table.n_obs)
+    for i, table in enumerate(tables):
+        table.obs["age"] = np.random.default_rng(i).normal(size=table.n_obs)
     call = {"groups": "a", "reference": "b", "layer": None}
     for short, long in (("~ group + age", hg.Design(formula="age")), (["age"], hg.Design(covariates="age"))):
         one, other = (hg.tl.biomarkers(tables, "label", **call, design=design) for design in (short, long))
