@@ -1,4 +1,4 @@
-from . import datasets, get, io, models, pl, pp, tl
+from . import cohort, datasets, get, io, models, pl, pp, tl
 from ._settings import settings
 from .tl._biomarkers.design import Design
 from .tl._train.options import CardText, Classes, GeneSelection, SectionKeys
@@ -15,6 +15,7 @@ __all__ = [
     "PaperRecipe",
     "SectionKeys",
     "__version__",
+    "cohort",
     "datasets",
     "get",
     "io",

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 PUBLIC = [
     pytest.param(namespace, name, id=f"{namespace}.{name}")
-    for namespace in ("datasets", "get", "io", "models", "pl", "pp", "tl")
+    for namespace in ("cohort", "datasets", "get", "io", "models", "pl", "pp", "tl")
     for name in getattr(hg, namespace).__all__
     if callable(getattr(getattr(hg, namespace), name))
 ]

@@ -13,8 +13,8 @@ def test_import_loads_nothing_heavy():
 
 
 def test_namespaces_complete_by_tab_and_resolve():
-    assert {"datasets", "io", "pp", "tl", "pl", "get", "models", "settings"} <= set(dir(hg))
-    for namespace in ("datasets", "io", "pp", "tl", "pl", "get", "models"):
+    assert {"cohort", "datasets", "io", "pp", "tl", "pl", "get", "models", "settings"} <= set(dir(hg))
+    for namespace in ("cohort", "datasets", "io", "pp", "tl", "pl", "get", "models"):
         module = getattr(hg, namespace)
         assert module.__all__
         for name in module.__all__:

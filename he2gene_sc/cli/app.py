@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
+from .prediction import MODEL as _MODEL
+from .prediction import predict
 
 app = typer.Typer(
     help="Gene expression and pathology annotation from H&E images.",
@@ -21,7 +20,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MODEL = "breast-her2st"
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"he2gene_sc {version('he2gene_sc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 @app.command()
@@ -40,100 +53,7 @@ def demo(
     run(section, out, load(model), typer.echo)
 
 
-@app.command()
-def predict(
-    path: Annotated[Path, typer.Argument(help="SpatialData zarr store, or an H&E image (jpg, png, tif, svs).")],
-    mpp: Annotated[float | None, typer.Option(help="µm per pixel of the full-resolution image.")] = None,
-    model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = _MODEL,
-    out: Annotated[Path | None, typer.Option(help="Store to write; default: update PATH, or PATH.zarr.")] = None,
-    image_key: Annotated[str | None, typer.Option(help="Image, where the store holds several.")] = None,
-    shapes_key: Annotated[str | None, typer.Option(help="Spots, where the store holds several.")] = None,
-    table_key: Annotated[str | None, typer.Option(help="Table, where the store holds several.")] = None,
-    all_genes: Annotated[bool, typer.Option("--all-genes", help="Every model gene, into a table of its own.")] = False,
-    tta: Annotated[
-        bool | None,
-        typer.Option(help="Average the eight symmetries: slower, slightly better. Default: as the card says."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    no_image: Annotated[
-        bool, typer.Option("--no-image", help="Write OUT without a copy of the pixels. It cannot be predicted again.")
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace another store at OUT, or what others have saved to PATH meanwhile."),
-    ] = False,
-    pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
-    allow_encoder_source: Annotated[
-        bool,
-        typer.Option(
-            "--allow-encoder-source", help="Let the card of MODEL name a repository or folder of its encoder."
-        ),
-    ] = False,
-) -> None:
-    """Predict a store or a bare image. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first.
-
-    A store is updated in place: its tables alone are written.
-    """
-    from .. import io, models, pp, tl
-    from .._core.mpp import stored_mpp
-    from ..io._open import open_store
-    from ..io._save import check_place, check_target, least_bytes, resolved
-    from ..io._store import fingerprints, remember
-
-    if not path.exists():
-        raise ValueError(f"PATH {str(path)!r}: nothing there")
-    in_store = path.is_dir()
-    as_read = fingerprints(path) if in_store else {}
-    sdata = open_store(path) if in_store else None
-    target = resolved(out or (path if in_store else path.with_suffix(".zarr")))
-    in_place = in_store and target == resolved(path)
-    if in_place and no_image:
-        raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store by --out")
-    check_target(target, overwrite=overwrite or in_place)
-    check_place(target, 0)
-    if sdata is not None:
-        remember(sdata, as_read)
-    else:
-        sdata = io.read_he(path, mpp=mpp)
-        if stored_mpp(sdata, "he") is None:
-            raise ValueError(
-                "`mpp` of image 'he' is unknown: the file states none; give --mpp in µm per pixel (0.5 for a 20× scan)"
-            )
-        pp.tissue(sdata)
-        pp.grid(sdata, pitch_um=pitch_um)
-    check_place(target, least_bytes(sdata, images=not (in_place or no_image)))
-    tl.predict(
-        sdata,
-        model=models.load(model, allow_encoder_source=allow_encoder_source),
-        image_key=image_key,
-        shapes_key=shapes_key,
-        table_key=table_key,
-        mpp=mpp,
-        genes="all" if all_genes else None,
-        tta=tta,
-        device=device,
-    )
-    if no_image:
-        for name in list(sdata.images):
-            del sdata.images[name]
-    try:
-        typer.echo(f"Written: {io.save(sdata, target, overwrite=overwrite)}")
-    except (FileExistsError, BlockingIOError) as error:
-        if not in_place:
-            raise
-        raise type(error)(
-            f"{error}. The prediction is in {str(_rescue(sdata, target))!r}, without the image"
-        ) from error
-
-
-def _rescue(sdata: SpatialData, target: Path) -> Path:
-    """Write what was predicted beside a store that others have changed meanwhile."""
-    from .. import io
-
-    places = (target.with_name(f"{target.stem}-he2gene-{number}.zarr") for number in itertools.count(1))
-    for name in list(sdata.images):
-        del sdata.images[name]
-    return io.save(sdata, next(place for place in places if not place.exists()))
+app.command()(predict)
 
 
 @app.command()

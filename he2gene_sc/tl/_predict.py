@@ -124,7 +124,8 @@ def predict(
         Embedding that the heads read, ``(n_obs, k)`` float32.
     ``.uns["he2gene"]``
         Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit, versions;
-        ``gene_symbols`` where it was given, which the verbs that read the prediction use.
+        ``gene_symbols`` where it was given, which the verbs that read the prediction use; ``genes`` and ``known_patient``
+        where they were given.
 
     Where a prediction of the same ``key_added`` stands and a value of its layer changes, in all regions or one, what
     other verbs computed from it (intervals, evaluation, adapted layers and what was computed from those, domains,
@@ -212,6 +213,8 @@ def predict(
         **_describe(slides, [level for level, _ in predictions]),
         **_summary([result for _, result in predictions]),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
+        **({} if genes is None else {"genes": genes if isinstance(genes, str) else [str(gene) for gene in genes]}),
+        **({"known_patient": True} if known_patient else {}),
         **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }

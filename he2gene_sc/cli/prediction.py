@@ -1,0 +1,200 @@
+"""``he2gene predict``: one slide, or many on dask.distributed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..models import HE2Gene
+
+MODEL = "breast-her2st"
+
+
+def predict(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="SpatialData zarr stores, or H&E images (jpg, png, tif, svs, ndpi, scn).", show_default=False
+        ),
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="csv or tsv file instead of PATHS: a column path, further ones are arguments of hg.tl.predict."
+        ),
+    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="µm per pixel of the full-resolution image.")] = None,
+    model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = MODEL,
+    out: Annotated[
+        Path | None, typer.Option(help="Store to write, of one slide; default: update PATH, or PATH.zarr.")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Option(help="Folder for the stores of many slides.")] = None,
+    image_key: Annotated[str | None, typer.Option(help="Image, where the store holds several.")] = None,
+    shapes_key: Annotated[str | None, typer.Option(help="Spots, where the store holds several.")] = None,
+    table_key: Annotated[str | None, typer.Option(help="Table, where the store holds several.")] = None,
+    coordinate_system: Annotated[
+        str | None, typer.Option(help="Coordinate system, where image and spots share several.")
+    ] = None,
+    key_added: Annotated[str, typer.Option(help="Prefix of everything that is written.")] = "he2gene",
+    genes: Annotated[
+        list[str],
+        typer.Option(help="Genes to predict; default: all that table and model share. Repeatable, or with commas."),
+    ] = [],  # noqa: B006 - typer wants a list
+    all_genes: Annotated[bool, typer.Option("--all-genes", help="Every model gene, into a table of its own.")] = False,
+    tta: Annotated[
+        bool | None,
+        typer.Option(help="Average the eight symmetries: slower, slightly better. Default: as the card says."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Spots a batch. It does not change the result.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    no_image: Annotated[
+        bool, typer.Option("--no-image", help="Write OUT without a copy of the pixels. It cannot be predicted again.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace another store at OUT, or what others have saved to PATH meanwhile. Of many slides: repeat "
+            "finished ones too.",
+        ),
+    ] = False,
+    pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
+    tissue_method: Annotated[
+        str, typer.Option(help="Tissue mask of a bare image: auto, otsu, felzenszwalb, weka, glass.")
+    ] = "auto",
+    allow_encoder_source: Annotated[
+        bool,
+        typer.Option(
+            "--allow-encoder-source", help="Let the card of MODEL name a repository or folder of its encoder."
+        ),
+    ] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Address of a dask scheduler, tcp://HOST:8786; default: a cluster of this machine."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Workers of this machine; default: one a GPU, else by cores and memory.")
+    ] = None,
+    summary: Annotated[Path | None, typer.Option(help="CSV file to write: a row a slide.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Predict stores or bare images. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first.
+
+    A store is updated in place: its tables alone are written. Many slides are predicted in parallel; finished ones are skipped, a
+    slide that fails does not stop the others, and the exit status is 1 if one failed.
+    """
+    from ..models import load
+
+    named = [name.strip() for text in genes for name in text.split(",") if name.strip()]
+    if genes and not named:
+        raise ValueError(f"--genes {genes} names no gene")
+    if named and all_genes:
+        raise ValueError("--genes and --all-genes are two wishes; give one of them")
+    if bool(paths) == (manifest is not None):
+        raise ValueError("either PATHS or --manifest is needed")
+    options = {
+        "image_key": image_key,
+        "shapes_key": shapes_key,
+        "table_key": table_key,
+        "coordinate_system": coordinate_system,
+        "mpp": mpp,
+        "genes": "all" if all_genes else named or None,
+        "key_added": key_added,
+        "tta": tta,
+        "batch_size": batch_size,
+        "device": device,
+    }
+    of_image = {"pitch_um": pitch_um, "tissue_method": tissue_method}
+    loaded = load(model, allow_encoder_source=allow_encoder_source)
+    many = {"out_dir": out_dir, "scheduler": scheduler, "workers": workers, "summary": summary}
+    if manifest is None and paths is not None and len(paths) == 1 and not any(many.values()):
+        _predict_one(
+            paths[0],
+            out,
+            options,
+            {**of_image, "keep_image": not no_image, "overwrite": overwrite},
+            loaded,
+            as_json=as_json,
+        )
+        return
+    if out is not None and (manifest is not None or len(paths or []) > 1):
+        raise ValueError("--out is of one slide; name a folder by --out-dir, or a column `output` of the manifest")
+    from .. import cohort
+
+    given: Any = manifest if manifest is not None else paths
+    if out is not None:
+        import pandas as pd
+
+        given = pd.DataFrame({"path": given, "output": [out]})
+    shared: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    with _client(scheduler, workers) as client:
+        frame = cohort.predict(
+            given,
+            client,
+            output_dir=out_dir,
+            summary=summary,
+            overwrite=overwrite,
+            keep_images=not no_image,
+            n_workers=workers,
+            **{**shared, **of_image, "model": loaded},
+        )
+    _print(frame, summary, as_json=as_json)
+    if (frame["status"] == "failed").any():
+        raise typer.Exit(1)
+
+
+def _predict_one(
+    path: Path, out: Path | None, options: dict[str, Any], further: dict[str, Any], model: HE2Gene, *, as_json: bool
+) -> None:
+    from ..cohort._record import figures
+    from ..cohort._slide import Job, output_of, predict_slide
+    from ..io._save import resolved
+
+    job = Job(path, output_of(path) if out is None else resolved(out), options, **further)
+    written = predict_slide(job, model)
+    if as_json:
+        # JSON has no NaN.
+        found = {name: value if value == value else None for name, value in figures(job).items()}
+        typer.echo(json.dumps([{"path": str(path), "output": str(written), "status": "predicted", **found}]))
+    else:
+        typer.echo(f"Written: {written}")
+
+
+def _client(scheduler: str | None, workers: int | None) -> Any:
+    from contextlib import nullcontext
+
+    if scheduler is None:
+        return nullcontext()
+    if workers is not None:
+        raise ValueError(
+            "--workers is of a cluster of this machine, and --scheduler has workers of its own; give one of them"
+        )
+    from distributed import Client
+
+    try:
+        return Client(scheduler)
+    except (OSError, ValueError) as error:
+        raise OSError(f"--scheduler {scheduler!r} cannot be reached: {error}") from error
+
+
+def _print(frame: pd.DataFrame, summary: Path | None, *, as_json: bool) -> None:
+    rows = json.loads(frame.to_json(orient="records"))
+    for row in rows:
+        for said in filter(None, (row["warnings"], row["error"])):
+            typer.echo(f"he2gene: {row['path']}: {said}", err=True)
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        if row["status"] != "failed":
+            typer.echo(f"{'Written' if row['status'] == 'predicted' else 'Finished before'}: {row['output']}")
+    counts = frame["status"].value_counts()
+    typer.echo(f"{len(frame)} slides: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+    if summary is not None:
+        typer.echo(f"Written: {summary}")

@@ -1,0 +1,5 @@
+"""Many slides: each read, predicted and saved in a task of its own."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from ._predict import predict
+
+__all__ = ["predict"]

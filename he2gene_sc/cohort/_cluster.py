@@ -1,0 +1,107 @@
+"""Where slides are predicted: a cluster of this machine, or a client's."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .._core.memory import memory_of_machine
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+#: Memory that a worker is expected to need: torch, scverse and a slide.
+_WORKER_BYTES = 3 * 1024**3
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def check_client(client: Any, n_workers: int | None) -> None:
+    """Refuse a client that cannot be used.
+
+    Raises
+    ------
+    TypeError
+        If it is not a client of dask.distributed.
+    ValueError
+        If it is closed or asynchronous, or workers are asked for beside it.
+    RuntimeError
+        If a worker process is importing the caller's script.
+    """
+    from distributed import Client
+
+    if client is None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise RuntimeError(
+                "hg.cohort.predict was called while a worker process imported the script: put the call below "
+                "`if __name__ == '__main__':`"
+            )
+        return
+    if not isinstance(client, Client):
+        raise TypeError(
+            f"`client` is of type {type(client).__name__}; a distributed.Client is needed: Client('tcp://ADDRESS:8786')"
+        )
+    if client.asynchronous or client.status != "running":
+        raise ValueError(
+            f"`client` is {'asynchronous' if client.asynchronous else client.status}; a running one is needed"
+        )
+    if n_workers is not None:
+        raise ValueError("`n_workers` is of a local cluster, and `client` has workers of its own; give one of them")
+
+
+def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict[str, str]]:
+    """Return the environment of each worker of a local cluster.
+
+    By default one worker a GPU; without one, as many as there are cores, memory for them, and slides.
+    """
+    from dask.system import CPU_COUNT
+
+    gpus = _gpus() if device in ("auto", "cuda") else []
+    if n_workers is None:
+        memory = memory_of_machine()
+        room = CPU_COUNT if memory is None else min(CPU_COUNT, memory // _WORKER_BYTES)
+        n_workers = len(gpus) or (room if device in ("auto", "cpu") and not _has_mps() else 1)
+    threads = dict.fromkeys(_THREADS, "1")
+    return [
+        {**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})}
+        for i in range(max(1, min(n_workers, n_slides)))
+    ]
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = [name.strip() for name in visible.split(",") if name.strip()]
+    n = torch.cuda.device_count()
+    return named[:n] if named else [str(i) for i in range(n)]
+
+
+def _has_mps() -> bool:
+    import torch
+
+    return torch.backends.mps.is_available()
+
+
+@contextmanager
+def local_client(environments: list[dict[str, str]]) -> Iterator[Client]:
+    """Start a process for each environment, with one thread, on this machine; stop them afterwards."""
+    from distributed import Client, Nanny, Scheduler
+    from distributed.deploy.spec import SpecCluster
+
+    memory = memory_of_machine()
+    share = {} if memory is None else {"memory_limit": memory // len(environments)}
+    common = {"host": "127.0.0.1", "nthreads": 1, "dashboard": False, "silence_logs": logging.CRITICAL, **share}
+    workers = {i: {"cls": Nanny, "options": {**common, "env": dict(env)}} for i, env in enumerate(environments)}
+    # A slide is tried on two workers, so that one that ends its worker does not end them all.
+    options = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0", "allowed_failures": 1}
+    with (
+        SpecCluster(
+            workers=workers, scheduler={"cls": Scheduler, "options": options}, silence_logs=logging.CRITICAL
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client

@@ -1,0 +1,208 @@
+"""Slides as they are named, paths or the rows of a manifest, as jobs; every cell is checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._core import validate
+from ._slide import Job, output_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Columns of a manifest that are not arguments of ``tl.predict``, and what they hold.
+_LABELS = ("patient", "section")
+_OF_IMAGES = {"pitch_um": float, "tissue_method": str}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def read_jobs(
+    slides: str | Path | Iterable[str | Path] | pd.DataFrame,
+    shared: Mapping[str, Any],
+    *,
+    output_dir: Path | None,
+    keep_images: bool,
+    overwrite: bool,
+) -> tuple[list[Job], list[Any]]:
+    """Read what is to be predicted; return a job and the model of each slide.
+
+    Parameters
+    ----------
+    slides
+        Paths, one path, the path of a manifest, or a manifest.
+    shared
+        Arguments of all slides; a cell of the manifest goes first.
+    output_dir, keep_images, overwrite
+        As for :func:`he2gene_sc.cohort.predict`.
+
+    Raises
+    ------
+    ValueError
+        If there are no slides, a column or an argument is unknown, a cell is not valid, or two slides have one output.
+    """
+    _check_names(shared, "arguments of hg.cohort.predict")
+    validate.arguments(_predict(), shared)
+    jobs, models = [], []
+    for where, row in _rows(slides):
+        options = {**shared, **row}
+        models.append(options.pop("model", "breast-her2st"))
+        path = options.pop("path")
+        output = options.pop("output", None)
+        labels = {name: str(options.pop(name)) for name in _LABELS if name in options}
+        own = {name: options.pop(name) for name in _OF_IMAGES if name in options}
+        try:
+            validate.arguments(_predict(), options)
+            own = {name: _value(name, value) for name, value in own.items()}
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        place = output_of(path, output_dir) if output is None else output.resolve()
+        jobs.append(Job(path, place, options, labels, **own, keep_image=keep_images, overwrite=overwrite))
+    if not jobs:
+        raise ValueError("`paths` names no slide; give stores, images or a manifest with a column `path`")
+    _check_outputs(jobs)
+    return jobs, models
+
+
+def _predict() -> Callable[..., Any]:
+    from ..tl import predict
+
+    return predict
+
+
+@cache
+def _options() -> dict[str, inspect.Parameter]:
+    """Return the arguments of ``tl.predict`` that a slide may have of its own."""
+    found = dict(inspect.signature(_predict()).parameters)
+    return {name: value for name, value in found.items() if name not in ("sdata", "copy", "show_progress_bar")}
+
+
+def _check_names(names: Iterable[str], what: str) -> None:
+    valid = ["path", "output", *_LABELS, *_OF_IMAGES, *_options()]
+    for name in names:
+        if name not in valid:
+            raise ValueError(f"{name!r} is not among the {what}, valid: {valid}{validate.near(name, valid)}")
+
+
+def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where a slide is named, and what is said of it."""
+    import pandas as pd
+
+    if isinstance(slides, str | Path) and Path(slides).suffix.lower() in _SEPARATORS:
+        manifest = validate.folder_or_file(slides, "paths")
+        yield from _of_frame(_read(manifest), manifest.resolve().parent, manifest.name, first=2)
+    elif isinstance(slides, pd.DataFrame):
+        yield from _of_frame(slides, Path.cwd(), "`paths`", first=0)
+    elif isinstance(slides, str | Path):
+        yield "`paths`", {"path": _path(slides, Path.cwd())}
+    else:
+        if not isinstance(slides, Iterable) or isinstance(slides, Mapping | bytes):
+            raise TypeError(
+                f"`paths` is of type {type(slides).__name__}; paths, or a manifest (a csv file or a DataFrame), are needed"
+            )
+        for number, path in enumerate(slides):
+            where = f"`paths`, number {number}"
+            yield where, {"path": _path(validate.folder_or_file(path, where.replace("`", "")), Path.cwd())}
+
+
+def _read(manifest: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    if not manifest.is_file():
+        raise ValueError(f"`paths` {str(manifest)!r}: there is no such manifest")
+    try:
+        return pd.read_csv(
+            manifest,
+            sep=_SEPARATORS[manifest.suffix.lower()],
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            skip_blank_lines=True,
+        )
+    except (ValueError, UnicodeDecodeError) as error:  # parser errors are ValueErrors
+        raise ValueError(f"{manifest.name} is not a manifest: {error}") from error
+
+
+def _of_frame(frame: pd.DataFrame, folder: Path, name: str, *, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    columns = [str(column).strip() for column in frame.columns]
+    validate.unique(columns, name, "columns")
+    if "path" not in columns:
+        raise ValueError(f"{name}: there is no column `path`, columns: {columns}; it names the slide of each row")
+    _check_names(columns, f"columns of {name}")
+    for number, values in enumerate(frame.itertuples(index=False, name=None)):
+        where = f"{name}, {'line' if first else 'row'} {number + first}"
+        row = {column: value for column, value in zip(columns, values, strict=True) if not _is_empty(value)}
+        if "path" not in row:
+            raise ValueError(f"{where}: `path` is empty")
+        try:
+            yield where, {column: _cell(column, value, folder) for column, value in row.items()}
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _is_empty(value: Any) -> bool:
+    import pandas as pd
+
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+
+
+def _cell(column: str, value: Any, folder: Path) -> Any:
+    if column in ("path", "output"):
+        return _path(value, folder)
+    return _value(column, value.item() if hasattr(value, "item") and not hasattr(value, "shape") else value)
+
+
+def _path(value: Any, folder: Path) -> Path:
+    # Links are not followed: the store is named after the link.
+    return (folder / validate.folder_or_file(value, "path")).absolute()
+
+
+def _value(column: str, value: Any) -> Any:
+    """Turn a text into what its argument is; other values stay as they are."""
+    if column in _OF_IMAGES:
+        kinds = {_OF_IMAGES[column].__name__}
+    elif column in _LABELS:
+        return str(value).strip()
+    else:
+        annotation = inspect.formatannotation(_options()[column].annotation)
+        kinds = {kind.strip(" '").partition("[")[0] for kind in annotation.split("|")}
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if column == "genes":
+        return text if text == "all" else [gene.strip() for gene in text.replace(";", ",").split(",") if gene.strip()]
+    if "bool" in kinds:
+        return validate.one_of(text.lower(), ("true", "false"), column) == "true"
+    for kind, convert, needed in (("int", int, "a whole number"), ("float", float, "a number")):
+        if kind in kinds:
+            try:
+                return convert(text)
+            except ValueError:
+                raise ValueError(f"`{column}` is {text!r}; {needed} is needed") from None
+    return text
+
+
+def _check_outputs(jobs: list[Job]) -> None:
+    """Refuse two slides with one output, and an output that is another's slide."""
+    from ..io._save import resolved
+
+    writers: dict[Path, Job] = {}
+    for job in jobs:
+        other = writers.setdefault(job.output, job)
+        if other is not job:
+            raise ValueError(
+                f"`paths`: {str(other.path)!r} and {str(job.path)!r} would both be written to {str(job.output)!r}; name each "
+                "slide once, or give the manifest a column `output`"
+            )
+    for job in jobs:
+        writer = writers.get(resolved(job.path))
+        if writer is not None and writer is not job:
+            raise ValueError(
+                f"`paths`: {str(writer.path)!r} would be written to {str(job.path)!r}, which is a slide itself; name "
+                "another store in a column `output`"
+            )

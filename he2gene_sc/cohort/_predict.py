@@ -1,0 +1,295 @@
+"""``hg.cohort.predict``: many slides on dask.distributed, one a task."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._core import validate
+from .._settings import settings
+from ._cluster import check_client, local_client, workers_here
+from ._manifest import read_jobs
+from ._record import figures, is_finished
+from ._slide import Job, predict_slide
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from distributed import Client
+
+    from ..models import HE2Gene
+
+_FIGURES = ("spots", "mpp", "share_on_tissue", "share_like_training", "share_annotated", "verdict")
+#: One slide at a time in a process, however many threads its worker has.
+_ONE = threading.Lock()
+
+
+def predict(
+    paths: str | Path | Iterable[str | Path] | pd.DataFrame,
+    client: Client | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    summary: str | Path | None = None,
+    overwrite: bool = False,
+    keep_images: bool = True,
+    n_workers: int | None = None,
+    show_progress_bar: bool | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Predict many slides, one a task of dask.distributed, and return a table with a row a slide.
+
+    Each slide is read, predicted by :func:`he2gene_sc.tl.predict` and saved. A slide whose store holds its prediction by the same
+    model with the same parameters is skipped, so the same call again predicts what is missing. A slide that fails has its error in
+    the table and does not stop the others.
+
+    Parameters
+    ----------
+    paths
+        SpatialData stores and H&E images, or a manifest: a DataFrame, or the path of a csv or tsv file, with a column ``path`` and
+        a row a slide. Further columns are arguments of :func:`he2gene_sc.tl.predict` (``mpp``, ``image_key``, ``genes``, …);
+        ``output``, the store to write; ``patient`` and ``section``, which are written to ``obs``; ``pitch_um`` and
+        ``tissue_method``. An empty cell is the default. Paths in a file are relative to it.
+    client
+        Client of a running cluster, whose workers see the same files. Default: a cluster of this machine with a worker a
+        GPU; without a GPU as many workers as cores and memory allow, of one thread each. A script then has to call this
+        function below ``if __name__ == "__main__":``.
+    output_dir
+        Folder for the stores. Default: a store is updated in place, an image gets a store beside it.
+    summary
+        CSV file for the table. It is written after each slide, and holds what is done if the run is interrupted.
+    overwrite
+        Whether finished slides are predicted again, other stores at the outputs replaced, and what others have saved to a slide
+        meanwhile.
+    keep_images
+        Whether new stores get a copy of the pixels. Without it they cannot be predicted again.
+    n_workers
+        Workers of the cluster of this machine.
+    show_progress_bar
+        Default ``hg.settings.show_progress_bar``.
+    **options
+        Arguments of :func:`he2gene_sc.tl.predict` for all slides, and ``pitch_um`` (100) and ``tissue_method`` (``"auto"``) of bare
+        images. A cell of the manifest goes first.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a slide, in the order of ``paths``: ``path``, ``output``, ``status`` (``"predicted"``, ``"skipped"``, ``"failed"``, or
+        ``"not run"`` in the file of an interrupted run), ``spots``, ``mpp`` (missing where regions differ), ``share_on_tissue``,
+        ``share_like_training``, ``share_annotated`` (spots whose class is known), ``verdict``, ``seconds``, ``warnings``,
+        ``error``; and ``patient`` and ``section`` where they were given.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a column or an argument is unknown or of another type, two slides have the same output, or ``client`` cannot be used.
+        Nothing has been predicted then.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> frame = hg.cohort.predict("slides.csv", summary="summary.csv")  # doctest: +SKIP
+    >>> frame[frame["status"] == "failed"]  # doctest: +SKIP
+    """
+    validate.arguments(predict, {name: value for name, value in locals().items() if name != "options"})
+    if n_workers is not None:
+        validate.whole(n_workers, "n_workers")
+    check_client(client, n_workers)
+    jobs, names = read_jobs(
+        paths,
+        options,
+        output_dir=None if output_dir is None else validate.folder_or_file(output_dir, "output_dir"),
+        keep_images=keep_images,
+        overwrite=overwrite,
+    )
+    table = _Summary(jobs, None if summary is None else validate.folder_or_file(summary, "summary"))
+    models = _load(names)
+    table.write()
+    todo = {}
+    for number, (job, model) in enumerate(zip(jobs, models, strict=True)):
+        if is_finished(job, model):
+            table.add(number, {"status": "skipped", **figures(job)})
+        else:
+            todo[number] = (job, model)
+    shown = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
+    with _bar(len(jobs), len(jobs) - len(todo), shown) as bar:
+        if todo:
+            device = str(options.get("device") or settings.device)
+            with _connected(client, workers_here(len(todo), n_workers, device)) as connected:
+                for number, row in _results(connected, todo):
+                    table.add(number, row)
+                    bar.set_postfix(spots=table.n_spots, failed=table.n_failed)
+                    bar.update()
+    return table.frame()
+
+
+def _load(names: list[Any]) -> list[HE2Gene]:
+    """Load every model once."""
+    from ..models import load
+
+    loaded: dict[Any, HE2Gene] = {}
+    for name in names:
+        key = id(name) if not isinstance(name, str | Path) else name
+        loaded.setdefault(key, load(name) if key not in loaded else loaded[key])
+    return [loaded[name if isinstance(name, str | Path) else id(name)] for name in names]
+
+
+def _connected(client: Client | None, environments: list[dict[str, str]]) -> contextlib.AbstractContextManager[Client]:
+    return local_client(environments) if client is None else contextlib.nullcontext(client)
+
+
+def _bar(total: int, done: int, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, initial=done, unit="slide", desc="predict", disable=not shown)
+
+
+class _Summary:
+    """The table of the slides, and the file that it is written to."""
+
+    def __init__(self, jobs: list[Job], path: Path | None) -> None:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"`summary` {str(path)!r} is a folder or lies in none; name a csv file")
+        self.path = path
+        self.labels = sorted({name for job in jobs for name in job.labels})
+        self.rows: list[dict[str, Any]] = [
+            {"path": str(job.path), "output": str(job.output), "status": "not run", **job.labels} for job in jobs
+        ]
+
+    def add(self, number: int, row: dict[str, Any]) -> None:
+        self.rows[number].update(row)
+        self.write()
+
+    def frame(self) -> pd.DataFrame:
+        import pandas as pd
+
+        columns = ["path", "output", *self.labels, "status", *_FIGURES, "seconds", "warnings", "error"]
+        frame = pd.DataFrame(self.rows, columns=columns)
+        texts = [*self.labels, "verdict", "warnings", "error"]
+        return frame.assign(**{name: frame[name].fillna("") for name in texts}, spots=frame["spots"].astype("Int64"))
+
+    def write(self) -> None:
+        if self.path is not None:
+            # At once: the old file stays whole until the new one is.
+            new = self.path.with_name(f".{self.path.name}.new")
+            self.frame().to_csv(new, index=False, float_format="%.6g")
+            new.replace(self.path)
+
+    @property
+    def n_spots(self) -> int:
+        return sum(row.get("spots", 0) for row in self.rows)
+
+    @property
+    def n_failed(self) -> int:
+        return sum(row["status"] == "failed" for row in self.rows)
+
+
+# --- Tasks -----------------------------------------------------------------------------------------------------------
+
+
+def _results(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run the slides; yield the row of each as it is done."""
+    from distributed import KilledWorker, as_completed
+
+    alone = []
+    futures = _submit(client, todo)
+    try:
+        for future in as_completed(futures):
+            number = futures[future]
+            if future.status == "error" and isinstance(future.exception(), KilledWorker):
+                alone.append(number)
+            else:
+                yield number, _row(future)
+        # A worker may have died of another slide that it had: those that are left have one to themselves.
+        for number in alone:
+            (future,) = again = _submit(client, {number: todo[number]})
+            futures |= again
+            next(as_completed(again))
+            yield number, _row(future)
+    finally:
+        client.cancel(list(futures))
+
+
+def _submit(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> dict[Any, int]:
+    """Submit slides; the model of several goes to the cluster once, as a task, which is done again where it is lost."""
+    import dask
+
+    session = {"device": settings.device, "memory_limit": settings.memory_limit}
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "16 GiB"}):
+        models = {id(model): model for _, model in todo.values()}
+        sent = {key: client.submit(_same, model, pure=False) for key, model in models.items()}
+        return {
+            client.submit(
+                run, job, sent[id(model)], session, pure=False, key=f"predict-{job.output.name}-{_unique()}"
+            ): number
+            for number, (job, model) in todo.items()
+        }
+
+
+def _unique() -> str:
+    import uuid
+
+    return uuid.uuid4().hex
+
+
+def _same(model: HE2Gene) -> HE2Gene:
+    return model
+
+
+def _row(future: Any) -> dict[str, Any]:
+    from distributed import KilledWorker
+
+    if future.status == "finished":
+        return future.result()
+    error = future.exception() if future.status == "error" else None
+    if isinstance(error, KilledWorker):
+        return _failed(
+            "the worker died each time it predicted this slide, of too little memory perhaps: give fewer workers, or look into "
+            f"their logs ({error})"
+        )
+    return _failed(f"{type(error).__name__}: {error}" if error is not None else f"the task was {future.status}")
+
+
+def _failed(error: str) -> dict[str, Any]:
+    return {"status": "failed", "error": error, "seconds": math.nan}
+
+
+def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
+    """Predict one slide in a worker; return its row of the table."""
+    import dask
+    from distributed import get_worker
+
+    # What a slide computes by dask stays in its worker: tasks of its own would wait behind other slides.
+    own = dask.config.set(scheduler="threads", num_workers=get_worker().state.nthreads)
+    with _ONE, own, warnings.catch_warnings(record=True) as caught, _settings(session):
+        warnings.simplefilter("default")
+        began = time.perf_counter()
+        try:
+            # A worker that died may have saved it before.
+            status = "skipped" if is_finished(job, model) else "predicted"
+            if status == "predicted":
+                predict_slide(job, model)
+            row = {"status": status, **figures(job)}
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other slides go on
+            row = _failed(f"{type(error).__name__}: {error}")
+        said = dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
+        return {**row, "seconds": round(time.perf_counter() - began, 3), "warnings": " | ".join(said)}
+
+
+@contextlib.contextmanager
+def _settings(session: dict[str, Any]) -> Iterator[None]:
+    before = {name: getattr(settings, name) for name in session}
+    shown = settings.show_progress_bar
+    try:
+        settings.show_progress_bar = False
+        for name, value in session.items():
+            setattr(settings, name, value)
+        yield
+    finally:
+        settings.show_progress_bar = shown
+        for name, value in before.items():
+            setattr(settings, name, value)

@@ -1,0 +1,142 @@
+"""What a store says of its prediction: whether it is the one that is asked for, and its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._core.keys import ATTRS, Keys
+from ._slide import SOURCE, Job
+
+if TYPE_CHECKING:
+    from ..models import HE2Gene
+
+#: Arguments of ``tl.predict`` that leave the numbers as they are, up to rounding.
+_SAME_RESULT = {"batch_size", "device", "features"}
+#: What the record calls arguments that are found where none is given.
+_FOUND = {"image_key": "image", "shapes_key": "shapes", "coordinate_system": "coordinate_system", "mpp": "mpp"}
+
+
+def is_finished(job: Job, model: HE2Gene) -> bool:
+    """Whether the store of a slide holds its prediction, by the same model with the same parameters."""
+    from ..io._store import root_attrs
+
+    if job.overwrite or not model.weights_sha256 or not job.output.is_dir():
+        return False
+    try:
+        source = (root_attrs(job.output) or {}).get(ATTRS, {}).get(SOURCE, {})
+        if not job.in_place and source != job.source:
+            return False
+        return any(
+            _matches(record, job, model) and _is_asked_for(table, job) and _has_labels(table, job.labels)
+            for table, record in _predictions(job.output, _key(job))
+        )
+    except Exception:  # noqa: BLE001 - whatever damage does to a reader: it is read again, and reported then
+        return False
+
+
+def figures(job: Job) -> dict[str, Any]:
+    """Numbers of a finished slide for the summary."""
+    table, record = _its_table(job)
+    odd = record.get("share_out_of_distribution", math.nan)
+    mpp = set(_values(record["mpp"]))
+    return {
+        "spots": int(sum(_values(record["n_spots"]))),
+        "mpp": float(mpp.pop()) if len(mpp) == 1 else math.nan,
+        "share_on_tissue": float(record.get("share_on_tissue", math.nan)),
+        "share_like_training": 1 - float(odd),
+        "share_annotated": _share_annotated(table, Keys(_key(job))),
+        "verdict": str(record.get("verdict", "")),
+    }
+
+
+def _key(job: Job) -> str:
+    return job.options.get("key_added", "he2gene")
+
+
+def _predictions(store: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Tables that hold a prediction, and its record; nothing else is read."""
+    for place in sorted((store / "tables").glob(f"[!.]*/uns/{key}")):
+        record = _read(place)
+        if isinstance(record, dict) and "weights_sha256" in record:
+            yield place.parents[1], record
+
+
+def _its_table(job: Job) -> tuple[Path, dict[str, Any]]:
+    found = list(_predictions(job.output, _key(job)))
+    # All genes stand in a table of the name of the key, where a measured table has its own.
+    all_genes = job.options.get("genes") == "all"
+    return min(found, key=lambda pair: (pair[0].name == _key(job)) != all_genes)
+
+
+def _is_asked_for(table: Path, job: Job) -> bool:
+    asked = job.options.get("table_key")
+    return asked is None or job.options.get("genes") == "all" or table.name == asked
+
+
+def _read(place: Path) -> Any:
+    import zarr
+    from anndata.io import read_elem
+
+    return read_elem(zarr.open(place, mode="r"))
+
+
+def _matches(record: Mapping[str, Any], job: Job, model: HE2Gene) -> bool:
+    options = {name: value for name, value in job.options.items() if value is not None and name not in _SAME_RESULT}
+    for name in ("key_added", "table_key"):
+        options.pop(name, None)
+    if options.get("dtype") == "auto":
+        del options["dtype"]
+    tta = options.pop("tta", model.card.tta)
+    layer = options.pop("layer", _key(job))
+    if record["weights_sha256"] != model.weights_sha256 or bool(record["tta"]) != tta or record["layer"] != layer:
+        return False
+    for name in ("genes", "gene_symbols", "known_patient"):
+        if _plain(record.get(name)) != _plain(options.pop(name, None) or None):
+            return False
+    return all(_agrees(record.get(_FOUND.get(name, name)), value) for name, value in options.items())
+
+
+def _agrees(found: Any, asked: Any) -> bool:
+    if isinstance(asked, Mapping):
+        return (
+            isinstance(found, Mapping)
+            and found.keys() == asked.keys()
+            and all(_agrees(found[name], value) for name, value in asked.items())
+        )
+    return found is not None and all(_equal(value, asked) for value in _values(found))
+
+
+def _equal(found: Any, asked: Any) -> bool:
+    if isinstance(asked, float):
+        return math.isclose(float(found), asked, rel_tol=1e-6)
+    return bool(_plain(found) == _plain(asked))
+
+
+def _values(found: Any) -> list[Any]:
+    if isinstance(found, Mapping):
+        return list(found.values())
+    return list(found) if isinstance(found, np.ndarray | list) else [found]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | bool) or value is None:
+        return value
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else list(value)
+
+
+def _has_labels(table: Path, labels: Mapping[str, str]) -> bool:
+    return all(
+        bool((np.asarray(_read(table / "obs" / name)).astype(str) == value).all()) for name, value in labels.items()
+    )
+
+
+def _share_annotated(table: Path, keys: Keys) -> float:
+    import pandas as pd
+
+    place = table / "obs" / keys.annotation
+    return float(pd.notna(_read(place)).mean()) if place.is_dir() else math.nan

@@ -1,0 +1,179 @@
+"""One slide, from its file to its store: what ``he2gene predict`` does with one and ``hg.cohort.predict`` with each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._core.keys import ATTRS
+from .._core.validate import format_list
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+    from ..models import HE2Gene
+
+#: ``sdata.attrs["he2gene"][SOURCE]``: what a store was made from, other than itself.
+SOURCE = "source"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A slide that is to be predicted.
+
+    Attributes
+    ----------
+    path
+        SpatialData store, or H&E image.
+    output
+        Store to write; an absolute path.
+    options
+        Arguments of :func:`he2gene_sc.tl.predict`, without the model.
+    labels
+        Columns of ``obs`` to write, each with one value: patient and section.
+    pitch_um, tissue_method
+        Pseudo-spots and tissue mask of a bare image.
+    keep_image
+        Whether ``output`` gets a copy of the pixels.
+    overwrite
+        Whether another store at ``output`` is replaced, and what others have saved to ``path`` meanwhile.
+    """
+
+    path: Path
+    output: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    pitch_um: float = 100.0
+    tissue_method: str = "auto"
+    keep_image: bool = True
+    overwrite: bool = False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a store is updated."""
+        from ..io._save import resolved
+
+        return self.path.is_dir() and self.output == resolved(self.path)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What tells whether a store was made from this slide; empty where it is updated."""
+        if self.in_place:
+            return {}
+        if self.path.is_dir():
+            return {"name": self.path.name}
+        size = self.path.stat().st_size
+        return {
+            "name": self.path.name,
+            "bytes": size,
+            "pitch_um": float(self.pitch_um),
+            "tissue_method": self.tissue_method,
+        }
+
+
+def output_of(path: Path, folder: Path | None = None) -> Path:
+    """Where a prediction goes if nothing is said: into the store, or beside the image; or into ``folder``."""
+    from ..io._save import resolved
+
+    place = path if path.is_dir() else path.with_suffix(".zarr")
+    return resolved(place if folder is None else folder / f"{path.stem}.zarr")
+
+
+def predict_slide(job: Job, model: HE2Gene) -> Path:
+    """Read a slide, predict it and save it; return the store.
+
+    A bare image gets a tissue mask and a grid of pseudo-spots first.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the slide cannot be read or predicted, or the store cannot be written.
+    """
+    from .. import io, tl
+    from ..io._save import check_place, check_target, least_bytes
+
+    if not job.path.exists():
+        raise ValueError(f"PATH {str(job.path)!r}: nothing there")
+    in_place = job.in_place
+    if in_place and not job.keep_image:
+        raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store by --out")
+    sdata = _open(job.path) if job.path.is_dir() else None
+    check_target(job.output, overwrite=job.overwrite or in_place)
+    check_place(job.output, 0)
+    if sdata is None:
+        sdata = _read_image(job)
+    _check_labels(sdata, job.labels)
+    check_place(job.output, least_bytes(sdata, images=job.keep_image and not in_place))
+    tl.predict(sdata, model=model, **job.options)
+    _write_labels(sdata, job)
+    if not job.keep_image:
+        for name in list(sdata.images):
+            del sdata.images[name]
+    if job.source:
+        sdata.attrs[ATTRS] = {**sdata.attrs.get(ATTRS, {}), SOURCE: job.source}
+    try:
+        return io.save(sdata, job.output, overwrite=job.overwrite)
+    except (FileExistsError, BlockingIOError) as error:
+        if not in_place:
+            raise
+        raise type(error)(
+            f"{error}. The prediction is in {str(_rescue(sdata, job.output))!r}, without the image"
+        ) from error
+
+
+def _open(store: Path) -> SpatialData:
+    from ..io._open import open_store
+    from ..io._store import fingerprints, remember
+
+    as_read = fingerprints(store)
+    sdata = open_store(store)
+    remember(sdata, as_read)
+    return sdata
+
+
+def _read_image(job: Job) -> SpatialData:
+    from .. import io, pp
+    from .._core.mpp import stored_mpp
+
+    sdata = io.read_he(job.path, mpp=job.options.get("mpp"))
+    if stored_mpp(sdata, "he") is None:
+        raise ValueError(
+            "`mpp` of image 'he' is unknown: the file states none; give --mpp, of many slides a column `mpp`, in µm per "
+            "pixel (0.5 for a 20× scan)"
+        )
+    pp.tissue(sdata, method=job.tissue_method)  # type: ignore[arg-type]  # it checks the name
+    pp.grid(sdata, pitch_um=job.pitch_um)
+    return sdata
+
+
+def _check_labels(sdata: SpatialData, labels: Mapping[str, str]) -> None:
+    """Refuse a patient or section that a table contradicts."""
+    for name, value in labels.items():
+        for key, table in sdata.tables.items():
+            if name in table.obs and not (table.obs[name].astype(str) == value).all():
+                raise ValueError(
+                    f"`{name}` is {value!r}, but obs[{name!r}] of table {key!r} has "
+                    f"{format_list(sorted(map(repr, table.obs[name].unique())))}; leave it out, or correct the table"
+                )
+
+
+def _write_labels(sdata: SpatialData, job: Job) -> None:
+    key = job.options.get("key_added", "he2gene")
+    for table in sdata.tables.values():
+        for name, value in job.labels.items():
+            if key in table.uns and name not in table.obs:
+                table.obs[name] = value
+                table.obs[name] = table.obs[name].astype("category")
+
+
+def _rescue(sdata: SpatialData, target: Path) -> Path:
+    """Write what was predicted beside a store that others have changed meanwhile."""
+    from .. import io
+
+    places = (target.with_name(f"{target.stem}-he2gene-{number}.zarr") for number in itertools.count(1))
+    for name in list(sdata.images):
+        del sdata.images[name]
+    return io.save(sdata, next(place for place in places if not place.exists()))

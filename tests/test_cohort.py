@@ -1,0 +1,353 @@
+"""Many slides: what each becomes, what is done again, and what is refused before work."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import dask
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+from PIL import Image
+
+import he2gene_sc as hg
+from he2gene_sc.cli import app as cli
+from he2gene_sc.cohort import _predict as cohort
+from he2gene_sc.cohort._manifest import read_jobs
+from he2gene_sc.cohort._record import is_finished
+from he2gene_sc.cohort._slide import Job
+
+pytestmark = pytest.mark.slow
+
+COLUMNS = [
+    *("path", "output", "patient", "status", "spots", "mpp", "share_on_tissue", "share_like_training"),
+    *("share_annotated", "verdict", "seconds", "warnings", "error"),
+]
+
+
+@pytest.fixture(scope="module")
+def client():
+    """A worker in this process."""
+    from distributed import Client
+
+    # A profiler that looks at this process a hundred times a second is most of the work otherwise.
+    quiet = dask.config.set({"distributed.worker.profile.enabled": False})
+    with quiet, Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    place = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model.save(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, folder):
+    spec = hg.models.EncoderSpec("tiny", "tiny", "BSD-3-Clause", False, 32, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return hg.models.load(folder, encoder=(tiny_model.network.extractor.encoder, spec))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("slides") / "slides"
+    place.mkdir()
+    for name, seed in (("A", 0), ("B", 1)):
+        hg.datasets.toy((2, 3), mpp=4.0, seed=seed).write(place / f"{name}.zarr")
+    pixels = hg.datasets.toy((2, 3), mpp=4.0)["he"].transpose("y", "x", "c").to_numpy()
+    Image.fromarray(pixels).save(place / "C.png")
+    (place / "D.tif").write_bytes(b"II*\0cut")
+    (place / "slides.csv").write_text("path,mpp,patient\nA.zarr,,\nD.tif,1,\nC.png,4,P1\nB.zarr,,toy\n")
+    return place
+
+
+@pytest.fixture
+def slides(made, tmp_path):
+    """Two stores, an image, and one that is damaged."""
+    return Path(shutil.copytree(made, tmp_path / "slides"))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the slides that are predicted."""
+    names = []
+
+    def predict(job, model, before=cohort.predict_slide):
+        names.append(job.path.name)
+        return before(job, model)
+
+    monkeypatch.setattr(cohort, "predict_slide", predict)
+    return names
+
+
+def files(*stores):
+    return {path: path.stat().st_mtime_ns for store in stores for path in store.rglob("*") if path.is_file()}
+
+
+def test_a_manifest_with_a_damaged_slide_and_what_is_done_again(made, slides, model, client, counted):
+    manifest, summary = slides / "slides.csv", slides / "summary.csv"
+    frame = hg.cohort.predict(manifest, client, model=model, pitch_um=200, summary=summary)
+    assert list(frame.columns) == COLUMNS
+    assert frame["status"].tolist() == ["predicted", "failed", "predicted", "predicted"]
+    assert frame["spots"].tolist()[::3] == [6, 6]
+    assert frame.loc[2, "output"] == str(slides / "C.zarr")
+    assert "`path` 'D.tif' is not a TIFF file" in frame.loc[1, "error"]
+    assert (frame.loc[[0, 2, 3], "seconds"] > 0).all()
+    assert (frame.loc[[0, 2, 3], "mpp"] == 4).all()
+    assert pd.read_csv(summary, keep_default_na=False)["status"].tolist() == frame["status"].tolist()
+    alone = hg.datasets.toy((2, 3), mpp=4.0, seed=1)
+    hg.tl.predict(alone, model=model)
+    np.testing.assert_array_equal(
+        sd.read_zarr(slides / "B.zarr")["table"].layers["he2gene"], alone["table"].layers["he2gene"]
+    )
+    assert (sd.read_zarr(slides / "C.zarr")["table"].obs["patient"] == "P1").all()
+    # Again: what is finished stays as it is, file by file; what is missing is predicted.
+    before = files(slides / "A.zarr", slides / "C.zarr")
+    shutil.rmtree(slides / "B.zarr")
+    shutil.copytree(made / "B.zarr", slides / "B.zarr")
+    counted.clear()
+    again = hg.cohort.predict(manifest, client, model=model, pitch_um=200)
+    assert again["status"].tolist() == ["skipped", "failed", "skipped", "predicted"]
+    assert sorted(counted) == ["B.zarr", "D.tif"]
+    assert files(slides / "A.zarr", slides / "C.zarr") == before
+    assert again.loc[2, "spots"] == frame.loc[2, "spots"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "repeated"),
+    [
+        ({}, False),
+        ({"batch_size": 2}, False),
+        ({"mpp": 4.0}, False),
+        ({"image_key": "he", "shapes_key": "spots", "table_key": "table", "dtype": "auto"}, False),
+        ({"genes": ["ERBB2", "CD24"]}, True),
+        ({"genes": "all"}, True),
+        ({"known_patient": True}, True),
+        ({"mpp": 3.9}, True),
+        ({"tta": True}, True),
+        ({"key_added": "second"}, True),
+        ({"layer": "other"}, True),
+        ({"overwrite": True}, True),
+        ({"patient": "somebody else"}, True),
+    ],
+)
+def test_a_finished_slide_is_one_of_the_same_parameters(finished, model, asked, repeated):
+    labels = {name: asked[name] for name in asked if name == "patient"}
+    options = {name: asked[name] for name in asked if name not in ("patient", "overwrite")}
+    job = Job(finished, finished, options, labels, overwrite=asked.get("overwrite", False))
+    assert is_finished(job, model) is not repeated
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """A store that was predicted, of an image beside it."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "slide.tif").write_bytes(b"x")
+    sdata = hg.datasets.toy((2, 2), mpp=4.0)
+    hg.tl.predict(sdata, model=model)
+    source = Job(place / "slide.tif", place / "A.zarr").source
+    sdata.attrs["he2gene"] = {**sdata.attrs["he2gene"], "source": source}
+    sdata.write(place / "A.zarr")
+    return place / "A.zarr"
+
+
+def test_a_slide_of_another_model_or_another_file_is_not_finished(finished, model, tiny_model):
+    of_image = Job(finished.parent / "slide.tif", finished)
+    assert is_finished(of_image, model)
+    other = replace(model, card=replace(model.card, files={**model.card.files, "weights.safetensors": "0" * 64}))
+    assert not is_finished(of_image, other)
+    assert not is_finished(of_image, tiny_model)  # never saved: nothing tells it from another
+    assert not is_finished(replace(of_image, pitch_um=50), model)
+    of_image.path.write_bytes(b"another scan")
+    assert not is_finished(of_image, model)
+
+
+def test_an_interrupted_run_leaves_finished_slides_whole_and_goes_on_where_it_stopped(
+    slides, model, client, counted, monkeypatch
+):
+    predict, stopped, summary = cohort.predict_slide, threading.Event(), slides / "summary.csv"
+
+    def until_interrupted(job, model):
+        if "predicted" not in pd.read_csv(summary)["status"].tolist() and not first:
+            first.append(job.path)
+            return predict(job, model)
+        while "predicted" not in pd.read_csv(summary)["status"].tolist():
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert stopped.wait(60)
+        raise ValueError("interrupted")
+
+    first = []
+    monkeypatch.setattr(cohort, "predict_slide", until_interrupted)
+    given = [slides / "A.zarr", slides / "B.zarr"]
+    with pytest.raises(KeyboardInterrupt):
+        hg.cohort.predict(given, client, model=model, summary=summary)
+    stopped.set()
+    monkeypatch.setattr(cohort, "predict_slide", predict)
+    found = pd.read_csv(summary)
+    assert sorted(found["status"]) == ["not run", "predicted"]
+    assert "he2gene" in sd.read_zarr(first[0])["table"].layers
+    counted.clear()
+    frame = hg.cohort.predict(given, client, model=model)
+    assert sorted(frame["status"]) == ["predicted", "skipped"]
+    assert counted == [path.name for path in given if path != first[0]]
+
+
+def test_a_slide_whose_worker_is_killed_is_predicted_by_another(tmp_path, model):
+    import torch
+
+    class Deadly(torch.nn.Sequential):
+        def forward(self, images):
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().forward(images)
+
+    marker = tmp_path / "killed"
+    encoder, spec = model.encoder
+    hg.datasets.toy((2, 3), mpp=4.0).write(tmp_path / "A.zarr")
+    frame = hg.cohort.predict(
+        [tmp_path / "A.zarr"], n_workers=1, model=replace(model, encoder=(Deadly(*encoder), spec))
+    )
+    assert marker.exists()
+    assert frame["status"].tolist() == ["predicted"], frame["error"][0]
+    assert "he2gene" in sd.read_zarr(tmp_path / "A.zarr")["table"].layers
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "error", "said"),
+    [
+        (["A.svs", "A.tif"], {}, ValueError, "would both be written to"),
+        (["A.zarr", "A.zarr"], {}, ValueError, "would both be written to"),
+        (["x/A.svs", "y/A.svs"], {"output_dir": "out"}, ValueError, "would both be written to"),
+        ([], {}, ValueError, "`paths` names no slide"),
+        (3, {}, TypeError, "`paths` is of type int"),
+        (["A.zarr"], {"client": "tcp://host:1"}, TypeError, "`client` is of type str; a distributed.Client is needed"),
+        (["A.zarr"], {"n_workers": 0}, ValueError, "`n_workers` is 0; a whole number from 1"),
+        (["A.zarr"], {"imagekey": "he"}, ValueError, "near 'imagekey': ['image_key'"),
+        (["A.zarr"], {"tta": "yes"}, ValueError, "`tta` is 'yes'; True or False"),
+        (["A.zarr"], {"summary": "no/such/folder.csv"}, ValueError, "`summary`"),
+        (pd.DataFrame({"slide": ["A.svs"]}), {}, ValueError, "there is no column `path`"),
+        (pd.DataFrame({"path": ["A.svs"], "mmp": [0.5]}), {}, ValueError, "'mmp' is not among the columns"),
+        (pd.DataFrame({"path": ["A.svs", None]}), {}, ValueError, "row 1: `path` is empty"),
+        (pd.DataFrame({"path": ["A.svs"], "tta": ["maybe"]}), {}, ValueError, "row 0: `tta` is 'maybe'"),
+        (pd.DataFrame({"path": ["A.svs"], "batch_size": [2.5]}), {}, ValueError, "row 0: `batch_size` is 2.5"),
+        (
+            pd.DataFrame({"path": ["A.svs", "A.zarr"], "output": ["A.zarr", "B.zarr"]}),
+            {},
+            ValueError,
+            "is a slide itself",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_any_work(monkeypatch, tmp_path, paths, options, error, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cohort, "local_client", lambda _: pytest.fail("a cluster was started"))
+    with pytest.raises(error) as refused:
+        hg.cohort.predict(paths, **options)
+    assert said in str(refused.value)
+
+
+def test_cells_of_a_manifest_are_what_their_arguments_are(tmp_path):
+    (tmp_path / "m.csv").write_text(
+        "﻿path,output,mpp,tta,genes,batch_size,patient,pitch_um,model\n"
+        "a.svs,out/a.zarr,0.5,TRUE,ERBB2; CD24,8,07,50,\nb.zarr,,,,all,,,,other\n",
+        encoding="utf-8",
+    )
+    jobs, models = read_jobs(tmp_path / "m.csv", {"mpp": 1.0}, output_dir=None, keep_images=True, overwrite=False)
+    a, b = jobs
+    assert a.options == {"mpp": 0.5, "tta": True, "genes": ["ERBB2", "CD24"], "batch_size": 8}
+    assert (a.path, a.output, a.labels, a.pitch_um) == (
+        tmp_path / "a.svs",
+        (tmp_path / "out" / "a.zarr").resolve(),
+        {"patient": "07"},
+        50.0,
+    )
+    assert b.options == {"mpp": 1.0, "genes": "all"}
+    assert models == ["breast-her2st", "other"]
+
+
+def test_a_patient_that_the_table_contradicts_fails_the_slide(slides, model, client):
+    frame = hg.cohort.predict(pd.DataFrame({"path": [slides / "A.zarr"], "patient": ["other"]}), client, model=model)
+    assert "`patient` is 'other', but obs['patient'] of table 'table' has 'toy'" in frame.loc[0, "error"]
+
+
+# ----------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def shell(monkeypatch, capsys, client):
+    """Run the console script on the worker of this process: exit code, stdout, stderr."""
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(cohort, "local_client", lambda _: nullcontext(client))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["he2gene", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def bundled(monkeypatch, model):
+    """The small model by the name of the bundled one."""
+    monkeypatch.setattr("he2gene_sc.models.load", lambda *_, **__: model)
+
+
+def test_the_shell_predicts_many_and_names_what_failed(shell, slides, bundled):
+    code, out, err = shell("predict", slides / "A.zarr", slides / "D.tif", "--summary", slides / "s.csv")
+    assert code == 1
+    assert f"Written: {slides / 'A.zarr'}" in out
+    assert "2 slides: 1 predicted, 1 failed" in out
+    assert f"he2gene: {slides / 'D.tif'}: ValueError: `path` 'D.tif' is not a TIFF file" in err
+    assert pd.read_csv(slides / "s.csv")["status"].tolist() == ["predicted", "failed"]
+    code, out, _ = shell("predict", slides / "A.zarr", slides / "B.zarr", "--json")
+    assert code == 0
+    assert [row["status"] for row in json.loads(out)] == ["skipped", "predicted"]
+
+
+def test_the_shell_predicts_one_slide_with_what_the_verb_takes(shell, slides, bundled):
+    given = ("--genes", "ERBB2,CD24", "--key-added", "two", "--coordinate-system", "global", "--batch-size", 3)
+    code, out, _ = shell("predict", slides / "A.zarr", *given, "--json")
+    assert code == 0
+    (row,) = json.loads(out)
+    assert (row["status"], row["spots"], row["output"]) == ("predicted", 6, str(slides / "A.zarr"))
+    table = sd.read_zarr(slides / "A.zarr")["table"]
+    assert table.var["two_predicted"].sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "either PATHS or --manifest is needed"),
+        (("A.zarr", "--manifest", "m.csv"), "either PATHS or --manifest is needed"),
+        (("A.zarr", "B.zarr", "--out", "C.zarr"), "--out is of one slide"),
+        (("A.zarr", "--genes", ","), "names no gene"),
+        (("A.zarr", "--genes", "CD24", "--all-genes"), "give one of them"),
+        (("A.zarr", "--scheduler", "tcp://h:1", "--workers", "2"), "give one of them"),
+        (("--manifest", "m.csv"), "there is no such manifest"),
+        (("C.png", "--tissue-method", "x", "--mpp", "4"), "`method` is 'x'"),
+    ],
+)
+def test_the_shell_refuses_contradictions(shell, slides, bundled, monkeypatch, arguments, said):
+    monkeypatch.chdir(slides)
+    code, _, err = shell("predict", *arguments)
+    assert code == 1
+    assert said in err
+
+
+def test_the_shell_says_its_version(shell):
+    code, out, _ = shell("--version")
+    assert (code, out.strip()) == (0, f"he2gene_sc {hg.__version__}")
