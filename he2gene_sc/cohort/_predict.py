@@ -156,8 +156,10 @@ class _Summary:
             raise ValueError(f"`summary` {str(path)!r} is a folder or lies in none; name a csv file")
         self.path = path
         self.labels = sorted({name for job in jobs for name in job.labels})
+        texts = dict.fromkeys((*self.labels, "verdict", "warnings", "error"), "")
         self.rows: list[dict[str, Any]] = [
-            {"path": str(job.path), "output": str(job.output), "status": "not run", **job.labels} for job in jobs
+            {"path": str(job.path), "output": str(job.output), "status": "not run", **texts, **job.labels}
+            for job in jobs
         ]
 
     def add(self, number: int, row: dict[str, Any]) -> None:
@@ -169,8 +171,7 @@ class _Summary:
 
         columns = ["path", "output", *self.labels, "status", *_FIGURES, "seconds", "warnings", "error"]
         frame = pd.DataFrame(self.rows, columns=columns)
-        texts = [*self.labels, "verdict", "warnings", "error"]
-        return frame.assign(**{name: frame[name].fillna("") for name in texts}, spots=frame["spots"].astype("Int64"))
+        return frame.assign(spots=frame["spots"].astype("Int64"))
 
     def write(self) -> None:
         if self.path is not None:
