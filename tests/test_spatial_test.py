@@ -7,7 +7,7 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from he2gene_sc.stats import _spatial_fit, _spatial_test, spatial_test, wilcoxon_test
-from he2gene_sc.stats._covariance import _Pairs, make_blocks
+from he2gene_sc.stats._covariance import _Distances, _Parts, make_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -273,9 +273,27 @@ def test_blocks_hold_label_and_covariance():
     label = (BLOB - BLOB.mean())[:, None]
     assert np.isclose(np.square(blocks.project(label)).sum(), np.square(label).sum())
     basis = (blocks.of_spot[:, None] == np.arange(60)) / np.sqrt(blocks.size)
-    np.testing.assert_allclose(
-        _Pairs(blocks).correlation("exponential", GRID / 3), basis.T @ np.exp(-DISTANCE / 3) @ basis, atol=1e-10
-    )
+    found = _Distances(blocks, _Parts(blocks), np.eye(2)).correlation("exponential", 3)
+    exact = basis.T @ np.exp(-DISTANCE / 3) @ basis
+    np.testing.assert_allclose(found, exact, atol=3e-3)
+    np.testing.assert_allclose(np.diag(found), np.diag(exact), atol=1e-10)
+
+
+@pytest.mark.slow
+def test_size_holds_in_blocks_of_a_field_that_is_long_in_one_direction(monkeypatch):
+    """Ten spots a block. With four spots that stand for a block 11 % came below .05."""
+    rows, columns = np.divmod(np.arange(1600), 40)
+    xy = np.column_stack([columns + 0.5 * (rows % 2), rows * np.sqrt(0.75)])
+    centred = (xy - xy.mean(0)) / np.ptp(xy, axis=0)
+    away = np.linalg.norm(centred, axis=1)
+    turn = np.array([[np.cos(1.05), -np.sin(1.05)], [np.sin(1.05), np.cos(1.05)]])
+    points = xy @ turn / np.sqrt([5, 0.2]) / 25
+    distance = np.sqrt(3) * np.linalg.norm(points[:, None] - points, axis=2)
+    values = field((1 + distance) * np.exp(-distance), 300, 1)
+    monkeypatch.setattr(_spatial_test, "make_blocks", lambda *args: make_blocks(*args, max_blocks=160))
+    pvalues = spatial_test(values, away > np.quantile(away, 0.7), xy, check_top=0).pvalues
+    assert np.mean(pvalues < 0.05) <= 0.07
+    assert np.mean(pvalues < 0.001) <= 0.01
 
 
 def test_blocks_give_nearly_the_exact_test(monkeypatch, smooth):

@@ -9,8 +9,11 @@ import numpy as np
 
 #: Up to so many spots each is a block of its own and the restricted likelihood is exact.
 MAX_BLOCKS = 500
-#: Spots that stand for a block in its correlation with other blocks.
-_REPRESENTATIVES = 4
+#: Parts that a block has in its correlation with other blocks, each at its centre: up to so many spots it is exact.
+_PARTS = 16
+#: Pairs of blocks whose distances have a coefficient of variation of at most this are seen at two distances, mean ± SD:
+#: an exponential is then met to 3e-4 whatever its range. Of the other, nearer, pairs all parts are.
+_FAR = 0.2
 #: Field to white noise, as a ratio of variances: from nearly white to nearly none.
 ODDS = np.geomspace(0.02, 1000, 25)
 #: Families, numbers of ranges, the longest in sides of the tissue, and anisotropy (ratio of the ranges along and across).
@@ -25,8 +28,6 @@ _GRID = (
     ("gaussian", 6, 1, 3),
     ("matern", 6, 1, 6),
 )
-#: Pairs of more spots than this are computed in single precision.
-_MAX_DOUBLE = 1000
 _DIRECTIONS = 4
 
 
@@ -57,17 +58,22 @@ def make_blocks(xy: np.ndarray, section: np.ndarray, group: np.ndarray, max_bloc
     parts = [
         np.flatnonzero((section == code) & (group == side)) for code in np.unique(section) for side in (False, True)
     ]
-    parts = [part for part in parts if len(part)]
-    while len(parts) < max_blocks:
+    parts = _halved([part for part in parts if len(part)], xy, max_blocks)
+    of_spot = np.empty(n, int)
+    for code, part in enumerate(parts):
+        of_spot[part] = code
+    return Blocks(xy, section, of_spot, np.bincount(of_spot).astype(float))
+
+
+def _halved(parts: list[np.ndarray], xy: np.ndarray, n: int) -> list[np.ndarray]:
+    """Halve the largest part at the median of its longer side until there are ``n``."""
+    while len(parts) < n:
         largest = max(range(len(parts)), key=lambda i: len(parts[i]))
         part = parts.pop(largest)
         axis = int(np.ptp(xy[part], axis=0).argmax())
         part = part[np.argsort(xy[part, axis], kind="stable")]
         parts += [part[: len(part) // 2], part[len(part) // 2 :]]
-    of_spot = np.empty(n, int)
-    for code, part in enumerate(parts):
-        of_spot[part] = code
-    return Blocks(xy, section, of_spot, np.bincount(of_spot).astype(float))
+    return parts
 
 
 def correlations(blocks: Blocks) -> Iterator[np.ndarray]:
@@ -88,51 +94,82 @@ def correlations(blocks: Blocks) -> Iterator[np.ndarray]:
     nearest = [cKDTree(xy).query(xy, k=2)[0][:, 1] for xy in sections if len(xy) > 1]
     pitch = float(np.median(np.concatenate(nearest)))
     side = max(float(np.sqrt(6 * np.var(xy, axis=0).sum())) for xy in sections)
-    pairs = _Pairs(blocks)
+    parts = _Parts(blocks)
+    stretched: dict[tuple[int, int], _Distances] = {}
     for family, n_ranges, longest, ratio in _GRID:
         shortest = pitch / 2 if ratio == 1 else pitch
         for reach in np.geomspace(shortest, max(longest * side, shortest), n_ranges):
             for turn in range(1 if ratio == 1 else _DIRECTIONS):
-                angle = np.pi * turn / _DIRECTIONS
-                along = np.array([np.cos(angle), np.sin(angle)]) / np.sqrt(ratio)
-                across = np.array([-np.sin(angle), np.cos(angle)]) * np.sqrt(ratio)
-                yield pairs.correlation(family, blocks.xy @ np.column_stack([along, across]) / reach)
+                if (ratio, turn) not in stretched:
+                    angle = np.pi * turn / _DIRECTIONS
+                    along = np.array([np.cos(angle), np.sin(angle)]) / np.sqrt(ratio)
+                    across = np.array([-np.sin(angle), np.cos(angle)]) * np.sqrt(ratio)
+                    stretched[ratio, turn] = _Distances(blocks, parts, np.column_stack([along, across]))
+                yield stretched[ratio, turn].correlation(family, reach)
 
 
-class _Pairs:
-    """Pairs of spots whose correlation makes that of two blocks: a few spots a block, all within a block."""
+class _Parts:
+    """Blocks cut into a few parts, each at its centre, and all pairs of spots within a block."""
 
     def __init__(self, blocks: Blocks):
         order = np.argsort(blocks.of_spot, kind="stable")
-        ends = np.cumsum(blocks.size).astype(int)
-        members = np.split(order, ends[:-1])
-        chosen = [
-            part[np.linspace(0, len(part) - 1, min(len(part), _REPRESENTATIVES)).round().astype(int)]
-            for part in members
-        ]
-        self.spots = np.concatenate(chosen)
-        counts = np.array([len(part) for part in chosen])
-        self.starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        self.weight = np.sqrt(blocks.size) / counts
+        members = np.split(order, np.cumsum(blocks.size).astype(int)[:-1])
+        cut = [_halved([part], blocks.xy, min(len(part), _PARTS)) for part in members]
+        self.xy = np.array([blocks.xy[spots].mean(0) for parts in cut for spots in parts])
+        self.counts = np.array([len(parts) for parts in cut])
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
+        sizes: np.ndarray = np.array([len(spots) for parts in cut for spots in parts], float)
+        self.weight = sizes / np.repeat(blocks.size, self.counts)
         section = blocks.section[[part[0] for part in members]]
         self.apart = section[:, None] != section
-        self.size = blocks.size
         inside = [np.array(np.meshgrid(part, part)).reshape(2, -1) for part in members]
         self.first, self.second = np.concatenate(inside, axis=1)
 
-    def correlation(self, family: str, xy: np.ndarray) -> np.ndarray:
+    def mean(self, values: np.ndarray) -> np.ndarray:
+        """Mean over the parts of each block, of ``(k, parts)`` values."""
+        return np.add.reduceat(values * self.weight, self.starts, axis=1)
+
+
+class _Distances:
+    """Distances of blocks once the plane is stretched: two of far pairs, those of all parts of near ones."""
+
+    def __init__(self, blocks: Blocks, parts: _Parts, stretch: np.ndarray):
         from scipy.spatial.distance import cdist
 
-        distance = cdist(xy[self.spots], xy[self.spots])
-        between = _correlation(family, distance.astype(np.float32) if len(self.spots) > _MAX_DOUBLE else distance)
-        if len(self.spots) > len(self.size):
-            between = np.add.reduceat(np.add.reduceat(between, self.starts, axis=0), self.starts, axis=1)
-        between = between.astype(np.float64)
-        between *= self.weight[:, None] * self.weight
+        self.root, self.apart = np.sqrt(blocks.size), parts.apart
+        xy, m = parts.xy @ stretch, len(blocks.size)
+        mean, square = np.empty((m, m)), np.empty((m, m))
+        for block, (start, count) in enumerate(zip(parts.starts, parts.counts, strict=True)):
+            own = slice(start, start + count)
+            distance = cdist(xy[own], xy)
+            mean[block] = parts.weight[own] @ parts.mean(distance)
+            square[block] = parts.weight[own] @ parts.mean(np.square(distance))
+        spread = np.sqrt(np.maximum(square - np.square(mean), 0))
+        self.nodes = np.stack([mean - spread, mean + spread] if len(xy) > m else [mean])
+        near = np.triu((spread > _FAR * mean) & ~parts.apart, 1) if len(xy) > m else np.zeros((m, m), bool)
+        self.near = i, j = np.nonzero(near)
+        pairs = parts.counts[i] * parts.counts[j]
+        self.near_starts = (np.cumsum(pairs) - pairs).astype(int)
+        within = np.arange(pairs.sum()) - np.repeat(self.near_starts, pairs)
+        first, second = np.divmod(within, np.repeat(parts.counts[j], pairs))
+        first, second = first + np.repeat(parts.starts[i], pairs), second + np.repeat(parts.starts[j], pairs)
+        self.near_distance = np.linalg.norm(xy[first] - xy[second], axis=1).astype(np.float32)
+        self.near_weight = (parts.weight[first] * parts.weight[second]).astype(np.float32)
+        spots = blocks.xy @ stretch
+        self.inside = np.linalg.norm(spots[parts.first] - spots[parts.second], axis=1)
+        self.inside_starts = np.concatenate([[0], np.cumsum(blocks.size**2)[:-1]]).astype(int)
+
+    def correlation(self, family: str, reach: float) -> np.ndarray:
+        """Correlation matrix in the basis of blocks, ``(m, m)``."""
+        between = np.mean([_correlation(family, node / reach) for node in self.nodes], axis=0)
+        if len(self.near_starts):
+            i, j = self.near
+            near = _correlation(family, self.near_distance / np.float32(reach)) * self.near_weight
+            between[i, j] = between[j, i] = np.add.reduceat(near, self.near_starts)
+        between *= self.root[:, None] * self.root
         between[self.apart] = 0
-        within = _correlation(family, np.linalg.norm(xy[self.first] - xy[self.second], axis=1))
-        starts = np.concatenate([[0], np.cumsum(self.size**2)[:-1]]).astype(int)
-        np.fill_diagonal(between, np.add.reduceat(within, starts) / self.size)
+        within = _correlation(family, self.inside / reach)
+        np.fill_diagonal(between, np.add.reduceat(within, self.inside_starts) / np.square(self.root))
         return between
 
 
