@@ -55,6 +55,50 @@ def _toys_are_painted_once():
     _toy._paint = paint
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _patches_are_encoded_once(tmp_path_factory):
+    """Many tests encode the same patches with the same weights: what the network gave for those very bytes is given again."""
+    import hashlib
+    import weakref
+
+    import torch
+
+    from he2gene_sc.models._encoders.stages import Stages
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "encoded"
+    folder.mkdir(exist_ok=True)
+    forward, of_network = Stages.forward, weakref.WeakKeyDictionary()
+
+    def digest(tensors):
+        found = hashlib.sha256()
+        for tensor in tensors:
+            found.update(np.ascontiguousarray(tensor.detach().numpy()))
+        return found.hexdigest()
+
+    def once(self, x):
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() or self.training:
+            return forward(self, x)
+        state = [*self.parameters(), *self.buffers()]
+        version = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in state]
+        if of_network.get(self, (None, None))[0] != version:
+            of_network[self] = version, digest(state)
+        facts = of_network[self][1], repr(self), x.shape, x.stride(), x.dtype, digest([x])
+        path = folder / f"{hashlib.sha256(repr(facts).encode()).hexdigest()}.npy"
+        if path.exists():
+            return torch.from_numpy(np.load(path))
+        found = forward(self, x)
+        beside = path.with_suffix(f".{os.getpid()}")
+        with beside.open("wb") as file:
+            np.save(file, found.numpy())
+        beside.rename(path)
+        return found
+
+    Stages.forward = once
+    yield
+    Stages.forward = forward
+
+
 @pytest.fixture(autouse=True)
 def _quiet_bars():
     import he2gene_sc as hg

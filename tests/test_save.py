@@ -503,6 +503,8 @@ def test_a_fault_at_any_file_operation_leaves_the_old_or_the_new_table(tmp_path,
     """A power cut, an error or a full disk, where readers can see it and at some of the other operations."""
     toy = hg.datasets.toy((3, 4), mpp=4.0)
     table = toy["table"]
+    # Each column is several files: as few as make a table.
+    table.obs, table.var = table.obs[["region", "instance_id"]], table.var[[]]
     table.obs["round"] = np.arange(table.n_obs)
     table.uns["count"] = 7
     table.layers["same"] = table.X.copy()
