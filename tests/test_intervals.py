@@ -8,6 +8,7 @@ from toy_sections import toy, train
 
 import he2gene_sc as hg
 from he2gene_sc.stats import LEVELS, half_scores, log_normalise, spread_of
+from he2gene_sc.training._calibrate import calibrate
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,47 @@ def test_intervals_of_adapted_tissue_cover_about_what_they_say(predicted_c5):
     known = np.isfinite(high).all(0)
     assert known.sum() > 10_000
     assert 0.85 <= ((truth[~mask] >= low) & (truth[~mask] <= high))[:, known].mean() <= 0.97
+
+
+def test_spots_that_show_a_gene_are_covered_where_intervals_are_made_for_them(table, model):
+    columns = np.flatnonzero(table.var["he2gene_predicted"])
+    truth = log_normalise(table.X)[:, columns]
+    # A gene that one spot in five shows, at far more than is predicted.
+    rare = columns[0]
+    tensors = {name: values.copy() for name, values in model.tensors.items()}
+    position = model.genes.index.get_loc(table.var_names[rare])
+    tensors["intervals.detected"][:, position] *= 3
+    rarely = replace(model, tensors=tensors)
+    own, plain, wide = (run(table, m, by=by) for m, by in ((model, "detected"), (rarely, None), (rarely, "detected")))
+    assert table.uns["he2gene_intervals"]["by"] == "detected"
+    assert (wide[1] >= plain[1])[:, columns].all()
+    assert (wide[1] > own[1])[:, rare].all()
+    np.testing.assert_array_equal(np.delete(wide[1], rare, axis=1), np.delete(own[1], rare, axis=1))
+    inside = (truth >= wide[0][:, columns]) & (truth <= wide[1][:, columns])
+    assert inside[truth > 0].mean() > 0.85
+
+
+def test_residuals_of_spots_that_show_a_gene_are_kept_beside_those_of_all():
+    rng = np.random.default_rng(0)
+    shown = rng.random((4000, 3)) < [0.1, 0.5, 1]
+    measured = np.where(shown, 2 + rng.gamma(4, 0.25, shown.shape), 0)
+    predicted = np.broadcast_to(shown.mean(0) * 3, shown.shape)
+    groups = np.repeat([0, 1], 2000)
+    kept = calibrate(predicted, measured, groups, np.full(4000, -1), 0)
+    at = list(LEVELS).index(0.9)
+    scores = np.abs(measured - predicted) / spread_of(predicted, kept.spread)
+    inside = scores <= kept.detected[at]
+    np.testing.assert_allclose([inside[shown[:, g], g].mean() for g in range(3)], 0.9, atol=0.01)
+    of_all = scores <= kept.quantiles[0, at]
+    assert of_all[shown[:, 0], 0].mean() < 0.2
+    np.testing.assert_array_equal(kept.detected[:, 2], kept.quantiles[0, :, 2])
+    assert kept.detected_groups.tolist() == [2, 2, 2]
+
+
+def test_a_model_without_residuals_of_detected_spots_says_how_to_get_them(table, model):
+    older = replace(model, tensors={name: values for name, values in model.tensors.items() if "detected" not in name})
+    with pytest.raises(ValueError, match=r"`by` is 'detected', and model 'my-model' keeps no residuals.*hg\.tl\.train"):
+        hg.tl.intervals(table, model=older, by="detected")
 
 
 @pytest.mark.parametrize("coverage", [0, 1, -0.1, 1.5, 90, float("nan"), "0.9", True, None])

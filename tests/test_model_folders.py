@@ -30,6 +30,8 @@ def full(tiny_model):
         "intervals.quantiles": np.ones((1 + c, 4, g), np.float16),
         "intervals.groups": np.ones((1 + c, g), np.int16),
         "intervals.spread": np.ones((2, g), np.float32),
+        "intervals.detected": np.ones((4, g), np.float16),
+        "intervals.detected_groups": np.ones(g, np.int16),
     }
     facts = {
         "unit": "section",
@@ -98,6 +100,8 @@ TENSORS = [
     "guard.bank",
     "guard.projection",
     "guard.size",
+    "intervals.detected",
+    "intervals.detected_groups",
     "intervals.groups",
     "intervals.quantiles",
     "intervals.spread",
@@ -303,6 +307,7 @@ DAMAGES = {
 #: What is no damage: quantiles may be infinite, and a bank, components and colour genes may be any number.
 HARMLESS = {
     ("intervals.quantiles", "infinite"),
+    ("intervals.detected", "infinite"),
     ("guard.bank", "one short"),
     ("guard.bank", "one too many"),
 }
@@ -316,7 +321,7 @@ def test_a_tensor_that_does_not_fit_is_refused(folder, name, damage):
         pytest.skip("is no damage")
     if values.dtype.kind == "i" and damage in ("NaN", "infinite"):
         change_tensor(folder, name, lambda values: values.astype(np.float32))
-    elif name == "intervals.quantiles" and damage == "NaN":
+    elif name in ("intervals.quantiles", "intervals.detected") and damage == "NaN":
         change_tensor(folder, name, lambda values: np.full_like(values, np.nan))
     else:
         change_tensor(folder, name, DAMAGES[damage])

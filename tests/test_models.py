@@ -380,3 +380,10 @@ def test_the_bundled_reliable_genes_follow_from_their_own_figures(bundled):
 def test_package_and_model_stay_small():
     assert size_mb(PACKAGE) < 25
     assert size_mb(PACKAGE / "models" / "bundled" / "breast-her2st") < 20
+
+
+def test_genes_of_the_bundled_model_have_ensembl_ids():
+    """Without the table that the training file asks for, they are missing, and nothing else is."""
+    ids = load().genes["ensembl_id"]
+    assert ids.str.fullmatch(r"ENSG\d{11}").mean() > 0.9
+    assert load().genes.loc["ERBB2", "ensembl_id"] == "ENSG00000141736"

@@ -18,12 +18,14 @@ _GENES = ("genes.weight", "genes.bias")
 _ANNOTATION = ("annotation.weight", "annotation.bias")
 _COLOUR = ("colour.weight", "colour.bias", "colour.genes")
 _INTERVALS = ("intervals.quantiles", "intervals.groups", "intervals.spread")
+#: Of models that were trained by he2gene_sc 0.7 or later.
+DETECTED = ("intervals.detected", "intervals.detected_groups")
 _OWN_ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
 #: Of models of he2gene_sc 0.6, whose detector was standardised as the embedding is; and what later ones have beside them.
 _GUARD, _OWN_GUARD = (PROJECTION, BANK, SIZE), (MEAN, SCALE, WEIGHTS)
-_WHOLE = ("colour.genes", "intervals.groups")
+_WHOLE = ("colour.genes", "intervals.groups", "intervals.detected_groups")
 #: NaN where a class has too few spots, infinite where groups are too few for a level.
-_NOT_FINITE = ("intervals.quantiles",)
+_NOT_FINITE = ("intervals.quantiles", "intervals.detected")
 _SHOWN = 5
 
 
@@ -64,6 +66,7 @@ def _check_names(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str)
         (_ANNOTATION, bool(card.classes)),
         (_COLOUR, any(name in tensors for name in _COLOUR)),
         (_INTERVALS, card.intervals is not None),
+        (DETECTED, card.intervals is not None and any(name in tensors for name in DETECTED)),
         (_GUARD, card.guard is not None),
         (_OWN_GUARD, card.guard is not None and "rest" in card.guard),
         (_OWN_ANNOTATION, card.annotation is not None),
@@ -97,7 +100,7 @@ def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
     chosen = tensors.get("colour.genes")
     if chosen is not None and chosen.size and (chosen.min() < 0 or chosen.max() >= card.n_genes):
         raise ValueError(f"{where}: tensor 'colour.genes' holds positions outside the {card.n_genes} genes")
-    for name in ("latent.scale", "annotation.scale", SCALE, WEIGHTS, "intervals.groups"):
+    for name in ("latent.scale", "annotation.scale", SCALE, WEIGHTS, "intervals.groups", DETECTED[1]):
         if name in tensors and (tensors[name] < 0).any():
             raise ValueError(f"{where}: tensor {name!r} holds negative values")
     if BANK in tensors and not len(tensors[BANK]):
@@ -105,8 +108,12 @@ def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
     if card.intervals is None:
         return
     quantiles, groups = tensors["intervals.quantiles"], tensors["intervals.groups"]
-    if (quantiles < 0).any() or np.isnan(quantiles[0][:, groups[0] > 0]).any():
-        raise ValueError(f"{where}: tensor 'intervals.quantiles' holds values that are missing or negative")
+    checked = {"intervals.quantiles": (quantiles, quantiles[0], groups[0])}
+    if DETECTED[0] in tensors:
+        checked[DETECTED[0]] = tensors[DETECTED[0]], tensors[DETECTED[0]], tensors[DETECTED[1]]
+    for name, (values, pooled, counted) in checked.items():
+        if (values < 0).any() or np.isnan(pooled[:, counted > 0]).any():
+            raise ValueError(f"{where}: tensor {name!r} holds values that are missing or negative")
 
 
 class _Sizes:
@@ -153,6 +160,9 @@ class _Sizes:
             shapes["intervals.quantiles"] = ((1 + c, levels, g), f"{c} classes, {levels} levels and {genes}")
             shapes["intervals.groups"] = ((1 + c, g), f"{c} classes and {genes}")
             shapes["intervals.spread"] = ((2, g), genes)
+            if DETECTED[0] in self.tensors:
+                shapes[DETECTED[0]] = ((levels, g), f"{levels} levels and {genes}")
+                shapes[DETECTED[1]] = ((g,), genes)
         if self.card.guard is not None:
             d = self._axis(PROJECTION, 1)
             encoded = max(0, f - self.n_colour) // self.windows

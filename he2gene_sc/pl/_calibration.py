@@ -35,7 +35,7 @@ def calibration(
     coverages: Sequence[float] = _COVERAGES,
     measured: str | None = None,
     measured_scale: Scale = "auto",
-    by: Literal["annotation"] | None = "annotation",
+    by: Literal["annotation", "detected"] | None = "annotation",
     model: str | Path | HE2Gene | None = None,
     gene_symbols: str | None = None,
     prediction_key: str = "he2gene",

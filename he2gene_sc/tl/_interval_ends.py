@@ -71,8 +71,10 @@ def check_coverage(coverage: object, parameter: str = "coverage") -> None:
 
 def check_by(by: object) -> None:
     """Refuse what residuals cannot be told apart by."""
-    if by not in ("annotation", None):
-        raise ValueError(f"`by` is {by!r}, valid: 'annotation' (the predicted class) or None")
+    if by not in ("annotation", "detected", None):
+        raise ValueError(
+            f"`by` is {by!r}, valid: 'annotation' (the predicted class), 'detected' (spots that show a gene, too) or None"
+        )
 
 
 def adaptation_of(table: AnnData, record: Mapping[str, Any], layer: str) -> Mapping[str, Any] | None:
@@ -165,7 +167,10 @@ def of_model(
     quantiles, groups = model.tensors["intervals.quantiles"], model.tensors["intervals.groups"]
     found = [half_scores(q, n, coverage, levels) for q, n in zip(quantiles, groups, strict=True)]
     pooled, guaranteed = found[0]
-    told_apart = [bool(n.any()) and by is not None for n in groups[1:]]
+    told_apart = [bool(n.any()) and by == "annotation" for n in groups[1:]]
+    if by == "detected":
+        pooled, guaranteed = _of_detected(model, pooled, guaranteed, coverage, levels)
+        found[0] = pooled, guaranteed
     scores = np.full((len(found), table.n_vars), np.nan, np.float32)
     for i, (score, _) in enumerate(found):
         own = score if i == 0 or told_apart[i - 1] else pooled
@@ -176,7 +181,7 @@ def of_model(
     spread[:, wanted.columns] = model.tensors["intervals.spread"][:, wanted.positions]
     codes = np.zeros(table.n_obs, int)
     told_apart = [told and keys.annotation in table.obs for told in told_apart]
-    if by is not None and model.card.classes and keys.annotation not in table.obs:
+    if by == "annotation" and model.card.classes and keys.annotation not in table.obs:
         warnings.warn(
             f"`by`: obs has no {keys.annotation!r}, which hg.tl.predict wrote: intervals are those of all spots",
             UserWarning,
@@ -198,13 +203,30 @@ def of_model(
             "unit": facts["unit"],
             "n_groups": int(facts["n_groups"]),
             "n_groups_needed": max(MIN_GROUPS, int(np.ceil(coverage / (1 - coverage) - 1e-9))),
-            "by": "annotation" if any(told_apart) else "none",
+            "by": "detected" if by == "detected" else "annotation" if any(told_apart) else "none",
             "classes": [name for name, told in zip(model.card.classes, told_apart, strict=True) if told],
             "model": model.name,
             "weights_sha256": model.weights_sha256,
         },
         _rare(model, wanted.columns, wanted.positions, table.n_vars),
     )
+
+
+def _of_detected(
+    model: HE2Gene, pooled: np.ndarray, guaranteed: np.ndarray, coverage: float, levels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores that cover the spots that show a gene as well as all spots, and whether both are guaranteed."""
+    from ..stats import half_scores
+
+    if "intervals.detected" not in model.tensors:
+        raise ValueError(
+            f"`by` is 'detected', and model {model.name!r} keeps no residuals of the spots that show a gene; train it again by "
+            "hg.tl.train, or use by='annotation'"
+        )
+    score, also = half_scores(
+        model.tensors["intervals.detected"], model.tensors["intervals.detected_groups"], coverage, levels
+    )
+    return np.fmax(pooled, score), guaranteed & also
 
 
 def _rare(model: HE2Gene, columns: np.ndarray, positions: np.ndarray, n_vars: int) -> np.ndarray | None:

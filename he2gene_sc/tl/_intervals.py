@@ -32,7 +32,7 @@ def intervals(
     *,
     coverage: float = 0.9,
     layer: str = "he2gene",
-    by: Literal["annotation"] | None = "annotation",
+    by: Literal["annotation", "detected"] | None = "annotation",
     model: str | Path | HE2Gene | None = None,
     gene_symbols: str | None = None,
     prediction_key: str = "he2gene",
@@ -51,7 +51,7 @@ def intervals(
         39, 99 % 199; genes of fewer get NaN, with a warning.
     by
         ``"annotation"``: residuals of spots of the same predicted class, where there are enough of them, else of all;
-        ``None``: of all spots. What was done stands in ``uns``: without an annotation, and for adapted layers, residuals
+        ``"detected"``: wide enough for the spots that show the gene too, see the notes; ``None``: of all spots. What was done stands in ``uns``: without an annotation, and for adapted layers, residuals
         are those of all spots.
     model
         The model that predicted. Default: the bundled one that is named in ``uns``, if its weights are those.
@@ -78,7 +78,7 @@ def intervals(
         how often genes were detected.
     ``.uns["he2gene_intervals"]``
         Coverage, and ``guarantee``: ``"hierarchical"`` or ``"none"``, with ``unit`` and ``n_groups``; ``by``:
-        ``"annotation"`` or ``"none"``.
+        ``"annotation"``, ``"detected"`` or ``"none"``.
 
     Warns
     -----

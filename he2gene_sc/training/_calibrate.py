@@ -31,12 +31,18 @@ class Calibration:
         ``(2, g)`` float32, see :func:`he2gene_sc.stats.fit_spread`.
     spots
         ``(1 + c,)`` int: spots.
+    detected
+        ``(q, g)`` float16, as ``quantiles``, of the spots that showed the gene; NaN where none did.
+    detected_groups
+        ``(g,)`` int16: groups with such spots.
     """
 
     quantiles: np.ndarray
     groups: np.ndarray
     spread: np.ndarray
     spots: np.ndarray
+    detected: np.ndarray
+    detected_groups: np.ndarray
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Arrays of a model folder."""
@@ -44,6 +50,8 @@ class Calibration:
             "intervals.quantiles": self.quantiles,
             "intervals.groups": self.groups,
             "intervals.spread": self.spread,
+            "intervals.detected": self.detected,
+            "intervals.detected_groups": self.detected_groups,
         }
 
 
@@ -92,15 +100,15 @@ def calibrate(
         found, counted[c + 1] = grouped_quantiles(scores[rows], groups[rows])
         quantiles[c + 1] = rounded_up(found)
         spots[c + 1] = rows.sum()
-    return Calibration(quantiles, counted, spread, spots)
+    detected, detected_groups = grouped_quantiles(np.where(measured > 0, scores, np.nan), groups)
+    return Calibration(quantiles, counted, spread, spots, rounded_up(detected), detected_groups)
 
 
 def joined(parts: Sequence[Calibration]) -> Calibration:
     """Put the genes of several calibrations side by side."""
-    quantiles, groups, spread = (
-        np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in ("quantiles", "groups", "spread")
-    )
-    return Calibration(quantiles, groups, spread, parts[0].spots)
+    names = ("quantiles", "groups", "spread", "detected", "detected_groups")
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names}
+    return Calibration(spots=parts[0].spots, **arrays)
 
 
 def described(calibration: Calibration, unit: str, classes: Sequence[str]) -> dict[str, object]:

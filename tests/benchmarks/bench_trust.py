@@ -64,7 +64,8 @@ def promised(model, name, title):
     r = np.nan_to_num(pearson(table.layers["he2gene"][:, known], truth))
     reliable = table.var["he2gene_reliable"].to_numpy(bool)[known]
     low, high = (table.layers[f"he2gene_{end}"][:, known] for end in ("lower", "upper"))
-    inside = ((truth >= low) & (truth <= high)).mean(0)
+    held = (truth >= low) & (truth <= high)
+    inside = held.mean(0)
     often = (truth > 0).mean(0) >= 0.5
     missing = int(model.genes["reliable"].sum() - reliable.sum())
     kept = (
@@ -79,13 +80,16 @@ def promised(model, name, title):
         f"half of the spots {inside[often].mean():.1%}; reliable genes {inside[reliable].mean():.1%}",
         flush=True,
     )
+    hg.tl.intervals(table, coverage=COVERAGE, model=model, by="detected")
+    low, high = (table.layers[f"he2gene_{end}"][:, known] for end in ("lower", "upper"))
     share, expressed = (truth > 0).mean(0), truth > 0
-    held = (truth >= low) & (truth <= high)
     for least, most in ((0, 0.1), (0.1, 0.2), (0.2, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.01)):
         part = (share > least) & (share <= most)
+        shown = expressed[:, part]
+        both = [found[:, part] for found in (held, (truth >= low) & (truth <= high))]
+        text = ", ".join(f"{found.mean():.1%} / {found[shown].mean():.1%}" for found in both)
         print(
-            f"  detected in {least:.0%} to {min(most, 1):.0%} of the spots: {part.sum():,} genes, coverage {held[:, part].mean():.1%}, "
-            f"of expressing spots {held[:, part][expressed[:, part]].mean():.1%}",
+            f"  detected in {least:.0%} to {min(most, 1):.0%} of the spots: {part.sum():,} genes, coverage of all / expressing spots {text} (by='detected')",
             flush=True,
         )
     return inside.mean()
