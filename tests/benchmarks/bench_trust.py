@@ -80,6 +80,13 @@ def promised(model, name, title):
         f"half of the spots {inside[often].mean():.1%}; reliable genes {inside[reliable].mean():.1%}",
         flush=True,
     )
+    depth = np.asarray(table.X.sum(1)).ravel()
+    for third, spots in zip(("shallowest", "middle", "deepest"), np.array_split(np.argsort(depth), 3), strict=True):
+        print(
+            f"  {third} third of the spots, median {np.median(depth[spots]):,.0f} counts: coverage {held[spots].mean():.1%}, of genes seen in "
+            f"half of the spots {held[spots][:, often].mean():.1%}",
+            flush=True,
+        )
     hg.tl.intervals(table, coverage=COVERAGE, model=model, by="detected")
     low, high = (table.layers[f"he2gene_{end}"][:, known] for end in ("lower", "upper"))
     share, expressed = (truth > 0).mean(0), truth > 0
