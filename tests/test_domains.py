@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from sklearn import metrics
 
 import he2gene_sc as hg
-from he2gene_sc._core.tables import pitch_of
+from he2gene_sc._core.spots import pitch_of
 from he2gene_sc.stats import log_normalise
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,8 @@ import pytest
 from anndata import AnnData
 
 import he2gene_sc as hg
-from he2gene_sc._core.spots import apart, asked_name, clean_name, clean_names, names_of, samples_of, sections_of
+from he2gene_sc._core.names import asked_name, clean_name, clean_names, names_of
+from he2gene_sc._core.spots import apart, samples_of, sections_of
 from he2gene_sc.tl._biomarkers.pool import pool
 
 

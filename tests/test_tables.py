@@ -5,17 +5,11 @@ import scipy.sparse
 from anndata import AnnData
 
 import he2gene_sc as hg
+from he2gene_sc._core.expression import log_expression, scale_of
+from he2gene_sc._core.matrix import values_of
+from he2gene_sc._core.names import labels_of
 from he2gene_sc._core.results import check_free, write_result
-from he2gene_sc._core.tables import (
-    get_table,
-    labels_of,
-    log_expression,
-    pitch_of,
-    scale_of,
-    sections_of,
-    spots_of,
-    values_of,
-)
+from he2gene_sc._core.spots import get_table, pitch_of, sections_of, spots_of
 
 
 @pytest.fixture
@@ -95,13 +89,13 @@ def test_sections_are_what_a_row_belongs_to(table):
 
 
 def test_tables_are_found_in_objects(toy, tiny_model):
-    assert get_table(toy, key_added=None) is toy["table"]
+    assert get_table(toy, prediction_key=None) is toy["table"]
     assert get_table(toy["table"]) is toy["table"]
     with pytest.raises(ValueError, match="holds no prediction"):
         get_table(toy)
     hg.tl.predict(toy, model=tiny_model, genes="all")
-    assert get_table(toy, key_added=None) is toy["table"]
-    assert get_table(toy, "he2gene", key_added=None) is toy["he2gene"]
+    assert get_table(toy, prediction_key=None) is toy["table"]
+    assert get_table(toy, "he2gene", prediction_key=None) is toy["he2gene"]
     with pytest.raises(TypeError, match="is a list"):
         get_table([1])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .keys import ATTRS, MADE
-from .spots import annotated_by
+from .names import annotated_by
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -148,7 +148,7 @@ def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
     return sdata.shapes[shapes_key] if shapes_key in sdata.shapes else sdata.labels[shapes_key]
 
 
-def read_spots(sdata: SpatialData, shapes_key: str) -> Spots:
+def spots_of_element(sdata: SpatialData, shapes_key: str) -> Spots:
     """Ids, centres and diameters of the spots of an element.
 
     Raises

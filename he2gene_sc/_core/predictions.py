@@ -12,8 +12,8 @@ import numpy as np
 from .keys import MADE, Keys
 from .layers import layer_names
 from .matrix import matrix_of
+from .names import with_text_names
 from .ownership import is_prediction, ours
-from .spots import with_text_names
 
 if TYPE_CHECKING:
     from anndata import AnnData

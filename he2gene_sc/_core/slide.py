@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from ..image import Pyramid
-from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, read_spots
+from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
+from .keys import MADE
 from .mpp import array_lattice, check_mpp, resolve_mpp
+from .names import annotated_by
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from spatialdata import SpatialData
 
 #: Least size of a spot on the image; of cells and bins, narrower than ``_WIDE_UM``, less is enough.
@@ -136,7 +139,7 @@ def _resolve_one(
     coordinate_system: str | None,
     mpp: float | None,
 ) -> Slide:
-    spots = read_spots(sdata, shapes_key)
+    spots = spots_of_element(sdata, shapes_key)
     image_key = find_image(sdata, shapes_key, image_key, coordinate_system, spots)
     spot_ids, rows = match_rows(sdata, spots.ids, shapes_key, table_key)
     # Labels that the table does not list are not spots of it.
@@ -215,3 +218,36 @@ def _check_size(
             f"{found}, which is too coarse at {mpp:.3g} µm/px: {needed} px are the least, that is {diameter_um / needed:.2g} "
             "µm/px or finer. Use the full-resolution image, or check the transformations"
         )
+
+
+def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2gene") -> tuple[Slide, ...]:
+    """Images and spots that a table annotates, one slide a region; as predict recorded them, where it did.
+
+    Raises
+    ------
+    ValueError
+        If there is no image, or several things could be meant.
+    """
+    (table_key,) = [key for key, value in sdata.tables.items() if value is table]
+    attrs = annotated_by(table)
+    if attrs is None:
+        raise ValueError(f"table {table_key!r} annotates no shapes")
+    record = table.uns.get(prediction) if prediction is not None else None
+    record = record if isinstance(record, Mapping) else {}
+
+    def recorded(name: str, region: str) -> Any:
+        value = record.get(name)
+        return value.get(region) if isinstance(value, Mapping) else value
+
+    regions = [attrs["region"]] if isinstance(attrs["region"], str) else list(attrs["region"])
+    found: list[Slide] = []
+    for region in regions:
+        found += resolve(
+            sdata,
+            image_key=recorded("image", region),
+            shapes_key=region,
+            table_key=None if MADE in table.uns else table_key,
+            coordinate_system=recorded("coordinate_system", region),
+            mpp=recorded("mpp", region),
+        )
+    return tuple(found)

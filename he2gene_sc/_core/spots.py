@@ -1,185 +1,89 @@
-"""Names of patients, sections and labels, cleaned once and in one way for every verb."""
+"""The reader of tables: which table, which spots, what they are called, where they lie, and their values by blocks."""
 
 from __future__ import annotations
 
-import logging
-import re
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
-from . import validate
-from .keys import PATIENT, SECTION
+from .elements import find_table
+from .expression import as_logs
+from .genes import find_genes
+from .keys import MADE, PATIENT, SECTION
+from .matrix import values_of
+from .names import (
+    annotated_by,
+    check_spelling,
+    clean_name,
+    clean_names,
+    column_of,
+    labels_of,
+    names_of,
+    with_text_names,
+)
+from .predictions import predicted_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
-logger = logging.getLogger("he2gene_sc")
-
-#: Texts that stand for a missing value: what ``astype(str)`` makes of one, and what pandas reads as one.
-MISSING = frozenset(
-    ["", "nan", "NaN", "NAN", "-nan", "-NaN", "None", "<NA>", "NaT", "NA", "#NA", "N/A", "n/a", "#N/A", "NULL", "null"]
-)
-_WHOLE = re.compile(r"[-+]?\d+\.0+")
+#: Values that are dense at a time.
+_BLOCK = 4_000_000
 
 
-def clean_name(value: object) -> str | None:
-    """Text of a name, the same for 3, 3.0, "3" and "3 "; ``None`` where it is missing or has become text so."""
-    if value is None or value is pd.NA or value is pd.NaT:
-        return None
-    if isinstance(value, float | np.floating):
-        if np.isnan(value):
-            return None
-        value = int(value) if float(value).is_integer() else value
-    text = unicodedata.normalize("NFC", str(value))
-    # Marks that are not seen, as a byte order mark or a soft hyphen.
-    text = "".join(mark for mark in text if unicodedata.category(mark) != "Cf").strip()
-    if text in MISSING:
-        return None
-    return text.partition(".")[0] if _WHOLE.fullmatch(text) else text
-
-
-def clean_names(values: Iterable[object]) -> np.ndarray:
-    """Clean many names, ``(n,)`` objects, ``None`` where one is missing."""
-    column = pd.Series(values).astype(object)
-    try:
-        codes, unique = pd.factorize(column.to_numpy(object))
-    except TypeError:
-        odd = next(value for value in column if not pd.api.types.is_hashable(value))
-        raise ValueError(f"names are texts or numbers; found {odd!r}, a {type(odd).__name__}") from None
-    # The last entry is for -1, which factorize gives to missing values.
-    cleaned = np.array([*map(clean_name, unique), None], object)
-    return cleaned[codes]
-
-
-def column_of(table: AnnData, key: str, parameter: str, hint: str = "") -> pd.Series:
-    """Return a column of ``obs``.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
-    validate.key_in(key, list(table.obs.columns), parameter, hint=hint)
-    return table.obs[key]
-
-
-def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", required: bool = False) -> np.ndarray:
-    """Names in a column of ``obs``, cleaned, ``(n,)`` objects, ``None`` where there is none.
-
-    Blanks around a name are dropped. Missing values that have become text (``"nan"``, ``"None"``, ``"<NA>"``) are missing.
-    Whole numbers are names, 3 and 3.0 being ``"3"``, since a column of integers with gaps is one of floats.
-
-    Parameters
-    ----------
-    table
-        The table.
-    key
-        The column.
-    parameter
-        The parameter that named it.
-    what
-        What the names are of, in the plural.
-    required
-        Whether every spot needs one.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column, it holds fractions, two names differ only in case, or one is missing that is required.
-    """
-    column = column_of(table, key, parameter)
-    if column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
-        raise ValueError(f"`{parameter}` {key!r} holds fractions; a column of {what} is needed")
-    names = clean_names(column)
-    missing = pd.isna(names)
-    if required and missing.any():
-        first = table.obs_names[missing][:3].tolist()
-        raise ValueError(
-            f"`{parameter}` {key!r} is missing for {int(missing.sum())} of {len(names)} spots, for example {first}; fill it, "
-            "or leave these spots out"
-        )
-    as_text = missing & column.notna().to_numpy()
-    if as_text.any():
-        logger.warning(
-            "`%s` %r: %d spots have the text of a missing value, for example %r; they count as missing",
-            *(parameter, key, int(as_text.sum()), column.iloc[int(np.flatnonzero(as_text)[0])]),
-        )
-    check_spelling({"": names}, parameter, key, what=what, rows={"": table.obs_names})
-    return names
-
-
-def check_spelling(
-    names: Mapping[str, Sequence[str] | np.ndarray],
-    parameter: str,
-    key: str,
+def get_table(
+    data: SpatialData | AnnData,
+    table_key: str | None = None,
     *,
-    what: str = "labels",
-    rows: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """Refuse names that differ only in case, or in blanks within.
+    prediction_key: str | None = "he2gene",
+    layer: str | None = None,
+) -> AnnData:
+    """Return the table itself, or that of an object: with a prediction, else with a layer, else the measured one.
 
     Parameters
     ----------
-    names
-        Cleaned names by where they stand, such as ``"object 2"``.
-    parameter, key
-        The parameter and the column that it named.
-    what
-        What the names are of, in the plural.
-    rows
-        Names of the rows of each, which the error shows.
+    data
+        Object or table.
+    table_key
+        Which, where there are several.
+    prediction_key
+        Prediction that it holds; ``None``: none is needed.
+    layer
+        Layer that it holds; ``None``: the measured table is meant.
 
     Raises
     ------
+    TypeError
+        If ``data`` is neither.
     ValueError
-        If two names do.
+        If there is no such table, or several could be meant.
     """
-    seen: dict[str, tuple[str, str]] = {}
-    for place, found in names.items():
-        for name in pd.unique(pd.Series(found, dtype=object).dropna()):
-            first, there = seen.setdefault(_folded(name), (name, place))
-            if first != name:
-                shown = [_shown(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
-                raise ValueError(
-                    f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in case or blanks; spell them "
-                    f"alike: adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
-                )
-
-
-def _folded(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-
-
-def _shown(name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mapping[str, Sequence[str]] | None) -> str:
-    """Write a name with where it stands: how many spots, and the first of them."""
-    where = np.flatnonzero(np.asarray(found, object) == name)
-    parts = [f"{len(where)} spots"] if rows is not None else []
-    parts += [f"from {rows[place][where[0]]!r}"] if rows is not None else []
-    parts += [place] if place else []
-    return f"{name!r} ({', '.join(parts)})" if parts else repr(name)
-
-
-def labels_of(table: AnnData, key: str, parameter: str) -> np.ndarray:
-    """Labels of all rows as text, ``None`` where there is none, ``(n,)`` objects; see :func:`names_of`."""
-    return names_of(table, key, parameter)
-
-
-def asked_name(value: object, parameter: str) -> str:
-    """Clean a name that the user gave, as :func:`names_of` cleans those of a column.
-
-    Raises
-    ------
-    ValueError
-        If it is missing or blank.
-    """
-    name = clean_name(value)
-    if name is None:
-        raise ValueError(f"`{parameter}` holds {value!r}, which is a missing value; a name is needed")
-    return name
+    if not hasattr(data, "tables"):
+        if not hasattr(data, "obs_names"):
+            raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
+        return with_text_names(data)
+    if prediction_key is not None:
+        return data[predicted_table(data, prediction_key, table_key)]
+    if layer is not None and table_key is None:
+        found = [key for key, table in data.tables.items() if layer in table.layers]
+        candidates = [key for key in found if MADE not in data[key].uns] or found
+        if not candidates:
+            raise ValueError(
+                f"`layer` {layer!r} is in no table of `data`; run hg.tl.predict first, or pass layer=None for measured counts"
+            )
+        if len(candidates) > 1:
+            raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
+        return with_text_names(data[candidates[0]])
+    if table_key is None and len(data.tables) == 1:
+        return with_text_names(next(iter(data.tables.values())))
+    key = table_key if table_key in data.tables else find_table(data, table_key)
+    if key is None:
+        raise ValueError(f"`data` holds no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
+    return with_text_names(data[key])
 
 
 def has_samples(table: AnnData, sample_key: str = PATIENT) -> bool:
@@ -231,34 +135,198 @@ def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
     return names_of(table, varying[-1], "section_key", what="sections", required=True)
 
 
-def annotated_by(table: AnnData) -> Mapping[str, Any] | None:
-    """Which shapes or labels a table annotates, as spatialdata notes it; ``None`` if it annotates nothing.
+def spots_of(table: AnnData) -> np.ndarray:
+    """Spot centres ``(n, 2)``, in the unit of ``obsm["spatial"]``.
 
     Raises
     ------
     ValueError
-        If the note is damaged.
+        If there are none, or some are missing.
     """
-    attrs = table.uns.get("spatialdata_attrs")
-    if attrs is None:
-        return None
-    if not isinstance(attrs, Mapping) or not {"region", "region_key", "instance_key"} <= set(attrs):
-        raise ValueError(
-            f"uns['spatialdata_attrs'] is {attrs!r}; region, region_key and instance_key are needed: run table = "
-            "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=..., overwrite_metadata=True)"
+    if "spatial" not in table.obsm:
+        raise ValueError("`data` has no obsm['spatial']; spot centres are needed, as scanpy and squidpy keep them")
+    xy = np.asarray(table.obsm["spatial"], float)
+    if xy.ndim != 2 or xy.shape[1] < 2:
+        raise ValueError(f"obsm['spatial'] has shape {xy.shape}; a row (x, y) for each spot is needed")
+    xy = xy[:, :2]
+    if not np.isfinite(xy).all():
+        raise ValueError(f"obsm['spatial'] is NaN or infinite for {int((~np.isfinite(xy).all(1)).sum())} spots")
+    return xy
+
+
+def pitch_of(xy: np.ndarray) -> float:
+    """Median distance of a spot to its nearest neighbour, in the unit of ``xy`` ``(n, 2)``."""
+    from scipy.spatial import cKDTree
+
+    if len(xy) < 2:
+        raise ValueError(f"{len(xy)} spots have no distance; at least 2 are needed")
+    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
+
+
+@dataclass(frozen=True)
+class SpotData:
+    """Spots of one or several tables, in their order. Values are read when they are asked for, a block at a time.
+
+    Attributes
+    ----------
+    tables, rows
+        Tables, and which rows of each.
+    labels, samples, sections
+        Names, ``(n,)`` objects; a label is ``None`` where there is none.
+    objects
+        Which table a spot is of, ``(n,)``.
+    xy
+        Centres ``(n, 2)``, in the unit of ``obsm["spatial"]``; ``None`` where a table has none.
+    layer, scale, genes
+        What :meth:`blocks` reads: a layer (``None``: ``X``), what it holds, and which genes of it.
+    """
+
+    tables: tuple[AnnData, ...]
+    rows: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    samples: np.ndarray
+    sections: np.ndarray
+    objects: np.ndarray
+    xy: np.ndarray | None
+    layer: str | None
+    scale: Literal["counts", "log"]
+    genes: pd.Index
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """Names under which no two sections meet, ``(n,)``: those of several samples or tables may be called alike."""
+        spots = zip(self.sections, self.samples, self.objects, strict=True)
+        return np.array(
+            [f"section {section!r} of sample {sample!r} (object {i})" for section, sample, i in spots], object
         )
-    return attrs
+
+    def blocks(self, genes: pd.Index | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Logarithms of some spots at a time, ``(b, g)`` float32, and where these spots stand."""
+        asked = self.genes if genes is None else genes
+        start = 0
+        for table, rows in zip(self.tables, self.rows, strict=True):
+            columns = find_genes(asked, table.var_names)
+            missing = columns < 0
+            step = max(1, _BLOCK // table.n_vars)
+            for first in range(0, len(rows), step):
+                chosen = rows[first : first + step]
+                block = as_logs(values_of(table[chosen], self.layer), self.scale, columns)
+                # Only where join="outer": a gene that a table of counts does not name was not seen.
+                block[:, missing] = 0
+                yield slice(start + first, start + first + len(chosen)), block
+            start += len(rows)
+
+    def sums(self, codes: np.ndarray, n: int, *of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Sum over the spots of each of ``n`` codes, ``(len(of), n, g)`` float64; a code below 0 is left out.
+
+        ``of`` says what is summed, from the logarithms of some spots ``(b, g)``; all are made in one reading.
+        """
+        from scipy.sparse import csr_array
+
+        out = np.zeros((len(of), n, len(self.genes)))
+        for where, values in self.blocks():
+            code = codes[where]
+            kept = code >= 0
+            ones = csr_array((np.ones(kept.sum()), (code[kept], np.flatnonzero(kept))), (n, len(code)))
+            for total, make in zip(out, of, strict=True):
+                total += ones @ make(values)
+        return out
+
+    def values(self, chosen: np.ndarray, genes: pd.Index) -> np.ndarray:
+        """Logarithms of the chosen spots, ``(m, g)`` float32; ``chosen`` is ``(n,)`` bool."""
+        out = np.empty((int(chosen.sum()), len(genes)), np.float32)
+        place = np.cumsum(chosen) - 1
+        for where, block in self.blocks(genes):
+            kept = chosen[where]
+            out[place[where][kept]] = block[kept]
+        return out
+
+    def obs(self, key: str, parameter: str) -> pd.Series:
+        """Return a column of ``obs`` at the spots."""
+        parts = [column_of(t, key, parameter).iloc[rows] for t, rows in zip(self.tables, self.rows, strict=True)]
+        return pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects()
+
+    def take(self, kept: np.ndarray) -> SpotData:
+        """Return the spots without some spots; ``kept`` is ``(n,)`` bool."""
+        ends = np.cumsum([len(rows) for rows in self.rows])
+        masks = np.split(kept, ends[:-1])
+        return replace(
+            self,
+            rows=tuple(rows[mask] for rows, mask in zip(self.rows, masks, strict=True)),
+            labels=self.labels[kept],
+            samples=self.samples[kept],
+            sections=self.sections[kept],
+            objects=self.objects[kept],
+            xy=None if self.xy is None else self.xy[kept],
+        )
 
 
-def with_text_names(table: AnnData) -> AnnData:
-    """Return the table, of which anndata could not take rows if its names were numbers.
+def is_many(data: object) -> bool:
+    """Whether several objects came in, or what is neither object nor table."""
+    return not (hasattr(data, "tables") or hasattr(data, "obs_names"))
+
+
+def read_spots(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    label_key: str,
+    parameter: str,
+    *,
+    layer: str | None = None,
+    table_key: str | None = None,
+    sample_key: str = PATIENT,
+    section_key: str = SECTION,
+) -> SpotData:
+    """Read the spots of an object or table, or of several: names and places; values later.
+
+    Parameters
+    ----------
+    data
+        Object or table, or several.
+    label_key, parameter
+        Column of labels, and the parameter that named it.
+    layer
+        Layer that the tables hold; ``None``: ``X`` of the measured tables.
+    table_key, sample_key, section_key
+        As the verbs have them.
 
     Raises
     ------
+    TypeError
+        If ``data`` holds something else.
     ValueError
-        If they are.
+        If there is no such table or column, or names are missing or differ only in case.
     """
-    for axis in ("obs_names", "var_names"):
-        if pd.api.types.is_numeric_dtype(getattr(table, axis)):
-            raise ValueError(f"`data`: {axis} are numbers; run table.{axis} = table.{axis}.astype(str)")
-    return table
+    if is_many(data) and (isinstance(data, str | Mapping) or not isinstance(data, Iterable)):
+        raise TypeError(f"`data` is a {type(data).__name__}; SpatialData or AnnData objects are needed")
+    tables = tuple(
+        get_table(item, table_key, prediction_key=None, layer=layer) for item in (data if is_many(data) else [data])
+    )
+    if not tables:
+        raise ValueError("`data` is empty; at least one object is needed")
+    lacking = [i for i, table in enumerate(tables) if not has_samples(table, sample_key)]
+    if lacking and len(tables) > 1:
+        raise ValueError(
+            f"`sample_key`: object {lacking[0]} has no obs[{sample_key!r}]; name the column that tells the patients apart, of "
+            f"{list(tables[lacking[0]].obs.columns)}"
+        )
+    labels = [labels_of(table, label_key, parameter) for table in tables]
+    samples = [samples_of(table, sample_key) for table in tables]
+    rows = {f"object {i}": table.obs_names for i, table in enumerate(tables)}
+    for names, named, key, what in (
+        (labels, parameter, label_key, "labels"),
+        (samples, "sample_key", sample_key, "samples"),
+    ):
+        check_spelling(dict(zip(rows, names, strict=True)), named, key, what=what, rows=rows)
+    places = all("spatial" in table.obsm for table in tables)
+    return SpotData(
+        tables=tables,
+        rows=tuple(np.arange(table.n_obs) for table in tables),
+        labels=np.concatenate(labels),
+        samples=np.concatenate(samples),
+        sections=np.concatenate([sections_of(table, section_key) for table in tables]),
+        objects=np.repeat(np.arange(len(tables)), [table.n_obs for table in tables]),
+        xy=np.concatenate([np.asarray(t.obsm["spatial"], float)[:, :2] for t in tables]) if places else None,
+        layer=layer,
+        scale="counts" if layer is None else "log",
+        genes=tables[0].var_names,
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .._core import validate
 from .._core.keys import Keys
 from .._core.predictions import gene_flags
-from .._core.tables import get_table
+from .._core.spots import get_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -56,7 +56,7 @@ def genes(
     """
     validate.arguments(genes, locals())
     keys = Keys(prediction_key)
-    table = get_table(data, table_key, key_added=prediction_key)
+    table = get_table(data, table_key, prediction_key=prediction_key)
     if keys.predicted not in table.var:
         raise ValueError(f"`data` holds no prediction {prediction_key!r}; run hg.tl.predict first")
     chosen = gene_flags(table, keys.predicted)

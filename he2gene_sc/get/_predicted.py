@@ -11,10 +11,10 @@ import numpy as np
 from .._core import validate
 from .._core.keys import MADE, Keys
 from .._core.matrix import dense, matrix_of, where_of
+from .._core.names import annotated_by
 from .._core.ownership import is_prediction
 from .._core.predictions import gene_flags, predicted_layer, record_of
-from .._core.spots import annotated_by
-from .._core.tables import get_table
+from .._core.spots import get_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -88,7 +88,7 @@ def predicted(
     >>> sc.tl.rank_genes_groups(adata, "pathologist")
     """
     validate.arguments(predicted, locals())
-    table = get_table(data, table_key, key_added=prediction_key)
+    table = get_table(data, table_key, prediction_key=prediction_key)
     record = record_of(table, prediction_key)
     name = None if layer is None else predicted_layer(table, prediction_key, layer)
     _check_own(table, name, prediction_key)

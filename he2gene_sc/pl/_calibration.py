@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .._core import validate
+from .._core.expression import Scale
 from .._core.keys import MADE, SECTION, Keys
 from .._core.predictions import predicted_layer, record_of, symbols_of
-from .._core.tables import Scale, get_table
+from .._core.spots import get_table
 from ..stats import N_BINS
 from ..tl._interval_ends import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
 from ._canvas import axes_for, finish
@@ -96,7 +97,7 @@ def calibration(
 
     check_by(by)
     levels = _checked(coverages)
-    table = get_table(data, table_key, key_added=prediction_key)
+    table = get_table(data, table_key, prediction_key=prediction_key)
     keys, record = Keys(prediction_key), record_of(table, prediction_key)
     layer = predicted_layer(table, prediction_key, layer)
     adapted = adaptation_of(table, record, layer)

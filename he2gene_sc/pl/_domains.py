@@ -11,9 +11,10 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import PATIENT, SECTION
+from .._core.names import labels_of
 from .._core.results import find_results
-from .._core.spots import apart, labels_of, samples_of, sections_of
-from .._core.tables import pitch_of, slides_of, spots_of
+from .._core.slide import slides_of
+from .._core.spots import apart, pitch_of, samples_of, sections_of, spots_of
 from ._canvas import Canvas, axes_for, draw, finish
 
 if TYPE_CHECKING:

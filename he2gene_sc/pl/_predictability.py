@@ -14,7 +14,7 @@ from .._core import validate
 from .._core.genes import find_genes
 from .._core.keys import Keys
 from .._core.predictions import predicted_by
-from .._core.tables import get_table
+from .._core.spots import get_table
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _genes_of(
         return found.genes, found.card.reliable_rule
     from .._core.model_genes import match_genes
 
-    table = get_table(model, table_key, key_added=prediction_key)
+    table = get_table(model, table_key, prediction_key=prediction_key)
     keys = Keys(prediction_key)
     if keys.predicted not in table.var:
         raise ValueError(f"`model` holds no prediction {prediction_key!r}; run hg.tl.predict first")

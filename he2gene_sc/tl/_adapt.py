@@ -12,10 +12,12 @@ import pandas as pd
 import scipy.sparse
 
 from .._core import validate
+from .._core.expression import Scale
 from .._core.keys import MADE, Keys, check_key
+from .._core.matrix import values_of
 from .._core.ownership import is_of, is_prediction
 from .._core.results import check_free, write_result
-from .._core.tables import Scale, get_table, sections_of, spots_of, values_of
+from .._core.spots import get_table, sections_of, spots_of
 from ._adapt_input import columns_of, measured_of, rows_of
 
 if TYPE_CHECKING:
@@ -147,7 +149,7 @@ def adapt(
     check_key(key_added, "key_added")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"`seed` is {seed!r}; a whole number from 0 is needed")
-    table = get_table(data, table_key, key_added=_prefix(data, layer))
+    table = get_table(data, table_key, prediction_key=_prefix(data, layer))
     gain_key, measured_key, support_key = (f"{key_added}_{name}" for name in ("gain", "measured", "support"))
     check_free(table, "adapt", key_added, layers=[key_added], obs=[measured_key, support_key], var=[gain_key])
     predicted = values_of(table, layer)

@@ -12,9 +12,10 @@ import scipy.sparse
 
 from .._core import validate
 from .._core.keys import Keys
+from .._core.matrix import values_of
 from .._core.predictions import check_as_predicted, predicted_layer, record_of
 from .._core.results import check_free, write_result
-from .._core.tables import get_table, values_of
+from .._core.spots import get_table
 from .._settings import settings
 from ._interval_ends import RARELY, OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
 
@@ -111,7 +112,7 @@ def intervals(
     validate.arguments(intervals, locals())
     check_coverage(coverage)
     check_by(by)
-    table = get_table(data, table_key, key_added=prediction_key)
+    table = get_table(data, table_key, prediction_key=prediction_key)
     keys = Keys(prediction_key)
     record = record_of(table, prediction_key)
     layer = predicted_layer(table, prediction_key, layer)

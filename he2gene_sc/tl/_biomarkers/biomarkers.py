@@ -10,14 +10,16 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
+from ..._core.expression import Scale
 from ..._core.keys import check_key
+from ..._core.names import column_of
 from ..._core.results import check_free, write_to_all
-from ..._core.tables import Scale, column_of
+from ..._core.spots import is_many, read_spots
 from .compare import NO_DEPTH, adjusted, compare, method_for, named_groups
 from .cross_fit import cross_fitted_halves
 from .design import Design, as_design
 from .methods import Method
-from .pool import pool, tables_of
+from .pool import labelled_spots
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
 
@@ -144,21 +146,21 @@ def biomarkers(
     check_key(key_added, "key_added")
     design = as_design(design)
     groups, reference = named_groups(groups, reference)
-    tables, several = tables_of(data, layer, table_key)
+    spots = read_spots(
+        data,
+        groupby,
+        "groupby",
+        layer=layer,
+        table_key=table_key,
+        sample_key=sample_key,
+        section_key=section_key,
+    )
+    tables = spots.tables
     for table in tables:
         check_free(table, "biomarkers", key_added)
         for key in design.covariates:
             column_of(table, key, "covariates")
-    spots = pool(
-        tables,
-        groupby,
-        layer=layer,
-        layer_scale=layer_scale,
-        sample_key=sample_key,
-        section_key=section_key,
-        join=design.join,
-        reliable_only=reliable_only,
-    )
+    spots = labelled_spots(spots, groupby, layer_scale=layer_scale, join=design.join, reliable_only=reliable_only)
     chosen = method_for(method, spots, design)
     known_depth = depth_of(spots, design.depth) if chosen.depth else None
     run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
@@ -197,7 +199,7 @@ def biomarkers(
         "sample_effects": effects.to_numpy(np.float32),
     }
     write_to_all(tables, "biomarkers", key_added, params=params, facts=facts)
-    return results.copy() if several else None
+    return results.copy() if is_many(data) else None
 
 
 def _finish(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..._core.spots import SpotData
 from .._domains.inputs import mean_colour
-from .pool import Pool
 from .sums import depth_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ DEPTH, COLOUR, COORDINATES = "depth", "mean colour", "coordinates"
 def fields(
     data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
     tables: tuple[AnnData, ...],
-    measured: Pool,
+    measured: SpotData,
     layer: str,
 ) -> dict[str, np.ndarray]:
     """Return a number of every spot ``(n,)`` by reference, of mean 0 and variance 1 within each section.
@@ -42,9 +42,9 @@ def fields(
     return {name: _within_sections(values, measured) for name, values in found.items()}
 
 
-def _within_sections(values: np.ndarray, spots: Pool) -> np.ndarray:
+def _within_sections(values: np.ndarray, spots: SpotData) -> np.ndarray:
     out = np.zeros(len(values))
-    places = pd.DataFrame({"sample": spots.samples, "section": spots.sections})
+    places = pd.DataFrame({"sample": spots.samples, "section": spots.units})
     for rows in places.groupby(["sample", "section"], sort=False).indices.values():
         part = values[rows]
         known = np.isfinite(part)
@@ -53,7 +53,7 @@ def _within_sections(values: np.ndarray, spots: Pool) -> np.ndarray:
     return out
 
 
-def effects(spots: Pool, by_spot: dict[str, np.ndarray], groups: Iterable[str], reference: str) -> pd.DataFrame:
+def effects(spots: SpotData, by_spot: dict[str, np.ndarray], groups: Iterable[str], reference: str) -> pd.DataFrame:
     """Mean difference of each field between a group and its reference over samples: a row a reference, a column a group."""
     rows: dict[str, dict[str, float]] = {name: {} for name in by_spot}
     if spots.xy is not None:
@@ -75,7 +75,7 @@ def effects(spots: Pool, by_spot: dict[str, np.ndarray], groups: Iterable[str], 
     return pd.DataFrame(rows).T
 
 
-def _place(spots: Pool, a: np.ndarray, b: np.ndarray) -> float:
+def _place(spots: SpotData, a: np.ndarray, b: np.ndarray) -> float:
     """Distance of the middles of two groups, in SD of the spots along the line between them."""
     assert spots.xy is not None
     xy = spots.xy[np.concatenate([a, b])]
@@ -84,7 +84,7 @@ def _place(spots: Pool, a: np.ndarray, b: np.ndarray) -> float:
     return float(gap @ gap / along.std()) if along.std() > 0 else 0.0
 
 
-def mean_expression(measured: Pool) -> pd.Series:
+def mean_expression(measured: SpotData) -> pd.Series:
     """Mean measured expression of each gene over all spots."""
     total = measured.sums(np.zeros(len(measured.labels), int), 1, lambda values: values)[0, 0]
     return pd.Series(total / max(len(measured.labels), 1), index=measured.genes.astype(str))

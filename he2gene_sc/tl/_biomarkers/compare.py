@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..._core.spots import asked_name
+from ..._core.names import asked_name
+from ..._core.spots import SpotData
 from ..._core.validate import format_list
 from .contrast import MIN_SPOTS, Cells, Contrast
 from .design import Design
 from .methods import METHODS, Method, Outcome, run
-from .pool import Pool
 
 if TYPE_CHECKING:
     from ...stats import CountSums
@@ -35,13 +35,13 @@ logger = logging.getLogger("he2gene_sc")
 
 
 def compare(
-    spots: Pool,
+    spots: SpotData,
     *,
     chosen: Method,
     groups: Sequence[str] | None,
     reference: str,
     design: Design,
-    measured: Pool | None = None,
+    measured: SpotData | None = None,
     depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run a method on every group.
@@ -178,7 +178,7 @@ def named_groups(groups: Any, reference: object) -> tuple[list[str] | None, str]
     return named, asked_name(reference, "reference")
 
 
-def method_for(method: str, spots: Pool, design: Design = _PLAIN) -> Method:
+def method_for(method: str, spots: SpotData, design: Design = _PLAIN) -> Method:
     """Choose the method by the number of samples, or check the one that was named, and that it takes the design."""
     if method not in ("auto", *METHODS):
         raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")

@@ -10,15 +10,16 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
+from ..._core.expression import Scale
 from ..._core.keys import check_key
 from ..._core.predictions import prediction_of
 from ..._core.results import check_free, write_to_all
-from ..._core.tables import Scale
+from ..._core.spots import SpotData, is_many, read_spots
 from . import blind
 from .compare import adjusted, compare, method_for, named_groups
 from .design import Design
 from .methods import METHODS
-from .pool import Pool, pool, tables_of
+from .pool import labelled_spots
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
 
@@ -110,16 +111,19 @@ def concordance(
     lengths = [validate.whole(length, "k") for length in np.ravel(np.array(k, object))]
     groups, reference = named_groups(groups, reference)
     design = Design(min_mean=min_mean)
-    tables, several = tables_of(data, layer, table_key)
-    for table in tables:
+    spots = read_spots(
+        data,
+        groupby,
+        "groupby",
+        layer=layer,
+        table_key=table_key,
+        sample_key=sample_key,
+        section_key=section_key,
+    )
+    for table in spots.tables:
         check_free(table, "concordance", key_added)
-    options: dict[str, Any] = {
-        "layer": layer,
-        "layer_scale": layer_scale,
-        "sample_key": sample_key,
-        "section_key": section_key,
-    }
-    spots = pool(tables, groupby, **options)
+    tables = spots.tables
+    spots = labelled_spots(spots, groupby, layer_scale=layer_scale)
     known, seen = measured_part(spots, measured, measured_scale)
     if not seen.any():
         raise ValueError("`measured` holds no counts at any labelled spot; there is nothing to compare with")
@@ -157,13 +161,13 @@ def concordance(
         "k": lengths,
     }
     write_to_all(tables, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
-    return table.copy() if several else None
+    return table.copy() if is_many(data) else None
 
 
 def _references(
     data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
     tables: tuple[AnnData, ...],
-    known: Pool,
+    known: SpotData,
     layer: str,
     genes: pd.DataFrame,
     reference: str,

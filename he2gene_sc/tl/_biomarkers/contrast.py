@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..._core.spots import SpotData
 from .design import Design
-from .pool import Pool
 from .sums import CountCells, DepthCells, keep_genes, pair_design
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Cells:
     @classmethod
     def of(
         cls,
-        pool: Pool,
+        pool: SpotData,
         *,
         squares: bool = False,
         detected: bool = False,
@@ -90,7 +90,7 @@ class Contrast:
     what it adds to ``means``.
     """
 
-    pool: Pool
+    pool: SpotData
     genes: pd.Index
     samples: np.ndarray
     inside: np.ndarray
@@ -108,7 +108,7 @@ class Contrast:
     shift: np.ndarray | None = None
 
     @classmethod
-    def of(cls, pool: Pool, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any) -> Contrast:
+    def of(cls, pool: SpotData, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any) -> Contrast:
         """Contrast a label with another, or with all others (``"rest"``)."""
         others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
         sides = [cells.side([group]), cells.side(others)]

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from ..._core.expression import Scale
 from ..._core.genes import find_genes
-from ..._core.tables import Scale
-from .pool import Pool
+from ..._core.spots import SpotData
 from .provenance import measured_part
 from .sums import depth_of
 
@@ -26,8 +26,8 @@ _REFUSED, _WARNED = 0.85, 0.95
 
 
 def cross_fitted_halves(
-    spots: Pool, measured: str | None, scale: Scale, depth: str | None, groups: Sequence[str] | None, reference: str
-) -> tuple[list[Pool], float]:
+    spots: SpotData, measured: str | None, scale: Scale, depth: str | None, groups: Sequence[str] | None, reference: str
+) -> tuple[list[SpotData], float]:
     """Two halves of the genes, each with labels that were read from measured genes outside it.
 
     Returns
@@ -42,7 +42,7 @@ def cross_fitted_halves(
         If a section was not measured, or fewer than 85 % of the labels are those given.
     """
     known, seen = measured_part(spots, measured, scale)
-    lacking = sorted(set(spots.sections) - set(known.sections))
+    lacking = sorted(set(spots.units) - set(known.units))
     if lacking:
         raise ValueError(
             f"`cross_fit`: {lacking[0]} has no measured counts. Its labels would have to come from its image, which its "
@@ -94,7 +94,7 @@ def _checked(agreement: float) -> float:
 
 
 def cross_fitted_labels(
-    pool: Pool,
+    pool: SpotData,
     features: pd.Index,
     measured: str | None,
     scale: Literal["counts", "log"],
@@ -126,7 +126,7 @@ def cross_fitted_labels(
     ValueError
         If there is one section, or too few genes to read.
     """
-    units = pool.samples if len(set(pool.samples)) > 1 else pool.sections
+    units = pool.samples if len(set(pool.samples)) > 1 else pool.units
     names = sorted(set(units))
     if len(names) < 2:
         raise ValueError("`cross_fit` needs several sections: labels of each are learned on the others; there is one")
@@ -137,8 +137,8 @@ def cross_fitted_labels(
     values = replace(pool, layer=measured, scale=scale).values(np.ones(len(units), bool), features)
     top = np.sort(np.argsort(-np.nan_to_num(values).mean(0), kind="stable")[:_GENES])
     values = np.nan_to_num(values[:, top])
-    for section in set(pool.sections):
-        inside = pool.sections == section
+    for section in set(pool.units):
+        inside = pool.units == section
         values[inside] = _without(values[inside], None if depth is None else depth[inside])
     labels = np.empty(len(units), object)
     for name in names:

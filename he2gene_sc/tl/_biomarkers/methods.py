@@ -177,7 +177,7 @@ def _spatial(contrast: Contrast) -> Any:
     if contrast.pool.xy is None:
         raise ValueError("`data` has no obsm['spatial']; method 'spatial' needs spot centres")
     chosen = contrast.inside | contrast.outside
-    sections = np.unique(contrast.pool.sections[chosen].astype(str), return_inverse=True)[1]
+    sections = np.unique(contrast.pool.units[chosen].astype(str), return_inverse=True)[1]
     return spatial_test(
         contrast.pool.values(chosen, contrast.genes),
         contrast.inside[chosen],

@@ -14,10 +14,10 @@ from ..._core.expression import Scale, log_expression
 from ..._core.genes import find_genes
 from ..._core.keys import MADE, Keys
 from ..._core.matrix import values_of
+from ..._core.names import clean_names
 from ..._core.ownership import is_of, is_prediction
 from ..._core.predictions import prediction_of
-from ..._core.spots import clean_names
-from .pool import Pool
+from ..._core.spots import SpotData
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -111,7 +111,7 @@ def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | 
     return None if out is None else out.rename(index=str)
 
 
-def measured_part(spots: Pool, measured: str | None, scale: Scale) -> tuple[Pool, np.ndarray]:
+def measured_part(spots: SpotData, measured: str | None, scale: Scale) -> tuple[SpotData, np.ndarray]:
     """Spots that were measured, with what was measured, and which they are, ``(n,)`` bool.
 
     A spot without any count was not: a section beside a measured one of the same patient may have been predicted alone.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..._core.spots import check_spelling, clean_names
+from ..._core.names import check_spelling, clean_names
 
 if TYPE_CHECKING:
     from .contrast import Contrast

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array, issparse
 
+from ..._core.expression import scale_of
 from ..._core.keys import MADE
-from ..._core.spots import check_spelling, clean_names
-from ..._core.tables import column_of, scale_of, values_of
+from ..._core.matrix import values_of
+from ..._core.names import check_spelling, clean_names, column_of
+from ..._core.spots import SpotData
 from ...stats import CountSums
 from .design import Design
-from .pool import Pool
 
 if TYPE_CHECKING:
     from .contrast import Contrast
@@ -37,7 +38,7 @@ class CountCells:
     depth_squares: np.ndarray
 
     @classmethod
-    def of(cls, pool: Pool, code: np.ndarray, shape: tuple[int, int]) -> CountCells:
+    def of(cls, pool: SpotData, code: np.ndarray, shape: tuple[int, int]) -> CountCells:
         """Sum in one reading; ``code`` is the cell of each spot."""
         n = shape[0] * shape[1]
         sums = np.zeros((3, n, len(pool.genes)))
@@ -81,7 +82,7 @@ class DepthCells:
     products: np.ndarray
 
     @classmethod
-    def of(cls, pool: Pool, depth: np.ndarray, code: np.ndarray, shape: tuple[int, int]) -> DepthCells:
+    def of(cls, pool: SpotData, depth: np.ndarray, code: np.ndarray, shape: tuple[int, int]) -> DepthCells:
         """Sum in one reading; ``depth`` is ``(n,)``."""
         n = shape[0] * shape[1]
         x = depth - depth.mean()
@@ -127,7 +128,7 @@ class DepthCells:
         return mean[..., None] * slope
 
 
-def depth_of(pool: Pool, depth: str | None) -> np.ndarray | None:
+def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
     """Natural log of the depth of each spot ``(n,)``; ``None`` where it is not known.
 
     ``"auto"``: total counts of the layer, if it holds counts, or of ``X``, where every spot has some; else a column of ``obs``.
@@ -160,7 +161,7 @@ def depth_of(pool: Pool, depth: str | None) -> np.ndarray | None:
 
 
 def pair_design(
-    pool: Pool,
+    pool: SpotData,
     samples: np.ndarray,
     sides: tuple[np.ndarray, np.ndarray],
     design: Design,
@@ -207,7 +208,7 @@ def pair_design(
 
 
 def _rows(
-    pool: Pool,
+    pool: SpotData,
     samples: np.ndarray,
     sides: tuple[np.ndarray, np.ndarray],
     design: Design,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from ..._core import validate
+from ..._core.duplicates import check_twins
+from ..._core.expression import Scale
 from ..._core.keys import Keys, check_key
 from ..._core.results import check_free, write_result
-from ..._core.tables import Scale, spots_of
+from ..._core.spots import get_table, read_spots, spots_of
 from ...stats import MIN_OVERLAP
 from . import inputs
 from .clusters import CLUSTERINGS, cluster, embed, medoid
@@ -146,12 +149,20 @@ def domain_preservation(
     """
     validate.arguments(domain_preservation, locals())
     _check(n_domains, n_seeds, n_perms, clustering, key_added)
-    table = inputs.find(data, layer, table_key)
+    spots = read_spots(
+        get_table(data, table_key, prediction_key=None, layer=layer),
+        domain_key,
+        "domain_key",
+        layer=layer,
+        sample_key=sample_key,
+        section_key=section_key,
+    )
+    (table,) = spots.tables
     has_measured = not inputs.is_made(table)
     if layer is None and not has_measured:
         raise ValueError("`layer` is None, but the table was made by hg.tl.predict: nothing in it was measured")
-    where = inputs.sections(table, sample_key, section_key)
-    codes, names = inputs.domains(table, domain_key, where)
+    xy, where = spots_of(table), inputs.sections(spots)
+    codes, names = inputs.domains(spots, domain_key, where)
     written = [
         f"{key_added}_{name}" for name, there in (("predicted", layer is not None), ("measured", has_measured)) if there
     ]
@@ -166,10 +177,11 @@ def domain_preservation(
         has_measured=has_measured,
     )
     _check_varies(where, {"layer": predicted, "measured": counted})
-    xy = spots_of(table)
-    compared = predicted if counted is None else counted
-    assert compared is not None
-    inputs.check_not_twice(where, xy, compared, sample_key)
+    check_twins(
+        spots
+        if counted is None
+        else replace(spots, layer=measured, scale="log" if measured_scale == "log" else "counts")
+    )
     depth = inputs.depth(table, measured, measured_scale) if has_measured else None
     colour = inputs.mean_colour(data, table, layer)
     given = {"predicted": predicted, "measured": counted, "depth": depth, "mean colour": colour}
@@ -185,10 +197,10 @@ def domain_preservation(
         )
         if scored is None:
             continue
-        lines, spots, clusters = scored
+        lines, kept, clusters = scored
         rows += [{"sample": sample, "section": section, **line} for line in lines]
         for name, labels in clusters.items():
-            found[f"{key_added}_{name}"].iloc[spots] = _named(codes[spots], labels, names)
+            found[f"{key_added}_{name}"].iloc[kept] = _named(codes[kept], labels, names)
     if not rows:
         raise ValueError(f"`domain_key` {domain_key!r}: no section has spots of two domains whose expression is known")
     columns, colours = _columns(table, domain_key, found, names)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..._core.duplicates import check_places
 from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import columns_of
 from ..._core.keys import MADE, Keys
 from ..._core.matrix import matrix_of
 from ..._core.predictions import prediction_of, symbols_of
-from ..._core.spots import apart, labels_of, samples_of, sections_of
-from ..._core.tables import get_table, slides_of, spots_of
+from ..._core.slide import slides_of
+from ..._core.spots import SpotData, apart
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -30,68 +31,33 @@ MIN_SPOTS = 3
 N_VARIABLE = 2000
 
 
-def find(data: SpatialData | AnnData, layer: str | None, table_key: str | None) -> AnnData:
-    """Return the table that a prediction is in, else the measured one."""
-    predicted = (
-        layer is not None and hasattr(data, "tables") and any(layer in table.uns for table in data.tables.values())
-    )
-    return get_table(data, table_key, key_added=layer if predicted else None)
-
-
-def sections(table: AnnData, sample_key: str, section_key: str) -> pd.DataFrame:
-    """``sample`` and ``section`` of each row; sections of one name in two samples are two.
+def sections(spots: SpotData) -> pd.DataFrame:
+    """``sample`` and ``section`` of each spot; sections of one name in two samples are two.
 
     Raises
     ------
     ValueError
-        If a sample is missing, or two spots of a section lie at one place.
+        If a spot stands twice.
     """
-    sample = samples_of(table, sample_key)
-    where = pd.DataFrame({"sample": sample, "section": apart(sections_of(table, section_key), sample)})
-    xy = spots_of(table)
-    if not table.obs_names.is_unique:
-        name = table.obs_names[table.obs_names.duplicated()][0]
-        raise ValueError(f"`data`: obs_names are not unique, {name!r} stands there twice; a spot counts once")
-    twice = pd.DataFrame({"section": where["section"], "x": xy[:, 0], "y": xy[:, 1]}).duplicated().to_numpy()
-    if twice.any():
+    names = spots.tables[0].obs_names
+    if not names.is_unique:
         raise ValueError(
-            f"`data`: {int(twice.sum())} spots lie where another spot of their section does, for example "
-            f"{table.obs_names[twice][0]!r}; a spot counts once (several sections of a table: give `section_key` or "
-            "`sample_key`)"
+            f"`data`: obs_names are not unique, {names[names.duplicated()][0]!r} stands there twice; a spot counts once"
         )
-    return where
+    check_places(spots)
+    return pd.DataFrame({"sample": spots.samples, "section": apart(spots.sections, spots.samples)})
 
 
-def check_not_twice(where: pd.DataFrame, xy: np.ndarray, values: np.ndarray, sample_key: str) -> None:
-    """Refuse a section that stands under two sample names.
-
-    Raises
-    ------
-    ValueError
-        If two samples hold the same spots with the same values.
-    """
-    seen: dict[bytes, str] = {}
-    total = np.asarray(np.nansum(values, axis=1, dtype=np.float64))
-    for (sample, _), rows in where.groupby(["sample", "section"], sort=False).indices.items():
-        content = np.column_stack([xy[rows], total[rows]])
-        key = content[np.lexsort(content.T)].tobytes()
-        if seen.setdefault(key, sample) != sample:
-            raise ValueError(
-                f"`sample_key` {sample_key!r}: {seen[key]!r} and {sample!r} hold the same spots with the same values; a "
-                "sample must have one name"
-            )
-
-
-def domains(table: AnnData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+def domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
     """Codes of the domains, -1 where there is none or it has too few spots in its section, and the names.
 
     Raises
     ------
     ValueError
-        If ``domain_key`` is no column of labels, or no section has two domains.
+        If no section has two domains.
     """
-    values = pd.Series(labels_of(table, domain_key, "domain_key"))
-    column = table.obs[domain_key]
+    values = pd.Series(spots.labels)
+    column = spots.tables[0].obs[domain_key]
     if isinstance(column.dtype, pd.CategoricalDtype):
         names = values.iloc[np.argsort(column.cat.codes, kind="stable")].dropna().unique().tolist()
     else:

@@ -215,7 +215,7 @@ def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
     import squidpy as sq
     from anndata import AnnData
 
-    from ..._core.tables import pitch_of
+    from ..._core.spots import pitch_of
 
     table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
     # squidpy announces every graph through this logger.

@@ -14,8 +14,8 @@ from ..._core.elements import find_table
 from ..._core.expression import Scale, log_expression
 from ..._core.keys import MADE, Keys
 from ..._core.matrix import dense, matrix_of, values_of
-from ..._core.spots import names_of, sections_of
-from ..._core.tables import pitch_of, spots_of
+from ..._core.names import names_of
+from ..._core.spots import pitch_of, sections_of, spots_of
 from .genes import genes_in_common, known_of, model_of
 from .layer import judged_layer
 

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
+from ..._core.expression import SCALES, Scale
 from ..._core.keys import Keys, check_key
 from ..._core.results import check_free, write_result
-from ..._core.spots import has_samples
-from ..._core.tables import SCALES, Scale, get_table
+from ..._core.spots import get_table, has_samples
 from .aligned import UNKNOWN_LABELS, Judged, few, proba_of, read
 from .baselines import readings
 from .layer import MODEL, prediction_named
@@ -181,7 +181,7 @@ def evaluate(
     if not isinstance(n_splits, int | np.integer) or n_splits < 1:
         raise ValueError(f"`n_splits` is {n_splits!r}; a whole number from 1 is needed")
     keys = Keys(prediction_key)
-    table = get_table(data, table_key, key_added=prediction_key)
+    table = get_table(data, table_key, prediction_key=prediction_key)
     names = {metric: f"{key_added}_{metric}" for metric in METRICS}
     check_free(table, "evaluate", key_added, var=names.values())
     judged = read(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..._core.spots import check_spelling
+from ..._core.names import check_spelling
 from ...image._windows import MIN_PX
 from .gene_lists import check_gene_lists
 from .labels import check_labels, check_merged

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..._core.spots import clean_names
+from ..._core.names import clean_names
 from ...models._schema import check_class_names
 
 if TYPE_CHECKING:

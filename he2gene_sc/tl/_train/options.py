@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..._core import validate
-from ..._core.spots import clean_name
+from ..._core.names import clean_name
 from .labels import hex_colours
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Whether spots of a pool stand there twice: one patient under two names, or a section given again."""
+"""Whether spots stand there twice: at one place, as one patient under two names, or as a section given again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import issparse
 
-from ..._core.tables import values_of
+from .matrix import values_of
 
 if TYPE_CHECKING:
-    from .pool import Pool
+    from .spots import SpotData
 
 #: Values that are dense at a time.
 _BLOCK = 4_000_000
@@ -23,12 +23,29 @@ _FINGERPRINT = 10
 _ALIKE = 0.99
 
 
-def check_twins(pooled: Pool) -> None:
+def check_places(pooled: SpotData) -> None:
+    """Refuse spots that stand twice in a section."""
+    if pooled.xy is not None:
+        places, how = [tuple(row) for row in pooled.xy.tolist()], "at the same place"
+    else:
+        places = list(np.concatenate([t.obs_names[rows] for t, rows in zip(pooled.tables, pooled.rows, strict=True)]))
+        how = "under the same name"
+    keys = Counter(zip(pooled.units, places, strict=True))
+    double = [key for key, count in keys.items() if count > 1]
+    if double:
+        section, place = double[0]
+        raise ValueError(
+            f"`data`: {len(double)} spots stand twice {how}, for example {place} in {section}; drop duplicates, or tell "
+            "sections apart by `section_key` or `sample_key`"
+        )
+
+
+def check_twins(pooled: SpotData) -> None:
     """Refuse two samples, or two sections of one, that share half of their spots: value by value, or nearly, place by place.
 
     Compared are raw values of the genes that all tables have: a copy may lack some.
     """
-    units, unit = np.unique(pooled.sections.astype(str), return_inverse=True)
+    units, unit = np.unique(pooled.units.astype(str), return_inverse=True)
     genes = pooled.tables[0].var_names
     for table in pooled.tables[1:]:
         genes = genes[genes.isin(table.var_names)]
@@ -64,7 +81,7 @@ def check_twins(pooled: Pool) -> None:
                 _refuse_twins(pooled, unit, (b, a), f"{len(both)} spots at the same places have nearly the same values")
 
 
-def _fingerprints(pooled: Pool, genes: pd.Index) -> tuple[np.ndarray, np.ndarray]:
+def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.ndarray]:
     """Hash of the raw values of each spot, 0 for rows of one value, and a random projection of them, ``(n, 32)``."""
     prints = np.zeros(len(pooled.labels), np.int64)
     projection = np.random.default_rng(0).standard_normal((len(genes), 32)).astype(np.float32)
@@ -87,7 +104,7 @@ def _fingerprints(pooled: Pool, genes: pd.Index) -> tuple[np.ndarray, np.ndarray
     return prints, sketch
 
 
-def _refuse_twins(pooled: Pool, unit: np.ndarray, held: Sequence[int], what: str) -> None:
+def _refuse_twins(pooled: SpotData, unit: np.ndarray, held: Sequence[int], what: str) -> None:
     a, b = (pooled.samples[np.argmax(unit == i)] for i in held)
     if a == b:
         raise ValueError(f"`data`: {what} in two sections of sample {a!r}; give a section once")

@@ -1,0 +1,214 @@
+"""Names of patients, sections, labels and rows, cleaned once and in one way for every verb."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from . import validate
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger("he2gene_sc")
+
+#: Texts that stand for a missing value: what ``astype(str)`` makes of one, and what pandas reads as one.
+MISSING = frozenset(
+    ["", "nan", "NaN", "NAN", "-nan", "-NaN", "None", "<NA>", "NaT", "NA", "#NA", "N/A", "n/a", "#N/A", "NULL", "null"]
+)
+_WHOLE = re.compile(r"[-+]?\d+\.0+")
+
+
+def clean_name(value: object) -> str | None:
+    """Text of a name, the same for 3, 3.0, "3" and "3 "; ``None`` where it is missing or has become text so."""
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    if isinstance(value, float | np.floating):
+        if np.isnan(value):
+            return None
+        value = int(value) if float(value).is_integer() else value
+    text = unicodedata.normalize("NFC", str(value))
+    # Marks that are not seen, as a byte order mark or a soft hyphen.
+    text = "".join(mark for mark in text if unicodedata.category(mark) != "Cf").strip()
+    if text in MISSING:
+        return None
+    return text.partition(".")[0] if _WHOLE.fullmatch(text) else text
+
+
+def clean_names(values: Iterable[object]) -> np.ndarray:
+    """Clean many names, ``(n,)`` objects, ``None`` where one is missing."""
+    column = pd.Series(values).astype(object)
+    try:
+        codes, unique = pd.factorize(column.to_numpy(object))
+    except TypeError:
+        odd = next(value for value in column if not pd.api.types.is_hashable(value))
+        raise ValueError(f"names are texts or numbers; found {odd!r}, a {type(odd).__name__}") from None
+    # The last entry is for -1, which factorize gives to missing values.
+    cleaned = np.array([*map(clean_name, unique), None], object)
+    return cleaned[codes]
+
+
+def column_of(table: AnnData, key: str, parameter: str, hint: str = "") -> pd.Series:
+    """Return a column of ``obs``.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    validate.key_in(key, list(table.obs.columns), parameter, hint=hint)
+    return table.obs[key]
+
+
+def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", required: bool = False) -> np.ndarray:
+    """Names in a column of ``obs``, cleaned, ``(n,)`` objects, ``None`` where there is none.
+
+    Blanks around a name are dropped. Missing values that have become text (``"nan"``, ``"None"``, ``"<NA>"``) are missing.
+    Whole numbers are names, 3 and 3.0 being ``"3"``, since a column of integers with gaps is one of floats.
+
+    Parameters
+    ----------
+    table
+        The table.
+    key
+        The column.
+    parameter
+        The parameter that named it.
+    what
+        What the names are of, in the plural.
+    required
+        Whether every spot needs one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, it holds fractions, two names differ only in case, or one is missing that is required.
+    """
+    column = column_of(table, key, parameter)
+    if column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
+        raise ValueError(f"`{parameter}` {key!r} holds fractions; a column of {what} is needed")
+    names = clean_names(column)
+    missing = pd.isna(names)
+    if required and missing.any():
+        first = table.obs_names[missing][:3].tolist()
+        raise ValueError(
+            f"`{parameter}` {key!r} is missing for {int(missing.sum())} of {len(names)} spots, for example {first}; fill it, "
+            "or leave these spots out"
+        )
+    as_text = missing & column.notna().to_numpy()
+    if as_text.any():
+        logger.warning(
+            "`%s` %r: %d spots have the text of a missing value, for example %r; they count as missing",
+            *(parameter, key, int(as_text.sum()), column.iloc[int(np.flatnonzero(as_text)[0])]),
+        )
+    check_spelling({"": names}, parameter, key, what=what, rows={"": table.obs_names})
+    return names
+
+
+def check_spelling(
+    names: Mapping[str, Sequence[str] | np.ndarray],
+    parameter: str,
+    key: str,
+    *,
+    what: str = "labels",
+    rows: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Refuse names that differ only in case, or in blanks within.
+
+    Parameters
+    ----------
+    names
+        Cleaned names by where they stand, such as ``"object 2"``.
+    parameter, key
+        The parameter and the column that it named.
+    what
+        What the names are of, in the plural.
+    rows
+        Names of the rows of each, which the error shows.
+
+    Raises
+    ------
+    ValueError
+        If two names do.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for place, found in names.items():
+        for name in pd.unique(pd.Series(found, dtype=object).dropna()):
+            first, there = seen.setdefault(_folded(name), (name, place))
+            if first != name:
+                shown = [_shown(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
+                raise ValueError(
+                    f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in case or blanks; spell them "
+                    f"alike: adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
+                )
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _shown(name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mapping[str, Sequence[str]] | None) -> str:
+    """Write a name with where it stands: how many spots, and the first of them."""
+    where = np.flatnonzero(np.asarray(found, object) == name)
+    parts = [f"{len(where)} spots"] if rows is not None else []
+    parts += [f"from {rows[place][where[0]]!r}"] if rows is not None else []
+    parts += [place] if place else []
+    return f"{name!r} ({', '.join(parts)})" if parts else repr(name)
+
+
+def labels_of(table: AnnData, key: str, parameter: str) -> np.ndarray:
+    """Labels of all rows as text, ``None`` where there is none, ``(n,)`` objects; see :func:`names_of`."""
+    return names_of(table, key, parameter)
+
+
+def asked_name(value: object, parameter: str) -> str:
+    """Clean a name that the user gave, as :func:`names_of` cleans those of a column.
+
+    Raises
+    ------
+    ValueError
+        If it is missing or blank.
+    """
+    name = clean_name(value)
+    if name is None:
+        raise ValueError(f"`{parameter}` holds {value!r}, which is a missing value; a name is needed")
+    return name
+
+
+def annotated_by(table: AnnData) -> Mapping[str, Any] | None:
+    """Which shapes or labels a table annotates, as spatialdata notes it; ``None`` if it annotates nothing.
+
+    Raises
+    ------
+    ValueError
+        If the note is damaged.
+    """
+    attrs = table.uns.get("spatialdata_attrs")
+    if attrs is None:
+        return None
+    if not isinstance(attrs, Mapping) or not {"region", "region_key", "instance_key"} <= set(attrs):
+        raise ValueError(
+            f"uns['spatialdata_attrs'] is {attrs!r}; region, region_key and instance_key are needed: run table = "
+            "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=..., overwrite_metadata=True)"
+        )
+    return attrs
+
+
+def with_text_names(table: AnnData) -> AnnData:
+    """Return the table, of which anndata could not take rows if its names were numbers.
+
+    Raises
+    ------
+    ValueError
+        If they are.
+    """
+    for axis in ("obs_names", "var_names"):
+        if pd.api.types.is_numeric_dtype(getattr(table, axis)):
+            raise ValueError(f"`data`: {axis} are numbers; run table.{axis} = table.{axis}.astype(str)")
+    return table
