@@ -32,7 +32,7 @@ def test_what_is_not_expected_is_refused_unless_it_is_stated(table):
     with pytest.raises(
         ValueError, match=r"`measured`: layer 'log' looks already log-transformed.*measured_scale='log'"
     ):
-        log_expression(table, "log", expected="counts", parameter="measured", scale_parameter="measured_scale")
+        log_expression(table, "log", expected="counts", parameter="measured")
     with pytest.raises(ValueError, match=r"X looks raw counts.*layer_scale='counts'"):
         log_expression(table, None, expected="log")
     stated = log_expression(table, None, expected="log", scale="counts")

@@ -128,7 +128,6 @@ def check_expression(
     scale: Scale = "auto",
     expected: Literal["counts", "log"],
     parameter: str = "layer",
-    scale_parameter: str = "layer_scale",
     predicted: bool = False,
     unmeasured_spots: bool = False,
 ) -> Literal["counts", "log"]:
@@ -144,8 +143,8 @@ def check_expression(
         What the user says that it is. ``"auto"``: it is looked at, and what is not ``expected`` is refused.
     expected
         What it should be where ``scale`` is ``"auto"``.
-    parameter, scale_parameter
-        Names of the caller's parameters, for errors.
+    parameter
+        The caller's parameter, for errors; that of the scale is ``layer_scale`` or ``measured_scale``.
     predicted
         Whether a model made it: of logarithms that were measured, the total of each spot is looked at too.
     unmeasured_spots
@@ -161,6 +160,7 @@ def check_expression(
     UserWarning
         If logarithms are of another total or base, or the values cannot be logarithms of counts.
     """
+    scale_parameter = "layer_scale" if parameter == "layer" else "measured_scale"
     validate.one_of(scale, SCALES, scale_parameter)
     found = contents_of(values)
     if found.n_infinite:
@@ -322,7 +322,6 @@ def log_expression(
     scale: Scale = "auto",
     expected: Literal["counts", "log"],
     parameter: str = "layer",
-    scale_parameter: str = "layer_scale",
     predicted: bool = False,
     unmeasured_spots: bool = False,
 ) -> np.ndarray:
@@ -336,7 +335,7 @@ def log_expression(
         Layer; ``None``: ``X``.
     genes
         Columns to return; counts are normalised by the totals of all columns in any case.
-    scale, expected, parameter, scale_parameter, predicted, unmeasured_spots
+    scale, expected, parameter, predicted, unmeasured_spots
         As for :func:`check_expression`.
 
     Returns
@@ -356,7 +355,6 @@ def log_expression(
         scale=scale,
         expected=expected,
         parameter=parameter,
-        scale_parameter=scale_parameter,
         predicted=predicted,
         unmeasured_spots=unmeasured_spots,
     )

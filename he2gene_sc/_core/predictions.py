@@ -13,7 +13,7 @@ from .keys import MADE, Keys
 from .layers import layer_names
 from .matrix import matrix_of
 from .names import with_text_names
-from .ownership import is_prediction, ours
+from .ownership import is_of, is_prediction, ours
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -68,6 +68,15 @@ def prediction_of(table: AnnData, layer: str | None) -> str | None:
     keys = Keys(layer)
     beside = keys.reliable in table.var or keys.annotation in table.obs or keys.ood in table.obs
     return layer if beside or layer == Keys().layer else None
+
+
+def origin_of(table: AnnData, layer: str) -> tuple[str, list[str]]:
+    """Layer that others were adapted from, itself if it was not, and the adapted ones from the last to the first."""
+    steps: list[str] = []
+    while is_of("adapt", table.uns.get(layer)) and layer not in steps:
+        steps.append(layer)
+        layer = str(table.uns[layer]["params"]["layer"])
+    return layer, steps
 
 
 def record_of(table: AnnData, prediction_key: str = "he2gene") -> Mapping[str, Any]:

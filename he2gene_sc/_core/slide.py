@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ..image import Pyramid
+from ..image import PatchReader, Pyramid
 from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
 from .keys import MADE
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+logger = logging.getLogger("he2gene_sc")
+
+#: Pixels across a spot that are enough to average its colour.
+_COLOUR_PX = 32
 #: Least size of a spot on the image; of cells and bins, narrower than ``_WIDE_UM``, less is enough.
 _MIN_SPOT_PX, _WIDE_UM, _MIN_SPOT_UM = 8, 40.0, 4.0
 
@@ -218,6 +223,47 @@ def _check_size(
             f"{found}, which is too coarse at {mpp:.3g} µm/px: {needed} px are the least, that is {diameter_um / needed:.2g} "
             "µm/px or finer. Use the full-resolution image, or check the transformations"
         )
+
+
+def colours_of(
+    slides: Iterable[Slide], table: AnnData, summary: Callable[[np.ndarray], np.ndarray], size: int
+) -> np.ndarray:
+    """Return what ``summary`` makes of the pixels ``(b, 3, h, w)`` of each spot's own square, ``(n_obs, size)``.
+
+    NaN outside the image.
+    """
+    attrs = table.uns["spatialdata_attrs"]
+    found = np.full((table.n_obs, size), np.nan)
+    for slide in slides:
+        own = np.flatnonzero((table.obs[attrs["region_key"]] == slide.shapes_key).to_numpy())
+        place = pd.Index(table.obs[attrs["instance_key"]].iloc[own]).get_indexer(slide.spot_ids)
+        read = slide.inside & (place >= 0)
+        if not read.any():
+            continue
+        reader = PatchReader(
+            slide.pyramid,
+            slide.centres[read],
+            slide.mpp,
+            windows_um=(slide.diameter_um,),
+            input_px=_COLOUR_PX,
+            factor=slide.pixel_factor,
+        )
+        rows = own[place[read]]
+        for batch in reader:
+            found[rows[batch.index]] = summary(batch.patches[0])
+    return found
+
+
+def mean_colours(sdata: SpatialData | AnnData, table: AnnData, layer: str | None) -> np.ndarray | None:
+    """Mean RGB of each spot ``(n_obs, 3)``; ``None`` where no image is found."""
+    if not getattr(sdata, "images", None):
+        return None
+    try:
+        slides = slides_of(sdata, table, layer)
+    except ValueError as error:
+        logger.warning("mean colour is left out of the references: %s", error)
+        return None
+    return colours_of(slides, table, lambda patches: patches.mean(axis=(2, 3)), 3).astype(np.float32)
 
 
 def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2gene") -> tuple[Slide, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._core import validate
 from .._core.expression import Scale
-from .._core.keys import MADE, SECTION, Keys
+from .._core.keys import MADE, Keys
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from .._core.spots import get_table
 from ..stats import N_BINS
@@ -93,7 +93,7 @@ def calibration(
     """
     validate.arguments(calibration, locals())
     from ..models import load
-    from ..tl._evaluate.aligned import proba_of, read
+    from ..tl._evaluate.aligned import Asked, proba_of, read
 
     check_by(by)
     levels = _checked(coverages)
@@ -109,31 +109,21 @@ def calibration(
         bounds = [of_model(table, record, model, c, by, own, keys) for c in levels]
     else:
         bounds = [of_adapted(adapted, c, table.n_vars) for c in levels]
-    judged = read(
-        data,
-        table,
-        keys=keys,
-        layer=layer,
-        measured=measured,
-        scale=measured_scale,
-        genes=None,
-        section_key=SECTION,
-        model=None if model is None else load(model),
-        gene_symbols=gene_symbols,
+    asked = Asked(
+        layer, measured, measured_scale, model=None if model is None else load(model), gene_symbols=gene_symbols
     )
-    spots = _unused(table, layer, judged.rows)
+    judged = read(data, table, keys, asked)
     genes = np.flatnonzero(np.all([found.known[judged.columns] for found in bounds], axis=0))
     if not len(genes):
         raise ValueError("`measured`: no gene that has intervals was measured")
     axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, panel=4.5)
-    at = np.ix_(spots, genes)
-    predicted, truth = judged.predicted[at], judged.measured[at]
-    rows, columns = judged.rows[spots], judged.columns[genes]
-    covered = np.stack([_covered(found.ends(predicted, columns, rows), truth) for found in bounds])
+    predicted, truth = judged.predicted[:, genes], judged.measured[:, genes]
+    ends = (found.ends(predicted, judged.columns[genes], judged.rows) for found in bounds)
+    covered = np.stack([_covered(bounds, truth) for bounds in ends])
     _draw_coverage(axes[0], levels, covered)
     if annotation_key is not None:
         proba, codes, _ = proba_of(judged, annotation_key, table, keys)
-        _draw_reliability(axes[1], proba.to_numpy(float)[spots], codes[spots])
+        _draw_reliability(axes[1], proba.to_numpy(float), codes)
     return finish(axes, save)
 
 
@@ -147,20 +137,6 @@ def _checked(coverages: Any) -> np.ndarray:
     for coverage in coverages:
         check_coverage(coverage, "coverages")
     return np.asarray(coverages, float)
-
-
-def _unused(table: AnnData, layer: str, rows: np.ndarray) -> np.ndarray:
-    """Positions of the spots that the layer was not adapted to."""
-    key = f"{layer}_measured"
-    if key not in table.obs:
-        return np.arange(len(rows))
-    spots = np.flatnonzero(~table.obs[key].to_numpy(bool)[rows])
-    if len(spots) < _MIN_SPOTS:
-        raise ValueError(
-            f"`layer` {layer!r} was adapted to all but {len(spots)} of the {len(rows)} spots that were measured; at least "
-            f"{_MIN_SPOTS} others are needed to check it by"
-        )
-    return spots
 
 
 def _covered(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray) -> np.ndarray:

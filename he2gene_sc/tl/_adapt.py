@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
 
 from .._core import validate
 from .._core.expression import Scale
 from .._core.keys import MADE, Keys, check_key
-from .._core.matrix import values_of
+from .._core.matrix import dense, matrix_of
 from .._core.ownership import is_of, is_prediction
+from .._core.predictions import origin_of, prediction_of
 from .._core.results import check_free, write_result
 from .._core.spots import get_table, sections_of, spots_of
 from ._adapt_input import columns_of, measured_of, rows_of
@@ -147,13 +147,11 @@ def adapt(
 
     key_added = f"{layer}_adapted" if key_added is None else key_added
     check_key(key_added, "key_added")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"`seed` is {seed!r}; a whole number from 0 is needed")
-    table = get_table(data, table_key, prediction_key=_prefix(data, layer))
+    table = get_table(data, table_key, prediction_key=None, layer=layer)
+    keys = Keys(prediction_of(table, origin_of(table, layer)[0]) or layer)
     gain_key, measured_key, support_key = (f"{key_added}_{name}" for name in ("gain", "measured", "support"))
     check_free(table, "adapt", key_added, layers=[key_added], obs=[measured_key, support_key], var=[gain_key])
-    predicted = values_of(table, layer)
-    predicted = np.asarray(predicted.toarray() if scipy.sparse.issparse(predicted) else predicted, np.float32)
+    predicted = np.asarray(dense(matrix_of(table, layer)), np.float32)
     infinite = int(np.isinf(predicted).sum())
     if infinite:
         raise ValueError(f"`layer`: layer {layer!r} holds {infinite} infinite value(s); finite ones are needed")
@@ -166,9 +164,9 @@ def adapt(
     _refuse_twice(table, layer, spots)
     sections = sections_of(table, section_key)
     rows = rows_of(truth, sections, inside)
-    found = _adapt_sections(table, predicted, truth, columns, rows, Keys(_prefix(table, layer)), seed)
+    found = _adapt_sections(table, predicted, truth, columns, rows, keys, seed)
     represented = {name: _represented(found.support[at], spots[at]) for name, at in rows.items()}
-    _warn_of_others(found.support, spots, _classes(table, Keys(_prefix(table, layer))), rows)
+    _warn_of_others(found.support, spots, _classes(table, keys), rows)
     quantiles = np.full((len(RESIDUAL_LEVELS), table.n_vars), np.nan, np.float32)
     quantiles[:, columns] = residual_quantiles(found.residuals)
     gain = np.full(table.n_vars, np.nan, np.float32)
@@ -292,18 +290,6 @@ def _warn_of_others(
         UserWarning,
         stacklevel=3,
     )
-
-
-def _prefix(data: SpatialData | AnnData, layer: str) -> str:
-    """``key_added`` of the prediction that wrote the layer, or the one that it was adapted from."""
-    for table in data.tables.values() if hasattr(data, "tables") else [data]:
-        uns = getattr(table, "uns", {})
-        for key, record in uns.items():
-            if is_prediction(record) and record["layer"] == layer:
-                return key
-        if is_of("adapt", uns.get(layer)) and layer != (source := uns[layer]["params"]["layer"]):
-            return _prefix(table, source)
-    return layer
 
 
 def _refuse_predictions(table: AnnData, measured: object, counts: str | None, layer: str) -> None:

@@ -85,7 +85,6 @@ def measured_of(
         scale=scale,
         expected="counts",
         parameter=parameter,
-        scale_parameter="measured_scale",
         unmeasured_spots=True,
     )
     empty = mask & (np.asarray(np.nan_to_num(values.sum(axis=1), nan=1)).ravel() == 0)

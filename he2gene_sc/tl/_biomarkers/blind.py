@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..._core.slide import mean_colours
 from ..._core.spots import SpotData
-from .._domains.inputs import mean_colour
 from .sums import depth_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def fields(
     if depth is not None:
         found[DEPTH] = depth
     objects = [data] if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
-    colours = [mean_colour(item, table, layer) for item, table in zip(objects, tables, strict=True)]
+    colours = [mean_colours(item, table, layer) for item, table in zip(objects, tables, strict=True)]
     known = [c for c in colours if c is not None]
     if len(known) == len(colours):
         rgb = np.concatenate([c[rows] for c, rows in zip(known, measured.rows, strict=True)])

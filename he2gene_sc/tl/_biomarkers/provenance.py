@@ -136,6 +136,5 @@ def measured_part(spots: SpotData, measured: str | None, scale: Scale) -> tuple[
                 scale=scale,
                 expected=expected,
                 parameter="measured",
-                scale_parameter="measured_scale",
             )
     return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), seen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,8 +13,9 @@ import pandas as pd
 from ..._core import validate
 from ..._core.duplicates import check_twins
 from ..._core.expression import Scale
-from ..._core.keys import Keys, check_key
+from ..._core.keys import MADE, Keys, check_key
 from ..._core.results import check_free, write_result
+from ..._core.slide import mean_colours
 from ..._core.spots import get_table, read_spots, spots_of
 from ...stats import MIN_OVERLAP
 from . import inputs
@@ -158,7 +159,7 @@ def domain_preservation(
         section_key=section_key,
     )
     (table,) = spots.tables
-    has_measured = not inputs.is_made(table)
+    has_measured = MADE not in table.uns
     if layer is None and not has_measured:
         raise ValueError("`layer` is None, but the table was made by hg.tl.predict: nothing in it was measured")
     xy, where = spots_of(table), inputs.sections(spots)
@@ -183,18 +184,16 @@ def domain_preservation(
         else replace(spots, layer=measured, scale="log" if measured_scale == "log" else "counts")
     )
     depth = inputs.depth(table, measured, measured_scale) if has_measured else None
-    colour = inputs.mean_colour(data, table, layer)
+    colour = mean_colours(data, table, layer)
     given = {"predicted": predicted, "measured": counted, "depth": depth, "mean colour": colour}
     spaces = {name: values for name, values in given.items() if values is not None}
     annotation = table.obs.get(Keys(layer or "he2gene").annotation)
 
-    seeds = list(range(seed, seed + n_seeds))
+    how = _Clustering(n_domains, list(range(seed, seed + n_seeds)), n_perms, clustering)
     found = {name: pd.Series(None, index=table.obs_names, dtype=object) for name in written}
     rows: list[dict] = []
     for (sample, section), members in where.groupby(["sample", "section"], sort=False).indices.items():
-        scored = _score_section(
-            xy, codes, members, spaces, annotation, n_domains, seeds, n_perms, clustering, section=section
-        )
+        scored = _score_section(xy, codes, spaces, annotation, how, members=members, section=section)
         if scored is None:
             continue
         lines, kept, clusters = scored
@@ -257,34 +256,42 @@ def _check(n_domains: Any, n_seeds: int, n_perms: int, clustering: str, key_adde
         raise ValueError(f"`clustering` is {clustering!r}, valid: {list(CLUSTERINGS)}")
 
 
+@dataclass(frozen=True)
+class _Clustering:
+    """How spots are clustered, and domains shifted."""
+
+    n_domains: int | Literal["match"]
+    seeds: list[int]
+    n_perms: int
+    method: str
+
+
 def _score_section(
     xy: np.ndarray,
     codes: np.ndarray,
-    members: np.ndarray,
     spaces: Mapping[str, np.ndarray],
     annotation: pd.Series | None,
-    n_domains: int | Literal["match"],
-    seeds: list[int],
-    n_perms: int,
-    clustering: str,
+    how: _Clustering,
     *,
+    members: np.ndarray,
     section: str,
 ) -> tuple[list[dict[str, Any]], np.ndarray, dict[str, np.ndarray]] | None:
     """Lines of the table, the spots that were clustered, and the clusters that are kept of them."""
     from ...stats import admissible_shifts
 
+    seeds, clustering = how.seeds, how.method
     # A spot outside the image has no colour, but may have been measured.
     needed = [spaces[name][members] for name in spaces if name not in BLIND]
     known = np.all([np.isfinite(values).all(axis=1) for values in needed], axis=0)
     spots = members[known]
     labelled = codes[spots] >= 0
-    n = len(np.unique(codes[spots][labelled])) if n_domains == "match" else int(n_domains)
+    n = len(np.unique(codes[spots][labelled])) if how.n_domains == "match" else int(how.n_domains)
     if len(np.unique(codes[spots][labelled])) < 2:
         warnings.warn(f"section {section!r} has fewer than two domains and is skipped", UserWarning, stacklevel=3)
         return None
     if n >= len(spots):
         raise ValueError(f"`n_domains` is {n}, section {section!r} has {len(spots)} spots; fewer clusters are needed")
-    shifts = admissible_shifts(xy[spots][labelled], n_max=n_perms, seed=seeds[0])
+    shifts = admissible_shifts(xy[spots][labelled], n_max=how.n_perms, seed=seeds[0])
     if not len(shifts):
         warnings.warn(
             f"section {section!r}: the positions are no lattice, or too few: no shift is admissible, no p-value",

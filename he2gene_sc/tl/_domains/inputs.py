@@ -13,15 +13,13 @@ import pandas as pd
 from ..._core.duplicates import check_places
 from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import columns_of
-from ..._core.keys import MADE, Keys
+from ..._core.keys import Keys
 from ..._core.matrix import matrix_of
 from ..._core.predictions import prediction_of, symbols_of
-from ..._core.slide import slides_of
 from ..._core.spots import SpotData, apart
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from spatialdata import SpatialData
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +139,6 @@ def genes(
             scale=measured_scale,
             expected="counts",
             parameter="measured",
-            scale_parameter="measured_scale",
         )
         if measured_scale != "log":
             empty = count_totals(matrix_of(table, measured, "measured")) == 0
@@ -177,45 +174,9 @@ def _symbols(table: AnnData, layer: str | None) -> str | None:
     return symbols_of(table, table.uns.get(key, {}), None) if key is not None else None
 
 
-def is_made(table: AnnData) -> bool:
-    """Whether predict made the table, so that nothing in it was measured."""
-    return MADE in table.uns
-
-
 def depth(table: AnnData, measured: str | None, scale: Scale) -> np.ndarray | None:
     """Log of the total counts of each spot ``(n, 1)``, NaN without counts; ``None`` where only logarithms are known."""
     if scale == "log":
         return None
     total = np.asarray(count_totals(matrix_of(table, measured, "measured")), float).ravel()
     return np.log(np.where(total > 0, total, np.nan))[:, None]
-
-
-def mean_colour(sdata: SpatialData | AnnData, table: AnnData, layer: str | None) -> np.ndarray | None:
-    """Mean RGB of each spot's own square ``(n, 3)``, NaN outside the image; ``None`` where no image is found."""
-    from ...image import PatchReader
-
-    if not getattr(sdata, "images", None):
-        return None
-    try:
-        slides = slides_of(sdata, table, layer)
-    except ValueError as error:
-        logger.warning("mean colour is left out of the references: %s", error)
-        return None
-    attrs = table.uns["spatialdata_attrs"]
-    out = np.full((table.n_obs, 3), np.nan, np.float32)
-    for slide in slides:
-        own = np.flatnonzero((table.obs[attrs["region_key"]] == slide.shapes_key).to_numpy())
-        place = pd.Index(table.obs[attrs["instance_key"]].iloc[own]).get_indexer(slide.spot_ids)
-        read = slide.inside & (place >= 0)
-        if not read.any():
-            continue
-        reader = PatchReader(
-            slide.pyramid,
-            slide.centres[read],
-            slide.mpp,
-            windows_um=(slide.diameter_um,),
-            input_px=32,
-            factor=slide.pixel_factor,
-        )
-        out[own[place[read]]] = reader.read_all()[0].mean(axis=(2, 3))
-    return out

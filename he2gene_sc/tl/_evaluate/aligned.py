@@ -12,9 +12,10 @@ import pandas as pd
 
 from ..._core.elements import find_table
 from ..._core.expression import Scale, log_expression
-from ..._core.keys import MADE, Keys
+from ..._core.keys import MADE, SECTION, Keys
 from ..._core.matrix import dense, matrix_of, values_of
 from ..._core.names import names_of
+from ..._core.predictions import symbols_of
 from ..._core.spots import pitch_of, sections_of, spots_of
 from .genes import genes_in_common, known_of, model_of
 from .layer import judged_layer
@@ -109,19 +110,20 @@ class Judged:
         return pd.Series(names, index=self.source.obs_names[self.partner], dtype=object)
 
 
-def read(
-    data: SpatialData | AnnData,
-    table: AnnData,
-    *,
-    keys: Keys,
-    layer: str,
-    measured: str | None,
-    scale: Scale,
-    genes: Sequence[str] | None,
-    section_key: str,
-    model: HE2Gene | None,
-    gene_symbols: str | None,
-) -> Judged:
+@dataclass(frozen=True)
+class Asked:
+    """What of a prediction is compared with what: arguments of hg.tl.evaluate."""
+
+    layer: str
+    measured: str | None
+    scale: Scale
+    genes: Sequence[str] | None = None
+    section_key: str = SECTION
+    model: HE2Gene | None = None
+    gene_symbols: str | None = None
+
+
+def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) -> Judged:
     """Align what was predicted with what was measured.
 
     Raises
@@ -131,29 +133,27 @@ def read(
     """
     if keys.predicted not in table.var:
         raise ValueError(f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first")
-    chosen = judged_layer(table, keys, layer)
+    chosen = judged_layer(table, keys, asked.layer)
     layer = chosen.name
-    model = model_of(table.uns[keys.uns], model)
+    model = model_of(table.uns[keys.uns], asked.model)
+    measured = asked.measured
     other, rows, partner = _measured(data, table, layer, measured)
-    recorded = table.uns[keys.uns].get("gene_symbols")
-    if gene_symbols is None and recorded in other.var:
-        gene_symbols = recorded
-    columns, count_columns = genes_in_common(table, other, keys, genes, gene_symbols)
+    gene_symbols = symbols_of(other, table.uns[keys.uns], asked.gene_symbols)
+    columns, count_columns = genes_in_common(table, other, keys, asked.genes, gene_symbols)
     values = dense(matrix_of(table, layer))
     given = log_expression(
         other,
         measured,
         genes=count_columns,
-        scale=scale,
+        scale=asked.scale,
         expected="counts",
         parameter="measured",
-        scale_parameter="measured_scale",
     )
-    counts = None if scale == "log" else values_of(other, measured, "measured")
+    counts = None if asked.scale == "log" else values_of(other, measured, "measured")
     predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
     filled = np.any(np.isfinite(given), axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
     measured_spot = filled[partner]
-    section = sections_of(other, section_key)[partner]
+    section = sections_of(other, asked.section_key)[partner]
     both = predicted_spot & measured_spot
     fitted = both & (False if chosen.fitted_on is None else chosen.fitted_on[rows])
     used = both & ~fitted
@@ -189,7 +189,7 @@ def read(
         "spots without any counts": int((predicted_spot & ~measured_spot).sum()),
         f"spots of sections under {MIN_SPOTS} spots": int(np.isin(section[used].astype(str), small).sum()),
         **({FITTED: int(fitted.sum())} if chosen.adapted and chosen.fitted_on is not None else {}),
-        "genes not predicted": other.n_vars - len(columns) if genes is None else 0,
+        "genes not predicted": other.n_vars - len(columns) if asked.genes is None else 0,
     }
     # Distances are those of the array, which has holes where spots are left out.
     pitches = {name: pitch_of(spots_of(table[rows[both & (section == name)]])) for name in names if name not in small}

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..._core.keys import Keys
-from ..._core.slide import resolve
+from ..._core.slide import colours_of, slides_of
 from .aligned import Judged
 from .metrics import BASELINES
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 logger = logging.getLogger("he2gene_sc")
-
-#: Pixels across a spot that are enough to average its colour.
-_PX = 32
 
 
 def readings(
@@ -69,47 +66,13 @@ def _reads(
     if name == "mean colour":
         if not hasattr(data, "tables"):
             raise ValueError("a SpatialData object with the image is needed, this is a table alone")
-        table_key = next(key for key, value in data.tables.items() if value is table)
-        return _colours(data, table, table_key, keys)[judged.rows]
+        return colours_of(slides_of(data, table, keys.uns), table, _densities, 6)[judged.rows]
     if name == "training mean" and np.isnan(judged.mean).all():
         raise ValueError("the training means are not known")
     return None
 
 
-def _colours(sdata: SpatialData, table: AnnData, table_key: str, keys: Keys) -> np.ndarray:
-    """Mean and SD of the optical density of three channels in a square as wide as a spot, ``(n_obs, 6)``.
-
-    Image, resolution and coordinate system are those that the prediction was made from. NaN outside the image.
-
-    Raises
-    ------
-    ValueError
-        If the image is not there any more.
-    """
-    from ...image import PatchReader
-
-    record = table.uns[keys.uns]
-    one = isinstance(record["shapes"], str)
-    slides = resolve(
-        sdata,
-        image_key=record["image"],
-        shapes_key=record["shapes"] if one else None,
-        table_key=table_key,
-        coordinate_system=record["coordinate_system"] if one else None,
-        mpp=record["mpp"],
-    )
-    colours = np.full((table.n_obs, 6), np.nan)
-    for slide in slides:
-        reader = PatchReader(
-            slide.pyramid,
-            slide.centres[slide.inside],
-            slide.mpp,
-            windows_um=(slide.diameter_um,),
-            input_px=_PX,
-            factor=slide.pixel_factor,
-        )
-        rows = slide.rows[slide.inside]
-        for batch in reader:
-            density = -np.log((batch.patches[0].reshape(len(batch.index), 3, -1) + 1.0) / 256)
-            colours[rows[batch.index]] = np.hstack([density.mean(2), density.std(2)])
-    return colours
+def _densities(patches: np.ndarray) -> np.ndarray:
+    """Mean and SD of the optical density of three channels, ``(b, 6)``."""
+    density = -np.log((patches.reshape(len(patches), 3, -1) + 1.0) / 256)
+    return np.hstack([density.mean(2), density.std(2)])

@@ -15,7 +15,7 @@ from ..._core.expression import SCALES, Scale
 from ..._core.keys import Keys, check_key
 from ..._core.results import check_free, write_result
 from ..._core.spots import get_table, has_samples
-from .aligned import UNKNOWN_LABELS, Judged, few, proba_of, read
+from .aligned import UNKNOWN_LABELS, Asked, Judged, few, proba_of, read
 from .baselines import readings
 from .layer import MODEL, prediction_named
 from .metrics import BASELINES, METRICS, SEEN, Results, annotation_tables, gene_tables, judge, summarise
@@ -187,14 +187,16 @@ def evaluate(
     judged = read(
         data,
         table,
-        keys=keys,
-        layer=layer,
-        measured=measured,
-        scale=measured_scale,
-        genes=genes,
-        section_key=section_key,
-        model=None if model is None else load(model),
-        gene_symbols=gene_symbols,
+        keys,
+        Asked(
+            layer,
+            measured,
+            measured_scale,
+            genes,
+            section_key,
+            None if model is None else load(model),
+            gene_symbols,
+        ),
     )
     samples = _samples(judged, sample_key) if has_samples(judged.source, sample_key) else None
     left_out, facts = dict(judged.n_left_out), {}

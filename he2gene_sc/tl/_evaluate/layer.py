@@ -10,6 +10,7 @@ import numpy as np
 from ..._core.keys import Keys
 from ..._core.layers import layer_names
 from ..._core.ownership import is_of, is_prediction
+from ..._core.predictions import origin_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -50,8 +51,11 @@ def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
     """
     own = table.uns[keys.uns]["layer"]
     name = own if layer in (Keys().layer, keys.key_added) else layer
-    adapted = _adapted_from(table, own)
-    if name != own and name not in adapted:
+    origin, steps = origin_of(table, name)
+    if origin != own or (name != own and not steps):
+        adapted = [
+            key for key, record in table.uns.items() if is_of("adapt", record) and origin_of(table, key)[0] == own
+        ]
         others = [key for key, record in table.uns.items() if is_prediction(record) and record["layer"] == name]
         hint = f"; {name!r} is another prediction, pass prediction_key={others[0]!r}" if others else ""
         raise ValueError(
@@ -60,24 +64,11 @@ def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
         )
     if name not in table.layers:
         raise ValueError(f"`layer` {name!r} is recorded but not there any more, layers: {sorted(layer_names(table))}")
-    if name == own:
-        return JudgedLayer(name, MODEL, False, np.zeros(table.n_obs, bool))
-    fitted_on: np.ndarray | None = np.zeros(table.n_obs, bool)
-    step = name
-    while step != own and fitted_on is not None:
-        column = f"{step}_measured"
-        fitted_on = fitted_on | table.obs[column].to_numpy(bool) if column in table.obs else None
-        step = adapted[step]
-    return JudgedLayer(name, name, True, fitted_on)
-
-
-def _adapted_from(table: AnnData, layer: str) -> dict[str, str]:
-    """Layers that adapt made of one, of those it made of them, and so on, with what it made them of."""
-    made = {key: record["params"].get("layer") for key, record in table.uns.items() if is_of("adapt", record)}
-    found = [layer]
-    for source in found:
-        found += [key for key, origin in made.items() if origin == source and key not in found]
-    return {key: made[key] for key in found[1:]}
+    columns = [f"{step}_measured" for step in steps]
+    fitted_on = None
+    if all(column in table.obs for column in columns):
+        fitted_on = np.logical_or.reduce([np.zeros(table.n_obs, bool), *(table.obs[c].to_numpy(bool) for c in columns)])
+    return JudgedLayer(name, name if steps else MODEL, bool(steps), fitted_on)
 
 
 def prediction_named(data: Any, key: str) -> bool:
