@@ -18,9 +18,9 @@ import scipy.sparse
 from ..._core.expression import contents_of
 from ..._core.layers import layer_names
 from ..._core.matrix import matrix_of, where_of
+from ..._core.names import clean_names, column_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
-from ..._core.names import clean_names, column_of
 from .gene_lists import check_gene_lists, common_names, gene_names
 from .labels import code_classes, labels_of
 from .options import Classes, GeneSelection, Keys
