@@ -7,6 +7,8 @@ import pandas as pd
 from anndata import AnnData
 
 import he2gene_sc as hg
+from he2gene_sc._core.spots import read_spots
+from he2gene_sc.tl._biomarkers.pool import labelled_spots
 
 GENES = 60
 DESIGN = {field.name for field in fields(hg.Design)}
@@ -16,6 +18,11 @@ def biomarkers(tables, groupby, **options):
     """Call hg.tl.biomarkers, with what belongs to the design among the options."""
     design = {name: options.pop(name) for name in DESIGN & options.keys()}
     return hg.tl.biomarkers(tables, groupby, design=hg.Design(**design), **options)
+
+
+def pool(tables, groupby, *, layer=None, **options):
+    """Labelled spots, as hg.tl.biomarkers reads them."""
+    return labelled_spots(read_spots(tables, groupby, "groupby", layer=layer), groupby, **options)
 
 
 def patient(i, *, n=40, genes=GENES, shift=2.0, labels=("tumour", "stroma"), seed=1):

@@ -2,11 +2,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from patients import pool
 
 import he2gene_sc as hg
 from he2gene_sc._core.names import asked_name, clean_name, clean_names, names_of
 from he2gene_sc._core.spots import apart, samples_of, sections_of
-from he2gene_sc.tl._biomarkers.pool import pool
 
 
 def table_of(**columns):

@@ -89,13 +89,13 @@ def test_sections_are_what_a_row_belongs_to(table):
 
 
 def test_tables_are_found_in_objects(toy, tiny_model):
-    assert get_table(toy, prediction_key=None) is toy["table"]
+    assert get_table(toy) is toy["table"]
     assert get_table(toy["table"]) is toy["table"]
     with pytest.raises(ValueError, match="holds no prediction"):
-        get_table(toy)
+        get_table(toy, prediction_key="he2gene")
     hg.tl.predict(toy, model=tiny_model, genes="all")
-    assert get_table(toy, prediction_key=None) is toy["table"]
-    assert get_table(toy, "he2gene", prediction_key=None) is toy["he2gene"]
+    assert get_table(toy) is toy["table"]
+    assert get_table(toy, "he2gene") is toy["he2gene"]
     with pytest.raises(TypeError, match="is a list"):
         get_table([1])
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import issparse
 
 from .elements import find_table
 from .expression import as_logs
@@ -39,7 +40,7 @@ def get_table(
     data: SpatialData | AnnData,
     table_key: str | None = None,
     *,
-    prediction_key: str | None = "he2gene",
+    prediction_key: str | None = None,
     layer: str | None = None,
 ) -> AnnData:
     """Return the table itself, or that of an object: with a prediction, else with a layer, else the measured one.
@@ -246,6 +247,17 @@ class SpotData:
         parts = [column_of(t, key, parameter).iloc[rows] for t, rows in zip(self.tables, self.rows, strict=True)]
         return pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects()
 
+    def totals(self, layer: str | None, parameter: str = "layer") -> np.ndarray:
+        """Sum of the sizes of the values of a layer at each spot ``(n,)``, NaN left out."""
+        parts = [np.zeros(0)]
+        for table, rows in zip(self.tables, self.rows, strict=True):
+            if not len(rows):
+                continue
+            values = abs(values_of(table, layer, parameter))
+            total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)
+            parts.append(np.nan_to_num(np.asarray(total, float).ravel()[rows]))
+        return np.concatenate(parts)
+
     def take(self, kept: np.ndarray) -> SpotData:
         """Return the spots without some spots; ``kept`` is ``(n,)`` bool."""
         ends = np.cumsum([len(rows) for rows in self.rows])
@@ -298,9 +310,7 @@ def read_spots(
     """
     if is_many(data) and (isinstance(data, str | Mapping) or not isinstance(data, Iterable)):
         raise TypeError(f"`data` is a {type(data).__name__}; SpatialData or AnnData objects are needed")
-    tables = tuple(
-        get_table(item, table_key, prediction_key=None, layer=layer) for item in (data if is_many(data) else [data])
-    )
+    tables = tuple(get_table(item, table_key, layer=layer) for item in (data if is_many(data) else [data]))
     if not tables:
         raise ValueError("`data` is empty; at least one object is needed")
     lacking = [i for i, table in enumerate(tables) if not has_samples(table, sample_key)]

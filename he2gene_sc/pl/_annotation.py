@@ -77,9 +77,6 @@ def annotation(
     """
     validate.arguments(annotation, locals())
     validate.in_range(size, "size", above=0)
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
     keys = Keys(prediction_key)
     where = canvas(
         sdata,
@@ -102,18 +99,12 @@ def annotation(
         columns[reference] = table.obs[reference]
     colours = _colours(where.sdata[where.table_key], keys, columns)
     glass = on_glass(table, prediction_key)
-    obs = pd.DataFrame(
-        {f"panel_{i}": _labels(values, glass & (i == 0)) for i, values in enumerate(columns.values())},
-        index=table.obs_names,
-    )
-    obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
-    obs["instance"] = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
-    panels = TableModel.parse(
-        AnnData(obs=obs), region=where.slide.shapes_key, region_key="region", instance_key="instance"
+    panels = where.panels(
+        {f"panel_{i}": _labels(values, glass & (i == 0)) for i, values in enumerate(columns.values())}
     )
     axes = axes_for(len(columns), ax, ncols=2, panel=5.0)
     for i, title in enumerate(columns):
-        present = list(obs[f"panel_{i}"].cat.categories)
+        present = list(panels.obs[f"panel_{i}"].cat.categories)
         draw(
             where,
             panels,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from .._core import logs
 from .._core.elements import check_spatialdata, spot_element
@@ -43,6 +44,17 @@ class Canvas:
         table = self.sdata[self.table_key]
         attrs = table.uns["spatialdata_attrs"]
         return table[(table.obs[attrs["region_key"]] == self.slide.shapes_key).to_numpy()]
+
+    def panels(self, columns: Mapping[str, Any]) -> AnnData:
+        """Make a small table of the slide's spots with a column of ``obs`` for each panel, as spatialdata-plot wants it."""
+        from anndata import AnnData
+        from spatialdata.models import TableModel
+
+        table, region = self.table, self.slide.shapes_key
+        obs = pd.DataFrame(dict(columns), index=table.obs_names)
+        obs["region"] = pd.Categorical([region] * len(obs))
+        obs["instance"] = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
+        return TableModel.parse(AnnData(obs=obs), region=region, region_key="region", instance_key="instance")
 
     def um_per_unit(self) -> float:
         """µm per unit of the coordinate system that is drawn."""

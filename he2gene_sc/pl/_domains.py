@@ -92,7 +92,8 @@ def domains(
     where = _canvas(data, table, spots, record["params"].get("layer")) if image else None
     axes = axes_for(len(columns) + (where is not None), ax, ncols=4, panel=4.0)
     if where is not None:
-        shown = _panels(where, table, labels)
+        rows = where.table.obs_names
+        shown = where.panels({column: pd.Categorical(values[rows]) for column, values in labels.items()})
         draw(where, shown, None, axes[0], title="tissue", image=True, size=size)
     for axis, column, title in zip(axes[-len(columns) :], columns, titles, strict=True):
         present = labels[column].iloc[spots].dropna().unique()
@@ -139,21 +140,6 @@ def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
     labels = pd.Series(labels_of(table, column, "domain_key"), index=table.obs_names)
     size = labels.iloc[spots].value_counts()
     return labels.where(~labels.isin(size.index[size < MIN_SPOTS]), None)
-
-
-def _panels(where: Canvas, table: AnnData, labels: Mapping[str, pd.Series]) -> AnnData:
-    """Labels alone, of the slide's spots, as spatialdata-plot wants them."""
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
-    rows = where.table
-    obs = pd.DataFrame({column: pd.Categorical(values[rows.obs_names]) for column, values in labels.items()})
-    obs.index = rows.obs_names
-    obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
-    obs["instance"] = rows.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
-    return TableModel.parse(
-        AnnData(obs=obs), region=where.slide.shapes_key, region_key="region", instance_key="instance"
-    )
 
 
 def _legend(ax: Axes, colours: Mapping[str, str]) -> None:

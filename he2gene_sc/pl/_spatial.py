@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from .._core import validate
 from .._core.expression import contents_of
@@ -138,7 +137,9 @@ def spatial(
     predicted[glass] = np.nan
     found = _measured(where, table, names, measured)
     beside, were_counts = found if found is not None else (None, False)
-    panels = _panel_table(where, table, genes, predicted, beside)
+    columns = {f"predicted_{i}": predicted[:, i] for i in range(len(genes))}
+    columns |= {} if beside is None else {f"measured_{i}": beside[:, i] for i in range(len(genes))}
+    panels = where.panels(columns)
     kinds = ["predicted"] if beside is None else ["predicted", "measured"]
     name = "predicted" if shown_layer == predicted_layer(table, prediction_key) else _name(table, shown_layer)
     axes = axes_for(len(genes) * len(kinds), ax, ncols or (4 if beside is None else 2))
@@ -259,22 +260,3 @@ def _as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
         total = np.asarray(values.sum(axis=1), dtype=float).reshape(-1, 1)
         return np.log1p(1e4 * chosen / np.where(total == 0, 1, total)), True
     return chosen, False
-
-
-def _panel_table(
-    where: Canvas, table: AnnData, genes: list[str], predicted: np.ndarray, beside: np.ndarray | None
-) -> AnnData:
-    """Make a small table with one ``obs`` column a panel."""
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
-    attrs = table.uns["spatialdata_attrs"]
-    columns = {f"predicted_{i}": predicted[:, i] for i in range(len(genes))}
-    if beside is not None:
-        columns |= {f"measured_{i}": beside[:, i] for i in range(len(genes))}
-    obs = pd.DataFrame(columns, index=table.obs_names)
-    obs["region"] = pd.Categorical([where.slide.shapes_key] * len(obs))
-    obs["instance"] = table.obs[attrs["instance_key"]].to_numpy()
-    return TableModel.parse(
-        AnnData(obs=obs), region=where.slide.shapes_key, region_key="region", instance_key="instance"
-    )

@@ -147,7 +147,7 @@ def adapt(
 
     key_added = f"{layer}_adapted" if key_added is None else key_added
     check_key(key_added, "key_added")
-    table = get_table(data, table_key, prediction_key=None, layer=layer)
+    table = get_table(data, table_key, layer=layer)
     keys = Keys(prediction_of(table, origin_of(table, layer)[0]) or layer)
     gain_key, measured_key, support_key = (f"{key_added}_{name}" for name in ("gain", "measured", "support"))
     check_free(table, "adapt", key_added, layers=[key_added], obs=[measured_key, support_key], var=[gain_key])

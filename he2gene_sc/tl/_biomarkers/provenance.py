@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import issparse
 
 from ..._core.expression import Scale, log_expression
 from ..._core.genes import find_genes
 from ..._core.keys import MADE, Keys
-from ..._core.matrix import values_of
 from ..._core.names import clean_names
 from ..._core.ownership import is_of, is_prediction
 from ..._core.predictions import prediction_of
@@ -116,15 +114,9 @@ def measured_part(spots: SpotData, measured: str | None, scale: Scale) -> tuple[
 
     A spot without any count was not: a section beside a measured one of the same patient may have been predicted alone.
     """
-    seen = np.zeros(len(spots.labels), bool)
-    start = 0
-    for table, rows in zip(spots.tables, spots.rows, strict=True):
-        end = start + len(rows)
-        if MADE not in table.uns and len(rows):
-            values = abs(values_of(table, measured, "measured"))
-            total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)
-            seen[start:end] = np.nan_to_num(np.asarray(total, float).ravel()[rows]) > 0
-        start = end
+    made = np.array([MADE in table.uns for table in spots.tables])[spots.objects]
+    seen = ~made
+    seen[~made] = spots.take(~made).totals(measured, "measured") > 0
     expected: Literal["counts", "log"] = "counts" if measured is None else "log"
     chosen = spots.take(seen)
     for table, rows in zip(chosen.tables, chosen.rows, strict=True):

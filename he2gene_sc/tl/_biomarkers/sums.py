@@ -13,13 +13,15 @@ from scipy.sparse import csr_array, issparse
 
 from ..._core.expression import scale_of
 from ..._core.keys import MADE
-from ..._core.matrix import values_of
-from ..._core.names import check_spelling, clean_names, column_of
+from ..._core.matrix import matrix_of, values_of
+from ..._core.names import check_spelling, clean_names
 from ..._core.spots import SpotData
 from ...stats import CountSums
 from .design import Design
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from .contrast import Contrast
 
 
@@ -136,19 +138,12 @@ def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
     if depth is None:
         return None
     layer = pool.layer if pool.scale == "counts" else None
-    parts = []
-    for table, rows in zip(pool.tables, pool.rows, strict=True):
-        if depth != "auto":
-            parts.append(pd.to_numeric(column_of(table, depth, "depth").iloc[rows], errors="coerce").to_numpy(float))
-            continue
-        if layer is None and (MADE in table.uns or table.X is None):
-            return None
-        values = values_of(table, layer)
-        if scale_of(values) != "counts":
-            return None
-        total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)
-        parts.append(np.nan_to_num(np.asarray(total, float).ravel()[rows]))
-    found = np.concatenate(parts)
+    if depth != "auto":
+        found = pd.to_numeric(pool.obs(depth, "depth"), errors="coerce").to_numpy(float)
+    elif any(_without_counts(table, layer) for table in pool.tables):
+        return None
+    else:
+        found = pool.totals(layer)
     known = np.isfinite(found) & (found > 0)
     if known.all():
         return np.log(found)
@@ -158,6 +153,10 @@ def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
         f"`depth` {depth!r} is not a number above 0 for {int((~known).sum())} spots; name a column of total counts, or pass "
         "design=hg.Design(depth=None) to leave it out"
     )
+
+
+def _without_counts(table: AnnData, layer: str | None) -> bool:
+    return (layer is None and (MADE in table.uns or table.X is None)) or scale_of(matrix_of(table, layer)) != "counts"
 
 
 def pair_design(

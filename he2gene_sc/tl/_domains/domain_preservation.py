@@ -151,7 +151,7 @@ def domain_preservation(
     validate.arguments(domain_preservation, locals())
     _check(n_domains, n_seeds, n_perms, clustering, key_added)
     spots = read_spots(
-        get_table(data, table_key, prediction_key=None, layer=layer),
+        get_table(data, table_key, layer=layer),
         domain_key,
         "domain_key",
         layer=layer,
