@@ -358,7 +358,7 @@ def _column(table, labels):
         (None, {"sample_key": "nope"}, "`sample_key` 'nope' is not a column"),
         (None, {"key_added": "a/b"}, "`key_added` 'a/b' cannot be stored"),
         (lambda t: t.uns.update(he2gene_domains=3), {}, "was not written by hg.tl.domain_preservation"),
-        (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots lie where another"),
+        (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots stand twice at the same place"),
         (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "'x' stands there twice"),
         (lambda t: t.obsm.pop("spatial"), {}, "no obsm\\['spatial'\\]"),
     ],
@@ -383,7 +383,7 @@ def test_a_patient_under_two_names_is_refused():
 
     one = hg.datasets.toy((5, 6), mpp=8.0)["table"]
     table = ad.concat({"p": one, "P1": one}, label="patient", index_unique="-")
-    with pytest.raises(ValueError, match="`sample_key` 'patient': 'p' and 'P1' hold the same spots"):
+    with pytest.raises(ValueError, match="`sample_key`: 30 spots are the same, value by value, in samples 'P1' and 'p': one patient under two names"):
         run(table, sample_key="patient")
 
 

@@ -98,6 +98,7 @@ def odd_inputs() -> Iterator[Odd]:
     for verb, function in FUNCTIONS.items():
         first, *rest = inspect.signature(function).parameters
         rest += chain.from_iterable(map(fields_of, KINDS.values())) if verb == "train" else ()
+        rest += fields_of(hg.Design) if verb == "biomarkers" else []
         for parameter in rest:
             if parameter not in FREE:
                 for what in VALUES:

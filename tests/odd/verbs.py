@@ -105,10 +105,6 @@ def _one(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _many(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda objects, **kwargs: function(objects, **kwargs)
-
-
 def _card(_: list[Any], model: Any) -> dict[str, Any]:
     return {"genes": list(model.genes.index), "weight": np.asarray(model.tensors["genes.weight"], float)}
 
@@ -133,6 +129,11 @@ def _train(objects: list[Any], **kwargs: Any) -> Any:
         if own:
             kwargs[parameter] = kind(**own)
     return hg.tl.train(objects, **kwargs)
+
+
+def _biomarkers(objects: list[Any], **kwargs: Any) -> Any:
+    own = {name: kwargs.pop(name) for name in fields_of(hg.Design) if name in kwargs}
+    return hg.tl.biomarkers(objects, **kwargs, **({"design": hg.Design(**own)} if own else {}))
 
 
 CONTRAST = {"groupby": "pathologist", "groups": "tumour", "reference": "stroma"}
@@ -162,7 +163,7 @@ VERBS = {
             "n_seeds": 2,
         },
     ),
-    "biomarkers": Verb(_many(hg.tl.biomarkers), _cohort, lambda _, result: result, {**CONTRAST, "layer": None}),
+    "biomarkers": Verb(_biomarkers, _cohort, lambda _, result: result, {**CONTRAST, "layer": None}),
     "concordance": Verb(
         _one(hg.tl.concordance),
         _done,
