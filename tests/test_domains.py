@@ -383,7 +383,10 @@ def test_a_patient_under_two_names_is_refused():
 
     one = hg.datasets.toy((5, 6), mpp=8.0)["table"]
     table = ad.concat({"p": one, "P1": one}, label="patient", index_unique="-")
-    with pytest.raises(ValueError, match="`sample_key`: 30 spots are the same, value by value, in samples 'P1' and 'p': one patient under two names"):
+    with pytest.raises(
+        ValueError,
+        match="`sample_key`: 30 spots are the same, value by value, in samples 'P1' and 'p': one patient under two names",
+    ):
         run(table, sample_key="patient")
 
 
