@@ -167,3 +167,10 @@ def test_fractions_and_unknown_columns_are_no_labels(table):
         labels_of(table, "label", "domain_key")
     with pytest.raises(ValueError, match="`groupby` 'no' is not a column"):
         labels_of(table, "no", "groupby")
+
+
+def test_a_table_is_found_by_its_layer(toy):
+    toy["table"].layers["mine"] = toy["table"].X
+    assert get_table(toy, layer="mine") is toy["table"]
+    with pytest.raises(ValueError, match="`layer` 'no' is in no table of `data`; run hg.tl.predict first"):
+        get_table(toy, layer="no")
