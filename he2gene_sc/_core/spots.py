@@ -146,13 +146,17 @@ def spots_of(table: AnnData) -> np.ndarray:
     """
     if "spatial" not in table.obsm:
         raise ValueError("`data` has no obsm['spatial']; spot centres are needed, as scanpy and squidpy keep them")
-    xy = np.asarray(table.obsm["spatial"], float)
-    if xy.ndim != 2 or xy.shape[1] < 2:
-        raise ValueError(f"obsm['spatial'] has shape {xy.shape}; a row (x, y) for each spot is needed")
-    xy = xy[:, :2]
+    xy = _centres(table)
     if not np.isfinite(xy).all():
         raise ValueError(f"obsm['spatial'] is NaN or infinite for {int((~np.isfinite(xy).all(1)).sum())} spots")
     return xy
+
+
+def _centres(table: AnnData) -> np.ndarray:
+    xy = np.asarray(table.obsm["spatial"], float)
+    if xy.ndim != 2 or xy.shape[1] < 2:
+        raise ValueError(f"obsm['spatial'] has shape {xy.shape}; a row (x, y) for each spot is needed")
+    return xy[:, :2]
 
 
 def pitch_of(xy: np.ndarray) -> float:
@@ -335,7 +339,7 @@ def read_spots(
         samples=np.concatenate(samples),
         sections=np.concatenate([sections_of(table, section_key) for table in tables]),
         objects=np.repeat(np.arange(len(tables)), [table.n_obs for table in tables]),
-        xy=np.concatenate([np.asarray(t.obsm["spatial"], float)[:, :2] for t in tables]) if places else None,
+        xy=np.concatenate([_centres(table) for table in tables]) if places else None,
         layer=layer,
         scale="counts" if layer is None else "log",
         genes=tables[0].var_names,
