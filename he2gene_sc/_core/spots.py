@@ -74,7 +74,8 @@ def get_table(
         candidates = [key for key in found if MADE not in data[key].uns] or found
         if not candidates:
             raise ValueError(
-                f"`layer` {layer!r} is in no table of `data`; run hg.tl.predict first, or pass layer=None for measured counts"
+                f"`layer` {layer!r} is in no table of `data`, which holds no prediction {layer!r}: run hg.tl.predict first, or "
+                "pass layer=None for measured counts where that is meant"
             )
         if len(candidates) > 1:
             raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
