@@ -152,6 +152,8 @@ def faults(folder):
 
     toy = hg.datasets.toy((3, 4), mpp=4.0)
     table = toy["table"]
+    # Each column is several files: as few as make a table.
+    table.obs, table.var = table.obs[["region", "instance_id"]], table.var[[]]
     table.obs["round"] = np.arange(table.n_obs)
     table.uns["count"] = 7
     table.layers["same"] = table.X.copy()
