@@ -52,10 +52,12 @@ def train(names, cache, change=lambda sdata: sdata):
     )
 
 
-def promised(model, name, title):
+def promised(model, name, title, *, known_patient=False):
     """Reliable genes that keep their promise, and the share of values inside their interval, gene by gene."""
     sdata = hg.datasets.her2st(name)
-    hg.tl.predict(sdata, model=model, device="cpu", dtype="float32", show_progress_bar=False)
+    hg.tl.predict(
+        sdata, model=model, known_patient=known_patient, device="cpu", dtype="float32", show_progress_bar=False
+    )
     table = sdata["table"]
     hg.tl.intervals(table, coverage=COVERAGE, model=model)
     # A gene that the section never saw is 0 in every spot, as in training.
@@ -67,7 +69,7 @@ def promised(model, name, title):
     held = (truth >= low) & (truth <= high)
     inside = held.mean(0)
     often = (truth > 0).mean(0) >= 0.5
-    missing = int(model.genes["reliable"].sum() - reliable.sum())
+    missing = int(model.genes["reliable_known_patient" if known_patient else "reliable"].sum() - reliable.sum())
     kept = (
         f", {(r[reliable] > RELIABLE_PCC).mean():.1%} of them above {RELIABLE_PCC} here (mean Pearson {r[reliable].mean():.3f})"
         if reliable.any()
@@ -103,7 +105,8 @@ def promised(model, name, title):
 
 
 def bundled(cache):
-    promised(hg.models.load(), "C5", "the bundled model")
+    promised(hg.models.load(), "C5", "the bundled model, as a new patient")
+    promised(hg.models.load(), "C5", "the bundled model, as the known patient that it is", known_patient=True)
 
 
 def promise(cache):
