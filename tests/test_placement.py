@@ -190,16 +190,6 @@ def test_training_checks_the_placement_too(toy):
         hg.tl.train([toy], validation="random")
 
 
-def test_spots_too_close_to_average_are_refused_before_encoding(toy, tiny_model, monkeypatch):
-    from he2gene_sc.models import _embedding
-
-    model = hg.models.load("breast-her2st")
-    monkeypatch.setattr(_embedding, "_MAX_PAIRS", 10)
-    monkeypatch.setattr("he2gene_sc.inference.predict", lambda *a, **k: pytest.fail("encoded"))
-    with pytest.raises(ValueError, match=r"spots lie too close.*hg\.pp\.grid"):
-        hg.tl.predict(toy, model=model)
-
-
 def test_probes_are_refused_as_genes(toy, tiny_model):
     toy["table"].var_names = [f"{name}|{i:07x}" for i, name in enumerate(toy["table"].var_names)]
     with pytest.raises(ValueError, match=r"probes, not genes.*scanpy\.get\.aggregate"):

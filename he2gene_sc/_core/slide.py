@@ -210,18 +210,19 @@ def _check_size(
             "is meant"
         )
     diameter_um = diameter_px * mpp
+    # Cells and bins are far smaller than the window that is read around them, which decides whether the image will do.
+    if cells and diameter_um < _WIDE_UM:
+        return
     if diameter_um < _MIN_SPOT_UM:
         raise ValueError(
-            f"{found}, that is {diameter_um:.3g} µm, smaller than a cell. If these are 2 µm bins of Visium HD, use spots of "
-            "50 µm instead: hg.pp.tissue(sdata), hg.pp.grid(sdata, diameter_um=50, pitch_um=50, key_added='grid'), "
-            "hg.tl.predict(sdata, shapes_key='grid'). Else check the transformations and `mpp`"
+            f"{found}, that is {diameter_um:.3g} µm, smaller than a cell, and its spots do not lie side by side as bins and "
+            "cells do. Check the transformations and `mpp`; for spots of 50 µm: hg.pp.tissue(sdata), "
+            "hg.pp.grid(sdata, diameter_um=50, pitch_um=50, key_added='grid'), hg.tl.predict(sdata, shapes_key='grid')"
         )
-    # Cells and bins are far smaller than the window that is read around them.
-    needed = 1 if cells and diameter_um < _WIDE_UM else _MIN_SPOT_PX
-    if diameter_px < needed:
+    if diameter_px < _MIN_SPOT_PX:
         raise ValueError(
-            f"{found}, which is too coarse at {mpp:.3g} µm/px: {needed} px are the least, that is {diameter_um / needed:.2g} "
-            "µm/px or finer. Use the full-resolution image, or check the transformations"
+            f"{found}, which is too coarse at {mpp:.3g} µm/px: {_MIN_SPOT_PX} px are the least, that is "
+            f"{diameter_um / _MIN_SPOT_PX:.2g} µm/px or finer. Use the full-resolution image, or check the transformations"
         )
 
 

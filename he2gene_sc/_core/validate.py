@@ -249,14 +249,30 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     ValueError
         If an argument is of another type.
     """
+    further = [name for name, value in inspect.signature(function).parameters.items() if value.kind is value.VAR_KEYWORD]
+    given = {**given, **{key: value for name in further for key, value in given.get(name, {}).items()}}
     for name, check in _checks(function).items():
         if name in given:
             check(given[name], name)
 
 
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters of a function by name, with those that ``**options: Unpack[...]`` of a ``TypedDict`` stands for."""
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        unpacked = str(parameter.annotation).strip("'").removeprefix("Unpack[").removesuffix("]")
+        if parameter.kind is not parameter.VAR_KEYWORD or unpacked == str(parameter.annotation):
+            found[name] = parameter
+            continue
+        for key, annotation in function.__globals__[unpacked].__annotations__.items():
+            text = getattr(annotation, "__forward_arg__", annotation)
+            found[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=text)
+    return found
+
+
 @functools.cache
 def _checks(function: Callable[..., Any]) -> dict[str, Callable[[Any, str], Any]]:
-    found = {name: _check_of(parameter) for name, parameter in inspect.signature(function).parameters.items()}
+    found = {name: _check_of(parameter) for name, parameter in parameters(function).items()}
     return {name: check for name, check in found.items() if check is not None}
 
 

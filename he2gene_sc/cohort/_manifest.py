@@ -76,7 +76,7 @@ def _predict() -> Callable[..., Any]:
 @cache
 def _options() -> dict[str, inspect.Parameter]:
     """Return the arguments of ``tl.predict`` that a slide may have of its own."""
-    found = dict(inspect.signature(_predict()).parameters)
+    found = validate.parameters(_predict())
     return {name: value for name, value in found.items() if name not in ("sdata", "copy", "show_progress_bar")}
 
 

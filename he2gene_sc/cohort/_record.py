@@ -95,7 +95,7 @@ def _matches(record: Mapping[str, Any], job: Job, model: HE2Gene) -> bool:
     layer = options.pop("layer", _key(job))
     if record["weights_sha256"] != model.weights_sha256 or bool(record["tta"]) != tta or record["layer"] != layer:
         return False
-    for name in ("genes", "gene_symbols", "known_patient"):
+    for name in ("genes", "gene_symbols", "known_patient", "exact", "lattice"):
         if _plain(record.get(name)) != _plain(options.pop(name, None) or None):
             return False
     return all(_agrees(record.get(_FOUND.get(name, name)), value) for name, value in options.items())
@@ -124,7 +124,7 @@ def _values(found: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str | bool) or value is None:
+    if isinstance(value, str | bool | int | float) or value is None:
         return value
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else list(value)
 

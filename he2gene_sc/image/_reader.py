@@ -138,6 +138,18 @@ class PatchReader:
         """Return the number of batches."""
         return -(-self.n_spots // self.batch_size)
 
+    @property
+    def batches(self) -> list[np.ndarray]:
+        """Spots of each batch, in the order in which they come."""
+        order = np.concatenate([block.spots for block in self._blocks]) if self._blocks else np.empty(0, np.intp)
+        found: list[np.ndarray] = []
+        done = 0
+        for left in range(len(self), 0, -1):
+            stop = done + self._batch_length(done, left)
+            found.append(order[done:stop])
+            done = stop
+        return found
+
     def __iter__(self) -> Iterator[PatchBatch]:
         """Yield batches; the next ones are prepared in a thread meanwhile."""
         ready: queue.Queue = queue.Queue(maxsize=2)
@@ -199,8 +211,11 @@ class PatchReader:
                         index, patches, filled = self._new_batch(done, left)
 
     def _new_batch(self, done: int, left: int) -> tuple[np.ndarray, tuple[np.ndarray, ...], int]:
-        n = -(-(self.n_spots - done) // max(1, left))
+        n = self._batch_length(done, left)
         return np.empty(n, np.intp), tuple(self._allocate((n, 3, w.size, w.size)) for w in self.plan.windows), 0
+
+    def _batch_length(self, done: int, left: int) -> int:
+        return -(-(self.n_spots - done) // max(1, left))
 
     def _reduce(self, pixels: np.ndarray) -> dict[int, np.ndarray]:
         """Average a block by every factor that a window needs, halving step by step."""

@@ -10,24 +10,28 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from ..image import PatchReader
+from ..image import PatchBatch, PatchReader
 from ..models._network import FeatureExtractor
 from ._engine import encode
+from ._pixels import DIGEST_BYTES, Pixels
 
 logger = logging.getLogger("he2gene_sc")
 
 #: Raised whenever the same key would stand for other numbers, or a file is laid out differently.
 _VERSION = 3
 _PREFIX = "he2gene-features-"
-_DIGEST_BYTES = hashlib.sha256().digest_size
 _BLOCK_BYTES = 2**22
+#: Spots that an interrupted run loses at most.
+_BLOCK_SPOTS = 1024
 #: Left free on the disk beside what the features take.
 _SPARE_BYTES = 2**24
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -43,6 +47,7 @@ def cached_features(
     dtype: torch.dtype,
     folder: str | Path,
     progress: Callable[[int], object] | None = None,
+    pixels: str | None = None,
 ) -> np.ndarray:
     """Return the features of all spots of a reader, from a file if they have been computed before.
 
@@ -64,6 +69,8 @@ def cached_features(
         Where the files lie; made where it does not exist.
     progress
         Called with the number of spots done by each batch; once with all of them where the file is found.
+    pixels
+        Digest of the patches, :class:`Pixels`; read if it is not known.
 
     Returns
     -------
@@ -95,12 +102,18 @@ def cached_features(
     run that is killed leaves at most that, which no run reads. Runs that compute the same at once each write their own,
     and the last one stands.
 
+    *Going on.* Of more than 1,024 spots each block of so many is such a file of its own (``.block``) until all are there.
+    A run that was interrupted takes them up, if its batches are of the same size: it encodes the batches that are missing,
+    as they would have been, and gives the same numbers bit for bit. Meanwhile the disk holds the features twice.
+
     *Single precision* is what the encoder hands out: a head fitted to features from the cache is the head fitted
     without it, bit for bit. Half precision would halve the files, change every fit, and overflow above 65,504.
     """
     folder = Path(folder).expanduser()
     extractor = extractor.to(device)
-    path = folder / f"{_PREFIX}{_key(extractor, reader, encoder_sha256, symmetries, dtype)}.npy"
+    pixels = Pixels.of(reader, judge=False).sha256 if pixels is None else pixels
+    key = _key(extractor, reader, encoder_sha256, symmetries, dtype, pixels)
+    path = folder / f"{_PREFIX}{key}.npy"
     found = _open(path, reader.n_spots)
     if found is not None:
         if progress is not None:
@@ -111,26 +124,123 @@ def cached_features(
         empty = np.empty(shape, np.float32)
         empty.flags.writeable = False
         return empty
-    n_bytes = 4 * int(np.prod(shape, dtype=np.int64)) + _DIGEST_BYTES
+
+    def encoded(batches: _Some) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+        for batch, part in encode(extractor, batches, device=device, dtype=dtype, symmetries=symmetries):
+            yield batch.index, part.float().cpu().numpy()
+            if progress is not None:
+                progress(len(batch.index))
+
+    blocks = _blocks(reader, folder / f"{_PREFIX}{key}")
+    n_bytes = 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
+    room = n_bytes * (1 if len(blocks) == 1 else 2)
     with _explained(folder, n_bytes):
         folder.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(folder).free < n_bytes + _SPARE_BYTES:
+        if shutil.disk_usage(folder).free < room + _SPARE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with torch.inference_mode():
+        if len(blocks) == 1:
+            _store(path, shape, encoded(_Some(reader)))
+        else:
+            _fill_blocks(blocks, shape[1:], lambda wanted: encoded(_Some(reader, wanted)), progress)
+            _store(path, shape, _joined(blocks, path, reader.n_spots))
+    for block in blocks if len(blocks) > 1 else ():
+        block.path.unlink(missing_ok=True)
+    found = _open(path, reader.n_spots)
+    if found is None:
+        raise OSError(errno.EIO, "the features that were written read back otherwise; is the disk failing?", str(path))
+    return found
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Batches of a reader that stand in one file until all are there."""
+
+    path: Path
+    batches: range
+    spots: np.ndarray
+
+
+class _Some:
+    """Some batches of a reader: the others are read and passed over, so that those are what they would have been."""
+
+    def __init__(self, reader: PatchReader, wanted: set[int] | None = None):
+        self.batch_size, self._reader, self._wanted = reader.batch_size, reader, wanted
+
+    def __iter__(self) -> Iterator[PatchBatch]:
+        return (batch for i, batch in enumerate(self._reader) if self._wanted is None or i in self._wanted)
+
+
+def _blocks(reader: PatchReader, stem: Path) -> list[_Block]:
+    batches = reader.batches
+    at_once = max(1, _BLOCK_SPOTS // max(1, reader.batch_size))
+    stops = [0, *accumulate(map(len, batches))]
+    found = []
+    for first in range(0, len(batches), at_once):
+        last = min(first + at_once, len(batches))
+        path = stem.with_name(f"{stem.name}-{stops[first]}-{stops[last]}-{reader.batch_size}.block")
+        found.append(_Block(path, range(first, last), np.concatenate(batches[first:last])))
+    return found
+
+
+def _fill_blocks(
+    blocks: Sequence[_Block],
+    shape: tuple[int, ...],
+    encoded: Callable[[set[int]], Generator[tuple[np.ndarray, np.ndarray], None, None]],
+    progress: Callable[[int], object] | None,
+) -> None:
+    """Encode the blocks that are not there."""
+    missing = []
+    for block in blocks:
+        if _open(block.path, len(block.spots)) is None:
+            missing.append(block)
+        elif progress is not None:
+            progress(len(block.spots))
+    if len(missing) < len(blocks):
+        n = sum(len(block.spots) for block in blocks if block not in missing)
+        logger.info("features of %d spots are there from a run that was interrupted; going on", n)
+    batches = encoded({i for block in missing for i in block.batches})
+    with contextlib.closing(batches):
+        for block in missing:
+            place = {int(spot): row for row, spot in enumerate(block.spots)}
+            rows = (
+                (np.array([place[int(spot)] for spot in index]), part)
+                for _, (index, part) in zip(block.batches, batches, strict=False)
+            )
+            _store(block.path, (len(block.spots), *shape), rows)
+
+
+def _joined(blocks: Sequence[_Block], path: Path, n_spots: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for block in blocks:
+        found = _open(block.path, len(block.spots))
+        if found is not None:
+            yield block.spots, found
+            continue
+        # Another run that computed the same has put them together meanwhile.
+        whole = _open(path, n_spots)
+        if whole is None:
+            raise OSError(
+                errno.EIO, "a block of features that was written is gone or damaged; run again", str(block.path)
+            )
+        yield block.spots, whole[block.spots]
+
+
+def _store(path: Path, shape: tuple[int, ...], parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write a file of the cache whole or not at all, from rows and where they stand."""
+    folder, n_bytes = path.parent, 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
+    with _explained(folder, n_bytes):
         handle, temporary = tempfile.mkstemp(prefix=f".{_PREFIX}", suffix=".part", dir=folder)
     try:
-        with os.fdopen(handle, "w+b", buffering=0) as stream, torch.inference_mode():
+        with os.fdopen(handle, "w+b", buffering=0) as stream:
             with _explained(folder, n_bytes):
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(stream, header)
             offset = stream.tell()
-            for batch, part in encode(extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
-                rows = part.float().cpu().numpy()
-                for row in np.argsort(batch.index):
-                    stream.seek(offset + int(batch.index[row]) * rows[0].nbytes)
+            for index, rows in parts:
+                for row in np.argsort(index):
+                    stream.seek(offset + int(index[row]) * rows[0].nbytes)
                     _write(stream, rows[row].tobytes(), n_bytes, folder)
-                if progress is not None:
-                    progress(len(batch.index))
-            _write(stream, _digest(stream, offset + n_bytes - _DIGEST_BYTES), n_bytes, folder)
+            _write(stream, _digest(stream, offset + n_bytes - DIGEST_BYTES), n_bytes, folder)
             with _explained(folder, n_bytes):
                 os.fsync(stream.fileno())
         with _explained(folder, n_bytes):
@@ -139,10 +249,6 @@ def cached_features(
             Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    found = _open(path, reader.n_spots)
-    if found is None:
-        raise OSError(errno.EIO, "the features that were written read back otherwise; is the disk failing?", str(path))
-    return found
 
 
 def _key(
@@ -151,19 +257,26 @@ def _key(
     encoder_sha256: str,
     symmetries: tuple[tuple[int, bool], ...],
     dtype: torch.dtype,
+    pixels: str | None = None,
 ) -> str:
-    # A digest a spot, put together in the order of the spots: batches come in the order of the stored chunks.
-    pixels = np.zeros((reader.n_spots, _DIGEST_BYTES), np.uint8)
-    for batch in reader:
-        for row, spot in enumerate(batch.index):
-            digest = hashlib.sha256()
-            for window in batch.patches:
-                digest.update(np.ascontiguousarray(window[row]).data)
-            pixels[spot] = np.frombuffer(digest.digest(), np.uint8)
+    pixels = Pixels.of(reader, judge=False).sha256 if pixels is None else pixels
+    facts = feature_facts(extractor, reader, encoder_sha256, symmetries, dtype, pixels)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def feature_facts(
+    extractor: FeatureExtractor,
+    reader: PatchReader,
+    encoder_sha256: str,
+    symmetries: tuple[tuple[int, bool], ...],
+    dtype: torch.dtype,
+    pixels: str,
+) -> dict[str, Any]:
+    """Everything that makes the features of the spots of a reader what they are."""
     preprocess = extractor.preprocess
-    facts = {
+    return {
         "version": _VERSION,
-        "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        "pixels": pixels,
         "windows": [[float(window.um), window.factor, window.size] for window in reader.plan.windows],
         "encoder": encoder_sha256,
         "architecture": hashlib.sha256(repr(extractor.encoder).encode()).hexdigest(),
@@ -176,7 +289,6 @@ def _key(
         "symmetries": [[int(turns), bool(mirrored)] for turns, mirrored in symmetries],
         "dtype": str(dtype),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _shape(
@@ -215,8 +327,8 @@ def _open(path: Path, n_spots: int) -> np.ndarray | None:
     """Map a file of the cache if it is there and whole; ``None`` otherwise."""
     try:
         with path.open("rb") as stream:
-            n_bytes = path.stat().st_size - _DIGEST_BYTES
-            whole = n_bytes > 0 and _digest(stream, n_bytes) == stream.read(_DIGEST_BYTES)
+            n_bytes = path.stat().st_size - DIGEST_BYTES
+            whole = n_bytes > 0 and _digest(stream, n_bytes) == stream.read(DIGEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if whole:

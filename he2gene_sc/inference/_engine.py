@@ -7,20 +7,25 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from ..image import FAULTS, PatchBatch, PatchReader, faults, tissue_share
+from ..image import PatchBatch, PatchReader
+from ..models._embedding import Rows, row_blocks
 from ..models._heap import kept_heap
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
 from ..models._ood import OODResult, SlideFacts
+from ._lattice import Interpolated, SpotFeatures
+from ._pixels import Pixels
 
 logger = logging.getLogger("he2gene_sc")
 
 #: Genes that the gene head computes at once, so that a wide head needs no second copy of its result.
 _GENES_AT_ONCE = 4096
+#: Spots whose views are classified at once.
+_VIEWS_AT_ONCE = 256
 #: Batches that may wait for a GPU.
 _IN_FLIGHT = 2
 
@@ -52,13 +57,14 @@ class Predictions:
 
 def predict(
     network: Network,
-    reader: PatchReader,
+    reader: PatchReader | None,
     genes: np.ndarray,
     *,
     device: torch.device,
     dtype: torch.dtype,
     tta: bool = False,
     progress: Callable[[int], object] | None = None,
+    features: SpotFeatures | None = None,
 ) -> Predictions:
     """Predict all spots of a reader.
 
@@ -67,7 +73,7 @@ def predict(
     network
         The model.
     reader
-        The patches.
+        The patches; ``None`` where features are given.
     genes
         Positions in the gene head, ``(g,)``.
     device, dtype
@@ -76,67 +82,107 @@ def predict(
         Average over the eight symmetries of the square.
     progress
         Called with the number of spots done by each batch.
+    features
+        Features of the spots, where they are known: no pixel is read then.
 
     Returns
     -------
     Predictions
-        In the order of the reader's spots.
+        In the order of the reader's spots, or of the features.
     """
     network = network.to(device)
-    n = reader.n_spots
-    proba = np.empty((n, network.annotation_bias.shape[0] if network.has_annotation else 0), np.float32)
     with torch.inference_mode():
-        symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
         by_view = network.extractor.fusion == "mean" and network.has_annotation
-        facts = _no_facts(n, reader)
-        features, probas, order = [], [], []
-        for batch, views in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
-            features.append(views.mean(1))
-            if by_view:
-                probas.append(network.annotation(views).mean(1))
-            _read_pixels(facts, batch, reader)
-            order.append(batch.index)
-            if progress is not None:
-                progress(len(batch.index))
+        seen: Rows
+        if features is None:
+            assert reader is not None
+            seen, proba, facts = _encoded(network, reader, device, dtype, tta, progress)
+            centres_um = reader.centres * reader.mpp
+        else:
+            centres_um = features.centres_um
+            seen = _of_views(features)
+            facts = features.facts
+            proba = _probabilities(network, features, device) if by_view else None
+        n = len(centres_um)
         if not n:
-            return Predictions(
-                np.empty((0, len(genes)), np.float32), proba, np.empty((0, network.n_latent), np.float32), facts.tissue
-            )
-        # Back into the order of the spots on the device, so that one copy brings everything home.
-        back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
-        seen = torch.cat(features)[back].cpu().numpy()
-        embedding = network.embed(seen, reader.centres * reader.mpp)
+            classes = network.annotation_bias.shape[0] if network.has_annotation else 0
+            a, b, c = (np.empty((0, size), np.float32) for size in (len(genes), classes, network.n_latent))
+            return Predictions(a, b, c, facts.tissue)
+        embedding = network.embed(seen, centres_um)
         latent = torch.from_numpy(embedding).to(device)
         expression = np.empty((n, len(genes)), np.float32)
         positions = torch.from_numpy(np.asarray(genes, np.int64)).to(device)
         for start in range(0, len(genes), _GENES_AT_ONCE):
             part = positions[start : start + _GENES_AT_ONCE]
             expression[:, start : start + len(part)] = network.expression(latent, part).cpu().numpy()
-        if by_view:
-            proba[:] = torch.cat(probas)[back].cpu().numpy()
-        elif network.has_annotation:
-            proba[:] = network.classify(seen, reader.centres * reader.mpp, latent)
+        if proba is None:
+            proba = (
+                network.classify(seen, centres_um, latent) if network.has_annotation else np.empty((n, 0), np.float32)
+            )
     return Predictions(expression, proba, embedding, facts.tissue, network.judge(seen, facts))
 
 
-def _no_facts(n: int, reader: PatchReader) -> SlideFacts:
-    return SlideFacts(reader.mpp, np.zeros(n, np.float32), np.zeros((n, len(FAULTS)), np.float32))
+def _encoded(
+    network: Network,
+    reader: PatchReader,
+    device: torch.device,
+    dtype: torch.dtype,
+    tta: bool,
+    progress: Callable[[int], object] | None,
+) -> tuple[np.ndarray, np.ndarray | None, SlideFacts]:
+    """Features of the spots, averaged over views; class probabilities where each view has its own; what pixels show."""
+    symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
+    by_view = network.extractor.fusion == "mean" and network.has_annotation
+    pixels = Pixels(reader)
+    features, probas, order = [], [], []
+    for batch, views in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
+        features.append(views.mean(1))
+        if by_view:
+            probas.append(network.annotation(views).mean(1))
+        pixels.add(batch, digest=False)
+        order.append(batch.index)
+        if progress is not None:
+            progress(len(batch.index))
+    if not features:
+        return np.empty((0, 0), np.float32), None, pixels.facts
+    # Back into the order of the spots on the device, so that one copy brings everything home.
+    back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
+    seen = torch.cat(features)[back].cpu().numpy()
+    return seen, torch.cat(probas)[back].cpu().numpy() if by_view else None, pixels.facts
 
 
-def _read_pixels(facts: SlideFacts, batch: PatchBatch, reader: PatchReader) -> None:
-    """Note what the patches of a batch show without a model: tissue in the smallest window, faults in stored pixels."""
-    windows = reader.plan.windows
-    smallest = min(range(len(windows)), key=lambda i: windows[i].um)
-    facts.tissue[batch.index] = tissue_share(batch.patches[smallest], windows[smallest].um)
-    # Averaging hides faults: they are looked for in the widest window that was not averaged.
-    whole = [i for i, window in enumerate(windows) if window.factor == 1]
-    widest = max(whole or [smallest], key=lambda i: windows[i].um)
-    facts.faults[batch.index] = faults(batch.patches[widest])
+def _of_views(features: SpotFeatures) -> np.ndarray | Interpolated:
+    """Average features over views, if they are there; those that are interpolated are so when they are read."""
+    values = features.values
+    if isinstance(values, Interpolated):
+        return values
+    if not len(values):
+        return np.empty((0, 0), np.float32)
+    parts = (np.array(values[rows], np.float32) for rows in row_blocks(len(values)))
+    return np.concatenate([torch.from_numpy(part).mean(1).numpy() for part in parts])
+
+
+def _probabilities(network: Network, features: SpotFeatures, device: torch.device) -> np.ndarray:
+    """Class probabilities of features whose views have their own each."""
+    values, found = features.values, []
+    for rows in row_blocks(len(values), _VIEWS_AT_ONCE):
+        views = values.views(rows) if isinstance(values, Interpolated) else np.array(values[rows])
+        found.append(network.annotation(torch.from_numpy(views).to(device)).mean(1).cpu().numpy())
+    return np.concatenate(found)
+
+
+class Batches(Protocol):
+    """Batches of patches, of so many spots at most."""
+
+    batch_size: int
+
+    def __iter__(self) -> Iterator[PatchBatch]:
+        """Yield the batches."""
 
 
 def encode(
     extractor: FeatureExtractor,
-    reader: PatchReader,
+    reader: Batches,
     *,
     device: torch.device,
     dtype: torch.dtype,

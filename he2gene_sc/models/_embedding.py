@@ -4,18 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse
+
+from ._rings import COLUMNS, LatticeRing, rings_of
+
+__all__ = ["ALONE", "N_COLOUR", "TENSORS", "Basis", "Context", "Rows", "rings_of", "row_blocks"]
 
 #: Colour statistics of a window: mean, SD and covariances of the optical density of three channels.
 N_COLOUR = 9
 
 #: Arrays of a :class:`Basis` among the tensors of a model.
 TENSORS = ("latent.mean", "latent.scale", "latent.projection", "latent.mixing")
-#: Colour statistics of a window: mean, SD and covariances of the optical density of three channels.
-N_COLOUR = 9
+
+#: Spots whose features are in memory at once, where they are computed when they are read.
+_ROWS_AT_ONCE = 8192
+
+
+class Rows(Protocol):
+    """Features of spots, ``(n, f)`` float32: an array, or what computes some rows when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of spots, and of features."""
+
+    def __len__(self) -> int:
+        """Return the number of spots."""
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Return the features of some spots."""
+
+
+def row_blocks(n: int, at_once: int = _ROWS_AT_ONCE) -> list[slice]:
+    """Cut rows into blocks."""
+    return [slice(start, min(n, start + at_once)) for start in range(0, n, at_once)]
 
 
 @dataclass(frozen=True)
@@ -65,22 +89,46 @@ class Context:
         numpy.ndarray
             ``(n, f)`` float32.
         """
+        centre, inverse = self._units(features, mean, scale)
+        return (features - centre) * inverse
+
+    def project(self, features: Rows, mean: np.ndarray, scale: np.ndarray, projection: np.ndarray) -> np.ndarray:
+        """Standardise the features of all spots of one slide and project them, block by block: ``(n, f)`` to ``(n, c)``."""
+        if isinstance(features, np.ndarray):
+            return self.standardise(features, mean, scale) @ projection
+        centre, inverse = self._units(features, mean, scale)
+        found = np.empty((len(features), projection.shape[1]), np.float32)
+        for rows in row_blocks(len(features)):
+            found[rows] = ((features[rows] - centre) * inverse) @ projection
+        return found
+
+    def _units(self, features: Rows, mean: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Centre, and the inverse of the spread."""
         centre, spread = mean, scale
         if self.prior_spots is not None and len(features):
             n, prior = len(features), self.prior_spots
-            own, variance = features.mean(0, dtype=np.float64), features.var(0, dtype=np.float64)
+            own, variance = _moments(features, mean)
             centre = ((n * own + prior * mean) / (n + prior)).astype(np.float32)
             spread = np.sqrt((n * variance + prior * np.square(scale, dtype=np.float64)) / (n + prior))
         usable = scale > 0
-        return (features - centre) * np.where(usable, 1 / np.where(usable, spread, 1), 0).astype(np.float32)
+        return centre, np.where(usable, 1 / np.where(usable, spread, 1), 0).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for the card."""
         return asdict(self)
 
 
-#: Pairs of neighbours that fit into a few GB.
-_MAX_PAIRS = 2e8
+def _moments(features: Rows, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance over spots, float64; ``near`` is about the mean."""
+    if isinstance(features, np.ndarray):
+        return features.mean(0, dtype=np.float64), features.var(0, dtype=np.float64)
+    total, squares = np.zeros((2, features.shape[1]))
+    for rows in row_blocks(len(features)):
+        x = features[rows] - np.asarray(near, np.float64)
+        total, squares = total + x.sum(0), squares + np.square(x).sum(0)
+    mean = total / len(features)
+    return near + mean, np.maximum(squares / len(features) - np.square(mean), 0)
+
 
 #: A spot alone, standardised by training alone.
 ALONE = Context((), (), None)
@@ -108,12 +156,12 @@ class Basis:
     mixing: np.ndarray
     context: Context
 
-    def components(self, features: np.ndarray, rings: Sequence[scipy.sparse.csr_array]) -> np.ndarray:
+    def components(self, features: Rows, rings: Sequence[scipy.sparse.csr_array | LatticeRing]) -> np.ndarray:
         """Own components of all spots of a slide and those of their rings: ``(n, f)`` to ``(n, c · (1 + rings))``."""
-        own = self.context.standardise(features, self.mean, self.scale) @ self.projection
+        own = self.context.project(features, self.mean, self.scale, self.projection)
         return np.concatenate([own, *(ring @ own for ring in rings)], axis=1)
 
-    def embed(self, features: np.ndarray, rings: Sequence[scipy.sparse.csr_array]) -> np.ndarray:
+    def embed(self, features: Rows, rings: Sequence[scipy.sparse.csr_array | LatticeRing]) -> np.ndarray:
         """Embedding of all spots of a slide, ``(n, f)`` to ``(n, k)`` float32.
 
         Parameters
@@ -123,67 +171,15 @@ class Basis:
         rings
             As :func:`rings_of` makes them of the spot centres.
         """
-        return self.components(features, rings) @ self.mixing
-
-
-def check_pairs(centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]) -> None:
-    """Refuse spots that have too many neighbours to average, before they are encoded.
-
-    Raises
-    ------
-    ValueError
-        If the pairs of neighbours would not fit into memory.
-    """
-    from scipy.spatial import cKDTree
-
-    n = len(centres_um)
-    if not rings_um or n == 0:
-        return
-    reach = max(outer for _, outer in rings_um)
-    some = centres_um[:: max(1, n // 500)]
-    tree = cKDTree(centres_um)
-    expected = n * float(np.mean(tree.query_ball_point(some, reach, return_length=True))) / 2
-    if expected > _MAX_PAIRS:
-        raise ValueError(
-            f"`shapes_key`: {n:,} spots lie too close: they have {expected:.2g} pairs of neighbours within {reach:g} µm, at "
-            f"most {_MAX_PAIRS:.0g} fit into memory. Put bins or cells together to spots of 50 µm or more: "
-            "hg.pp.tissue(sdata), hg.pp.grid(sdata, diameter_um=50, pitch_um=50, key_added='grid'), then "
-            "hg.tl.predict(sdata, shapes_key='grid')"
-        )
-
-
-def rings_of(centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]) -> tuple[scipy.sparse.csr_array, ...]:
-    """Averaging matrices of the rings.
-
-    Parameters
-    ----------
-    centres_um
-        ``(n, 2)`` spot centres, µm.
-    rings_um
-        Inner (included) and outer (excluded) radius of each ring.
-
-    Returns
-    -------
-    tuple of scipy.sparse.csr_array
-        One ``(n, n)`` float32 a ring: row ``i`` averages the spots in the ring around spot ``i``. A ring without spots
-        hands the spot itself on, so that a lone spot is taken to lie in tissue like its own.
-    """
-    from scipy.spatial import cKDTree
-
-    n = len(centres_um)
-    if not rings_um or n == 0:
-        return tuple(scipy.sparse.csr_array((n, n), dtype=np.float32) for _ in rings_um)
-    check_pairs(centres_um, rings_um)
-    tree, reach = cKDTree(centres_um), max(outer for _, outer in rings_um)
-    pairs = tree.query_pairs(reach, output_type="ndarray")
-    distance = np.linalg.norm(centres_um[pairs[:, 0]] - centres_um[pairs[:, 1]], axis=1)
-    matrices = []
-    for inner, outer in rings_um:
-        chosen = pairs[(distance >= inner) & (distance < outer)]
-        rows, columns = np.concatenate([chosen, chosen[:, ::-1]]).T
-        links = scipy.sparse.coo_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(n, n)).tocsr()
-        count = np.diff(links.indptr)
-        lone = scipy.sparse.diags_array((count == 0).astype(np.float32))
-        mean = scipy.sparse.diags_array(1 / np.maximum(count, 1).astype(np.float32))
-        matrices.append(scipy.sparse.csr_array(mean @ links + lone, dtype=np.float32))
-    return tuple(matrices)
+        if not any(isinstance(ring, LatticeRing) for ring in rings):
+            return self.components(features, rings) @ self.mixing
+        # Of so many spots the components of all rings side by side would take gigabytes.
+        own = self.context.project(features, self.mean, self.scale, self.projection)
+        width = own.shape[1]
+        found = own @ self.mixing[:width]
+        for i, ring in enumerate(rings, start=1):
+            mixing = self.mixing[i * width : (i + 1) * width]
+            for start in range(0, width, COLUMNS):
+                columns = slice(start, start + COLUMNS)
+                found += (ring @ own[:, columns]) @ mixing[columns]
+        return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._embedding import ALONE, TENSORS, Basis, Context, check_pairs, rings_of
+from ._embedding import ALONE, TENSORS, Basis, Context, Rows, rings_of
 from ._encoders.registry import EncoderSpec
 from ._encoders.stages import staged
 from ._fuse import fuse_batch_norm
@@ -92,6 +94,12 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.requires_grad_(False).eval()
+
+    def of_window(self, i: int) -> FeatureExtractor:
+        """Return the extractor of one window alone; it shares the encoder."""
+        one = copy.copy(self)
+        one.tiles = None if self.tiles is None else self.tiles[i : i + 1]
+        return one
 
     @property
     def window_px(self) -> int | tuple[int, ...]:
@@ -228,7 +236,7 @@ class Network(nn.Module):
         """Length of the embedding."""
         return self.genes_weight.shape[0]
 
-    def embed(self, features: np.ndarray, centres_um: np.ndarray) -> np.ndarray:
+    def embed(self, features: Rows, centres_um: np.ndarray) -> np.ndarray:
         """Embed all spots of one slide.
 
         Parameters
@@ -244,15 +252,10 @@ class Network(nn.Module):
             ``(n, k)`` float32.
         """
         if self.basis is None:
-            return features
+            return features[: len(features)]
         return self.basis.embed(features, rings_of(centres_um, self.basis.context.rings_um))
 
-    def check_spots(self, centres_um: np.ndarray) -> None:
-        """Refuse the spots of a slide, ``(n, 2)`` µm, that lie too close to be embedded; before they are encoded."""
-        if self.basis is not None:
-            check_pairs(centres_um, self.basis.context.rings_um)
-
-    def classify(self, features: np.ndarray, centres_um: np.ndarray, latent: torch.Tensor) -> np.ndarray:
+    def classify(self, features: Rows, centres_um: np.ndarray, latent: torch.Tensor) -> np.ndarray:
         """Class probabilities of all spots of one slide, ``(n, c)`` float32; arguments as those of :meth:`embed`, and its result."""
         if self.annotation_basis is None:
             return self.annotation(latent).cpu().numpy()
@@ -260,7 +263,7 @@ class Network(nn.Module):
         logits = torch.from_numpy(self.annotation_basis.embed(features, rings)) + self.annotation_bias.cpu()
         return torch.softmax(logits, dim=-1).numpy()
 
-    def judge(self, features: np.ndarray, facts: SlideFacts) -> OODResult | None:
+    def judge(self, features: Rows, facts: SlideFacts) -> OODResult | None:
         """Say how the spots of one slide look beside training."""
         return None if self.detector is None else self.detector.judge(features, facts)
 

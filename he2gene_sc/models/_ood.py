@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..image import FAULTS, MIN_TISSUE
+from ._embedding import Rows, row_blocks
 from ._stain import stain_of
 
 #: Arrays of an :class:`OODDetector` among the tensors of a model.
@@ -108,16 +109,14 @@ class OODDetector:
     limits: Mapping[str, Any]
     windows_um: tuple[float, ...]
 
-    def judge(self, features: np.ndarray, facts: SlideFacts | None = None) -> OODResult:
+    def judge(self, features: Rows, facts: SlideFacts | None = None) -> OODResult:
         """Compare the spots of one slide, ``(n, f)``, with training."""
         n = len(features)
         facts = SlideFacts.unknown(n) if facts is None else facts
         on_tissue = facts.tissue >= MIN_TISSUE
-        octaves = seeming_size(features[on_tissue], self.size, self.windows_um)
-        own, rest = components(features, self.mean, self.scale, self.weights, self.projection)
-        distance = nearest(own, self.bank[:, : own.shape[1]])
+        octaves, stain, distance, rest = self._compare(features, on_tissue)
         scores = {
-            "stain": self._stain(features),
+            "stain": stain,
             "focus": facts.faults.max(1, initial=0),
             "resolution": np.full(n, self._resolution(octaves, facts.mpp)),
             "tissue": np.maximum(distance / self._distance, rest / self.limits.get("rest", np.inf)),
@@ -134,6 +133,22 @@ class OODDetector:
         if verdict == "no tissue" and n:
             reasons = ("no spot lies on tissue",)
         return OODResult(score, causes, octaves, verdict, reasons)
+
+    def _compare(self, features: Rows, on_tissue: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """Seeming size of the slide; score of the stain, distance to the bank and rest of each spot; block by block."""
+        found: list[tuple[np.ndarray, ...]] = []
+        sizes: list[tuple[int, float]] = []
+        for rows in row_blocks(len(features)) or [slice(0, 0)]:
+            x = features[rows]
+            own, rest = components(x, self.mean, self.scale, self.weights, self.projection)
+            found.append((self._stain(x), nearest(own, self.bank[:, : own.shape[1]]), rest))
+            if n := int(on_tissue[rows].sum()):
+                sizes.append((n, seeming_size(x[on_tissue[rows]], self.size, self.windows_um)))
+        stain, distance, rest = (np.concatenate(values) for values in zip(*found, strict=True))
+        if len(sizes) == 1:
+            return sizes[0][1], stain, distance, rest
+        octaves = float(np.average([size for _, size in sizes], weights=[n for n, _ in sizes])) if sizes else np.nan
+        return octaves, stain, distance, rest
 
     @property
     def _distance(self) -> float:

@@ -3,6 +3,7 @@ from ._biomarkers.biomarkers import biomarkers
 from ._biomarkers.concordance import concordance
 from ._biomarkers.enrichment import enrichment
 from ._domains.domain_preservation import domain_preservation
+from ._embed import embed
 from ._evaluate.evaluate import evaluate
 from ._intervals import intervals
 from ._predict import predict
@@ -13,6 +14,7 @@ __all__ = [
     "biomarkers",
     "concordance",
     "domain_preservation",
+    "embed",
     "enrichment",
     "evaluate",
     "intervals",

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
@@ -17,10 +17,19 @@ from .._core.fill import StackedPredictions, check_fillable, fill_table
 from .._core.keys import FACTS, TABLE, Keys, check_key
 from .._core.made_table import check_new_table, make_table, put_table
 from .._core.model_genes import match_genes
-from .._core.placement import check_placement
-from .._core.slide import Slide, resolve
-from .._settings import settings
-from ..image._windows import MIN_PX
+from .._core.slide import Slide
+from ._embed import encode_slide
+from ._encoding import (
+    Encoding,
+    EncodingOptions,
+    KeptFeatures,
+    check_options,
+    find_features,
+    find_slides,
+    is_interpolated,
+    parts_of,
+    steps_um,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -46,12 +55,12 @@ def predict(
     layer: str | None = None,
     key_added: str = "he2gene",
     known_patient: bool = False,
-    tta: bool | None = None,
-    batch_size: int = 32,
+    features: str | Path | None = None,
+    exact: bool = False,
     device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
     show_progress_bar: bool | None = None,
     copy: bool = False,
+    **options: Unpack[EncodingOptions],
 ) -> SpatialData | None:
     """Predict gene expression and pathology annotation at every spot from the H&E image.
 
@@ -80,19 +89,24 @@ def predict(
     known_patient
         Whether other sections of the same patients are among those that the model was trained on (the card lists them).
         Then ``var["he2gene_reliable"]`` is that of known patients.
-    tta
-        Average over the eight symmetries of the square: eight times the work, slightly better. Default: what the
-        model's card says; the paper's models do, the bundled one does not.
-    batch_size
-        Spots a batch. It does not change the result.
+    features
+        Features that are kept: a key of ``obsm`` that :func:`embed` wrote, or a folder. In a folder features are looked up
+        by the pixels, the windows and the encoder; what is not there is encoded and kept, block by block: a run that was
+        interrupted goes on. Features in ``obsm`` that are not those of this image, encoder and windows are refused.
+    exact
+        Encode each spot where spots lie closer than half the smallest window (bins of Visium HD, cells). Default: features
+        of such spots are interpolated from lattices, see Notes.
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"auto"``; default ``hg.settings.device``.
-    dtype
-        Precision of the encoder: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"`` is bfloat16 on CUDA.
     show_progress_bar
         Default ``hg.settings.show_progress_bar``.
     copy
         Leave ``sdata`` as it is and return an object that shares its elements, with tables of its own.
+    **options
+        ``tta``: average over the eight symmetries of the square, eight times the work, slightly better; default: what the
+        model's card says (the paper's models do, the bundled one does not). ``batch_size=32``: spots a batch; it does not
+        change the result. ``dtype="auto"``: precision of the encoder, ``"float32"``, ``"bfloat16"`` or ``"float16"``;
+        ``"auto"`` is bfloat16 on CUDA. ``lattice=0.25``: step of the lattices of dense spots, as a share of the window.
 
     Returns
     -------
@@ -124,8 +138,9 @@ def predict(
         Embedding that the heads read, ``(n_obs, k)`` float32.
     ``.uns["he2gene"]``
         Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit, versions;
-        ``gene_symbols`` where it was given, which the verbs that read the prediction use; ``genes`` and ``known_patient``
-        where they were given.
+        ``gene_symbols`` where it was given, which the verbs that read the prediction use; ``genes``, ``known_patient``,
+        ``exact`` and ``lattice`` where they were given; ``interpolated`` and ``lattice_um`` where features were
+        interpolated: the shapes, and the step for each window.
 
     Where a prediction of the same ``key_added`` stands and a value of its layer changes, in all regions or one, what
     other verbs computed from it (intervals, evaluation, adapted layers and what was computed from those, domains,
@@ -146,6 +161,11 @@ def predict(
     A spot is seen against its slide and its neighbours: predict all spots of a slide together. Of a few spots cut out of
     it, the prediction differs.
 
+    Where spots lie closer than half the smallest window, windows of neighbours show nearly the same pixels. Each window is
+    then encoded on a lattice of its own, a quarter of its side apart, and features are interpolated bilinearly. A bin or
+    cell is predicted from its surroundings, the smallest window at least: structures far smaller than that are not resolved,
+    however small the bins are.
+
     Examples
     --------
     >>> import he2gene_sc as hg
@@ -155,33 +175,24 @@ def predict(
     True
     """
     validate.arguments(predict, locals())
-    from ..inference import resolve_device, resolve_dtype
-    from ..io._store import note
     from ..models import load
 
     check_key(key_added, "key_added")
     if layer is not None:
         check_key(layer, "layer")
-    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size!r}; a whole number from 1 is needed")
+    check_options("predict", options)
     keys = Keys(key_added, layer)
-    device = resolve_device(settings.device if device is None else device)
-    dtype = resolve_dtype(dtype, device)
     model = load(model)
-    tta = model.card.tta if tta is None else bool(tta)
-    slides = resolve(
+    how = Encoding.checked("predict", model, device, show_progress_bar, exact, options)
+    slides = find_slides(
         sdata,
+        model,
         image_key=image_key,
         shapes_key=shapes_key,
         table_key=table_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
     )
-    note(sdata)
-    for slide in slides:
-        _check_windows(slide, model)
-        check_placement(sdata, slide)
-        model.network.check_spots(slide.centres[slide.inside] * slide.mpp)
     measured = slides[0].table_key
     if isinstance(genes, str) and genes != "all":
         raise ValueError(f"`genes` is {genes!r}; a list of genes, 'all' or None is needed")
@@ -192,10 +203,12 @@ def predict(
     new_table = None if table is not None and not wanted.all_genes else (key_added if table is not None else TABLE)
     if new_table is not None:
         check_new_table(sdata, new_table, slides, wanted, model, keys)
-    predictions = tuple(
-        _predict_slide(slide, model, wanted.positions, batch_size, device, dtype, tta, show_progress_bar)
-        for slide in slides
-    )
+    kept = find_features(features, table)
+    found = [_predict_slide(slide, model, wanted.positions, how, kept) for slide in slides]
+    predictions = [result for _, _, result in found]
+    if isinstance(kept, KeptFeatures):
+        how = kept.as_encoded(how)
+    dense = [slide.shapes_key for slide, (_, interpolated, _) in zip(slides, found, strict=True) if interpolated]
     record = {
         "model": model.name,
         "model_version": model.card.version,
@@ -206,22 +219,23 @@ def predict(
         "encoder_sha256": model.card.encoder["sha256"],
         "expression_scale": model.card.expression_scale,
         "layer": keys.layer,
-        "tta": tta,
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "tta": how.tta,
+        "device": how.device.type,
+        "dtype": str(how.dtype).removeprefix("torch."),
         "windows_um": [float(um) for um in model.card.windows_um],
-        **_describe(slides, [level for level, _ in predictions]),
-        **_summary([result for _, result in predictions]),
+        **({"interpolated": dense, "lattice_um": steps_um(model, how)} if dense else {}),
+        **_describe(slides, [level for level, _, _ in found]),
+        **_summary(predictions),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         **({} if genes is None else {"genes": genes if isinstance(genes, str) else [str(gene) for gene in genes]}),
         **({"known_patient": True} if known_patient else {}),
+        **({"exact": True} if exact else {}),
+        **({"lattice": float(options["lattice"])} if "lattice" in options else {}),
         **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
-    _warn_of_slides(slides, [result for _, result in predictions])
-    stacked = StackedPredictions.collect(
-        slides, [result for _, result in predictions], wanted, model, keys, record, known_patient=known_patient
-    )
+    _warn_of_slides(slides, predictions)
+    stacked = StackedPredictions.collect(slides, predictions, wanted, model, keys, record, known_patient=known_patient)
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
         fill_table(target[measured], stacked)
@@ -264,56 +278,27 @@ def _warn_of_slides(slides: Sequence[Slide], predictions: Sequence[Predictions])
         )
 
 
-def _check_windows(slide: Slide, model: HE2Gene) -> None:
-    smallest = min(model.card.windows_um)
-    pixels = smallest / slide.mpp
-    shortest = min(slide.pyramid.height, slide.pyramid.width)
-    if not MIN_PX <= pixels <= shortest / 2:
-        least, most = 2 * smallest / shortest, smallest / MIN_PX
-        cause = f"image {slide.image_key!r} is too coarse; " if pixels < MIN_PX else ""
-        raise ValueError(
-            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}a window of {smallest:g} µm, the size of a spot, would be "
-            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; {MIN_PX} to {shortest // 2} px make "
-            f"sense, that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of finer resolution, or check `mpp`"
-        )
-
-
 def _predict_slide(
-    slide: Slide,
-    model: HE2Gene,
-    positions: np.ndarray,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    tta: bool,
-    show_progress_bar: bool | None,
-) -> tuple[int, Predictions]:
-    """Predict the spots whose centre lies inside the image; return the level read and the predictions."""
+    slide: Slide, model: HE2Gene, positions: np.ndarray, how: Encoding, kept: KeptFeatures | Path | None
+) -> tuple[int, bool, Predictions]:
+    """Predict the spots whose centre lies inside the image; return the level read, and whether features are interpolated."""
     from tqdm.auto import tqdm
 
-    from ..image import PatchReader
     from ..inference import predict as run
 
-    reader = PatchReader(
-        slide.pyramid,
-        slide.centres[slide.inside],
-        slide.mpp,
-        windows_um=model.card.windows_um,
-        input_px=model.network.extractor.window_px,
-        batch_size=batch_size,
-        factor=slide.pixel_factor,
-        allocate=_pinned if device.type == "cuda" else None,
-    )
-    shown = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
-    with tqdm(total=reader.n_spots, unit="spot", desc=f"predict {slide.shapes_key}", disable=not shown) as bar:
-        result = run(model.network, reader, positions, device=device, dtype=dtype, tta=tta, progress=bar.update)
-    return reader.plan.level, result
-
-
-def _pinned(shape: tuple[int, ...]) -> np.ndarray:
-    import torch
-
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+    if isinstance(kept, KeptFeatures):
+        how = kept.as_encoded(how)
+    parts = parts_of(slide, model, how)
+    reader, dense = parts[0].reader, is_interpolated(parts)
+    options: dict[str, Any] = {"device": how.device, "dtype": how.dtype, "tta": how.tta}
+    if kept is None and not dense:
+        with tqdm(total=reader.n_spots, unit="spot", desc=f"predict {slide.shapes_key}", disable=not how.bar) as bar:
+            return reader.plan.level, dense, run(model.network, reader, positions, progress=bar.update, **options)
+    if isinstance(kept, KeptFeatures):
+        features = kept.of_slide(slide, parts, how.encoder(model))
+    else:
+        features, _ = encode_slide(slide, model, how, parts, kept)
+    return reader.plan.level, dense, run(model.network, None, positions, features=features, **options)
 
 
 def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, object]:

@@ -1,0 +1,176 @@
+"""Features of the spots of a slide: encoded at once, kept in a folder and found again, or interpolated between windows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from ..image import PatchReader
+from ..models._network import FeatureExtractor
+from ..models._ood import SlideFacts
+from ._cache import cached_features, feature_facts
+from ._engine import encode
+from ._lattice import Interpolated, SpotFeatures
+from ._pixels import Pixels
+
+#: What makes features what they are, in words of a user, in the order in which it is said.
+_WORDS = {
+    "pixels": "the image, its µm/px or the spots",
+    "windows": "the windows",
+    "encoder": "the weights of the encoder",
+    "architecture": "the encoder",
+    "output": "what the encoder gives",
+    "input_px": "the side of the encoder's input",
+    "normalisation": "the normalisation of the encoder's input",
+    "interpolation": "the interpolation of the encoder's input",
+    "tiles": "the tiles of the windows",
+    "fusion": "how windows are joined",
+    "symmetries": "the symmetries (`tta`)",
+    "dtype": "the precision (`dtype`)",
+    "version": "the version of the features",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is encoded together: all windows of every spot, or one window at the nodes of its lattice.
+
+    Attributes
+    ----------
+    extractor
+        Of these windows.
+    reader
+        Their patches.
+    weights
+        From nodes to spots; ``None`` where the spots themselves are read.
+    """
+
+    extractor: FeatureExtractor
+    reader: PatchReader
+    weights: scipy.sparse.csr_array | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How parts are encoded.
+
+    Attributes
+    ----------
+    sha256
+        Hash of the encoder's weights.
+    symmetries
+        Ways to turn and mirror the patches.
+    device, dtype
+        Where and in which precision.
+    """
+
+    sha256: str
+    symmetries: tuple[tuple[int, bool], ...]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def read_features(
+    parts: Sequence[Part],
+    how: Encoder,
+    centres_um: np.ndarray,
+    *,
+    folder: Path | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[SpotFeatures, dict[str, str]]:
+    """Encode the parts of a slide, whose spots lie at ``centres_um``, or find them in a folder.
+
+    Returns
+    -------
+    SpotFeatures
+        In the order of the spots.
+    dict
+        What makes them what they are, as JSON texts, for :func:`differences`.
+    """
+    values, pixels = [], []
+    for part in parts:
+        if folder is None:
+            seen = Pixels(part.reader)
+            values.append(_encoded(part, how, seen, progress))
+        else:
+            seen = Pixels.of(part.reader)
+            values.append(
+                cached_features(
+                    part.extractor,
+                    part.reader,
+                    encoder_sha256=how.sha256,
+                    symmetries=how.symmetries,
+                    device=how.device,
+                    dtype=how.dtype,
+                    folder=folder,
+                    progress=progress,
+                    pixels=seen.sha256,
+                )
+            )
+        pixels.append(seen)
+    features = SpotFeatures(_assembled(parts, values), facts_of(parts, pixels), centres_um)
+    return features, _facts(parts, how, pixels)
+
+
+def read_pixels(parts: Sequence[Part], how: Encoder) -> tuple[SlideFacts, dict[str, str]]:
+    """Read the pixels of a slide alone: what they show, and what makes the features that they would have."""
+    pixels = [Pixels.of(part.reader) for part in parts]
+    return facts_of(parts, pixels), _facts(parts, how, pixels)
+
+
+def facts_of(parts: Sequence[Part], pixels: Sequence[Pixels]) -> SlideFacts:
+    """Put together what the pixels of the parts show, at the spots."""
+    if parts[0].weights is None:
+        return pixels[0].facts
+    windows = [part.reader.plan.windows[0] for part in parts]
+    smallest = min(range(len(parts)), key=lambda i: windows[i].um)
+    whole = [i for i, window in enumerate(windows) if window.factor == 1]
+    widest = max(whole or [smallest], key=lambda i: windows[i].um)
+    return SlideFacts(
+        parts[0].reader.mpp,
+        np.asarray(parts[smallest].weights @ pixels[smallest].facts.tissue, np.float32),
+        np.asarray(parts[widest].weights @ pixels[widest].facts.faults, np.float32),
+    )
+
+
+def differences(kept: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Say in words what differs between features that are kept and those that are wanted; empty if nothing does."""
+    return [words for name, words in _WORDS.items() if kept.get(name) != wanted.get(name)]
+
+
+def _facts(parts: Sequence[Part], how: Encoder, pixels: Sequence[Pixels]) -> dict[str, str]:
+    found: dict[str, list[object]] = {}
+    for part, seen in zip(parts, pixels, strict=True):
+        facts = feature_facts(part.extractor, part.reader, how.sha256, how.symmetries, how.dtype, seen.sha256)
+        for name, value in facts.items():
+            found.setdefault(name, []).append(value)
+    return {name: json.dumps(values) for name, values in found.items()}
+
+
+def _encoded(part: Part, how: Encoder, seen: Pixels, progress: Callable[[int], object] | None) -> np.ndarray:
+    out: np.ndarray | None = None
+    extractor = part.extractor.to(how.device)
+    with torch.inference_mode():
+        for batch, views in encode(
+            extractor, part.reader, device=how.device, dtype=how.dtype, symmetries=how.symmetries
+        ):
+            if out is None:
+                out = np.empty((part.reader.n_spots, *views.shape[1:]), np.float32)
+            out[batch.index] = views.float().cpu().numpy()
+            seen.add(batch)
+            if progress is not None:
+                progress(len(batch.index))
+    return np.empty((0, 1, 0), np.float32) if out is None else out
+
+
+def _assembled(parts: Sequence[Part], values: Sequence[np.ndarray]) -> np.ndarray | Interpolated:
+    weights = tuple(part.weights for part in parts if part.weights is not None)
+    if not weights:
+        return values[0]
+    return Interpolated(tuple(values), weights, parts[0].extractor.fusion)

@@ -1,0 +1,118 @@
+"""Features of spots that lie close together: computed on a lattice a window, interpolated where they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+
+from ..models._embedding import N_COLOUR
+from ..models._ood import SlideFacts
+from ..models._rings import bilinear
+
+#: Share of the smallest window below which a pitch is dense; a grid of half of it is not.
+DENSE = 0.49
+
+
+@dataclass(frozen=True)
+class Interpolated:
+    """Features of the spots of a slide, computed from those of the nodes of lattices when rows are asked for.
+
+    Attributes
+    ----------
+    nodes
+        One array a window, ``(m, r, f)`` float32: features of the nodes of its lattice.
+    weights
+        One matrix a window, ``(n, m)``: rows add up to 1.
+    fusion
+        That of the extractor.
+    """
+
+    nodes: tuple[np.ndarray, ...]
+    weights: tuple[scipy.sparse.csr_array, ...]
+    fusion: str
+
+    def __len__(self) -> int:
+        return int(self.weights[0].shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of spots, and of features of one view."""
+        widths = [part.shape[2] for part in self.nodes]
+        return len(self), widths[0] if self.fusion == "mean" else sum(widths)
+
+    def views(self, rows: slice) -> np.ndarray:
+        """Features of some spots as the extractor lays them out, ``(b, views, f)`` float32."""
+        parts = []
+        for weights, nodes in zip(self.weights, self.nodes, strict=True):
+            flat = weights[rows] @ nodes.reshape(len(nodes), -1)
+            parts.append(flat.reshape(flat.shape[0], *nodes.shape[1:]).astype(np.float32, copy=False))
+        if self.fusion == "mean":
+            return np.stack(parts, axis=2).reshape(len(parts[0]), -1, parts[0].shape[2])
+        return np.concatenate([*(p[..., :-N_COLOUR] for p in parts), *(p[..., -N_COLOUR:] for p in parts)], axis=2)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Features of some spots, averaged over views, ``(b, f)`` float32."""
+        views = self.views(rows)
+        return views[:, 0] if views.shape[1] == 1 else views.mean(1)
+
+
+@dataclass(frozen=True)
+class SpotFeatures:
+    """Features of the spots of one slide, and what their pixels show.
+
+    Attributes
+    ----------
+    values
+        ``(n, views, f)`` float32, or interpolated when they are read.
+    facts
+        Tissue and faults of the spots.
+    centres_um
+        ``(n, 2)`` spot centres, µm.
+    """
+
+    values: np.ndarray | Interpolated
+    facts: SlideFacts
+    centres_um: np.ndarray
+
+
+def is_dense(centres_um: np.ndarray, windows_um: Sequence[float]) -> bool:
+    """Whether spots lie closer, in the median, than half the smallest window."""
+    from scipy.spatial import cKDTree
+
+    if len(centres_um) < 2:
+        return False
+    some = centres_um[:: max(1, len(centres_um) // 10_000)]
+    pitch = np.median(cKDTree(centres_um).query(some, k=2)[0][:, 1])
+    return bool(pitch < DENSE * min(windows_um))
+
+
+def lattice_of(centres: np.ndarray, step: float) -> tuple[np.ndarray, scipy.sparse.csr_array]:
+    """Lay a lattice over spots, and interpolate from it bilinearly.
+
+    Parameters
+    ----------
+    centres
+        ``(n, 2)`` spot centres.
+    step
+        Largest distance of neighbouring nodes, in the unit of the centres. The lattice spans the spots exactly, so that
+        all nodes lie where an image that holds the spots has pixels.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(m, 2)``: the nodes around spots.
+    scipy.sparse.csr_array
+        ``(n, m)`` float32: from values at the nodes to those at the spots.
+    """
+    low, extent = centres.min(0), np.ptp(centres, axis=0)
+    cells = np.maximum(1, np.ceil(extent / step - 1e-9).astype(np.int64))
+    steps = np.where(extent > 0, extent / cells, 1.0)
+    rows, nodes, weights = bilinear(centres, low, steps, cells)
+    used = weights > 0
+    found, columns = np.unique(nodes[used], return_inverse=True)
+    matrix = scipy.sparse.coo_array((weights[used], (rows[used], columns)), shape=(len(centres), len(found)))
+    at = low + np.column_stack([found % (cells[0] + 1), found // (cells[0] + 1)]) * steps
+    return np.minimum(at, low + extent), matrix.tocsr()

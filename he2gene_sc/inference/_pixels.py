@@ -1,0 +1,60 @@
+"""What the patches of a reader show without a model, and the digest that they are found again by."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from ..image import FAULTS, PatchBatch, PatchReader, faults, tissue_share
+from ..models._ood import SlideFacts
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class Pixels:
+    """Digest, tissue and faults of the patches of a reader, gathered batch by batch.
+
+    Parameters
+    ----------
+    reader
+        The patches.
+    judge
+        Whether tissue and faults are read too.
+    """
+
+    def __init__(self, reader: PatchReader, *, judge: bool = True):
+        n, windows = reader.n_spots, reader.plan.windows
+        self.facts = SlideFacts(reader.mpp, np.zeros(n, np.float32), np.zeros((n, len(FAULTS)), np.float32))
+        self._judge, self._windows = judge, windows
+        self._smallest = min(range(len(windows)), key=lambda i: windows[i].um)
+        # Averaging hides faults: they are looked for in the widest window that was not averaged.
+        whole = [i for i, window in enumerate(windows) if window.factor == 1]
+        self._widest = max(whole or [self._smallest], key=lambda i: windows[i].um)
+        self._digests = np.zeros((n, DIGEST_BYTES), np.uint8)
+
+    @classmethod
+    def of(cls, reader: PatchReader, *, judge: bool = True) -> Pixels:
+        """Read all patches of a reader."""
+        found = cls(reader, judge=judge)
+        for batch in reader:
+            found.add(batch)
+        return found
+
+    def add(self, batch: PatchBatch, *, digest: bool = True) -> None:
+        """Note what a batch shows."""
+        if digest:
+            for row, spot in enumerate(batch.index):
+                found = hashlib.sha256()
+                for window in batch.patches:
+                    found.update(np.ascontiguousarray(window[row]).data)
+                self._digests[spot] = np.frombuffer(found.digest(), np.uint8)
+        if self._judge:
+            um = self._windows[self._smallest].um
+            self.facts.tissue[batch.index] = tissue_share(batch.patches[self._smallest], um)
+            self.facts.faults[batch.index] = faults(batch.patches[self._widest])
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the patches of all spots in the order of the spots; batches come in that of the stored chunks."""
+        return hashlib.sha256(self._digests.tobytes()).hexdigest()

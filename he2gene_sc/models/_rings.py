@@ -1,0 +1,155 @@
+"""Means over the neighbours of spots: by pairs where there are few, by sums over a lattice where there are many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+
+#: Pairs of neighbours that fit into a few GB.
+_MAX_PAIRS = 2e8
+#: Steps of the lattice across the narrowest ring; cells at most; columns that are summed at once.
+_ACROSS, _MAX_CELLS, COLUMNS = 12, 4_000_000, 16
+#: Points a side that tell how much of a cell lies in a ring.
+_POINTS = 5
+
+
+@dataclass(frozen=True)
+class LatticeRing:
+    """Mean over the spots of a ring, by sums over the cells of a lattice; multiplied with values as a matrix is.
+
+    Each spot is shared out to the four nodes around it, and reads from them. So distances are known to about a step.
+    Memory goes with spots and cells, not with pairs.
+
+    Attributes
+    ----------
+    gather
+        ``(n, cells)`` float32: bilinear weights.
+    cells
+        Rows and columns of the lattice.
+    kernel
+        Transform of the ring, on the padded lattice.
+    padded
+        Rows and columns of the padded lattice.
+    """
+
+    gather: scipy.sparse.csr_array
+    cells: tuple[int, int]
+    kernel: np.ndarray
+    padded: tuple[int, int]
+
+    def __matmul__(self, values: np.ndarray) -> np.ndarray:
+        """Average ``(n, c)`` over the ring of each spot; a spot without any keeps its own."""
+        count = self._sums(np.ones((len(values), 1), np.float32))
+        found = np.empty(values.shape, np.float32)
+        alone = count[:, 0] < 0.5
+        for start in range(0, values.shape[1], COLUMNS):
+            columns = slice(start, start + COLUMNS)
+            found[:, columns] = self._sums(values[:, columns]) / np.maximum(count, 0.5)
+        found[alone] = values[alone]
+        return found
+
+    def _sums(self, values: np.ndarray) -> np.ndarray:
+        import scipy.fft
+
+        on_nodes = (self.gather.T @ values).reshape(*self.cells, -1)
+        spectrum = scipy.fft.rfft2(on_nodes, s=self.padded, axes=(0, 1)) * self.kernel[:, :, None]
+        around = scipy.fft.irfft2(spectrum, s=self.padded, axes=(0, 1))[: self.cells[0], : self.cells[1]]
+        return self.gather @ around.reshape(-1, values.shape[1])
+
+
+def rings_of(
+    centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]
+) -> tuple[scipy.sparse.csr_array | LatticeRing, ...]:
+    """Averaging matrices of the rings.
+
+    Parameters
+    ----------
+    centres_um
+        ``(n, 2)`` spot centres, µm.
+    rings_um
+        Inner (included) and outer (excluded) radius of each ring.
+
+    Returns
+    -------
+    tuple of scipy.sparse.csr_array or LatticeRing
+        One a ring, to be multiplied with values of the spots: row ``i`` averages the spots in the ring around spot ``i``.
+        A ring without spots hands the spot itself on, so that a lone spot is taken to lie in tissue like its own. Above
+        2e8 pairs of neighbours (bins of 8 µm on a section) sums over a lattice stand for the pairs.
+    """
+    from scipy.spatial import cKDTree
+
+    n = len(centres_um)
+    if not rings_um or n == 0:
+        return tuple(scipy.sparse.csr_array((n, n), dtype=np.float32) for _ in rings_um)
+    tree, reach = cKDTree(centres_um), max(outer for _, outer in rings_um)
+    some = centres_um[:: max(1, n // 500)]
+    expected = n * float(np.mean(tree.query_ball_point(some, reach, return_length=True))) / 2
+    if expected > _MAX_PAIRS:
+        return _lattice_rings(centres_um, rings_um)
+    pairs = tree.query_pairs(reach, output_type="ndarray")
+    distance = np.linalg.norm(centres_um[pairs[:, 0]] - centres_um[pairs[:, 1]], axis=1)
+    matrices = []
+    for inner, outer in rings_um:
+        chosen = pairs[(distance >= inner) & (distance < outer)]
+        rows, columns = np.concatenate([chosen, chosen[:, ::-1]]).T
+        links = scipy.sparse.coo_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(n, n)).tocsr()
+        count = np.diff(links.indptr)
+        lone = scipy.sparse.diags_array((count == 0).astype(np.float32))
+        mean = scipy.sparse.diags_array(1 / np.maximum(count, 1).astype(np.float32))
+        matrices.append(scipy.sparse.csr_array(mean @ links + lone, dtype=np.float32))
+    return tuple(matrices)
+
+
+def bilinear(
+    centres: np.ndarray, low: np.ndarray, step: np.ndarray, cells: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights of the nodes around points on a lattice of ``cells + 1`` nodes a side.
+
+    Parameters
+    ----------
+    centres
+        ``(n, 2)``, x and y.
+    low, step, cells
+        First node, distance of nodes and number of cells, of x and y.
+
+    Returns
+    -------
+    numpy.ndarray
+        Rows, nodes (counted row by row) and weights, ``(4 n,)`` each.
+    """
+    place = (centres - low) / step
+    first = np.clip(np.floor(place).astype(np.int64), 0, cells - 1)
+    part = np.clip(place - first, 0, 1)
+    nodes, weights = [], []
+    for right in (0, 1):
+        for down in (0, 1):
+            nodes.append((first[:, 1] + down) * (cells[0] + 1) + first[:, 0] + right)
+            weights.append(np.abs(1 - right - part[:, 0]) * np.abs(1 - down - part[:, 1]))
+    return np.tile(np.arange(len(centres)), 4), np.concatenate(nodes), np.concatenate(weights).astype(np.float32)
+
+
+def _lattice_rings(centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]) -> tuple[LatticeRing, ...]:
+    from scipy.fft import next_fast_len, rfft2
+
+    low, extent = centres_um.min(0), np.ptp(centres_um, axis=0)
+    step = min(outer - inner for inner, outer in rings_um) / _ACROSS
+    step = max(step, float(np.sqrt(np.prod(extent) / _MAX_CELLS)))
+    cells = np.maximum(1, np.ceil(extent / step).astype(np.int64))
+    rows, nodes, weights = bilinear(centres_um, low, np.full(2, step), cells)
+    width, height = (int(x) + 1 for x in cells)
+    gather = scipy.sparse.coo_array((weights, (rows, nodes)), shape=(len(centres_um), width * height)).tocsr()
+    reach = int(np.ceil(max(outer for _, outer in rings_um) / step)) + 1
+    padded = tuple(int(next_fast_len(size + reach, real=True)) for size in (height, width))
+    offsets = np.arange(-reach, reach + 1)
+    inside = (np.arange(_POINTS) + 0.5) / _POINTS - 0.5
+    fine = (offsets[:, None] + inside).ravel() * step
+    distance = np.hypot(fine[:, None], fine[None, :])
+    found = []
+    for inner, outer in rings_um:
+        share = ((distance >= inner) & (distance < outer)).reshape(len(offsets), _POINTS, len(offsets), _POINTS)
+        kernel = np.zeros(padded, np.float32)
+        np.add.at(kernel, np.ix_(offsets % padded[0], offsets % padded[1]), share.mean((1, 3), dtype=np.float32))
+        found.append(LatticeRing(gather, (height, width), rfft2(kernel), (padded[0], padded[1])))
+    return tuple(found)

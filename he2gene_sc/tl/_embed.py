@@ -1,0 +1,217 @@
+"""``hg.tl.embed``: features of the encoder at every spot, computed once and used again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+
+from .._core import validate
+from .._core.element_results import copy_tables
+from .._core.keys import Keys, check_key
+from .._core.results import check_free, write_result
+from .._core.slide import Slide
+from .._settings import settings
+from ._encoding import (
+    Encoding,
+    EncodingOptions,
+    check_options,
+    find_slides,
+    is_interpolated,
+    parts_of,
+    say_interpolated,
+    steps_um,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ..inference import Part, SpotFeatures
+    from ..models import HE2Gene
+
+
+def embed(
+    sdata: SpatialData,
+    *,
+    model: str | Path | HE2Gene = "breast-her2st",
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | None = None,
+    table_key: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | Mapping[str, float] | None = None,
+    folder: str | Path | None = None,
+    key_added: str = "he2gene_features",
+    exact: bool = False,
+    device: str | torch.device | None = None,
+    show_progress_bar: bool | None = None,
+    copy: bool = False,
+    **options: Unpack[EncodingOptions],
+) -> SpatialData | None:
+    """Compute the features that the encoder of a model sees at every spot.
+
+    Encoding is nearly all of the work of :func:`predict`. Its ``features`` takes what this function keeps, for other
+    genes and other models on the same encoder and windows.
+
+    Parameters
+    ----------
+    sdata
+        Object with an RGB H&E image and spots.
+    model
+        A bundled model's name, a model folder, or a loaded model. Its encoder, windows and µm/px are used, not its heads.
+    image_key, shapes_key, table_key, coordinate_system, mpp
+        As for :func:`predict`.
+    folder
+        Folder that keeps the features, made where it does not exist. Nothing is written to ``sdata`` then. A run that was
+        interrupted goes on where it stopped, and gives the same numbers. A folder may hold features of many slides and
+        encoders, those of ``hg.tl.train(cache=...)`` too.
+    key_added
+        Name of the record in ``uns``; the features are in ``obsm["X_" + key_added]``.
+    exact
+        Encode each spot, where spots lie closer than half the smallest window. Default: features are interpolated, see
+        :func:`predict`.
+    device, show_progress_bar, copy
+        As for :func:`predict`.
+    **options
+        ``tta``, ``batch_size``, ``dtype`` and ``lattice``, as for :func:`predict`.
+
+    Returns
+    -------
+    ``None``, or the new object if ``copy=True``. Without ``folder`` it is written to the table:
+
+    ``.obsm["X_he2gene_features"]``
+        ``(n_obs, f)`` float32: features of the windows side by side, then statistics of their colours; of models that
+        average windows (``fusion="mean"``), those of each view side by side. NaN for spots outside the image.
+    ``.uns["he2gene_features"]``
+        Encoder, its hash and licence, windows, µm/px, and what else the features depend on. :func:`predict` compares it.
+
+    Raises
+    ------
+    ValueError
+        If an argument or the object does not fit; no table annotates the spots and no folder is given; the features pass
+        ``hg.settings.memory_limit`` and no folder is given; or a key is there that this function did not write.
+    OSError
+        If the folder cannot be written, or the disk has too little room. Nothing has been encoded then.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy(shape=(4, 4))
+    >>> hg.tl.embed(sdata, show_progress_bar=False)
+    >>> sdata["table"].obsm["X_he2gene_features"].shape[0]
+    16
+    >>> hg.tl.predict(sdata, features="X_he2gene_features", genes=["ERBB2"], show_progress_bar=False)
+    """
+    validate.arguments(embed, locals())
+    from ..models import load
+
+    check_key(key_added, "key_added")
+    check_options("embed", options)
+    keep = None if folder is None else validate.folder_or_file(folder, "folder")
+    model = load(model)
+    how = Encoding.checked("embed", model, device, show_progress_bar, exact, options)
+    slides = find_slides(
+        sdata,
+        model,
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+    )
+    name = Keys(key_added).embedding
+    parts = [parts_of(slide, model, how) for slide in slides]
+    measured = slides[0].table_key
+    if keep is None:
+        if measured is None:
+            raise ValueError(
+                "`table_key`: no table annotates the spots, so there is nowhere to write features; keep them in a folder: "
+                "hg.tl.embed(sdata, folder='features')"
+            )
+        check_free(sdata[measured], "embed", key_added, obsm=[name])
+        _check_size(sdata[measured], model, how)
+    encoded = [encode_slide(slide, model, how, part, keep) for slide, part in zip(slides, parts, strict=True)]
+    target = copy_tables(sdata) if copy else sdata
+    if keep is None and measured is not None:
+        found = [_flat(features, model) for features, _ in encoded]
+        values = np.full((target[measured].n_obs, found[0].shape[1]), np.nan, np.float32)
+        for slide, part in zip(slides, found, strict=True):
+            values[slide.rows[slide.inside]] = part
+        facts = {slide.shapes_key: facts for slide, (_, facts) in zip(slides, encoded, strict=True)}
+        record = _record(slides, model, how, parts) | {"facts": facts}
+        params = {"model": model.name, "shapes_key": shapes_key, "exact": exact}
+        write_result(target[measured], "embed", key_added, params=params, facts=record, obsm={name: values})
+    return target if copy else None
+
+
+def encode_slide(
+    slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[Part, ...], folder: Path | None
+) -> tuple[SpotFeatures, dict[str, str]]:
+    """Features of the spots inside the image, encoded or found in a folder; and what makes them what they are."""
+    from tqdm.auto import tqdm
+
+    from ..inference import read_features
+
+    say_interpolated(slide, model, how, parts)
+    total = sum(part.reader.n_spots for part in parts)
+    unit = "patch" if is_interpolated(parts) else "spot"
+    with tqdm(total=total, unit=unit, desc=f"encode {slide.shapes_key}", disable=not how.bar) as bar:
+        return read_features(
+            parts,
+            how.encoder(model),
+            slide.centres[slide.inside] * slide.mpp,
+            folder=folder,
+            progress=bar.update,
+        )
+
+
+def _n_views(model: HE2Gene, how: Encoding) -> int:
+    """Count the views that are kept: heads read the mean of the symmetries, but each view of windows that are averaged."""
+    if model.network.extractor.fusion != "mean":
+        return 1
+    return len(model.card.windows_um) * (8 if how.tta else 1)
+
+
+def _check_size(table: AnnData, model: HE2Gene, how: Encoding) -> None:
+    import torch
+
+    extractor = model.network.extractor
+    sides = extractor.window_px
+    sides = (sides,) * len(model.card.windows_um) if isinstance(sides, int) else sides
+    with torch.inference_mode():
+        width = extractor(tuple(torch.zeros(1, 3, px, px, dtype=torch.uint8) for px in sides)).shape[2]
+    n_bytes = 4 * table.n_obs * width * _n_views(model, how)
+    if n_bytes > settings.memory_limit:
+        raise ValueError(
+            f"`folder` is None: the features take {n_bytes / 1e9:.1f} GB in obsm, settings.memory_limit is "
+            f"{settings.memory_limit / 1e9:.1f} GB; keep them in a folder: hg.tl.embed(sdata, folder='features')"
+        )
+
+
+def _flat(features: SpotFeatures, model: HE2Gene) -> np.ndarray:
+    """One row a spot, ``(n, views · f)``."""
+    values = features.values
+    whole = values if isinstance(values, np.ndarray) else values.views(slice(None))
+    if model.network.extractor.fusion != "mean" and whole.shape[1] > 1:
+        whole = whole.mean(1, keepdims=True)
+    return whole.reshape(len(whole), -1)
+
+
+def _record(slides: tuple[Slide, ...], model: HE2Gene, how: Encoding, parts: list[tuple[Part, ...]]) -> dict[str, Any]:
+    dense = [slide.shapes_key for slide, part in zip(slides, parts, strict=True) if is_interpolated(part)]
+    return {
+        "encoder": model.card.encoder["name"],
+        "encoder_license": model.card.encoder["license"],
+        "encoder_sha256": model.card.encoder["sha256"],
+        "windows_um": [float(um) for um in model.card.windows_um],
+        "mpp": {slide.shapes_key: slide.mpp for slide in slides},
+        "image": {slide.shapes_key: slide.image_key for slide in slides},
+        "dtype": str(how.dtype).removeprefix("torch."),
+        "tta": how.tta,
+        "n_views": _n_views(model, how),
+        "lattice": how.step or 0.0,
+        **({"interpolated": dense, "lattice_um": steps_um(model, how)} if dense else {}),
+    }

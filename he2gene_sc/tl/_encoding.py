@@ -1,0 +1,311 @@
+"""What predict and embed share: the slides, how they are encoded, and features that are kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from .._core import validate
+from .._core.ownership import is_of, ours, written_in
+from .._core.placement import check_placement
+from .._core.slide import Slide, resolve
+from .._settings import settings
+from ..image._windows import MIN_PX
+
+if TYPE_CHECKING:
+    import torch
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ..inference import Encoder, Part, SpotFeatures
+    from ..models import HE2Gene
+
+logger = logging.getLogger("he2gene_sc")
+
+
+class EncodingOptions(TypedDict, total=False):
+    """Further keywords of :func:`predict` and :func:`embed`."""
+
+    tta: bool | None
+    batch_size: int
+    dtype: str | torch.dtype
+    lattice: float
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the spots of a slide are encoded.
+
+    Attributes
+    ----------
+    device, dtype
+        Where and in which precision.
+    tta
+        Whether the eight symmetries of the square are averaged.
+    batch_size
+        Spots a batch.
+    bar
+        Whether a progress bar is shown.
+    step
+        Step of the lattices of dense spots as a share of the window; ``None``: each spot is encoded.
+    given
+        Names of the options that were stated.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    tta: bool
+    batch_size: int
+    bar: bool
+    step: float | None
+    given: frozenset[str] = frozenset()
+
+    @classmethod
+    def checked(
+        cls,
+        verb: str,
+        model: HE2Gene,
+        device: str | torch.device | None,
+        show_progress_bar: bool | None,
+        exact: bool,
+        options: Mapping[str, Any],
+    ) -> Encoding:
+        """Check the arguments; ``options`` are those of :class:`EncodingOptions`."""
+        from ..inference import resolve_device, resolve_dtype
+
+        check_options(verb, options)
+        found = resolve_device(settings.device if device is None else device)
+        tta = options.get("tta")
+        return cls(
+            device=found,
+            dtype=resolve_dtype(options.get("dtype", "auto"), found),
+            tta=model.card.tta if tta is None else bool(tta),
+            batch_size=int(options.get("batch_size", 32)),
+            bar=settings.show_progress_bar if show_progress_bar is None else show_progress_bar,
+            step=None if exact else float(options.get("lattice", 0.25)),
+            given=frozenset(
+                [name for name in ("tta", "lattice") if options.get(name) is not None]
+                + ["dtype"] * (options.get("dtype", "auto") != "auto")
+                + ["exact"] * exact
+            ),
+        )
+
+    def encoder(self, model: HE2Gene) -> Encoder:
+        """How parts are encoded by the model's encoder."""
+        from ..inference import Encoder
+        from ..models._network import SYMMETRIES
+
+        symmetries = SYMMETRIES if self.tta else SYMMETRIES[:1]
+        return Encoder(model.card.encoder["sha256"], symmetries, self.device, self.dtype)
+
+
+def check_options(verb: str, options: Mapping[str, Any]) -> None:
+    """Check further keywords, before anything is loaded.
+
+    Raises
+    ------
+    TypeError
+        If there is no such keyword.
+    ValueError
+        If a value is not valid.
+    """
+    valid = list(EncodingOptions.__annotations__)
+    for name, value in options.items():
+        if name not in valid:
+            raise TypeError(
+                f"`{name}` is not a parameter of hg.tl.{verb}; further ones: {valid}{validate.near(name, valid)}"
+            )
+        if name == "batch_size":
+            validate.whole(value, name)
+        elif name == "lattice":
+            validate.in_range(value, name, above=0, most=1, what="a share of the window")
+
+
+def find_slides(sdata: SpatialData, model: HE2Gene, **keys: Any) -> tuple[Slide, ...]:
+    """Find the slides, and check that the model can read them; ``keys`` are those of :func:`resolve`."""
+    from ..io._store import note
+
+    slides = resolve(sdata, **keys)
+    note(sdata)
+    for slide in slides:
+        _check_windows(slide, model)
+        check_placement(sdata, slide)
+    return slides
+
+
+def _check_windows(slide: Slide, model: HE2Gene) -> None:
+    smallest = min(model.card.windows_um)
+    pixels = smallest / slide.mpp
+    shortest = min(slide.pyramid.height, slide.pyramid.width)
+    if not MIN_PX <= pixels <= shortest / 2:
+        least, most = 2 * smallest / shortest, smallest / MIN_PX
+        cause = f"image {slide.image_key!r} is too coarse; " if pixels < MIN_PX else ""
+        raise ValueError(
+            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}a window of {smallest:g} µm, the size of a spot, would be "
+            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; {MIN_PX} to {shortest // 2} px make "
+            f"sense, that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of finer resolution, or check `mpp`"
+        )
+
+
+def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
+    """All windows of the spots inside the image; or, of dense spots, each window at the nodes of a lattice."""
+    from ..image import PatchReader, Pyramid, plan_windows
+    from ..inference import Part, is_dense, lattice_of
+
+    extractor, windows = model.network.extractor, model.card.windows_um
+    centres = slide.centres[slide.inside]
+
+    def read(pyramid: Pyramid, at: np.ndarray, windows_um: tuple[float, ...], px: int | tuple[int, ...]) -> PatchReader:
+        return PatchReader(
+            pyramid,
+            at,
+            slide.mpp,
+            windows_um=windows_um,
+            input_px=px,
+            batch_size=how.batch_size,
+            factor=slide.pixel_factor,
+            allocate=_pinned if how.device.type == "cuda" else None,
+        )
+
+    if how.step is not None and is_dense(centres * slide.mpp, windows):
+        lattices = [lattice_of(centres, how.step * um / slide.mpp) for um in windows]
+        if sum(len(nodes) for nodes, _ in lattices) < len(windows) * len(centres):
+            # Wider windows are averaged from the level that all windows would be read from together.
+            level = plan_windows(slide.pyramid, slide.mpp, windows, extractor.window_px).level
+            pyramid = Pyramid(slide.pyramid.levels[: level + 1])
+            ones = [extractor.of_window(i) for i in range(len(windows))]
+            sides = [one.window_px if isinstance(one.window_px, int) else one.window_px[0] for one in ones]
+            return tuple(
+                Part(one, read(pyramid, nodes, (um,), side), weights)
+                for one, (nodes, weights), um, side in zip(ones, lattices, windows, sides, strict=True)
+            )
+    return (Part(extractor, read(slide.pyramid, centres, windows, extractor.window_px)),)
+
+
+def is_interpolated(parts: tuple[Part, ...]) -> bool:
+    """Whether features are interpolated from lattices."""
+    return parts[0].weights is not None
+
+
+def say_interpolated(slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[Part, ...]) -> None:
+    """Log that features are interpolated, and from how many nodes."""
+    if is_interpolated(parts):
+        nodes = sum(part.reader.n_spots for part in parts)
+        logger.info(
+            "%s: %d spots are closer than half a window: features are interpolated from %d patches on lattices of %s µm; "
+            "exact=True encodes %d",
+            slide.shapes_key,
+            int(slide.inside.sum()),
+            nodes,
+            ", ".join(f"{um:g}" for um in steps_um(model, how)),
+            int(slide.inside.sum()) * len(parts),
+        )
+
+
+def steps_um(model: HE2Gene, how: Encoding) -> list[float]:
+    """Largest steps of the lattices, µm."""
+    return [float(f"{(how.step or 0) * um:.6g}") for um in model.card.windows_um]
+
+
+def _pinned(shape: tuple[int, ...]) -> np.ndarray:
+    import torch
+
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+@dataclass(frozen=True)
+class KeptFeatures:
+    """Features that embed wrote into ``obsm`` of a table.
+
+    Attributes
+    ----------
+    table, key
+        Where they are.
+    record
+        What embed recorded.
+    """
+
+    table: AnnData
+    key: str
+    record: Mapping[str, Any]
+
+    def as_encoded(self, how: Encoding) -> Encoding:
+        """Take what was not stated as it was when they were computed."""
+        import torch
+
+        if "dtype" not in how.given:
+            how = replace(how, dtype=getattr(torch, self.record["dtype"]))
+        if "tta" not in how.given:
+            how = replace(how, tta=bool(self.record["tta"]))
+        if not how.given & {"exact", "lattice"}:
+            step = float(self.record["lattice"])
+            how = replace(how, step=step if step > 0 else None)
+        return how
+
+    def of_slide(self, slide: Slide, parts: tuple[Part, ...], encoder: Encoder) -> SpotFeatures:
+        """Features of the spots of a slide, if they are those of these pixels and this encoder.
+
+        Raises
+        ------
+        ValueError
+            If they are not; the message says what differs.
+        """
+        from ..inference import SpotFeatures, differences, read_pixels
+
+        kept = self.record["facts"].get(slide.shapes_key)
+        if kept is None:
+            raise ValueError(
+                f"`features` {self.key!r} are of shapes {sorted(self.record['facts'])}, not of {slide.shapes_key!r}; {self._mend}"
+            )
+        seen, facts = read_pixels(parts, encoder)
+        found = differences(kept, facts)
+        if found:
+            raise ValueError(
+                f"`features` {self.key!r} are not those of this slide and model; they differ in {', '.join(found)}. {self._mend}"
+            )
+        values = np.asarray(self.table.obsm[self.key], np.float32)[slide.rows[slide.inside]]
+        views = values.reshape(len(values), int(self.record["n_views"]), -1)
+        return SpotFeatures(views, seen, slide.centres[slide.inside] * slide.mpp)
+
+    @property
+    def _mend(self) -> str:
+        return f"Compute them again: hg.tl.embed(sdata, model=..., key_added={self.key.removeprefix('X_')!r})"
+
+
+def find_features(features: Any, table: AnnData | None) -> KeptFeatures | Path | None:
+    """Decide whether ``features`` names an entry of ``obsm`` or a folder.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or the entry was not written by embed, or was changed since.
+    """
+    if features is None:
+        return None
+    path = validate.folder_or_file(features, "features")
+    if isinstance(features, str) and table is not None and features in table.obsm:
+        for key, record in table.uns.items():
+            if is_of("embed", record) and features in written_in(key, record).get("obsm", []):
+                if features not in ours(table, key, record).get("obsm", []):
+                    raise ValueError(
+                        f"`features`: obsm[{features!r}] was changed after hg.tl.embed wrote it; compute it again: "
+                        f"hg.tl.embed(sdata, model=..., key_added={key!r})"
+                    )
+                return KeptFeatures(table, features, record)
+        raise ValueError(
+            f"`features`: obsm[{features!r}] was not written by hg.tl.embed, or its record in uns is gone; compute features: "
+            "hg.tl.embed(sdata, model=...)"
+        )
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"`features` {str(features)!r} is a file; a folder or a key of obsm is needed")
+    if isinstance(features, str) and len(path.parts) == 1 and not path.exists() and not features.startswith((".", "~")):
+        raise ValueError(
+            f"`features` {features!r} is neither a key of obsm nor a folder that exists; for a new folder write "
+            f"features='./{features}', for a key run hg.tl.embed(sdata, model=...) first"
+        )
+    return path

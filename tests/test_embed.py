@@ -1,0 +1,250 @@
+"""Features are computed once: kept in the table or in a folder, found again only where they fit, and taken up after a stop."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import he2gene_sc as hg
+from he2gene_sc.inference import _cache
+from he2gene_sc.models._embedding import ALONE
+from he2gene_sc.models._network import FeatureExtractor, Network
+
+pytestmark = pytest.mark.slow
+KEY = "X_he2gene_features"
+
+
+class Count:
+    """Spots that the extractor of a model encodes, and where it is to break down."""
+
+    def __init__(self, monkeypatch):
+        self.n, self.stop = 0, None
+        forward = FeatureExtractor.forward
+
+        def counted(extractor, patches, *args):
+            if self.stop is not None and self.n >= self.stop:
+                raise KeyboardInterrupt
+            self.n += len(patches[0])
+            return forward(extractor, patches, *args)
+
+        monkeypatch.setattr(FeatureExtractor, "forward", counted)
+
+    def of(self, call, *args, **kwargs):
+        self.n = 0
+        return call(*args, **kwargs), self.n
+
+
+@pytest.fixture
+def count(monkeypatch):
+    return Count(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def by_view(tiny_model):
+    """A model that averages its windows, as the paper's networks do: each view has an annotation of its own."""
+    rng = np.random.default_rng(5)
+    g = len(tiny_model.genes)
+    tensors = {
+        "genes.weight": rng.normal(size=(8, g)).astype(np.float32),
+        "genes.bias": np.full(g, 3, np.float32),
+        "annotation.weight": rng.normal(size=(8, 3)).astype(np.float32),
+        "annotation.bias": np.zeros(3, np.float32),
+    }
+    card = replace(tiny_model.card, fusion="mean", tta=True, n_latent=8)
+    model = hg.models.HE2Gene(card, tiny_model.genes, tensors)
+    one = tiny_model.network.extractor
+    extractor = FeatureExtractor(one.encoder, replace(SPEC, input_px=one.input_px), fusion="mean")
+    model.__dict__["network"] = Network(extractor, {k: torch.from_numpy(v) for k, v in tensors.items()}, ALONE)
+    return model
+
+
+SPEC = hg.models.EncoderSpec("tiny", "tiny", "BSD-3-Clause", False, 32, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def predicted(sdata, model, **kwargs):
+    return hg.tl.predict(sdata, model=model, copy=True, **kwargs)["table"]
+
+
+def same(a, b, **tolerance):
+    for x, y in (
+        (a.layers["he2gene"], b.layers["he2gene"]),
+        (a.obsm["X_he2gene"], b.obsm["X_he2gene"]),
+        (a.obsm["he2gene_annotation_proba"], b.obsm["he2gene_annotation_proba"]),
+        (a.obs["he2gene_tissue"], b.obs["he2gene_tissue"]),
+    ):
+        if tolerance:
+            np.testing.assert_allclose(x, y, **tolerance)
+        else:
+            np.testing.assert_array_equal(x, y)
+
+
+def test_features_in_the_table_give_the_same_prediction_and_nothing_is_encoded(toy, tiny_model, count):
+    expected = predicted(toy, tiny_model)
+    _, n = count.of(hg.tl.embed, toy, model=tiny_model)
+    features = toy["table"].obsm[KEY]
+    assert features.shape == (30, 2 * (8 + 9))
+    assert features.dtype == np.float32
+    assert n == 30 + 1  # one blank spot tells the size
+    table, n = count.of(predicted, toy, tiny_model, features=KEY)
+    assert n == 0
+    same(table, expected)
+    few, n = count.of(predicted, toy, tiny_model, features=KEY, genes=["ERBB2"])
+    assert n == 0
+    assert few.var["he2gene_predicted"].sum() == 1
+
+
+def test_another_head_on_the_same_encoder_reads_the_same_features(toy, tiny_model, count):
+    hg.tl.embed(toy, model=tiny_model)
+    bias = {"genes.bias": tiny_model.tensors["genes.bias"] + 1}
+    other = hg.models.HE2Gene(tiny_model.card, tiny_model.genes, tiny_model.tensors | bias)
+    tensors = {key: torch.from_numpy(value) for key, value in other.tensors.items()}
+    other.__dict__["network"] = Network(tiny_model.network.extractor, tensors, ALONE)
+    table, n = count.of(predicted, toy, other, features=KEY)
+    assert n == 0
+    same(table, predicted(toy, other))
+
+
+def test_a_folder_is_filled_once_and_read_afterwards(toy, tiny_model, count, tmp_path):
+    expected, n = count.of(predicted, toy, tiny_model)
+    first, filled = count.of(predicted, toy, tiny_model, features=tmp_path / "new")
+    assert filled == n + 1
+    second, n = count.of(predicted, toy, tiny_model, features=str(tmp_path / "new"), genes="all")
+    assert n == 0
+    same(first, expected)
+    assert KEY not in second.obsm
+    hg.tl.embed(toy, model=tiny_model, folder=tmp_path / "new")
+    assert len(list((tmp_path / "new").iterdir())) == 1
+    assert "he2gene_features" not in toy["table"].uns
+
+
+@pytest.mark.parametrize("where", ["obsm", "folder"])
+def test_models_that_average_views_keep_each_of_them(toy, by_view, count, tmp_path, where):
+    expected = predicted(toy, by_view)
+    kept = KEY if where == "obsm" else tmp_path
+    hg.tl.embed(toy, model=by_view, **({} if where == "obsm" else {"folder": tmp_path}))
+    if where == "obsm":
+        assert toy["table"].obsm[KEY].shape == (30, 2 * 8 * 8)
+    table, n = count.of(predicted, toy, by_view, features=kept)
+    assert n == 0
+    same(table, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_numbers(
+    toy, tiny_model, count, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_cache, "_BLOCK_SPOTS", 10)
+    options = {"features": tmp_path, "batch_size": 5}
+    expected = predicted(toy, tiny_model, batch_size=5)
+    count.n, count.stop = 0, 1 + 15  # in the second of three blocks of two batches
+    with pytest.raises(KeyboardInterrupt):
+        predicted(toy, tiny_model, **options)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".block"]
+    count.stop = None
+    table, n = count.of(predicted, toy, tiny_model, **options)
+    assert n == 1 + 20
+    same(table, expected)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+    assert count.of(predicted, toy, tiny_model, **options)[1] == 0
+
+
+def test_a_damaged_block_is_encoded_again(toy, tiny_model, count, tmp_path, monkeypatch):
+    monkeypatch.setattr(_cache, "_BLOCK_SPOTS", 10)
+    count.n, count.stop = 0, 1 + 15
+    with pytest.raises(KeyboardInterrupt):
+        predicted(toy, tiny_model, features=tmp_path, batch_size=5)
+    (block,) = tmp_path.iterdir()
+    block.write_bytes(block.read_bytes()[:-1] + b"x")
+    count.stop = None
+    table, n = count.of(predicted, toy, tiny_model, features=tmp_path, batch_size=5)
+    assert n == 1 + 30
+    same(table, predicted(toy, tiny_model, batch_size=5))
+
+
+def darker(sdata):
+    x, y = sdata["table"].obsm["spatial"][7].astype(int)
+    sdata["he"].data = sdata["he"].data.compute()
+    sdata["he"].data[:, y, x] ^= 1
+    return sdata
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "match"),
+    [
+        (darker, {}, "differ in the image, its µm/px or the spots. Compute them again"),
+        (None, {"mpp": 2.2}, "differ in the image, its µm/px or the spots, the windows"),
+        (None, {"tta": True}, r"differ in the symmetries \(`tta`\)\."),
+        (None, {"dtype": "bfloat16"}, r"differ in the precision \(`dtype`\)\."),
+    ],
+    ids=["pixel", "mpp", "tta", "dtype"],
+)
+@pytest.mark.filterwarnings("ignore:.*legacy ST")
+def test_features_that_do_not_fit_are_refused_with_what_differs(toy, tiny_model, count, change, options, match):
+    hg.tl.embed(toy, model=tiny_model)
+    toy = toy if change is None else change(toy)
+    with pytest.raises(ValueError, match=rf"`features` '{KEY}'.*{match}"):
+        hg.tl.predict(toy, model=tiny_model, features=KEY, **options)
+    assert "he2gene" not in toy["table"].uns
+
+
+def test_features_of_another_encoder_or_of_changed_values_are_refused(toy, tiny_model):
+    hg.tl.embed(toy, model=tiny_model)
+    card = replace(tiny_model.card, encoder={**tiny_model.card.encoder, "sha256": "0" * 64})
+    other = hg.models.HE2Gene(card, tiny_model.genes, tiny_model.tensors)
+    other.__dict__["network"] = tiny_model.network
+    with pytest.raises(ValueError, match="differ in the weights of the encoder"):
+        hg.tl.predict(toy, model=other, features=KEY)
+    toy["table"].obsm[KEY][3, 2] += 1
+    with pytest.raises(ValueError, match=rf"obsm\['{KEY}'\] was changed after hg.tl.embed wrote it"):
+        hg.tl.predict(toy, model=tiny_model, features=KEY)
+    del toy["table"].uns["he2gene_features"]
+    with pytest.raises(ValueError, match="not written by hg.tl.embed, or its record in uns is gone"):
+        hg.tl.predict(toy, model=tiny_model, features=KEY)
+
+
+def test_features_survive_a_store(toy, tiny_model, count, tmp_path):
+    expected = predicted(toy, tiny_model)
+    hg.tl.embed(toy, model=tiny_model)
+    toy.write(tmp_path / "toy.zarr")
+    import spatialdata
+
+    table, n = count.of(predicted, spatialdata.read_zarr(tmp_path / "toy.zarr"), tiny_model, features=KEY)
+    assert n == 0
+    same(table, expected)
+
+
+def test_a_name_that_is_neither_key_nor_folder_is_refused_before_encoding(toy, tiny_model, count, tmp_path):
+    count.stop = 0
+    for value, match in (
+        ("X_he2gene_feature", r"neither a key of obsm nor a folder that exists; for a new folder write features='\./"),
+        (3, "`features` is 3; a path is needed"),
+        (tmp_path / "file", "is a file"),
+    ):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match=match):
+            hg.tl.predict(toy, model=tiny_model, features=value)
+    with pytest.raises(
+        TypeError, match=r"`batchsize` is not a parameter of hg.tl.predict.*near 'batchsize'.*batch_size"
+    ):
+        hg.tl.predict(toy, model=tiny_model, batchsize=3)
+
+
+def test_embed_refuses_what_it_cannot_write_before_encoding(toy, tiny_model, count, monkeypatch):
+    count.stop = 1
+    toy["table"].obsm[KEY] = np.zeros((30, 2))
+    with pytest.raises(ValueError, match=rf"obsm\['{KEY}'\] is there and was not written by hg.tl.embed"):
+        hg.tl.embed(toy, model=tiny_model)
+    del toy["table"].obsm[KEY]
+    monkeypatch.setattr(hg.settings, "memory_limit", 1000)
+    with pytest.raises(ValueError, match=r"`folder` is None: the features take .* keep them in a folder"):
+        hg.tl.embed(toy, model=tiny_model)
+    del toy.tables["table"]
+    with pytest.raises(ValueError, match="no table annotates the spots.*keep them in a folder"):
+        hg.tl.embed(toy, model=tiny_model)
+
+
+def test_a_copy_gets_the_features_and_the_object_stays(toy, tiny_model):
+    copied = hg.tl.embed(toy, model=tiny_model, key_added="other", copy=True)
+    assert "X_other" in copied["table"].obsm
+    assert copied["table"].uns["other"]["verb"] == "embed"
+    assert "X_other" not in toy["table"].obsm
