@@ -249,7 +249,9 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     ValueError
         If an argument is of another type.
     """
-    further = [name for name, value in inspect.signature(function).parameters.items() if value.kind is value.VAR_KEYWORD]
+    further = [
+        name for name, value in inspect.signature(function).parameters.items() if value.kind is value.VAR_KEYWORD
+    ]
     given = {**given, **{key: value for name in further for key, value in given.get(name, {}).items()}}
     for name, check in _checks(function).items():
         if name in given:
