@@ -274,8 +274,9 @@ def killer(step):
     return Killer()
 
 
-@pytest.mark.parametrize("preset", [BASE, SPAT], ids=["base", "spat"])
-@pytest.mark.parametrize("every", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("preset", "every"), [(BASE, 1), (SPAT, 1), (BASE, 3), (SPAT, 100)], ids=["base-1", "spat-1", "base-3", "spat-100"]
+)
 def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(tmp_path, preset, every):
     data = toy_set()
     whole = fit(data, preset)
