@@ -1024,3 +1024,9 @@ def test_markers_of_cancer_are_found_in_eight_patients(eight_patients, request):
         )
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     assert (result.loc[MARKERS, "pvals_adj"] < 0.05).all()
+
+
+def test_concordance_takes_an_iterator_of_objects():
+    tables = [as_predicted(table) for table in patients(3)]
+    listed = hg.tl.concordance(tables, "label", groups="tumour", k=(5,))
+    pd.testing.assert_frame_equal(hg.tl.concordance(iter(tables), "label", groups="tumour", k=(5,)), listed)

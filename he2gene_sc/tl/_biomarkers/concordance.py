@@ -111,6 +111,8 @@ def concordance(
     lengths = [validate.whole(length, "k") for length in np.ravel(np.array(k, object))]
     groups, reference = named_groups(groups, reference)
     design = Design(min_mean=min_mean)
+    # Read twice: names and values, then colours.
+    data = list(data) if isinstance(data, Iterator) else data
     spots = read_spots(
         data,
         groupby,
