@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from .._core.memory import memory_of_machine
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Worker
 
 #: Memory that a worker is expected to need: torch, scverse and a slide.
 _WORKER_BYTES = 3 * 1024**3
@@ -94,14 +95,51 @@ def local_client(environments: list[dict[str, str]]) -> Iterator[Client]:
 
     memory = memory_of_machine()
     share = {} if memory is None else {"memory_limit": memory // len(environments)}
-    common = {"host": "127.0.0.1", "nthreads": 1, "dashboard": False, "silence_logs": logging.CRITICAL, **share}
+    common = {
+        "host": "127.0.0.1",
+        "nthreads": 1,
+        "dashboard": False,
+        "preload": [__name__],
+        "silence_logs": logging.CRITICAL,
+        **share,
+    }
     workers = {i: {"cls": Nanny, "options": {**common, "env": dict(env)}} for i, env in enumerate(environments)}
     # A slide is tried on two workers, so that one that ends its worker does not end them all.
     options = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0", "allowed_failures": 1}
-    with (
-        SpecCluster(
-            workers=workers, scheduler={"cls": Scheduler, "options": options}, silence_logs=logging.CRITICAL
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    scheduler = {"cls": Scheduler, "options": options}
+    with _quiet():
+        cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL)
+        try:
+            with Client(cluster) as client:
+                yield client
+        except BaseException:
+            # Ctrl-C: a slide that a worker is busy with is not waited for.
+            for nanny in cluster.workers.values():
+                nanny.auto_restart = False
+                with suppress(ProcessLookupError, TypeError):  # it has no process yet, or no more
+                    os.kill(nanny.pid, signal.SIGKILL)
+            raise
+        finally:
+            with suppress(TimeoutError):
+                cluster.close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what dask logs of workers that come and go; errors of slides are in their rows."""
+    loggers = [
+        logging.getLogger(name) for name in ("distributed", "distributed.client", "tornado.application", "asyncio")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def dask_setup(worker: Worker) -> None:
+    """Prepare a worker of a local cluster: Ctrl-C is for the process that started it, which then stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
