@@ -161,6 +161,13 @@ def test_the_mean_is_over_sections_or_over_patients():
         hg.tl.evaluate(table, sample_key="patient")
 
 
+def test_patients_of_one_table_without_sections_have_a_section_each():
+    table = make(shapes={"a": (5, 6), "b": (6, 6)})
+    table.obs["patient"] = table.obs.pop("section")
+    hg.tl.evaluate(table)
+    assert set(hg.get.evaluation(table, "genes")["section"]) == {"a", "b", "all sections"}
+
+
 def test_var_holds_the_pooled_metrics_and_nan_elsewhere(table):
     hg.tl.evaluate(table, genes=["G1", "G3"])
     pooled = genes_of(table, "pooled", "all sections")

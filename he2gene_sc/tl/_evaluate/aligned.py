@@ -12,11 +12,11 @@ import pandas as pd
 
 from ..._core.elements import find_table
 from ..._core.expression import Scale, log_expression
-from ..._core.keys import MADE, SECTION, Keys
+from ..._core.keys import MADE, PATIENT, SECTION, Keys
 from ..._core.matrix import dense, matrix_of, values_of
 from ..._core.names import names_of
 from ..._core.predictions import symbols_of
-from ..._core.spots import pitch_of, sections_of, spots_of
+from ..._core.spots import apart, has_samples, pitch_of, sections_of, spots_of
 from .genes import genes_in_common, known_of, model_of
 from .layer import judged_layer
 
@@ -153,7 +153,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
     filled = np.any(np.isfinite(given), axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
     measured_spot = filled[partner]
-    section = sections_of(other, asked.section_key)[partner]
+    section = _sections(other, asked.section_key)[partner]
     both = predicted_spot & measured_spot
     fitted = both & (False if chosen.fitted_on is None else chosen.fitted_on[rows])
     used = both & ~fitted
@@ -231,6 +231,15 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
         predictor=chosen.predictor,
         n_fitted=None if chosen.fitted_on is None else int(fitted.sum()),
     )
+
+
+def _sections(table: AnnData, section_key: str) -> np.ndarray:
+    """Name of the section of each spot; patients of one table without sections have a section each."""
+    sections = sections_of(table, section_key)
+    if len(set(sections)) > 1 or not has_samples(table):
+        return sections
+    patients = names_of(table, PATIENT, "sample_key")
+    return sections if pd.isna(patients).any() else apart(sections, patients)
 
 
 def few(values: Iterable[object], n: int = 5) -> str:
