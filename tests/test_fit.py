@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ import torch
 from tiny_network import BASE, SPAT, SPEC, encoder, toy_set
 from torch import nn
 
-from he2gene_sc.training import PRESETS, _memory, fit_network
+from he2gene_sc.training import PRESETS, RunOptions, _memory, fit_network
 from he2gene_sc.training._gradient.losses import annotation_loss, gene_loss, neighbour_loss
 from he2gene_sc.training._gradient.patches import BatchLoader
-from he2gene_sc.training._gradient.split import split
+from he2gene_sc.training._gradient.split import Split, split
 from he2gene_sc.training._gradient.targets import Targets, column_means
 from he2gene_sc.training._memory import activation_bytes
 
@@ -27,7 +27,11 @@ CPU = {"device": "cpu"}
 
 
 def fit(data, preset=BASE, dropout=0.1, **options):
-    return fit_network(data, preset, encoder(dropout), SPEC, **(CPU | options))
+    """Fit; fields of the preset and of `RunOptions` may be given by their own names."""
+    preset = replace(preset, **{name: options.pop(name) for name in ("lr", "max_epochs") if name in options})
+    known = {field.name for field in fields(RunOptions)}
+    run = RunOptions(**{name: options.pop(name) for name in known & options.keys()})
+    return fit_network(data, preset, encoder(dropout), SPEC, run=run, **(CPU | options))
 
 
 def same(first, second):
@@ -118,15 +122,12 @@ def test_neighbours_of_another_kind_have_no_gradient():
     assert (neighbour.grad != 0).any(1).tolist() == [True, False, False]
 
 
-def module_of(data, preset, present=None):
+def module_of(data, preset):
     from he2gene_sc.training._gradient.module import TrainingModule
 
     torch.manual_seed(0)
-    rows = np.arange(len(data))
-    present = np.ones(len(data), bool) if present is None else present
-    return TrainingModule(
-        encoder(0.0), SPEC, preset, data, rows=rows, held_out=rows, present=present, n_classes=3, n_features=16, seed=0
-    ).train()
+    rows = Split("spot", np.arange(len(data)), np.arange(len(data)))
+    return TrainingModule(encoder(0.0), SPEC, preset, data, rows, n_classes=3, seed=0).train()
 
 
 def first_batch(data, present=None):

@@ -12,7 +12,16 @@ from tiny_network import BASE, SPEC, encoder, toy_set
 import he2gene_sc as hg
 from he2gene_sc.models import load, load_encoder
 from he2gene_sc.stats import pearson
-from he2gene_sc.training import PatchSet, Section, fit_network, log_targets, patch_set, train_network
+from he2gene_sc.training import (
+    ModelMetadata,
+    PatchSet,
+    RunOptions,
+    Section,
+    fit_network,
+    log_targets,
+    patch_set,
+    train_network,
+)
 from he2gene_sc.training._gradient.held_out import gene_figures, held_out_sections
 from he2gene_sc.training._gradient.train_network import target_mask
 
@@ -21,15 +30,11 @@ pytestmark = pytest.mark.slow
 RECIPE = replace(BASE, lr=1e-2, max_epochs=4)
 
 
-NAMES = {
-    "section_names": ("A1", "A2", "B1", "B2", "C1"),
-    "patient_names": ("A", "A", "B", "B", "C"),
-    "mpps": (0.5,) * 5,
-}
+SECTIONS = [SimpleNamespace(name=name, patient=name[0], mpp=0.5) for name in ("A1", "A2", "B1", "B2", "C1")]
 
 
-def train(data, known, recipe, network, **options):
-    return train_network(data, known, recipe, network, **(NAMES | {"device": "cpu"} | options))
+def train(data, known, recipe, network, sections=SECTIONS, **options):
+    return train_network(data, sections, known, recipe, network, **({"device": "cpu"} | options))
 
 
 def facts(**changes):
@@ -46,7 +51,7 @@ def facts(**changes):
         "intended_use": "Tests.",
         "limitations": ("None of it is real.",),
     }
-    return SimpleNamespace(**(values | changes))
+    return ModelMetadata(**(values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +202,7 @@ def test_one_patient_and_one_section_are_warned_of(data, caplog):
             facts(),
             replace(RECIPE, max_epochs=1),
             encoder(),
-            patient_names=("A",) * 5,
+            sections=[SimpleNamespace(name=s.name, patient="A", mpp=0.5) for s in SECTIONS],
         )
         assert said in caplog.text
         if "section" in said:
@@ -230,7 +235,7 @@ def test_a_gene_that_some_sections_lack_is_judged_by_the_others(data):
 
 def test_checkpoints_of_a_cross_validation_lie_in_folders_of_their_own(data, tmp_path):
     recipe = replace(RECIPE, max_epochs=1)
-    train(data, facts(), recipe, encoder(), cross_validate=True, checkpoint_dir=tmp_path, device="cpu")
+    train(data, facts(), recipe, encoder(), cross_validate=True, run=RunOptions(checkpoint_dir=tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fold-0", "fold-1", "fold-2", "model"]
 
 

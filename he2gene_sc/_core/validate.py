@@ -272,6 +272,18 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return found
 
 
+class Checked:
+    """A frozen dataclass whose texts, numbers and flags are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        arguments(type(self), vars(self))
+
+    def set(self, **values: Any) -> None:
+        """Replace fields by what is made of them, while the object is made."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
 @functools.cache
 def _checks(function: Callable[..., Any]) -> dict[str, Callable[[Any, str], Any]]:
     found = {name: _check_of(parameter) for name, parameter in parameters(function).items()}

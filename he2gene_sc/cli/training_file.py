@@ -107,42 +107,38 @@ def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} `sdatas` is not an option; name the sections in `sections` or [data]")
     preset = options.get("preset", {})
     paper = isinstance(preset, dict) and preset.get("name", "default") != "default"
-    tables: dict[str, type] = {
+    tables: dict[str, Any] = {
         "preset": PaperRecipe if paper else DefaultRecipe,
         "keys": SectionKeys,
         "classes": Classes,
         "genes": GeneSelection,
         "card": CardText,
     }
-    found = dict(options)
-    for name in options.keys() - signature(train).parameters.keys():
-        holding = [table for table, kind in tables.items() if name in _fields(kind)]
-        hint = f"; it is a field of [{where.partition('[')[2].rstrip(']')}.{holding[0]}]" if holding else ""
-        raise ValueError(
-            f"{where} `{name}` is not an argument of hg.tl.train{hint or near(name, signature(train).parameters)}"
-        )
+    valid = list(signature(train).parameters)
+    found, at = dict(options), where
     try:
-        validate.arguments(train, options)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from error
-    for table, kind in tables.items():
-        if isinstance(given := options.get(table), dict):
-            found[table] = _made(kind, given, f"{where[:-1]}.{table}]")
+        for name in found.keys() - set(valid):
+            holding = [table for table, kind in tables.items() if name in _fields(kind)]
+            hint = f"; it is a field of the table `{holding[0]}`" if holding else near(name, valid)
+            raise ValueError(f"`{name}` is not an argument of hg.tl.train{hint}")
+        validate.arguments(train, found)
+        for table, kind in tables.items():
+            if isinstance(given := found.get(table), dict):
+                at = f"{where[:-1]}.{table}]"
+                found[table] = _made(kind, given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{at} {error}") from error
     return found
 
 
-def _made(kind: type, given: Mapping[str, Any], where: str) -> Any:
+def _made(kind: Any, table: Mapping[str, Any]) -> Any:
     """Make a dataclass of a table."""
-    valid = _fields(kind)
-    given = {name: value for name, value in given.items() if not (kind is DefaultRecipe and name == "name")}
-    if unknown := sorted(given.keys() - set(valid)):
+    given = {name: value for name, value in table.items() if kind is not DefaultRecipe or name != "name"}
+    if unknown := sorted(given.keys() - set(_fields(kind))):
         paper = kind is DefaultRecipe and unknown[0] in _fields(PaperRecipe)
-        hint = f"; it needs `name`, one of {list(PRESETS[1:])}" if paper else near(unknown[0], valid)
-        raise ValueError(f"{where} `{unknown[0]}` is not a field, valid: {valid}{hint}")
-    try:
-        return kind(**given)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} {error}") from error
+        hint = f"; it needs `name`, one of {list(PRESETS[1:])}" if paper else near(unknown[0], _fields(kind))
+        raise ValueError(f"`{unknown[0]}` is not a field, valid: {_fields(kind)}{hint}")
+    return kind(**given)
 
 
 def _fields(kind: Any) -> list[str]:

@@ -6,6 +6,7 @@ from ._gradient.fit import Fitted, fit_network
 from ._gradient.neighbours import neighbour_table
 from ._gradient.patches import PatchSet
 from ._gradient.presets import PRESETS, Preset
+from ._gradient.run_options import RunOptions
 from ._gradient.train_network import patch_set, train_network
 from ._metadata import ModelMetadata
 from ._sections import Section, log_targets
@@ -17,6 +18,7 @@ __all__ = [
     "PatchSet",
     "Preset",
     "Recipe",
+    "RunOptions",
     "Section",
     "build_model",
     "cross_validate",

@@ -62,10 +62,7 @@ def expression_figures(
 
 
 def given_depth(panel: Panel, totals: np.ndarray, parts: np.ndarray) -> tuple[float, float]:
-    """Mean partial correlation of both panels, given the counts of each spot (a cubic of their log).
-
-    Of counts as sparse as these, log-normalised expression follows the number of counts even where the tissue has no
-    pattern at all, and an image shows where there is much RNA. What is left here is not that.
+    """Mean partial correlation of both panels, given the counts of each spot, see :class:`Depth`.
 
     Parameters
     ----------
@@ -141,7 +138,7 @@ def annotation_figures(
     ``telling`` and ``by_patient`` are those of :func:`calibrated`; without ``tempered`` logits are taken as they are.
     """
     from scipy.special import softmax
-    from sklearn.metrics import recall_score, roc_auc_score
+    from sklearn.metrics import roc_auc_score
 
     figures: dict[str, dict[str, object]] = {}
     usable = [
@@ -150,9 +147,8 @@ def annotation_figures(
     ]
     accuracy: dict[str, object] = {}
     for section, logits, rows in zip(sections, held_out.logits, usable, strict=True):
-        present = np.unique(section.codes[rows])
-        if len(present) > 1:
-            recall = recall_score(section.codes[rows], logits[rows].argmax(1), labels=present, average="macro")
+        recall = balanced_accuracy(section.codes[rows], logits[rows])
+        if np.isfinite(recall):
             accuracy[section.name] = _rounded(recall)
     if not accuracy:
         return {}
@@ -173,6 +169,15 @@ def annotation_figures(
         "labelled spots": len(codes),
     }
     return figures
+
+
+def balanced_accuracy(codes: np.ndarray, scores: np.ndarray) -> float:
+    """Mean recall over the classes that occur, of ``(n, c)`` scores; NaN where fewer than two do."""
+    present = np.unique(codes[codes >= 0])
+    if not scores.shape[1] or len(present) < 2:
+        return float("nan")
+    chosen = scores.argmax(1)
+    return float(np.mean([(chosen[codes == code] == code).mean() for code in present]))
 
 
 def calibrated(

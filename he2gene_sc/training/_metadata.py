@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from ..models import EncoderSpec
+from ..models import EncoderSpec, ModelCard
+from ..models._encoders.registry import input_facts
+from ._sections import Section
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,56 @@ class ModelMetadata:
     stages: tuple[int, ...] | None = None
     tiles: tuple[int, ...] | None = None
     encoder_output: tuple[float, ...] | None = None
+
+    def table(
+        self, target: np.ndarray, variable: np.ndarray, mean: np.ndarray, columns: dict[str, np.ndarray]
+    ) -> pd.DataFrame:
+        """Gene table; ``target`` and ``variable`` are positions of the genes of both panels."""
+        index = np.arange(len(self.genes))
+        own = {
+            "ensembl_id": list(self.ensembl_ids),
+            "group": np.where(np.isin(index, target), "target", "auxiliary"),
+            "variable": np.isin(index, variable),
+            "mean": mean,
+        }
+        return pd.DataFrame(own | columns, index=pd.Index(self.genes, name="gene"))
+
+    def card(self, genes: pd.DataFrame, tensors: dict[str, np.ndarray], **facts: Any) -> ModelCard:
+        """Card of a model of these genes and tensors; ``facts`` are the rest of it."""
+        own = {
+            name: list(value)
+            for name, value in (("stages", self.stages), ("tiles", self.tiles), ("output", self.encoder_output))
+            if value is not None
+        }
+        encoder = {"name": self.encoder.name, "license": self.encoder.license, "sha256": self.encoder_sha256}
+        given: dict[str, Any] = {
+            "name": self.name,
+            "version": self.version,
+            "description": self.description,
+            "encoder": {**encoder, **input_facts(self.encoder), **own},
+            "windows_um": self.windows_um,
+            "classes": self.classes,
+            "class_colors": self.class_colors,
+            "n_genes": len(genes),
+            "n_latent": len(tensors["genes.weight"]),
+            "intended_use": self.intended_use,
+            "limitations": self.limitations,
+        }
+        return ModelCard(**given | facts)
+
+    def spots(
+        self, sections: Sequence[Section], n_spots: Sequence[int] | np.ndarray, codes: np.ndarray
+    ) -> dict[str, Any]:
+        """Describe the spots that were trained on, for the card; ``codes`` are the classes of all."""
+        mpps = [round(section.mpp, 4) for section in sections]
+        labels = np.bincount(codes[codes >= 0], minlength=len(self.classes))
+        return {
+            "sections": {
+                section.name: {"patient": section.patient, "n_spots": int(n), "mpp": mpp}
+                for section, n, mpp in zip(sections, n_spots, mpps, strict=True)
+            },
+            "n_patients": len({section.patient for section in sections}),
+            "n_spots": len(codes),
+            "mpp_range": [min(mpps), max(mpps)],
+            "labelled_spots": {name: int(n) for name, n in zip(self.classes, labels, strict=True)},
+        }

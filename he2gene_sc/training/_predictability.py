@@ -221,16 +221,14 @@ def gene_table(
         reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
         if unit == "section":
             known &= np.nan_to_num(_least(across)) > RELIABLE_PCC
-    index = np.arange(len(mean))
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
     spots = sum(len(section) * section.measured for section in sections)
     detected = sum(np.diff(section.targets.indptr) * section.measured for section in sections)
-    table = pd.DataFrame(
+    table = metadata.table(
+        target,
+        variable,
+        total / np.maximum(spots, 1),
         {
-            "ensembl_id": list(metadata.ensembl_ids),
-            "group": np.where(np.isin(index, target), "target", "auxiliary"),
-            "variable": np.isin(index, variable),
-            "mean": total / np.maximum(spots, 1),
             "pcc": mean,
             "pcc_low": low,
             "pcc_high": high,
@@ -243,7 +241,6 @@ def gene_table(
             "reliable": reliable,
             "reliable_known_patient": known,
         },
-        index=pd.Index(metadata.genes, name="gene"),
     )
     n_held = n_patients if "patient" in found else 1
     return (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,26 +27,6 @@ logger = logging.getLogger("he2gene_sc")
 
 #: Share of the largest feature below which spots do not differ.
 _SAME = 1e-6
-
-
-def check_checkpoint_dir(folder: object, begun: str | None) -> None:
-    """Refuse a folder that cannot be written, or, where a run is to begin, that holds one in such a place."""
-    if not isinstance(folder, str | Path):
-        raise ValueError(f"`checkpoint_dir` is {folder!r}; the path of a folder is needed")
-    place = Path(folder).expanduser()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"`checkpoint_dir` {str(folder)!r} cannot be written ({error.strerror}); choose another",
-            str(place),
-        ) from error
-    if begun is not None and any(place.glob(begun)):
-        raise FileExistsError(
-            f"`checkpoint_dir` {str(folder)!r} holds a run; go on with `resume=True`, or choose another folder"
-        )
 
 
 def identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ import scipy.sparse
 
 from ..._core.expression import contents_of
 from ..._core.layers import layer_names
-from ..._core.matrix import matrix_of, where_of
+from ..._core.matrix import in_memory, matrix_of, where_of
 from ..._core.names import clean_names, column_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
@@ -241,25 +241,13 @@ def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
     problem = contents_of(matrix).problem
     if problem:
         raw = [name for name in layer_names(table) if not contents_of(matrix_of(table, name)).problem]
-        hint = (
-            f"; layer {raw[0]!r} does: pass keys=hg.SectionKeys(layer={raw[0]!r})"
-            if raw
-            else "; put them into a layer and pass keys=hg.SectionKeys(layer=...)"
-        )
+        hint = f"layer {raw[0]!r} does:" if raw else "put them into a layer and"
         raise ValueError(
-            f"`layer`: {where_of(layer)} does not hold raw counts (whole numbers from 0) but {problem}{hint}"
+            f"`layer`: {where_of(layer)} does not hold raw counts (whole numbers from 0) but {problem}; {hint} pass "
+            f"keys=hg.SectionKeys(layer={repr(raw[0]) if raw else '...'})"
         )
-    return _sparse(matrix)
-
-
-def _sparse(matrix: Any) -> scipy.sparse.csr_array:
-    """Rows of any matrix that anndata holds, those on disk and in half precision among them."""
-    matrix = matrix.compute() if hasattr(matrix, "compute") else matrix
-    if hasattr(matrix, "to_memory"):
-        matrix = matrix.to_memory()
-    if matrix.dtype == np.float16:
-        matrix = matrix.astype(np.float32)
-    return scipy.sparse.csr_array(matrix)
+    values = in_memory(matrix)
+    return scipy.sparse.csr_array(values.astype(np.float32) if values.dtype == np.float16 else values)
 
 
 def join(

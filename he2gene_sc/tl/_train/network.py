@@ -15,7 +15,6 @@ from .default import describe, patch_reader
 from .labels import check_two_classes
 from .measured import Measured, check_room, join, on_disk
 from .options import Plan
-from .recipes import RUN_OPTIONS
 
 if TYPE_CHECKING:
     from ...models import HE2Gene
@@ -54,18 +53,16 @@ def train_by_gradient(sections: Iterator[Measured], plan: Plan) -> HE2Gene:
             n_target=min(plan.genes.n_target_genes, len(genes)),
             neighbours=preset.neighbour_weight > 0,
         ),
+        joined,
         replace(describe(len(joined), genes, classes, plan), encoder=spec),
         preset,
         plan.network,
-        section_names=[section.name for section in joined],
-        patient_names=[section.patient for section in joined],
-        mpps=[section.mpp for section in joined],
         validation=plan.validation,
         seed=plan.seed,
         device=plan.device,
         show_progress=plan.show_progress,
         cross_validate=recipe.cross_validate,
-        **{name: getattr(recipe, name) for name in RUN_OPTIONS},
+        run=recipe,
     )
 
 

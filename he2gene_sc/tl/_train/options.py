@@ -22,19 +22,8 @@ if TYPE_CHECKING:
 MIN_SPOT_SHARE = 0.01
 
 
-class Checked:
-    """A frozen dataclass whose texts, numbers and flags are checked when it is made."""
-
-    def __post_init__(self) -> None:
-        validate.arguments(type(self), vars(self))
-
-    def set(self, **values: Any) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-
 @dataclass(frozen=True, kw_only=True)
-class SectionKeys(Checked):
+class SectionKeys(validate.Checked):
     """Where the sections of a training set hold image, spots, counts and gene names; the same for all of them.
 
     Parameters
@@ -68,7 +57,7 @@ class SectionKeys(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneSelection(Checked):
+class GeneSelection(validate.Checked):
     """Genes that a model learns.
 
     Parameters
@@ -111,7 +100,7 @@ class GeneSelection(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classes(Checked):
+class Classes(validate.Checked):
     """How labels of spots become classes of the annotation. A class needs five spots.
 
     Parameters
@@ -150,7 +139,7 @@ class Classes(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardText(Checked):
+class CardText(validate.Checked):
     """What the card of a model says of it, beside its name and its figures.
 
     Parameters

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..._core import validate
 from ...image._windows import check_windows
-from .options import Checked
+from ...training._gradient.run_options import RunOptions
 
 if TYPE_CHECKING:
     import torch
@@ -20,23 +19,10 @@ if TYPE_CHECKING:
 PRESETS = ("default", "he2gene-base", "he2gene-spat")
 #: Default of `windows_um` for encoders of unknown µm/px.
 WINDOWS_UM = (100.0, 200.0, 400.0)
-#: How a network is trained on this machine.
-RUN_OPTIONS = (
-    "patches_at_once",
-    "precision",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "checkpoint_dir",
-    "checkpoint_steps",
-    "resume",
-    "callbacks",
-)
-_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DefaultRecipe(Checked):
+class DefaultRecipe(validate.Checked):
     """Preset ``"default"`` of :func:`he2gene_sc.tl.train`, with changes.
 
     Parameters
@@ -65,6 +51,9 @@ class DefaultRecipe(Checked):
     >>> preset = hg.DefaultRecipe(windows_um=[100, 200], n_latent=64)
     """
 
+    #: Encoder that is taken unless another is given.
+    usual_encoder: ClassVar[str] = "efficientnet-lite0"
+
     windows_um: Sequence[float] | None = None
     stages: Sequence[int] | Literal["auto"] | None = "auto"
     tile_windows: bool = True
@@ -85,11 +74,6 @@ class DefaultRecipe(Checked):
         validate.whole(self.batch_size, "batch_size")
         self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))
 
-    @property
-    def usual_encoder(self) -> str:
-        """Encoder that is taken unless another is given."""
-        return "efficientnet-lite0"
-
     def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], tuple[int, ...] | None]:
         """Windows for an encoder, and tiles a side of each."""
         from ...models._encoders.scale import own_windows, tiles_of
@@ -99,7 +83,7 @@ class DefaultRecipe(Checked):
 
 
 @dataclass(frozen=True)
-class PaperRecipe(Checked):
+class PaperRecipe(RunOptions):
     """One of the paper's presets of :func:`he2gene_sc.tl.train`, with changes.
 
     Parameters
@@ -118,21 +102,16 @@ class PaperRecipe(Checked):
         learning rate. Default: the preset's.
     cross_validate
         Held-out figures from folds that did not decide when to stop, at several times the work.
-    patches_at_once
-        Patches that the encoder sees at once, a large batch in little memory: see
-        :func:`he2gene_sc.training.fit_network`.
-    precision, devices, num_nodes, strategy
-        As in ``lightning.Trainer``.
-    checkpoint_dir, checkpoint_steps, resume
-        Folder for checkpoints, steps between them, and whether to go on from the one that is there.
-    callbacks
-        Further Lightning callbacks.
+    patches_at_once, precision, devices, num_nodes, strategy, checkpoint_dir, checkpoint_steps, resume, callbacks
+        How it is trained on this machine, see :class:`he2gene_sc.training.RunOptions`.
 
     Examples
     --------
     >>> import he2gene_sc as hg
     >>> preset = hg.PaperRecipe("he2gene-base", exact=True, patches_at_once=32)
     """
+
+    usual_encoder: ClassVar[str] = "resnet50"
 
     name: str
     _: KW_ONLY
@@ -143,38 +122,15 @@ class PaperRecipe(Checked):
     patience: int | None = None
     lr: float | None = None
     cross_validate: bool = False
-    patches_at_once: int | None = None
-    precision: str | None = None
-    devices: int | str | Sequence[int] | None = None
-    num_nodes: int = 1
-    strategy: str = "auto"
-    checkpoint_dir: str | Path | None = None
-    checkpoint_steps: int = 500
-    resume: bool = False
-    callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         validate.one_of(self.name, PRESETS[1:], "name")
-        for name, least in (
-            ("batch_size", 1),
-            ("max_epochs", 1),
-            ("patience", 1),
-            ("patches_at_once", 2),
-            ("num_nodes", 1),
-            ("checkpoint_steps", 1),
-        ):
+        for name in ("batch_size", "max_epochs", "patience"):
             if getattr(self, name) is not None:
-                validate.whole(getattr(self, name), name, least)
+                validate.whole(getattr(self, name), name)
         if self.lr is not None:
             validate.in_range(self.lr, "lr", above=0)
-        if self.precision not in (None, *_PRECISIONS):
-            raise ValueError(
-                f"`precision` is {self.precision!r}, valid: {list(_PRECISIONS)}; the weights themselves stay single"
-            )
-        self._check_callbacks()
-        if self.resume and self.checkpoint_dir is None:
-            raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
         self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))
         for name, value, its in (
             ("windows_um", self.windows_um, "75, 150 and 225 px at 0.69 µm/px"),
@@ -191,25 +147,9 @@ class PaperRecipe(Checked):
         changes = {name: getattr(self, name) for name in ("windows_um", "batch_size", "max_epochs", "patience", "lr")}
         return replace(preset, **{name: value for name, value in changes.items() if value is not None})
 
-    @property
-    def usual_encoder(self) -> str:
-        """Encoder of the paper."""
-        return self.preset().encoder
-
     def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], None]:
         """Windows at inference; none is read as tiles."""
         return self.preset().windows_um, None
-
-    def _check_callbacks(self) -> None:
-        fits = isinstance(self.callbacks, list | tuple)
-        if fits and self.callbacks:
-            from lightning.pytorch import Callback
-
-            fits = all(isinstance(callback, Callback) for callback in self.callbacks)
-        if not fits:
-            raise ValueError(
-                f"`callbacks` is {self.callbacks!r}; a list of Lightning callbacks is needed, which may be empty"
-            )
 
 
 def recipe_of(preset: Any) -> DefaultRecipe | PaperRecipe:

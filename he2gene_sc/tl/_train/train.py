@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..._core import validate
 from ..._settings import settings
-from .arguments import check_checkpoint_dir, identifiers, read_all, wide_enough
+from .arguments import identifiers, read_all, wide_enough
 from .gene_lists import symbols_of
 from .options import MIN_SPOT_SHARE, CardText, Classes, GeneSelection, Keys, Plan, SectionKeys
 from .recipes import DefaultRecipe, PaperRecipe, recipe_of
@@ -203,6 +203,4 @@ def _check_paper(recipe: PaperRecipe, genes: GeneSelection, cache: object) -> No
         raise ValueError(
             f"`min_spot_share` is {genes.min_spot_share!r}, but `exact` sets it (0: all genes are learned); drop one of them"
         )
-    if recipe.checkpoint_dir is not None:
-        in_folds = "*/last.ckpt" if recipe.cross_validate else "last.ckpt"
-        check_checkpoint_dir(recipe.checkpoint_dir, None if recipe.resume else in_folds)
+    recipe.check_folder("*/last.ckpt" if recipe.cross_validate else "last.ckpt")

@@ -9,9 +9,8 @@ from dataclasses import replace
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ...models import HE2Gene, ModelCard
+from ...models import HE2Gene
 from ...models._embedding import ALONE, Context
-from ...models._encoders.registry import input_facts
 from .._calibrate import calibration_unit, described
 from .._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
 from .._folds import NOT_TOLD, grouped_folds, warn_of_unit
@@ -75,6 +74,7 @@ def _n_folds(unit: str | None, n_sections: int, n_patients: int) -> int | None:
     return MAX_FOLDS if groups > MAX_FOLDS and unit != "block" else None
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def build_model(
     sections: Sequence[Section],
     metadata: ModelMetadata,
@@ -113,19 +113,6 @@ def build_model(
     he2gene_sc.models.HE2Gene
         Weights in half precision, as they are stored.
     """
-    with threadpool_limits(1, user_api="blas"):
-        return _build(sections, metadata, recipe, n_colour, n_target, validation, seed)
-
-
-def _build(
-    sections: Sequence[Section],
-    metadata: ModelMetadata,
-    recipe: Recipe,
-    n_colour: int,
-    n_target: int,
-    validation: str,
-    seed: int,
-) -> HE2Gene:
     n_classes = len(metadata.classes)
     unit, folds = folds_of(sections, "spot" if validation == "random" else None, seed)
     warn_of_unit(unit)
@@ -198,34 +185,23 @@ def _build(
     px, tiled = metadata.encoder.input_px, metadata.tiles is not None
     kept, limits = fit_detector(sections, recipe.weights, metadata.windows_um, px, n_colour, tiled=tiled)
     tensors |= kept
-    card = ModelCard(
-        name=metadata.name,
-        version=metadata.version,
-        description=metadata.description,
-        encoder={
-            "name": metadata.encoder.name,
-            "license": metadata.encoder.license,
-            "sha256": metadata.encoder_sha256,
-            **input_facts(metadata.encoder),
-            **({} if metadata.stages is None else {"stages": list(metadata.stages)}),
-            **({} if metadata.tiles is None else {"tiles": list(metadata.tiles)}),
-            **({} if metadata.encoder_output is None else {"output": list(metadata.encoder_output)}),
+    card = metadata.card(
+        genes,
+        tensors,
+        training={
+            "preset": "default",
+            **metadata.spots(sections, [len(s) for s in sections], np.concatenate([s.codes for s in sections])),
+            "chosen_by": " and ".join(_protocol(name, protocols[name], sections) for name in protocols)
+            + ", the folds that the figures are of",
+            "penalty": choice.penalty,
+            "rank": choice.rank,
+            "annotation_strength": STRENGTH,
+            "colour_penalty": colour_choice.penalty,
+            "colour_rank": colour_choice.rank,
+            "intervals": "bootstrap over blocks of tissue within sections (none below five), conditional on these patients",
         },
-        windows_um=metadata.windows_um,
-        classes=metadata.classes,
-        class_colors=metadata.class_colors,
-        n_genes=len(genes),
-        n_latent=int(tensors["genes.weight"].shape[0]),
-        training=_training(
-            sections,
-            metadata,
-            choice,
-            colour_choice,
-            [_protocol(name, protocols[name], sections) for name in protocols],
-        ),
         metrics=metrics,
         reliable_rule=rule,
-        intended_use=metadata.intended_use,
         limitations=limitations,
         context=recipe.context.to_dict(),
         intervals=None
@@ -297,26 +273,4 @@ def _fit_colour(
         "colour.weight": weight.astype(np.float32),
         "colour.bias": (sums.mean[genes] - basis.mean @ weight).astype(np.float32),
         "colour.genes": genes.astype(np.int64),
-    }
-
-
-def _training(
-    sections: Sequence[Section], metadata: ModelMetadata, choice: Choice, colour_choice: Choice, units: list[str]
-) -> dict[str, object]:
-    codes = np.concatenate([section.codes for section in sections])
-    labels = np.bincount(codes[codes >= 0], minlength=len(metadata.classes))
-    return {
-        "preset": "default",
-        "sections": {s.name: {"patient": s.patient, "n_spots": len(s), "mpp": round(s.mpp, 4)} for s in sections},
-        "n_patients": len({section.patient for section in sections}),
-        "n_spots": len(codes),
-        "mpp_range": [round(min(s.mpp for s in sections), 4), round(max(s.mpp for s in sections), 4)],
-        "labelled_spots": {name: int(n) for name, n in zip(metadata.classes, labels, strict=True)},
-        "chosen_by": " and ".join(units) + ", the folds that the figures are of",
-        "penalty": choice.penalty,
-        "rank": choice.rank,
-        "annotation_strength": STRENGTH,
-        "colour_penalty": colour_choice.penalty,
-        "colour_rank": colour_choice.rank,
-        "intervals": "bootstrap over blocks of tissue within sections (none below five), conditional on these patients",
     }

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from .module import advice
+from .run_options import LAST
 
-LAST = "last.ckpt"
 #: A loss of that many times that of the first step, when nothing had been learned, is called diverged.
 _DIVERGED = 10.0
 

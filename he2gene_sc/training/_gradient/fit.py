@@ -7,7 +7,7 @@ import copy
 import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from .._memory import check_memory
 from .lightning import default_precision, hardware, quiet
 from .patches import PatchSet
 from .presets import Preset
-from .split import split
+from .run_options import LAST, RunOptions
+from .split import Split, split
 from .targets import blocks
-from .weights import calibrate, n_features, name_tensors, predict_rows
+from .weights import calibrate, name_tensors, predict_rows
 
 
 @dataclass(frozen=True)
@@ -74,26 +75,14 @@ def fit_network(
     encoder: nn.Module,
     spec: EncoderSpec,
     *,
+    run: RunOptions | None = None,
     validation: str = "grouped",
     rows: tuple[str, np.ndarray, np.ndarray] | None = None,
     predicted: np.ndarray | None = None,
     n_classes: int | None = None,
-    max_epochs: int | None = None,
-    patience: int | None = None,
-    batch_size: int | None = None,
-    patches_at_once: int | None = None,
-    lr: float | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
-    devices: int | str | Sequence[int] | None = None,
-    num_nodes: int = 1,
-    strategy: str = "auto",
-    precision: str | None = None,
-    checkpoint_dir: str | Path | None = None,
-    checkpoint_steps: int = 500,
-    resume: bool = False,
-    callbacks: Sequence[Any] = (),
     show_progress: bool = False,
 ) -> Fitted:
     """Train an encoder and linear heads by a preset's recipe.
@@ -108,6 +97,8 @@ def fit_network(
         ``(b, 3, input_px, input_px)`` to ``(b, f)``; a copy of it is trained.
     spec
         Its input size and normalisation.
+    run
+        How it is trained on this machine.
     validation
         What says when to stop, see :func:`split`.
     rows
@@ -116,12 +107,6 @@ def fit_network(
         Positions of the spots to predict in the end; default: the held-out ones.
     n_classes
         Classes of the annotation; default: the largest code and one. Below 2 there is no such head.
-    max_epochs, patience, batch_size, lr
-        Instead of the preset's.
-    patches_at_once
-        Patches that the encoder sees at once: a batch of any size in the memory of so many, for about a third more time.
-        The losses are those of the whole batch, and a network without batch normalisation learns the same but for
-        rounding; batch normalisation takes its statistics from each part. Default: all of a batch.
     names
         Further lists that must be the same for a run to be resumed, by what they name.
     seed
@@ -129,20 +114,6 @@ def fit_network(
         number of threads). The global random state is left as it was.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
-    devices, num_nodes, strategy
-        As in ``lightning.Trainer``; default: one device. ``batch_size`` counts the spots of all devices.
-    precision
-        As in ``lightning.Trainer``; default: ``"bf16-mixed"`` on CUDA, ``"32-true"`` elsewhere and where the preset is
-        exact.
-    checkpoint_dir
-        Folder for ``last.ckpt``; default: a temporary one.
-    checkpoint_steps
-        Steps between checkpoints; there is one after every epoch too.
-    resume
-        Go on from ``last.ckpt`` in ``checkpoint_dir``; without one, begin. On the CPU the result is that of a run that
-        was never stopped.
-    callbacks
-        Further Lightning callbacks; those that need a logger or write checkpoints themselves, Lightning refuses here.
     show_progress
         Show a bar with the loss and the held-out Pearson correlation.
 
@@ -164,38 +135,35 @@ def fit_network(
     OSError
         If a checkpoint cannot be written.
     """
-    changes: dict[str, Any] = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "lr": lr}
-    preset = replace(preset, **{key: value for key, value in changes.items() if value is not None})
-    unit, train, held_out = rows or split(data, preset, validation, seed)
-    _check(data, preset, train, held_out, checkpoint_dir, checkpoint_steps, resume, patches_at_once)
+    run = RunOptions() if run is None else run
+    rows = Split(*rows) if rows else split(data, preset, validation, seed)
+    _check(data, preset, rows, run)
     if n_classes is None:
         n_classes = int(data.codes.max(initial=-1)) + 1
     if preset.exact and n_classes > 2:
         raise ValueError(f"`preset` is exact: its annotation is one logit, of two classes; there are {n_classes}")
-    # Neighbours that are not trained on are left out, but in the paper's validation.
-    present = np.full(len(data), unit == "spot")
-    present[train] = True
+    predicted = rows.held_out if predicted is None else predicted
     from lightning.pytorch import Trainer
 
-    from .checkpoint import LAST, Keeper, check_checkpoint
+    from .checkpoint import Keeper, check_checkpoint
     from .module import TrainingModule
 
-    accelerator, used = hardware(device, devices)
-    numbers: Any = precision or ("32-true" if preset.exact else default_precision(accelerator))
+    accelerator, used = hardware(device, run.devices)
+    numbers: Any = run.precision or ("32-true" if preset.exact else default_precision(accelerator))
     if accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available()):
         around = 0 if data.neighbours is None or not preset.neighbour_weight else data.neighbours.shape[1]
-        at_once = min(preset.batch_size, len(train)) * (1 + around)
+        at_once = min(preset.batch_size, len(rows.train)) * (1 + around)
         check_memory(
             encoder,
             spec.input_px,
-            patches=min(at_once, patches_at_once or at_once),
+            patches=min(at_once, run.patches_at_once or at_once),
             spots=preset.batch_size,
             n_genes=data.targets.shape[1],
-            n_held_out=len(held_out if predicted is None else predicted),
+            n_held_out=len(predicted),
         )
     heap = kept_heap() if accelerator == "cpu" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory(prefix="he2gene-") as temporary, quiet(), torch.random.fork_rng(), heap:
-        folder = Path(temporary if checkpoint_dir is None else checkpoint_dir).expanduser()
+        folder = Path(temporary if run.checkpoint_dir is None else run.checkpoint_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(seed)
         encoder = copy.deepcopy(encoder).requires_grad_(True)
@@ -204,26 +172,23 @@ def fit_network(
             spec,
             preset,
             data,
-            rows=train,
-            held_out=held_out,
-            present=present,
+            rows,
             n_classes=n_classes,
-            n_features=n_features(encoder, spec),
-            patches_at_once=patches_at_once,
+            patches_at_once=run.patches_at_once,
             seed=seed,
         ).train()
-        run = _facts(data, preset, spec, train, held_out, seed)
-        run |= {"patches_at_once": patches_at_once, "data": _digests(data, names or {})}
-        keeper = Keeper(folder, patience=preset.patience, every=checkpoint_steps, run=run)
+        facts = _facts(data, preset, spec, rows, seed)
+        facts |= {"patches_at_once": run.patches_at_once, "data": _digests(data, names or {})}
+        keeper = Keeper(folder, patience=preset.patience, every=run.checkpoint_steps, run=facts)
         trainer = Trainer(
             accelerator=accelerator,
             devices=used,
-            num_nodes=num_nodes,
-            strategy=strategy,
+            num_nodes=run.num_nodes,
+            strategy=run.strategy,
             precision=numbers,
             max_epochs=preset.max_epochs,
             gradient_clip_val=preset.clip,
-            callbacks=[keeper, *callbacks],
+            callbacks=[keeper, *run.callbacks],
             default_root_dir=folder,
             logger=False,
             enable_checkpointing=False,
@@ -233,9 +198,9 @@ def fit_network(
             use_distributed_sampler=False,
         )
         last = folder / LAST
-        goes_on = resume and last.is_file()
+        goes_on = run.resume and last.is_file()
         if goes_on:
-            check_checkpoint(last, run)
+            check_checkpoint(last, facts)
         try:
             trainer.fit(module, ckpt_path=str(last) if goes_on else None)
         except torch.OutOfMemoryError as error:
@@ -254,56 +219,41 @@ def fit_network(
         module.load_state_dict(keeper.best)
         module.to(trainer.strategy.root_device)
         tensors = name_tensors(module)
-        temperature = None if preset.exact else calibrate(module, spec, tensors, held_out, preset.tta)
-        predicted = held_out if predicted is None else predicted
+        temperature = None if preset.exact else calibrate(module, spec, tensors, rows.held_out, preset.tta)
         expression, proba = predict_rows(module, spec, tensors, predicted, preset.tta)
     return Fitted(
-        tensors, keeper.history, keeper.best_epoch, unit, predicted, expression, proba, train, spec, temperature
+        tensors,
+        keeper.history,
+        keeper.best_epoch,
+        rows.unit,
+        predicted,
+        expression,
+        proba,
+        rows.train,
+        spec,
+        temperature,
     )
 
 
-def _check(
-    data: PatchSet,
-    preset: Preset,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    checkpoint_dir: str | Path | None,
-    checkpoint_steps: int,
-    resume: bool,
-    patches_at_once: int | None,
-) -> None:
+def _check(data: PatchSet, preset: Preset, rows: Split, run: RunOptions) -> None:
     if preset.neighbour_weight > 0 and data.neighbours is None:
         raise ValueError(f"preset {preset.name!r} reads neighbours; `data` has none")
-    for name in ("max_epochs", "patience", "batch_size", "lr"):
-        if not getattr(preset, name) > 0:
-            raise ValueError(f"`{name}` is {getattr(preset, name)}; more than 0 is needed")
-    if patches_at_once is not None and patches_at_once < 2:
-        raise ValueError(f"`patches_at_once` is {patches_at_once}; at least 2 are needed, or None for all of a batch")
-    if checkpoint_steps < 1:
-        raise ValueError(f"`checkpoint_steps` is {checkpoint_steps}; at least 1 is needed")
-    if len(train) < 2 or not len(held_out):
-        raise ValueError(f"{len(train)} spots to train on and {len(held_out)} held out are too few")
-    for part, chosen in (("to train on", train), ("held out", held_out)):
+    if len(rows.train) < 2 or not len(rows.held_out):
+        raise ValueError(f"{len(rows.train)} spots to train on and {len(rows.held_out)} held out are too few")
+    for part, chosen in (("to train on", rows.train), ("held out", rows.held_out)):
         if all(np.isnan(values[:, data.target_mask]).all() for _, values in blocks(data.targets, chosen)):
             raise ValueError(f"no section {part} lists any of the target genes")
-    if resume and checkpoint_dir is None:
-        raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
-    if checkpoint_dir is not None and not resume and (Path(checkpoint_dir).expanduser() / "last.ckpt").exists():
-        raise FileExistsError(
-            f"`checkpoint_dir` {str(checkpoint_dir)!r} holds a run; go on with `resume=True`, or choose another folder"
-        )
+    run.check_folder()
 
 
-def _facts(
-    data: PatchSet, preset: Preset, spec: EncoderSpec, train: np.ndarray, held_out: np.ndarray, seed: int
-) -> dict[str, Any]:
+def _facts(data: PatchSet, preset: Preset, spec: EncoderSpec, rows: Split, seed: int) -> dict[str, Any]:
     """Tell which settings must be the same for a run to be resumed; `max_epochs` may grow."""
     facts = {key: value for key, value in vars(preset).items() if isinstance(value, int | float | str)}
     if not preset.exact:
         # Runs of earlier versions do not know it.
         del facts["exact"]
     del facts["max_epochs"]
-    return facts | {"seed": seed, "encoder": spec.name, "held_out": _digest([train, held_out])}
+    return facts | {"seed": seed, "encoder": spec.name, "held_out": _digest([rows.train, rows.held_out])}
 
 
 def _digests(data: PatchSet, names: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...stats import pearson
 from .._closed_form.validate import N_VARIABLE
+from .._figures import balanced_accuracy
 from .._predictability import bounds, by_patient
 from .fit import Fitted
 from .patches import PatchSet
@@ -62,7 +63,7 @@ def held_out_sections(data: PatchSet, fitted: Fitted) -> list[HeldOutSection]:
                 pcc=pcc,
                 panel=_mean(pcc[data.target_mask]),
                 variable=_mean(pcc[variable]),
-                accuracy=_balanced_accuracy(data.codes[rows], fitted.proba[here]),
+                accuracy=balanced_accuracy(data.codes[rows], fitted.proba[here]),
                 error=np.where(listed, np.square(predicted - measured).sum(0, dtype=np.float64), 0),
                 base=np.where(listed, np.square(mean - measured).sum(0, dtype=np.float64), 0),
             )
@@ -76,7 +77,7 @@ def variable_genes(data: PatchSet, rows: np.ndarray, n: int = N_VARIABLE) -> np.
     for section in np.unique(data.sections[rows]):
         part = data.targets[rows[data.sections[rows] == section]]
         variances.append(part.var(0, dtype=np.float64))
-    return np.argsort(-np.nan_to_num(_nanmean(np.array(variances))), kind="stable")[:n]
+    return np.argsort(-np.nan_to_num(bounds(np.array(variances))[0]), kind="stable")[:n]
 
 
 def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -128,21 +129,6 @@ def gene_figures(found: Sequence[HeldOutSection], patients: Sequence[int] | None
     error, base = (np.sum([getattr(part, name) for part in found], axis=0) for name in ("error", "base"))
     skill = np.where(np.isfinite(mean), 1 - error / np.where(base > 0, base, 1), np.nan)
     return {"pcc": mean, "pcc_low": low, "pcc_high": high, "pcc_new_patient": new_patient, "skill": skill}
-
-
-def _balanced_accuracy(codes: np.ndarray, proba: np.ndarray) -> float:
-    present = np.unique(codes[codes >= 0])
-    if proba.shape[1] == 0 or len(present) < 2:
-        return float("nan")
-    guessed = proba.argmax(1)
-    return float(np.mean([(guessed[codes == code] == code).mean() for code in present]))
-
-
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each column over what is there, without a warning where nothing is."""
-    count = (~np.isnan(values)).sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nansum(values, axis=0, dtype=np.float64) / np.where(count > 0, count, np.nan)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -18,6 +18,8 @@ from ...models._network import Preprocess
 from .losses import annotation_loss, gene_loss, neighbour_loss
 from .patches import BatchLoader, PatchSet, RowLoader
 from .presets import Preset
+from .split import Split
+from .weights import n_features
 
 
 class TrainingModule(LightningModule):
@@ -33,14 +35,10 @@ class TrainingModule(LightningModule):
         Weights of the losses, optimiser and schedule.
     data
         The spots.
-    rows, held_out
+    rows
         Spots that are trained on and those that say when to stop.
-    present
-        ``(n,)`` bool, which spots may serve as neighbours.
     n_classes
         Classes of the annotation; below 2 there is no such head.
-    n_features
-        Length of the encoder's output.
     patches_at_once
         Patches that the encoder sees at once; ``None``: all of a batch.
     seed
@@ -56,23 +54,21 @@ class TrainingModule(LightningModule):
         spec: EncoderSpec,
         preset: Preset,
         data: PatchSet,
+        rows: Split,
         *,
-        rows: np.ndarray,
-        held_out: np.ndarray,
-        present: np.ndarray,
         n_classes: int,
-        n_features: int,
         patches_at_once: int | None = None,
         seed: int,
     ):
         super().__init__()
-        self.preset, self.data, self.rows, self.held_out, self.present = preset, data, rows, held_out, present
+        self.preset, self.data, self.rows = preset, data, rows
         self.patches_at_once, self.seed = patches_at_once, seed
         self.preprocess = Preprocess(spec)
         self.encoder = encoder
-        self.genes = nn.Linear(n_features, data.targets.shape[1])
+        width = n_features(encoder, spec)
+        self.genes = nn.Linear(width, data.targets.shape[1])
         n_logits = 1 if preset.exact else n_classes
-        self.annotation = nn.Linear(n_features, n_logits) if n_classes > 1 else None
+        self.annotation = nn.Linear(width, n_logits) if n_classes > 1 else None
         self.register_buffer("target_mask", torch.from_numpy(np.asarray(data.target_mask, bool)), persistent=False)
         self.val_loss = self.val_pearson = float("nan")
 
@@ -80,11 +76,11 @@ class TrainingModule(LightningModule):
         """Return the loader of this process."""
         return BatchLoader(
             self.data,
-            self.rows,
+            self.rows.train,
             batch_size=self.preset.batch_size,
             seed=self.seed,
             neighbours=self.preset.neighbour_weight > 0,
-            present=self.present,
+            present=self.rows.present(len(self.data)),
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
@@ -93,7 +89,7 @@ class TrainingModule(LightningModule):
         """Return the held-out spots of this process."""
         return RowLoader(
             self.data,
-            self.held_out,
+            self.rows.held_out,
             batch_size=self.preset.batch_size,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,

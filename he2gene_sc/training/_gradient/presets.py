@@ -72,6 +72,11 @@ class Preset:
     validation_share: float = 0.1
     exact: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("max_epochs", "patience", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; more than 0 is needed")
+
     def to_the_letter(self) -> Preset:
         """Return the recipe with windows that are 75, 150 and 225 px of the paper's images, and ``exact``."""
         windows = tuple(round(px * PAPER_MPP, 4) for px in PAPER_WINDOWS_PX)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from .._folds import grouped_folds
@@ -11,9 +13,23 @@ from .presets import Preset
 VALIDATIONS = ("grouped", "random")
 
 
+class Split(NamedTuple):
+    """What was held out together, and positions of the spots trained on and held out."""
+
+    unit: str
+    train: np.ndarray
+    held_out: np.ndarray
+
+    def present(self, n: int) -> np.ndarray:
+        """Which of ``n`` spots may serve as neighbours: those trained on, or, in the paper's validation, all."""
+        there = np.full(n, self.unit == "spot")
+        there[self.train] = True
+        return there
+
+
 def split(
     data: PatchSet, preset: Preset, validation: str = "grouped", seed: int = 0, rows: np.ndarray | None = None
-) -> tuple[str, np.ndarray, np.ndarray]:
+) -> Split:
     """Choose the spots that say when to stop.
 
     Parameters
@@ -32,7 +48,7 @@ def split(
 
     Returns
     -------
-    str, numpy.ndarray, numpy.ndarray
+    Split
         Unit, positions trained on, positions held out.
     """
     if validation not in VALIDATIONS:
@@ -41,10 +57,10 @@ def split(
     if validation == "random":
         order = np.random.default_rng([seed, 1]).permutation(rows)
         n = len(rows) - int(len(rows) * (1 - preset.validation_share))
-        return "spot", np.sort(order[n:]), np.sort(order[:n])
+        return Split("spot", np.sort(order[n:]), np.sort(order[:n]))
     unit, folds = balanced_folds(data, preset, rows)
     held = np.abs(np.bincount(folds) / len(rows) - preset.validation_share).argmin()
-    return unit, rows[folds != held], rows[folds == held]
+    return Split(unit, rows[folds != held], rows[folds == held])
 
 
 def balanced_folds(data: PatchSet, preset: Preset, rows: np.ndarray) -> tuple[str, np.ndarray]:

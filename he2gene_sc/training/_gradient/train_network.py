@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
-from ...models import EncoderSpec, HE2Gene, ModelCard
+from ...models import EncoderSpec, HE2Gene
 from ...models._encoders.load import encoder_sha256
-from ...models._encoders.registry import input_facts
 from ...models._model import ENCODER
 from .._folds import warn_of_unit
 from .._metadata import ModelMetadata
@@ -26,7 +24,8 @@ from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, 
 from .neighbours import neighbour_table
 from .patches import PatchSet
 from .presets import Preset
-from .split import balanced_folds, split
+from .run_options import RunOptions
+from .split import Split, balanced_folds, split
 from .targets import Targets, column_means
 
 if TYPE_CHECKING:
@@ -81,18 +80,17 @@ def target_mask(targets: Targets | np.ndarray, rows: np.ndarray, n_target: int) 
 
 def train_network(
     data: PatchSet,
+    sections: Sequence[Section],
     metadata: ModelMetadata,
     preset: Preset,
     encoder: nn.Module,
     *,
-    section_names: Sequence[str],
-    patient_names: Sequence[str],
-    mpps: Sequence[float],
+    run: RunOptions | None = None,
     validation: str = "grouped",
     cross_validate: bool = False,
     seed: int = 0,
-    checkpoint_dir: str | Path | None = None,
-    **options: Any,
+    device: str | torch.device = "auto",
+    show_progress: bool = False,
 ) -> HE2Gene:
     """Train a whole network by a preset's recipe and describe it.
 
@@ -101,6 +99,8 @@ def train_network(
     data
         The spots, seen through the preset's training window. Of its target genes only the number counts: in each fold
         they are chosen anew on the spots that are trained on.
+    sections
+        Names, patients and µm/px, in the order of the codes of ``data``; the rest of them is not read.
     metadata
         Names and descriptions; ``metadata.encoder`` is what is known of ``encoder``, ``metadata.windows_um`` are the windows
         at inference.
@@ -108,8 +108,8 @@ def train_network(
         The recipe.
     encoder
         ``(b, 3, input_px, input_px)`` to ``(b, f)``; a copy of it is trained.
-    section_names, patient_names, mpps
-        One a section, in the order of the codes of ``data``.
+    run
+        How it is trained on this machine; with ``cross_validate`` each fold has a folder of its own in ``checkpoint_dir``.
     validation
         ``"grouped"``: patients, else sections, else blocks say when to stop; ``"random"``: a tenth of the spots, as in
         the paper. Figures of the latter leak: the card says so, and no gene is called reliable.
@@ -119,49 +119,52 @@ def train_network(
         one fold that had, which flatters them a little; the card says so.
     seed
         Of everything that is drawn.
-    checkpoint_dir
-        Folder for checkpoints; with ``cross_validate`` each fold has one of its own in it.
-    **options
-        Of :func:`he2gene_sc.training.fit_network`: ``device``, ``devices``, ``strategy``, ``precision``, ``max_epochs``,
-        ``resume`` and so on.
+    device, show_progress
+        As in :func:`he2gene_sc.training.fit_network`.
 
     Returns
     -------
     he2gene_sc.models.HE2Gene
         The network of the best epoch, its weights in single precision.
     """
-    names = {"sections": section_names, "patients": patient_names, "genes": metadata.genes, "classes": metadata.classes}
-    options |= {"n_classes": len(metadata.classes), "seed": seed, "names": names}
+    run = RunOptions() if run is None else run
+    names = {
+        "sections": [section.name for section in sections],
+        "patients": [section.patient for section in sections],
+        "genes": metadata.genes,
+        "classes": metadata.classes,
+    }
     rows = split(data, preset, validation, seed)
-    unit = rows[0]
-    warn_of_unit(unit)
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-
+    warn_of_unit(rows.unit)
     n_target = int(data.target_mask.sum())
 
-    def fit(
-        chosen: tuple[str, np.ndarray, np.ndarray], name: str, predicted: np.ndarray | None = None
-    ) -> tuple[PatchSet, Fitted]:
-        place = folder / name if folder is not None and cross_validate else folder
-        seen = replace(data, target_mask=target_mask(data.targets, chosen[1], n_target))
+    def fit(chosen: Split, name: str, predicted: np.ndarray | None = None) -> tuple[PatchSet, Fitted]:
+        seen = replace(data, target_mask=target_mask(data.targets, chosen.train, n_target))
+        folder = run.checkpoint_dir
         return seen, fit_network(
-            seen, preset, encoder, metadata.encoder, rows=chosen, predicted=predicted, checkpoint_dir=place, **options
+            seen,
+            preset,
+            encoder,
+            metadata.encoder,
+            run=replace(run, checkpoint_dir=Path(folder) / name) if folder and cross_validate else run,
+            rows=chosen,
+            predicted=predicted,
+            n_classes=len(metadata.classes),
+            names=names,
+            seed=seed,
+            device=device,
+            show_progress=show_progress,
         )
 
-    whole = data
-    data, fitted = fit(rows, "model")
-    protocol, found = _protocol(unit), held_out_sections(data, fitted)
+    seen, fitted = fit(rows, "model")
+    protocol, found = _protocol(rows.unit), held_out_sections(seen, fitted)
     if cross_validate:
-        protocol, found = _cross_validate(whole, preset, fit)
-    changes = {name: options[name] for name in ("max_epochs", "patience", "batch_size", "lr") if options.get(name)}
-    preset = replace(preset, **changes)
-    spots = np.bincount(data.sections, minlength=len(section_names))
-    sections = {
-        name: {"patient": patient, "n_spots": int(k), "mpp": round(mpp, 4)}
-        for name, patient, k, mpp in zip(section_names, patient_names, spots, mpps, strict=True)
-    }
-    training = _training(data, metadata, preset, fitted, sections, seed)
-    return _describe(data, metadata, preset, encoder, fitted, training, protocol, found)
+        protocol, found = _cross_validate(data, preset, fit)
+    n_spots = np.bincount(data.sections, minlength=len(sections))
+    training = metadata.spots(sections, n_spots, data.codes) | _training(data, preset, fitted, sections, seed)
+    return _describe(
+        seen, metadata, preset, encoder, fitted, training, {protocol: figures(found, names["sections"])}, found
+    )
 
 
 def _protocol(unit: str) -> str:
@@ -191,55 +194,34 @@ def _describe(
     encoder: nn.Module,
     fitted: Fitted,
     training: dict[str, Any],
-    protocol: str,
+    metrics: dict[str, Any],
     found: list[HeldOutSection],
 ) -> HE2Gene:
     patients = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
     genes = gene_figures(found, [patients[i] for i in sorted(patients)] if fitted.unit == "patient" else None)
     telling = fitted.unit in TELLING
     variable = variable_genes(data, np.arange(len(data)))
-    table = pd.DataFrame(
-        {
-            "ensembl_id": list(metadata.ensembl_ids),
-            "group": np.where(data.target_mask, "target", "auxiliary"),
-            "variable": np.isin(np.arange(len(metadata.genes)), variable),
-            "mean": column_means(data.targets, np.arange(len(data))),
-            **genes,
-            "reliable": telling
-            & (np.nan_to_num(genes["pcc_low"]) > RELIABLE_PCC)
-            & (np.nan_to_num(genes["skill"]) > 0),
-        },
-        index=pd.Index(metadata.genes, name="gene"),
-    )
+    genes["reliable"] = telling & (np.nan_to_num(genes["pcc_low"]) > RELIABLE_PCC) & (np.nan_to_num(genes["skill"]) > 0)
+    mean = column_means(data.targets, np.arange(len(data)))
+    table = metadata.table(np.flatnonzero(data.target_mask), variable, mean, genes)
     spec = fitted.spec
     trained = copy.deepcopy(encoder).cpu()
     trained.load_state_dict(
         {key.removeprefix(ENCODER): torch.from_numpy(v) for key, v in fitted.tensors.items() if key.startswith(ENCODER)}
     )
-    card = ModelCard(
-        name=metadata.name,
-        version=metadata.version,
-        description=metadata.description,
-        encoder={
-            "name": spec.name,
-            "license": spec.license,
-            "sha256": encoder_sha256(trained),
-            **input_facts(spec),
-        },
-        windows_um=metadata.windows_um,
-        classes=metadata.classes if "annotation.weight" in fitted.tensors else (),
-        class_colors=metadata.class_colors if "annotation.weight" in fitted.tensors else (),
-        n_genes=len(table),
-        n_latent=len(fitted.tensors["genes.weight"]),
+    if "annotation.weight" not in fitted.tensors:
+        metadata = replace(metadata, classes=(), class_colors=())
+    card = replace(metadata, encoder=spec, encoder_sha256=encoder_sha256(trained)).card(
+        table,
+        fitted.tensors,
         training=training,
-        metrics={protocol: figures(found, list(training["sections"]))},
+        metrics=metrics,
         reliable_rule=(
             "the lower 95 % bound of its held-out Pearson correlation (t over the held-out sections, at least two) is "
             f"above {RELIABLE_PCC} and its held-out skill against the training mean is positive"
             if telling
             else f"figures of held-out patients or sections say so; there are only those of held-out {fitted.unit}s"
         ),
-        intended_use=metadata.intended_use,
         limitations=(
             *metadata.limitations,
             *_calibration(fitted, preset),
@@ -271,25 +253,11 @@ def _own(spec: EncoderSpec, encoder: nn.Module) -> dict[str, Any]:
     return {} if buildable else {"encoder": (encoder.eval(), spec)}
 
 
-def _training(
-    data: PatchSet,
-    metadata: ModelMetadata,
-    preset: Preset,
-    fitted: Fitted,
-    sections: dict[str, dict[str, Any]],
-    seed: int,
-) -> dict[str, Any]:
+def _training(data: PatchSet, preset: Preset, fitted: Fitted, sections: Sequence[Section], seed: int) -> dict[str, Any]:
     held_out = np.bincount(data.sections[fitted.rows], minlength=len(sections))
-    labels = np.bincount(data.codes[data.codes >= 0], minlength=len(metadata.classes))
     best = fitted.history[fitted.best_epoch]
     temperature = {} if fitted.temperature is None else {"annotation_temperature": round(fitted.temperature, 4)}
-    mpps = [section["mpp"] for section in sections.values()]
     return {
-        "sections": sections,
-        "n_patients": len({section["patient"] for section in sections.values()}),
-        "n_spots": len(data),
-        "mpp_range": [min(mpps), max(mpps)],
-        "labelled_spots": {name: int(k) for name, k in zip(metadata.classes, labels, strict=True)},
         "preset": preset.name,
         **({"exact": True} if preset.exact else {}),
         "train_window_um": preset.train_window_um,
@@ -297,7 +265,7 @@ def _training(
         "batch_size": preset.batch_size,
         "seed": seed,
         "chosen_by": f"held-out {fitted.unit}s",
-        "held_out_to_stop": {name: int(k) for name, k in zip(sections, held_out, strict=True) if k},
+        "held_out_to_stop": {s.name: int(n) for s, n in zip(sections, held_out, strict=True) if n},
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
         "held_out_error_of_the_best_epoch": round(best["held_out_error"], 5),

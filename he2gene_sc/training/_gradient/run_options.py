@@ -1,0 +1,95 @@
+"""How a network is trained on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..._core import validate
+
+PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
+#: File of a run that can be gone on with.
+LAST = "last.ckpt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(validate.Checked):
+    """How a network is trained on this machine, whatever the preset.
+
+    Parameters
+    ----------
+    patches_at_once
+        Patches that the encoder sees at once: a batch of any size in the memory of so many, for about a third more time.
+        The losses are those of the whole batch, and a network without batch normalisation learns the same but for
+        rounding; batch normalisation takes its statistics from each part. Default: all of a batch.
+    precision
+        As in ``lightning.Trainer``; default: ``"bf16-mixed"`` on CUDA, ``"32-true"`` elsewhere and where the preset is
+        exact.
+    devices, num_nodes, strategy
+        As in ``lightning.Trainer``; default: one device. A batch counts the spots of all devices.
+    checkpoint_dir
+        Folder for ``last.ckpt``; default: a temporary one.
+    checkpoint_steps
+        Steps between checkpoints; there is one after every epoch too.
+    resume
+        Go on from ``last.ckpt`` in ``checkpoint_dir``; without one, begin. On the CPU the result is that of a run that
+        was never stopped.
+    callbacks
+        Further Lightning callbacks; those that need a logger or write checkpoints themselves, Lightning refuses here.
+    """
+
+    patches_at_once: int | None = None
+    precision: str | None = None
+    devices: int | str | Sequence[int] | None = None
+    num_nodes: int = 1
+    strategy: str = "auto"
+    checkpoint_dir: str | Path | None = None
+    checkpoint_steps: int = 500
+    resume: bool = False
+    callbacks: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patches_at_once is not None:
+            validate.whole(self.patches_at_once, "patches_at_once", 2)
+        validate.whole(self.num_nodes, "num_nodes")
+        validate.whole(self.checkpoint_steps, "checkpoint_steps")
+        if self.precision not in (None, *PRECISIONS):
+            raise ValueError(
+                f"`precision` is {self.precision!r}, valid: {list(PRECISIONS)}; the weights themselves stay single"
+            )
+        fits = isinstance(self.callbacks, list | tuple)
+        if fits and self.callbacks:
+            from lightning.pytorch import Callback
+
+            fits = all(isinstance(callback, Callback) for callback in self.callbacks)
+        if not fits:
+            raise ValueError(
+                f"`callbacks` is {self.callbacks!r}; a list of Lightning callbacks is needed, which may be empty"
+            )
+        if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, str | Path):
+            raise ValueError(f"`checkpoint_dir` is {self.checkpoint_dir!r}; the path of a folder is needed")
+        if self.resume and self.checkpoint_dir is None:
+            raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
+
+    def check_folder(self, begun: str = LAST) -> None:
+        """Refuse a folder that cannot be written, or that holds a run at such a place which is not gone on with."""
+        if self.checkpoint_dir is None:
+            return
+        place = Path(self.checkpoint_dir).expanduser()
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"`checkpoint_dir` {str(self.checkpoint_dir)!r} cannot be written ({error.strerror}); choose another",
+                str(place),
+            ) from error
+        if not self.resume and any(place.glob(begun)):
+            raise FileExistsError(
+                f"`checkpoint_dir` {str(self.checkpoint_dir)!r} holds a run; go on with `resume=True`, or choose another folder"
+            )
