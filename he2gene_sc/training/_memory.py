@@ -32,6 +32,23 @@ def activation_bytes(encoder: nn.Module, input_px: int) -> int:
     return sum(kept.values()) // 2
 
 
+def check_sums(n_features: int) -> None:
+    """Refuse features whose squares would not fit, twice in double precision while they are solved.
+
+    Raises
+    ------
+    MemoryError
+        If the machine has less.
+    """
+    there = memory_of_machine()
+    needed = 3 * 8 * n_features**2
+    if there is not None and needed > _USABLE * there:
+        raise MemoryError(
+            f"{n_features:,} features a spot need {needed / 2**30:.1f} GiB for their sums of squares, "
+            f"{there / 2**30:.1f} are free here; use fewer `windows_um` or `stages`, or a smaller `encoder`"
+        )
+
+
 def check_memory(encoder: nn.Module, input_px: int, *, patches: int, spots: int, n_genes: int, n_held_out: int) -> None:
     """Refuse a run on the CPU that would not fit.
 

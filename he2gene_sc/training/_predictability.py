@@ -96,16 +96,6 @@ def bound_within(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str
     return np.stack(found)
 
 
-def spots_of(sections: Sequence[Section], patients: Sequence[str]) -> np.ndarray:
-    """Spots of each patient, in the order of :func:`by_patient`."""
-    return np.array(
-        [
-            sum(len(s) for s, other in zip(sections, patients, strict=True) if other == name)
-            for name in dict.fromkeys(patients)
-        ]
-    )
-
-
 def new_patient_bound(given: np.ndarray, n_spots: np.ndarray, n_depth: int = 3) -> np.ndarray:
     """One-sided 95 % lower bound of the mean over patients of each gene's correlation, ``(g,)``.
 
@@ -217,7 +207,8 @@ def gene_table(
         )
         several = np.isfinite(across).sum(0) > 1
         new_patient, given_depth = (np.where(several, bounds(x)[0], np.nan) for x in (across, given))
-        reliable = new_patient_bound(given, spots_of(sections, patients)) > RELIABLE_PCC
+        spots_of_patient = pd.Series([len(section) for section in sections]).groupby(patients, sort=False).sum()
+        reliable = new_patient_bound(given, spots_of_patient.to_numpy()) > RELIABLE_PCC
         reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
         if unit == "section":
             known &= np.nan_to_num(_least(across)) > RELIABLE_PCC

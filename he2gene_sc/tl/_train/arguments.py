@@ -91,11 +91,7 @@ def read_all(
     found: set[str] = set()
     iterator = iter(sdatas)
     del sdatas
-    while True:
-        try:
-            sdata = next(iterator)
-        except StopIteration:
-            break
+    for sdata in iterator:
         sections = read_sections(sdata, keys, symbols)
         while True:
             with _naming(n):
@@ -162,17 +158,4 @@ def check_features(name: str, features: np.ndarray) -> None:
         raise ValueError(
             f"`sdatas`: all spots of section {name!r} look the same to the encoder, as where its image is blank or not the one "
             "of these spots; mend it or leave the section out"
-        )
-
-
-def check_memory(n_features: int) -> None:
-    """Refuse what would not fit: squares of the features, twice in double precision while they are solved."""
-    from ...training._memory import memory_of_machine
-
-    there = memory_of_machine()
-    needed = 3 * 8 * n_features**2
-    if there is not None and needed > 0.8 * there:
-        raise MemoryError(
-            f"{n_features:,} features a spot need {needed / 2**30:.1f} GiB for their sums of squares, "
-            f"{there / 2**30:.1f} are free here; use fewer `windows_um` or `stages`, or a smaller `encoder`"
         )

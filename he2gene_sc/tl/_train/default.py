@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .arguments import check_features, check_memory
+from .arguments import check_features
 from .labels import colours_of
 from .measured import Measured, join
 from .options import Plan
@@ -39,6 +39,7 @@ def train_default(read: Iterator[Measured], plan: Plan) -> HE2Gene:
     from ...models._encoders.stages import default_stages, stage_sizes
     from ...models._network import FeatureExtractor
     from ...training import Recipe, build_model, feature_weights
+    from ...training._memory import check_sums
 
     recipe, network, spec = plan.recipe, plan.network, plan.spec
     stages = default_stages(network) if recipe.stages == "auto" else recipe.stages
@@ -48,7 +49,7 @@ def train_default(read: Iterator[Measured], plan: Plan) -> HE2Gene:
     n_colour = N_COLOUR * len(plan.windows_um)
     weights = feature_weights(sizes, len(plan.windows_um), n_colour, _COLOUR_SHARE)
     annotation = feature_weights(sizes, len(plan.windows_um), n_colour, _ANNOTATION_COLOUR_SHARE)
-    check_memory(len(weights))
+    check_sums(len(weights))
     sha256 = encoder_sha256(network)
     engine = (recipe.batch_size, plan.device, resolve_dtype(recipe.dtype, plan.device), plan.show_progress)
     kept, features = [], []

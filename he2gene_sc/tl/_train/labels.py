@@ -43,13 +43,7 @@ def labels_of(column: pd.Series, section: str) -> np.ndarray:
 
 
 def check_labels(labels: Iterable[str], chosen: Classes) -> None:
-    """Refuse labels that would be classes whose names cannot be stored.
-
-    Raises
-    ------
-    ValueError
-        If a name cannot be stored, or two differ only in case.
-    """
+    """Refuse labels that would be classes whose names cannot be stored."""
     named = {class_of(label, chosen) for label in labels}
     try:
         check_class_names(sorted(name for name in named if name is not None))
@@ -75,15 +69,7 @@ def class_of(label: str, chosen: Classes) -> str | None:
 
 
 def code_classes(labels: list[np.ndarray], chosen: Classes) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """Class names with enough spots, and for each section the code of each spot, -1 without a class.
-
-    Parameters
-    ----------
-    labels
-        Of each section.
-    chosen
-        How labels become classes.
-    """
+    """Class names with enough spots, and for each section the code of each spot, -1 without a class."""
     check_merged((label for part in labels for label in part if label is not None), chosen.merge)
     named = [
         np.array([None if label is None else class_of(label, chosen) for label in part], object) for part in labels
@@ -103,13 +89,7 @@ def code_classes(labels: list[np.ndarray], chosen: Classes) -> tuple[tuple[str, 
 
 
 def check_two_classes(part: np.ndarray, chosen: Classes, counted: Counter[str]) -> None:
-    """Add the labels of a section to a count of classes; refuse a third class.
-
-    Raises
-    ------
-    ValueError
-        If there is one.
-    """
+    """Add the labels of a section to a count of classes; refuse a third class."""
     named = (class_of(label, chosen) for label in part if label is not None)
     counted.update(name for name in named if name is not None)
     classes = sorted(name for name, n in counted.items() if n >= _MIN_CLASS)
@@ -121,13 +101,7 @@ def check_two_classes(part: np.ndarray, chosen: Classes, counted: Counter[str]) 
 
 
 def hex_colours(given: Mapping[str, str]) -> dict[str, str]:
-    """Colours as matplotlib knows them, written ``#rrggbb``.
-
-    Raises
-    ------
-    ValueError
-        If one is no colour.
-    """
+    """Colours as matplotlib knows them, written ``#rrggbb``."""
     if not given:
         return {}
     from matplotlib.colors import is_color_like, to_hex

@@ -167,15 +167,7 @@ class CardText(validate.Checked):
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """Where a section says what.
-
-    Attributes
-    ----------
-    annotation, sample, section
-        Columns of ``obs``; ``annotation`` may be ``None``.
-    elements
-        The rest.
-    """
+    """Where a section says what: columns of ``obs``, of which ``annotation`` may be ``None``, and the rest."""
 
     annotation: str | None
     sample: str
@@ -187,20 +179,8 @@ class Keys:
 class Plan:
     """What ``hg.tl.train`` was asked for, checked before a section is read.
 
-    Attributes
-    ----------
-    recipe, genes, classes, name, card, validation, seed, device, show_progress
-        As given to ``hg.tl.train``; ``genes`` are symbols.
-    windows_um, tiles
-        Windows at inference, and tiles a side of each.
-    ids
-        Symbol to Ensembl id.
-    network, spec
-        The encoder.
-    own_encoder
-        Whether it is a network of somebody's own, which cannot be found again by name.
-    work, cache
-        Folders for what has to be on disk meanwhile, and for the features.
+    ``tiles`` a side of each window, ``genes`` as symbols, ``ids`` from symbol to Ensembl id; an ``own_encoder`` cannot be found
+    again by name; ``work`` and ``cache`` are folders for what has to be on disk meanwhile, and for the features.
     """
 
     recipe: Any

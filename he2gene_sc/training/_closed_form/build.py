@@ -59,19 +59,15 @@ def folds_of(sections: Sequence[Section], unit: str | None, seed: int = 0) -> tu
         return unit, np.split(codes, cuts)
     names = {name: i for i, name in enumerate(dict.fromkeys(section.name for section in sections))}
     patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
+    groups = len(patients) if unit == "patient" or (unit is None and len(patients) > 1) else len(names)
     unit, codes = grouped_folds(
         np.repeat([names[section.name] for section in sections], sizes),
         np.repeat([patients[section.patient] for section in sections], sizes),
         np.concatenate([section.centres_um for section in sections]),
-        n_folds=_n_folds(unit, len(names), len(patients)),
+        n_folds=MAX_FOLDS if groups > MAX_FOLDS and unit != "block" else None,
         unit=unit,
     )
     return unit, np.split(codes, cuts)
-
-
-def _n_folds(unit: str | None, n_sections: int, n_patients: int) -> int | None:
-    groups = n_patients if unit == "patient" or (unit is None and n_patients > 1) else n_sections
-    return MAX_FOLDS if groups > MAX_FOLDS and unit != "block" else None
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")

@@ -161,7 +161,9 @@ def _collect(
     weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
     parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
     panel, logits = _panels_and_logits(sections, fitted, weights, parts, n_classes)
-    classes = np.concatenate([np.where(np.isnan(x).any(1), -1, _first_max(x)) for x in logits])
+    classes = np.concatenate(
+        [np.where(np.isnan(x).any(1), -1, x.argmax(1)) if n_classes else np.full(len(x), -1) for x in logits]
+    )
     pcc, given = np.full((2, len(sections), g), np.nan)
     depths = [Depth.of(section.totals, part) for section, part in zip(sections, parts, strict=True)]
     error, base = np.zeros(g), np.zeros(g)
@@ -220,7 +222,3 @@ def _panels_and_logits(
         panel.append(Panel(target, variable, within(predicted, parts[i]), within(section.dense(genes), parts[i])))
         logits.append(scores)
     return tuple(panel), tuple(logits)
-
-
-def _first_max(values: np.ndarray) -> np.ndarray:
-    return values.argmax(1) if values.shape[1] else np.full(len(values), -1)

@@ -70,8 +70,8 @@ class RunOptions(validate.Checked):
             raise ValueError(
                 f"`callbacks` is {self.callbacks!r}; a list of Lightning callbacks is needed, which may be empty"
             )
-        if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, str | Path):
-            raise ValueError(f"`checkpoint_dir` is {self.checkpoint_dir!r}; the path of a folder is needed")
+        if self.checkpoint_dir is not None:
+            validate.folder_or_file(self.checkpoint_dir, "checkpoint_dir")
         if self.resume and self.checkpoint_dir is None:
             raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..._core import validate
 from .._folds import grouped_folds
 from .patches import PatchSet
 from .presets import Preset
@@ -51,8 +52,7 @@ def split(
     Split
         Unit, positions trained on, positions held out.
     """
-    if validation not in VALIDATIONS:
-        raise ValueError(f"`validation` is {validation!r}, valid: {list(VALIDATIONS)}")
+    validate.one_of(validation, VALIDATIONS, "validation")
     rows = np.arange(len(data)) if rows is None else rows
     if validation == "random":
         order = np.random.default_rng([seed, 1]).permutation(rows)
