@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .contrast import MIN_SPOTS, Contrast
-from .spot_covariates import spot_covariates
-from .sums import cell_covariates
+from .covariates import cell_covariates, spot_covariates
 
 if TYPE_CHECKING:
     from ...stats import SampleTest

@@ -22,8 +22,6 @@ from .design import Design
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from .contrast import Contrast
-
 
 #: Spots from which a sample has a slope of its own.
 _MIN_SLOPE = 20
@@ -235,34 +233,6 @@ def _rows(
             )
         rows[key] = [names[0] for names in found]
     return pd.DataFrame(rows)
-
-
-def cell_covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Covariates of sample × group means: means of numbers; labels, which are one a sample, as indicators."""
-    columns = []
-    for key in contrast.design.covariates:
-        values = contrast.pool.obs(key, "covariates")
-        numbers = pd.api.types.is_numeric_dtype(values)
-        values = values if numbers else pd.Series(clean_names(values), dtype=object)
-        if values.isna().any():
-            raise ValueError(
-                f"`covariates` {key!r} is missing for {int(values.isna().sum())} spots; fill it, or leave it out"
-            )
-        if numbers:
-            masks = (contrast.inside, contrast.outside)
-            of = [masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)]
-            columns.append([float(values[mask].mean()) for mask in of])
-            continue
-        check_spelling({"": values.to_numpy(object)}, "covariates", key)
-        per_sample = values.groupby(contrast.pool.samples).agg(["nunique", "first"])
-        if (per_sample["nunique"] > 1).any():
-            raise ValueError(
-                f"`covariates` {key!r} has several values within sample {per_sample.index[per_sample['nunique'] > 1][0]!r}; "
-                "a number, or one label a sample is needed"
-            )
-        named = per_sample["first"].reindex(contrast.samples[sample])
-        columns += pd.get_dummies(named, drop_first=True).to_numpy(float).T.tolist()
-    return np.array(columns).reshape(len(columns), len(side)).T
 
 
 def keep_genes(sums: CountSums, genes: np.ndarray) -> CountSums:

@@ -100,18 +100,6 @@ def check_two_classes(part: np.ndarray, chosen: Classes, counted: Counter[str]) 
         )
 
 
-def hex_colours(given: Mapping[str, str]) -> dict[str, str]:
-    """Colours as matplotlib knows them, written ``#rrggbb``."""
-    if not given:
-        return {}
-    from matplotlib.colors import is_color_like, to_hex
-
-    wrong = {name: colour for name, colour in given.items() if not is_color_like(colour)}
-    if wrong:
-        raise ValueError(f"`colors` has {wrong}, which are no colours; they are written 'red' or '#d62728'")
-    return {name: to_hex(colour) for name, colour in given.items()}
-
-
 def colours_of(classes: tuple[str, ...], given: Mapping[str, str]) -> tuple[str, ...]:
     """Colour of each class: the one given, else one of a palette."""
     return tuple(given.get(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(classes))

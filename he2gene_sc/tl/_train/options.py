@@ -11,7 +11,6 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.names import clean_name
-from .labels import hex_colours
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +133,7 @@ class Classes(validate.Checked):
         self.set(
             merge={clean_name(label): name for label, name in self.merge.items()},
             ignore=tuple(name for name in ignored if name is not None),
-            colors=hex_colours(self.colors),
+            colors=_hex_colours(self.colors),
         )
 
 
@@ -205,3 +204,15 @@ class Plan:
 def _check_mapping(value: object, parameter: str) -> None:
     if value is not None and not isinstance(value, Mapping | pd.Series):
         raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a mapping or None is needed")
+
+
+def _hex_colours(given: Mapping[str, str]) -> dict[str, str]:
+    """Colours as matplotlib knows them, written ``#rrggbb``."""
+    if not given:
+        return {}
+    from matplotlib.colors import is_color_like, to_hex
+
+    wrong = {name: colour for name, colour in given.items() if not is_color_like(colour)}
+    if wrong:
+        raise ValueError(f"`colors` has {wrong}, which are no colours; they are written 'red' or '#d62728'")
+    return {name: to_hex(colour) for name, colour in given.items()}

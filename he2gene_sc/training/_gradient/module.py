@@ -19,7 +19,6 @@ from .losses import annotation_loss, gene_loss, neighbour_loss
 from .patches import BatchLoader, PatchSet, RowLoader
 from .presets import Preset
 from .split import Split
-from .weights import n_features
 
 
 class TrainingModule(LightningModule):
@@ -65,7 +64,7 @@ class TrainingModule(LightningModule):
         self.patches_at_once, self.seed = patches_at_once, seed
         self.preprocess = Preprocess(spec)
         self.encoder = encoder
-        width = n_features(encoder, spec)
+        width = _n_features(encoder, spec)
         self.genes = nn.Linear(width, data.targets.shape[1])
         n_logits = 1 if preset.exact else n_classes
         self.annotation = nn.Linear(width, n_logits) if n_classes > 1 else None
@@ -211,3 +210,16 @@ def advice(preset: Preset, precision: str) -> str:
         f"Lower `lr` (it is {preset.lr:g}; try {preset.lr / 10:g}); check that the sections hold raw counts and that no spot "
         f"is nearly empty; check that the images are H&E{mixed}"
     )
+
+
+def _n_features(encoder: nn.Module, spec: EncoderSpec) -> int:
+    """Ask the encoder, in evaluation mode so that nothing in it changes."""
+    training = encoder.training
+    with torch.inference_mode():
+        found = encoder.eval()(torch.zeros(1, 3, spec.input_px, spec.input_px))
+    encoder.train(training)
+    if found.ndim != 2:
+        raise ValueError(
+            f"`encoder` gives {tuple(found.shape)} for one image; (1, f) is needed: build it without a head"
+        )
+    return found.shape[1]

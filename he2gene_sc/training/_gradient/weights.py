@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from ...models import EncoderSpec
 from ...models._embedding import ALONE
@@ -22,19 +21,6 @@ if TYPE_CHECKING:
 _BATCH = 64
 #: A class is never called less likely than that, as a logarithm.
 _LARGEST_LOGIT = 80.0
-
-
-def n_features(encoder: nn.Module, spec: EncoderSpec) -> int:
-    """Ask the encoder, in evaluation mode so that nothing in it changes."""
-    training = encoder.training
-    with torch.inference_mode():
-        found = encoder.eval()(torch.zeros(1, 3, spec.input_px, spec.input_px))
-    encoder.train(training)
-    if found.ndim != 2:
-        raise ValueError(
-            f"`encoder` gives {tuple(found.shape)} for one image; (1, f) is needed: build it without a head"
-        )
-    return found.shape[1]
 
 
 def name_tensors(module: TrainingModule) -> dict[str, np.ndarray]:
