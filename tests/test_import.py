@@ -1,5 +1,8 @@
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import he2gene_sc as hg
 
@@ -31,3 +34,42 @@ def test_version_is_that_of_the_distribution():
     from importlib.metadata import version
 
     assert hg.__version__ == version("he2gene_sc")
+
+
+def _imports():
+    """What each module of the package imports, anywhere in it, by full names."""
+    root = Path(hg.__file__).parent
+    paths = {".".join(path.relative_to(root.parent).with_suffix("").parts): path for path in root.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    found = {}
+    for name, path in modules.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*parts, *([node.module] if node.module else [])])
+                named = {f"{source}.{alias.name}" for alias in node.names}
+                found[name] |= (named & modules.keys()) or {source}
+    return found
+
+
+def test_no_two_modules_import_each_other_by_any_way():
+    ordered = TopologicalSorter({name: found & _MODULES for name, found in _IMPORTS.items()})
+    ordered.prepare()  # raises where there is a circle
+
+
+def test_below_the_verbs_nothing_knows_of_tables_and_slides():
+    low = tuple(f"he2gene_sc.{room}." for room in ("image", "models", "inference", "training", "stats"))
+    wrong = {
+        name: found
+        for name, imported in _IMPORTS.items()
+        if name.startswith(low) and (found := {i for i in imported if i.split(".")[0] in ("anndata", "spatialdata")})
+    }
+    assert not wrong
+
+
+_IMPORTS = _imports()
+_MODULES = _IMPORTS.keys() - {"he2gene_sc"}
