@@ -12,7 +12,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 
 import he2gene_sc as hg
 from he2gene_sc.image import PatchReader, Pyramid
-from he2gene_sc.inference import Interpolated, is_dense, lattice_of
+from he2gene_sc.inference import Interpolated, is_dense, lattice_of, without_idle
 from he2gene_sc.models import _rings
 from he2gene_sc.models._embedding import Basis, Context, row_blocks
 from he2gene_sc.models._network import FeatureExtractor
@@ -79,6 +79,17 @@ def test_a_lattice_interpolates_planes_exactly_and_stays_among_the_spots(step):
     np.testing.assert_allclose(weights @ nodes, centres, rtol=1e-5)
     # Nodes are those of cells that hold a spot: neighbours of it within a step.
     assert np.abs(nodes[:, None] - centres[None]).max(2).min(1).max() <= step + 1e-9
+
+
+def test_nodes_that_hardly_any_spot_reads_are_left_out_and_every_spot_keeps_some():
+    centres = np.concatenate([square(30, 8.0), [[243.0, 120.0], [500.0, 500.0]]])
+    whole, before = lattice_of(centres, 25.0)
+    nodes, weights = without_idle(whole, before)
+    assert 0 < len(whole) - len(nodes) < 0.2 * len(whole)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+    assert np.abs(weights @ nodes - centres).max() < 25
+    inside = ((centres > 30) & (centres < 200)).all(1)
+    np.testing.assert_allclose(weights[inside] @ nodes, centres[inside], rtol=1e-5)
 
 
 def test_a_line_and_a_single_spot_have_lattices_too():

@@ -14,6 +14,8 @@ from ..models._rings import bilinear
 
 #: Share of the smallest window below which a pitch is dense; a grid of half of it is not.
 DENSE = 0.49
+#: Weight, of that of a node within tissue, below which a node is left out; and weight that a spot has to keep.
+_IDLE, _OWN = 0.3, 0.1
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,21 @@ def is_dense(centres_um: np.ndarray, windows_um: Sequence[float]) -> bool:
     some = centres_um[:: max(1, len(centres_um) // 10_000)]
     pitch = np.median(cKDTree(centres_um).query(some, k=2)[0][:, 1])
     return bool(pitch < DENSE * min(windows_um))
+
+
+def without_idle(nodes: np.ndarray, weights: scipy.sparse.csr_array) -> tuple[np.ndarray, scipy.sparse.csr_array]:
+    """Leave out nodes at borders that hardly any spot reads; what they had goes to the other nodes of those spots.
+
+    Parameters and returns are those that :func:`lattice_of` returns. A spot that would keep
+    nearly none of its weight keeps its nodes.
+    """
+    read = np.asarray(weights.sum(axis=0)).ravel()
+    kept = read >= _IDLE * np.quantile(read, 0.9)
+    bereft = np.asarray(weights[:, kept].sum(axis=1)).ravel() < _OWN
+    kept |= np.asarray(weights[bereft].sum(axis=0)).ravel() > 0
+    some = weights[:, kept]
+    total = np.asarray(some.sum(axis=1)).ravel()
+    return nodes[kept], scipy.sparse.csr_array(scipy.sparse.diags_array(1 / total).astype(np.float32) @ some)
 
 
 def lattice_of(centres: np.ndarray, step: float) -> tuple[np.ndarray, scipy.sparse.csr_array]:

@@ -155,7 +155,7 @@ def _check_windows(slide: Slide, model: HE2Gene) -> None:
 def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
     """All windows of the spots inside the image; or, of dense spots, each window at the nodes of a lattice."""
     from ..image import PatchReader, Pyramid, plan_windows
-    from ..inference import Part, is_dense, lattice_of
+    from ..inference import Part, is_dense, lattice_of, without_idle
 
     extractor, windows = model.network.extractor, model.card.windows_um
     centres = slide.centres[slide.inside]
@@ -173,7 +173,7 @@ def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
         )
 
     if how.step is not None and is_dense(centres * slide.mpp, windows):
-        lattices = [lattice_of(centres, how.step * um / slide.mpp) for um in windows]
+        lattices = [without_idle(*lattice_of(centres, how.step * um / slide.mpp)) for um in windows]
         if sum(len(nodes) for nodes, _ in lattices) < len(windows) * len(centres):
             # Wider windows are averaged from the level that all windows would be read from together.
             level = plan_windows(slide.pyramid, slide.mpp, windows, extractor.window_px).level
