@@ -84,12 +84,21 @@ def test_a_lattice_interpolates_planes_exactly_and_stays_among_the_spots(step):
 def test_nodes_that_hardly_any_spot_reads_are_left_out_and_every_spot_keeps_some():
     centres = np.concatenate([square(30, 8.0), [[243.0, 120.0], [500.0, 500.0]]])
     whole, before = lattice_of(centres, 25.0)
-    nodes, weights = without_idle(whole, before)
+    nodes, weights = without_idle(whole, before, centres)
     assert 0 < len(whole) - len(nodes) < 0.2 * len(whole)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
     assert np.abs(weights @ nodes - centres).max() < 25
     inside = ((centres > 30) & (centres < 200)).all(1)
     np.testing.assert_allclose(weights[inside] @ nodes, centres[inside], rtol=1e-5)
+
+
+def test_nodes_within_tissue_stay_where_cells_are_few():
+    rng = np.random.default_rng(0)
+    nest, sparse = rng.uniform(0, 200, (800, 2)), rng.uniform(0, 800, (1600, 2))
+    centres = np.concatenate([nest, sparse])
+    nodes, weights = without_idle(*lattice_of(centres, 25.0), centres)
+    inside = ((centres > 60) & (centres < 740)).all(1)
+    np.testing.assert_allclose((weights @ nodes)[inside], centres[inside], atol=1e-3)
 
 
 def test_a_line_and_a_single_spot_have_lattices_too():
@@ -158,7 +167,7 @@ def test_lattice_features_are_kept_and_found_again(tiny_model, patches, tmp_path
     third = predicted(sdata, tiny_model, features="X_he2gene_features")
     assert not patches
     np.testing.assert_allclose(third.layers["he2gene"], expected.layers["he2gene"], atol=1e-4)
-    with pytest.raises(ValueError, match="differ in the image, its µm/px or the spots, the windows"):
+    with pytest.raises(ValueError, match="differ in the image, its µm/px or the spots, the places of the spots"):
         predicted(sdata, tiny_model, features="X_he2gene_features", exact=True)
 
 

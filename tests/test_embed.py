@@ -1,6 +1,7 @@
 """Features are computed once: kept in the table or in a folder, found again only where they fit, and taken up after a stop."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,6 +147,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_numbers(
     same(table, expected)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
     assert count.of(predicted, toy, tiny_model, **options)[1] == 0
+
+
+def test_blocks_of_spots_in_another_order_are_others(tmp_path, monkeypatch):
+    """The same pixels in other chunks are read in another order."""
+    monkeypatch.setattr(_cache, "_BLOCK_SPOTS", 4)
+    orders = np.arange(8).reshape(4, 2), np.arange(8).reshape(2, 2, 2).transpose(0, 2, 1).reshape(4, 2)
+    names = [
+        [block.path for block in _cache._blocks(SimpleNamespace(batches=list(order), batch_size=2), tmp_path / "key")]
+        for order in orders
+    ]
+    assert len(names[0]) == len(names[1]) == 2
+    assert not set(names[0]) & set(names[1])
 
 
 def test_a_damaged_block_is_encoded_again(toy, tiny_model, count, tmp_path, monkeypatch):

@@ -133,8 +133,9 @@ def cached_features(
 
     blocks = _blocks(reader, folder / f"{_PREFIX}{key}")
     n_bytes = 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
-    room = n_bytes * (1 if len(blocks) == 1 else 2)
-    with _explained(folder, n_bytes):
+    there = sum(block.path.stat().st_size for block in blocks if block.path.exists())
+    room = n_bytes * (1 if len(blocks) == 1 else 2) - there
+    with _explained(folder, room):
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < room + _SPARE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -178,8 +179,11 @@ def _blocks(reader: PatchReader, stem: Path) -> list[_Block]:
     found = []
     for first in range(0, len(batches), at_once):
         last = min(first + at_once, len(batches))
-        path = stem.with_name(f"{stem.name}-{stops[first]}-{stops[last]}-{reader.batch_size}.block")
-        found.append(_Block(path, range(first, last), np.concatenate(batches[first:last])))
+        spots = np.concatenate(batches[first:last])
+        # The order of the spots follows the chunks of the image, which are not part of the key.
+        order = hashlib.sha256(np.ascontiguousarray(spots, np.int64).tobytes()).hexdigest()[:16]
+        path = stem.with_name(f"{stem.name}-{stops[first]}-{stops[last]}-{reader.batch_size}-{order}.block")
+        found.append(_Block(path, range(first, last), spots))
     return found
 
 

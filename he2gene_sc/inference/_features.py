@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ._pixels import Pixels
 #: What makes features what they are, in words of a user, in the order in which it is said.
 _WORDS = {
     "pixels": "the image, its µm/px or the spots",
+    "places": "the places of the spots on the lattice (`lattice`, `exact`)",
     "windows": "the windows",
     "encoder": "the weights of the encoder",
     "architecture": "the encoder",
@@ -148,9 +150,18 @@ def _facts(parts: Sequence[Part], how: Encoder, pixels: Sequence[Pixels]) -> dic
     found: dict[str, list[object]] = {}
     for part, seen in zip(parts, pixels, strict=True):
         facts = feature_facts(part.extractor, part.reader, how.sha256, how.symmetries, how.dtype, seen.sha256)
+        if part.weights is not None:
+            facts["places"] = _digest(part.weights)
         for name, value in facts.items():
             found.setdefault(name, []).append(value)
     return {name: json.dumps(values) for name, values in found.items()}
+
+
+def _digest(weights: scipy.sparse.csr_array) -> str:
+    found = hashlib.sha256()
+    for values, kind in ((weights.indptr, np.int64), (weights.indices, np.int64), (weights.data, np.float32)):
+        found.update(np.ascontiguousarray(values, kind).tobytes())
+    return found.hexdigest()
 
 
 def _encoded(part: Part, how: Encoder, seen: Pixels, progress: Callable[[int], object] | None) -> np.ndarray:

@@ -14,8 +14,10 @@ from ..models._rings import bilinear
 
 #: Share of the smallest window below which a pitch is dense; a grid of half of it is not.
 DENSE = 0.49
-#: Weight, of that of a node within tissue, below which a node is left out; and weight that a spot has to keep.
+#: Weight, of that of a node within tissue, below which a node is left out; and weight that a bin has to keep.
 _IDLE, _OWN = 0.3, 0.1
+#: Distances to the nearest spot, a large one over a small one, up to which spots are bins of a grid.
+_REGULAR = 1.2
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,21 @@ class SpotFeatures:
 
 def is_dense(centres_um: np.ndarray, windows_um: Sequence[float]) -> bool:
     """Whether spots lie closer, in the median, than half the smallest window."""
-    from scipy.spatial import cKDTree
-
-    if len(centres_um) < 2:
-        return False
-    some = centres_um[:: max(1, len(centres_um) // 10_000)]
-    pitch = np.median(cKDTree(centres_um).query(some, k=2)[0][:, 1])
-    return bool(pitch < DENSE * min(windows_um))
+    return len(centres_um) > 1 and bool(np.median(_nearest(centres_um)) < DENSE * min(windows_um))
 
 
-def without_idle(nodes: np.ndarray, weights: scipy.sparse.csr_array) -> tuple[np.ndarray, scipy.sparse.csr_array]:
-    """Leave out nodes at borders that hardly any spot reads; what they had goes to the other nodes of those spots.
+def without_idle(
+    nodes: np.ndarray, weights: scipy.sparse.csr_array, centres: np.ndarray
+) -> tuple[np.ndarray, scipy.sparse.csr_array]:
+    """Leave out nodes at borders that hardly any bin reads; what they had goes to the other nodes of those bins.
 
-    Parameters and returns are those that :func:`lattice_of` returns. A spot that would keep
+    Cells are many here and few there, so that a node that few read may lie within tissue: all nodes stay. Parameters and
+    returns are those that :func:`lattice_of` returns, with the spots that it was given. A bin that would keep
     nearly none of its weight keeps its nodes.
     """
+    low, high = np.quantile(_nearest(centres), [0.1, 0.9])
+    if high > _REGULAR * low:
+        return nodes, weights
     read = np.asarray(weights.sum(axis=0)).ravel()
     kept = read >= _IDLE * np.quantile(read, 0.9)
     bereft = np.asarray(weights[:, kept].sum(axis=1)).ravel() < _OWN
@@ -104,6 +106,14 @@ def without_idle(nodes: np.ndarray, weights: scipy.sparse.csr_array) -> tuple[np
     some = weights[:, kept]
     total = np.asarray(some.sum(axis=1)).ravel()
     return nodes[kept], scipy.sparse.csr_array(scipy.sparse.diags_array(1 / total).astype(np.float32) @ some)
+
+
+def _nearest(centres: np.ndarray) -> np.ndarray:
+    """Distances of up to 10,000 spots to the nearest other."""
+    from scipy.spatial import cKDTree
+
+    some = centres[:: max(1, len(centres) // 10_000)]
+    return cKDTree(centres).query(some, k=2)[0][:, 1]
 
 
 def lattice_of(centres: np.ndarray, step: float) -> tuple[np.ndarray, scipy.sparse.csr_array]:

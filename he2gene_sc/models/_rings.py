@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
-#: Pairs of neighbours that fit into a few GB.
-_MAX_PAIRS = 2e8
+#: Pairs of neighbours that fit into a GB.
+_MAX_PAIRS = 1e7
 #: Steps of the lattice across the narrowest ring; cells at most; columns that are summed at once.
 _ACROSS, _MAX_CELLS, COLUMNS = 12, 4_000_000, 16
 #: Points a side that tell how much of a cell lies in a ring.
@@ -76,7 +76,7 @@ def rings_of(
     tuple of scipy.sparse.csr_array or LatticeRing
         One a ring, to be multiplied with values of the spots: row ``i`` averages the spots in the ring around spot ``i``.
         A ring without spots hands the spot itself on, so that a lone spot is taken to lie in tissue like its own. Above
-        2e8 pairs of neighbours (bins of 8 µm on a section) sums over a lattice stand for the pairs.
+        10 million pairs of neighbours (bins of 16 µm on a section) sums over a lattice stand for the pairs.
     """
     from scipy.spatial import cKDTree
 

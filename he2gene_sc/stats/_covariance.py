@@ -95,17 +95,17 @@ def correlations(blocks: Blocks) -> Iterator[np.ndarray]:
     pitch = float(np.median(np.concatenate(nearest)))
     side = max(float(np.sqrt(6 * np.var(xy, axis=0).sum())) for xy in sections)
     parts = _Parts(blocks)
-    stretched: dict[tuple[int, int], _Distances] = {}
-    for family, n_ranges, longest, ratio in _GRID:
-        shortest = pitch / 2 if ratio == 1 else pitch
-        for reach in np.geomspace(shortest, max(longest * side, shortest), n_ranges):
-            for turn in range(1 if ratio == 1 else _DIRECTIONS):
-                if (ratio, turn) not in stretched:
-                    angle = np.pi * turn / _DIRECTIONS
-                    along = np.array([np.cos(angle), np.sin(angle)]) / np.sqrt(ratio)
-                    across = np.array([-np.sin(angle), np.cos(angle)]) * np.sqrt(ratio)
-                    stretched[ratio, turn] = _Distances(blocks, parts, np.column_stack([along, across]))
-                yield stretched[ratio, turn].correlation(family, reach)
+    ratios = list(dict.fromkeys(ratio for *_, ratio in _GRID))
+    for ratio in ratios:
+        for turn in range(1 if ratio == 1 else _DIRECTIONS):
+            angle = np.pi * turn / _DIRECTIONS
+            along = np.array([np.cos(angle), np.sin(angle)]) / np.sqrt(ratio)
+            across = np.array([-np.sin(angle), np.cos(angle)]) * np.sqrt(ratio)
+            distances = _Distances(blocks, parts, np.column_stack([along, across]))
+            for family, n_ranges, longest, _ in (entry for entry in _GRID if entry[-1] == ratio):
+                shortest = pitch / 2 if ratio == 1 else pitch
+                for reach in np.geomspace(shortest, max(longest * side, shortest), n_ranges):
+                    yield distances.correlation(family, reach)
 
 
 class _Parts:

@@ -182,7 +182,9 @@ def _check_size(table: AnnData, model: HE2Gene, how: Encoding) -> None:
     sides = extractor.window_px
     sides = (sides,) * len(model.card.windows_um) if isinstance(sides, int) else sides
     with torch.inference_mode():
-        width = extractor(tuple(torch.zeros(1, 3, px, px, dtype=torch.uint8) for px in sides)).shape[2]
+        width = extractor(
+            tuple(torch.zeros(1, 3, px, px, dtype=torch.uint8, device=extractor.mean.device) for px in sides)
+        ).shape[2]
     n_bytes = 4 * table.n_obs * width * _n_views(model, how)
     if n_bytes > settings.memory_limit:
         raise ValueError(

@@ -173,7 +173,7 @@ def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
         )
 
     if how.step is not None and is_dense(centres * slide.mpp, windows):
-        lattices = [without_idle(*lattice_of(centres, how.step * um / slide.mpp)) for um in windows]
+        lattices = [without_idle(*lattice_of(centres, how.step * um / slide.mpp), centres) for um in windows]
         if sum(len(nodes) for nodes, _ in lattices) < len(windows) * len(centres):
             # Wider windows are averaged from the level that all windows would be read from together.
             level = plan_windows(slide.pyramid, slide.mpp, windows, extractor.window_px).level

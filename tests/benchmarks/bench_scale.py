@@ -68,7 +68,7 @@ def centres_of(sdata):
 
 
 def patches_of(centres_um, windows, share):
-    return [len(without_idle(*lattice_of(centres_um, share * um))[0]) for um in windows]
+    return [len(without_idle(*lattice_of(centres_um, share * um), centres_um)[0]) for um in windows]
 
 
 def timed(sdata, **options):
