@@ -169,8 +169,81 @@ def test_a_slide_of_another_model_or_another_file_is_not_finished(finished, mode
     assert not is_finished(of_image, other)
     assert not is_finished(of_image, tiny_model)  # never saved: nothing tells it from another
     assert not is_finished(replace(of_image, pitch_um=50), model)
-    of_image.path.write_bytes(b"another scan")
+    scan = of_image.path.stat()
+    os.utime(of_image.path, ns=(scan.st_atime_ns, scan.st_mtime_ns + 1))
     assert not is_finished(of_image, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("A.svs", "pixels", "ends in '.svs'; a table to write is needed"),
+        ("summary", None, "ends in ''; a table to write is needed"),
+        ("slides.csv", "path,output,patient\nA.svs,,P1\n", "is the manifest, or a slide"),
+        ("clinic.csv", "path,output,patient,age\nA.svs,,P1,50\n", "is there and is not a summary of slides"),
+        ("clinic.tsv", ",".join(COLUMNS), "is there and is not a summary of slides"),
+    ],
+)
+def test_a_summary_replaces_no_other_file(tmp_path, monkeypatch, name, content, said):
+    monkeypatch.setattr(cohort, "_load", lambda _: pytest.fail("work was begun"))
+    (tmp_path / "slides.csv").write_text("path\nA.svs\n")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        hg.cohort.predict(tmp_path / "slides.csv", summary=tmp_path / name)
+    assert content is None or (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize("labels", [{}, {"patient": "P1"}, {"section": "S", "patient": "P1"}])
+@pytest.mark.parametrize("name", ["s.csv", "s.TSV"])
+def test_a_summary_of_an_earlier_run_is_replaced(tmp_path, name, labels):
+    jobs = [Job(tmp_path / "A.svs", tmp_path / "A.zarr", labels=labels)]
+    for _ in range(2):
+        table = cohort._Summary(jobs, tmp_path / name)
+        table.check_place([])
+        table.write()
+    assert len(pd.read_csv(tmp_path / name, sep=None, engine="python").columns) == len(table.frame().columns)
+
+
+def test_slides_of_one_name_in_two_folders_are_two(finished, model, tmp_path):
+    slides = [tmp_path / patient / "slide.zarr" for patient in ("P1", "P2")]
+    for slide in slides:
+        shutil.copytree(finished, slide)
+    first, second = (Job(slide, tmp_path / "out.zarr") for slide in slides)
+    sdata = sd.read_zarr(finished)
+    sdata.attrs["he2gene"] = {**sdata.attrs["he2gene"], "source": first.source}
+    sdata.write(first.output)
+    assert is_finished(first, model)
+    assert not is_finished(second, model)
+    (first.path / "shapes" / "spots" / "shapes.parquet").write_bytes(b"other spots")
+    assert not is_finished(first, model)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"mpp": 4.0}, {"image_key": "he"}, {"shapes_key": "spots"}, {"coordinate_system": "global"}, {"dtype": "float32"}],
+)
+def test_an_argument_that_is_withdrawn_repeats_the_slide(model, tmp_path, given):
+    sdata = hg.datasets.toy((2, 2), mpp=4.0)
+    hg.tl.predict(sdata, model=model, device="cpu", **given)
+    sdata.write(tmp_path / "A.zarr")
+    slide = Job(tmp_path / "A.zarr", (tmp_path / "A.zarr").resolve())
+    assert is_finished(replace(slide, options=given), model)
+    assert not is_finished(slide, model)
+
+
+def test_features_in_obsm_are_taken_as_they_were_made(model, tmp_path):
+    sdata = hg.datasets.toy((2, 2), mpp=4.0)
+    hg.tl.embed(sdata, model=model, tta=True, key_added="kept")
+    hg.tl.predict(sdata, model=model, features="X_kept")
+    sdata.write(tmp_path / "A.zarr")
+    slide = Job(tmp_path / "A.zarr", (tmp_path / "A.zarr").resolve())
+    assert is_finished(replace(slide, options={"features": "X_kept"}), model)
+    assert not is_finished(replace(slide, options={"tta": True}), model)
+    hg.tl.embed(sdata, model=model, tta=False, key_added="kept")
+    sdata.write(tmp_path / "B.zarr")
+    again = Job(tmp_path / "B.zarr", (tmp_path / "B.zarr").resolve(), {"features": "X_kept"})
+    assert not is_finished(again, model)
 
 
 def test_an_interrupted_run_leaves_finished_slides_whole_and_goes_on_where_it_stopped(

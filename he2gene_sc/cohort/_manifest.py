@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: Columns of a manifest that are not arguments of ``tl.predict``, and what they hold.
-_LABELS = ("patient", "section")
+LABELS = ("patient", "section")
 _OF_IMAGES = {"pitch_um": float, "tissue_method": str}
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+#: Between the columns of a manifest or a summary, by the suffix of the file.
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_jobs(
@@ -52,7 +53,7 @@ def read_jobs(
         models.append(options.pop("model", "breast-her2st"))
         path = options.pop("path")
         output = options.pop("output", None)
-        labels = {name: str(options.pop(name)) for name in _LABELS if name in options}
+        labels = {name: str(options.pop(name)) for name in LABELS if name in options}
         own = {name: options.pop(name) for name in _OF_IMAGES if name in options}
         try:
             validate.arguments(_predict(), options)
@@ -81,7 +82,7 @@ def _options() -> dict[str, inspect.Parameter]:
 
 
 def _check_names(names: Iterable[str], what: str) -> None:
-    valid = ["path", "output", *_LABELS, *_OF_IMAGES, *_options()]
+    valid = ["path", "output", *LABELS, *_OF_IMAGES, *_options()]
     for name in names:
         if name not in valid:
             raise ValueError(f"{name!r} is not among the {what}, valid: {valid}{validate.near(name, valid)}")
@@ -91,7 +92,7 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where a slide is named, and what is said of it."""
     import pandas as pd
 
-    if isinstance(slides, str | Path) and Path(slides).suffix.lower() in _SEPARATORS:
+    if isinstance(slides, str | Path) and Path(slides).suffix.lower() in SEPARATORS:
         manifest = validate.folder_or_file(slides, "paths")
         yield from _of_frame(_read(manifest), manifest.resolve().parent, manifest.name, first=2)
     elif isinstance(slides, pd.DataFrame):
@@ -116,7 +117,7 @@ def _read(manifest: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(
             manifest,
-            sep=_SEPARATORS[manifest.suffix.lower()],
+            sep=SEPARATORS[manifest.suffix.lower()],
             dtype=str,
             keep_default_na=False,
             encoding="utf-8-sig",
@@ -166,7 +167,7 @@ def _value(column: str, value: Any) -> Any:
     """Turn a text into what its argument is; other values stay as they are."""
     if column in _OF_IMAGES:
         kinds = {_OF_IMAGES[column].__name__}
-    elif column in _LABELS:
+    elif column in LABELS:
         return str(value).strip()
     else:
         annotation = inspect.formatannotation(_options()[column].annotation)

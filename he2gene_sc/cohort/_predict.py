@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .._core import validate
 from .._settings import settings
 from ._cluster import check_client, local_client, workers_here
-from ._manifest import read_jobs
+from ._manifest import LABELS, SEPARATORS, read_jobs
 from ._record import figures, is_finished
 from ._slide import Job, predict_slide
 
@@ -61,7 +61,8 @@ def predict(
     output_dir
         Folder for the stores. Default: a store is updated in place, an image gets a store beside it.
     summary
-        CSV file for the table. It is written after each slide, and holds what is done if the run is interrupted.
+        File for the table, .csv or .tsv. It is written after each slide, and holds what is done if the run is interrupted. A
+        summary of an earlier run is replaced, any other file is refused.
     overwrite
         Whether finished slides are predicted again, other stores at the outputs replaced, and what others have saved to a slide
         meanwhile.
@@ -86,8 +87,8 @@ def predict(
     Raises
     ------
     ValueError, TypeError
-        If a column or an argument is unknown or of another type, two slides have the same output, or ``client`` cannot be used.
-        Nothing has been predicted then.
+        If a column or an argument is unknown or not valid, two slides have the same output, ``summary`` is a file of another kind,
+        or ``client`` cannot be used. Nothing has been predicted then.
 
     Examples
     --------
@@ -107,6 +108,7 @@ def predict(
         overwrite=overwrite,
     )
     table = _Summary(jobs, None if summary is None else validate.folder_or_file(summary, "summary"))
+    table.check_place(paths)
     models = _load(names)
     table.write()
     todo = {}
@@ -152,8 +154,7 @@ class _Summary:
     """The table of the slides, and the file that it is written to."""
 
     def __init__(self, jobs: list[Job], path: Path | None) -> None:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"`summary` {str(path)!r} is a folder or lies in none; name a csv file")
+        self.jobs = jobs
         self.path = path
         self.labels = sorted({name for job in jobs for name in job.labels})
         texts = dict.fromkeys((*self.labels, "verdict", "warnings", "error"), "")
@@ -162,6 +163,39 @@ class _Summary:
             for job in jobs
         ]
 
+    def check_place(self, slides: Any) -> None:
+        """Refuse a path that is not a table, or a file that would be lost.
+
+        Raises
+        ------
+        ValueError
+            If the suffix is not .csv or .tsv, the path is the manifest or a slide, or a file is there that is not a summary.
+        """
+        from ..io._save import resolved
+
+        path = self.path
+        if path is None:
+            return
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(f"`summary` {str(path)!r} is a folder or lies in none; name a csv file")
+        if path.suffix.lower() not in SEPARATORS:
+            raise ValueError(
+                f"`summary` {str(path)!r} ends in {path.suffix!r}; a table to write is needed, .csv or .tsv: "
+                "summary='summary.csv' (--summary summary.csv, before it the slides)"
+            )
+        inputs = [slides] if isinstance(slides, str | Path) else []
+        inputs += [place for job in self.jobs for place in (job.path, job.output)]
+        if resolved(path) in {resolved(place) for place in inputs}:
+            raise ValueError(
+                f"`summary` {str(path)!r} is the manifest, or a slide; name another file: summary='summary.csv' "
+                "(--summary summary.csv)"
+            )
+        if path.exists() and not _is_summary(path):
+            raise ValueError(
+                f"`summary` {str(path)!r} is there and is not a summary of slides; it is not replaced: name a new file, or "
+                "remove it"
+            )
+
     def add(self, number: int, row: dict[str, Any]) -> None:
         self.rows[number].update(row)
         self.write()
@@ -169,15 +203,14 @@ class _Summary:
     def frame(self) -> pd.DataFrame:
         import pandas as pd
 
-        columns = ["path", "output", *self.labels, "status", *_FIGURES, "seconds", "warnings", "error"]
-        frame = pd.DataFrame(self.rows, columns=columns)
+        frame = pd.DataFrame(self.rows, columns=_columns(self.labels))
         return frame.assign(spots=frame["spots"].astype("Int64"))
 
     def write(self) -> None:
         if self.path is not None:
             # At once: the old file stays whole until the new one is.
             new = self.path.with_name(f".{self.path.name}.new")
-            self.frame().to_csv(new, index=False, float_format="%.6g")
+            self.frame().to_csv(new, sep=SEPARATORS[self.path.suffix.lower()], index=False, float_format="%.6g")
             new.replace(self.path)
 
     @property
@@ -187,6 +220,20 @@ class _Summary:
     @property
     def n_failed(self) -> int:
         return sum(row["status"] == "failed" for row in self.rows)
+
+
+def _columns(labels: Iterable[str]) -> list[str]:
+    return ["path", "output", *labels, "status", *_FIGURES, "seconds", "warnings", "error"]
+
+
+def _is_summary(path: Path) -> bool:
+    """Whether a file begins with the columns of a summary."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        header = file.readline(4096).decode("utf-8", "replace").rstrip("\r\n")
+    columns = header.split(SEPARATORS[path.suffix.lower()])
+    return columns == _columns(name for name in LABELS if name in columns)
 
 
 # --- Tasks -----------------------------------------------------------------------------------------------------------

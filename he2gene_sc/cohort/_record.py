@@ -15,7 +15,7 @@ from ._slide import SOURCE, Job
 if TYPE_CHECKING:
     from ..models import HE2Gene
 
-#: Arguments of ``tl.predict`` that leave the numbers as they are, up to rounding.
+#: Arguments of ``tl.predict`` that leave the numbers as they are, up to rounding; features in ``obsm`` are compared.
 _SAME_RESULT = {"batch_size", "device", "features"}
 #: What the record calls arguments that are found where none is given.
 _FOUND = {"image_key": "image", "shapes_key": "shapes", "coordinate_system": "coordinate_system", "mpp": "mpp"}
@@ -32,7 +32,7 @@ def is_finished(job: Job, model: HE2Gene) -> bool:
         if not job.in_place and source != job.source:
             return False
         return any(
-            _matches(record, job, model) and _is_asked_for(table, job) and _has_labels(table, job.labels)
+            _matches(table, record, job, model) and _is_asked_for(table, job) and _has_labels(table, job.labels)
             for table, record in _predictions(job.output, _key(job))
         )
     except Exception:  # noqa: BLE001 - whatever damage does to a reader: it is read again, and reported then
@@ -85,13 +85,17 @@ def _read(place: Path) -> Any:
     return read_elem(zarr.open(place, mode="r"))
 
 
-def _matches(record: Mapping[str, Any], job: Job, model: HE2Gene) -> bool:
-    options = {name: value for name, value in job.options.items() if value is not None and name not in _SAME_RESULT}
-    for name in ("key_added", "table_key"):
-        options.pop(name, None)
+def _matches(table: Path, record: Mapping[str, Any], job: Job, model: HE2Gene) -> bool:
+    options = {name: value for name, value in job.options.items() if value is not None}
     if options.get("dtype") == "auto":
         del options["dtype"]
-    tta = options.pop("tta", model.card.tta)
+    # What a first call chose and this one leaves to the default.
+    if set(_values(record.get("given", []))) - set(options) or not _same_features(table, record, options):
+        return False
+    for name in ("key_added", "table_key", *_SAME_RESULT):
+        options.pop(name, None)
+    # Where nothing is asked, features in obsm are taken as they were made.
+    tta = options.pop("tta", record["tta"] if "features" in record else model.card.tta)
     layer = options.pop("layer", _key(job))
     if record["weights_sha256"] != model.weights_sha256 or bool(record["tta"]) != tta or record["layer"] != layer:
         return False
@@ -99,6 +103,22 @@ def _matches(record: Mapping[str, Any], job: Job, model: HE2Gene) -> bool:
         if _plain(record.get(name)) != _plain(options.pop(name, None) or None):
             return False
     return all(_agrees(record.get(_FOUND.get(name, name)), value) for name, value in options.items())
+
+
+def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether the same features in ``obsm`` were read, if any; those in a folder are what would be computed."""
+    from ..tl._predict import made_by
+
+    asked = options.get("features")
+    in_obsm = isinstance(asked, str) and (table / "obsm" / asked).exists()
+    used = record.get("features")
+    if used is None or not in_obsm:
+        return used is None and not in_obsm
+    return bool(used["key"] == asked) and _agrees(used, {"key": asked, **made_by(_read(_embedded(table, str(asked))))})
+
+
+def _embedded(table: Path, features: str) -> Path:
+    return table / "uns" / features.removeprefix("X_")
 
 
 def _agrees(found: Any, asked: Any) -> bool:

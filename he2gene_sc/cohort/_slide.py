@@ -61,14 +61,19 @@ class Job:
     @property
     def source(self) -> dict[str, Any]:
         """What tells whether a store was made from this slide; empty where it is updated."""
+        from ..io._save import resolved
+        from ..io._store import digest
+
         if self.in_place:
             return {}
-        if self.path.is_dir():
-            return {"name": self.path.name}
-        size = self.path.stat().st_size
+        place = resolved(self.path)
+        if place.is_dir():
+            return {"path": str(place), "files": digest(place)}
+        stat = place.stat()
         return {
-            "name": self.path.name,
-            "bytes": size,
+            "path": str(place),
+            "bytes": stat.st_size,
+            "modified_ns": stat.st_mtime_ns,
             "pitch_um": float(self.pitch_um),
             "tissue_method": self.tissue_method,
         }
@@ -97,7 +102,7 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
 
     if not job.path.exists():
         raise ValueError(f"PATH {str(job.path)!r}: nothing there")
-    in_place = job.in_place
+    in_place, source = job.in_place, job.source  # as it is before it is read
     if in_place and not job.keep_image:
         raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store by --out")
     sdata = _open(job.path) if job.path.is_dir() else None
@@ -112,8 +117,8 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
     if not job.keep_image:
         for name in list(sdata.images):
             del sdata.images[name]
-    if job.source:
-        sdata.attrs[ATTRS] = {**sdata.attrs.get(ATTRS, {}), SOURCE: job.source}
+    if source:
+        sdata.attrs[ATTRS] = {**sdata.attrs.get(ATTRS, {}), SOURCE: source}
     try:
         return io.save(sdata, job.output, overwrite=job.overwrite)
     except (FileExistsError, BlockingIOError) as error:

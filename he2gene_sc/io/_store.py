@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._files import WAITING, finish_swap, remove, replace_file, sync
@@ -221,13 +223,25 @@ def fingerprints(store: Path) -> dict[tuple[str, str], int]:
 
 def fingerprint(element: Path) -> int:
     """Describe the files of an element by name, inode, size and time."""
+    return hash(tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in _files(element)))
+
+
+def digest(store: Path) -> str:
+    """Describe the same files by name, size and time, alike in every process."""
+    facts = [
+        (kind, name, file, stat.st_size, stat.st_mtime_ns)
+        for kind, name in sorted(elements(store))
+        for file, stat in _files(store / kind / name)
+        if not S_ISDIR(stat.st_mode)
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _files(element: Path) -> Iterator[tuple[str, os.stat_result]]:
     raster = element.parent.name in ("images", "labels")
     paths = [element, *element.glob("*"), *element.glob("*/.zarray"), *element.glob("*/zarr.json")]
-    facts = []
     for path in sorted(set(paths)) if raster else sorted(element.rglob("*")):
-        stat = path.stat()
-        facts.append((str(path.relative_to(element)), stat.st_ino, stat.st_size, stat.st_mtime_ns))
-    return hash(tuple(facts))
+        yield str(path.relative_to(element)), path.stat()
 
 
 def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:

@@ -139,8 +139,9 @@ def predict(
     ``.uns["he2gene"]``
         Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit, versions;
         ``gene_symbols`` where it was given, which the verbs that read the prediction use; ``genes``, ``known_patient``,
-        ``exact`` and ``lattice`` where they were given; ``interpolated`` and ``lattice_um`` where features were
-        interpolated: the shapes, and the step for each window.
+        ``exact`` and ``lattice`` where they were given; ``given``, the names of the arguments that chose image, spots, µm/px and
+        precision; ``features``, the key in ``obsm`` and how they were made; ``interpolated`` and ``lattice_um`` where features
+        were interpolated: the shapes, and the step for each window.
 
     Where a prediction of the same ``key_added`` stands and a value of its layer changes, in all regions or one, what
     other verbs computed from it (intervals, evaluation, adapted layers and what was computed from those, domains,
@@ -209,6 +210,14 @@ def predict(
     if isinstance(kept, KeptFeatures):
         how = kept.as_encoded(how)
     dense = [slide.shapes_key for slide, (_, interpolated, _) in zip(slides, found, strict=True) if interpolated]
+    chosen = {
+        "image_key": image_key,
+        "shapes_key": shapes_key,
+        "table_key": table_key,
+        "coordinate_system": coordinate_system,
+        "mpp": mpp,
+    }
+    given = [name for name, value in chosen.items() if value is not None] + ["dtype"] * ("dtype" in how.given)
     record = {
         "model": model.name,
         "model_version": model.card.version,
@@ -231,6 +240,8 @@ def predict(
         **({"known_patient": True} if known_patient else {}),
         **({"exact": True} if exact else {}),
         **({"lattice": float(options["lattice"])} if "lattice" in options else {}),
+        **({"features": {"key": kept.key, **made_by(kept.record)}} if isinstance(kept, KeptFeatures) else {}),
+        **({"given": given} if given else {}),
         **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
@@ -242,6 +253,11 @@ def predict(
     else:
         put_table(target, new_table, make_table(slides, stacked, like=table), keys)
     return target if copy else None
+
+
+def made_by(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How features in ``obsm`` were made, by the record of :func:`embed`."""
+    return {"tta": bool(record["tta"]), "dtype": str(record["dtype"]), "lattice": float(record["lattice"])}
 
 
 def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
