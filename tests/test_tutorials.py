@@ -2,7 +2,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from nbclient import NotebookClient
+
+import he2gene_sc as hg
 
 pytestmark = pytest.mark.slow
 
@@ -12,23 +16,13 @@ TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 PREDICTED = {"02_train": ("test", "C5"), "03_trust": ("sdata", "C5")}
 OFFLINE = """
 import he2gene_sc as hg
+from he2gene_sc.datasets._toy import toy
 
-def _absent(section):
+def absent(section):
     raise FileNotFoundError(section)
 
-hg.datasets.her2st = _absent
-"""
-SMALL = """
-from he2gene_sc.datasets._toy import toy as _toy
-
-hg.datasets.toy = lambda **options: _toy((6, 6), mpp=2.0, **options)
-"""
-#: Features of a section are the same for every tutorial with its windows.
-CACHED = """
-import he2gene_sc as hg
-
-_train = hg.tl.train
-hg.tl.train = lambda *sections, **options: _train(*sections, **options | {{"cache": {folder!r}}})
+hg.datasets.her2st = absent
+hg.datasets.toy = lambda **options: toy((6, 6), mpp=2.0, **options)
 """
 
 each = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
@@ -36,14 +30,23 @@ each = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
+    """Features of a section are the same for every tutorial with its windows."""
     return str(tmp_path_factory.mktemp("features"))
 
 
-def _execute(notebook):
-    NotebookClient(notebook, timeout=400, kernel_name="python3").execute()
-    return "".join(
-        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    )
+@pytest.fixture
+def execute():
+    """Run the cells of a notebook in a shell of this process; returns what they printed, and the shell's names."""
+
+    def call(path):
+        shell = InteractiveShell()
+        with capture_output() as said:
+            for cell in nbformat.read(path, as_version=4).cells:
+                if cell.cell_type == "code":
+                    shell.run_cell(cell.source).raise_error()
+        return said.stdout, shell.user_ns
+
+    return call
 
 
 @each
@@ -56,26 +59,31 @@ def test_tutorial_is_committed_without_outputs(path):
             assert cell.execution_count is None, cell.id
 
 
-def test_tutorials_run_on_the_toy_slide():
-    """One after another in one kernel, whose imports take longer than most cells; names are forgotten in between."""
-    together = nbformat.v4.new_notebook()
-    for path in TUTORIALS:
-        cells = nbformat.read(path, as_version=4).cells
-        start = "" if not together.cells else "%reset -f\n"
-        together.cells += [nbformat.v4.new_code_cell(start + OFFLINE + SMALL), *cells]
-    for number, cell in enumerate(together.cells):
-        cell.id = f"cell-{number}"
-    assert _execute(together).count("genes are reliable") == len(TUTORIALS)
+def test_the_first_tutorial_runs_in_a_kernel_of_jupyter():
+    notebook = nbformat.read(TUTORIALS[0], as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(OFFLINE))
+    NotebookClient(notebook, timeout=400, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert "genes are reliable" in "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.mark.parametrize("path", TUTORIALS[1:], ids=lambda path: path.stem)
+def test_tutorial_runs_on_the_toy_slide(execute, path, monkeypatch):
+    def absent(section):
+        raise FileNotFoundError(section)
+
+    toy = hg.datasets.toy
+    monkeypatch.setattr(hg.datasets, "her2st", absent)
+    monkeypatch.setattr(hg.datasets, "toy", lambda **options: toy((6, 6), mpp=2.0, **options))
+    assert "genes are reliable" in execute(path)[0]
 
 
 @pytest.mark.data
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PREDICTED)
-def test_tutorial_runs_on_a_real_section(name, features):
+def test_tutorial_runs_on_a_real_section(execute, name, features, monkeypatch):
     (path,) = [path for path in TUTORIALS if path.stem == name]
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(CACHED.format(folder=features)))
+    train = hg.tl.train
+    monkeypatch.setattr(hg.tl, "train", lambda *sections, **options: train(*sections, **options | {"cache": features}))
     variable, section = PREDICTED[name]
-    check = f'assert {variable}["table"].obs["section"].unique().tolist() == [{section!r}]'
-    notebook.cells.append(nbformat.v4.new_code_cell(check))
-    _execute(notebook)
+    names = execute(path)[1]
+    assert names[variable]["table"].obs["section"].unique().tolist() == [section]
