@@ -316,6 +316,16 @@ def test_a_slide_whose_worker_is_killed_is_predicted_by_another(tmp_path, model)
         (pd.DataFrame({"path": ["A.svs", None]}), {}, ValueError, "row 1: `path` is empty"),
         (pd.DataFrame({"path": ["A.svs"], "tta": ["maybe"]}), {}, ValueError, "row 0: `tta` is 'maybe'"),
         (pd.DataFrame({"path": ["A.svs"], "batch_size": [2.5]}), {}, ValueError, "row 0: `batch_size` is 2.5"),
+        (["A.zarr"], {"output": "x.zarr"}, ValueError, "`output` is 'x.zarr' for all slides; it is of one slide"),
+        (["A.zarr"], {"pitch_um": -5}, ValueError, "`pitch_um` is -5; a number above 0"),
+        (["A.zarr"], {"device": "gpu9"}, ValueError, "`device` 'gpu9' is unknown"),
+        (["A.zarr"], {"mpp": float("nan")}, ValueError, "`mpp` is nan"),
+        (pd.DataFrame({"path": ["A.svs"], "tissue_method": ["foo"]}), {}, ValueError, "row 0: `tissue_method` is 'foo'"),
+        (pd.DataFrame({"path": ["A.svs"], "lattice": [7.0]}), {}, ValueError, "row 0: `lattice` is 7.0"),
+        (pd.DataFrame({"path": ["A.svs"], "dtype": ["foo"]}), {}, ValueError, "row 0: `dtype` 'foo' is unknown"),
+        (pd.DataFrame({"path": ["A.svs"], "mpp": [-1.0]}), {}, ValueError, "row 0: `mpp` is -1.0"),
+        (pd.DataFrame({"path": ["A.svs"], "mpp": ["nan"]}), {}, ValueError, "row 0: `mpp` is nan"),
+        (pd.DataFrame({"path": ["A.svs"], "batch_size": [0]}), {}, ValueError, "row 0: `batch_size` is 0"),
         (
             pd.DataFrame({"path": ["A.svs", "A.zarr"], "output": ["A.zarr", "B.zarr"]}),
             {},
@@ -349,6 +359,24 @@ def test_cells_of_a_manifest_are_what_their_arguments_are(tmp_path):
     )
     assert b.options == {"mpp": 1.0, "genes": "all"}
     assert models == ["breast-her2st", "other"]
+
+
+def test_folders_in_a_manifest_lie_relative_to_it(tmp_path):
+    place = tmp_path / "study"
+    (place / "mine").mkdir(parents=True)
+    (place / "m.csv").write_text(
+        "path,model,features\na.svs,models/own,./kept\nb.svs,mine,X_he2gene_features\nc.svs,breast-her2st,/abs/kept\n"
+    )
+    jobs, models = read_jobs(place / "m.csv", {}, output_dir=None, keep_images=True, overwrite=False)
+    assert models == [place / "models" / "own", place / "mine", "breast-her2st"]
+    assert [job.options["features"] for job in jobs] == [place / "kept", "X_he2gene_features", Path("/abs/kept")]
+
+
+def test_a_client_has_devices_that_are_not_known_here(tmp_path):
+    given = {"output_dir": None, "keep_images": True, "overwrite": False, "is_local": False}
+    read_jobs([tmp_path / "a.svs"], {"device": "cuda:7", "dtype": "float16"}, **given)
+    with pytest.raises(ValueError, match="`device` 'gpu9' is unknown"):
+        read_jobs([tmp_path / "a.svs"], {"device": "gpu9"}, **given)
 
 
 def test_a_patient_that_the_table_contradicts_fails_the_slide(slides, model, client):

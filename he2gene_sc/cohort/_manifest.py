@@ -28,6 +28,7 @@ def read_jobs(
     output_dir: Path | None,
     keep_images: bool,
     overwrite: bool,
+    is_local: bool = True,
 ) -> tuple[list[Job], list[Any]]:
     """Read what is to be predicted; return a job and the model of each slide.
 
@@ -39,14 +40,22 @@ def read_jobs(
         Arguments of all slides; a cell of the manifest goes first.
     output_dir, keep_images, overwrite
         As for :func:`he2gene_sc.cohort.predict`.
+    is_local
+        Whether the slides are predicted on this machine, so that a device has to be present here.
 
     Raises
     ------
     ValueError
         If there are no slides, a column or an argument is unknown, a cell is not valid, or two slides have one output.
     """
+    for name in ("path", "output"):
+        if name in shared:
+            raise ValueError(
+                f"`{name}` is {shared[name]!r} for all slides; it is of one slide: give a column, "
+                "pd.DataFrame({'path': [...], 'output': [...]}), or a folder: output_dir='predicted'"
+            )
     _check_names(shared, "arguments of hg.cohort.predict")
-    validate.arguments(_predict(), shared)
+    _check(shared, is_local)
     jobs, models = [], []
     for where, row in _rows(slides):
         options = {**shared, **row}
@@ -56,8 +65,8 @@ def read_jobs(
         labels = {name: str(options.pop(name)) for name in LABELS if name in options}
         own = {name: options.pop(name) for name in _OF_IMAGES if name in options}
         try:
-            validate.arguments(_predict(), options)
             own = {name: _value(name, value) for name, value in own.items()}
+            _check({**options, **own}, is_local)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         place = output_of(path, output_dir) if output is None else output.resolve()
@@ -86,6 +95,58 @@ def _check_names(names: Iterable[str], what: str) -> None:
     for name in names:
         if name not in valid:
             raise ValueError(f"{name!r} is not among the {what}, valid: {valid}{validate.near(name, valid)}")
+
+
+def _check(options: Mapping[str, Any], is_local: bool) -> None:
+    """Refuse values that ``pp.tissue``, ``pp.grid`` or ``tl.predict`` would refuse of every slide.
+
+    Raises
+    ------
+    ValueError
+        If a value is not valid.
+    """
+    from .._core.keys import check_key
+    from .._core.mpp import check_mpp
+    from ..pp._tissue import METHODS
+    from ..tl._encoding import EncodingOptions, check_options
+
+    validate.arguments(_predict(), options)
+    if "pitch_um" in options:
+        validate.in_range(options["pitch_um"], "pitch_um", above=0)
+    if "tissue_method" in options:
+        validate.one_of(options["tissue_method"], METHODS, "tissue_method")
+    mpp = options.get("mpp")
+    for value in mpp.values() if isinstance(mpp, Mapping) else [mpp]:
+        check_mpp(value)
+    for name in ("key_added", "layer"):
+        if options.get(name) is not None:
+            check_key(options[name], name)
+    genes = options.get("genes")
+    if isinstance(genes, str) and genes != "all":
+        raise ValueError(f"`genes` is {genes!r}; a list of genes, 'all' or None is needed")
+    check_options("predict", {name: options[name] for name in EncodingOptions.__annotations__ if name in options})
+    _check_device(options, is_local)
+
+
+def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
+    import torch
+
+    from .._settings import settings
+    from ..inference import resolve_device, resolve_dtype
+
+    device, dtype = options.get("device"), options.get("dtype", "auto")
+    if is_local:
+        resolve_dtype(dtype, resolve_device(settings.device if device is None else device))
+        return
+    # What a worker elsewhere has is not known here: the names alone are checked.
+    found = torch.device("cuda")
+    if device is not None and device != "auto":
+        try:
+            found = torch.device(device)
+        except (RuntimeError, TypeError):
+            resolve_device(device)
+    if not isinstance(dtype, str) or dtype != "auto":
+        resolve_dtype(dtype, found)
 
 
 def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -155,12 +216,27 @@ def _is_empty(value: Any) -> bool:
 def _cell(column: str, value: Any, folder: Path) -> Any:
     if column in ("path", "output"):
         return _path(value, folder)
+    if column in ("model", "features") and isinstance(value, str | Path):
+        return _folder(column, value, folder)
     return _value(column, value.item() if hasattr(value, "item") and not hasattr(value, "shape") else value)
 
 
 def _path(value: Any, folder: Path) -> Path:
     # Links are not followed: the store is named after the link.
     return (folder / validate.folder_or_file(value, "path")).absolute()
+
+
+def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
+    """Return a folder, which lies relative to the manifest, or the name of a bundled model or of features in ``obsm``."""
+    from ..models import BUNDLED
+
+    text = str(value).strip()
+    if column == "model" and (text in BUNDLED or text.startswith("hf://")):
+        return text
+    place = folder / Path(text).expanduser()
+    is_name = isinstance(value, str) and len(Path(text).parts) == 1 and not text.startswith((".", "~"))
+    # A name that is not a folder is refused, or found in obsm, by the function that reads it.
+    return text if is_name and not place.is_dir() else place.absolute()
 
 
 def _value(column: str, value: Any) -> Any:

@@ -106,6 +106,7 @@ def predict(
         output_dir=None if output_dir is None else validate.folder_or_file(output_dir, "output_dir"),
         keep_images=keep_images,
         overwrite=overwrite,
+        is_local=client is None,
     )
     table = _Summary(jobs, None if summary is None else validate.folder_or_file(summary, "summary"))
     table.check_place(paths)

@@ -21,7 +21,7 @@ logger = logging.getLogger("he2gene_sc")
 _WORKING_PX = 1_500_000
 #: Stains of H&E leave more red than green; ink of a pen does not. Sections of her2st have up to 2 % of such pixels.
 _INK_STEP, _INK_SHARE = 12, 0.05
-_METHODS = ("auto", "otsu", "felzenszwalb", "weka", "glass")
+METHODS = ("auto", "otsu", "felzenszwalb", "weka", "glass")
 #: Share of what a mask leaves out that is stained structure, above which the image is mostly tissue: 0.32 at most on whole
 #: slides, 0.57 and more on crops inside the tissue. And the share of all stained structure whose loss is said.
 _MOSTLY_TISSUE, _MUCH_LOST = 0.5, 0.5
@@ -83,7 +83,7 @@ def tissue(
     True
     """
     validate.arguments(tissue, locals())
-    validate.one_of(method, _METHODS, "method")
+    validate.one_of(method, METHODS, "method")
     if method == "glass" and kwargs:
         raise ValueError(f"`method` 'glass' takes no further arguments, given: {sorted(kwargs)}")
     from spatialdata.models import Labels2DModel
