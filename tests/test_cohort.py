@@ -20,8 +20,9 @@ from PIL import Image
 import he2gene_sc as hg
 from he2gene_sc.cli import app as cli
 from he2gene_sc.cohort import _predict as cohort
+from he2gene_sc.cohort._cluster import workers_here
 from he2gene_sc.cohort._manifest import read_jobs
-from he2gene_sc.cohort._record import is_finished
+from he2gene_sc.cohort._record import figures, is_finished
 from he2gene_sc.cohort._slide import Job
 
 pytestmark = pytest.mark.slow
@@ -298,6 +299,51 @@ def test_a_slide_whose_worker_is_killed_is_predicted_by_another(tmp_path, model)
     assert "he2gene" in sd.read_zarr(tmp_path / "A.zarr")["table"].layers
 
 
+def test_a_slide_that_kills_workers_is_tried_alone_without_limits(monkeypatch):
+    from contextlib import contextmanager
+
+    started = []
+
+    @contextmanager
+    def local_client(environments, *, alone=False):
+        started.append((len(environments), alone))
+        yield
+
+    def results(_, todo, killed=None):
+        for number in todo:
+            if killed is not None and number == 1:
+                killed.append(number)
+            else:
+                yield number, {}
+
+    monkeypatch.setattr(cohort, "local_client", local_client)
+    monkeypatch.setattr(cohort, "_results", results)
+    assert [number for number, _ in cohort._predicted(None, dict.fromkeys(range(3)), 2, "cpu")] == [0, 2, 1]
+    assert started == [(2, False), (1, True)]
+
+
+@pytest.mark.parametrize(
+    ("n_slides", "n_workers", "threads"), [(8, 2, "4"), (1, None, "8"), (8, 8, "1"), (20, 16, "1")]
+)
+def test_workers_share_the_cores(monkeypatch, n_slides, n_workers, threads):
+    monkeypatch.setattr("dask.system.CPU_COUNT", 8)
+    found = workers_here(n_slides, n_workers, "cpu")
+    assert len(found) == min(n_slides, n_workers or 1)
+    assert {worker["OMP_NUM_THREADS"] for worker in found} == {threads}
+
+
+def test_figures_are_those_of_the_table_that_was_asked_for(finished, model, tmp_path):
+    sdata = sd.read_zarr(finished)
+    sdata["another"] = sdata["table"][:3].copy()
+    sdata["another"].uns["he2gene"] = {**sdata["another"].uns["he2gene"], "n_spots": 3}
+    sdata.write(tmp_path / "A.zarr")
+    slide = Job(tmp_path / "A.zarr", (tmp_path / "A.zarr").resolve())
+    found = {
+        name: figures(replace(slide, options={"table_key": name}), model)["spots"] for name in ("another", "table")
+    }
+    assert found == {"another": 3, "table": 4}
+
+
 @pytest.mark.parametrize(
     ("paths", "options", "error", "said"),
     [
@@ -320,7 +366,12 @@ def test_a_slide_whose_worker_is_killed_is_predicted_by_another(tmp_path, model)
         (["A.zarr"], {"pitch_um": -5}, ValueError, "`pitch_um` is -5; a number above 0"),
         (["A.zarr"], {"device": "gpu9"}, ValueError, "`device` 'gpu9' is unknown"),
         (["A.zarr"], {"mpp": float("nan")}, ValueError, "`mpp` is nan"),
-        (pd.DataFrame({"path": ["A.svs"], "tissue_method": ["foo"]}), {}, ValueError, "row 0: `tissue_method` is 'foo'"),
+        (
+            pd.DataFrame({"path": ["A.svs"], "tissue_method": ["foo"]}),
+            {},
+            ValueError,
+            "row 0: `tissue_method` is 'foo'",
+        ),
         (pd.DataFrame({"path": ["A.svs"], "lattice": [7.0]}), {}, ValueError, "row 0: `lattice` is 7.0"),
         (pd.DataFrame({"path": ["A.svs"], "dtype": ["foo"]}), {}, ValueError, "row 0: `dtype` 'foo' is unknown"),
         (pd.DataFrame({"path": ["A.svs"], "mpp": [-1.0]}), {}, ValueError, "row 0: `mpp` is -1.0"),

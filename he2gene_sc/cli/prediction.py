@@ -160,7 +160,7 @@ def _predict_one(
     written = predict_slide(job, model)
     if as_json:
         # JSON has no NaN.
-        found = {name: value if value == value else None for name, value in figures(job).items()}
+        found = {name: value if value == value else None for name, value in figures(job, model).items()}
         typer.echo(json.dumps([{"path": str(path), "output": str(written), "status": "predicted", **found}]))
     else:
         typer.echo(f"Written: {written}")

@@ -56,7 +56,8 @@ def check_client(client: Any, n_workers: int | None) -> None:
 def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict[str, str]]:
     """Return the environment of each worker of a local cluster.
 
-    By default one worker a GPU; without one, as many as there are cores, memory for them, and slides.
+    By default one worker a GPU; without one, as many as there are cores, memory for them, and slides. Their threads of BLAS and
+    torch share the cores.
     """
     from dask.system import CPU_COUNT
 
@@ -65,11 +66,9 @@ def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict
         memory = memory_of_machine()
         room = CPU_COUNT if memory is None else min(CPU_COUNT, memory // _WORKER_BYTES)
         n_workers = len(gpus) or (room if device in ("auto", "cpu") and not _has_mps() else 1)
-    threads = dict.fromkeys(_THREADS, "1")
-    return [
-        {**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})}
-        for i in range(max(1, min(n_workers, n_slides)))
-    ]
+    n_workers = max(1, min(n_workers, n_slides))
+    threads = dict.fromkeys(_THREADS, str(max(1, CPU_COUNT // n_workers)))
+    return [{**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(n_workers)]
 
 
 def _gpus() -> list[str]:
@@ -88,8 +87,12 @@ def _has_mps() -> bool:
 
 
 @contextmanager
-def local_client(environments: list[dict[str, str]]) -> Iterator[Client]:
-    """Start a process for each environment, with one thread, on this machine; stop them afterwards."""
+def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> Iterator[Client]:
+    """Start a process for each environment, with one task at a time, on this machine; stop them afterwards.
+
+    ``alone``: dask neither pauses nor ends a worker for the memory that it takes.
+    """
+    import dask
     from distributed import Client, Nanny, Scheduler
     from distributed.deploy.spec import SpecCluster
 
@@ -107,7 +110,8 @@ def local_client(environments: list[dict[str, str]]) -> Iterator[Client]:
     # A slide is tried on two workers, so that one that ends its worker does not end them all.
     options = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0", "allowed_failures": 1}
     scheduler = {"cls": Scheduler, "options": options}
-    with _quiet():
+    unlimited = {"distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
+    with _quiet(), dask.config.set(unlimited if alone else {}):
         cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL)
         try:
             with Client(cluster) as client:

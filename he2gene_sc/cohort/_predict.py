@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,15 +115,15 @@ def predict(
     todo = {}
     for number, (job, model) in enumerate(zip(jobs, models, strict=True)):
         if is_finished(job, model):
-            table.add(number, {"status": "skipped", **figures(job)})
+            table.add(number, {"status": "skipped", **figures(job, model)})
         else:
             todo[number] = (job, model)
     shown = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
     with _bar(len(jobs), len(jobs) - len(todo), shown) as bar:
         if todo:
             device = str(options.get("device") or settings.device)
-            with _connected(client, workers_here(len(todo), n_workers, device)) as connected:
-                for number, row in _results(connected, todo):
+            with contextlib.closing(_predicted(client, todo, n_workers, device)) as rows:
+                for number, row in rows:
                     table.add(number, row)
                     bar.set_postfix(spots=table.n_spots, failed=table.n_failed)
                     bar.update()
@@ -141,8 +141,25 @@ def _load(names: list[Any]) -> list[HE2Gene]:
     return [loaded[name if isinstance(name, str | Path) else id(name)] for name in names]
 
 
-def _connected(client: Client | None, environments: list[dict[str, str]]) -> contextlib.AbstractContextManager[Client]:
-    return local_client(environments) if client is None else contextlib.nullcontext(client)
+def _predicted(
+    client: Client | None, todo: dict[int, tuple[Job, HE2Gene]], n_workers: int | None, device: str
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
+    """Run the slides on a client's cluster or one of this machine; yield the row of each as it is done."""
+    killed: list[int] = []
+    with _connected(client, workers_here(len(todo), n_workers, device)) as many:
+        yield from _results(many, todo, killed)
+    if not killed:
+        return
+    # A worker may have died of another slide that it had: those that are left have one to themselves, here with all memory.
+    with _connected(client, workers_here(1, 1, device), alone=True) as one:
+        for number in killed:
+            yield from _results(one, {number: todo[number]})
+
+
+def _connected(
+    client: Client | None, environments: list[dict[str, str]], **options: bool
+) -> contextlib.AbstractContextManager[Client]:
+    return local_client(environments, **options) if client is None else contextlib.nullcontext(client)
 
 
 def _bar(total: int, done: int, shown: bool) -> Any:
@@ -240,25 +257,20 @@ def _is_summary(path: Path) -> bool:
 # --- Tasks -----------------------------------------------------------------------------------------------------------
 
 
-def _results(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run the slides; yield the row of each as it is done."""
+def _results(
+    client: Client, todo: dict[int, tuple[Job, HE2Gene]], killed: list[int] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run the slides; yield the row of each as it is done, but for those whose workers died: ``killed`` gets them, if given."""
     from distributed import KilledWorker, as_completed
 
-    alone = []
     futures = _submit(client, todo)
     try:
         for future in as_completed(futures):
             number = futures[future]
-            if future.status == "error" and isinstance(future.exception(), KilledWorker):
-                alone.append(number)
+            if killed is not None and future.status == "error" and isinstance(future.exception(), KilledWorker):
+                killed.append(number)
             else:
                 yield number, _row(future)
-        # A worker may have died of another slide that it had: those that are left have one to themselves.
-        for number in alone:
-            (future,) = again = _submit(client, {number: todo[number]})
-            futures |= again
-            next(as_completed(again))
-            yield number, _row(future)
     finally:
         client.cancel(list(futures))
 
@@ -322,7 +334,7 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
             status = "skipped" if is_finished(job, model) else "predicted"
             if status == "predicted":
                 predict_slide(job, model)
-            row = {"status": status, **figures(job)}
+            row = {"status": status, **figures(job, model)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the other slides go on
             row = _failed(f"{type(error).__name__}: {error}")
         said = dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)

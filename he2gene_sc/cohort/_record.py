@@ -31,17 +31,14 @@ def is_finished(job: Job, model: HE2Gene) -> bool:
         source = (root_attrs(job.output) or {}).get(ATTRS, {}).get(SOURCE, {})
         if not job.in_place and source != job.source:
             return False
-        return any(
-            _matches(table, record, job, model) and _is_asked_for(table, job) and _has_labels(table, job.labels)
-            for table, record in _predictions(job.output, _key(job))
-        )
+        return any(_has_labels(table, job.labels) for table, _ in _asked_for(job, model))
     except Exception:  # noqa: BLE001 - whatever damage does to a reader: it is read again, and reported then
         return False
 
 
-def figures(job: Job) -> dict[str, Any]:
+def figures(job: Job, model: HE2Gene) -> dict[str, Any]:
     """Numbers of a finished slide for the summary."""
-    table, record = _its_table(job)
+    table, record = _its_table(job, model)
     odd = record.get("share_out_of_distribution", math.nan)
     mpp = set(_values(record["mpp"]))
     return {
@@ -66,8 +63,15 @@ def _predictions(store: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]
             yield place.parents[1], record
 
 
-def _its_table(job: Job) -> tuple[Path, dict[str, Any]]:
-    found = list(_predictions(job.output, _key(job)))
+def _asked_for(job: Job, model: HE2Gene) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Tables that hold the prediction of a job."""
+    for table, record in _predictions(job.output, _key(job)):
+        if _matches(table, record, job, model) and _is_asked_for(table, job):
+            yield table, record
+
+
+def _its_table(job: Job, model: HE2Gene) -> tuple[Path, dict[str, Any]]:
+    found = list(_asked_for(job, model)) or list(_predictions(job.output, _key(job)))
     # All genes stand in a table of the name of the key, where a measured table has its own.
     all_genes = job.options.get("genes") == "all"
     return min(found, key=lambda pair: (pair[0].name == _key(job)) != all_genes)
