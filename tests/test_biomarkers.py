@@ -354,6 +354,17 @@ def test_labels_of_the_same_model_are_marked_circular(copied):
         assert not found(tables, key, layer=None)["circular"].any()
 
 
+def test_a_layer_adapted_from_a_prediction_is_one():
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    for table in tables:
+        table.layers["he2gene_adapted"] = table.layers["he2gene"]
+        table.uns["he2gene_adapted"] = {"verb": "adapt", "params": {"layer": "he2gene"}, "written": {}}
+    with pytest.warns(UserWarning, match="share its errors"):
+        result = found(tables, "he2gene_annotation", layer="he2gene_adapted")
+    assert result["circular"].all()
+    assert set(result["names"]) == {f"g{i}" for i in range(30)}
+
+
 def _renamed(label):
     return label.map({"tumour": "T", "stroma": "S", "fat": "F"})
 

@@ -5,6 +5,7 @@ import pytest
 import spatialdata as sd
 from matplotlib.colors import to_hex
 from sklearn import metrics
+from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
 from he2gene_sc._core.spots import pitch_of
@@ -211,6 +212,34 @@ def test_only_reliable_genes_are_used_on_both_sides(toy, tiny_model):
         run(toy, layer="he2gene")
     used = set(toy["table"].uns["he2gene_domains"]["genes"])
     assert used == set(hg.get.genes(toy, reliable=True)) & set(toy["table"].var_names)
+
+
+def _adapted(table):
+    table.uns["he2gene"] = {"weights_sha256": "0", "layer": "he2gene", "model": "none"}
+    table.uns["changed"] = {"verb": "adapt", "params": {"layer": "he2gene"}, "written": {}}
+    return "changed"
+
+
+def _of_another_name(table):
+    table.uns["he2gene"] = {"weights_sha256": "0", "layer": "changed", "model": "none"}
+    return "changed"
+
+
+@pytest.mark.parametrize("change", [_adapted, _of_another_name])
+def test_a_layer_that_is_not_called_as_its_prediction_has_its_genes_head_and_image(slide, change):
+    table = slide["table"].copy()
+    layer = change(table)
+    table.layers[layer] = table.layers["he2gene"].copy()
+    table.var["he2gene_reliable"] = np.arange(table.n_vars) < 8
+    table.uns["he2gene"]["image"] = "he"
+    turned = Image2DModel.parse(np.asarray(slide["he"].data)[:, ::-1, ::-1], dims=("c", "y", "x"))
+    images = {"he": slide["he"], "turned": turned}
+    other = sd.SpatialData(images=images, shapes={"spots": slide["spots"]}, tables={"table": table})
+    other.attrs["he2gene"] = {"mpp": dict.fromkeys(images, 4.0)}
+    lines = run(other, layer=layer, n_seeds=1, n_perms=19)
+    assert list(table.uns["he2gene_domains"]["genes"]) == list(table.var_names[:8])
+    assert {"annotation head", "mean colour"} <= set(lines["labels"])
+    assert hg.pl.domains(other)[0].get_title() == "tissue"
 
 
 def test_spots_without_a_domain_are_clustered_and_not_scored(slide):

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
+from test_predict import two_regions
 
-from he2gene_sc._core.slide import resolve
+from he2gene_sc._core.slide import resolve, slides_of
 
 
 def square(n=6, pitch=100.0):
@@ -454,6 +455,14 @@ def test_mpp_of_a_few_scattered_visium_spots_follows_from_their_array_positions(
     (slide,) = resolve(sdata)
     assert slide.mpp == pytest.approx(100 / 36)
     assert "Visium" in slide.mpp_source
+
+
+def test_slides_of_a_prediction_are_the_regions_that_were_predicted(toy):
+    both, _ = two_regions(toy)
+    record = {"image": "he", "coordinate_system": "global", "mpp": 2.0}
+    for shapes in ("spots", ["spots"], np.array(["spots"], object)):
+        both["table"].uns["he2gene"] = {"shapes": shapes, **record}
+        assert [slide.shapes_key for slide in slides_of(both, both["table"])] == ["spots"]
 
 
 def test_bins_side_by_side_may_be_few_pixels_wide():

@@ -55,7 +55,9 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
 
 
 def prediction_of(table: AnnData, layer: str | None) -> str | None:
-    """Name of the prediction that a layer (``None``: ``X``) is; ``None`` if it was measured."""
+    """Name of the prediction that a layer (``None``: ``X``) is or was adapted from; ``None`` if it was measured."""
+    if layer is not None:
+        layer = origin_of(table, layer)[0]
     if layer is None and MADE not in table.uns:
         return None
     for key, record in table.uns.items():

@@ -268,7 +268,7 @@ def mean_colours(sdata: SpatialData | AnnData, table: AnnData, layer: str | None
 
 
 def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2gene") -> tuple[Slide, ...]:
-    """Images and spots that a table annotates, one slide a region; as predict recorded them, where it did.
+    """Images and spots that a table annotates, one slide a region; those that predict recorded, where it did.
 
     Raises
     ------
@@ -286,7 +286,9 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
         value = record.get(name)
         return value.get(region) if isinstance(value, Mapping) else value
 
-    regions = [attrs["region"]] if isinstance(attrs["region"], str) else list(attrs["region"])
+    regions = _listed(attrs["region"])
+    # Others may have no image, or one that nobody named.
+    regions = [region for region in regions if region in _listed(record.get("shapes", regions))] or regions
     found: list[Slide] = []
     for region in regions:
         found += resolve(
@@ -298,3 +300,7 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
             mpp=recorded("mpp", region),
         )
     return tuple(found)
+
+
+def _listed(names: str | Iterable[str]) -> list[str]:
+    return [names] if isinstance(names, str) else [str(name) for name in names]

@@ -12,6 +12,7 @@ import pandas as pd
 from .._core import validate
 from .._core.keys import PATIENT, SECTION
 from .._core.names import labels_of
+from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
 from .._core.spots import apart, pitch_of, samples_of, sections_of, spots_of
@@ -89,7 +90,7 @@ def domains(
     labels = {column: _labels(table, spots, column) for column in columns}
     colours = _colours(table, labels)
     titles = [_title(record, section, name) for name in columns.values()]
-    where = _canvas(data, table, spots, record["params"].get("layer")) if image else None
+    where = _canvas(data, table, spots, prediction_of(table, record["params"].get("layer"))) if image else None
     axes = axes_for(len(columns) + (where is not None), ax, ncols=4, panel=4.0)
     if where is not None:
         rows = where.table.obs_names
@@ -132,7 +133,8 @@ def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, pred
         slides = slides_of(data, table, prediction)
     except ValueError:
         return None
-    return Canvas(data, next(slide for slide in slides if slide.shapes_key == shapes), table_key)
+    found = next((slide for slide in slides if slide.shapes_key == shapes), None)
+    return None if found is None else Canvas(data, found, table_key)
 
 
 def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:

@@ -15,7 +15,7 @@ from .._core.expression import Scale
 from .._core.keys import MADE, Keys, check_key
 from .._core.matrix import dense, matrix_of
 from .._core.ownership import is_of, is_prediction
-from .._core.predictions import origin_of, prediction_of
+from .._core.predictions import prediction_of
 from .._core.results import check_free, write_result
 from .._core.spots import get_table, sections_of, spots_of
 from ._adapt_input import columns_of, measured_of, rows_of
@@ -148,7 +148,7 @@ def adapt(
     key_added = f"{layer}_adapted" if key_added is None else key_added
     check_key(key_added, "key_added")
     table = get_table(data, table_key, layer=layer)
-    keys = Keys(prediction_of(table, origin_of(table, layer)[0]) or layer)
+    keys = Keys(prediction_of(table, layer) or layer)
     gain_key, measured_key, support_key = (f"{key_added}_{name}" for name in ("gain", "measured", "support"))
     check_free(table, "adapt", key_added, layers=[key_added], obs=[measured_key, support_key], var=[gain_key])
     predicted = np.asarray(dense(matrix_of(table, layer)), np.float32)

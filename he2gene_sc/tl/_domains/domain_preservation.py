@@ -14,6 +14,7 @@ from ..._core import validate
 from ..._core.duplicates import check_twins
 from ..._core.expression import Scale
 from ..._core.keys import MADE, Keys, check_key
+from ..._core.predictions import prediction_of
 from ..._core.results import check_free, write_result
 from ..._core.slide import mean_colours
 from ..._core.spots import get_table, read_spots, spots_of
@@ -184,10 +185,11 @@ def domain_preservation(
         else replace(spots, layer=measured, scale="log" if measured_scale == "log" else "counts")
     )
     depth = inputs.depth(table, measured, measured_scale) if has_measured else None
-    colour = mean_colours(data, table, layer)
+    prediction = prediction_of(table, layer)
+    colour = mean_colours(data, table, prediction)
     given = {"predicted": predicted, "measured": counted, "depth": depth, "mean colour": colour}
     spaces = {name: values for name, values in given.items() if values is not None}
-    annotation = table.obs.get(Keys(layer or "he2gene").annotation)
+    annotation = table.obs.get(Keys(prediction or layer or "he2gene").annotation)
 
     how = _Clustering(n_domains, list(range(seed, seed + n_seeds)), n_perms, clustering)
     found = {name: pd.Series(None, index=table.obs_names, dtype=object) for name in written}

@@ -111,7 +111,7 @@ def genes(
         if len(set(found)) < len(given):
             raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(found).duplicated()][0]!r} is named twice")
         given = table.var_names[found].tolist()
-    reliable = Keys(layer).reliable if layer is not None else ""
+    reliable = "" if layer is None else Keys(prediction_of(table, layer) or layer).reliable
     if given is not None:
         names = given
     elif reliable in table.var:
