@@ -168,6 +168,29 @@ def test_patients_of_one_table_without_sections_have_a_section_each():
     assert set(hg.get.evaluation(table, "genes")["section"]) == {"a", "b", "all sections"}
 
 
+def test_sections_of_one_name_in_several_patients_are_several():
+    table = make(shapes={"a": (5, 6), "b": (6, 6), "c": (4, 7), "d": (5, 5)})
+    table.obs["patient"] = table.obs["section"].map({"a": "p", "b": "p", "c": "q", "d": "q"})
+    hg.tl.evaluate(table)
+    expected = genes_of(table, "mean", "all sections")["pearson"]
+    table.obs["section"] = table.obs["section"].map({"a": "1", "b": "2", "c": "1", "d": "2"})
+    hg.tl.evaluate(table)
+    assert set(hg.get.evaluation(table, "genes")["section"]) == {"p_1", "p_2", "q_1", "q_2", "all sections"}
+    np.testing.assert_allclose(genes_of(table, "mean", "all sections")["pearson"], expected, rtol=1e-5)
+    table.obs["donor"] = table.obs.pop("patient")
+    hg.tl.evaluate(table, sample_key="donor")
+    np.testing.assert_allclose(genes_of(table, "mean", "all sections")["pearson"], expected, rtol=1e-5)
+
+
+def test_means_over_sections_need_no_column_of_sections():
+    table = make(shapes={"a": (5, 6), "b": (6, 6), "c": (4, 7)})
+    table.obs["patient"] = table.obs["section"].map({"a": "p", "b": "p", "c": "q"})
+    table.obs["slide"] = table.obs.pop("section")
+    hg.tl.evaluate(table, section_key="slide", sample_key="section")
+    alone = [genes_of(table, section=name)["pearson"] for name in "abc"]
+    np.testing.assert_allclose(genes_of(table, "mean", "all sections")["pearson"], sum(alone) / 3, rtol=1e-5)
+
+
 def test_var_holds_the_pooled_metrics_and_nan_elsewhere(table):
     hg.tl.evaluate(table, genes=["G1", "G3"])
     pooled = genes_of(table, "pooled", "all sections")

@@ -121,6 +121,7 @@ class Asked:
     section_key: str = SECTION
     model: HE2Gene | None = None
     gene_symbols: str | None = None
+    sample_key: str = PATIENT
 
 
 def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) -> Judged:
@@ -153,7 +154,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
     filled = np.any(np.isfinite(given), axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
     measured_spot = filled[partner]
-    section = _sections(other, asked.section_key)[partner]
+    section = _sections(other, asked.section_key, asked.sample_key)[partner]
     both = predicted_spot & measured_spot
     fitted = both & (False if chosen.fitted_on is None else chosen.fitted_on[rows])
     used = both & ~fitted
@@ -233,13 +234,23 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     )
 
 
-def _sections(table: AnnData, section_key: str) -> np.ndarray:
-    """Name of the section of each spot; patients of one table without sections have a section each."""
+def _sections(table: AnnData, section_key: str, sample_key: str) -> np.ndarray:
+    """Name of the section of each spot; sections of one name in several samples are several.
+
+    A few spots of another sample in a section are a mistake in the column: that section is left whole.
+    """
     sections = sections_of(table, section_key)
-    if len(set(sections)) > 1 or not has_samples(table):
+    sample_key = PATIENT if sample_key == SECTION else sample_key
+    if not has_samples(table, sample_key):
         return sections
-    patients = names_of(table, PATIENT, "sample_key")
-    return sections if pd.isna(patients).any() else apart(sections, patients)
+    samples = names_of(table, sample_key, "sample_key")
+    if pd.isna(samples).any():
+        return sections
+    if len(set(sections)) == 1:
+        return apart(sections, samples)
+    sizes = pd.DataFrame({"section": sections, "sample": samples}).value_counts()
+    shared = sizes[sizes.index.get_level_values("section").duplicated(keep=False)]
+    return sections if (shared < MIN_SPOTS).any() else apart(sections, samples)
 
 
 def few(values: Iterable[object], n: int = 5) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.expression import SCALES, Scale
-from ..._core.keys import Keys, check_key
+from ..._core.keys import SECTION, Keys, check_key
 from ..._core.results import check_free, write_result
 from ..._core.spots import get_table, has_samples
 from .aligned import UNKNOWN_LABELS, Asked, Judged, few, proba_of, read
@@ -69,7 +69,8 @@ def evaluate(
         Column of ``obs`` with the patient, the statistical unit. A table without the default column is of one patient. Means
         are over patients, each the mean of its sections; ``"section"``: over sections.
     section_key
-        Column of ``obs`` with the section. Without the default column the shapes elements are the sections.
+        Column of ``obs`` with the section. Without the default column the shapes elements are the sections. Sections of one
+        name in several patients are several.
     genes
         Genes to judge, a name or several. Default: all that were predicted and measured.
     baselines
@@ -196,9 +197,13 @@ def evaluate(
             section_key,
             None if model is None else load(model),
             gene_symbols,
+            sample_key,
         ),
     )
-    samples = _samples(judged, sample_key) if has_samples(judged.source, sample_key) else None
+    # The column may be missing: the sections are then the shapes elements.
+    over_sections = sample_key == SECTION and (section_key == SECTION or SECTION not in judged.source.obs)
+    known = not over_sections and has_samples(judged.source, sample_key)
+    samples = _samples(judged, sample_key) if known else None
     left_out, facts = dict(judged.n_left_out), {}
     if annotation_key is not None:
         proba, codes, left_out[UNKNOWN_LABELS] = proba_of(judged, annotation_key, table, keys)
