@@ -47,6 +47,14 @@ def test_whole_sections_and_whole_patients_are_held_out(source):
         assert not {many.patients[name] for name in train} & {many.patients[name] for name in test}
 
 
+def test_a_list_of_genes_leaves_the_rest_of_the_selection_as_it_is(monkeypatch, source):
+    given = {}
+    monkeypatch.setattr(hg.tl, "train", lambda sections, **settings: given.update(settings))
+    for genes, names in (({}, None), ({"genes": ["EPCAM", "FASN"]}, ["EPCAM", "FASN"])):
+        _benchmark._train(source, [], "default", None, None, genes)
+        assert (given["genes"].genes, given["genes"].missing_genes_are_zero) == (names, True)
+
+
 def test_one_patient_cannot_be_held_out(source):
     alone = Source("one", {"S0": "A", "S1": "A"}, source.read)
     with pytest.raises(ValueError, match="of one patient only"):

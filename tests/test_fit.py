@@ -503,7 +503,7 @@ def test_too_little_memory_stops_with_what_to_change(monkeypatch):
             return super().forward(x.mean((2, 3)))
 
     monkeypatch.setattr(_memory, "memory_of_machine", lambda: None)
-    with pytest.raises(RuntimeError, match=r"`patches_at_once`, lower `batch_size` \(it is 16\)"):
+    with pytest.raises(RuntimeError, match=r"`patches_at_once`, lower `batch_size` \(it is 16\).*hg.PaperRecipe"):
         fit_network(toy_set(), BASE, Hungry(3, 4), SPEC, **CPU)
 
 
@@ -515,7 +515,9 @@ def test_what_a_patch_keeps_for_its_gradient_is_counted():
 
 def test_a_batch_that_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
     monkeypatch.setattr(_memory, "memory_of_machine", lambda: 200_000)
-    with pytest.raises(MemoryError, match=r"^16 patches at once need .* pass `patches_at_once` \(at most \d+ fit\)"):
+    with pytest.raises(
+        MemoryError, match=r"^16 patches at once need .* pass `patches_at_once` \(at most \d+ fit\).*hg.PaperRecipe"
+    ):
         fit(toy_set())
     monkeypatch.setattr(_memory, "memory_of_machine", lambda: 20_000)
     with pytest.raises(MemoryError, match="take a smaller `encoder`"):

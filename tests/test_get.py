@@ -151,3 +151,10 @@ def test_the_default_layer_is_that_of_the_prediction_key(toy, tiny_model):
     assert [predicted_layer(table, "mine", name) for name in ("he2gene", "mine", "values")] == ["values"] * 3
     hg.tl.evaluate(toy, prediction_key="mine")
     assert hg.get.evaluation(toy, "genes")["predictor"].unique()[0] == "he2gene"
+
+
+@pytest.mark.parametrize("read", [hg.get.evaluation, hg.get.domains, hg.get.biomarkers, hg.pl.domains])
+@pytest.mark.parametrize("data", [1, None, "slide.zarr", [1]])
+def test_what_is_no_object_holds_no_result(read, data):
+    with pytest.raises(TypeError, match="`data` (is|holds) a "):
+        read(data)

@@ -441,7 +441,9 @@ def test_bins_smaller_than_a_cell_and_images_too_coarse_are_refused_with_the_roa
 def test_a_resolution_tag_off_by_ten_is_named():
     sdata = slide_of(square(), 25.0)
     sdata.attrs["he2gene"] = {"mpp": {"he": 0.2}}
-    with pytest.warns(UserWarning, match=r"which makes 2, ten times off; if that is right, pass mpp=2"):
+    with pytest.warns(
+        UserWarning, match=r"which makes 2, ten times off; if that is right, pass mpp=2 \(.*SectionKeys\(mpp=2\)\)"
+    ):
         resolve(sdata)
 
 

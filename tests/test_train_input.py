@@ -392,6 +392,11 @@ def test_classes_that_do_not_fit_are_refused(options, match):
         hg.Classes(**options)
 
 
+def test_classes_may_be_left_as_they_are_by_none():
+    classes = hg.Classes(merge=None, colors=None)
+    assert (classes.merge, classes.colors) == ({}, {})
+
+
 def test_keys_and_card_have_to_be_dataclasses():
     refuses([], r"`keys` is of type dict; hg.SectionKeys\(...\) is needed", TypeError, keys={"layer": "counts"})
     refuses([], r"`card` is of type str; hg.CardText\(...\) is needed", TypeError, card="2")
@@ -696,6 +701,6 @@ def test_lists_with_few_common_counts_are_not_scaled(caplog):
 def test_windows_of_a_few_pixels_are_refused_before_anything_is_encoded():
     refuses(
         toys(),
-        r"`windows_um`: a window of 10 µm is .* px of section '.*' \(.*\); 8 px, .* µm, are the least",
+        r"`windows_um`: a window of 10 µm is .* px of section '.*' \(.*\); 8 px, .* µm, are the least.*preset=hg\.",
         windows_um=[10.0, 400.0],
     )

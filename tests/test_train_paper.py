@@ -209,6 +209,12 @@ def test_exact_is_single_precision(monkeypatch):
     assert said == ["32-true"]
 
 
+def test_precision_may_be_a_number():
+    assert PaperRecipe("he2gene-base", precision=32, exact=True).precision == "32"
+    with pytest.raises(ValueError, match="`precision` is '64', valid"):
+        PaperRecipe("he2gene-base", precision=64)
+
+
 def test_the_default_is_no_recipe_of_the_paper():
     with pytest.raises(ValueError, match=r"`name` is 'default', valid: \['he2gene-base', 'he2gene-spat'\]"):
         PaperRecipe("default", exact=True)

@@ -153,13 +153,13 @@ def resolve_mpp(
             for system in get_transformation(sdata.images[image_key], get_all=True)
         }
         hint = "".join(
-            f"; if coordinate system {system!r} is in µm, pass mpp={value:.4g}"
+            f"; if coordinate system {system!r} is in µm, {_passed(f'{value:.4g}')}"
             for system, value in per_unit.items()
             if abs(value - 1) > 1e-6
         )
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
-            f"object states none and the spots are not a Visium or legacy ST lattice{hint}"
+            f"object states none and the spots are not a Visium or legacy ST lattice{hint or '; ' + _passed('...')}"
         )
     in_um = assay is not None and abs(assay[0] - 1) < _EXACT
     if measured and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
@@ -168,7 +168,7 @@ def resolve_mpp(
             "its coordinates look like micrometres, not pixels; if they are, transform them: "
             f"{scaling(shapes_key, 1 / found[0])}"
             if in_um
-            else f"if that is right, pass mpp={assay[0]:.4g}"
+            else f"if that is right, {_passed(f'{assay[0]:.4g}')}"
         )
         tenfold = ", ten times off" if not in_um and any(0.8 < r < 1.25 for r in (ratio / 10, ratio * 10)) else ""
         warnings.warn(
@@ -181,19 +181,24 @@ def resolve_mpp(
         warnings.warn(
             f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
             f"not pixels of image {image_key!r}. If they are, the wrong pixels are read; transform them by the true µm/px, "
-            f"for 0.5: {scaling(shapes_key, 2.0)}. If the image has 1 µm/px, pass mpp=1.0",
+            f"for 0.5: {scaling(shapes_key, 2.0)}. If the image has 1 µm/px, {_passed('1.0')}",
             UserWarning,
             stacklevel=4,
         )
     if not measured and found[1] == (assay and assay[1]):
         warnings.warn(
             f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. Nothing "
-            "was measured on them, so they may not be of this assay; pass mpp= to be sure",
+            f"was measured on them, so they may not be of this assay; to be sure {_passed('...')}",
             UserWarning,
             stacklevel=4,
         )
     logger.info("image %r: %.4g µm/px (%s)", image_key, *found)
     return found
+
+
+def _passed(mpp: str) -> str:
+    """Arguments that state µm/px."""
+    return f"pass mpp={mpp} (to hg.tl.train keys=hg.SectionKeys(mpp={mpp}))"
 
 
 def scaling(shapes_key: str, factor: float) -> str:

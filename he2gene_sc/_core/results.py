@@ -7,7 +7,7 @@ removed, with a warning. An exception while writing, a warning that was made one
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,12 +66,21 @@ def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -
 
     Raises
     ------
+    TypeError
+        If ``data`` is or holds something else.
     ValueError
         If an object has none, or several.
     """
-    objects = [data] if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    if _is_object(data):
+        objects = [data]
+    elif isinstance(data, Iterable) and not isinstance(data, str | Mapping):
+        objects = list(data)
+    else:
+        raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object, or several, are needed")
     found = []
     for item in objects:
+        if not _is_object(item):
+            raise TypeError(f"`data` holds a {type(item).__name__}; SpatialData or AnnData objects are needed")
         tables = item.tables if hasattr(item, "tables") else {"": item}
         if table_key is not None and hasattr(item, "tables") and table_key not in tables:
             raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
@@ -88,6 +97,10 @@ def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -
     if not found:
         raise ValueError("`data` is empty; at least one object is needed")
     return found
+
+
+def _is_object(data: Any) -> bool:
+    return hasattr(data, "tables") or hasattr(data, "obs_names")
 
 
 def find_result(data: Any, verb: str, key: str, table_key: str | None = None) -> Mapping[str, Any]:

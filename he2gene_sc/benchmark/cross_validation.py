@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,8 +317,16 @@ def _train(
     from .. import tl
 
     own = {"cache": cache} if preset == "default" else {"encoder": _ENCODER}
-    settings = {"preset": preset, "annotation_key": "annotation", "device": device, "genes": GENES, **own, **options}
+    settings = {"preset": preset, "annotation_key": "annotation", "device": device, **own, **options}
+    settings["genes"] = _genes(options.get("genes"))
     return tl.train((source.read(name) for name in names), show_progress_bar=False, **settings)
+
+
+def _genes(given: GeneSelection | Sequence[str] | None) -> GeneSelection:
+    """Genes to learn; a list says which, and leaves the rest of :data:`GENES` as it is."""
+    if given is None:
+        return GENES
+    return given if isinstance(given, GeneSelection) else replace(GENES, genes=given)
 
 
 def _by_model(

@@ -45,7 +45,8 @@ def check_sums(n_features: int) -> None:
     if there is not None and needed > _USABLE * there:
         raise MemoryError(
             f"{n_features:,} features a spot need {needed / 2**30:.1f} GiB for their sums of squares, "
-            f"{there / 2**30:.1f} are free here; use fewer `windows_um` or `stages`, or a smaller `encoder`"
+            f"{there / 2**30:.1f} are free here; use fewer `windows_um` or `stages`, which hg.tl.train takes as "
+            "preset=hg.DefaultRecipe(windows_um=..., stages=...), or a smaller `encoder`"
         )
 
 
@@ -84,5 +85,6 @@ def check_memory(encoder: nn.Module, input_px: int, *, patches: int, spots: int,
         )
         raise MemoryError(
             f"{patches:,} patches at once need {needed / 2**30:.1f} GiB ({a_patch / 2**20:.0f} MiB a patch of {input_px} px), "
-            f"{there / 2**30:.1f} are free here; {hint}, or a smaller `batch_size`"
+            f"{there / 2**30:.1f} are free here; {hint}, or a smaller `batch_size`; "
+            "hg.tl.train takes both as preset=hg.PaperRecipe(..., patches_at_once=..., batch_size=...)"
         )

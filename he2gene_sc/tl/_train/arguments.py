@@ -45,7 +45,8 @@ def wide_enough(sections: Iterator[Measured], windows_um: Sequence[float]) -> It
         if pixels < MIN_PX:
             raise ValueError(
                 f"`windows_um`: a window of {min(windows_um):g} µm is {pixels:.3g} px of section {section.name!r} "
-                f"({section.mpp:.4g} µm/px); {MIN_PX} px, {MIN_PX * section.mpp:.3g} µm, are the least"
+                f"({section.mpp:.4g} µm/px); {MIN_PX} px, {MIN_PX * section.mpp:.3g} µm, are the least. "
+                "Pass wider windows by `preset`, such as preset=hg.DefaultRecipe(windows_um=...)"
             )
         yield section
         del section

@@ -96,7 +96,8 @@ def check_two_classes(part: np.ndarray, chosen: Classes, counted: Counter[str]) 
     if len(classes) > 2:
         raise ValueError(
             f"`exact` is True, which has one logit for two classes, as the paper has for tumour; found {classes}. Merge "
-            "them by `classes` (label to class, None leaves a label out), or drop `exact`"
+            "them by `classes`: hg.Classes(merge=...) (label to class, None leaves a label out), or drop exact=True of "
+            "hg.PaperRecipe"
         )
 
 

@@ -124,16 +124,17 @@ class Classes(validate.Checked):
     def __post_init__(self) -> None:
         _check_mapping(self.merge, "classes")
         _check_mapping(self.colors, "colors")
-        wrong = {label: name for label, name in self.merge.items() if not (name is None or isinstance(name, str))}
+        merge = dict(self.merge if self.merge is not None else {})
+        wrong = {label: name for label, name in merge.items() if not (name is None or isinstance(name, str))}
         if wrong:
             raise ValueError(
                 f"`classes` maps labels to {wrong}; the name of a class is needed, or None, which leaves it out"
             )
         ignored = [clean_name(name) for name in validate.names(self.ignore, "ignore")]
         self.set(
-            merge={clean_name(label): name for label, name in self.merge.items()},
+            merge={clean_name(label): name for label, name in merge.items()},
             ignore=tuple(name for name in ignored if name is not None),
-            colors=_hex_colours(self.colors),
+            colors=_hex_colours(dict(self.colors if self.colors is not None else {})),
         )
 
 

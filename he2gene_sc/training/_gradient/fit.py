@@ -206,7 +206,7 @@ def fit_network(
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"the device is out of memory: pass a small `patches_at_once`, lower `batch_size` (it is {preset.batch_size}), or "
-                "take a smaller encoder"
+                "take a smaller encoder; hg.tl.train takes both as preset=hg.PaperRecipe(..., patches_at_once=..., batch_size=...)"
             ) from error
         if not keeper.best and not last.is_file():
             raise RuntimeError(

@@ -42,7 +42,7 @@ class RunOptions(validate.Checked):
     """
 
     patches_at_once: int | None = None
-    precision: str | None = None
+    precision: str | int | None = None
     devices: int | str | Sequence[int] | None = None
     num_nodes: int = 1
     strategy: str = "auto"
@@ -57,6 +57,8 @@ class RunOptions(validate.Checked):
             validate.whole(self.patches_at_once, "patches_at_once", 2)
         validate.whole(self.num_nodes, "num_nodes")
         validate.whole(self.checkpoint_steps, "checkpoint_steps")
+        if validate.is_whole(self.precision):
+            self.set(precision=str(self.precision))
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(
                 f"`precision` is {self.precision!r}, valid: {list(PRECISIONS)}; the weights themselves stay single"
