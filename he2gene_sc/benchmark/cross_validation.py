@@ -318,15 +318,10 @@ def _train(
 
     own = {"cache": cache} if preset == "default" else {"encoder": _ENCODER}
     settings = {"preset": preset, "annotation_key": "annotation", "device": device, **own, **options}
-    settings["genes"] = _genes(options.get("genes"))
+    # A list says which genes, and leaves the rest as it is.
+    genes = options.get("genes")
+    settings["genes"] = genes if isinstance(genes, GeneSelection) else replace(GENES, genes=genes)
     return tl.train((source.read(name) for name in names), show_progress_bar=False, **settings)
-
-
-def _genes(given: GeneSelection | Sequence[str] | None) -> GeneSelection:
-    """Genes to learn; a list says which, and leaves the rest of :data:`GENES` as it is."""
-    if given is None:
-        return GENES
-    return given if isinstance(given, GeneSelection) else replace(GENES, genes=given)
 
 
 def _by_model(
