@@ -360,7 +360,7 @@ def test_figures_are_those_of_the_table_that_was_asked_for(finished, model, tmp_
         (["A.zarr"], {"imagekey": "he"}, ValueError, "near 'imagekey': ['image_key'"),
         (["A.zarr"], {"tta": "yes"}, ValueError, "`tta` is 'yes'; True or False"),
         (["A.zarr"], {"summary": "no/such/folder.csv"}, ValueError, "`summary`"),
-        (pd.DataFrame({"slide": ["A.svs"]}), {}, ValueError, "there is no column `path`"),
+        (pd.DataFrame({"slide": ["A.svs"]}), {}, ValueError, "lacks the column `path`"),
         (pd.DataFrame({"path": ["A.svs"], "mmp": [0.5]}), {}, ValueError, "'mmp' is not among the columns"),
         (pd.DataFrame({"path": ["A.svs", None]}), {}, ValueError, "row 1: `path` is empty"),
         (pd.DataFrame({"path": ["A.svs"], "tta": ["maybe"]}), {}, ValueError, "row 0: `tta` is 'maybe'"),
@@ -495,7 +495,7 @@ def test_the_shell_predicts_one_slide_with_what_the_verb_takes(shell, slides, bu
         (("A.zarr", "--genes", ","), "names no gene"),
         (("A.zarr", "--genes", "CD24", "--all-genes"), "give one of them"),
         (("A.zarr", "--scheduler", "tcp://h:1", "--workers", "2"), "give one of them"),
-        (("--manifest", "m.csv"), "there is no such manifest"),
+        (("--manifest", "m.csv"), "the file does not exist; name a csv or tsv file"),
         (("C.png", "--tissue-method", "x", "--mpp", "4"), "`method` is 'x'"),
     ],
 )

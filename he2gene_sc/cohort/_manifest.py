@@ -174,7 +174,9 @@ def _read(manifest: Path) -> pd.DataFrame:
     import pandas as pd
 
     if not manifest.is_file():
-        raise ValueError(f"`paths` {str(manifest)!r}: there is no such manifest")
+        raise ValueError(
+            f"`paths` {str(manifest)!r}: the file does not exist; name a csv or tsv file with a row a slide"
+        )
     try:
         return pd.read_csv(
             manifest,
@@ -192,7 +194,7 @@ def _of_frame(frame: pd.DataFrame, folder: Path, name: str, *, first: int) -> It
     columns = [str(column).strip() for column in frame.columns]
     validate.unique(columns, name, "columns")
     if "path" not in columns:
-        raise ValueError(f"{name}: there is no column `path`, columns: {columns}; it names the slide of each row")
+        raise ValueError(f"{name} lacks the column `path`, which names the slide of each row; it has {columns}")
     _check_names(columns, f"columns of {name}")
     for number, values in enumerate(frame.itertuples(index=False, name=None)):
         where = f"{name}, {'line' if first else 'row'} {number + first}"

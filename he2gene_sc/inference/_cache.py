@@ -102,9 +102,9 @@ def cached_features(
     run that is killed leaves at most that, which no run reads. Runs that compute the same at once each write their own,
     and the last one stands.
 
-    *Going on.* Of more than 1,024 spots each block of so many is such a file of its own (``.block``) until all are there.
-    A run that was interrupted takes them up, if its batches are of the same size: it encodes the batches that are missing,
-    as they would have been, and gives the same numbers bit for bit. Meanwhile the disk holds the features twice.
+    *Going on.* Above 1,024 spots, features are first written in blocks of 1,024, a file each (``.block``).
+    A run that was interrupted reads the blocks that are complete and encodes the others. With the same batch size it
+    gives the same numbers bit for bit. Meanwhile the disk holds the features twice.
 
     *Single precision* is what the encoder hands out: a head fitted to features from the cache is the head fitted
     without it, bit for bit. Half precision would halve the files, change every fit, and overflow above 65,504.

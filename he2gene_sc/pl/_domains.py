@@ -16,6 +16,7 @@ from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
 from .._core.spots import apart, pitch_of, samples_of, sections_of, spots_of
+from ..tl._domains.inputs import MIN_SPOTS
 from ._canvas import Canvas, axes_for, draw, finish
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
-#: As domain_preservation has it: a domain of fewer spots in a section is not scored.
-MIN_SPOTS = 3
 _EXTRA_COLOURS = ("#e377c2", "#8c564b", "#aec7e8", "#ffbb78", "#98df8a")
 
 

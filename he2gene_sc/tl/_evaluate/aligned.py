@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from ..._core import validate
 from ..._core.elements import find_table
 from ..._core.expression import Scale, log_expression
 from ..._core.keys import MADE, PATIENT, SECTION, Keys
@@ -176,12 +177,12 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     if len(small) == len(names):
         raise ValueError(
             f"`data`: {int(used.sum())} spots were both predicted and measured{', and not used by hg.tl.adapt' * chosen.adapted}"
-            f", in sections of so many: {few(f'{s!r} {n}' for s, n in zip(names, sizes, strict=True))}; at least {MIN_SPOTS} "
+            f", in sections of so many: {validate.format_list(f'{s!r} {n}' for s, n in zip(names, sizes, strict=True))}; at least {MIN_SPOTS} "
             "spots of a section are needed"
         )
     if len(small):
         warnings.warn(
-            f"sections [{few(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out",
+            f"sections [{validate.format_list(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out",
             UserWarning,
             stacklevel=3,
         )
@@ -200,7 +201,9 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     sections = {str(name): np.flatnonzero(section == name) for name in pd.unique(section)}
     pitches = {name: pitches[name] for name in sections}
     if shared := [name for name, pitch in pitches.items() if not pitch > 0]:
-        raise ValueError(f"obsm['spatial']: most spots of sections {few(shared)} lie on top of each other")
+        raise ValueError(
+            f"obsm['spatial']: most spots of sections {validate.format_list(shared)} lie on top of each other"
+        )
     row, column = _cells(other.obs.iloc[partner], xy, sections, pitches)
     trained_on = [] if model is None else sorted(sections.keys() & set(model.card.training.get("sections", ())))
     if model is not None and trained_on:
@@ -251,12 +254,6 @@ def _sections(table: AnnData, section_key: str, sample_key: str) -> np.ndarray:
     sizes = pd.DataFrame({"section": sections, "sample": samples}).value_counts()
     shared = sizes[sizes.index.get_level_values("section").duplicated(keep=False)]
     return sections if (shared < MIN_SPOTS).any() else apart(sections, samples)
-
-
-def few(values: Iterable[object], n: int = 5) -> str:
-    """Write the first values, and how many there are where not all are shown."""
-    texts = [str(value) for value in values]
-    return ", ".join(texts[:n]) + (f", … ({len(texts)} in all)" if len(texts) > n else "")
 
 
 def _measured(
@@ -324,7 +321,7 @@ def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) ->
         )
     if len(unknown):
         warnings.warn(
-            f"classes that the model does not know are left out: {{{few(f'{k!r}: {n}' for k, n in unknown.items())}}}",
+            f"classes that the model does not know are left out: {{{validate.format_list(f'{k!r}: {n}' for k, n in unknown.items())}}}",
             UserWarning,
             stacklevel=3,
         )

@@ -15,7 +15,7 @@ from ..._core.expression import SCALES, Scale
 from ..._core.keys import SECTION, Keys, check_key
 from ..._core.results import check_free, write_result
 from ..._core.spots import get_table, has_samples
-from .aligned import UNKNOWN_LABELS, Asked, Judged, few, proba_of, read
+from .aligned import UNKNOWN_LABELS, Asked, Judged, proba_of, read
 from .baselines import readings
 from .layer import MODEL, prediction_named
 from .metrics import BASELINES, METRICS, SEEN, Results, annotation_tables, gene_tables, judge, summarise
@@ -278,7 +278,7 @@ def _samples(judged: Judged, sample_key: str) -> Mapping[str, str]:
         found = pd.unique(pd.Series(values[where], dtype=object))
         if len(found) != 1 or pd.isna(found[0]):
             raise ValueError(
-                f"`sample_key` {sample_key!r}: section {section!r} has {few(map(repr, found))}; one sample is needed: "
+                f"`sample_key` {sample_key!r}: section {section!r} has {validate.format_list(map(repr, found))}; one sample is needed: "
                 "tell sections apart by `section_key`, or pass sample_key='section' for means over sections"
             )
         of[section] = str(found[0])
