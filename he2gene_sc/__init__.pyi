@@ -1,5 +1,6 @@
 from . import cohort, datasets, get, io, models, pl, pp, tl
 from ._settings import settings
+from .inference._lazyslide import LazySlideModel
 from .tl._biomarkers.design import Design
 from .tl._train.options import CardText, Classes, GeneSelection, SectionKeys
 from .tl._train.recipes import DefaultRecipe, PaperRecipe
@@ -12,6 +13,7 @@ __all__ = [
     "DefaultRecipe",
     "Design",
     "GeneSelection",
+    "LazySlideModel",
     "PaperRecipe",
     "SectionKeys",
     "__version__",

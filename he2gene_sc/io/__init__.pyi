@@ -1,8 +1,10 @@
 from ._he import read_he
 from ._save import save
 from ._st import read_st
+from ._wsidata import from_wsidata
 
 __all__ = [
+    "from_wsidata",
     "read_he",
     "read_st",
     "save",

@@ -2,6 +2,8 @@
 
 python tests/benchmarks/bench_wsi.py                    40,000 x 40,000 pixels
 python tests/benchmarks/bench_wsi.py --side 100000      some 3 GB on disk
+python tests/benchmarks/bench_wsi.py --side 8192 --against --spots 400
+                                    openslide (reading alone) and LazySlide (reading and encoder), where they are installed
 """
 
 import argparse
@@ -138,14 +140,80 @@ def main(side: int, folder: Path, n: int) -> None:
             )
 
 
+def against(side: int, folder: Path, n: int) -> None:
+    """Print spots a second of CPU of openslide, of LazySlide and of this package on the same tiles of 100 µm."""
+    import dask.array as da
+    import lazyslide as zs
+    import openslide
+    import torch
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel
+    from torchvision.transforms import v2
+    from wsidata import open_wsi
+
+    import he2gene_sc as hg
+    from he2gene_sc._core.images import pyramid_of
+    from he2gene_sc.image import PatchReader
+    from he2gene_sc.inference import encode
+    from he2gene_sc.models._network import FeatureExtractor
+
+    warnings.simplefilter("ignore")
+    tiff, store = folder / f"slide_{side}.tif", folder / f"slide_{side}.zarr"
+    if not tiff.exists():
+        write_tiff(tiff, side)
+    if not store.exists():
+        write_zarr(store, tiff, side)
+    slide = openslide.OpenSlide(tiff)
+    sdata = SpatialData(
+        images={"he": Image2DModel.parse(da.from_zarr(store), dims=("c", "y", "x"), c_coords=["r", "g", "b"])}
+    )
+    encoder, spec = hg.models.load_encoder("efficientnet-lite0")
+    ready = v2.Compose(
+        [v2.ToImage(), v2.Resize((INPUT_PX, INPUT_PX), antialias=True), v2.ToDtype(torch.float32, scale=True),
+         v2.Normalize(spec.mean, spec.std)]
+    )  # fmt: skip
+    px = round(ONE[0] / MPP)
+    for name, wsi, pyramid in (
+        ("TIFF", open_wsi(tiff, store=None), pyramid_of(hg.io.read_he(tiff, mpp=MPP), "he")),
+        ("zarr", open_wsi(sdata, image_key="he", store=None), pyramid_of(sdata, "he")),
+    ):
+        zs.pp.tile_tissues(wsi, px, mpp=MPP, slide_mpp=MPP, background_filter=False)
+        wsi.shapes["tiles"] = wsi.shapes["tiles"].iloc[:n]
+        corners = wsi.shapes["tiles"].bounds[["minx", "miny"]].to_numpy()
+        rates = {}
+        start = time.process_time()
+        for x, y in corners if name == "TIFF" else []:
+            np.asarray(slide.read_region((int(x), int(y)), 0, (px, px)))[..., :3].copy()
+        rates["openslide, reading"] = time.process_time() - start
+        start = time.process_time()
+        for _ in PatchReader(pyramid, corners + px / 2, MPP, windows_um=ONE, input_px=INPUT_PX):
+            pass
+        rates["he2gene_sc, reading"] = time.process_time() - start
+        start = time.process_time()
+        zs.tl.feature_extraction(wsi, encoder, transform=ready, batch_size=32, pbar=False, device="cpu")
+        rates["LazySlide, reading and encoder"] = time.process_time() - start
+        reader = PatchReader(pyramid, corners + px / 2, MPP, windows_um=ONE, input_px=INPUT_PX)
+        extractor = FeatureExtractor(encoder, spec)
+        start = time.process_time()
+        with torch.inference_mode():
+            for _ in encode(extractor, reader, device=torch.device("cpu"), dtype=torch.float32):
+                pass
+        rates["he2gene_sc, reading and encoder"] = time.process_time() - start
+        for what, seconds in rates.items():
+            if seconds > 0.01:
+                print(f"{name}: {what}: {len(corners) / seconds:.1f} spots/s of CPU", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=40_000)
     parser.add_argument("--spots", type=int, default=2000)
     parser.add_argument("--folder", type=Path, help="where the files are kept; default: a temporary folder")
+    parser.add_argument("--against", action="store_true", help="other packages instead")
     chosen = parser.parse_args()
+    measured = against if chosen.against else main
     if chosen.folder:
-        main(chosen.side, chosen.folder, chosen.spots)
+        measured(chosen.side, chosen.folder, chosen.spots)
     else:
         with tempfile.TemporaryDirectory() as made:
-            main(chosen.side, Path(made), chosen.spots)
+            measured(chosen.side, Path(made), chosen.spots)

@@ -1,0 +1,187 @@
+"""A model as LazySlide calls it: an encoder of its tiles, and a predictor of expression on their features."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..image import FAULTS, faults, tissue_share
+from ..models import HE2Gene, load
+from ..models._ood import SlideFacts
+from ._engine import predict
+from ._lattice import SpotFeatures
+
+#: Columns after the features: share of tissue, and the faults of the pixels.
+_FACTS = 1 + len(FAULTS)
+
+
+class _Part:
+    """What LazySlide asks of any model."""
+
+    name: str
+    model: torch.nn.Module
+
+    def get_transform(self) -> Callable[[np.ndarray], torch.Tensor]:
+        """Return what turns a tile ``(s, s, 3)`` uint8 into ``(3, s, s)``; the model scales and normalises it itself."""
+        return _channels_first
+
+    def to(self, device: str | torch.device) -> Any:
+        """Move the network to a device."""
+        self.model.to(device)
+        return self
+
+    def try_compile(self, **_: Any) -> None:
+        """Do nothing: the encoder is folded and runs as it is."""
+
+
+def _channels_first(tile: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(tile, np.uint8).transpose(2, 0, 1)))
+
+
+class TileEncoder(_Part):
+    """The encoder of a model on LazySlide's tiles: ``zs.tl.feature_extraction(wsi, model.encoder)``."""
+
+    def __init__(self, model: HE2Gene, tile_mpp: float):
+        self.name, self.model = f"{model.name}-features", model.network.extractor
+        self._windows_um = model.card.windows_um
+        self.tile_px = round(max(self._windows_um) / tile_mpp)
+        self._tile_mpp = tile_mpp
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Encode tiles ``(b, 3, tile_px, tile_px)`` uint8 to features, tissue and faults ``(b, f + 4)`` float32.
+
+        Raises
+        ------
+        ValueError
+            If the tiles have another size.
+        """
+        if tuple(image.shape[1:]) != (3, self.tile_px, self.tile_px):
+            raise ValueError(
+                f"tiles of {tuple(image.shape[1:])} pixels do not hold the windows of {self._windows_um} µm; make them by "
+                f"`zs.pp.tile_tissues(wsi, {self.tile_px}, mpp={self._tile_mpp:g})`"
+            )
+        sides = [round(um / self._tile_mpp) for um in self._windows_um]
+        starts = [(self.tile_px - side) // 2 for side in sides]
+        windows = tuple(
+            image[:, :, start : start + side, start : start + side] for start, side in zip(starts, sides, strict=True)
+        )
+        with torch.autocast(image.device.type, enabled=False):
+            features = self.model(windows).flatten(1)
+        smallest = min(range(len(sides)), key=lambda i: sides[i])
+        tissue = tissue_share(windows[smallest].cpu().numpy(), self._windows_um[smallest])
+        facts = np.column_stack([tissue, faults(image.cpu().numpy())]).astype(np.float32)
+        return torch.cat([features.float().cpu(), torch.from_numpy(facts)], dim=1)
+
+
+class LazySlideModel(_Part):
+    """A model for LazySlide: ``zs.tl.feature_extraction`` with its ``encoder``, then ``zs.tl.feature_prediction``.
+
+    A tile is as wide as the largest window and holds the others in its middle. All tiles of a slide are predicted
+    together, since a spot is read with its slide and its neighbours.
+
+    Parameters
+    ----------
+    model
+        As in :func:`he2gene_sc.models.load`.
+    mpp
+        µm per pixel of level 0 of the slide: ``wsi.properties.mpp``.
+    tile_mpp
+        µm per pixel of the tiles.
+    genes
+        Genes to predict. Default: all genes of the model.
+
+    Attributes
+    ----------
+    encoder
+        What ``zs.tl.feature_extraction`` takes.
+    tile_px
+        Side of the tiles in pixels, what ``zs.pp.tile_tissues`` takes.
+    genes
+        Names of the predicted genes.
+
+    Raises
+    ------
+    ValueError
+        If the model does not know a gene, or ``mpp`` is not a positive number.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> model = hg.LazySlideModel(mpp=0.5, genes=["ERBB2", "CD24"])
+    >>> model.tile_px
+    800
+    >>> import lazyslide as zs  # doctest: +SKIP
+    ...
+    ... zs.pp.tile_tissues(wsi, model.tile_px, mpp=0.5, overlap=0.5)
+    ... zs.tl.feature_extraction(wsi, model.encoder)
+    ... zs.tl.feature_prediction(wsi, model, key_added="he2gene_tiles")
+    """
+
+    #: LazySlide hands over the corners of the tiles, and all tiles at once.
+    needs_coords = True
+    whole_slide = True
+
+    def __init__(
+        self,
+        model: str | Path | HE2Gene = "breast-her2st",
+        *,
+        mpp: float,
+        tile_mpp: float = 0.5,
+        genes: Collection[str] | None = None,
+    ):
+        for name, value in (("mpp", mpp), ("tile_mpp", tile_mpp)):
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < np.inf:
+                raise ValueError(
+                    f"`{name}` is {value!r}; µm per pixel, a number above 0, is needed (`wsi.properties.mpp`)"
+                )
+        loaded = load(model)
+        self.genes = tuple(loaded.genes.index if genes is None else [genes] if isinstance(genes, str) else genes)
+        self._positions = loaded.genes.index.get_indexer(self.genes)
+        if not self.genes or (self._positions < 0).any():
+            unknown = [gene for gene, at in zip(self.genes, self._positions, strict=True) if at < 0]
+            raise ValueError(
+                f"`genes`: the model does not know {unknown[:5]}; its genes are the index of `hg.models.load().genes`"
+            )
+        self.name, self.model, self._network = loaded.name, loaded.network, loaded.network
+        self.encoder = TileEncoder(loaded, float(tile_mpp))
+        self.features_model_name = self.encoder.name
+        self.tile_px = self.encoder.tile_px
+        self._mpp, self._tile_um = float(mpp), max(loaded.card.windows_um)
+        self._views = len(loaded.card.windows_um) if loaded.card.fusion == "mean" else 1
+
+    def predict(self, features: np.ndarray, coords: np.ndarray) -> dict[str, np.ndarray]:
+        """Predict the expression of all tiles of one slide.
+
+        Parameters
+        ----------
+        features
+            ``(n, f + 4)``, what the encoder made.
+        coords
+            ``(n, 2)`` x and y of the upper left corners of the tiles, pixels of level 0.
+
+        Returns
+        -------
+        dict
+            For each gene ``(n,)`` float32, natural log of (1 + counts per 10,000). A slide out of distribution warns.
+        """
+        features = np.asarray(features, np.float32)
+        values, facts = features[:, :-_FACTS], features[:, -_FACTS:]
+        seen = SpotFeatures(
+            values.reshape(len(values), self._views, -1),
+            SlideFacts(self._mpp, facts[:, 0], facts[:, 1:]),
+            np.asarray(coords, float) * self._mpp + self._tile_um / 2,
+        )
+        device = next(iter(self.model.buffers())).device
+        with torch.autocast(device.type, enabled=False):
+            found = predict(self._network, None, self._positions, device=device, dtype=torch.float32, features=seen)
+        if found.ood is not None and found.ood.verdict == "out of distribution":
+            reasons = "; ".join(found.ood.reasons) or "it differs from the training slides"
+            warnings.warn(
+                f"the slide is out of distribution ({reasons}): do not trust the prediction", UserWarning, stacklevel=2
+            )
+        return dict(zip(self.genes, found.expression.T, strict=True))

@@ -1,0 +1,85 @@
+"""``hg.io.from_wsidata``: a slide of LazySlide with its tiles and what other models predicted of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .._core import validate
+from .._core.keys import ATTRS, IMAGE
+from ._he import read_he
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+
+def from_wsidata(
+    wsi: Any, *, layers: Mapping[str, str] | None = None, tile_key: str = "tiles", image_key: str = IMAGE
+) -> SpatialData:
+    """Convert a slide that LazySlide has opened, with its tiles as spots.
+
+    Parameters
+    ----------
+    wsi
+        ``WSIData``, as ``wsidata.open_wsi`` returns it. Its file is read by region and has to stay where it is.
+    layers
+        Predicted expression to take along: name of a layer to key of a table of tiles in ``wsi.tables``, for example
+        ``{"path2space": "path2space_tiles"}``. Genes that a table lacks are NaN in its layer.
+    tile_key
+        Shapes of the tiles.
+    image_key
+        Name of the image.
+
+    Returns
+    -------
+    spatialdata.SpatialData
+        Image ``image_key``, shapes ``tile_key`` and a table ``"table"`` of the tiles with the genes of all layers. Its
+        ``X`` is NaN: LazySlide measures nothing.
+
+    Raises
+    ------
+    ValueError
+        If ``wsi`` is not a slide of LazySlide, or a key is not there.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.io.from_wsidata(wsi, layers={"path2space": "path2space_tiles"})  # doctest: +SKIP
+    >>> hg.tl.predict(sdata)  # doctest: +SKIP
+    """
+    if not all(hasattr(wsi, name) for name in ("reader", "properties", "images", "shapes", "tables")):
+        raise ValueError(f"`wsi` is a {type(wsi).__name__}; a slide that `wsidata.open_wsi` opened is needed")
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+    from spatialdata.models import ShapesModel, TableModel
+
+    validate.key_in(tile_key, wsi.shapes, "tile_key", what="shapes", hint="make tiles by `zs.pp.tile_tissues(wsi, …)`")
+    if wsi.reader.file in wsi.images:  # opened from a SpatialData object
+        sdata = SpatialData(images={image_key: wsi.images[wsi.reader.file]})
+        sdata.attrs[ATTRS] = {"mpp": {image_key: wsi.properties.mpp}}
+    else:
+        sdata = read_he(wsi.reader.file, mpp=wsi.properties.mpp, image_key=image_key)
+    tiles = wsi.shapes[tile_key]
+    sdata.shapes[tile_key] = ShapesModel.parse(GeoDataFrame(geometry=tiles.geometry.to_numpy()))
+    if not layers:
+        return sdata
+    found = {}
+    for layer, key in layers.items():
+        validate.key_in(key, wsi.tables, "layers", what="tables")
+        if wsi.tables[key].n_obs != len(tiles):
+            raise ValueError(
+                f"`layers`: table {key!r} has {wsi.tables[key].n_obs} rows, shapes {tile_key!r} {len(tiles)}"
+            )
+        found[layer] = wsi.tables[key].to_df()
+    genes = list(dict.fromkeys(gene for values in found.values() for gene in values.columns))
+    obs = pd.DataFrame({"region": pd.Categorical([tile_key] * len(tiles)), "tile": np.arange(len(tiles))})
+    obs.index = obs.index.astype(str)
+    table = AnnData(np.full((len(tiles), len(genes)), np.nan, np.float32), obs=obs, var=pd.DataFrame(index=genes))
+    for layer, values in found.items():
+        table.layers[layer] = values.reindex(columns=genes).to_numpy(np.float32)
+    sdata.tables["table"] = TableModel.parse(table, region=tile_key, region_key="region", instance_key="tile")
+    return sdata
