@@ -34,42 +34,23 @@ GENES = GeneSelection(missing_genes_are_zero=True)
 
 @dataclass(frozen=True)
 class Source:
-    """Sections of a data set, read when they are asked for.
-
-    Attributes
-    ----------
-    name
-        Of the set.
-    patients
-        Section to patient, in the order of the set.
-    read
-        From the name of a section to the object.
-    """
+    """Sections of a data set, read when they are asked for."""
 
     name: str
-    patients: dict[str, str]
-    read: Callable[[str], SpatialData]
+    patients: dict[str, str]  # by section
+    read: Callable[[str], SpatialData]  # from the name of a section
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one predictor says of the panel genes of one held-out section, ``(n, g)``; NaN rows were not predicted.
-
-    ``reliable`` are the measured and predicted values of the genes that a model calls reliable, where it does.
-    """
+    """What one predictor says of the panel genes of one held-out section, ``(n, g)``; NaN rows were not predicted."""
 
     values: np.ndarray
-    reliable: tuple[np.ndarray, np.ndarray] | None = None
+    reliable: tuple[np.ndarray, np.ndarray] | None = None  # measured and predicted, of reliable genes
 
 
 def her2st(sections: Sequence[str] | None = None) -> Source:
-    """Sections of her2st that have an image here; ``sections`` chooses among all.
-
-    Raises
-    ------
-    ValueError
-        If a section is unknown, or there are fewer than two.
-    """
+    """Sections of her2st that have an image here; ``sections`` chooses among all."""
     from ..datasets import HER2ST_SECTIONS
     from ..datasets import her2st as read
     from ..datasets._her2st import local_image
@@ -105,13 +86,7 @@ def _chosen(asked: Sequence[str] | None, valid: Sequence[str], default: Sequence
 
 
 def split(source: Source, unit: str) -> list[tuple[list[str], list[str]]]:
-    """Names trained on and names held out, fold by fold; whole sections, or whole patients.
-
-    Raises
-    ------
-    ValueError
-        If there is only one of them.
-    """
+    """Names trained on and names held out, fold by fold; whole sections, or whole patients."""
     from ..training import grouped_folds
 
     if unit not in UNITS:
@@ -146,33 +121,9 @@ def run(
 ) -> pd.DataFrame:
     """Hold out one group after the other and score every predictor on what was held out.
 
-    Parameters
-    ----------
-    source
-        The sections.
-    models
-        Presets of :func:`he2gene_sc.tl.train`, trained anew in each fold; any other text is a model, bundled or a folder,
-        that is scored where it was not trained on the section (section folds) or the patient (patient folds).
-    units
-        What is held out together, of :data:`UNITS`.
-    cache
-        Folder for the encoder's features.
-    options
-        Preset to further arguments of :func:`he2gene_sc.tl.train`; ``genes`` are :data:`GENES` unless given.
-    device
-        Of encoder and training.
-    n_target
-        Genes of highest mean in training that are scored; beside them the 50 of highest variance within sections.
-    echo
-        Called with a line when a fold is done.
-
-    Returns
-    -------
-    pandas.DataFrame
-        A row for each ``folds``, ``section`` (held out), ``patient``, ``predictor`` and ``panel``: ``n_genes``,
-        ``pearson`` (mean over genes across spots; a constant gene counts as 0), ``low, high`` (95 % by a bootstrap over
-        blocks of tissue, conditional on these patients), ``skill`` (median over genes, against the training mean),
-        ``ceiling``, ``above`` (share of the genes whose correlation is above 0.1).
+    ``models`` are presets, trained anew in each fold, or models, scored where they were not trained on section or
+    patient. A row for each of ``folds, section, patient, predictor, panel``: ``pearson`` across spots (0 if constant),
+    ``low, high`` (95 %, blocks of tissue), ``skill`` (median), ``ceiling``, ``above`` (share over 0.1).
     """
     from ..models import load
 

@@ -56,19 +56,7 @@ _FEW_PATIENTS = 8
 
 
 def write(table: pd.DataFrame, data: str, out: Path, command: str) -> list[Path]:
-    """Write ``benchmark.csv``, ``benchmark.md`` and ``benchmark.png`` into a folder.
-
-    Parameters
-    ----------
-    table
-        As :func:`he2gene_sc.benchmark.cross_validation.run` returns it.
-    data
-        Name of the set.
-    out
-        Folder, made where it does not exist.
-    command
-        What made the table, shown above it.
-    """
+    """Write ``benchmark.csv``, ``benchmark.md`` (with the command) and ``benchmark.png`` into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"benchmark.{kind}" for kind in ("csv", "md", "png")]
     table.to_csv(files[0], index=False, float_format="%.4f")

@@ -56,13 +56,7 @@ class _File(_Strict):
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises
-    ------
-    ValueError
-        If it is not one.
-    """
+    """Read a TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -70,13 +64,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], dict[str, Any]]:
-    """Read a training file: sections, read one by one, and the arguments of :func:`he2gene_sc.tl.train`.
-
-    Raises
-    ------
-    ValueError
-        If it is not TOML, or a field is missing, unknown or of another type; the message names the file and the field.
-    """
+    """Read a training file: sections, read one by one, and the arguments of :func:`he2gene_sc.tl.train`."""
     try:
         found = _File.model_validate(read_toml(path))
     except ValidationError as error:
@@ -92,13 +80,7 @@ def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], di
 
 
 def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Turn a table into arguments of :func:`he2gene_sc.tl.train`, checked; tables in it are its dataclasses.
-
-    Raises
-    ------
-    ValueError
-        If an argument or a field is unknown, or of another type; the message begins with ``where``.
-    """
+    """Turn a table into arguments of :func:`he2gene_sc.tl.train`, checked; tables in it are its dataclasses."""
     from inspect import signature
 
     from ..tl._train.train import train

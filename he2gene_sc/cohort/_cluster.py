@@ -21,17 +21,7 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def check_client(client: Any, n_workers: int | None) -> None:
-    """Refuse a client that cannot be used.
-
-    Raises
-    ------
-    TypeError
-        If it is not a client of dask.distributed.
-    ValueError
-        If it is closed or asynchronous, or workers are asked for beside it.
-    RuntimeError
-        If a worker process is importing the caller's script.
-    """
+    """Refuse a client of another type, closed, asynchronous, or with workers asked for beside it."""
     from distributed import Client
 
     if client is None:
@@ -54,10 +44,9 @@ def check_client(client: Any, n_workers: int | None) -> None:
 
 
 def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict[str, str]]:
-    """Return the environment of each worker of a local cluster.
+    """Return the environment of each local worker, with threads that share the cores.
 
-    By default one worker a GPU; without one, as many as there are cores, memory for them, and slides. Their threads of BLAS and
-    torch share the cores.
+    By default one worker a GPU; without one, as many as there are cores, memory for them, and slides.
     """
     from dask.system import CPU_COUNT
 

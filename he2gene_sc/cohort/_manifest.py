@@ -30,23 +30,9 @@ def read_jobs(
     overwrite: bool,
     is_local: bool = True,
 ) -> tuple[list[Job], list[Any]]:
-    """Read what is to be predicted; return a job and the model of each slide.
+    """Read what is to be predicted: a job and the model of each slide; a cell of the manifest beats ``shared``.
 
-    Parameters
-    ----------
-    slides
-        Paths, one path, the path of a manifest, or a manifest.
-    shared
-        Arguments of all slides; a cell of the manifest goes first.
-    output_dir, keep_images, overwrite
-        As for :func:`he2gene_sc.cohort.predict`.
-    is_local
-        Whether the slides are predicted on this machine, so that a device has to be present here.
-
-    Raises
-    ------
-    ValueError
-        If there are no slides, a column or an argument is unknown, a cell is not valid, or two slides have one output.
+    A device has to be present here if ``is_local``.
     """
     for name in ("path", "output"):
         if name in shared:
@@ -98,13 +84,7 @@ def _check_names(names: Iterable[str], what: str) -> None:
 
 
 def _check(options: Mapping[str, Any], is_local: bool) -> None:
-    """Refuse values that ``pp.tissue``, ``pp.grid`` or ``tl.predict`` would refuse of every slide.
-
-    Raises
-    ------
-    ValueError
-        If a value is not valid.
-    """
+    """Refuse values that ``pp.tissue``, ``pp.grid`` or ``tl.predict`` would refuse of every slide."""
     from .._core.keys import check_key
     from .._core.mpp import check_mpp
     from ..pp._tissue import METHODS

@@ -182,13 +182,7 @@ class _Summary:
         ]
 
     def check_place(self, slides: Any) -> None:
-        """Refuse a path that is not a table, or a file that would be lost.
-
-        Raises
-        ------
-        ValueError
-            If the suffix is not .csv or .tsv, the path is the manifest or a slide, or a file is there that is not a summary.
-        """
+        """Refuse a path that is not a table, or a file that would be lost."""
         from ..io._save import resolved
 
         path = self.path

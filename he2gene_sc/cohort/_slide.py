@@ -22,34 +22,16 @@ SOURCE = "source"
 
 @dataclass(frozen=True)
 class Job:
-    """A slide that is to be predicted.
+    """A slide that is to be predicted."""
 
-    Attributes
-    ----------
-    path
-        SpatialData store, or H&E image.
-    output
-        Store to write; an absolute path.
-    options
-        Arguments of :func:`he2gene_sc.tl.predict`, without the model.
-    labels
-        Columns of ``obs`` to write, each with one value: patient and section.
-    pitch_um, tissue_method
-        Pseudo-spots and tissue mask of a bare image.
-    keep_image
-        Whether ``output`` gets a copy of the pixels.
-    overwrite
-        Whether another store at ``output`` is replaced, and what others have saved to ``path`` meanwhile.
-    """
-
-    path: Path
-    output: Path
-    options: Mapping[str, Any] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
+    path: Path  # SpatialData store or H&E image
+    output: Path  # store to write, absolute
+    options: Mapping[str, Any] = field(default_factory=dict)  # of tl.predict, without the model
+    labels: Mapping[str, str] = field(default_factory=dict)  # columns of obs with one value: patient, section
     pitch_um: float = 100.0
     tissue_method: str = "auto"
     keep_image: bool = True
-    overwrite: bool = False
+    overwrite: bool = False  # another store at output, or what others saved to path
 
     @property
     def in_place(self) -> bool:
@@ -88,15 +70,7 @@ def output_of(path: Path, folder: Path | None = None) -> Path:
 
 
 def predict_slide(job: Job, model: HE2Gene) -> Path:
-    """Read a slide, predict it and save it; return the store.
-
-    A bare image gets a tissue mask and a grid of pseudo-spots first.
-
-    Raises
-    ------
-    ValueError, OSError
-        If the slide cannot be read or predicted, or the store cannot be written.
-    """
+    """Read a slide (tissue mask and pseudo-spots for a bare image), predict it and save it; return the store."""
     from .. import io, tl
     from ..io._save import check_place, check_target, least_bytes
 

@@ -39,26 +39,7 @@ _MAX_OUTSIDE = 0.1
 
 
 def read_section(files: Mapping[str, Path], *, section: str, patient: str, subtype: str) -> SpatialData:
-    """Read the files of a section.
-
-    Parameters
-    ----------
-    files
-        Path by column of the metadata: ``histology_image``, ``count_matrix``, ``spot_coordinates``,
-        ``tumor_annotation``.
-    section, patient, subtype
-        Names, kept in ``obs``.
-
-    Returns
-    -------
-    spatialdata.SpatialData
-        See :func:`he2gene_sc.datasets.hbcis`.
-
-    Raises
-    ------
-    ValueError
-        If a file does not hold what it should, or the files do not belong together.
-    """
+    """Read the files of a section, by column of the metadata, see :func:`he2gene_sc.datasets.hbcis`."""
     from ..io._st import read_st
 
     spots = _spots(files["spot_coordinates"])
@@ -154,10 +135,9 @@ def _counts(path: Path) -> pd.DataFrame:
 
 
 def _labels(path: Path) -> tuple[pd.Series, list[str]]:
-    """Labels by array position, and what was left out.
+    """Labels by rounded array position, and what was left out.
 
-    Lines end in a carriage return, and the header has a name less than the rows have fields: fields are told by their
-    place. Positions are those found on the slide, fractional in some sections, and are rounded.
+    Lines end in a carriage return, and the header lacks a name: fields are found by position.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:

@@ -113,9 +113,8 @@ def her2st(section: str) -> SpatialData:
 def _reduced(spots: pd.DataFrame, image: Path, section: str) -> pd.DataFrame:
     """Spot centres in the authors' reduced image, which shows the array from position 1 on.
 
-    The authors turned and shifted the images of a patient onto its first section before they reduced them, so the
-    spots go through the same motion first: it is read off the aligned coordinates of their clusters (for A1 it is
-    none, for A2 5.5° and about two spots; without it a quarter of A2's spots lie beside the tissue).
+    Images were aligned to the first section before reduction; spots follow that motion, read off the aligned
+    coordinates of their clusters (none for A1; 5.5° and two spots for A2).
     """
     from PIL import Image
 
@@ -191,13 +190,7 @@ def _find(name: str, *, download: bool) -> Path | None:
 
 
 def _fetch(names: list[str]) -> list[Path]:
-    """Find files locally, in the cache or online.
-
-    Raises
-    ------
-    FileNotFoundError
-        With all that are missing, and all places.
-    """
+    """Find files locally, in the cache or online; an error names all that are missing and all places."""
     paths = {name: path for name in names if (path := _local(name)) is not None}
     missing = [name for name in names if name not in paths]
     if missing:

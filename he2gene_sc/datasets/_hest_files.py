@@ -37,29 +37,7 @@ _MAX_OUTSIDE = 0.5
 
 
 def read_sample(counts: Path, image: Path, *, section: str, row: pd.Series) -> SpatialData:
-    """Read the files of a sample.
-
-    Parameters
-    ----------
-    counts, image
-        ``st/<id>.h5ad`` and ``wsis/<id>.tif``.
-    section
-        The id.
-    row
-        Its row of the table, ``patient`` unique.
-
-    Returns
-    -------
-    spatialdata.SpatialData
-        See :func:`he2gene_sc.datasets.hest`.
-
-    Raises
-    ------
-    ValueError
-        If a file does not hold what it should, or the files do not belong together.
-    OSError
-        If a file is damaged.
-    """
+    """Read the ``h5ad`` and ``tif`` of a sample, ``row`` of the table of HEST, see :func:`he2gene_sc.datasets.hest`."""
     from ..io._st import section_of, upright_image
 
     mpp = _um(row, "pixel_size_um_estimated", section)

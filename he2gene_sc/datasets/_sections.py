@@ -24,17 +24,7 @@ _SHOWN = 30
 class LazySections(Sequence, ABC):
     """Sections of a set, of which one is read when it is asked for, and none is kept.
 
-    Parameters
-    ----------
-    root
-        Folder that holds the table.
-    metadata
-        One row a section, indexed by its name; the column ``patient`` names its patient.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file of a section is missing; the message names all that are.
+    ``metadata`` has one row a section; its column ``patient`` names the patient.
     """
 
     #: Name of the set, and of the table that names its files.
@@ -105,23 +95,9 @@ def taken(
     table: str,
     aliases: Mapping[str, str] | None = None,
 ) -> np.ndarray:
-    """Rows whose name is wanted, as a boolean array.
+    """Mask of the rows of ``known`` whose name is wanted; ``None``: all. Unknown names are an error.
 
-    Parameters
-    ----------
-    wanted
-        A name or several; ``None``: all rows.
-    known
-        The names of the rows.
-    parameter, table
-        Where they were given, and where the names stand, for errors.
-    aliases
-        Other names, in lower case. If given, names count whatever their case.
-
-    Raises
-    ------
-    ValueError
-        If a name is that of no row.
+    ``aliases`` are other names in lower case; with them, case does not count.
     """
     names = pd.Index(known)
     if wanted is None:
@@ -143,13 +119,7 @@ def taken(
 
 
 def check_inside(sdata: SpatialData, section: str, image: Path, spots: Path, most: float) -> None:
-    """Refuse a section of whose spots more than a share lie outside its image.
-
-    Raises
-    ------
-    ValueError
-        If so: the files do not belong together.
-    """
+    """Refuse a section of whose spots more than a share lie outside its image."""
     from spatialdata import get_pyramid_levels
 
     element = sdata["he"]

@@ -31,21 +31,9 @@ class Block:
 def plan_blocks(
     extents: np.ndarray, row_step: int, *, align: int, height: int, width: int, max_bytes: int = BLOCK_BYTES
 ) -> list[Block]:
-    """Group spots into blocks that are read whole.
+    """Group spots, by the extents ``(n, 4)`` top, bottom, left, right that they need, into blocks that are read whole.
 
-    Spots are sorted into bands of ``row_step`` rows; a band whose rectangle is larger than ``max_bytes``, or that has a
-    gap wider than ``row_step``, is cut along x. A single window larger than ``max_bytes`` still makes a block of its own.
-
-    Parameters
-    ----------
-    extents
-        ``(n, 4)`` integers: top, bottom, left, right of the source pixels that a spot needs, inside the image.
-    row_step
-        Rows of a band: the chunk height of the image.
-    align
-        Block edges are multiples of it (except at the border of the image).
-    height, width
-        Size of the image.
+    Bands of ``row_step`` rows are cut along x where they are larger than ``max_bytes`` or have a gap wider than that.
     """
     middle = (extents[:, 0] + extents[:, 1]) // 2
     bands = middle // row_step
@@ -91,19 +79,7 @@ def _chunk_shape(array: Any) -> tuple[int, int]:
 class BlockSource:
     """Reads rectangles of RGB uint8 from numpy, dask or zarr, each stored chunk once.
 
-    Only cells (whole chunks, small ones put together) that a spot needs are decoded. They are kept until the last block
-    that needs them, within ``CACHE_BYTES``: what is needed last goes first. A numpy array is sliced in place.
-
-    Parameters
-    ----------
-    array
-        ``(c, y, x)``.
-    factor
-        What :func:`he2gene_sc.image.check_pixels` returned.
-    blocks
-        The blocks in the order in which they will be read.
-    extents
-        What each spot needs, as for :func:`plan_blocks`. What lies between is left as it is.
+    Needed cells (chunks) are kept until their last block, within ``CACHE_BYTES``. numpy is sliced in place.
     """
 
     def __init__(self, array: Any, factor: float, blocks: list[Block], extents: np.ndarray):

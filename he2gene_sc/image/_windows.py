@@ -12,13 +12,7 @@ MIN_PX = 8
 
 
 def check_windows(windows_um: Any) -> tuple[float, ...]:
-    """Sides of windows as numbers, where they are lengths in µm in an order.
-
-    Raises
-    ------
-    ValueError
-        If it is no list, or something in it is no finite number above 0.
-    """
+    """Return the sides of windows in µm as a tuple of floats; anything but positive numbers in order is an error."""
     listed = isinstance(windows_um, Collection) and not isinstance(windows_um, str | bytes | Set | Mapping)
     sides = list(windows_um) if listed and getattr(windows_um, "ndim", 1) == 1 else []
     if not sides or not all(

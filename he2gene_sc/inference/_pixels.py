@@ -13,15 +13,7 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class Pixels:
-    """Digest, tissue and faults of the patches of a reader, gathered batch by batch.
-
-    Parameters
-    ----------
-    reader
-        The patches.
-    judge
-        Whether tissue and faults are read too.
-    """
+    """Digest, tissue and faults of the patches of a reader, gathered batch by batch; faults only to ``judge``."""
 
     def __init__(self, reader: PatchReader, *, judge: bool = True):
         n, windows = reader.n_spots, reader.plan.windows

@@ -46,22 +46,12 @@ def row_blocks(n: int, at_once: int = _ROWS_AT_ONCE) -> list[slice]:
 class Context:
     """How a spot is seen against its slide and its neighbours.
 
-    Attributes
-    ----------
-    rings_um
-        Inner (included) and outer (excluded) radius of each ring, µm: the neighbours in it are averaged. Empty: a spot
-        is seen alone. The default edges lie between the distances of spots on the grids of 200 and 100 µm pitch, so that
-        rounding or a µm/px off by half a per cent moves no neighbour into the next ring.
-    weights
-        Weight of each ring beside the spot's own 1.
-    prior_spots
-        Number of spots that the training mean and variance count for when features are standardised within a slide;
-        ``None``: they alone are used.
+    The default rings end between the distances of grids of 100 and 200 µm, so a µm/px off by 0.5 % moves no neighbour.
     """
 
-    rings_um: tuple[tuple[float, float], ...] = ((50.0, 353.0), (353.0, 616.0), (616.0, 930.0))
-    weights: tuple[float, ...] = (0.7, 0.5, 0.3)
-    prior_spots: float | None = 20.0
+    rings_um: tuple[tuple[float, float], ...] = ((50.0, 353.0), (353.0, 616.0), (616.0, 930.0))  # inner included
+    weights: tuple[float, ...] = (0.7, 0.5, 0.3)  # of the rings, beside 1 for the spot
+    prior_spots: float | None = 20.0  # that training counts for; None: training alone
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rings_um", tuple(tuple(float(um) for um in ring) for ring in self.rings_um))
@@ -72,22 +62,9 @@ class Context:
             )
 
     def standardise(self, features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """Centre and scale the features of all spots of one slide.
+        """Centre and scale features of all spots of a slide ``(n, f)``, by its own mean and variance and training's.
 
-        Stain, scanner and resolution move the features of a whole slide. Its own mean and variance take that off; the
-        training ones hold them back where a slide has few spots.
-
-        Parameters
-        ----------
-        features
-            ``(n, f)`` float32.
-        mean, scale
-            Of training, ``(f,)``; a scale of 0 sets a feature to 0.
-
-        Returns
-        -------
-        numpy.ndarray
-            ``(n, f)`` float32.
+        This removes stain and scanner. Training's ``(f,)`` hold them back where spots are few; scale 0 gives 0.
         """
         centre, inverse = self._units(features, mean, scale)
         return (features - centre) * inverse
@@ -136,24 +113,12 @@ ALONE = Context((), (), None)
 
 @dataclass(frozen=True)
 class Basis:
-    """From the features of the spots of a slide to their embedding.
+    """From the features of the spots of a slide to their embedding."""
 
-    Attributes
-    ----------
-    mean, scale
-        Mean of the training sections' means and root of the mean variance within them, ``(f,)``.
-    projection
-        Standardised features to components, ``(f, c)``.
-    mixing
-        Components of a spot and of its rings, side by side, to the embedding, ``(c · (1 + rings), k)``.
-    context
-        The rings.
-    """
-
-    mean: np.ndarray
-    scale: np.ndarray
-    projection: np.ndarray
-    mixing: np.ndarray
+    mean: np.ndarray  # (f,) mean of the section means
+    scale: np.ndarray  # (f,) root of the mean variance within sections
+    projection: np.ndarray  # (f, c) standardised features to components
+    mixing: np.ndarray  # (c · (1 + rings), k) components of spot and rings to embedding
     context: Context
 
     def components(self, features: Rows, rings: Sequence[scipy.sparse.csr_array | LatticeRing]) -> np.ndarray:
@@ -162,15 +127,7 @@ class Basis:
         return np.concatenate([own, *(ring @ own for ring in rings)], axis=1)
 
     def embed(self, features: Rows, rings: Sequence[scipy.sparse.csr_array | LatticeRing]) -> np.ndarray:
-        """Embedding of all spots of a slide, ``(n, f)`` to ``(n, k)`` float32.
-
-        Parameters
-        ----------
-        features
-            Of every spot of the slide, averaged over symmetries.
-        rings
-            As :func:`rings_of` makes them of the spot centres.
-        """
+        """Embed all spots of a slide, ``(n, f)`` to ``(n, k)`` float32; ``rings`` are those of :func:`rings_of`."""
         if not any(isinstance(ring, LatticeRing) for ring in rings):
             return self.components(features, rings) @ self.mixing
         # Of so many spots the components of all rings side by side would take gigabytes.

@@ -63,15 +63,7 @@ def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
 
 
 def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], path: str | Path) -> Path:
-    """Write a model folder beside its place and move it there whole.
-
-    Raises
-    ------
-    FileExistsError
-        If ``path`` holds something other than a model folder.
-    ValueError
-        If the weights are not finite or do not fit the card.
-    """
+    """Write a model folder beside its place and move it there whole."""
     from safetensors.numpy import save_file
 
     check_tensors(card, tensors, f"model {card.name!r}")
@@ -143,15 +135,7 @@ def _visible(folder: Path) -> set[str]:
 
 
 def check_place(path: str | Path) -> Path:
-    """Return the folder that a model may be written to.
-
-    Raises
-    ------
-    FileExistsError
-        If something other than a model folder is there, or a model folder with files that are not the model's.
-    OSError
-        If nothing can be written beside it.
-    """
+    """Return the folder that a model may be written to; anything but a model folder there is an error."""
     # A link stays one, what it leads to is replaced.
     target = Path(path).expanduser().resolve()
     # One look: between two, another process that saves the same model may be exchanging it.

@@ -14,15 +14,7 @@ _TOLERANCE = 1e-3
 def fuse_batch_norm(encoder: nn.Module, input_px: int) -> nn.Module:
     """Return an encoder in evaluation mode without the batch normalisations that follow a convolution.
 
-    Pairs are found by the order in which a block declares its layers, which is the order of use in timm's networks; the
-    result is compared with the original on one random image, and the original is returned where they differ.
-
-    Parameters
-    ----------
-    encoder
-        ``(b, 3, input_px, input_px)`` to ``(b, f)``.
-    input_px
-        Side of its input.
+    Pairs follow the order of declaration. The original is returned if a random image gives another result.
     """
     # A transformer has nothing to fuse and may hold a billion weights: those are not copied.
     if not any(_pairs(module) for module in encoder.modules()):

@@ -33,26 +33,7 @@ _SHOWN = 5
 
 
 def read_genes(path: Path, where: str) -> pd.DataFrame:
-    """Read the gene table.
-
-    Parameters
-    ----------
-    path
-        ``genes.csv``.
-    where
-        Named in errors.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by ``gene``.
-
-    Raises
-    ------
-    ValueError
-        If it is not a table of these columns, a gene has no name or stands twice, or a cell is not what its column holds.
-        The message names the column, the gene and the cell.
-    """
+    """Read ``genes.csv``, indexed by ``gene``, and check each cell; ``where`` is named in errors."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")

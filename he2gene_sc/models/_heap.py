@@ -15,11 +15,9 @@ _USUAL_MMAP, _USUAL_TRIM, _USUAL_PAD = 2**25, 2**26, 2**17
 
 @contextlib.contextmanager
 def kept_heap() -> Iterator[None]:
-    """Let glibc reuse the large arrays that a network frees, instead of asking the kernel for new ones.
+    """Let glibc reuse the large arrays that a network frees, and return them to the system afterwards.
 
-    By default every array above 32 MB is mapped afresh and its pages are cleared when first touched: on the CPU that
-    takes longer than the convolutions themselves (``tests/benchmarks/bench_predict.py``). Afterwards what was kept goes
-    back to the system. Elsewhere than on glibc nothing happens.
+    Mapping arrays above 32 MB afresh takes longer than the convolutions (``tests/benchmarks/bench_predict.py``).
     """
     if platform.libc_ver()[0] != "glibc":
         yield

@@ -35,26 +35,9 @@ def is_address(model: object) -> TypeGuard[str]:
 
 
 def fetch_folder(address: str) -> tuple[Path, str]:
-    """Fetch the four files of a model folder, or find them in the hub's cache.
+    """Fetch a model folder from ``"hf://owner/name[@revision]"`` or the cache: folder, and address with commit.
 
-    Parameters
-    ----------
-    address
-        ``"hf://owner/name"`` or ``"hf://owner/name@revision"``: a branch, tag or commit.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder in the hub's cache; nothing in it has been checked.
-    str
-        The address with the commit that was taken. Where the address names no revision, the log says which it is.
-
-    Raises
-    ------
-    ValueError
-        If the address is malformed, or there is no such repository or revision.
-    RuntimeError
-        If the repository is gated, or the hub cannot be reached and the cache does not hold the model.
+    Nothing in the folder has been checked.
     """
     found = _ADDRESS.fullmatch(address)
     if found is None or ".." in address or "--" in found["repository"]:

@@ -51,25 +51,9 @@ class Preprocess(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """What a spot looks like: encoder features of each window, and statistics of its colour.
+    """What a spot looks like: encoder features of each window, and its optical density, in which stains add up.
 
-    Colour alone carries much of what is predictable within a stain, and an ImageNet encoder half hides it. It is
-    measured as optical density, in which stains add up (Beer and Lambert). A network that was trained as a whole on
-    single windows reads the encoder's features alone, window by window.
-
-    Parameters
-    ----------
-    encoder
-        ``(b, 3, input_px, input_px)`` to ``(b, f)``.
-    spec
-        Its entry in the registry.
-    fusion
-        ``"concat"``: windows side by side, and colours; ``"mean"``: every window is a view, without colours.
-    stages
-        Stages of the encoder whose maps are averaged, see :class:`he2gene_sc.models._encoders.stages.Stages`; ``None``: its own
-        output.
-    tiles
-        Of each window, into how many tiles a side it is cut, whose features are averaged; ``None``: into one.
+    ``fusion`` "concat" puts windows and colours side by side; "mean" takes each window for a view, without colours.
     """
 
     mean: torch.Tensor
@@ -109,20 +93,9 @@ class FeatureExtractor(nn.Module):
     def forward(
         self, patches: tuple[torch.Tensor, ...], symmetries: tuple[tuple[int, bool], ...] = ((0, False),)
     ) -> torch.Tensor:
-        """Encode one patch a window for each spot.
+        """Encode uint8 patches ``(b, 3, s, s)`` of ``w`` windows in ``r`` symmetries, float32.
 
-        Parameters
-        ----------
-        patches
-            One ``(b, 3, s, s)`` uint8 a window, ``w`` in all.
-        symmetries
-            Ways to turn and mirror them, ``r`` in all.
-
-        Returns
-        -------
-        torch.Tensor
-            Float32. ``"concat"``: ``(b, r, w·f + w·N_COLOUR)``, encoder features of the windows side by side, then
-            their colours. ``"mean"``: ``(b, r·w, f)``, the views of a spot.
+        "concat" gives ``(b, r, w·f + w·N_COLOUR)``, features then colours; "mean" the views ``(b, r·w, f)``.
         """
         n = len(patches)
         x = torch.cat([self.preprocess(window) for window in patches])
@@ -153,11 +126,7 @@ class FeatureExtractor(nn.Module):
         return self._colour(torch.cat([self.preprocess(window) for window in patches]), len(patches))
 
     def fingerprint(self) -> list[float]:
-        """Describe what the encoder makes of one patch of noise: its length, and where it points on eight random axes.
-
-        Networks of the same weights and layers may do different things with them. Two digits, so that another device
-        says the same.
-        """
+        """Describe the output for a patch of noise: length and direction on eight random axes, to two digits."""
         rng = np.random.default_rng(0)
         noise = rng.standard_normal((1, 3, self.input_px, self.input_px)).astype(np.float32)
         with torch.inference_mode():
@@ -184,22 +153,7 @@ class FeatureExtractor(nn.Module):
 class Network(nn.Module):
     """Feature extractor and heads.
 
-    Parameters
-    ----------
-    extractor
-        Gives ``f`` numbers a spot and view.
-    tensors
-        ``genes.weight`` ``(k, g)``, ``genes.bias`` ``(g,)``; with an embedding of its own ``latent.*``, see
-        :class:`he2gene_sc.models._embedding.Basis`, otherwise the heads read the features and ``k`` is ``f``; with an
-        annotation head ``annotation.weight`` ``(k, c)``, ``annotation.bias`` ``(c,)``, already divided by the
-        temperature where there is one. Where the annotation reads components of its own, ``annotation.mean``,
-        ``annotation.scale`` and ``annotation.projection`` make them, and ``k`` is theirs.
-    context
-        What surrounds a spot, for the embedding.
-    detector
-        What notices a slide unlike training, where the model has it.
-    annotation_context
-        What surrounds a spot, for an annotation with components of its own.
+    Tensors: ``genes.*``, ``annotation.*`` divided by the temperature, and ``latent.*`` and ``annotation.*`` of a Basis.
     """
 
     genes_weight: torch.Tensor
@@ -237,20 +191,7 @@ class Network(nn.Module):
         return self.genes_weight.shape[0]
 
     def embed(self, features: Rows, centres_um: np.ndarray) -> np.ndarray:
-        """Embed all spots of one slide.
-
-        Parameters
-        ----------
-        features
-            ``(n, f)`` float32, averaged over symmetries.
-        centres_um
-            ``(n, 2)`` spot centres, µm.
-
-        Returns
-        -------
-        numpy.ndarray
-            ``(n, k)`` float32.
-        """
+        """Embed all spots of one slide: ``(n, f)`` averaged over symmetries, to ``(n, k)`` float32."""
         if self.basis is None:
             return features[: len(features)]
         return self.basis.embed(features, rings_of(centres_um, self.basis.context.rings_um))
@@ -268,10 +209,7 @@ class Network(nn.Module):
         return None if self.detector is None else self.detector.judge(features, facts)
 
     def expression(self, latent: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
-        """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0.
-
-        The head is linear: of the mean of the views it gives the mean of their predictions.
-        """
+        """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0."""
         return (latent @ self.genes_weight[:, genes] + self.genes_bias[genes]).clamp_(min=0)
 
     def annotation(self, latent: torch.Tensor) -> torch.Tensor:

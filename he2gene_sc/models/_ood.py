@@ -27,21 +27,11 @@ MOST = 0.5
 
 @dataclass(frozen=True)
 class SlideFacts:
-    """What is known of the spots beside their features.
-
-    Attributes
-    ----------
-    mpp
-        µm per pixel of the image.
-    tissue
-        ``(n,)`` share of tissue.
-    faults
-        ``(n, 3)``, see :func:`he2gene_sc.image.faults`.
-    """
+    """What is known of the spots beside their features."""
 
     mpp: float
-    tissue: np.ndarray
-    faults: np.ndarray
+    tissue: np.ndarray  # (n,) share of tissue
+    faults: np.ndarray  # (n, 3), see image.faults
 
     @classmethod
     def unknown(cls, n: int) -> SlideFacts:
@@ -51,62 +41,29 @@ class SlideFacts:
 
 @dataclass(frozen=True)
 class OODResult:
-    """How a slide looks beside training.
+    """How a slide looks beside training."""
 
-    Attributes
-    ----------
-    score
-        ``(n,)`` float32; above 1 a spot is out of distribution.
-    causes
-        Shares of the spots on tissue that each cause puts out of distribution.
-    octaves
-        How many times too large the windows seem to be, as log2; NaN where the model has one window.
-    verdict
-        One of :data:`VERDICTS`.
-    reasons
-        What is wrong with the slide as a whole, in words; empty where nothing is.
-    """
-
-    score: np.ndarray
-    causes: Mapping[str, float]
-    octaves: float
-    verdict: str
-    reasons: tuple[str, ...]
+    score: np.ndarray  # (n,) float32; above 1 out of distribution
+    causes: Mapping[str, float]  # share of the spots on tissue by cause
+    octaves: float  # log2 of how many times too large windows seem; NaN with one window
+    verdict: str  # one of VERDICTS
+    reasons: tuple[str, ...]  # what is wrong with the whole slide
 
 
 @dataclass(frozen=True)
 class OODDetector:
     """What is kept of the training spots to compare with.
 
-    Features are compared as they are, standardised by training alone: what :class:`Context` takes off a slide, its stain
-    and its resolution, is what has to be noticed here.
-
-    Attributes
-    ----------
-    mean, scale
-        Of the training features, ``(f,)``.
-    weights
-        Of the standardised features, ``(f,)``; empty in models of he2gene_sc 0.6, whose components need none.
-    projection
-        Standardised features to components, ``(f, d)``.
-    bank
-        Components of training spots, ``(b, d)`` or more columns, which are not read.
-    size
-        ``(k + 1,)``: from the encoder's features of one window to the log2 of its side, the last the intercept; empty
-        where the model has one window.
-    limits
-        Of the card: ``distance``, ``octaves``; and, from 0.7 on, ``rest``, ``known``, ``mpp`` and ``stain``.
-    windows_um
-        Sides of the windows.
+    Features are standardised by training alone: stain and resolution, which Context removes, matter here.
     """
 
-    mean: np.ndarray
-    scale: np.ndarray
-    weights: np.ndarray
-    projection: np.ndarray
-    bank: np.ndarray
-    size: np.ndarray
-    limits: Mapping[str, Any]
+    mean: np.ndarray  # (f,)
+    scale: np.ndarray  # (f,)
+    weights: np.ndarray  # (f,) of standardised features; empty in models of 0.6
+    projection: np.ndarray  # (f, d) standardised features to components
+    bank: np.ndarray  # (b, d) or more columns, which are not read
+    size: np.ndarray  # (k + 1,) features of a window to log2 of its side, then intercept; empty with one window
+    limits: Mapping[str, Any]  # distance, octaves; from 0.7 on rest, known, mpp, stain
     windows_um: tuple[float, ...]
 
     def judge(self, features: Rows, facts: SlideFacts | None = None) -> OODResult:

@@ -17,27 +17,15 @@ _POINTS = 5
 
 @dataclass(frozen=True)
 class LatticeRing:
-    """Mean over the spots of a ring, by sums over the cells of a lattice; multiplied with values as a matrix is.
+    """Mean over the spots of a ring by sums over lattice cells; multiplies values as a matrix does.
 
-    Each spot is shared out to the four nodes around it, and reads from them. So distances are known to about a step.
-    Memory goes with spots and cells, not with pairs.
-
-    Attributes
-    ----------
-    gather
-        ``(n, cells)`` float32: bilinear weights.
-    cells
-        Rows and columns of the lattice.
-    kernel
-        Transform of the ring, on the padded lattice.
-    padded
-        Rows and columns of the padded lattice.
+    A spot is shared out to the four nodes around it: distances hold to about a step, memory is linear.
     """
 
-    gather: scipy.sparse.csr_array
-    cells: tuple[int, int]
-    kernel: np.ndarray
-    padded: tuple[int, int]
+    gather: scipy.sparse.csr_array  # (n, cells) float32 bilinear weights
+    cells: tuple[int, int]  # rows, columns
+    kernel: np.ndarray  # transform of the ring, on the padded lattice
+    padded: tuple[int, int]  # rows, columns
 
     def __matmul__(self, values: np.ndarray) -> np.ndarray:
         """Average ``(n, c)`` over the ring of each spot; a spot without any keeps its own."""
@@ -62,21 +50,9 @@ class LatticeRing:
 def rings_of(
     centres_um: np.ndarray, rings_um: tuple[tuple[float, float], ...]
 ) -> tuple[scipy.sparse.csr_array | LatticeRing, ...]:
-    """Averaging matrices of the rings.
+    """Averaging matrices of rings (inner radius included, outer not): row ``i`` averages the ring around spot ``i``.
 
-    Parameters
-    ----------
-    centres_um
-        ``(n, 2)`` spot centres, µm.
-    rings_um
-        Inner (included) and outer (excluded) radius of each ring.
-
-    Returns
-    -------
-    tuple of scipy.sparse.csr_array or LatticeRing
-        One a ring, to be multiplied with values of the spots: row ``i`` averages the spots in the ring around spot ``i``.
-        A ring without spots hands the spot itself on, so that a lone spot is taken to lie in tissue like its own. Above
-        10 million pairs of neighbours (bins of 16 µm on a section) sums over a lattice stand for the pairs.
+    An empty ring hands on the spot itself. Above 10 million pairs, sums over a lattice stand for the pairs.
     """
     from scipy.spatial import cKDTree
 
@@ -105,19 +81,9 @@ def rings_of(
 def bilinear(
     centres: np.ndarray, low: np.ndarray, step: np.ndarray, cells: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of the nodes around points on a lattice of ``cells + 1`` nodes a side.
+    """Rows, nodes (counted row by row) and weights of the four nodes around points, ``(4 n,)`` each.
 
-    Parameters
-    ----------
-    centres
-        ``(n, 2)``, x and y.
-    low, step, cells
-        First node, distance of nodes and number of cells, of x and y.
-
-    Returns
-    -------
-    numpy.ndarray
-        Rows, nodes (counted row by row) and weights, ``(4 n,)`` each.
+    The lattice has ``cells + 1`` nodes a side, ``step`` apart from ``low``; points and all three are x, y.
     """
     place = (centres - low) / step
     first = np.clip(np.floor(place).astype(np.int64), 0, cells - 1)

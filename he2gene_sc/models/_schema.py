@@ -154,13 +154,7 @@ class Card(_Strict):
 
 
 def check_card(data: dict[str, Any], where: str) -> None:
-    """Check the fields of a card.
-
-    Raises
-    ------
-    ValueError
-        If a field is missing, unknown or of another type; the message names the file and the fields.
-    """
+    """Check the fields of a card; errors name the file and the fields."""
     try:
         card = Card.model_validate(data)
     except ValidationError as error:
@@ -195,13 +189,7 @@ def check_card(data: dict[str, Any], where: str) -> None:
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """Refuse class names that a zarr store cannot hold side by side as columns.
-
-    Raises
-    ------
-    ValueError
-        If a name is empty, contains ``/`` or a control character, starts with ``__`` or differs from another only in case.
-    """
+    """Refuse class names that a zarr store cannot hold side by side as columns."""
     seen: dict[str, str] = {}
     for name in names:
         text = isinstance(name, str) and bool(name.strip())

@@ -14,11 +14,9 @@ _TINY = 1e-7
 
 
 def stain_of(features: np.ndarray, n_windows: int) -> np.ndarray:
-    """Describe the stain of each spot by the second smallest of its windows, ``(n, f)`` to ``(n, 8)`` float64.
+    """Describe the stain of each spot by its second smallest window, ``(n, f)`` to ``(n, 8)`` float64.
 
-    Logarithms of: the mean density; red over green and blue over green of it; the second and the third principal density
-    over the first, for two stains span a plane and a scan a little more; red over green and blue over green of the first
-    one; and its size.
+    Logs of mean density, its red and blue over green, principal densities 2, 3 over 1, red and blue of 1, size.
     """
     which = min(1, n_windows - 1)
     start = features.shape[1] - N_COLOUR * (n_windows - which)

@@ -30,22 +30,7 @@ _SHOWN = 5
 
 
 def check_tensors(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Check that the tensors are those that the card speaks of.
-
-    Parameters
-    ----------
-    card
-        Number of genes, components, classes and windows; rings of the context.
-    tensors
-        By name.
-    where
-        Named in the error: the file, or the model.
-
-    Raises
-    ------
-    ValueError
-        If a tensor is missing, unknown, of another type or shape, or holds values that are not finite.
-    """
+    """Check names, types, shapes and finite values of tensors against the card; ``where`` is named in errors."""
     _check_names(card, tensors, where)
     for name, values in tensors.items():
         _check_values(name, values, where)

@@ -179,14 +179,9 @@ def _warn_of_ink(thumbnail: np.ndarray, mask: np.ndarray, image_key: str) -> Non
 
 
 def read_thumbnail(sdata: SpatialData, image_key: str, max_pixels: int) -> tuple[np.ndarray, tuple[float, float]]:
-    """Read an image whole, averaged down to at most ``max_pixels``, black and transparent background painted white.
+    """Read an image averaged down to ``max_pixels``, black and transparent painted white: ``(3, h, w)`` uint8.
 
-    Returns
-    -------
-    numpy.ndarray
-        ``(3, h, w)`` uint8.
-    tuple of float
-        Pixels of level 0 per pixel of it, along y and x.
+    Also pixels of level 0 per pixel of it, along y and x.
     """
     from .._core.images import check_image
     from ..image import read_reduced

@@ -326,8 +326,7 @@ def _unmeasured(
 ) -> None:
     """Correct genes that no spot measured by those that were, along the directions that they share.
 
-    Nothing tells how well this does on these genes themselves: range, noise and one weight for all are those of least
-    squared error where each fifth of the measured genes is taken as not measured.
+    Range, noise and one weight are those of least squared error with each fifth of the measured genes hidden.
     """
     seen = np.flatnonzero(np.isfinite(residual).sum(0) >= MIN_SPOTS)
     if len(seen) < 10:

@@ -17,18 +17,11 @@ BLOCK_PITCHES = 4
 class Baseline:
     """A prediction for every spot that did not read the spot itself.
 
-    Attributes
-    ----------
-    predicted
-        ``(n, g)``: the prediction.
-    comparable
-        ``(n, g)``: the same with the mean of the spots that were read put back to the mean of all spots. The mean
-        without a spot falls as the spot's own value rises, so that ``predicted`` correlates negatively with what it
-        knows nothing of (a constant reaches -1); correlations are of this one.
+    Leave-one-out means correlate negatively with the spot (a constant reaches -1); ``comparable`` removes that.
     """
 
-    predicted: np.ndarray
-    comparable: np.ndarray
+    predicted: np.ndarray  # (n, g)
+    comparable: np.ndarray  # (n, g) with the mean of the spots read set to that of all
 
     @classmethod
     def without_own(cls, predicted: np.ndarray, values: np.ndarray) -> Baseline:
@@ -43,15 +36,7 @@ def others_mean(values: np.ndarray) -> np.ndarray:
 
 
 def class_mean(values: np.ndarray, codes: np.ndarray) -> Baseline:
-    """Mean of the other spots of the same class; of all others for a spot without class, or alone in it.
-
-    Parameters
-    ----------
-    values
-        ``(n, g)`` measured.
-    codes
-        ``(n,)`` classes from 0, -1 where there is none.
-    """
+    """Mean of the other spots of the same class; of all others for a spot without class (-1) or alone in it."""
     predicted = others_mean(values)
     for code in np.unique(codes[codes >= 0]):
         rows = np.flatnonzero(codes == code)
@@ -61,15 +46,7 @@ def class_mean(values: np.ndarray, codes: np.ndarray) -> Baseline:
 
 
 def line(values: np.ndarray, x: np.ndarray) -> Baseline:
-    """Least-squares line on one number of each spot, fitted without the spot (by its leverage, exactly).
-
-    Parameters
-    ----------
-    values
-        ``(n, g)`` measured.
-    x
-        ``(n,)``; where it is constant, the mean of the others remains.
-    """
+    """Least-squares line on a number of each spot, fitted without the spot (by its leverage, exactly)."""
     n = len(values)
     z = x - x.mean()
     square = z @ z
@@ -82,15 +59,7 @@ def line(values: np.ndarray, x: np.ndarray) -> Baseline:
 
 
 def neighbours_mean(values: np.ndarray, weights: scipy.sparse.sparray) -> Baseline:
-    """Mean of the neighbouring spots; of all other spots for one without neighbours.
-
-    Parameters
-    ----------
-    values
-        ``(n, g)`` measured.
-    weights
-        ``(n, n)`` of :func:`neighbour_weights`.
-    """
+    """Mean of the neighbouring spots (:func:`neighbour_weights`); of all other spots for one without neighbours."""
     predicted = weights @ values
     alone = np.asarray(weights.sum(axis=1)).ravel() == 0
     if alone.any():
@@ -99,17 +68,7 @@ def neighbours_mean(values: np.ndarray, weights: scipy.sparse.sparray) -> Baseli
 
 
 def ridge(values: np.ndarray, features: np.ndarray, parts: np.ndarray) -> Baseline:
-    """Ridge regression on a few numbers of each spot, fitted on the other parts of the slide.
-
-    Parameters
-    ----------
-    values
-        ``(n, g)`` measured.
-    features
-        ``(n, f)``.
-    parts
-        ``(n,)`` part of each spot, see :func:`tissue_parts`.
-    """
+    """Ridge regression on features of each spot ``(n, f)``, fitted on the other :func:`tissue_parts`."""
     spread = features.std(0)
     x = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
     predicted, comparable = np.empty_like(values), np.empty_like(values)
@@ -124,20 +83,7 @@ def ridge(values: np.ndarray, features: np.ndarray, parts: np.ndarray) -> Baseli
 
 
 def tissue_parts(xy: np.ndarray, pitch: float) -> np.ndarray:
-    """Deal squares of tissue, four pitches wide, out to five parts of a slide, largest first to the smallest part.
-
-    Parameters
-    ----------
-    xy
-        ``(n, 2)`` spot centres.
-    pitch
-        Distance of neighbouring spots, in the unit of ``xy``.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n,)`` codes; fewer parts where there are fewer squares, two at least.
-    """
+    """Deal squares of tissue, four pitches wide, out to five parts, largest first to the smallest: ``(n,)`` codes."""
     _, square = np.unique(np.floor((xy - xy.min(0)) / (BLOCK_PITCHES * pitch)).astype(int), axis=0, return_inverse=True)
     square = square.ravel()
     size = np.bincount(square)

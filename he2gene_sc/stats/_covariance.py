@@ -35,7 +35,7 @@ _DIRECTIONS = 4
 class Blocks:
     """Spots of one section and one group, a few neighbours to a block; columns of the basis are ``1/sqrt(size)``.
 
-    Label and sections are constant in a block, so what their test needs of a covariance lives in this basis exactly.
+    Label and sections are constant in a block, so the basis holds exactly what their test needs of a covariance.
     """
 
     xy: np.ndarray  #: (n, 2) positions
@@ -77,16 +77,10 @@ def _halved(parts: list[np.ndarray], xy: np.ndarray, n: int) -> list[np.ndarray]
 
 
 def correlations(blocks: Blocks) -> Iterator[np.ndarray]:
-    """Correlation matrices of the fixed grid, in the basis of blocks.
+    """Yield correlation matrices ``(m, m)`` of the fixed grid, in the basis of blocks; sections do not correlate.
 
-    Ranges run geometrically from half the pitch (anisotropic: the pitch) to the side of the tissue (Gaussian: four
-    sides): the pitch is the median distance of a spot to its nearest neighbour, the side that of a square with the
-    second moments of the largest section. Spots of different sections do not correlate.
-
-    Yields
-    ------
-    numpy.ndarray
-        ``(m, m)``.
+    Ranges are geometric from half the pitch (anisotropic: the pitch) to the side of the tissue (Gaussian: four
+    sides), that of a square with the second moments of the largest section.
     """
     from scipy.spatial import cKDTree
 

@@ -63,10 +63,9 @@ def mixed_model(
 
 
 def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray) -> tuple[float, float]:
-    """Effect of the group and its standard error, that of generalised least squares; 0 and 0 for a constant gene.
+    """Effect of the group and its generalised least squares standard error; 0 and 0 for a constant gene.
 
-    statsmodels reads its errors off the observed Hessian, which is NaN or off by a factor of two where the variance
-    between samples is near 0 and patients with one group unbalance the design; in balanced designs both are equal.
+    The observed Hessian of statsmodels is NaN or off by two where samples hardly vary in an unbalanced design.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
 

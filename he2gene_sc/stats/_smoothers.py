@@ -16,24 +16,9 @@ _LEFT = 4
 
 
 def kriging(xy: np.ndarray, known: np.ndarray, reach: float, noise: float) -> scipy.sparse.csr_array:
-    """Weights of simple kriging with a Gaussian covariance, which is the mean of a Gaussian process.
+    """Weights ``(n, m)`` of simple kriging of mean 0, covariance ``exp(-d² / 2 reach²)`` and noise variance.
 
-    Parameters
-    ----------
-    xy
-        ``(n, 2)`` where values are wanted.
-    known
-        ``(m, 2)`` where they are known.
-    reach
-        Range: the covariance at distance d is ``exp(-d² / 2 reach²)``.
-    noise
-        Variance of the noise of what is known, where that of the signal is 1.
-
-    Returns
-    -------
-    scipy.sparse.csr_array
-        ``(n, m)``, for values of mean 0; each row weighs the 40 nearest known spots at most, so that memory is linear
-        in the number of spots.
+    Each row weighs the 40 nearest known spots at most, so that memory is linear in the number of spots.
     """
     from scipy.spatial import cKDTree
 
@@ -54,14 +39,7 @@ def kriging(xy: np.ndarray, known: np.ndarray, reach: float, noise: float) -> sc
 def ridge(embedding: np.ndarray, known: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
     """Ridge on an embedding, as a map of values of mean 0: ``(m, g)`` at the known spots to ``(n, g)``.
 
-    Parameters
-    ----------
-    embedding
-        ``(n, k)`` where values are wanted.
-    known
-        ``(m, k)`` where they are known; its mean is taken off both.
-    penalty
-        In units of the mean squared length of the known embeddings.
+    The mean of ``known`` is subtracted from both; the penalty is in units of its mean squared length.
     """
     mean = known.mean(0, dtype=float)
     a, b = known - mean, embedding - mean
@@ -74,26 +52,10 @@ def ridge(embedding: np.ndarray, known: np.ndarray, penalty: float) -> Callable[
 
 
 def matched_folds(xy: np.ndarray, known: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Folds of the known spots whose held-out spots are as far from the others as the wanted spots from the known.
+    """Folds ``(m,)`` of known spots that are as far from the rest as wanted spots are from the known.
 
-    Random folds, and k-means clusters of known spots put together to folds, are made; those whose distances to the
-    nearest spot left come nearest to the real ones, in the Wasserstein distance, are taken (kNNDM; Linnenbrink et al.,
-    Geosci. Model Dev. 2024). So scattered spots are left out one here and one there, and a measured half of a slide in
-    regions.
-
-    Parameters
-    ----------
-    xy
-        ``(n, 2)`` all spots.
-    known
-        ``(n,)`` boolean: where values are known.
-    seed
-        Of the random folds and of k-means.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(m,)`` fold of each known spot.
+    Random folds and k-means clusters compete; the nearest Wasserstein distance of the distances to the nearest
+    spot wins (kNNDM; Linnenbrink et al., Geosci. Model Dev. 2024).
     """
     from scipy.spatial import cKDTree
     from scipy.stats import wasserstein_distance

@@ -18,13 +18,10 @@ _SCALE, _TAIL = 0.25, 2.0
 
 
 def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Average over the grid of covariances and of ratios of the two groups' SDs, weighted by restricted likelihood.
+    """Average over the grid of covariances and of ratios of the groups' SDs, weighted by restricted likelihood.
 
-    Returns
-    -------
-    variance, spread, total
-        ``(g,)``: variance of the effect, squared coefficient of variation of that variance, and the expected sum of
-        squares about the section means (the trace of the centred covariance).
+    Returns ``(g,)``: variance of the effect, its squared coefficient of variation, and the expected sum of squares
+    about the section means (trace of the centred covariance).
     """
     n, m = len(blocks.of_spot), len(blocks.size)
     n_inside = n - m

@@ -101,8 +101,7 @@ class Moments:
 class Design:
     """Label, sections and covariates of the spots.
 
-    The effect is that of least squares: both groups share the slopes of the covariates. Residuals, from which the covariance is
-    estimated, have slopes of their own in either group.
+    The effect is that of least squares with common slopes. Residuals, which give the covariance, have slopes by group.
     """
 
     label: np.ndarray  # (n,) label, without section means and covariates

@@ -13,19 +13,9 @@ _FEW, _LEAST = 30, 0.1
 
 
 def simplex_weights(moments: np.ndarray, n_steps: int = 80) -> np.ndarray:
-    """Weights of least squared error, not negative and of sum 1.
+    """Weights ``(…, c)`` of least squared error, not negative and of sum 1, by accelerated projected gradient (FISTA).
 
-    Parameters
-    ----------
-    moments
-        ``(…, c, c)``: mean products of the errors of ``c`` predictions.
-    n_steps
-        Of an accelerated projected gradient (FISTA).
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(…, c)``.
+    ``moments`` ``(…, c, c)`` are mean products of the errors of ``c`` predictions.
     """
     c = moments.shape[-1]
     size = np.trace(moments, axis1=-2, axis2=-1)[..., None, None]
@@ -50,27 +40,10 @@ def _to_simplex(v: np.ndarray) -> np.ndarray:
 
 
 def stack(errors: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weigh predictions of a block of genes by their held-out errors.
+    """Weigh predictions by errors ``(c, m, g)`` made without the fold of a spot: weights ``(g, c)``, errors ``(m, g)``.
 
-    Each gene counts by its errors and, as a prior, by the mean over all genes of the block, each scaled by the error of
-    its first prediction. How many spots the prior stands for is chosen on parts of the spots left out. What is gained on
-    the first prediction is then shrunk to it, since some of the gain is chance: by ``1 - (c - 3) / t²``, not below 0,
-    where ``c - 1`` weights are free and t is the gain of the block over its standard error between spots (the positive
-    part of James and Stein's estimate).
-
-    Parameters
-    ----------
-    errors
-        ``(c, m, g)`` measured minus predicted, each made without the fold of its spot; ``c`` at least 4.
-    folds
-        ``(m,)`` fold of each spot.
-
-    Returns
-    -------
-    weights : numpy.ndarray
-        ``(g, c)``, from all folds.
-    held_out : numpy.ndarray
-        ``(m, g)`` errors of the weighted predictions, with the weights of the other parts.
+    Each gene counts by its errors and a prior, the mean over genes scaled by the first prediction, whose
+    size is chosen by folds. The gain over the first is shrunk by ``1 - (c - 3) / t²``, not below 0 (James-Stein).
     """
     c, m, g = errors.shape
     scale = np.square(errors[0]).mean(0)

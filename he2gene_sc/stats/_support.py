@@ -39,25 +39,9 @@ def support(
     *,
     seed: int = 0,
 ) -> np.ndarray:
-    """How far each spot is like those that were measured, ``(n,)`` from 0 to 1; 1 at these.
+    """How far each spot is like the measured ones, ``(n,)`` from 0 to 1: the least of place, features and class.
 
-    The least of three: by place, 1 up to the largest distance that the folds tried, 0 from twice that on; by features, see
-    :func:`feature_support`; by class, 0 for classes of which fewer than three spots were measured.
-
-    Parameters
-    ----------
-    xy
-        ``(n, 2)``.
-    known
-        ``(n,)`` bool: spots that were measured.
-    folds
-        ``(m,)`` fold of each of these in cross-validation.
-    features
-        ``(n, k)`` each: what is known of every spot, along its principal directions.
-    classes
-        ``(n,)`` codes, -1 where there is none; or ``None``.
-    seed
-        Of the blocks.
+    Place: 1 up to the largest distance the folds tried, 0 from twice that. Class: 0 with under three measured spots.
     """
     from scipy.spatial import cKDTree
 
@@ -78,10 +62,7 @@ def support(
 
 
 def level_share(near: np.ndarray, known: np.ndarray) -> float:
-    """Share of the correction of the level that spots not measured get, all alike: 0 to 1.
-
-    From their mean support: 0 up to a half, 1 from .8 on.
-    """
+    """Share of the level correction for unmeasured spots, by mean support: 0 up to a half, 1 from .8 on."""
     others = near[~known]
     return float(np.clip((others.mean() - _LEVEL_FROM) / (_LEVEL_TO - _LEVEL_FROM), 0, 1)) if len(others) else 1.0
 
@@ -89,8 +70,7 @@ def level_share(near: np.ndarray, known: np.ndarray) -> float:
 def feature_support(features: np.ndarray, xy: np.ndarray, known: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """How far features lie among those of measured spots, ``(n,)``.
 
-    A linear discriminant of measured and other spots gives each a score, in folds of blocks of tissue. Scores more than two
-    standard deviations below the mean of the measured spots count less, those from three on 0.
+    By a linear discriminant in folds of tissue blocks; 1 down to two SD below the measured mean, 0 from three.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -119,26 +99,10 @@ def feature_support(features: np.ndarray, xy: np.ndarray, known: np.ndarray, *, 
 def believed(
     before: np.ndarray, after: np.ndarray, blocks: np.ndarray, classes: np.ndarray | None
 ) -> tuple[float, np.ndarray]:
-    """Share of a correction that held-out spots bear out.
+    """Share (0 to 1) of a correction that held-out spots confirm, and the most that each class ``(c,)`` allows.
 
-    The least-squares multiple of the correction, over all genes, shrunk by ``1 - c / t²`` (not below 0), where t is that
-    multiple over its standard error between blocks of tissue, and c = (k + 1) / (k - 1) of k blocks.
-
-    Parameters
-    ----------
-    before, after
-        ``(m, g)`` measured minus predicted, and measured minus corrected, each made without the fold of its spot.
-    blocks
-        ``(m,)`` codes of blocks of tissue, which count as independent.
-    classes
-        ``(m,)`` codes of the class of each spot, -1 for none.
-
-    Returns
-    -------
-    share : float
-        0 to 1.
-    of_class : numpy.ndarray
-        ``(c,)``: what the spots of each class, by itself, allow at most: their multiple plus a standard error.
+    Least-squares multiple, shrunk by ``1 - c / t²`` (not below 0): t over its error between k blocks of tissue,
+    c = (k + 1) / (k - 1). A class allows its own multiple plus a standard error.
     """
     scale = np.square(before).mean(0)
     correction = before - after

@@ -18,31 +18,14 @@ UNSEEN = -30.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """Held-out residuals in short.
+    """Summary of held-out residuals."""
 
-    Attributes
-    ----------
-    quantiles
-        ``(1 + c, q, g)`` float16, of the absolute residual over its spread: over all spots, then of each predicted
-        class; NaN for a class that is not told apart. Never below what they stand for.
-    groups
-        ``(1 + c, g)`` int16: groups that they rest on.
-    spread
-        ``(2, g)`` float32, see :func:`he2gene_sc.stats.fit_spread`.
-    spots
-        ``(1 + c,)`` int: spots.
-    detected
-        ``(q, g)`` float16, as ``quantiles``, of the spots that showed the gene; NaN where none did.
-    detected_groups
-        ``(g,)`` int16: groups with such spots.
-    """
-
-    quantiles: np.ndarray
-    groups: np.ndarray
-    spread: np.ndarray
-    spots: np.ndarray
-    detected: np.ndarray
-    detected_groups: np.ndarray
+    quantiles: np.ndarray  # (1 + c, q, g) float16, |residual| / spread: all spots, then each class; NaN: class left out
+    groups: np.ndarray  # (1 + c, g) int16: groups they rest on
+    spread: np.ndarray  # (2, g) float32, see stats.fit_spread
+    spots: np.ndarray  # (1 + c,) int
+    detected: np.ndarray  # (q, g) float16, of spots that showed the gene
+    detected_groups: np.ndarray  # (g,) int16
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Arrays of a model folder."""
@@ -73,19 +56,7 @@ def groups_of(sections: Sequence[Section], unit: str) -> np.ndarray:
 def calibrate(
     predicted: np.ndarray, measured: np.ndarray, groups: np.ndarray, classes: np.ndarray, n_classes: int
 ) -> Calibration:
-    """Put the residuals of some genes in short.
-
-    Parameters
-    ----------
-    predicted, measured
-        ``(n, g)``; measured is NaN where a gene was not measured.
-    groups
-        ``(n,)`` codes.
-    classes
-        ``(n,)`` codes of the predicted class; -1 where the fold had no labels to learn from.
-    n_classes
-        Classes of the model.
-    """
+    """Summarise residuals of ``(n, g)``; codes of groups and of predicted classes (-1: unknown) are ``(n,)``."""
     residual = measured - predicted
     spread = fit_spread(predicted, residual, groups)
     scores = np.abs(residual) / spread_of(predicted, spread)
@@ -126,12 +97,7 @@ def described(calibration: Calibration, unit: str, classes: Sequence[str]) -> di
 def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
     """Temperature that makes held-out labels most likely (Guo et al., ICML 2017), within 0.2 to 20.
 
-    Parameters
-    ----------
-    logits
-        ``(n, c)``, or ``(n, views, c)`` where probabilities are averaged over views.
-    codes
-        ``(n,)`` class codes.
+    Logits are ``(n, c)``, or ``(n, views, c)`` where probabilities are averaged over views.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax, logsumexp

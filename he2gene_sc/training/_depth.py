@@ -16,18 +16,12 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True)
 class Depth:
-    """The span of a cubic of the log of the counts of the spots of one section.
+    """The span of a cubic of the log counts of the spots of one section.
 
-    Of counts as sparse as these, log-normalised expression follows the number of counts even where the tissue has no
-    pattern at all, and an image shows where there is much RNA. What is left here is not that.
-
-    Attributes
-    ----------
-    axes
-        ``(n, 3)`` or fewer, orthonormal, without the mean.
+    Sparse expression follows depth even without a pattern, and an image shows where there is much RNA.
     """
 
-    axes: np.ndarray
+    axes: np.ndarray  # (n, 3) or fewer, orthonormal, without the mean
 
     @classmethod
     def of(cls, totals: np.ndarray, parts: np.ndarray) -> Depth:

@@ -29,8 +29,7 @@ def expression_figures(
 ) -> dict[str, dict[str, object]]:
     """Mean correlation of both panels in each section, with a bootstrap, given depth, baselines and the noise ceiling.
 
-    The bootstrap is conditional on the patients at hand: blocks of tissue are drawn anew within each section, patients
-    and sections are not.
+    The bootstrap draws blocks of tissue within each section; it is conditional on these patients and sections.
     """
     n_target, n_variable = len(held_out.panel[0].target), len(held_out.panel[0].variable)
     names = (f"{n_target} target genes", f"{n_variable} most variable genes")
@@ -62,17 +61,7 @@ def expression_figures(
 
 
 def given_depth(panel: Panel, totals: np.ndarray, parts: np.ndarray) -> tuple[float, float]:
-    """Mean partial correlation of both panels, given the counts of each spot, see :class:`Depth`.
-
-    Parameters
-    ----------
-    panel
-        Held-out predictions.
-    totals
-        ``(n,)`` counts of each spot.
-    parts
-        ``(n,)`` codes of what was held out together; the panel is centred within them where there are several.
-    """
+    """Mean partial correlation of both panels given counts ``(n,)``, centred within parts where there are several."""
     depth = Depth.of(totals, parts)
     measured = np.nan_to_num(panel.measured)
     varies = np.isfinite(pearson(panel.predicted, measured))
@@ -86,11 +75,10 @@ def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interval(panel: Panel, centres_um: np.ndarray) -> np.ndarray:
-    """How far other blocks of the section would move the mean correlation of both panels, ``(2, 2)``: low and high.
+    """Low and high of the mean correlation of target and variable panel over blocks of the section, ``(2, 2)``.
 
-    The rows are target and variable. It is a 95 % interval where blocks are independent, and covers 94 to 46 % where they
-    are not (``bench_trust.py blocks``): the card does not call it one. Percentiles of :func:`bootstrap`, expanded for the few blocks that there are (Hesterberg, Am Stat 2015): at n of them by
-    the t distribution and by n / (n - 1). NaN below :data:`MIN_BLOCKS`.
+    Percentiles of :func:`bootstrap`, expanded for few blocks by t and n / (n - 1) (Hesterberg, Am Stat 2015).
+    Covers 95 % if blocks are independent, else 94 to 46 % (``bench_trust.py blocks``). NaN below :data:`MIN_BLOCKS`.
     """
     from scipy.stats import norm, t
 
@@ -106,10 +94,9 @@ def _blocks(centres_um: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(panel: Panel, centres_um: np.ndarray, *, n_draws: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
-    """Mean correlations of both panels over draws of blocks of tissue, ``(n_draws, 2)``.
+    """Mean correlations of both panels over draws of squares of :data:`BLOCK_UM` with replacement, ``(n_draws, 2)``.
 
-    Blocks of the section, squares of :data:`BLOCK_UM`, are drawn with replacement, as many as there are; every spot of
-    a block comes with it (Politis and Romano, J Am Stat Assoc 1994, say why single spots will not do).
+    Blocks, since neighbouring spots are not independent (Politis and Romano, J Am Stat Assoc 1994).
     """
     rng = np.random.default_rng(seed)
     _, block = np.unique(_blocks(centres_um), axis=0, return_inverse=True)
@@ -133,10 +120,7 @@ def annotation_figures(
     by_patient: bool = False,
     tempered: bool = True,
 ) -> dict[str, dict[str, object]]:
-    """Balanced accuracy of each section, and over all of them AUROC of each class and calibration error.
-
-    ``telling`` and ``by_patient`` are those of :func:`calibrated`; without ``tempered`` logits are taken as they are.
-    """
+    """Balanced accuracy of each section, and over all of them AUROC of each class and calibration error."""
     from scipy.special import softmax
     from sklearn.metrics import roc_auc_score
 
@@ -183,10 +167,9 @@ def balanced_accuracy(codes: np.ndarray, scores: np.ndarray) -> float:
 def calibrated(
     sections: Sequence[Section], held_out: HeldOut, telling: HeldOut | None = None, *, by_patient: bool = False
 ) -> list[np.ndarray]:
-    """Divide held-out logits by a temperature that was fitted on the other sections, section by section.
+    """Divide held-out logits by a temperature fitted on the other sections, or patients, section by section.
 
-    The other sections' logits are those of ``telling`` (default: ``held_out``). With ``by_patient``, sections of the same patient
-    are left out too. A single section takes the temperature of its other parts.
+    Those are taken from ``telling`` (default ``held_out``). A single section takes the temperature of its other parts.
     """
     telling = telling or held_out
     result = []

@@ -33,13 +33,7 @@ def activation_bytes(encoder: nn.Module, input_px: int) -> int:
 
 
 def check_sums(n_features: int) -> None:
-    """Refuse features whose squares would not fit, twice in double precision while they are solved.
-
-    Raises
-    ------
-    MemoryError
-        If the machine has less.
-    """
+    """Refuse features whose squares do not fit, twice in double precision while they are solved."""
     there = memory_of_machine()
     needed = 3 * 8 * n_features**2
     if there is not None and needed > _USABLE * there:
@@ -51,26 +45,7 @@ def check_sums(n_features: int) -> None:
 
 
 def check_memory(encoder: nn.Module, input_px: int, *, patches: int, spots: int, n_genes: int, n_held_out: int) -> None:
-    """Refuse a run on the CPU that would not fit.
-
-    Parameters
-    ----------
-    encoder
-        What is trained.
-    input_px
-        Side of a patch.
-    patches
-        Patches that the encoder sees at once.
-    spots
-        Spots of a step.
-    n_genes, n_held_out
-        Genes, and held-out spots that are predicted in the end.
-
-    Raises
-    ------
-    MemoryError
-        If the machine has less than such a run takes; the message says what to change.
-    """
+    """Refuse a run on the CPU that would not fit, with what to change."""
     there = memory_of_machine()
     if there is None:
         return

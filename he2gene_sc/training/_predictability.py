@@ -30,20 +30,7 @@ _VALUES_AT_ONCE = 20_000_000
 
 
 def bounds(pcc: np.ndarray, min_groups: int = MIN_GROUPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of each gene over held-out groups and its 95 % interval, from Student's t.
-
-    Parameters
-    ----------
-    pcc
-        ``(groups, g)`` Pearson correlations; NaN where a group did not measure the gene.
-    min_groups
-        Groups without which there is no interval.
-
-    Returns
-    -------
-    tuple of numpy.ndarray
-        Mean, lower and upper bound within -1 to 1, ``(g,)``; NaN where groups are missing.
-    """
+    """Mean of each gene over held-out groups ``(groups, g)`` and its 95 % t interval within -1 to 1, ``(g,)`` each."""
     from scipy.stats import t
 
     n = np.isfinite(pcc).sum(0)
@@ -68,21 +55,9 @@ def by_patient(pcc: np.ndarray, patients: Sequence[str] | Sequence[int]) -> np.n
 
 
 def bound_within(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str]) -> np.ndarray:
-    """Lower 95 % bound of each patient's mean correlation, from the error that its spots leave (Fisher's z).
+    """Lower 95 % bound ``(patients, g)`` of each patient's mean correlation, from the error of its spots (Fisher's z).
 
-    Spots count as independent, which neighbours are not: the bound is the least that should be asked.
-
-    Parameters
-    ----------
-    pcc
-        ``(sections, g)``; NaN where a section did not measure the gene.
-    n_spots, patients
-        Of each section.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(patients, g)``, NaN where none measured the gene.
+    Spots count as independent, which neighbours are not: it is the least to ask for.
     """
     there = np.isfinite(pcc)
     z = np.arctanh(np.clip(np.where(there, pcc, 0), -0.999999, 0.999999))
@@ -97,25 +72,10 @@ def bound_within(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str
 
 
 def new_patient_bound(given: np.ndarray, n_spots: np.ndarray, n_depth: int = 3) -> np.ndarray:
-    """One-sided 95 % lower bound of the mean over patients of each gene's correlation, ``(g,)``.
+    """One-sided 95 % lower bound ``(g,)`` of the mean over held-out patients of correlations given depth; else -1.
 
-    Two or three patients do not tell how much patients differ in one gene. All genes together do: the variance between
-    patients beyond that of their spots (Fisher's z) is pooled over the genes, as moderated tests pool it (Smyth, Stat Appl
-    Genet Mol Biol 2004).
-
-    Parameters
-    ----------
-    given
-        ``(patients, g)`` partial correlations of patients that were held out whole; NaN where one did not measure a gene.
-    n_spots
-        ``(patients,)``.
-    n_depth
-        Numbers that depth was described by.
-
-    Returns
-    -------
-    numpy.ndarray
-        -1 where fewer than :data:`MIN_GROUPS` patients measured a gene.
+    With few patients, the variance between them beyond that of spots (Fisher's z) is pooled over genes
+    (Smyth, Stat Appl Genet Mol Biol 2004). ``n_depth`` numbers describe depth.
     """
     there = np.isfinite(given)
     n = there.sum(0)
@@ -138,10 +98,7 @@ def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
 
 
 def ceilings(sections: Sequence[Section]) -> np.ndarray:
-    """Noise ceiling of each gene, ``(g,)``, averaged over up to eight sections that measured it.
-
-    See :func:`he2gene_sc.stats.noise_ceiling`; a gene whose halves do not agree counts as 0.
-    """
+    """Noise ceiling of each gene, ``(g,)``, over up to eight sections that measured it; 0 where halves disagree."""
     chosen = sections[:: -(-len(sections) // _CEILING_SECTIONS)]
     g = chosen[0].targets.shape[1]
     total, n = np.zeros(g), np.zeros(g)
@@ -172,17 +129,7 @@ def gene_table(
 ) -> tuple[pd.DataFrame, str]:
     """Make the gene table of a model, and say in words what makes a gene reliable.
 
-    Parameters
-    ----------
-    sections
-        All of them.
-    metadata
-        Names of the genes.
-    held_out
-        By what was held out together: ``"patient"`` is what the figures are of where there are
-        :data:`ENOUGH_PATIENTS`, else ``"section"``, else what there is.
-    target, variable
-        Positions of the genes of both panels.
+    Metrics are of held-out patients if there are :data:`ENOUGH_PATIENTS`, else of sections, else of what there is.
     """
     patients = [section.patient for section in sections]
     n_patients = len(set(patients))

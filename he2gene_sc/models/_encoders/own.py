@@ -10,13 +10,7 @@ from .registry import EncoderSpec
 
 
 def check_own(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
-    """Check a network of the user's own and return a copy in evaluation mode on the CPU, float32.
-
-    Raises
-    ------
-    ValueError
-        If it is no pair of a network and its specification, or the network does not suit.
-    """
+    """Check a network of the user and return a copy in evaluation mode on the CPU, float32."""
     if not (
         isinstance(encoder, tuple | list)
         and len(encoder) == 2
@@ -34,13 +28,7 @@ def check_own(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
 
 
 def check_output(network: torch.nn.Module, spec: EncoderSpec) -> None:
-    """Check that a network maps an image to one vector of finite numbers.
-
-    Raises
-    ------
-    ValueError
-        If it does not.
-    """
+    """Check that a network maps an image to one vector of finite numbers."""
     size = (1, 3, spec.input_px, spec.input_px)
     x = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     try:

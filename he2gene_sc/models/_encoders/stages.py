@@ -11,15 +11,7 @@ from torch import nn
 class Stages(nn.Module):
     """Mean over the image of the maps of some stages, side by side.
 
-    Early stages of a network trained on photographs see texture and colour, which tissue shares with photographs; its
-    last layers see objects, which tissue does not have. Stages after the last one used are not run.
-
-    Parameters
-    ----------
-    encoder
-        A network of timm that has ``forward_intermediates``.
-    stages
-        Positions of the maps, from 0, as ``forward_intermediates(indices=...)`` counts them.
+    Early stages see texture and colour, late ones objects, which tissue does not have. Later stages are not run.
     """
 
     encoder: Any  # of timm: nn.Module declares none of its methods
@@ -53,13 +45,7 @@ def default_stages(encoder: nn.Module) -> tuple[int, ...] | None:
 
 
 def staged(encoder: nn.Module, stages: tuple[int, ...] | None) -> nn.Module:
-    """Wrap an encoder so that it gives the means of the stages; ``None``: its own output.
-
-    Raises
-    ------
-    ValueError
-        If the encoder has no such stages.
-    """
+    """Wrap an encoder so that it gives the means of the stages; ``None``: its own output."""
     if stages is None:
         return encoder
     n = len(getattr(encoder, "feature_info", ()))

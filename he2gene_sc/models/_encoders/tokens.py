@@ -11,14 +11,7 @@ from torch import nn
 class Tokens(nn.Module):
     """A vision transformer of timm or transformers, ``(b, 3, input_px, input_px)`` to ``(b, f)``.
 
-    Parameters
-    ----------
-    network
-        Has ``forward_features`` (timm), or takes ``pixel_values`` and returns ``last_hidden_state`` (transformers).
-    pooling
-        ``"cls"`` or ``"cls+mean"``.
-    n_prefix
-        Tokens before those of the patches: the class token, which is the first, and registers.
+    ``pooling`` is "cls" or "cls+mean"; ``n_prefix`` counts the tokens before the patches: class token and registers.
     """
 
     network: Any  # of timm or transformers

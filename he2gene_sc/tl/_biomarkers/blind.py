@@ -25,10 +25,7 @@ def fields(
     measured: SpotData,
     layer: str,
 ) -> dict[str, np.ndarray]:
-    """Return a number of every spot ``(n,)`` by reference, of mean 0 and variance 1 within each section.
-
-    Depth is the log of total counts, colour the darkness of the spot in the image; each where it is known of all sections.
-    """
+    """Depth (log total counts) and colour (darkness) of every spot, standardised within sections, where all have it."""
     found: dict[str, np.ndarray] = {}
     depth = depth_of(measured, "auto")
     if depth is not None:

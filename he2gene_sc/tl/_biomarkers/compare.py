@@ -44,13 +44,7 @@ def compare(
     measured: SpotData | None = None,
     depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Run a method on every group.
-
-    Returns
-    -------
-    tuple
-        The tests, a row a group and gene, without adjustment; the differences, a row a group and sample, a column a gene.
-    """
+    """Run a method on every group: unadjusted tests (group and gene), and differences of samples (a column a gene)."""
     depth = depth if chosen.depth else None
     cells = Cells.of(
         spots,
@@ -110,10 +104,9 @@ def _tested(
     reference: str,
     cells: Cells,
 ) -> tuple[np.ndarray, str]:
-    """Genes of sufficient mean that enough spots of the smaller group are expected to show, and why there are none.
+    """Mask of genes that pass the filters of mean and detection, and why there are none.
 
-    Where spots are the unit, both look at all spots together: a mean of the means would choose the genes that happen to
-    be high in the smaller group.
+    Where spots are the unit, all spots count together: a mean of means would favour genes high in the small group.
     """
     with np.errstate(invalid="ignore"):
         mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
@@ -166,13 +159,7 @@ def _counted(sums: CountSums) -> np.ndarray:
 
 
 def named_groups(groups: Any, reference: object) -> tuple[list[str] | None, str]:
-    """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too.
-
-    Raises
-    ------
-    ValueError
-        If a name is missing.
-    """
+    """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too."""
     several = isinstance(groups, Iterable) and not isinstance(groups, str)
     named = None if groups is None else [asked_name(group, "groups") for group in (groups if several else [groups])]
     return named, asked_name(reference, "reference")

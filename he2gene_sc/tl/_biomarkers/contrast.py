@@ -22,18 +22,14 @@ MIN_SPOTS = 3
 
 @dataclass(frozen=True)
 class Cells:
-    """Sums over the spots of every label in every sample, ``(samples, labels, g)`` float64.
-
-    ``counts`` ``(samples, labels)`` are the spots, ``sums`` those of the logarithms; ``squares``, of their squares, and
-    ``detected``, of the spots where a gene is not 0, are there where they were asked for.
-    """
+    """Sums over the spots of every label in every sample, ``(samples, labels, g)`` float64."""
 
     samples: np.ndarray
     labels: np.ndarray
-    counts: np.ndarray
-    sums: np.ndarray
-    squares: np.ndarray | None = None
-    detected: np.ndarray | None = None
+    counts: np.ndarray  # (samples, labels) spots
+    sums: np.ndarray  # of logarithms
+    squares: np.ndarray | None = None  # of logarithms
+    detected: np.ndarray | None = None  # spots where a gene is not 0
     raw: CountCells | None = None
     depth: DepthCells | None = None
 
@@ -81,31 +77,24 @@ def _seen(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One group against its reference.
-
-    ``inside`` and ``outside`` are ``(n,)`` bool over the spots of the pool; ``means`` is ``(2, samples, g)``, the group
-    first, NaN where a sample has fewer than three spots of it; ``counts`` is ``(2, samples)``. ``spot_variance`` ``(g,)``
-    is the variance of spots about the means of their group and sample, where squares were summed. ``measured`` is the contrast
-    of the measured values, where there are some. ``depth`` is the log depth of the spots of the pool, ``(n,)``, and ``shift``
-    what it adds to ``means``.
-    """
+    """One group against its reference."""
 
     pool: SpotData
     genes: pd.Index
     samples: np.ndarray
-    inside: np.ndarray
-    outside: np.ndarray
-    means: np.ndarray
-    counts: np.ndarray
+    inside: np.ndarray  # (n,) bool, in the pool
+    outside: np.ndarray  # (n,) bool
+    means: np.ndarray  # (2, samples, g), group first; NaN below three spots
+    counts: np.ndarray  # (2, samples)
     pooled_means: np.ndarray
     design: Design = field(default_factory=Design)
-    spot_variance: np.ndarray | None = None
-    measured: Contrast | None = None
+    spot_variance: np.ndarray | None = None  # (g,) about means of group and sample
+    measured: Contrast | None = None  # contrast of measured values
     raw: CountSums | None = None
     adjustment: np.ndarray | None = None
     depth_variance: np.ndarray | None = None
-    depth: np.ndarray | None = None
-    shift: np.ndarray | None = None
+    depth: np.ndarray | None = None  # (n,) log
+    shift: np.ndarray | None = None  # what depth adds to means
 
     @classmethod
     def of(cls, pool: SpotData, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any) -> Contrast:

@@ -14,13 +14,7 @@ if TYPE_CHECKING:
 
 
 def spot_covariates(contrast: Contrast, chosen: np.ndarray) -> np.ndarray | None:
-    """Return log depth and covariates of the chosen spots, ``(m, c)``; ``None`` if there are none.
-
-    Raises
-    ------
-    ValueError
-        If a covariate is missing for a spot.
-    """
+    """Return log depth and covariates of the chosen spots, ``(m, c)``; ``None`` if there are none."""
     columns = [] if contrast.depth is None else [contrast.depth[chosen]]
     for key in contrast.design.covariates:
         values, numbers = _read(contrast, key, chosen)

@@ -28,19 +28,7 @@ _REFUSED, _WARNED = 0.85, 0.95
 def cross_fitted_halves(
     spots: SpotData, measured: str | None, scale: Scale, depth: str | None, groups: Sequence[str] | None, reference: str
 ) -> tuple[list[SpotData], float]:
-    """Two halves of the genes, each with labels that were read from measured genes outside it.
-
-    Returns
-    -------
-    tuple
-        The halves, and the share of spots whose labels are those given, in the half where it is lower. With groups and
-        reference named, of the spots of these.
-
-    Raises
-    ------
-    ValueError
-        If a section was not measured, or fewer than 85 % of the labels are those given.
-    """
+    """Two halves of the genes, each with labels read from measured genes outside it; the lower agreement of labels."""
     known, seen = measured_part(spots, measured, scale)
     lacking = sorted(set(spots.units) - set(known.units))
     if lacking:
@@ -100,31 +88,9 @@ def cross_fitted_labels(
     scale: Literal["counts", "log"],
     depth: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Label every spot by a classifier of measured expression that was fitted to the other samples' spots and labels.
+    """Label every spot by a classifier of measured expression fitted to the other samples (else sections), ``(n,)``.
 
-    Multinomial logistic regression on principal components of measured expression, centred within the section and without
-    what goes with depth there. Held out are samples; with one sample, sections.
-
-    Parameters
-    ----------
-    pool
-        Measured spots with the labels to learn from.
-    features
-        Genes to read: none of those that are tested with these labels.
-    measured, scale
-        Layer of what was measured (``None``: ``X``) and its scale.
-    depth
-        ``(n,)`` log depth of the spots; ``None``: it stays in the expression.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n,)`` labels.
-
-    Raises
-    ------
-    ValueError
-        If there is one section, or too few genes to read.
+    Multinomial regression on principal components, centred within sections and without what goes with depth there.
     """
     units = pool.samples if len(set(pool.samples)) > 1 else pool.units
     names = sorted(set(units))

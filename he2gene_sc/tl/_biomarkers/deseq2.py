@@ -13,13 +13,7 @@ from ...stats import CountSums, SampleTest
 
 
 def deseq2(sums: CountSums, *, level: float, lfc: float) -> SampleTest:
-    """Run PyDESeq2 with the design ``~ sample + group``; effects are natural logarithms.
-
-    Raises
-    ------
-    ImportError
-        If PyDESeq2 is not installed.
-    """
+    """Run PyDESeq2 with the design ``~ sample + group``; effects are natural logarithms."""
     dds_class, stats_class = import_pydeseq2()
     n, g = sums.counts.shape[1:]
     names = [f"{side}{i}" for side in ("group", "reference") for i in range(n)]

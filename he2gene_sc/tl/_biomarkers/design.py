@@ -109,13 +109,7 @@ class Design:
 
 
 def as_design(design: Any) -> Design:
-    """Read a design: as it is, a formula that begins with ``~``, or a list of covariates.
-
-    Raises
-    ------
-    ValueError
-        If it is something else.
-    """
+    """Read a design: as it is, a formula that begins with ``~``, or a list of covariates."""
     if design is None or isinstance(design, Design):
         return design or Design()
     if isinstance(design, str) and design.lstrip().startswith("~"):

@@ -23,25 +23,19 @@ _MOST_WEIGHT = 4.0
 
 @dataclass(frozen=True)
 class Method:
-    """A test of one contrast.
-
-    ``samples``: how many with both groups it needs; ``caution``: what its user must know; ``detecting``: spots of the
-    smaller group that are expected to show a gene, from its share of all spots, for the gene to be tested; ``squares``: whether
-    it uses the variance of spots; ``depth``: whether it takes logarithms of counts and adjusts for depth; ``moderated``: whether
-    variances are moderated over genes, and it takes a formula.
-    """
+    """A test of one contrast."""
 
     name: str
     run: Callable[[Contrast], SampleTest | Outcome]
     label: str
-    samples: int
+    samples: int  # with both groups that it needs
     uses: Callable[[Contrast], np.ndarray]
-    caution: str = ""
-    detecting: int = 0
-    squares: bool = False
+    caution: str = ""  # what its user must know
+    detecting: int = 0  # spots of the smaller group expected to show a tested gene
+    squares: bool = False  # uses the variance of spots
     scale: str | None = None
-    depth: bool = False
-    moderated: bool = False
+    depth: bool = False  # takes logarithms of counts and adjusts for depth
+    moderated: bool = False  # over genes; takes a formula
 
 
 @dataclass(frozen=True)
@@ -84,10 +78,7 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
 
 
 def _capped(weights: np.ndarray) -> np.ndarray:
-    """Weights of samples ``(n, g)``, at most four times their median.
-
-    How samples differ beyond their spots cannot be told where one sample outweighs the others.
-    """
+    """Weights of samples ``(n, g)``, at most four times their median, so that no sample outweighs the others."""
     middle = np.nanmedian(np.where((weights > 0).any(0) & (weights <= 0), np.nan, weights), axis=0)
     return np.minimum(weights, _MOST_WEIGHT * middle)
 

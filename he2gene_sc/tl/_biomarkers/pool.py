@@ -32,13 +32,7 @@ def labelled_spots(
     join: Literal["inner", "outer"] = "inner",
     reliable_only: bool = False,
 ) -> SpotData:
-    """Keep the labelled spots that have values; everything that can be wrong with values is an error here.
-
-    Raises
-    ------
-    ValueError
-        If values are not on the scale expected, there is no gene in common, or spots stand twice.
-    """
+    """Keep the labelled spots that have values; everything that can be wrong with values is an error here."""
     layer = spots.layer
     for table in spots.tables:
         if table.var_names.has_duplicates:

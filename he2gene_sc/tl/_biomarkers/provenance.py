@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> str:
     """Say what makes the labels depend on the errors of the values; empty if nothing does.
 
-    Labels of the head, and clusters of predicted genes, share the image with predicted values; clusters of measured genes
-    the noise with measured ones. By name, or because the labels follow from such a column exactly: renamed or merged
-    levels. Labels that merely agree well with the head's may be a pathologist's.
+    Head labels and clusters of predicted genes share the image with predictions, clusters of measured genes the noise
+    with measurements. Found by name, or if labels follow exactly from such a column (renamed or merged levels).
     """
     predicted = any(prediction_of(table, layer) is not None for table in tables)
     heads = set().union(*(_heads(table, layer) for table in tables)) if predicted else set()
@@ -78,10 +77,7 @@ def _clusters(table: AnnData, predicted: bool) -> set[str]:
 
 
 def _follows(tables: Sequence[AnnData], groupby: str, name: str) -> float:
-    """Share of labelled spots whose label is that of most spots of the same level of another column.
-
-    0 if that is little more than the share of the most frequent label.
-    """
+    """Share of spots with the commonest label of their level of a column; 0 if hardly above the commonest of all."""
     chosen = [table for table in tables if name in table.obs]
     labels = np.concatenate([clean_names(table.obs[groupby]) for table in chosen])
     source = np.concatenate([clean_names(table.obs[name]) for table in chosen])
@@ -110,10 +106,7 @@ def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | 
 
 
 def measured_part(spots: SpotData, measured: str | None, scale: Scale) -> tuple[SpotData, np.ndarray]:
-    """Spots that were measured, with what was measured, and which they are, ``(n,)`` bool.
-
-    A spot without any count was not: a section beside a measured one of the same patient may have been predicted alone.
-    """
+    """Spots with measured values, and their mask ``(n,)``; spots without any count were not measured."""
     made = np.array([MADE in table.uns for table in spots.tables])[spots.objects]
     seen = ~made
     seen[~made] = spots.take(~made).totals(measured, "measured") > 0

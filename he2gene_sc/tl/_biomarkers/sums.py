@@ -98,7 +98,7 @@ class DepthCells:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return what depth adds to the difference of each paired sample ``(n, g)``, and to its variance ``(n,)``.
 
-        Each sample has its own slope, from the spots within its groups: errors of slopes are then part of how samples differ.
+        Each sample has its own slope within groups, so errors of slopes are part of how samples differ.
         """
         x, xx = (np.array([part[paired][:, side].sum(1) for side in sides]) for part in (self.sums, self.squares))
         xy = np.array([self.products[paired][:, side].sum(1) for side in sides])
@@ -113,7 +113,7 @@ class DepthCells:
         return gap[:, None] * slope, np.where(varies, np.square(gap) / np.where(varies, spread, 1), unknown)
 
     def shift(self, sides: Sequence[np.ndarray], spots: np.ndarray, sums: np.ndarray) -> np.ndarray:
-        """Return what depth adds to the mean of each side and sample, ``(2, samples, g)``, against the mean depth of all spots.
+        """Return what depth adds to each mean ``(2, samples, g)``, against the mean depth of all spots.
 
         A sample of few spots has the slope of all.
         """
@@ -131,7 +131,7 @@ class DepthCells:
 def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
     """Natural log of the depth of each spot ``(n,)``; ``None`` where it is not known.
 
-    ``"auto"``: total counts of the layer, if it holds counts, or of ``X``, where every spot has some; else a column of ``obs``.
+    ``"auto"``: total counts of the layer, if it holds counts, or of ``X``, where no spot is empty; else a column of obs.
     """
     if depth is None:
         return None
@@ -165,8 +165,7 @@ def pair_design(
 ) -> tuple[np.ndarray, int]:
     """Design of the differences within samples ``(n, p)``, and the column that is tested.
 
-    What is one in a sample cancels in its difference. Columns that go with the group are centred: the effect of the group is
-    that of the average sample.
+    Constants of a sample cancel. Columns that go with the group are centred: the effect is that of the average sample.
     """
     if not design.terms:
         return np.ones((len(samples), 1)), 0

@@ -27,24 +27,9 @@ def embed(expression: np.ndarray) -> np.ndarray:
 
 
 def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str) -> list[np.ndarray]:
-    """Cluster spots into a number of clusters, once a seed.
+    """Cluster spots ``(n, k)`` by ``"leiden"`` (scanpy, igraph) or ``"kmeans"`` (ten starts): codes, one a seed.
 
-    Parameters
-    ----------
-    features
-        ``(n, k)``.
-    n_clusters
-        Wanted. k-means gives it; the resolution of Leiden is bisected until it does, and where no resolution does, the
-        number nearest to it is taken.
-    seeds
-        Of k-means or Leiden.
-    method
-        ``"leiden"`` (scanpy's neighbours and Leiden of igraph) or ``"kmeans"`` (scikit-learn, ten starts).
-
-    Returns
-    -------
-    list of numpy.ndarray
-        ``(n,)`` codes from 0, one a seed.
+    The resolution of Leiden is bisected to the wanted number of clusters, else to the nearest.
     """
     if method == "kmeans":
         from sklearn.cluster import KMeans

@@ -30,13 +30,7 @@ N_VARIABLE = 2000
 
 
 def sections(spots: SpotData) -> pd.DataFrame:
-    """``sample`` and ``section`` of each spot; sections of one name in two samples are two.
-
-    Raises
-    ------
-    ValueError
-        If a spot stands twice.
-    """
+    """``sample`` and ``section`` of each spot; sections of one name in two samples are two."""
     names = spots.tables[0].obs_names
     if not names.is_unique:
         raise ValueError(
@@ -47,13 +41,7 @@ def sections(spots: SpotData) -> pd.DataFrame:
 
 
 def domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-    """Codes of the domains, -1 where there is none or it has too few spots in its section, and the names.
-
-    Raises
-    ------
-    ValueError
-        If no section has two domains.
-    """
+    """Codes of the domains, -1 where there is none or it has too few spots in its section, and the names."""
     values = pd.Series(spots.labels)
     column = spots.tables[0].obs[domain_key]
     if isinstance(column.dtype, pd.CategoricalDtype):
@@ -93,13 +81,7 @@ def genes(
     measured_scale: Scale,
     has_measured: bool,
 ) -> tuple[list[str], np.ndarray | None, np.ndarray | None]:
-    """Names of the genes, and predicted and measured log expression of them, ``None`` where there is none.
-
-    Raises
-    ------
-    ValueError
-        If a gene is unknown, NaN everywhere, or fewer than two are left.
-    """
+    """Names of the genes, and predicted and measured log expression of them, ``None`` where there is none."""
     if given is not None:
         given = [given] if isinstance(given, str) else list(given)
         found = columns_of(table, given, _symbols(table, layer))

@@ -27,24 +27,12 @@ BLIND = ("depth", "mean colour", "coordinates")
 
 @dataclass(frozen=True)
 class Labels:
-    """One kind of labels of a section's spots.
+    """One kind of labels of a section's spots."""
 
-    Attributes
-    ----------
-    name
-        Of the kind: ``"predicted"``, ``"measured"`` or a reference.
-    labelings
-        ``(n,)`` codes, one a seed; one alone, where there are no seeds.
-    features
-        ``(n, k)`` that they were clustered in, where it is one space.
-    trained_on_labels
-        Whether a model that learnt such labels made them.
-    """
-
-    name: str
-    labelings: list[np.ndarray]
-    features: np.ndarray | None = None
-    trained_on_labels: bool = False
+    name: str  # "predicted", "measured" or a reference
+    labelings: list[np.ndarray]  # (n,) codes, one a seed if there are seeds
+    features: np.ndarray | None = None  # (n, k) clustered in
+    trained_on_labels: bool = False  # by a model that learnt such labels
 
 
 @dataclass(frozen=True)
@@ -63,14 +51,7 @@ class Section:
 
 
 def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
-    """Score every kind against the domains, and predicted against measured.
-
-    Yields
-    ------
-    dict
-        ``labels``, ``against``, ``score``, ``mean`` and ``sd`` over seeds, ``n_seeds``, ``pval``, ``n_shifts``,
-        ``null_mean``, ``trained_on_labels``; ``difference`` and ``pval_better``, see :func:`_against_references`.
-    """
+    """Score every kind against the domains, and predicted against measured; yields rows of the table."""
     labelled = section.labelled
     xy, domains = section.xy[labelled], codes_of(section.domains[labelled])
     enrichment = Enrichment(xy, section.seed)
@@ -95,11 +76,10 @@ def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
 def _against_references(
     domains: np.ndarray, cut: dict[str, list[np.ndarray]], shifts: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """Whether the prediction keeps the domains better than references that see no gene, by kind.
+    """Whether the prediction keeps domains better than references that see no gene, by kind.
 
-    ``difference`` of a reference is the prediction's adjusted Rand index minus its own; ``pval_better`` the share of shifts,
-    and of the domains as they lie, at which this is as large. That of the prediction is the largest of these: it tests being
-    better than each. Without a prediction, what was measured is compared.
+    ``difference`` is of adjusted Rand indices, ``pval_better`` the share of shifts (and 1) where it is as large; the
+    prediction's is the largest: better than each. Without a prediction, measured stands in.
     """
     name = next((kind for kind in ("predicted", "measured") if kind in cut), None)
     references = [kind for kind in BLIND if kind in cut]

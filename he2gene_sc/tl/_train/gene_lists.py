@@ -29,19 +29,7 @@ _MIN_GENES = 10
 def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
     """Read the names of the genes of a table: symbols where they are known, without duplicates.
 
-    Parameters
-    ----------
-    table
-        The table.
-    gene_symbols
-        Column of ``var`` with names; those that are missing there are taken from the index. ``None``: the index.
-    symbols
-        Ensembl id to symbol.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column, a gene has no name at all, or two have the same.
+    Names missing in the column ``gene_symbols`` are taken from the index; ``symbols`` maps Ensembl ids.
     """
     check_not_probes(table)
     if gene_symbols is not None:
@@ -99,14 +87,7 @@ def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:
 
 
 def check_gene_lists(lists: Mapping[str, pd.Index], chosen: GeneSelection) -> pd.Index:
-    """Return the genes to learn, sorted, of the genes of each section by its name.
-
-    Raises
-    ------
-    ValueError
-        If a section shares hardly a gene with the others, or all of them none, whatever their order; or if a gene that
-        was asked for is in none.
-    """
+    """Return the genes to learn, sorted, of the genes of each section by its name."""
     renamed = common_names(lists)
     if renamed:
         lists = {name: genes.map(lambda gene: renamed.get(gene, gene)) for name, genes in lists.items()}

@@ -51,34 +51,16 @@ _SPARE_BYTES = 2**24
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One section: the spots whose centre lies in the image and on which something was counted.
-
-    Attributes
-    ----------
-    name, patient
-        Names.
-    mpp
-        µm per pixel.
-    slide
-        The image and where the spots lie on it; ``None`` once it has been let go.
-    centres
-        ``(n, 2)``, pixels of level 0.
-    genes
-        Names, without duplicates.
-    counts
-        ``(n, genes)`` raw counts.
-    labels
-        ``(n,)`` objects, ``None`` without a label.
-    """
+    """One section: the spots whose centre lies in the image and on which something was counted."""
 
     name: str
     patient: str
     mpp: float
-    slide: Slide | None
-    centres: np.ndarray
+    slide: Slide | None  # None once released
+    centres: np.ndarray  # (n, 2) pixels of level 0
     genes: pd.Index
-    counts: scipy.sparse.csr_array
-    labels: np.ndarray
+    counts: scipy.sparse.csr_array  # (n, genes) raw
+    labels: np.ndarray  # (n,) None without a label
 
     def set_down(self, folder: Path) -> Measured:
         """Let the image go and move the counts to disk, so that the next section finds room."""
@@ -86,13 +68,7 @@ class Measured:
 
 
 def check_room(folder: Path, n_bytes: int) -> None:
-    """Refuse what a disk has no room for: a memory map on a full one ends the process without a word.
-
-    Raises
-    ------
-    OSError
-        If less is free.
-    """
+    """Refuse what a disk has no room for: a memory map on a full one ends the process without a word."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes + _SPARE_BYTES:
         raise OSError(
@@ -124,22 +100,7 @@ def on_disk(
 
 
 def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
-    """Check one object and yield its sections, one a shapes element.
-
-    Parameters
-    ----------
-    sdata
-        The object.
-    keys
-        Where it says what.
-    symbols
-        Ensembl id to symbol.
-
-    Raises
-    ------
-    ValueError
-        If something is missing or is not what it should be; the message names the parameter.
-    """
+    """Check one object and yield its sections, one a shapes element."""
     slides, table, names, matrix = _opened(sdata, keys, symbols)
     for slide in slides:
         yield _section(table, slide, names, matrix, keys)
@@ -259,23 +220,9 @@ def join(
     *,
     all_listed: bool = False,
 ) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
-    """Bring sections to one gene list and one list of classes, and leave the rarest genes out.
+    """Bring sections to one gene list and one list of classes, without the rarest genes: sections, genes, classes.
 
-    Parameters
-    ----------
-    read, features
-        The sections and the features of their spots, ``(n, r, f)``.
-    chosen, labels
-        Which genes are learned, and how labels become classes.
-    folder
-        Where the targets lie while they are used.
-    all_listed
-        Whether genes are learned that no spot shows.
-
-    Returns
-    -------
-    sections, genes, classes
-        What is trained on, and the names of its columns and codes.
+    Features are ``(n, r, f)``; targets lie in ``folder``; ``all_listed`` learns genes that no spot shows too.
     """
     from ...training import Section, log_targets
 
@@ -308,11 +255,9 @@ def join(
 
 
 def totals_of(sections: Sequence[Measured], chosen: GeneSelection) -> list[np.ndarray]:
-    """Count each spot over the genes of all sections; of a section that lists fewer, as many as it would have had.
+    """Count each spot over the genes of all sections; where a section lists fewer, as if it listed all.
 
-    Expression is counts per 10,000, so a list without the genes that make up half of the counts would double all others.
-    The share of the counts that a list makes up is taken from the sections that measured the rest, in units of the
-    genes that all of them measured; it is right for tissue that is alike.
+    Its share of all counts is taken from the sections that measured the rest; right for tissue that is alike.
     """
     own = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in sections]
     common = sections[0].genes

@@ -177,29 +177,25 @@ class Keys:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What ``hg.tl.train`` was asked for, checked before a section is read.
-
-    ``tiles`` a side of each window, ``genes`` as symbols, ``ids`` from symbol to Ensembl id; an ``own_encoder`` cannot be found
-    again by name; ``work`` and ``cache`` are folders for what has to be on disk meanwhile, and for the features.
-    """
+    """What ``hg.tl.train`` was asked for, checked before a section is read."""
 
     recipe: Any
     windows_um: tuple[float, ...]
-    tiles: tuple[int, ...] | None
+    tiles: tuple[int, ...] | None  # a side of each window
     genes: GeneSelection
     classes: Classes
-    ids: Mapping[str, str]
+    ids: Mapping[str, str]  # symbol to Ensembl id
     name: str
     card: CardText
     network: torch.nn.Module
     spec: EncoderSpec
-    own_encoder: bool
+    own_encoder: bool  # cannot be found again by name
     validation: str
     seed: int
     device: torch.device
     show_progress: bool
-    work: Path
-    cache: Path
+    work: Path  # for what has to be on disk meanwhile
+    cache: Path  # for features
 
 
 def _check_mapping(value: object, parameter: str) -> None:

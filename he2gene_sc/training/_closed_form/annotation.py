@@ -26,18 +26,10 @@ AROUND = Context(((50.0, 353.0),), (1.0,), None)
 
 @dataclass(frozen=True)
 class AnnotationHead:
-    """From the features of the spots of a slide to logits.
+    """From the features of the spots of a slide to logits."""
 
-    Attributes
-    ----------
-    basis
-        Its ``mixing`` are the weights of the classes.
-    bias
-        ``(c,)``.
-    """
-
-    basis: Basis
-    bias: np.ndarray
+    basis: Basis  # mixing: weights of the classes
+    bias: np.ndarray  # (c,)
 
     def logits(self, section: Section) -> np.ndarray:
         """Logits of all spots of a section, under its first symmetry, ``(n, c)``."""
@@ -57,23 +49,9 @@ class AnnotationHead:
 def fit_annotation(
     sections: Sequence[Section], rows: Sequence[np.ndarray], weights: np.ndarray, n_classes: int
 ) -> AnnotationHead | None:
-    """Fit components and regression.
+    """Fit components and regression on the chosen rows ``(n,)`` of each section; ``None`` without any label.
 
-    Parameters
-    ----------
-    sections
-        The sections; those without labels say how tissue looks.
-    rows
-        For each, which spots are trained on, ``(n,)`` bool.
-    weights
-        Factor of each standardised feature, ``(f,)``.
-    n_classes
-        Classes of the result; those that do not occur get a bias that no spot overcomes.
-
-    Returns
-    -------
-    AnnotationHead or None
-        ``None`` where no chosen spot has a label.
+    Sections without labels say how tissue looks. Classes that do not occur get a bias that no spot overcomes.
     """
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
     if not any((section.codes[chosen] >= 0).any() for section, chosen in used):

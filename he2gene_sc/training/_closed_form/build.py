@@ -81,33 +81,9 @@ def build_model(
     validation: str = "grouped",
     seed: int = 0,
 ) -> HE2Gene:
-    """Choose the penalties, take the held-out figures, fit everything.
+    """Choose the penalties, compute held-out metrics and fit the model, in half precision as stored.
 
-    Linear algebra runs in one thread: its many small steps wait for each other otherwise, on a busy machine for minutes,
-    and the result would depend on the number of cores.
-
-    Parameters
-    ----------
-    sections
-        Training sections.
-    metadata
-        Names and descriptions.
-    recipe
-        How features become an embedding.
-    n_colour
-        Number of colour features, the last ones.
-    n_target
-        Number of target genes.
-    validation
-        ``"grouped"``: patients are held out, or sections where there is one patient, or blocks where there is one
-        section. ``"random"``: spots.
-    seed
-        Of the random spots.
-
-    Returns
-    -------
-    he2gene_sc.models.HE2Gene
-        Weights in half precision, as they are stored.
+    One thread: small steps wait for each other on a busy machine, and results would depend on the number of cores.
     """
     n_classes = len(metadata.classes)
     unit, folds = folds_of(sections, "spot" if validation == "random" else None, seed)

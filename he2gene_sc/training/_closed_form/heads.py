@@ -83,27 +83,13 @@ def feature_weights(stages: Sequence[int], n_windows: int, n_colour: int, colour
 
 @dataclass(frozen=True)
 class Sums:
-    """What a ridge needs of the training spots, whatever its penalty.
+    """What a ridge needs of the training spots, whatever its penalty."""
 
-    Attributes
-    ----------
-    gram
-        Squares of the embedding in each section, ``(sections, k, k)``.
-    cross
-        Embedding times section-centred targets, ``(k, g)``.
-    mean
-        Mean of each gene over the spots where it was measured, ``(g,)``.
-    measured
-        ``(sections, g)``.
-    power
-        Unit of the penalty.
-    """
-
-    gram: np.ndarray
-    cross: np.ndarray
-    mean: np.ndarray
-    measured: np.ndarray
-    power: float
+    gram: np.ndarray  # (sections, k, k) squares of the embedding
+    cross: np.ndarray  # (k, g) embedding times section-centred targets
+    mean: np.ndarray  # (g,) over spots where it was measured
+    measured: np.ndarray  # (sections, g)
+    power: float  # unit of the penalty
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -118,10 +104,8 @@ class Sums:
     def path(self, penalty: float, ranks: Sequence[int | None], genes: np.ndarray | slice) -> Iterator[np.ndarray]:
         """Solve for one penalty and yield the weights ``(k, len(genes))`` of each rank, float32.
 
-        Genes share few programmes; what is left over is noise. As in Izenman's regression of reduced rank (J Multivar
-        Anal 1975) the fitted values of all genes are taken apart into principal components. None is cut off, though:
-        as with Breiman and Friedman's curds and whey (J R Stat Soc B 1997) each is drawn towards 0, the more so the
-        smaller it is, the first ``rank`` by less than half. ``None`` leaves all as they are.
+        Fitted values lie in few components (Izenman, J Multivar Anal 1975); each is shrunk, the first ``rank``
+        by less than half (Breiman and Friedman, J R Stat Soc B 1997). ``None`` leaves all as they are.
         """
         k = len(self.cross)
         jitter = penalty * self.power * np.eye(k)
@@ -227,27 +211,9 @@ def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Bas
 def fit_softmax(
     embedding: np.ndarray, codes: np.ndarray, n_classes: int, strength: float, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Multinomial logistic regression on the embedding (scikit-learn, lbfgs).
+    """Multinomial logistic regression (scikit-learn, lbfgs): weights ``(k, c)`` and biases ``(c,)``.
 
-    Parameters
-    ----------
-    embedding
-        ``(n, k)``.
-    codes
-        ``(n,)`` class codes.
-    n_classes
-        Classes of the result; those that do not occur get a bias that no spot overcomes.
-    strength
-        Inverse of the L2 penalty, on the standardised embedding.
-    weight
-        ``(n,)`` of each spot; default: 1.
-
-    Returns
-    -------
-    numpy.ndarray
-        Weights ``(k, c)``.
-    numpy.ndarray
-        Biases ``(c,)``.
+    ``strength`` is the inverse L2 penalty on the standardised embedding. Absent classes get a bias no spot overcomes.
     """
     from sklearn.linear_model import LogisticRegression
 

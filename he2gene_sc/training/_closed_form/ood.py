@@ -45,29 +45,9 @@ def fit_detector(
     *,
     tiled: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, object] | None]:
-    """Fit the components, the bank, the seeming size of a window and the limits.
+    """Fit tensors of the detector and limits for the card; nothing with one section, which cannot tell how others look.
 
-    Parameters
-    ----------
-    sections
-        Training sections; the first symmetry of each spot is read.
-    weights
-        Factor of each standardised feature; of those of colour 0 is taken.
-    windows_um
-        Sides of the windows whose features stand side by side.
-    input_px
-        Side of the encoder's input.
-    n_colour
-        Number of colour features, the last ones.
-    tiled
-        Whether windows are read as tiles of one µm/px: their features then do not tell how large a window is.
-
-    Returns
-    -------
-    dict
-        Tensors; empty where there is one section, which says nothing of how another may look.
-    dict or None
-        Limits for the card.
+    With ``tiled`` windows of one µm/px, features do not tell how large a window is.
     """
     if len(sections) < 2:
         return {}, None
@@ -225,7 +205,7 @@ class _SizeSums:
         return _SizeSums(self.n - other.n, self.x - other.x, self.xx - other.xx, self.xy - other.xy)
 
     def fit(self, windows_um: tuple[float, ...]) -> np.ndarray:
-        """Ridge of the log2 of a window's side on the encoder's features of it, sections weighted equally; slope made 1.
+        """Ridge of the log2 of a window's side on the encoder's features of it, sections equal; slope made 1.
 
         A window of 200 µm shows what one of 100 µm would if the µm/px were wrong by two: labels for free.
         """

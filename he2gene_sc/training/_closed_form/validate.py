@@ -47,10 +47,9 @@ class _Fold:
 def panels(
     sections: Sequence[Section], rows: Sequence[np.ndarray], n_target: int, n_variable: int = N_VARIABLE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the genes of highest mean, and of highest variance within sections, highest first.
+    """Positions of the genes of highest mean, and of highest variance within sections, that every section measured.
 
-    The variance is averaged over the sections: pooled, it would pick the genes in which patients differ, whose
-    pattern on the tissue may be flat. Only genes that every section measured are taken.
+    Pooled variance would pick the genes in which patients differ, which may be flat on the tissue.
     """
     mean: np.ndarray | float = 0.0
     variance: np.ndarray | float = 0.0

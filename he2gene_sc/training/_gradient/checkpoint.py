@@ -19,18 +19,7 @@ _DIVERGED = 10.0
 class Keeper(Callback):
     """Keep the best weights, stop early, and write a checkpoint after every epoch and every so many steps.
 
-    All of it is part of the checkpoint, so that a run that goes on from one ends as if it had never stopped.
-
-    Parameters
-    ----------
-    folder
-        Where ``last.ckpt`` is written.
-    patience
-        Epochs without a better held-out error after which training stops.
-    every
-        Steps between checkpoints within an epoch.
-    run
-        Facts of the run; going on with others is refused, see :func:`check_checkpoint`.
+    All of it is in the checkpoint, so a resumed run ends like one that was not stopped.
     """
 
     def __init__(self, folder: Path, *, patience: int, every: int, run: dict[str, Any]):
@@ -134,13 +123,7 @@ class Keeper(Callback):
 
 
 def check_checkpoint(path: Path, run: dict[str, Any]) -> None:
-    """Refuse to go on from a file that is damaged, no checkpoint, or of another run.
-
-    Raises
-    ------
-    ValueError
-        If it is; the message says what differs.
-    """
+    """Refuse to resume from a file that is damaged, not a checkpoint, or of another run."""
     try:
         theirs = dict(torch.load(path, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]["run"])
     except Exception as error:  # Whatever a torn file makes of torch.

@@ -20,29 +20,15 @@ _DIGITS = 4
 
 @dataclass(frozen=True)
 class HeldOutSection:
-    """Held-out spots of one section, predicted by a network that has not seen its group.
+    """Held-out spots of one section, predicted by a network that has not seen its group."""
 
-    Attributes
-    ----------
-    section
-        Its code.
-    pcc
-        ``(g,)`` Pearson correlation of each gene; NaN where the section does not list it, 0 where it is constant.
-    panel, variable
-        Mean correlation over the target genes, and over the genes most variable within the sections trained on.
-    accuracy
-        Balanced accuracy of the annotation over the classes that occur; NaN where there are fewer than two.
-    error, base
-        ``(g,)`` squared error of the prediction, and of the training mean, summed over the spots.
-    """
-
-    section: int
-    pcc: np.ndarray
-    panel: float
-    variable: float
-    accuracy: float
-    error: np.ndarray
-    base: np.ndarray
+    section: int  # code
+    pcc: np.ndarray  # (g,) NaN where not listed, 0 where constant
+    panel: float  # mean correlation over the target genes
+    variable: float  # and over those most variable within training sections
+    accuracy: float  # balanced; NaN with fewer than two classes
+    error: np.ndarray  # (g,) sum of squared errors
+    base: np.ndarray  # (g,) and of the training mean
 
 
 def held_out_sections(data: PatchSet, fitted: Fitted) -> list[HeldOutSection]:
@@ -81,15 +67,7 @@ def variable_genes(data: PatchSet, rows: np.ndarray, n: int = N_VARIABLE) -> np.
 
 
 def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Give the figures of a card, by section; never a mean over patients.
-
-    Parameters
-    ----------
-    found
-        The held-out sections; one whose blocks were held out in turn occurs several times, and its blocks are averaged.
-    names
-        Names by code.
-    """
+    """Metrics of a card by section, never a mean over patients; blocks held out in turn are averaged."""
     tables = {
         "mean Pearson, target genes": "panel",
         f"mean Pearson, {N_VARIABLE} genes most variable within sections": "variable",
@@ -108,17 +86,9 @@ def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, 
 
 
 def gene_figures(found: Sequence[HeldOutSection], patients: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-    """Give ``pcc``, its 95 % interval (t over the held-out sections), ``skill`` and ``pcc_new_patient`` of each gene.
+    """Mean ``pcc`` of each gene, its 95 % interval (t over held-out sections), ``skill`` and ``pcc_new_patient``.
 
-    NaN where too few held-out sections list the gene, one for ``pcc``, two for its interval, or patients, two for
-    ``pcc_new_patient``.
-
-    Parameters
-    ----------
-    found
-        The held-out sections.
-    patients
-        Patient of each section by code, where patients were held out whole; otherwise ``pcc_new_patient`` is NaN.
+    NaN with fewer than one section (two for the interval) or two patients. ``patients`` is given if they were held out.
     """
     pcc = np.array([part.pcc for part in found])
     mean, low, high = bounds(pcc, min_groups=2)

@@ -24,24 +24,7 @@ from .split import Split
 class TrainingModule(LightningModule):
     """Encoder and linear heads with the losses of a preset.
 
-    Parameters
-    ----------
-    encoder
-        ``(b, 3, input_px, input_px)`` to ``(b, f)``; trained in place.
-    spec
-        Its input size and normalisation.
-    preset
-        Weights of the losses, optimiser and schedule.
-    data
-        The spots.
-    rows
-        Spots that are trained on and those that say when to stop.
-    n_classes
-        Classes of the annotation; below 2 there is no such head.
-    patches_at_once
-        Patches that the encoder sees at once; ``None``: all of a batch.
-    seed
-        Of order, symmetries and whatever the encoder draws.
+    ``rows`` are the spots trained on and those that say when to stop; below 2 classes there is no annotation head.
     """
 
     target_mask: torch.Tensor
@@ -141,11 +124,7 @@ class TrainingModule(LightningModule):
         return loss
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Encode a batch, part by part where it is larger than ``patches_at_once``.
-
-        What a part leaves behind for its gradient is computed again when that is taken, so that the memory of one part is
-        needed at a time, and the losses are those of the whole batch.
-        """
+        """Encode a batch by parts of ``patches_at_once``; activations are computed again for the gradient."""
         if self.patches_at_once is None or len(x) <= self.patches_at_once:
             return self.encoder(x)
 

@@ -69,10 +69,7 @@ def neighbour_table(
 
 
 def _pitch(distance: np.ndarray) -> float:
-    """Read the pitch off the distances ``(n, k)`` of each spot to itself and those around it.
-
-    The nearest of several that stray is nearer than the pitch; the mean over all that are about as near is not.
-    """
+    """Read the pitch off the distances ``(n, k)`` of each spot to itself and those around it."""
     nearest = np.median(distance[:, 1])
     around = distance[:, 1:]
     return float(around[around <= 1.3 * nearest].mean())

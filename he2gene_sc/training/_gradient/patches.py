@@ -80,28 +80,9 @@ class PatchSet:
 
 
 class BatchLoader:
-    """Batches of training spots that depend on nothing but seed, epoch and position, so that they can be resumed.
+    """Batches of training spots that depend only on seed, epoch and position, so that they can be resumed.
 
-    Each epoch has an order of its own, and each spot and neighbour of an epoch its own symmetry of the square. The
-    next batch is put together in a thread while this one is used. With several processes, each takes every
-    ``world``-th spot of a batch.
-
-    Parameters
-    ----------
-    data
-        The spots.
-    rows
-        Those that are trained on.
-    batch_size
-        Spots a step, over all processes.
-    seed
-        Of order and symmetries.
-    neighbours
-        Whether neighbours are read; ``present`` says which spots may serve as one.
-    present
-        ``(n,)`` bool.
-    rank, world
-        Which process of how many this is.
+    The next batch is made in a thread. Of ``world`` processes, each takes every ``world``-th spot of a batch.
     """
 
     def __init__(

@@ -31,26 +31,9 @@ class Split(NamedTuple):
 def split(
     data: PatchSet, preset: Preset, validation: str = "grouped", seed: int = 0, rows: np.ndarray | None = None
 ) -> Split:
-    """Choose the spots that say when to stop.
+    """Choose the spots that say when to stop: the fold of groups nearest to ``preset.validation_share``.
 
-    Parameters
-    ----------
-    data
-        The spots.
-    preset
-        Its ``validation_share`` is the share that is held out; of groups, the fold that comes nearest to it.
-    validation
-        ``"grouped"``: whole patients, else sections, else blocks; ``"random"``: spots of the training patients, as in
-        the paper, which leaks.
-    seed
-        Of the random spots.
-    rows
-        Positions to choose among; default: all.
-
-    Returns
-    -------
-    Split
-        Unit, positions trained on, positions held out.
+    ``"grouped"``: patients, else sections, else blocks; ``"random"``: spots, as in the paper, which leaks.
     """
     validate.one_of(validation, VALIDATIONS, "validation")
     rows = np.arange(len(data)) if rows is None else rows

@@ -12,18 +12,7 @@ _AT_ONCE = 1024
 
 
 class Targets:
-    """Log-normalised expression of the spots of several sections, one after the other.
-
-    Taking rows gives a dense array, as of an array ``(n, g)``: most of what is counted is 0, and a dense copy of a large
-    set takes gigabytes.
-
-    Parameters
-    ----------
-    sections
-        Sparse rows of each section, ``(n, g)``; may lie on disk.
-    measured
-        ``(sections, g)`` bool. A gene that a section did not measure is NaN in its rows.
-    """
+    """Log-normalised expression of several sections, sparse, maybe on disk; rows are taken as a dense array."""
 
     def __init__(self, sections: Sequence[scipy.sparse.csr_array], measured: np.ndarray):
         self.sections, self.measured = tuple(sections), np.asarray(measured, bool)

@@ -60,27 +60,9 @@ def predict_rows(
 def calibrate(
     module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
 ) -> float | None:
-    """Divide the annotation head by the temperature that makes the labels of some spots most likely.
+    """Divide the annotation head by the temperature that makes labels of held-out rows most likely, and return it.
 
-    Probabilities are averaged over the symmetries, as inference does.
-
-    Parameters
-    ----------
-    module
-        The trained module.
-    spec
-        Input size and normalisation.
-    tensors
-        Its weights by name; those of the annotation head are replaced.
-    rows
-        Spots that were not trained on.
-    tta
-        Whether inference averages over the symmetries.
-
-    Returns
-    -------
-    float or None
-        The temperature; ``None`` where fewer than two classes occur, and nothing is changed.
+    Probabilities are averaged over symmetries, as in inference. ``None`` and no change with fewer than two classes.
     """
     codes = module.data.codes[rows]
     rows, codes = rows[codes >= 0], codes[codes >= 0]
