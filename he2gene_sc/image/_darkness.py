@@ -18,39 +18,14 @@ _CONTRAST = 8
 
 @dataclass(frozen=True, eq=False)
 class Darkness:
-    """What squares of an image look like.
+    """What squares of an image look like."""
 
-    Attributes
-    ----------
-    mean
-        ``(n,)``: 255 minus the mean of the channels, black and transparent taken for white; NaN outside the image.
-    blank
-        Whether all pixels of all squares are about alike; ``False`` where none lies in the image.
-    """
-
-    mean: np.ndarray
-    blank: bool
+    mean: np.ndarray  # (n,) 255 - mean of channels, black as white; NaN outside
+    blank: bool  # all pixels of all squares alike
 
 
 def read_darkness(pyramid: Pyramid, centres: np.ndarray, side: float, factor: float = 1.0) -> Darkness:
-    """Read squares of an image, from the coarsest level that still shows them.
-
-    Parameters
-    ----------
-    pyramid
-        The image.
-    centres
-        ``(n, 2)``: x and y in pixels of level 0.
-    side
-        Side of a square, pixels of level 0.
-    factor
-        What :func:`he2gene_sc.image.check_pixels` returned for the image.
-
-    Returns
-    -------
-    Darkness
-        In the order of the centres.
-    """
+    """Read squares around centres ``(n, 2)`` (pixels of level 0) from the coarsest level that still shows them."""
     level = max((e for e in pyramid.levels if e.scale == 1 or side / e.scale >= _FINE), key=lambda e: e.scale)
     inside = ((centres >= 0) & (centres < [pyramid.width, pyramid.height])).all(1)
     half = max(1, min(_MOST, round(side / level.scale)) // 2)

@@ -6,20 +6,9 @@ from typing import Any
 
 
 def direct(array: Any) -> Any:
-    """Return what a dask array reads from, where regions of that can be read without dask.
+    """Return the zarr array or image of ``read_he`` that a dask array reads, else the array itself.
 
-    For every block that is computed, dask looks through the graph of the whole image. An image that was cropped,
-    transformed or rechunked has another graph than :func:`dask.array.from_array` makes, and stays as it is.
-
-    Parameters
-    ----------
-    array
-        Any array.
-
-    Returns
-    -------
-    array
-        A zarr array or an image of :func:`he2gene_sc.io.read_he`, of the same pixels; ``array`` itself otherwise.
+    For every block, dask searches the graph of the whole image. A cropped or rechunked image stays as it is.
     """
     name, layers = getattr(array, "name", None), getattr(getattr(array, "dask", None), "layers", None)
     original = f"original-{name}"

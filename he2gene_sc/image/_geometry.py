@@ -16,69 +16,30 @@ _SLACK = 1e-3
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How one window is cut.
+    """How one window is cut."""
 
-    Attributes
-    ----------
-    um
-        Side of the window on tissue, µm.
-    factor
-        Block of ``factor × factor`` source pixels that is averaged into one; a power of two.
-    size
-        Side of the patch, in averaged pixels.
-    """
-
-    um: float
-    factor: int
-    size: int
+    um: float  # side on tissue
+    factor: int  # blocks of factor × factor pixels are averaged; a power of two
+    size: int  # side in averaged pixels
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """How a slide is read.
+    """How a slide is read."""
 
-    Attributes
-    ----------
-    level
-        Index of the level that all windows are cut from.
-    scale
-        Pixels of level 0 per pixel of that level.
-    mpp
-        µm per pixel of that level.
-    windows
-        One entry a window, in the order asked for.
-    """
-
-    level: int
-    scale: float
-    mpp: float
+    level: int  # that all windows are cut from
+    scale: float  # pixels of level 0 per pixel of it
+    mpp: float  # of it
     windows: tuple[WindowPlan, ...]
 
 
 def plan_windows(
     pyramid: Pyramid, mpp: float, windows_um: tuple[float, ...], input_px: int | Sequence[int]
 ) -> ReadPlan:
-    """Choose the level and the size in pixels of each window.
+    """Choose one level for all windows, and the size in pixels of each.
 
-    One level is read for all windows: the coarsest that still gives the finest window the µm/px that the encoder will
-    see (``um / input_px``). Wider windows are averaged from the same pixels by powers of two as long as that bound
-    holds for them too. So every pixel is read once, and an image gives the same patches with or without a pyramid.
-
-    Parameters
-    ----------
-    pyramid
-        The image.
-    mpp
-        µm per pixel of level 0.
-    windows_um
-        Sides of the windows, µm.
-    input_px
-        Side that windows are resized to, pixels; one for all of them, or one a window.
-
-    Raises
-    ------
-    ValueError
-        If ``mpp`` or a window is not a positive finite number.
+    It is the coarsest that gives the finest window ``um / input_px``. Wider windows are averaged from it by powers
+    of two within that bound, so every pixel is read once and pyramids do not change patches.
     """
     if not (math.isfinite(mpp) and mpp > 0):
         raise ValueError(f"`mpp` is {mpp}; a positive number of µm per pixel is needed")

@@ -15,29 +15,9 @@ _DARKEST = 32.0
 
 
 def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, name: str) -> float:
-    """Decide how an image becomes RGB uint8.
+    """Factor, 1 or 255, that brings an image to 0..255; an error if it is not RGB(A) of uint8 or float in range.
 
-    Parameters
-    ----------
-    n_channels
-        Number of channels.
-    dtype
-        Type of the pixels.
-    sample
-        Some pixels, from where the spots are, ``(n_channels, …)``; needed for float images and for alpha.
-    name
-        What to call the image in an error.
-
-    Returns
-    -------
-    float
-        The factor that brings the values to 0..255: 1 or 255.
-
-    Raises
-    ------
-    ValueError
-        If the image is not RGB(A), is an integer type other than uint8, or holds floats that are negative, NaN or
-        above 255.
+    ``sample`` are pixels ``(n_channels, …)`` at the spots; needed for float images and for alpha.
     """
     dtype = np.dtype(dtype)
     if n_channels not in (3, 4):
@@ -80,25 +60,7 @@ _BRIGHT_FIELD = ("rgb", "h&e", "bright", "transmitted")
 
 
 def check_channel_names(names: Sequence[object], name: str) -> list[int] | None:
-    """Decide by the names of channels which are red, green, blue and alpha.
-
-    Parameters
-    ----------
-    names
-        One a channel; numbers and names such as ``"channel 0"`` say nothing.
-    name
-        What to call the image in an error.
-
-    Returns
-    -------
-    list of int or None
-        Positions of red, green, blue and, where it is there, alpha; ``None`` where the names say nothing.
-
-    Raises
-    ------
-    ValueError
-        If they name something else, such as stains of fluorescence.
-    """
+    """Positions of red, green, blue and maybe alpha; ``None`` where names do not tell, an error for other stains."""
     texts = [str(text).strip().lower() for text in names]
     colours = [_COLOURS.get(text, "") for text in texts]
     if sorted(colours) in (sorted("rgb"), sorted("rgba")):
@@ -119,24 +81,9 @@ def check_channel_names(names: Sequence[object], name: str) -> list[int] | None:
 
 
 def to_rgb_uint8(block: np.ndarray, factor: float = 1.0, *, paint_black: bool = True) -> np.ndarray:
-    """Convert a block of pixels to RGB uint8, on white where it is transparent.
+    """Convert pixels ``(3 or 4, h, w)`` to RGB uint8, on white where transparent; the block itself if nothing changes.
 
-    Pixels that are exactly black in all channels are background too: no stained tissue is, but scanners and authors
-    paint what lies outside the tissue or the scan that way, and an encoder takes it for an edge.
-
-    Parameters
-    ----------
-    block
-        ``(3 or 4, h, w)``, uint8 or float.
-    factor
-        What :func:`check_pixels` returned for the image.
-    paint_black
-        Whether exact black becomes white.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(3, h, w)``, uint8. ``block`` itself where nothing had to be changed.
+    Exact black becomes white: stained tissue is never black, and an encoder takes painted background for an edge.
     """
     if block.dtype != np.uint8:
         low, high = block.min(initial=0) * factor, block.max(initial=0) * factor

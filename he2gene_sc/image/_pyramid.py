@@ -8,18 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of an image.
+    """One resolution of an image."""
 
-    Attributes
-    ----------
-    array
-        Pixels, ``(c, y, x)``: numpy, dask or zarr.
-    scale
-        Pixels of level 0 per pixel of this level; 1.0 for level 0.
-    """
-
-    array: Any
-    scale: float = 1.0
+    array: Any  # (c, y, x) numpy, dask or zarr
+    scale: float = 1.0  # pixels of level 0 per pixel of it
 
     @property
     def height(self) -> int:
@@ -34,13 +26,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Levels of one image, finest first.
-
-    Raises
-    ------
-    ValueError
-        If there is no level, a level is not ``(c, y, x)``, or the scales do not grow from 1.
-    """
+    """Levels ``(c, y, x)`` of one image, finest first; their scales grow from 1."""
 
     levels: tuple[Level, ...]
 

@@ -29,21 +29,9 @@ FAULTS = ("blurred", "noisy", "compressed too far")
 
 
 def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
-    """Share of each patch that is neither glass nor black.
+    """Share ``(b,)`` of each uint8 patch ``(b, 3, s, s)`` that is neither glass nor black.
 
-    Fat is mostly clear, so not pixels are counted but cells of 12.5 µm: one is tissue where it is stained or has structure.
-
-    Parameters
-    ----------
-    patches
-        ``(b, 3, s, s)`` uint8.
-    um
-        Their side, µm.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(b,)`` float32.
+    Cells of 12.5 µm are counted, since fat is mostly clear: one is tissue where it is stained or has structure.
     """
     side = patches.shape[-1]
     n = max(1, min(round(um / _CELL_UM), side // 2))
@@ -62,19 +50,9 @@ def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
 
 
 def tissue_pixels(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of a reduced image that are neither glass nor black, by their surroundings of 9 × 9 pixels.
+    """Masks ``(h, w)`` of a reduced uint8 image by surroundings of 9 × 9 pixels: stained or structured, and both.
 
-    Parameters
-    ----------
-    image
-        ``(3, h, w)`` uint8.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(h, w)`` bool, what is stained or has structure, the rule of :func:`tissue_share`.
-    numpy.ndarray
-        ``(h, w)`` bool, what is stained *and* has structure: tissue beyond doubt, where tinted glass and dust are not.
+    The first is the rule of :func:`tissue_share`; the second is tissue beyond doubt, without tinted glass and dust.
     """
     from scipy.ndimage import uniform_filter
 
@@ -90,19 +68,10 @@ def tissue_pixels(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def faults(patches: np.ndarray) -> np.ndarray:
-    """How blurred, noisy and compressed each patch is, as it was stored; above 1 more than a sharp scan is.
+    """How blurred, noisy and compressed each patch is as stored, ``(b, 3)``; above 1 more than a sharp scan.
 
-    The measures are ratios, so that stain and contrast do not count. Where a patch is flat, as on glass, they are 0.
-
-    Parameters
-    ----------
-    patches
-        ``(b, 3, s, s)`` uint8, not resized.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(b, 3)`` float32, in the order of :data:`FAULTS`.
+    The measures are ratios, so that stain and contrast do not count; 0 where a patch is flat. Order:
+    :data:`FAULTS`.
     """
     side = patches.shape[-1]
     if side < 8:

@@ -23,53 +23,19 @@ _HALVED_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class PatchBatch:
-    """Patches of some spots.
+    """Patches of some spots."""
 
-    Attributes
-    ----------
-    index
-        Positions of the spots in the reader's ``centres``, ``(b,)``.
-    patches
-        One array a window, ``(b, 3, size, size)`` uint8; ``size`` differs between windows.
-    """
-
-    index: np.ndarray
-    patches: tuple[np.ndarray, ...]
+    index: np.ndarray  # (b,) in the reader's centres
+    patches: tuple[np.ndarray, ...]  # one (b, 3, size, size) uint8 a window
 
 
 class PatchReader:
-    """Reads one or more square windows around each spot.
+    """Reads one or more square windows (µm) around each spot, ``centres`` ``(n, 2)`` in pixels of level 0.
 
-    Spots are visited in the order of the stored chunks, so that a chunk is decoded once, and come back in batches
-    that name their spots; borders are reflected; the next block is read and cut in a thread of its own while the
-    caller uses the last batch. Memory is bounded by two blocks and the decoded chunks between them, whatever the size
-    of the image.
-
-    Parameters
-    ----------
-    pyramid
-        The image.
-    centres
-        ``(n, 2)``: x and y of the spots, pixels of level 0 (0 is the outer edge of the first pixel). All must lie
-        inside the image.
-    mpp
-        µm per pixel of level 0.
-    windows_um
-        Sides of the windows, µm.
-    input_px
-        Side that windows are resized to, one for all or one a window, which bounds how coarse a window may be read.
-    batch_size
-        Spots a batch at most; all batches are of one size, give or take a spot. A last batch of a few would be encoded by
-        other kernels, whose rounding goes with the number of threads.
-    factor
-        What :func:`he2gene_sc.image.check_pixels` returned for the image.
-    allocate
-        Makes the arrays of a batch, ``shape -> uint8 array``: page-locked memory, where a GPU reads it.
-
-    Raises
-    ------
-    ValueError
-        If ``centres`` is not ``(n, 2)``, not finite or outside the image, or a size is not positive.
+    Spots come in the order of stored chunks, so that a chunk is decoded once, in batches that name them; borders
+    are reflected. The next block is read in a thread. Memory is bounded by two blocks and the chunks between them.
+    Batches are of one size, give or take a spot: a small last one would meet other kernels, whose rounding depends
+    on the number of threads. ``allocate`` makes their arrays, page-locked for a GPU.
 
     Examples
     --------

@@ -12,24 +12,7 @@ from ._reader import halve
 
 
 def read_reduced(pyramid: Pyramid, max_pixels: int, factor: float = 1.0) -> np.ndarray:
-    """Read an image averaged down to at most ``max_pixels``.
-
-    The coarsest level that has at least that many pixels is read, strip by strip, and halved until it fits.
-
-    Parameters
-    ----------
-    pyramid
-        The image.
-    max_pixels
-        Bound on ``h · w`` of the result.
-    factor
-        What :func:`he2gene_sc.image.check_pixels` returned for the image.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(3, h, w)`` uint8.
-    """
+    """Read an image averaged down to at most ``max_pixels``, ``(3, h, w)`` uint8, strip by strip."""
     enough = [level for level in pyramid.levels if level.height * level.width >= max_pixels]
     level = enough[-1] if enough else pyramid.levels[0]
     times = 0

@@ -8,13 +8,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn ``"auto"`` or a device name into a device that is there.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown or no such device is present.
-    """
+    """Turn ``"auto"`` or a device name into a device that is there."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -33,13 +27,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn ``"auto"`` or a name into the precision of the encoder: bfloat16 on CUDA, else float32.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or float16 is asked for on the CPU.
-    """
+    """Turn ``"auto"`` or a name into the precision of the encoder: bfloat16 on CUDA, else float32."""
     if isinstance(dtype, str) and dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype

@@ -32,27 +32,13 @@ _IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of the spots of one slide, in the order of the spots.
+    """What a model says of the spots of one slide, in the order of the spots."""
 
-    Attributes
-    ----------
-    expression
-        ``(n, g)`` float32, natural log of (1 + counts per 10,000), floored at 0.
-    proba
-        ``(n, c)`` float32, class probabilities; ``c`` is 0 without an annotation head.
-    embedding
-        ``(n, k)`` float32, what the heads read.
-    tissue
-        ``(n,)`` float32, share of tissue in the smallest window.
-    ood
-        How the slide looks beside training; ``None`` where the model has no statistics of it.
-    """
-
-    expression: np.ndarray
-    proba: np.ndarray
-    embedding: np.ndarray
-    tissue: np.ndarray
-    ood: OODResult | None = None
+    expression: np.ndarray  # (n, g) float32 ln(1 + counts per 10,000), floored at 0
+    proba: np.ndarray  # (n, c) float32; c is 0 without an annotation head
+    embedding: np.ndarray  # (n, k) float32, what the heads read
+    tissue: np.ndarray  # (n,) float32 share in the smallest window
+    ood: OODResult | None = None  # None where the model cannot tell
 
 
 def predict(
@@ -66,29 +52,9 @@ def predict(
     progress: Callable[[int], object] | None = None,
     features: SpotFeatures | None = None,
 ) -> Predictions:
-    """Predict all spots of a reader.
+    """Predict the genes at positions ``(g,)`` for all spots of a reader, or from ``features`` without reading pixels.
 
-    Parameters
-    ----------
-    network
-        The model.
-    reader
-        The patches; ``None`` where features are given.
-    genes
-        Positions in the gene head, ``(g,)``.
-    device, dtype
-        Where and in which precision the encoder runs; the heads run in float32.
-    tta
-        Average over the eight symmetries of the square.
-    progress
-        Called with the number of spots done by each batch.
-    features
-        Features of the spots, where they are known: no pixel is read then.
-
-    Returns
-    -------
-    Predictions
-        In the order of the reader's spots, or of the features.
+    The encoder runs in ``dtype``, the heads in float32. ``progress`` is called with the spots done by each batch.
     """
     network = network.to(device)
     with torch.inference_mode():
@@ -188,15 +154,7 @@ def encode(
     dtype: torch.dtype,
     symmetries: tuple[tuple[int, bool], ...] = SYMMETRIES[:1],
 ) -> Iterator[tuple[PatchBatch, torch.Tensor]]:
-    """Yield each batch with its features ``(b, r, f)`` float32 on the device.
-
-    When the device runs out of memory, the batch is cut in halves, the smaller size is kept, and the run goes on.
-
-    Raises
-    ------
-    RuntimeError
-        If one spot alone does not fit.
-    """
+    """Yield each batch with its features ``(b, r, f)`` float32 on the device; halve it if memory runs out."""
     size = reader.batch_size
     in_flight: deque[tuple[Any, PatchBatch]] = deque()
     keep = kept_heap() if device.type == "cpu" else contextlib.nullcontext()

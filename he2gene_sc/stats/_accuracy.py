@@ -11,18 +11,7 @@ TARGET_SUM = 1e4
 
 
 def log_normalise(counts: np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix) -> np.ndarray:
-    """Natural log of (1 + counts per 10,000) of each spot.
-
-    Parameters
-    ----------
-    counts
-        ``(n, g)`` raw counts, dense or sparse.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n, g)`` float32; a spot without counts is 0 everywhere.
-    """
+    """Natural log of (1 + counts per 10,000) of each spot, ``(n, g)`` float32; a spot without counts is 0."""
     if isinstance(counts, np.ndarray) or not scipy.sparse.issparse(counts):
         dense = np.asarray(counts)
     else:
@@ -32,13 +21,7 @@ def log_normalise(counts: np.ndarray | scipy.sparse.sparray | scipy.sparse.spmat
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each column of two ``(n, g)`` arrays; NaN where one of them is constant.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)`` float64.
-    """
+    """Pearson correlation ``(g,)`` of each column of two ``(n, g)`` arrays; NaN where one of them is constant."""
     a, b = np.asarray(a), np.asarray(b)
     result = np.empty(a.shape[1])
     for block in column_blocks(a.shape):
@@ -58,19 +41,9 @@ def centred(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def skill(predicted: np.ndarray, measured: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Share of the squared error that a prediction takes off a constant reference, by column.
+    """Share ``(g,)`` of the squared error that a prediction removes from a constant reference, the training mean.
 
-    Parameters
-    ----------
-    predicted, measured
-        ``(n, g)``.
-    reference
-        ``(g,)``: the mean of each gene in training.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)``: 1 is perfect, 0 as good as the training mean, negative worse; NaN where the reference is perfect.
+    1 is perfect, 0 as good as the reference, negative worse; NaN where the reference is perfect.
     """
     error = np.square(np.asarray(predicted, np.float64) - measured).sum(0)
     base = np.square(np.asarray(reference, np.float64) - measured).sum(0)
@@ -85,29 +58,12 @@ def noise_ceiling(
     n_splits: int = 10,
     seed: int = 0,
 ) -> np.ndarray:
-    """Best correlation that a prediction could reach with these counts, by halves of them.
+    """Best correlation that a prediction could reach with counts ``(n, g)``, by binomial halves of them.
 
-    Both halves share the depth of a spot, and log-normalised counts follow it: what depth alone explains counts as signal
-    here, and so does all that varies between spots beyond counting: of overdispersed counts without a pattern the ceiling is up to
-    .9, see :func:`he2gene_sc.stats.ceiling_of_neighbours`. Correlations below 0 are taken for 0, so a gene of Poisson counts without
-    signal has a ceiling of about .1. Each count is split binomially into halves; the correlation r of the log-normalised halves gives the reliability
-    R = 2r / (1 + r) of the whole (Spearman–Brown), whose root is the ceiling.
-
-    Parameters
-    ----------
-    counts
-        ``(n, g)`` raw counts.
-    genes
-        Columns to report; all counts are normalised by the totals of all genes in any case. Default: all.
-    n_splits
-        Splits that r is averaged over.
-    seed
-        Of the splits.
-
-    Returns
-    -------
-    numpy.ndarray
-        Of the chosen genes: 0 where the halves do not agree, NaN where a gene is constant in every split.
+    The correlation r of the log-normalised halves, averaged over splits, gives the reliability 2r / (1 + r)
+    (Spearman–Brown), whose root is the ceiling. Depth, and all that varies beyond counting, counts as signal: up to
+    .9 for overdispersed counts without a pattern (see :func:`ceiling_of_neighbours`), about .1 for Poisson ones. 0
+    where halves do not agree, NaN where constant. Totals are of all genes whatever ``genes`` are chosen.
     """
     rng = np.random.default_rng(seed)
     whole = scipy.sparse.csc_array(counts)

@@ -34,32 +34,14 @@ _BELIEVED = 0.05
 
 @dataclass(frozen=True)
 class Adapted:
-    """An adapted prediction of one section.
+    """An adapted prediction of one section."""
 
-    Attributes
-    ----------
-    expression
-        ``(n, g)`` float32, floored at 0; the prediction itself for genes that could not be adapted.
-    residuals
-        ``(n, g)`` float32, measured minus adapted, each made without the fold of its spot; NaN where not measured.
-    before
-        The same of the prediction as it was.
-    weights
-        ``(g, c)`` float32, of :data:`CANDIDATES`, at spots that the measured ones stand for; NaN for genes that could not
-        be adapted.
-    support
-        ``(n,)`` float32, mean over the genes that were adapted: how far the measured spots stand for a spot, see
-        :func:`he2gene_sc.stats._support.support`; NaN where no gene was.
-    reach
-        ``(g,)`` float32: share of the gain at measured spots that those not measured may expect.
-    """
-
-    expression: np.ndarray
-    residuals: np.ndarray
-    before: np.ndarray
-    weights: np.ndarray
-    support: np.ndarray
-    reach: np.ndarray
+    expression: np.ndarray  # (n, g) float32, floored at 0; as predicted where not adapted
+    residuals: np.ndarray  # (n, g) measured minus adapted, without the spot's fold
+    before: np.ndarray  # the same of the prediction
+    weights: np.ndarray  # (g, c) of CANDIDATES at supported spots; NaN where not adapted
+    support: np.ndarray  # (n,) mean over adapted genes, see _support.support
+    reach: np.ndarray  # (g,) share of the gain that unmeasured spots may expect
 
 
 def adapt(
@@ -71,45 +53,19 @@ def adapt(
     *,
     seed: int = 0,
 ) -> Adapted:
-    """Correct the prediction of one section by what was measured of it.
+    """Correct the prediction ``(n, g)`` of one section by what was measured of it, NaN elsewhere.
 
-    For each gene a convex combination is taken of six predictions: the model's with the mean of its residuals added, as
-    far as that is no chance (``level``); with the residuals kriged besides (``kriged``); with their part along the gene
-    directions of the predictions kriged, which all genes of a spot tell together (``shared``); with a ridge of the
-    residuals on the embedding (``refit``); the mean of what was measured (``mean``), and that kriged (``neighbours``).
-    Ranges, noises, penalty and weights have least squared error in cross-validation, with folds as far from the spots
-    left as the wanted spots are from the measured ones. The weights are shrunk to ``level`` by what may be chance.
+    Each gene is a convex combination of six predictions: the model's with the mean of its residuals as far as that
+    is not chance (``level``); with residuals kriged besides (``kriged``); with their part along the gene directions
+    of the predictions kriged (``shared``); with a ridge of residuals on the embedding (``refit``); the mean of what
+    was measured (``mean``), and that kriged (``neighbours``). Ranges, noises, penalty and weights have least
+    squared error in cross-validation with folds as far from the rest as wanted spots are from measured ones.
+    Weights are shrunk to ``level`` by what may be chance.
 
-    The correction is then taken in part: as far as held-out spots bear it out, block of tissue by block and class by class
-    (:func:`he2gene_sc.stats._support.believed`), and as far as the measured spots stand for a spot in place, features and
-    class (:func:`he2gene_sc.stats._support.support`). The level of a gene is corrected alike at all spots that were not
-    measured (:func:`he2gene_sc.stats._support.level_share`): by parts it would be a pattern.
-
-    Parameters
-    ----------
-    predicted
-        ``(n, g)``, finite.
-    measured
-        ``(n, g)`` on the same scale; NaN where not measured.
-    xy
-        ``(n, 2)`` spot centres.
-    embedding
-        ``(n, k)`` for ``refit``; without, that is as ``level``.
-    classes
-        ``(n,)`` codes of the class of each spot, -1 where there is none.
-    seed
-        Of the folds.
-
-    Returns
-    -------
-    Adapted
-        Genes measured at fewer than ten spots stay as they are, but for those measured nowhere, see
-        :func:`_unmeasured`.
-
-    Raises
-    ------
-    ValueError
-        If genes are measured on more than 20 different sets of spots.
+    The correction is taken as far as held-out spots confirm it, by block and class (``believed``), and as far as
+    measured spots stand for a spot (``support``). The level is corrected alike at all unmeasured spots
+    (``level_share``): by parts it would be a pattern. Genes measured at fewer than ten spots stay as they are, but
+    for those measured nowhere.
     """
     from scipy.spatial import cKDTree
 

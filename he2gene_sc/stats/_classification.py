@@ -12,50 +12,23 @@ N_BINS = 10
 
 @dataclass(frozen=True)
 class ClassScores:
-    """What :func:`class_scores` finds.
+    """What :func:`class_scores` finds. Balanced accuracy and F1 are means over the classes that occur as labels."""
 
-    Attributes
-    ----------
-    n
-        Labelled spots.
-    accuracy, balanced_accuracy, macro_f1, calibration_error
-        Over all of them. Balanced accuracy and F1 are means over the classes that occur as labels.
-    macro_auroc
-        Mean of ``auroc`` over the classes that have one.
-    support, recall, f1, auroc
-        ``(c,)``, of each class against the rest; NaN for a class that does not occur, AUROC also for one without a rest.
-    confusion
-        ``(c, c)`` counts, rows are labels, columns predictions.
-    """
-
-    n: int
+    n: int  # labelled spots
     accuracy: float
     balanced_accuracy: float
     macro_f1: float
     calibration_error: float
-    macro_auroc: float
-    support: np.ndarray
-    recall: np.ndarray
+    macro_auroc: float  # over the classes that have one
+    support: np.ndarray  # (c,)
+    recall: np.ndarray  # (c,) against the rest; NaN for absent classes
     f1: np.ndarray
-    auroc: np.ndarray
-    confusion: np.ndarray
+    auroc: np.ndarray  # (c,) NaN also without a rest
+    confusion: np.ndarray  # (c, c) labels by predictions
 
 
 def class_scores(proba: np.ndarray, codes: np.ndarray) -> ClassScores:
-    """Judge probabilities of classes by labels.
-
-    Parameters
-    ----------
-    proba
-        ``(n, c)``, rows sum to 1.
-    codes
-        ``(n,)`` labels, 0 to c - 1.
-
-    Raises
-    ------
-    ValueError
-        If there are no spots.
-    """
+    """Judge probabilities ``(n, c)`` of classes, rows of sum 1, by labels ``(n,)``."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
     proba, codes = np.asarray(proba, np.float64), np.asarray(codes)
@@ -85,17 +58,7 @@ def class_scores(proba: np.ndarray, codes: np.ndarray) -> ClassScores:
 
 
 def calibration_error(proba: np.ndarray, codes: np.ndarray, n_bins: int = N_BINS) -> float:
-    """Return the expected calibration error of the most probable class (Guo et al., ICML 2017), equally wide bins.
-
-    Parameters
-    ----------
-    proba
-        ``(n, c)``.
-    codes
-        ``(n,)``.
-    n_bins
-        Bins of the confidence.
-    """
+    """Return the expected calibration error of the most probable class (Guo et al., ICML 2017), equally wide bins."""
     confidence, right = proba.max(1), proba.argmax(1) == codes
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     gaps = [abs(confidence[bins == b].sum() - right[bins == b].sum()) for b in np.unique(bins)]

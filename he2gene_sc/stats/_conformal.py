@@ -46,23 +46,10 @@ def group_weights(groups: np.ndarray) -> np.ndarray:
 
 
 def fit_spread(predicted: np.ndarray, residual: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Fit the expected squared residual of each gene as a straight line in its prediction.
+    """Fit the expected squared residual of each gene as a line in its prediction: ``(2, g)``, intercept and slope.
 
-    Counts vary the more, the more of them are expected. Least squares of the squared residual on the prediction, groups
-    weighted equally; slope and intercept are held at 0 or above, the intercept at a tenth of the mean or above, so that
-    a spread is never 0 where residuals are not.
-
-    Parameters
-    ----------
-    predicted, residual
-        ``(n, g)``; NaN where a gene was not measured.
-    groups
-        ``(n,)`` codes.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(2, g)`` float32: intercept and slope; NaN for genes that were measured nowhere.
+    Groups weigh the same. Both are at least 0, the intercept a tenth of the mean, so that no spread is 0 where
+    residuals are not. NaN for genes that were measured nowhere.
     """
     known = np.isfinite(residual)
     weight = group_weights(groups)[:, None] * known
@@ -84,23 +71,9 @@ def spread_of(predicted: np.ndarray, spread: np.ndarray) -> np.ndarray:
 def grouped_quantiles(
     scores: np.ndarray, groups: np.ndarray, levels: np.ndarray = LEVELS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantiles of scores in which every group weighs the same.
+    """Quantiles ``(q, g)`` of scores in which every group weighs the same, and groups ``(g,)`` that measured the gene.
 
-    Parameters
-    ----------
-    scores
-        ``(n, g)``; NaN where a gene was not measured.
-    groups
-        ``(n,)`` codes of what is exchangeable: patients or sections.
-    levels
-        ``(q,)``.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(q, g)``: the smallest score whose cumulated weight reaches the level; NaN for genes measured nowhere.
-    numpy.ndarray
-        ``(g,)`` int16: number of groups that measured the gene.
+    A quantile is the smallest score whose cumulated weight reaches the level; groups are patients or sections.
     """
     order = np.argsort(scores, axis=0)
     ordered = np.take_along_axis(scores, order, axis=0)
@@ -120,23 +93,10 @@ def grouped_quantiles(
 
 
 def hierarchical_level(coverage: float, n_groups: np.ndarray | int) -> np.ndarray:
-    """Level of the pooled quantile that covers a spot of a new group with probability ``coverage``.
+    """Level of the pooled quantile that covers a spot of a new group with probability ``coverage``, else ``inf``.
 
-    The new group counts as one more that lies at infinity, so the level is ``coverage * (k + 1) / k`` (Lee, Barber and
-    Willett, arXiv 2306.06342, hierarchical conformal prediction with one spot of the new group; Dunn,
-    Wasserman and Ramdas, arXiv 1809.07441, take groups as the unit too). Above 1 the interval is the whole line: at 90 % that is so below nine groups.
-
-    Parameters
-    ----------
-    coverage
-        In (0, 1).
-    n_groups
-        Groups of calibration, ``k``.
-
-    Returns
-    -------
-    numpy.ndarray
-        Levels; ``inf`` where no finite interval has the guarantee.
+    The new group counts as one more at infinity: ``coverage * (k + 1) / k`` (Lee, Barber and Willett, arXiv
+    2306.06342; Dunn, Wasserman and Ramdas, arXiv 1809.07441). At 90 % it is above 1 below nine groups.
     """
     k = np.asarray(n_groups, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -147,26 +107,10 @@ def hierarchical_level(coverage: float, n_groups: np.ndarray | int) -> np.ndarra
 def half_scores(
     quantiles: np.ndarray, n_groups: np.ndarray, coverage: float, levels: np.ndarray = LEVELS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score up to which an interval reaches, by gene.
+    """Score ``(g,)`` up to which an interval reaches, by gene, and whether coverage is guaranteed.
 
-    Parameters
-    ----------
-    quantiles
-        ``(q, g)``, as kept.
-    n_groups
-        ``(g,)``.
-    coverage
-        In (0, :data:`MAX_COVERAGE`].
-    levels
-        ``(q,)``, rising.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)``: where :func:`hierarchical_level` is finite, of nine groups or more, the next kept quantile at or above
-        it, which keeps the guarantee; elsewhere the pooled quantile at ``coverage``, interpolated, which has none.
-    numpy.ndarray
-        ``(g,)`` bool: whether it has.
+    With nine groups or more it is the next kept quantile at or above :func:`hierarchical_level`; with fewer the
+    pooled quantile at ``coverage``, interpolated, without guarantee.
     """
     level = hierarchical_level(coverage, n_groups)
     guaranteed = np.isfinite(level) & (np.asarray(n_groups) >= MIN_GROUPS)
@@ -176,13 +120,7 @@ def half_scores(
 
 
 def interpolated(quantiles: np.ndarray, levels: np.ndarray, level: float) -> np.ndarray:
-    """Quantiles ``(g,)`` at a level between the kept ones, ``(q, g)``, on a straight line; infinite beside infinite ones.
-
-    Raises
-    ------
-    ValueError
-        If the level lies outside those that are kept.
-    """
+    """Quantiles ``(g,)`` at a level between the kept ``(q, g)``, on a straight line; infinite beside infinite ones."""
     levels = np.asarray(levels, np.float64)
     if not levels[0] - _ROUNDING <= level <= levels[-1] + _ROUNDING:
         raise ValueError(f"level {level:.4g} lies outside the kept ones, {levels[0]:.4g} to {levels[-1]:.4g}")

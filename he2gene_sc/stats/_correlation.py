@@ -9,15 +9,7 @@ from ._blocks import column_blocks
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman correlation of each column of two ``(n, g)`` arrays; NaN where one is constant or holds NaN.
-
-    Ties share their mean rank.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)`` float64.
-    """
+    """Spearman correlation ``(g,)`` of columns, ties sharing their mean rank; NaN where constant or with NaN."""
     a, b = np.asarray(a), np.asarray(b)
     result = np.empty(a.shape[1])
     for block in column_blocks(a.shape):
@@ -34,13 +26,7 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 
 
 def sd_ratio(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of the prediction over that of the measurement, by column.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)``: 1 where both vary as much, less for a prediction that is shrunk, NaN where either is constant.
-    """
+    """Return the standard deviation of the prediction over that of the measurement; NaN where either is constant."""
     (p, p_varies), (m, m_varies) = centred(predicted), centred(measured)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.sqrt(np.einsum("ij,ij->j", p, p) / np.einsum("ij,ij->j", m, m))
@@ -48,14 +34,7 @@ def sd_ratio(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
 
 
 def slope(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Slope of the least-squares line of measured on predicted, by column.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)``: 1 where a difference in prediction means the same difference in measurement, less where the prediction
-        exaggerates; NaN where either is constant.
-    """
+    """Slope ``(g,)`` of measured on predicted: below 1 if the prediction exaggerates; NaN if either is constant."""
     (p, p_varies), (m, m_varies) = centred(predicted), centred(measured)
     with np.errstate(invalid="ignore", divide="ignore"):
         found = np.einsum("ij,ij->j", p, m) / np.einsum("ij,ij->j", p, p)

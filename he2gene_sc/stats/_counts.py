@@ -41,12 +41,12 @@ class CountDifferences:
 def count_differences(sums: CountSums) -> CountDifferences:
     """Differences of log composition between two groups in each sample, with the variance that each must have.
 
-    Given the counts N of a gene in both groups, those of the group are expected to be N π, logit π = log(library of the
-    group / library of the reference) + β, β being the mean difference over samples. Differences are the working responses of
-    this model, β + (y - N π) / (N π (1 - π)): where nothing differs their mean is 0 for every depth, which that of logarithms
-    of few counts is not. Their variance is 1 / μ + α / m of both groups: μ are the expected counts, α the overdispersion of the
-    gene over spots, m the number of spots as their depths weigh. Samples differ beyond that by τ², and correlated spots tell
-    less, by a factor c. τ² and c are fitted to all genes.
+    Given the counts N of a gene in both groups, those of the group are expected to be N π, logit π = log(library of
+    the group / library of the reference) + β, β being the mean difference over samples. Differences are the working
+    responses β + (y - N π) / (N π (1 - π)), whose mean is 0 at every depth if nothing differs, unlike logarithms of
+    few counts. Their variance is 1 / μ + α / m of both groups: expected counts μ, overdispersion α, spots m as
+    their depths weigh. Samples differ beyond that by τ², and correlated spots tell less, by a factor c; both are
+    fitted to all genes.
     """
     library = sums.depth * library_factors(sums.counts, sums.depth)
     inside = (np.all(library > 0, axis=0) & np.all(sums.spots > 0, axis=0))[:, None]
@@ -78,16 +78,7 @@ def count_differences(sums: CountSums) -> CountDifferences:
 def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Trimmed mean of M values between the groups of each sample (TMM; Robinson and Oshlack, Genome Biol 2010).
 
-    Parameters
-    ----------
-    counts, depth
-        ``(2, n, g)`` and ``(2, n)``: sums of a gene, and of all genes.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(2, n)``, of product 1 in each sample. 1 where fewer than 50 genes are counted well: a gene that is rare in one group
-        is seen there if it happens to be high.
+    ``(2, n)`` of product 1. 1 where fewer than 50 genes are counted well: rare genes are seen where they are high.
     """
     factors = np.ones(depth.shape)
     for i in range(depth.shape[1]):
@@ -126,15 +117,7 @@ def overdispersion(sums: CountSums) -> np.ndarray:
 def variance_components(
     differences: np.ndarray, sampling: np.ndarray, used: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Fit var(difference) = τ² + c sampling to all genes, c at least 1, with the noisiest twentieth of the genes left out.
-
-    Parameters
-    ----------
-    differences, sampling
-        ``(n, g)``: differences of samples, and the variance that sampling their spots gives them.
-    used
-        ``(n, g)`` bool: where both are to be trusted.
-    """
+    """Fit var(difference) = τ² + c sampling to all genes, c at least 1, without the noisiest twentieth of the genes."""
     trusted = np.isfinite(sampling) if used is None else used & np.isfinite(sampling)
     trusted = trusted & (trusted.sum(0) >= 2)
     if not trusted.any():

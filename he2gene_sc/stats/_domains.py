@@ -9,18 +9,7 @@ AGREEMENT = ("ari", "nmi", "ami", "homogeneity", "completeness")
 
 
 def agreement(domains: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """Agreement of clusters with domains, by scikit-learn.
-
-    Parameters
-    ----------
-    domains, clusters
-        ``(n,)`` labels of the same spots.
-
-    Returns
-    -------
-    dict
-        ``ari`` (adjusted Rand index), ``nmi`` and ``ami`` (normalised and adjusted mutual information, arithmetic
-        mean), ``homogeneity`` (each cluster holds one domain) and ``completeness`` (each domain lies in one cluster).
+    """Agreement of clusters with domains (scikit-learn): ``ari, nmi, ami, homogeneity, completeness``.
 
     Examples
     --------
@@ -41,15 +30,7 @@ def agreement(domains: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
 
 
 def silhouette(features: np.ndarray, domains: np.ndarray) -> float:
-    """Mean silhouette of given domains in a space, by scikit-learn; NaN where it is not defined.
-
-    Parameters
-    ----------
-    features
-        ``(n, k)``.
-    domains
-        ``(n,)`` labels.
-    """
+    """Mean silhouette of given domains in a space ``(n, k)``, by scikit-learn; NaN where it is not defined."""
     from sklearn.metrics import silhouette_score
 
     n_labels = len(np.unique(domains))
@@ -59,24 +40,11 @@ def silhouette(features: np.ndarray, domains: np.ndarray) -> float:
 
 
 def chaos(xy: np.ndarray, labels: np.ndarray) -> float:
-    """Spatial chaos score: mean distance of a spot to the nearest spot of its own label, in pitches.
+    """Spatial chaos score: mean distance of a spot to the nearest spot of its own label, in pitches; lower is coherent.
 
-    As in SpatialPCA (Shang & Zhou, Nat Commun 13, 2022, 7203), which sums the lengths of the one-nearest-neighbour graphs
-    of all clusters and divides by the number of spots; there coordinates are standardised by axis, here they are divided
-    by the pitch, so that sections of any size compare and 1 is the least on a lattice. A label of a single spot has no
-    neighbour and is left out.
-
-    Parameters
-    ----------
-    xy
-        ``(n, 2)`` spot centres, in any unit.
-    labels
-        ``(n,)``.
-
-    Returns
-    -------
-    float
-        Lower is more coherent; NaN where every label is a single spot.
+    As in SpatialPCA (Shang & Zhou, Nat Commun 13, 2022, 7203), but coordinates are divided by the pitch, not
+    standardised by axis, so that sections compare and 1 is the least on a lattice. Labels of a single spot are left
+    out.
     """
     from scipy.spatial import cKDTree
 
@@ -89,23 +57,9 @@ def chaos(xy: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pas(xy: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
-    """Percentage of abnormal spots, as a share: spots of which more than half of the neighbours have another label.
+    """Share of abnormal spots: more than half of their ``k`` nearest spots have another label; lower is more coherent.
 
-    As in SpatialPCA (Shang & Zhou, Nat Commun 13, 2022, 7203): at least six of the ten nearest spots.
-
-    Parameters
-    ----------
-    xy
-        ``(n, 2)`` spot centres.
-    labels
-        ``(n,)``.
-    k
-        Neighbours, at most ``n - 1``.
-
-    Returns
-    -------
-    float
-        0 to 1; lower is more coherent.
+    As in SpatialPCA (Shang & Zhou, Nat Commun 13, 2022, 7203): at least six of ten.
     """
     from scipy.spatial import cKDTree
 
@@ -118,15 +72,7 @@ def pas(xy: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
 def match(domains: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Match each cluster to a domain, one to one, so that as many spots as possible agree (Hungarian method).
 
-    Parameters
-    ----------
-    domains, clusters
-        ``(n,)`` codes from 0.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n_clusters,)``: the domain of each cluster, -1 where there are more clusters than domains or they share no spot.
+    Clusters without a domain get -1.
 
     Examples
     --------
@@ -147,21 +93,9 @@ def match(domains: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 
 def enrichment_agreement(of_domains: np.ndarray, of_clusters: np.ndarray, matched: np.ndarray) -> float:
-    """Pearson correlation of two matrices of neighbourhood enrichment, over the pairs of matched labels.
+    """Pearson correlation of squidpy's neighbourhood z-scores of domains and matched clusters; NaN below two.
 
-    Parameters
-    ----------
-    of_domains
-        ``(d, d)`` z-scores of squidpy between domains.
-    of_clusters
-        ``(c, c)`` between clusters.
-    matched
-        As :func:`match` returns it: clusters without a domain are left out.
-
-    Returns
-    -------
-    float
-        Over the upper triangle with the diagonal, finite entries; NaN with fewer than two matched labels.
+    Over the upper triangle with the diagonal, finite entries.
     """
     clusters = np.flatnonzero(matched >= 0)
     domains = matched[clusters]

@@ -17,34 +17,12 @@ def mixed_model(
     *,
     level: float = 0.95,
 ) -> SampleTest:
-    """Fit statsmodels' ``MixedLM`` to the means of two groups in each sample, gene by gene, by REML.
+    """Fit statsmodels' ``MixedLM`` by REML to the means ``(m, g)`` of two groups in each sample, gene by gene.
 
-    y = b0 + b1 group + b2 covariates + u(sample) + e. Without covariates and with both groups in every sample this is the
-    paired t test, unless the samples differ by less than chance.
-
-    Parameters
-    ----------
-    values
-        ``(m, g)``: mean of a gene, a row a group in a sample.
-    group
-        ``(m,)`` bool: the group, not the reference.
-    sample
-        ``(m,)``: name or code of the sample.
-    covariates
-        ``(m, c)``.
-    level
-        Of the interval.
-
-    Returns
-    -------
-    SampleTest
-        Of b1, with the standard error of generalised least squares at the fitted variances. Degrees of freedom are those within samples, ``m - number of samples - 1 - c``: with both groups in each of
-        n samples, n - 1 - c. The normal reference of statsmodels would reject too often with few samples.
-
-    Raises
-    ------
-    ValueError
-        If no degrees of freedom are left or the covariates tell what the group tells.
+    y = b0 + b1 group + b2 covariates + u(sample) + e. The result is of b1, with the standard error of generalised
+    least squares and ``m - samples - 1 - c`` degrees of freedom: the normal reference rejects too often with few
+    samples. Without covariates and with both groups everywhere it is the paired t test, unless samples differ less
+    than by chance.
     """
     values, group = np.asarray(values, np.float64), np.asarray(group, bool)
     codes = np.unique(sample, return_inverse=True)[1]

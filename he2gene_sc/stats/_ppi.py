@@ -22,40 +22,16 @@ class PredictionPowered(SampleTest):
 def prediction_powered_mean(
     measured: np.ndarray, predicted: np.ndarray, predicted_only: np.ndarray, *, level: float = 0.95
 ) -> PredictionPowered:
-    """Estimate the mean of a measurement over samples, helped by predictions of many more.
+    """Estimate the mean of a measurement Y ``(n, g)``, helped by predictions F ``(N, g)`` of samples not measured.
 
-    θ = λ mean(F) + mean(Y - λ f): the mean of the predictions F of the samples that were not measured, corrected by their
-    error on those that were (Angelopoulos et al., Science 2023). λ minimises the variance (PPI++, Angelopoulos, Duchi and
-    Zrnic 2023, example 6.1): λ = cov(Y, f) / ((1 + n / N) var(f)), at least 0. So a useless predictor is left out,
-    a constant bias cancels, and predictions that vary too little, as shrunken ones do, get a weight above 1.
+    θ = λ mean(F) + mean(Y - λ f), with predictions f of the measured samples (Angelopoulos et al., Science 2023). λ
+    = cov(Y, f) / ((1 + n / N) var(f)), at least 0, minimises the variance (PPI++, Angelopoulos, Duchi and Zrnic
+    2023, example 6.1). So a useless predictor is left out, a constant bias cancels, and shrunken predictions weigh
+    above 1.
 
-    Parameters
-    ----------
-    measured
-        Y, ``(n, g)``.
-    predicted
-        f, ``(n, g)``: the predictions of the same samples.
-    predicted_only
-        F, ``(N, g)``: predictions of the samples that were not measured.
-    level
-        Of the interval.
-
-    Returns
-    -------
-    PredictionPowered
-        Variance λ² var(F) / N + var(Y - λ f) / n; t quantile. The second variance has ``n - 2`` degrees of freedom,
-        since λ is estimated on the same samples; those of the sum follow Welch and Satterthwaite. P-values are NaN with fewer
-        than eight measured samples; intervals hold from three on.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than three measured or two predicted samples, or shapes do not fit.
-
-    Notes
-    -----
-    Valid whatever the predictor is worth, if the measured samples are drawn as the others are, and the predictor saw
-    none of them in training.
+    Variance λ² var(F) / N + var(Y - λ f) / n, with n - 2 degrees of freedom of the second part (Welch and
+    Satterthwaite). P-values are NaN below eight measured samples; intervals hold from three on. Valid if measured
+    samples are drawn as the others are, and the predictor saw none of them in training.
     """
     y, f, more = (np.asarray(values, np.float64) for values in (measured, predicted, predicted_only))
     if y.shape != f.shape or y.shape[1:] != more.shape[1:]:

@@ -27,19 +27,12 @@ class VariancePrior:
 
 
 def hypervariable_prior(variances: np.ndarray, df: np.ndarray, scale: np.ndarray, d0: float) -> VariancePrior:
-    """Fit a prior of two kinds by maximum likelihood, starting from one of one kind.
+    """Fit a prior of two kinds by maximum likelihood, starting from one of one kind (:func:`squeeze_variance`).
 
-    One prior for all draws the variance of a hypervariable gene down, and takes chance for an effect (Phipson et al., Ann
-    Appl Stat 2016). Their remedy lowers the degrees of freedom of genes whose variance is too large. With three patients a
-    hypervariable gene often has a small variance by chance. So here every gene has a probability of being one, and its
-    p-value is the mean over both kinds.
-
-    Parameters
-    ----------
-    variances, df
-        ``(g,)`` variances and their degrees of freedom.
-    scale, d0
-        The prior of one kind, see :func:`squeeze_variance`.
+    One prior draws the variance of a hypervariable gene down, and takes chance for an effect (Phipson et al., Ann
+    Appl Stat 2016). They mend genes of too large a variance; with three patients a hypervariable gene often has a
+    small one by chance. So here every gene has a probability of being one, and its p-value is the mean over both
+    kinds.
     """
     from scipy.optimize import minimize
 

@@ -27,17 +27,7 @@ class SampleTest:
 
 
 def t_test(effect: np.ndarray, error: np.ndarray, df: float | np.ndarray, level: float = 0.95) -> SampleTest:
-    """Two-sided t test of ``effect / error`` and its interval.
-
-    Parameters
-    ----------
-    effect, error
-        ``(g,)`` estimates and their standard errors. Where the error is 0 or NaN nothing is known: score, p and interval are NaN.
-    df
-        Degrees of freedom, one or ``(g,)``; infinite ones give the normal distribution.
-    level
-        Of the interval.
-    """
+    """Two-sided t test of ``effect / error`` and its interval; NaN where the error is 0 or NaN."""
     from scipy import stats
 
     effect, error = np.asarray(effect, np.float64), np.asarray(error, np.float64)
@@ -54,33 +44,13 @@ def t_test(effect: np.ndarray, error: np.ndarray, df: float | np.ndarray, level:
 def squeeze_variance(
     variances: np.ndarray, df: float | np.ndarray, alike: np.ndarray | None = None
 ) -> tuple[np.ndarray, float | np.ndarray, float]:
-    """Empirical Bayes variances: each gene's is drawn towards what genes like it have.
+    """Empirical Bayes: draw variances ``(g,)`` to those of genes alike; posterior, prior variance s0² and its df d0.
 
-    Variances are taken to follow s0² F(df, d0). The prior is fitted to the mean and variance of their logarithms
-    (Smyth, Stat Appl Genet Mol Biol 2004, section 6.2; limma's ``fitFDist``). With ``alike``, log s0² is a natural cubic
-    spline of its logarithm, as by limma's ``eBayes`` with a numeric ``trend`` (Law et al., Genome Biol 2014). limma fits the
-    spline from 30 genes on, where it costs size; here, with fewer than 200, s0² is a multiple of ``alike`` or one number,
-    whichever leaves less.
-
-    Parameters
-    ----------
-    variances
-        ``(g,)`` sample variances.
-    df
-        Their degrees of freedom, one or ``(g,)``.
-    alike
-        ``(g,)`` positive, what the variances may go with; ``None``: one prior for all.
-
-    Returns
-    -------
-    tuple
-        Posterior variances ``(g,)``, prior variance s0² (with ``alike`` ``(g,)``) and prior degrees of freedom d0, infinite
-        where the genes do not differ by more than chance. One gene alone has no prior: d0 is 0.
-
-    Raises
-    ------
-    ValueError
-        If ``alike`` is not one positive number a gene.
+    Variances follow s0² F(df, d0), fitted to the mean and variance of their logarithms (Smyth, Stat Appl Genet Mol
+    Biol 2004, section 6.2; limma's ``fitFDist``). With ``alike``, log s0² is a natural cubic spline of its
+    logarithm, as by limma's ``trend`` (Law et al., Genome Biol 2014); with fewer than 200 genes, where the spline
+    costs size, s0² is a multiple of ``alike`` or one number, whichever leaves less. d0 is infinite where genes
+    differ by chance, 0 for a single gene.
     """
     from scipy import special
 
@@ -153,40 +123,13 @@ def paired_moderated_t(
     robust: bool = False,
     minimum: float = 0.0,
 ) -> SampleTest:
-    """Moderated t test of the mean difference between two groups, paired by sample.
+    """Moderated t test of differences ``(n, g)`` between two groups, paired by sample.
 
-    Parameters
-    ----------
-    differences
-        ``(n, g)``: mean of one group minus mean of the other, a row a sample.
-    moderate
-        ``False`` gives the plain paired t.
-    alike
-        ``(g,)`` variances that those of the differences may go with, see :func:`squeeze_variance`; ``None``: one prior for all
-        genes.
-    level
-        Of the interval.
-    design
-        ``(n, p)``: what the differences may depend on; ``None``: a mean alone.
-    column
-        Of ``design``, whose coefficient is tested.
-    weights
-        ``(n,)`` or ``(n, g)``: inverse variances up to a factor; ``None``: all alike. A sample of weight 0 does not count.
-    robust
-        Hypervariable genes have a prior of their own, see :func:`hypervariable_prior`.
-    minimum
-        Effects up to this size, of either sign, are part of the null (McCarthy and Smyth, Bioinformatics 2009).
-
-    Returns
-    -------
-    SampleTest
-        The effect is the coefficient: the (weighted) mean difference. Degrees of freedom are d0 + those of the residuals, at
-        most those of all genes together (limma's ``eBayes``).
-
-    Raises
-    ------
-    ValueError
-        If there are no more samples than coefficients, or ``alike`` is not one positive number a gene.
+    The effect is the coefficient of ``column`` of ``design`` ``(n, p)``, by default the (weighted) mean. Degrees of
+    freedom are d0 and those of the residuals, at most those of all genes (limma's ``eBayes``). ``moderate=False``
+    is the plain paired t; ``alike`` is that of :func:`squeeze_variance`, ``weights`` are inverse variances,
+    ``robust`` gives hypervariable genes their :func:`hypervariable_prior`; effects up to ``minimum`` belong to the
+    null (McCarthy and Smyth, Bioinformatics 2009).
     """
     from ._prior import VariancePrior, hypervariable_prior
 
@@ -211,18 +154,9 @@ def paired_moderated_t(
 def weighted_fit(
     values: np.ndarray, design: np.ndarray | None = None, column: int = 0, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weighted least squares, gene by gene.
+    """Weighted least squares by gene: coefficient of the column, its error at variance 1, residual variance and its df.
 
-    Returns
-    -------
-    tuple
-        Of each gene, ``(g,)``: the coefficient of the column, its standard error at variance 1, the residual variance and its
-        degrees of freedom; NaN and 0 where too few samples have a weight.
-
-    Raises
-    ------
-    ValueError
-        If no degrees of freedom are left, or columns follow from each other.
+    NaN and 0 where too few samples have a weight.
     """
     n, g = values.shape
     design = np.ones((n, 1)) if design is None else np.asarray(design, np.float64)

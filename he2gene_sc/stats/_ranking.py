@@ -16,26 +16,11 @@ def ranking_agreement(
     measured_scores: np.ndarray,
     k: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Compare the effects and scores of the same genes in two data sets.
+    """Compare the effects and scores of the same genes in two data sets; NaN where there is nothing to compare.
 
-    Parameters
-    ----------
-    predicted, measured
-        ``(g,)`` effects.
-    significant
-        ``(g,)`` bool: whether the measured effect is.
-    predicted_scores, measured_scores
-        ``(g,)`` test statistics, which rank the genes from above to below.
-    k
-        Lengths of the lists for ``precision_at_<k>``.
-
-    Returns
-    -------
-    dict
-        ``spearman`` of the effects; ``sign_agreement`` over all genes and ``sign_agreement_significant``; ``auroc`` of the
-        measured-significant genes by the size of the predicted score; ``precision_at_<k>``, the share of the k genes of
-        highest predicted score that are among the k of highest measured score, and ``chance_at_<k>``, k / g. NaN where
-        there is nothing to compare.
+    ``spearman`` of effects; ``sign_agreement`` of all and of ``_significant`` genes; ``auroc`` of
+    measured-significant genes by size of the predicted score; ``precision_at_<k>``, the share of the top k
+    predicted that are top k measured, and ``chance_at_<k>``, k / g.
     """
     from scipy import stats
 

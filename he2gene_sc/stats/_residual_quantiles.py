@@ -13,23 +13,10 @@ RESIDUAL_LEVELS = np.array(
 
 
 def residual_quantiles(residuals: np.ndarray, levels: np.ndarray = RESIDUAL_LEVELS) -> np.ndarray:
-    """Quantiles of each column, outwards by what a finite sample needs.
+    """Quantiles ``(q, g)`` of each column without NaN, outwards by what a finite sample needs, else infinite.
 
-    Of ``n`` residuals, the upper level q is the ``⌈(n + 1) q⌉``-th smallest and the lower level q the
-    ``⌊(n + 1) q⌋``-th: a new exchangeable residual lies below it with a probability of at least q, or at most q (split
-    conformal prediction; Lei et al., JASA 2018). Where there are too few, that is ``inf`` or ``-inf``.
-
-    Parameters
-    ----------
-    residuals
-        ``(n, g)``; NaN is left out.
-    levels
-        ``(q,)`` between 0 and 1.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(q, g)`` float32; NaN for a column without residuals.
+    Of n residuals, an upper level q is the ``⌈(n + 1) q⌉``-th smallest, a lower one the ``⌊(n + 1) q⌋``-th (split
+    conformal prediction; Lei et al., JASA 2018).
     """
     levels = np.asarray(levels, float)
     ordered = np.sort(residuals, axis=0)

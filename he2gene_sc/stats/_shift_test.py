@@ -17,53 +17,21 @@ MIN_OVERLAP = 0.7
 
 @dataclass(frozen=True)
 class ShiftTest:
-    """Result of :func:`shift_test`.
+    """Result of :func:`shift_test`."""
 
-    Attributes
-    ----------
-    observed
-        Adjusted Rand index, mean over the clusterings.
-    null
-        ``(m,)``: the same for each shift, over the spots that meet a spot.
-    p_value
-        ``(b + 1) / (m + 1)``, ``b`` the shifts whose index is not below the observed one; NaN without a shift.
-    """
-
-    observed: float
-    null: np.ndarray
-    p_value: float
+    observed: float  # adjusted Rand index, mean over clusterings
+    null: np.ndarray  # (m,) of each shift, over spots that meet a spot
+    p_value: float  # (b + 1) / (m + 1), b shifts not below observed
 
 
 def admissible_shifts(
     xy: np.ndarray, *, min_overlap: float = MIN_OVERLAP, n_max: int | None = None, seed: int = 0
 ) -> np.ndarray:
-    """Shifts of the spots onto each other, with and without half a turn, that most spots survive.
+    """Shifts ``(m, n)`` of the spots onto each other, with and without half a turn, that most spots survive.
 
-    Shifts are the differences between the most central spot and all others, and their negatives, those less than half a
-    pitch apart counted once. Each is taken as it is and after half a turn about the central spot. A shift that only
-    some of the spots survive, or that leaves all where they are, is not admissible, and one that moves the spots as
-    another does is counted once.
-
-    Parameters
-    ----------
-    xy
-        ``(n, 2)`` spot centres, in any unit.
-    min_overlap
-        Least share of the spots that must fall on a spot.
-    n_max
-        Most shifts to return, drawn at random; default: all.
-    seed
-        Of the drawing.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(m, n)`` int32: the spot that each spot falls on, -1 where it falls on none.
-
-    Raises
-    ------
-    ValueError
-        If ``xy`` is not ``(n, 2)`` with at least 2 spots, or ``min_overlap`` is not above 0 and at most 1.
+    The spot that each falls on, -1 where none. Shifts are differences between the most central spot and all others,
+    and their negatives, as they are and after half a turn about it; equal ones, and the one that moves nothing, are
+    left out.
 
     Examples
     --------
@@ -116,32 +84,12 @@ def _apart(vectors: np.ndarray) -> np.ndarray:
 def shift_test(domains: Sequence[np.ndarray], clusterings: Sequence[np.ndarray], shifts: np.ndarray) -> ShiftTest:
     """Test whether clusterings agree with domains more than the same domains shifted over the tissue would.
 
-    Under the null the domains are a realisation of a stationary process that knows nothing of the clusterings. A shift
-    keeps their shapes and neighbours, and half a turn does too, since covariances are even functions; other turns and
-    mirrors would assume isotropy, which layered tissue lacks, and are not used. Nothing is wrapped around the border: a
-    shifted score is that of the spots which still meet a spot (Lotwick & Silverman 1982 wrap; the bias of that is the
-    subject of Mrkvička et al., Spatial Statistics 42, 2021, 100430). Fewer spots make shifted scores vary more
-    than the observed one, which makes the test conservative. That is not corrected: with the correction of that paper, a
-    factor of the root of the number of spots, layered and large compact domains were called too often. What the test
-    does is measured by ``tests/benchmarks/bench_domains.py``.
-
-    Parameters
-    ----------
-    domains, clusterings
-        Pairs of ``(n,)`` codes from 0: domains, which are shifted, and clusters of the same spots, for example of
-        several seeds. The statistic is the mean over the pairs.
-    shifts
-        As :func:`admissible_shifts` returns them.
-
-    Returns
-    -------
-    ShiftTest
-        A shift under which domains or clusters are constant scores 0.
-
-    Raises
-    ------
-    ValueError
-        If lengths differ or codes are negative.
+    Under the null the domains are a realisation of a stationary process independent of the clusterings. Shifts and
+    half turns keep their shapes and covariances; other turns and mirrors assume isotropy, which layered tissue
+    lacks. Nothing is wrapped around the border (Lotwick & Silverman 1982 do): a shifted score is that of spots that
+    still meet a spot. Fewer spots make it vary more, so the test is conservative. That is not corrected: with the
+    root of the number of spots of Mrkvička et al. (Spatial Statistics 42, 2021, 100430) large compact domains were
+    called too often (``tests/benchmarks/bench_domains.py``). A shift under which either is constant scores 0.
 
     Examples
     --------

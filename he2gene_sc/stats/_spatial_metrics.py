@@ -16,20 +16,7 @@ _K1, _K2, _WINDOW = 0.01, 0.03, 7
 
 
 def neighbour_weights(xy: np.ndarray, pitch: float) -> scipy.sparse.csr_array:
-    """Neighbours of each spot, in equal parts.
-
-    Parameters
-    ----------
-    xy
-        ``(n, 2)`` spot centres.
-    pitch
-        Distance between neighbouring spots, in the unit of ``xy``; those up to 1.6 of it away are neighbours.
-
-    Returns
-    -------
-    scipy.sparse.csr_array
-        ``(n, n)``; each row sums to 1, or is empty for a spot without neighbours.
-    """
+    """Weights ``(n, n)`` of spots up to 1.6 pitches away: equal parts of 1, or none without neighbours."""
     from scipy.spatial import cKDTree
 
     pairs = cKDTree(xy).query_pairs(NEIGHBOUR_PITCHES * pitch, output_type="ndarray")
@@ -39,20 +26,7 @@ def neighbour_weights(xy: np.ndarray, pitch: float) -> scipy.sparse.csr_array:
 
 
 def moran(values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmatrix) -> np.ndarray:
-    """Moran's I of each column (Moran, Biometrika 1950).
-
-    Parameters
-    ----------
-    values
-        ``(n, g)``.
-    weights
-        ``(n, n)``, used as they are; squidpy makes rows sum to 1 first.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)``: near 0 without spatial pattern; NaN where a column is constant or no spot has a neighbour.
-    """
+    """Moran's I ``(g,)`` of each column (Moran, Biometrika 1950) with the weights as they are; NaN where constant."""
     values = np.asarray(values)
     weights = scipy.sparse.csr_array(weights)
     result = np.empty(values.shape[1])
@@ -67,25 +41,11 @@ def moran(values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmat
 def ceiling_of_neighbours(
     autocorrelation: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmatrix
 ) -> tuple[np.ndarray, float]:
-    """Lower end of the noise ceiling: what neighbouring spots share is signal, all else may be overdispersion.
+    """Lower end of the noise ceiling ``(g,)``, and what a gene without pattern seldom passes (two errors of Moran's I).
 
-    Counts vary between spots beyond counting, at random or not; of one section alone nothing tells which. Moran's I is about
-    the share of the variance that neighbours have in common, its root the correlation that a prediction of this part
-    reaches. :func:`noise_ceiling` takes all variance beyond counting for signal and is the upper end.
-
-    Parameters
-    ----------
-    autocorrelation
-        ``(g,)`` of :func:`moran`.
-    weights
-        ``(n, n)`` that it was computed with.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)``: 0 where neighbours share nothing, NaN where the autocorrelation is.
-    float
-        What a gene without any pattern seldom passes: two standard errors of Moran's I.
+    Moran's I is about the share of variance that neighbours have in common, its root the correlation that a
+    prediction of it reaches. :func:`noise_ceiling`, which takes all variance beyond counting for signal, is the
+    upper end.
     """
     w = scipy.sparse.csr_array(weights)
     n, total = w.shape[0], w.sum()
@@ -96,29 +56,12 @@ def ceiling_of_neighbours(
 
 
 def ssim_on_grid(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Structural similarity of two maps of each gene, with spots as the pixels.
+    """Structural similarity ``(g,)`` of two maps of each gene, with spots as the pixels; NaN where either is constant.
 
-    Local means, variances and covariances are those of the spots in a square of 7 × 7 cells (of the largest odd side
-    that the grid has room for, where it is smaller). Cells without a spot have no part in them; without such cells the
-    map is that of :func:`skimage.metrics.structural_similarity`. It is averaged over the spots in whose square at least
-    as many spots lie as it is wide. The range of a gene is that of both maps together.
-
-    Parameters
-    ----------
-    a, b
-        ``(n, g)`` values of the spots.
-    rows, columns
-        ``(n,)`` whole numbers: cell of each spot. Where only every second column of a row is used, as on a hexagonal
-        lattice, the rows are pushed together. Spots that share a cell are averaged.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)``: 1 for equal maps; NaN where either is constant, and throughout for a grid under 3 × 3 cells.
-
-    Notes
-    -----
-    Wang et al., IEEE Trans Image Process 2004; unweighted squares and sample covariances, as in scikit-image.
+    Wang et al., IEEE Trans Image Process 2004, as in scikit-image, over the spots in squares of 7 × 7 cells (or the
+    largest odd side with room); averaged where a square holds as many spots as it is wide. The range is that of
+    both maps. ``rows`` and ``columns`` are whole numbers; hexagonal rows are pushed together, and spots that share
+    a cell averaged.
     """
     a, b = np.asarray(a), np.asarray(b)
     cell, shape = _cells(np.asarray(rows), np.asarray(columns))

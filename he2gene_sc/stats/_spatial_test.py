@@ -44,48 +44,18 @@ def spatial_test(
 ) -> SpatialTest:
     """Test the mean difference between a group of spots and the others, genes and labels being autocorrelated.
 
-    A modified t-test (Clifford, Richardson & Hémon 1989; Dutilleul 1993): the variance of the difference is that under
-    the gene's own spatial covariance. That covariance is not read off a correlogram, which is biased towards none in a
-    window that the range is no small part of, but averaged over a fixed grid of covariances (exponential, Matérn 3/2
-    and Gaussian, isotropic and stretched in four directions, with white noise), each weighted by its restricted likelihood
-    (Patterson & Thompson 1971). Each group has an SD of its own: the grid holds 15 ratios of the two, equal ones weighing most before the data.
-    How much the grid disagrees makes the degrees of freedom. See docs/statistics/methods.md.
+    A modified t-test (Clifford, Richardson & Hémon 1989; Dutilleul 1993): the variance of the difference is that
+    under the gene's own spatial covariance. This is averaged over a fixed grid (exponential, Matérn 3/2 and
+    Gaussian, isotropic and stretched in four directions, with white noise), weighted by restricted likelihood
+    (Patterson & Thompson 1971); a correlogram is biased towards none when ranges are large. 15 ratios of the
+    groups' SDs are in the grid, equal ones weighing most before the data. How much the grid disagrees makes the
+    degrees of freedom. See docs/statistics/methods.md.
 
-    A group of a few spots cannot tell its own SD: where that is twice the others', three scattered spots are still
-    rejected too often (docs/statistics/validation.md).
-
-    The null holds the labels fixed: it says something of this section (these sections), not of other patients.
-
-    Parameters
-    ----------
-    values
-        ``(n, g)`` log expression.
-    group
-        ``(n,)`` bool: in the group, or in the reference.
-    xy
-        ``(n, 2)`` spot centres in any unit; grids and irregular positions alike.
-    sections
-        ``(n,)`` codes; values and labels are compared within a section. ``None``: one section.
-    covariates
-        ``(n, c)`` numbers of the spots, such as their log depth. The effect is that at equal covariates.
-    level
-        Of the interval.
-    check_top
-        So many genes of smallest p-value are checked by Moran spectral randomisation (Wagner & Dray 2015, triplets); where its p-value is above 0.05 the larger of both is reported.
-    n_perms
-        Randomisations.
-    seed
-        Of the randomisations.
-
-    Returns
-    -------
-    SpatialTest
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, a group has fewer than 3 spots, no section holds both groups, fewer than 3 spots are left
-        beyond one for each group of a section, covariates tell the groups apart, two spots lie on one another, or ``level``, ``check_top`` or ``n_perms`` is out of range.
+    A few spots cannot tell their SD: where that is twice the others', three scattered spots are still rejected too
+    often (docs/statistics/validation.md). The null holds the labels fixed: it is about these sections, not other
+    patients. The ``check_top`` genes of smallest p-value are checked by ``n_perms`` Moran spectral randomisations
+    (Wagner & Dray 2015, triplets); above 0.05, the larger p-value is reported. The effect is that at equal
+    ``covariates`` ``(n, c)``.
 
     Examples
     --------
@@ -142,22 +112,10 @@ def _tested(
 
 
 def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rank-sum test of each gene as if spots were independent, with the correction for ties.
+    """Rank-sum scores and p-values ``(g,)`` of each gene as if spots were independent, with the correction for ties.
 
-    Equal to scanpy's ``rank_genes_groups(method="wilcoxon", tie_correct=True)`` of the group against the others. Spots
-    are neighbours, so its p-values are far too small; it is here to show by how much.
-
-    Parameters
-    ----------
-    values
-        ``(n, g)``.
-    group
-        ``(n,)`` bool.
-
-    Returns
-    -------
-    scores, pvalues
-        ``(g,)`` standardised rank sums and two-sided p-values; NaN for a constant gene.
+    Equal to scanpy's ``rank_genes_groups(method="wilcoxon", tie_correct=True)``. P-values are far too small, since
+    spots are neighbours; it is here to show by how much. NaN for a constant gene.
     """
     from scipy import stats
 

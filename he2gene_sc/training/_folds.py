@@ -32,32 +32,12 @@ def grouped_folds(
     n_folds: int | None = None,
     unit: str | None = None,
 ) -> tuple[str, np.ndarray]:
-    """Distribute spots over folds so that what belongs together is held out together.
+    """Distribute spots over folds so that what belongs together is held out together: unit, and codes ``(n,)``.
 
-    Parameters
-    ----------
-    sections, patients
-        ``(n,)`` codes.
-    coordinates
-        ``(n, 2)`` x and y in any unit, the same for all sections; needed for blocks.
-    n_folds
-        Folds; default (and at most): one a patient or section, five for blocks. With fewer folds than groups, groups
-        are put together so that folds have about the same number of spots.
-    unit
-        ``"patient"``, ``"section"`` or ``"block"``: strips of equal numbers of spots across the longer side of each
-        section. Default: the first of them of which there are at least two.
-
-    Returns
-    -------
-    unit : str
-        What is held out together.
-    codes : numpy.ndarray
-        ``(n,)`` fold of each spot, from 0 without gaps.
-
-    Raises
-    ------
-    ValueError
-        If the arrays do not fit, there is nothing to hold out, or blocks are asked for without coordinates.
+    Units are ``"patient"``, ``"section"`` and ``"block"``, strips of equal numbers of spots across the longer side
+    of each section, which need coordinates ``(n, 2)``; the default is the first of which there are at least two. By
+    default and at most there is a fold a patient or section, or five of blocks; with fewer, folds have about equal
+    spots.
 
     Examples
     --------

@@ -13,38 +13,17 @@ from ..stats import TARGET_SUM
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """The spots of one section.
-
-    Attributes
-    ----------
-    name, patient
-        Names.
-    mpp
-        µm per pixel of its image.
-    centres_um
-        Spot centres in µm, ``(n, 2)``.
-    features
-        ``(n, r, f)``: ``r`` symmetries of each spot, the identity first; may be memory-mapped. See
-        :class:`he2gene_sc.models._network.FeatureExtractor`.
-    targets
-        ``(n, g)`` sparse columns, natural log of (1 + counts per 10,000); genes in the order that all sections share.
-    totals
-        ``(n,)`` counts of each spot.
-    measured
-        ``(g,)``: whether the gene was measured here. Targets of a gene that was not are empty and are never read.
-    codes
-        ``(n,)`` class codes, -1 without a label.
-    """
+    """The spots of one section."""
 
     name: str
     patient: str
     mpp: float
-    centres_um: np.ndarray
-    features: np.ndarray
-    targets: scipy.sparse.csc_array
-    totals: np.ndarray
-    measured: np.ndarray
-    codes: np.ndarray
+    centres_um: np.ndarray  # (n, 2)
+    features: np.ndarray  # (n, r, f), r symmetries, identity first; maybe a memory map
+    targets: scipy.sparse.csc_array  # (n, g) ln(1 + counts per 10,000), sparse columns
+    totals: np.ndarray  # (n,) counts
+    measured: np.ndarray  # (g,) targets of other genes are empty and not read
+    codes: np.ndarray  # (n,) classes, -1 without a label
 
     def __len__(self) -> int:
         return len(self.totals)
@@ -76,15 +55,7 @@ class Section:
 
 
 def log_targets(counts: scipy.sparse.csr_array, totals: np.ndarray) -> scipy.sparse.csc_array:
-    """Natural log of (1 + counts per 10,000), sparse columns float32.
-
-    Parameters
-    ----------
-    counts
-        ``(n, g)`` raw counts.
-    totals
-        ``(n,)`` counts of each spot over all genes, above 0.
-    """
+    """Natural log of (1 + counts per 10,000), sparse columns float32; ``totals`` ``(n,)`` are over all genes."""
     rows = scipy.sparse.csr_array(counts, copy=True)
     rows.sum_duplicates()
     rows.eliminate_zeros()

@@ -33,24 +33,10 @@ _HELD_OUT = {"section": "leave one section out", "patient": "leave one patient o
 
 
 def folds_of(sections: Sequence[Section], unit: str | None, seed: int = 0) -> tuple[str, list[np.ndarray]]:
-    """Fold codes of the spots of each section.
+    """Return the unit, and fold codes ``(n,)`` of the spots of each section.
 
-    Parameters
-    ----------
-    sections
-        The sections.
-    unit
-        ``"patient"``, ``"section"``, ``"block"``; ``"spot"``, the paper's random spots, for comparison only; ``None``:
-        the largest of which there are several.
-    seed
-        Of the random spots.
-
-    Returns
-    -------
-    str
-        The unit.
-    list of numpy.ndarray
-        ``(n,)`` codes a section.
+    Units are ``"patient"``, ``"section"``, ``"block"`` and the random ``"spot"`` of the paper, for comparison only;
+    ``None`` takes the largest of which there are several.
     """
     sizes = [len(section) for section in sections]
     cuts = np.cumsum(sizes)[:-1]

@@ -24,27 +24,13 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Recipe:
-    """How features become an embedding.
+    """How features become an embedding."""
 
-    Attributes
-    ----------
-    weights
-        Factor of each standardised feature, ``(f,)``; see :func:`feature_weights`.
-    n_components
-        Components of a spot's own features.
-    n_latent
-        Length of the embedding.
-    context
-        Rings of neighbours whose features count, and their weights.
-    annotation_weights
-        As ``weights``, for the annotation; default: the same.
-    """
-
-    weights: np.ndarray
-    n_components: int = 192
-    n_latent: int = 128
+    weights: np.ndarray  # (f,) factors of standardised features, see feature_weights
+    n_components: int = 192  # of a spot's own features
+    n_latent: int = 128  # length of the embedding
     context: Context = field(default_factory=Context)
-    annotation_weights: np.ndarray | None = None
+    annotation_weights: np.ndarray | None = None  # default: weights
 
     @property
     def annotation(self) -> np.ndarray:
@@ -58,23 +44,10 @@ class Recipe:
 
 
 def feature_weights(stages: Sequence[int], n_windows: int, n_colour: int, colour_share: float) -> np.ndarray:
-    """Give every kind of feature its part, however many features it has.
+    """Factors ``(n_windows · sum(stages) + n_colour,)`` float32 that give every kind of feature its part.
 
-    Parameters
-    ----------
-    stages
-        Number of features of each stage of the encoder, in each window.
-    n_windows
-        Windows, side by side.
-    n_colour
-        Colour features of all windows, behind those of the encoder.
-    colour_share
-        Sum of squares of the colour features, that of the encoder's being 1.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n_windows · sum(stages) + n_colour,)`` float32.
+    ``stages`` are numbers of features a window. Colour comes last, with a sum of squares of ``colour_share`` beside
+    1.
     """
     window = np.concatenate([np.full(n, 1 / (n * n_windows * len(stages))) for n in stages])
     colour = np.full(n_colour, colour_share / max(1, n_colour))
@@ -132,17 +105,7 @@ class Sums:
 
 
 def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe) -> Basis:
-    """Fit the two sets of principal components.
-
-    Parameters
-    ----------
-    sections
-        The sections.
-    rows
-        For each, which spots are trained on, ``(n,)`` bool.
-    recipe
-        Sizes and weights.
-    """
+    """Fit the two sets of principal components on the chosen rows ``(n,)`` of each section."""
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
     means, variances = zip(*(_moments(section.features, chosen) for section, chosen in used), strict=True)
     mean = np.mean(means, axis=0).astype(np.float32)
@@ -175,17 +138,7 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
 def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis, power: float) -> Sums:
     """Collect the sums of the ridge, targets centred within their section.
 
-    A section differs from the next by depth and handling in ways that its image does not show, and a slope fitted to
-    that would be carried to new slides.
-
-    Parameters
-    ----------
-    sections, rows
-        As for :func:`fit_basis`.
-    basis
-        From features to embedding.
-    power
-        Unit of the penalty.
+    Sections differ by depth and handling that the image does not show; that slope would be carried to new slides.
     """
     k, g = basis.mixing.shape[1], sections[0].targets.shape[1]
     cross, total, n = np.zeros((k, g)), np.zeros(g), np.zeros(g)

@@ -80,31 +80,11 @@ def cross_validate(
     choice: Choice | None = None,
     calibrated: tuple[str, str] | None = None,
 ) -> tuple[Choice, dict[str, HeldOut]]:
-    """Hold out one group after the other, and choose penalty and rank.
+    """Hold out one group after the other, and choose penalty and rank: choice, and held-out predictions by protocol.
 
-    Parameters
-    ----------
-    sections
-        The sections.
-    protocols
-        What is held out together, by name; for each section the code of what each spot is held out with, ``(n,)``.
-    recipe
-        How features become an embedding.
-    n_classes, n_target
-        As in training.
-    choice
-        What to use, instead of choosing.
-    calibrated
-        Protocol whose residuals are kept for intervals, and what is exchangeable among them: ``"patient"`` or
-        ``"section"``.
-
-    Returns
-    -------
-    Choice
-        Expression: the penalty and rank with the highest mean correlation of the target genes over the sections, averaged
-        over the protocols, since a model meets known patients and new ones. They are chosen on the folds that the figures are taken from: one combination among a few dozen.
-    dict
-        Name of the protocol to :class:`HeldOut`, the held-out predictions of that choice.
+    ``protocols`` are codes ``(n,)`` of each section by name. The choice has the highest mean correlation of the
+    target genes, averaged over protocols, on the folds that the metrics are taken from. ``calibrated`` names the
+    protocol whose residuals are kept, and what is exchangeable: ``"patient"`` or ``"section"``.
     """
     fitted = {
         name: [

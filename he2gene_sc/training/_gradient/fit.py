@@ -29,44 +29,18 @@ from .weights import calibrate, name_tensors, predict_rows
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained network and how it did on the spots that were held out.
+    """A trained network and how it did on the spots that were held out."""
 
-    Attributes
-    ----------
-    tensors
-        ``encoder.*``, ``genes.weight`` ``(f, g)``, ``genes.bias`` ``(g,)``, ``annotation.weight`` ``(f, c)``,
-        ``annotation.bias`` ``(c,)``: those of the epoch with the smallest held-out error.
-    history
-        One row an epoch: ``epoch, lr, loss, held_out_error, held_out_pearson``.
-    best_epoch
-        Epoch of the weights.
-    unit
-        What was held out together: ``"patient"``, ``"section"``, ``"block"`` or ``"spot"``.
-    rows
-        Positions of the spots that were predicted, ``(h,)``: the held-out ones unless others were asked for.
-    expression
-        ``(h, g)`` float32 predictions for them from the training window, floored at 0.
-    proba
-        ``(h, c)`` float32 class probabilities; ``c`` is 0 without an annotation head.
-    trained
-        Positions of the spots that were trained on.
-    spec
-        Input size and normalisation that the network was trained with.
-    temperature
-        What the annotation head was divided by, so that the held-out labels are most likely; ``None`` without labels of
-        two classes among them, or where the preset is exact.
-    """
-
-    tensors: dict[str, np.ndarray]
-    history: list[dict[str, float]]
+    tensors: dict[str, np.ndarray]  # encoder.*, genes.weight (f, g), genes.bias (g,), annotation.* of the best epoch
+    history: list[dict[str, float]]  # a row an epoch: epoch, lr, loss, held_out_error, held_out_pearson
     best_epoch: int
-    unit: str
-    rows: np.ndarray
-    expression: np.ndarray
-    proba: np.ndarray
-    trained: np.ndarray
+    unit: str  # patient, section, block or spot
+    rows: np.ndarray  # (h,) spots predicted
+    expression: np.ndarray  # (h, g) float32 from the training window, floored at 0
+    proba: np.ndarray  # (h, c) float32; c is 0 without an annotation head
+    trained: np.ndarray  # positions of the spots trained on
     spec: EncoderSpec
-    temperature: float | None
+    temperature: float | None  # that the annotation head was divided by
 
 
 def fit_network(
@@ -85,55 +59,12 @@ def fit_network(
     device: str | torch.device = "auto",
     show_progress: bool = False,
 ) -> Fitted:
-    """Train an encoder and linear heads by a preset's recipe.
+    """Train a copy of an encoder and linear heads by a preset.
 
-    Parameters
-    ----------
-    data
-        The spots.
-    preset
-        The recipe.
-    encoder
-        ``(b, 3, input_px, input_px)`` to ``(b, f)``; a copy of it is trained.
-    spec
-        Its input size and normalisation.
-    run
-        How it is trained on this machine.
-    validation
-        What says when to stop, see :func:`split`.
-    rows
-        Result of :func:`split`, or spots of your own: unit, positions trained on, positions held out.
-    predicted
-        Positions of the spots to predict in the end; default: the held-out ones.
-    n_classes
-        Classes of the annotation; default: the largest code and one. Below 2 there is no such head.
-    names
-        Further lists that must be the same for a run to be resumed, by what they name.
-    seed
-        Of initial heads, order and symmetries. With one seed the result is the same to the bit on the CPU (with the same
-        number of threads). The global random state is left as it was.
-    device
-        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
-    show_progress
-        Show a bar with the loss and the held-out Pearson correlation.
-
-    Returns
-    -------
-    Fitted
-        Weights, history and held-out predictions.
-
-    Raises
-    ------
-    ValueError
-        If arguments do not fit, or a checkpoint is of another run.
-    FileExistsError
-        If ``checkpoint_dir`` holds a run and ``resume`` is false.
-    RuntimeError
-        If training diverges or the device runs out of memory; the message says what to change.
-    MemoryError
-        If the CPU has too little memory for such a batch.
-    OSError
-        If a checkpoint cannot be written.
+    ``rows`` are those of :func:`split`, or unit, positions trained on and held out; ``predicted`` defaults to those
+    held out. ``n_classes`` below 2 gives no annotation head. ``names`` are lists that must be equal to resume a
+    run. On the CPU a seed gives the same bits with the same number of threads; the global random state is left as
+    it was.
     """
     run = RunOptions() if run is None else run
     rows = Split(*rows) if rows else split(data, preset, validation, seed)

@@ -12,27 +12,10 @@ _REACH = 1.57
 def neighbour_table(
     coordinates: np.ndarray, pitch_um: float | None = None, sections: np.ndarray | None = None
 ) -> np.ndarray:
-    """Find the neighbours of each spot on its grid: up to 8 on a square one, up to 6 on a hexagonal one.
+    """Neighbours of each spot on its grid, ``(n, 8)`` int64, nearest first, -1 where there is none.
 
-    Parameters
-    ----------
-    coordinates
-        ``(n, 2)`` x and y of the spots, µm. The grid may be turned; spots may stray from it by about a tenth of the
-        pitch.
-    pitch_um
-        Distance of neighbouring spots. Default: read off the spots, section by section.
-    sections
-        ``(n,)`` codes; spots of different sections are no neighbours. Default: one section.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n, 8)`` int64 positions among the spots, nearest first, -1 where there is none.
-
-    Raises
-    ------
-    ValueError
-        If the coordinates are not finite ``(n, 2)``, or the pitch is not positive.
+    Up to 8 on a square grid, 6 on a hexagonal one. It may be turned; spots may stray by a tenth of the pitch, which
+    is read off each section by default. Coordinates ``(n, 2)`` are in µm.
 
     Examples
     --------

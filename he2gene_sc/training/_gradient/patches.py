@@ -15,41 +15,16 @@ from .targets import Targets
 
 @dataclass(frozen=True)
 class PatchSet:
-    """Everything that is known of the training spots.
+    """Everything that is known of the training spots; arrays of the wrong length, type or values are an error."""
 
-    Attributes
-    ----------
-    patches
-        ``(n, 3, s, s)`` uint8 of the one window seen in training; may be a memory map.
-    targets
-        ``(n, g)`` float32, log-normalised expression, NaN where a section does not list the gene; dense, or sparse as
-        :class:`he2gene_sc.training._gradient.targets.Targets`.
-    codes
-        ``(n,)`` class codes, -1 without a label.
-    sections, patients
-        ``(n,)`` codes.
-    target_mask
-        ``(g,)`` bool, which genes are targets.
-    coordinates
-        ``(n, 2)`` µm, needed where blocks of a section are held out.
-    neighbours
-        ``(n, 8)`` positions among the spots, -1 where there is none, see
-        :func:`he2gene_sc.training.neighbour_table`; needed by recipes that read neighbours.
-
-    Raises
-    ------
-    ValueError
-        If an array has the wrong length or type, or values that cannot be.
-    """
-
-    patches: np.ndarray
-    targets: np.ndarray | Targets
-    codes: np.ndarray
-    sections: np.ndarray
-    patients: np.ndarray
-    target_mask: np.ndarray
-    coordinates: np.ndarray | None = None
-    neighbours: np.ndarray | None = None
+    patches: np.ndarray  # (n, 3, s, s) uint8 of the training window; maybe a memory map
+    targets: np.ndarray | Targets  # (n, g) float32 log-normalised, NaN where not listed
+    codes: np.ndarray  # (n,) classes, -1 without a label
+    sections: np.ndarray  # (n,) codes
+    patients: np.ndarray  # (n,) codes
+    target_mask: np.ndarray  # (g,) bool
+    coordinates: np.ndarray | None = None  # (n, 2) µm, for blocks
+    neighbours: np.ndarray | None = None  # (n, 8), see neighbour_table
 
     def __post_init__(self) -> None:
         n, shape = len(self.targets), np.shape(self.patches)

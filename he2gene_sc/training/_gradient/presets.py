@@ -13,64 +13,29 @@ class Preset:
 
     Source: github.com/Microbiods/HE2Gene, ``src/he2gene_base.py`` and ``src/he2gene_spat.py`` (Bioinformatics 2024,
     btae343).
-
-    Attributes
-    ----------
-    name
-        Its name.
-    aux_weight, annotation_weight, neighbour_weight
-        Of the squared error of the auxiliary genes, the cross entropy of the annotation, and the squared distance to
-        the mean prediction of like-labelled neighbours; the squared error of the target genes weighs 1.
-    batch_size
-        Spots a step, over all devices.
-    encoder
-        The encoder that ``mean`` and ``std`` are meant for; others keep their own normalisation.
-    mean, std
-        Of the channels after scaling to 0..1.
-    train_window_um
-        Side of the only window seen in training (150 px of HBCIS), µm.
-    windows_um
-        Sides of the windows whose predictions are averaged at inference, µm.
-    tta
-        Whether inference averages over the eight symmetries.
-    n_target_genes
-        Genes of highest mean.
-    lr, weight_decay
-        Of Adam (the penalty is added to the gradient).
-    lr_step, lr_factor
-        Epochs between decays of the learning rate, and what it is multiplied by.
-    max_epochs, patience
-        Epochs at most, and epochs without a better held-out error after which training stops.
-    clip
-        Largest norm of the gradient.
-    validation_share
-        Share of the spots, or about that share of the patients, that is held out.
-    exact
-        Whether an annotation of two classes is one logit and a sigmoid, not calibrated, and precision is single, as in
-        the paper.
     """
 
     name: str
-    aux_weight: float
-    annotation_weight: float
-    neighbour_weight: float
-    batch_size: int
-    encoder: str = "resnet50"
+    aux_weight: float  # of auxiliary genes; target genes weigh 1
+    annotation_weight: float  # of the cross entropy
+    neighbour_weight: float  # of the distance to like-labelled neighbours
+    batch_size: int  # over all devices
+    encoder: str = "resnet50"  # that mean and std are for; others keep theirs
     mean: tuple[float, float, float] = PAPER_MEAN
     std: tuple[float, float, float] = PAPER_STD
-    train_window_um: float = 100.0
-    windows_um: tuple[float, ...] = PAPER_WINDOWS_UM
+    train_window_um: float = 100.0  # 150 px of HBCIS
+    windows_um: tuple[float, ...] = PAPER_WINDOWS_UM  # averaged at inference
     tta: bool = True
-    n_target_genes: int = 250
+    n_target_genes: int = 250  # of highest mean
     lr: float = 1e-5
-    weight_decay: float = 1e-4
-    lr_step: int = 10
+    weight_decay: float = 1e-4  # of Adam, added to the gradient
+    lr_step: int = 10  # epochs between decays
     lr_factor: float = 0.5
     max_epochs: int = 100
-    patience: int = 10
-    clip: float = 1.0
-    validation_share: float = 0.1
-    exact: bool = False
+    patience: int = 10  # epochs without a better held-out error
+    clip: float = 1.0  # largest norm of the gradient
+    validation_share: float = 0.1  # of spots, or about that of patients
+    exact: bool = False  # one logit for two classes, uncalibrated, single precision, as in the paper
 
     def __post_init__(self) -> None:
         for name in ("max_epochs", "patience", "batch_size", "lr"):

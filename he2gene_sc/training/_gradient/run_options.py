@@ -19,37 +19,19 @@ LAST = "last.ckpt"
 class RunOptions(validate.Checked):
     """How a network is trained on this machine, whatever the preset.
 
-    Parameters
-    ----------
-    patches_at_once
-        Patches that the encoder sees at once: a batch of any size in the memory of so many, for about a third more time.
-        The losses are those of the whole batch, and a network without batch normalisation learns the same but for
-        rounding; batch normalisation takes its statistics from each part. Default: all of a batch.
-    precision
-        As in ``lightning.Trainer``; default: ``"bf16-mixed"`` on CUDA, ``"32-true"`` elsewhere and where the preset is
-        exact.
-    devices, num_nodes, strategy
-        As in ``lightning.Trainer``; default: one device. A batch counts the spots of all devices.
-    checkpoint_dir
-        Folder for ``last.ckpt``; default: a temporary one.
-    checkpoint_steps
-        Steps between checkpoints; there is one after every epoch too.
-    resume
-        Go on from ``last.ckpt`` in ``checkpoint_dir``; without one, begin. On the CPU the result is that of a run that
-        was never stopped.
-    callbacks
-        Further Lightning callbacks; those that need a logger or write checkpoints themselves, Lightning refuses here.
+    Batch normalisation takes its statistics from each part of ``patches_at_once``; the losses are of the whole
+    batch.
     """
 
-    patches_at_once: int | None = None
-    precision: str | int | None = None
-    devices: int | str | Sequence[int] | None = None
+    patches_at_once: int | None = None  # at a time in the encoder; default: the batch
+    precision: str | int | None = None  # as in lightning.Trainer; default: bf16-mixed on CUDA
+    devices: int | str | Sequence[int] | None = None  # as in lightning.Trainer; a batch counts all
     num_nodes: int = 1
     strategy: str = "auto"
-    checkpoint_dir: str | Path | None = None
-    checkpoint_steps: int = 500
-    resume: bool = False
-    callbacks: Sequence[Any] = ()
+    checkpoint_dir: str | Path | None = None  # for last.ckpt; default: temporary
+    checkpoint_steps: int = 500  # besides one after every epoch
+    resume: bool = False  # from last.ckpt, if there is one
+    callbacks: Sequence[Any] = ()  # without a logger or checkpoints of their own
 
     def __post_init__(self) -> None:
         super().__post_init__()

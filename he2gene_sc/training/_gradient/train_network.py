@@ -35,24 +35,9 @@ logger = logging.getLogger("he2gene_sc")
 
 
 def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int, neighbours: bool = False) -> PatchSet:
-    """Put sections together for training by gradient.
+    """Put sections together for training by gradient; codes of sections and patients follow their order.
 
-    Parameters
-    ----------
-    sections
-        The sections; their features are not read, their targets stay sparse (rows are not copied, and may lie on disk).
-    patches
-        ``(n, 3, s, s)`` uint8, the training window around the spots of all sections, in their order; may be a memory
-        map.
-    n_target
-        Number of target genes, those of highest mean.
-    neighbours
-        Whether to find the neighbours of each spot on its grid.
-
-    Returns
-    -------
-    PatchSet
-        Sections and patients by code, in the order in which they occur.
+    ``patches`` ``(n, 3, s, s)`` uint8 are of all sections; features are not read, targets stay sparse.
     """
     codes = np.repeat(np.arange(len(sections)), [len(section) for section in sections])
     patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
@@ -92,40 +77,12 @@ def train_network(
     device: str | torch.device = "auto",
     show_progress: bool = False,
 ) -> HE2Gene:
-    """Train a whole network by a preset's recipe and describe it.
+    """Train a whole network by a preset and describe it; the network of the best epoch, in single precision.
 
-    Parameters
-    ----------
-    data
-        The spots, seen through the preset's training window. Of its target genes only the number counts: in each fold
-        they are chosen anew on the spots that are trained on.
-    sections
-        Names, patients and µm/px, in the order of the codes of ``data``; the rest of them is not read.
-    metadata
-        Names and descriptions; ``metadata.encoder`` is what is known of ``encoder``, ``metadata.windows_um`` are the windows
-        at inference.
-    preset
-        The recipe.
-    encoder
-        ``(b, 3, input_px, input_px)`` to ``(b, f)``; a copy of it is trained.
-    run
-        How it is trained on this machine; with ``cross_validate`` each fold has a folder of its own in ``checkpoint_dir``.
-    validation
-        ``"grouped"``: patients, else sections, else blocks say when to stop; ``"random"``: a tenth of the spots, as in
-        the paper. Figures of the latter leak: the card says so, and no gene is called reliable.
-    cross_validate
-        Train once more for each fold of patients (else sections, else blocks), and take the figures of the card and of
-        the genes from folds that had no say in when to stop: up to eleven times the work. Without, they are those of the
-        one fold that had, which flatters them a little; the card says so.
-    seed
-        Of everything that is drawn.
-    device, show_progress
-        As in :func:`he2gene_sc.training.fit_network`.
-
-    Returns
-    -------
-    he2gene_sc.models.HE2Gene
-        The network of the best epoch, its weights in single precision.
+    Target genes are chosen anew in each fold; ``data`` gives their number. ``validation`` is ``"grouped"``
+    (patients, else sections, else blocks) or ``"random"``, a tenth of the spots as in the paper, whose metrics
+    leak. With ``cross_validate`` they are of folds that were not used for stopping, at up to eleven times the work;
+    else they are a little optimistic. The card says so.
     """
     run = RunOptions() if run is None else run
     names = {
