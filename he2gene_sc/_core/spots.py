@@ -315,8 +315,8 @@ def read_spots(
     """
     if is_many(data) and (isinstance(data, str | Mapping) or not isinstance(data, Iterable)):
         raise TypeError(f"`data` is a {type(data).__name__}; SpatialData or AnnData objects are needed")
-    tables = tuple(get_table(item, table_key, layer=layer) for item in (data if is_many(data) else [data]))
-    if not tables:
+    tables = tuple([get_table(item, table_key, layer=layer) for item in (data if is_many(data) else [data])])
+    if len(tables) == 0:
         raise ValueError("`data` is empty; at least one object is needed")
     lacking = [i for i, table in enumerate(tables) if not has_samples(table, sample_key)]
     if lacking and len(tables) > 1:

@@ -50,13 +50,14 @@ def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict
     """
     from dask.system import CPU_COUNT
 
+    cores = CPU_COUNT or 1
     gpus = _gpus() if device in ("auto", "cuda") else []
     if n_workers is None:
         memory = memory_of_machine()
-        room = CPU_COUNT if memory is None else min(CPU_COUNT, memory // _WORKER_BYTES)
+        room = cores if memory is None else min(cores, memory // _WORKER_BYTES)
         n_workers = len(gpus) or (room if device in ("auto", "cpu") and not _has_mps() else 1)
     n_workers = max(1, min(n_workers, n_slides))
-    threads = dict.fromkeys(_THREADS, str(max(1, CPU_COUNT // n_workers)))
+    threads = dict.fromkeys(_THREADS, str(max(1, cores // n_workers)))
     return [{**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(n_workers)]
 
 
@@ -85,6 +86,8 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
     from distributed import Client, Nanny, Scheduler
     from distributed.deploy.spec import SpecCluster
 
+    # dask takes a level of logging, and declares a bool.
+    silent: Any = logging.CRITICAL
     memory = memory_of_machine()
     share = {} if memory is None else {"memory_limit": memory // len(environments)}
     common = {
@@ -92,7 +95,7 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
         "nthreads": 1,
         "dashboard": False,
         "preload": [__name__],
-        "silence_logs": logging.CRITICAL,
+        "silence_logs": silent,
         **share,
     }
     workers = {i: {"cls": Nanny, "options": {**common, "env": dict(env)}} for i, env in enumerate(environments)}
@@ -101,7 +104,7 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
     scheduler = {"cls": Scheduler, "options": options}
     unlimited = {"distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
     with _quiet(), dask.config.set(unlimited if alone else {}):
-        cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL)
+        cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=silent)
         try:
             with Client(cluster) as client:
                 yield client

@@ -144,6 +144,7 @@ class Batches(Protocol):
 
     def __iter__(self) -> Iterator[PatchBatch]:
         """Yield the batches."""
+        ...
 
 
 def encode(

@@ -29,12 +29,15 @@ class Rows(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Number of spots, and of features."""
+        ...
 
     def __len__(self) -> int:
         """Return the number of spots."""
+        ...
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        """Return the features of some spots."""
+    def __getitem__(self, rows: Any, /) -> Any:
+        """Return the features of a slice of the spots."""
+        ...
 
 
 def row_blocks(n: int, at_once: int = _ROWS_AT_ONCE) -> list[slice]:

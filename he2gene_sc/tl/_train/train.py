@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..._core import validate
 from ..._settings import settings
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ...models import EncoderSpec, HE2Gene
 
 logger = logging.getLogger("he2gene_sc")
+
+T = TypeVar("T")
 
 
 def train(
@@ -187,9 +189,12 @@ def train(
     return replace(model, encoder=encoder if isinstance(encoder, tuple) else (network, spec))
 
 
-def _made(given: Any, kind: Any, parameter: str) -> Any:
+def _made(given: T | None, kind: type[T], parameter: str) -> T:
     """Return what was given, or, without it, what its defaults make."""
-    return kind() if given is None else validate.instance(given, kind, parameter, f"hg.{kind.__name__}(...)")
+    if given is not None:
+        validate.instance(given, kind, parameter, f"hg.{kind.__name__}(...)")
+        return given
+    return kind()
 
 
 def _check_paper(recipe: PaperRecipe, genes: GeneSelection, cache: object) -> None:
