@@ -81,6 +81,31 @@ STORES = {
 }
 
 
+MANIFESTS = {
+    "empty": "",
+    "without rows": "path\n",
+    "without a column path": "slide\nslide.tif\n",
+    "with a column that is no argument": "path,colour\nslide.tif,red\n",
+    "with two columns of one name": "path,mpp,mpp\nslide.tif,1,2\n",
+    "with a cell too many": "path,mpp\nslide.tif,1\nslide.tif,1,2\n",
+    "with a slide twice": "path,mpp\nslide.tif,1\nslide.tif,1\n",
+    "with an empty path": "path,mpp\n,1\n",
+    "with µm/px in words": "path,mpp\nslide.tif,half\n",
+    "with µm/px below 0": "path,mpp\nslide.tif,-1\n",
+    "with endless µm/px": "path,mpp\nslide.tif,inf\n",
+    "with no spot a batch": "path,batch_size\nslide.tif,0\n",
+    "with half a spot a batch": "path,batch_size\nslide.tif,0.5\n",
+    "with a device that is not here": "path,device\nslide.tif,cuda:9\n",
+    "with a model that is not here": "path,model\nslide.tif,nowhere\n",
+    "with an endless pitch": "path,pitch_um\nslide.tif,inf\n",
+    "with a method that is not known": "path,tissue_method\nslide.tif,magic\n",
+    "with maybe for a flag": "path,exact\nslide.tif,maybe\n",
+    "with semicolons": "path;mpp\nslide.tif;1\n",
+    "that ends in a quote": 'path\n"slide.tif\n',
+    "of zeros": "\0" * 64,
+}
+
+
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -108,6 +133,14 @@ def odd_inputs() -> Iterator[Odd]:
             yield _command(
                 f"predict slide.tif {option} {word!r}", lambda p, o=option, w=word: ["predict", _picture(p), o, w]
             )
+        for option in ("--genes", "--coordinate-system", "--batch-size", "--key-added"):
+            # Most words are good names of what is written.
+            if option != "--key-added" or word in ("", " ", "a/b"):
+                yield _command(f"predict {option} {word!r}", lambda p, o=option, w=word: ["predict", _store(p), o, w])
+        yield _command(
+            f"predict slide.tif --tissue-method {word!r}",
+            lambda p, w=word: ["predict", _picture(p), "--mpp", 1, "--tissue-method", w],
+        )
         for option in ("--layer", "--prediction-key", "--genes", "--measured", "--measured-scale", "--annotation-key"):
             yield _command(f"evaluate {option} {word!r}", lambda p, o=option, w=word: ["evaluate", _store(p), o, w])
         yield _command(f"info {word!r}", lambda p, w=word: ["info", w])
@@ -119,5 +152,16 @@ def odd_inputs() -> Iterator[Odd]:
                 _write(p / "t.toml", f'sections = ["C2"]\n[train]\nseed = "{w}"\n'),
                 "--out",
                 p / "m",
+            ],
+        )
+    for what, text in MANIFESTS.items():
+        yield _command(
+            f"predict a manifest {what}",
+            lambda p, t=text: [
+                "predict",
+                "--manifest",
+                _write(_picture(p).with_name("m.csv"), t),
+                "--out-dir",
+                p / "out",
             ],
         )
