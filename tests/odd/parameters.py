@@ -53,6 +53,7 @@ FREE = {
     "copy",
     "ax",
     "save",
+    "folder",
     "kwargs",
     "description",
     "intended_use",
@@ -61,6 +62,7 @@ FREE = {
 
 FUNCTIONS = {
     "predict": hg.tl.predict,
+    "embed": hg.tl.embed,
     "evaluate": hg.tl.evaluate,
     "intervals": hg.tl.intervals,
     "adapt": hg.tl.adapt,
@@ -71,6 +73,7 @@ FUNCTIONS = {
     "tissue": hg.pp.tissue,
     "grid": hg.pp.grid,
     "get.genes": hg.get.genes,
+    "get.predicted": hg.get.predicted,
     "pl.spatial": hg.pl.spatial,
     "pl.annotation": hg.pl.annotation,
 }

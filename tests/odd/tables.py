@@ -13,7 +13,7 @@ from tests.odd.verbs import VERBS, arguments, clean
 
 #: Verbs whose table is changed, with the number of the object that is.
 WHO = ("predict", "evaluate", "intervals", "adapt", "domain_preservation", "biomarkers", "concordance", "train")
-ALSO = ("get.genes", "pl.spatial", "pl.annotation")
+ALSO = ("get.genes", "get.predicted", "pl.spatial", "pl.annotation")
 
 
 def _x(change: Callable[[np.ndarray], Any]) -> Callable[[Any], None]:
@@ -238,6 +238,7 @@ MEANT = {
         for what in ("a gene is called nan", "a gene has no name")
         if (verb, what) != ("train", "a gene has no name")
     },
+    ("get.predicted", "the prediction is constant"): "it returns the layer as it stands",
     ("adapt", "the prediction is constant"): "what was measured is taken, and the gain says how much it helps",
     ("intervals", "the prediction is NaN in a row"): "there is no interval where nothing was predicted",
     ("adapt", "the prediction is NaN in a row"): "nothing is adapted where nothing was predicted",

@@ -141,6 +141,7 @@ CONTRAST = {"groupby": "pathologist", "groups": "tumour", "reference": "stroma"}
 #: Verbs that read a table, by name.
 VERBS = {
     "predict": Verb(_one(hg.tl.predict), _slide, _written, {"model": None}),
+    "embed": Verb(_one(hg.tl.embed), _slide, _written, {"model": None}),
     "evaluate": Verb(
         _one(hg.tl.evaluate),
         _done,
@@ -179,6 +180,7 @@ VERBS = {
     "tissue": Verb(_one(hg.pp.tissue), _slide, lambda o, _: {"labels": sorted(o[0].labels)}),
     "grid": Verb(_one(hg.pp.grid), _masked, lambda o, _: {"shapes": sorted(o[0].shapes)}, {"key_added": "grid"}),
     "get.genes": Verb(_one(hg.get.genes), _done, lambda _, result: list(result), {"reliable": False}),
+    "get.predicted": Verb(_one(hg.get.predicted), _done, lambda _, result: result.to_df(), {"reliable": False}),
     "pl.spatial": Verb(_one(hg.pl.spatial), _done, _figure, {"genes": ["ERBB2", "COL1A1"]}),
     "pl.annotation": Verb(_one(hg.pl.annotation), _done, _figure),
 }
