@@ -276,3 +276,16 @@ def test_labels_of_the_same_image_are_circular_in_the_copy_too(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     assert "predicted from the image" in circularity([hg.get.predicted(toy)], "he2gene_annotation", None)
     assert not circularity([toy["table"]], "pathologist", None)
+
+
+def test_files_that_others_read_are_written_by_their_own_calls(predicted, tmp_path):
+    adata = _get(predicted)
+    adata.write_h5ad(tmp_path / "predicted.h5ad")
+    adata.to_df().to_parquet(tmp_path / "predicted.parquet")
+    back = sc.read_h5ad(tmp_path / "predicted.h5ad")
+    np.testing.assert_array_equal(back.X, adata.X)
+    pd.testing.assert_series_equal(back.obs["he2gene_annotation"], adata.obs["he2gene_annotation"])
+    assert back.uns["he2gene"]["model"] == "tiny"
+    frame = pd.read_parquet(tmp_path / "predicted.parquet")
+    assert list(frame.columns) == list(adata.var_names)
+    np.testing.assert_array_equal(frame.to_numpy(), adata.X)

@@ -118,6 +118,7 @@ def check_spelling(
     *,
     what: str = "labels",
     rows: Mapping[str, Sequence[str]] | None = None,
+    mend: str | None = None,
 ) -> None:
     """Refuse names that differ only in case, or in blanks within.
 
@@ -131,6 +132,8 @@ def check_spelling(
         What the names are of, in the plural.
     rows
         Names of the rows of each, which the error shows.
+    mend
+        What to do; default: the call that renames them in a column of ``obs``.
 
     Raises
     ------
@@ -143,9 +146,10 @@ def check_spelling(
             first, there = seen.setdefault(_folded(name), (name, place))
             if first != name:
                 shown = [_shown(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
+                call = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
                 raise ValueError(
-                    f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in case or blanks; spell them "
-                    f"alike: adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
+                    f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in case or blanks; "
+                    f"{mend or f'spell them alike: {call}'}"
                 )
 
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 RESERVED = (MADE, SPATIAL, "spatial", "spatialdata_attrs")
 
 
+def public_name(verb: str) -> str:
+    """Name of a verb as it is called; outside ``hg.tl`` it is recorded with its namespace."""
+    return f"hg.{verb}" if "." in verb else f"hg.tl.{verb}"
+
+
 def is_prediction(record: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether ``hg.tl.predict`` wrote a record."""
     return isinstance(record, Mapping) and {"weights_sha256", "layer"} <= set(record)
@@ -120,7 +125,7 @@ def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_add
     record = table.uns.get(key)
     if record is not None and not is_of(verb, record):
         raise ValueError(
-            f"`{parameter}`: uns[{key!r}] is there and was not written by hg.tl.{verb}; choose another name, or rename or "
+            f"`{parameter}`: uns[{key!r}] is there and was not written by {public_name(verb)}; choose another name, or rename or "
             "delete it first"
         )
     named = written_in(key, record) if record is not None else _without_record(table, verb, key, planned)
@@ -135,12 +140,12 @@ def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_add
             else (f". If it was, its record uns[{key!r}] is gone: anndata.concat keeps it with uns_merge='first'")
         )
         raise ValueError(
-            f"`{parameter}`: {_shown(foreign)} and was not written by hg.tl.{verb}; choose another name, or rename or delete "
+            f"`{parameter}`: {_shown(foreign)} and was not written by {public_name(verb)}; choose another name, or rename or delete "
             f"it first{lost}"
         )
     if changed:
         raise ValueError(
-            f"`{parameter}`: {_shown(changed)} and was changed after hg.tl.{verb} wrote it; keep it under another name, "
+            f"`{parameter}`: {_shown(changed)} and was changed after {public_name(verb)} wrote it; keep it under another name, "
             "delete it, or choose another name for the result"
         )
 

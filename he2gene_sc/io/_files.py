@@ -8,7 +8,10 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+from .._core import validate
 
 #: What a new folder is called for the moment between two renames, where the file system cannot exchange.
 WAITING = "-he2gene-new"
@@ -114,6 +117,34 @@ def replace_file(path: Path, data: bytes, staging: Path) -> None:
     sync(new)
     new.replace(path)
     sync(path.parent)
+
+
+def put_file(path: Path, data: bytes) -> None:
+    """Write a file whole, or leave what is there as it was."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
+        replace_file(path, data, Path(staging))
+
+
+def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...], *, overwrite: bool) -> Path:
+    """Refuse a file that cannot be written or must not be replaced, before any work is done.
+
+    Raises
+    ------
+    ValueError
+        If the path is not of a file in a folder that is there, with one of the suffixes.
+    FileExistsError
+        If the file is there, without ``overwrite``.
+    """
+    place = validate.folder_or_file(path, parameter).absolute()
+    if place.suffix.lower() not in suffixes:
+        raise ValueError(f"`{parameter}` {str(place)!r} ends in {place.suffix!r}; {' or '.join(suffixes)} is needed")
+    if place.is_dir() or not place.parent.is_dir():
+        raise ValueError(f"`{parameter}` {str(place)!r} is a folder, or lies in a folder that is not there")
+    if place.exists() and not overwrite:
+        raise FileExistsError(
+            f"`{parameter}` {str(place)!r} is there; choose another name, or pass overwrite=True (--overwrite)"
+        )
+    return place
 
 
 def remove(path: Path) -> None:

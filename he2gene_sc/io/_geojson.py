@@ -1,0 +1,358 @@
+"""``hg.io.to_geojson`` and ``hg.io.read_geojson``: spots and annotations in the GeoJSON of QuPath, in pixels of level 0."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from .._core import validate
+from .._core.elements import find_shapes, match_rows, regions_of, spot_element, spots_of_element
+from .._core.genes import columns_of
+from .._core.images import find_image, spots_to_pixels
+from .._core.keys import Keys, check_key
+from .._core.matrix import dense, matrix_of
+from .._core.names import check_spelling, clean_names, labels_of
+from .._core.ownership import ours
+from .._core.predictions import predicted_layer, record_of, symbols_of
+from .._core.results import check_free, write_result
+from .._core.slide import slides_of
+from .._core.spots import get_table, pitch_of, spots_of
+from ._files import check_new_file, put_file
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+logger = logging.getLogger("he2gene_sc")
+
+_VERB = "io.read_geojson"
+#: Of two annotations whose overlaps with a spot differ by less than this part of the spot, the smaller one counts.
+_SAME_AREA = 1e-6
+
+
+def to_geojson(
+    sdata: SpatialData,
+    path: str | Path,
+    *,
+    genes: str | Sequence[str] | None = None,
+    layer: str | None = "he2gene",
+    annotation_key: str | None = None,
+    object_type: Literal["detection", "annotation"] = "detection",
+    prediction_key: str = "he2gene",
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the predicted spots to a GeoJSON file that QuPath reads.
+
+    Each spot is an object in pixels of the full-resolution image: its class and the colour of it, and as measurements the
+    chosen genes, the confidence, the share of tissue and the out-of-distribution score. In QuPath: *File > Import
+    objects*, then *Measure > Show measurement maps*.
+
+    Parameters
+    ----------
+    sdata
+        Object that :func:`he2gene_sc.tl.predict` wrote to.
+    path
+        File to write, ``.geojson`` or ``.json``.
+    genes
+        Genes whose values become measurements; default: none.
+    layer
+        Layer that the values are of. Default: the layer of ``prediction_key``. ``None``: ``X``.
+    annotation_key
+        Column of ``obs`` with the classes. Default: the predicted annotation.
+    object_type
+        ``"detection"``: drawn fast, for many spots. ``"annotation"``: can be edited in QuPath.
+    prediction_key
+        ``key_added`` of predict.
+    table_key, shapes_key
+        As given to predict; needed where there are several.
+    overwrite
+        Whether a file that is there may be replaced.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    ValueError
+        If nothing was predicted, a gene or column is not there, or several slides could be meant.
+    FileExistsError
+        If the file is there, without ``overwrite``.
+
+    See Also
+    --------
+    read_geojson : Read annotations of QuPath.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((4, 4))
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
+    >>> path = hg.io.to_geojson(sdata, "spots.geojson", genes=["ERBB2", "COL1A1"])
+    """
+    validate.arguments(to_geojson, locals())
+    validate.one_of(object_type, ("detection", "annotation"), "object_type")
+    path = check_new_file(path, "path", (".geojson", ".json"), overwrite=overwrite)
+    table = get_table(sdata, table_key, prediction_key=prediction_key)
+    record = record_of(table, prediction_key)
+    name = None if layer is None else predicted_layer(table, prediction_key, layer)
+    names = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
+    columns = columns_of(table, names, symbols_of(table, record, None))
+    if missing := [gene for gene, column in zip(names, columns, strict=True) if column < 0]:
+        raise ValueError(f"`genes` {missing[:5]} are not in the table; hg.get.genes(sdata) lists the predicted ones")
+    keys = Keys(prediction_key)
+    label = annotation_key or keys.annotation
+    if annotation_key is not None:
+        validate.key_in(annotation_key, table.obs.columns, "annotation_key")
+    slides = slides_of(sdata, table, prediction_key)
+    slide = slides[0] if shapes_key is None else {s.shapes_key: s for s in slides}.get(shapes_key)
+    if slide is None or (shapes_key is None and len(slides) > 1):
+        raise ValueError(f"`shapes_key` is {shapes_key!r}; one of {[s.shapes_key for s in slides]} is needed")
+    rows, outlines = _outlines(sdata, table, slide.shapes_key, slide.image_key, slide.coordinate_system)
+    own = table[rows]
+    values = pd.DataFrame(dense(matrix_of(own[:, columns], name)), columns=names, index=own.obs_names)
+    measured = {keys.confidence: "Confidence", keys.tissue: "Tissue", keys.ood: "Out of distribution"}
+    for column, title in measured.items():
+        if column in own.obs and (column != keys.confidence or annotation_key is None):
+            values[title] = own.obs[column].to_numpy(float)
+    classes = _classes(table, own, label)
+    features = [
+        _feature(spot, outline, object_type, given, row)
+        for spot, outline, given, row in zip(own.obs_names, outlines, classes, values.to_dict("records"), strict=True)
+    ]
+    content = {"type": "FeatureCollection", "features": features}
+    put_file(path, json.dumps(content, ensure_ascii=False, allow_nan=False).encode())
+    return path
+
+
+def read_geojson(
+    data: SpatialData | AnnData,
+    path: str | Path,
+    *,
+    key_added: str = "label",
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    image_key: str | None = None,
+    coordinate_system: str | None = None,
+) -> None:
+    """Label the spots by the annotations of a GeoJSON file from QuPath.
+
+    A spot gets the class that covers the largest part of it; of two that cover it alike, the class of the smaller
+    polygon. A spot that meets no polygon is missing. In QuPath: *File > Export objects as GeoJSON*.
+
+    Parameters
+    ----------
+    data
+        Object, or table with ``obsm["spatial"]`` in pixels of the full-resolution image. In a table a spot is a circle, of
+        ``spot_diameter_fullres`` where ``uns["spatial"]`` states it, else half as wide as spots are apart.
+    path
+        The file. Polygons with a class are read, with their holes: annotations, or if there are none, detections and
+        cells. Coordinates are pixels of level 0, as QuPath writes them.
+    key_added
+        Column of ``obs`` for the labels.
+    table_key, shapes_key, image_key, coordinate_system
+        Where things are, as in :func:`he2gene_sc.tl.predict`. Of a table with several slides the others keep their labels.
+
+    Raises
+    ------
+    ValueError
+        If the file is not GeoJSON, holds no polygon with a class, or no polygon meets a spot; or if ``key_added`` is taken.
+
+    Notes
+    -----
+    Writes ``obs[key_added]`` (categorical) and, if the file has them, colours in ``uns[key_added + "_colors"]``.
+
+    See Also
+    --------
+    to_geojson : Write predicted spots for QuPath.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((4, 4))
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
+    >>> path = hg.io.to_geojson(sdata, "spots.geojson", annotation_key="pathologist")
+    >>> hg.io.read_geojson(sdata, path, key_added="qupath")
+    >>> sdata["table"].obs["qupath"].tolist() == sdata["table"].obs["pathologist"].tolist()
+    True
+    """
+    validate.arguments(read_geojson, locals())
+    check_key(key_added, "key_added")
+    colors_key = f"{key_added}_colors"
+    table = get_table(data, table_key)
+    check_free(table, _VERB, key_added, obs=[key_added], uns=[colors_key])
+    path = validate.folder_or_file(path, "path")
+    polygons, names, colors = _read(path)
+    if hasattr(data, "tables"):
+        shapes_key = _region(data, table, shapes_key)
+        rows, outlines = _outlines(data, table, shapes_key, image_key, coordinate_system)
+    else:
+        rows, outlines = np.arange(table.n_obs), _circles(table)
+    labels = np.full(table.n_obs, None, object)
+    if key_added in ours(table, key_added).get("obs", ()):
+        labels[:] = labels_of(table, key_added, "key_added")
+        colors = dict(zip(table.obs[key_added].cat.categories, table.uns.get(colors_key, ()), strict=False)) | colors
+    labels[rows] = _labels_by_area(outlines, polygons, names)
+    if pd.isna(labels[rows]).all():
+        raise ValueError(
+            f"`path` {str(path)!r}: no polygon meets a spot. The polygons span {_span(polygons)}, the spots {_span(outlines)} "
+            "(x, y in px of level 0); the file is of another image, or the coordinates were scaled"
+        )
+    categories = sorted(pd.unique(pd.Series(labels).dropna()))
+    uns = {colors_key: [colors[name] for name in categories]} if set(categories) <= colors.keys() else {}
+    column = pd.Series(pd.Categorical(labels, categories=categories), index=table.obs_names)
+    params = {"path": str(path), "shapes": shapes_key}
+    write_result(table, _VERB, key_added, params=params, obs={key_added: column}, uns=uns)
+
+
+def _outlines(
+    sdata: SpatialData, table: AnnData, shapes_key: str, image_key: str | None, coordinate_system: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a region in its table, and the outlines of these spots in pixels of level 0."""
+    import shapely
+    from spatialdata import to_polygons
+
+    spots = spots_of_element(sdata, shapes_key)
+    image_key = find_image(sdata, shapes_key, image_key, coordinate_system, spots)
+    (table_key,) = [key for key, value in sdata.tables.items() if value is table]
+    ids, rows = match_rows(sdata, spots.ids, shapes_key, table_key)
+    _, matrix = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
+    element, shift = spot_element(sdata, shapes_key), 0.0
+    if shapes_key in sdata.labels:
+        # Of a pixel to_polygons takes the centre, images the corner.
+        element, shift = to_polygons(element["scale0"]["image"] if hasattr(element, "children") else element), 0.5
+    chosen = element.loc[ids]
+    geometry = chosen.geometry.buffer(chosen["radius"]) if "radius" in chosen else chosen.geometry
+    return rows, shapely.transform(
+        np.asarray(geometry), lambda xy: np.round((xy + shift) @ matrix[:2, :2].T + matrix[:2, 2], 2)
+    )
+
+
+def _circles(table: AnnData) -> np.ndarray:
+    import shapely
+
+    xy = spots_of(table)
+    libraries = list(table.uns.get("spatial", {}).values()) if isinstance(table.uns.get("spatial"), dict) else []
+    stated = libraries[0].get("scalefactors", {}).get("spot_diameter_fullres") if len(libraries) == 1 else None
+    return np.asarray(shapely.buffer(shapely.points(xy), float(pitch_of(xy) / 2 if stated is None else stated) / 2))
+
+
+def _region(sdata: SpatialData, table: AnnData, shapes_key: str | None) -> str:
+    (table_key,) = [key for key, value in sdata.tables.items() if value is table]
+    regions = find_shapes(sdata, shapes_key, table_key) if shapes_key else regions_of(table, sdata)
+    if len(regions) != 1:
+        raise ValueError(f"`shapes_key` is {shapes_key!r}; the file is of one slide, name its spots, of {regions}")
+    return regions[0]
+
+
+def _classes(table: AnnData, own: AnnData, label: str) -> list[dict[str, Any] | None]:
+    """Classification of each spot as QuPath has it, ``None`` where there is none."""
+    from matplotlib.colors import to_rgb
+
+    if label not in table.obs:
+        return [None] * own.n_obs
+    labels = labels_of(table, label, "annotation_key")
+    kinds = table.obs[label].astype("category").cat.categories
+    colors = dict(zip(clean_names(kinds), table.uns.get(f"{label}_colors", ()), strict=False))
+    found: dict[Any, dict[str, Any] | None] = {None: None}
+    for name in pd.unique(pd.Series(labels).dropna()):
+        rgb = {"color": [round(255 * part) for part in to_rgb(colors[name])]} if name in colors else {}
+        found[name] = {"name": name, **rgb}
+    return [found[name] for name in labels[table.obs_names.get_indexer(own.obs_names)]]
+
+
+def _feature(
+    spot: str, outline: Any, object_type: str, classification: dict[str, Any] | None, values: dict[str, float]
+) -> dict[str, Any]:
+    from shapely.geometry import mapping
+
+    properties: dict[str, Any] = {"objectType": object_type, "name": str(spot)}
+    if classification is not None:
+        properties["classification"] = classification
+    properties["measurements"] = {name: round(float(v), 4) for name, v in values.items() if np.isfinite(v)}
+    return {"type": "Feature", "geometry": mapping(outline), "properties": properties}
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Polygons, the class of each, and the colours of the classes."""
+    import shapely
+    from matplotlib.colors import to_hex
+    from shapely.geometry import shape
+
+    wrong = f"`path` {str(path)!r} is not GeoJSON; in QuPath run File > Export objects as GeoJSON"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        features = content.get("features", [content]) if isinstance(content, dict) else content
+        found = [(f["geometry"], f.get("properties") or {}) for f in features if f.get("geometry")]
+        shapes = shapely.make_valid(np.array([shape(geometry) for geometry, _ in found], object))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+        raise ValueError(f"{wrong} ({type(error).__name__}: {error})") from None
+    # QuPath before 0.4 has the type elsewhere; without one it is an annotation.
+    kinds = [str(p.get("objectType", p.get("object_type", "annotation"))) for _, p in found]
+    given = [p.get("classification") for _, p in found]
+    names = clean_names(_name(value) for value in given)
+    usable = (shapely.area(shapes) > 0) & pd.notna(names)
+    is_annotation = np.array([kind == "annotation" for kind in kinds], bool)
+    chosen = usable & is_annotation if (usable & is_annotation).any() else usable
+    if not chosen.any():
+        raise ValueError(
+            f"`path` {str(path)!r} has {len(features)} object(s), none is a polygon with a class; set the class of the "
+            "annotations in QuPath and export again"
+        )
+    if left := len(features) - int(chosen.sum()):
+        logger.info(
+            "%d of %d objects of %s have no class or no area, or are not annotations", left, len(features), path
+        )
+    check_spelling({"": names[chosen]}, "path", path.name, what="classes", mend="rename one in QuPath and export again")
+    colors: dict[str, str] = {}
+    for name, value in zip(names[chosen], (g for g, c in zip(given, chosen, strict=True) if c), strict=True):
+        rgb = value.get("color") if isinstance(value, dict) else None
+        if isinstance(rgb, list) and len(rgb) == 3 and all(validate.is_number(v) and 0 <= v <= 255 for v in rgb):
+            colors.setdefault(name, to_hex((rgb[0] / 255, rgb[1] / 255, rgb[2] / 255)))
+    return shapes[chosen], names[chosen], colors
+
+
+def _name(classification: Any) -> Any:
+    """Name of a classification; QuPath writes several parts as a list."""
+    if not isinstance(classification, dict):
+        return classification if isinstance(classification, str) else None
+    names = classification.get("names")
+    return ": ".join(map(str, names)) if isinstance(names, list) and names else classification.get("name")
+
+
+def _labels_by_area(outlines: np.ndarray, polygons: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Class that covers most of each spot, ``None`` where none does."""
+    import geopandas as gpd
+    import shapely
+
+    # Polygons of one class may overlap: their parts are joined, and lie apart then.
+    parts = gpd.GeoDataFrame({"name": names}, geometry=polygons).dissolve("name").explode().reset_index()
+    geometry = parts.geometry.to_numpy()
+    spot, part = shapely.STRtree(geometry).query(outlines, predicate="intersects")
+    area = shapely.area(shapely.intersection(outlines[spot], geometry[part])) / shapely.area(outlines)[spot]
+    met = pd.DataFrame({"spot": spot, "name": parts["name"].to_numpy()[part], "area": area})
+    met["size"] = shapely.area(geometry)[part]
+    met = met[met["area"] > _SAME_AREA].groupby(["spot", "name"], as_index=False).agg({"area": "sum", "size": "min"})
+    met["area"] = (met["area"] / _SAME_AREA).round()
+    best = met.sort_values(["spot", "area", "size", "name"], ascending=[True, False, True, True]).drop_duplicates(
+        "spot"
+    )
+    labels = np.full(len(outlines), None, object)
+    labels[best["spot"].to_numpy()] = best["name"].to_numpy(object)
+    return labels
+
+
+def _span(shapes: np.ndarray) -> str:
+    import shapely
+
+    left, top, right, bottom = shapely.total_bounds(shapes)
+    return f"{left:.0f} to {right:.0f}, {top:.0f} to {bottom:.0f}"
