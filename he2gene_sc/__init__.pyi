@@ -2,12 +2,14 @@ from . import cohort, datasets, get, io, models, pl, pp, tl
 from ._settings import settings
 from .inference._lazyslide import LazySlideModel
 from .tl._biomarkers.design import Design
+from .tl._calibrate import Calibration
 from .tl._train.options import CardText, Classes, GeneSelection, SectionKeys
 from .tl._train.recipes import DefaultRecipe, PaperRecipe
 
 __version__: str
 
 __all__ = [
+    "Calibration",
     "CardText",
     "Classes",
     "DefaultRecipe",

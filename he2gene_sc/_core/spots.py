@@ -285,7 +285,7 @@ def is_many(data: object) -> bool:
 
 def read_spots(
     data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
-    label_key: str,
+    label_key: str | None,
     parameter: str,
     *,
     layer: str | None = None,
@@ -300,7 +300,7 @@ def read_spots(
     data
         Object or table, or several.
     label_key, parameter
-        Column of labels, and the parameter that named it.
+        Column of labels, and the parameter that named it; ``None``: all spots have one label.
     layer
         Layer that the tables hold; ``None``: ``X`` of the measured tables.
     table_key, sample_key, section_key
@@ -324,11 +324,14 @@ def read_spots(
             f"`sample_key`: object {lacking[0]} has no obs[{sample_key!r}]; name the column that tells the patients apart, of "
             f"{list(tables[lacking[0]].obs.columns)}"
         )
-    labels = [labels_of(table, label_key, parameter) for table in tables]
+    if label_key is None:
+        labels = [np.full(table.n_obs, "all", object) for table in tables]
+    else:
+        labels = [labels_of(table, label_key, parameter) for table in tables]
     samples = [samples_of(table, sample_key) for table in tables]
     rows = {f"object {i}": table.obs_names for i, table in enumerate(tables)}
     for names, named, key, what in (
-        (labels, parameter, label_key, "labels"),
+        (labels, parameter, label_key or "", "labels"),
         (samples, "sample_key", sample_key, "samples"),
     ):
         check_spelling(dict(zip(rows, names, strict=True)), named, key, what=what, rows=rows)

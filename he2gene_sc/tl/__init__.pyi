@@ -2,6 +2,7 @@ from ._adapt import adapt
 from ._biomarkers.biomarkers import biomarkers
 from ._biomarkers.concordance import concordance
 from ._biomarkers.enrichment import enrichment
+from ._calibrate import calibrate
 from ._domains.domain_preservation import domain_preservation
 from ._embed import embed
 from ._evaluate.evaluate import evaluate
@@ -12,6 +13,7 @@ from ._train.train import train
 __all__ = [
     "adapt",
     "biomarkers",
+    "calibrate",
     "concordance",
     "domain_preservation",
     "embed",

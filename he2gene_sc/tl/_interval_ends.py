@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from .._core.genes import find_genes
 from .._core.keys import Keys
 from .._core.model_genes import match_genes
 from .._core.ownership import is_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from ..models import HE2Gene
+    from ._calibrate import Calibration
 
 
 #: Genes detected in a smaller share of the training spots have intervals that say "not detected".
@@ -148,8 +150,6 @@ def of_model(
     gene_symbols: str | None,
     keys: Keys,
 ) -> OfModel:
-    from ..stats import MIN_GROUPS, half_scores
-
     model = predicted_by(record, model)
     facts = model.card.intervals
     if facts is None:
@@ -157,82 +157,126 @@ def of_model(
             f"`model` {model.name!r} keeps no calibration residuals: train it by hg.tl.train(..., preset='default') with two "
             "sections or more and validation='grouped'"
         )
-    levels = np.asarray(facts["levels"])
-    if not levels[0] <= coverage <= facts["max_coverage"]:
-        raise ValueError(
-            f"`coverage` is {coverage}; the quantiles that model {model.name!r} keeps are for {levels[0]:g} to "
-            f"{facts['max_coverage']:g}"
-        )
     wanted = match_genes(model, table, None, symbols_of(table, record, gene_symbols))
-    quantiles, groups = model.tensors["intervals.quantiles"], model.tensors["intervals.groups"]
-    found = [half_scores(q, n, coverage, levels) for q, n in zip(quantiles, groups, strict=True)]
-    pooled, guaranteed = found[0]
-    told_apart = [bool(n.any()) and by == "annotation" for n in groups[1:]]
-    if by == "detected":
-        pooled, guaranteed = _of_detected(model, pooled, guaranteed, coverage, levels)
-        found[0] = pooled, guaranteed
-    scores = np.full((len(found), table.n_vars), np.nan, np.float32)
-    for i, (score, _) in enumerate(found):
-        own = score if i == 0 or told_apart[i - 1] else pooled
-        scores[i, wanted.columns] = np.where(np.isfinite(own), own, pooled)[wanted.positions]
-    for (_, also), told in zip(found[1:], told_apart, strict=True):
-        guaranteed = guaranteed & also if told else guaranteed
-    spread = np.full((2, table.n_vars), np.nan, np.float32)
-    spread[:, wanted.columns] = model.tensors["intervals.spread"][:, wanted.positions]
+    kept = _Kept(
+        f"model {model.name!r}",
+        model.tensors,
+        np.asarray(facts["levels"]),
+        facts["max_coverage"],
+        model.genes["detected"].to_numpy(float) if "detected" in model.genes else None,
+        "train it again by hg.tl.train, or use by='annotation'",
+    )
+    told_apart = [bool(n.any()) and by == "annotation" for n in model.tensors["intervals.groups"][1:]]
     codes = np.zeros(table.n_obs, int)
-    told_apart = [told and keys.annotation in table.obs for told in told_apart]
     if by == "annotation" and model.card.classes and keys.annotation not in table.obs:
         warnings.warn(
             f"`by`: obs has no {keys.annotation!r}, which hg.tl.predict wrote: intervals are those of all spots",
             UserWarning,
             stacklevel=4,
         )
-    if any(told_apart):
+    shown = [told and keys.annotation in table.obs for told in told_apart]
+    if any(shown):
         codes = pd.Index(model.card.classes).get_indexer(table.obs[keys.annotation].astype(object)) + 1
-    known = np.zeros(table.n_vars, bool)
-    known[wanted.columns] = True
-    known &= table.var[keys.predicted].to_numpy(bool) & np.isfinite(scores[0])
-    holds = bool(guaranteed[wanted.positions].all())
-    return OfModel(
-        scores,
-        spread,
-        codes,
-        known,
-        {
-            "guarantee": "hierarchical" if holds else "none",
+    found = _of_kept(kept, coverage, by, told_apart, wanted.columns, wanted.positions, table.n_vars)
+    return replace(
+        found,
+        codes=codes,
+        known=found.known & table.var[keys.predicted].to_numpy(bool),
+        facts={
+            **found.facts,
             "unit": facts["unit"],
             "n_groups": int(facts["n_groups"]),
-            "n_groups_needed": max(MIN_GROUPS, int(np.ceil(coverage / (1 - coverage) - 1e-9))),
-            "by": "detected" if by == "detected" else "annotation" if any(told_apart) else "none",
-            "classes": [name for name, told in zip(model.card.classes, told_apart, strict=True) if told],
+            "by": "detected" if by == "detected" else "annotation" if any(shown) else "none",
+            "classes": [name for name, told in zip(model.card.classes, shown, strict=True) if told],
             "model": model.name,
             "weights_sha256": model.weights_sha256,
         },
-        _rare(model, wanted.columns, wanted.positions, table.n_vars),
     )
 
 
-def _of_detected(
-    model: HE2Gene, pooled: np.ndarray, guaranteed: np.ndarray, coverage: float, levels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores that cover the spots that show a gene as well as all spots, and whether both are guaranteed."""
-    from ..stats import half_scores
+def of_calibration(
+    table: AnnData, calibration: Calibration, coverage: float, by: str | None, names: pd.Index
+) -> OfModel:
+    """Intervals from a calibration, of the genes of a table that are called ``names``."""
+    from ..stats import LEVELS, MAX_COVERAGE
 
-    if "intervals.detected" not in model.tensors:
+    places = find_genes(names, calibration.genes)
+    columns = np.flatnonzero(places >= 0)
+    if not len(columns):
         raise ValueError(
-            f"`by` is 'detected', and model {model.name!r} keeps no residuals of the spots that show a gene; train it again by "
-            "hg.tl.train, or use by='annotation'"
+            f"`calibration` has none of the genes of the table: it has {list(calibration.genes[:3])}, the table {list(names[:3])}; "
+            "where symbols stand in a column of var, name it by `gene_symbols`"
         )
-    score, also = half_scores(
-        model.tensors["intervals.detected"], model.tensors["intervals.detected_groups"], coverage, levels
+    residuals = calibration.residuals.tensors()
+    kept = _Kept("`calibration`", residuals, LEVELS, MAX_COVERAGE, calibration.detected, "")
+    found = _of_kept(kept, coverage, by, [], columns, places[columns], table.n_vars)
+    return replace(
+        found,
+        codes=np.zeros(table.n_obs, int),
+        facts={
+            **found.facts,
+            "unit": calibration.unit,
+            "n_groups": len(calibration.groups),
+            "by": "detected" if by == "detected" else "none",
+            "classes": [],
+        },
     )
-    return np.fmax(pooled, score), guaranteed & also
 
 
-def _rare(model: HE2Gene, columns: np.ndarray, positions: np.ndarray, n_vars: int) -> np.ndarray | None:
-    """Genes of the table that training seldom detected."""
-    if "detected" not in model.genes:
-        return None
-    found = np.zeros(n_vars, bool)
-    found[columns] = model.genes["detected"].to_numpy(float)[positions] < RARELY
-    return found
+@dataclass(frozen=True)
+class _Kept:
+    """What intervals are made of: arrays as a model folder names them, and the share of spots that detect each gene."""
+
+    name: str
+    tensors: Mapping[str, np.ndarray]
+    levels: np.ndarray
+    max_coverage: float
+    detected: np.ndarray | None
+    remedy: str
+
+
+def _of_kept(
+    kept: _Kept,
+    coverage: float,
+    by: str | None,
+    told_apart: Sequence[bool],
+    columns: np.ndarray,
+    positions: np.ndarray,
+    n_vars: int,
+) -> OfModel:
+    """Scores and spread of the genes at ``positions`` of what is kept, in the columns of a table."""
+    from ..stats import MIN_GROUPS, half_scores
+
+    if not kept.levels[0] <= coverage <= kept.max_coverage:
+        raise ValueError(
+            f"`coverage` is {coverage}; the quantiles that {kept.name} keeps are for {kept.levels[0]:g} to {kept.max_coverage:g}"
+        )
+    quantiles, groups = kept.tensors["intervals.quantiles"], kept.tensors["intervals.groups"]
+    found = [half_scores(q, n, coverage, kept.levels) for q, n in zip(quantiles, groups, strict=True)]
+    pooled, guaranteed = found[0]
+    if by == "detected":
+        if "intervals.detected" not in kept.tensors:
+            raise ValueError(
+                f"`by` is 'detected', and {kept.name} keeps no residuals of the spots that show a gene; {kept.remedy}"
+            )
+        detected, detected_groups = kept.tensors["intervals.detected"], kept.tensors["intervals.detected_groups"]
+        score, also = half_scores(detected, detected_groups, coverage, kept.levels)
+        pooled, guaranteed = np.fmax(pooled, score), guaranteed & also
+        found[0] = pooled, guaranteed
+    scores = np.full((len(found), n_vars), np.nan, np.float32)
+    for i, (score, also) in enumerate(found):
+        told = i == 0 or told_apart[i - 1]
+        own = score if told else pooled
+        scores[i, columns] = np.where(np.isfinite(own), own, pooled)[positions]
+        guaranteed = guaranteed & also if told else guaranteed
+    spread = np.full((2, n_vars), np.nan, np.float32)
+    spread[:, columns] = kept.tensors["intervals.spread"][:, positions]
+    rare = None
+    if kept.detected is not None:
+        rare = np.zeros(n_vars, bool)
+        rare[columns] = kept.detected[positions] < RARELY
+    facts = {
+        "guarantee": "hierarchical" if guaranteed[positions].all() else "none",
+        "n_groups_needed": max(MIN_GROUPS, int(np.ceil(coverage / (1 - coverage) - 1e-9))),
+    }
+    return OfModel(scores, spread, np.zeros(0, int), np.isfinite(scores[0]), facts, rare)

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import scipy.sparse
 
 from .._core import validate
+from .._core.expression import as_logs
+from .._core.genes import symbols_in
 from .._core.keys import Keys
 from .._core.matrix import values_of
 from .._core.predictions import check_as_predicted, predicted_layer, record_of
 from .._core.results import check_free, write_result
 from .._core.spots import get_table
 from .._settings import settings
-from ._interval_ends import RARELY, OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
+from ._calibrate import Calibration, check_calibrated
+from ._interval_ends import (
+    RARELY,
+    OfAdapted,
+    OfModel,
+    adaptation_of,
+    check_by,
+    check_coverage,
+    of_adapted,
+    of_calibration,
+    of_model,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,6 +49,7 @@ def intervals(
     layer: str = "he2gene",
     by: Literal["annotation", "detected"] | None = "annotation",
     model: str | Path | HE2Gene | None = None,
+    calibration: Calibration | None = None,
     gene_symbols: str | None = None,
     prediction_key: str = "he2gene",
     table_key: str | None = None,
@@ -44,20 +59,23 @@ def intervals(
     Parameters
     ----------
     data
-        Object or table that :func:`he2gene_sc.tl.predict` wrote to.
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to; with a ``calibration`` any with its layer.
     coverage
         Share of measured values that shall lie inside, within what the model keeps quantiles for (0.1 to 0.98).
     layer
         Layer to put intervals around: that of the prediction (the default), or one of ``hg.tl.adapt``, whose own cross-validated residuals are used then. Their number limits the coverage: 90 % needs 19 measured spots, 95 %
-        39, 99 % 199; genes of fewer get NaN, with a warning.
+        39, 99 % 199; genes of fewer get NaN, with a warning. With a ``calibration``: the layer that it is of.
     by
         ``"annotation"``: residuals of spots of the same predicted class, where there are enough of them, else of all;
-        ``"detected"``: wide enough for the spots that show the gene too, see the notes; ``None``: of all spots. What was done stands in ``uns``: without an annotation, and for adapted layers, residuals
-        are those of all spots.
+        ``"detected"``: wide enough for the spots that show the gene too, see the notes; ``None``: of all spots. What was done stands in ``uns``: without an annotation, for adapted layers, and with a
+        ``calibration``, residuals are those of all spots.
     model
         The model that predicted. Default: the bundled one that is named in ``uns``, if its weights are those.
+    calibration
+        What :func:`he2gene_sc.tl.calibrate` made of measured slides, for a layer of any model. The ends are natural logarithms of
+        (1 + counts per 10,000), also around predicted counts.
     gene_symbols
-        As given to predict; default: what it recorded.
+        As given to predict; default: what it recorded. With a ``calibration``: column of ``var`` with the names of its genes.
     prediction_key
         ``key_added`` of predict.
     table_key
@@ -112,13 +130,18 @@ def intervals(
     validate.arguments(intervals, locals())
     check_coverage(coverage)
     check_by(by)
-    table = get_table(data, table_key, prediction_key=prediction_key)
-    keys = Keys(prediction_key)
-    record = record_of(table, prediction_key)
-    layer = predicted_layer(table, prediction_key, layer)
-    check_as_predicted(table, prediction_key, layer)
-    predicted = values_of(table, layer)
-    adapted = adaptation_of(table, record, layer)
+    adapted: Mapping[str, Any] | None = None
+    if calibration is not None:
+        table = get_table(data, table_key, layer=layer)
+        predicted = values_of(table, layer)
+        check_calibrated(calibration, predicted, layer, model)
+    else:
+        table = get_table(data, table_key, prediction_key=prediction_key)
+        record = record_of(table, prediction_key)
+        layer = predicted_layer(table, prediction_key, layer)
+        check_as_predicted(table, prediction_key, layer)
+        predicted = values_of(table, layer)
+        adapted = adaptation_of(table, record, layer)
     names = {name: f"{layer}_{name}" for name in ("lower", "upper", "halfwidth", "rarely_detected")}
     uns = f"{layer}_intervals"
     ends = [names["lower"], names["upper"]]
@@ -126,10 +149,13 @@ def intervals(
         table, "intervals", uns, parameter="layer", layers=ends, var=[names["halfwidth"], names["rarely_detected"]]
     )
     found: OfModel | OfAdapted
-    if adapted is not None:
+    if calibration is not None:
+        found = of_calibration(table, calibration, coverage, by, symbols_in(table, gene_symbols))
+        predicted = as_logs(predicted, "counts") if calibration.layer_scale == "counts" else predicted
+    elif adapted is not None:
         found = of_adapted(adapted, coverage, table.n_vars)
     else:
-        found = of_model(table, record, model, coverage, by, gene_symbols, keys)
+        found = of_model(table, record, model, coverage, by, gene_symbols, Keys(prediction_key))
     n_bytes = 2 * 4 * table.n_obs * table.n_vars
     fits = n_bytes <= settings.memory_limit
     layers: dict[str, np.ndarray] = {}
@@ -170,7 +196,12 @@ def intervals(
         table,
         "intervals",
         uns,
-        params={"coverage": float(coverage), "layer": layer, "by": by, "prediction_key": prediction_key},
+        params={
+            "coverage": float(coverage),
+            "layer": layer,
+            "by": by,
+            "prediction_key": prediction_key if calibration is None else None,
+        },
         facts=found.facts,
         layers=layers,
         var=var,

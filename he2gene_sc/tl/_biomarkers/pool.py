@@ -26,7 +26,7 @@ logger = logging.getLogger("he2gene_sc")
 
 def labelled_spots(
     spots: SpotData,
-    label_key: str,
+    label_key: str | None,
     *,
     layer_scale: Scale = "auto",
     join: Literal["inner", "outer"] = "inner",

@@ -105,12 +105,14 @@ def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | 
     return None if out is None else out.rename(index=str)
 
 
-def measured_part(spots: SpotData, measured: str | None, scale: Scale) -> tuple[SpotData, np.ndarray]:
+def measured_part(
+    spots: SpotData, measured: str | None, scale: Scale, expected: Literal["counts", "log"] | None = None
+) -> tuple[SpotData, np.ndarray]:
     """Spots with measured values, and their mask ``(n,)``; spots without any count were not measured."""
     made = np.array([MADE in table.uns for table in spots.tables])[spots.objects]
     seen = ~made
     seen[~made] = spots.take(~made).totals(measured, "measured") > 0
-    expected: Literal["counts", "log"] = "counts" if measured is None else "log"
+    expected = expected or ("counts" if measured is None else "log")
     chosen = spots.take(seen)
     for table, rows in zip(chosen.tables, chosen.rows, strict=True):
         if len(rows):

@@ -1,0 +1,275 @@
+"""``hg.tl.calibrate``: what intervals around any predicted layer need, from slides that were measured too."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+import pandas as pd
+
+from .._core import validate
+from .._core.expression import Scale, contents_of
+from .._core.keys import PATIENT
+from ..stats import LEVELS, MIN_GROUPS
+from ..training._calibrate import Calibration as Residuals
+from ..training._calibrate import calibrate as residuals_of
+from ..training._calibrate import joined
+from ._paired import paired_spots
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+#: Values of a block of genes.
+_BLOCK = 2**24
+_SCHEMA = 1
+_FACTS = ("layer", "layer_scale", "unit", "groups", "n_spots")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Residuals of a predicted layer on measured slides, in short; made by :func:`he2gene_sc.tl.calibrate`.
+
+    Parameters
+    ----------
+    layer, layer_scale
+        The layer, and what it holds: ``"log"`` or ``"counts"``.
+    unit, groups
+        What is exchangeable, ``"patient"`` unless another column was named, and its names.
+    n_spots
+        Spots.
+    genes
+        Names of the genes.
+    detected
+        Share of the spots that detect each gene.
+    residuals
+        Spread and quantiles of the residuals of each gene.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((5, 5), seed=i) for i in range(9)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    ...     hg.tl.predict(slide, show_progress_bar=False)
+    >>> path = hg.tl.calibrate(slides, layer="he2gene").save("he2gene.npz")
+    >>> hg.Calibration.load(path).unit
+    'patient'
+    """
+
+    layer: str
+    layer_scale: Literal["counts", "log"]
+    unit: str
+    groups: list[str]
+    n_spots: int
+    genes: pd.Index = field(repr=False)
+    detected: np.ndarray = field(repr=False)
+    residuals: Residuals = field(repr=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one compressed file of arrays (``.npz``), without pickle.
+
+        Raises
+        ------
+        FileExistsError
+            If ``path`` is there and is not a calibration.
+        """
+        path = Path(path)
+        if path.exists():
+            try:
+                Calibration.load(path)
+            except (OSError, ValueError):
+                raise FileExistsError(
+                    f"`path` {str(path)!r} is there and is not a calibration; choose another name, or delete it first"
+                ) from None
+        facts = {name: getattr(self, name) for name in _FACTS} | {"schema": _SCHEMA, "levels": LEVELS.tolist()}
+        arrays = {f"residuals.{part.name}": getattr(self.residuals, part.name) for part in fields(Residuals)}
+        made = BytesIO()
+        np.savez_compressed(
+            made, facts=np.array(json.dumps(facts)), genes=self.genes.to_numpy(str), detected=self.detected, **arrays
+        )
+        path.write_bytes(made.getvalue())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        OSError
+            If there is no such file.
+        ValueError
+            If it is not a calibration, is damaged, or another version wrote it.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            facts = json.loads(str(arrays["facts"]))
+            residuals = Residuals(**{part.name: arrays[f"residuals.{part.name}"] for part in fields(Residuals)})
+            genes, detected = pd.Index(arrays["genes"].astype(object)), arrays["detected"]
+            found = cls(**{name: facts[name] for name in _FACTS}, genes=genes, detected=detected, residuals=residuals)
+            widths = {array.shape[-1] for array in residuals.tensors().values()} | {len(detected)}
+            if (facts["schema"], facts["levels"], widths) != (_SCHEMA, LEVELS.tolist(), {len(genes)}):
+                raise ValueError("another version wrote it, or its arrays do not fit its genes")
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"`path` {str(path)!r} is not a calibration, or is damaged ({error}); make it again: "
+                "hg.tl.calibrate(data, layer=...).save(path)"
+            ) from error
+        return found
+
+
+def calibrate(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    *,
+    layer: str,
+    layer_scale: Scale = "auto",
+    measured: str | None = None,
+    measured_scale: Scale = "auto",
+    sample_key: str = "patient",
+    section_key: str = "section",
+    table_key: str | None = None,
+) -> Calibration:
+    """Calibrate intervals around a predicted layer of any model, on slides that were measured too.
+
+    The model may be any: ours, one of LazySlide or omicverse, your own. Apply the result to slides of new patients by
+    ``hg.tl.intervals(slide, layer=..., calibration=...)``.
+
+    Parameters
+    ----------
+    data
+        Object or table, or several, with the prediction in a layer and what was measured at the same spots. **The model
+        must not have been fitted to these patients**: its residuals would be too small, and so the intervals.
+    layer
+        Predicted expression.
+    layer_scale
+        What it holds. ``"auto"``: natural logarithms of (1 + counts per 10,000) are expected and raw counts refused;
+        ``"counts"``: it holds raw counts; ``"log"``: the values are meant as they are.
+    measured
+        Layer of measured counts; ``None``: ``X``. Spots without counts are left out.
+    measured_scale
+        The same of what was measured; ``"auto"`` expects raw counts.
+    sample_key
+        Column of ``obs`` with the patient, the unit that is exchangeable. ``"section"``: sections are; what follows then holds
+        for new sections of these patients.
+    section_key
+        Column of ``obs`` with the section.
+    table_key
+        Table, where an object has several.
+
+    Returns
+    -------
+    he2gene_sc.Calibration
+        Residuals of the genes that every object has, in short. Nothing is written to ``data``.
+
+    Warns
+    -----
+    UserWarning
+        If there are fewer than nine patients: the intervals have no guarantee then.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two patients, nothing was measured, values are on another scale, or
+        :func:`he2gene_sc.tl.adapt` made the layer.
+
+    Notes
+    -----
+    The intervals are those of :func:`he2gene_sc.tl.intervals`, from the residuals of these slides in place of those that a
+    model keeps: scores weighed so that each patient counts the same, and a quantile raised for one more patient. Coverage
+    of a spot of a new patient is guaranteed from nine patients on, above 90 % from ``coverage / (1 - coverage)``: 19 for
+    95 %, 49 for 98 %. With fewer the plain quantile is taken and nothing is guaranteed. See ``docs/trust.md``.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> slides = [hg.datasets.toy((5, 5), seed=i) for i in range(10)]
+    >>> for i, slide in enumerate(slides):
+    ...     slide["table"].obs["patient"] = f"P{i}"
+    ...     hg.tl.predict(slide, show_progress_bar=False)
+    >>> calibration = hg.tl.calibrate(slides[:9], layer="he2gene")
+    >>> hg.tl.intervals(slides[9], calibration=calibration)
+    >>> slides[9]["table"].uns["he2gene_intervals"]["guarantee"]
+    'hierarchical'
+    """
+    validate.arguments(calibrate, locals())
+    predicted, truth = paired_spots(
+        data,
+        layer,
+        layer_scale,
+        measured,
+        measured_scale,
+        sample_key=sample_key,
+        section_key=section_key,
+        table_key=table_key,
+    )
+    unit = "patient" if sample_key == PATIENT else sample_key
+    codes, names = pd.factorize(predicted.samples)
+    if len(names) < 2:
+        raise ValueError(
+            f"`sample_key` {sample_key!r}: the measured spots are of one {unit}, {names[0]!r}; at least 2 are needed, "
+            f"{MIN_GROUPS} for a guarantee. sample_key='section' calibrates for new sections of one patient"
+        )
+    if len(names) < MIN_GROUPS:
+        warnings.warn(
+            f"`data`: {len(names)} of {unit!r}; with fewer than {MIN_GROUPS} the coverage of the intervals is not guaranteed for "
+            "a new one, and is often lower than asked for",
+            UserWarning,
+            stacklevel=2,
+        )
+    every, parts, detected = np.ones(len(codes), bool), [], []
+    step = max(1, _BLOCK // len(codes))
+    for start in range(0, len(predicted.genes), step):
+        genes = predicted.genes[start : start + step]
+        counts = truth.values(every, genes)
+        parts.append(residuals_of(predicted.values(every, genes), counts, codes, np.full(len(codes), -1), 0))
+        detected.append((counts > 0).mean(axis=0))
+    return Calibration(
+        layer=layer,
+        layer_scale=predicted.scale,
+        unit=unit,
+        groups=[str(name) for name in names],
+        n_spots=len(codes),
+        genes=predicted.genes.astype(str),
+        detected=np.concatenate(detected),
+        residuals=joined(parts),
+    )
+
+
+def check_calibrated(calibration: Any, values: Any, layer: str, model: object) -> None:
+    """Refuse a calibration of another layer or scale than that of a table.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is something else, does not fit, or a model is given too.
+    """
+    validate.instance(
+        calibration, Calibration, "calibration", "what hg.tl.calibrate returns, or hg.Calibration.load(path),"
+    )
+    if model is not None:
+        raise ValueError("`model` and `calibration` are both given; intervals come from one of them")
+    if layer != calibration.layer:
+        raise ValueError(
+            f"`layer` is {layer!r}, `calibration` is of layer {calibration.layer!r}; pass layer={calibration.layer!r}, or "
+            f"calibrate the other: hg.tl.calibrate(data, layer={layer!r})"
+        )
+    found = contents_of(values)
+    if found.n_infinite or found.n_nan == np.prod(values.shape):
+        what = f"holds {found.n_infinite} infinite value(s)" if found.n_infinite else "is NaN for every gene and spot"
+        raise ValueError(f"`layer` {layer!r} {what}; predict again")
+    if found.high > 0 and (found.kind == "counts") != (calibration.layer_scale == "counts"):
+        here = "raw counts" if found.kind == "counts" else "fractions"
+        raise ValueError(
+            f"`layer` {layer!r} holds {here}, `calibration` is of a layer of scale {calibration.layer_scale!r}; bring the layer to "
+            "that scale, or calibrate again"
+        )

@@ -1,0 +1,74 @@
+"""Spots that were both predicted, by whatever model, and measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._core.expression import Scale
+from .._core.matrix import where_of
+from .._core.predictions import origin_of, prediction_of
+from .._core.spots import SpotData, read_spots
+from ._biomarkers.pool import labelled_spots
+from ._biomarkers.provenance import measured_part
+from ._evaluate.genes import model_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def paired_spots(
+    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
+    layer: str,
+    layer_scale: Scale,
+    measured: str | None,
+    measured_scale: Scale,
+    *,
+    sample_key: str,
+    section_key: str,
+    table_key: str | None,
+) -> tuple[SpotData, SpotData]:
+    """Return what was predicted and what was measured at the same spots, of the same genes.
+
+    Raises
+    ------
+    ValueError
+        If either is not on the scale expected, the layer was fitted to spots of these tables, or nothing was measured.
+    """
+    if layer == measured:
+        raise ValueError(f"`layer` and `measured` are both {layer!r}; a predicted and a measured one are needed")
+    spots = read_spots(
+        data, None, "data", layer=layer, table_key=table_key, sample_key=sample_key, section_key=section_key
+    )
+    if any(origin_of(table, layer)[1] for table in spots.tables):
+        raise ValueError(
+            f"`layer` {layer!r} was fitted by hg.tl.adapt to spots that are measured here; name the layer that it was adapted "
+            "from. Its intervals come from its own residuals: hg.tl.intervals(data, layer=...)"
+        )
+    _tell_trained_on(spots)
+    spots = labelled_spots(spots, None, layer_scale=layer_scale)
+    known, seen = measured_part(spots, measured, measured_scale, "counts")
+    if not seen.any():
+        raise ValueError(
+            f"`measured`: {where_of(measured)} holds no counts at any spot that has a prediction; "
+            "name the layer of measured counts"
+        )
+    return spots.take(seen), replace(known, genes=spots.genes)
+
+
+def _tell_trained_on(spots: SpotData) -> None:
+    """Warn of sections that a model of ours was trained on, where that can be told."""
+    for i, table in enumerate(spots.tables):
+        key = prediction_of(table, spots.layer)
+        model = model_of(table.uns.get(key, {}), None)
+        trained_on = set(model.card.training.get("sections", ())) if model is not None else set()
+        if seen := sorted(trained_on & set(spots.sections[spots.objects == i])):
+            warnings.warn(
+                f"`data`: sections {seen} are in the training set of {table.uns[key]['model']}, whose errors are too small "
+                "there; leave them out",
+                UserWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,229 @@
+"""Intervals around a layer of any model, calibrated on slides of other patients."""
+
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+import he2gene_sc as hg
+from he2gene_sc.stats import fit_spread, grouped_quantiles, half_scores, log_normalise, spread_of
+from he2gene_sc.training._calibrate import Calibration as Residuals
+
+
+def cohort(n_patients, seed, *, n_spots=12, n_genes=300):
+    """Logs that were predicted and measured; a prediction errs by patient, in level and in scale, and by spot."""
+    rng = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(n_patients), n_spots)
+    n = len(patient)
+    truth = 2.8 + rng.normal(0, 0.7, (n, n_genes))
+    level = rng.normal(0, 0.6, (n_patients, n_genes))[patient]
+    scale = 0.25 * np.exp(0.8 * rng.normal(size=(n_patients, n_genes)))[patient]
+    names = [f"{seed}-{i}" for i in range(n)]
+    obs = pd.DataFrame({"patient": [f"{seed}P{p}" for p in patient], "spot": names}, index=names)
+    table = AnnData(obs=obs, var=pd.DataFrame(index=[f"g{j}" for j in range(n_genes)]))
+    table.layers["truth"] = np.clip(truth, 0, None).astype(np.float32)
+    table.layers["other"] = np.clip(truth + level + scale * rng.normal(size=truth.shape), 0, None).astype(np.float32)
+    return table
+
+
+def counted(n_patients=9, seed=0, *, n_spots=20, n_genes=12):
+    """Raw counts in X, and logs that another model predicted."""
+    rng = np.random.default_rng(seed)
+    table = cohort(n_patients, seed, n_spots=n_spots, n_genes=n_genes)
+    counts = rng.poisson(np.exp(rng.normal(1, 0.8, (table.n_obs, n_genes))))
+    table.X = counts.astype(np.float32)
+    table.layers["other"] = (0.6 * log_normalise(counts) + rng.normal(2, 0.5, counts.shape)).astype(np.float32)
+    return table
+
+
+def calibrated(table, **options):
+    return hg.tl.calibrate(table, layer="other", measured="truth", measured_scale="log", **options)
+
+
+def covered(table, coverage, calibration):
+    hg.tl.intervals(table, layer="other", coverage=coverage, calibration=calibration)
+    low, high, truth = (table.layers[name] for name in ("other_lower", "other_upper", "truth"))
+    return ((truth >= low) & (truth <= high)).mean()
+
+
+@pytest.mark.parametrize(("n_patients", "coverage", "most"), [(9, 0.9, 0.985), (30, 0.9, 0.945), (60, 0.8, 0.845)])
+def test_intervals_cover_spots_of_new_patients_as_often_as_asked_for(n_patients, coverage, most):
+    calibration = calibrated(cohort(n_patients, 1))
+    new = cohort(25, 2)
+    found = covered(new, coverage, calibration)
+    assert coverage - 0.003 <= found <= most
+    facts = new.uns["other_intervals"]
+    assert (facts["guarantee"], facts["unit"], facts["n_groups"]) == ("hierarchical", "patient", n_patients)
+
+
+def test_spots_taken_for_exchangeable_cover_less_than_they_say():
+    """Why the unit is the patient: nine patients of 12 spots are not 108 patients."""
+    calibration = calibrated(cohort(9, 1), sample_key="spot")
+    assert len(calibration.groups) == 108
+    assert covered(cohort(25, 2), 0.9, calibration) < 0.885
+
+
+def test_too_few_patients_have_no_guarantee_and_one_is_refused():
+    with pytest.warns(UserWarning, match=r"8 of 'patient'; with fewer than 9 .* not guaranteed"):
+        calibration = calibrated(cohort(8, 1))
+    new = cohort(3, 2)
+    covered(new, 0.9, calibration)
+    assert new.uns["other_intervals"]["guarantee"] == "none"
+    covered(new, 0.95, calibrated(cohort(10, 1)))
+    facts = new.uns["other_intervals"]
+    assert (facts["guarantee"], facts["n_groups_needed"]) == ("none", 19)
+    with pytest.raises(
+        ValueError, match=r"`sample_key` 'patient': the measured spots are of one patient, '1P0'; at least 2"
+    ):
+        calibrated(cohort(1, 1))
+
+
+def test_the_ends_are_those_of_the_residuals_of_the_measured_slides():
+    table, new = counted(), counted(2, 1)
+    before = {key: table.layers[key].copy() for key in table.layers if key is not None}
+    calibration = hg.tl.calibrate(table, layer="other")
+    hg.tl.intervals(new, layer="other", coverage=0.9, calibration=calibration)
+    predicted, codes = table.layers["other"], pd.factorize(table.obs["patient"])[0]
+    residual = log_normalise(table.X) - predicted
+    spread = fit_spread(predicted, residual, codes)
+    score, _ = half_scores(*grouped_quantiles(np.abs(residual) / spread_of(predicted, spread), codes), 0.9)
+    half = score * spread_of(new.layers["other"], spread)
+    np.testing.assert_allclose(new.layers["other_upper"], new.layers["other"] + half, rtol=2e-3)
+    np.testing.assert_allclose(new.layers["other_lower"], np.maximum(new.layers["other"] - half, 0), atol=1e-2)
+    np.testing.assert_allclose(calibration.detected, (table.X > 0).mean(0))
+    assert "other_intervals" not in table.uns
+    assert all((table.layers[key] == value).all() for key, value in before.items())
+
+
+def test_several_objects_and_one_table_give_the_same():
+    table = counted()
+    parts = [table[table.obs["patient"] == name].copy() for name in table.obs["patient"].unique()]
+    whole, several = hg.tl.calibrate(table, layer="other"), hg.tl.calibrate(iter(parts), layer="other")
+    assert whole.groups == several.groups
+    for name, array in whole.residuals.tensors().items():
+        np.testing.assert_array_equal(array, several.residuals.tensors()[name])
+
+
+def test_predicted_counts_are_compared_as_logarithms():
+    table = counted()
+    table.layers["counts"] = np.random.default_rng(3).poisson(np.asarray(table.X) + 1).astype(np.float32)
+    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks raw counts.*layer_scale='counts'"):
+        hg.tl.calibrate(table, layer="counts")
+    calibration = hg.tl.calibrate(table, layer="counts", layer_scale="counts")
+    new = counted(2, 1)
+    new.layers["counts"] = np.asarray(new.X) * 2
+    hg.tl.intervals(new, layer="counts", calibration=calibration)
+    middle = log_normalise(new.layers["counts"])
+    assert (new.layers["counts_lower"] <= middle).all()
+    assert (middle <= new.layers["counts_upper"]).all()
+    new.layers["counts"] = middle
+    with pytest.raises(
+        ValueError, match="`layer` 'counts' holds fractions, `calibration` is of a layer of scale 'counts'"
+    ):
+        hg.tl.intervals(new.copy(), layer="counts", calibration=calibration)
+
+
+def test_detected_spots_are_covered_too_where_asked_for():
+    table, new = counted(seed=4), counted(3, 5)
+    calibration = hg.tl.calibrate(table, layer="other")
+    hg.tl.intervals(new, layer="other", by=None, calibration=calibration)
+    narrow = new.layers["other_upper"].copy()
+    hg.tl.intervals(new, layer="other", by="detected", calibration=calibration)
+    assert (new.layers["other_upper"] >= narrow).all()
+    assert new.uns["other_intervals"]["by"] == "detected"
+
+
+def test_genes_are_found_by_name_and_those_without_residuals_stay_nan():
+    calibration = hg.tl.calibrate(counted()[:, :10].copy(), layer="other")
+    new = counted(2, 1)[:, ::-1].copy()
+    new.var["symbol"] = new.var_names
+    new.var_names = [f"ENSG{i}" for i in range(new.n_vars)]
+    with pytest.raises(ValueError, match="`calibration` has none of the genes of the table.*`gene_symbols`"):
+        hg.tl.intervals(new, layer="other", calibration=calibration)
+    hg.tl.intervals(new, layer="other", calibration=calibration, gene_symbols="symbol")
+    assert np.isfinite(new.layers["other_upper"]).all(0).tolist() == [False] * 2 + [True] * 10
+
+
+def test_a_saved_calibration_is_the_same_and_holds_no_pickle(tmp_path):
+    calibration = hg.tl.calibrate(counted(), layer="other")
+    path = calibration.save(tmp_path / "other")
+    loaded = hg.Calibration.load(path)
+    for part in fields(hg.Calibration):
+        if part.name == "residuals":
+            for inner in fields(Residuals):
+                one, two = (getattr(c.residuals, inner.name) for c in (calibration, loaded))
+                np.testing.assert_array_equal(one, two)
+                assert one.dtype == two.dtype
+        else:
+            assert np.array_equal(getattr(calibration, part.name), getattr(loaded, part.name))
+    with np.load(path, allow_pickle=False) as file:
+        assert json.loads(str(file["facts"]))["layer"] == "other"
+    assert replace(calibration, layer="x").save(path) == path
+    assert [file.name for file in tmp_path.iterdir()] == ["other"]
+
+
+def test_other_files_are_neither_read_nor_written_over(tmp_path):
+    calibration = hg.tl.calibrate(counted(), layer="other")
+    with pytest.raises(FileNotFoundError):
+        hg.Calibration.load(tmp_path / "nowhere.npz")
+    (tmp_path / "text.npz").write_text("nothing")
+    np.savez(tmp_path / "others.npz", a=np.arange(3))
+    np.savez(tmp_path / "pickle.npz", facts=np.array([{}], object))
+    whole = calibration.save(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("text.npz", "others.npz", "pickle.npz", "half.npz"):
+        with pytest.raises(ValueError, match=r"`path` .* is not a calibration, or is damaged"):
+            hg.Calibration.load(tmp_path / name)
+        with pytest.raises(FileExistsError, match="choose another name, or delete it first"):
+            calibration.save(tmp_path / name)
+    assert (tmp_path / "text.npz").read_text() == "nothing"
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written():
+    table, new = counted(), counted(2, 1)
+    calibration = hg.tl.calibrate(table, layer="other")
+    new.layers["third"] = new.layers["other"]
+    new.layers["he2gene"] = new.layers["other"]
+    wrong = {
+        r"`layer` is 'third', `calibration` is of layer 'other'; pass layer='other'": {"layer": "third"},
+        r"`layer` is 'he2gene', `calibration` is of layer 'other'": {},
+        r"`model` and `calibration` are both given": {"layer": "other", "model": "breast-her2st"},
+        r"`coverage` is 0\.99; .* `calibration` keeps are for 0\.1 to 0\.98": {"layer": "other", "coverage": 0.99},
+    }
+    for match, options in wrong.items():
+        with pytest.raises(ValueError, match=match):
+            hg.tl.intervals(new, calibration=calibration, **options)
+    with pytest.raises(TypeError, match=r"`calibration` is of type str; .*hg\.Calibration\.load\(path\)"):
+        hg.tl.intervals(new, layer="other", calibration="other.npz")
+    assert not new.uns
+    new.layers["other"] = np.full(new.shape, np.nan)
+    with pytest.raises(ValueError, match="is NaN for every gene and spot"):
+        hg.tl.intervals(new, layer="other", calibration=calibration)
+    empty = counted()
+    empty.X[:] = 0
+    with pytest.raises(ValueError, match="`measured`: X holds no counts at any spot that has a prediction"):
+        hg.tl.calibrate(empty, layer="other")
+    with pytest.raises(ValueError, match="`layer` and `measured` are both 'other'"):
+        hg.tl.calibrate(table, layer="other", measured="other")
+    with pytest.raises(ValueError, match="`layer` 'nothing' is not a layer, valid: "):
+        hg.tl.calibrate(table, layer="nothing")
+
+
+def test_layers_that_saw_these_spots_are_told_or_refused():
+    table = counted(2)
+    table.obs["section"] = np.where(table.obs["patient"] == "0P0", "C2", "new")
+    table.layers["adapted"] = table.layers["other"]
+    table.uns["adapted"] = {"verb": "adapt", "params": {"layer": "other"}}
+    with pytest.raises(
+        ValueError, match=r"`layer` 'adapted' was fitted by hg\.tl\.adapt to spots that are measured here"
+    ):
+        hg.tl.calibrate(table, layer="adapted")
+    model = hg.models.load("breast-her2st")
+    table.uns["other"] = {"model": model.name, "weights_sha256": model.weights_sha256, "layer": "other"}
+    with pytest.warns(
+        UserWarning, match=r"sections \['C2'\] are in the training set of breast-her2st, whose errors are too small"
+    ):
+        hg.tl.calibrate(table, layer="other")
