@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
 
 from .._core import validate
 from .._core.expression import as_logs
 from .._core.genes import symbols_in
 from .._core.keys import Keys
-from .._core.matrix import values_of
+from .._core.matrix import dense, values_of
 from .._core.predictions import check_as_predicted, predicted_layer, record_of
 from .._core.results import check_free, write_result
 from .._core.spots import get_table
@@ -172,9 +171,7 @@ def intervals(
     known = np.flatnonzero(found.known)
     for start in range(0, len(known), _GENES_AT_ONCE):
         genes = known[start : start + _GENES_AT_ONCE]
-        values = predicted[:, genes]
-        values = values.toarray() if scipy.sparse.issparse(values) else values
-        low, high = found.ends(np.asarray(values, np.float32), genes)
+        low, high = found.ends(np.asarray(dense(predicted[:, genes]), np.float32), genes)
         there = np.isfinite(high).any(0)
         halfwidth[genes[there]] = np.nanmedian((high - low)[:, there], axis=0) / 2
         if fits:
