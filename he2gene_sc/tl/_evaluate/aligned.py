@@ -19,7 +19,7 @@ from ..._core.names import names_of
 from ..._core.predictions import symbols_of
 from ..._core.spots import apart, has_samples, pitch_of, sections_of, spots_of
 from .genes import genes_in_common, known_of, model_of
-from .layer import judged_layer
+from .layer import JudgedLayer, judged_layer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -113,7 +113,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class Asked:
-    """What of a prediction is compared with what: arguments of hg.tl.evaluate."""
+    """What of a prediction is compared with what: arguments of hg.tl.evaluate.
+
+    ``is_other``: another model than ours predicted the layer, which holds what ``layer_scale`` says.
+    """
 
     layer: str
     measured: str | None
@@ -123,6 +126,8 @@ class Asked:
     model: HE2Gene | None = None
     gene_symbols: str | None = None
     sample_key: str = PATIENT
+    is_other: bool = False
+    layer_scale: Scale = "auto"
 
 
 def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) -> Judged:
@@ -133,16 +138,24 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     ValueError
         If they have no genes or fewer than 10 spots in common, or the measured values are not what they should be.
     """
-    if keys.predicted not in table.var:
-        raise ValueError(f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first")
-    chosen = judged_layer(table, keys, asked.layer)
-    layer = chosen.name
-    model = model_of(table.uns[keys.uns], asked.model)
-    measured = asked.measured
+    layer, measured = asked.layer, asked.measured
+    if asked.is_other:
+        chosen = JudgedLayer(layer, layer, False, np.zeros(table.n_obs, bool))
+        values = log_expression(table, layer, scale=asked.layer_scale, expected="log")
+        is_predicted, record, model = np.isfinite(values).any(axis=0), {}, None
+    else:
+        if keys.predicted not in table.var:
+            raise ValueError(
+                f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first"
+            )
+        chosen = judged_layer(table, keys, layer)
+        layer = chosen.name
+        is_predicted, record = table.var[keys.predicted].to_numpy(bool), table.uns[keys.uns]
+        model = model_of(record, asked.model)
+        values = dense(matrix_of(table, layer))
     other, rows, partner = _measured(data, table, layer, measured)
-    gene_symbols = symbols_of(other, table.uns[keys.uns], asked.gene_symbols)
-    columns, count_columns = genes_in_common(table, other, keys, asked.genes, gene_symbols)
-    values = dense(matrix_of(table, layer))
+    gene_symbols = symbols_of(other, record, asked.gene_symbols)
+    columns, count_columns = genes_in_common(table, other, is_predicted, asked.genes, gene_symbols)
     given = log_expression(
         other,
         measured,
@@ -212,7 +225,9 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
             UserWarning,
             stacklevel=3,
         )
-    mean, panels = known_of(table, columns, keys, model, gene_symbols)
+    mean, panels = np.full(len(columns), np.nan), {"all genes": np.ones(len(columns), bool)}
+    if not asked.is_other:
+        mean, panels = known_of(table, columns, keys, model, gene_symbols)
     return Judged(
         genes=table.var_names[columns],
         columns=columns,

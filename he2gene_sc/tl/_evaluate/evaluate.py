@@ -14,10 +14,10 @@ from ..._core import validate
 from ..._core.expression import SCALES, Scale
 from ..._core.keys import SECTION, Keys, check_key
 from ..._core.results import check_free, write_result
-from ..._core.spots import get_table, has_samples
+from ..._core.spots import has_samples
 from .aligned import UNKNOWN_LABELS, Asked, Judged, proba_of, read
 from .baselines import readings
-from .layer import MODEL, prediction_named
+from .layer import MODEL, prediction_named, table_with
 from .metrics import BASELINES, METRICS, SEEN, Results, annotation_tables, gene_tables, judge, summarise
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def evaluate(
     data: SpatialData | AnnData,
     *,
     layer: str = "he2gene",
+    layer_scale: Scale = "auto",
     measured: str | None = None,
     measured_scale: Scale = "auto",
     annotation_key: str | None = None,
@@ -40,7 +41,7 @@ def evaluate(
     baselines: str | Sequence[str] | None = None,
     model: str | Path | HE2Gene | None = None,
     gene_symbols: str | None = None,
-    prediction_key: str = "he2gene",
+    prediction_key: str | None = "he2gene",
     table_key: str | None = None,
     n_splits: int = 10,
     seed: int = 0,
@@ -53,10 +54,13 @@ def evaluate(
     Parameters
     ----------
     data
-        Object or table that :func:`he2gene_sc.tl.predict` wrote to.
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to, or with a layer that another model predicted.
     layer
-        Predicted expression: the layer of the prediction (the default), or one that :func:`he2gene_sc.tl.adapt` made of it.
-        Spots that this was fitted on are left out, and the tables call the predictor by the name of the layer.
+        Predicted expression: the layer of the prediction (the default), one that :func:`he2gene_sc.tl.adapt` made of it, or one
+        of another model. Spots that ``adapt`` was fitted on are left out. The tables call the predictor by the name of the layer.
+    layer_scale
+        What the layer of another model holds. ``"auto"``: natural logarithms of (1 + counts per 10,000) are expected and raw
+        counts refused; ``"counts"``: it holds raw counts; ``"log"``: the values are meant as they are.
     measured
         Layer of raw counts; ``None``: ``X``. Counts become ln(1 + counts per 10,000) by the totals of all genes. Where
         ``predict(genes="all")`` made a table of its own, this is a layer of the measured table beside it.
@@ -64,7 +68,8 @@ def evaluate(
         ``"auto"``: counts are expected and anything else is refused; ``"log"``: the values are logarithms already, as
         above (no noise ceiling, correlation with depth or baseline of total counts then); ``"counts"``.
     annotation_key
-        Column of ``obs`` with labels, in the words of the model's classes.
+        Column of ``obs`` with labels, in the words of the model's classes. For a layer of another model it serves
+        ``"class mean"`` alone.
     sample_key
         Column of ``obs`` with the patient, the statistical unit. A table without the default column is of one patient. Means
         are over patients, each the mean of its sections; ``"section"``: over sections.
@@ -82,7 +87,7 @@ def evaluate(
     gene_symbols
         As given to predict; default: what it recorded.
     prediction_key
-        ``key_added`` of predict.
+        ``key_added`` of predict. ``None``: another model predicted the layer; not needed where ``predict`` wrote nothing.
     table_key
         Table, where several were predicted.
     n_splits, seed
@@ -105,7 +110,8 @@ def evaluate(
     ``pearson``, ``spearman``
         Correlation over spots.
     ``skill``
-        1 - squared error / squared error of the model's training mean; 0 is no better than that constant.
+        1 - squared error / squared error of the model's training mean; 0 is no better than that constant. NaN where the
+        training mean is not known, as of other models.
     ``sd_ratio``
         Standard deviation, predicted over measured.
     ``slope``
@@ -181,8 +187,12 @@ def evaluate(
         raise ValueError(f"`baselines` {unknown} are unknown, valid: {list(BASELINES)}")
     if not isinstance(n_splits, int | np.integer) or n_splits < 1:
         raise ValueError(f"`n_splits` is {n_splits!r}; a whole number from 1 is needed")
-    keys = Keys(prediction_key)
-    table = get_table(data, table_key, prediction_key=prediction_key)
+    table, is_other = table_with(data, layer, prediction_key, table_key)
+    keys = Keys() if prediction_key is None else Keys(prediction_key)
+    if is_other and model is not None:
+        raise ValueError(
+            f"`model` is of predictions of hg.tl.predict; layer {layer!r} is of another model, leave it out"
+        )
     names = {metric: f"{key_added}_{metric}" for metric in METRICS}
     check_free(table, "evaluate", key_added, var=names.values())
     judged = read(
@@ -198,6 +208,8 @@ def evaluate(
             None if model is None else load(model),
             gene_symbols,
             sample_key,
+            is_other,
+            layer_scale,
         ),
     )
     # The column may be missing: the sections are then the shapes elements.
@@ -205,21 +217,24 @@ def evaluate(
     known = not over_sections and has_samples(judged.source, sample_key)
     samples = _samples(judged, sample_key) if known else None
     left_out, facts = dict(judged.n_left_out), {}
-    if annotation_key is not None:
+    if annotation_key is not None and is_other:
+        judged.labels(annotation_key, "annotation_key")
+    elif annotation_key is not None:
         proba, codes, left_out[UNKNOWN_LABELS] = proba_of(judged, annotation_key, table, keys)
         facts = annotation_tables(judged, proba, codes, samples)
     reads, skipped = readings(data, table, judged, baselines, annotation_key, keys)
     results = judge(judged, reads, n_splits=n_splits, seed=seed)
-    if np.isnan(judged.mean).all():
+    if np.isnan(judged.mean).all() and not is_other:
         warnings.warn(
             "the training means of the genes are not known, skill is NaN: predict again, or name the `model`",
             UserWarning,
             stacklevel=2,
         )
     left_out["genes constant on either side, pooled"] = int(np.isnan(results.pooled[judged.predictor]["pearson"]).sum())
-    facts |= _tables(judged, results, samples, skipped, left_out)
+    facts |= _tables(judged, results, samples, skipped, left_out, is_other)
     params = {
         "layer": None if judged.predictor == MODEL else layer,
+        "layer_scale": layer_scale if is_other else None,
         "measured": measured,
         "measured_scale": measured_scale,
         "annotation_key": annotation_key,
@@ -227,7 +242,7 @@ def evaluate(
         "section_key": section_key,
         "genes": None if genes is None else [str(gene) for gene in genes],
         "baselines": list(reads),
-        "prediction_key": prediction_key,
+        "prediction_key": None if is_other else prediction_key,
         "n_splits": int(n_splits),
         "seed": int(seed),
     }
@@ -243,10 +258,12 @@ def _tables(
     samples: Mapping[str, str] | None,
     skipped: Mapping[str, str],
     left_out: Mapping[str, int],
+    is_other: bool,
 ) -> dict[str, pd.DataFrame]:
     """Everything but the annotation."""
     of_model, of_baselines = gene_tables(judged, results, samples)
-    model = SEEN[MODEL] + (f", and {', '.join(judged.trained_on)} are among them" if judged.trained_on else "")
+    model = "another model predicted it: not known" if is_other else SEEN[MODEL]
+    model += f", and {', '.join(judged.trained_on)} are among them" if judged.trained_on else ""
     if judged.n_fitted is None:
         model += "; expression of measured spots of this slide, which of them is not known: they are judged too"
     elif judged.predictor != MODEL:

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 
 def genes_in_common(
-    table: AnnData, other: AnnData, keys: Keys, genes: Sequence[str] | None, gene_symbols: str | None
+    table: AnnData, other: AnnData, known: np.ndarray, genes: Sequence[str] | None, gene_symbols: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of both tables that hold the same gene, predicted and asked for."""
-    known = table.var[keys.predicted].to_numpy(bool)
+    """Columns of both tables that hold the same gene, predicted (``known``, ``(n_vars,)``) and asked for."""
     if gene_symbols is not None:
         validate.key_in(gene_symbols, list(other.var.columns), "gene_symbols", what="a column of var")
     if other is table:

@@ -1,4 +1,4 @@
-"""Which layer hg.tl.evaluate judges, and which spots an adaptation of it was fitted on."""
+"""Which layer hg.tl.evaluate judges, of which model, and which spots an adaptation of it was fitted on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 from ..._core.keys import Keys
 from ..._core.layers import layer_names
 from ..._core.ownership import is_of, is_prediction
-from ..._core.predictions import origin_of
+from ..._core.predictions import origin_of, prediction_of
+from ..._core.spots import get_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 #: The prediction, as the tables of an evaluation call it; an adapted layer keeps its own name.
 MODEL = "he2gene"
@@ -21,7 +23,7 @@ MODEL = "he2gene"
 
 @dataclass(frozen=True, eq=False)
 class JudgedLayer:
-    """A layer that predict or adapt wrote.
+    """A layer that predict, adapt or another model wrote.
 
     Attributes
     ----------
@@ -39,6 +41,26 @@ class JudgedLayer:
     predictor: str
     adapted: bool
     fitted_on: np.ndarray | None
+
+
+def table_with(
+    data: SpatialData | AnnData, layer: str, prediction_key: str | None, table_key: str | None
+) -> tuple[AnnData, bool]:
+    """Table with the layer, and whether another model than ours predicted it.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or ``prediction_key`` is ``None`` and the layer is ours.
+    """
+    ours = layer in (Keys().layer, prediction_key) or prediction_named(data, str(prediction_key))
+    if prediction_key is not None and ours:
+        return get_table(data, table_key, prediction_key=prediction_key), False
+    table = get_table(data, table_key, layer=layer)
+    key = prediction_of(table, layer)
+    if key is not None:
+        raise ValueError(f"`layer` {layer!r} is of prediction {key!r} of hg.tl.predict; pass prediction_key={key!r}")
+    return table, True
 
 
 def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
@@ -60,7 +82,7 @@ def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
         hint = f"; {name!r} is another prediction, pass prediction_key={others[0]!r}" if others else ""
         raise ValueError(
             f"`layer` {name!r} was not written by hg.tl.predict or hg.tl.adapt from prediction {keys.key_added!r}, valid: "
-            f"{[own, *adapted]}{hint}"
+            f"{[own, *adapted]}{hint or '; if another model predicted it, pass prediction_key=None'}"
         )
     if name not in table.layers:
         raise ValueError(f"`layer` {name!r} is recorded but not there any more, layers: {sorted(layer_names(table))}")

@@ -1,0 +1,101 @@
+"""A layer that another model predicted, in a table that hg.tl.predict never saw, goes through every verb of trust."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+from anndata import AnnData
+from scipy.stats import pearsonr
+
+import he2gene_sc as hg
+from he2gene_sc.stats import log_normalise
+
+
+def slides(n_patients=4, shape=(8, 6), n_genes=20, seed=0):
+    """Counts, and what another model predicted; the first five genes are higher in the left half."""
+    rng = np.random.default_rng(seed)
+    rows, columns = (grid.ravel() for grid in np.mgrid[: shape[0], : shape[1]])
+    left = np.tile(columns < shape[1] // 2, n_patients)
+    n = len(left)
+    names = [f"P{i}" for i in range(n_patients) for _ in rows]
+    rate = np.exp(rng.normal(2, 0.4, (n, n_genes)) + rng.normal(0, 0.5, n_genes))
+    rate[:, :5] *= np.where(left, 3, 1)[:, None]
+    obs = pd.DataFrame({"patient": names, "section": names, "label": np.where(left, "left", "right")})
+    obs.index = [f"{name}-{i}" for i, name in enumerate(names)]
+    counts = rng.poisson(rate)
+    table = AnnData(scipy.sparse.csr_matrix(counts.astype(np.float32)), obs=obs)
+    table.var_names = [f"g{i}" for i in range(n_genes)]
+    table.obsm["spatial"] = np.tile(np.column_stack([columns, rows]) * 100.0, (n_patients, 1))
+    predicted = 0.7 * log_normalise(rate) + rng.normal(1.5, 0.2, counts.shape)
+    table.layers["other_model"] = np.clip(predicted, 0, None).astype(np.float32)
+    return table
+
+
+def test_every_verb_takes_a_layer_without_a_record_of_ours():
+    table = slides()
+    hg.tl.evaluate(table, layer="other_model", annotation_key="label", n_splits=2)
+    hg.tl.biomarkers(table, "label", groups="left", layer="other_model")
+    hg.tl.concordance(table, "label", groups="left", layer="other_model", k=(5,))
+    hg.tl.domain_preservation(table, "label", layer="other_model", n_seeds=1, n_perms=20, clustering="kmeans")
+    genes = hg.get.evaluation(table, "genes").query(
+        "scope == 'section' and section == 'P1' and predictor == 'other_model'"
+    )
+    here, log = (table.obs["patient"] == "P1").to_numpy(), log_normalise(table.X)
+    expected = [pearsonr(table.layers["other_model"][here, j], log[here, j])[0] for j in range(table.n_vars)]
+    np.testing.assert_allclose(genes["pearson"], expected, rtol=1e-5)
+    assert genes["skill"].isna().all()
+    predictors = hg.get.evaluation(table, "predictors").set_index("predictor")
+    assert "another model predicted it" in predictors.loc["other_model", "seen"]
+    assert predictors.loc["class mean", "computed"]
+    assert set(hg.get.evaluation(table)["panel"]) == {"all genes"}
+    best = hg.get.biomarkers(table).sort_values("pvals")["names"][:5]
+    assert set(best) == {f"g{i}" for i in range(5)}
+    agreement = hg.get.concordance(table).set_index(["predictor", "genes"])["sign_agreement_significant"]
+    assert agreement["other_model", "all"] > 0.9
+    domains = hg.get.domains(table)
+    assert {"predicted", "measured"} <= set(domains["labels"])
+    assert "he2gene" not in table.uns
+
+
+def test_counts_that_were_predicted_are_judged_where_it_is_said():
+    table = slides(2)
+    table.layers["counts"] = (
+        np.random.default_rng(1).poisson(np.expm1(table.layers["other_model"]) / 5).astype(np.float32)
+    )
+    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks raw counts.*layer_scale='counts'"):
+        hg.tl.evaluate(table, layer="counts")
+    hg.tl.evaluate(table, layer="counts", layer_scale="counts", baselines="total counts")
+    pooled = hg.get.evaluation(table, "genes").query("scope == 'pooled' and predictor == 'counts'")
+    expected = pearsonr(log_normalise(table.layers["counts"])[:, 0], log_normalise(table.X)[:, 0])[0]
+    assert pooled["pearson"].iloc[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_colour_of_a_slide_stands_beside_the_layer_of_another_model():
+    slide = hg.datasets.toy((6, 6), mpp=2.0)
+    slide["table"].layers["other"] = log_normalise(slide["table"].X) + 0.1
+    hg.tl.evaluate(slide, layer="other", baselines="mean colour")
+    summary = hg.get.evaluation(slide).query("scope == 'mean'").set_index("predictor")["pearson_mean"]
+    assert summary["other"] == pytest.approx(1)
+    assert np.isfinite(summary["mean colour"])
+
+
+def test_beside_a_prediction_of_ours_the_layer_of_another_model_is_named_as_such():
+    table = slides(2)
+    table.layers["he2gene"] = table.layers["other_model"]
+    table.uns["he2gene"] = {"model": "mine", "weights_sha256": "x", "layer": "he2gene"}
+    for name, value in (("predicted", True), ("reliable", True), ("mean", 1.0)):
+        table.var[f"he2gene_{name}"] = value
+    with pytest.raises(
+        ValueError, match=r"valid: \['he2gene'\]; if another model predicted it, pass prediction_key=None"
+    ):
+        hg.tl.evaluate(table, layer="other_model")
+    hg.tl.evaluate(table, layer="other_model", prediction_key=None, baselines="total counts")
+    assert hg.get.evaluation(table)["skill_mean"].isna().all()
+    with pytest.raises(
+        ValueError, match=r"`layer` 'he2gene' is of prediction 'he2gene' .* pass prediction_key='he2gene'"
+    ):
+        hg.tl.evaluate(table, prediction_key=None)
+    with pytest.raises(ValueError, match="`layer` 'nothing' is not a layer, valid: "):
+        hg.tl.evaluate(table, layer="nothing", prediction_key=None)
+    with pytest.raises(ValueError, match=r"`model` is of predictions of hg\.tl\.predict"):
+        hg.tl.evaluate(table, layer="other_model", prediction_key=None, model="breast-her2st")
