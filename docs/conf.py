@@ -5,6 +5,8 @@ import shutil
 from importlib.metadata import version as installed
 from pathlib import Path
 
+from docutils import nodes
+
 HERE = Path(__file__).parent
 
 project = "he2gene_sc"
@@ -17,7 +19,9 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_design",
 ]
 # Links to the pages of other projects need their inventories from the network: on Read the Docs, or where asked for.
 if os.environ.get("READTHEDOCS") or os.environ.get("HE2GENE_INTERSPHINX"):
@@ -25,6 +29,7 @@ if os.environ.get("READTHEDOCS") or os.environ.get("HE2GENE_INTERSPHINX"):
     intersphinx_timeout = 20
     intersphinx_mapping = {
         "anndata": ("https://anndata.readthedocs.io/en/stable/", None),
+        "matplotlib": ("https://matplotlib.org/stable/", None),
         "numpy": ("https://numpy.org/doc/stable/", None),
         "pandas": ("https://pandas.pydata.org/docs/", None),
         "python": ("https://docs.python.org/3/", None),
@@ -59,5 +64,22 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"he2gene_sc {release}"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def write_llms(app, error):
+    """List the pages with their first paragraphs in ``llms.txt``, for language models."""
+    if error or app.builder.format != "html":
+        return
+    lines = [f"# {project} {release}", ""]
+    for docname, title in sorted(app.env.titles.items()):
+        paragraph = next(app.env.get_doctree(docname).findall(nodes.paragraph), None)
+        first = "" if paragraph is None else " ".join(paragraph.astext().split()).partition(". ")[0]
+        lines.append(f"- [{title.astext()}]({docname}.html): {first[:200]}")
+    (Path(app.outdir) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def setup(app):
+    app.connect("build-finished", write_llms)
