@@ -319,7 +319,7 @@ def _score_section(
         Labels("random features", [cluster(x, n, [s], clustering)[0] for x, s in zip(noise, seeds, strict=True)])
     )
     if annotation is not None and annotation.iloc[spots].notna().any():
-        head = codes_of(annotation.iloc[spots].astype(str).to_numpy())
+        head = codes_of(pd.Categorical(annotation.iloc[spots]).codes)
         kinds.append(Labels("annotation head", [head], trained_on_labels=True))
     others = [k.name for k in kinds if not k.trained_on_labels and any(len(np.unique(x)) != n for x in k.labelings)]
     if others:
