@@ -455,7 +455,7 @@ def test_without_an_image_spots_alone_are_drawn_in_the_colours_of_their_domains(
         for circles in ax.collections:
             places = np.flatnonzero((circles.get_offsets() == table.obsm["spatial"][i]).all(1))
             if len(places):
-                return to_hex(circles.get_facecolor()[0])
+                return to_hex(circles.get_facecolor()[places[0]])
         return None
 
     for i in range(0, table.n_obs, 7):

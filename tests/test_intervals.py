@@ -328,7 +328,10 @@ def test_calibration_draws_the_reliability_of_the_annotation(table, model):
     codes = proba.columns.get_indexer(table.obs["annotation"].astype(str))
     expected = calibration_error(proba.to_numpy(), codes)
     assert axes[1].get_title().endswith(f"calibration error {expected:.3f}")
+    counts = [int(text.get_text()) for text in axes[1].texts]
+    assert sum(counts) == (codes >= 0).sum()
     x, y = axes[1].collections[0].get_offsets().T
+    assert len(counts) == len(x)
     assert ((x > 0) & (x <= 1) & (y >= 0) & (y <= 1)).all()
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
-from matplotlib.collections import PatchCollection, PathCollection
+from matplotlib.collections import EllipseCollection, PatchCollection, PathCollection, PolyCollection
 
 import he2gene_sc as hg
 
@@ -28,9 +28,7 @@ def without_measured(toy, tiny_model):
 
 
 def _spots(ax):
-    # Patches up to spatialdata-plot 0.4.2, paths since; a scatter of nothing is a line of the legend.
-    found = [c for c in ax.collections if isinstance(c, PatchCollection | PathCollection)]
-    (spots,) = [c for c in found if len(c.get_offsets()) != 0]
+    (spots,) = [c for c in ax.collections if isinstance(c, EllipseCollection | PolyCollection)]
     return spots
 
 
@@ -45,12 +43,15 @@ def _colour_limits(ax):
 
 
 def _norms(figure):
-    bars = [a for a in figure.axes if hasattr(a, "_colorbar")]
-    panels = [a for a in figure.axes if not hasattr(a, "_colorbar")]
-    return {panel: bar._colorbar.norm for panel, bar in zip(panels, bars, strict=True)}
+    return {panel: bar._colorbar.norm for panel in figure.axes for bar in panel.child_axes}
 
 
 def _legend(ax):
+    """Entries that spots of the panel have."""
+    return [text for text in _whole_legend(ax) if not text.endswith(" (absent)")]
+
+
+def _whole_legend(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
@@ -73,7 +74,7 @@ def test_spatial_returns_a_single_axes_for_a_single_panel(predicted):
 
 def test_spatial_draws_every_spot_over_the_tissue(predicted):
     ax = hg.pl.spatial(predicted, "ERBB2", measured=False)
-    assert len(_spots(ax).get_paths()) == predicted["table"].n_obs
+    assert len(_spots(ax).get_offsets()) == predicted["table"].n_obs
     assert len(ax.images) == 1
 
 
@@ -111,7 +112,7 @@ def test_spatial_shows_counts_in_the_unit_of_the_prediction(predicted):
 
 def test_spatial_colour_bar_names_the_unit(predicted):
     ax = hg.pl.spatial(predicted, "ERBB2", measured=False)
-    (bar,) = [a for a in ax.figure.axes if hasattr(a, "_colorbar")]
+    (bar,) = ax.child_axes
     assert bar.get_ylabel() == "ln(1 + counts per 10,000)"
 
 
@@ -347,7 +348,10 @@ def test_spatialdata_plot_draws_what_predict_wrote(predicted):
         predicted.pl.render_shapes("spots", table_name="table", **options).pl.show(
             coordinate_systems="global", ax=ax, show=False
         )
-        assert len(_spots(ax).get_paths()) == predicted["table"].n_obs
+        # Patches up to spatialdata-plot 0.4.2, paths since; a scatter of nothing is a line of the legend.
+        found = [c for c in ax.collections if isinstance(c, PatchCollection | PathCollection)]
+        (spots,) = [c for c in found if len(c.get_offsets()) != 0]
+        assert len(spots.get_paths()) == predicted["table"].n_obs
 
 
 def test_spatial_draws_dense_counts_as_sparse_ones(predicted):
@@ -367,7 +371,7 @@ def test_a_slide_on_which_every_spot_is_unknown_is_drawn(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     toy["table"].obs["he2gene_annotation"] = pd.Categorical([None] * 30, categories=["invasive cancer"])
     ax = hg.pl.annotation(toy)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["unknown"]
+    assert _whole_legend(ax) == [*(f"{name} (absent)" for name in tiny_model.card.classes), "unknown"]
 
 
 # ------------------------------------------------------------------------------------------------ tissue
@@ -393,7 +397,7 @@ def test_tissue_draws_mask_and_spots_over_the_image(masked):
     ax = hg.pl.tissue(masked, shapes_key="grid")
     assert ax.get_title() == "tissue: 50 % of the image, 2 spots"
     assert len(ax.images) >= 2
-    assert {len(c.get_paths()) for c in ax.collections if isinstance(c, PatchCollection | PathCollection)} == {2}
+    assert {len(c.get_offsets()) for c in ax.collections if isinstance(c, EllipseCollection)} == {2}
     assert len(_scale_bars(ax)) == 1
     mask = ax.images[1].get_array()
     drawn = np.asarray(mask[..., 3]) > 0

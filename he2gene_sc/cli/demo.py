@@ -67,22 +67,25 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
         f"Predicted {len(get.genes(sdata)):,} genes and the annotation of {table.n_obs} spots in {seconds:.1f} s "
         f"({table.n_obs / seconds:.1f} spots/s) at {record['mpp']:.3f} µm/px ({record['mpp_source']})."
     )
-    comparison = compare(sdata, model)
-    _report(comparison, table, echo)
     out.mkdir(parents=True, exist_ok=True)
-    comparison.genes.to_csv(out / "genes.csv", index=False, float_format="%.4g")
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
     mpl.use("Agg")
     drawn = [gene for gene in _GENES if gene in set(get.genes(sdata))]
     pl.spatial(sdata, drawn, save=out / "genes.png")
+    echo(f"First picture: {out / 'genes.png'}")
+    comparison = compare(sdata, model)
+    _report(comparison, table, echo)
+    comparison.genes.to_csv(out / "genes.csv", index=False, float_format="%.4g")
     reference = "annotation" if table.obs["annotation"].notna().any() else None
     pl.annotation(sdata, reference=reference, save=out / "annotation.png")
     plt.close("all")
     store = io.save(sdata, out / f"{name}.zarr", overwrite=True)
     echo("")
-    echo(f"Pictures   {out / 'genes.png'}  ({', '.join(drawn)}: predicted, and measured beside it)")
+    echo(
+        f"Pictures   {out / 'genes.png'}  ({', '.join(drawn)}: predicted, and measured beside it; what holds for new patients below)"
+    )
     echo(f"           {out / 'annotation.png'}")
     echo(f"Genes      {out / 'genes.csv'}  (column `reliable`: the genes where it is False are not to be trusted)")
     echo(f"Object     {store}  (spatialdata.read_zarr)")

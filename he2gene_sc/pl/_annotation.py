@@ -2,53 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from .._core import validate
 from .._core.keys import Keys
-from ._canvas import GREYS, NO_TISSUE, UNKNOWN, axes_for, canvas, draw, finish, on_glass
+from ._canvas import canvases, finish, on_glass
+from ._panels import Panel, Style, class_colours, class_panel, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
-
-_EXTRA_COLOURS = ("#17becf", "#bcbd22", "#7f7f7f", "#e377c2", "#8c564b", "#1f77b4", "#aec7e8", "#ffbb78")
 
 
 def annotation(
-    sdata: SpatialData,
+    sdata: SpatialData | AnnData | Sequence[SpatialData | AnnData] | Mapping[str, SpatialData | AnnData],
     *,
     reference: str | None = None,
     image: bool = True,
+    bbox: Sequence[float] | None = None,
+    palette: Mapping[str, str] | Sequence[str] | str | None = None,
     size: float = 1.0,
+    alpha: float = 1.0,
+    title: str | Sequence[str] | None = None,
+    legend_loc: str | None = "right margin",
+    frameon: bool = True,
     prediction_key: str = "he2gene",
     table_key: str | None = None,
-    shapes_key: str | None = None,
+    shapes_key: str | Sequence[str] | None = None,
     image_key: str | None = None,
     coordinate_system: str | None = None,
+    figsize: Sequence[float] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     save: str | Path | None = None,
-) -> Axes | list[Axes]:
+    show: bool = False,
+    return_fig: bool = False,
+) -> Axes | list[Axes] | Figure | None:
     """Draw the predicted annotation at the spots over the tissue, and known labels beside it.
 
-    Spots without a class are grey: "no tissue" where less than 0.25 of a spot is tissue, else "unknown".
+    A class has one colour everywhere. Classes of the model that no spot has are listed as absent. Spots without a class are
+    grey: "no tissue" where less than 0.25 of a spot is tissue, else "unknown".
 
     Parameters
     ----------
     sdata
-        Object that :func:`he2gene_sc.tl.predict` wrote to.
+        Object that :func:`he2gene_sc.tl.predict` wrote to, a table, or several, as in :func:`he2gene_sc.pl.spatial`.
     reference
         Column of ``obs`` with known labels, for example ``"pathologist"``, drawn beside in the same colours.
-    image
-        Draw the tissue underneath.
-    size
-        Scale of the spots; 1 is their true size.
+    image, bbox, palette, size, alpha, legend_loc, frameon
+        As in :func:`he2gene_sc.pl.spatial`.
     prediction_key
         ``key_added`` of predict.
     table_key, shapes_key, image_key, coordinate_system
@@ -57,10 +65,12 @@ def annotation(
         Axes to draw in: one, or two with ``reference``.
     save
         File to write the figure to.
+    figsize, title, show, return_fig
+        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------
-    matplotlib.axes.Axes or list of them
+    matplotlib.axes.Axes, list of them, or matplotlib.figure.Figure
         One a panel.
 
     Raises
@@ -76,9 +86,9 @@ def annotation(
     >>> ax = hg.pl.annotation(sdata)
     """
     validate.arguments(annotation, locals())
-    validate.in_range(size, "size", above=0)
+    style = Style(image, size, alpha, legend_loc=legend_loc, frameon=frameon, bbox=bbox)
     keys = Keys(prediction_key)
-    where = canvas(
+    slides = canvases(
         sdata,
         prediction_key=prediction_key,
         table_key=table_key,
@@ -86,45 +96,25 @@ def annotation(
         image_key=image_key,
         coordinate_system=coordinate_system,
     )
-    table = where.table
-    if keys.annotation not in table.obs:
-        raise ValueError(
-            f"`prediction_key` {prediction_key!r}: the model has no annotation head, obs has no {keys.annotation!r}"
-        )
-    if reference is not None and not _has_labels(table, reference):
-        labelled = [c for c in table.obs if isinstance(table.obs[c].dtype, pd.CategoricalDtype)]
-        raise ValueError(f"`reference` {reference!r} is no column of obs with labels, candidates: {labelled}")
-    columns = {"predicted annotation": table.obs[keys.annotation]}
-    if reference is not None:
-        columns[reference] = table.obs[reference]
-    colours = _colours(where.sdata[where.table_key], keys, columns)
-    glass = on_glass(table, prediction_key)
-    panels = where.panels(
-        {f"panel_{i}": _labels(values, glass & (i == 0)) for i, values in enumerate(columns.values())}
-    )
-    axes = axes_for(len(columns), ax, ncols=2, panel=5.0)
-    for i, title in enumerate(columns):
-        present = list(panels.obs[f"panel_{i}"].cat.categories)
-        draw(
-            where,
-            panels,
-            f"panel_{i}",
-            axes[i],
-            title=title,
-            image=image,
-            size=size,
-            groups=present,
-            palette=[colours[name] for name in present],
-        )
-    return finish(axes, save)
-
-
-def _labels(values: pd.Series, glass: np.ndarray) -> pd.Categorical:
-    """Labels as text, the missing ones named; classes first."""
-    missing = values.isna().to_numpy()
-    texts = np.where(missing, np.where(glass, NO_TISSUE, UNKNOWN), values.astype(str))
-    found = set(texts)
-    return pd.Categorical(texts, categories=[*sorted(found - set(GREYS)), *(name for name in GREYS if name in found)])
+    tables = [slide.table for slide in slides]
+    panels: list[Panel] = []
+    for slide in slides:
+        table = slide.table
+        if keys.annotation not in table.obs:
+            raise ValueError(
+                f"`prediction_key` {prediction_key!r}: the model has no annotation head, obs has no {keys.annotation!r}"
+            )
+        if reference is not None and not _has_labels(table, reference):
+            labelled = [c for c in table.obs if isinstance(table.obs[c].dtype, pd.CategoricalDtype)]
+            raise ValueError(f"`reference` {reference!r} is no column of obs with labels, candidates: {labelled}")
+        prefix = f"{slide.name}\n" if len(slides) > 1 else ""
+        shown = {keys.annotation: "predicted annotation"} | ({} if reference is None else {reference: reference})
+        for i, (column, name) in enumerate(shown.items()):
+            glass = on_glass(table, prediction_key) if column == keys.annotation else None
+            panel = class_panel(slide, column, prefix + name, glass, i)
+            panels.append(replace(panel, colours=class_colours(column, tables, keys, palette)))
+    axes = draw_panels(panels, style, ax, 2 if reference is not None else 3, figsize, title)
+    return finish(axes, save, title, show, return_fig)
 
 
 def _has_labels(table: AnnData, column: str) -> bool:
@@ -132,10 +122,3 @@ def _has_labels(table: AnnData, column: str) -> bool:
         return False
     values = table.obs[column]
     return isinstance(values.dtype, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(values)
-
-
-def _colours(table: AnnData, keys: Keys, columns: dict[str, pd.Series]) -> dict[str, str]:
-    """Colour of every class: the model's, and further ones for labels that it does not know."""
-    known = dict(zip(table.obs[keys.annotation].cat.categories, table.uns.get(keys.colors, ()), strict=False))
-    labels = sorted({str(v) for values in columns.values() for v in values.dropna().unique()} - set(known))
-    return {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(labels)} | known | GREYS

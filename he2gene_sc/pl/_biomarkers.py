@@ -18,6 +18,7 @@ from ._canvas import axes_for, finish
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
 
 _ABOVE, _BELOW, _NEITHER = "#b2182b", "#2166ac", "#bdbdbd"
@@ -34,9 +35,13 @@ def biomarkers(
     key: str = "he2gene_biomarkers",
     table_key: str | None = None,
     ncols: int = 3,
+    figsize: Sequence[float] | None = None,
+    title: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     save: str | Path | None = None,
-) -> Axes | list[Axes]:
+    show: bool = False,
+    return_fig: bool = False,
+) -> Axes | list[Axes] | Figure | None:
     """Draw the tests of biomarkers.
 
     Parameters
@@ -64,6 +69,8 @@ def biomarkers(
         Axes to draw in: one a group for volcanoes, one for dots.
     save
         File to write the figure to.
+    figsize, title, show, return_fig
+        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------
@@ -97,15 +104,15 @@ def biomarkers(
     reference = str(record["params"]["reference"])
     groups = list(dict.fromkeys(frame["group"]))
     if kind == "dot":
-        (axes,) = axes_for(1, ax, 1, panel=6.0)
+        (axes,) = axes_for(1, ax, 1, panel=6.0, figsize=figsize, title=title)
         if named is None:
             named = list(dict.fromkeys(name for g in groups for name in _extremes(frame[frame["group"] == g], n_genes)))
         _dots(axes, record, groups, named, reference)
-        return finish([axes], save)
-    panels = axes_for(len(groups), ax, ncols)
+        return finish([axes], save, title, show, return_fig)
+    panels = axes_for(len(groups), ax, ncols, figsize=figsize, title=title)
     for name, panel in zip(groups, panels, strict=True):
         _volcano(panel, frame[frame["group"] == name], name, reference, named, n_genes, fdr)
-    return finish(panels, save)
+    return finish(panels, save, title, show, return_fig)
 
 
 def _volcano(

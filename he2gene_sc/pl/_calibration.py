@@ -20,6 +20,7 @@ from ._canvas import axes_for, finish
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
 
     from ..models import HE2Gene
@@ -41,9 +42,13 @@ def calibration(
     gene_symbols: str | None = None,
     prediction_key: str = "he2gene",
     table_key: str | None = None,
+    figsize: Sequence[float] | None = None,
+    title: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     save: str | Path | None = None,
-) -> Axes | list[Axes]:
+    show: bool = False,
+    return_fig: bool = False,
+) -> Axes | list[Axes] | Figure | None:
     """Draw the coverage of the intervals against what was asked for, and the reliability of the annotation.
 
     Parameters
@@ -56,7 +61,7 @@ def calibration(
         left out.
     annotation_key
         Column of ``obs`` with known labels: adds the reliability diagram of the annotation (share of right classes in
-        ten bins of the confidence).
+        ten bins of the confidence). Beside each bin stands its number of spots.
     coverages
         Coverages to ask for.
     measured, measured_scale
@@ -71,6 +76,8 @@ def calibration(
         Axes to draw in: one, or two with ``annotation_key``.
     save
         File to write the figure to.
+    figsize, title, show, return_fig
+        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------
@@ -116,7 +123,7 @@ def calibration(
     genes = np.flatnonzero(np.all([found.known[judged.columns] for found in bounds], axis=0))
     if not len(genes):
         raise ValueError("`measured`: no gene that has intervals was measured")
-    axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, panel=4.5)
+    axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, figsize=figsize, title=title)
     predicted, truth = judged.predicted[:, genes], judged.measured[:, genes]
     ends = (found.ends(predicted, judged.columns[genes], judged.rows) for found in bounds)
     covered = np.stack([_covered(bounds, truth) for bounds in ends])
@@ -124,7 +131,7 @@ def calibration(
     if annotation_key is not None:
         proba, codes, _ = proba_of(judged, annotation_key, table, keys)
         _draw_reliability(axes[1], proba.to_numpy(float), codes)
-    return finish(axes, save)
+    return finish(axes, save, title, show, return_fig)
 
 
 def _checked(coverages: Any) -> np.ndarray:
@@ -172,11 +179,22 @@ def _draw_reliability(ax: Axes, proba: np.ndarray, codes: np.ndarray) -> None:
     ax.plot([0, 1], [0, 1], color="k", lw=0.8, ls="--")
     ax.plot(x, y, color="#1f77b4", lw=0.8)
     ax.scatter(x, y, s=10 + 150 * size / size.max(), color="#1f77b4", alpha=0.7)
+    for confidence_of_bin, share, n in zip(x, y, size, strict=True):
+        low = share > 0.5
+        ax.annotate(
+            f"{n:,}",
+            (confidence_of_bin, share),
+            xytext=(0, -9 if low else 9),
+            textcoords="offset points",
+            ha="center",
+            va="top" if low else "bottom",
+            fontsize=8,
+        )
     error = float(np.abs(x - y) @ size / size.sum())
     ax.set(
         xlabel="confidence",
         ylabel="share of right classes",
         title=f"annotation, {size.sum():,} labelled spots, calibration error {error:.3f}",
-        xlim=(0, 1),
-        ylim=(0, 1.01),
+        xlim=(0, 1.05),
+        ylim=(0, 1.05),
     )

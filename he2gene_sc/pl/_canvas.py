@@ -1,167 +1,267 @@
-"""What the pictures share: the slide to draw on, its axes, its scale bar."""
+"""What the pictures share: slides to draw on, the tissue under the spots, and the figure around them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from .._core import logs
-from .._core.elements import check_spatialdata, spot_element
+from .._core import validate
+from .._core.elements import check_spatialdata
 from .._core.keys import Keys
 from .._core.mpp import affine
+from .._core.names import with_text_names
 from .._core.predictions import predicted_table
 from .._core.slide import Slide, resolve
-from ..image import MIN_TISSUE
+from .._core.spots import pitch_of, sections_of, spots_of
+from ..image import MIN_TISSUE, Level, Pyramid, read_reduced
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from geopandas import GeoDataFrame
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
+    from matplotlib.collections import Collection
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
 
-#: What legends call a spot without a value, and a spot on glass, and their greys.
-UNKNOWN, NO_TISSUE = "unknown", "no tissue"
-GREYS = {NO_TISSUE: "#c4c4c4", UNKNOWN: "#8c8c8c"}
+#: Dots per inch that figures are saved with, and that the tissue is read for.
+_DPI = 150
+#: Corners of a panel, as (x, y) of their outer end, in the order in which they are preferred.
+_CORNERS = {"lower left": (0, 0), "lower right": (1, 0), "upper right": (1, 1), "upper left": (0, 1)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Canvas:
-    """A slide and the table that was predicted on it."""
+    """Spots to draw: rows of a table, with the slide that they lie on, or without one where there is no image."""
 
-    sdata: SpatialData
-    slide: Slide
-    table_key: str
+    table: AnnData
+    slide: Slide | None = None
+    sdata: SpatialData | None = None
+    name: str = ""
+    _tissue: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
-    def table(self) -> AnnData:
-        """Rows of the slide's spots, in the order of the slide."""
-        table = self.sdata[self.table_key]
-        attrs = table.uns["spatialdata_attrs"]
-        return table[(table.obs[attrs["region_key"]] == self.slide.shapes_key).to_numpy()]
+    @classmethod
+    def of_slide(cls, sdata: SpatialData, slide: Slide, table: AnnData, name: str = "") -> Canvas:
+        """Take the rows of a table that annotate the spots of a slide."""
+        region_key = table.uns["spatialdata_attrs"]["region_key"]
+        return cls(table[(table.obs[region_key] == slide.shapes_key).to_numpy()], slide, sdata, name)
 
-    def panels(self, columns: Mapping[str, Any]) -> AnnData:
-        """Make a small table of the slide's spots with a column of ``obs`` for each panel, as spatialdata-plot wants it."""
-        from anndata import AnnData
-        from spatialdata.models import TableModel
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """From pixels of level 0, or the unit of ``obsm["spatial"]``, to what is drawn, 3 × 3."""
+        if self.slide is None or self.sdata is None:
+            return np.eye(3)
+        return affine(self.sdata.images[self.slide.image_key], self.slide.coordinate_system)
 
-        table, region = self.table, self.slide.shapes_key
-        obs = pd.DataFrame(dict(columns), index=table.obs_names)
-        obs["region"] = pd.Categorical([region] * len(obs))
-        obs["instance"] = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
-        return TableModel.parse(AnnData(obs=obs), region=region, region_key="region", instance_key="instance")
+    @cached_property
+    def xy(self) -> np.ndarray:
+        """Centres of the spots, ``(n, 2)``."""
+        return _moved(spots_of(self.table) if self.slide is None else self.slide.centres, self.matrix)
 
+    @cached_property
+    def diameter(self) -> float:
+        """Of a spot; without a slide, spots nearly touch."""
+        if self.slide is None:
+            return 0.95 * pitch_of(self.xy) if len(self.xy) > 1 else 1.0
+        return self.slide.diameter_um / self.um_per_unit
+
+    @cached_property
     def um_per_unit(self) -> float:
-        """µm per unit of the coordinate system that is drawn."""
-        matrix = affine(self.sdata.images[self.slide.image_key], self.slide.coordinate_system)
-        return float(self.slide.mpp / np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+        """µm per unit of what is drawn; NaN where it is unknown."""
+        return np.nan if self.slide is None else self.slide.mpp / _scale(self.matrix)
+
+    def box(self, bbox: Sequence[float] | None) -> tuple[float, float, float, float]:
+        """Part that is shown, xmin, ymin, xmax and ymax: the region, or the spots and a margin."""
+        if bbox is not None:
+            corners = _moved(np.array([[x, y] for x in bbox[::2] for y in bbox[1::2]], float), self.matrix)
+            low, high = corners.min(0), corners.max(0)
+            if not ((self.xy >= low) & (self.xy <= high)).all(1).any():
+                first, last = (np.nanmin(self.xy, 0), np.nanmax(self.xy, 0)) if len(self.xy) else (low, high)
+                ends = _moved(np.array([first, last]), np.linalg.inv(self.matrix))
+                raise ValueError(
+                    f"`bbox` {tuple(bbox)} holds no spot; the spots lie in x {ends[:, 0].min():.0f} to {ends[:, 0].max():.0f} "
+                    f"and y {ends[:, 1].min():.0f} to {ends[:, 1].max():.0f}"
+                )
+            return (*low, *high)
+        low, high = self.xy.min(0), self.xy.max(0)
+        margin = 0.06 * (high - low).max() + self.diameter
+        return (*(low - margin), *(high + margin))
+
+    def draw_tissue(self, ax: Axes, box: tuple[float, ...], pixels: float) -> None:
+        """Draw the image, which is read once for all panels."""
+        if self.slide is not None:
+            if box not in self._tissue:
+                self._tissue[box] = read_region(self.slide.pyramid, self.slide.pixel_factor, self.matrix, box, pixels)
+            draw_image(ax, *self._tissue[box])
+
+    def draw_spots(self, ax: Axes, colours: np.ndarray, size: float) -> None:
+        """Draw the spots in their true size and shape; ``colours`` is ``(n, 4)``."""
+        if self.slide is None or self.sdata is None:
+            sides = np.full(len(self.xy), size * self.diameter)
+            ax.add_collection(_circles(ax, self.xy, sides, facecolors=colours))
+        elif self.slide.shapes_key in self.sdata.labels:
+            self._draw_labels(ax, colours)
+        else:
+            shapes = self.sdata.shapes[self.slide.shapes_key].loc[self.slide.spot_ids]
+            ax.add_collection(outlines(ax, shapes, self.slide.coordinate_system, size, facecolors=colours))
+
+    def _draw_labels(self, ax: Axes, colours: np.ndarray) -> None:
+        assert self.slide is not None
+        assert self.sdata is not None
+        element = self.sdata.labels[self.slide.shapes_key]
+        nodes = [node["image"] for node in element.values()] if hasattr(element, "children") else [element]
+        nodes = sorted((node.transpose("y", "x") for node in nodes), key=lambda node: node.sizes["x"])
+        found = next((node for node in nodes if node.sizes["x"] >= 2000), nodes[-1])
+        values = np.asarray(found.data)
+        names, codes = np.unique(values, return_inverse=True)
+        place = pd.Index(self.slide.spot_ids).get_indexer(pd.Index(names))
+        rgba = np.vstack([colours, np.zeros(4)])[place][codes.reshape(values.shape)]
+        scale = nodes[-1].sizes["x"] / found.sizes["x"]
+        draw_image(ax, rgba, affine(element, self.slide.coordinate_system) @ np.diag([scale, scale, 1]), "nearest")
+
+    def frame(self, ax: Axes, box: tuple[float, ...]) -> list[str]:
+        """Show a part, with a scale bar where µm are known; return the corners that are left, the emptiest first."""
+        x0, y0, x1, y1 = box
+        ax.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xlabel="", ylabel="", xticks=[], yticks=[])
+        places = (self.xy - [x0, y1]) / [x1 - x0, y0 - y1]
+
+        def spots_in(corner: str) -> int:
+            near = np.abs(places - np.array(_CORNERS[corner]))
+            return int(((near[:, 0] < 0.45) & (near[:, 1] < 0.15)).sum())
+
+        corners = sorted(_CORNERS, key=spots_in)
+        if not np.isfinite(self.um_per_unit):
+            return corners
+        length = max(np.ptp(np.clip(self.xy[:, 0], x0, x1)), self.diameter) / 3
+        add_scale_bar(ax, self.um_per_unit, length, corners[0])
+        return corners[1:]
 
 
-def canvas(
-    sdata: SpatialData,
+def add_scale_bar(ax: Axes, um_per_unit: float, length: float, location: str) -> None:
+    """Add a scale bar of about a length."""
+    from matplotlib_scalebar.scalebar import ScaleBar
+
+    nice = np.outer([1, 1.5, 2, 2.5, 3, 4, 5, 7.5], 10.0 ** np.arange(-2, 7)).ravel()
+    um = nice[np.abs(np.log(nice / (length * um_per_unit))).argmin()]
+    fixed = {"fixed_value": um / 1000, "fixed_units": "mm"} if um >= 1000 else {"fixed_value": um, "fixed_units": "um"}
+    ax.add_artist(ScaleBar(um_per_unit, "um", location=location, box_alpha=0.6, font_properties={"size": 8}, **fixed))
+
+
+def read_region(
+    pyramid: Pyramid, factor: float, matrix: np.ndarray, box: tuple[float, ...], pixels: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read a region ``(h, w, 3)`` from the coarsest level that is long enough, and the matrix from its pixels to the drawing."""
+    corners = _moved(np.array([[x, y] for x in box[::2] for y in box[1::2]]), np.linalg.inv(matrix))
+    low = np.clip(corners.min(0), 0, [pyramid.width - 1, pyramid.height - 1])
+    high = np.clip(corners.max(0), low + 1, [pyramid.width, pyramid.height])
+    fitting = [level for level in pyramid.levels if (high - low).max() / level.scale >= pixels]
+    level = fitting[-1] if fitting else pyramid.levels[0]
+    (x0, y0), (x1, y1) = np.floor(low / level.scale).astype(int), np.ceil(high / level.scale).astype(int)
+    part = Level(level.array[:, y0:y1, x0:x1])
+    rgb = read_reduced(Pyramid((part,)), int((2 * pixels) ** 2), factor).transpose(1, 2, 0)
+    step = level.scale * 2 ** round(np.log2(part.width / rgb.shape[1]))
+    return rgb, matrix @ np.array([[step, 0, x0 * level.scale], [0, step, y0 * level.scale], [0, 0, 1]])
+
+
+def draw_image(ax: Axes, pixels: np.ndarray, matrix: np.ndarray, interpolation: str | None = None) -> None:
+    """Draw pixels ``(h, w, 3 or 4)``; ``matrix`` brings them to what is drawn."""
+    from matplotlib.transforms import Affine2D
+
+    height, width = pixels.shape[:2]
+    image = ax.imshow(pixels, extent=(0, width, height, 0), interpolation=interpolation)
+    image.set_transform(Affine2D(matrix) + ax.transData)
+
+
+def outlines(ax: Axes, shapes: GeoDataFrame, system: str, size: float = 1.0, **kwargs: Any) -> Collection:
+    """Circles, or polygons."""
+    from matplotlib.collections import PolyCollection
+
+    matrix = affine(shapes, system)
+    if "radius" in shapes.columns:
+        sides = 2 * size * shapes["radius"].to_numpy(float) * _scale(matrix)
+        return _circles(ax, _moved(shapes.get_coordinates().to_numpy(), matrix), sides, **kwargs)
+    rings = shapes.geometry.convex_hull if (shapes.geom_type != "Polygon").any() else shapes.geometry
+    rings = rings if size == 1 else rings.scale(size, size)
+    return PolyCollection(
+        [_moved(np.asarray(ring.exterior.coords)[:, :2], matrix) for ring in rings], **{"edgecolors": "none", **kwargs}
+    )
+
+
+def _circles(ax: Axes, xy: np.ndarray, sides: np.ndarray, **kwargs: Any) -> Collection:
+    from matplotlib.collections import EllipseCollection
+
+    options: dict[str, Any] = {"offsets": xy, "offset_transform": ax.transData, "edgecolors": "none", **kwargs}
+    return EllipseCollection(sides, sides, np.zeros(len(sides)), units="xy", **options)
+
+
+def _moved(xy: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    return xy @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def _scale(matrix: np.ndarray) -> float:
+    return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+
+
+def canvases(
+    data: Any,
     *,
     prediction_key: str,
-    table_key: str | None,
-    shapes_key: str | None,
+    table_key: str | None | Callable[[SpatialData], str | None],
+    shapes_key: str | Sequence[str] | None,
     image_key: str | None,
     coordinate_system: str | None,
-) -> Canvas:
-    """Find the slide that a prediction was made on."""
-    check_spatialdata(sdata)
-    table_key = predicted_table(sdata, prediction_key, table_key)
-    record = sdata[table_key].uns[Keys(prediction_key).uns]
+) -> list[Canvas]:
+    """Find the slides that predictions were made on, in one object, a table, or a list or dict of them."""
+    options = {name: value for name, value in locals().items() if name != "data"}
+    if isinstance(data, list | tuple | Mapping):
+        if not len(data):
+            raise ValueError("`sdata` is empty; one object or more is needed")
+        out = []
+        for name, each in data.items() if isinstance(data, Mapping) else [("", each) for each in data]:
+            own = canvases(each, **options)
+            for slide in own:
+                label = " ".join(part for part in (str(name), slide.name) if part)
+                out.append(replace(slide, name=label or str(sections_of(slide.table)[0])))
+        names = [slide.name for slide in out]
+        twice = {name for name in names if names.count(name) > 1}
+        return [
+            replace(each, name=f"{each.name} ({i + 1})") if each.name in twice else each for i, each in enumerate(out)
+        ]
+    if hasattr(data, "obs_names"):
+        table = with_text_names(data)
+        spots_of(table)
+        sections = sections_of(table)
+        names = list(dict.fromkeys(sections))
+        if len(names) < 2:
+            return [Canvas(table)]
+        return [Canvas(table[sections == name], name=str(name)) for name in names]
+    check_spatialdata(data)
+    key = predicted_table(data, prediction_key, table_key(data) if callable(table_key) else table_key)
+    record = data[key].uns[Keys(prediction_key).uns]
     regions = [record["shapes"]] if isinstance(record["shapes"], str) else list(record["shapes"])
-    if shapes_key is None and len(regions) > 1:
-        raise ValueError(f"`shapes_key` is ambiguous, candidates: {regions}")
-    shapes_key = shapes_key or regions[0]
+    if shapes_key is not None:
+        regions = [shapes_key] if isinstance(shapes_key, str) else validate.names(shapes_key, "shapes_key", least=1)
 
-    def recorded(name: str) -> Any:
-        return record[name][shapes_key] if isinstance(record[name], dict) else record[name]
+    def of_region(region: str) -> Canvas:
+        def recorded(name: str) -> Any:
+            return record[name].get(region) if isinstance(record[name], Mapping) else record[name]
 
-    (slide,) = resolve(
-        sdata,
-        image_key=image_key or recorded("image"),
-        shapes_key=shapes_key,
-        table_key=table_key,
-        coordinate_system=coordinate_system or recorded("coordinate_system"),
-        mpp=float(recorded("mpp")),
-    )
-    return Canvas(sdata, slide, table_key)
-
-
-def draw(
-    where: Canvas, table: AnnData, color: str | None, ax: Axes, *, title: str, image: bool, size: float, **kwargs: Any
-) -> None:
-    """Draw one column of a table on the spots over the tissue, by spatialdata-plot.
-
-    Parameters
-    ----------
-    where
-        The slide.
-    table
-        Annotates its spots; replaces the object's tables for the drawing.
-    color
-        Gene or ``obs`` column of ``table``; ``None``: the tissue alone.
-    ax
-        Where to draw.
-    title
-        Of the axes.
-    image
-        Whether the tissue is drawn underneath.
-    size
-        Scale of the spots.
-    **kwargs
-        Passed to ``render_shapes``, or ``render_labels`` where the spots are labels.
-    """
-    import spatialdata as sd
-    import spatialdata_plot  # noqa: F401 - registers sdata.pl
-
-    slide = where.slide
-    elements = {slide.shapes_key: spot_element(where.sdata, slide.shapes_key)}
-    if image:
-        elements[slide.image_key] = where.sdata.images[slide.image_key]
-    shown = sd.SpatialData.init_from_elements({**elements, "table": table})
-    with quiet():
-        plot = shown.pl.render_images(slide.image_key) if image else shown
-        if color is not None and slide.shapes_key in where.sdata.labels:
-            plot = plot.pl.render_labels(slide.shapes_key, color=color, table_name="table", **kwargs)
-        elif color is not None:
-            plot = plot.pl.render_shapes(slide.shapes_key, color=color, table_name="table", scale=size, **kwargs)
-        plot.pl.show(
-            coordinate_systems=slide.coordinate_system,
-            ax=ax,
-            title=title,
-            scalebar_dx=where.um_per_unit(),
-            scalebar_units="um",
-            scalebar_params={"location": "lower left", "box_alpha": 0.6},
-            show=False,
+        (slide,) = resolve(
+            data,
+            image_key=image_key or recorded("image"),
+            shapes_key=region,
+            table_key=key,
+            coordinate_system=coordinate_system or recorded("coordinate_system"),
+            mpp=None if recorded("mpp") is None else float(recorded("mpp")),
         )
-    bare_axes(ax, title)
-    _zoom(where, ax)
+        return Canvas.of_slide(data, slide, data[key], region if len(regions) > 1 else "")
 
-
-def bare_axes(ax: Axes, title: str) -> None:
-    """Leave a picture without labels and ticks, and set its title."""
-    ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
-    ax.set_title(title)
-
-
-def _zoom(where: Canvas, ax: Axes) -> None:
-    """Show the spots and a margin, not the empty glass around them."""
-    slide = where.slide
-    matrix = affine(where.sdata.images[slide.image_key], slide.coordinate_system)
-    xy = slide.centres @ matrix[:2, :2].T + matrix[:2, 2]
-    low, high = xy.min(0), xy.max(0)
-    margin = 0.06 * (high - low).max() + slide.diameter_um / where.um_per_unit()
-    ax.set_xlim(low[0] - margin, high[0] + margin)
-    bottom, top = ax.get_ylim()
-    limits = (low[1] - margin, high[1] + margin)
-    ax.set_ylim(limits[::-1] if bottom > top else limits)
+    return [of_region(region) for region in regions]
 
 
 def on_glass(table: AnnData, prediction_key: str) -> np.ndarray:
@@ -170,37 +270,36 @@ def on_glass(table: AnnData, prediction_key: str) -> np.ndarray:
     return np.zeros(table.n_obs, bool) if share is None else share.to_numpy(dtype=float) < MIN_TISSUE
 
 
-def name_grey(ax: Axes, names: Sequence[str]) -> None:
-    """Say in a legend inside the axes what the grey spots are."""
-    from matplotlib.lines import Line2D
-
-    if names:
-        handle = Line2D([], [], marker="o", ls="", color=GREYS[NO_TISSUE], label=" or ".join(names))
-        ax.legend(handles=[handle], loc="upper right", fontsize="small", handletextpad=0.2)
+def panel_pixels(ax: Axes) -> float:
+    """Pixels of the longer side of a panel when the figure is saved."""
+    extent = ax.get_window_extent()
+    return max(extent.width, extent.height) * _DPI / ax.figure.dpi
 
 
-def add_colorbar(ax: Axes, norm: Normalize, cmap: str, label: str) -> None:
-    """Put a colour bar beside the axes, inside what the layout gives them."""
-    from matplotlib.cm import ScalarMappable
+def axes_for(
+    n: int,
+    ax: Axes | Sequence[Axes] | None,
+    ncols: int,
+    panel: float = 4.5,
+    *,
+    figsize: Sequence[float] | None = None,
+    title: str | Sequence[str] | None = None,
+    aspect: float | None = None,
+    beside: float = 0.0,
+) -> list[Axes]:
+    """Return ``n`` axes: those given, or a new figure of them; ``figsize`` and ``title`` are checked in any case.
 
-    ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, shrink=0.8, pad=0.02).set_label(label)
-
-
-def quiet() -> AbstractContextManager[None]:
-    """Keep spatialdata-plot's log lines about a temporary object out of the notebook."""
-    return logs.quiet("spatialdata", "spatialdata_plot", "spatialdata_plot._logging")
-
-
-def axes_for(n: int, ax: Axes | Sequence[Axes] | None, ncols: int, panel: float = 4.5) -> list[Axes]:
-    """Return ``n`` axes: those given, or a new figure of them.
-
-    Raises
-    ------
-    ValueError
-        If another number of axes is given.
+    Panels of tissue have an ``aspect`` (height to width) and are packed, with ``beside`` inches for bars or legends.
     """
     import matplotlib.pyplot as plt
 
+    if title is not None and not isinstance(title, str) and len(validate.names(title, "title")) != n:
+        raise ValueError(f"`title` holds {len(title)} titles, {n} are needed; a text names the whole figure")
+
+    if figsize is not None:
+        sides = list(figsize) if isinstance(figsize, Iterable) else []
+        if len(sides) != 2 or not all(validate.is_number(side) and side > 0 for side in sides):
+            raise ValueError(f"`figsize` is {figsize!r}; (width, height) in inches is needed, such as (8, 6)")
     if ax is not None:
         given = list(np.ravel(np.asarray(ax, dtype=object)))
         if len(given) != n:
@@ -208,17 +307,43 @@ def axes_for(n: int, ax: Axes | Sequence[Axes] | None, ncols: int, panel: float 
         return given
     ncols = min(n, ncols)
     nrows = -(-n // ncols)
-    figure, grid = plt.subplots(
-        nrows, ncols, figsize=(panel * 1.15 * ncols, panel * nrows), squeeze=False, layout="constrained"
-    )
+    size = (panel * 1.15 * ncols, panel * nrows)
+    if aspect is not None:
+        # A tall slide is not made taller than a panel is wide.
+        width = panel / max(1.0, aspect)
+        size = ((width + beside) * ncols, (width * aspect + 0.6) * nrows)
+    layout = "constrained" if aspect is None else "compressed"
+    if figsize is not None:
+        size = (sides[0], sides[1])
+    figure, grid = plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout=layout)
     flat = list(grid.ravel())
     for empty in flat[n:]:
         empty.remove()
     return flat[:n]
 
 
-def finish(axes: list[Axes], save: str | Path | None) -> Axes | list[Axes]:
-    """Save the figure if asked, and return one axes or the list of them."""
+def finish(
+    axes: list[Axes],
+    save: str | Path | None,
+    title: str | Sequence[str] | None = None,
+    show: bool = False,
+    return_fig: bool = False,
+) -> Any:
+    """Set the titles that were asked for, save and show the figure; return its axes, or itself."""
+    figure: Figure = axes[0].figure.canvas.figure
+    if isinstance(title, str) and len(axes) > 1:
+        figure.suptitle(title)
+    elif title is not None:
+        for each, text in zip(axes, [title] if isinstance(title, str) else title, strict=True):
+            each.set_title(str(text))
     if save is not None:
-        axes[0].figure.canvas.figure.savefig(Path(save).expanduser(), dpi=150, bbox_inches="tight")
+        figure.savefig(Path(save).expanduser(), dpi=_DPI, bbox_inches="tight")
+    if show:
+        import matplotlib.pyplot as plt
+
+        plt.show()
+    if return_fig:
+        return figure
+    if show:
+        return None
     return axes[0] if len(axes) == 1 else axes

@@ -17,6 +17,7 @@ from ._canvas import axes_for, finish
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
 
 
@@ -28,9 +29,13 @@ def concordance(
     key: str = "he2gene_concordance",
     table_key: str | None = None,
     ncols: int = 3,
+    figsize: Sequence[float] | None = None,
+    title: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     save: str | Path | None = None,
-) -> Axes | list[Axes]:
+    show: bool = False,
+    return_fig: bool = False,
+) -> Axes | list[Axes] | Figure | None:
     """Draw the effect of every gene in predicted against that in measured expression, a panel a group.
 
     Parameters
@@ -49,6 +54,8 @@ def concordance(
         Axes to draw in, one a group.
     save
         File to write the figure to.
+    figsize, title, show, return_fig
+        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------
@@ -82,10 +89,10 @@ def concordance(
         raise ValueError(f"`group` {unknown} was not compared, valid: {groups}")
     named = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
     named = genes_of_result(find_results(data, "concordance", key, table_key)[0], named, frame["names"], "compared")
-    panels = axes_for(len(wanted), ax, ncols)
+    panels = axes_for(len(wanted), ax, ncols, figsize=figsize, title=title)
     for name, panel in zip(wanted, panels, strict=True):
         _panel(panel, frame[frame["group"] == name], table[table["group"] == name], name, named)
-    return finish(panels, save)
+    return finish(panels, save, title, show, return_fig)
 
 
 def _panel(ax: Axes, part: pd.DataFrame, scores: pd.DataFrame, group: str, named: Sequence[str]) -> None:

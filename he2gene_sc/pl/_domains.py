@@ -15,13 +15,15 @@ from .._core.names import labels_of
 from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
-from .._core.spots import apart, pitch_of, samples_of, sections_of, spots_of
+from .._core.spots import apart, samples_of, sections_of, spots_of
 from ..tl._domains.inputs import MIN_SPOTS
-from ._canvas import Canvas, axes_for, draw, finish
+from ._canvas import Canvas, finish
+from ._panels import Panel, Style, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
 
 _EXTRA_COLOURS = ("#e377c2", "#8c564b", "#aec7e8", "#ffbb78", "#98df8a")
@@ -33,11 +35,16 @@ def domains(
     section: str | None = None,
     image: bool = True,
     size: float = 1.0,
+    alpha: float = 1.0,
+    title: str | Sequence[str] | None = None,
     key: str = "he2gene_domains",
     table_key: str | None = None,
+    figsize: Sequence[float] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     save: str | Path | None = None,
-) -> Axes | list[Axes]:
+    show: bool = False,
+    return_fig: bool = False,
+) -> Axes | list[Axes] | Figure | None:
     """Draw the tissue, the annotated domains and the clusters beside each other, with their scores.
 
     A cluster has the colour of the domain that it matches one to one, and a grey where it matches none.
@@ -60,6 +67,8 @@ def domains(
         Axes to draw in, one a panel.
     save
         File to write the figure to.
+    alpha, figsize, title, show, return_fig
+        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------
@@ -80,7 +89,7 @@ def domains(
     3
     """
     validate.arguments(domains, locals())
-    validate.in_range(size, "size", above=0)
+    style = Style(image, size, alpha, legend_loc="below")
     (table,) = find_results(data, "domain_preservation", key, table_key)
     record = table.uns[key]
     section, spots = _spots(table, record, section)
@@ -90,22 +99,18 @@ def domains(
     colours = _colours(table, labels)
     titles = [_title(record, section, name) for name in columns.values()]
     where = _canvas(data, table, spots, prediction_of(table, record["params"].get("layer"))) if image else None
-    axes = axes_for(len(columns) + (where is not None), ax, ncols=4, panel=4.0)
-    if where is not None:
-        rows = where.table.obs_names
-        shown = where.panels({column: pd.Categorical(values[rows]) for column, values in labels.items()})
-        draw(where, shown, None, axes[0], title="tissue", image=True, size=size)
-    for axis, column, title in zip(axes[-len(columns) :], columns, titles, strict=True):
-        present = labels[column].iloc[spots].dropna().unique()
-        present = [name for name in colours if name in set(present)]
-        if where is None:
-            _scatter(spots_of(table)[spots], labels[column].iloc[spots], colours, axis, size)
-            axis.set_title(title)
-        else:
-            palette = [colours[name] for name in present]
-            draw(where, shown, column, axis, title=title, image=True, size=size, groups=present, palette=palette)
-        _legend(axis, {name: colours[name] for name in present})
-    return finish(axes, save)
+    if where is None:
+        spots_of(table)
+        where = Canvas(table[spots])
+    panels = [Panel(where, "tissue")] if where.slide is not None else []
+    for column, name in zip(columns, titles, strict=True):
+        present = set(labels[column].iloc[spots].dropna())
+        values = labels[column][where.table.obs_names]
+        shown = {label: colour for label, colour in colours.items() if label in present}
+        values = values.where(values.isin(present), None).to_numpy(object)
+        panels.append(Panel(where, name, values, shown, name_unknown=False))
+    axes = draw_panels(panels, style, ax, 4, figsize, title)
+    return finish(axes, save, title, show, return_fig)
 
 
 def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, np.ndarray]:
@@ -126,14 +131,13 @@ def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, pred
     """Slide that the section lies on; ``None`` without one."""
     if not getattr(data, "images", None):
         return None
-    (table_key,) = [key for key, value in data.tables.items() if value is table]
     shapes = table.obs[table.uns["spatialdata_attrs"]["region_key"]].iloc[spots].iloc[0]
     try:
         slides = slides_of(data, table, prediction)
     except ValueError:
         return None
     found = next((slide for slide in slides if slide.shapes_key == shapes), None)
-    return None if found is None else Canvas(data, found, table_key)
+    return None if found is None else Canvas.of_slide(data, found, table)
 
 
 def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
@@ -141,48 +145,6 @@ def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
     labels = pd.Series(labels_of(table, column, "domain_key"), index=table.obs_names)
     size = labels.iloc[spots].value_counts()
     return labels.where(~labels.isin(size.index[size < MIN_SPOTS]), None)
-
-
-def _legend(ax: Axes, colours: Mapping[str, str]) -> None:
-    """Name the colours below the panel, where they push no other panel apart."""
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], marker="o", ls="", color=colour, label=name) for name, colour in colours.items()]
-    columns = 2 if len(handles) > 2 else 1
-    ax.legend(
-        handles=handles,
-        frameon=False,
-        fontsize="small",
-        ncols=columns,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0),
-        handletextpad=0.2,
-        columnspacing=1,
-    )
-
-
-def _scatter(xy: np.ndarray, labels: pd.Series, colours: Mapping[str, str], ax: Axes, size: float) -> None:
-    """Draw spots alone, in their own size."""
-    from matplotlib.collections import EllipseCollection
-
-    diameter = 0.95 * size * pitch_of(xy)
-    for label in [None, *labels.dropna().unique()]:
-        chosen = (labels.isna() if label is None else labels == label).to_numpy()
-        if chosen.any():
-            sides = np.full(chosen.sum(), diameter)
-            circles = EllipseCollection(
-                sides,
-                sides,
-                np.zeros(chosen.sum()),
-                units="xy",
-                offsets=xy[chosen],
-                offset_transform=ax.transData,
-                facecolors="none" if label is None else colours[label],
-                edgecolors="#d0d0d0" if label is None else "none",
-            )
-            ax.add_collection(circles)
-    low, high = xy.min(0) - diameter, xy.max(0) + diameter
-    ax.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal", xticks=[], yticks=[])
 
 
 def _colours(table: AnnData, labels: Mapping[str, pd.Series]) -> dict[str, str]:

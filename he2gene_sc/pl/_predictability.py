@@ -20,6 +20,7 @@ from ._canvas import axes_for, finish
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
 
     from ..models import HE2Gene
@@ -29,6 +30,8 @@ _NEW_PATIENT = "#9467bd"
 #: More labels do not fit beside each other.
 _MAX_LABELS = 40
 _FONT_SIZE = 7
+#: Intervals of more labelled genes would hide the plot.
+_MAX_BARS = 12
 #: Above so many genes their points are drawn faint.
 _MANY = 500
 #: Running medians are taken over the ranks between one by this and times this.
@@ -42,9 +45,13 @@ def predictability(
     gene_symbols: str | None = None,
     prediction_key: str = "he2gene",
     table_key: str | None = None,
+    figsize: Sequence[float] | None = None,
+    title: str | Sequence[str] | None = None,
     ax: Axes | None = None,
     save: str | Path | None = None,
-) -> Axes:
+    show: bool = False,
+    return_fig: bool = False,
+) -> Axes | Figure | None:
     """Rank the genes by their held-out Pearson correlation, with its interval and the noise ceiling.
 
     Parameters
@@ -64,13 +71,15 @@ def predictability(
         Axes to draw in.
     save
         File to write the figure to.
+    figsize, title, show, return_fig
+        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------
     matplotlib.axes.Axes
         Points are genes, best first on a logarithmic axis of ranks, the reliable ones in blue. The band is the 95 %
         interval of each gene's mean over what the legend says: held-out sections of known patients, or held-out
-        patients. Where the model has them, the purple points are the correlations with whole patients held out. Lines
+        patients. Of more than 500 genes it is the running median of its ends, and up to 12 labelled genes have their own. Where the model has them, the purple points are the correlations with whole patients held out. Lines
         are running medians over the genes between 0.8 and 1.25 times a rank: of those points, purple, and of the noise
         ceiling, orange: no prediction can correlate better with counts this shallow.
 
@@ -90,12 +99,17 @@ def predictability(
         raise ValueError("`model` has no held-out figures: nothing is known of how well it predicts any gene")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
     chosen = _chosen(table, genes)
-    (ax,) = axes_for(1, ax, ncols=1, panel=6.0)
+    (ax,) = axes_for(1, ax, ncols=1, panel=6.0, figsize=figsize, title=title)
     rank = np.arange(1, len(table) + 1)
     if {"pcc_low", "pcc_high"} <= set(table.columns) and table["pcc_high"].notna().any():
-        ax.fill_between(
-            rank, table["pcc_low"], table["pcc_high"], color="#dfe6ee", lw=0, label=f"95 % interval over {_unit(rule)}"
-        )
+        low, high = table["pcc_low"], table["pcc_high"]
+        # Of many genes the ends of each would be noise.
+        band = (rank, low, high) if len(table) <= _MANY else (*_running(low), _running(high)[1])
+        ax.fill_between(*band, color="#dfe6ee", lw=0, label=f"95 % interval over {_unit(rule)}")
+        at = table.index.get_indexer(chosen if len(chosen) <= _MAX_BARS else [])
+        gap = np.full(len(at), np.nan)
+        bars = np.stack([low.iloc[at], high.iloc[at], gap], 1).ravel()
+        ax.plot(np.repeat(at + 1.0, 3), bars, color="#8fa3b8", lw=1, zorder=2)
     if "pcc_new_patient" in table and table["pcc_new_patient"].notna().any():
         faint: dict[str, Any] = {"s": 2, "alpha": 0.2} if len(table) > _MANY else {"s": 8, "alpha": 0.7}
         ax.scatter(rank, table["pcc_new_patient"], lw=0, color=_NEW_PATIENT, zorder=2, rasterized=True, **faint)
@@ -114,8 +128,7 @@ def predictability(
     ax.set_ylabel("held-out Pearson correlation")
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     _label(ax, table, chosen)
-    finish([ax], save)
-    return ax
+    return finish([ax], save, title, show, return_fig)
 
 
 def _chosen(table: pd.DataFrame, genes: Any) -> list[str]:
@@ -161,7 +174,7 @@ def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
             xytext=(column, place),
             fontsize=_FONT_SIZE,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "#606060", "lw": 0.5, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": "#b8b8b8", "lw": 0.4, "shrinkA": 1, "shrinkB": 3, "zorder": 1.5},
             zorder=5,
         )
     ax.set_xlim(left, right * (right / left) ** (0.05 + 0.012 * max(map(len, chosen))))

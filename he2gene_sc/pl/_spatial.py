@@ -1,12 +1,14 @@
-"""``hg.pl.spatial``: predicted genes on the tissue, the measured ones beside them."""
+"""``hg.pl.spatial``: genes, classes and other columns on the tissue; genes with what was measured beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from .._core import validate
 from .._core.expression import contents_of
@@ -14,162 +16,312 @@ from .._core.genes import columns_of
 from .._core.keys import MADE, Keys
 from .._core.layers import layer_names
 from .._core.matrix import dense, in_memory, matrix_of, where_of
-from .._core.ownership import is_of
+from .._core.ownership import is_of, is_prediction
 from .._core.predictions import predicted_layer, record_of, symbols_of
-from ._canvas import (
-    GREYS,
-    NO_TISSUE,
-    UNKNOWN,
-    Canvas,
-    add_colorbar,
-    axes_for,
-    canvas,
-    draw,
-    finish,
-    name_grey,
-    on_glass,
-)
+from ._canvas import Canvas, canvases, finish, on_glass
+from ._panels import Panel, Style, class_colours, class_panel, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
+
+_LOG_UNIT = "ln(1 + counts per 10,000)"
 
 
 def spatial(
-    sdata: SpatialData,
-    genes: str | Sequence[str],
+    sdata: SpatialData | AnnData | Sequence[SpatialData | AnnData] | Mapping[str, SpatialData | AnnData],
+    genes: str | Sequence[str] | None = None,
     *,
+    color: str | Sequence[str] | None = None,
     measured: bool | str | None = None,
     shared_scale: bool = False,
     image: bool = True,
-    cmap: str = "viridis",
+    bbox: Sequence[float] | None = None,
+    vmin: float | str | Sequence[float | str | None] | None = None,
+    vmax: float | str | Sequence[float | str | None] | None = None,
+    cmap: str | Colormap = "viridis",
+    palette: Mapping[str, str] | Sequence[str] | str | None = None,
     size: float = 1.0,
+    alpha: float = 1.0,
+    title: str | Sequence[str] | None = None,
+    legend_loc: str | None = "right margin",
+    frameon: bool = True,
     layer: str | None = "he2gene",
     prediction_key: str = "he2gene",
     table_key: str | None = None,
-    shapes_key: str | None = None,
+    shapes_key: str | Sequence[str] | None = None,
     image_key: str | None = None,
     coordinate_system: str | None = None,
+    figsize: Sequence[float] | None = None,
     ncols: int | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     save: str | Path | None = None,
-) -> Axes | list[Axes]:
-    """Draw predicted genes at the spots over the tissue, and the measured expression beside them.
+    show: bool = False,
+    return_fig: bool = False,
+) -> Axes | list[Axes] | Figure | None:
+    """Draw genes, classes or any column of ``obs`` at the spots over the tissue, and measured genes beside predicted ones.
 
     The prediction of a spot on glass is of no tissue: it is grey and does not count for the colour scale. Measured values are
-    drawn everywhere.
+    drawn everywhere. The title of a measured panel states the Pearson correlation with the predicted one. Below a predicted
+    panel stand the held-out correlations of the gene.
 
     Parameters
     ----------
     sdata
-        Object that :func:`he2gene_sc.tl.predict` wrote to.
-    genes
-        One gene or several: names in ``var_names``, or in the column that predict was given as ``gene_symbols``. A symbol
-        that HGNC has changed since is found by its other name.
+        Object that :func:`he2gene_sc.tl.predict` wrote to; a list of them, or a dict by name. A table (AnnData) is drawn
+        by its ``obsm["spatial"]``, without tissue. All regions of a table are drawn.
+    genes, color
+        What to draw, one name or several; both mean the same. A gene: its name in ``var_names``, or in the column that
+        predict was given as ``gene_symbols``; a symbol that HGNC has changed since is found by its other name. A column of
+        ``obs``. ``"annotation"``, ``"confidence"``, ``"ood"`` or ``"tissue"`` (share of tissue) of the prediction, where
+        ``obs`` has no such column. A class of the model: its probability; ``"probabilities"``: those of all classes.
+        Default: the tissue alone.
     measured
-        What to show beside the prediction. ``None``: ``X``, where the table was measured. ``True``: the same, an error
+        What to show beside a predicted gene. ``None``: ``X``, where the table was measured. ``True``: the same, an error
         where there is none. ``False``: nothing. A text: that layer. Raw counts are shown as natural log of (1 +
         counts per 10,000), the unit of the prediction; other values as they are.
     shared_scale
         Give predicted and measured of a gene the same colour scale. Predictions vary less than measurements, which
         carry noise; on one scale that shows, on their own the patterns compare better.
     image
-        Draw the tissue underneath.
+        Draw the tissue underneath, from the level of the image that fits the panel.
+    bbox
+        Region to draw, (xmin, ymin, xmax, ymax) in pixels of the full-resolution image; of a table, in the unit of
+        ``obsm["spatial"]``.
+    vmin, vmax
+        Ends of the colour scale: a number, a percentile such as ``"p99"``, or a list with one for each name. Default: the
+        1st and the 99th percentile of the panel, so that predicted and measured compare; of fewer than 100 spots
+        none is clipped. Probabilities go from 0 to 1. Slides of one figure have one scale.
     cmap
-        Colour map.
+        Colour map of numbers.
+    palette
+        Colours of classes: a mapping, a list, or a colour map. Default: those of the model and of ``uns``.
     size
         Scale of the spots; 1 is their true size.
+    alpha
+        Opacity of the spots.
+    title
+        A text: title of the figure, or of its only panel. A list: one for each panel.
+    legend_loc
+        Of classes: ``"right margin"``, ``"below"``, a corner such as ``"upper right"``, or ``None``. Classes without a
+        spot are listed as absent.
+    frameon
+        Draw a frame around each panel.
     layer
-        What to show: the prediction, or another layer, ``"he2gene_adapted"`` for example; the titles say so. ``None``: ``X``.
+        What to show of genes: the prediction, or another layer, ``"he2gene_adapted"`` for example; the titles say so.
+        ``None``: ``X``.
     prediction_key
         ``key_added`` of predict.
     table_key, shapes_key, image_key, coordinate_system
-        As given to predict.
+        As given to predict; ``shapes_key`` may name several regions.
+    figsize
+        Width and height of the figure in inches.
     ncols
-        Panels in a row; default 2 with measured, else 4.
+        Panels in a row. Default: what is beside each other for one or two genes or several slides, else 4.
     ax
         Axes to draw in, one a panel: for each gene the predicted, then the measured.
     save
         File to write the figure to.
+    show
+        Call ``matplotlib.pyplot.show`` and return nothing.
+    return_fig
+        Return the figure.
 
     Returns
     -------
-    matplotlib.axes.Axes or list of them
+    matplotlib.axes.Axes, list of them, or matplotlib.figure.Figure
         One a panel.
 
     Raises
     ------
     ValueError
-        If a gene was not predicted, nothing was predicted, or the number of axes does not fit.
+        If a name is neither a predicted gene nor a column, nothing was predicted, the number of axes does not fit, or a
+        table has no ``obsm["spatial"]``.
 
     Examples
     --------
     >>> import he2gene_sc as hg
     >>> sdata = hg.datasets.toy((4, 4))
     >>> hg.tl.predict(sdata, show_progress_bar=False)
-    >>> axes = hg.pl.spatial(sdata, "ERBB2")
+    >>> axes = hg.pl.spatial(sdata, "ERBB2", vmax="p99")
     >>> len(axes)
     2
+    >>> ax = hg.pl.spatial(sdata, color="confidence", figsize=(4, 3))
     """
     validate.arguments(spatial, locals())
-    from matplotlib import colormaps
-
-    validate.key_in(cmap, colormaps, "cmap", what="a colour map of matplotlib")
-    validate.in_range(size, "size", above=0)
+    style = Style(image, size, alpha, cmap, vmin, vmax, legend_loc, frameon, bbox)
     if ncols is not None:
         validate.whole(ncols, "ncols")
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    where = canvas(
+    names = [*_listed(genes, "genes"), *_listed(color, "color")]
+    keys = Keys(prediction_key)
+    slides = canvases(
         sdata,
         prediction_key=prediction_key,
-        table_key=_table_with(sdata, genes, prediction_key) if table_key is None else table_key,
+        table_key=table_key or (lambda each: _table_with(each, names, prediction_key)),
         shapes_key=shapes_key,
         image_key=image_key,
         coordinate_system=coordinate_system,
     )
-    table = where.table
-    shown_layer = None if layer is None else predicted_layer(table, prediction_key, layer)
-    names = _check_predicted(table, genes, prediction_key)
-    predicted = np.array(dense(matrix_of(table[:, names], shown_layer)), dtype=float)
-    glass = on_glass(table, prediction_key)
+    if "probabilities" in names:
+        names = [
+            each for name in names for each in (_classes(slides[0].table, keys) if name == "probabilities" else [name])
+        ]
+    tables = [slide.table for slide in slides]
+    panels: list[Panel] = []
+    for slide in slides:
+        own = _panels(slide, names, keys, layer, measured, shared_scale)
+        own = [
+            replace(p, colours=class_colours(p.scale, tables, keys, palette)) if p.colours is not None else p
+            for p in own
+        ]
+        panels += [replace(p, title=f"{slide.name}\n{p.title}") for p in own] if len(slides) > 1 else own
+    if ncols is None:
+        pairs = len(panels) == 4 and any(panel.title.split(" (")[0].endswith("measured") for panel in panels)
+        ncols = len(own) if len(slides) > 1 and 1 < len(own) < 5 else 2 if pairs else 4
+    axes = draw_panels(panels, style, ax, ncols, figsize, title)
+    return finish(axes, save, title, show, return_fig)
+
+
+def _listed(names: Any, parameter: str) -> list[str]:
+    if names is None:
+        return []
+    found = [names] if isinstance(names, str) else validate.names(names, parameter)
+    if not found:
+        raise ValueError(f"`{parameter}` is empty; name at least one")
+    if wrong := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"`{parameter}` holds {wrong[:5]}; names of genes or columns of obs are needed")
+    return found
+
+
+def _classes(table: AnnData, keys: Keys) -> list[str]:
+    """Classes of the model."""
+    return [str(label) for label in getattr(table.obsm.get(keys.proba), "columns", ())]
+
+
+def _column(table: AnnData, name: str, keys: Keys) -> str | None:
+    """Column of ``obs`` that a name means."""
+    ours = {"annotation": keys.annotation, "confidence": keys.confidence, "ood": keys.ood, "tissue": keys.tissue}
+    return next((column for column in (name, ours.get(name)) if column in table.obs), None)
+
+
+def _unknown(table: AnnData, names: list[str], keys: Keys) -> list[str]:
+    """Names that are neither a predicted gene nor a column nor a class."""
+    found = _columns(table, names, keys)
+    classes = {*_classes(table, keys), "probabilities"}
+    return [
+        name
+        for name, place in zip(names, found, strict=True)
+        if place < 0 and _column(table, name, keys) is None and name not in classes
+    ]
+
+
+def _panels(
+    slide: Canvas, names: list[str], keys: Keys, layer: str | None, measured: bool | str | None, shared_scale: bool
+) -> list[Panel]:
+    """Panels of one slide; those of classes name their column as ``scale``."""
+    table = slide.table
+    if not names:
+        return [Panel(slide, "tissue")]
+    if unknown := _unknown(table, names, keys):
+        raise ValueError(
+            f"`genes` {unknown[:5]} were not predicted; hg.get.genes(sdata) lists those that were. Columns of obs, classes of "
+            f"the model, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities' are drawn too"
+            f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys)])}"
+        )
+    places = _columns(table, names, keys)
+    genes = [i for i, place in enumerate(places) if place >= 0]
+    of_genes = _gene_panels(slide, names, genes, places, keys, layer, measured, shared_scale) if genes else {}
+    glass = on_glass(table, keys.key_added)
+    panels: list[Panel] = []
+    for i, name in enumerate(names):
+        column = _column(table, name, keys)
+        if i in of_genes:
+            panels += of_genes[i]
+        elif column is None:
+            values = table.obsm[keys.proba][name].to_numpy(float)
+            panels.append(Panel(slide, name, values, label="probability", item=i, scale=i, limits=(0, 1)))
+        elif pd.api.types.is_numeric_dtype(table.obs[column]) and not pd.api.types.is_bool_dtype(table.obs[column]):
+            values = table.obs[column].to_numpy(float, na_value=np.nan)
+            label = {
+                keys.confidence: "probability",
+                keys.tissue: "share of tissue",
+                keys.ood: "above 1: out of distribution",
+            }
+            limits = (0.0, 1.0) if column in (keys.confidence, keys.tissue) else None
+            panels.append(Panel(slide, name, values, label=label.get(column, ""), item=i, scale=i, limits=limits))
+        else:
+            title = "predicted annotation" if column == keys.annotation else name
+            panels.append(class_panel(slide, column, title, glass if column == keys.annotation else None, i))
+    return panels
+
+
+def _gene_panels(
+    slide: Canvas,
+    names: list[str],
+    genes: list[int],
+    places: np.ndarray,
+    keys: Keys,
+    layer: str | None,
+    measured: bool | str | None,
+    shared_scale: bool,
+) -> dict[int, list[Panel]]:
+    """Panels of each gene, predicted and measured, by its place in what was asked for."""
+    table = slide.table
+    if not table.var_names.is_unique:
+        raise ValueError(
+            "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
+        )
+    of_model = predicted_layer(table, keys.key_added)
+    shown = None if layer is None else predicted_layer(table, keys.key_added, layer)
+    own = table.var_names[places[genes]].tolist()
+    predicted = np.array(dense(matrix_of(table[:, own], shown)), dtype=float)
+    glass = on_glass(table, keys.key_added)
     predicted[glass] = np.nan
-    found = _measured(where, table, names, measured)
-    beside, were_counts = found if found is not None else (None, False)
-    columns = {f"predicted_{i}": predicted[:, i] for i in range(len(genes))}
-    columns |= {} if beside is None else {f"measured_{i}": beside[:, i] for i in range(len(genes))}
-    panels = where.panels(columns)
-    kinds = ["predicted"] if beside is None else ["predicted", "measured"]
-    name = "predicted" if shown_layer == predicted_layer(table, prediction_key) else _name(table, shown_layer)
-    axes = axes_for(len(genes) * len(kinds), ax, ncols or (4 if beside is None else 2))
-    reliable = table.var[Keys(prediction_key).reliable]
-    for i, (gene, own) in enumerate(zip(genes, names, strict=True)):
-        shown = {"predicted": predicted[:, i]} | ({} if beside is None else {"measured": beside[:, i]})
-        for j, kind in enumerate(kinds):
-            values = np.concatenate(list(shown.values())) if shared_scale else shown[kind]
-            norm = _norm(values)
-            doubt = "" if kind == "measured" or bool(reliable[own]) else " (not reliable)"
-            panel = axes[i * len(kinds) + j]
-            draw(
-                where,
-                panels,
-                f"{kind}_{i}",
-                panel,
-                title=f"{gene} {name if kind == 'predicted' else kind}{doubt}",
-                image=image,
-                size=size,
-                cmap=cmap,
-                norm=norm,
-                colorbar=False,
-                na_color=GREYS[NO_TISSUE],
+    beside, were_counts = _measured(table, own, measured) or (None, False)
+    facts = table.var.loc[own]
+    out: dict[int, list[Panel]] = {}
+    for j, i in enumerate(genes):
+        doubt = "" if bool(facts[keys.reliable].iloc[j]) else " (not reliable)"
+        said = [
+            f"{text} r = {facts[name].iloc[j]:.2f}"
+            for text, name in (("held-out", keys.pcc), ("new patients", keys.pcc_new_patient))
+            if shown == of_model and name in facts and np.isfinite(facts[name].iloc[j])
+        ]
+        out[i] = [
+            Panel(
+                slide,
+                f"{names[i]} {'predicted' if shown == of_model else _name(table, shown)}{doubt}",
+                predicted[:, j],
+                label=_LOG_UNIT,
+                caption=", ".join(said),
+                glass=glass,
+                item=i,
+                scale=i if shared_scale else (i, "predicted"),
             )
-            if kind == "predicted":
-                unknown = np.isnan(predicted[:, i]) & ~glass
-                name_grey(panel, [NO_TISSUE] * bool(glass.any()) + [UNKNOWN] * bool(unknown.any()))
-            in_log = kind == "predicted" or were_counts
-            add_colorbar(panel, norm, cmap, "ln(1 + counts per 10,000)" if in_log else "as stored")
-    return finish(axes, save)
+        ]
+        if beside is not None:
+            r = _correlation(predicted[:, j], beside[:, j])
+            out[i].append(
+                Panel(
+                    slide,
+                    f"{names[i]} measured{'' if r is None else f' (r = {r:.2f})'}",
+                    beside[:, j],
+                    label=_LOG_UNIT if were_counts else "as stored",
+                    item=i,
+                    scale=i if shared_scale else (i, "measured"),
+                )
+            )
+    return out
+
+
+def _correlation(predicted: np.ndarray, measured: np.ndarray) -> float | None:
+    there = np.isfinite(predicted) & np.isfinite(measured)
+    if there.sum() < 3 or not (np.ptp(predicted[there]) > 0 and np.ptp(measured[there]) > 0):
+        return None
+    return float(np.corrcoef(predicted[there], measured[there])[0, 1])
 
 
 def _name(table: AnnData, layer: str | None) -> str:
@@ -179,57 +331,35 @@ def _name(table: AnnData, layer: str | None) -> str:
     return "adapted" if is_of("adapt", table.uns.get(layer)) else layer
 
 
-def _norm(values: np.ndarray) -> Normalize:
-    from matplotlib.colors import Normalize
-
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    return Normalize(low, high if high > low else low + 1.0)
-
-
-def _table_with(sdata: SpatialData, genes: list[str], prediction_key: str) -> str | None:
-    """Prefer the measured table; if it lacks a gene, the table of all model genes, where there is one."""
+def _table_with(sdata: SpatialData, names: list[str], prediction_key: str) -> str | None:
+    """Prefer the measured table; if it lacks a name, the table of all model genes, where there is one."""
     from .._core.predictions import predicted_table
 
+    keys = Keys(prediction_key)
     first = predicted_table(sdata, prediction_key)
-    others = [key for key, table in sdata.tables.items() if Keys(prediction_key).uns in table.uns and key != first]
+    others = [key for key, table in sdata.tables.items() if keys.uns in table.uns and key != first]
     for key in (first, *others):
-        if (_columns(sdata[key], genes, prediction_key) >= 0).all():
+        if not _unknown(sdata[key], names, keys):
             return key
     return first
 
 
-def _columns(table: AnnData, genes: list[str], prediction_key: str) -> np.ndarray:
-    """Columns of the genes, -1 where one was not predicted."""
-    found = columns_of(table, genes, symbols_of(table, record_of(table, prediction_key), None))
-    known = np.append(table.var[Keys(prediction_key).predicted].to_numpy(bool), False)
+def _columns(table: AnnData, names: list[str], keys: Keys) -> np.ndarray:
+    """Columns of predicted genes, -1 for other names."""
+    if not is_prediction(table.uns.get(keys.uns)):
+        return np.full(len(names), -1)
+    found = columns_of(table, names, symbols_of(table, record_of(table, keys.key_added), None))
+    known = np.append(table.var[keys.predicted].to_numpy(bool), False)
     return np.where(known[found], found, -1)
 
 
-def _check_predicted(table: AnnData, genes: list[str], prediction_key: str) -> list[str]:
-    """Names of the genes in the table."""
-    if not genes:
-        raise ValueError("`genes` is empty; name at least one")
-    if not table.var_names.is_unique:
-        raise ValueError(
-            "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
-        )
-    found = _columns(table, genes, prediction_key)
-    missing = [gene for gene, place in zip(genes, found, strict=True) if place < 0]
-    if missing:
-        raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists those that were")
-    return table.var_names[found].tolist()
-
-
-def _measured(
-    where: Canvas, table: AnnData, genes: list[str], measured: bool | str | None
-) -> tuple[np.ndarray, bool] | None:
+def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> tuple[np.ndarray, bool] | None:
     """Measured values of the genes and whether they were raw counts; ``None`` where nothing is shown."""
     if measured is False:
         return None
-    if not isinstance(measured, str) and MADE in where.sdata[where.table_key].uns:
+    if not isinstance(measured, str) and MADE in table.uns:
         if measured:
-            raise ValueError(f"`measured`: table {where.table_key!r} holds predictions only")
+            raise ValueError("`measured`: the table holds predictions only")
         return None
     if isinstance(measured, str) and measured not in layer_names(table):
         raise ValueError(f"`measured` {measured!r} is no layer, valid: {sorted(layer_names(table))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ import numpy as np
 
 from .._core import validate
 from .._core.elements import check_spatialdata, find_shapes
-from .._core.images import find_image
+from .._core.images import check_image, find_image, pyramid_of
 from .._core.mpp import affine, stored_mpp
-from ._canvas import axes_for, bare_axes, finish, quiet
+from ._canvas import add_scale_bar, axes_for, draw_image, finish, outlines, panel_pixels, read_region
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from spatialdata import SpatialData
 
 _MASK, _SPOTS = "#00a9e0", "black"
@@ -27,9 +29,13 @@ def tissue(
     tissue_key: str | None = None,
     shapes_key: str | None = None,
     coordinate_system: str | None = None,
+    figsize: Sequence[float] | None = None,
+    title: str | Sequence[str] | None = None,
     ax: Axes | None = None,
     save: str | Path | None = None,
-) -> Axes:
+    show: bool = False,
+    return_fig: bool = False,
+) -> Axes | Figure | None:
     """Draw the tissue mask and the outlines of the spots over the image.
 
     Look at it before a prediction: what lies outside the mask gets no spot from :func:`he2gene_sc.pp.grid`.
@@ -50,6 +56,8 @@ def tissue(
         Axes to draw in.
     save
         File to write the figure to.
+    figsize, title, show, return_fig
+        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------
@@ -69,9 +77,6 @@ def tissue(
     >>> ax = hg.pl.tissue(sdata)
     """
     validate.arguments(tissue, locals())
-    import spatialdata as sd
-    import spatialdata_plot  # noqa: F401 - registers sdata.pl
-
     check_spatialdata(sdata)
     image_key = find_image(sdata, None, image_key)
     tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
@@ -82,26 +87,44 @@ def tissue(
     shapes_key = _circles(sdata) if shapes_key is None else find_shapes(sdata, shapes_key, None)[0]
     if shapes_key is not None and shapes_key not in sdata.shapes:
         raise ValueError(f"`shapes_key` {shapes_key!r} names labels; shapes are needed, valid: {sorted(sdata.shapes)}")
-    elements = {image_key: sdata.images[image_key], tissue_key: _one_piece(sdata.labels[tissue_key])}
+    elements = {image_key: sdata.images[image_key], tissue_key: sdata.labels[tissue_key]}
     if shapes_key is not None:
         elements[shapes_key] = sdata.shapes[shapes_key]
     system = _shared_system(elements, coordinate_system)
-    (axes,) = axes_for(1, ax, ncols=1, panel=6.0)
-    with quiet():
-        plot = sd.SpatialData.init_from_elements(elements).pl.render_images(image_key)
-        plot = plot.pl.render_labels(
-            tissue_key, color=_MASK, fill_alpha=0.25, outline_alpha=1.0, outline_color=_MASK, contour_px=3
-        )
-        if shapes_key is not None:
-            plot = plot.pl.render_shapes(
-                shapes_key, fill_alpha=0.0, outline_alpha=1.0, outline_width=0.6, outline_color=_SPOTS
-            )
-        plot.pl.show(coordinate_systems=system, ax=axes, show=False, **_scalebar(sdata, image_key, system))
-    share = float((np.asarray(elements[tissue_key]) > 0).mean())
-    spots = "" if shapes_key is None else f", {len(sdata.shapes[shapes_key]):,} spots"
-    bare_axes(axes, f"tissue: {100 * share:.0f} % of the image{spots}")
-    finish([axes], save)
-    return axes
+    pyramid, matrix = pyramid_of(sdata, image_key), affine(elements[image_key], system)
+    ends = np.array([[x, y, 1] for x in (0, pyramid.width) for y in (0, pyramid.height)]) @ matrix.T
+    (x0, y0), (x1, y1) = ends[:, :2].min(0), ends[:, :2].max(0)
+    (axes,) = axes_for(1, ax, 1, 6.0, figsize=figsize, title=title, aspect=(y1 - y0) / (x1 - x0))
+    factor = check_image(pyramid, image_key)
+    draw_image(axes, *read_region(pyramid, factor, matrix, (x0, y0, x1, y1), panel_pixels(axes)))
+    share = _draw_mask(axes, elements[tissue_key], system)
+    spots = ""
+    if shapes_key is not None:
+        shapes = elements[shapes_key]
+        axes.add_collection(outlines(axes, shapes, system, facecolors="none", edgecolors=_SPOTS, linewidths=0.6))
+        spots = f", {len(shapes):,} spots"
+    axes.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xticks=[], yticks=[])
+    axes.set_title(f"tissue: {100 * share:.0f} % of the image{spots}")
+    if (found := stored_mpp(sdata, image_key)) is not None:
+        um_per_unit = float(found[0] / np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+        add_scale_bar(axes, um_per_unit, (x1 - x0) / 4, "lower left")
+    return finish([axes], save, title, show, return_fig)
+
+
+def _draw_mask(ax: Axes, labels: Any, system: str) -> float:
+    """Draw a mask and its outline; return the share of the image that is tissue."""
+    from matplotlib.colors import to_rgba
+    from scipy.ndimage import binary_erosion
+
+    finest = next(iter(labels["scale0"].values())) if hasattr(labels, "children") else labels
+    mask = np.asarray(finest.transpose("y", "x")) > 0
+    step = -(-max(mask.shape) // 1500)
+    shown = mask[::step, ::step]
+    rgba = np.zeros((*shown.shape, 4))
+    rgba[shown] = to_rgba(_MASK, 0.25)
+    rgba[shown & ~binary_erosion(shown, iterations=max(1, max(shown.shape) // 500))] = to_rgba(_MASK)
+    draw_image(ax, rgba, affine(labels, system) @ np.diag([step, step, 1]))
+    return float(mask.mean())
 
 
 def _circles(sdata: SpatialData) -> str | None:
@@ -109,16 +132,6 @@ def _circles(sdata: SpatialData) -> str | None:
     if not any("radius" in element.columns for element in sdata.shapes.values()):
         return None
     return find_shapes(sdata, None, None)[0]
-
-
-def _one_piece(labels: Any) -> Any:
-    """Mask without the numbers of its pieces, which would be drawn in a colour each; of a pyramid the finest level."""
-    from spatialdata.models import Labels2DModel
-    from spatialdata.transformations import get_transformation
-
-    finest = next(iter(labels["scale0"].values())) if hasattr(labels, "children") else labels
-    mask = (np.asarray(finest.transpose("y", "x")) > 0).astype(np.uint8)
-    return Labels2DModel.parse(mask, dims=("y", "x"), transformations=get_transformation(labels, get_all=True))
 
 
 def _shared_system(elements: dict[str, Any], coordinate_system: str | None) -> str:
@@ -134,16 +147,3 @@ def _shared_system(elements: dict[str, Any], coordinate_system: str | None) -> s
             f"`coordinate_system` is {coordinate_system!r}; valid, as shared by {sorted(elements)}: {sorted(shared)}"
         )
     return coordinate_system
-
-
-def _scalebar(sdata: SpatialData, image_key: str, system: str) -> dict[str, Any]:
-    """Arguments of a scale bar, where µm/px is known."""
-    found = stored_mpp(sdata, image_key)
-    if found is None:
-        return {}
-    area = abs(np.linalg.det(affine(sdata.images[image_key], system)[:2, :2]))
-    return {
-        "scalebar_dx": float(found[0] / np.sqrt(area)),
-        "scalebar_units": "um",
-        "scalebar_params": {"location": "lower left", "box_alpha": 0.6},
-    }

@@ -1,0 +1,320 @@
+"""Panels of tissue: numbers with a colour bar or classes with a legend, over the image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .._core import validate
+from .._core.keys import Keys
+from ._canvas import Canvas, axes_for, panel_pixels
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
+
+#: What legends call a spot without a value, and a spot on glass, and their greys.
+UNKNOWN, NO_TISSUE = "unknown", "no tissue"
+GREYS = {NO_TISSUE: "#c4c4c4", UNKNOWN: "#8c8c8c"}
+#: Colours of classes that neither the model nor ``uns`` gives one.
+_EXTRA_COLOURS = ("#17becf", "#bcbd22", "#7f7f7f", "#e377c2", "#8c564b", "#1f77b4", "#aec7e8", "#ffbb78", "#98df8a")
+#: More labels have no colour each.
+_MOST_LABELS = 40
+#: Legends beside and below a panel, and those that matplotlib places inside.
+_BESIDE, _BELOW = "right margin", "below"
+_INSIDE = ("best", "upper left", "upper right", "lower left", "lower right")
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """What one panel shows: numbers, or labels as text with a colour each (``None``: unknown), or tissue alone.
+
+    ``glass`` spots are grey for want of tissue. Panels of one ``scale`` have one range of colours, ``limits`` if it is known.
+    """
+
+    canvas: Canvas
+    title: str
+    values: np.ndarray | None = None
+    colours: Mapping[str, str] | None = None
+    label: str = ""
+    caption: str = ""
+    glass: np.ndarray | None = None
+    item: int = 0
+    scale: Any = None
+    limits: tuple[float, float] | None = None
+    name_unknown: bool = True
+
+
+@dataclass(frozen=True)
+class Style:
+    """How panels are drawn; checked when it is made."""
+
+    image: bool = True
+    size: float = 1.0
+    alpha: float = 1.0
+    cmap: str | Colormap = "viridis"
+    vmin: Any = None
+    vmax: Any = None
+    legend_loc: str | None = _BESIDE
+    frameon: bool = True
+    bbox: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        from matplotlib import colormaps
+        from matplotlib.colors import Colormap
+
+        validate.in_range(self.size, "size", above=0)
+        validate.in_range(self.alpha, "alpha", least=0, most=1)
+        if not isinstance(self.cmap, Colormap):
+            validate.key_in(self.cmap, colormaps, "cmap", what="a colour map of matplotlib")
+        validate.one_of(self.legend_loc, [_BESIDE, _BELOW, *_INSIDE, "none", None], "legend_loc")
+        if self.bbox is not None:
+            given = list(self.bbox) if isinstance(self.bbox, Sequence | np.ndarray) else []
+            valid = len(given) == 4 and all(map(validate.is_number, given))
+            if not valid or given[0] >= given[2] or given[1] >= given[3]:
+                raise ValueError(
+                    f"`bbox` is {self.bbox!r}; (xmin, ymin, xmax, ymax) is needed, such as (0, 0, 2000, 1500)"
+                )
+
+
+def draw_panels(
+    panels: list[Panel], style: Style, ax: Axes | Sequence[Axes] | None, ncols: int, figsize: Any, title: Any
+) -> list[Axes]:
+    """Draw panels side by side, in the axes given or in a new figure."""
+    norms = _norms(panels, style.vmin, style.vmax)
+    boxes = [panel.canvas.box(style.bbox) for panel in panels]
+    aspect = max((box[3] - box[1]) / (box[2] - box[0]) for box in boxes)
+    beside = any(panel.colours is not None for panel in panels) and style.legend_loc == _BESIDE
+    width = {1: 5.0, 2: 4.5}.get(min(ncols, len(panels)), 3.4)
+    axes = axes_for(
+        len(panels), ax, ncols, width, figsize=figsize, title=title, aspect=aspect, beside=2.0 if beside else 1.0
+    )
+    for panel, axis, box, norm in zip(panels, axes, boxes, norms, strict=True):
+        if style.image:
+            panel.canvas.draw_tissue(axis, box, panel_pixels(axis))
+        if panel.values is not None:
+            colours = _colours_of_spots(panel, style, norm)
+            colours[:, 3] *= style.alpha
+            panel.canvas.draw_spots(axis, colours, style.size)
+        corners = panel.canvas.frame(axis, box)
+        axis.set_title(panel.title, fontsize="medium")
+        if panel.caption:
+            axis.set_xlabel(panel.caption, fontsize="small", color="0.35")
+        for spine in axis.spines.values():
+            spine.set_visible(style.frameon)
+        if norm is not None:
+            _add_colorbar(axis, norm, style.cmap, panel.label)
+            _name_grey(axis, panel, corners[0])
+        elif panel.values is not None and style.legend_loc not in (None, "none"):
+            _add_legend(axis, panel, style.legend_loc)
+    return axes
+
+
+def _colours_of_spots(panel: Panel, style: Style, norm: Normalize | None) -> np.ndarray:
+    """Colour of each spot, ``(n, 4)``: grey where there is no value."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgba, to_rgba_array
+
+    values = panel.values
+    assert values is not None
+    missing = pd.isna(values)
+    if norm is None:
+        assert panel.colours is not None
+        table = {**panel.colours, **GREYS}
+        texts = np.where(missing, UNKNOWN, values)
+        colours = to_rgba_array([table[text] for text in texts])
+    else:
+        cmap = colormaps[style.cmap] if isinstance(style.cmap, str) else style.cmap
+        colours = np.array(cmap(norm(np.where(missing, 0.0, values.astype(float)))))
+        colours[missing] = to_rgba(GREYS[NO_TISSUE])
+    if panel.glass is not None:
+        colours[panel.glass & missing] = to_rgba(GREYS[NO_TISSUE])
+    return colours
+
+
+def _greys(panel: Panel) -> list[str]:
+    """Names of the greys that the spots of a panel have."""
+    missing = pd.isna(panel.values)
+    glass = missing & (False if panel.glass is None else panel.glass)
+    return [NO_TISSUE] * bool(glass.any()) + [UNKNOWN] * bool(panel.name_unknown and (missing & ~glass).any())
+
+
+def _name_grey(ax: Axes, panel: Panel, corner: str) -> None:
+    """Say in a legend inside the axes what the grey spots are."""
+    from matplotlib.lines import Line2D
+
+    if names := _greys(panel):
+        handle = Line2D([], [], marker="o", ls="", color=GREYS[NO_TISSUE], label=" or ".join(names))
+        options: dict[str, Any] = {"loc": corner, "fontsize": "small", "handletextpad": 0.2}
+        ax.legend(handles=[handle], **options)
+
+
+def _add_colorbar(ax: Axes, norm: Normalize, cmap: str | Colormap, label: str) -> None:
+    """Put a colour bar beside the axes, as high as they are."""
+    from matplotlib.cm import ScalarMappable
+
+    place = ax.inset_axes((1.03, 0, 0.04, 1))
+    bar = ax.figure.colorbar(ScalarMappable(norm, cmap), cax=place)
+    bar.set_label(label, fontsize="small")
+    place.tick_params(labelsize="small")
+
+
+def _add_legend(ax: Axes, panel: Panel, loc: str) -> None:
+    """Name the classes, those that no spot of the panel is of too, and the greys."""
+    from matplotlib.lines import Line2D
+
+    assert panel.colours is not None
+    present = set(pd.unique(np.asarray(panel.values, object)))
+    handles = []
+    for name, colour in {**panel.colours, **{grey: GREYS[grey] for grey in _greys(panel)}}.items():
+        absent = name not in present and name not in GREYS
+        handles.append(
+            Line2D(
+                [],
+                [],
+                marker="o",
+                ls="",
+                color=colour,
+                fillstyle="none" if absent else "full",
+                label=f"{name} (absent)" if absent else name,
+            )
+        )
+    options: dict[str, Any] = {"loc": loc}
+    if loc == _BESIDE:
+        options = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
+    elif loc == _BELOW:
+        options = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
+        options |= {"ncols": 2 if len(handles) > 2 else 1, "columnspacing": 1}
+    ax.legend(handles=handles, fontsize="small", handletextpad=0.2, **options)
+
+
+def class_panel(slide: Canvas, column: str, title: str, glass: np.ndarray | None, item: int) -> Panel:
+    """Panel of a column with labels; its colours are still to come."""
+    values = slide.table.obs[column]
+    labels = np.array(values.astype(str), dtype=object)
+    labels[values.isna().to_numpy()] = None
+    if (n := len(pd.unique(labels))) > _MOST_LABELS:
+        raise ValueError(
+            f"`genes`: obs[{column!r}] has {n} different labels; at most {_MOST_LABELS} have a colour each"
+        )
+    return Panel(slide, title, labels, colours={}, glass=glass, item=item, scale=column)
+
+
+def class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: Any = None) -> dict[str, str]:
+    """Colour of every class of a column, in the order of the legend.
+
+    ``palette`` comes first, then the colours of the model, those of ``uns``, and further ones.
+    """
+    of_model: dict[str, str] = {}
+    for table in tables:
+        of_model |= _of_model(table, keys)
+    labels: dict[str, None] = dict.fromkeys(of_model) if column == keys.annotation else {}
+    stored: dict[str, str] = {}
+    for table in tables:
+        values = table.obs[column].astype("category")
+        found = [str(label) for label in values.cat.categories]
+        colours = np.asarray(table.uns.get(f"{column}_colors", ()), object).ravel()
+        if isinstance(table.obs[column].dtype, pd.CategoricalDtype) and len(colours) == len(found):
+            stored |= {label: str(colour) for label, colour in zip(found, colours, strict=True)}
+        labels |= dict.fromkeys(sorted(found))
+    further = [label for label in labels if label not in of_model and label not in stored]
+    drawn = {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(further)} | stored | of_model
+    return {label: drawn[label] for label in labels} | _of_palette(palette, list(labels))
+
+
+def _of_model(table: AnnData, keys: Keys) -> dict[str, str]:
+    """Colours of the classes of the model, by its card where it is at hand, else by ``uns``."""
+    from ..models import BUNDLED, load
+
+    record = table.uns.get(keys.uns)
+    name = record.get("model") if isinstance(record, Mapping) else None
+    proba = table.obsm.get(keys.proba)
+    classes = [str(label) for label in getattr(proba, "columns", ())]
+    found: dict[str, str] = {}
+    if name in BUNDLED:
+        card = load(name).card
+        found = dict(zip(card.classes, card.class_colors, strict=True))
+    values = table.obs.get(keys.annotation)
+    if values is not None and isinstance(values.dtype, pd.CategoricalDtype):
+        classes += [str(label) for label in values.cat.categories if str(label) not in classes]
+        found |= dict(zip(map(str, values.cat.categories), map(str, table.uns.get(keys.colors, ())), strict=False))
+    further = iter(_EXTRA_COLOURS * (1 + len(classes)))
+    return {label: found.get(label) or next(further) for label in classes}
+
+
+def _of_palette(palette: Any, labels: list[str]) -> dict[str, str]:
+    from matplotlib import colormaps
+    from matplotlib.colors import is_color_like, to_hex
+
+    if palette is None:
+        return {}
+    if isinstance(palette, str):
+        validate.key_in(palette, colormaps, "palette", what="a colour map of matplotlib")
+        cmap = colormaps[palette]
+        at = range(len(labels)) if cmap.N <= 20 else np.linspace(0, 1, max(2, len(labels)))
+        return {label: to_hex(cmap(x % cmap.N if cmap.N <= 20 else x)) for label, x in zip(labels, at, strict=False)}
+    if isinstance(palette, Mapping):
+        given = {str(label): colour for label, colour in palette.items()}
+    elif isinstance(palette, Sequence) and len(palette) >= len(labels):
+        given = dict(zip(labels, palette, strict=False))
+    else:
+        raise ValueError(
+            f"`palette` is {palette!r}; a mapping from classes to colours, a colour map, or {len(labels)} colours are needed"
+        )
+    if wrong := [colour for colour in given.values() if not is_color_like(colour)]:
+        raise ValueError(f"`palette` holds {wrong[:5]}, which are not colours; such as '#d62728' or 'red' are needed")
+    return {label: to_hex(given[label]) for label in labels if label in given}
+
+
+def _norms(panels: list[Panel], vmin: Any, vmax: Any) -> list[Normalize | None]:
+    """Range of colours of each panel with numbers."""
+    from matplotlib.colors import Normalize
+
+    ends = {name: _listed(value, name, panels) for name, value in (("vmin", vmin), ("vmax", vmax))}
+    pooled: dict[Any, list[np.ndarray]] = {}
+    for panel in panels:
+        if panel.values is not None and panel.colours is None:
+            pooled.setdefault(panel.scale, []).append(panel.values[np.isfinite(panel.values)])
+    norms: list[Normalize | None] = []
+    for i, panel in enumerate(panels):
+        if panel.values is None or panel.colours is not None:
+            norms.append(None)
+            continue
+        values = np.concatenate(pooled[panel.scale])
+        low, high = panel.limits or (0.0, 1.0)
+        if panel.limits is None and len(values):
+            # Of few spots none is clipped.
+            low = float(np.quantile(values, 0.01, method="lower"))
+            high = float(np.quantile(values, 0.99, method="higher"))
+        low, high = _end(ends["vmin"][i], values, low), _end(ends["vmax"][i], values, high)
+        if high <= low and ends["vmin"][i] is not None and ends["vmax"][i] is not None:
+            raise ValueError(f"`vmin` {low:g} is not below `vmax` {high:g} for {panel.title!r}")
+        norms.append(Normalize(low, high if high > low else low + 1.0))
+    return norms
+
+
+def _listed(value: Any, name: str, panels: list[Panel]) -> list[Any]:
+    """Give every panel its end: one for all, or one for each of them or of what was asked for."""
+    n_items = 1 + max(panel.item for panel in panels)
+    given = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else None
+    if given is not None and len(given) not in (n_items, len(panels)):
+        raise ValueError(f"`{name}` holds {len(given)} values; {n_items} are needed, one for each thing that is drawn")
+    for end in [value] if given is None else given:
+        percent = re.fullmatch(r"p(\d+(?:\.\d+)?)", end) if isinstance(end, str) else None
+        if not (end is None or validate.is_number(end) or (percent is not None and float(percent[1]) <= 100)):
+            raise ValueError(f"`{name}` is {end!r}; a number, or a percentile such as 'p99', is needed")
+    if given is None:
+        return [value] * len(panels)
+    return given if len(given) == len(panels) else [given[panel.item] for panel in panels]
+
+
+def _end(given: Any, values: np.ndarray, default: float) -> float:
+    if isinstance(given, str) and len(values):
+        return float(np.percentile(values, float(given[1:])))
+    return default if given is None or isinstance(given, str) else float(given)

@@ -1,0 +1,207 @@
+"""What the pictures of tissue have in common: names, scales, colours, regions, slides, figures."""
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import EllipseCollection
+from matplotlib.colors import to_rgba_array
+
+import he2gene_sc as hg
+from he2gene_sc.image import Level, Pyramid
+from he2gene_sc.pl._canvas import read_region
+
+
+@pytest.fixture(scope="module")
+def slide(tiny_model):
+    """A slide on which ERBB2 is predicted as 1 to 3, and the first two of three classes take turns."""
+    sdata = hg.datasets.toy((5, 6), mpp=2.0)
+    hg.tl.predict(sdata, model=tiny_model)
+    table = sdata["table"]
+    classes, colours = tiny_model.card.classes[:2], tiny_model.card.class_colors[:2]
+    table.obs["he2gene_annotation"] = pd.Categorical.from_codes(np.arange(table.n_obs) % 2, categories=classes)
+    table.uns["he2gene_annotation_colors"] = list(colours)
+    table.layers["he2gene"][:, table.var_names.get_loc("ERBB2")] = np.linspace(1, 3, table.n_obs)
+    table.obs["score"] = np.arange(table.n_obs, dtype=float)
+    return sdata
+
+
+def limits(ax):
+    (bar,) = ax.child_axes
+    return bar._colorbar.norm.vmin, bar._colorbar.norm.vmax
+
+
+def spots(ax):
+    (found,) = [c for c in ax.collections if isinstance(c, EllipseCollection)]
+    return found
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"vmin": 0, "vmax": 5}, (0, 5)),
+        ({"vmax": "p90"}, (1, 2.8)),
+        ({"vmin": "p25", "vmax": "p75"}, (1.5, 2.5)),
+        ({"vmin": [0.5]}, (0.5, 3)),
+    ],
+)
+def test_ends_of_the_scale_are_numbers_or_percentiles(slide, ends, expected):
+    assert limits(hg.pl.spatial(slide, "ERBB2", measured=False, **ends)) == pytest.approx(expected)
+
+
+def test_a_list_of_ends_has_one_for_each_name(slide):
+    axes = hg.pl.spatial(slide, ["ERBB2", "score"], vmax=[7, 8])
+    assert [limits(ax)[1] for ax in axes] == [7, 7, 8]
+
+
+def test_one_spot_in_a_hundred_does_not_stretch_the_scale(slide):
+    table = ad.AnnData(obs=pd.DataFrame({"score": [*np.linspace(0, 1, 300), 1e6]}, index=[f"s{i}" for i in range(301)]))
+    table.obsm["spatial"] = np.stack([np.arange(301) % 20, np.arange(301) // 20], 1) * 10.0
+    assert limits(hg.pl.spatial(table, "score"))[1] <= 1
+
+
+def test_columns_of_obs_and_of_the_prediction_are_drawn(slide):
+    axes = hg.pl.spatial(slide, color=["score", "he2gene_annotation", "pathologist", "confidence"])
+    assert [ax.get_title() for ax in axes] == ["score", "predicted annotation", "pathologist", "confidence"]
+    assert (limits(axes[0]), limits(axes[3])) == ((0, 29), (0, 1))
+    assert set(legend(axes[2])) == set(slide["table"].obs["pathologist"].unique())
+
+
+def test_probabilities_of_all_classes_go_from_0_to_1(slide):
+    axes = hg.pl.spatial(slide, "probabilities")
+    assert [ax.get_title() for ax in axes] == list(slide["table"].obsm["he2gene_annotation_proba"].columns)
+    assert {limits(ax) for ax in axes} == {(0, 1)}
+
+
+def test_without_a_name_the_tissue_is_drawn_alone(slide):
+    ax = hg.pl.spatial(slide)
+    assert (ax.get_title(), len(ax.images), len(ax.collections)) == ("tissue", 1, 0)
+
+
+def test_a_class_that_no_spot_has_is_listed_as_absent(slide):
+    found = legend(hg.pl.annotation(slide))
+    assert found == ["adipose tissue", "connective tissue", "invasive cancer (absent)"]
+    assert hg.pl.annotation(slide, legend_loc=None).get_legend() is None
+
+
+def test_a_class_has_its_colour_in_every_column_and_the_palette_comes_first(slide):
+    other = slide["table"].copy()
+    other.obs["mine"] = other.obs["he2gene_annotation"].astype(str)
+    other.uns["mine_colors"] = ["#000000", "#ffffff"]
+    own, mine = hg.pl.spatial(other, ["he2gene_annotation", "mine"])
+    np.testing.assert_array_equal(spots(own).get_facecolor(), spots(mine).get_facecolor())
+    given = hg.pl.spatial(other, "mine", palette={"adipose tissue": "blue"})
+    np.testing.assert_array_equal(spots(given).get_facecolor()[0], to_rgba_array("blue")[0])
+
+
+def test_titles_state_the_correlation_and_what_was_held_out(slide):
+    predicted, measured = hg.pl.spatial(slide, "ERBB2")
+    table = slide["table"]
+    counts = table.X.toarray()
+    truth = np.log1p(1e4 * counts / counts.sum(1, keepdims=True))[:, table.var_names.get_loc("ERBB2")]
+    r = np.corrcoef(truth, np.linspace(1, 3, table.n_obs))[0, 1]
+    assert measured.get_title() == f"ERBB2 measured (r = {r:.2f})"
+    assert predicted.get_xlabel().startswith(f"held-out r = {table.var.loc['ERBB2', 'he2gene_pcc']:.2f}")
+
+
+def test_slides_of_one_figure_share_their_scales_and_are_named(slide):
+    from copy import deepcopy
+
+    other = deepcopy(slide)
+    other["table"].layers["he2gene"] *= 2
+    axes = hg.pl.spatial({"left": slide, "right": other}, "ERBB2", measured=False)
+    assert [ax.get_title() for ax in axes] == ["left\nERBB2 predicted", "right\nERBB2 predicted"]
+    assert limits(axes[0]) == limits(axes[1]) == (1, 6)
+    assert len(hg.pl.annotation([slide, other])) == 2
+
+
+def test_a_region_is_shown_in_pixels_of_the_image(slide):
+    x, y = slide["table"].obsm["spatial"][7]
+    ax = hg.pl.spatial(slide, "score", bbox=(x - 60, y - 50, x + 60, y + 50))
+    assert (*ax.get_xlim(), *ax.get_ylim()) == pytest.approx((x - 60, x + 60, y + 50, y - 50))
+    with pytest.raises(ValueError, match=r"`bbox` \(-90, -90, -80, -80\) holds no spot; the spots lie in x"):
+        hg.pl.spatial(slide, "score", bbox=(-90, -90, -80, -80))
+
+
+def test_a_table_is_drawn_by_its_places_without_tissue(slide):
+    ax = hg.pl.spatial(slide["table"].copy(), "ERBB2", measured=False)
+    assert not ax.images
+    np.testing.assert_allclose(spots(ax).get_offsets(), slide["table"].obsm["spatial"])
+    bare = slide["table"].copy()
+    del bare.obsm["spatial"]
+    with pytest.raises(ValueError, match=r"obsm\['spatial'\]"):
+        hg.pl.spatial(bare, "ERBB2")
+
+
+def test_the_figure_has_its_size_and_title_and_is_returned(slide):
+    figure = hg.pl.spatial(slide, "ERBB2", figsize=(5, 3), title="Mine", return_fig=True)
+    assert (tuple(figure.get_size_inches()), figure.get_suptitle()) == ((5, 3), "Mine")
+    assert hg.pl.annotation(slide, title="one", frameon=False).get_title() == "one"
+    figure = hg.pl.predictability(figsize=(4, 3), title="Mine", return_fig=True)
+    assert (tuple(figure.get_size_inches()), figure.axes[0].get_title()) == ((4, 3), "Mine")
+
+
+def test_show_shows_and_returns_nothing(slide, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(1))
+    assert hg.pl.spatial(slide, "score", show=True) is None
+    assert shown == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vmax": "high"}, "`vmax` is 'high'; a number, or a percentile such as 'p99'"),
+        ({"vmin": [1, 2, 3]}, "`vmin` holds 3 values; 1 are needed"),
+        ({"vmin": 3, "vmax": 1}, "`vmin` 3 is not below `vmax` 1"),
+        ({"figsize": 8}, r"`figsize` is 8; \(width, height\) in inches"),
+        ({"title": ["a", "b", "c"]}, "`title` holds 3 titles, 1 are needed"),
+        ({"bbox": (1, 2, 3)}, r"`bbox` is \(1, 2, 3\); \(xmin, ymin, xmax, ymax\)"),
+        ({"alpha": 2}, "`alpha` is 2"),
+        ({"cmap": "nope"}, "`cmap` 'nope' is not a colour map"),
+        ({"legend_loc": "nope"}, "`legend_loc` is 'nope', valid"),
+        ({"palette": "nope", "color": "pathologist", "genes": None}, "`palette` 'nope' is not a colour map"),
+        ({"genes": "scor"}, r"`genes` \['scor'\] were not predicted.*near 'scor': \['score'\]"),
+    ],
+)
+def test_odd_arguments_are_refused(slide, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        hg.pl.spatial(slide, **{"genes": "score", **arguments})
+
+
+def test_a_region_is_read_from_the_level_that_fits_and_stands_where_it_lies():
+    fine = np.full((3, 400, 800), 250, np.uint8)
+    fine[:, 120:160, 320:400] = 10
+    pyramid = Pyramid(tuple(Level(fine[:, ::step, ::step], step) for step in (1, 2, 4)))
+    rgb, matrix = read_region(pyramid, 1.0, np.diag([2.0, 2.0, 1.0]), (400, 160, 1200, 560), pixels=180)
+    assert max(rgb.shape[:2]) == 200
+    rows, columns = np.nonzero(rgb[..., 0] < 100)
+    corners = np.array([[columns.min(), rows.min(), 1], [columns.max() + 1, rows.max() + 1, 1]]) @ matrix.T
+    np.testing.assert_allclose(corners[:, :2], [[640, 240], [800, 320]])
+    whole, _ = read_region(Pyramid((Level(fine),)), 1.0, np.eye(3), (0, 0, 800, 400), pixels=100)
+    assert whole.shape == (100, 200, 3)
+
+
+def test_spots_that_are_labels_are_drawn_as_they_are(tiny_model):
+    from spatialdata.models import Labels2DModel
+
+    sdata = hg.datasets.toy((3, 3), mpp=2.0)
+    height, width = sdata["he"].sizes["y"], sdata["he"].sizes["x"]
+    mask = np.zeros((height, width), np.uint16)
+    for i, (x, y) in enumerate(sdata["table"].obsm["spatial"].astype(int)):
+        mask[max(0, y - 12) : y + 12, max(0, x - 12) : x + 12] = i + 1
+    sdata["cells"] = Labels2DModel.parse(mask, dims=("y", "x"))
+    table = sdata["table"]
+    table.obs["region"] = pd.Categorical(["cells"] * table.n_obs)
+    table.obs["instance_id"] = np.arange(table.n_obs) + 1
+    table.uns["spatialdata_attrs"]["region"] = "cells"
+    hg.tl.predict(sdata, model=tiny_model, mpp=2.0)
+    table.obs["score"] = np.arange(table.n_obs, dtype=float)
+    drawn = np.asarray(hg.pl.spatial(sdata, "score").images[1].get_array())
+    assert (drawn[..., 3] > 0).sum() == (mask > 0).sum()
+    assert len(np.unique(drawn[mask > 0], axis=0)) == table.n_obs
