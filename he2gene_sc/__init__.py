@@ -4,7 +4,12 @@ Usage: ``import he2gene_sc as hg``, then ``hg.tl.predict(sdata)``. Namespaces ar
 the ``.pyi`` file beside each ``__init__.py``, which type checkers read too.
 """
 
+import warnings
+
 import lazy_loader
+
+# Without ipywidgets the bar is text, which needs no warning; whatever imports tqdm first would give it.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 _attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

@@ -387,3 +387,13 @@ def test_genes_of_the_bundled_model_have_ensembl_ids():
     ids = load().genes["ensembl_id"]
     assert ids.str.fullmatch(r"ENSG\d{11}").mean() > 0.9
     assert load().genes.loc["ERBB2", "ensembl_id"] == "ENSG00000141736"
+
+
+def test_notebooks_show_what_a_model_predicts_how_well_and_what_next(tiny_model):
+    shown = tiny_model._repr_html_()
+    assert "<strong>tiny 1</strong>" in shown
+    assert "10 of 41 genes are reliable" in shown
+    assert "hg.tl.predict(sdata, model=model)" in shown
+    card = replace(tiny_model.card, intended_use="<script>")._repr_html_()
+    assert "&lt;script&gt;" in card
+    assert "<script>" not in card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,10 @@ def her2st(section: str) -> SpatialData:
         spot_table = _reduced(spot_table, image, section)
     if image is None:
         logger.warning("her2st %s: no image can be had here; counts, spots and labels only", section)
-    sdata = read_st(counts, spot_table, image, section=section, patient=section[0])
+    with warnings.catch_warnings():
+        # So were the files released.
+        warnings.filterwarnings("ignore", message=".* spots stand in the counts alone")
+        sdata = read_st(counts, spot_table, image, section=section, patient=section[0])
     obs = sdata["table"].obs
     empty = pd.Series(np.nan, index=obs.index, dtype=object)
     pathologist = _find(f"ST-pat/lbl/{section}_labeled_coordinates.tsv", download=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 from ._encoders.scale import read_as
@@ -160,6 +161,28 @@ class ModelCard:
         except ValueError as error:
             raise ValueError(f"`model`: {where}: {error}") from error
 
+    def facts(self) -> dict[str, str]:
+        """Return what a notebook shows of the model."""
+        training = self.training
+        trained = [
+            f"{n:,} {what}"
+            for n, what in (
+                (training.get("n_spots"), "spots"),
+                (len(training.get("sections", ())), "sections"),
+                (training.get("n_patients"), "patients"),
+            )
+            if n
+        ]
+        return {
+            "predicts": f"{self.n_genes:,} genes; {', '.join(self.classes) or 'no annotation'}",
+            "trained on": ", ".join(trained) or "not stated",
+            "encoder": f"{self.encoder['name']} ({self.encoder['license']})",
+            "use": self.intended_use,
+        }
+
+    def _repr_html_(self) -> str:
+        return as_html(f"{self.name} {self.version}", {**self.facts(), "whole card": "print(card.to_markdown())"})
+
     def to_markdown(self) -> str:
         """Return the card for people, ``README.md`` of the folder."""
         lines = [
@@ -230,6 +253,12 @@ class ModelCard:
         over = ["windows"] if self.fusion == "mean" and len(self.windows_um) > 1 else []
         over += ["the eight symmetries of the square"] if self.tta else []
         return f"; predictions are averaged over {' and '.join(over)}" if over else ""
+
+
+def as_html(title: str, facts: dict[str, str]) -> str:
+    """Return a small table for a notebook."""
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
+    return f"<strong>{escape(title)}</strong><table>{rows}</table>"
 
 
 def _renamed(figures: Any) -> Any:

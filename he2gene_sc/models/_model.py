@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ._card import ModelCard
+from ._card import ModelCard, as_html
 from ._folder import save
 from ._tensors import ENCODER, check_tensors
 
@@ -164,4 +164,14 @@ class HE2Gene:
         return (
             f"HE2Gene({self.name!r} {self.card.version}: {self.card.n_genes:,} genes, {len(self.card.classes)} classes, "
             f"encoder {self.card.encoder['name']}, windows {self.card.windows_um} µm)"
+        )
+
+    def _repr_html_(self) -> str:
+        genes = self.genes
+        good = f"{int(genes['reliable'].sum()):,} of {len(genes):,} genes are reliable"
+        if "pcc_new_patient" in genes and genes["pcc_new_patient"].notna().any():
+            good += f"; mean correlation of a gene over held-out patients {genes['pcc_new_patient'].mean():.2f}"
+        further = "hg.tl.predict(sdata, model=model); hg.pl.predictability(model); model.card"
+        return as_html(
+            f"{self.name} {self.card.version}", {**self.card.facts(), "on a new patient": good, "next": further}
         )

@@ -74,6 +74,13 @@ class Calibration:
     detected: np.ndarray = field(repr=False)
     residuals: Residuals = field(repr=False)
 
+    def _repr_html_(self) -> str:
+        from ..models._card import as_html
+
+        n, verb = len(self.groups), "hg.tl.intervals(sdata, layer=..., calibration=calibration)"
+        facts = {"from": f"{n} {self.unit}s, {self.n_spots:,} spots, {len(self.genes):,} genes", "next": verb}
+        return as_html(f"Calibration of layer {self.layer!r}", facts)
+
     def save(self, path: str | Path) -> Path:
         """Write one compressed file of arrays (``.npz``), without pickle.
 
