@@ -1,4 +1,5 @@
 from . import cohort, datasets, get, io, models, pl, pp, tl
+from ._report.report import report
 from ._settings import settings
 from .inference._lazyslide import LazySlideModel
 from .tl._biomarkers.design import Design
@@ -26,6 +27,7 @@ __all__ = [
     "models",
     "pl",
     "pp",
+    "report",
     "settings",
     "tl",
 ]

@@ -1,4 +1,4 @@
-"""``he2gene demo | predict | train | evaluate | benchmark | info``: the main jobs from a shell."""
+"""``he2gene demo | predict | report | train | evaluate | benchmark | info``: the main jobs from a shell."""
 
 from __future__ import annotations
 
@@ -54,6 +54,41 @@ def demo(
 
 
 app.command()(predict)
+
+
+@app.command()
+def report(
+    stores: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Predicted store; or several, a folder of them, or the summary of `he2gene predict --summary`."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write, of many slides the folder; default: report.html, reports.")
+    ] = None,
+    genes: Annotated[list[str], typer.Option(help="Genes to show in any case. Repeatable, or with commas.")] = [],  # noqa: B006
+    model: Annotated[str | None, typer.Option(help="Model that predicted, where it is not bundled.")] = None,
+    prediction_key: Annotated[str, typer.Option(help="Prefix that the prediction was written under.")] = "he2gene",
+    table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file at OUT that is not a report.")] = False,
+) -> None:
+    """Write one HTML page of a predicted slide, figures inside; of many slides an index and a page of each."""
+    import matplotlib as mpl
+
+    from .._report.report import report as write
+
+    mpl.use("Agg")
+    path = write(
+        stores[0] if len(stores) == 1 else stores,
+        out,
+        genes=[name.strip() for text in genes for name in text.split(",") if name.strip()],
+        model=model,
+        prediction_key=prediction_key,
+        table_key=table_key,
+        overwrite=overwrite,
+    )
+    typer.echo(f"Written: {path}")
 
 
 @app.command()

@@ -1,0 +1,324 @@
+"""Sections of the page of one slide, from what the verbs wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .. import get, pl
+from .._core.keys import PATIENT, SECTION, Keys
+from .._core.matrix import dense, matrix_of
+from .._core.names import clean_names
+from .._core.ownership import is_of
+from .._core.predictions import gene_flags
+from .page import Cell, Section, shown
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ..models import ModelCard
+
+#: Rows of a table of genes, and of biomarkers of a group.
+_N_ROWS, _N_MARKERS = 25, 10
+_UNIT = "ln(1 + counts per 10,000)"
+
+
+@dataclass(frozen=True)
+class Slide:
+    """What a page is made from."""
+
+    data: SpatialData | AnnData
+    table: AnnData
+    keys: Keys
+    record: Mapping[str, Any]
+    card: ModelCard | None
+    genes: list[str]
+    n_genes: int
+    options: dict[str, Any]
+
+    @property
+    def known_patient(self) -> bool:
+        """Whether the prediction is of a patient that the model was trained on."""
+        return bool(self.record.get("known_patient", False))
+
+    def reliable(self, of: bool = True) -> list[str]:
+        """Predicted genes that are reliable or not, best first."""
+        options = {key: value for key, value in self.options.items() if key != "shapes_key"}
+        return get.genes(self.data, reliable=of, **options)
+
+    def find(self, verb: str, key: str) -> Mapping[str, Any] | None:
+        """Return the record of a verb, where it was run."""
+        record = self.table.uns.get(key)
+        return record if is_of(verb, record) else None
+
+    def column(self, name: str) -> pd.Series:
+        """Return a column of ``var`` as numbers, NaN where there is none."""
+        return self.table.var.get(name, pd.Series(np.nan, self.table.var_names)).astype(float)
+
+    def draw(self, section: Section, caption: str, **what: Any) -> None:
+        """Add a map of the slide."""
+        section.draw(pl.spatial(self.data, **what, **self.options), caption)
+
+
+def sections_of(slide: Slide) -> list[Section]:
+    """Sections in the order of reading; what was not computed is left out."""
+    made = (
+        _trust,
+        _slide,
+        _quality,
+        _annotation,
+        _genes,
+        _chosen,
+        _unreliable,
+        _evaluation,
+        _biomarkers,
+        _domains,
+        _run,
+    )
+    found = [make(slide) for make in made]
+    return [s for s in found if s.text or s.figures or s.tables or s.code]
+
+
+def _trust(slide: Slide) -> Section:
+    """State what holds for a new patient."""
+    section = Section("new-patient", "What holds for a new patient")
+    keys, record = slide.keys, slide.record
+    n_good, n_all = len(slide.reliable()), int(gene_flags(slide.table, keys.predicted).sum())
+    whose = "another section of a patient that the model was trained on" if slide.known_patient else "a new patient"
+    section.text.append(f"{n_good:,} of {n_all:,} predicted genes are reliable on {whose}.")
+    of_patients = slide.column(keys.pcc_new_patient).notna().any()
+    r = slide.column(keys.pcc_new_patient if of_patients else keys.pcc).dropna()
+    if len(r):
+        held_out = (
+            "Over patients that were held out in training" if of_patients else "Over what was held out in training"
+        )
+        section.text.append(
+            f"{held_out}, the mean correlation of a predicted gene with what was measured was {r.mean():.2f} (middle half of the "
+            f"genes: {r.quantile(0.25):.2f} to {r.quantile(0.75):.2f})."
+        )
+    if "verdict" in record:
+        odd = float(record.get("share_out_of_distribution", np.nan))
+        section.text.append(
+            f"Compared with the training data, this slide is: {record['verdict']}. {odd:.0%} of the spots are out of distribution."
+        )
+    if slide.card is not None:
+        section.text += [slide.card.intended_use]
+        section.tables.append(_listing(slide.card.limitations))
+    return section
+
+
+def _listing(sentences: Any) -> Any:
+    from .page import Table
+
+    return Table([[Cell(str(sentence))] for sentence in sentences])
+
+
+def _slide(slide: Slide) -> Section:
+    section = Section("slide", "Slide and model")
+    record, obs = slide.record, slide.table.obs
+    facts: dict[str, Any] = {
+        name.capitalize(): ", ".join(pd.unique(pd.Series(clean_names(obs[name])).dropna()))
+        for name in (PATIENT, SECTION)
+        if name in obs
+    }
+    facts |= {
+        "Spots": record.get("n_spots"),
+        "Spots outside the image": record.get("n_outside"),
+        "Share of spots on tissue": record.get("share_on_tissue"),
+        "µm per pixel": record.get("mpp"),
+        "Found by": record.get("mpp_source"),
+        "Image": record.get("image"),
+        "Model": f"{record['model']} {record.get('model_version', '')}",
+        "SHA-256 of the weights": record["weights_sha256"][:16],
+        "Encoder": f"{record.get('encoder', '')} ({record.get('encoder_license', '')})",
+        "Windows, µm": record.get("windows_um"),
+        "Unit of the prediction": _UNIT,
+    }
+    section.list_facts({name: value for name, value in facts.items() if value is not None and str(value)})
+    return section
+
+
+def _quality(slide: Slide) -> Section:
+    section = Section("tissue", "Tissue and image quality")
+    drawn = [column for column in (slide.keys.ood, slide.keys.tissue) if column in slide.table.obs]
+    if drawn:
+        slide.draw(
+            section,
+            "Out-of-distribution score (above 1: unlike the training data) and share of tissue of each spot.",
+            color=drawn,
+        )
+    return section
+
+
+def _annotation(slide: Slide) -> Section:
+    section = Section("annotation", "Annotation")
+    keys, table = slide.keys, slide.table
+    if keys.annotation not in table.obs:
+        return section
+    labels = table.obs[keys.annotation].astype("category")
+    confidence = table.obs.get(keys.confidence, pd.Series(np.nan, table.obs_names)).astype(float)
+    colours = dict(zip(labels.cat.categories, table.uns.get(keys.colors, ()), strict=False))
+    rows = [
+        {
+            "class": Cell(str(name), color=str(colours.get(name, ""))),
+            "spots": int((labels == name).sum()),
+            "share": f"{(labels == name).mean():.1%}",
+            "mean confidence": confidence[(labels == name).to_numpy()].mean(),
+        }
+        for name in labels.cat.categories
+    ]
+    rows.append({"class": "without a class", "spots": int(labels.isna().sum()), "share": f"{labels.isna().mean():.1%}"})
+    section.add_frame(pd.DataFrame(rows))
+    if labels.notna().any():
+        section.draw(pl.annotation(slide.data, **slide.options), "Most probable class of each spot.")
+    return section
+
+
+def _genes(slide: Slide) -> Section:
+    section = Section("genes", "Reliable genes")
+    good = slide.reliable()
+    if good:
+        chosen = good[: slide.n_genes]
+        slide.draw(section, "Reliable genes with the highest held-out correlation.", genes=chosen, ncols=2)
+        section.add_frame(_table_of(slide, good[:_N_ROWS]))
+        return section
+    section.text.append("None of the predicted genes is reliable here. Do not interpret the map of a single gene.")
+    section.text.append(
+        "What can be done: measure some spots and adapt the prediction (hg.tl.adapt); train on sections of your own tissue "
+        "(hg.tl.train), five patients or more; use the annotation; or, for another section of a patient that the model was trained "
+        "on, predict with known_patient=True."
+    )
+    return section
+
+
+def _chosen(slide: Slide) -> Section:
+    section = Section("chosen-genes", "Chosen genes")
+    if slide.genes:
+        slide.draw(
+            section, "Chosen genes; what was measured stands beside, where it is there.", genes=slide.genes, ncols=2
+        )
+        section.add_frame(_table_of(slide, slide.genes))
+        record = slide.find("intervals", f"{slide.keys.layer}_intervals")
+        section.text.append(
+            "Intervals were not computed: hg.tl.intervals(sdata)."
+            if record is None
+            else f"± is half the width of the interval of a spot. Guarantee of its coverage: {record.get('guarantee') or 'none'}."
+        )
+    return section
+
+
+def _table_of(slide: Slide, genes: list[str]) -> pd.DataFrame:
+    """Genes with their mean, held-out correlations, and intervals where these were computed."""
+    keys, table = slide.keys, slide.table
+    values = dense(matrix_of(table[:, genes], keys.layer)).astype(float)
+    frame = pd.DataFrame({"gene": genes, "mean predicted": np.nanmean(values, axis=0)})
+    held_out = {"held-out correlation": keys.pcc, "on a new patient": keys.pcc_new_patient}
+    for title, column in held_out.items():
+        if slide.column(column).notna().any():
+            frame[title] = slide.column(column)[genes].to_numpy()
+    frame["reliable"] = gene_flags(table, keys.reliable)[table.var_names.get_indexer(genes)]
+    record = slide.find("intervals", f"{keys.layer}_intervals")
+    if record is not None:
+        coverage = record["params"].get("coverage", 0.9)
+        frame[f"± (interval of {coverage:.0%})"] = slide.column(f"{keys.layer}_halfwidth")[genes].to_numpy()
+    return frame
+
+
+def _unreliable(slide: Slide) -> Section:
+    section = Section("not-reliable", "Genes not to trust")
+    wrong = slide.reliable(False)
+    if wrong:
+        asked = [gene for gene in slide.genes if gene in set(wrong)]
+        section.text.append(
+            f"{len(wrong):,} predicted genes are not reliable. Do not interpret their maps one by one; the list is "
+            "hg.get.genes(sdata, reliable=False)."
+        )
+        if asked:
+            section.text.append(f"Of the chosen genes: {', '.join(asked)}.")
+    return section
+
+
+def _evaluation(slide: Slide) -> Section:
+    section = Section("evaluation", "Against what was measured")
+    if slide.find("evaluate", "he2gene_eval") is None:
+        return section
+    found = get.evaluation(slide.table)
+    columns = {
+        "section": "section",
+        "panel": "genes",
+        "predictor": "predictor",
+        "n_genes": "number",
+        "pearson_mean": "mean correlation",
+        "pearson_median": "median",
+        "ceiling_share_mean": "share of the ceiling",
+        "skill_mean": "skill",
+    }
+    section.text.append(
+        "Mean over genes; a predictor that the model should beat stands beside it, such as colour alone."
+    )
+    one = found.loc[found["scope"] == "section", "section"].nunique() < 2
+    # A constant has no correlation.
+    rows = found[(found["scope"] == ("section" if one else "mean")) & found["pearson_mean"].notna()]
+    section.add_frame(rows[[name for name in columns if name in rows]].rename(columns=columns))
+    return section
+
+
+def _biomarkers(slide: Slide) -> Section:
+    section = Section("biomarkers", "Biomarkers")
+    record = slide.find("biomarkers", "he2gene_biomarkers")
+    if record is None:
+        return section
+    found = get.biomarkers(slide.table).groupby("group", sort=False, observed=True).head(_N_MARKERS)
+    columns = ["group", "names", "effect_size", "ci_low", "ci_high", "pvals_adj", "n_samples", "reliable"]
+    section.text.append(f"{record['params'].get('groupby', '')}: genes with the highest scores of each group.")
+    section.add_frame(found[[name for name in columns if name in found]])
+    return section
+
+
+def _domains(slide: Slide) -> Section:
+    section = Section("domains", "Domains")
+    if slide.find("domain_preservation", "he2gene_domains") is None:
+        return section
+    found = get.domains(slide.table, score="ari")
+    columns = ["section", "labels", "against", "mean", "sd", "pval"]
+    section.text.append("Adjusted Rand index of the clusters with the annotated domains.")
+    section.add_frame(found[[name for name in columns if name in found]])
+    section.draw(pl.domains(slide.data if hasattr(slide.data, "tables") else slide.table), "Domains and clusters.")
+    return section
+
+
+def _run(slide: Slide) -> Section:
+    section = Section("run", "Run")
+    record = slide.record
+    section.list_facts(
+        {"Versions": record.get("versions"), "Device": record.get("device"), "Precision": record.get("dtype")}
+    )
+    names = {"image_key": "image", "shapes_key": "shapes", "coordinate_system": "coordinate_system", "mpp": "mpp"}
+    given = {name: record.get(names[name]) for name in record.get("given", ()) if name in names}
+    given = {"model": record["model"], **given}
+    for name in ("genes", "known_patient", "gene_symbols", "exact"):
+        if name in record:
+            given[name] = record[name] if isinstance(record[name], str | bool) else [str(g) for g in record[name]]
+    calls = ["import he2gene_sc as hg", f"hg.tl.predict(sdata, {_arguments(given)})"]
+    for key, found in slide.table.uns.items():
+        if isinstance(found, Mapping) and {"verb", "params"} <= set(found):
+            verb = found["verb"] if "." in found["verb"] else f"tl.{found['verb']}"
+            calls.append(f"hg.{verb}(sdata, {_arguments(found['params'])})  # uns[{key!r}]")
+    section.code.append("\n".join(calls))
+    return section
+
+
+def _arguments(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_plain(value)}" for name, value in given.items())
+
+
+def _plain(value: Any) -> str:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list) and len(value) > 10:
+        return f"[{', '.join(map(repr, value[:5]))}, …]"
+    return repr(value) if isinstance(value, str | int | float | bool | list | dict) else shown(value)
