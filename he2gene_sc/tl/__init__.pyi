@@ -3,6 +3,7 @@ from ._biomarkers.biomarkers import biomarkers
 from ._biomarkers.concordance import concordance
 from ._biomarkers.enrichment import enrichment
 from ._calibrate import calibrate
+from ._compare import compare
 from ._domains.domain_preservation import domain_preservation
 from ._embed import embed
 from ._evaluate.evaluate import evaluate
@@ -14,6 +15,7 @@ __all__ = [
     "adapt",
     "biomarkers",
     "calibrate",
+    "compare",
     "concordance",
     "domain_preservation",
     "embed",

@@ -44,14 +44,8 @@ class Calibration:
         The layer, and what it holds: ``"log"`` or ``"counts"``.
     unit, groups
         What is exchangeable, ``"patient"`` unless another column was named, and its names.
-    n_spots
-        Spots.
-    genes
-        Names of the genes.
-    detected
-        Share of the spots that detect each gene.
-    residuals
-        Spread and quantiles of the residuals of each gene.
+    n_spots, genes, detected, residuals
+        Number of spots, names of the genes, share of the spots that detect each, and its residuals.
 
     Examples
     --------
@@ -82,13 +76,7 @@ class Calibration:
         return as_html(f"Calibration of layer {self.layer!r}", facts)
 
     def save(self, path: str | Path) -> Path:
-        """Write one compressed file of arrays (``.npz``), without pickle.
-
-        Raises
-        ------
-        FileExistsError
-            If ``path`` is there and is not a calibration.
-        """
+        """Write one compressed file of arrays (``.npz``), without pickle; a file that is not a calibration is not replaced."""
         path = Path(path)
         if path.exists():
             try:
@@ -108,15 +96,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read what :meth:`save` wrote.
-
-        Raises
-        ------
-        OSError
-            If there is no such file.
-        ValueError
-            If it is not a calibration, is damaged, or another version wrote it.
-        """
+        """Read what :meth:`save` wrote; what is not a calibration, is damaged or of another version is refused."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
@@ -168,26 +148,13 @@ def calibrate(
     sample_key
         Column of ``obs`` with the patient, the unit that is exchangeable. ``"section"``: sections are; what follows then holds
         for new sections of these patients.
-    section_key
-        Column of ``obs`` with the section.
-    table_key
-        Table, where an object has several.
+    section_key, table_key
+        Column of ``obs`` with the section; table, where an object has several.
 
     Returns
     -------
     he2gene_sc.Calibration
         Residuals of the genes that every object has, in short. Nothing is written to ``data``.
-
-    Warns
-    -----
-    UserWarning
-        If there are fewer than nine patients: the intervals have no guarantee then.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two patients, nothing was measured, values are on another scale, or
-        :func:`he2gene_sc.tl.adapt` made the layer.
 
     Notes
     -----
@@ -253,13 +220,7 @@ def calibrate(
 
 
 def check_calibrated(calibration: Any, values: Any, layer: str, model: object) -> None:
-    """Refuse a calibration of another layer or scale than that of a table.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is something else, does not fit, or a model is given too.
-    """
+    """Refuse a calibration of another layer or scale than that of a table."""
     validate.instance(
         calibration, Calibration, "calibration", "what hg.tl.calibrate returns, or hg.Calibration.load(path),"
     )

@@ -31,13 +31,7 @@ def paired_spots(
     section_key: str,
     table_key: str | None,
 ) -> tuple[SpotData, SpotData]:
-    """Return what was predicted and what was measured at the same spots, of the same genes.
-
-    Raises
-    ------
-    ValueError
-        If either is not on the scale expected, the layer was fitted to spots of these tables, or nothing was measured.
-    """
+    """Return what was predicted and what was measured at the same spots, of the same genes."""
     if layer == measured:
         raise ValueError(f"`layer` and `measured` are both {layer!r}; a predicted and a measured one are needed")
     spots = read_spots(

@@ -36,10 +36,10 @@ def fields(
     if len(known) == len(colours):
         rgb = np.concatenate([c[rows] for c, rows in zip(known, measured.rows, strict=True)])
         found[COLOUR] = -rgb.mean(1)
-    return {name: _within_sections(values, measured) for name, values in found.items()}
+    return {name: within_sections(values, measured) for name, values in found.items()}
 
 
-def _within_sections(values: np.ndarray, spots: SpotData) -> np.ndarray:
+def within_sections(values: np.ndarray, spots: SpotData) -> np.ndarray:
     out = np.zeros(len(values))
     places = pd.DataFrame({"sample": spots.samples, "section": spots.units})
     for rows in places.groupby(["sample", "section"], sort=False).indices.values():

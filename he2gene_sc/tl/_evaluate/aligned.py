@@ -142,7 +142,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     if asked.is_other:
         chosen = JudgedLayer(layer, layer, False, np.zeros(table.n_obs, bool))
         values = log_expression(table, layer, scale=asked.layer_scale, expected="log")
-        is_predicted, record, model = np.isfinite(values).any(axis=0), {}, None
+        is_predicted, record, model = np.asarray(np.isfinite(values).any(axis=0)), {}, None
     else:
         if keys.predicted not in table.var:
             raise ValueError(

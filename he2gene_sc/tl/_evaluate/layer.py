@@ -46,13 +46,7 @@ class JudgedLayer:
 def table_with(
     data: SpatialData | AnnData, layer: str, prediction_key: str | None, table_key: str | None
 ) -> tuple[AnnData, bool]:
-    """Table with the layer, and whether another model than ours predicted it.
-
-    Raises
-    ------
-    ValueError
-        If there is none, or ``prediction_key`` is ``None`` and the layer is ours.
-    """
+    """Table with the layer, and whether another model than ours predicted it."""
     ours = layer in (Keys().layer, prediction_key) or prediction_named(data, str(prediction_key))
     if prediction_key is not None and ours:
         return get_table(data, table_key, prediction_key=prediction_key), False

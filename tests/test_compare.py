@@ -1,0 +1,107 @@
+"""``hg.tl.compare`` agrees with plain numpy and scipy, and shows how far a protocol moves a figure."""
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr
+from test_other_models import slides
+
+import he2gene_sc as hg
+from he2gene_sc.stats import log_normalise
+
+
+def cohort():
+    """Two patients of two sections each, which differ in level."""
+    table = slides(4, n_genes=8)
+    table.obs["section"] = table.obs["patient"].to_numpy()
+    table.obs["patient"] = table.obs["section"].map({"P0": "A", "P1": "A", "P2": "B", "P3": "B"}).to_numpy()
+    level = table.obs["section"].isin(["P1", "P3"]).to_numpy()
+    table.layers["other_model"] = table.layers["other_model"] + level[:, None].astype(np.float32)
+    table.layers["noise"] = np.random.default_rng(5).gamma(2, 1, table.shape).astype(np.float32)
+    return table
+
+
+def smoothed(values, table):
+    """Mean over the 3 × 3 spots around each, by hand."""
+    xy, section = np.rint(table.obsm["spatial"] / 100), table.obs["section"].to_numpy()
+    near = (abs(xy[:, None] - xy[None]).max(-1) <= 1) & (section[:, None] == section[None])
+    return near @ values / near.sum(1, keepdims=True)
+
+
+def by_hand(predicted, target, groups, patients):
+    """Mean over genes of the mean over patients of the mean over the groups of a patient."""
+    r = {
+        g: [pearsonr(predicted[groups == g, j], target[groups == g, j])[0] for j in range(8)] for g in np.unique(groups)
+    }
+    means = [np.mean([r[g] for g in np.unique(groups[patients == p])], axis=0) for p in np.unique(patients)]
+    return np.mean(means)
+
+
+def test_each_protocol_is_its_formula():
+    table = cohort()
+    found = hg.tl.compare(table, ["other_model", "noise"])
+    patients, sections = (table.obs[key].to_numpy(str) for key in ("patient", "section"))
+    log = log_normalise(table.X).astype(float)
+    truth = {"hest": (log, patients), "section": (log, sections), "triplex": (smoothed(log, table), sections)}
+    at = found.set_index(["predictor", "protocol"])
+    for layer in ("other_model", "noise"):
+        for protocol, (target, groups) in truth.items():
+            expected = by_hand(table.layers[layer], target, groups, patients)
+            assert at.loc[(layer, protocol), "pearson_mean"] == pytest.approx(expected, abs=1e-6)
+    assert at.loc[("other_model", "hest"), "minus_section"] < -0.1
+    assert at.loc[("other_model", "section"), "minus_section"] == 0
+    assert (found[["n_spots", "n_sections", "n_patients"]] == [192, 4, 2]).all().all()
+    assert not table.uns
+
+
+def test_references_see_no_gene_and_are_fitted_on_the_other_patients():
+    table = cohort()
+    found = hg.tl.compare(table, "noise", protocols=["section", "hest"]).set_index(["predictor", "protocol"])
+    assert found["is_reference"].groupby("predictor").first().to_dict() == {
+        "noise": False,
+        "depth": True,
+        "coordinates": True,
+    }
+    patients, sections = (table.obs[key].to_numpy(str) for key in ("patient", "section"))
+    log, depth = log_normalise(table.X).astype(float), np.log(np.asarray(table.X.sum(1)).ravel())
+    for section in np.unique(sections):
+        own = sections == section
+        depth[own] = (depth[own] - depth[own].mean()) / depth[own].std()
+    slope = {}
+    for patient in "AB":
+        rest = patients != patient
+        centred = np.concatenate([log[sections == s] - log[sections == s].mean(0) for s in np.unique(sections[rest])])
+        slope[patient] = depth[rest] @ centred / (depth[rest] @ depth[rest])
+    guess = depth[:, None] * np.stack([slope[patient] for patient in patients])
+    expected = by_hand(guess, log, sections, patients)
+    assert found.loc[("depth", "section"), "pearson_mean"] == pytest.approx(expected, abs=1e-6)
+    # The left half is high in five of eight genes, in every patient.
+    assert found.loc[("coordinates", "section"), "pearson_mean"] > 0.2
+    assert abs(found.loc[("noise", "section"), "pearson_mean"]) < 0.1
+
+
+def test_spots_and_genes_that_a_layer_lacks_are_judged_in_none():
+    table = cohort()
+    table.layers["other_model"][:5] = np.nan
+    table.layers["noise"][:, 2] = np.nan
+    found = hg.tl.compare(table, ["other_model", "noise"], protocols="section")
+    assert (found["n_spots"] == 187).all()
+    assert (found["n_genes"] == 7).all()
+    with pytest.raises(
+        ValueError, match=r"`genes` \['g2'\]: genes that every layer predicts are needed, such as \['g0'"
+    ):
+        hg.tl.compare(table, ["other_model", "noise"], genes=["g1", "g2"])
+
+
+def test_what_cannot_be_compared_is_refused():
+    table = cohort()
+    with pytest.raises(ValueError, match="`protocols` is 'hist', valid: "):
+        hg.tl.compare(table, "noise", protocols=["hist"])
+    with pytest.raises(ValueError, match="`layers` is empty"):
+        hg.tl.compare(table, [])
+    with pytest.raises(ValueError, match="none of the 4 sections has 10 spots"):
+        hg.tl.compare(table[::8].copy(), "noise")
+    del table.obsm["spatial"]
+    with pytest.raises(
+        ValueError, match=r"`protocols` 'triplex' averages neighbours, and `data` has no obsm\['spatial'\]"
+    ):
+        hg.tl.compare(table, "noise")
