@@ -5,13 +5,4 @@ from ._markers import breast_markers
 from ._split import HE2GENE_SPLIT, HER2ST_IN_HBCIS
 from ._toy import toy
 
-__all__ = [
-    "HE2GENE_SPLIT",
-    "HER2ST_IN_HBCIS",
-    "HER2ST_SECTIONS",
-    "breast_markers",
-    "hbcis",
-    "her2st",
-    "hest",
-    "toy",
-]
+__all__ = ["HE2GENE_SPLIT", "HER2ST_IN_HBCIS", "HER2ST_SECTIONS", "breast_markers", "hbcis", "her2st", "hest", "toy"]

@@ -23,10 +23,7 @@ _LABEL_COLUMNS = ("tumor_annotation", "tumor")
 
 
 def hbcis(
-    root: str | Path,
-    *,
-    patients: str | Iterable[str] | None = None,
-    sections: str | Iterable[str] | None = None,
+    root: str | Path, *, patients: str | Iterable[str] | None = None, sections: str | Iterable[str] | None = None
 ) -> HBCISSections:
     """Sections of HBCIS, the breast set of ST-Net, read when they are asked for.
 

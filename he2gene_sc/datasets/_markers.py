@@ -9,16 +9,10 @@ from .._core import validate
 #: Set to its source and genes.
 _SETS = {
     # Parker et al., J Clin Oncol 2009 (PAM50); grouped as in Nielsen et al., Clin Cancer Res 2010.
-    "luminal": (
-        "Parker 2009",
-        "ESR1 PGR FOXA1 MLPH NAT1 SLC39A6 MAPT BCL2 GPR160 CXXC5 BAG1",
-    ),
+    "luminal": ("Parker 2009", "ESR1 PGR FOXA1 MLPH NAT1 SLC39A6 MAPT BCL2 GPR160 CXXC5 BAG1"),
     "HER2-enriched": ("Parker 2009", "ERBB2 GRB7 FGFR4 TMEM45B"),
     "basal-like": ("Parker 2009", "KRT5 KRT14 KRT17 FOXC1 MIA CDH3 SFRP1 PHGDH EGFR"),
-    "proliferation": (
-        "Nielsen 2010",
-        "BIRC5 CCNB1 CDC20 NUF2 CEP55 NDC80 MKI67 PTTG1 RRM2 TYMS UBE2C",
-    ),
+    "proliferation": ("Nielsen 2010", "BIRC5 CCNB1 CDC20 NUF2 CEP55 NDC80 MKI67 PTTG1 RRM2 TYMS UBE2C"),
     # Kauraniemi and Kallioniemi, Endocr Relat Cancer 2006: the smallest region of amplification at 17q12.
     "ERBB2 amplicon": ("Kauraniemi 2006", "PPP1R1B STARD3 TCAP PNMT PGAP3 ERBB2 MIEN1 GRB7 IKZF3"),
     # Sorlie et al., PNAS 2001: the cluster of luminal epithelium and the oestrogen receptor.

@@ -114,10 +114,7 @@ def _layout(guard: object) -> str:
     return "0.6" if isinstance(guard, dict) and {"far", "spread", "variation"} & guard.keys() else "0.7"
 
 
-_AnyGuard = Annotated[
-    Annotated[_Guard, Tag("0.7")] | Annotated[_GuardOf06, Tag("0.6")],
-    Discriminator(_layout),
-]
+_AnyGuard = Annotated[Annotated[_Guard, Tag("0.7")] | Annotated[_GuardOf06, Tag("0.6")], Discriminator(_layout)]
 
 
 class _Annotation(_Strict):

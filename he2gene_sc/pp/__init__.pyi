@@ -1,7 +1,4 @@
 from ._grid import grid
 from ._tissue import tissue
 
-__all__ = [
-    "grid",
-    "tissue",
-]
+__all__ = ["grid", "tissue"]

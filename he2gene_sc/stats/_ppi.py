@@ -50,10 +50,7 @@ def prediction_powered_mean(
     far = weight**2 * variance / n_more
     total = rest + far
     df = np.divide(
-        total**2,
-        rest**2 / (n - 2) + far**2 / (n + n_more - 2),
-        out=np.full(len(total), n - 2.0),
-        where=total > 0,
+        total**2, rest**2 / (n - 2) + far**2 / (n + n_more - 2), out=np.full(len(total), n - 2.0), where=total > 0
     )
     effect = weight * more.mean(0) + (y - weight * f).mean(0)
     test = t_test(effect, np.sqrt(total), df, level)

@@ -147,13 +147,7 @@ def biomarkers(
     design = as_design(design)
     groups, reference = named_groups(groups, reference)
     spots = read_spots(
-        data,
-        groupby,
-        "groupby",
-        layer=layer,
-        table_key=table_key,
-        sample_key=sample_key,
-        section_key=section_key,
+        data, groupby, "groupby", layer=layer, table_key=table_key, sample_key=sample_key, section_key=section_key
     )
     tables = spots.tables
     for table in tables:

@@ -47,11 +47,7 @@ def compare(
     """Run a method on every group: unadjusted tests (group and gene), and differences of samples (a column a gene)."""
     depth = depth if chosen.depth else None
     cells = Cells.of(
-        spots,
-        squares=chosen.squares,
-        detected=chosen.detecting > 0,
-        raw=chosen.scale == "counts",
-        depth=depth,
+        spots, squares=chosen.squares, detected=chosen.detecting > 0, raw=chosen.scale == "counts", depth=depth
     )
     of_measured = None if measured is None else Cells.of(measured)
     tests, differences, faults = [], [], []
@@ -97,12 +93,7 @@ def compare(
 
 
 def _tested(
-    contrast: Contrast,
-    chosen: Method,
-    used: np.ndarray,
-    group: str,
-    reference: str,
-    cells: Cells,
+    contrast: Contrast, chosen: Method, used: np.ndarray, group: str, reference: str, cells: Cells
 ) -> tuple[np.ndarray, str]:
     """Mask of genes that pass the filters of mean and detection, and why there are none.
 

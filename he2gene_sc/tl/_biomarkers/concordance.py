@@ -114,13 +114,7 @@ def concordance(
     # Read twice: names and values, then colours.
     data = list(data) if isinstance(data, Iterator) else data
     spots = read_spots(
-        data,
-        groupby,
-        "groupby",
-        layer=layer,
-        table_key=table_key,
-        sample_key=sample_key,
-        section_key=section_key,
+        data, groupby, "groupby", layer=layer, table_key=table_key, sample_key=sample_key, section_key=section_key
     )
     for table in spots.tables:
         check_free(table, "concordance", key_added)

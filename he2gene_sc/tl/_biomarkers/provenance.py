@@ -117,11 +117,6 @@ def measured_part(
     for table, rows in zip(chosen.tables, chosen.rows, strict=True):
         if len(rows):
             log_expression(
-                table[rows],
-                measured,
-                genes=np.zeros(0, int),
-                scale=scale,
-                expected=expected,
-                parameter="measured",
+                table[rows], measured, genes=np.zeros(0, int), scale=scale, expected=expected, parameter="measured"
             )
     return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), seen

@@ -158,10 +158,7 @@ def _without_counts(table: AnnData, layer: str | None) -> bool:
 
 
 def pair_design(
-    pool: SpotData,
-    samples: np.ndarray,
-    sides: tuple[np.ndarray, np.ndarray],
-    design: Design,
+    pool: SpotData, samples: np.ndarray, sides: tuple[np.ndarray, np.ndarray], design: Design
 ) -> tuple[np.ndarray, int]:
     """Design of the differences within samples ``(n, p)``, and the column that is tested.
 
@@ -203,12 +200,7 @@ def pair_design(
     return matrix, names.index(term)
 
 
-def _rows(
-    pool: SpotData,
-    samples: np.ndarray,
-    sides: tuple[np.ndarray, np.ndarray],
-    design: Design,
-) -> pd.DataFrame:
+def _rows(pool: SpotData, samples: np.ndarray, sides: tuple[np.ndarray, np.ndarray], design: Design) -> pd.DataFrame:
     """Variables of a formula, a row a sample in the group, then in the reference: means of numbers, labels as they are."""
     words = set(re.findall(r"\w+", design.formula or "")) - {"group"}
     known = [key for key in pool.tables[0].obs if key in words and all(key in table.obs for table in pool.tables)]

@@ -170,13 +170,7 @@ def domain_preservation(
     ]
     check_free(table, _VERB, key_added, obs=written, uns=[f"{name}_colors" for name in written])
     used, predicted, counted = inputs.genes(
-        table,
-        genes,
-        layer,
-        measured,
-        layer_scale=layer_scale,
-        measured_scale=measured_scale,
-        has_measured=has_measured,
+        table, genes, layer, measured, layer_scale=layer_scale, measured_scale=measured_scale, has_measured=has_measured
     )
     _check_varies(where, {"layer": predicted, "measured": counted})
     check_twins(

@@ -115,12 +115,7 @@ def genes(
         )
     if has_measured:
         measured_values = log_expression(
-            table,
-            measured,
-            genes=columns,
-            scale=measured_scale,
-            expected="counts",
-            parameter="measured",
+            table, measured, genes=columns, scale=measured_scale, expected="counts", parameter="measured"
         )
         if measured_scale != "log":
             empty = count_totals(matrix_of(table, measured, "measured")) == 0

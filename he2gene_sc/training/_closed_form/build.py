@@ -199,10 +199,7 @@ def _colour_only(sections: Sequence[Section], n_colour: int, context: Context) -
 
 
 def _fit(
-    sections: Sequence[Section],
-    rows: Sequence[np.ndarray],
-    recipe: Recipe,
-    choice: Choice,
+    sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe, choice: Choice
 ) -> dict[str, np.ndarray]:
     basis = fit_basis(sections, rows, recipe)
     sums = fit_sums(sections, rows, basis, recipe.power)

@@ -112,12 +112,7 @@ class _Space:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Arrays of a model."""
-        return {
-            MEAN: self.mean,
-            SCALE: self.scale,
-            WEIGHTS: self.weights,
-            PROJECTION: self.projection,
-        }
+        return {MEAN: self.mean, SCALE: self.scale, WEIGHTS: self.weights, PROJECTION: self.projection}
 
 
 def _left_out(

@@ -104,11 +104,7 @@ def cross_validate(
 
 
 def _fit_fold(
-    sections: Sequence[Section],
-    rows: list[np.ndarray],
-    recipe: Recipe,
-    n_classes: int,
-    n_target: int,
+    sections: Sequence[Section], rows: list[np.ndarray], recipe: Recipe, n_classes: int, n_target: int
 ) -> _Fold:
     basis = fit_basis(sections, rows, recipe)
     sums = fit_sums(sections, rows, basis, recipe.power)

@@ -99,14 +99,7 @@ def fit_network(
         torch.manual_seed(seed)
         encoder = copy.deepcopy(encoder).requires_grad_(True)
         module = TrainingModule(
-            encoder,
-            spec,
-            preset,
-            data,
-            rows,
-            n_classes=n_classes,
-            patches_at_once=run.patches_at_once,
-            seed=seed,
+            encoder, spec, preset, data, rows, n_classes=n_classes, patches_at_once=run.patches_at_once, seed=seed
         ).train()
         facts = _facts(data, preset, spec, rows, seed)
         facts |= {"patches_at_once": run.patches_at_once, "data": _digests(data, names or {})}
