@@ -15,8 +15,7 @@ import he2gene_sc as hg
 from he2gene_sc.models import ENCODERS, EncoderSpec, HE2Gene, load_encoder
 from he2gene_sc.models._encoders.load import encoder_sha256
 from he2gene_sc.models._encoders.registry import POOLINGS
-from he2gene_sc.models._fuse import fuse_batch_norm
-from he2gene_sc.models._network import FeatureExtractor, Network
+from he2gene_sc.models._network import FeatureExtractor, Network, fuse_batch_norm
 
 DOCS = Path(__file__).parents[1] / "docs" / "encoders.md"
 CREATE_MODEL = timm.create_model
@@ -171,7 +170,7 @@ def test_without_transformers_the_package_to_install_is_named(monkeypatch):
 
 
 def test_tokens_of_a_vision_transformer_are_pooled_without_registers():
-    from he2gene_sc.models._encoders.tokens import Tokens
+    from he2gene_sc.models._encoders.stages import Tokens
 
     network = tiny_vit()
     x = torch.rand(2, 3, 32, 32)

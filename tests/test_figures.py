@@ -13,7 +13,6 @@ from he2gene_sc.stats import calibration_error, noise_ceiling, pearson
 from he2gene_sc.training import cross_validate, folds_of
 from he2gene_sc.training._calibrate import UNSEEN
 from he2gene_sc.training._closed_form.validate import Choice, HeldOut, Panel
-from he2gene_sc.training._depth import within
 from he2gene_sc.training._figures import (
     BLOCK_UM,
     annotation_figures,
@@ -24,6 +23,7 @@ from he2gene_sc.training._figures import (
     interval,
     pooled_temperature,
 )
+from he2gene_sc.training._held_out import within
 
 
 def panel(predicted, measured, n_target):

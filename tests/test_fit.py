@@ -15,10 +15,9 @@ from tiny_network import BASE, SPAT, SPEC, encoder, toy_set
 from torch import nn
 
 from he2gene_sc.training import PRESETS, RunOptions, _memory, fit_network
-from he2gene_sc.training._gradient.losses import annotation_loss, gene_loss, neighbour_loss
-from he2gene_sc.training._gradient.patches import BatchLoader
+from he2gene_sc.training._gradient.module import annotation_loss, gene_loss, neighbour_loss
+from he2gene_sc.training._gradient.patches import BatchLoader, Targets, column_means
 from he2gene_sc.training._gradient.split import Split, split
-from he2gene_sc.training._gradient.targets import Targets, column_means
 from he2gene_sc.training._memory import activation_bytes
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from he2gene_sc.training._calibrate import temperature
 from he2gene_sc.training._closed_form.annotation import equal_weights, fit_annotation
 from he2gene_sc.training._closed_form.heads import components, embed, fit_softmax, principal
 from he2gene_sc.training._closed_form.validate import Choice, Panel, panels
-from he2gene_sc.training._depth import Depth, within
+from he2gene_sc.training._held_out import Depth, within
 
 GAPS = ((1, 2), (3, 2), (0, 5))
 

@@ -1,13 +1,11 @@
 """Pixels: level choice, µm geometry and block-wise patch reading. Arrays in, arrays out."""
 
-from ._darkness import Darkness, read_darkness
-from ._direct import direct
 from ._geometry import ReadPlan, WindowPlan, plan_windows
 from ._pixels import check_channel_names, check_pixels, reflect_index, to_rgb_uint8
-from ._pyramid import Level, Pyramid
+from ._pyramid import Level, Pyramid, direct
 from ._quality import FAULTS, MIN_TISSUE, faults, tissue_pixels, tissue_share
 from ._reader import PatchBatch, PatchReader
-from ._reduced import read_reduced
+from ._reduced import Darkness, read_darkness, read_reduced
 
 __all__ = [
     "Darkness",

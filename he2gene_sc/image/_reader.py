@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from ._blocks import BLOCK_BYTES, Block, BlockSource, plan_blocks, row_step
-from ._direct import direct
 from ._geometry import ReadPlan, plan_windows
 from ._pixels import reflect_index
-from ._pyramid import Pyramid
+from ._pyramid import Pyramid, direct
 
 #: Rows that are averaged at once, few enough that their sums stay in the processor's cache; even.
 _HALVED_AT_ONCE = 64

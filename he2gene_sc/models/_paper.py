@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..image._windows import check_windows
+from ..image._geometry import check_windows
 from ._card import ModelCard
 from ._model import ENCODER, HE2Gene
 

@@ -1,21 +1,32 @@
 """Statistics: accuracy metrics, baselines, intervals, domain scores, differential tests. Arrays in, arrays out."""
 
-from ._accuracy import TARGET_SUM, log_normalise, noise_ceiling, pearson, skill
+from ._accuracy import (
+    TARGET_SUM,
+    log_normalise,
+    noise_ceiling,
+    pearson,
+    ranking_agreement,
+    sd_ratio,
+    skill,
+    slope,
+    spearman,
+)
 from ._adapt import CANDIDATES, MIN_SPOTS, Adapted, adapt
 from ._classification import N_BINS, ClassScores, calibration_error, class_scores
 from ._conformal import (
     LEVELS,
     MAX_COVERAGE,
     MIN_GROUPS,
+    RESIDUAL_LEVELS,
     fit_spread,
     grouped_quantiles,
     half_scores,
     hierarchical_level,
     interpolated,
+    residual_quantiles,
     rounded_up,
     spread_of,
 )
-from ._correlation import sd_ratio, slope, spearman
 from ._counts import CountDifferences, CountSums, count_differences, library_factors, variance_components
 from ._domains import AGREEMENT, agreement, chaos, enrichment_agreement, match, pas, silhouette
 from ._mixed import mixed_model
@@ -30,8 +41,6 @@ from ._pseudobulk import (
     trigamma_inverse,
     weighted_fit,
 )
-from ._ranking import ranking_agreement
-from ._residual_quantiles import RESIDUAL_LEVELS, residual_quantiles
 from ._shift_test import MIN_OVERLAP, ShiftTest, admissible_shifts, shift_test
 from ._spatial_metrics import ceiling_of_neighbours, moran, neighbour_weights, ssim_on_grid
 from ._spatial_test import SpatialTest, spatial_test, wilcoxon_test

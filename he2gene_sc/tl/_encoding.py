@@ -15,7 +15,7 @@ from .._core.ownership import is_of, ours, written_in
 from .._core.placement import check_placement
 from .._core.slide import Slide, resolve
 from .._settings import settings
-from ..image._windows import MIN_PX
+from ..image._geometry import MIN_PX
 
 if TYPE_CHECKING:
     import torch

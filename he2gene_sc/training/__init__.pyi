@@ -3,8 +3,7 @@ from ._closed_form.heads import Recipe, feature_weights, fit_basis, fit_sums
 from ._closed_form.validate import cross_validate
 from ._folds import grouped_folds, warn_of_unit
 from ._gradient.fit import Fitted, fit_network
-from ._gradient.neighbours import neighbour_table
-from ._gradient.patches import PatchSet
+from ._gradient.patches import PatchSet, neighbour_table
 from ._gradient.presets import PRESETS, Preset
 from ._gradient.run_options import RunOptions
 from ._gradient.train_network import patch_set, train_network

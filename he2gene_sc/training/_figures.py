@@ -11,8 +11,7 @@ import numpy as np
 from ..models._card import BLOCK_BOOTSTRAP
 from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._calibrate import UNSEEN, temperature
-from ._depth import Depth
-from ._held_out import HeldOut, Panel
+from ._held_out import Depth, HeldOut, Panel
 from ._predictability import with_rest
 from ._sections import Section
 

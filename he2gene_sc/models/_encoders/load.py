@@ -193,7 +193,7 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     import torch
 
     from .local import load_weights
-    from .tokens import Tokens
+    from .stages import Tokens
 
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
     options: dict[str, Any] = {
@@ -224,7 +224,7 @@ def _need_transformers(name: str) -> None:
 def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None = None) -> Any:
     from transformers import AutoConfig, AutoModel
 
-    from .tokens import Tokens
+    from .stages import Tokens
 
     source = spec.transformers_name if folder is None else str(folder)
     # Code from a repository is never run, nor is anything unpickled: both architectures are part of transformers. Neither

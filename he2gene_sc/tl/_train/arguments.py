@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..._core.names import check_spelling
-from ...image._windows import MIN_PX
+from ...image._geometry import MIN_PX
 from .gene_lists import check_gene_lists
 from .labels import check_labels, check_merged
 from .measured import MIN_SPOTS, TWICE, Measured, check_table, read_sections

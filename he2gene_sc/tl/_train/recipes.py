@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..._core import validate
-from ...image._windows import check_windows
+from ...image._geometry import check_windows
 from ...training._gradient.run_options import RunOptions
 
 if TYPE_CHECKING:

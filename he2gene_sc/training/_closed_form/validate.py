@@ -10,8 +10,7 @@ import numpy as np
 from ...models._embedding import Basis
 from ...stats import pearson
 from .._calibrate import Calibration, calibrate, groups_of, joined
-from .._depth import Depth, within
-from .._held_out import HeldOut, Panel
+from .._held_out import Depth, HeldOut, Panel, within
 from .._sections import Section
 from .annotation import AnnotationHead, fit_annotation
 from .heads import Recipe, Sums, embed, fit_basis, fit_sums

@@ -19,11 +19,10 @@ from ...models import EncoderSpec
 from ...models._heap import kept_heap
 from .._memory import check_memory
 from .lightning import default_precision, hardware, quiet
-from .patches import PatchSet
+from .patches import PatchSet, blocks
 from .presets import Preset
 from .run_options import LAST, RunOptions
 from .split import Split, split
-from .targets import blocks
 from .weights import calibrate, name_tensors, predict_rows
 
 

@@ -12,8 +12,7 @@ from .._closed_form.validate import N_VARIABLE
 from .._figures import balanced_accuracy
 from .._predictability import bounds, by_patient
 from .fit import Fitted
-from .patches import PatchSet
-from .targets import column_means
+from .patches import PatchSet, column_means
 
 _DIGITS = 4
 

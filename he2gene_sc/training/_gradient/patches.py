@@ -1,16 +1,63 @@
-"""Training data of a whole network, and the order in which it is seen."""
+"""Training data of a whole network: targets, neighbours, and the order in which it is seen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse
 import torch
 
 from ...models._network import SYMMETRIES
-from .targets import Targets
+
+#: Spots that are dense at once where all are gone through.
+_AT_ONCE = 1024
+
+
+class Targets:
+    """Log-normalised expression of several sections, sparse, maybe on disk; rows are taken as a dense array."""
+
+    def __init__(self, sections: Sequence[scipy.sparse.csr_array], measured: np.ndarray):
+        self.sections, self.measured = tuple(sections), np.asarray(measured, bool)
+        sizes = [part.shape[0] for part in self.sections]
+        self._starts = np.cumsum([0, *sizes])
+        self._section = np.repeat(np.arange(len(sizes)), sizes)
+        self.shape = (int(self._starts[-1]), self.measured.shape[1])
+
+    def __len__(self) -> int:
+        """Return the number of spots."""
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Return the targets of some spots, ``(len(rows), g)`` float32; NaN where they were not measured."""
+        rows = np.arange(len(self))[rows]
+        out = np.empty((len(rows), self.shape[1]), np.float32)
+        sections = self._section[rows]
+        for i in np.unique(sections):
+            here = np.flatnonzero(sections == i)
+            part = self.sections[i][rows[here] - self._starts[i]].toarray()
+            part[:, ~self.measured[i]] = np.nan
+            out[here] = part
+        return out
+
+
+def blocks(targets: np.ndarray | Targets, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield positions and dense targets of some spots, a thousand at a time."""
+    for start in range(0, len(rows), _AT_ONCE):
+        part = rows[start : start + _AT_ONCE]
+        yield part, targets[part]
+
+
+def column_means(targets: np.ndarray | Targets, rows: np.ndarray) -> np.ndarray:
+    """Return the mean of each gene over the spots that list it, NaN where none does."""
+    total, count = np.zeros(targets.shape[1]), np.zeros(targets.shape[1], np.int64)
+    for _, values in blocks(targets, rows):
+        total += np.nansum(values, axis=0, dtype=np.float64)
+        count += (~np.isnan(values)).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return total / np.where(count > 0, count, np.nan)
 
 
 @dataclass(frozen=True)
@@ -159,3 +206,57 @@ class RowLoader:
                 "targets": torch.from_numpy(np.asarray(self.data.targets[rows][:, self.data.target_mask], np.float32)),
                 "sections": torch.from_numpy(self.data.sections[rows].astype(np.int64)),
             }
+
+
+N_NEIGHBOURS = 8
+#: In units of the pitch: beyond the diagonal of a square grid (1.41), short of the next ring (1.73 on a hexagonal one).
+_REACH = 1.57
+
+
+def neighbour_table(
+    coordinates: np.ndarray, pitch_um: float | None = None, sections: np.ndarray | None = None
+) -> np.ndarray:
+    """Neighbours of each spot on its grid, ``(n, 8)`` int64, nearest first, -1 where there is none.
+
+    Up to 8 on a square grid, 6 on a hexagonal one. It may be turned; spots may stray by a tenth of the pitch, which
+    is read off each section by default. Coordinates ``(n, 2)`` are in µm.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> neighbour_table(np.array([[0.0, 0.0], [200.0, 0.0], [600.0, 0.0]]), 200.0)[:, 0]
+    array([ 1,  0, -1])
+    """
+    from scipy.spatial import KDTree
+
+    coordinates = np.asarray(coordinates, float)
+    if coordinates.ndim != 2 or coordinates.shape[1] != 2 or not np.isfinite(coordinates).all():
+        raise ValueError(
+            f"`coordinates` has shape {coordinates.shape}; finite x and y of each spot, (n, 2), are needed"
+        )
+    if pitch_um is not None and not (np.isfinite(pitch_um) and pitch_um > 0):
+        raise ValueError(f"`pitch_um` is {pitch_um}; a positive number of µm is needed")
+    sections = np.zeros(len(coordinates), int) if sections is None else np.asarray(sections)
+    if sections.shape != (len(coordinates),):
+        raise ValueError(f"`sections` has shape {sections.shape}; one code a spot, ({len(coordinates)},), is needed")
+    table = np.full((len(coordinates), N_NEIGHBOURS), -1, np.int64)
+    for section in np.unique(sections):
+        rows = np.flatnonzero(sections == section)
+        if len(rows) < 2:
+            continue
+        tree = KDTree(coordinates[rows])
+        # One more than asked for: the nearest spot to a spot is itself.
+        distance, found = tree.query(coordinates[rows], k=min(N_NEIGHBOURS + 1, len(rows)))
+        pitch = _pitch(distance) if pitch_um is None else pitch_um
+        near = (found != np.arange(len(rows))[:, None]) & (distance <= _REACH * pitch)
+        for row, (candidates, kept) in enumerate(zip(found, near, strict=True)):
+            chosen = candidates[kept][:N_NEIGHBOURS]
+            table[rows[row], : len(chosen)] = rows[chosen]
+    return table
+
+
+def _pitch(distance: np.ndarray) -> float:
+    """Read the pitch off the distances ``(n, k)`` of each spot to itself and those around it."""
+    nearest = np.median(distance[:, 1])
+    around = distance[:, 1:]
+    return float(around[around <= 1.3 * nearest].mean())

@@ -21,12 +21,10 @@ from .._metadata import ModelMetadata
 from .._predictability import RELIABLE_PCC, TELLING
 from .fit import Fitted, fit_network
 from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, variable_genes
-from .neighbours import neighbour_table
-from .patches import PatchSet
+from .patches import PatchSet, Targets, column_means, neighbour_table
 from .presets import Preset
 from .run_options import RunOptions
 from .split import Split, balanced_folds, split
-from .targets import Targets, column_means
 
 if TYPE_CHECKING:
     from .._sections import Section
