@@ -148,7 +148,9 @@ def add_scale_bar(ax: Axes, um_per_unit: float, length: float, location: str) ->
 
     nice = np.outer([1, 1.5, 2, 2.5, 3, 4, 5, 7.5], 10.0 ** np.arange(-2, 7)).ravel()
     um = nice[np.abs(np.log(nice / (length * um_per_unit))).argmin()]
-    fixed = {"fixed_value": um / 1000, "fixed_units": "mm"} if um >= 1000 else {"fixed_value": um, "fixed_units": "um"}
+    value, unit = (um / 1000, "mm") if um >= 1000 else (um, "um")
+    # A whole number without ".0".
+    fixed = {"fixed_value": int(value) if value == int(value) else float(value), "fixed_units": unit}
     ax.add_artist(ScaleBar(um_per_unit, "um", location=location, box_alpha=0.6, font_properties={"size": 8}, **fixed))
 
 
