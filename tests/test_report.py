@@ -1,15 +1,22 @@
 """A report is one HTML file that says first what holds for a new patient, loads nothing and runs nothing."""
 
 import re
+import sys
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import spatialdata as sd
 from typer.testing import CliRunner
 
 import he2gene_sc as hg
+from he2gene_sc._core.keys import Keys
+from he2gene_sc._report.page import Section
+from he2gene_sc._report.slide import Slide, _biomarkers, _domains, _evaluation, _hex
 from he2gene_sc.cli.app import app
+from he2gene_sc.io._files import check_new_file
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +78,7 @@ def test_sections_stand_in_the_order_of_reading(reported):
     assert "± (interval of 80%)" in reported.text
     assert re.search(r"29 predicted genes are not reliable.* Of the chosen genes: TPT1\.", reported.text)
     assert re.search(r"a<b> 20 66\.7% .* without a class 10 33\.3%", reported.text)
-    assert "hg.tl.predict(sdata, model='tiny')" in reported.text
+    assert "hg.tl.predict, he2gene model: tiny" in reported.text
 
 
 def test_names_are_text_and_nothing_is_loaded_or_run(reported):
@@ -93,11 +100,92 @@ def test_without_a_reliable_gene_the_page_says_what_can_be_done(plain, tmp_path)
 
 
 def test_what_was_run_is_shown(plain, tmp_path):
-    hg.tl.evaluate(plain, baselines=[])
+    hg.tl.evaluate(plain, baselines=[], key_added="mine")
     page = Page(hg.report(plain, tmp_path / "report.html"))
     assert "evaluation" in page.sections
     assert "mean correlation" in page.text
-    assert "hg.tl.evaluate(sdata, " in page.text
+    assert "mine: mean over genes" in page.text
+    assert re.search(r"hg\.tl\.evaluate, mine .*prediction_key: he2gene", page.text)
+
+
+def test_what_was_found_of_another_prediction_is_not_shown(plain):
+    uns = plain["table"].uns
+    uns["a"] = {"verb": "evaluate", "params": {"prediction_key": "other"}}
+    uns["b"] = {"verb": "biomarkers", "params": {"layer": "X"}}
+    uns["he2gene_domains"] = {"verb": "domain_preservation", "params": {"layer": "other"}}
+    slide = Slide(plain, plain["table"], Keys(), uns["he2gene"], None, [], 1, {"prediction_key": "he2gene"})
+    assert not any(make(slide).text for make in (_evaluation, _biomarkers, _domains))
+
+
+def test_domains_are_those_of_the_table_that_is_reported_a_section_each(toy, monkeypatch):
+    toy["second"] = toy["table"].copy()
+    scores = pd.DataFrame({"section": ["all", "a", "b"], "labels": "predicted", "score": "ari", "mean": 0.5})
+    toy["table"].uns["mine"] = {"verb": "domain_preservation", "params": {"layer": "he2gene"}, "table": scores}
+    drawn = []
+    monkeypatch.setattr(hg.pl, "domains", lambda _, **kwargs: drawn.append(kwargs) or plt.subplots()[1])
+    options = {"prediction_key": "he2gene", "table_key": "table"}
+    section = _domains(Slide(toy, toy["table"], Keys(), {}, None, [], 1, options))
+    assert drawn == [{"section": name, "key": "mine", "table_key": "table"} for name in ("a", "b")]
+    assert len(section.figures) == 2
+
+
+def test_a_map_of_one_region_says_that_the_numbers_are_of_all(tiny_model, tmp_path):
+    slides = {name: hg.datasets.toy((3, 3), mpp=4.0, seed=i) for i, name in enumerate(("a", "b"))}
+    for name, slide in slides.items():
+        slide["table"].obs_names = name + "_" + slide["table"].obs_names
+    joined = sd.concatenate(slides, concatenate_tables=True)
+    hg.tl.predict(joined, model=tiny_model, image_key={"spots-a": "he-a", "spots-b": "he-b"}, mpp=4.0)
+    page = Page(hg.report(joined, tmp_path / "report.html", shapes_key="spots-a", n_genes=1))
+    assert "Maps are of 'spots-a' alone; numbers are of all regions of the table." in page.text
+
+
+def test_a_colour_that_is_none_does_not_get_into_the_style():
+    assert [_hex(text) for text in ("red", "red; background: url(//x)", "")] == ["#ff0000", "", ""]
+
+
+def test_a_figure_that_cannot_be_drawn_is_closed(monkeypatch):
+    before = plt.get_fignums()
+    figure, ax = plt.subplots()
+    monkeypatch.setattr(figure, "savefig", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Section("a", "A").draw(ax, "")
+    assert plt.get_fignums() == before
+
+
+def test_no_page_of_a_folder_replaces_another(monkeypatch, tmp_path):
+    def page(store, *_, **__):
+        if store.stem == "odd":
+            raise RuntimeError("no such thing")
+        return store.parent.name, []
+
+    monkeypatch.setattr(sys.modules[Slide.__module__.replace("slide", "report")], "_page", page)
+    monkeypatch.setattr("he2gene_sc.io._open.open_store", lambda store, _: store)
+    names = ["a/s.zarr", "b/S.zarr", "c/s-2.zarr", "d/Index.zarr", "e/odd.zarr"]
+    with pytest.warns(UserWarning, match="RuntimeError: no such thing"):
+        index = hg.report([tmp_path / name for name in names], tmp_path / "out")
+    links = [found["href"] for tag, found in Page(index).tags if tag == "a" and not found["href"].startswith("#")]
+    assert links == ["s.html", "S-2.html", "s-2-2.html", "Index-2.html"]
+    assert [re.search("<title>(.)", (tmp_path / "out" / link).read_text())[1] for link in links] == list("abcd")
+    assert "none: RuntimeError: no such thing" in Page(index).text
+
+
+def test_a_damaged_store_does_not_stop_the_others(tmp_path):
+    (tmp_path / "in" / "bad.zarr").mkdir(parents=True)
+    (tmp_path / "in" / "bad.zarr" / "zarr.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"no report of '.*bad\.zarr'"):
+        index = hg.report(tmp_path / "in", tmp_path / "out")
+    assert "is damaged: its metadata cannot be read" in Page(index).text
+
+
+def test_places_and_rows_without_a_store_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"'output' is missing in rows 1; name the store of each"):
+        hg.report(pd.DataFrame({"output": ["a.zarr", np.nan]}), tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"`path`: '.*file' is a file, or lies in one"):
+        hg.report([tmp_path / "a.zarr"], tmp_path / "file")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(PermissionError, match=r"`path` .*a\.html' lies in a folder that cannot be written to"):
+        check_new_file(tmp_path / "a.html", "path", (".html",), overwrite=False)
 
 
 def test_a_page_of_ours_is_replaced_and_no_other_file(plain, tmp_path):

@@ -44,7 +44,6 @@ class Section:
     text: list[str] = field(default_factory=list)
     figures: list[dict[str, str]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    code: list[str] = field(default_factory=list)
 
     def draw(self, axes: Any, caption: str) -> None:
         """Add the figure of some axes as PNG, and close it."""
@@ -53,8 +52,10 @@ class Section:
 
         figure = np.ravel(np.asarray(axes, dtype=object))[0].figure
         raw, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(raw, dpi=_DPI, bbox_inches="tight")
-        plt.close(figure)
+        try:
+            figure.savefig(raw, dpi=_DPI, bbox_inches="tight")
+        finally:
+            plt.close(figure)
         # A palette takes a third of the bytes, and is hardly seen.
         Image.open(raw).convert("RGB").quantize(_COLOURS).save(png, "PNG", optimize=True)
         self.figures.append({"png": base64.b64encode(png.getvalue()).decode(), "caption": caption})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 from .._core import validate
 from .._core.genes import columns_of
 from .._core.keys import SECTION, Keys
-from .._core.predictions import predicted_by, record_of, symbols_of
+from .._core.predictions import gene_flags, predicted_by, predicted_table, record_of, symbols_of
 from .._core.spots import get_table
 from .._core.spots import sections_of as section_names
 from ..io._files import check_new_file, put_file
@@ -104,17 +105,17 @@ def report(
     options = {"genes": genes, "n_genes": n_genes, "model": model, "prediction_key": prediction_key}
     options |= {"table_key": table_key, "shapes_key": shapes_key}
     if hasattr(data, "tables") or hasattr(data, "obs_names"):
-        return _one(data, "report.html" if path is None else path, title, overwrite, options)
+        return _one(data, path, title, overwrite, options)
     from ..io._open import open_store
 
     slides = _slides(data)
     if slides is None:
-        return _one(open_store(Path(data), "data"), path or "report.html", title, overwrite, options)  # type: ignore[arg-type]
+        return _one(open_store(Path(data), "data"), path, title, overwrite, options)  # type: ignore[arg-type]
     return _many(slides, path, title, overwrite, options)
 
 
-def _one(data: Any, path: str | Path, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:
-    place = _free(path, overwrite)
+def _one(data: Any, path: str | Path | None, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:
+    place = _free("report.html" if path is None else path, overwrite)
     put_file(place, render(*_page(data, title, **options)))
     return place
 
@@ -136,12 +137,14 @@ def _page(
     table_key: str | None,
     shapes_key: str | None,
 ) -> tuple[str, list[Section]]:
+    if hasattr(data, "tables"):
+        table_key = predicted_table(data, prediction_key, table_key)
     table = get_table(data, table_key, prediction_key=prediction_key)
     record = record_of(table, prediction_key)
     keys = Keys(prediction_key, str(record["layer"]))
     asked = [genes] if isinstance(genes, str) else list(genes or ())
     columns = columns_of(table, asked, symbols_of(table, record, None))
-    known = table.var[keys.predicted].to_numpy(bool)
+    known = gene_flags(table, keys.predicted)
     if missing := [gene for gene, i in zip(asked, columns, strict=True) if i < 0 or not known[i]]:
         raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists those that were")
     try:
@@ -161,7 +164,6 @@ def _page(
 def _slides(data: Any) -> pd.DataFrame | None:
     """Table of slides with their stores in ``output``; ``None`` for a single store."""
     from ..cohort._manifest import SEPARATORS
-    from ..io._store import is_store
 
     if isinstance(data, pd.DataFrame):
         frame = data
@@ -169,10 +171,10 @@ def _slides(data: Any) -> pd.DataFrame | None:
         place = validate.folder_or_file(data, "data")
         if not place.exists():
             raise FileNotFoundError(f"`data` {str(data)!r} is not there")
-        if place.is_dir() and is_store(place):
+        if place.is_dir() and _may_be_store(place):
             return None
         if place.is_dir():
-            stores = sorted(each for each in place.iterdir() if each.is_dir() and is_store(each))
+            stores = sorted(each for each in place.iterdir() if each.is_dir() and _may_be_store(each))
             frame = pd.DataFrame({"output": [str(store) for store in stores]})
         elif place.suffix.lower() in SEPARATORS:
             frame = pd.read_csv(place, sep=SEPARATORS[place.suffix.lower()])
@@ -190,7 +192,21 @@ def _slides(data: Any) -> pd.DataFrame | None:
         )
     if not len(frame):
         raise ValueError(f"`data` holds no store{f': {str(data)!r}' if isinstance(data, str | Path) else ''}")
+    if (lacking := frame["output"].isna()).any():
+        raise ValueError(
+            f"`data`: column 'output' is missing in rows {validate.format_list(frame.index[lacking])}; name the store of each, or "
+            "leave these rows out"
+        )
     return frame
+
+
+def _may_be_store(place: Path) -> bool:
+    from ..io._store import is_store
+
+    try:
+        return is_store(place)
+    except ValueError:  # a damaged one, which open_store describes
+        return True
 
 
 def _many(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:
@@ -200,13 +216,17 @@ def _many(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, op
     index = Path("reports") if path is None else validate.folder_or_file(path, "path")
     index = index if index.suffix.lower() in _SUFFIXES else index / "index.html"
     stores = [Path(str(store)) for store in frame["output"]]
-    names = pd.Series([file_name(store.stem) for store in stores])
-    repeats = names.str.lower().groupby(names.str.lower()).cumcount()
-    names = names.where(repeats == 0, names + "-" + (repeats + 1).astype(str))
-    if index.stem in set(names.str.lower()):
-        names = names + "-slide"
-    index.parent.mkdir(parents=True, exist_ok=True)
-    places = [_free(index.parent / f"{name}.html", overwrite) for name in names]
+    try:
+        index.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"`path`: {str(index.parent)!r} is a file, or lies in one; a folder is needed") from None
+    taken, places = {index.stem.lower()}, []
+    for store in stores:
+        stem = file_name(store.stem)
+        names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
+        name = next(name for name in names if name.lower() not in taken)
+        taken.add(name.lower())
+        places.append(_free(index.parent / f"{name}.html", overwrite))
     index = _free(index, overwrite)
     rows = []
     for (_, row), store, place in zip(frame.iterrows(), stores, places, strict=True):
@@ -215,9 +235,12 @@ def _many(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, op
             name, sections = _page(open_store(store, "data"), None, **options)
             put_file(place, render(name, sections))
             cells["slide"] = Cell(store.stem, link=place.name)
-        except (ValueError, OSError) as error:
-            warnings.warn(f"no report of {str(store)!r}: {error}", UserWarning, stacklevel=3)
-            cells["report"] = f"none: {error}"
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a slide holds, the others get their pages
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"no report of {str(store)!r}: {reason}", UserWarning, stacklevel=3)
+            cells["report"] = f"none: {reason}"
         rows.append(cells)
     section = Section("slides", "Slides", text=[f"{len(rows)} slides; a name leads to the page of the slide."])
     section.add_frame(pd.DataFrame(rows))

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 from .. import get, pl
+from .._core import validate
 from .._core.keys import PATIENT, SECTION, Keys
 from .._core.matrix import dense, matrix_of
 from .._core.names import clean_names
-from .._core.ownership import is_of
+from .._core.ownership import is_of, public_name
 from .._core.predictions import gene_flags
-from .page import Cell, Section, shown
+from .._core.spots import sections_of as section_names
+from .page import Cell, Section
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -51,10 +53,16 @@ class Slide:
         options = {key: value for key, value in self.options.items() if key != "shapes_key"}
         return get.genes(self.data, reliable=of, **options)
 
-    def find(self, verb: str, key: str) -> Mapping[str, Any] | None:
-        """Return the record of a verb, where it was run."""
-        record = self.table.uns.get(key)
-        return record if is_of(verb, record) else None
+    @property
+    def intervals(self) -> Mapping[str, Any] | None:
+        """Record of the intervals of the prediction, where these were computed."""
+        record = self.table.uns.get(f"{self.keys.layer}_intervals")
+        return record if is_of("intervals", record) else None
+
+    def runs(self, verb: str, parameter: str, value: str) -> list[str]:
+        """Keys of the results of a verb that it computed with a value of a parameter."""
+        uns = self.table.uns
+        return [key for key in uns if is_of(verb, uns[key]) and uns[key]["params"].get(parameter) == value]
 
     def column(self, name: str) -> pd.Series:
         """Return a column of ``var`` as numbers, NaN where there is none."""
@@ -81,7 +89,7 @@ def sections_of(slide: Slide) -> list[Section]:
         _run,
     )
     found = [make(slide) for make in made]
-    return [s for s in found if s.text or s.figures or s.tables or s.code]
+    return [s for s in found if s.text or s.figures or s.tables]
 
 
 def _trust(slide: Slide) -> Section:
@@ -90,6 +98,10 @@ def _trust(slide: Slide) -> Section:
     keys, record = slide.keys, slide.record
     n_good, n_all = len(slide.reliable()), int(gene_flags(slide.table, keys.predicted).sum())
     whose = "another section of a patient that the model was trained on" if slide.known_patient else "a new patient"
+    if slide.options["shapes_key"] is not None and len(pd.unique(section_names(slide.table))) > 1:
+        section.text.append(
+            f"Maps are of {slide.options['shapes_key']!r} alone; numbers are of all regions of the table."
+        )
     section.text.append(f"{n_good:,} of {n_all:,} predicted genes are reliable on {whose}.")
     of_patients = slide.column(keys.pcc_new_patient).notna().any()
     r = slide.column(keys.pcc_new_patient if of_patients else keys.pcc).dropna()
@@ -165,7 +177,7 @@ def _annotation(slide: Slide) -> Section:
     colours = dict(zip(labels.cat.categories, table.uns.get(keys.colors, ()), strict=False))
     rows = [
         {
-            "class": Cell(str(name), color=str(colours.get(name, ""))),
+            "class": Cell(str(name), color=_hex(colours.get(name, ""))),
             "spots": int((labels == name).sum()),
             "share": f"{(labels == name).mean():.1%}",
             "mean confidence": confidence[(labels == name).to_numpy()].mean(),
@@ -177,6 +189,16 @@ def _annotation(slide: Slide) -> Section:
     if labels.notna().any():
         section.draw(pl.annotation(slide.data, **slide.options), "Most probable class of each spot.")
     return section
+
+
+def _hex(colour: Any) -> str:
+    """Write a colour as CSS, empty if it is none: a store may hold any text."""
+    from matplotlib.colors import to_hex
+
+    try:
+        return to_hex(colour)
+    except ValueError:
+        return ""
 
 
 def _genes(slide: Slide) -> Section:
@@ -203,7 +225,7 @@ def _chosen(slide: Slide) -> Section:
             section, "Chosen genes; what was measured stands beside, where it is there.", genes=slide.genes, ncols=2
         )
         section.add_frame(_table_of(slide, slide.genes))
-        record = slide.find("intervals", f"{slide.keys.layer}_intervals")
+        record = slide.intervals
         section.text.append(
             "Intervals were not computed: hg.tl.intervals(sdata)."
             if record is None
@@ -222,9 +244,8 @@ def _table_of(slide: Slide, genes: list[str]) -> pd.DataFrame:
         if slide.column(column).notna().any():
             frame[title] = slide.column(column)[genes].to_numpy()
     frame["reliable"] = gene_flags(table, keys.reliable)[table.var_names.get_indexer(genes)]
-    record = slide.find("intervals", f"{keys.layer}_intervals")
-    if record is not None:
-        coverage = record["params"].get("coverage", 0.9)
+    if slide.intervals is not None:
+        coverage = slide.intervals["params"].get("coverage", 0.9)
         frame[f"± (interval of {coverage:.0%})"] = slide.column(f"{keys.layer}_halfwidth")[genes].to_numpy()
     return frame
 
@@ -245,9 +266,6 @@ def _unreliable(slide: Slide) -> Section:
 
 def _evaluation(slide: Slide) -> Section:
     section = Section("evaluation", "Against what was measured")
-    if slide.find("evaluate", "he2gene_eval") is None:
-        return section
-    found = get.evaluation(slide.table)
     columns = {
         "section": "section",
         "panel": "genes",
@@ -258,42 +276,45 @@ def _evaluation(slide: Slide) -> Section:
         "ceiling_share_mean": "share of the ceiling",
         "skill_mean": "skill",
     }
-    section.text.append(
-        "Mean over genes; a predictor that the model should beat stands beside it, such as colour alone."
-    )
-    one = found.loc[found["scope"] == "section", "section"].nunique() < 2
-    # A constant has no correlation.
-    rows = found[(found["scope"] == ("section" if one else "mean")) & found["pearson_mean"].notna()]
-    section.add_frame(rows[[name for name in columns if name in rows]].rename(columns=columns))
+    for key in slide.runs("evaluate", "prediction_key", slide.options["prediction_key"]):
+        found = get.evaluation(slide.table, key=key)
+        section.text.append(
+            f"{key}: mean over genes; a predictor that the model should beat stands beside it, such as colour alone."
+        )
+        one = found.loc[found["scope"] == "section", "section"].nunique() < 2
+        # A constant has no correlation.
+        rows = found[(found["scope"] == ("section" if one else "mean")) & found["pearson_mean"].notna()]
+        section.add_frame(rows[[name for name in columns if name in rows]].rename(columns=columns))
     return section
 
 
 def _biomarkers(slide: Slide) -> Section:
     section = Section("biomarkers", "Biomarkers")
-    record = slide.find("biomarkers", "he2gene_biomarkers")
-    if record is None:
-        return section
-    found = get.biomarkers(slide.table).groupby("group", sort=False, observed=True).head(_N_MARKERS)
     columns = ["group", "names", "effect_size", "ci_low", "ci_high", "pvals_adj", "n_samples", "reliable"]
-    section.text.append(f"{record['params'].get('groupby', '')}: genes with the highest scores of each group.")
-    section.add_frame(found[[name for name in columns if name in found]])
+    for key in slide.runs("biomarkers", "layer", slide.keys.layer):
+        found = get.biomarkers(slide.table, key=key).groupby("group", sort=False, observed=True).head(_N_MARKERS)
+        groupby = slide.table.uns[key]["params"].get("groupby", "")
+        section.text.append(f"{key}: genes with the highest scores of each group of {groupby}.")
+        section.add_frame(found[[name for name in columns if name in found]])
     return section
 
 
 def _domains(slide: Slide) -> Section:
     section = Section("domains", "Domains")
-    if slide.find("domain_preservation", "he2gene_domains") is None:
-        return section
-    found = get.domains(slide.table, score="ari")
     columns = ["section", "labels", "against", "mean", "sd", "pval"]
-    section.text.append("Adjusted Rand index of the clusters with the annotated domains.")
-    section.add_frame(found[[name for name in columns if name in found]])
-    section.draw(pl.domains(slide.data if hasattr(slide.data, "tables") else slide.table), "Domains and clusters.")
+    for key in slide.runs("domain_preservation", "layer", slide.keys.layer):
+        found = get.domains(slide.table, score="ari", key=key)
+        section.text.append(f"{key}: adjusted Rand index of the clusters with the annotated domains.")
+        section.add_frame(found[[name for name in columns if name in found]])
+        for name in found["section"].drop_duplicates():
+            if name != "all":
+                axes = pl.domains(slide.data, section=name, key=key, table_key=slide.options["table_key"])
+                section.draw(axes, f"Domains and clusters of {name}.")
     return section
 
 
 def _run(slide: Slide) -> Section:
-    section = Section("run", "Run")
+    section = Section("run", "Run", text=["Recorded parameters of each run; an argument that was None is left out."])
     record = slide.record
     section.list_facts(
         {"Versions": record.get("versions"), "Device": record.get("device"), "Precision": record.get("dtype")}
@@ -303,22 +324,10 @@ def _run(slide: Slide) -> Section:
     given = {"model": record["model"], **given}
     for name in ("genes", "known_patient", "gene_symbols", "exact"):
         if name in record:
-            given[name] = record[name] if isinstance(record[name], str | bool) else [str(g) for g in record[name]]
-    calls = ["import he2gene_sc as hg", f"hg.tl.predict(sdata, {_arguments(given)})"]
+            given[name] = record[name] if isinstance(record[name], str | bool) else validate.format_list(record[name])
+    runs = {f"hg.tl.predict, {slide.options['prediction_key']}": given}
     for key, found in slide.table.uns.items():
         if isinstance(found, Mapping) and {"verb", "params"} <= set(found):
-            verb = found["verb"] if "." in found["verb"] else f"tl.{found['verb']}"
-            calls.append(f"hg.{verb}(sdata, {_arguments(found['params'])})  # uns[{key!r}]")
-    section.code.append("\n".join(calls))
+            runs[f"{public_name(found['verb'])}, {key}"] = dict(found["params"])
+    section.list_facts(runs)
     return section
-
-
-def _arguments(given: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_plain(value)}" for name, value in given.items())
-
-
-def _plain(value: Any) -> str:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, list) and len(value) > 10:
-        return f"[{', '.join(map(repr, value[:5]))}, …]"
-    return repr(value) if isinstance(value, str | int | float | bool | list | dict) else shown(value)

@@ -134,12 +134,18 @@ def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...], 
         If the path is not of a file in a folder that is there, with one of the suffixes.
     FileExistsError
         If the file is there, without ``overwrite``.
+    PermissionError
+        If nothing can be written to the folder.
     """
     place = validate.folder_or_file(path, parameter).absolute()
     if place.suffix.lower() not in suffixes:
         raise ValueError(f"`{parameter}` {str(place)!r} ends in {place.suffix!r}; {' or '.join(suffixes)} is needed")
     if place.is_dir() or not place.parent.is_dir():
         raise ValueError(f"`{parameter}` {str(place)!r} is a folder, or lies in a folder that is not there")
+    if not os.access(place.parent, os.W_OK):
+        raise PermissionError(
+            f"`{parameter}` {str(place)!r} lies in a folder that cannot be written to; choose another place"
+        )
     if place.exists() and not overwrite:
         raise FileExistsError(
             f"`{parameter}` {str(place)!r} is there; choose another name, or pass overwrite=True (--overwrite)"
