@@ -219,6 +219,17 @@ def test_a_file_that_is_not_geojson_is_named(toy, tmp_path, text):
         hg.io.read_geojson(toy, path)
 
 
+@pytest.mark.parametrize("properties", ["text", ["a"]])
+def test_properties_that_are_no_mapping_and_a_folder_are_not_geojson(toy, tmp_path, properties):
+    path = write(tmp_path / "a.geojson", (square(toy, 0), "a"))
+    content = json.loads(path.read_text())
+    content["features"][0]["properties"] = properties
+    path.write_text(json.dumps(content))
+    for place in (path, tmp_path):
+        with pytest.raises(ValueError, match=r"`path` '.*' is not GeoJSON"):
+            hg.io.read_geojson(toy, place)
+
+
 def test_what_cannot_label_a_spot_is_refused(toy, tmp_path):
     path = tmp_path / "a.geojson"
     with pytest.raises(ValueError, match=r"1 object\(s\), none is a polygon with a class"):
@@ -230,6 +241,34 @@ def test_what_cannot_label_a_spot_is_refused(toy, tmp_path):
     assert "label" not in toy["table"].obs
     with pytest.raises(FileNotFoundError):
         hg.io.read_geojson(toy, tmp_path / "none.geojson")
+
+
+def test_a_table_of_several_slides_is_labelled_one_by_one(toy, tmp_path):
+    table, path = toy["table"].copy(), write(tmp_path / "a.geojson", (box(0, 0, 2000, 2000), "a"))
+    table.obs["region"] = pd.Categorical(["one"] * 12 + ["two"] * 18)
+    with pytest.raises(ValueError, match=r"`shapes_key` is None; the file is of one slide, the table has one, two"):
+        hg.io.read_geojson(table, path)
+    with pytest.raises(ValueError, match=r"`shapes_key` 'three' is not a region of the table, valid: \['one', 'two'\]"):
+        hg.io.read_geojson(table, path, shapes_key="three")
+    hg.io.read_geojson(table, path, shapes_key="two")
+    assert table.obs["label"].notna().tolist() == [False] * 12 + [True] * 18
+    with pytest.raises(ValueError, match=r"one spot of unknown size; uns\['spatial'\].*'spot_diameter_fullres'"):
+        hg.io.read_geojson(table[:1].copy(), path, key_added="alone")
+
+
+def test_names_that_stand_twice_are_written_once_or_apart(predicted, tmp_path):
+    table = predicted["table"]
+    table.obs_names = ["spot"] * table.n_obs
+    table.var_names = ["Confidence" if name == "ERBB2" else name for name in table.var_names]
+    path = hg.io.to_geojson(predicted, tmp_path / "a.geojson", genes=["Confidence", "CD24", "CD24"])
+    features = json.loads(path.read_text())["features"]
+    assert [f["properties"].get("classification", {}).get("name") for f in features[:3]] == [
+        None,
+        "invasive cancer",
+        "fat <b>",
+    ]
+    values = [f["properties"]["measurements"]["Confidence"] for f in features]
+    np.testing.assert_allclose(values, table.to_df("he2gene")["Confidence"], atol=1e-4)
 
 
 def test_a_file_that_is_there_is_replaced_only_when_asked(predicted, tmp_path):

@@ -17,12 +17,12 @@ from .._core.genes import columns_of
 from .._core.images import find_image, spots_to_pixels
 from .._core.keys import Keys, check_key
 from .._core.matrix import dense, matrix_of
-from .._core.names import check_spelling, clean_names, labels_of
+from .._core.names import annotated_by, check_spelling, clean_names, labels_of
 from .._core.ownership import ours
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from .._core.results import check_free, write_result
 from .._core.slide import slides_of
-from .._core.spots import get_table, pitch_of, spots_of
+from .._core.spots import get_table, pitch_of, sections_of, spots_of
 from ._files import check_new_file, put_file
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ logger = logging.getLogger("he2gene_sc")
 _VERB = "io.read_geojson"
 #: Of two annotations whose overlaps with a spot differ by less than this part of the spot, the smaller one counts.
 _SAME_AREA = 1e-6
+#: What comes of a path or a content that is not GeoJSON.
+_WRONG = (ValueError, TypeError, KeyError, AttributeError, IndexError, IsADirectoryError)
 
 
 def to_geojson(
@@ -105,7 +107,7 @@ def to_geojson(
     table = get_table(sdata, table_key, prediction_key=prediction_key)
     record = record_of(table, prediction_key)
     name = None if layer is None else predicted_layer(table, prediction_key, layer)
-    names = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
+    names = [] if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
     columns = columns_of(table, names, symbols_of(table, record, None))
     if missing := [gene for gene, column in zip(names, columns, strict=True) if column < 0]:
         raise ValueError(f"`genes` {missing[:5]} are not in the table; hg.get.genes(sdata) lists the predicted ones")
@@ -122,9 +124,9 @@ def to_geojson(
     values = pd.DataFrame(dense(matrix_of(own[:, columns], name)), columns=names, index=own.obs_names)
     measured = {keys.confidence: "Confidence", keys.tissue: "Tissue", keys.ood: "Out of distribution"}
     for column, title in measured.items():
-        if column in own.obs and (column != keys.confidence or annotation_key is None):
+        if column in own.obs and title not in names and (column != keys.confidence or annotation_key is None):
             values[title] = own.obs[column].to_numpy(float)
-    classes = _classes(table, own, label)
+    classes = _classes(table, rows, label)
     features = [
         _feature(spot, outline, object_type, given, row)
         for spot, outline, given, row in zip(own.obs_names, outlines, classes, values.to_dict("records"), strict=True)
@@ -160,7 +162,8 @@ def read_geojson(
     key_added
         Column of ``obs`` for the labels.
     table_key, shapes_key, image_key, coordinate_system
-        Where things are, as in :func:`he2gene_sc.tl.predict`. Of a table with several slides the others keep their labels.
+        Where things are, as in :func:`he2gene_sc.tl.predict`. Of a table with several slides ``shapes_key`` names the one that
+        the file is of; the others keep their labels.
 
     Raises
     ------
@@ -196,7 +199,7 @@ def read_geojson(
         shapes_key = _region(data, table, shapes_key)
         rows, outlines = _outlines(data, table, shapes_key, image_key, coordinate_system)
     else:
-        rows, outlines = np.arange(table.n_obs), _circles(table)
+        rows, outlines = _circles(table, shapes_key)
     labels = np.full(table.n_obs, None, object)
     if key_added in ours(table, key_added).get("obs", ()):
         labels[:] = labels_of(table, key_added, "key_added")
@@ -237,13 +240,30 @@ def _outlines(
     )
 
 
-def _circles(table: AnnData) -> np.ndarray:
+def _circles(table: AnnData, shapes_key: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of one slide of a table, and circles around their places."""
     import shapely
 
-    xy = spots_of(table)
+    rows = np.arange(table.n_obs)
+    if shapes_key is not None:
+        attrs = annotated_by(table)
+        regions = np.full(0, "", object) if attrs is None else table.obs[attrs["region_key"]].to_numpy(object)
+        validate.key_in(shapes_key, pd.unique(regions), "shapes_key", what="a region of the table")
+        rows = np.flatnonzero(regions == shapes_key)
+    if len(found := pd.unique(sections_of(table[rows]))) > 1:
+        raise ValueError(
+            f"`shapes_key` is {shapes_key!r}; the file is of one slide, the table has {validate.format_list(found)}: name the spots "
+            "of one, or give the rows of one as a table"
+        )
+    xy = spots_of(table)[rows]
     libraries = list(table.uns.get("spatial", {}).values()) if isinstance(table.uns.get("spatial"), dict) else []
     stated = libraries[0].get("scalefactors", {}).get("spot_diameter_fullres") if len(libraries) == 1 else None
-    return np.asarray(shapely.buffer(shapely.points(xy), float(pitch_of(xy) / 2 if stated is None else stated) / 2))
+    if stated is None and len(xy) < 2:
+        raise ValueError(
+            "`data` has one spot of unknown size; uns['spatial'][name]['scalefactors']['spot_diameter_fullres'] is needed, px"
+        )
+    diameter = float(pitch_of(xy) / 2 if stated is None else stated)
+    return rows, np.asarray(shapely.buffer(shapely.points(xy), diameter / 2))
 
 
 def _region(sdata: SpatialData, table: AnnData, shapes_key: str | None) -> str:
@@ -254,12 +274,12 @@ def _region(sdata: SpatialData, table: AnnData, shapes_key: str | None) -> str:
     return regions[0]
 
 
-def _classes(table: AnnData, own: AnnData, label: str) -> list[dict[str, Any] | None]:
+def _classes(table: AnnData, rows: np.ndarray, label: str) -> list[dict[str, Any] | None]:
     """Classification of each spot as QuPath has it, ``None`` where there is none."""
     from matplotlib.colors import to_rgb
 
     if label not in table.obs:
-        return [None] * own.n_obs
+        return [None] * len(rows)
     labels = labels_of(table, label, "annotation_key")
     kinds = table.obs[label].astype("category").cat.categories
     colors = dict(zip(clean_names(kinds), table.uns.get(f"{label}_colors", ()), strict=False))
@@ -267,7 +287,7 @@ def _classes(table: AnnData, own: AnnData, label: str) -> list[dict[str, Any] | 
     for name in pd.unique(pd.Series(labels).dropna()):
         rgb = {"color": [round(255 * part) for part in to_rgb(colors[name])]} if name in colors else {}
         found[name] = {"name": name, **rgb}
-    return [found[name] for name in labels[table.obs_names.get_indexer(own.obs_names)]]
+    return [found[name] for name in labels[rows]]
 
 
 def _feature(
@@ -294,11 +314,11 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         features = content.get("features", [content]) if isinstance(content, dict) else content
         found = [(f["geometry"], f.get("properties") or {}) for f in features if f.get("geometry")]
         shapes = shapely.make_valid(np.array([shape(geometry) for geometry, _ in found], object))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+        # QuPath before 0.4 has the type elsewhere; without one it is an annotation.
+        kinds = [str(p.get("objectType", p.get("object_type", "annotation"))) for _, p in found]
+        given = [p.get("classification") for _, p in found]
+    except (*_WRONG, shapely.errors.ShapelyError) as error:
         raise ValueError(f"{wrong} ({type(error).__name__}: {error})") from None
-    # QuPath before 0.4 has the type elsewhere; without one it is an annotation.
-    kinds = [str(p.get("objectType", p.get("object_type", "annotation"))) for _, p in found]
-    given = [p.get("classification") for _, p in found]
     names = clean_names(_name(value) for value in given)
     usable = (shapely.area(shapes) > 0) & pd.notna(names)
     is_annotation = np.array([kind == "annotation" for kind in kinds], bool)
