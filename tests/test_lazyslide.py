@@ -88,6 +88,7 @@ def test_tiles_of_another_size_are_refused_with_the_call_that_makes_them(tiny_mo
         ({"mpp": 0.5, "tile_mpp": 0}, "`tile_mpp` is 0"),
         ({"mpp": 0.5, "genes": ["NOGENE"]}, "does not know .*NOGENE"),
         ({"mpp": 0.5, "genes": []}, "`genes`"),
+        ({"mpp": 0.5, "genes": ["ERBB2", "ERBB2"]}, "`genes`: names stand twice: 'ERBB2'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(tiny_model, options, match):
@@ -98,13 +99,25 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model, options, match):
 def test_tables_and_tiles_that_are_not_there_are_named(slide):
     with pytest.raises(ValueError, match="open_wsi"):
         hg.io.from_wsidata(AnnData())
-    with pytest.raises(ValueError, match=r"'cells'.*zs\.pp\.tile_tissues"):
+    with pytest.raises(ValueError, match=r"'cells'.*; make tiles by `zs\.pp\.tile_tissues"):
         hg.io.from_wsidata(slide, tile_key="cells")
     with pytest.raises(ValueError, match="'path2space_tiles'"):
         hg.io.from_wsidata(slide, layers={"path2space": "path2space_tiles"})
     slide.tables["short"] = AnnData(np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match="3 rows"):
         hg.io.from_wsidata(slide, layers={"short": "short"})
+
+
+def test_a_table_of_other_tiles_or_with_a_gene_twice_is_refused_before_the_image_is_read(slide):
+    n = len(slide.shapes["tiles"])
+    slide.reader.file = "not there"
+    slide.tables["twice"] = AnnData(np.zeros((n, 2), np.float32), var=pd.DataFrame(index=["A", "A"]))
+    with pytest.raises(ValueError, match="`layers`: genes of table 'twice' stand twice: 'A'"):
+        hg.io.from_wsidata(slide, layers={"x": "twice"})
+    obs = pd.DataFrame({"tile_id": range(n)[::-1]}, index=[str(i) for i in range(n)])
+    slide.tables["turned"] = AnnData(np.zeros((n, 1), np.float32), obs=obs)
+    with pytest.raises(ValueError, match="'tile_id' of table 'turned' differs from that of shapes 'tiles'"):
+        hg.io.from_wsidata(slide, layers={"x": "turned"})
 
 
 def test_lazyslide_itself_runs_a_model(slide, tiny_model):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._core import validate
 from ..image import FAULTS, faults, tissue_share
 from ..models import HE2Gene, load
 from ..models._ood import SlideFacts
@@ -107,7 +108,7 @@ class LazySlideModel(_Part):
     Raises
     ------
     ValueError
-        If the model does not know a gene, or ``mpp`` is not a positive number.
+        If the model does not know a gene or one stands twice, or ``mpp`` is not a positive number.
 
     Examples
     --------
@@ -135,12 +136,10 @@ class LazySlideModel(_Part):
         genes: Collection[str] | None = None,
     ):
         for name, value in (("mpp", mpp), ("tile_mpp", tile_mpp)):
-            if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < np.inf:
-                raise ValueError(
-                    f"`{name}` is {value!r}; µm per pixel, a number above 0, is needed (`wsi.properties.mpp`)"
-                )
+            validate.in_range(value, name, above=0, what="µm per pixel (`wsi.properties.mpp`), a number")
         loaded = load(model)
         self.genes = tuple(loaded.genes.index if genes is None else [genes] if isinstance(genes, str) else genes)
+        validate.unique(self.genes, "genes")
         self._positions = loaded.genes.index.get_indexer(self.genes)
         if not self.genes or (self._positions < 0).any():
             unknown = [gene for gene, at in zip(self.genes, self._positions, strict=True) if at < 0]

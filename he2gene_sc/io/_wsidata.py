@@ -36,13 +36,13 @@ def from_wsidata(
     Returns
     -------
     spatialdata.SpatialData
-        Image ``image_key``, shapes ``tile_key`` and a table ``"table"`` of the tiles with the genes of all layers. Its
-        ``X`` is NaN: LazySlide measures nothing.
+        Image ``image_key`` and shapes ``tile_key``; with ``layers`` a table ``"table"`` of the tiles with the genes of all
+        layers. Its ``X`` is NaN: LazySlide measures nothing.
 
     Raises
     ------
     ValueError
-        If ``wsi`` is not a slide of LazySlide, or a key is not there.
+        If ``wsi`` is not a slide of LazySlide, a key is not there, or a table is of other tiles or has a gene twice.
 
     Examples
     --------
@@ -57,24 +57,30 @@ def from_wsidata(
     from spatialdata import SpatialData
     from spatialdata.models import ShapesModel, TableModel
 
-    validate.key_in(tile_key, wsi.shapes, "tile_key", what="shapes", hint="make tiles by `zs.pp.tile_tissues(wsi, …)`")
+    validate.key_in(
+        tile_key, wsi.shapes, "tile_key", what="shapes", hint="; make tiles by `zs.pp.tile_tissues(wsi, …)`"
+    )
+    tiles, found = wsi.shapes[tile_key], {}
+    for layer, key in (layers or {}).items():
+        validate.key_in(key, wsi.tables, "layers", what="tables")
+        own = wsi.tables[key]
+        if own.n_obs != len(tiles):
+            raise ValueError(f"`layers`: table {key!r} has {own.n_obs} rows, shapes {tile_key!r} {len(tiles)}")
+        named = "tile_id" in tiles and "tile_id" in own.obs
+        if named and list(own.obs["tile_id"].astype(str)) != list(tiles["tile_id"].astype(str)):
+            raise ValueError(
+                f"`layers`: 'tile_id' of table {key!r} differs from that of shapes {tile_key!r}, or its order"
+            )
+        validate.unique(own.var_names, "layers", f"genes of table {key!r}")
+        found[layer] = own.to_df()
     if wsi.reader.file in wsi.images:  # opened from a SpatialData object
         sdata = SpatialData(images={image_key: wsi.images[wsi.reader.file]})
         sdata.attrs[ATTRS] = {"mpp": {image_key: wsi.properties.mpp}}
     else:
         sdata = read_he(wsi.reader.file, mpp=wsi.properties.mpp, image_key=image_key)
-    tiles = wsi.shapes[tile_key]
     sdata.shapes[tile_key] = ShapesModel.parse(GeoDataFrame(geometry=tiles.geometry.to_numpy()))
     if not layers:
         return sdata
-    found = {}
-    for layer, key in layers.items():
-        validate.key_in(key, wsi.tables, "layers", what="tables")
-        if wsi.tables[key].n_obs != len(tiles):
-            raise ValueError(
-                f"`layers`: table {key!r} has {wsi.tables[key].n_obs} rows, shapes {tile_key!r} {len(tiles)}"
-            )
-        found[layer] = wsi.tables[key].to_df()
     genes = list(dict.fromkeys(gene for values in found.values() for gene in values.columns))
     obs = pd.DataFrame({"region": pd.Categorical([tile_key] * len(tiles)), "tile": np.arange(len(tiles))})
     obs.index = obs.index.astype(str)
