@@ -123,7 +123,7 @@ def gene_flags(table: AnnData, name: str) -> np.ndarray:
 
 def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | None) -> str | None:
     """Column of ``var`` with gene symbols: the one given, else the one that predict was given."""
-    recorded = record.get("gene_symbols")
+    recorded = record.get("gene_symbols") if isinstance(record, Mapping) else None
     return recorded if gene_symbols is None and recorded in table.var else gene_symbols
 
 

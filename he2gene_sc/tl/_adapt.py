@@ -14,7 +14,7 @@ from .._core import validate
 from .._core.expression import Scale
 from .._core.keys import MADE, Keys, check_key
 from .._core.matrix import dense, matrix_of
-from .._core.ownership import is_of, is_prediction
+from .._core.ownership import is_of, is_prediction, written_in
 from .._core.predictions import prediction_of
 from .._core.results import check_free, write_result
 from .._core.spots import get_table, sections_of, spots_of
@@ -164,6 +164,15 @@ def adapt(
     _refuse_twice(table, layer, spots)
     sections = sections_of(table, section_key)
     rows = rows_of(truth, sections, inside)
+    if keys.annotation not in table.obs and keys.annotation in written_in(keys.uns, table.uns.get(keys.uns)).get(
+        "obs", ()
+    ):
+        warnings.warn(
+            f"obs[{keys.annotation!r}], which hg.tl.predict wrote, is not there: the correction is not limited in classes that "
+            "were not measured; keep it, or predict again",
+            UserWarning,
+            stacklevel=2,
+        )
     found = _adapt_sections(table, predicted, truth, columns, rows, keys, seed)
     represented = {name: _represented(found.support[at], spots[at]) for name, at in rows.items()}
     _warn_of_others(found.support, spots, _classes(table, keys), rows)

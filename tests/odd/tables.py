@@ -239,6 +239,7 @@ MEANT = {
         if (verb, what) != ("train", "a gene has no name")
     },
     ("get.predicted", "the prediction is constant"): "it returns the layer as it stands",
+    ("adapt", "the annotation is missing in part"): "spots without a class are corrected as the classes together allow",
     ("adapt", "the prediction is constant"): "what was measured is taken, and the gain says how much it helps",
     ("intervals", "the prediction is NaN in a row"): "there is no interval where nothing was predicted",
     ("adapt", "the prediction is NaN in a row"): "nothing is adapted where nothing was predicted",
