@@ -38,7 +38,7 @@ if os.environ.get("READTHEDOCS") or os.environ.get("HE2GENE_INTERSPHINX"):
         "squidpy": ("https://squidpy.readthedocs.io/en/stable/", None),
         "torch": ("https://docs.pytorch.org/docs/stable/", None),
     }
-exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", "generated/jupyter_cache", "**.ipynb_checkpoints"]
 
 # Sphinx reads below this folder only: the notebooks are copied to a place that git ignores.
 tutorials = HERE / "generated" / "tutorials"
@@ -47,8 +47,13 @@ tutorials.mkdir(parents=True)
 for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
     shutil.copy(notebook, tutorials)
 
-# They are executed by the tests and shown without outputs.
-nb_execution_mode = "off"
+# `pytest` executes the notebooks on real sections and leaves them in this cache; what is not there is executed now.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / "generated" / "jupyter_cache")
+nb_execution_timeout = 900
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found,ignore::SyntaxWarning")  # read by the kernels
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -68,6 +73,21 @@ html_css_files = ["custom.css"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
+GALLERY = "generated/tutorials/gallery"
+
+
+def show_picture(app, doctree, docname):
+    """Put the picture of the gallery on the page of a plot."""
+    module, _, name = docname.rpartition(".")
+    if module != "generated/api/he2gene_sc.pl" or app.config.nb_execution_mode == "off":
+        return
+    for section in app.env.get_doctree(GALLERY).findall(nodes.section):
+        picture = next(section.findall(nodes.image), None)
+        if name in section["names"] and picture is not None:
+            next(doctree.findall(nodes.section)).append(picture.deepcopy())
+            return
+    raise ValueError(f"the gallery has no picture of hg.pl.{name}")
+
 
 def write_llms(app, error):
     """List the pages with their first paragraphs in ``llms.txt``, for language models."""
@@ -82,4 +102,5 @@ def write_llms(app, error):
 
 
 def setup(app):
+    app.connect("doctree-resolved", show_picture)
     app.connect("build-finished", write_llms)
