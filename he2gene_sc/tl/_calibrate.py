@@ -50,7 +50,7 @@ class Calibration:
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> slides = [hg.datasets.toy((5, 5), seed=i) for i in range(9)]
+    >>> slides = [hg.datasets.toy((4, 4), seed=i, mpp=4.0) for i in range(9)]
     >>> for i, slide in enumerate(slides):
     ...     slide["table"].obs["patient"] = f"P{i}"
     ...     hg.tl.predict(slide, show_progress_bar=False)
@@ -166,7 +166,7 @@ def calibrate(
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> slides = [hg.datasets.toy((5, 5), seed=i) for i in range(10)]
+    >>> slides = [hg.datasets.toy((4, 4), seed=i, mpp=4.0) for i in range(10)]
     >>> for i, slide in enumerate(slides):
     ...     slide["table"].obs["patient"] = f"P{i}"
     ...     hg.tl.predict(slide, show_progress_bar=False)
