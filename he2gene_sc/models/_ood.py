@@ -175,7 +175,8 @@ def nearest(own: np.ndarray, bank: np.ndarray) -> np.ndarray:
         return np.zeros(0)
     distance = cdist(own, bank)
     k = min(N_NEAREST, len(bank)) - 1
-    return np.partition(distance, k, axis=1)[:, k]
+    # A copy: the column alone would keep all distances in memory.
+    return np.partition(distance, k, axis=1)[:, k].copy()
 
 
 def seeming_size(features: np.ndarray, size: np.ndarray, windows_um: tuple[float, ...]) -> float:
