@@ -205,3 +205,96 @@ def test_spots_that_are_labels_are_drawn_as_they_are(tiny_model):
     drawn = np.asarray(hg.pl.spatial(sdata, "score").images[1].get_array())
     assert (drawn[..., 3] > 0).sum() == (mask > 0).sum()
     assert len(np.unique(drawn[mask > 0], axis=0)) == table.n_obs
+
+
+@pytest.fixture
+def table():
+    """Twelve spots of a lattice, with numbers and labels."""
+    found = ad.AnnData(obs=pd.DataFrame({"score": np.arange(12.0)}, index=[f"s{i}" for i in range(12)]))
+    found.obs["kind"] = pd.Categorical(["unknown", "no tissue", "tumour"] * 4)
+    found.obsm["spatial"] = np.stack([np.arange(12) % 4, np.arange(12) // 4], 1) * 10.0
+    return found
+
+
+def test_classes_with_the_names_of_greys_are_drawn_as_the_legend_says(table):
+    ax = hg.pl.spatial(table, "kind", palette={"unknown": "red"})
+    handles = {
+        text.get_text(): handle
+        for text, handle in zip(ax.get_legend().texts, ax.get_legend().legend_handles, strict=True)
+    }
+    for i, name in enumerate(["unknown", "no tissue", "tumour"]):
+        np.testing.assert_array_equal(spots(ax).get_facecolor()[i], to_rgba_array(handles[name].get_color())[0])
+    assert handles["unknown"].get_color() == "#ff0000"
+    table.obs["kind"] = table.obs["kind"].where(table.obs["kind"] != "unknown")
+    ax = hg.pl.spatial(table, "kind", palette={"unknown": "red"})
+    assert legend(ax) == ["no tissue", "tumour", "unknown (absent)", "unknown"]
+
+
+def test_spots_that_coincide_are_seen_and_warned_of(table):
+    both = ad.concat([table, table], index_unique="-")
+    with pytest.warns(UserWarning, match=r"12 of 24 spots lie on another.*obs\['section'\]"):
+        ax = hg.pl.spatial(both, "score")
+    assert spots(ax)._widths[0] == pytest.approx(9.5 / 2)
+    both.obs["section"] = ["a"] * 12 + ["b"] * 12
+    assert len(hg.pl.spatial(both, "score")) == 2
+
+
+def test_a_figure_is_saved_whole_or_not_at_all(table, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def broken(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    hg.pl.spatial(table, "score", save=tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(Figure, "savefig", broken)
+    with pytest.raises(OSError, match="disk full"):
+        hg.pl.spatial(table, "score", save=tmp_path / "a.png")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", before)]
+
+
+@pytest.mark.parametrize("name", ["", "none/a.png", "a.nope"])
+def test_a_place_that_no_figure_can_be_saved_to_is_refused_before_drawing(table, tmp_path, name):
+    plt.close("all")
+    with pytest.raises(ValueError, match="`save`"):
+        hg.pl.spatial(table, "score", save=tmp_path / name)
+    assert (plt.get_fignums(), list(tmp_path.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"color": "probabilities"}, "the model has no annotation head"),
+        ({"color": ["score", "probabilities"]}, "the model has no annotation head"),
+        ({}, "there is no tissue to draw"),
+        ({"color": "score", "vmin": 50}, "`vmin` 50 is not below `vmax` 11"),
+        ({"color": "score", "vmax": -1}, "`vmin` 0 is not below `vmax` -1"),
+        ({"color": "kind", "palette": {"tumor": "red"}}, r"`palette` has \['tumor'\].*near 'tumor': \['tumour'\]"),
+        ({"color": "nope"}, r"`color` \['nope'\] were not predicted"),
+    ],
+)
+def test_what_would_be_drawn_wrong_is_refused(table, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        hg.pl.spatial(table, **arguments)
+
+
+def test_slides_that_differ_are_refused_by_name(slide, table):
+    other = table.copy()
+    other.obs["score"] = pd.Categorical(["x"] * 12)
+    with pytest.raises(ValueError, match="'score' holds numbers in one slide and labels in another"):
+        hg.pl.spatial([table, other], "score")
+    del other.obs["kind"]
+    with pytest.raises(ValueError, match="were not predicted for slide 'b'"):
+        hg.pl.spatial({"a": table, "b": other}, "kind")
+    with pytest.raises(ValueError, match="annotation head, obs of slide 'b'"):
+        hg.pl.annotation({"a": slide, "b": other})
+    with pytest.raises(ValueError, match="the table has no spots"):
+        hg.pl.spatial(table[:0].copy(), "score")
+
+
+def test_a_scale_of_one_value_and_lists_of_any_kind_are_drawn(table):
+    table.obs["flat"] = 0.0
+    assert limits(hg.pl.spatial(table, "flat", vmin=0)) == limits(hg.pl.spatial(table, "flat", vmax="p99")) == (0, 1)
+    assert limits(hg.pl.spatial(table, "score", vmax=pd.Series([3.0]))) == (0, 3)
+    hg.pl.spatial(table, "kind", palette=np.array(["red", "blue", "green"]))

@@ -12,7 +12,7 @@ import pandas as pd
 from .._core import validate
 from .._core.keys import Keys
 from ._canvas import canvases, finish, on_glass
-from ._panels import Panel, Style, class_colours, class_panel, draw_panels
+from ._panels import Panel, Style, check_palette, class_colours, class_panel, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -97,23 +97,27 @@ def annotation(
         coordinate_system=coordinate_system,
     )
     tables = [slide.table for slide in slides]
-    panels: list[Panel] = []
     for slide in slides:
-        table = slide.table
+        table, where = slide.table, f" of slide {slide.name!r}" if slide.name else ""
         if keys.annotation not in table.obs:
             raise ValueError(
-                f"`prediction_key` {prediction_key!r}: the model has no annotation head, obs has no {keys.annotation!r}"
+                f"`prediction_key` {prediction_key!r}: the model has no annotation head, obs{where} has no {keys.annotation!r}"
             )
         if reference is not None and not _has_labels(table, reference):
             labelled = [c for c in table.obs if isinstance(table.obs[c].dtype, pd.CategoricalDtype)]
-            raise ValueError(f"`reference` {reference!r} is no column of obs with labels, candidates: {labelled}")
+            raise ValueError(
+                f"`reference` {reference!r} is no column of obs{where} with labels, candidates: {labelled}"
+            )
+    panels: list[Panel] = []
+    for slide in slides:
         prefix = f"{slide.name}\n" if len(slides) > 1 else ""
         shown = {keys.annotation: "predicted annotation"} | ({} if reference is None else {reference: reference})
         for i, (column, name) in enumerate(shown.items()):
-            glass = on_glass(table, prediction_key) if column == keys.annotation else None
+            glass = on_glass(slide.table, prediction_key) if column == keys.annotation else None
             panel = class_panel(slide, column, prefix + name, glass, i)
             panels.append(replace(panel, colours=class_colours(column, tables, keys, palette)))
-    axes = draw_panels(panels, style, ax, 2 if reference is not None else 3, figsize, title)
+    check_palette(palette, panels)
+    axes = draw_panels(panels, style, ax, 2 if reference is not None else 3, figsize, title, save)
     return finish(axes, save, title, show, return_fig)
 
 

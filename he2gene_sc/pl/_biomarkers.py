@@ -104,12 +104,12 @@ def biomarkers(
     reference = str(record["params"]["reference"])
     groups = list(dict.fromkeys(frame["group"]))
     if kind == "dot":
-        (axes,) = axes_for(1, ax, 1, panel=6.0, figsize=figsize, title=title)
+        (axes,) = axes_for(1, ax, 1, panel=6.0, figsize=figsize, title=title, save=save)
         if named is None:
             named = list(dict.fromkeys(name for g in groups for name in _extremes(frame[frame["group"] == g], n_genes)))
         _dots(axes, record, groups, named, reference)
         return finish([axes], save, title, show, return_fig)
-    panels = axes_for(len(groups), ax, ncols, figsize=figsize, title=title)
+    panels = axes_for(len(groups), ax, ncols, figsize=figsize, title=title, save=save)
     for name, panel in zip(groups, panels, strict=True):
         _volcano(panel, frame[frame["group"] == name], name, reference, named, n_genes, fdr)
     return finish(panels, save, title, show, return_fig)

@@ -123,7 +123,7 @@ def calibration(
     genes = np.flatnonzero(np.all([found.known[judged.columns] for found in bounds], axis=0))
     if not len(genes):
         raise ValueError("`measured`: no gene that has intervals was measured")
-    axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, figsize=figsize, title=title)
+    axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, figsize=figsize, title=title, save=save)
     predicted, truth = judged.predicted[:, genes], judged.measured[:, genes]
     ends = (found.ends(predicted, judged.columns[genes], judged.rows) for found in bounds)
     covered = np.stack([_covered(bounds, truth) for bounds in ends])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +20,7 @@ from .._core.mpp import affine
 from .._core.names import with_text_names
 from .._core.predictions import predicted_table
 from .._core.slide import Slide, resolve
-from .._core.spots import pitch_of, sections_of, spots_of
+from .._core.spots import SECTION, pitch_of, sections_of, spots_of
 from ..image import MIN_TISSUE, Level, Pyramid, read_reduced
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class Canvas:
     def diameter(self) -> float:
         """Of a spot; without a slide, spots nearly touch."""
         if self.slide is None:
-            return 0.95 * pitch_of(self.xy) if len(self.xy) > 1 else 1.0
+            places = np.unique(self.xy, axis=0)
+            return 0.95 * pitch_of(places) if len(places) > 1 else 1.0
         return self.slide.diameter_um / self.um_per_unit
 
     @cached_property
@@ -236,14 +239,23 @@ def canvases(
         ]
     if hasattr(data, "obs_names"):
         table = with_text_names(data)
-        spots_of(table)
+        _check_spots(table)
+        xy = spots_of(table)
         sections = sections_of(table)
         names = list(dict.fromkeys(sections))
         if len(names) < 2:
+            if n := len(xy) - len(np.unique(xy, axis=0)):
+                warnings.warn(
+                    f"`sdata`: {n} of {len(xy)} spots lie on another, as where several slides lie on each other; name the slide "
+                    f"of each spot in obs[{SECTION!r}]",
+                    UserWarning,
+                    stacklevel=3,
+                )
             return [Canvas(table)]
         return [Canvas(table[sections == name], name=str(name)) for name in names]
     check_spatialdata(data)
     key = predicted_table(data, prediction_key, table_key(data) if callable(table_key) else table_key)
+    _check_spots(data[key])
     record = data[key].uns[Keys(prediction_key).uns]
     regions = [record["shapes"]] if isinstance(record["shapes"], str) else list(record["shapes"])
     if shapes_key is not None:
@@ -264,6 +276,11 @@ def canvases(
         return Canvas.of_slide(data, slide, data[key], region if len(regions) > 1 else "")
 
     return [of_region(region) for region in regions]
+
+
+def _check_spots(table: AnnData) -> None:
+    if not table.n_obs:
+        raise ValueError("`sdata`: the table has no spots; one or more are needed")
 
 
 def on_glass(table: AnnData, prediction_key: str) -> np.ndarray:
@@ -288,13 +305,16 @@ def axes_for(
     title: str | Sequence[str] | None = None,
     aspect: float | None = None,
     beside: float = 0.0,
+    save: str | Path | None = None,
 ) -> list[Axes]:
-    """Return ``n`` axes: those given, or a new figure of them; ``figsize`` and ``title`` are checked in any case.
+    """Return ``n`` axes: those given, or a new figure of them; ``figsize``, ``title`` and ``save`` are checked in any case.
 
     Panels of tissue have an ``aspect`` (height to width) and are packed, with ``beside`` inches for bars or legends.
     """
     import matplotlib.pyplot as plt
 
+    if save is not None:
+        _file_of(save)
     if title is not None and not isinstance(title, str) and len(validate.names(title, "title")) != n:
         raise ValueError(f"`title` holds {len(title)} titles, {n} are needed; a text names the whole figure")
 
@@ -324,6 +344,21 @@ def axes_for(
     return flat[:n]
 
 
+def _file_of(save: str | Path) -> Path:
+    """File that a figure is written to; one without a suffix gets that of matplotlib."""
+    from matplotlib import rcParams
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = validate.folder_or_file(save, "save")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(
+            f"`save` {str(save)!r} is a folder, or lies in a folder that is not there; name a file, such as 'a.png'"
+        )
+    path = path if path.suffix else path.with_name(f"{path.name}.{rcParams['savefig.format']}")
+    validate.one_of(path.suffix[1:].lower(), sorted(FigureCanvasBase.get_supported_filetypes()), "save")
+    return path.resolve()
+
+
 def finish(
     axes: list[Axes],
     save: str | Path | None,
@@ -339,7 +374,13 @@ def finish(
         for each, text in zip(axes, [title] if isinstance(title, str) else title, strict=True):
             each.set_title(str(text))
     if save is not None:
-        figure.savefig(Path(save).expanduser(), dpi=_DPI, bbox_inches="tight")
+        path = _file_of(save)
+        new = path.with_name(f".{os.getpid()}-{id(figure)}{path.suffix}")
+        try:
+            figure.savefig(new, dpi=_DPI, bbox_inches="tight")
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
     if show:
         import matplotlib.pyplot as plt
 

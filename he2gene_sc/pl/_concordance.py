@@ -89,7 +89,7 @@ def concordance(
         raise ValueError(f"`group` {unknown} was not compared, valid: {groups}")
     named = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
     named = genes_of_result(find_results(data, "concordance", key, table_key)[0], named, frame["names"], "compared")
-    panels = axes_for(len(wanted), ax, ncols, figsize=figsize, title=title)
+    panels = axes_for(len(wanted), ax, ncols, figsize=figsize, title=title, save=save)
     for name, panel in zip(wanted, panels, strict=True):
         _panel(panel, frame[frame["group"] == name], table[table["group"] == name], name, named)
     return finish(panels, save, title, show, return_fig)

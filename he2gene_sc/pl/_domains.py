@@ -109,7 +109,7 @@ def domains(
         shown = {label: colour for label, colour in colours.items() if label in present}
         values = values.where(values.isin(present), None).to_numpy(object)
         panels.append(Panel(where, name, values, shown, name_unknown=False))
-    axes = draw_panels(panels, style, ax, 4, figsize, title)
+    axes = draw_panels(panels, style, ax, 4, figsize, title, save)
     return finish(axes, save, title, show, return_fig)
 
 

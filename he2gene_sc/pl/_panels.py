@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.expression import contents_of
 from .._core.keys import Keys
+from .._core.matrix import in_memory
 from ._canvas import Canvas, axes_for, panel_pixels
 
 if TYPE_CHECKING:
@@ -84,17 +86,30 @@ class Style:
 
 
 def draw_panels(
-    panels: list[Panel], style: Style, ax: Axes | Sequence[Axes] | None, ncols: int, figsize: Any, title: Any
+    panels: list[Panel], style: Style, ax: Axes | Sequence[Axes] | None, ncols: int, figsize: Any, title: Any, save: Any
 ) -> list[Axes]:
     """Draw panels side by side, in the axes given or in a new figure."""
+    import matplotlib.pyplot as plt
+
     norms = _norms(panels, style.vmin, style.vmax)
     boxes = [panel.canvas.box(style.bbox) for panel in panels]
     aspect = max((box[3] - box[1]) / (box[2] - box[0]) for box in boxes)
     beside = any(panel.colours is not None for panel in panels) and style.legend_loc == _BESIDE
     width = {1: 5.0, 2: 4.5}.get(min(ncols, len(panels)), 3.4)
-    axes = axes_for(
-        len(panels), ax, ncols, width, figsize=figsize, title=title, aspect=aspect, beside=2.0 if beside else 1.0
-    )
+    options: dict[str, Any] = {"figsize": figsize, "title": title, "save": save}
+    axes = axes_for(len(panels), ax, ncols, width, aspect=aspect, beside=2.0 if beside else 1.0, **options)
+    try:
+        _draw(panels, style, axes, boxes, norms)
+    except BaseException:
+        if ax is None:
+            plt.close(axes[0].figure.canvas.figure)
+        raise
+    return axes
+
+
+def _draw(
+    panels: list[Panel], style: Style, axes: list[Axes], boxes: list[tuple[float, ...]], norms: list[Normalize | None]
+) -> None:
     for panel, axis, box, norm in zip(panels, axes, boxes, norms, strict=True):
         if style.image:
             panel.canvas.draw_tissue(axis, box, panel_pixels(axis))
@@ -113,7 +128,6 @@ def draw_panels(
             _name_grey(axis, panel, corners[0])
         elif panel.values is not None and style.legend_loc not in (None, "none"):
             _add_legend(axis, panel, style.legend_loc)
-    return axes
 
 
 def _colours_of_spots(panel: Panel, style: Style, norm: Normalize | None) -> np.ndarray:
@@ -126,9 +140,9 @@ def _colours_of_spots(panel: Panel, style: Style, norm: Normalize | None) -> np.
     missing = pd.isna(values)
     if norm is None:
         assert panel.colours is not None
-        table = {**panel.colours, **GREYS}
-        texts = np.where(missing, UNKNOWN, values)
-        colours = to_rgba_array([table[text] for text in texts])
+        of_class = panel.colours
+        pairs = zip(values, missing, strict=True)
+        colours = to_rgba_array([GREYS[UNKNOWN] if gone else of_class[text] for text, gone in pairs])
     else:
         cmap = colormaps[style.cmap] if isinstance(style.cmap, str) else style.cmap
         colours = np.array(cmap(norm(np.where(missing, 0.0, values.astype(float)))))
@@ -172,8 +186,9 @@ def _add_legend(ax: Axes, panel: Panel, loc: str) -> None:
     assert panel.colours is not None
     present = set(pd.unique(np.asarray(panel.values, object)))
     handles = []
-    for name, colour in {**panel.colours, **{grey: GREYS[grey] for grey in _greys(panel)}}.items():
-        absent = name not in present and name not in GREYS
+    greys = [(grey, GREYS[grey]) for grey in _greys(panel)]
+    for name, colour in dict.fromkeys([*panel.colours.items(), *greys]):
+        absent = name not in present and (name, colour) not in greys
         handles.append(
             Line2D(
                 [],
@@ -201,7 +216,7 @@ def class_panel(slide: Canvas, column: str, title: str, glass: np.ndarray | None
     labels[values.isna().to_numpy()] = None
     if (n := len(pd.unique(labels))) > _MOST_LABELS:
         raise ValueError(
-            f"`genes`: obs[{column!r}] has {n} different labels; at most {_MOST_LABELS} have a colour each"
+            f"`genes`/`color`: obs[{column!r}] has {n} different labels; at most {_MOST_LABELS} have a colour each"
         )
     return Panel(slide, title, labels, colours={}, glass=glass, item=item, scale=column)
 
@@ -224,8 +239,16 @@ def class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: A
             stored |= {label: str(colour) for label, colour in zip(found, colours, strict=True)}
         labels |= dict.fromkeys(sorted(found))
     further = [label for label in labels if label not in of_model and label not in stored]
-    drawn = {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(further)} | stored | of_model
+    drawn = {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(further)}
+    drawn |= GREYS | stored | of_model
     return {label: drawn[label] for label in labels} | _of_palette(palette, list(labels))
+
+
+def check_palette(palette: Any, panels: list[Panel]) -> None:
+    """Refuse colours of classes that no panel has."""
+    known = sorted({label for panel in panels for label in panel.colours or ()})
+    if known and isinstance(palette, Mapping) and (odd := [str(key) for key in palette if str(key) not in known]):
+        raise ValueError(f"`palette` has {odd[:5]}, which are no classes, valid: {known}{validate.near(odd[0], known)}")
 
 
 def _of_model(table: AnnData, keys: Keys) -> dict[str, str]:
@@ -261,7 +284,7 @@ def _of_palette(palette: Any, labels: list[str]) -> dict[str, str]:
         return {label: to_hex(cmap(x % cmap.N if cmap.N <= 20 else x)) for label, x in zip(labels, at, strict=False)}
     if isinstance(palette, Mapping):
         given = {str(label): colour for label, colour in palette.items()}
-    elif isinstance(palette, Sequence) and len(palette) >= len(labels):
+    elif isinstance(palette, Sequence | np.ndarray) and len(palette) >= len(labels):
         given = dict(zip(labels, palette, strict=False))
     else:
         raise ValueError(
@@ -293,7 +316,12 @@ def _norms(panels: list[Panel], vmin: Any, vmax: Any) -> list[Normalize | None]:
             low = float(np.quantile(values, 0.01, method="lower"))
             high = float(np.quantile(values, 0.99, method="higher"))
         low, high = _end(ends["vmin"][i], values, low), _end(ends["vmax"][i], values, high)
-        if high <= low and ends["vmin"][i] is not None and ends["vmax"][i] is not None:
+        given = [end for end in (ends["vmin"][i], ends["vmax"][i]) if end is not None]
+        # Of one value, a percentile is no mistake, and neither is a vmin that is that value.
+        flat = not np.ptp(values) if len(values) else len(given) == 1
+        numbers = [end for end in given if not isinstance(end, str)]
+        excused = flat and (not len(values) or not numbers or (ends["vmax"][i] is None and high == low))
+        if high <= low and given and not excused:
             raise ValueError(f"`vmin` {low:g} is not below `vmax` {high:g} for {panel.title!r}")
         norms.append(Normalize(low, high if high > low else low + 1.0))
     return norms
@@ -302,7 +330,7 @@ def _norms(panels: list[Panel], vmin: Any, vmax: Any) -> list[Normalize | None]:
 def _listed(value: Any, name: str, panels: list[Panel]) -> list[Any]:
     """Give every panel its end: one for all, or one for each of them or of what was asked for."""
     n_items = 1 + max(panel.item for panel in panels)
-    given = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else None
+    given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
     if given is not None and len(given) not in (n_items, len(panels)):
         raise ValueError(f"`{name}` holds {len(given)} values; {n_items} are needed, one for each thing that is drawn")
     for end in [value] if given is None else given:
@@ -318,3 +346,18 @@ def _end(given: Any, values: np.ndarray, default: float) -> float:
     if isinstance(given, str) and len(values):
         return float(np.percentile(values, float(given[1:])))
     return default if given is None or isinstance(given, str) else float(given)
+
+
+def as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Chosen columns, raw counts in the unit of the prediction by the depth of the whole spot; whether they were raw."""
+    import scipy.sparse
+
+    values = in_memory(values)
+    chosen = values[:, columns]
+    chosen = np.asarray(chosen.toarray() if scipy.sparse.issparse(chosen) else chosen, dtype=float)
+    found = contents_of(values)
+    if found.kind == "counts" and found.high > 1:
+        # A spot of which a count is NaN has no total and is not drawn.
+        total = np.asarray(values.sum(axis=1), dtype=float).reshape(-1, 1)
+        return np.log1p(1e4 * chosen / np.where(total == 0, 1, total)), True
+    return chosen, False

@@ -99,7 +99,7 @@ def predictability(
         raise ValueError("`model` has no held-out figures: nothing is known of how well it predicts any gene")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
     chosen = _chosen(table, genes)
-    (ax,) = axes_for(1, ax, ncols=1, panel=6.0, figsize=figsize, title=title)
+    (ax,) = axes_for(1, ax, ncols=1, panel=6.0, figsize=figsize, title=title, save=save)
     rank = np.arange(1, len(table) + 1)
     if {"pcc_low", "pcc_high"} <= set(table.columns) and table["pcc_high"].notna().any():
         low, high = table["pcc_low"], table["pcc_high"]

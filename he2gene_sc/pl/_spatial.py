@@ -11,15 +11,14 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.expression import contents_of
 from .._core.genes import columns_of
 from .._core.keys import MADE, Keys
 from .._core.layers import layer_names
-from .._core.matrix import dense, in_memory, matrix_of, where_of
+from .._core.matrix import dense, matrix_of, where_of
 from .._core.ownership import is_of, is_prediction
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from ._canvas import Canvas, canvases, finish, on_glass
-from ._panels import Panel, Style, class_colours, class_panel, draw_panels
+from ._panels import Panel, Style, as_log, check_palette, class_colours, class_panel, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -92,8 +91,8 @@ def spatial(
         Region to draw, (xmin, ymin, xmax, ymax) in pixels of the full-resolution image; of a table, in the unit of
         ``obsm["spatial"]``.
     vmin, vmax
-        Ends of the colour scale: a number, a percentile such as ``"p99"``, or a list with one for each name. Default: the
-        1st and the 99th percentile of the panel, so that predicted and measured compare; of fewer than 100 spots
+        Ends of the colour scale: a number, a percentile such as ``"p99"``, or a list with one for each name, and for
+        each class of ``"probabilities"``. Default: the 1st and the 99th percentile of the panel, so that predicted and measured compare; of fewer than 100 spots
         none is clipped. Probabilities go from 0 to 1. Slides of one figure have one scale.
     cmap
         Colour map of numbers.
@@ -126,7 +125,7 @@ def spatial(
     save
         File to write the figure to.
     show
-        Call ``matplotlib.pyplot.show`` and return nothing.
+        Call ``matplotlib.pyplot.show`` and return nothing, unless ``return_fig``.
     return_fig
         Return the figure.
 
@@ -166,13 +165,23 @@ def spatial(
         coordinate_system=coordinate_system,
     )
     if "probabilities" in names:
-        names = [
-            each for name in names for each in (_classes(slides[0].table, keys) if name == "probabilities" else [name])
-        ]
+        of_all = list(dict.fromkeys(each for slide in slides for each in _classes(slide.table, keys)))
+        if bare := [slide.name for slide in slides if not _classes(slide.table, keys)]:
+            where = f" of slide {bare[0]!r}" if bare[0] else ""
+            raise ValueError(
+                f"`prediction_key` {prediction_key!r}: the model has no annotation head, obsm{where} has no {keys.proba!r}"
+            )
+        names = [each for name in names for each in (of_all if name == "probabilities" else [name])]
+    if not names and (not image or any(slide.slide is None for slide in slides)):
+        raise ValueError("`genes`/`color` name nothing, and there is no tissue to draw; name a gene or a column of obs")
+    given = {"genes": genes, "color": color}
+    _check_names(slides, names, keys, "/".join(f"`{name}`" for name, value in given.items() if value is not None))
     tables = [slide.table for slide in slides]
     panels: list[Panel] = []
+    most = 0
     for slide in slides:
         own = _panels(slide, names, keys, layer, measured, shared_scale)
+        most = max(most, len(own))
         own = [
             replace(p, colours=class_colours(p.scale, tables, keys, palette)) if p.colours is not None else p
             for p in own
@@ -180,8 +189,9 @@ def spatial(
         panels += [replace(p, title=f"{slide.name}\n{p.title}") for p in own] if len(slides) > 1 else own
     if ncols is None:
         pairs = len(panels) == 4 and any(panel.title.split(" (")[0].endswith("measured") for panel in panels)
-        ncols = len(own) if len(slides) > 1 and 1 < len(own) < 5 else 2 if pairs else 4
-    axes = draw_panels(panels, style, ax, ncols, figsize, title)
+        ncols = most if len(slides) > 1 and 1 < most < 5 else 2 if pairs else 4
+    check_palette(palette, panels)
+    axes = draw_panels(panels, style, ax, ncols, figsize, title, save)
     return finish(axes, save, title, show, return_fig)
 
 
@@ -210,12 +220,35 @@ def _column(table: AnnData, name: str, keys: Keys) -> str | None:
 def _unknown(table: AnnData, names: list[str], keys: Keys) -> list[str]:
     """Names that are neither a predicted gene nor a column nor a class."""
     found = _columns(table, names, keys)
-    classes = {*_classes(table, keys), "probabilities"}
+    classes = _classes(table, keys)
+    classes += ["probabilities"] * bool(classes)
     return [
         name
         for name, place in zip(names, found, strict=True)
         if place < 0 and _column(table, name, keys) is None and name not in classes
     ]
+
+
+def _is_number(values: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+
+def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: str) -> None:
+    """Refuse names that a slide lacks, and columns that are numbers in one slide and labels in another."""
+    for slide in slides:
+        table, where = slide.table, f" for slide {slide.name!r}" if slide.name else ""
+        if unknown := _unknown(table, names, keys):
+            raise ValueError(
+                f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists those that were. Columns of "
+                f"obs, classes of the model, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities' are drawn too"
+                f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys)])}"
+            )
+    for name in names:
+        columns = [(slide.table.obs, _column(slide.table, name, keys)) for slide in slides]
+        if len({column is None or _is_number(obs[column]) for obs, column in columns}) > 1:
+            raise ValueError(
+                f"{parameter} {name!r} holds numbers in one slide and labels in another; one kind is needed"
+            )
 
 
 def _panels(
@@ -225,12 +258,6 @@ def _panels(
     table = slide.table
     if not names:
         return [Panel(slide, "tissue")]
-    if unknown := _unknown(table, names, keys):
-        raise ValueError(
-            f"`genes` {unknown[:5]} were not predicted; hg.get.genes(sdata) lists those that were. Columns of obs, classes of "
-            f"the model, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities' are drawn too"
-            f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys)])}"
-        )
     places = _columns(table, names, keys)
     genes = [i for i, place in enumerate(places) if place >= 0]
     of_genes = _gene_panels(slide, names, genes, places, keys, layer, measured, shared_scale) if genes else {}
@@ -243,7 +270,7 @@ def _panels(
         elif column is None:
             values = table.obsm[keys.proba][name].to_numpy(float)
             panels.append(Panel(slide, name, values, label="probability", item=i, scale=i, limits=(0, 1)))
-        elif pd.api.types.is_numeric_dtype(table.obs[column]) and not pd.api.types.is_bool_dtype(table.obs[column]):
+        elif _is_number(table.obs[column]):
             values = table.obs[column].to_numpy(float, na_value=np.nan)
             label = {
                 keys.confidence: "probability",
@@ -366,27 +393,4 @@ def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> 
     values = table.layers[measured] if isinstance(measured, str) else table.X
     if values is None:
         return None
-    return _as_log(values, table.var_names.get_indexer(genes))
-
-
-def _as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Chosen columns; raw counts brought to the unit of the prediction by the depth of the whole spot.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n, len(columns))``.
-    bool
-        Whether they were raw counts.
-    """
-    import scipy.sparse
-
-    values = in_memory(values)
-    chosen = values[:, columns]
-    chosen = np.asarray(chosen.toarray() if scipy.sparse.issparse(chosen) else chosen, dtype=float)
-    found = contents_of(values)
-    if found.kind == "counts" and found.high > 1:
-        # A spot of which a count is NaN has no total and is not drawn.
-        total = np.asarray(values.sum(axis=1), dtype=float).reshape(-1, 1)
-        return np.log1p(1e4 * chosen / np.where(total == 0, 1, total)), True
-    return chosen, False
+    return as_log(values, table.var_names.get_indexer(genes))

@@ -94,7 +94,7 @@ def tissue(
     pyramid, matrix = pyramid_of(sdata, image_key), affine(elements[image_key], system)
     ends = np.array([[x, y, 1] for x in (0, pyramid.width) for y in (0, pyramid.height)]) @ matrix.T
     (x0, y0), (x1, y1) = ends[:, :2].min(0), ends[:, :2].max(0)
-    (axes,) = axes_for(1, ax, 1, 6.0, figsize=figsize, title=title, aspect=(y1 - y0) / (x1 - x0))
+    (axes,) = axes_for(1, ax, 1, 6.0, figsize=figsize, title=title, save=save, aspect=(y1 - y0) / (x1 - x0))
     factor = check_image(pyramid, image_key)
     draw_image(axes, *read_region(pyramid, factor, matrix, (x0, y0, x1, y1), panel_pixels(axes)))
     share = _draw_mask(axes, elements[tissue_key], system)
