@@ -94,10 +94,15 @@ def her2st(section: str) -> SpatialData:
         spot_table = _reduced(spot_table, image, section)
     if image is None:
         logger.warning("her2st %s: no image can be had here; counts, spots and labels only", section)
-    with warnings.catch_warnings():
-        # So were the files released.
-        warnings.filterwarnings("ignore", message=".* spots stand in the counts alone")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         sdata = read_st(counts, spot_table, image, section=section, patient=section[0])
+    for warning in said:
+        # The files were released so: the log says it, nobody has to act.
+        if "stand in the counts alone" in str(warning.message):
+            logger.info("%s", warning.message)
+        else:
+            warnings.warn(warning.message, warning.category, stacklevel=2)
     obs = sdata["table"].obs
     empty = pd.Series(np.nan, index=obs.index, dtype=object)
     pathologist = _find(f"ST-pat/lbl/{section}_labeled_coordinates.tsv", download=True)

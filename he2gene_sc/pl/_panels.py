@@ -108,7 +108,11 @@ def draw_panels(
 
 
 def _draw(
-    panels: list[Panel], style: Style, axes: list[Axes], boxes: list[tuple[float, ...]], norms: list[Normalize | None]
+    panels: list[Panel],
+    style: Style,
+    axes: list[Axes],
+    boxes: Sequence[tuple[float, ...]],
+    norms: list[Normalize | None],
 ) -> None:
     for panel, axis, box, norm in zip(panels, axes, boxes, norms, strict=True):
         if style.image:
@@ -245,9 +249,10 @@ def class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: A
 
 
 def check_palette(palette: Any, panels: list[Panel]) -> None:
-    """Refuse colours of classes that no panel has."""
+    """Refuse colours of which none is of a class of the panels; a palette of a study may have more than a slide."""
     known = sorted({label for panel in panels for label in panel.colours or ()})
-    if known and isinstance(palette, Mapping) and (odd := [str(key) for key in palette if str(key) not in known]):
+    odd = [str(key) for key in palette] if isinstance(palette, Mapping) else []
+    if known and odd and not set(odd) & set(known):
         raise ValueError(f"`palette` has {odd[:5]}, which are no classes, valid: {known}{validate.near(odd[0], known)}")
 
 
