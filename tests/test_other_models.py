@@ -99,3 +99,19 @@ def test_beside_a_prediction_of_ours_the_layer_of_another_model_is_named_as_such
         hg.tl.evaluate(table, layer="nothing", prediction_key=None)
     with pytest.raises(ValueError, match=r"`model` is of predictions of hg\.tl\.predict"):
         hg.tl.evaluate(table, layer="other_model", prediction_key=None, model="breast-her2st")
+
+
+def test_spots_that_a_layer_of_another_model_was_adapted_to_are_not_judged():
+    table = slides(2)
+    fitted = np.zeros(table.n_obs, bool)
+    fitted[::3] = True
+    table.layers["other_model_adapted"] = np.where(fitted[:, None], log_normalise(table.X), table.layers["other_model"])
+    table.obs["other_model_adapted_measured"] = fitted
+    table.uns["other_model_adapted"] = {"verb": "adapt", "params": {"layer": "other_model"}}
+    hg.tl.evaluate(table, layer="other_model_adapted", baselines="total counts")
+    pooled = hg.get.evaluation(table, "genes").query("scope == 'pooled' and predictor == 'other_model_adapted'")
+    expected = pearsonr(table.layers["other_model"][~fitted, 0], log_normalise(table.X)[~fitted, 0])[0]
+    assert pooled["pearson"].iloc[0] == pytest.approx(expected, rel=1e-5)
+    assert (pooled["n_spots"] == (~fitted).sum()).all()
+    seen = hg.get.evaluation(table, "predictors").set_index("predictor")["seen"]["other_model_adapted"]
+    assert f"expression of {fitted.sum()} measured spots of this slide, which are not judged" in seen

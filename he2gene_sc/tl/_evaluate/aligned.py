@@ -16,10 +16,10 @@ from ..._core.expression import Scale, log_expression
 from ..._core.keys import MADE, PATIENT, SECTION, Keys
 from ..._core.matrix import dense, matrix_of, values_of
 from ..._core.names import names_of
-from ..._core.predictions import symbols_of
+from ..._core.predictions import origin_of, symbols_of
 from ..._core.spots import apart, has_samples, pitch_of, sections_of, spots_of
 from .genes import genes_in_common, known_of, model_of
-from .layer import JudgedLayer, judged_layer
+from .layer import JudgedLayer, fitted_on, judged_layer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -140,7 +140,8 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     """
     layer, measured = asked.layer, asked.measured
     if asked.is_other:
-        chosen = JudgedLayer(layer, layer, False, np.zeros(table.n_obs, bool))
+        steps = origin_of(table, layer)[1]
+        chosen = JudgedLayer(layer, layer, bool(steps), fitted_on(table, steps))
         values = log_expression(table, layer, scale=asked.layer_scale, expected="log")
         is_predicted, record, model = np.asarray(np.isfinite(values).any(axis=0)), {}, None
     else:

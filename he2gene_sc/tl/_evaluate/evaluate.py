@@ -266,7 +266,7 @@ def _tables(
     model += f", and {', '.join(judged.trained_on)} are among them" if judged.trained_on else ""
     if judged.n_fitted is None:
         model += "; expression of measured spots of this slide, which of them is not known: they are judged too"
-    elif judged.predictor != MODEL:
+    elif judged.predictor != MODEL and (judged.n_fitted or not is_other):
         model += f"; expression of {judged.n_fitted} measured spots of this slide, which are not judged"
     seen = {judged.predictor: model} | {name: SEEN[name] for name in BASELINES}
     predictors = [

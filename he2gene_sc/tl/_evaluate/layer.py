@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +81,15 @@ def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
         )
     if name not in table.layers:
         raise ValueError(f"`layer` {name!r} is recorded but not there any more, layers: {sorted(layer_names(table))}")
+    return JudgedLayer(name, name if steps else MODEL, bool(steps), fitted_on(table, steps))
+
+
+def fitted_on(table: AnnData, steps: Sequence[str]) -> np.ndarray | None:
+    """Spots that adapted layers were fitted on, ``(n_obs,)`` bool; ``None`` where an older version did not say."""
     columns = [f"{step}_measured" for step in steps]
-    fitted_on = None
-    if all(column in table.obs for column in columns):
-        fitted_on = np.logical_or.reduce([np.zeros(table.n_obs, bool), *(table.obs[c].to_numpy(bool) for c in columns)])
-    return JudgedLayer(name, name if steps else MODEL, bool(steps), fitted_on)
+    if not all(column in table.obs for column in columns):
+        return None
+    return np.logical_or.reduce([np.zeros(table.n_obs, bool), *(table.obs[c].to_numpy(bool) for c in columns)])
 
 
 def prediction_named(data: Any, key: str) -> bool:
