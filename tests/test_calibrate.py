@@ -227,3 +227,79 @@ def test_layers_that_saw_these_spots_are_told_or_refused():
         UserWarning, match=r"sections \['C2'\] are in the training set of breast-her2st, whose errors are too small"
     ):
         hg.tl.calibrate(table, layer="other")
+
+
+def test_counts_whose_totals_are_not_known_get_no_interval():
+    table, new = counted(), counted(2, 1)
+    for part in (table, new):
+        part.layers["counts"] = np.asarray(part.X) + 1
+    calibration = hg.tl.calibrate(table, layer="counts", layer_scale="counts")
+    with pytest.warns(UserWarning, match="`data` lacks 2 of 12 genes of the `calibration`: their counts are missing"):
+        hg.tl.intervals(new[:, 2:].copy(), layer="counts", calibration=calibration)
+    # A spot that was not predicted at all has no interval, the others have.
+    part = new.copy()
+    part.layers["counts"][0] = np.nan
+    hg.tl.intervals(part, layer="counts", calibration=calibration)
+    assert np.isfinite(part.layers["counts_upper"]).all(1).tolist() == [False] + [True] * 39
+    new.layers["counts"][:, 3] = np.nan
+    with pytest.raises(ValueError, match="`layer` 'counts' holds 40 NaN, in 40 spots: their total is not known"):
+        hg.tl.intervals(new, layer="counts", calibration=calibration)
+    assert not new.uns
+
+
+def test_values_on_another_scale_than_the_calibrated_ones_are_refused(tmp_path):
+    calibration = hg.Calibration.load(hg.tl.calibrate(counted(), layer="other").save(tmp_path / "other.npz"))
+    assert calibration.kinds == ["log"]
+    log = counted(2, 1).layers["other"]
+    scaled = (log - log.mean(0)) / log.std(0)
+    for values in (scaled, 50 * np.expm1(log)):
+        new = counted(2, 1)
+        new.layers["other"] = values
+        with pytest.raises(
+            ValueError, match=r"`calibration` is of a layer with values from 0 to 30, as logarithms are"
+        ):
+            hg.tl.intervals(new, layer="other", calibration=calibration)
+        assert not new.uns
+    table, new = counted(), counted(2, 1)
+    table.layers["other"] = table.layers["other"] - 3
+    other = hg.tl.calibrate(table, layer="other", layer_scale="log")
+    assert other.kinds == ["other"]
+    with pytest.raises(ValueError, match="`calibration` is of a layer with values below 0 or above 30"):
+        hg.tl.intervals(new, layer="other", calibration=other)
+
+
+def test_below_zero_the_spread_is_that_at_zero():
+    predicted = np.array([[-5.0], [0.0], [2.0]])
+    np.testing.assert_allclose(spread_of(predicted, np.array([[1.0], [4.0]])), [[1], [1], [3]])
+
+
+def test_sections_of_one_name_are_several_where_the_unit_is_the_section():
+    table = counted(12, n_spots=10)
+    table.obs["section"] = np.where(np.arange(table.n_obs) % 2, "one", "two")
+    assert len(hg.tl.calibrate(table, layer="other", sample_key="section").groups) == 24
+    named = table.copy()
+    named.obs["section"] = (named.obs["patient"].astype(str) + named.obs["section"]).to_numpy()
+    assert hg.tl.calibrate(named, layer="other", sample_key="section").groups[:2] == ["0P0two", "0P0one"]
+    parts = [table[table.obs["patient"] == name].copy() for name in table.obs["patient"].unique()]
+    for part in parts:
+        del part.obs["section"], part.obs["patient"]
+    assert len(hg.tl.calibrate(parts, layer="other", sample_key="section").groups) == 12
+
+
+def test_shares_of_detected_spots_are_those_of_measured_spots():
+    table = cohort(9, 1, n_genes=3)
+    table.layers["truth"][::2, 0] = np.nan
+    table.layers["truth"][:, 1] = 0
+    np.testing.assert_array_equal(calibrated(table).detected[:2], [1, 0])
+
+
+def test_places_that_are_no_file_are_told(tmp_path):
+    calibration = hg.tl.calibrate(counted(), layer="other")
+    for path in (tmp_path, tmp_path / "nowhere" / "other.npz"):
+        with pytest.raises(ValueError, match="`path` .* is a folder, or lies in a folder that is not there"):
+            calibration.save(path)
+    with pytest.raises(IsADirectoryError, match="`path` .* is a folder; name the file"):
+        hg.Calibration.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="`path` .* is not there; name the file"):
+        hg.Calibration.load(tmp_path / "nowhere.npz")
+    assert not list(tmp_path.iterdir())

@@ -292,6 +292,7 @@ def read_spots(
     table_key: str | None = None,
     sample_key: str = PATIENT,
     section_key: str = SECTION,
+    samples_needed: bool = True,
 ) -> SpotData:
     """Read the spots of an object or table, or of several: names and places; values later.
 
@@ -305,6 +306,8 @@ def read_spots(
         Layer that the tables hold; ``None``: ``X`` of the measured tables.
     table_key, sample_key, section_key
         As the verbs have them.
+    samples_needed
+        Whether several objects must each say of which sample their spots are.
 
     Raises
     ------
@@ -319,7 +322,7 @@ def read_spots(
     if len(tables) == 0:
         raise ValueError("`data` is empty; at least one object is needed")
     lacking = [i for i, table in enumerate(tables) if not has_samples(table, sample_key)]
-    if lacking and len(tables) > 1:
+    if samples_needed and lacking and len(tables) > 1:
         raise ValueError(
             f"`sample_key`: object {lacking[0]} has no obs[{sample_key!r}]; name the column that tells the patients apart, of "
             f"{list(tables[lacking[0]].obs.columns)}"

@@ -43,8 +43,8 @@ def fit_spread(predicted: np.ndarray, residual: np.ndarray, groups: np.ndarray) 
 
 
 def spread_of(predicted: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Predicted spread ``(n, g)``, root of the line that :func:`fit_spread` gave, ``(2, g)``."""
-    return np.sqrt(np.maximum(spread[0] + spread[1] * predicted, np.finfo(np.float32).tiny))
+    """Predicted spread ``(n, g)``, root of the line that :func:`fit_spread` gave, ``(2, g)``; below 0 that at 0."""
+    return np.sqrt(np.maximum(spread[0] + spread[1] * np.maximum(predicted, 0), np.finfo(np.float32).tiny))
 
 
 def grouped_quantiles(

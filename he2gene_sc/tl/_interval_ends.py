@@ -207,6 +207,14 @@ def of_calibration(
             f"`calibration` has none of the genes of the table: it has {list(calibration.genes[:3])}, the table {list(names[:3])}; "
             "where symbols stand in a column of var, name it by `gene_symbols`"
         )
+    n_absent = len(calibration.genes) - len(columns)
+    if calibration.layer_scale == "counts" and n_absent:
+        warnings.warn(
+            f"`data` lacks {n_absent:,} of {len(calibration.genes):,} genes of the `calibration`: their counts are missing in the "
+            "totals that the layer is divided by, so the intervals are not those of the calibrated values; keep these genes",
+            UserWarning,
+            stacklevel=3,
+        )
     residuals = calibration.residuals.tensors()
     kept = _Kept("`calibration`", residuals, LEVELS, MAX_COVERAGE, calibration.detected, "")
     found = _of_kept(kept, coverage, by, [], columns, places[columns], table.n_vars)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._core.expression import Scale
+from .._core.keys import PATIENT, SECTION
 from .._core.matrix import where_of
 from .._core.predictions import origin_of, prediction_of
 from .._core.spots import SpotData, read_spots
@@ -34,13 +35,25 @@ def paired_spots(
     """Return what was predicted and what was measured at the same spots, of the same genes."""
     if layer == measured:
         raise ValueError(f"`layer` and `measured` are both {layer!r}; a predicted and a measured one are needed")
+    by_section = sample_key in (SECTION, section_key)
     spots = read_spots(
-        data, None, "data", layer=layer, table_key=table_key, sample_key=sample_key, section_key=section_key
+        data,
+        None,
+        "data",
+        layer=layer,
+        table_key=table_key,
+        sample_key=PATIENT if by_section else sample_key,
+        section_key=section_key,
+        samples_needed=not by_section,
     )
+    if by_section:
+        # Sections of one name in several patients or objects are several.
+        alike = len(set(spots.units)) > len(set(spots.sections))
+        spots = replace(spots, samples=spots.units if alike else spots.sections)
     if any(origin_of(table, layer)[1] for table in spots.tables):
         raise ValueError(
             f"`layer` {layer!r} was fitted by hg.tl.adapt to spots that are measured here; name the layer that it was adapted "
-            "from. Its intervals come from its own residuals: hg.tl.intervals(data, layer=...)"
+            "from"
         )
     _tell_trained_on(spots)
     spots = labelled_spots(spots, None, layer_scale=layer_scale)
