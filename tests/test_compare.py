@@ -99,6 +99,30 @@ def test_spots_and_genes_that_a_layer_lacks_are_judged_in_none():
         hg.tl.compare(table, ["other_model", "noise"], genes=["g1", "g2"])
 
 
+def test_a_constant_prediction_of_a_gene_that_varies_counts_as_no_correlation():
+    table = cohort()
+    table.layers["half"] = table.layers["other_model"].copy()
+    table.layers["half"][:, :4] = 1
+    found = hg.tl.compare(table, ["other_model", "half"], protocols="section").set_index("predictor")
+    whole = hg.tl.compare(table, "other_model", protocols="section", genes=[f"g{i}" for i in range(4, 8)])
+    assert found.loc["half", "pearson_mean"] == pytest.approx(whole["pearson_mean"][0] / 2)
+    assert found.loc["half", ["n_genes", "n_constant"]].tolist() == [8, 0]
+    counts = table.X.toarray()
+    counts[:, 0] = 0
+    table.X = counts
+    found = hg.tl.compare(table, ["other_model", "half"], protocols="section").set_index("predictor")
+    assert (found["n_constant"] == 1).all()
+
+
+def test_sections_of_few_spots_are_left_out_with_a_warning():
+    table = cohort()
+    table.obs["section"] = np.where(np.arange(table.n_obs) < 5, "tiny", table.obs["section"])
+    with pytest.warns(UserWarning, match=r"`data`: \[section 'tiny' of sample 'A' .*\] have fewer than 10 spots"):
+        found = hg.tl.compare(table, "noise", protocols=["hest", "hest"])
+    assert len(found) == found["predictor"].nunique()
+    assert (found["n_spots"] == 187).all()
+
+
 def test_what_cannot_be_compared_is_refused():
     table = cohort()
     with pytest.raises(ValueError, match="`protocols` is 'hist', valid: "):
@@ -107,6 +131,13 @@ def test_what_cannot_be_compared_is_refused():
         hg.tl.compare(table, [])
     with pytest.raises(ValueError, match="none of the 4 sections has 10 spots"):
         hg.tl.compare(table[::8].copy(), "noise")
+    table.layers["depth"] = table.layers["noise"]
+    with pytest.raises(ValueError, match=r"`layers` \['depth'\]: a reference has that name"):
+        hg.tl.compare(table, ["noise", "depth"])
+    table.obsm["spatial"] = table.obsm["spatial"].astype(float)
+    table.obsm["spatial"][3] = np.nan
+    with pytest.raises(ValueError, match=r"obsm\['spatial'\] is NaN or infinite for 1 spots"):
+        hg.tl.compare(table, "noise")
     del table.obsm["spatial"]
     with pytest.raises(
         ValueError, match=r"`protocols` 'triplex' averages neighbours, and `data` has no obsm\['spatial'\]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Literal
@@ -12,9 +13,9 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import Scale
 from .._core.genes import find_genes
-from .._core.spots import SpotData, pitch_of
+from .._core.spots import SpotData, pitch_of, spots_of
 from ..stats import neighbour_weights, pearson
-from ._biomarkers.blind import COORDINATES, fields, within_sections
+from ._biomarkers.blind import COLOUR, COORDINATES, DEPTH, fields, within_sections
 from ._evaluate.aligned import MIN_SPOTS
 from ._paired import paired_spots
 
@@ -50,8 +51,10 @@ def compare(
     layers
         One layer or several.
     protocols
-        ``"hest"``: over all spots of a patient, as HEST-Benchmark; ``"triplex"``: over the spots of a section, measured values
-        averaged with those of the neighbours, as TRIPLEX; ``"section"``: over the spots of a section, as measured.
+        ``"hest"``: over all spots of a patient, which is how HEST-Benchmark pools them. Its target and split are not: measured counts
+        are divided by the totals here, HEST-Benchmark takes ln(1 + raw counts), and the split is that of your predictions.
+        ``"triplex"``: over the spots of a section, measured values averaged with those of the neighbours, as TRIPLEX;
+        ``"section"``: over the spots of a section, as measured. Sections under 10 spots are left out of all, with a warning.
     genes
         Default: all that every layer predicts. Name the panel of a benchmark to compare with it.
 
@@ -61,6 +64,8 @@ def compare(
         A row a predictor and protocol: ``pearson_mean`` and ``pearson_median`` over the genes of the mean over patients, its
         difference ``minus_section`` to the same predictor under ``"section"``, and what was judged. ``is_reference`` marks depth, mean
         colour (with an image) and coordinates, lines that are fitted on the other patients (of one patient: the other sections).
+        A constant prediction of a gene that varies counts as a correlation of 0; genes that were measured as constant are left
+        out (``n_constant``).
 
     Examples
     --------
@@ -73,8 +78,11 @@ def compare(
     ['he2gene', 'depth', 'mean colour', 'coordinates']
     """
     validate.arguments(compare, locals())
-    layers = [layers] if isinstance(layers, str) else list(layers)
-    chosen = [validate.one_of(name, PROTOCOLS, "protocols") for name in np.atleast_1d(np.array(protocols, object))]
+    layers = [layers] if isinstance(layers, str) else list(dict.fromkeys(layers))
+    asked = np.atleast_1d(np.array(protocols, object))
+    chosen = list(dict.fromkeys(validate.one_of(name, PROTOCOLS, "protocols") for name in asked))
+    if taken := [layer for layer in layers if layer in (DEPTH, COLOUR, COORDINATES)]:
+        raise ValueError(f"`layers` {taken}: a reference has that name; give the layer another one")
     if not layers or not chosen:
         raise ValueError(f"`{'protocols' if layers else 'layers'}` is empty; name one or several")
     data = list(data) if isinstance(data, Iterator) else data
@@ -87,6 +95,9 @@ def compare(
     groups = patients if patients.any() else units
     seen = {name: values[:, None] for name, values in fields(data, truth.tables, truth, layers[0]).items()}
     if truth.xy is not None:
+        if not np.isfinite(truth.xy).all():
+            for table in truth.tables:
+                spots_of(table)
         xy = np.column_stack([within_sections(axis, truth) for axis in truth.xy.T])
         seen[COORDINATES] = np.column_stack([xy, within_sections(np.square(xy).sum(1), truth)])
     elif "triplex" in chosen:
@@ -105,7 +116,7 @@ def compare(
             for protocol in chosen:
                 of, by = (patients, np.arange(patients.max() + 1)) if protocol == "hest" else (units, owner)
                 aim = target.get(protocol, values)
-                r = pd.DataFrame([pearson(guess[of == group], aim[of == group]) for group in range(len(by))])
+                r = pd.DataFrame([_correlation(guess[of == group], aim[of == group]) for group in range(len(by))])
                 scores.setdefault((name, protocol), []).append(r.groupby(by).mean().mean().to_numpy())
     n = {"n_spots": len(units), "n_sections": len(owner), "n_patients": int(patients.max()) + 1}
     rows = [
@@ -126,6 +137,13 @@ def _in_common(pairs: Sequence[tuple[SpotData, SpotData]]) -> tuple[list[SpotDat
     kept = np.bincount(units, minlength=1)[units] >= MIN_SPOTS
     if not kept.any():
         raise ValueError(f"`data`: none of the {len(names)} sections has {MIN_SPOTS} spots that every layer predicts")
+    if not kept.all():
+        warnings.warn(
+            f"`data`: [{validate.format_list(names[np.unique(units[~kept])])}] have fewer than {MIN_SPOTS} spots that every layer "
+            "predicts and are left out, under every protocol",
+            UserWarning,
+            stacklevel=3,
+        )
     return [pair[0].take(kept) for pair in found], found[0][1].take(kept)
 
 
@@ -161,6 +179,13 @@ def _fitted(x: np.ndarray, values: np.ndarray, groups: np.ndarray) -> np.ndarray
         held = groups == group
         out[held] = x[held] @ np.linalg.lstsq(x[~held], values[~held], rcond=None)[0]
     return out
+
+
+def _correlation(guess: np.ndarray, aim: np.ndarray) -> np.ndarray:
+    """Pearson correlation of each gene, 0 where a constant is predicted of one that varies."""
+    r = pearson(guess, aim)
+    missed = np.isnan(r) & np.isfinite(guess).all(axis=0) & np.isfinite(pearson(aim, aim))
+    return np.where(missed, 0, r)
 
 
 def _row(name: str, is_reference: bool, protocol: str, r: np.ndarray) -> dict[str, object]:
