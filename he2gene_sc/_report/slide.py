@@ -17,7 +17,7 @@ from .._core.names import clean_names
 from .._core.ownership import is_of, public_name
 from .._core.predictions import gene_flags
 from .._core.spots import sections_of as section_names
-from .page import Cell, Section
+from .page import Cell, Section, Table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -120,14 +120,8 @@ def _trust(slide: Slide) -> Section:
         )
     if slide.card is not None:
         section.text += [slide.card.intended_use]
-        section.tables.append(_listing(slide.card.limitations))
+        section.tables.append(Table([[Cell(str(sentence))] for sentence in slide.card.limitations]))
     return section
-
-
-def _listing(sentences: Any) -> Any:
-    from .page import Table
-
-    return Table([[Cell(str(sentence))] for sentence in sentences])
 
 
 def _slide(slide: Slide) -> Section:

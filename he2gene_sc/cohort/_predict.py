@@ -219,11 +219,11 @@ class _Summary:
         return frame.assign(spots=frame["spots"].astype("Int64"))
 
     def write(self) -> None:
+        from ..io._files import put_file
+
         if self.path is not None:
-            # At once: the old file stays whole until the new one is.
-            new = self.path.with_name(f".{self.path.name}.new")
-            self.frame().to_csv(new, sep=SEPARATORS[self.path.suffix.lower()], index=False, float_format="%.6g")
-            new.replace(self.path)
+            sep = SEPARATORS[self.path.suffix.lower()]
+            put_file(self.path, self.frame().to_csv(sep=sep, index=False, float_format="%.6g").encode())
 
     @property
     def n_spots(self) -> int:

@@ -253,7 +253,9 @@ def check_palette(palette: Any, panels: list[Panel]) -> None:
     known = sorted({label for panel in panels for label in panel.colours or ()})
     odd = [str(key) for key in palette] if isinstance(palette, Mapping) else []
     if known and odd and not set(odd) & set(known):
-        raise ValueError(f"`palette` has {odd[:5]}, which are no classes, valid: {known}{validate.near(odd[0], known)}")
+        raise ValueError(
+            f"`palette` has {odd[:5]}, which are not classes, valid: {known}{validate.near(odd[0], known)}"
+        )
 
 
 def _of_model(table: AnnData, keys: Keys) -> dict[str, str]:
@@ -322,7 +324,7 @@ def _norms(panels: list[Panel], vmin: Any, vmax: Any) -> list[Normalize | None]:
             high = float(np.quantile(values, 0.99, method="higher"))
         low, high = _end(ends["vmin"][i], values, low), _end(ends["vmax"][i], values, high)
         given = [end for end in (ends["vmin"][i], ends["vmax"][i]) if end is not None]
-        # Of one value, a percentile is no mistake, and neither is a vmin that is that value.
+        # Data of one value: a percentile is allowed, and so is a vmin that equals the value.
         flat = not np.ptp(values) if len(values) else len(given) == 1
         numbers = [end for end in given if not isinstance(end, str)]
         excused = flat and (not len(values) or not numbers or (ends["vmax"][i] is None and high == low))

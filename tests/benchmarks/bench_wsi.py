@@ -94,6 +94,16 @@ def write_zarr(path: Path, tiff: Path, side: int) -> None:
                 os.link(first, first.parents[1] / str(y) / str(x))
 
 
+def written(folder: Path, side: int) -> tuple[Path, Path]:
+    """Return the slide as TIFF and as zarr, made where they are not there."""
+    tiff, store = folder / f"slide_{side}.tif", folder / f"slide_{side}.zarr"
+    if not tiff.exists():
+        write_tiff(tiff, side)
+    if not store.exists():
+        write_zarr(store, tiff, side)
+    return tiff, store
+
+
 def centres(side: int, n: int, pitch_um: float | None) -> np.ndarray:
     steps = int(n**0.5)
     pitch = side / steps if pitch_um is None else min(pitch_um / MPP, side / steps)
@@ -119,11 +129,7 @@ def main(side: int, folder: Path, n: int) -> None:
     from he2gene_sc.image import Pyramid
 
     warnings.simplefilter("ignore")
-    tiff, store = folder / f"slide_{side}.tif", folder / f"slide_{side}.zarr"
-    if not tiff.exists():
-        write_tiff(tiff, side)
-    if not store.exists():
-        write_zarr(store, tiff, side)
+    tiff, store = written(folder, side)
     start = time.process_time()
     slide = pyramid_of(hg.io.read_he(tiff, mpp=MPP), "he")
     print(f"{side}² pixels, {tiff.stat().st_size / 1e9:.1f} GB of TIFF; read_he: {time.process_time() - start:.2f} s")
@@ -158,11 +164,7 @@ def against(side: int, folder: Path, n: int) -> None:
     from he2gene_sc.models._network import FeatureExtractor
 
     warnings.simplefilter("ignore")
-    tiff, store = folder / f"slide_{side}.tif", folder / f"slide_{side}.zarr"
-    if not tiff.exists():
-        write_tiff(tiff, side)
-    if not store.exists():
-        write_zarr(store, tiff, side)
+    tiff, store = written(folder, side)
     slide = openslide.OpenSlide(tiff)
     sdata = SpatialData(
         images={"he": Image2DModel.parse(da.from_zarr(store), dims=("c", "y", "x"), c_coords=["r", "g", "b"])}

@@ -191,7 +191,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     if len(small) == len(names):
         raise ValueError(
             f"`data`: {int(used.sum())} spots were both predicted and measured{', and not used by hg.tl.adapt' * chosen.adapted}"
-            f", in sections of so many: {validate.format_list(f'{s!r} {n}' for s, n in zip(names, sizes, strict=True))}; at least {MIN_SPOTS} "
+            f", by section: {validate.format_list(f'{s!r} {n}' for s, n in zip(names, sizes, strict=True))}; at least {MIN_SPOTS} "
             "spots of a section are needed"
         )
     if len(small):
