@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -97,6 +98,13 @@ def _patches_are_encoded_once(tmp_path_factory):
     Stages.forward = once
     yield
     Stages.forward = forward
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported_modules_are_no_garbage():
+    """A collection of garbage need not look at all of torch and pandas each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from conftest import HAS_DATA
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from jupyter_cache import get_cache
@@ -132,6 +133,7 @@ def test_the_first_tutorial_runs_in_a_kernel_of_jupyter():
     assert "genes are reliable" in "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.skipif(HAS_DATA, reason="with real sections every tutorial runs on those")
 @pytest.mark.parametrize("path", TUTORIALS[1:], ids=lambda path: path.stem)
 def test_tutorial_runs_on_the_toy_slide(execute, path, monkeypatch):
     def absent(section):

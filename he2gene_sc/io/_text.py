@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.D
         ) from error
 
 
-def check_header(path: Path, parameter: str | None = None, sep: str = "\t") -> None:
+def check_header(path: Path, parameter: str | None = None) -> None:
     """Refuse a header that names a column twice, which pandas renames, or not at all.
 
     Raises
@@ -46,8 +47,10 @@ def check_header(path: Path, parameter: str | None = None, sep: str = "\t") -> N
     ValueError
         If it does; the first name, of the column of spots, may be missing.
     """
-    fields = read_table(path, parameter, sep=sep, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0]
-    names = pd.Index(fields.str.strip())
+    # As one field: pandas makes a column of each, which takes a second for a row of all genes.
+    line = {"header": None, "nrows": 1, "dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_NONE}
+    row = read_table(path, parameter, sep="\x1f", **line).iat[0, 0]
+    names = pd.Index(row.split("\t")).str.strip(' "')
     what = f"`{parameter}` {path.name!r}" if parameter else path.name
     if names[1:].has_duplicates:
         raise ValueError(
