@@ -5,7 +5,7 @@ import scipy.sparse
 from anndata import AnnData
 
 import he2gene_sc as hg
-from he2gene_sc._core.expression import log_expression, scale_of
+from he2gene_sc._core.expression import contents_of, log_expression
 from he2gene_sc._core.matrix import values_of
 from he2gene_sc._core.names import labels_of
 from he2gene_sc._core.results import check_free, write_result
@@ -54,8 +54,8 @@ def test_what_is_not_expected_is_refused_unless_it_is_stated(table):
     ],
 )
 def test_scales_are_told_apart(values, scale):
-    assert scale_of(np.array(values, float)) == scale
-    assert scale_of(scipy.sparse.csr_array(np.array(values, float))) == scale
+    assert contents_of(np.array(values, float)).kind == scale
+    assert contents_of(scipy.sparse.csr_array(np.array(values, float))).kind == scale
 
 
 def test_layers_that_are_not_there_are_named(table):

@@ -19,27 +19,7 @@ _KINDS = ("images", "labels", "points", "shapes", "tables")
 
 
 def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str, parameter: str = "key_added") -> None:
-    """Refuse, before any work is done, to put an element where one is that ``verb`` did not write.
-
-    Parameters
-    ----------
-    sdata
-        The object.
-    verb
-        The function, as ``"hg.pp.tissue"``.
-    kind
-        ``"labels"`` or ``"shapes"``.
-    name
-        Name of the element that is to be written.
-    parameter
-        The parameter that the name comes from.
-
-    Raises
-    ------
-    ValueError
-        If the name cannot be stored; is that of another element, or differs from one only in case; or if the element was
-        changed since ``verb`` wrote it.
-    """
+    """Refuse, before any work is done, to put labels or shapes where something is that ``verb`` did not write."""
     check_key(name, parameter)
     facts = _facts(sdata)
     for other_kind, other in element_names(sdata):
@@ -65,19 +45,7 @@ def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str, para
 def write_element(
     sdata: SpatialData, kind: str, name: str, element: Any, facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Put an element in place of one of ours, and record it; all or nothing.
-
-    Parameters
-    ----------
-    sdata
-        The object.
-    kind, name
-        As for :func:`check_element_free`.
-    element
-        The element.
-    facts
-        Further entries of ``sdata.attrs["he2gene"]``.
-    """
+    """Put an element in place of one of ours and record it, with ``facts`` for ``sdata.attrs``; all or nothing."""
     before = _facts(sdata)
     written = {**before.get(_WRITTEN, {})}
     written[kind] = {**written.get(kind, {}), name: of_element(element)}
@@ -122,13 +90,7 @@ def copy_tables(sdata: SpatialData) -> SpatialData:
 
 
 def _facts(sdata: SpatialData) -> Mapping[str, Any]:
-    """Return ``sdata.attrs["he2gene"]``.
-
-    Raises
-    ------
-    ValueError
-        If somebody else's value stands there.
-    """
+    """Return ``sdata.attrs["he2gene"]``."""
     facts = sdata.attrs.get(ATTRS, {})
     if not isinstance(facts, Mapping) or not isinstance(facts.get("mpp", {}), Mapping):
         raise ValueError(

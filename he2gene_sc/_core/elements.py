@@ -20,31 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Spots:
-    """Spots of one element, in its own units.
+    """Spots of one element, in its own units."""
 
-    Attributes
-    ----------
-    ids
-        Index of the shapes, or values of the labels, ``(n,)``.
-    centres
-        Centroids, x and y, ``(n, 2)``.
-    diameters
-        ``(n,)``; of polygons and labels the side of a square of the same area.
-    """
-
-    ids: pd.Index
-    centres: np.ndarray
-    diameters: np.ndarray
+    ids: pd.Index  # index of the shapes, or values of the labels
+    centres: np.ndarray  # centroids, (n, 2)
+    diameters: np.ndarray  # of polygons and labels the side of a square of the same area
 
 
 def check_spatialdata(data: object, parameter: str = "sdata") -> None:
-    """Refuse what is not a SpatialData object, and say how one is made of it.
-
-    Raises
-    ------
-    TypeError
-        If it is not one.
-    """
+    """Refuse what is not a SpatialData object, and say how one is made of it."""
     from spatialdata import SpatialData
 
     if isinstance(data, SpatialData):
@@ -63,13 +47,7 @@ def check_spatialdata(data: object, parameter: str = "sdata") -> None:
 
 
 def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str | None = None) -> str | None:
-    """Name of the measured table; ``None`` where there is none.
-
-    Raises
-    ------
-    ValueError
-        If ``table_key`` is not there or annotates no spots, or several tables could be meant.
-    """
+    """Name of the measured table; ``None`` where there is none."""
     if table_key is not None:
         if table_key not in sdata.tables:
             raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")
@@ -105,13 +83,7 @@ def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
 
 
 def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> list[str]:
-    """Elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels.
-
-    Raises
-    ------
-    ValueError
-        If there are none, or several could be meant.
-    """
+    """Elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels."""
     if shapes_key is not None:
         if shapes_key not in sdata.shapes and shapes_key not in sdata.labels:
             valid = sorted(sdata.shapes) + sorted(_cells(sdata))
@@ -149,13 +121,7 @@ def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
 
 
 def spots_of_element(sdata: SpatialData, shapes_key: str) -> Spots:
-    """Ids, centres and diameters of the spots of an element.
-
-    Raises
-    ------
-    ValueError
-        If it holds no spots, ids are duplicated, or coordinates or diameters are not finite.
-    """
+    """Ids, centres and diameters of the spots of an element."""
     if shapes_key in sdata.shapes:
         spots = _spots_of_shapes(sdata.shapes[shapes_key])
     else:

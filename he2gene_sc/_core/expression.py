@@ -35,25 +35,15 @@ _AGAIN = "sc.pp.normalize_total(adata, target_sum=1e4), then sc.pp.log1p(adata)"
 
 @dataclass(frozen=True)
 class Contents:
-    """What the values of a matrix are.
-
-    Attributes
-    ----------
-    n_nan, n_nan_spots, n_empty_spots
-        Values that are NaN, spots of which some are, and spots of which all are.
-    n_infinite, n_negative, n_fractions
-        Other values that counts cannot have.
-    low, high
-        The smallest and the largest finite value; 0 where there is none.
-    """
+    """What the values of a matrix are."""
 
     n_nan: int = 0
-    n_nan_spots: int = 0
-    n_empty_spots: int = 0
+    n_nan_spots: int = 0  # spots of which some values are NaN
+    n_empty_spots: int = 0  # spots of which all are
     n_infinite: int = 0
     n_negative: int = 0
     n_fractions: int = 0
-    low: float = 0.0
+    low: float = 0.0  # of the finite values
     high: float = 0.0
 
     @property
@@ -113,14 +103,6 @@ def _nan_spots(block: Any, nan: np.ndarray) -> tuple[int, int]:
     return int((found > 0).sum()), int((found == block.shape[1]).sum())
 
 
-def scale_of(values: Any) -> Literal["counts", "log", "other"]:
-    """Tell raw counts (whole numbers from 0) from logarithms (fractions, small); NaN is looked over.
-
-    ``"other"`` are values below 0, as scaled ones have, and large fractions, as counts per 10,000 are before the log.
-    """
-    return contents_of(values).kind
-
-
 def check_expression(
     values: Any,
     where: str,
@@ -133,32 +115,8 @@ def check_expression(
 ) -> Literal["counts", "log"]:
     """Check what a matrix holds, and return whether it is counts or logarithms.
 
-    Parameters
-    ----------
-    values
-        The matrix.
-    where
-        What errors call it, see :func:`where_of`.
-    scale
-        What the user says that it is. ``"auto"``: it is looked at, and what is not ``expected`` is refused.
-    expected
-        What it should be where ``scale`` is ``"auto"``.
-    parameter
-        The caller's parameter, for errors; that of the scale is ``layer_scale`` or ``measured_scale``.
-    predicted
-        Whether a model made it: of logarithms that were measured, the total of each spot is looked at too.
-    unmeasured_spots
-        Whether spots may be NaN for every gene, where counts are needed.
-
-    Raises
-    ------
-    ValueError
-        If a value is infinite, the values are not what was expected or stated, counts are NaN, or all are 0.
-
-    Warns
-    -----
-    UserWarning
-        If logarithms are of another total or base, or the values cannot be logarithms of counts.
+    ``where`` is what errors call it. With ``scale="auto"``, what is not ``expected`` is refused. Values that a model
+    ``predicted`` need not sum to 10,000. With ``unmeasured_spots``, spots of counts may be NaN for every gene.
     """
     scale_parameter = "layer_scale" if parameter == "layer" else "measured_scale"
     validate.one_of(scale, SCALES, scale_parameter)
@@ -186,19 +144,6 @@ def check_expression(
         )
     _check_logs(values, found, where, parameter)
     return "log"
-
-
-def check_counts(values: Any, where: str, parameter: str) -> None:
-    """Check that a matrix holds raw counts.
-
-    Raises
-    ------
-    ValueError
-        If it holds anything but whole numbers from 0, or 0 alone.
-    """
-    problem = contents_of(values).problem
-    if problem:
-        raise ValueError(f"`{parameter}`: {where} does not hold raw counts (whole numbers from 0) but {problem}")
 
 
 def _check_counts(found: Contents, where: str, parameter: str, unmeasured_spots: bool) -> None:
@@ -325,28 +270,9 @@ def log_expression(
     predicted: bool = False,
     unmeasured_spots: bool = False,
 ) -> np.ndarray:
-    """Values as natural log of (1 + counts per 10,000), checked.
+    """Values as natural log of (1 + counts per 10,000), ``(n, g)`` float32, checked as by :func:`check_expression`.
 
-    Parameters
-    ----------
-    table
-        The table.
-    layer
-        Layer; ``None``: ``X``.
-    genes
-        Columns to return; counts are normalised by the totals of all columns in any case.
-    scale, expected, parameter, predicted, unmeasured_spots
-        As for :func:`check_expression`.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n, g)`` float32. Logarithms are returned as they are, NaN included.
-
-    Raises
-    ------
-    ValueError
-        If the values are not what was expected; the message says how to state what they are.
+    Counts are normalised by the totals of all columns, not of ``genes`` alone.
     """
     values = matrix_of(table, layer, parameter)
     kind = check_expression(

@@ -33,22 +33,10 @@ def current_symbols(names: Iterable[str]) -> np.ndarray:
 
 
 def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bool = True) -> np.ndarray:
-    """Find genes by name, or else by a symbol that was changed.
+    """Positions of genes in ``available`` by name, or else by a symbol that was changed, ``(g,)``; -1 where none or several are.
 
-    Parameters
-    ----------
-    names
-        What is looked for, ``(g,)``.
-    available
-        Where it is looked for.
-    one_to_one
-        Whether two names may not be one gene: where ``names`` hold a gene under its own name, another name of it is not
-        matched. ``False`` for names that a user gave.
-
-    Returns
-    -------
-    numpy.ndarray
-        Positions in ``available``, ``(g,)``; -1 where a gene is not there, or several could be it.
+    With ``one_to_one``, a gene that ``names`` hold under its own name is not matched by another. Names that a user gave may
+    be one gene.
     """
     wanted, present = pd.Index(names, dtype=object).astype(str), pd.Index(available, dtype=object).astype(str)
     first = pd.Index(present[~present.duplicated()])
@@ -73,13 +61,7 @@ def by_previous(names: pd.Index, available: pd.Index, found: np.ndarray, *, one_
 
 
 def symbols_in(table: AnnData, gene_symbols: str | None) -> pd.Index:
-    """Names of the genes of a table, stripped: a column of ``var``, or its index; empty where one is missing.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column.
-    """
+    """Names of the genes of a table, stripped: a column of ``var``, or its index; empty where one is missing."""
     if gene_symbols is not None:
         validate.key_in(gene_symbols, list(table.var.columns), "gene_symbols", what="a column of var")
     given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols].to_numpy(), dtype=object)
@@ -87,22 +69,7 @@ def symbols_in(table: AnnData, gene_symbols: str | None) -> pd.Index:
 
 
 def columns_of(table: AnnData, asked: Sequence[str], gene_symbols: str | None = None) -> np.ndarray:
-    """Columns of genes that a user named: by ``var_names``, by ``gene_symbols``, or by a symbol that was changed.
-
-    Parameters
-    ----------
-    table
-        The table.
-    asked
-        Names.
-    gene_symbols
-        Column of ``var`` with symbols, such as the one that predict was given; looked at where it is there.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(g,)``, -1 where there is no such gene, or several could be it.
-    """
+    """Columns of genes that a user named, by name, by ``gene_symbols``, or by a changed symbol; -1 for others."""
     asked = [str(name).strip() for name in asked]
     found = find_genes(asked, table.var_names, one_to_one=False)
     exact = table.var_names.isin(asked)

@@ -35,13 +35,7 @@ def find_image(
     coordinate_system: str | None = None,
     spots: Spots | None = None,
 ) -> str:
-    """Name of the image; of several that show the same tissue, the finest.
-
-    Raises
-    ------
-    ValueError
-        If it is not there, or several could be meant.
-    """
+    """Name of the image; of several that show the same tissue, the finest."""
     from spatialdata.transformations import get_transformation
 
     check_spatialdata(sdata)
@@ -144,13 +138,7 @@ def finest_image(
     coordinate_system: str | None = None,
     spots: Spots | None = None,
 ) -> str:
-    """Of several images the finest that is not blank, where all show the same tissue.
-
-    Raises
-    ------
-    ValueError
-        If they show different tissue, or are equally fine.
-    """
+    """Of several images the finest that is not blank, where all show the same tissue."""
     rgb = [key for key in candidates if _is_rgb(sdata, key)]
     if not rgb:
         raise ValueError(

@@ -24,23 +24,9 @@ def same_values(before: Any, after: np.ndarray) -> bool:
 
 
 def remove_derived(table: AnnData, names: Iterable[str], but: str | None = None) -> list[str]:
-    """Remove the results that were computed from what goes by these names, and those computed from them in turn.
+    """Remove the results that were computed from changed layers, columns or results, and those from them in turn, but one.
 
-    What somebody has changed since stays.
-
-    Parameters
-    ----------
-    table
-        The table; to be called where changes are undone if they are interrupted.
-    names
-        Layers, columns of ``obs``, results and predictions whose values have changed.
-    but
-        A result that stays.
-
-    Returns
-    -------
-    list of str
-        Their keys in ``uns``.
+    Returns their keys in ``uns``. What somebody has changed since stays. Call it where changes are undone if interrupted.
     """
     names, removed = set(names), []
     while found := [key for key, record in table.uns.items() if key != but and _reads(record, names)]:

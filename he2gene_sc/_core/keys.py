@@ -30,6 +30,16 @@ FACTS = ("image", "coordinate_system", "level", "mpp", "mpp_source", "n_spots", 
 _VALID = re.compile(r"[A-Za-z0-9_.-]+")
 
 
+class _Named:
+    """A key that is named after ``key_added``."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+
+    def __get__(self, keys: Keys, owner: type[Keys]) -> str:
+        return self.pattern.format(keys.key_added)
+
+
 @dataclass(frozen=True)
 class Keys:
     """The keys that one ``predict`` run writes, from its ``key_added``."""
@@ -37,96 +47,38 @@ class Keys:
     key_added: str = "he2gene"
     layer_name: str | None = None
 
+    #: ``.uns``: what was run on what; colours of the classes, as scanpy keeps them.
+    uns = _Named("{}")
+    colors = _Named("{}_annotation_colors")
+    #: ``.var``: whether the model knows the gene; its held-out Pearson correlation; its mean in training, which skill is
+    #: measured against.
+    predicted = _Named("{}_predicted")
+    pcc = _Named("{}_pcc")
+    mean = _Named("{}_mean")
+    #: ``.var``: whether the gene is good enough to use on a new patient, and on another section of one of training.
+    reliable = _Named("{}_reliable")
+    reliable_known_patient = _Named("{}_reliable_known_patient")
+    #: ``.var``: mean correlation over patients that were held out whole; the same, given the counts of each spot.
+    pcc_new_patient = _Named("{}_pcc_new_patient")
+    pcc_given_depth = _Named("{}_pcc_given_depth")
+    #: ``.obs``: most probable class, missing where it is unknown, and its calibrated probability.
+    annotation = _Named("{}_annotation")
+    confidence = _Named("{}_annotation_confidence")
+    #: ``.obs``: how far a spot is from what the model was trained on, above 1 out of distribution; its share of tissue.
+    ood = _Named("{}_ood")
+    tissue = _Named("{}_tissue")
+    #: ``.obsm``: probability of every class, a DataFrame; the embedding that the heads read.
+    proba = _Named("{}_annotation_proba")
+    embedding = _Named("X_{}")
+
     @property
     def layer(self) -> str:
         """``.layers``: predicted expression."""
         return self.layer_name or self.key_added
 
-    @property
-    def predicted(self) -> str:
-        """``.var``: whether the model knows the gene."""
-        return f"{self.key_added}_predicted"
-
-    @property
-    def pcc(self) -> str:
-        """``.var``: held-out Pearson correlation of the gene."""
-        return f"{self.key_added}_pcc"
-
-    @property
-    def reliable(self) -> str:
-        """``.var``: whether the gene is good enough to use on a new patient."""
-        return f"{self.key_added}_reliable"
-
-    @property
-    def reliable_known_patient(self) -> str:
-        """``.var``: whether it is good enough on another section of a patient that the model was trained on."""
-        return f"{self.key_added}_reliable_known_patient"
-
-    @property
-    def pcc_new_patient(self) -> str:
-        """``.var``: mean correlation of the gene over patients that were held out whole."""
-        return f"{self.key_added}_pcc_new_patient"
-
-    @property
-    def pcc_given_depth(self) -> str:
-        """``.var``: the same, given the counts of each spot."""
-        return f"{self.key_added}_pcc_given_depth"
-
-    @property
-    def mean(self) -> str:
-        """``.var``: mean of the gene in training, which skill is measured against."""
-        return f"{self.key_added}_mean"
-
-    @property
-    def annotation(self) -> str:
-        """``.obs``: most probable class; missing where it is unknown."""
-        return f"{self.key_added}_annotation"
-
-    @property
-    def colors(self) -> str:
-        """``.uns``: colours of the classes, as scanpy keeps them."""
-        return f"{self.annotation}_colors"
-
-    @property
-    def confidence(self) -> str:
-        """``.obs``: calibrated probability of the most probable class."""
-        return f"{self.key_added}_annotation_confidence"
-
-    @property
-    def proba(self) -> str:
-        """``.obsm``: probability of every class, a DataFrame."""
-        return f"{self.key_added}_annotation_proba"
-
-    @property
-    def ood(self) -> str:
-        """``.obs``: how far a spot is from what the model was trained on; above 1 it is out of distribution."""
-        return f"{self.key_added}_ood"
-
-    @property
-    def tissue(self) -> str:
-        """``.obs``: share of tissue of a spot."""
-        return f"{self.key_added}_tissue"
-
-    @property
-    def embedding(self) -> str:
-        """``.obsm``: the embedding that the heads read."""
-        return f"X_{self.key_added}"
-
-    @property
-    def uns(self) -> str:
-        """``.uns``: what was run on what."""
-        return self.key_added
-
 
 def check_key(name: str, parameter: str) -> None:
-    """Refuse a key that ``SpatialData.write`` would refuse later, after the work is done.
-
-    Raises
-    ------
-    ValueError
-        If the key is empty or has other characters than letters, digits, ``_``, ``.`` and ``-``, or starts with
-        ``__`` or a dot.
-    """
+    """Refuse a key that ``SpatialData.write`` would refuse later, after the work is done."""
     if not isinstance(name, str) or not _VALID.fullmatch(name) or name.startswith(("__", ".")):
         raise ValueError(
             f"`{parameter}` {name!r} cannot be stored: use letters, digits, '_', '.' and '-' only, "

@@ -14,7 +14,7 @@ from .fill import StackedPredictions, check_fillable, fill_table, on_all_rows
 from .invalidate import remove_derived, same_values, warn_removed
 from .keys import INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
 from .ownership import is_result, not_ours, ours, owns_spatial, written_in
-from .signatures import same, signature
+from .signatures import digest_of, same
 from .validate import format_list
 
 if TYPE_CHECKING:
@@ -43,14 +43,7 @@ _OWN = {"obs": (REGION, INSTANCE), "var": ("ensembl_id",)}
 def check_new_table(
     sdata: SpatialData, name: str, slides: Sequence[Slide], wanted: WantedGenes, model: HE2Gene, keys: Keys
 ) -> None:
-    """Refuse, before any work is done, to make a table whose name or ids cannot be, or in whose place something would be lost.
-
-    Raises
-    ------
-    ValueError
-        If an element of that name is there that we did not make; if it holds what the new table could not take over; or
-        if the spots have ids that no table can hold.
-    """
+    """Refuse, before any work, a table whose name or ids cannot be, or in whose place something would be lost."""
     check_place(sdata, name)
     for slide in slides:
         check_spot_ids(pd.Index(slide.spot_ids), slide.shapes_key)
@@ -70,7 +63,7 @@ def check_new_table(
     if changed and before.raw is not None:
         lost.append("raw")
     signed = before.uns[MADE].get("signature") if hasattr(before.uns[MADE], "get") else None
-    if signed and before.X is not None and str(signed) != signature(before.X):
+    if signed and before.X is not None and str(signed) != digest_of(before.X):
         lost.append("X, changed since hg.tl.predict wrote it")
     if lost:
         what = " and ".join({"obs": "spots", "var": "genes"}[axis] for axis in sorted(changed)) or "values"
@@ -81,13 +74,7 @@ def check_new_table(
 
 
 def check_place(sdata: SpatialData, name: str) -> None:
-    """Refuse, before any work is done, to put a table where one stands that is not ours.
-
-    Raises
-    ------
-    ValueError
-        If an element of that name is there and is not a table that we made.
-    """
+    """Refuse, before any work is done, to put a table where one stands that is not ours."""
     if name in sdata.tables and MADE in sdata.tables[name].uns:
         return
     if name in sdata.tables and name == TABLE:
@@ -102,13 +89,7 @@ def check_place(sdata: SpatialData, name: str) -> None:
 
 
 def check_spot_ids(ids: pd.Index, shapes_key: str) -> None:
-    """Refuse ids that ``TableModel`` would refuse, after the work is done.
-
-    Raises
-    ------
-    ValueError
-        If they are neither whole numbers nor texts.
-    """
+    """Refuse ids that ``TableModel`` would refuse, after the work is done."""
     kind = "mixed" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
     if kind == "string" and ids.hasnans:
         # Texts of pandas 3 have a missing value of their own.
@@ -148,7 +129,7 @@ def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnDa
     table.uns[MADE] = {
         "by": "hg.tl.predict",
         "X": model.card.expression_scale if fits else "empty: over memory_limit",
-        **({"signature": signature(table.X)} if fits else {}),
+        **({"signature": digest_of(table.X)} if fits else {}),
     }
     regions = [slide.shapes_key for slide in slides]
     return TableModel.parse(

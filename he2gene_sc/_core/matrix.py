@@ -19,13 +19,7 @@ _BLOCK = 2_000_000
 
 
 def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
-    """``X`` (``layer=None``) or a layer, as the table keeps it: in memory, on disk or as a dask array.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer, ``X`` is empty, or it does not hold numbers.
-    """
+    """``X`` (``layer=None``) or a layer, as the table keeps it: in memory, on disk or as a dask array."""
     if layer is not None:
         validate.key_in(layer, sorted(layer_names(table)), parameter, what="a layer", hint=" (None: X)")
     values = table.X if layer is None else table.layers[layer]
@@ -45,13 +39,7 @@ def where_of(layer: str | None) -> str:
 
 
 def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:
-    """``X`` (``layer=None``) or a layer, in memory, dense or csr.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer, ``X`` is empty, or it does not hold numbers.
-    """
+    """``X`` (``layer=None``) or a layer, in memory, dense or csr."""
     return in_memory(matrix_of(table, layer, parameter))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .genes import by_previous, symbols_in
-from .validate import format_list
+from .validate import format_list, near
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -27,48 +27,22 @@ _PROBE = r"\|[0-9a-f]{7}$"
 
 @dataclass(frozen=True)
 class WantedGenes:
-    """Genes of a run.
+    """Genes of a run."""
 
-    Attributes
-    ----------
-    positions
-        Their places in the model's gene head, ``(g,)``.
-    columns
-        Their places in the table's ``var``, ``(g,)``, or in that of the table that the result gets.
-    all_genes
-        Whether the result goes into a table beside a measured one.
-    renamed
-        Genes of the table that the model knows by another symbol of theirs, and that symbol.
-    """
-
-    positions: np.ndarray
-    columns: np.ndarray
-    all_genes: bool
+    positions: np.ndarray  # in the model's gene head, (g,)
+    columns: np.ndarray  # in var of the table that gets the result, (g,)
+    all_genes: bool  # whether that is a table beside a measured one
+    #: Genes of the table that the model knows by another symbol, and that symbol.
     renamed: dict[str, str] = field(default_factory=dict)
 
 
 def match_genes(
     model: HE2Gene, table: AnnData | None, genes: Sequence[str] | str | None, gene_symbols: str | None
 ) -> WantedGenes:
-    """Find the genes to predict and where they go.
+    """Find the genes to predict and where they go; ``table`` is ``None`` where one will be made.
 
-    Parameters
-    ----------
-    model
-        The model.
-    table
-        The table to be filled; ``None`` where one will be made.
-    genes
-        A list, ``"all"`` or ``None``.
-    gene_symbols
-        Column of ``table.var`` with symbols or Ensembl ids; ``None`` is the index. A symbol that HGNC has changed is matched
-        by its other name, where the model does not know the name itself and the gene is not in the table under both.
-
-    Raises
-    ------
-    ValueError
-        If a gene of the list is unknown to the model or not in the table, ``gene_symbols`` is no column, or the table
-        shares under 10 % of the shorter of both lists of genes with the model.
+    A symbol that HGNC has changed is matched by its other name, where the model does not know the name itself and the gene
+    is not in the table under both.
     """
     if genes is not None and not isinstance(genes, str):
         genes = list(genes)
@@ -113,13 +87,7 @@ def match_genes(
 
 
 def check_not_probes(table: AnnData) -> None:
-    """Refuse a table whose columns are probes of 10x Genomics, several of a gene.
-
-    Raises
-    ------
-    ValueError
-        If they are.
-    """
+    """Refuse a table whose columns are probes of 10x Genomics, several of a gene."""
     named = table.var_names.astype(str).str.contains(_PROBE, regex=True)
     if not len(named) or named.mean() < 0.5:
         return
@@ -154,10 +122,8 @@ def _asked(model: HE2Gene, genes: Sequence[str]) -> np.ndarray:
 
 
 def _check_known(model: HE2Gene, genes: list[str]) -> None:
-    from difflib import get_close_matches
-
     unknown = [gene for gene, position in zip(genes, _asked(model, genes), strict=True) if position < 0]
     if unknown:
-        near = get_close_matches(str(unknown[0]).upper(), list(model.genes.index), n=3)
-        hint = f"; near {unknown[0]!r}: {near}" if near else ""
-        raise ValueError(f"`genes` {unknown[:5]} are unknown to model {model.name!r}{hint}; see hg.models.load().genes")
+        raise ValueError(
+            f"`genes` {unknown[:5]} are unknown to model {model.name!r}{near(unknown[0], model.genes.index)}; see hg.models.load().genes"
+        )

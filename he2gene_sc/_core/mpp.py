@@ -71,8 +71,7 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
         return float(stored), "metadata"
     for system in get_transformation(sdata.images[image_key], get_all=True):
         if system.lower() in _MICROMETRE_SYSTEMS:
-            matrix = affine(sdata.images[image_key], system)
-            return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2])))), f"coordinate system {system!r}"
+            return _scale(affine(sdata.images[image_key], system)), f"coordinate system {system!r}"
     return None
 
 
@@ -117,27 +116,8 @@ def resolve_mpp(
 ) -> tuple[float, str]:
     """Find µm per pixel and say where it was found: argument, then what the object states, then a known assay.
 
-    Parameters
-    ----------
-    sdata, image_key, shapes_key
-        The image and the spots.
-    mpp
-        The caller's own value.
-    centres
-        Spots, ``(n, 2)``, pixels of level 0.
-    diameter_px
-        Their diameter.
-    to_pixels
-        From the units of the spots to these pixels, 3 × 3.
-    measured
-        Whether the spots carry measurements: then a value that contradicts the lattice of a known assay is warned of.
-    lattice
-        What :func:`array_lattice` found.
-
-    Raises
-    ------
-    ValueError
-        If it is stated nowhere and the spots are not a known lattice.
+    ``centres`` ``(n, 2)`` and ``diameter_px`` are in pixels of level 0, ``to_pixels`` goes from the units of the spots to
+    them. If the spots are ``measured``, a value that contradicts the lattice of a known assay is warned of.
     """
     from spatialdata.transformations import get_transformation
 

@@ -55,40 +55,16 @@ def clean_names(values: Iterable[object]) -> np.ndarray:
 
 
 def column_of(table: AnnData, key: str, parameter: str, hint: str = "") -> pd.Series:
-    """Return a column of ``obs``.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
+    """Return a column of ``obs``."""
     validate.key_in(key, list(table.obs.columns), parameter, hint=hint)
     return table.obs[key]
 
 
 def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", required: bool = False) -> np.ndarray:
-    """Names in a column of ``obs``, cleaned, ``(n,)`` objects, ``None`` where there is none.
+    """Names in a column of ``obs``, cleaned, ``(n,)`` objects, ``None`` where there is none; ``what`` they name is a plural.
 
     Blanks around a name are dropped. Missing values that have become text (``"nan"``, ``"None"``, ``"<NA>"``) are missing.
     Whole numbers are names, 3 and 3.0 being ``"3"``, since a column of integers with gaps is one of floats.
-
-    Parameters
-    ----------
-    table
-        The table.
-    key
-        The column.
-    parameter
-        The parameter that named it.
-    what
-        What the names are of, in the plural.
-    required
-        Whether every spot needs one.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column, it holds fractions, two names differ only in case, or one is missing that is required.
     """
     column = column_of(table, key, parameter)
     if column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
@@ -120,26 +96,7 @@ def check_spelling(
     rows: Mapping[str, Sequence[str]] | None = None,
     mend: str | None = None,
 ) -> None:
-    """Refuse names that differ only in case, or in blanks within.
-
-    Parameters
-    ----------
-    names
-        Cleaned names by where they stand, such as ``"object 2"``.
-    parameter, key
-        The parameter and the column that it named.
-    what
-        What the names are of, in the plural.
-    rows
-        Names of the rows of each, which the error shows.
-    mend
-        What to do; default: the call that renames them in a column of ``obs``.
-
-    Raises
-    ------
-    ValueError
-        If two names do.
-    """
+    """Refuse names that differ only in case or in blanks; ``names`` and ``rows`` are by place, as ``"object 2"``."""
     seen: dict[str, tuple[str, str]] = {}
     for place, found in names.items():
         for name in pd.unique(pd.Series(found, dtype=object).dropna()):
@@ -172,13 +129,7 @@ def labels_of(table: AnnData, key: str, parameter: str) -> np.ndarray:
 
 
 def asked_name(value: object, parameter: str) -> str:
-    """Clean a name that the user gave, as :func:`names_of` cleans those of a column.
-
-    Raises
-    ------
-    ValueError
-        If it is missing or blank.
-    """
+    """Clean a name that the user gave, as :func:`names_of` cleans those of a column."""
     name = clean_name(value)
     if name is None:
         raise ValueError(f"`{parameter}` holds {value!r}, which is a missing value; a name is needed")
@@ -186,13 +137,7 @@ def asked_name(value: object, parameter: str) -> str:
 
 
 def annotated_by(table: AnnData) -> Mapping[str, Any] | None:
-    """Which shapes or labels a table annotates, as spatialdata notes it; ``None`` if it annotates nothing.
-
-    Raises
-    ------
-    ValueError
-        If the note is damaged.
-    """
+    """Which shapes or labels a table annotates, as spatialdata notes it; ``None`` if it annotates nothing."""
     attrs = table.uns.get("spatialdata_attrs")
     if attrs is None:
         return None
@@ -205,13 +150,7 @@ def annotated_by(table: AnnData) -> Mapping[str, Any] | None:
 
 
 def with_text_names(table: AnnData) -> AnnData:
-    """Return the table, of which anndata could not take rows if its names were numbers.
-
-    Raises
-    ------
-    ValueError
-        If they are.
-    """
+    """Return the table, of which anndata could not take rows if its names were numbers."""
     for axis in ("obs_names", "var_names"):
         if pd.api.types.is_numeric_dtype(getattr(table, axis)):
             raise ValueError(f"`data`: {axis} are numbers; run table.{axis} = table.{axis}.astype(str)")

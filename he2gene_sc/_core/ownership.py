@@ -97,27 +97,7 @@ def ours(table: AnnData, key: str, record: Any = None) -> dict[str, list[str]]:
 
 
 def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_added", **slots: Iterable[str]) -> None:
-    """Refuse to write over what this verb did not write, before any work is done.
-
-    Parameters
-    ----------
-    table
-        The table.
-    verb
-        Name of the verb, as in ``hg.tl``.
-    key
-        ``uns[key]`` records what it wrote.
-    parameter
-        The parameter that the names come from.
-    **slots
-        Slot (``"obs"``, ``"var"``, ``"layers"``, ``"obsm"``, ``"uns"``) to the keys that are to be written.
-
-    Raises
-    ------
-    ValueError
-        If one of them is there and does not stand in the record of an earlier run, or was changed since; if one differs
-        from another key only in case, which a store cannot hold; or if ``key`` is reserved.
-    """
+    """Refuse, before any work, to write over what this verb did not write; ``slots`` hold the keys to be written."""
     planned = {slot: list(names) for slot, names in slots.items()}
     if key in RESERVED:
         raise ValueError(f"`{parameter}`: uns[{key!r}] has a meaning of its own; choose another name")
@@ -170,13 +150,7 @@ def not_ours(table: AnnData) -> dict[str, list[str]]:
 
 
 def check_case(table: AnnData, parameter: str, slots: Mapping[str, Iterable[str]]) -> None:
-    """Refuse names that differ only in case from what is there, or that the index of a frame has.
-
-    Raises
-    ------
-    ValueError
-        If there is such a name.
-    """
+    """Refuse names that differ only in case from what is there, or that the index of a frame has."""
     for slot, names in slots.items():
         there = {str(name).lower(): str(name) for name in getattr(table, slot) if name is not None}
         index = getattr(table, slot).index.name if slot in ("obs", "var") else None

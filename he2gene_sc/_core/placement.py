@@ -11,6 +11,7 @@ import numpy as np
 from .elements import spot_element
 from .images import darkness_at, some_of
 from .mpp import affine, array_lattice
+from .spots import pitch_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -33,11 +34,6 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
     """Check spots against the image and the array positions of the table.
 
     Warns where more than half of the spots lie outside, or array positions run mirrored against the pixels.
-
-    Raises
-    ------
-    ValueError
-        If no spot lies inside the image, or the image is blank at all spots.
     """
     outside = int((~slide.inside).sum())
     if outside > len(slide.inside) / 2:
@@ -130,7 +126,7 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
     if lattice is None:
         _check_swap(sdata, slide)
         return
-    if np.linalg.det(lattice) >= 0 or _touching(slide):
+    if np.linalg.det(lattice) >= 0 or slide.diameter_um / slide.mpp >= _TOUCHING * pitch_of(slide.centres):
         return
     width, height = slide.pyramid.width, slide.pyramid.height
     if abs(lattice[0, 1] * lattice[1, 0]) > abs(lattice[0, 0] * lattice[1, 1]):
@@ -180,13 +176,6 @@ def _lattice(sdata: SpatialData, slide: Slide) -> np.ndarray | None:
     if slide.table_key is None:
         return None
     return array_lattice(sdata[slide.table_key].obs.iloc[slide.rows], slide.centres)
-
-
-def _touching(slide: Slide) -> bool:
-    from scipy.spatial import KDTree
-
-    pitch = np.median(KDTree(slide.centres).query(slide.centres, k=2)[0][:, 1])
-    return bool(slide.diameter_um / slide.mpp >= _TOUCHING * pitch)
 
 
 def _compare(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:

@@ -23,15 +23,7 @@ if TYPE_CHECKING:
 
 
 def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_key: str | None = None) -> str:
-    """Name of the table that ``predict(key_added=...)`` filled; a measured one before one that we made.
-
-    Raises
-    ------
-    TypeError
-        If ``sdata`` is not a SpatialData object.
-    ValueError
-        If there is none, or several could be meant.
-    """
+    """Name of the table that ``predict(key_added=...)`` filled; a measured one before one that we made."""
     if not hasattr(sdata, "tables"):
         raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
     if table_key is not None:
@@ -82,13 +74,7 @@ def origin_of(table: AnnData, layer: str) -> tuple[str, list[str]]:
 
 
 def record_of(table: AnnData, prediction_key: str = "he2gene") -> Mapping[str, Any]:
-    """Return what ``predict(key_added=...)`` recorded in a table.
-
-    Raises
-    ------
-    ValueError
-        If it wrote nothing there, or the flags of the genes that go with it are gone.
-    """
+    """Return what ``predict(key_added=...)`` recorded in a table."""
     keys = Keys(prediction_key)
     record = table.uns.get(keys.uns)
     if not is_prediction(record):
@@ -102,13 +88,7 @@ def record_of(table: AnnData, prediction_key: str = "he2gene") -> Mapping[str, A
 
 
 def gene_flags(table: AnnData, name: str) -> np.ndarray:
-    """Return a column of ``var`` that is true or false for every gene, ``(n_vars,)`` bool.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column, or a gene has another value.
-    """
+    """Return a column of ``var`` that is true or false for every gene, ``(n_vars,)`` bool."""
     if name not in table.var:
         raise ValueError(f"`data`: var has no {name!r}, which hg.tl.predict wrote; keep it, or predict again")
     column = table.var[name]
@@ -128,13 +108,7 @@ def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | No
 
 
 def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str = "he2gene") -> str:
-    """Name of a layer. The default and the name of the prediction stand for the layer that the prediction wrote.
-
-    Raises
-    ------
-    ValueError
-        If there is no such prediction or layer.
-    """
+    """Name of a layer. The default and the name of the prediction stand for the layer that the prediction wrote."""
     record = record_of(table, prediction_key)
     name = str(record["layer"]) if layer in (Keys().layer, prediction_key) else layer
     if name not in table.layers:
@@ -143,13 +117,7 @@ def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str 
 
 
 def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklevel: int = 3) -> None:
-    """Warn where a layer that predict wrote was changed since.
-
-    Raises
-    ------
-    ValueError
-        If it holds infinite values, or nothing but NaN.
-    """
+    """Warn where a layer that predict wrote was changed since."""
     values = matrix_of(table, layer)
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         if np.isinf(values).any():
@@ -167,13 +135,7 @@ def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklev
 
 
 def predicted_by(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
-    """Find the model that predicted.
-
-    Raises
-    ------
-    ValueError
-        If it has to be given, or another is given.
-    """
+    """Find the model that predicted."""
     from ..models import BUNDLED, load
 
     name, sha256 = record["model"], record["weights_sha256"]

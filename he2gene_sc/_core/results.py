@@ -38,39 +38,17 @@ _MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp", "uns")
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of a verb writes into a table.
-
-    Attributes
-    ----------
-    verb
-        Name of the verb, as in ``hg.tl``.
-    key
-        ``uns[key]`` gets the record.
-    record
-        Facts of the record; JSON types, arrays and DataFrames only, as zarr stores hold them.
-    slots
-        Slot (``"obs"``, ``"var"``, ``"layers"``, ``"obsm"``, ``"uns"``) to key to value.
-    unrecorded
-        The same, of what is written without being ours for good: spot centres where the table had none.
-    """
+    """What one run of a verb writes into a table."""
 
     verb: str
-    key: str
+    key: str  # uns[key] gets the record
     record: Mapping[str, Any]
     slots: Mapping[str, Mapping[str, Any]]
     unrecorded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -> list[AnnData]:
-    """Return the table of each object whose ``uns[key]`` a verb wrote; ``data`` is an object or table, or several.
-
-    Raises
-    ------
-    TypeError
-        If ``data`` is or holds something else.
-    ValueError
-        If an object has none, or several.
-    """
+    """Return the table of each object whose ``uns[key]`` a verb wrote; ``data`` is an object or table, or several."""
     if _is_object(data):
         objects = [data]
     elif isinstance(data, Iterable) and not isinstance(data, str | Mapping):
@@ -117,24 +95,11 @@ def write_result(
     facts: Mapping[str, Any] | None = None,
     **slots: Mapping[str, Any],
 ) -> None:
-    """Write all results of a verb at once, or, if that is interrupted, none.
+    """Write all results of a verb at once, or, if that is interrupted, none; ``slots`` are slot to key to value.
 
     ``uns[key]`` gets ``verb``, ``params``, ``written`` (slot to keys), ``signatures`` of the values, and the ``facts``.
     What an earlier run of the verb wrote under the same key and this one does not is removed; so is, with a warning, what
     was computed from values that change.
-
-    Parameters
-    ----------
-    table
-        The table.
-    verb, key
-        As for :func:`check_free`.
-    params
-        Arguments of the call; ``None`` values are left out.
-    facts
-        Further entries of ``uns[key]``.
-    **slots
-        Slot to key to value.
     """
     write_results([(table, _result(verb, key, params, facts, slots))], stacklevel=3)
 

@@ -24,15 +24,11 @@ _AXES = {"obs": ("obs",), "obsm": ("obs",), "var": ("var",), "varm": ("var",), "
 def of_slot(table: AnnData, slot: str, name: str) -> str:
     """Digest of one entry of a table, and of the names that it is aligned to: ``"<names>:<values>"``."""
     names = [getattr(table, f"{axis}_names") for axis in _AXES[slot]]
-    return f"{_digest(*names)}:{_digest(getattr(table, slot)[name])}"
+    return f"{digest_of(*names)}:{digest_of(getattr(table, slot)[name])}"
 
 
 def is_unchanged(table: AnnData, slot: str, name: str, signature: str | None) -> bool:
-    """Whether an entry holds what was written, as far as can be said.
-
-    In a subset, a concatenation or a reordered table the names differ: nothing can be said, and the entry counts as
-    unchanged. So it does without a signature.
-    """
+    """Whether an entry holds what was written; with other row names, or no signature, it counts as unchanged."""
     if not signature or slot not in _AXES:
         return True
     names, _, _ = signature.partition(":")
@@ -48,7 +44,7 @@ def of_element(element: Any) -> str:
     else:
         element = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
         content = [element]
-    return f"{_shape(element)}:{_digest(*content)}"
+    return f"{_shape(element)}:{digest_of(*content)}"
 
 
 def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: str) -> bool:
@@ -58,21 +54,17 @@ def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: st
     return signature.startswith(f"{_shape(element)}:") and of_element(element) == signature
 
 
-def signature(value: Any) -> str:
-    """Digest of a value alone."""
-    return _digest(value)
-
-
 def same(a: Any, b: Any) -> bool:
     """Whether two values are equal, through a zarr store too: a list is an array there, and whole numbers are numbers."""
-    return _digest(a) == _digest(b)
+    return digest_of(a) == digest_of(b)
 
 
 def _shape(element: Any) -> str:
     return "x".join(map(str, element.shape))
 
 
-def _digest(*values: Any) -> str:
+def digest_of(*values: Any) -> str:
+    """Short digest of values, alike for what a zarr store reads back."""
     digest = blake2b(digest_size=8)
     for value in values:
         _update(digest, value)

@@ -16,6 +16,7 @@ from .images import check_image, find_image, pyramid_of, spots_to_pixels
 from .keys import MADE
 from .mpp import array_lattice, check_mpp, resolve_mpp
 from .names import annotated_by
+from .spots import pitch_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,44 +32,21 @@ _MIN_SPOT_PX, _WIDE_UM, _MIN_SPOT_UM = 8, 40.0, 4.0
 
 @dataclass(frozen=True, eq=False)
 class Slide:
-    """One image with the spots on it.
-
-    Attributes
-    ----------
-    image_key, shapes_key, table_key, coordinate_system
-        Where things are; ``table_key`` is ``None`` for a slide without a table.
-    pyramid
-        The image.
-    pixel_factor
-        What brings its pixels to 0..255.
-    mpp, mpp_source
-        µm per pixel of level 0, and where that was found.
-    spot_ids
-        Index of the shapes or values of the labels, ``(n,)``, in the order of the table's rows, or of the element where
-        there is no table.
-    rows
-        Positions of the spots in the table, ``(n,)``, or in the element where there is no table.
-    centres
-        ``(n, 2)``: x and y in pixels of level 0.
-    inside
-        ``(n,)``: whether the centre lies inside the image.
-    diameter_um
-        Median diameter of the spots, µm.
-    """
+    """One image with the spots on it."""
 
     image_key: str
     shapes_key: str
     table_key: str | None
     coordinate_system: str
     pyramid: Pyramid
-    pixel_factor: float
+    pixel_factor: float  # what brings pixels to 0..255
     mpp: float
     mpp_source: str
-    spot_ids: pd.Index
-    rows: np.ndarray
-    centres: np.ndarray
-    inside: np.ndarray
-    diameter_um: float
+    spot_ids: pd.Index  # index of the shapes or values of the labels, in the order of the table's rows
+    rows: np.ndarray  # of the spots in the table, or in the element where there is none
+    centres: np.ndarray  # (n, 2), pixels of level 0
+    inside: np.ndarray  # whether the centre lies inside the image
+    diameter_um: float  # median of the spots
 
 
 def resolve(
@@ -80,39 +58,10 @@ def resolve(
     coordinate_system: str | None = None,
     mpp: float | Mapping[str, float] | None = None,
 ) -> tuple[Slide, ...]:
-    """Find what has to be predicted.
+    """Find what has to be predicted: one slide for each shapes element that the table annotates.
 
-    One candidate is taken; several raise an error that lists them. A table that annotates several shapes elements
-    gives one slide for each.
-
-    Parameters
-    ----------
-    sdata
-        The object.
-    image_key
-        Image; or a mapping from shapes element to image, where a table annotates several. Default: the only RGB image,
-        or of several that show the same tissue the finest that is not blank.
-    shapes_key
-        Spots: shapes or labels. Default: those that the table annotates, or the only circles, polygons or labels.
-    table_key
-        Table that annotates the spots. Tables that ``he2gene_sc`` made are no candidates.
-    coordinate_system
-        System that image and spots share.
-    mpp
-        µm per pixel of level 0; or a mapping from shapes element to it. Default: the object's own metadata, a coordinate system in µm, or the pitch of a
-        known assay, in this order.
-
-    Returns
-    -------
-    tuple of Slide
-        One a shapes element.
-
-    Raises
-    ------
-    TypeError
-        If ``sdata`` is no SpatialData.
-    ValueError
-        If something is missing, ambiguous, or does not fit together; the message names the parameter.
+    One candidate is taken; several raise an error that lists them. ``image_key`` and ``mpp`` may be mappings from shapes
+    element. µm per pixel not given are those of the metadata, a system in µm, or a known assay.
     """
     check_spatialdata(sdata)
     for value in mpp.values() if isinstance(mpp, Mapping) else (mpp,):
@@ -167,7 +116,8 @@ def _resolve_one(
         lattice=lattice,
     )
     outlines = shapes_key not in sdata.shapes or "radius" not in sdata.shapes[shapes_key].columns
-    _check_size(pyramid, image_key, shapes_key, diameter_px, mpp, cells=outlines or _dense(centres, diameter_px))
+    side_by_side = outlines or (len(centres) > 1 and pitch_of(centres) < 1.5 * diameter_px)
+    _check_size(pyramid, image_key, shapes_key, diameter_px, mpp, cells=side_by_side)
     inside = (centres >= 0).all(1) & (centres[:, 0] <= pyramid.width) & (centres[:, 1] <= pyramid.height)
     return Slide(
         image_key=image_key,
@@ -184,15 +134,6 @@ def _resolve_one(
         inside=inside,
         diameter_um=float(diameter_px * mpp),
     )
-
-
-def _dense(centres: np.ndarray, diameter_px: float) -> bool:
-    """Whether spots lie as close as bins and cells do."""
-    from scipy.spatial import KDTree
-
-    if len(centres) < 2:
-        return False
-    return bool(np.median(KDTree(centres).query(centres, k=2)[0][:, 1]) < 1.5 * diameter_px)
 
 
 def _check_size(
@@ -229,10 +170,7 @@ def _check_size(
 def colours_of(
     slides: Iterable[Slide], table: AnnData, summary: Callable[[np.ndarray], np.ndarray], size: int
 ) -> np.ndarray:
-    """Return what ``summary`` makes of the pixels ``(b, 3, h, w)`` of each spot's own square, ``(n_obs, size)``.
-
-    NaN outside the image.
-    """
+    """Summarise the pixels ``(b, 3, h, w)`` of each spot, ``(n_obs, size)``; NaN outside the image."""
     attrs = table.uns["spatialdata_attrs"]
     found = np.full((table.n_obs, size), np.nan)
     for slide in slides:
@@ -268,13 +206,7 @@ def mean_colours(sdata: SpatialData | AnnData, table: AnnData, layer: str | None
 
 
 def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2gene") -> tuple[Slide, ...]:
-    """Images and spots that a table annotates, one slide a region; those that predict recorded, where it did.
-
-    Raises
-    ------
-    ValueError
-        If there is no image, or several things could be meant.
-    """
+    """Images and spots that a table annotates, one slide a region; those that predict recorded, where it did."""
     (table_key,) = [key for key, value in sdata.tables.items() if value is table]
     attrs = annotated_by(table)
     if attrs is None:

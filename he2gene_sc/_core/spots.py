@@ -43,26 +43,7 @@ def get_table(
     prediction_key: str | None = None,
     layer: str | None = None,
 ) -> AnnData:
-    """Return the table itself, or that of an object: with a prediction, else with a layer, else the measured one.
-
-    Parameters
-    ----------
-    data
-        Object or table.
-    table_key
-        Which, where there are several.
-    prediction_key
-        Prediction that it holds; ``None``: none is needed.
-    layer
-        Layer that it holds; ``None``: the measured table is meant.
-
-    Raises
-    ------
-    TypeError
-        If ``data`` is neither.
-    ValueError
-        If there is no such table, or several could be meant.
-    """
+    """Return the table itself, or that of an object: with a prediction, else with a layer, else the measured one."""
     if not hasattr(data, "tables"):
         if not hasattr(data, "obs_names"):
             raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
@@ -94,13 +75,7 @@ def has_samples(table: AnnData, sample_key: str = PATIENT) -> bool:
 
 
 def samples_of(table: AnnData, sample_key: str = PATIENT) -> np.ndarray:
-    """Sample (patient) of each spot, ``(n,)`` objects: one sample where the default column is missing or empty.
-
-    Raises
-    ------
-    ValueError
-        If there is no column of another name, or it is missing for some spots.
-    """
+    """Sample (patient) of each spot, ``(n,)`` objects: one sample where the default column is missing or empty."""
     if not has_samples(table, sample_key):
         return np.full(table.n_obs, "sample", object)
     return names_of(table, sample_key, "sample_key", what="samples", required=True)
@@ -118,11 +93,6 @@ def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
     """Name of the section of each spot, ``(n,)`` objects: the spots of one slide.
 
     Where the default column is missing, empty or one name, the shapes element that the row annotates; else one section.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column, or it is missing for some spots.
     """
     if section_key != SECTION:
         return names_of(table, section_key, "section_key", what="sections", required=True)
@@ -138,13 +108,7 @@ def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
 
 
 def spots_of(table: AnnData) -> np.ndarray:
-    """Spot centres ``(n, 2)``, in the unit of ``obsm["spatial"]``.
-
-    Raises
-    ------
-    ValueError
-        If there are none, or some are missing.
-    """
+    """Spot centres ``(n, 2)``, in the unit of ``obsm["spatial"]``."""
     if "spatial" not in table.obsm:
         raise ValueError("`data` has no obsm['spatial']; spot centres are needed, as scanpy and squidpy keep them")
     xy = _centres(table)
@@ -171,29 +135,15 @@ def pitch_of(xy: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class SpotData:
-    """Spots of one or several tables, in their order. Values are read when they are asked for, a block at a time.
-
-    Attributes
-    ----------
-    tables, rows
-        Tables, and which rows of each.
-    labels, samples, sections
-        Names, ``(n,)`` objects; a label is ``None`` where there is none.
-    objects
-        Which table a spot is of, ``(n,)``.
-    xy
-        Centres ``(n, 2)``, in the unit of ``obsm["spatial"]``; ``None`` where a table has none.
-    layer, scale, genes
-        What :meth:`blocks` reads: a layer (``None``: ``X``), what it holds, and which genes of it.
-    """
+    """Spots of one or several tables, in their order. Values are read when they are asked for, a block at a time."""
 
     tables: tuple[AnnData, ...]
-    rows: tuple[np.ndarray, ...]
-    labels: np.ndarray
+    rows: tuple[np.ndarray, ...]  # of each table
+    labels: np.ndarray  # names, (n,) objects; None where there is none
     samples: np.ndarray
     sections: np.ndarray
-    objects: np.ndarray
-    xy: np.ndarray | None
+    objects: np.ndarray  # which table a spot is of
+    xy: np.ndarray | None  # centres in the unit of obsm["spatial"]; None where a table has none
     layer: str | None
     scale: Literal["counts", "log"]
     genes: pd.Index
@@ -223,9 +173,9 @@ class SpotData:
             start += len(rows)
 
     def sums(self, codes: np.ndarray, n: int, *of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Sum over the spots of each of ``n`` codes, ``(len(of), n, g)`` float64; a code below 0 is left out.
+        """Sum of what each of ``of`` makes of the logarithms ``(b, g)`` over the spots of each code, ``(len(of), n, g)``.
 
-        ``of`` says what is summed, from the logarithms of some spots ``(b, g)``; all are made in one reading.
+        A code below 0 is left out. All sums are made in one reading.
         """
         from scipy.sparse import csr_array
 
@@ -294,27 +244,9 @@ def read_spots(
     section_key: str = SECTION,
     samples_needed: bool = True,
 ) -> SpotData:
-    """Read the spots of an object or table, or of several: names and places; values later.
+    """Read names and places of the spots of an object or table, or of several; ``parameter`` named the column of labels.
 
-    Parameters
-    ----------
-    data
-        Object or table, or several.
-    label_key, parameter
-        Column of labels, and the parameter that named it; ``None``: all spots have one label.
-    layer
-        Layer that the tables hold; ``None``: ``X`` of the measured tables.
-    table_key, sample_key, section_key
-        As the verbs have them.
-    samples_needed
-        Whether several objects must each say of which sample their spots are.
-
-    Raises
-    ------
-    TypeError
-        If ``data`` holds something else.
-    ValueError
-        If there is no such table or column, or names are missing or differ only in case.
+    With ``samples_needed``, several objects must each say of which sample their spots are.
     """
     if is_many(data) and (isinstance(data, str | Mapping) or not isinstance(data, Iterable)):
         raise TypeError(f"`data` is a {type(data).__name__}; SpatialData or AnnData objects are needed")

@@ -36,13 +36,7 @@ def near(name: object, known: Iterable[object], n: int = 3) -> str:
 
 
 def one_of(value: Any, valid: Iterable[Any], parameter: str) -> Any:
-    """Check that a value is one of a few.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
+    """Check that a value is one of a few."""
     choices = list(valid)
     # Not `in`: True is 1, and an array is compared element by element.
     if any(type(value) is type(choice) and value == choice for choice in choices):
@@ -51,26 +45,7 @@ def one_of(value: Any, valid: Iterable[Any], parameter: str) -> Any:
 
 
 def key_in(key: Any, available: Iterable[Any], parameter: str, *, what: str = "a column of obs", hint: str = "") -> Any:
-    """Check that a name is among those that are there.
-
-    Parameters
-    ----------
-    key
-        The name.
-    available
-        Names that are there: columns of ``obs``, layers, elements.
-    parameter
-        The parameter that gave it.
-    what
-        What it should name, with its article.
-    hint
-        What to do, as the end of the error, such as ``" (None: X)"``.
-
-    Raises
-    ------
-    ValueError
-        If it is not there.
-    """
+    """Check that a name is among those that are there; ``what`` it names has an article, ``hint`` ends the error."""
     names = list(available)
     if isinstance(key, str | int | float | tuple) and key in names:
         return key
@@ -92,13 +67,7 @@ def is_number(value: object) -> bool:
 
 
 def whole(value: Any, parameter: str, least: int = 1) -> int:
-    """Check that a value is a whole number from ``least``.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
+    """Check that a value is a whole number from ``least``."""
     if is_whole(value) and value >= least:
         return int(value)
     raise ValueError(f"`{parameter}` is {value!r}; a whole number from {least} is needed")
@@ -114,13 +83,7 @@ def in_range(
     below: float | None = None,
     what: str = "a number",
 ) -> float:
-    """Check that a value is a finite number in a range; ``least`` and ``most`` belong to it, ``above`` and ``below`` do not.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
+    """Check that a number is finite and in a range, ``least`` and ``most`` included, ``above`` and ``below`` not."""
     inside = is_number(value) and (
         (least is None or value >= least)
         and (above is None or value > above)
@@ -138,52 +101,28 @@ def in_range(
 
 
 def flag(value: Any, parameter: str) -> bool:
-    """Check that a value is True or False.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
+    """Check that a value is True or False."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise ValueError(f"`{parameter}` is {value!r}; True or False is needed")
 
 
 def instance(value: Any, kinds: type | tuple[type, ...], parameter: str, needed: str) -> Any:
-    """Check the type of a value; ``needed`` says what it should be, with its article.
-
-    Raises
-    ------
-    TypeError
-        If it is of another type.
-    """
+    """Check the type of a value; ``needed`` says what it should be, with its article."""
     if isinstance(value, kinds):
         return value
     raise TypeError(f"`{parameter}` is of type {type(value).__name__}; {needed} is needed")
 
 
 def name(value: Any, parameter: str) -> str:
-    """Check that a value is a text that is not blank.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
+    """Check that a value is a text that is not blank."""
     if isinstance(value, str) and value.strip():
         return value
     raise ValueError(f"`{parameter}` is {value!r}; a name is needed")
 
 
 def names(value: Any, parameter: str, *, least: int = 0) -> list[Any]:
-    """Check that a value is a list of names, not one text.
-
-    Raises
-    ------
-    ValueError
-        If it is not, or holds fewer than ``least``.
-    """
+    """Check that a value is a list of names, not one text."""
     if isinstance(value, str):
         raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
@@ -195,26 +134,14 @@ def names(value: Any, parameter: str, *, least: int = 0) -> list[Any]:
 
 
 def folder_or_file(value: Any, parameter: str) -> Path:
-    """Check that a value is a path.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
+    """Check that a value is a path."""
     if isinstance(value, str | Path) and str(value).strip():
         return Path(value).expanduser()
     raise ValueError(f"`{parameter}` is {value!r}; a path is needed")
 
 
 def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
-    """Check that numbers are finite.
-
-    Raises
-    ------
-    ValueError
-        If one is NaN or infinite, or they are not numbers.
-    """
+    """Check that numbers are finite."""
     try:
         array = np.asarray(values, float)
     except (TypeError, ValueError):
@@ -226,13 +153,7 @@ def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
 
 
 def unique(values: Collection[Any], parameter: str, what: str = "names") -> None:
-    """Check that nothing stands twice.
-
-    Raises
-    ------
-    ValueError
-        If something does.
-    """
+    """Check that nothing stands twice."""
     twice = [value for value, n in Counter(values).items() if n > 1]
     if twice:
         raise ValueError(f"`{parameter}`: {what} stand twice: {format_list(map(repr, twice))}")
@@ -243,11 +164,6 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
 
     Called first in a public function, as ``validate.arguments(predict, locals())``: a decorator would add a frame, and
     warnings would no longer point at the caller. Parameters with other annotations are left to the function itself.
-
-    Raises
-    ------
-    ValueError
-        If an argument is of another type.
     """
     further = [
         name for name, value in inspect.signature(function).parameters.items() if value.kind is value.VAR_KEYWORD

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array, issparse
 
-from ..._core.expression import scale_of
+from ..._core.expression import contents_of
 from ..._core.keys import MADE
 from ..._core.matrix import matrix_of, values_of
 from ..._core.names import check_spelling, clean_names
@@ -154,7 +154,9 @@ def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
 
 
 def _without_counts(table: AnnData, layer: str | None) -> bool:
-    return (layer is None and (MADE in table.uns or table.X is None)) or scale_of(matrix_of(table, layer)) != "counts"
+    return (layer is None and (MADE in table.uns or table.X is None)) or contents_of(
+        matrix_of(table, layer)
+    ).kind != "counts"
 
 
 def pair_design(
