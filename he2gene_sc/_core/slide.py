@@ -74,12 +74,7 @@ def resolve(
         raise ValueError(f"`mpp` names no value for shapes {unnamed}, it has {sorted(mpp)}")
     return tuple(
         _resolve_one(
-            sdata,
-            region,
-            table_key,
-            image_key,
-            coordinate_system,
-            mpp[region] if isinstance(mpp, Mapping) else mpp,
+            sdata, region, table_key, image_key, coordinate_system, mpp[region] if isinstance(mpp, Mapping) else mpp
         )
         for region in regions
     )

@@ -79,13 +79,7 @@ def measured_of(
             f"`measured`: layer {measured!r} is NaN {what}; NaN where a gene of a spot was not measured is needed"
         )
     truth = log_expression(
-        table,
-        source,
-        genes=columns,
-        scale=scale,
-        expected="counts",
-        parameter=parameter,
-        unmeasured_spots=True,
+        table, source, genes=columns, scale=scale, expected="counts", parameter=parameter, unmeasured_spots=True
     )
     empty = mask & (np.asarray(np.nan_to_num(values.sum(axis=1), nan=1)).ravel() == 0)
     if empty.any():

@@ -160,11 +160,7 @@ def encode_slide(
     unit = "patch" if is_interpolated(parts) else "spot"
     with tqdm(total=total, unit=unit, desc=f"encode {slide.shapes_key}", disable=not how.bar) as bar:
         return read_features(
-            parts,
-            how.encoder(model),
-            slide.centres[slide.inside] * slide.mpp,
-            folder=folder,
-            progress=bar.update,
+            parts, how.encoder(model), slide.centres[slide.inside] * slide.mpp, folder=folder, progress=bar.update
         )
 
 

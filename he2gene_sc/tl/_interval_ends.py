@@ -80,13 +80,7 @@ def check_by(by: object) -> None:
 
 
 def adaptation_of(table: AnnData, record: Mapping[str, Any], layer: str) -> Mapping[str, Any] | None:
-    """Return the record of the adaptation that wrote a layer; ``None`` for the layer of the prediction.
-
-    Raises
-    ------
-    ValueError
-        If neither did.
-    """
+    """Return the record of the adaptation that wrote a layer; ``None`` for the layer of the prediction."""
     if layer == record["layer"]:
         return None
     adapted = table.uns.get(layer)

@@ -37,62 +37,28 @@ FITTED = "spots that hg.tl.adapt was fitted on"
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """Spots ``n`` and genes ``g`` that can be judged, aligned.
-
-    Attributes
-    ----------
-    genes, columns
-        Names, and columns of the predicted table, ``(g,)``.
-    rows
-        Rows of the predicted table, ``(n,)``.
-    predicted, measured
-        ``(n, g)`` float32, natural log of (1 + counts per 10,000).
-    counts, count_columns
-        Raw counts of all measured genes ``(n, G)`` and where ``genes`` stand in them; ``None`` where logarithms were
-        given.
-    source, partner
-        The measured table, and its rows, ``(n,)``.
-    xy, row, column
-        ``(n, 2)`` centres; ``(n,)`` cell of each spot on the array.
-    sections
-        Name to positions of its spots.
-    pitches
-        Distance of neighbouring spots of each section, in the unit of ``xy``.
-    mean
-        Mean of each gene in training, ``(g,)``; NaN where it is not known.
-    panels
-        Name to mask of genes.
-    trained_on
-        Sections that the model was trained on, as far as that is known.
-    n_left_out
-        What was left out, and how much of it.
-    predictor
-        What the tables call the layer that is judged.
-    n_fitted
-        Spots of the judged sections that it was adapted to, all left out; ``None`` where that is not known, 0 where it was
-        not adapted.
-    """
+    """Spots ``n`` and genes ``g`` that can be judged, aligned."""
 
     genes: pd.Index
-    columns: np.ndarray
-    rows: np.ndarray
-    predicted: np.ndarray
+    columns: np.ndarray  # of the predicted table, (g,)
+    rows: np.ndarray  # of the predicted table, (n,)
+    predicted: np.ndarray  # (n, g) float32, natural log of (1 + counts per 10,000)
     measured: np.ndarray
-    counts: Any
-    count_columns: np.ndarray
-    source: AnnData
-    partner: np.ndarray
-    xy: np.ndarray
-    row: np.ndarray
+    counts: Any  # raw counts of all measured genes (n, G); None where logarithms were given
+    count_columns: np.ndarray  # where genes stand in them
+    source: AnnData  # the measured table
+    partner: np.ndarray  # its rows, (n,)
+    xy: np.ndarray  # centres, (n, 2)
+    row: np.ndarray  # on the array, (n,)
     column: np.ndarray
-    sections: dict[str, np.ndarray]
-    pitches: dict[str, float]
-    mean: np.ndarray
-    panels: dict[str, np.ndarray]
-    trained_on: list[str]
+    sections: dict[str, np.ndarray]  # name to positions of its spots
+    pitches: dict[str, float]  # distance of neighbouring spots, in the unit of xy
+    mean: np.ndarray  # of each gene in training; NaN where it is not known
+    panels: dict[str, np.ndarray]  # name to mask of genes
+    trained_on: list[str]  # sections that the model was trained on, as far as that is known
     n_left_out: dict[str, int]
-    predictor: str
-    n_fitted: int | None
+    predictor: str  # what the tables call the layer that is judged
+    n_fitted: int | None  # spots that it was adapted to, all left out; None where that is not known
 
     @property
     def depth(self) -> np.ndarray | None:
@@ -100,13 +66,7 @@ class Judged:
         return None if self.counts is None else np.log(np.asarray(self.counts.sum(axis=1), np.float64).ravel())
 
     def labels(self, key: str, parameter: str) -> pd.Series:
-        """Names in a column of ``obs``, cleaned, ``(n,)``; ``None`` where there is none.
-
-        Raises
-        ------
-        ValueError
-            If there is no such column, or two of its names differ only in case.
-        """
+        """Names in a column of ``obs``, cleaned, ``(n,)``; ``None`` where there is none."""
         names = names_of(self.source, key, parameter)[self.partner]
         return pd.Series(names, index=self.source.obs_names[self.partner], dtype=object)
 
@@ -131,13 +91,7 @@ class Asked:
 
 
 def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) -> Judged:
-    """Align what was predicted with what was measured.
-
-    Raises
-    ------
-    ValueError
-        If they have no genes or fewer than 10 spots in common, or the measured values are not what they should be.
-    """
+    """Align what was predicted with what was measured."""
     layer, measured = asked.layer, asked.measured
     if asked.is_other:
         steps = origin_of(table, layer)[1]
@@ -158,12 +112,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     gene_symbols = symbols_of(other, record, asked.gene_symbols)
     columns, count_columns = genes_in_common(table, other, is_predicted, asked.genes, gene_symbols)
     given = log_expression(
-        other,
-        measured,
-        genes=count_columns,
-        scale=asked.scale,
-        expected="counts",
-        parameter="measured",
+        other, measured, genes=count_columns, scale=asked.scale, expected="counts", parameter="measured"
     )
     counts = None if asked.scale == "log" else values_of(other, measured, "measured")
     predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
@@ -315,13 +264,7 @@ def _cells(
 
 
 def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) -> tuple[pd.DataFrame, np.ndarray, int]:
-    """Probabilities, a column a class, the label of each spot as a class of the model (-1: none), and unknown labels.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column, the model predicts no classes, or none of the labels is one of them.
-    """
+    """Probabilities of the classes, the class of each spot's label (-1: none), and the number of unknown labels."""
     labels = judged.labels(annotation_key, "annotation_key")
     if keys.proba not in table.obsm:
         raise ValueError(

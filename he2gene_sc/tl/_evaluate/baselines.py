@@ -29,13 +29,7 @@ def readings(
     annotation_key: str | None,
     keys: Keys,
 ) -> tuple[dict[str, np.ndarray | None], dict[str, str]]:
-    """Gather what each baseline reads of the spots, and why others are left out.
-
-    Raises
-    ------
-    ValueError
-        If one that was asked for cannot be computed.
-    """
+    """Gather what each baseline reads of the spots, and why others are left out."""
     reads: dict[str, np.ndarray | None] = {}
     skipped = {}
     for name in BASELINES:

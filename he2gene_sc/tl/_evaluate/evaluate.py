@@ -282,13 +282,7 @@ def _tables(
 
 
 def _samples(judged: Judged, sample_key: str) -> Mapping[str, str]:
-    """Sample of each section.
-
-    Raises
-    ------
-    ValueError
-        If a section has none or several.
-    """
+    """Sample of each section."""
     values = judged.labels(sample_key, "sample_key").to_numpy(object)
     of = {}
     for section, where in judged.sections.items():

@@ -77,13 +77,7 @@ def known_of(
 
 
 def model_of(record: Mapping[str, Any], model: HE2Gene | None) -> HE2Gene | None:
-    """Model that made a prediction: the one given, else the bundled one if it was that.
-
-    Raises
-    ------
-    ValueError
-        If the one that is given did not make it.
-    """
+    """Model that made a prediction: the one given, else the bundled one if it was that."""
     from ...models import BUNDLED, load
 
     if model is not None:

@@ -24,24 +24,12 @@ MODEL = "he2gene"
 
 @dataclass(frozen=True, eq=False)
 class JudgedLayer:
-    """A layer that predict, adapt or another model wrote.
-
-    Attributes
-    ----------
-    name
-        Of the layer.
-    predictor
-        What the tables call it.
-    adapted
-        Whether adapt wrote it.
-    fitted_on
-        Spots that adapt was fitted on, ``(n_obs,)`` bool; ``None`` where an older version did not say.
-    """
+    """A layer that predict, adapt or another model wrote."""
 
     name: str
-    predictor: str
+    predictor: str  # what the tables call it
     adapted: bool
-    fitted_on: np.ndarray | None
+    fitted_on: np.ndarray | None  # spots, (n_obs,) bool; None where an older version did not say
 
 
 def table_with(
@@ -59,13 +47,7 @@ def table_with(
 
 
 def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
-    """Find the layer: that of the prediction, or one that was adapted from it.
-
-    Raises
-    ------
-    ValueError
-        If neither predict nor adapt wrote it from this prediction, or it is not there any more.
-    """
+    """Find the layer: that of the prediction, or one that was adapted from it."""
     own = table.uns[keys.uns]["layer"]
     name = own if layer in (Keys().layer, keys.key_added) else layer
     origin, steps = origin_of(table, name)

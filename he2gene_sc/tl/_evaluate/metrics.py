@@ -64,32 +64,17 @@ _BLOCK = 2**21
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """Metrics by scope.
+    """Metrics by scope."""
 
-    Attributes
-    ----------
-    of_sections
-        Predictor to metric to ``(s, g)``, a row a section.
-    pooled
-        Predictor to metric to ``(g,)``.
-    """
-
-    of_sections: dict[str, dict[str, np.ndarray]]
-    pooled: dict[str, dict[str, np.ndarray]]
+    of_sections: dict[str, dict[str, np.ndarray]]  # predictor to metric to (s, g), a row a section
+    pooled: dict[str, dict[str, np.ndarray]]  # predictor to metric to (g,)
 
 
 def judge(judged: Judged, baselines: Mapping[str, np.ndarray | None], *, n_splits: int, seed: int) -> Results:
     """Metrics of the model and the baselines, section by section and over all spots together.
 
-    Parameters
-    ----------
-    judged
-        What is compared.
-    baselines
-        Those to compute, with what they read of each spot: codes ``(n,)``, log total counts ``(n,)``, colours ``(n, f)``
-        or ``None``.
-    n_splits, seed
-        For the noise ceiling.
+    ``baselines`` map those to compute to what they read of each spot: codes ``(n,)``, log total counts ``(n,)``, colours
+    ``(n, f)`` or ``None``.
     """
     weights = {name: neighbour_weights(judged.xy[w], judged.pitches[name]) for name, w in judged.sections.items()}
     model = [_model(judged, where, weights[name], True, n_splits, seed) for name, where in judged.sections.items()]
