@@ -10,6 +10,7 @@ from anndata import AnnData, read_h5ad
 from he2gene_sc._core.expression import (
     as_logs,
     contents_of,
+    count_totals,
     log_expression,
     other_scale,
 )
@@ -142,6 +143,28 @@ def test_logarithms_of_another_total_or_base_are_said(counts, options, genes, sa
     with pytest.warns(UserWarning, match=f"X does not hold natural logarithms of .*10,000.*{said}.*target_sum=1e4"):
         found = log_expression(table, None, scale="log", expected="counts")
     np.testing.assert_array_equal(found, table.X)
+
+
+@pytest.mark.parametrize("genes", [slice(None), slice(0, 25)], ids=["all genes", "a list of genes"])
+def test_logarithms_of_raw_counts_are_said(counts, genes):
+    table = AnnData(np.log1p(counts)[:, genes])
+    with pytest.warns(
+        UserWarning, match="X does not hold natural .*logarithms of raw counts, which were not normalised"
+    ):
+        log_expression(table, None, scale="log", expected="counts")
+
+
+def test_genes_that_were_scaled_to_one_are_said(counts):
+    scaled = logs(counts)
+    with pytest.warns(UserWarning, match="each gene was scaled to values from 0 to 1"):
+        log_expression(AnnData(scaled / scaled.max(0).clip(1e-9)), None, scale="log", expected="counts")
+
+
+def test_totals_beyond_half_precision_are_summed_all_the_same():
+    counts = np.full((2, 72), 1000, np.float16)
+    assert np.isinf(counts.sum(1)).all()
+    np.testing.assert_allclose(as_logs(counts, "counts"), np.log1p(1e4 / 72), rtol=1e-6)
+    np.testing.assert_array_equal(count_totals(counts), 72_000)
 
 
 def test_scaled_values_are_said(counts):

@@ -283,6 +283,25 @@ def test_print_resolution_is_no_mpp(tmp_path, pixels, unit):
     assert mpp_of(hg.io.read_he(tmp_path / "a.tif")) is None
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "said"),
+    [(0.5, 1.0, "0.5 × 1 µm per pixel, pixels that are not square"), (250, 250, "which no scan has")],
+)
+def test_pixels_that_are_not_square_or_of_no_scan_are_no_mpp(tmp_path, x, y, said, caplog):
+    metadata = {"axes": "YXS", "PhysicalSizeX": x, "PhysicalSizeY": y}
+    tifffile.imwrite(tmp_path / "a.ome.tif", picture(), photometric="rgb", metadata=metadata)
+    assert mpp_of(hg.io.read_he(tmp_path / "a.ome.tif")) is None
+    assert said in caplog.text
+
+
+def test_resolution_tags_of_two_sizes_are_no_mpp(tmp_path, caplog):
+    tifffile.imwrite(
+        tmp_path / "a.tif", picture(), photometric="rgb", resolution=(20000, 10000), resolutionunit="CENTIMETER"
+    )
+    assert mpp_of(hg.io.read_he(tmp_path / "a.tif")) is None
+    assert "0.5 × 1 µm per pixel, pixels that are not square" in caplog.text
+
+
 def test_the_argument_wins_over_the_file(tmp_path):
     tifffile.imwrite(
         tmp_path / "a.tif", picture(), photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER"
@@ -479,6 +498,32 @@ def test_a_file_that_names_a_gene_twice_is_refused(tmp_path):
     counts.rename(columns={"B": ""}).to_csv(tmp_path / "unnamed.tsv", sep="\t")
     with pytest.raises(ValueError, match="`counts` 'unnamed.tsv' has 1 columns without a name"):
         hg.io.read_st(tmp_path / "unnamed.tsv", spots)
+
+
+def test_a_header_without_its_corner_is_checked_from_its_first_gene(tmp_path):
+    counts, spots, _ = section(tmp_path)
+    text = counts.to_csv(sep="\t")
+    (tmp_path / "r.tsv").write_text(text.removeprefix("\t"))
+    assert list(hg.io.read_st(tmp_path / "r.tsv", spots)["table"].var_names) == list(counts.columns)
+    (tmp_path / "twice.tsv").write_text(text.removeprefix("\t").replace("B", "A", 1))
+    with pytest.raises(ValueError, match=r"has duplicated genes: \['A'\]"):
+        hg.io.read_st(tmp_path / "twice.tsv", spots)
+
+
+def test_a_spot_file_that_names_a_column_twice_is_refused(tmp_path):
+    counts, spots, _ = section(tmp_path)
+    spots.assign(other=1).rename(columns={"other": "pixel_x"}).to_csv(tmp_path / "twice.tsv", sep="\t", index=False)
+    with pytest.raises(ValueError, match=r"`spots` 'twice.tsv' has duplicated columns: \['pixel_x'\]"):
+        hg.io.read_st(counts, tmp_path / "twice.tsv")
+
+
+def test_a_missing_patient_is_no_name_and_a_wrong_separator_is_named(tmp_path):
+    counts, spots, _ = section(tmp_path)
+    with pytest.raises(ValueError, match="`patient` holds 'nan', which is a missing value"):
+        hg.io.read_st(counts, spots, patient="nan")
+    counts.to_csv(tmp_path / "counts.csv", sep=";")
+    with pytest.raises(ValueError, match="columns seem to be parted by ';', tabs are needed"):
+        hg.io.read_st(tmp_path / "counts.csv", spots)
 
 
 @pytest.mark.parametrize("no", ["0", "False", "false", "FALSE", " no ", 0.0])

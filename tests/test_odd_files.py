@@ -166,6 +166,20 @@ def test_the_scan_is_read_where_an_overview_comes_first(tmp_path, options, caplo
     assert "'a.tif' holds 2 images: the largest is read, 640 × 512; the others are 80 × 64" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_tiff_by_another_name_is_read_as_one(tmp_path, suffix):
+    scan = two_images(tmp_path / f"a{suffix}")
+    np.testing.assert_array_equal(read(tmp_path / f"a{suffix}"), scan)
+
+
+def test_a_small_rgb_image_beside_a_scan_that_is_not_is_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(np.zeros((5, 512, 640), np.uint16), photometric="minisblack", metadata=None)
+        file.write(np.ascontiguousarray(picture(512, 640)[::8, ::8]), photometric="rgb", metadata=None)
+    with pytest.raises(ValueError, match="an RGB image of 80 × 64 beside one of 640 × 512 that is not RGB"):
+        read(tmp_path / "a.tif")
+
+
 def test_a_larger_grey_image_is_not_taken_for_the_scan(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(picture(300, 300)[..., 0], photometric="minisblack", metadata=None, **TILES)

@@ -232,6 +232,13 @@ def test_spots_in_other_units_than_pixels_land_on_their_pixels():
     assert slide.mpp == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("matrix", [[[1, 0, 0], [0, 2, 0]], [[1, 0.5, 0], [0, 1, 0]]], ids=["two scales", "shear"])
+def test_lengths_that_depend_on_the_direction_are_said(toy, matrix):
+    set_transformation(toy["he"], Affine([*matrix, [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y")), "global")
+    with pytest.warns(UserWarning, match="stretch lengths by .* one way and .* the other"):
+        resolve(toy)
+
+
 def test_singular_transformation_is_refused(toy):
     flat = Affine([[1, 0, 0], [0, 0, 0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
     set_transformation(toy["he"], flat, "global")

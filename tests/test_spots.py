@@ -55,6 +55,33 @@ def test_names_that_differ_only_in_case_are_refused_with_their_rows(odd):
         names_of(table, "label", "groupby")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("P1", "P 1"), ("P-1", "P\u20131"), ("01", 1), ("P1", "P001"), ("in situ", "in  situ")]
+)
+def test_names_that_differ_in_blanks_dashes_or_leading_zeros_are_refused(first, second):
+    with pytest.raises(ValueError, match="differ only in"):
+        names_of(table_of(label=[first, "x", first, second]), "label", "sample_key")
+
+
+@pytest.mark.parametrize(("first", "second"), [("C1 1", "C11"), ("1.05", "1.5"), ("P10", "P1"), ("+", "-")])
+def test_names_that_differ_are_two(first, second):
+    names = names_of(table_of(label=[first, second, first, second]), "label", "groupby")
+    assert names.tolist() == [first, second] * 2
+
+
+@pytest.mark.parametrize("odd", ["-", "none", "Null", "n.a.", "?"])
+def test_no_name_of_a_sample_is_a_label_but_no_sample(odd):
+    table = table_of(label=["a", "b", "a", odd])
+    assert names_of(table, "label", "groupby").tolist()[3] in (odd, None)
+    with pytest.raises(ValueError, match="missing for 1 of 4 spots"):
+        names_of(table, "label", "sample_key", what="samples", required=True)
+
+
+def test_an_unknown_sample_among_others_is_said():
+    with pytest.warns(UserWarning, match="'unknown' counts as one sample among 3"):
+        names_of(table_of(label=["a", "b", "a", "unknown"]), "label", "sample_key", what="samples")
+
+
 def test_texts_of_missing_values_are_said(caplog):
     assert names_of(table_of(label=["a", "nan", None]), "label", "groupby").tolist() == ["a", None, None]
     assert "1 spots have the text of a missing value, for example 'nan'" in caplog.text

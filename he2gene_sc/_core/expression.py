@@ -181,7 +181,8 @@ def other_scale(values: Any) -> str:
 
     ``expm1`` of all genes of a spot sums to 10,000, of a list of genes to less, by another amount in each spot. So a sum
     above 10,000, or one below it that is the same in all spots, is of another total. The values of a spot, less the
-    logarithm, are multiples of the smallest, which tells the base also where genes are missing.
+    logarithm, are multiples of the smallest, which tells the base also where genes are missing; whole numbers in nearly
+    all spots were never normalised. Genes whose largest values are all 1 were scaled.
     """
     totals = log_totals(values)
     totals = totals[totals > 0]
@@ -193,6 +194,8 @@ def other_scale(values: Any) -> str:
     base = _base_of(values)
     if base:
         return f"they are logarithms to base {base}"
+    if problem := _not_normalised(values):
+        return problem
     above = high > TARGET_SUM * (1 + _SAME_TOTAL)
     rounding = _HALF_ROUNDING if values.dtype == np.float16 else _ROUNDING
     if above or (len(totals) > 2 and high - low <= rounding * typical):
@@ -204,7 +207,7 @@ def count_totals(values: Any) -> np.ndarray:
     """Sum of the counts of each spot, ``(n,)`` float64."""
     totals = np.zeros(values.shape[0])
     for rows, block in blocks_of(values):
-        totals[rows] = np.asarray(block.sum(axis=1), np.float64).ravel()
+        totals[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
     return totals
 
 
@@ -240,6 +243,29 @@ def _base_of(values: Any) -> int | None:
     return int(best) if best != np.e and votes[best] > 2 * votes[np.e] + 2 else None
 
 
+def _not_normalised(values: Any) -> str:
+    """Say that logarithms are of raw counts, or that genes were scaled to 0 to 1; empty if neither."""
+    some = in_memory(values[:_BASE_SPOTS])
+    some = np.nan_to_num(np.asarray(some.toarray() if scipy.sparse.issparse(some) else some, np.float64))
+    linear = np.expm1(some)
+    # In half precision and for large counts whole numbers are not told from others.
+    known = (some > 0) & (linear < 300)
+    whole = (abs(linear - np.rint(linear)) < 0.01) | ~known
+    told = known.sum(1) > 2
+    if told.sum() > 2 and whole[told].all(1).mean() > 0.9:
+        return "they are logarithms of raw counts, which were not normalised"
+    high = np.zeros(values.shape[1])
+    for _, block in blocks_of(values):
+        largest = (
+            block.max(axis=0).toarray().ravel() if scipy.sparse.issparse(block) else np.nanmax(block, axis=0, initial=0)
+        )
+        high = np.maximum(high, largest)
+    varying = high[high > 0]
+    if len(varying) > 2 and (abs(varying - 1) < 1e-3).all():
+        return "each gene was scaled to values from 0 to 1"
+    return ""
+
+
 def as_logs(values: Any, kind: Literal["counts", "log"], genes: np.ndarray | slice = slice(None)) -> np.ndarray:
     """Natural log of (1 + counts per 10,000), ``(n, g)`` float32, of a matrix that was checked.
 
@@ -253,7 +279,7 @@ def as_logs(values: Any, kind: Literal["counts", "log"], genes: np.ndarray | sli
         if kind == "log":
             result[rows] = chosen
             continue
-        total = np.asarray(block.sum(axis=1), np.float64).reshape(-1, 1)
+        total = np.asarray(block.sum(axis=1, dtype=np.float64)).reshape(-1, 1)
         # A total of NaN makes the whole spot NaN, one of 0 makes it 0.
         result[rows] = np.log1p(TARGET_SUM / np.where(total == 0, 1, total) * np.asarray(chosen, np.float64))
     return result

@@ -24,6 +24,8 @@ _MICROMETRE_SYSTEMS = ("micrometer", "micrometers", "micrometre", "micrometres",
 
 #: A lattice this near to 1 µm/px is in µm, or on an image that was made so.
 _EXACT = 2e-3
+#: Lengths that differ by more than this share between directions are said.
+_SQUARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
         return float(stored), "metadata"
     for system in get_transformation(sdata.images[image_key], get_all=True):
         if system.lower() in _MICROMETRE_SYSTEMS:
-            return _scale(affine(sdata.images[image_key], system)), f"coordinate system {system!r}"
+            return length_scale(affine(sdata.images[image_key], system)), f"coordinate system {system!r}"
     return None
 
 
@@ -79,11 +81,11 @@ def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tup
     """µm per pixel by the alignment of spots that are in µm: by a coordinate system in µm, or as Xenium's reader says."""
     from spatialdata.transformations import get_transformation
 
-    scale = _scale(to_pixels)
+    scale = length_scale(to_pixels)
     element = spot_element(sdata, shapes_key)
     for system in get_transformation(element, get_all=True):
         if system.lower() in _MICROMETRE_SYSTEMS:
-            return _scale(affine(element, system)) / scale, f"coordinate system {system!r} of the spots"
+            return length_scale(affine(element, system)) / scale, f"coordinate system {system!r} of the spots"
     if sdata.attrs.get("spatialdata_io_reader") != "xenium":
         return None
     # Xenium's shapes are in µm; its labels are in pixels that a shape or the transcripts relate to µm.
@@ -92,14 +94,22 @@ def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tup
     for other in [*sdata.shapes.values(), *sdata.points.values()]:
         shared = set(get_transformation(other, get_all=True)) & set(get_transformation(element, get_all=True))
         for system in sorted(shared):
-            um = _scale(affine(element, system)) / _scale(affine(other, system))
+            um = length_scale(affine(element, system)) / length_scale(affine(other, system))
             return um / scale, "Xenium, shapes in µm"
     return None
 
 
-def _scale(matrix: np.ndarray) -> float:
-    """Length that a length of 1 becomes."""
-    return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+def length_scale(matrix: np.ndarray) -> float:
+    """Length that a length of 1 becomes; a warning where that depends on the direction."""
+    most, least = np.linalg.svd(matrix[:2, :2], compute_uv=False)
+    if least < (1 - _SQUARE) * most:
+        warnings.warn(
+            f"the transformations of image and spots stretch lengths by {least:.4g} one way and {most:.4g} the other (they are "
+            "anisotropic, or sheared); µm per pixel is taken as the mean. Resample the image to square pixels",
+            UserWarning,
+            stacklevel=3,
+        )
+    return float(np.sqrt(most * least))
 
 
 def resolve_mpp(
@@ -129,7 +139,7 @@ def resolve_mpp(
         found = stored_mpp(sdata, image_key) or spots_mpp(sdata, shapes_key, to_pixels) or assay
     if found is None:
         per_unit = {
-            system: _scale(affine(sdata.images[image_key], system))
+            system: length_scale(affine(sdata.images[image_key], system))
             for system in get_transformation(sdata.images[image_key], get_all=True)
         }
         hint = "".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,14 @@ logger = logging.getLogger("he2gene_sc")
 MISSING = frozenset(
     ["", "nan", "NaN", "NAN", "-nan", "-NaN", "None", "<NA>", "NaT", "NA", "#NA", "N/A", "n/a", "#N/A", "NULL", "null"]
 )
+#: Texts that are no name of a sample, though they may be a label ("-" against "+", "none" against a treatment).
+_NOBODY = frozenset(["-", "--", "?", ".", "n.a.", "none", "null", "nan", "na", "n/a"])
+_UNNAMED = frozenset(["unknown", "undefined", "missing"])
 _WHOLE = re.compile(r"[-+]?\d+\.0+")
+_DASHES = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
+_LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
+#: Blanks but between digits, where they part two numbers.
+_BLANKS = re.compile(r"(?<!\d) | (?!\d)")
 
 
 def clean_name(value: object) -> str | None:
@@ -54,6 +62,13 @@ def clean_names(values: Iterable[object]) -> np.ndarray:
     return cleaned[codes]
 
 
+def clean_samples(values: Iterable[object]) -> np.ndarray:
+    """Clean names of samples, of which ``"-"`` and ``"none"`` are none either, ``(n,)`` objects."""
+    names = clean_names(values)
+    names[np.array([name is not None and name.casefold() in _NOBODY for name in names], bool)] = None
+    return names
+
+
 def column_of(table: AnnData, key: str, parameter: str, hint: str = "") -> pd.Series:
     """Return a column of ``obs``."""
     validate.key_in(key, list(table.obs.columns), parameter, hint=hint)
@@ -69,7 +84,7 @@ def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", 
     column = column_of(table, key, parameter)
     if column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
         raise ValueError(f"`{parameter}` {key!r} holds fractions; a column of {what} is needed")
-    names = clean_names(column)
+    names = clean_names(column) if what == "labels" else clean_samples(column)
     missing = pd.isna(names)
     if required and missing.any():
         first = table.obs_names[missing][:3].tolist()
@@ -84,6 +99,14 @@ def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", 
             *(parameter, key, int(as_text.sum()), column.iloc[int(np.flatnonzero(as_text)[0])]),
         )
     check_spelling({"": names}, parameter, key, what=what, rows={"": table.obs_names})
+    unique = set(names[~missing])
+    if what == "samples" and len(unique) > 1 and (unnamed := [name for name in unique if name.casefold() in _UNNAMED]):
+        warnings.warn(
+            f"`{parameter}` {key!r}: {unnamed[0]!r} counts as one sample among {len(unique)}; leave its spots out if it is "
+            "several, or one of the others",
+            UserWarning,
+            stacklevel=3,
+        )
     return names
 
 
@@ -96,7 +119,7 @@ def check_spelling(
     rows: Mapping[str, Sequence[str]] | None = None,
     mend: str | None = None,
 ) -> None:
-    """Refuse names that differ only in case or in blanks; ``names`` and ``rows`` are by place, as ``"object 2"``."""
+    """Refuse names that differ only in case, blanks, dashes or leading zeros; ``names`` and ``rows`` are by place, as ``"object 2"``."""
     seen: dict[str, tuple[str, str]] = {}
     for place, found in names.items():
         for name in pd.unique(pd.Series(found, dtype=object).dropna()):
@@ -105,13 +128,24 @@ def check_spelling(
                 shown = [_shown(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
                 call = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
                 raise ValueError(
-                    f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in case or blanks; "
+                    f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in {_differing(first, name)}; "
                     f"{mend or f'spell them alike: {call}'}"
                 )
 
 
 def _folded(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    name = " ".join(unicodedata.normalize("NFKC", _DASHES.sub("-", name)).casefold().split())
+    return _LEADING_ZEROS.sub("", _BLANKS.sub("", name))
+
+
+def _differing(first: str, second: str) -> str:
+    """Say in what two names differ that are folded alike."""
+    numbers = [re.findall(r"\d+", name) for name in (first, second)]
+    return (
+        "case or blanks"
+        if numbers[0] == numbers[1] and not _DASHES.search(first + second)
+        else "dashes or leading zeros"
+    )
 
 
 def _shown(name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mapping[str, Sequence[str]] | None) -> str:

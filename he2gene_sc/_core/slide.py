@@ -14,7 +14,7 @@ from ..image import PatchReader, Pyramid
 from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
 from .keys import MADE
-from .mpp import array_lattice, check_mpp, resolve_mpp
+from .mpp import array_lattice, check_mpp, length_scale, resolve_mpp
 from .names import annotated_by
 from .spots import pitch_of
 
@@ -96,7 +96,7 @@ def _resolve_one(
     spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
     system, to_pixels = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
     centres = spots.centres @ to_pixels[:2, :2].T + to_pixels[:2, 2]
-    diameter_px = float(np.median(spots.diameters)) * np.sqrt(abs(np.linalg.det(to_pixels[:2, :2])))
+    diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
     pyramid = pyramid_of(sdata, image_key)
     lattice = None if table_key is None else array_lattice(sdata[table_key].obs.iloc[rows], centres)
     mpp, source = resolve_mpp(

@@ -21,6 +21,7 @@ from .names import (
     check_spelling,
     clean_name,
     clean_names,
+    clean_samples,
     column_of,
     labels_of,
     names_of,
@@ -71,7 +72,7 @@ def get_table(
 
 def has_samples(table: AnnData, sample_key: str = PATIENT) -> bool:
     """Whether samples are told apart: where the default column is missing or empty, they are not."""
-    return sample_key != PATIENT or (PATIENT in table.obs and bool(pd.notna(clean_names(table.obs[PATIENT])).any()))
+    return sample_key != PATIENT or (PATIENT in table.obs and bool(pd.notna(clean_samples(table.obs[PATIENT])).any()))
 
 
 def samples_of(table: AnnData, sample_key: str = PATIENT) -> np.ndarray:

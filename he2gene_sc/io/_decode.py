@@ -94,6 +94,8 @@ def decode(path: Path) -> Decoded:
     if not path.is_file():
         raise FileNotFoundError(f"`path` {str(path)!r}: no such file")
     suffix = path.suffix.lower()
+    if suffix in _PILLOW and _is_tiff(path):
+        return _decode_tiff(path)
     if suffix in _PILLOW:
         pixels, orientation = _decode_flat(path)
         return Decoded(build_levels(pixels), None, orientation)
@@ -102,9 +104,10 @@ def decode(path: Path) -> Decoded:
     raise ValueError(f"`path` {path.name!r}: {suffix or 'no'} type; valid: {sorted(_PILLOW | _TIFF)}")
 
 
-def decode_flat(path: Path) -> np.ndarray:
-    """Decode a JPEG or PNG once, ``(3, h, w)`` uint8, upright; what is transparent becomes white."""
-    return _decode_flat(path)[0]
+def _is_tiff(path: Path) -> bool:
+    """Whether a file is a TIFF whatever its name says: of several images in one, Pillow takes the first."""
+    with path.open("rb") as stream:
+        return stream.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def _decode_flat(path: Path) -> tuple[np.ndarray, int]:
@@ -212,7 +215,7 @@ def _decode_tiff(path: Path) -> Decoded:
         series = scan_of(file, path)
         check_series(file, series, path)
         check_whole(series, path)
-        mpp, orientation = mpp_of(file, series), orientation_of(series)
+        mpp, orientation = mpp_of(file, series, path), orientation_of(series)
         if is_tiled(series):
             if orientation != 1:
                 raise ValueError(

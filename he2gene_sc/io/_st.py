@@ -13,6 +13,7 @@ import pandas as pd
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
 from .._core.mpp import check_mpp
+from .._core.names import asked_name
 from ._decode import decode
 from ._raster import image_element
 from ._text import check_header, read_table
@@ -91,6 +92,8 @@ def read_st(
     from scipy.sparse import csr_matrix
 
     check_mpp(mpp)
+    section = asked_name(section, "section")
+    patient = section if patient is None else asked_name(patient, "patient")
     for name, value in (("pitch_um", pitch_um), ("diameter_um", diameter_um)):
         validate.in_range(value, name, above=0)
     count_frame = _table(counts, "counts", index_col=0)
@@ -117,7 +120,7 @@ def read_st(
         {
             "array_row": spot_frame["y"].round().astype(int),
             "array_col": spot_frame["x"].round().astype(int),
-            "patient": pd.Categorical([patient or section] * len(ids)),
+            "patient": pd.Categorical([patient] * len(ids)),
             "section": pd.Categorical([section] * len(ids)),
         },
         index=ids,
@@ -242,8 +245,7 @@ def _table(data: str | Path | pd.DataFrame, parameter: str, index_col: int | Non
     path = Path(data).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"`{parameter}` {str(data)!r}: no such file")
-    if index_col is not None:
-        check_header(path, parameter)
+    check_header(path, parameter, "columns" if index_col is None else "genes")
     return read_table(path, parameter, index_col=index_col)
 
 
@@ -295,9 +297,12 @@ def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.I
         raise ValueError(f"`counts` names spots twice: {list(counts.index[counts.index.duplicated()][:5])}")
     ids = spots.index[spots.index.isin(counts.index)]
     if len(ids) == 0:
+        odd = next(
+            (mark for mark in ",;" for frame in (counts, spots) if len(frame) and mark in str(frame.index[0])), None
+        )
         raise ValueError(
             f"`counts` and `spots` of section {section!r} share no spot: {list(counts.index[:3])} against "
-            f"{list(spots.index[:3])}"
+            f"{list(spots.index[:3])}" + (f"; columns seem to be parted by {odd!r}, tabs are needed" if odd else "")
         )
     if len(ids) < len(spots) or len(ids) < len(counts):
         warnings.warn(

@@ -39,22 +39,23 @@ def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.D
         ) from error
 
 
-def check_header(path: Path, parameter: str | None = None) -> None:
-    """Refuse a header that names a column twice, which pandas renames, or not at all.
+def check_header(path: Path, parameter: str | None = None, what: str = "genes") -> None:
+    """Refuse a header that names a column twice, which pandas renames, or a gene not at all.
 
     Raises
     ------
     ValueError
-        If it does; the first name, of the column of spots, may be missing.
+        If it does; the first name, of the column of spots, may be missing, and may be left out.
     """
     # As one field: pandas makes a column of each, which takes a second for a row of all genes.
-    line = {"header": None, "nrows": 1, "dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_NONE}
-    row = read_table(path, parameter, sep="\x1f", **line).iat[0, 0]
-    names = pd.Index(row.split("\t")).str.strip(' "')
-    what = f"`{parameter}` {path.name!r}" if parameter else path.name
-    if names[1:].has_duplicates:
+    lines = {"header": None, "nrows": 2, "dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_NONE}
+    rows = [row.split("\t") for row in read_table(path, parameter, sep="\x1f", **lines)[0]]
+    beside = what == "genes" and (len(rows) < 2 or len(rows[1]) == len(rows[0]))
+    names = pd.Index(rows[0][beside:]).str.strip(' "')
+    file = f"`{parameter}` {path.name!r}" if parameter else path.name
+    if names.has_duplicates:
         raise ValueError(
-            f"{what} has duplicated genes: {list(names[1:][names[1:].duplicated()][:5])}; add up or rename their columns"
+            f"{file} has duplicated {what}: {list(names[names.duplicated()][:5])}; add up or rename their columns"
         )
-    if (names[1:] == "").any():
-        raise ValueError(f"{what} has {int((names[1:] == '').sum())} columns without a name")
+    if what == "genes" and (names == "").any():
+        raise ValueError(f"{file} has {int((names == '').sum())} columns without a name")

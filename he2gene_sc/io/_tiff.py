@@ -29,6 +29,12 @@ _OFF_SHAPE, _OFF_PX = 0.02, 2
 
 #: µm per pixel that a slide scanner can have; resolution tags outside it are print settings.
 _PLAUSIBLE_MPP = (0.05, 10.0)
+#: And that metadata may state of a scan or a reduced copy of one; beyond it another unit was meant.
+_STATED_MPP = (0.02, 50.0)
+#: Sides of a pixel that differ by more than this share are not square.
+_SQUARE = 0.05
+#: An image that is larger by this factor than the only RGB one is what was scanned.
+_LARGER = 4
 _UNITS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
 
 
@@ -61,11 +67,19 @@ def scan_of(file: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
     named = [s for s in series if s.name.lower() not in _BESIDE] or series
     scan = max([s for s in named if _may_be_rgb(s)] or named, key=_n_pixels)
     others = [s for s in named if s is not scan]
+    # One grey plane is a mask; several are fluorescence or a stack, beside which RGB is a thumbnail.
+    largest = max([s for s in named if _n_channels(s) != 1] or named, key=_n_pixels)
+    if _may_be_rgb(scan) and _n_pixels(largest) > _LARGER * _n_pixels(scan):
+        raise ValueError(
+            f"`path` {path.name!r} holds an RGB image of {_size_text(scan)} beside one of {_size_text(largest)} that is not "
+            f"RGB (axes {largest.axes}, shape {largest.shape}) and seems to be the scan; save the H&E image alone as RGB"
+        )
     if scan is not named[0] or any(_n_pixels(s) > _n_pixels(scan) / 2 and _may_be_rgb(s) for s in others):
         logger.warning(
-            "%r holds %d images: the largest is read, %s; the others are %s",
+            "%r holds %d images: the largest %sis read, %s; the others are %s",
             path.name,
             len(named),
+            "" if _n_pixels(scan) == max(map(_n_pixels, named)) else "that is RGB ",
             _size_text(scan),
             ", ".join(_size_text(s) for s in others),
         )
@@ -180,25 +194,44 @@ def check_whole(series: tifffile.TiffPageSeries, path: Path) -> None:
                 raise ValueError(f"`path` {path.name!r} is truncated: {end:,} bytes are needed, {size:,} are there")
 
 
-def mpp_of(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> float | None:
+def mpp_of(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> float | None:
     """µm per pixel from OME metadata, an Aperio description, or resolution tags in metric units."""
     pixels = _ome_pixels(file, series)
     if pixels is not None and pixels.get("PhysicalSizeX"):
+        unit = pixels.get("PhysicalSizeXUnit", "µm")
+        units = [_UNITS.get(name, np.nan) for name in (unit, pixels.get("PhysicalSizeYUnit", unit))]
         with suppress(ValueError):
-            value = float(pixels.get("PhysicalSizeX")) * _UNITS.get(pixels.get("PhysicalSizeXUnit", "µm"), np.nan)
-            return value if np.isfinite(value) and value > 0 else None
+            x = float(pixels.get("PhysicalSizeX")) * units[0]
+            y = float(pixels.get("PhysicalSizeY")) * units[1] if pixels.get("PhysicalSizeY") else x
+            return _stated(x, y, "its OME metadata", path)
     page = series.keyframe
     for entry in (page.description or "").split("|"):
         name, _, stated = entry.partition("=")
         with suppress(ValueError):
             if name.strip() == "MPP":
-                return float(stated)
+                return _stated(float(stated), float(stated), "its Aperio description", path)
     with suppress(TypeError, ValueError, ZeroDivisionError):
         if int(page.tags.valueof(296, 0)) == 3:
-            n, centimetres = page.tags.valueof(282)
-            mpp = 1e4 * centimetres / n
-            if _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1]:
-                return mpp
+            x, y = (
+                1e4 * centimetres / n
+                for n, centimetres in (page.tags.valueof(282), page.tags.valueof(283, page.tags.valueof(282)))
+            )
+            if _PLAUSIBLE_MPP[0] <= x <= _PLAUSIBLE_MPP[1]:
+                return _stated(x, y, "its resolution tags", path)
+    return None
+
+
+def _stated(x: float, y: float, where: str, path: Path) -> float | None:
+    """Take what a file states, if pixels are square and of a scan; else it is said, and unknown."""
+    if not (np.isfinite([x, y]).all() and x > 0 and y > 0):
+        return None
+    if abs(x - y) > _SQUARE * max(x, y):
+        problem = "pixels that are not square; resample the image, or give `mpp`"
+    elif not _STATED_MPP[0] <= x <= _STATED_MPP[1]:
+        problem = "which no scan has; the unit may be wrong: give `mpp`"
+    else:
+        return x
+    logger.warning("%r: %s state %.4g × %.4g µm per pixel, %s; they are not used", path.name, where, x, y, problem)
     return None
 
 
