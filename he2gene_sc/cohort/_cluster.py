@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from .._core import logs
 from .._core.memory import memory_of_machine
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Memory that a worker is expected to need: torch, scverse and a slide.
 _WORKER_BYTES = 3 * 1024**3
+#: What dask logs of workers that come and go is silenced: errors of slides are in their rows.
+_LOGGERS = ("distributed", "distributed.client", "tornado.application", "asyncio")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -48,6 +51,7 @@ def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict
 
     By default one worker a GPU; without one, as many as there are cores, memory for them, and slides.
     """
+    import torch
     from dask.system import CPU_COUNT
 
     cores = CPU_COUNT or 1
@@ -55,7 +59,7 @@ def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict
     if n_workers is None:
         memory = memory_of_machine()
         room = cores if memory is None else min(cores, memory // _WORKER_BYTES)
-        n_workers = len(gpus) or (room if device in ("auto", "cpu") and not _has_mps() else 1)
+        n_workers = len(gpus) or (room if device in ("auto", "cpu") and not torch.backends.mps.is_available() else 1)
     n_workers = max(1, min(n_workers, n_slides))
     threads = dict.fromkeys(_THREADS, str(max(1, cores // n_workers)))
     return [{**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(n_workers)]
@@ -68,12 +72,6 @@ def _gpus() -> list[str]:
     named = [name.strip() for name in visible.split(",") if name.strip()]
     n = torch.cuda.device_count()
     return named[:n] if named else [str(i) for i in range(n)]
-
-
-def _has_mps() -> bool:
-    import torch
-
-    return torch.backends.mps.is_available()
 
 
 @contextmanager
@@ -103,7 +101,7 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
     options = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0", "allowed_failures": 1}
     scheduler = {"cls": Scheduler, "options": options}
     unlimited = {"distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
-    with _quiet(), dask.config.set(unlimited if alone else {}):
+    with logs.quiet(*_LOGGERS, level=logging.CRITICAL + 1), dask.config.set(unlimited if alone else {}):
         cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=silent)
         try:
             with Client(cluster) as client:
@@ -118,22 +116,6 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
         finally:
             with suppress(TimeoutError):
                 cluster.close()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what dask logs of workers that come and go; errors of slides are in their rows."""
-    loggers = [
-        logging.getLogger(name) for name in ("distributed", "distributed.client", "tornado.application", "asyncio")
-    ]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def dask_setup(worker: Worker) -> None:

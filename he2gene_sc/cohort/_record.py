@@ -118,11 +118,8 @@ def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str,
     used = record.get("features")
     if used is None or not in_obsm:
         return used is None and not in_obsm
-    return bool(used["key"] == asked) and _agrees(used, {"key": asked, **made_by(_read(_embedded(table, str(asked))))})
-
-
-def _embedded(table: Path, features: str) -> Path:
-    return table / "uns" / features.removeprefix("X_")
+    record = _read(table / "uns" / str(asked).removeprefix("X_"))
+    return bool(used["key"] == asked) and _agrees(used, {"key": asked, **made_by(record)})
 
 
 def _agrees(found: Any, asked: Any) -> bool:

@@ -95,13 +95,7 @@ def biomarkers(
 
 
 def genes_of_result(table: AnnData, asked: Sequence[str], names: pd.Series, what: str) -> list[str]:
-    """Names in a result of genes that a user named: as there, by the symbols that predict was given, or as they were before.
-
-    Raises
-    ------
-    ValueError
-        If one is not in the result; ``what`` says what was not done with it.
-    """
+    """Names in a result of genes that a user named: as there, by symbols that predict was given, or by former ones."""
     known = pd.Index(names.unique())
     records = (record for record in table.uns.values() if is_prediction(record))
     symbols = next((record["gene_symbols"] for record in records if "gene_symbols" in record), None)

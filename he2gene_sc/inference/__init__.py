@@ -1,26 +1,5 @@
 """The batched engine: patches to predictions. Arrays and tensors in, arrays out."""
 
-from ._cache import cached_features
-from ._device import resolve_device, resolve_dtype
-from ._engine import Predictions, encode, predict
-from ._features import Encoder, Part, differences, read_features, read_pixels
-from ._lattice import Interpolated, SpotFeatures, is_dense, lattice_of, without_idle
+import lazy_loader
 
-__all__ = [
-    "Encoder",
-    "Interpolated",
-    "Part",
-    "Predictions",
-    "SpotFeatures",
-    "cached_features",
-    "differences",
-    "encode",
-    "is_dense",
-    "lattice_of",
-    "predict",
-    "read_features",
-    "read_pixels",
-    "resolve_device",
-    "resolve_dtype",
-    "without_idle",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

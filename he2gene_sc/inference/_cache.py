@@ -49,65 +49,25 @@ def cached_features(
     progress: Callable[[int], object] | None = None,
     pixels: str | None = None,
 ) -> np.ndarray:
-    """Return the features of all spots of a reader, from a file if they have been computed before.
+    """Features ``(n_spots, r, f)`` float32 of all spots of a reader, mapped read-only from a file in ``folder``.
 
-    The pixels are read in any case, which costs little beside encoding them: what is looked up is what was read.
+    If it is not there, they are computed. The pixels are read in any case: their digest is part of the key.
 
-    Parameters
-    ----------
-    extractor
-        Gives the features; it is moved to ``device``.
-    reader
-        The patches.
-    encoder_sha256
-        Hash of the encoder's weights, :func:`he2gene_sc.models._encoders.load.encoder_sha256`.
-    symmetries
-        Ways to turn and mirror the patches, ``r`` in all.
-    device, dtype
-        Where and in which precision the encoder runs, if it has to.
-    folder
-        Where the files lie; made where it does not exist.
-    progress
-        Called with the number of spots done by each batch; once with all of them where the file is found.
-    pixels
-        Digest of the patches, :class:`Pixels`; read if it is not known.
+    *Layout.* One npy file a section, encoder and choice of symmetries, ``he2gene-features-<key>.npy``, with the SHA-256
+    of its bytes behind it. A file that is cut short or altered is noticed, with a warning, and computed again.
 
-    Returns
-    -------
-    numpy.ndarray
-        ``(n_spots, r, f)`` float32, what :func:`encode` yields in the order of the reader's spots, read-only and mapped
-        from the file: it takes memory only where it is read.
+    *Key.* SHA-256 of the pixels of all patches in the order of the spots, the windows in µm and in pixels, the tiles that
+    they are cut into, the encoder (weights, architecture, input size, interpolation, normalisation, and what it makes of
+    one patch of noise, since networks of the same weights may still differ), the symmetries, the precision and the
+    version of this format. Batch size and device are not part of it: they change a feature by rounding error.
 
-    Raises
-    ------
-    OSError
-        If the disk has too little room (``errno.ENOSPC``; checked before anything is encoded), or the folder cannot be
-        made or written. Nothing is left behind.
-    RuntimeError
-        If one spot alone does not fit into the memory of the device.
+    *Whole or not at all.* Batches are written to a temporary file (``.part``), which is renamed when it is complete.
+    Above 1,024 spots, features are first written in blocks of 1,024 (``.block``): an interrupted run reads the complete
+    ones and encodes the others. With the same batch size it gives the same numbers bit for bit. Meanwhile the disk holds
+    the features twice.
 
-    Notes
-    -----
-    *Layout.* One file a section, encoder and choice of symmetries, ``he2gene-features-<key>.npy``: an ordinary npy file,
-    which ``numpy.load`` reads too, with the SHA-256 of all its bytes behind it. A file that is cut short or altered is
-    noticed by that, with a warning, and computed again. To clear the cache, delete the files or the folder.
-
-    *Key.* SHA-256 of the pixels of all patches in the order of the spots, the windows in µm and their sizes in pixels,
-    the tiles that they are cut into, the hash of the encoder's weights, its architecture, input size, interpolation and normalisation, what it makes of one patch of noise
-    (two networks of the same weights and layers may still do different things with them), the symmetries, the precision
-    and the version of this format. Neither the batch size nor the device is part of it: they change a feature by
-    rounding error.
-
-    *Whole or not at all.* Batches are written to a temporary file (``.part``), which is renamed when it is complete. A
-    run that is killed leaves at most that, which no run reads. Runs that compute the same at once each write their own,
-    and the last one stands.
-
-    *Going on.* Above 1,024 spots, features are first written in blocks of 1,024, a file each (``.block``).
-    A run that was interrupted reads the blocks that are complete and encodes the others. With the same batch size it
-    gives the same numbers bit for bit. Meanwhile the disk holds the features twice.
-
-    *Single precision* is what the encoder hands out: a head fitted to features from the cache is the head fitted
-    without it, bit for bit. Half precision would halve the files, change every fit, and overflow above 65,504.
+    *Single precision* is what the encoder hands out, so a head fitted to cached features is the same bit for bit. Half
+    precision would change every fit, and overflow above 65,504.
     """
     folder = Path(folder).expanduser()
     extractor = extractor.to(device)

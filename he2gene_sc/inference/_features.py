@@ -41,38 +41,18 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Part:
-    """What is encoded together: all windows of every spot, or one window at the nodes of its lattice.
-
-    Attributes
-    ----------
-    extractor
-        Of these windows.
-    reader
-        Their patches.
-    weights
-        From nodes to spots; ``None`` where the spots themselves are read.
-    """
+    """What is encoded together: all windows of every spot, or one window at the nodes of its lattice."""
 
     extractor: FeatureExtractor
     reader: PatchReader
-    weights: scipy.sparse.csr_array | None = None
+    weights: scipy.sparse.csr_array | None = None  # from nodes to spots; None where the spots themselves are read
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How parts are encoded.
+    """How parts are encoded."""
 
-    Attributes
-    ----------
-    sha256
-        Hash of the encoder's weights.
-    symmetries
-        Ways to turn and mirror the patches.
-    device, dtype
-        Where and in which precision.
-    """
-
-    sha256: str
+    sha256: str  # of its weights
     symmetries: tuple[tuple[int, bool], ...]
     device: torch.device
     dtype: torch.dtype
@@ -88,12 +68,7 @@ def read_features(
 ) -> tuple[SpotFeatures, dict[str, str]]:
     """Encode the parts of a slide, whose spots lie at ``centres_um``, or find them in a folder.
 
-    Returns
-    -------
-    SpotFeatures
-        In the order of the spots.
-    dict
-        What makes them what they are, as JSON texts, for :func:`differences`.
+    Returns features in the order of the spots, and what makes them what they are, as JSON texts, for :func:`differences`.
     """
     values, pixels = [], []
     for part in parts:

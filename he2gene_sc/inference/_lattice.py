@@ -22,20 +22,10 @@ _REGULAR = 1.2
 
 @dataclass(frozen=True)
 class Interpolated:
-    """Features of the spots of a slide, computed from those of the nodes of lattices when rows are asked for.
+    """Features of the spots of a slide, computed from those of the nodes of lattices when rows are asked for."""
 
-    Attributes
-    ----------
-    nodes
-        One array a window, ``(m, r, f)`` float32: features of the nodes of its lattice.
-    weights
-        One matrix a window, ``(n, m)``: rows add up to 1.
-    fusion
-        That of the extractor.
-    """
-
-    nodes: tuple[np.ndarray, ...]
-    weights: tuple[scipy.sparse.csr_array, ...]
+    nodes: tuple[np.ndarray, ...]  # of each window, (m, r, f) float32: features of the nodes of its lattice
+    weights: tuple[scipy.sparse.csr_array, ...]  # of each window, (n, m): rows add up to 1
     fusion: str
 
     def __len__(self) -> int:
@@ -65,20 +55,10 @@ class Interpolated:
 
 @dataclass(frozen=True)
 class SpotFeatures:
-    """Features of the spots of one slide, and what their pixels show.
+    """Features of the spots of one slide, and what their pixels show."""
 
-    Attributes
-    ----------
-    values
-        ``(n, views, f)`` float32, or interpolated when they are read.
-    facts
-        Tissue and faults of the spots.
-    centres_um
-        ``(n, 2)`` spot centres, µm.
-    """
-
-    values: np.ndarray | Interpolated
-    facts: SlideFacts
+    values: np.ndarray | Interpolated  # (n, views, f) float32
+    facts: SlideFacts  # tissue and faults of the spots
     centres_um: np.ndarray
 
 
@@ -117,22 +97,9 @@ def _nearest(centres: np.ndarray) -> np.ndarray:
 
 
 def lattice_of(centres: np.ndarray, step: float) -> tuple[np.ndarray, scipy.sparse.csr_array]:
-    """Lay a lattice over spots, and interpolate from it bilinearly.
+    """Nodes ``(m, 2)`` of a lattice around spots ``(n, 2)``, at most ``step`` apart, and bilinear weights ``(n, m)`` float32.
 
-    Parameters
-    ----------
-    centres
-        ``(n, 2)`` spot centres.
-    step
-        Largest distance of neighbouring nodes, in the unit of the centres. The lattice spans the spots exactly, so that
-        all nodes lie where an image that holds the spots has pixels.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(m, 2)``: the nodes around spots.
-    scipy.sparse.csr_array
-        ``(n, m)`` float32: from values at the nodes to those at the spots.
+    The lattice spans the spots exactly, so all nodes lie where an image that holds the spots has pixels.
     """
     low, extent = centres.min(0), np.ptp(centres, axis=0)
     cells = np.maximum(1, np.ceil(extent / step - 1e-9).astype(np.int64))

@@ -54,13 +54,7 @@ class TileEncoder(_Part):
         self._tile_mpp = tile_mpp
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Encode tiles ``(b, 3, tile_px, tile_px)`` uint8 to features, tissue and faults ``(b, f + 4)`` float32.
-
-        Raises
-        ------
-        ValueError
-            If the tiles have another size.
-        """
+        """Encode tiles ``(b, 3, tile_px, tile_px)`` uint8 to features, tissue and faults ``(b, f + 4)`` float32."""
         if tuple(image.shape[1:]) != (3, self.tile_px, self.tile_px):
             raise ValueError(
                 f"tiles of {tuple(image.shape[1:])} pixels do not hold the windows of {self._windows_um} µm; make them by "

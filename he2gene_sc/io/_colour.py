@@ -20,21 +20,11 @@ _READ_AS_STORED = {"MINISBLACK", "MINISWHITE", "RGB", "YCBCR"}
 
 @dataclass(frozen=True)
 class Colour:
-    """How samples become RGB.
-
-    Attributes
-    ----------
-    kind
-        What the samples are.
-    factor
-        What :func:`he2gene_sc.image.check_pixels` returned for them.
-    palette
-        ``(3, n)`` uint8, for ``kind="palette"``.
-    """
+    """How samples become RGB."""
 
     kind: Literal["rgb", "premultiplied", "opaque", "ink", "palette", "ycbcr"] = "rgb"
-    factor: float = 1.0
-    palette: Any = None
+    factor: float = 1.0  # to 0..255
+    palette: Any = None  # (3, n) uint8
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Convert ``(n, h, w)`` to ``(3, h, w)`` uint8."""
@@ -71,24 +61,7 @@ def ycbcr_to_rgb(samples: np.ndarray) -> np.ndarray:
 
 
 def colour_of(page: tifffile.TiffPage, n: int, sample: np.ndarray, name: str) -> Colour:
-    """Decide how the samples of a TIFF become RGB.
-
-    Parameters
-    ----------
-    page
-        Page that describes the image.
-    n
-        Samples of a pixel.
-    sample
-        Some pixels, ``(n, k)``.
-    name
-        What to call the image in an error.
-
-    Raises
-    ------
-    ValueError
-        If they are not those of an RGB image.
-    """
+    """Decide how the samples of a TIFF page become RGB, ``n`` a pixel; ``sample`` are some pixels, ``(n, k)``."""
     photometric = getattr(page.photometric, "name", str(page.photometric))
     dtype = sample.dtype
     if photometric == "PALETTE" and n == 1 and dtype.kind == "u":

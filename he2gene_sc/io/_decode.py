@@ -58,35 +58,15 @@ _UPRIGHT = {
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file.
+    """An image file."""
 
-    Attributes
-    ----------
-    levels
-        ``(3, h, w)`` uint8, finest first, upright.
-    mpp
-        µm per pixel, where the file states it.
-    orientation
-        How the file stores it: 1 upright, 2 to 8 mirrored or turned, as in TIFF and EXIF.
-    """
-
-    levels: list[Any]
-    mpp: float | None
-    orientation: int = 1
+    levels: list[Any]  # (3, h, w) uint8, finest first, upright
+    mpp: float | None  # µm per pixel, where the file states it
+    orientation: int = 1  # in the file, as in TIFF and EXIF: 1 upright, 2 to 8 mirrored or turned
 
 
 def decode(path: Path) -> Decoded:
-    """Read an image file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    OSError
-        If it is damaged.
-    ValueError
-        If the type is not supported, or the image is not an RGB H&E image.
-    """
+    """Read an image file."""
     if path.is_dir():
         raise IsADirectoryError(
             f"`path` {str(path)!r} is a folder; an image file is needed (a zarr store: spatialdata.read_zarr)"
@@ -113,8 +93,7 @@ def _is_tiff(path: Path) -> bool:
 def _decode_flat(path: Path) -> tuple[np.ndarray, int]:
     """Decode a JPEG or PNG; also how it was stored.
 
-    Pillow's guard against decompression bombs stops at 179 million pixels, which real slides pass; it is replaced by
-    our own bound of ``MAX_PIXELS``.
+    Pillow's guard stops at 179 million pixels, which real slides pass: our own bound of ``MAX_PIXELS`` stands for it.
     """
     from PIL import Image
 

@@ -23,30 +23,14 @@ MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp")
 
 @dataclass
 class Difference:
-    """How an element in memory differs from that on disk.
+    """How an element in memory differs from that on disk."""
 
-    Attributes
-    ----------
-    lost
-        What lies on disk and not in memory.
-    altered
-        What is another in memory.
-    added
-        What is in memory alone.
-    kept
-        Parts of a table that are the same, by their path in it.
-    of_verbs
-        Those of ``lost`` that our verbs wrote, and remove where they no longer hold.
-    metadata_only
-        Whether the data are the same, and transformations or channel names differ.
-    """
-
-    lost: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # lies on disk and not in memory
     altered: list[str] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    of_verbs: set[str] = field(default_factory=set)
-    metadata_only: bool = False
+    added: list[str] = field(default_factory=list)  # is in memory alone
+    kept: list[str] = field(default_factory=list)  # parts of a table that are the same, by their path in it
+    of_verbs: set[str] = field(default_factory=set)  # lost ones that our verbs wrote, and remove when outdated
+    metadata_only: bool = False  # only transformations or channel names differ
 
     def __bool__(self) -> bool:
         return bool(self.lost or self.altered or self.added)

@@ -126,17 +126,7 @@ def put_file(path: Path, data: bytes) -> None:
 
 
 def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...], *, overwrite: bool) -> Path:
-    """Refuse a file that cannot be written or must not be replaced, before any work is done.
-
-    Raises
-    ------
-    ValueError
-        If the path is not of a file in a folder that is there, with one of the suffixes.
-    FileExistsError
-        If the file is there, without ``overwrite``.
-    PermissionError
-        If nothing can be written to the folder.
-    """
+    """Refuse a file that cannot be written or must not be replaced, before any work is done."""
     place = validate.folder_or_file(path, parameter).absolute()
     if place.suffix.lower() not in suffixes:
         raise ValueError(f"`{parameter}` {str(place)!r} ends in {place.suffix!r}; {' or '.join(suffixes)} is needed")

@@ -12,15 +12,7 @@ if TYPE_CHECKING:
 
 
 def open_store(path: Path, parameter: str = "PATH") -> SpatialData:
-    """Read a store.
-
-    Raises
-    ------
-    ValueError
-        If it is not a SpatialData store.
-    OSError
-        If it is damaged; the message names the elements that cannot be read.
-    """
+    """Read a store."""
     import spatialdata as sd
 
     if not path.is_dir() or not _is_store(path, parameter):

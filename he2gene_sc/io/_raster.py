@@ -19,13 +19,7 @@ _SMALLEST = 512
 
 
 def build_levels(image: np.ndarray) -> list[np.ndarray]:
-    """Halve an image in memory until its shorter side is under 1,024 px.
-
-    Parameters
-    ----------
-    image
-        ``(3, h, w)`` uint8.
-    """
+    """Halve an image ``(3, h, w)`` uint8 in memory until its shorter side is under 1,024 px."""
     from ..image._reader import halve
 
     levels = [image]
@@ -35,13 +29,9 @@ def build_levels(image: np.ndarray) -> list[np.ndarray]:
 
 
 def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
-    """Make an image element in the coordinate system ``"global"``, one unit a pixel of level 0.
+    """Make an image element in the coordinate system ``"global"``, one unit a pixel of level 0, from the finest level first.
 
-    Parameters
-    ----------
-    levels
-        Arrays ``(3, h, w)`` uint8, finest first: numpy, dask, or images that are read by region. Numpy ones are chunked
-        by 1,024 pixels, the others by whole tiles, of at least 2,048 pixels together.
+    Numpy arrays are chunked by 1,024 pixels; dask and images read by region by whole tiles, at least 2,048 pixels together.
     """
     import dask.array as da
     from spatialdata.models import Image2DModel

@@ -100,15 +100,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def check_place(target: Path, n_bytes: int) -> None:
-    """Refuse a store that cannot be written, or has no room, before any work is done.
-
-    Parameters
-    ----------
-    target
-        A store, or where one is to be made.
-    n_bytes
-        What will be written at least.
-    """
+    """Refuse a store that cannot be written, or has no room for ``n_bytes``, before any work is done."""
     folder = target if target.exists() else target.parent
     while not folder.exists():
         folder = folder.parent

@@ -140,25 +140,7 @@ def section_of(
     mpp: float,
     images: dict[str, Any],
 ) -> SpatialData:
-    """Put counts, spots and image of a section together, in pixels of the image.
-
-    Parameters
-    ----------
-    counts
-        ``(n, genes)``.
-    obs
-        A row a spot, indexed by its name; columns are added.
-    genes
-        Names.
-    centres
-        ``(n, 2)``, x and y.
-    diameter_px
-        Of the spots.
-    mpp
-        µm per pixel.
-    images
-        The element by its name; may be empty.
-    """
+    """Put counts ``(n, genes)``, spots and image of a section together, in pixels; ``images`` may be empty."""
     from anndata import AnnData
     from spatialdata import SpatialData
     from spatialdata.models import ShapesModel, TableModel
@@ -181,13 +163,7 @@ def section_of(
 
 
 def upright_image(path: Path) -> Any:
-    """Image element of a file that is stored upright.
-
-    Raises
-    ------
-    ValueError
-        If it is not: spots may refer to it as stored or upright.
-    """
+    """Image element of a file that is stored upright."""
     return image_element(_upright_levels(path))
 
 
@@ -219,13 +195,7 @@ def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
 
 
 def read_labels(labels: str | Path | pd.DataFrame, column: str = "label") -> pd.Series:
-    """Read the label of each spot, indexed by ``XxY``; rows without coordinates are dropped with a count.
-
-    Raises
-    ------
-    ValueError
-        If columns are missing or a spot has two labels.
-    """
+    """Read the label of each spot, indexed by ``XxY``; rows without coordinates are dropped with a count."""
     frame = _table(labels, "labels")
     _need(frame, ["x", "y", column], "labels")
     located = frame["x"].notna() & frame["y"].notna()

@@ -62,22 +62,7 @@ def elements(store: Path) -> set[tuple[str, str]]:
 
 @contextlib.contextmanager
 def locked(store: Path, *, beside: bool = False) -> Iterator[Path]:
-    """Lock a store against other savers; yield an empty folder of the same file system, which goes away afterwards.
-
-    Parameters
-    ----------
-    store
-        The store.
-    beside
-        Whether lock and folder lie beside the store, which may not exist yet, instead of inside.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process, or another thread, is saving to the store.
-    PermissionError, OSError
-        If nothing can be written there.
-    """
+    """Lock a store against other savers; yield an empty folder for that time, inside it or, if new, ``beside`` it."""
     place = store.parent / f".{store.name}{STAGING}" if beside else store / STAGING
     lock_path = place.with_name(f"{place.name}.lock")
     with _lock(lock_path, store):

@@ -10,22 +10,7 @@ import pandas as pd
 
 
 def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.DataFrame:
-    """Read a table by :func:`pandas.read_csv`.
-
-    Parameters
-    ----------
-    path
-        The file.
-    parameter
-        The parameter that gave it, for errors.
-    **options
-        Passed on; fields are separated by tabs unless ``sep`` says otherwise.
-
-    Raises
-    ------
-    OSError
-        If the file is damaged, empty or not text.
-    """
+    """Read a table by :func:`pandas.read_csv`, by default separated by tabs; ``parameter`` gave it, for errors."""
     what = f"`{parameter}` {str(path)!r}" if parameter else str(path)
     try:
         return pd.read_csv(path, **{"sep": "\t", **options})
@@ -40,13 +25,7 @@ def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.D
 
 
 def check_header(path: Path, parameter: str | None = None, what: str = "genes") -> None:
-    """Refuse a header that names a column twice, which pandas renames, or a gene not at all.
-
-    Raises
-    ------
-    ValueError
-        If it does; the first name, of the column of spots, may be missing, and may be left out.
-    """
+    """Refuse a header that names a column twice, or a gene not at all; the name of the column of spots may be missing."""
     # As one field: pandas makes a column of each, which takes a second for a row of all genes.
     lines = {"header": None, "nrows": 2, "dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_NONE}
     rows = [row.split("\t") for row in read_table(path, parameter, sep="\x1f", **lines)[0]]

@@ -40,18 +40,9 @@ class _Opened:
 
 
 class TiledImage:
-    """A level of a TIFF file, ``(3, h, w)`` uint8, read by region.
+    """A level of a TIFF file, ``(3, h, w)`` uint8, read by region; ``pages`` are one, or one a channel.
 
     It is opened when it is first read, in each process anew: it can be pickled, and read by several threads.
-
-    Parameters
-    ----------
-    path
-        The file.
-    series, level
-        Which of its images, see :class:`tifffile.TiffPageSeries`.
-    pages
-        The pages of that level: one, or one a channel.
     """
 
     ndim = 3

@@ -26,13 +26,7 @@ SAVED = "saved"
 
 
 def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
-    """Write what is new or differs; ``store`` is the one that ``sdata`` was read from.
-
-    Raises
-    ------
-    FileExistsError
-        If something would be lost that lies in the store and not in the object, without ``overwrite``.
-    """
+    """Write what is new or differs; ``store`` is the one that ``sdata`` was read from."""
     interrupted = (store / STAGING).exists()
     with locked(store) as staging:
         if interrupted:

@@ -39,30 +39,15 @@ class EncodingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the spots of a slide are encoded.
-
-    Attributes
-    ----------
-    device, dtype
-        Where and in which precision.
-    tta
-        Whether the eight symmetries of the square are averaged.
-    batch_size
-        Spots a batch.
-    bar
-        Whether a progress bar is shown.
-    step
-        Step of the lattices of dense spots as a share of the window; ``None``: each spot is encoded.
-    given
-        Names of the options that were stated.
-    """
+    """How the spots of a slide are encoded."""
 
     device: torch.device
     dtype: torch.dtype
-    tta: bool
+    tta: bool  # whether the eight symmetries of the square are averaged
     batch_size: int
     bar: bool
-    step: float | None
+    step: float | None  # of the lattices of dense spots, as a share of the window; None: each spot is encoded
+    #: Names of the options that were stated.
     given: frozenset[str] = frozenset()
 
     @classmethod
@@ -105,15 +90,7 @@ class Encoding:
 
 
 def check_options(verb: str, options: Mapping[str, Any]) -> None:
-    """Check further keywords, before anything is loaded.
-
-    Raises
-    ------
-    TypeError
-        If there is no such keyword.
-    ValueError
-        If a value is not valid.
-    """
+    """Check further keywords, before anything is loaded."""
     valid = list(EncodingOptions.__annotations__)
     for name, value in options.items():
         if name not in valid:
@@ -220,15 +197,7 @@ def _pinned(shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KeptFeatures:
-    """Features that embed wrote into ``obsm`` of a table.
-
-    Attributes
-    ----------
-    table, key
-        Where they are.
-    record
-        What embed recorded.
-    """
+    """Features that embed wrote into ``obsm`` of a table."""
 
     table: AnnData
     key: str
@@ -248,13 +217,7 @@ class KeptFeatures:
         return how
 
     def of_slide(self, slide: Slide, parts: tuple[Part, ...], encoder: Encoder) -> SpotFeatures:
-        """Features of the spots of a slide, if they are those of these pixels and this encoder.
-
-        Raises
-        ------
-        ValueError
-            If they are not; the message says what differs.
-        """
+        """Features of the spots of a slide, if they are those of these pixels and this encoder."""
         from ..inference import SpotFeatures, differences, read_pixels
 
         kept = self.record["facts"].get(slide.shapes_key)
@@ -278,13 +241,7 @@ class KeptFeatures:
 
 
 def find_features(features: Any, table: AnnData | None) -> KeptFeatures | Path | None:
-    """Decide whether ``features`` names an entry of ``obsm`` or a folder.
-
-    Raises
-    ------
-    ValueError
-        If it is neither, or the entry was not written by embed, or was changed since.
-    """
+    """Decide whether ``features`` names an entry of ``obsm`` or a folder."""
     if features is None:
         return None
     path = validate.folder_or_file(features, "features")

@@ -49,7 +49,10 @@ class Cells:
         shape = (len(samples), len(labels))
         code = sample * shape[1] + label
         asked: dict[str, Callable[[Any], Any]] = {"sums": np.asarray}
-        asked |= ({"squares": _square} if squares else {}) | ({"detected": _seen} if detected else {})
+        if squares:
+            asked["squares"] = lambda values: np.square(values, dtype=np.float64)
+        if detected:
+            asked["detected"] = lambda values: (values != 0).astype(np.float32)
         sums = pool.sums(code, shape[0] * shape[1], *asked.values())
         counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
         return cls(
@@ -65,14 +68,6 @@ class Cells:
         """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
         chosen = np.isin(self.labels, list(labels))
         return getattr(self, what)[:, chosen].sum(1), self.counts[:, chosen].sum(1)
-
-
-def _square(values: np.ndarray) -> np.ndarray:
-    return np.square(values, dtype=np.float64)
-
-
-def _seen(values: np.ndarray) -> np.ndarray:
-    return (values != 0).astype(np.float32)
 
 
 @dataclass(frozen=True)

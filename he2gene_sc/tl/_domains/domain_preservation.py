@@ -246,10 +246,8 @@ def _check(n_domains: Any, n_seeds: int, n_perms: int, clustering: str, key_adde
     if n_domains != "match" and not (validate.is_whole(n_domains) and n_domains >= 2):
         raise ValueError(f"`n_domains` is {n_domains!r}; 'match' or a whole number from 2 is needed")
     for name, value in (("n_seeds", n_seeds), ("n_perms", n_perms)):
-        if value < 1:
-            raise ValueError(f"`{name}` is {value!r}; a whole number from 1 is needed")
-    if clustering not in CLUSTERINGS:
-        raise ValueError(f"`clustering` is {clustering!r}, valid: {list(CLUSTERINGS)}")
+        validate.whole(value, name)
+    validate.one_of(clustering, CLUSTERINGS, "clustering")
 
 
 @dataclass(frozen=True)

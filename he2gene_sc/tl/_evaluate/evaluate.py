@@ -181,12 +181,10 @@ def evaluate(
             f"`key_added` {key_added!r} is a prediction; to judge it pass prediction_key={key_added!r}, and as `key_added` "
             f"a name for the evaluation, {key_added + '_eval'!r} for example"
         )
-    if measured_scale not in SCALES:
-        raise ValueError(f"`measured_scale` is {measured_scale!r}, valid: {list(SCALES)}")
+    validate.one_of(measured_scale, SCALES, "measured_scale")
     if unknown := [name for name in baselines or () if name not in BASELINES]:
         raise ValueError(f"`baselines` {unknown} are unknown, valid: {list(BASELINES)}")
-    if not isinstance(n_splits, int | np.integer) or n_splits < 1:
-        raise ValueError(f"`n_splits` is {n_splits!r}; a whole number from 1 is needed")
+    validate.whole(n_splits, "n_splits")
     table, is_other = table_with(data, layer, prediction_key, table_key)
     keys = Keys() if prediction_key is None else Keys(prediction_key)
     if is_other and model is not None:

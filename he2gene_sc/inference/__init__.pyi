@@ -1,0 +1,24 @@
+from ._cache import cached_features
+from ._device import resolve_device, resolve_dtype
+from ._engine import Predictions, encode, predict
+from ._features import Encoder, Part, differences, read_features, read_pixels
+from ._lattice import Interpolated, SpotFeatures, is_dense, lattice_of, without_idle
+
+__all__ = [
+    "Encoder",
+    "Interpolated",
+    "Part",
+    "Predictions",
+    "SpotFeatures",
+    "cached_features",
+    "differences",
+    "encode",
+    "is_dense",
+    "lattice_of",
+    "predict",
+    "read_features",
+    "read_pixels",
+    "resolve_device",
+    "resolve_dtype",
+    "without_idle",
+]
