@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .output import Command, Json, records, say, say_json, say_table, split_names
 from .prediction import MODEL as _MODEL
 from .prediction import predict
 
 app = typer.Typer(
     help="Gene expression and pathology annotation from H&E images.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # the other kind takes [train] for a style
 )
 
 
@@ -37,11 +40,12 @@ def _common(
 ) -> None: ...
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     section: Annotated[str, typer.Option(help="her2st section; C5 was held out of the bundled model.")] = "C5",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("he2gene-demo"),
     model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = _MODEL,
+    as_json: Json = False,
 ) -> None:
     """Predict a real breast section, compare with what was measured, write pictures and tables.
 
@@ -50,13 +54,15 @@ def demo(
     from ..models import load
     from .demo import run
 
-    run(section, out, load(model), typer.echo)
+    panels = run(section, out, load(model), partial(say, err=as_json))
+    if as_json:
+        say_json({"output": str(out), "panels": records(panels)})
 
 
-app.command()(predict)
+app.command(cls=Command)(predict)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     stores: Annotated[
         list[Path],
@@ -67,11 +73,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Page to write, of many slides the folder; default: report.html, reports.")
     ] = None,
-    genes: Annotated[list[str], typer.Option(help="Genes to show in any case. Repeatable, or with commas.")] = [],  # noqa: B006
+    genes: Annotated[
+        list[str], typer.Option(callback=split_names, help="Genes to show in any case. Repeatable, or with commas.")
+    ] = [],  # noqa: B006
     model: Annotated[str | None, typer.Option(help="Model that predicted, where it is not bundled.")] = None,
     prediction_key: Annotated[str, typer.Option(help="Prefix that the prediction was written under.")] = "he2gene",
     table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file at OUT that is not a report.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write one HTML page of a predicted slide, figures inside; of many slides an index and a page of each."""
     import matplotlib as mpl
@@ -82,20 +91,24 @@ def report(
     path = write(
         stores[0] if len(stores) == 1 else stores,
         out,
-        genes=[name.strip() for text in genes for name in text.split(",") if name.strip()],
+        genes=genes,
         model=model,
         prediction_key=prediction_key,
         table_key=table_key,
         overwrite=overwrite,
     )
-    typer.echo(f"Written: {path}")
+    if as_json:
+        say_json({"output": str(path)})
+    else:
+        say(f"Written: {path}")
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file: the sections, and arguments of hg.tl.train.")],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a model, deterministically on the CPU.
 
@@ -118,10 +131,15 @@ def train(
     # With several devices every process comes here, with the same model.
     if is_first_process():
         trained.save(out)
-        typer.echo(f"{trained!r}\nWritten: {out}")
+        card = trained.card
+        if as_json:
+            say_json({"output": str(out), "card": json.loads(card.to_json())})
+        else:
+            say_table(f"{card.name} {card.version}", [card.facts()])
+            say(f"Written: {out}")
 
 
-@app.command()
+@app.command(cls=Command)
 def benchmark(
     data: Annotated[str, typer.Option(help="her2st or hbcis.")] = "her2st",
     root: Annotated[Path | None, typer.Option(help="Folder of HBCIS; her2st is found by HE2GENE_DATA_DIR.")] = None,
@@ -140,6 +158,7 @@ def benchmark(
     cache: Annotated[Path | None, typer.Option(help="Folder to keep the encoder's features in.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for benchmark.csv, .md and .png.")] = Path("he2gene-benchmark"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    as_json: Json = False,
 ) -> None:
     """Cross-validate presets and baselines over the sections of a data set, grouped; write table and figure."""
     from ..benchmark import cross_validation as _benchmark
@@ -170,7 +189,9 @@ def benchmark(
         genes = given.get("genes", {})
         genes = {"missing_genes_are_zero": True} | (genes if isinstance(genes, dict) else {"genes": genes})
         settings[preset] = train_options({**given, "preset": {"name": preset, **recipe}, "genes": genes}, where)
-    table = _benchmark.run(source, model, units, cache=cache, options=settings, device=device, echo=typer.echo)
+    table = _benchmark.run(
+        source, model, units, cache=cache, options=settings, device=device, echo=partial(say, err=True)
+    )
     said = [
         "he2gene benchmark",
         f"--data {data}",
@@ -178,11 +199,18 @@ def benchmark(
         *(f"--folds {u}" for u in units),
     ]
     said += [f"--section {name}" for name in section] + ([f"--options {options.name}"] if options else [])
-    for path in _benchmark_report.write(table, data, out, " ".join(said)):
-        typer.echo(f"Written: {path}")
+    written = _benchmark_report.write(table, data, out, " ".join(said))
+    if as_json:
+        say_json(records(table))
+        return
+    for (unit, panel), part in table.groupby(["folds", "panel"], sort=False):
+        means = part.groupby("predictor", sort=False)["pearson"].mean().dropna()
+        say_table(f"{unit}s held out, {panel}: mean Pearson", [{name: f"{mean:.3f}" for name, mean in means.items()}])
+    for path in written:
+        say(f"Written: {path}")
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     path: Annotated[Path, typer.Argument(help="SpatialData zarr store that was predicted and measured.")],
     out: Annotated[Path | None, typer.Option(help="CSV file to write: metrics of each gene.")] = None,
@@ -190,7 +218,9 @@ def evaluate(
         str, typer.Option(help="Layer to judge: that of the prediction, the default, or an adapted one.")
     ] = "he2gene",
     prediction_key: Annotated[str, typer.Option(help="Prefix that the prediction was written under.")] = "he2gene",
-    genes: Annotated[list[str], typer.Option(help="Genes to judge, default: all. Repeatable, or with commas.")] = [],  # noqa: B006
+    genes: Annotated[
+        list[str], typer.Option(callback=split_names, help="Genes to judge, default: all. Repeatable, or with commas.")
+    ] = [],  # noqa: B006
     measured: Annotated[str | None, typer.Option(help="Layer of raw counts; default: X.")] = None,
     measured_scale: Annotated[str, typer.Option(help="auto, counts, log.")] = "auto",
     annotation_key: Annotated[
@@ -200,6 +230,7 @@ def evaluate(
     section_key: Annotated[str, typer.Option(help="Column of obs with the section.")] = "section",
     model: Annotated[str | None, typer.Option(help="Model that predicted, where it is not bundled.")] = None,
     table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare a prediction with what was measured, beside baselines; print the summary. The store stays as it is."""
     from .. import get, tl
@@ -210,14 +241,11 @@ def evaluate(
         raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
     if out is not None and not out.resolve().parent.is_dir():
         raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")
-    named = [name.strip() for text in genes for name in text.split(",") if name.strip()]
-    if genes and not named:
-        raise ValueError(f"--genes {genes} names no gene")
     sdata = open_store(path)
     tl.evaluate(
         sdata,
         layer=layer,
-        genes=named or None,
+        genes=genes or None,
         prediction_key=prediction_key,
         measured=measured,
         measured_scale=measured_scale,  # type: ignore[arg-type]  # evaluate checks it
@@ -227,19 +255,28 @@ def evaluate(
         model=model,
         table_key=table_key,
     )
-    for line in lines(sdata, table_key, annotation=annotation_key is not None):
-        typer.echo(line)
     if out is not None:
         get.evaluation(sdata, "genes", table_key=table_key).to_csv(out, index=False, float_format="%.5g")
-        typer.echo(f"Written: {out}")
+    if as_json:
+        tables = ["summary", "predictors", "left_out"] + ["annotation", "classes"] * (annotation_key is not None)
+        found = {name: get.evaluation(sdata, name, table_key=table_key) for name in tables}  # type: ignore[arg-type]
+        say_json({name: records(table) for name, table in found.items()})
+        return
+    for line in lines(sdata, table_key, annotation=annotation_key is not None):
+        say(line)
+    if out is not None:
+        say(f"Written: {out}")
 
 
-@app.command()
-def info(model: Annotated[str, typer.Argument(help="Bundled model or model folder.")] = _MODEL) -> None:
+@app.command(cls=Command)
+def info(
+    model: Annotated[str, typer.Argument(help="Bundled model or model folder.")] = _MODEL, as_json: Json = False
+) -> None:
     """Print the card of a model."""
     from ..models import load
 
-    typer.echo(load(model).card.to_markdown())
+    card = load(model).card
+    say(card.to_json() if as_json else card.to_markdown())
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ class Comparison:
     panels: pd.DataFrame
 
 
-def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) -> None:
-    """Run the demo and say what happens, line by line.
+def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) -> pd.DataFrame:
+    """Run the demo and say what happens, line by line; return the panels of the comparison.
 
     Parameters
     ----------
@@ -89,6 +89,7 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
     echo(f"           {out / 'annotation.png'}")
     echo(f"Genes      {out / 'genes.csv'}  (column `reliable`: the genes where it is False are not to be trusted)")
     echo(f"Object     {store}  (spatialdata.read_zarr)")
+    return comparison.panels
 
 
 def _first_line(section: str, model: HE2Gene) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .output import Json, records, say, say_json, say_table, split_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +45,10 @@ def predict(
     key_added: Annotated[str, typer.Option(help="Prefix of everything that is written.")] = "he2gene",
     genes: Annotated[
         list[str],
-        typer.Option(help="Genes to predict; default: all that table and model share. Repeatable, or with commas."),
+        typer.Option(
+            callback=split_names,
+            help="Genes to predict; default: all that table and model share. Repeatable, or with commas.",
+        ),
     ] = [],  # noqa: B006 - typer wants a list
     all_genes: Annotated[bool, typer.Option("--all-genes", help="Every model gene, into a table of its own.")] = False,
     tta: Annotated[
@@ -82,7 +86,7 @@ def predict(
         int | None, typer.Option(help="Workers of this machine; default: one a GPU, else by cores and memory.")
     ] = None,
     summary: Annotated[Path | None, typer.Option(help="CSV file to write: a row a slide.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Predict stores or bare images. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first.
 
@@ -91,10 +95,7 @@ def predict(
     """
     from ..models import load
 
-    named = [name.strip() for text in genes for name in text.split(",") if name.strip()]
-    if genes and not named:
-        raise ValueError(f"--genes {genes} names no gene")
-    if named and all_genes:
+    if genes and all_genes:
         raise ValueError("--genes and --all-genes are two wishes; give one of them")
     if bool(paths) == (manifest is not None):
         raise ValueError("either PATHS or --manifest is needed")
@@ -104,7 +105,7 @@ def predict(
         "table_key": table_key,
         "coordinate_system": coordinate_system,
         "mpp": mpp,
-        "genes": "all" if all_genes else named or None,
+        "genes": "all" if all_genes else genes or None,
         "key_added": key_added,
         "tta": tta,
         "batch_size": batch_size,
@@ -152,18 +153,16 @@ def predict(
 def _predict_one(
     path: Path, out: Path | None, options: dict[str, Any], further: dict[str, Any], model: HE2Gene, *, as_json: bool
 ) -> None:
+    import pandas as pd
+
     from ..cohort._record import figures
     from ..cohort._slide import Job, output_of, predict_slide
     from ..io._save import resolved
 
     job = Job(path, output_of(path) if out is None else resolved(out), options, **further)
     written = predict_slide(job, model)
-    if as_json:
-        # JSON has no NaN.
-        found = {name: value if value == value else None for name, value in figures(job, model).items()}
-        typer.echo(json.dumps([{"path": str(path), "output": str(written), "status": "predicted", **found}]))
-    else:
-        typer.echo(f"Written: {written}")
+    row = {"path": str(path), "output": str(written), "status": "predicted", **figures(job, model)}
+    _print(pd.DataFrame([row]), None, as_json=as_json)
 
 
 def _client(scheduler: str | None, workers: int | None) -> Any:
@@ -184,17 +183,38 @@ def _client(scheduler: str | None, workers: int | None) -> Any:
 
 
 def _print(frame: pd.DataFrame, summary: Path | None, *, as_json: bool) -> None:
-    rows = json.loads(frame.to_json(orient="records"))
+    rows = records(frame)
     for row in rows:
-        for said in filter(None, (row["warnings"], row["error"])):
-            typer.echo(f"he2gene: {row['path']}: {said}", err=True)
+        for said in filter(None, (row.get("warnings"), row.get("error"))):
+            say(f"he2gene: {row['path']}: {said}", err=True)
     if as_json:
-        typer.echo(json.dumps(rows))
+        say_json(rows)
         return
+    say_table(f"{len(rows)} slides" if len(rows) > 1 else rows[0]["path"], [_shown(row) for row in rows])
     for row in rows:
         if row["status"] != "failed":
-            typer.echo(f"{'Written' if row['status'] == 'predicted' else 'Finished before'}: {row['output']}")
-    counts = frame["status"].value_counts()
-    typer.echo(f"{len(frame)} slides: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+            say(f"{'Written' if row['status'] == 'predicted' else 'Finished before'}: {row['output']}")
+    if len(rows) > 1:
+        say(
+            f"{len(rows)} slides: " + ", ".join(f"{n} {status}" for status, n in frame["status"].value_counts().items())
+        )
     if summary is not None:
-        typer.echo(f"Written: {summary}")
+        say(f"Written: {summary}")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    """Figures of a slide, as they are printed."""
+
+    def text(name: str, style: str) -> str:
+        return "" if row[name] is None else format(row[name], style)
+
+    return {
+        "slide": Path(row["path"]).name,
+        "status": row["status"],
+        "spots": text("spots", ",.0f"),
+        "µm/px": text("mpp", ".3g"),
+        "on tissue": text("share_on_tissue", ".0%"),
+        "like training": text("share_like_training", ".0%"),
+        "annotated": text("share_annotated", ".0%"),
+        "verdict": row["verdict"] or "",
+    }

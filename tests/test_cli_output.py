@@ -1,0 +1,79 @@
+"""What the commands print: help, a summary for people, JSON alone for machines."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import he2gene_sc as hg
+from he2gene_sc.cli import app as cli
+
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def bundled(monkeypatch, tiny_model):
+    """The small model by the name of the bundled one; loading it prints."""
+
+    def load(*_, **__):
+        print("said by a library")
+        return tiny_model
+
+    monkeypatch.setattr("he2gene_sc.models.load", load)
+    return tiny_model
+
+
+def test_help_keeps_the_names_of_tables():
+    said = " ".join(run("train", "--help").stdout.split())
+    assert all(
+        f"[{name}]" in said for name in ("data", "train", "train.preset", "train.keys", "train.genes", "train.card")
+    )
+
+
+def test_completion_is_offered():
+    assert "--install-completion" in run("--help").stdout
+
+
+def test_what_libraries_print_is_not_on_stdout(bundled):
+    result = run("info", "--json")
+    assert json.loads(result.stdout)["name"] == bundled.card.name
+    assert result.stderr == "said by a library\n"
+    assert run("info").stdout.strip() == bundled.card.to_markdown().strip()
+
+
+def test_predict_and_evaluate_end_with_a_summary_or_json(bundled, tmp_path):
+    hg.datasets.toy((3, 4), mpp=2.0).write(tmp_path / "toy.zarr")
+    said = run("predict", tmp_path / "toy.zarr").stdout
+    assert ["spots", "12"] in [line.split() for line in said.splitlines()]
+    assert said.rstrip().endswith(f"Written: {tmp_path / 'toy.zarr'}")
+    found = json.loads(run("evaluate", tmp_path / "toy.zarr", "--json").stdout)
+    assert found.keys() == {"summary", "predictors", "left_out"}
+    (row,) = [
+        r
+        for r in found["summary"]
+        if (r["scope"], r["predictor"]) == ("section", "he2gene") and r["panel"] == "all genes"
+    ]
+    assert np.isfinite(row["pearson_mean"])
+
+
+def test_train_ends_with_the_facts_of_the_model(monkeypatch, tiny_model, tmp_path):
+    monkeypatch.setattr("he2gene_sc.cli.training_file.read_training_file", lambda *_: ([], {}))
+    monkeypatch.setattr(hg.tl, "train", lambda *_, **__: tiny_model)
+    said = run("train", tmp_path / "x.toml", "--out", tmp_path / "model").stdout
+    assert f"{tiny_model.card.n_genes:,} genes" in said
+    assert said.rstrip().endswith(f"Written: {tmp_path / 'model'}")
+    found = json.loads(run("train", tmp_path / "x.toml", "--out", tmp_path / "other", "--json").stdout)
+    assert (found["output"], found["card"]["name"]) == (str(tmp_path / "other"), tiny_model.card.name)
+
+
+def test_names_of_genes_are_repeated_or_have_commas():
+    from he2gene_sc.cli.output import split_names
+
+    assert split_names(["A, B", "C"]) == ["A", "B", "C"]
+    with pytest.raises(ValueError, match="names no gene; give one or more"):
+        split_names([","])
