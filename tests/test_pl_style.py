@@ -128,6 +128,29 @@ def test_a_region_is_shown_in_pixels_of_the_image(slide):
         hg.pl.spatial(slide, "score", bbox=(-90, -90, -80, -80))
 
 
+def test_a_part_is_enlarged_in_a_corner_and_marked(slide):
+    x, y = slide["table"].obsm["spatial"][7]
+    part = (x - 60, y - 50, x + 60, y + 50)
+    ax = hg.pl.spatial(slide, "score", inset=part)
+    place, _ = ax.child_axes
+    assert (*place.get_xlim(), *place.get_ylim()) == pytest.approx((x - 60, x + 60, y + 50, y - 50))
+    assert (len(place.images), len(spots(place).get_facecolor())) == (1, slide["table"].n_obs)
+    ax.figure.canvas.draw()
+    inside, whole = place.get_window_extent(), ax.get_window_extent()
+    assert max(inside.width / whole.width, inside.height / whole.height) == pytest.approx(0.4, abs=0.01)
+    assert inside.width / inside.height == pytest.approx(1.2, rel=0.01)
+    assert whole.padded(1).containsx(inside.x0)
+    assert whole.padded(1).containsy(inside.y1)
+
+
+@pytest.mark.parametrize("bbox", [None, (0, 0, 300, 300)])
+def test_a_part_that_is_not_smaller_or_lies_outside_is_refused(slide, bbox):
+    last = slide["table"].obsm["spatial"].max(0)
+    part = (0, 0, *last) if bbox is None else (*(last - 30), *(last + 30))
+    with pytest.raises(ValueError, match=r"`inset` .* is not a part of what is drawn, with less than 40%"):
+        hg.pl.spatial(slide, "score", inset=part, bbox=bbox)
+
+
 def test_a_table_is_drawn_by_its_places_without_tissue(slide):
     ax = hg.pl.spatial(slide["table"].copy(), "ERBB2", measured=False)
     assert not ax.images
@@ -162,6 +185,8 @@ def test_show_shows_and_returns_nothing(slide, monkeypatch):
         ({"figsize": 8}, r"`figsize` is 8; \(width, height\) in inches"),
         ({"title": ["a", "b", "c"]}, "`title` holds 3 titles, 1 are needed"),
         ({"bbox": (1, 2, 3)}, r"`bbox` is \(1, 2, 3\); \(xmin, ymin, xmax, ymax\)"),
+        ({"inset": (5, 0, 1, 9)}, r"`inset` is \(5, 0, 1, 9\); \(xmin, ymin, xmax, ymax\)"),
+        ({"inset": (-90, -90, -80, -80)}, r"`inset` \(-90, -90, -80, -80\) holds no spot; the spots lie in x"),
         ({"alpha": 2}, "`alpha` is 2"),
         ({"cmap": "nope"}, "`cmap` 'nope' is not a colour map"),
         ({"legend_loc": "nope"}, "`legend_loc` is 'nope', valid"),

@@ -78,7 +78,7 @@ class Canvas:
         """µm per unit of what is drawn; NaN where it is unknown."""
         return np.nan if self.slide is None else self.slide.mpp / _scale(self.matrix)
 
-    def box(self, bbox: Sequence[float] | None) -> tuple[float, float, float, float]:
+    def box(self, bbox: Sequence[float] | None, parameter: str = "bbox") -> tuple[float, float, float, float]:
         """Part that is shown, xmin, ymin, xmax and ymax: the region, or the spots and a margin."""
         if bbox is not None:
             corners = _moved(np.array([[x, y] for x in bbox[::2] for y in bbox[1::2]], float), self.matrix)
@@ -87,7 +87,7 @@ class Canvas:
                 first, last = (np.nanmin(self.xy, 0), np.nanmax(self.xy, 0)) if len(self.xy) else (low, high)
                 ends = _moved(np.array([first, last]), np.linalg.inv(self.matrix))
                 raise ValueError(
-                    f"`bbox` {tuple(bbox)} holds no spot; the spots lie in x {ends[:, 0].min():.0f} to {ends[:, 0].max():.0f} "
+                    f"`{parameter}` {tuple(bbox)} holds no spot; the spots lie in x {ends[:, 0].min():.0f} to {ends[:, 0].max():.0f} "
                     f"and y {ends[:, 1].min():.0f} to {ends[:, 1].max():.0f}"
                 )
             return (*low, *high)

@@ -31,6 +31,8 @@ _MOST_LABELS = 40
 #: Legends beside and below a panel, and those that matplotlib places inside.
 _BESIDE, _BELOW = "right margin", "below"
 _INSIDE = ("best", "upper left", "upper right", "lower left", "lower right")
+#: Part of the width or height of a panel that an enlarged region takes.
+_INSET = 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,7 @@ class Style:
     legend_loc: str | None = _BESIDE
     frameon: bool = True
     bbox: Sequence[float] | None = None
+    inset: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         from matplotlib import colormaps
@@ -76,13 +79,11 @@ class Style:
         if not isinstance(self.cmap, Colormap):
             validate.key_in(self.cmap, colormaps, "cmap", what="a colour map of matplotlib")
         validate.one_of(self.legend_loc, [_BESIDE, _BELOW, *_INSIDE, "none", None], "legend_loc")
-        if self.bbox is not None:
-            given = list(self.bbox) if isinstance(self.bbox, Sequence | np.ndarray) else []
+        for name, box in (("bbox", self.bbox), ("inset", self.inset)):
+            given = list(box) if isinstance(box, Sequence | np.ndarray) else []
             valid = len(given) == 4 and all(map(validate.is_number, given))
-            if not valid or given[0] >= given[2] or given[1] >= given[3]:
-                raise ValueError(
-                    f"`bbox` is {self.bbox!r}; (xmin, ymin, xmax, ymax) is needed, such as (0, 0, 2000, 1500)"
-                )
+            if box is not None and (not valid or given[0] >= given[2] or given[1] >= given[3]):
+                raise ValueError(f"`{name}` is {box!r}; (xmin, ymin, xmax, ymax) is needed, such as (0, 0, 2000, 1500)")
 
 
 def draw_panels(
@@ -115,13 +116,10 @@ def _draw(
     norms: list[Normalize | None],
 ) -> None:
     for panel, axis, box, norm in zip(panels, axes, boxes, norms, strict=True):
-        if style.image:
-            panel.canvas.draw_tissue(axis, box, panel_pixels(axis))
-        if panel.values is not None:
-            colours = _colours_of_spots(panel, style, norm)
-            colours[:, 3] *= style.alpha
-            panel.canvas.draw_spots(axis, colours, style.size)
+        _draw_part(panel, style, axis, box, norm)
         corners = panel.canvas.frame(axis, box)
+        if style.inset is not None:
+            _draw_inset(panel, style, axis, box, norm, corners.pop(0))
         axis.set_title(panel.title, fontsize="medium")
         if panel.caption:
             axis.set_xlabel(panel.caption, fontsize="small", color="0.35")
@@ -132,6 +130,35 @@ def _draw(
             _name_grey(axis, panel, corners[0])
         elif panel.values is not None and style.legend_loc not in (None, "none"):
             _add_legend(axis, panel, style.legend_loc)
+
+
+def _draw_part(panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], norm: Normalize | None) -> None:
+    """Draw the tissue of a part and the spots."""
+    if style.image:
+        panel.canvas.draw_tissue(ax, box, panel_pixels(ax))
+    if panel.values is not None:
+        colours = _colours_of_spots(panel, style, norm)
+        colours[:, 3] *= style.alpha
+        panel.canvas.draw_spots(ax, colours, style.size)
+
+
+def _draw_inset(
+    panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], norm: Normalize | None, corner: str
+) -> None:
+    """Enlarge a part in a corner of the axes, with lines to where it lies."""
+    part = panel.canvas.box(style.inset, "inset")
+    sides = np.subtract(part[2:], part[:2]) / np.subtract(box[2:], box[:2])
+    width, height = _INSET * sides / sides.max()
+    if sides.max() >= _INSET or min(np.subtract(part, box)[:2]) < 0 or min(np.subtract(box, part)[2:]) < 0:
+        raise ValueError(
+            f"`inset` {tuple(style.inset or ())} is not a part of what is drawn, with less than {_INSET:.0%} of its width and "
+            "height, so it cannot be enlarged; name a smaller region of it, or draw it alone with bbox="
+        )
+    low = {"left": 0.0, "right": 1 - width}[corner.split()[1]], {"lower": 0.0, "upper": 1 - height}[corner.split()[0]]
+    place = ax.inset_axes((*low, width, height))
+    _draw_part(panel, style, place, part, norm)
+    place.set(xlim=part[::2], ylim=part[3::-2], xticks=[], yticks=[])
+    ax.indicate_inset_zoom(place, edgecolor="k", alpha=1)
 
 
 def _colours_of_spots(panel: Panel, style: Style, norm: Normalize | None) -> np.ndarray:

@@ -16,7 +16,7 @@ from .._core.keys import MADE, Keys
 from .._core.layers import layer_names
 from .._core.matrix import dense, matrix_of, where_of
 from .._core.ownership import is_of, is_prediction
-from .._core.predictions import predicted_layer, record_of, symbols_of
+from .._core.predictions import predicted_layer, predicted_table, record_of, symbols_of
 from ._canvas import Canvas, canvases, finish, on_glass
 from ._panels import Panel, Style, as_log, check_palette, class_colours, class_panel, draw_panels
 
@@ -39,6 +39,7 @@ def spatial(
     shared_scale: bool = False,
     image: bool = True,
     bbox: Sequence[float] | None = None,
+    inset: Sequence[float] | None = None,
     vmin: float | str | Sequence[float | str | None] | None = None,
     vmax: float | str | Sequence[float | str | None] | None = None,
     cmap: str | Colormap = "viridis",
@@ -90,10 +91,12 @@ def spatial(
     bbox
         Region to draw, (xmin, ymin, xmax, ymax) in pixels of the full-resolution image; of a table, in the unit of
         ``obsm["spatial"]``.
+    inset
+        Smaller region, in the same unit, to enlarge in a corner of each panel.
     vmin, vmax
         Ends of the colour scale: a number, a percentile such as ``"p99"``, or a list with one for each name, and for
-        each class of ``"probabilities"``. Default: the 1st and the 99th percentile of the panel, so that predicted and measured compare; of fewer than 100 spots
-        none is clipped. Probabilities go from 0 to 1. Slides of one figure have one scale.
+        each class of ``"probabilities"``. Default: the 1st and the 99th percentile of the panel, so that predicted and measured
+        compare; of fewer than 100 spots none is clipped. Probabilities go from 0 to 1. Slides of one figure have one scale.
     cmap
         Colour map of numbers.
     palette
@@ -151,7 +154,7 @@ def spatial(
     >>> ax = hg.pl.spatial(sdata, color="confidence", figsize=(4, 3))
     """
     validate.arguments(spatial, locals())
-    style = Style(image, size, alpha, cmap, vmin, vmax, legend_loc, frameon, bbox)
+    style = Style(image, size, alpha, cmap, vmin, vmax, legend_loc, frameon, bbox, inset)
     if ncols is not None:
         validate.whole(ncols, "ncols")
     names = [*_listed(genes, "genes"), *_listed(color, "color")]
@@ -360,15 +363,10 @@ def _name(table: AnnData, layer: str | None) -> str:
 
 def _table_with(sdata: SpatialData, names: list[str], prediction_key: str) -> str | None:
     """Prefer the measured table; if it lacks a name, the table of all model genes, where there is one."""
-    from .._core.predictions import predicted_table
-
     keys = Keys(prediction_key)
     first = predicted_table(sdata, prediction_key)
     others = [key for key, table in sdata.tables.items() if keys.uns in table.uns and key != first]
-    for key in (first, *others):
-        if not _unknown(sdata[key], names, keys):
-            return key
-    return first
+    return next((key for key in (first, *others) if not _unknown(sdata[key], names, keys)), first)
 
 
 def _columns(table: AnnData, names: list[str], keys: Keys) -> np.ndarray:
