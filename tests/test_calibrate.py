@@ -303,3 +303,16 @@ def test_places_that_are_no_file_are_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="`path` .* is not there; name the file"):
         hg.Calibration.load(tmp_path / "nowhere.npz")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_shows_what_a_calibration_covers_on_new_patients():
+    calibration, new = calibrated(cohort(30, 1)), cohort(5, 2)
+    new.obsm["spatial"] = np.stack([np.arange(new.n_obs) % 10, np.arange(new.n_obs) // 10], 1) * 100.0
+    options = {"layer": "other", "measured": "truth", "measured_scale": "log", "calibration": calibration}
+    ax = hg.pl.calibration(new, coverages=[0.5, 0.9], **options)
+    (line,) = [each for each in ax.lines if "mean over" in each.get_label()]
+    np.testing.assert_allclose(line.get_ydata(), [covered(new, c, calibration) for c in (0.5, 0.9)], atol=1e-4)
+    with pytest.raises(ValueError, match="`annotation_key` is compared .* layer 'other' is of another model"):
+        hg.pl.calibration(new, annotation_key="patient", **options)
+    with pytest.raises(TypeError, match="`calibration` is of type str"):
+        hg.pl.calibration(new, **options | {"calibration": "other.npz"})

@@ -115,3 +115,33 @@ def test_spots_that_a_layer_of_another_model_was_adapted_to_are_not_judged():
     assert (pooled["n_spots"] == (~fitted).sum()).all()
     seen = hg.get.evaluation(table, "predictors").set_index("predictor")["seen"]["other_model_adapted"]
     assert f"expression of {fitted.sum()} measured spots of this slide, which are not judged" in seen
+
+
+def test_genes_are_ranked_by_an_evaluation_of_the_layer():
+    table = slides(3)
+    with pytest.raises(ValueError, match="holds no prediction 'he2gene'.*pass key='he2gene_eval'"):
+        hg.pl.predictability(table)
+    hg.tl.evaluate(table, layer="other_model", baselines="total counts", n_splits=2)
+    ax = hg.pl.predictability(table, key="he2gene_eval", genes=3)
+    genes = hg.get.evaluation(table, "genes").query("predictor == 'other_model'")
+    mean = genes[genes["scope"] == "mean"].set_index("gene")["pearson"].sort_values(ascending=False)
+    (points,) = [each for each in ax.collections if len(each.get_offsets()) == table.n_vars]
+    np.testing.assert_allclose(points.get_offsets()[:, 1], mean)
+    assert {text.get_text() for text in ax.texts} == set(mean.index[:3])
+    legend = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert legend == {"lowest to highest of 3 sections", "genes (20)", "noise ceiling"}
+    with pytest.raises(ValueError, match="pass the object that has it as `model`"):
+        hg.pl.predictability(key="he2gene_eval")
+
+
+def test_what_was_not_evaluated_is_left_out_unless_asked_for():
+    table = slides(2)
+    counts = table.X.toarray()
+    counts[:48, 0], table.layers["other_model"][:48, 0] = 0, 0
+    table.X = counts
+    hg.tl.evaluate(table, layer="other_model", baselines="total counts", n_splits=2)
+    here = "scope == 'section' and section == 'P0' and predictor == 'other_model' and gene == 'g0'"
+    assert hg.get.evaluation(table, "genes").query(here).empty
+    (row,) = hg.get.evaluation(table, "genes", dropna=False).query(here).to_dict("records")
+    assert np.isnan(row["pearson"])
+    assert not hg.get.evaluation(table, "genes")["pearson"].isna().all()

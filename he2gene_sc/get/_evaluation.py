@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Tables by name; ``"genes"`` are those of the model and of the baselines, one below the other.
 TABLES = ("summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion")
+#: Columns of the tables of metrics that are not metrics.
+_PLACES = ["gene", "class", "scope", "section", "predictor", "panel", "n_spots", "n_genes", "n_constant", "n_labelled"]
 
 
 def evaluation(
@@ -23,6 +25,7 @@ def evaluation(
         "summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion"
     ] = "summary",
     *,
+    dropna: bool = True,
     key: str = "he2gene_eval",
     table_key: str | None = None,
 ) -> pd.DataFrame:
@@ -40,6 +43,8 @@ def evaluation(
         labels that were not judged, counted. ``"annotation"``: balanced accuracy, macro F1, macro AUROC and expected
         calibration error by section. ``"classes"``: recall, F1 and AUROC of each class. ``"confusion"``: number of
         spots by label and predicted class.
+    dropna
+        Leave out rows without any metric: what was not evaluated, such as a gene that is constant in a section.
     key
         ``key_added`` of the run.
     table_key
@@ -68,18 +73,14 @@ def evaluation(
     if what not in TABLES:
         raise ValueError(f"`what` is {what!r}, valid: {list(TABLES)}")
     stored = find_result(data, "evaluate", key, table_key)
-    if what == "genes":
-        parts = [stored[name] for name in ("genes", "baselines") if name in stored]
-        return _as_texts(pd.concat(parts, ignore_index=True))
     if what == "baselines" and what not in stored:
         raise ValueError('`what`: no baseline was computed; see what="predictors" for the reasons')
     if what not in stored:
         raise ValueError(f"`what`: {what!r} was not evaluated; run hg.tl.evaluate(annotation_key=...)")
-    frame = stored[what].reset_index(drop=True)
-    return _as_texts(frame) if what == "baselines" else frame
-
-
-def _as_texts(frame: pd.DataFrame) -> pd.DataFrame:
-    for column in ("scope", "section", "predictor"):
-        frame[column] = frame[column].astype(str)
-    return frame
+    parts = [stored[what]] + ([stored["baselines"]] if what == "genes" and "baselines" in stored else [])
+    frame = pd.concat(parts, ignore_index=True)
+    metrics = frame.columns.difference(_PLACES)
+    if dropna and what in ("summary", "genes", "baselines", "annotation", "classes"):
+        frame = frame[frame[metrics].notna().any(axis=1)].reset_index(drop=True)
+    texts = ("scope", "section", "predictor") if what in ("genes", "baselines") else ()
+    return frame.astype(dict.fromkeys(texts, str))

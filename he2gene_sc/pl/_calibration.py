@@ -10,11 +10,23 @@ import numpy as np
 
 from .._core import validate
 from .._core.expression import Scale
+from .._core.genes import symbols_in
 from .._core.keys import MADE, Keys
-from .._core.predictions import predicted_layer, record_of, symbols_of
+from .._core.matrix import values_of
+from .._core.predictions import predicted_layer, prediction_of, record_of, symbols_of
 from .._core.spots import get_table
 from ..stats import N_BINS
-from ..tl._interval_ends import OfAdapted, OfModel, adaptation_of, check_by, check_coverage, of_adapted, of_model
+from ..tl._calibrate import Calibration, check_calibrated
+from ..tl._interval_ends import (
+    OfAdapted,
+    OfModel,
+    adaptation_of,
+    check_by,
+    check_coverage,
+    of_adapted,
+    of_calibration,
+    of_model,
+)
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:
@@ -39,6 +51,7 @@ def calibration(
     measured_scale: Scale = "auto",
     by: Literal["annotation", "detected"] | None = "annotation",
     model: str | Path | HE2Gene | None = None,
+    calibration: Calibration | None = None,
     gene_symbols: str | None = None,
     prediction_key: str = "he2gene",
     table_key: str | None = None,
@@ -55,7 +68,7 @@ def calibration(
     ----------
     data
         Object or table that :func:`he2gene_sc.tl.predict` wrote to, with measured counts: of the same table, or of the one
-        beside it where ``predict(genes="all")`` made a table.
+        beside it where ``predict(genes="all")`` made a table. With a ``calibration`` any with its layer.
     layer
         Prediction that is checked, as in :func:`he2gene_sc.tl.intervals`. Of an adapted one, spots that it was fitted on are
         left out.
@@ -66,8 +79,8 @@ def calibration(
         Coverages to ask for.
     measured, measured_scale
         Layer of what was measured (``None``: ``X``), and what it holds, as in ``hg.tl.evaluate``.
-    by, model, gene_symbols
-        As in :func:`he2gene_sc.tl.intervals`.
+    by, model, calibration, gene_symbols
+        As in :func:`he2gene_sc.tl.intervals`: with a ``calibration`` the layer is of any model.
     prediction_key
         ``key_added`` of predict.
     table_key
@@ -98,27 +111,46 @@ def calibration(
     >>> hg.tl.predict(sdata, show_progress_bar=False)
     >>> ax = hg.pl.calibration(sdata)
     """
-    validate.arguments(calibration, locals())
+    validate.arguments(globals()["calibration"], locals())  # a parameter has the name of the function
     from ..models import load
     from ..tl._evaluate.aligned import Asked, proba_of, read
 
     check_by(by)
     levels = _checked(coverages)
-    table = get_table(data, table_key, prediction_key=prediction_key)
-    keys, record = Keys(prediction_key), record_of(table, prediction_key)
-    layer = predicted_layer(table, prediction_key, layer)
-    adapted = adaptation_of(table, record, layer)
-    gene_symbols = symbols_of(table, record, gene_symbols)
     bounds: list[OfModel] | list[OfAdapted]
-    if adapted is None:
-        # Of a table of all genes it is the measured one beside it that has the column.
-        own = None if MADE in table.uns and gene_symbols not in table.var else gene_symbols
-        bounds = [of_model(table, record, model, c, by, own, keys) for c in levels]
+    if calibration is not None:
+        table = get_table(data, table_key, layer=layer)
+        check_calibrated(calibration, values_of(table, layer), layer, model)
+        ours = prediction_of(table, layer)
+        if annotation_key is not None and ours is None:
+            raise ValueError(
+                f"`annotation_key` is compared with an annotation of hg.tl.predict; layer {layer!r} is of another model, leave it out"
+            )
+        keys = Keys(ours or prediction_key)
+        bounds = [of_calibration(table, calibration, c, by, symbols_in(table, gene_symbols)) for c in levels]
+        asked = Asked(
+            layer,
+            measured,
+            measured_scale,
+            gene_symbols=gene_symbols,
+            is_other=ours is None,
+            layer_scale=calibration.layer_scale,
+        )
     else:
-        bounds = [of_adapted(adapted, c, table.n_vars) for c in levels]
-    asked = Asked(
-        layer, measured, measured_scale, model=None if model is None else load(model), gene_symbols=gene_symbols
-    )
+        table = get_table(data, table_key, prediction_key=prediction_key)
+        keys, record = Keys(prediction_key), record_of(table, prediction_key)
+        layer = predicted_layer(table, prediction_key, layer)
+        adapted = adaptation_of(table, record, layer)
+        gene_symbols = symbols_of(table, record, gene_symbols)
+        if adapted is None:
+            # Of a table of all genes it is the measured one beside it that has the column.
+            own = None if MADE in table.uns and gene_symbols not in table.var else gene_symbols
+            bounds = [of_model(table, record, model, c, by, own, keys) for c in levels]
+        else:
+            bounds = [of_adapted(adapted, c, table.n_vars) for c in levels]
+        asked = Asked(
+            layer, measured, measured_scale, model=None if model is None else load(model), gene_symbols=gene_symbols
+        )
     judged = read(data, table, keys, asked)
     genes = np.flatnonzero(np.all([found.known[judged.columns] for found in bounds], axis=0))
     if not len(genes):

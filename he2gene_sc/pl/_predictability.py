@@ -14,6 +14,7 @@ from .._core import validate
 from .._core.genes import find_genes
 from .._core.keys import Keys
 from .._core.predictions import predicted_by
+from .._core.results import find_result
 from .._core.spots import get_table
 from ._canvas import axes_for, finish
 
@@ -42,6 +43,7 @@ def predictability(
     model: HE2Gene | str | Path | SpatialData | AnnData = "breast-her2st",
     *,
     genes: str | Sequence[str] | int = 10,
+    key: str | None = None,
     gene_symbols: str | None = None,
     prediction_key: str = "he2gene",
     table_key: str | None = None,
@@ -54,6 +56,8 @@ def predictability(
 ) -> Axes | Figure | None:
     """Rank the genes by their held-out Pearson correlation, with its interval and the noise ceiling.
 
+    With ``key`` the correlations are those of :func:`he2gene_sc.tl.evaluate` on the object, of a layer of any model.
+
     Parameters
     ----------
     model
@@ -61,6 +65,9 @@ def predictability(
         model, whose predicted genes are shown.
     genes
         Genes to label, or so many of the best; at most 40.
+    key
+        ``key_added`` of :func:`he2gene_sc.tl.evaluate`. Points are then means over the sections of the object, and the band goes
+        from the lowest section to the highest.
     gene_symbols
         As given to predict; default: what it recorded.
     prediction_key
@@ -94,7 +101,12 @@ def predictability(
     >>> ax = hg.pl.predictability(genes=["ERBB2", "CD24"])
     """
     validate.arguments(predictability, locals())
-    table, rule = _genes_of(model, prediction_key, table_key, gene_symbols)
+    if key is None:
+        table, rule = _genes_of(model, prediction_key, table_key, gene_symbols)
+        band_of, of = f"95 % interval over {_unit(rule)}", "held-out Pearson correlation"
+    else:
+        table, rule, of = _genes_evaluated(model, key, table_key)
+        band_of = rule
     if table["pcc"].isna().all():
         raise ValueError("`model` has no held-out figures: nothing is known of how well it predicts any gene")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
@@ -105,7 +117,7 @@ def predictability(
         low, high = table["pcc_low"], table["pcc_high"]
         # Of many genes the ends of each would be noise.
         band = (rank, low, high) if len(table) <= _MANY else (*_running(low), _running(high)[1])
-        ax.fill_between(*band, color="#dfe6ee", lw=0, label=f"95 % interval over {_unit(rule)}")
+        ax.fill_between(*band, color="#dfe6ee", lw=0, label=band_of)
         at = table.index.get_indexer(chosen if len(chosen) <= _MAX_BARS else [])
         gap = np.full(len(at), np.nan)
         bars = np.stack([low.iloc[at], high.iloc[at], gap], 1).ravel()
@@ -114,7 +126,7 @@ def predictability(
         faint: dict[str, Any] = {"s": 2, "alpha": 0.2} if len(table) > _MANY else {"s": 8, "alpha": 0.7}
         ax.scatter(rank, table["pcc_new_patient"], lw=0, color=_NEW_PATIENT, zorder=2, rasterized=True, **faint)
         ax.plot(*_running(table["pcc_new_patient"]), color=_NEW_PATIENT, label=_new_patients(rule), zorder=4)
-    for reliable, name in ((False, "not reliable"), (True, "reliable")):
+    for reliable, name in ((False, "not reliable"), (True, "reliable")) if key is None else ((True, "genes"),):
         here = table["reliable"].to_numpy(bool) == reliable
         ax.scatter(
             rank[here], table["pcc"][here], s=7, color=_COLOURS[reliable], label=f"{name} ({here.sum():,})", zorder=3
@@ -125,7 +137,7 @@ def predictability(
     ax.set_xscale("log")
     ax.set_xlim(0.8, 1.3 * len(table))
     ax.set_xlabel("genes, best predicted first (rank)")
-    ax.set_ylabel("held-out Pearson correlation")
+    ax.set_ylabel(of)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     _label(ax, table, chosen)
     return finish([ax], save, title, show, return_fig)
@@ -214,7 +226,10 @@ def _genes_of(
     table = get_table(model, table_key, prediction_key=prediction_key)
     keys = Keys(prediction_key)
     if keys.predicted not in table.var:
-        raise ValueError(f"`model` holds no prediction {prediction_key!r}; run hg.tl.predict first")
+        raise ValueError(
+            f"`model` holds no prediction {prediction_key!r}; run hg.tl.predict first, or, with the layer of another model, "
+            "hg.tl.evaluate(data, layer=...), and pass key='he2gene_eval'"
+        )
     record = table.uns[keys.uns]
     if gene_symbols is None and record.get("gene_symbols") in table.var:
         gene_symbols = record["gene_symbols"]
@@ -223,3 +238,23 @@ def _genes_of(
     genes = found.genes.iloc[wanted.positions]
     genes = genes.assign(symbol=genes.index).set_axis(table.var_names[wanted.columns], axis=0)
     return genes[table.var[keys.predicted].to_numpy(bool)[wanted.columns]], found.card.reliable_rule
+
+
+def _genes_evaluated(data: Any, key: str, table_key: str | None) -> tuple[pd.DataFrame, str, str]:
+    """Correlations of an evaluation, what their ends are of, and the layer."""
+    if not hasattr(data, "obs_names") and not hasattr(data, "tables"):
+        raise ValueError("`key` names an evaluation of hg.tl.evaluate; pass the object that has it as `model`")
+    found = find_result(data, "evaluate", key, table_key)["genes"]
+    sections = found[found["scope"] == "section"].groupby("gene", observed=True)["pearson"]
+    mean = found[found["scope"] == "mean"].set_index("gene")
+    table = pd.DataFrame({"pcc": mean["pearson"], "ceiling": mean["ceiling_high"]})
+    n = found.loc[found["scope"] == "section", "section"].nunique()
+    if n > 1:
+        table = table.assign(pcc_low=sections.min(), pcc_high=sections.max())
+    layer = found["predictor"].iloc[0]
+    table.index = pd.Index(table.index.astype(str))
+    return (
+        table.assign(reliable=True),
+        f"lowest to highest of {n} sections",
+        f"Pearson correlation, {layer} with measured",
+    )
