@@ -1,9 +1,12 @@
 """Sphinx configuration. The build reads nothing from the network, unless asked for links to other projects."""
 
+import html
 import os
+import re
 import shutil
 from importlib.metadata import version as installed
 from pathlib import Path
+from urllib.parse import unquote
 
 from docutils import nodes
 
@@ -73,6 +76,8 @@ html_css_files = ["custom.css"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
+#: Pages that have moved: links from elsewhere find them.
+MOVED = {"bring_your_slide": "howto/index", "statistics": "statistics/index"}
 GALLERY = "generated/tutorials/gallery"
 
 
@@ -101,6 +106,41 @@ def write_llms(app, error):
     (Path(app.outdir) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_moved(app, error):
+    """Lead from the old place of a page to the new one."""
+    if error or app.builder.format != "html":
+        return
+    for old, new in MOVED.items():
+        page = f'<!doctype html><meta http-equiv="refresh" content="0; url={new}.html"><a href="{new}.html">This page has moved.</a>'
+        (Path(app.outdir) / f"{old}.html").write_text(page, encoding="utf-8")
+
+
+def check_links(app, error):
+    """Refuse links to a page, or a place on it, that these pages do not have."""
+    if error or app.builder.name != "html":
+        return
+    pages = {path.resolve(): path.read_text(encoding="utf-8") for path in Path(app.outdir).rglob("*.html")}
+    places = {
+        page: {html.unescape(name) for name in re.findall(r'\bid="([^"]+)"', text)} for page, text in pages.items()
+    }
+    broken = []
+    for page, text in pages.items():
+        if (
+            "_modules" in page.parts
+        ):  # made by viewcode, whose links back are by the module that a function is written in
+            continue
+        for link in set(re.findall(r'<a\b[^>]*?\bhref="([^"]*)"', text)):
+            target, _, place = unquote(html.unescape(link)).partition("#")
+            if re.match(r"[a-z]+:", target):
+                continue
+            found = (page.parent / target).resolve() if target else page
+            if not found.exists() or (place and found in places and place not in places[found]):
+                broken.append(f"{page.relative_to(Path(app.outdir).resolve())}: {link}")
+    if broken:
+        raise ValueError("links that lead nowhere:\n" + "\n".join(sorted(broken)))
+
+
 def setup(app):
     app.connect("doctree-resolved", show_picture)
-    app.connect("build-finished", write_llms)
+    for write in (write_llms, write_moved, check_links):
+        app.connect("build-finished", write)
