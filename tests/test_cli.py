@@ -146,6 +146,28 @@ def test_what_another_saved_meanwhile_stays_and_the_prediction_is_written_beside
     assert not beside.images
 
 
+@pytest.mark.parametrize(
+    ("slide", "error"),
+    [("store", ValueError("it cannot be written")), ("image", OSError(28, "No space left on device"))],
+)
+def test_a_prediction_that_cannot_be_saved_is_written_elsewhere(main, request, monkeypatch, slide, error):
+    path, save, tried = request.getfixturevalue(slide), hg.io.save, []
+
+    def failing(*arguments, **options):
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise error
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(hg.io, "save", failing)
+    code, _, err = main("predict", path, *(["--mpp", "2"] if slide == "image" else []))
+    assert code == 1
+    assert f"{error}. The prediction is in" in err
+    beside = sd.read_zarr(path.with_name(f"{path.stem}-he2gene-1.zarr"))
+    assert any("he2gene" in table.layers for table in beside.tables.values())
+    assert not beside.images
+
+
 def test_evaluate_prints_the_summary_and_writes_the_genes(run, tmp_path):
     toy = hg.datasets.toy((3, 4), mpp=2.0)
     words = {"tumour": "invasive cancer", "stroma": "connective tissue", "adipose": "adipose tissue"}

@@ -80,6 +80,12 @@ def element_names(sdata: SpatialData) -> list[tuple[str, str]]:
     return [(kind, name) for kind in _KINDS for name in getattr(sdata, kind)]
 
 
+def is_as_written(attrs: Mapping[str, Any], kind: str, name: str, element: Any) -> bool:
+    """Whether labels or shapes are what one of our functions wrote, by its record in the attributes of their object."""
+    written = attrs.get(ATTRS, {}).get(_WRITTEN, {}).get(kind, {})
+    return name in written and of_element(element) == written[name]
+
+
 def copy_tables(sdata: SpatialData) -> SpatialData:
     """Return an object that shares every element but the tables, which are copied."""
     import spatialdata as sd

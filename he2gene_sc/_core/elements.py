@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,11 +121,46 @@ def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
     return sdata.shapes[shapes_key] if shapes_key in sdata.shapes else sdata.labels[shapes_key]
 
 
+def levels(element: Any) -> list[Any]:
+    """Arrays of an image or labels, finest first."""
+    if hasattr(element, "children"):
+        return [next(iter(level.data_vars.values())) for level in element.children.values()]
+    return [element]
+
+
+def zarr_folders(array: Any) -> list[Path]:
+    """Folders of the zarr arrays that a dask array reads."""
+    sources = []
+    for name, layer in getattr(getattr(array, "dask", None), "layers", {}).items():
+        if name.startswith("original-from-zarr"):
+            sources.append(dict(layer)[name])
+    roots = [(getattr(getattr(source, "store", None), "root", None), source) for source in sources]
+    return [Path(root, source.path) for root, source in roots if root is not None]
+
+
+def check_files(place: str, element: Any) -> None:
+    """Refuse images, labels and lazy tables whose zarr files are gone: zarr would give zeros."""
+    if hasattr(element, "obs_names"):
+        slots = (element.layers, element.obsm, element.varm, element.obsp, element.varp)
+        arrays = [element.X, *(value for slot in slots for value in slot.values())]
+    elif hasattr(element, "dims") or hasattr(element, "children"):
+        arrays = [level.data for level in levels(element)]
+    else:
+        return
+    for folder in (folder for array in arrays for folder in zarr_folders(array)):
+        if not any((folder / name).is_file() for name in ("zarr.json", ".zarray")):
+            raise FileNotFoundError(
+                f"`sdata`: {place} reads {str(folder.absolute())!r}, which is not there: was the store moved or deleted, or has "
+                "the working folder changed? Read it again with spatialdata.read_zarr"
+            )
+
+
 def spots_of_element(sdata: SpatialData, shapes_key: str) -> Spots:
     """Ids, centres and diameters of the spots of an element."""
     if shapes_key in sdata.shapes:
         spots = _spots_of_shapes(sdata.shapes[shapes_key])
     else:
+        check_files(f"labels[{shapes_key!r}]", sdata.labels[shapes_key])
         spots = _spots_of_labels(sdata.labels[shapes_key])
     if not len(spots.ids):
         raise ValueError(f"`shapes_key` {shapes_key!r} holds no spots")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels, read_darkness
-from .elements import Spots, check_spatialdata, spot_element
+from .elements import Spots, check_files, check_spatialdata, spot_element
 from .mpp import affine
 
 if TYPE_CHECKING:
@@ -232,6 +232,7 @@ def _points(sdata: SpatialData, frames: Mapping[str, np.ndarray], spots: Spots |
 def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
     """Wrap an image of the object, single or multiscale, finest level first."""
     element = sdata.images[image_key]
+    check_files(f"images[{image_key!r}]", element)
     nodes = [node["image"] for node in element.values()] if hasattr(element, "children") else [element]
     arrays = sorted(
         (_in_rgb_order(node.transpose("c", "y", "x"), image_key) for node in nodes), key=lambda a: -a.sizes["x"]

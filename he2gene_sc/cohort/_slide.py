@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,12 +97,9 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
         sdata.attrs[ATTRS] = {**sdata.attrs.get(ATTRS, {}), SOURCE: source}
     try:
         return io.save(sdata, job.output, overwrite=job.overwrite)
-    except (FileExistsError, BlockingIOError) as error:
-        if not in_place:
-            raise
-        raise type(error)(
-            f"{error}. The prediction is in {str(_rescue(sdata, job.output))!r}, without the image"
-        ) from error
+    except (OSError, ValueError) as error:
+        kind = type(error) if isinstance(error, OSError) else ValueError
+        raise kind(f"{error}. The prediction {_rescue(sdata, job.output)}") from error
 
 
 def _open(store: Path) -> SpatialData:
@@ -148,11 +147,15 @@ def _write_labels(sdata: SpatialData, job: Job) -> None:
                 table.obs[name] = table.obs[name].astype("category")
 
 
-def _rescue(sdata: SpatialData, target: Path) -> Path:
-    """Write what was predicted beside a store that others have changed meanwhile."""
+def _rescue(sdata: SpatialData, target: Path) -> str:
+    """Write what was predicted beside a store that cannot be written, else among the temporary files; say where."""
     from .. import io
 
-    places = (target.with_name(f"{target.stem}-he2gene-{number}.zarr") for number in itertools.count(1))
     for name in list(sdata.images):
         del sdata.images[name]
-    return io.save(sdata, next(place for place in places if not place.exists()))
+    for folder in (target.parent, Path(tempfile.gettempdir())):
+        places = (folder / f"{target.stem}-he2gene-{number}.zarr" for number in itertools.count(1))
+        with contextlib.suppress(OSError, ValueError):
+            place = io.save(sdata, next(place for place in places if not place.exists()))
+            return f"is in {str(place)!r}, without the image"
+    return "is lost: neither beside it nor among the temporary files could it be written"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core.elements import levels, zarr_folders
 from .._core.keys import MADE
 from .._core.ownership import is_result, written_in
 from ._same import same, same_array, same_column
@@ -96,8 +97,9 @@ def _names(found: Difference, axis: str, there: Any, here: Any) -> None:
     if there.equals(here):
         return
     gone = ~np.isin(there, here)
-    if gone.any():
-        found.lost.append(f"{gone.sum()} of {len(there)} rows of {axis} ({', '.join(there[gone][:3])}, …)")
+    n_gone = max(gone.sum(), len(there) - len(here))
+    if n_gone:
+        found.lost.append(f"{n_gone} of {len(there)} rows of {axis} ({', '.join(there[gone][:3])}, …)")
     else:
         found.altered.append(f"{axis}_names")
 
@@ -185,39 +187,42 @@ def _of_verbs(uns: Mapping[str, Any], lost: list[str]) -> set[str]:
 # --- Elements in space -----------------------------------------------------------------------------------------------
 
 
-def spatial_difference(kind: str, there: Any, here: Any) -> Difference:
+def spatial_difference(kind: str, name: str, there: Any, here: Any) -> Difference:
     """Compare an image, labels, points or shapes with what lies on disk; pixels are read only if they may differ."""
-    compare = {"images": _same_raster, "labels": _same_raster, "points": _same_points, "shapes": _same_shapes}[kind]
     found = Difference()
-    if not compare(there, here):
-        found.altered.append("pixels" if kind in ("images", "labels") else "values")
-        return found
-    if not same_transformations(there, here):
-        found.altered.append("transformations")
+    if kind in ("images", "labels"):
+        if not _same_raster(there, here):
+            found.altered.append("pixels")
+    elif kind == "shapes":
+        _rows(found, name, there.to_wkb(), here.to_wkb())
+    elif getattr(there, "_name", None) != getattr(here, "_name", ()):
+        _rows(found, name, there.compute(), here.compute())
+    data_differ = bool(found)
+    _transformations(found, there, here)
     if kind == "images" and channels(there) != channels(here):
         found.altered.append("channel names")
-    found.metadata_only = bool(found)
+    found.metadata_only = bool(found) and not data_differ
     return found
 
 
-def same_transformations(there: Any, here: Any) -> bool:
-    """Whether two elements lie at the same place of the same coordinate systems."""
+def _rows(found: Difference, name: str, there: Any, here: Any) -> None:
+    """Compare shapes or points, row by row and column by column."""
+    if not same_column(there.index.to_series(), here.index.to_series()):
+        found.altered.append(f"index of {name}")
+        _names(found, name, there.index.astype(str), here.index.astype(str))
+    _frame(found, name, there, here)
+
+
+def _transformations(found: Difference, there: Any, here: Any) -> None:
+    """Compare where two elements lie, in each coordinate system."""
     from spatialdata.models import get_axes_names
     from spatialdata.transformations import get_transformation
 
     before, now = (get_transformation(element, get_all=True) for element in (there, here))
     axes = tuple(axis for axis in get_axes_names(here) if axis != "c")
-    return set(before) == set(now) and all(
-        np.array_equal(before[name].to_affine_matrix(axes, axes), now[name].to_affine_matrix(axes, axes))
-        for name in before
-    )
-
-
-def levels(element: Any) -> list[Any]:
-    """Arrays of an image or labels, finest first."""
-    if hasattr(element, "children"):
-        return [next(iter(level.data_vars.values())) for level in element.children.values()]
-    return [element]
+    for name in found.note("transformations", before, now):
+        if not np.array_equal(*(way[name].to_affine_matrix(axes, axes) for way in (before, now))):
+            found.altered.append(f"transformations[{name!r}]")
 
 
 def channels(element: Any) -> list[str]:
@@ -253,34 +258,8 @@ def _same_pixels(there: Any, here: Any) -> bool:
 def _source(array: Any) -> str | None:
     """Return the zarr array that a dask array reads as it stands, rechunked or not; ``None`` for any other."""
     layers = getattr(getattr(array, "dask", None), "layers", {})
-    found = set()
-    for name, layer in layers.items():
-        if name.startswith("original-from-zarr"):
-            source = dict(layer)[name]
-            root = getattr(getattr(source, "store", None), "root", None)
-            found.add(None if root is None else str(Path(root, source.path).resolve()))
-        elif not name.startswith(("from-zarr", "rechunk-merge", "rechunk-split", "rechunk-p2p")):
-            return None
+    as_it_stands = ("original-from-zarr", "from-zarr", "rechunk-merge", "rechunk-split", "rechunk-p2p")
+    if not all(name.startswith(as_it_stands) for name in layers):
+        return None
+    found = {str(folder.resolve()) for folder in zarr_folders(array)}
     return found.pop() if len(found) == 1 else None
-
-
-def _same_points(there: Any, here: Any) -> bool:
-    if getattr(there, "_name", None) == getattr(here, "_name", ()):
-        return True
-    if list(there.columns) != list(here.columns):
-        return False
-    return there.compute().equals(here.compute())
-
-
-def _same_shapes(there: Any, here: Any) -> bool:
-    if list(there.columns) != list(here.columns) or len(there) != len(here):
-        return False
-    if not same_column(there.index.to_series(), here.index.to_series()) or there.index.name != here.index.name:
-        return False
-    for name in there.columns:
-        if name == "geometry":
-            if not np.array_equal(there.geometry.to_wkb(), here.geometry.to_wkb()):
-                return False
-        elif not same(there[name], here[name]):
-            return False
-    return True

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
-from ._differences import Change, levels
+from .._core.elements import check_files, levels
+from ._differences import Change
 from ._files import link_tree, swap, sync, sync_tree
 from ._staging import write
 from ._store import KINDS, ROOT_FILES, STAGING, elements, is_store, locked
@@ -46,9 +47,11 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     Raises
     ------
     ValueError
-        If ``path`` is ``None`` and the object has no store, or an element cannot be written.
+        If ``path`` is ``None`` and the object has no store, or an element or a value of ``sdata.attrs`` cannot be written.
     FileExistsError
         If something would be lost without ``overwrite``, or ``path`` is not a SpatialData store.
+    FileNotFoundError
+        If the object's store, or one that an element reads lazily, is not there.
     BlockingIOError
         If another process is saving to the store.
     OSError
@@ -71,6 +74,11 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     validate.arguments(save, locals())
     if path is None and sdata.path is None:
         raise ValueError("`path` is None and `sdata` was not read from a store; say where to write")
+    if path is None and not resolved(sdata.path).exists():
+        raise FileNotFoundError(
+            f"`path` is None and the store of `sdata`, {str(resolved(sdata.path))!r}, is not there: was it moved, or has the "
+            "working folder changed? Read it again with spatialdata.read_zarr, or say where to write"
+        )
     # A link is followed: what is replaced is the store, not the link to it.
     target = resolved(path if path is not None else sdata.path)
     if sdata.path is not None and target == resolved(sdata.path) and target.exists() and is_store(target):
@@ -145,6 +153,7 @@ def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
         new = staging / "new"
         members: dict[str, dict[str, Any]] = {}
         for kind, name, element in sdata.gen_elements():
+            check_files(f"{kind}[{name!r}]", element)
             members.setdefault(kind, {})[name] = element
         write(new, members, user_attrs(sdata.attrs))
         if target.exists():

@@ -11,6 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .._core.element_results import is_as_written
+from .._core.elements import check_files
 from .._core.keys import ATTRS
 from ._differences import MAPPINGS, Change, Difference, levels, spatial_difference, table_difference
 from ._files import WAITING, swap, sync, sync_tree
@@ -32,8 +36,8 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
         if interrupted:
             _rename_waiting(sdata)
         before = root_attrs(store) or {}
-        changes, unchanged = _compare(sdata, store)
         attrs = user_attrs(sdata.attrs)
+        changes, unchanged = _compare(sdata, store, before)
         if saved_by(sdata.attrs).get("attrs") != saved_by(before).get("attrs"):
             attrs = _merged(user_attrs(before), attrs)
         attrs_differ = _attrs_difference(user_attrs(before), attrs)
@@ -55,8 +59,9 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
                     _exchange_element(change, store, staging, undo)
                 metadata.write(root)
             reopen(sdata, store, changes)
-        sdata.attrs = _merged(attrs, sdata.attrs)
-        _mark(sdata, {**{key: saved_by(before)[key] for key in unchanged if key in saved_by(before)}, **ids})
+        known = {key: saved_by(before)[key] for key in unchanged if key in saved_by(before)}
+        known = {**saved_by(sdata.attrs), **known, **ids}
+        sdata.attrs = {**attrs, ATTRS: {**attrs.get(ATTRS, {}), SAVED: known}} if known else attrs
         remember(sdata, {(c.kind, c.name): fingerprint(store / c.path) for c in changes})
 
 
@@ -72,18 +77,18 @@ def _rename_waiting(sdata: SpatialData) -> None:
 # --- What differs ----------------------------------------------------------------------------------------------------
 
 
-def _compare(sdata: SpatialData, store: Path) -> tuple[list[Change], list[str]]:
-    """Compare every element with the store; return what is to be written, and what is the same."""
+def _compare(sdata: SpatialData, store: Path, attrs: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
+    """Compare every element with the store, which has ``attrs``; return what is to be written, and what is the same."""
     there = elements(store)
-    kinds = {name: kind for kind, name in there}
+    names = {name.casefold(): (kind, name) for kind, name in there}
     stored = _read(store, {kind for kind, name, _ in sdata.gen_elements() if (kind, name) in there} - {"tables"})
     changes, unchanged = [], []
     for kind, name, element in sdata.gen_elements():
+        check_files(f"{kind}[{name!r}]", element)
         if (kind, name) not in there:
-            if name in kinds:
-                raise ValueError(
-                    f"{kind} {name!r} cannot be saved: the store has {kinds[name]} of that name; rename yours"
-                )
+            if other := names.get(name.casefold()):
+                alike = "of that name" if other[1] == name else f"{other[1]!r}, which differs only in case"
+                raise ValueError(f"{kind} {name!r} cannot be saved: the store has {other[0]} {alike}; rename yours")
             changes.append(Change(kind, name, element))
             continue
         difference = Difference(lost=["all of it: it cannot be read, or is not in the consolidated metadata"])
@@ -92,7 +97,10 @@ def _compare(sdata: SpatialData, store: Path) -> tuple[list[Change], list[str]]:
             if kind == "tables":
                 difference = table_difference(store / kind / name, element)
             elif name in stored:
-                difference = spatial_difference(kind, stored[name], element)
+                difference = spatial_difference(kind, name, stored[name], element)
+                sides = ((attrs, stored[name]), (sdata.attrs, element))
+                if difference.lost and all(is_as_written(side, kind, name, value) for side, value in sides):
+                    difference.of_verbs = {item for item in difference.lost if " rows of " in item}
         if difference:
             changes.append(Change(kind, name, element, difference))
         else:
@@ -150,7 +158,23 @@ def user_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
         kept[ATTRS] = {key: value for key, value in kept[ATTRS].items() if key != SAVED}
         if not kept[ATTRS]:
             del kept[ATTRS]
-    return json.loads(json.dumps(kept))
+    plain: dict[str, Any] = {}
+    for key, value in kept.items():
+        try:
+            plain.update(json.loads(json.dumps({key: value}, default=_listed)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`sdata`: attrs[{key!r}] cannot be saved: {error}; text, numbers, lists and dicts can. Convert it, or delete it: "
+                f"del sdata.attrs[{key!r}]"
+            ) from error
+    return plain
+
+
+def _listed(value: Any) -> Any:
+    """Numbers and arrays of numpy, as JSON has them."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"it holds {value!r} of type {type(value).__name__}")
 
 
 def _attrs_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> Difference:
@@ -168,13 +192,6 @@ def _merged(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]
         if isinstance(there[key], Mapping) and isinstance(here[key], Mapping):
             merged[key] = _merged(there[key], here[key])
     return merged
-
-
-def _mark(sdata: SpatialData, ids: Mapping[str, str]) -> None:
-    """Note in the object which saves it knows of."""
-    if ids:
-        ours = sdata.attrs.get(ATTRS, {})
-        sdata.attrs = {**sdata.attrs, ATTRS: {**ours, SAVED: {**saved_by(sdata.attrs), **ids}}}
 
 
 # --- Exchange --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.element_results import check_element_free, write_element
+from .._core.elements import check_files
 from .._core.images import find_image, pyramid_of
 from .._core.keys import ATTRS, SPOTS
 from .._core.mpp import check_mpp, stored_mpp
@@ -99,6 +100,7 @@ def grid(
         raise ValueError(
             f"`diameter_um` {diameter_um:g} is {diameter:.3g} px at {found[0]:.4g} µm/px; 8 px are the least"
         )
+    check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
     mask = np.asarray(sdata.labels[tissue_key]) > 0
     scale = np.array([pyramid.height / mask.shape[0], pyramid.width / mask.shape[1]])
     share = uniform_filter(

@@ -1,0 +1,138 @@
+"""`hg.io.save` refuses what would lose elements, their rows, columns and places, and images whose files are gone."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+from spatialdata.models import PointsModel
+from spatialdata.transformations import Scale, get_transformation, set_transformation
+
+import he2gene_sc as hg
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def store(tmp_path):
+    sdata = hg.datasets.toy((3, 4), mpp=2.0)
+    sdata.points["cells"] = PointsModel.parse(pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 3.0]}))
+    sdata.write(tmp_path / "slide.zarr")
+    return tmp_path / "slide.zarr"
+
+
+def test_a_store_that_was_moved_is_not_replaced_by_a_black_image(store, tmp_path):
+    sdata = sd.read_zarr(store)
+    store.rename(tmp_path / "old.zarr")
+    with pytest.raises(FileNotFoundError, match="slide.zarr', is not there: was it moved"):
+        hg.io.save(sdata)
+    for path in (store, tmp_path / "new.zarr"):
+        with pytest.raises(FileNotFoundError, match=r"images\['he'\] reads .*slide\.zarr.*which is not there"):
+            hg.io.save(sdata, path)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.zarr"]
+
+
+def test_an_image_whose_files_are_gone_is_not_predicted_nor_saved(store, tiny_model, monkeypatch):
+    sdata = sd.read_zarr(store)
+    (store / "images" / "he").rename(store.parent / "he")
+    monkeypatch.setattr("he2gene_sc.tl._predict._predict_slide", pytest.fail)
+    for verb in (
+        lambda: hg.tl.predict(sdata, model=tiny_model),
+        lambda: hg.pp.tissue(sdata),
+        lambda: hg.io.save(sdata),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"images\['he'\] reads .*which is not there"):
+            verb()
+    assert not (store / "images" / "he").exists()
+
+
+def test_a_relative_store_is_not_made_anew_in_another_working_folder(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sdata = sd.read_zarr("slide.zarr")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="has the working folder changed"):
+        hg.io.save(sdata)
+    assert not list(Path().iterdir())
+
+
+def test_a_name_that_differs_only_in_case_is_refused(store):
+    sdata = sd.read_zarr(store)
+    spots = sdata["spots"]
+    del sdata.shapes["spots"], sdata.tables["table"]
+    sdata.shapes["Spots"] = spots
+    with pytest.raises(
+        ValueError, match="shapes 'Spots' cannot be saved: the store has shapes 'spots', which differs only"
+    ):
+        hg.io.save(sdata)
+    assert "spots" in sd.read_zarr(store)
+
+
+@pytest.mark.parametrize("name", ["he", "spots", "cells"])
+def test_an_alignment_that_another_tool_wrote_is_not_lost(store, name):
+    mine, theirs = sd.read_zarr(store), sd.read_zarr(store)
+    set_transformation(theirs[name], Scale([0.5, 0.5], axes=("x", "y")), "by_hand", write_to_sdata=theirs)
+    mine["table"].obs["n"] = 1
+    with pytest.raises(FileExistsError, match=rf"{name}: transformations\['by_hand'\]"):
+        hg.io.save(mine)
+    assert "by_hand" in get_transformation(sd.read_zarr(store)[name], get_all=True)
+    hg.io.save(mine, overwrite=True)
+    assert set(get_transformation(sd.read_zarr(store)[name], get_all=True)) == {"global"}
+
+
+def test_a_column_of_shapes_that_another_tool_wrote_is_not_lost(store):
+    mine, theirs = sd.read_zarr(store), sd.read_zarr(store)
+    spots = theirs["spots"].assign(by_hand="x")
+    del theirs.shapes["spots"]
+    theirs.delete_element_from_disk("spots")
+    theirs.shapes["spots"] = spots
+    theirs.write_element("spots")
+    mine["table"].obs["n"] = 1
+    with pytest.raises(FileExistsError, match=r"shapes/spots: spots\['by_hand'\]"):
+        hg.io.save(mine)
+    assert "by_hand" in sd.read_zarr(store)["spots"]
+
+
+def test_rows_of_shapes_and_points_are_removed_only_when_told(store):
+    sdata = sd.read_zarr(store)
+    sdata.shapes["spots"] = sdata["spots"].iloc[:5]
+    sdata.points["cells"] = PointsModel.parse(sdata["cells"].compute().iloc[:1])
+    with pytest.raises(FileExistsError, match="2 of 3 rows of cells.*7 of 12 rows of spots"):
+        hg.io.save(sdata)
+    assert len(sd.read_zarr(store)["spots"]) == 12
+    hg.io.save(sdata, overwrite=True)
+    assert [len(sd.read_zarr(store)[name]) for name in ("spots", "cells")] == [5, 1]
+
+
+def test_a_grid_that_is_made_again_needs_no_consent(store):
+    sdata = sd.read_zarr(store)
+    hg.pp.tissue(sdata)
+    hg.pp.grid(sdata, key_added="grid")
+    hg.io.save(sdata)
+    sdata = sd.read_zarr(store)
+    n = len(sdata["grid"])
+    hg.pp.grid(sdata, pitch_um=200, key_added="grid")
+    hg.io.save(sdata)
+    sdata = sd.read_zarr(store)
+    assert 1 < len(sdata["grid"]) < n
+    sdata.shapes["grid"] = sdata["grid"].iloc[:1]
+    with pytest.raises(FileExistsError, match="rows of grid"):
+        hg.io.save(sdata)
+
+
+def test_attributes_of_numpy_are_saved_and_what_json_lacks_is_named(store, tmp_path):
+    sdata = sd.read_zarr(store)
+    sdata.attrs["mine"] = {1: np.int64(3), "b": np.arange(2), "c": np.float32(0.5)}
+    hg.io.save(sdata)
+    plain = {"1": 3, "b": [0, 1], "c": 0.5}
+    assert sdata.attrs["mine"] == sd.read_zarr(store).attrs["mine"] == plain
+    hg.io.save(sdata)
+    assert sdata.attrs["mine"] == plain
+    for value in ({"where": Path("x")}, {1, 2}):
+        sdata.attrs["mine"] = value
+        for path in (None, tmp_path / "new.zarr"):
+            with pytest.raises(ValueError, match=r"attrs\['mine'\] cannot be saved: it holds .*of type"):
+                hg.io.save(sdata, path)
+    assert not (tmp_path / "new.zarr").exists()
+    assert sd.read_zarr(store).attrs["mine"] == plain
