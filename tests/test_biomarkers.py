@@ -319,6 +319,25 @@ def test_ppi_uses_measured_samples_and_predictions_of_others():
         found(tables[:6], layer="he2gene", method="ppi")
 
 
+def test_ppi_takes_depth_off_what_was_measured():
+    """One group is 1.8 times as deep, and nothing else differs."""
+    rng, labels = np.random.default_rng(0), np.repeat(["tumour", "stroma"], 40)
+    composition = rng.lognormal(0, 1.2, 400)
+    tables = []
+    for number in range(12):
+        genes = composition * rng.lognormal(0, 0.2, 400)
+        totals = 3000 * np.where(labels == "tumour", 1.8, 1) * rng.lognormal(0, 0.3, 80)
+        counts = rng.poisson(totals[:, None] * genes / genes.sum()) * (number < 8)
+        table = anndata.AnnData(counts.astype(np.float32), obs={"label": labels, "patient": [f"P{number}"] * 80})
+        noise = 0.05 * rng.standard_normal((80, 400))
+        table.layers["mine"] = np.log1p(1e4 * genes / genes.sum() + abs(noise)).astype(np.float32)
+        tables.append(table)
+    options = {"groups": "tumour", "reference": "stroma", "layer": "mine", "layer_scale": "log", "reliable_only": False}
+    result = hg.tl.biomarkers(tables, "label", method="ppi", **options)
+    assert (result["pvals"] < 0.05).mean() < 0.1
+    assert 0.35 < (result["effect_size"] > 0).mean() < 0.65
+
+
 # ----------------------------------------------------------------------------------------------- reliable, circular
 
 
@@ -481,6 +500,17 @@ def test_cross_fitted_labels_that_agree_little_with_those_given_are_refused_or_w
     with pytest.raises(ValueError, match=r"in [5-7]\d% of the spots; at least 85% are needed"):
         found(tables, "noisy", **options)
     assert tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"] == agreement
+
+
+def test_a_rare_group_whose_cross_fitted_labels_are_others_is_said():
+    tables = [as_predicted(t) for t in patients(4)]
+    for i, table in enumerate(tables):
+        table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+        # One spot of each patient owes its label to nothing that was measured.
+        table.obs["rare"] = table.obs["label"].astype(str).mask(np.arange(40) == 30 + i, "immune")
+    options = {"layer": "he2gene", "cross_fit": True, "depth": None}
+    with pytest.warns(UserWarning, match="of the spots that are 'immune' by either label only 0% are by both"):
+        found(tables, "rare", **options)
 
 
 # ----------------------------------------------------------------------------------------------- bad input
@@ -884,7 +914,8 @@ def test_sections_that_were_not_measured_are_no_zeros_in_concordance():
 
 def test_sections_that_were_not_measured_are_no_zeros_in_ppi():
     tables = _with_unmeasured_sections()
-    result = of(found(tables, layer="he2gene", method="ppi", groups="tumour", reliable_only=False))
+    with pytest.warns(UserWarning, match="depth of the spots is not adjusted for"):
+        result = of(found(tables, layer="he2gene", method="ppi", groups="tumour", reliable_only=False, depth=None))
     spots = anndata.concat(tables, merge="same")
 
     def effect(patient, gene):
@@ -970,6 +1001,24 @@ def test_enrichment_refuses_what_does_not_fit():
         hg.tl.enrichment(tables, net, method="no")
     with pytest.raises(ValueError, match="`statistic`"):
         hg.tl.enrichment(tables, net, statistic="no")
+
+
+def test_sets_that_would_be_scored_wrongly_are_left_out_or_refused():
+    result = found(patients())
+    net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
+    expected = hg.tl.enrichment(result, net)
+    nowhere = pd.DataFrame({"source": [None] * 6, "target": [f"g{i}" for i in range(6)]})
+    whole = pd.DataFrame({"source": "all", "target": result["names"].unique()})
+    pd.testing.assert_frame_equal(hg.tl.enrichment(result, pd.concat([net, nowhere, whole])), expected)
+    twice = pd.concat([net.assign(weight=1.0), net.head(1).assign(weight=-1.0)])
+    with pytest.raises(ValueError, match="`net` names gene 'g0' twice in set 'up', with other weights"):
+        hg.tl.enrichment(result, twice)
+    with pytest.raises(ValueError, match="stands twice in group"):
+        hg.tl.enrichment(pd.concat([result, result.head(1)]), net)
+    with pytest.raises(ValueError, match="`data`: 'scores' is infinite for"):
+        hg.tl.enrichment(result.assign(scores=result["scores"].mask(result["names"] == "g3", np.inf)), net)
+    with pytest.raises(ValueError, match="`data`: 'scores' is the same for all genes"):
+        hg.tl.enrichment(result.assign(scores=1.0), net)
 
 
 def test_marker_sets_are_genes_of_the_bundled_model():

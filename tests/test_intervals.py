@@ -193,6 +193,8 @@ def test_an_adapted_layer_of_few_spots_has_intervals_that_cover_the_others(model
     assert np.isfinite(high).all()
     truth = log_normalise(table.X)[~mask]
     assert 0.84 <= ((truth >= low[~mask]) & (truth <= high[~mask])).mean() <= 0.97
+    seldom = (log_normalise(table.X)[mask] > 0).mean(0) < 0.2
+    assert table.var["he2gene_adapted_rarely_detected"].to_numpy().tolist() == seldom.tolist()
     with pytest.raises(ValueError, match=r"0\.98 needs 99 measured spots; 40 of 40 adapted genes .*0\.95 or less"):
         hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.98)
 

@@ -108,7 +108,8 @@ def adapt(
         ``weights`` (DataFrame, mean weight of each candidate, by section), ``n_measured`` and ``support`` (by section),
         ``residual_levels`` ``(q,)``, ``residual_quantiles`` ``(q, n_vars)`` float32 of measured minus adapted at spots
         that were left out, infinite where the spots are too few for a level (under 19 for 5 %), NaN for genes that were
-        not adapted; ``guarantee``, what intervals made of them are worth.
+        not adapted; ``detected`` ``(n_vars,)``, share of the measured spots that show a gene; ``guarantee``, what intervals
+        made of them are worth.
 
     Warns
     -----
@@ -180,6 +181,9 @@ def adapt(
     quantiles[:, columns] = residual_quantiles(found.residuals)
     gain = np.full(table.n_vars, np.nan, np.float32)
     gain[columns] = found.gain
+    shown = np.full(table.n_vars, np.nan, np.float32)
+    with np.errstate(invalid="ignore"):
+        shown[columns] = (truth > 0).sum(axis=0) / np.isfinite(truth).sum(axis=0)
     n_measured = {name: int(np.isfinite(truth[at]).any(1).sum()) for name, at in rows.items()}
     write_result(
         table,
@@ -202,6 +206,7 @@ def adapt(
             "weights": found.weights,
             "residual_levels": RESIDUAL_LEVELS,
             "residual_quantiles": quantiles,
+            "detected": shown,
             "guarantee": _GUARANTEE,
         },
         layers={key_added: found.expression},

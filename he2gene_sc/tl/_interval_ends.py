@@ -112,7 +112,9 @@ def of_adapted(record: Any, coverage: float, n_vars: int) -> OfAdapted:
     if (adapted & ~known).any() or not known.any():
         _tell_few(coverage, levels, quantiles, adapted, known, low)
     facts = {"guarantee": "none", "unit": "spot", "residuals": str(record.get("guarantee", "of hg.tl.adapt"))}
-    return OfAdapted(lower, upper, known, facts | {"by": "none"})
+    # Adaptations of versions before this was kept do not say.
+    rare = np.asarray(record["detected"]) < RARELY if "detected" in record else None
+    return OfAdapted(lower, upper, known, facts | {"by": "none"}, rare)
 
 
 def _tell_few(

@@ -91,9 +91,9 @@ def intervals(
     ``.var["he2gene_halfwidth"]``
         Median over the spots of half the width before the lower end is floored.
     ``.var["he2gene_rarely_detected"]``
-        Whether the gene was detected in fewer than 20 % of the training spots. Then the interval says "not detected": it
-        holds the spots without a count and few of those that express the gene, whatever its coverage. Of models that state
-        how often genes were detected.
+        Whether the gene was detected in fewer than 20 % of the spots that the interval was made from, of training or measured
+        here. Then the interval says "not detected": it holds the spots without a count and few of those that express the
+        gene, whatever its coverage. Of models that state how often genes were detected, and of :func:`he2gene_sc.tl.adapt`.
     ``.uns["he2gene_intervals"]``
         Coverage, and ``guarantee``: ``"hierarchical"`` or ``"none"``, with ``unit`` and ``n_groups``; ``by``:
         ``"annotation"``, ``"detected"`` or ``"none"``.
@@ -183,8 +183,8 @@ def intervals(
         var[names["rarely_detected"]] = pd.Series(rare, index=table.var_names)
         if rare.any():
             warnings.warn(
-                f"{int(rare.sum()):,} of {int(found.known.sum()):,} genes were detected in fewer than {RARELY:.0%} of the training "
-                "spots: their intervals say 'not detected' and hold few of the spots that express them, whatever the coverage; "
+                f"{int(rare.sum()):,} of {int(found.known.sum()):,} genes were detected in fewer than {RARELY:.0%} of the "
+                f"{'training' if adapted is None else 'measured'} spots: their intervals say 'not detected' and hold few of the spots that express them, whatever the coverage; "
                 f"var[{names['rarely_detected']!r}] marks them",
                 UserWarning,
                 stacklevel=2,

@@ -166,12 +166,15 @@ def biomarkers(
         known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
         if seen is not None and not seen.any():
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
-        parts = [compare(spots, measured=known, depth=known_depth, **run)]
+        if known is not None:
+            # Of what was measured: the predictions correct themselves by it, whatever depth they hold.
+            known_depth = depth_of(known, design.depth)
+        parts = [compare(spots, measured=known, depth=known_depth, measured_depth=known_depth, **run)]
     circular = "" if cross_fit else circularity(tables, groupby, layer)
     results = _finish(
         [frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), design.adjust_over
     )
-    _caution(results, chosen, circular, chosen.depth and known_depth is None)
+    _caution(results, chosen, circular, (chosen.depth or chosen.name == "ppi") and known_depth is None)
     effects = pd.concat([frame for _, frame in parts], axis=1)
     params = {
         "groupby": groupby,

@@ -43,20 +43,22 @@ def compare(
     design: Design,
     measured: SpotData | None = None,
     depth: np.ndarray | None = None,
+    measured_depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run a method on every group: unadjusted tests (group and gene), and differences of samples (a column a gene)."""
     depth = depth if chosen.depth else None
     cells = Cells.of(
         spots, squares=chosen.squares, detected=chosen.detecting > 0, raw=chosen.scale == "counts", depth=depth
     )
-    of_measured = None if measured is None else Cells.of(measured)
+    of_measured = None if measured is None else Cells.of(measured, depth=measured_depth)
     tests, differences, faults = [], [], []
     for group in _groups(cells, groups, reference, chosen):
         contrast = Contrast.of(spots, cells, spots.genes, group, reference, design=design, depth=depth)
         if measured is not None and of_measured is not None:
-            contrast = replace(
-                contrast, measured=Contrast.of(measured, of_measured, spots.genes, group, reference, design=design)
+            of_group = Contrast.of(
+                measured, of_measured, spots.genes, group, reference, design=design, depth=measured_depth
             )
+            contrast = replace(contrast, measured=of_group)
         used = chosen.uses(contrast)
         kept, fault = _tested(contrast, chosen, used, group, reference, cells)
         if fault:

@@ -41,13 +41,23 @@ def cross_fitted_halves(
     for table in spots.tables[1:]:
         common = common[find_genes(common, table.var_names) >= 0]
     depths = depth_of(known, depth)
-    halves, agreements = [], []
+    halves, agreements, worst = [], [], []
     for i in (0, 1):
         genes = spots.genes[i::2]
         labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale, depths)
         halves.append(replace(spots, genes=genes, labels=labels))
         agreements.append(_agreement(labels, spots.labels, groups, reference))
-    return halves, _checked(min(agreements))
+        worst.append(_worst_group(labels, spots.labels, groups, reference))
+    agreement = _checked(min(agreements))
+    share, group = min(worst)
+    if share < _REFUSED and agreement >= _WARNED:
+        warnings.warn(
+            f"`cross_fit`: of the spots that are {group!r} by either label only {share:.0%} are by both; what else counts and image "
+            "share can pass for a difference of this group: its p-values may be too small",
+            UserWarning,
+            stacklevel=3,
+        )
+    return halves, agreement
 
 
 def _agreement(found: np.ndarray, given: np.ndarray, groups: Sequence[str] | None, reference: str) -> float:
@@ -56,6 +66,15 @@ def _agreement(found: np.ndarray, given: np.ndarray, groups: Sequence[str] | Non
         return _share(found, given)
     named = [*groups, reference]
     return _share(*(labels[np.isin(given, named) | np.isin(found, named)] for labels in (found, given)))
+
+
+def _worst_group(
+    found: np.ndarray, given: np.ndarray, groups: Sequence[str] | None, reference: str
+) -> tuple[float, str]:
+    """Least share of the spots of a group by either label that are of it by both; rare groups do not show in all spots."""
+    tested = set(given) if groups is None else {*groups, reference} & set(given)
+    of = {group: (found == group, given == group) for group in tested}
+    return min((float((a & b).sum() / (a | b).sum()), str(group)) for group, (a, b) in of.items())
 
 
 def _share(found: np.ndarray, given: np.ndarray) -> float:

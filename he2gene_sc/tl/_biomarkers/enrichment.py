@@ -157,7 +157,15 @@ def _net(net: Any, decoupler: Any) -> pd.DataFrame:
         net = decoupler.pp.read_gmt(str(Path(net).expanduser()))
     if missing := [name for name in ("source", "target") if name not in net]:
         raise ValueError(f"`net` has no column {missing[0]!r}; 'source' (the set) and 'target' (the gene) are needed")
-    return net.drop_duplicates(["source", "target"])
+    net = net[[name for name in ("source", "target", "weight") if name in net]]
+    net = net.dropna(subset=["source", "target"]).drop_duplicates()
+    twice = net.duplicated(["source", "target"])
+    if twice.any():
+        source, target = net.loc[twice, ["source", "target"]].iloc[0]
+        raise ValueError(
+            f"`net` names gene {target!r} twice in set {source!r}, with other weights; keep one row of each"
+        )
+    return net
 
 
 def _in_names_of(net: pd.DataFrame, tested: pd.Index) -> pd.DataFrame:
@@ -173,8 +181,21 @@ def _scores(
 ) -> pd.DataFrame:
     """Score the sets in one group, best first."""
     values = part.dropna(subset=[statistic]).set_index("names")[statistic].astype(float)
+    if values.index.has_duplicates:
+        raise ValueError(
+            f"`data`: {values.index[values.index.duplicated()][0]!r} stands twice in group {group!r}; one row a gene"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"`data`: {statistic!r} is infinite for {values.index[~np.isfinite(values)][0]!r} in group {group!r}"
+        )
+    if values.nunique() < 2:
+        raise ValueError(f"`data`: {statistic!r} is the same for all genes of group {group!r}; no set stands out")
     net = _in_names_of(net, values.index)
     sizes = net[net["target"].isin(values.index)].groupby("source").size()
+    # A set of every gene has nothing to be compared with.
+    net = net[~net["source"].isin(sizes.index[sizes >= len(values)])]
+    sizes = sizes[sizes < len(values)]
     if not (sizes >= tmin).any():
         raise ValueError(
             f"`net`: no set has {tmin} genes among the {len(values)} tested in {group!r}, the best has "
