@@ -357,6 +357,7 @@ def test_the_bundled_card_says_what_the_model_is_and_is_not(bundled):
     assert len(bundled.card.classes) == len(bundled.card.class_colors) > 1
     text = bundled.card.to_markdown()
     assert all(sentence in text for sentence in (bundled.card.name, *bundled.card.limitations))
+    assert "references that see no gene (depth, colour, coordinates): not recorded." in text
 
 
 def test_the_bootstrap_of_an_older_card_is_not_called_a_95_percent_interval(bundled):

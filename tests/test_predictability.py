@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from tiny_sections import CONTEXT, N_COLOUR, facts, planted, recipe
+from scipy.sparse import csr_array
+from tiny_sections import CONTEXT, N_COLOUR, facts, held_out_correlations, planted, recipe
 
 from he2gene_sc.models._embedding import Basis, rings_of
+from he2gene_sc.models._gene_table import REFERENCES
 from he2gene_sc.stats import noise_ceiling, pearson
-from he2gene_sc.training import build_model, cross_validate, folds_of
+from he2gene_sc.training import build_model, cross_validate, folds_of, log_targets
 from he2gene_sc.training._predictability import (
     ENOUGH_PATIENTS,
     RELIABLE_PCC,
@@ -17,6 +19,7 @@ from he2gene_sc.training._predictability import (
     bounds,
     by_patient,
     ceilings,
+    is_better,
     new_patient_bound,
     with_rest,
 )
@@ -228,3 +231,78 @@ def three():
         targets = np.concatenate([section.targets.toarray()[:, :20], other.targets.toarray()[:, 20:]], axis=1)
         mixed.append(replace(section, targets=type(section.targets)(targets)))
     return mixed, build(mixed).genes
+
+
+# What sees no gene
+
+
+def reliable_by(own, given, alone):
+    """Genes called on a new patient, and without a look at depth, colour and coordinates."""
+    called = (new_patient_bound(given, np.full(len(given), 200)) > RELIABLE_PCC) & (own.min(0) > RELIABLE_PCC)
+    return (
+        called & is_better({name: own - r for name, r in zip(REFERENCES, alone, strict=True)})
+    ).mean(), called.mean()
+
+
+def test_three_patients_tell_a_gene_that_is_predicted_better_than_depth_colour_and_coordinates():
+    weak = {"depth": 0.2, "coordinates": 0.1}
+    power, before = reliable_by(*held_out_correlations(0.3, colour=0.2, **weak))
+    assert before >= power >= 0.6
+    for rho in (0.0, 0.05, 0.1):
+        assert reliable_by(*held_out_correlations(rho, colour=rho / 2, **weak))[0] <= 0.05
+    # Nothing but colour, which the rule without references calls.
+    called, before = reliable_by(*held_out_correlations(0.3, colour=0.3, coordinates=0.1))
+    assert called <= 0.05
+    assert before >= 0.6
+
+
+def test_two_patients_do_not_tell_what_is_better():
+    assert not is_better({"depth": np.full((2, 3), 0.9)}).any()
+    three = np.array([[0.3, np.nan, -0.2], [0.32, 0.4, -0.2], [0.31, 0.4, -0.2]])
+    assert is_better({"depth": three, "colour": three}).tolist() == [True, False, False]
+
+
+def test_genes_that_follow_colour_depth_or_place_alone_are_not_reliable():
+    rng = np.random.default_rng(0)
+    made = []
+    for section in planted(6, n=120, n_genes=1, patients=3):
+        seen = section.features[:, 0].astype(float)
+        seen = (seen - seen.mean(0)) / seen.std(0)
+        depth, place = rng.normal(size=(2, len(section)))
+        place = section.centres_um[:, 0] / np.ptp(section.centres_um[:, 0]) - 0.5
+        # The image shows depth and place, less well than they are known.
+        features = section.features.copy()
+        features[:, :, 6] = (depth + 0.5 * rng.normal(size=len(section)))[:, None]
+        features[:, :, 5] = (3 * place + 0.5 * rng.normal(size=len(section)))[:, None]
+        follows = {"true": seen[:, 7], "depth": depth, "colour": seen[:, -1], "coordinates": 3 * place}
+        log_rate = np.repeat(np.stack(list(follows.values()), axis=1), 5, axis=1)
+        totals = np.rint(20_000 * np.exp(0.2 * depth))
+        noise = 0.2 * rng.normal(size=log_rate.shape)
+        counts = rng.poisson(totals[:, None] / 1000 * np.exp(0.5 * log_rate + noise))
+        made.append(
+            replace(
+                section,
+                features=features,
+                targets=log_targets(csr_array(counts), totals),
+                totals=totals,
+                measured=np.ones(20, bool),
+            )
+        )
+    wide = recipe(n_components=12, n_latent=36)
+    model = build_model(made, facts(20), wide, n_colour=N_COLOUR, n_target=10)
+    genes = model.genes
+    row = model.card.metrics["leave one patient out"]["mean Pearson, prediction minus depth, 10 target genes"]
+    assert list(row) == ["P0", "P1", "P2", "mean of patients", "95 % interval"]
+    of_target = genes["minus_depth"][genes["group"] == "target"].mean()
+    # The panel of a fold is of the genes of highest mean in its training patients.
+    assert row["mean of patients"] == pytest.approx(of_target, abs=0.1)
+    assert "not recorded" not in model.card.to_markdown()
+    kinds = dict(zip(("true", "depth", "colour", "coordinates"), np.arange(20).reshape(4, 5), strict=True))
+    assert genes["reliable"].to_numpy()[kinds["true"]].all()
+    for name in ("depth", "colour", "coordinates"):
+        of = genes.iloc[kinds[name]]
+        assert (of["pcc_new_patient"] > 0.3).all()
+        assert (of[f"pcc_{name}"] > 0.3).all()
+        assert not of["reliable"].any()
+        np.testing.assert_allclose(of[f"minus_{name}"], of["pcc_new_patient"] - of[f"pcc_{name}"], atol=1e-6)
+        assert (genes.iloc[kinds["true"]][f"minus_{name}_low"] > 0.2).all()

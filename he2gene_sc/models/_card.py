@@ -27,6 +27,14 @@ _BLOCK_BOOTSTRAP_SAYS = (
     "varies over 800 µm. Another section or patient differs more; compare the columns."
 )
 
+#: Row of the card: paired differences to what sees no gene.
+PAIRED = "mean Pearson, prediction minus"
+_PAIRED_SAYS = (
+    "The prediction stands beside references that see no gene: depth (log counts), colour and coordinates of a spot, standardised "
+    "within its section. Each is a ridge fitted on the sections that were not held out. The 95 % interval is that of t."
+)
+_NOT_RECORDED = "Paired differences to references that see no gene (depth, colour, coordinates): not recorded."
+
 #: What is made of several windows, see ``ModelCard.fusion``.
 FUSIONS = ("concat", "mean")
 
@@ -205,7 +213,8 @@ class ModelCard:
             "",
             *(line for protocol, figures in self.metrics.items() for line in _figures(protocol, figures)),
             "",
-            *([_BLOCK_BOOTSTRAP_SAYS, ""] if self._has_bootstrap() else []),
+            *([_BLOCK_BOOTSTRAP_SAYS, ""] if self._has(BLOCK_BOOTSTRAP) else []),
+            *(_PAIRED_SAYS if self._has(PAIRED) else _NOT_RECORDED, ""),
             f"A gene is called reliable where {self.reliable_rule}.",
             "",
             *self._trust(),
@@ -218,9 +227,9 @@ class ModelCard:
         ]
         return "\n".join(lines)
 
-    def _has_bootstrap(self) -> bool:
+    def _has(self, row: str) -> bool:
         tables = [figures for figures in self.metrics.values() if isinstance(figures, dict)]
-        return any(title.startswith(BLOCK_BOOTSTRAP) for figures in tables for title in figures)
+        return any(title.startswith(row) for figures in tables for title in figures)
 
     def _tiles(self) -> str:
         tiles = self.encoder.get("tiles")

@@ -15,6 +15,8 @@ _TEXTS = ("gene", "ensembl_id", "group")
 _TRUTHS = ("variable", "reliable", "reliable_known_patient")
 #: Columns of every model, in their order.
 COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
+#: What sees no gene: a prediction is compared with each.
+REFERENCES = ("depth", "colour", "coordinates")
 #: Columns that not every model has.
 FIGURES = [
     "pcc_high",
@@ -23,10 +25,15 @@ FIGURES = [
     "pcc_given_depth",
     "ceiling",
     "detected",
+    *(
+        column
+        for name in REFERENCES
+        for column in (f"pcc_{name}", f"minus_{name}", f"minus_{name}_low", f"minus_{name}_high")
+    ),
     "reliable_known_patient",
 ]
 _NUMBERS = ("mean", "pcc", "pcc_low", "skill", *FIGURES[:-1])
-_CORRELATIONS = ("pcc", "pcc_new_patient", "pcc_given_depth")
+_CORRELATIONS = ("pcc", "pcc_new_patient", "pcc_given_depth", *(f"pcc_{name}" for name in REFERENCES))
 _GROUPS = ("target", "auxiliary")
 _TRUE, _FALSE = ("True", "TRUE", "true"), ("False", "FALSE", "false")
 _SHOWN = 5

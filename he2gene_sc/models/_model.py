@@ -38,7 +38,8 @@ class HE2Gene:
         highest variance in training), ``mean``, ``pcc`` (held-out Pearson correlation), ``pcc_low`` (its lower 95 %
         bound), ``skill`` (held-out, against the training mean), ``reliable``; and, of models that state them, ``pcc_high``,
         ``pcc_patient_low`` (lowest over the patients of the 95 % bound from the spots of each),
-        ``pcc_new_patient`` (mean over patients that were held out) and ``ceiling`` (noise ceiling in training).
+        ``pcc_new_patient`` (mean over patients that were held out), ``ceiling`` (noise ceiling in training), ``pcc_depth`` (of
+        a reference that sees no gene, as ``_colour``, ``_coordinates``) and ``minus_depth`` (paired difference to it, ``_low``, ``_high``).
     tensors
         Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, those of the
         encoder where it was trained too (otherwise the registry has them); and ``colour.*``, the baseline that reads

@@ -8,11 +8,11 @@ from typing import SupportsFloat
 
 import numpy as np
 
-from ..models._card import BLOCK_BOOTSTRAP
+from ..models._card import BLOCK_BOOTSTRAP, PAIRED
 from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._calibrate import UNSEEN, temperature
 from ._held_out import Depth, HeldOut, Panel
-from ._predictability import with_rest
+from ._predictability import bounds, by_patient, with_rest
 from ._sections import Section
 
 #: Side of the blocks of tissue that the bootstrap draws, µm: a few spots, as far as neighbours resemble each other.
@@ -56,6 +56,29 @@ def expression_figures(
                 row[section.name] = _rounded(baseline.panel[i].scores()[which])
             ceiling[section.name] = _rounded(ceilings[i][which])
         figures |= {title: row for title, row in rows.items() if row}
+    return figures
+
+
+def paired_figures(
+    sections: Sequence[Section], held_out: HeldOut, references: Mapping[str, HeldOut], *, unit: str
+) -> dict[str, dict[str, object]]:
+    """Mean correlation of both panels minus that of each reference, by patient or section, and a 95 % t interval."""
+    of = "patient" if unit == "patient" else "section"
+    names = [section.patient if of == "patient" else section.name for section in sections]
+    groups = list(dict.fromkeys(names))
+    figures: dict[str, dict[str, object]] = {}
+    own = np.array([panel.scores() for panel in held_out.panel])
+    for name, reference in references.items():
+        pairs = by_patient(own - [panel.scores() for panel in reference.panel], names)
+        mean, low, high = bounds(pairs, most=2)
+        first = held_out.panel[0]
+        titles = f"{len(first.target)} target genes", f"{len(first.variable)} most variable genes"
+        for which, title in enumerate(titles):
+            row: dict[str, object] = {group: _rounded(pairs[i, which]) for i, group in enumerate(groups)}
+            row[f"mean of {of}s"] = _rounded(mean[which])
+            if np.isfinite(low[which]):
+                row["95 % interval"] = [_rounded(low[which]), _rounded(high[which])]
+            figures[f"{PAIRED} {name}, {title}"] = row
     return figures
 
 

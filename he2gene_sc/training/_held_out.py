@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..stats import pearson
+from ..stats._accuracy import centred
 from ._calibrate import Calibration
 
 
@@ -82,6 +83,12 @@ class Depth:
     def partial(self, predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
         """Partial correlation of each column, ``(n, g)`` twice to ``(g,)``; NaN where one of both is constant or NaN."""
         return pearson(self.rest(predicted), self.rest(measured))
+
+
+def standardised(values: np.ndarray) -> np.ndarray:
+    """Numbers of the spots of a section ``(n, k)`` with mean 0 and SD 1, float32; 0 where they do not vary."""
+    left, varies = centred(values)
+    return np.where(varies, left / np.where(varies, left.std(0), 1), 0).astype(np.float32)
 
 
 def within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:

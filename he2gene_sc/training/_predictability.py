@@ -29,8 +29,10 @@ _CEILING_SECTIONS, _CEILING_SPLITS = 8, 2
 _VALUES_AT_ONCE = 20_000_000
 
 
-def bounds(pcc: np.ndarray, min_groups: int = MIN_GROUPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of each gene over held-out groups ``(groups, g)`` and its 95 % t interval within -1 to 1, ``(g,)`` each."""
+def bounds(
+    pcc: np.ndarray, min_groups: int = MIN_GROUPS, most: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of each gene over held-out groups ``(groups, g)`` and its 95 % t interval within ± ``most``, ``(g,)`` each."""
     from scipy.stats import t
 
     n = np.isfinite(pcc).sum(0)
@@ -38,7 +40,7 @@ def bounds(pcc: np.ndarray, min_groups: int = MIN_GROUPS) -> tuple[np.ndarray, n
         mean = np.nansum(pcc, axis=0) / np.where(n > 0, n, np.nan)
         sd = np.sqrt(np.nansum(np.square(pcc - mean), axis=0) / (n - 1))
         half = np.where(n >= min_groups, t.ppf(0.975, np.maximum(n - 1, 1)) * sd / np.sqrt(n), np.nan)
-    return mean, np.clip(mean - half, -1, 1), np.clip(mean + half, -1, 1)
+    return mean, np.clip(mean - half, -most, most), np.clip(mean + half, -most, most)
 
 
 def by_patient(pcc: np.ndarray, patients: Sequence[str] | Sequence[int]) -> np.ndarray:
@@ -91,6 +93,24 @@ def new_patient_bound(given: np.ndarray, n_spots: np.ndarray, n_depth: int = 3) 
     return np.where(enough, np.tanh(mean - 1.645 * deviation), -1.0)
 
 
+def is_better(differences: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Whether genes are predicted better than each reference, ``(g,)``, from paired differences ``(patients, g)`` by name.
+
+    The one-sided 95 % lower bound of the mean is above 0, the variance between patients pooled over genes. Of depth the mean
+    is enough: :func:`new_patient_bound` is of what is left given depth, and a second bound costs the power of three patients.
+    """
+    better = True
+    for name, difference in differences.items():
+        n = np.isfinite(difference).sum(0)
+        mean = np.nansum(difference, axis=0) / np.maximum(n, 1)
+        variance = np.nansum(np.square(difference - mean), axis=0) / np.maximum(n - 1, 1)
+        # A gene that is constant everywhere does not vary, which says nothing of the others.
+        used = (n >= MIN_GROUPS) & (variance > 0)
+        spread = variance[used].mean() if used.any() and name != "depth" else 0.0
+        better &= (n >= MIN_GROUPS) & (mean > 1.645 * np.sqrt(spread / np.maximum(n, 1)))
+    return np.asarray(better)
+
+
 def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
     """Correlations of the sections where a gene that is constant counts as 0, and one that was not measured as NaN."""
     measured = np.stack([section.measured for section in sections])
@@ -124,11 +144,13 @@ def gene_table(
     sections: Sequence[Section],
     metadata: ModelMetadata,
     held_out: Mapping[str, HeldOut],
+    references: Mapping[str, Mapping[str, HeldOut]],
     target: np.ndarray,
     variable: np.ndarray,
 ) -> tuple[pd.DataFrame, str]:
     """Make the gene table of a model, and say in words what makes a gene reliable.
 
+    ``references`` are held-out predictions of what sees no gene, by name and unit as ``held_out`` is.
     Metrics are of held-out patients if there are :data:`ENOUGH_PATIENTS`, else of sections, else of what there is.
     """
     patients = [section.patient for section in sections]
@@ -159,6 +181,8 @@ def gene_table(
         reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
         if unit == "section":
             known &= np.nan_to_num(_least(across)) > RELIABLE_PCC
+    beside, better = _against(sections, held_out, references)
+    reliable &= better
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
     spots = sum(len(section) * section.measured for section in sections)
     detected = sum(np.diff(section.targets.indptr) * section.measured for section in sections)
@@ -176,6 +200,7 @@ def gene_table(
             "ceiling": ceilings(sections),
             "detected": np.where(spots > 0, detected / np.maximum(spots, 1), np.nan),
             "skill": skill,
+            **beside,
             "reliable": reliable,
             "reliable_known_patient": known,
         },
@@ -185,6 +210,26 @@ def gene_table(
         table,
         f"{_new_patient_rule(n_held)} On a known patient a gene is called reliable where {_rule(unit, len(sections), n_held)}",
     )
+
+
+def _against(
+    sections: Sequence[Section], held_out: Mapping[str, HeldOut], references: Mapping[str, Mapping[str, HeldOut]]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Columns of the gene table on each reference, over held-out patients if there are any; whether a gene is better than all."""
+    unit = "patient" if "patient" in held_out else next(iter(held_out))
+    names = [section.patient if unit == "patient" else section.name for section in sections]
+    own = by_patient(section_pcc(sections, held_out[unit].pcc), names)
+    columns: dict[str, np.ndarray] = {}
+    differences: dict[str, np.ndarray] = {}
+    for name, found in references.items():
+        reference = by_patient(section_pcc(sections, found[unit].pcc), names)
+        differences[name] = own - reference
+        mean, low, high = bounds(differences[name], most=2)
+        told = {f"pcc_{name}": bounds(reference)[0], f"minus_{name}": mean}
+        several = np.isfinite(own).sum(0) > (unit in TELLING)
+        columns |= {column: np.where(several, values, np.nan) for column, values in told.items()}
+        columns |= {f"minus_{name}_low": low, f"minus_{name}_high": high}
+    return columns, is_better(differences)
 
 
 def _least(of_patients: np.ndarray) -> np.ndarray:
@@ -200,7 +245,9 @@ def _new_patient_rule(n_patients: int) -> str:
         )
     return (
         f"the lower 95 % bound of its mean correlation given the counts of each spot, over {n_patients} patients held out whole, "
-        f"is above {RELIABLE_PCC} (differences between patients pooled over the genes), and so is its correlation in each of them."
+        f"is above {RELIABLE_PCC} (differences between patients pooled over the genes), so is its correlation in each of them, and it is "
+        "better than what sees no gene: the mean paired difference to depth, and the lower 95 % bound of that to colour and to "
+        "coordinates, are above 0."
     )
 
 

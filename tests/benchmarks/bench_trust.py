@@ -10,6 +10,7 @@ Parts:
   depth      the counts of A1, C2, C3 and C4 drawn anew from one profile a section, so that no gene has a pattern: with the
              total that each spot has, and with the same total everywhere; and as they were measured
   blocks     how often the bootstrap of a mean correlation on the card holds the true one, in simulated fields
+  references genes that three simulated patients call reliable, with and without a look at depth, colour and coordinates
   ceiling    the noise ceiling of the serial sections C2-C5 beside what their agreement, spot by spot, allows
   guard      C5 by the bundled model as it is, with a wrong µm/px, recoloured, rescaled, and replaced by what is no tissue;
              A1 and A2 with a wrong µm/px, and by a model of C2-C4 alone
@@ -18,6 +19,7 @@ Only patients A (3.2 µm/px) and C (0.69 µm/px) have images here.
 """
 
 import argparse
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -35,7 +37,10 @@ from he2gene_sc._core.slide import resolve
 from he2gene_sc.stats import ceiling_of_neighbours, log_normalise, moran, neighbour_weights, noise_ceiling, pearson
 from he2gene_sc.training._closed_form.validate import Panel
 from he2gene_sc.training._figures import interval
-from he2gene_sc.training._predictability import RELIABLE_PCC
+from he2gene_sc.training._predictability import RELIABLE_PCC, is_better, new_patient_bound
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny_sections import held_out_correlations
 
 A, C = ("A1", "A2"), ("C2", "C3", "C4", "C5")
 COVERAGE = 0.9
@@ -192,6 +197,23 @@ def blocks(cache):
         )
 
 
+def references(_):
+    """20 times three patients of 200 spots, 500 genes of a population correlation given depth, and those of what sees no gene."""
+    for seen in ((0, 0, 0), (0.1, 0.1, 0.1), (0.2, 0.1, 0.1), (0.2, 0.2, 0.1), (0.3, 0.2, 0.1), (0.2, 0.25, 0.2)):
+        cells = []
+        for rho in (0.05, 0.1, 0.3):
+            fields = dict(zip(("depth", "colour", "coordinates"), seen, strict=True)) | {"colour": seen[1] * rho / 0.3}
+            found = []
+            for seed in range(20):
+                own, given, alone = held_out_correlations(rho, **fields, n_genes=500, seed=seed)
+                called = (new_patient_bound(given, np.full(3, 200)) > RELIABLE_PCC) & (own.min(0) > RELIABLE_PCC)
+                better = is_better({name: own - r for name, r in zip(fields, alone, strict=True)})
+                found.append((called.mean(), (called & better).mean()))
+            before, after = np.mean(found, axis=0)
+            cells.append(f"{before:.1%} → {after:.1%} ({np.std(found, axis=0)[1] / np.sqrt(20):.1%})")
+        print(f"| {' | '.join(f'{r:g}' for r in seen)} | {' | '.join(cells)} |", flush=True)
+
+
 def ceiling(_):
     """Both ends of the noise ceiling, and the root of the correlation of the same place in two serial sections.
 
@@ -293,6 +315,7 @@ PARTS = {
     "permuted": permuted,
     "depth": depth,
     "blocks": blocks,
+    "references": references,
     "ceiling": ceiling,
     "guard": guard,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +11,17 @@ from threadpoolctl import threadpool_limits
 
 from ...models import HE2Gene
 from ...models._embedding import ALONE, Context
+from ...models._gene_table import REFERENCES
 from .._calibrate import calibration_unit, described
-from .._figures import annotation_figures, can_be_calibrated, expression_figures, pooled_temperature
+from .._figures import (
+    annotation_figures,
+    can_be_calibrated,
+    expression_figures,
+    paired_figures,
+    pooled_temperature,
+)
 from .._folds import NOT_TOLD, grouped_folds, warn_of_unit
-from .._held_out import HeldOut
+from .._held_out import HeldOut, standardised
 from .._metadata import ModelMetadata
 from .._predictability import MIN_GROUPS, gene_table
 from .._sections import Section
@@ -82,7 +89,8 @@ def build_model(
             "validation='random': the neighbours of held-out spots were trained on, so figures are too good; do not report "
             "them as accuracy"
         )
-    colour, colour_recipe = _colour_only(sections, n_colour, ALONE)
+    colours = [section.features[:, 0, section.features.shape[2] - n_colour :] for section in sections]
+    colour, colour_recipe = _only(sections, colours)
     known = next(iter(protocols))
     exchangeable = calibration_unit(sections, unit)
     choice, held_out = cross_validate(
@@ -95,8 +103,9 @@ def build_model(
     )
     colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, n_classes=0, n_target=n_target)
     _, around = cross_validate(
-        *(colour, protocols, _colour_only(sections, n_colour, recipe.context)[1]), n_classes=0, n_target=n_target
+        *(colour, protocols, _only(sections, colours, recipe.context)[1]), n_classes=0, n_target=n_target
     )
+    references = _references(sections, colours, protocols, n_target)
     # A model meets new patients: where their confidence is known, it is theirs that counts.
     telling = next((n for n in reversed(protocols) if _tells_confidence(sections, protocols[n], held_out[n])), known)
     # Of two patients, each was seen by a model of one: neither they nor their sections tell how sure a model of both may be.
@@ -108,6 +117,7 @@ def build_model(
                 found,
                 {"colour alone": colour_held_out[name], "colour with slide and neighbours": around[name]},
             )
+            | paired_figures(sections, found, {reference: of[name] for reference, of in references.items()}, unit=name)
             | annotation_figures(
                 sections,
                 found,
@@ -136,7 +146,7 @@ def build_model(
             "annotated: its probabilities are NOT calibrated"
         )
         limitations = (*limitations, "The probabilities of its annotation are not calibrated.")
-    genes, rule = gene_table(sections, metadata, held_out, target, variable)
+    genes, rule = gene_table(sections, metadata, held_out, references, target, variable)
     calibration = None if exchangeable is None else held_out[exchangeable].calibration
     if calibration is not None:
         tensors |= calibration.tensors()
@@ -190,12 +200,34 @@ def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section
     return _HELD_OUT[unit]
 
 
-def _colour_only(sections: Sequence[Section], n_colour: int, context: Context) -> tuple[list[Section], Recipe]:
-    """Keep nothing but colour, which no symmetry changes."""
-    weights = np.full(n_colour, n_colour**-0.5, np.float32)
-    size = n_colour * (1 + len(context.rings_um))
-    recipe = Recipe(weights, n_components=n_colour, n_latent=size, context=context)
-    return [replace(s, features=s.features[:, :1, s.features.shape[2] - n_colour :]) for s in sections], recipe
+def _only(
+    sections: Sequence[Section], numbers: Sequence[np.ndarray], context: Context = ALONE
+) -> tuple[list[Section], Recipe]:
+    """Keep nothing but some numbers of each spot ``(n, f)``, which no symmetry changes."""
+    f = numbers[0].shape[1]
+    weights = np.full(f, f**-0.5, np.float32)
+    recipe = Recipe(weights, n_components=f, n_latent=f * (1 + len(context.rings_um)), context=context)
+    return [replace(s, features=x[:, None]) for s, x in zip(sections, numbers, strict=True)], recipe
+
+
+def _references(
+    sections: Sequence[Section],
+    colours: Sequence[np.ndarray],
+    protocols: Mapping[str, Sequence[np.ndarray]],
+    n_target: int,
+) -> dict[str, dict[str, HeldOut]]:
+    """Held-out predictions of what sees no gene, numbers of a spot within its section, by name and protocol."""
+    numbers: dict[str, list[np.ndarray]] = {name: [] for name in REFERENCES}
+    for section, colour in zip(sections, colours, strict=True):
+        xy = standardised(section.centres_um)
+        numbers["depth"].append(standardised(np.log(section.totals)[:, None]))
+        numbers["colour"].append(standardised(colour))
+        numbers["coordinates"].append(np.hstack([xy, standardised(np.square(xy).sum(1, keepdims=True))]))
+    found = {}
+    for name, seen in numbers.items():
+        alone, recipe = _only(sections, seen)
+        found[name] = cross_validate(alone, protocols, recipe, n_classes=0, n_target=n_target)[1]
+    return found
 
 
 def _fit(
