@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from spatialdata.models import Image2DModel, Labels2DModel
-from spatialdata.transformations import Identity, Scale, get_transformation, set_transformation
+from spatialdata.transformations import Identity, Scale, Sequence, Translation, get_transformation, set_transformation
 
 import he2gene_sc as hg
 
@@ -266,6 +266,25 @@ def test_a_grid_keeps_the_systems_of_the_image_and_the_mpp_for_predict():
     hg.pp.grid(sdata, mpp=2.5)
     assert sdata.attrs["he2gene"]["mpp"] == {"he": 2.5}
     assert set(get_transformation(sdata["spots"], get_all=True)) == {"global", "other"}
+
+
+def test_a_grid_lies_where_the_mask_of_another_tool_does():
+    """A mask of the right half, in its own pixels, on two levels."""
+    sdata = hg.datasets.toy((4, 4), mpp=2.0)
+    height, width = hg._core.images.pyramid_of(sdata, "he").height, hg._core.images.pyramid_of(sdata, "he").width
+    half = np.ones((height // 2, width // 4), np.uint16)
+    placed = Sequence([Scale([2.0, 2.0], axes=("x", "y")), Translation([width / 2, 0.0], axes=("x", "y"))])
+    where = {"dims": ("y", "x"), "transformations": {"global": placed}}
+    for name, levels in (("one", {}), ("several", {"scale_factors": [2]})):
+        sdata[name] = sd.models.Labels2DModel.parse(half, **where, **levels)
+        hg.pp.grid(sdata, tissue_key=name, key_added=f"spots_{name}")
+        x = sdata[f"spots_{name}"].geometry.x
+        assert width / 2 - 1 <= x.min()
+        assert x.max() > 0.8 * width
+    apart = sd.models.Labels2DModel.parse(half, dims=("y", "x"), transformations={"elsewhere": Identity()})
+    sdata["apart"] = apart
+    with pytest.raises(ValueError, match="labels 'apart' and image 'he' share no coordinate system"):
+        hg.pp.grid(sdata, tissue_key="apart", key_added="none")
 
 
 def test_a_grid_may_be_laid_again():

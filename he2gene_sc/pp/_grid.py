@@ -10,10 +10,10 @@ import pandas as pd
 
 from .._core import validate
 from .._core.element_results import check_element_free, write_element
-from .._core.elements import check_files
+from .._core.elements import check_files, levels
 from .._core.images import find_image, pyramid_of
 from .._core.keys import ATTRS, SPOTS
-from .._core.mpp import check_mpp, stored_mpp
+from .._core.mpp import affine, check_mpp, stored_mpp
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -61,7 +61,7 @@ def grid(
     Raises
     ------
     ValueError
-        If µm per pixel is unknown, the mask is missing, a size is not positive, the name is taken by an element that
+        If µm per pixel is unknown, the mask is missing or shares no coordinate system with the image, a size is not positive, the name is taken by an element that
         ``grid`` did not make, that was changed since or that a table annotates, or no spot lies on tissue.
 
     Examples
@@ -101,17 +101,20 @@ def grid(
             f"`diameter_um` {diameter_um:g} is {diameter:.3g} px at {found[0]:.4g} µm/px; 8 px are the least"
         )
     check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
-    mask = np.asarray(sdata.labels[tissue_key]) > 0
-    scale = np.array([pyramid.height / mask.shape[0], pyramid.width / mask.shape[1]])
+    mask = np.asarray(levels(sdata.labels[tissue_key])[0]) > 0
+    to_mask = _to_mask(sdata, image_key, tissue_key)
+    # Pixels of the mask a pixel of the image, down and across.
+    scale = np.linalg.norm(to_mask[:2, :2], axis=1)[::-1]
     share = uniform_filter(
-        mask.astype(np.float32), np.maximum(1, np.rint(diameter / scale)).astype(int), mode="constant"
+        mask.astype(np.float32), np.maximum(1, np.rint(diameter * scale)).astype(int), mode="constant"
     )
     y, x = np.meshgrid(
         np.arange(pitch / 2, pyramid.height, pitch), np.arange(pitch / 2, pyramid.width, pitch), indexing="ij"
     )
-    rows = np.minimum((y / scale[0]).astype(int), mask.shape[0] - 1)
-    columns = np.minimum((x / scale[1]).astype(int), mask.shape[1] - 1)
-    on_tissue = share[rows, columns] >= min_tissue - 1e-6
+    columns, rows = (np.floor(to_mask[i, 0] * x + to_mask[i, 1] * y + to_mask[i, 2] + 1e-9).astype(int) for i in (0, 1))
+    inside = (rows >= 0) & (rows < mask.shape[0]) & (columns >= 0) & (columns < mask.shape[1])
+    on_tissue = inside.copy()
+    on_tissue[inside] = share[rows[inside], columns[inside]] >= min_tissue - 1e-6
     if not on_tissue.any():
         raise ValueError(f"`tissue_key` {tissue_key!r}: no spot of {diameter_um:g} µm lies on tissue; look at the mask")
     i, j = np.nonzero(on_tissue)
@@ -132,6 +135,24 @@ def grid(
     stated = {**sdata.attrs.get(ATTRS, {}).get("mpp", {}), image_key: found[0]}
     write_element(sdata, "shapes", key_added, shapes, {"mpp": stated})
     logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
+
+
+def _to_mask(sdata: SpatialData, image_key: str, tissue_key: str) -> np.ndarray:
+    """3 × 3 matrix from pixels of the image to pixels of the mask."""
+    from spatialdata.transformations import get_transformation
+
+    image, mask = sdata.images[image_key], sdata.labels[tissue_key]
+    shared = set(get_transformation(image, get_all=True)) & set(get_transformation(mask, get_all=True))
+    if not shared:
+        raise ValueError(
+            f"`tissue_key`: labels {tissue_key!r} and image {image_key!r} share no coordinate system; set one with "
+            "spatialdata.transformations.set_transformation"
+        )
+    system = min(shared, key=lambda name: (name != "global", name))
+    of_mask = affine(mask, system)
+    if abs(np.linalg.det(of_mask)) < 1e-12:
+        raise ValueError(f"`tissue_key`: the transformation of labels {tissue_key!r} to {system!r} is singular")
+    return np.linalg.inv(of_mask) @ affine(image, system)
 
 
 def _same_spots(a: GeoDataFrame, b: GeoDataFrame) -> bool:
