@@ -320,7 +320,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(runs, monkeypatch):
 
     def full(stream, data, n_bytes, folder):
         if stream.tell() > 1000:
-            with _cache._explained(folder, n_bytes):
+            with _cache.explained(folder, n_bytes):
                 raise OSError(errno.ENOSPC, "No space left on device")
         write(stream, data, n_bytes, folder)
 

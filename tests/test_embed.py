@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import spatialdata as sd
 import torch
+from distributed import Reschedule, get_worker
 
 import he2gene_sc as hg
-from he2gene_sc.inference import _cache
+from he2gene_sc._core.slide import resolve
+from he2gene_sc.inference import _cache, _workers
 from he2gene_sc.models._embedding import ALONE
 from he2gene_sc.models._network import FeatureExtractor, Network
+from he2gene_sc.tl._encoding import Encoding, parts_of
 
 pytestmark = pytest.mark.slow
 KEY = "X_he2gene_features"
@@ -261,3 +265,93 @@ def test_a_copy_gets_the_features_and_the_object_stays(toy, tiny_model):
     assert "X_other" in copied["table"].obsm
     assert copied["table"].uns["other"]["verb"] == "embed"
     assert "X_other" not in toy["table"].obsm
+
+
+@pytest.fixture(scope="module")
+def client():
+    """Two workers in this process."""
+    import dask
+    from distributed import Client
+
+    quiet = dask.config.set({"distributed.worker.profile.enabled": False})
+    with quiet, Client(processes=False, n_workers=2, threads_per_worker=2, dashboard_address=None) as found:
+        yield found
+
+
+@pytest.fixture
+def store(toy, tmp_path, monkeypatch):
+    """The toy slide opened from a store, and blocks of ten spots."""
+    monkeypatch.setattr(_cache, "_BLOCK_SPOTS", 10)
+    toy.write(tmp_path / "slide.zarr")
+    return sd.read_zarr(tmp_path / "slide.zarr")
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("shapes_key", ["spots", "bins"])
+def test_two_workers_give_the_features_of_one_bit_for_bit(store, tiny_model, client, tmp_path, shapes_key):
+    options = {"model": tiny_model, "batch_size": 5, "shapes_key": shapes_key}
+    if shapes_key == "bins":  # interpolated from lattices
+        hg.pp.tissue(store)
+        hg.pp.grid(store, pitch_um=20.0, diameter_um=20.0, key_added="bins")
+        options["lattice"] = 1.0
+    hg.tl.embed(store, folder=tmp_path / "one", **options)
+    hg.tl.embed(store, folder=tmp_path / "two", client=client, **options)
+    assert len(files_in(tmp_path / "two")) == (1 if shapes_key == "spots" else 2)
+    assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
+
+
+def test_blocks_of_a_worker_that_is_gone_are_done_by_the_others(store, tiny_model, client, tmp_path, monkeypatch):
+    hg.tl.embed(store, model=tiny_model, folder=tmp_path / "one", batch_size=5)
+    encode_blocks, encoding = _workers.encode_blocks, []
+
+    def leaving(*args):
+        encoding.append(get_worker().address)
+        if len(encoding) == 1:
+            client.retire_workers([encoding[0]], close_workers=True)
+            raise Reschedule
+        return encode_blocks(*args)
+
+    monkeypatch.setattr(_workers, "encode_blocks", leaving)
+    hg.tl.embed(store, model=tiny_model, folder=tmp_path / "two", batch_size=5, client=client)
+    assert len(encoding) > 3
+    assert encoding[0] not in encoding[-2:]
+    assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
+
+
+def test_workers_need_a_folder_a_running_client_and_an_image_that_they_can_read(
+    toy, store, tiny_model, client, tmp_path, monkeypatch
+):
+    place = {"model": tiny_model, "folder": tmp_path / "new"}
+    with pytest.raises(TypeError, match="`client` is of type str; a distributed.Client is needed"):
+        hg.tl.embed(store, client="tcp://127.0.0.1:8786", **place)
+    with pytest.raises(ValueError, match="`folder` is None: workers of `client` write features to a folder"):
+        hg.tl.embed(store, model=tiny_model, client=client)
+    monkeypatch.setattr(_workers, "SENT_BYTES", 2**16)
+    with pytest.raises(ValueError, match="the image is in memory, where workers cannot read it"):
+        hg.tl.embed(toy, client=client, **place)
+    assert not (tmp_path / "new").exists()
+    # Files that this process sees and a worker does not.
+    digest, read_here = _workers._digest, []
+    monkeypatch.setattr(
+        _workers, "_digest", lambda *args: "other" if read_here else read_here.append(1) or digest(*args)
+    )
+    with pytest.raises(ValueError, match="a worker reads other pixels of the image than this process"):
+        hg.tl.embed(store, client=client, batch_size=5, **place)
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_a_run_that_goes_on_reads_only_the_pixels_that_it_needs(toy, tiny_model, monkeypatch):
+    reader = parts_of(
+        resolve(toy)[0], tiny_model, Encoding.checked("embed", tiny_model, "cpu", False, True, {"batch_size": 5})
+    )[0].reader
+    expected = list(reader)
+    found = list(reader.some([1, 4]))
+    assert len(found) == 2
+    for batch, i in zip(found, (1, 4), strict=True):
+        np.testing.assert_array_equal(batch.index, expected[i].index)
+        for ours, theirs in zip(batch.patches, expected[i].patches, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert list(reader.some([])) == []

@@ -114,6 +114,26 @@ def instance(value: Any, kinds: type | tuple[type, ...], parameter: str, needed:
     raise TypeError(f"`{parameter}` is of type {type(value).__name__}; {needed} is needed")
 
 
+def running_client(client: Any) -> None:
+    """Check that ``client`` is a client of dask.distributed that runs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not.
+    """
+    from distributed import Client
+
+    if not isinstance(client, Client):
+        raise TypeError(
+            f"`client` is of type {type(client).__name__}; a distributed.Client is needed: Client('tcp://ADDRESS:8786')"
+        )
+    if client.asynchronous or client.status != "running":
+        raise ValueError(
+            f"`client` is {'asynchronous' if client.asynchronous else client.status}; a running one is needed"
+        )
+
+
 def name(value: Any, parameter: str) -> str:
     """Check that a value is a text that is not blank."""
     if isinstance(value, str) and value.strip():

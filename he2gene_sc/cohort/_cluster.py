@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from .._core import logs
+from .._core import logs, validate
 from .._core.memory import memory_of_machine
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 def check_client(client: Any, n_workers: int | None) -> None:
     """Refuse a client of another type, closed, asynchronous, or with workers asked for beside it."""
-    from distributed import Client
-
     if client is None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise RuntimeError(
@@ -34,14 +32,7 @@ def check_client(client: Any, n_workers: int | None) -> None:
                 "`if __name__ == '__main__':`"
             )
         return
-    if not isinstance(client, Client):
-        raise TypeError(
-            f"`client` is of type {type(client).__name__}; a distributed.Client is needed: Client('tcp://ADDRESS:8786')"
-        )
-    if client.asynchronous or client.status != "running":
-        raise ValueError(
-            f"`client` is {'asynchronous' if client.asynchronous else client.status}; a running one is needed"
-        )
+    validate.running_client(client)
     if n_workers is not None:
         raise ValueError("`n_workers` is of a local cluster, and `client` has workers of its own; give one of them")
 

@@ -271,28 +271,23 @@ def _results(
 
 def _submit(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> dict[Any, int]:
     """Submit slides; the model of several goes to the cluster once, as a task, which is done again where it is lost."""
-    import dask
+    from ..inference import send
 
     session = {"device": settings.device, "memory_limit": settings.memory_limit}
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "16 GiB"}):
-        models = {id(model): model for _, model in todo.values()}
-        sent = {key: client.submit(_same, model, pure=False) for key, model in models.items()}
-        return {
-            client.submit(
-                run, job, sent[id(model)], session, pure=False, key=f"predict-{job.output.name}-{_unique()}"
-            ): number
-            for number, (job, model) in todo.items()
-        }
+    models = {id(model): model for _, model in todo.values()}
+    sent = {key: send(client, model) for key, model in models.items()}
+    return {
+        client.submit(
+            run, job, sent[id(model)], session, pure=False, key=f"predict-{job.output.name}-{_unique()}"
+        ): number
+        for number, (job, model) in todo.items()
+    }
 
 
 def _unique() -> str:
     import uuid
 
     return uuid.uuid4().hex
-
-
-def _same(model: HE2Gene) -> HE2Gene:
-    return model
 
 
 def _row(future: Any) -> dict[str, Any]:

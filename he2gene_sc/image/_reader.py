@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class PatchReader:
         self.mpp = mpp
         self.n_spots = len(centres)
         self.batch_size = batch_size
-        self._allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
+        self.allocate = allocate
         self._factor = factor
         self._array: Any = direct(pyramid.levels[self.plan.level].array)
         self._height, self._width = int(self._array.shape[1]), int(self._array.shape[2])
@@ -99,6 +99,11 @@ class PatchReader:
             max_bytes=BLOCK_BYTES,
         )
 
+    @property
+    def source(self) -> Any:
+        """The array that pixels are read from."""
+        return self._array
+
     def __len__(self) -> int:
         """Return the number of batches."""
         return -(-self.n_spots // self.batch_size)
@@ -117,12 +122,16 @@ class PatchReader:
 
     def __iter__(self) -> Iterator[PatchBatch]:
         """Yield batches; the next ones are prepared in a thread meanwhile."""
+        return self.some(None)
+
+    def some(self, wanted: Collection[int] | None) -> Iterator[PatchBatch]:
+        """Yield the batches of these numbers in their order, all of ``None``; only the pixels that they need are read."""
         ready: queue.Queue = queue.Queue(maxsize=2)
         stop = threading.Event()
 
         def produce() -> None:
             try:
-                for batch in self._batches():
+                for batch in self._batches(wanted):
                     if not _put(ready, batch, stop):
                         return
                 _put(ready, None, stop)
@@ -151,33 +160,42 @@ class PatchReader:
                 whole[batch.index] = part
         return out
 
-    def _batches(self) -> Iterator[PatchBatch]:
-        source = BlockSource(self._array, self._factor, self._blocks, self._extents)
+    def _batches(self, wanted: Collection[int] | None) -> Iterator[PatchBatch]:
+        batches, blocks = self.batches, self._blocks
+        if wanted is not None:
+            batches = [batches[i] for i in sorted(wanted)]
+            kept = np.zeros(self.n_spots, bool)
+            kept[np.concatenate([*batches, np.empty(0, np.intp)])] = True
+            cut = (replace(block, spots=block.spots[kept[block.spots]]) for block in blocks)
+            blocks = [block for block in cut if len(block.spots)]
+        source = BlockSource(self._array, self._factor, blocks, self._extents)
 
         def load(block: Block) -> dict[int, np.ndarray]:
             return self._reduce(source.read(block))
 
-        done, left = 0, len(self)
-        index, patches, filled = self._new_batch(done, left)
+        waiting = iter(batches)
+        index, filled = next(waiting, None), 0
+        patches: tuple[np.ndarray, ...] = ()
         with ThreadPoolExecutor(1, thread_name_prefix="he2gene-blocks") as pool:
             # One block ahead: the next is decoded and averaged while this one is cut.
-            ahead = [pool.submit(load, block) for block in self._blocks[:1]]
-            for i, block in enumerate(self._blocks):
+            ahead = [pool.submit(load, block) for block in blocks[:1]]
+            for i, block in enumerate(blocks):
                 reduced = ahead.pop().result()
-                ahead += [pool.submit(load, following) for following in self._blocks[i + 1 : i + 2]]
+                ahead += [pool.submit(load, following) for following in blocks[i + 1 : i + 2]]
                 for spot in block.spots:
+                    assert index is not None
+                    if not filled:
+                        patches = self._empty(len(index))
                     for w, window in enumerate(self.plan.windows):
                         self._cut(reduced[window.factor], block, w, spot, patches[w][filled])
-                    index[filled] = spot
                     filled += 1
                     if filled == len(index):
                         yield PatchBatch(index, patches)
-                        done, left = done + filled, left - 1
-                        index, patches, filled = self._new_batch(done, left)
+                        index, filled = next(waiting, None), 0
 
-    def _new_batch(self, done: int, left: int) -> tuple[np.ndarray, tuple[np.ndarray, ...], int]:
-        n = self._batch_length(done, left)
-        return np.empty(n, np.intp), tuple(self._allocate((n, 3, w.size, w.size)) for w in self.plan.windows), 0
+    def _empty(self, n: int) -> tuple[np.ndarray, ...]:
+        shapes = [(n, 3, window.size, window.size) for window in self.plan.windows]
+        return tuple(np.empty(x, np.uint8) if self.allocate is None else self.allocate(x) for x in shapes)
 
     def _batch_length(self, done: int, left: int) -> int:
         return -(-(self.n_spots - done) // max(1, left))

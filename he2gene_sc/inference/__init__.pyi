@@ -1,8 +1,9 @@
 from ._cache import cached_features
-from ._device import resolve_device, resolve_dtype
+from ._device import allocator, resolve_device, resolve_dtype
 from ._engine import Predictions, encode, predict
 from ._features import Encoder, Part, differences, read_features, read_pixels
 from ._lattice import Interpolated, SpotFeatures, is_dense, lattice_of, without_idle
+from ._workers import Workers, send
 
 __all__ = [
     "Encoder",
@@ -10,6 +11,8 @@ __all__ = [
     "Part",
     "Predictions",
     "SpotFeatures",
+    "Workers",
+    "allocator",
     "cached_features",
     "differences",
     "encode",
@@ -20,5 +23,6 @@ __all__ = [
     "read_pixels",
     "resolve_device",
     "resolve_dtype",
+    "send",
     "without_idle",
 ]

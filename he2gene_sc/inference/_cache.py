@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 from ..image import PatchBatch, PatchReader
 from ..models._network import FeatureExtractor
-from ._engine import encode
+from ._engine import Batches, encode
 from ._pixels import DIGEST_BYTES, Pixels
 
 logger = logging.getLogger("he2gene_sc")
@@ -48,6 +48,7 @@ def cached_features(
     folder: str | Path,
     progress: Callable[[int], object] | None = None,
     pixels: str | None = None,
+    fill: Callable[[Sequence[Block], tuple[int, ...]], None] | None = None,
 ) -> np.ndarray:
     """Features ``(n_spots, r, f)`` float32 of all spots of a reader, mapped read-only from a file in ``folder``.
 
@@ -55,6 +56,8 @@ def cached_features(
 
     *Layout.* One npy file a section, encoder and choice of symmetries, ``he2gene-features-<key>.npy``, with the SHA-256
     of its bytes behind it. A file that is cut short or altered is noticed, with a warning, and computed again.
+
+    ``fill`` writes the blocks that are missing, of features of this shape a spot; by default this process does it.
 
     *Key.* SHA-256 of the pixels of all patches in the order of the spots, the windows in µm and in pixels, the tiles that
     they are cut into, the encoder (weights, architecture, input size, interpolation, normalisation, and what it makes of
@@ -85,26 +88,24 @@ def cached_features(
         empty.flags.writeable = False
         return empty
 
-    def encoded(batches: _Some) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-        for batch, part in encode(extractor, batches, device=device, dtype=dtype, symmetries=symmetries):
-            yield batch.index, part.float().cpu().numpy()
-            if progress is not None:
-                progress(len(batch.index))
-
     blocks = _blocks(reader, folder / f"{_PREFIX}{key}")
     n_bytes = 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
     there = sum(block.path.stat().st_size for block in blocks if block.path.exists())
     room = n_bytes * (1 if len(blocks) == 1 else 2) - there
-    with _explained(folder, room):
+    with explained(folder, room):
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < room + _SPARE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with torch.inference_mode():
-        if len(blocks) == 1:
-            _store(path, shape, encoded(_Some(reader)))
+    if len(blocks) == 1:
+        with torch.inference_mode():
+            _store(path, shape, _encoded(extractor, reader, symmetries, device, dtype, progress))
+    else:
+        missing = _missing(blocks, progress)
+        if fill is None:
+            encode_blocks(extractor, reader, missing, shape[1:], symmetries, device, dtype, progress)
         else:
-            _fill_blocks(blocks, shape[1:], lambda wanted: encoded(_Some(reader, wanted)), progress)
-            _store(path, shape, _joined(blocks, path, reader.n_spots))
+            fill(missing, shape[1:])
+        _store(path, shape, _joined(blocks, path, reader.n_spots))
     for block in blocks if len(blocks) > 1 else ():
         block.path.unlink(missing_ok=True)
     found = _open(path, reader.n_spots)
@@ -114,7 +115,7 @@ def cached_features(
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Batches of a reader that stand in one file until all are there."""
 
     path: Path
@@ -123,49 +124,84 @@ class _Block:
 
 
 class _Some:
-    """Some batches of a reader: the others are read and passed over, so that those are what they would have been."""
+    """Some batches of a reader."""
 
-    def __init__(self, reader: PatchReader, wanted: set[int] | None = None):
+    def __init__(self, reader: PatchReader, wanted: Collection[int]):
         self.batch_size, self._reader, self._wanted = reader.batch_size, reader, wanted
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        return (batch for i, batch in enumerate(self._reader) if self._wanted is None or i in self._wanted)
+        return self._reader.some(self._wanted)
 
 
-def _blocks(reader: PatchReader, stem: Path) -> list[_Block]:
-    batches = reader.batches
+def _encoded(
+    extractor: FeatureExtractor,
+    batches: Batches,
+    symmetries: tuple[tuple[int, bool], ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int], object] | None,
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    """Yield the spots of each batch and their features."""
+    for batch, part in encode(extractor, batches, device=device, dtype=dtype, symmetries=symmetries):
+        yield batch.index, part.float().cpu().numpy()
+        if progress is not None:
+            progress(len(batch.index))
+
+
+def batch_ranges(reader: PatchReader) -> list[range]:
+    """Batches that make a block each."""
     at_once = max(1, _BLOCK_SPOTS // max(1, reader.batch_size))
+    n = len(reader.batches)
+    return [range(first, min(first + at_once, n)) for first in range(0, n, at_once)]
+
+
+def _blocks(reader: PatchReader, stem: Path) -> list[Block]:
+    batches = reader.batches
     stops = [0, *accumulate(map(len, batches))]
     found = []
-    for first in range(0, len(batches), at_once):
-        last = min(first + at_once, len(batches))
-        spots = np.concatenate(batches[first:last])
+    for part in batch_ranges(reader):
+        spots = np.concatenate(batches[part.start : part.stop])
         # The order of the spots follows the chunks of the image, which are not part of the key.
         order = hashlib.sha256(np.ascontiguousarray(spots, np.int64).tobytes()).hexdigest()[:16]
-        path = stem.with_name(f"{stem.name}-{stops[first]}-{stops[last]}-{reader.batch_size}-{order}.block")
-        found.append(_Block(path, range(first, last), spots))
+        name = f"{stem.name}-{stops[part.start]}-{stops[part.stop]}-{reader.batch_size}-{order}.block"
+        found.append(Block(stem.with_name(name), part, spots))
     return found
 
 
-def _fill_blocks(
-    blocks: Sequence[_Block],
-    shape: tuple[int, ...],
-    encoded: Callable[[set[int]], Generator[tuple[np.ndarray, np.ndarray], None, None]],
-    progress: Callable[[int], object] | None,
-) -> None:
-    """Encode the blocks that are not there."""
+def is_whole(block: Block) -> bool:
+    """Whether the file of a block is there, and what was written."""
+    return _open(block.path, len(block.spots)) is not None
+
+
+def _missing(blocks: Sequence[Block], progress: Callable[[int], object] | None) -> list[Block]:
+    """Blocks that are not there."""
     missing = []
     for block in blocks:
-        if _open(block.path, len(block.spots)) is None:
+        if not is_whole(block):
             missing.append(block)
         elif progress is not None:
             progress(len(block.spots))
     if len(missing) < len(blocks):
-        n = sum(len(block.spots) for block in blocks if block not in missing)
+        n = sum(len(block.spots) for block in blocks) - sum(len(block.spots) for block in missing)
         logger.info("features of %d spots are there from a run that was interrupted; going on", n)
-    batches = encoded({i for block in missing for i in block.batches})
-    with contextlib.closing(batches):
-        for block in missing:
+    return missing
+
+
+def encode_blocks(
+    extractor: FeatureExtractor,
+    reader: PatchReader,
+    blocks: Sequence[Block],
+    shape: tuple[int, ...],
+    symmetries: tuple[tuple[int, bool], ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Encode blocks, of features of this shape a spot, and write a file each."""
+    wanted = [i for block in blocks for i in block.batches]
+    batches = _encoded(extractor, _Some(reader, wanted), symmetries, device, dtype, progress)
+    with torch.inference_mode(), contextlib.closing(batches):
+        for block in blocks:
             place = {int(spot): row for row, spot in enumerate(block.spots)}
             rows = (
                 (np.array([place[int(spot)] for spot in index]), part)
@@ -174,7 +210,7 @@ def _fill_blocks(
             _store(block.path, (len(block.spots), *shape), rows)
 
 
-def _joined(blocks: Sequence[_Block], path: Path, n_spots: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _joined(blocks: Sequence[Block], path: Path, n_spots: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for block in blocks:
         found = _open(block.path, len(block.spots))
         if found is not None:
@@ -192,11 +228,11 @@ def _joined(blocks: Sequence[_Block], path: Path, n_spots: int) -> Iterator[tupl
 def _store(path: Path, shape: tuple[int, ...], parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """Write a file of the cache whole or not at all, from rows and where they stand."""
     folder, n_bytes = path.parent, 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
-    with _explained(folder, n_bytes):
+    with explained(folder, n_bytes):
         handle, temporary = tempfile.mkstemp(prefix=f".{_PREFIX}", suffix=".part", dir=folder)
     try:
         with os.fdopen(handle, "w+b", buffering=0) as stream:
-            with _explained(folder, n_bytes):
+            with explained(folder, n_bytes):
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(stream, header)
             offset = stream.tell()
@@ -205,9 +241,9 @@ def _store(path: Path, shape: tuple[int, ...], parts: Iterable[tuple[np.ndarray,
                     stream.seek(offset + int(index[row]) * rows[0].nbytes)
                     _write(stream, rows[row].tobytes(), n_bytes, folder)
             _write(stream, _digest(stream, offset + n_bytes - DIGEST_BYTES), n_bytes, folder)
-            with _explained(folder, n_bytes):
+            with explained(folder, n_bytes):
                 os.fsync(stream.fileno())
-        with _explained(folder, n_bytes):
+        with explained(folder, n_bytes):
             # mkstemp keeps others out; a cache is there to be shared as the folder is.
             Path(temporary).chmod(0o644)
             Path(temporary).replace(path)
@@ -271,7 +307,7 @@ def _shape(
 def _write(stream: BinaryIO, data: bytes, n_bytes: int, folder: Path) -> None:
     """Write all of it; a raw file may take a part at a time."""
     view = memoryview(data)
-    with _explained(folder, n_bytes):
+    with explained(folder, n_bytes):
         while view:
             view = view[stream.write(view) :]
 
@@ -304,7 +340,7 @@ def _open(path: Path, n_spots: int) -> np.ndarray | None:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path, n_bytes: int) -> Iterator[None]:
+def explained(folder: Path, n_bytes: int) -> Iterator[None]:
     """Say of a full disk or a folder that cannot be written which folder it was and what it needs."""
     try:
         yield

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,10 +29,21 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
+def allocator(device: torch.device) -> Callable[[tuple[int, ...]], np.ndarray] | None:
+    """Return what makes arrays of patches for a device: page-locked ones for CUDA, else ``None``, ordinary ones."""
+    return _page_locked if device.type == "cuda" else None
+
+
+def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn ``"auto"`` or a name into the precision of the encoder: bfloat16 on CUDA, else float32."""
+    """Turn ``"auto"`` or a name into the precision of the encoder: bfloat16 on GPUs that compute in it, else float32."""
     if isinstance(dtype, str) and dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        # Older GPUs emulate bfloat16, which is slower than float32.
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in _DTYPES.values():
         raise ValueError(f"`dtype` {dtype!r} is unknown; valid: 'auto', {', '.join(map(repr, _DTYPES))}")

@@ -22,8 +22,10 @@ from ._pixels import Pixels
 
 logger = logging.getLogger("he2gene_sc")
 
-#: Genes that the gene head computes at once, so that a wide head needs no second copy of its result.
-_GENES_AT_ONCE = 4096
+#: Genes that the gene head computes at once, and values, so that a wide head or many spots need no second copy of the result.
+_GENES_AT_ONCE, _VALUES_AT_ONCE = 4096, 2**26
+#: Bytes of features that wait on the device to be copied home together.
+_ON_DEVICE = 2**28
 #: Spots whose views are classified at once.
 _VIEWS_AT_ONCE = 256
 #: Batches that may wait for a GPU.
@@ -80,7 +82,9 @@ def predict(
         positions = torch.from_numpy(np.asarray(genes, np.int64)).to(device)
         for start in range(0, len(genes), _GENES_AT_ONCE):
             part = positions[start : start + _GENES_AT_ONCE]
-            expression[:, start : start + len(part)] = network.expression(latent, part).cpu().numpy()
+            for rows in row_blocks(n, _VALUES_AT_ONCE // len(part)):
+                found = network.expression(latent[rows], part)
+                expression[rows, start : start + len(part)] = found.cpu().numpy()
         if proba is None:
             proba = (
                 network.classify(seen, centres_um, latent) if network.has_annotation else np.empty((n, 0), np.float32)
@@ -100,21 +104,44 @@ def _encoded(
     symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
     by_view = network.extractor.fusion == "mean" and network.has_annotation
     pixels = Pixels(reader)
-    features, probas, order = [], [], []
+    features, probas = _Home(reader.n_spots), _Home(reader.n_spots)
     for batch, views in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
-        features.append(views.mean(1))
+        features.add(batch.index, views.mean(1))
         if by_view:
-            probas.append(network.annotation(views).mean(1))
+            probas.add(batch.index, network.annotation(views).mean(1))
         pixels.add(batch, digest=False)
-        order.append(batch.index)
         if progress is not None:
             progress(len(batch.index))
-    if not features:
-        return np.empty((0, 0), np.float32), None, pixels.facts
-    # Back into the order of the spots on the device, so that one copy brings everything home.
-    back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
-    seen = torch.cat(features)[back].cpu().numpy()
-    return seen, torch.cat(probas)[back].cpu().numpy() if by_view else None, pixels.facts
+    return features.array(), probas.array() if by_view and reader.n_spots else None, pixels.facts
+
+
+class _Home:
+    """Rows of an array of ``n``, which come from a device batch by batch and are copied home many at a time."""
+
+    def __init__(self, n: int):
+        self._n, self._n_bytes = n, 0
+        self._waiting: list[tuple[np.ndarray, torch.Tensor]] = []
+        self._array: np.ndarray | None = None
+
+    def add(self, index: np.ndarray, rows: torch.Tensor) -> None:
+        self._waiting.append((index, rows))
+        self._n_bytes += rows.nbytes
+        # Each copy waits for the device.
+        if self._n_bytes >= _ON_DEVICE:
+            self._fetch()
+
+    def array(self) -> np.ndarray:
+        """Return all rows, ``(0, 0)`` where there are none."""
+        if self._waiting:
+            self._fetch()
+        return np.empty((0, 0), np.float32) if self._array is None else self._array
+
+    def _fetch(self) -> None:
+        rows = torch.cat([part for _, part in self._waiting]).cpu().numpy()
+        if self._array is None:
+            self._array = np.empty((self._n, rows.shape[1]), rows.dtype)
+        self._array[np.concatenate([index for index, _ in self._waiting])] = rows
+        self._waiting, self._n_bytes = [], 0
 
 
 def _of_views(features: SpotFeatures) -> np.ndarray | Interpolated:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from ._cache import cached_features, feature_facts
 from ._engine import encode
 from ._lattice import Interpolated, SpotFeatures
 from ._pixels import Pixels
+from ._workers import Workers
 
 #: What makes features what they are, in words of a user, in the order in which it is said.
 _WORDS = {
@@ -65,8 +68,9 @@ def read_features(
     *,
     folder: Path | None = None,
     progress: Callable[[int], object] | None = None,
+    workers: Workers | None = None,
 ) -> tuple[SpotFeatures, dict[str, str]]:
-    """Encode the parts of a slide, whose spots lie at ``centres_um``, or find them in a folder.
+    """Encode the parts of a slide, whose spots lie at ``centres_um``, or find them in a folder, which ``workers`` may fill.
 
     Returns features in the order of the spots, and what makes them what they are, as JSON texts, for :func:`differences`.
     """
@@ -76,20 +80,8 @@ def read_features(
             seen = Pixels(part.reader)
             values.append(_encoded(part, how, seen, progress))
         else:
-            seen = Pixels.of(part.reader)
-            values.append(
-                cached_features(
-                    part.extractor,
-                    part.reader,
-                    encoder_sha256=how.sha256,
-                    symmetries=how.symmetries,
-                    device=how.device,
-                    dtype=how.dtype,
-                    folder=folder,
-                    progress=progress,
-                    pixels=seen.sha256,
-                )
-            )
+            seen, found = _kept(part, how, folder, progress, workers)
+            values.append(found)
         pixels.append(seen)
     features = SpotFeatures(_assembled(parts, values), facts_of(parts, pixels), centres_um)
     return features, _facts(parts, how, pixels)
@@ -153,6 +145,32 @@ def _encoded(part: Part, how: Encoder, seen: Pixels, progress: Callable[[int], o
             if progress is not None:
                 progress(len(batch.index))
     return np.empty((0, 1, 0), np.float32) if out is None else out
+
+
+def _kept(
+    part: Part, how: Encoder, folder: Path, progress: Callable[[int], object] | None, workers: Workers | None
+) -> tuple[Pixels, np.ndarray]:
+    """Read what the pixels show, and find features in a folder or keep them there."""
+    with contextlib.ExitStack() as stack:
+        others = None
+        if workers is not None:
+            folder = folder.absolute()
+            shared = workers.share(part.extractor, part.reader, how.symmetries, how.dtype, folder)
+            others = stack.enter_context(shared)
+        seen = Pixels.of(part.reader) if others is None else others.pixels()
+        found = cached_features(
+            part.extractor,
+            part.reader,
+            encoder_sha256=how.sha256,
+            symmetries=how.symmetries,
+            device=how.device,
+            dtype=how.dtype,
+            folder=folder,
+            progress=progress,
+            pixels=seen.sha256,
+            fill=None if others is None else partial(others.fill, progress=progress),
+        )
+    return seen, found
 
 
 def _assembled(parts: Sequence[Part], values: Sequence[np.ndarray]) -> np.ndarray | Interpolated:

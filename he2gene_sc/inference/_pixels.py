@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import numpy as np
 
@@ -26,12 +27,20 @@ class Pixels:
         self._digests = np.zeros((n, DIGEST_BYTES), np.uint8)
 
     @classmethod
-    def of(cls, reader: PatchReader, *, judge: bool = True) -> Pixels:
-        """Read all patches of a reader."""
+    def of(cls, reader: PatchReader, *, judge: bool = True, batches: Collection[int] | None = None) -> Pixels:
+        """Read all patches of a reader, or those of some batches."""
         found = cls(reader, judge=judge)
-        for batch in reader:
+        for batch in reader.some(batches):
             found.add(batch)
         return found
+
+    def rows(self, spots: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return what is noted of some spots."""
+        return self._digests[spots], self.facts.tissue[spots], self.facts.faults[spots]
+
+    def put(self, spots: np.ndarray, rows: tuple[np.ndarray, ...]) -> None:
+        """Note what another process has read of some spots, as :meth:`rows` gives it."""
+        self._digests[spots], self.facts.tissue[spots], self.facts.faults[spots] = rows
 
     def add(self, batch: PatchBatch, *, digest: bool = True) -> None:
         """Note what a batch shows."""

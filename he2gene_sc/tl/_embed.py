@@ -28,9 +28,10 @@ from ._encoding import (
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
+    from distributed import Client
     from spatialdata import SpatialData
 
-    from ..inference import Part, SpotFeatures
+    from ..inference import Part, SpotFeatures, Workers
     from ..models import HE2Gene
 
 
@@ -44,6 +45,7 @@ def embed(
     coordinate_system: str | None = None,
     mpp: float | Mapping[str, float] | None = None,
     folder: str | Path | None = None,
+    client: Client | None = None,
     key_added: str = "he2gene_features",
     exact: bool = False,
     device: str | torch.device | None = None,
@@ -68,6 +70,11 @@ def embed(
         Folder that keeps the features, made where it does not exist. Nothing is written to ``sdata`` then. A run that was
         interrupted goes on where it stopped, and gives the same numbers. A folder may hold features of many slides and
         encoders, those of ``hg.tl.train(cache=...)`` too.
+    client
+        Client of a running dask cluster, whose workers encode the slide together and write to ``folder``, one worker a GPU.
+        The features are bit for bit those of one worker of the same kind. Workers see the same files; an image in memory above
+        64 MiB is refused. ``device`` is theirs: ``"auto"`` takes what each has, in the precision of this process
+        (``dtype``). Default: this process encodes.
     key_added
         Name of the record in ``uns``; the features are in ``obsm["X_" + key_added]``.
     exact
@@ -92,7 +99,10 @@ def embed(
     ------
     ValueError
         If an argument or the object does not fit; no table annotates the spots and no folder is given; the features pass
-        ``hg.settings.memory_limit`` and no folder is given; or a key is there that this function did not write.
+        ``hg.settings.memory_limit`` and no folder is given; or a key is there that this function did not write. If ``client``
+        is given without ``folder``, or its workers do not read the same files.
+    RuntimeError
+        If workers of ``client`` died. Blocks that are done stay in the folder.
     OSError
         If the folder cannot be written, or the disk has too little room. Nothing has been encoded then.
 
@@ -125,6 +135,7 @@ def embed(
     name = Keys(key_added).embedding
     parts = [parts_of(slide, model, how) for slide in slides]
     measured = slides[0].table_key
+    workers = _workers(client, device, keep, parts)
     if keep is None:
         if measured is None:
             raise ValueError(
@@ -133,7 +144,7 @@ def embed(
             )
         check_free(sdata[measured], "embed", key_added, obsm=[name])
         _check_size(sdata[measured], model, how)
-    encoded = [encode_slide(slide, model, how, part, keep) for slide, part in zip(slides, parts, strict=True)]
+    encoded = [encode_slide(slide, model, how, part, keep, workers) for slide, part in zip(slides, parts, strict=True)]
     target = copy_tables(sdata) if copy else sdata
     if keep is None and measured is not None:
         found = [_flat(features, model) for features, _ in encoded]
@@ -147,8 +158,34 @@ def embed(
     return target if copy else None
 
 
+def _workers(
+    client: Client | None, device: str | torch.device | None, folder: Path | None, parts: list[tuple[Part, ...]]
+) -> Workers | None:
+    """Check that workers can encode the parts of the slides."""
+    if client is None:
+        return None
+    from ..inference import Workers
+
+    validate.running_client(client)
+    if folder is None:
+        raise ValueError(
+            "`folder` is None: workers of `client` write features to a folder that all of them see; name it: "
+            "hg.tl.embed(sdata, folder='features', client=client), then hg.tl.predict(sdata, features='features')"
+        )
+    workers = Workers(client, settings.device if device is None else device)
+    for part in parts:
+        for one in part:
+            workers.check(one.reader)
+    return workers
+
+
 def encode_slide(
-    slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[Part, ...], folder: Path | None
+    slide: Slide,
+    model: HE2Gene,
+    how: Encoding,
+    parts: tuple[Part, ...],
+    folder: Path | None,
+    workers: Workers | None = None,
 ) -> tuple[SpotFeatures, dict[str, str]]:
     """Features of the spots inside the image, encoded or found in a folder; and what makes them what they are."""
     from tqdm.auto import tqdm
@@ -160,7 +197,12 @@ def encode_slide(
     unit = "patch" if is_interpolated(parts) else "spot"
     with tqdm(total=total, unit=unit, desc=f"encode {slide.shapes_key}", disable=not how.bar) as bar:
         return read_features(
-            parts, how.encoder(model), slide.centres[slide.inside] * slide.mpp, folder=folder, progress=bar.update
+            parts,
+            how.encoder(model),
+            slide.centres[slide.inside] * slide.mpp,
+            folder=folder,
+            progress=bar.update,
+            workers=workers,
         )
 
 

@@ -132,7 +132,7 @@ def _check_windows(slide: Slide, model: HE2Gene) -> None:
 def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
     """All windows of the spots inside the image; or, of dense spots, each window at the nodes of a lattice."""
     from ..image import PatchReader, Pyramid, plan_windows
-    from ..inference import Part, is_dense, lattice_of, without_idle
+    from ..inference import Part, allocator, is_dense, lattice_of, without_idle
 
     extractor, windows = model.network.extractor, model.card.windows_um
     centres = slide.centres[slide.inside]
@@ -146,7 +146,7 @@ def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
             input_px=px,
             batch_size=how.batch_size,
             factor=slide.pixel_factor,
-            allocate=_pinned if how.device.type == "cuda" else None,
+            allocate=allocator(how.device),
         )
 
     if how.step is not None and is_dense(centres * slide.mpp, windows):
@@ -187,12 +187,6 @@ def say_interpolated(slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[P
 def steps_um(model: HE2Gene, how: Encoding) -> list[float]:
     """Largest steps of the lattices, µm."""
     return [float(f"{(how.step or 0) * um:.6g}") for um in model.card.windows_um]
-
-
-def _pinned(shape: tuple[int, ...]) -> np.ndarray:
-    import torch
-
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 @dataclass(frozen=True)
