@@ -6,6 +6,8 @@ from scipy.spatial import cKDTree
 from sklearn import metrics
 
 from he2gene_sc.stats import (
+    _domains,
+    _shift_test,
     admissible_shifts,
     agreement,
     chaos,
@@ -111,6 +113,26 @@ def test_shifts_are_drawn_where_there_are_too_many():
     assert {row.tobytes() for row in drawn} <= every
     np.testing.assert_array_equal(drawn, admissible_shifts(xy, n_max=20, seed=3))
     assert len(admissible_shifts(xy, n_max=10_000)) == len(every)
+
+
+def test_shifts_of_many_spots_are_tried_on_a_few_first(monkeypatch):
+    xy = lattice(20, 60)[::-1]
+    found = admissible_shifts(xy, n_max=60)
+    assert len(found) == 60
+    monkeypatch.setattr(_shift_test, "_PROBES", len(xy))
+    np.testing.assert_array_equal(found, admissible_shifts(xy, n_max=60))
+
+
+def test_the_silhouette_of_many_spots_is_that_of_some(monkeypatch):
+    rng = np.random.default_rng(0)
+    domains = rng.integers(0, 3, 900)
+    features = domains[:, None] + 0.3 * rng.standard_normal((900, 4))
+    whole = silhouette(features, domains)
+    monkeypatch.setattr(_domains, "MAX_SILHOUETTE", 300)
+    some = silhouette(features, domains)
+    assert some != whole
+    assert some == pytest.approx(whole, abs=0.03)
+    assert some == silhouette(features, domains)
 
 
 def test_without_a_shift_there_is_no_p_value():

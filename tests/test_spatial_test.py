@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from he2gene_sc.stats import _spatial_fit, _spatial_test, spatial_test, wilcoxon_test
+from he2gene_sc.stats import _spatial_fit, _spatial_moments, _spatial_test, spatial_test, wilcoxon_test
 from he2gene_sc.stats._covariance import _Distances, _Parts, make_blocks
 
 pytestmark = pytest.mark.slow
@@ -372,3 +372,13 @@ def test_bad_input_is_named(changed, named):
     arguments = {"values": np.zeros((len(GRID), 2)), "group": BLOB, "xy": GRID} | changed
     with pytest.raises(ValueError, match=named):
         spatial_test(**arguments)
+
+
+def test_the_number_of_genes_worked_on_together_changes_nothing(monkeypatch):
+    values = np.random.default_rng(0).standard_normal((len(GRID), 40))
+    expected, ranks = spatial_test(values, BLOB, GRID, n_perms=19), wilcoxon_test(values, BLOB)
+    monkeypatch.setattr(_spatial_moments, "_NUMBERS", 16 * 1024)  # three genes at once
+    found = spatial_test(values, BLOB, GRID, n_perms=19)
+    for name in ("effect", "pvalues", "ci_low", "n_effective"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-9)
+    np.testing.assert_array_equal(wilcoxon_test(values, BLOB)[1], ranks[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ _MEETS = 0.6
 #: Least share of the spots that a shift must leave on a spot. With less, layers and large compact domains that know
 #: nothing of each other were called too often (tried at 0.5 and 0.6).
 MIN_OVERLAP = 0.7
+#: Spots that a shift is tried on first: so many of them miss all others by chance under one shift in 10¹¹ that is admissible.
+_PROBES, _SLACK = 250, 0.2
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,29 @@ def admissible_shifts(
     moves = [(turned, vector) for turned in (False, True) for vector in vectors]
     if n_max is not None:
         moves = [moves[i] for i in np.random.default_rng(seed).permutation(len(moves))]
-    found: dict[bytes, np.ndarray] = {}
+    # Of a large slide without a lattice every shift would be tried on all spots.
+    probes = xy if len(xy) <= 4 * _PROBES else np.random.default_rng(0).choice(xy, _PROBES, replace=False)
+    found = np.empty((len(moves) if n_max is None else min(n_max, len(moves)), len(xy)), np.int32)
+    seen: set[bytes] = set()
     still = np.arange(len(xy), dtype=np.int32)
     for turned, vector in moves:
+        if len(probes) < len(xy):
+            moved = (2 * centre - probes if turned else probes) + vector
+            meets = np.isfinite(tree.query(moved, distance_upper_bound=_MEETS)[0])
+            if meets.mean() < min_overlap - _SLACK:
+                continue
         moved = (2 * centre - xy if turned else xy) + vector
         distance, target = tree.query(moved, distance_upper_bound=_MEETS)
         target = np.where(np.isfinite(distance), target, -1).astype(np.int32)
         # Rounding must not decide whether a share of exactly `min_overlap` is enough.
         if np.count_nonzero(target >= 0) >= min_overlap * len(xy) - 1e-9 and not np.array_equal(target, still):
-            found.setdefault(target.tobytes(), target)
-        if n_max is not None and len(found) == n_max:
+            key = hashlib.blake2b(target.tobytes(), digest_size=16).digest()
+            if key not in seen:
+                found[len(seen)] = target
+                seen.add(key)
+        if n_max is not None and len(seen) == n_max:
             break
-    return np.array(list(found.values()), np.int32).reshape(-1, len(xy))
+    return found[: len(seen)]
 
 
 def _apart(vectors: np.ndarray) -> np.ndarray:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from ._blocks import column_blocks
 from ._covariance import Blocks
 
-#: Genes that are worked on together.
-CHUNK = 1024
+#: Genes that are worked on together, and numbers, so that many spots take no more memory.
+CHUNK, _NUMBERS = 1024, 2**23
 #: SD within groups, of all, that a covariate must have beyond the others.
 _VARIES = 1e-6
 
@@ -55,8 +57,7 @@ class Moments:
         n_free = n - sum(basis.shape[1] for basis in design.within)
         effect, scale, inside, energies = np.empty(g), np.empty(g), np.zeros((2, g)), np.empty((2, g))
         contrasts = np.empty((complement.shape[1], g), np.float32)
-        for start in range(0, g, CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in gene_chunks(n, g):
             chunk = values[:, part].astype(np.float64)
             size = np.abs(chunk).max(0)
             # NaN enters every mean; such genes are left out below.
@@ -140,6 +141,11 @@ class Design:
         """Values without section means and covariates, ``(n, g)``."""
         values = values - _means(values, self.sections)
         return values - self.shared @ (self.shared.T @ values)
+
+
+def gene_chunks(n: int, g: int) -> Iterator[slice]:
+    """Slices of the genes of ``n`` spots that are worked on together."""
+    return column_blocks((max(n, _NUMBERS // CHUNK), g), _NUMBERS)
 
 
 def _means(values: np.ndarray, cells: np.ndarray) -> np.ndarray:

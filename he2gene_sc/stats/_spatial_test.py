@@ -8,7 +8,7 @@ import numpy as np
 
 from ._covariance import Blocks, correlations, make_blocks
 from ._spatial_fit import covariance_of
-from ._spatial_moments import CHUNK, Design, Moments
+from ._spatial_moments import Design, Moments, gene_chunks
 
 #: Below this the randomisation agrees with the test, and the p-value stays as it is.
 _CHECK_LEVEL = 0.05
@@ -123,12 +123,12 @@ def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np
     n, g = values.shape
     inside = int(group.sum())
     scores = np.empty(g)
-    for start in range(0, g, CHUNK):
-        ranks = stats.rankdata(values[:, start : start + CHUNK], axis=0) - (n + 1) / 2
+    for part in gene_chunks(n, g):
+        ranks = stats.rankdata(values[:, part], axis=0) - (n + 1) / 2
         # the variance of the ranks themselves holds the correction for ties
         variance = np.square(ranks).sum(0) * inside * (n - inside) / (n * (n - 1))
         with np.errstate(invalid="ignore", divide="ignore"):
-            scores[start : start + CHUNK] = np.where(variance > 0, ranks[group].sum(0) / np.sqrt(variance), np.nan)
+            scores[part] = np.where(variance > 0, ranks[group].sum(0) / np.sqrt(variance), np.nan)
     return scores, 2 * stats.norm.sf(np.abs(scores))
 
 
