@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import he2gene_sc as hg
 from he2gene_sc._core.keys import Keys
 from he2gene_sc._report.page import Section
-from he2gene_sc._report.slide import Slide, _biomarkers, _domains, _evaluation, _hex
+from he2gene_sc._report.slide import Slide, _biomarkers, _domains, _evaluation, _hex, _quality
 from he2gene_sc.cli.app import app
 from he2gene_sc.io._files import check_new_file
 
@@ -106,6 +106,15 @@ def test_what_was_run_is_shown(plain, tmp_path):
     assert "mean correlation" in page.text
     assert "mine: mean over genes" in page.text
     assert re.search(r"hg\.tl\.evaluate, mine .*prediction_key: he2gene", page.text)
+
+
+def test_quality_of_the_image_is_shown_where_it_was_measured(plain):
+    tiles = plain["spots"].assign(qc_tenengrad=np.arange(30.0), qc_outlier=False, is_tissue=np.arange(30) > 9)
+    plain["he_qc"] = tiles
+    section = _quality(Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], None, [], 1, {}))
+    assert "he_qc (hg.pp.qc): 20 tiles of the image on tissue" in section.text[0]
+    row = next(row for row in section.tables[0].rows if row[0].text == "qc_tenengrad")
+    assert row[2].text == "19.5"
 
 
 def test_what_was_found_of_another_prediction_is_not_shown(plain):

@@ -84,7 +84,7 @@ def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
 
 
 def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> list[str]:
-    """Elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels."""
+    """Elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels; not tiles of ours."""
     if shapes_key is not None:
         if shapes_key not in sdata.shapes and shapes_key not in sdata.labels:
             valid = sorted(sdata.shapes) + sorted(_cells(sdata))
@@ -97,7 +97,8 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
     if table_key is not None:
         return regions_of(sdata[table_key], sdata)
     circles = [key for key, element in sdata.shapes.items() if "radius" in element.columns]
-    polygons = [key for key in sdata.shapes if key not in circles]
+    tiles = sdata.attrs.get(ATTRS, {}).get("written", {}).get("shapes", {})
+    polygons = [key for key in sdata.shapes if key not in circles and key not in tiles]
     found = circles or polygons or _cells(sdata)
     if not found:
         raise ValueError(

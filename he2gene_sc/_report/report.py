@@ -56,9 +56,9 @@ def report(
 ) -> Path:
     """Write a page (HTML) of a predicted slide, with all figures in the file; of many slides an index and a page of each.
 
-    The page says first what holds for a new patient. Then come slide and model, tissue and out-of-distribution score,
-    annotation, reliable genes, the chosen genes with their intervals, and what was run: evaluation, biomarkers, domains. It opens
-    without a network.
+    The page says first what holds for a new patient. Then come slide and model, tissue and out-of-distribution score, quality of the
+    image where :func:`he2gene_sc.pp.qc` was run, annotation, reliable genes, the chosen genes with their intervals, and what was run:
+    evaluation, biomarkers, domains. It opens without a network.
 
     Parameters
     ----------

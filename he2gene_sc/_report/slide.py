@@ -158,6 +158,18 @@ def _quality(slide: Slide) -> Section:
             "Out-of-distribution score (above 1: unlike the training data) and share of tissue of each spot.",
             color=drawn,
         )
+    for key, tiles in getattr(slide.data, "shapes", {}).items():
+        if "qc_outlier" not in tiles or not tiles["is_tissue"].any():
+            continue
+        values = tiles.loc[tiles["is_tissue"]].select_dtypes("number")
+        section.text.append(
+            f"{key} (hg.pp.qc): {len(values):,} tiles of the image on tissue. Compare their sharpness and stain with slides that were "
+            "scanned alike."
+        )
+        spread = values.quantile([0.05, 0.5, 0.95]).T.set_axis(
+            ["5 % of the tiles below", "median", "5 % above"], axis=1
+        )
+        section.add_frame(spread.rename_axis("measure").reset_index())
     return section
 
 

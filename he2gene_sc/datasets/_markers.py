@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from .._core import validate
+from ._toy import PLANTED
 
 #: Set to its source and genes.
 _SETS = {
@@ -48,4 +49,26 @@ def breast_markers() -> pd.DataFrame:
     return pd.DataFrame(
         [(name, gene, source) for name, (source, genes) in _SETS.items() for gene in genes.split()],
         columns=["source", "target", "reference"],
+    )
+
+
+def toy_diseases() -> pd.DataFrame:
+    """Make a small gene–disease net of the genes of :func:`he2gene_sc.datasets.toy`, for examples and tests.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``source`` (an invented disease) and ``target`` (gene symbol), as :func:`he2gene_sc.tl.enrichment` and
+        :func:`he2gene_sc.tl.programmes` take them.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> hg.datasets.toy_diseases()["source"].unique().tolist()
+    ['carcinoma (toy)', 'fibrosis (toy)', 'lipodystrophy (toy)']
+    """
+    validate.arguments(toy_diseases, locals())
+    names = {"carcinoma (toy)": "tumour", "fibrosis (toy)": "stroma", "lipodystrophy (toy)": "adipose"}
+    return pd.DataFrame(
+        [(name, gene) for name, planted in names.items() for gene in PLANTED[planted]], columns=["source", "target"]
     )

@@ -185,18 +185,18 @@ def check_card(data: dict[str, Any], where: str) -> None:
         raise ValueError(f"`model`: {where}: `training.sections` must map each section to its facts")
 
 
-def check_class_names(names: Iterable[str]) -> None:
-    """Refuse class names that a zarr store cannot hold side by side as columns."""
+def check_class_names(names: Iterable[str], what: str = "class") -> None:
+    """Refuse names of classes that a zarr store cannot hold side by side as columns."""
     seen: dict[str, str] = {}
     for name in names:
         text = isinstance(name, str) and bool(name.strip())
         if not text or not name.isprintable() or "/" in name or name.startswith("__") or name in {".", ".."}:
             raise ValueError(
-                f"class name {name!r} cannot be stored: it must be a text without '/' and line breaks, not starting '__'"
+                f"{what} name {name!r} cannot be stored: it must be a text without '/' and line breaks, not starting '__'"
             )
         if name.lower() in seen:
             raise ValueError(
-                f"class names {seen[name.lower()]!r} and {name!r} differ only in case: merge or rename one"
+                f"{what} names {seen[name.lower()]!r} and {name!r} differ only in case: merge or rename one"
             )
         seen[name.lower()] = name
 

@@ -1,4 +1,4 @@
-"""Before the prediction: tissue mask and pseudo-spots for an image without spots."""
+"""Before the prediction: tissue mask, quality and stain of an image, and pseudo-spots where it has none."""
 
 import lazy_loader
 

@@ -9,6 +9,7 @@ from ._embed import embed
 from ._evaluate.evaluate import evaluate
 from ._intervals import intervals
 from ._predict import predict
+from ._programmes import programmes
 from ._train.train import train
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "evaluate",
     "intervals",
     "predict",
+    "programmes",
     "train",
 ]

@@ -87,7 +87,7 @@ def compare(
         raise ValueError(f"`{'protocols' if layers else 'layers'}` is empty; name one or several")
     data = list(data) if isinstance(data, Iterator) else data
     read = partial(paired_spots, sample_key=sample_key, section_key=section_key, table_key=table_key)
-    found, truth = _in_common([read(data, layer, layer_scale, measured, measured_scale) for layer in layers])
+    found, truth = in_common([read(data, layer, layer_scale, measured, measured_scale) for layer in layers])
     predicted = dict(zip(layers, found, strict=True))
     panel = _panel([spots.genes for spots in predicted.values()], genes)
     units, patients = (pd.factorize(names)[0] for names in (truth.units, truth.samples))
@@ -111,12 +111,12 @@ def compare(
         guesses = {layer: spots.values(every, block) for layer, spots in predicted.items()}
         if groups.any():
             centred = values - pd.DataFrame(values).groupby(units).transform("mean").to_numpy()
-            guesses |= {name: _fitted(x, centred, groups) for name, x in seen.items()}
+            guesses |= {name: fitted_on_others(x, centred, groups) for name, x in seen.items()}
         for name, guess in guesses.items():
             for protocol in chosen:
                 of, by = (patients, np.arange(patients.max() + 1)) if protocol == "hest" else (units, owner)
                 aim = target.get(protocol, values)
-                r = pd.DataFrame([_correlation(guess[of == group], aim[of == group]) for group in range(len(by))])
+                r = pd.DataFrame([correlation(guess[of == group], aim[of == group]) for group in range(len(by))])
                 scores.setdefault((name, protocol), []).append(r.groupby(by).mean().mean().to_numpy())
     n = {"n_spots": len(units), "n_sections": len(owner), "n_patients": int(patients.max()) + 1}
     rows = [
@@ -128,7 +128,7 @@ def compare(
     return table
 
 
-def _in_common(pairs: Sequence[tuple[SpotData, SpotData]]) -> tuple[list[SpotData], SpotData]:
+def in_common(pairs: Sequence[tuple[SpotData, SpotData]], parameter: str = "data") -> tuple[list[SpotData], SpotData]:
     """Spots that every layer predicts, in sections that have enough of them: each layer's, and as measured."""
     ids = [np.concatenate([i * 2**40 + rows for i, rows in enumerate(spots.rows)]) for spots, _ in pairs]
     shared = reduce(np.intersect1d, ids)
@@ -136,10 +136,12 @@ def _in_common(pairs: Sequence[tuple[SpotData, SpotData]]) -> tuple[list[SpotDat
     names, units = np.unique(found[0][1].units.astype(str), return_inverse=True)
     kept = np.bincount(units, minlength=1)[units] >= MIN_SPOTS
     if not kept.any():
-        raise ValueError(f"`data`: none of the {len(names)} sections has {MIN_SPOTS} spots that every layer predicts")
+        raise ValueError(
+            f"`{parameter}`: none of the {len(names)} sections has {MIN_SPOTS} spots that every layer predicts"
+        )
     if not kept.all():
         warnings.warn(
-            f"`data`: [{validate.format_list(names[np.unique(units[~kept])])}] have fewer than {MIN_SPOTS} spots that every layer "
+            f"`{parameter}`: [{validate.format_list(names[np.unique(units[~kept])])}] have fewer than {MIN_SPOTS} spots that every layer "
             "predicts and are left out, under every protocol",
             UserWarning,
             stacklevel=3,
@@ -172,7 +174,7 @@ def _smoothed(values: np.ndarray, xy: np.ndarray | None, units: np.ndarray) -> n
     return out
 
 
-def _fitted(x: np.ndarray, values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def fitted_on_others(x: np.ndarray, values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Least squares of centred values on numbers of each spot, fitted on the other groups."""
     out = np.empty_like(values)
     for group in np.unique(groups):
@@ -181,7 +183,7 @@ def _fitted(x: np.ndarray, values: np.ndarray, groups: np.ndarray) -> np.ndarray
     return out
 
 
-def _correlation(guess: np.ndarray, aim: np.ndarray) -> np.ndarray:
+def correlation(guess: np.ndarray, aim: np.ndarray) -> np.ndarray:
     """Pearson correlation of each gene, 0 where a constant is predicted of one that varies."""
     r = pearson(guess, aim)
     missed = np.isnan(r) & np.isfinite(guess).all(axis=0) & np.isfinite(pearson(aim, aim))

@@ -31,6 +31,7 @@ def paired_spots(
     sample_key: str,
     section_key: str,
     table_key: str | None,
+    parameter: str = "data",
 ) -> tuple[SpotData, SpotData]:
     """Return what was predicted and what was measured at the same spots, of the same genes."""
     if layer == measured:
@@ -55,7 +56,13 @@ def paired_spots(
             f"`layer` {layer!r} was fitted by hg.tl.adapt to spots that are measured here; name the layer that it was adapted "
             "from"
         )
-    _tell_trained_on(spots)
+    if trained := sections_trained_on(spots):
+        warnings.warn(
+            f"`{parameter}`: sections {sorted(trained)} are in the training set of {', '.join(sorted(set(trained.values())))}, whose errors are "
+            "too small there; leave them out",
+            UserWarning,
+            stacklevel=3,
+        )
     spots = labelled_spots(spots, None, layer_scale=layer_scale)
     known, seen = measured_part(spots, measured, measured_scale, "counts")
     if not seen.any():
@@ -66,16 +73,12 @@ def paired_spots(
     return spots.take(seen), replace(known, genes=spots.genes)
 
 
-def _tell_trained_on(spots: SpotData) -> None:
-    """Warn of sections that a model of ours was trained on, where that can be told."""
+def sections_trained_on(spots: SpotData) -> dict[str, str]:
+    """Sections that a model of ours was trained on, where that can be told, and its name."""
+    seen: dict[str, str] = {}
     for i, table in enumerate(spots.tables):
-        key = prediction_of(table, spots.layer)
-        model = model_of(table.uns.get(key, {}), None)
-        trained_on = set(model.card.training.get("sections", ())) if model is not None else set()
-        if seen := sorted(trained_on & set(spots.sections[spots.objects == i])):
-            warnings.warn(
-                f"`data`: sections {seen} are in the training set of {table.uns[key]['model']}, whose errors are too small "
-                "there; leave them out",
-                UserWarning,
-                stacklevel=4,
-            )
+        model = model_of(table.uns.get(prediction_of(table, spots.layer), {}), None)
+        if model is not None:
+            own = set(spots.sections[spots.objects == i])
+            seen |= dict.fromkeys(own & set(model.card.training.get("sections", ())), model.name)
+    return seen

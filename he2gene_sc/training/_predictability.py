@@ -165,7 +165,7 @@ def gene_table(
     tested = np.isfinite(grouped).sum(0) > (unit in TELLING)
     mean, skill = np.where(tested, mean, np.nan), np.where(tested, held_out[unit].skill, np.nan)
     known = (unit in TELLING) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
-    patient_low = _least(bound_within(found[unit], [len(section) for section in sections], patients))
+    patient_low = least(bound_within(found[unit], [len(section) for section in sections], patients))
     if unit == "section":
         known &= np.nan_to_num(patient_low) > RELIABLE_PCC
     new_patient, given_depth = np.full((2, len(mean)), np.nan)
@@ -178,9 +178,9 @@ def gene_table(
         new_patient, given_depth = (np.where(several, bounds(x)[0], np.nan) for x in (across, given))
         spots_of_patient = pd.Series([len(section) for section in sections]).groupby(patients, sort=False).sum()
         reliable = new_patient_bound(given, spots_of_patient.to_numpy()) > RELIABLE_PCC
-        reliable &= np.nan_to_num(_least(across)) > RELIABLE_PCC
+        reliable &= np.nan_to_num(least(across)) > RELIABLE_PCC
         if unit == "section":
-            known &= np.nan_to_num(_least(across)) > RELIABLE_PCC
+            known &= np.nan_to_num(least(across)) > RELIABLE_PCC
     beside, better = _against(sections, held_out, references)
     reliable &= better
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
@@ -232,7 +232,7 @@ def _against(
     return columns, is_better(differences)
 
 
-def _least(of_patients: np.ndarray) -> np.ndarray:
+def least(of_patients: np.ndarray) -> np.ndarray:
     """Least over the patients that measured the gene, ``(g,)``; NaN where none did."""
     least = np.where(np.isfinite(of_patients), of_patients, np.inf).min(0)
     return np.where(np.isfinite(least), least, np.nan)

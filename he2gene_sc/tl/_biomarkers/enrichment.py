@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
-from ..._core.genes import find_genes
 from ..._core.keys import check_key
 from ..._core.results import check_free, find_results, write_to_all
 from ...get._biomarkers import biomarkers as get_biomarkers
+from .._gene_sets import import_decoupler, in_names_of, read_net
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def enrichment(
     data: SpatialData | AnnData | Iterable[SpatialData | AnnData] | pd.DataFrame,
-    net: pd.DataFrame | str | Path,
+    net: pd.DataFrame | str | Path | Mapping[str, Sequence[str]],
     *,
     group: str | Sequence[str] | None = None,
     statistic: str = "scores",
@@ -41,7 +41,8 @@ def enrichment(
     data
         What :func:`he2gene_sc.tl.biomarkers` wrote to, or its DataFrame.
     net
-        DataFrame with columns ``source`` and ``target`` (and ``weight``, where the method takes one), or a GMT file.
+        DataFrame with columns ``source`` and ``target`` (and ``weight``, where the method takes one), a GMT file, or a mapping of
+        sets to genes. Sets of diseases are sets like others, see Notes.
     group
         Group or groups of the biomarkers; default: all.
     statistic
@@ -76,6 +77,9 @@ def enrichment(
     decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022) takes genes as independent. Genes of a set are
     co-expressed, so its p-values are too small: they rank sets, they are no error rates.
 
+    **Genes of diseases** come from a GMT file (that of Enrichr, for example), or, with a network, from OmniPath:
+    ``decoupler.op.resource("DisGeNet")`` with its columns renamed to ``source`` (the disease) and ``target`` (the gene).
+
     Examples
     --------
     >>> import he2gene_sc as hg
@@ -83,12 +87,12 @@ def enrichment(
     >>> for i, slide in enumerate(slides):
     ...     slide["table"].obs["patient"] = f"P{i}"
     >>> markers = hg.tl.biomarkers(slides, "pathologist", layer=None)
-    >>> sets = slides[0]["table"].var["planted"].rename_axis("target").reset_index(name="source")
-    >>> hg.tl.enrichment(markers, sets)["group"].nunique()
-    3
+    >>> found = hg.tl.enrichment(markers, hg.datasets.toy_diseases(), group="tumour")
+    >>> found["source"].iloc[0]
+    'carcinoma (toy)'
     """
     validate.arguments(enrichment, locals())
-    decoupler = _decoupler()
+    decoupler = import_decoupler("hg.tl.enrichment")
     check_key(key_added, "key_added")
     if not hasattr(decoupler.mt, method):
         raise ValueError(f"`method` {method!r} is no method of decoupler, valid: {_methods(decoupler)}")
@@ -109,7 +113,7 @@ def enrichment(
         if unknown := sorted(set(wanted) - set(frame["group"])):
             raise ValueError(f"`group` {unknown} was not tested, valid: {frame['group'].unique().tolist()}")
         frame = frame[frame["group"].isin(wanted)]
-    sets = _net(net, decoupler)
+    sets = read_net(net)
     results = pd.concat(
         [
             _scores(part, name, sets, statistic, getattr(decoupler.mt, method), tmin, kwargs)
@@ -138,42 +142,8 @@ def enrichment(
     return results.copy() if several else None
 
 
-def _decoupler() -> Any:
-    try:
-        import decoupler
-    except ImportError as error:
-        raise ImportError("hg.tl.enrichment needs decoupler: pip install 'he2gene_sc[enrichment]'") from error
-    return decoupler
-
-
 def _methods(decoupler: Any) -> list[str]:
     return sorted(name for name in decoupler.mt.show()["name"])
-
-
-def _net(net: Any, decoupler: Any) -> pd.DataFrame:
-    if not isinstance(net, pd.DataFrame):
-        if not Path(net).expanduser().is_file():
-            raise ValueError(f"`net`: there is no file {str(net)!r}; a GMT file or a DataFrame is needed")
-        net = decoupler.pp.read_gmt(str(Path(net).expanduser()))
-    if missing := [name for name in ("source", "target") if name not in net]:
-        raise ValueError(f"`net` has no column {missing[0]!r}; 'source' (the set) and 'target' (the gene) are needed")
-    net = net[[name for name in ("source", "target", "weight") if name in net]]
-    net = net.dropna(subset=["source", "target"]).drop_duplicates()
-    twice = net.duplicated(["source", "target"])
-    if twice.any():
-        source, target = net.loc[twice, ["source", "target"]].iloc[0]
-        raise ValueError(
-            f"`net` names gene {target!r} twice in set {source!r}, with other weights; keep one row of each"
-        )
-    return net
-
-
-def _in_names_of(net: pd.DataFrame, tested: pd.Index) -> pd.DataFrame:
-    """Call targets as the tested genes are called, where HGNC has changed a symbol."""
-    targets = pd.Index(net["target"].unique())
-    found = find_genes(targets, tested)
-    names = {target: tested[place] for target, place in zip(targets, found, strict=True) if place >= 0}
-    return net.assign(target=net["target"].map(lambda target: names.get(target, target)))
 
 
 def _scores(
@@ -191,7 +161,7 @@ def _scores(
         )
     if values.nunique() < 2:
         raise ValueError(f"`data`: {statistic!r} is the same for all genes of group {group!r}; no set stands out")
-    net = _in_names_of(net, values.index)
+    net = in_names_of(net, values.index)
     sizes = net[net["target"].isin(values.index)].groupby("source").size()
     # A set of every gene has nothing to be compared with.
     net = net[~net["source"].isin(sizes.index[sizes >= len(values)])]

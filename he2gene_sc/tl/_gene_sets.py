@@ -1,0 +1,73 @@
+"""Gene sets from a table, a mapping or a GMT file, and their scores by decoupler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .._core.genes import find_genes
+
+
+def import_decoupler(verb: str) -> Any:
+    """Return decoupler, which is an extra."""
+    try:
+        import decoupler
+    except ImportError as error:
+        raise ImportError(f"{verb} needs decoupler: pip install 'he2gene_sc[enrichment]'") from error
+    return decoupler
+
+
+def read_net(net: Any) -> pd.DataFrame:
+    """Return the sets as decoupler takes them: ``source``, ``target``, perhaps ``weight``."""
+    if isinstance(net, Mapping):
+        net = _listed(net.items())
+    elif not isinstance(net, pd.DataFrame):
+        path = Path(net).expanduser() if isinstance(net, str | Path) else None
+        if path is None or not path.is_file():
+            raise ValueError(
+                f"`net`: there is no file {str(net)!r}; a DataFrame, a GMT file or a mapping of sets to genes is needed"
+            )
+        net = _read_gmt(path)
+    if missing := [name for name in ("source", "target") if name not in net]:
+        raise ValueError(f"`net` has no column {missing[0]!r}; 'source' (the set) and 'target' (the gene) are needed")
+    net = net[[name for name in ("source", "target", "weight") if name in net]]
+    net = net.dropna(subset=["source", "target"]).drop_duplicates()
+    if "weight" in net and not np.isfinite(pd.to_numeric(net["weight"], errors="coerce")).all():
+        raise ValueError("`net`: 'weight' is not a finite number in some rows; leave these rows or the column out")
+    twice = net.duplicated(["source", "target"])
+    if twice.any():
+        source, target = net.loc[twice, ["source", "target"]].iloc[0]
+        raise ValueError(
+            f"`net` names gene {target!r} twice in set {source!r}, with other weights; keep one row of each"
+        )
+    return net
+
+
+def _listed(sets: Iterable[tuple[str, Iterable[str]]]) -> pd.DataFrame:
+    rows = [(name, gene) for name, genes in sets for gene in ([genes] if isinstance(genes, str) else genes)]
+    return pd.DataFrame(rows, columns=["source", "target"])
+
+
+def _read_gmt(path: Path) -> pd.DataFrame:
+    """Read by tabs: names of diseases hold blanks, and the description may be empty."""
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines or any(len(line) < 3 for line in lines):
+        raise ValueError(
+            f"`net`: {str(path)!r} is not a GMT file; each line is a name, a description and genes, separated by tabs"
+        )
+    # Enrichr writes weights behind a comma.
+    genes = [[gene.partition(",")[0].strip() for gene in line[2:]] for line in lines]
+    return _listed((line[0].strip(), filter(None, found)) for line, found in zip(lines, genes, strict=True))
+
+
+def in_names_of(net: pd.DataFrame, genes: pd.Index) -> pd.DataFrame:
+    """Call targets as these genes are called, where HGNC has changed a symbol."""
+    targets = pd.Index(net["target"].unique())
+    found = find_genes(targets, genes)
+    names = {target: genes[place] for target, place in zip(targets, found, strict=True) if place >= 0}
+    named = net.assign(target=net["target"].map(lambda target: names.get(target, target)))
+    return named.drop_duplicates(["source", "target"])
