@@ -13,6 +13,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 import he2gene_sc as hg
+from he2gene_sc._core.keys import MADE
 from he2gene_sc.stats import paired_moderated_t
 
 MARKERS = ["ERBB2", "EPCAM", "CD24", "CDH1"]
@@ -331,6 +332,9 @@ def test_ppi_takes_depth_off_what_was_measured():
         table = anndata.AnnData(counts.astype(np.float32), obs={"label": labels, "patient": [f"P{number}"] * 80})
         noise = 0.05 * rng.standard_normal((80, 400))
         table.layers["mine"] = np.log1p(1e4 * genes / genes.sum() + abs(noise)).astype(np.float32)
+        if number > 9:
+            # As hg.tl.predict makes one of a slide that was not measured.
+            table.uns[MADE] = True
         tables.append(table)
     options = {"groups": "tumour", "reference": "stroma", "layer": "mine", "layer_scale": "log", "reliable_only": False}
     result = hg.tl.biomarkers(tables, "label", method="ppi", **options)
@@ -503,14 +507,17 @@ def test_cross_fitted_labels_that_agree_little_with_those_given_are_refused_or_w
 
 
 def test_a_rare_group_whose_cross_fitted_labels_are_others_is_said():
-    tables = [as_predicted(t) for t in patients(4)]
+    tables = [as_predicted(t) for t in patients(6)]
     for i, table in enumerate(tables):
         table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
-        # One spot of each patient owes its label to nothing that was measured.
-        table.obs["rare"] = table.obs["label"].astype(str).mask(np.arange(40) == 30 + i, "immune")
+        # Five spots of two patients owe their label to nothing that was measured, nor one of a third, which is not tested.
+        table.obs["rare"] = table.obs["label"].astype(str).mask((np.arange(40) >= 35) & (i < 2), "immune")
+        table.obs["rare"] = table.obs["rare"].mask((np.arange(40) == 30) & (i == 3), "odd")
     options = {"layer": "he2gene", "cross_fit": True, "depth": None}
     with pytest.warns(UserWarning, match="of the spots that are 'immune' by either label only 0% are by both"):
         found(tables, "rare", **options)
+    with pytest.raises(ValueError, match=r"`groups` \['tumor'\] are no groups"):
+        found(tables, groups=["tumor"], **options)
 
 
 # ----------------------------------------------------------------------------------------------- bad input

@@ -33,6 +33,13 @@ def validated(sections, **options):
     return cross_validate(sections, protocols, recipe(), n_classes=3, n_target=4, **options)
 
 
+def test_sections_whose_spots_have_all_the_same_depth_are_learned(sections):
+    """Counts that were thinned to one total: depth is a reference that predicts nothing."""
+    even = [replace(section, totals=np.full(len(section.totals), 1000.0)) for section in sections]
+    model = build_model(even, facts(N_GENES), recipe(), n_colour=N_COLOUR, n_target=4)
+    assert not np.nan_to_num(model.genes["pcc_depth"]).any()
+
+
 def test_penalties_are_chosen_on_held_out_sections_and_patients(model, sections):
     choice, _ = validated(sections)
     training = model.card.training

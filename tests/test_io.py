@@ -521,6 +521,12 @@ def test_a_missing_patient_is_no_name_and_a_wrong_separator_is_named(tmp_path):
     counts, spots, _ = section(tmp_path)
     with pytest.raises(ValueError, match="`patient` holds 'nan', which is a missing value"):
         hg.io.read_st(counts, spots, patient="nan")
+    with pytest.raises(ValueError, match="`patient` holds '-', which is a missing value"):
+        hg.io.read_st(counts, spots, patient="-")
+    spots.assign(a=np.nan, b=np.nan).rename(columns={"a": "", "b": ""}).to_csv(
+        tmp_path / "tabs.tsv", sep="\t", index=False
+    )
+    assert hg.io.read_st(counts, tmp_path / "tabs.tsv")["table"].n_obs == 20
     counts.to_csv(tmp_path / "counts.csv", sep=";")
     with pytest.raises(ValueError, match="columns seem to be parted by ';', tabs are needed"):
         hg.io.read_st(tmp_path / "counts.csv", spots)

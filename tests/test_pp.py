@@ -287,6 +287,17 @@ def test_a_grid_lies_where_the_mask_of_another_tool_does():
         hg.pp.grid(sdata, tissue_key="apart", key_added="none")
 
 
+def test_a_coarse_mask_without_a_scale_covers_the_image_and_it_is_said():
+    sdata = hg.datasets.toy((4, 4), mpp=2.0)
+    pyramid = hg._core.images.pyramid_of(sdata, "he")
+    sdata["coarse"] = Labels2DModel.parse(
+        np.ones((pyramid.height // 8, pyramid.width // 8), np.uint16), dims=("y", "x")
+    )
+    with pytest.warns(UserWarning, match=r"they are taken to cover it.*Scale\(\[8"):
+        hg.pp.grid(sdata, tissue_key="coarse", key_added="bins")
+    assert sdata["bins"].geometry.x.max() > 0.8 * pyramid.width
+
+
 def test_a_grid_may_be_laid_again():
     sdata = with_mask(np.ones((100, 100), bool))
     hg.pp.grid(sdata)

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,7 @@ from patients import pool
 
 import he2gene_sc as hg
 from he2gene_sc._core.names import asked_name, clean_name, clean_names, names_of
-from he2gene_sc._core.spots import apart, samples_of, sections_of
+from he2gene_sc._core.spots import apart, read_spots, samples_of, sections_of
 
 
 def table_of(**columns):
@@ -63,7 +65,9 @@ def test_names_that_differ_in_blanks_dashes_or_leading_zeros_are_refused(first, 
         names_of(table_of(label=[first, "x", first, second]), "label", "sample_key")
 
 
-@pytest.mark.parametrize(("first", "second"), [("C1 1", "C11"), ("1.05", "1.5"), ("P10", "P1"), ("+", "-")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("C1 1", "C11"), ("1.05", "1.5"), ("0,05", "0,5"), ("P10", "P1"), ("+", "-")]
+)
 def test_names_that_differ_are_two(first, second):
     names = names_of(table_of(label=[first, second, first, second]), "label", "groupby")
     assert names.tolist() == [first, second] * 2
@@ -77,9 +81,16 @@ def test_no_name_of_a_sample_is_a_label_but_no_sample(odd):
         names_of(table, "label", "sample_key", what="samples", required=True)
 
 
-def test_an_unknown_sample_among_others_is_said():
-    with pytest.warns(UserWarning, match="'unknown' counts as one sample among 3"):
-        names_of(table_of(label=["a", "b", "a", "unknown"]), "label", "sample_key", what="samples")
+def test_an_unknown_sample_among_others_is_said(slides):
+    for table in slides[:2]:
+        table.obs["patient"] = "unknown"
+    with pytest.warns(UserWarning, match="'unknown' counts as one sample, of 2 in all"):
+        read_spots(slides[:3], None, "groupby")
+    with pytest.warns(UserWarning, match="'unknown' counts as one sample, of 1 in all"):
+        read_spots(slides[:2], None, "groupby")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_spots(slides[0], None, "groupby")
 
 
 def test_texts_of_missing_values_are_said(caplog):

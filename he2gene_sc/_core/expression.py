@@ -253,7 +253,7 @@ def _not_normalised(values: Any) -> str:
     whole = (abs(linear - np.rint(linear)) < 0.01) | ~known
     told = known.sum(1) > 2
     if told.sum() > 2 and whole[told].all(1).mean() > 0.9:
-        return "they are logarithms of raw counts, which were not normalised"
+        return "they are logarithms of whole numbers (raw counts, or counts as SCTransform corrects them)"
     high = np.zeros(values.shape[1])
     for _, block in blocks_of(values):
         largest = (

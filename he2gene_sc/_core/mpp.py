@@ -99,13 +99,13 @@ def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tup
     return None
 
 
-def length_scale(matrix: np.ndarray) -> float:
+def length_scale(matrix: np.ndarray, *, quiet: bool = False) -> float:
     """Length that a length of 1 becomes; a warning where that depends on the direction."""
     most, least = np.linalg.svd(matrix[:2, :2], compute_uv=False)
-    if least < (1 - _SQUARE) * most:
+    if not quiet and least < (1 - _SQUARE) * most:
         warnings.warn(
             f"the transformations of image and spots stretch lengths by {least:.4g} one way and {most:.4g} the other (they are "
-            "anisotropic, or sheared); µm per pixel is taken as the mean. Resample the image to square pixels",
+            "anisotropic, or sheared); lengths are taken as the mean. Resample the image to square pixels",
             UserWarning,
             stacklevel=3,
         )
@@ -139,7 +139,7 @@ def resolve_mpp(
         found = stored_mpp(sdata, image_key) or spots_mpp(sdata, shapes_key, to_pixels) or assay
     if found is None:
         per_unit = {
-            system: length_scale(affine(sdata.images[image_key], system))
+            system: length_scale(affine(sdata.images[image_key], system), quiet=True)
             for system in get_transformation(sdata.images[image_key], get_all=True)
         }
         hint = "".join(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,11 @@ MISSING = frozenset(
 )
 #: Texts that are no name of a sample, though they may be a label ("-" against "+", "none" against a treatment).
 _NOBODY = frozenset(["-", "--", "?", ".", "n.a.", "none", "null", "nan", "na", "n/a"])
-_UNNAMED = frozenset(["unknown", "undefined", "missing"])
+#: Texts that are a name, though perhaps of several samples.
+UNNAMED = frozenset(["unknown", "undefined", "missing"])
 _WHOLE = re.compile(r"[-+]?\d+\.0+")
 _DASHES = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
-_LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
+_LEADING_ZEROS = re.compile(r"(?<![\d.,])0+(?=\d)")
 #: Blanks but between digits, where they part two numbers.
 _BLANKS = re.compile(r"(?<!\d) | (?!\d)")
 
@@ -99,14 +99,6 @@ def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", 
             *(parameter, key, int(as_text.sum()), column.iloc[int(np.flatnonzero(as_text)[0])]),
         )
     check_spelling({"": names}, parameter, key, what=what, rows={"": table.obs_names})
-    unique = set(names[~missing])
-    if what == "samples" and len(unique) > 1 and (unnamed := [name for name in unique if name.casefold() in _UNNAMED]):
-        warnings.warn(
-            f"`{parameter}` {key!r}: {unnamed[0]!r} counts as one sample among {len(unique)}; leave its spots out if it is "
-            "several, or one of the others",
-            UserWarning,
-            stacklevel=3,
-        )
     return names
 
 
@@ -162,9 +154,9 @@ def labels_of(table: AnnData, key: str, parameter: str) -> np.ndarray:
     return names_of(table, key, parameter)
 
 
-def asked_name(value: object, parameter: str) -> str:
-    """Clean a name that the user gave, as :func:`names_of` cleans those of a column."""
-    name = clean_name(value)
+def asked_name(value: object, parameter: str, *, sample: bool = False) -> str:
+    """Clean a name that the user gave, of a sample or other, as :func:`names_of` cleans those of a column."""
+    name = clean_samples([value])[0] if sample else clean_name(value)
     if name is None:
         raise ValueError(f"`{parameter}` holds {value!r}, which is a missing value; a name is needed")
     return name

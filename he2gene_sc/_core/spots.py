@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from .genes import find_genes
 from .keys import MADE, PATIENT, SECTION
 from .matrix import values_of
 from .names import (
+    UNNAMED,
     annotated_by,
     check_spelling,
     clean_name,
@@ -200,7 +202,8 @@ class SpotData:
 
     def obs(self, key: str, parameter: str) -> pd.Series:
         """Return a column of ``obs`` at the spots."""
-        parts = [column_of(t, key, parameter).iloc[rows] for t, rows in zip(self.tables, self.rows, strict=True)]
+        of_table = [(t, rows) for t, rows in zip(self.tables, self.rows, strict=True) if len(rows)]
+        parts = [column_of(table, key, parameter).iloc[rows] for table, rows in of_table]
         return pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects()
 
     def totals(self, layer: str | None, parameter: str = "layer") -> np.ndarray:
@@ -271,6 +274,15 @@ def read_spots(
         (samples, "sample_key", sample_key, "samples"),
     ):
         check_spelling(dict(zip(rows, names, strict=True)), named, key, what=what, rows=rows)
+    named_samples = pd.unique(np.concatenate(samples))
+    unnamed = [name for name in named_samples if name.casefold() in UNNAMED]
+    if unnamed and max(len(named_samples), len(tables)) > 1:
+        warnings.warn(
+            f"`sample_key` {sample_key!r}: {unnamed[0]!r} counts as one sample, of {len(named_samples)} in all; leave its spots "
+            "out, or name the samples, if it is several or one of the others",
+            UserWarning,
+            stacklevel=3,
+        )
     places = all("spatial" in table.obsm for table in tables)
     return SpotData(
         tables=tables,

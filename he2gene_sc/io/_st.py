@@ -93,7 +93,7 @@ def read_st(
 
     check_mpp(mpp)
     section = asked_name(section, "section")
-    patient = section if patient is None else asked_name(patient, "patient")
+    patient = section if patient is None else asked_name(patient, "patient", sample=True)
     for name, value in (("pitch_um", pitch_um), ("diameter_um", diameter_um)):
         validate.in_range(value, name, above=0)
     count_frame = _table(counts, "counts", index_col=0)

@@ -32,6 +32,9 @@ def check_header(path: Path, parameter: str | None = None, what: str = "genes") 
     beside = what == "genes" and (len(rows) < 2 or len(rows[1]) == len(rows[0]))
     names = pd.Index(rows[0][beside:]).str.strip(' "')
     file = f"`{parameter}` {path.name!r}" if parameter else path.name
+    if what != "genes":
+        # Columns of trailing tabs.
+        names = names[names != ""]
     if names.has_duplicates:
         raise ValueError(
             f"{file} has duplicated {what}: {list(names[names.duplicated()][:5])}; add up or rename their columns"

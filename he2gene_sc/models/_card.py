@@ -31,7 +31,7 @@ _BLOCK_BOOTSTRAP_SAYS = (
 PAIRED = "mean Pearson, prediction minus"
 _PAIRED_SAYS = (
     "The prediction stands beside references that see no gene: depth (log counts), colour and coordinates of a spot, standardised "
-    "within its section. Each is a ridge fitted on the sections that were not held out. The 95 % interval is that of t."
+    "within its section. Each is a ridge fitted on what was not held out. The 95 % interval is that of t."
 )
 _NOT_RECORDED = "Paired differences to references that see no gene (depth, colour, coordinates): not recorded."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,6 +104,16 @@ def grid(
     check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
     mask = np.asarray(levels(sdata.labels[tissue_key])[0]) > 0
     to_mask = _to_mask(sdata, image_key, tissue_key)
+    stretch = np.array([mask.shape[1] / pyramid.width, mask.shape[0] / pyramid.height])
+    if np.allclose(to_mask, np.eye(3)) and stretch.max() < 0.9 and abs(stretch[0] / stretch[1] - 1) < 0.05:
+        warnings.warn(
+            f"`tissue_key`: labels {tissue_key!r} are {stretch[0]:.3g} times as large as image {image_key!r}, of the same shape and "
+            "without a scale: they are taken to cover it. Say so with spatialdata.transformations.set_transformation(sdata.labels["
+            f"{tissue_key!r}], spatialdata.transformations.Scale([{1 / stretch[0]:.6g}, {1 / stretch[1]:.6g}], axes=('x', 'y')))",
+            UserWarning,
+            stacklevel=2,
+        )
+        to_mask = np.diag([*stretch, 1.0])
     # Pixels of the mask a pixel of the image, down and across.
     scale = np.linalg.norm(to_mask[:2, :2], axis=1)[::-1]
     share = uniform_filter(

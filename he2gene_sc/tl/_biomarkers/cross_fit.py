@@ -14,6 +14,7 @@ import pandas as pd
 from ..._core.expression import Scale
 from ..._core.genes import find_genes
 from ..._core.spots import SpotData
+from .contrast import MIN_SPOTS
 from .provenance import measured_part
 from .sums import depth_of
 
@@ -47,7 +48,7 @@ def cross_fitted_halves(
         labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale, depths)
         halves.append(replace(spots, genes=genes, labels=labels))
         agreements.append(_agreement(labels, spots.labels, groups, reference))
-        worst.append(_worst_group(labels, spots.labels, groups, reference))
+        worst.append(_worst_group(labels, spots, groups, reference))
     agreement = _checked(min(agreements))
     share, group = min(worst)
     if share < _REFUSED and agreement >= _WARNED:
@@ -68,13 +69,15 @@ def _agreement(found: np.ndarray, given: np.ndarray, groups: Sequence[str] | Non
     return _share(*(labels[np.isin(given, named) | np.isin(found, named)] for labels in (found, given)))
 
 
-def _worst_group(
-    found: np.ndarray, given: np.ndarray, groups: Sequence[str] | None, reference: str
-) -> tuple[float, str]:
+def _worst_group(found: np.ndarray, spots: SpotData, groups: Sequence[str] | None, reference: str) -> tuple[float, str]:
     """Least share of the spots of a group by either label that are of it by both; rare groups do not show in all spots."""
-    tested = set(given) if groups is None else {*groups, reference} & set(given)
+    given = spots.labels
+    sizes = pd.DataFrame({"label": given, "sample": spots.samples}).value_counts()
+    enough = sizes[sizes >= MIN_SPOTS].groupby("label").size()
+    tested = set(enough.index[enough > 1]) & (set(given) if groups is None else {*groups, reference})
     of = {group: (found == group, given == group) for group in tested}
-    return min((float((a & b).sum() / (a | b).sum()), str(group)) for group, (a, b) in of.items())
+    shares = ((float((a & b).sum() / (a | b).sum()), str(group)) for group, (a, b) in of.items())
+    return min(shares, default=(1.0, ""))
 
 
 def _share(found: np.ndarray, given: np.ndarray) -> float:

@@ -138,7 +138,7 @@ def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
     layer = pool.layer if pool.scale == "counts" else None
     if depth != "auto":
         found = pd.to_numeric(pool.obs(depth, "depth"), errors="coerce").to_numpy(float)
-    elif any(_without_counts(table, layer) for table in pool.tables):
+    elif any(_without_counts(t, layer) for t, rows in zip(pool.tables, pool.rows, strict=True) if len(rows)):
         return None
     else:
         found = pool.totals(layer)

@@ -67,7 +67,8 @@ class Judged:
 
     def labels(self, key: str, parameter: str) -> pd.Series:
         """Names in a column of ``obs``, cleaned, ``(n,)``; ``None`` where there is none."""
-        names = names_of(self.source, key, parameter)[self.partner]
+        what = "samples" if parameter == "sample_key" else "labels"
+        names = names_of(self.source, key, parameter, what=what)[self.partner]
         return pd.Series(names, index=self.source.obs_names[self.partner], dtype=object)
 
 
@@ -211,7 +212,7 @@ def _sections(table: AnnData, section_key: str, sample_key: str) -> np.ndarray:
     sample_key = PATIENT if sample_key == SECTION else sample_key
     if not has_samples(table, sample_key):
         return sections
-    samples = names_of(table, sample_key, "sample_key")
+    samples = names_of(table, sample_key, "sample_key", what="samples")
     if pd.isna(samples).any():
         return sections
     if len(set(sections)) == 1:

@@ -18,7 +18,7 @@ import scipy.sparse
 from ..._core.expression import contents_of
 from ..._core.layers import layer_names
 from ..._core.matrix import in_memory, matrix_of, where_of
-from ..._core.names import clean_names, column_of
+from ..._core.names import clean_names, clean_samples, column_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
 from .gene_lists import check_gene_lists, common_names, gene_names
@@ -181,7 +181,7 @@ def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[
     """Section and patient of some spots, one each."""
     found = []
     for parameter, key in (("section_key", keys.section), ("sample_key", keys.sample)):
-        names = clean_names(table.obs[key].iloc[rows])
+        names = (clean_samples if parameter == "sample_key" else clean_names)(table.obs[key].iloc[rows])
         values = set(names)
         if None in values:
             first = table.obs_names[rows[pd.isna(names)]][:3].tolist()

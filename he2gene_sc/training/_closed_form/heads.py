@@ -68,7 +68,9 @@ class Sums:
     def root(self) -> np.ndarray:
         """Lower Cholesky factor of the squares of all sections, ``(k, k)``."""
         total = self.gram.sum(0)
-        return np.linalg.cholesky(total + _TINY * np.trace(total) / len(total) * np.eye(len(total)))
+        # A reference that is the same in all spots has no squares.
+        jitter = max(_TINY * np.trace(total) / len(total), np.finfo(float).tiny)
+        return np.linalg.cholesky(total + jitter * np.eye(len(total)))
 
     def ridge(self, penalty: float, rank: int | None = None) -> np.ndarray:
         """Solve for one penalty and rank: weights ``(k, g)`` float32, see :meth:`path`."""
