@@ -316,6 +316,10 @@ def test_ppi_uses_measured_samples_and_predictions_of_others():
     assert (result["method"] == "ppi").all()
     assert (result["n_samples"] == 12).all()
     assert set(result.index[:5]) == {f"g{i}" for i in range(5)}
+    # A patient whose reference alone was measured is neither a measured nor a predicted one.
+    tables[6].X[(tables[6].obs["label"] != "tumour").to_numpy()] = 1
+    with pytest.warns(UserWarning, match="has 6 measured samples"):
+        assert (of(found(tables, layer="he2gene", method="ppi"))["n_samples"] == 11).all()
     with pytest.raises(ValueError, match="at least 3 measured and 2 more predicted samples"):
         found(tables[:6], layer="he2gene", method="ppi")
 
@@ -504,6 +508,9 @@ def test_cross_fitted_labels_that_agree_little_with_those_given_are_refused_or_w
     with pytest.raises(ValueError, match=r"in [5-7]\d% of the spots; at least 85% are needed"):
         found(tables, "noisy", **options)
     assert tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"] == agreement
+    samples = tables[0].uns["he2gene_biomarkers"]["samples"]
+    assert not samples.duplicated(["group", "sample"]).any()
+    assert np.isfinite(tables[0].uns["he2gene_biomarkers"]["sample_effects"]).all()
 
 
 def test_a_rare_group_whose_cross_fitted_labels_are_others_is_said():

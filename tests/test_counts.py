@@ -161,6 +161,121 @@ def test_deseq2_is_pydeseq2_or_names_what_to_install(monkeypatch):
     assert np.corrcoef(result["effect_size"], found(tables)["effect_size"].reindex(result.index))[0, 1] > 0.9
 
 
+def summed(rng, spots, between, *, genes=1500, depth=4000, mean=1.2, level=0.0):
+    """Sums of Poisson counts; differences of patients (natural log) are normal about 0."""
+    profile = rng.lognormal(level, mean, genes)
+    gap = between * rng.standard_normal((len(spots), genes))
+    rates = profile * np.exp(np.array([1, -1])[:, None, None] * gap / 2)
+    n = np.transpose(spots).astype(float)
+    total = n * depth * rng.lognormal(0, 0.1, n.shape)
+    y = rng.poisson(total[..., None] * rates / rates.sum(-1, keepdims=True)).astype(float)
+    total = y.sum(-1)
+    by_depth = y * (total / n)[..., None]
+    return CountSums(y, y + (y**2 - y) / n[..., None], by_depth, n, total, total**2 / n)
+
+
+def run(sums):
+    from he2gene_sc.tl._biomarkers.methods import _capped
+
+    found = count_differences(sums)
+    known = np.isfinite(found.variances)
+    weights = _capped(np.where(known, 1 / np.where(known, found.variances, 1), 0))
+    alike = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
+    more = {"reliable": found.reliable, "least": found.least}
+    return paired_moderated_t(found.differences, alike=alike, weights=weights, robust=True, **more)
+
+
+@pytest.mark.parametrize("spots", [(10, 100), (100, 10)])
+def test_patients_that_differ_do_not_favour_the_smaller_group(spots):
+    # A response linear in the counts has 63 % of the effects on the side of the smaller group.
+    tests = [run(summed(np.random.default_rng(seed), [spots] * 8, 0.6)) for seed in range(3)]
+    effect, p = (np.concatenate([getattr(test, name) for test in tests]) for name in ("effect", "pvalues"))
+    assert 0.45 < (effect > 0).mean() < 0.55
+    assert 0.035 < (p < 0.05).mean() < 0.065
+    assert (p < 0.001).mean() < 0.002
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_counts_in_one_group_alone_are_not_certain(n):
+    # Few counts, nothing differs: some genes have all of theirs in the larger group of every patient.
+    sums = summed(np.random.default_rng(n), [(10, 100)] * n, 0.2, genes=3000, depth=1500 / n, mean=0.1)
+    test = run(sums)
+    assert (sums.counts[0].sum(0) == 0).sum() > 2
+    assert test.pvalues.min() > 1e-6
+    assert (test.ci_high - test.ci_low).min() > 0.1
+    assert (test.pvalues < 0.001).mean() < 0.002
+
+
+def test_a_gene_of_one_group_is_found():
+    sums = summed(np.random.default_rng(0), [(50, 50)] * 4, 0.1)
+    sums.counts[0, :, :3], sums.counts[1, :, :3] = 60, 0
+    assert (run(sums).pvalues[:3] < 1e-5).all()
+    assert (run(sums).effect[:3] > 2).all()
+
+
+@pytest.mark.parametrize("genes", [30, 45])
+def test_a_panel_of_few_genes_keeps_those_that_do_not_differ(genes):
+    tables = [counted(i, genes=genes, planted=genes // 8, shift=1.5, deeper=1.0) for i in range(5)]
+    with pytest.warns(UserWarning, match=rf"library sizes rest on {genes} genes with enough counts, 50 are needed"):
+        result = found(tables, min_mean=-1)
+    null = result.drop([f"g{i}" for i in range(genes // 8)])
+    assert abs(null["effect_size"].median()) < 0.1
+    assert (null["pvals_adj"] < 0.05).mean() < 0.1
+    # Planted genes make totals of these counts deeper; a column has the depth of the spots themselves.
+    for table in tables:
+        table.obs["total"] = 3000.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="library sizes")
+        named = found(tables, min_mean=-1, depth="total")
+    ratio = (named["effect_size"] - result["effect_size"].reindex(named.index)).to_numpy()
+    assert np.ptp(ratio) < 0.25
+    assert tables[0].uns["he2gene_biomarkers"]["params"]["depth"] == "total"
+
+
+def test_genes_that_change_in_one_direction_are_warned_of():
+    tables = [counted(i, genes=100, planted=25, shift=1.5, deeper=1.0) for i in range(4)]
+    with pytest.warns(UserWarning, match="genes that differ are mostly higher in the group, which moves library sizes"):
+        found(tables)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="genes that differ")
+        found([counted(i) for i in range(4)])
+
+
+def test_the_unit_of_a_covariate_does_not_matter():
+    tables = [counted(i, genes=60) for i in range(6)]
+    results = []
+    for unit in (1.0, 1e7, 1e-7):
+        for i, table in enumerate(tables):
+            noise = np.random.default_rng(i).normal(size=table.n_obs)
+            table.obs["area"] = unit * (0.5 + 0.1 * noise + 0.1 * i * (table.obs["label"] == "a"))
+        results.append(found(tables, covariates="area"))
+        slope = found(tables, covariates="area", term="Q('area')")["effect_size"]
+        results[-1]["slope"] = slope.reindex(results[-1].index) * unit
+    for other in results[1:]:
+        pd.testing.assert_frame_equal(results[0], other.reindex(results[0].index), rtol=1e-6)
+    for value in (20345.7, 1.7e9, 0.37):
+        for i, table in enumerate(tables):
+            table.obs["area"] = value * (1 + 0.01 * i)
+        with pytest.raises(ValueError, match="`covariates`: 'area' does not differ within samples"):
+            found(tables, covariates="area")
+    tables[0].obs.loc[tables[0].obs_names[3], "area"] = np.inf
+    with pytest.raises(ValueError, match="`covariates` 'area' is infinite for 1 spots"):
+        found(tables, covariates="area")
+    tables[0].obs["area"] = np.arange(tables[0].n_obs) % 2 == 0
+    with pytest.raises(ValueError, match="`covariates` 'area' has several values within sample 'P0'"):
+        found(tables, covariates="area")
+
+
+def test_samples_are_those_that_a_gene_is_tested_in():
+    tables = [counted(i, genes=80) for i in range(6)]
+    for table in tables[2:]:
+        table.X[:, 0] = 0
+    result = found([*tables[:5], tables[5][:, :79].copy()], min_mean=-1, join="outer")
+    assert result.loc["g0", ["n_samples", "n_spots", "n_spots_reference"]].tolist() == [2, 80, 50]
+    assert result.loc["g79", "n_samples"] == 5
+    assert (result["n_samples"].drop(["g0", "g79"]) == 6).all()
+
+
 # ----------------------------------------------------------------------------------------------- means, depth
 
 

@@ -25,7 +25,15 @@ from ._conformal import (
     rounded_up,
     spread_of,
 )
-from ._counts import CountDifferences, CountSums, count_differences, library_factors, variance_components
+from ._counts import (
+    MIN_LIBRARY,
+    CountDifferences,
+    CountSums,
+    count_differences,
+    library_evidence,
+    library_factors,
+    variance_components,
+)
 from ._domains import AGREEMENT, agreement, chaos, enrichment_agreement, match, pas, silhouette
 from ._mixed import mixed_model
 from ._ppi import MIN_PVALUES, PredictionPowered, prediction_powered_mean

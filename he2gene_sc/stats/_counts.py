@@ -12,6 +12,8 @@ _STEPS, _MOST = 6, 12.0
 _MIN_EXPECTED = 5.0
 #: Share of the genes, the quieter ones, that the components of variance are fitted to.
 _KEPT = 0.95
+#: Well-counted genes from which M values are trimmed, and below which libraries stay as they are.
+MIN_LIBRARY, _FEWEST = 50, 10
 
 
 @dataclass(frozen=True)
@@ -32,70 +34,149 @@ class CountSums:
 
 @dataclass(frozen=True)
 class CountDifferences:
-    """Natural-log differences of composition ``(n, g)``, and their variances ``(n, g)``, infinite where nothing was counted."""
+    """Natural-log differences of composition ``(n, g)``, and their variances ``(n, g)``, infinite where nothing was counted.
+
+    ``reliable`` ``(g,)`` tells the genes with at least five counts in the rarer group, as fitted. Counts of the others hardly
+    vary, whatever the truth: ``least`` ``(n, g)`` is the variance of counting alone, 0 for reliable genes.
+    """
 
     differences: np.ndarray
     variances: np.ndarray
+    least: np.ndarray
+    reliable: np.ndarray
 
 
-def count_differences(sums: CountSums) -> CountDifferences:
+def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDifferences:
     """Differences of log composition between two groups in each sample, with the variance that each must have.
 
     Given the counts N of a gene in both groups, those of the group are expected to be N π, logit π = log(library of
-    the group / library of the reference) + β, β being the mean difference over samples. Differences are the working
-    responses β + (y - N π) / (N π (1 - π)), whose mean is 0 at every depth if nothing differs, unlike logarithms of
-    few counts. Their variance is 1 / μ + α / m of both groups: expected counts μ, overdispersion α, spots m as
-    their depths weigh. Samples differ beyond that by τ², and correlated spots tell less, by a factor c; both are
-    fitted to all genes.
+    the group / library of the reference) + β + δ. β is the mean difference, δ the deviation of a sample, of variance τ².
+    Their variance is 1 / μ + α / m of both groups: expected counts μ, overdispersion α, spots m as their depths weigh.
+    Correlated spots tell less, by a factor c; τ² and c are fitted to all genes. ``normalise=False`` takes the totals as
+    library sizes.
     """
-    library = sums.depth * library_factors(sums.counts, sums.depth)
+    library = sums.depth * (library_factors(sums.counts, sums.depth) if normalise else 1)
     inside = (np.all(library > 0, axis=0) & np.all(sums.spots > 0, axis=0))[:, None]
     total = np.where(inside, sums.counts.sum(0), 0)
     y = np.where(inside, sums.counts[0], 0)
-    effective = np.square(sums.depth) / np.maximum(sums.depth_squares, 1)
+    effective = np.square(sums.depth) / np.maximum(sums.depth_squares, 1e-300)
     spread = overdispersion(sums) * (1 / np.maximum(effective, 1)).sum(0)[:, None]
     offset = np.log(np.maximum(library[0], 1e-300) / np.maximum(library[1], 1e-300))[:, None]
-    beta, between, factor = np.zeros(y.shape[1]), 0.0, 1.0
+    # One more count in each pair, shared as the libraries are: without it counts in one group alone have no finite β.
+    y, total = y + np.where(total > 0, _expit(offset), 0), total + (total > 0)
+    expected = (total * _expit(offset)).sum(0)
+    beta = np.log(np.maximum(y.sum(0), 1e-300) / np.maximum(expected, 1e-300))
+    beta -= np.log(np.maximum((total - y).sum(0), 1e-300) / np.maximum(total.sum(0) - expected, 1e-300))
+    between, factor = 0.0, 1.0
     for i in range(_STEPS + 1):
-        odds = np.exp(np.clip(offset + beta, -30, 30))
-        pi = odds / (1 + odds)
-        information = np.maximum(total, 1) * pi * (1 - pi)
-        differences = beta + (y - total * pi) / information
+        logits = np.clip(offset + beta, -30, 30)
+        pi = _expit(logits)
         with np.errstate(divide="ignore"):
-            sampling = 1 / (total * pi * (1 - pi)) + spread
+            counting = 1 / (total * pi * (1 - pi))
+        sampling = counting + spread
+        differences = beta + _deviations(y, total, logits, factor * sampling, between)
         if i % 2 == 0:
             trusted = total * np.minimum(pi, 1 - pi) >= _MIN_EXPECTED
             between, factor = variance_components(differences, sampling, trusted)
         variances = between + factor * sampling
         if i == _STEPS:
-            return CountDifferences(differences, variances)
+            reliable = (total * np.minimum(pi, 1 - pi)).sum(0) >= _MIN_EXPECTED
+            # The count that was added to each pair does not vary.
+            least = np.where(reliable | (total == 0), 0, counting)
+            return CountDifferences(differences, variances, least * (1 - 1 / np.maximum(total, 1)), reliable)
         weights = 1 / variances
         mean = (weights * differences).sum(0) / np.maximum(weights.sum(0), 1e-300)
         beta = np.clip(np.clip(mean, beta - 1, beta + 1), -_MOST, _MOST)
     raise AssertionError
 
 
+def _deviations(
+    y: np.ndarray, total: np.ndarray, logits: np.ndarray, sampling: np.ndarray, between: float
+) -> np.ndarray:
+    """Deviations of samples from the mean difference, whose own mean is 0 at every depth, ``(n, g)``.
+
+    The odds of the samples have a beta distribution whose logit has the mean ``logits`` and about the variance ``between``. The
+    posterior means of the logit, given the counts, have the same mean over samples as the logit. They are divided by their
+    share of the variance. For few counts it is (y - N π) / (N π (1 - π)), for many the logarithm of the odds.
+    """
+    from scipy.special import digamma, polygamma
+
+    between = max(between, 1e-4)
+    a, b = (np.exp(sign * logits) for sign in (1, -1))
+    a, b = (1 + a) / between, (1 + b) / between
+    for shape in (a, b):
+        # From log(shape) = digamma(x), x about shape + 1/2, by a step of Newton's.
+        start = shape + 0.5
+        shape[:] = start - (digamma(start) - np.log(shape)) / polygamma(1, start)
+    pi = _expit(logits)
+    # Counts that are worth as much as the sampling variance says.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        worth = np.where(total > 0, 1 / (sampling * pi * (1 - pi)) / total, 0)
+    y, total = worth * y, worth * total
+    found = digamma(y + a) - digamma(total - y + b) - (digamma(a) - digamma(b))
+    with np.errstate(invalid="ignore"):
+        found = found * (1 + sampling / between)
+        # Weights go with N, and N is larger where the larger group is high.
+        found += (0.5 - pi) * between / (1 + between / sampling)
+        return np.where(total > 0, found, 0)
+
+
+def _expit(x: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
+    return expit(x)
+
+
 def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Trimmed mean of M values between the groups of each sample (TMM; Robinson and Oshlack, Genome Biol 2010).
 
-    ``(2, n)`` of product 1. 1 where fewer than 50 genes are counted well: rare genes are seen where they are high.
+    ``(2, n)`` of product 1. Below 50 genes that are counted well the weighted median, below 10 genes 1.
     """
     factors = np.ones(depth.shape)
-    for i in range(depth.shape[1]):
-        y, total = counts[:, i], depth[:, i]
-        if not (total > 0).all():
+    overall = counts.sum((0, 1)) / max(depth.sum(), 1e-300)
+    values, expected = _m_values(counts, depth)
+    for i, m in enumerate(values):
+        kept = np.isfinite(m)
+        if kept.sum() < _FEWEST:
             continue
-        share = y.sum(0) / total.sum()
-        kept = (share * total.min() >= _MIN_EXPECTED) & (y > 0).all(0)
-        if kept.sum() < 50:
-            continue
-        rates = y[:, kept] / total[:, None]
-        m, a = np.log2(rates[0] / rates[1]), np.log2(share[kept])
-        variance = ((1 - rates) / y[:, kept]).sum(0)
-        inside = _inside(m, 0.3) & _inside(a, 0.05)
-        gap = np.average(m[inside], weights=1 / variance[inside])
-        factors[:, i] = 2 ** (gap / 2), 2 ** (-gap / 2)
+        m = m[kept]
+        # Genes differ among themselves too; without their spread, weights favour genes that are high in the larger group.
+        spread = np.square(np.subtract(*np.quantile(m, [0.75, 0.25])) / 1.35)
+        weights = 1 / (spread + (1 / expected[:, i, kept]).sum(0))
+        if kept.sum() < MIN_LIBRARY:
+            order = np.argsort(m)
+            gap = m[order][np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)]
+        else:
+            inside = _inside(m, 0.3) & _inside(np.log(overall[kept]), 0.05)
+            gap = np.average(m[inside], weights=weights[inside])
+        factors[:, i] = np.exp(gap / 2), np.exp(-gap / 2)
     return factors
+
+
+def library_evidence(counts: np.ndarray, depth: np.ndarray) -> tuple[int, float]:
+    """Fewest genes that are counted well in a sample, and the skewness of their M values, from -1 to 1 (of quantiles)."""
+    values, _ = _m_values(counts, depth)
+    known = np.isfinite(values)
+    m = np.where(known, values, 0).sum(0)[known.any(0)] / known.sum(0)[known.any(0)]
+    if len(m) < 2:
+        return len(m), 0.0
+    low, middle, high = np.quantile(m, [0.1, 0.5, 0.9])
+    return int(known.sum(1).min()), float((high + low - 2 * middle) / max(high - low, 1e-300))
+
+
+def _m_values(counts: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log ratios of the groups ``(n, g)``, NaN for genes that are not counted well, and the expected counts ``(2, n, g)``.
+
+    Genes are chosen by the counts of all samples: those of one sample favour genes that are high in its larger group.
+    """
+    least = depth.min(0)[:, None]
+    overall = counts.sum((0, 1)) / max(depth.sum(), 1e-300)
+    share = counts.sum(0) / np.maximum(depth.sum(0), 1e-300)[:, None]
+    kept = (overall * least >= _MIN_EXPECTED) & (share * least >= 1)
+    expected = share * depth[..., None]
+    # The median of counts is a sixth below their mean.
+    above, below = np.log((counts + 1 / 6) / np.where(kept, expected, 1))
+    return np.where(kept, above - below, np.nan), expected
 
 
 def _inside(values: np.ndarray, trim: float) -> np.ndarray:

@@ -26,7 +26,9 @@ class VariancePrior:
     factor: float = 1.0
 
 
-def hypervariable_prior(variances: np.ndarray, df: np.ndarray, scale: np.ndarray, d0: float) -> VariancePrior:
+def hypervariable_prior(
+    variances: np.ndarray, df: np.ndarray, scale: np.ndarray, d0: float, reliable: np.ndarray | None = None
+) -> VariancePrior:
     """Fit a prior of two kinds by maximum likelihood, starting from one of one kind (:func:`squeeze_variance`).
 
     One prior draws the variance of a hypervariable gene down, and takes chance for an effect (Phipson et al., Ann
@@ -42,7 +44,8 @@ def hypervariable_prior(variances: np.ndarray, df: np.ndarray, scale: np.ndarray
         return alone
     middle = np.median(variances[known])
     ratio = np.log(np.maximum(variances, 1e-5 * middle if middle > 0 else 1e-300)) - np.log(scale)
-    x, n = ratio[known], df[known]
+    fitted = known if reliable is None or (known & reliable).sum() < _MIN_GENES else known & reliable
+    x, n = ratio[fitted], df[fitted]
 
     def one(theta: np.ndarray) -> float:
         return -_log_f(x - theta[0], n, np.exp(theta[1])).sum()
@@ -59,7 +62,7 @@ def hypervariable_prior(variances: np.ndarray, df: np.ndarray, scale: np.ndarray
     if 2 * (single.fun - best.fun) < _GAIN:
         return alone
     shift, log_d0, log_factor, _ = best.x
-    first, second = _kinds(x, n, *best.x)
+    first, second = _kinds(ratio[known], df[known], *best.x)
     outlier = np.full(len(variances), 1 / (1 + np.exp(-best.x[3])))
     outlier[known] = np.exp(second - np.logaddexp(first, second))
     # At the bound the genes of a kind do not differ by more than chance.

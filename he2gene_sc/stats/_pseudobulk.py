@@ -42,7 +42,10 @@ def t_test(effect: np.ndarray, error: np.ndarray, df: float | np.ndarray, level:
 
 
 def squeeze_variance(
-    variances: np.ndarray, df: float | np.ndarray, alike: np.ndarray | None = None
+    variances: np.ndarray,
+    df: float | np.ndarray,
+    alike: np.ndarray | None = None,
+    reliable: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float | np.ndarray, float]:
     """Empirical Bayes: draw variances ``(g,)`` to those of genes alike; posterior, prior variance s0² and its df d0.
 
@@ -50,7 +53,8 @@ def squeeze_variance(
     Biol 2004, section 6.2; limma's ``fitFDist``). With ``alike``, log s0² is a natural cubic spline of its
     logarithm, as by limma's ``trend`` (Law et al., Genome Biol 2014); with fewer than 200 genes, where the spline
     costs size, s0² is a multiple of ``alike`` or one number, whichever leaves less. d0 is infinite where genes
-    differ by chance, 0 for a single gene.
+    differ by chance, 0 for a single gene. The fit is to ``reliable`` genes, a mask; beyond their range of ``alike``, s0² goes
+    with it.
     """
     from scipy import special
 
@@ -61,9 +65,11 @@ def squeeze_variance(
     # As limma does: zeros would have infinite logarithms.
     middle = np.median(variances)
     logs = np.log(np.maximum(variances, 1e-5 * (middle if middle > 0 else 1.0)))
+    df = np.broadcast_to(np.asarray(df, np.float64), variances.shape)
     shifted = logs - special.digamma(df / 2) + np.log(df / 2)
-    expected, n_free = _expected(shifted, alike)
-    spread = np.square(shifted - expected).sum() / n_free - np.mean(special.polygamma(1, df / 2))
+    used = np.ones(len(logs), bool) if reliable is None or reliable.sum() < 2 else reliable
+    expected, n_free = _expected(shifted, alike, used)
+    spread = np.square(shifted - expected)[used].sum() / n_free - np.mean(special.polygamma(1, df[used] / 2))
     if spread <= 0:
         prior = np.exp(expected)
         return np.broadcast_to(prior, variances.shape).copy(), prior, np.inf
@@ -79,18 +85,22 @@ def _check_alike(alike: np.ndarray | None, n: int) -> None:
         raise ValueError(f"`alike` must be {n} positive numbers, one a gene, found shape {np.shape(alike)}")
 
 
-def _expected(logs: np.ndarray, alike: np.ndarray | None) -> tuple[float | np.ndarray, int]:
-    """Return what is expected of logarithms of variances, and the degrees of freedom that are left."""
+def _expected(logs: np.ndarray, alike: np.ndarray | None, used: np.ndarray) -> tuple[float | np.ndarray, int]:
+    """Return what is expected of logarithms of variances, and the degrees of freedom that the genes in use leave."""
+    n = int(used.sum())
     if alike is None:
-        return float(logs.mean()), len(logs) - 1
+        return float(logs[used].mean()), n - 1
     line = np.log(alike)
-    if len(logs) < _MIN_SPLINE or len(np.unique(line)) < _TERMS:
-        flat, multiple = np.full(len(logs), logs.mean()), line + (logs - line).mean()
-        return min(flat, multiple, key=lambda fit: np.square(logs - fit).sum()), len(logs) - 1
-    from patsy import dmatrix
+    if n < _MIN_SPLINE or len(np.unique(line[used])) < _TERMS:
+        flat, multiple = np.full(len(logs), logs[used].mean()), line + (logs - line)[used].mean()
+        return min(flat, multiple, key=lambda fit: np.square(logs - fit)[used].sum()), n - 1
+    from patsy import build_design_matrices, dmatrix
 
-    design = np.asarray(dmatrix("cr(line, df=terms) - 1", {"line": line, "terms": _TERMS}))
-    return design @ np.linalg.lstsq(design, logs)[0], len(logs) - _TERMS
+    design = dmatrix("cr(line, df=terms) - 1", {"line": line[used], "terms": _TERMS})
+    terms = np.linalg.lstsq(np.asarray(design), logs[used])[0]
+    inside = np.clip(line, line[used].min(), line[used].max())
+    (every,) = build_design_matrices([design.design_info], {"line": inside, "terms": _TERMS})
+    return np.asarray(every) @ terms + line - inside, n - _TERMS
 
 
 def trigamma_inverse(x: float) -> float:
@@ -122,6 +132,8 @@ def paired_moderated_t(
     weights: np.ndarray | None = None,
     robust: bool = False,
     minimum: float = 0.0,
+    reliable: np.ndarray | None = None,
+    least: np.ndarray | None = None,
 ) -> SampleTest:
     """Moderated t test of differences ``(n, g)`` between two groups, paired by sample.
 
@@ -129,7 +141,8 @@ def paired_moderated_t(
     freedom are d0 and those of the residuals, at most those of all genes (limma's ``eBayes``). ``moderate=False``
     is the plain paired t; ``alike`` is that of :func:`squeeze_variance`, ``weights`` are inverse variances,
     ``robust`` gives hypervariable genes their :func:`hypervariable_prior`; effects up to ``minimum`` belong to the
-    null (McCarthy and Smyth, Bioinformatics 2009).
+    null (McCarthy and Smyth, Bioinformatics 2009). Priors are fitted to ``reliable`` genes. ``least`` ``(n, g)`` are variances
+    that differences cannot be below, such as those of counting.
     """
     from ._prior import VariancePrior, hypervariable_prior
 
@@ -142,13 +155,19 @@ def paired_moderated_t(
     tested = df > 0
     prior = VariancePrior(variances, 0.0, np.zeros(len(effect)))
     if moderate and tested.any():
-        found = squeeze_variance(variances[tested], df[tested], None if alike is None else np.asarray(alike)[tested])
+        found = squeeze_variance(
+            variances[tested], df[tested], *(None if a is None else np.asarray(a)[tested] for a in (alike, reliable))
+        )
         scale = np.full(len(effect), np.nan)
         scale[tested] = found[1]
         prior = VariancePrior(scale, found[2], np.zeros(len(effect)))
         if robust and found[2] > 0:
-            prior = hypervariable_prior(variances, df, scale, found[2])
-    return predictive_t(effect, unscaled, variances, df, prior, level=level, minimum=minimum)
+            prior = hypervariable_prior(variances, df, scale, found[2], reliable)
+    floor = np.zeros(len(effect))
+    if least is not None and weights is not None:
+        shares = weights / np.maximum(weights.max(0), 1e-300)
+        floor = (shares * np.where(shares > 0, least, 0)).sum(0) / np.maximum((shares > 0).sum(0), 1)
+    return predictive_t(effect, unscaled, variances, df, prior, level=level, minimum=minimum, least=floor)
 
 
 def weighted_fit(
@@ -161,6 +180,10 @@ def weighted_fit(
     n, g = values.shape
     design = np.ones((n, 1)) if design is None else np.asarray(design, np.float64)
     p = design.shape[1]
+    # The unit of a column must not matter.
+    scale = np.abs(design).max(0, initial=0)
+    scale[scale == 0] = 1
+    design = design / scale
     if n <= p or np.linalg.matrix_rank(design) < p:
         raise ValueError(f"{n} samples do not tell {p} coefficients apart; at least {p + 1} that differ are needed")
     weights = np.ones((n, 1)) if weights is None else np.asarray(weights, np.float64).reshape(n, -1)
@@ -175,8 +198,8 @@ def weighted_fit(
     rest = values - design @ fit.T
     known = df > 0
     variances = np.where(known, (weights * np.square(rest)).sum(0) / np.maximum(df, 1), np.nan)
-    unscaled = np.where(known, np.sqrt(inverse[:, column, column]), np.nan)
-    return np.where(known, fit[:, column], np.nan), unscaled, variances, df
+    unscaled = np.where(known, np.sqrt(inverse[:, column, column]), np.nan) / scale[column]
+    return np.where(known, fit[:, column], np.nan) / scale[column], unscaled, variances, df
 
 
 def predictive_t(
@@ -188,8 +211,9 @@ def predictive_t(
     *,
     level: float = 0.95,
     minimum: float = 0.0,
+    least: np.ndarray | float = 0.0,
 ) -> SampleTest:
-    """T test with the posterior of the variance; of two kinds of genes the mean of both tests."""
+    """T test with the posterior of the variance, at least ``least``; of two kinds of genes the mean of both tests."""
     from scipy import stats
 
     # limma: no more degrees of freedom than all genes have together.
@@ -203,6 +227,7 @@ def predictive_t(
     ]
     if prior.d0 == 0:
         squeezed = [variances]
+    squeezed = [np.maximum(v, least) for v in squeezed]
     errors = [np.where(v > 0, unscaled * np.sqrt(np.maximum(v, 0)), np.nan) for v in squeezed]
     error = np.sqrt(sum(share * np.square(e) for share, e in zip(shares, errors, strict=True)))
     size = np.abs(effect)

@@ -156,12 +156,13 @@ def biomarkers(
             column_of(table, key, "covariates")
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale, join=design.join, reliable_only=reliable_only)
     chosen = method_for(method, spots, design)
-    known_depth = depth_of(spots, design.depth) if chosen.depth else None
+    known_depth = depth_of(spots, design.depth) if chosen.takes_depth(design) else None
     run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
     agreement = None
     if cross_fit:
         halves, agreement = cross_fitted_halves(spots, measured, measured_scale, design.depth, groups, reference)
-        parts = [compare(half, depth=depth_of(half, design.depth) if chosen.depth else None, **run) for half in halves]
+        depths = [depth_of(half, design.depth) if chosen.takes_depth(design) else None for half in halves]
+        parts = [compare(half, depth=depth, **run) for half, depth in zip(halves, depths, strict=True)]
     else:
         known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
         if seen is not None and not seen.any():
@@ -175,7 +176,10 @@ def biomarkers(
         [frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), design.adjust_over
     )
     _caution(results, chosen, circular, (chosen.depth or chosen.name == "ppi") and known_depth is None)
-    effects = pd.concat([frame for _, frame in parts], axis=1)
+    # Both halves of cross_fit have labels of their own: the smaller number of spots of a patient stands for it.
+    rows = pd.concat([frame.index.to_frame(index=False) for _, frame in parts])
+    samples = rows.groupby(["group", "sample"], sort=False).min()
+    effects = pd.concat([frame.droplevel([2, 3]) for _, frame in parts], axis=1).reindex(samples.index)
     params = {
         "groupby": groupby,
         "reference": reference,
@@ -191,7 +195,7 @@ def biomarkers(
     }
     facts = {
         "results": results,
-        "samples": effects.index.to_frame(index=False),
+        "samples": samples.reset_index(),
         "genes": effects.columns.to_numpy(object),
         "sample_effects": effects.to_numpy(np.float32),
     }
@@ -223,6 +227,13 @@ def _caution(results: pd.DataFrame, chosen: Method, circular: str, no_depth: boo
         warnings.warn(
             f"{circular}, the p-values do not hold and the result is marked circular. Sound are a pathologist's labels, "
             "labels carried over from another section, or cross_fit=True where several sections were measured",
+            UserWarning,
+            stacklevel=3,
+        )
+    if chosen.name != "ppi" and results["pvals"].isna().all():
+        warnings.warn(
+            f"pvals are NaN in all {len(results)} tests: no gene varies, or the design leaves no degrees of freedom; leave covariates "
+            "or terms out, or pass more samples",
             UserWarning,
             stacklevel=3,
         )

@@ -46,7 +46,7 @@ def compare(
     measured_depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run a method on every group: unadjusted tests (group and gene), and differences of samples (a column a gene)."""
-    depth = depth if chosen.depth else None
+    depth = depth if chosen.takes_depth(design) else None
     cells = Cells.of(
         spots, squares=chosen.squares, detected=chosen.detecting > 0, raw=chosen.scale == "counts", depth=depth
     )
@@ -68,6 +68,9 @@ def compare(
         contrast = contrast.keep(kept)
         outcome = run(chosen, contrast)
         test = outcome.test
+        n: list[Any] = [int(used.sum()), *contrast.counts[:, used].sum(1).tolist()]
+        if outcome.known is not None:
+            n = [outcome.known.sum(0), *(contrast.counts[:, contrast.paired] @ outcome.known.astype(int))]
         tests.append(
             pd.DataFrame(
                 {
@@ -80,9 +83,7 @@ def compare(
                     "ci_high": test.ci_high,
                     "scores": test.scores,
                     "pvals": test.pvalues,
-                    "n_samples": int(used.sum()),
-                    "n_spots": int(contrast.counts[0, used].sum()),
-                    "n_spots_reference": int(contrast.counts[1, used].sum()),
+                    **dict(zip(("n_samples", "n_spots", "n_spots_reference"), n, strict=True)),
                 }
             )
         )
@@ -147,7 +148,7 @@ def _say_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: s
 
 def _counted(sums: CountSums) -> np.ndarray:
     """Mask of genes with enough counts in both groups, as expected where nothing differs, ``(g,)``."""
-    share = sums.depth[0] * sums.depth[1] / np.maximum(sums.depth.sum(0), 1) ** 2
+    share = sums.depth[0] * sums.depth[1] / np.maximum(sums.depth.sum(0), 1e-300) ** 2
     return (sums.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
 
 

@@ -59,8 +59,8 @@ class Cells:
             samples,
             labels,
             counts,
-            raw=CountCells.of(pool, code, shape) if raw else None,
-            depth=None if depth is None else DepthCells.of(pool, depth, code, shape),
+            raw=CountCells.of(pool, code, shape, depth) if raw else None,
+            depth=None if depth is None or raw else DepthCells.of(pool, depth, code, shape),
             **dict(zip(asked, sums.reshape(len(asked), *shape, -1), strict=True)),
         )
 

@@ -12,12 +12,15 @@ import pandas as pd
 
 from ..._core.names import check_spelling, clean_names
 from .contrast import MIN_SPOTS, Contrast
+from .sums import check_finite
 
 if TYPE_CHECKING:
-    from ...stats import SampleTest
+    from ...stats import CountSums, SampleTest
 
 #: The largest weight of a sample, in units of their median.
 _MOST_WEIGHT = 4.0
+#: Skewness of M values from which library sizes are doubted.
+_MOST_SKEWED = 0.4
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,22 @@ class Method:
     depth: bool = False  # takes logarithms of counts and adjusts for depth
     moderated: bool = False  # over genes; takes a formula
 
+    def takes_depth(self, design: Design) -> bool:
+        """Whether the depth of the spots enters: sums of counts have their own, unless a column is named."""
+        return self.depth or (self.name == "pseudobulk" and design.depth not in (None, "auto"))
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast."""
+    """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast.
+
+    ``known`` ``(paired, g)`` tells which samples a gene is tested in; default: all.
+    """
 
     test: SampleTest
     differences: np.ndarray
     logfoldchanges: np.ndarray
+    known: np.ndarray | None = None
 
 
 def run(method: Method, contrast: Contrast) -> Outcome:
@@ -58,7 +69,9 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
     from ...stats import count_differences, paired_moderated_t
 
     assert contrast.raw is not None
-    found = count_differences(contrast.raw)
+    found = count_differences(contrast.raw, normalise=contrast.depth is None)
+    if contrast.depth is None:
+        _check_libraries(contrast.raw)
     known = np.isfinite(found.variances)
     weights = _capped(np.where(known, 1 / np.where(known, found.variances, 1), 0))
     expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
@@ -72,8 +85,28 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
         level=contrast.design.confidence_level,
         robust=contrast.design.robust,
         minimum=contrast.design.lfc * np.log(2),
+        reliable=found.reliable,
+        least=found.least,
     )
-    return Outcome(test, found.differences, test.effect / np.log(2))
+    return Outcome(test, found.differences, test.effect / np.log(2), known)
+
+
+def _check_libraries(sums: CountSums) -> None:
+    """Warn where library sizes rest on few genes, or on genes that differ in one direction."""
+    from ...stats import MIN_LIBRARY, library_evidence
+
+    n, skewness = library_evidence(sums.counts, sums.depth)
+    doubt = ""
+    if n < MIN_LIBRARY:
+        doubt = f"library sizes rest on {n} genes with enough counts, {MIN_LIBRARY} are needed"
+    elif abs(skewness) > _MOST_SKEWED:
+        doubt = f"genes that differ are mostly {'higher' if skewness > 0 else 'lower'} in the group, which moves library sizes"
+    if doubt:
+        warnings.warn(
+            f"{doubt}: genes that do not differ may seem to. A column of total counts in hg.Design(depth=...) mends this",
+            UserWarning,
+            stacklevel=6,
+        )
 
 
 def _capped(weights: np.ndarray) -> np.ndarray:
@@ -88,7 +121,8 @@ def _deseq2(contrast: Contrast) -> Outcome:
 
     assert contrast.raw is not None
     test = deseq2(contrast.raw, level=contrast.design.confidence_level, lfc=contrast.design.lfc)
-    return Outcome(test, count_differences(contrast.raw).differences, test.effect / np.log(2))
+    found = count_differences(contrast.raw)
+    return Outcome(test, found.differences, test.effect / np.log(2), np.isfinite(found.variances))
 
 
 def _means(contrast: Contrast) -> SampleTest:
@@ -130,7 +164,7 @@ def _mixed(contrast: Contrast) -> SampleTest:
     return mixed_model(means[side, sample], side == 0, sample, table, level=contrast.design.confidence_level)
 
 
-def _ppi(contrast: Contrast) -> SampleTest:
+def _ppi(contrast: Contrast) -> Outcome:
     from ...stats import MIN_PVALUES, prediction_powered_mean
 
     known = contrast.measured
@@ -152,12 +186,15 @@ def _ppi(contrast: Contrast) -> SampleTest:
         )
     rows = pd.Index(known.samples[known.paired]).get_indexer(both)
     predicted = contrast.differences
-    return prediction_powered_mean(
+    test = prediction_powered_mean(
         known.differences[rows],
         predicted[at.get_indexer(both)],
         predicted[only],
         level=contrast.design.confidence_level,
     )
+    # A patient of whom one group was measured is in neither part.
+    entered = np.broadcast_to((only | at.isin(both))[:, None], predicted.shape)
+    return Outcome(test, predicted, contrast.fold_changes(test.effect), entered)
 
 
 def _spatial(contrast: Contrast) -> Any:
@@ -268,7 +305,9 @@ def _read(contrast: Contrast, key: str, chosen: np.ndarray | slice = slice(None)
         raise ValueError(
             f"`covariates` {key!r} is missing for {int(values.isna().sum())} spots; fill it, or leave it out"
         )
-    if not numbers:
+    if numbers:
+        check_finite(values, key)
+    else:
         check_spelling({"": values.to_numpy(object)}, "covariates", key)
     return values, numbers
 

@@ -38,8 +38,10 @@ class CountCells:
     depth_squares: np.ndarray
 
     @classmethod
-    def of(cls, pool: SpotData, code: np.ndarray, shape: tuple[int, int]) -> CountCells:
-        """Sum in one reading; ``code`` is the cell of each spot."""
+    def of(
+        cls, pool: SpotData, code: np.ndarray, shape: tuple[int, int], depth_of_spots: np.ndarray | None = None
+    ) -> CountCells:
+        """Sum in one reading; ``code`` is the cell of each spot. ``depth_of_spots`` is the log depth, default total counts."""
         n = shape[0] * shape[1]
         sums = np.zeros((3, n, len(pool.genes)))
         depth = np.zeros((2, n))
@@ -53,8 +55,10 @@ class CountCells:
                 block = csr_array(np.nan_to_num(values[chosen])) if not issparse(values) else csr_array(values[chosen])
                 block = block.astype(np.float64)
                 block.data = np.nan_to_num(block.data)
-                total = np.asarray(block.sum(axis=1)).ravel()
-                at = code[start + first : start + first + len(chosen)]
+                where = slice(start + first, start + first + len(chosen))
+                own = np.asarray(block.sum(axis=1)).ravel()
+                total = own if depth_of_spots is None else np.exp(depth_of_spots[where])
+                at = code[where]
                 ones = csr_array((np.ones(len(chosen)), (at, np.arange(len(chosen)))), (n, len(chosen)))
                 y = block[:, columns[named]]
                 deep = csr_array((total, (at, np.arange(len(chosen)))), (n, len(chosen)))
@@ -185,19 +189,22 @@ def pair_design(
         where = info.term_slices[part]
         if not factors or factors == ["group"]:
             continue
-        for name, column in zip(info.column_names[where], change[:, where].T, strict=True):
+        parts = zip(info.column_names[where], change[:, where].T, matrix[:, where].T, strict=True)
+        for name, column, values in parts:
             column = column - column.mean() if "group" in factors else column
-            if np.ptp(column) < 1e-12 and abs(column[0]) < 1e-12:
+            # Means of one value over different spots differ by rounding.
+            if np.abs(column).max() <= 1e-9 * np.abs(values).max():
+                plain = re.sub(r"Q\('(.*?)'\)", r"\1", name)
                 raise ValueError(
-                    f"`{'covariates' if name.startswith('Q(') else 'formula'}`: {name!r} does not differ within samples, "
-                    f"which are compared with themselves; leave it out, or name its interaction, as in formula='group:{name}'"
+                    f"`{'covariates' if name.startswith('Q(') else 'formula'}`: {plain!r} does not differ within samples, "
+                    f"which are compared with themselves; leave it out, or name its interaction, as in formula='group:{plain}'"
                 )
             names.append(name)
             columns.append(column)
     if term not in names:
         raise ValueError(f"`term` {term!r} is not a term of the design, valid: {names}")
     matrix = np.column_stack(columns)
-    if len(samples) <= matrix.shape[1] or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+    if len(samples) <= matrix.shape[1] or np.linalg.matrix_rank(matrix / np.abs(matrix).max(0)) < matrix.shape[1]:
         raise ValueError(f"`formula`: {len(samples)} samples do not tell the terms {names} apart; leave some out")
     return matrix, names.index(term)
 
@@ -214,6 +221,7 @@ def _rows(pool: SpotData, samples: np.ndarray, sides: tuple[np.ndarray, np.ndarr
         if values[used].isna().any():
             raise ValueError(f"`covariates` {key!r} is empty for {int(values[used].isna().sum())} spots")
         if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+            check_finite(values[used], key)
             rows[key] = [float(values[mask].mean()) for mask in masks]
             continue
         texts = pd.Series(clean_names(values), dtype=object)
@@ -221,11 +229,19 @@ def _rows(pool: SpotData, samples: np.ndarray, sides: tuple[np.ndarray, np.ndarr
         found = [texts[mask].unique() for mask in masks]
         if several := [sample for sample, names in zip([*samples] * 2, found, strict=True) if len(names) > 1]:
             raise ValueError(
-                f"`covariates` {key!r} has several values within sample {several[0]!r}; a number, or one label a sample and "
-                "group is needed"
+                f"`covariates` {key!r} has several values within sample {str(several[0])!r}; a number, or one label a sample "
+                "and group is needed"
             )
         rows[key] = [names[0] for names in found]
     return pd.DataFrame(rows)
+
+
+def check_finite(values: pd.Series, key: str) -> None:
+    """Refuse infinite numbers of a covariate."""
+    if n := int(np.isinf(values.to_numpy(float)).sum()):
+        raise ValueError(
+            f"`covariates` {key!r} is infinite for {n} spots; give them a number, or leave their labels empty"
+        )
 
 
 def keep_genes(sums: CountSums, genes: np.ndarray) -> CountSums:
