@@ -1,6 +1,6 @@
 """Error rates and power of ``hg.tl.biomarkers`` where patients are few or unequal, or genes vary more than others.
 
-python tests/benchmarks/bench_few_patients.py partial hypervariable few_measured
+python tests/benchmarks/bench_few_patients.py partial hypervariable few_measured differing separated
 """
 
 import sys
@@ -97,6 +97,54 @@ def hypervariable(genes=8000, repeats=4):
                 rows.append((hit[planted].mean(), (hit & ~planted).sum() / max(hit.sum(), 1), (null < 0.05).mean()))
             power, false, size = np.mean(rows, axis=0)
             print(f"hypervariable, {n} patients, robust={robust}: {power:.1%} found, FDR {false:.1%}, size {size:.1%}")
+
+
+def _poisson_counts(i, rng, profile, between, sizes, depth):
+    """Poisson counts of a patient; rates of the group and the reference differ by a factor of SD `between`."""
+    label = np.repeat(GROUPS, sizes)
+    gap = between * rng.standard_normal(len(profile)) / 2
+    rates = np.stack([profile * np.exp(gap), profile * np.exp(-gap)])
+    rates /= rates.sum(1, keepdims=True)
+    total = depth * rng.lognormal(0, 0.3, len(label))
+    values = rng.poisson(total[:, None] * rates[(label == GROUPS[1]).astype(int)]).astype(np.float32)
+    obs = pd.DataFrame({"patient": f"P{i}", "label": label}, index=[f"P{i}-{j}" for j in range(len(label))])
+    return AnnData(values, obs=obs, var=pd.DataFrame(index=[f"gene{j}" for j in range(len(profile))]))
+
+
+def _null(designs, mean, genes=2000, repeats=3):
+    for sizes, n, between, depth in designs:
+        rows = []
+        for repeat in range(repeats):
+            rng = np.random.default_rng([n, repeat])
+            profile = rng.lognormal(0, mean, genes)
+            tables = [_poisson_counts(i, rng, profile, between, sizes, depth) for i in range(n)]
+            result = hg.tl.biomarkers(tables, "label", groups=GROUPS[0], reference=GROUPS[1], layer=None)
+            p = result["pvals"]
+            up, found = (result["effect_size"] > 0).mean(), (result["pvals_adj"] < 0.05).sum()
+            rows.append(((p < 0.05).mean(), (p < 0.001).mean() / 0.001, up, found, p.min()))
+        low, lowest, up, found, _ = np.mean(rows, axis=0)
+        least = min(row[-1] for row in rows)
+        print(
+            f"| {sizes[0]} : {sizes[1]} | {n} | {between} | {low:.1%} | {lowest:.1f} | {up:.1%} | {found:.1f} | {least:.0e} |",
+            flush=True,
+        )
+
+
+def differing():
+    """Size and direction of the default test of counts where patients differ and nothing does on average."""
+    designs = [((10, 100), 8, t, 4000) for t in (0.3, 0.5, 0.8)] + [((100, 10), 8, t, 4000) for t in (0.3, 0.5, 0.8)]
+    designs += [
+        ((60, 60), 8, 0.8, 4000),
+        ((10, 100), 20, 0.5, 4000),
+        ((100, 10), 20, 0.8, 4000),
+        ((60, 60), 20, 0.5, 4000),
+    ]
+    _null(designs, 1.2)
+
+
+def separated():
+    """The same, of few counts: some genes have all of theirs in the larger group."""
+    _null([((10, 100), 3, 0.2, 700), ((10, 100), 4, 0.15, 600), ((5, 100), 6, 0.2, 700), ((100, 10), 4, 0.2, 600)], 0.8)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from .sums import check_finite
 
 if TYPE_CHECKING:
     from ...stats import CountSums, SampleTest
+    from .design import Design
 
 #: The largest weight of a sample, in units of their median.
 _MOST_WEIGHT = 4.0
