@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -229,7 +230,7 @@ def _base_of(values: Any) -> int | None:
     """2 or 10 where that base makes multiples of a smallest count, and e does not; ``None`` where nothing is known."""
     some = in_memory(values[:_BASE_SPOTS])
     some = some.toarray() if scipy.sparse.issparse(some) else some
-    votes = {np.e: 0, 2: 0, 10: 0}
+    votes = {math.e: 0, 2: 0, 10: 0}
     for row in np.asarray(some, np.float64):
         row = row[np.isfinite(row) & (row > 0)]
         if len(np.unique(row)) < 3:
@@ -240,7 +241,7 @@ def _base_of(values: Any) -> int | None:
             multiples = multiples[(multiples > 1.2) & (multiples < 20)]
             votes[base] += len(multiples) > 1 and bool((abs(multiples - np.rint(multiples)) < 0.03).all())
     best = max(votes, key=votes.__getitem__)
-    return int(best) if best != np.e and votes[best] > 2 * votes[np.e] + 2 else None
+    return int(best) if best != math.e and votes[best] > 2 * votes[math.e] + 2 else None
 
 
 def _not_normalised(values: Any) -> str:
