@@ -168,6 +168,22 @@ def test_a_prediction_that_cannot_be_saved_is_written_elsewhere(main, request, m
     assert not beside.images
 
 
+def test_where_shapes_are_what_cannot_be_saved_the_tables_are(main, store, monkeypatch):
+    save = hg.io.save
+
+    def failing(sdata, *arguments, **options):
+        if len(sdata.shapes):
+            raise KeyError("spots")
+        return save(sdata, *arguments, **options)
+
+    monkeypatch.setattr(hg.io, "save", failing)
+    code, _, err = main("predict", store)
+    assert code == 1
+    assert "without images and shapes" in err
+    (table,) = sd.read_zarr(store.with_name(f"{store.stem}-he2gene-1.zarr")).tables.values()
+    assert "he2gene" in table.layers
+
+
 def test_evaluate_prints_the_summary_and_writes_the_genes(run, tmp_path):
     toy = hg.datasets.toy((3, 4), mpp=2.0)
     words = {"tumour": "invasive cancer", "stroma": "connective tissue", "adipose": "adipose tissue"}

@@ -462,6 +462,8 @@ def train(monkeypatch, tmp_path, hbcis_root):
     calls = []
 
     class Model:
+        card = hg.models.load().card
+
         def save(self, path):
             return path
 

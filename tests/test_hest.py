@@ -323,6 +323,8 @@ def train(monkeypatch, tmp_path, hest_root):
     calls = []
 
     class Model:
+        card = hg.models.load().card
+
         def save(self, path):
             return path
 

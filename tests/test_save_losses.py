@@ -136,3 +136,16 @@ def test_attributes_of_numpy_are_saved_and_what_json_lacks_is_named(store, tmp_p
                 hg.io.save(sdata, path)
     assert not (tmp_path / "new.zarr").exists()
     assert sd.read_zarr(store).attrs["mine"] == plain
+
+
+def test_an_attribute_that_another_added_and_that_was_deleted_stays_away(store):
+    first, second = sd.read_zarr(store), sd.read_zarr(store)
+    second.attrs["theirs"] = 1
+    hg.io.save(second)
+    hg.io.save(first)
+    assert first.attrs["theirs"] == 1
+    del first.attrs["theirs"]
+    with pytest.raises(FileExistsError, match="theirs"):
+        hg.io.save(first)
+    hg.io.save(first, overwrite=True)
+    assert "theirs" not in sd.read_zarr(store).attrs

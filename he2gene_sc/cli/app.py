@@ -259,7 +259,7 @@ def evaluate(
         get.evaluation(sdata, "genes", table_key=table_key).to_csv(out, index=False, float_format="%.5g")
     if as_json:
         tables = ["summary", "predictors", "left_out"] + ["annotation", "classes"] * (annotation_key is not None)
-        found = {name: get.evaluation(sdata, name, table_key=table_key) for name in tables}  # type: ignore[arg-type]
+        found = {name: get.evaluation(sdata, name, table_key=table_key, dropna=False) for name in tables}  # type: ignore[arg-type]
         say_json({name: records(table) for name, table in found.items()})
         return
     for line in lines(sdata, table_key, annotation=annotation_key is not None):

@@ -28,7 +28,7 @@ _ANNOTATION = {
 
 def lines(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> Iterator[str]:
     """Lines of the summary: each section, and with several the mean over them."""
-    summary = get.evaluation(sdata, table_key=table_key)
+    summary = get.evaluation(sdata, table_key=table_key, dropna=False)
     sections = summary.loc[summary["scope"] == "section", "section"].unique()
     for scope in ["section"] + ["mean"] * (len(sections) > 1):
         for section, frame in summary[summary["scope"] == scope].groupby("section", sort=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import tempfile
 from collections.abc import Mapping
@@ -97,8 +96,8 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
         sdata.attrs[ATTRS] = {**sdata.attrs.get(ATTRS, {}), SOURCE: source}
     try:
         return io.save(sdata, job.output, overwrite=job.overwrite)
-    except (OSError, ValueError) as error:
-        kind = type(error) if isinstance(error, OSError) else ValueError
+    except Exception as error:
+        kind = type(error) if isinstance(error, OSError | MemoryError) else ValueError
         raise kind(f"{error}. The prediction {_rescue(sdata, job.output)}") from error
 
 
@@ -149,13 +148,21 @@ def _write_labels(sdata: SpatialData, job: Job) -> None:
 
 def _rescue(sdata: SpatialData, target: Path) -> str:
     """Write what was predicted beside a store that cannot be written, else among the temporary files; say where."""
+    from spatialdata import SpatialData
+
     from .. import io
 
-    for name in list(sdata.images):
-        del sdata.images[name]
-    for folder in (target.parent, Path(tempfile.gettempdir())):
-        places = (folder / f"{target.stem}-he2gene-{number}.zarr" for number in itertools.count(1))
-        with contextlib.suppress(OSError, ValueError):
-            place = io.save(sdata, next(place for place in places if not place.exists()))
-            return f"is in {str(place)!r}, without the image"
-    return "is lost: neither beside it nor among the temporary files could it be written"
+    # Where an element is what cannot be written, the tables can.
+    everything = ("labels", "points", "shapes", "tables")
+    for kinds, attrs, left_out in ((everything, sdata.attrs, "the image"), (("tables",), None, "images and shapes")):
+        elements = {name: element for kind in kinds for name, element in getattr(sdata, kind).items()}
+        part = SpatialData.init_from_elements(elements, attrs=attrs)
+        for folder in (target.parent, Path(tempfile.gettempdir())):
+            places = (folder / f"{target.stem}-he2gene-{number}.zarr" for number in itertools.count(1))
+            try:
+                place = io.save(part, next(place for place in places if not place.exists()))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next place is tried
+                last = error
+            else:
+                return f"is in {str(place)!r}, without {left_out}"
+    return f"is lost: neither beside it nor among the temporary files could it be written ({last})"

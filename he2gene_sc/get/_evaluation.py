@@ -44,7 +44,8 @@ def evaluation(
         calibration error by section. ``"classes"``: recall, F1 and AUROC of each class. ``"confusion"``: number of
         spots by label and predicted class.
     dropna
-        Leave out rows without any metric: what was not evaluated, such as a gene that is constant in a section.
+        Leave out rows of genes, panels and classes without any metric: what was not evaluated, such as a gene that is constant
+        in a section.
     key
         ``key_added`` of the run.
     table_key
@@ -80,7 +81,7 @@ def evaluation(
     parts = [stored[what]] + ([stored["baselines"]] if what == "genes" and "baselines" in stored else [])
     frame = pd.concat(parts, ignore_index=True)
     metrics = frame.columns.difference(_PLACES)
-    if dropna and what in ("summary", "genes", "baselines", "annotation", "classes"):
+    if dropna and what in ("summary", "genes", "baselines", "classes"):
         frame = frame[frame[metrics].notna().any(axis=1)].reset_index(drop=True)
     texts = ("scope", "section", "predictor") if what in ("genes", "baselines") else ()
     return frame.astype(dict.fromkeys(texts, str))

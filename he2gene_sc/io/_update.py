@@ -38,7 +38,7 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
         before = root_attrs(store) or {}
         attrs = user_attrs(sdata.attrs)
         changes, unchanged = _compare(sdata, store, before)
-        if saved_by(sdata.attrs).get("attrs") != saved_by(before).get("attrs"):
+        if not overwrite and saved_by(sdata.attrs).get("attrs") != saved_by(before).get("attrs"):
             attrs = _merged(user_attrs(before), attrs)
         attrs_differ = _attrs_difference(user_attrs(before), attrs)
         if not overwrite:
@@ -60,6 +60,8 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
                 metadata.write(root)
             reopen(sdata, store, changes)
         known = {key: saved_by(before)[key] for key in unchanged if key in saved_by(before)}
+        if not attrs_differ and "attrs" in saved_by(before):
+            known["attrs"] = saved_by(before)["attrs"]
         known = {**saved_by(sdata.attrs), **known, **ids}
         sdata.attrs = {**attrs, ATTRS: {**attrs.get(ATTRS, {}), SAVED: known}} if known else attrs
         remember(sdata, {(c.kind, c.name): fingerprint(store / c.path) for c in changes})

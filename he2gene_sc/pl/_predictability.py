@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.genes import find_genes
+from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
 from .._core.predictions import predicted_by
 from .._core.results import find_result
@@ -105,10 +105,11 @@ def predictability(
         table, rule = _genes_of(model, prediction_key, table_key, gene_symbols)
         band_of, of = f"95 % interval over {_unit(rule)}", "held-out Pearson correlation"
     else:
-        table, rule, of = _genes_evaluated(model, key, table_key)
+        table, rule, of = _genes_evaluated(model, key, table_key, gene_symbols)
         band_of = rule
     if table["pcc"].isna().all():
-        raise ValueError("`model` has no held-out figures: nothing is known of how well it predicts any gene")
+        what = "`model` has no held-out figures" if key is None else f"`key` {key!r} has no correlation of any gene"
+        raise ValueError(f"{what}: nothing is known of how well it predicts any gene")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
     chosen = _chosen(table, genes)
     (ax,) = axes_for(1, ax, ncols=1, panel=6.0, figsize=figsize, title=title, save=save)
@@ -156,7 +157,7 @@ def _chosen(table: pd.DataFrame, genes: Any) -> list[str]:
     if "symbol" in table:
         found = np.where(found >= 0, found, find_genes(asked, table["symbol"], one_to_one=False))
     if unknown := [gene for gene, place in zip(asked, found, strict=True) if place < 0]:
-        raise ValueError(f"`genes` {unknown[:5]} have no held-out figure in this model")
+        raise ValueError(f"`genes` {unknown[:5]} have no held-out figure in this model, or were not evaluated")
     asked = list(table.index[found])
     if len(asked) > _MAX_LABELS:
         raise ValueError(f"`genes`: {len(asked):,} labels do not fit, at most {_MAX_LABELS} do")
@@ -240,19 +241,25 @@ def _genes_of(
     return genes[table.var[keys.predicted].to_numpy(bool)[wanted.columns]], found.card.reliable_rule
 
 
-def _genes_evaluated(data: Any, key: str, table_key: str | None) -> tuple[pd.DataFrame, str, str]:
+def _genes_evaluated(
+    data: Any, key: str, table_key: str | None, gene_symbols: str | None
+) -> tuple[pd.DataFrame, str, str]:
     """Correlations of an evaluation, what their ends are of, and the layer."""
     if not hasattr(data, "obs_names") and not hasattr(data, "tables"):
         raise ValueError("`key` names an evaluation of hg.tl.evaluate; pass the object that has it as `model`")
     found = find_result(data, "evaluate", key, table_key)["genes"]
     sections = found[found["scope"] == "section"].groupby("gene", observed=True)["pearson"]
     mean = found[found["scope"] == "mean"].set_index("gene")
-    table = pd.DataFrame({"pcc": mean["pearson"], "ceiling": mean["ceiling_high"]})
+    table = pd.DataFrame({"pcc": mean["pearson"], "ceiling": mean.get("ceiling_high", mean["ceiling"])})
     n = found.loc[found["scope"] == "section", "section"].nunique()
     if n > 1:
         table = table.assign(pcc_low=sections.min(), pcc_high=sections.max())
     layer = found["predictor"].iloc[0]
     table.index = pd.Index(table.index.astype(str))
+    if gene_symbols is not None:
+        source = get_table(data, table_key)
+        names = pd.Series(symbols_in(source, gene_symbols), index=source.var_names.astype(str))
+        table["symbol"] = names[~names.index.duplicated()].reindex(table.index).to_numpy(object)
     return (
         table.assign(reliable=True),
         f"lowest to highest of {n} sections",
