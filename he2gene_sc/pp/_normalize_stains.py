@@ -65,8 +65,7 @@ def normalize_stains(
     -----
     Name the image afterwards, since there are two: ``hg.tl.predict(sdata, image_key="he_normalized")``. The models of this package were
     trained on images as they were scanned, and whether normalisation improves a prediction was not measured: compare
-    ``obs["he2gene_ood"]`` of both. Reading all of C5 of her2st (92 million pixels) takes about 20 s of a CPU more than the image itself;
-    save the object before it is read several times.
+    ``obs["he2gene_ood"]`` of both. Every reading of a region computes it anew: save the object before it is read several times.
 
     Examples
     --------

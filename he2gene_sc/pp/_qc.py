@@ -35,7 +35,6 @@ def qc(
     """Measure sharpness and staining of the image by tiles, before a prediction.
 
     Calls :func:`squidpy.experimental.im.qc_image` on the image averaged down to at most 17 million pixels, with our tissue mask.
-    squidpy's own default, full resolution in tiles of 100 pixels, takes about a minute of a CPU on one legacy section.
 
     Parameters
     ----------
