@@ -6,7 +6,7 @@ import spatialdata as sd
 import squidpy as sq
 from scipy.ndimage import gaussian_filter
 from spatialdata.models import Image2DModel, Labels2DModel
-from spatialdata.transformations import Scale, get_transformation
+from spatialdata.transformations import Scale, Sequence, Translation, get_transformation
 
 import he2gene_sc as hg
 
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.slow
 def slide(change=lambda pixels: pixels, seed=0):
     """A toy image of 500 × 500 px at 2 µm/px, all of it tissue, with a mask of an eighth of its resolution."""
     pixels = change(hg.datasets.toy((4, 4), mpp=2.0, seed=seed)["he"].to_numpy())
-    image = Image2DModel.parse(
-        pixels, dims=("c", "y", "x"), transformations={"here": Scale([3.0, 3.0], axes=("y", "x"))}
-    )
-    mask = Labels2DModel.parse(np.ones((62, 62), np.uint16), dims=("y", "x"))
+    here = Scale([3.0, 3.0], axes=("y", "x"))
+    image = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations={"here": here})
+    on_image = Sequence([Scale([500 / 62, 500 / 62], axes=("y", "x")), here])
+    mask = Labels2DModel.parse(np.ones((62, 62), np.uint16), dims=("y", "x"), transformations={"here": on_image})
     sdata = sd.SpatialData(images={"he": image}, labels={"he_tissue": mask})
     sdata.attrs["he2gene"] = {"mpp": {"he": 2.0}}
     return sdata
@@ -65,6 +65,16 @@ def test_tiles_are_no_spots_and_what_is_the_users_stays():
         hg.pp.qc(sdata)
     with pytest.raises(ValueError, match="`key_added`: labels.*was not written by hg.pp.qc"):
         hg.pp.qc(sdata, key_added="he_tissue")
+
+
+def test_tiles_are_tissue_where_the_mask_lies():
+    """A mask of the right half, in its own pixels."""
+    sdata = slide()
+    at = Sequence([Translation([250.0, 0.0], axes=("x", "y")), Scale([3.0, 3.0], axes=("y", "x"))])
+    sdata["half"] = Labels2DModel.parse(np.ones((500, 250), np.uint16), dims=("y", "x"), transformations={"here": at})
+    hg.pp.qc(sdata, tissue_key="half", tile_um=100.0)
+    right = sdata["he_qc"].geometry.centroid.x > 250
+    np.testing.assert_array_equal(sdata["he_qc"]["is_tissue"], right)
 
 
 def test_stains_are_brought_to_those_of_the_reference_and_the_image_stays():

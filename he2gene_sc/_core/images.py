@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels, read_darkness
-from .elements import Spots, check_files, check_spatialdata, spot_element
+from .elements import Spots, check_files, check_spatialdata, levels, spot_element
 from .mpp import affine
 
 if TYPE_CHECKING:
@@ -101,6 +101,79 @@ def spots_to_pixels(
             "spots on different pixels"
         )
     return shared[0], first
+
+
+@dataclass(frozen=True)
+class TissueMask:
+    """Tissue mask of an image, as it lies on it."""
+
+    values: np.ndarray  # (h, w) bool
+    to_mask: np.ndarray  # 3 × 3, from x and y in pixels of the image to those of the mask
+
+    @classmethod
+    def of(cls, sdata: SpatialData, image_key: str, tissue_key: str | None) -> TissueMask:
+        """Read the labels, at their finest level, and where they lie."""
+        tissue_key = tissue_key_of(sdata, image_key, tissue_key)
+        values = np.asarray(levels(sdata.labels[tissue_key])[0]) > 0
+        pyramid, to_mask = pyramid_of(sdata, image_key), _to_mask(sdata, image_key, tissue_key)
+        stretch = np.array([values.shape[1] / pyramid.width, values.shape[0] / pyramid.height])
+        if np.allclose(to_mask, np.eye(3)) and stretch.max() < 0.9 and abs(stretch[0] / stretch[1] - 1) < 0.05:
+            warnings.warn(
+                f"`tissue_key`: labels {tissue_key!r} are {stretch[0]:.3g} times as large as image {image_key!r}, of the same shape "
+                "and without a scale: they are taken to cover it. Say so with spatialdata.transformations.set_transformation("
+                f"sdata.labels[{tissue_key!r}], spatialdata.transformations.Scale([{1 / stretch[0]:.6g}, {1 / stretch[1]:.6g}], "
+                "axes=('x', 'y')))",
+                UserWarning,
+                stacklevel=3,
+            )
+            to_mask = np.diag([*stretch, 1.0])
+        return cls(values, to_mask)
+
+    def sample(self, x: np.ndarray, y: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
+        """Values of the mask, or others of its shape, at places of the image in pixels; 0 outside of it."""
+        values = self.values if values is None else values
+        columns, rows = (np.floor(a * x + b * y + c + 1e-9).astype(int) for a, b, c in self.to_mask[:2])
+        inside = (rows >= 0) & (rows < values.shape[0]) & (columns >= 0) & (columns < values.shape[1])
+        found = np.zeros(np.shape(inside), values.dtype)
+        found[inside] = values[rows[inside], columns[inside]]
+        return found
+
+    def over(self, pyramid: Pyramid, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """Sample the mask over the whole image, ``(h, w)`` bool of this shape, or of as many pixels as it has."""
+        height, width = self.values.shape if shape is None else shape
+        y, x = (np.arange(height) + 0.5) * pyramid.height / height, (np.arange(width) + 0.5) * pyramid.width / width
+        found = self.sample(*np.meshgrid(x, y))
+        if not found.any():
+            raise ValueError("`tissue_key`: the mask marks no tissue of the image; look at it: hg.pl.tissue(sdata)")
+        return found
+
+
+def tissue_key_of(sdata: SpatialData, image_key: str, tissue_key: str | None) -> str:
+    """Name of the labels of the tissue mask, by default that of :func:`he2gene_sc.pp.tissue`, whose files are there."""
+    tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
+    if tissue_key not in sdata.labels:
+        raise ValueError(
+            f"`tissue_key` {tissue_key!r} not found, valid keys: {sorted(sdata.labels)}; run hg.pp.tissue first"
+        )
+    check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
+    return tissue_key
+
+
+def _to_mask(sdata: SpatialData, image_key: str, tissue_key: str) -> np.ndarray:
+    from spatialdata.transformations import get_transformation
+
+    image, mask = sdata.images[image_key], sdata.labels[tissue_key]
+    shared = set(get_transformation(image, get_all=True)) & set(get_transformation(mask, get_all=True))
+    if not shared:
+        raise ValueError(
+            f"`tissue_key`: labels {tissue_key!r} and image {image_key!r} share no coordinate system; set one with "
+            "spatialdata.transformations.set_transformation"
+        )
+    system = min(shared, key=lambda name: (name != "global", name))
+    of_mask = affine(mask, system)
+    if abs(np.linalg.det(of_mask)) < 1e-12:
+        raise ValueError(f"`tissue_key`: the transformation of labels {tissue_key!r} to {system!r} is singular")
+    return np.linalg.inv(of_mask) @ affine(image, system)
 
 
 @dataclass(frozen=True)

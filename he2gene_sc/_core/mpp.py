@@ -77,6 +77,15 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
     return None
 
 
+def known_mpp(sdata: SpatialData, image_key: str, mpp: float | None) -> float:
+    """µm per pixel of an image without spots: given, or stated by the object."""
+    check_mpp(mpp)
+    found = mpp if mpp is not None else (stored_mpp(sdata, image_key) or [None])[0]
+    if found is None:
+        raise ValueError(f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan)")
+    return float(found)
+
+
 def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tuple[float, str] | None:
     """µm per pixel by the alignment of spots that are in µm: by a coordinate system in µm, or as Xenium's reader says."""
     from spatialdata.transformations import get_transformation

@@ -22,7 +22,7 @@ logger = logging.getLogger("he2gene_sc")
 MISSING = frozenset(
     ["", "nan", "NaN", "NAN", "-nan", "-NaN", "None", "<NA>", "NaT", "NA", "#NA", "N/A", "n/a", "#N/A", "NULL", "null"]
 )
-#: Texts that are no name of a sample, though they may be a label ("-" against "+", "none" against a treatment).
+#: Texts that do not name a sample, but may be a label ("-" against "+", "none" against a treatment).
 _NOBODY = frozenset(["-", "--", "?", ".", "n.a.", "none", "null", "nan", "na", "n/a"])
 #: Texts that are a name, though perhaps of several samples.
 UNNAMED = frozenset(["unknown", "undefined", "missing"])

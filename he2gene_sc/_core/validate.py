@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,12 @@ def unique(values: Collection[Any], parameter: str, what: str = "names") -> None
     twice = [value for value, n in Counter(values).items() if n > 1]
     if twice:
         raise ValueError(f"`{parameter}`: {what} stand twice: {format_list(map(repr, twice))}")
+
+
+def passed_on(given: Mapping[str, Any], valid: Sequence[str], verb: str) -> None:
+    """Refuse arguments that a verb does not hand on to the library that it calls."""
+    if unknown := sorted(set(given) - set(valid)):
+        raise ValueError(f"`{unknown[0]}` is not an argument of {verb}, valid beside its own: {', '.join(valid)}")
 
 
 def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:

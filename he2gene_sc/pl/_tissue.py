@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core import validate
-from .._core.elements import check_files, check_spatialdata, find_shapes
-from .._core.images import check_image, find_image, pyramid_of
+from .._core.elements import check_spatialdata, find_shapes
+from .._core.images import check_image, find_image, pyramid_of, tissue_key_of
 from .._core.mpp import affine, stored_mpp
 from ._canvas import add_scale_bar, axes_for, draw_image, finish, outlines, panel_pixels, read_region
 
@@ -79,15 +79,10 @@ def tissue(
     validate.arguments(tissue, locals())
     check_spatialdata(sdata)
     image_key = find_image(sdata, None, image_key)
-    tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
-    if tissue_key not in sdata.labels:
-        raise ValueError(
-            f"`tissue_key` {tissue_key!r} not found, valid keys: {sorted(sdata.labels)}; run hg.pp.tissue first"
-        )
+    tissue_key = tissue_key_of(sdata, image_key, tissue_key)
     shapes_key = _circles(sdata) if shapes_key is None else find_shapes(sdata, shapes_key, None)[0]
     if shapes_key is not None and shapes_key not in sdata.shapes:
         raise ValueError(f"`shapes_key` {shapes_key!r} names labels; shapes are needed, valid: {sorted(sdata.shapes)}")
-    check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
     elements = {image_key: sdata.images[image_key], tissue_key: sdata.labels[tissue_key]}
     if shapes_key is not None:
         elements[shapes_key] = sdata.shapes[shapes_key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +10,9 @@ import pandas as pd
 
 from .._core import validate
 from .._core.element_results import check_element_free, write_element
-from .._core.elements import check_files, levels
-from .._core.images import find_image, pyramid_of
+from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import ATTRS, SPOTS
-from .._core.mpp import affine, check_mpp, stored_mpp
+from .._core.mpp import known_mpp
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -81,53 +79,28 @@ def grid(
 
     image_key = find_image(sdata, None, image_key)
     check_element_free(sdata, "hg.pp.grid", "shapes", key_added)
-    check_mpp(mpp)
     for name, value in (("diameter_um", diameter_um), ("pitch_um", pitch_um)):
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"`{name}` is {value!r}; a positive number is needed")
     if not 0 < min_tissue <= 1:
         raise ValueError(f"`min_tissue` is {min_tissue!r}; a share above 0, at most 1, is needed")
-    found = (float(mpp), "argument") if mpp is not None else stored_mpp(sdata, image_key)
-    if found is None:
-        raise ValueError(f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan)")
-    tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
-    if tissue_key not in sdata.labels:
-        raise ValueError(
-            f"`tissue_key` {tissue_key!r} not found, valid keys: {sorted(sdata.labels)}; run hg.pp.tissue first"
-        )
+    mpp = known_mpp(sdata, image_key, mpp)
     pyramid = pyramid_of(sdata, image_key)
-    diameter, pitch = diameter_um / found[0], pitch_um / found[0]
+    diameter, pitch = diameter_um / mpp, pitch_um / mpp
     if diameter < 8:
-        raise ValueError(
-            f"`diameter_um` {diameter_um:g} is {diameter:.3g} px at {found[0]:.4g} µm/px; 8 px are the least"
-        )
-    check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
-    mask = np.asarray(levels(sdata.labels[tissue_key])[0]) > 0
-    to_mask = _to_mask(sdata, image_key, tissue_key)
-    stretch = np.array([mask.shape[1] / pyramid.width, mask.shape[0] / pyramid.height])
-    if np.allclose(to_mask, np.eye(3)) and stretch.max() < 0.9 and abs(stretch[0] / stretch[1] - 1) < 0.05:
-        warnings.warn(
-            f"`tissue_key`: labels {tissue_key!r} are {stretch[0]:.3g} times as large as image {image_key!r}, of the same shape and "
-            "without a scale: they are taken to cover it. Say so with spatialdata.transformations.set_transformation(sdata.labels["
-            f"{tissue_key!r}], spatialdata.transformations.Scale([{1 / stretch[0]:.6g}, {1 / stretch[1]:.6g}], axes=('x', 'y')))",
-            UserWarning,
-            stacklevel=2,
-        )
-        to_mask = np.diag([*stretch, 1.0])
+        raise ValueError(f"`diameter_um` {diameter_um:g} is {diameter:.3g} px at {mpp:.4g} µm/px; 8 px are the least")
+    mask = TissueMask.of(sdata, image_key, tissue_key)
     # Pixels of the mask a pixel of the image, down and across.
-    scale = np.linalg.norm(to_mask[:2, :2], axis=1)[::-1]
+    scale = np.linalg.norm(mask.to_mask[:2, :2], axis=1)[::-1]
     share = uniform_filter(
-        mask.astype(np.float32), np.maximum(1, np.rint(diameter * scale)).astype(int), mode="constant"
+        mask.values.astype(np.float32), np.maximum(1, np.rint(diameter * scale)).astype(int), mode="constant"
     )
     y, x = np.meshgrid(
         np.arange(pitch / 2, pyramid.height, pitch), np.arange(pitch / 2, pyramid.width, pitch), indexing="ij"
     )
-    columns, rows = (np.floor(to_mask[i, 0] * x + to_mask[i, 1] * y + to_mask[i, 2] + 1e-9).astype(int) for i in (0, 1))
-    inside = (rows >= 0) & (rows < mask.shape[0]) & (columns >= 0) & (columns < mask.shape[1])
-    on_tissue = inside.copy()
-    on_tissue[inside] = share[rows[inside], columns[inside]] >= min_tissue - 1e-6
+    on_tissue = mask.sample(x, y, share) >= min_tissue - 1e-6
     if not on_tissue.any():
-        raise ValueError(f"`tissue_key` {tissue_key!r}: no spot of {diameter_um:g} µm lies on tissue; look at the mask")
+        raise ValueError(f"`tissue_key`: no spot of {diameter_um:g} µm lies on tissue; look at the mask")
     i, j = np.nonzero(on_tissue)
     shapes = ShapesModel.parse(
         np.column_stack([x[on_tissue], y[on_tissue]]),
@@ -143,27 +116,9 @@ def grid(
                 f"`key_added` {key_added!r} names other shapes, which a table annotates; delete that table or choose "
                 "another key"
             )
-    stated = {**sdata.attrs.get(ATTRS, {}).get("mpp", {}), image_key: found[0]}
+    stated = {**sdata.attrs.get(ATTRS, {}).get("mpp", {}), image_key: mpp}
     write_element(sdata, "shapes", key_added, shapes, {"mpp": stated})
     logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
-
-
-def _to_mask(sdata: SpatialData, image_key: str, tissue_key: str) -> np.ndarray:
-    """3 × 3 matrix from pixels of the image to pixels of the mask."""
-    from spatialdata.transformations import get_transformation
-
-    image, mask = sdata.images[image_key], sdata.labels[tissue_key]
-    shared = set(get_transformation(image, get_all=True)) & set(get_transformation(mask, get_all=True))
-    if not shared:
-        raise ValueError(
-            f"`tissue_key`: labels {tissue_key!r} and image {image_key!r} share no coordinate system; set one with "
-            "spatialdata.transformations.set_transformation"
-        )
-    system = min(shared, key=lambda name: (name != "global", name))
-    of_mask = affine(mask, system)
-    if abs(np.linalg.det(of_mask)) < 1e-12:
-        raise ValueError(f"`tissue_key`: the transformation of labels {tissue_key!r} to {system!r} is singular")
-    return np.linalg.inv(of_mask) @ affine(image, system)
 
 
 def _same_spots(a: GeoDataFrame, b: GeoDataFrame) -> bool:

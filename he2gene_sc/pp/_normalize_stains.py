@@ -9,9 +9,8 @@ import numpy as np
 from .._core import logs, validate
 from .._core.element_results import check_element_free, exchanged
 from .._core.elements import check_spatialdata
-from .._core.images import find_image
+from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import ATTRS
-from ._qc import tissue_mask
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -59,7 +58,7 @@ def normalize_stains(
     Raises
     ------
     ValueError
-        If an image or mask is missing, the stains cannot be told apart, or an element is called ``key_added``.
+        If an image or mask is missing, the stains cannot be told apart, or an element that is not ours has the name ``key_added``.
 
     Notes
     -----
@@ -80,22 +79,19 @@ def normalize_stains(
     validate.arguments(normalize_stains, locals())
     validate.one_of(method, ("macenko", "vahadane", "reinhard"), "method")
     check_spatialdata(reference, "reference")
-    if unknown := sorted(set(kwargs) - {"method_params", "preserve_background"}):
-        raise ValueError(
-            f"`{unknown[0]}` is not an argument of hg.pp.normalize_stains, valid beside its own: method_params, preserve_background"
-        )
+    validate.passed_on(kwargs, ("method_params", "preserve_background"), "hg.pp.normalize_stains")
     import squidpy as sq
 
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_normalized" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.normalize_stains", "images", key_added)
-    source = _alone(sdata, image_key, tissue_mask(sdata, image_key, tissue_key))
+    source = _alone(sdata, image_key, tissue_key)
     wanted = find_image(reference, None, reference_image_key)
     options: dict[str, Any] = {"preserve_background": method == "reinhard", **kwargs}
     try:
         with logs.quiet("spatialdata._logging"):
             fitted = sq.experimental.im.fit_stain_reference(
-                _alone(reference, wanted, tissue_mask(reference, wanted, None)),
+                _alone(reference, wanted, None),
                 "image",
                 method=method,
                 method_params=options.get("method_params"),
@@ -112,10 +108,11 @@ def normalize_stains(
             sdata.attrs[ATTRS] = {**facts, "mpp": {**stated, key_added: stated[image_key]}}
 
 
-def _alone(sdata: SpatialData, image_key: str, mask: np.ndarray) -> SpatialData:
+def _alone(sdata: SpatialData, image_key: str, tissue_key: str | None) -> SpatialData:
     """Return an object with one image and its mask: squidpy looks at nothing else of it, and puts nothing else into it."""
     from spatialdata import SpatialData
     from spatialdata.models import Labels2DModel
 
+    mask = TissueMask.of(sdata, image_key, tissue_key).over(pyramid_of(sdata, image_key))
     labels = Labels2DModel.parse(mask.astype(np.uint8), dims=("y", "x"))
     return SpatialData(images={"image": sdata.images[image_key]}, labels={"image_tissue": labels})

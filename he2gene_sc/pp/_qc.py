@@ -9,8 +9,8 @@ import numpy as np
 
 from .._core import logs, validate
 from .._core.element_results import check_element_free, write_element
-from .._core.images import find_image
-from .._core.mpp import check_mpp, stored_mpp
+from .._core.images import TissueMask, find_image, pyramid_of
+from .._core.mpp import known_mpp
 from ._tissue import read_thumbnail
 
 if TYPE_CHECKING:
@@ -83,11 +83,7 @@ def qc(
     """
     validate.arguments(qc, locals())
     validate.in_range(tile_um, "tile_um", above=0)
-    check_mpp(mpp)
-    if unknown := sorted(set(kwargs) - {"metrics", "outlier_threshold"}):
-        raise ValueError(
-            f"`{unknown[0]}` is not an argument of hg.pp.qc, valid beside its own: metrics, outlier_threshold"
-        )
+    validate.passed_on(kwargs, ("metrics", "outlier_threshold"), "hg.pp.qc")
     import squidpy as sq
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
@@ -97,18 +93,15 @@ def qc(
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_qc" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.qc", "shapes", key_added)
-    found = mpp if mpp is not None else (stored_mpp(sdata, image_key) or [None])[0]
-    if found is None:
-        raise ValueError(f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan)")
-    mask = tissue_mask(sdata, image_key, tissue_key)
+    mpp = known_mpp(sdata, image_key, mpp)
+    mask = TissueMask.of(sdata, image_key, tissue_key)
     pixels, (down, across) = read_thumbnail(sdata, image_key, _WORKING_PX)
-    height, width = pixels.shape[1:]
-    rows, columns = (np.arange(n) * m // n for n, m in zip((height, width), mask.shape, strict=True))
-    side = max(_LEAST_PX, round(tile_um / (found * down)))
+    tissue = mask.over(pyramid_of(sdata, image_key), pixels.shape[1:])
+    side = max(_LEAST_PX, round(tile_um / (mpp * down)))
     # An object of its own: squidpy takes fixed names, and replaces what has them.
     reduced = SpatialData(
         images={"image": Image2DModel.parse(pixels, dims=("c", "y", "x"))},
-        labels={"tissue": Labels2DModel.parse(mask[np.ix_(rows, columns)].astype(np.uint8), dims=("y", "x"))},
+        labels={"tissue": Labels2DModel.parse(tissue.astype(np.uint8), dims=("y", "x"))},
     )
     with logs.quiet("spatialdata._logging"):
         sq.experimental.im.qc_image(
@@ -132,22 +125,7 @@ def qc(
     logger.info(
         "qc: %d tiles of %.0f µm, %d on tissue, in shapes %r",
         len(shapes),
-        side * found * down,
+        side * mpp * down,
         frame["is_tissue"].sum(),
         key_added,
     )
-
-
-def tissue_mask(sdata: SpatialData, image_key: str, tissue_key: str | None) -> np.ndarray:
-    """Whether there is tissue, ``(h, w)`` bool, at the resolution of the mask."""
-    tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
-    if tissue_key not in sdata.labels:
-        raise ValueError(
-            f"`tissue_key` {tissue_key!r} not found, valid keys: {sorted(sdata.labels)}; run hg.pp.tissue first"
-        )
-    element = sdata.labels[tissue_key]
-    element = next(reversed(list(element.values())))["image"] if hasattr(element, "children") else element
-    mask = np.asarray(element) > 0
-    if not mask.any():
-        raise ValueError(f"`tissue_key` {tissue_key!r} marks no tissue; look at the mask: hg.pl.tissue(sdata)")
-    return mask

@@ -140,7 +140,7 @@ def programmes(
     check_key(key_added, "key_added")
     if layer is None and held_out is not None:
         raise ValueError(
-            "`layer` is None, what was measured, so there is no prediction to judge on `held_out`; leave it out"
+            "`layer` is None, so measured counts are scored and there is no prediction to judge; leave `held_out` out"
         )
     decoupler = import_decoupler("hg.tl.programmes")
     sets = read_net(net)

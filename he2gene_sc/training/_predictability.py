@@ -104,7 +104,7 @@ def is_better(differences: Mapping[str, np.ndarray]) -> np.ndarray:
         n = np.isfinite(difference).sum(0)
         mean = np.nansum(difference, axis=0) / np.maximum(n, 1)
         variance = np.nansum(np.square(difference - mean), axis=0) / np.maximum(n - 1, 1)
-        # A gene that is constant everywhere does not vary, which says nothing of the others.
+        # A gene that is constant everywhere says nothing about the others.
         used = (n >= MIN_GROUPS) & (variance > 0)
         spread = variance[used].mean() if used.any() and name != "depth" else 0.0
         better &= (n >= MIN_GROUPS) & (mean > 1.645 * np.sqrt(spread / np.maximum(n, 1)))
