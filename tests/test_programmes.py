@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused_and_nothing_of_the_user_is_overwritten(tab
     ):
         with pytest.raises(ValueError, match=match):
             hg.tl.programmes(table, net, **options)
-    with pytest.raises(ValueError, match="`layer` is None, what was measured"):
+    with pytest.raises(ValueError, match="`layer` is None, so measured counts are scored"):
         hg.tl.programmes(table, SETS, held_out=table, layer=None)
     with pytest.raises(ValueError, match="`held_out`: no set has 5 of the 4 genes"):
         hg.tl.programmes(table, SETS, held_out=table[:, :4].copy(), **options)
