@@ -178,24 +178,24 @@ def weighted_fit(
     NaN and 0 where too few samples have a weight.
     """
     n, g = values.shape
-    design = np.ones((n, 1)) if design is None else np.asarray(design, np.float64)
-    p = design.shape[1]
+    columns = np.ones((n, 1)) if design is None else np.asarray(design, np.float64)
+    p = columns.shape[1]
     # The unit of a column must not matter.
-    scale = np.abs(design).max(0, initial=0)
+    scale = np.abs(columns).max(0, initial=0)
     scale[scale == 0] = 1
-    design = design / scale
-    if n <= p or np.linalg.matrix_rank(design) < p:
+    columns = columns / scale
+    if n <= p or np.linalg.matrix_rank(columns) < p:
         raise ValueError(f"{n} samples do not tell {p} coefficients apart; at least {p + 1} that differ are needed")
     weights = np.ones((n, 1)) if weights is None else np.asarray(weights, np.float64).reshape(n, -1)
     weights = np.broadcast_to(weights / np.maximum(weights.max(0), 1e-300), (n, g))
     df = np.maximum((weights > 0).sum(0) - p, 0).astype(np.float64)
-    information = np.einsum("ni,ng,nj->gij", design, weights, design, optimize=True)
+    information = np.einsum("ni,ng,nj->gij", columns, weights, columns, optimize=True)
     # Samples of weight 0 can leave columns of a gene that follow from each other.
     df[np.linalg.cond(information) > 1e12] = 0
     information[df == 0] = np.eye(p)
     inverse = np.linalg.inv(information)
-    fit = np.einsum("gij,nj,ng->gi", inverse, design, weights * values, optimize=True)
-    rest = values - design @ fit.T
+    fit = np.einsum("gij,nj,ng->gi", inverse, columns, weights * values, optimize=True)
+    rest = values - columns @ fit.T
     known = df > 0
     variances = np.where(known, (weights * np.square(rest)).sum(0) / np.maximum(df, 1), np.nan)
     unscaled = np.where(known, np.sqrt(inverse[:, column, column]), np.nan) / scale[column]
