@@ -1,16 +1,22 @@
 """``hg.tl.programmes`` scores sets as decoupler does, and calls only those reliable that held-out patients bear out."""
 
+from dataclasses import replace
+
 import anndata
 import decoupler
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+import spatialdata
 from anndata import AnnData
 from scipy.stats import pearsonr
+from tiny_sections import N_COLOUR, facts, planted, recipe
 
 import he2gene_sc as hg
+from he2gene_sc.models import ModelCard
 from he2gene_sc.stats import log_normalise
+from he2gene_sc.training import Programmes, build_model, log_targets
 
 PLANTED, NOISE = [f"g{i}" for i in range(6)], [f"g{i}" for i in range(10, 16)]
 SETS = {"planted": PLANTED, "noise": NOISE}
@@ -154,3 +160,67 @@ def test_what_does_not_fit_is_refused_and_nothing_of_the_user_is_overwritten(tab
     with pytest.raises(ValueError, match="obsm.*'he2gene_programmes'"):
         hg.tl.programmes(table, SETS, **options)
     assert not table.uns
+
+
+# Figures of training
+
+
+def test_a_card_says_how_the_sets_named_in_training_are_predicted_on_patients_held_out():
+    rng = np.random.default_rng(0)
+    sections = []
+    for section in planted(4, n=100, n_genes=40, patients=4):
+        counts = section.counts().toarray()
+        # These genes rise together, and no feature knows when.
+        counts[:, 20:26] = rng.poisson(40 * np.exp(0.5 * rng.normal(size=(100, 1)) + np.zeros(6)))
+        targets = log_targets(scipy.sparse.csr_array(counts), counts.sum(1).astype(float))
+        sections.append(replace(section, targets=targets, totals=counts.sum(1).astype(float)))
+    sets = {"seen": [f"G{i}" for i in range(6)], "missed": [f"G{i}" for i in range(20, 26)]}
+    weights = np.array([[float(f"G{i}" in genes) for genes in sets.values()] for i in range(40)])
+    programmes = Programmes({name: dict.fromkeys(genes, 1.0) for name, genes in sets.items()}, weights)
+    model = build_model(sections, replace(facts(40), programmes=programmes), recipe(), n_colour=N_COLOUR, n_target=10)
+    found = model.programmes
+    assert found["reliable"].to_dict() == {"seen": True, "missed": False}
+    assert found.loc["seen", "pearson"] > 0.5 > abs(found.loc["missed", "pearson"])
+    assert (found["ceiling"] > 0.8).all()
+    assert found[["n_patients", "n_learned"]].to_numpy().tolist() == [[4, 40]] * 2
+    assert found.loc["seen", "genes"] == "G0 G1 G2 G3 G4 G5"
+    shipped = replace(
+        model.card,
+        encoder={**model.card.encoder, "sha256": "0" * 64},
+        files=dict.fromkeys(["genes.csv", "weights.safetensors"], "0" * 64),
+    )
+    card = ModelCard.from_json(shipped.to_json(), "card.json")
+    assert card.programmes == model.card.programmes
+    assert "| missed | 6 |" in card.to_markdown()
+    assert build_model(sections, facts(40), recipe(), n_colour=N_COLOUR, n_target=10).programmes.empty
+
+
+@pytest.mark.slow
+def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(tmp_path):
+    slides = [hg.datasets.toy((4, 4), seed=i) for i in range(4)]
+    for i, slide in enumerate(slides):
+        slide["table"].obs[["patient", "section"]] = f"P{i}"
+    fat = {"fat": ["ADIPOQ", "FABP4", "PLIN1", "PLIN4", "LPL"], "small": ["ERBB2"]}
+    model = hg.tl.train(slides[:3], genes=hg.GeneSelection(programmes=fat), show_progress_bar=False)
+    hg.tl.predict(slides[3], model=model, show_progress_bar=False)
+    slides[3].write(tmp_path / "s.zarr")
+    back = spatialdata.read_zarr(tmp_path / "s.zarr")
+    net = {"fat": fat["fat"], "other": ["ERBB2", "GRB7", "ADIPOQ", "FABP4", "PLIN1"]}
+    with pytest.warns(UserWarning, match="the score of the sets other is predicted is unknown"):
+        found = hg.tl.programmes(back, net).set_index("source")
+    assert found["evidence"].to_dict() == {
+        "fat": "3 patients held out in training",
+        "other": "unknown: no held-out slides",
+    }
+    assert found.loc["fat", "pearson"] == pytest.approx(model.card.programmes["sets"]["fat"]["pearson"])
+    assert np.isnan(found.loc["other", "pearson"])
+    assert len(hg.get.programmes(back, reliable=False)) == 2 - found["reliable"].sum()
+    drawn = hg.pl.spatial(back, ["fat", "other"])
+    assert drawn[1].get_title() == "other (not reliable)"
+    # A set of the same name and other genes is another set.
+    with pytest.warns(UserWarning, match="the score of any set is predicted is unknown"):
+        hg.tl.programmes(back, {"fat": fat["fat"][:4] + ["ERBB2"]})
+    with pytest.raises(ValueError, match="`programmes` of `genes` are read by preset 'default' alone"):
+        hg.tl.train(slides[:3], preset="he2gene-base", genes=hg.GeneSelection(programmes=fat))
+    with pytest.raises(ValueError, match="`programmes`: there is no file 'no.gmt'"):
+        hg.GeneSelection(programmes="no.gmt")

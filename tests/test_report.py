@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import he2gene_sc as hg
 from he2gene_sc._core.keys import Keys
 from he2gene_sc._report.page import Section
-from he2gene_sc._report.slide import Slide, _biomarkers, _domains, _evaluation, _hex, _quality
+from he2gene_sc._report.slide import Slide, _biomarkers, _domains, _evaluation, _hex, _programmes, _quality
 from he2gene_sc.cli.app import app
 from he2gene_sc.io._files import check_new_file
 
@@ -106,6 +106,16 @@ def test_what_was_run_is_shown(plain, tmp_path):
     assert "mean correlation" in page.text
     assert "mine: mean over genes" in page.text
     assert re.search(r"hg\.tl\.evaluate, mine .*prediction_key: he2gene", page.text)
+
+
+def test_scores_of_gene_sets_are_shown_and_drawn_where_they_may_be_used(plain):
+    hg.tl.programmes(plain, hg.datasets.toy_diseases())
+    slide = Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], None, [], 1, {})
+    section = _programmes(slide)
+    assert section.tables[0].rows[0][-1].text == "unknown: no held-out slides"
+    assert not section.figures
+    plain["table"].uns["he2gene_programmes"]["results"]["reliable"] = [True, False, False]
+    assert len(_programmes(slide).figures) == 1
 
 
 def test_quality_of_the_image_is_shown_where_it_was_measured(plain):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..models import ModelCard
 
 #: Rows of a table of genes, and of biomarkers of a group.
-_N_ROWS, _N_MARKERS = 25, 10
+_N_ROWS, _N_MARKERS, _N_SETS = 25, 10, 4
 _UNIT = "ln(1 + counts per 10,000)"
 
 
@@ -83,6 +83,7 @@ def sections_of(slide: Slide) -> list[Section]:
         _genes,
         _chosen,
         _unreliable,
+        _programmes,
         _evaluation,
         _biomarkers,
         _domains,
@@ -267,6 +268,31 @@ def _unreliable(slide: Slide) -> Section:
         )
         if asked:
             section.text.append(f"Of the chosen genes: {', '.join(asked)}.")
+    return section
+
+
+def _programmes(slide: Slide) -> Section:
+    section = Section("programmes", "Gene sets")
+    columns = [
+        "source",
+        "n_genes",
+        "n_predicted",
+        "pearson",
+        "pearson_low",
+        "pearson_given_depth",
+        "ceiling",
+        "reliable",
+        "evidence",
+    ]
+    for key in slide.runs("programmes", "layer", slide.keys.layer):
+        found = get.programmes(slide.table, key=key)
+        section.text.append(
+            f"{key}: scores of gene sets. Correlations are of predicted with measured scores on patients that were held out; a set "
+            "that is not reliable must not be interpreted on this slide."
+        )
+        section.add_frame(found[columns])
+        if names := found.loc[found["reliable"], "source"].tolist()[:_N_SETS]:
+            slide.draw(section, "Scores of reliable gene sets.", color=names)
     return section
 
 

@@ -73,6 +73,9 @@ def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], di
         raise ValueError(f"{path.name}: either a list `sections` or a table [data] is needed, beside a table [train]")
     options = found.train
     recipe = options.get("preset")
+    genes = options.get("genes")
+    if isinstance(genes, dict) and isinstance(genes.get("programmes"), str):
+        genes["programmes"] = path.resolve().parent / Path(genes["programmes"]).expanduser()
     for table, folder in ((options, "cache"), (recipe if isinstance(recipe, dict) else {}, "checkpoint_dir")):
         if folder in table:
             table[folder] = _folder(table[folder], folder, path, out)

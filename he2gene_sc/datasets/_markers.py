@@ -18,6 +18,10 @@ _SETS = {
     "ERBB2 amplicon": ("Kauraniemi 2006", "PPP1R1B STARD3 TCAP PNMT PGAP3 ERBB2 MIEN1 GRB7 IKZF3"),
     # Sorlie et al., PNAS 2001: the cluster of luminal epithelium and the oestrogen receptor.
     "luminal epithelium": ("Sorlie 2001", "ESR1 GATA3 XBP1 TFF3 FOXA1 SLC39A6"),
+    # Danaher et al., J Immunother Cancer 2017, table 1; KIAA0125 is FAM30A today.
+    "B cells": ("Danaher 2017", "BLK CD19 FCRL2 MS4A1 FAM30A TNFRSF17 TCL1A SPIB PNOC"),
+    "T cells": ("Danaher 2017", "CD6 CD3D CD3E SH2D1A TRAT1 CD3G"),
+    "cytotoxic cells": ("Danaher 2017", "PRF1 GZMA GZMB NKG7 GZMH KLRK1 KLRB1 KLRD1 CTSW GNLY"),
 }
 
 
@@ -37,7 +41,8 @@ def breast_markers() -> pd.DataFrame:
     Clin Cancer Res 2010, 16:5222, its eleven genes of proliferation; Kauraniemi and Kallioniemi, Activation of multiple
     cancer-associated genes at the ERBB2 amplicon in breast cancer, Endocr Relat Cancer 2006, 13:39; Sorlie et
     al., Gene expression patterns of breast carcinomas distinguish tumor subclasses with clinical implications, PNAS 2001,
-    98:10869, genes of its luminal cluster. Symbols are today's. A choice for examples, no classifier: for subtypes use PAM50 itself.
+    98:10869, genes of its luminal cluster; Danaher et al., Gene expression markers of Tumor Infiltrating Leukocytes,
+    J Immunother Cancer 2017, 5:18, its B, T and cytotoxic cells. Symbols are today's. A choice for examples, no classifier: for subtypes use PAM50 itself.
 
     Examples
     --------

@@ -5,6 +5,7 @@ from ._enrichment import enrichment
 from ._evaluation import evaluation
 from ._genes import genes
 from ._predicted import predicted
+from ._programmes import programmes
 
 __all__ = [
     "biomarkers",
@@ -14,4 +15,5 @@ __all__ = [
     "evaluation",
     "genes",
     "predicted",
+    "programmes",
 ]

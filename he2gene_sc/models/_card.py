@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
@@ -91,6 +91,9 @@ class ModelCard:
     annotation
         ``context``: the neighbours that the annotation reads, where it has components of its own; ``None`` where it reads
         the embedding.
+    programmes
+        ``n_patients`` that were held out in turn, and ``sets``: of each gene set its ``genes`` with their weights, and the figures of
+        :func:`he2gene_sc.tl.programmes`; ``None`` where no sets were named.
     schema_version
         Version of this layout.
     """
@@ -118,6 +121,7 @@ class ModelCard:
     intervals: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
     annotation: dict[str, Any] | None = None
+    programmes: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -217,6 +221,7 @@ class ModelCard:
             *(_PAIRED_SAYS if self._has(PAIRED) else _NOT_RECORDED, ""),
             f"A gene is called reliable where {self.reliable_rule}.",
             "",
+            *self._programmes(),
             *self._trust(),
             "## Use",
             "",
@@ -241,6 +246,22 @@ class ModelCard:
         rings = ", ".join(f"{inner:g}–{outer:g}" for inner, outer in self.context["rings_um"])
         return [f"- Context: the slide, and the mean of the neighbours at {rings} µm"]
 
+    def _programmes(self) -> list[str]:
+        if self.programmes is None:
+            return []
+        sets = self.programmes["sets"]
+        names = [name for name in next(iter(sets.values())) if name != "genes"]
+        return [
+            "## Gene sets",
+            "",
+            f"Scores of gene sets (`hg.tl.programmes`), means over {self.programmes['n_patients']} patients held out in turn.",
+            "",
+            _row("set", ["genes", *names]),
+            _row("---", ["---"] * (len(names) + 1)),
+            *(_row(name, [len(facts["genes"]), *(facts[n] for n in names)]) for name, facts in sets.items()),
+            "",
+        ]
+
     def _trust(self) -> list[str]:
         lines = []
         if self.intervals is not None:
@@ -262,6 +283,11 @@ class ModelCard:
         over = ["windows"] if self.fusion == "mean" and len(self.windows_um) > 1 else []
         over += ["the eight symmetries of the square"] if self.tta else []
         return f"; predictions are averaged over {' and '.join(over)}" if over else ""
+
+
+def set_genes(weights: Mapping[str, float]) -> str:
+    """Write the genes of a set as one text, with the weights that are not 1: ``"ERBB2 GRB7:0.5"``."""
+    return " ".join(gene if weights[gene] == 1 else f"{gene}:{weights[gene]:g}" for gene in sorted(weights))
 
 
 def as_html(title: str, facts: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ._card import ModelCard, as_html
+from ._card import ModelCard, as_html, set_genes
 from ._folder import save
 from ._tensors import ENCODER, check_tensors
 
@@ -69,6 +69,19 @@ class HE2Gene:
     def weights_sha256(self) -> str:
         """SHA-256 of ``weights.safetensors``; empty for a model that was never saved."""
         return self.card.files.get("weights.safetensors", "")
+
+    @property
+    def programmes(self) -> pd.DataFrame:
+        """Gene sets named when the model was trained, and how well their scores are predicted on patients held out.
+
+        Index the set; ``genes``, text as :func:`he2gene_sc.models._card.set_genes` writes it; figures as of
+        :func:`he2gene_sc.tl.programmes`; ``n_patients``; ``n_learned``, genes of the model. Empty where none were named.
+        """
+        found = self.card.programmes or {"n_patients": 0, "sets": {}}
+        rows = {name: {**facts, "genes": set_genes(facts["genes"])} for name, facts in found["sets"].items()}
+        return pd.DataFrame.from_dict(rows, orient="index").assign(
+            n_patients=found["n_patients"], n_learned=self.card.n_genes
+        )
 
     @cached_property
     def network(self) -> Network:

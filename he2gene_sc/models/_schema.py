@@ -121,6 +121,24 @@ class _Annotation(_Strict):
     context: _Context
 
 
+class _Programme(_Strict):
+    genes: Annotated[dict[Text, Number], Field(min_length=1)]
+    pearson: Number | None
+    pearson_low: Number | None
+    pearson_high: Number | None
+    pearson_given_depth: Number | None
+    ceiling: Number | None
+    depth: Number | None
+    colour: Number | None
+    coordinates: Number | None
+    reliable: bool
+
+
+class _Programmes(_Strict):
+    n_patients: Count
+    sets: Annotated[dict[Text, _Programme], Field(min_length=1)]
+
+
 class Card(_Strict):
     """Fields of ``card.json``, as :class:`he2gene_sc.models.ModelCard` describes them."""
 
@@ -147,6 +165,7 @@ class Card(_Strict):
     intervals: _Intervals | None
     guard: _AnyGuard | None
     annotation: _Annotation | None
+    programmes: _Programmes | None = None
     schema_version: int
 
 

@@ -77,7 +77,8 @@ def spatial(
         What to draw, one name or several; both mean the same. A gene: its name in ``var_names``, or in the column that
         predict was given as ``gene_symbols``; a symbol that HGNC has changed since is found by its other name. A column of
         ``obs``. ``"annotation"``, ``"confidence"``, ``"ood"`` or ``"tissue"`` (share of tissue) of the prediction, where
-        ``obs`` has no such column. A class of the model: its probability; ``"probabilities"``: those of all classes.
+        ``obs`` has no such column. A class of the model: its probability; ``"probabilities"``: those of all classes. A gene set
+        of :func:`he2gene_sc.tl.programmes`: its score.
         Default: the tissue alone.
     measured
         What to show beside a predicted gene. ``None``: ``X``, where the table was measured. ``True``: the same, an error
@@ -220,11 +221,23 @@ def _column(table: AnnData, name: str, keys: Keys) -> str | None:
     return next((column for column in (name, ours.get(name)) if column in table.obs), None)
 
 
+def _scores(table: AnnData) -> dict[str, tuple[np.ndarray, str]]:
+    """Scores of gene sets, and what the title says of them, by the name of the set."""
+    found = {}
+    for key, record in table.uns.items():
+        if is_of("programmes", record) and key in table.obsm:
+            for row in record["results"].to_dict("records"):
+                doubt = "" if row["reliable"] or row["evidence"] == "measured" else " (not reliable)"
+                found[row["source"]] = (table.obsm[key][row["source"]].to_numpy(float), doubt)
+    return found
+
+
 def _unknown(table: AnnData, names: list[str], keys: Keys) -> list[str]:
     """Names that are neither a predicted gene nor a column nor a class."""
     found = _columns(table, names, keys)
     classes = _classes(table, keys)
     classes += ["probabilities"] * bool(classes)
+    classes += _scores(table)
     return [
         name
         for name, place in zip(names, found, strict=True)
@@ -243,8 +256,9 @@ def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: 
         if unknown := _unknown(table, names, keys):
             raise ValueError(
                 f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists those that were. Columns of "
-                f"obs, classes of the model, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities' are drawn too"
-                f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys)])}"
+                f"obs, classes of the model, 'annotation', 'confidence', 'ood', 'tissue', 'probabilities' and gene sets of "
+                f"hg.tl.programmes are drawn too"
+                f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys), *_scores(table)])}"
             )
     for name in names:
         columns = [(slide.table.obs, _column(slide.table, name, keys)) for slide in slides]
@@ -270,6 +284,10 @@ def _panels(
         column = _column(table, name, keys)
         if i in of_genes:
             panels += of_genes[i]
+        elif column is None and name not in _classes(table, keys):
+            values, doubt = _scores(table)[name]
+            values[glass] = np.nan
+            panels.append(Panel(slide, f"{name}{doubt}", values, label="score (t)", glass=glass, item=i, scale=i))
         elif column is None:
             values = table.obsm[keys.proba][name].to_numpy(float)
             panels.append(Panel(slide, name, values, label="probability", item=i, scale=i, limits=(0, 1)))

@@ -47,6 +47,7 @@ from ._pseudobulk import (
     trigamma_inverse,
     weighted_fit,
 )
+from ._set_scores import SetScores, set_ceiling
 from ._shift_test import MIN_OVERLAP, ShiftTest, admissible_shifts, shift_test
 from ._spatial_metrics import ceiling_of_neighbours, moran, neighbour_weights, ssim_on_grid
 from ._spatial_test import SpatialTest, spatial_test, wilcoxon_test
@@ -69,6 +70,7 @@ __all__ = [
     "PredictionPowered",
     "RESIDUAL_LEVELS",
     "SampleTest",
+    "SetScores",
     "ShiftTest",
     "SpatialTest",
     "TARGET_SUM",
@@ -105,6 +107,7 @@ __all__ = [
     "residual_quantiles",
     "rounded_up",
     "sd_ratio",
+    "set_ceiling",
     "shift_test",
     "silhouette",
     "skill",

@@ -1,4 +1,4 @@
-"""Gene sets from a table, a mapping or a GMT file, and their scores by decoupler."""
+"""Gene sets from a table, a mapping or a GMT file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def import_decoupler(verb: str) -> Any:
 
 def read_net(net: Any) -> pd.DataFrame:
     """Return the sets as decoupler takes them: ``source``, ``target``, perhaps ``weight``."""
-    if isinstance(net, Mapping):
+    if isinstance(net, Mapping) and any(isinstance(genes, Mapping) for genes in net.values()):
+        rows = [(name, gene, weight) for name, genes in net.items() for gene, weight in dict(genes).items()]
+        net = pd.DataFrame(rows, columns=["source", "target", "weight"])
+    elif isinstance(net, Mapping):
         net = _listed(net.items())
     elif not isinstance(net, pd.DataFrame):
         path = Path(net).expanduser() if isinstance(net, str | Path) else None
@@ -62,6 +65,20 @@ def _read_gmt(path: Path) -> pd.DataFrame:
     # Enrichr writes weights behind a comma.
     genes = [[gene.partition(",")[0].strip() for gene in line[2:]] for line in lines]
     return _listed((line[0].strip(), filter(None, found)) for line, found in zip(lines, genes, strict=True))
+
+
+def weights_by_set(net: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Weights of the genes of each set, in the order of the net; 1 where it has none."""
+    weights = net["weight"].astype(float) if "weight" in net else pd.Series(1.0, index=net.index)
+    return {
+        str(name): dict(zip(rows["target"].astype(str), weights[rows.index], strict=True))
+        for name, rows in net.groupby("source", sort=False)
+    }
+
+
+def membership(sets: Mapping[str, Mapping[str, float]], genes: pd.Index) -> np.ndarray:
+    """Weights ``(g, sets)`` of these genes, 0 outside of a set."""
+    return np.array([[weights.get(gene, 0.0) for weights in sets.values()] for gene in genes]).reshape(len(genes), -1)
 
 
 def in_names_of(net: pd.DataFrame, genes: pd.Index) -> pd.DataFrame:

@@ -242,6 +242,7 @@ def predict(
         **({"lattice": float(options["lattice"])} if "lattice" in options else {}),
         **({"features": {"key": kept.key, **made_by(kept.record)}} if isinstance(kept, KeptFeatures) else {}),
         **({"given": given} if given else {}),
+        **({} if model.programmes.empty else {"programmes": model.programmes}),
         **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
 
 from .._core import validate
 from .._core.expression import Scale
@@ -22,14 +21,16 @@ from .._core.ownership import is_prediction
 from .._core.predictions import prediction_of
 from .._core.results import Result, check_free, write_results
 from .._core.spots import SpotData, read_spots
+from ..models._card import set_genes
 from ..models._schema import check_class_names
-from ..stats import log_normalise, pearson
+from ..stats import SetScores, set_ceiling
 from ..training._held_out import Depth
-from ..training._predictability import MIN_GROUPS, RELIABLE_PCC, bounds, by_patient, least
+from ..training._predictability import MIN_GROUPS, by_patient
+from ..training._programmes import judged
 from ._biomarkers.blind import COLOUR, DEPTH, fields
 from ._biomarkers.pool import labelled_spots
 from ._compare import correlation, fitted_on_others, in_common
-from ._gene_sets import import_decoupler, in_names_of, read_net
+from ._gene_sets import in_names_of, membership, read_net, weights_by_set
 from ._paired import paired_spots, sections_trained_on
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("he2gene_sc")
 
-#: Values of a block of spots, and halvings of the counts for a ceiling, as many as of the genes of a model.
-_BLOCK, _SPLITS = 2**22, 2
 #: Of each set and section; and of each set.
 _FIGURES = ("pearson", "pearson_given_depth", "ceiling", DEPTH, COLOUR)
 _COLUMNS = ("pearson", "pearson_low", "pearson_high", *_FIGURES[1:])
 _UNKNOWN = "unknown: "
+#: Share of the genes of the model that the layer needs for the figures of training to hold: scores are relative to all genes.
+_ENOUGH_GENES = 0.9
 
 
 def programmes(
@@ -73,7 +74,8 @@ def programmes(
         :func:`he2gene_sc.datasets.breast_markers` give it; a GMT file; or a mapping of sets to genes.
     held_out
         Slides that were predicted in the same layer and measured too, of patients that **the model has not seen**: how well the
-        score of each set is predicted is computed from them. Without, it is unknown, and no set is reliable.
+        score of each set is predicted is computed from them. Without, it is known for the sets that were named when the model
+        was trained (:class:`he2gene_sc.GeneSelection`); others are not reliable.
     layer
         Predicted expression; ``None``: ``X``, what was measured.
     layer_scale, measured, measured_scale, sample_key, section_key
@@ -100,8 +102,6 @@ def programmes(
 
     Raises
     ------
-    ImportError
-        If decoupler is missing: ``pip install 'he2gene_sc[enrichment]'``.
     ValueError
         If there is no such layer, no set has enough genes, or ``held_out`` holds nothing to compare.
 
@@ -115,7 +115,8 @@ def programmes(
     The score is decoupler's ``ulm``: t of the slope of the expression of a spot on membership, over all genes of the layer. So it is
     relative to the other genes, and slides of other genes have other scores. A set is reliable by the rule for genes, over at least 3
     patients: the lower end of the 95 % t interval of the correlation given depth is above 0.1, so is the plain correlation in each, and
-    it is better than depth and, where there are images, than colour.
+    it is better than depth and, where there are images, than colour. Figures of training are of patients held out in turn; colour is
+    there the statistics of the windows of a spot, and coordinates are a third reference.
     See ``docs/statistics/methods.md``.
 
     See Also
@@ -142,7 +143,6 @@ def programmes(
         raise ValueError(
             "`layer` is None, so measured counts are scored and there is no prediction to judge; leave `held_out` out"
         )
-    decoupler = import_decoupler("hg.tl.programmes")
     sets = read_net(net)
     try:
         check_class_names(sets["source"].unique(), "set")
@@ -153,7 +153,7 @@ def programmes(
     for table in spots.tables:
         check_free(table, "programmes", key_added, obsm=[key_added])
     spots = labelled_spots(spots, None, layer_scale=layer_scale)
-    scorer = _Scorer.of(sets, spots.genes, min_genes, decoupler)
+    scorer = _Scorer.of(sets, spots.genes, min_genes)
     results = pd.DataFrame({"n_genes": sets.groupby("source", sort=False).size()}).rename_axis("source")
     results["n_predicted"] = scorer.sizes.reindex(results.index)
     left_out = results[~results.index.isin(scorer.names)]
@@ -166,6 +166,9 @@ def programmes(
     figures = pd.DataFrame(np.nan, index=results.index, columns=list(_COLUMNS))
     evidence = "measured" if layer is None else f"{_UNKNOWN}no held-out slides"
     results = results.join(figures).assign(reliable=False, evidence=evidence)
+    if layer is not None and held_out is None:
+        known = _of_training(spots, layer, scorer)
+        results.loc[known.index, known.columns] = known
     params = {"layer": layer, "layer_scale": layer_scale, "min_genes": min_genes, "seed": seed}
     facts: dict[str, Any] = {"left_out": left_out.reset_index()}
     if held_out is not None:
@@ -182,7 +185,7 @@ def programmes(
             parameter="held_out",
         )
         (predicted,), truth = in_common([pair], "held_out")
-        theirs = _Scorer.of(sets[sets["source"].isin(results.index)], truth.genes, min_genes, decoupler)
+        theirs = _Scorer.of(sets[sets["source"].isin(results.index)], truth.genes, min_genes)
         if not theirs.names:
             raise ValueError(
                 f"`held_out`: no set has {min_genes} of the {len(truth.genes)} genes that were predicted and measured there; give "
@@ -207,7 +210,8 @@ def programmes(
         frame = pd.DataFrame(values, index=table.obs_names, columns=scorer.names)
         result = Result("programmes", key_added, {**record, "results": results}, {"obsm": {key_added: frame}})
         written.append((table, result))
-    _warn(left_out, min_genes, held_out is None and layer is not None)
+    unknown = results["evidence"].eq(f"{_UNKNOWN}no held-out slides")
+    _warn(left_out, min_genes, results["source"][unknown].tolist(), everything=bool(unknown.all()))
     write_results(written)
     logger.info("programmes: %d sets, %d left out, in obsm[%r]", len(results), len(left_out), key_added)
     return results.copy()
@@ -217,53 +221,37 @@ def programmes(
 class _Scorer:
     """Scores of the sets that have enough of some genes, but not all of them."""
 
-    net: pd.DataFrame
+    weights: np.ndarray  # (g, sets)
+    sets: Mapping[str, Mapping[str, float]]
     sizes: pd.Series
-    names: list[str]
     genes: pd.Index
-    decoupler: Any
 
     @classmethod
-    def of(cls, sets: pd.DataFrame, genes: pd.Index, min_genes: int, decoupler: Any) -> _Scorer:
-        net = in_names_of(sets, genes)
-        order = sets["source"].unique()
+    def of(cls, net: pd.DataFrame, genes: pd.Index, min_genes: int) -> _Scorer:
+        order = net["source"].unique()
+        net = in_names_of(net, genes)
         net = net[net["target"].isin(genes)]
         sizes = net.groupby("source").size().reindex(order, fill_value=0)
-        names = list(order[(sizes >= min_genes) & (sizes < len(genes))])
-        return cls(net[net["source"].isin(names)], sizes, names, genes, decoupler)
+        found = weights_by_set(net)
+        sets = {name: found[name] for name in order[(sizes >= min_genes) & (sizes < len(genes))]}
+        return cls(membership(sets, genes), sets, sizes, genes)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.sets)
 
     def scores(self, blocks: Iterable[tuple[slice, np.ndarray]], n: int) -> np.ndarray:
         """Scores ``(n, sets)`` from the logarithms of some spots at a time."""
-        out = np.zeros((n, len(self.names)))
+        out = np.zeros((n, len(self.sets)))
         for where, values in blocks:
-            # Spots without any of the genes have no slope, and decoupler refuses them; genes that are 0 belong to the background.
-            rows = np.flatnonzero(np.ptp(values, axis=1) > 0)
-            if len(rows):
-                frame = pd.DataFrame(values[rows], columns=self.genes)
-                found, _ = self.decoupler.mt.ulm(frame, self.net, tmin=1, empty=False)
-                out[where.start + rows] = found[self.names]
+            out[where] = SetScores(self.weights).add(values).t()
         return out
 
     def ceiling(self, spots: SpotData, rng: np.random.Generator) -> np.ndarray:
-        """Noise ceiling ``(sets,)`` of scores of counts, by binomial halves of the counts of one section."""
+        """Noise ceiling ``(sets,)`` of scores of the counts of one section."""
         ((table, rows),) = [found for found in zip(spots.tables, spots.rows, strict=True) if len(found[1])]
-        counts = scipy.sparse.csr_array(values_of(table[rows], spots.layer, "measured"))
-        counts.data = np.rint(counts.data).astype(np.int64)
-        columns, step = find_genes(self.genes, table.var_names), max(1, _BLOCK // table.n_vars)
-        found = []
-        for _ in range(_SPLITS):
-            half = counts.copy()
-            half.data = rng.binomial(counts.data, 0.5)
-            starts = range(0, len(rows), step)
-            halves = [
-                self.scores(
-                    ((slice(i, i + step), log_normalise(part[i : i + step])[:, columns]) for i in starts), len(rows)
-                )
-                for part in (half, counts - half)
-            ]
-            found.append(np.nan_to_num(pearson(*halves)))
-        r = np.clip(np.mean(found, axis=0), 0, 1)
-        return np.sqrt(2 * r / (1 + r))
+        counts = values_of(table[rows], spots.layer, "measured")
+        return set_ceiling(counts, find_genes(self.genes, table.var_names), self.weights, rng)
 
 
 def _sections(
@@ -298,15 +286,9 @@ def _over_units(sections: pd.DataFrame, unit: str, names: list[str], trained_on:
     n_sets = len(names)
     samples = sections["sample"].to_numpy()[::n_sets]
     of = {name: by_patient(sections[name].to_numpy(float).reshape(-1, n_sets), samples) for name in _FIGURES}
-    out = pd.DataFrame({name: bounds(values)[0] for name, values in of.items()}, index=names)
-    out["pearson_low"], out["pearson_high"] = bounds(of["pearson"])[1:]
+    out = judged(of, (DEPTH, COLOUR)).set_axis(names)
+    out["reliable"] &= not trained_on
     n = len(set(samples))
-    given_low = np.nan_to_num(bounds(of["pearson_given_depth"])[1])
-    good = (given_low > RELIABLE_PCC) & (np.nan_to_num(least(of["pearson"])) > RELIABLE_PCC)
-    for name in (DEPTH, COLOUR):
-        mean, low, _ = bounds(of["pearson"] - of[name], most=2)
-        good &= np.isnan(mean) | ((mean if name == DEPTH else low) > 0)
-    out["reliable"] = good & (n >= MIN_GROUPS) & (not trained_on)
     out["evidence"] = f"{n} {unit}s held out"
     if trained_on:
         out["evidence"] = f"{_UNKNOWN}the model was trained on {validate.format_list(sorted(trained_on))}"
@@ -317,13 +299,31 @@ def _over_units(sections: pd.DataFrame, unit: str, names: list[str], trained_on:
     return out
 
 
+def _of_training(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFrame:
+    """Figures of the sets that were named when the model was trained, where the layer is its prediction."""
+    records = [table.uns.get(prediction_of(table, layer) or "", {}) for table in spots.tables]
+    models = {record.get("weights_sha256") if is_prediction(record) else None for record in records}
+    if len(models) > 1 or any(record.get("layer") != layer or "programmes" not in record for record in records):
+        return pd.DataFrame()
+    told: pd.DataFrame = records[0]["programmes"]
+    enough = len(scorer.genes) >= _ENOUGH_GENES * told["n_learned"].iloc[0]
+    same = [n for n in scorer.sets if n in told.index and told.loc[n, "genes"] == set_genes(scorer.sets[n])]
+    told = told.loc[same if enough else []].rename(columns={"colour": COLOUR})
+    told["evidence"] = [f"{n} patients held out in training" for n in told["n_patients"]]
+    for name in told.index[told["n_patients"] < MIN_GROUPS]:
+        told.loc[name, "evidence"] = (
+            f"{_UNKNOWN}{told.loc[name, 'n_patients']} patients held out in training, {MIN_GROUPS} are needed"
+        )
+    return told[[*_COLUMNS, "reliable", "evidence"]]
+
+
 def _is_strange(table: AnnData, layer: str) -> bool:
     """Whether the slide that was predicted is out of distribution."""
     record = table.uns.get(prediction_of(table, layer) or "", {})
     return is_prediction(record) and record.get("verdict") == "out of distribution"
 
 
-def _warn(left_out: pd.DataFrame, min_genes: int, alone: bool) -> None:
+def _warn(left_out: pd.DataFrame, min_genes: int, unknown: list[str], *, everything: bool) -> None:
     if len(left_out):
         sets = [f"{name} ({row.n_predicted} of {row.n_genes})" for name, row in left_out.iterrows()]
         warnings.warn(
@@ -332,10 +332,12 @@ def _warn(left_out: pd.DataFrame, min_genes: int, alone: bool) -> None:
             UserWarning,
             stacklevel=3,
         )
-    if alone:
+    if unknown:
+        of = "any set" if everything else f"the sets {validate.format_list(unknown)}"
         warnings.warn(
-            "`held_out` is not given: how well the score of any set is predicted is unknown, and none is reliable. Give slides that "
-            "were predicted and measured, of patients that the model has not seen: hg.tl.programmes(data, net, held_out=slides)",
+            f"how well the score of {of} is predicted is unknown, and none is reliable: "
+            "`held_out` is not given, and the model was not trained with them. Give slides that were predicted and measured, of "
+            "patients that the model has not seen: hg.tl.programmes(data, net, held_out=slides)",
             UserWarning,
             stacklevel=3,
         )

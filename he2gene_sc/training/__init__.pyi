@@ -7,7 +7,7 @@ from ._gradient.patches import PatchSet, neighbour_table
 from ._gradient.presets import PRESETS, Preset
 from ._gradient.run_options import RunOptions
 from ._gradient.train_network import patch_set, train_network
-from ._metadata import ModelMetadata
+from ._metadata import ModelMetadata, Programmes
 from ._sections import Section, log_targets
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "PRESETS",
     "PatchSet",
     "Preset",
+    "Programmes",
     "Recipe",
     "RunOptions",
     "Section",

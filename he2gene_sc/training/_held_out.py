@@ -45,6 +45,7 @@ class HeldOut:
     logits: tuple[np.ndarray, ...]  # by section (n, c) before calibration; NaN without labels
     parts: tuple[np.ndarray, ...]  # by section (n,) codes
     calibration: Calibration | None = None
+    programmes: np.ndarray | None = None  # (2, sections, sets) correlations of scores, plain and given depth
 
 
 #: Rounding error of a mean, relative to it, beyond which a value differs from it.

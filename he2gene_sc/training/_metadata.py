@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,14 @@ import pandas as pd
 from ..models import EncoderSpec, ModelCard
 from ..models._encoders.registry import input_facts
 from ._sections import Section
+
+
+@dataclass(frozen=True, eq=False)
+class Programmes:
+    """Gene sets among the genes of a model."""
+
+    genes: Mapping[str, Mapping[str, float]]  # set to its genes and their weights
+    weights: np.ndarray  # (g, sets), 0 outside of a set
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class ModelMetadata:
     stages: tuple[int, ...] | None = None  # of it that are read
     tiles: tuple[int, ...] | None = None  # a side of each window
     encoder_output: tuple[float, ...] | None = None  # fingerprint of an encoder of the user
+    programmes: Programmes | None = None
 
     def table(
         self, target: np.ndarray, variable: np.ndarray, mean: np.ndarray, columns: dict[str, np.ndarray]

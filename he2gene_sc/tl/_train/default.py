@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from ..._core.validate import format_list
+from .._gene_sets import in_names_of, membership, read_net, weights_by_set
 from .arguments import check_features
 from .labels import colours_of
 from .measured import Measured, join
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
     from ...image import PatchReader
     from ...models import HE2Gene
     from ...models._network import FeatureExtractor
-    from ...training import ModelMetadata
+    from ...training import ModelMetadata, Programmes
+
+logger = logging.getLogger("he2gene_sc")
 
 #: Symmetries a training spot is seen under.
 _SYMMETRIES = ((0, False),)
@@ -96,7 +101,28 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
         description=card.description or f"Trained on {n_sections} section(s) with {plan.spec.name}.",
         intended_use=card.intended_use,
         limitations=tuple(card.limitations),
+        programmes=programmes_of(plan.genes.programmes, genes),
     )
+
+
+def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
+    """Gene sets of which the model learns enough genes."""
+    if named is None:
+        return None
+    from ...training import Programmes
+    from ...training._programmes import MIN_GENES
+
+    net = read_net(named)
+    net = in_names_of(net, genes)
+    found = weights_by_set(net[net["target"].isin(genes)])
+    sets = {name: found[name] for name in named if MIN_GENES <= len(found.get(name, ())) < len(genes)}
+    if left_out := [f"{name} ({len(found.get(name, ()))} of {len(named[name])})" for name in named if name not in sets]:
+        logger.warning(
+            "programmes: sets of which fewer than %d genes are learned are left out: %s",
+            MIN_GENES,
+            format_list(left_out),
+        )
+    return Programmes(sets, membership(sets, genes)) if sets else None
 
 
 def encode_section(

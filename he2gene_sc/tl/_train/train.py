@@ -204,6 +204,10 @@ def _check_paper(recipe: PaperRecipe, genes: GeneSelection, cache: object) -> No
             f"`cache` is {cache!r}, which preset {recipe.name!r} does not read: it trains the encoder, on its own output, "
             "in the precision of `precision`"
         )
+    if genes.programmes is not None:
+        raise ValueError(
+            f"`programmes` of `genes` are read by preset 'default' alone, not by {recipe.name!r}; leave them out"
+        )
     if recipe.exact and genes.min_spot_share not in (MIN_SPOT_SHARE, 0):
         raise ValueError(
             f"`min_spot_share` is {genes.min_spot_share!r}, but `exact` sets it (0: all genes are learned); drop one of them"

@@ -24,6 +24,7 @@ from .._folds import NOT_TOLD, grouped_folds, warn_of_unit
 from .._held_out import HeldOut, standardised
 from .._metadata import ModelMetadata
 from .._predictability import MIN_GROUPS, gene_table
+from .._programmes import programme_figures
 from .._sections import Section
 from .annotation import AROUND, STRENGTH, fit_annotation
 from .heads import Recipe, fit_basis, fit_sums
@@ -93,6 +94,8 @@ def build_model(
     colour, colour_recipe = _only(sections, colours)
     known = next(iter(protocols))
     exchangeable = calibration_unit(sections, unit)
+    programmes = metadata.programmes
+    sets = None if programmes is None else programmes.weights
     choice, held_out = cross_validate(
         sections,
         protocols,
@@ -100,12 +103,13 @@ def build_model(
         n_classes=n_classes,
         n_target=n_target,
         calibrated=None if exchangeable is None else (exchangeable, exchangeable),
+        programmes=sets,
     )
     colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, n_classes=0, n_target=n_target)
     _, around = cross_validate(
         *(colour, protocols, _only(sections, colours, recipe.context)[1]), n_classes=0, n_target=n_target
     )
-    references = _references(sections, colours, protocols, n_target)
+    references = _references(sections, colours, protocols, n_target, sets)
     # A model meets new patients: where their confidence is known, it is theirs that counts.
     telling = next((n for n in reversed(protocols) if _tells_confidence(sections, protocols[n], held_out[n])), known)
     # Of two patients, each was seen by a model of one: neither they nor their sections tell how sure a model of both may be.
@@ -147,6 +151,14 @@ def build_model(
         )
         limitations = (*limitations, "The probabilities of its annotation are not calibrated.")
     genes, rule = gene_table(sections, metadata, held_out, references, target, variable)
+    told = None
+    if programmes is not None and unit == "patient":
+        beside = {name: of[unit] for name, of in references.items()}
+        told = programme_figures(programmes, sections, held_out[unit], beside, seed)
+    elif programmes is not None:
+        logger.warning(
+            "programmes: only patients that are held out tell how well sets are predicted; the card has none"
+        )
     calibration = None if exchangeable is None else held_out[exchangeable].calibration
     if calibration is not None:
         tensors |= calibration.tensors()
@@ -177,6 +189,7 @@ def build_model(
         else described(calibration, exchangeable, metadata.classes),
         guard=limits,
         annotation={"context": AROUND.to_dict()} if "annotation.mean" in tensors else None,
+        programmes=told,
     )
     # In the order in which they are stored: rounding depends on it.
     return HE2Gene(card, genes, {key: np.asarray(value, order="C") for key, value in tensors.items()})
@@ -215,6 +228,7 @@ def _references(
     colours: Sequence[np.ndarray],
     protocols: Mapping[str, Sequence[np.ndarray]],
     n_target: int,
+    programmes: np.ndarray | None,
 ) -> dict[str, dict[str, HeldOut]]:
     """Held-out predictions of what sees no gene, numbers of a spot within its section, by name and protocol."""
     numbers: dict[str, list[np.ndarray]] = {name: [] for name in REFERENCES}
@@ -226,7 +240,7 @@ def _references(
     found = {}
     for name, seen in numbers.items():
         alone, recipe = _only(sections, seen)
-        found[name] = cross_validate(alone, protocols, recipe, n_classes=0, n_target=n_target)[1]
+        found[name] = cross_validate(alone, protocols, recipe, n_classes=0, n_target=n_target, programmes=programmes)[1]
     return found
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...models._embedding import Basis
-from ...stats import pearson
+from ...stats import SetScores, pearson
 from .._calibrate import Calibration, calibrate, groups_of, joined
 from .._held_out import Depth, HeldOut, Panel, within
+from .._programmes import compared
 from .._sections import Section
 from .annotation import AnnotationHead, fit_annotation
 from .heads import Recipe, Sums, embed, fit_basis, fit_sums
@@ -78,12 +79,14 @@ def cross_validate(
     n_target: int,
     choice: Choice | None = None,
     calibrated: tuple[str, str] | None = None,
+    programmes: np.ndarray | None = None,
 ) -> tuple[Choice, dict[str, HeldOut]]:
     """Hold out one group after the other, and choose penalty and rank: choice, and held-out predictions by protocol.
 
     ``protocols`` are codes ``(n,)`` of each section by name. The choice has the highest mean correlation of the
     target genes, averaged over protocols, on the folds that the metrics are taken from. ``calibrated`` names the
-    protocol whose residuals are kept, and what is exchangeable: ``"patient"`` or ``"section"``.
+    protocol whose residuals are kept, and what is exchangeable: ``"patient"`` or ``"section"``. ``programmes`` are weights of
+    gene sets ``(g, sets)``, whose scores are compared too.
     """
     fitted = {
         name: [
@@ -98,7 +101,7 @@ def cross_validate(
         choice = Choice(PENALTIES[penalty], RANKS[rank])
     unit = dict([calibrated] if calibrated is not None else [])
     return choice, {
-        name: _collect(sections, folds, choice, n_classes, unit.get(name)) for name, folds in fitted.items()
+        name: _collect(sections, folds, choice, n_classes, unit.get(name), programmes) for name, folds in fitted.items()
     }
 
 
@@ -129,7 +132,12 @@ def _head_scores(sections: Sequence[Section], fitted: Sequence[_Fold]) -> np.nda
 
 
 def _collect(
-    sections: Sequence[Section], fitted: Sequence[_Fold], choice: Choice, n_classes: int, unit: str | None
+    sections: Sequence[Section],
+    fitted: Sequence[_Fold],
+    choice: Choice,
+    n_classes: int,
+    unit: str | None,
+    programmes: np.ndarray | None,
 ) -> HeldOut:
     g = sections[0].targets.shape[1]
     weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
@@ -142,6 +150,8 @@ def _collect(
     depths = [Depth.of(section.totals, part) for section, part in zip(sections, parts, strict=True)]
     error, base = np.zeros(g), np.zeros(g)
     kept: list[Calibration] = []
+    sets = np.empty((g, 0)) if programmes is None else programmes
+    scores = [(SetScores(sets, section.measured), SetScores(sets, section.measured)) for section in sections]
     cuts = np.cumsum([0, *(len(section) for section in sections)])
     step = max(1, min(_GENES_AT_ONCE, _VALUES_AT_ONCE // int(cuts[-1])))
     for start in range(0, g, step):
@@ -158,12 +168,19 @@ def _collect(
             pair = within(predicted[here], parts[i]), within(measured[here], parts[i])
             pcc[i, genes] = pearson(*pair)
             given[i, genes] = depths[i].partial(*pair)
+            for score, values in zip(scores[i], (predicted[here], measured[here]), strict=True):
+                score.add(values, genes)
             error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
             base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
         if unit is not None:
             kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
     skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
-    return HeldOut(pcc, given, skill, panel, logits, parts, joined(kept) if kept else None)
+    found = [
+        compared(*(score.t() for score in pair), (sets[section.measured] != 0).sum(0), depth, part)
+        for pair, section, depth, part in zip(scores, sections, depths, parts, strict=True)
+    ]
+    judged = None if programmes is None else np.stack(found, axis=1)
+    return HeldOut(pcc, given, skill, panel, logits, parts, joined(kept) if kept else None, judged)
 
 
 def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
