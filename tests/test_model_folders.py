@@ -88,7 +88,7 @@ FIELDS = [name for name in ModelCard.__dataclass_fields__ if name != "schema_ver
 FIELDS += ["encoder.name", "encoder.license", "encoder.sha256", "encoder.input_px"]
 FIELDS += [f"context.{name}" for name in CONTEXT] + [f"guard.{name}" for name in GUARD]
 FIELDS += [f"intervals.{name}" for name in ("unit", "n_groups", "levels", "max_coverage", "spots")]
-MAY_BE_NULL = {"annotation", "context", "guard", "intervals", "context.prior_spots"}
+MAY_BE_NULL = {"annotation", "context", "guard", "intervals", "programmes", "context.prior_spots"}
 TENSORS = [
     "annotation.bias",
     "annotation.weight",

@@ -357,7 +357,9 @@ def test_the_bundled_card_says_what_the_model_is_and_is_not(bundled):
     assert len(bundled.card.classes) == len(bundled.card.class_colors) > 1
     text = bundled.card.to_markdown()
     assert all(sentence in text for sentence in (bundled.card.name, *bundled.card.limitations))
-    assert "references that see no gene (depth, colour, coordinates): not recorded." in text
+    assert "mean Pearson, prediction minus colour, 250 target genes" in text
+    without = replace(bundled.card, metrics={}, programmes=None).to_markdown()
+    assert "references that see no gene (depth, colour, coordinates): not recorded." in without
 
 
 def test_the_bootstrap_of_an_older_card_is_not_called_a_95_percent_interval(bundled):
@@ -365,7 +367,7 @@ def test_the_bootstrap_of_an_older_card_is_not_called_a_95_percent_interval(bund
     card = type(bundled.card).from_json(old, "card.json")
     assert card == bundled.card
     text = card.to_markdown()
-    assert "| 95 % interval" not in text
+    assert "| 95 % interval, " not in text
     assert "It is not a 95 % interval" in text
 
 

@@ -16,12 +16,11 @@ def table(predicted_c5):
     return predicted_c5["table"]
 
 
-def test_genes_are_reliable_and_four_fifths_of_them_keep_it(table):
+def test_at_least_fifty_genes_are_reliable_and_four_fifths_of_them_keep_it(table):
     genes = hg.get.genes(table, reliable=True)
     at = table.var_names.get_indexer(genes)
     r = np.nan_to_num(pearson(table.layers["he2gene"][:, at], log_normalise(table.X)[:, at]))
-    # Better than depth, colour and coordinates on three held-out patients; the docs state how many.
-    assert len(genes) == 31
+    assert len(genes) >= 50
     assert (r > RELIABLE_PCC).mean() >= 0.8
 
 

@@ -164,7 +164,7 @@ class ModelCard:
         if data["schema_version"] < _TRUST_VERSION:
             data |= {"intervals": None, "guard": None}
         if data["schema_version"] < SCHEMA_VERSION:
-            data |= {"annotation": None, "schema_version": SCHEMA_VERSION}
+            data |= {"annotation": None, "programmes": None, "schema_version": SCHEMA_VERSION}
         if isinstance(data.get("metrics"), dict):
             data["metrics"] = {protocol: _renamed(figures) for protocol, figures in data["metrics"].items()}
         check_card(data, where)

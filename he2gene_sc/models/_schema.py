@@ -165,7 +165,7 @@ class Card(_Strict):
     intervals: _Intervals | None
     guard: _AnyGuard | None
     annotation: _Annotation | None
-    programmes: _Programmes | None = None
+    programmes: _Programmes | None
     schema_version: int
 
 

@@ -176,8 +176,8 @@ def _collect(
             kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
     skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
     found = [
-        compared(*(score.t() for score in pair), (sets[section.measured] != 0).sum(0), depth, part)
-        for pair, section, depth, part in zip(scores, sections, depths, parts, strict=True)
+        compared(guess.t(), aim.t(), (sets[section.measured] != 0).sum(0), depth, part)
+        for (guess, aim), section, depth, part in zip(scores, sections, depths, parts, strict=True)
     ]
     judged = None if programmes is None else np.stack(found, axis=1)
     return HeldOut(pcc, given, skill, panel, logits, parts, joined(kept) if kept else None, judged)
