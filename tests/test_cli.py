@@ -252,7 +252,7 @@ def test_demo_reports_model_colour_and_ceiling_and_speed(run, no_data, small_toy
 @pytest.mark.parametrize(
     ("section", "first_line"),
     [
-        ("C2", "NOTE: section C2 is in the training set of breast-her2st: the figures below flatter it."),
+        ("C2", "NOTE: section C2 is in the training set of breast-her2st: the figures below are too good."),
         ("C5", "Section C5, which breast-her2st was not trained on, though on its patient's sections C2, C3, C4."),
         ("G2", "Section G2, which breast-her2st was not trained on nor on its patient."),
     ],

@@ -614,7 +614,7 @@ def test_neighbours_are_those_of_the_array_where_spots_are_left_out(table):
 def test_an_adapted_layer_of_an_older_version_is_warned_of(table):
     adapted(table)
     del table.obs["he2gene_adapted_measured"]
-    with pytest.warns(UserWarning, match="older version.* flatter it; run hg.tl.adapt again"):
+    with pytest.warns(UserWarning, match="older version.* are too good; run hg.tl.adapt again"):
         hg.tl.evaluate(table, layer="he2gene_adapted", baselines=["training mean"])
     seen = hg.get.evaluation(table, "predictors").set_index("predictor")["seen"]
     assert "they are judged too" in seen["he2gene_adapted"]

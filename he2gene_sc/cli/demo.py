@@ -95,7 +95,7 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
 def _first_line(section: str, model: HE2Gene) -> str:
     trained = model.card.training["sections"]
     if section in trained:
-        return f"NOTE: section {section} is in the training set of {model.name}: the figures below flatter it."
+        return f"NOTE: section {section} is in the training set of {model.name}: the figures below are too good."
     siblings = sorted(name for name, facts in trained.items() if facts["patient"] == section[:1])
     known = f", though on its patient's sections {', '.join(siblings)}" if siblings else " nor on its patient"
     return f"Section {section}, which {model.name} was not trained on{known}."

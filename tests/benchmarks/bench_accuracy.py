@@ -4,7 +4,7 @@
 
 The panels (250 genes of highest mean, 50 most variable) are chosen on C2, C3 and C4. The colour ridge reads mean and SD
 of RGB in the model's three windows, is trained on C2, C3 and C4, and gets the best of several penalties on C5 itself,
-which flatters it. C5 is of patient C, as three of the five training sections: this says nothing of a new patient.
+so its figures are too good. C5 is of patient C, as three of the five training sections: this says nothing of a new patient.
 """
 
 import numpy as np

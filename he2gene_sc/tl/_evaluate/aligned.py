@@ -131,7 +131,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     if chosen.fitted_on is None:
         warnings.warn(
             f"layer {layer!r} was adapted by an older version, the spots that it was fitted on are not known and are judged "
-            "with the others: its figures flatter it; run hg.tl.adapt again",
+            "with the others: its figures are too good; run hg.tl.adapt again",
             UserWarning,
             stacklevel=3,
         )
@@ -172,7 +172,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     trained_on = [] if model is None else sorted(sections.keys() & set(model.card.training.get("sections", ())))
     if model is not None and trained_on:
         warnings.warn(
-            f"sections {trained_on} are in the training set of {model.name}: their figures flatter it",
+            f"sections {trained_on} are in the training set of {model.name}: their figures are too good",
             UserWarning,
             stacklevel=3,
         )

@@ -137,7 +137,7 @@ def evaluate(
     except for Moran's I and SSIM, where it is the mean over sections; ``"mean"``, the mean over patients, each the
     mean of its sections. With one section all three are the same. A gene that is constant on either side is
     NaN, never 0 or 1, and is counted (``n_constant`` of the summary). A section that the model was trained on, where
-    that can be told, is warned of: its figures flatter.
+    that can be told, is warned of: its figures are too good.
 
     Raises
     ------

@@ -126,7 +126,7 @@ def _protocol(unit: str) -> str:
     if unit == "spot":
         return "random spots of the training patients, as in the paper: this LEAKS, do not report it as accuracy"
     warning = "; another part of the SAME section, do not report it as accuracy" if unit == "block" else ""
-    return f"one fold of held-out {unit}s, which also said when to stop (slightly flattering){warning}"
+    return f"one fold of held-out {unit}s, which also said when to stop (so figures are slightly too good){warning}"
 
 
 def _cross_validate(data: PatchSet, preset: Preset, fit: Any) -> tuple[str, list[HeldOutSection]]:
