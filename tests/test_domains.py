@@ -481,3 +481,10 @@ def test_a_domain_that_was_left_out_of_the_scores_is_not_in_the_legend():
         run(table)
     annotation = hg.pl.domains(table)[0]
     assert [text.get_text() for text in annotation.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_a_gene_that_stands_twice_is_refused():
+    table = hg.datasets.toy((6, 6), mpp=4.0)["table"]
+    table.var_names = [table.var_names[1], *table.var_names[1:]]
+    with pytest.raises(ValueError, match=f"`data`: genes of var_names stand twice: '{table.var_names[0]}'"):
+        run(table)

@@ -344,6 +344,24 @@ def test_a_prediction_in_a_table_of_its_own_is_compared_with_the_measured_one(to
     pd.testing.assert_frame_equal(found.drop(columns=drawn), expected.drop(columns=drawn), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.uns.pop("spatialdata_attrs"), "`data`: table of the prediction annotates no spots"),
+        (
+            lambda t: t.uns.__setitem__("spatialdata_attrs", {"region": "spots"}),
+            "region_key and instance_key are needed",
+        ),
+        (lambda t: t.obs.__setitem__("instance_id", "1x1"), "`data`: spots of table of the prediction stand twice"),
+    ],
+)
+def test_spots_that_two_tables_do_not_share_are_said(toy, tiny_model, change, match):
+    hg.tl.predict(toy, model=tiny_model, genes="all")
+    change(toy["he2gene"])
+    with pytest.raises(ValueError, match=match):
+        hg.tl.evaluate(toy, model=tiny_model, baselines=[])
+
+
 def test_a_prediction_kept_sparse_and_counts_kept_dense_are_read(table):
     hg.tl.evaluate(table, genes=GENES[:5])
     before = genes_of(table)

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 import spatialdata as sd
 import squidpy as sq
+from anndata import AnnData
 from shapely import Point
 
 import he2gene_sc as hg
@@ -55,6 +56,17 @@ def test_genes_without_a_prediction_ask_for_one(toy):
     for data in (toy, toy["table"]):
         with pytest.raises(ValueError, match="run hg.tl.predict first"):
             hg.get.genes(data)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"group": []}, {"group": 5}, {"group": "Tumour"}, {"pval_cutoff": np.nan}, {"log2fc_min": np.nan}]
+)
+def test_biomarkers_refuse_what_selects_nothing(wrong):
+    results = pd.DataFrame({"group": ["tumour"], "logfoldchanges": [1.0], "pvals_adj": [0.1]})
+    table = AnnData(np.ones((2, 2)), uns={"he2gene_biomarkers": {"verb": "biomarkers", "results": results}})
+    assert len(hg.get.biomarkers(table, "tumour", pval_cutoff=0.5)) == 1
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
+        hg.get.biomarkers(table, **wrong)
 
 
 def test_genes_refuse_a_table_that_is_not_there(predicted):

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import anndata as ad
 import numpy as np
@@ -99,6 +100,11 @@ def test_keys_with_a_line_break_are_refused(toy, model, idle, key):
 
 
 CALLS = {
+    "embed": (hg.tl.embed, [("uns", "he2gene_features"), ("obsm", "X_he2gene_features")]),
+    "programmes": (
+        lambda t: hg.tl.programmes(t, {"a": t["table"].var_names[:6]}),
+        [("uns", "he2gene_programmes"), ("obsm", "he2gene_programmes")],
+    ),
     "evaluate": (
         lambda t: hg.tl.evaluate(t, baselines=[]),
         [("uns", "he2gene_eval"), *(("var", f"he2gene_eval_{m}") for m in ("pearson", "skill", "ceiling", "ssim"))],
@@ -142,7 +148,7 @@ def test_verbs_refuse_a_key_of_the_user(predicted, verb, slot, key, change):
     if verb == "enrichment":
         table.uns["he2gene_biomarkers"] = {"verb": "biomarkers", "params": {}, "written": {}}
     put(table, slot, change(key))
-    refused(predicted, rf"{slot}.*'{change(key)}'", CALLS[verb][0], table)
+    refused(predicted, rf"{slot}.*'{change(key)}'", CALLS[verb][0], predicted)
 
 
 def test_ours_is_replaced(predicted, tiny_model):
@@ -287,12 +293,13 @@ def element(kind):
 
 @pytest.mark.parametrize("kind", ["images", "labels", "points", "shapes"])
 @pytest.mark.parametrize("name", ["new", "New"])
-@pytest.mark.parametrize("function", ["tissue", "grid"])
+@pytest.mark.parametrize("function", ["tissue", "grid", "qc", "normalize_stains"])
 def test_elements_of_the_user_are_refused(toy, monkeypatch, kind, name, function):
     getattr(toy, kind)[name] = element(kind)
     monkeypatch.setattr(f"he2gene_sc.pp._{function}.pyramid_of", pytest.fail)
     monkeypatch.setattr("he2gene_sc.pp._tissue.read_thumbnail", pytest.fail)
     call = getattr(hg.pp, function)
+    call = partial(call, reference=toy) if function == "normalize_stains" else call
     refused(toy, rf"`key_added`: {kind}\['{name}'\] is there", call, toy, image_key="he", key_added="new")
 
 
@@ -322,11 +329,15 @@ def test_a_grid_of_version_060_is_laid_again(toy):
     assert len(toy["grid"]) == n + 1
 
 
-@pytest.mark.parametrize("value", ["mine", {"mpp": 0.5}, ["he"]])
-def test_attributes_of_the_user_are_refused(toy, value):
+@pytest.mark.parametrize("value", ["mine", {"mpp": 0.5}, ["he"], {"written": "x"}, {"written": {"labels": 3}}])
+@pytest.mark.parametrize("measured", [True, False])
+def test_attributes_of_the_user_are_refused(toy, tiny_model, value, measured):
     toy.attrs["he2gene"] = value
-    with pytest.raises(ValueError, match=r"attrs\['he2gene'\]"):
-        hg.pp.tissue(toy)
+    if not measured:
+        del toy.tables["table"]
+    for call in (hg.pp.tissue, partial(hg.tl.predict, model=tiny_model)):
+        with pytest.raises(ValueError, match=r"attrs\['he2gene'\] is .*del sdata.attrs"):
+            call(toy)
     assert toy.attrs["he2gene"] == value
 
 
@@ -432,13 +443,15 @@ def test_results_of_several_tables_are_written_to_all_or_none():
     assert [snapshot(slide) for slide in slides] == before
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "adapt", "domain_preservation", "biomarkers", "concordance"])
+@pytest.mark.parametrize(
+    "verb", ["evaluate", "adapt", "domain_preservation", "biomarkers", "concordance", "programmes"]
+)
 def test_verbs_leave_everything_as_it_was_where_their_warnings_are_errors(predicted, verb):
     before = snapshot(predicted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            CALLS[verb][0](predicted["table"])
+            CALLS[verb][0](predicted)
         except (Warning, ValueError):
             assert snapshot(predicted) == before
         else:

@@ -128,6 +128,40 @@ def test_swapped_spots_off_the_tissue_are_warned_of_without_array_positions():
     assert "x and y of the spots look swapped" in message
 
 
+def test_swapped_spots_of_which_some_lie_on_the_border_are_warned_of(toy):
+    set_transformation(toy["spots"], Affine([[0, 1, 0], [1, 0, 0], [0, 0, 1]], ("x", "y"), ("x", "y")), "global")
+    assert resolve(toy)[0].centres[:, 1].max() == 600
+    (message,) = said(toy)
+    assert "x and y of the spots look swapped" in message
+
+
+@pytest.mark.parametrize("order", ["shuffled", "as text"])
+def test_spots_that_are_mixed_up_are_told_by_the_array_positions(order):
+    sdata = section()
+    ids = sdata["spots"].index
+    mixed = np.random.default_rng(0).permutation(ids) if order == "shuffled" else sorted(ids)
+    assert list(mixed) != list(ids)
+    sdata["spots"] = sdata["spots"].set_axis(pd.Index(mixed))
+    (message,) = said(sdata)
+    assert "the ids of table and spots look mixed up" in message
+
+
+def test_spots_on_top_of_each_other_are_refused(toy):
+    spots = toy["spots"].copy()
+    spots.geometry = [spots.geometry.iloc[0]] * len(spots)
+    toy.shapes["spots"] = spots
+    with pytest.raises(ValueError, match="`shapes_key` 'spots': most spots lie on top of each other"):
+        said(toy)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("element", ["spots", "he"])
+def test_a_transformation_that_is_not_finite_is_refused(toy, element, value):
+    set_transformation(toy[element], Scale([value, 1], axes=("x", "y")), "global")
+    with pytest.raises(ValueError, match="`coordinate_system` 'global': a transformation .* NaN or infinite"):
+        resolve(toy)
+
+
 def test_all_spots_outside_are_refused_and_the_earlier_prediction_stays(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     before = toy["table"].layers["he2gene"].copy()

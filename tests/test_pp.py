@@ -61,6 +61,16 @@ def centres(sdata, key="spots"):
 # Tissue
 
 
+@pytest.mark.parametrize("method", ["auto", "otsu", "glass"])
+@pytest.mark.parametrize("value", [0, 243, 255])
+def test_a_blank_image_has_no_tissue(value, method):
+    noise = np.random.default_rng(0).integers(0, 3, (3, 120, 160), dtype=np.uint8)
+    sdata = bare(np.full((3, 120, 160), value, np.uint8) - noise * (value == 243))
+    with pytest.raises(ValueError, match="`image_key` 'he' is blank: white, black or transparent"):
+        hg.pp.tissue(sdata, method=method)
+    assert not sdata.labels
+
+
 @pytest.mark.parametrize("background", [(243, 243, 243), (255, 255, 255), (0, 0, 0)])
 def test_tissue_is_found_on_white_and_on_black(background):
     pixels, tissue = disc(background=background)

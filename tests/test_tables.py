@@ -58,6 +58,33 @@ def test_scales_are_told_apart(values, scale):
     assert contents_of(scipy.sparse.csr_array(np.array(values, float))).kind == scale
 
 
+def test_masked_values_are_refused(table):
+    counts = table.X.toarray()
+    table.layers["whole"] = np.ma.masked_array(counts)
+    np.testing.assert_array_equal(values_of(table, "whole"), counts)
+    table.layers["masked"] = np.ma.masked_array(counts, mask=counts == 3)
+    with pytest.raises(ValueError, match=r"`layer`: layer 'masked' is a masked array, of which \d+ values are masked"):
+        values_of(table, "masked")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ">f4", ">i8"])
+def test_half_precision_and_foreign_byte_order_are_read(table, dtype):
+    counts = table.X.toarray()
+    table.layers["odd"] = counts.astype(dtype)
+    found = values_of(table, "odd")
+    assert scipy.sparse.csr_array(found).sum() == counts.sum()
+
+
+def test_counts_in_parts_are_added_up(table):
+    whole = table.X.copy()
+    whole.data[:] = 3
+    parts = (np.tile([1.5, 1.5], whole.nnz), np.repeat(whole.indices, 2), 2 * whole.indptr)
+    table.layers["parts"] = scipy.sparse.csr_matrix(parts, shape=whole.shape)
+    assert contents_of(table.layers["parts"]).kind == "counts"
+    np.testing.assert_array_equal(values_of(table, "parts").toarray(), whole.toarray())
+    assert table.layers["parts"].nnz == 2 * whole.nnz
+
+
 def test_layers_that_are_not_there_are_named(table):
     with pytest.raises(ValueError, match=r"`measured` 'no' is not a layer, valid: \['log'\]"):
         values_of(table, "no", "measured")

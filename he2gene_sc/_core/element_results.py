@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .elements import facts_of
 from .keys import ATTRS, check_key
 from .signatures import is_element_unchanged, of_element
 
@@ -21,7 +22,7 @@ _KINDS = ("images", "labels", "points", "shapes", "tables")
 def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str, parameter: str = "key_added") -> None:
     """Refuse, before any work is done, to put labels or shapes where something is that ``verb`` did not write."""
     check_key(name, parameter)
-    facts = _facts(sdata)
+    facts = facts_of(sdata)
     for other_kind, other in element_names(sdata):
         if other.lower() != name.lower():
             continue
@@ -46,7 +47,7 @@ def write_element(
     sdata: SpatialData, kind: str, name: str, element: Any, facts: Mapping[str, Any] | None = None
 ) -> None:
     """Put an element in place of one of ours and record it, with ``facts`` for ``sdata.attrs``; all or nothing."""
-    before = _facts(sdata)
+    before = facts_of(sdata)
     written = {**before.get(_WRITTEN, {})}
     written[kind] = {**written.get(kind, {}), name: of_element(element)}
     with exchanged(sdata, kind, name, element):
@@ -93,14 +94,3 @@ def copy_tables(sdata: SpatialData) -> SpatialData:
     elements: dict[str, Any] = {name: element for _, name, element in sdata.gen_spatial_elements()}
     tables = {name: table.copy() for name, table in sdata.tables.items()}
     return sd.SpatialData.init_from_elements({**elements, **tables}, attrs=dict(sdata.attrs))
-
-
-def _facts(sdata: SpatialData) -> Mapping[str, Any]:
-    """Return ``sdata.attrs["he2gene"]``."""
-    facts = sdata.attrs.get(ATTRS, {})
-    if not isinstance(facts, Mapping) or not isinstance(facts.get("mpp", {}), Mapping):
-        raise ValueError(
-            f"`sdata`: attrs[{ATTRS!r}] is {facts!r}; it is where he2gene_sc keeps µm per pixel ({{'mpp': {{image: value}}}}). "
-            "Rename or delete it"
-        )
-    return facts

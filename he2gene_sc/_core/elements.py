@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,18 @@ class Spots:
     ids: pd.Index  # index of the shapes, or values of the labels
     centres: np.ndarray  # centroids, (n, 2)
     diameters: np.ndarray  # of polygons and labels the side of a square of the same area
+
+
+def facts_of(sdata: SpatialData) -> Mapping[str, Any]:
+    """Return ``sdata.attrs["he2gene"]``, checked."""
+    facts = sdata.attrs.get(ATTRS, {})
+    maps = [facts.get("mpp", {}), written := facts.get("written", {})] if isinstance(facts, Mapping) else [None]
+    if all(isinstance(found, Mapping) for found in maps) and all(isinstance(v, Mapping) for v in written.values()):
+        return facts
+    raise ValueError(
+        f"`sdata`: attrs[{ATTRS!r}] is {facts!r}; it is where he2gene_sc keeps µm per pixel ({{'mpp': {{image: value}}}}). "
+        f"Rename or delete it: del sdata.attrs[{ATTRS!r}]"
+    )
 
 
 def check_spatialdata(data: object, parameter: str = "sdata") -> None:
@@ -97,7 +110,7 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
     if table_key is not None:
         return regions_of(sdata[table_key], sdata)
     circles = [key for key, element in sdata.shapes.items() if "radius" in element.columns]
-    tiles = sdata.attrs.get(ATTRS, {}).get("written", {}).get("shapes", {})
+    tiles = facts_of(sdata).get("written", {}).get("shapes", {})
     polygons = [key for key in sdata.shapes if key not in circles and key not in tiles]
     found = circles or polygons or _cells(sdata)
     if not found:
@@ -112,7 +125,7 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
 
 def _cells(sdata: SpatialData) -> list[str]:
     """Labels that are not tissue masks of :func:`he2gene_sc.pp.tissue`."""
-    written = sdata.attrs.get(ATTRS, {}).get("written", {}).get("labels", {})
+    written = facts_of(sdata).get("written", {}).get("labels", {})
     masks = {f"{image}_tissue" for image in sdata.images} | set(written)
     return [key for key in sdata.labels if key not in masks]
 

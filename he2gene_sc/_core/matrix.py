@@ -28,6 +28,11 @@ def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
     dtype = np.dtype(getattr(values, "dtype", float))
     if dtype.kind == "b":
         raise ValueError(f"`{parameter}`: {where_of(layer)} holds True and False; counts are needed")
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise ValueError(
+            f"`{parameter}`: {where_of(layer)} is a masked array, of which {int(np.ma.count_masked(values))} values are masked; say "
+            "what they are: values.filled(0), or values.filled(np.nan)"
+        )
     if dtype.kind not in "iuf":
         raise ValueError(f"`{parameter}`: {where_of(layer)} holds {dtype}; numbers are needed")
     return values
@@ -48,10 +53,16 @@ def in_memory(values: Any) -> Any:
     values = values.compute() if hasattr(values, "compute") else values
     # A sparse matrix of a backed table.
     values = values.to_memory() if hasattr(values, "to_memory") else values
+    # scipy has no sparse arrays in half precision or of foreign byte order.
+    native = np.dtype(np.float32) if values.dtype == np.float16 else values.dtype.newbyteorder("=")
     if not scipy.sparse.issparse(values):
-        return np.asarray(values)
-    # scipy has no arithmetic of sparse arrays in half precision.
-    return scipy.sparse.csr_array(values.astype(np.float32) if values.dtype == np.float16 else values)
+        return np.asarray(values).astype(native, copy=False)
+    values = scipy.sparse.csr_array(values.astype(native, copy=False))
+    if not values.has_canonical_format:
+        # An entry may be kept in parts, which make a count only together.
+        values = values.copy()
+        values.sum_duplicates()
+    return values
 
 
 def dense(values: Any) -> np.ndarray:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .elements import spot_element
+from . import validate
+from .elements import facts_of, spot_element
 from .keys import ATTRS
 
 if TYPE_CHECKING:
@@ -59,17 +60,26 @@ def affine(element: Any, coordinate_system: str) -> np.ndarray:
     from spatialdata.transformations import get_transformation
 
     transformation = get_transformation(element, to_coordinate_system=coordinate_system)
-    return np.asarray(transformation.to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y")), dtype=float)
+    matrix = np.asarray(transformation.to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y")), dtype=float)
+    if not np.isfinite(matrix).all():
+        raise ValueError(
+            f"`coordinate_system` {coordinate_system!r}: a transformation of image or spots holds NaN or infinite numbers; set it "
+            "anew by spatialdata.transformations.set_transformation"
+        )
+    return matrix
 
 
 def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
     """µm per pixel that the object itself states for an image: written by our readers, or a system in µm."""
     from spatialdata.transformations import get_transformation
 
-    stored = sdata.attrs.get(ATTRS, {}).get("mpp", {}).get(image_key)
+    stored = facts_of(sdata).get("mpp", {}).get(image_key)
     if stored is not None:
-        if not (isinstance(stored, int | float) and np.isfinite(stored) and stored > 0):
-            raise ValueError(f"sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] is {stored!r}; a positive number is needed")
+        if not (validate.is_number(stored) and stored > 0):
+            raise ValueError(
+                f"`sdata`: attrs[{ATTRS!r}]['mpp'][{image_key!r}] is {stored!r}; a positive number is needed: "
+                f"sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] = 0.5"
+            )
         return float(stored), "metadata"
     for system in get_transformation(sdata.images[image_key], get_all=True):
         if system.lower() in _MICROMETRE_SYSTEMS:
@@ -208,8 +218,8 @@ def scaling(shapes_key: str, factor: float) -> str:
     )
 
 
-def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
-    """Pixels per step of ``array_col`` and ``array_row``, 2 × 2; ``None`` where the spots do not lie on the array."""
+def _on_array(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Pixels per step of ``array_col`` and ``array_row`` by least squares, 2 × 2, and how far each spot is off, ``(n, 2)``."""
     if not {"array_row", "array_col"} <= set(obs) or len(obs) < 12:
         return None
     steps = np.column_stack([pd.to_numeric(obs[name], errors="coerce") for name in ("array_col", "array_row")])
@@ -217,9 +227,21 @@ def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
         return None
     design = np.column_stack([steps, np.ones(len(steps))]).astype(float)
     solution, _, rank, _ = np.linalg.lstsq(design, centres, rcond=None)
-    lattice = solution[:2].T
-    off = np.sqrt(np.mean((design @ solution - centres) ** 2))
-    return lattice if rank == 3 and off < 0.3 * np.linalg.norm(lattice, axis=0).min() else None
+    return (solution[:2].T, design @ solution - centres) if rank == 3 else None
+
+
+def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
+    """Pixels per step of ``array_col`` and ``array_row``, 2 × 2; ``None`` where the spots do not lie on the array."""
+    found = _on_array(obs, centres)
+    if found is None or np.sqrt(np.mean(found[1] ** 2)) >= 0.3 * np.linalg.norm(found[0], axis=0).min():
+        return None
+    return found[0]
+
+
+def is_scattered(obs: pd.DataFrame, centres: np.ndarray) -> bool:
+    """Whether the array positions explain less than half of where the spots lie."""
+    found = _on_array(obs, centres)
+    return found is not None and bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
 
 
 def _visium_array(lattice: np.ndarray | None, diameter_px: float) -> tuple[float, str] | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .elements import spot_element
 from .images import darkness_at, some_of
-from .mpp import affine, array_lattice
+from .mpp import affine, array_lattice, is_scattered
 from .spots import pitch_of
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
             raise ValueError(message)
         warnings.warn(
             f"{message} Spots outside are not predicted, the others may be misplaced", UserWarning, stacklevel=4
+        )
+    if len(slide.centres) > 1 and pitch_of(slide.centres) == 0:
+        raise ValueError(
+            f"`shapes_key` {slide.shapes_key!r}: most spots lie on top of each other; each needs a centre of its own. Check how the "
+            "shapes were made, and whether sections that were joined are regions of their own"
         )
     if slide.inside.any():
         side = slide.diameter_um / slide.mpp
@@ -124,6 +129,15 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
     if not slide.inside.any():
         return
     if lattice is None:
+        if slide.table_key is not None and is_scattered(sdata[slide.table_key].obs.iloc[slide.rows], slide.centres):
+            warnings.warn(
+                f"`array_row` and `array_col` of table {slide.table_key!r} say nothing of where the spots of "
+                f"{slide.shapes_key!r} lie: the ids of table and spots look mixed up, as after sorting one of them. If so, all "
+                "spots are predicted from other tissue; compare sdata[table].obs with sdata[shapes]. If these columns are of "
+                "another array, delete them",
+                UserWarning,
+                stacklevel=5,
+            )
         _check_swap(sdata, slide)
         return
     if np.linalg.det(lattice) >= 0 or slide.diameter_um / slide.mpp >= _TOUCHING * pitch_of(slide.centres):
@@ -188,7 +202,7 @@ def _compare(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:
     chosen = some_of(np.flatnonzero(slide.inside), _N_SPOTS)
     now, moved = _darkness(slide, matrix, chosen)
     both = np.isfinite(now) & np.isfinite(moved)
-    if both.mean() < _INSIDE:
+    if np.isfinite(moved).mean() < _INSIDE or not both.any():
         return -1
     ratio = moved[both].mean() / max(now[both].mean(), 1e-9)
     if not 1 / _DARKER < ratio < _DARKER:

@@ -77,11 +77,15 @@ def biomarkers(
     ['tumour']
     """
     validate.arguments(biomarkers, locals())
+    for name, value in (("pval_cutoff", pval_cutoff), ("log2fc_min", log2fc_min), ("log2fc_max", log2fc_max)):
+        if value is not None:
+            validate.in_range(value, name)
     frame = find_result(data, "biomarkers", key, table_key)["results"].copy()
     if group is not None:
-        wanted = [group] if isinstance(group, str) else list(group)
+        wanted = [group] if isinstance(group, str) else validate.names(group, "group", least=1)
         if unknown := [name for name in wanted if name not in set(frame["group"])]:
-            raise ValueError(f"`group` {unknown} was not tested, valid: {frame['group'].unique().tolist()}")
+            valid = frame["group"].unique().tolist()
+            raise ValueError(f"`group` {unknown} was not tested, valid: {valid}{validate.near(unknown[0], valid)}")
         frame = frame[frame["group"].isin(wanted)]
     if pval_cutoff is not None:
         frame = frame[frame["pvals_adj"] < pval_cutoff]

@@ -140,7 +140,7 @@ class OODDetector:
             if "mpp" in self.limits and facts.mpp > self.limits["mpp"]:
                 return f"resolution: {facts.mpp:.3g} µm/px is coarser than the images that it was trained on"
             return (
-                f"resolution: what its windows show seems {2 ** abs(octaves):.1f} times {'larger' if octaves > 0 else 'smaller'} "
+                f"resolution: what its windows show seems {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} "
                 "than it should be: the µm/px may be wrong, or the image far less sharp or sharper"
             )
         if cause == "stain":

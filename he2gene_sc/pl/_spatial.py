@@ -406,7 +406,9 @@ def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> 
         return None
     if isinstance(measured, str) and measured not in layer_names(table):
         raise ValueError(f"`measured` {measured!r} is no layer, valid: {sorted(layer_names(table))}")
-    values = table.layers[measured] if isinstance(measured, str) else table.X
-    if values is None:
+    if not isinstance(measured, str) and table.X is None:
         return None
-    return as_log(values, table.var_names.get_indexer(genes))
+    return as_log(
+        matrix_of(table, measured if isinstance(measured, str) else None, "measured"),
+        table.var_names.get_indexer(genes),
+    )

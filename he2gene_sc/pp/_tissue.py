@@ -66,7 +66,7 @@ def tissue(
     Raises
     ------
     ValueError
-        If the image is missing, ambiguous or not RGB; or if ``key_added`` names an element that ``tissue`` did not make,
+        If the image is missing, ambiguous, blank or not RGB; or if ``key_added`` names an element that ``tissue`` did not make,
         or that was changed since.
 
     Warns
@@ -93,7 +93,13 @@ def tissue(
     key_added = f"{image_key}_tissue" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.tissue", "labels", key_added)
     thumbnail, scale = read_thumbnail(sdata, image_key, _WORKING_PX)
-    mask, used = _detect(thumbnail, image_key, method, kwargs)
+    pixels = tissue_pixels(thumbnail)
+    if not pixels[0].any():
+        raise ValueError(
+            f"`image_key` {image_key!r} is blank: white, black or transparent, so there is no tissue to mark. Name the image that "
+            f"shows it, of {sorted(sdata.images)}"
+        )
+    mask, used = _detect(thumbnail, pixels, image_key, method, kwargs)
     _warn_of_ink(thumbnail, mask > 0, image_key)
     to_pixels = Scale([scale[0], scale[1]], axes=("y", "x"))
     labels = Labels2DModel.parse(
@@ -109,13 +115,15 @@ def tissue(
     logger.info("tissue: %.0f %% of image %r by method %r, in labels %r", share, image_key, used, key_added)
 
 
-def _detect(thumbnail: np.ndarray, image_key: str, method: str, kwargs: dict[str, Any]) -> tuple[np.ndarray, str]:
-    """Mask of the pieces of tissue, ``(h, w)``, and the method that made it."""
+def _detect(
+    thumbnail: np.ndarray, pixels: tuple[np.ndarray, np.ndarray], image_key: str, method: str, kwargs: dict[str, Any]
+) -> tuple[np.ndarray, str]:
+    """Mask of the pieces of tissue, ``(h, w)``, and the method that made it; ``pixels`` are those of :func:`tissue_pixels`."""
+    anything, certain = pixels
     if method == "glass":
-        return _not_glass(tissue_pixels(thumbnail)[0]), method
+        return _not_glass(anything), method
     used = "otsu" if method == "auto" else method
     mask = _by_squidpy(thumbnail, used, kwargs)
-    anything, certain = tissue_pixels(thumbnail)
     left_out = mask == 0
     if method == "auto" and not kwargs and left_out.any() and certain[left_out].mean() > _MOSTLY_TISSUE:
         return _not_glass(anything), "glass"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..._core import validate
 from ..._core.duplicates import check_places
 from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import columns_of
@@ -82,6 +83,7 @@ def genes(
     has_measured: bool,
 ) -> tuple[list[str], np.ndarray | None, np.ndarray | None]:
     """Names of the genes, and predicted and measured log expression of them, ``None`` where there is none."""
+    validate.unique(table.var_names, "data", "genes of var_names")
     if given is not None:
         given = [given] if isinstance(given, str) else list(given)
         found = columns_of(table, given, _symbols(table, layer))

@@ -15,7 +15,7 @@ from ..._core.elements import find_table
 from ..._core.expression import Scale, log_expression
 from ..._core.keys import MADE, PATIENT, SECTION, Keys
 from ..._core.matrix import dense, matrix_of, values_of
-from ..._core.names import names_of
+from ..._core.names import annotated_by, column_of, names_of
 from ..._core.predictions import origin_of, symbols_of
 from ..._core.spots import apart, has_samples, pitch_of, sections_of, spots_of
 from .genes import genes_in_common, known_of, model_of
@@ -238,16 +238,21 @@ def _measured(
             "beside it; pass the SpatialData object with both"
         )
     other = data[found]
-    partner = _spots(other).get_indexer(_spots(table))
+    partner = _spots(other, found).get_indexer(_spots(table, "of the prediction"))
     rows = np.flatnonzero(partner >= 0)
     return other, rows, partner[rows]
 
 
-def _spots(table: AnnData) -> pd.MultiIndex:
-    attrs = table.uns["spatialdata_attrs"]
-    return pd.MultiIndex.from_arrays(
-        [table.obs[attrs["region_key"]].astype(str), table.obs[attrs["instance_key"]].astype(str)]
-    )
+def _spots(table: AnnData, name: str) -> pd.MultiIndex:
+    attrs = annotated_by(table)
+    if attrs is None:
+        raise ValueError(
+            f"`data`: table {name} annotates no spots; link it with sdata.set_table_annotates_spatialelement"
+        )
+    keys = [column_of(table, attrs[key], key).astype(str) for key in ("region_key", "instance_key")]
+    spots = pd.MultiIndex.from_arrays(keys)
+    validate.unique(spots.tolist(), "data", f"spots of table {name}")
+    return spots
 
 
 def _cells(

@@ -207,8 +207,7 @@ def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
             f"`layer`: {where_of(layer)} does not hold raw counts (whole numbers from 0) but {problem}; {hint} pass "
             f"keys=hg.SectionKeys(layer={repr(raw[0]) if raw else '...'})"
         )
-    values = in_memory(matrix)
-    return scipy.sparse.csr_array(values.astype(np.float32) if values.dtype == np.float16 else values)
+    return scipy.sparse.csr_array(in_memory(matrix))
 
 
 def join(
