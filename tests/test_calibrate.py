@@ -136,6 +136,65 @@ def test_detected_spots_are_covered_too_where_asked_for():
     assert new.uns["other_intervals"]["by"] == "detected"
 
 
+def detecting(n_patients, seed, *, n_spots=100, n_genes=60):
+    """Counts of genes that a tenth to all of the spots detect, by a level that is predicted, and by patient."""
+    rng = np.random.default_rng(seed)
+    n = n_patients * n_spots
+    patient = np.repeat(np.arange(n_patients), n_spots)
+    level = np.linspace(-2.5, 2.5, n_genes) + 0.6 * rng.normal(size=(n, 1))
+    by_patient = rng.normal(0, 0.3, (n_patients, n_genes))[patient]
+    depth = np.exp(rng.normal(0, 0.5, (n, 1)))
+    counts = rng.poisson(depth * np.exp(level + by_patient + 0.3 * rng.normal(size=level.shape)))
+    names = [f"{seed}-{i}" for i in range(n)]
+    obs = pd.DataFrame({"patient": [f"{seed}P{p}" for p in patient], "spot": names}, index=names)
+    table = AnnData(obs=obs, var=pd.DataFrame(index=[f"g{j}" for j in range(n_genes)]))
+    table.layers["truth"] = np.log1p(2 * counts / depth).astype(np.float32)
+    table.layers["other"] = (np.log1p(2 * np.exp(level)) * (counts > 0).mean(0)).astype(np.float32)
+    table.obsm["spatial"] = np.stack([np.arange(n) % 10, np.arange(n) // 10], 1) * 100.0
+    return table
+
+
+def test_by_predicted_level_spots_that_express_a_gene_are_covered_as_asked_for():
+    with pytest.warns(UserWarning, match="8 of 'patient'"):
+        calibration = calibrated(detecting(8, 1))
+    new = detecting(10, 2)
+    found = {}
+    for by in (None, "level"):
+        hg.tl.intervals(new, layer="other", by=by, calibration=calibration)
+        frame = hg.get.coverage(new, layer="other", measured="truth", measured_scale="log")
+        assert set(frame["depth"]) == {"all"}
+        found[by] = frame.set_index("detected")["coverage_expressing"]
+    facts = new.uns["other_intervals"]
+    assert (facts["by"], facts["guarantee"], facts["n_groups_needed"]) == ("level", "none", 19)
+    often = ["50% to 70%", "70% to 90%", "90% to 100%", "half or more"]
+    assert found["level"][often].between(0.85, 0.95).all()
+    assert found[None]["50% to 70%"] < 0.85
+    low, high = new.layers["other_lower"], new.layers["other_upper"]
+    assert ((low <= new.layers["other"]) & (new.layers["other"] <= high)).all()
+    inside = (new.layers["truth"] >= low) & (new.layers["truth"] <= high)
+    assert frame.set_index("detected").loc["all", "coverage"] == pytest.approx(inside.mean())
+
+
+@pytest.mark.parametrize(("n_patients", "guarantee"), [(18, "none"), (19, "hierarchical")])
+def test_by_predicted_level_ninety_percent_is_promised_from_19_patients_on(n_patients, guarantee):
+    calibration = calibrated(detecting(n_patients, 1, n_genes=10))
+    new = detecting(25, 2, n_genes=10)
+    hg.tl.intervals(new, layer="other", by="level", calibration=calibration)
+    low, high, truth = (new.layers[name] for name in ("other_lower", "other_upper", "truth"))
+    assert new.uns["other_intervals"]["guarantee"] == guarantee
+    assert guarantee == "none" or ((truth >= low) & (truth <= high)).mean() >= 0.9
+
+
+def test_a_calibration_of_an_older_version_says_how_to_get_levels(tmp_path):
+    calibration = calibrated(cohort(9, 1, n_genes=3))
+    none = dict.fromkeys(("level_quantiles", "level_groups", "level_edges"))
+    older = replace(calibration, residuals=replace(calibration.residuals, **none)).save(tmp_path / "older.npz")
+    new = cohort(2, 2, n_genes=3)
+    hg.tl.intervals(new, layer="other", calibration=hg.Calibration.load(older))
+    with pytest.raises(ValueError, match=r"`by` is 'level', and `calibration` keeps no .* again by hg\.tl\.calibrate"):
+        hg.tl.intervals(new, layer="other", by="level", calibration=hg.Calibration.load(older))
+
+
 def test_genes_are_found_by_name_and_those_without_residuals_stay_nan():
     calibration = hg.tl.calibrate(counted()[:, :10].copy(), layer="other")
     new = counted(2, 1)[:, ::-1].copy()

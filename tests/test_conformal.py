@@ -8,11 +8,14 @@ from scipy.stats import linregress
 
 from he2gene_sc.stats import (
     LEVELS,
+    TAILS,
     fit_spread,
     grouped_quantiles,
     half_scores,
     hierarchical_level,
     interpolated,
+    level_of,
+    level_quantiles,
     rounded_up,
     spread_of,
 )
@@ -157,3 +160,48 @@ def test_the_pooled_quantile_of_three_groups_covers_less_than_it_says():
     half, holds = half_scores(*grouped_quantiles(scores, groups), 0.9)
     assert not holds.any()
     assert (new <= half).mean() < 0.88
+
+
+# By predicted level
+
+
+def test_quantiles_by_predicted_level_are_those_of_a_tenth_of_the_spots():
+    rng = np.random.default_rng(0)
+    predicted, groups = rng.normal(size=(1000, 2)).astype(np.float32), np.arange(1000) % 4
+    scores = predicted**2 * rng.normal(size=predicted.shape)
+    quantiles, counted, edges = level_quantiles(predicted, scores, groups)
+    assert quantiles.shape == (2, 11, len(TAILS), 2)
+    assert (counted == 4).all()
+    level = level_of(predicted, edges)
+    assert (np.bincount(level[:, 0]) == 100).all()
+    at = TAILS.tolist().index(0.9)
+    for part in (0, 4, 9):
+        own, _ = grouped_quantiles(scores[level[:, 1] == part, 1:], groups[level[:, 1] == part], TAILS)
+        np.testing.assert_array_equal(quantiles[1, 1 + part, :, 1], rounded_up(own[:, 0]))
+        below = (-scores[level[:, 1] == part, 1] <= quantiles[0, 1 + part, at, 1]).mean()
+        assert below == pytest.approx(0.9, abs=0.015)
+    of_all, _ = grouped_quantiles(scores, groups, TAILS)
+    np.testing.assert_array_equal(quantiles[1, 0], rounded_up(of_all))
+
+
+def test_equal_predictions_are_not_shared_out_by_section():
+    groups = np.repeat(np.arange(5), 200)
+    scores = groups[:, None] + np.random.default_rng(0).normal(size=(1000, 1))
+    quantiles, counted, edges = level_quantiles(np.zeros((1000, 1)), scores, groups)
+    assert (counted == 5).all()
+    assert (level_of(np.zeros((3, 1)), edges) == 0).all()
+    assert np.ptp(quantiles[1, :, TAILS.tolist().index(0.9)].astype(float)) < 1
+
+
+def test_few_spots_or_one_section_have_no_level_of_their_own():
+    rng = np.random.default_rng(0)
+    few = level_quantiles(rng.normal(size=(90, 1)), rng.normal(size=(90, 1)), np.arange(90) % 3)
+    assert few[0].shape == (2, 2, len(TAILS), 1)
+    assert few[2].shape == (0, 1)
+    # The second section is predicted higher throughout: its levels are of one section.
+    groups = np.repeat([0, 1], 500)
+    predicted = groups[:, None] * 10 + rng.random((1000, 1))
+    quantiles, counted, _ = level_quantiles(predicted, rng.normal(size=(1000, 1)), groups)
+    assert counted.ravel().tolist() == [2] + [0] * 10
+    assert np.isnan(quantiles[:, 1:]).all()
+    assert np.isfinite(quantiles[:, 0]).all()

@@ -175,6 +175,8 @@ def test_an_adapted_layer_has_intervals_of_its_own_residuals(table, model):
     np.testing.assert_allclose(low[:, 1:], np.maximum(adapted - 0.1, 0), atol=1e-6)
     np.testing.assert_allclose(high[:, 1:], adapted + 0.2, atol=1e-6)
     assert np.isnan(high[:, 0]).all()
+    with pytest.raises(ValueError, match=r"`by` is 'level', and of an adapted layer .* use by=None"):
+        hg.tl.intervals(table, layer="he2gene_adapted", by="level")
     with pytest.raises(ValueError, match=r"`coverage` is 0\.99.*reach to 0\.98"):
         hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.99)
 
@@ -262,10 +264,32 @@ def test_residuals_of_spots_that_show_a_gene_are_kept_beside_those_of_all():
     assert kept.detected_groups.tolist() == [2, 2, 2]
 
 
-def test_a_model_without_residuals_of_detected_spots_says_how_to_get_them(table, model):
-    older = replace(model, tensors={name: values for name, values in model.tensors.items() if "detected" not in name})
-    with pytest.raises(ValueError, match=r"`by` is 'detected', and model 'my-model' keeps no residuals.*hg\.tl\.train"):
-        hg.tl.intervals(table, model=older, by="detected")
+@pytest.mark.parametrize("by", ["detected", "level"])
+def test_a_model_without_residuals_of_detected_spots_or_levels_says_how_to_get_them(table, model, by):
+    older = replace(model, tensors={name: values for name, values in model.tensors.items() if by not in name})
+    with pytest.raises(ValueError, match=rf"`by` is '{by}', and model 'my-model' keeps no residuals.*hg\.tl\.train"):
+        hg.tl.intervals(table, model=older, by=by)
+
+
+def test_by_predicted_level_a_trained_model_has_intervals_of_its_own(table, model, monkeypatch):
+    narrow = run(table, model, by="level", coverage=0.5)[1].copy()
+    low, high = run(table, model, by="level")
+    assert table.uns["he2gene_intervals"]["by"] == "level"
+    known = np.isfinite(high)
+    assert known.any(0).sum() == table.var["he2gene_predicted"].sum()
+    assert (high >= narrow)[known].all()
+    truth = log_normalise(table.X)
+    assert 0.82 <= ((truth >= low) & (truth <= high))[known].mean() <= 0.99
+    found = hg.get.coverage(table)
+    thirds = found[found["detected"].eq("all") & ~found["depth"].eq("all")]
+    assert thirds["n_spots"].sum() == table.n_obs
+    whole = found[found["detected"].eq("all") & found["depth"].eq("all")].iloc[0]
+    assert whole["coverage"] == pytest.approx(((truth >= low) & (truth <= high))[known].mean())
+    monkeypatch.setattr(hg.settings, "memory_limit", 100)
+    with pytest.warns(UserWarning, match="memory_limit"):
+        hg.tl.intervals(table, model=model)
+    with pytest.raises(ValueError, match=r"layers \['he2gene_lower', 'he2gene_upper'\] are not there"):
+        hg.get.coverage(table)
 
 
 @pytest.mark.parametrize("coverage", [0, 1, -0.1, 1.5, 90, float("nan"), "0.9", True, None])

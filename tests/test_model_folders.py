@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 import he2gene_sc as hg
 from he2gene_sc.models import HE2Gene, load
 from he2gene_sc.models._card import SCHEMA_VERSION, ModelCard
+from he2gene_sc.stats import TAILS
 
 CONTEXT = {"rings_um": [[50.0, 353.0]], "weights": [0.7], "prior_spots": 20.0}
 GUARD = {"distance": [1.0, 1.0], "far": 0.5, "octaves": 0.5, "spread": -0.4, "variation": [-1.0, 1.0]}
@@ -32,6 +33,9 @@ def full(tiny_model):
         "intervals.spread": np.ones((2, g), np.float32),
         "intervals.detected": np.ones((4, g), np.float16),
         "intervals.detected_groups": np.ones(g, np.int16),
+        "intervals.level_quantiles": np.ones((2, 3, len(TAILS), g), np.float16),
+        "intervals.level_groups": np.ones((3, g), np.int16),
+        "intervals.level_edges": np.ones((1, g), np.float32),
     }
     facts = {
         "unit": "section",
@@ -103,6 +107,9 @@ TENSORS = [
     "intervals.detected",
     "intervals.detected_groups",
     "intervals.groups",
+    "intervals.level_edges",
+    "intervals.level_groups",
+    "intervals.level_quantiles",
     "intervals.quantiles",
     "intervals.spread",
     "latent.mean",
@@ -308,6 +315,7 @@ DAMAGES = {
 HARMLESS = {
     ("intervals.quantiles", "infinite"),
     ("intervals.detected", "infinite"),
+    ("intervals.level_quantiles", "infinite"),
     ("guard.bank", "one short"),
     ("guard.bank", "one too many"),
 }
@@ -321,7 +329,7 @@ def test_a_tensor_that_does_not_fit_is_refused(folder, name, damage):
         pytest.skip("is no damage")
     if values.dtype.kind == "i" and damage in ("NaN", "infinite"):
         change_tensor(folder, name, lambda values: values.astype(np.float32))
-    elif name in ("intervals.quantiles", "intervals.detected") and damage == "NaN":
+    elif name in ("intervals.quantiles", "intervals.detected", "intervals.level_quantiles") and damage == "NaN":
         change_tensor(folder, name, lambda values: np.full_like(values, np.nan))
     else:
         change_tensor(folder, name, DAMAGES[damage])

@@ -1,5 +1,6 @@
 from ._biomarkers import biomarkers
 from ._concordance import concordance
+from ._coverage import coverage
 from ._domains import domains
 from ._enrichment import enrichment
 from ._evaluation import evaluation
@@ -10,6 +11,7 @@ from ._programmes import programmes
 __all__ = [
     "biomarkers",
     "concordance",
+    "coverage",
     "domains",
     "enrichment",
     "evaluation",

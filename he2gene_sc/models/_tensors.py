@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..stats import TAILS
 from ._card import ModelCard
 from ._embedding import N_COLOUR
 from ._embedding import TENSORS as LATENT
@@ -20,12 +21,13 @@ _COLOUR = ("colour.weight", "colour.bias", "colour.genes")
 _INTERVALS = ("intervals.quantiles", "intervals.groups", "intervals.spread")
 #: Of models that were trained by he2gene_sc 0.7 or later.
 DETECTED = ("intervals.detected", "intervals.detected_groups")
+LEVELS = ("intervals.level_quantiles", "intervals.level_groups", "intervals.level_edges")
 _OWN_ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
 #: Of models of he2gene_sc 0.6, whose detector was standardised as the embedding is; and what later ones have beside them.
 _GUARD, _OWN_GUARD = (PROJECTION, BANK, SIZE), (MEAN, SCALE, WEIGHTS)
-_WHOLE = ("colour.genes", "intervals.groups", "intervals.detected_groups")
-#: NaN where a class has too few spots, infinite where groups are too few for a level.
-_NOT_FINITE = ("intervals.quantiles", "intervals.detected")
+_WHOLE = ("colour.genes", "intervals.groups", DETECTED[1], LEVELS[1])
+#: NaN where a class or a predicted level has too few spots, infinite where groups are too few for a level.
+_NOT_FINITE = ("intervals.quantiles", DETECTED[0], LEVELS[0])
 _SHOWN = 5
 
 
@@ -52,6 +54,7 @@ def _check_names(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str)
         (_COLOUR, any(name in tensors for name in _COLOUR)),
         (_INTERVALS, card.intervals is not None),
         (DETECTED, card.intervals is not None and any(name in tensors for name in DETECTED)),
+        (LEVELS, card.intervals is not None and any(name in tensors for name in LEVELS)),
         (_GUARD, card.guard is not None),
         (_OWN_GUARD, card.guard is not None and "rest" in card.guard),
         (_OWN_ANNOTATION, card.annotation is not None),
@@ -85,7 +88,7 @@ def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
     chosen = tensors.get("colour.genes")
     if chosen is not None and chosen.size and (chosen.min() < 0 or chosen.max() >= card.n_genes):
         raise ValueError(f"{where}: tensor 'colour.genes' holds positions outside the {card.n_genes} genes")
-    for name in ("latent.scale", "annotation.scale", SCALE, WEIGHTS, "intervals.groups", DETECTED[1]):
+    for name in ("latent.scale", "annotation.scale", SCALE, WEIGHTS, "intervals.groups", DETECTED[1], LEVELS[1]):
         if name in tensors and (tensors[name] < 0).any():
             raise ValueError(f"{where}: tensor {name!r} holds negative values")
     if BANK in tensors and not len(tensors[BANK]):
@@ -99,6 +102,8 @@ def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
     for name, (values, pooled, counted) in checked.items():
         if (values < 0).any() or np.isnan(pooled[:, counted > 0]).any():
             raise ValueError(f"{where}: tensor {name!r} holds values that are missing or negative")
+    if LEVELS[0] in tensors and np.isnan(tensors[LEVELS[0]][:, 0][..., tensors[LEVELS[1]][0] > 0]).any():
+        raise ValueError(f"{where}: tensor {LEVELS[0]!r} holds values that are missing")
 
 
 class _Sizes:
@@ -148,6 +153,12 @@ class _Sizes:
             if DETECTED[0] in self.tensors:
                 shapes[DETECTED[0]] = ((levels, g), f"{levels} levels and {genes}")
                 shapes[DETECTED[1]] = ((g,), genes)
+            if LEVELS[0] in self.tensors:
+                n = self._axis(LEVELS[1], 0)
+                by_level = f"{n - 1} predicted levels and {genes}"
+                shapes[LEVELS[0]] = ((2, n, len(TAILS), g), by_level)
+                shapes[LEVELS[1]] = ((n, g), by_level)
+                shapes[LEVELS[2]] = ((max(n - 2, 0), g), by_level)
         if self.card.guard is not None:
             d = self._axis(PROJECTION, 1)
             encoded = max(0, f - self.n_colour) // self.windows

@@ -49,7 +49,7 @@ def calibration(
     coverages: Sequence[float] = _COVERAGES,
     measured: str | None = None,
     measured_scale: Scale = "auto",
-    by: Literal["annotation", "detected"] | None = "annotation",
+    by: Literal["annotation", "detected", "level"] | None = "annotation",
     model: str | Path | HE2Gene | None = None,
     calibration: Calibration | None = None,
     gene_symbols: str | None = None,
@@ -147,7 +147,7 @@ def calibration(
             own = None if MADE in table.uns and gene_symbols not in table.var else gene_symbols
             bounds = [of_model(table, record, model, c, by, own, keys) for c in levels]
         else:
-            bounds = [of_adapted(adapted, c, table.n_vars) for c in levels]
+            bounds = [of_adapted(adapted, c, by, table.n_vars) for c in levels]
         asked = Asked(
             layer, measured, measured_scale, model=None if model is None else load(model), gene_symbols=gene_symbols
         )

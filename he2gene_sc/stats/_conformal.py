@@ -13,6 +13,12 @@ LEVELS = np.array(
 MAX_COVERAGE = 0.98
 #: Groups without which no guarantee is stated at any coverage: the fewer, the less they say of what a new one is like.
 MIN_GROUPS = 9
+#: Levels at which quantiles on either side are kept by predicted level: 0.95 on both makes an interval of 90 %.
+TAILS = np.array([0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.96, 0.975, 0.99, 1.0])
+#: Predicted levels are tenths of the spots, fewer where a tenth has fewer spots than that.
+_PREDICTED_LEVELS, _LEVEL_SPOTS = 10, 50
+#: Measured spots and groups without which a gene has no quantiles of its own at a predicted level.
+_LEVEL_MEASURED, _LEVEL_GROUPS = 20, 2
 #: Least part of a gene's mean squared residual that its spread keeps where 0 is predicted.
 _FLOOR = 0.1
 _ROUNDING = 1e-9
@@ -52,15 +58,17 @@ def grouped_quantiles(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quantiles ``(q, g)`` of scores in which every group weighs the same, and groups ``(g,)`` that measured the gene.
 
-    A quantile is the smallest score whose cumulated weight reaches the level; groups are patients or sections.
+    A quantile is the smallest score whose cumulated weight reaches the level; groups are patients or sections, ``(n,)``
+    or, where each gene has its own spots, ``(n, g)``.
     """
+    groups = groups.reshape(len(groups), -1)
     order = np.argsort(scores, axis=0)
     ordered = np.take_along_axis(scores, order, axis=0)
     known = np.isfinite(scores)
     names = np.unique(groups)
-    size = np.stack([known[groups == name].sum(0) for name in names])
+    size = np.stack([(known & (groups == name)).sum(0) for name in names])
     n_groups = (size > 0).sum(0)
-    weight = (1 / np.maximum(size, 1))[np.searchsorted(names, groups)] * known
+    weight = (1 / np.maximum(size, 1))[np.searchsorted(names, groups), np.arange(scores.shape[1])] * known
     cumulated = np.cumsum(np.take_along_axis(weight, order, axis=0), axis=0)
     found = np.full((len(levels), scores.shape[1]), np.nan, np.float32)
     columns = np.flatnonzero(n_groups)
@@ -69,6 +77,46 @@ def grouped_quantiles(
         last = known[:, columns].sum(0) - 1
         found[i, columns] = ordered[np.minimum(below, last), columns]
     return found, n_groups.astype(np.int16)
+
+
+def level_quantiles(
+    predicted: np.ndarray, scores: np.ndarray, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantiles of signed scores below and above ``(2, 1 + b, q, g)``, by tenth of the predictions of each gene.
+
+    The first of ``1 + b`` is of all spots, for what a tenth has too few of. Also groups ``(1 + b, g)``, 0 where there are
+    too few, and the upper ends of all tenths but the last, ``(b - 1, g)``.
+    """
+    n, g = scores.shape
+    # As intervals reads them: an end is one of the predictions.
+    predicted = np.asarray(predicted, np.float32)
+    n_levels = int(np.clip(n // _LEVEL_SPOTS, 1, _PREDICTED_LEVELS))
+    # Equal predictions, such as 0, are shared out by chance, not by section.
+    shuffled = np.random.default_rng(0).permutation(n)
+    order = shuffled[np.argsort(predicted[shuffled], axis=0, kind="stable")]
+    cuts = np.linspace(0, n, n_levels + 1).round().astype(int)
+    edges = np.take_along_axis(predicted, order[cuts[1:-1] - 1], axis=0)
+    quantiles = np.full((2, 1 + n_levels, len(TAILS), g), np.nan, np.float16)
+    counted = np.zeros((1 + n_levels, g), np.int16)
+    for level in range(1 + n_levels):
+        rows = order[cuts[level - 1] : cuts[level]]
+        own, own_groups = (np.take_along_axis(scores, rows, axis=0), groups[rows]) if level else (scores, groups)
+        for side, signed in enumerate((-own, own)):
+            found, n_groups = grouped_quantiles(signed, own_groups, TAILS)
+            enough = (
+                (n_groups >= _LEVEL_GROUPS) & (np.isfinite(own).sum(0) >= _LEVEL_MEASURED) if level else n_groups > 0
+            )
+            quantiles[side, level] = rounded_up(np.where(enough, found, np.nan))
+            counted[level] = np.where(enough, n_groups, 0)
+    return quantiles, counted, edges
+
+
+def level_of(predicted: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Predicted level ``(n, g)`` of each value, from 0, by the ends that :func:`level_quantiles` gave."""
+    found = np.zeros(predicted.shape, np.int8)
+    for edge in edges:
+        found += predicted > edge
+    return found
 
 
 def hierarchical_level(coverage: float, n_groups: np.ndarray | int) -> np.ndarray:

@@ -6,7 +6,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,6 +94,7 @@ class Calibration:
                 ) from None
         facts = {name: getattr(self, name) for name in _FACTS} | {"schema": _SCHEMA, "levels": LEVELS.tolist()}
         arrays = {f"residuals.{part.name}": getattr(self.residuals, part.name) for part in fields(Residuals)}
+        arrays = {name: array for name, array in arrays.items() if array is not None}
         made = BytesIO()
         np.savez_compressed(
             made, facts=np.array(json.dumps(facts)), genes=self.genes.to_numpy(str), detected=self.detected, **arrays
@@ -114,7 +115,14 @@ class Calibration:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             facts = json.loads(str(arrays["facts"]))
-            residuals = Residuals(**{part.name: arrays[f"residuals.{part.name}"] for part in fields(Residuals)})
+            residuals = Residuals(
+                **{
+                    part.name: arrays[f"residuals.{part.name}"]
+                    for part in fields(Residuals)
+                    # Those by predicted level are not in files of older versions.
+                    if part.default is MISSING or f"residuals.{part.name}" in arrays
+                }
+            )
             genes, detected = pd.Index(arrays["genes"].astype(object)), arrays["detected"]
             found = cls(**{name: facts[name] for name in _FACTS}, genes=genes, detected=detected, residuals=residuals)
             widths = {array.shape[-1] for array in residuals.tensors().values()} | {len(detected)}

@@ -30,7 +30,10 @@ RARELY = 0.2
 
 @dataclass(frozen=True)
 class OfModel:
-    """Intervals from what a model keeps: score by class and gene, ``(1 + c, n_vars)``, times the spread of a gene."""
+    """Intervals from what a model keeps: score by class and gene, ``(1 + c, n_vars)``, times the spread of a gene.
+
+    With ``edges`` of predicted levels ``(b - 1, n_vars)``, scores are those below and above by level, ``(2, b, n_vars)``.
+    """
 
     scores: np.ndarray
     spread: np.ndarray
@@ -39,14 +42,21 @@ class OfModel:
     facts: dict[str, Any]
     #: Genes detected in fewer than a fifth of the training spots; ``None`` where the model does not state it.
     rare: np.ndarray | None = None
+    edges: np.ndarray | None = None
 
     def ends(
         self, predicted: np.ndarray, genes: np.ndarray, rows: np.ndarray | slice = slice(None)
     ) -> tuple[np.ndarray, np.ndarray]:
-        from ..stats import spread_of
+        from ..stats import level_of, spread_of
 
-        half = self.scores[:, genes][self.codes[rows]] * spread_of(predicted, self.spread[:, genes])
-        return predicted - half, predicted + half
+        spread = spread_of(predicted, self.spread[:, genes])
+        if self.edges is None:
+            half = self.scores[:, genes][self.codes[rows]] * spread
+            return predicted - half, predicted + half
+        level = level_of(predicted, self.edges[:, genes])
+        below, above = (np.take_along_axis(score[:, genes], level, axis=0) * spread for score in self.scores)
+        # The prediction lies inside, as it does in the others.
+        return np.minimum(predicted, predicted - below), np.maximum(predicted, predicted + above)
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,10 @@ def check_coverage(coverage: object, parameter: str = "coverage") -> None:
 
 def check_by(by: object) -> None:
     """Refuse what residuals cannot be told apart by."""
-    if by not in ("annotation", "detected", None):
+    if by not in ("annotation", "detected", "level", None):
         raise ValueError(
-            f"`by` is {by!r}, valid: 'annotation' (the predicted class), 'detected' (spots that show a gene, too) or None"
+            f"`by` is {by!r}, valid: 'annotation' (the predicted class), 'detected' (spots that show a gene, too), 'level' "
+            "(the predicted level of the gene) or None"
         )
 
 
@@ -92,9 +103,14 @@ def adaptation_of(table: AnnData, record: Mapping[str, Any], layer: str) -> Mapp
     return adapted
 
 
-def of_adapted(record: Any, coverage: float, n_vars: int) -> OfAdapted:
+def of_adapted(record: Any, coverage: float, by: str | None, n_vars: int) -> OfAdapted:
     from ..stats import interpolated
 
+    if by == "level":
+        raise ValueError(
+            "`by` is 'level', and of an adapted layer no residuals are kept by predicted level; use by=None, or the layer of "
+            "the prediction"
+        )
     if "residual_quantiles" not in record:
         raise ValueError("`layer`: hg.tl.adapt kept no residuals with it; run hg.tl.adapt again")
     levels, quantiles = (np.asarray(record[name], float) for name in ("residual_levels", "residual_quantiles"))
@@ -160,7 +176,7 @@ def of_model(
         np.asarray(facts["levels"]),
         facts["max_coverage"],
         model.genes["detected"].to_numpy(float) if "detected" in model.genes else None,
-        "train it again by hg.tl.train, or use by='annotation'",
+        "train it again by hg.tl.train, calibrate on measured slides by hg.tl.calibrate, or use by='annotation'",
     )
     told_apart = [bool(n.any()) and by == "annotation" for n in model.tensors["intervals.groups"][1:]]
     codes = np.zeros(table.n_obs, int)
@@ -182,7 +198,7 @@ def of_model(
             **found.facts,
             "unit": facts["unit"],
             "n_groups": int(facts["n_groups"]),
-            "by": "detected" if by == "detected" else "annotation" if any(shown) else "none",
+            "by": by if by in ("detected", "level") else "annotation" if any(shown) else "none",
             "classes": [name for name, told in zip(model.card.classes, shown, strict=True) if told],
             "model": model.name,
             "weights_sha256": model.weights_sha256,
@@ -212,7 +228,9 @@ def of_calibration(
             stacklevel=3,
         )
     residuals = calibration.residuals.tensors()
-    kept = _Kept("`calibration`", residuals, LEVELS, MAX_COVERAGE, calibration.detected, "")
+    kept = _Kept(
+        "`calibration`", residuals, LEVELS, MAX_COVERAGE, calibration.detected, "make it again by hg.tl.calibrate"
+    )
     found = _of_kept(kept, coverage, by, [], columns, places[columns], table.n_vars)
     return replace(
         found,
@@ -221,7 +239,7 @@ def of_calibration(
             **found.facts,
             "unit": calibration.unit,
             "n_groups": len(calibration.groups),
-            "by": "detected" if by == "detected" else "none",
+            "by": by if by in ("detected", "level") else "none",
             "classes": [],
         },
     )
@@ -249,12 +267,20 @@ def _of_kept(
     n_vars: int,
 ) -> OfModel:
     """Scores and spread of the genes at ``positions`` of what is kept, in the columns of a table."""
-    from ..stats import MIN_GROUPS, half_scores
+    from ..stats import half_scores
 
     if not kept.levels[0] <= coverage <= kept.max_coverage:
         raise ValueError(
             f"`coverage` is {coverage}; the quantiles that {kept.name} keeps are for {kept.levels[0]:g} to {kept.max_coverage:g}"
         )
+    spread = np.full((2, n_vars), np.nan, np.float32)
+    spread[:, columns] = kept.tensors["intervals.spread"][:, positions]
+    rare = None
+    if kept.detected is not None:
+        rare = np.zeros(n_vars, bool)
+        rare[columns] = kept.detected[positions] < RARELY
+    if by == "level":
+        return _of_levels(kept, coverage, columns, positions, spread, rare)
     quantiles, groups = kept.tensors["intervals.quantiles"], kept.tensors["intervals.groups"]
     found = [half_scores(q, n, coverage, kept.levels) for q, n in zip(quantiles, groups, strict=True)]
     pooled, guaranteed = found[0]
@@ -273,14 +299,44 @@ def _of_kept(
         own = score if told else pooled
         scores[i, columns] = np.where(np.isfinite(own), own, pooled)[positions]
         guaranteed = guaranteed & also if told else guaranteed
-    spread = np.full((2, n_vars), np.nan, np.float32)
-    spread[:, columns] = kept.tensors["intervals.spread"][:, positions]
-    rare = None
-    if kept.detected is not None:
-        rare = np.zeros(n_vars, bool)
-        rare[columns] = kept.detected[positions] < RARELY
-    facts = {
-        "guarantee": "hierarchical" if guaranteed[positions].all() else "none",
-        "n_groups_needed": max(MIN_GROUPS, int(np.ceil(coverage / (1 - coverage) - 1e-9))),
-    }
+    facts = _guarantee(guaranteed[positions], coverage)
     return OfModel(scores, spread, np.zeros(0, int), np.isfinite(scores[0]), facts, rare)
+
+
+def _guarantee(guaranteed: np.ndarray, level: float) -> dict[str, Any]:
+    from ..stats import MIN_GROUPS
+
+    needed = max(MIN_GROUPS, int(np.ceil(level / (1 - level) - 1e-9)))
+    return {"guarantee": "hierarchical" if guaranteed.all() else "none", "n_groups_needed": needed}
+
+
+def _of_levels(
+    kept: _Kept,
+    coverage: float,
+    columns: np.ndarray,
+    positions: np.ndarray,
+    spread: np.ndarray,
+    rare: np.ndarray | None,
+) -> OfModel:
+    """Scores below and above by predicted level: half of what the interval may miss lies on either side."""
+    from ..stats import TAILS, half_scores
+
+    names = [f"intervals.level_{name}" for name in ("quantiles", "groups", "edges")]
+    if not kept.tensors.keys() >= set(names):
+        raise ValueError(f"`by` is 'level', and {kept.name} keeps no residuals by predicted level; {kept.remedy}")
+    quantiles, groups, upper_ends = (kept.tensors[name][..., positions] for name in names)
+    tail = (1 + coverage) / 2
+    scores = np.full((2, max(len(groups) - 1, 1), spread.shape[1]), np.nan, np.float32)
+    guaranteed = np.ones(len(positions), bool)
+    for side in (0, 1):
+        (pooled, of_all), *levels = (
+            half_scores(q, n, tail, TAILS) for q, n in zip(quantiles[side], groups, strict=True)
+        )
+        for i, (score, also) in enumerate(levels):
+            own = np.isfinite(score)
+            scores[side, i, columns] = np.where(own, score, pooled)
+            guaranteed &= np.where(own, also, of_all)
+    edges = np.full((len(upper_ends), spread.shape[1]), np.nan, np.float32)
+    edges[:, columns] = upper_ends
+    known = np.isfinite(scores.max(axis=(0, 1)))
+    return OfModel(scores, spread, np.zeros(0, int), known, _guarantee(guaranteed, tail), rare, edges)

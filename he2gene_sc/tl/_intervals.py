@@ -46,7 +46,7 @@ def intervals(
     *,
     coverage: float = 0.9,
     layer: str = "he2gene",
-    by: Literal["annotation", "detected"] | None = "annotation",
+    by: Literal["annotation", "detected", "level"] | None = "annotation",
     model: str | Path | HE2Gene | None = None,
     calibration: Calibration | None = None,
     gene_symbols: str | None = None,
@@ -66,8 +66,9 @@ def intervals(
         39, 99 % 199; genes of fewer get NaN, with a warning. With a ``calibration``: the layer that it is of.
     by
         ``"annotation"``: residuals of spots of the same predicted class, where there are enough of them, else of all;
-        ``"detected"``: wide enough for the spots that show the gene too, see the notes; ``None``: of all spots. What was done stands in ``uns``: without an annotation, for adapted layers, and with a
-        ``calibration``, residuals are those of all spots.
+        ``"detected"``: wide enough for the spots that show the gene too; ``"level"``: of the tenth of the spots with about the same predicted
+        value of the gene, half of what is missed on either side, see the notes; ``None``: of all spots. What was done stands in ``uns``:
+        without an annotation, and with a ``calibration``, ``"annotation"`` takes residuals of all spots; adapted layers know these alone.
     model
         The model that predicted. Default: the bundled one that is named in ``uns``, if its weights are those.
     calibration
@@ -96,7 +97,7 @@ def intervals(
         gene, whatever its coverage. Of models that state how often genes were detected, and of :func:`he2gene_sc.tl.adapt`.
     ``.uns["he2gene_intervals"]``
         Coverage, and ``guarantee``: ``"hierarchical"`` or ``"none"``, with ``unit`` and ``n_groups``; ``by``:
-        ``"annotation"``, ``"detected"`` or ``"none"``.
+        ``"annotation"``, ``"detected"``, ``"level"`` or ``"none"``.
 
     Warns
     -----
@@ -106,15 +107,15 @@ def intervals(
     Raises
     ------
     ValueError
-        If the coverage lies outside (0, 1) or what is kept, the model has no calibration residuals, or too few spots were
-        measured of an adapted layer.
+        If the coverage lies outside (0, 1) or what is kept, the model has no calibration residuals, none by predicted level (the bundled
+        one), or too few spots were measured of an adapted layer.
 
     Notes
     -----
     Split conformal: the absolute residual of held-out spots over a spread that rises with the prediction (Lei et al., J Am
     Stat Assoc 2018, sec. 5.2), its quantile by predicted class (Mondrian: Vovk, Gammerman and Shafer 2005, sec. 4.5), with
     sections or patients as the unit (Lee, Barber and Willett, arXiv 2306.06342). The guarantee needs nine groups, above
-    90 % ``coverage / (1 - coverage)``; the bundled model has six sections of three patients: none. What that means is
+    90 % ``coverage / (1 - coverage)``, with ``by="level"`` 19 for 90 %, since either side is held alone; the bundled model has six sections of three patients: none. What that means is
     in ``docs/trust.md``.
 
     Examples
@@ -152,7 +153,7 @@ def intervals(
         found = of_calibration(table, calibration, coverage, by, symbols_in(table, gene_symbols))
         predicted = as_logs(predicted, "counts") if calibration.layer_scale == "counts" else predicted
     elif adapted is not None:
-        found = of_adapted(adapted, coverage, table.n_vars)
+        found = of_adapted(adapted, coverage, by, table.n_vars)
     else:
         found = of_model(table, record, model, coverage, by, gene_symbols, Keys(prediction_key))
     n_bytes = 2 * 4 * table.n_obs * table.n_vars

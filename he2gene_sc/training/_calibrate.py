@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ..stats import LEVELS, MAX_COVERAGE, MIN_GROUPS, fit_spread, grouped_quantiles, rounded_up, spread_of
+from ..stats import (
+    LEVELS,
+    MAX_COVERAGE,
+    MIN_GROUPS,
+    fit_spread,
+    grouped_quantiles,
+    level_quantiles,
+    rounded_up,
+    spread_of,
+)
 from ._sections import Section
 
 #: Spots of a predicted class, and groups that show it, without which it is not told apart.
@@ -26,16 +35,15 @@ class Calibration:
     spots: np.ndarray  # (1 + c,) int
     detected: np.ndarray  # (q, g) float16, of spots that showed the gene
     detected_groups: np.ndarray  # (g,) int16
+    #: By predicted level, see stats.level_quantiles; ``None`` in files of versions that did not keep them.
+    level_quantiles: np.ndarray | None = None
+    level_groups: np.ndarray | None = None
+    level_edges: np.ndarray | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Arrays of a model folder."""
-        return {
-            "intervals.quantiles": self.quantiles,
-            "intervals.groups": self.groups,
-            "intervals.spread": self.spread,
-            "intervals.detected": self.detected,
-            "intervals.detected_groups": self.detected_groups,
-        }
+        arrays = {f"intervals.{part.name}": getattr(self, part.name) for part in fields(self) if part.name != "spots"}
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
 def calibration_unit(sections: Sequence[Section], unit: str) -> str | None:
@@ -59,7 +67,8 @@ def calibrate(
     """Summarise residuals of ``(n, g)``; codes of groups and of predicted classes (-1: unknown) are ``(n,)``."""
     residual = measured - predicted
     spread = fit_spread(predicted, residual, groups)
-    scores = np.abs(residual) / spread_of(predicted, spread)
+    signed = residual / spread_of(predicted, spread)
+    scores = np.abs(signed)
     g = scores.shape[1]
     quantiles = np.full((1 + n_classes, len(LEVELS), g), np.nan, np.float16)
     counted = np.zeros((1 + n_classes, g), np.int16)
@@ -72,12 +81,13 @@ def calibrate(
         quantiles[c + 1] = rounded_up(found)
         spots[c + 1] = rows.sum()
     detected, detected_groups = grouped_quantiles(np.where(measured > 0, scores, np.nan), groups)
-    return Calibration(quantiles, counted, spread, spots, rounded_up(detected), detected_groups)
+    by_level = level_quantiles(predicted, signed, groups)
+    return Calibration(quantiles, counted, spread, spots, rounded_up(detected), detected_groups, *by_level)
 
 
 def joined(parts: Sequence[Calibration]) -> Calibration:
     """Put the genes of several calibrations side by side."""
-    names = ("quantiles", "groups", "spread", "detected", "detected_groups")
+    names = [part.name for part in fields(Calibration) if part.name != "spots"]
     arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names}
     return Calibration(spots=parts[0].spots, **arrays)
 

@@ -6,6 +6,7 @@ Parts:
   bundled    reliable genes and 90 % intervals of the bundled model on C5, which it has not seen
   promise    the same of models trained here: C2-C5 one by one by one of the other three and A1, A2 (a known patient); A1
              and A2 by a model of C2-C5, C2-C5 by one of A1 and A2 (an unknown patient)
+  levels     coverage of intervals by detection and depth, each `by=`: C5 by C2-C4, B4 by them, B4 by the bundled model
   permuted   the counts of A1, A2, C2, C3 and C4 handed to other spots of their section: how many genes are called reliable
   depth      the counts of A1, C2, C3 and C4 drawn anew from one profile a section, so that no gene has a pattern: with the
              total that each spot has, and with the same total everywhere; and as they were measured
@@ -71,8 +72,7 @@ def promised(model, name, title, *, known_patient=False):
     r = np.nan_to_num(pearson(table.layers["he2gene"][:, known], truth))
     reliable = table.var["he2gene_reliable"].to_numpy(bool)[known]
     low, high = (table.layers[f"he2gene_{end}"][:, known] for end in ("lower", "upper"))
-    held = (truth >= low) & (truth <= high)
-    inside = held.mean(0)
+    inside = ((truth >= low) & (truth <= high)).mean(0)
     often = (truth > 0).mean(0) >= 0.5
     missing = int(model.genes["reliable_known_patient" if known_patient else "reliable"].sum() - reliable.sum())
     kept = (
@@ -87,26 +87,39 @@ def promised(model, name, title, *, known_patient=False):
         f"half of the spots {inside[often].mean():.1%}; reliable genes {inside[reliable].mean():.1%}",
         flush=True,
     )
-    depth = np.asarray(table.X.sum(1)).ravel()
-    for third, spots in zip(("shallowest", "middle", "deepest"), np.array_split(np.argsort(depth), 3), strict=True):
-        print(
-            f"  {third} third of the spots, median {np.median(depth[spots]):,.0f} counts: coverage {held[spots].mean():.1%}, of genes seen in "
-            f"half of the spots {held[spots][:, often].mean():.1%}",
-            flush=True,
-        )
-    hg.tl.intervals(table, coverage=COVERAGE, model=model, by="detected")
-    low, high = (table.layers[f"he2gene_{end}"][:, known] for end in ("lower", "upper"))
-    share, expressed = (truth > 0).mean(0), truth > 0
-    for least, most in ((0, 0.1), (0.1, 0.2), (0.2, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.01)):
-        part = (share > least) & (share <= most)
-        shown = expressed[:, part]
-        both = [found[:, part] for found in (held, (truth >= low) & (truth <= high))]
-        text = ", ".join(f"{found.mean():.1%} / {found[shown].mean():.1%}" for found in both)
-        print(
-            f"  detected in {least:.0%} to {min(most, 1):.0%} of the spots: {part.sum():,} genes, coverage of all / expressing spots {text} (by='detected')",
-            flush=True,
-        )
+    shown(table, model)
     return inside.mean()
+
+
+def shown(table, model):
+    """Coverage of all and of expressing spots, by detection of the gene and depth of the spot, of each call that there is."""
+    found = {}
+    for by in (
+        ("annotation", "detected", "level") if "intervals.level_edges" in model.tensors else ("annotation", "detected")
+    ):
+        hg.tl.intervals(table, coverage=COVERAGE, model=model, by=by)
+        found[by] = hg.get.coverage(table).set_index(["detected", "depth", "n_genes"])
+    print("| detected in | spots | genes | " + " | ".join(f"`by={by!r}`" for by in found) + " |")
+    for row in next(iter(found.values())).index:
+        cells = [
+            f"{part.loc[row, 'coverage']:.0%} / {part.loc[row, 'coverage_expressing']:.0%}" for part in found.values()
+        ]
+        if row[0] in ("all", "half or more") or row[1] == "all":
+            print(f"| {row[0]} | {row[1]} | {row[2]:,} | {' | '.join(cells)} |", flush=True)
+
+
+def levels(cache):
+    """C5 by C2-C4 (a known patient); B4 by them (a new one), and by the bundled model, which was trained on it."""
+    trained, with_model = train(("C2", "C3", "C4"), cache), hg.models.load()
+    for name, title, model, known in (
+        ("C5", "C2-C4", trained, True),
+        ("B4", "C2-C4, a new patient", trained, False),
+        ("B4", "the bundled model, trained on it", with_model, True),
+    ):
+        sdata = hg.datasets.her2st(name)
+        hg.tl.predict(sdata, model=model, known_patient=known, device="cpu", dtype="float32", show_progress_bar=False)
+        print(f"{name} by {title}, coverage of all / of expressing spots:")
+        shown(sdata["table"], model)
 
 
 def bundled(cache):
@@ -312,6 +325,7 @@ def guard(cache):
 PARTS = {
     "bundled": bundled,
     "promise": promise,
+    "levels": levels,
     "permuted": permuted,
     "depth": depth,
     "blocks": blocks,
