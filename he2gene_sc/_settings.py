@@ -29,8 +29,8 @@ class Settings:
     show_progress_bar
         Whether long runs show a bar when the call does not say.
     memory_limit
-        Bytes that a new dense matrix may take in a table that we make. A slide without a table gets one whose ``X`` is
-        a copy of the predicted layer as long as it fits, else an empty one.
+        Bytes that a dense layer may take. A predicted layer above it is a dask array that is computed when it is read. A table
+        that we make has a copy of the layer as ``X``, or an empty ``X`` if the layer is lazy.
     """
 
     data_dir: str | Path | None = None

@@ -100,6 +100,8 @@ def test_a_ready_model_is_scored_only_where_it_was_not_trained(source, tiny_mode
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_benchmark, "_ENCODER", own())
         patched.setattr("he2gene_sc.models.load", lambda name: model)
+        # Its layers are lazy.
+        patched.setattr(hg.settings, "memory_limit", 1000)
         found = run(source, ["theirs"], ["section", "patient"], device="cpu", n_target=5, echo=lambda line: None)
     theirs = found[(found["predictor"] == "theirs") & (found["panel"] != "called reliable")]
     assert set(theirs.loc[theirs["folds"] == "section", "section"]) == {"S1", "S2"}

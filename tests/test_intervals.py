@@ -159,6 +159,21 @@ def test_above_the_memory_limit_half_widths_alone_are_written(table, model, monk
     assert (table.var["he2gene_halfwidth"] > 0).all()
 
 
+def test_a_lazy_layer_is_read_by_genes_and_has_the_intervals_of_a_dense_one(table, model, monkeypatch):
+    import dask.array as da
+
+    from he2gene_sc._core import lazy, signatures
+
+    expected, read, compute = run(table, model), [], da.Array.compute
+    table.layers["he2gene"] = da.from_array(table.layers["he2gene"], chunks=(16, 4))
+    monkeypatch.setattr(lazy, "_GENES", (4, 4))
+    monkeypatch.setattr(signatures, "_BLOCK", 16 * table.n_vars)
+    monkeypatch.setattr(da.Array, "compute", lambda self, **kwargs: read.append(self.size) or compute(self, **kwargs))
+    for one, other in zip(run(table, model), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert max(read) <= table.n_obs * table.n_vars // 4
+
+
 def test_an_adapted_layer_has_intervals_of_its_own_residuals(table, model):
     table.layers["he2gene_adapted"] = table.layers["he2gene"] + 0.1
     quantiles = np.tile(np.array([-0.3, -0.1, 0.0, 0.2, 0.6])[:, None], (1, table.n_vars)).astype(np.float32)

@@ -12,9 +12,10 @@ import pandas as pd
 
 from ..image import MIN_TISSUE
 from .keys import FACTS, SPATIAL, Keys
+from .lazy import lazy_layer, with_rows
 from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
 from .results import Result, write_results
-from .signatures import of_slot
+from .signatures import of_rows, of_slot
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -34,7 +35,8 @@ class StackedPredictions:
     rows
         Rows of the table, ``(n,)``; ``None`` for a new table.
     expression, proba, embedding
-        ``(n, g)``, ``(n, c)``, ``(n, k)`` float32; NaN for spots outside the image.
+        ``(n, g)``, ``(n, c)``, ``(n, k)`` float32; NaN for spots outside the image. Without genes, ``(n, 0)``, if the layer
+        is to be lazy.
     tissue
         ``(n,)`` float32, likewise.
     ood
@@ -115,6 +117,11 @@ class StackedPredictions:
         )
 
     @property
+    def lazy(self) -> bool:
+        """Whether expression is computed from the embedding when it is read."""
+        return self.expression.shape[1] < len(self.wanted.positions)
+
+    @property
     def unknown(self) -> np.ndarray:
         """Spots that get no annotation: outside the image, on glass, or out of distribution; ``(n,)`` bool."""
         found = ~(self.tissue >= MIN_TISSUE)
@@ -172,8 +179,8 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
         "var": _gene_columns(table, stacked, before is not None),
         "obs": {},
         "obsm": {keys.embedding: spread("obsm", keys.embedding, stacked.embedding)},
-        "uns": {},
     }
+    slots["uns"] = {keys.rows: of_rows(slots["obsm"][keys.embedding], table.obs_names)}
     if card.classes:
         proba = spread("obsm", keys.proba, stacked.proba)
         annotation = stacked.annotation(proba, spread.unknown(keys.annotation, stacked.unknown))
@@ -187,7 +194,11 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
     if stacked.ood is not None:
         score = spread("obs", keys.ood, stacked.ood[:, None])[:, 0]
         slots["obs"][keys.ood] = pd.Series(score, index=table.obs_names)
-    record = {"verb": "predict", **(stacked.record if before is None else _merged(before, stacked.record))}
+    record = {
+        "verb": "predict",
+        **(stacked.record if before is None else _merged(before, stacked.record)),
+        **({"lazy": True} if stacked.lazy else {}),
+    }
     write_results([(table, Result("predict", keys.uns, record, slots, _spatial(table, stacked)))], stacklevel=3)
 
 
@@ -217,13 +228,28 @@ class _Spread:
         return whole
 
 
-def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> np.ndarray:
+def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> Any:
+    before = table.layers.get(stacked.keys.layer) if keep else None
+    if stacked.lazy:
+        layer = _lazy_layer(table, stacked)
+        return layer if before is None else with_rows(before, layer, stacked.rows)
     layer = np.full(table.shape, np.nan, np.float32)
-    if keep and stacked.keys.layer in table.layers:
-        old = table.layers[stacked.keys.layer][others]
+    if before is not None:
+        old = before[others]
         layer[others] = np.asarray(old.toarray() if hasattr(old, "toarray") else old, np.float32)
     layer[np.ix_(stacked.rows, stacked.wanted.columns)] = stacked.expression
     return layer
+
+
+def _lazy_layer(table: AnnData, stacked: StackedPredictions) -> Any:
+    """Layer of the predicted rows and genes; NaN elsewhere."""
+    embedding = np.full((table.n_obs, stacked.embedding.shape[1]), np.nan, np.float32)
+    embedding[stacked.rows] = stacked.embedding
+    tensors, wanted = stacked.model.tensors, stacked.wanted
+    weights, bias = np.full((embedding.shape[1], table.n_vars), np.nan), np.full(table.n_vars, np.nan)
+    weights[:, wanted.columns] = tensors["genes.weight"][:, wanted.positions]
+    bias[wanted.columns] = tensors["genes.bias"][wanted.positions]
+    return lazy_layer(embedding, weights, bias)
 
 
 def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> dict[str, pd.Series]:
@@ -274,7 +300,8 @@ def _earlier(table: AnnData, stacked: StackedPredictions, others: np.ndarray) ->
     before = table.uns.get(stacked.keys.uns)
     if not len(others) or not is_prediction(before):
         return None
-    if all(before.get(name) == stacked.record[name] for name in ("model", "model_version", "weights_sha256")):
+    same = ["model", "model_version", "weights_sha256", *(["head"] if "head" in before else [])]
+    if all(before.get(name) == stacked.record[name] for name in same):
         return before
     warnings.warn(
         f"{len(others)} spots of other regions were predicted by model {before.get('model')!r}: they get NaN, since one "
@@ -306,5 +333,5 @@ def _merged(before: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]
 
 def on_all_rows(stacked: StackedPredictions) -> StackedPredictions:
     """Predictions for a table of these spots and genes alone."""
-    wanted = type(stacked.wanted)(stacked.wanted.positions, np.arange(stacked.expression.shape[1]), False)
-    return replace(stacked, rows=np.arange(len(stacked.expression)), wanted=wanted)
+    wanted = type(stacked.wanted)(stacked.wanted.positions, np.arange(len(stacked.wanted.positions)), False)
+    return replace(stacked, rows=np.arange(len(stacked.embedding)), wanted=wanted)

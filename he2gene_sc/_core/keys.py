@@ -47,9 +47,10 @@ class Keys:
     key_added: str = "he2gene"
     layer_name: str | None = None
 
-    #: ``.uns``: what was run on what; colours of the classes, as scanpy keeps them.
+    #: ``.uns``: what was run on what; colours of the classes, as scanpy keeps them; digests of the rows of the embedding.
     uns = _Named("{}")
     colors = _Named("{}_annotation_colors")
+    rows = _Named("X_{}_rows")
     #: ``.var``: whether the model knows the gene; its held-out Pearson correlation; its mean in training, which skill is
     #: measured against.
     predicted = _Named("{}_predicted")

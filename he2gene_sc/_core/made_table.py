@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._settings import settings
 from .element_results import element_names, exchanged
 from .fill import StackedPredictions, check_fillable, fill_table, on_all_rows
 from .invalidate import remove_derived, same_values, warn_removed
@@ -109,7 +108,7 @@ def _is_plain(ids: pd.Index) -> bool:
 def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnData | None) -> AnnData:
     """Make a table of the predicted genes, marked as ours.
 
-    ``X`` is a copy of the layer, or empty where that would pass ``settings.memory_limit``. With ``like``, the table
+    ``X`` is a copy of the layer, or empty where the layer is lazy. With ``like``, the table
     that annotates the same spots, its ``obs`` names and ids are taken over.
     """
     import scipy.sparse
@@ -117,8 +116,8 @@ def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnDa
     from spatialdata.models import TableModel
 
     model = stacked.model
-    shape = stacked.expression.shape
-    fits = stacked.expression.nbytes <= settings.memory_limit
+    shape = (len(stacked.embedding), len(stacked.wanted.positions))
+    fits = not stacked.lazy
     genes = model.genes.iloc[stacked.wanted.positions]
     table = AnnData(
         X=stacked.expression.copy() if fits else scipy.sparse.csr_matrix(shape, dtype=np.float32),

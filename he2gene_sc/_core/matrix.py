@@ -48,6 +48,12 @@ def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
     return in_memory(matrix_of(table, layer, parameter))
 
 
+def readable(table: AnnData, layer: str | None) -> Any:
+    """``X`` (``layer=None``) or a layer, of which rows and columns can be taken: lazy if it is a dask array, else in memory."""
+    values = matrix_of(table, layer)
+    return values if hasattr(values, "dask") else in_memory(values)
+
+
 def in_memory(values: Any) -> Any:
     """Bring a matrix into memory, dense or csr."""
     values = values.compute() if hasattr(values, "compute") else values
@@ -69,6 +75,11 @@ def dense(values: Any) -> np.ndarray:
     """Bring a matrix into memory as an array."""
     values = in_memory(values)
     return values.toarray() if scipy.sparse.issparse(values) else values
+
+
+def rows_of_chunk(values: Any) -> int:
+    """Rows of the largest chunk of a dask array, which is computed whole; 0 for any other matrix."""
+    return max(values.chunks[0], default=0) if hasattr(values, "dask") else 0
 
 
 def blocks_of(values: Any) -> Iterator[tuple[slice, Any]]:

@@ -86,6 +86,18 @@ def match_genes(
     return WantedGenes(positions[columns], columns, all_genes=False, renamed=renamed)
 
 
+def positions_of(model: HE2Gene, genes: list[str]) -> np.ndarray:
+    """Positions in the model of genes that a user named, ``(g,)``.
+
+    Raises
+    ------
+    ValueError
+        If one is unknown.
+    """
+    _check_known(model, genes)
+    return _asked(model, genes)
+
+
 def check_not_probes(table: AnnData) -> None:
     """Refuse a table whose columns are probes of 10x Genomics, several of a gene."""
     named = table.var_names.astype(str).str.contains(_PROBE, regex=True)

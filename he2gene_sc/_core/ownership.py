@@ -70,7 +70,7 @@ def keys_of_prediction(keys: Keys, *, classes: bool = True, ood: bool = True) ->
         ],
         "obs": [keys.annotation, keys.confidence] * classes + [keys.ood] * ood + [keys.tissue],
         "obsm": [keys.embedding] + [keys.proba] * classes,
-        "uns": [keys.colors] * classes,
+        "uns": [keys.rows] + [keys.colors] * classes,
     }
 
 

@@ -14,6 +14,7 @@ from .layers import layer_names
 from .matrix import matrix_of
 from .names import with_text_names
 from .ownership import is_of, is_prediction, ours
+from .signatures import digest_of, of_rows
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -112,7 +113,8 @@ def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str 
     record = record_of(table, prediction_key)
     name = str(record["layer"]) if layer in (Keys().layer, prediction_key) else layer
     if name not in table.layers:
-        raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(layer_names(table))}")
+        hint = "; hg.get.expression(data, genes) computes genes again" if name == record["layer"] else ""
+        raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(layer_names(table))}{hint}")
     return name
 
 
@@ -134,6 +136,35 @@ def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklev
         )
 
 
+def head_of(model: HE2Gene) -> str:
+    """Digest of the genes of a model and the head that predicts them from an embedding."""
+    tensors = model.tensors
+    return digest_of({"genes": model.genes.index, **{part: tensors[f"genes.{part}"] for part in ("weight", "bias")}})
+
+
+def embedding_of(table: AnnData, prediction_key: str = "he2gene") -> np.ndarray:
+    """Embedding that predict wrote, of the rows that are there, ``(n, k)`` float32.
+
+    Raises
+    ------
+    ValueError
+        If it is not there, or a row of it is not what predict wrote for that spot.
+    """
+    name, rows = Keys(prediction_key).embedding, Keys(prediction_key).rows
+    if name not in table.obsm or rows not in table.uns:
+        what = "is not there" if name not in table.obsm else f"cannot be checked, since uns[{rows!r}] is not there"
+        raise ValueError(f"`data`: obsm[{name!r}], from which genes are computed, {what}; predict again")
+    values = np.asarray(table.obsm[name], np.float32)
+    other = ~np.isin(of_rows(values, table.obs_names), table.uns[rows])
+    if other.any():
+        raise ValueError(
+            f"`data`: obsm[{name!r}], from which genes are computed, is not what hg.tl.predict wrote for {int(other.sum()):,} "
+            f"of {table.n_obs:,} spots, for example {table.obs_names[other][0]!r}: it was changed, or the spots were renamed or "
+            "come from another table; predict again"
+        )
+    return values
+
+
 def predicted_by(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
     """Find the model that predicted."""
     from ..models import BUNDLED, load
@@ -148,7 +179,9 @@ def predicted_by(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
             )
         return found
     found = load(model)
-    if found.weights_sha256 != sha256:
+    head = head_of(found)
+    # Models that were never saved have no hash of a file.
+    if found.weights_sha256 != sha256 or record.get("head", head) != head:
         raise ValueError(
             f"`model` {found.name!r} has weights {found.weights_sha256[:12] or 'that were never saved'}, the prediction was "
             f"made by {name!r} with {str(sha256)[:12] or 'weights that were never saved'}; give that model, or predict again"

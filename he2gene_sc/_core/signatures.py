@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .lazy import LAZY
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 22
 #: A larger matrix is judged by a sample of its rows.
 _MOST = 1 << 26
+#: Digests of lazy layers, by their name.
+_LAZY: dict[str, str] = {}
 #: Axes of a table that a slot is aligned to.
 _AXES = {"obs": ("obs",), "obsm": ("obs",), "var": ("var",), "varm": ("var",), "layers": ("obs", "var")}
 
@@ -24,7 +28,13 @@ _AXES = {"obs": ("obs",), "obsm": ("obs",), "var": ("var",), "varm": ("var",), "
 def of_slot(table: AnnData, slot: str, name: str) -> str:
     """Digest of one entry of a table, and of the names that it is aligned to: ``"<names>:<values>"``."""
     names = [getattr(table, f"{axis}_names") for axis in _AXES[slot]]
-    return f"{digest_of(*names)}:{digest_of(getattr(table, slot)[name])}"
+    value = getattr(table, slot)[name]
+    lazy = str(getattr(value, "name", "")) if hasattr(value, "dask") else ""
+    # The name of a lazy layer is a digest of what it is computed from: it is computed once.
+    found = _LAZY.get(lazy) or digest_of(value)
+    if lazy.startswith(LAZY):
+        _LAZY[lazy] = found
+    return f"{digest_of(*names)}:{found}"
 
 
 def is_unchanged(table: AnnData, slot: str, name: str, signature: str | None) -> bool:
@@ -52,6 +62,12 @@ def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: st
     element = getattr(sdata, kind)[name]
     element = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
     return signature.startswith(f"{_shape(element)}:") and of_element(element) == signature
+
+
+def of_rows(values: Any, names: pd.Index) -> np.ndarray:
+    """Digest of each row and its name, ``(n,)`` uint64: they hold in a subset and in another order."""
+    index = pd.Index(np.asarray(names.astype(str), object), dtype=object)
+    return pd.util.hash_pandas_object(pd.DataFrame(np.asarray(values, np.float32), index=index)).to_numpy()
 
 
 def same(a: Any, b: Any) -> bool:

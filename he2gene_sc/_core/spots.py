@@ -16,7 +16,7 @@ from .elements import find_table
 from .expression import as_logs
 from .genes import find_genes
 from .keys import MADE, PATIENT, SECTION
-from .matrix import values_of
+from .matrix import blocks_of, matrix_of, rows_of_chunk, values_of
 from .names import (
     UNNAMED,
     annotated_by,
@@ -166,7 +166,7 @@ class SpotData:
         for table, rows in zip(self.tables, self.rows, strict=True):
             columns = find_genes(asked, table.var_names)
             missing = columns < 0
-            step = max(1, _BLOCK // table.n_vars)
+            step = max(1, _BLOCK // table.n_vars, rows_of_chunk(matrix_of(table, self.layer)))
             for first in range(0, len(rows), step):
                 chosen = rows[first : first + step]
                 block = as_logs(values_of(table[chosen], self.layer), self.scale, columns)
@@ -212,9 +212,11 @@ class SpotData:
         for table, rows in zip(self.tables, self.rows, strict=True):
             if not len(rows):
                 continue
-            values = abs(values_of(table, layer, parameter))
-            total = values.sum(axis=1) if issparse(values) else np.nansum(values, axis=1)
-            parts.append(np.nan_to_num(np.asarray(total, float).ravel()[rows]))
+            total = np.zeros(table.n_obs)
+            for some, block in blocks_of(matrix_of(table, layer, parameter)):
+                sizes = abs(block)
+                total[some] = np.ravel(sizes.sum(axis=1) if issparse(sizes) else np.nansum(sizes, axis=1))
+            parts.append(np.nan_to_num(total[rows]))
         return np.concatenate(parts)
 
     def take(self, kept: np.ndarray) -> SpotData:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .._core.matrix import dense, matrix_of
 from ..tl._train.options import Classes, GeneSelection, Keys
 from ..tl._train.recipes import PRESETS, WINDOWS_UM
 
@@ -295,8 +296,9 @@ def _by_model(
         made = sdata["he2gene_bench"]
         # The rows of the section: spots in the image on which something was counted, in the order of the table.
         totals = np.asarray(sdata["table"].X.sum(axis=1)).ravel()
-        rows = np.flatnonzero((totals > 0) & np.isfinite(made.layers["he2gene_bench"][:, 0]))
-        values = np.asarray(made.layers["he2gene_bench"][rows])
+        layer = matrix_of(made, "he2gene_bench")
+        rows = np.flatnonzero((totals > 0) & np.isfinite(dense(layer[:, 0])))
+        values = dense(layer[rows])
         columns = made.var_names.get_indexer(fold.genes[fold.columns])
         panel = np.where(columns >= 0, values[:, columns], fold.mean)
         reliable = np.flatnonzero(model.genes.loc[made.var_names, "reliable"].to_numpy(bool))

@@ -127,8 +127,9 @@ def compare(sdata: SpatialData, model: HE2Gene) -> Comparison:
     predicted = table.var["he2gene_predicted"].to_numpy(bool)
     names = table.var_names[predicted]
     measured = log_normalise(table.X)[:, predicted]
-    seen = ~np.isnan(table.layers["he2gene"][:, predicted]).any(1)
-    r = pearson(np.asarray(table.layers["he2gene"])[seen][:, predicted], measured[seen])
+    layer = np.asarray(table.layers["he2gene"])
+    seen = np.asarray(~np.isnan(layer[:, predicted]).any(1))
+    r = pearson(layer[seen][:, predicted], measured[seen])
     ceiling = noise_ceiling(table.X[np.flatnonzero(seen)])[predicted]
     genes = pd.DataFrame(
         {

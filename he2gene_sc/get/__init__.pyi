@@ -4,6 +4,7 @@ from ._coverage import coverage
 from ._domains import domains
 from ._enrichment import enrichment
 from ._evaluation import evaluation
+from ._expression import expression
 from ._genes import genes
 from ._predicted import predicted
 from ._programmes import programmes
@@ -15,6 +16,7 @@ __all__ = [
     "domains",
     "enrichment",
     "evaluation",
+    "expression",
     "genes",
     "predicted",
     "programmes",

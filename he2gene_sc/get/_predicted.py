@@ -10,11 +10,13 @@ import numpy as np
 
 from .._core import validate
 from .._core.keys import MADE, Keys
+from .._core.lazy import is_large
 from .._core.matrix import dense, matrix_of, where_of
 from .._core.names import annotated_by
 from .._core.ownership import is_prediction
 from .._core.predictions import gene_flags, predicted_layer, record_of
 from .._core.spots import get_table
+from .._settings import settings
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -72,7 +74,8 @@ def predicted(
     TypeError
         If ``data`` is neither an object nor a table.
     ValueError
-        If there is no prediction, no such layer, no gene with ``reliable``, or no spot with values.
+        If there is no prediction, no such layer, no gene with ``reliable``, or no spot with values; or if the layer is lazy
+        and these genes would pass ``hg.settings.memory_limit``.
 
     See Also
     --------
@@ -93,7 +96,14 @@ def predicted(
     name = None if layer is None else predicted_layer(table, prediction_key, layer)
     _check_own(table, name, prediction_key)
     columns = _columns(table, prediction_key, reliable)
-    values = np.asarray(dense(matrix_of(table[:, columns], name)), np.float32)
+    chosen = matrix_of(table[:, columns], name)
+    if hasattr(chosen, "dask") and is_large(*chosen.shape):
+        raise ValueError(
+            f"`reliable` is {reliable}: {len(columns):,} genes of {table.n_obs:,} spots take {4e-9 * table.n_obs * len(columns):,.1f} "
+            f"GB, over hg.settings.memory_limit ({settings.memory_limit / 1e9:,.1f} GB); use reliable=True, read some genes with "
+            "hg.get.expression(data, genes), or raise the limit"
+        )
+    values = np.asarray(dense(chosen), np.float32)
     where = where_of(name)
     rows, kept = _complete(values, where)
     return _copy(table, values[np.ix_(rows, kept)], rows, columns[kept], record, prediction_key, name)
@@ -186,8 +196,8 @@ def _copy(
         if colors is not None and len(colors) == len(before):
             left = before.isin(obs[name].cat.categories)
             uns[f"{name}_colors"] = [color for color, here in zip(colors, left, strict=True) if here]
-    if "spatial" in table.uns:
-        uns["spatial"] = deepcopy(table.uns["spatial"])
+    for name in {"spatial", keys.rows}.intersection(table.uns):
+        uns[name] = deepcopy(table.uns[name])
     if layer is not None:
         # scanpy: the logarithm is the natural one, and is not to be taken again.
         uns["log1p"] = {"base": None}

@@ -12,7 +12,7 @@ from .._core import validate
 from .._core.expression import Scale
 from .._core.genes import symbols_in
 from .._core.keys import MADE, Keys
-from .._core.matrix import values_of
+from .._core.matrix import readable
 from .._core.predictions import predicted_layer, prediction_of, record_of, symbols_of
 from .._core.spots import get_table
 from ..stats import N_BINS
@@ -120,7 +120,7 @@ def calibration(
     bounds: list[OfModel] | list[OfAdapted]
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
-        check_calibrated(calibration, values_of(table, layer), layer, model)
+        check_calibrated(calibration, readable(table, layer), layer, model)
         ours = prediction_of(table, layer)
         if annotation_key is not None and ours is None:
             raise ValueError(

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.expression import contents_of
+from .._core.expression import contents_of, count_totals
 from .._core.keys import Keys
-from .._core.matrix import in_memory
+from .._core.matrix import blocks_of
 from ._canvas import Canvas, axes_for, panel_pixels
 
 if TYPE_CHECKING:
@@ -386,12 +386,13 @@ def as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
     """Chosen columns, raw counts in the unit of the prediction by the depth of the whole spot; whether they were raw."""
     import scipy.sparse
 
-    values = in_memory(values)
-    chosen = values[:, columns]
-    chosen = np.asarray(chosen.toarray() if scipy.sparse.issparse(chosen) else chosen, dtype=float)
+    chosen = np.empty((values.shape[0], len(columns)))
+    for rows, block in blocks_of(values):
+        part = block[:, columns]
+        chosen[rows] = part.toarray() if scipy.sparse.issparse(part) else part
     found = contents_of(values)
     if found.kind == "counts" and found.high > 1:
         # A spot of which a count is NaN has no total and is not drawn.
-        total = np.asarray(values.sum(axis=1), dtype=float).reshape(-1, 1)
+        total = count_totals(values).reshape(-1, 1)
         return np.log1p(1e4 * chosen / np.where(total == 0, 1, total)), True
     return chosen, False

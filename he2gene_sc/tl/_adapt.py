@@ -13,11 +13,13 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import Scale
 from .._core.keys import MADE, Keys, check_key
+from .._core.lazy import is_large
 from .._core.matrix import dense, matrix_of
 from .._core.ownership import is_of, is_prediction, written_in
 from .._core.predictions import prediction_of
 from .._core.results import check_free, write_result
 from .._core.spots import get_table, sections_of, spots_of
+from .._settings import settings
 from ._adapt_input import columns_of, measured_of, rows_of
 
 if TYPE_CHECKING:
@@ -152,7 +154,13 @@ def adapt(
     keys = Keys(prediction_of(table, layer) or layer)
     gain_key, measured_key, support_key = (f"{key_added}_{name}" for name in ("gain", "measured", "support"))
     check_free(table, "adapt", key_added, layers=[key_added], obs=[measured_key, support_key], var=[gain_key])
-    predicted = np.asarray(dense(matrix_of(table, layer)), np.float32)
+    values = matrix_of(table, layer)
+    if hasattr(values, "dask") and is_large(*table.shape):
+        raise ValueError(
+            f"`layer` {layer!r} is lazy, and the adapted one would take {4e-9 * table.n_obs * table.n_vars:,.1f} GB, over "
+            f"hg.settings.memory_limit ({settings.memory_limit / 1e9:,.1f} GB); subset the genes first, or raise the limit"
+        )
+    predicted = np.asarray(dense(values), np.float32)
     infinite = int(np.isinf(predicted).sum())
     if infinite:
         raise ValueError(f"`layer`: layer {layer!r} holds {infinite} infinite value(s); finite ones are needed")

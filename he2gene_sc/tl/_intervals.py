@@ -14,7 +14,8 @@ from .._core import validate
 from .._core.expression import as_logs
 from .._core.genes import symbols_in
 from .._core.keys import Keys
-from .._core.matrix import dense, values_of
+from .._core.lazy import genes_at_once
+from .._core.matrix import dense, readable
 from .._core.predictions import check_as_predicted, predicted_layer, record_of
 from .._core.results import check_free, write_result
 from .._core.spots import get_table
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from ..models import HE2Gene
-
-_GENES_AT_ONCE = 2048
 
 
 def intervals(
@@ -133,14 +132,14 @@ def intervals(
     adapted: Mapping[str, Any] | None = None
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
-        predicted = values_of(table, layer)
+        predicted = readable(table, layer)
         check_calibrated(calibration, predicted, layer, model)
     else:
         table = get_table(data, table_key, prediction_key=prediction_key)
         record = record_of(table, prediction_key)
         layer = predicted_layer(table, prediction_key, layer)
         check_as_predicted(table, prediction_key, layer)
-        predicted = values_of(table, layer)
+        predicted = readable(table, layer)
         adapted = adaptation_of(table, record, layer)
     names = {name: f"{layer}_{name}" for name in ("lower", "upper", "halfwidth", "rarely_detected")}
     uns = f"{layer}_intervals"
@@ -170,8 +169,9 @@ def intervals(
             stacklevel=2,
         )
     known = np.flatnonzero(found.known)
-    for start in range(0, len(known), _GENES_AT_ONCE):
-        genes = known[start : start + _GENES_AT_ONCE]
+    step = genes_at_once(table.n_obs)
+    for start in range(0, len(known), step):
+        genes = known[start : start + step]
         low, high = found.ends(np.asarray(dense(predicted[:, genes]), np.float32), genes)
         there = np.isfinite(high).any(0)
         halfwidth[genes[there]] = np.nanmedian((high - low)[:, there], axis=0) / 2

@@ -15,8 +15,10 @@ from .._core import validate
 from .._core.element_results import copy_tables
 from .._core.fill import StackedPredictions, check_fillable, fill_table
 from .._core.keys import FACTS, TABLE, Keys, check_key
+from .._core.lazy import is_large
 from .._core.made_table import check_new_table, make_table, put_table
 from .._core.model_genes import match_genes
+from .._core.predictions import head_of
 from .._core.slide import Slide
 from ._embed import encode_slide
 from ._encoding import (
@@ -114,7 +116,8 @@ def predict(
 
     ``.layers["he2gene"]``
         Predicted expression, natural log of (1 + counts per 10,000), float32, ``(n_obs, n_vars)``; NaN for genes that
-        the model does not know and spots outside the image.
+        the model does not know and spots outside the image. Above ``hg.settings.memory_limit`` it is a dask array, computed
+        when it is read, see Notes.
     ``.var["he2gene_predicted"]``, ``.var["he2gene_pcc"]``, ``.var["he2gene_mean"]``
         Whether the model knows the gene, its held-out Pearson correlation, its mean in training (unit of the layer).
     ``.var["he2gene_reliable"]``, ``.var["he2gene_pcc_new_patient"]``, ``.var["he2gene_pcc_given_depth"]``
@@ -138,10 +141,14 @@ def predict(
         Embedding that the heads read, ``(n_obs, k)`` float32.
     ``.uns["he2gene"]``
         Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit, versions;
-        ``gene_symbols`` where it was given, which the verbs that read the prediction use; ``genes``, ``known_patient``,
+        ``lazy`` where the layer was left as a dask array; ``head``, a digest of the head; ``gene_symbols`` where it was given, which the verbs that
+        read the prediction use; ``genes``, ``known_patient``,
         ``exact`` and ``lattice`` where they were given; ``given``, the names of the arguments that chose image, spots, µm/px and
         precision; ``features``, the key in ``obsm`` and how they were made; ``interpolated`` and ``lattice_um`` where features
         were interpolated: the shapes, and the step for each window.
+
+    ``.uns["X_he2gene_rows"]``
+        Digest of each row of the embedding, by which :func:`he2gene_sc.get.expression` checks it.
 
     Where a prediction of the same ``key_added`` stands and a value of its layer changes, in all regions or one, what
     other verbs computed from it (intervals, evaluation, adapted layers and what was computed from those, domains,
@@ -166,6 +173,10 @@ def predict(
     then encoded on a lattice of its own, a quarter of its side apart, and features are interpolated bilinearly. A bin or
     cell is predicted from its surroundings, the smallest window at least: structures far smaller than that are not resolved,
     however small the bins are.
+
+    A lazy layer is ``max(0, embedding @ weights + bias)``. :func:`he2gene_sc.io.save` and ``sdata.write`` write all its values,
+    some spots at a time. To keep the embedding alone, delete the layer before: ``del sdata["table"].layers["he2gene"]``.
+    :func:`he2gene_sc.get.expression` computes any gene again.
 
     Examples
     --------
@@ -205,7 +216,13 @@ def predict(
     if new_table is not None:
         check_new_table(sdata, new_table, slides, wanted, model, keys)
     kept = find_features(features, table)
-    found = [_predict_slide(slide, model, wanted.positions, how, kept) for slide in slides]
+    new_shape = (sum(len(slide.spot_ids) for slide in slides), len(wanted.positions))
+    shape = table.shape if table is not None and new_table is None else new_shape
+    positions = wanted.positions
+    if is_large(*shape):
+        logger.info("predict: layer %r would take %.1f GB, it is lazy (dask)", keys.layer, 4e-9 * shape[0] * shape[1])
+        positions = positions[:0]
+    found = [_predict_slide(slide, model, positions, how, kept) for slide in slides]
     predictions = [result for _, _, result in found]
     if isinstance(kept, KeptFeatures):
         how = kept.as_encoded(how)
@@ -222,6 +239,7 @@ def predict(
         "model": model.name,
         "model_version": model.card.version,
         "weights_sha256": model.weights_sha256,
+        "head": head_of(model),
         **({"model_source": model.source} if model.source else {}),
         "encoder": model.card.encoder["name"],
         "encoder_license": model.card.encoder["license"],

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import issparse
 
 from ..._core.duplicates import check_places, check_twins
 from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import find_genes
 from ..._core.keys import Keys
-from ..._core.matrix import matrix_of, values_of
+from ..._core.matrix import blocks_of, matrix_of
 from ..._core.predictions import prediction_of
 from ..._core.spots import SpotData
 
@@ -38,8 +39,8 @@ def labelled_spots(
         if table.var_names.has_duplicates:
             double = table.var_names[table.var_names.duplicated()][:3].tolist()
             raise ValueError(f"`data`: genes stand twice in var_names, for example {double}")
-        values = values_of(table, layer)
-        if isinstance(values, np.ndarray) and values.size and np.isnan(values).all():
+        blocks = blocks_of(matrix_of(table, layer))
+        if table.n_obs * table.n_vars and all(not issparse(block) and np.isnan(block).all() for _, block in blocks):
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
         # Looks at all values once; with no genes it returns none.
         log_expression(

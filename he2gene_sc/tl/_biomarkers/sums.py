@@ -13,7 +13,7 @@ from scipy.sparse import csr_array, issparse
 
 from ..._core.expression import contents_of
 from ..._core.keys import MADE
-from ..._core.matrix import matrix_of, values_of
+from ..._core.matrix import in_memory, matrix_of, readable
 from ..._core.names import check_spelling, clean_names
 from ..._core.spots import SpotData
 from ...stats import CountSums
@@ -47,12 +47,13 @@ class CountCells:
         depth = np.zeros((2, n))
         start = 0
         for table, rows in zip(pool.tables, pool.rows, strict=True):
-            values = values_of(table, pool.layer)
+            values = readable(table, pool.layer)
             columns = table.var_names.get_indexer(pool.genes)
             named = np.flatnonzero(columns >= 0)
             for first in range(0, len(rows), 512):
                 chosen = rows[first : first + 512]
-                block = csr_array(np.nan_to_num(values[chosen])) if not issparse(values) else csr_array(values[chosen])
+                block = in_memory(values[chosen])
+                block = csr_array(block if issparse(block) else np.nan_to_num(block))
                 block = block.astype(np.float64)
                 block.data = np.nan_to_num(block.data)
                 where = slice(start + first, start + first + len(chosen))

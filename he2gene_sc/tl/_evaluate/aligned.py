@@ -12,9 +12,9 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.elements import find_table
-from ..._core.expression import Scale, log_expression
+from ..._core.expression import Scale, as_logs, log_expression
 from ..._core.keys import MADE, PATIENT, SECTION, Keys
-from ..._core.matrix import dense, matrix_of, values_of
+from ..._core.matrix import matrix_of, values_of
 from ..._core.names import annotated_by, column_of, names_of
 from ..._core.predictions import origin_of, symbols_of
 from ..._core.spots import apart, has_samples, pitch_of, sections_of, spots_of
@@ -94,11 +94,12 @@ class Asked:
 def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) -> Judged:
     """Align what was predicted with what was measured."""
     layer, measured = asked.layer, asked.measured
+    every = None
     if asked.is_other:
         steps = origin_of(table, layer)[1]
         chosen = JudgedLayer(layer, layer, bool(steps), fitted_on(table, steps))
-        values = log_expression(table, layer, scale=asked.layer_scale, expected="log")
-        is_predicted, record, model = np.asarray(np.isfinite(values).any(axis=0)), {}, None
+        every = log_expression(table, layer, scale=asked.layer_scale, expected="log")
+        is_predicted, record, model = np.asarray(np.isfinite(every).any(axis=0)), {}, None
     else:
         if keys.predicted not in table.var:
             raise ValueError(
@@ -108,15 +109,15 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
         layer = chosen.name
         is_predicted, record = table.var[keys.predicted].to_numpy(bool), table.uns[keys.uns]
         model = model_of(record, asked.model)
-        values = dense(matrix_of(table, layer))
     other, rows, partner = _measured(data, table, layer, measured)
     gene_symbols = symbols_of(other, record, asked.gene_symbols)
     columns, count_columns = genes_in_common(table, other, is_predicted, asked.genes, gene_symbols)
+    values = as_logs(matrix_of(table, layer), "log", columns) if every is None else every[:, columns]
     given = log_expression(
         other, measured, genes=count_columns, scale=asked.scale, expected="counts", parameter="measured"
     )
     counts = None if asked.scale == "log" else values_of(other, measured, "measured")
-    predicted_spot = np.array([np.isfinite(values[row, columns]).any() for row in rows], bool)
+    predicted_spot = np.asarray(np.isfinite(values).any(axis=1))[rows]
     filled = np.any(np.isfinite(given), axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
     measured_spot = filled[partner]
     section = _sections(other, asked.section_key, asked.sample_key)[partner]
@@ -183,7 +184,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
         genes=table.var_names[columns],
         columns=columns,
         rows=rows,
-        predicted=np.asarray(values[rows][:, columns], np.float32),
+        predicted=values[rows],
         measured=given[partner],
         counts=None if counts is None else counts[partner],
         count_columns=count_columns,

@@ -1,0 +1,73 @@
+"""Predicted layers above ``settings.memory_limit``: dask arrays of ``max(0, embedding @ weights + bias)``, computed when they are read."""
+
+from __future__ import annotations
+
+from functools import partial
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._settings import settings
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+#: Dask calls a lazy layer this and a digest of what it is computed from: layers of one name hold the same values.
+LAZY = "he2gene-lazy-"
+#: Values of all genes of some spots, and of some genes of all spots, that are in memory at once.
+_BY_SPOTS, _BY_GENES = 1 << 24, 1 << 26
+_GENES = 64, 1024
+
+
+def is_large(n_obs: int, n_vars: int) -> bool:
+    """Whether a dense layer would pass ``settings.memory_limit``."""
+    return 4 * n_obs * n_vars > settings.memory_limit
+
+
+def genes_at_once(n_obs: int) -> int:
+    """Genes of so many spots that are in memory at once."""
+    return int(np.clip(_BY_GENES // max(1, n_obs), *_GENES))
+
+
+def lazy_layer(embedding: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> da.Array:
+    """Expression of ``(n, k)`` by ``(k, g)``, NaN where the embedding of a spot or the weights of a gene are.
+
+    The layer owns copies: what happens to the arrays later does not change it.
+    """
+    import dask.array as da
+
+    embedding, weights, bias = (np.array(array, np.float32) for array in (embedding, weights, bias))
+    digest = blake2b(digest_size=16)
+    for array in (embedding, weights, bias):
+        array.setflags(write=False)
+        digest.update(f"{array.shape}".encode())
+        digest.update(array.data)
+    n, g = len(embedding), len(bias)
+    rows, genes = max(1, _BY_SPOTS // g), genes_at_once(n)
+    chunks = tuple(
+        tuple(min(size, total - start) for start in range(0, total, size)) for total, size in ((n, rows), (g, genes))
+    )
+    block = partial(_block, embedding, weights, bias, rows, genes)
+    name = f"{LAZY}{digest.hexdigest()}-{rows}-{genes}"
+    return da.map_blocks(block, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0), np.float32), name=name)
+
+
+def _block(
+    embedding: np.ndarray, weights: np.ndarray, bias: np.ndarray, rows: int, genes: int, block_id: tuple[int, int]
+) -> np.ndarray:
+    i, j = block_id[0] * rows, block_id[1] * genes
+    values = embedding[i : i + rows] @ weights[:, j : j + genes]
+    values += bias[j : j + genes]
+    return np.maximum(values, 0, out=values)
+
+
+def with_rows(before: Any, layer: da.Array, rows: np.ndarray) -> da.Array:
+    """Return what a layer held ``before``, dense, sparse or lazy, with ``rows`` of a lazy one in it."""
+    import dask.array as da
+
+    here = np.zeros((len(layer), 1), bool)
+    here[rows] = True
+    if not hasattr(before, "dask"):
+        before = da.from_array(before.toarray() if hasattr(before, "toarray") else np.array(before), layer.chunks)
+    return da.where(here, layer, before.rechunk(layer.chunks).astype(np.float32))

@@ -1,0 +1,110 @@
+"""``hg.get.expression``: predicted values of any gene of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .._core import validate
+from .._core.genes import columns_of, symbols_in
+from .._core.keys import Keys
+from .._core.layers import layer_names
+from .._core.matrix import dense, matrix_of
+from .._core.model_genes import positions_of
+from .._core.predictions import embedding_of, gene_flags, predicted_by, record_of, symbols_of
+from .._core.spots import get_table
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ..models import HE2Gene
+
+
+def expression(
+    data: SpatialData | AnnData,
+    genes: str | Sequence[str],
+    *,
+    model: str | Path | HE2Gene | None = None,
+    prediction_key: str = "he2gene",
+    table_key: str | None = None,
+) -> pd.DataFrame:
+    """Return the predicted expression of some genes at every spot.
+
+    Genes are read from the layer. Those that the layer lacks, at some spots or because it was deleted, are computed from the
+    embedding in ``obsm`` by the model. No image is read.
+
+    Parameters
+    ----------
+    data
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to.
+    genes
+        One gene or several: names in ``var_names``, in the column that predict was given as ``gene_symbols``, or of the model.
+    model
+        The model that predicted, for genes that the layer lacks. Default: the bundled one.
+    prediction_key
+        ``key_added`` of predict.
+    table_key
+        Table, where several were predicted.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a spot, a column a gene, as it was named; float32, natural log of (1 + counts per 10,000). NaN for spots outside
+        the image.
+
+    Raises
+    ------
+    ValueError
+        If there is no prediction; or if genes are to be computed that the model does not know, another model is given, or the
+        embedding is not what predict wrote.
+
+    See Also
+    --------
+    he2gene_sc.get.predicted : A table of all predicted genes.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> sdata = hg.datasets.toy((4, 4))
+    >>> hg.tl.predict(sdata, genes=["ERBB2"], show_progress_bar=False)
+    >>> hg.get.expression(sdata, ["ERBB2", "ESR1"]).shape
+    (16, 2)
+    """
+    validate.arguments(expression, locals())
+    names = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
+    if not names:
+        raise ValueError("`genes` is empty; name at least one, hg.get.genes(data) lists those that were predicted")
+    table = get_table(data, table_key, prediction_key=prediction_key)
+    record, keys = record_of(table, prediction_key), Keys(prediction_key)
+    symbols = symbols_of(table, record, None)
+    columns = columns_of(table, names, symbols)
+    there = np.append(gene_flags(table, keys.predicted), False)[columns] & (record["layer"] in layer_names(table))
+    found = np.full((table.n_obs, len(names)), np.nan, np.float32)
+    if there.any():
+        found[:, there] = dense(matrix_of(table, record["layer"])[:, columns[there]])
+    embedding = table.obsm.get(keys.embedding)
+    if embedding is not None or not there.all():
+        inside = slice(None) if embedding is None else np.isfinite(np.asarray(embedding)).all(axis=1)
+        lacking = np.flatnonzero(~there | np.isnan(found[inside]).any(axis=0))
+        if len(lacking):
+            own = symbols_in(table, symbols)
+            asked = [str(own[columns[i]]) if columns[i] >= 0 else names[i] for i in lacking]
+            found[:, lacking] = _computed(table, asked, record, model, prediction_key)
+    return pd.DataFrame(found, index=table.obs_names, columns=names)
+
+
+def _computed(
+    table: AnnData, genes: list[str], record: Mapping[str, Any], model: str | Path | HE2Gene | None, prediction_key: str
+) -> np.ndarray:
+    """Expression of genes of the model from the embedding, ``(n, g)``."""
+    source = predicted_by(record, model)
+    positions = positions_of(source, genes)
+    weights, bias = (
+        np.asarray(source.tensors[f"genes.{part}"][..., positions], np.float32) for part in ("weight", "bias")
+    )
+    return np.maximum(embedding_of(table, prediction_key) @ weights + bias, 0)
