@@ -78,8 +78,12 @@ def table_difference(path: Path, table: AnnData) -> Difference:
         frames = {axis: read_elem(group[axis]) for axis in ("obs", "var")}
         uns = read_elem(group["uns"]) if "uns" in group else {}
         for axis, names in (("obs", table.obs_names), ("var", table.var_names)):
-            _names(found, axis, frames[axis].index.astype(str), names.astype(str))
-            _frame(found, axis, frames[axis], getattr(table, axis))
+            there, here = frames[axis].index.astype(str), names.astype(str)
+            _names(found, axis, there, here)
+            alike = _frame(found, axis, frames[axis], getattr(table, axis))
+            # Versions of anndata before 0.8 kept categories apart from their column.
+            if there.equals(here) and group[axis].attrs.get("encoding-version") == "0.2.0":
+                found.kept += [f"{axis}/{key}" for key in alike if "/" not in key and key != names.name]
         _part(found, "X", group, table.X)
         _mapping(found, "uns", uns, table.uns)
         for slot in MAPPINGS:
@@ -104,15 +108,18 @@ def _names(found: Difference, axis: str, there: Any, here: Any) -> None:
         found.altered.append(f"{axis}_names")
 
 
-def _frame(found: Difference, where: str, there: Any, here: Any) -> None:
+def _frame(found: Difference, where: str, there: Any, here: Any) -> list[str]:
+    """Compare two frames; return the columns that are the same."""
     both = found.note(where, map(str, there.columns), map(str, here.columns))
     if len(there) != len(here):
         found.altered.append(where)
-        return
-    found.altered += [f"{where}[{key!r}]" for key in both if not same(there[key], here[key])]
+        return []
+    alike = [key for key in both if same(there[key], here[key])]
+    found.altered += [f"{where}[{key!r}]" for key in both if key not in alike]
     order = [str(key) for key in here.columns if str(key) in both]
     if order != both or there.index.name != here.index.name:
         found.altered.append(f"order of {where}")
+    return alike
 
 
 def _mapping(found: Difference, where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

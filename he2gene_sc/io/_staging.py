@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,6 +67,18 @@ def stage(staging: Path, changes: list[Change], store: Path) -> None:
                     if (store / change.path / part).with_name(name).exists():
                         link_tree((store / change.path / part).with_name(name), target.with_name(name))
             link_tree(store / change.path / part, target)
+        if change.difference is not None and change.difference.kept:
+            for axis in ("obs", "var"):
+                _name_columns(staging / "new" / change.path / axis, list(getattr(change.element, axis).columns))
+
+
+def _name_columns(frame: Path, columns: list[str]) -> None:
+    """Note all columns of a frame in their order, of which some became links."""
+    current = (frame / "zarr.json").is_file()
+    path = frame / ("zarr.json" if current else ".zattrs")
+    metadata = json.loads(path.read_bytes())
+    (metadata["attributes"] if current else metadata)["column-order"] = columns
+    path.write_text(json.dumps(metadata))
 
 
 def _skeleton(table: AnnData, difference: Difference | None) -> AnnData:
@@ -82,9 +95,14 @@ def _skeleton(table: AnnData, difference: Difference | None) -> AnnData:
         }
         for slot in MAPPINGS
     }
-    light = AnnData(
-        X=None if "X" in difference.kept else table.X, obs=table.obs, var=table.var, uns=dict(table.uns), **slots
-    )
+    # Which spots a table is of is looked at when it is written.
+    attrs = table.uns.get("spatialdata_attrs", {})
+    needed = (attrs.get("region_key"), attrs.get("instance_key"))
+    frames = {
+        axis: frame[[key for key in frame if f"{axis}/{key}" not in difference.kept or key in needed]]
+        for axis, frame in (("obs", table.obs), ("var", table.var))
+    }
+    light = AnnData(X=None if "X" in difference.kept else table.X, uns=dict(table.uns), **frames, **slots)
     if table.raw is not None and "raw" not in difference.kept:
         light.raw = table.raw.to_adata()
     return light

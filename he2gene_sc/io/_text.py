@@ -13,7 +13,8 @@ def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.D
     """Read a table by :func:`pandas.read_csv`, by default separated by tabs; ``parameter`` gave it, for errors."""
     what = f"`{parameter}` {str(path)!r}" if parameter else str(path)
     try:
-        return pd.read_csv(path, **{"sep": "\t", **options})
+        # In parts, which is the default, a table of all genes is thousands of small columns to be put together.
+        return pd.read_csv(path, **{"sep": "\t", "low_memory": False, **options})
     except (PermissionError, FileNotFoundError, MemoryError):
         raise
     except pd.errors.EmptyDataError as error:

@@ -87,9 +87,9 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch; raise when it is no number."""
         # What an encoder draws (dropout) has to be the same after a resumption.
-        torch.manual_seed(
-            np.random.SeedSequence([self.seed, self.global_step, self.global_rank]).generate_state(1).item()
-        )
+        seed = np.random.SeedSequence([self.seed, self.global_step, self.global_rank]).generate_state(1).item()
+        # `torch.manual_seed` notes each call, with its stack, for every kind of accelerator that has not begun.
+        (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
         loss = self.loss(batch)
         if not torch.isfinite(loss):
             raise RuntimeError(
