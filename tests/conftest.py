@@ -1,3 +1,5 @@
+import copy
+import functools
 import gc
 import os
 from pathlib import Path
@@ -22,7 +24,10 @@ def pytest_configure(config):
 
 
 #: Files that take longest, which are begun first: at the end one process would wait for them.
-FIRST = ("test_tutorials", "test_reproduce", "test_real", "test_save", "test_examples")
+FIRST = (
+    *("test_tutorials", "test_reproduce", "test_real", "test_save", "test_examples", "test_cli", "test_odd_inputs"),
+    *("test_train_input", "test_train", "test_paper", "test_cohort", "test_fit", "test_spatial_test", "test_ownership"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -36,24 +41,46 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _toys_are_painted_once():
-    """The picture of a toy slide is most of its work, and many tests have the same."""
-    from he2gene_sc.datasets import _toy
+def _toys_are_made_once():
+    """Many tests have the same toy slide: each gets a copy of its own."""
+    import he2gene_sc as hg
 
-    paint, painted = _toy._paint, {}
+    make, made = hg.datasets.toy, {}
 
-    def once(rng, regions, density, mpp):
-        key = (str(rng.bit_generator.state), regions.shape, mpp)
-        if key not in painted:
-            if len(painted) > 50:
-                painted.clear()
-            painted[key] = paint(rng, regions, density, mpp), rng.bit_generator.state
-        image, rng.bit_generator.state = painted[key]
-        return image.copy()
+    @functools.wraps(make)
+    def once(*args, **kwargs):
+        if not all(type(value) in (int, float, tuple) for value in (*args, *kwargs.values())):
+            return make(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key not in made:
+            if len(made) > 50:
+                made.clear()
+            made[key] = make(*args, **kwargs)
+        return copy_of(made[key])
 
-    _toy._paint = once
+    hg.datasets.toy = once
     yield
-    _toy._paint = paint
+    hg.datasets.toy = make
+
+
+def copy_of(sdata):
+    """An object that shares nothing with another, whose images are in memory."""
+    import spatialdata as sd
+
+    elements = {name: element.copy() for kind, name, element in sdata.gen_elements() if kind != "images"}
+    elements |= {name: _image_of_its_own(image) for name, image in sdata.images.items()}
+    return sd.SpatialData.init_from_elements(elements, attrs=copy.deepcopy(sdata.attrs))
+
+
+def _image_of_its_own(image):
+    import dask.array as da
+    from xarray import Dataset, DataTree
+
+    if hasattr(image, "children"):
+        levels = {name: _image_of_its_own(level["image"]) for name, level in image.children.items()}
+        return DataTree.from_dict({name: Dataset({"image": level}) for name, level in levels.items()})
+    pixels = image.data.compute(scheduler="synchronous").copy()
+    return image.copy(data=da.from_array(pixels, chunks=image.data.chunks, name=False))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -131,6 +158,16 @@ def toy():
     import he2gene_sc as hg
 
     return hg.datasets.toy((5, 6), mpp=2.0)
+
+
+@pytest.fixture(scope="session")
+def toy_store(tmp_path_factory):
+    """The toy of 5 × 6 spots as a store; tests that change it work on a copy."""
+    import he2gene_sc as hg
+
+    path = tmp_path_factory.mktemp("toy") / "toy.zarr"
+    hg.datasets.toy((5, 6), mpp=2.0).write(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,15 @@
 """Kill, or let fail, `hg.io.save` at each of its file operations; a program that forks itself, for tests and benchmarks.
 
-    python tests/saving_faults.py STORE {kill,cut,error,full} [STRIDE] [no-exchange]
+    python tests/saving_faults.py STORE {kill,cut,error,full}[,…] [STRIDE] [no-exchange]
 
 Prints a JSON object a trial: the operation, what the store held afterwards ("old", "new") or what is wrong. `cut` is a
 power cut: what was not synchronised is lost. With a stride, operations on what readers see are all tried, others in part.
+Folders are not exchanged at once in a mode like `cut-no-exchange`, or in all with `no-exchange`.
 """
 
 import contextlib
 import errno
+import gc
 import importlib
 import json
 import os
@@ -170,7 +172,7 @@ def trials(log, stride):
     return sorted(n for n in near | {len(log) - 1} | set(range(0, len(log), stride)) if n < len(log))
 
 
-def main(template, mode, stride=1, no_exchange=False):
+def main(template, modes, stride=1, no_exchange=False):
     warnings.simplefilter("ignore")
     import anndata  # noqa: F401
     import dask
@@ -180,7 +182,7 @@ def main(template, mode, stride=1, no_exchange=False):
     import he2gene_sc.io._save  # noqa: F401
 
     dask.config.set(scheduler="synchronous")
-    place = Path(template).parent / f"faults-{mode}{'-no-exchange' * no_exchange}"
+    place = Path(template).parent / f"faults-{modes}{'-no-exchange' * no_exchange}"
     store = place / "slide.zarr"
 
     def fresh():
@@ -194,10 +196,20 @@ def main(template, mode, stride=1, no_exchange=False):
     for name in said:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+    gc.freeze()
+    for mode in modes.split(","):
+        kind, slow = mode.removesuffix("-no-exchange"), no_exchange or mode.endswith("-no-exchange")
+        for outcome in attempts(store, fresh, kind, stride, slow):
+            print(json.dumps({"mode": mode, **outcome}), flush=True)
+    shutil.rmtree(place)
+
+
+def attempts(store, fresh, mode, stride, no_exchange):
+    """Save once for each operation that is tried, and yield what came of it."""
     fresh()
     status, said = forked(lambda: save(store, ("count", None), no_exchange))
     assert status == 0, said
-    log = json.loads((place / "log.json").read_text())
+    log = json.loads(store.with_name("log.json").read_text())
     for number in trials(log, stride):
         fresh()
         status, said = forked(lambda n=number: save(store, (mode, log[n]), no_exchange))
@@ -207,9 +219,7 @@ def main(template, mode, stride=1, no_exchange=False):
         status, held = forked(lambda: check(store))
         if status == 0 and mode == "full" and outcome["status"] and held != "old":
             status, held = 1, "the save failed for want of space, and the store holds the new table"
-        outcome |= {"held": held} if status == 0 else {"wrong": held}
-        print(json.dumps(outcome), flush=True)
-    shutil.rmtree(place)
+        yield outcome | ({"held": held} if status == 0 else {"wrong": held})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-import os
+import multiprocessing
 import random
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from tiny_network import BASE, SPAT, SPEC, encoder, toy_set
+from tiny_network import BASE, SPAT, SPEC, encoder, fit_to, toy_set
 from torch import nn
 
 from he2gene_sc.training import PRESETS, RunOptions, _memory, fit_network
@@ -31,6 +31,12 @@ def fit(data, preset=BASE, dropout=0.1, **options):
     known = {field.name for field in fields(RunOptions)}
     run = RunOptions(**{name: options.pop(name) for name in known & options.keys()})
     return fit_network(data, preset, encoder(dropout), SPEC, run=run, **(CPU | options))
+
+
+@cache
+def whole_run(preset=BASE):
+    """A run that nothing disturbs; tests change none of it."""
+    return fit(toy_set(), preset)
 
 
 def same(first, second):
@@ -240,7 +246,7 @@ def test_one_seed_gives_the_same_bits_and_leaves_the_random_state_alone():
     assert torch.equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     assert found[2] == expected[2]
-    same(first, fit(data))
+    same(first, whole_run())
     assert not np.array_equal(fit(data, seed=1).tensors["genes.weight"], first.tensors["genes.weight"])
 
 
@@ -278,8 +284,7 @@ def killer(step):
     ("preset", "every"), [(BASE, 1), (SPAT, 1), (BASE, 3), (SPAT, 100)], ids=["base-1", "spat-1", "base-3", "spat-100"]
 )
 def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(tmp_path, preset, every):
-    data = toy_set()
-    whole = fit(data, preset)
+    data, whole = toy_set(), whole_run(preset)
     n = round(len(whole.trained) / 16)
     assert n == 4
     steps = list(range(1, 3 * n + 1)) if (preset, every) == (BASE, 3) else [2, n, n + 3]
@@ -292,8 +297,7 @@ def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(tmp_path, preset, e
 
 
 def test_a_run_killed_twice_and_one_that_had_finished_end_the_same(tmp_path):
-    data = toy_set()
-    whole = fit(data)
+    data, whole = toy_set(), whole_run()
     options = {"checkpoint_dir": tmp_path / "run", "checkpoint_steps": 1, "resume": True}
     for step in (2, 3, 7):
         with pytest.raises(Killed):
@@ -308,51 +312,61 @@ def test_a_run_that_had_stopped_early_does_not_go_on(tmp_path):
     same(fit(data, preset, **options), fit(data, preset, resume=True, **options))
 
 
-_SCRIPT = """
-import sys, numpy as np
-sys.path.insert(0, {tests!r})
-from test_fit import *
-if __name__ == "__main__":
-    fitted = fit(toy_set(), SPAT, max_epochs=8, **eval(sys.argv[2]))
-    np.savez(sys.argv[1], **fitted.tensors)
-"""
+@pytest.fixture(scope="module")
+def start():
+    """Fit in a process of its own, a copy of one that has imported what that needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_network", "he2gene_sc.training._gradient.module"])
+
+    def call(path, **options):
+        process = context.Process(target=fit_to, args=(path, options))
+        process.start()
+        return process
+
+    return call
 
 
-def start(tmp_path, out, options):
-    script = tmp_path / "run.py"
-    script.write_text(_SCRIPT.format(tests=str(Path(__file__).parent)))
-    return subprocess.Popen([sys.executable, script, out, repr(options)], stderr=subprocess.PIPE, cwd=tmp_path)
+def ended(process):
+    process.join(120)
+    return process.exitcode == 0
 
 
-@pytest.mark.slow
-def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path):
+def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path, start):
     # In a process of its own too: what tests before this one left in theirs can move the last digits.
-    whole = start(tmp_path, str(tmp_path / "whole.npz"), {})
-    assert whole.wait(120) == 0, whole.stderr.read()
+    assert ended(start(tmp_path / "whole.npz"))
     options = {"checkpoint_dir": str(tmp_path / "run"), "checkpoint_steps": 1, "resume": True}
     last = tmp_path / "run" / "last.ckpt"
-    out = str(tmp_path / "weights.npz")
     for _ in range(2):
-        process = start(tmp_path, out, options)
+        process = start(tmp_path / "weights.npz", **options)
         before = last.stat().st_mtime_ns if last.exists() else None
-        while process.poll() is None and (last.stat().st_mtime_ns if last.exists() else None) == before:
+        while process.is_alive() and (last.stat().st_mtime_ns if last.exists() else None) == before:
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.15))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    process = start(tmp_path, out, options)
-    assert process.wait(120) == 0, process.stderr.read()
-    found, expected = np.load(out), np.load(tmp_path / "whole.npz")
+        process.kill()
+        process.join()
+    assert ended(start(tmp_path / "weights.npz", **options))
+    found, expected = np.load(tmp_path / "weights.npz"), np.load(tmp_path / "whole.npz")
     assert found.files == expected.files
     for key in found.files:
         np.testing.assert_array_equal(found[key], expected[key])
 
 
-@pytest.mark.slow
+_SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from tiny_network import fit_to
+if __name__ == "__main__":
+    fit_to(sys.argv[1], {{"devices": 2, "strategy": "ddp"}})
+"""
+
+
 def test_two_processes_learn_what_one_does(tmp_path):
+    (tmp_path / "run.py").write_text(_SCRIPT.format(tests=str(Path(__file__).parent)))
     out = str(tmp_path / "weights.npz")
-    process = start(tmp_path, out, {"devices": 2, "strategy": "ddp"})
-    assert process.wait(300) == 0, process.stderr.read()
+    done = subprocess.run(
+        [sys.executable, tmp_path / "run.py", out], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
     found = np.load(out)
     # Batch normalisation sees half a batch in each, so the numbers are near, not equal.
     whole = fit(toy_set(), SPAT, max_epochs=8)
@@ -442,8 +456,7 @@ def test_held_out_predictions_are_those_of_the_model_on_the_training_window():
     from he2gene_sc.models._embedding import ALONE
     from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor, Network
 
-    data = toy_set()
-    fitted = fit(data)
+    data, fitted = toy_set(), whole_run()
     network = encoder(0.0)
     state = {k.removeprefix("encoder."): torch.from_numpy(v) for k, v in fitted.tensors.items() if "encoder." in k}
     network.load_state_dict(state)
@@ -578,9 +591,9 @@ def test_sparse_targets_train_as_dense_ones(tmp_path):
     np.testing.assert_array_equal(sparse[[70, 3, 20, 3]], dense[[70, 3, 20, 3]])
     np.testing.assert_array_equal(sparse[10:40:7], dense[10:40:7])
     np.testing.assert_allclose(column_means(sparse, np.arange(80)), np.nanmean(dense, axis=0), rtol=1e-6)
-    same(fit(replace(data, targets=sparse)), fit(replace(data, targets=dense)))
-    fit(replace(data, targets=sparse), checkpoint_dir=tmp_path)
-    same(fit(replace(data, targets=dense), checkpoint_dir=tmp_path, resume=True), fit(replace(data, targets=dense)))
+    whole = fit(replace(data, targets=dense))
+    same(fit(replace(data, targets=sparse), checkpoint_dir=tmp_path), whole)
+    same(fit(replace(data, targets=dense), checkpoint_dir=tmp_path, resume=True), whole)
 
 
 def test_the_held_out_labels_are_most_likely_at_the_temperature():
@@ -623,7 +636,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left.*another `checkpoint_dir`.*resume=True"):
         fit(data, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-    same(fit(data, resume=True, **options), fit(data))
+    same(fit(data, resume=True, **options), whole_run())
 
 
 @pytest.mark.parametrize(

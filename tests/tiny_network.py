@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from he2gene_sc.models import EncoderSpec
-from he2gene_sc.training import PRESETS, PatchSet
+from he2gene_sc.training import PRESETS, PatchSet, RunOptions, fit_network
 
 SPEC = EncoderSpec("tiny", "tiny", "BSD-3-Clause", False, 16, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BASE = replace(PRESETS["he2gene-base"], lr=3e-3, batch_size=16, patience=50, max_epochs=3)
@@ -50,3 +50,10 @@ def toy_set(n=80, px=18, seed=0, **changes):
         "neighbours": rng.integers(-1, n, (n, 8)),
     }
     return PatchSet(**(arrays | changes))
+
+
+def fit_to(path, options):
+    """Train in the process that calls it, and write the weights to a file."""
+    preset = replace(SPAT, max_epochs=8)
+    fitted = fit_network(toy_set(), preset, encoder(), SPEC, run=RunOptions(**options), device="cpu")
+    np.savez(path, **fitted.tensors)
