@@ -890,6 +890,28 @@ def test_references_that_know_no_gene_stand_beside_the_prediction():
     assert rows.loc["coordinates", "sign_agreement"] == pytest.approx(above)
 
 
+def test_a_prediction_of_depth_alone_is_not_better_than_its_references():
+    """One number a spot times the mean of each gene: alone it looks perfect by sign."""
+    tables = _both(6)
+    rng = np.random.default_rng(0)
+    for table in tables:
+        table.X = table.X.copy()
+        table.X[table.obs["label"] == "tumour"] *= 3
+        mean = np.log1p(1e4 * table.X.sum(0) / table.X.sum())
+        depth = np.log(table.X.sum(1))
+        z = (depth - depth.mean()) / depth.std()
+        blind = mean * (1 + 0.2 * z[:, None]) + rng.normal(0, 0.02, table.shape) * mean
+        table.layers["blind"] = np.clip(blind, 0, None).astype(np.float32)
+    found = hg.tl.concordance(tables, "label", groups="tumour", layer="blind", layer_scale="log", k=())
+    rows = found[found["genes"] == "all"].set_index("predictor")
+    assert rows.loc["blind", "sign_agreement_significant"] == 1
+    assert rows.loc["blind", "auroc"] > 0.9
+    # 60 genes: the standard error of a rank correlation is .13.
+    most = {"spearman": 0.13, "sign_agreement": 0.05, "sign_agreement_significant": 0.05, "auroc": 0.05}
+    for score, bound in most.items():
+        assert (rows.loc[["depth", "coordinates"], f"{score}_difference"] <= bound).all()
+
+
 def test_concordance_leaves_out_what_was_not_measured():
     tables = _both(5)
     tables[4].X = np.zeros_like(tables[4].X)

@@ -479,6 +479,7 @@ def test_baselines_stand_in_the_same_table(table):
         "training mean",
         "class mean",
         "total counts",
+        "coordinates",
         "nearest spots",
     ]
     assert (genes_of(table, predictor="training mean")["skill"] == 0).all()
@@ -488,7 +489,7 @@ def test_baselines_stand_in_the_same_table(table):
         predictors.loc["mean colour", "reason"]
         == "a SpatialData object with the image is needed, this is a table alone"
     )
-    assert predictors["computed"].sum() == 5
+    assert predictors["computed"].sum() == 6
 
 
 def test_skill_of_the_class_mean_is_that_of_the_other_spots_of_the_class(table):
@@ -503,6 +504,40 @@ def test_skill_of_the_class_mean_is_that_of_the_other_spots_of_the_class(table):
     np.testing.assert_allclose(genes_of(table, predictor="class mean")["skill"], expected, rtol=1e-4)
     reasons = hg.get.evaluation(table, "predictors").set_index("predictor")["reason"]
     assert reasons["total counts"] == "not asked for"
+
+
+def test_differences_to_baselines_are_paired_by_gene_and_averaged_over_patients(table):
+    hg.tl.evaluate(table, baselines=["total counts", "coordinates"])
+    frame = hg.get.evaluation(table, "genes", dropna=False)
+    for metric in ("pearson", "skill"):
+        wide = frame.pivot(index=["scope", "section", "gene"], columns="predictor", values=metric)
+        parts = frame.pivot(index=["scope", "section", "gene"], columns="predictor", values=f"{metric}_difference")
+        assert parts["he2gene"].isna().all()
+        for name in ("total counts", "coordinates"):
+            for scope in ("section", "pooled"):
+                expected = wide.loc[scope, "he2gene"] - wide.loc[scope, name]
+                np.testing.assert_allclose(parts.loc[scope, name], expected, atol=1e-5)
+            of_sections = parts.loc["section", name].unstack("section")
+            known = of_sections.notna().all(axis=1).to_numpy()
+            mean = parts.loc["mean", name].to_numpy()
+            np.testing.assert_allclose(mean[known], of_sections.mean(axis=1).to_numpy()[known], atol=1e-5)
+    summary = hg.get.evaluation(table).set_index(["scope", "section", "predictor", "panel"])
+    pooled = frame[frame["scope"].eq("pooled") & frame["predictor"].eq("coordinates")]
+    row = summary.loc[("pooled", "all sections", "coordinates", "all genes")]
+    assert row["pearson_difference_mean"] == pytest.approx(pooled["pearson_difference"].mean(), abs=1e-5)
+
+
+def test_coordinates_reach_a_gradient_and_no_more(table):
+    """A gene that rises over the section is known by its place, one of white noise is not."""
+    xy = table.obsm["spatial"]
+    rng = np.random.default_rng(0)
+    truth = np.tile(rng.normal(3, 0.3, (table.n_obs, 1)), (1, table.n_vars))
+    truth[:, 0] = 3 + (xy[:, 0] - xy[:, 0].min()) / np.ptp(xy[:, 0])
+    table.layers["truth"] = truth.astype(np.float32)
+    hg.tl.evaluate(table, measured="truth", measured_scale="log", baselines="coordinates")
+    found = genes_of(table, predictor="coordinates")["pearson"].to_numpy()
+    assert found[0] > 0.95
+    assert (np.abs(found[1:]) < 0.5).all()
 
 
 def test_mean_colour_is_read_from_the_image(toy, tiny_model):
@@ -547,11 +582,11 @@ def test_what_is_asked_for_must_be_there(table, toy):
         hg.get.evaluation(toy)
     hg.tl.evaluate(table)
     genes = hg.get.evaluation(table, "genes")
+    columns = ["gene", "scope", "section", "predictor", "n_spots", "pearson", "skill"]
+    columns += ["pearson_difference", "skill_difference"]
     pd.testing.assert_frame_equal(
         hg.get.evaluation(table, "baselines"),
-        genes.loc[
-            genes["predictor"] != "he2gene", ["gene", "scope", "section", "predictor", "n_spots", "pearson", "skill"]
-        ].reset_index(drop=True),
+        genes.loc[genes["predictor"] != "he2gene", columns].reset_index(drop=True),
     )
     with pytest.raises(ValueError, match="`what` is 'gene', valid"):
         hg.get.evaluation(table, "gene")

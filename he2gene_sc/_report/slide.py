@@ -305,13 +305,14 @@ def _evaluation(slide: Slide) -> Section:
         "n_genes": "number",
         "pearson_mean": "mean correlation",
         "pearson_median": "median",
+        "pearson_difference_mean": "prediction minus it",
         "ceiling_share_mean": "share of the ceiling",
         "skill_mean": "skill",
     }
     for key in slide.runs("evaluate", "prediction_key", slide.options["prediction_key"]):
         found = get.evaluation(slide.table, key=key)
         section.text.append(
-            f"{key}: mean over genes; a predictor that the model should beat stands beside it, such as colour alone."
+            f"{key}: mean over genes; predictors that the model should beat stand beside it: depth, colour and coordinates see no gene."
         )
         one = found.loc[found["scope"] == "section", "section"].nunique() < 2
         # A constant has no correlation.

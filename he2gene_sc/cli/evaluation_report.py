@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _COLUMNS = {
     "Pearson": "pearson_mean",
     "median": "pearson_median",
+    "minus it": "pearson_difference_mean",
     "of ceiling": "ceiling_share_mean",
     "skill": "skill_mean",
 }
@@ -40,7 +41,7 @@ def lines(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> Ite
             for row in frame.sort_values("panel", key=lambda names: names.map(panels.index), kind="stable").to_dict(
                 "records"
             ):
-                figures = "".join(f"{_shown(row[column]):>12}" for column in _COLUMNS.values())
+                figures = "".join(f"{_shown(row.get(column, np.nan)):>12}" for column in _COLUMNS.values())
                 yield f"  {row['panel']:<20}{row['predictor']:<22}  {row['n_genes']:>5}{figures}"
     if annotation:
         yield ""

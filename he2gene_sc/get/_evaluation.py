@@ -37,7 +37,8 @@ def evaluation(
         Object or table that :func:`he2gene_sc.tl.evaluate` wrote to.
     what
         ``"summary"``: mean and median over panels of genes, a row a scope, section, predictor and panel.
-        ``"genes"``: a row a scope, section, predictor and gene; baselines have ``pearson`` and ``skill`` alone.
+        ``"genes"``: a row a scope, section, predictor and gene; baselines have ``pearson`` and ``skill`` alone, and those of the
+        prediction minus theirs (``pearson_difference``, ``skill_difference``).
         ``"baselines"``: their rows of it.
         ``"predictors"``: what each predictor has seen, and why one was left out. ``"left_out"``: spots, genes and
         labels that were not judged, counted. ``"annotation"``: balanced accuracy, macro F1, macro AUROC and expected

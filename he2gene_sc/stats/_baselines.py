@@ -69,8 +69,7 @@ def neighbours_mean(values: np.ndarray, weights: scipy.sparse.sparray) -> Baseli
 
 def ridge(values: np.ndarray, features: np.ndarray, parts: np.ndarray) -> Baseline:
     """Ridge regression on features of each spot ``(n, f)``, fitted on the other :func:`tissue_parts`."""
-    spread = features.std(0)
-    x = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
+    x = _standardised(features)
     predicted, comparable = np.empty_like(values), np.empty_like(values)
     for part in np.unique(parts):
         out, rest = parts == part, parts != part
@@ -80,6 +79,17 @@ def ridge(values: np.ndarray, features: np.ndarray, parts: np.ndarray) -> Baseli
         predicted[out] = mean + (x[out] - centre) @ weights
         comparable[out] = values.mean(0) + x[out] @ weights
     return Baseline(predicted, comparable)
+
+
+def place(xy: np.ndarray) -> np.ndarray:
+    """Describe where in its section each spot lies, standardised: both axes, squared distance from the middle, ``(n, 3)``."""
+    axes = _standardised(xy)
+    return np.column_stack([axes, _standardised(np.square(axes).sum(1))])
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    spread = values.std(0)
+    return (values - values.mean(0)) / np.where(spread > 0, spread, 1)
 
 
 def tissue_parts(xy: np.ndarray, pitch: float) -> np.ndarray:

@@ -15,7 +15,8 @@ from .._core.expression import Scale
 from .._core.genes import find_genes
 from .._core.spots import SpotData, pitch_of, spots_of
 from ..stats import neighbour_weights, pearson
-from ._biomarkers.blind import COLOUR, COORDINATES, DEPTH, fields, within_sections
+from ..stats._baselines import place
+from ._biomarkers.blind import COLOUR, COORDINATES, DEPTH, fields
 from ._evaluate.aligned import MIN_SPOTS
 from ._paired import paired_spots
 
@@ -98,8 +99,9 @@ def compare(
         if not np.isfinite(truth.xy).all():
             for table in truth.tables:
                 spots_of(table)
-        xy = np.column_stack([within_sections(axis, truth) for axis in truth.xy.T])
-        seen[COORDINATES] = np.column_stack([xy, within_sections(np.square(xy).sum(1), truth)])
+        seen[COORDINATES] = np.empty((len(units), 3))
+        for unit in range(len(owner)):
+            seen[COORDINATES][units == unit] = place(truth.xy[units == unit])
     elif "triplex" in chosen:
         raise ValueError("`protocols` 'triplex' averages neighbours, and `data` has no obsm['spatial']; leave it out")
     every = np.ones(len(units), bool)

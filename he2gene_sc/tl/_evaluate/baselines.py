@@ -1,4 +1,4 @@
-"""What the baselines of hg.tl.evaluate read of each spot: class, depth, colour."""
+"""What the baselines of hg.tl.evaluate read of each spot: class, depth, colour, place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..._core.keys import Keys
 from ..._core.slide import colours_of, slides_of
+from ...stats._baselines import place
 from .aligned import Judged
 from .metrics import BASELINES
 
@@ -61,6 +62,11 @@ def _reads(
         if not hasattr(data, "tables"):
             raise ValueError("a SpatialData object with the image is needed, this is a table alone")
         return colours_of(slides_of(data, table, keys.uns), table, _densities, 6)[judged.rows]
+    if name == "coordinates":
+        places = np.empty((len(judged.xy), 3))
+        for where in judged.sections.values():
+            places[where] = place(judged.xy[where])
+        return places
     if name == "training mean" and np.isnan(judged.mean).all():
         raise ValueError("the training means are not known")
     return None

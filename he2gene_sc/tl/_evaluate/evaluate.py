@@ -79,7 +79,7 @@ def evaluate(
     genes
         Genes to judge, a name or several. Default: all that were predicted and measured.
     baselines
-        Of ``"training mean"``, ``"class mean"``, ``"total counts"``, ``"mean colour"``, ``"nearest spots"``, see Notes.
+        Of ``"training mean"``, ``"class mean"``, ``"total counts"``, ``"mean colour"``, ``"coordinates"``, ``"nearest spots"``, see Notes.
         Default: all that can be computed.
     model
         The model, for its panels of genes and, in predictions of older versions, the training mean. Default: the one
@@ -133,6 +133,9 @@ def evaluate(
         Pearson correlation of measured - predicted with the log of total counts: what is left of the residual that
         sequencing depth explains.
 
+    A baseline has ``pearson`` and ``skill``, and ``pearson_difference`` and ``skill_difference``: those of the prediction minus its
+    own, paired on the same gene and spots.
+
     A row has a ``scope``: ``"section"``; ``"pooled"``, all spots together, so that differences between sections count,
     except for Moran's I and SSIM, where it is the mean over sections; ``"mean"``, the mean over patients, each the
     mean of its sections. With one section all three are the same. A gene that is constant on either side is
@@ -154,6 +157,7 @@ def evaluate(
     - ``"total counts"``: a line on log total counts, leave-one-out;
     - ``"mean colour"``: ridge on mean and SD of the optical density of three channels in a square as wide as a spot,
       fitted on the other four of five parts of the section, parts dealt from squares of 4 × 4 spots; it needs the image;
+    - ``"coordinates"``: the same of both axes and the squared distance from the middle of the section, as in :func:`he2gene_sc.tl.compare`;
     - ``"nearest spots"``: mean of the neighbouring spots, without the spot itself.
 
     Leaving a spot out lowers the mean of the others where its own value is high: the correlation (not the skill) of a

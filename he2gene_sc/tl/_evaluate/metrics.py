@@ -44,6 +44,8 @@ METRICS = (
     "depth_correlation",
 )
 BASELINE_METRICS = METRICS[:2]
+#: Of each, the prediction's minus that of the baseline, on the same gene and spots.
+DIFFERENCES = tuple(f"{metric}_difference" for metric in BASELINE_METRICS)
 #: Of these a picture is needed, which only a section is: pooled, they are the mean over sections.
 _OF_MAPS = ("moran_measured", "moran_predicted", "ssim")
 ALL_SECTIONS = "all sections"
@@ -54,6 +56,7 @@ SEEN = {
     "class mean": "labels of this slide; expression of its other spots",
     "total counts": "total counts of every spot of this slide; expression of its other spots",
     "mean colour": "colour of every spot of this slide; expression of the spots of its other parts",
+    "coordinates": "place of every spot of this slide; expression of the spots of its other parts",
     "nearest spots": "expression of the neighbouring spots of this slide",
 }
 BASELINES = tuple(name for name in SEEN if name != MODEL)
@@ -74,7 +77,7 @@ def judge(judged: Judged, baselines: Mapping[str, np.ndarray | None], *, n_split
     """Metrics of the model and the baselines, section by section and over all spots together.
 
     ``baselines`` map those to compute to what they read of each spot: codes ``(n,)``, log total counts ``(n,)``, colours
-    ``(n, f)`` or ``None``.
+    or places ``(n, f)``, or ``None``.
     """
     weights = {name: neighbour_weights(judged.xy[w], judged.pitches[name]) for name, w in judged.sections.items()}
     model = [_model(judged, where, weights[name], True, n_splits, seed) for name, where in judged.sections.items()]
@@ -85,8 +88,9 @@ def judge(judged: Judged, baselines: Mapping[str, np.ndarray | None], *, n_split
         pooled[judged.predictor] = _model(judged, everywhere, _within(judged, weights), False, n_splits, seed)
         pooled[judged.predictor] |= {metric: _mean(of_sections[judged.predictor][metric]) for metric in _OF_MAPS}
     for name, reads in baselines.items():
-        parts, whole = _baseline(judged, name, reads, weights)
-        of_sections[name], pooled[name] = parts, whole
+        for found, scores in zip((of_sections, pooled), _baseline(judged, name, reads, weights), strict=True):
+            own = found[judged.predictor]
+            found[name] = scores | {f"{metric}_difference": own[metric] - scores[metric] for metric in BASELINE_METRICS}
     return Results(of_sections, pooled)
 
 
@@ -173,7 +177,7 @@ def _predictor(
         return lambda _, where, values: of_others.line(values, reads[where])
     if name == "nearest spots":
         return lambda section, _, values: of_others.neighbours_mean(values, weights[section])
-    if name == "mean colour" and reads is not None:
+    if name in ("mean colour", "coordinates") and reads is not None:
         tissue = {s: of_others.tissue_parts(judged.xy[w], judged.pitches[s]) for s, w in judged.sections.items()}
         return lambda section, where, values: of_others.ridge(values, reads[where], tissue[section])
     return None
@@ -240,7 +244,7 @@ def summarise(genes: pd.DataFrame, panels: Mapping[str, np.ndarray]) -> pd.DataF
 
     ``n_genes`` are those with a correlation, ``n_constant`` those without: constant on either side.
     """
-    metrics = [metric for metric in METRICS if metric in genes]
+    metrics = [metric for metric in METRICS + DIFFERENCES if metric in genes]
     rows = []
     for (scope, section, predictor), frame in genes.groupby(
         ["scope", "section", "predictor"], observed=True, sort=False
