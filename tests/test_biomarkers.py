@@ -285,6 +285,8 @@ def test_mixed_takes_covariates():
     assert not np.allclose(of(plain)["pvals"], of(adjusted)["pvals"].reindex(of(plain).index))
     with pytest.raises(ValueError, match="'pseudobulk', 'means', 'mixed' and 'spatial' alone"):
         found(tables, covariates="depth", method="wilcoxon")
+    with pytest.raises(ValueError, match=r"`depth` is 'depth' and enters .* the method is 'wilcoxon'; leave it out"):
+        found(tables, depth="depth", method="wilcoxon")
     with pytest.raises(ValueError, match="`covariates` 'no' is not a column"):
         found(tables, method="mixed", covariates="no")
     with pytest.raises(ValueError, match="several values within sample"):

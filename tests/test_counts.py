@@ -156,6 +156,8 @@ def test_deseq2_is_pydeseq2_or_names_what_to_install(monkeypatch):
         found(tables, method="deseq2")
     monkeypatch.undo()
     pytest.importorskip("pydeseq2")
+    with pytest.raises(ValueError, match=r"`depth` is 'total' and enters .* the method is 'deseq2'"):
+        found(tables, method="deseq2", depth="total")
     result = found(tables, method="deseq2")
     assert (result["method"] == "deseq2").all()
     assert np.corrcoef(result["effect_size"], found(tables)["effect_size"].reindex(result.index))[0, 1] > 0.9

@@ -156,12 +156,19 @@ def biomarkers(
             column_of(table, key, "covariates")
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale, join=design.join, reliable_only=reliable_only)
     chosen = method_for(method, spots, design)
-    known_depth = depth_of(spots, design.depth) if chosen.takes_depth(design) else None
+    takes_depth = chosen.takes_depth(design)
+    # Of cross-fitted labels depth is taken off before.
+    if design.depth not in (None, "auto") and not (takes_depth or cross_fit or chosen.name == "ppi"):
+        raise ValueError(
+            f"`depth` is {design.depth!r} and enters method='pseudobulk', 'means', 'mixed', 'spatial' and 'ppi' alone, the method is "
+            f"{chosen.name!r}; leave it out of hg.Design, or name another method"
+        )
+    known_depth = depth_of(spots, design.depth) if takes_depth else None
     run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
     agreement = None
     if cross_fit:
         halves, agreement = cross_fitted_halves(spots, measured, measured_scale, design.depth, groups, reference)
-        depths = [depth_of(half, design.depth) if chosen.takes_depth(design) else None for half in halves]
+        depths = [depth_of(half, design.depth) if takes_depth else None for half in halves]
         parts = [compare(half, depth=depth, **run) for half, depth in zip(halves, depths, strict=True)]
     else:
         known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
