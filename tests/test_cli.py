@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,32 +36,34 @@ def main(monkeypatch, capsys):
     return call
 
 
-@pytest.fixture
-def small_toy(monkeypatch):
-    """Make `datasets.toy` return few spots."""
-    toy = hg.datasets.toy
-    monkeypatch.setattr(hg.datasets, "toy", lambda *_, **__: toy((3, 4), mpp=2.0))
-
-
-@pytest.fixture
-def no_data(monkeypatch, tmp_path):
-    """No her2st: neither here, nor in a cache, nor online."""
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What the demo printed and its folder, without her2st: neither here, nor in a cache, nor online; of few spots."""
     import pooch
 
     def offline(self, name, **_):
         raise OSError("no network")
 
-    monkeypatch.delenv("HE2GENE_DATA_DIR", raising=False)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(hg.settings, "data_dir", tmp_path / "empty")
-    monkeypatch.setattr(pooch.Pooch, "fetch", offline)
+    toy, out = hg.datasets.toy, tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hg.datasets, "toy", lambda *_, **__: toy((3, 4), mpp=2.0))
+        patch.delenv("HE2GENE_DATA_DIR", raising=False)
+        patch.setattr(hg.settings, "data_dir", tmp_path_factory.mktemp("empty"))
+        patch.setattr(pooch.Pooch, "fetch", offline)
+        result = CliRunner().invoke(cli.app, ["demo", "--out", str(out / "demo")], catch_exceptions=False)
+    return result.output, out / "demo"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "toy.zarr"
+    hg.datasets.toy((3, 4), mpp=2.0).write(path)
+    return path
 
 
 @pytest.fixture
-def store(tmp_path):
-    path = tmp_path / "toy.zarr"
-    hg.datasets.toy((3, 4), mpp=2.0).write(path)
-    return path
+def store(written, tmp_path):
+    return Path(shutil.copytree(written, tmp_path / "toy.zarr"))
 
 
 @pytest.fixture
@@ -228,22 +231,22 @@ def test_evaluate_refuses_what_is_no_store_or_was_not_predicted(main, store, tmp
 # -------------------------------------------------------------------------------------------------- demo
 
 
-def test_demo_without_data_says_so_and_goes_on_with_the_toy(run, no_data, small_toy, tmp_path):
-    output = run("demo", "--out", tmp_path / "demo").output
+def test_demo_without_data_says_so_and_goes_on_with_the_toy(demo):
+    output, _ = demo
     assert "No real data: her2st files not found" in output
     assert "Going on with the synthetic toy slide: what follows shows the road, not the accuracy." in output
 
 
-def test_demo_writes_store_pictures_and_genes(run, no_data, small_toy, tmp_path):
-    run("demo", "--out", tmp_path / "demo")
-    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"toy.zarr", "genes.png", "annotation.png", "genes.csv"}
-    genes = pd.read_csv(tmp_path / "demo" / "genes.csv")
+def test_demo_writes_store_pictures_and_genes(demo):
+    _, out = demo
+    assert {p.name for p in out.iterdir()} == {"toy.zarr", "genes.png", "annotation.png", "genes.csv"}
+    genes = pd.read_csv(out / "genes.csv")
     assert genes.columns.tolist() == ["gene", "mean", "pearson", "ceiling", "pcc", "reliable"]
-    assert set(genes["gene"]) == set(hg.get.genes(sd.read_zarr(tmp_path / "demo" / "toy.zarr")))
+    assert set(genes["gene"]) == set(hg.get.genes(sd.read_zarr(out / "toy.zarr")))
 
 
-def test_demo_reports_model_colour_and_ceiling_and_speed(run, no_data, small_toy, tmp_path):
-    output = run("demo", "--out", tmp_path / "demo").output
+def test_demo_reports_model_colour_and_ceiling_and_speed(demo):
+    output, _ = demo
     assert "model   colour alone   noise ceiling" in output
     assert "12 spots" in output
     assert "spots/s" in output

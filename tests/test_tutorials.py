@@ -1,4 +1,7 @@
+import atexit
 import base64
+import copy
+import functools
 import io
 import logging
 import re
@@ -18,6 +21,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_output
 
 import he2gene_sc as hg
+from he2gene_sc._core.element_results import copy_tables
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +65,20 @@ each = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
+def sections():
+    """Read a section once for all tutorials; each has a table and attributes of its own."""
+    load = functools.cache(hg.datasets.her2st)
+
+    def call(name):
+        sdata = copy_tables(load(name))
+        sdata.attrs = copy.deepcopy(sdata.attrs)
+        return sdata
+
+    yield call
+    load.cache_clear()
+
+
+@pytest.fixture(scope="module")
 def features(tmp_path_factory):
     """Features of a section are the same for every tutorial with its windows."""
     return str(tmp_path_factory.mktemp("features"))
@@ -81,9 +99,11 @@ def execute(monkeypatch):
     # pytest keeps warnings and the log; Jupyter shows them.
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: print(message, file=sys.stderr))
     logging.getLogger("he2gene_sc").addHandler(logging.lastResort)
+    shells = []
 
     def call(path):
         shell, notebook = InteractiveShell(), nbformat.read(path, as_version=4)
+        shells.append(shell)
         for count, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
             with capture_output() as said:
                 shell.run_cell(cell.source).raise_error()
@@ -97,6 +117,11 @@ def execute(monkeypatch):
 
     yield call
     logging.getLogger("he2gene_sc").removeHandler(logging.lastResort)
+    for shell in shells:
+        # Else its sections, and a `__main__` of its own, would stay to the end.
+        shell.restore_sys_module_state()
+        shell.atexit_operations()
+        atexit.unregister(shell.atexit_operations)
 
 
 def text_of(cell):
@@ -148,9 +173,10 @@ def test_tutorial_runs_on_the_toy_slide(execute, path, monkeypatch):
 @pytest.mark.data
 @each
 def test_tutorial_on_real_sections_shows_figures_and_numbers_for_the_documentation(
-    execute, path, features, monkeypatch
+    execute, path, sections, features, monkeypatch
 ):
     train = hg.tl.train
+    monkeypatch.setattr(hg.datasets, "her2st", sections)
     monkeypatch.setattr(hg.tl, "train", lambda *sections, **options: train(*sections, **options | {"cache": features}))
     notebook, names = execute(path)
     said = check_outputs(notebook)

@@ -1,6 +1,8 @@
 """Odd commands: what a shell may be asked for."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -23,9 +25,15 @@ def _run(*words: object) -> str:
     return app([str(word) for word in words], standalone_mode=False)
 
 
+@cache
+def _written() -> Path:
+    path = _place() / "slide.zarr"
+    predicted().write(path)
+    return path
+
+
 def _store(place: Path) -> Path:
-    predicted().write(place / "slide.zarr")
-    return place / "slide.zarr"
+    return Path(shutil.copytree(_written(), place / "slide.zarr"))
 
 
 def _picture(place: Path) -> Path:
@@ -52,8 +60,6 @@ def _cut(pattern: str) -> Callable[[Path], Any]:
 
 
 def _removed(pattern: str) -> Callable[[Path], Any]:
-    import shutil
-
     def change(store: Path) -> None:
         for path in sorted(store.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
