@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -37,6 +38,20 @@ class Settings:
     device: str = "auto"
     show_progress_bar: bool = True
     memory_limit: int = 2 * 1024**3
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        from ._core import validate
+
+        validate.key_in(name, self.__annotations__, "hg.settings", what="a setting")
+        if name == "memory_limit":
+            validate.in_range(value, name, least=0, what="a number of bytes")
+        elif name == "show_progress_bar":
+            validate.flag(value, name)
+        elif name == "device" and not hasattr(value, "type"):
+            validate.name(value, name)
+        elif name == "data_dir" and value is not None:
+            validate.folder_or_file(value, name)
+        object.__setattr__(self, name, value)
 
     def resolved_data_dir(self) -> Path | None:
         """Return the folder that holds local data, or ``None`` when neither the setting nor the variable is set."""

@@ -195,6 +195,16 @@ def test_a_summary_replaces_no_other_file(tmp_path, monkeypatch, name, content, 
     assert content is None or (tmp_path / name).read_text() == content
 
 
+@pytest.mark.parametrize("patient", [1.0, "1", " 1 ", np.float64(1)])
+def test_patients_of_a_manifest_are_cleaned(tmp_path, patient):
+    given = {"output_dir": None, "keep_images": True, "overwrite": False}
+    frame = pd.DataFrame({"path": ["a.svs", "b.svs"], "patient": [patient, np.nan]})
+    jobs, _ = read_jobs(frame, {"mpp": 1.0}, **given)
+    assert [job.labels for job in jobs] == [{"patient": "1"}, {}]
+    with pytest.raises(ValueError, match="row 0: `patient` holds 'None', which is a missing value"):
+        read_jobs(frame.assign(patient="None"), {"mpp": 1.0}, **given)
+
+
 @pytest.mark.parametrize("labels", [{}, {"patient": "P1"}, {"section": "S", "patient": "P1"}])
 @pytest.mark.parametrize("name", ["s.csv", "s.TSV"])
 def test_a_summary_of_an_earlier_run_is_replaced(tmp_path, name, labels):

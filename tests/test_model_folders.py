@@ -283,6 +283,20 @@ def test_a_gene_table_of_other_rows_or_columns_is_refused(folder, change):
         load(folder)
 
 
+def test_rows_in_another_order_than_the_weights_are_refused(full, tmp_path):
+    bias = np.linspace(0.1, 3, len(full.genes), dtype=np.float32)
+    model = HE2Gene(full.card, full.genes.assign(mean=bias.astype(float)), full.tensors | {"genes.bias": bias})
+    folder = model.save(tmp_path / "model")
+    assert load(folder).genes.index.equals(full.genes.index)
+
+    def swap(lines):
+        lines[1], lines[3] = lines[3], lines[1]
+
+    change_genes(folder, swap)
+    with pytest.raises(ValueError, match=r"model/genes.csv: 2 genes, such as .*another order than the weights"):
+        load(folder)
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"\xef\xbb\xbfgene,group\n", b'gene,"\n'])
 def test_a_gene_table_of_bytes_is_refused(folder, data):
     (folder / "genes.csv").write_bytes(data)

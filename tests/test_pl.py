@@ -187,6 +187,18 @@ def test_spatial_asks_for_a_prediction_first(toy):
         hg.pl.spatial(toy, "ERBB2")
 
 
+def test_spatial_refuses_the_layer_of_another_prediction(toy, tiny_model):
+    for key in ("he2gene", "second"):
+        hg.tl.predict(toy, model=tiny_model, key_added=key)
+    with pytest.raises(ValueError, match="`layer` 'second' is of prediction 'second', not of 'he2gene'"):
+        hg.pl.spatial(toy, "ERBB2", layer="second")
+
+
+def test_dates_are_labels(predicted):
+    predicted["table"].obs["day"] = pd.to_datetime(["2020-01-01", "2020-01-02"] * (predicted["table"].n_obs // 2))
+    hg.pl.spatial(predicted, color="day", show=False)
+
+
 def test_spatial_refuses_a_measured_layer_that_is_not_there(predicted):
     with pytest.raises(ValueError, match=r"`measured` 'raw' is no layer, valid: \['he2gene'\]"):
         hg.pl.spatial(predicted, "ERBB2", measured="raw")

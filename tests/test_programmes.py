@@ -16,6 +16,7 @@ from tiny_sections import N_COLOUR, facts, planted, recipe
 import he2gene_sc as hg
 from he2gene_sc.models import ModelCard
 from he2gene_sc.stats import log_normalise
+from he2gene_sc.tl._gene_sets import read_net
 from he2gene_sc.training import Programmes, build_model, log_targets
 
 PLANTED, NOISE = [f"g{i}" for i in range(6)], [f"g{i}" for i in range(10, 16)]
@@ -148,6 +149,8 @@ def test_what_does_not_fit_is_refused_and_nothing_of_the_user_is_overwritten(tab
         ({"a/b": PLANTED}, "`net`: set name 'a/b' cannot be stored"),
         ({"a": ["x1", "x2"]}, "`net`: no set has 5 of the 30 genes"),
         (pd.DataFrame({"source": "a", "target": PLANTED, "weight": np.nan}), "`net`: 'weight' is not a finite number"),
+        (pd.DataFrame({"source": "a", "target": PLANTED, "weight": 0}), "`net`: 'weight' is not a finite number other"),
+        ({"a": None}, "`net` is None; a list of texts is needed"),
         ("no.gmt", "`net`: there is no file"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -224,3 +227,12 @@ def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(
         hg.tl.train(slides[:3], preset="he2gene-base", genes=hg.GeneSelection(programmes=fat))
     with pytest.raises(ValueError, match="`programmes`: there is no file 'no.gmt'"):
         hg.GeneSelection(programmes="no.gmt")
+
+
+def test_names_of_sets_and_genes_are_cleaned():
+    clean = read_net(SETS)
+    blanks = {f"{name} ": [f" {gene}" for gene in genes] for name, genes in SETS.items()}
+    pd.testing.assert_frame_equal(read_net(blanks), clean)
+    categories = clean.astype("category")
+    categories["source"] = categories["source"].cat.add_categories("unused")
+    pd.testing.assert_frame_equal(read_net(categories), clean)

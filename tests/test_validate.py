@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import he2gene_sc as hg
 from he2gene_sc._core import validate
 
 
@@ -36,6 +37,42 @@ def test_key_in_names_what_is_there():
 def test_whole_takes_whole_numbers_alone(value):
     with pytest.raises(ValueError, match="`n_splits` is .*; a whole number from 1 is needed"):
         validate.whole(value, "n_splits")
+
+
+@pytest.mark.parametrize("value", [True, 1, {"ERBB2": 1}, [["ERBB2"]], [None], b"ERBB2"])
+def test_lists_of_names_hold_names(value):
+    with pytest.raises(ValueError, match="`genes` is .*; a list of texts is needed"):
+        validate.names(value, "genes", one=True)
+    assert validate.names("ERBB2", "genes", one=True) == ["ERBB2"]
+    assert validate.names((name for name in ["a", "b"]), "genes") == ["a", "b"]
+
+
+def test_seeds_that_no_library_takes_are_refused():
+    def verb(*, seed: int = 0) -> None:
+        """Nothing."""
+
+    validate.arguments(verb, {"seed": 2**31 - 1})
+    with pytest.raises(ValueError, match="`seed` is 2147483648; a whole number from 0 to 2,147,483,647 is needed"):
+        validate.arguments(verb, {"seed": 2**31})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("memory_limit", "1GB"),
+        ("memory_limit", float("nan")),
+        ("memory_limit", -1),
+        ("show_progress_bar", "yes"),
+        ("device", None),
+        ("data_dir", 3),
+        ("memorylimit", 1),
+    ],
+)
+def test_settings_are_checked_when_they_are_set(name, value):
+    before = vars(hg.settings).copy()
+    with pytest.raises(ValueError, match=name):
+        setattr(hg.settings, name, value)
+    assert vars(hg.settings) == before
 
 
 def test_whole_and_in_range_return_the_value():

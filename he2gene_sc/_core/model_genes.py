@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from . import validate
 from .genes import by_previous, symbols_in
 from .validate import format_list, near
 
@@ -45,7 +46,7 @@ def match_genes(
     is not in the table under both.
     """
     if genes is not None and not isinstance(genes, str):
-        genes = list(genes)
+        genes = validate.names(genes, "genes")
         if not genes:
             raise ValueError("`genes` is empty; name some genes, or use None or 'all'")
         _check_known(model, genes)

@@ -40,7 +40,11 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
     measured = [key for key in found if MADE not in sdata[key].uns]
     candidates = measured or found
     if not candidates:
-        raise ValueError(f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first")
+        lost = [key for key, table in sdata.tables.items() if prediction_key in table.layers]
+        hint = f" (of {lost} the layer is there and the record in uns is not: anndata.concat keeps it with uns_merge='first')"
+        raise ValueError(
+            f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"
+        )
     if len(candidates) > 1:
         raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
     with_text_names(sdata[candidates[0]])
@@ -109,9 +113,14 @@ def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | No
 
 
 def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str = "he2gene") -> str:
-    """Name of a layer. The default and the name of the prediction stand for the layer that the prediction wrote."""
+    """Name of a layer, not of another prediction; the default and the name of the prediction stand for what that wrote."""
     record = record_of(table, prediction_key)
     name = str(record["layer"]) if layer in (Keys().layer, prediction_key) else layer
+    for key, other in table.uns.items():
+        if is_prediction(other) and other["layer"] == name and key != prediction_key:
+            raise ValueError(
+                f"`layer` {name!r} is of prediction {key!r}, not of {prediction_key!r}; pass prediction_key={key!r}"
+            )
     if name not in table.layers:
         hint = "; hg.get.expression(data, genes) computes genes again" if name == record["layer"] else ""
         raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(layer_names(table))}{hint}")

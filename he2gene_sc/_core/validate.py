@@ -66,11 +66,12 @@ def is_number(value: object) -> bool:
     return bool(np.isfinite(value))
 
 
-def whole(value: Any, parameter: str, least: int = 1) -> int:
-    """Check that a value is a whole number from ``least``."""
-    if is_whole(value) and value >= least:
+def whole(value: Any, parameter: str, least: int = 1, most: float = np.inf) -> int:
+    """Check that a value is a whole number from ``least`` to ``most``."""
+    if is_whole(value) and least <= value <= most:
         return int(value)
-    raise ValueError(f"`{parameter}` is {value!r}; a whole number from {least} is needed")
+    end = "" if most == np.inf or not is_whole(value) or value < least else f" to {most:,.0f}"
+    raise ValueError(f"`{parameter}` is {value!r}; a whole number from {least}{end} is needed")
 
 
 def in_range(
@@ -141,15 +142,18 @@ def name(value: Any, parameter: str) -> str:
     raise ValueError(f"`{parameter}` is {value!r}; a name is needed")
 
 
-def names(value: Any, parameter: str, *, least: int = 0) -> list[Any]:
-    """Check that a value is a list of names, not one text."""
+def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> list[Any]:
+    """Check that a value is a list of names; one text is refused, or with ``one`` stands for a list of it."""
     if isinstance(value, str):
+        if one:
+            return [value]
         raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
-    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+    if isinstance(value, Mapping | bytes) or not isinstance(value, Iterable):
         raise ValueError(f"`{parameter}` is {value!r}; a list of texts is needed")
     found = list(value)
     if len(found) < least or not all(isinstance(part, str | int | float | np.generic) for part in found):
-        raise ValueError(f"`{parameter}` is {found!r}; a list of at least {least} texts is needed")
+        number = f"at least {least} texts" if least else "texts"
+        raise ValueError(f"`{parameter}` is {found!r}; a list of {number} is needed")
     return found
 
 
@@ -237,7 +241,8 @@ def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
     optional = "None" in kinds
     kinds.discard("None")
     if parameter.name == "seed":
-        return lambda value, name: whole(value, name, 0)
+        # More than that scikit-learn, leiden and numpy's older generators do not take.
+        return lambda value, name: whole(value, name, 0, 2**31 - 1)
     if len(kinds) == 1:
         check = {"str": _text, "bool": flag, "int": _whole, "float": _number}.get(kinds.pop())
     else:

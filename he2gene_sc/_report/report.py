@@ -142,7 +142,7 @@ def _page(
     table = get_table(data, table_key, prediction_key=prediction_key)
     record = record_of(table, prediction_key)
     keys = Keys(prediction_key, str(record["layer"]))
-    asked = [genes] if isinstance(genes, str) else list(genes or ())
+    asked = [] if genes is None else validate.names(genes, "genes", one=True)
     columns = columns_of(table, asked, symbols_of(table, record, None))
     known = gene_flags(table, keys.predicted)
     if missing := [gene for gene, i in zip(asked, columns, strict=True) if i < 0 or not known[i]]:

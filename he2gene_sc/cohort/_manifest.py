@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
+from .._core.names import asked_name
 from ._slide import Job, output_of
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ def read_jobs(
         models.append(options.pop("model", "breast-her2st"))
         path = options.pop("path")
         output = options.pop("output", None)
-        labels = {name: str(options.pop(name)) for name in LABELS if name in options}
+        labels = {name: options.pop(name) for name in LABELS if name in options}
         own = {name: options.pop(name) for name in _OF_IMAGES if name in options}
         try:
             own = {name: _value(name, value) for name, value in own.items()}
+            labels = {name: asked_name(value, name, sample=name == "patient") for name, value in labels.items()}
             _check({**options, **own}, is_local)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -226,7 +228,7 @@ def _value(column: str, value: Any) -> Any:
     if column in _OF_IMAGES:
         kinds = {_OF_IMAGES[column].__name__}
     elif column in LABELS:
-        return str(value).strip()
+        return value
     else:
         annotation = inspect.formatannotation(_options()[column].annotation)
         kinds = {kind.strip(" '").partition("[")[0] for kind in annotation.split("|")}

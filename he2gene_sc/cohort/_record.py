@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core.keys import ATTRS, Keys
+from .._core.names import clean_names
 from ._slide import SOURCE, Job
 
 if TYPE_CHECKING:
@@ -151,9 +152,7 @@ def _plain(value: Any) -> Any:
 
 
 def _has_labels(table: Path, labels: Mapping[str, str]) -> bool:
-    return all(
-        bool((np.asarray(_read(table / "obs" / name)).astype(str) == value).all()) for name, value in labels.items()
-    )
+    return all(bool((clean_names(_read(table / "obs" / name)) == value).all()) for name, value in labels.items())
 
 
 def _share_annotated(table: Path, keys: Keys) -> float:

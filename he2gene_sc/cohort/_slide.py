@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core.keys import ATTRS
+from .._core.names import clean_names
 from .._core.validate import format_list
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _check_labels(sdata: SpatialData, labels: Mapping[str, str]) -> None:
     """Refuse a patient or section that a table contradicts."""
     for name, value in labels.items():
         for key, table in sdata.tables.items():
-            if name in table.obs and not (table.obs[name].astype(str) == value).all():
+            if name in table.obs and not (clean_names(table.obs[name]) == value).all():
                 raise ValueError(
                     f"`{name}` is {value!r}, but obs[{name!r}] of table {key!r} has "
                     f"{format_list(sorted(map(repr, table.obs[name].unique())))}; leave it out, or correct the table"

@@ -70,9 +70,9 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
 
     from ..io._raster import build_levels, image_element
 
-    rows, columns = (int(n) for n in shape)
-    if rows < 1 or columns < 1:
-        raise ValueError(f"`shape` is {shape}; at least one row and one column of spots are needed")
+    if len(given := validate.names(shape, "shape")) != 2:
+        raise ValueError(f"`shape` is {shape!r}; rows and columns of spots are needed, (12, 12) for example")
+    rows, columns = (validate.whole(n, "shape") for n in given)
     if not (np.isfinite(mpp) and 0 < mpp <= 10):
         raise ValueError(f"`mpp` is {mpp}; a number of µm per pixel above 0, at most 10, is needed")
     rng = np.random.default_rng(seed)

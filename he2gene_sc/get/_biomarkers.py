@@ -82,7 +82,7 @@ def biomarkers(
             validate.in_range(value, name)
     frame = find_result(data, "biomarkers", key, table_key)["results"].copy()
     if group is not None:
-        wanted = [group] if isinstance(group, str) else validate.names(group, "group", least=1)
+        wanted = validate.names(group, "group", least=1, one=True)
         if unknown := [name for name in wanted if name not in set(frame["group"])]:
             valid = frame["group"].unique().tolist()
             raise ValueError(f"`group` {unknown} was not tested, valid: {valid}{validate.near(unknown[0], valid)}")

@@ -13,7 +13,6 @@ from .._core.keys import MADE, Keys
 from .._core.lazy import is_large
 from .._core.matrix import dense, matrix_of, where_of
 from .._core.names import annotated_by
-from .._core.ownership import is_prediction
 from .._core.predictions import gene_flags, predicted_layer, record_of
 from .._core.spots import get_table
 from .._settings import settings
@@ -94,7 +93,6 @@ def predicted(
     table = get_table(data, table_key, prediction_key=prediction_key)
     record = record_of(table, prediction_key)
     name = None if layer is None else predicted_layer(table, prediction_key, layer)
-    _check_own(table, name, prediction_key)
     columns = _columns(table, prediction_key, reliable)
     chosen = matrix_of(table[:, columns], name)
     if hasattr(chosen, "dask") and is_large(*chosen.shape):
@@ -107,15 +105,6 @@ def predicted(
     where = where_of(name)
     rows, kept = _complete(values, where)
     return _copy(table, values[np.ix_(rows, kept)], rows, columns[kept], record, prediction_key, name)
-
-
-def _check_own(table: AnnData, layer: str | None, prediction_key: str) -> None:
-    """Refuse the layer of another prediction, whose reliable genes are others."""
-    for key, record in table.uns.items():
-        if is_prediction(record) and record["layer"] == layer and key != prediction_key:
-            raise ValueError(
-                f"`layer` {layer!r} is of prediction {key!r}, not of {prediction_key!r}; pass prediction_key={key!r}"
-            )
 
 
 def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.ndarray:

@@ -107,7 +107,7 @@ def to_geojson(
     table = get_table(sdata, table_key, prediction_key=prediction_key)
     record = record_of(table, prediction_key)
     name = None if layer is None else predicted_layer(table, prediction_key, layer)
-    names = [] if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    names = [] if genes is None else list(dict.fromkeys(validate.names(genes, "genes", one=True)))
     columns = columns_of(table, names, symbols_of(table, record, None))
     if missing := [gene for gene, column in zip(names, columns, strict=True) if column < 0]:
         raise ValueError(f"`genes` {missing[:5]} are not in the table; hg.get.genes(sdata) lists the predicted ones")

@@ -68,7 +68,7 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
 
     check_key(image_key, "image_key")
     check_mpp(mpp)
-    decoded = decode(Path(path).expanduser())
+    decoded = decode(validate.folder_or_file(path, "path"))
     found = mpp if mpp is not None else decoded.mpp
     if decoded.orientation != 1:
         warnings.warn(

@@ -127,7 +127,7 @@ def read_st(
     )
     if labels is not None:
         obs["annotation"] = pd.Categorical(_labels_of(ids, read_labels(labels), section))
-    images = {} if image is None else {IMAGE: upright_image(Path(image).expanduser())}
+    images = {} if image is None else {IMAGE: upright_image(validate.folder_or_file(image, "image"))}
     return section_of(csr_matrix(values.astype(np.float32)), obs, genes, centres, diameter_um / mpp, mpp, images)
 
 
@@ -212,7 +212,7 @@ def read_labels(labels: str | Path | pd.DataFrame, column: str = "label") -> pd.
 def _table(data: str | Path | pd.DataFrame, parameter: str, index_col: int | None = None) -> pd.DataFrame:
     if isinstance(data, pd.DataFrame):
         return data
-    path = Path(data).expanduser()
+    path = validate.folder_or_file(data, parameter)
     if not path.is_file():
         raise FileNotFoundError(f"`{parameter}` {str(data)!r}: no such file")
     check_header(path, parameter, "columns" if index_col is None else "genes")

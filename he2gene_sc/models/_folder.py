@@ -50,7 +50,21 @@ def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
             f"`model` folder {folder.name!r}: {len(genes)} genes in {_GENES}, {card.n_genes} in {_CARD}; they must agree"
         )
     check_tensors(card, tensors, f"`model`: {folder.name}/{_WEIGHTS}")
+    _check_order(genes, tensors, f"`model`: {folder.name}/{_GENES}")
     return card, genes, tensors
+
+
+def _check_order(genes: pd.DataFrame, tensors: dict[str, np.ndarray], where: str) -> None:
+    """Refuse rows in another order than the weights: the heads of features that were centred have the means as bias."""
+    mean, bias = genes["mean"].to_numpy(float), np.asarray(tensors.get("genes.bias", np.zeros(0)), float)
+    if mean.shape != bias.shape:
+        return
+    off = np.flatnonzero(~np.isclose(mean, bias, rtol=1e-3, atol=1e-4) & np.isfinite(mean))
+    if len(off) and np.allclose(np.sort(mean[off]), np.sort(bias[off]), rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"{where}: {len(off)} genes, such as {genes.index[off[:2]].tolist()}, have the means of one another: the rows are in "
+            "another order than the weights, each gene would get the values of another; fetch the folder again"
+        )
 
 
 def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:

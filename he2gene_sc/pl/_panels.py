@@ -243,8 +243,7 @@ def _add_legend(ax: Axes, panel: Panel, loc: str) -> None:
 def class_panel(slide: Canvas, column: str, title: str, glass: np.ndarray | None, item: int) -> Panel:
     """Panel of a column with labels; its colours are still to come."""
     values = slide.table.obs[column]
-    labels = np.array(values.astype(str), dtype=object)
-    labels[values.isna().to_numpy()] = None
+    labels = np.array([None if gone else str(label) for label, gone in zip(values, values.isna(), strict=True)], object)
     if (n := len(pd.unique(labels))) > _MOST_LABELS:
         raise ValueError(
             f"`genes`/`color`: obs[{column!r}] has {n} different labels; at most {_MOST_LABELS} have a colour each"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._core.expression import Scale, log_expression
 from .._core.genes import columns_of as named_columns
 from .._core.layers import layer_names
@@ -26,9 +27,7 @@ def columns_of(table: AnnData, predicted: np.ndarray, layer: str, genes: Sequenc
         if not known.any():
             raise ValueError(f"`layer` {layer!r} predicts no gene of the table")
         return np.flatnonzero(known)
-    if isinstance(genes, str):
-        raise ValueError(f"`genes` is {genes!r}; a list of genes is needed")
-    genes = list(dict.fromkeys(genes))
+    genes = list(dict.fromkeys(validate.names(genes, "genes")))
     key = prediction_of(table, layer)
     at = named_columns(table, genes, symbols_of(table, table.uns.get(key, {}), None))
     missing = [gene for gene, i in zip(genes, at, strict=True) if i < 0 or not known[i]]

@@ -154,7 +154,7 @@ def in_common(pairs: Sequence[tuple[SpotData, SpotData]], parameter: str = "data
 def _panel(known: Sequence[pd.Index], asked: Sequence[str] | None) -> pd.Index:
     """Genes that every layer has, or those that were asked for."""
     shared = reduce(lambda a, b: a[find_genes(a, b) >= 0], known)
-    wanted = [asked] if isinstance(asked, str) else list(shared if asked is None else dict.fromkeys(asked))
+    wanted = list(shared if asked is None else dict.fromkeys(validate.names(asked, "genes", one=True)))
     at = find_genes(wanted, shared, one_to_one=False)
     if not len(wanted) or (at < 0).any():
         absent = [gene for gene, place in zip(wanted, at, strict=True) if place < 0]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._core.genes import find_genes
 
 
@@ -37,10 +38,14 @@ def read_net(net: Any) -> pd.DataFrame:
         net = _read_gmt(path)
     if missing := [name for name in ("source", "target") if name not in net]:
         raise ValueError(f"`net` has no column {missing[0]!r}; 'source' (the set) and 'target' (the gene) are needed")
-    net = net[[name for name in ("source", "target", "weight") if name in net]]
-    net = net.dropna(subset=["source", "target"]).drop_duplicates()
-    if "weight" in net and not np.isfinite(pd.to_numeric(net["weight"], errors="coerce")).all():
-        raise ValueError("`net`: 'weight' is not a finite number in some rows; leave these rows or the column out")
+    net = net[[name for name in ("source", "target", "weight") if name in net]].dropna(subset=["source", "target"])
+    net = net.assign(**{name: net[name].astype(object).map(lambda text: str(text).strip()) for name in net.columns[:2]})
+    net = net.drop_duplicates()
+    weights = pd.to_numeric(net["weight"], errors="coerce") if "weight" in net else pd.Series(1.0, net.index)
+    if not (np.isfinite(weights) & (weights != 0)).all():
+        raise ValueError(
+            "`net`: 'weight' is not a finite number other than 0 in some rows; leave these rows or the column out"
+        )
     twice = net.duplicated(["source", "target"])
     if twice.any():
         source, target = net.loc[twice, ["source", "target"]].iloc[0]
@@ -51,7 +56,7 @@ def read_net(net: Any) -> pd.DataFrame:
 
 
 def _listed(sets: Iterable[tuple[str, Iterable[str]]]) -> pd.DataFrame:
-    rows = [(name, gene) for name, genes in sets for gene in ([genes] if isinstance(genes, str) else genes)]
+    rows = [(name, gene) for name, genes in sets for gene in validate.names(genes, "net", one=True)]
     return pd.DataFrame(rows, columns=["source", "target"])
 
 

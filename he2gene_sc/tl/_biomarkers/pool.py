@@ -94,6 +94,8 @@ def _genes(
         else:
             genes = genes.append(table.var_names[find_genes(table.var_names, genes) < 0])
     if not len(genes):
+        if without := [i for i, table in enumerate(tables) if not table.n_vars]:
+            raise ValueError(f"`data`: object {without[0]} has no genes; check how it was subset")
         raise ValueError(
             f"`data`: the objects have no gene in common, for example {tables[0].var_names[0]!r} and "
             f"{tables[-1].var_names[0]!r}"

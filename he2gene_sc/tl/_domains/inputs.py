@@ -85,7 +85,7 @@ def genes(
     """Names of the genes, and predicted and measured log expression of them, ``None`` where there is none."""
     validate.unique(table.var_names, "data", "genes of var_names")
     if given is not None:
-        given = [given] if isinstance(given, str) else list(given)
+        given = validate.names(given, "genes", one=True)
         found = columns_of(table, given, _symbols(table, layer))
         unknown = [name for name, column in zip(given, found, strict=True) if column < 0]
         if unknown:

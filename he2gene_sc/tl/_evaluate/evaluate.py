@@ -178,8 +178,8 @@ def evaluate(
     from ...models import load
 
     check_key(key_added, "key_added")
-    genes = [genes] if isinstance(genes, str) else genes
-    baselines = [baselines] if isinstance(baselines, str) else baselines
+    genes = None if genes is None else validate.names(genes, "genes", one=True)
+    baselines = None if baselines is None else validate.names(baselines, "baselines", one=True)
     if prediction_named(data, key_added):
         raise ValueError(
             f"`key_added` {key_added!r} is a prediction; to judge it pass prediction_key={key_added!r}, and as `key_added` "

@@ -93,10 +93,7 @@ class GeneSelection(validate.Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        listed = isinstance(self.genes, Iterable) and not isinstance(self.genes, str)
-        names = list(self.genes) if listed else None  # type: ignore[arg-type]
-        if self.genes is not None and not names:
-            raise ValueError(f"`genes` is {self.genes!r}; a list of genes or None is needed")
+        names = None if self.genes is None else validate.names(self.genes, "genes", least=1)
         validate.whole(self.n_target_genes, "n_target_genes")
         validate.in_range(self.min_spot_share, "min_spot_share", least=0, below=1, what="a share")
         _check_mapping(self.ensembl_ids, "ensembl_ids")
