@@ -381,6 +381,24 @@ def test_read_reduced_gives_the_same_from_a_coarser_level():
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, r" \(NaN or infinite\)"), (np.inf, r" \(NaN or infinite\)"), (3.0, "")]
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_float_pixel_that_is_none_is_named_by_its_place(value, said, lazy):
+    image = np.full((3, 300, 400), 0.5, np.float32)
+    image[1, 210, 333] = value
+    array = da.from_array(image, chunks=(3, 128, 128)) if lazy else image
+    reader = PatchReader(
+        Pyramid.single(array), np.array([[340.0, 200.0]]), 1.0, windows_um=(100.0,), input_px=32, factor=255.0
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"1 float pixels .* outside 0\.\.1{said}, the first in row 210, column 333; .* make them white, 1: ",
+    ):
+        reader.read_all()
+
+
 def test_float_pixels_that_overshoot_a_little_are_clipped_and_dark_ones_refused():
     assert check_pixels(3, np.float32, np.array([-0.01, 1.02]), "he") == 255.0
     assert check_pixels(3, np.float32, np.array([0.0, 256.0]), "he") == 1.0

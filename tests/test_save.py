@@ -20,6 +20,7 @@ from spatialdata.models import Image2DModel, Labels2DModel
 from spatialdata.transformations import Scale, get_transformation, set_transformation
 
 import he2gene_sc as hg
+from he2gene_sc._core import stores
 from he2gene_sc.io import _files, _save, _store
 
 pytestmark = pytest.mark.slow
@@ -301,9 +302,9 @@ def test_a_layer_that_other_tools_wrote_since_is_not_lost(backed, store):
 
 
 def test_values_that_other_tools_changed_since_are_noticed_where_the_reading_was_noted(store):
-    state = _store.fingerprints(store)
+    state = stores.fingerprints(store)
     sdata = sd.read_zarr(store)
-    _store.remember(sdata, state)
+    stores.remember(sdata, state)
     group = zarr.open_group(store / "tables" / "table", mode="r+", use_consolidated=False)
     write_elem(group, "X", np.ones(sdata["table"].shape, np.float32))
     with pytest.raises(FileExistsError, match="saved by another since it was read"):

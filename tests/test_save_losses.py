@@ -1,12 +1,13 @@
 """`hg.io.save` refuses what would lose elements, their rows, columns and places, and images whose files are gone."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
-from spatialdata.models import PointsModel
+from spatialdata.models import Image2DModel, PointsModel
 from spatialdata.transformations import Scale, get_transformation, set_transformation
 
 import he2gene_sc as hg
@@ -149,3 +150,57 @@ def test_an_attribute_that_another_added_and_that_was_deleted_stays_away(store):
         hg.io.save(first)
     hg.io.save(first, overwrite=True)
     assert "theirs" not in sd.read_zarr(store).attrs
+
+
+def test_a_relative_path_that_leads_to_another_store_is_refused(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        hg.datasets.toy((3, 4), mpp=2.0, seed=len(name) + ord(name)).write(tmp_path / name / "slide.zarr")
+    before = sd.read_zarr(tmp_path / "b" / "slide.zarr")["table"].to_df()
+    for known in (True, False):
+        monkeypatch.chdir(tmp_path / "a")
+        sdata = sd.read_zarr("slide.zarr")
+        if known:
+            hg.pp.tissue(sdata)
+        monkeypatch.chdir(tmp_path / "b")
+        for verb in (hg.io.save, hg.pp.tissue):
+            with pytest.raises(
+                FileNotFoundError, match="is of the store .*/a/" if known else "counts of another slide"
+            ):
+                verb(sdata)
+    pd.testing.assert_frame_equal(sd.read_zarr(tmp_path / "b" / "slide.zarr")["table"].to_df(), before)
+    sdata = sd.read_zarr("slide.zarr")
+    table = sdata["table"]
+    table.X = np.log1p(table.X.toarray())
+    table.var_names = [f"{name}-x" for name in table.var_names]
+    hg.io.save(sdata, overwrite=True)
+
+
+@pytest.mark.parametrize("inside", ["x.zarr", "tables/x.zarr"])
+def test_a_path_inside_a_store_or_around_ones_own_is_refused(store, tmp_path, inside):
+    sdata = sd.read_zarr(store)
+    with pytest.raises(ValueError, match=r"lies inside the zarr store .*slide\.zarr', of which"):
+        hg.io.save(sdata, store / inside)
+    with pytest.raises(ValueError, match=r"holds the store of `sdata`"):
+        hg.io.save(sdata, tmp_path, overwrite=True)
+
+
+def test_an_image_that_was_exchanged_on_disk_is_not_read_by_the_old_shape(store):
+    sdata = sd.read_zarr(store)
+    other = sd.read_zarr(store)
+    other.images["he"] = Image2DModel.parse(np.zeros((3, 50, 60), np.uint8), dims=("c", "y", "x"))
+    hg.io.save(other, overwrite=True)
+    with pytest.raises(FileNotFoundError, match=r"as an array of \[3, .*\[3, 50, 60\] is there now"):
+        hg.pp.tissue(sdata)
+
+
+@pytest.mark.parametrize("verb", [hg.pp.tissue, lambda sdata: hg.get.genes(sdata), lambda sdata: hg.pl.tissue(sdata)])
+def test_values_that_others_change_after_any_verb_met_the_object_are_not_lost(store, verb):
+    sdata = sd.read_zarr(store)
+    with contextlib.suppress(ValueError):
+        verb(sdata)
+    theirs = sd.read_zarr(store)
+    theirs["table"].obs["annotation"] = "by hand"
+    theirs.delete_element_from_disk("table")
+    theirs.write_element("table")
+    with pytest.raises(FileExistsError, match=r"saved by another since it was read.*obs\['annotation'\]"):
+        hg.io.save(sdata)

@@ -13,6 +13,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
 from test_predict import two_regions
 
+from he2gene_sc._core.mpp import stored_mpp
 from he2gene_sc._core.slide import resolve, slides_of
 
 
@@ -477,3 +478,31 @@ def test_slides_of_a_prediction_are_the_regions_that_were_predicted(toy):
 def test_bins_side_by_side_may_be_few_pixels_wide():
     assert resolve(slide_of(square(pitch=8.0), 4.0), mpp=2.0)[0].diameter_um == pytest.approx(16.0)
     assert resolve(slide_of(square(pitch=7.0), 3.5), mpp=1.1)[0].diameter_um == pytest.approx(7.7)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "transformation", "said"),
+    [
+        (np.s_[:, 100:300, 50:300], Translation([50, 100], axes=("x", "y")), None),
+        (np.s_[:, :300, :200], Identity(), None),
+        (np.s_[:, ::2, ::2], Identity(), r"If it was resampled, 4 is, .*\['mpp'\]\['he'\] = 4, or pass mpp=4"),
+        (np.s_[:, ::2, ::2], Scale([2, 2], axes=("x", "y")), "replaced or resampled.*= 4, or pass mpp=4"),
+        (
+            np.s_[:, np.arange(800) // 2, :],
+            Identity(),
+            "stated as 2 for 700 × 600 pixels, but the image has 700 × 800 now",
+        ),
+    ],
+)
+def test_stated_mpp_is_of_the_image_or_of_a_part_of_it(toy, pixels, transformation, said):
+    image = toy["he"].to_numpy()[pixels]
+    toy.images["he"] = Image2DModel.parse(image, dims=("c", "y", "x"), transformations={"global": transformation})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if said is None:
+            assert stored_mpp(toy, "he") == (2.0, "metadata")
+        else:
+            with pytest.raises((ValueError, UserWarning), match=said):
+                stored_mpp(toy, "he")
+            toy.attrs["he2gene"]["mpp"]["he"] = 4.0
+            assert stored_mpp(toy, "he") == (4.0, "metadata")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ class Spots:
 def facts_of(sdata: SpatialData) -> Mapping[str, Any]:
     """Return ``sdata.attrs["he2gene"]``, checked."""
     facts = sdata.attrs.get(ATTRS, {})
-    maps = [facts.get("mpp", {}), written := facts.get("written", {})] if isinstance(facts, Mapping) else [None]
-    if all(isinstance(found, Mapping) for found in maps) and all(isinstance(v, Mapping) for v in written.values()):
+    names = ("mpp", "mpp_of", "written")
+    maps: list[Any] = [facts.get(name, {}) for name in names] if isinstance(facts, Mapping) else [None]
+    if all(isinstance(found, Mapping) for found in maps) and all(isinstance(v, Mapping) for v in maps[-1].values()):
         return facts
     raise ValueError(
         f"`sdata`: attrs[{ATTRS!r}] is {facts!r}; it is where he2gene_sc keeps µm per pixel ({{'mpp': {{image: value}}}}). "
@@ -144,16 +146,20 @@ def levels(element: Any) -> list[Any]:
 
 def zarr_folders(array: Any) -> list[Path]:
     """Folders of the zarr arrays that a dask array reads."""
+    return [folder for folder, _ in _zarr_sources(array)]
+
+
+def _zarr_sources(array: Any) -> list[tuple[Path, Any]]:
     sources = []
     for name, layer in getattr(getattr(array, "dask", None), "layers", {}).items():
         if name.startswith("original-from-zarr"):
             sources.append(dict(layer)[name])
     roots = [(getattr(getattr(source, "store", None), "root", None), source) for source in sources]
-    return [Path(root, source.path) for root, source in roots if root is not None]
+    return [(Path(root, source.path), source) for root, source in roots if root is not None]
 
 
 def check_files(place: str, element: Any) -> None:
-    """Refuse images, labels and lazy tables whose zarr files are gone: zarr would give zeros."""
+    """Refuse images, labels and lazy tables whose zarr files are gone, or are others: zarr would give zeros, or noise."""
     if hasattr(element, "obs_names"):
         slots = (element.layers, element.obsm, element.varm, element.obsp, element.varp)
         arrays = [element.X, *(value for slot in slots for value in slot.values())]
@@ -161,11 +167,18 @@ def check_files(place: str, element: Any) -> None:
         arrays = [level.data for level in levels(element)]
     else:
         return
-    for folder in (folder for array in arrays for folder in zarr_folders(array)):
-        if not any((folder / name).is_file() for name in ("zarr.json", ".zarray")):
+    for folder, source in (found for array in arrays for found in _zarr_sources(array)):
+        metadata = next((folder / name for name in ("zarr.json", ".zarray") if (folder / name).is_file()), None)
+        if metadata is None:
             raise FileNotFoundError(
                 f"`sdata`: {place} reads {str(folder.absolute())!r}, which is not there: was the store moved or deleted, or has "
                 "the working folder changed? Read it again with spatialdata.read_zarr"
+            )
+        shape = json.loads(metadata.read_bytes()).get("shape")
+        if shape != list(source.shape):
+            raise FileNotFoundError(
+                f"`sdata`: {place} was read from {str(folder.absolute())!r} as an array of {list(source.shape)}, and {shape} is "
+                "there now: was it replaced, or has the working folder changed? Read the store again with spatialdata.read_zarr"
             )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from . import validate
-from .elements import facts_of, spot_element
+from .elements import facts_of, levels, spot_element
 from .keys import ATTRS
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ _MICROMETRE_SYSTEMS = ("micrometer", "micrometers", "micrometre", "micrometres",
 _EXACT = 2e-3
 #: Lengths that differ by more than this share between directions are said.
 _SQUARE = 0.05
+#: ``sdata.attrs[ATTRS][_STATED][image_key]``: µm/px and the image that it was stated for, by size, scale and place.
+_STATED = "mpp_of"
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,56 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
                 f"`sdata`: attrs[{ATTRS!r}]['mpp'][{image_key!r}] is {stored!r}; a positive number is needed: "
                 f"sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] = 0.5"
             )
+        _check_same_image(sdata, image_key, float(stored))
         return float(stored), "metadata"
     for system in get_transformation(sdata.images[image_key], get_all=True):
         if system.lower() in _MICROMETRE_SYSTEMS:
             return length_scale(affine(sdata.images[image_key], system)), f"coordinate system {system!r}"
     return None
+
+
+def stated_mpp(sdata: SpatialData, image_key: str, mpp: float) -> dict[str, Any]:
+    """``sdata.attrs[ATTRS]`` with µm per pixel of an image, and which image that is."""
+    facts = facts_of(sdata)
+    stated = {"mpp": float(mpp), _STATED: [float(mpp), *_frame(sdata.images[image_key])]}
+    return {**facts, **{name: {**facts.get(name, {}), image_key: value} for name, value in stated.items()}}
+
+
+def _frame(image: Any) -> tuple[float, ...]:
+    """Width, height, length of a pixel and place of the corner of an image in a coordinate system."""
+    from spatialdata.transformations import get_transformation
+
+    size, systems = levels(image)[0].sizes, get_transformation(image, get_all=True)
+    matrix = affine(image, "global" if "global" in systems else min(systems))
+    return size["x"], size["y"], length_scale(matrix, quiet=True), *map(float, matrix[:2, 2])
+
+
+def _check_same_image(sdata: SpatialData, image_key: str, mpp: float) -> None:
+    """Refuse a stated µm per pixel whose image was replaced by one of another size that is not a part of it."""
+    stated = facts_of(sdata).get(_STATED, {}).get(image_key, [])
+    if not isinstance(stated, list) or len(stated) != 6 or stated[0] != mpp:
+        return
+    was, now = np.array(stated[1:], float), np.array(_frame(sdata.images[image_key]))
+    size, scale = now[:2] / was[:2], now[2] / was[2]
+    if (size == 1).all():
+        return
+    same_form, same_scale = abs(size[0] / size[1] - 1) < 0.02, abs(scale - 1) < 0.01
+    moved = np.abs(now[3:] - was[3:]).max() > 0.5 * now[2]
+    if (size <= 1).all() and same_scale and (moved or not same_form):
+        return
+    likely = mpp / size[0] if same_form and not moved else mpp * scale
+    found = (
+        f"`mpp` of image {image_key!r} was stated as {mpp:.4g} for {was[0]:.0f} × {was[1]:.0f} pixels, but the image has "
+        f"{now[0]:.0f} × {now[1]:.0f} now"
+    )
+    own = f"state it: sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] = {likely:.4g}, or pass mpp={likely:.4g}"
+    if (size > 1).any() or (not same_scale and (abs(size * scale - 1) < 0.02).all()):
+        raise ValueError(f"{found}: it was replaced or resampled. If it shows the same tissue, {own}")
+    warnings.warn(
+        f"{found}. {mpp:.4g} is right if it was cropped. If it was resampled, {likely:.4g} is, and lengths on tissue are wrong; {own}",
+        UserWarning,
+        stacklevel=5,
+    )
 
 
 def known_mpp(sdata: SpatialData, image_key: str, mpp: float | None) -> float:

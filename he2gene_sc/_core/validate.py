@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .stores import note
+
 #: Names that an error lists before it counts the rest.
 _SHOWN = 20
 
@@ -190,7 +192,7 @@ def passed_on(given: Mapping[str, Any], valid: Sequence[str], verb: str) -> None
 
 
 def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Check that texts are texts, numbers numbers, flags True or False, and a seed a whole number from 0.
+    """Check that texts are texts, numbers numbers, flags True or False, and a seed a whole number from 0; note stores.
 
     Called first in a public function, as ``validate.arguments(predict, locals())``: a decorator would add a frame, and
     warnings would no longer point at the caller. Parameters with other annotations are left to the function itself.
@@ -202,6 +204,13 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     for name, check in _checks(function).items():
         if name in given:
             check(given[name], name)
+    for value in given.values():
+        several = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        )
+        for one in several:
+            if hasattr(one, "gen_elements"):
+                note(one)
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -155,9 +155,9 @@ def _predict_one(
 ) -> None:
     import pandas as pd
 
+    from .._core.stores import resolved
     from ..cohort._record import figures
     from ..cohort._slide import Job, output_of, predict_slide
-    from ..io._save import resolved
 
     job = Job(path, output_of(path) if out is None else resolved(out), options, **further)
     written = predict_slide(job, model)

@@ -250,7 +250,7 @@ def _value(column: str, value: Any) -> Any:
 
 def _check_outputs(jobs: list[Job]) -> None:
     """Refuse two slides with one output, and an output that is another's slide."""
-    from ..io._save import resolved
+    from .._core.stores import resolved
 
     writers: dict[Path, Job] = {}
     for job in jobs:

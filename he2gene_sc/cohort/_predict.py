@@ -183,7 +183,7 @@ class _Summary:
 
     def check_place(self, slides: Any) -> None:
         """Refuse a path that is not a table, or a file that would be lost."""
-        from ..io._save import resolved
+        from .._core.stores import resolved
 
         path = self.path
         if path is None:

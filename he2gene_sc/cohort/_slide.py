@@ -38,15 +38,14 @@ class Job:
     @property
     def in_place(self) -> bool:
         """Whether a store is updated."""
-        from ..io._save import resolved
+        from .._core.stores import resolved
 
         return self.path.is_dir() and self.output == resolved(self.path)
 
     @property
     def source(self) -> dict[str, Any]:
         """What tells whether a store was made from this slide; empty where it is updated."""
-        from ..io._save import resolved
-        from ..io._store import digest
+        from .._core.stores import digest, resolved
 
         if self.in_place:
             return {}
@@ -65,7 +64,7 @@ class Job:
 
 def output_of(path: Path, folder: Path | None = None) -> Path:
     """Where a prediction goes if nothing is said: into the store, or beside the image; or into ``folder``."""
-    from ..io._save import resolved
+    from .._core.stores import resolved
 
     place = path if path.is_dir() else path.with_suffix(".zarr")
     return resolved(place if folder is None else folder / f"{path.stem}.zarr")
@@ -103,8 +102,8 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
 
 
 def _open(store: Path) -> SpatialData:
+    from .._core.stores import fingerprints, remember
     from ..io._open import open_store
-    from ..io._store import fingerprints, remember
 
     as_read = fingerprints(store)
     sdata = open_store(store)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
+from .._core.mpp import stated_mpp
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -113,7 +114,7 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
         },
         tables={TABLE: TableModel.parse(table, region=SPOTS, region_key=REGION, instance_key=INSTANCE)},
     )
-    sdata.attrs[ATTRS] = {"mpp": {IMAGE: float(mpp)}}
+    sdata.attrs[ATTRS] = stated_mpp(sdata, IMAGE, mpp)
     return sdata
 
 

@@ -108,7 +108,8 @@ class BlockSource:
     def read(self, block: Block) -> np.ndarray:
         """Return the pixels of the next block, ``(3, rows, columns)`` uint8, valid until the next call but one."""
         if self._in_memory:
-            return to_rgb_uint8(self._array[:, block.top : block.bottom, block.left : block.right], self._factor)
+            pixels = self._array[:, block.top : block.bottom, block.left : block.right]
+            return to_rgb_uint8(pixels, self._factor, corner=(block.top, block.left))
         needed = self._needed[self._n_read]
         self._fill(needed)
         shape = (3, block.bottom - block.top, block.right - block.left)
@@ -155,7 +156,7 @@ class BlockSource:
                 stop += 1
             y0, y1 = iy * ch, min(self._height, (iy + 1) * ch)
             x0, x1 = ix * cw, min(self._width, (ix + stop - start) * cw)
-            strip = to_rgb_uint8(np.asarray(self._array[:, y0:y1, x0:x1]), self._factor)
+            strip = to_rgb_uint8(np.asarray(self._array[:, y0:y1, x0:x1]), self._factor, corner=(y0, x0))
             for i in range(stop - start):
                 self._cache[iy, ix + i] = strip[:, :, i * cw : (i + 1) * cw]
             start = stop

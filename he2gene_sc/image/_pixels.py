@@ -80,15 +80,16 @@ def check_channel_names(names: Sequence[object], name: str) -> list[int] | None:
     return None
 
 
-def to_rgb_uint8(block: np.ndarray, factor: float = 1.0, *, paint_black: bool = True) -> np.ndarray:
+def to_rgb_uint8(
+    block: np.ndarray, factor: float = 1.0, *, paint_black: bool = True, corner: tuple[int, int] = (0, 0)
+) -> np.ndarray:
     """Convert pixels ``(3 or 4, h, w)`` to RGB uint8, on white where transparent; the block itself if nothing changes.
 
     Exact black becomes white: stained tissue is never black, and an encoder takes painted background for an edge.
+    ``corner`` is the place of the block in the image, row and column, for errors.
     """
     if block.dtype != np.uint8:
-        low, high = block.min(initial=0) * factor, block.max(initial=0) * factor
-        if not np.isfinite(block).all() or low < -255 * _OVERSHOOT or high > 255 * (1 + _OVERSHOOT):
-            raise ValueError(f"`image_key`: a block of pixels lies outside 0..{255 / factor:g}; {_WANTED}")
+        _check_float(block, 255 / factor, corner)
         block = np.rint(np.clip(block * np.float32(factor), 0, 255)).astype(np.uint8)
     if block.shape[0] == 4:
         alpha = block[3].astype(np.uint16)
@@ -100,6 +101,20 @@ def to_rgb_uint8(block: np.ndarray, factor: float = 1.0, *, paint_black: bool = 
     if black.any():
         block = np.where(black, np.uint8(255), block)
     return block
+
+
+def _check_float(block: np.ndarray, top: float, corner: tuple[int, int]) -> None:
+    """Refuse float pixels that are not finite, or not in 0 to ``top``; say where they lie."""
+    low, high = block.min(initial=0), block.max(initial=0)
+    if np.isfinite([low, high]).all() and low >= -top * _OVERSHOOT and high <= top * (1 + _OVERSHOOT):
+        return
+    wrong = ~(np.isfinite(block) & (block >= -top * _OVERSHOOT) & (block <= top * (1 + _OVERSHOOT))).all(0)
+    row, column = np.argwhere(wrong)[0] + corner
+    nan = "" if np.isfinite(block).all() else " (NaN or infinite)"
+    raise ValueError(
+        f"`image_key`: {wrong.sum():,} float pixels among those that are read lie outside 0..{top:g}{nan}, the first in row {row:,}, column "
+        f"{column:,}; {_WANTED}. Where there is no tissue, make them white, {top:g}: image.where(numpy.isfinite(image), {top:g})"
+    )
 
 
 def reflect_index(start: int, size: int, n: int) -> np.ndarray:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import validate
 from .._core.elements import check_files, levels
+from .._core.stores import KINDS, ROOT_FILES, elements, fingerprints, remember, resolved
 from ._differences import Change
 from ._files import link_tree, swap, sync, sync_tree
 from ._staging import write
-from ._store import KINDS, ROOT_FILES, STAGING, elements, is_store, locked
+from ._store import STAGING, is_store, locked
 from ._update import reopen, update, user_attrs
 
 if TYPE_CHECKING:
@@ -84,20 +85,27 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     if sdata.path is not None and target == resolved(sdata.path) and target.exists() and is_store(target):
         update(sdata, target, overwrite=overwrite)
     else:
+        own = None if sdata.path is None else resolved(sdata.path)
+        if own is not None and target in own.parents:
+            raise ValueError(
+                f"`path` {str(target)!r} holds the store of `sdata`, {str(own)!r}; choose a path beside it"
+            )
         check_target(target, overwrite=overwrite)
         _copy(sdata, target, overwrite=overwrite)
+        sdata.path = target
+        remember(sdata, fingerprints(target))
     sdata.path = target
     return target
 
 
-def resolved(path: str | Path) -> Path:
-    """Absolute path of a store, links followed."""
-    return Path(path).expanduser().resolve()
-
-
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a path that must not be replaced, before any work is done."""
+    """Refuse a path that must not be replaced, or lies in a store, before any work is done."""
     if not target.exists():
+        if inside := [folder for folder in target.parents if any((folder / name).is_file() for name in ROOT_FILES)]:
+            raise ValueError(
+                f"`path` {str(target)!r} lies inside the zarr store {str(inside[-1])!r}, of which it would become a part; choose a "
+                f"path beside it: {str(inside[-1].parent / target.name)!r}"
+            )
         return
     if not is_store(target):
         raise FileExistsError(f"`path` {str(target)!r} exists and is not a SpatialData zarr store; choose another")

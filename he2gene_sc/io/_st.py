@@ -12,7 +12,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
-from .._core.mpp import check_mpp
+from .._core.mpp import check_mpp, stated_mpp
 from .._core.names import asked_name
 from ._decode import decode
 from ._raster import image_element
@@ -158,7 +158,7 @@ def section_of(
         shapes={SPOTS: shapes},
         tables={TABLE: TableModel.parse(table, region=SPOTS, region_key=REGION, instance_key=INSTANCE)},
     )
-    sdata.attrs[ATTRS] = {"mpp": {IMAGE: mpp}}
+    sdata.attrs[ATTRS] = stated_mpp(sdata, IMAGE, mpp)
     return sdata
 
 

@@ -1,30 +1,24 @@
-"""A SpatialData store as files: what lies in it, its lock, its root metadata, and whether it has changed."""
+"""A SpatialData store as files: its attributes, its lock and its root metadata."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._core.stores import KINDS, ROOT_FILES
 from ._files import WAITING, finish_swap, remove, replace_file, sync
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
-    from spatialdata import SpatialData
 
-#: Kinds of elements; tables last, since they name the others.
-KINDS = ("images", "labels", "points", "shapes", "tables")
 #: Names of what a save needs meanwhile; a leftover is removed by the next save.
 STAGING = ".he2gene_save"
-ROOT_FILES = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
 
 
 def is_store(path: Path) -> bool:
@@ -44,17 +38,6 @@ def root_attrs(store: Path) -> dict[str, Any] | None:
             if isinstance(content, dict):
                 return content
     return None
-
-
-def elements(store: Path) -> set[tuple[str, str]]:
-    """Kind and name of every element that lies in a store, in its consolidated metadata or not."""
-    found = set()
-    for kind in KINDS:
-        if (store / kind).is_dir():
-            for path in (store / kind).iterdir():
-                if not path.name.startswith(".") and any((path / name).is_file() for name in ROOT_FILES):
-                    found.add((kind, path.name))
-    return found
 
 
 # --- Lock ------------------------------------------------------------------------------------------------------------
@@ -194,53 +177,3 @@ def _consolidated(store: Path, version: Literal[2, 3]) -> dict[str, bytes]:
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(Captured(store), zarr_format=version)
     return files
-
-
-# --- Has it changed? -------------------------------------------------------------------------------------------------
-
-_AS_READ: weakref.WeakKeyDictionary[SpatialData, dict[tuple[str, str], int]] = weakref.WeakKeyDictionary()
-
-
-def fingerprints(store: Path) -> dict[tuple[str, str], int]:
-    """Describe the files of every element, without reading them; of images and labels, the metadata alone."""
-    return {(kind, name): fingerprint(store / kind / name) for kind, name in elements(store)}
-
-
-def fingerprint(element: Path) -> int:
-    """Describe the files of an element by name, inode, size and time."""
-    return hash(tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in _files(element)))
-
-
-def digest(store: Path) -> str:
-    """Describe the same files by name, size and time, alike in every process."""
-    facts = [
-        (kind, name, file, stat.st_size, stat.st_mtime_ns)
-        for kind, name in sorted(elements(store))
-        for file, stat in _files(store / kind / name)
-        if not S_ISDIR(stat.st_mode)
-    ]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def _files(element: Path) -> Iterator[tuple[str, os.stat_result]]:
-    raster = element.parent.name in ("images", "labels")
-    paths = [element, *element.glob("*"), *element.glob("*/.zarray"), *element.glob("*/zarr.json")]
-    for path in sorted(set(paths)) if raster else sorted(element.rglob("*")):
-        yield str(path.relative_to(element)), path.stat()
-
-
-def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:
-    """Note the files that an object was read from, so that a later save notices what was written in between."""
-    _AS_READ.setdefault(sdata, {}).update(state)
-
-
-def note(sdata: SpatialData) -> None:
-    """Note the files of an object's own store as they are now, but for elements that were noted before."""
-    store = sdata.path
-    if store is not None and store.is_dir():
-        remember(sdata, {**fingerprints(store), **remembered(sdata)})
-
-
-def remembered(sdata: SpatialData) -> dict[tuple[str, str], int]:
-    """Return what was noted of an object."""
-    return _AS_READ.get(sdata, {})

@@ -16,10 +16,11 @@ import numpy as np
 from .._core.element_results import is_as_written
 from .._core.elements import check_files
 from .._core.keys import ATTRS
+from .._core.stores import KINDS, elements, fingerprint, remember, remembered
 from ._differences import MAPPINGS, Change, Difference, levels, spatial_difference, table_difference
 from ._files import WAITING, swap, sync, sync_tree
 from ._staging import METADATA, quiet, stage, stage_metadata
-from ._store import KINDS, STAGING, RootMetadata, elements, fingerprint, locked, remember, remembered, root_attrs
+from ._store import STAGING, RootMetadata, locked, root_attrs
 
 if TYPE_CHECKING:
     from anndata import AnnData

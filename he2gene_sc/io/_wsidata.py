@@ -10,6 +10,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE
+from .._core.mpp import stated_mpp
 from ._he import read_he
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def from_wsidata(
         found[layer] = own.to_df()
     if wsi.reader.file in wsi.images:  # opened from a SpatialData object
         sdata = SpatialData(images={image_key: wsi.images[wsi.reader.file]})
-        sdata.attrs[ATTRS] = {"mpp": {image_key: wsi.properties.mpp}}
+        if wsi.properties.mpp is not None:
+            sdata.attrs[ATTRS] = stated_mpp(sdata, image_key, wsi.properties.mpp)
     else:
         sdata = read_he(wsi.reader.file, mpp=wsi.properties.mpp, image_key=image_key)
     sdata.shapes[tile_key] = ShapesModel.parse(GeoDataFrame(geometry=tiles.geometry.to_numpy()))

@@ -90,6 +90,7 @@ def tissue(
     pyramid, matrix = pyramid_of(sdata, image_key), affine(elements[image_key], system)
     ends = np.array([[x, y, 1] for x in (0, pyramid.width) for y in (0, pyramid.height)]) @ matrix.T
     (x0, y0), (x1, y1) = ends[:, :2].min(0), ends[:, :2].max(0)
+    found = stored_mpp(sdata, image_key)
     (axes,) = axes_for(1, ax, 1, 6.0, figsize=figsize, title=title, save=save, aspect=(y1 - y0) / (x1 - x0))
     factor = check_image(pyramid, image_key)
     draw_image(axes, *read_region(pyramid, factor, matrix, (x0, y0, x1, y1), panel_pixels(axes)))
@@ -101,7 +102,7 @@ def tissue(
         spots = f", {len(shapes):,} spots"
     axes.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xticks=[], yticks=[])
     axes.set_title(f"tissue: {100 * share:.0f} % of the image{spots}")
-    if (found := stored_mpp(sdata, image_key)) is not None:
+    if found is not None:
         um_per_unit = float(found[0] / np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
         add_scale_bar(axes, um_per_unit, (x1 - x0) / 4, "lower left")
     return finish([axes], save, title, show, return_fig)

@@ -11,8 +11,8 @@ import pandas as pd
 from .._core import validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import TissueMask, find_image, pyramid_of
-from .._core.keys import ATTRS, SPOTS
-from .._core.mpp import known_mpp
+from .._core.keys import SPOTS
+from .._core.mpp import known_mpp, stated_mpp
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -116,8 +116,7 @@ def grid(
                 f"`key_added` {key_added!r} names other shapes, which a table annotates; delete that table or choose "
                 "another key"
             )
-    stated = {**sdata.attrs.get(ATTRS, {}).get("mpp", {}), image_key: mpp}
-    write_element(sdata, "shapes", key_added, shapes, {"mpp": stated})
+    write_element(sdata, "shapes", key_added, shapes, stated_mpp(sdata, image_key, mpp))
     logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
 
 

@@ -11,6 +11,7 @@ from .._core.element_results import check_element_free, exchanged
 from .._core.elements import check_spatialdata
 from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import ATTRS
+from .._core.mpp import stated_mpp
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -103,9 +104,8 @@ def normalize_stains(
             "at their masks (hg.pl.tissue), or pass method='reinhard'"
         ) from error
     with exchanged(sdata, "images", key_added, source.images["normalized"]):
-        facts = sdata.attrs.get(ATTRS, {})
-        if image_key in (stated := facts.get("mpp", {})):
-            sdata.attrs[ATTRS] = {**facts, "mpp": {**stated, key_added: stated[image_key]}}
+        if image_key in (stated := sdata.attrs.get(ATTRS, {}).get("mpp", {})):
+            sdata.attrs[ATTRS] = stated_mpp(sdata, key_added, stated[image_key])
 
 
 def _alone(sdata: SpatialData, image_key: str, tissue_key: str | None) -> SpatialData:

@@ -105,10 +105,7 @@ def check_options(verb: str, options: Mapping[str, Any]) -> None:
 
 def find_slides(sdata: SpatialData, model: HE2Gene, **keys: Any) -> tuple[Slide, ...]:
     """Find the slides, and check that the model can read them; ``keys`` are those of :func:`resolve`."""
-    from ..io._store import note
-
     slides = resolve(sdata, **keys)
-    note(sdata)
     for slide in slides:
         _check_windows(slide, model)
         check_placement(sdata, slide)

@@ -1,0 +1,154 @@
+"""What lies in the store of an object, noted when a public function first meets it, so that a later change is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISDIR
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import os
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+#: Kinds of elements; tables last, since they name the others.
+KINDS = ("images", "labels", "points", "shapes", "tables")
+ROOT_FILES = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
+#: Rows that tell whose counts they are, and the share of entries, zero here alone and there alone, that is too much.
+_N_ROWS, _OTHER_COUNTS = 200, 0.05
+
+
+@dataclass
+class _Noted:
+    """The store of an object as it was."""
+
+    path: str  # as the object has it, maybe relative
+    place: Path  # where that led to
+    files: dict[tuple[str, str], int]  # of each element, by `fingerprint`
+
+
+_NOTED: weakref.WeakKeyDictionary[SpatialData, _Noted] = weakref.WeakKeyDictionary()
+
+
+def resolved(path: str | Path) -> Path:
+    """Absolute path of a store, links followed."""
+    return Path(path).expanduser().resolve()
+
+
+def elements(store: Path) -> set[tuple[str, str]]:
+    """Kind and name of every element that lies in a store, in its consolidated metadata or not."""
+    found = set()
+    for kind in KINDS:
+        if (store / kind).is_dir():
+            for path in (store / kind).iterdir():
+                if not path.name.startswith(".") and any((path / name).is_file() for name in ROOT_FILES):
+                    found.add((kind, path.name))
+    return found
+
+
+def fingerprints(store: Path) -> dict[tuple[str, str], int]:
+    """Describe the files of every element, without reading them; of images and labels, the metadata alone."""
+    return {(kind, name): fingerprint(store / kind / name) for kind, name in elements(store)}
+
+
+def fingerprint(element: Path) -> int:
+    """Describe the files of an element by name, inode, size and time."""
+    return hash(tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in _files(element)))
+
+
+def digest(store: Path) -> str:
+    """Describe the same files by name, size and time, alike in every process."""
+    facts = [
+        (kind, name, file, stat.st_size, stat.st_mtime_ns)
+        for kind, name in sorted(elements(store))
+        for file, stat in _files(store / kind / name)
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _files(element: Path) -> Iterator[tuple[str, os.stat_result]]:
+    raster = element.parent.name in ("images", "labels")
+    paths = [*element.glob("*"), *element.glob("*/.zarray"), *element.glob("*/zarr.json")]
+    for path in sorted(set(paths)) if raster else sorted(element.rglob("*")):
+        stat = path.stat()
+        # Folders change by what is made in them for a moment.
+        if not S_ISDIR(stat.st_mode):
+            yield str(path.relative_to(element)), stat
+
+
+def note(sdata: SpatialData) -> None:
+    """Note place and files of an object's store when it is first met; refuse a path that has come to lead elsewhere."""
+    if not isinstance(sdata.path, str | Path):
+        return
+    path, place = str(sdata.path), resolved(sdata.path)
+    noted = _NOTED.get(sdata)
+    if noted is not None and (noted.path == path or noted.place == place):
+        if noted.place != place:
+            raise FileNotFoundError(
+                f"`sdata` is of the store {str(noted.place)!r}, but its path {path!r} leads to {str(place)!r} now: the working folder, "
+                f"or a link, has changed. Go back: os.chdir({str(noted.place.parent)!r}), or read the store again by its absolute path"
+            )
+        noted.path = path
+    elif place.is_dir():
+        if not Path(path).is_absolute():
+            _check_counts(sdata, path, place)
+        # Files may come and go while another process saves.
+        with contextlib.suppress(OSError):
+            _NOTED[sdata] = _Noted(path, place, fingerprints(place))
+
+
+def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:
+    """Note the files that an object was read from, or that were just written to its store."""
+    _NOTED[sdata] = _Noted(str(sdata.path), resolved(str(sdata.path)), {**remembered(sdata), **state})
+
+
+def remembered(sdata: SpatialData) -> dict[tuple[str, str], int]:
+    """Return what was noted of the files of an object's store."""
+    noted = _NOTED.get(sdata)
+    return noted.files if noted is not None and noted.place == resolved(str(sdata.path)) else {}
+
+
+def _check_counts(sdata: SpatialData, path: str, place: Path) -> None:
+    """Refuse a relative path that leads to the store of another slide, by the counts of its tables."""
+    for name, table in sdata.tables.items():
+        other = False
+        # What cannot be read tells nothing here.
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            other = _has_other_counts(place / "tables" / name, table)
+        if other:
+            raise FileNotFoundError(
+                f"`sdata` was read by the relative path {path!r}, which leads to {str(place)!r}, whose table {name!r} holds the "
+                "counts of another slide: the working folder has changed. Go back by os.chdir, or read the store again by its "
+                "absolute path"
+            )
+
+
+def _has_other_counts(group_path: Path, table: AnnData) -> bool:
+    """Whether the zeros of a table differ from those on disk, at the same names, as no filter, scale or logarithm makes them."""
+    import zarr
+    from anndata.io import read_elem, sparse_dataset
+
+    group: Any = zarr.open_group(group_path, mode="r", use_consolidated=False)
+    if table.X is None or "X" not in group or not (table.obs_names.is_unique and table.var_names.is_unique):
+        return False
+    rows, columns = (
+        own.get_indexer(np.asarray(read_elem(group[axis][group[axis].attrs["_index"]]), object))
+        for axis, own in (("obs", table.obs_names), ("var", table.var_names))
+    )
+    first, shared = rows[:_N_ROWS] >= 0, columns >= 0
+    stored = sparse_dataset(group["X"]) if hasattr(group["X"], "keys") else group["X"]
+    there, here = (
+        x.toarray() if hasattr(x, "toarray") else np.asarray(x)
+        for x in (stored[: len(first)], table.X[rows[: len(first)][first]])
+    )
+    there, here = there[first][:, shared] != 0, here[:, columns[shared]] != 0
+    limits = (_OTHER_COUNTS * there.sum(), _OTHER_COUNTS * here.sum())
+    return bool((there & ~here).sum() > limits[0] and (here & ~there).sum() > limits[1])
