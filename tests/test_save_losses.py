@@ -1,6 +1,7 @@
 """`hg.io.save` refuses what would lose elements, their rows, columns and places, and images whose files are gone."""
 
 import contextlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +205,86 @@ def test_values_that_others_change_after_any_verb_met_the_object_are_not_lost(st
     theirs.write_element("table")
     with pytest.raises(FileExistsError, match=r"saved by another since it was read.*obs\['annotation'\]"):
         hg.io.save(sdata)
+
+
+MISSING = {
+    "texts": np.array(["a", None, "b", np.nan] * 3, object),
+    "flags": np.array([True, None, False, False] * 3, object),
+    "counts": np.array([1, None, 2, 3] * 3, object),
+    "nothing": np.full(12, None, object),
+}
+
+
+def test_missing_values_among_objects_are_missing_in_the_store_too(store, tmp_path):
+    sdata = sd.read_zarr(store)
+    table = sdata["table"]
+    table.obs = table.obs.assign(**MISSING)
+    table.obsm["frame"] = pd.DataFrame(MISSING, index=table.obs_names)
+    table.uns["mine"] = {"texts": MISSING["texts"][:3]}
+    table.raw = table
+    table.raw.var["texts"] = np.resize(MISSING["texts"], table.n_vars)
+    for path in (None, tmp_path / "new.zarr"):
+        again = sd.read_zarr(hg.io.save(sdata, path))["table"]
+        for frame in (again.obs, again.obsm["frame"]):
+            for name, values in MISSING.items():
+                assert [None if pd.isna(value) else value for value in frame[name]] == [
+                    None if pd.isna(value) else value for value in values
+                ]
+        assert pd.isna(again.uns["mine"]["texts"]).tolist() == [False, True, False]
+        assert pd.isna(again.raw.var["texts"]).sum() == table.n_vars // 2
+    before = (tmp_path / "new.zarr" / "tables" / "table").stat().st_ino
+    hg.io.save(sdata)
+    assert (tmp_path / "new.zarr" / "tables" / "table").stat().st_ino == before  # nothing differs
+
+
+@pytest.mark.parametrize(
+    ("slot", "name", "value", "said"),
+    [
+        (
+            "obs",
+            "mixed",
+            ["a", 1, 2.5] * 4,
+            r"sdata\['table'\]\.obs\['mixed'\] holds .* \(mixed-integer: float, int, str\)",
+        ),
+        ("obs", 5, 1, r"sdata\['table'\]\.obs has a column named 5"),
+        ("obs", "when", pd.date_range("2020", periods=12), "DatetimeArray.*writing key 'when'"),
+        ("uns", "mixed", {"of": [1, None, "a"]}, r"uns\['mixed'\]\['of'\] holds .*NoneType, int, str"),
+        ("uns", "numbered", {0: "a"}, r"uns\['numbered'\] has the key 0, which is not a text"),
+        ("uns", "where", Path("x"), "PosixPath.*writing key 'where'"),
+    ],
+)
+def test_values_that_a_store_cannot_hold_are_named_and_change_nothing(store, slot, name, value, said):
+    sdata = sd.read_zarr(store)
+    getattr(sdata["table"], slot)[name] = value
+    with pytest.raises(ValueError, match=said):
+        hg.io.save(sdata)
+    assert name not in getattr(sd.read_zarr(store)["table"], slot)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
+def test_permissions_of_a_shared_store_stay(store):
+    for path in (store, *store.rglob("*")):
+        path.chmod(0o775 if path.is_dir() else 0o664)
+    sdata = sd.read_zarr(store)
+    sdata["table"].obs["n"] = 1
+    hg.io.save(sdata)
+    element = store / "tables" / "table"
+    modes = {path.stat().st_mode & 0o777 for path in (element, *element.rglob("*")) if path.is_dir()}
+    assert modes == {0o775}
+    files = [store / "zarr.json", *(path for path in element.rglob("*") if path.is_file())]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o664}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda sdata, folder: hg.io.save(sdata, 5), "`path` is 5; a path is needed"),
+        (lambda sdata, folder: hg.io.save(sdata, " "), "`path` is ' '; a path is needed"),
+        (lambda sdata, folder: hg.io.save(sdata, folder / "file" / "x.zarr"), "`path` .* lies in a file"),
+        (lambda sdata, folder: hg.io.save(sdata["table"], folder / "x.zarr"), "`sdata` is an AnnData"),
+    ],
+)
+def test_what_is_not_a_path_or_an_object_is_named(store, tmp_path, call, said):
+    (tmp_path / "file").touch()
+    with pytest.raises((ValueError, TypeError), match=said):
+        call(sd.read_zarr(store), tmp_path)

@@ -93,6 +93,19 @@ def sync_tree(folder: Path) -> None:
         sync(Path(root))
 
 
+def copy_modes(old: Path, new: Path) -> None:
+    """Give folders and files of a new element the permissions of the old one, so that others may use it as before."""
+    metadata = [old / name for name in ("zarr.json", ".zgroup", ".zattrs") if (old / name).exists()]
+    folders, files = (place.stat().st_mode for place in (old, (*metadata, old)[0]))
+    # Some network file systems have no permissions.
+    with contextlib.suppress(OSError):
+        for place in (new, *new.rglob("*")):
+            if place.is_dir():
+                place.chmod(folders)
+            elif metadata and place.stat().st_nlink == 1:  # a link shares them already
+                place.chmod(files)
+
+
 def link_tree(source: Path, target: Path) -> None:
     """Make a copy of a file or folder that shares the bytes of its files, where the file system has hard links."""
     if source.is_dir():
@@ -114,6 +127,8 @@ def replace_file(path: Path, data: bytes, staging: Path) -> None:
     """Replace the content of a file at once; ``staging`` is a folder of the same file system."""
     new = staging / f"{path.name}.new"
     new.write_bytes(data)
+    if path.exists():
+        shutil.copymode(path, new)
     sync(new)
     new.replace(path)
     sync(path.parent)

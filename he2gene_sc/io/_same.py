@@ -81,7 +81,10 @@ def same_column(a: pd.Series, b: pd.Series) -> bool:
             and same_column(pd.Series(a.cat.categories), pd.Series(b.cat.categories))
             and np.array_equal(a.cat.codes, b.cat.codes)
         )
-    if all(pd.api.types.is_object_dtype(s.dtype) or pd.api.types.is_string_dtype(s.dtype) for s in (a, b)):
+    objects, texts = (
+        [test(s.dtype) for s in (a, b)] for test in (pd.api.types.is_object_dtype, pd.api.types.is_string_dtype)
+    )
+    if any(objects) or all(texts):
         missing = a.isna().to_numpy()
         if not np.array_equal(missing, b.isna().to_numpy()):
             return False

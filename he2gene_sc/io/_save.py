@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
-from .._core.elements import check_files, levels
+from .._core.elements import check_files, check_spatialdata, levels
 from .._core.stores import KINDS, ROOT_FILES, elements, fingerprints, remember, resolved
 from ._differences import Change
 from ._files import link_tree, swap, sync, sync_tree
@@ -73,6 +73,8 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     True
     """
     validate.arguments(save, locals())
+    check_spatialdata(sdata)
+    path = None if path is None else validate.folder_or_file(path, "path")
     if path is None and sdata.path is None:
         raise ValueError("`path` is None and `sdata` was not read from a store; say where to write")
     if path is None and not resolved(sdata.path).exists():
@@ -151,7 +153,10 @@ def least_bytes(sdata: SpatialData, *, images: bool) -> int:
 
 def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
     """Write the whole object to a store of its own."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"`path` {str(target)!r} lies in a file; choose a path in a folder") from error
     with contextlib.ExitStack() as stack:
         staging = stack.enter_context(locked(target, beside=True))
         # Another process may have been faster.

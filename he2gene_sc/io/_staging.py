@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import logs
-from ._differences import MAPPINGS, Change, Difference
-from ._files import link_tree, remove
+from ._differences import Change, Difference
+from ._files import copy_modes, link_tree, remove
+from ._storable import parts_of, storable
 from ._store import RootMetadata
 
 if TYPE_CHECKING:
@@ -38,14 +39,17 @@ def write(
     """Write elements to a new store, without the root's consolidated metadata where ``formats`` are given."""
     import spatialdata as sd
 
+    tables = {name: storable(f"sdata[{name!r}]", table) for name, table in members.get("tables", {}).items()}
     with quiet():
-        new = sd.SpatialData(**members, attrs=dict(attrs))
         try:
+            new = sd.SpatialData(**{**members, "tables": tables}, attrs=dict(attrs))
             new.write(folder, update_sdata_path=True, consolidate_metadata=formats is None, sdata_formats=formats)
         except (OSError, MemoryError):
             raise
         except Exception as error:
-            raise ValueError(f"`sdata` cannot be written: {error}; the store is as it was") from error
+            # Of anndata: the key that could not be written.
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            raise ValueError(f"`sdata` cannot be written: {error}{notes}; the store is as it was") from error
 
 
 def stage(staging: Path, changes: list[Change], store: Path) -> None:
@@ -70,6 +74,8 @@ def stage(staging: Path, changes: list[Change], store: Path) -> None:
         if change.difference is not None and change.difference.kept:
             for axis in ("obs", "var"):
                 _name_columns(staging / "new" / change.path / axis, list(getattr(change.element, axis).columns))
+        if change.difference is not None:
+            copy_modes(store / change.path, staging / "new" / change.path)
 
 
 def _name_columns(frame: Path, columns: list[str]) -> None:
@@ -85,27 +91,7 @@ def _skeleton(table: AnnData, difference: Difference | None) -> AnnData:
     """Return a table without the parts that are to become links."""
     if difference is None or not difference.kept:
         return table
-    from anndata import AnnData
-
-    slots = {
-        slot: {
-            key: value
-            for key, value in dict(getattr(table, slot)).items()
-            if key is not None and f"{slot}/{key}" not in difference.kept
-        }
-        for slot in MAPPINGS
-    }
-    # Which spots a table is of is looked at when it is written.
-    attrs = table.uns.get("spatialdata_attrs", {})
-    needed = (attrs.get("region_key"), attrs.get("instance_key"))
-    frames = {
-        axis: frame[[key for key in frame if f"{axis}/{key}" not in difference.kept or key in needed]]
-        for axis, frame in (("obs", table.obs), ("var", table.var))
-    }
-    light = AnnData(X=None if "X" in difference.kept else table.X, uns=dict(table.uns), **frames, **slots)
-    if table.raw is not None and "raw" not in difference.kept:
-        light.raw = table.raw.to_adata()
-    return light
+    return parts_of(table, difference.kept)
 
 
 def _formats(store: Path) -> list[Any]:

@@ -1,0 +1,119 @@
+"""Tables as a store can hold them: missing values stay missing, and what would become another value is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ._differences import MAPPINGS
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Kinds of values in a column of objects, and the type that keeps them and what is missing; anndata writes all as texts,
+#: "nan", "None" and "True" among them.
+_TYPES = {
+    "string": "string",
+    "empty": "string",
+    "boolean": "boolean",
+    "integer": "Int64",
+    "floating": "float64",
+    "mixed-integer-float": "float64",
+}
+
+
+def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> AnnData:
+    """Return a table that shares the parts of another, without some by their path; ``obs``, ``var``, ``uns`` may be others."""
+    from anndata import AnnData
+
+    slots = {
+        slot: {
+            key: value
+            for key, value in dict(getattr(table, slot)).items()
+            if key is not None and f"{slot}/{key}" not in without
+        }
+        for slot in MAPPINGS
+    }
+    # Which spots a table is of is looked at when it is written.
+    attrs = table.uns.get("spatialdata_attrs", {})
+    needed = (attrs.get("region_key"), attrs.get("instance_key"))
+    frames = {
+        axis: frame[[key for key in frame if f"{axis}/{key}" not in without or key in needed]]
+        for axis, frame in (("obs", table.obs), ("var", table.var))
+        if axis not in changed
+    }
+    parts = {**frames, "uns": dict(table.uns), **slots, **changed}
+    light = AnnData(X=None if "X" in without else table.X, **parts)
+    if table.raw is not None and "raw" not in without:
+        light.raw = table.raw.to_adata()
+    return light
+
+
+def storable(where: str, table: AnnData) -> AnnData:
+    """Return a table whose missing texts, numbers and flags among objects are missing in a store too."""
+    given: dict[str, Any] = {"obs": table.obs, "var": table.var, "uns": dict(table.uns)}
+    given |= {slot: dict(getattr(table, slot).items()) for slot in ("obsm", "varm")}
+    made = {slot: _value(f"{where}.{slot}", value) for slot, value in given.items()}
+    changed = {slot: value for slot, value in made.items() if value is not given[slot]}
+    raw_var = table.var if table.raw is None else _frame(f"{where}.raw.var", table.raw.var)
+    if not changed and (table.raw is None or raw_var is table.raw.var):
+        return table
+    light = parts_of(table, **changed)
+    if light.raw is not None:
+        raw = light.raw.to_adata()
+        raw.var = raw_var
+        light.raw = raw
+    return light
+
+
+def _value(where: str, value: Any) -> Any:
+    """Return the value itself, or one that keeps what is missing."""
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"`sdata`: {where} has the key {wrong[0]!r}, which is not a text; name it by a text")
+        made = {key: _value(f"{where}[{key!r}]", part) for key, part in value.items()}
+        return made if any(made[key] is not value[key] for key in made) else value
+    if isinstance(value, pd.DataFrame):
+        return _frame(where, value)
+    if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
+        return _objects(where, value)
+    return value
+
+
+def _frame(where: str, frame: pd.DataFrame) -> pd.DataFrame:
+    if wrong := [name for name in frame.columns if not isinstance(name, str)]:
+        raise ValueError(f"`sdata`: {where} has a column named {wrong[0]!r}, which is not a text; rename it")
+    if frame.columns.has_duplicates:
+        return frame  # which anndata refuses, by its name
+    made = {name: _column(f"{where}[{name!r}]", frame[name]) for name in frame.columns if frame[name].dtype == object}
+    changed = {name: column for name, column in made.items() if column is not None}
+    return frame.assign(**changed) if changed else frame
+
+
+def _column(where: str, column: pd.Series) -> pd.Series | None:
+    """Give a column of objects the type of what it holds; ``None`` where it is texts, none of them missing."""
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    if kind not in _TYPES:
+        raise ValueError(
+            f"`sdata`: {where} holds values that a store cannot hold side by side ({kind}: "
+            f"{', '.join(sorted({type(value).__name__ for value in column}))}); make it one type: {where} = {where}.astype(str)"
+        )
+    if column.isna().any():
+        return column.astype(_TYPES[kind])
+    return None if kind == "string" else column.infer_objects()
+
+
+def _objects(where: str, value: Any) -> Any:
+    flat = np.asarray(value, object).ravel()
+    kind = pd.api.types.infer_dtype(flat, skipna=False)
+    if kind in (*_TYPES, "complex"):
+        return value
+    if flat.shape == np.shape(value) and pd.api.types.infer_dtype(flat, skipna=True) in ("string", "empty"):
+        return pd.array(flat, dtype="string")
+    raise ValueError(
+        f"`sdata`: {where} holds values that a store cannot hold side by side ({kind}: "
+        f"{', '.join(sorted({type(part).__name__ for part in flat}))}); make them one type, or delete it"
+    )
