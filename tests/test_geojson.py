@@ -12,6 +12,7 @@ from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Affine, set_transformation
 
 import he2gene_sc as hg
+from he2gene_sc.io._files import put_file
 
 
 @pytest.fixture
@@ -301,3 +302,21 @@ def test_one_slide_of_several_keeps_the_labels_of_the_others(tmp_path):
         joined, write(tmp_path / "b.geojson", (everywhere, "two")), shapes_key="spots-b", image_key="he-b"
     )
     assert joined["table"].obs["label"].tolist() == ["one"] * 9 + ["two"] * 9
+
+
+@pytest.mark.parametrize("content", [None, "[" * 100_000 + "]" * 100_000])
+def test_a_missing_or_endlessly_nested_file_is_named(toy, tmp_path, content):
+    path = tmp_path / "a.geojson"
+    if content:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match="`path` .*a.geojson' is not (there|GeoJSON)"):
+        hg.io.read_geojson(toy, path)
+
+
+def test_a_file_that_is_written_over_a_link_replaces_what_it_leads_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("old")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "real" / "a.txt")
+    put_file(tmp_path / "a.txt", b"new")
+    assert (tmp_path / "a.txt").is_symlink()
+    assert (tmp_path / "real" / "a.txt").read_text() == "new"

@@ -135,7 +135,8 @@ def replace_file(path: Path, data: bytes, staging: Path) -> None:
 
 
 def put_file(path: Path, data: bytes) -> None:
-    """Write a file whole, or leave what is there as it was."""
+    """Write a file whole, or leave what is there as it was; a link is followed."""
+    path = path.resolve()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
         replace_file(path, data, Path(staging))
 

@@ -35,7 +35,7 @@ _VERB = "io.read_geojson"
 #: Of two annotations whose overlaps with a spot differ by less than this part of the spot, the smaller one counts.
 _SAME_AREA = 1e-6
 #: What comes of a path or a content that is not GeoJSON.
-_WRONG = (ValueError, TypeError, KeyError, AttributeError, IndexError, IsADirectoryError)
+_WRONG = (ValueError, TypeError, KeyError, AttributeError, IndexError, IsADirectoryError, RecursionError)
 
 
 def to_geojson(
@@ -308,6 +308,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     from matplotlib.colors import to_hex
     from shapely.geometry import shape
 
+    if not path.exists():
+        raise FileNotFoundError(f"`path` {str(path)!r} is not there; name the file that QuPath exported")
     wrong = f"`path` {str(path)!r} is not GeoJSON; in QuPath run File > Export objects as GeoJSON"
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
