@@ -394,7 +394,7 @@ def test_a_float_pixel_that_is_none_is_named_by_its_place(value, said, lazy):
     )
     with pytest.raises(
         ValueError,
-        match=rf"1 float pixels .* outside 0\.\.1{said}, the first in row 210, column 333; .* make them white, 1: ",
+        match=rf"outside 0\.\.1: 1 of them{said}, the first in row 210, column 333; .* make them white, 1: ",
     ):
         reader.read_all()
 

@@ -112,7 +112,7 @@ def _check_float(block: np.ndarray, top: float, corner: tuple[int, int]) -> None
     row, column = np.argwhere(wrong)[0] + corner
     nan = "" if np.isfinite(block).all() else " (NaN or infinite)"
     raise ValueError(
-        f"`image_key`: {wrong.sum():,} float pixels among those that are read lie outside 0..{top:g}{nan}, the first in row {row:,}, column "
+        f"`image_key`: a block of pixels lies outside 0..{top:g}: {wrong.sum():,} of them{nan}, the first in row {row:,}, column "
         f"{column:,}; {_WANTED}. Where there is no tissue, make them white, {top:g}: image.where(numpy.isfinite(image), {top:g})"
     )
 
