@@ -93,13 +93,20 @@ def test_transparency_counts_whatever_colour_lies_under_it():
     assert agreement(sdata, tissue) > 0.9
 
 
-def test_ink_of_a_pen_among_the_tissue_is_said():
+@pytest.mark.parametrize(
+    ("ink", "said"),
+    [
+        ((40, 140, 90), "1[345] % of the tissue found on image 'he' is green or blue, as pen is"),
+        ((200, 30, 50), "1[4567] % of the tissue found on image 'he' is red without violet, as pen and blood are"),
+    ],
+)
+def test_ink_of_a_pen_among_the_tissue_is_said(ink, said):
     pixels, tissue = disc()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         hg.pp.tissue(bare(pixels))
-    pixels[:, 270:330, 250:550] = np.array([40, 140, 90], np.uint8)[:, None, None]
-    with pytest.warns(UserWarning, match=r"1[345] % of the tissue found on image 'he' is green or blue, as pen is"):
+    pixels[:, 270:330, 250:550] = np.array(ink, np.uint8)[:, None, None]
+    with pytest.warns(UserWarning, match=said):
         hg.pp.tissue(bare(pixels))
 
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import convolve, gaussian_filter
 
 from he2gene_sc.image import FAULTS, MIN_TISSUE, faults, tissue_share
 
@@ -47,6 +47,26 @@ def test_blur_is_noticed(patch, sigma):
 @pytest.mark.parametrize("sd", [20, 40])
 def test_noise_is_noticed(patch, sd):
     noisy = patch + np.random.default_rng(1).normal(0, sd, patch.shape)
+    assert worst(np.clip(noisy, 0, 255).astype(np.uint8)) == "noisy"
+
+
+@pytest.mark.parametrize(
+    "kernel", [np.ones((1, 9)), np.ones((9, 1)), np.eye(9), np.eye(9)[::-1]], ids=["across", "down", "\\", "/"]
+)
+def test_blur_by_motion_is_noticed(patch, kernel):
+    moved = convolve(patch.astype(float), kernel[None, None] / kernel.sum())
+    assert worst(moved.astype(np.uint8)) == "blurred"
+
+
+@pytest.mark.parametrize("sigma", [2, 4])
+def test_blur_is_noticed_behind_the_blocks_of_compression(patch, sigma):
+    blurred = gaussian_filter(patch.astype(float), (0, 0, sigma, sigma)).astype(np.uint8)
+    assert worst(jpeg(blurred, 50)) == "blurred"
+    assert worst(jpeg(patch, 50)) == ""
+
+
+def test_noise_that_the_channels_share_is_noticed(patch):
+    noisy = patch + np.random.default_rng(1).normal(0, 40, patch.shape[2:])
     assert worst(np.clip(noisy, 0, 255).astype(np.uint8)) == "noisy"
 
 

@@ -21,6 +21,8 @@ logger = logging.getLogger("he2gene_sc")
 _WORKING_PX = 1_500_000
 #: Stains of H&E leave more red than green; ink of a pen does not. Sections of her2st have up to 2 % of such pixels.
 _INK_STEP, _INK_SHARE = 12, 0.05
+#: Red ink, by optical density over that of green: blue is high, which eosin's is not, and red low. Under 1 % of her2st.
+_RED_INK, _RED_BLUE, _RED_RED = 0.6, 0.6, 0.3
 METHODS = ("auto", "otsu", "felzenszwalb", "weka", "glass")
 #: Share of what a mask leaves out that is stained structure, above which the image is mostly tissue: 0.32 at most on whole
 #: slides, 0.57 and more on crops inside the tissue. And the share of all stained structure whose loss is said.
@@ -174,16 +176,23 @@ def _without_small(mask: np.ndarray, share: float) -> np.ndarray:
 
 
 def _warn_of_ink(thumbnail: np.ndarray, mask: np.ndarray, image_key: str) -> None:
-    """Say that a part of what was found is green or blue."""
-    ink = mask & (thumbnail[1] > thumbnail[0].astype(int) + _INK_STEP)
-    share = ink.sum() / max(1, mask.sum())
-    if share > _INK_SHARE:
-        warnings.warn(
-            f"{100 * share:.0f} % of the tissue found on image {image_key!r} is green or blue, as pen is and H&E is not: spots "
-            "there would be predicted from ink. Look at the mask and take them out",
-            UserWarning,
-            stacklevel=3,
-        )
+    """Say that a part of what was found has the colour of a pen."""
+    red, green, blue = -np.log((thumbnail.astype(np.float32) + 1) / 256)
+    inks = {
+        "green or blue, as pen is and H&E is not": thumbnail[1] > thumbnail[0].astype(int) + _INK_STEP,
+        "red without violet, as pen and blood are": (green > _RED_INK)
+        & (blue > _RED_BLUE * green)
+        & (red < _RED_RED * green),
+    }
+    for colour, ink in inks.items():
+        share = (ink & mask).sum() / max(1, mask.sum())
+        if share > _INK_SHARE:
+            warnings.warn(
+                f"{100 * share:.0f} % of the tissue found on image {image_key!r} is {colour}: spots there would be predicted "
+                "from ink. Look at the mask and take them out",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def read_thumbnail(sdata: SpatialData, image_key: str, max_pixels: int) -> tuple[np.ndarray, tuple[float, float]]:
