@@ -1,6 +1,7 @@
 """A slide unlike the training data is noticed, one like it is not."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,18 @@ def test_a_resolution_wrong_by_two_is_noticed_on_c5_and_the_right_one_passes(her
     assert ("the µm/px may be wrong" in said) == odd
     score = found["table"].obs["he2gene_ood"]
     assert (score > 1).all() if odd else (score <= 1).mean() > 0.9
+
+
+@pytest.mark.parametrize(("known", "claimed", "said"), [(0.0, True, True), (0.0, False, False), (1e6, True, False)])
+def test_a_patient_said_to_be_known_that_looks_new_is_warned_of(model, monkeypatch, known, claimed, said):
+    detector = model.network.detector
+    monkeypatch.setattr(model.network, "detector", replace(detector, limits={**detector.limits, "known": known}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        predict(toy(9, shape=(6, 6)), model, mpp=2.0, known_patient=claimed)
+    assert (
+        any("`known_patient` is True, but 'spots' looks like a new patient" in str(w.message) for w in caught) == said
+    )
 
 
 def test_spots_outside_the_image_have_no_score(model):

@@ -90,7 +90,7 @@ def predict(
         Prefix of everything that is written.
     known_patient
         Whether other sections of the same patients are among those that the model was trained on (the card lists them).
-        Then ``var["he2gene_reliable"]`` is that of known patients.
+        Then ``var["he2gene_reliable"]`` is that of known patients. A slide that looks like a new patient is warned of.
     features
         Features that are kept: a key of ``obsm`` that :func:`embed` wrote, or a folder. In a folder features are looked up
         by the pixels, the windows and the encoder; what is not there is encoded and kept, block by block: a run that was
@@ -265,6 +265,8 @@ def predict(
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
     _warn_of_slides(slides, predictions)
+    if known_patient and "known" in (model.card.guard or {}):
+        _warn_of_strangers(slides, predictions, keys)
     stacked = StackedPredictions.collect(slides, predictions, wanted, model, keys, record, known_patient=known_patient)
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
@@ -308,6 +310,23 @@ def _warn_of_slides(slides: Sequence[Slide], predictions: Sequence[Predictions])
             f"unlike what the model was trained on, {', '.join(odd)}. Check the tissue, the stain (H&E, not fluorescence or "
             "IHC), the µm/px, and that the spots lie on tissue, not on blank glass; do not trust this prediction unless you "
             "know better: its spots are not annotated, and no gene is called reliable",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_strangers(slides: Sequence[Slide], predictions: Sequence[Predictions], keys: Keys) -> None:
+    """Warn of slides that are said to be of a known patient and are not as near to training as such slides are."""
+    new = [
+        repr(slide.shapes_key)
+        for slide, result in zip(slides, predictions, strict=True)
+        if result.ood is not None and result.ood.verdict == "new"
+    ]
+    if new:
+        warnings.warn(
+            f"`known_patient` is True, but {', '.join(new)} looks like a new patient: if it is one, fewer genes hold than "
+            f"var[{keys.reliable!r}] says. Compare the patients on hg.models.load().card with yours, or predict with "
+            "known_patient=False",
             UserWarning,
             stacklevel=3,
         )

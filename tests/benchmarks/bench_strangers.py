@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from bench_trust import pixels_of
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, uniform_filter1d
 from skimage.color import hed2rgb, rgb2hed
 from sklearn.neighbors import radius_neighbors_graph
 from spatialdata import SpatialData
@@ -72,8 +72,16 @@ def blurred(sigma):
     return lambda image: np.stack([gaussian_filter(x.astype(np.float32), sigma) for x in image]).astype(np.uint8)
 
 
-def noisy(sd):
-    return lambda image: np.clip(image + np.random.default_rng(0).normal(0, sd, image.shape), 0, 255).astype(np.uint8)
+def moved(n):
+    return lambda image: uniform_filter1d(image.astype(np.float32), n, axis=2).astype(np.uint8)
+
+
+def noisy(sd, channels=3):
+    def altered(image):
+        noise = np.random.default_rng(0).normal(0, sd, (channels, *image.shape[1:]))
+        return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+    return altered
 
 
 def compressed(quality):
@@ -93,7 +101,10 @@ ALTERED = {
     "fluorescence": fluorescence,
     "inverted": lambda image: 255 - image,
     **{f"blur {s} px": blurred(s) for s in (2, 4, 6)},
+    "motion 9 px": moved(9),
+    "blur 4 px, then JPEG 50": lambda image: compressed(50)(blurred(4)(image)),
     **{f"noise {s}": noisy(s) for s in (20, 40)},
+    "noise 40, the same in all channels": noisy(40, 1),
     "JPEG 5": compressed(5),
 }
 
