@@ -325,7 +325,7 @@ def _warn_of_strangers(slides: Sequence[Slide], predictions: Sequence[Prediction
     if new:
         warnings.warn(
             f"`known_patient` is True, but {', '.join(new)} looks like a new patient: if it is one, fewer genes hold than "
-            f"var[{keys.reliable!r}] says. Compare the patients on hg.models.load().card with yours, or predict with "
+            f"var[{keys.reliable!r}] says. Compare the patients on the card of the model with yours, or predict with "
             "known_patient=False",
             UserWarning,
             stacklevel=3,
