@@ -17,6 +17,7 @@ from .._core.layers import layer_names
 from .._core.matrix import dense, matrix_of, where_of
 from .._core.ownership import is_of, is_prediction
 from .._core.predictions import predicted_layer, predicted_table, record_of, symbols_of
+from ..stats import pearson
 from ._canvas import Canvas, canvases, finish, on_glass
 from ._panels import Panel, Style, as_log, check_palette, class_colours, class_panel, draw_panels
 
@@ -149,8 +150,7 @@ def spatial(
     >>> import he2gene_sc as hg
     >>> sdata = hg.datasets.toy((4, 4))
     >>> hg.tl.predict(sdata, show_progress_bar=False)
-    >>> axes = hg.pl.spatial(sdata, "ERBB2", vmax="p99")
-    >>> len(axes)
+    >>> len(hg.pl.spatial(sdata, "ERBB2", vmax="p99"))
     2
     >>> ax = hg.pl.spatial(sdata, color="confidence", figsize=(4, 3))
     """
@@ -200,10 +200,8 @@ def spatial(
 
 
 def _listed(names: Any, parameter: str) -> list[str]:
-    if names is None:
-        return []
-    found = [names] if isinstance(names, str) else validate.names(names, parameter)
-    if not found:
+    found = [] if names is None else [names] if isinstance(names, str) else validate.names(names, parameter)
+    if names is not None and not found:
         raise ValueError(f"`{parameter}` is empty; name at least one")
     if wrong := [name for name in found if not isinstance(name, str)]:
         raise ValueError(f"`{parameter}` holds {wrong[:5]}; names of genes or columns of obs are needed")
@@ -236,8 +234,7 @@ def _unknown(table: AnnData, names: list[str], keys: Keys) -> list[str]:
     """Names that are neither a predicted gene nor a column nor a class."""
     found = _columns(table, names, keys)
     classes = _classes(table, keys)
-    classes += ["probabilities"] * bool(classes)
-    classes += _scores(table)
+    classes += ["probabilities"] * bool(classes) + list(_scores(table))
     return [
         name
         for name, place in zip(names, found, strict=True)
@@ -255,9 +252,8 @@ def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: 
         table, where = slide.table, f" for slide {slide.name!r}" if slide.name else ""
         if unknown := _unknown(table, names, keys):
             raise ValueError(
-                f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists those that were. Columns of "
-                f"obs, classes of the model, 'annotation', 'confidence', 'ood', 'tissue', 'probabilities' and gene sets of "
-                f"hg.tl.programmes are drawn too"
+                f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists those that were. Drawn are columns of "
+                "obs too, classes of the model, gene sets, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities'"
                 f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys), *_scores(table)])}"
             )
     for name in names:
@@ -355,7 +351,7 @@ def _gene_panels(
             out[i].append(
                 Panel(
                     slide,
-                    f"{names[i]} measured{'' if r is None else f' (r = {r:.2f})'}",
+                    f"{names[i]} measured{f' (r = {r:.2f})' if np.isfinite(r) else ''}",
                     beside[:, j],
                     label=_LOG_UNIT if were_counts else "as stored",
                     item=i,
@@ -365,18 +361,14 @@ def _gene_panels(
     return out
 
 
-def _correlation(predicted: np.ndarray, measured: np.ndarray) -> float | None:
+def _correlation(predicted: np.ndarray, measured: np.ndarray) -> float:
     there = np.isfinite(predicted) & np.isfinite(measured)
-    if there.sum() < 3 or not (np.ptp(predicted[there]) > 0 and np.ptp(measured[there]) > 0):
-        return None
-    return float(np.corrcoef(predicted[there], measured[there])[0, 1])
+    return float(pearson(predicted[there, None], measured[there, None])[0]) if there.sum() > 2 else np.nan
 
 
 def _name(table: AnnData, layer: str | None) -> str:
     """Say what the titles call a layer that is not the prediction."""
-    if layer is None:
-        return where_of(layer)
-    return "adapted" if is_of("adapt", table.uns.get(layer)) else layer
+    return "adapted" if is_of("adapt", table.uns.get(layer)) else layer or where_of(None)
 
 
 def _table_with(sdata: SpatialData, names: list[str], prediction_key: str) -> str | None:
@@ -398,17 +390,11 @@ def _columns(table: AnnData, names: list[str], keys: Keys) -> np.ndarray:
 
 def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> tuple[np.ndarray, bool] | None:
     """Measured values of the genes and whether they were raw counts; ``None`` where nothing is shown."""
-    if measured is False:
+    layer = measured if isinstance(measured, str) else None
+    if layer is None and measured and MADE in table.uns:
+        raise ValueError("`measured`: the table holds predictions only")
+    if measured is False or (layer is None and (MADE in table.uns or table.X is None)):
         return None
-    if not isinstance(measured, str) and MADE in table.uns:
-        if measured:
-            raise ValueError("`measured`: the table holds predictions only")
-        return None
-    if isinstance(measured, str) and measured not in layer_names(table):
+    if layer is not None and layer not in layer_names(table):
         raise ValueError(f"`measured` {measured!r} is no layer, valid: {sorted(layer_names(table))}")
-    if not isinstance(measured, str) and table.X is None:
-        return None
-    return as_log(
-        matrix_of(table, measured if isinstance(measured, str) else None, "measured"),
-        table.var_names.get_indexer(genes),
-    )
+    return as_log(matrix_of(table, layer, "measured"), table.var_names.get_indexer(genes))
