@@ -110,7 +110,7 @@ def test_the_ceiling_of_overdispersed_counts_is_an_interval():
         scipy.sparse.csr_matrix(counts.astype(np.float32)), var=pd.DataFrame(index=[f"G{i}" for i in range(6)])
     )
     weights = neighbour_weights(xy, 1.0)
-    low, chance = ceiling_of_neighbours(moran(log_normalise(made.X), weights), weights)
+    low, chance = ceiling_of_neighbours(log_normalise(made.X), weights)
     high = noise_ceiling(made.X)
     truth = [np.corrcoef(log_normalise(made.X)[:, i], smooth)[0, 1] for i in (3, 4)]
     assert (low[:3] < 0.25).all()
@@ -118,6 +118,22 @@ def test_the_ceiling_of_overdispersed_counts_is_an_interval():
     assert (low[3:5] > chance).all()
     assert (truth < high[3:5] + 0.02).all()
     np.testing.assert_allclose(low[3:5], truth, atol=0.08)
+
+
+def test_a_pattern_of_depth_is_no_ceiling():
+    """Genes of one share everywhere, and one with a pattern of its own; half of the tissue is 20 times as deep."""
+    rng = np.random.default_rng(0)
+    xy = np.stack(np.mgrid[:20, :20], -1).reshape(-1, 2).astype(float)
+    total = rng.lognormal(np.where(xy[:, 0] < 10, 6, 9), 0.3)
+    share = np.outer(np.ones(400), [*np.repeat([1e-4, 3e-4, 1e-3, 3e-3], 50), 3e-3])
+    share[:, -1] *= np.exp(0.6 * np.sin(xy @ [0.5, 0.2]))
+    values = np.log1p(1e4 * rng.poisson(total[:, None] * share) / total[:, None])
+    weights = neighbour_weights(xy, 1.0)
+    plain, _ = ceiling_of_neighbours(values, weights)
+    low, chance = ceiling_of_neighbours(values, weights, np.log(total))
+    assert plain[:-1].mean() > 1.5 * chance
+    assert (low[:-1] > chance).mean() < 0.1
+    assert low[-1] > chance
 
 
 def test_maps_are_those_of_a_section_and_pooled_their_mean(table):

@@ -39,20 +39,32 @@ def moran(values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmat
 
 
 def ceiling_of_neighbours(
-    autocorrelation: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmatrix
+    values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmatrix, depth: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
     """Lower end of the noise ceiling ``(g,)``, and what a gene without pattern seldom passes (two errors of Moran's I).
 
-    Moran's I is about the share of variance that neighbours have in common, its root the correlation that a
-    prediction of it reaches. :func:`noise_ceiling`, which takes all variance beyond counting for signal, is the
-    upper end.
+    Moran's I, less its expectation without a pattern, is about the share of variance that neighbours have in common; its root
+    is the correlation that a prediction of it reaches. The mean of log-normalised counts goes with the log ``depth`` ``(n,)``,
+    which has a pattern of its own: a cubic of it is taken off ``values`` ``(n, g)``. :func:`noise_ceiling`, which takes all
+    variance beyond counting for signal, is the upper end. NaN for a constant gene.
     """
-    w = scipy.sparse.csr_array(weights)
+    values, w = np.asarray(values), scipy.sparse.csr_array(weights)
     n, total = w.shape[0], w.sum()
-    low = np.sqrt(np.clip(np.asarray(autocorrelation) + 1 / max(n - 1, 1), 0, 1))
+    basis = np.ones((n, 1))
+    if depth is not None and np.ptp(depth) > 0:
+        basis = np.vander((depth - depth.mean()) / np.std(depth), 4)
+    left, sizes, _ = np.linalg.svd(basis, full_matrices=False)
+    basis = left[:, sizes > 1e-6 * sizes[0]]
+    # Moran's I that residuals of independent values have (Cliff and Ord, Spatial Processes, 1981).
+    expected = -n / max(total * (n - basis.shape[1]), 1e-300) * np.einsum("ij,ij->", basis, w @ basis)
+    found = np.empty(values.shape[1])
+    for block in column_blocks(values.shape):
+        rest = np.asarray(values[:, block], np.float64)
+        varies = centred(rest)[1]
+        found[block] = np.where(varies, moran(rest - basis @ (basis.T @ rest), w), np.nan)
     both = w + w.T
     error = np.sqrt(0.5 * both.multiply(both).sum()) / total if total > 0 else np.inf
-    return low, float(np.sqrt(min(2 * error, 1.0)))
+    return np.sqrt(np.clip(found - expected, 0, 1)), float(np.sqrt(min(2 * error, 1.0)))
 
 
 def ssim_on_grid(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ from shapely import Point
 
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
-from he2gene_sc.stats import ceiling_of_neighbours, log_normalise, moran, neighbour_weights, noise_ceiling, pearson
+from he2gene_sc.stats import ceiling_of_neighbours, log_normalise, neighbour_weights, noise_ceiling, pearson
 from he2gene_sc.training._closed_form.validate import Panel
 from he2gene_sc.training._figures import interval
 from he2gene_sc.training._predictability import RELIABLE_PCC, is_better, new_patient_bound
@@ -237,23 +237,28 @@ def ceiling(_):
     genes = sorted(set.intersection(*(set(table.var_names) for table in tables.values())))
     logs = {name: log_normalise(t.X)[:, t.var_names.get_indexer(genes)] for name, t in tables.items()}
     top = np.argsort(-np.mean([y.mean(0) for y in logs.values()], axis=0))[:1000]
-    places, low, high = {}, {}, {}
+    places, low, high, given_depth = {}, {}, {}, {}
     for name, table in tables.items():
         logs[name] = logs[name][:, top]
         xy = table.obs[["array_col", "array_row"]].to_numpy(float)
         places[name] = np.round(xy).astype(int)
         weights = neighbour_weights(xy, 1.0)
-        low[name] = ceiling_of_neighbours(moran(logs[name], weights), weights)[0]
+        depth = np.log(table.X.sum(1)).A1
+        low[name] = ceiling_of_neighbours(logs[name], weights, depth)[0]
+        cubic = np.vander(depth - depth.mean(), 4)
+        given_depth[name] = logs[name] - cubic @ np.linalg.lstsq(cubic, logs[name])[0]
         high[name] = noise_ceiling(table.X, genes=table.var_names.get_indexer(genes)[top])
     for i, a in enumerate(C):
         for b in C[i + 1 :]:
             shifts = ((dx, dy) for dx in range(-8, 9) for dy in range(-8, 9))
             pairs = [pair for s in shifts if len((pair := _paired(places[a], places[b] + s))[0]) >= 100]
-            r = [pearson(logs[a][m], logs[b][n]) for m, n in pairs]
-            best = max(r, key=lambda found: np.nanmean(found[::2]))
-            serial = np.sqrt(max(float(np.nanmean(best[1::2])), 0))
+            r = [np.nanmean(pearson(logs[a][m, ::2], logs[b][n, ::2])) for m, n in pairs]
+            m, n = pairs[int(np.argmax(r))]
+            serial, beyond = (
+                np.sqrt(max(float(np.nanmean(pearson(of[a][m, 1::2], of[b][n, 1::2]))), 0)) for of in (logs, given_depth)
+            )
             ends = [np.sqrt(np.nanmean((of[a] * of[b])[1::2])) for of in (low, high)]
-            print(f"{a}, {b}: ceiling {ends[0]:.2f} to {ends[1]:.2f}, serial sections {serial:.2f}", flush=True)
+            print(f"{a}, {b}: ceiling {ends[0]:.2f} to {ends[1]:.2f}, serial sections {serial:.2f}, given depth {beyond:.2f}", flush=True)
 
 
 def _paired(a, b):

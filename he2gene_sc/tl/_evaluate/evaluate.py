@@ -123,12 +123,13 @@ def evaluate(
         Structural similarity on the grid of the array, :func:`he2gene_sc.stats.ssim_on_grid`; cells without a spot
         have no part in it.
     ``ceiling``, ``ceiling_high``
-        Noise ceiling of Pearson, an interval. The lower end takes for signal what neighbouring spots share
+        Noise ceiling of Pearson, an interval. The lower end takes for signal what neighbouring spots share beyond depth
         (:func:`he2gene_sc.stats.ceiling_of_neighbours`), the upper all that varies beyond counting, by binomial splitting
         of counts (:func:`he2gene_sc.stats.noise_ceiling`). They differ by overdispersion: variation of single spots that may
         be biology or not. Serial sections are near the lower end (``docs/trust.md``).
     ``ceiling_share``, ``ceiling_share_high``
-        Pearson over the upper and over the lower end. The latter is NaN where the lower end is not above chance.
+        Pearson over the upper and over the lower end. The latter is NaN where the lower end is not above chance, and above 1
+        where the prediction follows depth.
     ``depth_correlation``
         Pearson correlation of measured - predicted with the log of total counts: what is left of the residual that
         sequencing depth explains.

@@ -117,7 +117,7 @@ def _model(
     """Every metric of the prediction on some spots; that of maps only where they are one section."""
     n_genes = len(judged.genes)
     found = {metric: np.full(n_genes, np.nan) for metric in METRICS}
-    shared = np.full(n_genes, np.nan)
+    shared, low, chance = np.full(n_genes, np.nan), np.full(n_genes, np.nan), 0.0
     depth = judged.depth
     for block in column_blocks((len(where), n_genes), _BLOCK):
         p, m = judged.predicted[:, block][where], judged.measured[:, block][where]
@@ -125,6 +125,8 @@ def _model(
             found[name][block] = metric(p, m)
         found["skill"][block] = skill(p, m, judged.mean[block])
         shared[block] = moran(m, weights)
+        if judged.counts is not None:
+            low[block], chance = ceiling_of_neighbours(m, weights, None if depth is None else depth[where])
         if depth is not None:
             found["depth_correlation"][block] = pearson(m - p, np.broadcast_to(depth[where][:, None], p.shape))
         if maps:
@@ -133,7 +135,6 @@ def _model(
     if judged.counts is not None:
         counts = judged.counts[where]
         high = noise_ceiling(counts, genes=judged.count_columns, n_splits=n_splits, seed=seed)
-        low, chance = ceiling_of_neighbours(shared, weights)
         low = np.minimum(low, high)
         found["ceiling"], found["ceiling_high"] = low, high
         with np.errstate(invalid="ignore", divide="ignore"):
