@@ -410,6 +410,19 @@ def test_differences_of_counts_have_the_variance_that_they_say():
     assert abs(found.differences.mean()) < 0.02
 
 
+def test_samples_of_few_counts_have_the_variance_that_they_say():
+    """Four samples of 400 counts a gene in each group, two of 2: what these vary by is what makes the error of all."""
+    rng = np.random.default_rng(3)
+    depth = np.tile(np.array([8e5] * 4 + [4e3] * 2), (2, 1))
+    counts = rng.poisson(np.repeat(depth[..., None] / 2000, 2000, axis=-1)).astype(float)
+    spots, per_spot = np.full((2, 6), 10), depth / 10
+    sums = CountSums(counts, counts + counts**2 / 10, counts * per_spot[..., None], spots, depth, per_spot**2 * 10)
+    found = count_differences(sums, normalise=False)
+    known = np.isfinite(found.variances)
+    ratio = np.where(known, np.square(found.differences) / found.variances, np.nan)
+    np.testing.assert_allclose(np.nanmean(ratio, axis=1), 1, atol=0.15)
+
+
 def test_weighted_fits_are_those_of_statsmodels():
     import statsmodels.api as sm
 

@@ -64,6 +64,8 @@ def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDiffer
     offset = np.log(np.maximum(library[0], 1e-300) / np.maximum(library[1], 1e-300))[:, None]
     # One more count in each pair, shared as the libraries are: without it counts in one group alone have no finite β.
     y, total = y + np.where(total > 0, _expit(offset), 0), total + (total > 0)
+    # It does not vary.
+    varying = 1 - 1 / np.maximum(total, 2)
     expected = (total * _expit(offset)).sum(0)
     beta = np.log(np.maximum(y.sum(0), 1e-300) / np.maximum(expected, 1e-300))
     beta -= np.log(np.maximum((total - y).sum(0), 1e-300) / np.maximum(total.sum(0) - expected, 1e-300))
@@ -72,8 +74,8 @@ def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDiffer
         logits = np.clip(offset + beta, -30, 30)
         pi = _expit(logits)
         with np.errstate(divide="ignore"):
-            counting = 1 / (total * pi * (1 - pi))
-        sampling = counting + spread
+            counting = varying / (total * pi * (1 - pi))
+        sampling = counting + varying**2 * spread
         differences = beta + _deviations(y, total, logits, factor * sampling, between)
         if i % 2 == 0:
             trusted = total * np.minimum(pi, 1 - pi) >= _MIN_EXPECTED
@@ -81,9 +83,8 @@ def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDiffer
         variances = between + factor * sampling
         if i == _STEPS:
             reliable = (total * np.minimum(pi, 1 - pi)).sum(0) >= _MIN_EXPECTED
-            # The count that was added to each pair does not vary.
             least = np.where(reliable | (total == 0), 0, counting)
-            return CountDifferences(differences, variances, least * (1 - 1 / np.maximum(total, 1)), reliable)
+            return CountDifferences(differences, variances, least, reliable)
         weights = 1 / variances
         mean = (weights * differences).sum(0) / np.maximum(weights.sum(0), 1e-300)
         beta = np.clip(np.clip(mean, beta - 1, beta + 1), -_MOST, _MOST)
