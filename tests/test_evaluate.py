@@ -16,7 +16,6 @@ from he2gene_sc.stats import (
     ceiling_of_neighbours,
     class_scores,
     log_normalise,
-    moran,
     neighbour_weights,
     noise_ceiling,
     ssim_on_grid,

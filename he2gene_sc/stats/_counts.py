@@ -131,14 +131,15 @@ def _expit(x: np.ndarray) -> np.ndarray:
 def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Trimmed mean of M values between the groups of each sample (TMM; Robinson and Oshlack, Genome Biol 2010).
 
-    ``(2, n)`` of product 1. Below 50 genes that are counted well the weighted median, below 10 genes 1.
+    ``(2, n)`` of product 1. Genes that all change in one direction are left out. Below 50 genes that are counted well the
+    weighted median, below 10 genes 1.
     """
     factors = np.ones(depth.shape)
     overall = counts.sum((0, 1)) / max(depth.sum(), 1e-300)
     values, expected = _m_values(counts, depth)
+    alike = _alike(values)
     for i, m in enumerate(values):
-        kept = np.isfinite(m)
-        if kept.sum() < _FEWEST:
+        if np.isfinite(m).sum() < _FEWEST or not (kept := np.isfinite(m) & alike).any():
             continue
         m = m[kept]
         # Genes differ among themselves too; without their spread, weights favour genes that are high in the larger group.
@@ -152,6 +153,26 @@ def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
             gap = np.average(m[inside], weights=weights[inside])
         factors[:, i] = np.exp(gap / 2), np.exp(-gap / 2)
     return factors
+
+
+def _alike(values: np.ndarray) -> np.ndarray:
+    """Genes ``(g,)`` whose M value, mean over samples, is near the commonest: without those that change in one direction.
+
+    The commonest is the middle of the shortest half of the genes; near are 2.5 SD, as this half has it.
+    """
+    known = np.isfinite(values)
+    near = known.any(0)
+    if near.sum() < _FEWEST:
+        return near
+    level = [np.median(m[there]) if there.any() else 0.0 for m, there in zip(values, known, strict=True)]
+    total = np.where(known, values - np.array(level)[:, None], 0).sum(0)
+    mean = total[near] / known.sum(0)[near]
+    ordered, half = np.sort(mean), len(mean) // 2 + 1
+    lengths = ordered[half - 1 :] - ordered[: len(mean) - half + 1]
+    first = int(lengths.argmin())
+    middle = (ordered[first] + ordered[first + half - 1]) / 2
+    near[near] = np.abs(mean - middle) <= 2.5 * lengths[first] / 1.35
+    return near
 
 
 def library_evidence(counts: np.ndarray, depth: np.ndarray) -> tuple[int, float]:

@@ -1,6 +1,6 @@
 """Error rates and power of ``hg.tl.biomarkers`` where patients are few or unequal, or genes vary more than others.
 
-python tests/benchmarks/bench_few_patients.py partial hypervariable few_measured differing separated
+python tests/benchmarks/bench_few_patients.py partial hypervariable few_measured differing separated one_direction
 """
 
 import sys
@@ -75,6 +75,25 @@ def partial(genes=3000, repeats=6):
         print(
             f"| {', '.join(f'{a} : {b}' for a, b in sizes)}{'; 5 % hypervariable' * extra}; effect {effect} | {power:.1%} | "
             f"{false:.1%} ({error:.1%}) | {low:.1%} | {lowest:.1f} |",
+            flush=True,
+        )
+
+
+def one_direction(repeats=8):
+    """Size and median effect of genes that do not differ, where others are all higher in the group."""
+    for genes, share, effect, n in ((40, 0.25, 1.0, 6), (100, 0.25, 0.7, 8), (100, 0.4, 1.0, 6), (1000, 0.25, 0.7, 4)):
+        rows = []
+        for repeat in range(repeats):
+            rng = np.random.default_rng([genes, n, repeat])
+            profile = rng.lognormal(0, 1.2, genes)
+            effects = effect * (np.arange(genes) < share * genes)
+            tables = [_planted_counts(i, rng, profile, effects, 0.12, (60, 60)) for i in range(n)]
+            result = hg.tl.biomarkers(tables, "label", groups=GROUPS[0], reference=GROUPS[1], layer=None)
+            null = result[effects[result["names"].str[4:].astype(int)] == 0]
+            rows.append(((null["pvals"] < 0.05).mean(), null["effect_size"].median()))
+        (low, middle), (error, _) = np.mean(rows, axis=0), np.std(rows, axis=0) / np.sqrt(repeats)
+        print(
+            f"| {genes} | {share:.0%} by {effect} | {n} | {low:.1%} ({error:.1%}) | {middle:+.3f} |",
             flush=True,
         )
 

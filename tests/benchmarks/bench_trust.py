@@ -255,10 +255,14 @@ def ceiling(_):
             r = [np.nanmean(pearson(logs[a][m, ::2], logs[b][n, ::2])) for m, n in pairs]
             m, n = pairs[int(np.argmax(r))]
             serial, beyond = (
-                np.sqrt(max(float(np.nanmean(pearson(of[a][m, 1::2], of[b][n, 1::2]))), 0)) for of in (logs, given_depth)
+                np.sqrt(max(float(np.nanmean(pearson(of[a][m, 1::2], of[b][n, 1::2]))), 0))
+                for of in (logs, given_depth)
             )
             ends = [np.sqrt(np.nanmean((of[a] * of[b])[1::2])) for of in (low, high)]
-            print(f"{a}, {b}: ceiling {ends[0]:.2f} to {ends[1]:.2f}, serial sections {serial:.2f}, given depth {beyond:.2f}", flush=True)
+            print(
+                f"{a}, {b}: ceiling {ends[0]:.2f} to {ends[1]:.2f}, serial sections {serial:.2f}, given depth {beyond:.2f}",
+                flush=True,
+            )
 
 
 def _paired(a, b):
