@@ -161,7 +161,7 @@ def _alike(values: np.ndarray) -> np.ndarray:
     The commonest is the middle of the shortest half of the genes; near are 2.5 SD, as this half has it.
     """
     known = np.isfinite(values)
-    near = known.any(0)
+    near = known.sum(0) > 0
     if near.sum() < _FEWEST:
         return near
     level = [np.median(m[there]) if there.any() else 0.0 for m, there in zip(values, known, strict=True)]
