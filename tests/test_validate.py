@@ -41,7 +41,7 @@ def test_whole_takes_whole_numbers_alone(value):
 
 @pytest.mark.parametrize("value", [True, 1, {"ERBB2": 1}, [["ERBB2"]], [None], b"ERBB2"])
 def test_lists_of_names_hold_names(value):
-    with pytest.raises(ValueError, match="`genes` is .*; a list of texts is needed"):
+    with pytest.raises(ValueError, match="`genes` is .*; a list of genes is needed"):
         validate.names(value, "genes", one=True)
     assert validate.names("ERBB2", "genes", one=True) == ["ERBB2"]
     assert validate.names((name for name in ["a", "b"]), "genes") == ["a", "b"]

@@ -146,16 +146,17 @@ def name(value: Any, parameter: str) -> str:
 
 def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> list[Any]:
     """Check that a value is a list of names; one text is refused, or with ``one`` stands for a list of it."""
+    what = "genes" if parameter == "genes" else "texts"
     if isinstance(value, str):
         if one:
             return [value]
         raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
     if isinstance(value, Mapping | bytes) or not isinstance(value, Iterable):
-        raise ValueError(f"`{parameter}` is {value!r}; a list of texts is needed")
+        raise ValueError(f"`{parameter}` is {value!r}; a list of {what} is needed")
     found = list(value)
     if len(found) < least or not all(isinstance(part, str | int | float | np.generic) for part in found):
-        number = f"at least {least} texts" if least else "texts"
-        raise ValueError(f"`{parameter}` is {found!r}; a list of {number} is needed")
+        number = f", at least {least}," if least else ""
+        raise ValueError(f"`{parameter}` is {found!r}; a list of {what}{number} is needed")
     return found
 
 

@@ -27,6 +27,8 @@ def columns_of(table: AnnData, predicted: np.ndarray, layer: str, genes: Sequenc
         if not known.any():
             raise ValueError(f"`layer` {layer!r} predicts no gene of the table")
         return np.flatnonzero(known)
+    if isinstance(genes, str):
+        raise ValueError(f"`genes` is {genes!r}; a list of genes is needed")
     genes = list(dict.fromkeys(validate.names(genes, "genes")))
     key = prediction_of(table, layer)
     at = named_columns(table, genes, symbols_of(table, table.uns.get(key, {}), None))
