@@ -93,7 +93,9 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
 def stated_mpp(sdata: SpatialData, image_key: str, mpp: float) -> dict[str, Any]:
     """``sdata.attrs[ATTRS]`` with µm per pixel of an image, and which image that is."""
     facts = facts_of(sdata)
-    stated = {"mpp": float(mpp), _STATED: [float(mpp), *_frame(sdata.images[image_key])]}
+    stated: dict[str, Any] = {"mpp": float(mpp)}
+    if image_key in sdata.images:
+        stated[_STATED] = [float(mpp), *_frame(sdata.images[image_key])]
     return {**facts, **{name: {**facts.get(name, {}), image_key: value} for name, value in stated.items()}}
 
 
