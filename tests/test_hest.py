@@ -19,6 +19,8 @@ import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.datasets import _hest_files
 from he2gene_sc.io._tiled import TiledImage
+from he2gene_sc.tl._train.arguments import read_all
+from he2gene_sc.tl._train.options import Keys
 
 NAMES = tuple(SAMPLES)
 pytestmark = pytest.mark.filterwarnings("ignore:2 of 10 samples")
@@ -74,6 +76,17 @@ def test_the_estimated_resolution_and_the_diameter_count(data, name, mpp, diamet
 def test_spots_off_the_tissue_are_left_out(data, hest_root):
     assert data["TENX39"]["table"].n_obs == SIDE * (SIDE - 1)
     assert stored(hest_root, "TENX39").n_obs == SIDE**2
+
+
+@pytest.mark.parametrize("values", [[True, False], ["True", "False"], ["1", "0"], [1.0, 0.0]])
+@pytest.mark.parametrize("dtype", [None, "category"])
+def test_spots_off_the_tissue_are_known_however_they_are_written(root, values, dtype):
+    table = stored(root, "SPA0")
+    table.obs["in_tissue"] = pd.Series(np.repeat(values, [10, 15]), index=table.obs_names, dtype=dtype)
+    table.write_h5ad(root / "st/SPA0.h5ad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert hg.datasets.hest(root, ids="SPA0")[0]["table"].n_obs == 10
 
 
 def test_xenium_is_squares_without_controls(data, hest_root):
@@ -199,6 +212,50 @@ def test_samples_that_are_not_there_are_refused_by_id_and_counted_otherwise(hest
         hg.datasets.hest(hest_root, organ="Breast")
 
 
+def test_samples_that_are_named_and_left_out_by_a_missing_value_are_warned_of(root):
+    change_table(root, lambda f: f.assign(species=f["species"].where(f["id"] != "SPA1")))
+    with pytest.warns(UserWarning, match="1 samples .* have no `species` in HEST_v1_1_0.csv and are left out: SPA1"):
+        assert hg.datasets.hest(root, ids=["SPA0", "SPA1"], species="human").names == ("SPA0",)
+
+
+def test_samples_that_the_table_says_too_little_of_are_left_out_with_a_warning(root):
+    change_table(root, lambda f: f[f["id"] != "SPA0"].assign(species=f["species"].where(f["id"] != "SPA1")))
+    change_table(
+        root, lambda f: f.assign(pixel_size_um_estimated=f["pixel_size_um_estimated"].where(f["id"] != "TENX39"))
+    )
+    with pytest.warns(UserWarning, match="left out") as found:
+        names = hg.datasets.hest(root, organ="Breast", species="human").names
+    assert set(NAMES) - set(names) == {"SPA0", "SPA1", "TENX39"}
+    said = [str(warning.message) for warning in found]
+    for message, expected in zip(
+        said,
+        [
+            "are not in HEST_v1_1_0.csv.*: SPA0;",
+            "have no `species` in .*: SPA1;",
+            "no `pixel_size_um_estimated` .*: TENX39;",
+        ],
+        strict=True,
+    ):
+        assert re.search(expected, message)
+    # By name, it is refused when it is read.
+    with pytest.raises(ValueError, match="sample 'TENX39': `pixel_size_um_estimated` is nan"):
+        hg.datasets.hest(root, ids="TENX39")[0]
+
+
+def test_samples_of_several_species_are_warned_of(root):
+    change_table(root, lambda f: f.assign(species=f["species"].where(f["id"] != "SPA1", "Mus musculus")))
+    with pytest.warns(UserWarning, match=r"of 2 species \(Homo sapiens 7, Mus musculus 1\).*species='human'"):
+        hg.datasets.hest(root, organ="Breast")
+
+
+def test_a_patient_has_one_name_in_whatever_case(root):
+    change_table(
+        root, lambda f: f.assign(patient=f["patient"].mask(f["id"] == "SPA0", "p1").mask(f["id"] == "SPA1", "P1"))
+    )
+    patient = hg.datasets.hest(root, organ="Breast").metadata["patient"]
+    assert patient["SPA0"] == patient["SPA1"] == f"{STAHL}: P1"
+
+
 def test_half_a_sample_is_an_error(root):
     (root / "wsis/SPA1.tif").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 files .* are missing .*\n  SPA1: wsis.SPA1.tif"):
@@ -245,6 +302,7 @@ def test_a_sample_without_resolution_is_refused_when_it_is_read(root):
         (lambda t: t.obsm.update(spatial=t.obsm["spatial"] * 9), r"\d+ of 25 spots lie outside SPA0.tif"),
         (lambda t: t.obsm.update(spatial=np.full((25, 2), np.nan)), "spots .* have no pixels"),
         (lambda t: setattr(t, "X", t.X + t.X * 0.5), "X does not hold raw counts"),
+        (lambda t: (t.layers.update(raw=t.X), setattr(t, "X", None)), r"SPA0.h5ad has no X, .* from \['raw'\]"),
         (lambda t: setattr(t, "obs_names", ["a"] * t.n_obs), r"names spots twice: \['a'"),
     ],
 )
@@ -311,6 +369,23 @@ def test_training_holds_one_image_at_a_time(hest_root, monkeypatch):
     assert model.card.training["n_patients"] == 3
     # Ensembl ids of one study and symbols of the others are the same genes.
     assert set(model.genes.index) <= set(GENES)
+
+
+def test_spots_that_run_mirrored_are_warned_of_though_samples_are_read_one_by_one(root):
+    table = stored(root, "SPA0")
+    table.obsm["spatial"][:, 0] = (SIDE + 1) * PITCH - table.obsm["spatial"][:, 0]
+    table.write_h5ad(root / "st/SPA0.h5ad")
+    data = hg.datasets.hest(root, ids=["SPA0", "SPA1"])
+    with pytest.warns(UserWarning, match="x of the spots looks mirrored"):
+        list(read_all(data, Keys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
+
+
+def test_a_sample_that_stands_there_under_two_names_is_warned_of(root, caplog):
+    shutil.copy(root / "st/SPA0.h5ad", root / "st/SPA1.h5ad")
+    data = hg.datasets.hest(root, ids=["SPA0", "SPA1", "SPA102"])
+    list(read_all(data, Keys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
+    assert "sections SPA1 and SPA0 have the same counts" in caplog.text
+    assert caplog.text.count("same counts") == 1
 
 
 @pytest.fixture

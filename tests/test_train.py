@@ -266,7 +266,7 @@ def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_a_section_holds_two_files_open_while_heads_are_fitted(tmp_path, monkeypatch):
+def test_a_section_holds_one_file_open_while_heads_are_fitted(tmp_path, monkeypatch):
     """A process may open about a thousand, and sets have hundreds of sections."""
     from he2gene_sc import training
 
@@ -282,8 +282,8 @@ def test_a_section_holds_two_files_open_while_heads_are_fitted(tmp_path, monkeyp
     monkeypatch.setattr(training, "build_model", spy)
     train(toys("ABAB"))
     ((n, found),) = held
-    # Features and targets.
-    assert found <= 2 * n == 8
+    # Features, and the targets of all.
+    assert found <= n + 1
 
 
 def test_a_gene_that_a_section_lacks_is_learned_from_the_others(sections, cache, model):

@@ -1,6 +1,7 @@
 """The closed form against plain dense algebra, and what grouped validation must not be fooled by."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from tiny_sections import CONTEXT, N_FEATURES, everything, planted, recipe, section
 
 from he2gene_sc.stats import log_normalise, pearson, skill
-from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of
+from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of, spilled
 from he2gene_sc.training._calibrate import temperature
 from he2gene_sc.training._closed_form.annotation import equal_weights, fit_annotation
 from he2gene_sc.training._closed_form.heads import components, embed, fit_softmax, principal
@@ -74,6 +75,43 @@ def test_genes_that_were_not_measured_are_nan_and_others_are_what_was_counted():
     assert np.isnan(s.dense(np.array([2, 0]))[:, 0]).all()
     np.testing.assert_array_equal(s.dense(np.array([2, 0]))[:, 1], s.targets.toarray()[:, 0])
     np.testing.assert_array_equal(np.isnan(s.dense(slice(None))).any(0), ~s.measured)
+
+
+def test_what_is_spilled_to_disk_is_what_it_was_and_read_only():
+    arrays = [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.asfortranarray(np.arange(6.0).reshape(3, 2)),
+        np.zeros((0, 4)),
+        np.array([True, False]),
+        np.arange(10)[::2],
+    ]
+    matrix = scipy.sparse.csc_array(np.eye(3, dtype=np.float32))
+    *found, other, (name, none) = spilled([*arrays, matrix, ("name", None)])
+    for ours, theirs in zip(found, arrays, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    assert found[1].flags.f_contiguous
+    assert [array.flags.writeable for array in found[:4]] == [False] * 4
+    np.testing.assert_array_equal(other.toarray(), matrix.toarray())
+    assert (type(other), name, none) == (type(matrix), "name", None)
+    assert spilled([]) == []
+
+
+def test_a_full_disk_is_said_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**24))
+    with pytest.raises(OSError, match=r"the disk is full: training needs 864 bytes here, .* set TMPDIR"):
+        spilled([np.zeros(100)])
+
+
+def test_sums_of_sections_of_one_gene_list_are_added_up():
+    few = planted(6, gaps=((1, 2), (4, 2)))
+    rows = everything(few)
+    sums = fit_sums(few, rows, fit_basis(few, rows, recipe()), 1.0)
+    assert sums.gram.shape[0] == len(sums.measured) == 2
+    alone = [fit_sums([s], [r], fit_basis(few, rows, recipe()), 1.0).gram[0] for s, r in zip(few, rows, strict=True)]
+    np.testing.assert_allclose(sums.gram[~sums.measured[:, 2]][0], alone[1] + alone[4])
+    np.testing.assert_allclose(sums.gram.sum(0), np.sum(alone, axis=0))
 
 
 # Panels

@@ -133,7 +133,7 @@ def run(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="he2gene-") as work:
         cache = Path(work) if cache is None else Path(cache)
-        read, sections, genes = _read(source, cache, Path(work), device)
+        read, sections, genes = _read(source, cache, device)
         for unit, parts in folds.items():
             for train, test in parts:
                 fold = _Fold(
@@ -174,9 +174,7 @@ class _Fold:
         return np.concatenate(folds_of(self.train, None)[1])
 
 
-def _read(
-    source: Source, cache: Path, work: Path, device: str | None
-) -> tuple[dict[str, Measured], dict[str, Section], pd.Index]:
+def _read(source: Source, cache: Path, device: str | None) -> tuple[dict[str, Measured], dict[str, Section], pd.Index]:
     """All sections with the features of the baselines: the encoder's own output in three windows, and colour."""
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
@@ -194,11 +192,11 @@ def _read(
         sdata = source.read(name)
         if not sdata.images:
             raise FileNotFoundError(f"section {name} of {source.name} has no image here")
-        for section in read_sections(sdata, Keys("annotation", "patient", "section"), {}):
+        for section in read_sections(sdata, Keys("annotation", "patient", "section"), {}, checked=True):
             features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine))
-            kept.append(section.set_down(work))
+            kept.append(section.set_down())
         del sdata, section
-    sections, genes, _ = join(kept, features, GENES, Classes(), work)
+    sections, genes, _ = join(kept, features, GENES, Classes())
     return {m.name: m for m in kept}, {s.name: s for s in sections}, genes
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from .._core import validate
@@ -99,7 +100,8 @@ def hest(
     Warns
     -----
     UserWarning
-        If samples were not asked for by ``ids`` and are not in the folder: they are left out.
+        If samples were not asked for by ``ids`` and are left out: they are not in the folder or not in the table, or the
+        table lacks their µm/px or what was asked of them. If samples of several species are left.
 
     Notes
     -----
@@ -121,19 +123,34 @@ def hest(
     folder = validate.folder_or_file(root, "root")
     metadata, table = _metadata(folder)
     chosen = taken(ids, metadata.index, "ids", table)
+    unknown = {}
     for parameter, wanted, column in (
         ("organ", organ, "organ"),
         ("species", species, "species"),
         ("technology", technology, "st_technology"),
     ):
+        if wanted is not None:
+            unknown[column] = metadata.index[chosen & metadata[column].isna().to_numpy()]
         chosen &= taken(wanted, metadata[column], parameter, table, _ALIASES)
     if not chosen.any():
         raise ValueError(
             f"no sample of {table} is left of `ids` {ids!r}, `organ` {organ!r}, `species` {species!r} and `technology` "
             f"{technology!r}; drop one of them"
         )
-    metadata = metadata[chosen]
-    return HESTSections(folder, metadata if ids is not None else _downloaded(folder, metadata, table))
+    listed, metadata = metadata.index, metadata[chosen]
+    _warn_of_others(folder, listed if ids is None else None, unknown, table)
+    if ids is None:
+        metadata = _usable(folder, metadata, table)
+    there = metadata["species"].value_counts()
+    if species is None and len(there) > 1:
+        counted = ", ".join(f"{name} {n}" for name, n in there.items())
+        warnings.warn(
+            f"the samples are of {len(there)} species ({counted}), whose genes have other names: hg.tl.train refuses them together, "
+            "after all are encoded; choose one, such as species='human'",
+            UserWarning,
+            stacklevel=2,
+        )
+    return HESTSections(folder, metadata)
 
 
 class HESTSections(LazySections):
@@ -169,9 +186,30 @@ def _files(root: Path, name: str) -> dict[str, Path]:
     return {"st": root / "st" / f"{name}.h5ad", "wsi": root / "wsis" / f"{name}.tif"}
 
 
-def _downloaded(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
-    """Take samples of which a file is there; half a sample is left for the error that names what it lacks."""
-    there = [any(path.is_file() for path in _files(root, str(name)).values()) for name in metadata.index]
+def _is_there(root: Path, name: object) -> bool:
+    return any(path.is_file() for path in _files(root, str(name)).values())
+
+
+def _warn_of_others(root: Path, listed: pd.Index | None, unknown: Mapping[str, pd.Index], table: str) -> None:
+    """Warn of samples in the folder that the table does not list, or of which it does not say what was asked."""
+    names = [] if listed is None else [path.stem for path in sorted((root / "st").glob("*.h5ad"))]
+    others = {
+        f"are not in {table}": [name for name in names if listed is not None and name not in listed],
+        **{f"have no `{column}` in {table}": names for column, names in unknown.items()},
+    }
+    for problem, names in others.items():
+        if found := [name for name in names if _is_there(root, name)]:
+            warnings.warn(
+                f"{len(found)} samples in {str(root)!r} {problem} and are left out: {validate.format_list(found)}; download the "
+                "newest table, or add what is missing to it",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _usable(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
+    """Take samples of known µm/px of which a file is there; half a sample is left for the error that names what it lacks."""
+    there = [_is_there(root, name) for name in metadata.index]
     absent = list(metadata.index[[not found for found in there]])
     if not any(there):
         raise FileNotFoundError(
@@ -185,7 +223,18 @@ def _downloaded(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
             UserWarning,
             stacklevel=3,
         )
-    return metadata[there]
+    metadata = metadata[there]
+    mpp = pd.to_numeric(metadata["pixel_size_um_estimated"], errors="coerce").to_numpy(float)
+    scaled = np.isfinite(mpp) & (mpp > 0)
+    if scaled.any() and not scaled.all():
+        warnings.warn(
+            f"{(~scaled).sum()} samples have no `pixel_size_um_estimated` in {table} and are left out: "
+            f"{validate.format_list(metadata.index[~scaled])}; add it to the table to have them read",
+            UserWarning,
+            stacklevel=3,
+        )
+        metadata = metadata[scaled]
+    return metadata
 
 
 def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
@@ -235,6 +284,8 @@ def _patients(frame: pd.DataFrame) -> pd.Series:
     found = title.where(name == "", title + ": " + name)
     # Nothing says that two samples without both are of one patient.
     found = found.where(found != "", frame["id"])
+    # Within a data set, spellings that differ in case are of one patient.
+    found = found.groupby(found.str.casefold()).transform("first")
     first = pd.Series(_SAME_PATIENT).reindex(frame.index)
     known = first.isin(frame.index)
     return found.where(~known, first.where(known).map(found))

@@ -93,7 +93,7 @@ def _open(path: Path) -> AnnData:
 def _on_tissue(table: AnnData, section: str) -> AnnData:
     if "in_tissue" not in table.obs:
         return table
-    there = pd.to_numeric(table.obs["in_tissue"].replace({"True": 1, "False": 0}), errors="coerce").ne(0).to_numpy()
+    there = ~table.obs["in_tissue"].astype(str).str.strip().str.lower().isin(["0", "0.0", "false"]).to_numpy()
     if there.all() or not there.any():
         return table
     logger.info("sample %s: %d spots off the tissue are left out", section, (~there).sum())
@@ -116,6 +116,10 @@ def _genes(table: AnnData, path: Path, technology: str) -> tuple[csr_matrix, pd.
     """Raw counts of the genes, without controls and ambiguous reads; columns of one gene are summed."""
     from scipy.sparse import csr_matrix
 
+    if table.X is None:
+        raise ValueError(
+            f"{path.name} has no X, which raw counts are read from; move them there from {list(table.layers)}"
+        )
     matrix = matrix_of(table, None)
     if problem := contents_of(matrix).problem:
         raise ValueError(f"{path.name}: X does not hold raw counts (whole numbers from 0) but {problem}")

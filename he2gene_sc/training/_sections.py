@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -24,6 +25,7 @@ class Section:
     totals: np.ndarray  # (n,) counts
     measured: np.ndarray  # (g,) targets of other genes are empty and not read
     codes: np.ndarray  # (n,) classes, -1 without a label
+    rings: dict[Any, tuple] = field(default_factory=dict, init=False)  # by radii, see find_rings
 
     def __len__(self) -> int:
         return len(self.totals)

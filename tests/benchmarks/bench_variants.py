@@ -12,7 +12,6 @@ Features are encoded where they are not in the cache: about 25 spots a second an
 
 import argparse
 import gc
-import tempfile
 import warnings
 import zlib
 from dataclasses import replace
@@ -122,7 +121,7 @@ def encode(measured, kind, folder):
     )
 
 
-def read(folder, work, kinds):
+def read(folder, kinds):
     """Sections by name, without features, and the features of each kind."""
     keys = Keys("annotation", "patient", "section")
     kept, features = [], {}
@@ -133,7 +132,7 @@ def read(folder, work, kinds):
             if not (KINDS[kind][3] and name in A):
                 features[name, kind] = encode(measured, kind, folder)
                 print(f"{name}: {kind} {features[name, kind].shape}", flush=True)
-        kept.append(measured.set_down(work))
+        kept.append(measured.set_down())
         del measured
         gc.collect()
     sections, _, _ = join(
@@ -141,7 +140,6 @@ def read(folder, work, kinds):
         [np.empty((len(s.centres), 0, 0)) for s in kept],
         hg.GeneSelection(missing_genes_are_zero=True),
         hg.Classes(ignore=()),
-        work,
     )
     return {section.name: section for section in sections}, features
 
@@ -308,8 +306,7 @@ def main():
         pairs = (pair.split(",") for pair in arguments.settings)
         SETTINGS[:] = [(float(penalty), None if rank == "none" else int(rank)) for penalty, rank in pairs]
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as work:
-        compare(*read(arguments.cache, Path(work), arguments.encode), arguments.variants or VARIANTS)
+    compare(*read(arguments.cache, arguments.encode), arguments.variants or VARIANTS)
 
 
 def compare(sections, features, variants):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ def read_all(
     if not isinstance(sdatas, Iterable):
         sdatas = [sdatas]
     # Other sequences may read a section, its image with it, each time that they are asked for it.
-    if isinstance(sdatas, list | tuple):
+    checked = isinstance(sdatas, list | tuple)
+    if checked:
         lists: dict[str, pd.Index] = {}
         places: dict[str, int] = {}
         patients: dict[str, str] = {}
@@ -89,11 +91,12 @@ def read_all(
         check_merged(labels, classes.merge)
     n = spots = 0
     seen: dict[str, str] = {}
+    counted: dict[str, str] = {}
     found: set[str] = set()
     iterator = iter(sdatas)
     del sdatas
     for sdata in iterator:
-        sections = read_sections(sdata, keys, symbols)
+        sections = read_sections(sdata, keys, symbols, checked=checked)
         while True:
             with _naming(n):
                 section = next(sections, None)
@@ -105,6 +108,15 @@ def read_all(
                 raise ValueError(f"{TWICE.format(section.name)} (object {n + 1} of `sdatas`)")
             seen[section.name] = section.patient
             _check_spelling(seen, keys)
+            digest = hashlib.blake2b(section.counts.data.tobytes())
+            digest.update(section.counts.indices.tobytes())
+            same = counted.setdefault(digest.hexdigest(), section.name)
+            if same != section.name:
+                logger.warning(
+                    "sections %s and %s have the same counts: while one is held out the other is trained on, and held-out figures "
+                    "are too good; give the section once",
+                    *(same, section.name),
+                )
             spots = max(spots, len(section.centres))
             if len(section.centres) >= MIN_SPOTS:
                 yield section

@@ -61,9 +61,9 @@ def train_default(read: Iterator[Measured], plan: Plan) -> HE2Gene:
     for section in read:
         features.append(encode_section(section, extractor, sha256, plan.windows_um, plan.cache, engine))
         check_features(section.name, features[-1])
-        kept.append(section.set_down(plan.work))
+        kept.append(section.set_down())
         del section
-    sections, genes, classes = join(kept, features, plan.genes, plan.classes, plan.work)
+    sections, genes, classes = join(kept, features, plan.genes, plan.classes)
     # Each map holds a file open.
     del kept, features
     metadata = replace(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from ..._core import validate
@@ -63,7 +65,10 @@ def symbols_of(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
     names = pd.Index(list(given), dtype=object).astype(str).str.strip()
     ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
     bare = names.str.replace(r"\.\d+$", "", regex=True)
-    return pd.Index([symbols.get(b, b) if e else n for n, b, e in zip(names, bare, ensembl, strict=True)])
+    # Of many sections, one copy of each name.
+    return pd.Index(
+        [sys.intern(str(symbols.get(b, b) if e else n)) for n, b, e in zip(names, bare, ensembl, strict=True)]
+    )
 
 
 def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:
@@ -71,7 +76,7 @@ def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:
 
     Where a section lists both names, they stay two genes.
     """
-    union = pd.Index(np.concatenate([list(genes) for genes in lists.values()])).unique()
+    union = pd.Index(list(dict.fromkeys(chain.from_iterable(lists.values()))))
     current = pd.Series(current_symbols(union), index=union)
     several = current[current.duplicated(keep=False)]
     for genes in lists.values():
@@ -91,12 +96,13 @@ def check_gene_lists(lists: Mapping[str, pd.Index], chosen: GeneSelection) -> pd
     renamed = common_names(lists)
     if renamed:
         lists = {name: genes.map(lambda gene: renamed.get(gene, gene)) for name, genes in lists.items()}
-    counted = pd.Index(np.concatenate([list(genes) for genes in lists.values()])).value_counts()
+    counted = pd.Series(Counter(chain.from_iterable(lists.values())))
     for name, genes in lists.items() if len(lists) > 1 else ():
-        elsewhere = counted.subtract(pd.Series(1, index=genes), fill_value=0)
-        others = elsewhere.index[elsewhere > 0]
-        shared, shorter = len(others.intersection(genes)), min(len(others), len(genes))
+        own = counted.index.isin(genes)
+        elsewhere = counted.to_numpy() > own
+        shared, shorter = int((own & elsewhere).sum()), min(int(elsewhere.sum()), len(genes))
         if shared < max(min(_MIN_GENES, shorter), _MIN_SHARED * shorter):
+            others = counted.index[elsewhere]
             raise ValueError(
                 f"`sdatas`: section {name!r} shares only {shared} of {shorter} genes with the others. It has "
                 f"{list(genes.difference(others)[:3])}, they have {list(others.difference(genes)[:3])}. Where some hold symbols and others Ensembl ids, "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,8 +43,6 @@ _COLUMN_HINTS = {
 _ENOUGH_COUNTS = 1000
 #: Share of all counts below which a gene list is called short.
 _WHOLE_LIST = 0.9
-#: Left free on a disk.
-_SPARE_BYTES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,47 +58,23 @@ class Measured:
     counts: scipy.sparse.csr_array  # (n, genes) raw
     labels: np.ndarray  # (n,) None without a label
 
-    def set_down(self, folder: Path) -> Measured:
+    def set_down(self) -> Measured:
         """Let the image go and move the counts to disk, so that the next section finds room."""
-        return replace(self, slide=None, counts=on_disk(self.counts, folder))
+        from ...training import spilled
+
+        (counts,) = spilled([self.counts])
+        # Another index has no table of where each name stands.
+        return replace(self, slide=None, counts=counts, genes=pd.Index(self.genes.to_numpy()))
 
 
-def check_room(folder: Path, n_bytes: int) -> None:
-    """Refuse what a disk has no room for: a memory map on a full one ends the process without a word."""
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes + _SPARE_BYTES:
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is full: training needs {n_bytes:,} bytes for a section here, {free:,} are free; free them, or set "
-            "TMPDIR to a folder on another disk",
-            str(folder),
-        )
-
-
-def on_disk(
-    matrix: scipy.sparse.csr_array | scipy.sparse.csc_array, folder: Path
-) -> scipy.sparse.csr_array | scipy.sparse.csc_array:
-    """Put a sparse array on a file, which takes memory only where it is read."""
-    if not matrix.nnz:
-        return matrix
-    # A map keeps its file open, and a process may open about a thousand: one file, and pointers in memory.
-    first, second = sorted((matrix.data, matrix.indices), key=lambda array: -array.itemsize)
-    check_room(folder, first.nbytes + second.nbytes)
-    with tempfile.NamedTemporaryFile(suffix=".bin", dir=folder, delete=False) as file:
-        for array in (first, second):
-            array.tofile(file)
-    mapped = np.memmap(file.name, np.uint8, mode="r")
-    parts = {
-        id(first): np.asarray(mapped[: first.nbytes]).view(first.dtype),
-        id(second): np.asarray(mapped[first.nbytes :]).view(second.dtype),
-    }
-    return type(matrix)((parts[id(matrix.data)], parts[id(matrix.indices)], matrix.indptr), shape=matrix.shape)
-
-
-def read_sections(sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]) -> Iterator[Measured]:
-    """Check one object and yield its sections, one a shapes element."""
+def read_sections(
+    sdata: SpatialData, keys: Keys, symbols: Mapping[str, str], *, checked: bool = False
+) -> Iterator[Measured]:
+    """Check one object and yield its sections, one a shapes element; ``checked``: by :func:`check_table` already."""
     slides, table, names, matrix = _opened(sdata, keys, symbols)
     for slide in slides:
+        if not checked:
+            check_placement(sdata, slide)
         yield _section(table, slide, names, matrix, keys)
 
 
@@ -215,15 +187,14 @@ def join(
     features: Sequence[np.ndarray],
     chosen: GeneSelection,
     labels: Classes,
-    folder: Path,
     *,
     all_listed: bool = False,
 ) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
     """Bring sections to one gene list and one list of classes, without the rarest genes: sections, genes, classes.
 
-    Features are ``(n, r, f)``; targets lie in ``folder``; ``all_listed`` learns genes that no spot shows too.
+    Features are ``(n, r, f)``; targets are on disk; ``all_listed`` learns genes that no spot shows too.
     """
-    from ...training import Section, log_targets
+    from ...training import Section, log_targets, spilled
 
     renamed = common_names({section.name: section.genes for section in read})
     if renamed:
@@ -236,6 +207,10 @@ def join(
         frequent = seen >= np.maximum(chosen.min_spot_share * spots, 1)
         genes, measured = genes[frequent], [there[frequent] for there in measured]
     totals = totals_of(read, chosen)
+    targets = spilled(
+        _align(log_targets(section.counts, total), _places(genes, section))
+        for section, total in zip(read, totals, strict=True)
+    )
     sections = [
         Section(
             name=section.name,
@@ -243,7 +218,7 @@ def join(
             mpp=section.mpp,
             centres_um=section.centres * section.mpp,
             features=features[i],
-            targets=on_disk(_align(log_targets(section.counts, totals[i]), section.genes.get_indexer(genes)), folder),
+            targets=targets[i],
             totals=totals[i],
             measured=measured[i],
             codes=codes[i],
@@ -259,18 +234,16 @@ def totals_of(sections: Sequence[Measured], chosen: GeneSelection) -> list[np.nd
     Its share of all counts is taken from the sections that measured the rest; right for tissue that is alike.
     """
     own = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in sections]
-    common = sections[0].genes
-    union = sections[0].genes
-    for section in sections[1:]:
-        common, union = common.intersection(section.genes), union.union(section.genes)
-    if chosen.missing_genes_are_zero or len(common) == len(union):
+    listed = pd.Series(Counter(chain.from_iterable(section.genes for section in sections))).sort_index()
+    union, common = listed.index, listed.to_numpy() == len(sections)
+    if chosen.missing_genes_are_zero or common.all():
         return own
     counted, base, least = np.zeros(len(union)), np.zeros(len(union)), np.inf
     for section in sections:
         sums = np.asarray(section.counts.sum(axis=0), np.float64).ravel()
         places = union.get_indexer(section.genes)
         counted[places] += sums
-        shared = sums[section.genes.isin(common)].sum()
+        shared = sums[common[places]].sum()
         base[places] += shared
         least = min(least, shared)
     if least < _ENOUGH_COUNTS:
@@ -298,8 +271,16 @@ def _seen(section: Measured, genes: pd.Index) -> np.ndarray:
     """Count the spots of a section in which each gene was seen, ``(g,)``."""
     counts = section.counts
     found = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
-    positions = section.genes.get_indexer(genes)
+    positions = _places(genes, section)
     return np.where(positions >= 0, found[positions], 0)
+
+
+def _places(genes: pd.Index, section: Measured) -> np.ndarray:
+    """Columns of genes in the counts of a section, -1 where it lacks them; no table of names is left in the section."""
+    found = np.full(len(genes), -1)
+    there = genes.get_indexer(section.genes)
+    found[there[there >= 0]] = np.flatnonzero(there >= 0)
+    return found
 
 
 def _join_genes(sections: Sequence[Measured], chosen: GeneSelection) -> tuple[pd.Index, list[np.ndarray]]:

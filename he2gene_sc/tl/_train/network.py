@@ -13,7 +13,7 @@ import numpy as np
 
 from .default import describe, patch_reader
 from .labels import check_two_classes
-from .measured import Measured, check_room, join, on_disk
+from .measured import Measured, join
 from .options import Plan
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _BATCH = 64
 
 def train_by_gradient(sections: Iterator[Measured], plan: Plan) -> HE2Gene:
     """Cut the patches of the training window, and train by the preset's recipe."""
-    from ...training import patch_set, train_network
+    from ...training import patch_set, spilled, train_network
 
     recipe, spec = plan.recipe, plan.spec
     preset = recipe.preset()
@@ -39,12 +39,13 @@ def train_by_gradient(sections: Iterator[Measured], plan: Plan) -> HE2Gene:
             check_two_classes(section.labels, plan.classes, counted)
         path = plan.work / f"{len(parts)}.npy"
         parts.append(_cut(section, preset.train_window_um, spec.input_px, spec.interpolation, path))
-        read.append(section.set_down(plan.work))
+        read.append(section.set_down())
         del section
     empty = [np.empty((len(part), 0, 0)) for part in parts]
-    joined, genes, classes = join(read, empty, plan.genes, plan.classes, plan.work, all_listed=preset.exact)
+    joined, genes, classes = join(read, empty, plan.genes, plan.classes, all_listed=preset.exact)
     # Batches are rows. Each map holds a file open.
-    joined = [replace(section, targets=on_disk(section.targets.tocsr(), plan.work)) for section in joined]
+    rows = spilled(section.targets.tocsr() for section in joined)
+    joined = [replace(section, targets=targets) for section, targets in zip(joined, rows, strict=True)]
     del read
     return train_network(
         patch_set(
@@ -85,6 +86,8 @@ def _cut(section: Measured, window_um: float, input_px: int, interpolation: str,
 
 def _room(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Make a file of uint8 that is there in full before it is mapped."""
+    from ...training import check_room
+
     check_room(path.parent, int(np.prod(shape)))
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):

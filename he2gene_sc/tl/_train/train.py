@@ -52,7 +52,7 @@ def train(
     ``"default"`` fits closed-form heads on a frozen encoder: maps of its last stages under several windows, with colour,
     standardised within the slide; principal components of a spot and of the rings of neighbours around it; a ridge to all
     genes, its small components shrunk; a calibrated multinomial logistic regression to the annotation. It is solved from
-    sums: features and counts stay on disk, a few kB a spot in memory. Nothing in it needs a GPU, and on the CPU it is
+    sums: features, counts and held-out predictions stay on disk. Nothing in it needs a GPU, and on the CPU it is
     deterministic. What was tried, and why it is this, stands in ``docs/experiments.md``.
 
     ``"he2gene-base"`` and ``"he2gene-spat"`` train a whole network by gradient as HE2Gene (Bioinformatics 2024,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -27,7 +28,7 @@ from .._predictability import MIN_GROUPS, gene_table
 from .._programmes import programme_figures
 from .._sections import Section
 from .annotation import AROUND, STRENGTH, fit_annotation
-from .heads import Recipe, fit_basis, fit_sums
+from .heads import Recipe, find_rings, fit_basis, fit_sums
 from .ood import fit_detector
 from .validate import Choice, cross_validate, panels
 
@@ -90,6 +91,7 @@ def build_model(
             "validation='random': the neighbours of held-out spots were trained on, so figures are too good; do not report "
             "them as accuracy"
         )
+    find_rings(sections, (recipe.context, AROUND) if n_classes else (recipe.context,))
     colours = [section.features[:, 0, section.features.shape[2] - n_colour :] for section in sections]
     colour, colour_recipe = _only(sections, colours)
     known = next(iter(protocols))
@@ -105,10 +107,9 @@ def build_model(
         calibrated=None if exchangeable is None else (exchangeable, exchangeable),
         programmes=sets,
     )
-    colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, n_classes=0, n_target=n_target)
-    _, around = cross_validate(
-        *(colour, protocols, _only(sections, colours, recipe.context)[1]), n_classes=0, n_target=n_target
-    )
+    panels_alone: dict[str, Any] = {"n_classes": 0, "n_target": n_target, "panels_alone": True}
+    colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, **panels_alone)
+    around = cross_validate(colour, protocols, _only(sections, colours, recipe.context)[1], **panels_alone)[1]
     references = _references(sections, colours, protocols, n_target, sets)
     # A model meets new patients: where their confidence is known, it is theirs that counts.
     telling = next((n for n in reversed(protocols) if _tells_confidence(sections, protocols[n], held_out[n])), known)
@@ -220,7 +221,10 @@ def _only(
     f = numbers[0].shape[1]
     weights = np.full(f, f**-0.5, np.float32)
     recipe = Recipe(weights, n_components=f, n_latent=f * (1 + len(context.rings_um)), context=context)
-    return [replace(s, features=x[:, None]) for s, x in zip(sections, numbers, strict=True)], recipe
+    alone = [replace(section, features=x[:, None]) for section, x in zip(sections, numbers, strict=True)]
+    for one, section in zip(alone, sections, strict=True):
+        one.rings.update(section.rings)
+    return alone, recipe
 
 
 def _references(

@@ -15,11 +15,14 @@ import scipy.linalg
 
 from ...models._embedding import Basis, Context, rings_of
 from .._calibrate import UNSEEN
+from .._scratch import spilled
 from .._sections import Section
 
 #: Above this many features their components come from a randomised solver.
 _EXACT_UP_TO = 2500
 _TINY = 1e-6
+#: Sets of sections that some genes were measured in, whose squares are added up at once.
+_PATTERNS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ def feature_weights(stages: Sequence[int], n_windows: int, n_colour: int, colour
 class Sums:
     """What a ridge needs of the training spots, whatever its penalty."""
 
-    gram: np.ndarray  # (sections, k, k) squares of the embedding
+    gram: np.ndarray  # (lists, k, k) squares of the embedding, over the sections that measured the same genes
     cross: np.ndarray  # (k, g) embedding times section-centred targets
     mean: np.ndarray  # (g,) over spots where it was measured
-    measured: np.ndarray  # (sections, g)
+    measured: np.ndarray  # (lists, g)
     power: float  # unit of the penalty
 
     @cached_property
@@ -86,10 +89,14 @@ class Sums:
         jitter = penalty * self.power * np.eye(k)
         weight = np.empty(self.cross.shape, np.float64)
         patterns, which = np.unique(self.measured, axis=1, return_inverse=True)
-        for i in range(patterns.shape[1]):
-            chosen = np.flatnonzero(which.ravel() == i)
-            gram = self.gram[patterns[:, i]].sum(0) + jitter
-            weight[:, chosen] = scipy.linalg.cho_solve(scipy.linalg.cho_factor(gram), self.cross[:, chosen])
+        for start in range(0, patterns.shape[1], _PATTERNS_AT_ONCE):
+            # Of many sections, nearly every gene may have been measured by others.
+            here = patterns[:, start : start + _PATTERNS_AT_ONCE].T.astype(np.float64)
+            grams = (here @ self.gram.reshape(len(self.gram), -1)).reshape(-1, k, k)
+            for i, gram in enumerate(grams, start=start):
+                chosen = np.flatnonzero(which.ravel() == i)
+                factor = scipy.linalg.cho_factor(gram + jitter)
+                weight[:, chosen] = scipy.linalg.cho_solve(factor, self.cross[:, chosen])
         if any(rank is not None for rank in ranks):
             root = self.root
             fitted = root.T @ weight
@@ -144,7 +151,7 @@ def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Bas
     """
     k, g = basis.mixing.shape[1], sections[0].targets.shape[1]
     cross, total, n = np.zeros((k, g)), np.zeros(g), np.zeros(g)
-    grams, measured = [], []
+    grams: dict[bytes, np.ndarray] = {}
     for section, chosen in zip(sections, rows, strict=True):
         if not chosen.any():
             continue
@@ -158,9 +165,10 @@ def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Bas
         cross += (section.transposed @ mean_embedding).T - np.outer(mean_embedding.sum(0), sums / chosen.sum())
         total += sums
         n += chosen.sum() * section.measured
-        grams.append(gram)
-        measured.append(section.measured)
-    return Sums(np.stack(grams), cross, total / np.maximum(n, 1), np.stack(measured), power)
+        listed = section.measured.tobytes()
+        grams[listed] = grams[listed] + gram if listed in grams else gram
+    measured = np.stack([np.frombuffer(listed, bool) for listed in grams])
+    return Sums(np.stack([*grams.values()]), cross, total / np.maximum(n, 1), measured, power)
 
 
 def fit_softmax(
@@ -200,12 +208,19 @@ def embed(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
     return components(section, basis, view) @ basis.mixing
 
 
+def find_rings(sections: Sequence[Section], contexts: Sequence[Context]) -> None:
+    """Find the rings of several sections ahead, on one file: neighbours take more memory than anything else of a spot."""
+    wanted = [(section, context.rings_um) for section in sections for context in contexts]
+    found = spilled(rings_of(section.centres_um, rings_um) for section, rings_um in wanted)
+    for (section, rings_um), rings in zip(wanted, found, strict=True):
+        section.rings[rings_um] = rings
+
+
 def _rings(section: Section, context: Context) -> tuple:
     """Ring matrices of a section, found once."""
-    cache = section.__dict__.setdefault("_ring_cache", {})
-    if context.rings_um not in cache:
-        cache[context.rings_um] = rings_of(section.centres_um, context.rings_um)
-    return cache[context.rings_um]
+    if context.rings_um not in section.rings:
+        section.rings[context.rings_um] = rings_of(section.centres_um, context.rings_um)
+    return section.rings[context.rings_um]
 
 
 def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

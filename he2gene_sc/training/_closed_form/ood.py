@@ -124,9 +124,9 @@ def _left_out(
         others = [i for i, group in enumerate(groups) if group != name]
         space = _Space.fit([features[i] for i in others], [groups[i] for i in others], weights)
         bank = space.bank([features[i] for i in others])
-        own, left = space.see(np.concatenate([x for x, group in zip(features, groups, strict=True) if group == name]))
-        far.append(nearest(own, bank))
-        rest.append(left)
+        seen = [space.see(x) for x, group in zip(features, groups, strict=True) if group == name]
+        far.append(np.concatenate([nearest(own, bank) for own, _ in seen]))
+        rest.append(np.concatenate([left for _, left in seen]))
     return far, rest
 
 

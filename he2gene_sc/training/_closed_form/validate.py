@@ -12,6 +12,7 @@ from ...stats import SetScores, pearson
 from .._calibrate import Calibration, calibrate, groups_of, joined
 from .._held_out import Depth, HeldOut, Panel, within
 from .._programmes import compared
+from .._scratch import spilled
 from .._sections import Section
 from .annotation import AnnotationHead, fit_annotation
 from .heads import Recipe, Sums, embed, fit_basis, fit_sums
@@ -80,19 +81,20 @@ def cross_validate(
     choice: Choice | None = None,
     calibrated: tuple[str, str] | None = None,
     programmes: np.ndarray | None = None,
+    panels_alone: bool = False,
 ) -> tuple[Choice, dict[str, HeldOut]]:
     """Hold out one group after the other, and choose penalty and rank: choice, and held-out predictions by protocol.
 
     ``protocols`` are codes ``(n,)`` of each section by name. The choice has the highest mean correlation of the
     target genes, averaged over protocols, on the folds that the metrics are taken from. ``calibrated`` names the
     protocol whose residuals are kept, and what is exchangeable: ``"patient"`` or ``"section"``. ``programmes`` are weights of
-    gene sets ``(g, sets)``, whose scores are compared too.
+    gene sets ``(g, sets)``, whose scores are compared too. ``panels_alone`` leaves out what is told of every gene.
     """
     fitted = {
-        name: [
+        name: spilled(
             _fit_fold(sections, [codes != fold for codes in folds], recipe, n_classes, n_target)
             for fold in np.unique(np.concatenate(list(folds)))
-        ]
+        )
         for name, folds in protocols.items()
     }
     if choice is None:
@@ -101,7 +103,10 @@ def cross_validate(
         choice = Choice(PENALTIES[penalty], RANKS[rank])
     unit = dict([calibrated] if calibrated is not None else [])
     return choice, {
-        name: _collect(sections, folds, choice, n_classes, unit.get(name), programmes) for name, folds in fitted.items()
+        name: _collect(
+            *(sections, folds, choice, n_classes, unit.get(name), programmes), n_genes=0 if panels_alone else None
+        )
+        for name, folds in fitted.items()
     }
 
 
@@ -121,13 +126,14 @@ def _head_scores(sections: Sequence[Section], fitted: Sequence[_Fold]) -> np.nda
     scores = np.zeros((len(PENALTIES), len(RANKS)))
     n = 0
     for fold in fitted:
-        # Read once: taking columns out of a sparse matrix is what costs here.
-        measured = {i: sections[i].dense(fold.target)[fold.held[i]] for i in fold.embeddings}
-        n += len(measured)
-        for p, penalty in enumerate(PENALTIES):
-            for r, weight in enumerate(fold.sums.path(penalty, RANKS, fold.target)):
-                for i, embedding in fold.embeddings.items():
-                    scores[p, r] += np.nan_to_num(pearson(embedding @ weight, measured[i])).mean()
+        paths = [[*fold.sums.path(penalty, RANKS, fold.target)] for penalty in PENALTIES]
+        for i, embedding in fold.embeddings.items():
+            # Read once: taking columns out of a sparse matrix is what costs here.
+            measured = sections[i].dense(fold.target)[fold.held[i]]
+            for p, path in enumerate(paths):
+                for r, weight in enumerate(path):
+                    scores[p, r] += np.nan_to_num(pearson(embedding @ weight, measured)).mean()
+        n += len(fold.embeddings)
     return scores / n
 
 
@@ -138,11 +144,13 @@ def _collect(
     n_classes: int,
     unit: str | None,
     programmes: np.ndarray | None,
+    n_genes: int | None,
 ) -> HeldOut:
-    g = sections[0].targets.shape[1]
+    g = sections[0].targets.shape[1] if n_genes is None else n_genes
     weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
     parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
-    panel, logits = _panels_and_logits(sections, fitted, weights, parts, n_classes)
+    held = spilled(_held_out(i, sections, fitted, weights, parts[i], n_classes) for i in range(len(sections)))
+    panel, logits = zip(*held, strict=True)
     classes = np.concatenate(
         [np.where(np.isnan(x).any(1), -1, x.argmax(1)) if n_classes else np.full(len(x), -1) for x in logits]
     )
@@ -150,8 +158,8 @@ def _collect(
     depths = [Depth.of(section.totals, part) for section, part in zip(sections, parts, strict=True)]
     error, base = np.zeros(g), np.zeros(g)
     kept: list[Calibration] = []
-    sets = np.empty((g, 0)) if programmes is None else programmes
-    scores = [(SetScores(sets, section.measured), SetScores(sets, section.measured)) for section in sections]
+    sets = () if programmes is None else (programmes, programmes)
+    scores = [tuple(SetScores(of, section.measured) for of in sets) for section in sections]
     cuts = np.cumsum([0, *(len(section) for section in sections)])
     step = max(1, min(_GENES_AT_ONCE, _VALUES_AT_ONCE // int(cuts[-1])))
     for start in range(0, g, step):
@@ -162,25 +170,28 @@ def _collect(
             here = slice(cuts[i], cuts[i + 1])
             for fold, weight in zip(fitted, weights, strict=True):
                 if i in fold.embeddings:
-                    held = fold.held[i]
-                    means[here][held] = fold.sums.mean[genes]
-                    predicted[here][held] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
+                    rows = fold.held[i]
+                    means[here][rows] = fold.sums.mean[genes]
+                    predicted[here][rows] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
             pair = within(predicted[here], parts[i]), within(measured[here], parts[i])
             pcc[i, genes] = pearson(*pair)
             given[i, genes] = depths[i].partial(*pair)
-            for score, values in zip(scores[i], (predicted[here], measured[here]), strict=True):
-                score.add(values, genes)
+            for score, values in zip(scores[i], (predicted, measured), strict=False):
+                score.add(values[here], genes)
             error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
             base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
         if unit is not None:
             kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
     skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
-    found = [
-        compared(guess.t(), aim.t(), (sets[section.measured] != 0).sum(0), depth, part)
-        for (guess, aim), section, depth, part in zip(scores, sections, depths, parts, strict=True)
-    ]
-    judged = None if programmes is None else np.stack(found, axis=1)
-    return HeldOut(pcc, given, skill, panel, logits, parts, joined(kept) if kept else None, judged)
+    judged = None
+    if programmes is not None:
+        found = [
+            compared(guess.t(), aim.t(), (programmes[section.measured] != 0).sum(0), depth, part)
+            for (guess, aim), section, depth, part in zip(scores, sections, depths, parts, strict=True)
+        ]
+        judged = np.stack(found, axis=1)
+    (correlations,) = spilled([(pcc, given)])
+    return HeldOut(*correlations, skill, panel, logits, parts, joined(kept) if kept else None, judged)
 
 
 def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
@@ -191,25 +202,24 @@ def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
     return codes
 
 
-def _panels_and_logits(
+def _held_out(
+    i: int,
     sections: Sequence[Section],
     fitted: Sequence[_Fold],
     weights: Sequence[np.ndarray],
-    parts: Sequence[np.ndarray],
+    parts: np.ndarray,
     n_classes: int,
-) -> tuple[tuple[Panel, ...], tuple[np.ndarray, ...]]:
-    panel, logits = [], []
-    for i, section in enumerate(sections):
-        holding = [(fold, weight) for fold, weight in zip(fitted, weights, strict=True) if i in fold.embeddings]
-        target, variable = holding[0][0].target, holding[0][0].variable
-        genes = np.concatenate([target, variable])
-        predicted = np.empty((len(section), len(genes)), np.float32)
-        scores = np.full((len(section), n_classes), np.nan)
-        for fold, weight in holding:
-            embedding = fold.embeddings[i]
-            predicted[fold.held[i]] = np.maximum(embedding @ weight[:, genes] + fold.sums.mean[genes], 0)
-            if fold.annotation is not None:
-                scores[fold.held[i]] = fold.annotation.logits(section)[fold.held[i]]
-        panel.append(Panel(target, variable, within(predicted, parts[i]), within(section.dense(genes), parts[i])))
-        logits.append(scores)
-    return tuple(panel), tuple(logits)
+) -> tuple[Panel, np.ndarray]:
+    """Panel and logits of section ``i``."""
+    section = sections[i]
+    holding = [(fold, weight) for fold, weight in zip(fitted, weights, strict=True) if i in fold.embeddings]
+    target, variable = holding[0][0].target, holding[0][0].variable
+    genes = np.concatenate([target, variable])
+    predicted = np.empty((len(section), len(genes)), np.float32)
+    scores = np.full((len(section), n_classes), np.nan)
+    for fold, weight in holding:
+        embedding = fold.embeddings[i]
+        predicted[fold.held[i]] = np.maximum(embedding @ weight[:, genes] + fold.sums.mean[genes], 0)
+        if fold.annotation is not None:
+            scores[fold.held[i]] = fold.annotation.logits(section)[fold.held[i]]
+    return Panel(target, variable, within(predicted, parts), within(section.dense(genes), parts)), scores
