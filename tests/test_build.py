@@ -165,6 +165,5 @@ def test_memory_does_not_grow_with_the_number_of_sections(monkeypatch):
         return found
 
     peak(3)
-    # Held in memory, a section's predictions and counts of these genes in six models and two protocols took a MB.
     # A section's predictions and counts of 200 genes, in six models and two protocols, took 1.2 MB.
     assert (peak(15) - peak(6)) / 9 < 120_000

@@ -315,6 +315,8 @@ def test_a_run_that_had_stopped_early_does_not_go_on(tmp_path):
 @pytest.fixture(scope="module")
 def start():
     """Fit in a process of its own, a copy of one that has imported what that needs."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("processes are not forked here")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny_network", "he2gene_sc.training._gradient.module"])
 
@@ -328,6 +330,7 @@ def start():
 
 def ended(process):
     process.join(120)
+    process.kill()
     return process.exitcode == 0
 
 

@@ -195,6 +195,15 @@ def test_a_card_says_how_the_sets_named_in_training_are_predicted_on_patients_he
     card = ModelCard.from_json(shipped.to_json(), "card.json")
     assert card.programmes == model.card.programmes
     assert "| missed | 6 |" in card.to_markdown()
+    # Two patients give no interval, which is missing and not text.
+    two = replace(
+        model.card,
+        programmes={
+            "n_patients": 2,
+            "sets": {n: {**f, "pearson_low": None} for n, f in model.card.programmes["sets"].items()},
+        },
+    )
+    assert replace(model, card=two).programmes["pearson_low"].dtype == float
     assert build_model(sections, facts(40), recipe(), n_colour=N_COLOUR, n_target=10).programmes.empty
 
 
@@ -220,6 +229,13 @@ def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(
     assert len(hg.get.programmes(back, reliable=False)) == 2 - found["reliable"].sum()
     drawn = hg.pl.spatial(back, ["fat", "other"])
     assert drawn[1].get_title() == "other (not reliable)"
+    hg.tl.programmes(back, {"fat": fat["fat"], "mine": net["other"]}, layer=None, key_added="measured")
+    assert hg.pl.spatial(back, "mine").get_title() == "mine (measured)"
+    # The score of the prediction is drawn, whatever ran last.
+    doubt = "" if found.loc["fat", "reliable"] else " (not reliable)"
+    assert hg.pl.spatial(back, "fat").get_title() == f"fat{doubt}"
+    back["table"].obsm["measured"] = back["table"].obsm["measured"].to_numpy()
+    hg.pl.spatial(back, "ERBB2")
     # A set of the same name and other genes is another set.
     with pytest.warns(UserWarning, match="the score of any set is predicted is unknown"):
         hg.tl.programmes(back, {"fat": fat["fat"][:4] + ["ERBB2"]})

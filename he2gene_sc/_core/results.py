@@ -27,6 +27,7 @@ __all__ = [
     "check_free",
     "find_result",
     "find_results",
+    "scores_of",
     "undone_if_interrupted",
     "write_result",
     "write_results",
@@ -195,3 +196,19 @@ def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], b
 
 def _same(slot: str, before: Any, after: Any) -> bool:
     return same_values(before, after) if slot == "layers" else same(pd.Series(before), pd.Series(after))
+
+
+def scores_of(table: AnnData, keys: Keys) -> dict[str, tuple[str, str]]:
+    """Key in ``obsm`` of each gene set, and what titles say of it; scores of the prediction go before those of other layers."""
+    runs = [
+        (record["params"].get("layer"), key, record["results"])
+        for key, record in table.uns.items()
+        if is_of("programmes", record) and isinstance(table.obsm.get(key), pd.DataFrame)
+    ]
+    found = {}
+    for layer, key, results in sorted(runs, key=lambda run: run[0] == keys.layer):
+        of = "" if layer == keys.layer else f" ({'measured' if layer is None else layer})"
+        for name, reliable in zip(results["source"], results["reliable"], strict=True):
+            if name in table.obsm[key]:
+                found[name] = key, of if reliable or layer is None else f"{of} (not reliable)"
+    return found

@@ -16,6 +16,7 @@ from .._core.matrix import dense, matrix_of
 from .._core.names import clean_names
 from .._core.ownership import is_of, public_name
 from .._core.predictions import gene_flags
+from .._core.results import scores_of
 from .._core.spots import sections_of as section_names
 from .page import Cell, Section, Table
 
@@ -291,7 +292,10 @@ def _programmes(slide: Slide) -> Section:
             "that is not reliable must not be interpreted on this slide."
         )
         section.add_frame(found[columns])
-        if names := found.loc[found["reliable"], "source"].tolist()[:_N_SETS]:
+        # Genes and columns of that name would be drawn instead.
+        drawn = {name for name, (where, _) in scores_of(slide.table, slide.keys).items() if where == key}
+        drawn -= {*slide.table.obs, *slide.table.var_names}
+        if names := [name for name in found.loc[found["reliable"], "source"] if name in drawn][:_N_SETS]:
             slide.draw(section, "Scores of reliable gene sets.", color=names)
     return section
 

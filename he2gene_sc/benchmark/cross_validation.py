@@ -192,7 +192,7 @@ def _read(source: Source, cache: Path, device: str | None) -> tuple[dict[str, Me
         sdata = source.read(name)
         if not sdata.images:
             raise FileNotFoundError(f"section {name} of {source.name} has no image here")
-        for section in read_sections(sdata, Keys("annotation", "patient", "section"), {}, checked=True):
+        for section in read_sections(sdata, Keys("annotation", "patient", "section"), {}):
             features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine))
             kept.append(section.set_down())
         del sdata, section

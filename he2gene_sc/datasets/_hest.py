@@ -285,7 +285,7 @@ def _patients(frame: pd.DataFrame) -> pd.Series:
     # Nothing says that two samples without both are of one patient.
     found = found.where(found != "", frame["id"])
     # Within a data set, spellings that differ in case are of one patient.
-    found = found.groupby(found.str.casefold()).transform("first")
+    found = found.groupby(found.where(name == "", title + ": " + name.str.casefold())).transform("first")
     first = pd.Series(_SAME_PATIENT).reindex(frame.index)
     known = first.isin(frame.index)
     return found.where(~known, first.where(known).map(found))

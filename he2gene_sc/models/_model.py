@@ -79,9 +79,10 @@ class HE2Gene:
         """
         found = self.card.programmes or {"n_patients": 0, "sets": {}}
         rows = {name: {**facts, "genes": set_genes(facts["genes"])} for name, facts in found["sets"].items()}
-        return pd.DataFrame.from_dict(rows, orient="index").assign(
-            n_patients=found["n_patients"], n_learned=self.card.n_genes
-        )
+        table = pd.DataFrame.from_dict(rows, orient="index")
+        # A figure that is missing for every set is a number too.
+        table = table.astype(dict.fromkeys(table.columns.difference(["genes", "reliable"]), float))
+        return table.assign(n_patients=found["n_patients"], n_learned=self.card.n_genes)
 
     @cached_property
     def network(self) -> Network:

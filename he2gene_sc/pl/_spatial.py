@@ -17,6 +17,7 @@ from .._core.layers import layer_names
 from .._core.matrix import dense, matrix_of, where_of
 from .._core.ownership import is_of, is_prediction
 from .._core.predictions import predicted_layer, predicted_table, record_of, symbols_of
+from .._core.results import scores_of
 from ..stats import pearson
 from ._canvas import Canvas, canvases, finish, on_glass
 from ._panels import Panel, Style, as_log, check_palette, class_colours, class_panel, draw_panels
@@ -219,22 +220,11 @@ def _column(table: AnnData, name: str, keys: Keys) -> str | None:
     return next((column for column in (name, ours.get(name)) if column in table.obs), None)
 
 
-def _scores(table: AnnData) -> dict[str, tuple[np.ndarray, str]]:
-    """Scores of gene sets, and what the title says of them, by the name of the set."""
-    found = {}
-    for key, record in table.uns.items():
-        if is_of("programmes", record) and key in table.obsm:
-            for row in record["results"].to_dict("records"):
-                doubt = "" if row["reliable"] or row["evidence"] == "measured" else " (not reliable)"
-                found[row["source"]] = (table.obsm[key][row["source"]].to_numpy(float), doubt)
-    return found
-
-
 def _unknown(table: AnnData, names: list[str], keys: Keys) -> list[str]:
     """Names that are neither a predicted gene nor a column nor a class."""
     found = _columns(table, names, keys)
     classes = _classes(table, keys)
-    classes += ["probabilities"] * bool(classes) + list(_scores(table))
+    classes += ["probabilities"] * bool(classes) + list(scores_of(table, keys))
     return [
         name
         for name, place in zip(names, found, strict=True)
@@ -254,7 +244,7 @@ def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: 
             raise ValueError(
                 f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists those that were. Drawn are columns of "
                 "obs too, classes of the model, gene sets, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities'"
-                f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys), *_scores(table)])}"
+                f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys), *scores_of(table, keys)])}"
             )
     for name in names:
         columns = [(slide.table.obs, _column(slide.table, name, keys)) for slide in slides]
@@ -281,9 +271,9 @@ def _panels(
         if i in of_genes:
             panels += of_genes[i]
         elif column is None and name not in _classes(table, keys):
-            values, doubt = _scores(table)[name]
-            values[glass] = np.nan
-            panels.append(Panel(slide, f"{name}{doubt}", values, label="score (t)", glass=glass, item=i, scale=i))
+            key, said = scores_of(table, keys)[name]
+            values = np.where(glass, np.nan, table.obsm[key][name].to_numpy(float))
+            panels.append(Panel(slide, f"{name}{said}", values, label="score (t)", glass=glass, item=i, scale=i))
         elif column is None:
             values = table.obsm[keys.proba][name].to_numpy(float)
             panels.append(Panel(slide, name, values, label="probability", item=i, scale=i, limits=(0, 1)))

@@ -74,7 +74,7 @@ def tissue(
     Warns
     -----
     UserWarning
-        If half of what is stained and has structure is left out, or a part of what was found is green or blue.
+        If half of what is stained and has structure is left out, or a part of what was found is green, blue or red ink.
 
     Examples
     --------

@@ -108,17 +108,17 @@ def read_all(
                 raise ValueError(f"{TWICE.format(section.name)} (object {n + 1} of `sdatas`)")
             seen[section.name] = section.patient
             _check_spelling(seen, keys)
-            digest = hashlib.blake2b(section.counts.data.tobytes())
-            digest.update(section.counts.indices.tobytes())
-            same = counted.setdefault(digest.hexdigest(), section.name)
-            if same != section.name:
-                logger.warning(
-                    "sections %s and %s have the same counts: while one is held out the other is trained on, and held-out figures "
-                    "are too good; give the section once",
-                    *(same, section.name),
-                )
             spots = max(spots, len(section.centres))
             if len(section.centres) >= MIN_SPOTS:
+                digest = hashlib.blake2b(section.counts.data.tobytes())
+                digest.update(section.counts.indices.tobytes())
+                same = counted.setdefault(digest.hexdigest(), section.name)
+                if same != section.name:
+                    logger.warning(
+                        "sections %s and %s have the same counts: while one is held out the other is trained on, and held-out figures "
+                        "are too good; give the section once",
+                        *(same, section.name),
+                    )
                 yield section
             else:
                 logger.warning(

@@ -22,7 +22,7 @@ from .._sections import Section
 _EXACT_UP_TO = 2500
 _TINY = 1e-6
 #: Sets of sections that some genes were measured in, whose squares are added up at once.
-_PATTERNS_AT_ONCE = 256
+_PATTERNS_AT_ONCE, _VALUES_AT_ONCE = 256, 4_000_000
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,10 @@ class Sums:
         jitter = penalty * self.power * np.eye(k)
         weight = np.empty(self.cross.shape, np.float64)
         patterns, which = np.unique(self.measured, axis=1, return_inverse=True)
-        for start in range(0, patterns.shape[1], _PATTERNS_AT_ONCE):
+        step = max(1, min(_PATTERNS_AT_ONCE, _VALUES_AT_ONCE // k**2))
+        for start in range(0, patterns.shape[1], step):
             # Of many sections, nearly every gene may have been measured by others.
-            here = patterns[:, start : start + _PATTERNS_AT_ONCE].T.astype(np.float64)
+            here = patterns[:, start : start + step].T.astype(np.float64)
             grams = (here @ self.gram.reshape(len(self.gram), -1)).reshape(-1, k, k)
             for i, gram in enumerate(grams, start=start):
                 chosen = np.flatnonzero(which.ravel() == i)
