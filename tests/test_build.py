@@ -167,3 +167,14 @@ def test_memory_does_not_grow_with_the_number_of_sections(monkeypatch):
     peak(3)
     # A section's predictions and counts of 200 genes, in six models and two protocols, took 1.2 MB.
     assert (peak(15) - peak(6)) / 9 < 120_000
+
+
+def test_residuals_by_level_are_kept_unless_the_recipe_leaves_them_out():
+    sections = planted(4, patients=4)
+    options = {"n_colour": N_COLOUR, "n_target": 5}
+    whole = build_model(sections, facts(10), recipe(), **options).tensors
+    small = build_model(sections, facts(10), replace(recipe(), by_level=False), **options).tensors
+    left_out = {f"intervals.level_{name}" for name in ("quantiles", "groups", "edges")}
+    assert whole.keys() - small.keys() == left_out
+    for name, values in small.items():
+        np.testing.assert_array_equal(values, whole[name])

@@ -62,7 +62,13 @@ def groups_of(sections: Sequence[Section], unit: str) -> np.ndarray:
 
 
 def calibrate(
-    predicted: np.ndarray, measured: np.ndarray, groups: np.ndarray, classes: np.ndarray, n_classes: int
+    predicted: np.ndarray,
+    measured: np.ndarray,
+    groups: np.ndarray,
+    classes: np.ndarray,
+    n_classes: int,
+    *,
+    by_level: bool = True,
 ) -> Calibration:
     """Summarise residuals of ``(n, g)``; codes of groups and of predicted classes (-1: unknown) are ``(n,)``."""
     residual = measured - predicted
@@ -81,13 +87,15 @@ def calibrate(
         quantiles[c + 1] = rounded_up(found)
         spots[c + 1] = rows.sum()
     detected, detected_groups = grouped_quantiles(np.where(measured > 0, scores, np.nan), groups)
-    by_level = level_quantiles(predicted, signed, groups)
-    return Calibration(quantiles, counted, spread, spots, rounded_up(detected), detected_groups, *by_level)
+    levels = level_quantiles(predicted, signed, groups) if by_level else ()
+    return Calibration(quantiles, counted, spread, spots, rounded_up(detected), detected_groups, *levels)
 
 
 def joined(parts: Sequence[Calibration]) -> Calibration:
     """Put the genes of several calibrations side by side."""
-    names = [part.name for part in fields(Calibration) if part.name != "spots"]
+    names = [
+        part.name for part in fields(Calibration) if part.name != "spots" and getattr(parts[0], part.name) is not None
+    ]
     arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names}
     return Calibration(spots=parts[0].spots, **arrays)
 

@@ -76,7 +76,7 @@ def train_default(read: Iterator[Measured], plan: Plan) -> HE2Gene:
     return build_model(
         sections,
         metadata,
-        Recipe(weights, n_latent=recipe.n_latent, annotation_weights=annotation),
+        Recipe(weights, n_latent=recipe.n_latent, annotation_weights=annotation, by_level=recipe.by_level),
         n_colour=n_colour,
         n_target=min(plan.genes.n_target_genes, len(genes)),
         validation=plan.validation,

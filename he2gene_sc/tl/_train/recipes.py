@@ -40,6 +40,8 @@ class DefaultRecipe(validate.Checked):
         card states the tiles.
     n_latent
         Length of the embedding.
+    by_level
+        Whether to keep the residuals of ``hg.tl.intervals(by="level")``: 440 bytes of the model's file a gene.
     batch_size
         Spots a batch of the encoder; it does not change the result.
     dtype
@@ -58,6 +60,7 @@ class DefaultRecipe(validate.Checked):
     stages: Sequence[int] | Literal["auto"] | None = "auto"
     tile_windows: bool = True
     n_latent: int = 128
+    by_level: bool = True
     batch_size: int = 32
     dtype: str | torch.dtype = "float32"
 

@@ -34,6 +34,7 @@ class Recipe:
     n_latent: int = 128  # length of the embedding
     context: Context = field(default_factory=Context)
     annotation_weights: np.ndarray | None = None  # default: weights
+    by_level: bool = True  # whether residuals are kept by predicted level
 
     @property
     def annotation(self) -> np.ndarray:

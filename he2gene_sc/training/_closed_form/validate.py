@@ -104,7 +104,9 @@ def cross_validate(
     unit = dict([calibrated] if calibrated is not None else [])
     return choice, {
         name: _collect(
-            *(sections, folds, choice, n_classes, unit.get(name), programmes), n_genes=0 if panels_alone else None
+            *(sections, folds, choice, n_classes, unit.get(name), programmes),
+            n_genes=0 if panels_alone else None,
+            by_level=recipe.by_level,
         )
         for name, folds in fitted.items()
     }
@@ -145,6 +147,7 @@ def _collect(
     unit: str | None,
     programmes: np.ndarray | None,
     n_genes: int | None,
+    by_level: bool = True,
 ) -> HeldOut:
     g = sections[0].targets.shape[1] if n_genes is None else n_genes
     weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
@@ -181,7 +184,9 @@ def _collect(
             error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
             base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
         if unit is not None:
-            kept.append(calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes))
+            kept.append(
+                calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes, by_level=by_level)
+            )
     skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
     judged = None
     if programmes is not None:
