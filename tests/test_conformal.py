@@ -43,6 +43,13 @@ def test_quantiles_of_one_group_are_the_inverse_distribution_of_numpy():
     assert n.tolist() == [1] * 4
 
 
+@pytest.mark.parametrize("groups", [np.zeros(0, int), np.zeros((0, 3), int)])
+def test_quantiles_of_no_spots_are_unknown(groups):
+    found, n = grouped_quantiles(np.zeros((0, 3)), groups)
+    assert np.isnan(found).all()
+    assert n.tolist() == [0, 0, 0]
+
+
 def test_every_group_weighs_the_same_whatever_its_size():
     scores = np.concatenate([np.zeros(1000), np.ones(10)])[:, None]
     groups = np.repeat([0, 1], [1000, 10])

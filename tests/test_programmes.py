@@ -16,7 +16,9 @@ from tiny_sections import N_COLOUR, facts, planted, recipe
 import he2gene_sc as hg
 from he2gene_sc.models import ModelCard
 from he2gene_sc.stats import log_normalise
-from he2gene_sc.tl._gene_sets import read_net
+from he2gene_sc.tl._biomarkers.blind import COLOUR, DEPTH
+from he2gene_sc.tl._gene_sets import read_net, weights_by_set
+from he2gene_sc.tl._programmes import _COLUMNS
 from he2gene_sc.training import Programmes, build_model, log_targets
 
 PLANTED, NOISE = [f"g{i}" for i in range(6)], [f"g{i}" for i in range(10, 16)]
@@ -98,15 +100,22 @@ def test_patients_whose_counts_are_shuffled_call_no_set_reliable(table):
 
 
 def test_two_patients_leave_it_unknown_and_so_do_sections_that_were_trained_on(table, tiny_model, monkeypatch):
-    found = hg.tl.programmes(table, SETS, held_out=table[:120].copy(), layer="other")
+    with pytest.warns(
+        UserWarning, match="any set is predicted is unknown, and none is reliable: 2 patients held out, 3"
+    ):
+        found = hg.tl.programmes(table, SETS, held_out=table[:120].copy(), layer="other")
     assert (found["evidence"] == "unknown: 2 patients held out, 3 are needed").all()
     assert found["pearson"].notna().all()
     assert found["pearson_low"].isna().all()
     assert not found["reliable"].any()
     monkeypatch.setattr("he2gene_sc.tl._programmes.sections_trained_on", lambda spots: {"P1": "it"})
-    found = hg.tl.programmes(table, SETS, held_out=table, layer="other")
+    with pytest.warns(UserWarning, match="is unknown, and none is reliable: the model was trained on P1"):
+        found = hg.tl.programmes(table, SETS, held_out=table, layer="other")
     assert (found["evidence"] == "unknown: the model was trained on P1").all()
     assert not found["reliable"].any()
+    monkeypatch.setattr("he2gene_sc.tl._programmes._is_strange", lambda table, layer: True)
+    with pytest.warns(UserWarning, match="none is reliable: a slide of `data` is out of distribution"):
+        hg.tl.programmes(table, SETS, held_out=table, layer="other")
 
 
 def test_small_sets_are_left_out_by_name_and_measured_counts_are_scored(table):
@@ -149,7 +158,7 @@ def test_what_does_not_fit_is_refused_and_nothing_of_the_user_is_overwritten(tab
         ({"a/b": PLANTED}, "`net`: set name 'a/b' cannot be stored"),
         ({"a": ["x1", "x2"]}, "`net`: no set has 5 of the 30 genes"),
         (pd.DataFrame({"source": "a", "target": PLANTED, "weight": np.nan}), "`net`: 'weight' is not a finite number"),
-        (pd.DataFrame({"source": "a", "target": PLANTED, "weight": 0}), "`net`: 'weight' is not a finite number other"),
+        (pd.DataFrame({"source": "a", "target": PLANTED, "weight": 0}), "`net`: 'weight' is 0 in all rows"),
         ({"a": None}, "`net` is None; a list of texts is needed"),
         ("no.gmt", "`net`: there is no file"),
     ):
@@ -252,3 +261,39 @@ def test_names_of_sets_and_genes_are_cleaned():
     categories = clean.astype("category")
     categories["source"] = categories["source"].cat.add_categories("unused")
     pd.testing.assert_frame_equal(read_net(categories), clean)
+
+
+def test_sets_are_weighted_one_by_one_and_genes_of_weight_0_are_in_none():
+    net = read_net({"coag": ["F2", "F5"], "one": "F8", "B": {"G3": 0.5, "G4": 0.0}})
+    assert weights_by_set(net) == {"coag": {"F2": 1.0, "F5": 1.0}, "one": {"F8": 1.0}, "B": {"G3": 0.5}}
+    with pytest.raises(ValueError, match="`net` is None; a list of texts is needed"):
+        read_net({"coag": None, "B": {"G3": 0.5}})
+
+
+def test_nets_of_which_rows_are_called_alike_are_joined():
+    parts = [pd.DataFrame({"source": name, "target": genes, "weight": 2.0}) for name, genes in SETS.items()]
+    assert weights_by_set(read_net(pd.concat(parts))) == {name: dict.fromkeys(SETS[name], 2.0) for name in SETS}
+
+
+def told_in_training(genes, head="h", pearson=0.5):
+    """One table of eleven genes, and the record of a model that was never saved."""
+    figures = dict.fromkeys(_COLUMNS, pearson) | {"genes": "CDCA1 G1 G2:0.5", "reliable": True}
+    told = pd.DataFrame({name: [value] for name, value in figures.items() if name not in (DEPTH, COLOUR)}, index=["s"])
+    told = told.assign(**{DEPTH: 0.1, "colour": 0.1, "n_patients": 4, "n_learned": len(genes)})
+    table = AnnData(np.ones((4, len(genes)), np.float32), var=pd.DataFrame(index=genes))
+    table.layers["he2gene"] = np.random.default_rng(len(head)).normal(2, 0.3, table.shape)
+    table.uns["he2gene"] = {"weights_sha256": "", "head": head, "layer": "he2gene", "model": "m", "programmes": told}
+    return table
+
+
+def test_figures_of_training_are_found_by_present_symbols_and_of_one_model_alone():
+    net = {"s": {"CDCA1": 1, "G1": 1, "G2": 0.5}}
+    for name in ("CDCA1", "NUF2"):
+        found = hg.tl.programmes(
+            told_in_training([name, *(f"G{i}" for i in range(10))], pearson="0.5"), net, min_genes=3
+        )
+        assert found[["pearson", "evidence"]].to_numpy().tolist() == [[0.5, "4 patients held out in training"]]
+    tables = [told_in_training(["NUF2", *(f"G{i}" for i in range(10))], head) for head in ("h", "other")]
+    with pytest.warns(UserWarning, match="`held_out` is not given"):
+        found = hg.tl.programmes(tables, net, min_genes=3)
+    assert found["pearson"].isna().all()

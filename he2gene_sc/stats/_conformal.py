@@ -61,12 +61,12 @@ def grouped_quantiles(
     A quantile is the smallest score whose cumulated weight reaches the level; groups are patients or sections, ``(n,)``
     or, where each gene has its own spots, ``(n, g)``.
     """
-    groups = groups.reshape(len(groups), -1)
+    groups = groups[:, None] if groups.ndim == 1 else groups
     order = np.argsort(scores, axis=0)
     ordered = np.take_along_axis(scores, order, axis=0)
     known = np.isfinite(scores)
     names = np.unique(groups)
-    size = np.stack([(known & (groups == name)).sum(0) for name in names])
+    size = np.array([(known & (groups == name)).sum(0) for name in names]).reshape(len(names), scores.shape[1])
     n_groups = (size > 0).sum(0)
     weight = (1 / np.maximum(size, 1))[np.searchsorted(names, groups), np.arange(scores.shape[1])] * known
     cumulated = np.cumsum(np.take_along_axis(weight, order, axis=0), axis=0)

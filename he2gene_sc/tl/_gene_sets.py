@@ -25,7 +25,11 @@ def import_decoupler(verb: str) -> Any:
 def read_net(net: Any) -> pd.DataFrame:
     """Return the sets as decoupler takes them: ``source``, ``target``, perhaps ``weight``."""
     if isinstance(net, Mapping) and any(isinstance(genes, Mapping) for genes in net.values()):
-        rows = [(name, gene, weight) for name, genes in net.items() for gene, weight in dict(genes).items()]
+        weighted = {
+            name: genes if isinstance(genes, Mapping) else dict.fromkeys(validate.names(genes, "net", one=True), 1.0)
+            for name, genes in net.items()
+        }
+        rows = [(name, gene, weight) for name, genes in weighted.items() for gene, weight in genes.items()]
         net = pd.DataFrame(rows, columns=["source", "target", "weight"])
     elif isinstance(net, Mapping):
         net = _listed(net.items())
@@ -42,9 +46,13 @@ def read_net(net: Any) -> pd.DataFrame:
     net = net.assign(**{name: net[name].astype(object).map(lambda text: str(text).strip()) for name in net.columns[:2]})
     net = net.drop_duplicates()
     weights = pd.to_numeric(net["weight"], errors="coerce") if "weight" in net else pd.Series(1.0, net.index)
-    if not (np.isfinite(weights) & (weights != 0)).all():
+    if not np.isfinite(weights).all():
+        raise ValueError("`net`: 'weight' is not a finite number in some rows; leave these rows or the column out")
+    # Loadings of factors name every gene.
+    net = net[weights != 0]
+    if net.empty and len(weights):
         raise ValueError(
-            "`net`: 'weight' is not a finite number other than 0 in some rows; leave these rows or the column out"
+            "`net`: 'weight' is 0 in all rows; give the genes of a set another weight, or leave the column out"
         )
     twice = net.duplicated(["source", "target"])
     if twice.any():
@@ -52,7 +60,7 @@ def read_net(net: Any) -> pd.DataFrame:
         raise ValueError(
             f"`net` names gene {target!r} twice in set {source!r}, with other weights; keep one row of each"
         )
-    return net
+    return net.reset_index(drop=True)
 
 
 def _listed(sets: Iterable[tuple[str, Iterable[str]]]) -> pd.DataFrame:

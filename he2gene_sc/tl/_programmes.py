@@ -14,7 +14,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.expression import Scale
-from .._core.genes import find_genes
+from .._core.genes import current_symbols, find_genes
 from .._core.keys import PATIENT, check_key
 from .._core.matrix import values_of
 from .._core.ownership import is_prediction
@@ -210,8 +210,7 @@ def programmes(
         frame = pd.DataFrame(values, index=table.obs_names, columns=scorer.names)
         result = Result("programmes", key_added, {**record, "results": results}, {"obsm": {key_added: frame}})
         written.append((table, result))
-    unknown = results["evidence"].eq(f"{_UNKNOWN}no held-out slides")
-    _warn(left_out, min_genes, results["source"][unknown].tolist(), everything=bool(unknown.all()))
+    _warn(left_out, min_genes, results)
     write_results(written)
     logger.info("programmes: %d sets, %d left out, in obsm[%r]", len(results), len(left_out), key_added)
     return results.copy()
@@ -302,13 +301,18 @@ def _over_units(sections: pd.DataFrame, unit: str, names: list[str], trained_on:
 def _of_training(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFrame:
     """Figures of the sets that were named when the model was trained, where the layer is its prediction."""
     records = [table.uns.get(prediction_of(table, layer) or "", {}) for table in spots.tables]
-    models = {record.get("weights_sha256") if is_prediction(record) else None for record in records}
+    # Models that were never saved have no SHA-256.
+    models = {
+        (record.get("weights_sha256"), record.get("head")) if is_prediction(record) else None for record in records
+    }
     if len(models) > 1 or any(record.get("layer") != layer or "programmes" not in record for record in records):
         return pd.DataFrame()
     told: pd.DataFrame = records[0]["programmes"]
     enough = len(scorer.genes) >= _ENOUGH_GENES * told["n_learned"].iloc[0]
-    same = [n for n in scorer.sets if n in told.index and told.loc[n, "genes"] == set_genes(scorer.sets[n])]
+    known = {name: _present(text) for name, text in told["genes"].items()}
+    same = [name for name in scorer.sets if known.get(name) == _present(set_genes(scorer.sets[name]))]
     told = told.loc[same if enough else []].rename(columns={"colour": COLOUR})
+    told[list(_COLUMNS)] = told[list(_COLUMNS)].apply(pd.to_numeric, errors="coerce")
     told["evidence"] = [f"{n} patients held out in training" for n in told["n_patients"]]
     for name in told.index[told["n_patients"] < MIN_GROUPS]:
         told.loc[name, "evidence"] = (
@@ -317,13 +321,19 @@ def _of_training(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFrame:
     return told[[*_COLUMNS, "reliable", "evidence"]]
 
 
+def _present(genes: str) -> list[tuple[str, str]]:
+    """Present symbols and weights of a set that is written as one text."""
+    parts = [gene.partition(":") for gene in genes.split(" ")]
+    return sorted(zip(current_symbols(name for name, _, _ in parts), (weight for _, _, weight in parts), strict=True))
+
+
 def _is_strange(table: AnnData, layer: str) -> bool:
     """Whether the slide that was predicted is out of distribution."""
     record = table.uns.get(prediction_of(table, layer) or "", {})
     return is_prediction(record) and record.get("verdict") == "out of distribution"
 
 
-def _warn(left_out: pd.DataFrame, min_genes: int, unknown: list[str], *, everything: bool) -> None:
+def _warn(left_out: pd.DataFrame, min_genes: int, results: pd.DataFrame) -> None:
     if len(left_out):
         sets = [f"{name} ({row.n_predicted} of {row.n_genes})" for name, row in left_out.iterrows()]
         warnings.warn(
@@ -332,12 +342,18 @@ def _warn(left_out: pd.DataFrame, min_genes: int, unknown: list[str], *, everyth
             UserWarning,
             stacklevel=3,
         )
-    if unknown:
-        of = "any set" if everything else f"the sets {validate.format_list(unknown)}"
+    for evidence, sets in results["source"].groupby(results["evidence"], sort=False):
+        if not str(evidence).startswith(_UNKNOWN):
+            continue
+        of = "any set" if len(sets) == len(results) else f"the sets {validate.format_list(sets.tolist())}"
+        reason = str(evidence).removeprefix(_UNKNOWN)
+        if reason == "no held-out slides":
+            reason = (
+                "`held_out` is not given, and the model was not trained with them. Give slides that were predicted and measured, "
+                "of patients that the model has not seen: hg.tl.programmes(data, net, held_out=slides)"
+            )
         warnings.warn(
-            f"how well the score of {of} is predicted is unknown, and none is reliable: "
-            "`held_out` is not given, and the model was not trained with them. Give slides that were predicted and measured, of "
-            "patients that the model has not seen: hg.tl.programmes(data, net, held_out=slides)",
+            f"how well the score of {of} is predicted is unknown, and none is reliable: {reason}",
             UserWarning,
             stacklevel=3,
         )
