@@ -1,5 +1,6 @@
 """Tests of summed counts, of depth and of designs, with planted truth."""
 
+import dataclasses
 import sys
 import warnings
 
@@ -158,6 +159,9 @@ def test_deseq2_is_pydeseq2_or_names_what_to_install(monkeypatch):
     pytest.importorskip("pydeseq2")
     with pytest.raises(ValueError, match=r"`depth` is 'total' and enters .* the method is 'deseq2'"):
         found(tables, method="deseq2", depth="total")
+    # Before any value is read.
+    with pytest.raises(ValueError, match=r"`depth` is 'total' and enters .* the method is 'wilcoxon'"):
+        found([table[:, [0, 0]].copy() for table in tables], method="wilcoxon", depth="total")
     result = found(tables, method="deseq2")
     assert (result["method"] == "deseq2").all()
     assert np.corrcoef(result["effect_size"], found(tables)["effect_size"].reindex(result.index))[0, 1] > 0.9
@@ -237,16 +241,38 @@ def test_a_panel_of_few_genes_keeps_those_that_do_not_differ(genes):
     assert tables[0].uns["he2gene_biomarkers"]["params"]["depth"] == "total"
 
 
-def test_genes_that_change_in_one_direction_are_warned_of():
-    tables = [counted(i, genes=100, planted=25, shift=1.5, deeper=1.0) for i in range(4)]
-    with pytest.warns(UserWarning, match="genes that differ are mostly higher in the group, which moves library sizes"):
-        result = found(tables)
+def test_genes_that_change_in_one_direction_are_warned_of_where_they_are_about_half():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="library sizes")
+        result = found([counted(i, genes=100, planted=25, shift=1.5, deeper=1.0) for i in range(4)])
     null = result.drop([f"g{i}" for i in range(25)], errors="ignore")
     assert abs(null["effect_size"].median()) < 0.03
     assert (null["pvals"] < 0.05).mean() < 0.12
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="genes that differ")
-        found([counted(i) for i in range(4)])
+    # Of 60 % nobody can tell that they are the ones that differ.
+    with pytest.warns(UserWarning, match=r"leave out \d+% of the genes, which are lower in the group .* spike-ins"):
+        result = found([counted(i, genes=100, planted=60, shift=1.5, deeper=1.0) for i in range(4)])
+    assert result.drop([f"g{i}" for i in range(60)], errors="ignore")["effect_size"].median() < -1
+
+
+def test_sums_of_a_lazy_table_compute_each_chunk_once():
+    import dask.array as da
+
+    from he2gene_sc._core.spots import read_spots
+    from he2gene_sc.tl._biomarkers.sums import CountCells
+
+    read = []
+    table = counted(0, n=(900, 300), genes=20)
+    dense, code = table.X, (table.obs["label"] == "b").to_numpy(int)
+    expected = np.array([dense[code == i].sum(0) for i in (0, 1)])
+    table.X = da.from_array(dense, chunks=(600, 20)).map_blocks(
+        lambda block: (read.append(len(block)), block)[1], dtype=dense.dtype, meta=dense[:0]
+    )
+    spots = read_spots(table, "label", "groupby", layer=None)
+    spots = dataclasses.replace(spots, genes=table.var_names)
+    read.clear()
+    found = CountCells.of(spots, code, (1, 2))
+    np.testing.assert_allclose(found.counts[0], expected)
+    assert read == [600, 600]
 
 
 def test_the_unit_of_a_covariate_does_not_matter():

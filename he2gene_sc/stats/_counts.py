@@ -160,13 +160,11 @@ def _alike(values: np.ndarray) -> np.ndarray:
 
     The commonest is the middle of the shortest half of the genes; near are 2.5 SD, as this half has it.
     """
-    known = np.isfinite(values)
-    near = known.sum(0) > 0
+    means = _centred(values)
+    near = np.isfinite(means)
     if near.sum() < _FEWEST:
         return near
-    level = [np.median(m[there]) if there.any() else 0.0 for m, there in zip(values, known, strict=True)]
-    total = np.where(known, values - np.array(level)[:, None], 0).sum(0)
-    mean = total[near] / known.sum(0)[near]
+    mean = means[near]
     ordered, half = np.sort(mean), len(mean) // 2 + 1
     lengths = ordered[half - 1 :] - ordered[: len(mean) - half + 1]
     first = int(lengths.argmin())
@@ -175,15 +173,25 @@ def _alike(values: np.ndarray) -> np.ndarray:
     return near
 
 
-def library_evidence(counts: np.ndarray, depth: np.ndarray) -> tuple[int, float]:
-    """Fewest genes that are counted well in a sample, and the skewness of their M values, from -1 to 1 (of quantiles)."""
-    values, _ = _m_values(counts, depth)
+def _centred(values: np.ndarray) -> np.ndarray:
+    """M value of each gene ``(g,)``, mean over samples that are centred at their medians; NaN where none counts it well."""
     known = np.isfinite(values)
-    m = np.where(known, values, 0).sum(0)[known.any(0)] / known.sum(0)[known.any(0)]
-    if len(m) < 2:
-        return len(m), 0.0
-    low, middle, high = np.quantile(m, [0.1, 0.5, 0.9])
-    return int(known.sum(1).min()), float((high + low - 2 * middle) / max(high - low, 1e-300))
+    level = [np.median(m[there]) if there.any() else 0.0 for m, there in zip(values, known, strict=True)]
+    total = np.where(known, values - np.array(level)[:, None], 0).sum(0)
+    return total / np.where(known.any(0), known.sum(0), np.nan)
+
+
+def library_evidence(counts: np.ndarray, depth: np.ndarray) -> tuple[int, float]:
+    """Fewest genes that are counted well in a sample, and the share of genes left out on one side, above 0 if they are higher."""
+    values, _ = _m_values(counts, depth)
+    mean, alike = _centred(values), _alike(values)
+    n = int(np.isfinite(values).sum(1).min())
+    if not alike.any():
+        return n, 0.0
+    apart = mean[np.isfinite(mean) & ~alike]
+    above = int((apart > np.median(mean[alike])).sum())
+    below = len(apart) - above
+    return n, (above if above > below else -below) / int(np.isfinite(mean).sum())
 
 
 def _m_values(counts: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

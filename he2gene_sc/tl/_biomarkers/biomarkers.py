@@ -18,7 +18,7 @@ from ..._core.spots import is_many, read_spots
 from .compare import NO_DEPTH, adjusted, compare, method_for, named_groups
 from .cross_fit import cross_fitted_halves
 from .design import Design, as_design
-from .methods import Method
+from .methods import METHODS, Method
 from .pool import labelled_spots
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
@@ -154,15 +154,16 @@ def biomarkers(
         check_free(table, "biomarkers", key_added)
         for key in design.covariates:
             column_of(table, key, "covariates")
+    # What "auto" chooses takes a column; of cross-fitted labels depth is taken off before.
+    named = METHODS.get(method)
+    if design.depth not in (None, "auto") and named and not (named.takes_depth(design) or cross_fit or method == "ppi"):
+        raise ValueError(
+            f"`depth` is {design.depth!r} and enters method='pseudobulk', 'means', 'mixed', 'spatial' and 'ppi' alone, the method is "
+            f"{method!r}; leave it out of hg.Design, or name another method"
+        )
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale, join=design.join, reliable_only=reliable_only)
     chosen = method_for(method, spots, design)
     takes_depth = chosen.takes_depth(design)
-    # Of cross-fitted labels depth is taken off before.
-    if design.depth not in (None, "auto") and not (takes_depth or cross_fit or chosen.name == "ppi"):
-        raise ValueError(
-            f"`depth` is {design.depth!r} and enters method='pseudobulk', 'means', 'mixed', 'spatial' and 'ppi' alone, the method is "
-            f"{chosen.name!r}; leave it out of hg.Design, or name another method"
-        )
     known_depth = depth_of(spots, design.depth) if takes_depth else None
     run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
     agreement = None

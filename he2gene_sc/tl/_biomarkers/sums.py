@@ -13,7 +13,7 @@ from scipy.sparse import csr_array, issparse
 
 from ..._core.expression import contents_of
 from ..._core.keys import MADE
-from ..._core.matrix import in_memory, matrix_of, readable
+from ..._core.matrix import in_memory, matrix_of, readable, rows_of_chunk
 from ..._core.names import check_spelling, clean_names
 from ..._core.spots import SpotData
 from ...stats import CountSums
@@ -50,8 +50,9 @@ class CountCells:
             values = readable(table, pool.layer)
             columns = table.var_names.get_indexer(pool.genes)
             named = np.flatnonzero(columns >= 0)
-            for first in range(0, len(rows), 512):
-                chosen = rows[first : first + 512]
+            step = max(512, rows_of_chunk(values))
+            for first in range(0, len(rows), step):
+                chosen = rows[first : first + step]
                 block = in_memory(values[chosen])
                 block = csr_array(block if issparse(block) else np.nan_to_num(block))
                 block = block.astype(np.float64)
