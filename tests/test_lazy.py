@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+import zarr
+from anndata.experimental import read_elem_lazy
 from test_other_models import slides
 
 import he2gene_sc as hg
@@ -384,3 +386,32 @@ def test_what_would_need_the_whole_layer_is_refused(both):
     sdata.tables["table"] = sdata["table"][:, hg.get.genes(sdata)[:5]].copy()
     hg.tl.adapt(sdata, np.arange(30) % 3 == 0)
     assert hg.get.predicted(sdata).shape == (30, 5)
+
+
+# After a save
+
+
+def test_copies_keep_their_values_whatever_is_saved_later(both, other_model, tiny_model, tmp_path):
+    dense, sdata = both
+    hg.io.save(sdata, tmp_path / "a.zarr")
+    copy, part, layer = sdata["table"].copy(), sdata["table"][3:9].copy(), sdata["table"].layers["he2gene"]
+    other_model.__dict__["network"] = tiny_model.network
+    hg.tl.predict(sdata, model=other_model)
+    hg.io.save(sdata, overwrite=True)
+    assert not np.allclose(layer_of(sdata["table"]), layer_of(dense), equal_nan=True)
+    (tmp_path / "a.zarr").rename(tmp_path / "moved.zarr")
+    same_table(copy, dense)
+    np.testing.assert_allclose(layer, layer_of(dense), **NEAR)
+    np.testing.assert_allclose(layer_of(part), layer_of(dense)[3:9], **NEAR)
+
+
+def test_a_lazy_table_whose_store_was_moved_is_refused(both, tmp_path):
+    _, sdata = both
+    hg.io.save(sdata, tmp_path / "a.zarr")
+    group = zarr.open_group(tmp_path / "a.zarr/tables/table", mode="r", use_consolidated=False)
+    table = sdata["table"].copy()
+    table.layers["he2gene"] = read_elem_lazy(group["layers/he2gene"])
+    assert hg.get.expression(table, "ERBB2").notna().all(axis=None)
+    (tmp_path / "a.zarr").rename(tmp_path / "moved.zarr")
+    with pytest.raises(FileNotFoundError, match="layer 'he2gene' reads .*which is not there"):
+        hg.get.expression(table, "ERBB2")

@@ -146,6 +146,14 @@ def test_spots_that_are_mixed_up_are_told_by_the_array_positions(order):
     assert "the ids of table and spots look mixed up" in message
 
 
+def test_array_positions_of_four_arrays_are_not_warned_of():
+    sdata = section()
+    obs = sdata["table"].obs
+    obs["array_row"], obs["array_col"] = obs["array_row"] % 5, obs["array_col"] % 9
+    assert obs.duplicated(["array_row", "array_col"]).any()
+    assert said(sdata) == []
+
+
 def test_spots_on_top_of_each_other_are_refused(toy):
     spots = toy["spots"].copy()
     spots.geometry = [spots.geometry.iloc[0]] * len(spots)

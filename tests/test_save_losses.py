@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+import zarr
 from spatialdata.models import Image2DModel, PointsModel
 from spatialdata.transformations import Scale, get_transformation, set_transformation
 
@@ -176,6 +177,53 @@ def test_a_relative_path_that_leads_to_another_store_is_refused(tmp_path, monkey
     hg.io.save(sdata, overwrite=True)
 
 
+def test_counts_that_were_replaced_before_the_first_verb_are_saved_as_the_error_says(store, monkeypatch):
+    monkeypatch.chdir(store.parent)
+    sdata, other = sd.read_zarr("slide.zarr"), sd.read_zarr("slide.zarr")
+    zeros = sdata["table"].X.toarray() == 0
+    for each in (sdata, other):
+        each["table"].X = zeros.astype(np.float32)
+        with pytest.raises(FileNotFoundError, match=r"changed the counts yourself: sdata\.path = Path\('/"):
+            hg.pp.tissue(each)
+    other.path = store
+    hg.pp.tissue(other)
+    hg.io.save(sdata, overwrite=True)
+    np.testing.assert_array_equal(sd.read_zarr(store)["table"].X, zeros)
+
+
+def test_an_attribute_that_another_tool_changed_is_not_put_back(store):
+    zarr.open_group(store, mode="r+").attrs["qc"] = 1
+    sdata = sd.read_zarr(store)
+    hg.pp.tissue(sdata)
+    hg.io.save(sdata)
+    zarr.open_group(store, mode="r+").attrs["qc"] = 2
+    sdata["table"].obs["n"] = 1
+    with pytest.raises(FileExistsError, match=r"attrs \(saved by another since it was read\): .*attrs\['qc'\]"):
+        hg.io.save(sdata)
+    assert sd.read_zarr(store).attrs["qc"] == 2
+    sdata.attrs["qc"] = 2
+    hg.io.save(sdata)
+    sdata.attrs["qc"] = 3
+    hg.io.save(sdata)
+    assert sd.read_zarr(store).attrs["qc"] == 3
+
+
+def test_what_one_wrote_by_spatialdata_and_saved_may_be_changed_again(store):
+    sdata = sd.read_zarr(store)
+    hg.pp.tissue(sdata)
+    hg.io.save(sdata)
+    set_transformation(sdata["spots"], Scale([0.5, 0.5], axes=("x", "y")), "by_hand", write_to_sdata=sdata)
+    hg.io.save(sdata)
+    set_transformation(sdata["spots"], {"global": Scale([1.0, 1.0], axes=("x", "y"))}, set_all=True)
+    with pytest.raises(
+        FileExistsError, match=r"spots: transformations\['by_hand'\]$|spots: transformations\['by_hand'\]\. "
+    ):
+        hg.io.save(sdata)
+    sdata["spots"]["radius"] *= 2
+    set_transformation(sdata["spots"], Scale([0.5, 0.5], axes=("x", "y")), "by_hand")
+    hg.io.save(sdata)
+
+
 @pytest.mark.parametrize("inside", ["x.zarr", "tables/x.zarr"])
 def test_a_path_inside_a_store_or_around_ones_own_is_refused(store, tmp_path, inside):
     sdata = sd.read_zarr(store)
@@ -212,6 +260,8 @@ MISSING = {
     "flags": np.array([True, None, False, False] * 3, object),
     "counts": np.array([1, None, 2, 3] * 3, object),
     "nothing": np.full(12, None, object),
+    "shares": np.array([1.5, pd.NA, None, 2] * 3, object),
+    "grades": pd.Categorical(np.array([1, None, 2, 3] * 3, object), pd.Index([1, 2, 3], dtype=object)),
 }
 
 
@@ -220,7 +270,7 @@ def test_missing_values_among_objects_are_missing_in_the_store_too(store, tmp_pa
     table = sdata["table"]
     table.obs = table.obs.assign(**MISSING)
     table.obsm["frame"] = pd.DataFrame(MISSING, index=table.obs_names)
-    table.uns["mine"] = {"texts": MISSING["texts"][:3]}
+    table.uns["mine"] = {"texts": MISSING["texts"][:3], "numbers": [1, 2, np.nan]}
     table.raw = table
     table.raw.var["texts"] = np.resize(MISSING["texts"], table.n_vars)
     for path in (None, tmp_path / "new.zarr"):
@@ -231,6 +281,7 @@ def test_missing_values_among_objects_are_missing_in_the_store_too(store, tmp_pa
                     None if pd.isna(value) else value for value in values
                 ]
         assert pd.isna(again.uns["mine"]["texts"]).tolist() == [False, True, False]
+        np.testing.assert_array_equal(again.uns["mine"]["numbers"], [1, 2, np.nan])
         assert pd.isna(again.raw.var["texts"]).sum() == table.n_vars // 2
     before = (tmp_path / "new.zarr" / "tables" / "table").stat().st_ino
     hg.io.save(sdata)
@@ -246,6 +297,19 @@ def test_missing_values_among_objects_are_missing_in_the_store_too(store, tmp_pa
             ["a", 1, 2.5] * 4,
             r"sdata\['table'\]\.obs\['mixed'\] holds .* \(mixed-integer: float, int, str\)",
         ),
+        (
+            "obs",
+            "mixed",
+            pd.Categorical([1, "a", None] * 4),
+            r"obs\['mixed'\] holds .* \(mixed-integer: int, str\); make .*astype\('string'\)",
+        ),
+        (
+            "obs",
+            "large",
+            np.array([2**63, None, 1] * 4, object),
+            r"obs\['large'\] holds whole numbers .* up to 9223372036854775808",
+        ),
+        ("uns", "flags", [0, True], r"uns\['flags'\] holds .*bool, int"),
         ("obs", 5, 1, r"sdata\['table'\]\.obs has a column named 5"),
         ("obs", "when", pd.date_range("2020", periods=12), "DatetimeArray.*writing key 'when'"),
         ("uns", "mixed", {"of": [1, None, "a"]}, r"uns\['mixed'\]\['of'\] holds .*NoneType, int, str"),

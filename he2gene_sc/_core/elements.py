@@ -159,12 +159,14 @@ def _zarr_sources(array: Any) -> list[tuple[Path, Any]]:
 
 
 def check_files(place: str, element: Any) -> None:
-    """Refuse images, labels and lazy tables whose zarr files are gone, or are others: zarr would give zeros, or noise."""
+    """Refuse images, labels, lazy tables and arrays whose zarr files are gone, or are others: zarr would give zeros, or noise."""
     if hasattr(element, "obs_names"):
         slots = (element.layers, element.obsm, element.varm, element.obsp, element.varp)
         arrays = [element.X, *(value for slot in slots for value in slot.values())]
     elif hasattr(element, "dims") or hasattr(element, "children"):
         arrays = [level.data for level in levels(element)]
+    elif hasattr(element, "chunks"):
+        arrays = [element]
     else:
         return
     for folder, source in (found for array in arrays for found in _zarr_sources(array)):

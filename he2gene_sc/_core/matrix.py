@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse
 
 from . import validate
+from .elements import check_files
 from .layers import layer_names
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
         )
     if dtype.kind not in "iuf":
         raise ValueError(f"`{parameter}`: {where_of(layer)} holds {dtype}; numbers are needed")
+    check_files(where_of(layer), values)
     return values
 
 

@@ -290,7 +290,10 @@ def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
 def is_scattered(obs: pd.DataFrame, centres: np.ndarray) -> bool:
     """Whether the array positions explain less than half of where the spots lie."""
     found = _on_array(obs, centres)
-    return found is not None and bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
+    # Positions that repeat are those of several arrays.
+    if found is None or obs.duplicated(["array_row", "array_col"]).any():
+        return False
+    return bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
 
 
 def _visium_array(lattice: np.ndarray | None, diameter_px: float) -> tuple[float, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .keys import ATTRS
 
 if TYPE_CHECKING:
     import os
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 #: Kinds of elements; tables last, since they name the others.
 KINDS = ("images", "labels", "points", "shapes", "tables")
 ROOT_FILES = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
+#: ``sdata.attrs["he2gene"]["saved"]``: which save last changed an element; an object that was read before has another.
+SAVED = "saved"
 #: Rows that tell whose counts they are, and the share of entries, zero here alone and there alone, that is too much.
 _N_ROWS, _OTHER_COUNTS = 200, 0.05
 
@@ -55,13 +60,28 @@ def elements(store: Path) -> set[tuple[str, str]]:
 
 
 def fingerprints(store: Path) -> dict[tuple[str, str], int]:
-    """Describe the files of every element, without reading them; of images and labels, the metadata alone."""
-    return {(kind, name): fingerprint(store / kind / name) for kind, name in elements(store)}
+    """Describe the files of every element, without reading them; of images and labels, the metadata alone; and attributes."""
+    found = {(kind, name): fingerprint(store / kind / name) for kind, name in elements(store)}
+    return found | {("attrs", ""): fingerprint(store / "attrs")}
 
 
 def fingerprint(element: Path) -> int:
-    """Describe the files of an element by name, inode, size and time."""
-    return hash(tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in _files(element)))
+    """Describe the files of an element by name, size and time; of ``attrs``, what users wrote to the root."""
+    if element.name == "attrs" and element.parent.name not in KINDS:
+        return hash(json.dumps(_root_attrs(element.parent), sort_keys=True))
+    return hash(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in _files(element)))
+
+
+def _root_attrs(store: Path) -> Any:
+    for name in ("zarr.json", ".zattrs"):
+        # What is damaged is named where it is read.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            content = json.loads((store / name).read_bytes())
+            attrs = content.get("attributes", {}) if name == "zarr.json" else content
+            ours = {key: value for key, value in attrs.get(ATTRS, {}).items() if key != SAVED}
+            rest = {key: value for key, value in attrs.items() if key not in (ATTRS, "spatialdata_attrs")}
+            return [rest, ours]
+    return None
 
 
 def digest(store: Path) -> str:
@@ -84,8 +104,11 @@ def _files(element: Path) -> Iterator[tuple[str, os.stat_result]]:
             yield str(path.relative_to(element)), stat
 
 
-def note(sdata: SpatialData) -> None:
-    """Note place and files of an object's store when it is first met; refuse a path that has come to lead elsewhere."""
+def note(sdata: SpatialData, *, replaces: bool = False) -> None:
+    """Note place and files of an object's store when it is first met; refuse a path that has come to lead elsewhere.
+
+    An object that ``replaces`` what lies there may have other counts.
+    """
     if not isinstance(sdata.path, str | Path):
         return
     path, place = str(sdata.path), resolved(sdata.path)
@@ -98,7 +121,7 @@ def note(sdata: SpatialData) -> None:
             )
         noted.path = path
     elif place.is_dir():
-        if not Path(path).is_absolute():
+        if not replaces and not Path(path).is_absolute():
             _check_counts(sdata, path, place)
         # Files may come and go while another process saves.
         with contextlib.suppress(OSError):
@@ -126,8 +149,8 @@ def _check_counts(sdata: SpatialData, path: str, place: Path) -> None:
         if other:
             raise FileNotFoundError(
                 f"`sdata` was read by the relative path {path!r}, which leads to {str(place)!r}, whose table {name!r} holds the "
-                "counts of another slide: the working folder has changed. Go back by os.chdir, or read the store again by its "
-                "absolute path"
+                "counts of another slide: has the working folder changed? Go back by os.chdir, or read the store again by its "
+                f"absolute path. If you changed the counts yourself: sdata.path = Path({str(place)!r})"
             )
 
 

@@ -76,9 +76,7 @@ def expression(
     (16, 2)
     """
     validate.arguments(expression, locals())
-    names = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
-    if not names:
-        raise ValueError("`genes` is empty; name at least one, hg.get.genes(data) lists those that were predicted")
+    names = [str(gene) for gene in validate.names(genes, "genes", least=1, one=True)]
     table = get_table(data, table_key, prediction_key=prediction_key)
     record, keys = record_of(table, prediction_key), Keys(prediction_key)
     symbols = symbols_of(table, record, None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import validate
 from .._core.elements import check_files, check_spatialdata, levels
-from .._core.stores import KINDS, ROOT_FILES, elements, fingerprints, remember, resolved
+from .._core.stores import KINDS, ROOT_FILES, elements, fingerprints, note, remember, resolved
 from ._differences import Change
 from ._files import link_tree, swap, sync, sync_tree
 from ._staging import write
@@ -72,8 +72,9 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     >>> hg.io.save(sdata) == store  # only the table is written
     True
     """
-    validate.arguments(save, locals())
+    validate.arguments(save, {"overwrite": overwrite})
     check_spatialdata(sdata)
+    note(sdata, replaces=overwrite)
     path = None if path is None else validate.folder_or_file(path, "path")
     if path is None and sdata.path is None:
         raise ValueError("`path` is None and `sdata` was not read from a store; say where to write")

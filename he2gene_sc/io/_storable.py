@@ -78,6 +78,8 @@ def _value(where: str, value: Any) -> Any:
         return made if any(made[key] is not value[key] for key in made) else value
     if isinstance(value, pd.DataFrame):
         return _frame(where, value)
+    if isinstance(value, pd.Categorical):
+        return _categories(where, value)
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
         return _objects(where, value)
     return value
@@ -89,8 +91,19 @@ def _frame(where: str, frame: pd.DataFrame) -> pd.DataFrame:
     if frame.columns.has_duplicates:
         return frame  # which anndata refuses, by its name
     made = {name: _column(f"{where}[{name!r}]", frame[name]) for name in frame.columns if frame[name].dtype == object}
-    changed = {name: column for name, column in made.items() if column is not None}
+    changed: dict[str, Any] = {name: column for name, column in made.items() if column is not None}
+    for name in frame.columns:
+        if isinstance(frame[name].dtype, pd.CategoricalDtype):
+            values = _categories(f"{where}[{name!r}]", frame[name].array)
+            if values is not frame[name].array:
+                changed[name] = values
     return frame.assign(**changed) if changed else frame
+
+
+def _categories(where: str, values: Any) -> Any:
+    """Give categories of objects the type of what they hold, if that is not text."""
+    made = _column(where, pd.Series(values.categories)) if values.categories.dtype == object else None
+    return values if made is None else values.rename_categories(pd.Index(made))
 
 
 def _column(where: str, column: pd.Series) -> pd.Series | None:
@@ -99,17 +112,31 @@ def _column(where: str, column: pd.Series) -> pd.Series | None:
     if kind not in _TYPES:
         raise ValueError(
             f"`sdata`: {where} holds values that a store cannot hold side by side ({kind}: "
-            f"{', '.join(sorted({type(value).__name__ for value in column}))}); make it one type: {where} = {where}.astype(str)"
+            f"{', '.join(sorted({type(value).__name__ for value in column}))}); make it one type: {where} = {where}.astype('string')"
         )
-    if column.isna().any():
-        return column.astype(_TYPES[kind])
-    return None if kind == "string" else column.infer_objects()
+    missing = column.isna().any()
+    if kind == "string" and not missing:
+        return None
+    try:
+        if missing and _TYPES[kind] == "float64":
+            # pandas has no float of pd.NA.
+            return pd.Series(column.to_numpy(float, na_value=np.nan), column.index)
+        made = column.astype(_TYPES[kind]) if missing else column.infer_objects()
+    except OverflowError:
+        made = column
+    if kind == "integer" and made.dtype == object:
+        raise ValueError(
+            f"`sdata`: {where} holds whole numbers that 64 bits do not hold, up to {max(column.dropna())}; make them another "
+            f"type: {where} = {where}.astype('string')"
+        )
+    return made
 
 
 def _objects(where: str, value: Any) -> Any:
     flat = np.asarray(value, object).ravel()
     kind = pd.api.types.infer_dtype(flat, skipna=False)
-    if kind in (*_TYPES, "complex"):
+    # numpy, by which anndata writes lists, makes numbers of whole numbers and NaN.
+    if kind in (*_TYPES, "complex") or (kind == "integer-na" and np.asarray(value).dtype.kind == "f"):
         return value
     if flat.shape == np.shape(value) and pd.api.types.infer_dtype(flat, skipna=True) in ("string", "empty"):
         return pd.array(flat, dtype="string")

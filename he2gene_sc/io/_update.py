@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core.element_results import is_as_written
-from .._core.elements import check_files
+from .._core.elements import check_files, zarr_folders
 from .._core.keys import ATTRS
-from .._core.stores import KINDS, elements, fingerprint, remember, remembered
+from .._core.stores import KINDS, SAVED, elements, fingerprint, fingerprints, remember, remembered
 from ._differences import MAPPINGS, Change, Difference, levels, spatial_difference, table_difference
 from ._files import WAITING, swap, sync, sync_tree
 from ._staging import METADATA, quiet, stage, stage_metadata
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: ``sdata.attrs["he2gene"]["saved"]``: which save last changed an element; an object that was read before has another.
-SAVED = "saved"
-
 
 def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
     """Write what is new or differs; ``store`` is the one that ``sdata`` was read from."""
@@ -36,6 +33,7 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
     with locked(store) as staging:
         if interrupted:
             _rename_waiting(sdata)
+        as_compared = fingerprints(store)
         before = root_attrs(store) or {}
         attrs = user_attrs(sdata.attrs)
         changes, unchanged = _compare(sdata, store, before)
@@ -65,7 +63,12 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
             known["attrs"] = saved_by(before)["attrs"]
         known = {**saved_by(sdata.attrs), **known, **ids}
         sdata.attrs = {**attrs, ATTRS: {**attrs.get(ATTRS, {}), SAVED: known}} if known else attrs
-        remember(sdata, {(c.kind, c.name): fingerprint(store / c.path) for c in changes})
+        written = {(c.kind, c.name): fingerprint(store / c.path) for c in changes} | {
+            ("attrs", ""): fingerprint(store / "attrs")
+        }
+        remember(
+            sdata, {place: state for place, state in as_compared.items() if "/".join(place) in unchanged} | written
+        )
 
 
 def _rename_waiting(sdata: SpatialData) -> None:
@@ -275,9 +278,16 @@ def _reopen_table(table: AnnData, path: Path) -> None:
     from anndata.experimental import read_elem_lazy
 
     group = zarr.open_group(path, mode="r", use_consolidated=False)
-    if hasattr(table.X, "dask"):
+    if _reads_files(table.X):
         table.X = read_elem_lazy(group["X"])
     for slot in MAPPINGS:
         for key, value in dict(getattr(table, slot)).items():
-            if key is not None and hasattr(value, "dask"):
+            if key is not None and _reads_files(value):
                 getattr(table, slot)[key] = read_elem_lazy(group[f"{slot}/{key}"])
+
+
+def _reads_files(array: Any) -> bool:
+    """Whether an array of a table is read from files by dask; what is computed from memory stays as it is."""
+    return bool(zarr_folders(array)) or any(
+        name.startswith("make_dask_chunk") for name in getattr(getattr(array, "dask", None), "layers", ())
+    )
