@@ -76,7 +76,9 @@ def expression(
     (16, 2)
     """
     validate.arguments(expression, locals())
-    names = [str(gene) for gene in validate.names(genes, "genes", least=1, one=True)]
+    names = [str(gene) for gene in validate.names(genes, "genes", one=True)]
+    if not names:
+        raise ValueError("`genes` is empty; name at least one, hg.get.genes(data) lists those that were predicted")
     table = get_table(data, table_key, prediction_key=prediction_key)
     record, keys = record_of(table, prediction_key), Keys(prediction_key)
     symbols = symbols_of(table, record, None)
