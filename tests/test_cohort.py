@@ -1,5 +1,6 @@
 """Many slides: what each becomes, what is done again, and what is refused before work."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -262,11 +263,16 @@ def test_an_interrupted_run_leaves_finished_slides_whole_and_goes_on_where_it_st
 ):
     predict, stopped, summary = cohort.predict_slide, threading.Event(), slides / "summary.csv"
 
+    def finished():
+        # It is written meanwhile.
+        with contextlib.suppress(OSError, ValueError):
+            return "predicted" in pd.read_csv(summary)["status"].tolist()
+
     def until_interrupted(job, model):
-        if "predicted" not in pd.read_csv(summary)["status"].tolist() and not first:
+        if not finished() and not first:
             first.append(job.path)
             return predict(job, model)
-        while "predicted" not in pd.read_csv(summary)["status"].tolist():
+        while not finished():
             time.sleep(0.05)
         # Python drops a Ctrl-C that comes while it runs a finaliser: it is pressed again.
         for _ in range(3):

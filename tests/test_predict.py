@@ -170,7 +170,7 @@ def test_exactly_the_keys_of_the_contract_are_new(toy, tiny_model):
     new = {slot: set(getattr(table, slot)) - before[slot] for slot in slots}
     assert new["layers"] == {"he2gene"}
     assert new["obsm"] == {"X_he2gene", "he2gene_annotation_proba"}
-    assert new["uns"] == {"he2gene", "he2gene_annotation_colors"}
+    assert new["uns"] == {"he2gene", "X_he2gene_rows", "he2gene_annotation_colors"}
     assert not new["obsp"] | new["varm"] | new["varp"]
     assert set(table.obs) - obs == {"he2gene_annotation", "he2gene_annotation_confidence", "he2gene_tissue"}
     figures = ("predicted", "pcc", "pcc_new_patient", "pcc_given_depth", "reliable", "reliable_known_patient", "mean")
