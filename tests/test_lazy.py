@@ -216,6 +216,10 @@ def test_genes_come_from_the_layer_and_others_from_the_embedding(toy, tiny_model
         **NEAR,
     )
     assert hg.get.expression(toy, names[0]).shape == (30, 1)
+    # A gene that the layer lacks at one spot is computed there alone.
+    toy["table"].layers["he2gene"][3, toy["table"].var_names == names[0]] = np.nan
+    own = np.ravel(expected[:, 0]) + (np.arange(30) != 3)
+    np.testing.assert_allclose(hg.get.expression(toy, names[0], model=tiny_model)[names[0]], own, **NEAR)
     with pytest.raises(ValueError, match="'NOGENE'. are unknown to model 'tiny'"):
         hg.get.expression(toy, "NOGENE", model=tiny_model)
     with pytest.raises(ValueError, match="give it, as a folder or loaded"):

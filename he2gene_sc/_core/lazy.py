@@ -26,7 +26,7 @@ def is_large(n_obs: int, n_vars: int) -> bool:
 
 
 def genes_at_once(n_obs: int) -> int:
-    """Genes of so many spots that are in memory at once."""
+    """Return how many genes to compute at once for this many spots."""
     return int(np.clip(_BY_GENES // max(1, n_obs), *_GENES))
 
 

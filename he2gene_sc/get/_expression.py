@@ -94,7 +94,8 @@ def expression(
         if len(lacking):
             own = symbols_in(table, symbols)
             asked = [str(own[columns[i]]) if columns[i] >= 0 else names[i] for i in lacking]
-            found[:, lacking] = _computed(table, asked, record, model, prediction_key)
+            held = found[:, lacking]
+            found[:, lacking] = np.where(np.isnan(held), _computed(table, asked, record, model, prediction_key), held)
     return pd.DataFrame(found, index=table.obs_names, columns=names)
 
 

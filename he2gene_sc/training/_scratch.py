@@ -54,4 +54,5 @@ def spilled(found: Iterable[T]) -> list[T]:
             del one, buffers, views
         file.flush()
         mapped = np.memmap(file, np.uint8, mode="r").data if file.tell() else memoryview(b"")
+    # Bytes of this process: nothing is unpickled but what was pickled above.
     return [pickle.loads(rest, buffers=[mapped[place] for place in places]) for rest, places in kept]
