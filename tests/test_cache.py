@@ -15,7 +15,7 @@ from torch import nn
 from toy_sections import Power
 
 from he2gene_sc.image import PatchReader, Pyramid
-from he2gene_sc.inference import _cache, cached_features, encode
+from he2gene_sc.inference import Encoder, Part, _cache, cached_features, encode
 from he2gene_sc.models import EncoderSpec
 from he2gene_sc.models._encoders.load import encoder_sha256
 from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor
@@ -64,16 +64,8 @@ class Runs:
         )
         self.extractor = extractor
         self.encoded = 0
-        return cached_features(
-            extractor,
-            self.reader,
-            encoder_sha256=encoder_sha256(encoder),
-            symmetries=symmetries,
-            device=CPU,
-            dtype=dtype,
-            folder=self.folder,
-            **options,
-        )
+        how = Encoder(encoder_sha256(encoder), symmetries, CPU, dtype)
+        return cached_features(Part(extractor, self.reader), how, self.folder, **options)
 
     def _count(self, module, inputs, output):
         self.encoded += len(output)
@@ -190,7 +182,8 @@ def test_features_laid_out_otherwise_have_another_key(runs):
     keys = set()
     for fusion in ("concat", "mean"):
         runs.extractor.fusion = fusion
-        keys.add(_cache._key(runs.extractor, runs.reader, "hash", SYMMETRIES[:1], torch.float32))
+        how = Encoder("hash", SYMMETRIES[:1], CPU, torch.float32)
+        keys.add(_cache._key(Part(runs.extractor, runs.reader), how, "pixels"))
     assert len(keys) == 2
 
 

@@ -1,7 +1,7 @@
-from ._cache import cached_features
+from ._cache import Encoder, Part, cached_features
 from ._device import allocator, resolve_device, resolve_dtype
 from ._engine import Predictions, encode, predict
-from ._features import Encoder, Part, differences, read_features, read_pixels
+from ._features import differences, read_features, read_pixels
 from ._lattice import Interpolated, SpotFeatures, is_dense, lattice_of, without_idle
 from ._workers import Workers, send
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import scipy.sparse
 import torch
 
 from ..image import PatchBatch, PatchReader
@@ -37,20 +38,38 @@ _SPARE_BYTES = 2**24
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
+Progress = Callable[[int], object] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is encoded together: all windows of every spot, or one window at the nodes of its lattice."""
+
+    extractor: FeatureExtractor
+    reader: PatchReader
+    weights: scipy.sparse.csr_array | None = None  # from nodes to spots; None where the spots themselves are read
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How parts are encoded."""
+
+    sha256: str  # of its weights
+    symmetries: tuple[tuple[int, bool], ...]
+    device: torch.device
+    dtype: torch.dtype
+
+
 def cached_features(
-    extractor: FeatureExtractor,
-    reader: PatchReader,
-    *,
-    encoder_sha256: str,
-    symmetries: tuple[tuple[int, bool], ...],
-    device: torch.device,
-    dtype: torch.dtype,
+    part: Part,
+    how: Encoder,
     folder: str | Path,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = None,
+    *,
     pixels: str | None = None,
     fill: Callable[[Sequence[Block], tuple[int, ...]], None] | None = None,
 ) -> np.ndarray:
-    """Features ``(n_spots, r, f)`` float32 of all spots of a reader, mapped read-only from a file in ``folder``.
+    """Features ``(n_spots, r, f)`` float32 of all spots of a part, mapped read-only from a file in ``folder``.
 
     If it is not there, they are computed. The pixels are read in any case: their digest is part of the key.
 
@@ -72,17 +91,16 @@ def cached_features(
     *Single precision* is what the encoder hands out, so a head fitted to cached features is the same bit for bit. Half
     precision would change every fit, and overflow above 65,504.
     """
-    folder = Path(folder).expanduser()
-    extractor = extractor.to(device)
-    pixels = Pixels.of(reader, judge=False).sha256 if pixels is None else pixels
-    key = _key(extractor, reader, encoder_sha256, symmetries, dtype, pixels)
+    folder, reader = Path(folder).expanduser(), part.reader
+    part.extractor.to(how.device)
+    key = _key(part, how, Pixels.of(reader, judge=False).sha256 if pixels is None else pixels)
     path = folder / f"{_PREFIX}{key}.npy"
     found = _open(path, reader.n_spots)
     if found is not None:
         if progress is not None:
             progress(reader.n_spots)
         return found
-    shape = (reader.n_spots, *_shape(extractor, reader, symmetries, device, dtype))
+    shape = (reader.n_spots, *_shape(part, how))
     if 0 in shape:
         empty = np.empty(shape, np.float32)
         empty.flags.writeable = False
@@ -98,11 +116,11 @@ def cached_features(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if len(blocks) == 1:
         with torch.inference_mode():
-            _store(path, shape, _encoded(extractor, reader, symmetries, device, dtype, progress))
+            _store(path, shape, _encoded(part, how, reader, progress))
     else:
         missing = _missing(blocks, progress)
         if fill is None:
-            encode_blocks(extractor, reader, missing, shape[1:], symmetries, device, dtype, progress)
+            encode_blocks(part, how, missing, shape[1:], progress)
         else:
             fill(missing, shape[1:])
         _store(path, shape, _joined(blocks, path, reader.n_spots))
@@ -134,16 +152,12 @@ class _Some:
 
 
 def _encoded(
-    extractor: FeatureExtractor,
-    batches: Batches,
-    symmetries: tuple[tuple[int, bool], ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[int], object] | None,
+    part: Part, how: Encoder, batches: Batches, progress: Progress
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Yield the spots of each batch and their features."""
-    for batch, part in encode(extractor, batches, device=device, dtype=dtype, symmetries=symmetries):
-        yield batch.index, part.float().cpu().numpy()
+    options: dict[str, Any] = {"device": how.device, "dtype": how.dtype, "symmetries": how.symmetries}
+    for batch, views in encode(part.extractor, batches, **options):
+        yield batch.index, views.float().cpu().numpy()
         if progress is not None:
             progress(len(batch.index))
 
@@ -173,7 +187,7 @@ def is_whole(block: Block) -> bool:
     return _open(block.path, len(block.spots)) is not None
 
 
-def _missing(blocks: Sequence[Block], progress: Callable[[int], object] | None) -> list[Block]:
+def _missing(blocks: Sequence[Block], progress: Progress) -> list[Block]:
     """Blocks that are not there."""
     missing = []
     for block in blocks:
@@ -188,24 +202,17 @@ def _missing(blocks: Sequence[Block], progress: Callable[[int], object] | None) 
 
 
 def encode_blocks(
-    extractor: FeatureExtractor,
-    reader: PatchReader,
-    blocks: Sequence[Block],
-    shape: tuple[int, ...],
-    symmetries: tuple[tuple[int, bool], ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[int], object] | None = None,
+    part: Part, how: Encoder, blocks: Sequence[Block], shape: tuple[int, ...], progress: Progress = None
 ) -> None:
     """Encode blocks, of features of this shape a spot, and write a file each."""
     wanted = [i for block in blocks for i in block.batches]
-    batches = _encoded(extractor, _Some(reader, wanted), symmetries, device, dtype, progress)
+    batches = _encoded(part, how, _Some(part.reader, wanted), progress)
     with torch.inference_mode(), contextlib.closing(batches):
         for block in blocks:
             place = {int(spot): row for row, spot in enumerate(block.spots)}
             rows = (
-                (np.array([place[int(spot)] for spot in index]), part)
-                for _, (index, part) in zip(block.batches, batches, strict=False)
+                (np.array([place[int(spot)] for spot in index]), views)
+                for _, (index, views) in zip(block.batches, batches, strict=False)
             )
             _store(block.path, (len(block.spots), *shape), rows)
 
@@ -251,34 +258,18 @@ def _store(path: Path, shape: tuple[int, ...], parts: Iterable[tuple[np.ndarray,
         Path(temporary).unlink(missing_ok=True)
 
 
-def _key(
-    extractor: FeatureExtractor,
-    reader: PatchReader,
-    encoder_sha256: str,
-    symmetries: tuple[tuple[int, bool], ...],
-    dtype: torch.dtype,
-    pixels: str | None = None,
-) -> str:
-    pixels = Pixels.of(reader, judge=False).sha256 if pixels is None else pixels
-    facts = feature_facts(extractor, reader, encoder_sha256, symmetries, dtype, pixels)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _key(part: Part, how: Encoder, pixels: str) -> str:
+    return hashlib.sha256(json.dumps(feature_facts(part, how, pixels), sort_keys=True).encode()).hexdigest()
 
 
-def feature_facts(
-    extractor: FeatureExtractor,
-    reader: PatchReader,
-    encoder_sha256: str,
-    symmetries: tuple[tuple[int, bool], ...],
-    dtype: torch.dtype,
-    pixels: str,
-) -> dict[str, Any]:
-    """Everything that makes the features of the spots of a reader what they are."""
-    preprocess = extractor.preprocess
+def feature_facts(part: Part, how: Encoder, pixels: str) -> dict[str, Any]:
+    """Everything that makes the features of the spots of a part what they are."""
+    extractor, preprocess = part.extractor, part.extractor.preprocess
     return {
         "version": _VERSION,
         "pixels": pixels,
-        "windows": [[float(window.um), window.factor, window.size] for window in reader.plan.windows],
-        "encoder": encoder_sha256,
+        "windows": [[float(window.um), window.factor, window.size] for window in part.reader.plan.windows],
+        "encoder": how.sha256,
         "architecture": hashlib.sha256(repr(extractor.encoder).encode()).hexdigest(),
         "output": extractor.fingerprint(),
         "input_px": extractor.input_px,
@@ -286,22 +277,17 @@ def feature_facts(
         **({} if preprocess.interpolation == "bilinear" else {"interpolation": preprocess.interpolation}),
         **({} if extractor.tiles is None else {"tiles": list(extractor.tiles)}),
         "fusion": extractor.fusion,
-        "symmetries": [[int(turns), bool(mirrored)] for turns, mirrored in symmetries],
-        "dtype": str(dtype),
+        "symmetries": [[int(turns), bool(mirrored)] for turns, mirrored in how.symmetries],
+        "dtype": str(how.dtype),
     }
 
 
-def _shape(
-    extractor: FeatureExtractor,
-    reader: PatchReader,
-    symmetries: tuple[tuple[int, bool], ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[int, ...]:
+def _shape(part: Part, how: Encoder) -> tuple[int, ...]:
     """Shape of the features of one blank spot, so that the room they take is known before the work."""
-    blank = tuple(torch.zeros(1, 3, w.size, w.size, dtype=torch.uint8, device=device) for w in reader.plan.windows)
-    with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return tuple(extractor(blank, symmetries).shape[1:])
+    sides = [window.size for window in part.reader.plan.windows]
+    blank = tuple(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=how.device) for side in sides)
+    with torch.inference_mode(), torch.autocast(how.device.type, dtype=how.dtype, enabled=how.dtype != torch.float32):
+        return tuple(part.extractor(blank, how.symmetries).shape[1:])
 
 
 def _write(stream: BinaryIO, data: bytes, n_bytes: int, folder: Path) -> None:

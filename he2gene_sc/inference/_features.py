@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +13,8 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from ..image import PatchReader
-from ..models._network import FeatureExtractor
 from ..models._ood import SlideFacts
-from ._cache import cached_features, feature_facts
+from ._cache import Encoder, Part, Progress, cached_features, feature_facts
 from ._engine import encode
 from ._lattice import Interpolated, SpotFeatures
 from ._pixels import Pixels
@@ -42,32 +39,13 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Part:
-    """What is encoded together: all windows of every spot, or one window at the nodes of its lattice."""
-
-    extractor: FeatureExtractor
-    reader: PatchReader
-    weights: scipy.sparse.csr_array | None = None  # from nodes to spots; None where the spots themselves are read
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """How parts are encoded."""
-
-    sha256: str  # of its weights
-    symmetries: tuple[tuple[int, bool], ...]
-    device: torch.device
-    dtype: torch.dtype
-
-
 def read_features(
     parts: Sequence[Part],
     how: Encoder,
     centres_um: np.ndarray,
     *,
     folder: Path | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = None,
     workers: Workers | None = None,
 ) -> tuple[SpotFeatures, dict[str, str]]:
     """Encode the parts of a slide, whose spots lie at ``centres_um``, or find them in a folder, which ``workers`` may fill.
@@ -116,7 +94,7 @@ def differences(kept: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]
 def _facts(parts: Sequence[Part], how: Encoder, pixels: Sequence[Pixels]) -> dict[str, str]:
     found: dict[str, list[object]] = {}
     for part, seen in zip(parts, pixels, strict=True):
-        facts = feature_facts(part.extractor, part.reader, how.sha256, how.symmetries, how.dtype, seen.sha256)
+        facts = feature_facts(part, how, seen.sha256)
         if part.weights is not None:
             facts["places"] = _digest(part.weights)
         for name, value in facts.items():
@@ -131,7 +109,7 @@ def _digest(weights: scipy.sparse.csr_array) -> str:
     return found.hexdigest()
 
 
-def _encoded(part: Part, how: Encoder, seen: Pixels, progress: Callable[[int], object] | None) -> np.ndarray:
+def _encoded(part: Part, how: Encoder, seen: Pixels, progress: Progress) -> np.ndarray:
     out: np.ndarray | None = None
     extractor = part.extractor.to(how.device)
     with torch.inference_mode():
@@ -148,28 +126,17 @@ def _encoded(part: Part, how: Encoder, seen: Pixels, progress: Callable[[int], o
 
 
 def _kept(
-    part: Part, how: Encoder, folder: Path, progress: Callable[[int], object] | None, workers: Workers | None
+    part: Part, how: Encoder, folder: Path, progress: Progress, workers: Workers | None
 ) -> tuple[Pixels, np.ndarray]:
     """Read what the pixels show, and find features in a folder or keep them there."""
     with contextlib.ExitStack() as stack:
         others = None
         if workers is not None:
             folder = folder.absolute()
-            shared = workers.share(part.extractor, part.reader, how.symmetries, how.dtype, folder)
-            others = stack.enter_context(shared)
+            others = stack.enter_context(workers.share(part, how, folder))
         seen = Pixels.of(part.reader) if others is None else others.pixels()
-        found = cached_features(
-            part.extractor,
-            part.reader,
-            encoder_sha256=how.sha256,
-            symmetries=how.symmetries,
-            device=how.device,
-            dtype=how.dtype,
-            folder=folder,
-            progress=progress,
-            pixels=seen.sha256,
-            fill=None if others is None else partial(others.fill, progress=progress),
-        )
+        fill = None if others is None else partial(others.fill, progress=progress)
+        found = cached_features(part, how, folder, progress, pixels=seen.sha256, fill=fill)
     return seen, found
 
 

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from ..image import PatchReader
-from ..models._network import FeatureExtractor
-from ._cache import Block, batch_ranges, encode_blocks, explained, is_whole
+from ._cache import Block, Encoder, Part, Progress, batch_ranges, encode_blocks, explained, is_whole
 from ._device import allocator, resolve_device
 from ._pixels import Pixels
 
@@ -66,19 +65,9 @@ class Workers:
             ) from error
 
     @contextlib.contextmanager
-    def share(
-        self,
-        extractor: FeatureExtractor,
-        reader: PatchReader,
-        symmetries: tuple[tuple[int, bool], ...],
-        dtype: torch.dtype,
-        folder: Path,
-    ) -> Iterator[_Shared | None]:
-        """Send a reader and the extractor of its patches to the workers, which write to ``folder``.
-
-        A reader of one block alone is not shared: ``None``.
-        """
-        ranges = batch_ranges(reader)
+    def share(self, part: Part, how: Encoder, folder: Path) -> Iterator[_Shared | None]:
+        """Send a part to the workers, which write to ``folder``; one of a single block is not shared: ``None``."""
+        ranges = batch_ranges(part.reader)
         if len(ranges) < 2:
             yield None
             return
@@ -90,17 +79,9 @@ class Workers:
                 )
             # Batches in the middle show tissue; a file that is not there reads as black.
             probe = ranges[len(ranges) // 2].start
-            task = _Task(
-                extractor.cpu(),
-                reader,
-                symmetries,
-                self.device,
-                dtype,
-                Path(seen_by_all.name),
-                probe,
-                _digest(reader, probe),
-            )
-            yield _Shared(self.client, send(self.client, task), reader, ranges)
+            part.extractor.cpu()
+            task = _Task(part, how, self.device, Path(seen_by_all.name), probe, _digest(part.reader, probe))
+            yield _Shared(self.client, send(self.client, task), part.reader, ranges)
 
 
 class _Shared:
@@ -116,9 +97,7 @@ class _Shared:
             found.put(spots, rows)
         return found
 
-    def fill(
-        self, blocks: Sequence[Block], shape: tuple[int, ...], progress: Callable[[int], object] | None = None
-    ) -> None:
+    def fill(self, blocks: Sequence[Block], shape: tuple[int, ...], progress: Progress = None) -> None:
         """Encode blocks, of features of this shape a spot."""
         for n in self._each(_encode, ((block, shape) for block in blocks)):
             if progress is not None:
@@ -172,13 +151,11 @@ class _Counted(io.RawIOBase):
 
 @dataclass(frozen=True)
 class _Task:
-    """What workers need to encode batches of a reader as the caller would."""
+    """What workers need to encode batches of a part as the caller would."""
 
-    extractor: FeatureExtractor
-    reader: PatchReader
-    symmetries: tuple[tuple[int, bool], ...]
+    part: Part
+    how: Encoder
     device: str | torch.device
-    dtype: torch.dtype
     seen_by_all: Path  # a file of the caller
     probe: int  # a batch
     digest: str  # of its pixels
@@ -192,7 +169,7 @@ class _Task:
         # What is read by dask stays in this worker: tasks of its own would wait behind other blocks.
         with _ONE, dask.config.set(scheduler="threads", num_workers=1):
             device = resolve_device(self.device)
-            self.reader.allocate = allocator(device)
+            self.part.reader.allocate = allocator(device)
             if self.name not in _CHECKED:
                 self._check()
                 _CHECKED.add(self.name)
@@ -206,7 +183,7 @@ class _Task:
                 "that they share"
             )
         try:
-            same = _digest(self.reader, self.probe) == self.digest
+            same = _digest(self.part.reader, self.probe) == self.digest
         except OSError as error:
             raise ValueError(f"`client`: a worker cannot read the image ({error}); {_MEND}") from error
         if not same:
@@ -223,8 +200,8 @@ def _digest(reader: PatchReader, batch: int) -> str:
 def _look(task: _Task, batches: range) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Read some batches: their spots, and what is noted of them."""
     with task.running():
-        spots = np.concatenate(task.reader.batches[batches.start : batches.stop])
-        return spots, Pixels.of(task.reader, batches=batches).rows(spots)
+        spots = np.concatenate(task.part.reader.batches[batches.start : batches.stop])
+        return spots, Pixels.of(task.part.reader, batches=batches).rows(spots)
 
 
 def _encode(task: _Task, block: Block, shape: tuple[int, ...]) -> int:
@@ -232,6 +209,6 @@ def _encode(task: _Task, block: Block, shape: tuple[int, ...]) -> int:
     with task.running() as device:
         # A worker that died may have written it before.
         if not is_whole(block):
-            extractor = task.extractor.to(device)
-            encode_blocks(extractor, task.reader, [block], shape, task.symmetries, device, task.dtype)
+            task.part.extractor.to(device)
+            encode_blocks(task.part, replace(task.how, device=device), [block], shape)
     return len(block.spots)

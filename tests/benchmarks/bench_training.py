@@ -37,7 +37,7 @@ import he2gene_sc as hg
 from he2gene_sc import training
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
-from he2gene_sc.inference import cached_features
+from he2gene_sc.inference import Encoder, Part, cached_features
 from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import calibration_error, log_normalise, noise_ceiling, pearson
@@ -96,15 +96,8 @@ def reference(names, cache):
         (slide,) = resolve(hg.datasets.her2st(name))
         windows = tuple(px * slide.mpp for px in (150, 300, 600))
         reader = PatchReader(slide.pyramid, slide.centres, slide.mpp, windows_um=windows, input_px=spec.input_px)
-        found = cached_features(
-            extractor,
-            reader,
-            encoder_sha256=sha256,
-            symmetries=((0, False),),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            folder=cache,
-        )
+        how = Encoder(sha256, ((0, False),), torch.device("cpu"), torch.float32)
+        found = cached_features(Part(extractor, reader), how, cache)
         features[name] = np.array(found[:, 0, : 3 * 1280])
         patches = reader.read_all()
         colours[name] = np.hstack([stat(window, axis=(2, 3)) for window in patches for stat in (np.mean, np.std)])

@@ -27,7 +27,7 @@ from skimage.color import hed_from_rgb, rgb_from_hed
 
 import he2gene_sc as hg
 from he2gene_sc.image import PatchBatch, PatchReader
-from he2gene_sc.inference import cached_features
+from he2gene_sc.inference import Encoder, Part, cached_features
 from he2gene_sc.models._embedding import N_COLOUR, Context, rings_of
 from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._encoders.stages import default_stages, stage_sizes
@@ -110,15 +110,8 @@ def encode(measured, kind, folder):
     )
     if stain is not None or coarse:
         reader = Changed(reader, stain, coarse, measured.name)
-    return cached_features(
-        extractor,
-        reader,
-        encoder_sha256=sha256,
-        symmetries=symmetries,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        folder=folder,
-    )
+    how = Encoder(sha256, symmetries, torch.device("cpu"), torch.float32)
+    return cached_features(Part(extractor, reader), how, folder)
 
 
 def read(folder, kinds):

@@ -137,21 +137,13 @@ def encode_section(
     """Features of the spots of one section, on disk, ``(n, r, f)``."""
     from tqdm.auto import tqdm
 
-    from ...inference import cached_features
+    from ...inference import Encoder, Part, cached_features
 
     batch_size, device, dtype, bar = engine
     reader = patch_reader(section, windows_um, extractor.window_px, batch_size)
     with tqdm(total=reader.n_spots, unit="spot", desc=f"encode {section.name}", disable=not bar) as progress:
-        return cached_features(
-            extractor,
-            reader,
-            encoder_sha256=sha256,
-            symmetries=symmetries,
-            device=device,
-            dtype=dtype,
-            folder=folder,
-            progress=progress.update,
-        )
+        how = Encoder(sha256, symmetries, device, dtype)
+        return cached_features(Part(extractor, reader), how, folder, progress.update)
 
 
 def patch_reader(
