@@ -30,6 +30,8 @@ _ON_DEVICE = 2**28
 _VIEWS_AT_ONCE = 256
 #: Batches that may wait for a GPU.
 _IN_FLIGHT = 2
+#: Spots that a CPU encodes at once, whatever the batch: the maps of more spots take longer to allocate than to compute.
+_ON_CPU = 8
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def encode(
     symmetries: tuple[tuple[int, bool], ...] = SYMMETRIES[:1],
 ) -> Iterator[tuple[PatchBatch, torch.Tensor]]:
     """Yield each batch with its features ``(b, r, f)`` float32 on the device; halve it if memory runs out."""
-    size = reader.batch_size
+    size = min(reader.batch_size, _ON_CPU) if device.type == "cpu" else reader.batch_size
     in_flight: deque[tuple[Any, PatchBatch]] = deque()
     keep = kept_heap() if device.type == "cpu" else contextlib.nullcontext()
     with keep:

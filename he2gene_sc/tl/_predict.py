@@ -106,8 +106,8 @@ def predict(
         Leave ``sdata`` as it is and return an object that shares its elements, with tables of its own.
     **options
         ``tta``: average over the eight symmetries of the square, eight times the work, slightly better; default: what the
-        model's card says (the paper's models do, the bundled one does not). ``batch_size=32``: spots a batch; it does not
-        change the result. ``dtype="auto"``: precision of the encoder, ``"float32"``, ``"bfloat16"`` or ``"float16"``;
+        model's card says (the paper's models do, the bundled one does not). ``batch_size=32``: spots a batch, of which a CPU
+        encodes eight at once; it does not change the result. ``dtype="auto"``: precision of the encoder, ``"float32"``, ``"bfloat16"`` or ``"float16"``;
         ``"auto"`` is bfloat16 on CUDA. ``lattice=0.25``: step of the lattices of dense spots, as a share of the window.
 
     Returns
