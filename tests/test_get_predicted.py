@@ -12,7 +12,7 @@ import squidpy as sq
 from shapely import Point
 
 import he2gene_sc as hg
-from he2gene_sc._core.layers import layer_names
+from he2gene_sc._core.matrix import layer_names
 
 OUTSIDE = "1 of 30 spots that were not predicted"
 

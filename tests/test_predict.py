@@ -17,7 +17,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
 import he2gene_sc as hg
-from he2gene_sc._core.layers import layer_names
+from he2gene_sc._core.matrix import layer_names
 
 CLASSES = ["adipose tissue", "connective tissue", "invasive cancer"]
 

@@ -7,7 +7,7 @@ import pytest
 from toy_sections import toy, train
 
 import he2gene_sc as hg
-from he2gene_sc._core.layers import layer_names
+from he2gene_sc._core.matrix import layer_names
 
 
 @pytest.fixture(scope="module")

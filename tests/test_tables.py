@@ -8,7 +8,8 @@ import he2gene_sc as hg
 from he2gene_sc._core.expression import contents_of, log_expression
 from he2gene_sc._core.matrix import values_of
 from he2gene_sc._core.names import labels_of
-from he2gene_sc._core.results import check_free, write_result
+from he2gene_sc._core.ownership import check_free
+from he2gene_sc._core.results import write_result
 from he2gene_sc._core.spots import get_table, pitch_of, sections_of, spots_of
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from . import validate
 from .keys import ATTRS, MADE
 from .names import annotated_by
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
-    from xarray import DataArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,11 @@ def facts_of(sdata: SpatialData) -> Mapping[str, Any]:
     )
 
 
+def is_object(data: object) -> bool:
+    """Whether this is a SpatialData object or a table."""
+    return hasattr(data, "tables") or hasattr(data, "obs_names")
+
+
 def check_spatialdata(data: object, parameter: str = "sdata") -> None:
     """Refuse what is not a SpatialData object, and say how one is made of it."""
     from spatialdata import SpatialData
@@ -65,8 +70,7 @@ def check_spatialdata(data: object, parameter: str = "sdata") -> None:
 def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str | None = None) -> str | None:
     """Name of the measured table; ``None`` where there is none."""
     if table_key is not None:
-        if table_key not in sdata.tables:
-            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")
+        validate.there(table_key, sdata.tables, "table_key")
         if not regions_of(sdata[table_key], sdata):
             raise ValueError(
                 f"`table_key` {table_key!r} annotates no shapes or labels of this object: "
@@ -80,8 +84,7 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
         and (regions := regions_of(table, sdata))
         and (shapes_key is None or shapes_key in regions)
     ]
-    if len(found) > 1:
-        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(found)}")
+    validate.not_ambiguous(found, "table_key")
     return found[0] if found else None
 
 
@@ -101,9 +104,8 @@ def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
 def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> list[str]:
     """Elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels; not tiles of ours."""
     if shapes_key is not None:
-        if shapes_key not in sdata.shapes and shapes_key not in sdata.labels:
-            valid = sorted(sdata.shapes) + sorted(_cells(sdata))
-            raise ValueError(f"`shapes_key` {shapes_key!r} not found, valid keys: {valid}")
+        if shapes_key not in sdata.labels:
+            validate.there(shapes_key, [*sdata.shapes, *_cells(sdata)], "shapes_key")
         if table_key is not None and shapes_key not in regions_of(sdata[table_key], sdata):
             raise ValueError(
                 f"`table_key` {table_key!r} annotates {regions_of(sdata[table_key], sdata)}, not `shapes_key` {shapes_key!r}"
@@ -120,8 +122,7 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
             "`sdata` holds no spots (circles or polygons in sdata.shapes, or labels of cells); make pseudo-spots with "
             "hg.pp.tissue(sdata), hg.pp.grid(sdata)"
         )
-    if len(found) > 1:
-        raise ValueError(f"`shapes_key` is ambiguous, candidates: {sorted(found)}")
+    validate.not_ambiguous(found, "shapes_key")
     return found
 
 
@@ -217,8 +218,7 @@ def _spots_of_shapes(shapes: GeoDataFrame) -> Spots:
 
 def _spots_of_labels(element: Any) -> Spots:
     """Centroids of labels, read by blocks of rows; 0 is background."""
-    nodes = [node["image"] for node in element.values()] if hasattr(element, "children") else [element]
-    array: DataArray = max(nodes, key=lambda a: a.sizes["x"]).transpose("y", "x")
+    array = levels(element)[0].transpose("y", "x")
     rows = max(1, 2**24 // array.sizes["x"])
     parts = []
     for start in range(0, array.sizes["y"], rows):

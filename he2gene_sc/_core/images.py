@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels, read_darkness
+from . import validate
 from .elements import Spots, check_files, check_spatialdata, levels, spot_element
-from .mpp import affine
+from .mpp import affine, length_scale, moved
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -46,9 +47,7 @@ def find_image(
             raise ValueError(f"`image_key` names no image for shapes {shapes_key!r}, it has {sorted(image_key)}")
         image_key = image_key[shapes_key]
     if image_key is not None:
-        if image_key not in sdata.images:
-            raise ValueError(f"`image_key` {image_key!r} not found, valid keys: {sorted(sdata.images)}")
-        return image_key
+        return validate.there(image_key, sdata.images, "image_key")
     candidates = list(sdata.images)
     if shapes_key is not None and len(candidates) > 1:
         systems = set(get_transformation(spot_element(sdata, shapes_key), get_all=True))
@@ -59,9 +58,9 @@ def find_image(
         raise ValueError(
             f"`image_key`: no image shares a coordinate system with shapes {shapes_key!r}; images: {sorted(sdata.images)}"
         )
-    if len(candidates) > 1:
-        return finest_image(sdata, candidates, shapes_key, coordinate_system, spots)
-    return candidates[0]
+    if len(candidates) == 1:
+        return candidates[0]
+    return _finest_image(sdata, candidates, shapes_key, coordinate_system, spots)
 
 
 def spots_to_pixels(
@@ -85,12 +84,11 @@ def spots_to_pixels(
             f"`coordinate_system`: image {image_key!r} and shapes {shapes_key!r} share none; set one with "
             "spatialdata.transformations.set_transformation"
         )
-    matrices = {}
-    for system in shared:
-        of_image = affine(image, system)
-        if abs(np.linalg.det(of_image)) < 1e-12:
-            raise ValueError(f"`coordinate_system` {system!r}: the transformation of image {image_key!r} is singular")
-        matrices[system] = np.linalg.inv(of_image) @ affine(shapes, system)
+    what = f"the transformation of image {image_key!r}"
+    matrices = {
+        system: _inverse(affine(image, system), f"`coordinate_system` {system!r}: {what}") @ affine(shapes, system)
+        for system in shared
+    }
     first = matrices[shared[0]]
     # Corners of the spots must land on the same pixel through every shared system, else the choice matters.
     (left, top), (right, bottom) = spots.centres.min(0), spots.centres.max(0)
@@ -101,6 +99,12 @@ def spots_to_pixels(
             "spots on different pixels"
         )
     return shared[0], first
+
+
+def _inverse(matrix: np.ndarray, what: str) -> np.ndarray:
+    if abs(np.linalg.det(matrix)) < 1e-12:
+        raise ValueError(f"{what} is singular")
+    return np.linalg.inv(matrix)
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,7 @@ class TissueMask:
 def tissue_key_of(sdata: SpatialData, image_key: str, tissue_key: str | None) -> str:
     """Name of the labels of the tissue mask, by default that of :func:`he2gene_sc.pp.tissue`, whose files are there."""
     tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
-    if tissue_key not in sdata.labels:
-        raise ValueError(
-            f"`tissue_key` {tissue_key!r} not found, valid keys: {sorted(sdata.labels)}; run hg.pp.tissue first"
-        )
+    validate.there(tissue_key, sdata.labels, "tissue_key", "; run hg.pp.tissue first")
     check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
     return tissue_key
 
@@ -170,10 +171,8 @@ def _to_mask(sdata: SpatialData, image_key: str, tissue_key: str) -> np.ndarray:
             "spatialdata.transformations.set_transformation"
         )
     system = min(shared, key=lambda name: (name != "global", name))
-    of_mask = affine(mask, system)
-    if abs(np.linalg.det(of_mask)) < 1e-12:
-        raise ValueError(f"`tissue_key`: the transformation of labels {tissue_key!r} to {system!r} is singular")
-    return np.linalg.inv(of_mask) @ affine(image, system)
+    what = f"`tissue_key`: the transformation of labels {tissue_key!r} to {system!r}"
+    return _inverse(affine(mask, system), what) @ affine(image, system)
 
 
 @dataclass(frozen=True)
@@ -188,11 +187,7 @@ class _Candidate:
     @property
     def scale(self) -> float:
         """Pixels per unit of the frame."""
-        return float(np.sqrt(abs(np.linalg.det(self.to_pixels[:2, :2]))))
-
-    def corners(self) -> np.ndarray:
-        """Corners in the frame, ``(4, 2)``."""
-        return _corners(self.to_pixels, self.size)
+        return length_scale(self.to_pixels, quiet=True)
 
     def shows_the_same(self, other: _Candidate) -> bool:
         """Whether both show one tissue: by darkness at common points, else by their extent."""
@@ -200,11 +195,11 @@ class _Candidate:
         varied = both.sum() >= _MIN_POINTS and min(c.look.mean[both].std() for c in (self, other)) > _FLAT
         if varied:
             return np.corrcoef(self.look.mean[both], other.look.mean[both])[0, 1] > _SAME_TISSUE
-        own, others = self.corners(), other.corners()
+        own, others = (_corners(each.to_pixels, each.size) for each in (self, other))
         return np.abs(own - others).max() <= _SAME_EXTENT * np.ptp(own, axis=0).max()
 
 
-def finest_image(
+def _finest_image(
     sdata: SpatialData,
     candidates: list[str],
     shapes_key: str | None,
@@ -228,9 +223,8 @@ def finest_image(
     found = []
     for key, matrix in frames.items():
         pyramid = pyramid_of(sdata, key)
-        places = points @ matrix[:2, :2].T + matrix[:2, 2]
         try:
-            look = darkness_at(pyramid, key, places, side * np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+            look = darkness_at(pyramid, key, moved(points, matrix), side * length_scale(matrix, quiet=True))
         except ValueError as error:
             logger.info("image %r is left out: %s", key, error)
             continue
@@ -282,9 +276,9 @@ def _frames(
 
 
 def _corners(to_pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Corners of an image in the frame, ``(4, 2)``."""
     pixels = np.array([[0, 0], [size[0], 0], [size[0], size[1]], [0, size[1]]], float)
-    back = np.linalg.inv(to_pixels)
-    return pixels @ back[:2, :2].T + back[:2, 2]
+    return moved(pixels, np.linalg.inv(to_pixels))
 
 
 def _points(sdata: SpatialData, frames: Mapping[str, np.ndarray], spots: Spots | None) -> tuple[np.ndarray, float]:
@@ -306,18 +300,15 @@ def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
     """Wrap an image of the object, single or multiscale, finest level first."""
     element = sdata.images[image_key]
     check_files(f"images[{image_key!r}]", element)
-    nodes = [node["image"] for node in element.values()] if hasattr(element, "children") else [element]
-    arrays = sorted(
-        (_in_rgb_order(node.transpose("c", "y", "x"), image_key) for node in nodes), key=lambda a: -a.sizes["x"]
-    )
+    arrays = [_in_rgb_order(level.transpose("c", "y", "x"), image_key) for level in levels(element)]
+    arrays.sort(key=lambda array: -array.sizes["x"])
     full = arrays[0]
-    levels = []
+    found = []
     for array in arrays:
         scale = float(np.sqrt(full.sizes["y"] / array.sizes["y"] * full.sizes["x"] / array.sizes["x"]))
         # Reduced by whole numbers, odd borders are cut off: the ratio of the sizes is off by that much.
-        levels.append(Level(array.data, round(scale) if abs(scale - round(scale)) < 0.02 * scale else scale))
-    levels[0] = Level(levels[0].array, 1.0)
-    return Pyramid(tuple(levels))
+        found.append(Level(array.data, round(scale) if abs(scale - round(scale)) < 0.02 * scale else scale))
+    return Pyramid((Level(found[0].array), *found[1:]))
 
 
 def _in_rgb_order(array: DataArray, image_key: str) -> DataArray:

@@ -10,13 +10,17 @@ import scipy.sparse
 
 from . import validate
 from .elements import check_files
-from .layers import layer_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 #: Values that are in memory, or normalised, at once.
 _BLOCK = 2_000_000
+
+
+def layer_names(table: AnnData) -> list[str]:
+    """Names of the layers, in order; from 0.13 on, anndata lists ``X`` among them under the name ``None``."""
+    return [name for name in table.layers if name is not None]
 
 
 def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> Any:

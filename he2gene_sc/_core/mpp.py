@@ -71,6 +71,11 @@ def affine(element: Any, coordinate_system: str) -> np.ndarray:
     return matrix
 
 
+def moved(xy: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Places ``(n, 2)`` that a 3 × 3 matrix moves."""
+    return xy @ matrix[:2, :2].T + matrix[:2, 2]
+
+
 def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
     """µm per pixel that the object itself states for an image: written by our readers, or a system in µm."""
     from spatialdata.transformations import get_transformation

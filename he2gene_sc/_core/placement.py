@@ -10,7 +10,7 @@ import numpy as np
 
 from .elements import spot_element
 from .images import darkness_at, some_of
-from .mpp import affine, array_lattice, is_scattered
+from .mpp import affine, array_lattice, is_scattered, moved
 from .spots import pitch_of
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def _outside(sdata: SpatialData, slide: Slide, outside: int) -> str:
         f"({width} × {height} px; the spots lie at x {left:.0f} to {right:.0f}, y {top:.0f} to {bottom:.0f})."
     )
     for cause, matrix in _causes(sdata, slide):
-        moved = _moved(slide.centres, matrix)
-        inside = ((moved >= 0) & (moved <= [width, height])).all(1)
-        if inside.mean() >= _INSIDE and (np.ptp(moved, axis=0) / [width, height]).max() >= _SPAN:
+        places = moved(slide.centres, matrix)
+        inside = ((places >= 0) & (places <= [width, height])).all(1)
+        if inside.mean() >= _INSIDE and (np.ptp(places, axis=0) / [width, height]).max() >= _SPAN:
             return f"{found} {cause}; if so: {mending_call(sdata, slide, matrix)}."
     factor = 0.95 * min(width / max(right, 1), height / max(bottom, 1))
     if factor < 1 and left < width and top < height and min(left, top) >= 0:
@@ -103,10 +103,6 @@ def _scale_factors(sdata: SpatialData, slide: Slide) -> dict[str, float]:
             if isinstance(factors, Mapping) and 0 < float(factors.get(name, 0)) < 1:
                 found[name] = float(factors[name])
     return found
-
-
-def _moved(centres: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    return centres @ matrix[:2, :2].T + matrix[:2, 2]
 
 
 def mending_call(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
@@ -168,9 +164,9 @@ def _check_swap(sdata: SpatialData, slide: Slide) -> None:
     """Warn where the tissue lies under the spots with x and y swapped, and not as they are."""
     if slide.table_key is None:
         return
-    now, moved = _darkness(slide, _SWAP, some_of(np.flatnonzero(slide.inside)))
-    both = np.isfinite(moved)
-    if both.mean() >= _INSIDE and moved[both].mean() > _MUCH_DARKER * now[both].mean():
+    now, then = _darkness(slide, _SWAP, some_of(np.flatnonzero(slide.inside)))
+    both = np.isfinite(then)
+    if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * now[both].mean():
         warnings.warn(
             f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
             f"are exchanged. If so, all spots are predicted from other tissue; mend it by {mending_call(sdata, slide, _SWAP)}",
@@ -182,7 +178,7 @@ def _check_swap(sdata: SpatialData, slide: Slide) -> None:
 def _darkness(slide: Slide, matrix: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
     """Darkness under some spots as they are, and where a matrix moves them."""
     side, centres = slide.diameter_um / slide.mpp, slide.centres[chosen]
-    places = (centres, _moved(centres, matrix))
+    places = (centres, moved(centres, matrix))
     return [darkness_at(slide.pyramid, slide.image_key, place, side).mean for place in places]
 
 
@@ -200,18 +196,18 @@ def _compare(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:
     from scipy.stats import spearmanr
 
     chosen = some_of(np.flatnonzero(slide.inside), _N_SPOTS)
-    now, moved = _darkness(slide, matrix, chosen)
-    both = np.isfinite(now) & np.isfinite(moved)
-    if np.isfinite(moved).mean() < _INSIDE or not both.any():
+    now, then = _darkness(slide, matrix, chosen)
+    both = np.isfinite(now) & np.isfinite(then)
+    if np.isfinite(then).mean() < _INSIDE or not both.any():
         return -1
-    ratio = moved[both].mean() / max(now[both].mean(), 1e-9)
+    ratio = then[both].mean() / max(now[both].mean(), 1e-9)
     if not 1 / _DARKER < ratio < _DARKER:
         return 1 if ratio > 1 else -1
     values = sdata[slide.table_key].X
     if values is None:
         return 0
     depth = np.asarray(values[slide.rows[chosen[both]]].sum(axis=1), float).ravel()
-    if not np.isfinite(depth).all() or min(np.ptp(depth), np.ptp(now[both]), np.ptp(moved[both])) == 0:
+    if not np.isfinite(depth).all() or min(np.ptp(depth), np.ptp(now[both]), np.ptp(then[both])) == 0:
         return 0
-    gain = spearmanr(moved[both], depth)[0] - spearmanr(now[both], depth)[0]
+    gain = spearmanr(then[both], depth)[0] - spearmanr(now[both], depth)[0]
     return 0 if abs(gain) < max(_BETTER, 3 / np.sqrt(len(depth))) else int(np.sign(gain))

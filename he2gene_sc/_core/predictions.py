@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import validate
 from .keys import MADE, Keys
-from .layers import layer_names
-from .matrix import matrix_of
+from .matrix import layer_names, matrix_of
 from .names import with_text_names
 from .ownership import is_of, is_prediction, ours
 from .signatures import digest_of, of_rows
@@ -28,8 +28,7 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
     if not hasattr(sdata, "tables"):
         raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
     if table_key is not None:
-        if table_key not in sdata.tables:
-            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(sdata.tables)}")
+        validate.there(table_key, sdata.tables, "table_key")
         if not is_prediction(sdata[table_key].uns.get(Keys(prediction_key).uns)):
             raise ValueError(
                 f"`table_key` {table_key!r} holds no prediction {prediction_key!r}; run hg.tl.predict first"
@@ -45,8 +44,7 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
         raise ValueError(
             f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"
         )
-    if len(candidates) > 1:
-        raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
+    validate.not_ambiguous(candidates, "table_key")
     with_text_names(sdata[candidates[0]])
     return candidates[0]
 
@@ -121,10 +119,8 @@ def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str 
             raise ValueError(
                 f"`layer` {name!r} is of prediction {key!r}, not of {prediction_key!r}; pass prediction_key={key!r}"
             )
-    if name not in table.layers:
-        hint = "; hg.get.expression(data, genes) computes genes again" if name == record["layer"] else ""
-        raise ValueError(f"`layer` {name!r} not found, valid keys: {sorted(layer_names(table))}{hint}")
-    return name
+    hint = "; hg.get.expression(data, genes) computes genes again" if name == record["layer"] else ""
+    return validate.there(name, layer_names(table), "layer", hint)
 
 
 def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklevel: int = 3) -> None:

@@ -1,6 +1,6 @@
 """Results of verbs: found, and written as declared, checked beforehand, whole or not at all.
 
-A verb calls :func:`check_free` before its work and :func:`write_result` after it. What depends on values that change is
+A verb calls ``check_free`` before its work and :func:`write_result` after it. What depends on values that change is
 removed, with a warning. An exception while writing, a warning that was made one included, leaves the table as it was.
 """
 
@@ -14,25 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from . import validate
+from .elements import is_object
 from .invalidate import remove_derived, same_values, warn_removed
 from .keys import Keys
-from .ownership import check_free, is_of, ours, signatures_of
+from .ownership import is_of, ours, signatures_of
 from .signatures import same
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-__all__ = [
-    "Result",
-    "check_free",
-    "find_result",
-    "find_results",
-    "scores_of",
-    "undone_if_interrupted",
-    "write_result",
-    "write_results",
-    "write_to_all",
-]
 
 _MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp", "uns")
 
@@ -50,7 +40,7 @@ class Result:
 
 def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -> list[AnnData]:
     """Return the table of each object whose ``uns[key]`` a verb wrote; ``data`` is an object or table, or several."""
-    if _is_object(data):
+    if is_object(data):
         objects = [data]
     elif isinstance(data, Iterable) and not isinstance(data, str | Mapping):
         objects = list(data)
@@ -58,11 +48,11 @@ def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -
         raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object, or several, are needed")
     found = []
     for item in objects:
-        if not _is_object(item):
+        if not is_object(item):
             raise TypeError(f"`data` holds a {type(item).__name__}; SpatialData or AnnData objects are needed")
         tables = item.tables if hasattr(item, "tables") else {"": item}
-        if table_key is not None and hasattr(item, "tables") and table_key not in tables:
-            raise ValueError(f"`table_key` {table_key!r} not found, valid keys: {sorted(tables)}")
+        if table_key is not None and hasattr(item, "tables"):
+            validate.there(table_key, tables, "table_key")
         written = [
             name
             for name, table in tables.items()
@@ -70,16 +60,11 @@ def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -
         ]
         if not written:
             raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
-        if len(written) > 1:
-            raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(written)}")
+        validate.not_ambiguous(written, "table_key")
         found.append(tables[written[0]])
     if not found:
         raise ValueError("`data` is empty; at least one object is needed")
     return found
-
-
-def _is_object(data: Any) -> bool:
-    return hasattr(data, "tables") or hasattr(data, "obs_names")
 
 
 def find_result(data: Any, verb: str, key: str, table_key: str | None = None) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .elements import levels
 from .lazy import LAZY
 
 if TYPE_CHECKING:
@@ -52,15 +53,14 @@ def of_element(element: Any) -> str:
         content = [element.index, element.geometry.to_wkb().to_numpy()]
         content += [element["radius"]] if "radius" in element else []
     else:
-        element = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
+        element = levels(element)[0]
         content = [element]
     return f"{_shape(element)}:{digest_of(*content)}"
 
 
 def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: str) -> bool:
     """Whether labels or shapes are what was written; of another size they are not, and are not read."""
-    element = getattr(sdata, kind)[name]
-    element = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
+    element = levels(getattr(sdata, kind)[name])[0]
     return signature.startswith(f"{_shape(element)}:") and of_element(element) == signature
 
 

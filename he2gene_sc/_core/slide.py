@@ -14,7 +14,7 @@ from ..image import PatchReader, Pyramid
 from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
 from .keys import MADE
-from .mpp import array_lattice, check_mpp, length_scale, resolve_mpp
+from .mpp import array_lattice, check_mpp, length_scale, moved, resolve_mpp
 from .names import annotated_by
 from .spots import pitch_of
 
@@ -95,7 +95,7 @@ def _resolve_one(
     order = spots.ids.get_indexer(spot_ids)
     spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
     system, to_pixels = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
-    centres = spots.centres @ to_pixels[:2, :2].T + to_pixels[:2, 2]
+    centres = moved(spots.centres, to_pixels)
     diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
     pyramid = pyramid_of(sdata, image_key)
     lattice = None if table_key is None else array_lattice(sdata[table_key].obs.iloc[rows], centres)

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import issparse
 
-from .elements import find_table
+from . import validate
+from .elements import find_table, is_object
 from .expression import as_logs
 from .genes import find_genes
 from .keys import MADE, PATIENT, SECTION
@@ -61,8 +62,7 @@ def get_table(
                 f"`layer` {layer!r} is in no table of `data`, which holds no prediction {layer!r}: run hg.tl.predict first, or "
                 "pass layer=None for measured counts where that is meant"
             )
-        if len(candidates) > 1:
-            raise ValueError(f"`table_key` is ambiguous, candidates: {sorted(candidates)}")
+        validate.not_ambiguous(candidates, "table_key")
         return with_text_names(data[candidates[0]])
     if table_key is None and len(data.tables) == 1:
         return with_text_names(next(iter(data.tables.values())))
@@ -236,7 +236,7 @@ class SpotData:
 
 def is_many(data: object) -> bool:
     """Whether several objects came in, or what is neither object nor table."""
-    return not (hasattr(data, "tables") or hasattr(data, "obs_names"))
+    return not is_object(data)
 
 
 def read_spots(

@@ -56,6 +56,19 @@ def key_in(key: Any, available: Iterable[Any], parameter: str, *, what: str = "a
     raise ValueError(f"`{parameter}` {key!r} is not {what}, valid: {shown}{more}{near(key, names)}{hint}")
 
 
+def there(key: Any, available: Iterable[Any], parameter: str, hint: str = "") -> Any:
+    """Check that a named element, layer or table is there."""
+    if key in (names := sorted(available)):
+        return key
+    raise ValueError(f"`{parameter}` {key!r} not found, valid keys: {names}{hint}")
+
+
+def not_ambiguous(candidates: Collection[str], parameter: str) -> None:
+    """Refuse several candidates of which one has to be named."""
+    if len(candidates) > 1:
+        raise ValueError(f"`{parameter}` is ambiguous, candidates: {sorted(candidates)}")
+
+
 def is_whole(value: object) -> bool:
     """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

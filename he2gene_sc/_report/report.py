@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .._core import validate
+from .._core.elements import is_object
 from .._core.genes import columns_of
 from .._core.keys import SECTION, Keys
 from .._core.predictions import gene_flags, predicted_by, predicted_table, record_of, symbols_of
@@ -104,7 +105,7 @@ def report(
     validate.whole(n_genes, "n_genes")
     options = {"genes": genes, "n_genes": n_genes, "model": model, "prediction_key": prediction_key}
     options |= {"table_key": table_key, "shapes_key": shapes_key}
-    if hasattr(data, "tables") or hasattr(data, "obs_names"):
+    if is_object(data):
         return _one(data, path, title, overwrite, options)
     from ..io._open import open_store
 

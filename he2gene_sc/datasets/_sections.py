@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.elements import levels
 
 if TYPE_CHECKING:
     from typing import Self
@@ -120,10 +121,7 @@ def taken(
 
 def check_inside(sdata: SpatialData, section: str, image: Path, spots: Path, most: float) -> None:
     """Refuse a section of whose spots more than a share lie outside its image."""
-    from spatialdata import get_pyramid_levels
-
-    element = sdata["he"]
-    height, width = (get_pyramid_levels(element, n=0) if hasattr(element, "children") else element).shape[1:]
+    height, width = levels(sdata["he"])[0].shape[1:]
     x, y = sdata["table"].obsm["spatial"].T
     outside = ~((x >= 0) & (x < width) & (y >= 0) & (y < height))
     if outside.mean() > most:

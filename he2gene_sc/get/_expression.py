@@ -12,8 +12,7 @@ import pandas as pd
 from .._core import validate
 from .._core.genes import columns_of, symbols_in
 from .._core.keys import Keys
-from .._core.layers import layer_names
-from .._core.matrix import dense, matrix_of
+from .._core.matrix import dense, layer_names, matrix_of
 from .._core.model_genes import positions_of
 from .._core.predictions import embedding_of, gene_flags, predicted_by, record_of, symbols_of
 from .._core.spots import get_table

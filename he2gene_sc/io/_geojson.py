@@ -18,9 +18,9 @@ from .._core.images import find_image, spots_to_pixels
 from .._core.keys import Keys, check_key
 from .._core.matrix import dense, matrix_of
 from .._core.names import annotated_by, check_spelling, clean_names, labels_of
-from .._core.ownership import ours
+from .._core.ownership import check_free, ours
 from .._core.predictions import predicted_layer, record_of, symbols_of
-from .._core.results import check_free, write_result
+from .._core.results import write_result
 from .._core.slide import slides_of
 from .._core.spots import get_table, pitch_of, sections_of, spots_of
 from ._files import check_new_file, put_file

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.elements import is_object
 from .._core.results import find_result, find_results
 from ..get._biomarkers import biomarkers as get_biomarkers
 from ..get._biomarkers import genes_of_result
@@ -94,7 +95,7 @@ def biomarkers(
     validate.arguments(biomarkers, locals())
     if kind not in ("volcano", "dot"):
         raise ValueError(f"`kind` is {kind!r}, valid: ['volcano', 'dot']")
-    data = data if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    data = data if is_object(data) else list(data)
     frame = get_biomarkers(data, group, key=key, table_key=table_key)
     record = find_result(data, "biomarkers", key, table_key)
     named = None if genes is None else [genes] if isinstance(genes, str) else list(genes)

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import check_spatialdata
+from .._core.elements import check_spatialdata, levels
 from .._core.keys import Keys
-from .._core.mpp import affine
+from .._core.mpp import affine, length_scale, moved
 from .._core.names import with_text_names
 from .._core.predictions import predicted_table
 from .._core.slide import Slide, resolve
@@ -63,7 +63,7 @@ class Canvas:
     @cached_property
     def xy(self) -> np.ndarray:
         """Centres of the spots, ``(n, 2)``."""
-        return _moved(spots_of(self.table) if self.slide is None else self.slide.centres, self.matrix)
+        return moved(spots_of(self.table) if self.slide is None else self.slide.centres, self.matrix)
 
     @cached_property
     def diameter(self) -> float:
@@ -76,16 +76,16 @@ class Canvas:
     @cached_property
     def um_per_unit(self) -> float:
         """µm per unit of what is drawn; NaN where it is unknown."""
-        return np.nan if self.slide is None else self.slide.mpp / _scale(self.matrix)
+        return np.nan if self.slide is None else self.slide.mpp / length_scale(self.matrix, quiet=True)
 
     def box(self, bbox: Sequence[float] | None, parameter: str = "bbox") -> tuple[float, float, float, float]:
         """Part that is shown, xmin, ymin, xmax and ymax: the region, or the spots and a margin."""
         if bbox is not None:
-            corners = _moved(np.array([[x, y] for x in bbox[::2] for y in bbox[1::2]], float), self.matrix)
+            corners = moved(np.array([[x, y] for x in bbox[::2] for y in bbox[1::2]], float), self.matrix)
             low, high = corners.min(0), corners.max(0)
             if not ((self.xy >= low) & (self.xy <= high)).all(1).any():
                 first, last = (np.nanmin(self.xy, 0), np.nanmax(self.xy, 0)) if len(self.xy) else (low, high)
-                ends = _moved(np.array([first, last]), np.linalg.inv(self.matrix))
+                ends = moved(np.array([first, last]), np.linalg.inv(self.matrix))
                 raise ValueError(
                     f"`{parameter}` {tuple(bbox)} holds no spot; the spots lie in x {ends[:, 0].min():.0f} to {ends[:, 0].max():.0f} "
                     f"and y {ends[:, 1].min():.0f} to {ends[:, 1].max():.0f}"
@@ -117,8 +117,7 @@ class Canvas:
         assert self.slide is not None
         assert self.sdata is not None
         element = self.sdata.labels[self.slide.shapes_key]
-        nodes = [node["image"] for node in element.values()] if hasattr(element, "children") else [element]
-        nodes = sorted((node.transpose("y", "x") for node in nodes), key=lambda node: node.sizes["x"])
+        nodes = sorted((node.transpose("y", "x") for node in levels(element)), key=lambda node: node.sizes["x"])
         found = next((node for node in nodes if node.sizes["x"] >= 2000), nodes[-1])
         values = np.asarray(found.data)
         names, codes = np.unique(values, return_inverse=True)
@@ -161,7 +160,7 @@ def read_region(
     pyramid: Pyramid, factor: float, matrix: np.ndarray, box: tuple[float, ...], pixels: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read a region ``(h, w, 3)`` from the coarsest level that is long enough, and the matrix from its pixels to the drawing."""
-    corners = _moved(np.array([[x, y] for x in box[::2] for y in box[1::2]]), np.linalg.inv(matrix))
+    corners = moved(np.array([[x, y] for x in box[::2] for y in box[1::2]]), np.linalg.inv(matrix))
     low = np.clip(corners.min(0), 0, [pyramid.width - 1, pyramid.height - 1])
     high = np.clip(corners.max(0), low + 1, [pyramid.width, pyramid.height])
     fitting = [level for level in pyramid.levels if (high - low).max() / level.scale >= pixels]
@@ -188,12 +187,12 @@ def outlines(ax: Axes, shapes: GeoDataFrame, system: str, size: float = 1.0, **k
 
     matrix = affine(shapes, system)
     if "radius" in shapes.columns:
-        sides = 2 * size * shapes["radius"].to_numpy(float) * _scale(matrix)
-        return _circles(ax, _moved(shapes.get_coordinates().to_numpy(), matrix), sides, **kwargs)
+        sides = 2 * size * shapes["radius"].to_numpy(float) * length_scale(matrix, quiet=True)
+        return _circles(ax, moved(shapes.get_coordinates().to_numpy(), matrix), sides, **kwargs)
     rings = shapes.geometry.convex_hull if (shapes.geom_type != "Polygon").any() else shapes.geometry
     rings = rings if size == 1 else rings.scale(size, size)
     return PolyCollection(
-        [_moved(np.asarray(ring.exterior.coords)[:, :2], matrix) for ring in rings], **{"edgecolors": "none", **kwargs}
+        [moved(np.asarray(ring.exterior.coords)[:, :2], matrix) for ring in rings], **{"edgecolors": "none", **kwargs}
     )
 
 
@@ -202,14 +201,6 @@ def _circles(ax: Axes, xy: np.ndarray, sides: np.ndarray, **kwargs: Any) -> Coll
 
     options: dict[str, Any] = {"offsets": xy, "offset_transform": ax.transData, "edgecolors": "none", **kwargs}
     return EllipseCollection(sides, sides, np.zeros(len(sides)), units="xy", **options)
-
-
-def _moved(xy: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    return xy @ matrix[:2, :2].T + matrix[:2, 2]
-
-
-def _scale(matrix: np.ndarray) -> float:
-    return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
 
 
 def canvases(

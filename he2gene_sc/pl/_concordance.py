@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from .._core import validate
+from .._core.elements import is_object
 from .._core.results import find_results
 from ..get._biomarkers import genes_of_result
 from ..get._concordance import concordance as get_concordance
@@ -78,7 +79,7 @@ def concordance(
     >>> ax = hg.pl.concordance(slides, "tumour")
     """
     validate.arguments(concordance, locals())
-    data = data if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
+    data = data if is_object(data) else list(data)
     frame = get_concordance(data, by_gene=True, key=key, table_key=table_key)
     table = get_concordance(data, key=key, table_key=table_key)
     if "predictor" in table:

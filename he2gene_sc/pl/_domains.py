@@ -116,9 +116,9 @@ def domains(
 def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, np.ndarray]:
     """Section and its rows: those of the sample, where sections were told apart by it."""
     scored = [name for name in record["table"]["section"].unique() if name != "all"]
-    if section is None and len(scored) > 1:
-        raise ValueError(f"`section` is ambiguous, candidates: {scored}")
-    section = scored[0] if section is None else section
+    if section is None:
+        validate.not_ambiguous(scored, "section")
+        section = scored[0]
     if section not in scored:
         raise ValueError(f"`section` {section!r} was not scored, valid: {scored}")
     params = record["params"]

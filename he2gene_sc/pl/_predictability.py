@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.elements import is_object
 from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
 from .._core.predictions import predicted_by
@@ -245,7 +246,7 @@ def _genes_evaluated(
     data: Any, key: str, table_key: str | None, gene_symbols: str | None
 ) -> tuple[pd.DataFrame, str, str]:
     """Correlations of an evaluation, what their ends are of, and the layer."""
-    if not hasattr(data, "obs_names") and not hasattr(data, "tables"):
+    if not is_object(data):
         raise ValueError("`key` names an evaluation of hg.tl.evaluate; pass the object that has it as `model`")
     found = find_result(data, "evaluate", key, table_key)["genes"]
     sections = found[found["scope"] == "section"].groupby("gene", observed=True)["pearson"]

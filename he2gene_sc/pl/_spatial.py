@@ -13,8 +13,7 @@ import pandas as pd
 from .._core import validate
 from .._core.genes import columns_of
 from .._core.keys import MADE, Keys
-from .._core.layers import layer_names
-from .._core.matrix import dense, matrix_of, where_of
+from .._core.matrix import dense, layer_names, matrix_of, where_of
 from .._core.ownership import is_of, is_prediction
 from .._core.predictions import predicted_layer, predicted_table, record_of, symbols_of
 from .._core.results import scores_of

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core import validate
-from .._core.elements import check_spatialdata, find_shapes
+from .._core.elements import check_spatialdata, find_shapes, levels
 from .._core.images import check_image, find_image, pyramid_of, tissue_key_of
-from .._core.mpp import affine, stored_mpp
+from .._core.mpp import affine, length_scale, stored_mpp
 from ._canvas import add_scale_bar, axes_for, draw_image, finish, outlines, panel_pixels, read_region
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def tissue(
     axes.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xticks=[], yticks=[])
     axes.set_title(f"tissue: {100 * share:.0f} % of the image{spots}")
     if found is not None:
-        um_per_unit = float(found[0] / np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+        um_per_unit = found[0] / length_scale(matrix, quiet=True)
         add_scale_bar(axes, um_per_unit, (x1 - x0) / 4, "lower left")
     return finish([axes], save, title, show, return_fig)
 
@@ -113,8 +113,7 @@ def _draw_mask(ax: Axes, labels: Any, system: str) -> float:
     from matplotlib.colors import to_rgba
     from scipy.ndimage import binary_erosion
 
-    finest = next(iter(labels["scale0"].values())) if hasattr(labels, "children") else labels
-    mask = np.asarray(finest.transpose("y", "x")) > 0
+    mask = np.asarray(levels(labels)[0].transpose("y", "x")) > 0
     step = -(-max(mask.shape) // 1500)
     shown = mask[::step, ::step]
     rgba = np.zeros((*shown.shape, 4))

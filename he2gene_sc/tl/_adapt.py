@@ -15,9 +15,9 @@ from .._core.expression import Scale
 from .._core.keys import MADE, Keys, check_key
 from .._core.lazy import is_large
 from .._core.matrix import dense, matrix_of
-from .._core.ownership import is_of, is_prediction, written_in
+from .._core.ownership import check_free, is_of, is_prediction, written_in
 from .._core.predictions import prediction_of
-from .._core.results import check_free, write_result
+from .._core.results import write_result
 from .._core.spots import get_table, sections_of, spots_of
 from .._settings import settings
 from ._adapt_input import columns_of, measured_of, rows_of

@@ -12,8 +12,7 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import Scale, log_expression
 from .._core.genes import columns_of as named_columns
-from .._core.layers import layer_names
-from .._core.matrix import values_of
+from .._core.matrix import layer_names, values_of
 from .._core.predictions import prediction_of, symbols_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import numpy as np
 from .._core import validate
 from .._core.element_results import copy_tables
 from .._core.keys import Keys, check_key
-from .._core.results import check_free, write_result
+from .._core.ownership import check_free
+from .._core.results import write_result
 from .._core.slide import Slide
 from .._settings import settings
 from ._encoding import (

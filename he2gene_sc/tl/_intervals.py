@@ -16,8 +16,9 @@ from .._core.genes import symbols_in
 from .._core.keys import Keys
 from .._core.lazy import genes_at_once
 from .._core.matrix import dense, readable
+from .._core.ownership import check_free
 from .._core.predictions import check_as_predicted, predicted_layer, record_of
-from .._core.results import check_free, write_result
+from .._core.results import write_result
 from .._core.spots import get_table
 from .._settings import settings
 from ._calibrate import Calibration, check_calibrated

@@ -17,9 +17,9 @@ from .._core.expression import Scale
 from .._core.genes import current_symbols, find_genes
 from .._core.keys import PATIENT, check_key
 from .._core.matrix import values_of
-from .._core.ownership import is_prediction
+from .._core.ownership import check_free, is_prediction
 from .._core.predictions import prediction_of
-from .._core.results import Result, check_free, write_results
+from .._core.results import Result, write_results
 from .._core.spots import SpotData, read_spots
 from ..models._card import set_genes
 from ..models._schema import check_class_names

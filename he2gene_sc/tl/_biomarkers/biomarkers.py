@@ -13,7 +13,8 @@ from ..._core import validate
 from ..._core.expression import Scale
 from ..._core.keys import check_key
 from ..._core.names import column_of
-from ..._core.results import check_free, write_to_all
+from ..._core.ownership import check_free
+from ..._core.results import write_to_all
 from ..._core.spots import is_many, read_spots
 from .compare import NO_DEPTH, adjusted, compare, method_for, named_groups
 from .cross_fit import cross_fitted_halves

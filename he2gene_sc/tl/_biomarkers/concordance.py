@@ -12,8 +12,9 @@ import pandas as pd
 from ..._core import validate
 from ..._core.expression import Scale
 from ..._core.keys import check_key
+from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
-from ..._core.results import check_free, write_to_all
+from ..._core.results import write_to_all
 from ..._core.spots import SpotData, is_many, read_spots
 from . import blind
 from .compare import adjusted, compare, method_for, named_groups

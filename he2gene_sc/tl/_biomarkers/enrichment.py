@@ -12,7 +12,8 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.keys import check_key
-from ..._core.results import check_free, find_results, write_to_all
+from ..._core.ownership import check_free
+from ..._core.results import find_results, write_to_all
 from ...get._biomarkers import biomarkers as get_biomarkers
 from .._gene_sets import import_decoupler, in_names_of, read_net
 

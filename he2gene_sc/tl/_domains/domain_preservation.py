@@ -14,8 +14,9 @@ from ..._core import validate
 from ..._core.duplicates import check_twins
 from ..._core.expression import Scale
 from ..._core.keys import MADE, Keys, check_key
+from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
-from ..._core.results import check_free, write_result
+from ..._core.results import write_result
 from ..._core.slide import mean_colours
 from ..._core.spots import get_table, read_spots, spots_of
 from ...stats import MIN_OVERLAP

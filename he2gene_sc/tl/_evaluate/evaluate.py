@@ -13,7 +13,8 @@ import pandas as pd
 from ..._core import validate
 from ..._core.expression import SCALES, Scale
 from ..._core.keys import SECTION, Keys, check_key
-from ..._core.results import check_free, write_result
+from ..._core.ownership import check_free
+from ..._core.results import write_result
 from ..._core.spots import has_samples
 from .aligned import UNKNOWN_LABELS, Asked, Judged, proba_of, read
 from .baselines import readings

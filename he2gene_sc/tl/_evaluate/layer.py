@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..._core.keys import Keys
-from ..._core.layers import layer_names
+from ..._core.matrix import layer_names
 from ..._core.ownership import is_of, is_prediction
 from ..._core.predictions import origin_of, prediction_of
 from ..._core.spots import get_table

@@ -14,8 +14,7 @@ import pandas as pd
 import scipy.sparse
 
 from ..._core.expression import contents_of
-from ..._core.layers import layer_names
-from ..._core.matrix import in_memory, matrix_of, where_of
+from ..._core.matrix import in_memory, layer_names, matrix_of, where_of
 from ..._core.names import clean_names, clean_samples, column_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
