@@ -102,9 +102,13 @@ def save(store, faults=None, no_exchange=False):
     import spatialdata as sd
 
     import he2gene_sc as hg
+    from he2gene_sc._core import stores
     from he2gene_sc.io import _files
 
+    state = stores.fingerprints(store)
     sdata = sd.read_zarr(store)
+    # The store is younger than this program: what is changed here would not be known from what another has changed.
+    stores.remember(sdata, state)
     table = sdata["table"] if "table" in sdata else sdata["table-he2gene-new"]
     table.obs["round"] = np.arange(table.n_obs) + 1000
     table.layers["round"] = np.ones(table.shape, np.float32)

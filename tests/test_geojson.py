@@ -320,3 +320,53 @@ def test_a_file_that_is_written_over_a_link_replaces_what_it_leads_to(tmp_path):
     put_file(tmp_path / "a.txt", b"new")
     assert (tmp_path / "a.txt").is_symlink()
     assert (tmp_path / "real" / "a.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("crs", "scale", "refused"),
+    [
+        (None, 1, False),
+        ("urn:ogc:def:crs:OGC:1.3:CRS84", 1, False),  # as geopandas writes what it has read without one
+        ("urn:ogc:def:crs:OGC:1.3:CRS84", 1e-3, True),
+        ("EPSG:3857", 1, True),
+    ],
+)
+def test_coordinates_of_a_map_are_not_taken_for_pixels(toy, tmp_path, crs, scale, refused):
+    x, y = toy["table"].obsm["spatial"][7]
+    shape = box(scale * (x - 100), scale * (y - 100), scale * (x + 100), scale * (y + 100))
+    path = write(tmp_path / "a.geojson", (shape, "tumour"))
+    content = json.loads(path.read_text())
+    content["crs"] = None if crs is None else {"type": "name", "properties": {"name": crs}}
+    path.write_text(json.dumps(content))
+    if refused:
+        with pytest.raises(ValueError, match=r"member 'crs' .*pixels of level 0.*set_crs\(None"):
+            hg.io.read_geojson(toy, path)
+        assert "label" not in toy["table"].obs
+    else:
+        hg.io.read_geojson(toy, path)
+        assert labels(toy)[7] == "tumour"
+
+
+def test_polygons_in_um_or_degrees_are_said(toy, tmp_path):
+    toy.attrs["he2gene"] = {"mpp": {"he": 0.5}}
+    xy = toy["table"].obsm["spatial"]
+    (left, top), (right, bottom) = xy.min(0) - 25, xy.max(0) + 25
+    whole = write(tmp_path / "um.geojson", (box(left / 2, top / 2, right / 2, bottom / 2), "tumour"))
+    with pytest.warns(UserWarning, match=r"in µm they would lie like the spots\. From µm to pixels: .*scale\(2, 2"):
+        hg.io.read_geojson(toy, whole, key_added="a")
+    toy["table"].obsm["spatial"] = xy * 10
+    table = toy["table"]
+    small = write(tmp_path / "shares.geojson", (box(0, 0, 1, 1), "tumour"))
+    with pytest.raises(ValueError, match="no polygon meets a spot.*they may be degrees, or shares of the image"):
+        hg.io.read_geojson(table, small, key_added="b")
+
+
+def test_classes_that_geopandas_made_texts_are_read(toy, tmp_path):
+    path = write(tmp_path / "a.geojson", (square(toy, 7), "tumour"))
+    content = json.loads(path.read_text())
+    properties = content["features"][0]["properties"]
+    properties["classification"] = json.dumps({**properties["classification"], "color": [255, 0, 0]})
+    path.write_text(json.dumps(content))
+    hg.io.read_geojson(toy, path)
+    assert labels(toy)[7] == "tumour"
+    assert toy["table"].uns["label_colors"] == ["#ff0000"]

@@ -1,7 +1,10 @@
 """`hg.io.save` refuses what would lose elements, their rows, columns and places, and images whose files are gone."""
 
 import contextlib
+import math
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,14 @@ import pandas as pd
 import pytest
 import spatialdata as sd
 import zarr
-from spatialdata.models import Image2DModel, PointsModel
+from anndata.io import write_elem
+from spatialdata.models import Image2DModel, Labels2DModel, PointsModel
 from spatialdata.transformations import Scale, get_transformation, set_transformation
 
 import he2gene_sc as hg
+from he2gene_sc._core import doubts
+from he2gene_sc._core.same import same_column
+from he2gene_sc.io import _files
 
 pytestmark = pytest.mark.slow
 
@@ -271,6 +278,8 @@ def test_missing_values_among_objects_are_missing_in_the_store_too(store, tmp_pa
     table.obs = table.obs.assign(**MISSING)
     table.obsm["frame"] = pd.DataFrame(MISSING, index=table.obs_names)
     table.uns["mine"] = {"texts": MISSING["texts"][:3], "numbers": [1, 2, np.nan]}
+    table.uns["counts"] = np.array([1, 2], object)
+    table.uns["ranks"] = np.array([("a", 1.0)], dtype=[("group", "U3"), ("score", "f8")])
     table.raw = table
     table.raw.var["texts"] = np.resize(MISSING["texts"], table.n_vars)
     for path in (None, tmp_path / "new.zarr"):
@@ -282,6 +291,7 @@ def test_missing_values_among_objects_are_missing_in_the_store_too(store, tmp_pa
                 ]
         assert pd.isna(again.uns["mine"]["texts"]).tolist() == [False, True, False]
         np.testing.assert_array_equal(again.uns["mine"]["numbers"], [1, 2, np.nan])
+        assert again.uns["counts"].tolist() == [1, 2]
         assert pd.isna(again.raw.var["texts"]).sum() == table.n_vars // 2
     before = (tmp_path / "new.zarr" / "tables" / "table").stat().st_ino
     hg.io.save(sdata)
@@ -315,14 +325,31 @@ def test_missing_values_among_objects_are_missing_in_the_store_too(store, tmp_pa
         ("uns", "mixed", {"of": [1, None, "a"]}, r"uns\['mixed'\]\['of'\] holds .*NoneType, int, str"),
         ("uns", "numbered", {0: "a"}, r"uns\['numbered'\] has the key 0, which is not a text"),
         ("uns", "where", Path("x"), "PosixPath.*writing key 'where'"),
+        ("uns", "mine", {"": 1}, r"uns\['mine'\] has the key '', which cannot be the name of a folder"),
+        ("uns", "mine", {"a": {"b/c": 1}}, r"uns\['mine'\]\['a'\] has the key 'b/c', which cannot"),
+        ("layers", "objects", None, r"layers\['objects'\] holds objects, which would become texts"),
+        ("layers", "masked", None, r"layers\['masked'\] is a masked array"),
     ],
 )
 def test_values_that_a_store_cannot_hold_are_named_and_change_nothing(store, slot, name, value, said):
     sdata = sd.read_zarr(store)
+    if slot == "layers":
+        ones = np.ones(sdata["table"].shape)
+        value = ones.astype(object) if name == "objects" else np.ma.array(ones, mask=np.eye(*ones.shape))
     getattr(sdata["table"], slot)[name] = value
     with pytest.raises(ValueError, match=said):
         hg.io.save(sdata)
     assert name not in getattr(sd.read_zarr(store)["table"], slot)
+
+
+def test_a_table_whose_parts_have_other_rows_is_named(store):
+    sdata = sd.read_zarr(store)
+    sdata["table"].obsm["frame"] = pd.DataFrame({"a": range(12)}, index=sdata["table"].obs_names)
+    sdata["table"].obs.index = [f"other{i}" for i in range(12)]
+    with pytest.raises(
+        ValueError, match=r"parts of sdata\['table'\] do not fit together.*sdata\['table'\]\.obs_names ="
+    ):
+        hg.io.save(sdata)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
@@ -352,3 +379,215 @@ def test_what_is_not_a_path_or_an_object_is_named(store, tmp_path, call, said):
     (tmp_path / "file").touch()
     with pytest.raises((ValueError, TypeError), match=said):
         call(sd.read_zarr(store), tmp_path)
+
+
+# --- What others change between the reading of an object and its first function of hg --------------------------------
+
+
+def _shapes(store):
+    sdata = sd.read_zarr(store, selection=("shapes",))
+    sdata["spots"]["radius"] *= 2
+    sdata.delete_element_from_disk("spots")
+    sdata.write_element("spots")
+
+
+def _points(store):
+    sdata = sd.read_zarr(store, selection=("points",))
+    cells = PointsModel.parse(sdata["cells"].compute().assign(x=9.0))
+    del sdata.points["cells"]
+    sdata.delete_element_from_disk("cells")
+    sdata.points["cells"] = cells
+    sdata.write_element("cells")
+
+
+def _in_table(key, value):
+    return lambda store: write_elem(zarr.open_group(store / "tables" / "table", mode="r+"), key, value)
+
+
+THEIRS = {
+    "obs": (_in_table("obs/annotation", np.array(["by hand"] * 12)), r"tables/table: obs\['annotation'\]"),
+    "layer": (_in_table("layers/mine", np.full((12, 2), 7.0)), r"layers\['mine'\]"),
+    "uns": (_in_table("uns/mine/a", 2), r"uns\['mine'\]\['a'\]"),
+    "shapes": (_shapes, r"shapes/spots: spots\['radius'\]"),
+    "points": (_points, r"points/cells: cells\['x'\]"),
+    "labels": (
+        lambda store: zarr.open_array(store / "labels/mask/s0", mode="r+").__setitem__(slice(0, 2), 9),
+        "labels/mask: pixels",
+    ),
+    "transformation": (
+        lambda store: set_transformation(
+            (theirs := sd.read_zarr(store))["spots"], Scale([3, 3], ("x", "y")), write_to_sdata=theirs
+        ),
+        r"shapes/spots: transformations\['global'\]",
+    ),
+    "attrs": (lambda store: zarr.open_group(store, mode="r+").attrs.__setitem__("qc", 2), r"attrs: attrs\['qc'\]"),
+}
+
+
+@pytest.fixture
+def slide(tmp_path):
+    """A slide of few genes, whose store is younger than this process."""
+    sdata = hg.datasets.toy((3, 4), mpp=4.0)
+    sdata.tables["table"] = sdata["table"][:, :2].copy()
+    sdata["table"].layers["mine"] = np.ones((12, 2))
+    sdata["table"].uns["mine"] = {"a": 1}
+    sdata.labels["mask"] = Labels2DModel.parse(np.ones((6, 8), np.uint8), dims=("y", "x"))
+    sdata.points["cells"] = PointsModel.parse(pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 3.0]}))
+    sdata.attrs["qc"] = 1
+    sdata.write(tmp_path / "young.zarr")
+    return sdata
+
+
+def _read(path):
+    """Read a store, with what is lazy in memory."""
+    sdata = sd.read_zarr(path)
+    sdata.labels["mask"] = Labels2DModel.parse(sdata["mask"].to_numpy(), dims=("y", "x"))
+    sdata.points["cells"] = PointsModel.parse(sdata["cells"].compute())
+    return sdata
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", THEIRS)
+def test_values_that_others_change_before_any_verb_met_the_object_are_not_lost(slide, what):
+    change, said = THEIRS[what]
+    mine = _read(slide.path)
+    change(slide.path)
+    mine["table"].obs["n"] = 1
+    with pytest.raises(FileExistsError, match=rf"{said} \(maybe changed by another.*younger than this process"):
+        hg.io.save(mine)
+    assert "n" not in sd.read_zarr(slide.path)["table"].obs
+    hg.io.save(mine, overwrite=True)
+    assert "n" in sd.read_zarr(slide.path)["table"].obs
+
+
+def test_ones_own_changes_are_saved_where_no_other_can_have_changed_the_store(slide, monkeypatch):
+    def change(sdata, value):
+        sdata["table"].obs["annotation"] = f"round {value}"
+        sdata["table"].layers["mine"] = np.full((12, 2), float(value))
+        sdata["spots"]["radius"] = float(value)
+        sdata.attrs["qc"] = value
+
+    def held():
+        sdata = sd.read_zarr(slide.path)
+        table = sdata["table"]
+        values = table.layers["mine"][0, 0], sdata["spots"]["radius"].iloc[0], sdata.attrs["qc"]
+        return [table.obs["annotation"].iloc[0], *values]
+
+    # It is older than the process.
+    with monkeypatch.context() as patch:
+        patch.setattr(doubts, "_START", math.inf)
+        sdata = sd.read_zarr(slide.path)
+        change(sdata, 2)
+        hg.io.save(sdata)
+        assert held() == ["round 2", 2, 2, 2]
+    # It is as the last save left it, of which the object knows.
+    sdata = sd.read_zarr(slide.path)
+    change(sdata, 3)
+    hg.io.save(sdata)
+    assert held() == ["round 3", 3, 3, 3]
+    # The object was met before it was changed, and held then what the store holds.
+    path = slide.path.with_name("other.zarr")
+    slide.write(path)
+    sdata = sd.read_zarr(path)
+    hg.io.save(sdata)
+    change(sdata, 4)
+    hg.io.save(sdata)
+    assert sd.read_zarr(path).attrs["qc"] == 4
+    # A new store of ours is known from the start.
+    sdata = sd.read_zarr(hg.io.save(sdata, slide.path.with_name("new.zarr")))
+    change(sdata, 5)
+    assert sd.read_zarr(hg.io.save(sdata)).attrs["qc"] == 5
+
+
+def test_what_others_change_after_a_save_and_before_the_next_reading_is_met_is_not_lost(slide):
+    hg.io.save(slide, slide.path.with_name("saved.zarr"))
+    mine = sd.read_zarr(slide.path)
+    THEIRS["obs"][0](slide.path)
+    mine["table"].obs["n"] = 1
+    with pytest.raises(FileExistsError, match=r"obs\['annotation'\] \(maybe changed by another"):
+        hg.io.save(mine)
+
+
+def test_a_prediction_that_another_wrote_by_spatialdata_is_not_removed(slide):
+    mine, theirs = sd.read_zarr(slide.path), sd.read_zarr(slide.path)
+    table = theirs["table"]
+    table.layers["low"] = np.zeros((12, 2))
+    table.uns["result"] = {"verb": "intervals", "params": {}, "written": {"layers": ["low"]}}
+    theirs.delete_element_from_disk("table")
+    theirs.write_element("table")
+    mine["table"].obs["n"] = 1
+    with pytest.raises(FileExistsError, match=r"layers\['low'\]"):
+        hg.io.save(mine)
+
+
+# --- Links, and arrays that were read by a relative path -------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("what", ["tables/table", "tables", "shapes/spots"])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_element_that_is_a_link_stays_one(slide, tmp_path, what, exchange, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(_files, "exchange", lambda a, b: False)
+    real, link = tmp_path / "elsewhere" / "real", slide.path / what
+    real.parent.mkdir()
+    link.rename(real)
+    link.symlink_to(real)
+    sdata = sd.read_zarr(slide.path)
+    hg.io.save(sdata)
+    sdata["table"].obs["n"] = 1
+    sdata["spots"]["radius"] *= 2
+    hg.io.save(sdata)
+    assert link.is_symlink()
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+    again = sd.read_zarr(slide.path)
+    assert (again["table"].obs["n"] == 1).all()
+    assert again["spots"]["radius"].equals(sdata["spots"]["radius"])
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+def test_an_element_on_another_file_system_is_refused_by_its_name(slide):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if Path(folder).stat().st_dev == slide.path.stat().st_dev:
+            pytest.skip("it is the same file system")
+        link = slide.path / "tables" / "table"
+        shutil.move(link, Path(folder, "table"))
+        link.symlink_to(Path(folder, "table"))
+        sdata = sd.read_zarr(slide.path)
+        sdata["table"].obs["n"] = 1
+        with pytest.raises(ValueError, match=r"tables 'table' .*lies on another file system, by a link to '/dev/shm"):
+            hg.io.save(sdata)
+        assert "n" not in sd.read_zarr(slide.path)["table"].obs
+
+
+def test_an_image_that_was_met_by_a_relative_path_is_saved_from_there(slide, tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(slide.path.parent)
+    mine = sd.SpatialData(images={"he": sd.read_zarr("young.zarr")["he"]})
+    hg.pp.tissue(mine)
+    truth = mine["he"].to_numpy()
+    slide.images["he"] = 255 - slide["he"]
+    slide.write(tmp_path / "b" / "young.zarr")
+    monkeypatch.chdir(tmp_path / "b")
+    np.testing.assert_array_equal(sd.read_zarr(hg.io.save(mine, tmp_path / "new.zarr"))["he"].to_numpy(), truth)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (np.array([0, 1] * 6), np.array([False, True] * 6, object)),
+        (np.array([False, True] * 6), np.array([0, 1] * 6, object)),
+        (np.array([0, 1] * 6), np.array([0.0, 1.0] * 6, object)),
+        (np.array(["0", "1"] * 6), np.array([0, 1] * 6, object)),
+        (pd.Categorical([0, 1] * 6), pd.Categorical(np.array([False, True] * 6, object))),
+        (pd.Categorical([0, 1] * 6), pd.Categorical(["0", "1"] * 6)),
+        (np.array([0, 1] * 6), np.array([0, 1] * 6, object)),
+        (pd.Categorical([0, 1] * 6), pd.Categorical([0, 1] * 6, pd.Index([0, 1], dtype=object))),
+    ],
+)
+def test_a_column_of_another_type_is_another(there, here):
+    a, b = pd.Series(there), pd.Series(here)
+    kinds = [
+        pd.api.types.infer_dtype(s.cat.categories if isinstance(s.dtype, pd.CategoricalDtype) else s) for s in (a, b)
+    ]
+    assert same_column(a, b) == same_column(b, a) == (kinds[0] == kinds[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import pandas as pd
 from . import validate
 from .keys import ATTRS, MADE
 from .names import annotated_by
+from .rasters import levels, zarr_sources
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -138,27 +138,6 @@ def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
     return sdata.shapes[shapes_key] if shapes_key in sdata.shapes else sdata.labels[shapes_key]
 
 
-def levels(element: Any) -> list[Any]:
-    """Arrays of an image or labels, finest first."""
-    if hasattr(element, "children"):
-        return [next(iter(level.data_vars.values())) for level in element.children.values()]
-    return [element]
-
-
-def zarr_folders(array: Any) -> list[Path]:
-    """Folders of the zarr arrays that a dask array reads."""
-    return [folder for folder, _ in _zarr_sources(array)]
-
-
-def _zarr_sources(array: Any) -> list[tuple[Path, Any]]:
-    sources = []
-    for name, layer in getattr(getattr(array, "dask", None), "layers", {}).items():
-        if name.startswith("original-from-zarr"):
-            sources.append(dict(layer)[name])
-    roots = [(getattr(getattr(source, "store", None), "root", None), source) for source in sources]
-    return [(Path(root, source.path), source) for root, source in roots if root is not None]
-
-
 def check_files(place: str, element: Any) -> None:
     """Refuse images, labels, lazy tables and arrays whose zarr files are gone, or are others: zarr would give zeros, or noise."""
     if hasattr(element, "obs_names"):
@@ -170,7 +149,9 @@ def check_files(place: str, element: Any) -> None:
         arrays = [element]
     else:
         return
-    for folder, source in (found for array in arrays for found in _zarr_sources(array)):
+    for folder, source in (found for array in arrays for found in zarr_sources(array)):
+        # A relative path is followed once: the working folder may change.
+        source.store.root = source.store.root.absolute()
         metadata = next((folder / name for name in ("zarr.json", ".zarray") if (folder / name).is_file()), None)
         if metadata is None:
             raise FileNotFoundError(

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels, read_darkness
 from . import validate
-from .elements import Spots, check_files, check_spatialdata, levels, spot_element
+from .elements import Spots, check_files, check_spatialdata, spot_element
 from .mpp import affine, length_scale, moved
+from .rasters import levels
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from . import validate
-from .elements import facts_of, levels, spot_element
+from .elements import facts_of, spot_element
 from .keys import ATTRS
+from .rasters import levels
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

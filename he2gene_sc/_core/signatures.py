@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .elements import levels
 from .lazy import LAZY
+from .rasters import levels
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import uuid
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .doubts import doubtful, is_moved, is_young
 from .keys import ATTRS
 
 if TYPE_CHECKING:
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
 #: Kinds of elements; tables last, since they name the others.
 KINDS = ("images", "labels", "points", "shapes", "tables")
 ROOT_FILES = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
-#: ``sdata.attrs["he2gene"]["saved"]``: which save last changed an element; an object that was read before has another.
+#: ``sdata.attrs["he2gene"]["saved"]``: which save last changed an element, and a digest of what it wrote; an object that was
+#: read before has another.
 SAVED = "saved"
 #: Rows that tell whose counts they are, and the share of entries, zero here alone and there alone, that is too much.
 _N_ROWS, _OTHER_COUNTS = 200, 0.05
+#: Letters of an id, and of the digest behind it.
+_ID = 12
 
 
 @dataclass
@@ -38,6 +43,8 @@ class _Noted:
     path: str  # as the object has it, maybe relative
     place: Path  # where that led to
     files: dict[tuple[str, str], int]  # of each element, by `fingerprint`
+    # What differed already, and may have been changed by others before that.
+    doubts: dict[tuple[str, str], set[str]] = field(default_factory=dict)
 
 
 _NOTED: weakref.WeakKeyDictionary[SpatialData, _Noted] = weakref.WeakKeyDictionary()
@@ -60,7 +67,7 @@ def elements(store: Path) -> set[tuple[str, str]]:
 
 
 def fingerprints(store: Path) -> dict[tuple[str, str], int]:
-    """Describe the files of every element, without reading them; of images and labels, the metadata alone; and attributes."""
+    """Describe the files of every element, without reading them; of images, the metadata alone; and attributes."""
     found = {(kind, name): fingerprint(store / kind / name) for kind, name in elements(store)}
     return found | {("attrs", ""): fingerprint(store / "attrs")}
 
@@ -68,20 +75,79 @@ def fingerprints(store: Path) -> dict[tuple[str, str], int]:
 def fingerprint(element: Path) -> int:
     """Describe the files of an element by name, size and time; of ``attrs``, what users wrote to the root."""
     if element.name == "attrs" and element.parent.name not in KINDS:
-        return hash(json.dumps(_root_attrs(element.parent), sort_keys=True))
+        return hash(tuple(sorted(_of_user(_attrs(element.parent)).items())))
     return hash(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in _files(element)))
 
 
-def _root_attrs(store: Path) -> Any:
-    for name in ("zarr.json", ".zattrs"):
-        # What is damaged is named where it is read.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            content = json.loads((store / name).read_bytes())
-            attrs = content.get("attributes", {}) if name == "zarr.json" else content
-            ours = {key: value for key, value in attrs.get(ATTRS, {}).items() if key != SAVED}
-            rest = {key: value for key, value in attrs.items() if key not in (ATTRS, "spatialdata_attrs")}
-            return [rest, ours]
-    return None
+def _attrs(store: Path) -> Mapping[str, Any]:
+    """Attributes of the root; none where they are damaged, which is named where they are read."""
+    current = (store / "zarr.json").is_file()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        content = json.loads((store / ("zarr.json" if current else ".zattrs")).read_bytes())
+        attrs = content.get("attributes", {}) if current else content
+        return attrs if isinstance(attrs, Mapping) else {}
+    return {}
+
+
+def _of_user(attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Each attribute as JSON, without what belongs to the store."""
+    kept = {str(key): value for key, value in attrs.items() if key != "spatialdata_attrs"}
+    if isinstance(kept.get(ATTRS), Mapping):
+        kept[ATTRS] = {key: value for key, value in kept[ATTRS].items() if key != SAVED}
+    return {key: _as_json(value) for key, value in kept.items() if not (isinstance(value, Mapping) and not value)}
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(json.loads(json.dumps(value, default=_plain)), sort_keys=True)
+    except (TypeError, ValueError):
+        return repr(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else repr(value)
+
+
+def saved_by(attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Which save last changed each element."""
+    ours = attrs.get(ATTRS)
+    return dict(ours.get(SAVED, {})) if isinstance(ours, Mapping) else {}
+
+
+def new_id(written: Path | Mapping[str, Any]) -> str:
+    """Return the id of a save, and a digest of the files or attributes that it wrote, alike in every process."""
+    return uuid.uuid4().hex[:_ID] + _short_digest(written)
+
+
+def _short_digest(written: Path | Mapping[str, Any]) -> str:
+    if isinstance(written, Path):
+        facts: Any = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in _files(written)]
+    else:
+        facts = sorted(_of_user(written).items())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:_ID]
+
+
+def _doubts(sdata: SpatialData, store: Path) -> dict[tuple[str, str], set[str]]:
+    """List what others may have changed between the reading of an object and now."""
+    root = _attrs(store)
+    mine, saved = saved_by(sdata.attrs), saved_by(root)
+
+    def is_as_saved(key: str, there: Path | Mapping[str, Any]) -> bool:
+        return mine.get(key, "") == saved.get(key) and mine[key][_ID:] == _short_digest(there)
+
+    young = set()
+    for kind, name in elements(store):
+        path = store / kind / name
+        if name not in getattr(sdata, kind) or is_as_saved(f"{kind}/{name}", path):
+            continue
+        if is_moved(store.stat(), path.parent.stat()) or is_young(path.stat(), *(stat for _, stat in _files(path))):
+            young.add((kind, name))
+    found = doubtful(sdata, store, young) if young else {}
+    files = [store / name for name in ROOT_FILES if (store / name).is_file()]
+    if is_young(*(path.stat() for path in files)) and not is_as_saved("attrs", root):
+        there, here = _of_user(root), _of_user(sdata.attrs)
+        found["attrs", ""] = {f"attrs[{key!r}]" for key in there if there[key] != here.get(key)}
+    return found
 
 
 def digest(store: Path) -> str:
@@ -95,7 +161,7 @@ def digest(store: Path) -> str:
 
 
 def _files(element: Path) -> Iterator[tuple[str, os.stat_result]]:
-    raster = element.parent.name in ("images", "labels")
+    raster = element.parent.name == "images"
     paths = [*element.glob("*"), *element.glob("*/.zarray"), *element.glob("*/zarr.json")]
     for path in sorted(set(paths)) if raster else sorted(element.rglob("*")):
         stat = path.stat()
@@ -126,6 +192,8 @@ def note(sdata: SpatialData, *, replaces: bool = False) -> None:
         # Files may come and go while another process saves.
         with contextlib.suppress(OSError):
             _NOTED[sdata] = _Noted(path, place, fingerprints(place))
+            if not replaces:
+                _NOTED[sdata].doubts = _doubts(sdata, place)
 
 
 def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:
@@ -137,6 +205,12 @@ def remembered(sdata: SpatialData) -> dict[tuple[str, str], int]:
     """Return what was noted of the files of an object's store."""
     noted = _NOTED.get(sdata)
     return noted.files if noted is not None and noted.place == resolved(str(sdata.path)) else {}
+
+
+def doubts(sdata: SpatialData) -> dict[tuple[str, str], set[str]]:
+    """Return what differed when the object was first met, in files that are younger than this process."""
+    noted = _NOTED.get(sdata)
+    return noted.doubts if noted is not None and noted.place == resolved(str(sdata.path)) else {}
 
 
 def _check_counts(sdata: SpatialData, path: str, place: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import levels
+from .._core.rasters import levels
 
 if TYPE_CHECKING:
     from typing import Self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from .._core.genes import columns_of
 from .._core.images import find_image, spots_to_pixels
 from .._core.keys import Keys, check_key
 from .._core.matrix import dense, matrix_of
+from .._core.mpp import stored_mpp
 from .._core.names import annotated_by, check_spelling, clean_names, labels_of
 from .._core.ownership import check_free, ours
 from .._core.predictions import predicted_layer, record_of, symbols_of
@@ -24,6 +26,7 @@ from .._core.results import write_result
 from .._core.slide import slides_of
 from .._core.spots import get_table, pitch_of, sections_of, spots_of
 from ._files import check_new_file, put_file
+from ._geojson_content import check_crs, classification_of, other_unit
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -168,7 +171,13 @@ def read_geojson(
     Raises
     ------
     ValueError
-        If the file is not GeoJSON, holds no polygon with a class, or no polygon meets a spot; or if ``key_added`` is taken.
+        If the file is not GeoJSON, states a coordinate system (``crs``) of a map, holds no polygon with a class, or no polygon
+        meets a spot; or if ``key_added`` is taken.
+
+    Warns
+    -----
+    UserWarning
+        If the polygons would lie like the spots in µm, or all lie within some pixels of the corner, as degrees do.
 
     Notes
     -----
@@ -198,17 +207,24 @@ def read_geojson(
     if hasattr(data, "tables"):
         shapes_key = _region(data, table, shapes_key)
         rows, outlines = _outlines(data, table, shapes_key, image_key, coordinate_system)
+        images = [image_key] if image_key else list(data.images)
+        stated = [found[0] for key in images if (found := stored_mpp(data, key))]
     else:
         rows, outlines = _circles(table, shapes_key)
+        stated = []
     labels = np.full(table.n_obs, None, object)
     if key_added in ours(table, key_added).get("obs", ()):
         labels[:] = labels_of(table, key_added, "key_added")
         colors = dict(zip(table.obs[key_added].cat.categories, table.uns.get(colors_key, ()), strict=False)) | colors
     labels[rows] = _labels_by_area(outlines, polygons, names)
+    unit = other_unit(polygons, outlines, stated)
+    spans = f"The polygons span {_span(polygons)}, the spots {_span(outlines)} (x, y in px of level 0); "
     if pd.isna(labels[rows]).all():
-        raise ValueError(
-            f"`path` {str(path)!r}: no polygon meets a spot. The polygons span {_span(polygons)}, the spots {_span(outlines)} "
-            "(x, y in px of level 0); the file is of another image, or the coordinates were scaled"
+        cause = unit or "the file is of another image, or the coordinates were scaled"
+        raise ValueError(f"`path` {str(path)!r}: no polygon meets a spot. {spans}{cause}")
+    if unit:
+        warnings.warn(
+            f"`path` {str(path)!r}: the labels are wrong if these are not pixels. {spans}{unit}", stacklevel=2
         )
     categories = sorted(pd.unique(pd.Series(labels).dropna()))
     uns = {colors_key: [colors[name] for name in categories]} if set(categories) <= colors.keys() else {}
@@ -318,9 +334,10 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         shapes = shapely.make_valid(np.array([shape(geometry) for geometry, _ in found], object))
         # QuPath before 0.4 has the type elsewhere; without one it is an annotation.
         kinds = [str(p.get("objectType", p.get("object_type", "annotation"))) for _, p in found]
-        given = [p.get("classification") for _, p in found]
+        given = [classification_of(p) for _, p in found]
     except (*_WRONG, shapely.errors.ShapelyError) as error:
         raise ValueError(f"{wrong} ({type(error).__name__}: {error})") from None
+    check_crs(content, shapes, path)
     names = clean_names(_name(value) for value in given)
     usable = (shapely.area(shapes) > 0) & pd.notna(names)
     is_annotation = np.array([kind == "annotation" for kind in kinds], bool)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
-from .._core.elements import check_files, check_spatialdata, levels
-from .._core.stores import KINDS, ROOT_FILES, elements, fingerprints, note, remember, resolved
-from ._differences import Change
+from .._core.differences import Change
+from .._core.elements import check_files, check_spatialdata
+from .._core.keys import ATTRS
+from .._core.rasters import levels
+from .._core.stores import KINDS, ROOT_FILES, SAVED, elements, fingerprints, new_id, note, remember, resolved
 from ._files import link_tree, swap, sync, sync_tree
 from ._staging import write
-from ._store import STAGING, is_store, locked
+from ._store import STAGING, RootMetadata, is_store, locked, root_attrs
 from ._update import reopen, update, user_attrs
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
         Store to write. Default: the one that ``sdata`` is backed by.
     overwrite
         For the object's own store: whether columns, layers and keys may be replaced or removed that the store holds
-        and the object does not, because they were removed from it, or saved by another process after it was read. For any other
-        store: whether it may be replaced.
+        and the object does not, because they were removed from it, or saved by another process after it was read. Also values
+        that differ where it is not known who changed them. For any other store: whether it may be replaced.
 
     Returns
     -------
@@ -169,12 +171,17 @@ def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
         for kind, name, element in sdata.gen_elements():
             check_files(f"{kind}[{name!r}]", element)
             members.setdefault(kind, {})[name] = element
-        write(new, members, user_attrs(sdata.attrs))
+        attrs = user_attrs(sdata.attrs)
+        write(new, members, attrs)
+        saved = {f"{kind}/{name}": new_id(new / kind / name) for kind, names in members.items() for name in names}
+        attrs[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: {**saved, "attrs": new_id(attrs)}}
+        spatialdata_attrs = (root_attrs(new) or {})["spatialdata_attrs"]
+        RootMetadata(new, staging).write({**attrs, "spatialdata_attrs": spatialdata_attrs})
         if target.exists():
             _carry_files(target, new)
         sync_tree(new)
         _put(new, target)
-    sdata.attrs = user_attrs(sdata.attrs)
+    sdata.attrs = attrs
     reopen(sdata, target, [Change(kind, name, element) for kind, name, element in sdata.gen_elements()])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import logs
-from ._differences import Change, Difference
+from .._core.differences import Change, Difference
 from ._files import copy_modes, link_tree, remove
 from ._storable import parts_of, storable
 from ._store import RootMetadata

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ._differences import MAPPINGS
+from .._core.differences import MAPPINGS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,6 +23,9 @@ _TYPES = {
     "floating": "float64",
     "mixed-integer-float": "float64",
 }
+_NUMBERS = ("boolean", "integer", "floating", "mixed-integer-float", "complex")
+#: Names that a folder of a store has already, or cannot have.
+_RESERVED = ("", ".", "..", "zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 
 
 def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> AnnData:
@@ -52,8 +55,34 @@ def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> A
     return light
 
 
+def check_table(where: str, table: AnnData) -> None:
+    """Refuse a table whose parts have other rows than its ``obs``, as anndata notices when they are read, or masks."""
+    try:
+        parts = {f"{slot}[{key!r}]": part for slot in MAPPINGS for key, part in dict(getattr(table, slot)).items()}
+    except Exception as error:
+        raise ValueError(
+            f"`sdata`: the parts of {where} do not fit together: {' '.join(str(error).split())[:200]}. Rename spots by "
+            f"{where}.obs_names = names, not by its obs.index"
+        ) from error
+    for part, values in {"X": table.X, **parts}.items():
+        if np.ma.is_masked(values):
+            raise ValueError(
+                f"`sdata`: {where}.{part} is a masked array, and a store holds no mask; fill it: "
+                f"{where}.{part} = {where}.{part}.filled(np.nan)"
+            )
+        if (
+            part.startswith(("X", "layers", "obsp", "varp"))
+            and getattr(getattr(values, "dtype", None), "kind", "") == "O"
+        ):
+            raise ValueError(
+                f"`sdata`: {where}.{part} holds objects, which would become texts; make them numbers: "
+                f"{where}.{part} = {where}.{part}.astype(float)"
+            )
+
+
 def storable(where: str, table: AnnData) -> AnnData:
     """Return a table whose missing texts, numbers and flags among objects are missing in a store too."""
+    check_table(where, table)
     given: dict[str, Any] = {"obs": table.obs, "var": table.var, "uns": dict(table.uns)}
     given |= {slot: dict(getattr(table, slot).items()) for slot in ("obsm", "varm")}
     made = {slot: _value(f"{where}.{slot}", value) for slot, value in given.items()}
@@ -72,8 +101,7 @@ def storable(where: str, table: AnnData) -> AnnData:
 def _value(where: str, value: Any) -> Any:
     """Return the value itself, or one that keeps what is missing."""
     if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"`sdata`: {where} has the key {wrong[0]!r}, which is not a text; name it by a text")
+        _check_names(value, f"{where} has the key")
         made = {key: _value(f"{where}[{key!r}]", part) for key, part in value.items()}
         return made if any(made[key] is not value[key] for key in made) else value
     if isinstance(value, pd.DataFrame):
@@ -85,9 +113,17 @@ def _value(where: str, value: Any) -> Any:
     return value
 
 
+def _check_names(names: Iterable[Any], start: str) -> None:
+    """Refuse names that are not texts, or that mean something else as the name of a folder."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"`sdata`: {start} {name!r}, which is not a text; rename it")
+        if name in _RESERVED or "/" in name or "\0" in name:
+            raise ValueError(f"`sdata`: {start} {name!r}, which cannot be the name of a folder; rename it")
+
+
 def _frame(where: str, frame: pd.DataFrame) -> pd.DataFrame:
-    if wrong := [name for name in frame.columns if not isinstance(name, str)]:
-        raise ValueError(f"`sdata`: {where} has a column named {wrong[0]!r}, which is not a text; rename it")
+    _check_names(frame.columns, f"{where} has a column named")
     if frame.columns.has_duplicates:
         return frame  # which anndata refuses, by its name
     made = {name: _column(f"{where}[{name!r}]", frame[name]) for name in frame.columns if frame[name].dtype == object}
@@ -136,7 +172,12 @@ def _objects(where: str, value: Any) -> Any:
     flat = np.asarray(value, object).ravel()
     kind = pd.api.types.infer_dtype(flat, skipna=False)
     # numpy, by which anndata writes lists, makes numbers of whole numbers and NaN.
-    if kind in (*_TYPES, "complex") or (kind == "integer-na" and np.asarray(value).dtype.kind == "f"):
+    if isinstance(value, np.ndarray) and kind in _NUMBERS:
+        # anndata writes arrays of objects as texts.
+        value = np.array(value.tolist())
+        if value.dtype != object:
+            return value
+    elif kind in (*_TYPES, "complex") or (kind == "integer-na" and np.asarray(value).dtype.kind == "f"):
         return value
     if flat.shape == np.shape(value) and pd.api.types.infer_dtype(flat, skipna=True) in ("string", "empty"):
         return pd.array(flat, dtype="string")

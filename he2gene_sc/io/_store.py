@@ -66,6 +66,9 @@ def _clear(store: Path, place: Path, beside: bool) -> None:
         for kind in KINDS:
             for waiting in (store / kind).glob(f"*{WAITING}"):
                 finish_swap(waiting.with_name(waiting.name.removesuffix(WAITING)))
+            for link in (store / kind).glob("*"):
+                if link.is_symlink():
+                    finish_swap(link.resolve())
     remove(place)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -13,13 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core.differences import MAPPINGS, Change, Difference, read_elements, spatial_difference, table_difference
+from .._core.doubts import ANYTHING
 from .._core.element_results import is_as_written
-from .._core.elements import check_files, zarr_folders
-from .._core.keys import ATTRS
-from .._core.stores import KINDS, SAVED, elements, fingerprint, fingerprints, remember, remembered
-from ._differences import MAPPINGS, Change, Difference, levels, spatial_difference, table_difference
+from .._core.elements import check_files
+from .._core.keys import ATTRS, MADE
+from .._core.ownership import is_result, written_in
+from .._core.rasters import levels, zarr_folders
+from .._core.stores import (
+    KINDS,
+    SAVED,
+    doubts,
+    elements,
+    fingerprint,
+    fingerprints,
+    new_id,
+    remember,
+    remembered,
+    saved_by,
+)
 from ._files import WAITING, swap, sync, sync_tree
-from ._staging import METADATA, quiet, stage, stage_metadata
+from ._staging import METADATA, stage, stage_metadata
+from ._storable import check_table
 from ._store import STAGING, RootMetadata, locked, root_attrs
 
 if TYPE_CHECKING:
@@ -42,20 +56,22 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
         attrs_differ = _attrs_difference(user_attrs(before), attrs)
         if not overwrite:
             _refuse_loss(sdata, store, changes, attrs_differ, saved_by(before))
-        ids = {change.key: uuid.uuid4().hex[:12] for change in changes}
-        if attrs_differ:
-            ids["attrs"] = uuid.uuid4().hex[:12]
-        if ids or interrupted:
+        _refuse_links_elsewhere(store, changes)
+        ids: dict[str, str] = {}
+        if changes or attrs_differ or interrupted:
             stage(staging, [c for c in changes if not c.metadata_only], store)
             stage_metadata(staging, [c for c in changes if c.metadata_only], store)
             sync_tree(staging)
             root = {**attrs, "spatialdata_attrs": before.get("spatialdata_attrs", {})}
-            if saved := {**saved_by(before), **ids}:
-                root[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: saved}
             with _undone_on_failure(store, staging) as (metadata, undo):
                 metadata.unconsolidate()
                 for change in sorted(changes, key=lambda c: KINDS.index(c.kind)):
                     _exchange_element(change, store, staging, undo)
+                    ids[change.key] = new_id(store / change.path)
+                if attrs_differ:
+                    ids["attrs"] = new_id(attrs)
+                if saved := {**saved_by(before), **ids}:
+                    root[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: saved}
                 metadata.write(root)
             reopen(sdata, store, changes)
         known = {key: saved_by(before)[key] for key in unchanged if key in saved_by(before)}
@@ -87,10 +103,14 @@ def _compare(sdata: SpatialData, store: Path, attrs: Mapping[str, Any]) -> tuple
     """Compare every element with the store, which has ``attrs``; return what is to be written, and what is the same."""
     there = elements(store)
     names = {name.casefold(): (kind, name) for kind, name in there}
-    stored = _read(store, {kind for kind, name, _ in sdata.gen_elements() if (kind, name) in there} - {"tables"})
+    stored = read_elements(
+        store, {kind for kind, name, _ in sdata.gen_elements() if (kind, name) in there} - {"tables"}
+    )
     changes, unchanged = [], []
     for kind, name, element in sdata.gen_elements():
         check_files(f"{kind}[{name!r}]", element)
+        if kind == "tables":
+            check_table(f"sdata[{name!r}]", element)
         if (kind, name) not in there:
             if other := names.get(name.casefold()):
                 alike = "of that name" if other[1] == name else f"{other[1]!r}, which differs only in case"
@@ -102,6 +122,7 @@ def _compare(sdata: SpatialData, store: Path, attrs: Mapping[str, Any]) -> tuple
             # What cannot be read is not the same; it is replaced with `overwrite` alone.
             if kind == "tables":
                 difference = table_difference(store / kind / name, element)
+                difference.of_verbs = _of_verbs(difference.uns, difference.lost)
             elif name in stored:
                 difference = spatial_difference(kind, name, stored[name], element)
                 sides = ((attrs, stored[name]), (sdata.attrs, element))
@@ -114,22 +135,22 @@ def _compare(sdata: SpatialData, store: Path, attrs: Mapping[str, Any]) -> tuple
     return changes, unchanged
 
 
-def _read(store: Path, kinds: set[str]) -> dict[str, Any]:
-    import spatialdata as sd
-
-    if not kinds:
-        return {}
-    with quiet():
-        found = sd.read_zarr(store, selection=tuple(sorted(kinds)), on_bad_files="warn")
-    return {name: element for _, name, element in found.gen_elements()}
+def _of_verbs(uns: Mapping[str, Any], lost: list[str]) -> set[str]:
+    """Those of the lost that our verbs wrote: by their records in ``uns``."""
+    written = {f"uns[{key!r}]" for key, record in uns.items() if is_result(record)}
+    for key, record in uns.items():
+        if is_result(record):
+            written.update(f"{slot}[{name!r}]" for slot, names in written_in(key, record).items() for name in names)
+    ours = {item for item in lost if item in written or any(item.startswith(f"{start}[") for start in written)}
+    return ours | ({item for item in lost if " rows of " in item} if MADE in uns else set())
 
 
 def _refuse_loss(
     sdata: SpatialData, store: Path, changes: list[Change], attrs: Difference, saved: Mapping[str, str]
 ) -> None:
     """Refuse to write over what the object does not know."""
-    mine, noted = saved_by(sdata.attrs), remembered(sdata)
-    lost = []
+    mine, noted, doubted = saved_by(sdata.attrs), remembered(sdata), doubts(sdata)
+    lost, is_doubtful = [], False
     for key, kind, difference in [(c.key, c.kind, c.difference) for c in changes] + [("attrs", "attrs", attrs)]:
         if not difference:
             continue
@@ -137,24 +158,43 @@ def _refuse_loss(
         place = (kind, key.partition("/")[2])
         if place in noted:
             as_read = as_read and noted[place] == fingerprint(store / key)
-        items = [item for item in difference.lost if not (as_read and item in difference.of_verbs)]
+        doubt = doubted.get(place, set())
+        items = [
+            item for item in difference.lost if not (as_read and item in difference.of_verbs and item not in doubt)
+        ]
         # Pixels are never changed by the way, and cannot be had again.
         if not as_read or (kind == "images" and not difference.metadata_only):
             items += difference.altered
-        if items:
+        doubts_here = [
+            item for item in difference.altered if item not in items and (item in doubt or ANYTHING in doubt)
+        ]
+        if items or doubts_here:
             since = "" if as_read else " (saved by another since it was read)"
-            lost.append(f"{key}{since}: {', '.join(items)}")
+            in_doubt = [f"{item} (maybe changed by another since it was read)" for item in doubts_here]
+            lost.append(f"{key}{since}: {', '.join(items + in_doubt)}")
+            is_doubtful |= bool(in_doubt)
     if lost:
+        why = (
+            " What another may have changed lies in files that are younger than this process, and differed when a function of "
+            "hg first met `sdata`; if you changed it yourself, overwrite=True is right."
+        )
         raise FileExistsError(
             f"`sdata` would overwrite what its store {str(store)!r} holds and it does not: {'; '.join(lost)}. Read the store "
-            "again, or pass overwrite=True to replace it"
+            f"again, or pass overwrite=True to replace it.{why if is_doubtful else ''}"
         )
 
 
-def saved_by(attrs: Mapping[str, Any]) -> dict[str, str]:
-    """Which save last changed each element."""
-    ours = attrs.get(ATTRS)
-    return dict(ours.get(SAVED, {})) if isinstance(ours, Mapping) else {}
+def _refuse_links_elsewhere(store: Path, changes: list[Change]) -> None:
+    """Refuse elements that lie on another file system by a link, where nothing can be exchanged with what is written here."""
+    for change in changes:
+        place = (store / change.path).resolve()
+        while not place.exists():
+            place = place.parent
+        if place.stat().st_dev != store.stat().st_dev or place.parent.stat().st_dev != store.stat().st_dev:
+            raise ValueError(
+                f"`sdata`: {change.kind} {change.name!r} of the store {str(store)!r} lies on another file system, by a link to "
+                f"{str(place)!r}, and cannot be replaced there; put the folder itself into the store, or save to another path"
+            )
 
 
 def user_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +269,8 @@ def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Cal
                 new.replace(old)
                 sync(old.parent)
         return
-    new, old = staging / "new" / change.path, store / change.path
+    # An element that is a link stays one: what it leads to is exchanged.
+    new, old = staging / "new" / change.path, (store / change.path).resolve()
     if not old.parent.exists():
         # The first of its kind: with the group that holds it; others that are new come with it.
         new, old = new.parent, old.parent
@@ -254,7 +295,7 @@ def _put_back(new: Path, old: Path, inode: int | None) -> None:
 def reopen(sdata: SpatialData, store: Path, changes: list[Change]) -> None:
     """Let lazy arrays of what was written read the store as it is now."""
     lazy = [c for c in changes if c.kind != "tables" and not c.metadata_only and is_lazy(c.element)]
-    stored = _read(store, {change.kind for change in lazy})
+    stored = read_elements(store, {change.kind for change in lazy})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for change in lazy:

@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import check_spatialdata, levels
+from .._core.elements import check_spatialdata
 from .._core.keys import Keys
 from .._core.mpp import affine, length_scale, moved
 from .._core.names import with_text_names
 from .._core.predictions import predicted_table
+from .._core.rasters import levels
 from .._core.slide import Slide, resolve
 from .._core.spots import SECTION, pitch_of, sections_of, spots_of
 from ..image import MIN_TISSUE, Level, Pyramid, read_reduced

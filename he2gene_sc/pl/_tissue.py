@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core import validate
-from .._core.elements import check_spatialdata, find_shapes, levels
+from .._core.elements import check_spatialdata, find_shapes
 from .._core.images import check_image, find_image, pyramid_of, tissue_key_of
 from .._core.mpp import affine, length_scale, stored_mpp
+from .._core.rasters import levels
 from ._canvas import add_scale_bar, axes_for, draw_image, finish, outlines, panel_pixels, read_region
 
 if TYPE_CHECKING:

@@ -112,6 +112,8 @@ import os, signal, sys, time, warnings, itertools
 warnings.simplefilter("ignore")
 import importlib
 import numpy as np, spatialdata as sd, dask, he2gene_sc as hg, anndata.io, filelock, zarr.storage
+from pathlib import Path
+from he2gene_sc._core import stores
 import he2gene_sc.io._save, he2gene_sc.io._update, ome_zarr.reader, ome_zarr.io, spatialdata._io.format
 dask.config.set(scheduler="synchronous")
 for line in sys.stdin:
@@ -119,7 +121,10 @@ for line in sys.stdin:
     reader, writer = os.pipe()
     if not (child := os.fork()):
         sys.stderr.close()
+        # What a killed save left is younger than this process: what is changed here would not be known from it.
+        state = stores.fingerprints(Path(sys.argv[1]))
         sdata = sd.read_zarr(sys.argv[1])
+        stores.remember(sdata, state)
         table = sdata["table"]
         first = int(table.uns.get("round", 0))
         os.write(writer, f"{first}\\n".encode())

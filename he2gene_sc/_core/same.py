@@ -31,10 +31,10 @@ def _same(a: Any, b: Any) -> bool:
     if hasattr(a, "tocsr") or hasattr(b, "tocsr"):
         return _same_sparse(a, b)
     if isinstance(a, str | bytes) or isinstance(b, str | bytes):
-        return isinstance(a, str | bytes) and isinstance(b, str | bytes) and str(a) == str(b)
+        return any(isinstance(a, kind) and isinstance(b, kind) for kind in (str, bytes)) and a == b
     if hasattr(a, "dask") or hasattr(b, "dask"):
         a, b = (np.asarray(value) for value in (a, b))
-    if isinstance(a, pd.api.extensions.ExtensionArray | pd.Series | pd.Index):
+    if any(isinstance(value, pd.api.extensions.ExtensionArray | pd.Series | pd.Index) for value in (a, b)):
         return same_column(pd.Series(a), pd.Series(b))
     return _same_values(np.asarray(a), np.asarray(b))
 
@@ -44,10 +44,10 @@ def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
         return False
     if _is_text(a) and _is_text(b):
         return same_column(pd.Series(a.ravel()), pd.Series(b.ravel()))
+    if a.dtype.names or b.dtype.names:
+        return a.dtype.names == b.dtype.names and all(_same_values(a[name], b[name]) for name in a.dtype.names or ())
     if a.dtype != b.dtype:
         return False
-    if a.dtype.names:
-        return all(_same_values(a[name], b[name]) for name in a.dtype.names)
     return np.array_equal(a, b, equal_nan=a.dtype.kind in "fcmM")
 
 
@@ -89,8 +89,14 @@ def same_column(a: pd.Series, b: pd.Series) -> bool:
         if not np.array_equal(missing, b.isna().to_numpy()):
             return False
         here, there = (s.to_numpy(dtype=object)[~missing] for s in (a, b))
-        return all(x == y for x, y in zip(here, there, strict=True))
+        return _kind(here) == _kind(there) and all(x == y for x, y in zip(here, there, strict=True))
     return a.dtype == b.dtype and a.reset_index(drop=True).equals(b.reset_index(drop=True))
+
+
+def _kind(values: np.ndarray) -> str:
+    """Return what objects are: 1, 1.0, True and "1" are not the same in a store."""
+    kind = pd.api.types.infer_dtype(values, skipna=False)
+    return "floating" if kind == "mixed-integer-float" else kind
 
 
 def same_array(stored: Any, value: Any) -> bool:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._core.elements import levels, zarr_folders
-from .._core.keys import MADE
-from .._core.ownership import is_result, written_in
-from ._same import same, same_array, same_column
+from . import logs
+from .rasters import levels, zarr_folders
+from .same import same, same_array, same_column
 
 if TYPE_CHECKING:
     import zarr
@@ -32,6 +31,7 @@ class Difference:
     kept: list[str] = field(default_factory=list)  # parts of a table that are the same, by their path in it
     of_verbs: set[str] = field(default_factory=set)  # lost ones that our verbs wrote, and remove when outdated
     metadata_only: bool = False  # only transformations or channel names differ
+    uns: Mapping[str, Any] = field(default_factory=dict)  # of the table on disk
 
     def __bool__(self) -> bool:
         return bool(self.lost or self.altered or self.added)
@@ -66,6 +66,18 @@ class Change:
         return self.difference is not None and self.difference.metadata_only
 
 
+def read_elements(store: Path, kinds: set[str]) -> dict[str, Any]:
+    """Read the elements of some kinds, without what spatialdata says of them; those that cannot be read are left out."""
+    import spatialdata as sd
+
+    if not kinds:
+        return {}
+    with warnings.catch_warnings(), logs.quiet("spatialdata", "ome_zarr"):
+        warnings.simplefilter("ignore")
+        found = sd.read_zarr(store, selection=tuple(sorted(kinds)), on_bad_files="warn")
+    return {name: element for _, name, element in found.gen_elements()}
+
+
 def table_difference(path: Path, table: AnnData) -> Difference:
     """Compare a table with what lies on disk, column by column and layer by layer."""
     import zarr
@@ -93,7 +105,7 @@ def table_difference(path: Path, table: AnnData) -> Difference:
             for key in found.note(slot, there, here):
                 _part(found, f"{slot}/{key}", group, here[key])
         _raw(found, group, table)
-    found.of_verbs = _of_verbs(uns, found.lost)
+    found.uns = uns
     return found
 
 
@@ -178,26 +190,25 @@ def _raw(found: Difference, group: Any, table: AnnData) -> None:
     from anndata.io import read_elem
 
     alike = _same_part(there["X"], table.raw.X) and same(read_elem(there["var"]), table.raw.var)
-    (found.kept if alike and not len(table.raw.varm) else found.altered).append("raw")
-
-
-def _of_verbs(uns: Mapping[str, Any], lost: list[str]) -> set[str]:
-    """Those of the lost that our verbs wrote: by their records in ``uns``."""
-    written = {f"uns[{key!r}]" for key, record in uns.items() if is_result(record)}
-    for key, record in uns.items():
-        if is_result(record):
-            written.update(f"{slot}[{name!r}]" for slot, names in written_in(key, record).items() for name in names)
-    ours = {item for item in lost if item in written or any(item.startswith(f"{start}[") for start in written)}
-    return ours | ({item for item in lost if " rows of " in item} if MADE in uns else set())
+    varm = list(there["varm"].keys()) if "varm" in there else []
+    both = found.note("raw.varm", varm, map(str, table.raw.varm.keys()))
+    alike &= len(both) == len(varm) == len(table.raw.varm)
+    alike = alike and all(_same_part(there["varm"][key], table.raw.varm[key]) for key in both)
+    (found.kept if alike else found.altered).append("raw")
 
 
 # --- Elements in space -----------------------------------------------------------------------------------------------
 
 
-def spatial_difference(kind: str, name: str, there: Any, here: Any) -> Difference:
-    """Compare an image, labels, points or shapes with what lies on disk; pixels are read only if they may differ."""
+def spatial_difference(kind: str, name: str, there: Any, here: Any, *, data: bool = True) -> Difference:
+    """Compare an image, labels, points or shapes with what lies on disk; pixels are read only if they may differ.
+
+    Without ``data``, where it lies and the names of channels alone.
+    """
     found = Difference()
-    if kind in ("images", "labels"):
+    if not data:
+        pass
+    elif kind in ("images", "labels"):
         if not _same_raster(there, here):
             found.altered.append("pixels")
     elif kind == "shapes":

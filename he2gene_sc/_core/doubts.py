@@ -1,0 +1,72 @@
+"""What of a store may have changed since an object was read: its files are younger than this process, and it differs.
+
+Reading leaves no trace. An object cannot have been read before its process began, so that files that are older are those
+that it was read from. Of the others, only what the object holds alike is known to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .differences import Difference, read_elements, spatial_difference, table_difference
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+#: An element that was not compared.
+ANYTHING = "anything"
+
+
+def _process_start() -> float:
+    """Time at which this process began, in seconds since 1970."""
+    if sys.platform == "linux":
+        # psutil is right to a second there.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+            age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+            return time.time() - age
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
+#: Taken at import: a process that is forked holds what its parent read.
+_START = _process_start()
+
+
+def is_young(*stats: os.stat_result) -> bool:
+    """Whether a file was changed, or put where it is, after this process began."""
+    return any(max(stat.st_mtime, stat.st_ctime) > _START for stat in stats)
+
+
+def is_moved(*folders: os.stat_result) -> bool:
+    """Whether a folder got its place after this process began: its own time of change is later than that of its names."""
+    return any(stat.st_ctime > _START >= stat.st_mtime for stat in folders)
+
+
+def doubtful(sdata: SpatialData, store: Path, young: set[tuple[str, str]]) -> dict[tuple[str, str], set[str]]:
+    """List what an object holds otherwise than ``young`` elements of its store; images and points are not read."""
+    kinds = {kind for kind, _ in young} - {"tables"}
+    # What cannot be read is named where it is saved.
+    stored: dict[str, Any] = {}
+    with contextlib.suppress(Exception):
+        stored = read_elements(store, kinds)
+    found: dict[tuple[str, str], set[str]] = {}
+    for kind, name, element in sdata.gen_elements():
+        if (kind, name) not in young:
+            continue
+        difference, is_compared = Difference(), True
+        with contextlib.suppress(Exception):
+            if kind == "tables":
+                difference = table_difference(store / kind / name, element)
+            elif name in stored:
+                is_compared = kind != "points" or stored[name]._name == getattr(element, "_name", None)
+                data = kind in ("labels", "shapes")
+                difference = spatial_difference(kind, name, stored[name], element, data=data)
+        found[kind, name] = {*difference.lost, *difference.altered, *([] if is_compared else [ANYTHING])}
+    return {place: items for place, items in found.items() if items}
