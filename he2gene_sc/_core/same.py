@@ -42,7 +42,7 @@ def _same(a: Any, b: Any) -> bool:
 def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
     if a.shape != b.shape:
         return False
-    if _is_text(a) and _is_text(b):
+    if (_is_text(a) and _is_text(b)) or "O" in (a.dtype.kind, b.dtype.kind):
         return same_column(pd.Series(a.ravel()), pd.Series(b.ravel()))
     if a.dtype.names or b.dtype.names:
         return a.dtype.names == b.dtype.names and all(_same_values(a[name], b[name]) for name in a.dtype.names or ())

@@ -16,6 +16,7 @@ from .._core.rasters import levels
 from .._core.stores import KINDS, ROOT_FILES, SAVED, elements, fingerprints, new_id, note, remember, resolved
 from ._files import link_tree, swap, sync, sync_tree
 from ._staging import write
+from ._storable import check_table
 from ._store import STAGING, RootMetadata, is_store, locked, root_attrs
 from ._update import reopen, update, user_attrs
 
@@ -169,6 +170,8 @@ def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
         new = staging / "new"
         members: dict[str, dict[str, Any]] = {}
         for kind, name, element in sdata.gen_elements():
+            if kind == "tables":
+                check_table(f"sdata[{name!r}]", element)
             check_files(f"{kind}[{name!r}]", element)
             members.setdefault(kind, {})[name] = element
         attrs = user_attrs(sdata.attrs)

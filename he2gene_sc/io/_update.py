@@ -108,9 +108,9 @@ def _compare(sdata: SpatialData, store: Path, attrs: Mapping[str, Any]) -> tuple
     )
     changes, unchanged = [], []
     for kind, name, element in sdata.gen_elements():
-        check_files(f"{kind}[{name!r}]", element)
         if kind == "tables":
             check_table(f"sdata[{name!r}]", element)
+        check_files(f"{kind}[{name!r}]", element)
         if (kind, name) not in there:
             if other := names.get(name.casefold()):
                 alike = "of that name" if other[1] == name else f"{other[1]!r}, which differs only in case"
