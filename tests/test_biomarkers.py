@@ -1007,9 +1007,52 @@ def test_gene_sets_are_scored_as_decoupler_does(tmp_path):
     assert top["pvals_adj"] == pytest.approx(adjusted.loc["tumour", "up"], rel=1e-3)
     gmt = tmp_path / "sets.gmt"
     gmt.write_text("\n".join(f"{s}\tnone\t" + "\t".join(part["target"]) for s, part in net.groupby("source")))
-    pd.testing.assert_frame_equal(hg.tl.enrichment(result, gmt), scores)
+    of_frame = hg.tl.enrichment(result, gmt)
+    assert of_frame["pvals_adj_samples"].isna().all()
+    pd.testing.assert_frame_equal(*(frame.drop(columns="pvals_adj_samples") for frame in (of_frame, scores)))
+    assert top["pvals_adj_samples"] < 0.01
     tables[0].write_zarr(tmp_path / "t.zarr")
     pd.testing.assert_frame_equal(hg.get.enrichment(anndata.read_zarr(tmp_path / "t.zarr")), scores, check_dtype=False)
+
+
+def test_sets_of_coexpressed_genes_are_tested_over_samples():
+    from he2gene_sc.tl._biomarkers.enrichment import _over_samples
+
+    genes, names = [f"g{i}" for i in range(200)], ["coexpressed", "apart"]
+    net = pd.DataFrame({"source": np.repeat(names, 20), "target": genes[:20] + genes[50:70]})
+    results = pd.DataFrame({"group": "a", "source": names})
+    found = []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        effects = rng.normal(size=(6, 200))
+        effects[:, :20] = np.sqrt(0.5) * (effects[:, :20] + rng.normal(size=(6, 1)))
+        frame = pd.DataFrame({"group": "a", "names": genes})
+        record = {"samples": {"group": ["a"] * 6}, "genes": genes, "sample_effects": effects}
+        found += [_over_samples(results[i : i + 1], frame, net, record).iloc[0] for i in (0, 1)]
+    rates = (np.reshape(found, (-1, 2)) < 0.05).mean(axis=0)
+    assert (rates < 0.09).all(), rates
+    assert (
+        _over_samples(results, frame, net, record | {"sample_effects": effects + 3 * (np.arange(200) < 20)})[0] < 0.01
+    )
+    few = {name: values[:2] if name != "genes" else values for name, values in record.items() if name != "samples"}
+    assert _over_samples(results, frame, net, few | {"samples": {"group": ["a"] * 2}}).isna().all()
+
+
+def test_the_background_of_an_overrepresentation_is_the_tested_genes():
+    from scipy.stats import fisher_exact
+
+    names = [f"g{i}" for i in range(200)]
+    frame = pd.DataFrame({"group": "a", "names": names, "scores": np.random.default_rng(0).normal(size=200)})
+    top = frame["scores"].nlargest(100).index
+    a = (top < 30).sum()
+    found, of_many = (
+        hg.tl.enrichment(frame, {"some": names[:30]}, method="ora", n_up=100, **background)["pvals_adj"].item()
+        for background in ({}, {"n_bg": 20_000})
+    )
+    assert found == pytest.approx(fisher_exact([[a, 100 - a], [30 - a, 70 + a]]).pvalue, rel=1e-3)
+    assert of_many < 1e-10
+    with pytest.warns(UserWarning, match="`method` 'ora': without `n_up` decoupler takes the upper 95 %"):
+        hg.tl.enrichment(frame, {"some": names[:30]}, method="ora")
 
 
 def test_gene_sets_of_circular_biomarkers_are_circular():

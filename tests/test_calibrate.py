@@ -1,6 +1,7 @@
 """Intervals around a layer of any model, calibrated on slides of other patients."""
 
 import json
+import warnings
 from dataclasses import fields, replace
 
 import numpy as np
@@ -375,3 +376,54 @@ def test_the_picture_shows_what_a_calibration_covers_on_new_patients():
         hg.pl.calibration(new, annotation_key="patient", **options)
     with pytest.raises(TypeError, match="`calibration` is of type str"):
         hg.pl.calibration(new, **options | {"calibration": "other.npz"})
+
+
+def told(table, calibration):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hg.tl.intervals(table, layer="other", calibration=calibration)
+    return [str(warning.message) for warning in caught if "fewer than 20 %" not in str(warning.message)]
+
+
+@pytest.mark.parametrize("factor", [1 / np.log(2), 1 / np.log(10)])
+def test_logarithms_to_another_base_than_the_calibrated_ones_are_told(tmp_path, factor):
+    calibration = hg.Calibration.load(hg.tl.calibrate(counted(), layer="other").save(tmp_path / "other.npz"))
+    new = counted(2, 1)
+    assert not told(new[:, :7].copy(), calibration)
+    new.layers["other"] = new.layers["other"] * np.float32(factor)
+    (message,) = told(new, calibration)
+    assert f"on average {factor:.2f} times the values" in message.replace("1.45", "1.44")
+    assert not told(counted(2, 1), replace(calibration, means=None))
+
+
+def test_patients_of_the_calibration_are_told_where_it_is_applied():
+    calibration = hg.tl.calibrate(counted(), layer="other")
+    (message,) = told(counted(2), calibration)
+    assert message.startswith("`data`: patients 0P0, 0P1 are among those that the `calibration` was made of")
+
+
+def test_a_calibration_of_one_model_of_ours_is_not_that_of_another():
+    def by(table, weights):
+        table.uns["other"] = {"verb": "predict", "layer": "other", "model": "m", "weights_sha256": weights}
+        return table
+
+    calibration = hg.tl.calibrate(by(counted(), "a"), layer="other")
+    assert calibration.models == ("a",)
+    assert not told(by(counted(2, 1), "a"), calibration)
+    (message,) = told(by(counted(2, 1), "b"), calibration)
+    assert "was predicted by another model than that of the `calibration`" in message
+    # Patients held out in turn have models of their own.
+    assert not told(by(counted(2, 1), "b"), replace(calibration, models=("a", "c")))
+
+
+@pytest.mark.parametrize("make", [np.asarray, lambda x: x / np.log(2), lambda x: (x - x.mean(0)) / x.std(0)])
+def test_a_layer_that_is_what_was_measured_is_told(make):
+    table = counted()
+    table.layers["copy"] = make(log_normalise(table.X)).astype(np.float32)
+    with pytest.warns(UserWarning, match="`layer` 'copy' holds what was measured, not a prediction of it"):
+        hg.tl.calibrate(table, layer="copy", layer_scale="log")
+    table.layers["copy"] += np.random.default_rng(0).normal(0, 0.2, table.shape).astype(np.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hg.tl.calibrate(table, layer="copy", layer_scale="log")
+    assert not [w for w in caught if "holds what was measured" in str(w.message)]

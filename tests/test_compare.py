@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import pearsonr
+from scipy.stats import pearsonr, t
 from test_other_models import slides
 
 import he2gene_sc as hg
@@ -90,7 +90,8 @@ def test_spots_and_genes_that_a_layer_lacks_are_judged_in_none():
     table = cohort()
     table.layers["other_model"][:5] = np.nan
     table.layers["noise"][:, 2] = np.nan
-    found = hg.tl.compare(table, ["other_model", "noise"], protocols="section")
+    with pytest.warns(UserWarning, match="compared on what all predict, 187 of 192 spots and 7 of 8 genes"):
+        found = hg.tl.compare(table, ["other_model", "noise"], protocols="section")
     assert (found["n_spots"] == 187).all()
     assert (found["n_genes"] == 7).all()
     with pytest.raises(
@@ -143,3 +144,37 @@ def test_what_cannot_be_compared_is_refused():
         ValueError, match=r"`protocols` 'triplex' averages neighbours, and `data` has no obsm\['spatial'\]"
     ):
         hg.tl.compare(table, "noise")
+
+
+def test_differences_are_paired_by_gene_and_their_interval_is_over_patients():
+    table = slides(5, n_genes=8)
+    table.layers["noise"] = np.random.default_rng(5).gamma(2, 1, table.shape).astype(np.float32)
+    found = hg.tl.compare(table, ["noise", "other_model"], protocols=["section", "triplex"])
+    found = found.set_index(["predictor", "protocol"])
+    log, patients = log_normalise(table.X).astype(float), table.obs["patient"].to_numpy(str)
+    gaps = []
+    for patient in np.unique(patients):
+        own = patients == patient
+        r = [
+            [pearsonr(table.layers[layer][own, j], log[own, j])[0] for j in range(8)]
+            for layer in ("other_model", "noise")
+        ]
+        gaps.append(np.mean(np.subtract(*r)))
+    half = t.ppf(0.975, 4) * np.std(gaps, ddof=1) / np.sqrt(5)
+    row = found.loc[("other_model", "section")]
+    assert row["minus_first"] == pytest.approx(np.mean(gaps), abs=1e-6)
+    assert row[["minus_first_low", "minus_first_high"]].tolist() == pytest.approx(
+        [np.mean(gaps) - half, np.mean(gaps) + half], abs=1e-6
+    )
+    assert (found.loc["noise", ["minus_first", "minus_first_low", "minus_first_high"]] == 0).all().all()
+    # Of one patient the sections are the unit; of two there is no interval.
+    table.obs["section"] = table.obs["patient"].to_numpy()
+    table.obs["patient"] = "A"
+    one = hg.tl.compare(table, ["noise", "other_model"], protocols=["section", "hest"]).set_index(
+        ["predictor", "protocol"]
+    )
+    assert one.loc[("other_model", "section"), "minus_first_low"] == pytest.approx(row["minus_first_low"], abs=1e-6)
+    assert np.isnan(one.loc[("other_model", "hest"), "minus_first_low"])
+    two = hg.tl.compare(cohort(), ["noise", "other_model"], protocols="section")
+    assert two["minus_first"].iloc[1] > 0
+    assert two["minus_first_low"].isna().all()

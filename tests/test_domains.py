@@ -178,6 +178,31 @@ def test_a_prediction_of_depth_alone_is_not_better_than_depth_and_a_good_one_is(
     assert pvalues["blind"] > 0.1
 
 
+@pytest.mark.parametrize("kind", ["rim", "hue", "expression"])
+def test_a_prediction_of_place_or_colour_alone_is_not_better_than_these(kind):
+    """Clusters of places are halves, not a rim, and those of colours follow darkness, where the prediction follows hue."""
+    from scipy.ndimage import gaussian_filter
+
+    from he2gene_sc.tl._domains.domain_preservation import _Clustering, _score_section
+
+    rng = np.random.default_rng(1)
+    xy = np.stack(np.mgrid[:16, :16], -1).reshape(-1, 2).astype(float)
+    smooth = [gaussian_filter(rng.normal(size=(16, 16)), 2).ravel() for _ in range(4)]
+    dark, hue, seen, wobble = ((field - field.mean()) / field.std() for field in smooth)
+    radius = np.hypot(*(xy - 7.5).T)
+    domain = {"rim": radius + 0.5 * wobble > 6, "hue": hue > 0, "expression": seen > 0}[kind].astype(int)
+    field = {"rim": radius, "hue": hue, "expression": seen}[kind]
+    predicted = np.outer(field, rng.normal(size=12)) + rng.normal(0, 0.01, (256, 12))
+    colour = 4 * dark[:, None] + np.outer(hue, [1, -1, 0])
+    how = _Clustering("match", [0], 199, "kmeans")
+    spaces = {"predicted": predicted, "mean colour": colour}
+    lines, _, _ = _score_section(xy, domain, spaces, None, how, members=np.arange(256), section="S")
+    ari = pd.DataFrame([line for line in lines if line["score"] == "ari"]).set_index("labels")
+    assert ari.loc["predicted", "mean"] > 0.7
+    assert ari.loc[["mean colour", "coordinates"], "mean"].max() < 0.4
+    assert (ari.loc["predicted", "pval_better"] < 0.05) == (kind == "expression")
+
+
 def test_leiden_is_tuned_to_the_number_of_domains():
     table = hg.datasets.toy((9, 9), mpp=8.0)["table"]
     found = run(table, clustering="leiden", n_domains=4)

@@ -192,6 +192,11 @@ def test_an_adapted_layer_has_intervals_of_its_own_residuals(table, model):
     assert np.isnan(high[:, 0]).all()
     with pytest.raises(ValueError, match=r"`by` is 'level', and of an adapted layer .* use by=None"):
         hg.tl.intervals(table, layer="he2gene_adapted", by="level")
+    with pytest.warns(
+        UserWarning, match="`by` is 'detected', and of an adapted layer no residuals are kept of the spots"
+    ):
+        hg.tl.intervals(table, layer="he2gene_adapted", by="detected")
+    assert table.uns["he2gene_adapted_intervals"]["by"] == "none"
     with pytest.raises(ValueError, match=r"`coverage` is 0\.99.*reach to 0\.98"):
         hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.99)
 

@@ -57,6 +57,24 @@ def test_every_verb_takes_a_layer_without_a_record_of_ours():
     assert "he2gene" not in table.uns
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "concordance", "domain_preservation", "compare"])
+def test_every_verb_tells_a_layer_that_is_what_was_measured(verb):
+    table = slides(n_patients=3)
+    table.layers["copy"] = log_normalise(table.X)
+    run = {
+        "evaluate": lambda: hg.tl.evaluate(table, layer="copy", n_splits=1),
+        "concordance": lambda: hg.tl.concordance(table, "label", groups="left", layer="copy", k=(5,)),
+        "compare": lambda: hg.tl.compare(table, "copy", protocols="section"),
+        "domain_preservation": lambda: hg.tl.domain_preservation(
+            table, "label", layer="copy", n_seeds=1, n_perms=5, clustering="kmeans"
+        ),
+    }
+    with pytest.warns(UserWarning, match="`layer` 'copy' holds what was measured") as caught:
+        run[verb]()
+    (told,) = [w for w in caught if "holds what was measured" in str(w.message)]
+    assert told.filename == __file__
+
+
 def test_counts_that_were_predicted_are_judged_where_it_is_said():
     table = slides(2)
     table.layers["counts"] = (

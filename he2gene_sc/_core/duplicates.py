@@ -1,7 +1,8 @@
-"""Whether spots stand there twice: at one place, as one patient under two names, or as a section given again."""
+"""Whether spots stand there twice: at one place, as one patient under two names, as a section given again, or as a prediction."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import issparse
 
+from ..stats import spearman
 from .matrix import values_of
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ _BLOCK = 4_000_000
 _FINGERPRINT = 10
 #: Correlation of two spots at one place over genes, each less its mean in the section, above which they are one.
 _ALIKE = 0.99
+#: Spots and genes by which a prediction is told from what was measured, and their rank correlation if it is that.
+_SPOTS, _GENES, _COPIED = 300, 200, 0.9999
 
 
 def check_places(pooled: SpotData) -> None:
@@ -79,6 +83,36 @@ def check_twins(pooled: SpotData) -> None:
             alike = (sketch[one] * sketch[other]).sum(axis=1)[scale > 0] / scale[scale > 0]
             if np.median(alike) > _ALIKE:
                 _refuse_twins(pooled, unit, (b, a), f"{len(both)} spots at the same places have nearly the same values")
+
+
+def warn_of_copy(predicted: np.ndarray, measured: np.ndarray, layer: str | None, stacklevel: int = 3) -> None:
+    """Warn of a layer whose values ``(n, g)`` are those that were measured, also on another scale."""
+    rows, genes = (
+        np.linspace(0, n - 1, min(n, most)).astype(int)
+        for n, most in zip(predicted.shape, (_SPOTS, _GENES), strict=True)
+    )
+    pair = [values[np.ix_(rows, genes)] for values in (predicted, measured)]
+    there = np.isfinite(pair[0]).any(axis=1) & np.isfinite(pair[1]).any(axis=1)
+    if there.sum() < _FINGERPRINT:
+        return
+    r = spearman(pair[0][there], pair[1][there])
+    r = r[np.isfinite(r)]
+    if len(r) and (r > _COPIED).mean() > 0.5:
+        warnings.warn(
+            f"`layer` {layer!r} holds what was measured, not a prediction of it: agreement, intervals and reliability found with it "
+            "hold for no model; name the predicted layer",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def warn_of_copied_spots(predicted: SpotData, measured: SpotData, stacklevel: int) -> None:
+    """Warn of a layer that is a copy of what was measured at the same spots."""
+    n = len(predicted.labels)
+    chosen = np.zeros(n, bool)
+    chosen[np.linspace(0, n - 1, min(n, _SPOTS)).astype(int)] = True
+    genes = predicted.genes[np.linspace(0, len(predicted.genes) - 1, min(len(predicted.genes), _GENES)).astype(int)]
+    warn_of_copy(predicted.values(chosen, genes), measured.values(chosen, genes), predicted.layer, stacklevel + 1)
 
 
 def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.ndarray]:

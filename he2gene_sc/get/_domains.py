@@ -47,9 +47,9 @@ def domains(
         (of the domains in the principal components), ``moran`` (Spearman correlation of Moran's I over genes),
         ``n_labels``, ``chaos`` and ``pas`` (lower is more coherent); ``mean`` and ``sd`` over ``n_seeds`` seeds; ``pval``
         and ``n_shifts`` of the adjusted Rand index, ``null_mean`` its mean over the shifts; of depth, colour and coordinates
-        ``difference``, the prediction's index minus theirs, and ``pval_better``, whether the prediction is better; of the
-        prediction the largest of these, whether it is better than each; ``trained_on_labels``:
-        whether a model that learnt such labels made these; ``n_samples`` where there are several sections.
+        ``difference``, the prediction's index minus theirs, and ``pval_better``, whether the prediction is better than these and
+        than the part of it that they explain; of the prediction the largest of these, whether it is better than each;
+        ``trained_on_labels``: whether a model that learnt such labels made these; ``n_samples`` where there are several sections.
 
     Raises
     ------

@@ -36,8 +36,9 @@ def enrichment(
     -------
     pandas.DataFrame
         A row a group and gene set, highest score first: ``group``, ``source`` (the set), ``score``, ``pvals_adj``
-        (decoupler's, NaN where the method has no test), ``n_targets`` (tested genes of the set), ``method``, ``circular`` (as the
-        biomarkers were marked).
+        (decoupler's, NaN where the method has no test), ``n_targets`` (tested genes of the set), ``pvals_adj_samples`` (samples
+        are the unit, valid for co-expressed genes; NaN with fewer than 3 samples), ``method``, ``circular`` (as the biomarkers were
+        marked).
 
     Raises
     ------

@@ -18,6 +18,9 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import MAX_LOG, Scale, contents_of
 from .._core.keys import PATIENT
+from .._core.names import clean_names
+from .._core.ownership import is_prediction
+from .._core.predictions import prediction_of
 from ..stats import LEVELS, MIN_GROUPS
 from ..training._calibrate import Calibration as Residuals
 from ..training._calibrate import calibrate as residuals_of
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 _BLOCK = 2**24
 _SCHEMA = 1
 _FACTS = ("layer", "layer_scale", "kinds", "unit", "groups", "n_spots")
+_LATER = ("spread", "models")
+#: Values of a slide are on another scale where their level is so many times that of every calibrated patient, or so small a part.
+_OTHER_LEVEL = 1.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +55,10 @@ class Calibration:
         What is exchangeable, ``"patient"`` unless another column was named, and its names.
     n_spots, genes, detected, residuals
         Number of spots, names of the genes, share of the spots that detect each, and its residuals.
+    means, spread
+        Mean predicted value of each gene, and how many times that the patients have, the least and the most.
+    models
+        What made the predictions, where :func:`he2gene_sc.tl.predict` did.
 
     Examples
     --------
@@ -71,6 +81,10 @@ class Calibration:
     genes: pd.Index = field(repr=False)
     detected: np.ndarray = field(repr=False)
     residuals: Residuals = field(repr=False)
+    # Not in files of older versions.
+    means: np.ndarray | None = field(default=None, repr=False)
+    spread: tuple[float, float] = field(default=(1.0, 1.0), repr=False)
+    models: tuple[str, ...] = field(default=(), repr=False)
 
     def _repr_html_(self) -> str:
         from ..models._card import as_html
@@ -92,9 +106,12 @@ class Calibration:
                 raise FileExistsError(
                     f"`path` {str(path)!r} is there and is not a calibration; choose another name, or delete it first"
                 ) from None
-        facts = {name: getattr(self, name) for name in _FACTS} | {"schema": _SCHEMA, "levels": LEVELS.tolist()}
+        facts = {name: getattr(self, name) for name in (*_FACTS, *_LATER)} | {
+            "schema": _SCHEMA,
+            "levels": LEVELS.tolist(),
+        }
         arrays = {f"residuals.{part.name}": getattr(self.residuals, part.name) for part in fields(Residuals)}
-        arrays = {name: array for name, array in arrays.items() if array is not None}
+        arrays = {name: array for name, array in (arrays | {"means": self.means}).items() if array is not None}
         made = BytesIO()
         np.savez_compressed(
             made, facts=np.array(json.dumps(facts)), genes=self.genes.to_numpy(str), detected=self.detected, **arrays
@@ -124,8 +141,13 @@ class Calibration:
                 }
             )
             genes, detected = pd.Index(arrays["genes"].astype(object)), arrays["detected"]
-            found = cls(**{name: facts[name] for name in _FACTS}, genes=genes, detected=detected, residuals=residuals)
+            later: dict[str, Any] = {name: tuple(facts[name]) for name in _LATER if name in facts}
+            later["means"] = arrays.get("means")
+            found = cls(
+                **{name: facts[name] for name in _FACTS}, genes=genes, detected=detected, residuals=residuals, **later
+            )
             widths = {array.shape[-1] for array in residuals.tensors().values()} | {len(detected)}
+            widths |= set() if found.means is None else {len(found.means)}
             if (facts["schema"], facts["levels"], widths) != (_SCHEMA, LEVELS.tolist(), {len(genes)}):
                 raise ValueError("another version wrote it, or its arrays do not fit its genes")
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
@@ -223,13 +245,17 @@ def calibrate(
             UserWarning,
             stacklevel=2,
         )
-    every, parts, detected = np.ones(len(codes), bool), [], []
+    every, parts, detected, means = np.ones(len(codes), bool), [], [], []
+    levels = np.zeros(len(names))
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     step = max(1, _BLOCK // len(codes))
     for start in range(0, len(predicted.genes), step):
         genes = predicted.genes[start : start + step]
         counts = truth.values(every, genes)
         values = predicted.values(every, genes)
+        of_groups = np.stack([values[codes == code].mean(axis=0) for code in range(len(names))])
+        means.append(of_groups.mean(axis=0))
+        levels += of_groups.sum(axis=1)
         np.fmin.at(low, codes, np.fmin.reduce(values, axis=1))
         np.fmax.at(high, codes, np.fmax.reduce(values, axis=1))
         parts.append(residuals_of(values, counts, codes, np.full(len(codes), -1), 0))
@@ -247,10 +273,19 @@ def calibrate(
         genes=predicted.genes.astype(str),
         detected=np.concatenate(detected),
         residuals=joined(parts),
+        means=np.concatenate(means).astype(np.float32),
+        spread=(float(levels.min() / levels.mean()), float(levels.max() / levels.mean())),
+        models=tuple(sorted({made_by(table, layer) for table in predicted.tables} - {""})),
     )
 
 
-def check_calibrated(calibration: Any, values: Any, layer: str, model: object) -> None:
+def made_by(table: AnnData, layer: str) -> str:
+    """Digest of the model of ours that predicted a layer; empty where another did."""
+    record = table.uns.get(prediction_of(table, layer) or "", {})
+    return str(record.get("weights_sha256") or record.get("head") or "") if is_prediction(record) else ""
+
+
+def check_calibrated(calibration: Any, table: AnnData, values: Any, layer: str, model: object) -> None:
     """Refuse a calibration of another layer or scale than that of a table."""
     validate.instance(
         calibration, Calibration, "calibration", "what hg.tl.calibrate returns, or hg.Calibration.load(path),"
@@ -280,8 +315,50 @@ def check_calibrated(calibration: Any, values: Any, layer: str, model: object) -
             f"{scaled if 'other' in calibration.kinds else f'values from 0 to {MAX_LOG:g}, as logarithms are'}; bring the layer to "
             "that scale, or calibrate again: hg.tl.calibrate(data, layer=...)"
         )
+    _warn_of_origin(calibration, table, layer)
     if is_counts and found.n_nan_spots > found.n_empty_spots:
         raise ValueError(
             f"`layer` {layer!r} holds {found.n_nan} NaN, in {found.n_nan_spots} spots: their total is not known, so counts cannot be "
             "normalised; leave these genes out, or set what was not seen to 0"
         )
+
+
+def _warn_of_origin(calibration: Calibration, table: AnnData, layer: str) -> None:
+    """Warn of slides that the calibration was made of, and of predictions of another model than its own."""
+    names = set(clean_names(table.obs[calibration.unit])) if calibration.unit in table.obs else set()
+    if known := sorted(names & set(calibration.groups)):
+        warnings.warn(
+            f"`data`: {calibration.unit}s {validate.format_list(known)} are among those that the `calibration` was made of: the "
+            "intervals cover more there than in new ones, so coverage found there is too good; leave them out of either",
+            UserWarning,
+            stacklevel=4,
+        )
+    own = made_by(table, layer)
+    if own and len(calibration.models) == 1 and own not in calibration.models:
+        warnings.warn(
+            f"`layer` {layer!r} was predicted by another model than that of the `calibration`, whose residuals say nothing of it: the "
+            "coverage is not known; calibrate again: hg.tl.calibrate(data, layer=...)",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def warn_of_level(calibration: Calibration, means: np.ndarray, at: np.ndarray, layer: str) -> None:
+    """Warn where the mean values of genes of a slide, at places ``at`` of those of a calibration, are on another scale."""
+    if calibration.means is None or calibration.kinds == ["other"]:
+        return
+    theirs = calibration.means[at]
+    both = np.isfinite(theirs) & np.isfinite(means)
+    if not theirs[both].sum() > 0:
+        return
+    ratio = float(means[both].sum() / theirs[both].sum())
+    low, high = calibration.spread
+    if low / _OTHER_LEVEL <= ratio <= high * _OTHER_LEVEL:
+        return
+    warnings.warn(
+        f"`layer` {layer!r} has on average {ratio:.2f} times the values of the slides of the `calibration`, whose {calibration.unit}s "
+        f"have {low:.2f} to {high:.2f} times: another scale (logarithms to base 2: 1.44 times, to base 10: 0.43) or another model, so "
+        "the intervals cover less than they say; bring the layer to that scale, or calibrate again",
+        UserWarning,
+        stacklevel=3,
+    )

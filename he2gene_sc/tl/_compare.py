@@ -16,6 +16,7 @@ from .._core.genes import find_genes
 from .._core.spots import SpotData, pitch_of, spots_of
 from ..stats import neighbour_weights, pearson
 from ..stats._baselines import place
+from ..training._predictability import bounds
 from ._biomarkers.blind import COLOUR, COORDINATES, DEPTH, fields
 from ._evaluate.aligned import MIN_SPOTS
 from ._paired import paired_spots
@@ -63,7 +64,9 @@ def compare(
     -------
     pandas.DataFrame
         A row a predictor and protocol: ``pearson_mean`` and ``pearson_median`` over the genes of the mean over patients, its
-        difference ``minus_section`` to the same predictor under ``"section"``, and what was judged. ``is_reference`` marks depth, mean
+        difference ``minus_section`` to the same predictor under ``"section"``, and what was judged. ``minus_first`` is the correlation minus
+        that of the first of ``layers`` under the same protocol, paired by gene and patient (of one patient: by section), with its 95 % t
+        interval over patients ``minus_first_low``, ``minus_first_high``, from 3 on. ``is_reference`` marks depth, mean
         colour (with an image) and coordinates, lines that are fitted on the other patients (of one patient: the other sections).
         A constant prediction of a gene that varies counts as a correlation of 0; genes that were measured as constant are left
         out (``n_constant``).
@@ -88,9 +91,13 @@ def compare(
         raise ValueError(f"`{'protocols' if layers else 'layers'}` is empty; name one or several")
     data = list(data) if isinstance(data, Iterator) else data
     read = partial(paired_spots, sample_key=sample_key, section_key=section_key, table_key=table_key)
-    found, truth = in_common([read(data, layer, layer_scale, measured, measured_scale) for layer in layers])
+    pairs = []
+    for layer in layers:  # A comprehension would be a frame of its own, and warnings would name it.
+        pairs.append(read(data, layer, layer_scale, measured, measured_scale))
+    found, truth = in_common(pairs)
     predicted = dict(zip(layers, found, strict=True))
     panel = _panel([spots.genes for spots in predicted.values()], genes)
+    _warn_of_shared(pairs, truth, panel if genes is None else None)
     units, patients = (pd.factorize(names)[0] for names in (truth.units, truth.samples))
     owner = pd.Series(patients).groupby(units).first().to_numpy()
     groups = patients if patients.any() else units
@@ -105,6 +112,8 @@ def compare(
     elif "triplex" in chosen:
         raise ValueError("`protocols` 'triplex' averages neighbours, and `data` has no obsm['spatial']; leave it out")
     every = np.ones(len(units), bool)
+    # Sections, or spots of all, of one patient stand for themselves.
+    alone = not patients.any()
     scores: dict[tuple[str, str], list[np.ndarray]] = {}
     for start in range(0, len(panel), step := max(1, _BLOCK // len(units))):
         block = panel[start : start + step]
@@ -119,14 +128,20 @@ def compare(
                 of, by = (patients, np.arange(patients.max() + 1)) if protocol == "hest" else (units, owner)
                 aim = target.get(protocol, values)
                 r = pd.DataFrame([correlation(guess[of == group], aim[of == group]) for group in range(len(by))])
-                scores.setdefault((name, protocol), []).append(r.groupby(by).mean().mean().to_numpy())
+                scores.setdefault((name, protocol), []).append((r if alone else r.groupby(by).mean()).to_numpy())
     n = {"n_spots": len(units), "n_sections": len(owner), "n_patients": int(patients.max()) + 1}
+    by_unit = {key: np.concatenate(r, axis=1) for key, r in scores.items()}
     rows = [
-        _row(name, name not in predicted, protocol, np.concatenate(r)) | n for (name, protocol), r in scores.items()
+        _row(name, name not in predicted, protocol, r, by_unit[layers[0], protocol]) | n
+        for (name, protocol), r in by_unit.items()
     ]
     table = pd.DataFrame(rows)
     section = table[table["protocol"] == "section"].set_index("predictor")["pearson_mean"]
-    table.insert(5, "minus_section", table["pearson_mean"] - table["predictor"].map(section))
+    table.insert(
+        table.columns.get_loc("pearson_median"),
+        "minus_section",
+        table["pearson_mean"] - table["predictor"].map(section),
+    )
     return table
 
 
@@ -149,6 +164,20 @@ def in_common(pairs: Sequence[tuple[SpotData, SpotData]], parameter: str = "data
             stacklevel=3,
         )
     return [pair[0].take(kept) for pair in found], found[0][1].take(kept)
+
+
+def _warn_of_shared(pairs: Sequence[tuple[SpotData, SpotData]], truth: SpotData, panel: pd.Index | None) -> None:
+    """Say that layers are judged on a part of the spots or genes that one of them predicts."""
+    spots, genes = max(len(own.labels) for own, _ in pairs), max(len(own.genes) for own, _ in pairs)
+    lost = [f"{len(truth.labels):,} of {spots:,} spots"] if len({len(own.labels) for own, _ in pairs}) > 1 else []
+    if panel is not None and len(panel) < genes:
+        lost.append(f"{len(panel):,} of {genes:,} genes")
+    if lost:
+        warnings.warn(
+            f"`layers` predict other spots or genes than each other: they are compared on what all predict, {' and '.join(lost)}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _panel(known: Sequence[pd.Index], asked: Sequence[str] | None) -> pd.Index:
@@ -192,8 +221,12 @@ def correlation(guess: np.ndarray, aim: np.ndarray) -> np.ndarray:
     return np.where(missed, 0, r)
 
 
-def _row(name: str, is_reference: bool, protocol: str, r: np.ndarray) -> dict[str, object]:
+def _row(name: str, is_reference: bool, protocol: str, by_unit: np.ndarray, first: np.ndarray) -> dict[str, object]:
+    r, _, _ = bounds(by_unit)
     known = r[np.isfinite(r)]
     mean, median = (known.mean(), np.median(known)) if len(known) else (np.nan, np.nan)
     row = {"predictor": name, "is_reference": is_reference, "protocol": protocol, "pearson_mean": mean}
+    # Genes first: they share the spots of a patient, which is the unit.
+    ((gap,), (low,), (high,)) = bounds(bounds((by_unit - first).T)[0][:, None], most=2)
+    row |= {"minus_first": gap, "minus_first_low": low, "minus_first_high": high}
     return row | {"pearson_median": median, "n_genes": len(known), "n_constant": len(r) - len(known)}

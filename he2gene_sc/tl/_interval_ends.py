@@ -111,6 +111,13 @@ def of_adapted(record: Any, coverage: float, by: str | None, n_vars: int) -> OfA
             "`by` is 'level', and of an adapted layer no residuals are kept by predicted level; use by=None, or the layer of "
             "the prediction"
         )
+    if by == "detected":
+        warnings.warn(
+            "`by` is 'detected', and of an adapted layer no residuals are kept of the spots that show a gene: the intervals are those of all "
+            "spots and hold fewer of these; use the layer of the prediction, or by=None",
+            UserWarning,
+            stacklevel=3,
+        )
     if "residual_quantiles" not in record:
         raise ValueError("`layer`: hg.tl.adapt kept no residuals with it; run hg.tl.adapt again")
     levels, quantiles = (np.asarray(record[name], float) for name in ("residual_levels", "residual_quantiles"))

@@ -12,7 +12,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.expression import as_logs
-from .._core.genes import symbols_in
+from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
 from .._core.lazy import genes_at_once
 from .._core.matrix import dense, readable
@@ -21,7 +21,7 @@ from .._core.predictions import check_as_predicted, predicted_layer, record_of
 from .._core.results import write_result
 from .._core.spots import get_table
 from .._settings import settings
-from ._calibrate import Calibration, check_calibrated
+from ._calibrate import Calibration, check_calibrated, warn_of_level
 from ._interval_ends import (
     RARELY,
     OfAdapted,
@@ -102,7 +102,9 @@ def intervals(
     Warns
     -----
     UserWarning
-        If genes were detected in fewer than 20 % of the training spots.
+        If genes were detected in fewer than 20 % of the training spots; with a ``calibration``: if the values of the slide are on
+        another level than those of the calibrated slides, as logarithms to another base are, if another model predicted
+        them, or if the patient is one that was calibrated on.
 
     Raises
     ------
@@ -134,7 +136,7 @@ def intervals(
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
         predicted = readable(table, layer)
-        check_calibrated(calibration, predicted, layer, model)
+        check_calibrated(calibration, table, predicted, layer, model)
     else:
         table = get_table(data, table_key, prediction_key=prediction_key)
         record = record_of(table, prediction_key)
@@ -170,15 +172,20 @@ def intervals(
             stacklevel=2,
         )
     known = np.flatnonzero(found.known)
+    means = np.full(table.n_vars, np.nan)
     step = genes_at_once(table.n_obs)
     for start in range(0, len(known), step):
         genes = known[start : start + step]
-        low, high = found.ends(np.asarray(dense(predicted[:, genes]), np.float32), genes)
+        values = np.asarray(dense(predicted[:, genes]), np.float32)
+        low, high = found.ends(values, genes)
         there = np.isfinite(high).any(0)
+        means[genes[there]] = np.nanmean(values[:, there], axis=0)
         halfwidth[genes[there]] = np.nanmedian((high - low)[:, there], axis=0) / 2
         if fits:
             layers[names["lower"]][:, genes] = np.maximum(low, 0)
             layers[names["upper"]][:, genes] = np.maximum(high, 0)
+    if calibration is not None:
+        warn_of_level(calibration, means, find_genes(symbols_in(table, gene_symbols), calibration.genes), layer)
     var = {names["halfwidth"]: pd.Series(halfwidth, index=table.var_names)}
     if found.rare is not None:
         rare = found.rare & found.known

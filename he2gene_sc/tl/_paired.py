@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .._core.duplicates import warn_of_copied_spots
 from .._core.expression import Scale
 from .._core.keys import PATIENT, SECTION
 from .._core.matrix import where_of
@@ -70,7 +71,9 @@ def paired_spots(
             f"`measured`: {where_of(measured)} holds no counts at any spot that has a prediction; "
             "name the layer of measured counts"
         )
-    return spots.take(seen), replace(known, genes=spots.genes)
+    pair = spots.take(seen), replace(known, genes=spots.genes)
+    warn_of_copied_spots(*pair, stacklevel=4)
+    return pair
 
 
 def sections_trained_on(spots: SpotData) -> dict[str, str]:

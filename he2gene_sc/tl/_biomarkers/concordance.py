@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
+from ..._core.duplicates import warn_of_copied_spots
 from ..._core.expression import Scale
 from ..._core.keys import check_key
 from ..._core.ownership import check_free
@@ -125,6 +126,7 @@ def concordance(
     if not seen.any():
         raise ValueError("`measured` holds no counts at any labelled spot; there is nothing to compare with")
     spots = spots.take(seen)
+    warn_of_copied_spots(spots, known, stacklevel=3)
     chosen = method_for(method, spots)
     depth = depth_of(spots, "auto") if chosen.depth else None
     run: dict[str, Any] = {"groups": groups, "reference": reference, "depth": depth}

@@ -15,11 +15,14 @@ from ..._core.keys import check_key
 from ..._core.ownership import check_free
 from ..._core.results import find_results, write_to_all
 from ...get._biomarkers import biomarkers as get_biomarkers
-from .._gene_sets import import_decoupler, in_names_of, read_net
+from .._gene_sets import import_decoupler, in_names_of, membership, read_net, weights_by_set
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
+
+#: Samples from which sets are tested over samples.
+_MIN_SAMPLES = 3
 
 
 def enrichment(
@@ -40,7 +43,7 @@ def enrichment(
     Parameters
     ----------
     data
-        What :func:`he2gene_sc.tl.biomarkers` wrote to, or its DataFrame.
+        What :func:`he2gene_sc.tl.biomarkers` wrote to, or its DataFrame, which has no effects of samples: ``pvals_adj_samples`` are NaN.
     net
         DataFrame with columns ``source`` and ``target`` (and ``weight``, where the method takes one), a GMT file, or a mapping of
         sets to genes. Sets of diseases are sets like others, see Notes.
@@ -76,7 +79,12 @@ def enrichment(
     Notes
     -----
     decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022) takes genes as independent. Genes of a set are
-    co-expressed, so its p-values are too small: they rank sets, they are no error rates.
+    co-expressed, so its ``pvals_adj`` are too small: they rank sets and are not error rates. ``pvals_adj_samples`` hold for co-expressed
+    genes too: in every sample the mean effect of the set less that of all genes (each gene over its root mean square), a t test of these
+    over samples, from 3 on, and Benjamini and Hochberg's adjustment over the sets of a group. Covariates do not enter.
+
+    The background is the tested genes, also of ``method="ora"``; ``n_bg=`` sets another. decoupler 2.2's ``ora`` takes all genes but the
+    ``n_up`` lowest: for the top 50 of 1,000 tested genes pass ``n_up=950``.
 
     **Genes of diseases** come from a GMT file (that of Enrichr, for example), or, with a network, from OmniPath:
     ``decoupler.op.resource("DisGeNet")`` with its columns renamed to ``source`` (the disease) and ``target`` (the gene).
@@ -122,7 +130,15 @@ def enrichment(
         ],
         ignore_index=True,
     )
+    results["pvals_adj_samples"] = _over_samples(results, frame, sets, targets[0].uns[key] if targets else None)
     results["method"] = method
+    if method == "ora" and "n_up" not in kwargs:
+        warnings.warn(
+            "`method` 'ora': without `n_up` decoupler takes the upper 95 % of the genes, not the top 5 % (decoupler 2.2); pass n_up=, the "
+            "number of genes that are not in the list",
+            UserWarning,
+            stacklevel=2,
+        )
     circular = frame.groupby("group")["circular"].any() if "circular" in frame else pd.Series(dtype=bool)
     results["circular"] = results["group"].map(circular).fillna(False).astype(bool)
     if results["circular"].any():
@@ -172,6 +188,9 @@ def _scores(
             f"`net`: no set has {tmin} genes among the {len(values)} tested in {group!r}, the best has "
             f"{int(sizes.max()) if len(sizes) else 0}; check gene names, or lower `tmin`"
         )
+    if method.name == "ora":
+        # decoupler's default is 20,000 genes, of which only these were tested.
+        kwargs = {"n_bg": len(values)} | kwargs
     found = method(data=values.to_frame(group).T, net=net, tmin=tmin, **kwargs)
     scores, pvalues = found if isinstance(found, tuple) else (found, None)
     out = pd.DataFrame(
@@ -184,3 +203,31 @@ def _scores(
         }
     )
     return out.sort_values("score", ascending=False, kind="stable")
+
+
+def _over_samples(
+    results: pd.DataFrame, frame: pd.DataFrame, net: pd.DataFrame, record: Mapping[str, Any] | None
+) -> pd.Series:
+    """Test the sets with samples as the unit: adjusted p-values, NaN without the effects of three samples."""
+    from scipy import stats
+
+    out = pd.Series(np.nan, index=results.index)
+    if record is None:
+        return out
+    groups = pd.DataFrame(record["samples"])["group"].to_numpy(object)
+    genes, by_sample = pd.Index(record["genes"]).astype(str), np.asarray(record["sample_effects"], float)
+    for group, rows in results.groupby("group", sort=False):
+        effects = by_sample[groups == group]
+        size = np.sqrt(np.square(effects).mean(axis=0))
+        # About 0, not about the mean: genes of small spread by chance would have large weights and large t.
+        effects = effects / np.where(size > 0, size, 1)
+        known = np.isfinite(effects).all(axis=0) & genes.isin(frame.loc[frame["group"] == group, "names"])
+        if len(effects) < _MIN_SAMPLES or known.sum() < 2:
+            continue
+        effects, tested = effects[:, known], genes[known]
+        sets = weights_by_set(in_names_of(net[net["source"].isin(rows["source"])], tested))
+        weights = membership({name: sets.get(name, {}) for name in rows["source"]}, tested)
+        pvals = stats.ttest_1samp(effects @ (weights - weights.mean(axis=0)), 0.0).pvalue
+        there = np.isfinite(pvals)
+        out.loc[rows.index[there]] = stats.false_discovery_control(pvals[there])
+    return out

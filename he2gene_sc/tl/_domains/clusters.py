@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...stats._baselines import place
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -78,3 +80,17 @@ def medoid(labelings: list[np.ndarray]) -> int:
 
     total = [sum(adjusted_rand_score(a, b) for b in labelings) for a in labelings]
     return int(np.argmax(np.round(total, 12)))
+
+
+def around(xy: np.ndarray) -> np.ndarray:
+    """Both axes, the distance from the middle of the section, and its square."""
+    x = place(xy)
+    return np.column_stack([x, np.hypot(x[:, 0], x[:, 1])])
+
+
+def explained(x: np.ndarray, features: np.ndarray | None) -> np.ndarray | None:
+    """Part of features ``(n, k)`` that is linear in several numbers of the spots; one number has the clusters of its part."""
+    if features is None or x.shape[1] < 2:
+        return None
+    centred = x - x.mean(0)
+    return centred @ np.linalg.lstsq(centred, features - features.mean(0), rcond=None)[0]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
-from ..._core.duplicates import check_twins
+from ..._core.duplicates import check_twins, warn_of_copy
 from ..._core.expression import Scale
 from ..._core.keys import MADE, Keys, check_key
 from ..._core.ownership import check_free
@@ -21,7 +21,7 @@ from ..._core.slide import mean_colours
 from ..._core.spots import get_table, read_spots, spots_of
 from ...stats import MIN_OVERLAP
 from . import inputs
-from .clusters import CLUSTERINGS, cluster, embed, medoid
+from .clusters import CLUSTERINGS, around, cluster, embed, explained, medoid
 from .scores import BLIND, Labels, Section, codes_of, moran_agreement, score
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def domain_preservation(
     Notes
     -----
     The null: the domains are stationary and know nothing of the expression. Tissue whose domains and expression both
-    follow the outline of the section (a core and a rim) violates it; the reference "coordinates" shows it.
+    follow the outline of the section (a core and a rim) violates it. Clusters of coordinates do not show a rim; ``pval_better`` does:
+    it asks also for more than the part of the prediction that colour, or place with the distance from the middle, explains.
 
     Examples
     --------
@@ -173,6 +174,8 @@ def domain_preservation(
     used, predicted, counted = inputs.genes(
         table, genes, layer, measured, layer_scale=layer_scale, measured_scale=measured_scale, has_measured=has_measured
     )
+    if predicted is not None and counted is not None:
+        warn_of_copy(predicted, counted, layer)
     _check_varies(where, {"layer": predicted, "measured": counted})
     check_twins(
         spots
@@ -306,7 +309,10 @@ def _score_section(
             kinds.append(Labels(name, cluster(features, n, seeds, clustering), features))
     for name, values in [(name, xy if name == "coordinates" else spaces.get(name)) for name in BLIND]:
         if values is not None and np.isfinite(values[spots]).all():
-            kinds.append(Labels(name, cluster(_standardised(values[spots]), n, seeds, clustering)))
+            x = _standardised(values[spots])
+            part = explained(around(x) if name == "coordinates" else x, kinds[0].features)
+            parts = None if part is None else cluster(part, n, seeds, clustering)
+            kinds.append(Labels(name, cluster(x, n, seeds, clustering), parts=parts))
     noise = [np.random.default_rng(s).standard_normal((len(spots), 20)) for s in seeds]
     kinds.append(
         Labels("random features", [cluster(x, n, [s], clustering)[0] for x, s in zip(noise, seeds, strict=True)])

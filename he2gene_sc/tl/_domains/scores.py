@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..._core import logs
-from ...stats import agreement, chaos, enrichment_agreement, match, pas, shift_test, silhouette
+from ...stats import ShiftTest, agreement, chaos, enrichment_agreement, match, pas, shift_test, silhouette
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,6 +33,7 @@ class Labels:
     labelings: list[np.ndarray]  # (n,) codes, one a seed if there are seeds
     features: np.ndarray | None = None  # (n, k) clustered in
     trained_on_labels: bool = False  # by a model that learnt such labels
+    parts: list[np.ndarray] | None = None  # of a reference: clusters of the part of the prediction that it explains
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
     enrichment = Enrichment(xy, section.seed)
     yield from _coherence(xy, Labels("domains", [domains]))
     cut = {kind.name: [codes_of(labels[labelled]) for labels in kind.labelings] for kind in kinds}
-    better = _against_references(domains, cut, section.shifts)
+    parts = {kind.name: [codes_of(labels[labelled]) for labels in kind.parts] for kind in kinds if kind.parts}
+    better = _against_references(domains, cut, parts, section.shifts)
     for kind in kinds:
         kept = cut[kind.name]
         for row in _compare(kind, "domains", [domains] * len(kept), kept, section.shifts, enrichment):
@@ -74,26 +76,33 @@ def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
 
 
 def _against_references(
-    domains: np.ndarray, cut: dict[str, list[np.ndarray]], shifts: np.ndarray
+    domains: np.ndarray, cut: dict[str, list[np.ndarray]], parts: dict[str, list[np.ndarray]], shifts: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """Whether the prediction keeps domains better than references that see no gene, by kind.
 
-    ``difference`` is of adjusted Rand indices, ``pval_better`` the share of shifts (and 1) where it is as large; the
-    prediction's is the largest: better than each. Without a prediction, measured stands in.
+    ``difference`` is of adjusted Rand indices, ``pval_better`` the share of shifts (and 1) where it is as large. It is the larger
+    of two: against clusters of the reference, and of the part of the prediction that it explains, which a prediction of
+    nothing else is not better than. The prediction's is the largest: better than each. Without a prediction, measured stands in.
     """
     name = next((kind for kind in ("predicted", "measured") if kind in cut), None)
     references = [kind for kind in BLIND if kind in cut]
     if name is None or not references:
         return {}
-    tests = {kind: shift_test([domains] * len(cut[kind]), cut[kind], shifts) for kind in (name, *references)}
+    own = _tested(domains, cut[name], shifts)
     found: dict[str, dict[str, float]] = {}
     for kind in references:
-        difference = tests[name].observed - tests[kind].observed
-        beyond = tests[name].null - tests[kind].null >= difference - 1e-12
-        p = float((beyond.sum() + 1) / (len(shifts) + 1)) if len(shifts) else np.nan
-        found[kind] = {"difference": difference, "pval_better": p}
+        met = [cut[kind], *([parts[kind]] if kind in parts else [])]
+        tests = [_tested(domains, labelings, shifts) for labelings in met]
+        gaps = [own.observed - test.observed for test in tests]
+        beyond = [(own.null - test.null >= gap - 1e-12).sum() for test, gap in zip(tests, gaps, strict=True)]
+        p = float((max(beyond) + 1) / (len(shifts) + 1)) if len(shifts) else np.nan
+        found[kind] = {"difference": gaps[0], "pval_better": p}
     found[name] = {"pval_better": max(row["pval_better"] for row in found.values())}
     return found
+
+
+def _tested(domains: np.ndarray, labelings: list[np.ndarray], shifts: np.ndarray) -> ShiftTest:
+    return shift_test([domains] * len(labelings), labelings, shifts)
 
 
 def _compare(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
+from ..._core.duplicates import warn_of_copy
 from ..._core.expression import SCALES, Scale
 from ..._core.keys import SECTION, Keys, check_key
 from ..._core.ownership import check_free
@@ -216,6 +217,7 @@ def evaluate(
             layer_scale,
         ),
     )
+    warn_of_copy(judged.predicted, judged.measured, layer)
     # The column may be missing: the sections are then the shapes elements.
     over_sections = sample_key == SECTION and (section_key == SECTION or SECTION not in judged.source.obs)
     known = not over_sections and has_samples(judged.source, sample_key)
