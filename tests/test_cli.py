@@ -294,6 +294,29 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(main, arguments, message
     assert line.startswith(f"he2gene: {message}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("benchmark", "--options", "none.toml"), "'none.toml' is a folder, or not there; name a TOML file"),
+        (("train", "none.toml", "--out", "m"), "'none.toml' is a folder, or not there; name a TOML file"),
+        (("train", "none.toml", "--out", " "), "`--out` is ' '; a path is needed"),
+        (("benchmark", "--out", "file/out"), "`--out` 'file/out' is or lies in the file"),
+        (("benchmark", "--cache", "file"), "`--cache` 'file' is or lies in the file"),
+        (("benchmark", "--device", ""), "`device` '' is unknown"),
+        (("demo", "--out", "file"), "`--out` 'file' is or lies in the file"),
+        (("predict", "--manifest", "slides.xlsx"), "--manifest 'slides.xlsx' ends in '.xlsx'; a .csv or .tsv file"),
+        (("predict", "a" * 300 + ".tif"), "is not a path that can be opened"),
+        (("evaluate", "a.zarr", "--out", "a" * 300 + ".csv"), "is not a path that can be opened"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_before_work(main, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    code, _, err = main(*arguments)
+    assert code == 1
+    assert said in err
+
+
 def test_an_image_without_resolution_is_refused_by_name(main, image):
     code, _, err = main("predict", image)
     assert code == 1
@@ -331,6 +354,8 @@ def test_train_says_what_is_wrong_with_its_file(main, tmp_path, text, said):
         ("[data]\nstores = ['a.zarr']\nhbcis = 'x'\n", "config.toml: [data] `stores` stands alone"),
         ("[data]\n", "config.toml: [data] lacks `stores`"),
         ("[train]\n", "config.toml: either a list `sections` or a table [data]"),
+        ('sections = ["C5", "C5"]\n', "`config.toml: sections`: names stand twice: 'C5'"),
+        ("[data]\nstores = ['a.zarr', './a.zarr']\n", "`config.toml: [data] stores`: stores stand twice"),
         ('sections = ["C5"]\n[train]\nsdatas = ["C5"]\n', "config.toml: [train] `sdatas` is not an option"),
         ('sections = ["C5"]\n[train]\nseed = "1"\n', "config.toml: [train] `seed` is '1'; a whole number from 0"),
         ('sections = ["C5"]\n[train.keys]\nlayer = 3\n', "config.toml: [train.keys] `layer` is of type int; a text"),

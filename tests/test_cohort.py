@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -23,8 +24,8 @@ from he2gene_sc.cli import app as cli
 from he2gene_sc.cohort import _predict as cohort
 from he2gene_sc.cohort._cluster import workers_here
 from he2gene_sc.cohort._manifest import read_jobs
-from he2gene_sc.cohort._record import figures, is_finished
-from he2gene_sc.cohort._slide import Job
+from he2gene_sc.cohort._record import figures, find_finished
+from he2gene_sc.cohort._slide import Job, predict_slide
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +89,10 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(cohort, "predict_slide", predict)
     return names
+
+
+def is_finished(job, model):
+    return find_finished(job, model) is not None
 
 
 def files(*stores):
@@ -174,6 +179,79 @@ def test_a_slide_of_another_model_or_another_file_is_not_finished(finished, mode
     scan = of_image.path.stat()
     os.utime(of_image.path, ns=(scan.st_atime_ns, scan.st_mtime_ns + 1))
     assert not is_finished(of_image, model)
+
+
+def _other_pixels(store):
+    import zarr
+
+    group = zarr.open_group(store / "images" / "he", mode="r+", use_consolidated=False)
+    array = next(array for _, array in group.arrays())
+    array[...] = 255 - np.asarray(array[...])
+
+
+def _older_image(store):
+    shutil.copytree(store / "images" / "he", store / "copy")
+    shutil.rmtree(store / "images" / "he")
+    shutil.move(store / "copy", store / "images" / "he")
+    for path in (store / "images" / "he").rglob("*"):
+        os.utime(path, (1e9, 1e9))
+
+
+def _moved_spots(store):
+    (store / "shapes" / "spots" / "shapes.parquet").write_bytes(b"other spots")
+
+
+@pytest.fixture(scope="module")
+def updated(made, model, tmp_path_factory):
+    """A store that was predicted in place, as a cohort does."""
+    store = Path(shutil.copytree(made / "A.zarr", tmp_path_factory.mktemp("updated") / "A.zarr")).resolve()
+    predict_slide(Job(store, store), model)
+    return store
+
+
+@pytest.mark.parametrize("change", [_other_pixels, _older_image, _moved_spots])
+def test_a_store_whose_image_or_spots_are_exchanged_is_predicted_again(updated, model, tmp_path, change):
+    store = Path(shutil.copytree(updated, tmp_path / "A.zarr"))
+    slide = Job(store, store)
+    assert is_finished(slide, model)
+    change(store)
+    assert not is_finished(slide, model)
+
+
+def test_without_a_record_of_the_files_a_newer_image_is_noticed(finished, model, tmp_path):
+    store = Path(shutil.copytree(finished, tmp_path / "A.zarr"))
+    assert is_finished(Job(store, store), model)
+    _other_pixels(store)
+    assert not is_finished(Job(store, store), model)
+
+
+@pytest.mark.parametrize("part", ["layers/he2gene", "obs/he2gene_tissue", "obsm/X_he2gene", "var/he2gene_reliable"])
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_prediction_of_which_a_part_is_lost_is_not_finished(updated, model, tmp_path, part, damage):
+    store = Path(shutil.copytree(updated, tmp_path / "A.zarr"))
+    place = store / "tables" / "table" / part
+    if damage == "gone":
+        shutil.rmtree(place)
+    else:
+        for path in (path for path in place.rglob("*") if path.is_file() and path.name != "zarr.json"):
+            path.write_bytes(path.read_bytes()[:-2])
+    assert not is_finished(Job(store, store), model)
+
+
+def test_a_record_that_lacks_a_figure_does_not_stop_the_cohort(updated, model, client, tmp_path, counted):
+    store = Path(shutil.copytree(updated, tmp_path / "A.zarr"))
+    shutil.rmtree(store / "tables" / "table" / "uns" / "he2gene" / "n_spots")
+    frame = hg.cohort.predict([store], client, model=model)
+    assert counted == ["A.zarr"]
+    assert frame["status"].tolist() == ["predicted"], frame["error"][0]
+
+
+def test_another_store_of_a_slide_notices_other_pixels_of_it(made, tmp_path):
+    store = Path(shutil.copytree(made / "A.zarr", tmp_path / "A.zarr"))
+    before = Job(store, tmp_path / "B.zarr").source
+    assert Job(store, tmp_path / "B.zarr").source == before
+    _other_pixels(store)
+    assert Job(store, tmp_path / "B.zarr").source != before
 
 
 @pytest.mark.parametrize(
@@ -429,6 +507,112 @@ def test_cells_of_a_manifest_are_what_their_arguments_are(tmp_path):
     )
     assert b.options == {"mpp": 1.0, "genes": "all"}
     assert models == ["breast-her2st", "other"]
+
+
+GIVEN = {"output_dir": None, "keep_images": True, "overwrite": False}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffpath,mpp\nA.svs,4\n",
+        "path,mpp\r\nA.svs,4\r\n",
+        "path,mpp\rA.svs,4\r",
+        " path , mpp \n A.svs ,\t4\u00a0\n",
+        "\npath,mpp,,\n,,,\n  \nA.svs,4,,\n,,,\n",
+        '"path","mpp","image_key"\n"A.svs",4\n',
+        "path,mpp,batch_size\nA.svs,4.0,\n".encode("utf-16"),
+    ],
+)
+def test_a_manifest_is_read_as_spreadsheets_write_it(tmp_path, content):
+    (tmp_path / "m.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (job,), _ = read_jobs(tmp_path / "m.csv", {}, **GIVEN)
+    assert (job.path, job.options) == (tmp_path / "A.svs", {"mpp": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "m.csv is empty"),
+        ("path\n", "names no slide"),
+        (
+            "path,mpp\nA.svs,0,5\n",
+            "line 2: 3 cells, and the header has 2; quote a text that holds ',', and write decimal",
+        ),
+        ("path,mpp\n\nx,A.svs,0.5\n", "line 3: 3 cells"),
+        ("path,mpp,\nA.svs,1,note\n", "a column without a name"),
+        ("path;mpp\nA.svs;1\n", "seem to be parted by ';', ',' is needed"),
+        ("Path,mpp\nA.svs,1\n", "near 'path': ['Path']"),
+        ('path,mpp\n\nA.svs,"0,5"\n', "line 3: `mpp` is '0,5'; a number, with a decimal point is needed"),
+        ("path,mpp\nA.svs,0_5\n", "line 2: `mpp` is '0_5'"),
+        ("path,batch_size\nA.svs,1_0\n", "line 2: `batch_size` is '1_0'"),
+        ("path,batch_size\nA.svs,1.5\n", "`batch_size` is '1.5'; a whole number is needed"),
+        ("path,patient\nA.svs,P1\nB.svs,p1\n", "differ only in case or blanks; spell them alike"),
+        ("path,output\nA.svs,o.zarr\nB.svs,o.zarr/images/b.zarr\n", "which is a slide or an output itself"),
+        ("path,output\no.zarr/A.svs,o.zarr\n", "which is a slide or an output itself"),
+        ("path\nA\0.svs\n", "is not a text"),
+        (f"path\n{'a' * 300}.svs\n", "is not a path that can be opened"),
+        (b"PK\x03\x04\x80", "save it as 'CSV UTF-8"),
+        (b"path,patient\nA.svs,M\xfcller\n", "save it as 'CSV UTF-8"),
+        ('path\n"A.svs\n', "unexpected end of data"),
+    ],
+)
+def test_a_manifest_that_can_be_read_in_two_ways_is_refused(tmp_path, content, said):
+    (tmp_path / "m.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_jobs(tmp_path / "m.csv", {}, **GIVEN)
+
+
+@pytest.mark.parametrize("name", ["m.xlsx", "m.txt", "m"])
+def test_a_table_in_another_format_is_not_taken_for_a_slide(tmp_path, name):
+    (tmp_path / name).write_text("path\nA.svs\n")
+    with pytest.raises(ValueError, match=r"or a manifest \(\.csv, \.tsv\) is needed"):
+        read_jobs(tmp_path / name, {}, **GIVEN)
+
+
+def test_whole_numbers_of_a_column_with_gaps_are_whole(tmp_path):
+    frame = pd.DataFrame({"path": ["a.svs", "b.svs"], "batch_size": [8.0, np.nan]})
+    jobs, _ = read_jobs(frame, {}, **GIVEN)
+    assert [job.options for job in jobs] == [{"batch_size": 8}, {}]
+    assert isinstance(jobs[0].options["batch_size"], int)
+
+
+def test_one_slide_under_two_names_is_said(tmp_path):
+    (tmp_path / "A.svs").write_bytes(b"x")
+    (tmp_path / "link.svs").symlink_to("A.svs")
+    slides = [tmp_path / "A.svs", tmp_path / "link.svs"]
+    with pytest.warns(UserWarning, match="are one slide: it is predicted twice"):
+        read_jobs(slides, {}, **GIVEN)
+    # Two models of one slide are meant.
+    frame = pd.DataFrame({"path": slides, "model": ["breast-her2st", "other"]})
+    read_jobs(frame, {}, **GIVEN)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/out", "A.zarr/tables"])
+def test_a_folder_for_the_stores_is_a_folder(tmp_path, folder):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "A.zarr").mkdir()
+    (tmp_path / "A.zarr" / "zarr.json").write_text("{}")
+    with pytest.raises(ValueError, match="`output_dir` .* name another folder"):
+        read_jobs(["a.svs"], {}, **{**GIVEN, "output_dir": tmp_path / folder})
+
+
+def test_a_summary_that_is_lost_does_not_stop_the_slides(tmp_path):
+    (tmp_path / "place").mkdir()
+    table = cohort._Summary([Job(tmp_path / "A.svs", tmp_path / "A.zarr")], tmp_path / "place" / "s.csv")
+    table.begin()
+    shutil.rmtree(tmp_path / "place")
+    with pytest.warns(UserWarning, match=r"`summary` .* cannot be written any more"):
+        table.add(0, {"status": "predicted"})
+    assert table.frame()["status"].tolist() == ["predicted"]
+    with pytest.raises(OSError, match=r"`summary` .* cannot be written"):
+        table.begin()
+
+
+def test_a_summary_in_a_store_is_refused(made, tmp_path):
+    table = cohort._Summary([Job(tmp_path / "A.svs", tmp_path / "A.zarr")], made / "A.zarr" / "s.csv")
+    with pytest.raises(ValueError, match="lies in the store"):
+        table.check_place([])
 
 
 def test_folders_in_a_manifest_lie_relative_to_it(tmp_path):

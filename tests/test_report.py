@@ -202,7 +202,11 @@ def test_places_and_rows_without_a_store_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"`path`: '.*file' is a file, or lies in one"):
         hg.report([tmp_path / "a.zarr"], tmp_path / "file")
-    monkeypatch.setattr("os.access", lambda *_: False)
+
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(PermissionError, match=r"`path` .*a\.html' lies in a folder that cannot be written to"):
         check_new_file(tmp_path / "a.html", "path", (".html",), overwrite=False)
 

@@ -229,3 +229,39 @@ def test_the_graph_of_a_large_slide_is_small(tmp_path):
     element = hg.io.read_he(tmp_path / "a.tif", mpp=0.5)["he"]
     assert element.data.npartitions == 4
     assert sd.transformations.get_transformation(element) == Identity()
+
+
+@pytest.mark.parametrize("photometric", ["ycbcr", "separated", "palette"])
+def test_tiles_that_the_file_leaves_out_are_black_in_every_kind_of_colour(tmp_path, photometric):
+    channels = {"ycbcr": 3, "separated": 4, "palette": 1}[photometric]
+    shape = (128, 128, channels) if channels > 1 else (128, 128)
+    tile = np.full((64, 64, *shape[2:]), 200, np.uint8)
+    given = {"colormap": np.full((3, 256), 200 * 257, np.uint16)} if photometric == "palette" else {}
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        iter([tile if i != 1 else None for i in range(4)]),
+        shape=shape,
+        dtype=np.uint8,
+        photometric=photometric,
+        tile=(64, 64),
+        compression="zlib",
+        **given,
+    )
+    image = direct(image_of(tmp_path / "a.tif").levels[0].array)
+    assert image.colour.kind in ("ycbcr", "ink", "palette")
+    region = image[:, 30:128, 60:128]
+    assert (region[:, :34, 4:] == 0).all()
+    assert region[:, 34:].any(axis=0).all()
+    assert region[:, :, :4].any(axis=0).all()
+
+
+def test_a_reduced_level_that_lacks_tiles_of_the_scan_is_left_out(tmp_path, caplog):
+    full, tile = picture(256, 256), np.full((64, 64, 3), 200, np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(full, subifds=2, photometric="rgb", tile=(64, 64), compression="zlib")
+        for n, tiles in ((128, [tile, None, tile, tile]), (64, [tile])):
+            options = {"shape": (n, n, 3), "dtype": np.uint8, "subfiletype": 1, "compression": "zlib"}
+            file.write(iter(tiles), photometric="rgb", tile=(64, 64), **options)
+    image = image_of(tmp_path / "a.tif")
+    assert [level.array.shape[1] for level in image.levels] == [256, 64]
+    assert "level 1 lacks 1 tiles that the scan has" in caplog.text

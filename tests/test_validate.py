@@ -152,3 +152,16 @@ def test_arguments_of_another_type_are_named(wrong, match):
 def test_arguments_as_annotated_pass():
     verb(object(), layer=None, key_added="x", copy=True, seed=np.int64(3))
     verb(object(), "counts")
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float32("nan"), np.float64("nan"), "1", True])
+def test_nan_is_no_number_in_any_argument(value):
+    with pytest.raises(ValueError, match="`pitch_um` is .*; a number is needed"):
+        validate.arguments(hg.pp.grid, {"pitch_um": value})
+    validate.arguments(hg.pp.grid, {"pitch_um": 10**400, "mpp": None})
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a" * 300, "~nobody-here/x", " "])
+def test_a_path_that_no_file_system_takes_is_named(path):
+    with pytest.raises(ValueError, match="^`place` "):
+        validate.folder_or_file(path, "place")

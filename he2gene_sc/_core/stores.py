@@ -7,7 +7,7 @@ import hashlib
 import json
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISDIR
@@ -53,6 +53,12 @@ _NOTED: weakref.WeakKeyDictionary[SpatialData, _Noted] = weakref.WeakKeyDictiona
 def resolved(path: str | Path) -> Path:
     """Absolute path of a store, links followed."""
     return Path(path).expanduser().resolve()
+
+
+def store_around(place: Path) -> Path | None:
+    """Return the outermost zarr store that a place lies in."""
+    inside = [folder for folder in place.absolute().parents if any((folder / name).is_file() for name in ROOT_FILES)]
+    return inside[-1] if inside else None
 
 
 def elements(store: Path) -> set[tuple[str, str]]:
@@ -150,18 +156,25 @@ def _doubts(sdata: SpatialData, store: Path) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def digest(store: Path) -> str:
-    """Describe the same files by name, size and time, alike in every process."""
+def digest(store: Path, chosen: Iterable[tuple[str, str]] | None = None) -> str:
+    """Describe all files of all elements, or of those ``chosen``, by name, size and time, alike in every process."""
     facts = [
         (kind, name, file, stat.st_size, stat.st_mtime_ns)
-        for kind, name in sorted(elements(store))
-        for file, stat in _files(store / kind / name)
+        for kind, name in sorted(elements(store) if chosen is None else chosen)
+        for file, stat in _files(store / kind / name, pixels=True)
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _files(element: Path) -> Iterator[tuple[str, os.stat_result]]:
-    raster = element.parent.name == "images"
+def newest(store: Path, chosen: Iterable[tuple[str, str]]) -> int:
+    """Time of the file of some elements that was written last, in nanoseconds; 0 without files."""
+    return max(
+        (stat.st_mtime_ns for kind, name in chosen for _, stat in _files(store / kind / name, pixels=True)), default=0
+    )
+
+
+def _files(element: Path, *, pixels: bool = False) -> Iterator[tuple[str, os.stat_result]]:
+    raster = element.parent.name == "images" and not pixels
     paths = [*element.glob("*"), *element.glob("*/.zarray"), *element.glob("*/zarr.json")]
     for path in sorted(set(paths)) if raster else sorted(element.rglob("*")):
         stat = path.stat()

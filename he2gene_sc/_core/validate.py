@@ -5,6 +5,7 @@ They are called by the name of the module: ``validate.one_of(preset, PRESETS, "p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections import Counter
@@ -18,6 +19,8 @@ from .stores import note
 
 #: Names that an error lists before it counts the rest.
 _SHOWN = 20
+#: Characters of either end of a path that an error shows.
+_LONG_PATH = 60
 
 
 def format_list(values: Iterable[object], n: int = 5) -> str:
@@ -174,10 +177,23 @@ def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> l
 
 
 def folder_or_file(value: Any, parameter: str) -> Path:
-    """Check that a value is a path."""
-    if isinstance(value, str | Path) and str(value).strip():
-        return Path(value).expanduser()
-    raise ValueError(f"`{parameter}` is {value!r}; a path is needed")
+    """Check that a value is a path, and one that a file system can have."""
+    if not isinstance(value, str | Path) or not str(value).strip():
+        shown = str(value) if isinstance(value, Path) else value
+        raise ValueError(f"`{parameter}` is {shown!r}; a path is needed")
+    try:
+        path = Path(value).expanduser()
+        # What is not there, or may not be seen, is said by the function that opens it.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            path.stat()
+    except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name that is too long, links in a circle, ~nobody
+        raise ValueError(f"`{parameter}` {_shortened(value)} is not a path that can be opened: {error}") from error
+    return path
+
+
+def _shortened(value: object) -> str:
+    text = repr(str(value))
+    return text if len(text) <= 2 * _LONG_PATH else f"{text[:_LONG_PATH]}…{text[-_LONG_PATH:]}"
 
 
 def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
@@ -295,7 +311,7 @@ def _text(value: Any, parameter: str) -> str:
 
 
 def _number(value: Any, parameter: str) -> Any:
-    # What numbers are valid, NaN among them, the function says.
-    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+    # What range is valid, infinity among it, the function says.
+    if is_whole(value) or (isinstance(value, float | np.floating) and not np.isnan(value)):
         return value
     raise ValueError(f"`{parameter}` is {value!r}; a number is needed")

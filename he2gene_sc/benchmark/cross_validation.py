@@ -183,7 +183,7 @@ def _read(source: Source, cache: Path, device: str | None) -> tuple[dict[str, Me
     from ..tl._train.default import encode_section
     from ..tl._train.measured import join, read_sections
 
-    where = resolve_device(device or "auto")
+    where = resolve_device("auto" if device is None else device)
     network, spec = load_encoder(_ENCODER)
     extractor, sha256 = FeatureExtractor(network, spec), encoder_sha256(network)
     engine = (32, where, resolve_dtype("float32", where), False)

@@ -51,9 +51,11 @@ def demo(
 
     Looks for her2st in HE2GENE_DATA_DIR, then online; where it cannot be had, a synthetic slide is used.
     """
+    from ..io._files import check_folder
     from ..models import load
     from .demo import run
 
+    check_folder(out, "--out")
     panels = run(section, out, load(model), partial(say, err=as_json))
     if as_json:
         say_json({"output": str(out), "panels": records(panels)})
@@ -119,10 +121,11 @@ def train(
     `organ`, `species` or `technology`; or a list `sections` of her2st sections. Paths in it are relative to the file.
     """
     from .. import tl
+    from .._core import validate
     from ..models._folder import check_place
     from .training_file import read_training_file
 
-    if (check_place(out) / "card.json").exists() and not overwrite:
+    if (check_place(validate.folder_or_file(out, "--out")) / "card.json").exists() and not overwrite:
         raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it, once the new one is trained")
     sections, options = read_training_file(config, out)
     trained = tl.train(sections, **options)
@@ -163,8 +166,12 @@ def benchmark(
     """Cross-validate presets and baselines over the sections of a data set, grouped; write table and figure."""
     from ..benchmark import cross_validation as _benchmark
     from ..benchmark import report as _benchmark_report
+    from ..io._files import check_folder
     from .training_file import read_toml, train_options
 
+    check_folder(out, "--out")
+    if cache is not None:
+        check_folder(cache, "--cache")
     if data not in ("her2st", "hbcis"):
         raise ValueError(f"--data is {data!r}, valid: ['her2st', 'hbcis']")
     if data == "her2st":
@@ -234,10 +241,11 @@ def evaluate(
 ) -> None:
     """Compare a prediction with what was measured, beside baselines; print the summary. The store stays as it is."""
     from .. import get, tl
+    from .._core import validate
     from ..io._open import open_store
     from .evaluation_report import lines
 
-    if out is not None and out.is_dir():
+    if out is not None and validate.folder_or_file(out, "--out").is_dir():
         raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
     if out is not None and not out.resolve().parent.is_dir():
         raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")

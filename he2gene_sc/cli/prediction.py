@@ -99,6 +99,8 @@ def predict(
         raise ValueError("--genes and --all-genes are two wishes; give one of them")
     if bool(paths) == (manifest is not None):
         raise ValueError("either PATHS or --manifest is needed")
+    if manifest is not None and manifest.suffix.lower() not in (".csv", ".tsv"):
+        raise ValueError(f"--manifest {str(manifest)!r} ends in {manifest.suffix!r}; a .csv or .tsv file is needed")
     options = {
         "image_key": image_key,
         "shapes_key": shapes_key,
@@ -155,10 +157,13 @@ def _predict_one(
 ) -> None:
     import pandas as pd
 
+    from .._core import validate
     from .._core.stores import resolved
     from ..cohort._record import figures
     from ..cohort._slide import Job, output_of, predict_slide
 
+    path = validate.folder_or_file(path, "PATH")
+    out = None if out is None else validate.folder_or_file(out, "--out")
     job = Job(path, output_of(path) if out is None else resolved(out), options, **further)
     written = predict_slide(job, model)
     row = {"path": str(path), "output": str(written), "status": "predicted", **figures(job, model)}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
+import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
-from .._core.names import asked_name
+from .._core.names import asked_name, check_spelling
 from ._slide import Job, output_of
 
 if TYPE_CHECKING:
@@ -42,6 +45,10 @@ def read_jobs(
                 "pd.DataFrame({'path': [...], 'output': [...]}), or a folder: output_dir='predicted'"
             )
     _check_names(shared, "arguments of hg.cohort.predict")
+    if output_dir is not None:
+        from ..io._files import check_folder
+
+        check_folder(output_dir, "output_dir")
     _check(shared, is_local)
     jobs, models = [], []
     for where, row in _rows(slides):
@@ -61,7 +68,9 @@ def read_jobs(
         jobs.append(Job(path, place, options, labels, **own, keep_image=keep_images, overwrite=overwrite))
     if not jobs:
         raise ValueError("`paths` names no slide; give stores, images or a manifest with a column `path`")
+    _check_patients(jobs)
     _check_outputs(jobs)
+    _warn_of_twins(jobs, models)
     return jobs, models
 
 
@@ -135,13 +144,18 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where a slide is named, and what is said of it."""
     import pandas as pd
 
-    if isinstance(slides, str | Path) and Path(slides).suffix.lower() in SEPARATORS:
-        manifest = validate.folder_or_file(slides, "paths")
-        yield from _of_frame(_read(manifest), manifest.resolve().parent, manifest.name, first=2)
-    elif isinstance(slides, pd.DataFrame):
-        yield from _of_frame(slides, Path.cwd(), "`paths`", first=0)
+    if isinstance(slides, pd.DataFrame):
+        rows = ((f"`paths`, row {number}", list(values)) for number, values in enumerate(_values(slides)))
+        yield from _checked([str(column).strip() for column in slides.columns], rows, Path.cwd(), "`paths`")
     elif isinstance(slides, str | Path):
-        yield "`paths`", {"path": _path(slides, Path.cwd())}
+        path = validate.folder_or_file(slides, "paths")
+        if path.suffix.lower() in SEPARATORS:
+            header, lines = read_manifest(path)
+            rows = ((f"{path.name}, line {number}", cells) for number, cells in lines)
+            yield from _checked(header, rows, path.resolve().parent, path.name)
+        else:
+            _check_kind(path)
+            yield "`paths`", {"path": _path(slides, Path.cwd())}
     else:
         if not isinstance(slides, Iterable) or isinstance(slides, Mapping | bytes):
             raise TypeError(
@@ -152,34 +166,78 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, {"path": _path(validate.folder_or_file(path, where.replace("`", "")), Path.cwd())}
 
 
-def _read(manifest: Path) -> pd.DataFrame:
-    import pandas as pd
+def _values(frame: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
+    return frame.itertuples(index=False, name=None)
 
-    if not manifest.is_file():
+
+def _check_kind(path: Path) -> None:
+    """Refuse a table in another format, which would be taken for a picture."""
+    from ..io._decode import IMAGE_SUFFIXES
+
+    if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(
-            f"`paths` {str(manifest)!r}: the file does not exist; name a csv or tsv file with a row a slide"
+            f"`paths` {str(path)!r} ends in {path.suffix!r}; a store, an image ({', '.join(sorted(IMAGE_SUFFIXES))}), or a "
+            "manifest (.csv, .tsv) is needed"
         )
+
+
+def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Read a manifest: names of columns, and the number and the cells of each line that is not empty, without blanks around."""
+    if not path.is_file():
+        raise ValueError(f"`paths` {str(path)!r}: the file does not exist; name a csv or tsv file with a row a slide")
+    separator = SEPARATORS[path.suffix.lower()]
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=separator, strict=True)
     try:
-        return pd.read_csv(
-            manifest,
-            sep=SEPARATORS[manifest.suffix.lower()],
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-            skip_blank_lines=True,
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path.name} is not a manifest: line {reader.line_num}: {error}") from error
+    lines = [(number, cells) for number, cells in lines if any(cells)]
+    if not lines:
+        raise ValueError(f"{path.name} is empty; a header with a column `path`, and a row a slide, are needed")
+    (_, header), *lines = lines
+    if "path" not in header:
+        other = next((mark for mark in (",", ";", "\t") if mark in header[0]), None)
+        hint = f"; columns seem to be parted by {other!r}, {separator!r} is needed" if other else ""
+        raise ValueError(
+            f"{path.name} lacks the column `path`, which names the slide of each row; it has {header}"
+            f"{hint or validate.near('path', header)}"
         )
-    except (ValueError, UnicodeDecodeError) as error:  # parser errors are ValueErrors
-        raise ValueError(f"{manifest.name} is not a manifest: {error}") from error
+    n = len(header)
+    for number, cells in lines:
+        if any(cells[n:]):
+            raise ValueError(
+                f"{path.name}, line {number}: {len(cells)} cells, and the header has {n}; quote a text that holds "
+                f"{separator!r}, and write decimal numbers with a point"
+            )
+    lines = [(number, [*cells[:n], *[""] * (n - len(cells))]) for number, cells in lines]
+    # Excel leaves columns of which nothing is filled.
+    kept = [i for i, name in enumerate(header) if name or any(cells[i] for _, cells in lines)]
+    if not all(header[i] for i in kept):
+        raise ValueError(f"{path.name} has a column without a name that is not empty; name or remove it")
+    return [header[i] for i in kept], [(number, [cells[i] for i in kept]) for number, cells in lines]
 
 
-def _of_frame(frame: pd.DataFrame, folder: Path, name: str, *, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    columns = [str(column).strip() for column in frame.columns]
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path.name} is not a manifest in UTF-8 ({error}); save it as 'CSV UTF-8 (comma delimited)'"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{path.name} is not a manifest: it is not a text; save it as 'CSV UTF-8 (comma delimited)'")
+    return text
+
+
+def _checked(
+    columns: list[str], rows: Iterable[tuple[str, list[Any]]], folder: Path, name: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     validate.unique(columns, name, "columns")
     if "path" not in columns:
         raise ValueError(f"{name} lacks the column `path`, which names the slide of each row; it has {columns}")
     _check_names(columns, f"columns of {name}")
-    for number, values in enumerate(frame.itertuples(index=False, name=None)):
-        where = f"{name}, {'line' if first else 'row'} {number + first}"
+    for where, values in rows:
         row = {column: value for column, value in zip(columns, values, strict=True) if not _is_empty(value)}
         if "path" not in row:
             raise ValueError(f"{where}: `path` is empty")
@@ -206,8 +264,9 @@ def _cell(column: str, value: Any, folder: Path) -> Any:
 
 
 def _path(value: Any, folder: Path) -> Path:
+    text = value.strip() if isinstance(value, str) else value
     # Links are not followed: the store is named after the link.
-    return (folder / validate.folder_or_file(value, "path")).absolute()
+    return (folder / validate.folder_or_file(text, "path")).absolute()
 
 
 def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
@@ -232,6 +291,8 @@ def _value(column: str, value: Any) -> Any:
     else:
         annotation = inspect.formatannotation(_options()[column].annotation)
         kinds = {kind.strip(" '").partition("[")[0] for kind in annotation.split("|")}
+    if "int" in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)  # a column of integers with gaps is one of floats
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -239,17 +300,27 @@ def _value(column: str, value: Any) -> Any:
         return text if text == "all" else [gene.strip() for gene in text.replace(";", ",").split(",") if gene.strip()]
     if "bool" in kinds:
         return validate.one_of(text.lower(), ("true", "false"), column) == "true"
-    for kind, convert, needed in (("int", int, "a whole number"), ("float", float, "a number")):
-        if kind in kinds:
-            try:
-                return convert(text)
-            except ValueError:
-                raise ValueError(f"`{column}` is {text!r}; {needed} is needed") from None
+    if kinds & {"int", "float"}:
+        return _number(column, text, whole="int" in kinds)
     return text
 
 
+def _number(column: str, text: str, *, whole: bool) -> float | int:
+    try:
+        # Python takes 1_0 for 10.
+        number = float(text if "_" not in text else "")
+    except ValueError:
+        point = ", with a decimal point" if "," in text else ""
+        raise ValueError(f"`{column}` is {text!r}; a number{point} is needed") from None
+    if not whole:
+        return number
+    if not number.is_integer():
+        raise ValueError(f"`{column}` is {text!r}; a whole number is needed")
+    return int(number)
+
+
 def _check_outputs(jobs: list[Job]) -> None:
-    """Refuse two slides with one output, and an output that is another's slide."""
+    """Refuse two slides with one output, an output that is another's slide, and one inside another."""
     from .._core.stores import resolved
 
     writers: dict[Path, Job] = {}
@@ -260,10 +331,45 @@ def _check_outputs(jobs: list[Job]) -> None:
                 f"`paths`: {str(other.path)!r} and {str(job.path)!r} would both be written to {str(job.output)!r}; name each "
                 "slide once, or give the manifest a column `output`"
             )
+    slides: dict[Path, Job] = {}
     for job in jobs:
-        writer = writers.get(resolved(job.path))
+        place = resolved(job.path)
+        writer = writers.get(place)
         if writer is not None and writer is not job:
             raise ValueError(
                 f"`paths`: {str(writer.path)!r} would be written to {str(job.path)!r}, which is a slide itself; name "
                 "another store in a column `output`"
             )
+        slides[place] = job
+    for place in [*writers, *slides]:
+        around = next((parent for parent in place.parents if parent in writers or parent in slides), None)
+        if around is not None:
+            raise ValueError(
+                f"`paths`: {str(place)!r} lies in {str(around)!r}, which is a slide or an output itself; name another place in a "
+                "column `output`"
+            )
+
+
+def _warn_of_twins(jobs: list[Job], models: list[Any]) -> None:
+    """Say which slides are one, by links or by name, of which the same is asked."""
+    from .._core.stores import resolved
+
+    seen: dict[Path, list[tuple[Job, Any]]] = {}
+    for job, model in zip(jobs, models, strict=True):
+        others = seen.setdefault(resolved(job.path), [])
+        twin = next((other for other, its_model in others if other.asks_as(job) and its_model is model), None)
+        others.append((job, model))
+        if twin is not None:
+            warnings.warn(
+                f"{str(twin.path)!r} and {str(job.path)!r} are one slide: it is predicted twice, and counts as two where slides "
+                "are compared; remove a row",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _check_patients(jobs: list[Job]) -> None:
+    """Refuse patients and sections that are spelled in two ways."""
+    for label in LABELS:
+        found = {f"slide {job.path.name!r}": [job.labels[label]] for job in jobs if label in job.labels}
+        check_spelling(found, "paths", label, what=f"{label}s", mend="spell them alike")

@@ -15,7 +15,7 @@ from .._core import validate
 from .._settings import settings
 from ._cluster import check_client, local_client, workers_here
 from ._manifest import LABELS, SEPARATORS, read_jobs
-from ._record import figures, is_finished
+from ._record import figures, find_finished
 from ._slide import Job, predict_slide
 
 if TYPE_CHECKING:
@@ -111,11 +111,12 @@ def predict(
     table = _Summary(jobs, None if summary is None else validate.folder_or_file(summary, "summary"))
     table.check_place(paths)
     models = _load(names)
-    table.write()
+    table.begin()
     todo = {}
     for number, (job, model) in enumerate(zip(jobs, models, strict=True)):
-        if is_finished(job, model):
-            table.add(number, {"status": "skipped", **figures(job, model)})
+        found = find_finished(job, model)
+        if found is not None:
+            table.add(number, {"status": "skipped", **found})
         else:
             todo[number] = (job, model)
     shown = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
@@ -174,6 +175,7 @@ class _Summary:
     def __init__(self, jobs: list[Job], path: Path | None) -> None:
         self.jobs = jobs
         self.path = path
+        self.lost = False  # whether the file could not be written
         self.labels = sorted({name for job in jobs for name in job.labels})
         texts = dict.fromkeys((*self.labels, "verdict", "warnings", "error"), "")
         self.rows: list[dict[str, Any]] = [
@@ -183,11 +185,13 @@ class _Summary:
 
     def check_place(self, slides: Any) -> None:
         """Refuse a path that is not a table, or a file that would be lost."""
-        from .._core.stores import resolved
+        from .._core.stores import resolved, store_around
 
         path = self.path
         if path is None:
             return
+        if (store := store_around(path)) is not None:
+            raise ValueError(f"`summary` {str(path)!r} lies in the store {str(store)!r}; name a file beside it")
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f"`summary` {str(path)!r} is a folder or lies in none; name a csv file")
         if path.suffix.lower() not in SEPARATORS:
@@ -208,9 +212,28 @@ class _Summary:
                 "remove it"
             )
 
+    def begin(self) -> None:
+        """Write the file, in which no slide was run; an error if that cannot be."""
+        try:
+            self.write()
+        except OSError as error:
+            raise OSError(f"`summary` {str(self.path)!r} cannot be written ({error}); name another file") from error
+
     def add(self, number: int, row: dict[str, Any]) -> None:
         self.rows[number].update(row)
-        self.write()
+        try:
+            self.write()
+            self.lost = False
+        except OSError as error:
+            # Slides are not given up for a table of them.
+            if not self.lost:
+                warnings.warn(
+                    f"`summary` {str(self.path)!r} cannot be written any more ({error}): it lacks slides that are done. The table "
+                    "that hg.cohort.predict returns has them",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            self.lost = True
 
     def frame(self) -> pd.DataFrame:
         import pandas as pd
@@ -320,10 +343,10 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         try:
             # A worker that died may have saved it before.
-            status = "skipped" if is_finished(job, model) else "predicted"
-            if status == "predicted":
+            found = find_finished(job, model)
+            if found is None:
                 predict_slide(job, model)
-            row = {"status": status, **figures(job, model)}
+            row = {"status": "predicted", **figures(job, model)} if found is None else {"status": "skipped", **found}
         except Exception as error:  # noqa: BLE001 - whatever it is, the other slides go on
             row = _failed(f"{type(error).__name__}: {error}")
         said = dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,35 +11,46 @@ import numpy as np
 
 from .._core.keys import ATTRS, Keys
 from .._core.names import clean_names
-from ._slide import SOURCE, Job
+from .._core.ownership import written_in
+from ._slide import FILES, SOURCE, Job, elements_of
 
 if TYPE_CHECKING:
     from ..models import HE2Gene
 
 #: Arguments of ``tl.predict`` that leave the numbers as they are, up to rounding; features in ``obsm`` are compared.
 _SAME_RESULT = {"batch_size", "device", "features"}
+#: Chunks of a matrix that are read to see whether it is whole.
+_SAMPLED = 64
 #: What the record calls arguments that are found where none is given.
 _FOUND = {"image_key": "image", "shapes_key": "shapes", "coordinate_system": "coordinate_system", "mpp": "mpp"}
 
 
-def is_finished(job: Job, model: HE2Gene) -> bool:
-    """Whether the store of a slide holds its prediction, by the same model with the same parameters."""
+def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
+    """Numbers of a slide whose store holds its prediction by this model with these parameters, whole; else ``None``."""
     from ..io._store import root_attrs
 
     if job.overwrite or not model.weights_sha256 or not job.output.is_dir():
-        return False
+        return None
     try:
-        source = (root_attrs(job.output) or {}).get(ATTRS, {}).get(SOURCE, {})
-        if not job.in_place and source != job.source:
-            return False
-        return any(_has_labels(table, job.labels) for table, _ in _asked_for(job, model))
+        attrs = root_attrs(job.output)
+        if attrs is None or not (job.in_place or attrs.get(ATTRS, {}).get(SOURCE, {}) == job.source):
+            return None
+        for table, record in _asked_for(job, model):
+            whole = _has_labels(table, job.labels) and (not job.in_place or _is_of_slide(job, table, record))
+            if whole and all(_can_be_read(place) for place in _parts(table, record, _key(job))):
+                return _figures(table, record, _key(job))
     except Exception:  # noqa: BLE001 - whatever damage does to a reader: it is read again, and reported then
-        return False
+        return None
+    return None
 
 
 def figures(job: Job, model: HE2Gene) -> dict[str, Any]:
-    """Numbers of a finished slide for the summary."""
-    table, record = _its_table(job, model)
+    """Numbers of a slide that was just predicted, for the summary."""
+    found = _asked_for(job, model) or _in_order(_predictions(job.output, _key(job)), job)
+    return _figures(*found[0], _key(job))
+
+
+def _figures(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
     odd = record.get("share_out_of_distribution", math.nan)
     mpp = set(_values(record["mpp"]))
     return {
@@ -47,9 +58,47 @@ def figures(job: Job, model: HE2Gene) -> dict[str, Any]:
         "mpp": float(mpp.pop()) if len(mpp) == 1 else math.nan,
         "share_on_tissue": float(record.get("share_on_tissue", math.nan)),
         "share_like_training": 1 - float(odd),
-        "share_annotated": _share_annotated(table, Keys(_key(job))),
+        "share_annotated": _share_annotated(table, Keys(key)),
         "verdict": str(record.get("verdict", "")),
     }
+
+
+def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
+    """Whether image and spots are the files that were predicted; without a record of them, whether none is newer."""
+    from .._core.stores import digest, newest
+
+    noted = record.get(FILES, {})
+    written = newest(job.output, [("tables", f"{table.name}/uns/{_key(job)}")])
+    for region, chosen in elements_of(job.output, record).items():
+        if region in noted:
+            if noted[region] != " ".join(digest(job.output, [each]) for each in chosen):
+                return False
+        elif newest(job.output, chosen) > written:
+            return False
+    return True
+
+
+def _parts(table: Path, record: Mapping[str, Any], key: str) -> Iterator[Path]:
+    """All that a prediction wrote."""
+    for slot, names in written_in(key, record).items():
+        for name in names:
+            yield table / slot / name
+
+
+def _can_be_read(place: Path) -> bool:
+    """Whether a part of a table is there and whole; of a large matrix some chunks are read."""
+    import zarr
+
+    found: Any = zarr.open(place, mode="r")
+    if not isinstance(found, zarr.Array):
+        _read(place)
+        return True
+    chunks = [-(-size // step) for size, step in zip(found.shape, found.chunks, strict=True)]
+    n = math.prod(chunks)
+    for number in np.unique(np.linspace(0, max(n - 1, 0), min(n, _SAMPLED)).astype(int)):
+        index = np.unravel_index(number, chunks)
+        found[tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, found.chunks, strict=True))]
+    return True
 
 
 def _key(job: Job) -> str:
@@ -64,18 +113,16 @@ def _predictions(store: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]
             yield place.parents[1], record
 
 
-def _asked_for(job: Job, model: HE2Gene) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Tables that hold the prediction of a job."""
-    for table, record in _predictions(job.output, _key(job)):
-        if _matches(table, record, job, model) and _is_asked_for(table, job):
-            yield table, record
+def _asked_for(job: Job, model: HE2Gene) -> list[tuple[Path, dict[str, Any]]]:
+    """Tables that hold the prediction of a job, the likeliest first."""
+    found = _predictions(job.output, _key(job))
+    return _in_order((pair for pair in found if _matches(*pair, job, model) and _is_asked_for(pair[0], job)), job)
 
 
-def _its_table(job: Job, model: HE2Gene) -> tuple[Path, dict[str, Any]]:
-    found = list(_asked_for(job, model)) or list(_predictions(job.output, _key(job)))
+def _in_order(found: Iterable[tuple[Path, dict[str, Any]]], job: Job) -> list[tuple[Path, dict[str, Any]]]:
     # All genes stand in a table of the name of the key, where a measured table has its own.
     all_genes = job.options.get("genes") == "all"
-    return min(found, key=lambda pair: (pair[0].name == _key(job)) != all_genes)
+    return sorted(found, key=lambda pair: (pair[0].name == _key(job)) != all_genes)
 
 
 def _is_asked_for(table: Path, job: Job) -> bool:

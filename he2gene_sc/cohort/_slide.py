@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._core.keys import ATTRS
 from .._core.names import clean_names
+from .._core.ownership import is_prediction
 from .._core.validate import format_list
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 #: ``sdata.attrs["he2gene"][SOURCE]``: what a store was made from, other than itself.
 SOURCE = "source"
+#: ``uns[key][FILES]``: region to a digest of the files of its image and spots, in a store that was updated.
+FILES = "files"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Job:
 
         return self.path.is_dir() and self.output == resolved(self.path)
 
+    def asks_as(self, other: Job) -> bool:
+        """Whether the same is asked of two slides."""
+        ours, theirs = ((job.options, job.labels, job.pitch_um, job.tissue_method) for job in (self, other))
+        return ours == theirs
+
     @property
     def source(self) -> dict[str, Any]:
         """What tells whether a store was made from this slide; empty where it is updated."""
@@ -62,6 +71,10 @@ class Job:
         }
 
 
+def _key(job: Job) -> str:
+    return str(job.options.get("key_added") or "he2gene")
+
+
 def output_of(path: Path, folder: Path | None = None) -> Path:
     """Where a prediction goes if nothing is said: into the store, or beside the image; or into ``folder``."""
     from .._core.stores import resolved
@@ -78,6 +91,7 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
     if not job.path.exists():
         raise ValueError(f"PATH {str(job.path)!r}: nothing there")
     in_place, source = job.in_place, job.source  # as it is before it is read
+    files = _element_digests(job.path) if in_place else {}
     if in_place and not job.keep_image:
         raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store by --out")
     sdata = _open(job.path) if job.path.is_dir() else None
@@ -87,8 +101,11 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
         sdata = _read_image(job)
     _check_labels(sdata, job.labels)
     check_place(job.output, least_bytes(sdata, images=job.keep_image and not in_place))
+    before = {name: table.uns.get(_key(job)) for name, table in sdata.tables.items()}
     tl.predict(sdata, model=model, **job.options)
     _write_labels(sdata, job)
+    if in_place:
+        _note_files(sdata, job, before, files)
     if not job.keep_image:
         for name in list(sdata.images):
             del sdata.images[name]
@@ -99,6 +116,39 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
     except Exception as error:
         kind = type(error) if isinstance(error, OSError | MemoryError) else ValueError
         raise kind(f"{error}. The prediction {_rescue(sdata, job.output)}") from error
+
+
+def elements_of(store: Path, record: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Region of a prediction to its image and spots in a store."""
+    shapes, images = record["shapes"], record["image"]
+    found = {}
+    for region in [shapes] if isinstance(shapes, str) else map(str, shapes):
+        image = str(images[region] if isinstance(images, Mapping) else images)
+        spots = "labels" if (store / "labels" / region).is_dir() else "shapes"
+        found[region] = [("images", image), (spots, region)]
+    return found
+
+
+def _element_digests(store: Path) -> dict[tuple[str, str], str]:
+    from .._core.stores import digest, elements
+
+    # What cannot be read is named where it is read.
+    with contextlib.suppress(OSError):
+        return {each: digest(store, [each]) for each in elements(store) if each[0] != "tables"}
+    return {}
+
+
+def _note_files(sdata: SpatialData, job: Job, before: Mapping[str, Any], files: Mapping[tuple[str, str], str]) -> None:
+    """Note in the record of a prediction what tells the files of image and spots, as they were before they were read."""
+    for name, table in sdata.tables.items():
+        record = table.uns.get(_key(job))
+        if not is_prediction(record) or record is before.get(name):
+            continue
+        noted = dict(before.get(name, {}).get(FILES, {})) if is_prediction(before.get(name)) else {}
+        regions = elements_of(job.path, record)
+        now = [job.options["shapes_key"]] if job.options.get("shapes_key") else list(regions)
+        noted |= {region: " ".join(files.get(each, "") for each in regions[region]) for region in now}
+        table.uns[_key(job)] = {**record, FILES: {region: noted[region] for region in regions if region in noted}}
 
 
 def _open(store: Path) -> SpatialData:
@@ -138,7 +188,7 @@ def _check_labels(sdata: SpatialData, labels: Mapping[str, str]) -> None:
 
 
 def _write_labels(sdata: SpatialData, job: Job) -> None:
-    key = job.options.get("key_added", "he2gene")
+    key = _key(job)
     for table in sdata.tables.values():
         for name, value in job.labels.items():
             if key in table.uns and name not in table.obs:

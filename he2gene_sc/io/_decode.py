@@ -29,6 +29,8 @@ MAX_PIXELS = 1_200_000_000
 _BYTES_A_PIXEL = 8
 _PILLOW = {".jpg", ".jpeg", ".png"}
 _TIFF = {".tif", ".tiff", ".btf", ".ome", ".svs", ".ndpi", ".scn"}
+#: Endings of files that are read.
+IMAGE_SUFFIXES = _PILLOW | _TIFF
 _guard = threading.Lock()
 
 #: Modes of Pillow that are RGB, and what the others are converted to.
@@ -81,7 +83,7 @@ def decode(path: Path) -> Decoded:
         return Decoded(build_levels(pixels), None, orientation)
     if suffix in _TIFF:
         return _decode_tiff(path)
-    raise ValueError(f"`path` {path.name!r}: {suffix or 'no'} type; valid: {sorted(_PILLOW | _TIFF)}")
+    raise ValueError(f"`path` {path.name!r}: {suffix or 'no'} type; valid: {sorted(IMAGE_SUFFIXES)}")
 
 
 def _is_tiff(path: Path) -> bool:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from .._core import validate
+from .._core.stores import store_around
 
 #: What a new folder is called for the moment between two renames, where the file system cannot exchange.
 WAITING = "-he2gene-new"
@@ -148,15 +149,36 @@ def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...], 
         raise ValueError(f"`{parameter}` {str(place)!r} ends in {place.suffix!r}; {' or '.join(suffixes)} is needed")
     if place.is_dir() or not place.parent.is_dir():
         raise ValueError(f"`{parameter}` {str(place)!r} is a folder, or lies in a folder that is not there")
-    if not os.access(place.parent, os.W_OK):
-        raise PermissionError(
-            f"`{parameter}` {str(place)!r} lies in a folder that cannot be written to; choose another place"
-        )
+    _check_writable(place.parent, f"`{parameter}` {str(place)!r}")
     if place.exists() and not overwrite:
         raise FileExistsError(
             f"`{parameter}` {str(place)!r} is there; choose another name, or pass overwrite=True (--overwrite)"
         )
     return place
+
+
+def check_folder(path: str | Path, parameter: str) -> Path:
+    """Refuse a folder that cannot be made or written to, before any work is done; one in a zarr store too."""
+    folder = validate.folder_or_file(path, parameter).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    store = store_around(folder / "any")
+    if store is not None or not there.is_dir():
+        what = f"the store {str(store)!r}" if store is not None else f"the file {str(there)!r}"
+        raise ValueError(f"`{parameter}` {str(path)!r} is or lies in {what}; name another folder")
+    _check_writable(there, f"`{parameter}` {str(path)!r}")
+    return folder
+
+
+def _check_writable(folder: Path, what: str) -> None:
+    """Refuse a folder in which no file can be made: neither its modes nor its kind of file system say so."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else PermissionError
+        raise kind(
+            f"{what} lies in a folder that cannot be written to ({error.strerror}: {str(folder)!r}); choose another place"
+        ) from error
 
 
 def remove(path: Path) -> None:

@@ -160,6 +160,9 @@ def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path:
             )
         array = TiledImage(path, number, i, pages)
         if not levels or _is_level(array.shape, levels):
+            if levels and (n := _n_lost(levels[0], array)):
+                logger.warning("%r: level %d lacks %d tiles that the scan has; it is left out", path.name, i, n)
+                continue
             levels.append(array)
     samples = [level.probe() for level in levels]
     # Whether float pixels reach to 1 or to 255 is told by as much of the image as can be had.
@@ -180,6 +183,23 @@ def _is_level(shape: tuple[int, ...], levels: list[TiledImage]) -> bool:
         return False
     expected = full_width / full_height * height
     return abs(width - expected) <= _OFF_SHAPE * expected + _OFF_PX
+
+
+def _n_lost(full: TiledImage, level: TiledImage) -> int:
+    """Count the tiles that a reduced level lacks where the scan has some: scanners have written such files."""
+    lacks = level.lacks()
+    if not lacks.any():
+        return 0
+    there = ~full.lacks()
+    rows, columns = (n / lacks.shape[axis] for axis, n in enumerate(there.shape))
+    return sum(
+        bool(
+            there[
+                int(y * rows) : int(np.ceil((y + 1) * rows)), int(x * columns) : int(np.ceil((x + 1) * columns))
+            ].any()
+        )
+        for y, x in np.argwhere(lacks)
+    )
 
 
 def check_whole(series: tifffile.TiffPageSeries, path: Path) -> None:

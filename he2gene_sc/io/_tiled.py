@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 #: Tiles that are worth a thread of their own.
 _TILES_A_THREAD = 16
 _MAX_THREADS = 8
+#: Kinds of colour of which samples of 0, as of a tile that the file lacks, are not black.
+_ZERO_IS_A_COLOUR = ("ink", "palette", "ycbcr")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class TiledImage:
         self.shape = (3, height, width)
         self.chunks = (3, *self._tile)
         self._grid = (-(-height // self._tile[0]), -(-width // self._tile[1]))
+        self._lacks: np.ndarray | None = None
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
         self._process = 0
@@ -87,7 +90,10 @@ class TiledImage:
         channels, rows, columns = _three(key)
         top, bottom, rows = _span(rows, self.shape[1])
         left, right, columns = _span(columns, self.shape[2])
-        return self.colour(self.samples(top, bottom, left, right))[channels][..., rows, :][..., columns]
+        pixels = self.colour(self.samples(top, bottom, left, right))
+        if self.colour.kind in _ZERO_IS_A_COLOUR and pixels.size:
+            self._blacken(pixels, top, left)
+        return pixels[channels][..., rows, :][..., columns]
 
     def samples(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Read the stored samples of a rectangle, ``(n, rows, columns)``."""
@@ -113,6 +119,27 @@ class TiledImage:
             with ThreadPoolExecutor(n, thread_name_prefix="he2gene-tiles") as pool:
                 list(pool.map(place, [tiles[i * len(tiles) // n : (i + 1) * len(tiles) // n] for i in range(n)]))
         return out
+
+    def lacks(self) -> np.ndarray:
+        """Tell which tiles the file lacks, ``(rows, columns)`` of tiles."""
+        if self._lacks is not None:
+            return self._lacks
+        n = self._grid[0] * self._grid[1]
+        lacks = np.ones(n, bool)
+        for plane in self._open().planes:
+            sizes = np.asarray(plane.sizes, np.int64)[: n * (self._n_samples if self._planar else 1)]
+            there = np.zeros(-(-max(len(sizes), 1) // n) * n, bool)
+            there[: len(sizes)] = sizes > 0
+            lacks &= ~there.reshape(-1, n).any(axis=0)
+        self._lacks = lacks.reshape(self._grid)
+        return self._lacks
+
+    def _blacken(self, pixels: np.ndarray, top: int, left: int) -> None:
+        """Paint the tiles that the file lacks black, as they are in other colours."""
+        th, tw = self._tile
+        for iy, ix in np.argwhere(self.lacks()):
+            y, x = iy * th - top, ix * tw - left
+            pixels[:, max(0, y) : max(0, y + th), max(0, x) : max(0, x + tw)] = 0
 
     def probe(self, max_tiles: int = 16) -> np.ndarray:
         """Decode some tiles, spread over the level, all of a small one; return their samples ``(n, k)``."""
