@@ -99,6 +99,14 @@ def test_without_a_reliable_gene_the_page_says_what_can_be_done(plain, tmp_path)
     assert "chosen-genes" not in page.sections
 
 
+def test_a_section_of_training_is_named(plain, tmp_path):
+    plain["table"].uns["he2gene"] |= {"known_patient": True, "known_sections": ["S1"]}
+    page = Page(hg.report(plain, tmp_path / "report.html"))
+    assert "reliable on another section of a patient that the model was trained on." in page.text
+    assert "The image is that of S1, which the model was trained on: metrics on it are optimistic." in page.text
+    assert "known_patient: True" not in page.text
+
+
 def test_what_was_run_is_shown(plain, tmp_path):
     hg.tl.evaluate(plain, baselines=[], key_added="mine")
     page = Page(hg.report(plain, tmp_path / "report.html"))

@@ -16,8 +16,10 @@ from spatialdata.models import TableModel
 from toy_sections import SPEC, network, own, predicted, renamed, same_model, toy, toys, train, with_table, without_genes
 
 import he2gene_sc as hg
+from he2gene_sc._core.slide import resolve
 from he2gene_sc.models import load
 from he2gene_sc.stats import log_normalise, pearson
+from he2gene_sc.tl._known import image_facts
 from he2gene_sc.training._closed_form import validate as _validate
 
 pytestmark = pytest.mark.slow
@@ -50,7 +52,13 @@ def test_the_card_says_what_was_done(model, sections):
     assert card.name == "mine"
     assert card.windows_um == (100.0, 200.0, 400.0)
     assert card.training["preset"] == "default"
-    assert card.training["sections"]["S1"] == {"patient": "B", "n_spots": 30, "mpp": 2.0}
+    (slide,) = resolve(sections[1])
+    assert card.training["sections"]["S1"] == {
+        "patient": "B",
+        "n_spots": 30,
+        "mpp": 2.0,
+        "image": image_facts(slide, slide.centres),
+    }
     assert (card.training["n_patients"], card.training["n_spots"]) == (2, 90)
     assert (
         card.training["chosen_by"]

@@ -34,7 +34,9 @@ def test_the_card_names_recipe_and_patients(model):
     assert card.training["preset"] in ("he2gene-base", "he2gene-spat")
     assert card.windows_um == (50.0, 100.0, 150.0)
     assert (card.fusion, card.tta, card.training["epochs"]) == ("mean", True, 2)
-    assert card.training["sections"]["S1"] == {"patient": "B", "n_spots": 20, "mpp": 2.0}
+    facts = dict(card.training["sections"]["S1"])
+    assert set(facts.pop("image")) == {"shape", "sha256", "spots"}
+    assert facts == {"patient": "B", "n_spots": 20, "mpp": 2.0}
     # The patient of one section comes nearest to a tenth of the spots.
     assert card.training["held_out_to_stop"] == {"S1": 20}
     assert card.training["chosen_by"] == "held-out patients"

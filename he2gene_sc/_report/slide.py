@@ -49,6 +49,11 @@ class Slide:
         """Whether the prediction is of a patient that the model was trained on."""
         return bool(self.record.get("known_patient", False))
 
+    @property
+    def known_sections(self) -> list[str]:
+        """Sections of training that the slides were found to be."""
+        return [str(name) for name in self.record.get("known_sections", ())]
+
     def reliable(self, of: bool = True) -> list[str]:
         """Predicted genes that are reliable or not, best first."""
         options = {key: value for key, value in self.options.items() if key != "shapes_key"}
@@ -105,6 +110,11 @@ def _trust(slide: Slide) -> Section:
             f"Maps are of {slide.options['shapes_key']!r} alone; numbers are of all regions of the table."
         )
     section.text.append(f"{n_good:,} of {n_all:,} predicted genes are reliable on {whose}.")
+    if slide.known_sections:
+        section.text.append(
+            f"The image is that of {validate.format_list(slide.known_sections)}, which the model was trained on: metrics on it are "
+            "optimistic. With known_patient=False, genes are called as on a new patient."
+        )
     of_patients = slide.column(keys.pcc_new_patient).notna().any()
     r = slide.column(keys.pcc_new_patient if of_patients else keys.pcc).dropna()
     if len(r):
@@ -360,7 +370,7 @@ def _run(slide: Slide) -> Section:
     given = {name: record.get(names[name]) for name in record.get("given", ()) if name in names}
     given = {"model": record["model"], **given}
     for name in ("genes", "known_patient", "gene_symbols", "exact"):
-        if name in record:
+        if name in record and not (name == "known_patient" and slide.known_sections):
             given[name] = record[name] if isinstance(record[name], str | bool) else validate.format_list(record[name])
     runs = {f"hg.tl.predict, {slide.options['prediction_key']}": given}
     for key, found in slide.table.uns.items():

@@ -59,7 +59,8 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
     name, sdata = _load(section, echo)
     echo(f"Loaded in {time.perf_counter() - start:.1f} s (decoding the image included).")
     start = time.perf_counter()
-    tl.predict(sdata, model=model)
+    # Of a section of training too, what holds for new patients is said.
+    tl.predict(sdata, model=model, known_patient=False)
     seconds = time.perf_counter() - start
     table = sdata["table"]
     record = table.uns["he2gene"]

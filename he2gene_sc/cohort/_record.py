@@ -151,10 +151,20 @@ def _matches(table: Path, record: Mapping[str, Any], job: Job, model: HE2Gene) -
     layer = options.pop("layer", _key(job))
     if record["weights_sha256"] != model.weights_sha256 or bool(record["tta"]) != tta or record["layer"] != layer:
         return False
-    for name in ("genes", "gene_symbols", "known_patient", "exact", "lattice"):
+    if not _same_patient(record, options.pop("known_patient", None)):
+        return False
+    for name in ("genes", "gene_symbols", "exact", "lattice"):
         if _plain(record.get(name)) != _plain(options.pop(name, None) or None):
             return False
     return all(_agrees(record.get(_FOUND.get(name, name)), value) for name, value in options.items())
+
+
+def _same_patient(record: Mapping[str, Any], asked: bool | None) -> bool:
+    """Whether genes were called reliable for the patient that is asked for; without a section of training, that is a new one."""
+    if "known_sections" in record:
+        return asked is None
+    found = _plain(record.get("known_patient"))
+    return bool(found == asked or (found is None and asked is False))
 
 
 def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str, Any]) -> bool:

@@ -1,3 +1,4 @@
+from ._fingerprint import pixels_sha256
 from ._geometry import ReadPlan, WindowPlan, plan_windows
 from ._pixels import check_channel_names, check_pixels, reflect_index, to_rgb_uint8
 from ._pyramid import Level, Pyramid, direct
@@ -19,6 +20,7 @@ __all__ = [
     "check_pixels",
     "direct",
     "faults",
+    "pixels_sha256",
     "plan_windows",
     "read_darkness",
     "read_reduced",

@@ -62,7 +62,8 @@ class ModelCard:
     n_genes, n_latent
         Sizes.
     training
-        Sections, patients, spots, µm/px, penalty and folds.
+        Sections, patients, spots, µm/px, penalty and folds. Of each section ``image``: size and SHA-256 of some blocks of its pixels,
+        and the rectangle that its spots lie in, by which :func:`he2gene_sc.tl.predict` knows it again.
     metrics
         Held-out figures, each with its protocol.
     reliable_rule
@@ -211,7 +212,7 @@ class ModelCard:
             "",
             "## Trained on",
             "",
-            *_bullets(self.training),
+            *_bullets(self._trained()),
             "",
             "## Held-out figures",
             "",
@@ -231,6 +232,16 @@ class ModelCard:
             "",
         ]
         return "\n".join(lines)
+
+    def _trained(self) -> dict[str, Any]:
+        """Return the facts of training without those that only software reads."""
+        sections = self.training.get("sections")
+        if not isinstance(sections, dict):
+            return self.training
+        shown = {
+            name: {key: value for key, value in facts.items() if key != "image"} for name, facts in sections.items()
+        }
+        return {**self.training, "sections": shown}
 
     def _has(self, row: str) -> bool:
         tables = [figures for figures in self.metrics.values() if isinstance(figures, dict)]

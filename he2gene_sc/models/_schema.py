@@ -117,6 +117,12 @@ def _layout(guard: object) -> str:
 _AnyGuard = Annotated[Annotated[_Guard, Tag("0.7")] | Annotated[_GuardOf06, Tag("0.6")], Discriminator(_layout)]
 
 
+class _Image(_Strict):
+    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    sha256: Sha256
+    spots: Annotated[list[Number], Field(min_length=4, max_length=4)]
+
+
 class _Annotation(_Strict):
     context: _Context
 
@@ -202,6 +208,14 @@ def check_card(data: dict[str, Any], where: str) -> None:
     sections = card.training.get("sections", {})
     if not isinstance(sections, dict) or not all(isinstance(facts, dict) for facts in sections.values()):
         raise ValueError(f"`model`: {where}: `training.sections` must map each section to its facts")
+    for name, facts in sections.items():
+        if "image" in facts:
+            try:
+                _Image.model_validate(facts["image"])
+            except ValidationError as error:
+                raise ValueError(
+                    f"`model`: {where}: `training.sections.{name}.image` is not valid: {explain(error)}. Fetch the folder again"
+                ) from error
 
 
 def check_class_names(names: Iterable[str], what: str = "class") -> None:

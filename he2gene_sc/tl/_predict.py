@@ -32,6 +32,7 @@ from ._encoding import (
     parts_of,
     steps_um,
 )
+from ._known import training_sections
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def predict(
     gene_symbols: str | None = None,
     layer: str | None = None,
     key_added: str = "he2gene",
-    known_patient: bool = False,
+    known_patient: bool | None = None,
     features: str | Path | None = None,
     exact: bool = False,
     device: str | torch.device | None = None,
@@ -91,6 +92,8 @@ def predict(
     known_patient
         Whether other sections of the same patients are among those that the model was trained on (the card lists them).
         Then ``var["he2gene_reliable"]`` is that of known patients. A slide that looks like a new patient is warned of.
+        Default: ``True`` where the image of every slide is that of a section of training, by a hash of its pixels that stands on the
+        card, and nine in ten spots lie where those of training did. The log and ``uns`` say so.
     features
         Features that are kept: a key of ``obsm`` that :func:`embed` wrote, or a folder. In a folder features are looked up
         by the pixels, the windows and the encoder; what is not there is encoded and kept, block by block: a run that was
@@ -121,14 +124,14 @@ def predict(
     ``.var["he2gene_predicted"]``, ``.var["he2gene_pcc"]``, ``.var["he2gene_mean"]``
         Whether the model knows the gene, its held-out Pearson correlation, its mean in training (unit of the layer).
     ``.var["he2gene_reliable"]``, ``.var["he2gene_pcc_new_patient"]``, ``.var["he2gene_pcc_given_depth"]``
-        Whether the gene is good enough to use on a new patient; its mean correlation over patients that were held out
-        whole, and what is left of it given the counts of each spot.
+        Whether the gene is good enough to use on a new patient (on a known one with ``known_patient``); its mean correlation
+        over patients that were held out whole, and what is left of it given the counts of each spot.
     ``.var["he2gene_reliable_known_patient"]``
         Whether it is good enough on another section of a patient that the model was trained on. Neither is true on a
         slide out of distribution.
     ``.obs["he2gene_annotation"]``, ``.obs["he2gene_annotation_confidence"]``
-        Most probable class and its calibrated probability. The class is missing where it is unknown: on glass, and out
-        of distribution.
+        Most probable class and its calibrated probability. Both are missing where the class is unknown: on glass, and out
+        of distribution. The probabilities in ``obsm`` stay.
     ``.obs["he2gene_tissue"]``
         Share of tissue in the smallest window of the spot. Below ``uns["he2gene"]["min_tissue"]`` (0.25) it is taken for
         glass: its expression is predicted from no tissue, and drawn grey.
@@ -144,8 +147,9 @@ def predict(
         ``lazy`` where the layer was left as a dask array; ``head``, a digest of the head; ``gene_symbols`` where it was given, which the verbs that
         read the prediction use; ``genes``, ``known_patient``,
         ``exact`` and ``lattice`` where they were given; ``given``, the names of the arguments that chose image, spots, µm/px and
-        precision; ``features``, the key in ``obsm`` and how they were made; ``interpolated`` and ``lattice_um`` where features
-        were interpolated: the shapes, and the step for each window.
+        precision; ``known_sections``, the sections of training that the slides were found to be; ``features``, the key in
+        ``obsm`` and how they were made; ``interpolated`` and ``lattice_um`` where features were interpolated: the shapes, and the
+        step for each window.
 
     ``.uns["X_he2gene_rows"]``
         Digest of each row of the embedding, by which :func:`he2gene_sc.get.expression` checks it.
@@ -222,6 +226,7 @@ def predict(
     if is_large(*shape):
         logger.info("predict: layer %r would take %.1f GB, it is lazy (dask)", keys.layer, 4e-9 * shape[0] * shape[1])
         positions = positions[:0]
+    sections = [] if known_patient is not None else training_sections(slides, model.card)
     found = [_predict_slide(slide, model, positions, how, kept) for slide in slides]
     predictions = [result for _, _, result in found]
     if isinstance(kept, KeptFeatures):
@@ -255,7 +260,8 @@ def predict(
         **_summary(predictions),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         **({} if genes is None else {"genes": genes if isinstance(genes, str) else [str(gene) for gene in genes]}),
-        **({"known_patient": True} if known_patient else {}),
+        **({} if known_patient is None else {"known_patient": known_patient}),
+        **({"known_patient": True, "known_sections": sections} if sections else {}),
         **({"exact": True} if exact else {}),
         **({"lattice": float(options["lattice"])} if "lattice" in options else {}),
         **({"features": {"key": kept.key, **made_by(kept.record)}} if isinstance(kept, KeptFeatures) else {}),
@@ -267,7 +273,9 @@ def predict(
     _warn_of_slides(slides, predictions)
     if known_patient and "known" in (model.card.guard or {}):
         _warn_of_strangers(slides, predictions, keys)
-    stacked = StackedPredictions.collect(slides, predictions, wanted, model, keys, record, known_patient=known_patient)
+    stacked = StackedPredictions.collect(
+        slides, predictions, wanted, model, keys, record, known_patient=bool(known_patient or sections)
+    )
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
         fill_table(target[measured], stacked)

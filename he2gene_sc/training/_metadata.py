@@ -87,7 +87,12 @@ class ModelMetadata:
         labels = np.bincount(codes[codes >= 0], minlength=len(self.classes))
         return {
             "sections": {
-                section.name: {"patient": section.patient, "n_spots": int(n), "mpp": mpp}
+                section.name: {
+                    "patient": section.patient,
+                    "n_spots": int(n),
+                    "mpp": mpp,
+                    **({} if section.image is None else {"image": section.image}),
+                }
                 for section, n, mpp in zip(sections, n_spots, mpps, strict=True)
             },
             "n_patients": len({section.patient for section in sections}),

@@ -25,6 +25,7 @@ class Section:
     totals: np.ndarray  # (n,) counts
     measured: np.ndarray  # (g,) targets of other genes are empty and not read
     codes: np.ndarray  # (n,) classes, -1 without a label
+    image: dict[str, Any] | None = None  # by which the card knows it again
     rings: dict[Any, tuple] = field(default_factory=dict, init=False)  # by radii, see find_rings
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from ..._core.matrix import in_memory, layer_names, matrix_of, where_of
 from ..._core.names import clean_names, clean_samples, column_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
+from .._known import image_facts
 from .gene_lists import check_gene_lists, common_names, gene_names
 from .labels import code_classes, labels_of
 from .options import Classes, GeneSelection, Keys
@@ -56,6 +57,7 @@ class Measured:
     genes: pd.Index
     counts: scipy.sparse.csr_array  # (n, genes) raw
     labels: np.ndarray  # (n,) None without a label
+    image: dict[str, Any] | None = None  # by which the card knows it again
 
     def set_down(self) -> Measured:
         """Let the image go and move the counts to disk, so that the next section finds room."""
@@ -136,15 +138,17 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
     labels = np.full(len(rows), None, object)
     if keys.annotation is not None:
         labels = labels_of(table.obs[keys.annotation].iloc[rows], name)
+    centres = slide.centres[slide.inside][counted]
     return Measured(
         name=name,
         patient=patient,
         mpp=slide.mpp,
         slide=slide,
-        centres=slide.centres[slide.inside][counted],
+        centres=centres,
         genes=names,
         counts=summed,
         labels=labels,
+        image=image_facts(slide, centres),
     )
 
 
@@ -221,6 +225,7 @@ def join(
             totals=totals[i],
             measured=measured[i],
             codes=codes[i],
+            image=section.image,
         )
         for i, section in enumerate(read)
     ]

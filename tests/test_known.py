@@ -1,0 +1,179 @@
+"""Slides that a model was trained on are known again by their pixels, and no others."""
+
+import logging
+from dataclasses import replace
+from unittest import mock
+
+import dask.array as da
+import numpy as np
+import pytest
+import spatialdata as sd
+import zarr
+from spatialdata.models import Image2DModel
+
+import he2gene_sc as hg
+from he2gene_sc._core.slide import resolve
+from he2gene_sc.cohort._record import _same_patient
+from he2gene_sc.image import Level, Pyramid, pixels_sha256
+from he2gene_sc.models import ModelCard
+from he2gene_sc.tl import _known
+from he2gene_sc.tl._known import image_facts
+
+RELIABLE, OF_KNOWN = "he2gene_reliable", "he2gene_reliable_known_patient"
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(1, 256, (3, 700, 900), dtype=np.uint8)
+
+
+@pytest.fixture
+def model(tiny_model):
+    """The tiny model, as if it had been trained on the toy slide."""
+    return trained_on(tiny_model, "S1", *resolve(hg.datasets.toy((5, 6), mpp=2.0)))
+
+
+def trained_on(model, name, slide, centres=None):
+    facts = {
+        "patient": "P",
+        "n_spots": 30,
+        "mpp": 2.0,
+        "image": image_facts(slide, slide.centres if centres is None else centres),
+    }
+    made = replace(
+        model,
+        card=replace(model.card, training={"sections": {name: facts}}),
+        genes=model.genes.assign(reliable_known_patient=~model.genes["reliable"]),
+    )
+    made.__dict__["network"] = model.network
+    return made
+
+
+def predicted(sdata, model, **options):
+    table = hg.tl.predict(sdata, model=model, copy=True, **options)["table"]
+    return table.var, table.uns["he2gene"]
+
+
+def assert_known(sdata, model, known):
+    var, record = predicted(sdata, model)
+    assert var[OF_KNOWN].any()
+    assert var[RELIABLE].equals(var[OF_KNOWN]) == known
+    assert record.get("known_sections", []) == (["S1"] if known else [])
+    assert record.get("known_patient", False) == known
+
+
+def as_dask(pixels):
+    return Pyramid.single(da.from_array(pixels, chunks=(3, 128, 333)))
+
+
+def as_zarr(pixels, order):
+    # Written by hand: each version has its own codecs.
+    array = zarr.create_array(
+        zarr.storage.MemoryStore(), shape=pixels.shape, chunks=(1, 256, 64), dtype=pixels.dtype, zarr_format=order
+    )
+    array[:] = pixels
+    return Pyramid.single(array)
+
+
+@pytest.mark.parametrize(
+    ("stored", "factor"),
+    [
+        (as_dask, 1.0),
+        (lambda x: as_zarr(x, 2), 1.0),
+        (lambda x: as_zarr(x, 3), 1.0),
+        (lambda x: Pyramid((Level(x), Level(x[:, ::2, ::2], 2.0))), 1.0),
+        (lambda x: Pyramid.single(np.concatenate([x, np.full_like(x[:1], 255)])), 1.0),
+        (lambda x: Pyramid.single(x / np.float32(255)), 255.0),
+        (lambda x: Pyramid.single(x.astype(np.float64)), 1.0),
+        (lambda x: Pyramid.single(np.asfortranarray(x)), 1.0),
+    ],
+    ids=["dask", "zarr 2", "zarr 3", "multiscale", "alpha", "0 to 1", "float", "order"],
+)
+def test_the_hash_is_of_the_pixels_however_they_are_stored(pixels, stored, factor):
+    assert pixels_sha256(stored(pixels), factor) == pixels_sha256(Pyramid.single(pixels))
+
+
+@pytest.mark.parametrize(
+    "other", [lambda x: x[:, :, :-1], lambda x: x[:, ::-1], lambda x: x[::-1], lambda x: np.maximum(x, 3)]
+)
+def test_another_image_has_another_hash(pixels, other):
+    assert pixels_sha256(Pyramid.single(other(pixels))) != pixels_sha256(Pyramid.single(pixels))
+
+
+def test_glass_alone_tells_no_slide_from_another(pixels):
+    glass = np.full_like(pixels, 240)
+    glass[:, ::2] += 2
+    assert pixels_sha256(Pyramid.single(glass)) is None
+    assert pixels_sha256(Pyramid.single(np.where(np.arange(900) < 450, pixels, glass))) is not None
+
+
+def test_pixels_that_are_no_numbers_far_from_the_spots_do_not_stop_the_hash(pixels):
+    holes = pixels.astype(np.float32)
+    holes[:, :300] = np.nan
+    assert pixels_sha256(Pyramid.single(holes)) is not None
+
+
+def test_a_section_of_training_is_a_known_patient_and_the_log_says_so(toy, model, caplog):
+    with caplog.at_level(logging.INFO, "he2gene_sc"):
+        assert_known(toy, model, known=True)
+    assert "the image is that of section 'S1', which the model was trained on" in caplog.text
+    for given in (True, False):
+        var, record = predicted(toy, model, known_patient=given)
+        assert var[RELIABLE].equals(var[OF_KNOWN]) == given
+        assert (record["known_patient"], "known_sections" in record) == (given, False)
+
+
+def test_a_store_with_other_chunks_and_levels_is_the_same_slide(toy, model, tmp_path):
+    image = np.asarray(toy["he"])
+    del toy.images["he"]
+    toy.images["he"] = Image2DModel.parse(image, dims=("c", "y", "x"), scale_factors=[2], chunks=(3, 100, 90))
+    toy.write(tmp_path / "toy.zarr")
+    assert_known(sd.read_zarr(tmp_path / "toy.zarr"), model, known=True)
+
+
+def test_the_slide_of_another_patient_is_not_taken_for_a_known_one(tiny_model, model):
+    assert_known(hg.datasets.toy((5, 6), mpp=2.0, seed=1), model, known=False)
+    # The same image, of which training has seen another part: an array of tissues of several patients.
+    sdata = hg.datasets.toy((5, 6), mpp=2.0)
+    (slide,) = resolve(sdata)
+    left = slide.centres[slide.centres[:, 0] < np.median(slide.centres[:, 0])]
+    assert_known(sdata, trained_on(tiny_model, "S1", slide, left), known=False)
+
+
+def test_a_table_of_two_slides_is_known_only_if_both_are(model):
+    (slide,) = resolve(hg.datasets.toy((5, 6), mpp=2.0))
+    (other,) = resolve(hg.datasets.toy((5, 6), mpp=2.0, seed=1))
+    assert _known.training_sections((slide, slide), model.card) == ["S1"]
+    assert _known.training_sections((slide, other), model.card) == []
+
+
+def test_a_model_without_hashes_reads_no_pixel_for_them(toy, tiny_model, model):
+    (slide,) = resolve(toy)
+    wide = replace(slide, pyramid=Pyramid.single(np.zeros((3, 40, 50), np.uint8)))
+    with mock.patch.object(_known, "pixels_sha256", side_effect=AssertionError):
+        assert _known.training_sections((slide,), tiny_model.card) == []
+        assert _known.training_sections((wide,), model.card) == []
+
+
+def test_the_card_keeps_the_hash_and_the_page_for_people_leaves_it_out(model):
+    text = model.card.to_json().replace(
+        '"files": {}', f'"files": {{"genes.csv": "{"0" * 64}", "weights.safetensors": "{"0" * 64}"}}'
+    )
+    assert ModelCard.from_json(text, "card.json").training == model.card.training
+    sha256 = model.card.training["sections"]["S1"]["image"]["sha256"]
+    assert sha256 not in model.card.to_markdown()
+    with pytest.raises(ValueError, match=r"`training.sections.S1.image` is not valid: `sha256`"):
+        ModelCard.from_json(text.replace(sha256, "none"), "card.json")
+
+
+@pytest.mark.parametrize(
+    ("record", "same"),
+    [
+        ({}, {None, False}),
+        ({"known_patient": False}, {False}),
+        ({"known_patient": np.True_}, {True}),
+        ({"known_patient": True, "known_sections": ["S1"]}, {None}),
+    ],
+)
+def test_a_finished_slide_is_one_of_the_same_patient(record, same):
+    assert {asked for asked in (None, False, True) if _same_patient(record, asked)} == same
