@@ -308,6 +308,7 @@ def with_glass(predicted):
     obs = predicted["table"].obs
     obs.iloc[:3, obs.columns.get_loc("he2gene_tissue")] = 0.2
     obs.iloc[:4, obs.columns.get_loc("he2gene_annotation")] = np.nan
+    obs.iloc[:4, obs.columns.get_loc("he2gene_annotation_confidence")] = np.nan
     return predicted
 
 
@@ -329,6 +330,14 @@ def test_annotation_tells_glass_from_what_is_unknown(with_glass):
     assert _legend(ax) == [*sorted(classes), "no tissue", "unknown"]
     wanted = plt.matplotlib.colors.to_rgba_array(["#c4c4c4"] * 3 + ["#8c8c8c"])[:, :3]
     np.testing.assert_allclose(_spots(ax).get_facecolor()[:4, :3], wanted, atol=1 / 255)
+
+
+def test_the_confidence_of_a_missing_annotation_is_grey(with_glass):
+    ax = hg.pl.spatial(with_glass, "confidence")
+    grey = plt.matplotlib.colors.to_rgb("#c4c4c4")
+    drawn = np.isclose(_spots(ax).get_facecolor()[:, :3], grey, atol=1 / 255).all(1)
+    np.testing.assert_array_equal(drawn, np.arange(len(drawn)) < 4)
+    assert _legend(ax) == ["no tissue or unknown"]
 
 
 def test_a_slide_that_is_all_glass_is_drawn(predicted):

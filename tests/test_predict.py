@@ -715,7 +715,10 @@ def test_spots_on_glass_are_not_annotated_and_keep_their_probabilities(tiny_mode
     obs = sdata["table"].obs
     assert (obs["he2gene_tissue"][glass] < 0.25).all()
     assert obs["he2gene_annotation"][glass].isna().all()
-    assert obs["he2gene_annotation_confidence"][glass].notna().all()
+    proba = sdata["table"].obsm["he2gene_annotation_proba"]
+    assert proba.notna().all(axis=None)
+    expected = proba.max(axis=1).where(obs["he2gene_annotation"].notna())
+    pd.testing.assert_series_equal(obs["he2gene_annotation_confidence"], expected, check_names=False)
     assert obs["he2gene_annotation"][~glass].notna().any()
     record = sdata["table"].uns["he2gene"]
     assert 0 < record["share_on_tissue"] < 1

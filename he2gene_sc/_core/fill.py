@@ -185,7 +185,9 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
         proba = spread("obsm", keys.proba, stacked.proba)
         annotation = stacked.annotation(proba, spread.unknown(keys.annotation, stacked.unknown))
         slots["obs"][keys.annotation] = pd.Series(annotation, index=table.obs_names)
-        slots["obs"][keys.confidence] = pd.Series(np.max(proba, axis=1), index=table.obs_names)
+        # A class that is missing has no confidence.
+        confidence = np.where(annotation.codes < 0, np.float32(np.nan), np.max(proba, axis=1))
+        slots["obs"][keys.confidence] = pd.Series(confidence, index=table.obs_names)
         slots["obsm"][keys.proba] = pd.DataFrame(proba, index=table.obs_names, columns=list(card.classes))
         colours = dict(zip(card.classes, card.class_colors, strict=True))
         slots["uns"][keys.colors] = [colours[name] for name in annotation.categories]

@@ -284,7 +284,10 @@ def _panels(
                 keys.ood: "above 1: out of distribution",
             }
             limits = (0.0, 1.0) if column in (keys.confidence, keys.tissue) else None
-            panels.append(Panel(slide, name, values, label=label.get(column, ""), item=i, scale=i, limits=limits))
+            own = glass if column == keys.confidence else None
+            panels.append(
+                Panel(slide, name, values, label=label.get(column, ""), glass=own, item=i, scale=i, limits=limits)
+            )
         else:
             title = "predicted annotation" if column == keys.annotation else name
             panels.append(class_panel(slide, column, title, glass if column == keys.annotation else None, i))
