@@ -177,3 +177,11 @@ def test_the_card_keeps_the_hash_and_the_page_for_people_leaves_it_out(model):
 )
 def test_a_finished_slide_is_one_of_the_same_patient(record, same):
     assert {asked for asked in (None, False, True) if _same_patient(record, asked)} == same
+
+
+@pytest.mark.data
+def test_the_bundled_model_knows_its_sections_and_no_other_of_their_patients(her2st):
+    card = hg.models.load().card
+    assert all(set(facts["image"]) == {"shape", "sha256", "spots"} for facts in card.training["sections"].values())
+    assert _known.training_sections(resolve(her2st("A1")), card) == ["A1"]
+    assert _known.training_sections(resolve(her2st("C5")), card) == []
