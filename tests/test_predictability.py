@@ -1,6 +1,8 @@
 """Bounds of held-out correlations, the gene table, and what a reliable gene promises."""
 
+import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from he2gene_sc.training._predictability import (
     ceilings,
     is_better,
     new_patient_bound,
+    section_pcc,
     with_rest,
 )
 
@@ -100,6 +103,20 @@ def test_bound_within_a_patient_is_fishers():
     z = np.arctanh(0.3)
     np.testing.assert_allclose(found[0], [np.tanh(z - 1.96 / np.sqrt(200)), np.tanh(z - 0.196), np.nan])
     np.testing.assert_allclose(found[1], [np.tanh(np.arctanh(0.2) - 1.96 / 5)] * 2 + [np.nan])
+
+
+def test_the_gene_table_holds_the_correlations_of_all_sections_once():
+    pcc = np.random.default_rng(0).uniform(-1, 1, (60, 5000))
+    sections = [SimpleNamespace(measured=np.ones(5000, bool))] * 60
+    for compute in (
+        lambda: section_pcc(sections, pcc),
+        lambda: bound_within(pcc, [50] * 60, [f"P{i // 2}" for i in range(60)]),
+    ):
+        tracemalloc.start()
+        compute()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1.2 * pcc.nbytes
 
 
 def test_a_gene_that_fails_in_one_patient_is_not_reliable():

@@ -46,7 +46,7 @@ def bounds(
 def by_patient(pcc: np.ndarray, patients: Sequence[str] | Sequence[int]) -> np.ndarray:
     """Average the sections of each patient: ``(sections, g)`` to ``(patients, g)``; NaN where none measured the gene."""
     names = np.asarray(patients)
-    parts = [pcc[names == name] for name in dict.fromkeys(patients)]
+    parts = (pcc[names == name] for name in dict.fromkeys(patients))
     with np.errstate(invalid="ignore"):
         return np.stack(
             [
@@ -61,15 +61,17 @@ def bound_within(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str
 
     Spots count as independent, which neighbours are not: it is the least to ask for.
     """
-    there = np.isfinite(pcc)
-    z = np.arctanh(np.clip(np.where(there, pcc, 0), -0.999999, 0.999999))
-    errors = np.where(there, 1 / np.maximum(np.asarray(n_spots, float) - 3, 0.1)[:, None], 0)
+    error = 1 / np.maximum(np.asarray(n_spots, float) - 3, 0.1)
     names = np.asarray(patients)
     found = []
     for name in dict.fromkeys(patients):
         part = names == name
-        n = np.where(there[part].any(0), there[part].sum(0), np.nan)
-        found.append(np.tanh((z[part].sum(0) - 1.96 * np.sqrt(errors[part].sum(0))) / n))
+        own = pcc[part]
+        there = np.isfinite(own)
+        z = np.arctanh(np.clip(np.where(there, own, 0), -0.999999, 0.999999))
+        errors = np.where(there, error[part, None], 0)
+        n = np.where(there.any(0), there.sum(0), np.nan)
+        found.append(np.tanh((z.sum(0) - 1.96 * np.sqrt(errors.sum(0))) / n))
     return np.stack(found)
 
 
@@ -113,8 +115,10 @@ def is_better(differences: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
     """Correlations of the sections where a gene that is constant counts as 0, and one that was not measured as NaN."""
-    measured = np.stack([section.measured for section in sections])
-    return np.where(measured, np.nan_to_num(pcc), np.nan)
+    found = np.empty(pcc.shape)
+    for own, section, values in zip(found, sections, pcc, strict=True):
+        own[:] = np.where(section.measured, np.nan_to_num(values), np.nan)
+    return found
 
 
 def ceilings(sections: Sequence[Section]) -> np.ndarray:
@@ -155,22 +159,24 @@ def gene_table(
     """
     patients = [section.patient for section in sections]
     n_patients = len(set(patients))
-    found = {unit: section_pcc(sections, figures.pcc) for unit, figures in held_out.items()}
-    unit = next(iter(found))
-    if "patient" in found and n_patients >= ENOUGH_PATIENTS:
+    unit = next(iter(held_out))
+    if "patient" in held_out and n_patients >= ENOUGH_PATIENTS:
         unit = "patient"
-    grouped = by_patient(found[unit], patients) if unit == "patient" else found[unit]
+    # One array of all sections and genes at a time.
+    of_sections = section_pcc(sections, held_out[unit].pcc)
+    patient_low = least(bound_within(of_sections, [len(section) for section in sections], patients))
+    grouped = by_patient(of_sections, patients) if unit == "patient" else of_sections
     mean, low, high = bounds(grouped)
     # A gene of a single group was never predicted for another.
     tested = np.isfinite(grouped).sum(0) > (unit in TELLING)
+    del of_sections, grouped
     mean, skill = np.where(tested, mean, np.nan), np.where(tested, held_out[unit].skill, np.nan)
     known = (unit in TELLING) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
-    patient_low = least(bound_within(found[unit], [len(section) for section in sections], patients))
     if unit == "section":
         known &= np.nan_to_num(patient_low) > RELIABLE_PCC
     new_patient, given_depth = np.full((2, len(mean)), np.nan)
     reliable = np.zeros(len(mean), bool)
-    if "patient" in found:
+    if "patient" in held_out:
         across, given = (
             by_patient(section_pcc(sections, getattr(held_out["patient"], name)), patients) for name in ("pcc", "given")
         )
@@ -205,7 +211,7 @@ def gene_table(
             "reliable_known_patient": known,
         },
     )
-    n_held = n_patients if "patient" in found else 1
+    n_held = n_patients if "patient" in held_out else 1
     return (
         table,
         f"{_new_patient_rule(n_held)} On a known patient a gene is called reliable where {_rule(unit, len(sections), n_held)}",

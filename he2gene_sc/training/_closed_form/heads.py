@@ -21,8 +21,8 @@ from .._sections import Section
 #: Above this many features their components come from a randomised solver.
 _EXACT_UP_TO = 2500
 _TINY = 1e-6
-#: Sets of sections that some genes were measured in, whose squares are added up at once.
-_PATTERNS_AT_ONCE, _VALUES_AT_ONCE = 256, 4_000_000
+#: Sets of sections that some genes were measured in, whose squares are added up at once: the more sections, the more sets.
+_PATTERNS_AT_ONCE, _VALUES_AT_ONCE = 256, 1_000_000
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def _collect(
     by_level: bool = True,
 ) -> HeldOut:
     g = sections[0].targets.shape[1] if n_genes is None else n_genes
-    weights = [fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted]
+    weights = spilled(fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted)
     parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
     held = spilled(_held_out(i, sections, fitted, weights, parts[i], n_classes) for i in range(len(sections)))
     panel, logits = zip(*held, strict=True)
