@@ -43,13 +43,13 @@ def pixels_sha256(pyramid: Pyramid, factor: float = 1.0) -> str | None:
     for block in map(np.asarray, blocks):
         # Pixels far from the spots may be NaN: predict never reads them.
         finite = np.clip(np.nan_to_num(block), 0, 255 / factor) if block.dtype.kind == "f" else block
-        pixels = np.ascontiguousarray(to_rgb_uint8(finite, factor, paint_black=False))
+        pixels = to_rgb_uint8(finite, factor, paint_black=False)
         shown += bool(pixels.std() >= _LEAST_SD)
-        digest.update(pixels)
+        digest.update(pixels.tobytes())
     return digest.hexdigest() if shown >= min(_LEAST_BLOCKS, len(blocks)) else None
 
 
 def _starts(n: int) -> list[int]:
     """First pixels of the blocks along a side of ``n``."""
     middles = (np.arange(_N_BLOCKS) + 0.5) * n / _N_BLOCKS
-    return np.unique(np.clip(middles - _BLOCK_PX / 2, 0, max(0, n - _BLOCK_PX)).astype(int)).tolist()
+    return [int(x) for x in np.unique(np.clip(middles - _BLOCK_PX / 2, 0, max(0, n - _BLOCK_PX)).astype(int))]
