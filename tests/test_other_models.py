@@ -1,5 +1,7 @@
 """A layer that another model predicted, in a table that hg.tl.predict never saw, goes through every verb of trust."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,6 +57,21 @@ def test_every_verb_takes_a_layer_without_a_record_of_ours():
     domains = hg.get.domains(table)
     assert {"predicted", "measured"} <= set(domains["labels"])
     assert "he2gene" not in table.uns
+
+
+def test_agreement_in_chance_differences_is_told():
+    table = slides()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hg.tl.concordance(table, "label", groups="left", layer="other_model", k=(5,))
+    assert not [w for w in caught if "may be chance" in str(w.message)]
+    table.obs["label"] = np.random.default_rng(0).permutation(table.obs["label"])
+    with pytest.warns(UserWarning, match="no measured gene is significant in 'left'; .* may be chance"):
+        hg.tl.concordance(table, "label", groups="left", layer="other_model", k=(5,))
+    found = hg.get.concordance(table).query("predictor == 'other_model' and genes == 'all'")
+    assert found["n_significant"].item() == 0
+    # The same spots: noise agrees too.
+    assert found["spearman"].item() > 0.2
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "concordance", "domain_preservation", "compare"])

@@ -88,6 +88,9 @@ def concordance(
 
     Notes
     -----
+    Prediction and measurement are of the same spots, so they also agree in differences that arose by chance: where the groups do not
+    differ, the scores of all genes are above 1/2 and 0 all the same. A warning names groups without a significant measured gene.
+
     A reference has one number a spot, so all its effects of a group have one sign. The prediction is tested as biomarkers are,
     adjusted for depth where it holds logarithms; the references are not adjusted. Colour needs objects with images.
 
@@ -142,6 +145,7 @@ def concordance(
     reliable = reliable_genes(tables, layer)
     genes["reliable"] = True if reliable is None else reliable.reindex(genes["names"]).to_numpy(bool)
     table = _scores(genes, lengths, fdr)
+    _warn_of_chance(table)
     table["predictor"] = layer
     references = _references(data, tables, known, layer, genes, reference, lengths, fdr)
     table = pd.concat([table, *(_against(table, rows) for rows in references)], ignore_index=True)
@@ -161,6 +165,20 @@ def concordance(
     }
     write_to_all(tables, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
     return table.copy() if is_many(data) else None
+
+
+def _warn_of_chance(table: pd.DataFrame) -> None:
+    """Warn of groups in which no measured gene differs: what agrees there is chance that both share."""
+    of_all = table[table["genes"] == "all"]
+    none = of_all.loc[of_all["n_significant"] == 0, "group"].tolist()
+    if none:
+        warnings.warn(
+            f"`groupby`: no measured gene is significant in {validate.format_list(map(repr, none))}; spearman and sign_agreement are there "
+            "of differences that may be chance, which prediction and measurement share since they are of the same spots, and are not "
+            "evidence of biomarkers",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _references(

@@ -292,7 +292,8 @@ def _score_section(
     shifts = admissible_shifts(xy[spots][labelled], n_max=how.n_perms, seed=seeds[0])
     if not len(shifts):
         warnings.warn(
-            f"section {section!r}: the positions are no lattice, or too few: no shift is admissible, no p-value",
+            f"section {section!r}: no shift leaves {MIN_OVERLAP:.0%} of the labelled spots on one another (the positions are not a lattice, "
+            "too few, or too many in between have no label): no p-value",
             UserWarning,
             stacklevel=3,
         )
