@@ -81,7 +81,8 @@ def enrichment(
     decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022) takes genes as independent. Genes of a set are
     co-expressed, so its ``pvals_adj`` are too small: they rank sets and are not error rates. ``pvals_adj_samples`` hold for co-expressed
     genes too: in every sample the mean effect of the set less that of all genes (each gene over its root mean square), a t test of these
-    over samples, from 3 on, and Benjamini and Hochberg's adjustment over the sets of a group. Covariates do not enter.
+    over samples, from 3 on, and Benjamini and Hochberg's adjustment over the sets of a group. Covariates do not enter. Both compare a
+    set with the average gene: where many genes are higher in a group, a set in which none differs is lower than that.
 
     The background is the tested genes, also of ``method="ora"``; ``n_bg=`` sets another. decoupler 2.2's ``ora`` takes all genes but the
     ``n_up`` lowest: for the top 50 of 1,000 tested genes pass ``n_up=950``.
