@@ -317,6 +317,16 @@ def test_a_place_that_cannot_be_is_refused_before_work(main, tmp_path, monkeypat
     assert said in err
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_work(main, tmp_path, monkeypatch):
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    code, _, err = main("evaluate", "a.zarr", "--out", tmp_path / "a.csv")
+    assert code == 1
+    assert "lies in a folder that cannot be written to (Read-only file system" in err
+
+
 def test_an_image_without_resolution_is_refused_by_name(main, image):
     code, _, err = main("predict", image)
     assert code == 1

@@ -695,6 +695,8 @@ def test_the_shell_predicts_one_slide_with_what_the_verb_takes(shell, slides, bu
         (("A.zarr", "--genes", ","), "names no gene"),
         (("A.zarr", "--genes", "CD24", "--all-genes"), "give one of them"),
         (("A.zarr", "--scheduler", "tcp://h:1", "--workers", "2"), "give one of them"),
+        (("A.zarr", "--workers", "0"), "`n_workers` is 0; a whole number from 1 is needed"),
+        (("A.zarr", "--scheduler", ""), "`--scheduler` is ''; a name is needed"),
         (("--manifest", "m.csv"), "the file does not exist; name a csv or tsv file"),
         (("C.png", "--tissue-method", "x", "--mpp", "4"), "`method` is 'x'"),
     ],

@@ -242,6 +242,7 @@ def evaluate(
     """Compare a prediction with what was measured, beside baselines; print the summary. The store stays as it is."""
     from .. import get, tl
     from .._core import validate
+    from ..io._files import check_writable
     from ..io._open import open_store
     from .evaluation_report import lines
 
@@ -249,6 +250,8 @@ def evaluate(
         raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
     if out is not None and not out.resolve().parent.is_dir():
         raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")
+    if out is not None:
+        check_writable(out.resolve().parent, f"--out {str(out)!r}")
     sdata = open_store(path)
     tl.evaluate(
         sdata,

@@ -116,7 +116,7 @@ def predict(
     of_image = {"pitch_um": pitch_um, "tissue_method": tissue_method}
     loaded = load(model, allow_encoder_source=allow_encoder_source)
     many = {"out_dir": out_dir, "scheduler": scheduler, "workers": workers, "summary": summary}
-    if manifest is None and paths is not None and len(paths) == 1 and not any(many.values()):
+    if manifest is None and paths is not None and len(paths) == 1 and all(value is None for value in many.values()):
         _predict_one(
             paths[0],
             out,
@@ -175,6 +175,9 @@ def _client(scheduler: str | None, workers: int | None) -> Any:
 
     if scheduler is None:
         return nullcontext()
+    from .._core import validate
+
+    validate.name(scheduler, "--scheduler")
     if workers is not None:
         raise ValueError(
             "--workers is of a cluster of this machine, and --scheduler has workers of its own; give one of them"

@@ -149,7 +149,7 @@ def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...], 
         raise ValueError(f"`{parameter}` {str(place)!r} ends in {place.suffix!r}; {' or '.join(suffixes)} is needed")
     if place.is_dir() or not place.parent.is_dir():
         raise ValueError(f"`{parameter}` {str(place)!r} is a folder, or lies in a folder that is not there")
-    _check_writable(place.parent, f"`{parameter}` {str(place)!r}")
+    check_writable(place.parent, f"`{parameter}` {str(place)!r}")
     if place.exists() and not overwrite:
         raise FileExistsError(
             f"`{parameter}` {str(place)!r} is there; choose another name, or pass overwrite=True (--overwrite)"
@@ -165,11 +165,11 @@ def check_folder(path: str | Path, parameter: str) -> Path:
     if store is not None or not there.is_dir():
         what = f"the store {str(store)!r}" if store is not None else f"the file {str(there)!r}"
         raise ValueError(f"`{parameter}` {str(path)!r} is or lies in {what}; name another folder")
-    _check_writable(there, f"`{parameter}` {str(path)!r}")
+    check_writable(there, f"`{parameter}` {str(path)!r}")
     return folder
 
 
-def _check_writable(folder: Path, what: str) -> None:
+def check_writable(folder: Path, what: str) -> None:
     """Refuse a folder in which no file can be made: neither its modes nor its kind of file system say so."""
     try:
         with tempfile.TemporaryFile(dir=folder):
