@@ -31,7 +31,7 @@ class Settings:
         Whether long runs show a bar when the call does not say.
     memory_limit
         Bytes that a dense layer may take. A predicted layer above it is a dask array that is computed when it is read. A table
-        that we make has a copy of the layer as ``X``, or an empty ``X`` if the layer is lazy.
+        that we make has a copy of the layer as ``X``, or an empty ``X`` if both together would pass the limit.
     """
 
     data_dir: str | Path | None = None

@@ -90,7 +90,7 @@ def test_chosen_genes_come_in_the_order_asked_for(network, image):
 
 def test_a_wide_gene_head_is_computed_in_parts_with_the_same_result(network, image, monkeypatch):
     whole = run(network, read(image))
-    monkeypatch.setattr("he2gene_sc.inference._engine._GENES_AT_ONCE", 4)
+    monkeypatch.setattr("he2gene_sc.models._network._GENES_AT_ONCE", 4)
     assert_same(run(network, read(image)), whole)
 
 

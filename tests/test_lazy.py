@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+import torch
 import zarr
 from anndata.experimental import read_elem_lazy
 from test_other_models import slides
@@ -71,18 +72,29 @@ def test_above_the_limit_the_layer_is_lazy_and_says_so(both):
     assert np.isnan(layer_of(table[:, "FTL"])).all()
 
 
-def test_one_limit_holds_for_the_layer_and_for_x(toy, tiny_model, monkeypatch):
+def test_one_limit_holds_for_the_layer_and_for_both_the_layer_and_x(toy, tiny_model, monkeypatch):
     n_bytes = 4 * toy["table"].n_obs * len(tiny_model.genes)
-    monkeypatch.setattr(hg.settings, "memory_limit", n_bytes)
+    monkeypatch.setattr(hg.settings, "memory_limit", 2 * n_bytes)
     hg.tl.predict(toy, model=tiny_model, genes="all")
     expected = toy["he2gene"].layers["he2gene"]
     assert isinstance(expected, np.ndarray)
     np.testing.assert_array_equal(toy["he2gene"].X, expected)
+    monkeypatch.setattr(hg.settings, "memory_limit", 2 * n_bytes - 1)
+    hg.tl.predict(toy, model=tiny_model, genes="all")
+    assert toy["he2gene"].X.nnz == 0
+    np.testing.assert_array_equal(toy["he2gene"].layers["he2gene"], expected)
     monkeypatch.setattr(hg.settings, "memory_limit", n_bytes - 1)
     hg.tl.predict(toy, model=tiny_model, genes="all")
     assert toy["he2gene"].X.nnz == 0
     assert isinstance(toy["he2gene"].layers["he2gene"], da.Array)
     np.testing.assert_allclose(layer_of(toy["he2gene"]), expected, **NEAR)
+
+
+def test_expression_of_many_spots_is_computed_by_blocks(tiny_model):
+    latent = torch.zeros(500_000, tiny_model.network.n_latent)
+    shapes = [v.shape for _, _, v in tiny_model.network.expression_blocks(latent, np.arange(len(tiny_model.genes)))]
+    assert sum(n for n, _ in shapes) == len(latent)
+    assert max(n * g for n, g in shapes) <= 2**24
 
 
 def test_what_happens_to_the_embedding_does_not_change_the_layer(both):

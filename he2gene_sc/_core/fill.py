@@ -34,9 +34,8 @@ class StackedPredictions:
     ----------
     rows
         Rows of the table, ``(n,)``; ``None`` for a new table.
-    expression, proba, embedding
-        ``(n, g)``, ``(n, c)``, ``(n, k)`` float32; NaN for spots outside the image. Without genes, ``(n, 0)``, if the layer
-        is to be lazy.
+    proba, embedding
+        ``(n, c)``, ``(n, k)`` float32; NaN for spots outside the image.
     tissue
         ``(n,)`` float32, likewise.
     ood
@@ -45,12 +44,13 @@ class StackedPredictions:
         Whether no slide is out of distribution.
     known_patient
         Whether the model was trained on sections of the same patients.
+    lazy
+        Whether expression is computed from the embedding when it is read.
     centres
         ``(n, 2)``, pixels of level 0.
     """
 
     rows: np.ndarray
-    expression: np.ndarray
     proba: np.ndarray
     embedding: np.ndarray
     tissue: np.ndarray
@@ -62,6 +62,7 @@ class StackedPredictions:
     ood: np.ndarray | None = None
     familiar: bool = True
     known_patient: bool = False
+    lazy: bool = False
 
     @classmethod
     def collect(
@@ -74,6 +75,7 @@ class StackedPredictions:
         record: dict[str, Any],
         *,
         known_patient: bool = False,
+        lazy: bool = False,
     ) -> StackedPredictions:
         """Put the slides of a table one below the other, and say once how many spots lie outside their image."""
         outside = sum(int((~slide.inside).sum()) for slide in slides)
@@ -102,7 +104,6 @@ class StackedPredictions:
         familiar = all(result.ood is None or not result.ood.reasons for result in predictions)
         return cls(
             rows=np.concatenate([slide.rows for slide in slides]),
-            expression=stack(lambda result: result.expression),
             proba=stack(lambda result: result.proba),
             embedding=stack(lambda result: result.embedding),
             tissue=stack(lambda result: result.tissue),
@@ -114,12 +115,8 @@ class StackedPredictions:
             ood=ood,
             familiar=familiar,
             known_patient=known_patient,
+            lazy=lazy,
         )
-
-    @property
-    def lazy(self) -> bool:
-        """Whether expression is computed from the embedding when it is read."""
-        return self.expression.shape[1] < len(self.wanted.positions)
 
     @property
     def unknown(self) -> np.ndarray:
@@ -231,6 +228,8 @@ class _Spread:
 
 
 def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> Any:
+    import torch
+
     before = table.layers.get(stacked.keys.layer) if keep else None
     if stacked.lazy:
         layer = _lazy_layer(table, stacked)
@@ -239,7 +238,9 @@ def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep
     if before is not None:
         old = before[others]
         layer[others] = np.asarray(old.toarray() if hasattr(old, "toarray") else old, np.float32)
-    layer[np.ix_(stacked.rows, stacked.wanted.columns)] = stacked.expression
+    wanted, network = stacked.wanted, stacked.model.network
+    for rows, genes, values in network.expression_blocks(torch.from_numpy(stacked.embedding), wanted.positions):
+        layer[np.ix_(stacked.rows[rows], wanted.columns[genes])] = values
     return layer
 
 

@@ -12,6 +12,7 @@ from .element_results import element_names, exchanged
 from .fill import StackedPredictions, check_fillable, fill_table, on_all_rows
 from .invalidate import remove_derived, same_values, warn_removed
 from .keys import INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
+from .lazy import is_large
 from .ownership import is_result, not_ours, ours, owns_spatial, written_in
 from .signatures import digest_of, same
 from .validate import format_list
@@ -108,7 +109,7 @@ def _is_plain(ids: pd.Index) -> bool:
 def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnData | None) -> AnnData:
     """Make a table of the predicted genes, marked as ours.
 
-    ``X`` is a copy of the layer, or empty where the layer is lazy. With ``like``, the table
+    ``X`` is a copy of the layer, or empty where both together pass ``settings.memory_limit``. With ``like``, the table
     that annotates the same spots, its ``obs`` names and ids are taken over.
     """
     import scipy.sparse
@@ -117,14 +118,16 @@ def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnDa
 
     model = stacked.model
     shape = (len(stacked.embedding), len(stacked.wanted.positions))
-    fits = not stacked.lazy
+    fits = not (stacked.lazy or is_large(2 * shape[0], shape[1]))
     genes = model.genes.iloc[stacked.wanted.positions]
     table = AnnData(
-        X=stacked.expression.copy() if fits else scipy.sparse.csr_matrix(shape, dtype=np.float32),
+        X=None if fits else scipy.sparse.csr_matrix(shape, dtype=np.float32),
         obs=_obs(slides, like),
         var=pd.DataFrame({"ensembl_id": genes["ensembl_id"].astype(str)}, index=pd.Index(genes.index.astype(str))),
     )
     fill_table(table, on_all_rows(stacked))
+    if fits:
+        table.X = table.layers[stacked.keys.layer].copy()
     table.uns[MADE] = {
         "by": "hg.tl.predict",
         "X": model.card.expression_scale if fits else "empty: over memory_limit",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,8 +22,6 @@ from ._pixels import Pixels
 
 logger = logging.getLogger("he2gene_sc")
 
-#: Genes that the gene head computes at once, and values, so that a wide head or many spots need no second copy of the result.
-_GENES_AT_ONCE, _VALUES_AT_ONCE = 4096, 2**26
 #: Bytes of features that wait on the device to be copied home together.
 _ON_DEVICE = 2**28
 #: Spots whose views are classified at once.
@@ -48,7 +46,7 @@ class Predictions:
 def predict(
     network: Network,
     reader: PatchReader | None,
-    genes: np.ndarray,
+    genes: Sequence[int] | np.ndarray = (),
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -81,12 +79,8 @@ def predict(
         embedding = network.embed(seen, centres_um)
         latent = torch.from_numpy(embedding).to(device)
         expression = np.empty((n, len(genes)), np.float32)
-        positions = torch.from_numpy(np.asarray(genes, np.int64)).to(device)
-        for start in range(0, len(genes), _GENES_AT_ONCE):
-            part = positions[start : start + _GENES_AT_ONCE]
-            for rows in row_blocks(n, _VALUES_AT_ONCE // len(part)):
-                found = network.expression(latent[rows], part)
-                expression[rows, start : start + len(part)] = found.cpu().numpy()
+        for rows, part, values in network.expression_blocks(latent, genes):
+            expression[rows, part] = values
         if proba is None:
             proba = (
                 network.classify(seen, centres_um, latent) if network.has_annotation else np.empty((n, 0), np.float32)

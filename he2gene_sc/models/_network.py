@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ._embedding import ALONE, TENSORS, Basis, Context, Rows, rings_of
+from ._embedding import ALONE, TENSORS, Basis, Context, Rows, rings_of, row_blocks
 from ._encoders.registry import EncoderSpec
 from ._encoders.stages import staged
 from ._ood import OODDetector, OODResult, SlideFacts
@@ -18,6 +19,8 @@ from ._ood import OODDetector, OODResult, SlideFacts
 #: Arrays of an annotation that reads components of its own.
 ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
 
+#: Genes that the gene head computes at once, and values, so that a wide head or many spots need no second copy of the result.
+_GENES_AT_ONCE, _VALUES_AT_ONCE = 4096, 2**24
 #: The eight symmetries of the square, as (quarter turns, mirrored).
 SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4))
 
@@ -211,6 +214,16 @@ class Network(nn.Module):
     def expression(self, latent: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
         """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0."""
         return (latent @ self.genes_weight[:, genes] + self.genes_bias[genes]).clamp_(min=0)
+
+    def expression_blocks(self, latent: torch.Tensor, genes: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+        """Yield rows of ``(n, k)``, a part of the genes at positions ``(g,)``, and what is predicted of both, in bounded memory."""
+        positions = torch.from_numpy(np.asarray(genes, np.int64))
+        with torch.inference_mode():
+            for start in range(0, len(genes), _GENES_AT_ONCE):
+                part = positions[start : start + _GENES_AT_ONCE].to(self.genes_bias.device)
+                for rows in row_blocks(len(latent), _VALUES_AT_ONCE // len(part)):
+                    found = self.expression(latent[rows].to(part.device), part)
+                    yield rows, slice(start, start + len(part)), found.cpu().numpy()
 
     def annotation(self, latent: torch.Tensor) -> torch.Tensor:
         """Predict the class probabilities, ``(…, k)`` to ``(…, c)``; those of several views are to be averaged."""

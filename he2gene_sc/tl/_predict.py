@@ -222,12 +222,11 @@ def predict(
     kept = find_features(features, table)
     new_shape = (sum(len(slide.spot_ids) for slide in slides), len(wanted.positions))
     shape = table.shape if table is not None and new_table is None else new_shape
-    positions = wanted.positions
-    if is_large(*shape):
+    lazy = is_large(*shape)
+    if lazy:
         logger.info("predict: layer %r would take %.1f GB, it is lazy (dask)", keys.layer, 4e-9 * shape[0] * shape[1])
-        positions = positions[:0]
     sections = [] if known_patient is not None else training_sections(slides, model.card)
-    found = [_predict_slide(slide, model, positions, how, kept) for slide in slides]
+    found = [_predict_slide(slide, model, how, kept) for slide in slides]
     predictions = [result for _, _, result in found]
     if isinstance(kept, KeptFeatures):
         how = kept.as_encoded(how)
@@ -274,7 +273,14 @@ def predict(
     if known_patient and "known" in (model.card.guard or {}):
         _warn_of_strangers(slides, predictions, keys)
     stacked = StackedPredictions.collect(
-        slides, predictions, wanted, model, keys, record, known_patient=bool(known_patient or sections)
+        slides,
+        predictions,
+        wanted,
+        model,
+        keys,
+        record,
+        known_patient=bool(known_patient or sections),
+        lazy=lazy,
     )
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
@@ -341,7 +347,7 @@ def _warn_of_strangers(slides: Sequence[Slide], predictions: Sequence[Prediction
 
 
 def _predict_slide(
-    slide: Slide, model: HE2Gene, positions: np.ndarray, how: Encoding, kept: KeptFeatures | Path | None
+    slide: Slide, model: HE2Gene, how: Encoding, kept: KeptFeatures | Path | None
 ) -> tuple[int, bool, Predictions]:
     """Predict the spots whose centre lies inside the image; return the level read, and whether features are interpolated."""
     from tqdm.auto import tqdm
@@ -355,12 +361,12 @@ def _predict_slide(
     options: dict[str, Any] = {"device": how.device, "dtype": how.dtype, "tta": how.tta}
     if kept is None and not dense:
         with tqdm(total=reader.n_spots, unit="spot", desc=f"predict {slide.shapes_key}", disable=not how.bar) as bar:
-            return reader.plan.level, dense, run(model.network, reader, positions, progress=bar.update, **options)
+            return reader.plan.level, dense, run(model.network, reader, progress=bar.update, **options)
     if isinstance(kept, KeptFeatures):
         features = kept.of_slide(slide, parts, how.encoder(model))
     else:
         features, _ = encode_slide(slide, model, how, parts, kept)
-    return reader.plan.level, dense, run(model.network, None, positions, features=features, **options)
+    return reader.plan.level, dense, run(model.network, None, features=features, **options)
 
 
 def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, object]:
