@@ -120,7 +120,7 @@ def calibration(
     bounds: list[OfModel] | list[OfAdapted]
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
-        check_calibrated(calibration, readable(table, layer), layer, model)
+        check_calibrated(calibration, table, readable(table, layer), layer, model)
         ours = prediction_of(table, layer)
         if annotation_key is not None and ours is None:
             raise ValueError(
