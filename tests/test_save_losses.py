@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -505,6 +506,20 @@ def test_what_others_change_after_a_save_and_before_the_next_reading_is_met_is_n
     THEIRS["obs"][0](slide.path)
     mine["table"].obs["n"] = 1
     with pytest.raises(FileExistsError, match=r"obs\['annotation'\] \(maybe changed by another"):
+        hg.io.save(mine)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="times of change are those of creation there")
+@pytest.mark.parametrize("what", ["", "tables", "tables/table"])
+def test_what_others_move_into_place_is_not_lost_though_its_files_are_old(slide, tmp_path, monkeypatch, what):
+    other = Path(shutil.copytree(slide.path, tmp_path / "other.zarr"))
+    THEIRS["layer"][0](other)
+    monkeypatch.setattr(doubts, "_START", time.time())
+    mine = sd.read_zarr(slide.path)
+    (slide.path / what).rename(tmp_path / "gone")
+    (other / what).rename(slide.path / what)
+    mine["table"].obs["n"] = 1
+    with pytest.raises(FileExistsError, match=r"tables/table: layers\['mine'\] \(maybe changed by another"):
         hg.io.save(mine)
 
 

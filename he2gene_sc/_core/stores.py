@@ -117,7 +117,8 @@ def _plain(value: Any) -> Any:
 def saved_by(attrs: Mapping[str, Any]) -> dict[str, str]:
     """Which save last changed each element."""
     ours = attrs.get(ATTRS)
-    return dict(ours.get(SAVED, {})) if isinstance(ours, Mapping) else {}
+    saved = ours.get(SAVED) if isinstance(ours, Mapping) else None
+    return {str(key): str(value) for key, value in saved.items()} if isinstance(saved, Mapping) else {}
 
 
 def new_id(written: Path | Mapping[str, Any]) -> str:
@@ -146,11 +147,12 @@ def _doubts(sdata: SpatialData, store: Path) -> dict[tuple[str, str], set[str]]:
         path = store / kind / name
         if name not in getattr(sdata, kind) or is_as_saved(f"{kind}/{name}", path):
             continue
-        if is_moved(store.stat(), path.parent.stat()) or is_young(path.stat(), *(stat for _, stat in _files(path))):
+        files = [path.lstat(), path.stat(), *(stat for _, stat in _files(path))]
+        if is_moved(store.stat(), path.parent.stat()) or is_young(*files):
             young.add((kind, name))
     found = doubtful(sdata, store, young) if young else {}
-    files = [store / name for name in ROOT_FILES if (store / name).is_file()]
-    if is_young(*(path.stat() for path in files)) and not is_as_saved("attrs", root):
+    root_files = [store / name for name in ROOT_FILES if (store / name).is_file()]
+    if is_young(*(path.stat() for path in root_files)) and not is_as_saved("attrs", root):
         there, here = _of_user(root), _of_user(sdata.attrs)
         found["attrs", ""] = {f"attrs[{key!r}]" for key in there if there[key] != here.get(key)}
     return found
