@@ -402,7 +402,8 @@ def _points(store):
 
 
 def _in_table(key, value):
-    return lambda store: write_elem(zarr.open_group(store / "tables" / "table", mode="r+"), key, value)
+    place, name = ("tables/table/" + key).rsplit("/", 1)
+    return lambda store: write_elem(zarr.open_group(store / place, mode="r+"), name, value)
 
 
 THEIRS = {
@@ -498,6 +499,18 @@ def test_ones_own_changes_are_saved_where_no_other_can_have_changed_the_store(sl
     sdata = sd.read_zarr(hg.io.save(sdata, slide.path.with_name("new.zarr")))
     change(sdata, 5)
     assert sd.read_zarr(hg.io.save(sdata)).attrs["qc"] == 5
+
+
+def test_what_spatialdata_wrote_of_the_object_itself_is_not_taken_for_the_work_of_others(slide, tmp_path):
+    slide["table"].obs["note"] = pd.Series(["a", None, np.nan] * 4, slide["table"].obs_names, dtype=object)
+    slide.points["many"] = PointsModel.parse(
+        pd.DataFrame({"x": np.arange(9.0), "y": 1.0, "gene": pd.Categorical(["a", "b", "c"] * 3)}), npartitions=3
+    )
+    slide.write(tmp_path / "own.zarr")
+    hg.io.save(slide)
+    note = sd.read_zarr(slide.path)["table"].obs["note"]
+    assert note.isna().sum() == 8
+    assert (note.dropna() == "a").all()
 
 
 def test_what_others_change_after_a_save_and_before_the_next_reading_is_met_is_not_lost(slide):

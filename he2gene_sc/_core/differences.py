@@ -32,6 +32,7 @@ class Difference:
     of_verbs: set[str] = field(default_factory=set)  # lost ones that our verbs wrote, and remove when outdated
     metadata_only: bool = False  # only transformations or channel names differ
     uns: Mapping[str, Any] = field(default_factory=dict)  # of the table on disk
+    frames: Mapping[str, Any] = field(default_factory=dict)  # obs and var on disk
 
     def __bool__(self) -> bool:
         return bool(self.lost or self.altered or self.added)
@@ -105,7 +106,7 @@ def table_difference(path: Path, table: AnnData) -> Difference:
             for key in found.note(slot, there, here):
                 _part(found, f"{slot}/{key}", group, here[key])
         _raw(found, group, table)
-    found.uns = uns
+    found.uns, found.frames = uns, frames
     return found
 
 

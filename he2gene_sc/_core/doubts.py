@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .differences import Difference, read_elements, spatial_difference, table_difference
+from .same import same_column
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from spatialdata import SpatialData
 
 #: An element that was not compared.
@@ -49,6 +51,17 @@ def is_moved(*folders: os.stat_result) -> bool:
     return any(stat.st_ctime > _START >= stat.st_mtime for stat in folders)
 
 
+def _texts(difference: Difference, table: AnnData) -> list[str]:
+    """List columns that anndata wrote from this object: of what is missing among texts it makes "None" and "nan"."""
+    found = []
+    for axis, there in difference.frames.items():
+        here = getattr(table, axis)
+        for key in set(there) & set(here):
+            if here[key].dtype == object and same_column(there[key], here[key].map(str)):
+                found.append(f"{axis}[{key!r}]")
+    return found
+
+
 def doubtful(sdata: SpatialData, store: Path, young: set[tuple[str, str]]) -> dict[tuple[str, str], set[str]]:
     """List what an object holds otherwise than ``young`` elements of its store; images and points are not read."""
     kinds = {kind for kind, _ in young} - {"tables"}
@@ -64,6 +77,8 @@ def doubtful(sdata: SpatialData, store: Path, young: set[tuple[str, str]]) -> di
         with contextlib.suppress(Exception):
             if kind == "tables":
                 difference = table_difference(store / kind / name, element)
+                texts = _texts(difference, element)
+                difference.altered = [item for item in difference.altered if item not in texts]
             elif name in stored:
                 is_compared = kind != "points" or stored[name]._name == getattr(element, "_name", None)
                 data = kind in ("labels", "shapes")
