@@ -455,7 +455,7 @@ def test_values_that_others_change_before_any_verb_met_the_object_are_not_lost(s
     mine = _read(slide.path)
     change(slide.path)
     mine["table"].obs["n"] = 1
-    with pytest.raises(FileExistsError, match=rf"{said} \(maybe changed by another.*younger than this process"):
+    with pytest.raises(FileExistsError, match=rf"{said} \(maybe changed by another.*newer than this Python process"):
         hg.io.save(mine)
     assert "n" not in sd.read_zarr(slide.path)["table"].obs
     hg.io.save(mine, overwrite=True)

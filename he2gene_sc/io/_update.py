@@ -175,8 +175,8 @@ def _refuse_loss(
             is_doubtful |= bool(in_doubt)
     if lost:
         why = (
-            " What another may have changed lies in files that are younger than this process, and differed when a function of "
-            "hg first met `sdata`; if you changed it yourself, overwrite=True is right."
+            " Files of this store are newer than this Python process, and `sdata` differed from them when hg first met it. If you "
+            "changed these values yourself, pass overwrite=True."
         )
         raise FileExistsError(
             f"`sdata` would overwrite what its store {str(store)!r} holds and it does not: {'; '.join(lost)}. Read the store "
