@@ -191,6 +191,29 @@ def test_full_resolution_coordinates_on_a_reduced_image_are_mended_by_its_scale_
     np.testing.assert_allclose(resolve(sdata, mpp=2.5)[0].centres, right, atol=1e-3)
 
 
+def test_full_resolution_coordinates_without_a_scale_factor_are_mended_by_the_pitch_of_the_assay():
+    sdata = section()
+    right = resolve(sdata)[0].centres
+    place(sdata, [[16, 0, 0], [0, 16, 0]])
+    slides = resolve(sdata, mpp=2.5)
+    with pytest.raises(ValueError, match="coordinates of a larger image, by the pitch of Visium") as error:
+        check_placement(sdata, slides[0])
+    mend(sdata, str(error.value))
+    np.testing.assert_allclose(resolve(sdata, mpp=2.5)[0].centres, right, atol=1e-2)
+
+
+@pytest.mark.parametrize(("factor", "word"), [(1.5, "larger"), (0.5, "smaller")])
+def test_a_lattice_that_contradicts_the_stated_resolution_is_told_both_ways_to_mend(factor, word):
+    sdata = section(array=False)
+    right = resolve(sdata)[0].centres
+    place(sdata, [[factor, 0, 0], [0, factor, 0]])
+    message = said(sdata, mpp=2.5)[0]
+    assert f"pass mpp={2.5 / factor:.4g}" in message
+    assert f"those of a {word} image" in message
+    mend(sdata, message)
+    np.testing.assert_allclose(resolve(sdata, mpp=2.5)[0].centres, right, rtol=1e-3)
+
+
 def test_coordinates_of_a_larger_image_are_named_where_no_scale_factor_is_known():
     sdata = section()
     place(sdata, [[3, 0, 0], [0, 3, 0]])
@@ -205,6 +228,12 @@ def test_micrometres_that_leave_a_coarse_image_are_named():
     assert any("look like micrometres" in message and "lie outside" in message for message in messages)
     mend(sdata, messages[-1])
     assert said(sdata) == []
+
+
+def test_micrometres_are_told_where_the_pitch_is_off_by_a_percent():
+    sdata = section(array=False)
+    place(sdata, [[2.52, 0, 0], [0, 2.52, 0]])
+    assert any("its coordinates look like micrometres" in message for message in said(sdata, mpp=2.0))
 
 
 def test_micrometres_on_pixels_are_told_by_a_lattice_of_exactly_1_um_per_px():

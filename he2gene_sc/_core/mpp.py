@@ -24,8 +24,9 @@ logger = logging.getLogger("he2gene_sc")
 _PLAUSIBLE = (1e-3, 1e4)
 _MICROMETRE_SYSTEMS = ("micrometer", "micrometers", "micrometre", "micrometres", "micron", "microns", "um", "µm", "μm")
 
-#: A lattice this near to 1 µm/px is in µm, or on an image that was made so.
-_EXACT = 2e-3
+#: A lattice this near to 1 µm/px is in µm, or on an image that was made so; where another µm/px is known, one this near: the
+#: pitch of printed arrays is off by up to a percent, that of a few spots by more.
+_EXACT, _NEARLY = 2e-3, 0.03
 #: Lengths that differ by more than this share between directions are said.
 _SQUARE = 0.05
 #: ``sdata.attrs[ATTRS][_STATED][image_key]``: µm/px and the image that it was stated for, by size, scale and place.
@@ -195,6 +196,7 @@ def resolve_mpp(
     diameter_px: float,
     to_pixels: np.ndarray,
     *,
+    coordinate_system: str,
     measured: bool,
     lattice: np.ndarray | None = None,
 ) -> tuple[float, str]:
@@ -205,7 +207,7 @@ def resolve_mpp(
     """
     from spatialdata.transformations import get_transformation
 
-    assay = _known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
+    assay = known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
     found: tuple[float, str] | None
     if mpp is not None:
         found = float(mpp), "argument"
@@ -225,14 +227,19 @@ def resolve_mpp(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
             f"object states none and the spots are not a Visium or legacy ST lattice{hint or '; ' + _passed('...')}"
         )
+
+    def scaled(factor: float) -> str:
+        return mending_call(sdata, image_key, shapes_key, coordinate_system, np.diag([factor, factor, 1]))
+
     in_um = assay is not None and abs(assay[0] - 1) < _EXACT
     if measured and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
         ratio = found[0] / assay[0]
+        in_um = abs(assay[0] - 1) < _NEARLY
         cause = (
-            "its coordinates look like micrometres, not pixels; if they are, transform them: "
-            f"{scaling(shapes_key, 1 / found[0])}"
+            f"its coordinates look like micrometres, not pixels; if they are, transform them: {scaled(1 / found[0])}"
             if in_um
-            else f"if that is right, {_passed(f'{assay[0]:.4g}')}"
+            else f"if that is right, {_passed(f'{assay[0]:.4g}')}; if the coordinates are those of a "
+            f"{'larger' if ratio > 1 else 'smaller'} image of the slide, transform them: {scaled(1 / ratio)}"
         )
         tenfold = ", ten times off" if not in_um and any(0.8 < r < 1.25 for r in (ratio / 10, ratio * 10)) else ""
         warnings.warn(
@@ -245,7 +252,7 @@ def resolve_mpp(
         warnings.warn(
             f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
             f"not pixels of image {image_key!r}. If they are, the wrong pixels are read; transform them by the true µm/px, "
-            f"for 0.5: {scaling(shapes_key, 2.0)}. If the image has 1 µm/px, {_passed('1.0')}",
+            f"for 0.5: {scaled(2.0)}. If the image has 1 µm/px, {_passed('1.0')}",
             UserWarning,
             stacklevel=4,
         )
@@ -265,12 +272,23 @@ def _passed(mpp: str) -> str:
     return f"pass mpp={mpp} (to hg.tl.train keys=hg.SectionKeys(mpp={mpp}))"
 
 
-def scaling(shapes_key: str, factor: float) -> str:
-    """Call that multiplies the coordinates of spots that lie in pixels by a factor."""
-    return (
-        f"spatialdata.transformations.set_transformation(sdata[{shapes_key!r}], "
-        f"spatialdata.transformations.Scale([{factor:.4g}, {factor:.4g}], axes=('x', 'y')))"
-    )
+def mending_call(sdata: SpatialData, image_key: str, shapes_key: str, system: str, matrix: np.ndarray) -> str:
+    """Call that moves the spots by a 3 × 3 matrix in pixels of the image, after the transformation that they have."""
+    from spatialdata.transformations import Identity, get_transformation
+
+    element = spot_element(sdata, shapes_key)
+    transformations = get_transformation(element, get_all=True)
+    image = affine(sdata.images[image_key], system)
+    whole = image @ matrix @ np.linalg.inv(image) @ affine(element, system)
+    factor = whole[0, 0]
+    unmoved = isinstance(get_transformation(element, to_coordinate_system=system), Identity)
+    if unmoved and np.allclose(whole, np.diag([factor, factor, 1])):
+        made = f"spatialdata.transformations.Scale([{factor:.6g}, {factor:.6g}], axes=('x', 'y'))"
+    else:
+        rows = ", ".join("[" + ", ".join(f"{0.0 if abs(v) < 1e-9 else v:.8g}" for v in row) + "]" for row in whole)
+        made = f"spatialdata.transformations.Affine([{rows}], ('x', 'y'), ('x', 'y'))"
+    target = f"{made}, {system!r}" if len(transformations) == 1 else f"{{{system!r}: {made}}}, set_all=True"
+    return f"spatialdata.transformations.set_transformation(sdata[{shapes_key!r}], {target})"
 
 
 def _on_array(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -314,7 +332,7 @@ def _visium_array(lattice: np.ndarray | None, diameter_px: float) -> tuple[float
     return assay.pitch_um / (2 * column), assay.name
 
 
-def _known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | None:
+def known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | None:
     """µm/px from lattice, pitch and diameter of the spots, where they are those of a known assay."""
     from scipy.spatial import KDTree
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .elements import spot_element
 from .images import darkness_at, some_of
-from .mpp import affine, array_lattice, is_scattered, moved
+from .mpp import array_lattice, is_scattered, known_assay, mending_call, moved
 from .spots import pitch_of
 
 if TYPE_CHECKING:
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Share of spots that a likely cause has to bring into the image, and of the image that they then span.
 _INSIDE, _SPAN = 0.9, 0.2
+#: µm/px by the lattice over that of the image, from which on they are taken for the same.
+_SAME_SIZE = 0.8
 #: Spots that are compared with the pixels, and by how much one placement has to be better to be called right.
 _N_SPOTS, _DARKER, _BETTER = 400, 1.15, 0.15
 #: The same without array positions, which have to agree else.
@@ -69,13 +70,13 @@ def _outside(sdata: SpatialData, slide: Slide, outside: int) -> str:
         places = moved(slide.centres, matrix)
         inside = ((places >= 0) & (places <= [width, height])).all(1)
         if inside.mean() >= _INSIDE and (np.ptp(places, axis=0) / [width, height]).max() >= _SPAN:
-            return f"{found} {cause}; if so: {mending_call(sdata, slide, matrix)}."
+            return f"{found} {cause}; if so: {_mend(sdata, slide, matrix)}."
     factor = 0.95 * min(width / max(right, 1), height / max(bottom, 1))
     if factor < 1 and left < width and top < height and min(left, top) >= 0:
         return (
             f"{found} Their coordinates look like those of a larger image, such as the full-resolution one: use that image, "
             "or scale the spots by the width of this image over the width of that one, about: "
-            f"{mending_call(sdata, slide, np.diag([factor, factor, 1]))}."
+            f"{_mend(sdata, slide, np.diag([factor, factor, 1]))}."
         )
     return f"{found} Check the transformations, `coordinate_system` and `image_key`, of {sorted(sdata.images)}."
 
@@ -91,6 +92,11 @@ def _causes(sdata: SpatialData, slide: Slide) -> Iterator[tuple[str, np.ndarray]
         what = f"`{name}` {factor:.4g} in uns['spatial']"
         yield f"full-resolution coordinates on a reduced image, by {what}", np.diag([factor, factor, 1])
         yield f"coordinates of a reduced image, by {what}", np.diag([1 / factor, 1 / factor, 1])
+    assay = known_assay(slide.centres, slide.diameter_um / slide.mpp)
+    if assay is not None and not _SAME_SIZE < assay[0] / slide.mpp < 1 / _SAME_SIZE:
+        factor = assay[0] / slide.mpp
+        what = f"the pitch of {assay[1]} at {slide.mpp:.4g} µm/px"
+        yield f"coordinates of a {'larger' if factor < 1 else 'smaller'} image, by {what}", np.diag([factor, factor, 1])
 
 
 def _scale_factors(sdata: SpatialData, slide: Slide) -> dict[str, float]:
@@ -105,18 +111,8 @@ def _scale_factors(sdata: SpatialData, slide: Slide) -> dict[str, float]:
     return found
 
 
-def mending_call(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
-    """Call that moves the spots by a matrix in pixels of the image."""
-    from spatialdata.transformations import get_transformation
-
-    element, system = spot_element(sdata, slide.shapes_key), slide.coordinate_system
-    image = affine(sdata.images[slide.image_key], system)
-    whole = image @ matrix @ np.linalg.inv(image) @ affine(element, system)
-    rows = ", ".join("[" + ", ".join(f"{0.0 if abs(v) < 1e-9 else v:.8g}" for v in row) + "]" for row in whole)
-    made = f"spatialdata.transformations.Affine([{rows}], ('x', 'y'), ('x', 'y'))"
-    only = len(get_transformation(element, get_all=True)) == 1
-    target = f"{made}, {system!r}" if only else f"{{{system!r}: {made}}}, set_all=True"
-    return f"spatialdata.transformations.set_transformation(sdata[{slide.shapes_key!r}], {target})"
+def _mend(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
+    return mending_call(sdata, slide.image_key, slide.shapes_key, slide.coordinate_system, matrix)
 
 
 def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
@@ -153,7 +149,7 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
     shown = "; the pixels agree" if better[cause] > 0 else ""
     warnings.warn(
         f"`array_row` and `array_col` of table {slide.table_key!r} run mirrored against the pixels: {cause}{shown}. If so, "
-        f"all spots are predicted from other tissue; mend it by {mending_call(sdata, slide, causes[cause])}. If the "
+        f"all spots are predicted from other tissue; mend it by {_mend(sdata, slide, causes[cause])}. If the "
         "section was imaged mirrored, as in some CytAssist runs, or array_row counts columns, all is well",
         UserWarning,
         stacklevel=5,
@@ -169,7 +165,7 @@ def _check_swap(sdata: SpatialData, slide: Slide) -> None:
     if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * now[both].mean():
         warnings.warn(
             f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
-            f"are exchanged. If so, all spots are predicted from other tissue; mend it by {mending_call(sdata, slide, _SWAP)}",
+            f"are exchanged. If so, all spots are predicted from other tissue; mend it by {_mend(sdata, slide, _SWAP)}",
             UserWarning,
             stacklevel=5,
         )

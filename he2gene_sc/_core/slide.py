@@ -107,6 +107,7 @@ def _resolve_one(
         centres,
         diameter_px,
         to_pixels,
+        coordinate_system=system,
         measured=table_key is not None,
         lattice=lattice,
     )
