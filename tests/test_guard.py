@@ -215,6 +215,27 @@ def test_every_cause_is_named_however_few_the_spots(n):
         assert (found.score > 1).all()
 
 
+def test_exchanged_red_and_green_are_noticed_within_the_range_of_the_stains():
+    detector, _ = fitted(slides())
+    stain = detector.limits["stain"] | {"half": [100.0] * 8}
+    detector = replace(detector, limits=detector.limits | {"stain": stain})
+    (other,) = slides(1, seed=1)
+    assert detector.judge(other, facts(60)).causes["stain"] == 0
+    exchanged = other.copy()
+    order = [1, 0, 2, 4, 3, 5, 6, 8, 7]
+    for start in (10, 19):
+        exchanged[:, start : start + 9] = other[:, start : start + 9][:, order]
+    found = detector.judge(exchanged, facts(60))
+    assert found.causes["stain"] == 1
+    assert found.verdict == "out of distribution"
+    assert any("channels are not in the order red, green, blue" in reason for reason in found.reasons)
+    # A model of pictures whose dark parts are redder than the rest has learned no H&E.
+    middle = np.array(stain["middle"])
+    middle[5] = middle[1] - 1
+    other = replace(detector, limits=detector.limits | {"stain": stain | {"middle": middle.tolist()}})
+    assert other.judge(exchanged, facts(60)).causes["stain"] == 0
+
+
 def test_glass_says_nothing_of_the_slide():
     detector, _ = fitted(slides())
     (other,) = slides(1, seed=1)

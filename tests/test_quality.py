@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.ndimage import convolve, gaussian_filter
+from scipy.ndimage import convolve, gaussian_filter, median_filter
 
 from he2gene_sc.image import FAULTS, MIN_TISSUE, faults, tissue_share
 
@@ -24,7 +24,7 @@ def patch():
 
 
 def worst(patches):
-    (found,) = faults(patches)
+    (found,) = faults(patches, 0.7)
     return FAULTS[int(found.argmax())] if found.max() > 1 else ""
 
 
@@ -72,17 +72,51 @@ def test_noise_that_the_channels_share_is_noticed(patch):
 
 def test_compression_is_noticed_wherever_its_blocks_begin(patch):
     for start in (0, 3):
-        assert worst(jpeg(patch, 5)[..., start:, start:]) == "compressed too far"
+        assert worst(jpeg(patch, 5)[..., start:, start:]) == FAULTS[2]
+
+
+def test_a_median_filter_is_noticed_by_structure_of_the_size_of_chromatin():
+    rng = np.random.default_rng(0)
+    shape = (160, 160)
+    cells, grain = gaussian_filter(rng.normal(size=shape), 2), gaussian_filter(rng.normal(size=shape), 0.5)
+    picture = np.array([180.0, 140, 170])[:, None, None] + 25 * cells / cells.std() + 8 * grain
+    sharp = np.clip(picture, 0, 255).astype(np.uint8)[None]
+    filtered = median_filter(sharp, (1, 1, 7, 7))
+    assert worst(sharp) == ""
+    assert worst(filtered) == "blurred"
+    # Neighbours alone are as different as in a sharp scan.
+    assert faults(filtered, float("nan"))[0, 0] < 1
+
+
+def test_blur_is_noticed_behind_grain(patch):
+    blurred = gaussian_filter(patch.astype(float), (0, 0, 2, 2)) + np.random.default_rng(1).normal(0, 3, patch.shape)
+    assert worst(np.clip(blurred, 0, 255).astype(np.uint8)) == "blurred"
+
+
+@pytest.mark.parametrize("share", [0.03, 0.2])
+def test_single_wrong_pixels_are_noise(patch, share):
+    rng = np.random.default_rng(1)
+    wrong = np.where(rng.random(patch.shape[2:]) < share, 255 * rng.integers(0, 2, patch.shape[2:]), patch)
+    assert worst(wrong.astype(np.uint8)) == "noisy"
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_pixels_that_were_copied_to_enlarge_an_image_are_noticed(patch, factor):
+    assert worst(patch.repeat(factor, 2).repeat(factor, 3)) == FAULTS[2]
+
+
+def test_few_colours_are_noticed(patch):
+    assert worst(patch // 32 * 32) == FAULTS[2]
 
 
 def test_flat_patches_have_nothing_to_be_sharp():
-    assert (faults(np.full((2, 3, 64, 64), 230, np.uint8)) == 0).all()
-    assert faults(np.zeros((2, 3, 4, 4), np.uint8)).shape == (2, 3)
+    assert (faults(np.full((2, 3, 64, 64), 230, np.uint8), 0.7) == 0).all()
+    assert faults(np.zeros((2, 3, 4, 4), np.uint8), 0.7).shape == (2, 3)
 
 
 def test_the_stain_does_not_count(patch):
     paler = (255 - 0.5 * (255 - patch.astype(float))).astype(np.uint8)
-    np.testing.assert_allclose(faults(paler)[0, 0], faults(patch)[0, 0], rtol=0.1)
+    np.testing.assert_allclose(faults(paler, 0.7)[0, 0], faults(patch, 0.7)[0, 0], rtol=0.1)
 
 
 @pytest.mark.parametrize("side", [8, 31, 145, 400])

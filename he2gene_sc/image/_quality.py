@@ -28,6 +28,9 @@ _SHARP_WITHIN = 0.0125
 _ALONG = 0.4
 #: Least side, pixels, on which both are told; her2st passes on 31 and more.
 _ENOUGH = 48
+#: The same of structure of this size, µm, over that of twice the size: grain and noise hide that of neighbours. Spots of her2st at
+#: 0.7 µm/px have .11 and more, sharper scans of others .25 and more; a median of 7 pixels leaves .07, Gaussian blur of two .03.
+_DETAIL_UM, _SHARP_DETAIL = 1.4, 0.085
 #: Noise in grey levels that red and blue do not share; that they share, where the image is rougher than tissue is: her2st has
 #: a ratio of .3 to .45, averaged down to 3 µm/px .56.
 _NOISE, _SHARED_NOISE, _ROUGH = 2.0, 8.0, 0.65
@@ -35,9 +38,12 @@ _NOISE, _SHARED_NOISE, _ROUGH = 2.0, 8.0, 0.65
 _STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))
 #: How many times rougher the edges of blocks of 8 pixels are than their inside: JPEG at quality 30 1.5, at 5 over 2.
 _BLOCKS = 2.1
+#: Share of equal neighbours where pixels four apart differ by more than ``_STEP`` grey levels: her2st has up to .03, at JPEG
+#: quality 10 .12. Pixels that were copied to twice the size have .5.
+_EQUAL, _STEP = 0.25, 10
 
 #: What may be wrong with the pixels, in the order of :func:`faults`.
-FAULTS = ("blurred", "noisy", "compressed too far")
+FAULTS = ("blurred", "noisy", "compressed too far, enlarged or of few colours")
 
 
 def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
@@ -79,17 +85,18 @@ def tissue_pixels(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (textured | (darkest < _BRIGHT)) & seen, textured & (darkest < _STAINED) & seen
 
 
-def faults(patches: np.ndarray) -> np.ndarray:
+def faults(patches: np.ndarray, mpp: float) -> np.ndarray:
     """How blurred, noisy and compressed each patch is as stored, ``(b, 3)``; above 1 more than a sharp scan.
 
-    The measures are ratios, so that stain and contrast do not count; 0 where a patch is flat. Order:
-    :data:`FAULTS`.
+    The measures are ratios, so that stain and contrast do not count; 0 where a patch is flat. ``mpp`` is that of the pixels of
+    the patches. Order: :data:`FAULTS`.
     """
     side = patches.shape[-1]
     if side < 8:
         return np.zeros((len(patches), len(FAULTS)), np.float32)
     low = max(0, (side - _SIDE) // 2)
-    x = patches[:, :, low : low + _SIDE, low : low + _SIDE].astype(np.float32)
+    stored = patches[:, :, low : low + _SIDE, low : low + _SIDE]
+    x = stored.astype(np.float32)
     grey = x.mean(1)
     one, two = ([_squares(grey, lag, step) for step in _STEPS] for lag in (1, 2))
     near, far = (np.stack([x.mean((1, 2)) for x in squares]) for squares in (one, two))
@@ -99,9 +106,10 @@ def faults(patches: np.ndarray) -> np.ndarray:
         detail = np.maximum(near / np.maximum(far, 1e-3) - _SMOOTH, 1e-3)
         along = np.minimum(*(detail[i : i + 2].min(0) / detail[i : i + 2].max(0) for i in (0, 2)))
         blurred = np.max([blurred, _SHARP_WITHIN / _within_blocks(one, two), _ALONG / along], axis=0)
-    noise, own = _noise(x, grey)
-    noisy = np.maximum(noise * own / _NOISE, np.minimum(noise / _SHARED_NOISE, ratio / _ROUGH))
-    result = np.stack([blurred, noisy, _blocks(grey) / _BLOCKS], axis=1)
+        blurred = np.maximum(blurred, _SHARP_DETAIL / _detail(grey, mpp))
+    noise, shared, own = _noise(x, grey)
+    noisy = np.maximum(noise * own / _NOISE, np.minimum(shared / _SHARED_NOISE, ratio / _ROUGH))
+    result = np.stack([blurred, noisy, np.maximum(_blocks(grey) / _BLOCKS, _equal(stored) / _EQUAL)], axis=1)
     contrast = np.sqrt(sum(_squares(grey, 4, step).mean((1, 2)) for step in _STEPS[:2]) / 2)
     return np.where(contrast[:, None] < _PLAIN, 0, result).astype(np.float32)
 
@@ -137,14 +145,41 @@ def _within_blocks(one: Sequence[np.ndarray], two: Sequence[np.ndarray]) -> np.n
     return np.maximum(near / np.maximum(far, 1e-3) - _SMOOTH, 1e-3)
 
 
-def _noise(x: np.ndarray, grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Noise (Immerkaer, Comput Vis Image Underst 1996, by the median), and the share that red and blue do not share."""
+def _detail(grey: np.ndarray, mpp: float) -> np.ndarray:
+    """Variance of the difference of pixels 1.4 µm apart over that of twice as far, less that of a smooth surface.
+
+    Infinite where neighbours are no nearer, which :func:`faults` compares anyway, or the patch is too small.
+    """
+    lag = round(_DETAIL_UM / mpp) if np.isfinite(mpp) else 0
+    if not 2 <= lag <= grey.shape[1] // 8:
+        return np.full(len(grey), np.inf)
+    near, far = (sum(_squares(grey, n, step).mean((1, 2)) for step in _STEPS[:2]) for n in (lag, 2 * lag))
+    return np.maximum(near / np.maximum(far, 1e-3) - _SMOOTH, 1e-3)
+
+
+def _equal(stored: np.ndarray) -> np.ndarray:
+    """Share of neighbouring pixels that are equal in all channels, where the image changes around them."""
+    found = []
+    for x in (stored, stored.swapaxes(2, 3)):
+        step = np.maximum(x[..., 4:], x[..., :-4]) - np.minimum(x[..., 4:], x[..., :-4])
+        changes = (step > _STEP).any(1)
+        equal = (x[..., 1:-3] == x[..., 2:-2]).all(1) & changes
+        found.append(equal.sum((1, 2)) / np.maximum(changes.sum((1, 2)), 1))
+    return (found[0] + found[1]) / 2
+
+
+def _noise(x: np.ndarray, grey: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Noise by the median and by the mean, which counts single pixels too, and the share that red and blue do not share.
+
+    Immerkaer, Comput Vis Image Underst 1996.
+    """
     second = grey[:, :, :-2] - 2 * grey[:, :, 1:-1] + grey[:, :, 2:]
     second = second[:, :-2] - 2 * second[:, 1:-1] + second[:, 2:]
-    noise = np.median(np.abs(second), axis=(1, 2)) / (6 * 0.6745)
+    second = np.abs(second)
+    noise, shared = np.median(second, axis=(1, 2)) / (6 * 0.6745), second.mean((1, 2)) / (6 * np.sqrt(2 / np.pi))
     red, blue = x[:, 0, :, 1:] - x[:, 0, :, :-1], x[:, 2, :, 1:] - x[:, 2, :, :-1]
     power = np.sqrt(np.square(red).mean((1, 2)) * np.square(blue).mean((1, 2)))
-    return noise, 1 - (red * blue).mean((1, 2)) / np.maximum(power, 1e-6)
+    return noise, shared, 1 - (red * blue).mean((1, 2)) / np.maximum(power, 1e-6)
 
 
 def _blocks(grey: np.ndarray) -> np.ndarray:

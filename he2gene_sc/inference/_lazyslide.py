@@ -69,7 +69,7 @@ class TileEncoder(_Part):
             features = self.model(windows).flatten(1)
         smallest = min(range(len(sides)), key=lambda i: sides[i])
         tissue = tissue_share(windows[smallest].cpu().numpy(), self._windows_um[smallest])
-        facts = np.column_stack([tissue, faults(image.cpu().numpy())]).astype(np.float32)
+        facts = np.column_stack([tissue, faults(image.cpu().numpy(), self._tile_mpp)]).astype(np.float32)
         return torch.cat([features.float().cpu(), torch.from_numpy(facts)], dim=1)
 
 

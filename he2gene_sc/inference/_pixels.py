@@ -53,7 +53,9 @@ class Pixels:
         if self._judge:
             um = self._windows[self._smallest].um
             self.facts.tissue[batch.index] = tissue_share(batch.patches[self._smallest], um)
-            self.facts.faults[batch.index] = faults(batch.patches[self._widest])
+            widest = batch.patches[self._widest]
+            mpp = self._windows[self._widest].um / widest.shape[-1]
+            self.facts.faults[batch.index] = faults(widest, mpp)
 
     @property
     def sha256(self) -> str:

@@ -1,6 +1,7 @@
 """What the bundled model says of slides that it was not made for, and of patients that were held out.
 
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_strangers.py [PART...] [--slides FILE.py] [--cache DIR]
+        [--spots N] [--only WORDS]
 
 Parts:
   altered   a crop of C5 and of B4 as it is, stained otherwise, blurred, noisy, compressed, with a wrong µm/px: share of the
@@ -28,7 +29,7 @@ import pandas as pd
 import torch
 from bench_trust import pixels_of
 from PIL import Image
-from scipy.ndimage import gaussian_filter, uniform_filter1d
+from scipy.ndimage import gaussian_filter, median_filter, uniform_filter1d
 from skimage.color import hed2rgb, rgb2hed
 from sklearn.neighbors import radius_neighbors_graph
 from spatialdata import SpatialData
@@ -93,6 +94,15 @@ def compressed(quality):
     return altered
 
 
+def spotted(share):
+    def altered(image):
+        rng = np.random.default_rng(0)
+        wrong = rng.random(image.shape[1:]) < share
+        return np.where(wrong, 255 * rng.integers(0, 2, image.shape[1:]), image).astype(np.uint8)
+
+    return altered
+
+
 ALTERED = {
     "as it is": lambda image: image,
     "eosin removed": stained(lambda hed: hed * [1, 0, 1]),
@@ -106,6 +116,17 @@ ALTERED = {
     **{f"noise {s}": noisy(s) for s in (20, 40)},
     "noise 40, the same in all channels": noisy(40, 1),
     "JPEG 5": compressed(5),
+    "red and green exchanged": lambda image: image[[1, 0, 2]],
+    "median 7 px": lambda image: median_filter(image, (1, 7, 7)),
+    "blur 2 px, then noise 5": lambda image: noisy(5)(blurred(2)(image)),
+    "salt and pepper 2 %": spotted(0.02),
+    "reduced by two, pixels copied": lambda image: image[:, ::2, ::2].repeat(2, 1).repeat(2, 2),
+    "eight levels a channel": lambda image: image // 32 * 32,
+    "sharpened, radius 2 px": lambda image: np.clip(3 * image.astype(float) - 2 * blurred(2)(image), 0, 255).astype(
+        np.uint8
+    ),
+    "gamma 0.4": lambda image: (255 * (image / 255) ** 0.4).astype(np.uint8),
+    "a third of the eosin": stained(lambda hed: hed * [1, 0.33, 1]),
 }
 
 
@@ -143,10 +164,11 @@ def altered(arguments):
         image, centres, mpp = pixels_of(hg.datasets.her2st(name))
         low = np.median(centres, axis=0).astype(int) - SIDE // 2
         crop = image[:, low[1] : low[1] + SIDE, low[0] : low[0] + SIDE]
-        inside = centres[((centres > low + 50) & (centres < low + SIDE - 50)).all(1)][:MOST] - low
+        inside = centres[((centres > low + 50) & (centres < low + SIDE - 50)).all(1)][: arguments.spots] - low
         for title, change in ALTERED.items():
-            said(f"{name}, {title}", slide(change(crop), inside, mpp), mpp)
-        for factor in (0.5, 2):
+            if arguments.only in title:
+                said(f"{name}, {title}", slide(change(crop), inside, mpp), mpp)
+        for factor in (0.5, 2) if arguments.only in "µm/px" else ():
             said(f"{name}, µm/px times {factor}", slide(crop, inside, mpp), mpp * factor)
 
 
@@ -240,6 +262,8 @@ def main():
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {list(PARTS)}")
     parser.add_argument("--slides", type=Path, help="Python file with `ITEMS` and `load(name)`")
     parser.add_argument("--cache", type=Path, help="folder for the encoder's features; default: a temporary one")
+    parser.add_argument("--spots", type=int, default=MOST, help="of each altered crop, at most")
+    parser.add_argument("--only", default="", help="alterations whose name has these words")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         arguments.cache = arguments.cache or Path(temporary)
