@@ -250,8 +250,9 @@ def summarise(genes: pd.DataFrame, panels: Mapping[str, np.ndarray]) -> pd.DataF
     for (scope, section, predictor), frame in genes.groupby(
         ["scope", "section", "predictor"], observed=True, sort=False
     ):
+        columns = {metric: frame[metric].to_numpy(np.float64) for metric in metrics}
         for panel, mask in panels.items():
-            chosen = {metric: frame.loc[mask, metric].dropna().to_numpy(np.float64) for metric in metrics}
+            chosen = {metric: of_gene[mask & ~np.isnan(of_gene)] for metric, of_gene in columns.items()}
             n = len(chosen["pearson"])
             row = {"scope": scope, "section": section, "predictor": predictor, "panel": panel}
             row |= {"n_spots": int(frame["n_spots"].iloc[0]), "n_genes": n, "n_constant": int(mask.sum()) - n}
