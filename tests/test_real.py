@@ -144,7 +144,6 @@ def on_c5(her2st, trained):
     return sdata, scores(trained, table.to_df("he2gene").fillna(0), table)
 
 
-@pytest.mark.slow
 def test_a_model_of_two_sections_predicts_the_third_above_colour_alone(trained, on_c5):
     sdata, found = on_c5
     panels = compare(sdata, trained).panels.set_index("panel")
@@ -157,22 +156,19 @@ def test_a_model_of_two_sections_predicts_the_third_above_colour_alone(trained, 
     assert min(figures["mean Pearson, 250 target genes"].values()) > 0.2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change", ["colour", "resolution", "both"])
-def test_another_stain_and_resolution_cost_at_most_a_tenth(her2st, trained, on_c5, change):
+def test_another_stain_and_resolution_cost_at_most_a_tenth(her2st, trained, on_c5):
+    """Both at once: what either alone would cost, they cost together."""
     from PIL import Image
 
-    sdata, reference = on_c5
+    _, reference = on_c5
     table = her2st("C5")["table"]
     pixels = np.asarray(her2st("C5")["he"]["scale0"]["image"])
-    centres, mpp = table.obsm["spatial"], her2st("C5").attrs["he2gene"]["mpp"]["he"]
-    if change != "colour":
-        height, width = pixels.shape[1:]
-        size = (round(0.8 * width), round(0.8 * height))
-        image = Image.fromarray(pixels.transpose(1, 2, 0)).resize(size, Image.Resampling.BOX)
-        pixels, centres, mpp = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), 0.8 * centres, mpp / 0.8
-    if change != "resolution":
-        table_of = [np.clip(gain * np.arange(256) + shift, 1, 255) for gain, shift in ((0.9, 5), (1.1, -20), (0.8, 40))]
-        pixels = np.stack([values.astype(np.uint8)[channel] for values, channel in zip(table_of, pixels, strict=True)])
+    height, width = pixels.shape[1:]
+    size = (round(0.8 * width), round(0.8 * height))
+    image = Image.fromarray(pixels.transpose(1, 2, 0)).resize(size, Image.Resampling.BOX)
+    centres, mpp = 0.8 * table.obsm["spatial"], her2st("C5").attrs["he2gene"]["mpp"]["he"] / 0.8
+    values = [np.clip(gain * np.arange(256) + shift, 1, 255) for gain, shift in ((0.9, 5), (1.1, -20), (0.8, 40))]
+    channels = np.asarray(image).transpose(2, 0, 1)
+    pixels = np.stack([of.astype(np.uint8)[channel] for of, channel in zip(values, channels, strict=True)])
     found = scores(trained, of_image(trained, pixels, centres, table.obs_names, mpp), table)
     assert (found >= 0.9 * reference).all(), f"{found} of {reference}"
