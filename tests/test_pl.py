@@ -200,7 +200,7 @@ def test_dates_are_labels(predicted):
 
 
 def test_spatial_refuses_a_measured_layer_that_is_not_there(predicted):
-    with pytest.raises(ValueError, match=r"`measured` 'raw' is no layer, valid: \['he2gene'\]"):
+    with pytest.raises(ValueError, match=r"`measured` 'raw' is not a layer, valid: \['he2gene'\]"):
         hg.pl.spatial(predicted, "ERBB2", measured="raw")
 
 

@@ -7,7 +7,7 @@ from anndata import AnnData
 import he2gene_sc as hg
 from he2gene_sc._core.expression import contents_of, log_expression
 from he2gene_sc._core.matrix import values_of
-from he2gene_sc._core.names import labels_of
+from he2gene_sc._core.names import names_of
 from he2gene_sc._core.ownership import check_free
 from he2gene_sc._core.results import write_result
 from he2gene_sc._core.spots import get_table, pitch_of, sections_of, spots_of
@@ -186,15 +186,15 @@ def test_a_written_table_is_kept_by_zarr(table, tmp_path):
 )
 def test_labels_are_texts_and_what_is_none_is_missing(table, column, expected):
     table.obs["label"] = column
-    assert labels_of(table, "label", "groupby").tolist() == expected
+    assert names_of(table, "label", "groupby").tolist() == expected
 
 
 def test_fractions_and_unknown_columns_are_no_labels(table):
     table.obs["label"] = np.linspace(0, 1, 6)
     with pytest.raises(ValueError, match="`domain_key` 'label' holds fractions"):
-        labels_of(table, "label", "domain_key")
+        names_of(table, "label", "domain_key")
     with pytest.raises(ValueError, match="`groupby` 'no' is not a column"):
-        labels_of(table, "no", "groupby")
+        names_of(table, "no", "groupby")
 
 
 def test_a_table_is_found_by_its_layer(toy):

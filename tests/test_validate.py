@@ -33,6 +33,18 @@ def test_key_in_names_what_is_there():
         validate.key_in(["patient"], ["patient"], "groupby")
 
 
+def test_what_is_not_there_or_could_be_several_things_is_said_with_what_is_valid():
+    assert validate.there("spots", {"spots": 1, "bins": 2}, "shapes_key") == "spots"
+    with pytest.raises(ValueError, match=r"`shapes_key` 'x' not found, valid keys: \['bins', 'spots'\]; make them"):
+        validate.there("x", ["spots", "bins"], "shapes_key", "; make them")
+    validate.not_ambiguous(["one"], "table_key")
+    with pytest.raises(ValueError, match=r"`table_key` is ambiguous, candidates: \['a', 'b'\]"):
+        validate.not_ambiguous(["b", "a"], "table_key")
+    validate.all_in(["a"], ["a", "b"], "group", "was not tested")
+    with pytest.raises(ValueError, match=r"`group` \['tumor'\] was not tested, valid: \['tumour'\]; near 'tumor'"):
+        validate.all_in(["tumour", "tumor"], ["tumour", "tumour"], "group", "was not tested")
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None, float("nan")])
 def test_whole_takes_whole_numbers_alone(value):
     with pytest.raises(ValueError, match="`n_splits` is .*; a whole number from 1 is needed"):

@@ -12,7 +12,7 @@ import scipy.sparse
 
 from ..stats import TARGET_SUM
 from . import validate
-from .matrix import blocks_of, in_memory, matrix_of, where_of
+from .matrix import blocks_of, dense, matrix_of, where_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -228,10 +228,8 @@ def log_totals(values: Any) -> np.ndarray:
 
 def _base_of(values: Any) -> int | None:
     """2 or 10 where that base makes multiples of a smallest count, and e does not; ``None`` where nothing is known."""
-    some = in_memory(values[:_BASE_SPOTS])
-    some = some.toarray() if scipy.sparse.issparse(some) else some
     votes = {math.e: 0, 2: 0, 10: 0}
-    for row in np.asarray(some, np.float64):
+    for row in np.asarray(dense(values[:_BASE_SPOTS]), np.float64):
         row = row[np.isfinite(row) & (row > 0)]
         if len(np.unique(row)) < 3:
             continue
@@ -246,8 +244,7 @@ def _base_of(values: Any) -> int | None:
 
 def _not_normalised(values: Any) -> str:
     """Say that logarithms are of raw counts, or that genes were scaled to 0 to 1; empty if neither."""
-    some = in_memory(values[:_BASE_SPOTS])
-    some = np.nan_to_num(np.asarray(some.toarray() if scipy.sparse.issparse(some) else some, np.float64))
+    some = np.nan_to_num(np.asarray(dense(values[:_BASE_SPOTS]), np.float64))
     linear = np.expm1(some)
     # In half precision and for large counts whole numbers are not told from others.
     known = (some > 0) & (linear < 300)

@@ -28,41 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StackedPredictions:
-    """Predictions of all slides of a table, spot by spot, and where they go.
+    """Predictions of all slides of a table, float32, NaN for spots outside the image; and where they go."""
 
-    Attributes
-    ----------
-    rows
-        Rows of the table, ``(n,)``; ``None`` for a new table.
-    proba, embedding
-        ``(n, c)``, ``(n, k)`` float32; NaN for spots outside the image.
-    tissue
-        ``(n,)`` float32, likewise.
-    ood
-        ``(n,)`` float32, likewise; ``None`` where the model has no score.
-    familiar
-        Whether no slide is out of distribution.
-    known_patient
-        Whether the model was trained on sections of the same patients.
-    lazy
-        Whether expression is computed from the embedding when it is read.
-    centres
-        ``(n, 2)``, pixels of level 0.
-    """
-
-    rows: np.ndarray
-    proba: np.ndarray
-    embedding: np.ndarray
-    tissue: np.ndarray
-    centres: np.ndarray
+    rows: np.ndarray  # of the table, (n,)
+    proba: np.ndarray  # (n, c)
+    embedding: np.ndarray  # (n, k)
+    tissue: np.ndarray  # (n,)
+    centres: np.ndarray  # (n, 2), pixels of level 0
     wanted: WantedGenes
     model: HE2Gene
     keys: Keys
     record: dict[str, Any]
-    ood: np.ndarray | None = None
-    familiar: bool = True
-    known_patient: bool = False
-    lazy: bool = False
+    ood: np.ndarray | None = None  # (n,); None where the model has no score
+    familiar: bool = True  # no slide is out of distribution
+    known_patient: bool = False  # the model was trained on sections of the same patients
+    lazy: bool = False  # expression is computed from the embedding when it is read
 
     @classmethod
     def collect(
@@ -140,20 +120,9 @@ def _scores(result: Predictions) -> np.ndarray:
     return np.zeros(0, np.float32) if result.ood is None else result.ood.score
 
 
-def planned_keys(model: HE2Gene, keys: Keys) -> dict[str, list[str]]:
-    """Slot to the keys that a prediction of this model may write."""
-    return keys_of_prediction(keys, classes=bool(model.card.classes), ood=model.card.guard is not None)
-
-
 def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
-    """Refuse, before any work is done, to predict into a table where something would be written over.
-
-    Raises
-    ------
-    ValueError
-        If a key is there that an earlier prediction under ``key_added`` did not write.
-    """
-    planned = planned_keys(model, keys)
+    """Refuse, before any work is done, to predict into a table where something would be written over."""
+    planned = keys_of_prediction(keys, classes=bool(model.card.classes), ood=model.card.guard is not None)
     if keys.layer_name is not None:
         check_free(table, "predict", keys.uns, parameter="layer", layers=planned["layers"])
     check_free(table, "predict", keys.uns, parameter="key_added", **planned)
@@ -261,13 +230,8 @@ def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> di
     known = stacked.model.genes.iloc[stacked.wanted.positions]
     found: dict[str, np.ndarray] = {keys.predicted: np.zeros(table.n_vars, bool)}
     found[keys.predicted][columns] = True
-    figures = {
-        keys.pcc: "pcc",
-        keys.pcc_new_patient: "pcc_new_patient",
-        keys.pcc_given_depth: "pcc_given_depth",
-        keys.mean: "mean",
-    }
-    for key, name in figures.items():
+    for name in ("pcc", "pcc_new_patient", "pcc_given_depth", "mean"):
+        key = getattr(keys, name)
         found[key] = np.full(table.n_vars, np.nan, np.float32)
         if name in known:
             found[key][columns] = known[name]

@@ -88,13 +88,7 @@ def match_genes(
 
 
 def positions_of(model: HE2Gene, genes: list[str]) -> np.ndarray:
-    """Positions in the model of genes that a user named, ``(g,)``.
-
-    Raises
-    ------
-    ValueError
-        If one is unknown.
-    """
+    """Positions in the model of genes that a user named, ``(g,)``; an unknown one is refused."""
     _check_known(model, genes)
     return _asked(model, genes)
 

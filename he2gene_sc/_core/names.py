@@ -149,11 +149,6 @@ def _shown(name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mappi
     return f"{name!r} ({', '.join(parts)})" if parts else repr(name)
 
 
-def labels_of(table: AnnData, key: str, parameter: str) -> np.ndarray:
-    """Labels of all rows as text, ``None`` where there is none, ``(n,)`` objects; see :func:`names_of`."""
-    return names_of(table, key, parameter)
-
-
 def asked_name(value: object, parameter: str, *, sample: bool = False) -> str:
     """Clean a name that the user gave, of a sample or other, as :func:`names_of` cleans those of a column."""
     name = clean_samples([value])[0] if sample else clean_name(value)

@@ -117,11 +117,12 @@ def _mend(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
 
 def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
     """Warn of array positions that run mirrored against the pixels, unless the pixels say that this is right."""
-    lattice = _lattice(sdata, slide)
-    if not slide.inside.any():
+    if not slide.inside.any() or slide.table_key is None:
         return
+    obs = sdata[slide.table_key].obs.iloc[slide.rows]
+    lattice = array_lattice(obs, slide.centres)
     if lattice is None:
-        if slide.table_key is not None and is_scattered(sdata[slide.table_key].obs.iloc[slide.rows], slide.centres):
+        if is_scattered(obs, slide.centres):
             warnings.warn(
                 f"`array_row` and `array_col` of table {slide.table_key!r} say nothing of where the spots of "
                 f"{slide.shapes_key!r} lie: the ids of table and spots look mixed up, as after sorting one of them. If so, all "
@@ -158,8 +159,6 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
 
 def _check_swap(sdata: SpatialData, slide: Slide) -> None:
     """Warn where the tissue lies under the spots with x and y swapped, and not as they are."""
-    if slide.table_key is None:
-        return
     now, then = _darkness(slide, _SWAP, some_of(np.flatnonzero(slide.inside)))
     both = np.isfinite(then)
     if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * now[both].mean():
@@ -176,12 +175,6 @@ def _darkness(slide: Slide, matrix: np.ndarray, chosen: np.ndarray) -> list[np.n
     side, centres = slide.diameter_um / slide.mpp, slide.centres[chosen]
     places = (centres, moved(centres, matrix))
     return [darkness_at(slide.pyramid, slide.image_key, place, side).mean for place in places]
-
-
-def _lattice(sdata: SpatialData, slide: Slide) -> np.ndarray | None:
-    if slide.table_key is None:
-        return None
-    return array_lattice(sdata[slide.table_key].obs.iloc[slide.rows], slide.centres)
 
 
 def _compare(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:

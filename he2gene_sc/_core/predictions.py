@@ -148,13 +148,7 @@ def head_of(model: HE2Gene) -> str:
 
 
 def embedding_of(table: AnnData, prediction_key: str = "he2gene") -> np.ndarray:
-    """Embedding that predict wrote, of the rows that are there, ``(n, k)`` float32.
-
-    Raises
-    ------
-    ValueError
-        If it is not there, or a row of it is not what predict wrote for that spot.
-    """
+    """Embedding that predict wrote, of the rows that are there, ``(n, k)`` float32; refused where it was changed."""
     name, rows = Keys(prediction_key).embedding, Keys(prediction_key).rows
     if name not in table.obsm or rows not in table.uns:
         what = "is not there" if name not in table.obsm else f"cannot be checked, since uns[{rows!r}] is not there"

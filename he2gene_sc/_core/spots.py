@@ -26,7 +26,6 @@ from .names import (
     clean_names,
     clean_samples,
     column_of,
-    labels_of,
     names_of,
     with_text_names,
 )
@@ -268,7 +267,7 @@ def read_spots(
     if label_key is None:
         labels = [np.full(table.n_obs, "all", object) for table in tables]
     else:
-        labels = [labels_of(table, label_key, parameter) for table in tables]
+        labels = [names_of(table, label_key, parameter) for table in tables]
     samples = [samples_of(table, sample_key) for table in tables]
     rows = {f"object {i}": table.obs_names for i, table in enumerate(tables)}
     for names, named, key, what in (

@@ -72,6 +72,13 @@ def not_ambiguous(candidates: Collection[str], parameter: str) -> None:
         raise ValueError(f"`{parameter}` is ambiguous, candidates: {sorted(candidates)}")
 
 
+def all_in(names: Iterable[Any], valid: Iterable[Any], parameter: str, what: str) -> None:
+    """Refuse names of a list that are not there; ``what`` says what they then were not: ``"was not tested"``."""
+    known = list(dict.fromkeys(valid))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"`{parameter}` {unknown} {what}, valid: {known}{near(unknown[0], known)}")
+
+
 def is_whole(value: object) -> bool:
     """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -134,13 +141,7 @@ def instance(value: Any, kinds: type | tuple[type, ...], parameter: str, needed:
 
 
 def running_client(client: Any) -> None:
-    """Check that ``client`` is a client of dask.distributed that runs.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is not.
-    """
+    """Check that ``client`` is a client of dask.distributed that runs."""
     from distributed import Client
 
     if not isinstance(client, Client):

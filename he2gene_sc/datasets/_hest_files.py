@@ -15,6 +15,7 @@ import pandas as pd
 from .._core.expression import contents_of
 from .._core.keys import IMAGE
 from .._core.matrix import matrix_of
+from .._core.spots import pitch_of
 from ._hbcis_files import add_symbols
 from ._sections import check_inside
 
@@ -48,7 +49,7 @@ def read_sample(counts: Path, image: Path, *, section: str, row: pd.Series) -> S
     centres = _centres(table, counts)
     values, genes = _genes(table, counts, technology)
     obs = table.obs[[name for name in ("array_row", "array_col") if name in table.obs]].copy()
-    if side_um is not None and _spacing(centres) < _NEAR * side_um / mpp:
+    if side_um is not None and len(centres) > 1 and pitch_of(centres) < _NEAR * side_um / mpp:
         logger.info("sample %s: %d cells or bins are summed into squares of %g µm", section, len(centres), side_um)
         values, centres, obs = _pooled(values, centres, side_um / mpp)
     obs = obs.assign(
@@ -136,13 +137,6 @@ def _genes(table: AnnData, path: Path, technology: str) -> tuple[csr_matrix, pd.
         ones = np.ones(len(codes), np.float32)
         values, names = values @ csr_matrix((ones, (np.arange(len(codes)), codes))), pd.Index(unique)
     return values, names
-
-
-def _spacing(centres: np.ndarray) -> float:
-    """Median distance of a spot to the next; infinite for a single one."""
-    from scipy.spatial import KDTree
-
-    return float(np.median(KDTree(centres).query(centres, k=2)[0][:, 1]))
 
 
 def _pooled(values: csr_matrix, centres: np.ndarray, side: float) -> tuple[csr_matrix, np.ndarray, pd.DataFrame]:

@@ -74,8 +74,7 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
     if len(given := validate.names(shape, "shape")) != 2:
         raise ValueError(f"`shape` is {shape!r}; rows and columns of spots are needed, (12, 12) for example")
     rows, columns = (validate.whole(n, "shape") for n in given)
-    if not (np.isfinite(mpp) and 0 < mpp <= 10):
-        raise ValueError(f"`mpp` is {mpp}; a number of µm per pixel above 0, at most 10, is needed")
+    validate.in_range(mpp, "mpp", above=0, most=10, what="a number of µm per pixel")
     rng = np.random.default_rng(seed)
     pitch = _PITCH_UM / mpp
     size = (round((rows + 1) * pitch), round((columns + 1) * pitch))

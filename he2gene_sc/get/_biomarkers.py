@@ -83,9 +83,7 @@ def biomarkers(
     frame = find_result(data, "biomarkers", key, table_key)["results"].copy()
     if group is not None:
         wanted = validate.names(group, "group", least=1, one=True)
-        if unknown := [name for name in wanted if name not in set(frame["group"])]:
-            valid = frame["group"].unique().tolist()
-            raise ValueError(f"`group` {unknown} was not tested, valid: {valid}{validate.near(unknown[0], valid)}")
+        validate.all_in(wanted, frame["group"], "group", "was not tested")
         frame = frame[frame["group"].isin(wanted)]
     if pval_cutoff is not None:
         frame = frame[frame["pvals_adj"] < pval_cutoff]

@@ -68,7 +68,6 @@ def domains(
     table = find_result(data, "domain_preservation", key, table_key)["table"].copy()
     for name, value in (("score", score), ("labels", labels)):
         if value is not None:
-            if value not in set(table[name]):
-                raise ValueError(f"`{name}` {value!r} is not in the table, valid: {sorted(set(table[name]))}")
+            validate.key_in(value, sorted(set(table[name])), name, what="in the table")
             table = table[table[name] == value]
     return table.reset_index(drop=True)

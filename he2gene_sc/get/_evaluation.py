@@ -72,8 +72,7 @@ def evaluation(
     True
     """
     validate.arguments(evaluation, locals())
-    if what not in TABLES:
-        raise ValueError(f"`what` is {what!r}, valid: {list(TABLES)}")
+    validate.one_of(what, TABLES, "what")
     stored = find_result(data, "evaluate", key, table_key)
     if what == "baselines" and what not in stored:
         raise ValueError('`what`: no baseline was computed; see what="predictors" for the reasons')

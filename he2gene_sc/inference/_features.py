@@ -17,7 +17,7 @@ from ..models._ood import SlideFacts
 from ._cache import Encoder, Part, Progress, cached_features, feature_facts
 from ._engine import encode
 from ._lattice import Interpolated, SpotFeatures
-from ._pixels import Pixels
+from ._pixels import Pixels, judged_windows
 from ._workers import Workers
 
 #: What makes features what they are, in words of a user, in the order in which it is said.
@@ -75,10 +75,7 @@ def facts_of(parts: Sequence[Part], pixels: Sequence[Pixels]) -> SlideFacts:
     """Put together what the pixels of the parts show, at the spots."""
     if parts[0].weights is None:
         return pixels[0].facts
-    windows = [part.reader.plan.windows[0] for part in parts]
-    smallest = min(range(len(parts)), key=lambda i: windows[i].um)
-    whole = [i for i, window in enumerate(windows) if window.factor == 1]
-    widest = max(whole or [smallest], key=lambda i: windows[i].um)
+    smallest, widest = judged_windows([part.reader.plan.windows[0] for part in parts])
     return SlideFacts(
         parts[0].reader.mpp,
         np.asarray(parts[smallest].weights @ pixels[smallest].facts.tissue, np.float32),

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from ..image import FAULTS, PatchBatch, PatchReader, faults, tissue_share
+from ..image._geometry import WindowPlan
 from ..models._ood import SlideFacts
 
 DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def judged_windows(windows: Sequence[WindowPlan]) -> tuple[int, int]:
+    """Return which window tells the tissue of a spot, and which its faults."""
+    smallest = min(range(len(windows)), key=lambda i: windows[i].um)
+    # Averaging hides faults: they are looked for in the widest window that was not averaged.
+    whole = [i for i, window in enumerate(windows) if window.factor == 1]
+    return smallest, max(whole or [smallest], key=lambda i: windows[i].um)
 
 
 class Pixels:
@@ -20,10 +29,7 @@ class Pixels:
         n, windows = reader.n_spots, reader.plan.windows
         self.facts = SlideFacts(reader.mpp, np.zeros(n, np.float32), np.zeros((n, len(FAULTS)), np.float32))
         self._judge, self._windows = judge, windows
-        self._smallest = min(range(len(windows)), key=lambda i: windows[i].um)
-        # Averaging hides faults: they are looked for in the widest window that was not averaged.
-        whole = [i for i, window in enumerate(windows) if window.factor == 1]
-        self._widest = max(whole or [self._smallest], key=lambda i: windows[i].um)
+        self._smallest, self._widest = judged_windows(windows)
         self._digests = np.zeros((n, DIGEST_BYTES), np.uint8)
 
     @classmethod

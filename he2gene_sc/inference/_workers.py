@@ -33,27 +33,13 @@ _CHECKED: set[str] = set()
 
 @dataclass(frozen=True)
 class Workers:
-    """Workers that share the blocks of a slide.
+    """Workers that share the blocks of a slide."""
 
-    Attributes
-    ----------
-    client
-        Client of their cluster.
-    device
-        Where each of them encodes; ``"auto"`` is what it has.
-    """
-
-    client: Client
-    device: str | torch.device
+    client: Client  # of their cluster
+    device: str | torch.device  # where each of them encodes; "auto" is what it has
 
     def check(self, reader: PatchReader) -> None:
-        """Refuse an image in the memory of this process that is larger than :data:`SENT_BYTES`.
-
-        Raises
-        ------
-        ValueError
-            If it is.
-        """
+        """Refuse an image in the memory of this process that is larger than :data:`SENT_BYTES`."""
         import cloudpickle
 
         try:

@@ -19,7 +19,7 @@ from .._core.images import find_image, spots_to_pixels
 from .._core.keys import Keys, check_key
 from .._core.matrix import dense, matrix_of
 from .._core.mpp import stored_mpp
-from .._core.names import annotated_by, check_spelling, clean_names, labels_of
+from .._core.names import annotated_by, check_spelling, clean_names, names_of
 from .._core.ownership import check_free, ours
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from .._core.results import write_result
@@ -214,7 +214,7 @@ def read_geojson(
         stated = []
     labels = np.full(table.n_obs, None, object)
     if key_added in ours(table, key_added).get("obs", ()):
-        labels[:] = labels_of(table, key_added, "key_added")
+        labels[:] = names_of(table, key_added, "key_added")
         colors = dict(zip(table.obs[key_added].cat.categories, table.uns.get(colors_key, ()), strict=False)) | colors
     labels[rows] = _labels_by_area(outlines, polygons, names)
     unit = other_unit(polygons, outlines, stated)
@@ -296,7 +296,7 @@ def _classes(table: AnnData, rows: np.ndarray, label: str) -> list[dict[str, Any
 
     if label not in table.obs:
         return [None] * len(rows)
-    labels = labels_of(table, label, "annotation_key")
+    labels = names_of(table, label, "annotation_key")
     kinds = table.obs[label].astype("category").cat.categories
     colors = dict(zip(clean_names(kinds), table.uns.get(f"{label}_colors", ()), strict=False))
     found: dict[Any, dict[str, Any] | None] = {None: None}

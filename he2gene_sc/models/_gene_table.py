@@ -7,6 +7,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -98,11 +99,11 @@ def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], whe
     elif name == "group":
         fits, valid = _GROUPS.__contains__, f"one of {list(_GROUPS)}"
     elif name == "ensembl_id":
-        fits, valid = _is_id, "an id without blanks, or nothing,"
+        fits, valid = lambda cell: cell.isprintable() and " " not in cell, "an id without blanks, or nothing,"
     elif name in _CORRELATIONS:
-        fits, valid = _is_correlation, "a number from -1 to 1, or nothing,"
+        fits, valid = partial(_is_number, low=-1, high=1), "a number from -1 to 1, or nothing,"
     elif name == "mean":
-        fits, valid = _is_mean, "a number from 0, or nothing,"
+        fits, valid = partial(_is_number, low=0), "a number from 0, or nothing,"
     elif name in _NUMBERS:
         fits, valid = _is_number, "a finite number, or nothing,"
     else:
@@ -114,28 +115,10 @@ def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], whe
         raise ValueError(f"{where}: column {name!r} of gene {gene!r} is {cell!r}{more}; {valid} is needed")
 
 
-def _is_id(cell: str) -> bool:
-    return cell.isprintable() and " " not in cell
-
-
-def _is_number(cell: str) -> bool:
-    return cell == "" or _value(cell) is not None
-
-
-def _is_mean(cell: str) -> bool:
-    value = _value(cell)
-    return cell == "" or (value is not None and value >= 0)
-
-
-def _is_correlation(cell: str) -> bool:
-    value = _value(cell)
-    return cell == "" or (value is not None and -1 <= value <= 1)
-
-
-def _value(cell: str) -> float | None:
-    """Read the number of a cell; ``None`` if it is not a finite one as files write it."""
+def _is_number(cell: str, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether a cell is empty, or a finite number as files write it, in a range."""
     try:
-        value = float(cell)
+        value = float(cell or max(low, 0))
     except ValueError:
-        return None
-    return value if math.isfinite(value) and "_" not in cell else None
+        return False
+    return math.isfinite(value) and "_" not in cell and low <= value <= high

@@ -93,8 +93,7 @@ def biomarkers(
     3
     """
     validate.arguments(biomarkers, locals())
-    if kind not in ("volcano", "dot"):
-        raise ValueError(f"`kind` is {kind!r}, valid: ['volcano', 'dot']")
+    validate.one_of(kind, ("volcano", "dot"), "kind")
     data = data if is_object(data) else list(data)
     frame = get_biomarkers(data, group, key=key, table_key=table_key)
     record = find_result(data, "biomarkers", key, table_key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -86,8 +86,7 @@ def concordance(
         table = table[table["predictor"] == table["predictor"].iloc[0]]
     groups = list(dict.fromkeys(frame["group"]))
     wanted = groups if group is None else [group] if isinstance(group, str) else list(group)
-    if unknown := [name for name in wanted if name not in groups]:
-        raise ValueError(f"`group` {unknown} was not compared, valid: {groups}")
+    validate.all_in(wanted, groups, "group", "was not compared")
     named = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
     named = genes_of_result(find_results(data, "concordance", key, table_key)[0], named, frame["names"], "compared")
     panels = axes_for(len(wanted), ax, ncols, figsize=figsize, title=title, save=save)
@@ -100,23 +99,11 @@ def _panel(ax: Axes, part: pd.DataFrame, scores: pd.DataFrame, group: str, named
     reliable = part["reliable"].astype(bool)
     for chosen, colour, label in ((~reliable, "#bdbdbd", "not reliable"), (reliable, "#1b5e9b", "reliable")):
         of = part[chosen]
-        ax.scatter(
-            of["effect_size_measured"],
-            of["effect_size_predicted"],
-            s=8,
-            c=colour,
-            linewidths=0,
-            label=f"{label} ({len(of)})",
-            rasterized=len(of) > 2000,
-        )
+        style: dict[str, Any] = {"s": 8, "c": colour, "linewidths": 0, "rasterized": len(of) > 2000}
+        ax.scatter(of["effect_size_measured"], of["effect_size_predicted"], label=f"{label} ({len(of)})", **style)
     for _, row in part[part["names"].isin(named)].iterrows():
-        ax.annotate(
-            row["names"],
-            (row["effect_size_measured"], row["effect_size_predicted"]),
-            xytext=(3, 2),
-            textcoords="offset points",
-            fontsize=7,
-        )
+        place = (row["effect_size_measured"], row["effect_size_predicted"])
+        ax.annotate(row["names"], place, xytext=(3, 2), textcoords="offset points", fontsize=7)
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set_xlabel("measured difference (ln)")

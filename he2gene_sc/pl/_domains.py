@@ -11,7 +11,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import PATIENT, SECTION
-from .._core.names import labels_of
+from .._core.names import names_of
 from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
@@ -119,8 +119,7 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
     if section is None:
         validate.not_ambiguous(scored, "section")
         section = scored[0]
-    if section not in scored:
-        raise ValueError(f"`section` {section!r} was not scored, valid: {scored}")
+    validate.all_in([section], scored, "section", "was not scored")
     params = record["params"]
     samples = samples_of(table, params.get("sample_key", PATIENT))
     names = apart(sections_of(table, params.get("section_key", SECTION)), samples)
@@ -142,7 +141,7 @@ def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, pred
 
 def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
     """Labels as text, without those that have too few spots in the section to be scored."""
-    labels = pd.Series(labels_of(table, column, "domain_key"), index=table.obs_names)
+    labels = pd.Series(names_of(table, column, "domain_key"), index=table.obs_names)
     size = labels.iloc[spots].value_counts()
     return labels.where(~labels.isin(size.index[size < MIN_SPOTS]), None)
 

@@ -13,7 +13,7 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import contents_of, count_totals
 from .._core.keys import Keys
-from .._core.matrix import blocks_of
+from .._core.matrix import blocks_of, dense
 from ._canvas import Canvas, axes_for, panel_pixels
 
 if TYPE_CHECKING:
@@ -220,17 +220,8 @@ def _add_legend(ax: Axes, panel: Panel, loc: str) -> None:
     greys = [(grey, GREYS[grey]) for grey in _greys(panel)]
     for name, colour in dict.fromkeys([*panel.colours.items(), *greys]):
         absent = name not in present and (name, colour) not in greys
-        handles.append(
-            Line2D(
-                [],
-                [],
-                marker="o",
-                ls="",
-                color=colour,
-                fillstyle="none" if absent else "full",
-                label=f"{name} (absent)" if absent else name,
-            )
-        )
+        shown = {"fillstyle": "none", "label": f"{name} (absent)"} if absent else {"label": name}
+        handles.append(Line2D([], [], marker="o", ls="", color=colour, **shown))
     options: dict[str, Any] = {"loc": loc}
     if loc == _BESIDE:
         options = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
@@ -383,12 +374,9 @@ def _end(given: Any, values: np.ndarray, default: float) -> float:
 
 def as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
     """Chosen columns, raw counts in the unit of the prediction by the depth of the whole spot; whether they were raw."""
-    import scipy.sparse
-
     chosen = np.empty((values.shape[0], len(columns)))
     for rows, block in blocks_of(values):
-        part = block[:, columns]
-        chosen[rows] = part.toarray() if scipy.sparse.issparse(part) else part
+        chosen[rows] = dense(block[:, columns])
     found = contents_of(values)
     if found.kind == "counts" and found.high > 1:
         # A spot of which a count is NaN has no total and is not drawn.

@@ -14,7 +14,7 @@ from .._core import validate
 from .._core.elements import is_object
 from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
-from .._core.predictions import predicted_by
+from .._core.predictions import predicted_by, symbols_of
 from .._core.results import find_result
 from .._core.spots import get_table
 from ._canvas import axes_for, finish
@@ -233,10 +233,8 @@ def _genes_of(
             "hg.tl.evaluate(data, layer=...), and pass key='he2gene_eval'"
         )
     record = table.uns[keys.uns]
-    if gene_symbols is None and record.get("gene_symbols") in table.var:
-        gene_symbols = record["gene_symbols"]
     found = predicted_by(record, None)
-    wanted = match_genes(found, table, None, gene_symbols)
+    wanted = match_genes(found, table, None, symbols_of(table, record, gene_symbols))
     genes = found.genes.iloc[wanted.positions]
     genes = genes.assign(symbol=genes.index).set_axis(table.var_names[wanted.columns], axis=0)
     return genes[table.var[keys.predicted].to_numpy(bool)[wanted.columns]], found.card.reliable_rule

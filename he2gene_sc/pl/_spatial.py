@@ -13,7 +13,7 @@ import pandas as pd
 from .._core import validate
 from .._core.genes import columns_of
 from .._core.keys import MADE, Keys
-from .._core.matrix import dense, layer_names, matrix_of, where_of
+from .._core.matrix import dense, matrix_of, where_of
 from .._core.ownership import is_of, is_prediction
 from .._core.predictions import predicted_layer, predicted_table, record_of, symbols_of
 from .._core.results import scores_of
@@ -387,6 +387,4 @@ def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> 
         raise ValueError("`measured`: the table holds predictions only")
     if measured is False or (layer is None and (MADE in table.uns or table.X is None)):
         return None
-    if layer is not None and layer not in layer_names(table):
-        raise ValueError(f"`measured` {measured!r} is no layer, valid: {sorted(layer_names(table))}")
     return as_log(matrix_of(table, layer, "measured"), table.var_names.get_indexer(genes))

@@ -33,7 +33,7 @@ _COLOURS = (
 )
 
 
-def labels_of(column: pd.Series, section: str) -> np.ndarray:
+def clean_labels(column: pd.Series, section: str) -> np.ndarray:
     """Labels as text, ``None`` without one, also where a missing value has become text."""
     names = clean_names(column)
     missing = int(sum(isinstance(value, str) and value.strip() != "" for value in column[pd.isna(names)]))

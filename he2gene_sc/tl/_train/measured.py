@@ -20,7 +20,7 @@ from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
 from .._known import image_facts
 from .gene_lists import check_gene_lists, common_names, gene_names
-from .labels import code_classes, labels_of
+from .labels import clean_labels, code_classes
 from .options import Classes, GeneSelection, Keys
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
             logger.warning("section %s: %d spots %s are left out", name, n, what)
     labels = np.full(len(rows), None, object)
     if keys.annotation is not None:
-        labels = labels_of(table.obs[keys.annotation].iloc[rows], name)
+        labels = clean_labels(table.obs[keys.annotation].iloc[rows], name)
     centres = slide.centres[slide.inside][counted]
     return Measured(
         name=name,
