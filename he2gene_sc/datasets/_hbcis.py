@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from .._core import validate
-from ..io._text import read_table
+from ..io._text import check_once, read_table
 from ._sections import LazySections, taken
 
 if TYPE_CHECKING:
@@ -146,8 +146,7 @@ def _metadata(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} has empty fields in the lines {rows[:10]}")
     frame = frame.apply(lambda column: column.str.strip())
     frame = frame.set_axis(pd.Index(frame["patient"] + "_" + frame["replicate"], name="section"), axis=0)
-    if frame.index.has_duplicates:
-        raise ValueError(f"{path} names sections twice: {list(frame.index[frame.index.duplicated()][:5])}")
+    check_once(frame.index, f"{path} names sections")
     return frame
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..io._text import check_header, read_table
+from ..io._text import check_columns, check_header, check_once, read_table
 from ._sections import check_inside
 
 if TYPE_CHECKING:
@@ -89,17 +89,14 @@ def _ids(names: pd.Index, path: Path) -> pd.Index:
         wrong = list(text[parts.isna().any(axis=1)][:5])
         raise ValueError(f"{path.name}: rows have to be named by array position, 7x10; found {wrong}")
     ids = pd.Index(parts[0].astype(int).astype(str) + "x" + parts[1].astype(int).astype(str))
-    if ids.has_duplicates:
-        raise ValueError(f"{path.name} names spots twice: {list(ids[ids.duplicated()][:5])}")
+    check_once(ids, f"{path.name} names spots")
     return ids
 
 
 def _spots(path: Path) -> pd.DataFrame:
     """Array positions and pixels of the spots under the tissue, as ``read_st`` takes them, checked to be a lattice."""
     frame = read_table(path, sep=",", index_col=0)
-    missing = [column for column in ("X", "Y") if column not in frame.columns]
-    if missing:
-        raise ValueError(f"{path.name} lacks the columns {missing}; it has {list(frame.columns[:10])}")
+    check_columns(frame, ["X", "Y"], path.name)
     ids = _ids(frame.index, path)
     position = ids.str.split("x", expand=True).to_frame(index=False).astype(int).to_numpy()
     pixels = frame[["X", "Y"]].to_numpy(dtype=float)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from ..io._text import read_table
+from ..io._text import check_once, read_table
 from ._sections import LazySections, taken
 
 if TYPE_CHECKING:
@@ -259,8 +259,7 @@ def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
     if frame["id"].isna().any():
         raise ValueError(f"{table} has rows without an id: {[int(i) for i in frame.index[frame['id'].isna()][:5]]}")
     frame = frame.set_axis(pd.Index(frame["id"], name="section"), axis=0)
-    if frame.index.has_duplicates:
-        raise ValueError(f"{table} names samples twice: {list(frame.index[frame.index.duplicated()][:5])}")
+    check_once(frame.index, f"{table} names samples")
     return frame.assign(patient=_patients(frame)), table
 
 

@@ -16,6 +16,7 @@ from .._core.expression import contents_of
 from .._core.keys import IMAGE
 from .._core.matrix import matrix_of
 from .._core.spots import pitch_of
+from ..io._text import check_once
 from ._hbcis_files import add_symbols
 from ._sections import check_inside
 
@@ -85,9 +86,7 @@ def _open(path: Path) -> AnnData:
         ) from error
     if not table.n_obs or not table.n_vars:
         raise ValueError(f"{path.name} has {table.n_obs} spots and {table.n_vars} genes; some of both are needed")
-    if table.obs_names.has_duplicates:
-        twice = list(table.obs_names[table.obs_names.duplicated()][:5])
-        raise ValueError(f"{path.name} names spots twice: {twice}")
+    check_once(table.obs_names, f"{path.name} names spots")
     return table
 
 

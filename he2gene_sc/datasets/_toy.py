@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
-from .._core.mpp import stated_mpp
+from .._core.keys import IMAGE
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -63,13 +62,10 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
     12
     """
     validate.arguments(toy, locals())
-    from anndata import AnnData
     from scipy.sparse import csr_matrix
-    from spatialdata import SpatialData
-    from spatialdata.models import ShapesModel, TableModel
-    from spatialdata.transformations import Identity
 
     from ..io._raster import build_levels, image_element
+    from ..io._st import section_of
 
     if len(given := validate.names(shape, "shape")) != 2:
         raise ValueError(f"`shape` is {shape!r}; rows and columns of spots are needed, (12, 12) for example")
@@ -97,23 +93,12 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
             "annotation": label,
             "annotation_source": pd.Categorical(["pathologist"] * len(ids)),
             "texture": texture,
-            REGION: pd.Categorical([SPOTS] * len(ids)),
-            INSTANCE: ids.to_numpy(),
         },
         index=ids,
     )
-    table = AnnData(csr_matrix(counts), obs=obs, var=pd.DataFrame({"planted": planted}, index=genes))
-    table.obsm["spatial"] = centres
-    sdata = SpatialData(
-        images={IMAGE: image_element(build_levels(image))},
-        shapes={
-            SPOTS: ShapesModel.parse(
-                centres, geometry=0, radius=_DIAMETER_UM / mpp / 2, index=ids, transformations={"global": Identity()}
-            )
-        },
-        tables={TABLE: TableModel.parse(table, region=SPOTS, region_key=REGION, instance_key=INSTANCE)},
-    )
-    sdata.attrs[ATTRS] = stated_mpp(sdata, IMAGE, mpp)
+    images = {IMAGE: image_element(build_levels(image))}
+    sdata = section_of(csr_matrix(counts), obs, genes, centres, _DIAMETER_UM / mpp, mpp, images)
+    sdata["table"].var["planted"] = planted
     return sdata
 
 

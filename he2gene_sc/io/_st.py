@@ -16,7 +16,7 @@ from .._core.mpp import check_mpp, stated_mpp
 from .._core.names import asked_name
 from ._decode import decode
 from ._raster import image_element
-from ._text import check_header, read_table
+from ._text import check_columns, check_header, check_once, read_table
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -164,17 +164,13 @@ def section_of(
 
 def upright_image(path: Path) -> Any:
     """Image element of a file that is stored upright."""
-    return image_element(_upright_levels(path))
-
-
-def _upright_levels(path: Path) -> list[Any]:
     decoded = decode(path)
     if decoded.orientation != 1:
         raise ValueError(
             f"`image` {path.name!r} is stored mirrored or turned (orientation {decoded.orientation}), and the pixels of "
             "`spots` may refer to it as stored or upright; save it without that tag, in the frame of the spots"
         )
-    return decoded.levels
+    return image_element(decoded.levels)
 
 
 def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
@@ -197,15 +193,14 @@ def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
 def read_labels(labels: str | Path | pd.DataFrame, column: str = "label") -> pd.Series:
     """Read the label of each spot, indexed by ``XxY``; rows without coordinates are dropped with a count."""
     frame = _table(labels, "labels")
-    _need(frame, ["x", "y", column], "labels")
+    check_columns(frame, ["x", "y", column], "`labels`")
     located = frame["x"].notna() & frame["y"].notna()
     if not located.all():
         logger.info("labels: %d rows without coordinates dropped", (~located).sum())
     frame = frame[located]
     found = pd.Series(frame[column].to_numpy(object), index=_array_ids(frame, "labels"))
     found = found.where(found.notna() & (found != ""), None)
-    if found.index.has_duplicates:
-        raise ValueError(f"`labels` names spots twice: {list(found.index[found.index.duplicated()][:5])}")
+    check_once(found.index, "`labels` names spots")
     return found
 
 
@@ -217,12 +212,6 @@ def _table(data: str | Path | pd.DataFrame, parameter: str, index_col: int | Non
         raise FileNotFoundError(f"`{parameter}` {str(data)!r}: no such file")
     check_header(path, parameter, "columns" if index_col is None else "genes")
     return read_table(path, parameter, index_col=index_col)
-
-
-def _need(frame: pd.DataFrame, columns: list[str], parameter: str) -> None:
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise ValueError(f"`{parameter}` lacks the columns {missing}; it has {list(frame.columns[:10])}")
 
 
 def _array_ids(frame: pd.DataFrame, parameter: str) -> pd.Index:
@@ -253,18 +242,16 @@ def _selected(column: pd.Series) -> np.ndarray:
 
 def _spot_table(spots: str | Path | pd.DataFrame) -> pd.DataFrame:
     frame = _table(spots, "spots")
-    _need(frame, ["x", "y", "pixel_x", "pixel_y"], "spots")
+    check_columns(frame, ["x", "y", "pixel_x", "pixel_y"], "`spots`")
     if "selected" in frame.columns:
         frame = frame[_selected(frame["selected"])]
     frame = frame.set_axis(_array_ids(frame, "spots"), axis=0)
-    if frame.index.has_duplicates:
-        raise ValueError(f"`spots` names spots twice: {list(frame.index[frame.index.duplicated()][:5])}")
+    check_once(frame.index, "`spots` names spots")
     return frame
 
 
 def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.Index:
-    if counts.index.has_duplicates:
-        raise ValueError(f"`counts` names spots twice: {list(counts.index[counts.index.duplicated()][:5])}")
+    check_once(counts.index, "`counts` names spots")
     ids = spots.index[spots.index.isin(counts.index)]
     if len(ids) == 0:
         odd = next(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.D
         raise OSError(
             f"{what} is damaged, truncated or not a table ({type(error).__name__}: {error}); copy or download it again"
         ) from error
+
+
+def check_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Refuse a table that lacks columns; ``what`` it is begins the error."""
+    if missing := [column for column in columns if column not in frame.columns]:
+        raise ValueError(f"{what} lacks the columns {missing}; it has {list(frame.columns[:10])}")
+
+
+def check_once(names: pd.Index, what: str) -> None:
+    """Refuse names that stand twice; ``what`` begins the error, as ``"`counts` names spots"``."""
+    if names.has_duplicates:
+        raise ValueError(f"{what} twice: {list(names[names.duplicated()][:5])}")
 
 
 def check_header(path: Path, parameter: str | None = None, what: str = "genes") -> None:
