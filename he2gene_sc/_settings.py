@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def _default_data_dir() -> Path | None:

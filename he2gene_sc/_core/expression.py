@@ -163,7 +163,6 @@ def _check_logs(values: Any, found: Contents, where: str, parameter: str) -> Non
         warnings.warn(
             f"`{parameter}`: {where} goes from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
             "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit",
-            UserWarning,
             stacklevel=5,
         )
         return
@@ -172,7 +171,6 @@ def _check_logs(values: Any, found: Contents, where: str, parameter: str) -> Non
         warnings.warn(
             f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {other}. Levels, fold "
             f"changes and spread are on another scale than predictions. Normalise the counts again: {_AGAIN}",
-            UserWarning,
             stacklevel=5,
         )
 

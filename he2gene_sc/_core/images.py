@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ import numpy as np
 from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels, read_darkness
 from . import validate
 from .elements import Spots, check_files, check_spatialdata, spot_element
+from .logs import logger
 from .mpp import affine, length_scale, moved
 from .rasters import levels
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Points at which images are compared, the least of them, and the correlation of darkness that says "the same tissue".
 _N_POINTS, _MIN_POINTS, _SAME_TISSUE = 64, 8, 0.5
@@ -128,7 +126,6 @@ class TissueMask:
                 "and without a scale: they are taken to cover it. Say so with spatialdata.transformations.set_transformation("
                 f"sdata.labels[{tissue_key!r}], spatialdata.transformations.Scale([{1 / stretch[0]:.6g}, {1 / stretch[1]:.6g}], "
                 "axes=('x', 'y')))",
-                UserWarning,
                 stacklevel=3,
             )
             to_mask = np.diag([*stretch, 1.0])
@@ -242,7 +239,7 @@ def _finest_image(
         raise ValueError(ambiguous)
     blank = sorted(c.key for c in found if c.look.blank and c not in seen)
     if blank:
-        warnings.warn(f"images {blank} are blank and not used; image {best.key!r} is taken", UserWarning, stacklevel=4)
+        warnings.warn(f"images {blank} are blank and not used; image {best.key!r} is taken", stacklevel=4)
     logger.info(
         "image %r is taken, the finest of %s; name another one by `image_key`", best.key, [c.key for c in found]
     )

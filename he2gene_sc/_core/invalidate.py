@@ -60,7 +60,6 @@ def warn_removed(removed: list[str], stacklevel: int) -> None:
         warnings.warn(
             f"removed, since it was computed from values that have changed: uns {sorted(set(removed))} and the layers and "
             "columns that go with it; run what made it again",
-            UserWarning,
             stacklevel=stacklevel + 1,
         )
 

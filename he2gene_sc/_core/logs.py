@@ -1,10 +1,12 @@
-"""Loggers of other libraries, kept quiet for a while."""
+"""Our logger, and those of other libraries, kept quiet for a while."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+logger = logging.getLogger("he2gene_sc")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,14 +11,13 @@ import pandas as pd
 
 from . import validate
 from .genes import by_previous, symbols_in
+from .logs import logger
 from .validate import format_list, near
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from ..models import HE2Gene
-
-logger = logging.getLogger("he2gene_sc")
 
 _MIN_MATCHED = 0.1
 #: Names of probes as Space Ranger writes them: gene and hash.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +11,10 @@ import numpy as np
 import pandas as pd
 
 from . import validate
+from .logs import logger
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Texts that stand for a missing value: what ``astype(str)`` makes of one, and what pandas reads as one.
 MISSING = frozenset(

@@ -136,7 +136,6 @@ def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklev
         warnings.warn(
             f"`layer` {layer!r} was changed since hg.tl.predict wrote it: what the model promises need not hold for it; "
             "predict again",
-            UserWarning,
             stacklevel=stacklevel,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ..image import PatchReader, Pyramid
 from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
 from .keys import MADE
+from .logs import logger
 from .mpp import array_lattice, check_mpp, length_scale, moved, resolve_mpp
 from .names import annotated_by
 from .spots import pitch_of
@@ -21,8 +21,6 @@ from .spots import pitch_of
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Pixels across a spot that are enough to average its colour.
 _COLOUR_PX = 32

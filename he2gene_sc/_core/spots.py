@@ -281,7 +281,6 @@ def read_spots(
         warnings.warn(
             f"`sample_key` {sample_key!r}: {unnamed[0]!r} counts as one sample, of {len(named_samples)} in all; leave its spots "
             "out, or name the samples, if it is several or one of the others",
-            UserWarning,
             stacklevel=3,
         )
     places = all("spatial" in table.obsm for table in tables)

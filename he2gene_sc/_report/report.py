@@ -240,7 +240,7 @@ def _many(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, op
             raise
         except Exception as error:  # noqa: BLE001 - whatever a slide holds, the others get their pages
             reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"no report of {str(store)!r}: {reason}", UserWarning, stacklevel=3)
+            warnings.warn(f"no report of {str(store)!r}: {reason}", stacklevel=3)
             cells["report"] = f"none: {reason}"
         rows.append(cells)
     section = Section("slides", "Slides", text=[f"{len(rows)} slides; a name leads to the page of the slide."])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib.util
-import logging
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -19,14 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._core.logs import logger
 from ..io._text import check_columns, check_header, check_once, read_table
 from ._sections import check_inside
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 _LABELS = {"tumor": "tumour", "tumour": "tumour", "yes": "tumour", "non": "normal", "no": "normal", "normal": "normal"}
 _NO_LABEL = ("", "na", "nan")
@@ -61,7 +59,7 @@ def read_section(files: Mapping[str, Path], *, section: str, patient: str, subty
             f"{list(labels.index[:3])} against {list(counts.index[:3])}; do the files belong together?"
         )
     if problems:
-        warnings.warn(f"section {section!r}: {'; '.join(problems)}", UserWarning, stacklevel=3)
+        warnings.warn(f"section {section!r}: {'; '.join(problems)}", stacklevel=3)
     sdata = read_st(counts.loc[spots.index], spots, files["histology_image"], section=section, patient=patient)
     check_inside(sdata, section, files["histology_image"], files["spot_coordinates"], _MAX_OUTSIDE)
     obs = sdata["table"].obs

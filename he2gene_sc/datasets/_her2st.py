@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,12 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.logs import logger
 from .._settings import settings
 from ..io._text import read_table
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Sections of the public repository.
 HER2ST_SECTIONS: tuple[str, ...] = tuple(

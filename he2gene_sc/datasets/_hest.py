@@ -147,7 +147,6 @@ def hest(
         warnings.warn(
             f"the samples are of {len(there)} species ({counted}), whose genes have other names: hg.tl.train refuses them together, "
             "after all are encoded; choose one, such as species='human'",
-            UserWarning,
             stacklevel=2,
         )
     return HESTSections(folder, metadata)
@@ -202,7 +201,6 @@ def _warn_of_others(root: Path, listed: pd.Index | None, unknown: Mapping[str, p
             warnings.warn(
                 f"{len(found)} samples in {str(root)!r} {problem} and are left out: {validate.format_list(found)}; download the "
                 "newest table, or add what is missing to it",
-                UserWarning,
                 stacklevel=3,
             )
 
@@ -220,7 +218,6 @@ def _usable(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
         warnings.warn(
             f"{len(absent)} of {len(metadata)} samples that {table} lists are not in {str(root)!r} and are left out: "
             f"{validate.format_list(absent)}; name those you need in `ids` to have that refused",
-            UserWarning,
             stacklevel=3,
         )
     metadata = metadata[there]
@@ -230,7 +227,6 @@ def _usable(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
         warnings.warn(
             f"{(~scaled).sum()} samples have no `pixel_size_um_estimated` in {table} and are left out: "
             f"{validate.format_list(metadata.index[~scaled])}; add it to the table to have them read",
-            UserWarning,
             stacklevel=3,
         )
         metadata = metadata[scaled]

@@ -5,7 +5,6 @@ What they hold was read from HEST's own code (github.com/mahmoodlab/HEST, ``src/
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import pandas as pd
 
 from .._core.expression import contents_of
 from .._core.keys import IMAGE
+from .._core.logs import logger
 from .._core.matrix import matrix_of
 from .._core.spots import pitch_of
 from ..io._text import check_once
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from scipy.sparse import csr_matrix
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Side of the squares in which HEST sums transcripts and bins, µm.
 _SQUARES_UM = {"Xenium": 100.0, "Visium HD": 128.0}

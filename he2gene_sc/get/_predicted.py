@@ -160,7 +160,7 @@ def _complete(values: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
         if n
     ]
     if left_out:
-        warnings.warn(f"left out of {where}: {', '.join(left_out)}", UserWarning, stacklevel=3)
+        warnings.warn(f"left out of {where}: {', '.join(left_out)}", stacklevel=3)
     return rows, kept
 
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -20,12 +19,11 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from .._core.logs import logger
 from ..image import PatchBatch, PatchReader
 from ..models._network import FeatureExtractor
 from ._engine import Batches, encode
 from ._pixels import DIGEST_BYTES, Pixels
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Raised whenever the same key would stand for other numbers, or a file is laid out differently.
 _VERSION = 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from .._core.logs import logger
 from ..image import PatchBatch, PatchReader
 from ..models._embedding import Rows, row_blocks
 from ..models._heap import kept_heap
@@ -19,8 +19,6 @@ from ..models._network import SYMMETRIES, FeatureExtractor, Network
 from ..models._ood import OODResult, SlideFacts
 from ._lattice import Interpolated, SpotFeatures
 from ._pixels import Pixels
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Bytes of features that wait on the device to be copied home together.
 _ON_DEVICE = 2**28

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from .._core.elements import find_shapes, match_rows, regions_of, spot_element, 
 from .._core.genes import columns_of
 from .._core.images import find_image, spots_to_pixels
 from .._core.keys import Keys, check_key
+from .._core.logs import logger
 from .._core.matrix import dense, matrix_of
 from .._core.mpp import stored_mpp
 from .._core.names import annotated_by, check_spelling, clean_names, names_of
@@ -31,8 +31,6 @@ from ._geojson_content import check_crs, classification_of, other_unit
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 _VERB = "io.read_geojson"
 #: Of two annotations whose overlaps with a spot differ by less than this part of the spot, the smaller one counts.

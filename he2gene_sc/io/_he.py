@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +10,13 @@ import numpy as np
 
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE, check_key
+from .._core.logs import logger
 from .._core.mpp import check_mpp, stated_mpp
 from ._decode import decode
 from ._raster import image_element
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAGE) -> SpatialData:
@@ -74,7 +72,6 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
         warnings.warn(
             f"image {image_key!r} is stored mirrored or turned (orientation {decoded.orientation}) and was turned upright: "
             "spots that refer to the pixels as stored would lie elsewhere",
-            UserWarning,
             stacklevel=2,
         )
     sdata = SpatialData(images={image_key: image_element(decoded.levels)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
+from .._core.logs import logger
 from .._core.mpp import check_mpp, stated_mpp
 from .._core.names import asked_name
 from ._decode import decode
@@ -21,8 +21,6 @@ from ._text import check_columns, check_header, check_once, read_table
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 _PITCH_UM, _DIAMETER_UM = 200.0, 100.0
 #: Spots closer than this have no array in the image, whatever it shows.
@@ -184,7 +182,6 @@ def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
         warnings.warn(
             f"section {section!r}: {missed} of {len(labels)} labels are not of a spot and are left out; do the files belong "
             "together?",
-            UserWarning,
             stacklevel=3,
         )
     return found
@@ -265,7 +262,6 @@ def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.I
         warnings.warn(
             f"section {section!r}: {len(counts) - len(ids)} spots stand in the counts alone and {len(spots) - len(ids)} in "
             f"the spot file alone; they are dropped, {len(ids)} remain",
-            UserWarning,
             stacklevel=3,
         )
     return ids

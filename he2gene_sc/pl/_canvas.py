@@ -240,7 +240,6 @@ def canvases(
                 warnings.warn(
                     f"`sdata`: {n} of {len(xy)} spots lie on another, as where several slides lie on each other; name the slide "
                     f"of each spot in obs[{SECTION!r}]",
-                    UserWarning,
                     stacklevel=3,
                 )
             return [Canvas(table)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,14 +11,13 @@ from .._core import validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import SPOTS
+from .._core.logs import logger
 from .._core.mpp import known_mpp, stated_mpp
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def grid(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,13 +9,12 @@ import numpy as np
 from .._core import logs, validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import TissueMask, find_image, pyramid_of
+from .._core.logs import logger
 from .._core.mpp import known_mpp
 from ._tissue import read_thumbnail
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Pixels that the image is averaged down to, and the least of a side of a tile.
 _WORKING_PX, _LEAST_PX = 2**24, 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +10,11 @@ import numpy as np
 from .._core import logs, validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import find_image, pyramid_of
+from .._core.logs import logger
 from ..image import tissue_pixels
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 _WORKING_PX = 1_500_000
 #: Stains of H&E leave more red than green; ink of a pen does not. Sections of her2st have up to 2 % of such pixels.
@@ -136,7 +134,6 @@ def _detect(
             f"method {used!r} leaves out {100 * lost:.0f} % of what is stained and has structure on image {image_key!r}: pale "
             "tissue, such as fat, would get no spots. Look at the mask by hg.pl.tissue(sdata). If tissue is missing: "
             "hg.pp.tissue(sdata, method='glass')",
-            UserWarning,
             stacklevel=3,
         )
     return mask, used
@@ -190,7 +187,6 @@ def _warn_of_ink(thumbnail: np.ndarray, mask: np.ndarray, image_key: str) -> Non
             warnings.warn(
                 f"{100 * share:.0f} % of the tissue found on image {image_key!r} is {colour}: spots there would be predicted "
                 "from ink. Look at the mask and take them out",
-                UserWarning,
                 stacklevel=3,
             )
 

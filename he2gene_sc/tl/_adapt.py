@@ -179,7 +179,6 @@ def adapt(
         warnings.warn(
             f"obs[{keys.annotation!r}], which hg.tl.predict wrote, is not there: the correction is not limited in classes that "
             "were not measured; keep it, or predict again",
-            UserWarning,
             stacklevel=2,
         )
     found = _adapt_sections(table, predicted, truth, columns, rows, keys, seed)
@@ -309,7 +308,6 @@ def _warn_of_others(
     warnings.warn(
         f"`measured`: the measured spots do not represent {where} others, which lie far from them, look different or are of "
         f"another class; these keep most of their prediction; measure spots across the section{named}",
-        UserWarning,
         stacklevel=3,
     )
 

@@ -83,9 +83,7 @@ def measured_of(
     )
     empty = mask & (np.asarray(np.nan_to_num(values.sum(axis=1), nan=1)).ravel() == 0)
     if empty.any():
-        warnings.warn(
-            f"{int(empty.sum())} measured spots have no counts: taken as not measured", UserWarning, stacklevel=3
-        )
+        warnings.warn(f"{int(empty.sum())} measured spots have no counts: taken as not measured", stacklevel=3)
     truth[~mask | empty] = np.nan
     return truth
 
@@ -179,5 +177,5 @@ def rows_of(truth: np.ndarray, sections: np.ndarray, inside: np.ndarray) -> dict
     if not rows:
         raise ValueError("`measured`: no predicted gene is measured at a spot that has a prediction")
     if none:
-        warnings.warn(f"nothing was measured of section(s) {none}: they get NaN", UserWarning, stacklevel=3)
+        warnings.warn(f"nothing was measured of section(s) {none}: they get NaN", stacklevel=3)
     return rows

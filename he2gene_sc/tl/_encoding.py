@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from .._core import validate
+from .._core.logs import logger
 from .._core.ownership import is_of, ours, written_in
 from .._core.placement import check_placement
 from .._core.slide import Slide, resolve
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from ..inference import Encoder, Part, SpotFeatures
     from ..models import HE2Gene
-
-logger = logging.getLogger("he2gene_sc")
 
 
 class EncodingOptions(TypedDict, total=False):

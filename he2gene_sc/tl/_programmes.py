@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from .._core import validate
 from .._core.expression import Scale
 from .._core.genes import current_symbols, find_genes
 from .._core.keys import PATIENT, check_key
+from .._core.logs import logger
 from .._core.matrix import values_of
 from .._core.ownership import check_free, is_prediction
 from .._core.predictions import prediction_of
@@ -36,8 +36,6 @@ from ._paired import paired_spots, sections_trained_on
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Of each set and section; and of each set.
 _FIGURES = ("pearson", "pearson_given_depth", "ceiling", DEPTH, COLOUR)
@@ -339,7 +337,6 @@ def _warn(left_out: pd.DataFrame, min_genes: int, results: pd.DataFrame) -> None
         warnings.warn(
             f"`net`: sets with fewer than {min_genes} genes in the layer, or with all of them, are left out: "
             f"{validate.format_list(sets)}",
-            UserWarning,
             stacklevel=3,
         )
     for evidence, sets in results["source"].groupby(results["evidence"], sort=False):
@@ -354,6 +351,5 @@ def _warn(left_out: pd.DataFrame, min_genes: int, results: pd.DataFrame) -> None
             )
         warnings.warn(
             f"how well the score of {of} is predicted is unknown, and none is reliable: {reason}",
-            UserWarning,
             stacklevel=3,
         )

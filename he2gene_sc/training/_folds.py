@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 
-logger = logging.getLogger("he2gene_sc")
+from .._core.logs import logger
 
 UNITS = ("patient", "section", "block")
 #: What held-out figures do not tell, by what was held out.

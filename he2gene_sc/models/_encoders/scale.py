@@ -57,7 +57,6 @@ def warn_of_scale(
             f"encoder {spec.name!r} was trained at {_listed(trained)} µm/px. `windows_um` of {_listed(off)} show it "
             f"{_listed(shown[um] for um in off)} µm/px at its input of {spec.input_px} px, so its features may be poor. Windows "
             f"of {fitting} µm would fit, for example preset=hg.DefaultRecipe(windows_um=...)",
-            UserWarning,
             stacklevel=stacklevel,
         )
 

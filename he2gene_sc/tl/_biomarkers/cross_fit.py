@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +12,11 @@ import pandas as pd
 
 from ..._core.expression import Scale
 from ..._core.genes import find_genes
+from ..._core.logs import logger
 from ..._core.spots import SpotData
 from .contrast import MIN_SPOTS
 from .provenance import measured_part
 from .sums import depth_of
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Genes of highest mean that the classifier reads, and the components it makes of them.
 _GENES, _COMPONENTS = 1000, 30
@@ -55,7 +53,6 @@ def cross_fitted_halves(
         warnings.warn(
             f"`cross_fit`: of the spots that are {group!r} by either label only {share:.0%} are by both; what else counts and image "
             "share can pass for a difference of this group: its p-values may be too small",
-            UserWarning,
             stacklevel=3,
         )
     return halves, agreement
@@ -96,7 +93,6 @@ def _checked(agreement: float) -> float:
         warnings.warn(
             f"{said}; below {_WARNED:.0%}, what else counts and image share, such as cell density, can pass for a difference: "
             "p-values may be too small",
-            UserWarning,
             stacklevel=4,
         )
     logger.info("biomarkers: cross-fitted labels agree with those given in %.1f %% of the spots", 100 * agreement)

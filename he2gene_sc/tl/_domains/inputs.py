@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,8 +20,6 @@ from ..._core.spots import SpotData, apart
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-logger = logging.getLogger(__name__)
 
 #: A domain of fewer spots in a section has no part in it.
 MIN_SPOTS = 3
@@ -66,7 +63,6 @@ def domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.n
     if few:
         warnings.warn(
             f"domains of fewer than {MIN_SPOTS} spots in a section have no part in it: {', '.join(few)}",
-            UserWarning,
             stacklevel=3,
         )
     return codes, names
@@ -125,7 +121,6 @@ def genes(
             if empty.any():
                 warnings.warn(
                     f"{int(empty.sum())} spots have no counts and are left out, for example {table.obs_names[empty][0]!r}",
-                    UserWarning,
                     stacklevel=3,
                 )
     known = np.ones(len(names), bool)

@@ -133,7 +133,6 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
         warnings.warn(
             f"layer {layer!r} was adapted by an older version, the spots that it was fitted on are not known and are judged "
             "with the others: its figures are too good; run hg.tl.adapt again",
-            UserWarning,
             stacklevel=3,
         )
     names, sizes = np.unique(section[used].astype(str), return_counts=True)
@@ -148,7 +147,6 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     if len(small):
         warnings.warn(
             f"sections [{validate.format_list(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out",
-            UserWarning,
             stacklevel=3,
         )
     left_out = {
@@ -174,7 +172,6 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     if model is not None and trained_on:
         warnings.warn(
             f"sections {trained_on} are in the training set of {model.name}: their figures are too good",
-            UserWarning,
             stacklevel=3,
         )
     mean, panels = np.full(len(columns), np.nan), {"all genes": np.ones(len(columns), bool)}
@@ -288,7 +285,6 @@ def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) ->
     if len(unknown):
         warnings.warn(
             f"classes that the model does not know are left out: {{{validate.format_list(f'{k!r}: {n}' for k, n in unknown.items())}}}",
-            UserWarning,
             stacklevel=3,
         )
     return frame, codes, int(unknown.sum())

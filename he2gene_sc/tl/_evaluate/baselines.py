@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..._core.keys import Keys
+from ..._core.logs import logger
 from ..._core.slide import colours_of, slides_of
 from ...stats._baselines import place
 from .aligned import Judged
@@ -18,8 +18,6 @@ from .metrics import BASELINES
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def readings(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..._core.logs import logger
 from ..._core.names import check_spelling
 from ...image._geometry import MIN_PX
 from .gene_lists import check_gene_lists
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from .options import Classes, GeneSelection, Keys
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Share of the largest feature below which spots do not differ.
 _SAME = 1e-6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..._core.logs import logger
 from ..._core.validate import format_list
 from .._gene_sets import in_names_of, membership, read_net, weights_by_set
 from .arguments import check_features
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ...models import HE2Gene
     from ...models._network import FeatureExtractor
     from ...training import ModelMetadata, Programmes
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Symmetries a training spot is seen under.
 _SYMMETRIES = ((0, False),)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.genes import current_symbols, find_genes
+from ..._core.logs import logger
 from ..._core.model_genes import check_not_probes
 from ..._core.validate import format_list
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from .options import GeneSelection
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Sections must share at least this part of the shorter of two gene lists.
 _MIN_SHARED = 0.1

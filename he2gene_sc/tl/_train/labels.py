@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..._core.logs import logger
 from ..._core.names import clean_names
 from ...models._schema import check_class_names
 
 if TYPE_CHECKING:
     from .options import Classes
-
-logger = logging.getLogger("he2gene_sc")
 
 _MIN_CLASS = 5
 _COLOURS = (

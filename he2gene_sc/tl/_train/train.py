@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..._core import validate
+from ..._core.logs import logger
 from ..._settings import settings
 from .arguments import identifiers, read_all, wide_enough
 from .gene_lists import symbols_of
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from ...models import EncoderSpec, HE2Gene
-
-logger = logging.getLogger("he2gene_sc")
 
 T = TypeVar("T")
 

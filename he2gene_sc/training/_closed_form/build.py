@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from ..._core.logs import logger
 from ...models import HE2Gene
 from ...models._embedding import ALONE, Context
 from ...models._gene_table import REFERENCES
@@ -31,8 +31,6 @@ from .annotation import AROUND, STRENGTH, fit_annotation
 from .heads import Recipe, find_rings, fit_basis, fit_sums
 from .ood import fit_detector
 from .validate import Choice, cross_validate, panels
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Sections or patients beyond this number are held out in so many groups.
 MAX_FOLDS = 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..._core.logs import logger
 from ...models import EncoderSpec, HE2Gene
 from ...models._encoders.load import encoder_sha256
 from ...models._model import ENCODER
@@ -28,8 +28,6 @@ from .split import Split, balanced_folds, split
 
 if TYPE_CHECKING:
     from .._sections import Section
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int, neighbours: bool = False) -> PatchSet:
