@@ -118,12 +118,12 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
     scored = [name for name in record["table"]["section"].unique() if name != "all"]
     if section is None:
         validate.not_ambiguous(scored, "section")
-        section = scored[0]
-    validate.all_in([section], scored, "section", "was not scored")
+    chosen: str = scored[0] if section is None else section
+    validate.all_in([chosen], scored, "section", "was not scored")
     params = record["params"]
     samples = samples_of(table, params.get("sample_key", PATIENT))
     names = apart(sections_of(table, params.get("section_key", SECTION)), samples)
-    return section, np.flatnonzero(names == section)
+    return chosen, np.flatnonzero(names == chosen)
 
 
 def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, prediction: str | None) -> Canvas | None:

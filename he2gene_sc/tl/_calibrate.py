@@ -110,8 +110,10 @@ class Calibration:
             "schema": _SCHEMA,
             "levels": LEVELS.tolist(),
         }
-        arrays = {f"residuals.{part.name}": getattr(self.residuals, part.name) for part in fields(Residuals)}
-        arrays = {name: array for name, array in (arrays | {"means": self.means}).items() if array is not None}
+        kept = {f"residuals.{part.name}": getattr(self.residuals, part.name) for part in fields(Residuals)}
+        arrays: dict[str, Any] = {
+            name: array for name, array in (kept | {"means": self.means}).items() if array is not None
+        }
         made = BytesIO()
         np.savez_compressed(
             made, facts=np.array(json.dumps(facts)), genes=self.genes.to_numpy(str), detected=self.detected, **arrays
