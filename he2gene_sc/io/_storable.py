@@ -59,6 +59,11 @@ def check_table(where: str, table: AnnData) -> None:
     """Refuse a table whose parts have other rows than its ``obs``, as anndata notices when they are read, or masks."""
     try:
         parts = {f"{slot}[{key!r}]": part for slot in MAPPINGS for key, part in dict(getattr(table, slot)).items()}
+        # Newer versions of anndata do not look.
+        for part, names in (("obsm", table.obs_names), ("varm", table.var_names)):
+            for key, values in getattr(table, part).items():
+                if isinstance(values, pd.DataFrame) and not values.index.astype(str).equals(names.astype(str)):
+                    raise ValueError(f"{part}[{key!r}] has other row names")
     except Exception as error:
         raise ValueError(
             f"`sdata`: the parts of {where} do not fit together: {' '.join(str(error).split())[:200]}. Rename spots by "
