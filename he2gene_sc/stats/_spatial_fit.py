@@ -17,11 +17,13 @@ _MOST = 6.0
 _SCALE, _TAIL = 0.25, 2.0
 
 
-def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def covariance_of(
+    moments: Moments, blocks: Blocks, samples: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Average over the grid of covariances and of ratios of the groups' SDs, weighted by restricted likelihood.
 
     Returns ``(g,)``: variance of the effect, its squared coefficient of variation, and the expected sum of squares
-    about the section means (trace of the centred covariance).
+    about the section means (trace of the centred covariance). ``samples`` ``(s,)`` are those of the sections.
     """
     n, m = len(blocks.of_spot), len(blocks.size)
     n_inside = n - m
@@ -92,7 +94,10 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
         # What the farthest spots still share is the level of the section, which no data tell: it is nobody's variance.
         floor = (correlation[together] / shared[together]).min()
         local = correlation - floor * np.where(together, shared, 0)
-        own = coefficient @ local @ coefficient.T + np.diag(unseen * rest)
+        own = coefficient @ local @ coefficient.T
+        if samples is not None:
+            own *= _sharing(coefficient.sum(0), local, section, samples)
+        own += np.diag(unseen * rest)
         # all n spots have 1, less what the section means take
         trace = np.diag(of_side) * (1 - floor) - np.einsum("asi,ij,bsj->ab", means, local, means, optimize=True)
         # quadratic forms in the two SDs: inside, outside, and between the groups
@@ -127,6 +132,15 @@ def covariance_of(moments: Moments, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     variance, square, total = variance / weights, square / weights, total / weights
     spread = np.maximum(square / variance**2 - 1, 0) + 2 / moments.n_free
     return variance * moments.scale, spread, total * moments.scale
+
+
+def _sharing(label: np.ndarray, local: np.ndarray, section: np.ndarray, samples: np.ndarray) -> float:
+    """Return by how much the variance of the effect grows where the sections of a sample have one field, as serial ones nearly do.
+
+    Nothing tells how alike they are, so they are taken as alike as can be.
+    """
+    roots = np.sqrt(np.maximum(np.bincount(section, label * (local @ label), len(samples)), 0))
+    return float(np.square(np.bincount(samples, roots)).sum() / max(np.square(roots).sum(), 1e-300))
 
 
 def _ratios(moments: Moments) -> np.ndarray:

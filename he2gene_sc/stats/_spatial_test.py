@@ -36,6 +36,7 @@ def spatial_test(
     xy: np.ndarray,
     sections: np.ndarray | None = None,
     *,
+    samples: np.ndarray | None = None,
     covariates: np.ndarray | None = None,
     level: float = 0.95,
     check_top: int = 100,
@@ -52,7 +53,8 @@ def spatial_test(
     degrees of freedom. See docs/statistics/methods.md.
 
     A few spots cannot tell their SD: where that is twice the others', three scattered spots are still rejected too
-    often (docs/statistics/validation.md). The null holds the labels fixed: it is about these sections, not other
+    often (docs/statistics/validation.md). Fields of different sections are independent, but for those of one of the ``samples``
+    ``(n,)``, which may be serial: theirs are taken as one field. The null holds the labels fixed: it is about these sections, not other
     patients. The ``check_top`` genes of smallest p-value are checked by ``n_perms`` Moran spectral randomisations
     (Wagner & Dray 2015, triplets); above 0.05, the larger p-value is reported. The effect is that at equal
     ``covariates`` ``(n, c)``.
@@ -72,9 +74,10 @@ def spatial_test(
     values, group = np.asarray(values), np.asarray(group)
     xy, codes = _checked(values, group, xy, sections, level, check_top, n_perms)
     design = _designed(group, codes, covariates)
+    owners = None if samples is None else _owners(codes, np.asarray(samples))
     # Its small matrices gain nothing from threads, which wait for each other for minutes on a busy machine.
     with threadpool_limits(1, user_api="blas"):
-        return _tested(values, group, xy, codes, design, level, check_top, n_perms, seed)
+        return _tested(values, group, xy, codes, owners, design, level, check_top, n_perms, seed)
 
 
 def _tested(
@@ -82,6 +85,7 @@ def _tested(
     group: np.ndarray,
     xy: np.ndarray,
     codes: np.ndarray,
+    owners: np.ndarray | None,
     design: Design,
     level: float,
     check_top: int,
@@ -92,7 +96,7 @@ def _tested(
 
     blocks = make_blocks(xy, codes, group)
     moments = Moments.of(values, group, codes, blocks, design)
-    variance, spread, total = covariance_of(moments, blocks)
+    variance, spread, total = covariance_of(moments, blocks, owners)
     # a normal of uncertain variance looks like the t of that variance and that excess kurtosis: Student's without a field
     df = np.minimum(4 + 2 / spread, moments.n_free)
     error = np.sqrt(variance * moments.n_free / (moments.n_free - 2) * (df - 2) / df)
@@ -167,6 +171,17 @@ def _check(
     pvalues_check[genes] = checked
     pvalues[genes] = np.where(checked > _CHECK_LEVEL, np.maximum(pvalues[genes], checked), pvalues[genes])
     return replace(result, pvalues=pvalues, pvalues_check=pvalues_check)
+
+
+def _owners(codes: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Code of the sample of each section, ``(s,)``."""
+    if samples.shape != codes.shape:
+        raise ValueError(f"`samples` must be one name for each of {len(codes)} spots, found shape {samples.shape}")
+    names = np.unique(samples, return_inverse=True)[1]
+    sections, first = np.unique(codes, return_index=True)
+    if (names != names[first][np.searchsorted(sections, codes)]).any():
+        raise ValueError("`samples`: a section holds spots of several; each section is of one")
+    return names[first]
 
 
 def _designed(group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None) -> Design:

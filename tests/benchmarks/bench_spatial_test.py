@@ -7,6 +7,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py large 2000
     python tests/benchmarks/bench_spatial_test.py variances 500
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py stretched 500 D1 hex
+    python tests/benchmarks/bench_spatial_test.py serial 500
     python tests/benchmarks/bench_spatial_test.py speed 14000
 
 The second argument is the number of genes a cell; `A1/cancer in situ` is one label of a section. Ranges are in shares of the longer side of the tissue; the
@@ -291,6 +292,33 @@ def stretched(genes, names):
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
+def serial(genes, _):
+    """Sections of one patient that share a part of their field; 143 spots each."""
+    xy = np.argwhere(np.ones((11, 13))).astype(float)
+    n, blob = len(xy), np.linalg.norm(xy - [3, 4], axis=1)
+    layouts_of = {"blob": blob <= np.sort(blob)[47], "half": xy[:, 0] < 5}
+    for number, kind, shared, layout in (
+        (2, "matern32", 0.0, "blob"),
+        (2, "matern32", 0.8, "blob"),
+        (2, "matern32", 1.0, "half"),
+        (2, "exponential", 1.0, "blob"),
+    ):
+        rng = np.random.default_rng(1)
+        root = np.linalg.cholesky(covariance(xy, kind, 0.2) + 1e-6 * np.eye(n))
+        common = np.sqrt(shared) * root @ rng.standard_normal((n, genes))
+        own = [np.sqrt(1 - shared) * root @ rng.standard_normal((n, genes)) for _ in range(number)]
+        values = np.vstack([common + field + 0.3 * rng.standard_normal((n, genes)) for field in own])
+        group, places, sections = (
+            np.tile(layouts_of[layout], number),
+            np.tile(xy, (number, 1)),
+            np.repeat(range(number), n),
+        )
+        row = [share(spatial_test(values[:n], group[:n], xy, check_top=0).pvalues)]
+        for samples in (sections, np.zeros(len(sections))):
+            row.append(share(spatial_test(values, group, places, sections, samples=samples, check_top=0).pvalues))
+        print(f"| {number} | {kind}, {layout} | {shared:.0%} | {' | '.join(map(str.strip, row))} |", flush=True)
+
+
 def speed(genes, _):
     import resource
 
@@ -314,5 +342,5 @@ if __name__ == "__main__":
         "large": large,
         "variances": variances,
         "speed": speed,
-    } | {"stretched": stretched}
+    } | {"stretched": stretched, "serial": serial}
     tables[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])

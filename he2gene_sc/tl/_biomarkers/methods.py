@@ -213,6 +213,7 @@ def _spatial(contrast: Contrast) -> Any:
         contrast.inside[chosen],
         contrast.pool.xy[chosen],
         sections if sections.max() else None,
+        samples=contrast.pool.samples[chosen].astype(str),
         covariates=spot_covariates(contrast, chosen),
         level=contrast.design.confidence_level,
     )
