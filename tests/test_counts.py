@@ -15,6 +15,7 @@ from he2gene_sc.stats import (
     CountSums,
     count_differences,
     hypervariable_prior,
+    library_evidence,
     library_factors,
     paired_moderated_t,
     squeeze_variance,
@@ -252,6 +253,11 @@ def test_genes_that_change_in_one_direction_are_warned_of_where_they_are_about_h
     with pytest.warns(UserWarning, match=r"leave out \d+% of the genes, which are lower in the group .* spike-ins"):
         result = found([counted(i, genes=100, planted=60, shift=1.5, deeper=1.0) for i in range(4)])
     assert result.drop([f"g{i}" for i in range(60)], errors="ignore")["effect_size"].median() < -1
+    tables = [counted(i, genes=100, planted=50, shift=1.5, deeper=1.0) for i in range(4)]
+    with pytest.warns(UserWarning, match=r"leave out \d+% of the genes"):
+        found(tables)
+    (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["library_doubts"]
+    assert "leave out" in doubt
 
 
 def test_sums_of_a_lazy_table_compute_each_chunk_once():
@@ -430,6 +436,30 @@ def test_library_factors_do_not_follow_genes_that_change_in_one_direction(genes)
     factors = library_factors(counts, np.full((2, 4), 2e5))
     effects = np.log(counts[0] / counts[1]) - np.log(factors[0] / factors[1])[:, None]
     assert abs(np.median(effects[:, 2 * genes // 5 :].mean(0))) < 0.05
+
+
+@pytest.mark.parametrize(("changed", "shift"), [(0.4, 0.3), (0.35, 0.2)])
+def test_library_factors_do_not_follow_genes_that_change_little(changed, shift):
+    # Of these small shifts the densest half holds most of the other genes: by its SD those that change were near, -0.08 and -0.06.
+    rng = np.random.default_rng(0)
+    share = np.tile(rng.lognormal(0, 1.2, 1000), (2, 8, 1)) * np.exp(0.1 * rng.standard_normal((2, 8, 1000)))
+    higher = np.arange(1000) < changed * 1000
+    share[0, :, higher] *= np.exp(shift)
+    share /= share.sum(-1, keepdims=True)
+    counts = rng.poisson(3e5 * share)
+    factors = library_factors(counts, np.full((2, 8), 3e5))
+    effects = np.log((counts[0] + 0.5) / (counts[1] + 0.5)) - np.log(factors[0] / factors[1])[:, None]
+    assert abs(np.median(effects[:, ~higher].mean(0))) < 0.03
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0])
+def test_library_sizes_are_doubted_where_half_of_the_genes_change(shift):
+    rng = np.random.default_rng(0)
+    share = np.tile(rng.lognormal(0, 1.2, 400), (2, 6, 1)) * np.exp(0.1 * rng.standard_normal((2, 6, 400)))
+    share[0, :, :200] *= np.exp(shift)
+    share /= share.sum(-1, keepdims=True)
+    depth = np.full((2, 6), 3e5)
+    assert abs(library_evidence(rng.poisson(3e5 * share), depth)[1]) > 0.4
 
 
 def test_components_of_variance_are_found_again():

@@ -14,6 +14,9 @@ _MIN_EXPECTED = 5.0
 _KEPT = 0.95
 #: Well-counted genes from which M values are trimmed, and below which libraries stay as they are.
 MIN_LIBRARY, _FEWEST = 50, 10
+#: SD of the densest half of the genes, by that of the densest third from which it holds two kinds, and by that of the narrower side
+#: from which it is too large; more where few genes tell. Genes from which the well-counted half is enough.
+_TWO_KINDS, _TOO_WIDE, _MANY = 1.5, 1.3, 200
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
     factors = np.ones(depth.shape)
     overall = counts.sum((0, 1)) / max(depth.sum(), 1e-300)
     values, expected = _m_values(counts, depth)
-    alike = _alike(values)
+    alike = _alike(values, expected)
     for i, m in enumerate(values):
         if np.isfinite(m).sum() < _FEWEST or not (kept := np.isfinite(m) & alike).any():
             continue
@@ -155,22 +158,40 @@ def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
     return factors
 
 
-def _alike(values: np.ndarray) -> np.ndarray:
+def _alike(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Genes ``(g,)`` whose M value, mean over samples, is near the commonest: without those that change in one direction.
 
-    The commonest is the middle of the shortest half of the genes; near are 2.5 SD, as this half has it.
+    The commonest is the middle of the shortest half of the genes; near are 2.5 SD, as this half has it. Where about half of the
+    genes change in one direction, it is the middle of the shortest third of the genes that are counted well. Where many
+    change, the half is most of the others, and its SD too large: then it is that of the narrower side.
     """
     means = _centred(values)
     near = np.isfinite(means)
     if near.sum() < _FEWEST:
         return near
     mean = means[near]
-    ordered, half = np.sort(mean), len(mean) // 2 + 1
-    lengths = ordered[half - 1 :] - ordered[: len(mean) - half + 1]
-    first = int(lengths.argmin())
-    middle = (ordered[first] + ordered[first + half - 1]) / 2
-    near[near] = np.abs(mean - middle) <= 2.5 * lengths[first] / 1.35
+    middle, sd = _densest(mean, 1 / 2, 1.35)
+    counted = np.where(np.isfinite(values[:, near]), expected[..., near], 0).sum((0, 1))
+    well = mean[counted >= np.median(counted)] if len(mean) >= _MANY else mean
+    for part in (mean, well):
+        chance = 1 + 3 / np.cbrt(len(part))
+        if _densest(part, 1 / 2, 1.35)[1] > max(_TWO_KINDS, chance) * _densest(part, 1 / 3, 0.861)[1]:
+            middle = _densest(well, 1 / 3, 0.861)[0]
+    below, above = (np.append(mean[(mean - middle) * side > 0], middle) for side in (-1, 1))
+    side = min(np.median(np.abs(part - middle)) for part in (below, above)) / 0.674
+    if sd > max(_TOO_WIDE, chance) * side:
+        sd = side
+    near[near] = np.abs(mean - middle) <= 2.5 * sd
     return near
+
+
+def _densest(values: np.ndarray, share: float, width: float) -> tuple[float, float]:
+    """Middle of the shortest interval with this share of the values, and their SD: its length by that of a normal of SD 1."""
+    ordered = np.sort(values)
+    n = int(len(ordered) * share) + 1
+    lengths = ordered[n - 1 :] - ordered[: len(ordered) - n + 1]
+    first = int(lengths.argmin())
+    return float(ordered[first] + ordered[first + n - 1]) / 2, float(lengths[first]) / width
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
@@ -183,8 +204,8 @@ def _centred(values: np.ndarray) -> np.ndarray:
 
 def library_evidence(counts: np.ndarray, depth: np.ndarray) -> tuple[int, float]:
     """Fewest genes that are counted well in a sample, and the share of genes left out on one side, above 0 if they are higher."""
-    values, _ = _m_values(counts, depth)
-    mean, alike = _centred(values), _alike(values)
+    values, expected = _m_values(counts, depth)
+    mean, alike = _centred(values), _alike(values, expected)
     n = int(np.isfinite(values).sum(1).min())
     if not alike.any():
         return n, 0.0

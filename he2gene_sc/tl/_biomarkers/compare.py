@@ -45,13 +45,16 @@ def compare(
     depth: np.ndarray | None = None,
     measured_depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Run a method on every group: unadjusted tests (group and gene), and differences of samples (a column a gene)."""
+    """Run a method on every group: unadjusted tests (group and gene), and differences of samples (a column a gene).
+
+    ``attrs["doubts"]`` of the tests are those of the library sizes, by group.
+    """
     depth = depth if chosen.takes_depth(design) else None
     cells = Cells.of(
         spots, squares=chosen.squares, detected=chosen.detecting > 0, raw=chosen.scale == "counts", depth=depth
     )
     of_measured = None if measured is None else Cells.of(measured, depth=measured_depth)
-    tests, differences, faults = [], [], []
+    tests, differences, faults, doubts = [], [], [], []
     for group in _groups(cells, groups, reference, chosen):
         contrast = Contrast.of(spots, cells, spots.genes, group, reference, design=design, depth=depth)
         if measured is not None and of_measured is not None:
@@ -68,6 +71,8 @@ def compare(
         contrast = contrast.keep(kept)
         outcome = run(chosen, contrast)
         test = outcome.test
+        if outcome.doubt:
+            doubts.append(f"{group!r}: {outcome.doubt}")
         n: list[Any] = [int(used.sum()), *contrast.counts[:, used].sum(1).tolist()]
         if outcome.known is not None:
             n = [outcome.known.sum(0), *(contrast.counts[:, contrast.paired] @ outcome.known.astype(int))]
@@ -92,7 +97,9 @@ def compare(
         raise ValueError(faults[0])
     if faults:
         warnings.warn(f"groups are left out: {'; '.join(faults)}", UserWarning, stacklevel=3)
-    return pd.concat(tests, ignore_index=True), pd.concat(differences)
+    every = pd.concat(tests, ignore_index=True)
+    every.attrs["doubts"] = doubts
+    return every, pd.concat(differences)
 
 
 def _tested(

@@ -49,13 +49,15 @@ class Method:
 class Outcome:
     """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast.
 
-    ``known`` ``(paired, g)`` tells which samples a gene is tested in; default: all.
+    ``known`` ``(paired, g)`` tells which samples a gene is tested in; default: all. ``doubt`` says what is doubtful of the library
+    sizes.
     """
 
     test: SampleTest
     differences: np.ndarray
     logfoldchanges: np.ndarray
     known: np.ndarray | None = None
+    doubt: str = ""
 
 
 def run(method: Method, contrast: Contrast) -> Outcome:
@@ -71,8 +73,7 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
 
     assert contrast.raw is not None
     found = count_differences(contrast.raw, normalise=contrast.depth is None)
-    if contrast.depth is None:
-        _check_libraries(contrast.raw)
+    doubt = _check_libraries(contrast.raw) if contrast.depth is None else ""
     known = np.isfinite(found.variances)
     weights = _capped(np.where(known, 1 / np.where(known, found.variances, 1), 0))
     expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
@@ -89,11 +90,11 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
         reliable=found.reliable,
         least=found.least,
     )
-    return Outcome(test, found.differences, test.effect / np.log(2), known)
+    return Outcome(test, found.differences, test.effect / np.log(2), known, doubt)
 
 
-def _check_libraries(sums: CountSums) -> None:
-    """Warn where library sizes rest on few genes, or on genes that differ in one direction."""
+def _check_libraries(sums: CountSums) -> str:
+    """Warn where library sizes rest on few genes, or on genes that differ in one direction; return what is doubtful."""
     from ...stats import MIN_LIBRARY, library_evidence
 
     n, share = library_evidence(sums.counts, sums.depth)
@@ -111,6 +112,7 @@ def _check_libraries(sums: CountSums) -> None:
             UserWarning,
             stacklevel=6,
         )
+    return doubt
 
 
 def _capped(weights: np.ndarray) -> np.ndarray:
