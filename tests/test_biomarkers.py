@@ -683,6 +683,22 @@ def test_a_patient_under_two_names_is_refused_though_it_was_changed(change):
         found([*(_counted(i) for i in range(3)), twin], layer=None)
 
 
+@pytest.mark.parametrize("column", ["patient", "donor_id"])
+def test_sections_taken_for_patients_are_warned_of(column):
+    tables = patients(4)
+    for i, table in enumerate(tables):
+        table.obs["slide"] = f"slide {i}"
+        table.obs["patient"] = f"P{i // 2}"
+        table.obs = table.obs.rename(columns={"patient": column})
+    with pytest.warns(UserWarning, match=rf"4 samples are of 2 patients by obs\['{column}'\].*sample_key='{column}'"):
+        found(tables, sample_key="slide")
+    for i, table in enumerate(tables):
+        table.obs[column] = f"P{i}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not replicates")
+        found(tables, sample_key="slide")
+
+
 def test_sections_of_one_layout_are_no_twins():
     # Same places, same labels, little noise: neighbouring sections in one frame.
     tables = [_counted(i) for i in range(2)]

@@ -178,7 +178,7 @@ def _alike(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
         if _densest(part, 1 / 2, 1.35)[1] > max(_TWO_KINDS, chance) * _densest(part, 1 / 3, 0.861)[1]:
             middle = _densest(well, 1 / 3, 0.861)[0]
     below, above = (np.append(mean[(mean - middle) * side > 0], middle) for side in (-1, 1))
-    side = min(np.median(np.abs(part - middle)) for part in (below, above)) / 0.674
+    side = float(min(np.median(np.abs(part - middle)) for part in (below, above))) / 0.674
     if sd > max(_TOO_WIDE, chance) * side:
         sd = side
     near[near] = np.abs(mean - middle) <= 2.5 * sd

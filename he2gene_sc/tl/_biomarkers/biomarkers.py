@@ -20,7 +20,7 @@ from .compare import NO_DEPTH, adjusted, compare, method_for, named_groups
 from .cross_fit import cross_fitted_halves
 from .design import Design, as_design
 from .methods import METHODS, Method
-from .pool import labelled_spots
+from .pool import check_replicates, labelled_spots
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
 
@@ -115,7 +115,8 @@ def biomarkers(
 
     ``.uns["he2gene_biomarkers"]``
         ``"results"``: DataFrame, a row a group and gene, see :func:`he2gene_sc.get.biomarkers`; ``"samples"``, ``"genes"``
-        and ``"sample_effects"``: spots and difference in every sample; ``"params"``.
+        and ``"sample_effects"``: spots and difference in every sample; ``"params"``, whose ``"library_doubts"`` say of which
+        groups the library sizes are doubtful, and why.
 
     Raises
     ------
@@ -164,6 +165,8 @@ def biomarkers(
         )
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale, join=design.join, reliable_only=reliable_only)
     chosen = method_for(method, spots, design)
+    if chosen.samples:
+        check_replicates(spots, sample_key)
     takes_depth = chosen.takes_depth(design)
     known_depth = depth_of(spots, design.depth) if takes_depth else None
     run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
@@ -201,6 +204,7 @@ def biomarkers(
         **({} if chosen.moderated else {"trend": None, "robust": None}),
         "cross_fit": cross_fit,
         "cross_fit_agreement": agreement,
+        "library_doubts": [doubt for frame, _ in parts for doubt in frame.attrs["doubts"]] or None,
     }
     facts = {
         "results": results,
@@ -217,6 +221,7 @@ def _finish(
 ) -> pd.DataFrame:
     """Adjust and say what the result is worth; best score of each group first."""
     results = adjusted(pd.concat(frames, ignore_index=True), over)
+    results.attrs.clear()
     results["method"] = chosen.label
     results["reliable"] = True if reliable is None else reliable.reindex(results["names"]).to_numpy(bool)
     results["circular"] = circular

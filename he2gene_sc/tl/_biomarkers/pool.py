@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -16,11 +17,15 @@ from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import find_genes
 from ..._core.keys import Keys
 from ..._core.matrix import blocks_of, matrix_of
+from ..._core.names import clean_samples
 from ..._core.predictions import prediction_of
 from ..._core.spots import SpotData
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+#: Columns of ``obs`` that name patients, by usual names.
+_PATIENTS = ("patient", "patient_id", "donor", "donor_id", "subject", "subject_id", "individual")
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -152,3 +157,23 @@ def _inspected(pooled: SpotData) -> SpotData:
         raise ValueError(f"`layer` {pooled.layer!r} holds NaN in every gene; only spots without values may")
     logger.warning("biomarkers: %d genes hold NaN and are left out, %d remain", (unknown > 0).sum(), len(known))
     return replace(pooled, genes=known)
+
+
+def check_replicates(spots: SpotData, sample_key: str) -> None:
+    """Warn where several samples are of one patient, as another column says: sections taken for patients."""
+    for key in _PATIENTS:
+        if key == sample_key or not all(key in table.obs for table in spots.tables):
+            continue
+        parts = [table.obs[key].iloc[rows] for table, rows in zip(spots.tables, spots.rows, strict=True)]
+        patients = pd.Series(np.concatenate([clean_samples(part) for part in parts]))
+        n, n_patients = len(set(spots.samples)), patients.nunique()
+        # Else the samples are those of another division, such as sides of a plate.
+        nested = patients.groupby(spots.samples).nunique().max() == 1
+        if nested and patients.notna().all() and n_patients < n:
+            warnings.warn(
+                f"`sample_key` {sample_key!r}: the {n} samples are of {n_patients} patients by obs[{key!r}]. Samples of one patient are "
+                f"not replicates: p-values are too small. Use sample_key={key!r}",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
