@@ -6,7 +6,7 @@ became of it. ``tests/test_odd_inputs.py`` runs a tenth, ``tests/benchmarks/benc
 
 from itertools import chain
 
-from tests.odd import files, folders, parameters, shell, tables
+from tests.odd import cohorts, files, folders, parameters, shell, tables
 from tests.odd.harness import Odd, outcome
 
 __all__ = ["Odd", "everything", "outcome"]
@@ -14,7 +14,9 @@ __all__ = ["Odd", "everything", "outcome"]
 
 def everything() -> list[Odd]:
     """All odd inputs, in a fixed order, each with a name of its own."""
-    found = list(chain.from_iterable(part.odd_inputs() for part in (tables, parameters, files, folders, shell)))
+    found = list(
+        chain.from_iterable(part.odd_inputs() for part in (tables, parameters, files, folders, shell, cohorts))
+    )
     names = [odd.name for odd in found]
     assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1][:5]
     return found

@@ -83,8 +83,75 @@ READ = {
     "rgba png, opaque": _saved("a.png", "RGBA"),
 }
 
+
+def _pages(*pages: tuple[np.ndarray, dict[str, Any]], ome: bool = False) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        path = place / ("a.ome.tif" if ome else "a.tif")
+        with tifffile.TiffWriter(path, ome=ome) as file:
+            for array, options in pages:
+                file.write(array, photometric="rgb", **options)
+        return path
+
+    return make
+
+
+def _damaged_tile(index: int, content: bytes) -> Callable[[Path], Path]:
+    """A tiled picture of which one tile holds other bytes."""
+
+    def make(place: Path) -> Path:
+        path = _tiff(PICTURE, photometric="rgb", tile=(32, 32), compression="zlib")(place)
+        with tifffile.TiffFile(path) as file:
+            offset, size = file.pages[0].dataoffsets[index], file.pages[0].databytecounts[index]
+        with path.open("r+b") as stream:
+            stream.seek(offset)
+            stream.write((content * size)[:size])
+        return path
+
+    return make
+
+
+_TILES = {"tile": (32, 32), "compression": "zlib"}
+#: Files of public bug reports that have to be read.
+READ |= {
+    "a pyramid of sides that were rounded": _pages(
+        (PICTURE, {**_TILES, "subifds": 2}),
+        (PICTURE[1::3, 1::3][:31, :43], {**_TILES, "subfiletype": 1}),
+        (PICTURE[4::9, 4::9][:11, :15], {**_TILES, "subfiletype": 1}),
+    ),
+    "a pyramid of pages without the flag": _pages(
+        (PICTURE, _TILES), (PICTURE[::2, ::2], _TILES), (PICTURE[::4, ::4], _TILES)
+    ),
+    "tiles that are larger than the image": _tiff(PICTURE, photometric="rgb", tile=(256, 256)),
+    "jpeg tiles, 4:2:0": _tiff(
+        PICTURE, photometric="rgb", tile=(32, 32), compression="jpeg", compressionargs={"level": 98}, subsampling=(2, 2)
+    ),
+    "jpeg tiles, 4:2:2": _tiff(
+        PICTURE, photometric="rgb", tile=(32, 32), compression="jpeg", compressionargs={"level": 98}, subsampling=(2, 1)
+    ),
+    "jpeg tiles, 4:4:4": _tiff(
+        PICTURE, photometric="rgb", tile=(32, 32), compression="jpeg", compressionargs={"level": 98}, subsampling=(1, 1)
+    ),
+    "strips, lzw, predictor": _tiff(PICTURE, photometric="rgb", compression="lzw", predictor=True),
+    "strips, deflate, predictor": _tiff(PICTURE, photometric="rgb", compression="zlib", predictor=True),
+    "strips, packbits": _tiff(PICTURE, photometric="rgb", compression="packbits"),
+    "strips of seven rows": _tiff(PICTURE, photometric="rgb", rowsperstrip=7),
+    "big endian tiles with a predictor": _tiff(PICTURE, photometric="rgb", byteorder=">", predictor=True, **_TILES),
+    "big tiff with a pyramid": _tiff(PICTURE, photometric="rgb", bigtiff=True, tile=(32, 32)),
+    "planes in tiles": _tiff(np.moveaxis(PICTURE, -1, 0), photometric="rgb", planarconfig="separate", **_TILES),
+    "jpeg 2000 tiles": _tiff(PICTURE, photometric="rgb", tile=(32, 32), compression="jpeg2000"),
+    "ome, a thumbnail first": _pages((PICTURE[::4, ::4], {}), (PICTURE, _TILES), ome=True),
+    "ome, a thumbnail last": _pages((PICTURE, _TILES), (PICTURE[::4, ::4], {}), ome=True),
+    "called svs": lambda place: _tiff(PICTURE, photometric="rgb", **_TILES)(place).rename(place / "a.svs"),
+    "a tiff called jpg": lambda place: _tiff(PICTURE, photometric="rgb")(place).rename(place / "a.jpg"),
+    "a name with blanks and umlauts": lambda place: _saved("a.png")(place).rename(place / "ä b [1] %20.png"),
+}
+
 #: Pictures that have to be refused.
 REFUSED = {
+    "the last tile damaged": _damaged_tile(-1, b"\xff"),
+    "the last tile zeros": _damaged_tile(-1, b"\0"),
+    "the first tile of another tile": _damaged_tile(0, b"\x78\x9c"),
+    "two pages of one size, another stain": _pages((PICTURE, {}), (255 - PICTURE, {}), ome=False),
     "nothing": lambda place: place / "a.tif",
     "a folder": lambda place: place,
     "an empty file": _bytes("a.tif", b""),
@@ -112,6 +179,64 @@ REFUSED = {
     "float beyond 255": _tiff((PICTURE * 100.0).astype(np.float32), photometric="rgb"),
     "float below 0": _tiff((PICTURE / 255 - 0.9).astype(np.float32), photometric="rgb"),
 }
+
+
+def _resolution(x: Any, y: Any, unit: int) -> Callable[[Path], Path]:
+    return _tiff(PICTURE, photometric="rgb", resolution=(x, y), resolutionunit=unit)
+
+
+def _described(text: str) -> Callable[[Path], Path]:
+    return _tiff(PICTURE, photometric="rgb", description=text, metadata=None)
+
+
+def _ome(**facts: Any) -> Callable[[Path], Path]:
+    return lambda place: _pages((PICTURE, {"metadata": {"axes": "YXS", **facts}}), ome=True)(place)
+
+
+#: µm per pixel that a file states, as these files state them (``None``: not, which is said).
+STATED: dict[str, tuple[Callable[[Path], Path], float | None]] = {
+    "20,000 pixels a cm": (_resolution(20000, 20000, 3), 0.5),
+    "40,000 pixels a cm": (_resolution(40000, 40000, 3), 0.25),
+    "50,800 pixels an inch": (_resolution(50800, 50800, 2), None),
+    "72 pixels an inch": (_resolution(72, 72, 2), None),
+    "20,000 pixels of no unit": (_resolution(20000, 20000, 1), None),
+    "1 pixel a cm": (_resolution(1, 1, 3), None),
+    "0 pixels a cm": (_resolution((0, 1), (0, 1), 3), None),
+    "pixels that are not square": (_resolution(20000, 10000, 3), None),
+    "MPP of Aperio": (_described("Aperio Image Library v12\r\n1x1|AppMag = 20|MPP = 0.5000"), 0.5),
+    "MPP of Aperio without blanks": (_described("Aperio|AppMag=20|MPP=0.5"), 0.5),
+    "no MPP of Aperio": (_described("Aperio Image Library v12\r\n1x1|AppMag = 20"), None),
+    "MPP of Aperio with a comma": (_described("Aperio|AppMag = 20|MPP = 0,5"), None),
+    "MPP of Aperio 0": (_described("Aperio|MPP = 0"), None),
+    "MPP of Aperio nan": (_described("Aperio|MPP = nan"), None),
+    "MPP of Aperio in nm": (_described("Aperio|MPP = 500"), None),
+    "ome in µm": (_ome(PhysicalSizeX=0.5, PhysicalSizeY=0.5), 0.5),
+    "ome in nm": (_ome(PhysicalSizeX=500, PhysicalSizeXUnit="nm", PhysicalSizeY=500, PhysicalSizeYUnit="nm"), 0.5),
+    "ome in mm": (_ome(PhysicalSizeX=5e-4, PhysicalSizeXUnit="mm", PhysicalSizeY=5e-4, PhysicalSizeYUnit="mm"), 0.5),
+    "ome in pixels": (
+        _ome(PhysicalSizeX=1, PhysicalSizeXUnit="pixel", PhysicalSizeY=1, PhysicalSizeYUnit="pixel"),
+        None,
+    ),
+    "ome in two units": (_ome(PhysicalSizeX=0.5, PhysicalSizeY=500, PhysicalSizeYUnit="nm"), 0.5),
+    "ome of x alone": (_ome(PhysicalSizeX=0.5), 0.5),
+    "ome of unknown unit": (_ome(PhysicalSizeX=0.5, PhysicalSizeXUnit="reference frame"), None),
+    "ome 0": (_ome(PhysicalSizeX=0.0, PhysicalSizeY=0.0), None),
+}
+
+
+def _mpp(what: str, make: Callable[[Path], Path], expected: float | None) -> Odd:
+    def ready() -> tuple[Callable[[], Any], list[Any], Any]:
+        place = _place()
+        path = make(place)
+
+        def call() -> Any:
+            found = hg.io.read_he(path).attrs.get("he2gene", {}).get("mpp", {}).get("he")
+            return None if found is None else round(float(found), 6)
+
+        return call, [place], expected
+
+    return Odd(f"read_he / µm per pixel, {what}", ready, expected is not None)
+
 
 MPPS: dict[str, Any] = {
     "zero": 0,
@@ -190,6 +315,23 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "has NaN": lambda text: text.rstrip("\n").rsplit("\t", 1)[0] + "\tNaN\n",
     "has a negative number": lambda text: text.rstrip("\n").rsplit("\t", 1)[0] + "\t-3\n",
     "has infinity": lambda text: text.rstrip("\n").rsplit("\t", 1)[0] + "\tinf\n",
+    "has a byte order mark": lambda text: "\ufeff" + text,
+    "has line ends of Windows": lambda text: text.replace("\n", "\r\n"),
+    "has line ends of old Macs": lambda text: text.replace("\n", "\r"),
+    "has a tab at each end": lambda text: text.replace("\n", "\t\n"),
+    "has quoted cells": lambda text: "\n".join(
+        "\t".join(f'"{cell}"' for cell in line.split("\t")) for line in text.rstrip("\n").split("\n")
+    ),
+    "has blanks around cells": lambda text: text.replace("\t", " \t "),
+    "has blanks before rows": lambda text: text.replace("\n", "\n "),
+    "has empty lines": lambda text: text.replace("\n", "\n\n"),
+    "has a remark first": lambda text: "# made by a pipeline\n" + text,
+    "has decimal commas": lambda text: text.replace("\t1", "\t1,0"),
+    "has whole numbers as fractions": lambda text: text.rstrip("\n") + ".0\n",
+    "has a number with an underscore": lambda text: text.rstrip("\n") + "_0\n",
+    "has a number beyond all bounds": lambda text: text.rstrip("\n").rsplit("\t", 1)[0] + "\t1e400\n",
+    "has a row of zeros in its name": lambda text: text.replace("\n1x", "\n01x"),
+    "has upper case names": lambda text: text.upper(),
     "has a fraction": lambda text: text.rstrip("\n").rsplit("\t", 1)[0] + "\t1.5\n",
 }
 
@@ -231,6 +373,14 @@ def _text(which: str, change: Callable[[str], str]) -> Callable[[dict[str, Path]
     return apply
 
 
+def _bytes_of(which: str, encoding: str) -> Callable[[dict[str, Path], Path], dict[str, Any]]:
+    def apply(paths: dict[str, Path], _: Path) -> dict[str, Any]:
+        paths[which].write_bytes(paths[which].read_text().encode(encoding))
+        return {}
+
+    return apply
+
+
 def _gzipped(cut: float) -> Callable[[dict[str, Path], Path], dict[str, Any]]:
     def apply(paths: dict[str, Path], place: Path) -> dict[str, Any]:
         content = gzip.compress(paths["counts"].read_bytes())
@@ -249,6 +399,8 @@ def odd_inputs() -> Iterator[Odd]:
     for share in (0.02, 0.1, 0.3, 0.6, 0.9, 0.99):
         for name, content in {"a.png": _encoded("PNG"), "a.jpg": _encoded("JPEG"), "a.tif": _tiled()}.items():
             yield _truncated(name, content, share)
+    for what, (make, expected) in STATED.items():
+        yield _mpp(what, make, expected)
     for what, value in MPPS.items():
         yield Odd(
             f"read_he(mpp={what})",
@@ -260,6 +412,8 @@ def odd_inputs() -> Iterator[Odd]:
     for which in ("counts", "spots", "labels"):
         for what, change in CHANGES.items():
             yield _st(f"the file of {which} {what}", _text(which, change))
+        for encoding in ("utf-16", "utf-32", "utf-16-le"):
+            yield _st(f"the file of {which} is in {encoding}", _bytes_of(which, encoding))
         yield _st(f"the file of {which} is a folder", lambda paths, place, w=which: {w: place})
         yield _st(f"there is no file of {which}", lambda paths, place, w=which: {w: place / "none"})
     yield _st("selected is text", _text("spots", lambda text: text.replace("\t1\n", "\tTrue\n")))

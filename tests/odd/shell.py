@@ -112,6 +112,123 @@ MANIFESTS = {
 }
 
 
+#: Options that no other list has, by command: what stands before the option, with a place to write to.
+OPTIONS: dict[str, tuple[Callable[[Path], list[object]], dict[str, tuple[str, ...]]]] = {
+    "predict slide.tif": (
+        lambda p: ["predict", _picture(p), "--mpp", 1],
+        {
+            "--manifest": WORDS,
+            "--out": ("", " ", "/dev/null/x", "/proc/x.zarr", "x" * 5000),
+            "--workers": ("", " ", "nope", "-1", "0", "nan", "inf", "1e400", "1.5", "two"),
+            "--device": ("cuda:9", "cpu:x", "CPU", "cuda:", "meta"),
+            "--mpp": ("0,5", "0.5 um", "1e-9", "1e9", "-0", "½"),
+            "--pitch-um": ("1e9", "-0", "0,5"),
+            "--batch-size": ("1.5", "1e3"),
+        },
+    ),
+    "report": (
+        lambda p: ["report", _store(p)],
+        {
+            "--out": ("", " ", "x.txt", "x.pdf", "/dev/null", "/proc/x.html", "none/x.html", "x" * 300 + ".html"),
+            "--genes": ("", " ", ",", "nope", "ERBB2;CD24", "nan"),
+            "--model": ("", " ", "nope", "a/b", "hf://", "hf://nope", "http://x"),
+            "--prediction-key": WORDS,
+            "--table-key": WORDS,
+        },
+    ),
+    "evaluate": (
+        lambda p: ["evaluate", _store(p)],
+        {
+            "--out": ("", " ", "/", "none/x.csv", "/proc/x.csv", "x" * 300 + ".csv"),
+        },
+    ),
+    "benchmark": (
+        lambda p: ["benchmark", "--out", p / "out", "--cache", p / "cache"],
+        {
+            "--data": WORDS,
+            "--model": WORDS,
+            "--folds": WORDS,
+            "--section": WORDS,
+            "--device": ("", "nope", "cuda:9", "nan"),
+            "--options": ("", " ", "nope", "/"),
+            "--cache": ("/dev/null", "/proc/x", "x" * 5000),
+            "--out": ("/dev/null", "/proc/x", "x" * 5000),
+        },
+    ),
+    "benchmark --data hbcis": (
+        lambda p: ["benchmark", "--data", "hbcis", "--out", p / "out"],
+        {"--root": (*WORDS, "/", "/dev/null")},
+    ),
+    "demo": (
+        lambda p: ["demo", "--section", "C5"],
+        {"--model": ("", " ", "nope", "a/b", "hf://"), "--out": ("/dev/null", "/proc/x", "x" * 5000)},
+    ),
+    "info": (lambda p: ["info"], {"hf": ("hf://", "hf://x", "hf://a/b@", "hf:///", "HF://a/b")}),
+}
+
+#: Training files.
+TRAINING = {
+    "empty": "",
+    "of a byte order mark": "\ufeffsections = []\n",
+    "that is JSON": '{"sections": ["C2"]}',
+    "that is YAML": "sections:\n  - C2\n",
+    "with no section": "sections = []\n[train]\n",
+    "with a section that is not known": 'sections = ["Z9"]\n[train]\n',
+    "with a section twice": 'sections = ["C2", "C2"]\n[train]\n',
+    "with sections in a text": 'sections = "C2"\n[train]\n',
+    "with sections and data": 'sections = ["C2"]\n[data]\nstores = ["A.zarr"]\n',
+    "with no data": "[data]\n[train]\n",
+    "with stores that are not there": '[data]\nstores = ["A.zarr"]\n[train]\n',
+    "with a store in a text": '[data]\nstores = "slide.zarr"\n[train]\n',
+    "with an empty store": '[data]\nstores = [""]\n[train]\n',
+    "with no stores": "[data]\nstores = []\n[train]\n",
+    "with a folder of HBCIS that is not there": '[data]\nhbcis = "none"\n[train]\n',
+    "with a folder of HEST that is not there": '[data]\nhest = "none"\n[train]\n',
+    "with two sources": '[data]\nhest = "a"\nhbcis = "b"\n[train]\n',
+    "with ids beside stores": '[data]\nstores = ["slide.zarr"]\nids = ["x"]\n[train]\n',
+    "with a part that is not known": '[data]\nhbcis = "."\npatients = "HE2GENE_SPLIT.none"\n[train]\n',
+    "with an unknown table": 'sections = ["C2"]\n[tain]\nseed = 0\n',
+    "with an unknown argument": 'sections = ["C2"]\n[train]\nseeds = 0\n',
+    "with seed nan": 'sections = ["C2"]\n[train]\nseed = nan\n',
+    "with seed true": 'sections = ["C2"]\n[train]\nseed = true\n',
+    "with seed -1": 'sections = ["C2"]\n[train]\nseed = -1\n',
+    "with a preset that is not known": 'sections = ["C2"]\n[train]\npreset = "fast"\n',
+    "with a preset without a name": 'sections = ["C2"]\n[train.preset]\nmax_epochs = 2\n',
+    "with an encoder that is not known": 'sections = ["C2"]\n[train]\nencoder = "nope"\n',
+    "with windows of nan": 'sections = ["C2"]\n[train.preset]\nwindows_um = [nan]\n',
+    "with windows of inf": 'sections = ["C2"]\n[train.preset]\nwindows_um = [50.0, inf]\n',
+    "with windows below 0": 'sections = ["C2"]\n[train.preset]\nwindows_um = [-50.0]\n',
+    "with no latent": 'sections = ["C2"]\n[train.preset]\nn_latent = 0\n',
+    "with latent nan": 'sections = ["C2"]\n[train.preset]\nn_latent = nan\n',
+    "with mpp nan": 'sections = ["C2"]\n[train.keys]\nmpp = nan\n',
+    "with mpp in words": 'sections = ["C2"]\n[train.keys]\nmpp = "half"\n',
+    "with a share of nan": 'sections = ["C2"]\n[train.genes]\nmin_spot_share = nan\n',
+    "with a share of 2": 'sections = ["C2"]\n[train.genes]\nmin_spot_share = 2.0\n',
+    "with genes in a text": 'sections = ["C2"]\n[train.genes]\ngenes = "ERBB2"\n',
+    "with programmes that are not there": 'sections = ["C2"]\n[train.genes]\nprogrammes = "none.gmt"\n',
+    "with a cache in OUT": 'sections = ["C2"]\n[train]\ncache = "m/cache"\n',
+    "with a cache that is a number": 'sections = ["C2"]\n[train]\ncache = 3\n',
+    "with a device that is not here": 'sections = ["C2"]\n[train]\ndevice = "cuda:9"\n',
+    "with a date": 'sections = ["C2"]\n[train]\nseed = 2020-01-01\n',
+    "with a key twice": 'sections = ["C2"]\nsections = ["C3"]\n',
+    "with a NUL": 'sections = ["C2\\u0000"]\n',
+    "cut in a text": 'sections = ["C2',
+}
+
+#: Stores, each of which a report is asked of.
+REPORTED = ("an empty folder", "a file", "nothing", "a folder of pictures", "a store whose zarr.json is cut")
+#: Summaries of which reports are asked.
+SUMMARIES = {
+    "empty": "",
+    "with a header alone": "path,output,status\n",
+    "of another table": "a,b\n1,2\n",
+    "whose stores are gone": "path,output,status\nA.svs,none.zarr,predicted\n",
+    "of failed slides": "path,output,status\nA.svs,none.zarr,failed\n",
+    "without outputs": "path,output,status\nA.svs,,predicted\n",
+    "of zeros": "\0" * 50,
+}
+
+
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -170,4 +287,28 @@ def odd_inputs() -> Iterator[Odd]:
                 "--out-dir",
                 p / "out",
             ],
+        )
+    for command, (words, options) in OPTIONS.items():
+        for option, values in options.items():
+            for value in values:
+                shown = value if len(value) < 30 else f"{value[0]} × {len(value)}"
+                yield _command(
+                    f"{command} {option} {shown!r}",
+                    lambda p, w=words, o=option, v=value: [*w(p), *([o] if o.startswith("-") else []), v],
+                )
+    for what, text in TRAINING.items():
+        yield _command(
+            f"train {what}",
+            lambda p, t=text: ["train", _write(_store(p).with_name("t.toml"), t), "--out", p / "m", "--json"],
+        )
+    for what in ("", " ", "/dev/null", "/proc/x", "x" * 5000):
+        yield _command(
+            f"train --out {what[:9]!r}",
+            lambda p, w=what: ["train", _write(p / "t.toml", 'sections = ["C2"]\n[train]\n'), "--out", w],
+        )
+    for what in REPORTED:
+        yield _command(f"report {what}", lambda p, s=STORES[what]: ["report", s(p), "--out", p / "r.html"])
+    for what, text in SUMMARIES.items():
+        yield _command(
+            f"report a summary {what}", lambda p, t=text: ["report", _write(p / "s.csv", t), "--out", p / "reports"]
         )
