@@ -225,7 +225,7 @@ def test_without_a_record_of_the_files_a_newer_image_is_noticed(finished, model,
     assert not is_finished(Job(store, store), model)
 
 
-@pytest.mark.parametrize("part", ["layers/he2gene", "obs/he2gene_tissue", "obsm/X_he2gene", "var/he2gene_reliable"])
+@pytest.mark.parametrize("part", ["layers/he2gene", "obs/he2gene_tissue", "obsm/X_he2gene", "var/_index"])
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_prediction_of_which_a_part_is_lost_is_not_finished(updated, model, tmp_path, part, damage):
     store = Path(shutil.copytree(updated, tmp_path / "A.zarr"))

@@ -79,7 +79,8 @@ def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
 
 
 def _parts(table: Path, record: Mapping[str, Any], key: str) -> Iterator[Path]:
-    """All that a prediction wrote."""
+    """All that a prediction wrote, and the names of its spots and genes."""
+    yield from (table / "obs", table / "var")
     for slot, names in written_in(key, record).items():
         for name in names:
             yield table / slot / name
