@@ -215,19 +215,6 @@ TRAINING = {
     "cut in a text": 'sections = ["C2',
 }
 
-#: Stores, each of which a report is asked of.
-REPORTED = ("an empty folder", "a file", "nothing", "a folder of pictures", "a store whose zarr.json is cut")
-#: Summaries of which reports are asked.
-SUMMARIES = {
-    "empty": "",
-    "with a header alone": "path,output,status\n",
-    "of another table": "a,b\n1,2\n",
-    "whose stores are gone": "path,output,status\nA.svs,none.zarr,predicted\n",
-    "of failed slides": "path,output,status\nA.svs,none.zarr,failed\n",
-    "without outputs": "path,output,status\nA.svs,,predicted\n",
-    "of zeros": "\0" * 50,
-}
-
 
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
@@ -305,10 +292,4 @@ def odd_inputs() -> Iterator[Odd]:
         yield _command(
             f"train --out {what[:9]!r}",
             lambda p, w=what: ["train", _write(p / "t.toml", 'sections = ["C2"]\n[train]\n'), "--out", w],
-        )
-    for what in REPORTED:
-        yield _command(f"report {what}", lambda p, s=STORES[what]: ["report", s(p), "--out", p / "r.html"])
-    for what, text in SUMMARIES.items():
-        yield _command(
-            f"report a summary {what}", lambda p, t=text: ["report", _write(p / "s.csv", t), "--out", p / "reports"]
         )
