@@ -220,8 +220,9 @@ def _add_legend(ax: Axes, panel: Panel, loc: str) -> None:
     greys = [(grey, GREYS[grey]) for grey in _greys(panel)]
     for name, colour in dict.fromkeys([*panel.colours.items(), *greys]):
         absent = name not in present and (name, colour) not in greys
-        shown = {"fillstyle": "none", "label": f"{name} (absent)"} if absent else {"label": name}
-        handles.append(Line2D([], [], marker="o", ls="", color=colour, **shown))
+        handle = Line2D([], [], marker="o", ls="", color=colour, label=f"{name} (absent)" if absent else name)
+        handle.set_fillstyle("none" if absent else "full")
+        handles.append(handle)
     options: dict[str, Any] = {"loc": loc}
     if loc == _BESIDE:
         options = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
