@@ -2,18 +2,15 @@ import copy
 import functools
 import gc
 import os
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 
-mpl.use("Agg")
+from tests.helpers.data import HAS_DATA, REQUIRE_DATA
 
-DATA_DIR = os.environ.get("HE2GENE_DATA_DIR")
-HAS_DATA = DATA_DIR is not None and (Path(DATA_DIR) / "her2st").is_dir()
-REQUIRE_DATA = os.environ.get("HE2GENE_REQUIRE_DATA") == "1"
+mpl.use("Agg")
 
 
 def pytest_configure(config):
@@ -275,6 +272,6 @@ def predicted_c5(_predicted):
 @pytest.fixture(scope="session")
 def hbcis_root(tmp_path_factory):
     """HBCIS in small: 6 sections of 4 patients; tests that change files work on a copy."""
-    from hbcis_mini import write_hbcis
+    from tests.helpers.hbcis_mini import write_hbcis
 
     return write_hbcis(tmp_path_factory.mktemp("hbcis") / "HBCIS")

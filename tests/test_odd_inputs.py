@@ -1,8 +1,9 @@
 """A tenth of the odd inputs; ``python tests/benchmarks/bench_faults.py`` runs all of them."""
 
 import pytest
-from odd import everything, outcome
-from odd.harness import GOOD
+
+from tests.helpers.odd import everything, outcome
+from tests.helpers.odd.harness import GOOD
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,6 @@
 """What becomes of odd and damaged inputs: ``python tests/benchmarks/bench_faults.py [--only TEXT] [--list KIND]``.
 
-Each of the inputs of ``tests/odd`` is run once. An input is *right* (answered as clean input is), *stated* (answered, with a
+Each of the inputs of ``tests/helpers/odd`` is run once. An input is *right* (answered as clean input is), *stated* (answered, with a
 warning), *refused* (a named error before any work, nothing changed), or a failure: *wrong in silence*, *data lost*, *raw error*,
 *late error*, *refused needlessly*.
 """
@@ -14,10 +14,10 @@ from pathlib import Path
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ["MPLBACKEND"] = "Agg"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from odd import everything, outcome  # noqa: E402 - found by the path above
-from odd.harness import BAD, GOOD  # noqa: E402
+from tests.helpers.odd import everything, outcome  # noqa: E402 - found by the path above
+from tests.helpers.odd.harness import BAD, GOOD  # noqa: E402
 
 
 def main() -> None:

@@ -163,7 +163,7 @@ def faults(folder):
     table.uns["count"] = 7
     table.layers["same"] = table.X.copy()
     toy.write(folder / "faults.zarr")
-    program = Path(__file__).parents[1] / "saving_faults.py"
+    program = Path(__file__).parents[1] / "helpers" / "saving_faults.py"
     for mode in ("kill", "cut", "error", "full", "cut no-exchange"):
         kind, *options = mode.split()
         done = subprocess.run(

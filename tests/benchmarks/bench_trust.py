@@ -40,8 +40,8 @@ from he2gene_sc.training._closed_form.validate import Panel
 from he2gene_sc.training._figures import interval
 from he2gene_sc.training._predictability import RELIABLE_PCC, is_better, new_patient_bound
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny_sections import held_out_correlations
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.helpers.tiny_sections import held_out_correlations
 
 A, C = ("A1", "A2"), ("C2", "C3", "C4", "C5")
 COVERAGE = 0.9

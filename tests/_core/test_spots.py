@@ -1,0 +1,185 @@
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+import he2gene_sc as hg
+from he2gene_sc._core.names import asked_name, clean_name, clean_names, names_of
+from he2gene_sc._core.spots import apart, read_spots, samples_of, sections_of
+from tests.helpers.patients import pool
+
+
+def table_of(**columns):
+    n = len(next(iter(columns.values())))
+    made = AnnData(np.ones((n, 3), np.float32), obs=pd.DataFrame(columns, index=[f"s{i}" for i in range(n)]))
+    made.obsm["spatial"] = np.arange(2.0 * n).reshape(n, 2)
+    return made
+
+
+@pytest.mark.parametrize("value", ["P1", "P1 ", " P1", "P1\u00a0", "\ufeffP1", "P1\t\n"])
+def test_blanks_around_a_name_are_dropped(value):
+    assert clean_name(value) == "P1"
+
+
+@pytest.mark.parametrize("value", [3, 3.0, "3", "3.0", " 3 ", np.int8(3), np.float32(3)])
+def test_a_number_is_one_name_however_it_is_kept(value):
+    assert clean_name(value) == "3"
+
+
+@pytest.mark.parametrize(
+    "value", [None, np.nan, pd.NA, pd.NaT, "", "  ", "nan", "NaN", "None", "<NA>", "NA", "n/a", "null", " nan "]
+)
+def test_what_stands_for_a_missing_value_is_missing(value):
+    assert clean_name(value) is None
+
+
+@pytest.mark.parametrize("dtype", [object, "category", "string", "str"])
+def test_columns_of_every_type_give_the_same_names(dtype):
+    column = pd.Series(["P1", "P2 ", None, "nan"]).astype(dtype)
+    assert clean_names(column).tolist()[:2] == ["P1", "P2"]
+    assert clean_names(column).tolist()[3] is None
+    assert clean_names(pd.Series([1.0, np.nan, 2.0])).tolist() == ["1", None, "2"]
+    assert clean_names(pd.Series([1, None, 2], dtype="Int64")).tolist() == ["1", None, "2"]
+    assert clean_names(pd.Series([True, False])).tolist() == ["True", "False"]
+
+
+@pytest.mark.parametrize("odd", ["tumour", "TUMOUR", "Tumour "])
+def test_names_that_differ_only_in_case_are_refused_with_their_rows(odd):
+    table = table_of(label=["Tumour", "stroma", "Tumour", odd])
+    if clean_name(odd) == "Tumour":
+        assert names_of(table, "label", "groupby").tolist()[3] == "Tumour"
+        return
+    with pytest.raises(
+        ValueError, match=rf"'Tumour' \(2 spots, from 's0'\) and '{odd}' \(1 spots, from 's3'\) differ only in case"
+    ):
+        names_of(table, "label", "groupby")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("P1", "P 1"), ("P-1", "P\u20131"), ("01", 1), ("P1", "P001"), ("in situ", "in  situ")]
+)
+def test_names_that_differ_in_blanks_dashes_or_leading_zeros_are_refused(first, second):
+    with pytest.raises(ValueError, match="differ only in"):
+        names_of(table_of(label=[first, "x", first, second]), "label", "sample_key")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("C1 1", "C11"), ("1.05", "1.5"), ("0,05", "0,5"), ("P10", "P1"), ("+", "-")]
+)
+def test_names_that_differ_are_two(first, second):
+    names = names_of(table_of(label=[first, second, first, second]), "label", "groupby")
+    assert names.tolist() == [first, second] * 2
+
+
+@pytest.mark.parametrize("odd", ["-", "none", "Null", "n.a.", "?"])
+def test_no_name_of_a_sample_is_a_label_but_no_sample(odd):
+    table = table_of(label=["a", "b", "a", odd])
+    assert names_of(table, "label", "groupby").tolist()[3] in (odd, None)
+    with pytest.raises(ValueError, match="missing for 1 of 4 spots"):
+        names_of(table, "label", "sample_key", what="samples", required=True)
+
+
+def test_an_unknown_sample_among_others_is_said(slides):
+    for table in slides[:2]:
+        table.obs["patient"] = "unknown"
+    with pytest.warns(UserWarning, match="'unknown' counts as one sample, of 2 in all"):
+        read_spots(slides[:3], None, "groupby")
+    with pytest.warns(UserWarning, match="'unknown' counts as one sample, of 1 in all"):
+        read_spots(slides[:2], None, "groupby")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_spots(slides[0], None, "groupby")
+
+
+def test_texts_of_missing_values_are_said(caplog):
+    assert names_of(table_of(label=["a", "nan", None]), "label", "groupby").tolist() == ["a", None, None]
+    assert "1 spots have the text of a missing value, for example 'nan'" in caplog.text
+
+
+def test_a_name_that_is_needed_is_asked_for():
+    with pytest.raises(
+        ValueError, match=r"`sample_key` 'patient' is missing for 2 of 3 spots, for example \['s1', 's2'\]"
+    ):
+        names_of(table_of(patient=["a", "nan", ""]), "patient", "sample_key", required=True)
+    with pytest.raises(ValueError, match="`groups` holds 'nan'"):
+        asked_name("nan", "groups")
+    assert asked_name(3.0, "groups") == "3"
+
+
+def test_a_section_that_is_missing_for_some_spots_is_refused():
+    with pytest.raises(ValueError, match="'section' is missing for 1 of 3 spots"):
+        sections_of(table_of(section=["a", None, "a"]))
+    assert set(sections_of(table_of(section=[None, None, None]))) == {"section"}
+    assert sections_of(table_of(slide=["a", "b ", "b"]), "slide").tolist() == ["a", "b", "b"]
+
+
+@pytest.fixture
+def slides():
+    made = [hg.datasets.toy((6, 6), seed=seed)["table"] for seed in range(4)]
+    for number, table in enumerate(made):
+        table.obs["patient"] = f"P{number}"
+    return made
+
+
+def test_a_patient_is_one_however_it_is_spelt_in_each_table(slides):
+    for name in ("P0 ", "P0\u00a0"):
+        slides[1].obs["patient"] = name
+        assert set(pool(slides, "pathologist", layer=None).samples) == {"P0", "P2", "P3"}
+    slides[1].obs["patient"] = "p0"
+    with pytest.raises(
+        ValueError, match=r"`sample_key` 'patient': the samples 'P0' \(36 spots, .*object 0\) and 'p0' .*object 1\)"
+    ):
+        pool(slides, "pathologist", layer=None)
+
+
+def test_a_missing_patient_is_not_a_patient(slides):
+    for missing in ("nan", "", "None", None, np.nan):
+        column = slides[2].obs["patient"].astype(object)
+        column.iloc[::4] = missing
+        table = slides[2].copy()
+        table.obs["patient"] = column
+        with pytest.raises(ValueError, match="`sample_key` 'patient' is missing for 9 of 36 spots"):
+            pool([slides[0], slides[1], table], "pathologist", layer=None)
+
+
+def test_labels_are_one_however_they_are_spelt_in_each_table(slides):
+    plain = pool(slides, "pathologist", layer=None).labels
+    slides[1].obs["pathologist"] = [f"{label} " for label in slides[1].obs["pathologist"].astype(str)]
+    np.testing.assert_array_equal(pool(slides, "pathologist", layer=None).labels, plain)
+    slides[1].obs["pathologist"] = slides[1].obs["pathologist"].str.title()
+    with pytest.raises(
+        ValueError, match=r"`groupby` 'pathologist': the labels .* object 0\) and .* object 1\) differ only in case"
+    ):
+        pool(slides, "pathologist", layer=None)
+
+
+def test_a_patient_that_drops_out_of_a_test_is_said(slides, caplog):
+    slides[1].obs["pathologist"] = slides[1].obs["pathologist"].astype(str).replace({"tumour": "cancer"})
+    found = hg.tl.biomarkers(slides, "pathologist", groups="tumour", reference="stroma", layer=None)
+    assert found["n_samples"].max() == 3
+    assert "'tumour' against 'stroma' is tested in 3 of 4 samples" in caplog.text
+    assert "'P1' (0 of 'tumour'" in caplog.text
+
+
+def test_spots_without_counts_have_no_part_in_a_test(slides, caplog):
+    labelled = np.flatnonzero(slides[0].obs["pathologist"].notna())
+    x = slides[0].X.toarray()
+    x[labelled[0]] = 0
+    slides[0].X = x
+    pooled = pool(slides, "pathologist", layer=None)
+    assert labelled[0] not in pooled.rows[0]
+    assert "1 labelled spots have no counts and are left out" in caplog.text
+
+
+def test_a_table_without_patients_is_of_one_and_sections_of_one_name_in_two_patients_are_two():
+    for table in (table_of(section=["a", "b"]), table_of(section=["a", "b"], patient=[None, "nan"])):
+        assert samples_of(table).tolist() == ["sample", "sample"]
+    with pytest.raises(ValueError, match="`sample_key` 'who' is not a column of obs"):
+        samples_of(table_of(patient=["p"]), "who")
+    one, both = np.array(["s", "s"], object), np.array(["s", "t"], object)
+    patients = np.array(["p", "q"], object)
+    assert apart(one, patients).tolist() == ["p", "q"]
+    assert apart(np.array(["s", "t", "s"], object), np.array(["p", "p", "q"], object)).tolist() == ["p_s", "p_t", "q_s"]
+    assert apart(both, patients) is both

@@ -1,0 +1,1 @@
+"""Small inputs with a planted truth, for tests and benchmarks."""

@@ -1,0 +1,1184 @@
+import logging
+import warnings
+
+import anndata
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+from matplotlib.text import Text
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+import he2gene_sc as hg
+from he2gene_sc._core.keys import MADE
+from he2gene_sc.stats import paired_moderated_t
+from tests.helpers.patients import as_predicted, biomarkers, patient, patients
+
+MARKERS = ["ERBB2", "EPCAM", "CD24", "CDH1"]
+COLUMNS = [
+    "group",
+    "names",
+    "logfoldchanges",
+    "logfoldchanges_pooled",
+    "effect_size",
+    "ci_low",
+    "ci_high",
+    "scores",
+    "pvals",
+    "pvals_adj",
+    "n_samples",
+    "n_spots",
+    "n_spots_reference",
+    "method",
+    "reliable",
+    "circular",
+]
+
+
+def found(tables, groupby="label", **options):
+    options = {"layer": "log"} | options
+    return biomarkers(tables, groupby, **options)
+
+
+def of(frame, group="tumour"):
+    return frame[frame["group"] == group].set_index("names")
+
+
+# ----------------------------------------------------------------------------------------------- what comes out
+
+
+def test_planted_genes_are_found_and_the_table_is_tidy():
+    result = found(patients())
+    assert list(result) == COLUMNS
+    tumour = of(result)
+    assert set(tumour.index[tumour["pvals_adj"] < 0.05]) == {f"g{i}" for i in range(5)}
+    assert set(tumour.index[:5]) == {f"g{i}" for i in range(5)}
+    assert (tumour["method"] == "means").all()
+    assert (tumour["n_samples"] == 5).all()
+    assert (tumour["n_spots"] == 100).all()
+    assert not tumour["circular"].any()
+    assert tumour["reliable"].all()
+
+
+def test_two_groups_mirror_each_other():
+    result = found(patients())
+    one, other = of(result, "tumour"), of(result, "stroma").reindex(of(result, "tumour").index)
+    np.testing.assert_allclose(one["effect_size"], -other["effect_size"], rtol=1e-6)
+    np.testing.assert_allclose(one["pvals"], other["pvals"], rtol=1e-6)
+
+
+def test_effects_are_paired_means():
+    tables = patients()
+    tumour = of(found(tables))
+    means = [
+        [t.layers["log"][t.obs["label"] == side].mean(0, dtype=float) for t in tables] for side in ("tumour", "stroma")
+    ]
+    d = pd.DataFrame(np.subtract(*np.array(means, float)), columns=tables[0].var_names)[tumour.index]
+    np.testing.assert_allclose(tumour["effect_size"], d.mean(), rtol=1e-5)
+    assert stats.spearmanr(tumour["pvals"], stats.ttest_1samp(d, 0).pvalue).statistic > 0.8
+
+
+@pytest.mark.parametrize("trend", [True, False])
+def test_prior_goes_with_the_variance_of_the_spots(trend):
+    tables = patients()
+    tumour = of(found(tables, trend=trend))
+    values = [[t.layers["log"][t.obs["label"] == side].astype(float) for side in ("tumour", "stroma")] for t in tables]
+    d = np.array([one.mean(0) - other.mean(0) for one, other in values])
+    parts = [side for pair in values for side in pair]
+    within = sum(side.var(0) * len(side) for side in parts) / sum(len(side) - 1 for side in parts)
+    expected = paired_moderated_t(d, alike=within if trend else None)
+    expected = pd.Series(expected.pvalues, tables[0].var_names)
+    np.testing.assert_allclose(tumour["pvals"], expected[tumour.index], rtol=1e-3)
+
+
+def test_p_values_are_adjusted_within_groups():
+    result = found(patients())
+    for _, part in result.groupby("group"):
+        np.testing.assert_allclose(part["pvals_adj"], multipletests(part["pvals"], method="fdr_bh")[1])
+
+
+@pytest.mark.slow
+def test_pooled_fold_changes_are_those_of_scanpy():
+    slides = [hg.datasets.toy((6, 6), seed=i)["table"] for i in range(4)]
+    for i, slide in enumerate(slides):
+        slide.obs["patient"] = f"P{i}"
+    for reference in ("rest", "stroma"):
+        result = found(slides, "pathologist", layer=None, reference=reference)
+        whole = anndata.concat(slides, index_unique="-")
+        sc.pp.normalize_total(whole, target_sum=1e4)
+        sc.pp.log1p(whole)
+        whole.obs["pathologist"] = whole.obs["pathologist"].astype("category")
+        sc.tl.rank_genes_groups(whole, "pathologist", reference=reference, method="t-test")
+        expected = sc.get.rank_genes_groups_df(whole, "tumour").set_index("names")["logfoldchanges"]
+        tumour = of(result)
+        np.testing.assert_allclose(tumour["logfoldchanges_pooled"], expected[tumour.index], atol=1e-5)
+
+
+def test_order_of_spots_objects_and_genes_does_not_matter():
+    tables = patients()
+    one = of(found(tables))
+    rng = np.random.default_rng(0)
+    turned = [t[rng.permutation(t.n_obs), rng.permutation(t.n_vars)].copy() for t in reversed(patients())]
+    other = of(found(turned)).loc[one.index]
+    np.testing.assert_allclose(one["pvals"], other["pvals"], rtol=1e-4)
+
+
+def test_one_table_with_a_sample_column_is_several_objects():
+    whole = anndata.concat(patients())
+    assert found(whole) is None
+    pd.testing.assert_frame_equal(hg.get.biomarkers(whole), found(patients()), rtol=1e-4)
+
+
+def test_sections_of_a_patient_are_one_sample():
+    tables = patients(6)
+    for i, table in enumerate(tables):
+        table.obs["patient"] = f"P{i // 2}"
+    assert (found(tables)["n_samples"] == 3).all()
+
+
+def test_objects_and_their_tables_give_the_same(toy):
+    slides = [hg.datasets.toy((6, 6), seed=i) for i in range(3)]
+    for i, slide in enumerate(slides):
+        slide["table"].obs["patient"] = f"P{i}"
+    one = found(slides, "pathologist", layer=None)
+    other = found([slide["table"] for slide in slides], "pathologist", layer=None)
+    pd.testing.assert_frame_equal(one, other)
+
+
+def test_results_are_kept_by_zarr(tmp_path):
+    tables = patients(3)
+    result = found(tables)
+    tables[1].write_zarr(tmp_path / "t.zarr")
+    back = anndata.read_zarr(tmp_path / "t.zarr")
+    pd.testing.assert_frame_equal(hg.get.biomarkers(back), result, check_dtype=False)
+    assert back.uns["he2gene_biomarkers"]["params"]["method"] == "means"
+    ax = hg.pl.biomarkers(back, "tumour", kind="dot", n_genes=2)
+    names = result.loc[result["group"] == "tumour", "names"].tolist()
+    assert [t.get_text() for t in ax.get_xticklabels()] == names[:2] + names[-2:]
+
+
+def test_genes_are_matched_by_name(caplog):
+    tables = patients(3)
+    tables[0] = tables[0][:, 3:].copy()
+    with caplog.at_level(logging.INFO, "he2gene_sc"):
+        result = found(tables)
+    assert "57 genes are in every object, of at most 60" in caplog.text
+    assert "g0" not in set(result["names"])
+    with pytest.raises(ValueError, match=r"`join` is 'outer', which is for raw counts"):
+        found(tables, join="outer")
+
+
+def test_counts_may_be_joined_over_all_genes():
+    tables = patients(3)
+    for table in tables:
+        table.X = np.random.default_rng(0).poisson(np.expm1(table.layers["log"])).astype(np.float32)
+    lacking = [tables[0][:, 1:].copy(), *tables[1:]]
+    result = of(found(lacking, layer=None, join="outer"))
+    zeroed = tables[0].copy()
+    zeroed.X[:, 0] = 0
+    expected = of(found([zeroed, *tables[1:]], layer=None))
+    assert "g0" in result.index
+    np.testing.assert_allclose(result["effect_size"], expected["effect_size"].reindex(result.index), atol=1e-6)
+
+
+def test_genes_below_the_mean_are_not_tested():
+    tables = patients(3)
+    for table in tables:
+        table.layers["log"][:, 10:] = 0.01
+    assert set(found(tables)["names"]) == {f"g{i}" for i in range(10)}
+    with pytest.raises(ValueError, match="`min_mean` is 20"):
+        found(tables, min_mean=20)
+
+
+# ----------------------------------------------------------------------------------------------- methods
+
+
+def test_auto_is_over_patients_from_three_samples_and_spatial_below():
+    assert (found(patients(3))["method"] == "means").all()
+    counted = [as_predicted(table) for table in patients(3)]
+    assert (found(counted, layer=None)["method"] == "pseudobulk").all()
+    with pytest.warns(UserWarning, match="does not generalise"):
+        result = found(patients(2))
+    assert (result["method"] == "spatial").all()
+    with pytest.warns(UserWarning, match="does not generalise"):
+        assert found(patient(0)) is None
+
+
+def _two_unlike_patients():
+    """Two patients without a section column, of other expression and other shares of the labels, nothing planted."""
+    tables = [patient(i, n=80, genes=200, shift=0.0) for i in range(2)]
+    for i, table in enumerate(tables):
+        del table.obs["section"]
+        table.obs["label"] = np.where(np.random.default_rng(i).random(80) < (0.8, 0.2)[i], "tumour", "stroma")
+    return tables
+
+
+def test_patients_in_one_table_are_sections_of_their_own():
+    tables = _two_unlike_patients()
+    whole = anndata.concat(tables)
+    with pytest.warns(UserWarning, match="does not generalise"):
+        expected = found(tables)
+    with pytest.warns(UserWarning, match="does not generalise"):
+        found(whole)
+    result = hg.get.biomarkers(whole)
+    pd.testing.assert_frame_equal(result, expected, rtol=1e-4)
+    assert (of(result)["pvals"] < 0.05).mean() < 0.1
+
+
+def test_cross_fit_of_one_table_equals_that_of_several():
+    tables = [as_predicted(table) for table in patients(4, genes=120)]
+    for i, table in enumerate(tables):
+        del table.obs["section"]
+        # Measured levels of the patients differ, so that centring over all would mix them up.
+        table.X = table.X + np.random.default_rng(i).poisson(30, 120)
+        table.X[:, 100:] += 60 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+    # The markers are much of the counts: depth would be a marker.
+    options = {"layer": "he2gene", "cross_fit": True, "reliable_only": False, "depth": None}
+    whole = anndata.concat(tables, merge="same")
+    found(whole, **options)
+    pd.testing.assert_frame_equal(hg.get.biomarkers(whole), found(tables, **options), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["spatial", "wilcoxon"])
+def test_the_filter_does_not_choose_genes_that_are_high_in_the_smaller_group(method):
+    rng = np.random.default_rng(5)
+    table = patient(0, n=320, genes=2000)
+    table.obs["label"] = np.where(rng.permutation(320) < 20, "few", "many")
+    table.X = rng.poisson(np.r_[np.full(1990, 0.02), np.full(10, 20)], (320, 2000)).astype(np.float32)
+    with pytest.warns(UserWarning, match=f"method '{method}'"):
+        found(table, layer=None, groups="few", method=method, min_mean=0.25)
+    result = of(hg.get.biomarkers(table), "few")
+    assert set(result.index) == {f"g{i}" for i in range(1990, 2000)}
+
+
+@pytest.mark.slow
+def test_genes_that_a_small_group_can_hardly_show_are_not_tested(caplog):
+    rng = np.random.default_rng(5)
+    table = patient(0, n=320, genes=60)
+    table.obs["label"] = np.where(rng.permutation(320) < 5, "few", "many")
+    share = np.r_[np.full(30, 0.3), np.full(30, 0.9)]
+    table.X = ((rng.random((320, 60)) < share) * 4).astype(np.float32)
+    with pytest.warns(UserWarning, match="does not generalise"), caplog.at_level(logging.WARNING, "he2gene_sc"):
+        found(table, layer=None, groups="few", method="spatial")
+    assert set(of(hg.get.biomarkers(table), "few").index) == {f"g{i}" for i in range(30, 60)}
+    assert "30 of 60 genes are not tested in 'few': they are expected in fewer than 3 of the 5 spots" in caplog.text
+    table.X[:, 30:] = table.X[:, :30]
+    with pytest.raises(ValueError, match="none is expected in 3 of the 5 spots"):
+        found(table, layer=None, groups="few", method="spatial")
+    table.obs.iloc[:100, table.obs.columns.get_loc("label")] = "third"
+    table.obs.iloc[:5, table.obs.columns.get_loc("label")] = "few"
+    with pytest.warns(UserWarning, match="groups are left out: .*smaller of 'few'"):
+        found(table, layer=None, method="spatial")
+    assert set(hg.get.biomarkers(table)["group"]) == {"many", "third"}
+
+
+def test_mixed_takes_covariates():
+    tables = patients(5, genes=12)
+    for i, table in enumerate(tables):
+        table.obs["depth"] = np.random.default_rng(i).normal(size=table.n_obs)
+        table.obs["batch"] = "ab"[i % 2]
+    plain, adjusted = found(tables, method="mixed"), found(tables, method="mixed", covariates=["depth", "batch"])
+    assert {f"g{i}" for i in range(5)} == set(of(plain).index[of(plain)["pvals_adj"] < 0.05])
+    assert (plain["method"] == "mixed").all()
+    assert not np.allclose(of(plain)["pvals"], of(adjusted)["pvals"].reindex(of(plain).index))
+    with pytest.raises(ValueError, match="'pseudobulk', 'means', 'mixed' and 'spatial' alone"):
+        found(tables, covariates="depth", method="wilcoxon")
+    with pytest.raises(ValueError, match=r"`depth` is 'depth' and enters .* the method is 'wilcoxon'; leave it out"):
+        found(tables, depth="depth", method="wilcoxon")
+    with pytest.raises(ValueError, match="`covariates` 'no' is not a column"):
+        found(tables, method="mixed", covariates="no")
+    with pytest.raises(ValueError, match="several values within sample"):
+        found(tables, method="mixed", covariates="label")
+
+
+def test_wilcoxon_is_scanpys_and_called_naive():
+    table = patient(0)
+    with pytest.warns(UserWarning, match="as independent"):
+        found(table, method="wilcoxon")
+    result = of(hg.get.biomarkers(table))
+    assert (result["method"] == "wilcoxon (naive)").all()
+    other = anndata.AnnData(table.layers["log"], obs=table.obs, var=table.var)
+    other.uns["log1p"] = {"base": None}
+    other.obs["label"] = other.obs["label"].astype("category")
+    sc.tl.rank_genes_groups(other, "label", method="wilcoxon", tie_correct=True)
+    expected = sc.get.rank_genes_groups_df(other, "tumour").set_index("names")["pvals"]
+    np.testing.assert_allclose(result["pvals"], expected[result.index], rtol=1e-4)
+
+
+def test_ppi_uses_measured_samples_and_predictions_of_others():
+    tables = [as_predicted(table) for table in patients(12)]
+    for table in tables[6:]:
+        table.X = np.zeros_like(table.X)
+    with pytest.warns(UserWarning, match="has 6 measured samples: pvals are NaN, since they need 8"):
+        result = of(found(tables, layer="he2gene", method="ppi"))
+    assert result[["pvals", "pvals_adj"]].isna().all(axis=None)
+    assert (result.loc[[f"g{i}" for i in range(5)], "ci_low"] > 0).all()
+    assert (result["method"] == "ppi").all()
+    assert (result["n_samples"] == 12).all()
+    assert set(result.index[:5]) == {f"g{i}" for i in range(5)}
+    # A patient whose reference alone was measured is neither a measured nor a predicted one.
+    tables[6].X[(tables[6].obs["label"] != "tumour").to_numpy()] = 1
+    with pytest.warns(UserWarning, match="has 6 measured samples"):
+        assert (of(found(tables, layer="he2gene", method="ppi"))["n_samples"] == 11).all()
+    with pytest.raises(ValueError, match="at least 3 measured and 2 more predicted samples"):
+        found(tables[:6], layer="he2gene", method="ppi")
+
+
+def test_ppi_takes_depth_off_what_was_measured():
+    """One group is 1.8 times as deep, and nothing else differs."""
+    rng, labels = np.random.default_rng(0), np.repeat(["tumour", "stroma"], 40)
+    composition = rng.lognormal(0, 1.2, 400)
+    tables = []
+    for number in range(12):
+        genes = composition * rng.lognormal(0, 0.2, 400)
+        totals = 3000 * np.where(labels == "tumour", 1.8, 1) * rng.lognormal(0, 0.3, 80)
+        counts = rng.poisson(totals[:, None] * genes / genes.sum()) * (number < 8)
+        table = anndata.AnnData(counts.astype(np.float32), obs={"label": labels, "patient": [f"P{number}"] * 80})
+        noise = 0.05 * rng.standard_normal((80, 400))
+        table.layers["mine"] = np.log1p(1e4 * genes / genes.sum() + abs(noise)).astype(np.float32)
+        if number > 9:
+            # As hg.tl.predict makes one of a slide that was not measured.
+            table.uns[MADE] = True
+        tables.append(table)
+    options = {"groups": "tumour", "reference": "stroma", "layer": "mine", "layer_scale": "log", "reliable_only": False}
+    result = hg.tl.biomarkers(tables, "label", method="ppi", **options)
+    assert (result["pvals"] < 0.05).mean() < 0.1
+    assert 0.35 < (result["effect_size"] > 0).mean() < 0.65
+
+
+# ----------------------------------------------------------------------------------------------- reliable, circular
+
+
+def test_only_reliable_genes_are_tested_where_predicted():
+    tables = [as_predicted(table) for table in patients(4)]
+    assert set(found(tables, layer="he2gene")["names"]) == {f"g{i}" for i in range(30)}
+    every = found(tables, layer="he2gene", reliable_only=False)
+    assert set(every.loc[every["reliable"], "names"]) == {f"g{i}" for i in range(30)}
+    assert every["names"].nunique() == 60
+    assert found(tables, layer=None)["names"].nunique() == 60
+    for table in tables:
+        table.var["he2gene_reliable"] = False
+    with pytest.raises(ValueError, match="`reliable_only`: no gene is reliable"):
+        found(tables, layer="he2gene")
+    joined = anndata.concat(tables)
+    with pytest.raises(ValueError, match="merge='same'"):
+        found(joined, layer="he2gene")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_labels_of_the_same_model_are_marked_circular(copied):
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    key = "he2gene_annotation"
+    if copied:
+        for table in tables:
+            table.obs["mine"] = table.obs[key].astype(str)
+        key = "mine"
+    with pytest.warns(UserWarning, match="share its errors"):
+        result = found(tables, key, layer="he2gene")
+    assert result["circular"].all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not found(tables, key, layer=None)["circular"].any()
+
+
+def test_a_layer_adapted_from_a_prediction_is_one():
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    for table in tables:
+        table.layers["he2gene_adapted"] = table.layers["he2gene"]
+        table.uns["he2gene_adapted"] = {"verb": "adapt", "params": {"layer": "he2gene"}, "written": {}}
+    with pytest.warns(UserWarning, match="share its errors"):
+        result = found(tables, "he2gene_annotation", layer="he2gene_adapted")
+    assert result["circular"].all()
+    assert set(result["names"]) == {f"g{i}" for i in range(30)}
+
+
+def _renamed(label):
+    return label.map({"tumour": "T", "stroma": "S", "fat": "F"})
+
+
+def _merged(label):
+    return label.map({"tumour": "tumour", "stroma": "other", "fat": "other"})
+
+
+def _some_changed(label):
+    changed = label.copy()
+    changed.iloc[0] = "stroma" if changed.iloc[0] == "tumour" else "tumour"
+    return changed
+
+
+def _unlike(label):
+    return pd.Series(np.random.default_rng(0).permutation(label), label.index)
+
+
+def _mostly_one(label):
+    return pd.Series(np.where(np.arange(len(label)) < 3, "rare", "common"), label.index)
+
+
+@pytest.mark.parametrize(
+    ("change", "circular"),
+    [(_renamed, True), (_merged, True), (_some_changed, False), (_unlike, False), (_mostly_one, False)],
+)
+def test_labels_that_follow_from_predicted_ones_are_circular(change, circular):
+    tables = [patient(i, labels=("tumour", "stroma", "fat"), n=64) for i in range(4)]
+    for table in tables:
+        as_predicted(table, annotation=table.obs["label"])
+        table.obs["mine"] = change(table.obs["label"].astype(str))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = found(tables, "mine", layer="he2gene")
+    assert (result["circular"] == circular).all()
+    assert any("follows from obs['he2gene_annotation']" in str(w.message) for w in said) == circular
+
+
+def test_predictions_are_known_after_concat_by_what_stands_beside_them():
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    for table in tables:
+        table.layers["mine"] = table.layers["he2gene"]
+        table.obs["mine_annotation"] = table.obs["label"]
+        table.obs["mine_ood"] = 0.0
+    whole = anndata.concat(tables)
+    with pytest.raises(ValueError, match="`reliable_only`: var has no 'mine_reliable'"):
+        found(whole, "mine_annotation", layer="mine")
+    with pytest.warns(UserWarning, match="share its errors"):
+        found(whole, "mine_annotation", layer="mine", reliable_only=False)
+    assert hg.get.biomarkers(whole)["circular"].all()
+    del whole.obs["mine_annotation"]
+    found(whole, layer="mine", reliable_only=False)
+    assert not hg.get.biomarkers(whole)["reliable"].any()
+
+
+def test_clusters_of_the_tested_values_are_circular():
+    table = as_predicted(patient(0, n=64))
+    table.obs["pathologist"] = table.obs["label"]
+    hg.tl.domain_preservation(table, "pathologist", n_seeds=1, n_perms=19, clustering="kmeans")
+    table.obs["mine"] = table.obs["he2gene_domains_measured"].astype(str).str.upper()
+    cases = {
+        ("he2gene_domains_predicted", "he2gene"): True,
+        ("he2gene_domains_predicted", None): False,
+        ("he2gene_domains_measured", "he2gene"): False,
+        ("he2gene_domains_measured", None): True,
+        ("mine", None): True,
+        ("pathologist", None): False,
+        ("pathologist", "he2gene"): False,
+    }
+    for (key, layer), circular in cases.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found(table, key, layer=layer, method="wilcoxon")
+        assert (hg.get.biomarkers(table)["circular"] == circular).all(), (key, layer)
+        assert any("is marked circular" in str(w.message) for w in said) == circular
+    assert hg.tl.concordance(table, "he2gene_domains_measured", method="wilcoxon") is None
+    assert hg.get.concordance(table)["circular"].all()
+
+
+def test_cross_fitted_labels_are_not_circular():
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    for table in tables:
+        # Measured genes outside the tested ones tell the labels.
+        table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        # The markers are a third of the counts of so few genes: depth would be a marker.
+        warnings.filterwarnings("ignore", message=".*depth of the spots")
+        result = found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True, depth=None)
+    assert not result["circular"].any()
+    tumour = of(result)
+    assert set(tumour.index[tumour["pvals_adj"] < 0.05]) == {f"g{i}" for i in range(5)}
+    for table in tables[:1]:
+        table.X = np.zeros_like(table.X)
+    with pytest.raises(ValueError, match="`cross_fit`: section 'S0' of sample 'P0'.* has no measured counts"):
+        found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
+    with pytest.raises(ValueError, match="`cross_fit` needs several sections"):
+        found(tables[1], "he2gene_annotation", layer="he2gene", cross_fit=True)
+
+
+def test_cross_fitted_labels_that_agree_little_with_those_given_are_refused_or_warned_of():
+    tables = [as_predicted(t) for t in patients(4)]
+    for i, table in enumerate(tables):
+        table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+        table.obs["noisy"] = table.obs["label"].astype(str).mask(np.arange(40) % 11 == i, "stroma")
+    options = {"layer": "he2gene", "cross_fit": True, "depth": None}
+    with pytest.warns(UserWarning, match="its labels agree with those of `groupby` in 9[1-4]% of the spots; below 95%"):
+        found(tables, "noisy", **options)
+    agreement = tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"]
+    assert 0.91 <= agreement < 0.95
+    for i, table in enumerate(tables):
+        # Half of the labels owe nothing to what was measured.
+        table.obs["noisy"] = table.obs["label"].astype(str).mask(np.random.default_rng(i).random(40) < 0.5, "stroma")
+    with pytest.raises(ValueError, match=r"in [5-7]\d% of the spots; at least 85% are needed"):
+        found(tables, "noisy", **options)
+    assert tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"] == agreement
+    samples = tables[0].uns["he2gene_biomarkers"]["samples"]
+    assert not samples.duplicated(["group", "sample"]).any()
+    assert np.isfinite(tables[0].uns["he2gene_biomarkers"]["sample_effects"]).all()
+
+
+def test_a_rare_group_whose_cross_fitted_labels_are_others_is_said():
+    tables = [as_predicted(t) for t in patients(6)]
+    for i, table in enumerate(tables):
+        table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+        # Five spots of two patients owe their label to nothing that was measured, nor one of a third, which is not tested.
+        table.obs["rare"] = table.obs["label"].astype(str).mask((np.arange(40) >= 35) & (i < 2), "immune")
+        table.obs["rare"] = table.obs["rare"].mask((np.arange(40) == 30) & (i == 3), "odd")
+    options = {"layer": "he2gene", "cross_fit": True, "depth": None}
+    with pytest.warns(UserWarning, match="of the spots that are 'immune' by either label only 0% are by both"):
+        found(tables, "rare", **options)
+    with pytest.raises(ValueError, match=r"`groups` \['tumor'\] are no groups"):
+        found(tables, groups=["tumor"], **options)
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+
+def test_names_that_are_not_there_are_named():
+    tables = patients(3)
+    with pytest.raises(ValueError, match="`groupby` 'no' is not a column of obs"):
+        found(tables, "no")
+    with pytest.raises(ValueError, match=r"`reference` 'no' is no group, valid: \['rest', 'stroma', 'tumour'\]"):
+        found(tables, reference="no")
+    with pytest.raises(ValueError, match=r"`groups` \['no'\] are no groups"):
+        found(tables, groups=["no"])
+    with pytest.raises(ValueError, match="holds the reference 'stroma'"):
+        found(tables, groups="stroma", reference="stroma")
+    with pytest.raises(ValueError, match="`method` 'no' is unknown"):
+        found(tables, method="no")
+    with pytest.raises(ValueError, match="`layer` 'no' is not a layer"):
+        found(tables, layer="no")
+    with pytest.raises(ValueError, match="`confidence_level` is 95"):
+        found(tables, confidence_level=95)
+    with pytest.raises(ValueError, match="`trend` is 'no'"):
+        found(tables, trend="no")
+    with pytest.raises(ValueError, match="`trend` is of method='pseudobulk' and 'means' alone, the method is 'mixed'"):
+        found(tables, method="mixed", trend=False)
+
+
+def test_several_objects_without_patients_ask_for_them():
+    tables = patients(3)
+    for table in tables:
+        del table.obs["patient"]
+    with pytest.raises(ValueError, match=r"`sample_key`: object 0 has no obs\['patient'\]; name the column"):
+        found(tables)
+    assert (found(tables, sample_key="section")["n_samples"] == 3).all()
+
+
+def test_one_level_is_refused():
+    with pytest.raises(ValueError, match=r"`groupby` has one level, \['tumour'\]"):
+        found(patients(3, labels=("tumour",)))
+
+
+def test_fractions_are_no_labels():
+    tables = patients(3)
+    for table in tables:
+        table.obs["label"] = np.linspace(0, 1, table.n_obs)
+    with pytest.raises(ValueError, match="holds fractions"):
+        found(tables)
+
+
+def _relabelled(n_first, others=0):
+    """Patients of three labels: `n_first` spots of "rare" in the first, `others` in each of the rest."""
+    tables = patients(4)
+    for i, table in enumerate(tables):
+        table.obs["label"] = table.obs["label"].astype(object)
+        table.obs.iloc[: n_first if i == 0 else others, table.obs.columns.get_loc("label")] = "rare"
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("n_first", "others", "why"),
+    [
+        (2, 0, "'rare' has 2 spots, at least 3 are needed"),
+        (6, 0, r"'rare' has 3 or more spots in too few samples, \['P0'\]"),
+        (6, 2, r"'rare' has 3 or more spots in too few samples, \['P0'\]"),
+    ],
+)
+def test_groups_that_cannot_be_tested_are_refused_or_left_out(n_first, others, why):
+    tables = _relabelled(n_first, others)
+    with pytest.raises(ValueError, match=f"`groups`: {why}"):
+        found(tables, groups="rare")
+    with pytest.warns(UserWarning, match=f"groups are left out: {why}"):
+        result = found(tables)
+    assert set(result["group"]) == {"stroma", "tumour"}
+
+
+def test_labels_that_never_meet_are_refused():
+    tables = patients(4)
+    for i, table in enumerate(tables):
+        table.obs["label"] = ["tumour", "stroma"][i % 2]
+    with pytest.raises(ValueError, match="meet in 0 of the samples.* cannot be told from the samples"):
+        found(tables)
+
+
+def test_counts_and_logs_are_told_apart():
+    tables = patients(3)
+    for table in tables:
+        table.layers["counts"] = np.random.default_rng(0).poisson(np.expm1(table.layers["log"])).astype(np.float32)
+        table.X = table.layers["log"].copy()
+    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks raw counts.*layer_scale='counts'"):
+        found(tables, layer="counts")
+    with pytest.raises(ValueError, match="`layer`: X looks already log-transformed.*layer_scale='log'"):
+        found(tables, layer=None)
+    stated = found(tables, layer="counts", layer_scale="counts")
+    for table in tables:
+        table.X = table.layers["counts"]
+    pd.testing.assert_frame_equal(stated, found(tables, layer=None))
+
+
+def test_nan_genes_and_spots_are_left_out_and_counted(caplog):
+    tables = patients(3)
+    tables[1].layers["log"][:, 7] = np.nan
+    tables[2].layers["log"][4] = np.nan
+    with caplog.at_level(logging.INFO, "he2gene_sc"):
+        result = of(found(tables))
+    assert "1 genes hold NaN" in caplog.text
+    assert "1 labelled spots have no values" in caplog.text
+    assert "g7" not in result.index
+    assert (result["n_spots"] + result["n_spots_reference"] == 119).all()
+    for table in tables:
+        table.layers["log"][:] = np.nan
+    with pytest.raises(ValueError, match="is NaN for every gene"):
+        found(tables)
+
+
+def test_spots_given_twice_are_refused():
+    table = patient(0)
+    double = anndata.concat([table, table[:4]], index_unique="-")
+    with pytest.raises(ValueError, match=r"4 spots stand twice at the same place.*section 'S0' of sample 'P0'"):
+        found([double, patient(1), patient(2)])
+    del double.obsm["spatial"]
+    double.obs_names = [*table.obs_names, *table.obs_names[:4]]
+    with pytest.raises(ValueError, match="4 spots stand twice under the same name"):
+        found(double)
+
+
+def test_a_patient_under_two_names_is_refused():
+    twin = patient(0)
+    twin.obs["patient"] = "P9"
+    twin.obsm["spatial"] = twin.obsm["spatial"] + 100
+    with pytest.raises(ValueError, match=r"`sample_key`: 40 spots are the same.*'P0' and 'P9': one patient under two"):
+        found([*patients(3), twin[::-1].copy()])
+    with pytest.raises(ValueError, match="40 spots are the same.* in two sections of sample 'P0'"):
+        found([*patients(3), patient(0)])
+
+
+def _counted(i):
+    table = as_predicted(patient(i))
+    table.X *= 5
+    return table
+
+
+@pytest.mark.parametrize("change", ["fewer genes", "other values", "fewer spots and moved"])
+def test_a_patient_under_two_names_is_refused_though_it_was_changed(change):
+    twin = _counted(0)
+    if change == "fewer genes":
+        twin = twin[:, :-3].copy()
+    elif change == "other values":
+        twin.X = np.maximum(twin.X + np.random.default_rng(0).integers(-1, 2, twin.shape), 0).astype(np.float32)
+    else:
+        twin = twin[5:, ::-1].copy()
+        twin.obsm["spatial"] = twin.obsm["spatial"] + 0.3
+    twin.obs["patient"] = "P9"
+    with pytest.raises(ValueError, match="in samples 'P0' and 'P9': one patient under two names"):
+        found([*(_counted(i) for i in range(3)), twin], layer=None)
+
+
+@pytest.mark.parametrize("column", ["patient", "donor_id"])
+def test_sections_taken_for_patients_are_warned_of(column):
+    tables = patients(4)
+    for i, table in enumerate(tables):
+        table.obs["slide"] = f"slide {i}"
+        table.obs["patient"] = f"P{i // 2}"
+        table.obs = table.obs.rename(columns={"patient": column})
+    with pytest.warns(UserWarning, match=rf"4 samples are of 2 patients by obs\['{column}'\].*sample_key='{column}'"):
+        found(tables, sample_key="slide")
+    for i, table in enumerate(tables):
+        table.obs[column] = f"P{i}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not replicates")
+        found(tables, sample_key="slide")
+
+
+def test_sections_of_one_layout_are_no_twins():
+    # Same places, same labels, little noise: neighbouring sections in one frame.
+    tables = [_counted(i) for i in range(2)]
+    for table in tables:
+        table.obs["patient"] = "P0"
+    with pytest.warns(UserWarning, match="does not generalise"):
+        assert len(found(tables, layer=None))
+
+
+def test_numbers_name_groups_of_a_column_of_numbers():
+    tables = patients(3)
+    for table in tables:
+        table.obs["label"] = np.where(np.arange(table.n_obs) % 8 < 2, np.nan, np.arange(table.n_obs) % 2)
+    expected = found(tables, groups="1")
+    for groups in (1, [1], [1.0], np.array([1])):
+        pd.testing.assert_frame_equal(found(tables, groups=groups), expected)
+    pd.testing.assert_frame_equal(found(tables, reference=0), found(tables, groups=["1"], reference="0"))
+
+
+def test_odd_arguments_are_named():
+    tables = patients(3)
+    with pytest.raises(ValueError, match=r"`groups` is empty; name some of \['stroma', 'tumour'\]"):
+        found(tables, groups=[])
+    for value in ("a", None, np.nan):
+        with pytest.raises(ValueError, match="`min_mean` is .*a number is needed"):
+            found(tables, min_mean=value)
+    for table in tables:
+        table.obs["label"] = table.obs["label"].replace("stroma", "rest")
+    with pytest.raises(ValueError, match="`groupby` has a level of this name"):
+        found(tables)
+    assert set(found(tables, groups="rest", reference="tumour")["group"]) == {"rest"}
+
+
+def test_scaled_values_have_no_fold_change_and_it_is_said():
+    tables = patients(3)
+    for table in tables:
+        table.layers["log"] -= 5
+    with pytest.warns(UserWarning, match="logfoldchanges are NaN for") as said:
+        result = found(tables, layer_scale="log", min_mean=-9)
+    assert not [w for w in said if issubclass(w.category, RuntimeWarning)]
+    assert result["logfoldchanges"].isna().any()
+    assert result["effect_size"].notna().all()
+
+
+def test_genes_without_a_p_value_are_not_adjusted():
+    from he2gene_sc.tl._biomarkers.compare import adjusted
+
+    tests = adjusted(pd.DataFrame({"group": "a", "pvals": [0.01, np.nan, 0.02]}))
+    np.testing.assert_allclose(tests["pvals_adj"], [0.02, np.nan, 0.02])
+
+
+def test_few_samples_ask_for_another_method():
+    with pytest.raises(ValueError, match="needs at least 2, there are 1"):
+        found(patient(0), method="pseudobulk")
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match="is a str"):
+        found("table")
+    with pytest.raises(TypeError, match="is a int"):
+        found([1])
+    with pytest.raises(ValueError, match="`data` is empty"):
+        found([])
+
+
+def test_a_failed_run_changes_nothing():
+    tables = patients(3)
+    found(tables)
+    before = tables[0].uns["he2gene_biomarkers"]
+    with pytest.raises(ValueError, match="`reference`"):
+        found(tables, reference="no")
+    assert tables[0].uns["he2gene_biomarkers"] is before
+    tables[2].uns["mine"] = {"a": 1}
+    with pytest.raises(ValueError, match="was not written by hg.tl.biomarkers"):
+        found(tables, key_added="mine")
+    assert "mine" not in tables[0].uns
+
+
+# ----------------------------------------------------------------------------------------------- get and pl
+
+
+def test_results_are_filtered():
+    tables = patients()
+    found(tables)
+    chosen = hg.get.biomarkers(tables, "tumour", pval_cutoff=0.05, log2fc_min=0.1)
+    assert set(chosen["names"]) == {f"g{i}" for i in range(5)}
+    assert hg.get.biomarkers(tables[3], log2fc_max=0)["logfoldchanges"].max() < 0
+    assert hg.get.biomarkers(tables, reliable=False).empty
+    with pytest.raises(ValueError, match=r"`group` \['no'\] was not tested"):
+        hg.get.biomarkers(tables, "no")
+    with pytest.raises(ValueError, match="run hg.tl.biomarkers first"):
+        hg.get.biomarkers(patient(0))
+
+
+def test_a_volcano_shows_every_gene_and_names_those_found():
+    tables = patients()
+    found(tables)
+    axes = hg.pl.biomarkers(tables)
+    assert len(axes) == 2
+    tumour = next(ax for ax in axes if ax.get_title().startswith("tumour"))
+    assert len(tumour.collections[0].get_offsets()) == 60
+    assert {text.get_text() for text in tumour.texts} == {f"g{i}" for i in range(5)}
+    assert "5 of 60 at FDR 0.05" in tumour.get_title()
+
+
+def test_names_in_a_volcano_do_not_cover_each_other():
+    tables = patients(genes=300)
+    for table in tables:
+        # All alike, so that their points lie on top of each other.
+        table.layers["log"][:, 5:25] += 0.8 * (table.obs["label"] == "tumour").to_numpy()[:, None]
+    found(tables)
+    ax = hg.pl.biomarkers(tables, "tumour", n_genes=12)
+    ax.figure.canvas.draw()
+    # Of the text alone; an annotation's own extent holds its line too.
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    texts = [(box.x0, box.x1, box.y0, box.y1) for box in boxes]
+    assert len(texts) >= 12
+    for i, (x0, x1, y0, y1) in enumerate(texts):
+        for u0, u1, v0, v1 in texts[:i]:
+            assert x1 <= u0 or u1 <= x0 or y1 <= v0 + 1 or v1 <= y0 + 1
+
+
+def test_dots_show_the_difference_in_every_patient():
+    tables = patients(4)
+    found(tables)
+    _, given = plt.subplots()
+    ax = hg.pl.biomarkers(tables, "tumour", kind="dot", genes=["g0", "g30"], ax=given)
+    assert ax is given
+    assert [t.get_text() for t in ax.get_yticklabels()] == [f"P{i}" for i in range(4)]
+    assert [t.get_text() for t in ax.texts] == ["tumour"]
+    dots = ax.collections[0]
+    assert len(dots.get_offsets()) == 8
+    mask = tables[2].obs["label"] == "tumour"
+    log = tables[2].layers["log"][:, 0]
+    colours = dict(zip(map(tuple, dots.get_offsets().tolist()), dots.get_array(), strict=True))
+    assert colours[(0, 3)] == pytest.approx(log[mask].mean() - log[~mask].mean(), rel=1e-4)
+
+
+def test_pictures_refuse_what_was_not_tested(tmp_path):
+    tables = patients(3)
+    found(tables)
+    with pytest.raises(ValueError, match="`kind` is 'bar'"):
+        hg.pl.biomarkers(tables, kind="bar")
+    with pytest.raises(ValueError, match=r"`genes` \['no'\] were not tested"):
+        hg.pl.biomarkers(tables, genes="no")
+    hg.pl.biomarkers(tables, "tumour", save=tmp_path / "v.png")
+    assert (tmp_path / "v.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------- concordance
+
+
+def _both(n=4):
+    tables = [as_predicted(table) for table in patients(n)]
+    for table in tables:
+        table.X[:, 59] += 10_000 - table.X.sum(1)
+    return tables
+
+
+def test_concordance_compares_predicted_with_measured():
+    tables = _both()
+    table = hg.tl.concordance(tables, "label", k=(5, 100))
+    assert table.columns[:4].tolist() == ["group", "genes", "n_genes", "n_significant"]
+    row = table[(table["group"] == "tumour") & (table["genes"] == "reliable")].iloc[0]
+    assert row["n_genes"] == 30
+    assert row["precision_at_5"] == 1
+    assert np.isnan(row["precision_at_100"])
+    assert row["chance_at_5"] == pytest.approx(5 / 30)
+    genes = hg.get.concordance(tables, by_gene=True)
+    part = genes[(genes["group"] == "tumour") & genes["reliable"]]
+    expected = stats.spearmanr(part["effect_size_predicted"], part["effect_size_measured"]).statistic
+    assert row["spearman"] == pytest.approx(expected)
+    measured = of(found(tables, layer=None))
+    np.testing.assert_allclose(
+        part.set_index("names")["effect_size_measured"], measured["effect_size"].reindex(part["names"]), rtol=1e-6
+    )
+
+
+def test_concordance_of_a_copy_is_perfect():
+    tables = patients(4)
+    for table in tables:
+        table.layers["copy"] = table.layers["log"].copy()
+    table = hg.tl.concordance(tables, "label", layer="log", measured="copy", k=(5,))
+    table = table[table["predictor"] == "log"]
+    assert (table["spearman"] > 0.999).all()
+    assert (table["precision_at_5"] == 1).all()
+    assert (table["auroc"] == 1).all()
+
+
+def test_references_that_know_no_gene_stand_beside_the_prediction():
+    tables = _both()
+    for table in tables:
+        table.X = table.X.copy()
+        table.X[table.obs["label"] == "tumour"] *= 3
+    good = hg.tl.concordance(tables, "label", groups="tumour", k=())
+    assert good["predictor"].tolist() == ["he2gene"] * 2 + ["depth"] * 2 + ["coordinates"] * 2
+    rows = good[good["genes"] == "all"].set_index("predictor")
+    assert rows.loc["depth", "spearman_difference"] == pytest.approx(
+        rows.loc["he2gene", "spearman"] - rows.loc["depth", "spearman"]
+    )
+    assert rows.loc["depth", "spearman_difference"] > 0.3
+    assert np.isnan(rows.loc["he2gene", "spearman_difference"])
+    genes = hg.get.concordance(tables, by_gene=True)
+    above = (genes["effect_size_measured"] > 0).mean()
+    # Tumour was made the deeper: all effects of depth are above 0.
+    assert rows.loc["depth", "sign_agreement"] == pytest.approx(above)
+    assert rows.loc["coordinates", "sign_agreement"] == pytest.approx(above)
+
+
+def test_a_prediction_of_depth_alone_is_not_better_than_its_references():
+    """One number a spot times the mean of each gene: alone it looks perfect by sign."""
+    tables = _both(6)
+    rng = np.random.default_rng(0)
+    for table in tables:
+        table.X = table.X.copy()
+        table.X[table.obs["label"] == "tumour"] *= 3
+        mean = np.log1p(1e4 * table.X.sum(0) / table.X.sum())
+        depth = np.log(table.X.sum(1))
+        z = (depth - depth.mean()) / depth.std()
+        blind = mean * (1 + 0.2 * z[:, None]) + rng.normal(0, 0.02, table.shape) * mean
+        table.layers["blind"] = np.clip(blind, 0, None).astype(np.float32)
+    found = hg.tl.concordance(tables, "label", groups="tumour", layer="blind", layer_scale="log", k=())
+    rows = found[found["genes"] == "all"].set_index("predictor")
+    assert rows.loc["blind", "sign_agreement_significant"] == 1
+    assert rows.loc["blind", "auroc"] > 0.9
+    # 60 genes: the standard error of a rank correlation is .13.
+    most = {"spearman": 0.13, "sign_agreement": 0.05, "sign_agreement_significant": 0.05, "auroc": 0.05}
+    for score, bound in most.items():
+        assert (rows.loc[["depth", "coordinates"], f"{score}_difference"] <= bound).all()
+
+
+def test_concordance_leaves_out_what_was_not_measured():
+    tables = _both(5)
+    tables[4].X = np.zeros_like(tables[4].X)
+    assert (hg.tl.concordance(tables, "label")["n_samples"] == 4).all()
+    for table in tables:
+        table.X = np.zeros_like(table.X)
+    with pytest.raises(ValueError, match="`measured` holds no counts"):
+        hg.tl.concordance(tables, "label")
+    with pytest.raises(ValueError, match="are both 'he2gene'"):
+        hg.tl.concordance(tables, "label", measured="he2gene")
+
+
+def _with_unmeasured_sections(n=8, measured=4):
+    """Some patients measured; each of these has a second section that was predicted only, nearly all of one label."""
+    tables = _both(n)
+    for i, table in enumerate(tables):
+        if i >= measured:
+            table.X = np.zeros_like(table.X)
+            continue
+        second = as_predicted(patient(i, seed=2))
+        second.obs["section"] = f"S{i}b"
+        second = second[(second.obs["label"] == "tumour").to_numpy() | (np.arange(40) < 8)].copy()
+        second.X = np.zeros_like(second.X)
+        tables.append(second)
+    return tables
+
+
+def test_sections_that_were_not_measured_are_no_zeros_in_concordance():
+    tables = _with_unmeasured_sections()
+    hg.tl.concordance(tables, "label", groups="tumour")
+    expected = hg.tl.concordance(_both(4), "label", groups="tumour")
+    pd.testing.assert_frame_equal(hg.get.concordance(tables), expected)
+    one = [tables[0].copy(), anndata.concat(tables[1:], merge="same", uns_merge="same")]
+    pd.testing.assert_frame_equal(hg.tl.concordance(one, "label", groups="tumour"), expected, rtol=1e-5)
+
+
+def test_sections_that_were_not_measured_are_no_zeros_in_ppi():
+    tables = _with_unmeasured_sections()
+    with pytest.warns(UserWarning, match="depth of the spots is not adjusted for"):
+        result = of(found(tables, layer="he2gene", method="ppi", groups="tumour", reliable_only=False, depth=None))
+    spots = anndata.concat(tables, merge="same")
+
+    def effect(patient, gene):
+        part = spots[spots.obs["patient"] == patient]
+        inside = (part.obs["label"] == "tumour").to_numpy()
+        return part.layers["he2gene"][inside].mean(0)[gene] - part.layers["he2gene"][~inside].mean(0)[gene]
+
+    log = [hg.stats.log_normalise(t.X) for t in tables[:4]]
+    inside = [(t.obs["label"] == "tumour").to_numpy() for t in tables[:4]]
+    for gene in (0, 30):
+        known = [v[i, gene].mean() - v[~i, gene].mean() for v, i in zip(log, inside, strict=True)]
+        beside = [effect(f"P{i}", gene) for i in range(8)]
+        expected = hg.stats.prediction_powered_mean(*(np.array(v)[:, None] for v in (known, beside[:4], beside[4:])))
+        assert result.loc[f"g{gene}", "effect_size"] == pytest.approx(expected.effect[0], rel=1e-3)
+    for table in tables:
+        table.X = np.zeros_like(table.X)
+    with pytest.raises(ValueError, match="`measured` holds no counts"):
+        found(tables, layer="he2gene", method="ppi")
+
+
+def test_concordance_is_kept_by_zarr_and_drawn(tmp_path):
+    tables = _both()
+    table = hg.tl.concordance(tables, "label")
+    tables[0].write_zarr(tmp_path / "t.zarr")
+    back = anndata.read_zarr(tmp_path / "t.zarr")
+    pd.testing.assert_frame_equal(hg.get.concordance(back), table, check_dtype=False)
+    ax = hg.pl.concordance(back, "tumour", genes="g0")
+    assert [len(c.get_offsets()) for c in ax.collections] == [30, 30]
+    assert ax.texts[0].get_text() == "g0"
+    assert "Spearman: reliable" in ax.get_title()
+    with pytest.raises(ValueError, match=r"`group` \['no'\] was not compared"):
+        hg.pl.concordance(back, "no")
+
+
+# ----------------------------------------------------------------------------------------------- enrichment
+
+
+def test_gene_sets_are_scored_as_decoupler_does(tmp_path):
+    import decoupler as dc
+
+    tables = patients()
+    result = found(tables)
+    net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
+    scores = hg.tl.enrichment(tables, net)
+    top = scores[scores["group"] == "tumour"].iloc[0]
+    assert top["source"] == "up"
+    assert top["n_targets"] == 5
+    wide = result.pivot(index="group", columns="names", values="scores")
+    expected, adjusted = dc.mt.ulm(data=wide, net=net, tmin=5)
+    assert top["score"] == pytest.approx(expected.loc["tumour", "up"], rel=1e-5)
+    assert top["pvals_adj"] == pytest.approx(adjusted.loc["tumour", "up"], rel=1e-3)
+    gmt = tmp_path / "sets.gmt"
+    gmt.write_text("\n".join(f"{s}\tnone\t" + "\t".join(part["target"]) for s, part in net.groupby("source")))
+    of_frame = hg.tl.enrichment(result, gmt)
+    assert of_frame["pvals_adj_samples"].isna().all()
+    pd.testing.assert_frame_equal(*(frame.drop(columns="pvals_adj_samples") for frame in (of_frame, scores)))
+    assert top["pvals_adj_samples"] < 0.01
+    tables[0].write_zarr(tmp_path / "t.zarr")
+    pd.testing.assert_frame_equal(hg.get.enrichment(anndata.read_zarr(tmp_path / "t.zarr")), scores, check_dtype=False)
+
+
+def test_sets_of_coexpressed_genes_are_tested_over_samples():
+    from he2gene_sc.tl._biomarkers.enrichment import _over_samples
+
+    genes, names = [f"g{i}" for i in range(200)], ["coexpressed", "apart"]
+    net = pd.DataFrame({"source": np.repeat(names, 20), "target": genes[:20] + genes[50:70]})
+    results = pd.DataFrame({"group": "a", "source": names})
+    found = []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        effects = rng.normal(size=(6, 200))
+        effects[:, :20] = np.sqrt(0.5) * (effects[:, :20] + rng.normal(size=(6, 1)))
+        frame = pd.DataFrame({"group": "a", "names": genes})
+        record = {"samples": {"group": ["a"] * 6}, "genes": genes, "sample_effects": effects}
+        found += [_over_samples(results[i : i + 1], frame, net, record).iloc[0] for i in (0, 1)]
+    rates = (np.reshape(found, (-1, 2)) < 0.05).mean(axis=0)
+    assert (rates < 0.09).all(), rates
+    assert (
+        _over_samples(results, frame, net, record | {"sample_effects": effects + 3 * (np.arange(200) < 20)})[0] < 0.01
+    )
+    few = {name: values[:2] if name != "genes" else values for name, values in record.items() if name != "samples"}
+    assert _over_samples(results, frame, net, few | {"samples": {"group": ["a"] * 2}}).isna().all()
+
+
+def test_the_background_of_an_overrepresentation_is_the_tested_genes():
+    from scipy.stats import fisher_exact
+
+    names = [f"g{i}" for i in range(200)]
+    frame = pd.DataFrame({"group": "a", "names": names, "scores": np.random.default_rng(0).normal(size=200)})
+    top = frame["scores"].nlargest(100).index
+    a = (top < 30).sum()
+    found, of_many = (
+        hg.tl.enrichment(frame, {"some": names[:30]}, method="ora", n_up=100, **background)["pvals_adj"].item()
+        for background in ({}, {"n_bg": 20_000})
+    )
+    assert found == pytest.approx(fisher_exact([[a, 100 - a], [30 - a, 70 + a]]).pvalue, rel=1e-3)
+    assert of_many < 1e-10
+    with pytest.warns(UserWarning, match="`method` 'ora': without `n_up` decoupler takes the upper 95 %"):
+        hg.tl.enrichment(frame, {"some": names[:30]}, method="ora")
+
+
+def test_gene_sets_of_circular_biomarkers_are_circular():
+    net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
+    tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
+    assert not hg.tl.enrichment(found(tables, "label", layer=None), net)["circular"].any()
+    with pytest.warns(UserWarning, match="marked circular"):
+        found(tables, "he2gene_annotation", layer="he2gene")
+    with pytest.warns(UserWarning, match="the biomarkers are circular"):
+        scores = hg.tl.enrichment(tables, net)
+    assert scores["circular"].all()
+
+
+def test_enrichment_refuses_what_does_not_fit():
+    tables = patients(3)
+    net = pd.DataFrame({"source": "a", "target": [f"x{i}" for i in range(6)]})
+    with pytest.raises(ValueError, match="run hg.tl.biomarkers first"):
+        hg.tl.enrichment(tables, net)
+    found(tables)
+    with pytest.raises(ValueError, match="`net`: no set has 5 genes among the 60 tested"):
+        hg.tl.enrichment(tables, net)
+    with pytest.raises(ValueError, match="`net` has no column 'target'"):
+        hg.tl.enrichment(tables, net[["source"]])
+    with pytest.raises(ValueError, match="`net`: there is no file"):
+        hg.tl.enrichment(tables, "no.gmt")
+    with pytest.raises(ValueError, match="`method` 'no' is no method of decoupler"):
+        hg.tl.enrichment(tables, net, method="no")
+    with pytest.raises(ValueError, match="`statistic`"):
+        hg.tl.enrichment(tables, net, statistic="no")
+
+
+def test_sets_that_would_be_scored_wrongly_are_left_out_or_refused():
+    result = found(patients())
+    net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
+    expected = hg.tl.enrichment(result, net)
+    nowhere = pd.DataFrame({"source": [None] * 6, "target": [f"g{i}" for i in range(6)]})
+    whole = pd.DataFrame({"source": "all", "target": result["names"].unique()})
+    pd.testing.assert_frame_equal(hg.tl.enrichment(result, pd.concat([net, nowhere, whole])), expected)
+    twice = pd.concat([net.assign(weight=1.0), net.head(1).assign(weight=-1.0)])
+    with pytest.raises(ValueError, match="`net` names gene 'g0' twice in set 'up', with other weights"):
+        hg.tl.enrichment(result, twice)
+    with pytest.raises(ValueError, match="stands twice in group"):
+        hg.tl.enrichment(pd.concat([result, result.head(1)]), net)
+    with pytest.raises(ValueError, match="`data`: 'scores' is infinite for"):
+        hg.tl.enrichment(result.assign(scores=result["scores"].mask(result["names"] == "g3", np.inf)), net)
+    with pytest.raises(ValueError, match="`data`: 'scores' is the same for all genes"):
+        hg.tl.enrichment(result.assign(scores=1.0), net)
+
+
+def test_marker_sets_are_genes_of_the_bundled_model():
+    net = hg.datasets.breast_markers()
+    assert list(net) == ["source", "target", "reference"]
+    assert not net.duplicated(["source", "target"]).any()
+    known = hg.models.load().genes.index
+    assert net["target"].isin(known).mean() > 0.8
+
+
+# ----------------------------------------------------------------------------------------------- sizes, real data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["means", "mixed"])
+def test_nothing_planted_is_rejected_at_the_level(method):
+    genes = 3000 if method == "means" else 300
+    tables = patients(8, genes=genes, shift=0.0, seed=3)
+    for i, table in enumerate(tables):
+        rng = np.random.default_rng(i)
+        for side in ("tumour", "stroma"):
+            table.layers["log"][table.obs["label"] == side] += rng.normal(0, 0.1, genes)
+    rate = (of(found(tables, method=method))["pvals"] < 0.05).mean()
+    assert (0.035 < rate < 0.065) if method == "means" else rate < 0.085
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["trend", "one prior"])
+def eight_patients(request, her2st):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tables = [her2st(name)["table"].copy() for name in ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")]
+    found_in = found(
+        tables,
+        "pathologist",
+        layer=None,
+        groups="invasive cancer",
+        reference="connective tissue",
+        min_mean=0.1,
+        join="outer",
+        trend=request.param,
+    )
+    return request.param, of(found_in, "invasive cancer")
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_measured_invasive_against_connective_in_eight_patients(eight_patients):
+    _, result = eight_patients
+    significant = result[result["pvals_adj"] < 0.05]
+    # Both directions: a deeper group does not pass for higher genes.
+    assert 100 < (significant["effect_size"] > 0).sum() < 600
+    assert 100 < (significant["effect_size"] < 0).sum() < 900
+    assert (result.loc[MARKERS, "effect_size"] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_markers_of_cancer_are_found_in_eight_patients(eight_patients):
+    _, result = eight_patients
+    assert (result.loc[MARKERS, "pvals_adj"] < 0.05).all()
+
+
+def test_concordance_takes_an_iterator_of_objects():
+    tables = [as_predicted(table) for table in patients(3)]
+    listed = hg.tl.concordance(tables, "label", groups="tumour", k=(5,))
+    pd.testing.assert_frame_equal(hg.tl.concordance(iter(tables), "label", groups="tumour", k=(5,)), listed)

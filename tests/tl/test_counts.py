@@ -1,0 +1,538 @@
+"""Tests of summed counts, of depth and of designs, with planted truth."""
+
+import dataclasses
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+import he2gene_sc as hg
+from he2gene_sc.stats import (
+    CountSums,
+    count_differences,
+    hypervariable_prior,
+    library_evidence,
+    library_factors,
+    paired_moderated_t,
+    squeeze_variance,
+    variance_components,
+    weighted_fit,
+)
+from tests.helpers.patients import biomarkers
+
+GENES = 400
+
+
+def counted(i, *, n=(40, 25), deeper=4.0, planted=0, shift=1.0, genes=GENES, between=0.0):
+    """One patient: group "a" is `deeper` times as deep; the first genes are `shift` (natural log) higher in it."""
+    rng = np.random.default_rng((7, i))
+    label = np.array(["a"] * n[0] + ["b"] * n[1])
+    profile = np.random.default_rng(0).lognormal(0, 1, genes) * rng.lognormal(0, 0.3, genes)
+    rates = np.tile(profile, (2, 1)) * rng.lognormal(0, between, (2, genes))
+    rates[0, :planted] *= np.exp(shift)
+    rates /= rates.sum(1, keepdims=True)
+    depth = rng.lognormal(np.log(3000), 0.3, len(label)) * np.where(label == "a", deeper, 1)
+    counts = rng.poisson(depth[:, None] * rates[(label == "b").astype(int)])
+    obs = pd.DataFrame({"patient": f"P{i}", "label": label}, index=[f"P{i}-{j}" for j in range(len(label))])
+    table = AnnData(counts.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"g{j}" for j in range(genes)]))
+    table.obsm["spatial"] = np.column_stack([np.arange(len(label)), np.zeros(len(label))])
+    return table
+
+
+def found(tables, **options):
+    options = {"groups": "a", "reference": "b", "layer": None} | options
+    return biomarkers(tables, "label", **options).set_index("names")
+
+
+def test_a_deeper_group_does_not_pass_for_a_difference():
+    result = found([counted(i, genes=2000) for i in range(8)], min_mean=-1)
+    assert (result["method"] == "pseudobulk").all()
+    assert 0.03 < (result["pvals"] < 0.05).mean() < 0.07
+    assert 0.45 < (result["effect_size"] > 0).mean() < 0.55
+
+
+def test_planted_genes_are_found_with_their_size():
+    result = found([counted(i, planted=20, between=0.05) for i in range(6)])
+    significant = result.index[result["pvals_adj"] < 0.05]
+    planted = [f"g{i}" for i in range(20)]
+    assert set(planted) <= set(significant)
+    assert len(significant) < 30
+    # Libraries are those of the genes that do not differ.
+    assert result.loc[planted, "effect_size"].median() == pytest.approx(1, abs=0.1)
+    np.testing.assert_allclose(result["logfoldchanges"], result["effect_size"] / np.log(2))
+
+
+def test_a_minimum_effect_leaves_out_smaller_ones():
+    tables = [counted(i, planted=20, shift=0.4, between=0.02) for i in range(6)]
+    assert (found(tables)["pvals_adj"] < 0.05).sum() >= 15
+    assert (found(tables, lfc=1)["pvals_adj"] < 0.05).sum() == 0
+    for value in (-1, "a", np.nan, True):
+        with pytest.raises(ValueError, match="`lfc` is"):
+            found(tables, lfc=value)
+
+
+def test_patients_of_few_spots_do_not_hide_a_difference():
+    # Without weights two patients of three spots each take the power of four good ones.
+    good = [counted(i, planted=20, shift=0.5, between=0.05, n=(150, 150)) for i in range(4)]
+    poor = [counted(i, planted=20, shift=0.5, between=0.05, n=(3, 3), deeper=0.05) for i in (4, 5)]
+    planted = [f"g{i}" for i in range(20)]
+    alone, all_six = found(good), found(good + poor)
+    assert (all_six.loc[planted, "pvals_adj"] < 0.05).mean() >= (alone.loc[planted, "pvals_adj"] < 0.05).mean() - 0.1
+
+
+def test_patients_of_unlike_sizes_do_not_make_differences():
+    # One patient of many spots, three of few: how patients differ cannot be told from one.
+    sizes = [(150, 150), (3, 80), (60, 4), (5, 5)]
+    result = found([counted(i, n=n, genes=1000, between=0.12) for i, n in enumerate(sizes)], min_mean=-1)
+    assert (result["pvals"] < 0.05).mean() < 0.06
+    assert (result["pvals"] < 0.001).mean() < 0.003
+
+
+def test_order_of_patients_does_not_matter():
+    tables = [counted(i, planted=5) for i in range(4)]
+    one, other = found(tables), found(tables[::-1])
+    np.testing.assert_allclose(one["pvals"], other["pvals"].reindex(one.index), rtol=1e-5)
+
+
+def test_an_interaction_is_found_by_its_term():
+    tables = []
+    for i in range(8):
+        tables.append(counted(i, planted=20, shift=[0.0, 1.0][i % 2], between=0.05))
+        tables[-1].obs["age"] = float(i % 2)
+        tables[-1].obs["stage"] = "ab"[i % 2]
+    planted = [f"g{i}" for i in range(20)]
+    for formula, term in (("group:age", "group:age"), ("group:stage", "group:stage[T.b]")):
+        result = found(tables, formula=formula, term=term)
+        assert set(planted) <= set(result.index[result["pvals_adj"] < 0.05])
+        assert result.loc[planted, "effect_size"].median() == pytest.approx(1, abs=0.15)
+        # The group itself is tested at the average patient.
+        average = found(tables, formula=formula)
+        assert average.loc[planted, "effect_size"].median() == pytest.approx(0.5, abs=0.15)
+    with pytest.raises(ValueError, match="`covariates`: .* does not differ within samples"):
+        found(tables, covariates="age")
+    with pytest.raises(ValueError, match="`term` 'no' is not a term of the design"):
+        found(tables, formula="group:age", term="no")
+    with pytest.raises(ValueError, match="`formula` .* cannot be read"):
+        found(tables, formula="group:nowhere")
+    with pytest.raises(ValueError, match="`formula` is of method='pseudobulk' and 'means' alone"):
+        found(tables, formula="group:age", method="wilcoxon")
+
+
+def test_a_design_may_be_a_formula_or_a_list_of_covariates():
+    tables = [counted(i, planted=20) for i in range(8)]
+    for i, table in enumerate(tables):
+        table.obs["age"] = np.random.default_rng(i).normal(size=table.n_obs)
+    call = {"groups": "a", "reference": "b", "layer": None}
+    for short, long in (("~ group + age", hg.Design(formula="age")), (["age"], hg.Design(covariates="age"))):
+        one, other = (hg.tl.biomarkers(tables, "label", **call, design=design) for design in (short, long))
+        pd.testing.assert_frame_equal(one, other)
+    for wrong in ("age", 3, {"formula": "age"}):
+        with pytest.raises(ValueError, match=r"`design` is .* begins with '~' is needed"):
+            hg.tl.biomarkers(tables, "label", **call, design=wrong)
+
+
+def test_p_values_may_be_adjusted_over_all_groups():
+    tables = [counted(i, planted=5) for i in range(4)]
+    result = biomarkers(tables, "label", layer=None, adjust_over="all")
+    from scipy.stats import false_discovery_control
+
+    np.testing.assert_allclose(result["pvals_adj"], false_discovery_control(result["pvals"]))
+
+
+def test_sums_are_for_counts_and_means_for_logarithms():
+    tables = [_predicted(i) for i in range(3)]
+    with pytest.raises(ValueError, match="`method` 'means' is for logarithms, the layer holds raw counts"):
+        found(tables, method="means")
+    with pytest.raises(ValueError, match="`method` 'deseq2' is for raw counts, the layer holds logarithms"):
+        found(tables, layer="log", method="deseq2")
+    assert (found(tables, layer="log", method="pseudobulk")["method"] == "means").all()
+
+
+def test_deseq2_is_pydeseq2_or_names_what_to_install(monkeypatch):
+    tables = [counted(i, planted=20, genes=60, between=0.1) for i in range(3)]
+    monkeypatch.setitem(sys.modules, "pydeseq2.dds", None)
+    with pytest.raises(ImportError, match="`method` 'deseq2' needs PyDESeq2"):
+        found(tables, method="deseq2")
+    monkeypatch.undo()
+    pytest.importorskip("pydeseq2")
+    with pytest.raises(ValueError, match=r"`depth` is 'total' and enters .* the method is 'deseq2'"):
+        found(tables, method="deseq2", depth="total")
+    # Before any value is read.
+    with pytest.raises(ValueError, match=r"`depth` is 'total' and enters .* the method is 'wilcoxon'"):
+        found([table[:, [0, 0]].copy() for table in tables], method="wilcoxon", depth="total")
+    result = found(tables, method="deseq2")
+    assert (result["method"] == "deseq2").all()
+    assert np.corrcoef(result["effect_size"], found(tables)["effect_size"].reindex(result.index))[0, 1] > 0.9
+
+
+def summed(rng, spots, between, *, genes=1500, depth=4000, mean=1.2, level=0.0):
+    """Sums of Poisson counts; differences of patients (natural log) are normal about 0."""
+    profile = rng.lognormal(level, mean, genes)
+    gap = between * rng.standard_normal((len(spots), genes))
+    rates = profile * np.exp(np.array([1, -1])[:, None, None] * gap / 2)
+    n = np.transpose(spots).astype(float)
+    total = n * depth * rng.lognormal(0, 0.1, n.shape)
+    y = rng.poisson(total[..., None] * rates / rates.sum(-1, keepdims=True)).astype(float)
+    total = y.sum(-1)
+    by_depth = y * (total / n)[..., None]
+    return CountSums(y, y + (y**2 - y) / n[..., None], by_depth, n, total, total**2 / n)
+
+
+def run(sums):
+    from he2gene_sc.tl._biomarkers.methods import _capped
+
+    found = count_differences(sums)
+    known = np.isfinite(found.variances)
+    weights = _capped(np.where(known, 1 / np.where(known, found.variances, 1), 0))
+    alike = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
+    more = {"reliable": found.reliable, "least": found.least}
+    return paired_moderated_t(found.differences, alike=alike, weights=weights, robust=True, **more)
+
+
+@pytest.mark.parametrize("spots", [(10, 100), (100, 10)])
+def test_patients_that_differ_do_not_favour_the_smaller_group(spots):
+    # A response linear in the counts has 63 % of the effects on the side of the smaller group.
+    tests = [run(summed(np.random.default_rng(seed), [spots] * 8, 0.6)) for seed in range(3)]
+    effect, p = (np.concatenate([getattr(test, name) for test in tests]) for name in ("effect", "pvalues"))
+    assert 0.45 < (effect > 0).mean() < 0.55
+    assert 0.035 < (p < 0.05).mean() < 0.065
+    assert (p < 0.001).mean() < 0.002
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_counts_in_one_group_alone_are_not_certain(n):
+    # Few counts, nothing differs: some genes have all of theirs in the larger group of every patient.
+    small = []
+    for seed in range(n, n + 4):
+        sums = summed(np.random.default_rng(seed), [(10, 100)] * n, 0.2, genes=3000, depth=1500 / n, mean=0.1)
+        test = run(sums)
+        assert (sums.counts[0].sum(0) == 0).sum() > 2
+        assert test.pvalues.min() > 1e-6
+        assert (test.ci_high - test.ci_low).min() > 0.1
+        small.append((test.pvalues < 0.001).mean())
+    assert np.mean(small) < 0.002
+
+
+def test_a_gene_of_one_group_is_found():
+    sums = summed(np.random.default_rng(0), [(50, 50)] * 4, 0.1)
+    sums.counts[0, :, :3], sums.counts[1, :, :3] = 60, 0
+    assert (run(sums).pvalues[:3] < 1e-5).all()
+    assert (run(sums).effect[:3] > 2).all()
+
+
+@pytest.mark.parametrize("genes", [30, 45])
+def test_a_panel_of_few_genes_keeps_those_that_do_not_differ(genes):
+    tables = [counted(i, genes=genes, planted=genes // 8, shift=1.5, deeper=1.0) for i in range(5)]
+    with pytest.warns(UserWarning, match=rf"library sizes rest on {genes} genes with enough counts, 50 are needed"):
+        result = found(tables, min_mean=-1)
+    null = result.drop([f"g{i}" for i in range(genes // 8)])
+    assert abs(null["effect_size"].median()) < 0.1
+    assert (null["pvals_adj"] < 0.05).mean() < 0.1
+    # Planted genes make totals of these counts deeper; a column has the depth of the spots themselves.
+    for table in tables:
+        table.obs["total"] = 3000.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="library sizes")
+        named = found(tables, min_mean=-1, depth="total")
+    ratio = (named["effect_size"] - result["effect_size"].reindex(named.index)).to_numpy()
+    assert np.ptp(ratio) < 0.25
+    assert tables[0].uns["he2gene_biomarkers"]["params"]["depth"] == "total"
+
+
+def test_genes_that_change_in_one_direction_are_warned_of_where_they_are_about_half():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="library sizes")
+        result = found([counted(i, genes=100, planted=25, shift=1.5, deeper=1.0) for i in range(4)])
+    null = result.drop([f"g{i}" for i in range(25)], errors="ignore")
+    assert abs(null["effect_size"].median()) < 0.03
+    assert (null["pvals"] < 0.05).mean() < 0.12
+    # Of 60 % nobody can tell that they are the ones that differ.
+    with pytest.warns(UserWarning, match=r"leave out \d+% of the genes, which are lower in the group .* spike-ins"):
+        result = found([counted(i, genes=100, planted=60, shift=1.5, deeper=1.0) for i in range(4)])
+    assert result.drop([f"g{i}" for i in range(60)], errors="ignore")["effect_size"].median() < -1
+    tables = [counted(i, genes=100, planted=50, shift=1.5, deeper=1.0) for i in range(4)]
+    with pytest.warns(UserWarning, match=r"leave out \d+% of the genes"):
+        found(tables)
+    (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["library_doubts"]
+    assert "leave out" in doubt
+
+
+def test_sums_of_a_lazy_table_compute_each_chunk_once():
+    import dask.array as da
+
+    from he2gene_sc._core.spots import read_spots
+    from he2gene_sc.tl._biomarkers.sums import CountCells
+
+    read = []
+    table = counted(0, n=(900, 300), genes=20)
+    dense, code = table.X, (table.obs["label"] == "b").to_numpy(int)
+    expected = np.array([dense[code == i].sum(0) for i in (0, 1)])
+    table.X = da.from_array(dense, chunks=(600, 20)).map_blocks(
+        lambda block: (read.append(len(block)), block)[1], dtype=dense.dtype, meta=dense[:0]
+    )
+    spots = read_spots(table, "label", "groupby", layer=None)
+    spots = dataclasses.replace(spots, genes=table.var_names)
+    read.clear()
+    found = CountCells.of(spots, code, (1, 2))
+    np.testing.assert_allclose(found.counts[0], expected)
+    assert read == [600, 600]
+
+
+def test_the_unit_of_a_covariate_does_not_matter():
+    tables = [counted(i, genes=60) for i in range(6)]
+    results = []
+    for unit in (1.0, 1e7, 1e-7):
+        for i, table in enumerate(tables):
+            noise = np.random.default_rng(i).normal(size=table.n_obs)
+            table.obs["area"] = unit * (0.5 + 0.1 * noise + 0.1 * i * (table.obs["label"] == "a"))
+        results.append(found(tables, covariates="area"))
+        slope = found(tables, covariates="area", term="Q('area')")["effect_size"]
+        results[-1]["slope"] = slope.reindex(results[-1].index) * unit
+    for other in results[1:]:
+        pd.testing.assert_frame_equal(results[0], other.reindex(results[0].index), rtol=1e-6)
+    for value in (20345.7, 1.7e9, 0.37):
+        for i, table in enumerate(tables):
+            table.obs["area"] = value * (1 + 0.01 * i)
+        with pytest.raises(ValueError, match="`covariates`: 'area' does not differ within samples"):
+            found(tables, covariates="area")
+    tables[0].obs.loc[tables[0].obs_names[3], "area"] = np.inf
+    with pytest.raises(ValueError, match="`covariates` 'area' is infinite for 1 spots"):
+        found(tables, covariates="area")
+    tables[0].obs["area"] = np.arange(tables[0].n_obs) % 2 == 0
+    with pytest.raises(ValueError, match="`covariates` 'area' has several values within sample 'P0'"):
+        found(tables, covariates="area")
+
+
+def test_samples_are_those_that_a_gene_is_tested_in():
+    tables = [counted(i, genes=80) for i in range(6)]
+    for table in tables[2:]:
+        table.X[:, 0] = 0
+    result = found([*tables[:5], tables[5][:, :79].copy()], min_mean=-1, join="outer")
+    assert result.loc["g0", ["n_samples", "n_spots", "n_spots_reference"]].tolist() == [2, 80, 50]
+    assert result.loc["g79", "n_samples"] == 5
+    assert (result["n_samples"].drop(["g0", "g79"]) == 6).all()
+
+
+# ----------------------------------------------------------------------------------------------- means, depth
+
+
+def _predicted(i, genes=300, deeper=2.0):
+    """Logarithms that rise with the depth of the spot and know nothing else; group "a" is deeper."""
+    table = counted(i, deeper=deeper, genes=genes)
+    rng = np.random.default_rng(i)
+    depth = np.log(table.X.sum(1))
+    slope = np.random.default_rng(1).uniform(0.2, 1, genes)
+    noise = 0.5 * rng.standard_normal(table.shape)
+    table.layers["log"] = (5 + (depth - 8)[:, None] * slope + noise).astype(np.float32)
+    return table
+
+
+def test_depth_is_taken_off_predicted_layers_and_leaving_it_out_is_said():
+    tables = [_predicted(i) for i in range(8)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*depth of the spots")
+        result = found(tables, layer="log")
+    assert 0.02 < (result["pvals"] < 0.05).mean() < 0.09
+    assert 0.4 < (result["effect_size"] > 0).mean() < 0.6
+    with pytest.warns(UserWarning, match="depth of the spots is not adjusted for"):
+        raw = found(tables, layer="log", depth=None)
+    assert (raw["pvals"] < 0.05).mean() > 0.9
+    for table in tables:
+        table.obs["total"] = table.X.sum(1)
+        table.X = np.zeros_like(table.X)
+    named = found(tables, layer="log", depth="total")
+    np.testing.assert_allclose(named["pvals"], result["pvals"].reindex(named.index), rtol=1e-4)
+    tables[0].obs["total"] = 0.0
+    with pytest.raises(ValueError, match="`depth` 'total' is not a number above 0"):
+        found(tables, layer="log", depth="total")
+
+
+def test_depth_is_taken_off_in_the_mixed_model():
+    tables = [_predicted(i, genes=40) for i in range(5)]
+    # One patient has one group only, and few spots.
+    tables.append(_predicted(5, genes=40)[:5].copy())
+    result, raw = (found(tables, layer="log", method="mixed", depth=depth) for depth in ("auto", None))
+    assert (raw["pvals"] < 0.05).mean() > 0.8
+    assert (result["pvals"] < 0.05).mean() < 0.15
+    assert 0.25 < (result["effect_size"] > 0).mean() < 0.75
+
+
+def test_depth_and_covariates_are_taken_off_in_one_section():
+    table = counted(0, n=(40, 30), genes=100)
+    table.obsm["spatial"] = np.random.default_rng(0).permutation(table.obsm["spatial"])
+    table.obs["log_total"] = np.log(table.X.sum(1))
+    results = []
+    for options in ({}, {"depth": None, "covariates": "log_total"}, {"depth": None}):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            biomarkers(table, "label", groups="a", layer=None, method="spatial", **options)
+        without = "depth" in options
+        assert any("depth of the spots is not adjusted for" in str(w.message) for w in said) == without
+        results.append(hg.get.biomarkers(table).set_index("names"))
+    auto, named, raw = results
+    assert (auto["pvals"] < 0.05).mean() < 0.06
+    assert (raw["effect_size"] > 0).mean() > 0.7
+    assert 0.35 < (auto["effect_size"] > 0).mean() < 0.65
+    np.testing.assert_allclose(named["pvals"], auto["pvals"].reindex(named.index), rtol=1e-5)
+    table.obs["batch"] = table.obs["label"]
+    with pytest.raises(ValueError, match="alone tell the group from the reference"):
+        found(table, method="spatial", covariates="batch")
+    table.obs.loc[table.obs_names[:2], "batch"] = None
+    with pytest.raises(ValueError, match="`covariates` 'batch' is missing for 2 spots"):
+        found(table, method="spatial", covariates="batch")
+
+
+def test_cross_fitted_labels_are_not_read_from_depth():
+    # Nothing but depth tells the groups apart.
+    tables = [_predicted(i, genes=60, deeper=6.0) for i in range(4)]
+    options = {"layer": "log", "cross_fit": True, "measured": "log"}
+    with pytest.raises(ValueError, match="`cross_fit`: its labels agree"):
+        found(tables, **options)
+    found(tables, depth=None, **options)
+    assert tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"] > 0.9
+
+
+def test_effect_and_fold_change_have_one_sign_whatever_the_sizes_of_groups():
+    rng = np.random.default_rng(0)
+    tables = []
+    for i, (level, n) in enumerate(((3, (5, 80)), (3, (6, 80)), (1, (80, 6)), (1, (80, 5)))):
+        table = counted(i, n=n, genes=20)
+        inside = (table.obs["label"] == "a").to_numpy()[:, None]
+        table.layers["log"] = (level + 0.3 * inside + 0.1 * rng.standard_normal(table.shape)).astype(np.float32)
+        tables.append(table)
+    with pytest.warns(UserWarning, match="depth"):
+        result = found(tables, layer="log", depth=None)
+    assert (result["effect_size"] > 0).all()
+    assert (result["logfoldchanges"] > 0).all()
+    assert (result["logfoldchanges_pooled"] < 0).all()
+
+
+# ----------------------------------------------------------------------------------------------- arrays
+
+
+def test_library_factors_are_those_of_the_genes_that_do_not_differ():
+    rng = np.random.default_rng(0)
+    share = rng.lognormal(0, 1, 1000)
+    changed = share.copy()
+    changed[:50] *= 20
+    rates = np.array([changed / changed.sum(), share / share.sum()])
+    depth = np.array([[4e6, 1e6], [1e6, 4e6]])
+    counts = rng.poisson(depth[..., None] * rates[:, None])
+    factors = library_factors(counts, depth)
+    np.testing.assert_allclose(factors.prod(0), 1)
+    np.testing.assert_allclose(factors[0] / factors[1], share.sum() / changed.sum(), rtol=0.05)
+
+
+@pytest.mark.parametrize("genes", [40, 100, 1000])
+def test_library_factors_do_not_follow_genes_that_change_in_one_direction(genes):
+    rng = np.random.default_rng(0)
+    share = np.tile(rng.lognormal(0, 1, genes), (2, 4, 1)) * np.exp(0.1 * rng.standard_normal((2, 4, genes)))
+    share[0, :, : 2 * genes // 5] *= 2
+    share /= share.sum(-1, keepdims=True)
+    counts = rng.poisson(2e5 * share) + 1
+    factors = library_factors(counts, np.full((2, 4), 2e5))
+    effects = np.log(counts[0] / counts[1]) - np.log(factors[0] / factors[1])[:, None]
+    assert abs(np.median(effects[:, 2 * genes // 5 :].mean(0))) < 0.05
+
+
+@pytest.mark.parametrize(("changed", "shift"), [(0.4, 0.3), (0.35, 0.2)])
+def test_library_factors_do_not_follow_genes_that_change_little(changed, shift):
+    # Of these small shifts the densest half holds most of the other genes: by its SD those that change were near, -0.08 and -0.06.
+    rng = np.random.default_rng(0)
+    share = np.tile(rng.lognormal(0, 1.2, 1000), (2, 8, 1)) * np.exp(0.1 * rng.standard_normal((2, 8, 1000)))
+    higher = np.arange(1000) < changed * 1000
+    share[0, :, higher] *= np.exp(shift)
+    share /= share.sum(-1, keepdims=True)
+    counts = rng.poisson(3e5 * share)
+    factors = library_factors(counts, np.full((2, 8), 3e5))
+    effects = np.log((counts[0] + 0.5) / (counts[1] + 0.5)) - np.log(factors[0] / factors[1])[:, None]
+    assert abs(np.median(effects[:, ~higher].mean(0))) < 0.03
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0])
+def test_library_sizes_are_doubted_where_half_of_the_genes_change(shift):
+    rng = np.random.default_rng(0)
+    share = np.tile(rng.lognormal(0, 1.2, 400), (2, 6, 1)) * np.exp(0.1 * rng.standard_normal((2, 6, 400)))
+    share[0, :, :200] *= np.exp(shift)
+    share /= share.sum(-1, keepdims=True)
+    depth = np.full((2, 6), 3e5)
+    assert abs(library_evidence(rng.poisson(3e5 * share), depth)[1]) > 0.4
+
+
+def test_components_of_variance_are_found_again():
+    rng = np.random.default_rng(1)
+    sampling = rng.lognormal(-2, 1, (8, 3000))
+    d = rng.standard_normal(sampling.shape) * np.sqrt(0.1 + 1.5 * sampling)
+    between, factor = variance_components(d, sampling)
+    assert between == pytest.approx(0.1, rel=0.2)
+    assert factor == pytest.approx(1.5, rel=0.2)
+
+
+def test_differences_of_counts_have_the_variance_that_they_say():
+    rng = np.random.default_rng(2)
+    depth = np.array([[4e4] * 6, [1e4] * 6])
+    share = np.full(2000, 1 / 2000)
+    counts = rng.poisson(np.tile(depth[..., None] * share, 1)).astype(float)
+    spots = np.full((2, 6), 10)
+    per_spot = depth / 10
+    sums = CountSums(counts, counts + counts**2 / 10, counts * per_spot[..., None], spots, depth, per_spot**2 * 10)
+    found = count_differences(sums)
+    assert np.square(found.differences).mean() == pytest.approx(found.variances.mean(), rel=0.1)
+    assert abs(found.differences.mean()) < 0.02
+
+
+def test_samples_of_few_counts_have_the_variance_that_they_say():
+    """Four samples of 400 counts a gene in each group, two of 2: what these vary by is what makes the error of all."""
+    rng = np.random.default_rng(3)
+    depth = np.tile(np.array([8e5] * 4 + [4e3] * 2), (2, 1))
+    counts = rng.poisson(np.repeat(depth[..., None] / 2000, 2000, axis=-1)).astype(float)
+    spots, per_spot = np.full((2, 6), 10), depth / 10
+    sums = CountSums(counts, counts + counts**2 / 10, counts * per_spot[..., None], spots, depth, per_spot**2 * 10)
+    found = count_differences(sums, normalise=False)
+    known = np.isfinite(found.variances)
+    ratio = np.where(known, np.square(found.differences) / found.variances, np.nan)
+    np.testing.assert_allclose(np.nanmean(ratio, axis=1), 1, atol=0.15)
+
+
+def test_weighted_fits_are_those_of_statsmodels():
+    import statsmodels.api as sm
+
+    rng = np.random.default_rng(3)
+    y, design = rng.normal(size=(7, 4)), np.column_stack([np.ones(7), rng.normal(size=7)])
+    weights = rng.gamma(2, 1, (7, 4))
+    effect, unscaled, variances, df = weighted_fit(y, design, 1, weights)
+    for j in range(4):
+        fit = sm.WLS(y[:, j], design, weights=weights[:, j]).fit()
+        assert effect[j] == pytest.approx(fit.params[1])
+        assert unscaled[j] * np.sqrt(variances[j]) == pytest.approx(fit.bse[1])
+    assert (df == 5).all()
+
+
+def test_hypervariable_genes_have_a_prior_of_their_own():
+    rng = np.random.default_rng(4)
+    wild = np.arange(6000) < 300
+    d = rng.standard_normal((4, 6000)) * np.where(wild, 5, 1)
+    plain, robust = (paired_moderated_t(d, robust=choice).pvalues for choice in (False, True))
+    assert 0.04 < (robust < 0.05).mean() < 0.06
+    assert (robust[wild] < 0.001).mean() < 0.5 * (plain[wild] < 0.001).mean()
+    variances = d.var(0, ddof=1)
+    _, scale, d0 = squeeze_variance(variances, 3.0)
+    prior = hypervariable_prior(variances, np.full(6000, 3.0), np.full(6000, scale), d0)
+    assert prior.factor == pytest.approx(25, rel=0.4)
+    assert prior.outlier[wild].mean() > 0.5 > 0.05 > prior.outlier[~wild].mean()
+
+
+def test_genes_of_one_kind_keep_their_prior():
+    d = np.random.default_rng(5).normal(size=(6, 2000)) / np.sqrt(np.random.default_rng(6).gamma(4, 0.25, 2000))
+    one, other = paired_moderated_t(d), paired_moderated_t(d, robust=True)
+    np.testing.assert_array_equal(one.pvalues, other.pvalues)
+
+
+def test_intervals_of_two_kinds_agree_with_their_p_values():
+    rng = np.random.default_rng(7)
+    d = rng.standard_normal((4, 3000)) * np.where(np.arange(3000) < 150, 6, 1) + 1
+    test = paired_moderated_t(d, robust=True, level=0.95)
+    np.testing.assert_array_equal((test.ci_low > 0) | (test.ci_high < 0), test.pvalues < 0.05)

@@ -1,0 +1,718 @@
+"""What ``hg.tl.train`` refuses, and what it says then."""
+
+import errno
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+
+import he2gene_sc as hg
+from he2gene_sc.stats import log_normalise
+from he2gene_sc.tl._train.measured import Measured, totals_of
+from tests.helpers.toy_sections import (
+    SPEC,
+    Power,
+    network,
+    own,
+    renamed,
+    same_model,
+    toy,
+    toys,
+    train,
+    with_table,
+    without_genes,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def refuses(sections, match, error=ValueError, **options):
+    with pytest.raises(error, match=match):
+        train(sections, **options)
+
+
+def counted(change, i=0):
+    """Two sections, the counts of one changed."""
+    parts = [toy(0), toy(1, "B")]
+    table = parts[i]["table"]
+    table.X = change(table.X.toarray())
+    return parts
+
+
+# Counts
+
+
+def test_log_normalised_values_are_refused_and_the_raw_layer_is_named():
+    parts = [toy(0), toy(1, "B")]
+    for s in parts:
+        s["table"].layers["raw_counts"] = s["table"].X.copy()
+        s["table"].X = log_normalise(s["table"].X)
+    refuses(
+        parts,
+        r"`layer`: X does not hold raw counts.*fractions.*log-normalised.*pass keys=hg.SectionKeys\(layer='raw_counts'\)",
+    )
+
+
+def test_log_normalised_values_without_raw_ones_say_how_to_pass_them():
+    refuses(
+        counted(log_normalise),
+        r"`layer`: X does not hold raw counts.*put them into a layer and pass keys=hg.SectionKeys\(layer=",
+    )
+
+
+def with_first(value):
+    def change(x):
+        x = x.astype(np.float32)
+        x[2, 3] = value
+        return x
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(-1, "negative values, down to -1"), (np.nan, "NaN"), (np.inf, "infinite"), (2.5, "fractions")]
+)
+@pytest.mark.parametrize("i", [0, 1])
+def test_values_that_are_no_counts_are_refused(value, said, i):
+    refuses(
+        counted(with_first(value), i), rf"`layer`: X does not hold raw counts \(whole numbers from 0\) but .*{said}"
+    )
+
+
+def test_an_unknown_layer_and_an_empty_x_are_refused():
+    parts = toys()
+    parts[0]["table"].layers["counts"] = parts[0]["table"].X.copy()
+    refuses(parts, r"`layer` 'raw' is not a layer, valid: \['counts'\]", layer="raw")
+    parts[0]["table"].X = None
+    refuses(parts, r"`layer`: X is empty; name a layer, of \['counts'\]")
+
+
+def test_a_section_without_any_count_is_refused():
+    refuses(counted(np.zeros_like), "no spot of 'spots' lies in the image and has counts")
+
+
+# Genes
+
+
+def test_genes_that_stand_twice_are_refused():
+    parts = [renamed(toy(0), {"FTL": "ACTB"}), toy(1, "B")]
+    refuses(parts, r"genes \['ACTB'\] stand more than once")
+
+
+def test_a_symbol_and_its_own_id_stand_twice():
+    parts = [renamed(toy(0), {"FTL": "ENSG00000075624.17"}), toy(1, "B")]
+    refuses(parts, r"genes \['ACTB'\] stand more than once", ensembl_ids={"ACTB": "ENSG00000075624"})
+
+
+def test_sections_that_hardly_overlap_are_refused_with_genes_of_both_sides():
+    other = renamed(toy(1, "B"), {g: f"mouse-{g}" for g in toy(0)["table"].var_names[3:]})
+    refuses([toy(0), other], r"section 'S0' shares only 3 of 40 genes.*'ACTB'.*'mouse-ACTB'.*ensembl_ids=")
+
+
+def test_symbols_and_ids_without_a_table_between_them_are_refused():
+    other = renamed(toy(1, "B"), {g: f"ENSG{i:011d}" for i, g in enumerate(toy(0)["table"].var_names)})
+    refuses([toy(0), other], r"shares only 0 of 40 genes.*ENSG00000000000.*ensembl_ids=", ensembl_ids={})
+
+
+@pytest.mark.parametrize("order", ["ABC", "ACB", "CAB"])
+def test_gene_lists_are_judged_whatever_the_order_of_the_sections(order):
+    names = toy(0)["table"].var_names
+    parts = {
+        "A": without_genes(toy(0), names[20:]),
+        "B": without_genes(toy(1, "B"), names[:20]),
+        "C": toy(2),
+    }
+    match = "no gene was measured in all 3 sections.*missing_genes_are_zero=True"
+    refuses([parts[name] for name in order], match)
+    refuses((parts[name] for name in order), match)
+    refuses([parts["C"], parts["A"]], "no gene of `genes` was measured in all 2 sections", genes=list(names[20:]))
+
+
+def test_genes_without_a_symbol_keep_their_own_name(caplog):
+    parts = toys()
+    for s in parts:
+        table = s["table"]
+        table.var["symbol"] = table.var_names.astype(object)
+        table.var_names = [f"ENSG{i:011d}" for i in range(table.n_vars)]
+        table.var.iloc[[3, 5, 6], table.var.columns.get_loc("symbol")] = [None, np.nan, " "]
+    model = train(parts, gene_symbols="symbol", ensembl_ids={}, min_spot_share=0.0)
+    assert {"ENSG00000000003", "ENSG00000000005", "ENSG00000000006"} <= set(model.genes.index)
+    assert not {"None", "nan", ""} & set(model.genes.index)
+    assert "3 of 40 genes have no name in var['symbol']" in caplog.text
+
+
+def without_counts_of_the_first_gene():
+    parts = toys()
+    for s in parts:
+        table = s["table"].copy()
+        matrix = table.X.tolil()
+        matrix[:, 0] = 0
+        table.X = matrix.tocsr()
+        with_table(s, table)
+    return parts
+
+
+def test_a_gene_that_was_asked_for_and_never_seen_has_no_skill():
+    parts = without_counts_of_the_first_gene()
+    names = parts[0]["table"].var_names
+    genes = train(parts, genes=list(names[:5])).genes
+    assert np.isnan(genes.loc[names[0], "skill"])
+    assert not genes.loc[names[0], "reliable"]
+    assert genes.loc[names[1:5], "skill"].notna().all()
+
+
+def test_genes_are_asked_for_by_either_name():
+    names = toy(0)["table"].var_names[:3]
+    ids = {gene: f"ENSG{i:011d}" for i, gene in enumerate(names)}
+    for parts in (toys(), [renamed(s, ids) for s in toys()]):
+        model = train(parts, genes=[ids[names[0]] + ".4", names[1]], ensembl_ids=ids)
+        assert set(model.genes.index) == set(names[:2])
+
+
+def test_counts_on_disk_and_in_half_precision_are_read(tmp_path):
+    import anndata as ad
+
+    parts = toys()
+    expected = train(parts)
+    for layout in ("csr", "csc", "float16"):
+        for i, s in enumerate(parts):
+            table = toy(i)["table"]
+            matrix = table.X.toarray().astype(np.float16) if layout == "float16" else table.X.asformat(layout)
+            if layout == "float16":
+                s["table"].X = matrix
+            else:
+                ad.AnnData(matrix).write_h5ad(tmp_path / f"{layout}{i}.h5ad")
+                s["table"].layers["raw"] = ad.read_h5ad(tmp_path / f"{layout}{i}.h5ad", backed="r").X
+        found = train(parts, layer=None if layout == "float16" else "raw")
+        for key, value in expected.tensors.items():
+            np.testing.assert_array_equal(found.tensors[key], value, err_msg=f"{layout} {key}")
+
+
+def test_genes_that_no_section_has_are_refused():
+    refuses(toys(), r"`genes` \['NOPE'\] are in no section", genes=["ERBB2", "NOPE"])
+
+
+@pytest.mark.parametrize("genes", [[], "ERBB2"])
+def test_genes_have_to_be_a_list(genes):
+    refuses(toys(), "`genes` is .* a list of genes", genes=genes)
+
+
+@pytest.mark.parametrize("windows_um", [100, (), (0, 100)])
+def test_windows_have_to_be_a_list_of_sides(windows_um):
+    refuses(toys(), "`windows_um` is .* a list of sides", windows_um=windows_um)
+
+
+def test_the_image_may_be_named():
+    refuses(toys(), "`image_key`", image_key="nope")
+
+
+def test_an_unknown_gene_column_is_refused():
+    refuses(toys(), "`gene_symbols` 'symbol' is not a column of var, valid: .*planted", gene_symbols="symbol")
+
+
+# Columns, sections, patients, labels
+
+
+@pytest.mark.parametrize("parameter", ["annotation_key", "sample_key", "section_key"])
+def test_missing_columns_are_refused_with_those_there(parameter):
+    match = f"`{parameter}` 'nope' is not a column of obs, valid: .*patient"
+    refuses(
+        toys(),
+        match + (".*need the column all the same" if parameter == "annotation_key" else ""),
+        **{parameter: "nope"},
+    )
+
+
+def test_a_column_that_one_section_lacks_is_refused():
+    parts = toys()
+    del parts[2]["table"].obs["annotation"]
+    refuses(parts, "`annotation_key` 'annotation' is not a column of obs")
+
+
+def test_two_sections_of_one_name_are_refused():
+    refuses([toy(0), toy(1, "B", section="S0")], "two sections are named 'S0'")
+
+
+def test_a_section_of_two_patients_or_names_is_refused():
+    for key in ("patient", "section"):
+        parts = toys()
+        parts[0]["table"].obs[key] = np.repeat(["X", "Y"], 15)
+        refuses(parts, r"belong to one section of one patient, found .*'X', 'Y'")
+
+
+@pytest.mark.parametrize("key", ["patient", "section"])
+def test_spots_without_a_patient_or_section_are_refused(key):
+    """Missing names would make one group of what may be several."""
+    parts = toys()
+    parts[0]["table"].obs[key] = np.nan
+    refuses(parts, rf"`{'sample' if key == 'patient' else key}_key`.*missing")
+
+
+def test_a_label_that_no_spot_has_is_refused_in_classes():
+    refuses(
+        toys(),
+        r"`classes` names labels \['tumor'\] that no spot has, valid: \['adipose', ",
+        classes={"tumor": "cancer"},
+    )
+
+
+def never_encoded():
+    """Make an encoder that fails if it is asked for more than its size."""
+    network, spec = own()
+    network.register_forward_hook(lambda module, inputs, output: pytest.fail("encoded") if len(output) > 1 else None)
+    return network, spec
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"tumour": "in/situ"}, "class name 'in/situ' cannot be stored.*`classes`"),
+        ({"tumour": "Stroma"}, "'Stroma' and 'stroma' differ only in case.*`classes`"),
+    ],
+)
+def test_classes_that_a_zarr_store_cannot_hold_are_refused_before_the_work(labels, said):
+    refuses(toys(), said, classes=labels, encoder=never_encoded())
+    parts = toys()
+    column = parts[0]["table"].obs["annotation"].astype(str).replace(labels)
+    parts[0]["table"].obs["annotation"] = column
+    refuses(parts, said, encoder=never_encoded())
+
+
+def test_blank_labels_are_none():
+    parts = toys()
+    for s in parts:
+        column = s["table"].obs["annotation"].astype(str)
+        s["table"].obs["annotation"] = column.where(column != "tumour", "  ")
+    assert "tumour" not in train(parts).card.classes
+
+
+def test_labels_may_be_numbers():
+    parts = toys()
+    for s in parts:
+        s["table"].obs["annotation"] = s["table"].obs["annotation"].astype("category").cat.codes
+    assert set(train(parts, classes={0: "first", 1: "second", 2: None}).card.classes) <= {"first", "second"}
+
+
+def test_an_error_says_which_section_and_comes_before_the_work():
+    parts = toys()
+    table = parts[1]["table"]
+    table.X = table.X.toarray() - 1.0
+    refuses(parts, r"negative values.*\(object 2 of `sdatas`\)", encoder=never_encoded())
+    refuses(iter(parts), r"negative values.*\(object 2 of `sdatas`\)")
+
+
+def test_a_section_of_a_few_spots_is_left_out(caplog):
+    found = train([*toys(), toy(3, "C", shape=(1, 3))])
+    assert "section S3 is left out: it has 3 spots" in caplog.text
+    same_model(found, train(toys()))
+
+
+def test_an_image_on_which_all_spots_look_the_same_is_refused():
+    parts = toys()
+    image = parts[1]["he"]
+    image.data[:] = 255
+    refuses(parts, r"`image_key` 'he' is blank at all spots.*\(object 2 of `sdatas`\)")
+
+
+def test_no_sections_and_no_table_are_refused():
+    refuses([], "`sdatas` is empty")
+    refuses(iter(()), "`sdatas` is empty")
+    bare = toy(0)
+    del bare.tables["table"]
+    refuses([bare], "a section has no table")
+
+
+def test_too_few_spots_for_blocks_are_refused():
+    refuses(toy(0, shape=(2, 2)), "`sdatas` is one section of 4 spots; at least 5 are needed")
+
+
+def test_no_section_of_enough_spots_is_refused():
+    refuses(toy(0, shape=(1, 3)), "`sdatas` has no section of 4 spots")
+
+
+def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
+    class Lazy(Sequence):
+        asked = []
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            if i >= len(self):
+                raise IndexError
+            self.asked.append(i)
+            return toy(i, "ABA"[i])
+
+    train(Lazy())
+    assert Lazy.asked == [0, 1, 2]
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"annotation_key": ["a"] * 30}, "`annotation_key` is of type list; a text"),
+        ({"annotation_key": pd.Series(["a"])}, "`annotation_key` is of type Series"),
+        ({"sample_key": None}, "`sample_key` is of type NoneType"),
+        ({"annotation_key": None, "classes": {"tumour": "x"}}, "`classes` names labels, but `annotation_key` is None"),
+        ({"limitations": "None."}, "`limitations` is the text"),
+        ({"preset": "best"}, r"`preset` is 'best', valid: \['default', 'he2gene-base', 'he2gene-spat'\]"),
+        ({"validation": "leaky"}, r"`validation` is 'leaky', valid: \['grouped', 'random'\]"),
+        ({"n_target_genes": 0}, "`n_target_genes` is 0; a whole number from 1"),
+        ({"n_target_genes": 2.5}, "`n_target_genes` is 2.5"),
+        ({"n_latent": 0}, "`n_latent` is 0"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"batch_size": -3}, "`batch_size` is -3"),
+        ({"batch_size": "8"}, "`batch_size` is '8'"),
+        ({"min_spot_share": 1.0}, "`min_spot_share` is 1.0"),
+        ({"min_spot_share": -0.1}, "`min_spot_share` is -0.1"),
+        ({"stages": (0,)}, r"`stages` is \(0,\); valid for this encoder: None"),
+        ({"cache": "features", "preset": "he2gene-base"}, "`cache`.*own output"),
+        ({"windows_um": (0.0,)}, "windows"),
+        ({"windows_um": (-100.0, 200.0)}, "windows"),
+        ({"device": "gpu"}, "valid here"),
+        ({"dtype": "float8"}, "`dtype`"),
+        ({"encoder": "no-such-net"}, "'no-such-net' is unknown"),
+        ({"encoder": (torch.nn.Identity(), SPEC)}, "one vector an image"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(options, match):
+    refuses([toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))], match, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"ignore": "tumour"}, r"`ignore` is the text 'tumour'; a list is needed: \['tumour'\]"),
+        ({"ignore": None}, "`ignore` is None"),
+        ({"colors": {"tumour": "no colour"}}, "`colors` has"),
+        ({"colors": ["red"]}, "`colors` is of type list"),
+        ({"merge": ["tumour"]}, "`classes` is of type list"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        hg.Classes(**options)
+
+
+def test_classes_may_be_left_as_they_are_by_none():
+    classes = hg.Classes(merge=None, colors=None)
+    assert (classes.merge, classes.colors) == ({}, {})
+
+
+def test_keys_and_card_have_to_be_dataclasses():
+    refuses([], r"`keys` is of type dict; hg.SectionKeys\(...\) is needed", TypeError, keys={"layer": "counts"})
+    refuses([], r"`card` is of type str; hg.CardText\(...\) is needed", TypeError, card="2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(hg.DefaultRecipe, "max_epochs"), (partial(hg.PaperRecipe, "he2gene-base"), "stages")]
+)
+def test_a_recipe_has_no_field_of_the_other(kind, field):
+    with pytest.raises(TypeError, match=field):
+        kind(**{field: 3})
+
+
+@pytest.mark.parametrize("sdatas", [None, 3, "C5", ["C5"]])
+def test_what_is_no_object_is_refused(sdatas):
+    with pytest.raises((ValueError, TypeError), match="sdata"):
+        train(sdatas)
+
+
+def test_arguments_are_checked_before_anything_is_read():
+    def never():
+        raise AssertionError("read")
+        yield
+
+    refuses(never(), "`validation`", validation="none")
+
+
+def test_a_model_refuses_a_network_of_its_weights_that_does_something_else(tmp_path):
+    path = train(toys(), encoder=(Power(network(), 1.0), SPEC)).save(tmp_path / "model")
+    assert hg.models.load(path, encoder=(Power(network(), 1.0), SPEC)).network is not None
+    with pytest.raises(ValueError, match="has its weights but gives another output"):
+        _ = hg.models.load(path, encoder=(Power(network(), 0.25), SPEC)).network
+
+
+# The machine
+
+
+def test_weights_that_cannot_be_had_say_how_to_get_them(monkeypatch):
+    import timm
+
+    def create_model(*_, pretrained, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    refuses(
+        toys(), "weights of encoder 'resnet50'.*no route to host.*efficientnet-lite0", RuntimeError, encoder="resnet50"
+    )
+
+
+def test_a_full_disk_is_said_before_the_work(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, 0))
+    with pytest.raises(OSError, match="the disk is full") as raised:
+        train(toys(), cache=tmp_path / "cache")
+    assert raised.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_too_little_memory_is_said_before_anything_is_read(monkeypatch):
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else sysconf(name))
+
+    parts = toys()
+    parts[0]["table"].X = parts[0]["table"].X.toarray() - 1  # would be refused when read
+    refuses(parts, "features a spot need .* GiB.*`windows_um` or `stages`", MemoryError, encoder="efficientnet-lite0")
+
+
+def test_after_a_refusal_the_input_is_as_it_was():
+    parts = toys()
+    table = parts[1]["table"]
+    table.obs["section"] = "S0"
+    before = table.copy()
+    refuses(parts, "two sections are named")
+    assert parts[1]["table"] is table
+    pd.testing.assert_frame_equal(table.obs, before.obs)
+    assert sorted(parts[1].tables) == ["table"]
+
+
+def test_a_gene_of_no_count_in_any_section_is_not_learned():
+    parts = without_counts_of_the_first_gene()
+    model = train(parts, min_spot_share=0.0)
+    assert parts[0]["table"].var_names[0] not in model.genes.index
+    assert len(model.genes) == 39
+    assert isinstance(model, hg.models.HE2Gene)
+
+
+# Found by a fresh reader
+
+
+def test_names_of_patients_are_the_same_as_numbers_and_as_text():
+    parts = toys()
+    for part, patient in zip(parts, (3, 3.0, "4 "), strict=True):
+        part["table"].obs["patient"] = pd.Series([patient] * part["table"].n_obs, index=part["table"].obs_names)
+    patients = {facts["patient"] for facts in train(parts).card.training["sections"].values()}
+    assert patients == {"3", "4"}
+
+
+def test_missing_labels_that_became_text_are_missing_and_undetermined_ones_are_no_class(caplog):
+    parts = toys()
+    labels = parts[0]["table"].obs["annotation"].astype(object)
+    labels.iloc[:8] = np.nan
+    parts[0]["table"].obs["annotation"] = labels.fillna("nan")
+    labels = parts[1]["table"].obs["annotation"].astype(object)
+    labels.iloc[:8] = "Undetermined"
+    parts[1]["table"].obs["annotation"] = labels
+    model = train(parts, annotation_key="annotation")
+    assert not {"nan", "Undetermined"} & set(model.card.classes)
+    assert "S0: 8 labels are the text of a missing value" in caplog.text
+
+
+def test_labels_that_are_all_missing_are_warned_of(caplog):
+    parts = toys()
+    for part in parts:
+        part["table"].obs["annotation"] = pd.Series(np.nan, index=part["table"].obs_names, dtype=object)
+    assert train(parts, annotation_key="annotation").card.classes == ()
+    assert "`annotation_key`: no spot has a label in 'annotation'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda parts: {"classes": {"tumuor": "cancer"}}, r"`classes` names labels \['tumuor'\]"),
+        (
+            lambda parts: parts[2]["table"].obs.__setitem__("section", "S0"),
+            "two sections are named 'S0'.* object 1 too",
+        ),
+        (lambda parts: parts[1]["table"].obs.__setitem__("patient", np.nan), r"`sample_key`: values .*\(object 2 of"),
+    ],
+)
+def test_what_a_list_of_sections_tells_is_checked_before_any_is_encoded(monkeypatch, spoil, match):
+    parts = toys()
+    options = spoil(parts) or {}
+    monkeypatch.setattr("he2gene_sc.tl._train.default.encode_section", lambda *_: pytest.fail("a section was encoded"))
+    refuses(parts, match, annotation_key="annotation", **options)
+
+
+def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
+    """One section lists a few genes only: counts per 10,000 of those are not those of all."""
+    parts = toys()
+    whole = train(parts)
+    genes = whole.genes.sort_values("mean", ascending=False).index
+    kept = [*genes[::2]]
+    places = parts[1]["table"].var_names.get_indexer(kept)
+    full = log_normalise(parts[1]["table"].X).mean(0)[places]
+    short = without_genes(parts[1], [gene for gene in genes if gene not in kept])
+    model = train([parts[0], short, parts[2]])
+    assert "section S1 lists genes that make up" in caplog.text
+    np.testing.assert_allclose(model.genes.loc[kept, "mean"], whole.genes.loc[kept, "mean"], atol=0.1)
+    # Taken as they stand, they would be too high.
+    as_it_stands = log_normalise(short["table"].X).mean(0)[short["table"].var_names.get_indexer(kept)]
+    assert (as_it_stands - full).mean() > 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"windows_um": ["100"]}, "`windows_um` is"),
+        ({"windows_um": [np.nan]}, "`windows_um` is"),
+        ({"min_spot_share": "a"}, "`min_spot_share` is 'a'"),
+        ({"seed": -1}, "`seed` is -1"),
+        ({"genes": 5}, "`genes` is 5"),
+        ({"classes": ["tumour"], "annotation_key": "annotation"}, "`classes` is of type list"),
+        ({"classes": {"tumour": 1}, "annotation_key": "annotation"}, "`classes` maps labels to"),
+        ({"windows_um": (um for um in (100.0, 200.0))}, "`windows_um` is"),
+        ({"windows_um": {100.0, 200.0}}, "`windows_um` is"),
+        ({"ensembl_ids": ["a"]}, "`ensembl_ids` is of type list"),
+        ({"stages": 3}, "`stages` is 3"),
+        ({"cache": 5}, "`cache` is 5"),
+        ({"cache": ""}, "`cache` is ''"),
+        ({"description": 5}, "`description` is of type int"),
+        ({"missing_genes_are_zero": "no"}, "`missing_genes_are_zero` is 'no'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(options, match):
+    refuses(toys(), match, **options)
+
+
+def test_sections_that_are_no_objects_are_named():
+    refuses({"a": toy(0)}, "`sdatas` is a dict")
+    refuses("sections.zarr", "`sdatas` is a str")
+    refuses([toy(0), "sections.zarr"], r"object 2 of `sdatas`", (TypeError, ValueError))
+
+
+def test_windows_may_be_an_array_and_genes_a_generator():
+    parts = toys()
+    genes = list(parts[0]["table"].var_names[:12])
+    same_model(
+        train(parts, windows_um=np.array([100.0, 200.0]), genes=(gene for gene in genes)),
+        train(parts, windows_um=[100.0, 200.0], genes=genes),
+    )
+
+
+def test_a_model_of_few_genes_predicts_a_table_of_many():
+    parts = toys()
+    genes = list(parts[0]["table"].var_names[:2])
+    model = train(parts, genes=genes, n_target_genes=2)
+    hg.tl.predict(parts[0], model=model, show_progress_bar=False)
+    assert parts[0]["table"].var["he2gene_predicted"].sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "match", "error"),
+    [
+        ({"max_epochs": 2.5}, "`max_epochs` is 2.5", ValueError),
+        ({"lr": float("inf")}, "`lr` is inf", ValueError),
+        ({"lr": "a"}, "`lr` is 'a'", ValueError),
+        ({"callbacks": None}, "`callbacks` is None", ValueError),
+        ({"callbacks": [1]}, r"`callbacks` is \[1\]", ValueError),
+        ({"precision": "bf16-true"}, "`precision` is 'bf16-true', valid", ValueError),
+        ({"patches_at_once": 1}, "`patches_at_once` is 1", ValueError),
+        ({"resume": True}, "`resume` needs the `checkpoint_dir`", ValueError),
+        ({"checkpoint_dir": "/proc/x"}, "`checkpoint_dir` '/proc/x' cannot be written", OSError),
+    ],
+)
+def test_options_of_training_by_gradient_are_refused_before_a_section_is_read(monkeypatch, options, match, error):
+    monkeypatch.setattr("he2gene_sc.tl._train.train.read_all", lambda *_: pytest.fail("a section was read"))
+    refuses(toys(), match, error, preset="he2gene-base", **options)
+
+
+def test_a_run_in_the_checkpoint_folder_is_not_begun_anew(tmp_path):
+    (tmp_path / "last.ckpt").write_text("a run")
+    refuses(toys(), "holds a run; go on with", FileExistsError, preset="he2gene-base", checkpoint_dir=tmp_path)
+
+
+def test_a_label_that_classes_name_is_that_class_whatever_is_ignored():
+    parts = toys()
+    for part in parts:
+        labels = part["table"].obs["annotation"].astype(object)
+        labels.iloc[:8] = "Undetermined"
+        part["table"].obs["annotation"] = labels
+    assert "fat" in train(parts, annotation_key="annotation", classes={"Undetermined": "fat"}).card.classes
+
+
+def test_labels_that_are_numbers_are_named_as_they_stand_in_the_column():
+    parts = toys()
+    for part in parts:
+        part["table"].obs["annotation"] = np.arange(part["table"].n_obs) % 3 + 0.0
+        part["table"].obs.iloc[0, part["table"].obs.columns.get_loc("annotation")] = np.nan
+    model = train(
+        parts, annotation_key="annotation", classes=hg.Classes(merge={0.0: "none", "1 ": "one"}, ignore=(2.0,))
+    )
+    assert model.card.classes == ("none", "one")
+
+
+def test_other_containers_do_as_well():
+    parts = toys()
+    genes = parts[0]["table"].var_names
+    ids = pd.Series([f"ENSG{i:011d}" for i in range(len(genes))], index=genes)
+    model = train(
+        parts,
+        annotation_key="annotation",
+        ensembl_ids=ids,
+        classes=hg.Classes(ignore={"undetermined"}, colors={"tumour": "red"}),
+        limitations=np.array(["None of it is real."]),
+        version=2,
+        missing_genes_are_zero=np.True_,
+    )
+    assert model.card.version == "2"
+    assert dict(zip(model.card.classes, model.card.class_colors, strict=True))["tumour"] == "#ff0000"
+    assert model.genes["ensembl_id"].iloc[0].startswith("ENSG")
+
+
+def test_a_patient_that_became_text_is_missing():
+    parts = toys()
+    parts[1]["table"].obs["patient"] = "nan"
+    refuses(parts, r"`sample_key`: values of 'patient' are missing")
+
+
+def test_two_sections_too_small_to_count_may_share_a_name(caplog):
+    small = [toy(7, shape=(1, 3), section="rest"), toy(8, shape=(1, 3), section="rest")]
+    # What is left out need not share genes either.
+    renamed(small[0], {gene: f"other-{gene}" for gene in small[0]["table"].var_names})
+    assert set(train([*toys(), *small]).card.training["sections"]) == {"S0", "S1", "S2"}
+    assert caplog.text.count("section rest is left out") == 2
+
+
+def test_lists_with_few_common_counts_are_not_scaled(caplog):
+    def part(name, genes, counts):
+        return Measured(
+            name=name,
+            patient=name,
+            mpp=1.0,
+            slide=None,
+            centres=np.zeros((len(counts), 2)),
+            genes=pd.Index(genes),
+            counts=scipy.sparse.csr_array(counts),
+            labels=np.full(len(counts), None, object),
+        )
+
+    rng = np.random.default_rng(0)
+    parts = [part(name, ["X", f"{name}1", f"{name}2"], rng.poisson((2, 50, 80), (20, 3))) for name in "ABC"]
+    chosen = hg.GeneSelection()
+    for found, section in zip(totals_of(parts, chosen), parts, strict=True):
+        np.testing.assert_array_equal(found, section.counts.sum(axis=1))
+    assert "the genes that all sections measured have only" in caplog.text
+    parts = [part(name, ["X", f"{name}1"], rng.poisson((100, 50), (200, 2))) for name in "ABC"]
+    for found, section in zip(totals_of(parts, chosen), parts, strict=True):
+        # Each lists 150 of the 250 counts that a spot would have had.
+        assert (found / section.counts.sum(axis=1)).mean() == pytest.approx(250 / 150, rel=0.02)
+
+
+def test_windows_of_a_few_pixels_are_refused_before_anything_is_encoded():
+    refuses(
+        toys(),
+        r"`windows_um`: a window of 10 µm is .* px of section '.*' \(.*\); 8 px, .* µm, are the least.*preset=hg\.",
+        windows_um=[10.0, 400.0],
+    )
