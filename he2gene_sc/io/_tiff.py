@@ -191,15 +191,15 @@ def _n_lost(full: TiledImage, level: TiledImage) -> int:
     if not lacks.any():
         return 0
     there = ~full.lacks()
-    rows, columns = (n / lacks.shape[axis] for axis, n in enumerate(there.shape))
-    return sum(
-        bool(
-            there[
-                int(y * rows) : int(np.ceil((y + 1) * rows)), int(x * columns) : int(np.ceil((x + 1) * columns))
-            ].any()
-        )
-        for y, x in np.argwhere(lacks)
-    )
+    # Tiles of the scan under one of the level, by pixels: grids are rounded up. Half a tile is left for rounded shapes.
+    steps = [n * full.shape[i] / level.shape[i] / full.chunks[i] for i, n in enumerate(level.chunks) if i]
+
+    def shown(place: int, step: float) -> slice:
+        margin = min(1.0, step) / 2
+        first = int(place * step + margin)
+        return slice(first, max(first + 1, int(np.ceil((place + 1) * step - margin))))
+
+    return sum(bool(there[shown(y, steps[0]), shown(x, steps[1])].any()) for y, x in np.argwhere(lacks))
 
 
 def check_whole(series: tifffile.TiffPageSeries, path: Path) -> None:

@@ -137,8 +137,11 @@ class TiledImage:
     def _blacken(self, pixels: np.ndarray, top: int, left: int) -> None:
         """Paint the tiles that the file lacks black, as they are in other colours."""
         th, tw = self._tile
-        for iy, ix in np.argwhere(self.lacks()):
-            y, x = iy * th - top, ix * tw - left
+        bottom, right = top + pixels.shape[1], left + pixels.shape[2]
+        # Those of the rectangle alone: a sparse slide lacks most of its tiles.
+        lacks = self.lacks()[top // th : -(-bottom // th), left // tw : -(-right // tw)]
+        for iy, ix in np.argwhere(lacks):
+            y, x = iy * th - top % th, ix * tw - left % tw
             pixels[:, max(0, y) : max(0, y + th), max(0, x) : max(0, x + tw)] = 0
 
     def probe(self, max_tiles: int = 16) -> np.ndarray:

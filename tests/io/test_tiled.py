@@ -265,3 +265,34 @@ def test_a_reduced_level_that_lacks_tiles_of_the_scan_is_left_out(tmp_path, capl
     image = image_of(tmp_path / "a.tif")
     assert [level.array.shape[1] for level in image.levels] == [256, 64]
     assert "level 1 lacks 1 tiles that the scan has" in caplog.text
+
+
+def test_levels_of_a_sparse_slide_stay_where_their_tiles_lie_under_others_of_the_scan(tmp_path, caplog):
+    """Five tiles of the scan are a tile and a quarter of the level: its second tile shows the fifth alone."""
+    tile = np.full((64, 64, 3), 200, np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for n, tiles in ((320, [tile if i % 5 < 4 and i < 20 else None for i in range(25)]), (80, [tile, *[None] * 3])):
+            options = {"subfiletype": 1} if n == 80 else {"subifds": 1}
+            options |= {"shape": (n, n, 3), "dtype": np.uint8, "compression": "zlib"}
+            file.write(iter(tiles), photometric="rgb", tile=(64, 64), **options)
+    assert [level.array.shape[1] for level in image_of(tmp_path / "a.tif").levels] == [320, 80]
+    assert "lacks" not in caplog.text
+
+
+def test_a_region_of_a_sparse_slide_is_painted_by_its_own_tiles(tmp_path, monkeypatch):
+    tile = np.full((16, 16, 3), 200, np.uint8)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        iter([tile if i % 3 else None for i in range(400)]),
+        shape=(320, 320, 3),
+        dtype=np.uint8,
+        photometric="ycbcr",
+        tile=(16, 16),
+        compression="zlib",
+    )
+    image = direct(image_of(tmp_path / "a.tif").levels[0].array)
+    whole = image[:, :, :]
+    seen, argwhere = [], np.argwhere
+    monkeypatch.setattr(np, "argwhere", lambda found: seen.append(found.size) or argwhere(found))
+    assert np.array_equal(image[:, 100:150, 37:90], whole[:, 100:150, 37:90])
+    assert seen == [4 * 4]
