@@ -36,6 +36,8 @@ def _same(a: Any, b: Any) -> bool:
         a, b = (np.asarray(value) for value in (a, b))
     if any(isinstance(value, pd.api.extensions.ExtensionArray | pd.Series | pd.Index) for value in (a, b)):
         return same_column(pd.Series(a), pd.Series(b))
+    # Of single numbers, anndata reads Python's.
+    a, b = (value.item() if isinstance(value, np.number) else value for value in (a, b))
     return _same_values(np.asarray(a), np.asarray(b))
 
 

@@ -96,7 +96,7 @@ def predict(
     from ..models import load
 
     if genes and all_genes:
-        raise ValueError("--genes and --all-genes are two wishes; give one of them")
+        raise ValueError("--genes and --all-genes exclude each other; give one of them")
     if bool(paths) == (manifest is not None):
         raise ValueError("either PATHS or --manifest is needed")
     if manifest is not None and manifest.suffix.lower() not in (".csv", ".tsv"):

@@ -62,6 +62,9 @@ def read_jobs(
             own = {name: _value(name, value) for name, value in own.items()}
             labels = {name: asked_name(value, name, sample=name == "patient") for name, value in labels.items()}
             _check({**options, **own}, is_local)
+            if not isinstance(options.get("genes"), str | None):
+                # An Index or an array cannot be compared with what a store says.
+                options["genes"] = validate.names(options["genes"], "genes")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         place = output_of(path, output_dir) if output is None else output.resolve()
@@ -197,7 +200,7 @@ def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     (_, header), *lines = lines
     if "path" not in header:
         other = next((mark for mark in (",", ";", "\t") if mark in header[0]), None)
-        hint = f"; columns seem to be parted by {other!r}, {separator!r} is needed" if other else ""
+        hint = f"; columns seem to be separated by {other!r}, {separator!r} is needed" if other else ""
         raise ValueError(
             f"{path.name} lacks the column `path`, which names the slide of each row; it has {header}"
             f"{hint or validate.near('path', header)}"

@@ -256,7 +256,7 @@ def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.I
         )
         raise ValueError(
             f"`counts` and `spots` of section {section!r} share no spot: {list(counts.index[:3])} against "
-            f"{list(spots.index[:3])}" + (f"; columns seem to be parted by {odd!r}, tabs are needed" if odd else "")
+            f"{list(spots.index[:3])}" + (f"; columns seem to be separated by {odd!r}, tabs are needed" if odd else "")
         )
     if len(ids) < len(spots) or len(ids) < len(counts):
         warnings.warn(

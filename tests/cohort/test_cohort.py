@@ -541,7 +541,7 @@ def test_a_manifest_is_read_as_spreadsheets_write_it(tmp_path, content):
         ),
         ("path,mpp\n\nx,A.svs,0.5\n", "line 3: 3 cells"),
         ("path,mpp,\nA.svs,1,note\n", "a column without a name"),
-        ("path;mpp\nA.svs;1\n", "seem to be parted by ';', ',' is needed"),
+        ("path;mpp\nA.svs;1\n", "seem to be separated by ';', ',' is needed"),
         ("Path,mpp\nA.svs,1\n", "near 'path': ['Path']"),
         ('path,mpp\n\nA.svs,"0,5"\n', "line 3: `mpp` is '0,5'; a number, with a decimal point is needed"),
         ("path,mpp\nA.svs,0_5\n", "line 2: `mpp` is '0_5'"),
@@ -575,6 +575,13 @@ def test_whole_numbers_of_a_column_with_gaps_are_whole(tmp_path):
     jobs, _ = read_jobs(frame, {}, **GIVEN)
     assert [job.options for job in jobs] == [{"batch_size": 8}, {}]
     assert isinstance(jobs[0].options["batch_size"], int)
+
+
+@pytest.mark.parametrize("make", [np.array, pd.Index])
+def test_genes_of_any_kind_are_a_list_that_can_be_compared(make):
+    jobs, _ = read_jobs(["a.svs"], {"genes": make(["CD24", "FASN"])}, **GIVEN)
+    assert jobs[0].options == {"genes": ["CD24", "FASN"]}
+    assert isinstance(jobs[0].options["genes"], list)
 
 
 def test_one_slide_under_two_names_is_said(tmp_path):

@@ -512,7 +512,7 @@ def test_a_missing_patient_is_no_name_and_a_wrong_separator_is_named(tmp_path):
     )
     assert hg.io.read_st(counts, tmp_path / "tabs.tsv")["table"].n_obs == 20
     counts.to_csv(tmp_path / "counts.csv", sep=";")
-    with pytest.raises(ValueError, match="columns seem to be parted by ';', tabs are needed"):
+    with pytest.raises(ValueError, match="columns seem to be separated by ';', tabs are needed"):
         hg.io.read_st(tmp_path / "counts.csv", spots)
 
 

@@ -19,7 +19,7 @@ from spatialdata.transformations import Scale, get_transformation, set_transform
 
 import he2gene_sc as hg
 from he2gene_sc._core import doubts
-from he2gene_sc._core.same import same_column
+from he2gene_sc._core.same import same, same_column
 from he2gene_sc.io import _files
 
 pytestmark = pytest.mark.slow
@@ -619,3 +619,15 @@ def test_a_column_of_another_type_is_another(there, here):
         pd.api.types.infer_dtype(s.cat.categories if isinstance(s.dtype, pd.CategoricalDtype) else s) for s in (a, b)
     ]
     assert same_column(a, b) == same_column(b, a) == (kinds[0] == kinds[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_single_numbers_of_numpy_are_not_taken_for_changes_by_others(slide, tmp_path):
+    slide["table"].uns["limits"] = {"low": np.float32(0.1), "n": np.int32(3)}
+    slide.write(tmp_path / "other.zarr")
+    table = slide.path / "tables" / "table"
+    before = table.stat().st_ino
+    hg.io.save(slide)
+    assert table.stat().st_ino == before
+    assert not same(np.float32(1), 1)
+    assert not same(np.int8(1), True)

@@ -283,7 +283,7 @@ def test_a_region_of_a_sparse_slide_is_painted_by_its_own_tiles(tmp_path, monkey
     tile = np.full((16, 16, 3), 200, np.uint8)
     tifffile.imwrite(
         tmp_path / "a.tif",
-        iter([tile if i % 3 else None for i in range(400)]),
+        iter([None if i % 3 else tile for i in range(400)]),
         shape=(320, 320, 3),
         dtype=np.uint8,
         photometric="ycbcr",
