@@ -220,12 +220,13 @@ class Network(nn.Module):
     ) -> Iterator[tuple[slice, slice, np.ndarray]]:
         """Yield rows of ``(n, k)``, a part of the genes at positions ``(g,)``, and what is predicted of both, in bounded memory."""
         positions = torch.from_numpy(np.asarray(genes, np.int64))
-        with torch.inference_mode():
-            for start in range(0, len(genes), _GENES_AT_ONCE):
-                part = positions[start : start + _GENES_AT_ONCE].to(self.genes_bias.device)
-                for rows in row_blocks(len(latent), _VALUES_AT_ONCE // len(part)):
-                    found = self.expression(latent[rows].to(part.device), part)
-                    yield rows, slice(start, start + len(part)), found.cpu().numpy()
+        for start in range(0, len(genes), _GENES_AT_ONCE):
+            part = positions[start : start + _GENES_AT_ONCE].to(self.genes_bias.device)
+            for rows in row_blocks(len(latent), _VALUES_AT_ONCE // len(part)):
+                # Not around the yield: the caller would be in this mode too, and stay in it after an interruption.
+                with torch.inference_mode():
+                    found = self.expression(latent[rows].to(part.device), part).cpu().numpy()
+                yield rows, slice(start, start + len(part)), found
 
     def annotation(self, latent: torch.Tensor) -> torch.Tensor:
         """Predict the class probabilities, ``(…, k)`` to ``(…, c)``; those of several views are to be averaged."""

@@ -94,6 +94,12 @@ def test_a_wide_gene_head_is_computed_in_parts_with_the_same_result(network, ima
     assert_same(run(network, read(image)), whole)
 
 
+def test_what_is_done_with_a_block_of_genes_is_not_in_inference_mode(network):
+    blocks = network.expression_blocks(torch.zeros(2, network.n_latent), [0, 1])
+    next(blocks)
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_no_spots_give_empty_predictions(network, image):
     found = run(network, read(image, np.empty((0, 2))))
     assert found.expression.shape[0] == found.proba.shape[0] == found.embedding.shape[0] == 0
