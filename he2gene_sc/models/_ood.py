@@ -10,7 +10,7 @@ import numpy as np
 
 from ..image import FAULTS, MIN_TISSUE
 from ._embedding import Rows, row_blocks
-from ._stain import nuclear_contrast, stain_of
+from ._stain import green_excess, stain_of
 
 #: Arrays of an :class:`OODDetector` among the tensors of a model.
 MEAN, SCALE, WEIGHTS = "guard.mean", "guard.scale", "guard.weights"
@@ -71,7 +71,7 @@ class OODDetector:
         n = len(features)
         facts = SlideFacts.unknown(n) if facts is None else facts
         on_tissue = facts.tissue >= MIN_TISSUE
-        octaves, stain, contrast, distance, rest = self._compare(features, on_tissue)
+        octaves, stain, order, distance, rest = self._compare(features, on_tissue)
         scores = {
             "stain": stain,
             "focus": facts.faults.max(1, initial=0),
@@ -82,13 +82,13 @@ class OODDetector:
         for cause in ("stain", "focus"):
             if on_tissue.any():
                 scores[cause] = np.maximum(scores[cause], np.median(scores[cause][on_tissue]))
-        nuclei = float(np.median(contrast[on_tissue])) if on_tissue.any() else 0.0
-        scores["stain"] = np.maximum(scores["stain"], 1 - nuclei)
+        excess = float(np.median(order[on_tissue])) if on_tissue.any() else 1.0
+        scores["stain"] = np.maximum(scores["stain"], 1 - excess)
         score = np.max(list(scores.values()), axis=0).astype(np.float32) if n else np.zeros(0, np.float32)
         causes = {name: float((x[on_tissue] > 1).mean()) if on_tissue.any() else 0.0 for name, x in scores.items()}
         verdict = self._verdict(score[on_tissue], distance[on_tissue])
         found = _main_causes(causes) if verdict == "out of distribution" else []
-        reasons = tuple(self._words(cause, octaves, nuclei, facts, on_tissue) for cause in found)
+        reasons = tuple(self._words(cause, octaves, excess, facts, on_tissue) for cause in found)
         if verdict == "no tissue" and n:
             reasons = ("no spot lies on tissue",)
         return OODResult(score, causes, octaves, verdict, reasons)
@@ -96,7 +96,7 @@ class OODDetector:
     def _compare(
         self, features: Rows, on_tissue: np.ndarray
     ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Seeming size of the slide; of each spot score and contrast of the stain, distance to the bank and rest; by blocks."""
+        """Seeming size of the slide; of each spot score and order of the stain, distance to the bank and rest; by blocks."""
         found: list[tuple[np.ndarray, ...]] = []
         sizes: list[tuple[int, float]] = []
         for rows in row_blocks(len(features)) or [slice(0, 0)]:
@@ -105,11 +105,11 @@ class OODDetector:
             found.append((*self._stain(x), nearest(own, self.bank[:, : own.shape[1]]), rest))
             if n := int(on_tissue[rows].sum()):
                 sizes.append((n, seeming_size(x[on_tissue[rows]], self.size, self.windows_um)))
-        stain, contrast, distance, rest = (np.concatenate(values) for values in zip(*found, strict=True))
+        stain, order, distance, rest = (np.concatenate(values) for values in zip(*found, strict=True))
         if len(sizes) == 1:
-            return sizes[0][1], stain, contrast, distance, rest
+            return sizes[0][1], stain, order, distance, rest
         octaves = float(np.average([size for _, size in sizes], weights=[n for n, _ in sizes])) if sizes else np.nan
-        return octaves, stain, contrast, distance, rest
+        return octaves, stain, order, distance, rest
 
     @property
     def _distance(self) -> float:
@@ -123,9 +123,9 @@ class OODDetector:
         found = stain_of(features, len(self.windows_um))
         middle = np.array(limits["middle"])
         score = np.abs((found - middle) / np.array(limits["half"])).max(1, initial=0)
-        # Pictures that a model may be trained on without being H&E say nothing of nuclei.
-        he = nuclear_contrast(middle[None])[0] > 0
-        return score, nuclear_contrast(found) if he else np.ones(len(features))
+        # A model may have been trained on another stain.
+        he = green_excess(middle[None])[0] > 0
+        return score, green_excess(found) if he else np.ones(len(features))
 
     def _resolution(self, octaves: float, mpp: float) -> float:
         seeming = abs(octaves) / self.limits["octaves"] if np.isfinite(octaves) else 0.0
@@ -140,7 +140,7 @@ class OODDetector:
         known = self.limits.get("known")
         return "like training" if known is not None and np.median(distance) <= known else "new"
 
-    def _words(self, cause: str, octaves: float, nuclei: float, facts: SlideFacts, on_tissue: np.ndarray) -> str:
+    def _words(self, cause: str, octaves: float, excess: float, facts: SlideFacts, on_tissue: np.ndarray) -> str:
         if cause == "focus":
             shares = (facts.faults[on_tissue] > 1).mean(0)
             return f"focus: the image is {FAULTS[int(shares.argmax())]}"
@@ -151,10 +151,10 @@ class OODDetector:
                 f"resolution: what its windows show seems {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} "
                 "than it should be: the µm/px may be wrong, or the image far less sharp or sharper"
             )
-        if cause == "stain" and nuclei < 0:
+        if cause == "stain" and excess < 0:
             return (
-                "stain: what is dark is not bluer than the rest, as nuclei are in H&E: it is another stain, or its channels are not "
-                "in the order red, green, blue"
+                "stain: it absorbs more red than green, which H&E does not: it is another stain, or its channels are not in the order "
+                "red, green, blue"
             )
         if cause == "stain":
             return "stain: its colours are not those of the H&E stains that it was trained on"

@@ -42,13 +42,14 @@ def stain_of(features: np.ndarray, n_windows: int) -> np.ndarray:
     )
 
 
-def nuclear_contrast(stains: np.ndarray) -> np.ndarray:
-    """How much redder the absorption of what varies is than that of all, from :func:`stain_of`: ``(n, 8)`` to ``(n,)``.
+def green_excess(stains: np.ndarray) -> np.ndarray:
+    """How much more green than red is absorbed, or than what varies absorbs, from :func:`stain_of`: ``(n, 8)`` to ``(n,)``.
 
-    In H&E it is nuclei that vary most, and haematoxylin absorbs red more than eosin does: positive. With red and
-    green exchanged it changes its sign.
+    In H&E it is positive: eosin absorbs green, and where there is little of it, nuclei vary most, which absorb more red than
+    the rest. With red and green exchanged both change their sign. Neither alone is enough: with strong eosin
+    nuclei do not vary most, and haematoxylin absorbs about as much red as green.
     """
-    return stains[:, 5] - stains[:, 1]
+    return np.maximum(stains[:, 5], 0) - stains[:, 1]
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
 from he2gene_sc.models._ood import CAUSES, OODDetector, SlideFacts, components, nearest, seeming_size
+from he2gene_sc.models._stain import stain_of
 from he2gene_sc.training._closed_form.ood import fit_detector
 from tests.helpers.toy_sections import toy, train
 
@@ -229,11 +230,24 @@ def test_exchanged_red_and_green_are_noticed_within_the_range_of_the_stains():
     assert found.causes["stain"] == 1
     assert found.verdict == "out of distribution"
     assert any("channels are not in the order red, green, blue" in reason for reason in found.reasons)
-    # A model of pictures whose dark parts are redder than the rest has learned no H&E.
+    # A model of pictures that absorb more red than green has learned no H&E.
     middle = np.array(stain["middle"])
-    middle[5] = middle[1] - 1
+    middle[[1, 5]] = 1, 0
     other = replace(detector, limits=detector.limits | {"stain": stain | {"middle": middle.tolist()}})
     assert other.judge(exchanged, facts(60)).causes["stain"] == 0
+
+
+def test_he_with_strong_eosin_whose_nuclei_do_not_vary_most_passes():
+    """Sections of ovary and lung are so: their first principal density is less red than their mean."""
+    detector, _ = fitted(slides())
+    stain = detector.limits["stain"] | {"half": [100.0] * 8}
+    detector = replace(detector, limits=detector.limits | {"stain": stain})
+    (eosin,) = slides(1, seed=1)
+    for start in (10, 19):
+        eosin[:, start + np.array([3, 6, 7])] *= 0.3
+    found = stain_of(eosin, 2)
+    assert (found[:, 5] < found[:, 1]).all()
+    assert detector.judge(eosin, facts(60)).causes["stain"] == 0
 
 
 def test_glass_says_nothing_of_the_slide():
