@@ -21,6 +21,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
+    # anndata reads single numbers of numpy, and arrays without axes, as those of Python.
+    a, b = (
+        value.item() if isinstance(value, np.number | np.ndarray) and np.ndim(value) == 0 else value for value in (a, b)
+    )
     if a is None or b is None:
         return a is None and b is None
     if isinstance(a, Mapping) or isinstance(b, Mapping):
@@ -36,8 +40,6 @@ def _same(a: Any, b: Any) -> bool:
         a, b = (np.asarray(value) for value in (a, b))
     if any(isinstance(value, pd.api.extensions.ExtensionArray | pd.Series | pd.Index) for value in (a, b)):
         return same_column(pd.Series(a), pd.Series(b))
-    # Of single numbers, anndata reads Python's.
-    a, b = (value.item() if isinstance(value, np.number) else value for value in (a, b))
     return _same_values(np.asarray(a), np.asarray(b))
 
 

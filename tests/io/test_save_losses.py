@@ -623,7 +623,7 @@ def test_a_column_of_another_type_is_another(there, here):
 
 @pytest.mark.filterwarnings("ignore")
 def test_single_numbers_of_numpy_are_not_taken_for_changes_by_others(slide, tmp_path):
-    slide["table"].uns["limits"] = {"low": np.float32(0.1), "n": np.int32(3)}
+    slide["table"].uns["limits"] = {"low": np.float32(0.1), "n": np.int32(3), "high": np.array(2, np.float32)}
     slide.write(tmp_path / "other.zarr")
     table = slide.path / "tables" / "table"
     before = table.stat().st_ino
