@@ -390,6 +390,10 @@ def test_logarithms_to_another_base_than_the_calibrated_ones_are_told(tmp_path, 
     calibration = hg.Calibration.load(hg.tl.calibrate(counted(), layer="other").save(tmp_path / "other.npz"))
     new = counted(2, 1)
     assert not told(new[:, :7].copy(), calibration)
+    # One gene of a new patient may well be on another level.
+    few = new[:, :1].copy()
+    few.layers["other"] = few.layers["other"] * np.float32(factor)
+    assert not told(few, calibration)
     new.layers["other"] = new.layers["other"] * np.float32(factor)
     (message,) = told(new, calibration)
     assert f"on average {factor:.2f} times the values" in message.replace("1.45", "1.44")
