@@ -57,7 +57,8 @@ class _File(_Strict):
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file."""
-    if not validate.folder_or_file(path, "path").is_file():
+    path = validate.folder_or_file(path, "path")
+    if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is a folder, or not there; name a TOML file")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -67,6 +68,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], dict[str, Any]]:
     """Read a training file: sections, read one by one, and the arguments of :func:`he2gene_sc.tl.train`."""
+    path = path.expanduser()
     try:
         found = _File.model_validate(read_toml(path))
     except ValidationError as error:

@@ -506,3 +506,11 @@ def test_a_damaged_store_is_named_before_any_work(store, main, monkeypatch, comm
     assert "Traceback" not in error
     assert f"PATH '{store}' is damaged" in error
     assert named in error
+
+
+def test_a_toml_file_is_found_by_the_home_folder(tmp_path, monkeypatch):
+    from he2gene_sc.cli.training_file import read_toml
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "options.toml").write_text("seed = 1\n")
+    assert read_toml(Path("~/options.toml")) == {"seed": 1}
