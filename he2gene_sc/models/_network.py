@@ -223,7 +223,7 @@ class Network(nn.Module):
         for start in range(0, len(genes), _GENES_AT_ONCE):
             part = positions[start : start + _GENES_AT_ONCE].to(self.genes_bias.device)
             for rows in row_blocks(len(latent), _VALUES_AT_ONCE // len(part)):
-                # Not around the yield: the caller would be in this mode too, and stay in it after an interruption.
+                # Not around the yield: the caller would be in this mode too.
                 with torch.inference_mode():
                     found = self.expression(latent[rows].to(part.device), part).cpu().numpy()
                 yield rows, slice(start, start + len(part)), found
