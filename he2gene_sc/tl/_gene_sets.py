@@ -91,7 +91,12 @@ def weights_by_set(net: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def membership(sets: Mapping[str, Mapping[str, float]], genes: pd.Index) -> np.ndarray:
     """Weights ``(g, sets)`` of these genes, 0 outside of a set."""
-    return np.array([[weights.get(gene, 0.0) for weights in sets.values()] for gene in genes]).reshape(len(genes), -1)
+    rows = {gene: row for row, gene in enumerate(genes)}
+    found = np.zeros((len(genes), len(sets)))
+    for column, weights in enumerate(sets.values()):
+        here = [gene for gene in weights if gene in rows]
+        found[[rows[gene] for gene in here], column] = [weights[gene] for gene in here]
+    return found
 
 
 def in_names_of(net: pd.DataFrame, genes: pd.Index) -> pd.DataFrame:

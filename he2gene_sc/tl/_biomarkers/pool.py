@@ -171,7 +171,7 @@ def check_replicates(spots: SpotData, sample_key: str) -> None:
         nested = patients.groupby(spots.samples).nunique().max() == 1
         if nested and patients.notna().all() and n_patients < n:
             warnings.warn(
-                f"`sample_key` {sample_key!r}: the {n} samples are of {n_patients} patients by obs[{key!r}]. Samples of one patient are "
+                f"`sample_key` {sample_key!r}: the {n} samples are of {n_patients} patient{'s' * (n_patients != 1)} by obs[{key!r}]. Samples of one patient are "
                 f"not replicates: p-values are too small. Use sample_key={key!r}",
                 UserWarning,
                 stacklevel=3,
