@@ -119,7 +119,8 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
     if section is None:
         validate.not_ambiguous(scored, "section")
     chosen: str = scored[0] if section is None else section
-    validate.all_in([chosen], scored, "section", "was not scored")
+    if chosen not in scored:
+        raise ValueError(f"`section` {chosen!r} was not scored, valid: {scored}")
     params = record["params"]
     samples = samples_of(table, params.get("sample_key", PATIENT))
     names = apart(sections_of(table, params.get("section_key", SECTION)), samples)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 RECIPE = replace(BASE, lr=1e-2, max_epochs=4)
 
 
-SECTIONS = [SimpleNamespace(name=name, patient=name[0], mpp=0.5) for name in ("A1", "A2", "B1", "B2", "C1")]
+SECTIONS = [SimpleNamespace(name=name, patient=name[0], mpp=0.5, image=None) for name in ("A1", "A2", "B1", "B2", "C1")]
 
 
 def train(data, known, recipe, network, sections=SECTIONS, **options):
@@ -202,7 +202,7 @@ def test_one_patient_and_one_section_are_warned_of(data, caplog):
             facts(),
             replace(RECIPE, max_epochs=1),
             encoder(),
-            sections=[SimpleNamespace(name=s.name, patient="A", mpp=0.5) for s in SECTIONS],
+            sections=[SimpleNamespace(name=s.name, patient="A", mpp=0.5, image=None) for s in SECTIONS],
         )
         assert said in caplog.text
         if "section" in said:
