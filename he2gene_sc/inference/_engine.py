@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,9 +34,8 @@ _ON_CPU = 8
 class Predictions:
     """What a model says of the spots of one slide, in the order of the spots."""
 
-    expression: np.ndarray  # (n, g) float32 ln(1 + counts per 10,000), floored at 0
     proba: np.ndarray  # (n, c) float32; c is 0 without an annotation head
-    embedding: np.ndarray  # (n, k) float32, what the heads read
+    embedding: np.ndarray  # (n, k) float32, what the heads read: expression is that of `Network.expression_blocks`
     tissue: np.ndarray  # (n,) float32 share in the smallest window
     ood: OODResult | None = None  # None where the model cannot tell
 
@@ -44,7 +43,6 @@ class Predictions:
 def predict(
     network: Network,
     reader: PatchReader | None,
-    genes: Sequence[int] | np.ndarray = (),
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -52,7 +50,7 @@ def predict(
     progress: Callable[[int], object] | None = None,
     features: SpotFeatures | None = None,
 ) -> Predictions:
-    """Predict the genes at positions ``(g,)`` for all spots of a reader, or from ``features`` without reading pixels.
+    """Predict all spots of a reader, or from ``features`` without reading pixels.
 
     The encoder runs in ``dtype``, the heads in float32. ``progress`` is called with the spots done by each batch.
     """
@@ -72,18 +70,14 @@ def predict(
         n = len(centres_um)
         if not n:
             classes = network.annotation_bias.shape[0] if network.has_annotation else 0
-            a, b, c = (np.empty((0, size), np.float32) for size in (len(genes), classes, network.n_latent))
-            return Predictions(a, b, c, facts.tissue)
+            proba, embedding = (np.empty((0, size), np.float32) for size in (classes, network.n_latent))
+            return Predictions(proba, embedding, facts.tissue)
         embedding = network.embed(seen, centres_um)
-        latent = torch.from_numpy(embedding).to(device)
-        expression = np.empty((n, len(genes)), np.float32)
-        for rows, part, values in network.expression_blocks(latent, genes):
-            expression[rows, part] = values
-        if proba is None:
-            proba = (
-                network.classify(seen, centres_um, latent) if network.has_annotation else np.empty((n, 0), np.float32)
-            )
-    return Predictions(expression, proba, embedding, facts.tissue, network.judge(seen, facts))
+        if proba is None and network.has_annotation:
+            proba = network.classify(seen, centres_um, torch.from_numpy(embedding).to(device))
+        elif proba is None:
+            proba = np.empty((n, 0), np.float32)
+    return Predictions(proba, embedding, facts.tissue, network.judge(seen, facts))
 
 
 def _encoded(

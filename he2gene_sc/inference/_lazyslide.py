@@ -171,10 +171,14 @@ class LazySlideModel(_Part):
         )
         device = next(iter(self.model.buffers())).device
         with torch.autocast(device.type, enabled=False):
-            found = predict(self._network, None, self._positions, device=device, dtype=torch.float32, features=seen)
+            found = predict(self._network, None, device=device, dtype=torch.float32, features=seen)
+            expression = np.empty((len(values), len(self.genes)), np.float32)
+            latent = torch.from_numpy(found.embedding)
+            for rows, genes, block in self._network.expression_blocks(latent, self._positions):
+                expression[rows, genes] = block
         if found.ood is not None and found.ood.verdict == "out of distribution":
             reasons = "; ".join(found.ood.reasons) or "it differs from the training slides"
             warnings.warn(
                 f"the slide is out of distribution ({reasons}): do not trust the prediction", UserWarning, stacklevel=2
             )
-        return dict(zip(self.genes, found.expression.T, strict=True))
+        return dict(zip(self.genes, expression.T, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -215,9 +215,7 @@ class Network(nn.Module):
         """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0."""
         return (latent @ self.genes_weight[:, genes] + self.genes_bias[genes]).clamp_(min=0)
 
-    def expression_blocks(
-        self, latent: torch.Tensor, genes: Sequence[int] | np.ndarray
-    ) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    def expression_blocks(self, latent: torch.Tensor, genes: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
         """Yield rows of ``(n, k)``, a part of the genes at positions ``(g,)``, and what is predicted of both, in bounded memory."""
         positions = torch.from_numpy(np.asarray(genes, np.int64))
         for start in range(0, len(genes), _GENES_AT_ONCE):
