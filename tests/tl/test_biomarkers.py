@@ -699,6 +699,15 @@ def test_sections_taken_for_patients_are_warned_of(column):
         found(tables, sample_key="slide")
 
 
+def test_concordance_of_sections_taken_for_patients_is_warned_of():
+    tables = _both()
+    for i, table in enumerate(tables):
+        table.obs["slide"] = f"slide {i}"
+        table.obs["patient"] = f"P{i // 2}"
+    with pytest.warns(UserWarning, match=r"4 samples are of 2 patients by obs\['patient'\]"):
+        hg.tl.concordance(tables, "label", k=(5,), sample_key="slide")
+
+
 def test_sections_of_one_layout_are_no_twins():
     # Same places, same labels, little noise: neighbouring sections in one frame.
     tables = [_counted(i) for i in range(2)]

@@ -21,7 +21,7 @@ from . import blind
 from .compare import adjusted, compare, method_for, named_groups
 from .design import Design
 from .methods import METHODS
-from .pool import labelled_spots
+from .pool import check_replicates, labelled_spots
 from .provenance import circularity, measured_part, reliable_genes
 from .sums import depth_of
 
@@ -131,6 +131,8 @@ def concordance(
     spots = spots.take(seen)
     warn_of_copied_spots(spots, known, stacklevel=3)
     chosen = method_for(method, spots)
+    if chosen.samples:
+        check_replicates(spots, sample_key)
     depth = depth_of(spots, "auto") if chosen.depth else None
     run: dict[str, Any] = {"groups": groups, "reference": reference, "depth": depth}
     # Counts are summed; what was predicted has none.

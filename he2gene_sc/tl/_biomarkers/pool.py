@@ -16,6 +16,7 @@ from ..._core.duplicates import check_places, check_twins
 from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import find_genes
 from ..._core.keys import Keys
+from ..._core.logs import logger
 from ..._core.matrix import blocks_of, matrix_of
 from ..._core.names import clean_samples
 from ..._core.predictions import prediction_of
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 #: Columns of ``obs`` that name patients, by usual names.
 _PATIENTS = ("patient", "patient_id", "donor", "donor_id", "subject", "subject_id", "individual")
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def labelled_spots(
@@ -171,8 +170,8 @@ def check_replicates(spots: SpotData, sample_key: str) -> None:
         nested = patients.groupby(spots.samples).nunique().max() == 1
         if nested and patients.notna().all() and n_patients < n:
             warnings.warn(
-                f"`sample_key` {sample_key!r}: the {n} samples are of {n_patients} patient{'s' * (n_patients != 1)} by obs[{key!r}]. Samples of one patient are "
-                f"not replicates: p-values are too small. Use sample_key={key!r}",
+                f"`sample_key` {sample_key!r}: the {n} samples are of {n_patients} patient{'s' * (n_patients != 1)} by obs[{key!r}]. "
+                f"Samples of one patient are not replicates: p-values are too small. Use sample_key={key!r}",
                 UserWarning,
                 stacklevel=3,
             )
