@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 
-logger = logging.getLogger("he2gene_sc")
+from ._core.logs import logger
 
 
 def symbol_to_ensembl() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,11 @@ import pandas as pd
 from . import validate
 from .elements import facts_of, spot_element
 from .keys import ATTRS
+from .logs import logger
 from .rasters import levels
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-logger = logging.getLogger("he2gene_sc")
 
 #: µm per pixel that an image may have: from an electron microscope to a slide on a thumbnail.
 _PLAUSIBLE = (1e-3, 1e4)

@@ -37,8 +37,8 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
             return None
         for table, record in _asked_for(job, model):
             whole = _has_labels(table, job.labels) and (not job.in_place or _is_of_slide(job, table, record))
-            if whole and all(_can_be_read(place) for place in _parts(table, record, _key(job))):
-                return _figures(table, record, _key(job))
+            if whole and all(_can_be_read(place) for place in _parts(table, record, job.key)):
+                return _figures(table, record, job.key)
     except Exception:  # noqa: BLE001 - whatever damage does to a reader: it is read again, and reported then
         return None
     return None
@@ -46,8 +46,8 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
 
 def figures(job: Job, model: HE2Gene) -> dict[str, Any]:
     """Numbers of a slide that was just predicted, for the summary."""
-    found = _asked_for(job, model) or _in_order(_predictions(job.output, _key(job)), job)
-    return _figures(*found[0], _key(job))
+    found = _asked_for(job, model) or _in_order(_predictions(job.output, job.key), job)
+    return _figures(*found[0], job.key)
 
 
 def _figures(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
     from .._core.stores import digest, newest
 
     noted = record.get(FILES, {})
-    written = newest(job.output, [("tables", f"{table.name}/uns/{_key(job)}")])
+    written = newest(job.output, [("tables", f"{table.name}/uns/{job.key}")])
     for region, chosen in elements_of(job.output, record).items():
         if region in noted:
             if noted[region] != " ".join(digest(job.output, [each]) for each in chosen):
@@ -102,10 +102,6 @@ def _can_be_read(place: Path) -> bool:
     return True
 
 
-def _key(job: Job) -> str:
-    return job.options.get("key_added", "he2gene")
-
-
 def _predictions(store: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Tables that hold a prediction, and its record; nothing else is read."""
     for place in sorted((store / "tables").glob(f"[!.]*/uns/{key}")):
@@ -116,14 +112,14 @@ def _predictions(store: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]
 
 def _asked_for(job: Job, model: HE2Gene) -> list[tuple[Path, dict[str, Any]]]:
     """Tables that hold the prediction of a job, the likeliest first."""
-    found = _predictions(job.output, _key(job))
+    found = _predictions(job.output, job.key)
     return _in_order((pair for pair in found if _matches(*pair, job, model) and _is_asked_for(pair[0], job)), job)
 
 
 def _in_order(found: Iterable[tuple[Path, dict[str, Any]]], job: Job) -> list[tuple[Path, dict[str, Any]]]:
     # All genes stand in a table of the name of the key, where a measured table has its own.
     all_genes = job.options.get("genes") == "all"
-    return sorted(found, key=lambda pair: (pair[0].name == _key(job)) != all_genes)
+    return sorted(found, key=lambda pair: (pair[0].name == job.key) != all_genes)
 
 
 def _is_asked_for(table: Path, job: Job) -> bool:
@@ -149,7 +145,7 @@ def _matches(table: Path, record: Mapping[str, Any], job: Job, model: HE2Gene) -
         options.pop(name, None)
     # Where nothing is asked, features in obsm are taken as they were made.
     tta = options.pop("tta", record["tta"] if "features" in record else model.card.tta)
-    layer = options.pop("layer", _key(job))
+    layer = options.pop("layer", job.key)
     if record["weights_sha256"] != model.weights_sha256 or bool(record["tta"]) != tta or record["layer"] != layer:
         return False
     if not _same_patient(record, options.pop("known_patient", None)):

@@ -46,6 +46,11 @@ class Job:
 
         return self.path.is_dir() and self.output == resolved(self.path)
 
+    @property
+    def key(self) -> str:
+        """Key of the prediction."""
+        return str(self.options.get("key_added") or "he2gene")
+
     def asks_as(self, other: Job) -> bool:
         """Whether the same is asked of two slides."""
         ours, theirs = ((job.options, job.labels, job.pitch_um, job.tissue_method) for job in (self, other))
@@ -69,10 +74,6 @@ class Job:
             "pitch_um": float(self.pitch_um),
             "tissue_method": self.tissue_method,
         }
-
-
-def _key(job: Job) -> str:
-    return str(job.options.get("key_added") or "he2gene")
 
 
 def output_of(path: Path, folder: Path | None = None) -> Path:
@@ -101,7 +102,7 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
         sdata = _read_image(job)
     _check_labels(sdata, job.labels)
     check_place(job.output, least_bytes(sdata, images=job.keep_image and not in_place))
-    before = {name: table.uns.get(_key(job)) for name, table in sdata.tables.items()}
+    before = {name: table.uns.get(job.key) for name, table in sdata.tables.items()}
     tl.predict(sdata, model=model, **job.options)
     _write_labels(sdata, job)
     if in_place:
@@ -141,14 +142,14 @@ def _element_digests(store: Path) -> dict[tuple[str, str], str]:
 def _note_files(sdata: SpatialData, job: Job, before: Mapping[str, Any], files: Mapping[tuple[str, str], str]) -> None:
     """Note in the record of a prediction what tells the files of image and spots, as they were before they were read."""
     for name, table in sdata.tables.items():
-        record = table.uns.get(_key(job))
+        record = table.uns.get(job.key)
         if not is_prediction(record) or record is before.get(name):
             continue
         noted = dict(before.get(name, {}).get(FILES, {})) if is_prediction(before.get(name)) else {}
         regions = elements_of(job.path, record)
         now = [job.options["shapes_key"]] if job.options.get("shapes_key") else list(regions)
         noted |= {region: " ".join(files.get(each, "") for each in regions[region]) for region in now}
-        table.uns[_key(job)] = {**record, FILES: {region: noted[region] for region in regions if region in noted}}
+        table.uns[job.key] = {**record, FILES: {region: noted[region] for region in regions if region in noted}}
 
 
 def _open(store: Path) -> SpatialData:
@@ -188,7 +189,7 @@ def _check_labels(sdata: SpatialData, labels: Mapping[str, str]) -> None:
 
 
 def _write_labels(sdata: SpatialData, job: Job) -> None:
-    key = _key(job)
+    key = job.key
     for table in sdata.tables.values():
         for name, value in job.labels.items():
             if key in table.uns and name not in table.obs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from ._tiff import check_series, check_whole, is_tiled, mpp_of, opened, orientat
 if TYPE_CHECKING:
     import tifffile
     from PIL.Image import Image as PillowImage
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Pixels of an image that is decoded into memory: 3.6 GB as RGB.
 MAX_PIXELS = 1_200_000_000

@@ -87,7 +87,6 @@ def check_table(where: str, table: AnnData) -> None:
 
 def storable(where: str, table: AnnData) -> AnnData:
     """Return a table whose missing texts, numbers and flags among objects are missing in a store too."""
-    check_table(where, table)
     given: dict[str, Any] = {"obs": table.obs, "var": table.var, "uns": dict(table.uns)}
     given |= {slot: dict(getattr(table, slot).items()) for slot in ("obsm", "varm")}
     made = {slot: _value(f"{where}.{slot}", value) for slot, value in given.items()}

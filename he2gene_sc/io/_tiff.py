@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core.logs import logger
 from ..image import check_channel_names, check_pixels
 from ._colour import colour_of
 from ._tiled import TiledImage, pages_of
 
 if TYPE_CHECKING:
     import tifffile
-
-logger = logging.getLogger("he2gene_sc")
 
 #: What scanners call the images beside the scan.
 _BESIDE = {"thumbnail", "label", "macro", "map", "overview"}

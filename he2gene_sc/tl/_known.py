@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core.logs import logger
 from ..image import pixels_sha256
 
 if TYPE_CHECKING:
     from .._core.slide import Slide
     from ..models import ModelCard
-
-logger = logging.getLogger("he2gene_sc")
 
 #: Share of the spots that must lie where spots of training did: one image may show tissue of several patients.
 _LEAST_SHARE = 0.9

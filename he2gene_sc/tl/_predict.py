@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from .._core.element_results import copy_tables
 from .._core.fill import StackedPredictions, check_fillable, fill_table
 from .._core.keys import FACTS, TABLE, Keys, check_key
 from .._core.lazy import is_large
+from .._core.logs import logger
 from .._core.made_table import check_new_table, make_table, put_table
 from .._core.model_genes import match_genes
 from .._core.predictions import head_of
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     from ..inference import Predictions
     from ..models import HE2Gene
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def predict(
@@ -110,8 +108,8 @@ def predict(
     **options
         ``tta``: average over the eight symmetries of the square, eight times the work, slightly better; default: what the
         model's card says (the paper's models do, the bundled one does not). ``batch_size=32``: spots a batch, of which a CPU
-        encodes eight at once; it does not change the result. ``dtype="auto"``: precision of the encoder, ``"float32"``, ``"bfloat16"`` or ``"float16"``;
-        ``"auto"`` is bfloat16 on CUDA. ``lattice=0.25``: step of the lattices of dense spots, as a share of the window.
+        encodes eight at once; it does not change the result. ``dtype="auto"``: precision of the encoder, ``"float32"``,
+        ``"bfloat16"`` or ``"float16"``; ``"auto"`` is bfloat16 on CUDA. ``lattice=0.25``: step of the lattices of dense spots, as a share of the window.
 
     Returns
     -------

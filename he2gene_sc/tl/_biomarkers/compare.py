@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..._core.logs import logger
 from ..._core.names import asked_name
 from ..._core.spots import SpotData
 from ..._core.validate import format_list
@@ -30,8 +30,6 @@ NO_DEPTH = (
     "alone. Raw counts of every spot in X, or hg.Design(depth=...) with a column of total counts, mend this"
 )
 _PLAIN = Design()
-
-logger = logging.getLogger("he2gene_sc")
 
 
 def compare(

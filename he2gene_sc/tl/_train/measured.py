@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import pandas as pd
 import scipy.sparse
 
 from ..._core.expression import contents_of
+from ..._core.logs import logger
 from ..._core.matrix import in_memory, layer_names, matrix_of, where_of
 from ..._core.names import clean_names, clean_samples, column_of
 from ..._core.placement import check_placement
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from ...training import Section
-
-logger = logging.getLogger("he2gene_sc")
 
 TWICE = "`section_key`: two sections are named {!r}; each needs a name of its own, those of other patients too"
 #: Spots below which a section says nothing of how well its genes are predicted.
