@@ -275,3 +275,30 @@ def hbcis_root(tmp_path_factory):
     from tests.helpers.hbcis_mini import write_hbcis
 
     return write_hbcis(tmp_path_factory.mktemp("hbcis") / "HBCIS")
+
+
+@pytest.fixture
+def train_by_file(monkeypatch, tmp_path):
+    """Run `he2gene train` on a file with this text in ``tmp_path``; returns what `hg.tl.train` was called with."""
+    from typer.testing import CliRunner
+
+    import he2gene_sc as hg
+    from he2gene_sc.cli import app as cli
+
+    calls = []
+
+    class Model:
+        card = hg.models.load().card
+
+        def save(self, path):
+            return path
+
+    monkeypatch.setattr(hg.tl, "train", lambda sdatas, **options: calls.append((sdatas, options)) or Model())
+
+    def call(text):
+        (tmp_path / "config.toml").write_text(text)
+        arguments = ["train", str(tmp_path / "config.toml"), "--out", str(tmp_path / "model")]
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+        return calls[-1]
+
+    return call

@@ -153,17 +153,11 @@ for line in sys.stdin:
 
 
 def faults(folder):
-    import he2gene_sc as hg
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tests.helpers import saving_faults
 
-    toy = hg.datasets.toy((3, 4), mpp=4.0)
-    table = toy["table"]
-    # Each column is several files: as few as make a table.
-    table.obs, table.var = table.obs[["region", "instance_id"]], table.var[[]]
-    table.obs["round"] = np.arange(table.n_obs)
-    table.uns["count"] = 7
-    table.layers["same"] = table.X.copy()
-    toy.write(folder / "faults.zarr")
-    program = Path(__file__).parents[1] / "helpers" / "saving_faults.py"
+    saving_faults.small_slide().write(folder / "faults.zarr")
+    program = saving_faults.__file__
     for mode in ("kill", "cut", "error", "full", "cut no-exchange"):
         kind, *options = mode.split()
         done = subprocess.run(

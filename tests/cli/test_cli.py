@@ -333,30 +333,12 @@ def test_an_image_without_resolution_is_refused_by_name(main, image):
     assert "`mpp` of image 'he' is unknown" in err
 
 
-def test_train_refuses_an_unknown_table(main, tmp_path):
-    (tmp_path / "config.toml").write_text('sections = ["C5"]\n[other]\n')
-    code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
-    assert code == 1
-    assert "config.toml is not valid: `other` is not a field" in err
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("sections = [", "config.toml is not a TOML file"),
         ('sections = "C2"\n[train]\n', "config.toml is not valid: `sections` is 'C2': it must be a valid list"),
-    ],
-)
-def test_train_says_what_is_wrong_with_its_file(main, tmp_path, text, said):
-    (tmp_path / "config.toml").write_text(text)
-    code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
-    assert code == 1
-    assert said in err
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
+        ('sections = ["C5"]\n[other]\n', "config.toml is not valid: `other` is not a field"),
         ('sections = ["C5"]\ntrain = 3\n', "config.toml is not valid: `train` is 3: it must be a valid dictionary"),
         ('data = ["C5"]\n', "config.toml is not valid: `data` is ['C5']"),
         ("[data]\nstores = [3]\n", "config.toml is not valid: `data.stores.0` is 3: it must be a valid string"),

@@ -453,30 +453,9 @@ def test_a_model_learns_from_it_and_finds_the_tumour_of_another_patient(hbcis_ro
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path, hbcis_root):
-    """Run `he2gene train` on a file with this text, next to the data; returns what `hg.tl.train` was called with."""
-    from typer.testing import CliRunner
-
-    from he2gene_sc.cli import app as cli
-
-    calls = []
-
-    class Model:
-        card = hg.models.load().card
-
-        def save(self, path):
-            return path
-
-    monkeypatch.setattr(hg.tl, "train", lambda sdatas, **options: calls.append((sdatas, options)) or Model())
+def train(train_by_file, tmp_path, hbcis_root):
     (tmp_path / "HBCIS").symlink_to(hbcis_root, target_is_directory=True)
-
-    def call(text):
-        (tmp_path / "config.toml").write_text(text)
-        arguments = ["train", str(tmp_path / "config.toml"), "--out", str(tmp_path / "model")]
-        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
-        return calls[-1]
-
-    return call
+    return train_by_file
 
 
 def test_a_training_file_names_the_folder_relative_to_itself_and_patients(train):

@@ -389,30 +389,9 @@ def test_a_sample_that_stands_there_under_two_names_is_warned_of(root, caplog):
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path, hest_root):
-    """Run `he2gene train` on a file with this text, next to the data; returns what `hg.tl.train` was called with."""
-    from typer.testing import CliRunner
-
-    from he2gene_sc.cli import app as cli
-
-    calls = []
-
-    class Model:
-        card = hg.models.load().card
-
-        def save(self, path):
-            return path
-
-    monkeypatch.setattr(hg.tl, "train", lambda sdatas, **options: calls.append((sdatas, options)) or Model())
+def train(train_by_file, tmp_path, hest_root):
     (tmp_path / "HEST").symlink_to(hest_root, target_is_directory=True)
-
-    def call(text):
-        (tmp_path / "hest.toml").write_text(text)
-        arguments = ["train", str(tmp_path / "hest.toml"), "--out", str(tmp_path / "model")]
-        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
-        return calls[-1][0]
-
-    return call
+    return lambda text: train_by_file(text)[0]
 
 
 def test_a_training_file_names_the_folder_and_chooses(train):
@@ -438,7 +417,7 @@ def test_a_training_file_may_name_the_split(train, monkeypatch):
         ('[data]\nhest = "HEST"\nhbcis = "HBCIS"\n', r"\[data\] names \['hbcis', 'hest'\]; one of them is needed"),
         ('[data]\nhest = "HEST"\npatients = ["A"]\n', r"\[data\] \['patients'\] do not go with `hest`, which takes"),
         ('[data]\nhbcis = "HBCIS"\norgan = "Breast"\n', r"\[data\] \['organ'\] do not go with `hbcis`"),
-        ('[data]\nhest = "HEST"\norgan = 3\n', "hest.toml is not valid: `data.organ"),
+        ('[data]\nhest = "HEST"\norgan = 3\n', "config.toml is not valid: `data.organ"),
         ('[data]\nhest = "HEST"\norgan = "Brest"\n', r"`organ` \['Brest'\] are not in HEST_v1_1_0.csv"),
     ],
 )

@@ -24,6 +24,21 @@ EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.trunc
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
+def small_slide():
+    """Return a slide whose table has as few files as make one: each column is several."""
+    import numpy as np
+
+    import he2gene_sc as hg
+
+    toy = hg.datasets.toy((3, 4), mpp=4.0)
+    table = toy["table"]
+    table.obs, table.var = table.obs[["region", "instance_id"]], table.var[[]]
+    table.obs["round"] = np.arange(table.n_obs)
+    table.uns["count"] = 7
+    table.layers["same"] = table.X.copy()
+    return toy
+
+
 class Faults:
     """Count file operations below a folder, and make one of them the last."""
 

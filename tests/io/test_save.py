@@ -513,15 +513,8 @@ FAULTS = ("cut", "error", "full", "cut-no-exchange")
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory):
     """What saves came to that a power cut, an error or a full disk met, in one program for all of them."""
-    toy = hg.datasets.toy((3, 4), mpp=4.0)
-    table = toy["table"]
-    # Each column is several files: as few as make a table.
-    table.obs, table.var = table.obs[["region", "instance_id"]], table.var[[]]
-    table.obs["round"] = np.arange(table.n_obs)
-    table.uns["count"] = 7
-    table.layers["same"] = table.X.copy()
     path = tmp_path_factory.mktemp("faults") / "slide.zarr"
-    toy.write(path)
+    saving_faults.small_slide().write(path)
     program = Path(saving_faults.__file__)
     done = subprocess.run([sys.executable, program, path, ",".join(FAULTS), "400"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

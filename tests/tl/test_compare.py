@@ -167,7 +167,7 @@ def test_differences_are_paired_by_gene_and_their_interval_is_over_patients():
         [np.mean(gaps) - half, np.mean(gaps) + half], abs=1e-6
     )
     assert (found.loc["noise", ["minus_first", "minus_first_low", "minus_first_high"]] == 0).all().all()
-    # Of one patient the sections are the unit; of two there is no interval.
+    # With one patient the unit is the section; two patients give no interval.
     table.obs["section"] = table.obs["patient"].to_numpy()
     table.obs["patient"] = "A"
     one = hg.tl.compare(table, ["noise", "other_model"], protocols=["section", "hest"]).set_index(
