@@ -146,9 +146,9 @@ def _within_blocks(one: Sequence[np.ndarray], two: Sequence[np.ndarray]) -> np.n
 
 
 def _detail(grey: np.ndarray, mpp: float) -> np.ndarray:
-    """Variance of the difference of pixels 1.4 µm apart over that of twice as far, less that of a smooth surface.
+    """Variance of the difference of pixels 1.4 µm apart over that of twice as far, less that of a smooth surface, ``(b,)``.
 
-    Infinite where neighbours are no nearer, which :func:`faults` compares anyway, or the patch is too small.
+    Infinite where 1.4 µm are fewer than two pixels, or the patch is too small: nothing is measured there.
     """
     lag = round(_DETAIL_UM / mpp) if np.isfinite(mpp) else 0
     if not 2 <= lag <= grey.shape[1] // 8:

@@ -35,7 +35,8 @@ def check_room(folder: Path, n_bytes: int) -> None:
 def spilled(found: Iterable[T]) -> list[T]:
     """Move the contiguous arrays of objects to one file, each as it comes; read-only, they take memory only where they are read.
 
-    A map keeps its file open, and a process may open about a thousand: so it is one file for all.
+    A map keeps its file open, and a process may open about a thousand: so it is one file for all, where joblib maps each array
+    for itself.
     """
     kept: list[tuple[bytes, list[slice]]] = []
     with tempfile.TemporaryFile(prefix="he2gene-") as file:
@@ -54,5 +55,5 @@ def spilled(found: Iterable[T]) -> list[T]:
             del one, buffers, views
         file.flush()
         mapped = np.memmap(file, np.uint8, mode="r").data if file.tell() else memoryview(b"")
-    # Bytes of this process: nothing is unpickled but what was pickled above.
+    # What is unpickled never left this process: only the arrays lie in the file.
     return [pickle.loads(rest, buffers=[mapped[place] for place in places]) for rest, places in kept]

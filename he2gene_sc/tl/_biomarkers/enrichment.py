@@ -80,7 +80,7 @@ def enrichment(
     -----
     decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022) takes genes as independent. Genes of a set are
     co-expressed, so its ``pvals_adj`` are too small: they rank sets and are not error rates. ``pvals_adj_samples`` hold for co-expressed
-    genes too: in every sample the mean effect of the set less that of all genes (each gene over its root mean square), a t test of these
+    genes too: in every sample the mean effect of the set less that of all genes (each gene over its root mean square; genes that every sample has), a t test of these
     over samples, from 3 on, and Benjamini and Hochberg's adjustment over the sets of a group. Covariates do not enter. Both compare a
     set with the average gene: where many genes are higher in a group, a set in which none differs is lower than that.
 
