@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import logs
+from .equality import is_same_value, same_array, same_column
 from .rasters import levels, zarr_folders
-from .same import same, same_array, same_column
 
 if TYPE_CHECKING:
     import zarr
@@ -73,7 +73,7 @@ def read_elements(store: Path, kinds: set[str]) -> dict[str, Any]:
 
     if not kinds:
         return {}
-    with warnings.catch_warnings(), logs.quiet("spatialdata", "ome_zarr"):
+    with warnings.catch_warnings(), logs.silence("spatialdata", "ome_zarr"):
         warnings.simplefilter("ignore")
         found = sd.read_zarr(store, selection=tuple(sorted(kinds)), on_bad_files="warn")
     return {name: element for _, name, element in found.gen_elements()}
@@ -127,7 +127,7 @@ def _frame(found: Difference, where: str, there: Any, here: Any) -> list[str]:
     if len(there) != len(here):
         found.altered.append(where)
         return []
-    alike = [key for key in both if same(there[key], here[key])]
+    alike = [key for key in both if is_same_value(there[key], here[key])]
     found.altered += [f"{where}[{key!r}]" for key in both if key not in alike]
     order = [str(key) for key in here.columns if str(key) in both]
     if order != both or there.index.name != here.index.name:
@@ -140,7 +140,7 @@ def _mapping(found: Difference, where: str, there: Mapping[str, Any], here: Mapp
     for key in found.note(where, map(str, there), here):
         if isinstance(there[key], Mapping) and isinstance(here[key], Mapping):
             _mapping(found, f"{where}[{key!r}]", there[key], here[key])
-        elif not same(there[key], here[key]):
+        elif not is_same_value(there[key], here[key]):
             found.altered.append(f"{where}[{key!r}]")
 
 
@@ -175,7 +175,7 @@ def _same_part(there: Any, value: Any) -> bool:
         )
     if encoding == "array" and hasattr(value, "dtype") and not hasattr(value, "tocsr"):
         return same_array(there, value)
-    return same(read_elem(there), value)
+    return is_same_value(read_elem(there), value)
 
 
 def _raw(found: Difference, group: Any, table: AnnData) -> None:
@@ -190,7 +190,7 @@ def _raw(found: Difference, group: Any, table: AnnData) -> None:
         return
     from anndata.io import read_elem
 
-    alike = _same_part(there["X"], table.raw.X) and same(read_elem(there["var"]), table.raw.var)
+    alike = _same_part(there["X"], table.raw.X) and is_same_value(read_elem(there["var"]), table.raw.var)
     varm = list(there["varm"].keys()) if "varm" in there else []
     both = found.note("raw.varm", varm, map(str, table.raw.varm.keys()))
     alike &= len(both) == len(varm) == len(table.raw.varm)

@@ -27,7 +27,7 @@ _ALIKE = 0.99
 _SPOTS, _GENES, _COPIED = 300, 200, 0.9999
 
 
-def check_places(pooled: SpotData) -> None:
+def check_duplicate_spots(pooled: SpotData) -> None:
     """Refuse spots that stand twice in a section."""
     if pooled.xy is not None:
         places, how = [tuple(row) for row in pooled.xy.tolist()], "at the same place"
@@ -44,7 +44,7 @@ def check_places(pooled: SpotData) -> None:
         )
 
 
-def check_twins(pooled: SpotData) -> None:
+def check_duplicate_sections(pooled: SpotData) -> None:
     """Refuse two samples, or two sections of one, that share half of their spots: value by value, or nearly, place by place.
 
     Compared are raw values of the genes that all tables have: a copy may lack some.
@@ -64,7 +64,7 @@ def check_twins(pooled: SpotData) -> None:
     sizes = np.bincount(unit)
     for held, count in shared.items():
         if count >= 3 and 2 * count >= sizes[list(held)].min():
-            _refuse_twins(pooled, unit, held[:2], f"{count} spots are the same, value by value,")
+            _raise_duplicate_section(pooled, unit, held[:2], f"{count} spots are the same, value by value,")
     if pooled.xy is None:
         return
     at = [np.flatnonzero((unit == i) & (prints != 0)) for i in range(len(units))]
@@ -82,7 +82,9 @@ def check_twins(pooled: SpotData) -> None:
                 continue
             alike = (sketch[one] * sketch[other]).sum(axis=1)[scale > 0] / scale[scale > 0]
             if np.median(alike) > _ALIKE:
-                _refuse_twins(pooled, unit, (b, a), f"{len(both)} spots at the same places have nearly the same values")
+                _raise_duplicate_section(
+                    pooled, unit, (b, a), f"{len(both)} spots at the same places have nearly the same values"
+                )
 
 
 def warn_of_copy(predicted: np.ndarray, measured: np.ndarray, layer: str | None, stacklevel: int = 3) -> None:
@@ -138,7 +140,7 @@ def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.nda
     return prints, sketch
 
 
-def _refuse_twins(pooled: SpotData, unit: np.ndarray, held: Sequence[int], what: str) -> None:
+def _raise_duplicate_section(pooled: SpotData, unit: np.ndarray, held: Sequence[int], what: str) -> None:
     a, b = (pooled.samples[np.argmax(unit == i)] for i in held)
     if a == b:
         raise ValueError(f"`data`: {what} in two sections of sample {a!r}; give a section once")

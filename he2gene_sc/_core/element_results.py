@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .elements import facts_of
+from .elements import he2gene_attrs
 from .keys import ATTRS, check_key
-from .signatures import is_element_unchanged, of_element
+from .signatures import element_digest, is_element_unchanged
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -22,7 +22,7 @@ _KINDS = ("images", "labels", "points", "shapes", "tables")
 def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str, parameter: str = "key_added") -> None:
     """Refuse, before any work is done, to put labels or shapes where something is that ``verb`` did not write."""
     check_key(name, parameter)
-    facts = facts_of(sdata)
+    facts = he2gene_attrs(sdata)
     for other_kind, other in element_names(sdata):
         if other.lower() != name.lower():
             continue
@@ -47,15 +47,15 @@ def write_element(
     sdata: SpatialData, kind: str, name: str, element: Any, facts: Mapping[str, Any] | None = None
 ) -> None:
     """Put an element in place of one of ours and record it, with ``facts`` for ``sdata.attrs``; all or nothing."""
-    before = facts_of(sdata)
+    before = he2gene_attrs(sdata)
     written = {**before.get(_WRITTEN, {})}
-    written[kind] = {**written.get(kind, {}), name: of_element(element)}
-    with exchanged(sdata, kind, name, element):
+    written[kind] = {**written.get(kind, {}), name: element_digest(element)}
+    with replaced_element(sdata, kind, name, element):
         sdata.attrs[ATTRS] = {**before, **(facts or {}), _WRITTEN: written}
 
 
 @contextmanager
-def exchanged(sdata: SpatialData, kind: str, name: str, element: Any) -> Iterator[None]:
+def replaced_element(sdata: SpatialData, kind: str, name: str, element: Any) -> Iterator[None]:
     """Put an element, in place of what has its name; undone if the block does not come to its end, by Ctrl-C too."""
     elements = getattr(sdata, kind)
     before, attrs = dict(elements.items()), dict(sdata.attrs)
@@ -84,7 +84,7 @@ def element_names(sdata: SpatialData) -> list[tuple[str, str]]:
 def is_as_written(attrs: Mapping[str, Any], kind: str, name: str, element: Any) -> bool:
     """Whether labels or shapes are what one of our functions wrote, by its record in the attributes of their object."""
     written = attrs.get(ATTRS, {}).get(_WRITTEN, {}).get(kind, {})
-    return name in written and of_element(element) == written[name]
+    return name in written and element_digest(element) == written[name]
 
 
 def copy_tables(sdata: SpatialData) -> SpatialData:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from . import validate
-from .keys import ATTRS, MADE
-from .names import annotated_by
+from .keys import ATTRS, OWN_TABLE
+from .names import annotation_target
 from .rasters import levels, zarr_sources
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Spots:
     diameters: np.ndarray  # of polygons and labels the side of a square of the same area
 
 
-def facts_of(sdata: SpatialData) -> Mapping[str, Any]:
+def he2gene_attrs(sdata: SpatialData) -> Mapping[str, Any]:
     """Return ``sdata.attrs["he2gene"]``, checked."""
     facts = sdata.attrs.get(ATTRS, {})
     names = ("mpp", "mpp_of", "written")
@@ -70,7 +70,7 @@ def check_spatialdata(data: object, parameter: str = "sdata") -> None:
 def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str | None = None) -> str | None:
     """Name of the measured table; ``None`` where there is none."""
     if table_key is not None:
-        validate.there(table_key, sdata.tables, "table_key")
+        validate.existing_key(table_key, sdata.tables, "table_key")
         if not regions_of(sdata[table_key], sdata):
             raise ValueError(
                 f"`table_key` {table_key!r} annotates no shapes or labels of this object: "
@@ -80,7 +80,7 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
     found = [
         key
         for key, table in sdata.tables.items()
-        if MADE not in table.uns
+        if OWN_TABLE not in table.uns
         and (regions := regions_of(table, sdata))
         and (shapes_key is None or shapes_key in regions)
     ]
@@ -90,7 +90,7 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
 
 def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
     """Shapes and labels elements of ``sdata`` that a table annotates."""
-    attrs = annotated_by(table)
+    attrs = annotation_target(table)
     if attrs is None:
         return []
     region = attrs["region"]
@@ -105,7 +105,7 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
     """Elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels; not tiles of ours."""
     if shapes_key is not None:
         if shapes_key not in sdata.labels:
-            validate.there(shapes_key, [*sdata.shapes, *_cells(sdata)], "shapes_key")
+            validate.existing_key(shapes_key, [*sdata.shapes, *_cells(sdata)], "shapes_key")
         if table_key is not None and shapes_key not in regions_of(sdata[table_key], sdata):
             raise ValueError(
                 f"`table_key` {table_key!r} annotates {regions_of(sdata[table_key], sdata)}, not `shapes_key` {shapes_key!r}"
@@ -114,7 +114,7 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
     if table_key is not None:
         return regions_of(sdata[table_key], sdata)
     circles = [key for key, element in sdata.shapes.items() if "radius" in element.columns]
-    tiles = facts_of(sdata).get("written", {}).get("shapes", {})
+    tiles = he2gene_attrs(sdata).get("written", {}).get("shapes", {})
     polygons = [key for key in sdata.shapes if key not in circles and key not in tiles]
     found = circles or polygons or _cells(sdata)
     if not found:
@@ -128,7 +128,7 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
 
 def _cells(sdata: SpatialData) -> list[str]:
     """Labels that are not tissue masks of :func:`he2gene_sc.pp.tissue`."""
-    written = facts_of(sdata).get("written", {}).get("labels", {})
+    written = he2gene_attrs(sdata).get("written", {}).get("labels", {})
     masks = {f"{image}_tissue" for image in sdata.images} | set(written)
     return [key for key in sdata.labels if key not in masks]
 

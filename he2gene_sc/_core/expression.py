@@ -12,7 +12,7 @@ import scipy.sparse
 
 from ..stats import TARGET_SUM
 from . import validate
-from .matrix import blocks_of, dense, matrix_of, where_of
+from .matrix import blocks_of, dense, layer_label, matrix_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,7 +35,7 @@ _AGAIN = "sc.pp.normalize_total(adata, target_sum=1e4), then sc.pp.log1p(adata)"
 
 
 @dataclass(frozen=True)
-class Contents:
+class ValueSummary:
     """What the values of a matrix are."""
 
     n_nan: int = 0
@@ -67,7 +67,7 @@ class Contents:
         return ""
 
 
-def contents_of(values: Any) -> Contents:
+def summarize_values(values: Any) -> ValueSummary:
     """Look at all values of a matrix, some rows at a time."""
     counts = np.zeros(6, np.int64)
     low, high = np.inf, -np.inf
@@ -91,7 +91,7 @@ def contents_of(values: Any) -> Contents:
             counts[5] += (numbers % 1 != 0).sum() if numbers.dtype.kind == "f" else 0
     bounds = (low, high) if np.isfinite(high) else (0.0, 0.0)
     n_nan, n_nan_spots, n_empty, n_infinite, n_negative, n_fractions = counts.tolist()
-    return Contents(n_nan, n_nan_spots, n_empty, n_infinite, n_negative, n_fractions, *bounds)
+    return ValueSummary(n_nan, n_nan_spots, n_empty, n_infinite, n_negative, n_fractions, *bounds)
 
 
 def _nan_spots(block: Any, nan: np.ndarray) -> tuple[int, int]:
@@ -121,7 +121,7 @@ def check_expression(
     """
     scale_parameter = "layer_scale" if parameter == "layer" else "measured_scale"
     validate.one_of(scale, SCALES, scale_parameter)
-    found = contents_of(values)
+    found = summarize_values(values)
     if found.n_infinite:
         raise ValueError(f"`{parameter}`: {where} holds {found.n_infinite} infinite value(s); finite ones are needed")
     if scale == "auto" and found.kind != expected and not (predicted and found.high == 0):
@@ -147,7 +147,7 @@ def check_expression(
     return "log"
 
 
-def _check_counts(found: Contents, where: str, parameter: str, unmeasured_spots: bool) -> None:
+def _check_counts(found: ValueSummary, where: str, parameter: str, unmeasured_spots: bool) -> None:
     partly = found.n_nan_spots - found.n_empty_spots
     if partly or (found.n_nan and not unmeasured_spots):
         raise ValueError(
@@ -158,7 +158,7 @@ def _check_counts(found: Contents, where: str, parameter: str, unmeasured_spots:
         raise ValueError(f"`{parameter}`: {where} is 0 for every gene and spot; nothing was counted")
 
 
-def _check_logs(values: Any, found: Contents, where: str, parameter: str) -> None:
+def _check_logs(values: Any, found: ValueSummary, where: str, parameter: str) -> None:
     if found.n_negative or found.high > MAX_LOG:
         warnings.warn(
             f"`{parameter}`: {where} goes from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
@@ -166,7 +166,7 @@ def _check_logs(values: Any, found: Contents, where: str, parameter: str) -> Non
             stacklevel=5,
         )
         return
-    other = other_scale(values)
+    other = scale_problem(values)
     if other:
         warnings.warn(
             f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {other}. Levels, fold "
@@ -175,7 +175,7 @@ def _check_logs(values: Any, found: Contents, where: str, parameter: str) -> Non
         )
 
 
-def other_scale(values: Any) -> str:
+def scale_problem(values: Any) -> str:
     """Say what logarithms are, if they are not natural ones of (1 + counts per 10,000); empty if they are or may be.
 
     ``expm1`` of all genes of a spot sums to 10,000, of a list of genes to less, by another amount in each spot. So a sum
@@ -299,7 +299,7 @@ def log_expression(
     values = matrix_of(table, layer, parameter)
     kind = check_expression(
         values,
-        where_of(layer),
+        layer_label(layer),
         scale=scale,
         expected=expected,
         parameter=parameter,

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from ..image import MIN_TISSUE
-from .keys import FACTS, SPATIAL, Keys
-from .lazy import lazy_layer, with_rows
+from .keys import REGION_FACTS, SPATIAL, Keys
+from .lazy import insert_rows, lazy_layer
 from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
 from .results import Result, write_results
-from .signatures import of_rows, of_slot
+from .signatures import row_digests, slot_digest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,7 +40,7 @@ class StackedPredictions:
     keys: Keys
     record: dict[str, Any]
     ood: np.ndarray | None = None  # (n,); None where the model has no score
-    familiar: bool = True  # no slide is out of distribution
+    in_distribution: bool = True  # no slide is out of distribution
     known_patient: bool = False  # the model was trained on sections of the same patients
     lazy: bool = False  # expression is computed from the embedding when it is read
 
@@ -81,7 +81,7 @@ class StackedPredictions:
 
         judged = all(result.ood is not None or not len(result.proba) for result in predictions)
         ood = stack(_scores) if judged and model.card.guard is not None else None
-        familiar = all(result.ood is None or not result.ood.reasons for result in predictions)
+        in_distribution = all(result.ood is None or not result.ood.reasons for result in predictions)
         return cls(
             rows=np.concatenate([slide.rows for slide in slides]),
             proba=stack(lambda result: result.proba),
@@ -93,7 +93,7 @@ class StackedPredictions:
             keys=keys,
             record=record,
             ood=ood,
-            familiar=familiar,
+            in_distribution=in_distribution,
             known_patient=known_patient,
             lazy=lazy,
         )
@@ -146,7 +146,7 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
         "obs": {},
         "obsm": {keys.embedding: spread("obsm", keys.embedding, stacked.embedding)},
     }
-    slots["uns"] = {keys.rows: of_rows(slots["obsm"][keys.embedding], table.obs_names)}
+    slots["uns"] = {keys.rows: row_digests(slots["obsm"][keys.embedding], table.obs_names)}
     if card.classes:
         proba = spread("obsm", keys.proba, stacked.proba)
         annotation = stacked.annotation(proba, spread.unknown(keys.annotation, stacked.unknown))
@@ -202,7 +202,7 @@ def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep
     before = table.layers.get(stacked.keys.layer) if keep else None
     if stacked.lazy:
         layer = _lazy_layer(table, stacked)
-        return layer if before is None else with_rows(before, layer, stacked.rows)
+        return layer if before is None else insert_rows(before, layer, stacked.rows)
     layer = np.full(table.shape, np.nan, np.float32)
     if before is not None:
         old = before[others]
@@ -242,7 +242,7 @@ def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> di
     ):
         found[key] = np.zeros(table.n_vars, bool)
         # Of a slide out of distribution no figure says anything.
-        found[key][columns] = known[name] & stacked.familiar
+        found[key][columns] = known[name] & stacked.in_distribution
     if keep and keys.layer in table.layers and keys.predicted in var:
         elsewhere = var[keys.predicted].to_numpy(bool) & ~found[keys.predicted]
         for key, values in found.items():
@@ -258,7 +258,7 @@ def _spatial(table: AnnData, stacked: StackedPredictions) -> dict[str, dict[str,
     centres = np.full((table.n_obs, 2), np.nan)
     centres[stacked.rows] = stacked.centres
     names = type(table)(obs=pd.DataFrame(index=table.obs_names), obsm={"spatial": centres})
-    mark = {"image": stacked.record["image"], "signature": of_slot(names, "obsm", "spatial")}
+    mark = {"image": stacked.record["image"], "signature": slot_digest(names, "obsm", "spatial")}
     return {"obsm": {"spatial": centres}, "uns": {SPATIAL: mark}}
 
 
@@ -288,17 +288,17 @@ def _merged(before: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]
 
     kept = [region for region in regions(before) if region not in regions(record)]
     # anndata.concat keeps those entries alone that all tables share.
-    if not kept or any(fact not in before for fact in FACTS):
+    if not kept or any(fact not in before for fact in REGION_FACTS):
         return record
     merged = {**record, "shapes": [*kept, *regions(record)]}
-    for fact in FACTS:
+    for fact in REGION_FACTS:
         old = before[fact] if isinstance(before[fact], Mapping) else {kept[0]: before[fact]}
         new = record[fact] if isinstance(record[fact], Mapping) else {regions(record)[0]: record[fact]}
         merged[fact] = {region: old[region] for region in kept if region in old} | new
     return merged
 
 
-def on_all_rows(stacked: StackedPredictions) -> StackedPredictions:
+def for_new_table(stacked: StackedPredictions) -> StackedPredictions:
     """Predictions for a table of these spots and genes alone."""
     wanted = type(stacked.wanted)(stacked.wanted.positions, np.arange(len(stacked.wanted.positions)), False)
     return replace(stacked, rows=np.arange(len(stacked.embedding)), wanted=wanted)

@@ -41,10 +41,12 @@ def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bo
     wanted, present = pd.Index(names, dtype=object).astype(str), pd.Index(available, dtype=object).astype(str)
     first = pd.Index(present[~present.duplicated()])
     place = np.append(np.flatnonzero(~present.duplicated()), -1)
-    return by_previous(wanted, present, place[first.get_indexer(wanted)], one_to_one=one_to_one)
+    return match_previous_symbols(wanted, present, place[first.get_indexer(wanted)], one_to_one=one_to_one)
 
 
-def by_previous(names: pd.Index, available: pd.Index, found: np.ndarray, *, one_to_one: bool = True) -> np.ndarray:
+def match_previous_symbols(
+    names: pd.Index, available: pd.Index, found: np.ndarray, *, one_to_one: bool = True
+) -> np.ndarray:
     """Fill in what was not found otherwise: names whose present symbol is that of one gene that is still free."""
     lost = np.flatnonzero(found < 0)
     free = np.setdiff1d(np.arange(len(available)), found) if one_to_one else np.arange(len(available))

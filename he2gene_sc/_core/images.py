@@ -13,7 +13,7 @@ from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels,
 from . import validate
 from .elements import Spots, check_files, check_spatialdata, spot_element
 from .logs import logger
-from .mpp import affine, length_scale, moved
+from .mpp import affine, length_scale, transform_points
 from .rasters import levels
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def find_image(
             raise ValueError(f"`image_key` names no image for shapes {shapes_key!r}, it has {sorted(image_key)}")
         image_key = image_key[shapes_key]
     if image_key is not None:
-        return validate.there(image_key, sdata.images, "image_key")
+        return validate.existing_key(image_key, sdata.images, "image_key")
     candidates = list(sdata.images)
     if shapes_key is not None and len(candidates) > 1:
         systems = set(get_transformation(spot_element(sdata, shapes_key), get_all=True))
@@ -114,7 +114,7 @@ class TissueMask:
     to_mask: np.ndarray  # 3 × 3, from x and y in pixels of the image to those of the mask
 
     @classmethod
-    def of(cls, sdata: SpatialData, image_key: str, tissue_key: str | None) -> TissueMask:
+    def read(cls, sdata: SpatialData, image_key: str, tissue_key: str | None) -> TissueMask:
         """Read the labels, at their finest level, and where they lie."""
         tissue_key = tissue_key_of(sdata, image_key, tissue_key)
         values = np.asarray(levels(sdata.labels[tissue_key])[0]) > 0
@@ -140,7 +140,7 @@ class TissueMask:
         found[inside] = values[rows[inside], columns[inside]]
         return found
 
-    def over(self, pyramid: Pyramid, shape: tuple[int, int] | None = None) -> np.ndarray:
+    def resample(self, pyramid: Pyramid, shape: tuple[int, int] | None = None) -> np.ndarray:
         """Sample the mask over the whole image, ``(h, w)`` bool of this shape, or of as many pixels as it has."""
         height, width = self.values.shape if shape is None else shape
         y, x = (np.arange(height) + 0.5) * pyramid.height / height, (np.arange(width) + 0.5) * pyramid.width / width
@@ -153,7 +153,7 @@ class TissueMask:
 def tissue_key_of(sdata: SpatialData, image_key: str, tissue_key: str | None) -> str:
     """Name of the labels of the tissue mask, by default that of :func:`he2gene_sc.pp.tissue`, whose files are there."""
     tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
-    validate.there(tissue_key, sdata.labels, "tissue_key", "; run hg.pp.tissue first")
+    validate.existing_key(tissue_key, sdata.labels, "tissue_key", "; run hg.pp.tissue first")
     check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
     return tissue_key
 
@@ -222,7 +222,7 @@ def _finest_image(
     for key, matrix in frames.items():
         pyramid = pyramid_of(sdata, key)
         try:
-            look = darkness_at(pyramid, key, moved(points, matrix), side * length_scale(matrix, quiet=True))
+            look = darkness_at(pyramid, key, transform_points(points, matrix), side * length_scale(matrix, quiet=True))
         except ValueError as error:
             logger.info("image %r is left out: %s", key, error)
             continue
@@ -276,13 +276,13 @@ def _frames(
 def _corners(to_pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Corners of an image in the frame, ``(4, 2)``."""
     pixels = np.array([[0, 0], [size[0], 0], [size[0], size[1]], [0, size[1]]], float)
-    return moved(pixels, np.linalg.inv(to_pixels))
+    return transform_points(pixels, np.linalg.inv(to_pixels))
 
 
 def _points(sdata: SpatialData, frames: Mapping[str, np.ndarray], spots: Spots | None) -> tuple[np.ndarray, float]:
     """Points of the common frame where the images are looked at, and the side of a look: some spots, else a raster."""
     if spots is not None:
-        return some_of(spots.centres), float(np.median(spots.diameters))
+        return subsample(spots.centres), float(np.median(spots.diameters))
     boxes = []
     for key, matrix in frames.items():
         pyramid = pyramid_of(sdata, key)
@@ -332,7 +332,7 @@ def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = N
     return check_pixels(int(array.shape[0]), array.dtype, sample, image_key)
 
 
-def some_of(values: np.ndarray, n: int = _N_POINTS) -> np.ndarray:
+def subsample(values: np.ndarray, n: int = _N_POINTS) -> np.ndarray:
     """Choose at most ``n`` values, evenly through their order."""
     return values[np.linspace(0, len(values) - 1, min(n, len(values))).astype(int)]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .matrix import dense
-from .ownership import ours
+from .ownership import unchanged_keys
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -45,7 +45,7 @@ def remove_derived(table: AnnData, names: Iterable[str], but: str | None = None)
 
 def remove_result(table: AnnData, key: str) -> dict[str, list[str]]:
     """Remove a record and what it names; return what was removed beside the record."""
-    written = ours(table, key)
+    written = unchanged_keys(table, key)
     del table.uns[key]
     for slot, keys in written.items():
         for name in keys:

@@ -18,13 +18,13 @@ SECTION = "section"
 
 #: ``sdata.attrs[ATTRS]["mpp"][image_key]``: µm per pixel of level 0, written by our readers, read by ``_core/mpp.py``.
 ATTRS = "he2gene"
-#: ``table.uns[MADE]``: marks a table that we made, which is no candidate when a measured table has to be found.
-MADE = "he2gene_made"
+#: ``table.uns[OWN_TABLE]``: marks a table that we made, which is no candidate when a measured table has to be found.
+OWN_TABLE = "he2gene_made"
 
 #: ``table.uns[SPATIAL]``: image whose pixels ``obsm["spatial"]`` is in, where predict wrote it.
 SPATIAL = "he2gene_spatial"
 #: Entries of ``table.uns["he2gene"]`` that differ between the regions of a table.
-FACTS = ("image", "coordinate_system", "level", "mpp", "mpp_source", "n_spots", "n_outside")
+REGION_FACTS = ("image", "coordinate_system", "level", "mpp", "mpp_source", "n_spots", "n_outside")
 
 #: What the zarr stores of spatialdata accept as the name of an element or key.
 _VALID = re.compile(r"[A-Za-z0-9_.-]+")

@@ -62,7 +62,7 @@ def _block(
     return np.maximum(values, 0, out=values)
 
 
-def with_rows(before: Any, layer: da.Array, rows: np.ndarray) -> da.Array:
+def insert_rows(before: Any, layer: da.Array, rows: np.ndarray) -> da.Array:
     """Return what a layer held ``before``, dense, sparse or lazy, with ``rows`` of a lazy one in it."""
     import dask.array as da
 

@@ -10,7 +10,7 @@ logger = logging.getLogger("he2gene_sc")
 
 
 @contextmanager
-def quiet(*names: str, level: int = logging.ERROR) -> Iterator[None]:
+def silence(*names: str, level: int = logging.ERROR) -> Iterator[None]:
     """Let loggers pass nothing below a level, by default errors alone."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

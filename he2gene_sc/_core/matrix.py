@@ -32,20 +32,20 @@ def matrix_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
         raise ValueError(f"`{parameter}`: X is empty; name a layer, of {sorted(layer_names(table))}")
     dtype = np.dtype(getattr(values, "dtype", float))
     if dtype.kind == "b":
-        raise ValueError(f"`{parameter}`: {where_of(layer)} holds True and False; counts are needed")
+        raise ValueError(f"`{parameter}`: {layer_label(layer)} holds True and False; counts are needed")
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise ValueError(
-            f"`{parameter}`: {where_of(layer)} is a masked array, of which {int(np.ma.count_masked(values))} values are masked; say "
+            f"`{parameter}`: {layer_label(layer)} is a masked array, of which {int(np.ma.count_masked(values))} values are masked; say "
             "what they are: values.filled(0), or values.filled(np.nan)"
         )
     if dtype.kind not in "iuf":
-        raise ValueError(f"`{parameter}`: {where_of(layer)} holds {dtype}; numbers are needed")
+        raise ValueError(f"`{parameter}`: {layer_label(layer)} holds {dtype}; numbers are needed")
     if hasattr(values, "dask"):
-        check_files(where_of(layer), values)
+        check_files(layer_label(layer), values)
     return values
 
 
-def where_of(layer: str | None) -> str:
+def layer_label(layer: str | None) -> str:
     """Name a matrix in errors."""
     return "X" if layer is None else f"layer {layer!r}"
 
@@ -55,7 +55,7 @@ def values_of(table: AnnData, layer: str | None, parameter: str = "layer") -> An
     return in_memory(matrix_of(table, layer, parameter))
 
 
-def readable(table: AnnData, layer: str | None) -> Any:
+def indexable_matrix(table: AnnData, layer: str | None) -> Any:
     """``X`` (``layer=None``) or a layer, of which rows and columns can be taken: lazy if it is a dask array, else in memory."""
     values = matrix_of(table, layer)
     return values if hasattr(values, "dask") else in_memory(values)
@@ -84,7 +84,7 @@ def dense(values: Any) -> np.ndarray:
     return values.toarray() if scipy.sparse.issparse(values) else values
 
 
-def rows_of_chunk(values: Any) -> int:
+def max_chunk_rows(values: Any) -> int:
     """Rows of the largest chunk of a dask array, which is computed whole; 0 for any other matrix."""
     return max(values.chunks[0], default=0) if hasattr(values, "dask") else 0
 

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from . import validate
-from .genes import by_previous, symbols_in
+from .genes import match_previous_symbols, symbols_in
 from .logs import logger
-from .validate import format_list, near
+from .validate import format_list, suggest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -116,7 +116,7 @@ def _lookup(model: HE2Gene, names: pd.Index, *, one_to_one: bool = True) -> tupl
     found = pd.Index(ids[with_id]).get_indexer(stripped)
     by_ensembl = np.append(with_id, -1)[found]
     known = np.where(by_symbol >= 0, by_symbol, by_ensembl)
-    found = by_previous(names, model.genes.index, known, one_to_one=one_to_one)
+    found = match_previous_symbols(names, model.genes.index, known, one_to_one=one_to_one)
     more = np.flatnonzero((found >= 0) & (known < 0))
     return found, {names[i]: str(model.genes.index[found[i]]) for i in more}
 
@@ -130,5 +130,5 @@ def _check_known(model: HE2Gene, genes: list[str]) -> None:
     unknown = [gene for gene, position in zip(genes, _asked(model, genes), strict=True) if position < 0]
     if unknown:
         raise ValueError(
-            f"`genes` {unknown[:5]} are unknown to model {model.name!r}{near(unknown[0], model.genes.index)}; see hg.models.load().genes"
+            f"`genes` {unknown[:5]} are unknown to model {model.name!r}{suggest(unknown[0], model.genes.index)}; see hg.models.load().genes"
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from . import validate
-from .elements import facts_of, spot_element
+from .elements import he2gene_attrs, spot_element
 from .keys import ATTRS
 from .logs import logger
 from .rasters import levels
@@ -71,7 +71,7 @@ def affine(element: Any, coordinate_system: str) -> np.ndarray:
     return matrix
 
 
-def moved(xy: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def transform_points(xy: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Places ``(n, 2)`` that a 3 × 3 matrix moves."""
     return xy @ matrix[:2, :2].T + matrix[:2, 2]
 
@@ -80,7 +80,7 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
     """µm per pixel that the object itself states for an image: written by our readers, or a system in µm."""
     from spatialdata.transformations import get_transformation
 
-    stored = facts_of(sdata).get("mpp", {}).get(image_key)
+    stored = he2gene_attrs(sdata).get("mpp", {}).get(image_key)
     if stored is not None:
         if not (validate.is_number(stored) and stored > 0):
             raise ValueError(
@@ -95,9 +95,9 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
     return None
 
 
-def stated_mpp(sdata: SpatialData, image_key: str, mpp: float) -> dict[str, Any]:
+def attrs_with_mpp(sdata: SpatialData, image_key: str, mpp: float) -> dict[str, Any]:
     """``sdata.attrs[ATTRS]`` with µm per pixel of an image, and which image that is."""
-    facts = facts_of(sdata)
+    facts = he2gene_attrs(sdata)
     stated: dict[str, Any] = {"mpp": float(mpp)}
     if image_key in sdata.images:
         stated[_STATED] = [float(mpp), *_frame(sdata.images[image_key])]
@@ -115,7 +115,7 @@ def _frame(image: Any) -> tuple[float, ...]:
 
 def _check_same_image(sdata: SpatialData, image_key: str, mpp: float) -> None:
     """Refuse a stated µm per pixel whose image was replaced by one of another size that is not a part of it."""
-    stated = facts_of(sdata).get(_STATED, {}).get(image_key, [])
+    stated = he2gene_attrs(sdata).get(_STATED, {}).get(image_key, [])
     if not isinstance(stated, list) or len(stated) != 6 or stated[0] != mpp:
         return
     was, now = np.array(stated[1:], float), np.array(_frame(sdata.images[image_key]))
@@ -227,7 +227,7 @@ def resolve_mpp(
         )
 
     def scaled(factor: float) -> str:
-        return mending_call(sdata, image_key, shapes_key, coordinate_system, np.diag([factor, factor, 1]))
+        return transformation_call(sdata, image_key, shapes_key, coordinate_system, np.diag([factor, factor, 1]))
 
     in_um = assay is not None and abs(assay[0] - 1) < _EXACT
     if measured and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
@@ -270,7 +270,7 @@ def _passed(mpp: str) -> str:
     return f"pass mpp={mpp} (to hg.tl.train keys=hg.SectionKeys(mpp={mpp}))"
 
 
-def mending_call(sdata: SpatialData, image_key: str, shapes_key: str, system: str, matrix: np.ndarray) -> str:
+def transformation_call(sdata: SpatialData, image_key: str, shapes_key: str, system: str, matrix: np.ndarray) -> str:
     """Call that moves the spots by a 3 × 3 matrix in pixels of the image, after the transformation that they have."""
     from spatialdata.transformations import Identity, get_transformation
 

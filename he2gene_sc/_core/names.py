@@ -147,7 +147,7 @@ def _shown(name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mappi
     return f"{name!r} ({', '.join(parts)})" if parts else repr(name)
 
 
-def asked_name(value: object, parameter: str, *, sample: bool = False) -> str:
+def clean_name_argument(value: object, parameter: str, *, sample: bool = False) -> str:
     """Clean a name that the user gave, of a sample or other, as :func:`names_of` cleans those of a column."""
     name = clean_samples([value])[0] if sample else clean_name(value)
     if name is None:
@@ -155,7 +155,7 @@ def asked_name(value: object, parameter: str, *, sample: bool = False) -> str:
     return name
 
 
-def annotated_by(table: AnnData) -> Mapping[str, Any] | None:
+def annotation_target(table: AnnData) -> Mapping[str, Any] | None:
     """Which shapes or labels a table annotates, as spatialdata notes it; ``None`` if it annotates nothing."""
     attrs = table.uns.get("spatialdata_attrs")
     if attrs is None:
@@ -168,7 +168,7 @@ def annotated_by(table: AnnData) -> Mapping[str, Any] | None:
     return attrs
 
 
-def with_text_names(table: AnnData) -> AnnData:
+def check_text_names(table: AnnData) -> AnnData:
     """Return the table, of which anndata could not take rows if its names were numbers."""
     for axis in ("obs_names", "var_names"):
         if pd.api.types.is_numeric_dtype(getattr(table, axis)):

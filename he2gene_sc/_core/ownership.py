@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 import pandas as pd
 
-from .keys import MADE, SPATIAL, Keys
-from .signatures import is_unchanged, of_slot
+from .keys import OWN_TABLE, SPATIAL, Keys
+from .signatures import is_unchanged, slot_digest
 from .validate import format_list
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 #: Keys of ``uns`` that have a meaning of their own, here, in spatialdata or in scanpy.
-RESERVED = (MADE, SPATIAL, "spatial", "spatialdata_attrs")
+RESERVED = (OWN_TABLE, SPATIAL, "spatial", "spatialdata_attrs")
 
 
 def public_name(verb: str) -> str:
@@ -34,7 +34,7 @@ def is_prediction(record: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(record, Mapping) and {"weights_sha256", "layer"} <= set(record)
 
 
-def is_of(verb: str, record: Any) -> bool:
+def is_record_of(verb: str, record: Any) -> bool:
     """Whether a verb wrote a record."""
     if verb == "predict":
         return is_prediction(record)
@@ -46,7 +46,7 @@ def is_result(record: Any) -> bool:
     return is_prediction(record) or (isinstance(record, Mapping) and {"verb", "params"} <= set(record))
 
 
-def written_in(key: str, record: Any) -> dict[str, list[str]]:
+def recorded_keys(key: str, record: Any) -> dict[str, list[str]]:
     """Slot to the keys that a record names."""
     if not isinstance(record, Mapping):
         return {}
@@ -76,15 +76,17 @@ def keys_of_prediction(keys: Keys, *, classes: bool = True, ood: bool = True) ->
 
 def signatures_of(table: AnnData, written: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     """Digests of what was just written, in the order of ``written``."""
-    return {slot: [of_slot(table, slot, name) for name in names] for slot, names in written.items() if slot != "uns"}
+    return {
+        slot: [slot_digest(table, slot, name) for name in names] for slot, names in written.items() if slot != "uns"
+    }
 
 
-def ours(table: AnnData, key: str, record: Any = None) -> dict[str, list[str]]:
+def unchanged_keys(table: AnnData, key: str, record: Any = None) -> dict[str, list[str]]:
     """Slot to the keys that the record ``uns[key]`` names, which are there and nobody has changed since."""
     record = table.uns.get(key) if record is None else record
     stored = record.get("signatures", {}) if isinstance(record, Mapping) else {}
     found: dict[str, list[str]] = {}
-    for slot, names in written_in(key, record).items():
+    for slot, names in recorded_keys(key, record).items():
         digests = [str(digest) for digest in np.ravel(stored.get(slot, []))]
         digests = digests if len(digests) == len(names) else [""] * len(names)
         there = getattr(table, slot)
@@ -103,13 +105,13 @@ def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_add
         raise ValueError(f"`{parameter}`: uns[{key!r}] has a meaning of its own; choose another name")
     check_case(table, parameter, {**planned, "uns": [key, *planned.get("uns", [])]})
     record = table.uns.get(key)
-    if record is not None and not is_of(verb, record):
+    if record is not None and not is_record_of(verb, record):
         raise ValueError(
             f"`{parameter}`: uns[{key!r}] is there and was not written by {public_name(verb)}; choose another name, or rename or "
             "delete it first"
         )
-    named = written_in(key, record) if record is not None else _without_record(table, verb, key, planned)
-    unchanged = named if record is None else ours(table, key, record)
+    named = recorded_keys(key, record) if record is not None else _without_record(table, verb, key, planned)
+    unchanged = named if record is None else unchanged_keys(table, key, record)
     taken = [(slot, n) for slot, names in planned.items() for n in names if n in getattr(table, slot)]
     foreign = [(slot, n) for slot, n in taken if n not in named.get(slot, [])]
     changed = [(slot, n) for slot, n in taken if n in named.get(slot, []) and n not in unchanged.get(slot, [])]
@@ -137,12 +139,12 @@ def owns_spatial(table: AnnData) -> bool:
     return mark is not None and "spatial" in table.obsm and is_unchanged(table, "obsm", "spatial", signature)
 
 
-def not_ours(table: AnnData) -> dict[str, list[str]]:
+def foreign_keys(table: AnnData) -> dict[str, list[str]]:
     """Slot to the keys of a table that no verb wrote, or that were changed since."""
     results = [key for key, record in table.uns.items() if is_result(record)]
     found = {}
     for slot in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
-        known = {name for key in results for name in ours(table, key).get(slot, [])}
+        known = {name for key in results for name in unchanged_keys(table, key).get(slot, [])}
         known |= {*results, *RESERVED} if slot == "uns" else set()
         known |= {"spatial"} if slot == "obsm" and owns_spatial(table) else set()
         found[slot] = [str(n) for n in getattr(table, slot) if n is not None and n not in known]

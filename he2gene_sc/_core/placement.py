@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .images import darkness_at, some_of
-from .mpp import array_lattice, is_scattered, known_assay, mending_call, moved
+from .images import darkness_at, subsample
+from .mpp import array_lattice, is_scattered, known_assay, transform_points, transformation_call
 from .spots import pitch_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
         )
     if slide.inside.any():
         side = slide.diameter_um / slide.mpp
-        if darkness_at(slide.pyramid, slide.image_key, some_of(slide.centres[slide.inside]), side).blank:
+        if darkness_at(slide.pyramid, slide.image_key, subsample(slide.centres[slide.inside]), side).blank:
             raise ValueError(
                 f"`image_key` {slide.image_key!r} is blank at all spots: black, white or transparent. Name the image that "
                 "shows the tissue, or check the transformations"
@@ -67,7 +67,7 @@ def _outside(sdata: SpatialData, slide: Slide, outside: int) -> str:
         f"({width} × {height} px; the spots lie at x {left:.0f} to {right:.0f}, y {top:.0f} to {bottom:.0f})."
     )
     for cause, matrix in _causes(sdata, slide):
-        places = moved(slide.centres, matrix)
+        places = transform_points(slide.centres, matrix)
         inside = ((places >= 0) & (places <= [width, height])).all(1)
         if inside.mean() >= _INSIDE and (np.ptp(places, axis=0) / [width, height]).max() >= _SPAN:
             return f"{found} {cause}; if so: {_mend(sdata, slide, matrix)}."
@@ -112,7 +112,7 @@ def _scale_factors(sdata: SpatialData, slide: Slide) -> dict[str, float]:
 
 
 def _mend(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
-    return mending_call(sdata, slide.image_key, slide.shapes_key, slide.coordinate_system, matrix)
+    return transformation_call(sdata, slide.image_key, slide.shapes_key, slide.coordinate_system, matrix)
 
 
 def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
@@ -159,7 +159,7 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
 
 def _check_swap(sdata: SpatialData, slide: Slide) -> None:
     """Warn where the tissue lies under the spots with x and y swapped, and not as they are."""
-    now, then = _darkness(slide, _SWAP, some_of(np.flatnonzero(slide.inside)))
+    now, then = _darkness(slide, _SWAP, subsample(np.flatnonzero(slide.inside)))
     both = np.isfinite(then)
     if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * now[both].mean():
         warnings.warn(
@@ -173,7 +173,7 @@ def _check_swap(sdata: SpatialData, slide: Slide) -> None:
 def _darkness(slide: Slide, matrix: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
     """Darkness under some spots as they are, and where a matrix moves them."""
     side, centres = slide.diameter_um / slide.mpp, slide.centres[chosen]
-    places = (centres, moved(centres, matrix))
+    places = (centres, transform_points(centres, matrix))
     return [darkness_at(slide.pyramid, slide.image_key, place, side).mean for place in places]
 
 
@@ -184,7 +184,7 @@ def _compare(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:
     """
     from scipy.stats import spearmanr
 
-    chosen = some_of(np.flatnonzero(slide.inside), _N_SPOTS)
+    chosen = subsample(np.flatnonzero(slide.inside), _N_SPOTS)
     now, then = _darkness(slide, matrix, chosen)
     both = np.isfinite(now) & np.isfinite(then)
     if np.isfinite(then).mean() < _INSIDE or not both.any():

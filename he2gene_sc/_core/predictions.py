@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import validate
-from .keys import MADE, Keys
+from .keys import OWN_TABLE, Keys
 from .matrix import layer_names, matrix_of
-from .names import with_text_names
-from .ownership import is_of, is_prediction, ours
-from .signatures import digest_of, of_rows
+from .names import check_text_names
+from .ownership import is_prediction, is_record_of, unchanged_keys
+from .signatures import digest_of, row_digests
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,15 +28,15 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
     if not hasattr(sdata, "tables"):
         raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
     if table_key is not None:
-        validate.there(table_key, sdata.tables, "table_key")
+        validate.existing_key(table_key, sdata.tables, "table_key")
         if not is_prediction(sdata[table_key].uns.get(Keys(prediction_key).uns)):
             raise ValueError(
                 f"`table_key` {table_key!r} holds no prediction {prediction_key!r}; run hg.tl.predict first"
             )
-        with_text_names(sdata[table_key])
+        check_text_names(sdata[table_key])
         return table_key
     found = [key for key, table in sdata.tables.items() if is_prediction(table.uns.get(Keys(prediction_key).uns))]
-    measured = [key for key in found if MADE not in sdata[key].uns]
+    measured = [key for key in found if OWN_TABLE not in sdata[key].uns]
     candidates = measured or found
     if not candidates:
         lost = [key for key, table in sdata.tables.items() if prediction_key in table.layers]
@@ -45,15 +45,15 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
             f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"
         )
     validate.not_ambiguous(candidates, "table_key")
-    with_text_names(sdata[candidates[0]])
+    check_text_names(sdata[candidates[0]])
     return candidates[0]
 
 
 def prediction_of(table: AnnData, layer: str | None) -> str | None:
     """Name of the prediction that a layer (``None``: ``X``) is or was adapted from; ``None`` if it was measured."""
     if layer is not None:
-        layer = origin_of(table, layer)[0]
-    if layer is None and MADE not in table.uns:
+        layer = source_layer(table, layer)[0]
+    if layer is None and OWN_TABLE not in table.uns:
         return None
     for key, record in table.uns.items():
         # `X` of a table that we made is the prediction.
@@ -67,10 +67,10 @@ def prediction_of(table: AnnData, layer: str | None) -> str | None:
     return layer if beside or layer == Keys().layer else None
 
 
-def origin_of(table: AnnData, layer: str) -> tuple[str, list[str]]:
+def source_layer(table: AnnData, layer: str) -> tuple[str, list[str]]:
     """Layer that others were adapted from, itself if it was not, and the adapted ones from the last to the first."""
     steps: list[str] = []
-    while is_of("adapt", table.uns.get(layer)) and layer not in steps:
+    while is_record_of("adapt", table.uns.get(layer)) and layer not in steps:
         steps.append(layer)
         layer = str(table.uns[layer]["params"]["layer"])
     return layer, steps
@@ -120,10 +120,10 @@ def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str 
                 f"`layer` {name!r} is of prediction {key!r}, not of {prediction_key!r}; pass prediction_key={key!r}"
             )
     hint = "; hg.get.expression(data, genes) computes genes again" if name == record["layer"] else ""
-    return validate.there(name, layer_names(table), "layer", hint)
+    return validate.existing_key(name, layer_names(table), "layer", hint)
 
 
-def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklevel: int = 3) -> None:
+def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str, stacklevel: int = 3) -> None:
     """Warn where a layer that predict wrote was changed since."""
     values = matrix_of(table, layer)
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
@@ -132,7 +132,9 @@ def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklev
         if np.isnan(values).all():
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot; predict again")
     record = record_of(table, prediction_key)
-    if layer == record["layer"] and layer not in ours(table, Keys(prediction_key).uns, record).get("layers", ()):
+    if layer == record["layer"] and layer not in unchanged_keys(table, Keys(prediction_key).uns, record).get(
+        "layers", ()
+    ):
         warnings.warn(
             f"`layer` {layer!r} was changed since hg.tl.predict wrote it: what the model promises need not hold for it; "
             "predict again",
@@ -140,7 +142,7 @@ def check_as_predicted(table: AnnData, prediction_key: str, layer: str, stacklev
         )
 
 
-def head_of(model: HE2Gene) -> str:
+def head_digest(model: HE2Gene) -> str:
     """Digest of the genes of a model and the head that predicts them from an embedding."""
     tensors = model.tensors
     return digest_of({"genes": model.genes.index, **{part: tensors[f"genes.{part}"] for part in ("weight", "bias")}})
@@ -153,7 +155,7 @@ def embedding_of(table: AnnData, prediction_key: str = "he2gene") -> np.ndarray:
         what = "is not there" if name not in table.obsm else f"cannot be checked, since uns[{rows!r}] is not there"
         raise ValueError(f"`data`: obsm[{name!r}], from which genes are computed, {what}; predict again")
     values = np.asarray(table.obsm[name], np.float32)
-    other = ~np.isin(of_rows(values, table.obs_names), table.uns[rows])
+    other = ~np.isin(row_digests(values, table.obs_names), table.uns[rows])
     if other.any():
         raise ValueError(
             f"`data`: obsm[{name!r}], from which genes are computed, is not what hg.tl.predict wrote for {int(other.sum()):,} "
@@ -163,7 +165,7 @@ def embedding_of(table: AnnData, prediction_key: str = "he2gene") -> np.ndarray:
     return values
 
 
-def predicted_by(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
+def predicting_model(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
     """Find the model that predicted."""
     from ..models import BUNDLED, load
 
@@ -177,7 +179,7 @@ def predicted_by(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
             )
         return found
     found = load(model)
-    head = head_of(found)
+    head = head_digest(found)
     # Models that were never saved have no hash of a file.
     if found.weights_sha256 != sha256 or record.get("head", head) != head:
         raise ValueError(

@@ -18,8 +18,8 @@ from . import validate
 from .elements import is_object
 from .invalidate import remove_derived, same_values, warn_removed
 from .keys import Keys
-from .ownership import is_of, ours, signatures_of
-from .signatures import same
+from .ownership import is_record_of, signatures_of, unchanged_keys
+from .signatures import same_digest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -52,11 +52,11 @@ def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -
             raise TypeError(f"`data` holds a {type(item).__name__}; SpatialData or AnnData objects are needed")
         tables = item.tables if hasattr(item, "tables") else {"": item}
         if table_key is not None and hasattr(item, "tables"):
-            validate.there(table_key, tables, "table_key")
+            validate.existing_key(table_key, tables, "table_key")
         written = [
             name
             for name, table in tables.items()
-            if (table_key is None or name in (table_key, "")) and is_of(verb, table.uns.get(key))
+            if (table_key is None or name in (table_key, "")) and is_record_of(verb, table.uns.get(key))
         ]
         if not written:
             raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
@@ -104,14 +104,14 @@ def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2
         for table, result in results:
             if table.is_view:
                 table._init_as_actual(table.copy())
-            undo.enter_context(undone_if_interrupted(table))
+            undo.enter_context(restore_on_error(table))
             removed += _write(table, result)
         # Within: a warning may have been made an exception.
         warn_removed(removed, stacklevel=stacklevel + 1)
 
 
 @contextmanager
-def undone_if_interrupted(table: AnnData) -> Iterator[None]:
+def restore_on_error(table: AnnData) -> Iterator[None]:
     """Put every slot back as it was if the block does not come to its end, by Ctrl-C too."""
     # From anndata 0.13 on, X is among the layers, as None.
     mappings = {
@@ -148,7 +148,7 @@ def _result(verb: str, key: str, params: Mapping, facts: Mapping | None, slots: 
 def _write(table: AnnData, result: Result) -> list[str]:
     """Write one result; return the keys of the results that were removed."""
     before = table.uns.get(result.key)
-    old = ours(table, result.key) if is_of(result.verb, before) else {}
+    old = unchanged_keys(table, result.key) if is_record_of(result.verb, before) else {}
     removed = remove_derived(table, _changed(table, result, old, before), but=result.key)
     for slot, names in old.items():
         for name in names:
@@ -175,12 +175,12 @@ def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], b
         # Other facts, the versions of packages among them, change no value.
         return changed | ({result.key, labels} if changed & {*result.slots["layers"], labels} else set())
     facts = result.record.keys() - {"verb", "params"}
-    is_other = isinstance(before, Mapping) and any(not same(before.get(n), result.record[n]) for n in facts)
+    is_other = isinstance(before, Mapping) and any(not same_digest(before.get(n), result.record[n]) for n in facts)
     return changed | ({result.key} if is_other else set())
 
 
 def _same(slot: str, before: Any, after: Any) -> bool:
-    return same_values(before, after) if slot == "layers" else same(pd.Series(before), pd.Series(after))
+    return same_values(before, after) if slot == "layers" else same_digest(pd.Series(before), pd.Series(after))
 
 
 def scores_of(table: AnnData, keys: Keys) -> dict[str, tuple[str, str]]:
@@ -188,7 +188,7 @@ def scores_of(table: AnnData, keys: Keys) -> dict[str, tuple[str, str]]:
     runs = [
         (record["params"].get("layer"), key, record["results"])
         for key, record in table.uns.items()
-        if is_of("programmes", record) and isinstance(table.obsm.get(key), pd.DataFrame)
+        if is_record_of("programmes", record) and isinstance(table.obsm.get(key), pd.DataFrame)
     ]
     found = {}
     for layer, key, results in sorted(runs, key=lambda run: run[0] == keys.layer):

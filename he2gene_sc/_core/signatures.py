@@ -26,7 +26,7 @@ _LAZY: dict[str, str] = {}
 _AXES = {"obs": ("obs",), "obsm": ("obs",), "var": ("var",), "varm": ("var",), "layers": ("obs", "var")}
 
 
-def of_slot(table: AnnData, slot: str, name: str) -> str:
+def slot_digest(table: AnnData, slot: str, name: str) -> str:
     """Digest of one entry of a table, and of the names that it is aligned to: ``"<names>:<values>"``."""
     names = [getattr(table, f"{axis}_names") for axis in _AXES[slot]]
     value = getattr(table, slot)[name]
@@ -43,11 +43,11 @@ def is_unchanged(table: AnnData, slot: str, name: str, signature: str | None) ->
     if not signature or slot not in _AXES:
         return True
     names, _, _ = signature.partition(":")
-    found = of_slot(table, slot, name)
+    found = slot_digest(table, slot, name)
     return not found.startswith(f"{names}:") or found == signature
 
 
-def of_element(element: Any) -> str:
+def element_digest(element: Any) -> str:
     """Digest of labels or shapes: ``"<shape>:<values>"``."""
     if isinstance(element, pd.DataFrame):
         content = [element.index, element.geometry.to_wkb().to_numpy()]
@@ -61,16 +61,16 @@ def of_element(element: Any) -> str:
 def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: str) -> bool:
     """Whether labels or shapes are what was written; of another size they are not, and are not read."""
     element = levels(getattr(sdata, kind)[name])[0]
-    return signature.startswith(f"{_shape(element)}:") and of_element(element) == signature
+    return signature.startswith(f"{_shape(element)}:") and element_digest(element) == signature
 
 
-def of_rows(values: Any, names: pd.Index) -> np.ndarray:
+def row_digests(values: Any, names: pd.Index) -> np.ndarray:
     """Digest of each row and its name, ``(n,)`` uint64: they hold in a subset and in another order."""
     index = pd.Index(np.asarray(names.astype(str), object), dtype=object)
     return pd.util.hash_pandas_object(pd.DataFrame(np.asarray(values, np.float32), index=index)).to_numpy()
 
 
-def same(a: Any, b: Any) -> bool:
+def same_digest(a: Any, b: Any) -> bool:
     """Whether two values are equal, through a zarr store too: a list is an array there, and whole numbers are numbers."""
     return digest_of(a) == digest_of(b)
 

@@ -12,10 +12,10 @@ import pandas as pd
 from ..image import PatchReader, Pyramid
 from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
-from .keys import MADE
+from .keys import OWN_TABLE
 from .logs import logger
-from .mpp import array_lattice, check_mpp, length_scale, moved, resolve_mpp
-from .names import annotated_by
+from .mpp import array_lattice, check_mpp, length_scale, resolve_mpp, transform_points
+from .names import annotation_target
 from .spots import pitch_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _resolve_one(
     order = spots.ids.get_indexer(spot_ids)
     spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
     system, to_pixels = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
-    centres = moved(spots.centres, to_pixels)
+    centres = transform_points(spots.centres, to_pixels)
     diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
     pyramid = pyramid_of(sdata, image_key)
     lattice = None if table_key is None else array_lattice(sdata[table_key].obs.iloc[rows], centres)
@@ -202,7 +202,7 @@ def mean_colours(sdata: SpatialData | AnnData, table: AnnData, layer: str | None
 def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2gene") -> tuple[Slide, ...]:
     """Images and spots that a table annotates, one slide a region; those that predict recorded, where it did."""
     (table_key,) = [key for key, value in sdata.tables.items() if value is table]
-    attrs = annotated_by(table)
+    attrs = annotation_target(table)
     if attrs is None:
         raise ValueError(f"table {table_key!r} annotates no shapes")
     record = table.uns.get(prediction) if prediction is not None else None
@@ -221,7 +221,7 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
             sdata,
             image_key=recorded("image", region),
             shapes_key=region,
-            table_key=None if MADE in table.uns else table_key,
+            table_key=None if OWN_TABLE in table.uns else table_key,
             coordinate_system=recorded("coordinate_system", region),
             mpp=recorded("mpp", region),
         )

@@ -16,18 +16,18 @@ from . import validate
 from .elements import find_table, is_object
 from .expression import as_logs
 from .genes import find_genes
-from .keys import MADE, PATIENT, SECTION
-from .matrix import blocks_of, matrix_of, rows_of_chunk, values_of
+from .keys import OWN_TABLE, PATIENT, SECTION
+from .matrix import blocks_of, matrix_of, max_chunk_rows, values_of
 from .names import (
     UNNAMED,
-    annotated_by,
+    annotation_target,
     check_spelling,
+    check_text_names,
     clean_name,
     clean_names,
     clean_samples,
     column_of,
     names_of,
-    with_text_names,
 )
 from .predictions import predicted_table
 
@@ -50,25 +50,25 @@ def get_table(
     if not hasattr(data, "tables"):
         if not hasattr(data, "obs_names"):
             raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
-        return with_text_names(data)
+        return check_text_names(data)
     if prediction_key is not None:
         return data[predicted_table(data, prediction_key, table_key)]
     if layer is not None and table_key is None:
         found = [key for key, table in data.tables.items() if layer in table.layers]
-        candidates = [key for key in found if MADE not in data[key].uns] or found
+        candidates = [key for key in found if OWN_TABLE not in data[key].uns] or found
         if not candidates:
             raise ValueError(
                 f"`layer` {layer!r} is in no table of `data`, which holds no prediction {layer!r}: run hg.tl.predict first, or "
                 "pass layer=None for measured counts where that is meant"
             )
         validate.not_ambiguous(candidates, "table_key")
-        return with_text_names(data[candidates[0]])
+        return check_text_names(data[candidates[0]])
     if table_key is None and len(data.tables) == 1:
-        return with_text_names(next(iter(data.tables.values())))
+        return check_text_names(next(iter(data.tables.values())))
     key = table_key if table_key in data.tables else find_table(data, table_key)
     if key is None:
         raise ValueError(f"`data` holds no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
-    return with_text_names(data[key])
+    return check_text_names(data[key])
 
 
 def has_samples(table: AnnData, sample_key: str = PATIENT) -> bool:
@@ -83,7 +83,7 @@ def samples_of(table: AnnData, sample_key: str = PATIENT) -> np.ndarray:
     return names_of(table, sample_key, "sample_key", what="samples", required=True)
 
 
-def apart(sections: np.ndarray, samples: np.ndarray) -> np.ndarray:
+def unique_section_names(sections: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Names of sections, ``(n,)`` objects, where those of one name in two samples are two."""
     where = pd.DataFrame({"sample": samples, "section": sections})
     if where.groupby("section")["sample"].nunique().max() < 2:
@@ -98,7 +98,7 @@ def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
     """
     if section_key != SECTION:
         return names_of(table, section_key, "section_key", what="sections", required=True)
-    attrs = annotated_by(table)
+    attrs = annotation_target(table)
     columns = [attrs["region_key"]] if attrs is not None and attrs["region_key"] in table.obs else []
     if SECTION in table.obs and pd.notna(clean_names(table.obs[SECTION])).any():
         columns.append(SECTION)
@@ -165,7 +165,7 @@ class SpotData:
         for table, rows in zip(self.tables, self.rows, strict=True):
             columns = find_genes(asked, table.var_names)
             missing = columns < 0
-            step = max(1, _BLOCK // table.n_vars, rows_of_chunk(matrix_of(table, self.layer)))
+            step = max(1, _BLOCK // table.n_vars, max_chunk_rows(matrix_of(table, self.layer)))
             for first in range(0, len(rows), step):
                 chosen = rows[first : first + step]
                 block = as_logs(values_of(table[chosen], self.layer), self.scale, columns)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .doubts import doubtful, is_moved, is_young
+from .concurrent_changes import find_possible_changes, is_moved, is_young
 from .keys import ATTRS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class _Noted:
     place: Path  # where that led to
     files: dict[tuple[str, str], int]  # of each element, by `fingerprint`
     # What differed already, and may have been changed by others before that.
-    doubts: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+    possible_changes: dict[tuple[str, str], set[str]] = field(default_factory=dict)
 
 
 _NOTED: weakref.WeakKeyDictionary[SpatialData, _Noted] = weakref.WeakKeyDictionary()
@@ -134,7 +134,7 @@ def _short_digest(written: Path | Mapping[str, Any]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:_ID]
 
 
-def _doubts(sdata: SpatialData, store: Path) -> dict[tuple[str, str], set[str]]:
+def _possible_changes(sdata: SpatialData, store: Path) -> dict[tuple[str, str], set[str]]:
     """List what others may have changed between the reading of an object and now."""
     root = _attrs(store)
     mine, saved = saved_by(sdata.attrs), saved_by(root)
@@ -150,7 +150,7 @@ def _doubts(sdata: SpatialData, store: Path) -> dict[tuple[str, str], set[str]]:
         files = [path.lstat(), path.stat(), *(stat for _, stat in _files(path))]
         if is_moved(store.stat(), path.parent.stat()) or is_young(*files):
             young.add((kind, name))
-    found = doubtful(sdata, store, young) if young else {}
+    found = find_possible_changes(sdata, store, young) if young else {}
     root_files = [store / name for name in ROOT_FILES if (store / name).is_file()]
     if is_young(*(path.stat() for path in root_files)) and not is_as_saved("attrs", root):
         there, here = _of_user(root), _of_user(sdata.attrs)
@@ -168,7 +168,7 @@ def digest(store: Path, chosen: Iterable[tuple[str, str]] | None = None) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def newest(store: Path, chosen: Iterable[tuple[str, str]]) -> int:
+def newest_mtime(store: Path, chosen: Iterable[tuple[str, str]]) -> int:
     """Time of the file of some elements that was written last, in nanoseconds; 0 without files."""
     return max(
         (stat.st_mtime_ns for kind, name in chosen for _, stat in _files(store / kind / name, pixels=True)), default=0
@@ -208,7 +208,7 @@ def note(sdata: SpatialData, *, replaces: bool = False) -> None:
         with contextlib.suppress(OSError):
             _NOTED[sdata] = _Noted(path, place, fingerprints(place))
             if not replaces:
-                _NOTED[sdata].doubts = _doubts(sdata, place)
+                _NOTED[sdata].possible_changes = _possible_changes(sdata, place)
 
 
 def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:
@@ -222,10 +222,10 @@ def remembered(sdata: SpatialData) -> dict[tuple[str, str], int]:
     return noted.files if noted is not None and noted.place == resolved(str(sdata.path)) else {}
 
 
-def doubts(sdata: SpatialData) -> dict[tuple[str, str], set[str]]:
+def possible_changes(sdata: SpatialData) -> dict[tuple[str, str], set[str]]:
     """Return what differed when the object was first met, in files that are younger than this process."""
     noted = _NOTED.get(sdata)
-    return noted.doubts if noted is not None and noted.place == resolved(str(sdata.path)) else {}
+    return noted.possible_changes if noted is not None and noted.place == resolved(str(sdata.path)) else {}
 
 
 def _check_counts(sdata: SpatialData, path: str, place: Path) -> None:

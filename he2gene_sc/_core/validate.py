@@ -29,7 +29,7 @@ def format_list(values: Iterable[object], n: int = 5) -> str:
     return ", ".join(found) if len(found) <= n else f"{', '.join(found[:n])}, … ({len(found)} in all)"
 
 
-def near(name: object, known: Iterable[object], n: int = 3) -> str:
+def suggest(name: object, known: Iterable[object], n: int = 3) -> str:
     """Name what a misspelt name is near to, as the end of an error; empty if nothing is."""
     from difflib import get_close_matches
 
@@ -46,7 +46,7 @@ def one_of(value: Any, valid: Iterable[Any], parameter: str) -> Any:
     # Not `in`: True is 1, and an array is compared element by element.
     if any(type(value) is type(choice) and value == choice for choice in choices):
         return value
-    raise ValueError(f"`{parameter}` is {value!r}, valid: {choices}{near(value, choices)}")
+    raise ValueError(f"`{parameter}` is {value!r}, valid: {choices}{suggest(value, choices)}")
 
 
 def key_in(key: Any, available: Iterable[Any], parameter: str, *, what: str = "a column of obs", hint: str = "") -> Any:
@@ -56,10 +56,10 @@ def key_in(key: Any, available: Iterable[Any], parameter: str, *, what: str = "a
         return key
     shown = names[:_SHOWN] if len(names) > _SHOWN else names
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    raise ValueError(f"`{parameter}` {key!r} is not {what}, valid: {shown}{more}{near(key, names)}{hint}")
+    raise ValueError(f"`{parameter}` {key!r} is not {what}, valid: {shown}{more}{suggest(key, names)}{hint}")
 
 
-def there(key: Any, available: Iterable[Any], parameter: str, hint: str = "") -> Any:
+def existing_key(key: Any, available: Iterable[Any], parameter: str, hint: str = "") -> Any:
     """Check that a named element, layer or table is there."""
     if key in (names := sorted(available)):
         return key
@@ -76,7 +76,7 @@ def all_in(names: Iterable[Any], valid: Iterable[Any], parameter: str, what: str
     """Refuse names of a list that are not there; ``what`` says what they then were not: ``"was not tested"``."""
     known = list(dict.fromkeys(valid))
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"`{parameter}` {unknown} {what}, valid: {known}{near(unknown[0], known)}")
+        raise ValueError(f"`{parameter}` {unknown} {what}, valid: {known}{suggest(unknown[0], known)}")
 
 
 def is_whole(value: object) -> bool:
@@ -91,7 +91,7 @@ def is_number(value: object) -> bool:
     return bool(np.isfinite(value))
 
 
-def whole(value: Any, parameter: str, least: int = 1, most: float = np.inf) -> int:
+def whole_number(value: Any, parameter: str, least: int = 1, most: float = np.inf) -> int:
     """Check that a value is a whole number from ``least`` to ``most``."""
     if is_whole(value) and least <= value <= most:
         return int(value)
@@ -216,7 +216,7 @@ def unique(values: Collection[Any], parameter: str, what: str = "names") -> None
         raise ValueError(f"`{parameter}`: {what} stand twice: {format_list(map(repr, twice))}")
 
 
-def passed_on(given: Mapping[str, Any], valid: Sequence[str], verb: str) -> None:
+def known_arguments(given: Mapping[str, Any], valid: Sequence[str], verb: str) -> None:
     """Refuse arguments that a verb does not hand on to the library that it calls."""
     if unknown := sorted(set(given) - set(valid)):
         raise ValueError(f"`{unknown[0]}` is not an argument of {verb}, valid beside its own: {', '.join(valid)}")
@@ -282,7 +282,7 @@ def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
     kinds.discard("None")
     if parameter.name == "seed":
         # More than that scikit-learn, leiden and numpy's older generators do not take.
-        return lambda value, name: whole(value, name, 0, 2**31 - 1)
+        return lambda value, name: whole_number(value, name, 0, 2**31 - 1)
     if len(kinds) == 1:
         check = {"str": _text, "bool": flag, "int": _whole, "float": _number}.get(kinds.pop())
     else:

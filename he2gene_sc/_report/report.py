@@ -14,7 +14,7 @@ from .._core import validate
 from .._core.elements import is_object
 from .._core.genes import columns_of
 from .._core.keys import SECTION, Keys
-from .._core.predictions import gene_flags, predicted_by, predicted_table, record_of, symbols_of
+from .._core.predictions import gene_flags, predicted_table, predicting_model, record_of, symbols_of
 from .._core.spots import get_table
 from .._core.spots import sections_of as section_names
 from ..io._files import check_new_file, put_file
@@ -102,7 +102,7 @@ def report(
     >>> path = hg.report(sdata, "report.html", genes="ERBB2")
     """
     validate.arguments(report, locals())
-    validate.whole(n_genes, "n_genes")
+    validate.whole_number(n_genes, "n_genes")
     options = {"genes": genes, "n_genes": n_genes, "model": model, "prediction_key": prediction_key}
     options |= {"table_key": table_key, "shapes_key": shapes_key}
     if is_object(data):
@@ -149,7 +149,7 @@ def _page(
     if missing := [gene for gene, i in zip(asked, columns, strict=True) if i < 0 or not known[i]]:
         raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists those that were")
     try:
-        card = predicted_by(record, model).card
+        card = predicting_model(record, model).card
     except ValueError:
         if model is not None:
             raise

@@ -14,7 +14,7 @@ from .._core import validate
 from .._core.keys import PATIENT, SECTION, Keys
 from .._core.matrix import dense, matrix_of
 from .._core.names import clean_names
-from .._core.ownership import is_of, public_name
+from .._core.ownership import is_record_of, public_name
 from .._core.predictions import gene_flags
 from .._core.results import scores_of
 from .._core.spots import sections_of as section_names
@@ -63,12 +63,12 @@ class Slide:
     def intervals(self) -> Mapping[str, Any] | None:
         """Record of the intervals of the prediction, where these were computed."""
         record = self.table.uns.get(f"{self.keys.layer}_intervals")
-        return record if is_of("intervals", record) else None
+        return record if is_record_of("intervals", record) else None
 
     def runs(self, verb: str, parameter: str, value: str) -> list[str]:
         """Keys of the results of a verb that it computed with a value of a parameter."""
         uns = self.table.uns
-        return [key for key in uns if is_of(verb, uns[key]) and uns[key]["params"].get(parameter) == value]
+        return [key for key in uns if is_record_of(verb, uns[key]) and uns[key]["params"].get(parameter) == value]
 
     def column(self, name: str) -> pd.Series:
         """Return a column of ``var`` as numbers, NaN where there is none."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .._core import validate
-from .._core.validate import near
+from .._core.validate import suggest
 from ..models._schema import explain
 from ..tl._train.options import CardText, Classes, GeneSelection, SectionKeys
 from ..tl._train.recipes import PRESETS, DefaultRecipe, PaperRecipe
@@ -108,7 +108,7 @@ def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
         for name in found.keys() - set(valid):
             holding = [table for table, kind in tables.items() if name in _fields(kind)]
-            hint = f"; it is a field of the table `{holding[0]}`" if holding else near(name, valid)
+            hint = f"; it is a field of the table `{holding[0]}`" if holding else suggest(name, valid)
             raise ValueError(f"`{name}` is not an argument of hg.tl.train{hint}")
         validate.arguments(train, found)
         for table, kind in tables.items():
@@ -125,7 +125,7 @@ def _made(kind: Any, table: Mapping[str, Any]) -> Any:
     given = {name: value for name, value in table.items() if kind is not DefaultRecipe or name != "name"}
     if unknown := sorted(given.keys() - set(_fields(kind))):
         paper = kind is DefaultRecipe and unknown[0] in _fields(PaperRecipe)
-        hint = f"; it needs `name`, one of {list(PRESETS[1:])}" if paper else near(unknown[0], _fields(kind))
+        hint = f"; it needs `name`, one of {list(PRESETS[1:])}" if paper else suggest(unknown[0], _fields(kind))
         raise ValueError(f"`{unknown[0]}` is not a field, valid: {_fields(kind)}{hint}")
     return kind(**given)
 

@@ -92,7 +92,7 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
     options = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0", "allowed_failures": 1}
     scheduler = {"cls": Scheduler, "options": options}
     unlimited = {"distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
-    with logs.quiet(*_LOGGERS, level=logging.CRITICAL + 1), dask.config.set(unlimited if alone else {}):
+    with logs.silence(*_LOGGERS, level=logging.CRITICAL + 1), dask.config.set(unlimited if alone else {}):
         cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=silent)
         try:
             with Client(cluster) as client:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
-from .._core.names import asked_name, check_spelling
+from .._core.names import check_spelling, clean_name_argument
 from ._slide import Job, output_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def read_jobs(
         own = {name: options.pop(name) for name in _OF_IMAGES if name in options}
         try:
             own = {name: _value(name, value) for name, value in own.items()}
-            labels = {name: asked_name(value, name, sample=name == "patient") for name, value in labels.items()}
+            labels = {
+                name: clean_name_argument(value, name, sample=name == "patient") for name, value in labels.items()
+            }
             _check({**options, **own}, is_local)
             if not isinstance(options.get("genes"), str | None):
                 # An Index or an array cannot be compared with what a store says.
@@ -94,7 +96,7 @@ def _check_names(names: Iterable[str], what: str) -> None:
     valid = ["path", "output", *LABELS, *_OF_IMAGES, *_options()]
     for name in names:
         if name not in valid:
-            raise ValueError(f"{name!r} is not among the {what}, valid: {valid}{validate.near(name, valid)}")
+            raise ValueError(f"{name!r} is not among the {what}, valid: {valid}{validate.suggest(name, valid)}")
 
 
 def _check(options: Mapping[str, Any], is_local: bool) -> None:
@@ -203,7 +205,7 @@ def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         hint = f"; columns seem to be separated by {other!r}, {separator!r} is needed" if other else ""
         raise ValueError(
             f"{path.name} lacks the column `path`, which names the slide of each row; it has {header}"
-            f"{hint or validate.near('path', header)}"
+            f"{hint or validate.suggest('path', header)}"
         )
     n = len(header)
     for number, cells in lines:
@@ -360,7 +362,7 @@ def _warn_of_twins(jobs: list[Job], models: list[Any]) -> None:
     seen: dict[Path, list[tuple[Job, Any]]] = {}
     for job, model in zip(jobs, models, strict=True):
         others = seen.setdefault(resolved(job.path), [])
-        twin = next((other for other, its_model in others if other.asks_as(job) and its_model is model), None)
+        twin = next((other for other, its_model in others if other.has_same_options(job) and its_model is model), None)
         others.append((job, model))
         if twin is not None:
             warnings.warn(

@@ -98,7 +98,7 @@ def predict(
     """
     validate.arguments(predict, {name: value for name, value in locals().items() if name != "options"})
     if n_workers is not None:
-        validate.whole(n_workers, "n_workers")
+        validate.whole_number(n_workers, "n_workers")
     check_client(client, n_workers)
     jobs, names = read_jobs(
         paths,

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._core.keys import ATTRS, Keys
 from .._core.names import clean_names
-from .._core.ownership import written_in
+from .._core.ownership import recorded_keys
 from ._slide import FILES, SOURCE, Job, elements_of
 
 if TYPE_CHECKING:
@@ -65,15 +65,15 @@ def _figures(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]
 
 def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
     """Whether image and spots are the files that were predicted; without a record of them, whether none is newer."""
-    from .._core.stores import digest, newest
+    from .._core.stores import digest, newest_mtime
 
     noted = record.get(FILES, {})
-    written = newest(job.output, [("tables", f"{table.name}/uns/{job.key}")])
+    written = newest_mtime(job.output, [("tables", f"{table.name}/uns/{job.key}")])
     for region, chosen in elements_of(job.output, record).items():
         if region in noted:
             if noted[region] != " ".join(digest(job.output, [each]) for each in chosen):
                 return False
-        elif newest(job.output, chosen) > written:
+        elif newest_mtime(job.output, chosen) > written:
             return False
     return True
 
@@ -81,7 +81,7 @@ def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
 def _parts(table: Path, record: Mapping[str, Any], key: str) -> Iterator[Path]:
     """All that a prediction wrote, and the names of its spots and genes."""
     yield from (table / "obs", table / "var")
-    for slot, names in written_in(key, record).items():
+    for slot, names in recorded_keys(key, record).items():
         for name in names:
             yield table / slot / name
 

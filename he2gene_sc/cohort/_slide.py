@@ -51,7 +51,7 @@ class Job:
         """Key of the prediction."""
         return str(self.options.get("key_added") or "he2gene")
 
-    def asks_as(self, other: Job) -> bool:
+    def has_same_options(self, other: Job) -> bool:
         """Whether the same is asked of two slides."""
         ours, theirs = ((job.options, job.labels, job.pitch_um, job.tissue_method) for job in (self, other))
         return ours == theirs

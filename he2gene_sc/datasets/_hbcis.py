@@ -10,7 +10,7 @@ import pandas as pd
 
 from .._core import validate
 from ..io._text import check_once, read_table
-from ._sections import LazySections, taken
+from ._sections import LazySections, select_mask
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -85,8 +85,8 @@ def hbcis(
     validate.arguments(hbcis, locals())
     folder = _folder(Path(root).expanduser())
     metadata = _metadata(folder / "metadata.csv")
-    chosen = taken(patients, metadata["patient"], "patients", "metadata.csv")
-    chosen &= taken(sections, metadata.index, "sections", "metadata.csv")
+    chosen = select_mask(patients, metadata["patient"], "patients", "metadata.csv")
+    chosen &= select_mask(sections, metadata.index, "sections", "metadata.csv")
     if not chosen.any():
         raise ValueError(f"no section is left of `patients` {patients!r} and `sections` {sections!r}")
     return HBCISSections(folder, metadata[chosen])

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .._core import validate
 from ..io._text import check_once, read_table
-from ._sections import LazySections, taken
+from ._sections import LazySections, select_mask
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -122,7 +122,7 @@ def hest(
     validate.arguments(hest, locals())
     folder = validate.folder_or_file(root, "root")
     metadata, table = _metadata(folder)
-    chosen = taken(ids, metadata.index, "ids", table)
+    chosen = select_mask(ids, metadata.index, "ids", table)
     unknown = {}
     for parameter, wanted, column in (
         ("organ", organ, "organ"),
@@ -131,7 +131,7 @@ def hest(
     ):
         if wanted is not None:
             unknown[column] = metadata.index[chosen & metadata[column].isna().to_numpy()]
-        chosen &= taken(wanted, metadata[column], parameter, table, _ALIASES)
+        chosen &= select_mask(wanted, metadata[column], parameter, table, _ALIASES)
     if not chosen.any():
         raise ValueError(
             f"no sample of {table} is left of `ids` {ids!r}, `organ` {organ!r}, `species` {species!r} and `technology` "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .._core.expression import contents_of
+from .._core.expression import summarize_values
 from .._core.keys import IMAGE
 from .._core.logs import logger
 from .._core.matrix import matrix_of
@@ -119,7 +119,7 @@ def _genes(table: AnnData, path: Path, technology: str) -> tuple[csr_matrix, pd.
             f"{path.name} has no X, which raw counts are read from; move them there from {list(table.layers)}"
         )
     matrix = matrix_of(table, None)
-    if problem := contents_of(matrix).problem:
+    if problem := summarize_values(matrix).problem:
         raise ValueError(f"{path.name}: X does not hold raw counts (whole numbers from 0) but {problem}")
     names = table.var_names.astype(str)
     gene = ~names.str.startswith(_AMBIGUOUS)

@@ -89,7 +89,7 @@ class LazySections(Sequence, ABC):
         return f"{self.dataset}: {len(self)} sections of {len(self.patients)} patients in {str(self.root)!r}"
 
 
-def taken(
+def select_mask(
     wanted: str | Iterable[str] | None,
     known: pd.Index | pd.Series,
     parameter: str,
@@ -114,7 +114,7 @@ def taken(
         there = list(dict.fromkeys(names.dropna()))
         raise ValueError(
             f"`{parameter}` {unknown} are not in {table}, which has {validate.format_list(there, _SHOWN)}"
-            f"{validate.near(unknown[0], there)}"
+            f"{validate.suggest(unknown[0], there)}"
         )
     return np.asarray(rows.isin(keys))
 

@@ -69,7 +69,7 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
 
     if len(given := validate.names(shape, "shape")) != 2:
         raise ValueError(f"`shape` is {shape!r}; rows and columns of spots are needed, (12, 12) for example")
-    rows, columns = (validate.whole(n, "shape") for n in given)
+    rows, columns = (validate.whole_number(n, "shape") for n in given)
     validate.in_range(mpp, "mpp", above=0, most=10, what="a number of µm per pixel")
     rng = np.random.default_rng(seed)
     pitch = _PITCH_UM / mpp

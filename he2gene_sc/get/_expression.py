@@ -14,7 +14,7 @@ from .._core.genes import columns_of, symbols_in
 from .._core.keys import Keys
 from .._core.matrix import dense, layer_names, matrix_of
 from .._core.model_genes import positions_of
-from .._core.predictions import embedding_of, gene_flags, predicted_by, record_of, symbols_of
+from .._core.predictions import embedding_of, gene_flags, predicting_model, record_of, symbols_of
 from .._core.spots import get_table
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _computed(
     table: AnnData, genes: list[str], record: Mapping[str, Any], model: str | Path | HE2Gene | None, prediction_key: str
 ) -> np.ndarray:
     """Expression of genes of the model from the embedding, ``(n, g)``."""
-    source = predicted_by(record, model)
+    source = predicting_model(record, model)
     positions = positions_of(source, genes)
     weights, bias = (
         np.asarray(source.tensors[f"genes.{part}"][..., positions], np.float32) for part in ("weight", "bias")

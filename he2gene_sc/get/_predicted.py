@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core import validate
-from .._core.keys import MADE, Keys
+from .._core.keys import OWN_TABLE, Keys
 from .._core.lazy import is_large
-from .._core.matrix import dense, matrix_of, where_of
-from .._core.names import annotated_by
+from .._core.matrix import dense, layer_label, matrix_of
+from .._core.names import annotation_target
 from .._core.predictions import gene_flags, predicted_layer, record_of
 from .._core.spots import get_table
 from .._settings import settings
@@ -102,7 +102,7 @@ def predicted(
             "hg.get.expression(data, genes), or raise the limit"
         )
     values = np.asarray(dense(chosen), np.float32)
-    where = where_of(name)
+    where = layer_label(name)
     rows, kept = _complete(values, where)
     return _copy(table, values[np.ix_(rows, kept)], rows, columns[kept], record, prediction_key, name)
 
@@ -190,10 +190,10 @@ def _copy(
     if layer is not None:
         # scanpy: the logarithm is the natural one, and is not to be taken again.
         uns["log1p"] = {"base": None}
-        uns[MADE] = {"by": "hg.get.predicted", "X": layer}
+        uns[OWN_TABLE] = {"by": "hg.get.predicted", "X": layer}
     obsm = {name: table.obsm[name] for name in ("spatial", keys.embedding, keys.proba) if name in table.obsm}
     obsm = {name: value.iloc[rows].copy() if hasattr(value, "iloc") else value[rows] for name, value in obsm.items()}
-    if (attrs := annotated_by(table)) is not None:
+    if (attrs := annotation_target(table)) is not None:
         uns["spatialdata_attrs"] = _annotated(attrs, obs)
     return AnnData(X=values, obs=obs, var=var, obsm=obsm, uns=uns)
 

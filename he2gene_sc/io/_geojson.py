@@ -19,8 +19,8 @@ from .._core.keys import Keys, check_key
 from .._core.logs import logger
 from .._core.matrix import dense, matrix_of
 from .._core.mpp import stored_mpp
-from .._core.names import annotated_by, check_spelling, clean_names, names_of
-from .._core.ownership import check_free, ours
+from .._core.names import annotation_target, check_spelling, clean_names, names_of
+from .._core.ownership import check_free, unchanged_keys
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from .._core.results import write_result
 from .._core.slide import slides_of
@@ -211,7 +211,7 @@ def read_geojson(
         rows, outlines = _circles(table, shapes_key)
         stated = []
     labels = np.full(table.n_obs, None, object)
-    if key_added in ours(table, key_added).get("obs", ()):
+    if key_added in unchanged_keys(table, key_added).get("obs", ()):
         labels[:] = names_of(table, key_added, "key_added")
         colors = dict(zip(table.obs[key_added].cat.categories, table.uns.get(colors_key, ()), strict=False)) | colors
     labels[rows] = _labels_by_area(outlines, polygons, names)
@@ -260,7 +260,7 @@ def _circles(table: AnnData, shapes_key: str | None) -> tuple[np.ndarray, np.nda
 
     rows = np.arange(table.n_obs)
     if shapes_key is not None:
-        attrs = annotated_by(table)
+        attrs = annotation_target(table)
         regions = np.full(0, "", object) if attrs is None else table.obs[attrs["region_key"]].to_numpy(object)
         validate.key_in(shapes_key, pd.unique(regions), "shapes_key", what="a region of the table")
         rows = np.flatnonzero(regions == shapes_key)

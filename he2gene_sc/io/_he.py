@@ -11,7 +11,7 @@ import numpy as np
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE, check_key
 from .._core.logs import logger
-from .._core.mpp import check_mpp, stated_mpp
+from .._core.mpp import attrs_with_mpp, check_mpp
 from ._decode import decode
 from ._raster import image_element
 
@@ -76,7 +76,7 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
         )
     sdata = SpatialData(images={image_key: image_element(decoded.levels)})
     if found is not None and np.isfinite(found) and found > 0:
-        sdata.attrs[ATTRS] = stated_mpp(sdata, image_key, found)
+        sdata.attrs[ATTRS] = attrs_with_mpp(sdata, image_key, found)
         logger.info("image %r: %.4g µm/px (%s)", image_key, found, "argument" if mpp is not None else "file")
     else:
         logger.warning("image %r states no µm/px: pass mpp= to hg.io.read_he, hg.pp.grid or hg.tl.predict", image_key)

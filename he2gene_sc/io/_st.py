@@ -12,8 +12,8 @@ import pandas as pd
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
 from .._core.logs import logger
-from .._core.mpp import check_mpp, stated_mpp
-from .._core.names import asked_name
+from .._core.mpp import attrs_with_mpp, check_mpp
+from .._core.names import clean_name_argument
 from ._decode import decode
 from ._raster import image_element
 from ._text import check_columns, check_header, check_once, read_table
@@ -90,8 +90,8 @@ def read_st(
     from scipy.sparse import csr_matrix
 
     check_mpp(mpp)
-    section = asked_name(section, "section")
-    patient = section if patient is None else asked_name(patient, "patient", sample=True)
+    section = clean_name_argument(section, "section")
+    patient = section if patient is None else clean_name_argument(patient, "patient", sample=True)
     for name, value in (("pitch_um", pitch_um), ("diameter_um", diameter_um)):
         validate.in_range(value, name, above=0)
     count_frame = _table(counts, "counts", index_col=0)
@@ -156,7 +156,7 @@ def section_of(
         shapes={SPOTS: shapes},
         tables={TABLE: TableModel.parse(table, region=SPOTS, region_key=REGION, instance_key=INSTANCE)},
     )
-    sdata.attrs[ATTRS] = stated_mpp(sdata, IMAGE, mpp)
+    sdata.attrs[ATTRS] = attrs_with_mpp(sdata, IMAGE, mpp)
     return sdata
 
 

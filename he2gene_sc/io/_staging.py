@@ -28,7 +28,7 @@ def quiet() -> Iterator[None]:
     import anndata
 
     strings = anndata.settings.override(allow_write_nullable_strings=True)
-    with warnings.catch_warnings(), strings, logs.quiet("spatialdata", "ome_zarr"):
+    with warnings.catch_warnings(), strings, logs.silence("spatialdata", "ome_zarr"):
         warnings.simplefilter("ignore")
         yield
 

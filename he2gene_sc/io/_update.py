@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core.concurrent_changes import NOT_COMPARED
 from .._core.differences import MAPPINGS, Change, Difference, read_elements, spatial_difference, table_difference
-from .._core.doubts import ANYTHING
 from .._core.element_results import is_as_written
 from .._core.elements import check_files
-from .._core.keys import ATTRS, MADE
-from .._core.ownership import is_result, written_in
+from .._core.keys import ATTRS, OWN_TABLE
+from .._core.ownership import is_result, recorded_keys
 from .._core.rasters import levels, zarr_folders
 from .._core.stores import (
     KINDS,
     SAVED,
-    doubts,
     elements,
     fingerprint,
     fingerprints,
     new_id,
+    possible_changes,
     remember,
     remembered,
     saved_by,
@@ -140,16 +140,16 @@ def _of_verbs(uns: Mapping[str, Any], lost: list[str]) -> set[str]:
     written = {f"uns[{key!r}]" for key, record in uns.items() if is_result(record)}
     for key, record in uns.items():
         if is_result(record):
-            written.update(f"{slot}[{name!r}]" for slot, names in written_in(key, record).items() for name in names)
+            written.update(f"{slot}[{name!r}]" for slot, names in recorded_keys(key, record).items() for name in names)
     ours = {item for item in lost if item in written or any(item.startswith(f"{start}[") for start in written)}
-    return ours | ({item for item in lost if " rows of " in item} if MADE in uns else set())
+    return ours | ({item for item in lost if " rows of " in item} if OWN_TABLE in uns else set())
 
 
 def _refuse_loss(
     sdata: SpatialData, store: Path, changes: list[Change], attrs: Difference, saved: Mapping[str, str]
 ) -> None:
     """Refuse to write over what the object does not know."""
-    mine, noted, doubted = saved_by(sdata.attrs), remembered(sdata), doubts(sdata)
+    mine, noted, doubted = saved_by(sdata.attrs), remembered(sdata), possible_changes(sdata)
     lost, is_doubtful = [], False
     for key, kind, difference in [(c.key, c.kind, c.difference) for c in changes] + [("attrs", "attrs", attrs)]:
         if not difference:
@@ -166,7 +166,7 @@ def _refuse_loss(
         if not as_read or (kind == "images" and not difference.metadata_only):
             items += difference.altered
         doubts_here = [
-            item for item in difference.altered if item not in items and (item in doubt or ANYTHING in doubt)
+            item for item in difference.altered if item not in items and (item in doubt or NOT_COMPARED in doubt)
         ]
         if items or doubts_here:
             since = "" if as_read else " (saved by another since it was read)"

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE
-from .._core.mpp import stated_mpp
+from .._core.mpp import attrs_with_mpp
 from ._he import read_he
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def from_wsidata(
     if wsi.reader.file in wsi.images:  # opened from a SpatialData object
         sdata = SpatialData(images={image_key: wsi.images[wsi.reader.file]})
         if wsi.properties.mpp is not None:
-            sdata.attrs[ATTRS] = stated_mpp(sdata, image_key, wsi.properties.mpp)
+            sdata.attrs[ATTRS] = attrs_with_mpp(sdata, image_key, wsi.properties.mpp)
     else:
         sdata = read_he(wsi.reader.file, mpp=wsi.properties.mpp, image_key=image_key)
     sdata.shapes[tile_key] = ShapesModel.parse(GeoDataFrame(geometry=tiles.geometry.to_numpy()))

@@ -11,8 +11,8 @@ import numpy as np
 from .._core import validate
 from .._core.expression import Scale
 from .._core.genes import symbols_in
-from .._core.keys import MADE, Keys
-from .._core.matrix import readable
+from .._core.keys import OWN_TABLE, Keys
+from .._core.matrix import indexable_matrix
 from .._core.predictions import predicted_layer, prediction_of, record_of, symbols_of
 from .._core.spots import get_table
 from ..stats import N_BINS
@@ -120,7 +120,7 @@ def calibration(
     bounds: list[OfModel] | list[OfAdapted]
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
-        check_calibrated(calibration, table, readable(table, layer), layer, model)
+        check_calibrated(calibration, table, indexable_matrix(table, layer), layer, model)
         ours = prediction_of(table, layer)
         if annotation_key is not None and ours is None:
             raise ValueError(
@@ -144,7 +144,7 @@ def calibration(
         gene_symbols = symbols_of(table, record, gene_symbols)
         if adapted is None:
             # Of a table of all genes it is the measured one beside it that has the column.
-            own = None if MADE in table.uns and gene_symbols not in table.var else gene_symbols
+            own = None if OWN_TABLE in table.uns and gene_symbols not in table.var else gene_symbols
             bounds = [of_model(table, record, model, c, by, own, keys) for c in levels]
         else:
             bounds = [of_adapted(adapted, c, by, table.n_vars) for c in levels]

@@ -16,8 +16,8 @@ import pandas as pd
 from .._core import validate
 from .._core.elements import check_spatialdata
 from .._core.keys import Keys
-from .._core.mpp import affine, length_scale, moved
-from .._core.names import with_text_names
+from .._core.mpp import affine, length_scale, transform_points
+from .._core.names import check_text_names
 from .._core.predictions import predicted_table
 from .._core.rasters import levels
 from .._core.slide import Slide, resolve
@@ -64,7 +64,7 @@ class Canvas:
     @cached_property
     def xy(self) -> np.ndarray:
         """Centres of the spots, ``(n, 2)``."""
-        return moved(spots_of(self.table) if self.slide is None else self.slide.centres, self.matrix)
+        return transform_points(spots_of(self.table) if self.slide is None else self.slide.centres, self.matrix)
 
     @cached_property
     def diameter(self) -> float:
@@ -82,11 +82,11 @@ class Canvas:
     def box(self, bbox: Sequence[float] | None, parameter: str = "bbox") -> tuple[float, float, float, float]:
         """Part that is shown, xmin, ymin, xmax and ymax: the region, or the spots and a margin."""
         if bbox is not None:
-            corners = moved(np.array([[x, y] for x in bbox[::2] for y in bbox[1::2]], float), self.matrix)
+            corners = transform_points(np.array([[x, y] for x in bbox[::2] for y in bbox[1::2]], float), self.matrix)
             low, high = corners.min(0), corners.max(0)
             if not ((self.xy >= low) & (self.xy <= high)).all(1).any():
                 first, last = (np.nanmin(self.xy, 0), np.nanmax(self.xy, 0)) if len(self.xy) else (low, high)
-                ends = moved(np.array([first, last]), np.linalg.inv(self.matrix))
+                ends = transform_points(np.array([first, last]), np.linalg.inv(self.matrix))
                 raise ValueError(
                     f"`{parameter}` {tuple(bbox)} holds no spot; the spots lie in x {ends[:, 0].min():.0f} to {ends[:, 0].max():.0f} "
                     f"and y {ends[:, 1].min():.0f} to {ends[:, 1].max():.0f}"
@@ -161,7 +161,7 @@ def read_region(
     pyramid: Pyramid, factor: float, matrix: np.ndarray, box: tuple[float, ...], pixels: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read a region ``(h, w, 3)`` from the coarsest level that is long enough, and the matrix from its pixels to the drawing."""
-    corners = moved(np.array([[x, y] for x in box[::2] for y in box[1::2]]), np.linalg.inv(matrix))
+    corners = transform_points(np.array([[x, y] for x in box[::2] for y in box[1::2]]), np.linalg.inv(matrix))
     low = np.clip(corners.min(0), 0, [pyramid.width - 1, pyramid.height - 1])
     high = np.clip(corners.max(0), low + 1, [pyramid.width, pyramid.height])
     fitting = [level for level in pyramid.levels if (high - low).max() / level.scale >= pixels]
@@ -189,11 +189,12 @@ def outlines(ax: Axes, shapes: GeoDataFrame, system: str, size: float = 1.0, **k
     matrix = affine(shapes, system)
     if "radius" in shapes.columns:
         sides = 2 * size * shapes["radius"].to_numpy(float) * length_scale(matrix, quiet=True)
-        return _circles(ax, moved(shapes.get_coordinates().to_numpy(), matrix), sides, **kwargs)
+        return _circles(ax, transform_points(shapes.get_coordinates().to_numpy(), matrix), sides, **kwargs)
     rings = shapes.geometry.convex_hull if (shapes.geom_type != "Polygon").any() else shapes.geometry
     rings = rings if size == 1 else rings.scale(size, size)
     return PolyCollection(
-        [moved(np.asarray(ring.exterior.coords)[:, :2], matrix) for ring in rings], **{"edgecolors": "none", **kwargs}
+        [transform_points(np.asarray(ring.exterior.coords)[:, :2], matrix) for ring in rings],
+        **{"edgecolors": "none", **kwargs},
     )
 
 
@@ -230,7 +231,7 @@ def canvases(
             replace(each, name=f"{each.name} ({i + 1})") if each.name in twice else each for i, each in enumerate(out)
         ]
     if hasattr(data, "obs_names"):
-        table = with_text_names(data)
+        table = check_text_names(data)
         _check_spots(table)
         xy = spots_of(table)
         sections = sections_of(table)

@@ -15,7 +15,7 @@ from .._core.names import names_of
 from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
-from .._core.spots import apart, samples_of, sections_of, spots_of
+from .._core.spots import samples_of, sections_of, spots_of, unique_section_names
 from ..tl._domains.inputs import MIN_SPOTS
 from ._canvas import Canvas, finish
 from ._panels import Panel, Style, draw_panels
@@ -123,7 +123,7 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
         raise ValueError(f"`section` {chosen!r} was not scored, valid: {scored}")
     params = record["params"]
     samples = samples_of(table, params.get("sample_key", PATIENT))
-    names = apart(sections_of(table, params.get("section_key", SECTION)), samples)
+    names = unique_section_names(sections_of(table, params.get("section_key", SECTION)), samples)
     return chosen, np.flatnonzero(names == chosen)
 
 

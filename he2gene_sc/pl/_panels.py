@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.expression import contents_of, count_totals
+from .._core.expression import count_totals, summarize_values
 from .._core.keys import Keys
 from .._core.matrix import blocks_of, dense
 from ._canvas import Canvas, axes_for, panel_pixels
@@ -272,7 +272,7 @@ def check_palette(palette: Any, panels: list[Panel]) -> None:
     odd = [str(key) for key in palette] if isinstance(palette, Mapping) else []
     if known and odd and not set(odd) & set(known):
         raise ValueError(
-            f"`palette` has {odd[:5]}, which are not classes, valid: {known}{validate.near(odd[0], known)}"
+            f"`palette` has {odd[:5]}, which are not classes, valid: {known}{validate.suggest(odd[0], known)}"
         )
 
 
@@ -378,7 +378,7 @@ def as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
     chosen = np.empty((values.shape[0], len(columns)))
     for rows, block in blocks_of(values):
         chosen[rows] = dense(block[:, columns])
-    found = contents_of(values)
+    found = summarize_values(values)
     if found.kind == "counts" and found.high > 1:
         # A spot of which a count is NaN has no total and is not drawn.
         total = count_totals(values).reshape(-1, 1)

@@ -14,7 +14,7 @@ from .._core import validate
 from .._core.elements import is_object
 from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
-from .._core.predictions import predicted_by, symbols_of
+from .._core.predictions import predicting_model, symbols_of
 from .._core.results import find_result
 from .._core.spots import get_table
 from ._canvas import axes_for, finish
@@ -233,7 +233,7 @@ def _genes_of(
             "hg.tl.evaluate(data, layer=...), and pass key='he2gene_eval'"
         )
     record = table.uns[keys.uns]
-    found = predicted_by(record, None)
+    found = predicting_model(record, None)
     wanted = match_genes(found, table, None, symbols_of(table, record, gene_symbols))
     genes = found.genes.iloc[wanted.positions]
     genes = genes.assign(symbol=genes.index).set_axis(table.var_names[wanted.columns], axis=0)

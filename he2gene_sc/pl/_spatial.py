@@ -12,9 +12,9 @@ import pandas as pd
 
 from .._core import validate
 from .._core.genes import columns_of
-from .._core.keys import MADE, Keys
-from .._core.matrix import dense, matrix_of, where_of
-from .._core.ownership import is_of, is_prediction
+from .._core.keys import OWN_TABLE, Keys
+from .._core.matrix import dense, layer_label, matrix_of
+from .._core.ownership import is_prediction, is_record_of
 from .._core.predictions import predicted_layer, predicted_table, record_of, symbols_of
 from .._core.results import scores_of
 from ..stats import pearson
@@ -157,7 +157,7 @@ def spatial(
     validate.arguments(spatial, locals())
     style = Style(image, size, alpha, cmap, vmin, vmax, legend_loc, frameon, bbox, inset)
     if ncols is not None:
-        validate.whole(ncols, "ncols")
+        validate.whole_number(ncols, "ncols")
     names = [*_listed(genes, "genes"), *_listed(color, "color")]
     keys = Keys(prediction_key)
     slides = canvases(
@@ -243,7 +243,7 @@ def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: 
             raise ValueError(
                 f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists those that were. Drawn are columns of "
                 "obs too, classes of the model, gene sets, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities'"
-                f"{validate.near(unknown[0], [*table.obs, *_classes(table, keys), *scores_of(table, keys)])}"
+                f"{validate.suggest(unknown[0], [*table.obs, *_classes(table, keys), *scores_of(table, keys)])}"
             )
     for name in names:
         columns = [(slide.table.obs, _column(slide.table, name, keys)) for slide in slides]
@@ -360,7 +360,7 @@ def _correlation(predicted: np.ndarray, measured: np.ndarray) -> float:
 
 def _name(table: AnnData, layer: str | None) -> str:
     """Say what the titles call a layer that is not the prediction."""
-    return "adapted" if is_of("adapt", table.uns.get(layer)) else layer or where_of(None)
+    return "adapted" if is_record_of("adapt", table.uns.get(layer)) else layer or layer_label(None)
 
 
 def _table_with(sdata: SpatialData, names: list[str], prediction_key: str) -> str | None:
@@ -383,8 +383,8 @@ def _columns(table: AnnData, names: list[str], keys: Keys) -> np.ndarray:
 def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> tuple[np.ndarray, bool] | None:
     """Measured values of the genes and whether they were raw counts; ``None`` where nothing is shown."""
     layer = measured if isinstance(measured, str) else None
-    if layer is None and measured and MADE in table.uns:
+    if layer is None and measured and OWN_TABLE in table.uns:
         raise ValueError("`measured`: the table holds predictions only")
-    if measured is False or (layer is None and (MADE in table.uns or table.X is None)):
+    if measured is False or (layer is None and (OWN_TABLE in table.uns or table.X is None)):
         return None
     return as_log(matrix_of(table, layer, "measured"), table.var_names.get_indexer(genes))

@@ -12,7 +12,7 @@ from .._core.element_results import check_element_free, write_element
 from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import SPOTS
 from .._core.logs import logger
-from .._core.mpp import known_mpp, stated_mpp
+from .._core.mpp import attrs_with_mpp, known_mpp
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -87,7 +87,7 @@ def grid(
     diameter, pitch = diameter_um / mpp, pitch_um / mpp
     if diameter < 8:
         raise ValueError(f"`diameter_um` {diameter_um:g} is {diameter:.3g} px at {mpp:.4g} µm/px; 8 px are the least")
-    mask = TissueMask.of(sdata, image_key, tissue_key)
+    mask = TissueMask.read(sdata, image_key, tissue_key)
     # Pixels of the mask a pixel of the image, down and across.
     scale = np.linalg.norm(mask.to_mask[:2, :2], axis=1)[::-1]
     share = uniform_filter(
@@ -114,7 +114,7 @@ def grid(
                 f"`key_added` {key_added!r} names other shapes, which a table annotates; delete that table or choose "
                 "another key"
             )
-    write_element(sdata, "shapes", key_added, shapes, stated_mpp(sdata, image_key, mpp))
+    write_element(sdata, "shapes", key_added, shapes, attrs_with_mpp(sdata, image_key, mpp))
     logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
 
 

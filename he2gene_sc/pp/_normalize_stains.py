@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .._core import logs, validate
-from .._core.element_results import check_element_free, exchanged
+from .._core.element_results import check_element_free, replaced_element
 from .._core.elements import check_spatialdata
 from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import ATTRS
-from .._core.mpp import stated_mpp
+from .._core.mpp import attrs_with_mpp
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -80,7 +80,7 @@ def normalize_stains(
     validate.arguments(normalize_stains, locals())
     validate.one_of(method, ("macenko", "vahadane", "reinhard"), "method")
     check_spatialdata(reference, "reference")
-    validate.passed_on(kwargs, ("method_params", "preserve_background"), "hg.pp.normalize_stains")
+    validate.known_arguments(kwargs, ("method_params", "preserve_background"), "hg.pp.normalize_stains")
     import squidpy as sq
 
     image_key = find_image(sdata, None, image_key)
@@ -90,7 +90,7 @@ def normalize_stains(
     wanted = find_image(reference, None, reference_image_key)
     options: dict[str, Any] = {"preserve_background": method == "reinhard", **kwargs}
     try:
-        with logs.quiet("spatialdata._logging"):
+        with logs.silence("spatialdata._logging"):
             fitted = sq.experimental.im.fit_stain_reference(
                 _alone(reference, wanted, None),
                 "image",
@@ -103,9 +103,9 @@ def normalize_stains(
             f"`sdata` or `reference`: the stains cannot be told apart by {method!r} ({error}); check that both images are H&E and look "
             "at their masks (hg.pl.tissue), or pass method='reinhard'"
         ) from error
-    with exchanged(sdata, "images", key_added, source.images["normalized"]):
+    with replaced_element(sdata, "images", key_added, source.images["normalized"]):
         if image_key in (stated := sdata.attrs.get(ATTRS, {}).get("mpp", {})):
-            sdata.attrs[ATTRS] = stated_mpp(sdata, key_added, stated[image_key])
+            sdata.attrs[ATTRS] = attrs_with_mpp(sdata, key_added, stated[image_key])
 
 
 def _alone(sdata: SpatialData, image_key: str, tissue_key: str | None) -> SpatialData:
@@ -113,6 +113,6 @@ def _alone(sdata: SpatialData, image_key: str, tissue_key: str | None) -> Spatia
     from spatialdata import SpatialData
     from spatialdata.models import Labels2DModel
 
-    mask = TissueMask.of(sdata, image_key, tissue_key).over(pyramid_of(sdata, image_key))
+    mask = TissueMask.read(sdata, image_key, tissue_key).resample(pyramid_of(sdata, image_key))
     labels = Labels2DModel.parse(mask.astype(np.uint8), dims=("y", "x"))
     return SpatialData(images={"image": sdata.images[image_key]}, labels={"image_tissue": labels})

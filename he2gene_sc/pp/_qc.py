@@ -81,7 +81,7 @@ def qc(
     """
     validate.arguments(qc, locals())
     validate.in_range(tile_um, "tile_um", above=0)
-    validate.passed_on(kwargs, ("metrics", "outlier_threshold"), "hg.pp.qc")
+    validate.known_arguments(kwargs, ("metrics", "outlier_threshold"), "hg.pp.qc")
     import squidpy as sq
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
@@ -92,16 +92,16 @@ def qc(
     key_added = f"{image_key}_qc" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.qc", "shapes", key_added)
     mpp = known_mpp(sdata, image_key, mpp)
-    mask = TissueMask.of(sdata, image_key, tissue_key)
+    mask = TissueMask.read(sdata, image_key, tissue_key)
     pixels, (down, across) = read_thumbnail(sdata, image_key, _WORKING_PX)
-    tissue = mask.over(pyramid_of(sdata, image_key), pixels.shape[1:])
+    tissue = mask.resample(pyramid_of(sdata, image_key), pixels.shape[1:])
     side = max(_LEAST_PX, round(tile_um / (mpp * down)))
     # An object of its own: squidpy takes fixed names, and replaces what has them.
     reduced = SpatialData(
         images={"image": Image2DModel.parse(pixels, dims=("c", "y", "x"))},
         labels={"tissue": Labels2DModel.parse(tissue.astype(np.uint8), dims=("y", "x"))},
     )
-    with logs.quiet("spatialdata._logging"):
+    with logs.silence("spatialdata._logging"):
         sq.experimental.im.qc_image(
             reduced,
             "image",

@@ -12,10 +12,10 @@ import pandas as pd
 
 from .._core import validate
 from .._core.expression import Scale
-from .._core.keys import MADE, Keys, check_key
+from .._core.keys import OWN_TABLE, Keys, check_key
 from .._core.lazy import is_large
 from .._core.matrix import dense, matrix_of
-from .._core.ownership import check_free, is_of, is_prediction, written_in
+from .._core.ownership import check_free, is_prediction, is_record_of, recorded_keys
 from .._core.predictions import prediction_of
 from .._core.results import write_result
 from .._core.spots import get_table, sections_of, spots_of
@@ -173,7 +173,7 @@ def adapt(
     _refuse_twice(table, layer, spots)
     sections = sections_of(table, section_key)
     rows = rows_of(truth, sections, inside)
-    if keys.annotation not in table.obs and keys.annotation in written_in(keys.uns, table.uns.get(keys.uns)).get(
+    if keys.annotation not in table.obs and keys.annotation in recorded_keys(keys.uns, table.uns.get(keys.uns)).get(
         "obs", ()
     ):
         warnings.warn(
@@ -325,7 +325,7 @@ def _refuse_predictions(table: AnnData, measured: object, counts: str | None, la
     if source in made:
         what = "is the prediction itself" if source == layer else "was predicted"
         raise ValueError(f"`{parameter}` {source!r} {what}; a mask or a layer of measured values is needed")
-    if source is None and MADE in table.uns:
+    if source is None and OWN_TABLE in table.uns:
         raise ValueError(
             "`counts`: the table was made by hg.tl.predict, its X is the prediction and nothing was measured in it; predict "
             "into the measured table (genes=None) and adapt that, or put a layer of what was measured into this one and name "
@@ -337,7 +337,7 @@ def _refuse_twice(table: AnnData, layer: str, spots: np.ndarray) -> None:
     """Refuse to adapt a layer again to spots that it was adapted to: their residuals are too small."""
     key = f"{layer}_measured"
     record = table.uns.get(layer)
-    if not (is_of("adapt", record) and key in table.obs):
+    if not (is_record_of("adapt", record) and key in table.obs):
         return
     again = int((spots & table.obs[key].to_numpy(bool)).sum())
     if again:

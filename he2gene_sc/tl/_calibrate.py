@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.expression import MAX_LOG, Scale, contents_of
+from .._core.expression import MAX_LOG, Scale, summarize_values
 from .._core.keys import PATIENT
 from .._core.names import clean_names
 from .._core.ownership import is_prediction
@@ -299,7 +299,7 @@ def check_calibrated(calibration: Any, table: AnnData, values: Any, layer: str, 
             f"`layer` is {layer!r}, `calibration` is of layer {calibration.layer!r}; pass layer={calibration.layer!r}, or "
             f"calibrate the other: hg.tl.calibrate(data, layer={layer!r})"
         )
-    found = contents_of(values)
+    found = summarize_values(values)
     if found.n_infinite or found.n_nan == np.prod(values.shape):
         what = f"holds {found.n_infinite} infinite value(s)" if found.n_infinite else "is NaN for every gene and spot"
         raise ValueError(f"`layer` {layer!r} {what}; predict again")

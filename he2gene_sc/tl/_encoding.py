@@ -11,7 +11,7 @@ import numpy as np
 
 from .._core import validate
 from .._core.logs import logger
-from .._core.ownership import is_of, ours, written_in
+from .._core.ownership import is_record_of, recorded_keys, unchanged_keys
 from .._core.placement import check_placement
 from .._core.slide import Slide, resolve
 from .._settings import settings
@@ -93,10 +93,10 @@ def check_options(verb: str, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in valid:
             raise TypeError(
-                f"`{name}` is not a parameter of hg.tl.{verb}; further ones: {valid}{validate.near(name, valid)}"
+                f"`{name}` is not a parameter of hg.tl.{verb}; further ones: {valid}{validate.suggest(name, valid)}"
             )
         if name == "batch_size":
-            validate.whole(value, name)
+            validate.whole_number(value, name)
         elif name == "lattice":
             validate.in_range(value, name, above=0, most=1, what="a share of the window")
 
@@ -236,8 +236,8 @@ def find_features(features: Any, table: AnnData | None) -> KeptFeatures | Path |
     path = validate.folder_or_file(features, "features")
     if isinstance(features, str) and table is not None and features in table.obsm:
         for key, record in table.uns.items():
-            if is_of("embed", record) and features in written_in(key, record).get("obsm", []):
-                if features not in ours(table, key, record).get("obsm", []):
+            if is_record_of("embed", record) and features in recorded_keys(key, record).get("obsm", []):
+                if features not in unchanged_keys(table, key, record).get("obsm", []):
                     raise ValueError(
                         f"`features`: obsm[{features!r}] was changed after hg.tl.embed wrote it; compute it again: "
                         f"hg.tl.embed(sdata, model=..., key_added={key!r})"

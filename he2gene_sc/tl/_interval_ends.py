@@ -14,8 +14,8 @@ import pandas as pd
 from .._core.genes import find_genes
 from .._core.keys import Keys
 from .._core.model_genes import match_genes
-from .._core.ownership import is_of
-from .._core.predictions import predicted_by, symbols_of
+from .._core.ownership import is_record_of
+from .._core.predictions import predicting_model, symbols_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -95,7 +95,7 @@ def adaptation_of(table: AnnData, record: Mapping[str, Any], layer: str) -> Mapp
     if layer == record["layer"]:
         return None
     adapted = table.uns.get(layer)
-    if not is_of("adapt", adapted):
+    if not is_record_of("adapt", adapted):
         raise ValueError(
             f"`layer` {layer!r} was written neither by hg.tl.predict, which wrote {record['layer']!r}, nor by hg.tl.adapt: "
             "nothing is known of its residuals"
@@ -169,7 +169,7 @@ def of_model(
     gene_symbols: str | None,
     keys: Keys,
 ) -> OfModel:
-    model = predicted_by(record, model)
+    model = predicting_model(record, model)
     facts = model.card.intervals
     if facts is None:
         raise ValueError(

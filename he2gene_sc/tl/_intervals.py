@@ -15,9 +15,9 @@ from .._core.expression import as_logs
 from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
 from .._core.lazy import genes_at_once
-from .._core.matrix import dense, readable
+from .._core.matrix import dense, indexable_matrix
 from .._core.ownership import check_free
-from .._core.predictions import check_as_predicted, predicted_layer, record_of
+from .._core.predictions import check_layer_unchanged, predicted_layer, record_of
 from .._core.results import write_result
 from .._core.spots import get_table
 from .._settings import settings
@@ -135,14 +135,14 @@ def intervals(
     adapted: Mapping[str, Any] | None = None
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
-        predicted = readable(table, layer)
+        predicted = indexable_matrix(table, layer)
         check_calibrated(calibration, table, predicted, layer, model)
     else:
         table = get_table(data, table_key, prediction_key=prediction_key)
         record = record_of(table, prediction_key)
         layer = predicted_layer(table, prediction_key, layer)
-        check_as_predicted(table, prediction_key, layer)
-        predicted = readable(table, layer)
+        check_layer_unchanged(table, prediction_key, layer)
+        predicted = indexable_matrix(table, layer)
         adapted = adaptation_of(table, record, layer)
     names = {name: f"{layer}_{name}" for name in ("lower", "upper", "halfwidth", "rarely_detected")}
     uns = f"{layer}_intervals"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from .._core.duplicates import warn_of_copied_spots
 from .._core.expression import Scale
 from .._core.keys import PATIENT, SECTION
-from .._core.matrix import where_of
-from .._core.predictions import origin_of, prediction_of
+from .._core.matrix import layer_label
+from .._core.predictions import prediction_of, source_layer
 from .._core.spots import SpotData, read_spots
 from ._biomarkers.pool import labelled_spots
 from ._biomarkers.provenance import measured_part
@@ -52,7 +52,7 @@ def paired_spots(
         # Sections of one name in several patients or objects are several.
         alike = len(set(spots.units)) > len(set(spots.sections))
         spots = replace(spots, samples=spots.units if alike else spots.sections)
-    if any(origin_of(table, layer)[1] for table in spots.tables):
+    if any(source_layer(table, layer)[1] for table in spots.tables):
         raise ValueError(
             f"`layer` {layer!r} was fitted by hg.tl.adapt to spots that are measured here; name the layer that it was adapted "
             "from"
@@ -68,7 +68,7 @@ def paired_spots(
     known, seen = measured_part(spots, measured, measured_scale, "counts")
     if not seen.any():
         raise ValueError(
-            f"`measured`: {where_of(measured)} holds no counts at any spot that has a prediction; "
+            f"`measured`: {layer_label(measured)} holds no counts at any spot that has a prediction; "
             "name the layer of measured counts"
         )
     pair = spots.take(seen), replace(known, genes=spots.genes)

@@ -13,12 +13,12 @@ import numpy as np
 from .._core import validate
 from .._core.element_results import copy_tables
 from .._core.fill import StackedPredictions, check_fillable, fill_table
-from .._core.keys import FACTS, TABLE, Keys, check_key
+from .._core.keys import REGION_FACTS, TABLE, Keys, check_key
 from .._core.lazy import is_large
 from .._core.logs import logger
-from .._core.made_table import check_new_table, make_table, put_table
 from .._core.model_genes import match_genes
-from .._core.predictions import head_of
+from .._core.own_table import check_new_table, make_table, put_table
+from .._core.predictions import head_digest
 from .._core.slide import Slide
 from ._embed import encode_slide
 from ._encoding import (
@@ -241,7 +241,7 @@ def predict(
         "model": model.name,
         "model_version": model.card.version,
         "weights_sha256": model.weights_sha256,
-        "head": head_of(model),
+        "head": head_digest(model),
         **({"model_source": model.source} if model.source else {}),
         "encoder": model.card.encoder["name"],
         "encoder_license": model.card.encoder["license"],
@@ -378,7 +378,7 @@ def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, objec
         [len(slide.spot_ids) for slide in slides],
         [int((~slide.inside).sum()) for slide in slides],
     )
-    facts = dict(zip(FACTS, values, strict=True))
+    facts = dict(zip(REGION_FACTS, values, strict=True))
     if len(slides) == 1:
         return {"shapes": slides[0].shapes_key, **{name: values[0] for name, values in facts.items()}}
     regions = [slide.shapes_key for slide in slides]

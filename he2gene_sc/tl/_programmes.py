@@ -135,7 +135,7 @@ def programmes(
     ['fat']
     """
     validate.arguments(programmes, locals())
-    validate.whole(min_genes, "min_genes")
+    validate.whole_number(min_genes, "min_genes")
     check_key(key_added, "key_added")
     if layer is None and held_out is not None:
         raise ValueError(

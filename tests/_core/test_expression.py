@@ -9,10 +9,10 @@ from anndata import AnnData, read_h5ad
 
 from he2gene_sc._core.expression import (
     as_logs,
-    contents_of,
     count_totals,
     log_expression,
-    other_scale,
+    scale_problem,
+    summarize_values,
 )
 from he2gene_sc._core.matrix import matrix_of, values_of
 
@@ -43,11 +43,11 @@ def test_every_kind_of_matrix_is_looked_at_and_normalised_alike(counts, kind, mo
     monkeypatch.setattr("he2gene_sc._core.matrix._BLOCK", 120)
     genes = np.array([3, 1, 59])
     np.testing.assert_allclose(as_logs(KINDS[kind](counts), "counts", genes), logs(counts)[:, genes], rtol=1e-6)
-    assert contents_of(KINDS[kind](counts)) == contents_of(counts)
-    assert other_scale(KINDS[kind](logs(counts))) == ""
+    assert summarize_values(KINDS[kind](counts)) == summarize_values(counts)
+    assert scale_problem(KINDS[kind](logs(counts))) == ""
     odd = counts.copy()
     odd[29, 59], odd[3, 2], odd[4, 4], odd[5, 5] = -1, 0.5, np.nan, np.inf
-    found = contents_of(KINDS[kind](odd))
+    found = summarize_values(KINDS[kind](odd))
     assert (found.n_negative, found.n_fractions, found.n_nan, found.n_infinite) == (1, 1, 1, 1)
     assert (found.n_nan_spots, found.n_empty_spots, found.low) == (1, 0, -1)
 
@@ -68,8 +68,8 @@ def test_tables_on_disk_are_read_by_blocks(counts, tmp_path, monkeypatch):
 def test_one_odd_value_among_millions_is_found():
     counts = np.ones((1500, 1000), np.float32)
     counts[1234, 567] = 0.5
-    assert contents_of(counts).kind == "log"
-    assert contents_of(counts).problem.startswith("1 fractions, up to 1")
+    assert summarize_values(counts).kind == "log"
+    assert summarize_values(counts).problem.startswith("1 fractions, up to 1")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_one_odd_value_among_millions_is_found():
 )
 def test_what_is_no_count_is_named(counts, value, problem):
     counts[3, 4] = value
-    assert contents_of(scipy.sparse.csr_array(counts)).problem.startswith(problem)
+    assert summarize_values(scipy.sparse.csr_array(counts)).problem.startswith(problem)
 
 
 def test_counts_with_nan_are_refused_unless_whole_spots_were_not_measured(counts):

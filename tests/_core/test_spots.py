@@ -6,8 +6,8 @@ import pytest
 from anndata import AnnData
 
 import he2gene_sc as hg
-from he2gene_sc._core.names import asked_name, clean_name, clean_names, names_of
-from he2gene_sc._core.spots import apart, read_spots, samples_of, sections_of
+from he2gene_sc._core.names import clean_name, clean_name_argument, clean_names, names_of
+from he2gene_sc._core.spots import read_spots, samples_of, sections_of, unique_section_names
 from tests.helpers.patients import pool
 
 
@@ -104,8 +104,8 @@ def test_a_name_that_is_needed_is_asked_for():
     ):
         names_of(table_of(patient=["a", "nan", ""]), "patient", "sample_key", required=True)
     with pytest.raises(ValueError, match="`groups` holds 'nan'"):
-        asked_name("nan", "groups")
-    assert asked_name(3.0, "groups") == "3"
+        clean_name_argument("nan", "groups")
+    assert clean_name_argument(3.0, "groups") == "3"
 
 
 def test_a_section_that_is_missing_for_some_spots_is_refused():
@@ -180,6 +180,10 @@ def test_a_table_without_patients_is_of_one_and_sections_of_one_name_in_two_pati
         samples_of(table_of(patient=["p"]), "who")
     one, both = np.array(["s", "s"], object), np.array(["s", "t"], object)
     patients = np.array(["p", "q"], object)
-    assert apart(one, patients).tolist() == ["p", "q"]
-    assert apart(np.array(["s", "t", "s"], object), np.array(["p", "p", "q"], object)).tolist() == ["p_s", "p_t", "q_s"]
-    assert apart(both, patients) is both
+    assert unique_section_names(one, patients).tolist() == ["p", "q"]
+    assert unique_section_names(np.array(["s", "t", "s"], object), np.array(["p", "p", "q"], object)).tolist() == [
+        "p_s",
+        "p_t",
+        "q_s",
+    ]
+    assert unique_section_names(both, patients) is both

@@ -5,7 +5,7 @@ import scipy.sparse
 from anndata import AnnData
 
 import he2gene_sc as hg
-from he2gene_sc._core.expression import contents_of, log_expression
+from he2gene_sc._core.expression import log_expression, summarize_values
 from he2gene_sc._core.matrix import values_of
 from he2gene_sc._core.names import names_of
 from he2gene_sc._core.ownership import check_free
@@ -55,8 +55,8 @@ def test_what_is_not_expected_is_refused_unless_it_is_stated(table):
     ],
 )
 def test_scales_are_told_apart(values, scale):
-    assert contents_of(np.array(values, float)).kind == scale
-    assert contents_of(scipy.sparse.csr_array(np.array(values, float))).kind == scale
+    assert summarize_values(np.array(values, float)).kind == scale
+    assert summarize_values(scipy.sparse.csr_array(np.array(values, float))).kind == scale
 
 
 def test_masked_values_are_refused(table):
@@ -81,7 +81,7 @@ def test_counts_in_parts_are_added_up(table):
     whole.data[:] = 3
     parts = (np.tile([1.5, 1.5], whole.nnz), np.repeat(whole.indices, 2), 2 * whole.indptr)
     table.layers["parts"] = scipy.sparse.csr_matrix(parts, shape=whole.shape)
-    assert contents_of(table.layers["parts"]).kind == "counts"
+    assert summarize_values(table.layers["parts"]).kind == "counts"
     np.testing.assert_array_equal(values_of(table, "parts").toarray(), whole.toarray())
     assert table.layers["parts"].nnz == 2 * whole.nnz
 

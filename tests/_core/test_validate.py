@@ -34,9 +34,9 @@ def test_key_in_names_what_is_there():
 
 
 def test_what_is_not_there_or_could_be_several_things_is_said_with_what_is_valid():
-    assert validate.there("spots", {"spots": 1, "bins": 2}, "shapes_key") == "spots"
+    assert validate.existing_key("spots", {"spots": 1, "bins": 2}, "shapes_key") == "spots"
     with pytest.raises(ValueError, match=r"`shapes_key` 'x' not found, valid keys: \['bins', 'spots'\]; make them"):
-        validate.there("x", ["spots", "bins"], "shapes_key", "; make them")
+        validate.existing_key("x", ["spots", "bins"], "shapes_key", "; make them")
     validate.not_ambiguous(["one"], "table_key")
     with pytest.raises(ValueError, match=r"`table_key` is ambiguous, candidates: \['a', 'b'\]"):
         validate.not_ambiguous(["b", "a"], "table_key")
@@ -48,7 +48,7 @@ def test_what_is_not_there_or_could_be_several_things_is_said_with_what_is_valid
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None, float("nan")])
 def test_whole_takes_whole_numbers_alone(value):
     with pytest.raises(ValueError, match="`n_splits` is .*; a whole number from 1 is needed"):
-        validate.whole(value, "n_splits")
+        validate.whole_number(value, "n_splits")
 
 
 @pytest.mark.parametrize("value", [True, 1, {"ERBB2": 1}, [["ERBB2"]], [None], b"ERBB2"])
@@ -88,7 +88,7 @@ def test_settings_are_checked_when_they_are_set(name, value):
 
 
 def test_whole_and_in_range_return_the_value():
-    assert validate.whole(np.int64(3), "n") == 3
+    assert validate.whole_number(np.int64(3), "n") == 3
     assert validate.in_range(0.5, "share", least=0, below=1) == 0.5
     assert validate.in_range(0, "share", least=0, below=1) == 0
 

@@ -21,7 +21,7 @@ from spatialdata.models import Image2DModel, Labels2DModel
 from spatialdata.transformations import Scale, get_transformation, set_transformation
 
 import he2gene_sc as hg
-from he2gene_sc._core import doubts, stores
+from he2gene_sc._core import concurrent_changes, stores
 from he2gene_sc.io import _files, _save, _store
 from tests.helpers import saving_faults
 
@@ -43,7 +43,7 @@ def digest(store):
 @pytest.fixture(autouse=True)
 def _stores_are_older_than_the_process(monkeypatch):
     """What is changed in an object is known from what others change, which `test_save_losses` tries."""
-    monkeypatch.setattr(doubts, "_START", math.inf)
+    monkeypatch.setattr(concurrent_changes, "_START", math.inf)
 
 
 @pytest.fixture

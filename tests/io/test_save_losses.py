@@ -18,8 +18,8 @@ from spatialdata.models import Image2DModel, Labels2DModel, PointsModel
 from spatialdata.transformations import Scale, get_transformation, set_transformation
 
 import he2gene_sc as hg
-from he2gene_sc._core import doubts
-from he2gene_sc._core.same import same, same_column
+from he2gene_sc._core import concurrent_changes
+from he2gene_sc._core.equality import is_same_value, same_column
 from he2gene_sc.io import _files
 
 pytestmark = pytest.mark.slow
@@ -477,7 +477,7 @@ def test_ones_own_changes_are_saved_where_no_other_can_have_changed_the_store(sl
 
     # It is older than the process.
     with monkeypatch.context() as patch:
-        patch.setattr(doubts, "_START", math.inf)
+        patch.setattr(concurrent_changes, "_START", math.inf)
         sdata = sd.read_zarr(slide.path)
         change(sdata, 2)
         hg.io.save(sdata)
@@ -527,7 +527,7 @@ def test_what_others_change_after_a_save_and_before_the_next_reading_is_met_is_n
 def test_what_others_move_into_place_is_not_lost_though_its_files_are_old(slide, tmp_path, monkeypatch, what):
     other = Path(shutil.copytree(slide.path, tmp_path / "other.zarr"))
     THEIRS["layer"][0](other)
-    monkeypatch.setattr(doubts, "_START", time.time())
+    monkeypatch.setattr(concurrent_changes, "_START", time.time())
     mine = sd.read_zarr(slide.path)
     (slide.path / what).rename(tmp_path / "gone")
     (other / what).rename(slide.path / what)
@@ -629,5 +629,5 @@ def test_single_numbers_of_numpy_are_not_taken_for_changes_by_others(slide, tmp_
     before = table.stat().st_ino
     hg.io.save(slide)
     assert table.stat().st_ino == before
-    assert not same(np.float32(1), 1)
-    assert not same(np.int8(1), True)
+    assert not is_same_value(np.float32(1), 1)
+    assert not is_same_value(np.int8(1), True)

@@ -12,7 +12,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 import he2gene_sc as hg
-from he2gene_sc._core.keys import MADE
+from he2gene_sc._core.keys import OWN_TABLE
 from he2gene_sc.stats import paired_moderated_t
 from tests.helpers.patients import as_predicted, biomarkers, patient, patients
 
@@ -340,7 +340,7 @@ def test_ppi_takes_depth_off_what_was_measured():
         table.layers["mine"] = np.log1p(1e4 * genes / genes.sum() + abs(noise)).astype(np.float32)
         if number > 9:
             # As hg.tl.predict makes one of a slide that was not measured.
-            table.uns[MADE] = True
+            table.uns[OWN_TABLE] = True
         tables.append(table)
     options = {"groups": "tumour", "reference": "stroma", "layer": "mine", "layer_scale": "log", "reliable_only": False}
     result = hg.tl.biomarkers(tables, "label", method="ppi", **options)

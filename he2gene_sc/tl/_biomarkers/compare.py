@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..._core.logs import logger
-from ..._core.names import asked_name
+from ..._core.names import clean_name_argument
 from ..._core.spots import SpotData
 from ..._core.validate import format_list
 from .contrast import MIN_SPOTS, Cells, Contrast
@@ -160,8 +160,12 @@ def _counted(sums: CountSums) -> np.ndarray:
 def named_groups(groups: Any, reference: object) -> tuple[list[str] | None, str]:
     """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too."""
     several = isinstance(groups, Iterable) and not isinstance(groups, str)
-    named = None if groups is None else [asked_name(group, "groups") for group in (groups if several else [groups])]
-    return named, asked_name(reference, "reference")
+    named = (
+        None
+        if groups is None
+        else [clean_name_argument(group, "groups") for group in (groups if several else [groups])]
+    )
+    return named, clean_name_argument(reference, "reference")
 
 
 def method_for(method: str, spots: SpotData, design: Design = _PLAIN) -> Method:

@@ -113,7 +113,7 @@ def concordance(
         raise ValueError(f"`layer` and `measured` are both {layer!r}; a predicted and a measured one are needed")
     if method == "ppi":
         raise ValueError("`method` 'ppi' mixes predicted and measured; name another")
-    lengths = [validate.whole(length, "k") for length in np.ravel(np.array(k, object))]
+    lengths = [validate.whole_number(length, "k") for length in np.ravel(np.array(k, object))]
     groups, reference = named_groups(groups, reference)
     design = Design(min_mean=min_mean)
     # Read twice: names and values, then colours.

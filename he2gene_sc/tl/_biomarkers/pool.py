@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import issparse
 
-from ..._core.duplicates import check_places, check_twins
+from ..._core.duplicates import check_duplicate_sections, check_duplicate_spots
 from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import find_genes
 from ..._core.keys import Keys
@@ -68,7 +68,7 @@ def labelled_spots(
     pooled = spots.take(labelled)
     if unlabelled := sorted(set(spots.samples) - set(pooled.samples)):
         logger.warning("biomarkers: samples without a labelled spot are left out: %s", unlabelled)
-    check_places(pooled)
+    check_duplicate_spots(pooled)
     return _inspected(pooled)
 
 
@@ -145,7 +145,7 @@ def _inspected(pooled: SpotData) -> SpotData:
         unknown += nan[~lost[where]].sum(axis=0)
     if lost.all():
         raise ValueError(f"`layer` {pooled.layer!r} is NaN for every gene and labelled spot")
-    check_twins(pooled)
+    check_duplicate_sections(pooled)
     if lost.any():
         logger.warning("biomarkers: %d labelled spots have no values and are left out", lost.sum())
         pooled = pooled.take(~lost)

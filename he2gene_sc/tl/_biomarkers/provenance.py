@@ -11,9 +11,9 @@ import pandas as pd
 
 from ..._core.expression import Scale, log_expression
 from ..._core.genes import find_genes
-from ..._core.keys import MADE, Keys
+from ..._core.keys import OWN_TABLE, Keys
 from ..._core.names import clean_names
-from ..._core.ownership import is_of, is_prediction
+from ..._core.ownership import is_prediction, is_record_of
 from ..._core.predictions import prediction_of
 from ..._core.spots import SpotData
 
@@ -59,7 +59,7 @@ def _heads(table: AnnData, layer: str | None) -> set[str]:
 
 
 def _domain_records(table: AnnData) -> list[Mapping]:
-    return [record for record in table.uns.values() if is_of("domain_preservation", record)]
+    return [record for record in table.uns.values() if is_record_of("domain_preservation", record)]
 
 
 def _clusters(table: AnnData, predicted: bool) -> set[str]:
@@ -109,7 +109,7 @@ def measured_part(
     spots: SpotData, measured: str | None, scale: Scale, expected: Literal["counts", "log"] | None = None
 ) -> tuple[SpotData, np.ndarray]:
     """Spots with measured values, and their mask ``(n,)``; spots without any count were not measured."""
-    made = np.array([MADE in table.uns for table in spots.tables])[spots.objects]
+    made = np.array([OWN_TABLE in table.uns for table in spots.tables])[spots.objects]
     seen = ~made
     seen[~made] = spots.take(~made).totals(measured, "measured") > 0
     expected = expected or ("counts" if measured is None else "log")

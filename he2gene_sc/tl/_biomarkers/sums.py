@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array, issparse
 
-from ..._core.expression import contents_of
-from ..._core.keys import MADE
-from ..._core.matrix import in_memory, matrix_of, readable, rows_of_chunk
+from ..._core.expression import summarize_values
+from ..._core.keys import OWN_TABLE
+from ..._core.matrix import in_memory, indexable_matrix, matrix_of, max_chunk_rows
 from ..._core.names import check_spelling, clean_names
 from ..._core.spots import SpotData
 from ...stats import CountSums
@@ -47,10 +47,10 @@ class CountCells:
         depth = np.zeros((2, n))
         start = 0
         for table, rows in zip(pool.tables, pool.rows, strict=True):
-            values = readable(table, pool.layer)
+            values = indexable_matrix(table, pool.layer)
             columns = table.var_names.get_indexer(pool.genes)
             named = np.flatnonzero(columns >= 0)
-            step = max(512, rows_of_chunk(values))
+            step = max(512, max_chunk_rows(values))
             for first in range(0, len(rows), step):
                 chosen = rows[first : first + step]
                 block = in_memory(values[chosen])
@@ -160,7 +160,7 @@ def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
 
 
 def _without_counts(table: AnnData, layer: str | None) -> bool:
-    return (layer is None and (MADE in table.uns or table.X is None)) or contents_of(
+    return (layer is None and (OWN_TABLE in table.uns or table.X is None)) or summarize_values(
         matrix_of(table, layer)
     ).kind != "counts"
 

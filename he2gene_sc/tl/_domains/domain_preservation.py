@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
-from ..._core.duplicates import check_twins, warn_of_copy
+from ..._core.duplicates import check_duplicate_sections, warn_of_copy
 from ..._core.expression import Scale
-from ..._core.keys import MADE, Keys, check_key
+from ..._core.keys import OWN_TABLE, Keys, check_key
 from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
 from ..._core.results import write_result
@@ -162,7 +162,7 @@ def domain_preservation(
         section_key=section_key,
     )
     (table,) = spots.tables
-    has_measured = MADE not in table.uns
+    has_measured = OWN_TABLE not in table.uns
     if layer is None and not has_measured:
         raise ValueError("`layer` is None, but the table was made by hg.tl.predict: nothing in it was measured")
     xy, where = spots_of(table), inputs.sections(spots)
@@ -177,7 +177,7 @@ def domain_preservation(
     if predicted is not None and counted is not None:
         warn_of_copy(predicted, counted, layer)
     _check_varies(where, {"layer": predicted, "measured": counted})
-    check_twins(
+    check_duplicate_sections(
         spots
         if counted is None
         else replace(spots, layer=measured, scale="log" if measured_scale == "log" else "counts")
@@ -250,7 +250,7 @@ def _check(n_domains: Any, n_seeds: int, n_perms: int, clustering: str, key_adde
     if n_domains != "match" and not (validate.is_whole(n_domains) and n_domains >= 2):
         raise ValueError(f"`n_domains` is {n_domains!r}; 'match' or a whole number from 2 is needed")
     for name, value in (("n_seeds", n_seeds), ("n_perms", n_perms)):
-        validate.whole(value, name)
+        validate.whole_number(value, name)
     validate.one_of(clustering, CLUSTERINGS, "clustering")
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
-from ..._core.duplicates import check_places
+from ..._core.duplicates import check_duplicate_spots
 from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import columns_of
 from ..._core.keys import Keys
 from ..._core.matrix import matrix_of
 from ..._core.predictions import prediction_of, symbols_of
-from ..._core.spots import SpotData, apart
+from ..._core.spots import SpotData, unique_section_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -34,8 +34,8 @@ def sections(spots: SpotData) -> pd.DataFrame:
         raise ValueError(
             f"`data`: obs_names are not unique, {names[names.duplicated()][0]!r} stands there twice; a spot counts once"
         )
-    check_places(spots)
-    return pd.DataFrame({"sample": spots.samples, "section": apart(spots.sections, spots.samples)})
+    check_duplicate_spots(spots)
+    return pd.DataFrame({"sample": spots.samples, "section": unique_section_names(spots.sections, spots.samples)})
 
 
 def domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:

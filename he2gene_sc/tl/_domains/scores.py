@@ -208,7 +208,7 @@ def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
 
     table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
     # squidpy announces every graph through this logger.
-    with logs.quiet("spatialdata._logging"):
+    with logs.silence("spatialdata._logging"):
         sq.gr.spatial_neighbors_radius(table, radius=_RADIUS * pitch_of(xy))
     return table
 

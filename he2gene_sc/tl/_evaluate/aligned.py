@@ -13,11 +13,11 @@ import pandas as pd
 from ..._core import validate
 from ..._core.elements import find_table
 from ..._core.expression import Scale, as_logs, log_expression
-from ..._core.keys import MADE, PATIENT, SECTION, Keys
+from ..._core.keys import OWN_TABLE, PATIENT, SECTION, Keys
 from ..._core.matrix import matrix_of, values_of
-from ..._core.names import annotated_by, column_of, names_of
-from ..._core.predictions import origin_of, symbols_of
-from ..._core.spots import apart, has_samples, pitch_of, sections_of, spots_of
+from ..._core.names import annotation_target, column_of, names_of
+from ..._core.predictions import source_layer, symbols_of
+from ..._core.spots import has_samples, pitch_of, sections_of, spots_of, unique_section_names
 from .genes import genes_in_common, known_of, model_of
 from .layer import JudgedLayer, fitted_on, judged_layer
 
@@ -96,7 +96,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
     layer, measured = asked.layer, asked.measured
     every = None
     if asked.is_other:
-        steps = origin_of(table, layer)[1]
+        steps = source_layer(table, layer)[1]
         chosen = JudgedLayer(layer, layer, bool(steps), fitted_on(table, steps))
         every = log_expression(table, layer, scale=asked.layer_scale, expected="log")
         is_predicted, record, model = np.asarray(np.isfinite(every).any(axis=0)), {}, None
@@ -214,10 +214,10 @@ def _sections(table: AnnData, section_key: str, sample_key: str) -> np.ndarray:
     if pd.isna(samples).any():
         return sections
     if len(set(sections)) == 1:
-        return apart(sections, samples)
+        return unique_section_names(sections, samples)
     sizes = pd.DataFrame({"section": sections, "sample": samples}).value_counts()
     shared = sizes[sizes.index.get_level_values("section").duplicated(keep=False)]
-    return sections if (shared < MIN_SPOTS).any() else apart(sections, samples)
+    return sections if (shared < MIN_SPOTS).any() else unique_section_names(sections, samples)
 
 
 def _measured(
@@ -227,7 +227,7 @@ def _measured(
     if measured is not None and measured == layer:
         raise ValueError(f"`measured` {measured!r} is the prediction itself; name a layer of measured counts (None: X)")
     every = np.arange(table.n_obs)
-    if MADE not in table.uns:
+    if OWN_TABLE not in table.uns:
         return table, every, every
     found = find_table(data) if hasattr(data, "tables") else None
     if found is None:
@@ -242,7 +242,7 @@ def _measured(
 
 
 def _spots(table: AnnData, name: str) -> pd.MultiIndex:
-    attrs = annotated_by(table)
+    attrs = annotation_target(table)
     if attrs is None:
         raise ValueError(
             f"`data`: table {name} annotates no spots; link it with sdata.set_table_annotates_spatialelement"

@@ -191,7 +191,7 @@ def evaluate(
     validate.one_of(measured_scale, SCALES, "measured_scale")
     if unknown := [name for name in baselines or () if name not in BASELINES]:
         raise ValueError(f"`baselines` {unknown} are unknown, valid: {list(BASELINES)}")
-    validate.whole(n_splits, "n_splits")
+    validate.whole_number(n_splits, "n_splits")
     table, is_other = table_with(data, layer, prediction_key, table_key)
     keys = Keys() if prediction_key is None else Keys(prediction_key)
     if is_other and model is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
-from ..._core.genes import by_previous, columns_of, symbols_in
+from ..._core.genes import columns_of, match_previous_symbols, symbols_in
 from ..._core.keys import Keys
 from ..._core.model_genes import match_genes
 
@@ -35,7 +35,7 @@ def genes_in_common(
         by_id = by_id[~by_id.index.duplicated(keep=False)]
         columns = table.var_names.get_indexer(names)
         columns = np.where(columns >= 0, columns, by_id.reindex(stripped).fillna(-1).to_numpy(int))
-        columns = by_previous(names, table.var_names, columns)
+        columns = match_previous_symbols(names, table.var_names, columns)
     usable = (columns >= 0) & known[columns] & ~pd.Series(columns).duplicated().to_numpy()
     if not usable.any():
         raise ValueError(

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..._core.keys import Keys
 from ..._core.matrix import layer_names
-from ..._core.ownership import is_of, is_prediction
-from ..._core.predictions import origin_of, prediction_of
+from ..._core.ownership import is_prediction, is_record_of
+from ..._core.predictions import prediction_of, source_layer
 from ..._core.spots import get_table
 
 if TYPE_CHECKING:
@@ -50,10 +50,12 @@ def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
     """Find the layer: that of the prediction, or one that was adapted from it."""
     own = table.uns[keys.uns]["layer"]
     name = own if layer in (Keys().layer, keys.key_added) else layer
-    origin, steps = origin_of(table, name)
+    origin, steps = source_layer(table, name)
     if origin != own or (name != own and not steps):
         adapted = [
-            key for key, record in table.uns.items() if is_of("adapt", record) and origin_of(table, key)[0] == own
+            key
+            for key, record in table.uns.items()
+            if is_record_of("adapt", record) and source_layer(table, key)[0] == own
         ]
         others = [key for key, record in table.uns.items() if is_prediction(record) and record["layer"] == name]
         hint = f"; {name!r} is another prediction, pass prediction_key={others[0]!r}" if others else ""

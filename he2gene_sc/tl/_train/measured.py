@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from ..._core.expression import contents_of
+from ..._core.expression import summarize_values
 from ..._core.logs import logger
-from ..._core.matrix import in_memory, layer_names, matrix_of, where_of
+from ..._core.matrix import in_memory, layer_label, layer_names, matrix_of
 from ..._core.names import clean_names, clean_samples, column_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
@@ -172,12 +172,12 @@ def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[
 
 def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
     matrix = matrix_of(table, layer)
-    problem = contents_of(matrix).problem
+    problem = summarize_values(matrix).problem
     if problem:
-        raw = [name for name in layer_names(table) if not contents_of(matrix_of(table, name)).problem]
+        raw = [name for name in layer_names(table) if not summarize_values(matrix_of(table, name)).problem]
         hint = f"layer {raw[0]!r} does:" if raw else "put them into a layer and"
         raise ValueError(
-            f"`layer`: {where_of(layer)} does not hold raw counts (whole numbers from 0) but {problem}; {hint} pass "
+            f"`layer`: {layer_label(layer)} does not hold raw counts (whole numbers from 0) but {problem}; {hint} pass "
             f"keys=hg.SectionKeys(layer={repr(raw[0]) if raw else '...'})"
         )
     return scipy.sparse.csr_array(in_memory(matrix))

@@ -96,7 +96,7 @@ class GeneSelection(validate.Checked):
         if isinstance(self.genes, str):
             raise ValueError(f"`genes` is {self.genes!r}; a list of genes or None is needed")
         names = None if self.genes is None else validate.names(self.genes, "genes", least=1)
-        validate.whole(self.n_target_genes, "n_target_genes")
+        validate.whole_number(self.n_target_genes, "n_target_genes")
         validate.in_range(self.min_spot_share, "min_spot_share", least=0, below=1, what="a share")
         _check_mapping(self.ensembl_ids, "ensembl_ids")
         sets = self.programmes

@@ -73,8 +73,8 @@ class DefaultRecipe(validate.Checked):
             or (listed and all(validate.is_whole(stage) and stage >= 0 for stage in self.stages))
         ):
             raise ValueError(f"`stages` is {self.stages!r}; a list of positions from 0, 'auto' or None is needed")
-        validate.whole(self.n_latent, "n_latent")
-        validate.whole(self.batch_size, "batch_size")
+        validate.whole_number(self.n_latent, "n_latent")
+        validate.whole_number(self.batch_size, "batch_size")
         self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))
 
     def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], tuple[int, ...] | None]:
@@ -131,7 +131,7 @@ class PaperRecipe(RunOptions):
         validate.one_of(self.name, PRESETS[1:], "name")
         for name in ("batch_size", "max_epochs", "patience"):
             if getattr(self, name) is not None:
-                validate.whole(getattr(self, name), name)
+                validate.whole_number(getattr(self, name), name)
         if self.lr is not None:
             validate.in_range(self.lr, "lr", above=0)
         self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))

@@ -39,7 +39,7 @@ def is_first_process() -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's tips and its advice on loaders to itself."""
-    with logs.quiet("lightning.pytorch", "lightning.fabric"), warnings.catch_warnings():
+    with logs.silence("lightning.pytorch", "lightning.fabric"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
         yield

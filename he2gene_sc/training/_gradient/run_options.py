@@ -36,9 +36,9 @@ class RunOptions(validate.Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.patches_at_once is not None:
-            validate.whole(self.patches_at_once, "patches_at_once", 2)
-        validate.whole(self.num_nodes, "num_nodes")
-        validate.whole(self.checkpoint_steps, "checkpoint_steps")
+            validate.whole_number(self.patches_at_once, "patches_at_once", 2)
+        validate.whole_number(self.num_nodes, "num_nodes")
+        validate.whole_number(self.checkpoint_steps, "checkpoint_steps")
         if validate.is_whole(self.precision):
             self.set(precision=str(self.precision))
         if self.precision not in (None, *PRECISIONS):

@@ -528,7 +528,17 @@ NAMED: dict[str, Callable[[Path], Any]] = {
 }
 
 #: Parts of a record, each of which may be gone or of another kind.
-FACTS = ("mpp", "n_spots", "layer", "tta", "shapes", "image", "share_on_tissue", "verdict", "share_out_of_distribution")
+FACTS = (
+    "mpp",
+    "n_spots",
+    "layer",
+    "tta",
+    "shapes",
+    "image",
+    "share_on_tissue",
+    "verdict",
+    "share_out_of_distribution",
+)
 ODD_FACTS: dict[str, Any] = {"a text": "odd", "a list": ["a", "b"], "NaN": float("nan"), "gone": None}
 
 

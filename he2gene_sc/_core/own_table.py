@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .element_results import element_names, exchanged
-from .fill import StackedPredictions, check_fillable, fill_table, on_all_rows
+from .element_results import element_names, replaced_element
+from .fill import StackedPredictions, check_fillable, fill_table, for_new_table
 from .invalidate import remove_derived, same_values, warn_removed
-from .keys import INSTANCE, MADE, REGION, SPATIAL, TABLE, Keys
+from .keys import INSTANCE, OWN_TABLE, REGION, SPATIAL, TABLE, Keys
 from .lazy import is_large
-from .ownership import is_result, not_ours, ours, owns_spatial, written_in
-from .signatures import digest_of, same
+from .ownership import foreign_keys, is_result, owns_spatial, recorded_keys, unchanged_keys
+from .signatures import digest_of, same_digest
 from .validate import format_list
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def check_new_table(
     changed = _changed_axes(before, new_obs, pd.Index(model.genes.index[wanted.positions].astype(str)))
     lost = [
         f"{slot}[{key!r}]"
-        for slot, keys_there in not_ours(before).items()
+        for slot, keys_there in foreign_keys(before).items()
         for key in keys_there
         if _SLOTS[slot] & changed and key not in _OWN.get(slot, ())
     ]
     if changed and before.raw is not None:
         lost.append("raw")
-    signed = before.uns[MADE].get("signature") if hasattr(before.uns[MADE], "get") else None
+    signed = before.uns[OWN_TABLE].get("signature") if hasattr(before.uns[OWN_TABLE], "get") else None
     if signed and before.X is not None and str(signed) != digest_of(before.X):
         lost.append("X, changed since hg.tl.predict wrote it")
     if lost:
@@ -75,7 +75,7 @@ def check_new_table(
 
 def check_place(sdata: SpatialData, name: str) -> None:
     """Refuse, before any work is done, to put a table where one stands that is not ours."""
-    if name in sdata.tables and MADE in sdata.tables[name].uns:
+    if name in sdata.tables and OWN_TABLE in sdata.tables[name].uns:
         return
     if name in sdata.tables and name == TABLE:
         attrs = sdata.tables[name].uns.get("spatialdata_attrs", {})
@@ -125,10 +125,10 @@ def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnDa
         obs=_obs(slides, like),
         var=pd.DataFrame({"ensembl_id": genes["ensembl_id"].astype(str)}, index=pd.Index(genes.index.astype(str))),
     )
-    fill_table(table, on_all_rows(stacked))
+    fill_table(table, for_new_table(stacked))
     if fits:
         table.X = table.layers[stacked.keys.layer].copy()
-    table.uns[MADE] = {
+    table.uns[OWN_TABLE] = {
         "by": "hg.tl.predict",
         "X": model.card.expression_scale if fits else "empty: over memory_limit",
         **({"signature": digest_of(table.X)} if fits else {}),
@@ -147,7 +147,7 @@ def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None
     check_place(sdata, name)
     before = sdata.tables.get(name)
     removed = [] if before is None else _carry_over(before, table, keys)
-    with exchanged(sdata, "tables", name, table):
+    with replaced_element(sdata, "tables", name, table):
         # Within: a warning may have been made an exception.
         warn_removed(removed, stacklevel=3)
 
@@ -155,9 +155,9 @@ def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None
 def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
     """Bring what else stands in a table that we made into the one that takes its place; return what does not come along."""
     changed = _changed_axes(before, table.obs_names, table.var_names)
-    dropped: dict[str, dict[str, list[str]]] = {keys.uns: written_in(keys.uns, before.uns.get(keys.uns))}
+    dropped: dict[str, dict[str, list[str]]] = {keys.uns: recorded_keys(keys.uns, before.uns.get(keys.uns))}
     for key in [key for key, record in before.uns.items() if key != keys.uns and is_result(record)]:
-        written = ours(before, key)
+        written = unchanged_keys(before, key)
         if "obs" in changed or any(_SLOTS[slot] & changed for slot, names in written.items() if names):
             dropped[key] = written
     for slot, axes in _SLOTS.items():
@@ -175,7 +175,7 @@ def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
         table.raw = before.raw.to_adata()
     layer = before.layers.get(keys.layer)
     labels = [t.obs.get(keys.annotation) for t in (before, table)]
-    same_labels = (labels[0] is None) == (labels[1] is None) and (labels[0] is None or same(*labels))
+    same_labels = (labels[0] is None) == (labels[1] is None) and (labels[0] is None or same_digest(*labels))
     if not changed and same_labels and layer is not None and same_values(layer, table.layers[keys.layer]):
         return []
     lost = [key for key in dropped if key != keys.uns]

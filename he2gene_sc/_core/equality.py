@@ -12,15 +12,15 @@ import pandas as pd
 _BLOCK = 1 << 26
 
 
-def same(a: Any, b: Any) -> bool:
+def is_same_value(a: Any, b: Any) -> bool:
     """Whether two values of a table are equal, in type too; missing values are equal to each other."""
     try:
-        return _same(a, b)
+        return _is_same(a, b)
     except (TypeError, ValueError, AttributeError):
         return False
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_same(a: Any, b: Any) -> bool:
     # anndata reads single numbers of numpy, and arrays without axes, as those of Python.
     a, b = (
         value.item() if isinstance(value, np.number | np.ndarray) and np.ndim(value) == 0 else value for value in (a, b)
@@ -29,7 +29,7 @@ def _same(a: Any, b: Any) -> bool:
         return a is None and b is None
     if isinstance(a, Mapping) or isinstance(b, Mapping):
         both = isinstance(a, Mapping) and isinstance(b, Mapping)
-        return both and set(map(str, a)) == set(map(str, b)) and all(same(a[key], b[key]) for key in a)
+        return both and set(map(str, a)) == set(map(str, b)) and all(is_same_value(a[key], b[key]) for key in a)
     if isinstance(a, pd.DataFrame) or isinstance(b, pd.DataFrame):
         return type(a) is type(b) and _same_frame(a, b)
     if hasattr(a, "tocsr") or hasattr(b, "tocsr"):
@@ -108,7 +108,7 @@ def same_array(stored: Any, value: Any) -> bool:
     if tuple(stored.shape) != tuple(value.shape):
         return False
     if not all(np.dtype(x.dtype).kind in "biufc" for x in (stored, value)):
-        return same(np.asarray(stored[...]), np.asarray(value))
+        return is_same_value(np.asarray(stored[...]), np.asarray(value))
     if stored.dtype != value.dtype:
         return False
     return all(

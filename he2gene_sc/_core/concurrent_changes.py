@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .differences import Difference, read_elements, spatial_difference, table_difference
-from .same import same_column
+from .equality import same_column
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
 #: An element that was not compared.
-ANYTHING = "anything"
+NOT_COMPARED = "anything"
 
 
 def _process_start() -> float:
@@ -62,7 +62,9 @@ def _texts(difference: Difference, table: AnnData) -> list[str]:
     return found
 
 
-def doubtful(sdata: SpatialData, store: Path, young: set[tuple[str, str]]) -> dict[tuple[str, str], set[str]]:
+def find_possible_changes(
+    sdata: SpatialData, store: Path, young: set[tuple[str, str]]
+) -> dict[tuple[str, str], set[str]]:
     """List what an object holds otherwise than ``young`` elements of its store; images and points are not read."""
     kinds = {kind for kind, _ in young} - {"tables"}
     # What cannot be read is named where it is saved.
@@ -83,5 +85,5 @@ def doubtful(sdata: SpatialData, store: Path, young: set[tuple[str, str]]) -> di
                 is_compared = kind != "points" or stored[name]._name == getattr(element, "_name", None)
                 data = kind in ("labels", "shapes")
                 difference = spatial_difference(kind, name, stored[name], element, data=data)
-        found[kind, name] = {*difference.lost, *difference.altered, *([] if is_compared else [ANYTHING])}
+        found[kind, name] = {*difference.lost, *difference.altered, *([] if is_compared else [NOT_COMPARED])}
     return {place: items for place, items in found.items() if items}
