@@ -1,4 +1,4 @@
-"""Pixels: level choice, µm geometry and block-wise patch reading. Arrays in, arrays out."""
+"""Pixels of images: choice of a level, geometry in µm, and patches read block by block. Arrays in, arrays out."""
 
 import lazy_loader
 

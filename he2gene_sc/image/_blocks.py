@@ -1,4 +1,4 @@
-"""Which blocks of an image are read for which spots, and reading each stored chunk once."""
+"""Plan which blocks of an image are read for which spots, and read each stored chunk once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ._pixels import to_rgb_uint8
 
-#: Bytes of RGB pixels in one block, and of decoded chunks kept for the next ones.
+#: Most bytes of RGB pixels in one block, and of decoded chunks cached for later blocks.
 BLOCK_BYTES = 32 * 1024**2
 CACHE_BYTES = 256 * 1024**2
 _MIN_CELL, _MAX_CELL = 512, 4096
@@ -19,7 +19,7 @@ _MIN_CELL, _MAX_CELL = 512, 4096
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of source pixels ``[top, bottom) × [left, right)`` and the spots that are cut from it."""
+    """A rectangle of source pixels ``[top, bottom) × [left, right)`` and the spots whose windows it holds."""
 
     top: int
     bottom: int
@@ -31,9 +31,10 @@ class Block:
 def plan_blocks(
     extents: np.ndarray, row_step: int, *, align: int, height: int, width: int, max_bytes: int = BLOCK_BYTES
 ) -> list[Block]:
-    """Group spots, by the extents ``(n, 4)`` top, bottom, left, right that they need, into blocks that are read whole.
+    """Group spots into blocks of an image, each of which is read at once.
 
-    Bands of ``row_step`` rows are cut along x where they are larger than ``max_bytes`` or have a gap wider than that.
+    ``extents`` ``(n, 4)`` holds the top, bottom, left and right pixels that each spot needs. Spots are grouped in bands of
+    ``row_step`` rows. A band is split along x where it exceeds ``max_bytes`` or has a gap wider than ``row_step``.
     """
     middle = (extents[:, 0] + extents[:, 1]) // 2
     bands = middle // row_step
@@ -41,18 +42,18 @@ def plan_blocks(
     blocks: list[Block] = []
     for band in np.unique(bands):
         members = order[bands[order] == band]
-        e = extents[members]
-        top = max(0, int(e[:, 0].min()) // align * align)
-        bottom = min(height, -(-int(e[:, 1].max()) // align) * align)
+        extent = extents[members]
+        top = max(0, int(extent[:, 0].min()) // align * align)
+        bottom = min(height, -(-int(extent[:, 1].max()) // align) * align)
         columns = max(1, max_bytes // (3 * max(1, bottom - top)))
         start = 0
         while start < len(members):
-            left = max(0, int(e[start, 2]) // align * align)
-            rights = np.maximum.accumulate(e[start:, 3])
-            fits = int(np.searchsorted(rights, left + columns, side="right"))
-            gaps = np.flatnonzero(e[start + 1 :, 2] - rights[:-1] > row_step)
-            fits = min(fits, int(gaps[0]) + 1) if len(gaps) else fits
-            stop = start + max(1, fits)
+            left = max(0, int(extent[start, 2]) // align * align)
+            rights = np.maximum.accumulate(extent[start:, 3])
+            n_fitting = int(np.searchsorted(rights, left + columns, side="right"))
+            gaps = np.flatnonzero(extent[start + 1 :, 2] - rights[:-1] > row_step)
+            n_fitting = min(n_fitting, int(gaps[0]) + 1) if len(gaps) else n_fitting
+            stop = start + max(1, n_fitting)
             right = min(width, -(-int(rights[stop - start - 1]) // align) * align)
             blocks.append(Block(top, bottom, left, right, members[start:stop]))
             start = stop
@@ -60,7 +61,7 @@ def plan_blocks(
 
 
 def row_step(array: Any) -> int:
-    """Rows that are worth reading at once: the chunk height, brought into a sensible range by whole multiples."""
+    """Return the number of rows to read at once: the chunk height, raised by whole multiples if small, capped if large."""
     rows = _chunk_shape(array)[0]
     if rows < _MIN_CELL:
         return rows * -(-_MIN_CELL // rows)
@@ -77,9 +78,10 @@ def _chunk_shape(array: Any) -> tuple[int, int]:
 
 
 class BlockSource:
-    """Reads rectangles of RGB uint8 from numpy, dask or zarr, each stored chunk once.
+    """Reads rectangles of RGB uint8 pixels from a numpy, dask or zarr array, each stored chunk once.
 
-    Needed cells (chunks) are kept until their last block, within ``CACHE_BYTES``. numpy is sliced in place.
+    Cells (one or several chunks) are cached until the last block that needs them, up to ``CACHE_BYTES``. A numpy array is
+    sliced without a copy.
     """
 
     def __init__(self, array: Any, factor: float, blocks: list[Block], extents: np.ndarray):
@@ -88,12 +90,12 @@ class BlockSource:
         self._height, self._width = int(array.shape[1]), int(array.shape[2])
         self._in_memory = isinstance(array, np.ndarray)
         self._cache: dict[tuple[int, int], np.ndarray] = {}
-        # Blocks that need a cell, in their order.
+        # Indices of the blocks that need each cell, ascending.
         self._uses: dict[tuple[int, int], list[int]] = {}
         self._needed: list[list[tuple[int, int]]] = []
         if not self._in_memory:
             rows, columns = _chunk_shape(array)
-            # Small chunks are put together: a call of dask costs more than one of zarr or of an image file.
+            # Small chunks are merged: a read through dask costs more than one from zarr or an image file.
             least = _MIN_CELL if hasattr(array, "dask") else _MIN_CELL // 2
             self._cell = tuple(n * -(-least // n) if n < least else n for n in (rows, columns))
             self._needed = [self._cells(extents[block.spots]) for block in blocks]
@@ -101,12 +103,12 @@ class BlockSource:
                 for cell in cells:
                     self._uses.setdefault(cell, []).append(i)
         self._n_read = 0
-        # Blocks are put together in the same memory by turns: touching new pages costs more than the copying.
+        # Two buffers are used in turn: touching new memory pages costs more than copying pixels.
         largest = max(((b.bottom - b.top) * (b.right - b.left) for b in blocks), default=0)
         self._buffers = [np.empty(0 if self._in_memory else 3 * largest, np.uint8) for _ in range(2)]
 
     def read(self, block: Block) -> np.ndarray:
-        """Return the pixels of the next block, ``(3, rows, columns)`` uint8, valid until the next call but one."""
+        """Return the pixels of the next block, ``(3, rows, columns)`` uint8; the call after the next one overwrites them."""
         if self._in_memory:
             pixels = self._array[:, block.top : block.bottom, block.left : block.right]
             return to_rgb_uint8(pixels, self._factor, corner=(block.top, block.left))
@@ -127,7 +129,7 @@ class BlockSource:
         return out
 
     def _cells(self, extents: np.ndarray) -> list[tuple[int, int]]:
-        """Cells that some spots need, row by row."""
+        """List the cells that cover some extents, row by row."""
         ch, cw = self._cell
         spans = np.column_stack(
             [extents[:, 0] // ch, -(-extents[:, 1] // ch), extents[:, 2] // cw, -(-extents[:, 3] // cw)]
@@ -142,7 +144,7 @@ class BlockSource:
         )
 
     def _fill(self, cells: list[tuple[int, int]]) -> None:
-        """Decode the missing cells, neighbours in a row by one read where the same blocks need them."""
+        """Decode cells that are not cached; neighbours in a row that the same blocks need are read together."""
         missing = [cell for cell in cells if cell not in self._cache]
         ch, cw = self._cell
         start = 0

@@ -1,4 +1,4 @@
-"""A hash of an image that depends on its pixels, not on the file that holds them."""
+"""Hash of the pixels of an image, independent of its file."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from ._pixels import to_rgb_uint8
 from ._pyramid import Pyramid, direct
 
-#: Blocks a side of the image, and their pixels a side.
+#: Number of blocks per side of the image, and side of a block in pixels.
 _N_BLOCKS, _BLOCK_PX = 4, 256
-#: Standard deviation from which a block shows something, and how many such blocks tell one slide from another.
+#: Least standard deviation of a block that is not blank, and number of such blocks that identify a slide.
 _LEAST_SD, _LEAST_BLOCKS = 3.0, 2
 
 
 def pixels_sha256(pyramid: Pyramid, factor: float = 1.0) -> str | None:
-    """Hash the size of level 0 and the pixels of up to 16 blocks of it; ``None`` where the blocks show next to nothing.
+    """Hash the size of level 0 and the pixels of up to 16 of its blocks; ``None`` if almost all blocks are blank.
 
-    File format, chunks, further levels, alpha and whether pixels are uint8 or float do not change it. Glass of two slides may
-    be alike to the pixel, so blocks of glass alone are not hashed.
+    The hash does not depend on file format, chunks, further levels, alpha, or whether pixels are uint8 or float. Glass may have
+    the same pixels on two slides, so blocks of glass alone give no hash.
 
     Examples
     --------
@@ -39,17 +39,17 @@ def pixels_sha256(pyramid: Pyramid, factor: float = 1.0) -> str | None:
 
         blocks = dask.compute(*blocks)
     digest = hashlib.sha256(f"{pyramid.height} {pyramid.width}".encode())
-    shown = 0
+    n_textured = 0
     for block in map(np.asarray, blocks):
-        # Pixels far from the spots may be NaN: predict never reads them.
+        # Pixels far from the spots may be NaN, since predict never reads them.
         finite = np.clip(np.nan_to_num(block), 0, 255 / factor) if block.dtype.kind == "f" else block
         pixels = to_rgb_uint8(finite, factor, paint_black=False)
-        shown += bool(pixels.std() >= _LEAST_SD)
+        n_textured += bool(pixels.std() >= _LEAST_SD)
         digest.update(pixels.tobytes())
-    return digest.hexdigest() if shown >= min(_LEAST_BLOCKS, len(blocks)) else None
+    return digest.hexdigest() if n_textured >= min(_LEAST_BLOCKS, len(blocks)) else None
 
 
 def _starts(n: int) -> list[int]:
-    """First pixels of the blocks along a side of ``n``."""
+    """Return the first pixel of each block along a side of ``n`` pixels."""
     middles = (np.arange(_N_BLOCKS) + 0.5) * n / _N_BLOCKS
     return [int(x) for x in np.unique(np.clip(middles - _BLOCK_PX / 2, 0, max(0, n - _BLOCK_PX)).astype(int))]

@@ -1,4 +1,4 @@
-"""From micrometres to pixels: which level is read, and how many of its pixels a window spans; sides of windows are checked."""
+"""Convert windows from µm to pixels: the level to read, and the size of each window on it; check the sides of windows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from ._pyramid import Pyramid
 
-#: Relative slack, so that a µm/px that went through an affine and back chooses what it chose before.
+#: Relative tolerance: rounding of µm/px by an affine transformation must not change the level or a factor.
 _SLACK = 1e-3
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How one window is cut."""
+    """Size of one window in pixels, and how its pixels are averaged."""
 
     um: float  # side on tissue
     factor: int  # blocks of factor × factor pixels are averaged; a power of two
@@ -27,11 +27,11 @@ class WindowPlan:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """How a slide is read."""
+    """Level from which a slide is read, and the windows that are cut from it."""
 
-    level: int  # that all windows are cut from
-    scale: float  # pixels of level 0 per pixel of it
-    mpp: float  # of it
+    level: int  # index of the level that all windows are cut from
+    scale: float  # pixels of level 0 per pixel of this level
+    mpp: float  # µm per pixel of this level
     windows: tuple[WindowPlan, ...]
 
 
@@ -40,34 +40,34 @@ def plan_windows(
 ) -> ReadPlan:
     """Choose one level for all windows, and the size in pixels of each.
 
-    It is the coarsest that gives the finest window ``um / input_px``. Wider windows are averaged from it by powers
-    of two within that bound, so every pixel is read once and pyramids do not change patches.
+    The level is the coarsest one with at most ``um / input_px`` µm per pixel for the finest window. Pixels of wider windows are
+    averaged by powers of two up to the same bound. So every pixel is read once, and a pyramid does not change the patches.
     """
     if not (math.isfinite(mpp) and mpp > 0):
         raise ValueError(f"`mpp` is {mpp}; a positive number of µm per pixel is needed")
     if not windows_um or any(not (math.isfinite(um) and um > 0) for um in windows_um):
         raise ValueError(f"`windows_um` is {windows_um}; positive sizes in µm are needed")
     sides = [input_px] * len(windows_um) if isinstance(input_px, int | np.integer) else list(input_px)
-    seen = [um / px * (1 + _SLACK) for um, px in zip(windows_um, sides, strict=True)]
-    finest = min(seen)
+    max_mpp = [um / px * (1 + _SLACK) for um, px in zip(windows_um, sides, strict=True)]
+    finest = min(max_mpp)
     level = max((i for i, entry in enumerate(pyramid.levels) if i == 0 or entry.scale * mpp <= finest))
     scale = pyramid.levels[level].scale
     source_mpp = mpp * scale
     windows = []
-    for um, needed in zip(windows_um, seen, strict=True):
-        factor = 2 ** max(0, math.floor(math.log2(needed / source_mpp)))
+    for um, limit in zip(windows_um, max_mpp, strict=True):
+        factor = 2 ** max(0, math.floor(math.log2(limit / source_mpp)))
         windows.append(
             WindowPlan(um=um, factor=factor, size=max(1, math.floor(um / (source_mpp * factor) + 0.5 + 1e-6)))
         )
     return ReadPlan(level=level, scale=scale, mpp=source_mpp, windows=tuple(windows))
 
 
-#: Pixels across a window from which on it shows something.
+#: Least side of a window in pixels.
 MIN_PX = 8
 
 
 def check_windows(windows_um: Any) -> tuple[float, ...]:
-    """Return the sides of windows in µm as a tuple of floats; anything but positive numbers in order is an error."""
+    """Return the sides of windows in µm as a tuple of floats; raise unless they are an ordered list of positive numbers."""
     listed = isinstance(windows_um, Collection) and not isinstance(windows_um, str | bytes | Set | Mapping)
     sides = list(windows_um) if listed and getattr(windows_um, "ndim", 1) == 1 else []
     if not sides or not all(

@@ -1,4 +1,4 @@
-"""What a pixel may be: conversion to RGB uint8 where it is unambiguous, a clear refusal where it is not."""
+"""Check channels and scale of an image, and convert its pixels to RGB uint8."""
 
 from __future__ import annotations
 
@@ -7,60 +7,62 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_WANTED = "an RGB H&E image (3 channels, or 4 with alpha; uint8, or float in 0..1 or 0..255) is needed"
+_EXPECTED_IMAGE = "an RGB H&E image (3 channels, or 4 with alpha; uint8, or float in 0..1 or 0..255) is needed"
 
-#: How far float pixels may lie outside their scale, and how bright an image in 0..255 has to be to be told from 0..1.
+#: Share by which float pixels may exceed their scale, and least maximum of an image that is taken to be in 0..255.
 _OVERSHOOT = 0.05
 _DARKEST = 32.0
 
 
 def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, name: str) -> float:
-    """Factor, 1 or 255, that brings an image to 0..255; an error if it is not RGB(A) of uint8 or float in range.
+    """Return the factor, 1 or 255, that scales an image to 0..255; raise unless it is RGB(A), uint8 or float in range.
 
-    ``sample`` are pixels ``(n_channels, …)`` at the spots; needed for float images and for alpha.
+    ``sample`` holds pixels ``(n_channels, …)`` at the spots. It is needed for float images and for alpha.
     """
     dtype = np.dtype(dtype)
     if n_channels not in (3, 4):
         kind = "a one-channel (grey or fluorescence) image" if n_channels == 1 else f"an image of {n_channels} channels"
-        raise ValueError(f"`image_key` {name!r} is {kind}; {_WANTED}")
+        raise ValueError(f"`image_key` {name!r} is {kind}; {_EXPECTED_IMAGE}")
     _check_alpha(n_channels, dtype, sample, name)
     if dtype == np.uint8:
         return 1.0
     if dtype.kind != "f":
         hint = " (a full-range uint16 image becomes uint8 by `image // 257`)" if dtype == np.uint16 else ""
-        raise ValueError(f"`image_key` {name!r} has pixels of type {dtype}, whose white is unknown; {_WANTED}{hint}")
+        raise ValueError(
+            f"`image_key` {name!r} has pixels of type {dtype}, whose white is unknown; {_EXPECTED_IMAGE}{hint}"
+        )
     if sample is None or sample.size == 0:
         return 255.0
     low, high = float(np.min(sample)), float(np.max(sample))
-    # Interpolation overshoots a little; a maximum between the two scales could be a dark image of either.
+    # Interpolation overshoots a little; a maximum between the two scales is ambiguous.
     for factor, top in ((255.0, 1.0), (1.0, 255.0)):
         if -_OVERSHOOT * top <= low and high <= top * (1 + _OVERSHOOT) and (factor == 255.0 or high >= _DARKEST):
             return factor
-    raise ValueError(f"`image_key` {name!r} has float pixels from {low:.3g} to {high:.3g}; {_WANTED}")
+    raise ValueError(f"`image_key` {name!r} has float pixels from {low:.3g} to {high:.3g}; {_EXPECTED_IMAGE}")
 
 
 def _check_alpha(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, name: str) -> None:
-    """Refuse alpha on another scale than the colours: the image would come out white, or black."""
+    """Raise if alpha and colours are on different scales: the image would become white or black."""
     if n_channels != 4 or sample is None or sample.ndim < 2 or sample.size == 0:
         return
     alpha = float(np.nanmax(sample[3]))
     colours = float(np.nanmax(sample[:3]))
-    of_one, of_255 = alpha <= 1 + _OVERSHOOT, colours > 1 + _OVERSHOOT
-    if alpha > 0 and of_one == of_255 and (of_255 or dtype.kind == "f") and colours > 0:
+    alpha_up_to_1, colours_up_to_255 = alpha <= 1 + _OVERSHOOT, colours > 1 + _OVERSHOOT
+    if alpha > 0 and alpha_up_to_1 == colours_up_to_255 and (colours_up_to_255 or dtype.kind == "f") and colours > 0:
         raise ValueError(
-            f"`image_key` {name!r} has alpha up to {alpha:.3g} and colours up to {colours:.3g}, which are two scales; bring "
-            "alpha to the scale of the colours, or leave it out: image[:3]"
+            f"`image_key` {name!r} has alpha up to {alpha:.3g} and colours up to {colours:.3g}, which are on different scales; "
+            "rescale alpha to the colours, or drop it: image[:3]"
         )
 
 
-#: Names that say nothing of what a channel shows.
+#: Names that do not tell which channel is meant.
 _NUMBERED = re.compile(r"(c|ch|channel|image|band|sample)?[\s:_-]*\d+([\s:_-]+\d+)*")
 _COLOURS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
 _BRIGHT_FIELD = ("rgb", "h&e", "bright", "transmitted")
 
 
 def check_channel_names(names: Sequence[object], name: str) -> list[int] | None:
-    """Positions of red, green, blue and maybe alpha; ``None`` where names do not tell, an error for other stains."""
+    """Return the positions of red, green, blue and, if present, alpha; ``None`` if names do not tell. Raise for other stains."""
     texts = [str(text).strip().lower() for text in names]
     colours = [_COLOURS.get(text, "") for text in texts]
     if sorted(colours) in (sorted("rgb"), sorted("rgba")):
@@ -74,7 +76,7 @@ def check_channel_names(names: Sequence[object], name: str) -> list[int] | None:
     ]
     if unknown and len(texts) in (3, 4):
         raise ValueError(
-            f"`image_key` {name!r} has channels that are not red, green and blue: {', '.join(map(repr, unknown))}; {_WANTED}. "
+            f"`image_key` {name!r} has channels that are not red, green and blue: {', '.join(map(repr, unknown))}; {_EXPECTED_IMAGE}. "
             f'If the names are wrong: sdata.set_channel_names({name!r}, ["r", "g", "b"])'
         )
     return None
@@ -83,10 +85,10 @@ def check_channel_names(names: Sequence[object], name: str) -> list[int] | None:
 def to_rgb_uint8(
     block: np.ndarray, factor: float = 1.0, *, paint_black: bool = True, corner: tuple[int, int] = (0, 0)
 ) -> np.ndarray:
-    """Convert pixels ``(3 or 4, h, w)`` to RGB uint8, on white where transparent; the block itself if nothing changes.
+    """Convert pixels ``(3 or 4, h, w)`` to RGB uint8, with white behind transparent pixels.
 
-    Exact black becomes white: stained tissue is never black, and an encoder takes painted background for an edge.
-    ``corner`` is the place of the block in the image, row and column, for errors.
+    Exact black becomes white: stained tissue is never black, and an encoder would see an edge at a black background. The block
+    itself is returned if nothing changes. ``corner`` is the row and column of the block in the image, for errors.
     """
     if block.dtype != np.uint8:
         _check_float(block, 255 / factor, corner)
@@ -104,7 +106,7 @@ def to_rgb_uint8(
 
 
 def _check_float(block: np.ndarray, top: float, corner: tuple[int, int]) -> None:
-    """Refuse float pixels that are not finite, or not in 0 to ``top``; say where they lie."""
+    """Raise if float pixels are not finite or not in 0 to ``top``; the error gives the place of the first one."""
     low, high = block.min(initial=0), block.max(initial=0)
     if np.isfinite([low, high]).all() and low >= -top * _OVERSHOOT and high <= top * (1 + _OVERSHOOT):
         return
@@ -112,15 +114,15 @@ def _check_float(block: np.ndarray, top: float, corner: tuple[int, int]) -> None
     row, column = np.argwhere(wrong)[0] + corner
     nan = "" if np.isfinite(block).all() else " (NaN or infinite)"
     raise ValueError(
-        f"`image_key`: a block of pixels lies outside 0..{top:g}: {wrong.sum():,} of them{nan}, the first in row {row:,}, column "
-        f"{column:,}; {_WANTED}. Where there is no tissue, make them white, {top:g}: image.where(numpy.isfinite(image), {top:g})"
+        f"`image_key`: a block has {wrong.sum():,} pixel(s) outside 0..{top:g}{nan}, the first in row {row:,}, column "
+        f"{column:,}; {_EXPECTED_IMAGE}. If they show no tissue, make them white, {top:g}: image.where(numpy.isfinite(image), {top:g})"
     )
 
 
 def reflect_index(start: int, size: int, n: int) -> np.ndarray:
     """Fold the indices ``start … start + size`` back into ``0 … n - 1`` by reflection at the borders.
 
-    As numpy's ``"reflect"``: the border pixel is not repeated, and folding goes on for windows wider than the image.
+    As in numpy's ``"reflect"``, the border pixel is not repeated. Windows wider than the image are reflected several times.
     """
     index = np.arange(start, start + size)
     if n == 1:

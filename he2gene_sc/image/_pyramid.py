@@ -1,4 +1,4 @@
-"""An image at one or several resolutions, whatever array library holds its pixels."""
+"""An image at one or several resolutions, in numpy, dask or zarr arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Level:
     """One resolution of an image."""
 
     array: Any  # (c, y, x) numpy, dask or zarr
-    scale: float = 1.0  # pixels of level 0 per pixel of it
+    scale: float = 1.0  # pixels of level 0 per pixel of this level
 
     @property
     def height(self) -> int:
@@ -26,19 +26,19 @@ class Level:
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Levels ``(c, y, x)`` of one image, finest first; their scales grow from 1."""
+    """Levels ``(c, y, x)`` of one image, finest first; their scales increase from 1."""
 
     levels: tuple[Level, ...]
 
     def __post_init__(self) -> None:
         if not self.levels:
-            raise ValueError("`levels` is empty: an image has at least one level")
+            raise ValueError("`levels` is empty: an image needs at least one level")
         for level in self.levels:
             if len(level.array.shape) != 3:
                 raise ValueError(f"`levels` holds an array of shape {level.array.shape}; (c, y, x) is needed")
         scales = [level.scale for level in self.levels]
         if scales[0] != 1.0 or any(b <= a for a, b in zip(scales, scales[1:], strict=False)):
-            raise ValueError(f"`levels` has the scales {scales}; they must start at 1 and grow")
+            raise ValueError(f"`levels` has the scales {scales}; they must start at 1 and increase")
 
     @classmethod
     def single(cls, array: Any) -> Pyramid:
@@ -57,9 +57,10 @@ class Pyramid:
 
 
 def direct(array: Any) -> Any:
-    """Return the zarr array or image of ``read_he`` that a dask array reads, else the array itself.
+    """Return the zarr array, or image of ``read_he``, that a dask array reads; otherwise the array itself.
 
-    For every block, dask searches the graph of the whole image. A cropped or rechunked image stays as it is.
+    Reading it directly is faster: dask searches the graph of the whole image for every block. A cropped or rechunked image is
+    returned unchanged.
     """
     name, layers = getattr(array, "name", None), getattr(getattr(array, "dask", None), "layers", None)
     original = f"original-{name}"

@@ -1,4 +1,4 @@
-"""What the pixels of a spot show before any model reads them: tissue or glass, focus, noise and compression."""
+"""Quality of the pixels of a spot, without a model: tissue or glass, focus, noise and compression."""
 
 from __future__ import annotations
 
@@ -6,54 +6,54 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: Share of tissue below which a spot is taken to lie on glass.
+#: Share of tissue below which a spot is taken as glass.
 MIN_TISSUE = 0.25
-#: Side of the cells that are tissue or not, µm, and the pixels that a cell is read by at most.
+#: Side in µm of the cells that are classified as tissue or glass, and most pixels per side of a cell.
 _CELL_UM, _CELL_PX = 12.5, 4
-#: Glass is bright in its darkest channel and flat; what is black in all channels is no slide.
+#: Glass is bright in its darkest channel, and flat; areas that are black in all channels are not tissue.
 _BRIGHT, _FLAT, _BLACK = 185.0, 4.0, 25.0
-#: Darkest channel of stained structure in a reduced image, and the side of the surroundings that a pixel is read by.
-_STAINED, _AROUND = 200.0, 9
-#: Pixels of a side that focus is judged by at most.
+#: Brightest value, in its darkest channel, of stained structure in a reduced image, and side of a pixel's neighbourhood.
+_STAINED, _NEIGHBOURHOOD = 200.0, 9
+#: Most pixels per side on which focus is measured.
 _SIDE = 192
-#: Root mean square difference of pixels four apart below which there is nothing to be sharp.
-_PLAIN = 3.0
-#: Variance of neighbouring pixels' difference, over that of pixels two apart, of a surface that is smooth, and how much more
-#: a sharp image has. Gaussian blur of one pixel leaves .02 of it, of two .006; her2st has .06 to .13.
+#: Root mean square difference of pixels four apart below which a patch is flat and focus cannot be measured.
+_MIN_CONTRAST = 3.0
+#: Variance of the difference of neighbouring pixels, divided by that of pixels two apart: its value on a smooth surface, and
+#: the least excess of a sharp image. her2st has .06 to .13; Gaussian blur of one pixel leaves .02, of two pixels .006.
 _SMOOTH, _SHARP = 0.25, 0.025
-#: The same within blocks of 8 pixels, whose edges look sharp after JPEG: her2st at quality 30 has .018 and more, at 50 after
-#: Gaussian blur of two pixels under .005.
-_SHARP_WITHIN = 0.0125
-#: Share of the sharpness across a direction that is left along it: in her2st over .6 at most spots, .3 after a motion of 5 pixels.
-_ALONG = 0.4
-#: Least side, pixels, on which both are told; her2st passes on 31 and more.
-_ENOUGH = 48
-#: The same of structure of this size, µm, over that of twice the size: grain and noise hide that of neighbours. Spots of her2st at
-#: 0.7 µm/px have .11 and more, sharper scans of others .25 and more; a median of 7 pixels leaves .07, Gaussian blur of two .03.
+#: The least excess inside blocks of 8 pixels, since JPEG makes sharp edges between them: her2st has at least .018 at quality
+#: 30, and less than .005 at quality 50 after Gaussian blur of two pixels.
+_SHARP_IN_BLOCKS = 0.0125
+#: Least ratio of sharpness along a direction to that across it: above .6 at most spots of her2st, .3 after a motion of 5 pixels.
+_ISOTROPY = 0.4
+#: Least side in pixels on which both are measured; her2st passes on 31 and more.
+_MIN_SIDE = 48
+#: The least excess at this distance in µm, since grain and noise hide blur between neighbours. Spots of her2st at 0.7 µm/px have at
+#: least .11, sharper scans at least .25; a median filter of 7 pixels leaves .07, Gaussian blur of two pixels .03.
 _DETAIL_UM, _SHARP_DETAIL = 1.4, 0.085
-#: Noise in grey levels that red and blue do not share; that they share, where the image is rougher than tissue is: her2st has
-#: a ratio of .3 to .45, averaged down to 3 µm/px .56.
+#: Limits of noise in grey levels, not shared and shared by red and blue. Shared noise counts only where the image is rougher than
+#: tissue (a ratio of variances): her2st has .3 to .45, and .56 if averaged to 3 µm/px.
 _NOISE, _SHARED_NOISE, _ROUGH = 2.0, 8.0, 0.65
-#: Steps down and across that differences are taken along: each pair is at right angles.
+#: Steps (down, across) of the differences; each pair is at right angles.
 _STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))
-#: How many times rougher the edges of blocks of 8 pixels are than their inside: JPEG at quality 30 1.5, at 5 over 2.
-_BLOCKS = 2.1
-#: Share of equal neighbours where pixels four apart differ by more than ``_STEP`` grey levels: her2st has up to .03, at JPEG
-#: quality 10 .12. Pixels that were copied to twice the size have .5.
-_EQUAL, _STEP = 0.25, 10
+#: Limit of the roughness of the edges of blocks of 8 pixels, divided by that inside: 1.5 for JPEG at quality 30, above 2 at quality 5.
+_BLOCKINESS = 2.1
+#: Limit of the share of equal neighbours where pixels four apart differ by more than ``_STEP`` grey levels: up to .03 in her2st, .12 at JPEG
+#: quality 10, .5 if pixels were duplicated to double the size.
+_EQUAL_SHARE, _STEP = 0.25, 10
 
-#: What may be wrong with the pixels, in the order of :func:`faults`.
+#: Possible faults of the pixels, in the order of :func:`faults`.
 FAULTS = ("blurred", "noisy", "compressed too far, enlarged or of few colours")
 
 
 def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
-    """Share ``(b,)`` of each uint8 patch ``(b, 3, s, s)`` that is neither glass nor black.
+    """Return the share ``(b,)`` of each uint8 patch ``(b, 3, s, s)`` that is neither glass nor black.
 
-    Cells of 12.5 µm are counted, since fat is mostly clear: one is tissue where it is stained or has structure.
+    The share is that of cells of 12.5 µm. A cell is tissue if it is stained or has structure, since fat is mostly clear.
     """
     side = patches.shape[-1]
     n = max(1, min(round(um / _CELL_UM), side // 2))
-    x = _shrunk(patches, max(1, side // (n * _CELL_PX)))
+    x = _shrink(patches, max(1, side // (n * _CELL_PX)))
     bounds = np.linspace(0, x.shape[-1], n + 1).astype(int)
     edges, pixels = bounds[:-1], bounds[1:] - bounds[:-1]
     area = pixels[:, None] * pixels[None]
@@ -68,17 +68,20 @@ def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
 
 
 def tissue_pixels(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Masks ``(h, w)`` of a reduced uint8 image by surroundings of 9 × 9 pixels: stained or structured, and both.
+    """Return two masks ``(h, w)`` of a reduced uint8 image: stained or structured, and stained and structured.
 
-    The first is the rule of :func:`tissue_share`; the second is tissue beyond doubt, without tinted glass and dust.
+    Each pixel is classified by its neighbourhood of 9 × 9 pixels. The first mask follows :func:`tissue_share`. The second is
+    certainly tissue: it leaves out tinted glass and dust.
     """
     from scipy.ndimage import uniform_filter
 
     structure = np.zeros(image.shape[1:], np.float32)
     darkest, brightest = np.full_like(structure, np.inf), np.zeros_like(structure)
     for channel in image.astype(np.float32):
-        level = uniform_filter(channel, _AROUND)
-        structure += np.sqrt(np.maximum(uniform_filter(np.square(channel), _AROUND) - np.square(level), 0)) / len(image)
+        level = uniform_filter(channel, _NEIGHBOURHOOD)
+        structure += np.sqrt(
+            np.maximum(uniform_filter(np.square(channel), _NEIGHBOURHOOD) - np.square(level), 0)
+        ) / len(image)
         np.minimum(darkest, level, out=darkest)
         np.maximum(brightest, level, out=brightest)
     textured, seen = structure > _FLAT, brightest > _BLACK
@@ -86,10 +89,10 @@ def tissue_pixels(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def faults(patches: np.ndarray, mpp: float) -> np.ndarray:
-    """How blurred, noisy and compressed each patch is as stored, ``(b, 3)``; above 1 more than a sharp scan.
+    """Measure how blurred, noisy and compressed each patch is, ``(b, 3)``; a value above 1 is worse than a sharp scan.
 
-    The measures are ratios, so that stain and contrast do not count; 0 where a patch is flat. ``mpp`` is that of the pixels of
-    the patches. Order: :data:`FAULTS`.
+    Columns are in the order of :data:`FAULTS`. The measures are ratios, so they do not depend on stain and contrast. They are 0
+    where a patch is flat. ``mpp`` is the µm per pixel of the patches.
     """
     side = patches.shape[-1]
     if side < 8:
@@ -98,31 +101,35 @@ def faults(patches: np.ndarray, mpp: float) -> np.ndarray:
     stored = patches[:, :, low : low + _SIDE, low : low + _SIDE]
     x = stored.astype(np.float32)
     grey = x.mean(1)
-    one, two = ([_squares(grey, lag, step) for step in _STEPS] for lag in (1, 2))
-    near, far = (np.stack([x.mean((1, 2)) for x in squares]) for squares in (one, two))
+    lag_one, lag_two = ([_squared_difference(grey, lag, step) for step in _STEPS] for lag in (1, 2))
+    near, far = (np.stack([x.mean((1, 2)) for x in squares]) for squares in (lag_one, lag_two))
     ratio = near[:2].mean(0) / np.maximum(far[:2].mean(0), 1e-3)
     blurred = _SHARP / np.maximum(ratio - _SMOOTH, 1e-3)
-    if side >= _ENOUGH:
+    if side >= _MIN_SIDE:
         detail = np.maximum(near / np.maximum(far, 1e-3) - _SMOOTH, 1e-3)
-        along = np.minimum(*(detail[i : i + 2].min(0) / detail[i : i + 2].max(0) for i in (0, 2)))
-        blurred = np.max([blurred, _SHARP_WITHIN / _within_blocks(one, two), _ALONG / along], axis=0)
-        blurred = np.maximum(blurred, _SHARP_DETAIL / _detail(grey, mpp))
+        isotropy = np.minimum(*(detail[i : i + 2].min(0) / detail[i : i + 2].max(0) for i in (0, 2)))
+        blurred = np.max(
+            [blurred, _SHARP_IN_BLOCKS / _sharpness_in_blocks(lag_one, lag_two), _ISOTROPY / isotropy], axis=0
+        )
+        blurred = np.maximum(blurred, _SHARP_DETAIL / _sharpness_of_detail(grey, mpp))
     noise, shared, own = _noise(x, grey)
     noisy = np.maximum(noise * own / _NOISE, np.minimum(shared / _SHARED_NOISE, ratio / _ROUGH))
-    result = np.stack([blurred, noisy, np.maximum(_blocks(grey) / _BLOCKS, _equal(stored) / _EQUAL)], axis=1)
-    contrast = np.sqrt(sum(_squares(grey, 4, step).mean((1, 2)) for step in _STEPS[:2]) / 2)
-    return np.where(contrast[:, None] < _PLAIN, 0, result).astype(np.float32)
+    result = np.stack(
+        [blurred, noisy, np.maximum(_blockiness(grey) / _BLOCKINESS, _equal_share(stored) / _EQUAL_SHARE)], axis=1
+    )
+    contrast = np.sqrt(sum(_squared_difference(grey, 4, step).mean((1, 2)) for step in _STEPS[:2]) / 2)
+    return np.where(contrast[:, None] < _MIN_CONTRAST, 0, result).astype(np.float32)
 
 
-def _shrunk(patches: np.ndarray, factor: int) -> np.ndarray:
-    """Average squares of ``factor`` pixels; what is left over at the edge is left out."""
+def _shrink(patches: np.ndarray, factor: int) -> np.ndarray:
+    """Average squares of ``factor`` × ``factor`` pixels; incomplete squares at the edge are dropped."""
     n = patches.shape[-1] // factor
     x = patches[..., : n * factor, : n * factor].astype(np.float32)
     return x if factor == 1 else x.reshape(*x.shape[:2], n, factor, n, factor).mean((3, 5))
 
 
-def _squares(grey: np.ndarray, lag: int, step: tuple[int, int]) -> np.ndarray:
-    """Square difference of pixels ``lag`` steps apart."""
+def _squared_difference(grey: np.ndarray, lag: int, step: tuple[int, int]) -> np.ndarray:
+    """Return the squared difference of pixels ``lag`` steps apart."""
     down, across = lag * step[0], lag * step[1]
     later, earlier = grey[:, down:], grey[:, : grey.shape[1] - down]
     if across < 0:
@@ -131,13 +138,13 @@ def _squares(grey: np.ndarray, lag: int, step: tuple[int, int]) -> np.ndarray:
     return np.square(found, out=found)
 
 
-def _within_blocks(one: Sequence[np.ndarray], two: Sequence[np.ndarray]) -> np.ndarray:
-    """Variance of the difference of neighbours over that two apart, less that of a smooth surface, without edges of blocks."""
+def _sharpness_in_blocks(lag_one: Sequence[np.ndarray], lag_two: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the excess of sharpness over a smooth surface, without the edges of JPEG blocks (see ``_SMOOTH``)."""
     near, far = 0.0, 0.0
     for i in (0, 1):
-        # By place in a block of 8; the roughest is its edge, which two pairs of pixels two apart lie across.
-        n = two[i].shape[2 - i] // 8 * 8
-        places = [x.mean(1 + i)[:, :n].reshape(len(x), -1, 8).mean(1) for x in (one[i], two[i])]
+        # Means by place in a block of 8. The roughest place is its edge, which two of the pairs two apart cross.
+        n = lag_two[i].shape[2 - i] // 8 * 8
+        places = [x.mean(1 + i)[:, :n].reshape(len(x), -1, 8).mean(1) for x in (lag_one[i], lag_two[i])]
         edge = places[0].argmax(1)[:, None]
         place = np.arange(8)
         near = near + np.where(place == edge, 0, places[0]).sum(1) / 7
@@ -145,20 +152,20 @@ def _within_blocks(one: Sequence[np.ndarray], two: Sequence[np.ndarray]) -> np.n
     return np.maximum(near / np.maximum(far, 1e-3) - _SMOOTH, 1e-3)
 
 
-def _detail(grey: np.ndarray, mpp: float) -> np.ndarray:
-    """Variance of the difference of pixels 1.4 µm apart over that of twice as far, less that of a smooth surface, ``(b,)``.
+def _sharpness_of_detail(grey: np.ndarray, mpp: float) -> np.ndarray:
+    """Return the excess of sharpness over a smooth surface at a distance of 1.4 µm, ``(b,)`` (see ``_SHARP_DETAIL``).
 
-    Infinite where 1.4 µm are fewer than two pixels, or the patch is too small: nothing is measured there.
+    It is infinite, that is not measured, where 1.4 µm are fewer than two pixels or the patch is too small.
     """
     lag = round(_DETAIL_UM / mpp) if np.isfinite(mpp) else 0
     if not 2 <= lag <= grey.shape[1] // 8:
         return np.full(len(grey), np.inf)
-    near, far = (sum(_squares(grey, n, step).mean((1, 2)) for step in _STEPS[:2]) for n in (lag, 2 * lag))
+    near, far = (sum(_squared_difference(grey, n, step).mean((1, 2)) for step in _STEPS[:2]) for n in (lag, 2 * lag))
     return np.maximum(near / np.maximum(far, 1e-3) - _SMOOTH, 1e-3)
 
 
-def _equal(stored: np.ndarray) -> np.ndarray:
-    """Share of neighbouring pixels that are equal in all channels, where the image changes around them."""
+def _equal_share(stored: np.ndarray) -> np.ndarray:
+    """Return the share of neighbouring pixels that are equal in all channels, where the image around them is not flat."""
     found = []
     for x in (stored, stored.swapaxes(2, 3)):
         step = np.maximum(x[..., 4:], x[..., :-4]) - np.minimum(x[..., 4:], x[..., :-4])
@@ -169,7 +176,7 @@ def _equal(stored: np.ndarray) -> np.ndarray:
 
 
 def _noise(x: np.ndarray, grey: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Noise by the median and by the mean, which counts single pixels too, and the share that red and blue do not share.
+    """Estimate noise by the median and by the mean (sensitive to single pixels), and the share not common to red and blue.
 
     Immerkaer, Comput Vis Image Underst 1996.
     """
@@ -182,8 +189,8 @@ def _noise(x: np.ndarray, grey: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     return noise, shared, 1 - (red * blue).mean((1, 2)) / np.maximum(power, 1e-6)
 
 
-def _blocks(grey: np.ndarray) -> np.ndarray:
-    """Root curvature at the roughest of the eight places in a block over that elsewhere, both directions together."""
+def _blockiness(grey: np.ndarray) -> np.ndarray:
+    """Return root curvature at the roughest of eight places in a block, divided by that elsewhere, for both directions."""
     found = []
     for image in (grey, grey.transpose(0, 2, 1)):
         curvature = np.sqrt(np.abs(image[:, :, :-2] - 2 * image[:, :, 1:-1] + image[:, :, 2:]))

@@ -1,4 +1,4 @@
-"""``PatchReader``: the windows of many spots as uint8 batches, read block by block while the model works."""
+"""``PatchReader`` reads the windows of many spots as uint8 batches, block by block, while the model computes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ._geometry import ReadPlan, plan_windows
 from ._pixels import reflect_index
 from ._pyramid import Pyramid, direct
 
-#: Rows that are averaged at once, few enough that their sums stay in the processor's cache; even.
-_HALVED_AT_ONCE = 64
+#: Rows that are averaged at once: an even number, so small that sums stay in the processor's cache.
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class PatchBatch:
-    """Patches of some spots."""
+    """Patches of a batch of spots."""
 
-    index: np.ndarray  # (b,) in the reader's centres
-    patches: tuple[np.ndarray, ...]  # one (b, 3, size, size) uint8 a window
+    index: np.ndarray  # (b,) rows of the reader's centres
+    patches: tuple[np.ndarray, ...]  # one (b, 3, size, size) uint8 per window
 
 
 class PatchReader:
-    """Reads one or more square windows (µm) around each spot, ``centres`` ``(n, 2)`` in pixels of level 0.
+    """Reads one or more square windows (µm) around each spot, at ``centres`` ``(n, 2)`` in pixels of level 0.
 
-    Spots come in the order of stored chunks, so that a chunk is decoded once, in batches that name them; borders
-    are reflected. The next block is read in a thread. Memory is bounded by two blocks and the chunks between them.
-    Batches are of one size, give or take a spot: a small last one would meet other kernels, whose rounding depends
-    on the number of threads. ``allocate`` makes their arrays, page-locked for a GPU.
+    Batches come in the order of stored chunks, so that a chunk is decoded once; each holds the indices of its spots. Windows
+    are reflected at the borders. The next block is read in a thread. Memory is bounded by two blocks and the chunks between
+    them. Batch sizes differ by at most one spot: a small last batch would use other kernels, whose rounding depends on the
+    number of threads. ``allocate`` makes the arrays of the batches, for example page-locked ones for a GPU.
 
     Examples
     --------
@@ -81,11 +81,11 @@ class PatchReader:
         high = np.zeros((self.n_spots, 2), np.int64)
         for window in self.plan.windows:
             corner = centres / (self.plan.scale * window.factor) - window.size / 2
-            # The slack keeps a centre that rounding error moved off a half pixel on the side it was on.
+            # The tolerance absorbs rounding errors of centres at half pixels.
             start = np.floor(corner + 0.5 + 1e-4).astype(np.int64)
             stop = start + window.size
             self._starts.append(start)
-            # A reflected window looks one pixel further than its own width where it is cut in half.
+            # Where a border halves a window, its reflection reads one pixel more than the window.
             n = np.array([max(1, self._width // window.factor), max(1, self._height // window.factor)])
             low = np.minimum(low, np.clip(np.minimum(start, 2 * n - 1 - stop), 0, n - 1) * window.factor)
             high = np.maximum(high, np.clip(np.maximum(stop, 1 - start), 1, n) * window.factor)
@@ -101,7 +101,7 @@ class PatchReader:
 
     @property
     def source(self) -> Any:
-        """The array that pixels are read from."""
+        """Array that the pixels are read from."""
         return self._array
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ class PatchReader:
 
     @property
     def batches(self) -> list[np.ndarray]:
-        """Spots of each batch, in the order in which they come."""
+        """Indices of the spots of each batch, in the order of iteration."""
         order = np.concatenate([block.spots for block in self._blocks]) if self._blocks else np.empty(0, np.intp)
         found: list[np.ndarray] = []
         done = 0
@@ -121,21 +121,21 @@ class PatchReader:
         return found
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        """Yield batches; the next ones are prepared in a thread meanwhile."""
-        return self.some(None)
+        """Yield batches, while a thread prepares the next ones."""
+        return self.read_batches(None)
 
-    def some(self, wanted: Collection[int] | None) -> Iterator[PatchBatch]:
-        """Yield the batches of these numbers in their order, all of ``None``; only the pixels that they need are read."""
+    def read_batches(self, numbers: Collection[int] | None) -> Iterator[PatchBatch]:
+        """Yield the batches with these numbers in their order (``None``: all); only the pixels that they need are read."""
         ready: queue.Queue = queue.Queue(maxsize=2)
         stop = threading.Event()
 
         def produce() -> None:
             try:
-                for batch in self._batches(wanted):
+                for batch in self._batches(numbers):
                     if not _put(ready, batch, stop):
                         return
                 _put(ready, None, stop)
-            except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread, which raises it
+            except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
                 _put(ready, error, stop)
 
         thread = threading.Thread(target=produce, name="he2gene-patches", daemon=True)
@@ -153,47 +153,47 @@ class PatchReader:
             thread.join()
 
     def read_all(self) -> tuple[np.ndarray, ...]:
-        """Return the patches of all spots in the order of ``centres``: one ``(n, 3, size, size)`` uint8 a window."""
+        """Return the patches of all spots in the order of ``centres``: one ``(n, 3, size, size)`` uint8 per window."""
         out = tuple(np.empty((self.n_spots, 3, w.size, w.size), np.uint8) for w in self.plan.windows)
         for batch in self:
             for whole, part in zip(out, batch.patches, strict=True):
                 whole[batch.index] = part
         return out
 
-    def _batches(self, wanted: Collection[int] | None) -> Iterator[PatchBatch]:
+    def _batches(self, numbers: Collection[int] | None) -> Iterator[PatchBatch]:
         batches, blocks = self.batches, self._blocks
-        if wanted is not None:
-            batches = [batches[i] for i in sorted(wanted)]
+        if numbers is not None:
+            batches = [batches[i] for i in sorted(numbers)]
             kept = np.zeros(self.n_spots, bool)
             kept[np.concatenate([*batches, np.empty(0, np.intp)])] = True
-            cut = (replace(block, spots=block.spots[kept[block.spots]]) for block in blocks)
-            blocks = [block for block in cut if len(block.spots)]
+            cropped = (replace(block, spots=block.spots[kept[block.spots]]) for block in blocks)
+            blocks = [block for block in cropped if len(block.spots)]
         source = BlockSource(self._array, self._factor, blocks, self._extents)
 
         def load(block: Block) -> dict[int, np.ndarray]:
             return self._reduce(source.read(block))
 
-        waiting = iter(batches)
-        index, filled = next(waiting, None), 0
+        remaining = iter(batches)
+        index, filled = next(remaining, None), 0
         patches: tuple[np.ndarray, ...] = ()
         with ThreadPoolExecutor(1, thread_name_prefix="he2gene-blocks") as pool:
-            # One block ahead: the next is decoded and averaged while this one is cut.
-            ahead = [pool.submit(load, block) for block in blocks[:1]]
+            # The next block is decoded and averaged while patches are cut from this one.
+            pending = [pool.submit(load, block) for block in blocks[:1]]
             for i, block in enumerate(blocks):
-                reduced = ahead.pop().result()
-                ahead += [pool.submit(load, following) for following in blocks[i + 1 : i + 2]]
+                reduced = pending.pop().result()
+                pending += [pool.submit(load, following) for following in blocks[i + 1 : i + 2]]
                 for spot in block.spots:
                     assert index is not None
                     if not filled:
-                        patches = self._empty(len(index))
+                        patches = self._empty_patches(len(index))
                     for w, window in enumerate(self.plan.windows):
                         self._cut(reduced[window.factor], block, w, spot, patches[w][filled])
                     filled += 1
                     if filled == len(index):
                         yield PatchBatch(index, patches)
-                        index, filled = next(waiting, None), 0
+                        index, filled = next(remaining, None), 0
 
-    def _empty(self, n: int) -> tuple[np.ndarray, ...]:
+    def _empty_patches(self, n: int) -> tuple[np.ndarray, ...]:
         shapes = [(n, 3, window.size, window.size) for window in self.plan.windows]
         return tuple(np.empty(x, np.uint8) if self.allocate is None else self.allocate(x) for x in shapes)
 
@@ -201,11 +201,11 @@ class PatchReader:
         return -(-(self.n_spots - done) // max(1, left))
 
     def _reduce(self, pixels: np.ndarray) -> dict[int, np.ndarray]:
-        """Average a block by every factor that a window needs, halving step by step."""
+        """Average a block by each factor that a window needs, in steps of two."""
         reduced = {1: pixels}
         factor = 1
-        for wanted in sorted({window.factor for window in self.plan.windows}):
-            while factor < wanted:
+        for target in sorted({window.factor for window in self.plan.windows}):
+            while factor < target:
                 reduced[factor * 2] = halve(reduced[factor])
                 factor *= 2
         return reduced
@@ -224,21 +224,21 @@ class PatchReader:
 
 
 def halve(pixels: np.ndarray) -> np.ndarray:
-    """Average 2 × 2 pixels, rounding halves up; a last odd row or column is left out, a single one kept."""
+    """Average 2 × 2 pixels, rounding halves up; an odd last row or column is dropped unless it is the only one."""
     if pixels.shape[1] == 1 or pixels.shape[2] == 1:
         pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] == 1), (0, pixels.shape[2] == 1)), mode="edge")
     height, width = pixels.shape[1] // 2 * 2, pixels.shape[2] // 2 * 2
     out = np.empty((len(pixels), height // 2, width // 2), np.uint8)
-    for top in range(0, height, _HALVED_AT_ONCE):
-        # Neighbours in a row are the two bytes of one integer: adding those is thrice as fast as skipping pixels.
-        pairs = np.ascontiguousarray(pixels[:, top : min(height, top + _HALVED_AT_ONCE), :width]).view(np.uint16)
+    for top in range(0, height, _ROWS_AT_ONCE):
+        # Two neighbours in a row are read as one uint16: adding its bytes is three times as fast as strided access.
+        pairs = np.ascontiguousarray(pixels[:, top : min(height, top + _ROWS_AT_ONCE), :width]).view(np.uint16)
         total = (pairs & 255) + (pairs >> 8)
         out[:, top // 2 : (top + total.shape[1]) // 2] = (total[:, 0::2] + total[:, 1::2] + 2) >> 2
     return out
 
 
 def _put(ready: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """Hand an item over, giving up when the reader was closed."""
+    """Put an item into the queue; return ``False`` if the reader was closed."""
     while not stop.is_set():
         try:
             ready.put(item, timeout=0.1)

@@ -1,4 +1,4 @@
-"""A whole image at low resolution, read in strips, and the darkness of squares of it."""
+"""Read a whole image at low resolution in strips, and the darkness of squares of an image."""
 
 from __future__ import annotations
 
@@ -13,44 +13,47 @@ from ._reader import halve
 
 
 def read_reduced(pyramid: Pyramid, max_pixels: int, factor: float = 1.0) -> np.ndarray:
-    """Read an image averaged down to at most ``max_pixels``, ``(3, h, w)`` uint8, strip by strip."""
-    enough = [level for level in pyramid.levels if level.height * level.width >= max_pixels]
-    level = enough[-1] if enough else pyramid.levels[0]
-    times = 0
-    while max(1, level.height >> times) * max(1, level.width >> times) > max_pixels:
-        times += 1
+    """Read an image averaged to at most ``max_pixels`` pixels, ``(3, h, w)`` uint8, strip by strip."""
+    large_levels = [level for level in pyramid.levels if level.height * level.width >= max_pixels]
+    level = large_levels[-1] if large_levels else pyramid.levels[0]
+    n_halvings = 0
+    while max(1, level.height >> n_halvings) * max(1, level.width >> n_halvings) > max_pixels:
+        n_halvings += 1
     array = direct(level.array)
-    step = -(-row_step(array) // 2**times) * 2**times
+    step = -(-row_step(array) // 2**n_halvings) * 2**n_halvings
     strips: list[np.ndarray] = []
     for top in range(0, level.height, step):
         strip = to_rgb_uint8(np.asarray(array[:, top : top + step]), factor)
-        if strip.shape[1] < 2**times and strips:
+        if strip.shape[1] < 2**n_halvings and strips:
             continue
-        for _ in range(times):
+        for _ in range(n_halvings):
             strip = halve(strip)
         strips.append(strip)
     return np.concatenate(strips, axis=1)
 
 
-#: Pixels of a level that a square should have a side, and the most that are read.
-_FINE, _MOST = 4, 64
-#: Values between darkest and brightest pixel from which an image is not blank.
+#: Least side of a square in pixels of the level that is read, and the most pixels per side that are read.
+_MIN_SIDE, _MAX_SIDE = 4, 64
+#: Least difference between the brightest and the darkest pixel of an image that is not blank.
 _CONTRAST = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Darkness:
-    """What squares of an image look like."""
+    """Darkness of squares of an image."""
 
-    mean: np.ndarray  # (n,) 255 - mean of channels, black as white; NaN outside
-    blank: bool  # all pixels of all squares alike
+    mean: np.ndarray  # (n,) 255 - mean of channels, with black as white; NaN outside the image
+    blank: bool  # whether all pixels of all squares are nearly equal
 
 
 def read_darkness(pyramid: Pyramid, centres: np.ndarray, side: float, factor: float = 1.0) -> Darkness:
-    """Read squares around centres ``(n, 2)`` (pixels of level 0) from the coarsest level that still shows them."""
-    level = max((e for e in pyramid.levels if e.scale == 1 or side / e.scale >= _FINE), key=lambda e: e.scale)
+    """Read squares around centres ``(n, 2)`` (pixels of level 0) from the coarsest level that resolves them."""
+    level = max(
+        (entry for entry in pyramid.levels if entry.scale == 1 or side / entry.scale >= _MIN_SIDE),
+        key=lambda entry: entry.scale,
+    )
     inside = ((centres >= 0) & (centres < [pyramid.width, pyramid.height])).all(1)
-    half = max(1, min(_MOST, round(side / level.scale)) // 2)
+    half = max(1, min(_MAX_SIDE, round(side / level.scale)) // 2)
     # The last row or column of a reduced level may be missing.
     last = [level.width - 1, level.height - 1]
     places = np.minimum((centres[inside] / level.scale).astype(int), last)
@@ -61,10 +64,10 @@ def read_darkness(pyramid: Pyramid, centres: np.ndarray, side: float, factor: fl
 
         blocks = dask.compute(*blocks)
     mean = np.full(len(centres), np.nan)
-    found, low, high = [], 255, 0
+    darkness, low, high = [], 255, 0
     for block in map(np.asarray, blocks):
-        shown = to_rgb_uint8(block, factor, paint_black=False)
-        low, high = min(low, int(shown.min())), max(high, int(shown.max()))
-        found.append(255 - float(to_rgb_uint8(block, factor).mean()))
-    mean[inside] = found
-    return Darkness(mean, bool(found) and high - low < _CONTRAST)
+        pixels = to_rgb_uint8(block, factor, paint_black=False)
+        low, high = min(low, int(pixels.min())), max(high, int(pixels.max()))
+        darkness.append(255 - float(to_rgb_uint8(block, factor).mean()))
+    mean[inside] = darkness
+    return Darkness(mean, bool(darkness) and high - low < _CONTRAST)

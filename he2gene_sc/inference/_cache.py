@@ -146,7 +146,7 @@ class _Some:
         self.batch_size, self._reader, self._wanted = reader.batch_size, reader, wanted
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        return self._reader.some(self._wanted)
+        return self._reader.read_batches(self._wanted)
 
 
 def _encoded(

@@ -36,7 +36,7 @@ class Pixels:
     def of(cls, reader: PatchReader, *, judge: bool = True, batches: Collection[int] | None = None) -> Pixels:
         """Read all patches of a reader, or those of some batches."""
         found = cls(reader, judge=judge)
-        for batch in reader.some(batches):
+        for batch in reader.read_batches(batches):
             found.add(batch)
         return found
 

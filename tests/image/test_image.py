@@ -20,7 +20,7 @@ from he2gene_sc.image import (
 from he2gene_sc.image import _blocks as blocks
 from he2gene_sc.image import _reader as reader_module
 
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+forty_examples = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def random_image(height, width, seed=0, channels=3):
@@ -82,7 +82,7 @@ class BrokenArray:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks, cells and cache so small that tiny images are read in many pieces."""
+    """Shrink blocks, cells and cache so that tiny images are read in many pieces."""
     monkeypatch.setattr(blocks, "_MIN_CELL", 4)
     monkeypatch.setattr(blocks, "CACHE_BYTES", 600)
     monkeypatch.setattr(reader_module, "BLOCK_BYTES", 900)
@@ -92,7 +92,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(("mpp", "level"), [(0.05, 3), (0.25, 1), (0.3, 0), (0.5, 0), (2.0, 0)])
-def test_level_is_the_coarsest_that_serves_the_finest_window(mpp, level):
+def test_the_coarsest_level_that_is_fine_enough_for_the_finest_window_is_chosen(mpp, level):
     pyramid = pyramid_of(random_image(64, 64), 4)
     assert plan_windows(pyramid, mpp, (200.0, 100.0), 200).level == level
 
@@ -108,8 +108,10 @@ def test_wider_windows_are_averaged_by_powers_of_two():
 
 
 @given(mpp=st.floats(0.05, 5), um=st.floats(20, 800), input_px=st.sampled_from([32, 224]), n_levels=st.integers(1, 4))
-@few
-def test_no_window_is_read_coarser_than_the_encoder_sees_unless_the_image_is(mpp, um, input_px, n_levels):
+@forty_examples
+def test_no_window_is_read_at_a_coarser_scale_than_the_encoder_input_unless_the_image_is_coarser(
+    mpp, um, input_px, n_levels
+):
     plan = plan_windows(pyramid_of(random_image(16, 16), n_levels), mpp, (um,), input_px)
     read_mpp = plan.mpp * plan.windows[0].factor
     assert read_mpp <= max(mpp, um / input_px * 1.002)
@@ -117,7 +119,7 @@ def test_no_window_is_read_coarser_than_the_encoder_sees_unless_the_image_is(mpp
 
 
 @given(mpp=st.floats(0.05, 5), um=st.floats(20, 800))
-@few
+@forty_examples
 def test_a_pyramid_changes_neither_the_pixel_size_nor_the_patch_size(mpp, um):
     image = random_image(16, 16)
     plans = [plan_windows(pyramid_of(image, n), mpp, (um, 2 * um), 64) for n in (1, 3)]
@@ -126,19 +128,19 @@ def test_a_pyramid_changes_neither_the_pixel_size_nor_the_patch_size(mpp, um):
 
 
 @pytest.mark.parametrize("mpp", [0, -1.0, np.nan, np.inf])
-def test_mpp_that_is_no_positive_number_is_refused(mpp):
+def test_mpp_must_be_a_positive_number(mpp):
     with pytest.raises(ValueError, match="`mpp`"):
         plan_windows(Pyramid.single(random_image(8, 8)), mpp, (100.0,), 224)
 
 
 @pytest.mark.parametrize("windows", [(), (0.0,), (100.0, -5.0), (np.nan,)])
-def test_windows_that_are_no_positive_sizes_are_refused(windows):
+def test_windows_must_have_positive_sizes(windows):
     with pytest.raises(ValueError, match="`windows_um`"):
         plan_windows(Pyramid.single(random_image(8, 8)), 0.5, windows, 224)
 
 
 @pytest.mark.parametrize("scales", [(), (2.0,), (1.0, 1.0), (1.0, 4.0, 2.0)])
-def test_pyramid_without_growing_scales_from_one_is_refused(scales):
+def test_scales_of_a_pyramid_must_increase_from_one(scales):
     with pytest.raises(ValueError, match="`levels`"):
         Pyramid(tuple(Level(random_image(8, 8), scale) for scale in scales))
 
@@ -152,13 +154,13 @@ def test_pyramid_of_a_two_dimensional_array_is_refused():
 
 
 @given(n=st.integers(1, 12), before=st.integers(0, 40), after=st.integers(0, 40))
-@few
+@forty_examples
 def test_reflect_index_equals_numpy_pad(n, before, after):
     expected = np.pad(np.arange(n), (before, after), mode="reflect")
     np.testing.assert_array_equal(reflect_index(-before, before + n + after, n), expected)
 
 
-def test_alpha_is_laid_onto_white():
+def test_transparent_pixels_are_blended_with_white():
     pixels = np.array([100, 50, 200, 0], np.uint8).reshape(4, 1, 1)
     np.testing.assert_array_equal(to_rgb_uint8(pixels).ravel(), [255, 255, 255])
     pixels[3] = 255
@@ -168,7 +170,7 @@ def test_alpha_is_laid_onto_white():
 
 
 @pytest.mark.parametrize(("scale", "factor"), [(1 / 255, 255.0), (1.0, 1.0)])
-def test_float_images_of_either_range_become_the_same_uint8(scale, factor):
+def test_float_images_in_0_to_1_and_in_0_to_255_become_the_same_uint8(scale, factor):
     image = random_image(5, 6)
     pixels = (image * np.float32(scale)).astype(np.float32)
     assert check_pixels(3, pixels.dtype, pixels, "he") == factor
@@ -176,13 +178,13 @@ def test_float_images_of_either_range_become_the_same_uint8(scale, factor):
 
 
 @pytest.mark.parametrize(("n_channels", "dtype"), [(1, "uint8"), (5, "uint8"), (3, "uint16"), (3, "bool")])
-def test_images_whose_white_is_unknown_are_refused_by_name(n_channels, dtype):
+def test_images_with_an_unknown_white_level_raise_an_error_with_their_name(n_channels, dtype):
     with pytest.raises(ValueError, match="'slide'.*RGB H&E image"):
         check_pixels(n_channels, np.dtype(dtype), None, "slide")
 
 
 @pytest.mark.parametrize("value", [-0.1, 300.0, np.nan])
-def test_float_pixels_out_of_range_are_refused(value):
+def test_float_pixels_out_of_range_raise(value):
     sample = np.full((3, 2, 2), 0.5)
     sample[0, 0, 0] = value
     with pytest.raises(ValueError, match="float pixels"):
@@ -191,7 +193,7 @@ def test_float_pixels_out_of_range_are_refused(value):
         to_rgb_uint8(sample, 255.0)
 
 
-def test_exact_black_is_painted_white_and_near_black_is_kept():
+def test_exact_black_becomes_white_and_near_black_is_kept():
     image = np.zeros((3, 1, 3), np.uint8)
     image[:, 0, 1] = 1
     image[2, 0, 2] = 7
@@ -210,14 +212,14 @@ positions = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1
 
 
 @given(data=st.data(), height=st.integers(1, 40), width=st.integers(1, 40), spots=positions)
-@few
-def test_patches_equal_crop_and_pad_for_any_array_chunking_batch_and_order(small_blocks, data, height, width, spots):
+@forty_examples
+def test_patches_equal_crop_and_pad_for_any_array_chunks_batch_size_and_order(small_blocks, data, height, width, spots):
     image = random_image(height, width)
     library = data.draw(st.sampled_from(["numpy", "dask", "zarr"]))
     chunks = data.draw(st.tuples(st.integers(1, height), st.integers(1, width)))
     batch_size = data.draw(st.integers(1, 13))
     um = data.draw(st.sampled_from([3.0, 8.0, 60.0]))
-    # From border to border, both of them spots.
+    # Spots lie from border to border, and on both of them.
     centres = np.array(spots) / 4 * [width, height]
     reader = PatchReader(
         Pyramid.single(stored(image, library, chunks)),
@@ -261,7 +263,7 @@ def test_patches_are_the_same_with_and_without_a_pyramid(mpp):
         np.testing.assert_array_equal(a, b)
 
 
-def test_an_image_whose_channels_come_last_in_memory_gives_the_same_patches():
+def test_an_image_with_channels_last_in_memory_gives_the_same_patches():
     image = random_image(41, 53)
     channels_last = np.ascontiguousarray(image.transpose(1, 2, 0)).transpose(2, 0, 1)
     options = {"centres": np.array([[20.0, 20.0], [3.0, 40.0]]), "mpp": 1.0, "windows_um": (8.0, 20.0), "input_px": 8}
@@ -270,7 +272,7 @@ def test_an_image_whose_channels_come_last_in_memory_gives_the_same_patches():
         np.testing.assert_array_equal(a, b)
 
 
-def test_transparent_images_are_read_onto_white():
+def test_transparent_images_are_read_as_white():
     image = np.concatenate([random_image(20, 20), np.zeros((1, 20, 20), np.uint8)])
     reader = PatchReader(Pyramid.single(image), np.array([[10.0, 10.0]]), 1.0, windows_um=(8.0,), input_px=8)
     assert (reader.read_all()[0] == 255).all()
@@ -285,15 +287,15 @@ def test_each_chunk_is_decoded_at_most_once(chunk, windows):
     assert array.reads.max() == 1
 
 
-def test_chunks_far_from_every_spot_are_not_read():
+def test_chunks_far_from_all_spots_are_not_read():
     array = CountingArray(random_image(1100, 2100), (3, 512, 512))
     list(PatchReader(Pyramid.single(array), np.array([[100.0, 100.0]]), 1.0, windows_um=(50.0,), input_px=50))
     assert array.reads.sum() == 1
 
 
 @given(n=st.integers(0, 30), batch_size=st.integers(1, 12))
-@few
-def test_batches_name_every_spot_once_and_are_of_one_size(n, batch_size):
+@forty_examples
+def test_batches_hold_every_spot_once_and_their_sizes_differ_by_at_most_one(n, batch_size):
     centres = np.random.default_rng(n).uniform(0, 50, (n, 2))
     reader = PatchReader(
         Pyramid.single(random_image(50, 50)), centres, 1.0, windows_um=(5.0,), input_px=5, batch_size=batch_size
@@ -306,12 +308,12 @@ def test_batches_name_every_spot_once_and_are_of_one_size(n, batch_size):
     assert sorted(np.concatenate([*index, []])) == list(range(n))
 
 
-def test_batches_are_filled_in_the_memory_that_the_caller_gives():
-    given_out = []
+def test_batches_use_arrays_that_the_caller_allocates():
+    allocated = []
 
     def allocate(shape):
-        given_out.append(np.zeros(shape, np.uint8))
-        return given_out[-1]
+        allocated.append(np.zeros(shape, np.uint8))
+        return allocated[-1]
 
     reader = PatchReader(
         Pyramid.single(random_image(30, 30)),
@@ -322,16 +324,16 @@ def test_batches_are_filled_in_the_memory_that_the_caller_gives():
         batch_size=2,
         allocate=allocate,
     )
-    assert all(any(batch.patches[0] is memory for memory in given_out) for batch in reader)
+    assert all(any(batch.patches[0] is memory for memory in allocated) for batch in reader)
 
 
-def test_an_error_while_reading_reaches_the_consumer():
+def test_an_error_in_the_reading_thread_is_raised_in_the_caller():
     reader = PatchReader(Pyramid.single(BrokenArray()), np.full((4, 2), 300.0), 1.0, windows_um=(9.0,), input_px=9)
     with pytest.raises(OSError, match="chunk is damaged"):
         list(reader)
 
 
-def test_leaving_the_loop_midway_stops_the_thread():
+def test_leaving_the_loop_early_stops_the_thread():
     reader = PatchReader(
         Pyramid.single(random_image(60, 60)), np.full((50, 2), 30.0), 1.0, windows_um=(9.0,), input_px=9, batch_size=1
     )
@@ -343,12 +345,12 @@ def test_leaving_the_loop_midway_stops_the_thread():
 
 
 @pytest.mark.parametrize("centres", [[[-0.1, 5]], [[5, 10.1]], [[np.nan, 5]], [5.0, 5.0], [[1.0, 2.0, 3.0]]])
-def test_centres_outside_the_image_or_of_no_use_are_refused(centres):
+def test_centres_must_be_finite_pairs_inside_the_image(centres):
     with pytest.raises(ValueError, match="`centres`"):
         PatchReader(Pyramid.single(random_image(10, 10)), np.array(centres), 1.0, windows_um=(5.0,), input_px=5)
 
 
-def test_batch_size_below_one_is_refused():
+def test_batch_size_must_be_at_least_one():
     with pytest.raises(ValueError, match="`batch_size`"):
         PatchReader(
             Pyramid.single(random_image(9, 9)), np.ones((1, 2)), 1.0, windows_um=(5.0,), input_px=5, batch_size=0
@@ -366,15 +368,15 @@ def test_read_reduced_averages_aligned_squares(small_blocks, library):
 
 
 @given(height=st.integers(1, 70), width=st.integers(1, 70), max_pixels=st.integers(1, 3000), rows=st.integers(1, 70))
-@few
-def test_read_reduced_halves_just_often_enough_to_stay_within_the_bound(small_blocks, height, width, max_pixels, rows):
+@forty_examples
+def test_read_reduced_halves_as_rarely_as_the_bound_allows(small_blocks, height, width, max_pixels, rows):
     image = stored(random_image(height, width), "dask", (min(rows, height), width))
     sizes = [(max(1, height >> times), max(1, width >> times)) for times in range(8)]
     expected = next((h, w) for h, w in sizes if h * w <= max_pixels)
     assert read_reduced(Pyramid.single(image), max_pixels).shape == (3, *expected)
 
 
-def test_read_reduced_gives_the_same_from_a_coarser_level():
+def test_read_reduced_gives_the_same_image_from_a_coarser_level():
     image = random_image(64, 96)
     np.testing.assert_array_equal(
         read_reduced(pyramid_of(image, 3), 64 * 96 // 16), read_reduced(Pyramid.single(image), 64 * 96 // 16)
@@ -382,10 +384,10 @@ def test_read_reduced_gives_the_same_from_a_coarser_level():
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(np.nan, r" \(NaN or infinite\)"), (np.inf, r" \(NaN or infinite\)"), (3.0, "")]
+    ("value", "kind"), [(np.nan, r" \(NaN or infinite\)"), (np.inf, r" \(NaN or infinite\)"), (3.0, "")]
 )
 @pytest.mark.parametrize("lazy", [False, True])
-def test_a_float_pixel_that_is_none_is_named_by_its_place(value, said, lazy):
+def test_the_error_for_an_invalid_float_pixel_gives_its_place(value, kind, lazy):
     image = np.full((3, 300, 400), 0.5, np.float32)
     image[1, 210, 333] = value
     array = da.from_array(image, chunks=(3, 128, 128)) if lazy else image
@@ -394,12 +396,12 @@ def test_a_float_pixel_that_is_none_is_named_by_its_place(value, said, lazy):
     )
     with pytest.raises(
         ValueError,
-        match=rf"outside 0\.\.1: 1 of them{said}, the first in row 210, column 333; .* make them white, 1: ",
+        match=rf"a block has 1 pixel\(s\) outside 0\.\.1{kind}, the first in row 210, column 333; .* make them white, 1: ",
     ):
         reader.read_all()
 
 
-def test_float_pixels_that_overshoot_a_little_are_clipped_and_dark_ones_refused():
+def test_small_overshoots_of_float_pixels_are_clipped_and_ambiguous_scales_raise():
     assert check_pixels(3, np.float32, np.array([-0.01, 1.02]), "he") == 255.0
     assert check_pixels(3, np.float32, np.array([0.0, 256.0]), "he") == 1.0
     with pytest.raises(ValueError, match="float pixels from 0 to 2.55"):
@@ -408,7 +410,7 @@ def test_float_pixels_that_overshoot_a_little_are_clipped_and_dark_ones_refused(
     assert (block == 255).all()
 
 
-def test_chunks_between_spots_far_apart_are_not_read():
+def test_chunks_between_distant_spots_are_not_read():
     array = CountingArray(random_image(500, 3000), (3, 256, 256))
     centres = np.array([[100.0, 100.0], [1400.0, 100.0], [2900.0, 100.0]])
     reader = PatchReader(Pyramid.single(array), centres, 1.0, windows_um=(50.0,), input_px=50)
@@ -417,7 +419,7 @@ def test_chunks_between_spots_far_apart_are_not_read():
     assert array.reads.sum() == 3
 
 
-def test_a_small_cache_keeps_what_is_needed_next(monkeypatch):
+def test_a_small_cache_keeps_the_chunks_that_are_needed_next(monkeypatch):
     """Four bands over a wide image need the same chunks; half of them fit into the cache."""
     array = CountingArray(random_image(1024, 8192), (3, 1024, 256))
     centres = np.stack(np.meshgrid(np.arange(128.0, 8192, 256), [100.0, 400.0, 650.0, 900.0]), axis=-1).reshape(-1, 2)

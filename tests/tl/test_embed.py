@@ -348,10 +348,10 @@ def test_a_run_that_goes_on_reads_only_the_pixels_that_it_needs(toy, tiny_model,
         resolve(toy)[0], tiny_model, Encoding.checked("embed", tiny_model, "cpu", False, True, {"batch_size": 5})
     )[0].reader
     expected = list(reader)
-    found = list(reader.some([1, 4]))
+    found = list(reader.read_batches([1, 4]))
     assert len(found) == 2
     for batch, i in zip(found, (1, 4), strict=True):
         np.testing.assert_array_equal(batch.index, expected[i].index)
         for ours, theirs in zip(batch.patches, expected[i].patches, strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    assert list(reader.some([])) == []
+    assert list(reader.read_batches([])) == []
