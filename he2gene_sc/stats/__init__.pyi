@@ -43,6 +43,7 @@ from ._ppi import MIN_PVALUES, PredictionPowered, prediction_powered_mean
 from ._prior import VariancePrior, hypervariable_prior
 from ._pseudobulk import (
     SampleTest,
+    depth_followed,
     paired_moderated_t,
     predictive_t,
     squeeze_variance,
@@ -87,6 +88,7 @@ __all__ = [
     "chaos",
     "class_scores",
     "count_differences",
+    "depth_followed",
     "enrichment_agreement",
     "fit_spread",
     "grouped_quantiles",

@@ -244,3 +244,25 @@ def predictive_t(
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
     scores = np.sign(effect) * np.maximum(size - minimum, 0) / error
     return SampleTest(effect, effect - high, effect + high, scores, pvalues, np.asarray(total, np.float64))
+
+
+def depth_followed(raw: np.ndarray, adjustment: np.ndarray, spot_variance: np.ndarray) -> tuple[float, float]:
+    """Share of an adjustment for depth that the differences of samples show, and how large its error would be without it.
+
+    ``raw`` and ``adjustment`` are ``(n, g)``: differences of means, and what the slopes within groups make of depth. The share is the
+    least-squares multiple over all genes, the sample of one never meeting its own slope, so that errors of slopes do not lower it.
+    The second is the mean square of what would be adjusted wrongly over the squared standard error. NaN below three samples.
+    """
+    n = len(raw)
+    if n < 3:
+        return np.nan, np.nan
+    varies = spot_variance > 1e-5 * np.median(spot_variance)
+    unit = np.sqrt(spot_variance[varies])
+    raw, adjustment = raw[:, varies] / unit, adjustment[:, varies] / unit
+    others = ~np.eye(n, dtype=bool)
+    size = float((adjustment @ adjustment.T)[others].mean()) / max(len(unit), 1)
+    shown = float((raw @ adjustment.T)[others].mean()) / max(len(unit), 1)
+    error = float((raw - adjustment).var(0, ddof=1).mean()) / n
+    if size <= 0 or error <= 0:
+        return np.nan, np.nan
+    return shown / size, size * (1 - shown / size) ** 2 / error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ..image import pixels_sha256
 
 if TYPE_CHECKING:
     from .._core.slide import Slide
-    from ..models import ModelCard
+    from ..models import HE2Gene, ModelCard
 
 #: Share of the spots that must lie where spots of training did: one image may show tissue of several patients.
 _LEAST_SHARE = 0.9
@@ -43,6 +43,12 @@ def training_sections(slides: Sequence[Slide], card: ModelCard) -> list[str]:
         ", ".join(map(repr, names)),
     )
     return names
+
+
+def trained_on(record: Mapping[str, Any], model: HE2Gene | None, sections: Iterable[str]) -> list[str]:
+    """Sections of a predicted table that its model was trained on: as predict found them by their pixels, and by name."""
+    named = set() if model is None else {*map(str, sections)} & {*model.card.training.get("sections", ())}
+    return sorted({*map(str, record.get("known_sections", ())), *named})
 
 
 def _shown(slide: Slide, card: ModelCard) -> list[str]:

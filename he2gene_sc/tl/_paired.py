@@ -11,11 +11,13 @@ from .._core.duplicates import warn_of_copied_spots
 from .._core.expression import Scale
 from .._core.keys import PATIENT, SECTION
 from .._core.matrix import layer_label
+from .._core.ownership import is_prediction
 from .._core.predictions import prediction_of, source_layer
 from .._core.spots import SpotData, read_spots
 from ._biomarkers.pool import labelled_spots
 from ._biomarkers.provenance import measured_part
 from ._evaluate.genes import model_of
+from ._known import trained_on
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -80,8 +82,9 @@ def sections_trained_on(spots: SpotData) -> dict[str, str]:
     """Sections that a model of ours was trained on, where that can be told, and its name."""
     seen: dict[str, str] = {}
     for i, table in enumerate(spots.tables):
-        model = model_of(table.uns.get(prediction_of(table, spots.layer), {}), None)
-        if model is not None:
-            own = set(spots.sections[spots.objects == i])
-            seen |= dict.fromkeys(own & set(model.card.training.get("sections", ())), model.name)
+        record = table.uns.get(prediction_of(table, spots.layer), {})
+        model = model_of(record, None)
+        if is_prediction(record):
+            found = trained_on(record, model, set(spots.sections[spots.objects == i]))
+            seen |= dict.fromkeys(found, str(record.get("model")))
     return seen

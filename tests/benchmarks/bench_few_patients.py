@@ -1,9 +1,11 @@
 """Error rates and power of ``hg.tl.biomarkers`` where patients are few or unequal, or genes vary more than others.
 
 python tests/benchmarks/bench_few_patients.py partial hypervariable few_measured differing separated one_direction
+python tests/benchmarks/bench_few_patients.py methods tails half
 """
 
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from anndata import AnnData
 from scipy import stats
 
 import he2gene_sc as hg
-from he2gene_sc.stats import paired_moderated_t, prediction_powered_mean
+from he2gene_sc.stats import log_normalise, paired_moderated_t, prediction_powered_mean
 
 GROUPS = ("invasive cancer", "connective tissue")
 
@@ -91,7 +93,7 @@ def one_direction(repeats=8):
             tables = [_planted_counts(i, rng, profile, effects, 0.12, (60, 60)) for i in range(n)]
             result = hg.tl.biomarkers(tables, "label", groups=GROUPS[0], reference=GROUPS[1], layer=None)
             null = result[effects[result["names"].str[4:].astype(int)] == 0]
-            warned = bool(tables[0].uns["he2gene_biomarkers"]["params"].get("library_doubts"))
+            warned = bool(tables[0].uns["he2gene_biomarkers"]["params"].get("doubts"))
             rows.append(((null["pvals"] < 0.05).mean(), null["effect_size"].median(), warned))
         (low, middle, warned), (error, *_) = np.mean(rows, axis=0), np.std(rows, axis=0) / np.sqrt(repeats)
         print(
@@ -166,6 +168,72 @@ def differing():
 def separated():
     """The same, of few counts: some genes have all of theirs in the larger group."""
     _null([((10, 100), 3, 0.2, 700), ((10, 100), 4, 0.15, 600), ((5, 100), 6, 0.2, 700), ((100, 10), 4, 0.2, 600)], 0.8)
+
+
+def methods(genes=400, repeats=5):
+    """Size of every method over few patients; no gene differs, one group is 1.8 times as deep."""
+    for n in (3, 4, 6):
+        for method in ("pseudobulk", "deseq2", "means", "mixed"):
+            rows = []
+            for repeat in range(repeats):
+                rng = np.random.default_rng([n, repeat])
+                profile = rng.lognormal(0, 1.2, genes)
+                tables = [_planted_counts(i, rng, profile, np.zeros(genes), 0.12, (60, 60)) for i in range(n)]
+                for table in tables:
+                    table.layers["log"] = log_normalise(table.X)
+                layer = "log" if method in ("means", "mixed") else None
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    result = hg.tl.biomarkers(
+                        tables, "label", groups=GROUPS[0], reference=GROUPS[1], layer=layer, method=method
+                    )
+                p = result["pvals"].dropna()
+                rows.append(((p < 0.05).mean(), (p < 0.001).mean() / 0.001, (result["effect_size"] > 0).mean()))
+            (low, lowest, up), error = np.mean(rows, axis=0), np.std([row[0] for row in rows]) / np.sqrt(repeats)
+            print(f"| {method} | {n} | {low:.1%} ({error:.1%}) | {lowest:.1f} | {up:.1%} |", flush=True)
+
+
+def tails(genes=2000, repeats=3):
+    """Size of the default test of counts where patients differ by other than normal numbers; nothing differs on average."""
+    drawn = {
+        "normal": lambda rng, n: rng.standard_normal(n),
+        "t, 3 df": lambda rng, n: rng.standard_t(3, n) / np.sqrt(3),
+        "exponential": lambda rng, n: rng.exponential(1, n) - 1,
+    }
+    for name, draw in drawn.items():
+        for n in (3, 4, 8, 20):
+            rows = []
+            for repeat in range(repeats):
+                rng = np.random.default_rng([n, repeat])
+                profile = rng.lognormal(0, 1.2, genes)
+                tables = [_planted_counts(i, rng, profile, 0.4 * draw(rng, genes), 0.0, (60, 60)) for i in range(n)]
+                result = hg.tl.biomarkers(tables, "label", groups=GROUPS[0], reference=GROUPS[1], layer=None)
+                p = result["pvals"]
+                found = (result["pvals_adj"] < 0.05).sum()
+                rows.append(((p < 0.05).mean(), (p < 0.001).mean() / 0.001, found))
+            low, lowest, found = np.mean(rows, axis=0)
+            print(f"| {name} | {n} | {low:.1%} | {lowest:.1f} | {found:.1f} |", flush=True)
+
+
+def half(genes=100, n=6, repeats=8):
+    """Of genes that do not differ while others are all twice as high: this test and DESeq2 on the same sums."""
+    for share in (0.25, 0.4, 0.5):
+        for method in ("pseudobulk", "deseq2"):
+            rows = []
+            for repeat in range(repeats):
+                rng = np.random.default_rng([genes, n, repeat])
+                profile = rng.lognormal(0, 1.2, genes)
+                effects = 1.0 * (np.arange(genes) < share * genes)
+                tables = [_planted_counts(i, rng, profile, effects, 0.12, (60, 60)) for i in range(n)]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    result = hg.tl.biomarkers(
+                        tables, "label", groups=GROUPS[0], reference=GROUPS[1], layer=None, method=method
+                    )
+                null = result[effects[result["names"].str[4:].astype(int)] == 0]
+                rows.append(((null["pvals"] < 0.05).mean(), null["effect_size"].median()))
+            (low, middle), (error, _) = np.mean(rows, axis=0), np.std(rows, axis=0) / np.sqrt(repeats)
+            print(f"| {share:.0%} | {method} | {low:.1%} ({error:.1%}) | {middle:+.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py large 2000
     python tests/benchmarks/bench_spatial_test.py variances 500
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py stretched 500 D1 hex
-    python tests/benchmarks/bench_spatial_test.py serial 500
+    python tests/benchmarks/bench_spatial_test.py serial 5000
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py tails 2000 D1
     python tests/benchmarks/bench_spatial_test.py speed 14000
 
 The second argument is the number of genes a cell; `A1/cancer in situ` is one label of a section. Ranges are in shares of the longer side of the tissue; the
@@ -157,6 +158,11 @@ def share(pvalues):
     return f"{100 * np.mean(pvalues[np.isfinite(pvalues)] < ALPHA):5.1f}"
 
 
+def lowest(pvalues):
+    """How many times as often as it should p < .001 comes."""
+    return f"{(pvalues[np.isfinite(pvalues)] < 0.001).mean() / 0.001:.1f}"
+
+
 def sizes(genes, names):
     print("section | label | field | spatial | spatial unchecked | check | lags | wilcoxon  (% of genes with p < 0.05)")
     for argument in names:
@@ -287,8 +293,8 @@ def stretched(genes, names):
         for label, group in margins(xy):
             found = spatial_test(np.hstack(values), group, xy, check_top=0).pvalues.reshape(len(fields), genes)
             for (kind, share_of_side, ratio, degrees), pvalues in zip(fields, found, strict=True):
-                lowest = f"{(pvalues < 0.001).mean() / 0.001:.1f}"
-                row = (name, label, f"{kind} {share_of_side}, {ratio}:1 at {degrees}°", share(pvalues).strip(), lowest)
+                field = f"{kind} {share_of_side}, {ratio}:1 at {degrees}°"
+                row = (name, label, field, share(pvalues).strip(), lowest(pvalues))
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
@@ -313,10 +319,30 @@ def serial(genes, _):
             np.tile(xy, (number, 1)),
             np.repeat(range(number), n),
         )
-        row = [share(spatial_test(values[:n], group[:n], xy, check_top=0).pvalues)]
+        found = [spatial_test(values[:n], group[:n], xy, check_top=0).pvalues]
         for samples in (sections, np.zeros(len(sections))):
-            row.append(share(spatial_test(values, group, places, sections, samples=samples, check_top=0).pvalues))
+            found.append(spatial_test(values, group, places, sections, samples=samples, check_top=0).pvalues)
+        row = [f"{share(pvalues).strip()} ({lowest(pvalues)})" for pvalues in found]
         print(f"| {number} | {kind}, {layout} | {shared:.0%} | {' | '.join(map(str.strip, row))} |", flush=True)
+
+
+def tails(genes, names):
+    """Fields that are not Gaussian; % of genes with p < .05 and, in brackets, how many times as often p < .001 comes."""
+    for name in names:
+        xy, labels = section(name)
+        rng = np.random.default_rng(0)
+        field = draw(covariance(xy, "exponential", 1 / 8), genes, rng)
+        cases = {
+            "exp(field)": np.exp(field),
+            "t of 3 df at every spot, neighbours alike": stats.t.ppf(stats.norm.cdf(field), 3),
+            "field + noise of t, 3 df": field + rng.standard_t(3, field.shape) / np.sqrt(3),
+            "field, one spot in 50 ten times as far": field * np.where(rng.random(field.shape) < 0.02, 10, 1),
+        }
+        for label, group in [*real_labels(labels), *margins(xy)]:
+            found = spatial_test(np.hstack([*cases.values()]), group, xy, check_top=0).pvalues
+            for case, pvalues in zip(cases, found.reshape(len(cases), genes), strict=True):
+                row = (name, label, str(group.sum()), case, f"{share(pvalues).strip()} ({lowest(pvalues)})")
+                print(f"| {' | '.join(row)} |", flush=True)
 
 
 def speed(genes, _):
@@ -342,5 +368,5 @@ if __name__ == "__main__":
         "large": large,
         "variances": variances,
         "speed": speed,
-    } | {"stretched": stretched, "serial": serial}
+    } | {"stretched": stretched, "serial": serial, "tails": tails}
     tables[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])

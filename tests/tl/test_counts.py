@@ -256,8 +256,42 @@ def test_genes_that_change_in_one_direction_are_warned_of_where_they_are_about_h
     tables = [counted(i, genes=100, planted=50, shift=1.5, deeper=1.0) for i in range(4)]
     with pytest.warns(UserWarning, match=r"leave out \d+% of the genes"):
         found(tables)
-    (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["library_doubts"]
+    (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["doubts"]
     assert "leave out" in doubt
+
+
+def _with_depth(i, between, genes=150):
+    """A layer that follows depth within the groups, and `between` times as much between them."""
+    table = counted(i, genes=genes, deeper=2.0)
+    depth, rng = np.log(table.X.sum(1)), np.random.default_rng((3, i))
+    group = (table.obs["label"] == "a").to_numpy()
+    gap = depth[group].mean() - depth[~group].mean()
+    slopes = np.random.default_rng(1).normal(0.4, 0.2, genes)
+    noise = rng.normal(0, 0.3, table.shape) + rng.normal(0, 0.05, genes) * group[:, None]
+    seen = depth - np.log(3000) - (1 - between) * gap * group
+    table.layers["guess"] = np.maximum(4 + seen[:, None] * slopes + noise, 0).astype(np.float32)
+    return table
+
+
+@pytest.mark.parametrize("method", ["means", "mixed"])
+def test_an_adjustment_for_depth_that_the_groups_do_not_show_is_warned_of(method):
+    options = {"layer": "guess", "method": method}
+    tables = [_with_depth(i, 0.0, 150 if method == "means" else 8) for i in range(4)]
+    with pytest.warns(UserWarning, match=r"is \d+% of what this slope says: .* design=hg.Design\(depth=None\) too"):
+        assert (found(tables, **options)["pvals"] < 0.05).mean() > 0.3
+    (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["doubts"]
+    assert doubt.startswith("'a': depth is adjusted for")
+    assert (found(tables, **options, depth=None)["pvals"] < 0.05).mean() < 0.15
+    if method == "means":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="depth")
+            result = found([_with_depth(i, 1.0) for i in range(4)], **options)
+            assert (result["pvals"] < 0.05).mean() < 0.1
+            # Slopes that are nothing but errors change nothing, and are not warned of.
+            tables = [_with_depth(i, 1.0) for i in range(4)]
+            for i, table in enumerate(tables):
+                table.layers["guess"] = np.random.default_rng(i).normal(4, 0.5, table.shape).astype(np.float32)
+            found(tables, **options)
 
 
 def test_sums_of_a_lazy_table_compute_each_chunk_once():

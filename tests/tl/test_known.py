@@ -123,6 +123,19 @@ def test_a_section_of_training_is_a_known_patient_and_the_log_says_so(toy, model
         assert (record["known_patient"], "known_sections" in record) == (given, False)
 
 
+def test_what_judges_a_prediction_knows_its_training_sections_whatever_their_name(toy, model):
+    toy["table"].obs["section"], toy["table"].obs["patient"] = "another name", "P9"
+    hg.tl.predict(toy, model=model)
+    with pytest.warns(UserWarning, match=r"sections \['S1'\] are in the training set of tiny"):
+        hg.tl.evaluate(toy, key_added="judged")
+    with pytest.warns(UserWarning, match=r"`data`: sections \['S1'\] are in the training set of tiny"):
+        hg.tl.compare(toy, "he2gene")
+    sets = {"some": toy["table"].var_names[:5].tolist()}
+    with pytest.warns(UserWarning, match=r"none is reliable: the model was trained on S1"):
+        found = hg.tl.programmes(toy, sets, held_out=toy)
+    assert not found["reliable"].any()
+
+
 def test_a_store_with_other_chunks_and_levels_is_the_same_slide(toy, model, tmp_path):
     image = np.asarray(toy["he"])
     del toy.images["he"]

@@ -115,8 +115,8 @@ def biomarkers(
 
     ``.uns["he2gene_biomarkers"]``
         ``"results"``: DataFrame, a row a group and gene, see :func:`he2gene_sc.get.biomarkers`; ``"samples"``, ``"genes"``
-        and ``"sample_effects"``: spots and difference in every sample; ``"params"``, whose ``"library_doubts"`` say of which
-        groups the library sizes are doubtful, and why.
+        and ``"sample_effects"``: spots and difference in every sample; ``"params"``, whose ``"doubts"`` say of which
+        groups library sizes or the adjustment for depth are doubtful, and why.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def biomarkers(
         **({} if chosen.moderated else {"trend": None, "robust": None}),
         "cross_fit": cross_fit,
         "cross_fit_agreement": agreement,
-        "library_doubts": [doubt for frame, _ in parts for doubt in frame.attrs["doubts"]] or None,
+        "doubts": [doubt for frame, _ in parts for doubt in frame.attrs["doubts"]] or None,
     }
     facts = {
         "results": results,

@@ -45,7 +45,7 @@ def compare(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run a method on every group: unadjusted tests (group and gene), and differences of samples (a column a gene).
 
-    ``attrs["doubts"]`` of the tests are those of the library sizes, by group.
+    ``attrs["doubts"]`` of the tests are those of library sizes and depth, by group.
     """
     depth = depth if chosen.takes_depth(design) else None
     cells = Cells.of(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _MOST_WEIGHT = 4.0
 #: Share of genes that are left out on one side from which library sizes are doubted: where 55 % of the genes change, it is 0.35 to 0.45.
 _MOST_APART = 1 / 3
+#: Share of the adjustment for depth that the groups must show, and its square over that of the standard error from which it matters.
+_LEAST_FOLLOWED, _MATTERS = 0.5, 1.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Method:
     uses: Callable[[Contrast], np.ndarray]
     caution: str = ""  # what its user must know
     detecting: int = 0  # spots of the smaller group expected to show a tested gene
-    squares: bool = False  # uses the variance of spots
+    squares: bool = False  # uses the variance of spots, to weigh or to judge the adjustment for depth
     scale: str | None = None
     depth: bool = False  # takes logarithms of counts and adjusts for depth
     moderated: bool = False  # over genes; takes a formula
@@ -49,8 +51,8 @@ class Method:
 class Outcome:
     """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast.
 
-    ``known`` ``(paired, g)`` tells which samples a gene is tested in; default: all. ``doubt`` says what is doubtful of the library
-    sizes.
+    ``known`` ``(paired, g)`` tells which samples a gene is tested in; default: all. ``doubt`` says what is doubtful of library sizes
+    or depth.
     """
 
     test: SampleTest
@@ -65,7 +67,30 @@ def run(method: Method, contrast: Contrast) -> Outcome:
     found = method.run(contrast)
     if isinstance(found, Outcome):
         return found
-    return Outcome(found, contrast.differences, contrast.fold_changes(found.effect))
+    doubt = _check_depth(contrast) if method.squares else ""
+    return Outcome(found, contrast.differences, contrast.fold_changes(found.effect), doubt=doubt)
+
+
+def _check_depth(contrast: Contrast) -> str:
+    """Warn where groups do not differ with depth as spots within them do; return what is doubtful."""
+    from ...stats import depth_followed
+
+    if contrast.adjustment is None or contrast.spot_variance is None:
+        return ""
+    raw = contrast.differences + contrast.adjustment
+    followed, size = depth_followed(raw, contrast.adjustment, contrast.spot_variance)
+    if not (followed < _LEAST_FOLLOWED and size > _MATTERS):
+        return ""
+    doubt = (
+        "depth is adjusted for by its slope within the groups, but the difference between them is "
+        f"{max(followed, 0):.0%} of what this slope says: genes that do not differ may seem to"
+    )
+    warnings.warn(
+        f"{doubt}. Believe only genes that are significant with design=hg.Design(depth=None) too",
+        UserWarning,
+        stacklevel=5,
+    )
+    return doubt
 
 
 def _pseudobulk(contrast: Contrast) -> Outcome:
@@ -248,7 +273,7 @@ METHODS = {
         Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, scale="counts", moderated=True),
         Method("deseq2", _deseq2, "deseq2", 2, _with_both, scale="counts"),
         Method("means", _means, "means", 2, _with_both, squares=True, scale="log", depth=True, moderated=True),
-        Method("mixed", _mixed, "mixed", 2, _with_either, depth=True),
+        Method("mixed", _mixed, "mixed", 2, _with_either, squares=True, depth=True),
         Method("ppi", _ppi, "ppi", 5, _with_both),
         Method(
             "spatial",

@@ -18,6 +18,7 @@ from ..._core.matrix import matrix_of, values_of
 from ..._core.names import annotation_target, column_of, names_of
 from ..._core.predictions import source_layer, symbols_of
 from ..._core.spots import has_samples, pitch_of, sections_of, spots_of, unique_section_names
+from .._known import trained_on
 from .genes import genes_in_common, known_of, model_of
 from .layer import JudgedLayer, fitted_on, judged_layer
 
@@ -168,10 +169,10 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
             f"obsm['spatial']: most spots of sections {validate.format_list(shared)} lie on top of each other"
         )
     row, column = _cells(other.obs.iloc[partner], xy, sections, pitches)
-    trained_on = [] if model is None else sorted(sections.keys() & set(model.card.training.get("sections", ())))
-    if model is not None and trained_on:
+    seen = trained_on(record, model, sections)
+    if seen:
         warnings.warn(
-            f"sections {trained_on} are in the training set of {model.name}: their figures are too good",
+            f"sections {seen} are in the training set of {record.get('model')}: their figures are too good",
             stacklevel=3,
         )
     mean, panels = np.full(len(columns), np.nan), {"all genes": np.ones(len(columns), bool)}
@@ -194,7 +195,7 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
         pitches=pitches,
         mean=mean,
         panels=panels,
-        trained_on=trained_on,
+        trained_on=seen,
         n_left_out=left_out,
         predictor=chosen.predictor,
         n_fitted=None if chosen.fitted_on is None else int(fitted.sum()),
