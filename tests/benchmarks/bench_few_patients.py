@@ -1,7 +1,7 @@
 """Error rates and power of ``hg.tl.biomarkers`` where patients are few or unequal, or genes vary more than others.
 
 python tests/benchmarks/bench_few_patients.py partial hypervariable few_measured differing separated one_direction
-python tests/benchmarks/bench_few_patients.py methods tails half
+python tests/benchmarks/bench_few_patients.py methods tails half slopes
 """
 
 import sys
@@ -213,6 +213,38 @@ def tails(genes=2000, repeats=3):
                 rows.append(((p < 0.05).mean(), (p < 0.001).mean() / 0.001, found))
             low, lowest, found = np.mean(rows, axis=0)
             print(f"| {name} | {n} | {low:.1%} | {lowest:.1f} | {found:.1f} |", flush=True)
+
+
+def slopes(genes=400, spots=60):
+    """Size of method="means" on a layer that follows depth within the groups, and between them in part; one is 1.9 times as deep."""
+    for share in (1.0, 0.5, 0.0):
+        for n in (3, 8):
+            rng = np.random.default_rng(n)
+            slope, tables = rng.normal(0.3, 0.15, genes), []
+            for i in range(n):
+                label = np.repeat(GROUPS, spots)
+                inside, z = label == GROUPS[0], rng.normal(0, 0.4, 2 * spots)
+                seen = z + share * inside * np.log(1.9)
+                values = 3 + seen[:, None] * slope + rng.normal(0, 0.5, (2 * spots, genes))
+                values += rng.normal(0, 0.3, genes) + inside[:, None] * rng.normal(0, 0.1, genes)
+                obs = pd.DataFrame({"patient": f"P{i}", "label": label}, index=[f"P{i}-{j}" for j in range(2 * spots)])
+                obs["total"] = 5000 * np.exp(z + inside * np.log(1.9))
+                table = AnnData(obs=obs, var=pd.DataFrame(index=[f"gene{j}" for j in range(genes)]))
+                table.layers["guess"] = np.maximum(values, 0).astype(np.float32)
+                table.obsm["spatial"] = np.column_stack([np.arange(2 * spots), np.zeros(2 * spots)])
+                tables.append(table)
+            low, said = [], False
+            for depth in ("total", None):
+                design = hg.Design(depth=depth)
+                options = {"groups": GROUPS[0], "reference": GROUPS[1], "layer": "guess", "design": design}
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    result = hg.tl.biomarkers(tables, "label", **options)
+                low.append(f"{(result['pvals'] < 0.05).mean():.1%}")
+                said = (
+                    [str(w.message) for w in caught if "of what this slope says" in str(w.message)] if depth else said
+                )
+            print(f"| {share:.0%} | {n} | {low[0]} | {low[1]} | {'yes' if said else 'no'} |", flush=True)
 
 
 def half(genes=100, n=6, repeats=8):
