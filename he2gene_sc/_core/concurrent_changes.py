@@ -1,7 +1,7 @@
-"""What of a store may have changed since an object was read: its files are younger than this process, and it differs.
+"""Detect elements of a store that another process may have changed since an object was read.
 
-Reading leaves no trace. An object cannot have been read before its process began, so that files that are older are those
-that it was read from. Of the others, only what the object holds alike is known to be.
+Nothing records when an object was read. It cannot have been read before its process started, so files older than the
+process are those that it was read from. Of younger files, an element may have changed if the object holds something else.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: An element that was not compared.
+#: Marks an element that was not compared.
 NOT_COMPARED = "anything"
 
 
 def _process_start() -> float:
-    """Time at which this process began, in seconds since 1970."""
+    """Return the start time of this process, in seconds since 1970."""
     if sys.platform == "linux":
-        # psutil is right to a second there.
+        # psutil is only exact to a second on Linux.
         with contextlib.suppress(OSError, ValueError, IndexError):
             ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
             age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -37,22 +37,22 @@ def _process_start() -> float:
     return float(psutil.Process().create_time())
 
 
-#: Taken at import: a process that is forked holds what its parent read.
+#: Taken at import, since a forked process holds what its parent read.
 _START = _process_start()
 
 
 def is_young(*stats: os.stat_result) -> bool:
-    """Whether a file was changed, or put where it is, after this process began."""
+    """Whether a file was changed, or moved to its place, after this process started."""
     return any(max(stat.st_mtime, stat.st_ctime) > _START for stat in stats)
 
 
 def is_moved(*folders: os.stat_result) -> bool:
-    """Whether a folder got its place after this process began: its own time of change is later than that of its names."""
+    """Whether a folder was moved to its place after this process started: its ctime is later than its mtime."""
     return any(stat.st_ctime > _START >= stat.st_mtime for stat in folders)
 
 
-def _texts(difference: Difference, table: AnnData) -> list[str]:
-    """List columns that anndata wrote from this object: of what is missing among texts it makes "None" and "nan"."""
+def _rewritten_texts(difference: Difference, table: AnnData) -> list[str]:
+    """List text columns that differ only because anndata writes missing values as "None" and "nan"."""
     found = []
     for axis, there in difference.frames.items():
         here = getattr(table, axis)
@@ -65,9 +65,9 @@ def _texts(difference: Difference, table: AnnData) -> list[str]:
 def find_possible_changes(
     sdata: SpatialData, store: Path, young: set[tuple[str, str]]
 ) -> dict[tuple[str, str], set[str]]:
-    """List what an object holds otherwise than ``young`` elements of its store; images and points are not read."""
+    """List differences between an object and the ``young`` elements of its store; images and points are not read."""
     kinds = {kind for kind, _ in young} - {"tables"}
-    # What cannot be read is named where it is saved.
+    # Elements that cannot be read raise when they are saved.
     stored: dict[str, Any] = {}
     with contextlib.suppress(Exception):
         stored = read_elements(store, kinds)
@@ -79,7 +79,7 @@ def find_possible_changes(
         with contextlib.suppress(Exception):
             if kind == "tables":
                 difference = table_difference(store / kind / name, element)
-                texts = _texts(difference, element)
+                texts = _rewritten_texts(difference, element)
                 difference.altered = [item for item in difference.altered if item not in texts]
             elif name in stored:
                 is_compared = kind != "points" or stored[name]._name == getattr(element, "_name", None)

@@ -1,4 +1,4 @@
-"""What an object holds otherwise than the store that it was read from."""
+"""Differences between an object and the store that it was read from."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp")
 class Difference:
     """How an element in memory differs from that on disk."""
 
-    lost: list[str] = field(default_factory=list)  # lies on disk and not in memory
+    lost: list[str] = field(default_factory=list)  # on disk, not in memory
     altered: list[str] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)  # is in memory alone
-    kept: list[str] = field(default_factory=list)  # parts of a table that are the same, by their path in it
-    of_verbs: set[str] = field(default_factory=set)  # lost ones that our verbs wrote, and remove when outdated
+    added: list[str] = field(default_factory=list)  # in memory only
+    kept: list[str] = field(default_factory=list)  # unchanged parts of a table, as paths in its group
+    of_verbs: set[str] = field(default_factory=set)  # lost entries that our functions wrote, and remove when outdated
     metadata_only: bool = False  # only transformations or channel names differ
-    uns: Mapping[str, Any] = field(default_factory=dict)  # of the table on disk
+    uns: Mapping[str, Any] = field(default_factory=dict)  # uns of the table on disk
     frames: Mapping[str, Any] = field(default_factory=dict)  # obs and var on disk
 
     def __bool__(self) -> bool:
         return bool(self.lost or self.altered or self.added)
 
     def note(self, where: str, there: Iterable[str], here: Iterable[str]) -> list[str]:
-        """Note what only one side holds; return what both hold."""
+        """Record keys that only one side has; return the keys that both have."""
         there, here = list(there), set(here)
         self.lost += [f"{where}[{key!r}]" for key in there if key not in here]
         self.added += [f"{where}[{key!r}]" for key in sorted(here.difference(there))]
@@ -47,7 +47,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Change:
-    """An element that is to be written; ``difference`` is ``None`` where the store does not have it."""
+    """Element to write; ``difference`` is ``None`` if the store does not have it."""
 
     kind: str
     name: str
@@ -68,7 +68,7 @@ class Change:
 
 
 def read_elements(store: Path, kinds: set[str]) -> dict[str, Any]:
-    """Read the elements of some kinds, without what spatialdata says of them; those that cannot be read are left out."""
+    """Read the elements of some kinds without spatialdata's warnings; skip elements that cannot be read."""
     import spatialdata as sd
 
     if not kinds:
@@ -80,7 +80,7 @@ def read_elements(store: Path, kinds: set[str]) -> dict[str, Any]:
 
 
 def table_difference(path: Path, table: AnnData) -> Difference:
-    """Compare a table with what lies on disk, column by column and layer by layer."""
+    """Compare a table with its copy on disk, column by column and layer by layer."""
     import zarr
     from anndata.io import read_elem
 
@@ -92,25 +92,25 @@ def table_difference(path: Path, table: AnnData) -> Difference:
         uns = read_elem(group["uns"]) if "uns" in group else {}
         for axis, names in (("obs", table.obs_names), ("var", table.var_names)):
             there, here = frames[axis].index.astype(str), names.astype(str)
-            _names(found, axis, there, here)
-            alike = _frame(found, axis, frames[axis], getattr(table, axis))
-            # Versions of anndata before 0.8 kept categories apart from their column.
+            _compare_names(found, axis, there, here)
+            equal = _compare_frame(found, axis, frames[axis], getattr(table, axis))
+            # Before version 0.8, anndata stored categories separately from their column.
             if there.equals(here) and group[axis].attrs.get("encoding-version") == "0.2.0":
-                found.kept += [f"{axis}/{key}" for key in alike if "/" not in key and key != names.name]
-        _part(found, "X", group, table.X)
-        _mapping(found, "uns", uns, table.uns)
+                found.kept += [f"{axis}/{key}" for key in equal if "/" not in key and key != names.name]
+        _compare_array(found, "X", group, table.X)
+        _compare_mapping(found, "uns", uns, table.uns)
         for slot in MAPPINGS:
-            # Newer versions of anndata have X among the layers, under None.
+            # Newer versions of anndata list X among the layers, as None.
             here = {key: value for key, value in dict(getattr(table, slot)).items() if key is not None}
             there = list(group[slot].keys()) if slot in group else []
             for key in found.note(slot, there, here):
-                _part(found, f"{slot}/{key}", group, here[key])
-        _raw(found, group, table)
+                _compare_array(found, f"{slot}/{key}", group, here[key])
+        _compare_raw(found, group, table)
     found.uns, found.frames = uns, frames
     return found
 
 
-def _names(found: Difference, axis: str, there: Any, here: Any) -> None:
+def _compare_names(found: Difference, axis: str, there: Any, here: Any) -> None:
     if there.equals(here):
         return
     gone = ~np.isin(there, here)
@@ -121,31 +121,31 @@ def _names(found: Difference, axis: str, there: Any, here: Any) -> None:
         found.altered.append(f"{axis}_names")
 
 
-def _frame(found: Difference, where: str, there: Any, here: Any) -> list[str]:
-    """Compare two frames; return the columns that are the same."""
+def _compare_frame(found: Difference, where: str, there: Any, here: Any) -> list[str]:
+    """Compare two frames; return the equal columns."""
     both = found.note(where, map(str, there.columns), map(str, here.columns))
     if len(there) != len(here):
         found.altered.append(where)
         return []
-    alike = [key for key in both if is_same_value(there[key], here[key])]
-    found.altered += [f"{where}[{key!r}]" for key in both if key not in alike]
+    equal = [key for key in both if is_same_value(there[key], here[key])]
+    found.altered += [f"{where}[{key!r}]" for key in both if key not in equal]
     order = [str(key) for key in here.columns if str(key) in both]
     if order != both or there.index.name != here.index.name:
         found.altered.append(f"order of {where}")
-    return alike
+    return equal
 
 
-def _mapping(found: Difference, where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _compare_mapping(found: Difference, where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     here = {str(key): value for key, value in here.items() if value is not None or str(key) in there}
     for key in found.note(where, map(str, there), here):
         if isinstance(there[key], Mapping) and isinstance(here[key], Mapping):
-            _mapping(found, f"{where}[{key!r}]", there[key], here[key])
+            _compare_mapping(found, f"{where}[{key!r}]", there[key], here[key])
         elif not is_same_value(there[key], here[key]):
             found.altered.append(f"{where}[{key!r}]")
 
 
-def _part(found: Difference, where: str, group: zarr.Group, value: Any) -> None:
-    """Compare one array of a table, without reading it whole where it is large."""
+def _compare_array(found: Difference, where: str, group: zarr.Group, value: Any) -> None:
+    """Compare one array of a table; large arrays are compared by blocks."""
     name = where.replace("/", "['", 1) + "']" if "/" in where else where
     there = group.get(where)
     if there is None or value is None:
@@ -154,13 +154,13 @@ def _part(found: Difference, where: str, group: zarr.Group, value: Any) -> None:
         elif value is not None:
             found.added.append(name)
         return
-    if _same_part(there, value):
+    if _is_same_array(there, value):
         found.kept.append(where)
     else:
         found.altered.append(name)
 
 
-def _same_part(there: Any, value: Any) -> bool:
+def _is_same_array(there: Any, value: Any) -> bool:
     from anndata.io import read_elem
 
     encoding = there.attrs.get("encoding-type", "")
@@ -178,7 +178,7 @@ def _same_part(there: Any, value: Any) -> bool:
     return is_same_value(read_elem(there), value)
 
 
-def _raw(found: Difference, group: Any, table: AnnData) -> None:
+def _compare_raw(found: Difference, group: Any, table: AnnData) -> None:
     there = group.get("raw")
     if there is not None and there.attrs.get("encoding-type") == "null":
         there = None
@@ -190,21 +190,21 @@ def _raw(found: Difference, group: Any, table: AnnData) -> None:
         return
     from anndata.io import read_elem
 
-    alike = _same_part(there["X"], table.raw.X) and is_same_value(read_elem(there["var"]), table.raw.var)
+    equal = _is_same_array(there["X"], table.raw.X) and is_same_value(read_elem(there["var"]), table.raw.var)
     varm = list(there["varm"].keys()) if "varm" in there else []
     both = found.note("raw.varm", varm, map(str, table.raw.varm.keys()))
-    alike &= len(both) == len(varm) == len(table.raw.varm)
-    alike = alike and all(_same_part(there["varm"][key], table.raw.varm[key]) for key in both)
-    (found.kept if alike else found.altered).append("raw")
+    equal &= len(both) == len(varm) == len(table.raw.varm)
+    equal = equal and all(_is_same_array(there["varm"][key], table.raw.varm[key]) for key in both)
+    (found.kept if equal else found.altered).append("raw")
 
 
 # --- Elements in space -----------------------------------------------------------------------------------------------
 
 
 def spatial_difference(kind: str, name: str, there: Any, here: Any, *, data: bool = True) -> Difference:
-    """Compare an image, labels, points or shapes with what lies on disk; pixels are read only if they may differ.
+    """Compare an image, labels, points or shapes with the copy on disk; read pixels only if they may differ.
 
-    Without ``data``, where it lies and the names of channels alone.
+    Without ``data``, compare only transformations and channel names.
     """
     found = Difference()
     if not data:
@@ -213,27 +213,27 @@ def spatial_difference(kind: str, name: str, there: Any, here: Any, *, data: boo
         if not _same_raster(there, here):
             found.altered.append("pixels")
     elif kind == "shapes":
-        _rows(found, name, there.to_wkb(), here.to_wkb())
+        _compare_rows(found, name, there.to_wkb(), here.to_wkb())
     elif getattr(there, "_name", None) != getattr(here, "_name", ()):
-        _rows(found, name, there.compute(), here.compute())
+        _compare_rows(found, name, there.compute(), here.compute())
     data_differ = bool(found)
-    _transformations(found, there, here)
+    _compare_transformations(found, there, here)
     if kind == "images" and channels(there) != channels(here):
         found.altered.append("channel names")
     found.metadata_only = bool(found) and not data_differ
     return found
 
 
-def _rows(found: Difference, name: str, there: Any, here: Any) -> None:
+def _compare_rows(found: Difference, name: str, there: Any, here: Any) -> None:
     """Compare shapes or points, row by row and column by column."""
     if not same_column(there.index.to_series(), here.index.to_series()):
         found.altered.append(f"index of {name}")
-        _names(found, name, there.index.astype(str), here.index.astype(str))
-    _frame(found, name, there, here)
+        _compare_names(found, name, there.index.astype(str), here.index.astype(str))
+    _compare_frame(found, name, there, here)
 
 
-def _transformations(found: Difference, there: Any, here: Any) -> None:
-    """Compare where two elements lie, in each coordinate system."""
+def _compare_transformations(found: Difference, there: Any, here: Any) -> None:
+    """Compare the transformations of two elements to each coordinate system."""
     from spatialdata.models import get_axes_names
     from spatialdata.transformations import get_transformation
 
@@ -245,7 +245,7 @@ def _transformations(found: Difference, there: Any, here: Any) -> None:
 
 
 def channels(element: Any) -> list[str]:
-    """Names of the channels of an image."""
+    """Return the channel names of an image."""
     first = levels(element)[0]
     return [str(name) for name in first.coords["c"].values] if "c" in first.coords else []
 
@@ -261,8 +261,8 @@ def _same_raster(there: Any, here: Any) -> bool:
 
 
 def _same_pixels(there: Any, here: Any) -> bool:
-    place = _source(there)
-    if place is not None and place == _source(here):
+    path = _zarr_path(there)
+    if path is not None and path == _zarr_path(here):
         return True
     import dask.array as da
 
@@ -274,11 +274,11 @@ def _same_pixels(there: Any, here: Any) -> bool:
     return not bool(unequal.any().compute())
 
 
-def _source(array: Any) -> str | None:
-    """Return the zarr array that a dask array reads as it stands, rechunked or not; ``None`` for any other."""
+def _zarr_path(array: Any) -> str | None:
+    """Return the path of the zarr array that a dask array reads unchanged, rechunked or not; ``None`` for other arrays."""
     layers = getattr(getattr(array, "dask", None), "layers", {})
-    as_it_stands = ("original-from-zarr", "from-zarr", "rechunk-merge", "rechunk-split", "rechunk-p2p")
-    if not all(name.startswith(as_it_stands) for name in layers):
+    plain_steps = ("original-from-zarr", "from-zarr", "rechunk-merge", "rechunk-split", "rechunk-p2p")
+    if not all(name.startswith(plain_steps) for name in layers):
         return None
     found = {str(folder.resolve()) for folder in zarr_folders(array)}
     return found.pop() if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""Whether spots stand there twice: at one place, as one patient under two names, as a section given again, or as a prediction."""
+"""Detect duplicated data: spots at one place, one patient under two names, a section given twice, a copy as prediction."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .matrix import values_of
 if TYPE_CHECKING:
     from .spots import SpotData
 
-#: Values that are dense at a time.
+#: Values per dense block.
 _BLOCK = 4_000_000
-#: Fewer genes than this cannot tell two spots apart.
-_FINGERPRINT = 10
-#: Correlation of two spots at one place over genes, each less its mean in the section, above which they are one.
-_ALIKE = 0.99
-#: Spots and genes by which a prediction is told from what was measured, and their rank correlation if it is that.
-_SPOTS, _GENES, _COPIED = 300, 200, 0.9999
+#: Least number of genes that identify a spot.
+_MIN_GENES = 10
+#: Two spots at one place are the same spot above this correlation over genes (each centred in its section).
+_SAME_SPOT_R = 0.99
+#: Spots and genes that are compared to detect a copy of the measured values, and the rank correlation of a copy.
+_SPOTS, _GENES, _COPY_R = 300, 200, 0.9999
 
 
 def check_duplicate_spots(pooled: SpotData) -> None:
-    """Refuse spots that stand twice in a section."""
+    """Raise if a section holds a spot twice."""
     if pooled.xy is not None:
         places, how = [tuple(row) for row in pooled.xy.tolist()], "at the same place"
     else:
@@ -39,21 +39,22 @@ def check_duplicate_spots(pooled: SpotData) -> None:
     if double:
         section, place = double[0]
         raise ValueError(
-            f"`data`: {len(double)} spots stand twice {how}, for example {place} in {section}; drop duplicates, or tell "
-            "sections apart by `section_key` or `sample_key`"
+            f"`data`: {len(double)} spots are duplicated {how}, for example {place} in {section}; drop duplicates, or "
+            "name the column of the sections by `section_key` or `sample_key`"
         )
 
 
 def check_duplicate_sections(pooled: SpotData) -> None:
-    """Refuse two samples, or two sections of one, that share half of their spots: value by value, or nearly, place by place.
+    """Raise if two samples, or two sections of one sample, share half of their spots.
 
-    Compared are raw values of the genes that all tables have: a copy may lack some.
+    Spots are the same if all values are equal, or if values at the same place are nearly equal. Raw values of the genes
+    that all tables have are compared, since a copy may lack some genes.
     """
     units, unit = np.unique(pooled.units.astype(str), return_inverse=True)
     genes = pooled.tables[0].var_names
     for table in pooled.tables[1:]:
         genes = genes[genes.isin(table.var_names)]
-    if len(units) < 2 or len(genes) < _FINGERPRINT:
+    if len(units) < 2 or len(genes) < _MIN_GENES:
         return
     prints, sketch = _fingerprints(pooled, genes)
     found: dict[int, set[int]] = {}
@@ -80,36 +81,36 @@ def check_duplicate_sections(pooled: SpotData) -> None:
             scale = norms[one] * norms[other]
             if (scale > 0).sum() < 3 or 2 * (scale > 0).sum() < sizes[[a, b]].min():
                 continue
-            alike = (sketch[one] * sketch[other]).sum(axis=1)[scale > 0] / scale[scale > 0]
-            if np.median(alike) > _ALIKE:
+            r = (sketch[one] * sketch[other]).sum(axis=1)[scale > 0] / scale[scale > 0]
+            if np.median(r) > _SAME_SPOT_R:
                 _raise_duplicate_section(
                     pooled, unit, (b, a), f"{len(both)} spots at the same places have nearly the same values"
                 )
 
 
 def warn_of_copy(predicted: np.ndarray, measured: np.ndarray, layer: str | None, stacklevel: int = 3) -> None:
-    """Warn of a layer whose values ``(n, g)`` are those that were measured, also on another scale."""
+    """Warn if a predicted layer ``(n, g)`` is a copy of the measured values, on the same scale or another."""
     rows, genes = (
         np.linspace(0, n - 1, min(n, most)).astype(int)
         for n, most in zip(predicted.shape, (_SPOTS, _GENES), strict=True)
     )
     pair = [values[np.ix_(rows, genes)] for values in (predicted, measured)]
     there = np.isfinite(pair[0]).any(axis=1) & np.isfinite(pair[1]).any(axis=1)
-    if there.sum() < _FINGERPRINT:
+    if there.sum() < _MIN_GENES:
         return
     r = spearman(pair[0][there], pair[1][there])
     r = r[np.isfinite(r)]
-    if len(r) and (r > _COPIED).mean() > 0.5:
+    if len(r) and (r > _COPY_R).mean() > 0.5:
         warnings.warn(
-            f"`layer` {layer!r} holds what was measured, not a prediction of it: agreement, intervals and reliability found with it "
-            "hold for no model; name the predicted layer",
+            f"`layer` {layer!r} is a copy of the measured values, not a prediction: agreement, intervals and reliability "
+            "computed with it hold for no model; name the predicted layer",
             UserWarning,
             stacklevel=stacklevel,
         )
 
 
 def warn_of_copied_spots(predicted: SpotData, measured: SpotData, stacklevel: int) -> None:
-    """Warn of a layer that is a copy of what was measured at the same spots."""
+    """Warn if the predicted layer is a copy of the values measured at the same spots."""
     n = len(predicted.labels)
     chosen = np.zeros(n, bool)
     chosen[np.linspace(0, n - 1, min(n, _SPOTS)).astype(int)] = True
@@ -118,7 +119,7 @@ def warn_of_copied_spots(predicted: SpotData, measured: SpotData, stacklevel: in
 
 
 def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.ndarray]:
-    """Hash of the raw values of each spot, 0 for rows of one value, and a random projection of them, ``(n, 32)``."""
+    """Return a hash of the raw values of each spot (0 for constant rows), and a random projection of them ``(n, 32)``."""
     prints = np.zeros(len(pooled.labels), np.int64)
     projection = np.random.default_rng(0).standard_normal((len(genes), 32)).astype(np.float32)
     sketch = np.zeros((len(prints), projection.shape[1]), np.float32)
@@ -131,7 +132,7 @@ def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.nda
             values = values_of(table[chosen], pooled.layer)[:, columns]
             values = np.ascontiguousarray(values.toarray() if issparse(values) else values, np.float32)
             where = slice(start + first, start + first + len(chosen))
-            # Rows of one value, as spots without counts are, are alike without being the same spot.
+            # Constant rows, such as spots without counts, are equal without being the same spot.
             varied = np.nanmax(values, axis=1, initial=-np.inf) > np.nanmin(values, axis=1, initial=np.inf)
             prints[where] = [hash(row.tobytes()) if v else 0 for row, v in zip(values, varied, strict=True)]
             values = np.nan_to_num(values)
@@ -143,8 +144,8 @@ def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.nda
 def _raise_duplicate_section(pooled: SpotData, unit: np.ndarray, held: Sequence[int], what: str) -> None:
     a, b = (pooled.samples[np.argmax(unit == i)] for i in held)
     if a == b:
-        raise ValueError(f"`data`: {what} in two sections of sample {a!r}; give a section once")
+        raise ValueError(f"`data`: {what} in two sections of sample {a!r}; pass each section once")
     raise ValueError(
-        f"`sample_key`: {what} in samples {a!r} and {b!r}: one patient under two names counts twice; give it one name, and "
-        "the section once"
+        f"`sample_key`: {what} in samples {a!r} and {b!r}: a patient with two names would count twice; use one name, and "
+        "pass the section once"
     )

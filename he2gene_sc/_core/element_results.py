@@ -1,4 +1,4 @@
-"""Elements that we write into a SpatialData object: checked beforehand, exchanged whole, recorded in ``sdata.attrs``."""
+"""Write elements into a SpatialData object: check first, replace as a whole, record in ``sdata.attrs``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .signatures import element_digest, is_element_unchanged
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-#: ``sdata.attrs[ATTRS][_WRITTEN][kind][name]``: digest of what we wrote there.
+#: ``sdata.attrs[ATTRS][_WRITTEN][kind][name]``: digest of the element that we wrote.
 _WRITTEN = "written"
 _KINDS = ("images", "labels", "points", "shapes", "tables")
 
 
 def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str, parameter: str = "key_added") -> None:
-    """Refuse, before any work is done, to put labels or shapes where something is that ``verb`` did not write."""
+    """Raise, before any work, if an element of this name exists that ``verb`` did not write."""
     check_key(name, parameter)
     facts = he2gene_attrs(sdata)
     for other_kind, other in element_names(sdata):
         if other.lower() != name.lower():
             continue
-        where = f"`{parameter}`: {other_kind}[{other!r}] is there"
+        where = f"`{parameter}`: {other_kind}[{other!r}] exists"
         if other != name:
             raise ValueError(f"{where}, which differs from {name!r} only in case; choose another name")
         written = facts.get(_WRITTEN, {}).get(kind, {})
-        # Version 0.6.0 recorded the names of grids alone.
+        # Version 0.6.0 only recorded the names of grids.
         if other_kind != kind or (name not in written and not (kind == "shapes" and name in facts.get("grids", []))):
             raise ValueError(
                 f"{where} and was not written by {verb}; choose another name, or delete it first: del "
@@ -46,7 +46,7 @@ def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str, para
 def write_element(
     sdata: SpatialData, kind: str, name: str, element: Any, facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Put an element in place of one of ours and record it, with ``facts`` for ``sdata.attrs``; all or nothing."""
+    """Set an element, record it in ``sdata.attrs`` together with ``facts``; all or nothing."""
     before = he2gene_attrs(sdata)
     written = {**before.get(_WRITTEN, {})}
     written[kind] = {**written.get(kind, {}), name: element_digest(element)}
@@ -56,7 +56,7 @@ def write_element(
 
 @contextmanager
 def replaced_element(sdata: SpatialData, kind: str, name: str, element: Any) -> Iterator[None]:
-    """Put an element, in place of what has its name; undone if the block does not come to its end, by Ctrl-C too."""
+    """Set an element, replacing one of the same name; undo it if the block raises, also on Ctrl-C."""
     elements = getattr(sdata, kind)
     before, attrs = dict(elements.items()), dict(sdata.attrs)
     try:
@@ -77,18 +77,18 @@ def replaced_element(sdata: SpatialData, kind: str, name: str, element: Any) -> 
 
 
 def element_names(sdata: SpatialData) -> list[tuple[str, str]]:
-    """Kind and name of every element, tables among them."""
+    """Return kind and name of every element, tables included."""
     return [(kind, name) for kind in _KINDS for name in getattr(sdata, kind)]
 
 
 def is_as_written(attrs: Mapping[str, Any], kind: str, name: str, element: Any) -> bool:
-    """Whether labels or shapes are what one of our functions wrote, by its record in the attributes of their object."""
+    """Whether labels or shapes are unchanged since one of our functions wrote them, by the record in ``attrs``."""
     written = attrs.get(ATTRS, {}).get(_WRITTEN, {}).get(kind, {})
     return name in written and element_digest(element) == written[name]
 
 
 def copy_tables(sdata: SpatialData) -> SpatialData:
-    """Return an object that shares every element but the tables, which are copied."""
+    """Return an object that shares all elements except the tables, which are copied."""
     import spatialdata as sd
 
     elements: dict[str, Any] = {name: element for _, name, element in sdata.gen_spatial_elements()}

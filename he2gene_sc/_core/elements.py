@@ -1,4 +1,4 @@
-"""Tables and spots of a SpatialData object: which are meant, which rows are which spots, where the spots lie."""
+"""Find tables and spots of a SpatialData object, match rows to spots, and locate the spots."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Spots:
-    """Spots of one element, in its own units."""
+    """Spots of one element, in the units of that element."""
 
     ids: pd.Index  # index of the shapes, or values of the labels
     centres: np.ndarray  # centroids, (n, 2)
-    diameters: np.ndarray  # of polygons and labels the side of a square of the same area
+    diameters: np.ndarray  # for polygons and labels: side of the square of the same area
 
 
 def he2gene_attrs(sdata: SpatialData) -> Mapping[str, Any]:
@@ -38,7 +38,7 @@ def he2gene_attrs(sdata: SpatialData) -> Mapping[str, Any]:
     if all(isinstance(found, Mapping) for found in maps) and all(isinstance(v, Mapping) for v in maps[-1].values()):
         return facts
     raise ValueError(
-        f"`sdata`: attrs[{ATTRS!r}] is {facts!r}; it is where he2gene_sc keeps µm per pixel ({{'mpp': {{image: value}}}}). "
+        f"`sdata`: attrs[{ATTRS!r}] is {facts!r}; he2gene_sc stores µm per pixel there ({{'mpp': {{image: value}}}}). "
         f"Rename or delete it: del sdata.attrs[{ATTRS!r}]"
     )
 
@@ -49,7 +49,7 @@ def is_object(data: object) -> bool:
 
 
 def check_spatialdata(data: object, parameter: str = "sdata") -> None:
-    """Refuse what is not a SpatialData object, and say how one is made of it."""
+    """Raise if an object is not a SpatialData object, and say how to make one."""
     from spatialdata import SpatialData
 
     if isinstance(data, SpatialData):
@@ -68,12 +68,12 @@ def check_spatialdata(data: object, parameter: str = "sdata") -> None:
 
 
 def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str | None = None) -> str | None:
-    """Name of the measured table; ``None`` where there is none."""
+    """Return the name of the measured table; ``None`` if there is none."""
     if table_key is not None:
         validate.existing_key(table_key, sdata.tables, "table_key")
         if not regions_of(sdata[table_key], sdata):
             raise ValueError(
-                f"`table_key` {table_key!r} annotates no shapes or labels of this object: "
+                f"`table_key` {table_key!r} does not annotate shapes or labels of this object: "
                 f"{sorted(sdata.shapes) + sorted(sdata.labels)}"
             )
         return table_key
@@ -89,7 +89,7 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
 
 
 def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
-    """Shapes and labels elements of ``sdata`` that a table annotates."""
+    """Return the shapes and labels elements of ``sdata`` that a table annotates."""
     attrs = annotation_target(table)
     if attrs is None:
         return []
@@ -102,7 +102,10 @@ def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
 
 
 def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> list[str]:
-    """Elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels; not tiles of ours."""
+    """Return the elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels.
+
+    Tiles that we wrote are not candidates.
+    """
     if shapes_key is not None:
         if shapes_key not in sdata.labels:
             validate.existing_key(shapes_key, [*sdata.shapes, *_cells(sdata)], "shapes_key")
@@ -119,7 +122,7 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
     found = circles or polygons or _cells(sdata)
     if not found:
         raise ValueError(
-            "`sdata` holds no spots (circles or polygons in sdata.shapes, or labels of cells); make pseudo-spots with "
+            "`sdata` has no spots (circles or polygons in sdata.shapes, or labels of cells); make pseudo-spots with "
             "hg.pp.tissue(sdata), hg.pp.grid(sdata)"
         )
     validate.not_ambiguous(found, "shapes_key")
@@ -127,19 +130,19 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
 
 
 def _cells(sdata: SpatialData) -> list[str]:
-    """Labels that are not tissue masks of :func:`he2gene_sc.pp.tissue`."""
+    """Return labels that are not tissue masks of :func:`he2gene_sc.pp.tissue`."""
     written = he2gene_attrs(sdata).get("written", {}).get("labels", {})
     masks = {f"{image}_tissue" for image in sdata.images} | set(written)
     return [key for key in sdata.labels if key not in masks]
 
 
 def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
-    """Shapes or labels of that name."""
+    """Return the shapes or labels of this name."""
     return sdata.shapes[shapes_key] if shapes_key in sdata.shapes else sdata.labels[shapes_key]
 
 
 def check_files(place: str, element: Any) -> None:
-    """Refuse images, labels, lazy tables and arrays whose zarr files are gone, or are others: zarr would give zeros, or noise."""
+    """Raise if the zarr files of an image, labels, lazy table or array are missing or others: zarr would read zeros or noise."""
     if hasattr(element, "obs_names"):
         slots = (element.layers, element.obsm, element.varm, element.obsp, element.varp)
         arrays = [element.X, *(value for slot in slots for value in slot.values())]
@@ -150,38 +153,39 @@ def check_files(place: str, element: Any) -> None:
     else:
         return
     for folder, source in (found for array in arrays for found in zarr_sources(array)):
-        # A relative path is followed once: the working folder may change.
+        # Resolve a relative path now, since the working folder may change.
         source.store.root = source.store.root.absolute()
         metadata = next((folder / name for name in ("zarr.json", ".zarray") if (folder / name).is_file()), None)
         if metadata is None:
             raise FileNotFoundError(
-                f"`sdata`: {place} reads {str(folder.absolute())!r}, which is not there: was the store moved or deleted, or has "
-                "the working folder changed? Read it again with spatialdata.read_zarr"
+                f"`sdata`: {place} reads {str(folder.absolute())!r}, which does not exist: was the store moved or deleted, or "
+                "has the working folder changed? Read it again with spatialdata.read_zarr"
             )
         shape = json.loads(metadata.read_bytes()).get("shape")
         if shape != list(source.shape):
             raise FileNotFoundError(
-                f"`sdata`: {place} was read from {str(folder.absolute())!r} as an array of {list(source.shape)}, and {shape} is "
-                "there now: was it replaced, or has the working folder changed? Read the store again with spatialdata.read_zarr"
+                f"`sdata`: {place} was read from {str(folder.absolute())!r} as an array of shape {list(source.shape)}, which now "
+                f"has shape {shape}: was it replaced, or has the working folder changed? Read the store again with "
+                "spatialdata.read_zarr"
             )
 
 
 def spots_of_element(sdata: SpatialData, shapes_key: str) -> Spots:
-    """Ids, centres and diameters of the spots of an element."""
+    """Return ids, centres and diameters of the spots of an element."""
     if shapes_key in sdata.shapes:
         spots = _spots_of_shapes(sdata.shapes[shapes_key])
     else:
         check_files(f"labels[{shapes_key!r}]", sdata.labels[shapes_key])
         spots = _spots_of_labels(sdata.labels[shapes_key])
     if not len(spots.ids):
-        raise ValueError(f"`shapes_key` {shapes_key!r} holds no spots")
+        raise ValueError(f"`shapes_key` {shapes_key!r} has no spots")
     if spots.ids.has_duplicates:
-        twice = spots.ids[spots.ids.duplicated()]
-        raise ValueError(f"`shapes_key` {shapes_key!r} has duplicated ids: {_some(twice)}")
+        duplicated = spots.ids[spots.ids.duplicated()]
+        raise ValueError(f"`shapes_key` {shapes_key!r} has duplicated ids: {_format_ids(duplicated)}")
     bad = ~np.isfinite(spots.centres).all(1)
     if bad.any():
         raise ValueError(
-            f"`shapes_key` {shapes_key!r} has NaN or infinite coordinates in {int(bad.sum())} spots: {_some(spots.ids[bad])}"
+            f"`shapes_key` {shapes_key!r} has NaN or infinite coordinates in {int(bad.sum())} spots: {_format_ids(spots.ids[bad])}"
         )
     diameter = float(np.median(spots.diameters))
     if not (np.isfinite(diameter) and diameter > 0):
@@ -198,7 +202,7 @@ def _spots_of_shapes(shapes: GeoDataFrame) -> Spots:
 
 
 def _spots_of_labels(element: Any) -> Spots:
-    """Centroids of labels, read by blocks of rows; 0 is background."""
+    """Return the centroids of labels, read by blocks of rows; 0 is background."""
     array = levels(element)[0].transpose("y", "x")
     rows = max(1, 2**24 // array.sizes["x"])
     parts = []
@@ -207,7 +211,7 @@ def _spots_of_labels(element: Any) -> Spots:
         y, x = np.nonzero(block)
         ids, codes = np.unique(block[y, x], return_inverse=True)
         n = np.bincount(codes, minlength=len(ids))
-        # A pixel's centre lies half a pixel inside.
+        # The centre of a pixel is half a pixel from its edge.
         sums = [np.bincount(codes, weights=values + 0.5, minlength=len(ids)) for values in (x, y + start)]
         parts.append(pd.DataFrame({"x": sums[0], "y": sums[1], "n": n}, index=ids))
     total = pd.concat(parts).groupby(level=0).sum()
@@ -218,7 +222,7 @@ def _spots_of_labels(element: Any) -> Spots:
 def match_rows(
     sdata: SpatialData, ids: pd.Index, shapes_key: str, table_key: str | None
 ) -> tuple[pd.Index, np.ndarray]:
-    """Ids of the spots in the order of the table's rows, and those rows; without a table, those of the element."""
+    """Return the spot ids in the order of the table's rows, and those rows; without a table, in the order of the element."""
     if table_key is None:
         return ids, np.arange(len(ids))
     table = sdata[table_key]
@@ -230,24 +234,25 @@ def match_rows(
         raise ValueError(f"{where}: {int(listed.isna().sum())} rows have no id in obs[{attrs['instance_key']!r}]")
     if isinstance(ids, pd.MultiIndex):
         raise ValueError(
-            f"{where}: the ids of the shapes have several levels; one text or whole number a spot is needed"
+            f"{where}: the ids of the shapes have several levels; one text or whole number per spot is needed"
         )
     if listed.has_duplicates:
-        raise ValueError(f"{where}: duplicated ids in the table: {_some(listed[listed.duplicated()])}")
-    # Not sorted: ids of mixed types have no order.
+        raise ValueError(f"{where}: duplicated ids in the table: {_format_ids(listed[listed.duplicated()])}")
+    # Do not sort: ids of mixed types have no order.
+
     extra, missing = listed.difference(ids, sort=False), ids.difference(listed, sort=False)
     if len(extra):
         hint = "" if listed.dtype == ids.dtype else f" (ids are {listed.dtype} there, {ids.dtype} here)"
-        raise ValueError(f"{where}: {len(extra)} extra ids in the table that are not spots: {_some(extra)}{hint}")
+        raise ValueError(f"{where}: {len(extra)} extra ids in the table that are not spots: {_format_ids(extra)}{hint}")
     if len(missing) and shapes_key in sdata.shapes:
         raise ValueError(
-            f"{where}: {len(missing)} spots are missing from the table: {_some(missing)}. "
+            f"{where}: {len(missing)} spots are missing from the table: {_format_ids(missing)}. "
             "If the table was filtered, filter the shapes too: "
             f"sdata[{shapes_key!r}] = spatialdata.match_element_to_table(sdata, {shapes_key!r}, {table_key!r})[0][{shapes_key!r}]"
         )
     return listed, rows
 
 
-def _some(values: pd.Index) -> str:
+def _format_ids(values: pd.Index) -> str:
     shown = ", ".join(repr(v) for v in values[:5].tolist())
     return shown + (f", … ({len(values)} in all)" if len(values) > 5 else "")

@@ -1,4 +1,4 @@
-"""Whether two values are the same, one in memory and one that was read back."""
+"""Compare a value in memory with one that was read from a store."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-#: Bytes of an array that are compared at once.
+#: Bytes of an array that are compared at a time.
 _BLOCK = 1 << 26
 
 
 def is_same_value(a: Any, b: Any) -> bool:
-    """Whether two values of a table are equal, in type too; missing values are equal to each other."""
+    """Whether two values of a table are equal, including their type; missing values are equal."""
     try:
         return _is_same(a, b)
     except (TypeError, ValueError, AttributeError):
@@ -21,7 +21,7 @@ def is_same_value(a: Any, b: Any) -> bool:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    # anndata reads single numbers of numpy, and arrays without axes, as those of Python.
+    # anndata reads numpy scalars and 0-d arrays as Python scalars.
     a, b = (
         value.item() if isinstance(value, np.number | np.ndarray) and np.ndim(value) == 0 else value for value in (a, b)
     )
@@ -74,7 +74,7 @@ def _same_frame(a: pd.DataFrame, b: pd.DataFrame) -> bool:
 
 
 def same_column(a: pd.Series, b: pd.Series) -> bool:
-    """Whether two columns hold the same, categories and their order included; texts of any type of pandas are texts."""
+    """Whether two columns are equal, including categories and their order; all pandas text types are equivalent."""
     if len(a) != len(b):
         return False
     if isinstance(a.dtype, pd.CategoricalDtype) or isinstance(b.dtype, pd.CategoricalDtype):
@@ -98,13 +98,13 @@ def same_column(a: pd.Series, b: pd.Series) -> bool:
 
 
 def _kind(values: np.ndarray) -> str:
-    """Return what objects are: 1, 1.0, True and "1" are not the same in a store."""
+    """Return the kind of objects in an array: 1, 1.0, True and "1" differ in a store."""
     kind = pd.api.types.infer_dtype(values, skipna=False)
     return "floating" if kind == "mixed-integer-float" else kind
 
 
 def same_array(stored: Any, value: Any) -> bool:
-    """Whether a zarr array holds what an array in memory, or of dask, holds; compared block by block."""
+    """Whether a zarr array equals a numpy or dask array; compared block by block."""
     if tuple(stored.shape) != tuple(value.shape):
         return False
     if not all(np.dtype(x.dtype).kind in "biufc" for x in (stored, value)):
@@ -121,7 +121,7 @@ def _blocks(stored: Any, value: Any) -> Iterator[Any]:
     if not stored.shape or not value.size:
         yield Ellipsis
         return
-    # Whole chunks, which are read once then.
+    # Blocks are whole chunks, so that each chunk is read once.
     step = stored.chunks[0] * max(1, _BLOCK // max(1, stored.chunks[0] * value.nbytes // value.shape[0]))
     for first in range(0, value.shape[0], step):
         yield slice(first, first + step)

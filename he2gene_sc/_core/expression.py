@@ -1,4 +1,4 @@
-"""What a matrix of expression holds: one check for every verb, and natural logarithms of it, by blocks of rows."""
+"""Check the scale of expression matrices, and read them as natural logarithms, by blocks of rows."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ SCALES = ("auto", "counts", "log")
 
 #: Values of log-normalised data stay below this: ln(1 + 10,000) is 9.2.
 MAX_LOG = 30.0
-#: A total this close to 10,000 is 10,000: some genes may have been left out since.
+#: Totals this close to 10,000 (as a fraction) count as 10,000: some genes may have been removed since.
 _SAME_TOTAL = 0.01
-#: Totals that differ by less are one total: what rounding leaves of it, also in half precision.
+#: Totals that differ by less (as a fraction) are equal up to rounding, in single and in half precision.
 _ROUNDING, _HALF_ROUNDING = 1e-4, 5e-3
-#: Spots whose values are looked at to tell the base of a logarithm.
+#: Spots that are used to find the base of a logarithm.
 _BASE_SPOTS = 100
-_LOOKS = {"counts": "raw counts", "log": "already log-transformed", "other": "neither counts nor logarithms"}
-_NEEDED = {"counts": "raw counts", "log": "natural logarithms of (1 + counts per 10,000)"}
-_HINTS = {"counts": "layer of raw counts", "log": "layer of logarithms"}
-_AGAIN = "sc.pp.normalize_total(adata, target_sum=1e4), then sc.pp.log1p(adata)"
+_KIND_WORDS = {"counts": "raw counts", "log": "log-transformed values", "other": "neither counts nor logarithms"}
+_EXPECTED_WORDS = {"counts": "raw counts", "log": "natural logarithms of (1 + counts per 10,000)"}
+_LAYER_WORDS = {"counts": "layer of raw counts", "log": "layer of logarithms"}
+_NORMALISE_CALL = "sc.pp.normalize_total(adata, target_sum=1e4), then sc.pp.log1p(adata)"
 
 
 @dataclass(frozen=True)
 class ValueSummary:
-    """What the values of a matrix are."""
+    """Summary of the values of a matrix."""
 
     n_nan: int = 0
-    n_nan_spots: int = 0  # spots of which some values are NaN
-    n_empty_spots: int = 0  # spots of which all are
+    n_nan_spots: int = 0  # spots with NaN for some gene
+    n_empty_spots: int = 0  # spots with NaN for all genes
     n_infinite: int = 0
     n_negative: int = 0
     n_fractions: int = 0
-    low: float = 0.0  # of the finite values
-    high: float = 0.0
+    low: float = 0.0  # least finite value
+    high: float = 0.0  # largest finite value
 
     @property
     def kind(self) -> Literal["counts", "log", "other"]:
-        """Raw counts (whole numbers from 0), logarithms (fractions, small), or neither, as scaled values are."""
+        """Raw counts (whole numbers from 0), logarithms (small fractions), or neither (for example scaled values)."""
         if not self.n_negative and not self.n_fractions:
             return "counts"
         return "log" if not self.n_negative and self.high <= MAX_LOG else "other"
 
     @property
     def problem(self) -> str:
-        """What keeps the values from being raw counts; empty if nothing does."""
+        """Reason why the values are not raw counts, or an empty text."""
         if self.n_nan or self.n_infinite:
             return f"{self.n_nan} NaN and {self.n_infinite} infinite values"
         if self.n_negative:
@@ -68,7 +68,7 @@ class ValueSummary:
 
 
 def summarize_values(values: Any) -> ValueSummary:
-    """Look at all values of a matrix, some rows at a time."""
+    """Summarise all values of a matrix, by blocks of rows."""
     counts = np.zeros(6, np.int64)
     low, high = np.inf, -np.inf
     for _, block in blocks_of(values):
@@ -82,8 +82,8 @@ def summarize_values(values: Any) -> ValueSummary:
         finite = np.isfinite(numbers)
         if not finite.all():
             nan = np.isnan(numbers)
-            some, every = _nan_spots(block, nan)
-            counts[:4] += nan.sum(), some, every, (~finite & ~nan).sum()
+            n_partly, n_fully = _count_nan_spots(block, nan)
+            counts[:4] += nan.sum(), n_partly, n_fully, (~finite & ~nan).sum()
             numbers = numbers[finite]
         if numbers.size:
             low, high = min(low, float(numbers.min())), max(high, float(numbers.max()))
@@ -94,8 +94,8 @@ def summarize_values(values: Any) -> ValueSummary:
     return ValueSummary(n_nan, n_nan_spots, n_empty, n_infinite, n_negative, n_fractions, *bounds)
 
 
-def _nan_spots(block: Any, nan: np.ndarray) -> tuple[int, int]:
-    """Spots of which some values are NaN, and of which all are."""
+def _count_nan_spots(block: Any, nan: np.ndarray) -> tuple[int, int]:
+    """Count spots with NaN for some gene, and spots with NaN for all genes."""
     if scipy.sparse.issparse(block):
         row = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
         found = np.bincount(row[nan], minlength=block.shape[0])
@@ -114,10 +114,10 @@ def check_expression(
     predicted: bool = False,
     unmeasured_spots: bool = False,
 ) -> Literal["counts", "log"]:
-    """Check what a matrix holds, and return whether it is counts or logarithms.
+    """Check the values of a matrix, and return whether they are counts or logarithms.
 
-    ``where`` is what errors call it. With ``scale="auto"``, what is not ``expected`` is refused. Values that a model
-    ``predicted`` need not sum to 10,000. With ``unmeasured_spots``, spots of counts may be NaN for every gene.
+    ``where`` names the matrix in errors. With ``scale="auto"``, values on another scale than ``expected`` raise. Values
+    that a model ``predicted`` need not sum to 10,000. With ``unmeasured_spots``, counts may be NaN for all genes of a spot.
     """
     scale_parameter = "layer_scale" if parameter == "layer" else "measured_scale"
     validate.one_of(scale, SCALES, scale_parameter)
@@ -127,8 +127,8 @@ def check_expression(
     if scale == "auto" and found.kind != expected and not (predicted and found.high == 0):
         stated = f"{scale_parameter}={found.kind!r}" if found.kind != "other" else f"{scale_parameter}='log'"
         raise ValueError(
-            f"`{parameter}`: {where} looks {_LOOKS[found.kind]}, {_NEEDED[expected]} are expected; name a "
-            f"{_HINTS[expected]}, or pass {stated} if they are meant as they are"
+            f"`{parameter}`: {where} looks like {_KIND_WORDS[found.kind]}, {_EXPECTED_WORDS[expected]} are expected; name a "
+            f"{_LAYER_WORDS[expected]}, or pass {stated} to use the values as they are"
         )
     if scale == "counts" and found.kind != "counts":
         raise ValueError(f"`{scale_parameter}` is 'counts', but {where} holds fractions or negative values")
@@ -140,7 +140,7 @@ def check_expression(
         return "counts"
     if found.kind == "counts" and found.high > 0:
         raise ValueError(
-            f"`{scale_parameter}` is 'log', but {where} looks raw counts: all are whole numbers, up to {found.high:,.0f}; "
+            f"`{scale_parameter}` is 'log', but {where} looks like raw counts: whole numbers, up to {found.high:,.0f}; "
             f"pass {scale_parameter}='counts'"
         )
     _check_logs(values, found, where, parameter)
@@ -151,37 +151,37 @@ def _check_counts(found: ValueSummary, where: str, parameter: str, unmeasured_sp
     partly = found.n_nan_spots - found.n_empty_spots
     if partly or (found.n_nan and not unmeasured_spots):
         raise ValueError(
-            f"`{parameter}`: {where} holds {found.n_nan} NaN, in {found.n_nan_spots} spots: their total is not known, so "
-            "counts cannot be normalised; leave these spots or genes out, or set what was not seen to 0"
+            f"`{parameter}`: {where} holds {found.n_nan} NaN, in {found.n_nan_spots} spots: their total is unknown, so "
+            "counts cannot be normalised; remove these spots or genes, or set counts that were not detected to 0"
         )
     if not found.high > 0:
-        raise ValueError(f"`{parameter}`: {where} is 0 for every gene and spot; nothing was counted")
+        raise ValueError(f"`{parameter}`: {where} is 0 for every gene and spot; counts are needed")
 
 
 def _check_logs(values: Any, found: ValueSummary, where: str, parameter: str) -> None:
     if found.n_negative or found.high > MAX_LOG:
         warnings.warn(
-            f"`{parameter}`: {where} goes from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
+            f"`{parameter}`: {where} ranges from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
             "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit",
             stacklevel=5,
         )
         return
-    other = scale_problem(values)
-    if other:
+    problem = scale_problem(values)
+    if problem:
         warnings.warn(
-            f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {other}. Levels, fold "
-            f"changes and spread are on another scale than predictions. Normalise the counts again: {_AGAIN}",
+            f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {problem}. Levels, fold "
+            f"changes and spread are on another scale than predictions. Normalise the counts again: {_NORMALISE_CALL}",
             stacklevel=5,
         )
 
 
 def scale_problem(values: Any) -> str:
-    """Say what logarithms are, if they are not natural ones of (1 + counts per 10,000); empty if they are or may be.
+    """Describe logarithms that are not natural ones of (1 + counts per 10,000); empty if they are or may be.
 
-    ``expm1`` of all genes of a spot sums to 10,000, of a list of genes to less, by another amount in each spot. So a sum
-    above 10,000, or one below it that is the same in all spots, is of another total. The values of a spot, less the
-    logarithm, are multiples of the smallest, which tells the base also where genes are missing; whole numbers in nearly
-    all spots were never normalised. Genes whose largest values are all 1 were scaled.
+    ``expm1`` of all genes of a spot sums to 10,000; of a gene panel, to less, and to another sum in each spot. So a sum
+    above 10,000, or the same sum below it in all spots, means another total. Without the logarithm, the values of a spot
+    are multiples of the smallest, which shows the base even if genes are missing. Whole numbers in nearly all spots were
+    never normalised. Genes whose maxima are all 1 were scaled.
     """
     totals = log_totals(values)
     totals = totals[totals > 0]
@@ -203,7 +203,7 @@ def scale_problem(values: Any) -> str:
 
 
 def count_totals(values: Any) -> np.ndarray:
-    """Sum of the counts of each spot, ``(n,)`` float64."""
+    """Return the sum of the counts of each spot, ``(n,)`` float64."""
     totals = np.zeros(values.shape[0])
     for rows, block in blocks_of(values):
         totals[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
@@ -211,7 +211,7 @@ def count_totals(values: Any) -> np.ndarray:
 
 
 def log_totals(values: Any) -> np.ndarray:
-    """Sum of ``expm1`` over the genes of each spot, ``(n,)`` float64, NaN left out."""
+    """Return the sum of ``expm1`` over the genes of each spot, ``(n,)`` float64, without NaN."""
     totals = np.zeros(values.shape[0])
     for rows, block in blocks_of(values):
         with np.errstate(over="ignore"):
@@ -225,7 +225,7 @@ def log_totals(values: Any) -> np.ndarray:
 
 
 def _base_of(values: Any) -> int | None:
-    """2 or 10 where that base makes multiples of a smallest count, and e does not; ``None`` where nothing is known."""
+    """Return 2 or 10 if that base, and not e, gives multiples of a smallest count; else ``None``."""
     votes = {math.e: 0, 2: 0, 10: 0}
     for row in np.asarray(dense(values[:_BASE_SPOTS]), np.float64):
         row = row[np.isfinite(row) & (row > 0)]
@@ -233,7 +233,7 @@ def _base_of(values: Any) -> int | None:
             continue
         for base in votes:
             multiples = np.expm1(row * np.log(base)) / np.expm1(row.min() * np.log(base))
-            # Large multiples are whole by chance of rounding.
+            # Rounding makes large multiples whole by chance.
             multiples = multiples[(multiples > 1.2) & (multiples < 20)]
             votes[base] += len(multiples) > 1 and bool((abs(multiples - np.rint(multiples)) < 0.03).all())
     best = max(votes, key=votes.__getitem__)
@@ -241,14 +241,14 @@ def _base_of(values: Any) -> int | None:
 
 
 def _not_normalised(values: Any) -> str:
-    """Say that logarithms are of raw counts, or that genes were scaled to 0 to 1; empty if neither."""
-    some = np.nan_to_num(np.asarray(dense(values[:_BASE_SPOTS]), np.float64))
-    linear = np.expm1(some)
-    # In half precision and for large counts whole numbers are not told from others.
-    known = (some > 0) & (linear < 300)
+    """Describe logarithms of raw counts, or genes that were scaled to 0..1; empty if neither."""
+    first = np.nan_to_num(np.asarray(dense(values[:_BASE_SPOTS]), np.float64))
+    linear = np.expm1(first)
+    # Large counts, above all in half precision, look whole whether they are or not.
+    known = (first > 0) & (linear < 300)
     whole = (abs(linear - np.rint(linear)) < 0.01) | ~known
-    told = known.sum(1) > 2
-    if told.sum() > 2 and whole[told].all(1).mean() > 0.9:
+    testable = known.sum(1) > 2
+    if testable.sum() > 2 and whole[testable].all(1).mean() > 0.9:
         return "they are logarithms of whole numbers (raw counts, or counts as SCTransform corrects them)"
     high = np.zeros(values.shape[1])
     for _, block in blocks_of(values):
@@ -263,9 +263,9 @@ def _not_normalised(values: Any) -> str:
 
 
 def as_logs(values: Any, kind: Literal["counts", "log"], genes: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """Natural log of (1 + counts per 10,000), ``(n, g)`` float32, of a matrix that was checked.
+    """Return natural logarithms of (1 + counts per 10,000), ``(n, g)`` float32, of a checked matrix.
 
-    Counts are normalised by the totals of all columns; logarithms are returned as they are, NaN included.
+    Counts are normalised by the totals of all columns; logarithms are returned unchanged, with NaN.
     """
     n_columns = len(np.arange(values.shape[1])[genes])
     result = np.empty((values.shape[0], n_columns), np.float32)
@@ -276,7 +276,7 @@ def as_logs(values: Any, kind: Literal["counts", "log"], genes: np.ndarray | sli
             result[rows] = chosen
             continue
         total = np.asarray(block.sum(axis=1, dtype=np.float64)).reshape(-1, 1)
-        # A total of NaN makes the whole spot NaN, one of 0 makes it 0.
+        # A total of NaN gives NaN for the whole spot; a total of 0 gives 0.
         result[rows] = np.log1p(TARGET_SUM / np.where(total == 0, 1, total) * np.asarray(chosen, np.float64))
     return result
 
@@ -292,9 +292,9 @@ def log_expression(
     predicted: bool = False,
     unmeasured_spots: bool = False,
 ) -> np.ndarray:
-    """Values as natural log of (1 + counts per 10,000), ``(n, g)`` float32, checked as by :func:`check_expression`.
+    """Return a matrix as natural logarithms of (1 + counts per 10,000), ``(n, g)`` float32, after :func:`check_expression`.
 
-    Counts are normalised by the totals of all columns, not of ``genes`` alone.
+    Counts are normalised by the totals of all columns, not only of ``genes``.
     """
     values = matrix_of(table, layer, parameter)
     kind = check_expression(

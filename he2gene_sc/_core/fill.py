@@ -1,4 +1,4 @@
-"""Write what was predicted into a table, measured or made for it: computed first, then written at once, and undone on an interruption."""
+"""Write predictions into a table, measured or new: compute first, then write all at once, and undo on an interruption."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StackedPredictions:
-    """Predictions of all slides of a table, float32, NaN for spots outside the image; and where they go."""
+    """Predictions of all slides of a table, float32, NaN for spots outside the image, with their target."""
 
-    rows: np.ndarray  # of the table, (n,)
+    rows: np.ndarray  # rows of the table, (n,)
     proba: np.ndarray  # (n, c)
     embedding: np.ndarray  # (n, k)
     tissue: np.ndarray  # (n,)
@@ -39,7 +39,7 @@ class StackedPredictions:
     model: HE2Gene
     keys: Keys
     record: dict[str, Any]
-    ood: np.ndarray | None = None  # (n,); None where the model has no score
+    ood: np.ndarray | None = None  # (n,); None if the model has no score
     in_distribution: bool = True  # no slide is out of distribution
     known_patient: bool = False  # the model was trained on sections of the same patients
     lazy: bool = False  # expression is computed from the embedding when it is read
@@ -57,7 +57,7 @@ class StackedPredictions:
         known_patient: bool = False,
         lazy: bool = False,
     ) -> StackedPredictions:
-        """Put the slides of a table one below the other, and say once how many spots lie outside their image."""
+        """Concatenate the slides of a table, and warn once of spots outside their image."""
         outside = sum(int((~slide.inside).sum()) for slide in slides)
         if outside:
             total = sum(len(slide.inside) for slide in slides)
@@ -79,8 +79,8 @@ class StackedPredictions:
                 parts.append(whole)
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-        judged = all(result.ood is not None or not len(result.proba) for result in predictions)
-        ood = stack(_scores) if judged and model.card.guard is not None else None
+        scored = all(result.ood is not None or not len(result.proba) for result in predictions)
+        ood = stack(_scores) if scored and model.card.guard is not None else None
         in_distribution = all(result.ood is None or not result.ood.reasons for result in predictions)
         return cls(
             rows=np.concatenate([slide.rows for slide in slides]),
@@ -100,15 +100,15 @@ class StackedPredictions:
 
     @property
     def unknown(self) -> np.ndarray:
-        """Spots that get no annotation: outside the image, on glass, or out of distribution; ``(n,)`` bool."""
+        """Mask of spots without annotation: outside the image, on glass, or out of distribution; ``(n,)`` bool."""
         found = ~(self.tissue >= MIN_TISSUE)
         return found if self.ood is None else found | ~(self.ood <= 1)
 
     def annotation(self, proba: np.ndarray | None = None, unknown: np.ndarray | None = None) -> pd.Categorical:
-        """Most probable class of each spot, missing where it is unknown.
+        """Return the most probable class of each spot, missing for unknown spots.
 
-        The categories are the classes that occur, in the order of the card: squidpy makes NaN of one that does not, and
-        spatialdata-plot gives its colour to the next.
+        The categories are the classes that occur, in the order of the card: squidpy turns an unused category into NaN, and
+        spatialdata-plot gives its colour to the next one.
         """
         proba = self.proba if proba is None else proba
         missing = np.isnan(proba).any(1) | (self.unknown if unknown is None else unknown)
@@ -121,7 +121,7 @@ def _scores(result: Predictions) -> np.ndarray:
 
 
 def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
-    """Refuse, before any work is done, to predict into a table where something would be written over."""
+    """Raise, before any work, if predicting into a table would overwrite something."""
     planned = keys_of_prediction(keys, classes=bool(model.card.classes), ood=model.card.guard is not None)
     if keys.layer_name is not None:
         check_free(table, "predict", keys.uns, parameter="layer", layers=planned["layers"])
@@ -130,49 +130,48 @@ def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
 
 
 def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
-    """Write into a measured table; its rows, their order, ``X`` and every other slot stay as they were.
+    """Write into a measured table; its rows, their order, ``X`` and every other slot stay unchanged.
 
-    Rows of regions that were not predicted keep what an earlier run of the same model wrote there. Results of other verbs
-    that were computed from the prediction are removed, with a warning, if a value of the layer changes, in one region or
-    all: they were computed from all of it.
+    Rows of regions that were not predicted keep the values of an earlier run of the same model. Results that other
+    functions computed from the prediction are removed, with a warning, if any value of the layer changes.
     """
     others = np.setdiff1d(np.arange(table.n_obs), stacked.rows)
-    before = _earlier(table, stacked, others)
-    spread = _Spread(table, stacked.rows, others, before is not None)
+    before = _earlier_record(table, stacked, others)
+    merge = _RowMerger(table, stacked.rows, others, before is not None)
     keys, card = stacked.keys, stacked.model.card
     slots: dict[str, dict[str, Any]] = {
-        "layers": {keys.layer: _layer(table, stacked, others, before is not None)},
+        "layers": {keys.layer: _dense_or_lazy_layer(table, stacked, others, before is not None)},
         "var": _gene_columns(table, stacked, before is not None),
         "obs": {},
-        "obsm": {keys.embedding: spread("obsm", keys.embedding, stacked.embedding)},
+        "obsm": {keys.embedding: merge("obsm", keys.embedding, stacked.embedding)},
     }
     slots["uns"] = {keys.rows: row_digests(slots["obsm"][keys.embedding], table.obs_names)}
     if card.classes:
-        proba = spread("obsm", keys.proba, stacked.proba)
-        annotation = stacked.annotation(proba, spread.unknown(keys.annotation, stacked.unknown))
+        proba = merge("obsm", keys.proba, stacked.proba)
+        annotation = stacked.annotation(proba, merge.unknown(keys.annotation, stacked.unknown))
         slots["obs"][keys.annotation] = pd.Series(annotation, index=table.obs_names)
-        # A class that is missing has no confidence.
+        # Spots without a class have no confidence.
         confidence = np.where(annotation.codes < 0, np.float32(np.nan), np.max(proba, axis=1))
         slots["obs"][keys.confidence] = pd.Series(confidence, index=table.obs_names)
         slots["obsm"][keys.proba] = pd.DataFrame(proba, index=table.obs_names, columns=list(card.classes))
         colours = dict(zip(card.classes, card.class_colors, strict=True))
         slots["uns"][keys.colors] = [colours[name] for name in annotation.categories]
-    tissue = spread("obs", keys.tissue, stacked.tissue[:, None])[:, 0]
+    tissue = merge("obs", keys.tissue, stacked.tissue[:, None])[:, 0]
     slots["obs"][keys.tissue] = pd.Series(tissue, index=table.obs_names)
     if stacked.ood is not None:
-        score = spread("obs", keys.ood, stacked.ood[:, None])[:, 0]
+        score = merge("obs", keys.ood, stacked.ood[:, None])[:, 0]
         slots["obs"][keys.ood] = pd.Series(score, index=table.obs_names)
     record = {
         "verb": "predict",
-        **(stacked.record if before is None else _merged(before, stacked.record)),
+        **(stacked.record if before is None else _merge_records(before, stacked.record)),
         **({"lazy": True} if stacked.lazy else {}),
     }
-    write_results([(table, Result("predict", keys.uns, record, slots, _spatial(table, stacked)))], stacklevel=3)
+    write_results([(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked)))], stacklevel=3)
 
 
 @dataclass(frozen=True)
-class _Spread:
-    """Values of the predicted rows among those that an earlier run wrote in the others."""
+class _RowMerger:
+    """Merge the values of the predicted rows with those that an earlier run wrote to the other rows."""
 
     table: AnnData
     rows: np.ndarray
@@ -188,7 +187,7 @@ class _Spread:
         return whole
 
     def unknown(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Mask of the spots without an annotation."""
+        """Return a mask of the spots without an annotation."""
         whole = np.ones(self.table.n_obs, bool)
         if self.keep and name in self.table.obs:
             whole[self.others] = self.table.obs[name].isna().to_numpy()[self.others]
@@ -196,7 +195,7 @@ class _Spread:
         return whole
 
 
-def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> Any:
+def _dense_or_lazy_layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> Any:
     import torch
 
     before = table.layers.get(stacked.keys.layer) if keep else None
@@ -214,7 +213,7 @@ def _layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep
 
 
 def _lazy_layer(table: AnnData, stacked: StackedPredictions) -> Any:
-    """Layer of the predicted rows and genes; NaN elsewhere."""
+    """Return a lazy layer of the predicted rows and genes; NaN elsewhere."""
     embedding = np.full((table.n_obs, stacked.embedding.shape[1]), np.nan, np.float32)
     embedding[stacked.rows] = stacked.embedding
     tensors, wanted = stacked.model.tensors, stacked.wanted
@@ -225,7 +224,7 @@ def _lazy_layer(table: AnnData, stacked: StackedPredictions) -> Any:
 
 
 def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> dict[str, pd.Series]:
-    """Columns of ``var``; of genes that only an earlier run predicted, in other rows, as they were."""
+    """Return columns of ``var``; genes that only an earlier run predicted, in other rows, keep their values."""
     keys, columns, var = stacked.keys, stacked.wanted.columns, table.var
     known = stacked.model.genes.iloc[stacked.wanted.positions]
     found: dict[str, np.ndarray] = {keys.predicted: np.zeros(table.n_vars, bool)}
@@ -235,13 +234,13 @@ def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> di
         found[key] = np.full(table.n_vars, np.nan, np.float32)
         if name in known:
             found[key][columns] = known[name]
-    of_known = "reliable_known_patient" if "reliable_known_patient" in known else "reliable"
+    for_known = "reliable_known_patient" if "reliable_known_patient" in known else "reliable"
     for key, name in (
-        (keys.reliable, of_known if stacked.known_patient else "reliable"),
-        (keys.reliable_known_patient, of_known),
+        (keys.reliable, for_known if stacked.known_patient else "reliable"),
+        (keys.reliable_known_patient, for_known),
     ):
         found[key] = np.zeros(table.n_vars, bool)
-        # Of a slide out of distribution no figure says anything.
+        # The validation of the model does not hold for a slide out of distribution.
         found[key][columns] = known[name] & stacked.in_distribution
     if keep and keys.layer in table.layers and keys.predicted in var:
         elsewhere = var[keys.predicted].to_numpy(bool) & ~found[keys.predicted]
@@ -251,8 +250,8 @@ def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> di
     return {key: pd.Series(values, index=table.var_names) for key, values in found.items()}
 
 
-def _spatial(table: AnnData, stacked: StackedPredictions) -> dict[str, dict[str, Any]]:
-    """Spot centres, where the table had none; marked, so that a run on another image brings them up to date."""
+def _spatial_slots(table: AnnData, stacked: StackedPredictions) -> dict[str, dict[str, Any]]:
+    """Return the spot centres if the table has none, marked as ours, so that a run on another image updates them."""
     if "spatial" in table.obsm and not owns_spatial(table):
         return {}
     centres = np.full((table.n_obs, 2), np.nan)
@@ -262,8 +261,8 @@ def _spatial(table: AnnData, stacked: StackedPredictions) -> dict[str, dict[str,
     return {"obsm": {"spatial": centres}, "uns": {SPATIAL: mark}}
 
 
-def _earlier(table: AnnData, stacked: StackedPredictions, others: np.ndarray) -> Mapping[str, Any] | None:
-    """Record of an earlier run whose other rows may stay: it must be of the same model."""
+def _earlier_record(table: AnnData, stacked: StackedPredictions, others: np.ndarray) -> Mapping[str, Any] | None:
+    """Return the record of an earlier run of the same model, whose other rows are kept; else ``None``."""
     before = table.uns.get(stacked.keys.uns)
     if not len(others) or not is_prediction(before):
         return None
@@ -279,15 +278,15 @@ def _earlier(table: AnnData, stacked: StackedPredictions, others: np.ndarray) ->
     return None
 
 
-def _merged(before: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Facts of this run, and of the regions that only an earlier one predicted."""
+def _merge_records(before: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Merge the record of this run with the facts of regions that only an earlier run predicted."""
 
     def regions(facts: Mapping[str, Any]) -> list[str]:
         shapes = facts.get("shapes", [])
         return [shapes] if isinstance(shapes, str) else [str(name) for name in shapes]
 
     kept = [region for region in regions(before) if region not in regions(record)]
-    # anndata.concat keeps those entries alone that all tables share.
+    # anndata.concat only keeps the entries that all tables share.
     if not kept or any(fact not in before for fact in REGION_FACTS):
         return record
     merged = {**record, "shapes": [*kept, *regions(record)]}
@@ -299,6 +298,6 @@ def _merged(before: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]
 
 
 def for_new_table(stacked: StackedPredictions) -> StackedPredictions:
-    """Predictions for a table of these spots and genes alone."""
+    """Return the predictions with rows and columns of a new table of only these spots and genes."""
     wanted = type(stacked.wanted)(stacked.wanted.positions, np.arange(len(stacked.wanted.positions)), False)
     return replace(stacked, rows=np.arange(len(stacked.embedding)), wanted=wanted)

@@ -1,4 +1,4 @@
-"""Which names are the same gene: by symbol, by Ensembl id, or by a symbol that HGNC has changed since."""
+"""Match gene names by symbol, by Ensembl id, or by a previous HGNC symbol."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _PREVIOUS = Path(__file__).with_name("previous_symbols.csv.gz")
 
 @cache
 def previous_symbols() -> dict[str, str]:
-    """Symbols that one human gene had before, and the one that it has now; symbols of several genes are left out."""
+    """Map each previous symbol of a human gene to its current symbol; previous symbols of several genes are left out."""
     frame = pd.read_csv(_PREVIOUS, keep_default_na=False, dtype=str)
     return dict(zip(frame["previous"], frame["symbol"], strict=True))
 
 
 def current_symbols(names: Iterable[str]) -> np.ndarray:
-    """Present symbols of genes, ``(g,)`` objects; names that are not a previous symbol stay as they are."""
+    """Return current symbols of genes, ``(g,)`` objects; other names than previous symbols are returned unchanged."""
     table = previous_symbols()
     return np.array([table.get(name, name) for name in names], object)
 
 
 def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bool = True) -> np.ndarray:
-    """Positions of genes in ``available`` by name, or else by a symbol that was changed, ``(g,)``; -1 where none or several are.
+    """Return positions of genes in ``available``, by name or by a previous symbol, ``(g,)``; -1 if none or several match.
 
-    With ``one_to_one``, a gene that ``names`` hold under its own name is not matched by another. Names that a user gave may
-    be one gene.
+    With ``one_to_one``, a gene is not matched by a previous symbol if ``names`` also hold its own name. Without it, several
+    names that a user gave may match one gene.
     """
     wanted, present = pd.Index(names, dtype=object).astype(str), pd.Index(available, dtype=object).astype(str)
     first = pd.Index(present[~present.duplicated()])
@@ -47,7 +47,7 @@ def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bo
 def match_previous_symbols(
     names: pd.Index, available: pd.Index, found: np.ndarray, *, one_to_one: bool = True
 ) -> np.ndarray:
-    """Fill in what was not found otherwise: names whose present symbol is that of one gene that is still free."""
+    """Match names that were not found otherwise, by the current symbol of one gene that is not matched yet."""
     lost = np.flatnonzero(found < 0)
     free = np.setdiff1d(np.arange(len(available)), found) if one_to_one else np.arange(len(available))
     if not len(lost) or not len(free):
@@ -63,7 +63,7 @@ def match_previous_symbols(
 
 
 def symbols_in(table: AnnData, gene_symbols: str | None) -> pd.Index:
-    """Names of the genes of a table, stripped: a column of ``var``, or its index; empty where one is missing."""
+    """Return the gene names of a table, stripped: a column of ``var``, or its index; empty for missing names."""
     if gene_symbols is not None:
         validate.key_in(gene_symbols, list(table.var.columns), "gene_symbols", what="a column of var")
     given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols].to_numpy(), dtype=object)
@@ -71,7 +71,7 @@ def symbols_in(table: AnnData, gene_symbols: str | None) -> pd.Index:
 
 
 def columns_of(table: AnnData, asked: Sequence[str], gene_symbols: str | None = None) -> np.ndarray:
-    """Columns of genes that a user named, by name, by ``gene_symbols``, or by a changed symbol; -1 for others."""
+    """Return the columns of genes that a user named, by name, ``gene_symbols`` or a previous symbol; -1 for others."""
     asked = [str(name).strip() for name in asked]
     found = find_genes(asked, table.var_names, one_to_one=False)
     exact = table.var_names.isin(asked)

@@ -1,4 +1,4 @@
-"""Images of a SpatialData object: which one is meant, its pyramid, and the way from spots to its pixels."""
+"""Images of a SpatialData object: find the image, read its pyramid, and map spots to its pixels."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
 
-#: Points at which images are compared, the least of them, and the correlation of darkness that says "the same tissue".
+#: Points at which images are compared, the least number, and the least correlation of darkness of the same tissue.
 _N_POINTS, _MIN_POINTS, _SAME_TISSUE = 64, 8, 0.5
-#: SD of darkness below which nothing can be compared.
-_FLAT = 1.0
-#: Part of a side by which extents may differ, and share of the points that the finest image has to cover.
-_SAME_EXTENT, _COVERED = 0.02, 0.95
+#: Images with a lower SD of darkness cannot be compared.
+_MIN_DARKNESS_SD = 1.0
+#: Fraction of a side by which extents may differ, and fraction of the points that the finest image has to cover.
+_SAME_EXTENT, _MIN_COVERAGE = 0.02, 0.95
 
 
 def find_image(
@@ -35,12 +35,12 @@ def find_image(
     coordinate_system: str | None = None,
     spots: Spots | None = None,
 ) -> str:
-    """Name of the image; of several that show the same tissue, the finest."""
+    """Return the name of the image; the finest, if several show the same tissue."""
     from spatialdata.transformations import get_transformation
 
     check_spatialdata(sdata)
     if not sdata.images:
-        raise ValueError("`sdata` holds no image; read one with hg.io.read_he or add it to sdata.images")
+        raise ValueError("`sdata` has no image; read one with hg.io.read_he or add it to sdata.images")
     if isinstance(image_key, Mapping):
         if shapes_key is None or shapes_key not in image_key:
             raise ValueError(f"`image_key` names no image for shapes {shapes_key!r}, it has {sorted(image_key)}")
@@ -65,7 +65,7 @@ def find_image(
 def spots_to_pixels(
     sdata: SpatialData, image_key: str, shapes_key: str, coordinate_system: str | None, spots: Spots
 ) -> tuple[str, np.ndarray]:
-    """Compose shapes → coordinate system → image, level 0."""
+    """Return the coordinate system, and the matrix from shapes through it to pixels of level 0."""
     from spatialdata.transformations import get_transformation
 
     image, shapes = sdata.images[image_key], spot_element(sdata, shapes_key)
@@ -80,7 +80,7 @@ def spots_to_pixels(
         shared = [coordinate_system]
     if not shared:
         raise ValueError(
-            f"`coordinate_system`: image {image_key!r} and shapes {shapes_key!r} share none; set one with "
+            f"`coordinate_system`: image {image_key!r} and shapes {shapes_key!r} share no coordinate system; set one with "
             "spatialdata.transformations.set_transformation"
         )
     what = f"the transformation of image {image_key!r}"
@@ -89,13 +89,13 @@ def spots_to_pixels(
         for system in shared
     }
     first = matrices[shared[0]]
-    # Corners of the spots must land on the same pixel through every shared system, else the choice matters.
+    # The choice of a shared system matters unless all put the corners of the spots on the same pixels.
     (left, top), (right, bottom) = spots.centres.min(0), spots.centres.max(0)
     corners = np.array([[left, top, 1], [right, bottom, 1], [left, bottom, 1]]).T
     if any(np.abs((matrix - first) @ corners)[:2].max() > 0.5 for matrix in matrices.values()):
         raise ValueError(
-            f"`coordinate_system` is ambiguous: image {image_key!r} and shapes {shapes_key!r} share {shared}, which put the "
-            "spots on different pixels"
+            f"`coordinate_system` is ambiguous: image {image_key!r} and shapes {shapes_key!r} share {shared}, which map the "
+            "spots to different pixels; name one of them"
         )
     return shared[0], first
 
@@ -108,22 +108,22 @@ def _inverse(matrix: np.ndarray, what: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Tissue mask of an image, as it lies on it."""
+    """Tissue mask of an image, with its alignment."""
 
     values: np.ndarray  # (h, w) bool
-    to_mask: np.ndarray  # 3 × 3, from x and y in pixels of the image to those of the mask
+    to_mask: np.ndarray  # 3 × 3, from x and y in pixels of the image to pixels of the mask
 
     @classmethod
     def read(cls, sdata: SpatialData, image_key: str, tissue_key: str | None) -> TissueMask:
-        """Read the labels, at their finest level, and where they lie."""
+        """Read the finest level of the labels, and their alignment to the image."""
         tissue_key = tissue_key_of(sdata, image_key, tissue_key)
         values = np.asarray(levels(sdata.labels[tissue_key])[0]) > 0
         pyramid, to_mask = pyramid_of(sdata, image_key), _to_mask(sdata, image_key, tissue_key)
         stretch = np.array([values.shape[1] / pyramid.width, values.shape[0] / pyramid.height])
         if np.allclose(to_mask, np.eye(3)) and stretch.max() < 0.9 and abs(stretch[0] / stretch[1] - 1) < 0.05:
             warnings.warn(
-                f"`tissue_key`: labels {tissue_key!r} are {stretch[0]:.3g} times as large as image {image_key!r}, of the same shape "
-                "and without a scale: they are taken to cover it. Say so with spatialdata.transformations.set_transformation("
+                f"`tissue_key`: labels {tissue_key!r} are {stretch[0]:.3g} times as large as image {image_key!r}, with the same "
+                "aspect ratio and no scale: they are taken to cover it. Set the scale: spatialdata.transformations.set_transformation("
                 f"sdata.labels[{tissue_key!r}], spatialdata.transformations.Scale([{1 / stretch[0]:.6g}, {1 / stretch[1]:.6g}], "
                 "axes=('x', 'y')))",
                 stacklevel=3,
@@ -132,7 +132,7 @@ class TissueMask:
         return cls(values, to_mask)
 
     def sample(self, x: np.ndarray, y: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
-        """Values of the mask, or others of its shape, at places of the image in pixels; 0 outside of it."""
+        """Sample the mask, or ``values`` of its shape, at positions of the image in pixels; 0 outside."""
         values = self.values if values is None else values
         columns, rows = (np.floor(a * x + b * y + c + 1e-9).astype(int) for a, b, c in self.to_mask[:2])
         inside = (rows >= 0) & (rows < values.shape[0]) & (columns >= 0) & (columns < values.shape[1])
@@ -141,17 +141,17 @@ class TissueMask:
         return found
 
     def resample(self, pyramid: Pyramid, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """Sample the mask over the whole image, ``(h, w)`` bool of this shape, or of as many pixels as it has."""
+        """Sample the mask over the whole image, ``(h, w)`` bool of this shape (default: that of the mask)."""
         height, width = self.values.shape if shape is None else shape
         y, x = (np.arange(height) + 0.5) * pyramid.height / height, (np.arange(width) + 0.5) * pyramid.width / width
         found = self.sample(*np.meshgrid(x, y))
         if not found.any():
-            raise ValueError("`tissue_key`: the mask marks no tissue of the image; look at it: hg.pl.tissue(sdata)")
+            raise ValueError("`tissue_key`: the mask marks no tissue on the image; look at it: hg.pl.tissue(sdata)")
         return found
 
 
 def tissue_key_of(sdata: SpatialData, image_key: str, tissue_key: str | None) -> str:
-    """Name of the labels of the tissue mask, by default that of :func:`he2gene_sc.pp.tissue`, whose files are there."""
+    """Return the name of the tissue mask, by default that of :func:`he2gene_sc.pp.tissue`; check that its files exist."""
     tissue_key = f"{image_key}_tissue" if tissue_key is None else tissue_key
     validate.existing_key(tissue_key, sdata.labels, "tissue_key", "; run hg.pp.tissue first")
     check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
@@ -175,24 +175,26 @@ def _to_mask(sdata: SpatialData, image_key: str, tissue_key: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """An image among several: its way to a frame that they share, and its darkness at common points of that frame."""
+    """One of several images, with its transformation from a shared frame, and its darkness at common points."""
 
     key: str
     to_pixels: np.ndarray
     size: tuple[int, int]
-    look: Darkness
+    darkness: Darkness
 
     @property
     def scale(self) -> float:
         """Pixels per unit of the frame."""
         return length_scale(self.to_pixels, quiet=True)
 
-    def shows_the_same(self, other: _Candidate) -> bool:
-        """Whether both show one tissue: by darkness at common points, else by their extent."""
-        both = np.isfinite(self.look.mean) & np.isfinite(other.look.mean)
-        varied = both.sum() >= _MIN_POINTS and min(c.look.mean[both].std() for c in (self, other)) > _FLAT
+    def shows_same_tissue(self, other: _Candidate) -> bool:
+        """Whether both images show the same tissue: by darkness at common points, else by their extent."""
+        both = np.isfinite(self.darkness.mean) & np.isfinite(other.darkness.mean)
+        varied = (
+            both.sum() >= _MIN_POINTS and min(c.darkness.mean[both].std() for c in (self, other)) > _MIN_DARKNESS_SD
+        )
         if varied:
-            return np.corrcoef(self.look.mean[both], other.look.mean[both])[0, 1] > _SAME_TISSUE
+            return np.corrcoef(self.darkness.mean[both], other.darkness.mean[both])[0, 1] > _SAME_TISSUE
         own, others = (_corners(each.to_pixels, each.size) for each in (self, other))
         return np.abs(own - others).max() <= _SAME_EXTENT * np.ptp(own, axis=0).max()
 
@@ -204,14 +206,14 @@ def _finest_image(
     coordinate_system: str | None = None,
     spots: Spots | None = None,
 ) -> str:
-    """Of several images the finest that is not blank, where all show the same tissue."""
+    """Return the finest of several images that is not blank; raise if they do not show the same tissue."""
     rgb = [key for key in candidates if _is_rgb(sdata, key)]
     if not rgb:
         raise ValueError(
             f"`image_key`: none of the images {sorted(candidates)} is an RGB H&E image of uint8 or float pixels"
         )
     if len(rgb) == 1:
-        logger.info("image %r is taken: the only RGB image of %s", rgb[0], sorted(candidates))
+        logger.info("image %r is used: the only RGB image of %s", rgb[0], sorted(candidates))
         return rgb[0]
     ambiguous = f"`image_key` is ambiguous, candidates: {sorted(rgb)}"
     frames = _frames(sdata, rgb, shapes_key, coordinate_system, spots)
@@ -222,27 +224,29 @@ def _finest_image(
     for key, matrix in frames.items():
         pyramid = pyramid_of(sdata, key)
         try:
-            look = darkness_at(pyramid, key, transform_points(points, matrix), side * length_scale(matrix, quiet=True))
+            darkness = darkness_at(
+                pyramid, key, transform_points(points, matrix), side * length_scale(matrix, quiet=True)
+            )
         except ValueError as error:
-            logger.info("image %r is left out: %s", key, error)
+            logger.info("image %r is not used: %s", key, error)
             continue
-        found.append(_Candidate(key, matrix, (pyramid.width, pyramid.height), look))
+        found.append(_Candidate(key, matrix, (pyramid.width, pyramid.height), darkness))
     if not found:
         raise ValueError(ambiguous)
-    seen = [c for c in found if not c.look.blank] or found
-    covered = max(np.isfinite(c.look.mean).mean() for c in seen)
-    seen = sorted((c for c in seen if np.isfinite(c.look.mean).mean() >= _COVERED * covered), key=lambda c: -c.scale)
+    seen = [c for c in found if not c.darkness.blank] or found
+    covered = max(np.isfinite(c.darkness.mean).mean() for c in seen)
+    seen = sorted(
+        (c for c in seen if np.isfinite(c.darkness.mean).mean() >= _MIN_COVERAGE * covered), key=lambda c: -c.scale
+    )
     best = seen[0]
-    if not all(best.shows_the_same(other) for other in seen[1:]):
+    if not all(best.shows_same_tissue(other) for other in seen[1:]):
         raise ValueError(f"{ambiguous}: they show different tissue")
     if any(other.scale > best.scale * 0.99 for other in seen[1:]):
         raise ValueError(ambiguous)
-    blank = sorted(c.key for c in found if c.look.blank and c not in seen)
+    blank = sorted(c.key for c in found if c.darkness.blank and c not in seen)
     if blank:
-        warnings.warn(f"images {blank} are blank and not used; image {best.key!r} is taken", stacklevel=4)
-    logger.info(
-        "image %r is taken, the finest of %s; name another one by `image_key`", best.key, [c.key for c in found]
-    )
+        warnings.warn(f"images {blank} are blank and not used; image {best.key!r} is used", stacklevel=4)
+    logger.info("image %r is used, the finest of %s; name another one by `image_key`", best.key, [c.key for c in found])
     return best.key
 
 
@@ -258,7 +262,7 @@ def _is_rgb(sdata: SpatialData, image_key: str) -> bool:
 def _frames(
     sdata: SpatialData, keys: list[str], shapes_key: str | None, coordinate_system: str | None, spots: Spots | None
 ) -> dict[str, np.ndarray]:
-    """Ways from a frame that all images share to the pixels of each: the spots' own units, or a coordinate system."""
+    """Return the matrix from a shared frame (units of the spots, or a coordinate system) to the pixels of each image."""
     from spatialdata.transformations import get_transformation
 
     if shapes_key is not None and spots is not None:
@@ -274,13 +278,13 @@ def _frames(
 
 
 def _corners(to_pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Corners of an image in the frame, ``(4, 2)``."""
+    """Return the corners of an image in the frame, ``(4, 2)``."""
     pixels = np.array([[0, 0], [size[0], 0], [size[0], size[1]], [0, size[1]]], float)
     return transform_points(pixels, np.linalg.inv(to_pixels))
 
 
 def _points(sdata: SpatialData, frames: Mapping[str, np.ndarray], spots: Spots | None) -> tuple[np.ndarray, float]:
-    """Points of the common frame where the images are looked at, and the side of a look: some spots, else a raster."""
+    """Return points of the shared frame where images are compared (some spots, else a grid), and the side of a square there."""
     if spots is not None:
         return subsample(spots.centres), float(np.median(spots.diameters))
     boxes = []
@@ -304,21 +308,21 @@ def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
     found = []
     for array in arrays:
         scale = float(np.sqrt(full.sizes["y"] / array.sizes["y"] * full.sizes["x"] / array.sizes["x"]))
-        # Reduced by whole numbers, odd borders are cut off: the ratio of the sizes is off by that much.
+        # Downscaling by a whole number cuts off odd borders, so the ratio of the sizes is slightly off.
         found.append(Level(array.data, round(scale) if abs(scale - round(scale)) < 0.02 * scale else scale))
     return Pyramid((Level(found[0].array), *found[1:]))
 
 
 def _in_rgb_order(array: DataArray, image_key: str) -> DataArray:
-    """Bring channels that are named red, green and blue into that order, alpha last."""
+    """Order channels that are named red, green and blue, with alpha last."""
     order = check_channel_names(array.coords["c"].to_numpy().tolist(), image_key) if "c" in array.coords else None
     return array if order is None or order == list(range(len(order))) else array.isel(c=order)
 
 
 def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = None) -> float:
-    """Check that an image is RGB H&E and return what brings its pixels to 0..255.
+    """Check that an image is RGB H&E, and return the factor that scales its pixels to 0..255.
 
-    Float images and those with alpha are sampled around some of the ``centres``, or everywhere on their coarsest level.
+    Float images and images with alpha are sampled around some ``centres``, or on their whole coarsest level.
     """
     array = pyramid.levels[0].array
     sample = None
@@ -338,7 +342,7 @@ def subsample(values: np.ndarray, n: int = _N_POINTS) -> np.ndarray:
 
 
 def darkness_at(pyramid: Pyramid, image_key: str, centres: np.ndarray, side: float) -> Darkness:
-    """How dark an image is in squares around some places."""
+    """Return how dark an image is in squares around some positions."""
     inside = centres[((centres >= 0) & (centres < [pyramid.width, pyramid.height])).all(1)]
     if not len(inside):
         return Darkness(np.full(len(centres), np.nan), blank=False)

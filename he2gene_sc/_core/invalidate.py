@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 #: Values that are compared at once.
 _BLOCK = 1 << 24
-#: Parameters of the verbs that name what they read: a layer, a column of ``obs``, another result, a prediction.
-_READ = ("layer", "measured", "counts", "groupby", "domain_key", "key", "prediction")
+#: Parameters that name the input of a function: a layer, a column of ``obs``, another result, a prediction.
+_INPUT_PARAMETERS = ("layer", "measured", "counts", "groupby", "domain_key", "key", "prediction")
 
 
 def same_values(before: Any, after: Any) -> bool:
-    """Whether a layer holds what it held, NaN included; compared block by block."""
+    """Whether two layers are equal, NaN included; compared block by block."""
     if before.shape != after.shape:
         return False
     step = max(1, _BLOCK // max(1, after.shape[1]))
@@ -29,13 +29,13 @@ def same_values(before: Any, after: Any) -> bool:
     return all(np.array_equal(dense(before[rows]), dense(after[rows]), equal_nan=True) for rows in blocks)
 
 
-def remove_derived(table: AnnData, names: Iterable[str], but: str | None = None) -> list[str]:
-    """Remove the results that were computed from changed layers, columns or results, and those from them in turn, but one.
+def remove_derived(table: AnnData, names: Iterable[str], keep: str | None = None) -> list[str]:
+    """Remove results that depend, directly or not, on changed layers, columns or results, except ``uns[keep]``.
 
-    Returns their keys in ``uns``. What somebody has changed since stays. Call it where changes are undone if interrupted.
+    Return their keys in ``uns``. Entries that a user has changed are kept. Call it inside ``restore_on_error``.
     """
     names, removed = set(names), []
-    while found := [key for key, record in table.uns.items() if key != but and _reads(record, names)]:
+    while found := [key for key, record in table.uns.items() if key != keep and _depends_on(record, names)]:
         for key in found:
             names.add(key)
             names.update(*remove_result(table, key).values())
@@ -44,7 +44,7 @@ def remove_derived(table: AnnData, names: Iterable[str], but: str | None = None)
 
 
 def remove_result(table: AnnData, key: str) -> dict[str, list[str]]:
-    """Remove a record and what it names; return what was removed beside the record."""
+    """Remove a record and the entries that it names; return these entries."""
     written = unchanged_keys(table, key)
     del table.uns[key]
     for slot, keys in written.items():
@@ -55,20 +55,20 @@ def remove_result(table: AnnData, key: str) -> dict[str, list[str]]:
 
 
 def warn_removed(removed: list[str], stacklevel: int) -> None:
-    """Say what was removed, if anything was."""
+    """Warn of results that were removed, if any."""
     if removed:
         warnings.warn(
-            f"removed, since it was computed from values that have changed: uns {sorted(set(removed))} and the layers and "
-            "columns that go with it; run what made it again",
+            f"results that were computed from changed values were removed: uns {sorted(set(removed))}, with their layers and "
+            "columns; run the functions that wrote them again",
             stacklevel=stacklevel + 1,
         )
 
 
-def _reads(record: Any, names: set[str]) -> bool:
+def _depends_on(record: Any, names: set[str]) -> bool:
     if not isinstance(record, Mapping) or not {"verb", "params"} <= set(record):
         return False
     params = record["params"]
-    read = [params.get(name) for name in _READ]
+    read = [params.get(name) for name in _INPUT_PARAMETERS]
     if "layer" not in params or "annotation_key" in params:
         read.append(params.get("prediction_key"))
     return any(isinstance(name, str) and name in names for name in read)

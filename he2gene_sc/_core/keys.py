@@ -1,37 +1,37 @@
-"""Every name that is written into a SpatialData object, made in one place."""
+"""All names of keys that are written into a SpatialData object."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-#: Image, spots and table as our own readers and datasets call them.
+#: Names of image, spots and table in objects of our readers and datasets.
 IMAGE = "he"
 SPOTS = "spots"
 TABLE = "table"
 REGION = "region"
 INSTANCE = "instance_id"
 COORDINATE_SYSTEM = "global"
-#: Columns of ``obs`` with the patient and the section, unless others are named.
+#: Default columns of ``obs`` with the patient and the section.
 PATIENT = "patient"
 SECTION = "section"
 
 #: ``sdata.attrs[ATTRS]["mpp"][image_key]``: µm per pixel of level 0, written by our readers, read by ``_core/mpp.py``.
 ATTRS = "he2gene"
-#: ``table.uns[OWN_TABLE]``: marks a table that we made, which is no candidate when a measured table has to be found.
+#: ``table.uns[OWN_TABLE]``: marks a table that we made, which is not a candidate for the measured table.
 OWN_TABLE = "he2gene_made"
 
-#: ``table.uns[SPATIAL]``: image whose pixels ``obsm["spatial"]`` is in, where predict wrote it.
+#: ``table.uns[SPATIAL]``: image whose pixels are the unit of ``obsm["spatial"]``, if predict wrote it.
 SPATIAL = "he2gene_spatial"
 #: Entries of ``table.uns["he2gene"]`` that differ between the regions of a table.
 REGION_FACTS = ("image", "coordinate_system", "level", "mpp", "mpp_source", "n_spots", "n_outside")
 
-#: What the zarr stores of spatialdata accept as the name of an element or key.
+#: Names of elements and keys that zarr stores of spatialdata accept.
 _VALID = re.compile(r"[A-Za-z0-9_.-]+")
 
 
-class _Named:
-    """A key that is named after ``key_added``."""
+class _KeyPattern:
+    """Key that is derived from ``key_added``."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -42,35 +42,35 @@ class _Named:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that one ``predict`` run writes, from its ``key_added``."""
+    """Keys that one ``predict`` run writes, derived from its ``key_added``."""
 
     key_added: str = "he2gene"
     layer_name: str | None = None
 
-    #: ``.uns``: what was run on what; colours of the classes, as scanpy keeps them; digests of the rows of the embedding.
-    uns = _Named("{}")
-    colors = _Named("{}_annotation_colors")
-    rows = _Named("X_{}_rows")
-    #: ``.var``: whether the model knows the gene; its held-out Pearson correlation; its mean in training, which skill is
-    #: measured against.
-    predicted = _Named("{}_predicted")
-    pcc = _Named("{}_pcc")
-    mean = _Named("{}_mean")
-    #: ``.var``: whether the gene is good enough to use on a new patient, and on another section of one of training.
-    reliable = _Named("{}_reliable")
-    reliable_known_patient = _Named("{}_reliable_known_patient")
-    #: ``.var``: mean correlation over patients that were held out whole; the same, given the counts of each spot.
-    pcc_new_patient = _Named("{}_pcc_new_patient")
-    pcc_given_depth = _Named("{}_pcc_given_depth")
-    #: ``.obs``: most probable class, missing where it is unknown, and its calibrated probability.
-    annotation = _Named("{}_annotation")
-    confidence = _Named("{}_annotation_confidence")
-    #: ``.obs``: how far a spot is from what the model was trained on, above 1 out of distribution; its share of tissue.
-    ood = _Named("{}_ood")
-    tissue = _Named("{}_tissue")
+    #: ``.uns``: record of the run; colours of the classes, as in scanpy; digests of the rows of the embedding.
+    uns = _KeyPattern("{}")
+    colors = _KeyPattern("{}_annotation_colors")
+    rows = _KeyPattern("X_{}_rows")
+    #: ``.var``: whether the model knows the gene; its held-out Pearson correlation; its mean in training, the reference for
+    #: skill.
+    predicted = _KeyPattern("{}_predicted")
+    pcc = _KeyPattern("{}_pcc")
+    mean = _KeyPattern("{}_mean")
+    #: ``.var``: whether the gene is reliable for a new patient, and for another section of a training patient.
+    reliable = _KeyPattern("{}_reliable")
+    reliable_known_patient = _KeyPattern("{}_reliable_known_patient")
+    #: ``.var``: mean correlation over held-out patients; the same, given the counts of each spot.
+    pcc_new_patient = _KeyPattern("{}_pcc_new_patient")
+    pcc_given_depth = _KeyPattern("{}_pcc_given_depth")
+    #: ``.obs``: most probable class, missing for unknown spots, and its calibrated probability.
+    annotation = _KeyPattern("{}_annotation")
+    confidence = _KeyPattern("{}_annotation_confidence")
+    #: ``.obs``: distance from the training data (above 1: out of distribution); fraction of tissue.
+    ood = _KeyPattern("{}_ood")
+    tissue = _KeyPattern("{}_tissue")
     #: ``.obsm``: probability of every class, a DataFrame; the embedding that the heads read.
-    proba = _Named("{}_annotation_proba")
-    embedding = _Named("X_{}")
+    proba = _KeyPattern("{}_annotation_proba")
+    embedding = _KeyPattern("X_{}")
 
     @property
     def layer(self) -> str:
@@ -79,7 +79,7 @@ class Keys:
 
 
 def check_key(name: str, parameter: str) -> None:
-    """Refuse a key that ``SpatialData.write`` would refuse later, after the work is done."""
+    """Raise for a key that ``SpatialData.write`` would reject after the work is done."""
     if not isinstance(name, str) or not _VALID.fullmatch(name) or name.startswith(("__", ".")):
         raise ValueError(
             f"`{parameter}` {name!r} cannot be stored: use letters, digits, '_', '.' and '-' only, "

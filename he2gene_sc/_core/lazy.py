@@ -1,4 +1,4 @@
-"""Predicted layers above ``settings.memory_limit``: dask arrays of ``max(0, embedding @ weights + bias)``, computed when they are read."""
+"""Predicted layers above ``settings.memory_limit``: dask arrays of ``max(0, embedding @ weights + bias)``."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from .._settings import settings
 if TYPE_CHECKING:
     import dask.array as da
 
-#: Dask calls a lazy layer this and a digest of what it is computed from: layers of one name hold the same values.
+#: Prefix of the dask name of a lazy layer. A digest of its inputs follows, so layers of one name hold the same values.
 LAZY = "he2gene-lazy-"
-#: Values of all genes of some spots, and of some genes of all spots, that are in memory at once.
-_BY_SPOTS, _BY_GENES = 1 << 24, 1 << 26
+#: Values in memory at once, by blocks of spots (all genes) and by blocks of genes (all spots).
+_SPOT_BLOCK, _GENE_BLOCK = 1 << 24, 1 << 26
+#: Least and largest number of genes per block.
 _GENES = 64, 1024
 
 
 def is_large(n_obs: int, n_vars: int) -> bool:
-    """Whether a dense layer would pass ``settings.memory_limit``."""
+    """Whether a dense layer would exceed ``settings.memory_limit``."""
     return 4 * n_obs * n_vars > settings.memory_limit
 
 
 def genes_at_once(n_obs: int) -> int:
     """Return how many genes to compute at once for this many spots."""
-    return int(np.clip(_BY_GENES // max(1, n_obs), *_GENES))
+    return int(np.clip(_GENE_BLOCK // max(1, n_obs), *_GENES))
 
 
 def lazy_layer(embedding: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> da.Array:
-    """Expression of ``(n, k)`` by ``(k, g)``, NaN where the embedding of a spot or the weights of a gene are.
+    """Return lazy expression of an embedding ``(n, k)`` and weights ``(k, g)``; NaN where one of them is NaN.
 
-    The layer owns copies: what happens to the arrays later does not change it.
+    The layer keeps copies, so later changes of the arrays do not affect it.
     """
     import dask.array as da
 
@@ -44,7 +45,7 @@ def lazy_layer(embedding: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> 
         digest.update(f"{array.shape}".encode())
         digest.update(array.data)
     n, g = len(embedding), len(bias)
-    rows, genes = max(1, _BY_SPOTS // g), genes_at_once(n)
+    rows, genes = max(1, _SPOT_BLOCK // g), genes_at_once(n)
     chunks = tuple(
         tuple(min(size, total - start) for start in range(0, total, size)) for total, size in ((n, rows), (g, genes))
     )
@@ -63,7 +64,7 @@ def _block(
 
 
 def insert_rows(before: Any, layer: da.Array, rows: np.ndarray) -> da.Array:
-    """Return what a layer held ``before``, dense, sparse or lazy, with ``rows`` of a lazy one in it."""
+    """Insert ``rows`` of a lazy layer into the layer ``before``, which may be dense, sparse or lazy."""
     import dask.array as da
 
     here = np.zeros((len(layer), 1), bool)

@@ -1,4 +1,4 @@
-"""Our logger, and those of other libraries, kept quiet for a while."""
+"""The logger of the package, and a context manager that silences other loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger("he2gene_sc")
 
 @contextmanager
 def silence(*names: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Let loggers pass nothing below a level, by default errors alone."""
+    """Silence loggers below a level (default: ERROR)."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""Which genes of a table are which genes of a model: by symbol or Ensembl id."""
+"""Match genes of a table to genes of a model, by symbol or Ensembl id."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     from ..models import HE2Gene
 
 _MIN_MATCHED = 0.1
-#: Names of probes as Space Ranger writes them: gene and hash.
+#: Probe names of Space Ranger: gene and hash.
 _PROBE = r"\|[0-9a-f]{7}$"
 
 
 @dataclass(frozen=True)
 class WantedGenes:
-    """Genes of a run."""
+    """Genes to predict, and their columns in the table."""
 
     positions: np.ndarray  # in the model's gene head, (g,)
     columns: np.ndarray  # in var of the table that gets the result, (g,)
-    all_genes: bool  # whether that is a table beside a measured one
-    #: Genes of the table that the model knows by another symbol, and that symbol.
+    all_genes: bool  # whether the result is a new table beside a measured one
+    #: Genes of the table that the model knows by another symbol, with that symbol.
     renamed: dict[str, str] = field(default_factory=dict)
 
 
 def match_genes(
     model: HE2Gene, table: AnnData | None, genes: Sequence[str] | str | None, gene_symbols: str | None
 ) -> WantedGenes:
-    """Find the genes to predict and where they go; ``table`` is ``None`` where one will be made.
+    """Find the genes to predict and their columns; ``table`` is ``None`` if a new one will be made.
 
-    A symbol that HGNC has changed is matched by its other name, where the model does not know the name itself and the gene
-    is not in the table under both.
+    A previous HGNC symbol is matched by its current one if the model does not know the symbol itself and the table does not
+    hold the gene under both.
     """
     if genes is not None and not isinstance(genes, str):
         genes = validate.names(genes, "genes")
@@ -50,7 +50,7 @@ def match_genes(
         _check_known(model, genes)
     everything = np.arange(len(model.genes))
     if table is None or (isinstance(genes, str) and genes == "all"):
-        chosen = everything if genes is None or isinstance(genes, str) else pd.unique(_asked(model, genes))
+        chosen = everything if genes is None or isinstance(genes, str) else pd.unique(_named_positions(model, genes))
         return WantedGenes(chosen, np.arange(len(chosen)), all_genes=table is not None)
     check_not_probes(table)
     names = symbols_in(table, gene_symbols)
@@ -61,7 +61,7 @@ def match_genes(
         raise ValueError(
             f"`gene_symbols`: only {int(known.sum())} of {len(names)} genes of the table are known to model "
             f"{model.name!r}. The table has {list(names[:3])}, the model {list(model.genes.index[:3]) + ensembl}. "
-            "Pass gene_symbols='column' where symbols stand in a column of var, or genes='all' for a table of their own"
+            "Pass gene_symbols='column' if a column of var holds the symbols, or genes='all' for a new table of all model genes"
         )
     logger.info(
         "%d of %d genes of the table are known to model %r; unknown are: %s",
@@ -73,26 +73,26 @@ def match_genes(
             *(len(renamed), format_list(f"{name} as {own}" for name, own in renamed.items())),
         )
     if genes is not None:
-        asked = _asked(model, genes)
-        absent = [gene for gene, position in zip(genes, asked, strict=True) if position not in positions]
+        named = _named_positions(model, genes)
+        absent = [gene for gene, position in zip(genes, named, strict=True) if position not in positions]
         if absent:
             raise ValueError(
                 f"`genes` {absent[:5]} are known to the model but not in the table; use genes='all' for a table of all "
                 "model genes"
             )
-        known &= np.isin(positions, asked)
+        known &= np.isin(positions, named)
     columns = np.flatnonzero(known)
     return WantedGenes(positions[columns], columns, all_genes=False, renamed=renamed)
 
 
 def positions_of(model: HE2Gene, genes: list[str]) -> np.ndarray:
-    """Positions in the model of genes that a user named, ``(g,)``; an unknown one is refused."""
+    """Return positions in the model of genes that a user named, ``(g,)``; raise for unknown genes."""
     _check_known(model, genes)
-    return _asked(model, genes)
+    return _named_positions(model, genes)
 
 
 def check_not_probes(table: AnnData) -> None:
-    """Refuse a table whose columns are probes of 10x Genomics, several of a gene."""
+    """Raise if the columns of a table are probes of 10x Genomics, several for a gene."""
     named = table.var_names.astype(str).str.contains(_PROBE, regex=True)
     if not len(named) or named.mean() < 0.5:
         return
@@ -104,9 +104,9 @@ def check_not_probes(table: AnnData) -> None:
 
 
 def _lookup(model: HE2Gene, names: pd.Index, *, one_to_one: bool = True) -> tuple[np.ndarray, dict[str, str]]:
-    """Positions of names in the model, -1 where unknown, and those found by a symbol that was changed.
+    """Return positions of names in the model (-1: unknown), and the names that were matched by another symbol.
 
-    By symbol, else by Ensembl id without its version, else by another symbol of the gene that is still free.
+    Match by symbol, else by Ensembl id without its version, else by another symbol of a gene that is not matched yet.
     """
     by_symbol = model.genes.index.get_indexer(names)
     ids = model.genes["ensembl_id"].astype(str).to_numpy()
@@ -121,13 +121,13 @@ def _lookup(model: HE2Gene, names: pd.Index, *, one_to_one: bool = True) -> tupl
     return found, {names[i]: str(model.genes.index[found[i]]) for i in more}
 
 
-def _asked(model: HE2Gene, genes: Sequence[str]) -> np.ndarray:
-    """Positions of genes that the user named, -1 where unknown."""
+def _named_positions(model: HE2Gene, genes: Sequence[str]) -> np.ndarray:
+    """Return positions of genes that the user named, -1 if unknown."""
     return _lookup(model, pd.Index([str(gene).strip() for gene in genes], dtype=object), one_to_one=False)[0]
 
 
 def _check_known(model: HE2Gene, genes: list[str]) -> None:
-    unknown = [gene for gene, position in zip(genes, _asked(model, genes), strict=True) if position < 0]
+    unknown = [gene for gene, position in zip(genes, _named_positions(model, genes), strict=True) if position < 0]
     if unknown:
         raise ValueError(
             f"`genes` {unknown[:5]} are unknown to model {model.name!r}{suggest(unknown[0], model.genes.index)}; see hg.models.load().genes"

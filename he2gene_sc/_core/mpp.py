@@ -1,4 +1,4 @@
-"""µm per pixel of an image: given, stated by the object, or told by the pitch of a known assay; never guessed."""
+"""Find µm per pixel of an image: an argument, a value in the object, or the pitch of a known assay; never a guess."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .rasters import levels
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-#: µm per pixel that an image may have: from an electron microscope to a slide on a thumbnail.
+#: Valid µm per pixel: from an electron microscope to a thumbnail of a slide.
 _PLAUSIBLE = (1e-3, 1e4)
 _MICROMETRE_SYSTEMS = ("micrometer", "micrometers", "micrometre", "micrometres", "micron", "microns", "um", "µm", "μm")
 
-#: A lattice this near to 1 µm/px is in µm, or on an image that was made so; where another µm/px is known, one this near: the
-#: pitch of printed arrays is off by up to a percent, that of a few spots by more.
+#: Coordinates are in µm if the lattice gives 1 µm/px within this tolerance; the second one if another µm/px is known, since
+#: the pitch of printed arrays is off by up to a percent, and that of a few spots by more.
 _EXACT, _NEARLY = 2e-3, 0.03
-#: Lengths that differ by more than this share between directions are said.
-_SQUARE = 0.05
-#: ``sdata.attrs[ATTRS][_STATED][image_key]``: µm/px and the image that it was stated for, by size, scale and place.
-_STATED = "mpp_of"
+#: Warn if the scale differs between directions by more than this fraction.
+_MAX_ANISOTROPY = 0.05
+#: ``sdata.attrs[ATTRS][_MPP_IMAGE][image_key]``: µm/px, and size, scale and position of the image that it was set for.
+_MPP_IMAGE = "mpp_of"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Assay:
     ratio: tuple[float, float]
 
 
-#: Lattice and diameter-to-pitch ratio by which an assay is known. Some readers write Visium circles too wide.
+#: Lattice and diameter-to-pitch ratio of known assays. Some readers write Visium circles too wide.
 _ASSAYS = (
     _Assay("Visium (100 µm pitch)", 100.0, 6, (0.45, 0.75)),
     _Assay("legacy ST (200 µm pitch)", 200.0, 4, (0.4, 0.6)),
@@ -47,7 +47,7 @@ _ASSAYS = (
 
 
 def check_mpp(mpp: float | None) -> None:
-    """Refuse a µm per pixel that is not a positive finite number; ``None`` means unknown."""
+    """Raise unless µm per pixel is a plausible positive number, or ``None`` (unknown)."""
     valid = isinstance(mpp, int | float | np.number) and not isinstance(mpp, bool) and np.isfinite(mpp) and mpp > 0
     if mpp is not None and not valid:
         raise ValueError(f"`mpp` is {mpp!r}; a positive number of µm per pixel is needed, for example 0.5")
@@ -58,26 +58,26 @@ def check_mpp(mpp: float | None) -> None:
 
 
 def affine(element: Any, coordinate_system: str) -> np.ndarray:
-    """3 × 3 matrix from the x and y of an element to a coordinate system."""
+    """Return the 3 × 3 matrix from x and y of an element to a coordinate system."""
     from spatialdata.transformations import get_transformation
 
     transformation = get_transformation(element, to_coordinate_system=coordinate_system)
     matrix = np.asarray(transformation.to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y")), dtype=float)
     if not np.isfinite(matrix).all():
         raise ValueError(
-            f"`coordinate_system` {coordinate_system!r}: a transformation of image or spots holds NaN or infinite numbers; set it "
-            "anew by spatialdata.transformations.set_transformation"
+            f"`coordinate_system` {coordinate_system!r}: a transformation of image or spots has NaN or infinite numbers; set it "
+            "again with spatialdata.transformations.set_transformation"
         )
     return matrix
 
 
 def transform_points(xy: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Places ``(n, 2)`` that a 3 × 3 matrix moves."""
+    """Transform points ``(n, 2)`` by a 3 × 3 matrix."""
     return xy @ matrix[:2, :2].T + matrix[:2, 2]
 
 
 def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
-    """µm per pixel that the object itself states for an image: written by our readers, or a system in µm."""
+    """Return µm per pixel of an image that is stored in the object, by our readers or by a coordinate system in µm."""
     from spatialdata.transformations import get_transformation
 
     stored = he2gene_attrs(sdata).get("mpp", {}).get(image_key)
@@ -96,16 +96,16 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
 
 
 def attrs_with_mpp(sdata: SpatialData, image_key: str, mpp: float) -> dict[str, Any]:
-    """``sdata.attrs[ATTRS]`` with µm per pixel of an image, and which image that is."""
+    """Return ``sdata.attrs[ATTRS]`` with µm per pixel of an image, and the frame of that image."""
     facts = he2gene_attrs(sdata)
     stated: dict[str, Any] = {"mpp": float(mpp)}
     if image_key in sdata.images:
-        stated[_STATED] = [float(mpp), *_frame(sdata.images[image_key])]
+        stated[_MPP_IMAGE] = [float(mpp), *_frame(sdata.images[image_key])]
     return {**facts, **{name: {**facts.get(name, {}), image_key: value} for name, value in stated.items()}}
 
 
 def _frame(image: Any) -> tuple[float, ...]:
-    """Width, height, length of a pixel and place of the corner of an image in a coordinate system."""
+    """Return width, height, length of a pixel, and position of the corner of an image in a coordinate system."""
     from spatialdata.transformations import get_transformation
 
     size, systems = levels(image)[0].sizes, get_transformation(image, get_all=True)
@@ -114,8 +114,8 @@ def _frame(image: Any) -> tuple[float, ...]:
 
 
 def _check_same_image(sdata: SpatialData, image_key: str, mpp: float) -> None:
-    """Refuse a stated µm per pixel whose image was replaced by one of another size that is not a part of it."""
-    stated = he2gene_attrs(sdata).get(_STATED, {}).get(image_key, [])
+    """Raise if the image of a stored µm per pixel was replaced by an image of another size that is not a crop of it."""
+    stated = he2gene_attrs(sdata).get(_MPP_IMAGE, {}).get(image_key, [])
     if not isinstance(stated, list) or len(stated) != 6 or stated[0] != mpp:
         return
     was, now = np.array(stated[1:], float), np.array(_frame(sdata.images[image_key]))
@@ -123,26 +123,26 @@ def _check_same_image(sdata: SpatialData, image_key: str, mpp: float) -> None:
     if (size == 1).all():
         return
     same_form, same_scale = abs(size[0] / size[1] - 1) < 0.02, abs(scale - 1) < 0.01
-    moved = np.abs(now[3:] - was[3:]).max() > 0.5 * now[2]
-    if (size <= 1).all() and same_scale and (moved or not same_form):
+    shifted = np.abs(now[3:] - was[3:]).max() > 0.5 * now[2]
+    if (size <= 1).all() and same_scale and (shifted or not same_form):
         return
-    likely = mpp / size[0] if same_form and not moved else mpp * scale
+    likely = mpp / size[0] if same_form and not shifted else mpp * scale
     found = (
-        f"`mpp` of image {image_key!r} was stated as {mpp:.4g} for {was[0]:.0f} × {was[1]:.0f} pixels, but the image has "
-        f"{now[0]:.0f} × {now[1]:.0f} now"
+        f"`mpp` of image {image_key!r} was stated as {mpp:.4g} for {was[0]:.0f} × {was[1]:.0f} pixels, but the image now has "
+        f"{now[0]:.0f} × {now[1]:.0f}"
     )
     own = f"state it: sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] = {likely:.4g}, or pass mpp={likely:.4g}"
     if (size > 1).any() or (not same_scale and (abs(size * scale - 1) < 0.02).all()):
         raise ValueError(f"{found}: it was replaced or resampled. If it shows the same tissue, {own}")
     warnings.warn(
-        f"{found}. {mpp:.4g} is right if it was cropped. If it was resampled, {likely:.4g} is, and lengths on tissue are wrong; {own}",
+        f"{found}. {mpp:.4g} is right if it was cropped. If it was resampled, {likely:.4g} is right, and lengths are wrong now; {own}",
         UserWarning,
         stacklevel=5,
     )
 
 
 def known_mpp(sdata: SpatialData, image_key: str, mpp: float | None) -> float:
-    """µm per pixel of an image without spots: given, or stated by the object."""
+    """Return µm per pixel of an image without spots: the argument, or the value in the object."""
     check_mpp(mpp)
     found = mpp if mpp is not None else (stored_mpp(sdata, image_key) or [None])[0]
     if found is None:
@@ -151,7 +151,7 @@ def known_mpp(sdata: SpatialData, image_key: str, mpp: float | None) -> float:
 
 
 def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tuple[float, str] | None:
-    """µm per pixel by the alignment of spots that are in µm: by a coordinate system in µm, or as Xenium's reader says."""
+    """Return µm per pixel from the alignment of spots in µm: a coordinate system in µm, or shapes of Xenium's reader."""
     from spatialdata.transformations import get_transformation
 
     scale = length_scale(to_pixels)
@@ -161,7 +161,7 @@ def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tup
             return length_scale(affine(element, system)) / scale, f"coordinate system {system!r} of the spots"
     if sdata.attrs.get("spatialdata_io_reader") != "xenium":
         return None
-    # Xenium's shapes are in µm; its labels are in pixels that a shape or the transcripts relate to µm.
+    # Xenium's shapes are in µm; its labels are in pixels, which shapes or transcripts relate to µm.
     if shapes_key in sdata.shapes:
         return 1 / scale, "Xenium, shapes in µm"
     for other in [*sdata.shapes.values(), *sdata.points.values()]:
@@ -173,12 +173,12 @@ def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tup
 
 
 def length_scale(matrix: np.ndarray, *, quiet: bool = False) -> float:
-    """Length that a length of 1 becomes; a warning where that depends on the direction."""
+    """Return the scale of a 3 × 3 matrix; warn if it depends on the direction."""
     most, least = np.linalg.svd(matrix[:2, :2], compute_uv=False)
-    if not quiet and least < (1 - _SQUARE) * most:
+    if not quiet and least < (1 - _MAX_ANISOTROPY) * most:
         warnings.warn(
-            f"the transformations of image and spots stretch lengths by {least:.4g} one way and {most:.4g} the other (they are "
-            "anisotropic, or sheared); lengths are taken as the mean. Resample the image to square pixels",
+            f"the transformations of image and spots are anisotropic or sheared: they scale lengths by {least:.4g} in one "
+            f"direction and by {most:.4g} in the other; the mean is used. Resample the image to square pixels",
             UserWarning,
             stacklevel=3,
         )
@@ -198,10 +198,10 @@ def resolve_mpp(
     measured: bool,
     lattice: np.ndarray | None = None,
 ) -> tuple[float, str]:
-    """Find µm per pixel and say where it was found: argument, then what the object states, then a known assay.
+    """Return µm per pixel and its source: the argument, else the value in the object, else a known assay.
 
-    ``centres`` ``(n, 2)`` and ``diameter_px`` are in pixels of level 0, ``to_pixels`` goes from the units of the spots to
-    them. If the spots are ``measured``, a value that contradicts the lattice of a known assay is warned of.
+    ``centres`` ``(n, 2)`` and ``diameter_px`` are in pixels of level 0; ``to_pixels`` maps the units of the spots to
+    pixels. If the spots are ``measured``, warn if the value contradicts the lattice of a known assay.
     """
     from spatialdata.transformations import get_transformation
 
@@ -217,13 +217,13 @@ def resolve_mpp(
             for system in get_transformation(sdata.images[image_key], get_all=True)
         }
         hint = "".join(
-            f"; if coordinate system {system!r} is in µm, {_passed(f'{value:.4g}')}"
+            f"; if coordinate system {system!r} is in µm, {_mpp_arguments(f'{value:.4g}')}"
             for system, value in per_unit.items()
             if abs(value - 1) > 1e-6
         )
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
-            f"object states none and the spots are not a Visium or legacy ST lattice{hint or '; ' + _passed('...')}"
+            f"object does not state it and the spots are not a Visium or legacy ST lattice{hint or '; ' + _mpp_arguments('...')}"
         )
 
     def scaled(factor: float) -> str:
@@ -236,12 +236,12 @@ def resolve_mpp(
         cause = (
             f"its coordinates look like micrometres, not pixels; if they are, transform them: {scaled(1 / found[0])}"
             if in_um
-            else f"if that is right, {_passed(f'{assay[0]:.4g}')}; if the coordinates are those of a "
+            else f"if that is right, {_mpp_arguments(f'{assay[0]:.4g}')}; if the coordinates are those of a "
             f"{'larger' if ratio > 1 else 'smaller'} image of the slide, transform them: {scaled(1 / ratio)}"
         )
         tenfold = ", ten times off" if not in_um and any(0.8 < r < 1.25 for r in (ratio / 10, ratio * 10)) else ""
         warnings.warn(
-            f"µm/px of image {image_key!r} is {found[0]:.4g} ({found[1]}), but its spots look like {assay[1]}, which makes "
+            f"µm/px of image {image_key!r} is {found[0]:.4g} ({found[1]}), but its spots look like {assay[1]}, which gives "
             f"{assay[0]:.4g}{tenfold}; {cause}",
             UserWarning,
             stacklevel=4,
@@ -249,15 +249,15 @@ def resolve_mpp(
     elif assay is not None and in_um and found[1] == assay[1]:
         warnings.warn(
             f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
-            f"not pixels of image {image_key!r}. If they are, the wrong pixels are read; transform them by the true µm/px, "
-            f"for 0.5: {scaled(2.0)}. If the image has 1 µm/px, {_passed('1.0')}",
+            f"not pixels of image {image_key!r}. If so, the wrong pixels are read; transform them by the true µm/px, for "
+            f"0.5: {scaled(2.0)}. If the image has 1 µm/px, {_mpp_arguments('1.0')}",
             UserWarning,
             stacklevel=4,
         )
     if not measured and found[1] == (assay and assay[1]):
         warnings.warn(
-            f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. Nothing "
-            f"was measured on them, so they may not be of this assay; to be sure {_passed('...')}",
+            f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. These "
+            f"spots have no counts, so they may not be of this assay; to be sure, {_mpp_arguments('...')}",
             UserWarning,
             stacklevel=4,
         )
@@ -265,13 +265,13 @@ def resolve_mpp(
     return found
 
 
-def _passed(mpp: str) -> str:
-    """Arguments that state µm/px."""
+def _mpp_arguments(mpp: str) -> str:
+    """Return the arguments that set µm/px, for errors and warnings."""
     return f"pass mpp={mpp} (to hg.tl.train keys=hg.SectionKeys(mpp={mpp}))"
 
 
 def transformation_call(sdata: SpatialData, image_key: str, shapes_key: str, system: str, matrix: np.ndarray) -> str:
-    """Call that moves the spots by a 3 × 3 matrix in pixels of the image, after the transformation that they have."""
+    """Return the call that moves spots by a 3 × 3 matrix in pixels of the image, after their present transformation."""
     from spatialdata.transformations import Identity, get_transformation
 
     element = spot_element(sdata, shapes_key)
@@ -289,8 +289,8 @@ def transformation_call(sdata: SpatialData, image_key: str, shapes_key: str, sys
     return f"spatialdata.transformations.set_transformation(sdata[{shapes_key!r}], {target})"
 
 
-def _on_array(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Pixels per step of ``array_col`` and ``array_row`` by least squares, 2 × 2, and how far each spot is off, ``(n, 2)``."""
+def _fit_array(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Fit pixels per step of ``array_col`` and ``array_row``, 2 × 2, by least squares; return also the residuals ``(n, 2)``."""
     if not {"array_row", "array_col"} <= set(obs) or len(obs) < 12:
         return None
     steps = np.column_stack([pd.to_numeric(obs[name], errors="coerce") for name in ("array_col", "array_row")])
@@ -302,24 +302,24 @@ def _on_array(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
-    """Pixels per step of ``array_col`` and ``array_row``, 2 × 2; ``None`` where the spots do not lie on the array."""
-    found = _on_array(obs, centres)
+    """Return pixels per step of ``array_col`` and ``array_row``, 2 × 2; ``None`` if the spots do not lie on the array."""
+    found = _fit_array(obs, centres)
     if found is None or np.sqrt(np.mean(found[1] ** 2)) >= 0.3 * np.linalg.norm(found[0], axis=0).min():
         return None
     return found[0]
 
 
 def is_scattered(obs: pd.DataFrame, centres: np.ndarray) -> bool:
-    """Whether the array positions explain less than half of where the spots lie."""
-    found = _on_array(obs, centres)
-    # Positions that repeat are those of several arrays.
+    """Whether array positions explain less than half of the variance of the spot centres."""
+    found = _fit_array(obs, centres)
+    # Repeated positions come from several arrays.
     if found is None or obs.duplicated(["array_row", "array_col"]).any():
         return False
     return bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
 
 
 def _visium_array(lattice: np.ndarray | None, diameter_px: float) -> tuple[float, str] | None:
-    """µm/px by the array positions of Visium, also where few spots are left: 50 µm a column, 86.6 µm a row."""
+    """Return µm/px from Visium array positions (50 µm per column, 86.6 µm per row), which needs few spots."""
     if lattice is None:
         return None
     column, row = np.linalg.norm(lattice, axis=0)
@@ -331,7 +331,7 @@ def _visium_array(lattice: np.ndarray | None, diameter_px: float) -> tuple[float
 
 
 def known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | None:
-    """µm/px from lattice, pitch and diameter of the spots, where they are those of a known assay."""
+    """Return µm/px from lattice, pitch and diameter of the spots, if they match a known assay."""
     from scipy.spatial import KDTree
 
     if len(centres) < 12:

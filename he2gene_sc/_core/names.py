@@ -1,4 +1,4 @@
-"""Names of patients, sections, labels and rows, cleaned once and in one way for every verb."""
+"""Clean names of patients, sections, labels and rows, in the same way for every function."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .logs import logger
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: Texts that stand for a missing value: what ``astype(str)`` makes of one, and what pandas reads as one.
+#: Texts of a missing value: those that ``astype(str)`` writes, and those that pandas reads as missing.
 MISSING = frozenset(
     ["", "nan", "NaN", "NAN", "-nan", "-NaN", "None", "<NA>", "NaT", "NA", "#NA", "N/A", "n/a", "#N/A", "NULL", "null"]
 )
-#: Texts that do not name a sample, but may be a label ("-" against "+", "none" against a treatment).
-_NOBODY = frozenset(["-", "--", "?", ".", "n.a.", "none", "null", "nan", "na", "n/a"])
-#: Texts that are a name, though perhaps of several samples.
+#: Texts that are not the name of a sample, but may be a label ("-" against "+", "none" against a treatment).
+_MISSING_SAMPLE = frozenset(["-", "--", "?", ".", "n.a.", "none", "null", "nan", "na", "n/a"])
+#: Texts that are valid names, but perhaps of several samples.
 UNNAMED = frozenset(["unknown", "undefined", "missing"])
 _WHOLE = re.compile(r"[-+]?\d+\.0+")
 _DASHES = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
 _LEADING_ZEROS = re.compile(r"(?<![\d.,])0+(?=\d)")
-#: Blanks but between digits, where they part two numbers.
+#: Blanks, except between digits, where they separate two numbers.
 _BLANKS = re.compile(r"(?<!\d) | (?!\d)")
 
 
 def clean_name(value: object) -> str | None:
-    """Text of a name, the same for 3, 3.0, "3" and "3 "; ``None`` where it is missing or has become text so."""
+    """Return a name as text, the same for 3, 3.0, "3" and "3 "; ``None`` for missing values and their texts."""
     if value is None or value is pd.NA or value is pd.NaT:
         return None
     if isinstance(value, float | np.floating):
@@ -40,7 +40,7 @@ def clean_name(value: object) -> str | None:
             return None
         value = int(value) if float(value).is_integer() else value
     text = unicodedata.normalize("NFC", str(value))
-    # Marks that are not seen, as a byte order mark or a soft hyphen.
+    # Remove invisible characters, such as a byte order mark or a soft hyphen.
     text = "".join(mark for mark in text if unicodedata.category(mark) != "Cf").strip()
     if text in MISSING:
         return None
@@ -48,22 +48,22 @@ def clean_name(value: object) -> str | None:
 
 
 def clean_names(values: Iterable[object]) -> np.ndarray:
-    """Clean many names, ``(n,)`` objects, ``None`` where one is missing."""
+    """Clean names, ``(n,)`` objects, ``None`` for missing ones."""
     column = pd.Series(values).astype(object)
     try:
         codes, unique = pd.factorize(column.to_numpy(object))
     except TypeError:
         odd = next(value for value in column if not pd.api.types.is_hashable(value))
-        raise ValueError(f"names are texts or numbers; found {odd!r}, a {type(odd).__name__}") from None
-    # The last entry is for -1, which factorize gives to missing values.
+        raise ValueError(f"names have to be texts or numbers; found {odd!r}, a {type(odd).__name__}") from None
+    # factorize codes missing values as -1, which selects the last entry.
     cleaned = np.array([*map(clean_name, unique), None], object)
     return cleaned[codes]
 
 
 def clean_samples(values: Iterable[object]) -> np.ndarray:
-    """Clean names of samples, of which ``"-"`` and ``"none"`` are none either, ``(n,)`` objects."""
+    """Clean names of samples, ``(n,)`` objects; ``"-"`` and ``"none"`` count as missing too."""
     names = clean_names(values)
-    names[np.array([name is not None and name.casefold() in _NOBODY for name in names], bool)] = None
+    names[np.array([name is not None and name.casefold() in _MISSING_SAMPLE for name in names], bool)] = None
     return names
 
 
@@ -74,10 +74,10 @@ def column_of(table: AnnData, key: str, parameter: str, hint: str = "") -> pd.Se
 
 
 def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", required: bool = False) -> np.ndarray:
-    """Names in a column of ``obs``, cleaned, ``(n,)`` objects, ``None`` where there is none; ``what`` they name is a plural.
+    """Return the cleaned names in a column of ``obs``, ``(n,)`` objects, ``None`` for missing ones; ``what`` is their plural.
 
-    Blanks around a name are dropped. Missing values that have become text (``"nan"``, ``"None"``, ``"<NA>"``) are missing.
-    Whole numbers are names, 3 and 3.0 being ``"3"``, since a column of integers with gaps is one of floats.
+    Blanks around a name are removed. Texts of missing values (``"nan"``, ``"None"``, ``"<NA>"``) are missing. Whole numbers
+    are names, with 3 and 3.0 as ``"3"``, since a column of integers with gaps has floats.
     """
     column = column_of(table, key, parameter)
     if column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
@@ -88,7 +88,7 @@ def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", 
         first = table.obs_names[missing][:3].tolist()
         raise ValueError(
             f"`{parameter}` {key!r} is missing for {int(missing.sum())} of {len(names)} spots, for example {first}; fill it, "
-            "or leave these spots out"
+            "or remove these spots"
         )
     as_text = missing & column.notna().to_numpy()
     if as_text.any():
@@ -109,27 +109,30 @@ def check_spelling(
     rows: Mapping[str, Sequence[str]] | None = None,
     mend: str | None = None,
 ) -> None:
-    """Refuse names that differ only in case, blanks, dashes or leading zeros; ``names`` and ``rows`` are by place, as ``"object 2"``."""
+    """Raise for names that differ only in case, blanks, dashes or leading zeros.
+
+    ``names`` and ``rows`` map a place, such as ``"object 2"``, to names; ``mend`` replaces the call that the error suggests.
+    """
     seen: dict[str, tuple[str, str]] = {}
     for place, found in names.items():
         for name in pd.unique(pd.Series(found, dtype=object).dropna()):
-            first, there = seen.setdefault(_folded(name), (name, place))
+            first, there = seen.setdefault(_fold_spelling(name), (name, place))
             if first != name:
-                shown = [_shown(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
+                shown = [_format_occurrences(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
                 call = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
                 raise ValueError(
-                    f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in {_differing(first, name)}; "
+                    f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in {_spelling_difference(first, name)}; "
                     f"{mend or f'spell them alike: {call}'}"
                 )
 
 
-def _folded(name: str) -> str:
+def _fold_spelling(name: str) -> str:
     name = " ".join(unicodedata.normalize("NFKC", _DASHES.sub("-", name)).casefold().split())
     return _LEADING_ZEROS.sub("", _BLANKS.sub("", name))
 
 
-def _differing(first: str, second: str) -> str:
-    """Say in what two names differ that are folded alike."""
+def _spelling_difference(first: str, second: str) -> str:
+    """Return in what two names differ that have the same folded spelling."""
     numbers = [re.findall(r"\d+", name) for name in (first, second)]
     return (
         "case or blanks"
@@ -138,8 +141,10 @@ def _differing(first: str, second: str) -> str:
     )
 
 
-def _shown(name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mapping[str, Sequence[str]] | None) -> str:
-    """Write a name with where it stands: how many spots, and the first of them."""
+def _format_occurrences(
+    name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mapping[str, Sequence[str]] | None
+) -> str:
+    """Format a name with its number of spots, the first of them, and its place."""
     where = np.flatnonzero(np.asarray(found, object) == name)
     parts = [f"{len(where)} spots"] if rows is not None else []
     parts += [f"from {rows[place][where[0]]!r}"] if rows is not None else []
@@ -148,7 +153,7 @@ def _shown(name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mappi
 
 
 def clean_name_argument(value: object, parameter: str, *, sample: bool = False) -> str:
-    """Clean a name that the user gave, of a sample or other, as :func:`names_of` cleans those of a column."""
+    """Clean a name in an argument as :func:`names_of` cleans those of a column."""
     name = clean_samples([value])[0] if sample else clean_name(value)
     if name is None:
         raise ValueError(f"`{parameter}` holds {value!r}, which is a missing value; a name is needed")
@@ -156,7 +161,7 @@ def clean_name_argument(value: object, parameter: str, *, sample: bool = False) 
 
 
 def annotation_target(table: AnnData) -> Mapping[str, Any] | None:
-    """Which shapes or labels a table annotates, as spatialdata notes it; ``None`` if it annotates nothing."""
+    """Return ``uns["spatialdata_attrs"]``: which shapes or labels a table annotates; ``None`` if it annotates nothing."""
     attrs = table.uns.get("spatialdata_attrs")
     if attrs is None:
         return None
@@ -169,7 +174,7 @@ def annotation_target(table: AnnData) -> Mapping[str, Any] | None:
 
 
 def check_text_names(table: AnnData) -> AnnData:
-    """Return the table, of which anndata could not take rows if its names were numbers."""
+    """Return the table; raise if its names are numbers, by which anndata cannot select rows."""
     for axis in ("obs_names", "var_names"):
         if pd.api.types.is_numeric_dtype(getattr(table, axis)):
             raise ValueError(f"`data`: {axis} are numbers; run table.{axis} = table.{axis}.astype(str)")

@@ -1,4 +1,4 @@
-"""Tables that we make of what was predicted, and put in place of those that we made before."""
+"""New tables of predicted genes, which replace the tables that we made before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .model_genes import WantedGenes
     from .slide import Slide
 
-#: Slots of a table, and the axes that they are aligned to.
+#: Axes that each slot of a table is aligned to.
 _SLOTS = {
     "obs": {"obs"},
     "obsm": {"obs"},
@@ -36,14 +36,14 @@ _SLOTS = {
     "varp": {"var"},
     "layers": {"obs", "var"},
 }
-#: Columns that every table has that we make.
-_OWN = {"obs": (REGION, INSTANCE), "var": ("ensembl_id",)}
+#: Columns of every new table.
+_OWN_COLUMNS = {"obs": (REGION, INSTANCE), "var": ("ensembl_id",)}
 
 
 def check_new_table(
     sdata: SpatialData, name: str, slides: Sequence[Slide], wanted: WantedGenes, model: HE2Gene, keys: Keys
 ) -> None:
-    """Refuse, before any work, a table whose name or ids cannot be, or in whose place something would be lost."""
+    """Raise, before any work, if the name or ids of a new table are invalid, or if it would replace data that is not ours."""
     check_place(sdata, name)
     for slide in slides:
         check_spot_ids(pd.Index(slide.spot_ids), slide.shapes_key)
@@ -58,7 +58,7 @@ def check_new_table(
         f"{slot}[{key!r}]"
         for slot, keys_there in foreign_keys(before).items()
         for key in keys_there
-        if _SLOTS[slot] & changed and key not in _OWN.get(slot, ())
+        if _SLOTS[slot] & changed and key not in _OWN_COLUMNS.get(slot, ())
     ]
     if changed and before.raw is not None:
         lost.append("raw")
@@ -68,13 +68,13 @@ def check_new_table(
     if lost:
         what = " and ".join({"obs": "spots", "var": "genes"}[axis] for axis in sorted(changed)) or "values"
         raise ValueError(
-            f"`key_added`: table {name!r} would be replaced by one of other {what}, and {format_list(lost)} would be lost; "
+            f"`key_added`: table {name!r} would be replaced by a table of other {what}, and {format_list(lost)} would be lost; "
             f"keep the table under another name or delete it: del sdata.tables[{name!r}]"
         )
 
 
 def check_place(sdata: SpatialData, name: str) -> None:
-    """Refuse, before any work is done, to put a table where one stands that is not ours."""
+    """Raise, before any work, if the new table would replace an element that is not ours."""
     if name in sdata.tables and OWN_TABLE in sdata.tables[name].uns:
         return
     if name in sdata.tables and name == TABLE:
@@ -82,17 +82,17 @@ def check_place(sdata: SpatialData, name: str) -> None:
         raise ValueError(
             f"`table_key`: table {name!r} does not annotate the spots: it annotates {attrs.get('region', 'nothing')!r}, the "
             f"shapes are {sorted(sdata.shapes)}. Link it with sdata.set_table_annotates_spatialelement({name!r}, "
-            "region=..., region_key=..., instance_key=...), or, if it is another, rename it"
+            "region=..., region_key=..., instance_key=...), or rename it if it belongs to other shapes"
         )
     if name.lower() in [other.lower() for _, other in element_names(sdata)]:
         raise ValueError(f"`key_added`: the new table would be named {name!r}, which is taken; choose another key")
 
 
 def check_spot_ids(ids: pd.Index, shapes_key: str) -> None:
-    """Refuse ids that ``TableModel`` would refuse, after the work is done."""
+    """Raise for ids that ``TableModel`` would reject after the work is done."""
     kind = "mixed" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
     if kind == "string" and ids.hasnans:
-        # Texts of pandas 3 have a missing value of their own.
+        # Strings of pandas 3 have their own missing value.
         kind = "mixed"
     if kind in ("integer", "string") or (kind == "categorical" and _is_plain(ids.categories)):
         return
@@ -109,8 +109,8 @@ def _is_plain(ids: pd.Index) -> bool:
 def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnData | None) -> AnnData:
     """Make a table of the predicted genes, marked as ours.
 
-    ``X`` is a copy of the layer, or empty where both together pass ``settings.memory_limit``. With ``like``, the table
-    that annotates the same spots, its ``obs`` names and ids are taken over.
+    ``X`` is a copy of the layer, or empty if both together exceed ``settings.memory_limit``. ``like`` is a table that
+    annotates the same spots, from which ``obs`` names and ids are copied.
     """
     import scipy.sparse
     from anndata import AnnData
@@ -140,20 +140,20 @@ def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnDa
 
 
 def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None:
-    """Set a table that we made, in place of one that we made before, which comes back if this is interrupted.
+    """Set a new table, replacing one that we made before, which is restored on an interruption.
 
-    What was computed from the prediction is not carried over if its values have changed.
+    Results that were computed from the prediction are not carried over if its values have changed.
     """
     check_place(sdata, name)
     before = sdata.tables.get(name)
     removed = [] if before is None else _carry_over(before, table, keys)
     with replaced_element(sdata, "tables", name, table):
-        # Within: a warning may have been made an exception.
+        # Warn inside the block: a filter may turn the warning into an exception.
         warn_removed(removed, stacklevel=3)
 
 
 def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
-    """Bring what else stands in a table that we made into the one that takes its place; return what does not come along."""
+    """Copy other entries of the table ``before`` into the new table; return the results that are not copied."""
     changed = _changed_axes(before, table.obs_names, table.var_names)
     dropped: dict[str, dict[str, list[str]]] = {keys.uns: recorded_keys(keys.uns, before.uns.get(keys.uns))}
     for key in [key for key, record in before.uns.items() if key != keys.uns and is_result(record)]:
@@ -191,7 +191,7 @@ def _changed_axes(before: AnnData, obs_names: pd.Index, var_names: pd.Index) -> 
 
 
 def _obs(slides: Sequence[Slide], like: AnnData | None) -> pd.DataFrame:
-    """Regions and ids of the spots, under the names of the measured table, else their ids."""
+    """Return regions and ids of the spots, indexed by the names of the measured table, else by the ids."""
     region = np.concatenate([np.repeat(slide.shapes_key, len(slide.spot_ids)) for slide in slides])
     ids: Any = pd.Index(np.concatenate([np.asarray(slide.spot_ids) for slide in slides])).infer_objects()
     names = pd.Index(ids.astype(str))

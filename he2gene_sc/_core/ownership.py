@@ -1,8 +1,8 @@
-"""What of a table is ours, by the records in ``uns``; what is not is never written over.
+"""Find the entries of a table that our functions wrote, by the records in ``uns``; other entries are never overwritten.
 
-A record ``uns[key]`` names the verb, the keys that it wrote (``written``) and a digest of each value (``signatures``). A
-key is ours if such a record names it and its value is what was written. Predictions of version 0.6.0 and earlier have no
-list: the keys follow from ``key_added``.
+A record ``uns[key]`` holds the function (``verb``), the keys that it wrote (``written``) and a digest of each value
+(``signatures``). An entry is ours if a record names it and its value is unchanged. Predictions of version 0.6.0 and earlier
+have no list of keys: these follow from ``key_added``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .validate import format_list
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: Keys of ``uns`` that have a meaning of their own, here, in spatialdata or in scanpy.
+#: Keys of ``uns`` that have a fixed meaning here, in spatialdata or in scanpy.
 RESERVED = (OWN_TABLE, SPATIAL, "spatial", "spatialdata_attrs")
 
 
 def public_name(verb: str) -> str:
-    """Name of a verb as it is called; outside ``hg.tl`` it is recorded with its namespace."""
+    """Return the public name of a verb; verbs outside ``hg.tl`` are recorded with their namespace."""
     return f"hg.{verb}" if "." in verb else f"hg.tl.{verb}"
 
 
@@ -47,7 +47,7 @@ def is_result(record: Any) -> bool:
 
 
 def recorded_keys(key: str, record: Any) -> dict[str, list[str]]:
-    """Slot to the keys that a record names."""
+    """Return the keys that a record names, by slot."""
     if not isinstance(record, Mapping):
         return {}
     if isinstance(written := record.get("written"), Mapping):
@@ -56,7 +56,7 @@ def recorded_keys(key: str, record: Any) -> dict[str, list[str]]:
 
 
 def keys_of_prediction(keys: Keys, *, classes: bool = True, ood: bool = True) -> dict[str, list[str]]:
-    """Slot to the keys that ``hg.tl.predict`` writes beside its record: with annotation classes, with a score of them."""
+    """Return the keys that ``hg.tl.predict`` writes beside its record, by slot; optionally those of classes and OOD scores."""
     return {
         "layers": [keys.layer],
         "var": [
@@ -75,14 +75,14 @@ def keys_of_prediction(keys: Keys, *, classes: bool = True, ood: bool = True) ->
 
 
 def signatures_of(table: AnnData, written: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Digests of what was just written, in the order of ``written``."""
+    """Return digests of the values that were just written, in the order of ``written``."""
     return {
         slot: [slot_digest(table, slot, name) for name in names] for slot, names in written.items() if slot != "uns"
     }
 
 
 def unchanged_keys(table: AnnData, key: str, record: Any = None) -> dict[str, list[str]]:
-    """Slot to the keys that the record ``uns[key]`` names, which are there and nobody has changed since."""
+    """Return the keys that the record ``uns[key]`` names, by slot, if they exist and are unchanged."""
     record = table.uns.get(key) if record is None else record
     stored = record.get("signatures", {}) if isinstance(record, Mapping) else {}
     found: dict[str, list[str]] = {}
@@ -99,15 +99,15 @@ def unchanged_keys(table: AnnData, key: str, record: Any = None) -> dict[str, li
 
 
 def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_added", **slots: Iterable[str]) -> None:
-    """Refuse, before any work, to write over what this verb did not write; ``slots`` hold the keys to be written."""
+    """Raise, before any work, if a verb would overwrite entries that it did not write; ``slots`` hold the keys to write."""
     planned = {slot: list(names) for slot, names in slots.items()}
     if key in RESERVED:
-        raise ValueError(f"`{parameter}`: uns[{key!r}] has a meaning of its own; choose another name")
+        raise ValueError(f"`{parameter}`: uns[{key!r}] is reserved; choose another name")
     check_case(table, parameter, {**planned, "uns": [key, *planned.get("uns", [])]})
     record = table.uns.get(key)
     if record is not None and not is_record_of(verb, record):
         raise ValueError(
-            f"`{parameter}`: uns[{key!r}] is there and was not written by {public_name(verb)}; choose another name, or rename or "
+            f"`{parameter}`: uns[{key!r}] exists and was not written by {public_name(verb)}; choose another name, or rename or "
             "delete it first"
         )
     named = recorded_keys(key, record) if record is not None else _without_record(table, verb, key, planned)
@@ -119,28 +119,28 @@ def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_add
         lost = (
             ""
             if record is not None
-            else (f". If it was, its record uns[{key!r}] is gone: anndata.concat keeps it with uns_merge='first'")
+            else f". If it was, its record uns[{key!r}] is missing: anndata.concat keeps it with uns_merge='first'"
         )
         raise ValueError(
-            f"`{parameter}`: {_shown(foreign)} and was not written by {public_name(verb)}; choose another name, or rename or delete "
+            f"`{parameter}`: {_format_entries(foreign)} and was not written by {public_name(verb)}; choose another name, or rename or delete "
             f"it first{lost}"
         )
     if changed:
         raise ValueError(
-            f"`{parameter}`: {_shown(changed)} and was changed after {public_name(verb)} wrote it; keep it under another name, "
+            f"`{parameter}`: {_format_entries(changed)} and was changed after {public_name(verb)} wrote it; keep it under another name, "
             "delete it, or choose another name for the result"
         )
 
 
 def owns_spatial(table: AnnData) -> bool:
-    """Whether ``obsm["spatial"]`` is there and holds the centres that ``hg.tl.predict`` wrote."""
+    """Whether ``obsm["spatial"]`` holds the centres that ``hg.tl.predict`` wrote."""
     mark = table.uns.get(SPATIAL)
     signature = mark.get("signature") if isinstance(mark, Mapping) else None
     return mark is not None and "spatial" in table.obsm and is_unchanged(table, "obsm", "spatial", signature)
 
 
 def foreign_keys(table: AnnData) -> dict[str, list[str]]:
-    """Slot to the keys of a table that no verb wrote, or that were changed since."""
+    """Return the keys of a table that no verb wrote, or that were changed since, by slot."""
     results = [key for key, record in table.uns.items() if is_result(record)]
     found = {}
     for slot in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
@@ -152,7 +152,7 @@ def foreign_keys(table: AnnData) -> dict[str, list[str]]:
 
 
 def check_case(table: AnnData, parameter: str, slots: Mapping[str, Iterable[str]]) -> None:
-    """Refuse names that differ only in case from what is there, or that the index of a frame has."""
+    """Raise for names that differ only in case from existing ones, or that the index of a frame has."""
     for slot, names in slots.items():
         there = {str(name).lower(): str(name) for name in getattr(table, slot) if name is not None}
         index = getattr(table, slot).index.name if slot in ("obs", "var") else None
@@ -168,7 +168,7 @@ def check_case(table: AnnData, parameter: str, slots: Mapping[str, Iterable[str]
 
 
 def _without_record(table: AnnData, verb: str, key: str, slots: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Names of a whole prediction whose record ``anndata.concat`` has dropped; none if it is not whole."""
+    """Return the keys of a complete prediction whose record ``anndata.concat`` has dropped; empty if it is incomplete."""
     if verb != "predict" or not slots.get("layers"):
         return {}
     keys = Keys(key, slots["layers"][0])
@@ -185,6 +185,6 @@ def _without_record(table: AnnData, verb: str, key: str, slots: Mapping[str, lis
     return keys_of_prediction(keys) if whole else {}
 
 
-def _shown(entries: list[tuple[str, str]]) -> str:
+def _format_entries(entries: list[tuple[str, str]]) -> str:
     first, *others = [f"{slot}[{name!r}]" for slot, name in entries]
-    return f"{first} is there" + (f" (so is {format_list(others)})" if others else "")
+    return f"{first} exists" + (f" (so does {format_list(others)})" if others else "")

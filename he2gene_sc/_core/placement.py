@@ -1,4 +1,4 @@
-"""Whether spots lie on the image where they should: inside it, on pixels that show something, not mirrored."""
+"""Check that spots lie inside the image, on pixels that are not blank, and are not mirrored."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from .slide import Slide
 
-#: Share of spots that a likely cause has to bring into the image, and of the image that they then span.
+#: A likely cause has to bring this fraction of the spots into the image, where they span this fraction of it.
 _INSIDE, _SPAN = 0.9, 0.2
-#: µm/px by the lattice over that of the image, from which on they are taken for the same.
+#: Least ratio of the µm/px of lattice and image at which they count as equal.
 _SAME_SIZE = 0.8
-#: Spots that are compared with the pixels, and by how much one placement has to be better to be called right.
+#: Number of spots that are compared with the pixels; ratio of darkness and gain in correlation of a better placement.
 _N_SPOTS, _DARKER, _BETTER = 400, 1.15, 0.15
-#: The same without array positions, which have to agree else.
+#: Ratio of darkness of a better placement without array positions as a second criterion.
 _MUCH_DARKER = 1.5
-#: Diameter to pitch from which spots are bins side by side: those of Visium HD run mirrored as they should.
+#: Spots of a larger diameter-to-pitch ratio are adjacent bins: array positions of Visium HD are mirrored by design.
 _TOUCHING = 0.9
 
 _SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
@@ -34,11 +34,11 @@ _SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
 def check_placement(sdata: SpatialData, slide: Slide) -> None:
     """Check spots against the image and the array positions of the table.
 
-    Warns where more than half of the spots lie outside, or array positions run mirrored against the pixels.
+    Warn if more than half of the spots lie outside, or if array positions are mirrored against the pixels.
     """
     outside = int((~slide.inside).sum())
     if outside > len(slide.inside) / 2:
-        message = _outside(sdata, slide, outside)
+        message = _outside_message(sdata, slide, outside)
         if not slide.inside.any():
             raise ValueError(message)
         warnings.warn(
@@ -46,8 +46,8 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
         )
     if len(slide.centres) > 1 and pitch_of(slide.centres) == 0:
         raise ValueError(
-            f"`shapes_key` {slide.shapes_key!r}: most spots lie on top of each other; each needs a centre of its own. Check how the "
-            "shapes were made, and whether sections that were joined are regions of their own"
+            f"`shapes_key` {slide.shapes_key!r}: most spots lie on top of each other; each needs its own centre. Check how the "
+            "shapes were made, and keep joined sections as separate regions"
         )
     if slide.inside.any():
         side = slide.diameter_um / slide.mpp
@@ -59,30 +59,30 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
     _check_orientation(sdata, slide)
 
 
-def _outside(sdata: SpatialData, slide: Slide, outside: int) -> str:
+def _outside_message(sdata: SpatialData, slide: Slide, outside: int) -> str:
     (left, top), (right, bottom) = slide.centres.min(0), slide.centres.max(0)
     width, height = slide.pyramid.width, slide.pyramid.height
     found = (
         f"`shapes_key` {slide.shapes_key!r}: {outside} of {len(slide.inside)} spots lie outside image {slide.image_key!r} "
         f"({width} × {height} px; the spots lie at x {left:.0f} to {right:.0f}, y {top:.0f} to {bottom:.0f})."
     )
-    for cause, matrix in _causes(sdata, slide):
+    for cause, matrix in _possible_causes(sdata, slide):
         places = transform_points(slide.centres, matrix)
         inside = ((places >= 0) & (places <= [width, height])).all(1)
         if inside.mean() >= _INSIDE and (np.ptp(places, axis=0) / [width, height]).max() >= _SPAN:
-            return f"{found} {cause}; if so: {_mend(sdata, slide, matrix)}."
+            return f"{found} {cause}; if so: {_fix_call(sdata, slide, matrix)}."
     factor = 0.95 * min(width / max(right, 1), height / max(bottom, 1))
     if factor < 1 and left < width and top < height and min(left, top) >= 0:
         return (
             f"{found} Their coordinates look like those of a larger image, such as the full-resolution one: use that image, "
-            "or scale the spots by the width of this image over the width of that one, about: "
-            f"{_mend(sdata, slide, np.diag([factor, factor, 1]))}."
+            "or scale the spots by the ratio of the image widths, about: "
+            f"{_fix_call(sdata, slide, np.diag([factor, factor, 1]))}."
         )
     return f"{found} Check the transformations, `coordinate_system` and `image_key`, of {sorted(sdata.images)}."
 
 
-def _causes(sdata: SpatialData, slide: Slide) -> Iterator[tuple[str, np.ndarray]]:
-    """List what may have gone wrong, and the matrix that mends it, in pixels."""
+def _possible_causes(sdata: SpatialData, slide: Slide) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield possible causes, each with the matrix in pixels that corrects it."""
     yield "x and y of the spots look swapped", _SWAP
     if (slide.centres[:, 1] < 0).mean() > 0.5:
         yield "y of the spots looks mirrored", np.diag([1.0, -1, 1])
@@ -100,7 +100,7 @@ def _causes(sdata: SpatialData, slide: Slide) -> Iterator[tuple[str, np.ndarray]
 
 
 def _scale_factors(sdata: SpatialData, slide: Slide) -> dict[str, float]:
-    """Scale factors that Space Ranger wrote, where the table kept them."""
+    """Return the scale factors of Space Ranger, if the table has them."""
     libraries = {} if slide.table_key is None else sdata[slide.table_key].uns.get("spatial", {})
     found = {}
     for library in libraries.values() if isinstance(libraries, Mapping) else ():
@@ -111,12 +111,12 @@ def _scale_factors(sdata: SpatialData, slide: Slide) -> dict[str, float]:
     return found
 
 
-def _mend(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
+def _fix_call(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
     return transformation_call(sdata, slide.image_key, slide.shapes_key, slide.coordinate_system, matrix)
 
 
 def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
-    """Warn of array positions that run mirrored against the pixels, unless the pixels say that this is right."""
+    """Warn if array positions are mirrored against the pixels, unless the pixels confirm the placement."""
     if not slide.inside.any() or slide.table_key is None:
         return
     obs = sdata[slide.table_key].obs.iloc[slide.rows]
@@ -124,10 +124,10 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
     if lattice is None:
         if is_scattered(obs, slide.centres):
             warnings.warn(
-                f"`array_row` and `array_col` of table {slide.table_key!r} say nothing of where the spots of "
-                f"{slide.shapes_key!r} lie: the ids of table and spots look mixed up, as after sorting one of them. If so, all "
-                "spots are predicted from other tissue; compare sdata[table].obs with sdata[shapes]. If these columns are of "
-                "another array, delete them",
+                f"`array_row` and `array_col` of table {slide.table_key!r} do not match the positions of the spots of "
+                f"{slide.shapes_key!r}: the ids of table and spots look mixed up, as after sorting one of them. If so, all "
+                "spots are predicted from other tissue; compare sdata[table].obs with sdata[shapes]. If these columns belong "
+                "to another array, delete them",
                 UserWarning,
                 stacklevel=5,
             )
@@ -143,49 +143,49 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
             "x of the spots looks mirrored": np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]]),
             "y of the spots looks mirrored": np.array([[1.0, 0, 0], [0, -1, height], [0, 0, 1]]),
         }
-    better = {cause: _compare(sdata, slide, matrix) for cause, matrix in causes.items()}
+    better = {cause: _compare_placements(sdata, slide, matrix) for cause, matrix in causes.items()}
     if max(better.values()) < 0:
         return
     cause = max(better, key=better.__getitem__)
     shown = "; the pixels agree" if better[cause] > 0 else ""
     warnings.warn(
-        f"`array_row` and `array_col` of table {slide.table_key!r} run mirrored against the pixels: {cause}{shown}. If so, "
-        f"all spots are predicted from other tissue; mend it by {_mend(sdata, slide, causes[cause])}. If the "
-        "section was imaged mirrored, as in some CytAssist runs, or array_row counts columns, all is well",
+        f"`array_row` and `array_col` of table {slide.table_key!r} are mirrored against the pixels: {cause}{shown}. If so, "
+        f"all spots are predicted from other tissue; correct it with {_fix_call(sdata, slide, causes[cause])}. Ignore this "
+        "if the section was imaged mirrored, as in some CytAssist runs, or array_row counts columns",
         UserWarning,
         stacklevel=5,
     )
 
 
 def _check_swap(sdata: SpatialData, slide: Slide) -> None:
-    """Warn where the tissue lies under the spots with x and y swapped, and not as they are."""
-    now, then = _darkness(slide, _SWAP, subsample(np.flatnonzero(slide.inside)))
+    """Warn if there is much more tissue under the spots with x and y swapped."""
+    now, then = _darkness_before_after(slide, _SWAP, subsample(np.flatnonzero(slide.inside)))
     both = np.isfinite(then)
     if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * now[both].mean():
         warnings.warn(
             f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
-            f"are exchanged. If so, all spots are predicted from other tissue; mend it by {_mend(sdata, slide, _SWAP)}",
+            f"are exchanged. If so, all spots are predicted from other tissue; correct it with {_fix_call(sdata, slide, _SWAP)}",
             UserWarning,
             stacklevel=5,
         )
 
 
-def _darkness(slide: Slide, matrix: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
-    """Darkness under some spots as they are, and where a matrix moves them."""
+def _darkness_before_after(slide: Slide, matrix: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
+    """Return the darkness under some spots, before and after a transformation."""
     side, centres = slide.diameter_um / slide.mpp, slide.centres[chosen]
     places = (centres, transform_points(centres, matrix))
     return [darkness_at(slide.pyramid, slide.image_key, place, side).mean for place in places]
 
 
-def _compare(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:
-    """Say whether the pixels fit better after a move (1), before (-1), or equally (0).
+def _compare_placements(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:
+    """Return 1 if the pixels fit better after a transformation, -1 if before, 0 if equally.
 
-    Spots lie on tissue, which is darker than glass, and more was counted where more cells are.
+    Spots lie on tissue, which is darker than glass, and counts are higher where cells are denser.
     """
     from scipy.stats import spearmanr
 
     chosen = subsample(np.flatnonzero(slide.inside), _N_SPOTS)
-    now, then = _darkness(slide, matrix, chosen)
+    now, then = _darkness_before_after(slide, matrix, chosen)
     both = np.isfinite(now) & np.isfinite(then)
     if np.isfinite(then).mean() < _INSIDE or not both.any():
         return -1

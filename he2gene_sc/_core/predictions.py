@@ -1,4 +1,4 @@
-"""Finding what predict wrote, for the pictures and tables that read it."""
+"""Find tables, records and layers that predict wrote."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_key: str | None = None) -> str:
-    """Name of the table that ``predict(key_added=...)`` filled; a measured one before one that we made."""
+    """Return the name of the table that ``predict(key_added=...)`` filled; a measured table comes first."""
     if not hasattr(sdata, "tables"):
         raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
     if table_key is not None:
@@ -40,7 +40,7 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
     candidates = measured or found
     if not candidates:
         lost = [key for key, table in sdata.tables.items() if prediction_key in table.layers]
-        hint = f" (of {lost} the layer is there and the record in uns is not: anndata.concat keeps it with uns_merge='first')"
+        hint = f" ({lost} have the layer, but not the record in uns: anndata.concat keeps it with uns_merge='first')"
         raise ValueError(
             f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"
         )
@@ -50,25 +50,25 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
 
 
 def prediction_of(table: AnnData, layer: str | None) -> str | None:
-    """Name of the prediction that a layer (``None``: ``X``) is or was adapted from; ``None`` if it was measured."""
+    """Return the prediction that a layer (``None``: ``X``) holds or was adapted from; ``None`` for a measured layer."""
     if layer is not None:
         layer = source_layer(table, layer)[0]
     if layer is None and OWN_TABLE not in table.uns:
         return None
     for key, record in table.uns.items():
-        # `X` of a table that we made is the prediction.
+        # `X` of our own tables is the prediction.
         if is_prediction(record) and layer in (None, record["layer"]):
             return key
     if layer is None:
         return None
-    # What predict writes beside a layer, of which anndata.concat keeps obs alone.
+    # Without a record, look for columns that predict writes with a layer; anndata.concat only keeps those of obs.
     keys = Keys(layer)
-    beside = keys.reliable in table.var or keys.annotation in table.obs or keys.ood in table.obs
-    return layer if beside or layer == Keys().layer else None
+    has_columns = keys.reliable in table.var or keys.annotation in table.obs or keys.ood in table.obs
+    return layer if has_columns or layer == Keys().layer else None
 
 
 def source_layer(table: AnnData, layer: str) -> tuple[str, list[str]]:
-    """Layer that others were adapted from, itself if it was not, and the adapted ones from the last to the first."""
+    """Return the layer that a layer was adapted from (itself if not adapted), and the adapted layers, last first."""
     steps: list[str] = []
     while is_record_of("adapt", table.uns.get(layer)) and layer not in steps:
         steps.append(layer)
@@ -91,7 +91,7 @@ def record_of(table: AnnData, prediction_key: str = "he2gene") -> Mapping[str, A
 
 
 def gene_flags(table: AnnData, name: str) -> np.ndarray:
-    """Return a column of ``var`` that is true or false for every gene, ``(n_vars,)`` bool."""
+    """Return a boolean column of ``var``, ``(n_vars,)`` bool."""
     if name not in table.var:
         raise ValueError(f"`data`: var has no {name!r}, which hg.tl.predict wrote; keep it, or predict again")
     column = table.var[name]
@@ -105,26 +105,29 @@ def gene_flags(table: AnnData, name: str) -> np.ndarray:
 
 
 def symbols_of(table: AnnData, record: Mapping[str, Any], gene_symbols: str | None) -> str | None:
-    """Column of ``var`` with gene symbols: the one given, else the one that predict was given."""
+    """Return the column of ``var`` with gene symbols: the argument, else the one that predict used."""
     recorded = record.get("gene_symbols") if isinstance(record, Mapping) else None
     return recorded if gene_symbols is None and recorded in table.var else gene_symbols
 
 
 def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str = "he2gene") -> str:
-    """Name of a layer, not of another prediction; the default and the name of the prediction stand for what that wrote."""
+    """Return the name of a layer of a prediction; the default and the prediction's name mean the layer that it wrote.
+
+    Raise if the layer belongs to another prediction.
+    """
     record = record_of(table, prediction_key)
     name = str(record["layer"]) if layer in (Keys().layer, prediction_key) else layer
     for key, other in table.uns.items():
         if is_prediction(other) and other["layer"] == name and key != prediction_key:
             raise ValueError(
-                f"`layer` {name!r} is of prediction {key!r}, not of {prediction_key!r}; pass prediction_key={key!r}"
+                f"`layer` {name!r} belongs to prediction {key!r}, not to {prediction_key!r}; pass prediction_key={key!r}"
             )
     hint = "; hg.get.expression(data, genes) computes genes again" if name == record["layer"] else ""
     return validate.existing_key(name, layer_names(table), "layer", hint)
 
 
 def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str, stacklevel: int = 3) -> None:
-    """Warn where a layer that predict wrote was changed since."""
+    """Warn if a layer was changed since predict wrote it."""
     values = matrix_of(table, layer)
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         if np.isinf(values).any():
@@ -136,23 +139,23 @@ def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str, stack
         "layers", ()
     ):
         warnings.warn(
-            f"`layer` {layer!r} was changed since hg.tl.predict wrote it: what the model promises need not hold for it; "
+            f"`layer` {layer!r} was changed since hg.tl.predict wrote it: the reliability that the model states may not hold; "
             "predict again",
             stacklevel=stacklevel,
         )
 
 
 def head_digest(model: HE2Gene) -> str:
-    """Digest of the genes of a model and the head that predicts them from an embedding."""
+    """Return a digest of the genes of a model and of its gene head."""
     tensors = model.tensors
     return digest_of({"genes": model.genes.index, **{part: tensors[f"genes.{part}"] for part in ("weight", "bias")}})
 
 
 def embedding_of(table: AnnData, prediction_key: str = "he2gene") -> np.ndarray:
-    """Embedding that predict wrote, of the rows that are there, ``(n, k)`` float32; refused where it was changed."""
+    """Return the embedding that predict wrote, ``(n, k)`` float32; raise if it was changed."""
     name, rows = Keys(prediction_key).embedding, Keys(prediction_key).rows
     if name not in table.obsm or rows not in table.uns:
-        what = "is not there" if name not in table.obsm else f"cannot be checked, since uns[{rows!r}] is not there"
+        what = "is missing" if name not in table.obsm else f"cannot be checked, since uns[{rows!r}] is missing"
         raise ValueError(f"`data`: obsm[{name!r}], from which genes are computed, {what}; predict again")
     values = np.asarray(table.obsm[name], np.float32)
     other = ~np.isin(row_digests(values, table.obs_names), table.uns[rows])
@@ -166,7 +169,7 @@ def embedding_of(table: AnnData, prediction_key: str = "he2gene") -> np.ndarray:
 
 
 def predicting_model(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
-    """Find the model that predicted."""
+    """Return the model of a prediction: the argument, checked, or the bundled model."""
     from ..models import BUNDLED, load
 
     name, sha256 = record["model"], record["weights_sha256"]
@@ -174,16 +177,16 @@ def predicting_model(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene
         found = load(name) if name in BUNDLED else None
         if found is None or found.weights_sha256 != sha256:
             raise ValueError(
-                f"`model`: the prediction is of {name!r}, which is no bundled model of this version; give it, as a folder or "
-                "loaded, or predict again"
+                f"`model`: the prediction was made by {name!r}, which is not a bundled model of this version; pass its folder "
+                "or the loaded model, or predict again"
             )
         return found
     found = load(model)
     head = head_digest(found)
-    # Models that were never saved have no hash of a file.
+    # Models that were never saved have no file hash.
     if found.weights_sha256 != sha256 or record.get("head", head) != head:
         raise ValueError(
             f"`model` {found.name!r} has weights {found.weights_sha256[:12] or 'that were never saved'}, the prediction was "
-            f"made by {name!r} with {str(sha256)[:12] or 'weights that were never saved'}; give that model, or predict again"
+            f"made by {name!r} with {str(sha256)[:12] or 'weights that were never saved'}; pass that model, or predict again"
         )
     return found

@@ -1,4 +1,4 @@
-"""Arrays of images and labels, and the zarr arrays that lazy ones read."""
+"""Arrays of images and labels, and the zarr arrays that they read lazily."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 
 def levels(element: Any) -> list[Any]:
-    """Arrays of an image or labels, finest first."""
+    """Return the arrays of an image or labels, finest first."""
     if hasattr(element, "children"):
         return [next(iter(level.data_vars.values())) for level in element.children.values()]
     return [element]
 
 
 def zarr_folders(array: Any) -> list[Path]:
-    """Folders of the zarr arrays that a dask array reads."""
+    """Return the folders of the zarr arrays that a dask array reads."""
     return [folder for folder, _ in zarr_sources(array)]
 
 
 def zarr_sources(array: Any) -> list[tuple[Path, Any]]:
-    """Folders of the zarr arrays that a dask array reads, and these arrays."""
+    """Return the zarr arrays that a dask array reads, with their folders."""
     sources = []
     for name, layer in getattr(getattr(array, "dask", None), "layers", {}).items():
         if name.startswith("original-from-zarr"):

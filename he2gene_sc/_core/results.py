@@ -1,7 +1,7 @@
-"""Results of verbs: found, and written as declared, checked beforehand, whole or not at all.
+"""Find and write the results of verbs (public functions that write into tables).
 
-A verb calls ``check_free`` before its work and :func:`write_result` after it. What depends on values that change is
-removed, with a warning. An exception while writing, a warning that was made one included, leaves the table as it was.
+A verb calls ``check_free`` before its work and :func:`write_result` after it. Results that depend on changed values are
+removed, with a warning. An exception while writing (also a warning turned into one) leaves the table unchanged.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp", "uns")
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of a verb writes into a table."""
+    """Everything that one run of a verb writes into a table."""
 
     verb: str
-    key: str  # uns[key] gets the record
+    key: str  # the record is written to uns[key]
     record: Mapping[str, Any]
     slots: Mapping[str, Mapping[str, Any]]
     unrecorded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -> list[AnnData]:
-    """Return the table of each object whose ``uns[key]`` a verb wrote; ``data`` is an object or table, or several."""
+    """Return the table of each object in which a verb wrote ``uns[key]``; ``data`` is one object or table, or several."""
     if is_object(data):
         objects = [data]
     elif isinstance(data, Iterable) and not isinstance(data, str | Mapping):
@@ -68,7 +68,7 @@ def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -
 
 
 def find_result(data: Any, verb: str, key: str, table_key: str | None = None) -> Mapping[str, Any]:
-    """Return what a verb wrote to ``uns[key]`` of an object, a table, or the first of several."""
+    """Return the record that a verb wrote to ``uns[key]`` of an object, a table, or the first of several."""
     return find_results(data, verb, key, table_key)[0].uns[key]
 
 
@@ -81,11 +81,11 @@ def write_result(
     facts: Mapping[str, Any] | None = None,
     **slots: Mapping[str, Any],
 ) -> None:
-    """Write all results of a verb at once, or, if that is interrupted, none; ``slots`` are slot to key to value.
+    """Write all results of a verb at once, or none if it is interrupted; ``slots`` map slot to key to value.
 
-    ``uns[key]`` gets ``verb``, ``params``, ``written`` (slot to keys), ``signatures`` of the values, and the ``facts``.
-    What an earlier run of the verb wrote under the same key and this one does not is removed; so is, with a warning, what
-    was computed from values that change.
+    ``uns[key]`` gets ``verb``, ``params``, ``written`` (keys by slot), ``signatures`` of the values, and the ``facts``.
+    Entries that only an earlier run of the verb wrote under the same key are removed. Results that were computed from
+    changed values are removed with a warning.
     """
     write_results([(table, _result(verb, key, params, facts, slots))], stacklevel=3)
 
@@ -93,12 +93,12 @@ def write_result(
 def write_to_all(
     tables: Sequence[AnnData], verb: str, key: str, *, params: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
-    """Write one record into several tables, into all or none; parameters as for :func:`write_result`."""
+    """Write one record into all of several tables, or into none; parameters as for :func:`write_result`."""
     write_results([(table, _result(verb, key, params, facts, {})) for table in tables], stacklevel=3)
 
 
 def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2) -> None:
-    """Write results into tables, into all or none."""
+    """Write results into all tables, or into none."""
     removed: list[str] = []
     with ExitStack() as undo:
         for table, result in results:
@@ -106,14 +106,14 @@ def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2
                 table._init_as_actual(table.copy())
             undo.enter_context(restore_on_error(table))
             removed += _write(table, result)
-        # Within: a warning may have been made an exception.
+        # Warn inside the block: a filter may turn the warning into an exception.
         warn_removed(removed, stacklevel=stacklevel + 1)
 
 
 @contextmanager
 def restore_on_error(table: AnnData) -> Iterator[None]:
-    """Put every slot back as it was if the block does not come to its end, by Ctrl-C too."""
-    # From anndata 0.13 on, X is among the layers, as None.
+    """Restore every slot of a table if the block raises, also on Ctrl-C."""
+    # anndata 0.13 and later list X among the layers, as None.
     mappings = {
         name: {key: slot[key] for key in slot if key is not None}
         for name, slot in ((name, getattr(table, name)) for name in _MAPPINGS)
@@ -149,7 +149,7 @@ def _write(table: AnnData, result: Result) -> list[str]:
     """Write one result; return the keys of the results that were removed."""
     before = table.uns.get(result.key)
     old = unchanged_keys(table, result.key) if is_record_of(result.verb, before) else {}
-    removed = remove_derived(table, _changed(table, result, old, before), but=result.key)
+    removed = remove_derived(table, _changed(table, result, old, before), keep=result.key)
     for slot, names in old.items():
         for name in names:
             if name in getattr(table, slot) and name not in result.slots.get(slot, {}):
@@ -164,7 +164,7 @@ def _write(table: AnnData, result: Result) -> list[str]:
 
 
 def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], before: Any) -> set[str]:
-    """Names of layers, columns of ``obs`` and results that will hold something else."""
+    """Return the names of layers, columns of ``obs`` and results that will change."""
     changed = set()
     for slot in ("layers", "obs"):
         values, there = result.slots.get(slot, {}), getattr(table, slot)
@@ -172,7 +172,7 @@ def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], b
         changed |= {n for n in names if n not in values or n not in there or not _same(slot, there[n], values[n])}
     if result.verb == "predict":
         labels = Keys(result.key).annotation
-        # Other facts, the versions of packages among them, change no value.
+        # Other facts, such as package versions, do not change values.
         return changed | ({result.key, labels} if changed & {*result.slots["layers"], labels} else set())
     facts = result.record.keys() - {"verb", "params"}
     is_other = isinstance(before, Mapping) and any(not same_digest(before.get(n), result.record[n]) for n in facts)
@@ -184,7 +184,7 @@ def _same(slot: str, before: Any, after: Any) -> bool:
 
 
 def scores_of(table: AnnData, keys: Keys) -> dict[str, tuple[str, str]]:
-    """Key in ``obsm`` of each gene set, and what titles say of it; scores of the prediction go before those of other layers."""
+    """Return the key in ``obsm`` and the title suffix of each gene set; scores of the predicted layer take precedence."""
     runs = [
         (record["params"].get("layer"), key, record["results"])
         for key, record in table.uns.items()
@@ -192,8 +192,8 @@ def scores_of(table: AnnData, keys: Keys) -> dict[str, tuple[str, str]]:
     ]
     found = {}
     for layer, key, results in sorted(runs, key=lambda run: run[0] == keys.layer):
-        of = "" if layer == keys.layer else f" ({'measured' if layer is None else layer})"
+        suffix = "" if layer == keys.layer else f" ({'measured' if layer is None else layer})"
         for name, reliable in zip(results["source"], results["reliable"], strict=True):
             if name in table.obsm[key]:
-                found[name] = key, of if reliable or layer is None else f"{of} (not reliable)"
+                found[name] = key, suffix if reliable or layer is None else f"{suffix} (not reliable)"
     return found

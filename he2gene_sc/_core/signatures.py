@@ -1,4 +1,4 @@
-"""Short digests of what was written, to see later whether somebody has changed it."""
+"""Short digests of written values, by which later changes are detected."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 #: Values of a matrix that are read at a time.
 _BLOCK = 1 << 22
-#: A larger matrix is judged by a sample of its rows.
-_MOST = 1 << 26
-#: Digests of lazy layers, by their name.
-_LAZY: dict[str, str] = {}
-#: Axes of a table that a slot is aligned to.
+#: Larger matrices are digested by a sample of their rows.
+_MAX_VALUES = 1 << 26
+#: Digests of lazy layers by name.
+_LAZY_DIGESTS: dict[str, str] = {}
+#: Axes that each slot of a table is aligned to.
 _AXES = {"obs": ("obs",), "obsm": ("obs",), "var": ("var",), "varm": ("var",), "layers": ("obs", "var")}
 
 
 def slot_digest(table: AnnData, slot: str, name: str) -> str:
-    """Digest of one entry of a table, and of the names that it is aligned to: ``"<names>:<values>"``."""
+    """Return a digest of an entry of a table and of the names that it is aligned to: ``"<names>:<values>"``."""
     names = [getattr(table, f"{axis}_names") for axis in _AXES[slot]]
     value = getattr(table, slot)[name]
     lazy = str(getattr(value, "name", "")) if hasattr(value, "dask") else ""
-    # The name of a lazy layer is a digest of what it is computed from: it is computed once.
-    found = _LAZY.get(lazy) or digest_of(value)
+    # The name of a lazy layer is a digest of its inputs, so the layer is computed only once.
+    found = _LAZY_DIGESTS.get(lazy) or digest_of(value)
     if lazy.startswith(LAZY):
-        _LAZY[lazy] = found
+        _LAZY_DIGESTS[lazy] = found
     return f"{digest_of(*names)}:{found}"
 
 
 def is_unchanged(table: AnnData, slot: str, name: str, signature: str | None) -> bool:
-    """Whether an entry holds what was written; with other row names, or no signature, it counts as unchanged."""
+    """Whether an entry is unchanged; with other row names, or without a signature, it counts as unchanged."""
     if not signature or slot not in _AXES:
         return True
     names, _, _ = signature.partition(":")
@@ -48,7 +48,7 @@ def is_unchanged(table: AnnData, slot: str, name: str, signature: str | None) ->
 
 
 def element_digest(element: Any) -> str:
-    """Digest of labels or shapes: ``"<shape>:<values>"``."""
+    """Return a digest of labels or shapes: ``"<shape>:<values>"``."""
     if isinstance(element, pd.DataFrame):
         content = [element.index, element.geometry.to_wkb().to_numpy()]
         content += [element["radius"]] if "radius" in element else []
@@ -59,19 +59,19 @@ def element_digest(element: Any) -> str:
 
 
 def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: str) -> bool:
-    """Whether labels or shapes are what was written; of another size they are not, and are not read."""
+    """Whether labels or shapes are unchanged; elements of another size are not read."""
     element = levels(getattr(sdata, kind)[name])[0]
     return signature.startswith(f"{_shape(element)}:") and element_digest(element) == signature
 
 
 def row_digests(values: Any, names: pd.Index) -> np.ndarray:
-    """Digest of each row and its name, ``(n,)`` uint64: they hold in a subset and in another order."""
+    """Return a digest of each row and its name, ``(n,)`` uint64, valid in any subset and order of rows."""
     index = pd.Index(np.asarray(names.astype(str), object), dtype=object)
     return pd.util.hash_pandas_object(pd.DataFrame(np.asarray(values, np.float32), index=index)).to_numpy()
 
 
 def same_digest(a: Any, b: Any) -> bool:
-    """Whether two values are equal, through a zarr store too: a list is an array there, and whole numbers are numbers."""
+    """Whether two values are equal up to a zarr store, which turns lists into arrays and integers into numbers."""
     return digest_of(a) == digest_of(b)
 
 
@@ -80,7 +80,7 @@ def _shape(element: Any) -> str:
 
 
 def digest_of(*values: Any) -> str:
-    """Short digest of values, alike for what a zarr store reads back."""
+    """Return a short digest of values, which a round trip through a zarr store does not change."""
     digest = blake2b(digest_size=8)
     for value in values:
         _update(digest, value)
@@ -128,17 +128,18 @@ def _update_texts(digest: Any, values: Any) -> None:
 
 
 def _update_array(digest: Any, array: Any) -> None:
-    """Values in single precision, block by block: numpy, sparse, dask or on disk."""
+    """Add an array (numpy, sparse, dask or on disk) to a digest, block by block, in single precision."""
     digest.update(repr(tuple(int(n) for n in array.shape)).encode())
     width = int(np.prod(array.shape[1:])) or 1
     rows = np.arange(array.shape[0])
-    if len(rows) * width > _MOST:
-        rows = np.unique(np.linspace(0, len(rows) - 1, max(1, _MOST // width)).astype(int))
+    if len(rows) * width > _MAX_VALUES:
+        rows = np.unique(np.linspace(0, len(rows) - 1, max(1, _MAX_VALUES // width)).astype(int))
     step = max(1, _BLOCK // width)
     for start in range(0, len(rows), step):
         chosen = rows[start : start + step]
         block = array[chosen[0] : chosen[-1] + 1] if len(rows) == array.shape[0] else array[chosen]
         block = block.toarray() if hasattr(block, "toarray") else np.asarray(block)
-        block = block.astype(np.float32) + np.float32(0)  # no zero below zero
-        block[np.isnan(block)] = np.nan  # every NaN alike
+        block = block.astype(np.float32) + np.float32(0)  # turns -0.0 into 0.0
+        block[np.isnan(block)] = np.nan  # one bit pattern for NaN
+
         digest.update(np.ascontiguousarray(block).tobytes())

@@ -1,4 +1,4 @@
-"""``resolve``: the one place that finds image, spots, table, coordinate system and µm per pixel of a slide."""
+"""``resolve``: find image, spots, table, coordinate system and µm per pixel of a slide."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: Pixels across a spot that are enough to average its colour.
+#: Pixels across a spot from which its mean colour is computed.
 _COLOUR_PX = 32
-#: Least size of a spot on the image; of cells and bins, narrower than ``_WIDE_UM``, less is enough.
+#: Least size of a spot on the image; cells and bins, narrower than ``_WIDE_UM``, may have fewer pixels.
 _MIN_SPOT_PX, _WIDE_UM, _MIN_SPOT_UM = 8, 40.0, 4.0
 
 
 @dataclass(frozen=True, eq=False)
 class Slide:
-    """One image with the spots on it."""
+    """One image with its spots."""
 
     image_key: str
     shapes_key: str
     table_key: str | None
     coordinate_system: str
     pyramid: Pyramid
-    pixel_factor: float  # what brings pixels to 0..255
+    pixel_factor: float  # scales pixels to 0..255
     mpp: float
     mpp_source: str
     spot_ids: pd.Index  # index of the shapes or values of the labels, in the order of the table's rows
-    rows: np.ndarray  # of the spots in the table, or in the element where there is none
+    rows: np.ndarray  # rows of the spots in the table, or in the element without a table
     centres: np.ndarray  # (n, 2), pixels of level 0
     inside: np.ndarray  # whether the centre lies inside the image
-    diameter_um: float  # median of the spots
+    diameter_um: float  # median over spots
 
 
 def resolve(
@@ -56,16 +56,16 @@ def resolve(
     coordinate_system: str | None = None,
     mpp: float | Mapping[str, float] | None = None,
 ) -> tuple[Slide, ...]:
-    """Find what has to be predicted: one slide for each shapes element that the table annotates.
+    """Find the slides of an object: one for each shapes element that the table annotates.
 
-    One candidate is taken; several raise an error that lists them. ``image_key`` and ``mpp`` may be mappings from shapes
-    element. µm per pixel not given are those of the metadata, a system in µm, or a known assay.
+    A single candidate is used; several raise an error that lists them. ``image_key`` and ``mpp`` may be mappings from
+    shapes element. Without ``mpp``, it is taken from the metadata, a coordinate system in µm, or a known assay.
     """
     check_spatialdata(sdata)
     for value in mpp.values() if isinstance(mpp, Mapping) else (mpp,):
         check_mpp(value)
     if not sdata.images:
-        raise ValueError("`sdata` holds no image; read one with hg.io.read_he or add it to sdata.images")
+        raise ValueError("`sdata` has no image; read one with hg.io.read_he or add it to sdata.images")
     table_key = find_table(sdata, table_key, shapes_key)
     regions = find_shapes(sdata, shapes_key, table_key)
     if isinstance(mpp, Mapping) and (unnamed := [region for region in regions if region not in mpp]):
@@ -89,7 +89,7 @@ def _resolve_one(
     spots = spots_of_element(sdata, shapes_key)
     image_key = find_image(sdata, shapes_key, image_key, coordinate_system, spots)
     spot_ids, rows = match_rows(sdata, spots.ids, shapes_key, table_key)
-    # Labels that the table does not list are not spots of it.
+    # Labels that the table does not list are not spots.
     order = spots.ids.get_indexer(spot_ids)
     spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
     system, to_pixels = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
@@ -133,7 +133,7 @@ def _resolve_one(
 def _check_size(
     pyramid: Pyramid, image_key: str, shapes_key: str, diameter_px: float, mpp: float, *, cells: bool
 ) -> None:
-    """Refuse spots that are too small or too wide for the image to show them."""
+    """Raise if spots are too small or too wide for the image."""
     shortest = min(pyramid.height, pyramid.width)
     found = (
         f"`shapes_key` {shapes_key!r}: a spot is {diameter_px:.3g} px wide on image {image_key!r} "
@@ -141,22 +141,21 @@ def _check_size(
     )
     if diameter_px > shortest / 2:
         raise ValueError(
-            f"{found}; at most {shortest // 2} px make sense. Check the transformations, `coordinate_system` and which image "
-            "is meant"
+            f"{found}; at most {shortest // 2} px are possible. Check the transformations, `coordinate_system` and `image_key`"
         )
     diameter_um = diameter_px * mpp
-    # Cells and bins are far smaller than the window that is read around them, which decides whether the image will do.
+    # Cells and bins are far smaller than the window that is read around them, and which the image has to resolve.
     if cells and diameter_um < _WIDE_UM:
         return
     if diameter_um < _MIN_SPOT_UM:
         raise ValueError(
-            f"{found}, that is {diameter_um:.3g} µm, smaller than a cell, and its spots do not lie side by side as bins and "
-            "cells do. Check the transformations and `mpp`; for spots of 50 µm: hg.pp.tissue(sdata), "
+            f"{found}, that is {diameter_um:.3g} µm, smaller than a cell, and spots are not adjacent as bins and cells are. "
+            "Check the transformations and `mpp`; for spots of 50 µm: hg.pp.tissue(sdata), "
             "hg.pp.grid(sdata, diameter_um=50, pitch_um=50, key_added='grid'), hg.tl.predict(sdata, shapes_key='grid')"
         )
     if diameter_px < _MIN_SPOT_PX:
         raise ValueError(
-            f"{found}, which is too coarse at {mpp:.3g} µm/px: {_MIN_SPOT_PX} px are the least, that is "
+            f"{found}, which is too coarse at {mpp:.3g} µm/px: at least {_MIN_SPOT_PX} px are needed, that is "
             f"{diameter_um / _MIN_SPOT_PX:.2g} µm/px or finer. Use the full-resolution image, or check the transformations"
         )
 
@@ -188,23 +187,23 @@ def colours_of(
 
 
 def mean_colours(sdata: SpatialData | AnnData, table: AnnData, layer: str | None) -> np.ndarray | None:
-    """Mean RGB of each spot ``(n_obs, 3)``; ``None`` where no image is found."""
+    """Return the mean RGB of each spot ``(n_obs, 3)``; ``None`` if no image is found."""
     if not getattr(sdata, "images", None):
         return None
     try:
         slides = slides_of(sdata, table, layer)
     except ValueError as error:
-        logger.warning("mean colour is left out of the references: %s", error)
+        logger.warning("mean colour is not used as a reference: %s", error)
         return None
     return colours_of(slides, table, lambda patches: patches.mean(axis=(2, 3)), 3).astype(np.float32)
 
 
 def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2gene") -> tuple[Slide, ...]:
-    """Images and spots that a table annotates, one slide a region; those that predict recorded, where it did."""
+    """Return the slides that a table annotates, one per region; use images that predict recorded, if any."""
     (table_key,) = [key for key, value in sdata.tables.items() if value is table]
     attrs = annotation_target(table)
     if attrs is None:
-        raise ValueError(f"table {table_key!r} annotates no shapes")
+        raise ValueError(f"table {table_key!r} does not annotate shapes")
     record = table.uns.get(prediction) if prediction is not None else None
     record = record if isinstance(record, Mapping) else {}
 
@@ -212,9 +211,9 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
         value = record.get(name)
         return value.get(region) if isinstance(value, Mapping) else value
 
-    regions = _listed(attrs["region"])
-    # Others may have no image, or one that nobody named.
-    regions = [region for region in regions if region in _listed(record.get("shapes", regions))] or regions
+    regions = _as_list(attrs["region"])
+    # Prefer the predicted regions: others may have no image.
+    regions = [region for region in regions if region in _as_list(record.get("shapes", regions))] or regions
     found: list[Slide] = []
     for region in regions:
         found += resolve(
@@ -228,5 +227,5 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
     return tuple(found)
 
 
-def _listed(names: str | Iterable[str]) -> list[str]:
+def _as_list(names: str | Iterable[str]) -> list[str]:
     return [names] if isinstance(names, str) else [str(name) for name in names]

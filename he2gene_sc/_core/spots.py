@@ -1,4 +1,4 @@
-"""The reader of tables: which table, which spots, what they are called, where they lie, and their values by blocks."""
+"""Read tables: find the table, names and positions of spots, and their values by blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: Values that are dense at a time.
+#: Values per dense block.
 _BLOCK = 4_000_000
 
 
@@ -46,7 +46,7 @@ def get_table(
     prediction_key: str | None = None,
     layer: str | None = None,
 ) -> AnnData:
-    """Return the table itself, or that of an object: with a prediction, else with a layer, else the measured one."""
+    """Return a table as it is, or find one in an object: with a prediction, else with a layer, else the measured one."""
     if not hasattr(data, "tables"):
         if not hasattr(data, "obs_names"):
             raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
@@ -58,8 +58,8 @@ def get_table(
         candidates = [key for key in found if OWN_TABLE not in data[key].uns] or found
         if not candidates:
             raise ValueError(
-                f"`layer` {layer!r} is in no table of `data`, which holds no prediction {layer!r}: run hg.tl.predict first, or "
-                "pass layer=None for measured counts where that is meant"
+                f"`layer` {layer!r} is not in any table of `data`, which holds no prediction {layer!r}: run hg.tl.predict "
+                "first, or pass layer=None for measured counts"
             )
         validate.not_ambiguous(candidates, "table_key")
         return check_text_names(data[candidates[0]])
@@ -67,34 +67,34 @@ def get_table(
         return check_text_names(next(iter(data.tables.values())))
     key = table_key if table_key in data.tables else find_table(data, table_key)
     if key is None:
-        raise ValueError(f"`data` holds no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
+        raise ValueError(f"`data` has no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
     return check_text_names(data[key])
 
 
 def has_samples(table: AnnData, sample_key: str = PATIENT) -> bool:
-    """Whether samples are told apart: where the default column is missing or empty, they are not."""
+    """Whether a table names its samples: not if the default column is missing or empty."""
     return sample_key != PATIENT or (PATIENT in table.obs and bool(pd.notna(clean_samples(table.obs[PATIENT])).any()))
 
 
 def samples_of(table: AnnData, sample_key: str = PATIENT) -> np.ndarray:
-    """Sample (patient) of each spot, ``(n,)`` objects: one sample where the default column is missing or empty."""
+    """Return the sample (patient) of each spot, ``(n,)`` objects; one sample if the default column is missing or empty."""
     if not has_samples(table, sample_key):
         return np.full(table.n_obs, "sample", object)
     return names_of(table, sample_key, "sample_key", what="samples", required=True)
 
 
 def unique_section_names(sections: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Names of sections, ``(n,)`` objects, where those of one name in two samples are two."""
-    where = pd.DataFrame({"sample": samples, "section": sections})
-    if where.groupby("section")["sample"].nunique().max() < 2:
+    """Return names of sections, ``(n,)`` objects, made unique if sections of different samples share a name."""
+    frame = pd.DataFrame({"sample": samples, "section": sections})
+    if frame.groupby("section")["sample"].nunique().max() < 2:
         return sections
-    return samples if where["section"].nunique() == 1 else samples + "_" + sections
+    return samples if frame["section"].nunique() == 1 else samples + "_" + sections
 
 
 def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
-    """Name of the section of each spot, ``(n,)`` objects: the spots of one slide.
+    """Return the section (slide) of each spot, ``(n,)`` objects.
 
-    Where the default column is missing, empty or one name, the shapes element that the row annotates; else one section.
+    If the default column is missing, empty or constant, the section is the shapes element of the row; else all is one.
     """
     if section_key != SECTION:
         return names_of(table, section_key, "section_key", what="sections", required=True)
@@ -110,9 +110,9 @@ def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
 
 
 def spots_of(table: AnnData) -> np.ndarray:
-    """Spot centres ``(n, 2)``, in the unit of ``obsm["spatial"]``."""
+    """Return spot centres ``(n, 2)``, in the unit of ``obsm["spatial"]``."""
     if "spatial" not in table.obsm:
-        raise ValueError("`data` has no obsm['spatial']; spot centres are needed, as scanpy and squidpy keep them")
+        raise ValueError("`data` has no obsm['spatial']; spot centres are needed there, as in scanpy and squidpy")
     xy = _centres(table)
     if not np.isfinite(xy).all():
         raise ValueError(f"obsm['spatial'] is NaN or infinite for {int((~np.isfinite(xy).all(1)).sum())} spots")
@@ -127,71 +127,71 @@ def _centres(table: AnnData) -> np.ndarray:
 
 
 def pitch_of(xy: np.ndarray) -> float:
-    """Median distance of a spot to its nearest neighbour, in the unit of ``xy`` ``(n, 2)``."""
+    """Return the median distance to the nearest spot, in the unit of ``xy`` ``(n, 2)``."""
     from scipy.spatial import cKDTree
 
     if len(xy) < 2:
-        raise ValueError(f"{len(xy)} spots have no distance; at least 2 are needed")
+        raise ValueError(f"{len(xy)} spots do not have a distance; at least 2 spots are needed")
     return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
 
 
 @dataclass(frozen=True)
 class SpotData:
-    """Spots of one or several tables, in their order. Values are read when they are asked for, a block at a time."""
+    """Spots of one or several tables, in their order. Values are read on request, by blocks."""
 
     tables: tuple[AnnData, ...]
-    rows: tuple[np.ndarray, ...]  # of each table
-    labels: np.ndarray  # names, (n,) objects; None where there is none
+    rows: tuple[np.ndarray, ...]  # rows of each table
+    labels: np.ndarray  # names, (n,) objects; None if missing
     samples: np.ndarray
     sections: np.ndarray
-    objects: np.ndarray  # which table a spot is of
-    xy: np.ndarray | None  # centres in the unit of obsm["spatial"]; None where a table has none
+    objects: np.ndarray  # index of the table of each spot
+    xy: np.ndarray | None  # centres in the unit of obsm["spatial"]; None if a table has none
     layer: str | None
     scale: Literal["counts", "log"]
     genes: pd.Index
 
     @cached_property
     def units(self) -> np.ndarray:
-        """Names under which no two sections meet, ``(n,)``: those of several samples or tables may be called alike."""
+        """Unique names of sections, ``(n,)``. Sections of different samples or tables may share a name."""
         spots = zip(self.sections, self.samples, self.objects, strict=True)
         return np.array(
             [f"section {section!r} of sample {sample!r} (object {i})" for section, sample, i in spots], object
         )
 
     def blocks(self, genes: pd.Index | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-        """Logarithms of some spots at a time, ``(b, g)`` float32, and where these spots stand."""
-        asked = self.genes if genes is None else genes
+        """Yield blocks of logarithms, ``(b, g)`` float32, with the positions of their spots."""
+        genes = self.genes if genes is None else genes
         start = 0
         for table, rows in zip(self.tables, self.rows, strict=True):
-            columns = find_genes(asked, table.var_names)
+            columns = find_genes(genes, table.var_names)
             missing = columns < 0
             step = max(1, _BLOCK // table.n_vars, max_chunk_rows(matrix_of(table, self.layer)))
             for first in range(0, len(rows), step):
                 chosen = rows[first : first + step]
                 block = as_logs(values_of(table[chosen], self.layer), self.scale, columns)
-                # Only where join="outer": a gene that a table of counts does not name was not seen.
+                # Only with join="outer": genes that a table of counts does not list were not detected.
                 block[:, missing] = 0
                 yield slice(start + first, start + first + len(chosen)), block
             start += len(rows)
 
-    def sums(self, codes: np.ndarray, n: int, *of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Sum of what each of ``of`` makes of the logarithms ``(b, g)`` over the spots of each code, ``(len(of), n, g)``.
+    def sums(self, codes: np.ndarray, n: int, *transforms: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Return sums of transformed logarithms ``(b, g)`` over the spots of each code, ``(len(transforms), n, g)``.
 
-        A code below 0 is left out. All sums are made in one reading.
+        Spots with a code below 0 are left out. All sums are computed in one pass.
         """
         from scipy.sparse import csr_array
 
-        out = np.zeros((len(of), n, len(self.genes)))
+        out = np.zeros((len(transforms), n, len(self.genes)))
         for where, values in self.blocks():
             code = codes[where]
             kept = code >= 0
             ones = csr_array((np.ones(kept.sum()), (code[kept], np.flatnonzero(kept))), (n, len(code)))
-            for total, make in zip(out, of, strict=True):
-                total += ones @ make(values)
+            for total, transform in zip(out, transforms, strict=True):
+                total += ones @ transform(values)
         return out
 
     def values(self, chosen: np.ndarray, genes: pd.Index) -> np.ndarray:
-        """Logarithms of the chosen spots, ``(m, g)`` float32; ``chosen`` is ``(n,)`` bool."""
+        """Return logarithms of the chosen spots, ``(m, g)`` float32; ``chosen`` is ``(n,)`` bool."""
         out = np.empty((int(chosen.sum()), len(genes)), np.float32)
         place = np.cumsum(chosen) - 1
         for where, block in self.blocks(genes):
@@ -201,25 +201,25 @@ class SpotData:
 
     def obs(self, key: str, parameter: str) -> pd.Series:
         """Return a column of ``obs`` at the spots."""
-        of_table = [(t, rows) for t, rows in zip(self.tables, self.rows, strict=True) if len(rows)]
-        parts = [column_of(table, key, parameter).iloc[rows] for table, rows in of_table]
+        used = [(table, rows) for table, rows in zip(self.tables, self.rows, strict=True) if len(rows)]
+        parts = [column_of(table, key, parameter).iloc[rows] for table, rows in used]
         return pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects()
 
     def totals(self, layer: str | None, parameter: str = "layer") -> np.ndarray:
-        """Sum of the sizes of the values of a layer at each spot ``(n,)``, NaN left out."""
+        """Return the sum of the absolute values of a layer at each spot ``(n,)``, without NaN."""
         parts = [np.zeros(0)]
         for table, rows in zip(self.tables, self.rows, strict=True):
             if not len(rows):
                 continue
             total = np.zeros(table.n_obs)
-            for some, block in blocks_of(matrix_of(table, layer, parameter)):
+            for where, block in blocks_of(matrix_of(table, layer, parameter)):
                 sizes = abs(block)
-                total[some] = np.ravel(sizes.sum(axis=1) if issparse(sizes) else np.nansum(sizes, axis=1))
+                total[where] = np.ravel(sizes.sum(axis=1) if issparse(sizes) else np.nansum(sizes, axis=1))
             parts.append(np.nan_to_num(total[rows]))
         return np.concatenate(parts)
 
     def take(self, kept: np.ndarray) -> SpotData:
-        """Return the spots without some spots; ``kept`` is ``(n,)`` bool."""
+        """Return a subset of the spots; ``kept`` is ``(n,)`` bool."""
         ends = np.cumsum([len(rows) for rows in self.rows])
         masks = np.split(kept, ends[:-1])
         return replace(
@@ -234,7 +234,7 @@ class SpotData:
 
 
 def is_many(data: object) -> bool:
-    """Whether several objects came in, or what is neither object nor table."""
+    """Whether ``data`` is not a single object or table."""
     return not is_object(data)
 
 
@@ -249,9 +249,9 @@ def read_spots(
     section_key: str = SECTION,
     samples_needed: bool = True,
 ) -> SpotData:
-    """Read names and places of the spots of an object or table, or of several; ``parameter`` named the column of labels.
+    """Read names and positions of the spots of one or several objects or tables.
 
-    With ``samples_needed``, several objects must each say of which sample their spots are.
+    ``parameter`` is the public name of ``label_key``. With ``samples_needed``, each of several objects has to name its samples.
     """
     if is_many(data) and (isinstance(data, str | Mapping) or not isinstance(data, Iterable)):
         raise TypeError(f"`data` is a {type(data).__name__}; SpatialData or AnnData objects are needed")
@@ -261,7 +261,7 @@ def read_spots(
     lacking = [i for i, table in enumerate(tables) if not has_samples(table, sample_key)]
     if samples_needed and lacking and len(tables) > 1:
         raise ValueError(
-            f"`sample_key`: object {lacking[0]} has no obs[{sample_key!r}]; name the column that tells the patients apart, of "
+            f"`sample_key`: object {lacking[0]} has no obs[{sample_key!r}]; name the column of the patients, one of "
             f"{list(tables[lacking[0]].obs.columns)}"
         )
     if label_key is None:
@@ -279,8 +279,8 @@ def read_spots(
     unnamed = [name for name in named_samples if name.casefold() in UNNAMED]
     if unnamed and max(len(named_samples), len(tables)) > 1:
         warnings.warn(
-            f"`sample_key` {sample_key!r}: {unnamed[0]!r} counts as one sample, of {len(named_samples)} in all; leave its spots "
-            "out, or name the samples, if it is several or one of the others",
+            f"`sample_key` {sample_key!r}: {unnamed[0]!r} counts as one of {len(named_samples)} samples; remove its spots, or "
+            "name the samples, if it stands for several samples or for one of the others",
             stacklevel=3,
         )
     places = all("spatial" in table.obsm for table in tables)

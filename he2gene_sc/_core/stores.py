@@ -1,4 +1,4 @@
-"""What lies in the store of an object, noted when a public function first meets it, so that a later change is noticed."""
+"""Record the state of an object's store when a public function first uses it, so that later changes are detected."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 #: Kinds of elements; tables last, since they name the others.
 KINDS = ("images", "labels", "points", "shapes", "tables")
 ROOT_FILES = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
-#: ``sdata.attrs["he2gene"]["saved"]``: which save last changed an element, and a digest of what it wrote; an object that was
-#: read before has another.
+#: ``sdata.attrs["he2gene"]["saved"]``: id of the save that last changed an element, and a digest of what it wrote. An object
+#: that was read before that save has another id.
 SAVED = "saved"
-#: Rows that tell whose counts they are, and the share of entries, zero here alone and there alone, that is too much.
+#: Rows that are compared to identify a slide, and the fraction of entries that may be zero on one side only.
 _N_ROWS, _OTHER_COUNTS = 200, 0.05
-#: Letters of an id, and of the digest behind it.
+#: Length of an id, and of the digest that follows it.
 _ID = 12
 
 
 @dataclass
 class _Noted:
-    """The store of an object as it was."""
+    """Recorded state of the store of an object."""
 
-    path: str  # as the object has it, maybe relative
-    place: Path  # where that led to
-    files: dict[tuple[str, str], int]  # of each element, by `fingerprint`
-    # What differed already, and may have been changed by others before that.
+    path: str  # sdata.path, may be relative
+    place: Path  # resolved path
+    files: dict[tuple[str, str], int]  # `fingerprint` of each element
+    # Differences at that time, which another process may have caused.
     possible_changes: dict[tuple[str, str], set[str]] = field(default_factory=dict)
 
 
@@ -51,7 +51,7 @@ _NOTED: weakref.WeakKeyDictionary[SpatialData, _Noted] = weakref.WeakKeyDictiona
 
 
 def resolved(path: str | Path) -> Path:
-    """Absolute path of a store, links followed."""
+    """Return the absolute path of a store, with links resolved."""
     return Path(path).expanduser().resolve()
 
 
@@ -62,7 +62,7 @@ def store_around(place: Path) -> Path | None:
 
 
 def elements(store: Path) -> set[tuple[str, str]]:
-    """Kind and name of every element that lies in a store, in its consolidated metadata or not."""
+    """Return kind and name of every element in the folder of a store, whether in the consolidated metadata or not."""
     found = set()
     for kind in KINDS:
         if (store / kind).is_dir():
@@ -73,20 +73,20 @@ def elements(store: Path) -> set[tuple[str, str]]:
 
 
 def fingerprints(store: Path) -> dict[tuple[str, str], int]:
-    """Describe the files of every element, without reading them; of images, the metadata alone; and attributes."""
+    """Return a fingerprint of the files of every element (of images only the metadata), and of the attributes."""
     found = {(kind, name): fingerprint(store / kind / name) for kind, name in elements(store)}
     return found | {("attrs", ""): fingerprint(store / "attrs")}
 
 
 def fingerprint(element: Path) -> int:
-    """Describe the files of an element by name, size and time; of ``attrs``, what users wrote to the root."""
+    """Return a hash of the files of an element by name, size and time; for ``attrs``, of the user's root attributes."""
     if element.name == "attrs" and element.parent.name not in KINDS:
-        return hash(tuple(sorted(_of_user(_attrs(element.parent)).items())))
+        return hash(tuple(sorted(_user_attrs(_attrs(element.parent)).items())))
     return hash(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in _files(element)))
 
 
 def _attrs(store: Path) -> Mapping[str, Any]:
-    """Attributes of the root; none where they are damaged, which is named where they are read."""
+    """Return the root attributes; empty if damaged, which raises where they are read."""
     current = (store / "zarr.json").is_file()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         content = json.loads((store / ("zarr.json" if current else ".zattrs")).read_bytes())
@@ -95,8 +95,8 @@ def _attrs(store: Path) -> Mapping[str, Any]:
     return {}
 
 
-def _of_user(attrs: Mapping[str, Any]) -> dict[str, str]:
-    """Each attribute as JSON, without what belongs to the store."""
+def _user_attrs(attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Return each attribute as JSON, without entries that belong to the store."""
     kept = {str(key): value for key, value in attrs.items() if key != "spatialdata_attrs"}
     if isinstance(kept.get(ATTRS), Mapping):
         kept[ATTRS] = {key: value for key, value in kept[ATTRS].items() if key != SAVED}
@@ -115,14 +115,14 @@ def _plain(value: Any) -> Any:
 
 
 def saved_by(attrs: Mapping[str, Any]) -> dict[str, str]:
-    """Which save last changed each element."""
+    """Return the id of the save that last changed each element."""
     ours = attrs.get(ATTRS)
     saved = ours.get(SAVED) if isinstance(ours, Mapping) else None
     return {str(key): str(value) for key, value in saved.items()} if isinstance(saved, Mapping) else {}
 
 
 def new_id(written: Path | Mapping[str, Any]) -> str:
-    """Return the id of a save, and a digest of the files or attributes that it wrote, alike in every process."""
+    """Return a new id of a save, followed by a digest of what it wrote that is the same in every process."""
     return uuid.uuid4().hex[:_ID] + _short_digest(written)
 
 
@@ -130,12 +130,12 @@ def _short_digest(written: Path | Mapping[str, Any]) -> str:
     if isinstance(written, Path):
         facts: Any = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in _files(written)]
     else:
-        facts = sorted(_of_user(written).items())
+        facts = sorted(_user_attrs(written).items())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:_ID]
 
 
 def _possible_changes(sdata: SpatialData, store: Path) -> dict[tuple[str, str], set[str]]:
-    """List what others may have changed between the reading of an object and now."""
+    """List elements that another process may have changed since the object was read."""
     root = _attrs(store)
     mine, saved = saved_by(sdata.attrs), saved_by(root)
 
@@ -153,13 +153,13 @@ def _possible_changes(sdata: SpatialData, store: Path) -> dict[tuple[str, str], 
     found = find_possible_changes(sdata, store, young) if young else {}
     root_files = [store / name for name in ROOT_FILES if (store / name).is_file()]
     if is_young(*(path.stat() for path in root_files)) and not is_as_saved("attrs", root):
-        there, here = _of_user(root), _of_user(sdata.attrs)
+        there, here = _user_attrs(root), _user_attrs(sdata.attrs)
         found["attrs", ""] = {f"attrs[{key!r}]" for key in there if there[key] != here.get(key)}
     return found
 
 
 def digest(store: Path, chosen: Iterable[tuple[str, str]] | None = None) -> str:
-    """Describe all files of all elements, or of those ``chosen``, by name, size and time, alike in every process."""
+    """Return a hash of all files of all or ``chosen`` elements by name, size and time, the same in every process."""
     facts = [
         (kind, name, file, stat.st_size, stat.st_mtime_ns)
         for kind, name in sorted(elements(store) if chosen is None else chosen)
@@ -169,7 +169,7 @@ def digest(store: Path, chosen: Iterable[tuple[str, str]] | None = None) -> str:
 
 
 def newest_mtime(store: Path, chosen: Iterable[tuple[str, str]]) -> int:
-    """Time of the file of some elements that was written last, in nanoseconds; 0 without files."""
+    """Return the time of the newest file of some elements, in nanoseconds; 0 without files."""
     return max(
         (stat.st_mtime_ns for kind, name in chosen for _, stat in _files(store / kind / name, pixels=True)), default=0
     )
@@ -180,15 +180,15 @@ def _files(element: Path, *, pixels: bool = False) -> Iterator[tuple[str, os.sta
     paths = [*element.glob("*"), *element.glob("*/.zarray"), *element.glob("*/zarr.json")]
     for path in sorted(set(paths)) if raster else sorted(element.rglob("*")):
         stat = path.stat()
-        # Folders change by what is made in them for a moment.
+        # Temporary files change the times of their folder.
         if not S_ISDIR(stat.st_mode):
             yield str(path.relative_to(element)), stat
 
 
 def note(sdata: SpatialData, *, replaces: bool = False) -> None:
-    """Note place and files of an object's store when it is first met; refuse a path that has come to lead elsewhere.
+    """Record path and files of an object's store on first use; raise if the path now leads elsewhere.
 
-    An object that ``replaces`` what lies there may have other counts.
+    With ``replaces``, the object replaces the store and may have other counts.
     """
     if not isinstance(sdata.path, str | Path):
         return
@@ -197,8 +197,9 @@ def note(sdata: SpatialData, *, replaces: bool = False) -> None:
     if noted is not None and (noted.path == path or noted.place == place):
         if noted.place != place:
             raise FileNotFoundError(
-                f"`sdata` is of the store {str(noted.place)!r}, but its path {path!r} leads to {str(place)!r} now: the working folder, "
-                f"or a link, has changed. Go back: os.chdir({str(noted.place.parent)!r}), or read the store again by its absolute path"
+                f"`sdata` was read from the store {str(noted.place)!r}, but its path {path!r} now leads to {str(place)!r}: the "
+                f"working folder, or a link, has changed. Go back with os.chdir({str(noted.place.parent)!r}), or read the store "
+                "again by its absolute path"
             )
         noted.path = path
     elif place.is_dir():
@@ -212,39 +213,39 @@ def note(sdata: SpatialData, *, replaces: bool = False) -> None:
 
 
 def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:
-    """Note the files that an object was read from, or that were just written to its store."""
+    """Record the files that an object was read from, or that were just written to its store."""
     _NOTED[sdata] = _Noted(str(sdata.path), resolved(str(sdata.path)), {**remembered(sdata), **state})
 
 
 def remembered(sdata: SpatialData) -> dict[tuple[str, str], int]:
-    """Return what was noted of the files of an object's store."""
+    """Return the recorded fingerprints of the files of an object's store."""
     noted = _NOTED.get(sdata)
     return noted.files if noted is not None and noted.place == resolved(str(sdata.path)) else {}
 
 
 def possible_changes(sdata: SpatialData) -> dict[tuple[str, str], set[str]]:
-    """Return what differed when the object was first met, in files that are younger than this process."""
+    """Return the differences at first use, in files that are younger than this process."""
     noted = _NOTED.get(sdata)
     return noted.possible_changes if noted is not None and noted.place == resolved(str(sdata.path)) else {}
 
 
 def _check_counts(sdata: SpatialData, path: str, place: Path) -> None:
-    """Refuse a relative path that leads to the store of another slide, by the counts of its tables."""
+    """Raise if a relative path leads to the store of another slide, as shown by the counts of its tables."""
     for name, table in sdata.tables.items():
         other = False
-        # What cannot be read tells nothing here.
+        # Tables that cannot be read are skipped here.
         with contextlib.suppress(OSError, KeyError, ValueError):
             other = _has_other_counts(place / "tables" / name, table)
         if other:
             raise FileNotFoundError(
                 f"`sdata` was read by the relative path {path!r}, which leads to {str(place)!r}, whose table {name!r} holds the "
-                "counts of another slide: has the working folder changed? Go back by os.chdir, or read the store again by its "
+                "counts of another slide: has the working folder changed? Go back with os.chdir, or read the store again by its "
                 f"absolute path. If you changed the counts yourself: sdata.path = Path({str(place)!r})"
             )
 
 
 def _has_other_counts(group_path: Path, table: AnnData) -> bool:
-    """Whether the zeros of a table differ from those on disk, at the same names, as no filter, scale or logarithm makes them."""
+    """Whether the zeros of a table differ from those on disk at the same names; filters, scaling or logarithms keep them."""
     import zarr
     from anndata.io import read_elem, sparse_dataset
 

@@ -1,4 +1,4 @@
-"""Checks of arguments. Each returns the value, or says which parameter is wrong, what it is and what is valid.
+"""Checks of arguments. Each returns the value, or raises an error with the parameter, its value and valid values.
 
 They are called by the name of the module: ``validate.one_of(preset, PRESETS, "preset")``.
 """
@@ -17,9 +17,9 @@ import numpy as np
 
 from .stores import note
 
-#: Names that an error lists before it counts the rest.
+#: Number of names that an error lists.
 _SHOWN = 20
-#: Characters of either end of a path that an error shows.
+#: Characters of each end of a path that an error shows.
 _LONG_PATH = 60
 
 
@@ -30,7 +30,7 @@ def format_list(values: Iterable[object], n: int = 5) -> str:
 
 
 def suggest(name: object, known: Iterable[object], n: int = 3) -> str:
-    """Name what a misspelt name is near to, as the end of an error; empty if nothing is."""
+    """Return similar names to a misspelt one, as the end of an error; empty if there are none."""
     from difflib import get_close_matches
 
     folded: dict[str, str] = {}
@@ -41,16 +41,16 @@ def suggest(name: object, known: Iterable[object], n: int = 3) -> str:
 
 
 def one_of(value: Any, valid: Iterable[Any], parameter: str) -> Any:
-    """Check that a value is one of a few."""
+    """Check that a value is one of several choices."""
     choices = list(valid)
-    # Not `in`: True is 1, and an array is compared element by element.
+    # Do not use `in`: True equals 1, and arrays are compared elementwise.
     if any(type(value) is type(choice) and value == choice for choice in choices):
         return value
     raise ValueError(f"`{parameter}` is {value!r}, valid: {choices}{suggest(value, choices)}")
 
 
 def key_in(key: Any, available: Iterable[Any], parameter: str, *, what: str = "a column of obs", hint: str = "") -> Any:
-    """Check that a name is among those that are there; ``what`` it names has an article, ``hint`` ends the error."""
+    """Check that a name is available; ``what`` it names has an article, and ``hint`` ends the error."""
     names = list(available)
     if isinstance(key, str | int | float | tuple) and key in names:
         return key
@@ -60,20 +60,20 @@ def key_in(key: Any, available: Iterable[Any], parameter: str, *, what: str = "a
 
 
 def existing_key(key: Any, available: Iterable[Any], parameter: str, hint: str = "") -> Any:
-    """Check that a named element, layer or table is there."""
+    """Check that a named element, layer or table exists."""
     if key in (names := sorted(available)):
         return key
     raise ValueError(f"`{parameter}` {key!r} not found, valid keys: {names}{hint}")
 
 
 def not_ambiguous(candidates: Collection[str], parameter: str) -> None:
-    """Refuse several candidates of which one has to be named."""
+    """Raise if there are several candidates, of which the user has to name one."""
     if len(candidates) > 1:
         raise ValueError(f"`{parameter}` is ambiguous, candidates: {sorted(candidates)}")
 
 
 def all_in(names: Iterable[Any], valid: Iterable[Any], parameter: str, what: str) -> None:
-    """Refuse names of a list that are not there; ``what`` says what they then were not: ``"was not tested"``."""
+    """Raise for names that are not valid; ``what`` is the reason in the error, such as ``"was not tested"``."""
     known = list(dict.fromkeys(valid))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"`{parameter}` {unknown} {what}, valid: {known}{suggest(unknown[0], known)}")
@@ -109,7 +109,7 @@ def in_range(
     below: float | None = None,
     what: str = "a number",
 ) -> float:
-    """Check that a number is finite and in a range, ``least`` and ``most`` included, ``above`` and ``below`` not."""
+    """Check that a number is finite and in a range; ``least`` and ``most`` are included, ``above`` and ``below`` are not."""
     inside = is_number(value) and (
         (least is None or value >= least)
         and (above is None or value > above)
@@ -134,14 +134,14 @@ def flag(value: Any, parameter: str) -> bool:
 
 
 def instance(value: Any, kinds: type | tuple[type, ...], parameter: str, needed: str) -> Any:
-    """Check the type of a value; ``needed`` says what it should be, with its article."""
+    """Check the type of a value; ``needed`` names the valid type, with its article."""
     if isinstance(value, kinds):
         return value
     raise TypeError(f"`{parameter}` is of type {type(value).__name__}; {needed} is needed")
 
 
 def running_client(client: Any) -> None:
-    """Check that ``client`` is a client of dask.distributed that runs."""
+    """Check that ``client`` is a running client of dask.distributed."""
     from distributed import Client
 
     if not isinstance(client, Client):
@@ -150,7 +150,7 @@ def running_client(client: Any) -> None:
         )
     if client.asynchronous or client.status != "running":
         raise ValueError(
-            f"`client` is {'asynchronous' if client.asynchronous else client.status}; a running one is needed"
+            f"`client` is {'asynchronous' if client.asynchronous else client.status}; a running, synchronous client is needed"
         )
 
 
@@ -162,7 +162,7 @@ def name(value: Any, parameter: str) -> str:
 
 
 def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> list[Any]:
-    """Check that a value is a list of names; one text is refused, or with ``one`` stands for a list of it."""
+    """Check that a value is a list of names; a single text raises, or, with ``one``, is turned into a list."""
     what = "genes" if parameter == "genes" else "texts"
     if isinstance(value, str):
         if one:
@@ -178,16 +178,16 @@ def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> l
 
 
 def folder_or_file(value: Any, parameter: str) -> Path:
-    """Check that a value is a path, and one that a file system can have."""
+    """Check that a value is a path that a file system can have."""
     if not isinstance(value, str | Path) or not str(value).strip():
         shown = str(value) if isinstance(value, Path) else value
         raise ValueError(f"`{parameter}` is {shown!r}; a path is needed")
     try:
         path = Path(value).expanduser()
-        # What is not there, or may not be seen, is said by the function that opens it.
+        # The function that opens the path raises if it is missing or not accessible.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
-    except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name that is too long, links in a circle, ~nobody
+    except (ValueError, OSError, RuntimeError) as error:  # a NUL, a too long name, circular links, ~nobody
         raise ValueError(f"`{parameter}` {_shortened(value)} is not a path that can be opened: {error}") from error
     return path
 
@@ -210,23 +210,23 @@ def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
 
 
 def unique(values: Collection[Any], parameter: str, what: str = "names") -> None:
-    """Check that nothing stands twice."""
+    """Check that values are unique."""
     twice = [value for value, n in Counter(values).items() if n > 1]
     if twice:
-        raise ValueError(f"`{parameter}`: {what} stand twice: {format_list(map(repr, twice))}")
+        raise ValueError(f"`{parameter}`: {what} are duplicated: {format_list(map(repr, twice))}")
 
 
 def known_arguments(given: Mapping[str, Any], valid: Sequence[str], verb: str) -> None:
-    """Refuse arguments that a verb does not hand on to the library that it calls."""
+    """Raise for arguments that a function does not pass on to the library that it calls."""
     if unknown := sorted(set(given) - set(valid)):
         raise ValueError(f"`{unknown[0]}` is not an argument of {verb}, valid beside its own: {', '.join(valid)}")
 
 
 def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Check that texts are texts, numbers numbers, flags True or False, and a seed a whole number from 0; note stores.
+    """Check the types of texts, numbers, flags and seeds (whole numbers from 0), and record the stores of objects.
 
-    Called first in a public function, as ``validate.arguments(predict, locals())``: a decorator would add a frame, and
-    warnings would no longer point at the caller. Parameters with other annotations are left to the function itself.
+    Call it first in a public function, as ``validate.arguments(predict, locals())``: a decorator would add a frame, and
+    warnings would no longer point at the caller. The function itself checks parameters with other annotations.
     """
     further = [
         name for name, value in inspect.signature(function).parameters.items() if value.kind is value.VAR_KEYWORD
@@ -245,7 +245,7 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters of a function by name, with those that ``**options: Unpack[...]`` of a ``TypedDict`` stands for."""
+    """Return the parameters of a function by name, including those of ``**options: Unpack[...]`` of a ``TypedDict``."""
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
         unpacked = str(parameter.annotation).strip("'").removeprefix("Unpack[").removesuffix("]")
@@ -259,13 +259,13 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 class Checked:
-    """A frozen dataclass whose texts, numbers and flags are checked when it is made."""
+    """Base of frozen dataclasses whose texts, numbers and flags are checked on construction."""
 
     def __post_init__(self) -> None:
         arguments(type(self), vars(self))
 
     def set(self, **values: Any) -> None:
-        """Replace fields by what is made of them, while the object is made."""
+        """Set fields of the frozen object during construction."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -281,7 +281,7 @@ def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
     optional = "None" in kinds
     kinds.discard("None")
     if parameter.name == "seed":
-        # More than that scikit-learn, leiden and numpy's older generators do not take.
+        # scikit-learn, leiden and numpy's legacy generators do not accept larger seeds.
         return lambda value, name: whole_number(value, name, 0, 2**31 - 1)
     if len(kinds) == 1:
         check = {"str": _text, "bool": flag, "int": _whole, "float": _number}.get(kinds.pop())
@@ -293,7 +293,7 @@ def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
 
 
 def _whole(value: Any, parameter: str) -> Any:
-    # From where on, the function says.
+    # The function itself checks the range.
     if is_whole(value):
         return value
     raise ValueError(f"`{parameter}` is {value!r}; a whole number is needed")
@@ -312,7 +312,8 @@ def _text(value: Any, parameter: str) -> str:
 
 
 def _number(value: Any, parameter: str) -> Any:
-    # What range is valid, infinity among it, the function says.
+    # The function itself checks the range; infinity may be valid.
+
     if is_whole(value) or (isinstance(value, float | np.floating) and not np.isnan(value)):
         return value
     raise ValueError(f"`{parameter}` is {value!r}; a number is needed")

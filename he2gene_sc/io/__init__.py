@@ -1,4 +1,4 @@
-"""Legacy ST sections and plain H&E images to SpatialData; saving without losing."""
+"""Read legacy ST sections, H&E images and annotations; save SpatialData objects safely."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Samples as a TIFF stores them to RGB uint8: ink, palettes, luminance with chroma, alpha."""
+"""Convert the stored samples of a TIFF to RGB uint8: ink, palettes, luminance with chroma, alpha."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..image import check_pixels, to_rgb_uint8
 if TYPE_CHECKING:
     import tifffile
 
-#: Compressions whose decoder leaves luminance and chroma as they are; those of JPEG convert them.
-_PLAIN = {1, 5, 8, 32773, 32946, 34925, 50000}
+#: Compressions whose decoder does not convert luminance and chroma to RGB; JPEG decoders do.
+_WITHOUT_CONVERSION = {1, 5, 8, 32773, 32946, 34925, 50000}
 _APERIO_YCBCR = 33003
 _READ_AS_STORED = {"MINISBLACK", "MINISWHITE", "RGB", "YCBCR"}
 
 
 @dataclass(frozen=True)
 class Colour:
-    """How samples become RGB."""
+    """Conversion of samples to RGB."""
 
     kind: Literal["rgb", "premultiplied", "opaque", "ink", "palette", "ycbcr"] = "rgb"
     factor: float = 1.0  # to 0..255
@@ -43,7 +43,7 @@ class Colour:
 
 
 def ink_to_rgb(samples: np.ndarray) -> np.ndarray:
-    """Cyan, magenta, yellow and black, ``(4, h, w)`` uint8 and 0 for no ink, to RGB, as Pillow does."""
+    """Convert cyan, magenta, yellow and black, ``(4, h, w)`` uint8 with 0 for no ink, to RGB, as Pillow does."""
     light = 255 - samples[3].astype(np.uint16)
     out = np.empty((3, *samples.shape[1:]), np.uint8)
     for i in range(3):
@@ -53,7 +53,7 @@ def ink_to_rgb(samples: np.ndarray) -> np.ndarray:
 
 
 def ycbcr_to_rgb(samples: np.ndarray) -> np.ndarray:
-    """Luminance and chroma of the full range (ITU-R BT.601), ``(3, h, w)`` uint8, to RGB."""
+    """Convert full-range luminance and chroma (ITU-R BT.601), ``(3, h, w)`` uint8, to RGB."""
     y, cb, cr = (samples[i].astype(np.float32) for i in range(3))
     cb, cr = cb - 128, cr - 128
     rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb])
@@ -61,7 +61,7 @@ def ycbcr_to_rgb(samples: np.ndarray) -> np.ndarray:
 
 
 def colour_of(page: tifffile.TiffPage, n: int, sample: np.ndarray, name: str) -> Colour:
-    """Decide how the samples of a TIFF page become RGB, ``n`` a pixel; ``sample`` are some pixels, ``(n, k)``."""
+    """Return the conversion to RGB of a TIFF page with ``n`` samples per pixel; ``sample`` are some pixels, ``(n, k)``."""
     photometric = getattr(page.photometric, "name", str(page.photometric))
     dtype = sample.dtype
     if photometric == "PALETTE" and n == 1 and dtype.kind == "u":
@@ -74,7 +74,9 @@ def colour_of(page: tifffile.TiffPage, n: int, sample: np.ndarray, name: str) ->
     if photometric not in _READ_AS_STORED:
         raise ValueError(f"`path` {name!r} holds {photometric} colours; save it as RGB")
     factor = check_pixels(n, dtype, sample, name)
-    if int(page.compression) == _APERIO_YCBCR or (photometric == "YCBCR" and int(page.compression) in _PLAIN):
+    if int(page.compression) == _APERIO_YCBCR or (
+        photometric == "YCBCR" and int(page.compression) in _WITHOUT_CONVERSION
+    ):
         if n != 3 or dtype != np.uint8:
             raise ValueError(f"`path` {name!r} has {n} channels of luminance and chroma ({dtype}); save it as RGB")
         return Colour("ycbcr")
@@ -83,12 +85,12 @@ def colour_of(page: tifffile.TiffPage, n: int, sample: np.ndarray, name: str) ->
 
 def _palette(page: tifffile.TiffPage) -> np.ndarray:
     colours = np.asarray(page.colormap)
-    # Some writers fill the 16 bits of an entry, some only the lower 8.
+    # Some writers use all 16 bits of an entry, others only the lower 8.
     return (colours >> 8 if colours.max(initial=0) > 255 else colours).astype(np.uint8)
 
 
 def _kind_of_alpha(page: tifffile.TiffPage, photometric: str, sample: np.ndarray, name: str) -> Any:
-    """Tell what the fourth channel is: alpha, alpha that the colours were multiplied with, or nothing."""
+    """Return the kind of the fourth channel: alpha, premultiplied alpha, or unused."""
     if page.samplesperpixel != 4 or photometric == "MINISBLACK":
         raise ValueError(
             f"`path` {name!r} has 4 channels that are not declared as red, green, blue and alpha; save it as RGB"

@@ -1,4 +1,4 @@
-"""Image files to arrays of pixels: what can be read by region lazily, the rest decoded once."""
+"""Read image files as arrays of pixels: lazily by region if possible, otherwise decoded once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     import tifffile
     from PIL.Image import Image as PillowImage
 
-#: Pixels of an image that is decoded into memory: 3.6 GB as RGB.
+#: Largest number of pixels that are decoded into memory: 3.6 GB as RGB.
 MAX_PIXELS = 1_200_000_000
-#: Bytes a pixel while an image is decoded: as stored, converted, and as planes.
-_BYTES_A_PIXEL = 8
+#: Bytes per pixel while an image is decoded: as stored, converted, and as planes.
+_BYTES_PER_PIXEL = 8
 _PILLOW = {".jpg", ".jpeg", ".png"}
 _TIFF = {".tif", ".tiff", ".btf", ".ome", ".svs", ".ndpi", ".scn"}
-#: Endings of files that are read.
+#: Suffixes of supported files.
 IMAGE_SUFFIXES = _PILLOW | _TIFF
 _guard = threading.Lock()
 
-#: Modes of Pillow that are RGB, and what the others are converted to.
+#: Supported modes of Pillow, and the mode to convert to (None: no conversion).
 _CONVERT = {
     "RGB": None,
     "RGBA": None,
@@ -41,7 +41,7 @@ _CONVERT = {
     "CMYK": "RGB",
     "YCbCr": "RGB",
 }
-#: Channels by the type of colour in the header of a PNG: grey, and grey with alpha, of any depth.
+#: Number of channels by the colour type in a PNG header: grey, and grey with alpha, of any depth.
 _PNG_GREY = {0: 1, 4: 2}
 _ORIENTATION = 274
 _UPRIGHT = {
@@ -57,11 +57,11 @@ _UPRIGHT = {
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file."""
+    """Pixels and metadata of an image file."""
 
     levels: list[Any]  # (3, h, w) uint8, finest first, upright
-    mpp: float | None  # µm per pixel, where the file states it
-    orientation: int = 1  # in the file, as in TIFF and EXIF: 1 upright, 2 to 8 mirrored or turned
+    mpp: float | None  # µm per pixel, if the file states it
+    orientation: int = 1  # in the file, as in TIFF and EXIF: 1 upright, 2 to 8 mirrored or rotated
 
 
 def decode(path: Path) -> Decoded:
@@ -84,15 +84,15 @@ def decode(path: Path) -> Decoded:
 
 
 def _is_tiff(path: Path) -> bool:
-    """Whether a file is a TIFF whatever its name says: of several images in one, Pillow takes the first."""
+    """Whether a file is a TIFF, regardless of its suffix; Pillow would read only the first of several images."""
     with path.open("rb") as stream:
         return stream.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def _decode_flat(path: Path) -> tuple[np.ndarray, int]:
-    """Decode a JPEG or PNG; also how it was stored.
+    """Decode a JPEG or PNG; return also its stored orientation.
 
-    Pillow's guard stops at 179 million pixels, which real slides pass: our own bound of ``MAX_PIXELS`` stands for it.
+    Pillow refuses images above 179 million pixels, which real slides exceed; ``MAX_PIXELS`` replaces that limit.
     """
     from PIL import Image
 
@@ -118,13 +118,13 @@ def _decode_flat(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _exif_orientation(image: PillowImage) -> int:
-    # Pillow turns a TIFF upright itself when it loads it.
+    # Pillow itself turns a TIFF upright on loading.
     found = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
     return found if found in _UPRIGHT else 1
 
 
 def _check_mode(image: PillowImage, path: Path) -> None:
-    """Refuse grey, also where Pillow has no mode for it, and other colours."""
+    """Raise for grey images (also those without a mode in Pillow) and unsupported colours."""
     from ..image import check_pixels
 
     if image.format == "PNG":
@@ -164,9 +164,9 @@ def _check_size(path: Path, width: int, height: int) -> None:
     if width * height == 0:
         raise ValueError(f"`path` {path.name!r} has {width} × {height} pixels")
     free = memory_of_machine()
-    needed = _BYTES_A_PIXEL * width * height
+    needed = _BYTES_PER_PIXEL * width * height
     if width * height > MAX_PIXELS:
-        problem = f"over the {MAX_PIXELS:,} that are decoded into memory"
+        problem = f"more than the {MAX_PIXELS:,} that can be decoded into memory"
     elif free is not None and needed > free:
         problem = f"and decoding them takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     else:
@@ -178,7 +178,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
 
 
 def _to_rgb(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """``(h, w[, c])`` to ``(3, h, w)`` uint8."""
+    """Convert ``(h, w[, c])`` to ``(3, h, w)`` uint8."""
     from ..image import check_pixels, to_rgb_uint8
 
     channels = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
@@ -197,7 +197,7 @@ def _decode_tiff(path: Path) -> Decoded:
         if is_tiled(series):
             if orientation != 1:
                 raise ValueError(
-                    f"`path` {path.name!r} is stored mirrored or turned (orientation tag {orientation}); turn it upright "
+                    f"`path` {path.name!r} is stored mirrored or rotated (orientation tag {orientation}); turn it upright "
                     f"first, for example: vips autorot {path.name} OUT.tif[tile,pyramid]"
                 )
             return Decoded(tiled_levels(file, series, path), mpp)
@@ -205,7 +205,7 @@ def _decode_tiff(path: Path) -> Decoded:
 
 
 def _decode_strips(series: tifffile.TiffPageSeries, path: Path) -> np.ndarray:
-    """Decode an image that cannot be read by region, ``(3, h, w)`` uint8."""
+    """Decode an image that cannot be read by region, to ``(3, h, w)`` uint8."""
     height, width = size_of(series)
     _check_size(path, width, height)
     try:

@@ -1,4 +1,4 @@
-"""Files that survive a kill or a power cut: exchange of two folders, synchronisation, links."""
+"""Write files and folders so that they survive a kill or a power cut: exchange, synchronisation, hard links."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from .._core import validate
 from .._core.stores import store_around
 
-#: What a new folder is called for the moment between two renames, where the file system cannot exchange.
+#: Suffix of a new folder between two renames, if the file system cannot exchange folders.
 WAITING = "-he2gene-new"
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -22,7 +22,7 @@ _RENAME_SWAP = 2
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchange two names by ``renameat2`` (Linux) or ``renamex_np`` (macOS); ``False`` where that is not possible."""
+    """Exchange two names by ``renameat2`` (Linux) or ``renamex_np`` (macOS); return ``False`` if not possible."""
     if sys.platform not in ("linux", "darwin"):
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -41,10 +41,10 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def swap(new: Path, old: Path) -> None:
-    """Exchange two folders, atomically where the system can.
+    """Exchange two folders, atomically if the system can.
 
-    Elsewhere the new folder stands beside the old one, under a visible name, before the old one is moved: after a kill
-    between the renames, one of the two is there, whole. ``finish_swap`` puts it back.
+    Otherwise, the new folder is first renamed to a visible name beside the old one. After a kill between the renames, one
+    of the two exists and is complete; ``finish_swap`` restores it.
     """
     if not exchange(new, old):
         waiting, aside = old.with_name(old.name + WAITING), new.with_name(new.name + "-old")
@@ -63,7 +63,7 @@ def swap(new: Path, old: Path) -> None:
 
 
 def finish_swap(place: Path) -> None:
-    """Bring a swap to its end that was killed between two renames."""
+    """Finish a swap that was killed between two renames."""
     waiting = place.with_name(place.name + WAITING)
     if waiting.exists() and place.exists():
         remove(waiting)
@@ -72,7 +72,7 @@ def finish_swap(place: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -87,7 +87,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder and all that lies in it to disk."""
+    """Flush a folder and all its content to disk."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             sync(Path(root, name))
@@ -95,7 +95,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def copy_modes(old: Path, new: Path) -> None:
-    """Give folders and files of a new element the permissions of the old one, so that others may use it as before."""
+    """Copy the permissions of folders and files from the old element to the new one."""
     metadata = [old / name for name in ("zarr.json", ".zgroup", ".zattrs") if (old / name).exists()]
     folders, files = (place.stat().st_mode for place in (old, (*metadata, old)[0]))
     # Some network file systems have no permissions.
@@ -103,12 +103,12 @@ def copy_modes(old: Path, new: Path) -> None:
         for place in (new, *new.rglob("*")):
             if place.is_dir():
                 place.chmod(folders)
-            elif metadata and place.stat().st_nlink == 1:  # a link shares them already
+            elif metadata and place.stat().st_nlink == 1:  # a hard link already shares them
                 place.chmod(files)
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make a copy of a file or folder that shares the bytes of its files, where the file system has hard links."""
+    """Copy a file or folder by hard links if the file system has them, else by copying the files."""
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_link, symlinks=True)
     else:
@@ -125,7 +125,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def replace_file(path: Path, data: bytes, staging: Path) -> None:
-    """Replace the content of a file at once; ``staging`` is a folder of the same file system."""
+    """Replace the content of a file atomically; ``staging`` is a folder on the same file system."""
     new = staging / f"{path.name}.new"
     new.write_bytes(data)
     if path.exists():
@@ -136,29 +136,29 @@ def replace_file(path: Path, data: bytes, staging: Path) -> None:
 
 
 def put_file(path: Path, data: bytes) -> None:
-    """Write a file whole, or leave what is there as it was; a link is followed."""
+    """Write a file atomically, following links; an existing file stays unchanged on failure."""
     path = path.resolve()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
         replace_file(path, data, Path(staging))
 
 
 def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...], *, overwrite: bool) -> Path:
-    """Refuse a file that cannot be written or must not be replaced, before any work is done."""
+    """Raise, before any work, if a file cannot be written or must not be replaced."""
     place = validate.folder_or_file(path, parameter).absolute()
     if place.suffix.lower() not in suffixes:
         raise ValueError(f"`{parameter}` {str(place)!r} ends in {place.suffix!r}; {' or '.join(suffixes)} is needed")
     if place.is_dir() or not place.parent.is_dir():
-        raise ValueError(f"`{parameter}` {str(place)!r} is a folder, or lies in a folder that is not there")
+        raise ValueError(f"`{parameter}` {str(place)!r} is a folder, or lies in a folder that does not exist")
     check_writable(place.parent, f"`{parameter}` {str(place)!r}")
     if place.exists() and not overwrite:
         raise FileExistsError(
-            f"`{parameter}` {str(place)!r} is there; choose another name, or pass overwrite=True (--overwrite)"
+            f"`{parameter}` {str(place)!r} exists; choose another name, or pass overwrite=True (--overwrite)"
         )
     return place
 
 
 def check_folder(path: str | Path, parameter: str) -> Path:
-    """Refuse a folder that cannot be made or written to, before any work is done; one in a zarr store too."""
+    """Raise, before any work, if a folder cannot be made or written to, or lies in a zarr store."""
     folder = validate.folder_or_file(path, parameter).absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
     store = store_around(folder / "any")
@@ -170,7 +170,7 @@ def check_folder(path: str | Path, parameter: str) -> Path:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Refuse a folder in which no file can be made: neither its modes nor its kind of file system say so."""
+    """Raise if no file can be created in a folder; permissions and file system type do not show this reliably."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -182,7 +182,7 @@ def check_writable(folder: Path, what: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""``hg.io.to_geojson`` and ``hg.io.read_geojson``: spots and annotations in the GeoJSON of QuPath, in pixels of level 0."""
+"""``hg.io.to_geojson`` and ``hg.io.read_geojson``: exchange spots and annotations with QuPath, in pixels of level 0."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _VERB = "io.read_geojson"
-#: Of two annotations whose overlaps with a spot differ by less than this part of the spot, the smaller one counts.
+#: If overlaps with a spot differ by less than this fraction of the spot, the smaller annotation is used.
 _SAME_AREA = 1e-6
-#: What comes of a path or a content that is not GeoJSON.
-_WRONG = (ValueError, TypeError, KeyError, AttributeError, IndexError, IsADirectoryError, RecursionError)
+#: Exceptions that a file raises if it is not GeoJSON.
+_PARSE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, IsADirectoryError, RecursionError)
 
 
 def to_geojson(
@@ -54,8 +54,8 @@ def to_geojson(
 ) -> Path:
     """Write the predicted spots to a GeoJSON file that QuPath reads.
 
-    Each spot is an object in pixels of the full-resolution image: its class and the colour of it, and as measurements the
-    chosen genes, the confidence, the share of tissue and the out-of-distribution score. In QuPath: *File > Import
+    Each spot is an object in pixels of the full-resolution image, with its class and colour. Its measurements are the
+    chosen genes, the confidence, the fraction of tissue and the out-of-distribution score. In QuPath: *File > Import
     objects*, then *Measure > Show measurement maps*.
 
     Parameters
@@ -65,19 +65,19 @@ def to_geojson(
     path
         File to write, ``.geojson`` or ``.json``.
     genes
-        Genes whose values become measurements; default: none.
+        Genes to write as measurements; default: none.
     layer
-        Layer that the values are of. Default: the layer of ``prediction_key``. ``None``: ``X``.
+        Layer of the values. Default: the layer of ``prediction_key``. ``None``: ``X``.
     annotation_key
         Column of ``obs`` with the classes. Default: the predicted annotation.
     object_type
-        ``"detection"``: drawn fast, for many spots. ``"annotation"``: can be edited in QuPath.
+        ``"detection"``: fast to draw, for many spots. ``"annotation"``: can be edited in QuPath.
     prediction_key
         ``key_added`` of predict.
     table_key, shapes_key
-        As given to predict; needed where there are several.
+        As passed to predict; needed if there are several.
     overwrite
-        Whether a file that is there may be replaced.
+        Whether to replace an existing file.
 
     Returns
     -------
@@ -87,9 +87,9 @@ def to_geojson(
     Raises
     ------
     ValueError
-        If nothing was predicted, a gene or column is not there, or several slides could be meant.
+        If nothing was predicted, a gene or column is missing, or the slide is ambiguous.
     FileExistsError
-        If the file is there, without ``overwrite``.
+        If the file exists, without ``overwrite``.
 
     See Also
     --------
@@ -127,7 +127,7 @@ def to_geojson(
     for column, title in measured.items():
         if column in own.obs and title not in names and (column != keys.confidence or annotation_key is None):
             values[title] = own.obs[column].to_numpy(float)
-    classes = _classes(table, rows, label)
+    classes = _classifications(table, rows, label)
     features = [
         _feature(spot, outline, object_type, given, row)
         for spot, outline, given, row in zip(own.obs_names, outlines, classes, values.to_dict("records"), strict=True)
@@ -147,39 +147,39 @@ def read_geojson(
     image_key: str | None = None,
     coordinate_system: str | None = None,
 ) -> None:
-    """Label the spots by the annotations of a GeoJSON file from QuPath.
+    """Label spots by the annotations in a GeoJSON file from QuPath.
 
-    A spot gets the class that covers the largest part of it; of two that cover it alike, the class of the smaller
-    polygon. A spot that meets no polygon is missing. In QuPath: *File > Export objects as GeoJSON*.
+    A spot gets the class that covers the largest part of it; on equal overlap, the class of the smaller polygon. Spots
+    that no polygon overlaps have a missing label. In QuPath: *File > Export objects as GeoJSON*.
 
     Parameters
     ----------
     data
-        Object, or table with ``obsm["spatial"]`` in pixels of the full-resolution image. In a table a spot is a circle, of
-        ``spot_diameter_fullres`` where ``uns["spatial"]`` states it, else half as wide as spots are apart.
+        Object, or table with ``obsm["spatial"]`` in pixels of the full-resolution image. In a table, a spot is a circle with
+        the diameter ``spot_diameter_fullres`` from ``uns["spatial"]``, else half the distance between spots.
     path
-        The file. Polygons with a class are read, with their holes: annotations, or if there are none, detections and
-        cells. Coordinates are pixels of level 0, as QuPath writes them.
+        The file. Polygons with a class are read, with their holes: annotations, or, without any, detections and cells.
+        Coordinates are pixels of level 0, as QuPath writes them.
     key_added
         Column of ``obs`` for the labels.
     table_key, shapes_key, image_key, coordinate_system
-        Where things are, as in :func:`he2gene_sc.tl.predict`. Of a table with several slides ``shapes_key`` names the one that
-        the file is of; the others keep their labels.
+        Names of the elements, as in :func:`he2gene_sc.tl.predict`. If the table has several slides, ``shapes_key`` names the
+        slide of the file; spots of other slides keep their labels.
 
     Raises
     ------
     ValueError
-        If the file is not GeoJSON, states a coordinate system (``crs``) of a map, holds no polygon with a class, or no polygon
-        meets a spot; or if ``key_added`` is taken.
+        If the file is not GeoJSON, states a map coordinate system (``crs``), or has no polygon with a class; if no polygon
+        overlaps a spot; or if ``key_added`` is taken.
 
     Warns
     -----
     UserWarning
-        If the polygons would lie like the spots in µm, or all lie within some pixels of the corner, as degrees do.
+        If the coordinates of the polygons look like µm, or like degrees (all within some pixels of the corner).
 
     Notes
     -----
-    Writes ``obs[key_added]`` (categorical) and, if the file has them, colours in ``uns[key_added + "_colors"]``.
+    Writes ``obs[key_added]`` (categorical) and colours in ``uns[key_added + "_colors"]``, if the file has them.
 
     See Also
     --------
@@ -201,9 +201,9 @@ def read_geojson(
     table = get_table(data, table_key)
     check_free(table, _VERB, key_added, obs=[key_added], uns=[colors_key])
     path = validate.folder_or_file(path, "path")
-    polygons, names, colors = _read(path)
+    polygons, names, colors = _read_polygons(path)
     if hasattr(data, "tables"):
-        shapes_key = _region(data, table, shapes_key)
+        shapes_key = _find_region(data, table, shapes_key)
         rows, outlines = _outlines(data, table, shapes_key, image_key, coordinate_system)
         images = [image_key] if image_key else list(data.images)
         stated = [found[0] for key in images if (found := stored_mpp(data, key))]
@@ -216,13 +216,15 @@ def read_geojson(
         colors = dict(zip(table.obs[key_added].cat.categories, table.uns.get(colors_key, ()), strict=False)) | colors
     labels[rows] = _labels_by_area(outlines, polygons, names)
     unit = other_unit(polygons, outlines, stated)
-    spans = f"The polygons span {_span(polygons)}, the spots {_span(outlines)} (x, y in px of level 0); "
+    spans = (
+        f"The polygons span {_format_extent(polygons)}, the spots {_format_extent(outlines)} (x, y in px of level 0); "
+    )
     if pd.isna(labels[rows]).all():
-        cause = unit or "the file is of another image, or the coordinates were scaled"
-        raise ValueError(f"`path` {str(path)!r}: no polygon meets a spot. {spans}{cause}")
+        cause = unit or "the file belongs to another image, or the coordinates were scaled"
+        raise ValueError(f"`path` {str(path)!r}: no polygon overlaps a spot. {spans}{cause}")
     if unit:
         warnings.warn(
-            f"`path` {str(path)!r}: the labels are wrong if these are not pixels. {spans}{unit}", stacklevel=2
+            f"`path` {str(path)!r}: the labels are wrong if the coordinates are not pixels. {spans}{unit}", stacklevel=2
         )
     categories = sorted(pd.unique(pd.Series(labels).dropna()))
     uns = {colors_key: [colors[name] for name in categories]} if set(categories) <= colors.keys() else {}
@@ -234,7 +236,7 @@ def read_geojson(
 def _outlines(
     sdata: SpatialData, table: AnnData, shapes_key: str, image_key: str | None, coordinate_system: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a region in its table, and the outlines of these spots in pixels of level 0."""
+    """Return the rows of a region in its table, and the outlines of these spots in pixels of level 0."""
     import shapely
     from spatialdata import to_polygons
 
@@ -245,7 +247,7 @@ def _outlines(
     _, matrix = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
     element, shift = spot_element(sdata, shapes_key), 0.0
     if shapes_key in sdata.labels:
-        # Of a pixel to_polygons takes the centre, images the corner.
+        # to_polygons refers to the centres of pixels, images to their corners.
         element, shift = to_polygons(element["scale0"]["image"] if hasattr(element, "children") else element), 0.5
     chosen = element.loc[ids]
     geometry = chosen.geometry.buffer(chosen["radius"]) if "radius" in chosen else chosen.geometry
@@ -255,7 +257,7 @@ def _outlines(
 
 
 def _circles(table: AnnData, shapes_key: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of one slide of a table, and circles around their places."""
+    """Return the rows of one slide of a table, and circles around their centres."""
     import shapely
 
     rows = np.arange(table.n_obs)
@@ -267,29 +269,29 @@ def _circles(table: AnnData, shapes_key: str | None) -> tuple[np.ndarray, np.nda
     if len(found := pd.unique(sections_of(table[rows]))) > 1:
         raise ValueError(
             f"`shapes_key` is {shapes_key!r}; the file is of one slide, the table has {validate.format_list(found)}: name the spots "
-            "of one, or give the rows of one as a table"
+            "of one slide, or pass only its rows as a table"
         )
     xy = spots_of(table)[rows]
     libraries = list(table.uns.get("spatial", {}).values()) if isinstance(table.uns.get("spatial"), dict) else []
     stated = libraries[0].get("scalefactors", {}).get("spot_diameter_fullres") if len(libraries) == 1 else None
     if stated is None and len(xy) < 2:
         raise ValueError(
-            "`data` has one spot of unknown size; uns['spatial'][name]['scalefactors']['spot_diameter_fullres'] is needed, px"
+            "`data` has one spot of unknown size; uns['spatial'][name]['scalefactors']['spot_diameter_fullres'] (px) is needed"
         )
     diameter = float(pitch_of(xy) / 2 if stated is None else stated)
     return rows, np.asarray(shapely.buffer(shapely.points(xy), diameter / 2))
 
 
-def _region(sdata: SpatialData, table: AnnData, shapes_key: str | None) -> str:
+def _find_region(sdata: SpatialData, table: AnnData, shapes_key: str | None) -> str:
     (table_key,) = [key for key, value in sdata.tables.items() if value is table]
     regions = find_shapes(sdata, shapes_key, table_key) if shapes_key else regions_of(table, sdata)
     if len(regions) != 1:
-        raise ValueError(f"`shapes_key` is {shapes_key!r}; the file is of one slide, name its spots, of {regions}")
+        raise ValueError(f"`shapes_key` is {shapes_key!r}; the file is of one slide, name its spots: one of {regions}")
     return regions[0]
 
 
-def _classes(table: AnnData, rows: np.ndarray, label: str) -> list[dict[str, Any] | None]:
-    """Classification of each spot as QuPath has it, ``None`` where there is none."""
+def _classifications(table: AnnData, rows: np.ndarray, label: str) -> list[dict[str, Any] | None]:
+    """Return the classification of each spot in QuPath's format, ``None`` for missing ones."""
     from matplotlib.colors import to_rgb
 
     if label not in table.obs:
@@ -316,27 +318,27 @@ def _feature(
     return {"type": "Feature", "geometry": mapping(outline), "properties": properties}
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """Polygons, the class of each, and the colours of the classes."""
+def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Read polygons, the class of each, and the colours of the classes."""
     import shapely
     from matplotlib.colors import to_hex
     from shapely.geometry import shape
 
     if not path.exists():
-        raise FileNotFoundError(f"`path` {str(path)!r} is not there; name the file that QuPath exported")
-    wrong = f"`path` {str(path)!r} is not GeoJSON; in QuPath run File > Export objects as GeoJSON"
+        raise FileNotFoundError(f"`path` {str(path)!r} does not exist; name the file that QuPath exported")
+    problem = f"`path` {str(path)!r} is not GeoJSON; in QuPath run File > Export objects as GeoJSON"
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         features = content.get("features", [content]) if isinstance(content, dict) else content
         found = [(f["geometry"], f.get("properties") or {}) for f in features if f.get("geometry")]
         shapes = shapely.make_valid(np.array([shape(geometry) for geometry, _ in found], object))
-        # QuPath before 0.4 has the type elsewhere; without one it is an annotation.
+        # QuPath before 0.4 uses another key; objects without a type are annotations.
         kinds = [str(p.get("objectType", p.get("object_type", "annotation"))) for _, p in found]
         given = [classification_of(p) for _, p in found]
-    except (*_WRONG, shapely.errors.ShapelyError) as error:
-        raise ValueError(f"{wrong} ({type(error).__name__}: {error})") from None
+    except (*_PARSE_ERRORS, shapely.errors.ShapelyError) as error:
+        raise ValueError(f"{problem} ({type(error).__name__}: {error})") from None
     check_crs(content, shapes, path)
-    names = clean_names(_name(value) for value in given)
+    names = clean_names(_class_name(value) for value in given)
     usable = (shapely.area(shapes) > 0) & pd.notna(names)
     is_annotation = np.array([kind == "annotation" for kind in kinds], bool)
     chosen = usable & is_annotation if (usable & is_annotation).any() else usable
@@ -345,9 +347,9 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
             f"`path` {str(path)!r} has {len(features)} object(s), none is a polygon with a class; set the class of the "
             "annotations in QuPath and export again"
         )
-    if left := len(features) - int(chosen.sum()):
+    if n_skipped := len(features) - int(chosen.sum()):
         logger.info(
-            "%d of %d objects of %s have no class or no area, or are not annotations", left, len(features), path
+            "%d of %d objects of %s have no class or no area, or are not annotations", n_skipped, len(features), path
         )
     check_spelling({"": names[chosen]}, "path", path.name, what="classes", mend="rename one in QuPath and export again")
     colors: dict[str, str] = {}
@@ -358,8 +360,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     return shapes[chosen], names[chosen], colors
 
 
-def _name(classification: Any) -> Any:
-    """Name of a classification; QuPath writes several parts as a list."""
+def _class_name(classification: Any) -> Any:
+    """Return the name of a classification; QuPath writes several parts as a list."""
     if not isinstance(classification, dict):
         return classification if isinstance(classification, str) else None
     names = classification.get("names")
@@ -367,28 +369,28 @@ def _name(classification: Any) -> Any:
 
 
 def _labels_by_area(outlines: np.ndarray, polygons: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Class that covers most of each spot, ``None`` where none does."""
+    """Return the class that covers most of each spot, ``None`` if no polygon overlaps it."""
     import geopandas as gpd
     import shapely
 
-    # Polygons of one class may overlap: their parts are joined, and lie apart then.
+    # Merge overlapping polygons of a class into disjoint parts.
     parts = gpd.GeoDataFrame({"name": names}, geometry=polygons).dissolve("name").explode().reset_index()
     geometry = parts.geometry.to_numpy()
     spot, part = shapely.STRtree(geometry).query(outlines, predicate="intersects")
     area = shapely.area(shapely.intersection(outlines[spot], geometry[part])) / shapely.area(outlines)[spot]
-    met = pd.DataFrame({"spot": spot, "name": parts["name"].to_numpy()[part], "area": area})
-    met["size"] = shapely.area(geometry)[part]
-    met = met[met["area"] > _SAME_AREA].groupby(["spot", "name"], as_index=False).agg({"area": "sum", "size": "min"})
-    met["area"] = (met["area"] / _SAME_AREA).round()
-    best = met.sort_values(["spot", "area", "size", "name"], ascending=[True, False, True, True]).drop_duplicates(
-        "spot"
-    )
+    pairs = pd.DataFrame({"spot": spot, "name": parts["name"].to_numpy()[part], "area": area})
+    pairs["size"] = shapely.area(geometry)[part]
+    pairs = pairs[pairs["area"] > _SAME_AREA]
+    pairs = pairs.groupby(["spot", "name"], as_index=False).agg({"area": "sum", "size": "min"})
+    pairs["area"] = (pairs["area"] / _SAME_AREA).round()
+    pairs = pairs.sort_values(["spot", "area", "size", "name"], ascending=[True, False, True, True])
+    best = pairs.drop_duplicates("spot")
     labels = np.full(len(outlines), None, object)
     labels[best["spot"].to_numpy()] = best["name"].to_numpy(object)
     return labels
 
 
-def _span(shapes: np.ndarray) -> str:
+def _format_extent(shapes: np.ndarray) -> str:
     import shapely
 
     left, top, right, bottom = shapely.total_bounds(shapes)

@@ -1,4 +1,4 @@
-"""``hg.io.read_he``: a bare H&E image as SpatialData."""
+"""``hg.io.read_he``: read an H&E image as SpatialData."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAGE) -> SpatialData:
     """Read an H&E image.
 
-    Tiled TIFF files (OME-TIFF, pyramidal TIFF, svs, ndpi, scn) are read by region, with the levels they have; where a
-    file holds several images, the largest RGB one is read. JPEG, PNG and stripped TIFF cannot be read by region: they
-    are decoded once, into memory, and halved into a pyramid. An image that is stored mirrored or turned (EXIF, TIFF
-    orientation) is turned upright with a warning; spots have to be in that frame. Ink (CMYK) and palettes become RGB.
+    Tiled TIFF files (OME-TIFF, pyramidal TIFF, svs, ndpi, scn) are read by region, with their levels. If a file holds
+    several images, the largest RGB image is read. JPEG, PNG and stripped TIFF cannot be read by region: they are decoded
+    once, into memory, and downscaled to a pyramid. An image that is stored mirrored or rotated (EXIF, TIFF orientation) is
+    turned upright with a warning; spots have to be in that frame. Ink (CMYK) and palettes are converted to RGB.
 
     Parameters
     ----------
     path
         jpg, png, tif, OME-TIFF, pyramidal tif, svs, ndpi or scn. A file that is read by region has to stay where it is.
     mpp
-        µm per pixel. Default: what the file states (OME, Aperio, metric resolution tags); where it states nothing,
-        ``mpp`` has to be given to :func:`he2gene_sc.pp.grid` or :func:`he2gene_sc.tl.predict`.
+        µm per pixel. Default: the value in the file (OME, Aperio, metric resolution tags). Without one, pass ``mpp`` to
+        :func:`he2gene_sc.pp.grid` or :func:`he2gene_sc.tl.predict`.
     image_key
         Name of the image.
 
@@ -41,15 +41,15 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
     -------
     spatialdata.SpatialData
         Image ``image_key`` (uint8, c y x) in the coordinate system ``"global"``, whose unit is one pixel of level 0;
-        µm per pixel in ``attrs["he2gene"]["mpp"][image_key]`` where known. No spots: see :func:`he2gene_sc.pp.grid`.
+        µm per pixel, if known, in ``attrs["he2gene"]["mpp"][image_key]``. No spots: see :func:`he2gene_sc.pp.grid`.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     OSError
-        If the file is damaged, or its compression is not known. A damaged tile in the middle of a slide may be found
-        only when it is read.
+        If the file is damaged, or its compression is unknown. A damaged tile inside a slide may only be found when it is
+        read.
     ValueError
         If the file is not an RGB H&E image, or ``mpp`` is not positive.
 
@@ -70,8 +70,8 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
     found = mpp if mpp is not None else decoded.mpp
     if decoded.orientation != 1:
         warnings.warn(
-            f"image {image_key!r} is stored mirrored or turned (orientation {decoded.orientation}) and was turned upright: "
-            "spots that refer to the pixels as stored would lie elsewhere",
+            f"image {image_key!r} is stored mirrored or rotated (orientation {decoded.orientation}) and was turned upright: "
+            "spots that refer to the stored pixels are misplaced",
             stacklevel=2,
         )
     sdata = SpatialData(images={image_key: image_element(decoded.levels)})
@@ -79,5 +79,5 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
         sdata.attrs[ATTRS] = attrs_with_mpp(sdata, image_key, found)
         logger.info("image %r: %.4g µm/px (%s)", image_key, found, "argument" if mpp is not None else "file")
     else:
-        logger.warning("image %r states no µm/px: pass mpp= to hg.io.read_he, hg.pp.grid or hg.tl.predict", image_key)
+        logger.warning("image %r has no µm/px: pass mpp= to hg.io.read_he, hg.pp.grid or hg.tl.predict", image_key)
     return sdata

@@ -1,4 +1,4 @@
-"""Read a SpatialData store for the command line: what is damaged is named."""
+"""Read a SpatialData store for the command line, with errors that name damaged elements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_store(path: Path, parameter: str = "PATH") -> SpatialData:
         _read_a_pixel(sdata)
     except MemoryError:
         raise
-    except Exception as error:  # whatever zarr, parquet or a codec makes of damaged bytes
+    except Exception as error:  # zarr, parquet and codecs raise various errors for damaged bytes
         raise OSError(
             f"{parameter} {str(path)!r} is damaged{_damaged(path)}: {type(error).__name__}: {_first_line(error)}. Restore it "
             "from a copy, or delete the damaged element"
@@ -33,21 +33,21 @@ def open_store(path: Path, parameter: str = "PATH") -> SpatialData:
 def _is_store(path: Path, parameter: str) -> bool:
     try:
         return is_store(path)
-    except (ValueError, OSError) as error:  # text that is not JSON, or not text
+    except (ValueError, OSError) as error:  # not JSON, or not text
         raise OSError(
             f"{parameter} {str(path)!r} is damaged: its metadata cannot be read: {_first_line(error)}"
         ) from error
 
 
 def _read_a_pixel(sdata: SpatialData) -> None:
-    """Read one pixel of each image, which is not read otherwise: its codec is there, its first chunk is whole."""
+    """Read one pixel of each image, to check that its codec is available and its first chunk is complete."""
     for element in (*sdata.images.values(), *sdata.labels.values()):
         array = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
         array[(slice(0, 1),) * array.ndim].compute()
 
 
 def _damaged(path: Path) -> str:
-    """Name the kinds of elements that cannot be read alone."""
+    """Name the kinds of elements that cannot be read."""
     import warnings
 
     import spatialdata as sd
@@ -60,7 +60,7 @@ def _damaged(path: Path) -> str:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 _read_a_pixel(sd.read_zarr(path, selection=(kind,)))
-        except Exception:  # noqa: BLE001 - it is one of those that are looked for
+        except Exception:  # noqa: BLE001 - any error means damage
             found.append(kind)
     return f" ({', '.join(found)} cannot be read)" if found else ""
 

@@ -1,4 +1,4 @@
-"""Arrays of pixels to the image elements of SpatialData."""
+"""Make image elements of SpatialData from arrays of pixels."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from xarray import DataArray, DataTree
 
 CHUNK = 1024
-#: Least side of the chunks of an image that is read by region: the graph of a whole slide stays small.
+#: Least side of the chunks of an image that is read by region, which keeps the dask graph of a whole slide small.
 _LAZY_CHUNK = 2048
-_SMALLEST = 512
+_MIN_SIDE = 512
 
 
 def build_levels(image: np.ndarray) -> list[np.ndarray]:
-    """Halve an image ``(3, h, w)`` uint8 in memory until its shorter side is under 1,024 px."""
+    """Make a pyramid by halving an image ``(3, h, w)`` uint8 in memory until its shorter side is below 1,024 px."""
     from ..image._reader import halve
 
     levels = [image]
-    while min(levels[-1].shape[1:]) >= 2 * _SMALLEST:
+    while min(levels[-1].shape[1:]) >= 2 * _MIN_SIDE:
         levels.append(halve(levels[-1]))
     return levels
 
 
 def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
-    """Make an image element in the coordinate system ``"global"``, one unit a pixel of level 0, from the finest level first.
+    """Make an image element from levels, finest first, in coordinate system ``"global"`` (unit: pixel of level 0).
 
-    Numpy arrays are chunked by 1,024 pixels; dask and images read by region by whole tiles, at least 2,048 pixels together.
+    Numpy arrays are chunked by 1,024 pixels; images that are read by region by whole tiles, at least 2,048 pixels.
     """
     import dask.array as da
     from spatialdata.models import Image2DModel
@@ -46,7 +46,7 @@ def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
             rows, columns = (n * -(-_LAZY_CHUNK // n) for n in array.chunks[1:])
             array = from_array(array, chunks=(3, rows, columns), meta=np.empty((0, 0, 0), np.uint8))
         elif not isinstance(array, da.Array):
-            # Named by us: hashing the pixels for a name would cost more than reading them.
+            # name=False: hashing the pixels for a name would cost more than reading them.
             array = from_array(array, chunks=(3, CHUNK, CHUNK), name=False)
         y, x = full[1] / array.shape[1], full[2] / array.shape[2]
         transformation = Identity() if i == 0 else Sequence([Scale([y, x], axes=("y", "x")), Identity()])

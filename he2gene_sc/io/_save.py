@@ -1,4 +1,4 @@
-"""``hg.io.save``: write what changed; a store holds the old or the new elements, whole, at any moment."""
+"""``hg.io.save``: write changed elements; a store holds complete old or new elements at any moment."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write a SpatialData object to a zarr store, also to the one that it was read from.
 
-    To its own store, only elements are written that are new or differ; of a table, only the layers and matrices that
-    differ. Images are neither written nor read. What the object does not hold stays. Each element is written beside
-    the old one and exchanged with it by one call of the file system: after any interruption, the store opens and holds
-    the old or the new element, whole.
+    In its own store, only new or changed elements are written, and only the changed layers and matrices of a table. Images
+    that are unchanged are neither written nor read. Elements that the object does not have are kept. Each element is
+    written beside the old one and exchanged with it by one call of the file system: after any interruption, the store
+    opens and holds the old or the new element, complete.
 
     Parameters
     ----------
     sdata
         The object.
     path
-        Store to write. Default: the one that ``sdata`` is backed by.
+        Store to write. Default: the store of ``sdata``.
     overwrite
-        For the object's own store: whether columns, layers and keys may be replaced or removed that the store holds
-        and the object does not, because they were removed from it, or saved by another process after it was read. Also values
-        that differ where it is not known who changed them. For any other store: whether it may be replaced.
+        For the object's own store: whether to replace or remove columns, layers and keys that only the store has, since they
+        were removed from the object, or saved by another process after it was read; and values that differ for an unknown
+        reason. For any other store: whether to replace it.
 
     Returns
     -------
@@ -55,11 +55,11 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     FileExistsError
         If something would be lost without ``overwrite``, or ``path`` is not a SpatialData store.
     FileNotFoundError
-        If the object's store, or one that an element reads lazily, is not there.
+        If the object's store, or one that an element reads lazily, does not exist.
     BlockingIOError
         If another process is saving to the store.
     OSError
-        If it could not be written, for example because the disk is full. The store is as it was.
+        If it could not be written, for example because the disk is full. The store is unchanged.
 
     Notes
     -----
@@ -80,13 +80,13 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     note(sdata, replaces=overwrite)
     path = None if path is None else validate.folder_or_file(path, "path")
     if path is None and sdata.path is None:
-        raise ValueError("`path` is None and `sdata` was not read from a store; say where to write")
+        raise ValueError("`path` is None and `sdata` was not read from a store; name the store to write")
     if path is None and not resolved(sdata.path).exists():
         raise FileNotFoundError(
-            f"`path` is None and the store of `sdata`, {str(resolved(sdata.path))!r}, is not there: was it moved, or has the "
-            "working folder changed? Read it again with spatialdata.read_zarr, or say where to write"
+            f"`path` is None and the store of `sdata`, {str(resolved(sdata.path))!r}, does not exist: was it moved, or has the "
+            "working folder changed? Read it again with spatialdata.read_zarr, or name the store to write"
         )
-    # A link is followed: what is replaced is the store, not the link to it.
+    # Links are followed: the store is replaced, not the link to it.
     target = resolved(path if path is not None else sdata.path)
     if sdata.path is not None and target == resolved(sdata.path) and target.exists() and is_store(target):
         update(sdata, target, overwrite=overwrite)
@@ -105,11 +105,11 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a path that must not be replaced, or lies in a store, before any work is done."""
+    """Raise, before any work, if a path must not be replaced, or lies in a store."""
     if not target.exists():
         if inside := [folder for folder in target.parents if any((folder / name).is_file() for name in ROOT_FILES)]:
             raise ValueError(
-                f"`path` {str(target)!r} lies inside the zarr store {str(inside[-1])!r}, of which it would become a part; choose a "
+                f"`path` {str(target)!r} lies inside the zarr store {str(inside[-1])!r} and would become a part of it; choose a "
                 f"path beside it: {str(inside[-1].parent / target.name)!r}"
             )
         return
@@ -122,7 +122,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def check_place(target: Path, n_bytes: int) -> None:
-    """Refuse a store that cannot be written, or has no room for ``n_bytes``, before any work is done."""
+    """Raise, before any work, if a store cannot be written, or the disk has no room for ``n_bytes``."""
     folder = target if target.exists() else target.parent
     while not folder.exists():
         folder = folder.parent
@@ -148,7 +148,7 @@ def check_place(target: Path, n_bytes: int) -> None:
 
 
 def least_bytes(sdata: SpatialData, *, images: bool) -> int:
-    """Estimate what a prediction will write at least: one layer a table, and the images, compressed well."""
+    """Estimate the least size of a prediction: one well compressed layer per table, and the images."""
     n_bytes = sum(2 * table.n_obs * table.n_vars for table in sdata.tables.values())
     if images:
         n_bytes += sum(levels(image)[0].data.nbytes for image in sdata.images.values()) // 3
@@ -156,14 +156,14 @@ def least_bytes(sdata: SpatialData, *, images: bool) -> int:
 
 
 def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
-    """Write the whole object to a store of its own."""
+    """Write the whole object to a new store."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"`path` {str(target)!r} lies in a file; choose a path in a folder") from error
     with contextlib.ExitStack() as stack:
         staging = stack.enter_context(locked(target, beside=True))
-        # Another process may have been faster.
+        # Check again under the lock: another process may have written the store.
         check_target(target, overwrite=overwrite)
         if target.exists():
             stack.enter_context(locked(target))
@@ -192,13 +192,13 @@ def _put(new: Path, target: Path) -> None:
     if target.exists():
         swap(new, target)
         return
-    # Fails if a folder with anything in it has come there meanwhile.
+    # Fails if a non-empty folder has been created there meanwhile.
     new.rename(target)
     sync(target.parent)
 
 
 def _carry_files(old: Path, new: Path) -> None:
-    """Take over what a user has put into the folder of a store that is replaced."""
+    """Keep files that a user has put into the folder of a store that is replaced."""
     for path in old.iterdir():
         if path.name not in (*KINDS, *ROOT_FILES) and not path.name.startswith(STAGING):
             link_tree(path, new / path.name)

@@ -1,4 +1,4 @@
-"""``hg.io.read_st``: a legacy Spatial Transcriptomics section as SpatialData."""
+"""``hg.io.read_st``: read a legacy Spatial Transcriptomics section as SpatialData."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _PITCH_UM, _DIAMETER_UM = 200.0, 100.0
-#: Spots closer than this have no array in the image, whatever it shows.
+#: Least pitch of an array in pixels; spots that are closer have wrong coordinates.
 _LEAST_PITCH_PX = 1e-3
 
 
@@ -39,7 +39,7 @@ def read_st(
     pitch_um: float = _PITCH_UM,
     diameter_um: float = _DIAMETER_UM,
 ) -> SpatialData:
-    """Read a legacy ST section: counts, spot file, image and, if there are, labels.
+    """Read a legacy ST section: counts, spot file, image and, optionally, labels.
 
     Parameters
     ----------
@@ -47,14 +47,14 @@ def read_st(
         TSV (may be gzipped) or DataFrame: rows named ``XxY`` by array position, columns gene names, whole numbers.
     spots
         TSV or DataFrame with the array position ``x, y`` and the centre ``pixel_x, pixel_y`` in the image;
-        ``new_x, new_y``, the array position as found on the slide, sharpen the estimate of µm per pixel; rows whose
-        ``selected`` is 0 or false are left out.
+        ``new_x, new_y``, the adjusted array position, refine the estimate of µm per pixel. Rows whose ``selected`` is 0 or
+        false are left out.
     image
         H&E image that the pixels refer to, stored upright; ``None`` for a section without one.
     labels
         TSV or DataFrame with ``x, y`` (array position, rounded) and ``label``.
     section, patient
-        Names, kept in ``obs``. ``patient`` defaults to ``section``.
+        Names, stored in ``obs``. ``patient`` defaults to ``section``.
     mpp
         µm per pixel. Default: from the pitch of the array.
     pitch_um, diameter_um
@@ -65,7 +65,7 @@ def read_st(
     spatialdata.SpatialData
         Image ``"he"`` (multiscale, uint8), shapes ``"spots"`` (circles), table ``"table"``: raw counts in ``X``
         (sparse, float32), ``obsm["spatial"]``, ``obs`` with ``array_row, array_col, patient, section`` and, with
-        labels, ``annotation``; all in the coordinate system ``"global"``, one unit a pixel.
+        labels, ``annotation``; all in the coordinate system ``"global"``, in pixels.
 
     Raises
     ------
@@ -74,12 +74,12 @@ def read_st(
     OSError
         If a file is damaged.
     ValueError
-        If columns are missing, ids or genes are duplicated, counts are negative or not whole, no spot is in both files,
-        no label is of a spot, or the image is stored mirrored or turned.
+        If columns are missing, ids or genes are duplicated, counts are negative or not whole numbers, no spot is in both
+        files, no label belongs to a spot, or the image is stored mirrored or rotated.
 
     Notes
     -----
-    Spots that stand in only one of counts and spot file are dropped, with one warning that counts them.
+    Spots that are only in the counts or only in the spot file are dropped, with one warning.
 
     Examples
     --------
@@ -138,7 +138,7 @@ def section_of(
     mpp: float,
     images: dict[str, Any],
 ) -> SpatialData:
-    """Put counts ``(n, genes)``, spots and image of a section together, in pixels; ``images`` may be empty."""
+    """Make an object from counts ``(n, genes)``, spots and image of a section, in pixels; ``images`` may be empty."""
     from anndata import AnnData
     from spatialdata import SpatialData
     from spatialdata.models import ShapesModel, TableModel
@@ -161,27 +161,27 @@ def section_of(
 
 
 def upright_image(path: Path) -> Any:
-    """Image element of a file that is stored upright."""
+    """Read an image element from a file; raise if it is not stored upright."""
     decoded = decode(path)
     if decoded.orientation != 1:
         raise ValueError(
-            f"`image` {path.name!r} is stored mirrored or turned (orientation {decoded.orientation}), and the pixels of "
+            f"`image` {path.name!r} is stored mirrored or rotated (orientation {decoded.orientation}), and the pixels of "
             "`spots` may refer to it as stored or upright; save it without that tag, in the frame of the spots"
         )
     return image_element(decoded.levels)
 
 
 def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
-    """Labels of the spots, of which there has to be one."""
+    """Return the labels of the spots; raise if none has a label."""
     found = labels.reindex(ids)
     if labels.notna().any() and not found.notna().any():
         raise ValueError(
-            f"`labels` of section {section!r} has no label of a spot: {list(labels.index[:3])} against {list(ids[:3])}"
+            f"`labels` of section {section!r} has no label of any spot: its ids are {list(labels.index[:3])}, the spots {list(ids[:3])}"
         )
     if (missed := int((labels.notna() & ~labels.index.isin(ids)).sum())) > len(labels) / 2:
         warnings.warn(
-            f"section {section!r}: {missed} of {len(labels)} labels are not of a spot and are left out; do the files belong "
-            "together?",
+            f"section {section!r}: {missed} of {len(labels)} labels do not belong to a spot and are left out; check that the "
+            "files belong together",
             stacklevel=3,
         )
     return found
@@ -223,12 +223,12 @@ def _array_ids(frame: pd.DataFrame, parameter: str) -> pd.Index:
     return pd.Index(x + "x" + y)
 
 
-#: What spot files say of a spot that counts, and of one that does not.
+#: Values of the column `selected` in spot files.
 _SELECTED = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
 
 
 def _selected(column: pd.Series) -> np.ndarray:
-    """Whether a spot counts, by numbers or words."""
+    """Return which spots are selected, from numbers or words."""
     texts = column.astype(str).str.strip().str.lower()
     found = texts.map(_SELECTED)
     if found.isna().any():
@@ -255,20 +255,20 @@ def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.I
             (mark for mark in ",;" for frame in (counts, spots) if len(frame) and mark in str(frame.index[0])), None
         )
         raise ValueError(
-            f"`counts` and `spots` of section {section!r} share no spot: {list(counts.index[:3])} against "
+            f"`counts` and `spots` of section {section!r} share no spot: {list(counts.index[:3])} and "
             f"{list(spots.index[:3])}" + (f"; columns seem to be separated by {odd!r}, tabs are needed" if odd else "")
         )
     if len(ids) < len(spots) or len(ids) < len(counts):
         warnings.warn(
-            f"section {section!r}: {len(counts) - len(ids)} spots stand in the counts alone and {len(spots) - len(ids)} in "
-            f"the spot file alone; they are dropped, {len(ids)} remain",
+            f"section {section!r}: {len(counts) - len(ids)} spots are only in the counts and {len(spots) - len(ids)} only in "
+            f"the spot file; they are dropped, {len(ids)} remain",
             stacklevel=3,
         )
     return ids
 
 
 def _mpp_of_array(spots: pd.DataFrame, pitch_um: float) -> float:
-    """µm per pixel from the affine map of array positions to pixels, whichever way the array lies in the image."""
+    """Return µm per pixel from the affine map of array positions to pixels, for any orientation of the array."""
     named = ("new_x", "new_y") if {"new_x", "new_y"} <= set(spots.columns) else ("x", "y")
     try:
         position = spots[list(named)].to_numpy(dtype=float)
@@ -276,7 +276,9 @@ def _mpp_of_array(spots: pd.DataFrame, pitch_um: float) -> float:
         raise ValueError(f"`spots`: {' and '.join(named)} have to be numbers: {error}") from error
     design = np.column_stack([position, np.ones(len(position))])
     if not np.isfinite(position).all():
-        raise ValueError(f"`spots` has NaN or infinite values of {' and '.join(named)}; give `mpp`, or leave them out")
+        raise ValueError(
+            f"`spots` has NaN or infinite values of {' and '.join(named)}; give `mpp`, or remove these columns"
+        )
     if np.linalg.matrix_rank(design) < 3:
         raise ValueError("`mpp` cannot be found from spots in a single row or column; give it in µm per pixel")
     pixels = spots[["pixel_x", "pixel_y"]].to_numpy(dtype=float)
@@ -284,7 +286,7 @@ def _mpp_of_array(spots: pd.DataFrame, pitch_um: float) -> float:
     pitch = np.sqrt(abs(np.linalg.det(linear)))
     if not pitch > _LEAST_PITCH_PX:
         raise ValueError(
-            f"`mpp` cannot be found: neighbouring spots are {pitch:.3g} pixels apart; check pixel_x and pixel_y of `spots`, "
-            "or give `mpp` in µm per pixel"
+            f"`mpp` cannot be found: the distance of neighbouring spots is {pitch:.3g} pixels; check pixel_x and pixel_y of "
+            "`spots`, or give `mpp` in µm per pixel"
         )
     return float(pitch_um / pitch)

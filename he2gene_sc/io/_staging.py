@@ -1,4 +1,4 @@
-"""Write elements beside those of a store: whole, or the parts that differ, or their metadata alone."""
+"""Write elements to a staging folder of a store: complete, only the parts that differ, or only their metadata."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ._store import RootMetadata
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: Files of a group that hold its attributes.
+#: Files with the attributes of a group.
 METADATA = ("zarr.json", ".zattrs")
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what zarr, anndata and spatialdata say that a user can do nothing about."""
+def without_library_warnings() -> Iterator[None]:
+    """Suppress warnings of zarr, anndata and spatialdata about which a user can do nothing."""
     import anndata
 
     strings = anndata.settings.override(allow_write_nullable_strings=True)
@@ -36,24 +36,24 @@ def quiet() -> Iterator[None]:
 def write(
     folder: Path, members: Mapping[str, Mapping[str, Any]], attrs: Mapping[str, Any], formats: Any = None
 ) -> None:
-    """Write elements to a new store, without the root's consolidated metadata where ``formats`` are given."""
+    """Write elements to a new store; with ``formats``, without consolidated metadata at the root."""
     import spatialdata as sd
 
     tables = {name: storable(f"sdata[{name!r}]", table) for name, table in members.get("tables", {}).items()}
-    with quiet():
+    with without_library_warnings():
         try:
             new = sd.SpatialData(**{**members, "tables": tables}, attrs=dict(attrs))
             new.write(folder, update_sdata_path=True, consolidate_metadata=formats is None, sdata_formats=formats)
         except (OSError, MemoryError):
             raise
         except Exception as error:
-            # Of anndata: the key that could not be written.
+            # anndata notes the key that could not be written.
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            raise ValueError(f"`sdata` cannot be written: {error}{notes}; the store is as it was") from error
+            raise ValueError(f"`sdata` cannot be written: {error}{notes}; the store is unchanged") from error
 
 
 def stage(staging: Path, changes: list[Change], store: Path) -> None:
-    """Write elements to ``staging/new``; parts of tables that are the same become links."""
+    """Write elements to ``staging/new``; unchanged parts of tables are hard links."""
     if not changes:
         return
     members: dict[str, dict[str, Any]] = {}
@@ -79,7 +79,7 @@ def stage(staging: Path, changes: list[Change], store: Path) -> None:
 
 
 def _name_columns(frame: Path, columns: list[str]) -> None:
-    """Note all columns of a frame in their order, of which some became links."""
+    """Write the order of all columns of a frame, of which some are hard links."""
     current = (frame / "zarr.json").is_file()
     path = frame / ("zarr.json" if current else ".zattrs")
     metadata = json.loads(path.read_bytes())
@@ -88,14 +88,14 @@ def _name_columns(frame: Path, columns: list[str]) -> None:
 
 
 def _skeleton(table: AnnData, difference: Difference | None) -> AnnData:
-    """Return a table without the parts that are to become links."""
+    """Return a table without the parts that will be hard links."""
     if difference is None or not difference.kept:
         return table
     return parts_of(table, difference.kept)
 
 
 def _formats(store: Path) -> list[Any]:
-    """Return the formats that keep a store in its version of zarr."""
+    """Return the spatialdata formats for the zarr version of a store."""
     from spatialdata._io import format as formats
 
     current = (store / "zarr.json").is_file()
@@ -116,11 +116,11 @@ def stage_metadata(staging: Path, changes: list[Change], store: Path) -> None:
             for name in ("zarr.json", ".zgroup", ".zattrs", ".zarray"):
                 if (store / folder / name).is_file() and not (shadow / folder / name).exists():
                     (shadow / folder / name).write_bytes((store / folder / name).read_bytes())
-    RootMetadata(shadow, _folder(staging / "shadow")).unconsolidate()
+    RootMetadata(shadow, _make_folder(staging / "shadow")).unconsolidate()
     members: dict[str, dict[str, Any]] = {}
     for change in changes:
         members.setdefault(change.kind, {})[change.name] = change.element
-    with quiet():
+    with without_library_warnings():
         new = sd.SpatialData(**members)
         new.path = shadow
         for change in changes:
@@ -134,6 +134,6 @@ def _groups(store: Path, path: Path) -> list[Path]:
     return [path, *(path / child.name for child in children)]
 
 
-def _folder(path: Path) -> Path:
+def _make_folder(path: Path) -> Path:
     path.mkdir()
     return path

@@ -1,4 +1,4 @@
-"""Tables as a store can hold them: missing values stay missing, and what would become another value is refused."""
+"""Convert tables for a store: keep missing values missing, and raise for values that a store would change."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .._core.differences import MAPPINGS
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: Kinds of values in a column of objects, and the type that keeps them and what is missing; anndata writes all as texts,
-#: "nan", "None" and "True" among them.
+#: Types that keep values and missing values, by the kind of values in a column of objects. anndata would write all of them
+#: as texts, such as "nan", "None" and "True".
 _TYPES = {
     "string": "string",
     "empty": "string",
@@ -24,12 +24,12 @@ _TYPES = {
     "mixed-integer-float": "float64",
 }
 _NUMBERS = ("boolean", "integer", "floating", "mixed-integer-float", "complex")
-#: Names that a folder of a store has already, or cannot have.
+#: Names that are invalid or already used in a folder of a store.
 _RESERVED = ("", ".", "..", "zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 
 
 def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> AnnData:
-    """Return a table that shares the parts of another, without some by their path; ``obs``, ``var``, ``uns`` may be others."""
+    """Return a table that shares the parts of another, except the paths in ``without`` and the ``changed`` slots."""
     from anndata import AnnData
 
     slots = {
@@ -40,7 +40,7 @@ def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> A
         }
         for slot in MAPPINGS
     }
-    # Which spots a table is of is looked at when it is written.
+    # spatialdata checks the annotated spots on writing.
     attrs = table.uns.get("spatialdata_attrs", {})
     needed = (attrs.get("region_key"), attrs.get("instance_key"))
     frames = {
@@ -56,23 +56,23 @@ def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> A
 
 
 def check_table(where: str, table: AnnData) -> None:
-    """Refuse a table whose parts have other rows than its ``obs``, as anndata notices when they are read, or masks."""
+    """Raise if parts of a table have other rows than its ``obs``, are masked arrays, or hold objects."""
     try:
         parts = {f"{slot}[{key!r}]": part for slot in MAPPINGS for key, part in dict(getattr(table, slot)).items()}
-        # Newer versions of anndata do not look.
+        # Newer versions of anndata do not check this.
         for part, names in (("obsm", table.obs_names), ("varm", table.var_names)):
             for key, values in getattr(table, part).items():
                 if isinstance(values, pd.DataFrame) and not values.index.astype(str).equals(names.astype(str)):
                     raise ValueError(f"{part}[{key!r}] has other row names")
     except Exception as error:
         raise ValueError(
-            f"`sdata`: the parts of {where} do not fit together: {' '.join(str(error).split())[:200]}. Rename spots by "
-            f"{where}.obs_names = names, not by its obs.index"
+            f"`sdata`: the parts of {where} do not fit together: {' '.join(str(error).split())[:200]}. Rename spots with "
+            f"{where}.obs_names = names, not with its obs.index"
         ) from error
     for part, values in {"X": table.X, **parts}.items():
         if np.ma.is_masked(values):
             raise ValueError(
-                f"`sdata`: {where}.{part} is a masked array, and a store holds no mask; fill it: "
+                f"`sdata`: {where}.{part} is a masked array, and a store cannot hold the mask; fill it: "
                 f"{where}.{part} = {where}.{part}.filled(np.nan)"
             )
         if (
@@ -86,12 +86,12 @@ def check_table(where: str, table: AnnData) -> None:
 
 
 def storable(where: str, table: AnnData) -> AnnData:
-    """Return a table whose missing texts, numbers and flags among objects are missing in a store too."""
+    """Return a table in which missing texts, numbers and flags among objects stay missing in a store."""
     given: dict[str, Any] = {"obs": table.obs, "var": table.var, "uns": dict(table.uns)}
     given |= {slot: dict(getattr(table, slot).items()) for slot in ("obsm", "varm")}
-    made = {slot: _value(f"{where}.{slot}", value) for slot, value in given.items()}
+    made = {slot: _convert_value(f"{where}.{slot}", value) for slot, value in given.items()}
     changed = {slot: value for slot, value in made.items() if value is not given[slot]}
-    raw_var = table.var if table.raw is None else _frame(f"{where}.raw.var", table.raw.var)
+    raw_var = table.var if table.raw is None else _convert_frame(f"{where}.raw.var", table.raw.var)
     if not changed and (table.raw is None or raw_var is table.raw.var):
         return table
     light = parts_of(table, **changed)
@@ -102,23 +102,23 @@ def storable(where: str, table: AnnData) -> AnnData:
     return light
 
 
-def _value(where: str, value: Any) -> Any:
-    """Return the value itself, or one that keeps what is missing."""
+def _convert_value(where: str, value: Any) -> Any:
+    """Return the value itself, or a conversion that keeps missing values."""
     if isinstance(value, Mapping):
         _check_names(value, f"{where} has the key")
-        made = {key: _value(f"{where}[{key!r}]", part) for key, part in value.items()}
+        made = {key: _convert_value(f"{where}[{key!r}]", part) for key, part in value.items()}
         return made if any(made[key] is not value[key] for key in made) else value
     if isinstance(value, pd.DataFrame):
-        return _frame(where, value)
+        return _convert_frame(where, value)
     if isinstance(value, pd.Categorical):
-        return _categories(where, value)
+        return _convert_categories(where, value)
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
-        return _objects(where, value)
+        return _convert_objects(where, value)
     return value
 
 
 def _check_names(names: Iterable[Any], start: str) -> None:
-    """Refuse names that are not texts, or that mean something else as the name of a folder."""
+    """Raise for names that are not texts, or that are not valid as the name of a folder."""
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"`sdata`: {start} {name!r}, which is not a text; rename it")
@@ -126,32 +126,36 @@ def _check_names(names: Iterable[Any], start: str) -> None:
             raise ValueError(f"`sdata`: {start} {name!r}, which cannot be the name of a folder; rename it")
 
 
-def _frame(where: str, frame: pd.DataFrame) -> pd.DataFrame:
+def _convert_frame(where: str, frame: pd.DataFrame) -> pd.DataFrame:
     _check_names(frame.columns, f"{where} has a column named")
     if frame.columns.has_duplicates:
-        return frame  # which anndata refuses, by its name
-    made = {name: _column(f"{where}[{name!r}]", frame[name]) for name in frame.columns if frame[name].dtype == object}
+        return frame  # anndata raises, with the name
+    made = {
+        name: _convert_column(f"{where}[{name!r}]", frame[name])
+        for name in frame.columns
+        if frame[name].dtype == object
+    }
     changed: dict[str, Any] = {name: column for name, column in made.items() if column is not None}
     for name in frame.columns:
         if isinstance(frame[name].dtype, pd.CategoricalDtype):
-            values = _categories(f"{where}[{name!r}]", frame[name].array)
+            values = _convert_categories(f"{where}[{name!r}]", frame[name].array)
             if values is not frame[name].array:
                 changed[name] = values
     return frame.assign(**changed) if changed else frame
 
 
-def _categories(where: str, values: Any) -> Any:
-    """Give categories of objects the type of what they hold, if that is not text."""
-    made = _column(where, pd.Series(values.categories)) if values.categories.dtype == object else None
+def _convert_categories(where: str, values: Any) -> Any:
+    """Convert categories of objects to the type of their values, unless they are texts."""
+    made = _convert_column(where, pd.Series(values.categories)) if values.categories.dtype == object else None
     return values if made is None else values.rename_categories(pd.Index(made))
 
 
-def _column(where: str, column: pd.Series) -> pd.Series | None:
-    """Give a column of objects the type of what it holds; ``None`` where it is texts, none of them missing."""
+def _convert_column(where: str, column: pd.Series) -> pd.Series | None:
+    """Convert a column of objects to the type of its values; return ``None`` for texts without missing values."""
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind not in _TYPES:
         raise ValueError(
-            f"`sdata`: {where} holds values that a store cannot hold side by side ({kind}: "
+            f"`sdata`: {where} holds values of types that a store cannot mix ({kind}: "
             f"{', '.join(sorted({type(value).__name__ for value in column}))}); make it one type: {where} = {where}.astype('string')"
         )
     missing = column.isna().any()
@@ -159,25 +163,25 @@ def _column(where: str, column: pd.Series) -> pd.Series | None:
         return None
     try:
         if missing and _TYPES[kind] == "float64":
-            # pandas has no float of pd.NA.
+            # pandas cannot convert pd.NA to float by itself.
             return pd.Series(column.to_numpy(float, na_value=np.nan), column.index)
         made = column.astype(_TYPES[kind]) if missing else column.infer_objects()
     except OverflowError:
         made = column
     if kind == "integer" and made.dtype == object:
         raise ValueError(
-            f"`sdata`: {where} holds whole numbers that 64 bits do not hold, up to {max(column.dropna())}; make them another "
+            f"`sdata`: {where} holds whole numbers that do not fit into 64 bits, up to {max(column.dropna())}; make them another "
             f"type: {where} = {where}.astype('string')"
         )
     return made
 
 
-def _objects(where: str, value: Any) -> Any:
+def _convert_objects(where: str, value: Any) -> Any:
     flat = np.asarray(value, object).ravel()
     kind = pd.api.types.infer_dtype(flat, skipna=False)
-    # numpy, by which anndata writes lists, makes numbers of whole numbers and NaN.
+    # anndata writes lists with numpy, which turns whole numbers with NaN into floats.
     if isinstance(value, np.ndarray) and kind in _NUMBERS:
-        # anndata writes arrays of objects as texts.
+        # anndata would write arrays of objects as texts.
         value = np.array(value.tolist())
         if value.dtype != object:
             return value
@@ -186,6 +190,6 @@ def _objects(where: str, value: Any) -> Any:
     if flat.shape == np.shape(value) and pd.api.types.infer_dtype(flat, skipna=True) in ("string", "empty"):
         return pd.array(flat, dtype="string")
     raise ValueError(
-        f"`sdata`: {where} holds values that a store cannot hold side by side ({kind}: "
+        f"`sdata`: {where} holds values of types that a store cannot mix ({kind}: "
         f"{', '.join(sorted({type(part).__name__ for part in flat}))}); make them one type, or delete it"
     )

@@ -1,4 +1,4 @@
-"""A SpatialData store as files: its attributes, its lock and its root metadata."""
+"""Files of a SpatialData store: attributes, lock and root metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._files import WAITING, finish_swap, remove, replace_file, sync
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-#: Names of what a save needs meanwhile; a leftover is removed by the next save.
+#: Name of the temporary folder of a save; the next save removes a leftover.
 STAGING = ".he2gene_save"
 
 
@@ -27,7 +27,7 @@ def is_store(path: Path) -> bool:
 
 
 def root_attrs(store: Path) -> dict[str, Any] | None:
-    """Attributes of the root group; ``None`` if the folder is not a zarr group."""
+    """Return the attributes of the root group; ``None`` if the folder is not a zarr group."""
     for name in ("zarr.json", ".zattrs"):
         if (store / name).is_file():
             try:
@@ -45,7 +45,7 @@ def root_attrs(store: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(store: Path, *, beside: bool = False) -> Iterator[Path]:
-    """Lock a store against other savers; yield an empty folder for that time, inside it or, if new, ``beside`` it."""
+    """Lock a store against other processes; yield an empty temporary folder in it or, for a new store, ``beside`` it."""
     place = store.parent / f".{store.name}{STAGING}" if beside else store / STAGING
     lock_path = place.with_name(f"{place.name}.lock")
     with _lock(lock_path, store):
@@ -59,7 +59,7 @@ def locked(store: Path, *, beside: bool = False) -> Iterator[Path]:
 
 
 def _clear(store: Path, place: Path, beside: bool) -> None:
-    """Remove what a killed save has left."""
+    """Remove the leftovers of a killed save."""
     if beside:
         finish_swap(store)
     else:
@@ -98,22 +98,22 @@ def _acquire(path: Path, store: Path) -> BaseFileLock:
             lock.acquire()
         except Timeout:
             raise BlockingIOError(
-                f"the store {str(store)!r} is being saved by another process; save again when that is done"
+                f"another process is saving to the store {str(store)!r}; save again when that is done"
             ) from None
-        # The file may have been removed by its last owner just before it was locked.
+        # The previous owner may have removed the file just before it was locked.
         descriptor = getattr(lock._context, "lock_file_fd", None)
         with contextlib.suppress(FileNotFoundError):
             if descriptor is None or os.path.samestat(os.fstat(descriptor), path.stat()):
                 return lock
         lock.release()
-    raise BlockingIOError(f"the store {str(store)!r} is being saved by several processes; save again later")
+    raise BlockingIOError(f"several processes are saving to the store {str(store)!r}; save again later")
 
 
 # --- Root metadata ---------------------------------------------------------------------------------------------------
 
 
 class RootMetadata:
-    """The files at the root of a store: changed one after the other, each at once, and put back after a failure."""
+    """Files at the root of a store, each replaced atomically, and restored after a failure."""
 
     def __init__(self, store: Path, staging: Path) -> None:
         self.store, self.staging = store, staging
@@ -121,11 +121,11 @@ class RootMetadata:
         self.before = {name: (store / name).read_bytes() for name in ROOT_FILES if (store / name).is_file()}
         (staging / "root").mkdir()
         for name, content in self.before.items():
-            # Written now, so that a full disk cannot prevent the way back.
+            # Write the copies now, so that a full disk cannot prevent restoring.
             (staging / "root" / name).write_bytes(content)
 
     def unconsolidate(self) -> None:
-        """Take the consolidated metadata away, which would tell of the old elements."""
+        """Remove the consolidated metadata, which describe the old elements."""
         if self.version == 2:
             remove(self.store / ".zmetadata")
             sync(self.store)
@@ -135,7 +135,7 @@ class RootMetadata:
             replace_file(self.store / "zarr.json", _dump(content), self.staging)
 
     def write(self, attrs: Mapping[str, Any]) -> None:
-        """Write attributes, and metadata consolidated from what lies there now."""
+        """Write attributes and consolidate the metadata of the present elements."""
         consolidated = _consolidated(self.store, self.version)
         if self.version == 3:
             content = json.loads(self.before["zarr.json"]) | {"attributes": dict(attrs)}
@@ -148,7 +148,7 @@ class RootMetadata:
         replace_file(self.store / ".zmetadata", _dump(content), self.staging)
 
     def restore(self) -> None:
-        """Put back what stood there."""
+        """Restore the previous files."""
         for name in ROOT_FILES:
             if name in self.before:
                 (self.staging / "root" / name).replace(self.store / name)
@@ -162,7 +162,7 @@ def _dump(content: Any) -> bytes:
 
 
 def _consolidated(store: Path, version: Literal[2, 3]) -> dict[str, bytes]:
-    """Return the root files as zarr would consolidate them, which writes them in place otherwise."""
+    """Return the root files with zarr's consolidated metadata, without writing them in place."""
     import zarr
     from zarr.storage import LocalStore
 
@@ -176,7 +176,7 @@ def _consolidated(store: Path, version: Literal[2, 3]) -> dict[str, bytes]:
             files[key] = value.to_bytes()
 
     with warnings.catch_warnings():
-        # Of parquet and of the user's own files.
+        # zarr warns of parquet files and of the user's own files.
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(Captured(store), zarr_format=version)
     return files

@@ -1,4 +1,4 @@
-"""Tables in text files, plain or compressed, with errors that name the file."""
+"""Read tables from text files, plain or compressed, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pandas as pd
 
 
 def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.DataFrame:
-    """Read a table by :func:`pandas.read_csv`, by default separated by tabs; ``parameter`` gave it, for errors."""
+    """Read a table with :func:`pandas.read_csv`, by default tab-separated; ``parameter`` is named in errors."""
     what = f"`{parameter}` {str(path)!r}" if parameter else str(path)
     try:
-        # In parts, which is the default, a table of all genes is thousands of small columns to be put together.
+        # low_memory=True would concatenate thousands of small columns for a table of all genes.
         return pd.read_csv(path, **{"sep": "\t", "low_memory": False, **options})
     except (PermissionError, FileNotFoundError, MemoryError):
         raise
@@ -27,27 +27,27 @@ def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.D
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
-    """Refuse a table that lacks columns; ``what`` it is begins the error."""
+    """Raise if a table lacks columns; the error begins with ``what``."""
     if missing := [column for column in columns if column not in frame.columns]:
         raise ValueError(f"{what} lacks the columns {missing}; it has {list(frame.columns[:10])}")
 
 
 def check_once(names: pd.Index, what: str) -> None:
-    """Refuse names that stand twice; ``what`` begins the error, as ``"`counts` names spots"``."""
+    """Raise for duplicated names; the error begins with ``what``, such as ``"`counts` names spots"``."""
     if names.has_duplicates:
         raise ValueError(f"{what} twice: {list(names[names.duplicated()][:5])}")
 
 
 def check_header(path: Path, parameter: str | None = None, what: str = "genes") -> None:
-    """Refuse a header that names a column twice, or a gene not at all; the name of the column of spots may be missing."""
-    # As one field: pandas makes a column of each, which takes a second for a row of all genes.
+    """Raise if a header has duplicated columns or genes without a name; the name of the spot column may be missing."""
+    # Read each line as one field: a column for each gene would take pandas a second.
     lines = {"header": None, "nrows": 2, "dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_NONE}
     rows = [row.split("\t") for row in read_table(path, parameter, sep="\x1f", **lines)[0]]
-    beside = what == "genes" and (len(rows) < 2 or len(rows[1]) == len(rows[0]))
-    names = pd.Index(rows[0][beside:]).str.strip(' "')
+    has_index = what == "genes" and (len(rows) < 2 or len(rows[1]) == len(rows[0]))
+    names = pd.Index(rows[0][has_index:]).str.strip(' "')
     file = f"`{parameter}` {path.name!r}" if parameter else path.name
     if what != "genes":
-        # Columns of trailing tabs.
+        # Trailing tabs make empty columns.
         names = names[names != ""]
     if names.has_duplicates:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""TIFF files and whole slides of scanners: which image is the scan, µm per pixel, levels that are read by region."""
+"""TIFF files and whole-slide images: find the scan, µm per pixel, and levels that can be read by region."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ._tiled import TiledImage, pages_of
 if TYPE_CHECKING:
     import tifffile
 
-#: What scanners call the images beside the scan.
-_BESIDE = {"thumbnail", "label", "macro", "map", "overview"}
-#: Pixels of a tile, which is decoded whole.
+#: Names of images in scanner files that are not the scan.
+_NOT_SCAN = {"thumbnail", "label", "macro", "map", "overview"}
+#: Largest number of pixels of a tile, which is decoded as a whole.
 _MAX_TILE = 2**26
-#: Levels of a pyramid show the same: their sides may be off by this share and by a few pixels of rounding.
+#: Tolerances of the sides of a pyramid level: a fraction, and a few pixels of rounding.
 _OFF_SHAPE, _OFF_PX = 0.02, 2
 
-#: µm per pixel that a slide scanner can have; resolution tags outside it are print settings.
+#: Plausible µm per pixel of a slide scanner; resolution tags outside are print settings.
 _PLAUSIBLE_MPP = (0.05, 10.0)
-#: And that metadata may state of a scan or a reduced copy of one; beyond it another unit was meant.
+#: Plausible µm per pixel in the metadata of a scan or a downscaled copy; values outside are in another unit.
 _STATED_MPP = (0.02, 50.0)
-#: Sides of a pixel that differ by more than this share are not square.
-_SQUARE = 0.05
-#: An image that is larger by this factor than the only RGB one is what was scanned.
-_LARGER = 4
+#: Pixels are not square if their sides differ by more than this fraction.
+_MAX_ANISOTROPY = 0.05
+#: An image that is larger than the only RGB image by this factor is the scan.
+_SCAN_FACTOR = 4
 _UNITS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[tifffile.TiffFile]:
-    """Open a TIFF file; what is wrong with its directory becomes an error that names the file."""
+    """Open a TIFF file; raise errors that name the file if its directory is damaged."""
     import tifffile
 
     try:
@@ -49,7 +49,7 @@ def opened(path: Path) -> Iterator[tifffile.TiffFile]:
         raise ValueError(f"`path` {path.name!r} is not a TIFF file: {error}") from error
     with file:
         try:
-            file.series  # noqa: B018 - it is read here, where an error is caught
+            file.series  # noqa: B018 - read it here, where errors are caught
         except Exception as error:
             raise ValueError(
                 f"`path` {path.name!r} has a damaged directory ({type(error).__name__}: {error}); convert it again"
@@ -58,19 +58,19 @@ def opened(path: Path) -> Iterator[tifffile.TiffFile]:
 
 
 def scan_of(file: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
-    """Return the scan among the images of a file: the largest that is RGB, and no thumbnail, label or macro image."""
+    """Return the scan among the images of a file: the largest RGB image that is not a thumbnail, label or macro image."""
     series = [s for s in file.series if s.levels and s.keyframe is not None]
     if not series:
-        raise ValueError(f"`path` {path.name!r} holds no image; it may be truncated")
-    named = [s for s in series if s.name.lower() not in _BESIDE] or series
+        raise ValueError(f"`path` {path.name!r} has no image; it may be truncated")
+    named = [s for s in series if s.name.lower() not in _NOT_SCAN] or series
     scan = max([s for s in named if _may_be_rgb(s)] or named, key=_n_pixels)
     others = [s for s in named if s is not scan]
-    # One grey plane is a mask; several are fluorescence or a stack, beside which RGB is a thumbnail.
+    # One grey plane is a mask; several are fluorescence or a stack, and then the RGB image is a thumbnail.
     largest = max([s for s in named if _n_channels(s) != 1] or named, key=_n_pixels)
-    if _may_be_rgb(scan) and _n_pixels(largest) > _LARGER * _n_pixels(scan):
+    if _may_be_rgb(scan) and _n_pixels(largest) > _SCAN_FACTOR * _n_pixels(scan):
         raise ValueError(
             f"`path` {path.name!r} holds an RGB image of {_size_text(scan)} beside one of {_size_text(largest)} that is not "
-            f"RGB (axes {largest.axes}, shape {largest.shape}) and seems to be the scan; save the H&E image alone as RGB"
+            f"RGB (axes {largest.axes}, shape {largest.shape}) and seems to be the scan; save only the H&E image, as RGB"
         )
     if scan is not named[0] or any(_n_pixels(s) > _n_pixels(scan) / 2 and _may_be_rgb(s) for s in others):
         logger.warning(
@@ -97,7 +97,7 @@ def _n_channels(series: tifffile.TiffPageSeries) -> int | None:
 
 
 def size_of(series: tifffile.TiffPageSeries) -> tuple[int, int]:
-    """Height and width."""
+    """Return height and width."""
     sizes = dict(zip(series.axes, series.shape, strict=True))
     return int(sizes.get("Y", 1)), int(sizes.get("X", 1))
 
@@ -113,7 +113,7 @@ def _size_text(series: tifffile.TiffPageSeries) -> str:
 
 
 def check_series(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> None:
-    """Refuse what is not one RGB plane, by what the file states of it."""
+    """Raise if the metadata of an image do not describe one RGB plane."""
     channels = _n_channels(series)
     if channels is None:
         raise ValueError(
@@ -129,7 +129,7 @@ def check_series(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path:
 
 
 def orientation_of(series: tifffile.TiffPageSeries) -> int:
-    """Orientation tag, 1 to 8; 1 is upright, and what is not valid."""
+    """Return the orientation tag, 1 to 8; 1 is upright, also for invalid tags."""
     with suppress(TypeError, ValueError):
         value = int(series.keyframe.tags.valueof(274, 1))
         return value if 1 <= value <= 8 else 1
@@ -137,13 +137,13 @@ def orientation_of(series: tifffile.TiffPageSeries) -> int:
 
 
 def is_tiled(series: tifffile.TiffPageSeries) -> bool:
-    """Whether regions of an image can be read."""
+    """Whether an image can be read by region."""
     pages = pages_of(series.levels[0])
     return bool(pages) and all(page.keyframe.is_tiled and page.keyframe.imagedepth == 1 for page in pages)
 
 
 def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> list[TiledImage]:
-    """Levels of a tiled image, finest first; some tiles of each are decoded, so that damage is found at once."""
+    """Return the levels of a tiled image, finest first; decode some tiles of each to detect damage early."""
     number = next(i for i, other in enumerate(file.series) if other is series)
     levels: list[TiledImage] = []
     for i, level in enumerate(series.levels):
@@ -159,11 +159,11 @@ def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path:
         array = TiledImage(path, number, i, pages)
         if not levels or _is_level(array.shape, levels):
             if levels and (n := _n_lost(levels[0], array)):
-                logger.warning("%r: level %d lacks %d tiles that the scan has; it is left out", path.name, i, n)
+                logger.warning("%r: level %d lacks %d tiles that the scan has; it is not used", path.name, i, n)
                 continue
             levels.append(array)
     samples = [level.probe() for level in levels]
-    # Whether float pixels reach to 1 or to 255 is told by as much of the image as can be had.
+    # Use a large sample to see whether float pixels go up to 1 or to 255.
     sample = levels[-1].probe(64) if len(levels) > 1 or samples[0].dtype.kind == "f" else samples[0]
     sample = np.concatenate([samples[0], sample], axis=1)
     colour = colour_of(pages_of(series.levels[0])[0].keyframe, sample.shape[0], sample, path.name)
@@ -175,7 +175,7 @@ def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path:
 
 
 def _is_level(shape: tuple[int, ...], levels: list[TiledImage]) -> bool:
-    """Whether an image is smaller than the level before and of the shape of the first; a label is not."""
+    """Whether an image is smaller than the previous level and has the aspect ratio of the first; label images do not."""
     (_, height, width), (_, full_height, full_width) = shape, levels[0].shape
     if height >= levels[-1].shape[1] or width >= levels[-1].shape[2]:
         return False
@@ -184,12 +184,12 @@ def _is_level(shape: tuple[int, ...], levels: list[TiledImage]) -> bool:
 
 
 def _n_lost(full: TiledImage, level: TiledImage) -> int:
-    """Count the tiles that a reduced level lacks where the scan has some: scanners have written such files."""
+    """Count the tiles that a downscaled level lacks where the scan has tiles; some scanners write such files."""
     lacks = level.lacks()
     if not lacks.any():
         return 0
     there = ~full.lacks()
-    # Tiles of the scan under one of the level, by pixels: grids are rounded up. Half a tile is left for rounded shapes.
+    # Number of scan tiles per tile of the level, from pixels, since grids are rounded up; half a tile is the margin.
     steps = [n * full.shape[i] / level.shape[i] / full.chunks[i] for i, n in enumerate(level.chunks) if i]
 
     def shown(place: int, step: float) -> slice:
@@ -201,7 +201,7 @@ def _n_lost(full: TiledImage, level: TiledImage) -> int:
 
 
 def check_whole(series: tifffile.TiffPageSeries, path: Path) -> None:
-    """Refuse a file that ends before its pixels do, which a lazy array would notice in the middle of a run."""
+    """Raise if a file is truncated, which a lazy array would only detect in the middle of a run."""
     for level in series.levels:
         for page in level.pages:
             if page is None:
@@ -209,11 +209,11 @@ def check_whole(series: tifffile.TiffPageSeries, path: Path) -> None:
             end = max((a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
             size = page.parent.filehandle.size
             if end > size:
-                raise ValueError(f"`path` {path.name!r} is truncated: {end:,} bytes are needed, {size:,} are there")
+                raise ValueError(f"`path` {path.name!r} is truncated: {end:,} bytes are needed, it has {size:,}")
 
 
 def mpp_of(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> float | None:
-    """µm per pixel from OME metadata, an Aperio description, or resolution tags in metric units."""
+    """Return µm per pixel from OME metadata, an Aperio description, or metric resolution tags."""
     pixels = _ome_pixels(file, series)
     if pixels is not None and pixels.get("PhysicalSizeX"):
         unit = pixels.get("PhysicalSizeXUnit", "µm")
@@ -221,13 +221,13 @@ def mpp_of(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path)
         with suppress(ValueError):
             x = float(pixels.get("PhysicalSizeX")) * units[0]
             y = float(pixels.get("PhysicalSizeY")) * units[1] if pixels.get("PhysicalSizeY") else x
-            return _stated(x, y, "its OME metadata", path)
+            return _check_mpp(x, y, "its OME metadata", path)
     page = series.keyframe
     for entry in (page.description or "").split("|"):
         name, _, stated = entry.partition("=")
         with suppress(ValueError):
             if name.strip() == "MPP":
-                return _stated(float(stated), float(stated), "its Aperio description", path)
+                return _check_mpp(float(stated), float(stated), "its Aperio description", path)
     with suppress(TypeError, ValueError, ZeroDivisionError):
         if int(page.tags.valueof(296, 0)) == 3:
             x, y = (
@@ -235,26 +235,26 @@ def mpp_of(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path)
                 for n, centimetres in (page.tags.valueof(282), page.tags.valueof(283, page.tags.valueof(282)))
             )
             if _PLAUSIBLE_MPP[0] <= x <= _PLAUSIBLE_MPP[1]:
-                return _stated(x, y, "its resolution tags", path)
+                return _check_mpp(x, y, "its resolution tags", path)
     return None
 
 
-def _stated(x: float, y: float, where: str, path: Path) -> float | None:
-    """Take what a file states, if pixels are square and of a scan; else it is said, and unknown."""
+def _check_mpp(x: float, y: float, where: str, path: Path) -> float | None:
+    """Return the stated µm per pixel if it is square and plausible for a scan; else warn and return ``None``."""
     if not (np.isfinite([x, y]).all() and x > 0 and y > 0):
         return None
-    if abs(x - y) > _SQUARE * max(x, y):
+    if abs(x - y) > _MAX_ANISOTROPY * max(x, y):
         problem = "pixels that are not square; resample the image, or give `mpp`"
     elif not _STATED_MPP[0] <= x <= _STATED_MPP[1]:
-        problem = "which no scan has; the unit may be wrong: give `mpp`"
+        problem = "which is not plausible for a scan; the unit may be wrong: give `mpp`"
     else:
         return x
-    logger.warning("%r: %s state %.4g × %.4g µm per pixel, %s; they are not used", path.name, where, x, y, problem)
+    logger.warning("%r: %s state %.4g × %.4g µm per pixel, %s; this is not used", path.name, where, x, y, problem)
     return None
 
 
 def _ome_pixels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Any:
-    """Element ``Pixels`` of an image in OME metadata; ``None`` without one, or where the metadata are damaged."""
+    """Return the element ``Pixels`` of an image in OME metadata; ``None`` if missing or damaged."""
     if not (file.is_ome and file.ome_metadata):
         return None
     with suppress(ET.ParseError):

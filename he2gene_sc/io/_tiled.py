@@ -1,4 +1,4 @@
-"""``TiledImage``: a level of a TIFF file as an array, of which only the tiles asked for are read."""
+"""``TiledImage``: a level of a TIFF file as an array that reads only the requested tiles."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ._colour import Colour
 if TYPE_CHECKING:
     import tifffile
 
-#: Tiles that are worth a thread of their own.
-_TILES_A_THREAD = 16
+#: Least number of tiles per thread.
+_TILES_PER_THREAD = 16
 _MAX_THREADS = 8
-#: Kinds of colour of which samples of 0, as of a tile that the file lacks, are not black.
-_ZERO_IS_A_COLOUR = ("ink", "palette", "ycbcr")
+#: Kinds of colour in which samples of 0 (tiles that the file lacks) are not black.
+_ZERO_NOT_BLACK = ("ink", "palette", "ycbcr")
 
 
 @dataclass(frozen=True)
 class _Plane:
-    """Where the tiles of a page lie; one plane, or one a channel."""
+    """Locations of the tiles of a page: one plane, or one per channel."""
 
     descriptor: int
     offsets: Sequence[int]
@@ -42,9 +42,9 @@ class _Opened:
 
 
 class TiledImage:
-    """A level of a TIFF file, ``(3, h, w)`` uint8, read by region; ``pages`` are one, or one a channel.
+    """A level of a TIFF file, ``(3, h, w)`` uint8, read by region; ``pages`` are one, or one per channel.
 
-    It is opened when it is first read, in each process anew: it can be pickled, and read by several threads.
+    The file is opened at the first read in each process, so the image can be pickled, and read by several threads.
     """
 
     ndim = 3
@@ -87,11 +87,11 @@ class TiledImage:
         return np.asarray(self[:, :, :], dtype=dtype)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        channels, rows, columns = _three(key)
-        top, bottom, rows = _span(rows, self.shape[1])
-        left, right, columns = _span(columns, self.shape[2])
+        channels, rows, columns = _full_index(key)
+        top, bottom, rows = _bounds(rows, self.shape[1])
+        left, right, columns = _bounds(columns, self.shape[2])
         pixels = self.colour(self.samples(top, bottom, left, right))
-        if self.colour.kind in _ZERO_IS_A_COLOUR and pixels.size:
+        if self.colour.kind in _ZERO_NOT_BLACK and pixels.size:
             self._blacken(pixels, top, left)
         return pixels[channels][..., rows, :][..., columns]
 
@@ -112,7 +112,7 @@ class TiledImage:
                     c, d = max(left, x0), min(right, x0 + tile.shape[-1])
                     out[channel, a - top : b - top, c - left : d - left] = tile[..., a - y0 : b - y0, c - x0 : d - x0]
 
-        n = min(_MAX_THREADS, _n_processors(), len(tiles) // _TILES_A_THREAD)
+        n = min(_MAX_THREADS, _n_processors(), len(tiles) // _TILES_PER_THREAD)
         if n < 2:
             place(tiles)
         else:
@@ -121,7 +121,7 @@ class TiledImage:
         return out
 
     def lacks(self) -> np.ndarray:
-        """Tell which tiles the file lacks, ``(rows, columns)`` of tiles."""
+        """Return a mask of the tiles that the file lacks, ``(rows, columns)`` of tiles."""
         if self._lacks is not None:
             return self._lacks
         n = self._grid[0] * self._grid[1]
@@ -135,17 +135,17 @@ class TiledImage:
         return self._lacks
 
     def _blacken(self, pixels: np.ndarray, top: int, left: int) -> None:
-        """Paint the tiles that the file lacks black, as they are in other colours."""
+        """Paint missing tiles black, as they are for other kinds of colour."""
         th, tw = self._tile
         bottom, right = top + pixels.shape[1], left + pixels.shape[2]
-        # Those of the rectangle alone: a sparse slide lacks most of its tiles.
+        # Only tiles of the rectangle: a sparse slide lacks most of its tiles.
         lacks = self.lacks()[top // th : -(-bottom // th), left // tw : -(-right // tw)]
         for iy, ix in np.argwhere(lacks):
             y, x = iy * th - top % th, ix * tw - left % tw
             pixels[:, max(0, y) : max(0, y + th), max(0, x) : max(0, x + tw)] = 0
 
     def probe(self, max_tiles: int = 16) -> np.ndarray:
-        """Decode some tiles, spread over the level, all of a small one; return their samples ``(n, k)``."""
+        """Decode tiles spread over the level (all of a small one); return their samples ``(n, k)``."""
         n = self._grid[0] * self._grid[1]
         chosen = np.unique(np.linspace(0, n - 1, min(n, max_tiles)).astype(int))
         th, tw = self._tile
@@ -157,7 +157,7 @@ class TiledImage:
         return np.concatenate(parts, axis=1)
 
     def _tiles(self, opened: _Opened, iy: int, ix: int) -> Iterator[tuple[int | slice, np.ndarray]]:
-        """Decode the tiles at a place, each with the channels it holds."""
+        """Decode the tiles at a grid position, each with its channels."""
         index = iy * self._grid[1] + ix
         per_plane = self._grid[0] * self._grid[1]
         wanted: list[tuple[int | slice, _Plane, int]]
@@ -174,7 +174,7 @@ class TiledImage:
                 yield channel, (tile.transpose(2, 0, 1) if isinstance(channel, slice) else tile[..., 0])
 
     def _decode(self, opened: _Opened, plane: _Plane, index: int) -> np.ndarray | None:
-        """Decode one tile, ``(h, w, n)``; ``None`` where the file has none."""
+        """Decode one tile, ``(h, w, n)``; ``None`` if the file lacks it."""
         size = plane.sizes[index] if index < len(plane.sizes) else 0
         if not size:
             return None
@@ -201,13 +201,13 @@ class TiledImage:
     def _open(self) -> _Opened:
         with self._lock:
             if self._opened is None or self._process != os.getpid():
-                self._opened = self._open_anew()
+                self._opened = self._open_file()
                 self._process = os.getpid()
             elif _stamp(os.fstat(self._opened.planes[0].descriptor)) != self._stamp:
                 raise OSError(self._changed())
             return self._opened
 
-    def _open_anew(self) -> _Opened:
+    def _open_file(self) -> _Opened:
         import tifffile
 
         try:
@@ -241,7 +241,7 @@ class TiledImage:
 
 
 def pages_of(level: tifffile.TiffPageSeries) -> list[Any]:
-    """Pages (or frames, which have a page as their ``keyframe``) of a level; empty where some cannot be read by region."""
+    """Return the pages (or frames, whose ``keyframe`` is a page) of a level; empty if some cannot be read by region."""
     pages = list(level.pages)
     if any(page is None for page in pages) or (len(pages) > 1 and level.dataoffset is not None):
         return []
@@ -271,8 +271,8 @@ def _n_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _three(key: Any) -> tuple[Any, Any, Any]:
-    """Complete an index to one of three axes."""
+def _full_index(key: Any) -> tuple[Any, Any, Any]:
+    """Expand an index to three axes."""
     key = key if isinstance(key, tuple) else (key,)
     if any(part is Ellipsis for part in key):
         at = next(i for i, part in enumerate(key) if part is Ellipsis)
@@ -283,8 +283,8 @@ def _three(key: Any) -> tuple[Any, Any, Any]:
     return key[0], key[1], key[2]
 
 
-def _span(key: Any, size: int) -> tuple[int, int, Any]:
-    """First and last row that an index needs, and the index into them."""
+def _bounds(key: Any, size: int) -> tuple[int, int, Any]:
+    """Return the first and last row (exclusive) that an index needs, and the index relative to them."""
     if isinstance(key, slice):
         chosen = range(*key.indices(size))
         if not chosen:

@@ -1,4 +1,4 @@
-"""Bring the store of an object up to date: only what differs is written, beside what is there, and exchanged."""
+"""Update the store of an object: write changed elements beside the old ones, and exchange them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
-    """Write what is new or differs; ``store`` is the one that ``sdata`` was read from."""
+    """Write new and changed elements; ``store`` is the one that ``sdata`` was read from."""
     interrupted = (store / STAGING).exists()
     with locked(store) as staging:
         if interrupted:
@@ -52,7 +52,7 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
         attrs = user_attrs(sdata.attrs)
         changes, unchanged = _compare(sdata, store, before)
         if not overwrite and saved_by(sdata.attrs).get("attrs") != saved_by(before).get("attrs"):
-            attrs = _merged(user_attrs(before), attrs)
+            attrs = _merge_attrs(user_attrs(before), attrs)
         attrs_differ = _attrs_difference(user_attrs(before), attrs)
         if not overwrite:
             _refuse_loss(sdata, store, changes, attrs_differ, saved_by(before))
@@ -63,7 +63,7 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
             stage_metadata(staging, [c for c in changes if c.metadata_only], store)
             sync_tree(staging)
             root = {**attrs, "spatialdata_attrs": before.get("spatialdata_attrs", {})}
-            with _undone_on_failure(store, staging) as (metadata, undo):
+            with _restore_on_error(store, staging) as (metadata, undo):
                 metadata.unconsolidate()
                 for change in sorted(changes, key=lambda c: KINDS.index(c.kind)):
                     _exchange_element(change, store, staging, undo)
@@ -88,7 +88,7 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
 
 
 def _rename_waiting(sdata: SpatialData) -> None:
-    """Give elements their name that were read between the two renames of a killed save; the lock has ended those."""
+    """Rename elements that were read between the two renames of a killed save, which the lock has finished."""
     for kind, name, element in list(sdata.gen_elements()):
         if name.endswith(WAITING):
             del getattr(sdata, kind)[name]
@@ -100,7 +100,7 @@ def _rename_waiting(sdata: SpatialData) -> None:
 
 
 def _compare(sdata: SpatialData, store: Path, attrs: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
-    """Compare every element with the store, which has ``attrs``; return what is to be written, and what is the same."""
+    """Compare every element with the store, whose root has ``attrs``; return the changes, and the unchanged elements."""
     there = elements(store)
     names = {name.casefold(): (kind, name) for kind, name in there}
     stored = read_elements(
@@ -113,13 +113,13 @@ def _compare(sdata: SpatialData, store: Path, attrs: Mapping[str, Any]) -> tuple
         check_files(f"{kind}[{name!r}]", element)
         if (kind, name) not in there:
             if other := names.get(name.casefold()):
-                alike = "of that name" if other[1] == name else f"{other[1]!r}, which differs only in case"
-                raise ValueError(f"{kind} {name!r} cannot be saved: the store has {other[0]} {alike}; rename yours")
+                existing = "of that name" if other[1] == name else f"{other[1]!r}, which differs only in case"
+                raise ValueError(f"{kind} {name!r} cannot be saved: the store has {other[0]} {existing}; rename yours")
             changes.append(Change(kind, name, element))
             continue
         difference = Difference(lost=["all of it: it cannot be read, or is not in the consolidated metadata"])
         with contextlib.suppress(Exception):
-            # What cannot be read is not the same; it is replaced with `overwrite` alone.
+            # Elements that cannot be read count as different; only `overwrite` replaces them.
             if kind == "tables":
                 difference = table_difference(store / kind / name, element)
                 difference.of_verbs = _of_verbs(difference.uns, difference.lost)
@@ -136,7 +136,7 @@ def _compare(sdata: SpatialData, store: Path, attrs: Mapping[str, Any]) -> tuple
 
 
 def _of_verbs(uns: Mapping[str, Any], lost: list[str]) -> set[str]:
-    """Those of the lost that our verbs wrote: by their records in ``uns``."""
+    """Return the lost items that our functions wrote, by the records in ``uns``."""
     written = {f"uns[{key!r}]" for key, record in uns.items() if is_result(record)}
     for key, record in uns.items():
         if is_result(record):
@@ -148,9 +148,9 @@ def _of_verbs(uns: Mapping[str, Any], lost: list[str]) -> set[str]:
 def _refuse_loss(
     sdata: SpatialData, store: Path, changes: list[Change], attrs: Difference, saved: Mapping[str, str]
 ) -> None:
-    """Refuse to write over what the object does not know."""
-    mine, noted, doubted = saved_by(sdata.attrs), remembered(sdata), possible_changes(sdata)
-    lost, is_doubtful = [], False
+    """Raise if the save would overwrite data that the object does not have."""
+    mine, noted, possible = saved_by(sdata.attrs), remembered(sdata), possible_changes(sdata)
+    lost, is_uncertain = [], False
     for key, kind, difference in [(c.key, c.kind, c.difference) for c in changes] + [("attrs", "attrs", attrs)]:
         if not difference:
             continue
@@ -158,47 +158,47 @@ def _refuse_loss(
         place = (kind, key.partition("/")[2])
         if place in noted:
             as_read = as_read and noted[place] == fingerprint(store / key)
-        doubt = doubted.get(place, set())
+        maybe = possible.get(place, set())
         items = [
-            item for item in difference.lost if not (as_read and item in difference.of_verbs and item not in doubt)
+            item for item in difference.lost if not (as_read and item in difference.of_verbs and item not in maybe)
         ]
-        # Pixels are never changed by the way, and cannot be had again.
+        # Pixels do not change as a side effect, and cannot be recovered.
         if not as_read or (kind == "images" and not difference.metadata_only):
             items += difference.altered
-        doubts_here = [
-            item for item in difference.altered if item not in items and (item in doubt or NOT_COMPARED in doubt)
+        uncertain = [
+            item for item in difference.altered if item not in items and (item in maybe or NOT_COMPARED in maybe)
         ]
-        if items or doubts_here:
+        if items or uncertain:
             since = "" if as_read else " (saved by another since it was read)"
-            in_doubt = [f"{item} (maybe changed by another since it was read)" for item in doubts_here]
-            lost.append(f"{key}{since}: {', '.join(items + in_doubt)}")
-            is_doubtful |= bool(in_doubt)
+            noted_items = [f"{item} (maybe changed by another since it was read)" for item in uncertain]
+            lost.append(f"{key}{since}: {', '.join(items + noted_items)}")
+            is_uncertain |= bool(uncertain)
     if lost:
         why = (
-            " Files of this store are newer than this Python process, and `sdata` differed from them when hg first met it. If you "
-            "changed these values yourself, pass overwrite=True."
+            " Files of this store are newer than this Python process, and `sdata` differed from them when hg first used it. If "
+            "you changed these values yourself, pass overwrite=True."
         )
         raise FileExistsError(
             f"`sdata` would overwrite what its store {str(store)!r} holds and it does not: {'; '.join(lost)}. Read the store "
-            f"again, or pass overwrite=True to replace it.{why if is_doubtful else ''}"
+            f"again, or pass overwrite=True to replace it.{why if is_uncertain else ''}"
         )
 
 
 def _refuse_links_elsewhere(store: Path, changes: list[Change]) -> None:
-    """Refuse elements that lie on another file system by a link, where nothing can be exchanged with what is written here."""
+    """Raise for elements that a link puts on another file system, across which folders cannot be exchanged."""
     for change in changes:
         place = (store / change.path).resolve()
         while not place.exists():
             place = place.parent
         if place.stat().st_dev != store.stat().st_dev or place.parent.stat().st_dev != store.stat().st_dev:
             raise ValueError(
-                f"`sdata`: {change.kind} {change.name!r} of the store {str(store)!r} lies on another file system, by a link to "
-                f"{str(place)!r}, and cannot be replaced there; put the folder itself into the store, or save to another path"
+                f"`sdata`: {change.kind} {change.name!r} of the store {str(store)!r} is a link to {str(place)!r} on another file "
+                "system, and cannot be replaced there; move the folder itself into the store, or save to another path"
             )
 
 
 def user_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes without what belongs to the store."""
+    """Return attributes without the entries that belong to the store."""
     kept = {key: value for key, value in attrs.items() if key != "spatialdata_attrs"}
     if isinstance(kept.get(ATTRS), Mapping):
         kept[ATTRS] = {key: value for key, value in kept[ATTRS].items() if key != SAVED}
@@ -207,7 +207,7 @@ def user_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in kept.items():
         try:
-            plain.update(json.loads(json.dumps({key: value}, default=_listed)))
+            plain.update(json.loads(json.dumps({key: value}, default=_to_json)))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"`sdata`: attrs[{key!r}] cannot be saved: {error}; text, numbers, lists and dicts can. Convert it, or delete it: "
@@ -216,8 +216,8 @@ def user_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _listed(value: Any) -> Any:
-    """Numbers and arrays of numpy, as JSON has them."""
+def _to_json(value: Any) -> Any:
+    """Convert numbers and arrays of numpy for JSON."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"it holds {value!r} of type {type(value).__name__}")
@@ -231,12 +231,12 @@ def _attrs_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> Diff
     return found
 
 
-def _merged(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of the object, and those that another has added to the store since."""
+def _merge_attrs(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge attributes of the object with those that another process has added to the store."""
     merged = {**there, **here}
     for key in set(there) & set(here):
         if isinstance(there[key], Mapping) and isinstance(here[key], Mapping):
-            merged[key] = _merged(there[key], here[key])
+            merged[key] = _merge_attrs(there[key], here[key])
     return merged
 
 
@@ -244,8 +244,8 @@ def _merged(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def _undone_on_failure(store: Path, staging: Path) -> Iterator[tuple[RootMetadata, list[Callable[[], object]]]]:
-    """Put everything back as it was if the block does not come to its end, by Ctrl-C too."""
+def _restore_on_error(store: Path, staging: Path) -> Iterator[tuple[RootMetadata, list[Callable[[], object]]]]:
+    """Restore everything if the block raises, also on Ctrl-C."""
     metadata = RootMetadata(store, staging)
     undo: list[Callable[[], object]] = []
     try:
@@ -258,7 +258,7 @@ def _undone_on_failure(store: Path, staging: Path) -> Iterator[tuple[RootMetadat
 
 
 def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Callable[[], object]]) -> None:
-    """Put what was written in the place of what is there; what undoes it is noted first."""
+    """Exchange the old element with the new one; register the undo step first."""
     if change.metadata_only:
         for name in METADATA:
             new, old = staging / "metadata" / change.path / name, store / change.path / name
@@ -269,10 +269,10 @@ def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Cal
                 new.replace(old)
                 sync(old.parent)
         return
-    # An element that is a link stays one: what it leads to is exchanged.
+    # A link stays a link: its target is exchanged.
     new, old = staging / "new" / change.path, (store / change.path).resolve()
     if not old.parent.exists():
-        # The first of its kind: with the group that holds it; others that are new come with it.
+        # The first element of its kind comes with its group, and so do other new ones.
         new, old = new.parent, old.parent
     if not new.exists():
         return
@@ -285,7 +285,7 @@ def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Cal
 
 
 def _put_back(new: Path, old: Path, inode: int | None) -> None:
-    """Undo an exchange, if it has taken place."""
+    """Undo an exchange if it has taken place."""
     if inode is None and not new.exists():
         old.rename(new)
     elif inode is not None and old.stat().st_ino != inode:
@@ -293,7 +293,7 @@ def _put_back(new: Path, old: Path, inode: int | None) -> None:
 
 
 def reopen(sdata: SpatialData, store: Path, changes: list[Change]) -> None:
-    """Let lazy arrays of what was written read the store as it is now."""
+    """Reopen lazy arrays of written elements from the present store."""
     lazy = [c for c in changes if c.kind != "tables" and not c.metadata_only and is_lazy(c.element)]
     stored = read_elements(store, {change.kind for change in lazy})
     with warnings.catch_warnings():
@@ -306,7 +306,7 @@ def reopen(sdata: SpatialData, store: Path, changes: list[Change]) -> None:
 
 
 def is_lazy(element: Any) -> bool:
-    """Whether an element reads files of a store when it is computed."""
+    """Whether an element reads files of a store lazily."""
     from spatialdata._io._utils import get_dask_backing_files
 
     if hasattr(element, "dims") or hasattr(element, "children"):
@@ -328,7 +328,7 @@ def _reopen_table(table: AnnData, path: Path) -> None:
 
 
 def _reads_files(array: Any) -> bool:
-    """Whether an array of a table is read from files by dask; what is computed from memory stays as it is."""
+    """Whether a dask array of a table reads files; arrays that are computed from memory are not reopened."""
     return bool(zarr_folders(array)) or any(
         name.startswith("make_dask_chunk") for name in getattr(getattr(array, "dask", None), "layers", ())
     )

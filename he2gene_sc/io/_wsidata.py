@@ -1,4 +1,4 @@
-"""``hg.io.from_wsidata``: a slide of LazySlide with its tiles and what other models predicted of them."""
+"""``hg.io.from_wsidata``: convert a slide of LazySlide with its tiles and the predictions of other models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def from_wsidata(
     wsi
         ``WSIData``, as ``wsidata.open_wsi`` returns it. Its file is read by region and has to stay where it is.
     layers
-        Predicted expression to take along: name of a layer to key of a table of tiles in ``wsi.tables``, for example
+        Predicted expression to copy: name of a layer to key of a table of tiles in ``wsi.tables``, for example
         ``{"path2space": "path2space_tiles"}``. Genes that a table lacks are NaN in its layer.
     tile_key
         Shapes of the tiles.
@@ -37,13 +37,14 @@ def from_wsidata(
     Returns
     -------
     spatialdata.SpatialData
-        Image ``image_key`` and shapes ``tile_key``; with ``layers`` a table ``"table"`` of the tiles with the genes of all
-        layers. Its ``X`` is NaN: LazySlide measures nothing.
+        Image ``image_key`` and shapes ``tile_key``; with ``layers`` also a table ``"table"`` of the tiles with the genes of
+        all layers. Its ``X`` is NaN, since LazySlide has no measured expression.
 
     Raises
     ------
     ValueError
-        If ``wsi`` is not a slide of LazySlide, a key is not there, or a table is of other tiles or has a gene twice.
+        If ``wsi`` is not a slide of LazySlide, a key is missing, or a table has other tiles or duplicated genes.
+
 
     Examples
     --------

@@ -89,7 +89,7 @@ def test_what_is_no_count_is_named(counts, value, problem):
 def test_counts_with_nan_are_refused_unless_whole_spots_were_not_measured(counts):
     counts[3, 4] = np.nan
     table = AnnData(counts)
-    with pytest.raises(ValueError, match="X holds 1 NaN, in 1 spots: their total is not known"):
+    with pytest.raises(ValueError, match="X holds 1 NaN, in 1 spots: their total is unknown"):
         log_expression(table, None, expected="counts")
     table.X[3] = np.nan
     with pytest.raises(ValueError, match="60 NaN, in 1 spots"):
@@ -112,7 +112,7 @@ def test_texts_are_no_expression(counts):
 
 
 def test_raw_counts_are_not_taken_as_logarithms(counts):
-    with pytest.raises(ValueError, match=r"`layer_scale` is 'log', but X looks raw counts.*layer_scale='counts'"):
+    with pytest.raises(ValueError, match=r"`layer_scale` is 'log', but X looks like raw counts.*layer_scale='counts'"):
         log_expression(AnnData(counts), None, scale="log", expected="counts")
 
 
@@ -168,7 +168,7 @@ def test_totals_beyond_half_precision_are_summed_all_the_same():
 def test_scaled_values_are_said(counts):
     scaled = logs(counts)
     scaled = (scaled - scaled.mean(0)) / scaled.std(0).clip(0.1)
-    with pytest.warns(UserWarning, match="X goes from -.*scaled or not log-transformed"):
+    with pytest.warns(UserWarning, match="X ranges from -.*scaled or not log-transformed"):
         log_expression(AnnData(scaled), None, scale="log", expected="counts")
 
 

@@ -28,8 +28,8 @@ def layer_of(table):
 def small(monkeypatch):
     """No layer is kept dense, and blocks are a few spots and genes."""
     monkeypatch.setattr(hg.settings, "memory_limit", 1000)
-    monkeypatch.setattr(lazy, "_BY_SPOTS", 320)
-    monkeypatch.setattr(lazy, "_BY_GENES", 300)
+    monkeypatch.setattr(lazy, "_SPOT_BLOCK", 320)
+    monkeypatch.setattr(lazy, "_GENE_BLOCK", 300)
     monkeypatch.setattr(lazy, "_GENES", (10, 10))
 
 
@@ -234,7 +234,7 @@ def test_genes_come_from_the_layer_and_others_from_the_embedding(toy, tiny_model
     np.testing.assert_allclose(hg.get.expression(toy, names[0], model=tiny_model)[names[0]], own, **NEAR)
     with pytest.raises(ValueError, match="'NOGENE'. are unknown to model 'tiny'"):
         hg.get.expression(toy, "NOGENE", model=tiny_model)
-    with pytest.raises(ValueError, match="give it, as a folder or loaded"):
+    with pytest.raises(ValueError, match="pass its folder or the loaded model"):
         hg.get.expression(toy, names)
 
 
@@ -279,7 +279,7 @@ def test_an_embedding_that_is_not_what_was_written_gives_no_genes(both, other_mo
 def test_another_head_is_refused_also_where_no_model_was_saved(both, other_model):
     _, sdata = both
     del sdata["table"].layers["he2gene"]
-    with pytest.raises(ValueError, match="give that model"):
+    with pytest.raises(ValueError, match="pass that model"):
         hg.get.expression(sdata, "ERBB2", model=other_model)
 
 
@@ -338,7 +338,7 @@ def test_verbs_read_a_lazy_layer_by_blocks_and_as_a_dense_one(both, read, tiny_m
 
 def test_verbs_on_many_patients_find_in_a_lazy_layer_what_they_find_in_a_dense_one(monkeypatch):
     rng, table = np.random.default_rng(0), slides(9, n_genes=24)
-    monkeypatch.setattr(lazy, "_BY_SPOTS", 24 * 50)
+    monkeypatch.setattr(lazy, "_SPOT_BLOCK", 24 * 50)
     monkeypatch.setattr(lazy, "_GENES", (10, 10))
     embedding = rng.normal(size=(table.n_obs, 5))
     weights = np.linalg.lstsq(embedding, table.layers["other_model"] - 2, rcond=None)[0]
@@ -429,5 +429,5 @@ def test_a_lazy_table_whose_store_was_moved_is_refused(both, tmp_path):
     table.layers["he2gene"] = read_elem_lazy(group["layers/he2gene"])
     assert hg.get.expression(table, "ERBB2").notna().all(axis=None)
     (tmp_path / "a.zarr").rename(tmp_path / "moved.zarr")
-    with pytest.raises(FileNotFoundError, match="layer 'he2gene' reads .*which is not there"):
+    with pytest.raises(FileNotFoundError, match="layer 'he2gene' reads .*which does not exist"):
         hg.get.expression(table, "ERBB2")

@@ -69,7 +69,7 @@ WRITTEN = [
 @pytest.mark.parametrize(("slot", "key"), WRITTEN)
 def test_predict_refuses_a_key_of_the_user_before_encoding(toy, model, idle, slot, key):
     put(toy["table"], slot, key)
-    refused(toy, rf"`key_added`: {slot}\['{key}'\] is there", hg.tl.predict, toy, model=model, key_added="new")
+    refused(toy, rf"`key_added`: {slot}\['{key}'\] exists", hg.tl.predict, toy, model=model, key_added="new")
 
 
 @pytest.mark.parametrize(("slot", "key"), WRITTEN)
@@ -81,14 +81,14 @@ def test_predict_refuses_a_key_that_differs_only_in_case(toy, model, idle, slot,
 def test_all_keys_that_are_taken_are_named(toy, model, idle):
     for slot, key in WRITTEN[1:4]:
         put(toy["table"], slot, key)
-    refused(toy, r"so is var\['new_pcc'\], var\['new_reliable'\]", hg.tl.predict, toy, model=model, key_added="new")
+    refused(toy, r"so does var\['new_pcc'\], var\['new_reliable'\]", hg.tl.predict, toy, model=model, key_added="new")
 
 
 def test_the_name_of_an_index_and_reserved_names_are_refused(toy, model, idle):
     toy["table"].obs.index.name = "new_ood"
     refused(toy, "index of obs is named 'new_ood'", hg.tl.predict, toy, model=model, key_added="new")
     for key in ("spatialdata_attrs", "spatial", "he2gene_made", "he2gene_spatial"):
-        refused(toy, f"'{key}'.* meaning of its own", hg.tl.predict, toy, model=model, key_added=key)
+        refused(toy, f"'{key}'.*is reserved", hg.tl.predict, toy, model=model, key_added=key)
 
 
 @pytest.mark.parametrize("key", ["tab\n", "a\nb", "\n", "a\tb", "a b", ""])
@@ -239,7 +239,7 @@ def test_what_the_user_has_changed_since_is_the_users(predicted, tiny_model, idl
         changed = values.copy()
         changed[:] = np.nan_to_num(np.asarray(values)) + 1
         getattr(table, slot)[key] = changed
-    refused(predicted, rf"{slot}\['{key}'\] is there and was changed after", hg.tl.predict, predicted, model=tiny_model)
+    refused(predicted, rf"{slot}\['{key}'\] exists and was changed after", hg.tl.predict, predicted, model=tiny_model)
 
 
 def test_recolouring_is_no_change(predicted, tiny_model):
@@ -300,7 +300,7 @@ def test_elements_of_the_user_are_refused(toy, monkeypatch, kind, name, function
     monkeypatch.setattr("he2gene_sc.pp._tissue.read_thumbnail", pytest.fail)
     call = getattr(hg.pp, function)
     call = partial(call, reference=toy) if function == "normalize_stains" else call
-    refused(toy, rf"`key_added`: {kind}\['{name}'\] is there", call, toy, image_key="he", key_added="new")
+    refused(toy, rf"`key_added`: {kind}\['{name}'\] exists", call, toy, image_key="he", key_added="new")
 
 
 def test_a_mask_and_a_grid_that_the_user_has_changed_are_refused(toy, tmp_path):
@@ -314,9 +314,9 @@ def test_a_mask_and_a_grid_that_the_user_has_changed_are_refused(toy, tmp_path):
     drawn = np.asarray(toy["he_tissue"]).copy()
     drawn[:5] = 1 - drawn[:5]
     toy.labels["he_tissue"] = Labels2DModel.parse(drawn, dims=("y", "x"))
-    refused(toy, r"labels\['he_tissue'\] is there and was changed after hg.pp.tissue", hg.pp.tissue, toy)
+    refused(toy, r"labels\['he_tissue'\] exists and was changed after hg.pp.tissue", hg.pp.tissue, toy)
     toy.shapes["grid"] = toy["grid"].iloc[1:]
-    refused(toy, r"shapes\['grid'\] is there and was changed after hg.pp.grid", hg.pp.grid, toy, key_added="grid")
+    refused(toy, r"shapes\['grid'\] exists and was changed after hg.pp.grid", hg.pp.grid, toy, key_added="grid")
 
 
 def test_a_grid_of_version_060_is_laid_again(toy):

@@ -152,7 +152,7 @@ def test_coordinate_system_chooses_the_image(toy):
 
 def test_images_that_share_no_system_with_the_spots_are_an_error(toy):
     set_transformation(toy["he"], {"elsewhere": Identity()}, set_all=True)
-    with pytest.raises(ValueError, match=r"`coordinate_system`.*share none"):
+    with pytest.raises(ValueError, match=r"`coordinate_system`.*share no coordinate system"):
         resolve(toy)
 
 
@@ -179,7 +179,7 @@ def test_several_tables_are_ambiguous_and_listed(toy):
 def test_a_table_that_annotates_nothing_is_no_candidate(toy):
     toy["free"] = ad.AnnData(np.ones((2, 2)))
     assert resolve(toy)[0].table_key == "table"
-    with pytest.raises(ValueError, match=r"`table_key` 'free' annotates no shapes"):
+    with pytest.raises(ValueError, match=r"`table_key` 'free' does not annotate shapes"):
         resolve(toy, table_key="free")
 
 
@@ -236,7 +236,7 @@ def test_spots_in_other_units_than_pixels_land_on_their_pixels():
 @pytest.mark.parametrize("matrix", [[[1, 0, 0], [0, 2, 0]], [[1, 0.5, 0], [0, 1, 0]]], ids=["two scales", "shear"])
 def test_lengths_that_depend_on_the_direction_are_said(toy, matrix):
     set_transformation(toy["he"], Affine([*matrix, [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y")), "global")
-    with pytest.warns(UserWarning, match="stretch lengths by .* one way and .* the other"):
+    with pytest.warns(UserWarning, match="anisotropic or sheared: they scale lengths by .* in one direction and by .* in the other"):
         resolve(toy)
 
 
@@ -300,7 +300,7 @@ def test_of_several_images_of_one_slide_the_finest_is_taken_and_said(caplog):
     with caplog.at_level("INFO", logger="he2gene_sc"):
         (slide,) = resolve(sdata, mpp=2.0)
     assert slide.image_key == "full"
-    assert "image 'full' is taken, the finest of" in caplog.text
+    assert "image 'full' is used, the finest of" in caplog.text
     assert resolve(sdata, image_key="hires", mpp=4.0)[0].image_key == "hires"
 
 
@@ -308,7 +308,7 @@ def test_of_several_images_of_one_slide_the_finest_is_taken_and_said(caplog):
 def test_a_blank_image_gives_way_to_the_next_and_is_named(value):
     sdata = pictures(lowres=0.25, full=1.0, hires=0.5)
     sdata["full"].data[:] = value
-    with pytest.warns(UserWarning, match=r"images \['full'\] are blank and not used; image 'hires' is taken"):
+    with pytest.warns(UserWarning, match=r"images \['full'\] are blank and not used; image 'hires' is used"):
         (slide,) = resolve(sdata, mpp=4.0)
     assert slide.image_key == "hires"
 
@@ -450,7 +450,7 @@ def test_a_resolution_tag_off_by_ten_is_named():
     sdata = slide_of(square(), 25.0)
     sdata.attrs["he2gene"] = {"mpp": {"he": 0.2}}
     with pytest.warns(
-        UserWarning, match=r"which makes 2, ten times off; if that is right, pass mpp=2 \(.*SectionKeys\(mpp=2\)\)"
+        UserWarning, match=r"which gives 2, ten times off; if that is right, pass mpp=2 \(.*SectionKeys\(mpp=2\)\)"
     ):
         resolve(sdata)
 

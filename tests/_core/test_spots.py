@@ -84,9 +84,9 @@ def test_no_name_of_a_sample_is_a_label_but_no_sample(odd):
 def test_an_unknown_sample_among_others_is_said(slides):
     for table in slides[:2]:
         table.obs["patient"] = "unknown"
-    with pytest.warns(UserWarning, match="'unknown' counts as one sample, of 2 in all"):
+    with pytest.warns(UserWarning, match="'unknown' counts as one of 2 samples"):
         read_spots(slides[:3], None, "groupby")
-    with pytest.warns(UserWarning, match="'unknown' counts as one sample, of 1 in all"):
+    with pytest.warns(UserWarning, match="'unknown' counts as one of 1 samples"):
         read_spots(slides[:2], None, "groupby")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -31,10 +31,10 @@ def test_counts_and_logs_give_the_same_values(table):
 
 def test_what_is_not_expected_is_refused_unless_it_is_stated(table):
     with pytest.raises(
-        ValueError, match=r"`measured`: layer 'log' looks already log-transformed.*measured_scale='log'"
+        ValueError, match=r"`measured`: layer 'log' looks like log-transformed values.*measured_scale='log'"
     ):
         log_expression(table, "log", expected="counts", parameter="measured")
-    with pytest.raises(ValueError, match=r"X looks raw counts.*layer_scale='counts'"):
+    with pytest.raises(ValueError, match=r"X looks like raw counts.*layer_scale='counts'"):
         log_expression(table, None, expected="log")
     stated = log_expression(table, None, expected="log", scale="counts")
     np.testing.assert_allclose(stated, table.layers["log"], rtol=1e-5)
@@ -64,7 +64,7 @@ def test_masked_values_are_refused(table):
     table.layers["whole"] = np.ma.masked_array(counts)
     np.testing.assert_array_equal(values_of(table, "whole"), counts)
     table.layers["masked"] = np.ma.masked_array(counts, mask=counts == 3)
-    with pytest.raises(ValueError, match=r"`layer`: layer 'masked' is a masked array, of which \d+ values are masked"):
+    with pytest.raises(ValueError, match=r"`layer`: layer 'masked' is a masked array with \d+ masked values"):
         values_of(table, "masked")
 
 
@@ -149,12 +149,12 @@ def test_a_failure_while_writing_leaves_everything_as_it_was(table):
 
 def test_what_another_wrote_is_not_written_over(table):
     table.obs["key_x"] = 1
-    with pytest.raises(ValueError, match=r"obs\['key_x'\] is there and was not written by hg.tl.verb"):
+    with pytest.raises(ValueError, match=r"obs\['key_x'\] exists and was not written by hg.tl.verb"):
         check_free(table, "verb", "key", obs=["key_x"])
     del table.obs["key_x"]
     write_result(table, "verb", "key", params={}, obs={"key_x": np.ones(6)})
     check_free(table, "verb", "key", obs=["key_x"])
-    with pytest.raises(ValueError, match=r"uns\['key'\] is there and was not written by hg.tl.other"):
+    with pytest.raises(ValueError, match=r"uns\['key'\] exists and was not written by hg.tl.other"):
         check_free(table, "other", "key")
     table.layers["mine"] = table.layers["log"]
     with pytest.raises(ValueError, match=r"layers\['mine'\]"):
@@ -200,5 +200,5 @@ def test_fractions_and_unknown_columns_are_no_labels(table):
 def test_a_table_is_found_by_its_layer(toy):
     toy["table"].layers["mine"] = toy["table"].X
     assert get_table(toy, layer="mine") is toy["table"]
-    with pytest.raises(ValueError, match="`layer` 'no' is in no table of `data`.*: run hg.tl.predict first"):
+    with pytest.raises(ValueError, match="`layer` 'no' is not in any table of `data`.*: run hg.tl.predict first"):
         get_table(toy, layer="no")

@@ -131,7 +131,7 @@ def test_finite_counts_what_is_not():
 
 def test_unique_names_what_stands_twice():
     validate.unique(["a", "b"], "genes")
-    with pytest.raises(ValueError, match="`genes`: genes stand twice: 'a'$"):
+    with pytest.raises(ValueError, match="`genes`: genes are duplicated: 'a'$"):
         validate.unique(["a", "b", "a", "a"], "genes", "genes")
 
 

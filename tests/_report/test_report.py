@@ -222,7 +222,7 @@ def test_places_and_rows_without_a_store_are_refused(tmp_path, monkeypatch):
 def test_a_page_of_ours_is_replaced_and_no_other_file(plain, tmp_path):
     path = tmp_path / "report.html"
     path.write_text("<html>mine</html>")
-    with pytest.raises(FileExistsError, match=r"`path` .*report\.html' is there; .*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"`path` .*report\.html' exists; .*overwrite=True"):
         hg.report(plain, path)
     assert path.read_text() == "<html>mine</html>"
     hg.report(plain, path, overwrite=True)

@@ -345,7 +345,7 @@ def break_counts(root, name, change):
     [
         (
             lambda f: f.set_axis([f"{i + 90}x90" for i in range(len(f))]),
-            "0 of 37 spots .* do the files belong together",
+            "0 of 37 spots .* check that the files belong together",
         ),
         (lambda f: f.set_axis([f"spot{i}" for i in range(len(f))]), r"rows have to be named .* found \['spot0'"),
         (lambda f: f.set_axis([*f.index[:-1], f.index[0]]), "names spots twice"),

@@ -170,7 +170,7 @@ def test_layer_of_another_prediction_is_refused(predicted, tiny_model):
     with pytest.warns(UserWarning, match="outside the image"):
         hg.tl.predict(predicted, model=tiny_model, key_added="mine", genes=["ERBB2", "CD24"])
     assert set(_get(predicted, prediction_key="mine").var_names) == {"ERBB2", "CD24"}
-    with pytest.raises(ValueError, match="`layer` 'mine' is of prediction 'mine', not of 'he2gene'"):
+    with pytest.raises(ValueError, match="`layer` 'mine' belongs to prediction 'mine', not to 'he2gene'"):
         hg.get.predicted(predicted, layer="mine")
 
 

@@ -190,7 +190,7 @@ def test_labelled_cells_go_out_and_come_back(toy, tiny_model, tmp_path):
 def test_a_column_of_somebody_else_is_not_replaced(toy, tmp_path):
     path = write(tmp_path / "a.geojson", (square(toy, 0), "tumour"))
     before = toy["table"].obs.copy()
-    with pytest.raises(ValueError, match=r"obs\['pathologist'\] is there and was not written by hg\.io\.read_geojson"):
+    with pytest.raises(ValueError, match=r"obs\['pathologist'\] exists and was not written by hg\.io\.read_geojson"):
         hg.io.read_geojson(toy, path, key_added="pathologist")
     pd.testing.assert_frame_equal(toy["table"].obs, before)
     hg.io.read_geojson(toy, path)
@@ -207,7 +207,7 @@ def test_results_of_labels_that_change_are_removed(toy, tmp_path):
     toy["table"].uns["found"] = {"verb": "biomarkers", "params": {"groupby": "label"}, "written": {}}
     hg.io.read_geojson(toy, path)
     assert "found" in toy["table"].uns
-    with pytest.warns(UserWarning, match="removed, since it was computed from values that have changed"):
+    with pytest.warns(UserWarning, match="results that were computed from changed values were removed"):
         hg.io.read_geojson(toy, write(path, (box(0, 0, 2000, 2000), "a")))
     assert "found" not in toy["table"].uns
 
@@ -235,7 +235,7 @@ def test_what_cannot_label_a_spot_is_refused(toy, tmp_path):
     path = tmp_path / "a.geojson"
     with pytest.raises(ValueError, match=r"1 object\(s\), none is a polygon with a class"):
         hg.io.read_geojson(toy, write(path, (square(toy, 0), None)))
-    with pytest.raises(ValueError, match=r"no polygon meets a spot\. The polygons span 9000 to 9100.*another image"):
+    with pytest.raises(ValueError, match=r"no polygon overlaps a spot\. The polygons span 9000 to 9100.*another image"):
         hg.io.read_geojson(toy, write(path, (box(9000, 9000, 9100, 9100), "x")))
     with pytest.raises(ValueError, match="the classes 'Tumour' and 'tumour' differ only in case or blanks; rename"):
         hg.io.read_geojson(toy, write(path, (square(toy, 0), "Tumour"), (square(toy, 9), "tumour")))
@@ -275,7 +275,7 @@ def test_names_that_stand_twice_are_written_once_or_apart(predicted, tmp_path):
 def test_a_file_that_is_there_is_replaced_only_when_asked(predicted, tmp_path):
     path = tmp_path / "spots.geojson"
     path.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"`path` .* is there; .* overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"`path` .* exists; .* overwrite=True"):
         hg.io.to_geojson(predicted, path)
     assert path.read_text() == "mine"
     hg.io.to_geojson(predicted, path, overwrite=True)
@@ -294,7 +294,7 @@ def test_one_slide_of_several_keeps_the_labels_of_the_others(tmp_path):
         slide["table"].obs_names = name + "_" + slide["table"].obs_names
     joined = sd.concatenate(slides, concatenate_tables=True)
     everywhere = box(0, 0, 900, 900)
-    with pytest.raises(ValueError, match=r"`shapes_key` is None; the file is of one slide, name its spots, of \["):
+    with pytest.raises(ValueError, match=r"`shapes_key` is None; the file is of one slide, name its spots: one of \["):
         hg.io.read_geojson(joined, write(tmp_path / "a.geojson", (everywhere, "one")))
     hg.io.read_geojson(joined, tmp_path / "a.geojson", shapes_key="spots-a", image_key="he-a")
     assert joined["table"].obs["label"].notna().sum() == 9
@@ -352,12 +352,12 @@ def test_polygons_in_um_or_degrees_are_said(toy, tmp_path):
     xy = toy["table"].obsm["spatial"]
     (left, top), (right, bottom) = xy.min(0) - 25, xy.max(0) + 25
     whole = write(tmp_path / "um.geojson", (box(left / 2, top / 2, right / 2, bottom / 2), "tumour"))
-    with pytest.warns(UserWarning, match=r"in µm they would lie like the spots\. From µm to pixels: .*scale\(2, 2"):
+    with pytest.warns(UserWarning, match=r"taken as µm, they match the spots\. Convert µm to pixels: .*scale\(2, 2"):
         hg.io.read_geojson(toy, whole, key_added="a")
     toy["table"].obsm["spatial"] = xy * 10
     table = toy["table"]
     small = write(tmp_path / "shares.geojson", (box(0, 0, 1, 1), "tumour"))
-    with pytest.raises(ValueError, match="no polygon meets a spot.*they may be degrees, or shares of the image"):
+    with pytest.raises(ValueError, match="no polygon overlaps a spot.*they may be degrees, or fractions of the image"):
         hg.io.read_geojson(table, small, key_added="b")
 
 

@@ -269,7 +269,7 @@ def test_print_resolution_is_no_mpp(tmp_path, pixels, unit):
 
 @pytest.mark.parametrize(
     ("x", "y", "said"),
-    [(0.5, 1.0, "0.5 × 1 µm per pixel, pixels that are not square"), (250, 250, "which no scan has")],
+    [(0.5, 1.0, "0.5 × 1 µm per pixel, pixels that are not square"), (250, 250, "which is not plausible for a scan")],
 )
 def test_pixels_that_are_not_square_or_of_no_scan_are_no_mpp(tmp_path, x, y, said, caplog):
     metadata = {"axes": "YXS", "PhysicalSizeX": x, "PhysicalSizeY": y}
@@ -400,7 +400,7 @@ def test_spots_in_one_file_alone_are_dropped_with_one_warning(tmp_path):
     with pytest.warns(UserWarning, match="dropped") as caught:
         sdata = hg.io.read_st(counts.iloc[:-2], spots.iloc[3:], section="S1")
     assert [str(w.message) for w in caught if w.category is UserWarning] == [
-        "section 'S1': 3 spots stand in the counts alone and 2 in the spot file alone; they are dropped, 15 remain"
+        "section 'S1': 3 spots are only in the counts and 2 only in the spot file; they are dropped, 15 remain"
     ]
     assert list(sdata["table"].obs_names) == list(counts.index[3:-2])
     assert list(sdata["spots"].index) == list(counts.index[3:-2])
@@ -409,7 +409,7 @@ def test_spots_in_one_file_alone_are_dropped_with_one_warning(tmp_path):
 def test_spots_that_were_not_selected_are_left_out(tmp_path):
     counts, spots, _ = section(tmp_path)
     spots["selected"] = [1] * 15 + [0] * 5
-    with pytest.warns(UserWarning, match="5 spots stand in the counts alone"):
+    with pytest.warns(UserWarning, match="5 spots are only in the counts"):
         assert hg.io.read_st(counts, spots)["table"].n_obs == 15
 
 
@@ -521,7 +521,7 @@ def test_selected_may_be_text(tmp_path, no):
     counts, spots, _ = section(tmp_path)
     yes = {"0": "1", "False": "True", "false": "true", "FALSE": "TRUE", " no ": "yes"}.get(no, 1.0)
     spots["selected"] = pd.Series([yes] * 15 + [no] * 5, dtype=object)
-    with pytest.warns(UserWarning, match="5 spots stand in the counts alone"):
+    with pytest.warns(UserWarning, match="5 spots are only in the counts"):
         assert hg.io.read_st(counts, spots)["table"].n_obs == 15
 
 
@@ -535,7 +535,7 @@ def test_selected_that_is_neither_yes_nor_no_is_refused(tmp_path, value):
 
 def test_labels_that_are_of_no_spot_are_refused_and_of_few_warned_of(tmp_path):
     counts, spots, labels = section(tmp_path)
-    with pytest.raises(ValueError, match=r"`labels` of section 'S' has no label of a spot: .*'102x3'.*'2x3'"):
+    with pytest.raises(ValueError, match=r"`labels` of section 'S' has no label of any spot: .*'102x3'.*'2x3'"):
         hg.io.read_st(counts, spots, labels=labels.assign(x=labels["x"] + 100), section="S")
     with pytest.warns(UserWarning, match=r"1[0-9] of 20 labels are not of a spot"):
         hg.io.read_st(counts, spots, labels=labels.assign(x=labels["x"] + 3))
@@ -555,7 +555,7 @@ def test_sizes_that_are_not_positive_numbers_are_refused(tmp_path, name, value):
         ({"x": ["a"] * 20}, "`spots`: x and y have to be array positions"),
         ({"y": [np.nan] * 20}, "`spots` has rows without an array position"),
         ({"pixel_x": ["a"] * 20}, "`spots`: pixel_x and pixel_y have to be numbers"),
-        ({"pixel_x": 1.0, "pixel_y": 2.0}, "`mpp` cannot be found: neighbouring spots are .* pixels apart"),
+        ({"pixel_x": 1.0, "pixel_y": 2.0}, "`mpp` cannot be found: the distance of neighbouring spots is .* pixels"),
         ({"new_x": np.nan}, "`spots` has NaN or infinite values of new_x and new_y"),
         ({"new_x": "a"}, "`spots`: new_x and new_y have to be numbers"),
     ],
@@ -595,5 +595,5 @@ def test_an_image_that_is_stored_turned_is_refused_beside_spots(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(picture(512, 512)).save(tmp_path / "turned.jpg", exif=exif)
-    with pytest.raises(ValueError, match=r"`image` 'turned.jpg' is stored mirrored or turned \(orientation 6\)"):
+    with pytest.raises(ValueError, match=r"`image` 'turned.jpg' is stored mirrored or rotated \(orientation 6\)"):
         hg.io.read_st(counts, spots, tmp_path / "turned.jpg")

@@ -88,7 +88,7 @@ def test_tiles_of_another_size_are_refused_with_the_call_that_makes_them(tiny_mo
         ({"mpp": 0.5, "tile_mpp": 0}, "`tile_mpp` is 0"),
         ({"mpp": 0.5, "genes": ["NOGENE"]}, "does not know .*NOGENE"),
         ({"mpp": 0.5, "genes": []}, "`genes`"),
-        ({"mpp": 0.5, "genes": ["ERBB2", "ERBB2"]}, "`genes`: names stand twice: 'ERBB2'"),
+        ({"mpp": 0.5, "genes": ["ERBB2", "ERBB2"]}, "`genes`: names are duplicated: 'ERBB2'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(tiny_model, options, match):
@@ -112,7 +112,7 @@ def test_a_table_of_other_tiles_or_with_a_gene_twice_is_refused_before_the_image
     n = len(slide.shapes["tiles"])
     slide.reader.file = "not there"
     slide.tables["twice"] = AnnData(np.zeros((n, 2), np.float32), var=pd.DataFrame(index=["A", "A"]))
-    with pytest.raises(ValueError, match="`layers`: genes of table 'twice' stand twice: 'A'"):
+    with pytest.raises(ValueError, match="`layers`: genes of table 'twice' are duplicated: 'A'"):
         hg.io.from_wsidata(slide, layers={"x": "twice"})
     obs = pd.DataFrame({"tile_id": range(n)[::-1]}, index=[str(i) for i in range(n)])
     slide.tables["turned"] = AnnData(np.zeros((n, 1), np.float32), obs=obs)

@@ -252,13 +252,13 @@ def test_a_turned_image_is_read_upright_and_that_is_said(tmp_path, orientation):
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     write(tmp_path / "a.tif", stored, extratags=[(274, 3, 1, orientation, True)])
     for name in ("a.png", "a.tif"):
-        with pytest.warns(UserWarning, match=rf"turned \(orientation {orientation}\)"):
+        with pytest.warns(UserWarning, match=rf"rotated \(orientation {orientation}\)"):
             np.testing.assert_array_equal(read(tmp_path / name), picture())
 
 
 def test_a_turned_slide_of_tiles_is_refused(tmp_path):
     write(tmp_path / "a.tif", picture(), extratags=[(274, 3, 1, 8, True)], **TILES)
-    with pytest.raises(ValueError, match=r"'a.tif' is stored mirrored or turned \(orientation tag 8\).*vips autorot"):
+    with pytest.raises(ValueError, match=r"'a.tif' is stored mirrored or rotated \(orientation tag 8\).*vips autorot"):
         read(tmp_path / "a.tif")
 
 

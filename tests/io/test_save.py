@@ -385,7 +385,7 @@ def test_a_name_that_another_kind_has_is_refused(store):
 def test_who_saves_meanwhile_is_refused(backed, store):
     before = digest(store)
     backed["table"].obs["new"] = 1
-    with _store.locked(store), pytest.raises(BlockingIOError, match="is being saved by another process"):
+    with _store.locked(store), pytest.raises(BlockingIOError, match="another process is saving to the store"):
         hg.io.save(backed)
     assert digest(store) == before
     hg.io.save(backed)
@@ -433,7 +433,7 @@ def test_nullable_text_is_saved(backed, store):
 def test_what_cannot_be_written_is_named_and_changes_nothing(backed, store):
     before = digest(store)
     backed["table"].uns["model"] = object()
-    with pytest.raises(ValueError, match="`sdata` cannot be written.*the store is as it was"):
+    with pytest.raises(ValueError, match="`sdata` cannot be written.*the store is unchanged"):
         hg.io.save(backed)
     assert digest(store) == before
 

@@ -190,7 +190,7 @@ def test_spatial_asks_for_a_prediction_first(toy):
 def test_spatial_refuses_the_layer_of_another_prediction(toy, tiny_model):
     for key in ("he2gene", "second"):
         hg.tl.predict(toy, model=tiny_model, key_added=key)
-    with pytest.raises(ValueError, match="`layer` 'second' is of prediction 'second', not of 'he2gene'"):
+    with pytest.raises(ValueError, match="`layer` 'second' belongs to prediction 'second', not to 'he2gene'"):
         hg.pl.spatial(toy, "ERBB2", layer="second")
 
 

@@ -358,7 +358,7 @@ def test_grid_does_not_replace_spots_that_a_table_annotates(toy):
     hg.pp.tissue(toy)
     before = toy["spots"]
     with pytest.raises(
-        ValueError, match=r"`key_added`: shapes\['spots'\] is there and was not written by hg\.pp\.grid"
+        ValueError, match=r"`key_added`: shapes\['spots'\] exists and was not written by hg\.pp\.grid"
     ):
         hg.pp.grid(toy)
     assert toy["spots"] is before

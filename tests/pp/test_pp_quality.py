@@ -54,14 +54,14 @@ def test_tiles_of_the_blurred_half_are_the_least_sharp_and_lie_on_the_image():
 def test_tiles_are_no_spots_and_what_is_the_users_stays():
     sdata = slide()
     hg.pp.qc(sdata)
-    with pytest.raises(ValueError, match="holds no spots"):
+    with pytest.raises(ValueError, match="has no spots"):
         hg.tl.predict(sdata)
     hg.pp.qc(sdata, tile_um=100.0)
     assert len(sdata["he_qc"]) == 100
     assert set(sdata.shapes) == {"he_qc"}
     assert not sdata.tables
     sdata["he_qc"] = sdata["he_qc"].iloc[:50]
-    with pytest.raises(ValueError, match=r"`key_added`: shapes\['he_qc'\] is there and was changed"):
+    with pytest.raises(ValueError, match=r"`key_added`: shapes\['he_qc'\] exists and was changed"):
         hg.pp.qc(sdata)
     with pytest.raises(ValueError, match="`key_added`: labels.*was not written by hg.pp.qc"):
         hg.pp.qc(sdata, key_added="he_tissue")
@@ -87,7 +87,7 @@ def test_stains_are_brought_to_those_of_the_reference_and_the_image_stays():
     assert get_transformation(sdata["he_normalized"], get_all=True).keys() == {"here"}
     assert sdata.attrs["he2gene"]["mpp"] == {"he": 2.0, "he_normalized": 2.0}
     assert set(reference.images) == {"he"}
-    with pytest.raises(ValueError, match=r"images\['he_normalized'\] is there"):
+    with pytest.raises(ValueError, match=r"images\['he_normalized'\] exists"):
         hg.pp.normalize_stains(sdata, reference, image_key="he")
 
 

@@ -510,10 +510,10 @@ def test_measured_spots_without_counts_are_left_out(table):
         ({"measured": "nullable"}, r"`measured` 'nullable' is NA for 1 of 98 spots; .*fillna\(False\)"),
         ({"measured": pd.Series([True], index=["s0"])}, "97 of 98 spots are not in its index"),
         ({"measured": "he2gene"}, "is the prediction itself"),
-        ({"measured": "seen log"}, "already log-transformed.*measured_scale='log'"),
+        ({"measured": "seen log"}, "like log-transformed values.*measured_scale='log'"),
         ({"measured": "log", "measured_scale": "log"}, "NaN nowhere"),
         ({"measured": "nothing"}, "NaN everywhere"),
-        ({"measured": "seen", "counts": "log"}, "`counts`: layer 'log' looks already log-transformed"),
+        ({"measured": "seen", "counts": "log"}, "`counts`: layer 'log' looks like log-transformed values"),
         ({"measured": "log", "counts": "log"}, "give one of them"),
         ({"measured": "seen", "counts": "no"}, "`counts` 'no' is not a layer"),
         ({"measured": "seen", "measured_scale": "cpm"}, "`measured_scale` is 'cpm'"),
@@ -522,7 +522,7 @@ def test_measured_spots_without_counts_are_left_out(table):
         ({"measured": "seen", "layer": "no"}, "`layer` 'no' is not a layer"),
         ({"measured": "seen", "section_key": "no"}, "`section_key` 'no'"),
         ({"measured": "seen", "key_added": "a/b"}, "cannot be stored"),
-        ({"measured": "seen", "key_added": "log"}, r"layers\['log'\] is there"),
+        ({"measured": "seen", "key_added": "log"}, r"layers\['log'\] exists"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(table, arguments, message):

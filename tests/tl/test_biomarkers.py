@@ -615,9 +615,9 @@ def test_counts_and_logs_are_told_apart():
     for table in tables:
         table.layers["counts"] = np.random.default_rng(0).poisson(np.expm1(table.layers["log"])).astype(np.float32)
         table.X = table.layers["log"].copy()
-    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks raw counts.*layer_scale='counts'"):
+    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks like raw counts.*layer_scale='counts'"):
         found(tables, layer="counts")
-    with pytest.raises(ValueError, match="`layer`: X looks already log-transformed.*layer_scale='log'"):
+    with pytest.raises(ValueError, match="`layer`: X looks like log-transformed values.*layer_scale='log'"):
         found(tables, layer=None)
     stated = found(tables, layer="counts", layer_scale="counts")
     for table in tables:
@@ -644,11 +644,11 @@ def test_nan_genes_and_spots_are_left_out_and_counted(caplog):
 def test_spots_given_twice_are_refused():
     table = patient(0)
     double = anndata.concat([table, table[:4]], index_unique="-")
-    with pytest.raises(ValueError, match=r"4 spots stand twice at the same place.*section 'S0' of sample 'P0'"):
+    with pytest.raises(ValueError, match=r"4 spots are duplicated at the same place.*section 'S0' of sample 'P0'"):
         found([double, patient(1), patient(2)])
     del double.obsm["spatial"]
     double.obs_names = [*table.obs_names, *table.obs_names[:4]]
-    with pytest.raises(ValueError, match="4 spots stand twice under the same name"):
+    with pytest.raises(ValueError, match="4 spots are duplicated under the same name"):
         found(double)
 
 
@@ -656,7 +656,7 @@ def test_a_patient_under_two_names_is_refused():
     twin = patient(0)
     twin.obs["patient"] = "P9"
     twin.obsm["spatial"] = twin.obsm["spatial"] + 100
-    with pytest.raises(ValueError, match=r"`sample_key`: 40 spots are the same.*'P0' and 'P9': one patient under two"):
+    with pytest.raises(ValueError, match=r"`sample_key`: 40 spots are the same.*'P0' and 'P9': a patient with two"):
         found([*patients(3), twin[::-1].copy()])
     with pytest.raises(ValueError, match="40 spots are the same.* in two sections of sample 'P0'"):
         found([*patients(3), patient(0)])
@@ -679,7 +679,7 @@ def test_a_patient_under_two_names_is_refused_though_it_was_changed(change):
         twin = twin[5:, ::-1].copy()
         twin.obsm["spatial"] = twin.obsm["spatial"] + 0.3
     twin.obs["patient"] = "P9"
-    with pytest.raises(ValueError, match="in samples 'P0' and 'P9': one patient under two names"):
+    with pytest.raises(ValueError, match="in samples 'P0' and 'P9': a patient with two names"):
         found([*(_counted(i) for i in range(3)), twin], layer=None)
 
 

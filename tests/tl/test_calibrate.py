@@ -111,7 +111,7 @@ def test_several_objects_and_one_table_give_the_same():
 def test_predicted_counts_are_compared_as_logarithms():
     table = counted()
     table.layers["counts"] = np.random.default_rng(3).poisson(np.asarray(table.X) + 1).astype(np.float32)
-    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks raw counts.*layer_scale='counts'"):
+    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks like raw counts.*layer_scale='counts'"):
         hg.tl.calibrate(table, layer="counts")
     calibration = hg.tl.calibrate(table, layer="counts", layer_scale="counts")
     new = counted(2, 1)
@@ -356,7 +356,7 @@ def test_shares_of_detected_spots_are_those_of_measured_spots():
 def test_places_that_are_no_file_are_told(tmp_path):
     calibration = hg.tl.calibrate(counted(), layer="other")
     for path in (tmp_path, tmp_path / "nowhere" / "other.npz"):
-        with pytest.raises(ValueError, match="`path` .* is a folder, or lies in a folder that is not there"):
+        with pytest.raises(ValueError, match="`path` .* is a folder, or lies in a folder that does not exist"):
             calibration.save(path)
     with pytest.raises(IsADirectoryError, match="`path` .* is a folder; name the file"):
         hg.Calibration.load(tmp_path)
@@ -424,10 +424,10 @@ def test_a_calibration_of_one_model_of_ours_is_not_that_of_another():
 def test_a_layer_that_is_what_was_measured_is_told(make):
     table = counted()
     table.layers["copy"] = make(log_normalise(table.X)).astype(np.float32)
-    with pytest.warns(UserWarning, match="`layer` 'copy' holds what was measured, not a prediction of it"):
+    with pytest.warns(UserWarning, match="`layer` 'copy' is a copy of the measured values, not a prediction"):
         hg.tl.calibrate(table, layer="copy", layer_scale="log")
     table.layers["copy"] += np.random.default_rng(0).normal(0, 0.2, table.shape).astype(np.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hg.tl.calibrate(table, layer="copy", layer_scale="log")
-    assert not [w for w in caught if "holds what was measured" in str(w.message)]
+    assert not [w for w in caught if "is a copy of the measured values" in str(w.message)]

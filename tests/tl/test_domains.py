@@ -400,8 +400,8 @@ def _column(table, labels):
         (lambda t: _column(t, "same"), {"domain_key": "odd"}, "no section has two domains of at least 3"),
         (lambda t: _column(t, ["a"] * 28 + ["b"] * 2), {"domain_key": "odd"}, "no section has two domains of at least 3"),
         (None, {"layer": "he2gene"}, "`layer` 'he2gene' is not a layer"),
-        (lambda t: t.layers.update(he2gene=t.X.copy()), {"layer": "he2gene"}, "looks raw counts.*layer_scale='counts'"),
-        (lambda t: setattr(t, "X", _log(t)), {}, "`measured`: X looks already log.*measured_scale='log'"),
+        (lambda t: t.layers.update(he2gene=t.X.copy()), {"layer": "he2gene"}, "looks like raw counts.*layer_scale='counts'"),
+        (lambda t: setattr(t, "X", _log(t)), {}, "`measured`: X looks like log-transformed.*measured_scale='log'"),
         (None, {"genes": ["ERBB2", "NOPE"]}, r"`genes`: \['NOPE'\] are no genes"),
         (None, {"genes": ["ERBB2", "ERBB2"]}, "`genes`: 'ERBB2' is named twice"),
         (None, {"genes": ["ERBB2"]}, "`genes`: 1 genes have values"),
@@ -414,7 +414,7 @@ def _column(table, labels):
         (None, {"sample_key": "nope"}, "`sample_key` 'nope' is not a column"),
         (None, {"key_added": "a/b"}, "`key_added` 'a/b' cannot be stored"),
         (lambda t: t.uns.update(he2gene_domains=3), {}, "was not written by hg.tl.domain_preservation"),
-        (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots stand twice at the same place"),
+        (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots are duplicated at the same place"),
         (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "'x' stands there twice"),
         (lambda t: t.obsm.pop("spatial"), {}, "no obsm\\['spatial'\\]"),
     ],
@@ -441,7 +441,7 @@ def test_a_patient_under_two_names_is_refused():
     table = ad.concat({"p": one, "P1": one}, label="patient", index_unique="-")
     with pytest.raises(
         ValueError,
-        match="`sample_key`: 30 spots are the same, value by value, in samples 'P1' and 'p': one patient under two names",
+        match="`sample_key`: 30 spots are the same, value by value, in samples 'P1' and 'p': a patient with two names",
     ):
         run(table, sample_key="patient")
 
@@ -511,5 +511,5 @@ def test_a_domain_that_was_left_out_of_the_scores_is_not_in_the_legend():
 def test_a_gene_that_stands_twice_is_refused():
     table = hg.datasets.toy((6, 6), mpp=4.0)["table"]
     table.var_names = [table.var_names[1], *table.var_names[1:]]
-    with pytest.raises(ValueError, match=f"`data`: genes of var_names stand twice: '{table.var_names[0]}'"):
+    with pytest.raises(ValueError, match=f"`data`: genes of var_names are duplicated: '{table.var_names[0]}'"):
         run(table)

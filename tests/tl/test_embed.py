@@ -249,7 +249,7 @@ def test_a_name_that_is_neither_key_nor_folder_is_refused_before_encoding(toy, t
 def test_embed_refuses_what_it_cannot_write_before_encoding(toy, tiny_model, count, monkeypatch):
     count.stop = 1
     toy["table"].obsm[KEY] = np.zeros((30, 2))
-    with pytest.raises(ValueError, match=rf"obsm\['{KEY}'\] is there and was not written by hg.tl.embed"):
+    with pytest.raises(ValueError, match=rf"obsm\['{KEY}'\] exists and was not written by hg.tl.embed"):
         hg.tl.embed(toy, model=tiny_model)
     del toy["table"].obsm[KEY]
     monkeypatch.setattr(hg.settings, "memory_limit", 1000)

@@ -290,7 +290,7 @@ def test_small_sections_are_left_out_and_too_few_spots_refused():
 
 def test_logarithms_are_refused_unless_they_are_stated(table):
     with pytest.raises(
-        ValueError, match=r"`measured`: layer 'log' looks already log-transformed.*measured_scale='log'"
+        ValueError, match=r"`measured`: layer 'log' looks like log-transformed values.*measured_scale='log'"
     ):
         hg.tl.evaluate(table, measured="log")
     hg.tl.evaluate(table)
@@ -367,7 +367,7 @@ def test_a_prediction_in_a_table_of_its_own_is_compared_with_the_measured_one(to
             lambda t: t.uns.__setitem__("spatialdata_attrs", {"region": "spots"}),
             "region_key and instance_key are needed",
         ),
-        (lambda t: t.obs.__setitem__("instance_id", "1x1"), "`data`: spots of table of the prediction stand twice"),
+        (lambda t: t.obs.__setitem__("instance_id", "1x1"), "`data`: spots of table of the prediction are duplicated"),
     ],
 )
 def test_spots_that_two_tables_do_not_share_are_said(toy, tiny_model, change, match):
@@ -391,7 +391,7 @@ def test_a_prediction_kept_sparse_and_counts_kept_dense_are_read(table):
 
 def test_what_another_wrote_is_not_written_over(table):
     table.var["he2gene_eval_pearson"] = 1.0
-    with pytest.raises(ValueError, match=r"var\['he2gene_eval_pearson'\] is there"):
+    with pytest.raises(ValueError, match=r"var\['he2gene_eval_pearson'\] exists"):
         hg.tl.evaluate(table)
 
 

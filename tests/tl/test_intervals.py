@@ -331,7 +331,7 @@ def test_a_model_without_residuals_says_how_to_get_them(toy, tiny_model):
 
 
 def test_a_model_that_is_not_bundled_has_to_be_given(table):
-    with pytest.raises(ValueError, match="`model`: the prediction is of 'my-model'.*give it"):
+    with pytest.raises(ValueError, match="`model`: the prediction was made by 'my-model'.*pass its folder"):
         hg.tl.intervals(table)
 
 
@@ -385,7 +385,7 @@ def test_calibration_needs_counts_and_labels_of_the_model(table, model):
     with pytest.raises(ValueError, match="holds none of the classes"):
         hg.pl.calibration(table, model=model, annotation_key="section")
     table.X = np.log1p(table.X.toarray())
-    with pytest.raises(ValueError, match="`measured`: X looks already log-transformed"):
+    with pytest.raises(ValueError, match="`measured`: X looks like log-transformed values"):
         hg.pl.calibration(table, model=model)
 
 

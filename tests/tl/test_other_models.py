@@ -64,9 +64,9 @@ def test_every_verb_tells_a_layer_that_is_what_was_measured(verb):
             table, "label", layer="copy", n_seeds=1, n_perms=5, clustering="kmeans"
         ),
     }
-    with pytest.warns(UserWarning, match="`layer` 'copy' holds what was measured") as caught:
+    with pytest.warns(UserWarning, match="`layer` 'copy' is a copy of the measured values") as caught:
         run[verb]()
-    (told,) = [w for w in caught if "holds what was measured" in str(w.message)]
+    (told,) = [w for w in caught if "is a copy of the measured values" in str(w.message)]
     assert told.filename == __file__
 
 
@@ -75,7 +75,7 @@ def test_counts_that_were_predicted_are_judged_where_it_is_said():
     table.layers["counts"] = (
         np.random.default_rng(1).poisson(np.expm1(table.layers["other_model"]) / 5).astype(np.float32)
     )
-    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks raw counts.*layer_scale='counts'"):
+    with pytest.raises(ValueError, match="`layer`: layer 'counts' looks like raw counts.*layer_scale='counts'"):
         hg.tl.evaluate(table, layer="counts")
     hg.tl.evaluate(table, layer="counts", layer_scale="counts", baselines="total counts")
     pooled = hg.get.evaluation(table, "genes").query("scope == 'pooled' and predictor == 'counts'")
@@ -105,7 +105,7 @@ def test_beside_a_prediction_of_ours_the_layer_of_another_model_is_named_as_such
     hg.tl.evaluate(table, layer="other_model", prediction_key=None, baselines="total counts")
     assert hg.get.evaluation(table)["skill_mean"].isna().all()
     with pytest.raises(
-        ValueError, match=r"`layer` 'he2gene' is of prediction 'he2gene' .* pass prediction_key='he2gene'"
+        ValueError, match=r"`layer` 'he2gene' belongs to prediction 'he2gene' .* pass prediction_key='he2gene'"
     ):
         hg.tl.evaluate(table, prediction_key=None)
     with pytest.raises(ValueError, match="`layer` 'nothing' is not a layer, valid: "):

@@ -607,7 +607,7 @@ def test_second_key_on_a_slide_without_a_table_keeps_the_first_and_the_users_col
 
 def test_layer_that_predict_did_not_write_is_not_overwritten(toy, tiny_model):
     toy["table"].layers["counts"] = toy["table"].X.copy()
-    with pytest.raises(ValueError, match=r"`layer`: layers\['counts'\] is there and was not written by"):
+    with pytest.raises(ValueError, match=r"`layer`: layers\['counts'\] exists and was not written by"):
         hg.tl.predict(toy, model=tiny_model, layer="counts")
     assert toy["table"].layers["counts"].sum() == toy["table"].X.sum()
 

@@ -91,7 +91,7 @@ def test_an_unknown_layer_and_an_empty_x_are_refused():
     parts[0]["table"].layers["counts"] = parts[0]["table"].X.copy()
     refuses(parts, r"`layer` 'raw' is not a layer, valid: \['counts'\]", layer="raw")
     parts[0]["table"].X = None
-    refuses(parts, r"`layer`: X is empty; name a layer, of \['counts'\]")
+    refuses(parts, r"`layer`: X is empty; name a layer, one of \['counts'\]")
 
 
 def test_a_section_without_any_count_is_refused():
