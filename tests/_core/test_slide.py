@@ -236,7 +236,9 @@ def test_spots_in_other_units_than_pixels_land_on_their_pixels():
 @pytest.mark.parametrize("matrix", [[[1, 0, 0], [0, 2, 0]], [[1, 0.5, 0], [0, 1, 0]]], ids=["two scales", "shear"])
 def test_lengths_that_depend_on_the_direction_are_said(toy, matrix):
     set_transformation(toy["he"], Affine([*matrix, [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y")), "global")
-    with pytest.warns(UserWarning, match="anisotropic or sheared: they scale lengths by .* in one direction and by .* in the other"):
+    with pytest.warns(
+        UserWarning, match="anisotropic or sheared: they scale lengths by .* in one direction and by .* in the other"
+    ):
         resolve(toy)
 
 

@@ -357,9 +357,7 @@ def test_grid_needs_mpp_mask_and_tissue():
 def test_grid_does_not_replace_spots_that_a_table_annotates(toy):
     hg.pp.tissue(toy)
     before = toy["spots"]
-    with pytest.raises(
-        ValueError, match=r"`key_added`: shapes\['spots'\] exists and was not written by hg\.pp\.grid"
-    ):
+    with pytest.raises(ValueError, match=r"`key_added`: shapes\['spots'\] exists and was not written by hg\.pp\.grid"):
         hg.pp.grid(toy)
     assert toy["spots"] is before
     hg.pp.grid(toy, key_added="pseudo")

@@ -105,7 +105,7 @@ def test_beside_a_prediction_of_ours_the_layer_of_another_model_is_named_as_such
     hg.tl.evaluate(table, layer="other_model", prediction_key=None, baselines="total counts")
     assert hg.get.evaluation(table)["skill_mean"].isna().all()
     with pytest.raises(
-        ValueError, match=r"`layer` 'he2gene' belongs to prediction 'he2gene' .* pass prediction_key='he2gene'"
+        ValueError, match=r"`layer` 'he2gene' is of prediction 'he2gene' .* pass prediction_key='he2gene'"
     ):
         hg.tl.evaluate(table, prediction_key=None)
     with pytest.raises(ValueError, match="`layer` 'nothing' is not a layer, valid: "):
