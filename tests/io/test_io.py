@@ -36,6 +36,16 @@ def test_jpeg_is_read(tmp_path, name):
     assert np.abs(read.astype(int) - picture()).mean() < 4
 
 
+def test_pixels_that_were_decoded_are_not_copied_again(tmp_path, monkeypatch):
+    levels = [np.zeros((3, 2100, 2050), np.uint8), np.zeros((3, 1050, 1025), np.uint8)]
+    monkeypatch.setattr("he2gene_sc.io._he.decode", lambda _: _decode.Decoded(levels, 0.5))
+    element = hg.io.read_he(tmp_path / "a.png")["he"]
+    for node, level in zip(element.values(), levels, strict=True):
+        chunks = dict(node["image"].data.dask)
+        assert len(chunks) == {2100: 9, 1050: 4}[level.shape[1]]
+        assert all(np.shares_memory(chunk, level) for chunk in chunks.values())
+
+
 def test_a_large_flat_image_becomes_a_pyramid(tmp_path):
     Image.fromarray(picture(2100, 2050)).save(tmp_path / "a.png")
     element = hg.io.read_he(tmp_path / "a.png", mpp=0.5)["he"]
