@@ -91,7 +91,7 @@ def her2st(section: str) -> SpatialData:
     if image is not None and image.suffix == ".png":
         spot_table = _reduced(spot_table, image, section)
     if image is None:
-        logger.warning("her2st %s: no image can be had here; counts, spots and labels only", section)
+        logger.info("her2st %s: no image was found; the object has counts, spots and labels", section)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         sdata = read_st(counts, spot_table, image, section=section, patient=section[0])

@@ -43,11 +43,17 @@ PRINTED = {
         (r"(\d+)% of \d+ reliable genes", 80, 100),
         (r"above 0\.1, ([\d.]+) in the median", 0.25, 0.6),
         (r"he2gene_adapted: mean Pearson ([\d.]+)", 0.2, 0.5),
+        (r"he2gene_adapted: .* mean squared error ([\d.]+)", 0.1, 1),
         (r"(\d+)% of the measured values lie inside", 75, 97),
         (r"as it is: median of he2gene_ood ([\d.]+)", 0.2, 1),
         (r"twice as large: median of he2gene_ood ([\d.]+)", 1, 5),
     ],
-    "04_domains_biomarkers": [(r"(\d+) of \d+ genes at FDR 5 %", 50, 5000)],
+    "04_domains_biomarkers": [
+        (r"(\d+) of \d+ genes at FDR 5 %", 50, 5000),
+        (r"wilcoxon \(naive\) +(\d+) of", 5000, 9231),
+        (r"spatial +(\d+) of \d+ genes in one section", 0, 10),
+        (r"(\d+) of 2000 genes, circular: True", 0, 2000),
+    ],
     "gallery": [(r"(\d+) genes are reliable", 30, 150)],
 }
 OFFLINE = """
@@ -184,7 +190,15 @@ def test_tutorial_on_real_sections_shows_figures_and_numbers_for_the_documentati
         (number,) = {float(found) for found in re.findall(words, said)}
         assert low <= number <= high, words
     shown = names.get("test", names.get("sdata"))["table"].obs["section"].unique().tolist()
-    assert shown == ["A1" if path.stem == "04_domains_biomarkers" else "C5"]
+    assert shown == ["B4" if path.stem == "04_domains_biomarkers" else "C5"]
+    if path.stem == "02_train":
+        card = names["random"].card
+        for protocol, metrics in card.metrics.items():
+            (values,) = (
+                values for name, values in metrics.items() if re.fullmatch(r"mean Pearson, \d+ target genes", name)
+            )
+            row = names["metrics_of"](card).loc[protocol, "mean Pearson"]
+            assert row[list(values)].tolist() == list(values.values())
     EXECUTED.mkdir(parents=True, exist_ok=True)
     bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": 0})
     get_cache(EXECUTED).cache_notebook_bundle(bundle, check_validity=False, overwrite=True)

@@ -384,6 +384,20 @@ def test_depth_is_taken_off_predicted_layers_and_leaving_it_out_is_said():
         found(tables, layer="log", depth="total")
 
 
+def test_a_few_spots_without_counts_leave_depth_known():
+    tables = [_predicted(i) for i in range(8)]
+    for table in tables:
+        table.X[:2] = 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*depth of the spots")
+        result = found(tables, layer="log")
+    assert 0.02 < (result["pvals"] < 0.05).mean() < 0.09
+    for table in tables:
+        table.X[: len(table) // 10] = 0
+    with pytest.warns(UserWarning, match="depth of the spots is not adjusted for"):
+        found(tables, layer="log")
+
+
 def test_depth_is_taken_off_in_the_mixed_model():
     tables = [_predicted(i, genes=40) for i in range(5)]
     # One patient has one group only, and few spots.

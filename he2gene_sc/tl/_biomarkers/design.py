@@ -29,7 +29,7 @@ class Design:
         Term of the design that is tested; default: the group.
     depth
         Of ``"means"``, ``"mixed"`` and ``"spatial"``: the log depth of the spots is adjusted for, over patients by a slope for
-        each. ``"auto"``: total counts of the layer or of ``X``, where every spot has some; or a column of total counts in
+        each. ``"auto"``: total counts of the layer or of ``X``, where 95 % of the spots have some; or a column of total counts in
         ``obs``. Without it differences of depth pass for differences of genes, which a warning says; ``None`` leaves it out.
         Of ``"pseudobulk"``: a column of ``obs`` has the library sizes, in place of total counts and TMM. Of ``"ppi"`` that of the
         measured spots. ``"deseq2"`` and ``"wilcoxon"`` take no column: it is refused, unless ``cross_fit`` takes it off the labels.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Spots from which a sample has a slope of its own.
 _MIN_SLOPE = 20
+#: Share of the spots that may be without counts where depth is known.
+_MAX_EMPTY = 0.05
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class DepthCells:
 def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
     """Natural log of the depth of each spot ``(n,)``; ``None`` where it is not known.
 
-    ``"auto"``: total counts of the layer, if it holds counts, or of ``X``, where no spot is empty; else a column of obs.
+    ``"auto"``: total counts of the layer, if it holds counts, or of ``X``; else a column of obs. Up to a twentieth of the
+    spots may be without counts: they get the median depth of their section.
     """
     if depth is None:
         return None
@@ -152,7 +155,9 @@ def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
     if known.all():
         return np.log(found)
     if depth == "auto":
-        return None
+        counted = pd.Series(np.where(known, found, np.nan))
+        filled = counted.fillna(counted.groupby(pool.units).transform("median"))
+        return np.log(filled.to_numpy()) if known.mean() >= 1 - _MAX_EMPTY and filled.notna().all() else None
     raise ValueError(
         f"`depth` {depth!r} is not a number above 0 for {int((~known).sum())} spots; name a column of total counts, or pass "
         "design=hg.Design(depth=None) to leave it out"
