@@ -114,6 +114,15 @@ def test_the_image_shows_classes_and_texture(large):
 
 
 @pytest.mark.data
+@pytest.mark.parametrize("section", ["A1", "B1"])
+def test_her2st_reads_sections_as_released_without_a_warning(section, caplog):
+    with warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.simplefilter("error", UserWarning)
+        hg.datasets.her2st(section)
+    assert not caplog.records
+
+
+@pytest.mark.data
 def test_c5_has_everything_that_is_promised(her2st):
     sdata = her2st("C5")
     table = sdata["table"]
