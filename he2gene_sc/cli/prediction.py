@@ -159,14 +159,14 @@ def _predict_one(
 
     from .._core import validate
     from .._core.stores import resolved
-    from ..cohort._record import figures
+    from ..cohort._record import slide_summary
     from ..cohort._slide import Job, output_of, predict_slide
 
     path = validate.folder_or_file(path, "PATH")
     out = None if out is None else validate.folder_or_file(out, "--out")
     job = Job(path, output_of(path) if out is None else resolved(out), options, **further)
     written = predict_slide(job, model)
-    row = {"path": str(path), "output": str(written), "status": "predicted", **figures(job, model)}
+    row = {"path": str(path), "output": str(written), "status": "predicted", **slide_summary(job, model)}
     _print(pd.DataFrame([row]), None, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""Many slides: each read, predicted and saved in a task of its own."""
+"""Predict many slides: each is read, predicted and saved in its own task."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Where slides are predicted: a cluster of this machine, or a client's."""
+"""Local dask clusters for predicting slides, and checks of a given client."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .._core.memory import memory_of_machine
 if TYPE_CHECKING:
     from distributed import Client, Worker
 
-#: Memory that a worker is expected to need: torch, scverse and a slide.
+#: Expected memory of a worker: torch, scverse and a slide.
 _WORKER_BYTES = 3 * 1024**3
-#: What dask logs of workers that come and go is silenced: errors of slides are in their rows.
+#: Loggers of dask that report starting and stopping workers; errors of slides are in the table.
 _LOGGERS = ("distributed", "distributed.client", "tornado.application", "asyncio")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def check_client(client: Any, n_workers: int | None) -> None:
-    """Refuse a client of another type, closed, asynchronous, or with workers asked for beside it."""
+    """Raise if a client is invalid, closed or asynchronous, or if ``n_workers`` is given beside it."""
     if client is None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise RuntimeError(
@@ -34,13 +34,13 @@ def check_client(client: Any, n_workers: int | None) -> None:
         return
     validate.running_client(client)
     if n_workers is not None:
-        raise ValueError("`n_workers` is of a local cluster, and `client` has workers of its own; give one of them")
+        raise ValueError("`n_workers` is for a local cluster, but `client` has its own workers; pass only one of them")
 
 
 def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict[str, str]]:
-    """Return the environment of each local worker, with threads that share the cores.
+    """Return the environment of each local worker, with the cores divided between them.
 
-    By default one worker a GPU; without one, as many as there are cores, memory for them, and slides.
+    The default is one worker per GPU; without a GPU, as many as cores, memory and slides allow.
     """
     import torch
     from dask.system import CPU_COUNT
@@ -67,15 +67,15 @@ def _gpus() -> list[str]:
 
 @contextmanager
 def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> Iterator[Client]:
-    """Start a process for each environment, with one task at a time, on this machine; stop them afterwards.
+    """Start a local cluster with a process for each environment and one task at a time; stop it afterwards.
 
-    ``alone``: dask neither pauses nor ends a worker for the memory that it takes.
+    With ``alone``, dask neither pauses nor kills a worker for its memory use.
     """
     import dask
     from distributed import Client, Nanny, Scheduler
     from distributed.deploy.spec import SpecCluster
 
-    # dask takes a level of logging, and declares a bool.
+    # dask accepts a logging level, but declares a bool.
     silent: Any = logging.CRITICAL
     memory = memory_of_machine()
     share = {} if memory is None else {"memory_limit": memory // len(environments)}
@@ -88,7 +88,7 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
         **share,
     }
     workers = {i: {"cls": Nanny, "options": {**common, "env": dict(env)}} for i, env in enumerate(environments)}
-    # A slide is tried on two workers, so that one that ends its worker does not end them all.
+    # Try a slide on at most two workers, so that a slide that kills its worker does not kill all.
     options = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0", "allowed_failures": 1}
     scheduler = {"cls": Scheduler, "options": options}
     unlimited = {"distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
@@ -98,10 +98,10 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
             with Client(cluster) as client:
                 yield client
         except BaseException:
-            # Ctrl-C: a slide that a worker is busy with is not waited for.
+            # On Ctrl-C, do not wait for slides in progress.
             for nanny in cluster.workers.values():
                 nanny.auto_restart = False
-                with suppress(ProcessLookupError, TypeError):  # it has no process yet, or no more
+                with suppress(ProcessLookupError, TypeError):  # the process has not started, or has ended
                     os.kill(nanny.pid, signal.SIGKILL)
             raise
         finally:
@@ -110,5 +110,5 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
 
 
 def dask_setup(worker: Worker) -> None:
-    """Prepare a worker of a local cluster: Ctrl-C is for the process that started it, which then stops its workers."""
+    """Ignore Ctrl-C in a worker of a local cluster; the process that started it stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

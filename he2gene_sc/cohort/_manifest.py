@@ -1,4 +1,4 @@
-"""Slides as they are named, paths or the rows of a manifest, as jobs; every cell is checked."""
+"""Convert paths, or the rows of a manifest, to jobs, and check every cell."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ._slide import Job, output_of
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Columns of a manifest that are not arguments of ``tl.predict``, and what they hold.
+#: Columns of a manifest that are not arguments of ``tl.predict``: labels, and options of bare images with their type.
 LABELS = ("patient", "section")
-_OF_IMAGES = {"pitch_um": float, "tissue_method": str}
-#: Between the columns of a manifest or a summary, by the suffix of the file.
+_IMAGE_OPTIONS = {"pitch_um": float, "tissue_method": str}
+#: Column separators of manifests and summaries, by file suffix.
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -34,14 +34,14 @@ def read_jobs(
     overwrite: bool,
     is_local: bool = True,
 ) -> tuple[list[Job], list[Any]]:
-    """Read what is to be predicted: a job and the model of each slide; a cell of the manifest beats ``shared``.
+    """Read the job and the model of each slide; a cell of the manifest overrides ``shared``.
 
-    A device has to be present here if ``is_local``.
+    If ``is_local``, the device has to be available on this machine.
     """
     for name in ("path", "output"):
         if name in shared:
             raise ValueError(
-                f"`{name}` is {shared[name]!r} for all slides; it is of one slide: give a column, "
+                f"`{name}` is {shared[name]!r} for all slides, but belongs to one slide: use a column, "
                 "pd.DataFrame({'path': [...], 'output': [...]}), or a folder: output_dir='predicted'"
             )
     _check_names(shared, "arguments of hg.cohort.predict")
@@ -57,7 +57,7 @@ def read_jobs(
         path = options.pop("path")
         output = options.pop("output", None)
         labels = {name: options.pop(name) for name in LABELS if name in options}
-        own = {name: options.pop(name) for name in _OF_IMAGES if name in options}
+        own = {name: options.pop(name) for name in _IMAGE_OPTIONS if name in options}
         try:
             own = {name: _value(name, value) for name, value in own.items()}
             labels = {
@@ -65,17 +65,17 @@ def read_jobs(
             }
             _check({**options, **own}, is_local)
             if not isinstance(options.get("genes"), str | None):
-                # An Index or an array cannot be compared with what a store says.
+                # An Index or array cannot be compared with the record in a store.
                 options["genes"] = validate.names(options["genes"], "genes")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         place = output_of(path, output_dir) if output is None else output.resolve()
         jobs.append(Job(path, place, options, labels, **own, keep_image=keep_images, overwrite=overwrite))
     if not jobs:
-        raise ValueError("`paths` names no slide; give stores, images or a manifest with a column `path`")
+        raise ValueError("`paths` names no slide; pass stores, images or a manifest with a column `path`")
     _check_patients(jobs)
     _check_outputs(jobs)
-    _warn_of_twins(jobs, models)
+    _warn_of_duplicates(jobs, models)
     return jobs, models
 
 
@@ -87,20 +87,20 @@ def _predict() -> Callable[..., Any]:
 
 @cache
 def _options() -> dict[str, inspect.Parameter]:
-    """Return the arguments of ``tl.predict`` that a slide may have of its own."""
+    """Return the arguments of ``tl.predict`` that may differ between slides."""
     found = validate.parameters(_predict())
     return {name: value for name, value in found.items() if name not in ("sdata", "copy", "show_progress_bar")}
 
 
 def _check_names(names: Iterable[str], what: str) -> None:
-    valid = ["path", "output", *LABELS, *_OF_IMAGES, *_options()]
+    valid = ["path", "output", *LABELS, *_IMAGE_OPTIONS, *_options()]
     for name in names:
         if name not in valid:
             raise ValueError(f"{name!r} is not among the {what}, valid: {valid}{validate.suggest(name, valid)}")
 
 
 def _check(options: Mapping[str, Any], is_local: bool) -> None:
-    """Refuse values that ``pp.tissue``, ``pp.grid`` or ``tl.predict`` would refuse of every slide."""
+    """Raise for values that ``pp.tissue``, ``pp.grid`` or ``tl.predict`` would reject for every slide."""
     from .._core.keys import check_key
     from .._core.mpp import check_mpp
     from ..pp._tissue import METHODS
@@ -134,7 +134,7 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
     if is_local:
         resolve_dtype(dtype, resolve_device(settings.device if device is None else device))
         return
-    # What a worker elsewhere has is not known here: the names alone are checked.
+    # Devices of remote workers are unknown here: only check the names.
     found = torch.device("cuda")
     if device is not None and device != "auto":
         try:
@@ -146,7 +146,7 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
 
 
 def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where a slide is named, and what is said of it."""
+    """Yield the place of each slide for errors, and its path and options."""
     import pandas as pd
 
     if isinstance(slides, pd.DataFrame):
@@ -176,7 +176,7 @@ def _values(frame: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse a table in another format, which would be taken for a picture."""
+    """Raise for tables in other formats, which would be read as an image."""
     from ..io._decode import IMAGE_SUFFIXES
 
     if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -187,9 +187,9 @@ def _check_kind(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Read a manifest: names of columns, and the number and the cells of each line that is not empty, without blanks around."""
+    """Read a manifest: column names, and number and stripped cells of each line that is not empty."""
     if not path.is_file():
-        raise ValueError(f"`paths` {str(path)!r}: the file does not exist; name a csv or tsv file with a row a slide")
+        raise ValueError(f"`paths` {str(path)!r}: the file does not exist; name a csv or tsv file with a row per slide")
     separator = SEPARATORS[path.suffix.lower()]
     reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=separator, strict=True)
     try:
@@ -198,24 +198,24 @@ def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise ValueError(f"{path.name} is not a manifest: line {reader.line_num}: {error}") from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
     if not lines:
-        raise ValueError(f"{path.name} is empty; a header with a column `path`, and a row a slide, are needed")
+        raise ValueError(f"{path.name} is empty; a header with a column `path`, and a row per slide, are needed")
     (_, header), *lines = lines
     if "path" not in header:
         other = next((mark for mark in (",", ";", "\t") if mark in header[0]), None)
         hint = f"; columns seem to be separated by {other!r}, {separator!r} is needed" if other else ""
         raise ValueError(
-            f"{path.name} lacks the column `path`, which names the slide of each row; it has {header}"
+            f"{path.name} lacks the column `path` with the slide of each row; it has {header}"
             f"{hint or validate.suggest('path', header)}"
         )
     n = len(header)
     for number, cells in lines:
         if any(cells[n:]):
             raise ValueError(
-                f"{path.name}, line {number}: {len(cells)} cells, and the header has {n}; quote a text that holds "
+                f"{path.name}, line {number}: {len(cells)} cells, but the header has {n}; quote texts that contain "
                 f"{separator!r}, and write decimal numbers with a point"
             )
     lines = [(number, [*cells[:n], *[""] * (n - len(cells))]) for number, cells in lines]
-    # Excel leaves columns of which nothing is filled.
+    # Excel writes empty columns.
     kept = [i for i, name in enumerate(header) if name or any(cells[i] for _, cells in lines)]
     if not all(header[i] for i in kept):
         raise ValueError(f"{path.name} has a column without a name that is not empty; name or remove it")
@@ -231,7 +231,9 @@ def _text(path: Path) -> str:
             f"{path.name} is not a manifest in UTF-8 ({error}); save it as 'CSV UTF-8 (comma delimited)'"
         ) from error
     if "\0" in text:
-        raise ValueError(f"{path.name} is not a manifest: it is not a text; save it as 'CSV UTF-8 (comma delimited)'")
+        raise ValueError(
+            f"{path.name} is not a manifest: it is not a text file; save it as 'CSV UTF-8 (comma delimited)'"
+        )
     return text
 
 
@@ -240,7 +242,7 @@ def _checked(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     validate.unique(columns, name, "columns")
     if "path" not in columns:
-        raise ValueError(f"{name} lacks the column `path`, which names the slide of each row; it has {columns}")
+        raise ValueError(f"{name} lacks the column `path` with the slide of each row; it has {columns}")
     _check_names(columns, f"columns of {name}")
     for where, values in rows:
         row = {column: value for column, value in zip(columns, values, strict=True) if not _is_empty(value)}
@@ -270,12 +272,12 @@ def _cell(column: str, value: Any, folder: Path) -> Any:
 
 def _path(value: Any, folder: Path) -> Path:
     text = value.strip() if isinstance(value, str) else value
-    # Links are not followed: the store is named after the link.
+    # Do not follow links: the store is named after the link.
     return (folder / validate.folder_or_file(text, "path")).absolute()
 
 
 def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
-    """Return a folder, which lies relative to the manifest, or the name of a bundled model or of features in ``obsm``."""
+    """Return a folder relative to the manifest, or the name of a bundled model or of features in ``obsm``."""
     from ..models import BUNDLED
 
     text = str(value).strip()
@@ -283,21 +285,21 @@ def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
         return text
     place = folder / Path(text).expanduser()
     is_name = isinstance(value, str) and len(Path(text).parts) == 1 and not text.startswith((".", "~"))
-    # A name that is not a folder is refused, or found in obsm, by the function that reads it.
+    # The function that reads a name that is not a folder finds it in obsm, or raises.
     return text if is_name and not place.is_dir() else place.absolute()
 
 
 def _value(column: str, value: Any) -> Any:
-    """Turn a text into what its argument is; other values stay as they are."""
-    if column in _OF_IMAGES:
-        kinds = {_OF_IMAGES[column].__name__}
+    """Convert a text to the type of its argument; other values are returned unchanged."""
+    if column in _IMAGE_OPTIONS:
+        kinds = {_IMAGE_OPTIONS[column].__name__}
     elif column in LABELS:
         return value
     else:
         annotation = inspect.formatannotation(_options()[column].annotation)
         kinds = {kind.strip(" '").partition("[")[0] for kind in annotation.split("|")}
     if "int" in kinds and isinstance(value, float) and value.is_integer():
-        return int(value)  # a column of integers with gaps is one of floats
+        return int(value)  # a column of integers with gaps has floats
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -312,7 +314,7 @@ def _value(column: str, value: Any) -> Any:
 
 def _number(column: str, text: str, *, whole: bool) -> float | int:
     try:
-        # Python takes 1_0 for 10.
+        # Python would read 1_0 as 10.
         number = float(text if "_" not in text else "")
     except ValueError:
         point = ", with a decimal point" if "," in text else ""
@@ -325,7 +327,7 @@ def _number(column: str, text: str, *, whole: bool) -> float | int:
 
 
 def _check_outputs(jobs: list[Job]) -> None:
-    """Refuse two slides with one output, an output that is another's slide, and one inside another."""
+    """Raise if two slides share an output, an output is another slide, or one lies inside another."""
     from .._core.stores import resolved
 
     writers: dict[Path, Job] = {}
@@ -342,7 +344,7 @@ def _check_outputs(jobs: list[Job]) -> None:
         writer = writers.get(place)
         if writer is not None and writer is not job:
             raise ValueError(
-                f"`paths`: {str(writer.path)!r} would be written to {str(job.path)!r}, which is a slide itself; name "
+                f"`paths`: {str(writer.path)!r} would be written to {str(job.path)!r}, which is also a slide; name "
                 "another store in a column `output`"
             )
         slides[place] = job
@@ -350,31 +352,33 @@ def _check_outputs(jobs: list[Job]) -> None:
         around = next((parent for parent in place.parents if parent in writers or parent in slides), None)
         if around is not None:
             raise ValueError(
-                f"`paths`: {str(place)!r} lies in {str(around)!r}, which is a slide or an output itself; name another place in a "
+                f"`paths`: {str(place)!r} lies in {str(around)!r}, which is also a slide or an output; name another place in a "
                 "column `output`"
             )
 
 
-def _warn_of_twins(jobs: list[Job], models: list[Any]) -> None:
-    """Say which slides are one, by links or by name, of which the same is asked."""
+def _warn_of_duplicates(jobs: list[Job], models: list[Any]) -> None:
+    """Warn of slides that are listed twice (also by links) with the same options."""
     from .._core.stores import resolved
 
     seen: dict[Path, list[tuple[Job, Any]]] = {}
     for job, model in zip(jobs, models, strict=True):
         others = seen.setdefault(resolved(job.path), [])
-        twin = next((other for other, its_model in others if other.has_same_options(job) and its_model is model), None)
+        duplicate = next(
+            (other for other, its_model in others if other.has_same_options(job) and its_model is model), None
+        )
         others.append((job, model))
-        if twin is not None:
+        if duplicate is not None:
             warnings.warn(
-                f"{str(twin.path)!r} and {str(job.path)!r} are one slide: it is predicted twice, and counts as two where slides "
-                "are compared; remove a row",
+                f"{str(duplicate.path)!r} and {str(job.path)!r} are the same slide: it is predicted twice, and counts as two in "
+                "comparisons of slides; remove a row",
                 UserWarning,
                 stacklevel=4,
             )
 
 
 def _check_patients(jobs: list[Job]) -> None:
-    """Refuse patients and sections that are spelled in two ways."""
+    """Raise if a patient or section is spelled in two ways."""
     for label in LABELS:
         found = {f"slide {job.path.name!r}": [job.labels[label]] for job in jobs if label in job.labels}
         check_spelling(found, "paths", label, what=f"{label}s", mend="spell them alike")

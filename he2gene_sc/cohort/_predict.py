@@ -1,4 +1,4 @@
-"""``hg.cohort.predict``: many slides on dask.distributed, one a task."""
+"""``hg.cohort.predict``: predict many slides on dask.distributed, one per task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._core import validate
 from .._settings import settings
 from ._cluster import check_client, local_client, workers_here
 from ._manifest import LABELS, SEPARATORS, read_jobs
-from ._record import figures, find_finished
+from ._record import find_finished, slide_summary
 from ._slide import Job, predict_slide
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from ..models import HE2Gene
 
-_FIGURES = ("spots", "mpp", "share_on_tissue", "share_like_training", "share_annotated", "verdict")
-#: One slide at a time in a process, however many threads its worker has.
-_ONE = threading.Lock()
+_METRICS = ("spots", "mpp", "share_on_tissue", "share_like_training", "share_annotated", "verdict")
+#: Predict one slide at a time in a process, however many threads its worker has.
+_SLIDE_LOCK = threading.Lock()
 
 
 def predict(
@@ -41,54 +41,54 @@ def predict(
     show_progress_bar: bool | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Predict many slides, one a task of dask.distributed, and return a table with a row a slide.
+    """Predict many slides on dask.distributed, one per task, and return a table with a row per slide.
 
-    Each slide is read, predicted by :func:`he2gene_sc.tl.predict` and saved. A slide whose store holds its prediction by the same
-    model with the same parameters is skipped, so the same call again predicts what is missing. A slide that fails has its error in
-    the table and does not stop the others.
+    Each slide is read, predicted by :func:`he2gene_sc.tl.predict` and saved. A slide whose store already holds the prediction of
+    the same model with the same parameters is skipped, so repeating the call predicts only missing slides. If a slide fails, its
+    error is in the table, and the others continue.
 
     Parameters
     ----------
     paths
         SpatialData stores and H&E images, or a manifest: a DataFrame, or the path of a csv or tsv file, with a column ``path`` and
-        a row a slide. Further columns are arguments of :func:`he2gene_sc.tl.predict` (``mpp``, ``image_key``, ``genes``, …);
+        a row per slide. Other columns are arguments of :func:`he2gene_sc.tl.predict` (``mpp``, ``image_key``, ``genes``, …);
         ``output``, the store to write; ``patient`` and ``section``, which are written to ``obs``; ``pitch_um`` and
-        ``tissue_method``. An empty cell is the default. Paths in a file are relative to it.
+        ``tissue_method``. An empty cell means the default. Paths in a file are relative to the file.
     client
-        Client of a running cluster, whose workers see the same files. Default: a cluster of this machine with a worker a
-        GPU; without a GPU as many workers as cores and memory allow, of one thread each. A script then has to call this
-        function below ``if __name__ == "__main__":``.
+        Client of a running cluster whose workers can access the same files. Default: a local cluster with one worker per GPU;
+        without a GPU, as many single-threaded workers as cores and memory allow. A script then has to call this function
+        below ``if __name__ == "__main__":``.
     output_dir
-        Folder for the stores. Default: a store is updated in place, an image gets a store beside it.
+        Folder for the stores. Default: a store is updated in place, and the store of an image is written beside it.
     summary
-        File for the table, .csv or .tsv. It is written after each slide, and holds what is done if the run is interrupted. A
-        summary of an earlier run is replaced, any other file is refused.
+        File for the table, .csv or .tsv. It is written after each slide, so it has the finished slides if the run is interrupted.
+        A summary of an earlier run is replaced; any other file raises an error.
     overwrite
-        Whether finished slides are predicted again, other stores at the outputs replaced, and what others have saved to a slide
-        meanwhile.
+        Whether to predict finished slides again, to replace other stores at the outputs, and to replace changes that other
+        processes have saved to a slide meanwhile.
     keep_images
-        Whether new stores get a copy of the pixels. Without it they cannot be predicted again.
+        Whether to copy the pixels into new stores. Without them, the stores cannot be predicted again.
     n_workers
-        Workers of the cluster of this machine.
+        Number of workers of the local cluster.
     show_progress_bar
         Default ``hg.settings.show_progress_bar``.
     **options
-        Arguments of :func:`he2gene_sc.tl.predict` for all slides, and ``pitch_um`` (100) and ``tissue_method`` (``"auto"``) of bare
-        images. A cell of the manifest goes first.
+        Arguments of :func:`he2gene_sc.tl.predict` for all slides, and ``pitch_um`` (100) and ``tissue_method`` (``"auto"``) for
+        bare images. A cell of the manifest overrides them.
 
     Returns
     -------
     pandas.DataFrame
-        One row a slide, in the order of ``paths``: ``path``, ``output``, ``status`` (``"predicted"``, ``"skipped"``, ``"failed"``, or
-        ``"not run"`` in the file of an interrupted run), ``spots``, ``mpp`` (missing where regions differ), ``share_on_tissue``,
-        ``share_like_training``, ``share_annotated`` (spots whose class is known), ``verdict``, ``seconds``, ``warnings``,
-        ``error``; and ``patient`` and ``section`` where they were given.
+        One row per slide, in the order of ``paths``: ``path``, ``output``, ``status`` (``"predicted"``, ``"skipped"``, ``"failed"``, or
+        ``"not run"`` in the file of an interrupted run), ``spots``, ``mpp`` (missing if regions differ), ``share_on_tissue``,
+        ``share_like_training``, ``share_annotated`` (spots with a predicted class), ``verdict``, ``seconds``, ``warnings``,
+        ``error``; and ``patient`` and ``section``, if given.
 
     Raises
     ------
     ValueError, TypeError
-        If a column or an argument is unknown or not valid, two slides have the same output, ``summary`` is a file of another kind,
-        or ``client`` cannot be used. Nothing has been predicted then.
+        If a column or an argument is unknown or invalid, two slides have the same output, ``summary`` is another kind of file, or
+        ``client`` cannot be used. No slide is predicted then.
 
     Examples
     --------
@@ -145,16 +145,16 @@ def _load(names: list[Any]) -> list[HE2Gene]:
 def _predicted(
     client: Client | None, todo: dict[int, tuple[Job, HE2Gene]], n_workers: int | None, device: str
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
-    """Run the slides on a client's cluster or one of this machine; yield the row of each as it is done."""
+    """Predict the slides on a given or a local cluster; yield the row of each when it is done."""
     killed: list[int] = []
-    with _connected(client, workers_here(len(todo), n_workers, device)) as many:
-        yield from _results(many, todo, killed)
+    with _connected(client, workers_here(len(todo), n_workers, device)) as cluster:
+        yield from _results(cluster, todo, killed)
     if not killed:
         return
-    # A worker may have died of another slide that it had: those that are left have one to themselves, here with all memory.
-    with _connected(client, workers_here(1, 1, device), alone=True) as one:
+    # A worker may have died from another slide: try each of these slides again, alone and (locally) with all memory.
+    with _connected(client, workers_here(1, 1, device), alone=True) as cluster:
         for number in killed:
-            yield from _results(one, {number: todo[number]})
+            yield from _results(cluster, {number: todo[number]})
 
 
 def _connected(
@@ -170,7 +170,7 @@ def _bar(total: int, done: int, shown: bool) -> Any:
 
 
 class _Summary:
-    """The table of the slides, and the file that it is written to."""
+    """Table of the slides, and the file that it is written to."""
 
     def __init__(self, jobs: list[Job], path: Path | None) -> None:
         self.jobs = jobs
@@ -184,7 +184,7 @@ class _Summary:
         ]
 
     def check_place(self, slides: Any) -> None:
-        """Refuse a path that is not a table, or a file that would be lost."""
+        """Raise if the path is not a table, or if another file would be lost."""
         from .._core.stores import resolved, store_around
 
         path = self.path
@@ -208,12 +208,12 @@ class _Summary:
             )
         if path.exists() and not _is_summary(path):
             raise ValueError(
-                f"`summary` {str(path)!r} is there and is not a summary of slides; it is not replaced: name a new file, or "
+                f"`summary` {str(path)!r} exists and is not a summary of slides, so it is not replaced: name a new file, or "
                 "remove it"
             )
 
     def begin(self) -> None:
-        """Write the file, in which no slide was run; an error if that cannot be."""
+        """Write the file with all slides as not run; raise if it cannot be written."""
         try:
             self.write()
         except OSError as error:
@@ -225,10 +225,10 @@ class _Summary:
             self.write()
             self.lost = False
         except OSError as error:
-            # Slides are not given up for a table of them.
+            # Predicting goes on if the table cannot be written.
             if not self.lost:
                 warnings.warn(
-                    f"`summary` {str(self.path)!r} cannot be written any more ({error}): it lacks slides that are done. The table "
+                    f"`summary` {str(self.path)!r} cannot be written any more ({error}): it lacks finished slides. The table "
                     "that hg.cohort.predict returns has them",
                     UserWarning,
                     stacklevel=3,
@@ -258,11 +258,11 @@ class _Summary:
 
 
 def _columns(labels: Iterable[str]) -> list[str]:
-    return ["path", "output", *labels, "status", *_FIGURES, "seconds", "warnings", "error"]
+    return ["path", "output", *labels, "status", *_METRICS, "seconds", "warnings", "error"]
 
 
 def _is_summary(path: Path) -> bool:
-    """Whether a file begins with the columns of a summary."""
+    """Whether a file starts with the columns of a summary."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -277,7 +277,7 @@ def _is_summary(path: Path) -> bool:
 def _results(
     client: Client, todo: dict[int, tuple[Job, HE2Gene]], killed: list[int] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run the slides; yield the row of each as it is done, but for those whose workers died: ``killed`` gets them, if given."""
+    """Predict the slides; yield the row of each when it is done. Slides whose workers died are added to ``killed``, if given."""
     from distributed import KilledWorker, as_completed
 
     futures = _submit(client, todo)
@@ -293,7 +293,7 @@ def _results(
 
 
 def _submit(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> dict[Any, int]:
-    """Submit slides; the model of several goes to the cluster once, as a task, which is done again where it is lost."""
+    """Submit slides. A model is sent once, as a task that dask repeats if the result is lost."""
     from ..inference import send
 
     session = {"device": settings.device, "memory_limit": settings.memory_limit}
@@ -321,8 +321,8 @@ def _row(future: Any) -> dict[str, Any]:
     error = future.exception() if future.status == "error" else None
     if isinstance(error, KilledWorker):
         return _failed(
-            "the worker died each time it predicted this slide, of too little memory perhaps: give fewer workers, or look into "
-            f"their logs ({error})"
+            "the worker died each time it predicted this slide, perhaps from lack of memory: use fewer workers, or check their "
+            f"logs ({error})"
         )
     return _failed(f"{type(error).__name__}: {error}" if error is not None else f"the task was {future.status}")
 
@@ -336,21 +336,25 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
     import dask
     from distributed import get_worker
 
-    # What a slide computes by dask stays in its worker: tasks of its own would wait behind other slides.
+    # Compute dask arrays of a slide in its worker: new tasks would wait behind other slides.
     own = dask.config.set(scheduler="threads", num_workers=get_worker().state.nthreads)
-    with _ONE, own, warnings.catch_warnings(record=True) as caught, _settings(session):
+    with _SLIDE_LOCK, own, warnings.catch_warnings(record=True) as caught, _settings(session):
         warnings.simplefilter("default")
         began = time.perf_counter()
         try:
-            # A worker that died may have saved it before.
+            # A worker that died may have saved the slide before.
             found = find_finished(job, model)
             if found is None:
                 predict_slide(job, model)
-            row = {"status": "predicted", **figures(job, model)} if found is None else {"status": "skipped", **found}
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other slides go on
+            row = (
+                {"status": "predicted", **slide_summary(job, model)}
+                if found is None
+                else {"status": "skipped", **found}
+            )
+        except Exception as error:  # noqa: BLE001 - the other slides go on after any error
             row = _failed(f"{type(error).__name__}: {error}")
-        said = dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
-        return {**row, "seconds": round(time.perf_counter() - began, 3), "warnings": " | ".join(said)}
+        messages = dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
+        return {**row, "seconds": round(time.perf_counter() - began, 3), "warnings": " | ".join(messages)}
 
 
 @contextlib.contextmanager

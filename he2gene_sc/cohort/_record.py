@@ -1,4 +1,4 @@
-"""What a store says of its prediction: whether it is the one that is asked for, and its figures."""
+"""Find the prediction of a job in a store, and read its summary."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ._slide import FILES, SOURCE, Job, elements_of
 if TYPE_CHECKING:
     from ..models import HE2Gene
 
-#: Arguments of ``tl.predict`` that leave the numbers as they are, up to rounding; features in ``obsm`` are compared.
+#: Arguments of ``tl.predict`` that change the result only by rounding; features in ``obsm`` are compared separately.
 _SAME_RESULT = {"batch_size", "device", "features"}
-#: Chunks of a matrix that are read to see whether it is whole.
+#: Number of chunks of a matrix that are read to check that it is complete.
 _SAMPLED = 64
-#: What the record calls arguments that are found where none is given.
-_FOUND = {"image_key": "image", "shapes_key": "shapes", "coordinate_system": "coordinate_system", "mpp": "mpp"}
+#: Keys in the record of arguments that predict resolves by itself if they are not given.
+_RESOLVED = {"image_key": "image", "shapes_key": "shapes", "coordinate_system": "coordinate_system", "mpp": "mpp"}
 
 
 def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
-    """Numbers of a slide whose store holds its prediction by this model with these parameters, whole; else ``None``."""
+    """Return the summary of a slide whose store holds a complete prediction of this model and options; else ``None``."""
     from ..io._store import root_attrs
 
     if job.overwrite or not model.weights_sha256 or not job.output.is_dir():
@@ -35,22 +35,22 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
         attrs = root_attrs(job.output)
         if attrs is None or not (job.in_place or attrs.get(ATTRS, {}).get(SOURCE, {}) == job.source):
             return None
-        for table, record in _asked_for(job, model):
-            whole = _has_labels(table, job.labels) and (not job.in_place or _is_of_slide(job, table, record))
-            if whole and all(_can_be_read(place) for place in _parts(table, record, job.key)):
-                return _figures(table, record, job.key)
-    except Exception:  # noqa: BLE001 - whatever damage does to a reader: it is read again, and reported then
+        for table, record in _matching_predictions(job, model):
+            valid = _has_labels(table, job.labels) and (not job.in_place or _is_of_slide(job, table, record))
+            if valid and all(_can_be_read(place) for place in _parts(table, record, job.key)):
+                return _summary(table, record, job.key)
+    except Exception:  # noqa: BLE001 - a damaged store raises again, and is reported, when it is predicted
         return None
     return None
 
 
-def figures(job: Job, model: HE2Gene) -> dict[str, Any]:
-    """Numbers of a slide that was just predicted, for the summary."""
-    found = _asked_for(job, model) or _in_order(_predictions(job.output, job.key), job)
-    return _figures(*found[0], job.key)
+def slide_summary(job: Job, model: HE2Gene) -> dict[str, Any]:
+    """Return the summary of a slide that was just predicted."""
+    found = _matching_predictions(job, model) or _sort_by_likelihood(_predictions(job.output, job.key), job)
+    return _summary(*found[0], job.key)
 
 
-def _figures(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _summary(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
     odd = record.get("share_out_of_distribution", math.nan)
     mpp = set(_values(record["mpp"]))
     return {
@@ -58,13 +58,13 @@ def _figures(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]
         "mpp": float(mpp.pop()) if len(mpp) == 1 else math.nan,
         "share_on_tissue": float(record.get("share_on_tissue", math.nan)),
         "share_like_training": 1 - float(odd),
-        "share_annotated": _share_annotated(table, Keys(key)),
+        "share_annotated": _annotated_share(table, Keys(key)),
         "verdict": str(record.get("verdict", "")),
     }
 
 
 def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
-    """Whether image and spots are the files that were predicted; without a record of them, whether none is newer."""
+    """Whether image and spots are the predicted files; without a record of them, whether none is newer than the prediction."""
     from .._core.stores import digest, newest_mtime
 
     noted = record.get(FILES, {})
@@ -79,7 +79,7 @@ def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
 
 
 def _parts(table: Path, record: Mapping[str, Any], key: str) -> Iterator[Path]:
-    """All that a prediction wrote, and the names of its spots and genes."""
+    """Yield all parts that a prediction wrote, and the names of its spots and genes."""
     yield from (table / "obs", table / "var")
     for slot, names in recorded_keys(key, record).items():
         for name in names:
@@ -87,7 +87,7 @@ def _parts(table: Path, record: Mapping[str, Any], key: str) -> Iterator[Path]:
 
 
 def _can_be_read(place: Path) -> bool:
-    """Whether a part of a table is there and whole; of a large matrix some chunks are read."""
+    """Whether a part of a table exists and is complete; only some chunks of a large matrix are read."""
     import zarr
 
     found: Any = zarr.open(place, mode="r")
@@ -103,28 +103,30 @@ def _can_be_read(place: Path) -> bool:
 
 
 def _predictions(store: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Tables that hold a prediction, and its record; nothing else is read."""
+    """Yield the tables with a prediction and its record; nothing else is read."""
     for place in sorted((store / "tables").glob(f"[!.]*/uns/{key}")):
         record = _read(place)
         if isinstance(record, dict) and "weights_sha256" in record:
             yield place.parents[1], record
 
 
-def _asked_for(job: Job, model: HE2Gene) -> list[tuple[Path, dict[str, Any]]]:
-    """Tables that hold the prediction of a job, the likeliest first."""
+def _matching_predictions(job: Job, model: HE2Gene) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the tables that hold the prediction of a job, the likeliest first."""
     found = _predictions(job.output, job.key)
-    return _in_order((pair for pair in found if _matches(*pair, job, model) and _is_asked_for(pair[0], job)), job)
+    return _sort_by_likelihood(
+        (pair for pair in found if _matches(*pair, job, model) and _is_requested_table(pair[0], job)), job
+    )
 
 
-def _in_order(found: Iterable[tuple[Path, dict[str, Any]]], job: Job) -> list[tuple[Path, dict[str, Any]]]:
-    # All genes stand in a table of the name of the key, where a measured table has its own.
+def _sort_by_likelihood(found: Iterable[tuple[Path, dict[str, Any]]], job: Job) -> list[tuple[Path, dict[str, Any]]]:
+    # If there is a measured table, all genes are in a table that is named after the key.
     all_genes = job.options.get("genes") == "all"
     return sorted(found, key=lambda pair: (pair[0].name == job.key) != all_genes)
 
 
-def _is_asked_for(table: Path, job: Job) -> bool:
-    asked = job.options.get("table_key")
-    return asked is None or job.options.get("genes") == "all" or table.name == asked
+def _is_requested_table(table: Path, job: Job) -> bool:
+    table_key = job.options.get("table_key")
+    return table_key is None or job.options.get("genes") == "all" or table.name == table_key
 
 
 def _read(place: Path) -> Any:
@@ -138,12 +140,12 @@ def _matches(table: Path, record: Mapping[str, Any], job: Job, model: HE2Gene) -
     options = {name: value for name, value in job.options.items() if value is not None}
     if options.get("dtype") == "auto":
         del options["dtype"]
-    # What a first call chose and this one leaves to the default.
+    # Arguments that the first call gave and this one leaves to the default.
     if set(_values(record.get("given", []))) - set(options) or not _same_features(table, record, options):
         return False
     for name in ("key_added", "table_key", *_SAME_RESULT):
         options.pop(name, None)
-    # Where nothing is asked, features in obsm are taken as they were made.
+    # By default, features in obsm are used as they were computed.
     tta = options.pop("tta", record["tta"] if "features" in record else model.card.tta)
     layer = options.pop("layer", job.key)
     if record["weights_sha256"] != model.weights_sha256 or bool(record["tta"]) != tta or record["layer"] != layer:
@@ -153,36 +155,36 @@ def _matches(table: Path, record: Mapping[str, Any], job: Job, model: HE2Gene) -
     for name in ("genes", "gene_symbols", "exact", "lattice"):
         if _plain(record.get(name)) != _plain(options.pop(name, None) or None):
             return False
-    return all(_agrees(record.get(_FOUND.get(name, name)), value) for name, value in options.items())
+    return all(_matches_option(record.get(_RESOLVED.get(name, name)), value) for name, value in options.items())
 
 
-def _same_patient(record: Mapping[str, Any], asked: bool | None) -> bool:
-    """Whether genes were called reliable for the patient that is asked for; without a section of training, that is a new one."""
+def _same_patient(record: Mapping[str, Any], known_patient: bool | None) -> bool:
+    """Whether reliable genes were flagged for the requested kind of patient; without training sections, that is a new one."""
     if "known_sections" in record:
-        return asked is None
+        return known_patient is None
     found = _plain(record.get("known_patient"))
-    return bool(found == asked or (found is None and asked is False))
+    return bool(found == known_patient or (found is None and known_patient is False))
 
 
 def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    """Whether the same features in ``obsm`` were read, if any; those in a folder are what would be computed."""
+    """Whether the same features in ``obsm`` were read, if any; features in a folder equal computed ones."""
     from ..tl._predict import made_by
 
-    asked = options.get("features")
-    in_obsm = isinstance(asked, str) and (table / "obsm" / asked).exists()
+    key = options.get("features")
+    in_obsm = isinstance(key, str) and (table / "obsm" / key).exists()
     used = record.get("features")
     if used is None or not in_obsm:
         return used is None and not in_obsm
-    record = _read(table / "uns" / str(asked).removeprefix("X_"))
-    return bool(used["key"] == asked) and _agrees(used, {"key": asked, **made_by(record)})
+    record = _read(table / "uns" / str(key).removeprefix("X_"))
+    return bool(used["key"] == key) and _matches_option(used, {"key": key, **made_by(record)})
 
 
-def _agrees(found: Any, asked: Any) -> bool:
+def _matches_option(found: Any, asked: Any) -> bool:
     if isinstance(asked, Mapping):
         return (
             isinstance(found, Mapping)
             and found.keys() == asked.keys()
-            and all(_agrees(found[name], value) for name, value in asked.items())
+            and all(_matches_option(found[name], value) for name, value in asked.items())
         )
     return found is not None and all(_equal(value, asked) for value in _values(found))
 
@@ -209,7 +211,7 @@ def _has_labels(table: Path, labels: Mapping[str, str]) -> bool:
     return all(bool((clean_names(_read(table / "obs" / name)) == value).all()) for name, value in labels.items())
 
 
-def _share_annotated(table: Path, keys: Keys) -> float:
+def _annotated_share(table: Path, keys: Keys) -> float:
     import pandas as pd
 
     place = table / "obs" / keys.annotation

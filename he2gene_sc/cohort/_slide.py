@@ -1,4 +1,4 @@
-"""One slide, from its file to its store: what ``he2gene predict`` does with one and ``hg.cohort.predict`` with each."""
+"""Predict one slide, from its file to its store, for ``he2gene predict`` and ``hg.cohort.predict``."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
     from ..models import HE2Gene
 
-#: ``sdata.attrs["he2gene"][SOURCE]``: what a store was made from, other than itself.
+#: ``sdata.attrs["he2gene"][SOURCE]``: the slide that a store was made from, unless it was updated in place.
 SOURCE = "source"
-#: ``uns[key][FILES]``: region to a digest of the files of its image and spots, in a store that was updated.
+#: ``uns[key][FILES]``: digest of the files of image and spots, by region, in a store that was updated in place.
 FILES = "files"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A slide that is to be predicted."""
+    """A slide to predict, with its options."""
 
     path: Path  # SpatialData store or H&E image
     output: Path  # store to write, absolute
-    options: Mapping[str, Any] = field(default_factory=dict)  # of tl.predict, without the model
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of tl.predict, without the model
     labels: Mapping[str, str] = field(default_factory=dict)  # columns of obs with one value: patient, section
     pitch_um: float = 100.0
     tissue_method: str = "auto"
     keep_image: bool = True
-    overwrite: bool = False  # another store at output, or what others saved to path
+    overwrite: bool = False  # replace another store at output, or changes that others saved to path
 
     @property
     def in_place(self) -> bool:
-        """Whether a store is updated."""
+        """Whether the store of the slide itself is updated."""
         from .._core.stores import resolved
 
         return self.path.is_dir() and self.output == resolved(self.path)
@@ -52,13 +52,13 @@ class Job:
         return str(self.options.get("key_added") or "he2gene")
 
     def has_same_options(self, other: Job) -> bool:
-        """Whether the same is asked of two slides."""
+        """Whether two jobs have the same options and labels."""
         ours, theirs = ((job.options, job.labels, job.pitch_um, job.tissue_method) for job in (self, other))
         return ours == theirs
 
     @property
     def source(self) -> dict[str, Any]:
-        """What tells whether a store was made from this slide; empty where it is updated."""
+        """Identification of the slide, by which a store made from it is recognised; empty for an update in place."""
         from .._core.stores import digest, resolved
 
         if self.in_place:
@@ -77,7 +77,7 @@ class Job:
 
 
 def output_of(path: Path, folder: Path | None = None) -> Path:
-    """Where a prediction goes if nothing is said: into the store, or beside the image; or into ``folder``."""
+    """Return the default output of a prediction: the store itself, a store beside the image, or a store in ``folder``."""
     from .._core.stores import resolved
 
     place = path if path.is_dir() else path.with_suffix(".zarr")
@@ -85,16 +85,16 @@ def output_of(path: Path, folder: Path | None = None) -> Path:
 
 
 def predict_slide(job: Job, model: HE2Gene) -> Path:
-    """Read a slide (tissue mask and pseudo-spots for a bare image), predict it and save it; return the store."""
+    """Read a slide (with tissue mask and pseudo-spots for a bare image), predict and save it; return the store."""
     from .. import io, tl
     from ..io._save import check_place, check_target, least_bytes
 
     if not job.path.exists():
-        raise ValueError(f"PATH {str(job.path)!r}: nothing there")
-    in_place, source = job.in_place, job.source  # as it is before it is read
+        raise ValueError(f"PATH {str(job.path)!r} does not exist")
+    in_place, source = job.in_place, job.source  # before the slide is read
     files = _element_digests(job.path) if in_place else {}
     if in_place and not job.keep_image:
-        raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store by --out")
+        raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store with --out")
     sdata = _open(job.path) if job.path.is_dir() else None
     check_target(job.output, overwrite=job.overwrite or in_place)
     check_place(job.output, 0)
@@ -120,7 +120,7 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
 
 
 def elements_of(store: Path, record: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """Region of a prediction to its image and spots in a store."""
+    """Return image and spots in a store for each region of a prediction."""
     shapes, images = record["shapes"], record["image"]
     found = {}
     for region in [shapes] if isinstance(shapes, str) else map(str, shapes):
@@ -133,14 +133,14 @@ def elements_of(store: Path, record: Mapping[str, Any]) -> dict[str, list[tuple[
 def _element_digests(store: Path) -> dict[tuple[str, str], str]:
     from .._core.stores import digest, elements
 
-    # What cannot be read is named where it is read.
+    # Elements that cannot be read raise when they are opened.
     with contextlib.suppress(OSError):
         return {each: digest(store, [each]) for each in elements(store) if each[0] != "tables"}
     return {}
 
 
 def _note_files(sdata: SpatialData, job: Job, before: Mapping[str, Any], files: Mapping[tuple[str, str], str]) -> None:
-    """Note in the record of a prediction what tells the files of image and spots, as they were before they were read."""
+    """Record digests of the files of image and spots, taken before they were read, in the record of a prediction."""
     for name, table in sdata.tables.items():
         record = table.uns.get(job.key)
         if not is_prediction(record) or record is before.get(name):
@@ -169,16 +169,16 @@ def _read_image(job: Job) -> SpatialData:
     sdata = io.read_he(job.path, mpp=job.options.get("mpp"))
     if stored_mpp(sdata, "he") is None:
         raise ValueError(
-            "`mpp` of image 'he' is unknown: the file states none; give --mpp, of many slides a column `mpp`, in µm per "
-            "pixel (0.5 for a 20× scan)"
+            "`mpp` of image 'he' is unknown: the file does not state it; give --mpp, or for many slides a column `mpp`, in "
+            "µm per pixel (0.5 for a 20× scan)"
         )
-    pp.tissue(sdata, method=job.tissue_method)  # type: ignore[arg-type]  # it checks the name
+    pp.tissue(sdata, method=job.tissue_method)  # type: ignore[arg-type]  # pp.tissue checks the name
     pp.grid(sdata, pitch_um=job.pitch_um)
     return sdata
 
 
 def _check_labels(sdata: SpatialData, labels: Mapping[str, str]) -> None:
-    """Refuse a patient or section that a table contradicts."""
+    """Raise if a table has another patient or section than the job."""
     for name, value in labels.items():
         for key, table in sdata.tables.items():
             if name in table.obs and not (clean_names(table.obs[name]) == value).all():
@@ -198,12 +198,12 @@ def _write_labels(sdata: SpatialData, job: Job) -> None:
 
 
 def _rescue(sdata: SpatialData, target: Path) -> str:
-    """Write what was predicted beside a store that cannot be written, else among the temporary files; say where."""
+    """Save a prediction beside a store that cannot be written, else in the folder of temporary files; return where."""
     from spatialdata import SpatialData
 
     from .. import io
 
-    # Where an element is what cannot be written, the tables can.
+    # If an element cannot be written, the tables still may be.
     everything = ("labels", "points", "shapes", "tables")
     for kinds, attrs, left_out in ((everything, sdata.attrs, "the image"), (("tables",), None, "images and shapes")):
         elements = {name: element for kind in kinds for name, element in getattr(sdata, kind).items()}
@@ -212,8 +212,8 @@ def _rescue(sdata: SpatialData, target: Path) -> str:
             places = (folder / f"{target.stem}-he2gene-{number}.zarr" for number in itertools.count(1))
             try:
                 place = io.save(part, next(place for place in places if not place.exists()))
-            except Exception as error:  # noqa: BLE001 - whatever it is, the next place is tried
+            except Exception as error:  # noqa: BLE001 - try the next place after any error
                 last = error
             else:
                 return f"is in {str(place)!r}, without {left_out}"
-    return f"is lost: neither beside it nor among the temporary files could it be written ({last})"
+    return f"is lost: it could be written neither beside the store nor to the temporary files ({last})"

@@ -1,4 +1,4 @@
-"""Public sections and a synthetic toy, as SpatialData."""
+"""Public data sets and a synthetic toy slide, as SpatialData."""
 
 import lazy_loader
 

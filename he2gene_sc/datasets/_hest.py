@@ -1,4 +1,4 @@
-"""``hg.datasets.hest``: a folder of HEST-1k (Jaume et al., NeurIPS 2024), one sample at a time."""
+"""``hg.datasets.hest``: read samples from a folder of HEST-1k (Jaume et al., NeurIPS 2024)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _NEEDED = (
 _HUB = "https://huggingface.co/datasets/MahmoodLab/hest"
 #: Other names of species and technologies, in lower case.
 _ALIASES = {"human": "homo sapiens", "mouse": "mus musculus", "st": "spatial transcriptomics"}
-#: Samples of one patient that the table lists under several titles. By the names of their slides E, F and H of her2st
-#: are BC23567, BC23810 and BC24044 of HBCIS. By their titles and tissue samples the others are two sections of one block,
-#: two panels on one section or block, and Visium and Xenium of one tumour.
+#: Samples of one patient that the table lists under several titles. E, F and H of her2st are BC23567, BC23810 and BC24044 of
+#: HBCIS, by the names of their slides. The others are, by their titles and tissue samples, two sections of one block, two
+#: panels on one section or block, or Visium and Xenium of one tumour.
 _SAME_PATIENT = {
     **dict.fromkeys(("SPA128", "SPA129", "SPA130"), "SPA102"),
     **dict.fromkeys(("SPA125", "SPA126", "SPA127"), "SPA99"),
@@ -55,63 +55,63 @@ def hest(
     species: str | Iterable[str] | None = None,
     technology: str | Iterable[str] | None = None,
 ) -> HESTSections:
-    """Find samples of HEST-1k, which are read when they are asked for.
+    """Select samples of HEST-1k, which are read on access.
 
     The data are not downloaded: accept the licence on https://huggingface.co/datasets/MahmoodLab/hest and download all
-    or some samples, as its page says. Each sample keeps its own licence; many are not for commercial use.
+    or some samples, as described there. Each sample has its own licence; many exclude commercial use.
 
     Parameters
     ----------
     root
-        The folder, with ``HEST_v1_1_0.csv`` (the newest version counts) or the folder ``metadata`` (``<id>.json``) in it.
+        The folder, with ``HEST_v1_1_0.csv`` (the newest version is used) or the folder ``metadata`` (``<id>.json``).
     ids
-        Samples to take, such as ``hg.datasets.HE2GENE_SPLIT.hest_train``; default: all. Their files have to be there.
+        Samples to select, such as ``hg.datasets.HE2GENE_SPLIT.hest_train``; default: all. Their files have to exist.
     organ, species, technology
-        Values of the columns ``organ``, ``species`` and ``st_technology`` to take, such as ``"Breast"``,
-        ``"Homo sapiens"`` (or ``"human"``) and ``["Visium", "Xenium"]``, in any case; default: all.
+        Values of the columns ``organ``, ``species`` and ``st_technology`` to select, such as ``"Breast"``,
+        ``"Homo sapiens"`` (or ``"human"``) and ``["Visium", "Xenium"]``; case is ignored; default: all.
 
     Returns
     -------
     HESTSections
         A sequence of ``SpatialData``, in the order of the table: it has a length, can be indexed by position, slice or id,
-        and iterated any number of times. Only the table and the presence of files are read at once; a sample is read
-        anew each time it is asked for, and not kept. Each has image ``"he"`` (multiscale, uint8, read from the file by
-        region), shapes ``"spots"`` (circles), table ``"table"``: raw counts in ``X`` (sparse float32, spots × genes),
+        and iterated any number of times. Only the table is read at once, and files are checked to exist; a sample is read
+        each time it is accessed, and not kept. Each has image ``"he"`` (multiscale, uint8, read from the file by region),
+        shapes ``"spots"`` (circles), table ``"table"``: raw counts in ``X`` (sparse float32, spots × genes),
         ``obsm["spatial"]`` (pixels), and in ``obs``
 
-        - ``patient``: title of the data set and patient, since HEST's names are unique within a data set only. All samples
-          of a data set that name no patient count as one patient. Samples that are known to be of one patient under two
-          titles have one name: E, F and H of her2st are patients of HBCIS;
+        - ``patient``: title of the data set and patient, since HEST's names are unique only within a data set. Samples of a
+          data set without patient names count as one patient. Samples that are known to be of one patient under two titles
+          have one name: E, F and H of her2st are patients of HBCIS;
         - ``section``: the id; ``dataset``, ``technology``;
-        - ``array_row``, ``array_col``, where the sample has them.
+        - ``array_row``, ``array_col``, if the sample has them.
 
-        µm per pixel is ``pixel_size_um_estimated``. No labels: HEST has none.
+        µm per pixel is ``pixel_size_um_estimated``. HEST has no labels.
 
     Raises
     ------
     FileNotFoundError
-        If ``root`` or its table is missing, if a sample of ``ids`` lacks files, or no sample that is left has any.
+        If ``root`` or its table is missing, if a sample of ``ids`` lacks files, or no selected sample has files.
     ValueError
         If the table lacks columns or names a sample twice, if a name is unknown or no sample is left; when a sample is
-        read: if its files do not belong together, or hold what they should not.
+        read: if its files do not belong together, or have invalid content.
     OSError
         If a file is damaged.
 
     Warns
     -----
     UserWarning
-        If samples were not asked for by ``ids`` and are left out: they are not in the folder or not in the table, or the
-        table lacks their µm/px or what was asked of them. If samples of several species are left.
+        If samples that are not named in ``ids`` are left out, since they are not in the folder or not in the table, or the
+        table lacks their µm/px or a value to select by. If samples of several species are selected.
 
     Notes
     -----
-    - The table of a Xenium sample holds transcripts in squares of 100 µm, that of a Visium HD sample bins in squares of
-      128 µm; the spots are circles of that diameter. Where it holds cells or small bins, they are summed into such squares.
-      Control probes of Xenium are left out.
-    - Spots off the tissue (``in_tissue``) and reads that fit several genes (``__ambiguous[…]``) are left out, columns of one
-      gene are summed.
-    - Xenium and targeted panels list some hundred genes: train without ``missing_genes_are_zero`` where they are among the
-      samples.
+    - Transcripts of a Xenium sample are summed in squares of 100 µm, bins of a Visium HD sample in squares of 128 µm; the
+      spots are circles of that diameter. Tables of cells or small bins are summed into such squares. Control probes of
+      Xenium are left out.
+    - Spots off the tissue (``in_tissue``) and ambiguous reads (``__ambiguous[…]``) are left out; columns of the same gene
+      are summed.
+    - Xenium and targeted panels list some hundred genes: if they are among the samples, train without
+      ``missing_genes_are_zero``.
 
     Examples
     --------
@@ -145,22 +145,22 @@ def hest(
     if species is None and len(there) > 1:
         counted = ", ".join(f"{name} {n}" for name, n in there.items())
         warnings.warn(
-            f"the samples are of {len(there)} species ({counted}), whose genes have other names: hg.tl.train refuses them together, "
-            "after all are encoded; choose one, such as species='human'",
+            f"the samples are of {len(there)} species ({counted}), whose genes have different names: hg.tl.train raises for them, "
+            "after encoding all; select one species, such as species='human'",
             stacklevel=2,
         )
     return HESTSections(folder, metadata)
 
 
 class HESTSections(LazySections):
-    """Samples of HEST-1k as a sequence that reads one at a time, see :func:`hest`.
+    """Sequence of HEST-1k samples that reads one sample at a time, see :func:`hest`.
 
     Attributes
     ----------
     root
         The folder.
     metadata
-        One row a sample, indexed by its id: the table of HEST, ``patient`` unique over data sets.
+        One row per sample, indexed by its id: the table of HEST, with ``patient`` unique over data sets.
 
     Raises
     ------
@@ -190,7 +190,7 @@ def _is_there(root: Path, name: object) -> bool:
 
 
 def _warn_of_others(root: Path, listed: pd.Index | None, unknown: Mapping[str, pd.Index], table: str) -> None:
-    """Warn of samples in the folder that the table does not list, or of which it does not say what was asked."""
+    """Warn of samples in the folder that the table does not list, or for which it lacks a value to select by."""
     names = [] if listed is None else [path.stem for path in sorted((root / "st").glob("*.h5ad"))]
     others = {
         f"are not in {table}": [name for name in names if listed is not None and name not in listed],
@@ -206,18 +206,18 @@ def _warn_of_others(root: Path, listed: pd.Index | None, unknown: Mapping[str, p
 
 
 def _usable(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
-    """Take samples of known µm/px of which a file is there; half a sample is left for the error that names what it lacks."""
+    """Select samples with known µm/px of which a file exists; samples with one of two files raise later."""
     there = [_is_there(root, name) for name in metadata.index]
     absent = list(metadata.index[[not found for found in there]])
     if not any(there):
         raise FileNotFoundError(
-            f"`root` {str(root)!r} holds none of the {len(metadata)} samples of {table} that were chosen: neither "
-            f"st/{absent[0]}.h5ad nor wsis/{absent[0]}.tif is there; download them from {_HUB}"
+            f"`root` {str(root)!r} has none of the {len(metadata)} selected samples of {table}: neither st/{absent[0]}.h5ad "
+            f"nor wsis/{absent[0]}.tif exists; download them from {_HUB}"
         )
     if absent:
         warnings.warn(
             f"{len(absent)} of {len(metadata)} samples that {table} lists are not in {str(root)!r} and are left out: "
-            f"{validate.format_list(absent)}; name those you need in `ids` to have that refused",
+            f"{validate.format_list(absent)}; name those you need in `ids` to get an error instead",
             stacklevel=3,
         )
     metadata = metadata[there]
@@ -226,7 +226,7 @@ def _usable(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
     if scaled.any() and not scaled.all():
         warnings.warn(
             f"{(~scaled).sum()} samples have no `pixel_size_um_estimated` in {table} and are left out: "
-            f"{validate.format_list(metadata.index[~scaled])}; add it to the table to have them read",
+            f"{validate.format_list(metadata.index[~scaled])}; add it to the table to read them",
             stacklevel=3,
         )
         metadata = metadata[scaled]
@@ -234,14 +234,14 @@ def _usable(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
 
 
 def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
-    """Read one row a sample, indexed by id, and the name of where they stand."""
+    """Read the metadata, one row per sample, indexed by id; return also the name of their table or folder."""
     if not root.is_dir():
         raise FileNotFoundError(f"`root` {str(root)!r}: no such folder")
     tables = sorted(root.glob("HEST_v*.csv"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
     rows = sorted((root / "metadata").glob("*.json"))
     if not tables and not rows:
         raise FileNotFoundError(
-            f"`root` {str(root)!r} holds neither a table HEST_v1_1_0.csv nor a folder metadata with <id>.json; download one of "
+            f"`root` {str(root)!r} has neither a table HEST_v1_1_0.csv nor a folder metadata with <id>.json; download one of "
             f"them from {_HUB}"
         )
     table = tables[-1].name if tables else "metadata"
@@ -273,13 +273,13 @@ def _from_json(paths: list[Path]) -> pd.DataFrame:
 
 
 def _patients(frame: pd.DataFrame) -> pd.Series:
-    """Names of patients that are unique over data sets."""
+    """Return names of patients that are unique over data sets."""
     title = frame["dataset_title"].fillna("")
     name = frame["patient"].fillna("")
     found = title.where(name == "", title + ": " + name)
-    # Nothing says that two samples without both are of one patient.
+    # Without title and patient, each sample counts as its own patient.
     found = found.where(found != "", frame["id"])
-    # Within a data set, spellings that differ in case are of one patient.
+    # Within a data set, names that differ only in case are one patient.
     found = found.groupby(found.where(name == "", title + ": " + name.str.casefold())).transform("first")
     first = pd.Series(_SAME_PATIENT).reindex(frame.index)
     known = first.isin(frame.index)

@@ -1,6 +1,6 @@
-"""Files of one sample of HEST-1k to one ``SpatialData``.
+"""Read the files of one sample of HEST-1k as ``SpatialData``.
 
-What they hold was read from HEST's own code (github.com/mahmoodlab/HEST, ``src/hest/readers.py``) and table.
+The file formats were taken from HEST's own code (github.com/mahmoodlab/HEST, ``src/hest/readers.py``) and table.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ if TYPE_CHECKING:
 
 #: Side of the squares in which HEST sums transcripts and bins, µm.
 _SQUARES_UM = {"Xenium": 100.0, "Visium HD": 128.0}
-#: Squares lie at least this part of their side apart; cells and small bins are nearer.
-_NEAR = 0.5
-#: Beginnings of names of Xenium's controls, in lower case.
+#: Cells and small bins are closer than this fraction of the side of a square; squares are not.
+_MAX_CELL_PITCH = 0.5
+#: Prefixes of the names of Xenium's controls, in lower case.
 _CONTROLS = ("negcontrol", "blank_", "unassignedcodeword", "deprecatedcodeword", "antisense_", "intergenic_region")
 _AMBIGUOUS = "__"
-#: The image of a Xenium sample may show a part of it.
+#: Largest fraction of spots outside the image, which may show only a part of a Xenium sample.
 _MAX_OUTSIDE = 0.5
 
 
 def read_sample(counts: Path, image: Path, *, section: str, row: pd.Series) -> SpatialData:
-    """Read the ``h5ad`` and ``tif`` of a sample, ``row`` of the table of HEST, see :func:`he2gene_sc.datasets.hest`."""
+    """Read the ``h5ad`` and ``tif`` of a sample; ``row`` is its row in HEST's table. See :func:`he2gene_sc.datasets.hest`."""
     from ..io._st import section_of, upright_image
 
-    mpp = _um(row, "pixel_size_um_estimated", section)
+    mpp = _positive_um(row, "pixel_size_um_estimated", section)
     technology = str(row["st_technology"])
     side_um = _SQUARES_UM.get(technology)
-    diameter_um = side_um or _um(row, "spot_diameter", section)
+    diameter_um = side_um or _positive_um(row, "spot_diameter", section)
     table = _on_tissue(_open(counts), section)
     centres = _centres(table, counts)
     values, genes = _genes(table, counts, technology)
     obs = table.obs[[name for name in ("array_row", "array_col") if name in table.obs]].copy()
-    if side_um is not None and len(centres) > 1 and pitch_of(centres) < _NEAR * side_um / mpp:
+    if side_um is not None and len(centres) > 1 and pitch_of(centres) < _MAX_CELL_PITCH * side_um / mpp:
         logger.info("sample %s: %d cells or bins are summed into squares of %g µm", section, len(centres), side_um)
-        values, centres, obs = _pooled(values, centres, side_um / mpp)
+        values, centres, obs = _sum_squares(values, centres, side_um / mpp)
     obs = obs.assign(
         patient=pd.Categorical([row["patient"]] * len(obs)),
         section=pd.Categorical([section] * len(obs)),
@@ -64,7 +64,7 @@ def read_sample(counts: Path, image: Path, *, section: str, row: pd.Series) -> S
     return sdata
 
 
-def _um(row: pd.Series, column: str, section: str) -> float:
+def _positive_um(row: pd.Series, column: str, section: str) -> float:
     found = float(pd.to_numeric(row[column], errors="coerce"))
     if not np.isfinite(found) or found <= 0:
         raise ValueError(f"sample {section!r}: `{column}` is {row[column]}; a number of µm above 0 is needed")
@@ -78,12 +78,14 @@ def _open(path: Path) -> AnnData:
         table = anndata.read_h5ad(path)
     except MemoryError:
         raise
-    except Exception as error:  # whatever HDF5 makes of damaged bytes
+    except Exception as error:  # HDF5 raises various errors for damaged bytes
         raise OSError(
             f"{path} is damaged or not an h5ad file ({type(error).__name__}: {error}); download it again"
         ) from error
     if not table.n_obs or not table.n_vars:
-        raise ValueError(f"{path.name} has {table.n_obs} spots and {table.n_vars} genes; some of both are needed")
+        raise ValueError(
+            f"{path.name} has {table.n_obs} spots and {table.n_vars} genes; at least one of each is needed"
+        )
     check_once(table.obs_names, f"{path.name} names spots")
     return table
 
@@ -100,7 +102,7 @@ def _on_tissue(table: AnnData, section: str) -> AnnData:
 
 def _centres(table: AnnData, path: Path) -> np.ndarray:
     if "spatial" not in table.obsm:
-        raise ValueError(f"{path.name} lacks obsm['spatial'], the pixels of the spots; it has {list(table.obsm)}")
+        raise ValueError(f"{path.name} lacks obsm['spatial'] with the pixels of the spots; it has {list(table.obsm)}")
     found = np.asarray(table.obsm["spatial"], dtype=float)
     if found.ndim != 2 or found.shape[1] < 2:
         raise ValueError(f"{path.name}: obsm['spatial'] has shape {found.shape}; x and y of each spot are needed")
@@ -111,13 +113,11 @@ def _centres(table: AnnData, path: Path) -> np.ndarray:
 
 
 def _genes(table: AnnData, path: Path, technology: str) -> tuple[csr_matrix, pd.Index]:
-    """Raw counts of the genes, without controls and ambiguous reads; columns of one gene are summed."""
+    """Return raw counts and genes, without controls and ambiguous reads; columns of the same gene are summed."""
     from scipy.sparse import csr_matrix
 
     if table.X is None:
-        raise ValueError(
-            f"{path.name} has no X, which raw counts are read from; move them there from {list(table.layers)}"
-        )
+        raise ValueError(f"{path.name} has no X; move the raw counts there, from a layer of {list(table.layers)}")
     matrix = matrix_of(table, None)
     if problem := summarize_values(matrix).problem:
         raise ValueError(f"{path.name}: X does not hold raw counts (whole numbers from 0) but {problem}")
@@ -130,14 +130,14 @@ def _genes(table: AnnData, path: Path, technology: str) -> tuple[csr_matrix, pd.
     values, names = csr_matrix(matrix, dtype=np.float32)[:, np.flatnonzero(gene)], names[gene]
     if names.has_duplicates:
         codes, unique = pd.factorize(names)
-        logger.info("%s: %d columns of genes that stand more than once are summed", path.name, len(names) - len(unique))
+        logger.info("%s: %d duplicated columns of genes are summed", path.name, len(names) - len(unique))
         ones = np.ones(len(codes), np.float32)
         values, names = values @ csr_matrix((ones, (np.arange(len(codes)), codes))), pd.Index(unique)
     return values, names
 
 
-def _pooled(values: csr_matrix, centres: np.ndarray, side: float) -> tuple[csr_matrix, np.ndarray, pd.DataFrame]:
-    """Sum rows into squares of a lattice that begins at the first row and column."""
+def _sum_squares(values: csr_matrix, centres: np.ndarray, side: float) -> tuple[csr_matrix, np.ndarray, pd.DataFrame]:
+    """Sum rows into squares of a grid that begins at the first row and column."""
     from scipy.sparse import csr_matrix
 
     origin = centres.min(axis=0)

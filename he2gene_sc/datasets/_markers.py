@@ -1,4 +1,4 @@
-"""``hg.datasets.breast_markers``: genes that tell the subtypes of breast tumours apart, from the literature."""
+"""``hg.datasets.breast_markers``: marker genes of breast tumours from the literature."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pandas as pd
 from .._core import validate
 from ._toy import PLANTED
 
-#: Set to its source and genes.
+#: Source and genes of each set.
 _SETS = {
     # Parker et al., J Clin Oncol 2009 (PAM50); grouped as in Nielsen et al., Clin Cancer Res 2010.
     "luminal": ("Parker 2009", "ESR1 PGR FOXA1 MLPH NAT1 SLC39A6 MAPT BCL2 GPR160 CXXC5 BAG1"),
@@ -26,7 +26,7 @@ _SETS = {
 
 
 def breast_markers() -> pd.DataFrame:
-    """Small gene sets of breast tumours, typed in from the literature, as an example for :func:`he2gene_sc.tl.enrichment`.
+    """Return small gene sets of breast tumours from the literature, as an example for :func:`he2gene_sc.tl.enrichment`.
 
     Returns
     -------
@@ -42,7 +42,8 @@ def breast_markers() -> pd.DataFrame:
     cancer-associated genes at the ERBB2 amplicon in breast cancer, Endocr Relat Cancer 2006, 13:39; Sorlie et
     al., Gene expression patterns of breast carcinomas distinguish tumor subclasses with clinical implications, PNAS 2001,
     98:10869, genes of its luminal cluster; Danaher et al., Gene expression markers of Tumor Infiltrating Leukocytes,
-    J Immunother Cancer 2017, 5:18, its B, T and cytotoxic cells. Symbols are today's. A choice for examples, no classifier: for subtypes use PAM50 itself.
+    J Immunother Cancer 2017, 5:18, its B, T and cytotoxic cells. Symbols are the current ones. The sets are examples, not a
+    classifier: for subtypes, use PAM50 itself.
 
     Examples
     --------
@@ -58,13 +59,13 @@ def breast_markers() -> pd.DataFrame:
 
 
 def toy_diseases() -> pd.DataFrame:
-    """Make a small gene–disease net of the genes of :func:`he2gene_sc.datasets.toy`, for examples and tests.
+    """Return a small gene–disease network of the genes of :func:`he2gene_sc.datasets.toy`, for examples and tests.
 
     Returns
     -------
     pandas.DataFrame
-        Columns ``source`` (an invented disease) and ``target`` (gene symbol), as :func:`he2gene_sc.tl.enrichment` and
-        :func:`he2gene_sc.tl.programmes` take them.
+        Columns ``source`` (an invented disease) and ``target`` (gene symbol), for :func:`he2gene_sc.tl.enrichment` and
+        :func:`he2gene_sc.tl.programmes`.
 
     Examples
     --------

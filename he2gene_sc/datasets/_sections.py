@@ -1,4 +1,4 @@
-"""A folder of sections as a sequence that reads one at a time: what the sets have in common."""
+"""Base class of data sets: a folder of sections as a sequence that reads one section at a time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-#: Names that an error lists before it counts the rest.
+#: Number of names that an error lists.
 _SHOWN = 30
 
 
 class LazySections(Sequence, ABC):
-    """Sections of a set, of which one is read when it is asked for, and none is kept.
+    """Sequence of the sections of a data set; each is read on access and not kept.
 
-    ``metadata`` has one row a section; its column ``patient`` names the patient.
+    ``metadata`` has one row per section; its column ``patient`` names the patient.
     """
 
-    #: Name of the set, and of the table that names its files.
+    #: Name of the data set, and of the table that names its files.
     dataset: ClassVar[str]
     table: str
 
@@ -45,7 +45,7 @@ class LazySections(Sequence, ABC):
 
     @abstractmethod
     def _look_up(self, name: str, row: pd.Series) -> tuple[dict[str, Path], list[str]]:
-        """Files of a section, and what is missing."""
+        """Return the files of a section, and the missing ones."""
 
     @abstractmethod
     def _read(self, name: str, files: Mapping[str, Path], row: pd.Series) -> SpatialData:
@@ -58,7 +58,7 @@ class LazySections(Sequence, ABC):
 
     @property
     def patients(self) -> tuple[str, ...]:
-        """Patients, in the order of their first sections."""
+        """Names of the patients, in the order of their first sections."""
         return tuple(dict.fromkeys(self.metadata["patient"]))
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class LazySections(Sequence, ABC):
         return self._read(name, self._files[name], self.metadata.loc[name])
 
     def __iter__(self) -> Iterator[SpatialData]:
-        # No name is bound to a section here, so that the caller decides how long its image stays in memory.
+        # Do not bind a section to a name here, so that the caller decides how long its image stays in memory.
         for i in range(len(self)):
             yield self[i]
 
@@ -96,9 +96,9 @@ def select_mask(
     table: str,
     aliases: Mapping[str, str] | None = None,
 ) -> np.ndarray:
-    """Mask of the rows of ``known`` whose name is wanted; ``None``: all. Unknown names are an error.
+    """Return a mask of the rows of ``known`` whose name is wanted (``None``: all); raise for unknown names.
 
-    ``aliases`` are other names in lower case; with them, case does not count.
+    ``aliases`` maps other names, in lower case, to known names; with it, case is ignored.
     """
     names = pd.Index(known)
     if wanted is None:
@@ -120,12 +120,12 @@ def select_mask(
 
 
 def check_inside(sdata: SpatialData, section: str, image: Path, spots: Path, most: float) -> None:
-    """Refuse a section of whose spots more than a share lie outside its image."""
+    """Raise if more than a fraction ``most`` of the spots of a section lie outside its image."""
     height, width = levels(sdata["he"])[0].shape[1:]
     x, y = sdata["table"].obsm["spatial"].T
     outside = ~((x >= 0) & (x < width) & (y >= 0) & (y < height))
     if outside.mean() > most:
         raise ValueError(
             f"section {section!r}: {int(outside.sum())} of {len(outside)} spots lie outside {image.name} "
-            f"({width} × {height}); does {spots.name} belong to it?"
+            f"({width} × {height}); check that {spots.name} belongs to it"
         )

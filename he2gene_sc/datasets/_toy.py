@@ -1,4 +1,4 @@
-"""``hg.datasets.toy``: a synthetic H&E-like slide with planted genes."""
+"""``hg.datasets.toy``: make a synthetic H&E-like slide with planted genes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: Classes, in the order of their codes.
 CLASSES = ("tumour", "stroma", "adipose")
-#: Genes planted high in one class, and those that follow the density of nuclei.
+#: Genes that are planted high in one class, or that follow the density of nuclei ("texture").
 PLANTED = {
     "tumour": ("ERBB2", "EPCAM", "KRT19", "KRT8", "CDH1", "CD24", "KRT18", "GRB7"),
     "stroma": ("COL1A1", "COL1A2", "COL3A1", "VIM", "SPARC", "FN1", "DCN", "LUM"),
@@ -30,9 +30,9 @@ _PITCH_UM, _DIAMETER_UM = 200.0, 100.0
 def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -> SpatialData:
     """Make a synthetic H&E-like slide.
 
-    Three tissue classes lie in smooth patches: tumour (crowded dark nuclei), stroma (pink fibres, few nuclei) and
-    adipose (white, thin walls). Genes are planted that depend on the class, and some on the density of nuclei at the
-    spot, a texture that varies within the classes. Nothing here is real: it serves tests and offline demos.
+    Three tissue classes form smooth patches: tumour (crowded dark nuclei), stroma (pink fibres, few nuclei) and adipose
+    (white, thin walls). Planted genes depend on the class, or on the density of nuclei at the spot, a texture that varies
+    within the classes. The data are synthetic, for tests and offline demos.
 
     Parameters
     ----------
@@ -46,9 +46,9 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
     Returns
     -------
     spatialdata.SpatialData
-        As :func:`he2gene_sc.datasets.her2st`: image ``"he"``, shapes ``"spots"``, table ``"table"`` with counts in
+        As in :func:`he2gene_sc.datasets.her2st`: image ``"he"``, shapes ``"spots"``, table ``"table"`` with counts in
         ``X``; ``obs["pathologist"]`` and ``obs["annotation"]`` hold the planted class, ``obs["texture"]`` the density
-        of nuclei, ``var["planted"]`` what a gene depends on.
+        of nuclei, ``var["planted"]`` the class or texture that a gene depends on.
 
     Raises
     ------
@@ -103,14 +103,14 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
 
 
 def _fields(rng: np.random.Generator, size: tuple[int, int], mpp: float) -> tuple[np.ndarray, np.ndarray]:
-    """Class code and density of nuclei (0..1) of every pixel, smooth over about 400 and 250 µm."""
+    """Make the class code and the density of nuclei (0..1) of every pixel, smooth over about 400 and 250 µm."""
     regions = np.argmax([_smooth(rng, size, 400 / mpp) for _ in CLASSES], axis=0)
     density = _smooth(rng, size, 250 / mpp)
     return regions, 1 / (1 + np.exp(-1.5 * density))
 
 
 def _smooth(rng: np.random.Generator, size: tuple[int, int], length: float) -> np.ndarray:
-    """Gaussian random field of unit variance and the given length in pixels, made coarse and enlarged."""
+    """Make a Gaussian random field of unit variance and a length scale in pixels, computed coarsely and enlarged."""
     from scipy.ndimage import gaussian_filter, zoom
 
     step = max(1.0, length / 4)
@@ -121,7 +121,7 @@ def _smooth(rng: np.random.Generator, size: tuple[int, int], length: float) -> n
 
 
 def _paint(rng: np.random.Generator, regions: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
-    """Draw stain densities by class and turn them into RGB by Beer and Lambert, ``(3, h, w)`` uint8."""
+    """Draw stain densities by class and convert them to RGB by the Beer–Lambert law, ``(3, h, w)`` uint8."""
     from scipy.ndimage import gaussian_filter
 
     size = regions.shape
@@ -132,7 +132,7 @@ def _paint(rng: np.random.Generator, regions: np.ndarray, density: np.ndarray, m
         return (field - field.mean()) / field.std()
 
     blobs, fibres, walls = noise(3.0), noise((2.0, 12.0)), noise(14.0)
-    # Above this the noise is a nucleus: crowded in tumour, sparse elsewhere, and more where the density is high.
+    # Noise above the threshold is a nucleus: crowded in tumour, sparse elsewhere, and more at high density.
     threshold = np.array([1.15, 2.0, 2.6])[regions] - 0.9 * density * np.array([1.0, 0.5, 0.2])[regions]
     nuclei = blobs > threshold
     haematoxylin = np.where(nuclei, 0.9, 0.06) + 0.25 * (regions == 0)
@@ -144,7 +144,7 @@ def _paint(rng: np.random.Generator, regions: np.ndarray, density: np.ndarray, m
 
 
 def _counts(rng: np.random.Generator, code: np.ndarray, texture: np.ndarray) -> tuple[np.ndarray, pd.Index, list[str]]:
-    """Poisson counts of planted and housekeeping genes, with a depth that differs between spots."""
+    """Draw Poisson counts of planted and housekeeping genes, with a sequencing depth that varies between spots."""
     genes, planted, rates = [], [], []
     for kind, names in PLANTED.items():
         for name in names:

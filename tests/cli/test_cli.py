@@ -283,7 +283,7 @@ def test_help_lists_the_commands(main):
     ("arguments", "message"),
     [
         (("info", "no-such-model"), "`model` 'no-such-model' is neither a bundled model"),
-        (("predict", "no-such-file.tif"), "PATH 'no-such-file.tif': nothing there"),
+        (("predict", "no-such-file.tif"), "PATH 'no-such-file.tif' does not exist"),
         (("demo", "--section", "Z9"), "`section` 'Z9' is unknown, valid: A1"),
     ],
 )

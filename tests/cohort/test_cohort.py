@@ -24,7 +24,7 @@ from he2gene_sc.cli import app as cli
 from he2gene_sc.cohort import _predict as cohort
 from he2gene_sc.cohort._cluster import workers_here
 from he2gene_sc.cohort._manifest import read_jobs
-from he2gene_sc.cohort._record import figures, find_finished
+from he2gene_sc.cohort._record import find_finished, slide_summary
 from he2gene_sc.cohort._slide import Job, predict_slide
 
 pytestmark = pytest.mark.slow
@@ -260,8 +260,8 @@ def test_another_store_of_a_slide_notices_other_pixels_of_it(made, tmp_path):
         ("A.svs", "pixels", "ends in '.svs'; a table to write is needed"),
         ("summary", None, "ends in ''; a table to write is needed"),
         ("slides.csv", "path,output,patient\nA.svs,,P1\n", "is the manifest, or a slide"),
-        ("clinic.csv", "path,output,patient,age\nA.svs,,P1,50\n", "is there and is not a summary of slides"),
-        ("clinic.tsv", ",".join(COLUMNS), "is there and is not a summary of slides"),
+        ("clinic.csv", "path,output,patient,age\nA.svs,,P1,50\n", "exists and is not a summary of slides"),
+        ("clinic.tsv", ",".join(COLUMNS), "exists and is not a summary of slides"),
     ],
 )
 def test_a_summary_replaces_no_other_file(tmp_path, monkeypatch, name, content, said):
@@ -436,7 +436,8 @@ def test_figures_are_those_of_the_table_that_was_asked_for(finished, model, tmp_
     sdata.write(tmp_path / "A.zarr")
     slide = Job(tmp_path / "A.zarr", (tmp_path / "A.zarr").resolve())
     found = {
-        name: figures(replace(slide, options={"table_key": name}), model)["spots"] for name in ("another", "table")
+        name: slide_summary(replace(slide, options={"table_key": name}), model)["spots"]
+        for name in ("another", "table")
     }
     assert found == {"another": 3, "table": 4}
 
@@ -459,7 +460,7 @@ def test_figures_are_those_of_the_table_that_was_asked_for(finished, model, tmp_
         (pd.DataFrame({"path": ["A.svs", None]}), {}, ValueError, "row 1: `path` is empty"),
         (pd.DataFrame({"path": ["A.svs"], "tta": ["maybe"]}), {}, ValueError, "row 0: `tta` is 'maybe'"),
         (pd.DataFrame({"path": ["A.svs"], "batch_size": [2.5]}), {}, ValueError, "row 0: `batch_size` is 2.5"),
-        (["A.zarr"], {"output": "x.zarr"}, ValueError, "`output` is 'x.zarr' for all slides; it is of one slide"),
+        (["A.zarr"], {"output": "x.zarr"}, ValueError, "`output` is 'x.zarr' for all slides, but belongs to one slide"),
         (["A.zarr"], {"pitch_um": -5}, ValueError, "`pitch_um` is -5; a number above 0"),
         (["A.zarr"], {"device": "gpu9"}, ValueError, "`device` 'gpu9' is unknown"),
         (["A.zarr"], {"mpp": float("nan")}, ValueError, "`mpp` is nan"),
@@ -478,7 +479,7 @@ def test_figures_are_those_of_the_table_that_was_asked_for(finished, model, tmp_
             pd.DataFrame({"path": ["A.svs", "A.zarr"], "output": ["A.zarr", "B.zarr"]}),
             {},
             ValueError,
-            "is a slide itself",
+            "is also a slide",
         ),
     ],
 )
@@ -537,7 +538,7 @@ def test_a_manifest_is_read_as_spreadsheets_write_it(tmp_path, content):
         ("path\n", "names no slide"),
         (
             "path,mpp\nA.svs,0,5\n",
-            "line 2: 3 cells, and the header has 2; quote a text that holds ',', and write decimal",
+            "line 2: 3 cells, but the header has 2; quote texts that contain ',', and write decimal",
         ),
         ("path,mpp\n\nx,A.svs,0.5\n", "line 3: 3 cells"),
         ("path,mpp,\nA.svs,1,note\n", "a column without a name"),
@@ -548,8 +549,8 @@ def test_a_manifest_is_read_as_spreadsheets_write_it(tmp_path, content):
         ("path,batch_size\nA.svs,1_0\n", "line 2: `batch_size` is '1_0'"),
         ("path,batch_size\nA.svs,1.5\n", "`batch_size` is '1.5'; a whole number is needed"),
         ("path,patient\nA.svs,P1\nB.svs,p1\n", "differ only in case or blanks; spell them alike"),
-        ("path,output\nA.svs,o.zarr\nB.svs,o.zarr/images/b.zarr\n", "which is a slide or an output itself"),
-        ("path,output\no.zarr/A.svs,o.zarr\n", "which is a slide or an output itself"),
+        ("path,output\nA.svs,o.zarr\nB.svs,o.zarr/images/b.zarr\n", "which is also a slide or an output"),
+        ("path,output\no.zarr/A.svs,o.zarr\n", "which is also a slide or an output"),
         ("path\nA\0.svs\n", "is not a text"),
         (f"path\n{'a' * 300}.svs\n", "is not a path that can be opened"),
         (b"PK\x03\x04\x80", "save it as 'CSV UTF-8"),
@@ -588,7 +589,7 @@ def test_one_slide_under_two_names_is_said(tmp_path):
     (tmp_path / "A.svs").write_bytes(b"x")
     (tmp_path / "link.svs").symlink_to("A.svs")
     slides = [tmp_path / "A.svs", tmp_path / "link.svs"]
-    with pytest.warns(UserWarning, match="are one slide: it is predicted twice"):
+    with pytest.warns(UserWarning, match="are the same slide: it is predicted twice"):
         read_jobs(slides, {}, **GIVEN)
     # Two models of one slide are meant.
     frame = pd.DataFrame({"path": slides, "model": ["breast-her2st", "other"]})

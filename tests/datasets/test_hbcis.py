@@ -145,10 +145,10 @@ def test_labels_as_they_may_be_written(root, written, read):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("xcoord\tycoord\tlab\ttumor\t\rC1_7_10\t7\t10\ttumor\r", "5 fields a line are needed"),
-        ("C1_7_10\t7\t10\tL1\ttumor\rC1_8_10\t8\t10\tL1\tnon\r", "the first line .* is no header"),
-        ("xcoord\tycoord\tlab\ttumor\t\r", "holds no labels"),
-        ("", "holds no labels"),
+        ("xcoord\tycoord\tlab\ttumor\t\rC1_7_10\t7\t10\ttumor\r", "5 fields per line are needed"),
+        ("C1_7_10\t7\t10\tL1\ttumor\rC1_8_10\t8\t10\tL1\tnon\r", "the first line .* is not a header"),
+        ("xcoord\tycoord\tlab\ttumor\t\r", "has no labels"),
+        ("", "has no labels"),
     ],
 )
 def test_label_files_that_are_otherwise_are_refused_by_name(root, content, said):
@@ -268,7 +268,7 @@ def test_names_of_spots_written_as_floats_are_the_same_spots(root, section):
 def test_a_missing_root_and_a_root_without_metadata(tmp_path):
     with pytest.raises(FileNotFoundError, match="`root` .*nowhere.*: no such folder"):
         hg.datasets.hbcis(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="`root` .* holds no metadata.csv.*29ntw7sh4r"):
+    with pytest.raises(FileNotFoundError, match="`root` .* has no metadata.csv.*29ntw7sh4r"):
         hg.datasets.hbcis(tmp_path)
 
 
@@ -365,7 +365,7 @@ def test_counts_that_are_none(root, change, said):
         (lambda f: f.rename(columns={"X": "x"}), r"lacks the columns \['X'\]; it has \['x', 'Y'\]"),
         (lambda f: f.assign(X=f["X"].where(f.index != "8x10")), r"spots \['8x10'\] have no pixels"),
         (lambda f: f.sample(frac=1, random_state=0).set_axis(f.index), "px off the lattice"),
-        (lambda f: f[:6], "single row or column"),
+        (lambda f: f[:6], "one row or column"),
         (lambda f: f + 300, "spots lie outside HE_BC23209_C1.jpg"),
     ],
 )
@@ -381,8 +381,8 @@ def test_spot_files_that_are_none(root, change, said):
     [
         ("C1_7_10\t7\t10\tL1\tmaybe", r"has the labels \['maybe'\], valid"),
         ("C1_7_10\tL1\t7\t10\ttumor", "second and third field have to be array positions"),
-        ("C1_7_10\t7\t10\tL1\ttumor\tmore", r"5 fields a line are needed .* see \[2\]"),
-        ("C1_90_90\t90\t90\tL1\ttumor", "no label of .* is of a spot in the counts"),
+        ("C1_7_10\t7\t10\tL1\ttumor\tmore", r"5 fields per line are needed .* see the lines \[2\]"),
+        ("C1_90_90\t90\t90\tL1\ttumor", "no label of .* belongs to a spot of the counts"),
     ],
 )
 def test_label_files_that_are_none(root, line, said):
