@@ -160,10 +160,10 @@ class SpotData:
 
     def blocks(self, genes: pd.Index | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield blocks of logarithms, ``(b, g)`` float32, with the positions of their spots."""
-        genes = self.genes if genes is None else genes
+        names = self.genes if genes is None else genes
         start = 0
         for table, rows in zip(self.tables, self.rows, strict=True):
-            columns = find_genes(genes, table.var_names)
+            columns = find_genes(names, table.var_names)
             missing = columns < 0
             step = max(1, _BLOCK // table.n_vars, max_chunk_rows(matrix_of(table, self.layer)))
             for first in range(0, len(rows), step):

@@ -78,6 +78,6 @@ def _chunked(array: np.ndarray) -> Any:
     # Named by us: hashing the pixels for a name would cost more than reading them.
     name = f"he2gene-image-{uuid4().hex}"
     keys = product([name], *(range(len(sizes)) for sizes in chunks))
-    return da.Array(
-        dict(zip(keys, map(array.__getitem__, slices_from_chunks(chunks)), strict=True)), name, chunks, array.dtype
-    )
+    views = dict(zip(keys, map(array.__getitem__, slices_from_chunks(chunks)), strict=True))
+    make: Any = da.Array  # pyright misreads its constructor
+    return make(views, name, chunks=chunks, dtype=array.dtype)

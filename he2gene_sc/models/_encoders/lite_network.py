@@ -25,11 +25,11 @@ _STEM, _HEAD = 32, 1280
 class _SameConv(nn.Conv2d):
     """Convolution of stride 2 with the padding of TensorFlow, the odd pixel at the end."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Pad and convolve."""
         (kernel, _), (step, _) = self.kernel_size, self.stride
-        rows, columns = (max((-(-n // step) - 1) * step + kernel - n, 0) for n in x.shape[-2:])
-        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        rows, columns = (max((-(-n // step) - 1) * step + kernel - n, 0) for n in input.shape[-2:])
+        x = F.pad(input, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
 
 
@@ -47,9 +47,9 @@ class _Norm(nn.BatchNorm2d):
         super().__init__(channels, eps=1e-3)
         self.act = nn.ReLU6(inplace=True) if active else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise and activate."""
-        return self.act(super().forward(x))
+        return self.act(super().forward(input))
 
 
 class _Block(nn.Sequential):
@@ -68,10 +68,10 @@ class _Block(nn.Sequential):
         self.add_module(last, _conv(inner, outputs))
         self.add_module(f"bn{n + 1}", _Norm(outputs, active=False))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(b, inputs, h, w)`` to ``(b, outputs, h / stride, w / stride)``."""
-        found = super().forward(x)
-        return found + x if self.adds else found
+        found = super().forward(input)
+        return found + input if self.adds else found
 
 
 class EfficientNetLite0(nn.Module):
