@@ -1,4 +1,4 @@
-"""``he2gene``: the main jobs from a shell."""
+"""``he2gene``: the command line of he2gene_sc."""
 
 from .app import main
 

@@ -1,4 +1,4 @@
-"""``he2gene demo | predict | report | train | evaluate | benchmark | info``: the main jobs from a shell."""
+"""``he2gene demo | predict | report | train | evaluate | benchmark | info``: the commands."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ app = typer.Typer(
     help="Gene expression and pathology annotation from H&E images.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # the other kind takes [train] for a style
+    rich_markup_mode="markdown",  # rich markup would read [train] as a style
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         from importlib.metadata import version
 
         typer.echo(f"he2gene_sc {version('he2gene_sc')}")
@@ -42,14 +42,14 @@ def _common(
 
 @app.command(cls=Command)
 def demo(
-    section: Annotated[str, typer.Option(help="her2st section; C5 was held out of the bundled model.")] = "C5",
+    section: Annotated[str, typer.Option(help="her2st section; the bundled model was not trained on C5.")] = "C5",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("he2gene-demo"),
     model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = _MODEL,
     as_json: Json = False,
 ) -> None:
-    """Predict a real breast section, compare with what was measured, write pictures and tables.
+    """Predict a real breast section, compare it with measured expression, and write figures and tables.
 
-    Looks for her2st in HE2GENE_DATA_DIR, then online; where it cannot be had, a synthetic slide is used.
+    her2st is taken from HE2GENE_DATA_DIR, else from the internet; if neither is available, a synthetic slide is used.
     """
     from ..io._files import check_folder
     from ..models import load
@@ -69,22 +69,22 @@ def report(
     stores: Annotated[
         list[Path],
         typer.Argument(
-            help="Predicted store; or several, a folder of them, or the summary of `he2gene predict --summary`."
+            help="Predicted store; or several, a folder of stores, or the summary of `he2gene predict --summary`."
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Page to write, of many slides the folder; default: report.html, reports.")
+        Path | None, typer.Option(help="Page to write, or folder for many slides; default: report.html, reports.")
     ] = None,
     genes: Annotated[
-        list[str], typer.Option(callback=split_names, help="Genes to show in any case. Repeatable, or with commas.")
+        list[str], typer.Option(callback=split_names, help="Genes that are always shown. Repeatable, or with commas.")
     ] = [],  # noqa: B006
-    model: Annotated[str | None, typer.Option(help="Model that predicted, where it is not bundled.")] = None,
-    prediction_key: Annotated[str, typer.Option(help="Prefix that the prediction was written under.")] = "he2gene",
-    table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the prediction, if it is not bundled.")] = None,
+    prediction_key: Annotated[str, typer.Option(help="Prefix of the prediction's keys.")] = "he2gene",
+    table_key: Annotated[str | None, typer.Option(help="Table, if several were predicted.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file at OUT that is not a report.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page of a predicted slide, figures inside; of many slides an index and a page of each."""
+    """Write an HTML report of a predicted slide, with figures included; for many slides, an index and a page each."""
     import matplotlib as mpl
 
     from .._report.report import report as write
@@ -115,10 +115,10 @@ def train(
     """Train a model, deterministically on the CPU.
 
     The file has a table [train] with arguments of hg.tl.train ([train.preset], [train.keys], [train.genes], [train.classes]
-    and [train.card] are tables of their fields) and says what to train on: a table [data] with `stores`, a
-    list of SpatialData stores, one or more sections each; or with `hbcis`, the folder of that set,
-    and `patients`, a list, "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; or with `hest`, a folder of HEST-1k, and `ids`,
-    `organ`, `species` or `technology`; or a list `sections` of her2st sections. Paths in it are relative to the file.
+    and [train.card] are tables of their fields) and names the sections: a table [data] with `stores`, a list of SpatialData
+    stores with one or more sections each; or with `hbcis`, the folder of that data set, and `patients`, a list,
+    "HE2GENE_SPLIT.train" or "HE2GENE_SPLIT.test"; or with `hest`, a folder of HEST-1k, and `ids`, `organ`, `species` or
+    `technology`; or a list `sections` of her2st sections. Paths in the file are relative to it.
     """
     from .. import tl
     from .._core import validate
@@ -126,12 +126,12 @@ def train(
     from .training_file import read_training_file
 
     if (check_place(validate.folder_or_file(out, "--out")) / "card.json").exists() and not overwrite:
-        raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it, once the new one is trained")
+        raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it after training")
     sections, options = read_training_file(config, out)
     trained = tl.train(sections, **options)
     from ..training._gradient.lightning import is_first_process
 
-    # With several devices every process comes here, with the same model.
+    # With several devices, every process reaches this line, with the same model.
     if is_first_process():
         trained.save(out)
         card = trained.card
@@ -145,25 +145,27 @@ def train(
 @app.command(cls=Command)
 def benchmark(
     data: Annotated[str, typer.Option(help="her2st or hbcis.")] = "her2st",
-    root: Annotated[Path | None, typer.Option(help="Folder of HBCIS; her2st is found by HE2GENE_DATA_DIR.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of HBCIS; her2st is taken from HE2GENE_DATA_DIR.")] = None,
     model: Annotated[
         list[str],
         typer.Option(
-            help="Preset of hg.tl.train, trained anew in each fold, or a model, scored where it may be. Repeatable."
+            help="Preset of hg.tl.train, trained in each fold, or a model, scored on sections it was not trained on. Repeatable."
         ),
     ] = ["default"],  # noqa: B006 - typer wants a list
     folds: Annotated[
         list[str],
-        typer.Option(help="What is held out together: section, patient. Repeatable; default: both where possible."),
+        typer.Option(help="Unit that is held out: section, patient. Repeatable; default: both if possible."),
     ] = [],  # noqa: B006
-    section: Annotated[list[str], typer.Option(help="Sections to take; default: all with an image. Repeatable.")] = [],  # noqa: B006
-    options: Annotated[Path | None, typer.Option(help="TOML: a table a preset, with arguments of hg.tl.train.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder to keep the encoder's features in.")] = None,
+    section: Annotated[list[str], typer.Option(help="Sections to use; default: all with an image. Repeatable.")] = [],  # noqa: B006
+    options: Annotated[
+        Path | None, typer.Option(help="TOML: a table for each preset, with arguments of hg.tl.train.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder to cache the features of the encoder.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for benchmark.csv, .md and .png.")] = Path("he2gene-benchmark"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Cross-validate presets and baselines over the sections of a data set, grouped; write table and figure."""
+    """Cross-validate presets and baselines by section or patient of a data set; write table and figure."""
     from ..benchmark import cross_validation as _benchmark
     from ..benchmark import report as _benchmark_report
     from ..io._files import check_folder
@@ -177,21 +179,21 @@ def benchmark(
     if data == "her2st":
         source = _benchmark.her2st(section)
     elif root is None:
-        raise ValueError("--data hbcis needs --root, the folder that Mendeley Data 29ntw7sh4r was unpacked to")
+        raise ValueError("--data hbcis needs --root, the unpacked folder of Mendeley Data 29ntw7sh4r")
     else:
         source = _benchmark.hbcis(root, section)
     several = len(set(source.patients.values())) > 1
     units = folds or (["section", "patient"] if several else ["section"])
     tables = {} if options is None else read_toml(options)
     if unread := sorted(tables.keys() - set(model)):
-        raise ValueError(f"--options has tables {unread} that are none of --model {model}")
+        raise ValueError(f"--options has tables {unread} that are not among --model {model}")
     settings = {}
     for preset, given in tables.items():
         where = f"{'' if options is None else options.name}: [{preset}]"
         recipe = given.get("preset", {}) if isinstance(given, dict) else None
         if not isinstance(recipe, dict):
             raise ValueError(
-                f"{where} is {given!r}; a table is needed, and `preset` in it is one of the fields to change"
+                f"{where} is {given!r}; a table is needed, whose `preset` is a table of the fields to change"
             )
         genes = given.get("genes", {})
         genes = {"missing_genes_are_zero": True} | (genes if isinstance(genes, dict) else {"genes": genes})
@@ -199,14 +201,14 @@ def benchmark(
     table = _benchmark.run(
         source, model, units, cache=cache, options=settings, device=device, echo=partial(say, err=True)
     )
-    said = [
+    command = [
         "he2gene benchmark",
         f"--data {data}",
         *(f"--model {name}" for name in model),
         *(f"--folds {u}" for u in units),
     ]
-    said += [f"--section {name}" for name in section] + ([f"--options {options.name}"] if options else [])
-    written = _benchmark_report.write(table, data, out, " ".join(said))
+    command += [f"--section {name}" for name in section] + ([f"--options {options.name}"] if options else [])
+    written = _benchmark_report.write(table, data, out, " ".join(command))
     if as_json:
         say_json(records(table))
         return
@@ -219,27 +221,28 @@ def benchmark(
 
 @app.command(cls=Command)
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="SpatialData zarr store that was predicted and measured.")],
+    path: Annotated[Path, typer.Argument(help="SpatialData zarr store with predicted and measured expression.")],
     out: Annotated[Path | None, typer.Option(help="CSV file to write: metrics of each gene.")] = None,
     layer: Annotated[
-        str, typer.Option(help="Layer to judge: that of the prediction, the default, or an adapted one.")
+        str, typer.Option(help="Layer to evaluate: that of the prediction, or an adapted one.")
     ] = "he2gene",
-    prediction_key: Annotated[str, typer.Option(help="Prefix that the prediction was written under.")] = "he2gene",
+    prediction_key: Annotated[str, typer.Option(help="Prefix of the prediction's keys.")] = "he2gene",
     genes: Annotated[
-        list[str], typer.Option(callback=split_names, help="Genes to judge, default: all. Repeatable, or with commas.")
+        list[str],
+        typer.Option(callback=split_names, help="Genes to evaluate; default: all. Repeatable, or with commas."),
     ] = [],  # noqa: B006
     measured: Annotated[str | None, typer.Option(help="Layer of raw counts; default: X.")] = None,
     measured_scale: Annotated[str, typer.Option(help="auto, counts, log.")] = "auto",
     annotation_key: Annotated[
-        str | None, typer.Option(help="Column of obs with labels, to judge the annotation.")
+        str | None, typer.Option(help="Column of obs with labels, to evaluate the annotation.")
     ] = None,
     sample_key: Annotated[str, typer.Option(help="Column of obs with the patient.")] = "patient",
     section_key: Annotated[str, typer.Option(help="Column of obs with the section.")] = "section",
-    model: Annotated[str | None, typer.Option(help="Model that predicted, where it is not bundled.")] = None,
-    table_key: Annotated[str | None, typer.Option(help="Table, where several were predicted.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the prediction, if it is not bundled.")] = None,
+    table_key: Annotated[str | None, typer.Option(help="Table, if several were predicted.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a prediction with what was measured, beside baselines; print the summary. The store stays as it is."""
+    """Compare a prediction and baselines with measured expression; print the summary. The store is not changed."""
     from .. import get, tl
     from .._core import validate
     from ..io._files import check_writable
@@ -249,7 +252,7 @@ def evaluate(
     if out is not None and validate.folder_or_file(out, "--out").is_dir():
         raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
     if out is not None and not out.resolve().parent.is_dir():
-        raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")
+        raise ValueError(f"--out {str(out)!r}: the folder {str(out.resolve().parent)!r} does not exist")
     if out is not None:
         check_writable(out.resolve().parent, f"--out {str(out)!r}")
     sdata = open_store(path)
@@ -291,15 +294,15 @@ def info(
 
 
 def main() -> None:
-    """Run the command line; user errors are one line, not a traceback."""
+    """Run the command line; print user errors as one line, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ome_zarr").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
-        # Of packages that are compiled on first import.
+        # Raised by packages that are compiled on first import.
         warnings.filterwarnings("ignore", category=SyntaxWarning)
         warnings.filterwarnings("ignore", message="zarr v3 autosharding")
-        # What a warning says is for the user, the line of code that says it is not.
+        # Print only the message of a warning, not its line of code.
         warnings.showwarning = lambda message, *_, **__: print(f"he2gene: {message}", file=sys.stderr)
         try:
             app()

@@ -1,4 +1,4 @@
-"""The main job on one section, for ``he2gene demo``: predict, compare with what was measured, write everything."""
+"""``he2gene demo``: predict one section, compare it with measured expression, and write figures and tables."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _GENES = ("ERBB2", "CD24", "COL1A1", "FASN")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Predicted against measured expression of one section.
+    """Comparison of predicted and measured expression of one section.
 
     Attributes
     ----------
     genes
-        One row a gene: ``gene, mean`` (measured), ``pearson`` (here), ``ceiling`` (here), ``pcc`` (held-out, from the
+        One row per gene: ``gene, mean`` (measured), ``pearson`` (here), ``ceiling`` (here), ``pcc`` (held-out, from the
         card), ``reliable``.
     panels
-        One row a panel: ``panel, n_genes, model, colour, ceiling``, mean Pearson correlations.
+        One row per panel: ``panel, n_genes, model, colour, ceiling``, mean Pearson correlations.
     """
 
     genes: pd.DataFrame
@@ -38,28 +38,28 @@ class Comparison:
 
 
 def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) -> pd.DataFrame:
-    """Run the demo and say what happens, line by line; return the panels of the comparison.
+    """Run the demo and print its progress; return the panels of the comparison.
 
     Parameters
     ----------
     section
-        her2st section; where its files cannot be had, the toy slide takes its place.
+        her2st section; if its files are not available, the toy slide is used.
     out
         Folder to write to.
     model
         The model.
     echo
-        Prints a line.
+        Function that prints a line.
     """
     from .. import get, io, pl, tl
 
-    # The first line states whether what follows is honest.
+    # The first line states whether the section was used for training.
     echo(_first_line(section, model))
     start = time.perf_counter()
     name, sdata = _load(section, echo)
     echo(f"Loaded in {time.perf_counter() - start:.1f} s (decoding the image included).")
     start = time.perf_counter()
-    # Of a section of training too, what holds for new patients is said.
+    # Report reliability for new patients, also for a training section.
     tl.predict(sdata, model=model, known_patient=False)
     seconds = time.perf_counter() - start
     table = sdata["table"]
@@ -85,7 +85,7 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
     store = io.save(sdata, out / f"{name}.zarr", overwrite=True)
     echo("")
     echo(
-        f"Pictures   {out / 'genes.png'}  ({', '.join(drawn)}: predicted, and measured beside it; what holds for new patients below)"
+        f"Pictures   {out / 'genes.png'}  ({', '.join(drawn)}: predicted and measured; below: metrics for new patients)"
     )
     echo(f"           {out / 'annotation.png'}")
     echo(f"Genes      {out / 'genes.csv'}  (column `reliable`: the genes where it is False are not to be trusted)")
@@ -96,7 +96,7 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
 def _first_line(section: str, model: HE2Gene) -> str:
     trained = model.card.training["sections"]
     if section in trained:
-        return f"NOTE: section {section} is in the training set of {model.name}: the figures below are too good."
+        return f"NOTE: section {section} is in the training set of {model.name}: the metrics below are optimistic."
     siblings = sorted(name for name, facts in trained.items() if facts["patient"] == section[:1])
     known = f", though on its patient's sections {', '.join(siblings)}" if siblings else " nor on its patient"
     return f"Section {section}, which {model.name} was not trained on{known}."
@@ -108,19 +108,19 @@ def _load(section: str, echo: Callable[[str], object]) -> tuple[str, SpatialData
     try:
         sdata = datasets.her2st(section)
     except FileNotFoundError as error:
-        echo(f"No real data: {str(error).splitlines()[0]} ({section}). Set HE2GENE_DATA_DIR to have it.")
-        echo("Going on with the synthetic toy slide: what follows shows the road, not the accuracy.")
+        echo(f"No real data: {str(error).splitlines()[0]} ({section}). Set HE2GENE_DATA_DIR to use real data.")
+        echo("Continuing with the synthetic toy slide: it shows the workflow, not the accuracy.")
         return "toy", datasets.toy()
     if not sdata.images:
-        echo(f"Section {section} has no image here. Going on with the synthetic toy slide.")
+        echo(f"Section {section} has no image here. Continuing with the synthetic toy slide.")
         return "toy", datasets.toy()
     return section, sdata
 
 
 def compare(sdata: SpatialData, model: HE2Gene) -> Comparison:
-    """Compare the layer ``"he2gene"`` of ``sdata["table"]`` with its counts, and with colour alone.
+    """Compare the layer ``"he2gene"`` of ``sdata["table"]`` with its counts, and with a colour baseline.
 
-    The panels are the model's: the genes of highest mean and of highest variance in its training sections.
+    The panels are those of the model: the genes of highest mean and of highest variance in its training sections.
     """
     from ..stats import log_normalise, noise_ceiling, pearson
 
@@ -152,7 +152,7 @@ def compare(sdata: SpatialData, model: HE2Gene) -> Comparison:
             {
                 "panel": panel,
                 "n_genes": len(chosen),
-                # A gene that is constant on either side is not predicted: it counts as 0.
+                # A gene that is constant on either side counts as 0.
                 "model": by_name.loc[chosen, "pearson"].fillna(0).mean(),
                 "colour": colour[chosen].fillna(0).mean() if colour.notna().any() else np.nan,
                 "ceiling": by_name.loc[chosen, "ceiling"].fillna(0).mean(),
@@ -164,7 +164,7 @@ def compare(sdata: SpatialData, model: HE2Gene) -> Comparison:
 def _colour_pearson(
     sdata: SpatialData, model: HE2Gene, names: pd.Index, measured: np.ndarray, seen: np.ndarray
 ) -> np.ndarray:
-    """Correlation that the model's colour baseline reaches on each gene it covers, NaN elsewhere."""
+    """Return the correlation of the model's colour baseline for each gene that it covers, NaN for others."""
     import torch
 
     from .._core.slide import resolve

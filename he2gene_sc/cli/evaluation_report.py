@@ -1,4 +1,4 @@
-"""What ``he2gene evaluate`` prints of an evaluation."""
+"""Text output of ``he2gene evaluate``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ANNOTATION = {
 
 
 def lines(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> Iterator[str]:
-    """Lines of the summary: each section, and with several the mean over them."""
+    """Yield the lines of the summary: each section and, with several, the mean over sections."""
     summary = get.evaluation(sdata, table_key=table_key, dropna=False)
     sections = summary.loc[summary["scope"] == "section", "section"].unique()
     for scope in ["section"] + ["mean"] * (len(sections) > 1):
@@ -36,7 +36,7 @@ def lines(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> Ite
             title = f"{section}, {frame['n_spots'].iloc[0]} spots" if scope == "section" else "mean over sections"
             yield ""
             yield f"{title:<44}  genes" + "".join(f"{name:>12}" for name in _COLUMNS)
-            # Predictors stand below each other, panel by panel.
+            # Group the rows of predictors by panel.
             panels = list(frame["panel"].unique())
             for row in frame.sort_values("panel", key=lambda names: names.map(panels.index), kind="stable").to_dict(
                 "records"
@@ -52,8 +52,8 @@ def lines(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> Ite
     predictors = get.evaluation(sdata, "predictors", table_key=table_key)
     yield ""
     for row in predictors.to_dict("records"):
-        said = f"has seen {row['seen']}" if row["computed"] else f"left out: {row['reason']}"
-        yield f"  {row['predictor']:<14} {said}"
+        status = f"has seen {row['seen']}" if row["computed"] else f"left out: {row['reason']}"
+        yield f"  {row['predictor']:<14} {status}"
     left_out = get.evaluation(sdata, "left_out", table_key=table_key)
     counted = ", ".join(f"{row['n']} {row['what']}" for row in left_out.to_dict("records") if row["n"])
     yield f"Left out: {counted or 'nothing'}"

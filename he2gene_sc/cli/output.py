@@ -1,4 +1,4 @@
-"""What a command prints: its result alone on stdout, a table for people or JSON for machines."""
+"""Output of commands: only results on stdout, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, an
 
 
 class Command(TyperCommand):
-    """A command that keeps stdout for itself: what libraries print while it runs goes to stderr."""
+    """Command that sends the output of libraries to stderr, so that stdout holds only its result."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -41,7 +41,7 @@ def say_json(value: Any) -> None:
 
 
 def say_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Print rows of text below their names; one row is printed as a list."""
+    """Print a table of texts with a header; a single row is printed as a list."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -59,14 +59,14 @@ def say_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of a table as JSON holds them: without NaN."""
+    """Return the rows of a table for JSON, with null for NaN."""
     rows: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=15))
     return rows
 
 
 def split_names(given: list[str]) -> list[str]:
-    """Names of genes from an option that is repeated or has commas."""
+    """Return gene names from an option that is repeated or has commas."""
     names = [name.strip() for text in given for name in text.split(",") if name.strip()]
     if given and not names:
-        raise ValueError(f"--genes {list(given)} names no gene; give one or more, such as --genes ERBB2,CD24")
+        raise ValueError(f"--genes {list(given)} names no gene; pass one or more, such as --genes ERBB2,CD24")
     return names

@@ -27,22 +27,22 @@ def predict(
     manifest: Annotated[
         Path | None,
         typer.Option(
-            help="csv or tsv file instead of PATHS: a column path, further ones are arguments of hg.tl.predict."
+            help="csv or tsv file instead of PATHS: a column path; other columns are arguments of hg.tl.predict."
         ),
     ] = None,
     mpp: Annotated[float | None, typer.Option(help="µm per pixel of the full-resolution image.")] = None,
     model: Annotated[str, typer.Option(help="Bundled model or model folder.")] = MODEL,
     out: Annotated[
-        Path | None, typer.Option(help="Store to write, of one slide; default: update PATH, or PATH.zarr.")
+        Path | None, typer.Option(help="Store to write, for one slide; default: update PATH, or PATH.zarr.")
     ] = None,
     out_dir: Annotated[Path | None, typer.Option(help="Folder for the stores of many slides.")] = None,
-    image_key: Annotated[str | None, typer.Option(help="Image, where the store holds several.")] = None,
-    shapes_key: Annotated[str | None, typer.Option(help="Spots, where the store holds several.")] = None,
-    table_key: Annotated[str | None, typer.Option(help="Table, where the store holds several.")] = None,
+    image_key: Annotated[str | None, typer.Option(help="Image, if the store has several.")] = None,
+    shapes_key: Annotated[str | None, typer.Option(help="Spots, if the store has several.")] = None,
+    table_key: Annotated[str | None, typer.Option(help="Table, if the store has several.")] = None,
     coordinate_system: Annotated[
-        str | None, typer.Option(help="Coordinate system, where image and spots share several.")
+        str | None, typer.Option(help="Coordinate system, if image and spots share several.")
     ] = None,
-    key_added: Annotated[str, typer.Option(help="Prefix of everything that is written.")] = "he2gene",
+    key_added: Annotated[str, typer.Option(help="Prefix of all keys that are written.")] = "he2gene",
     genes: Annotated[
         list[str],
         typer.Option(
@@ -50,22 +50,22 @@ def predict(
             help="Genes to predict; default: all that table and model share. Repeatable, or with commas.",
         ),
     ] = [],  # noqa: B006 - typer wants a list
-    all_genes: Annotated[bool, typer.Option("--all-genes", help="Every model gene, into a table of its own.")] = False,
+    all_genes: Annotated[bool, typer.Option("--all-genes", help="Predict all model genes, into a new table.")] = False,
     tta: Annotated[
         bool | None,
-        typer.Option(help="Average the eight symmetries: slower, slightly better. Default: as the card says."),
+        typer.Option(help="Average the eight symmetries: slower, slightly better. Default: as in the model card."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Spots a batch. It does not change the result.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Spots per batch. It does not change the result.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     no_image: Annotated[
-        bool, typer.Option("--no-image", help="Write OUT without a copy of the pixels. It cannot be predicted again.")
+        bool, typer.Option("--no-image", help="Write OUT without the pixels. It cannot be predicted again.")
     ] = False,
     overwrite: Annotated[
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace another store at OUT, or what others have saved to PATH meanwhile. Of many slides: repeat "
-            "finished ones too.",
+            help="Replace another store at OUT, or changes that others saved to PATH meanwhile. For many slides: also "
+            "predict finished ones again.",
         ),
     ] = False,
     pitch_um: Annotated[float, typer.Option(help="Distance of the pseudo-spots of a bare image, µm.")] = 100.0,
@@ -75,28 +75,28 @@ def predict(
     allow_encoder_source: Annotated[
         bool,
         typer.Option(
-            "--allow-encoder-source", help="Let the card of MODEL name a repository or folder of its encoder."
+            "--allow-encoder-source", help="Allow the card of MODEL to name a repository or folder of its encoder."
         ),
     ] = False,
     scheduler: Annotated[
         str | None,
-        typer.Option(help="Address of a dask scheduler, tcp://HOST:8786; default: a cluster of this machine."),
+        typer.Option(help="Address of a dask scheduler, tcp://HOST:8786; default: a local cluster."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Workers of this machine; default: one a GPU, else by cores and memory.")
+        int | None, typer.Option(help="Workers of the local cluster; default: one per GPU, else by cores and memory.")
     ] = None,
-    summary: Annotated[Path | None, typer.Option(help="CSV file to write: a row a slide.")] = None,
+    summary: Annotated[Path | None, typer.Option(help="CSV file to write: a row per slide.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict stores or bare images. A bare image gets a tissue mask and a grid of 100 µm pseudo-spots first.
+    """Predict stores or bare images. A bare image first gets a tissue mask and a grid of 100 µm pseudo-spots.
 
-    A store is updated in place: its tables alone are written. Many slides are predicted in parallel; finished ones are skipped, a
+    A store is updated in place: only its tables are written. Many slides are predicted in parallel; finished slides are skipped, a
     slide that fails does not stop the others, and the exit status is 1 if one failed.
     """
     from ..models import load
 
     if genes and all_genes:
-        raise ValueError("--genes and --all-genes exclude each other; give one of them")
+        raise ValueError("--genes and --all-genes exclude each other; pass only one of them")
     if bool(paths) == (manifest is not None):
         raise ValueError("either PATHS or --manifest is needed")
     if manifest is not None and manifest.suffix.lower() not in (".csv", ".tsv"):
@@ -127,7 +127,7 @@ def predict(
         )
         return
     if out is not None and (manifest is not None or len(paths or []) > 1):
-        raise ValueError("--out is of one slide; name a folder by --out-dir, or a column `output` of the manifest")
+        raise ValueError("--out is for one slide; name a folder with --out-dir, or a column `output` in the manifest")
     from .. import cohort
 
     given: Any = manifest if manifest is not None else paths
@@ -179,9 +179,7 @@ def _client(scheduler: str | None, workers: int | None) -> Any:
 
     validate.name(scheduler, "--scheduler")
     if workers is not None:
-        raise ValueError(
-            "--workers is of a cluster of this machine, and --scheduler has workers of its own; give one of them"
-        )
+        raise ValueError("--workers is for a local cluster, but --scheduler has its own workers; pass only one of them")
     from distributed import Client
 
     try:
@@ -193,8 +191,8 @@ def _client(scheduler: str | None, workers: int | None) -> Any:
 def _print(frame: pd.DataFrame, summary: Path | None, *, as_json: bool) -> None:
     rows = records(frame)
     for row in rows:
-        for said in filter(None, (row.get("warnings"), row.get("error"))):
-            say(f"he2gene: {row['path']}: {said}", err=True)
+        for message in filter(None, (row.get("warnings"), row.get("error"))):
+            say(f"he2gene: {row['path']}: {message}", err=True)
     if as_json:
         say_json(rows)
         return
@@ -211,7 +209,7 @@ def _print(frame: pd.DataFrame, summary: Path | None, *, as_json: bool) -> None:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
-    """Figures of a slide, as they are printed."""
+    """Format the summary of a slide for printing."""
 
     def text(name: str, style: str) -> str:
         return "" if row[name] is None else format(row[name], style)

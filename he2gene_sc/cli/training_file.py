@@ -1,4 +1,4 @@
-"""Training files of ``he2gene train`` and ``he2gene benchmark --options``: read, and checked field by field."""
+"""Read and check the TOML files of ``he2gene train`` and ``he2gene benchmark --options``."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class _Data(_Strict):
     technology: Text | Texts | None = None
 
 
-#: Sources of sections, what each is, and the fields that choose among its sections.
+#: Sources of sections, with their type and the fields that select sections.
 _SOURCES = {
     "stores": ("a list of SpatialData stores", ()),
     "hbcis": ("a folder", ("patients", "sections")),
     "hest": ("a folder", ("ids", "organ", "species", "technology")),
 }
-#: Parts of the split that a source may name instead of a list.
+#: Parts of the split that may be named instead of a list.
 _PARTS = {"patients": ("train", "test"), "ids": ("hest_train", "hest_test", "hest_her2st")}
 
 
@@ -59,7 +59,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file."""
     path = validate.folder_or_file(path, "path")
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is a folder, or not there; name a TOML file")
+        raise FileNotFoundError(f"{str(path)!r} is a folder, or does not exist; name a TOML file")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -67,14 +67,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], dict[str, Any]]:
-    """Read a training file: sections, read one by one, and the arguments of :func:`he2gene_sc.tl.train`."""
+    """Read a training file; return the sections, read one at a time, and the arguments of :func:`he2gene_sc.tl.train`."""
     path = path.expanduser()
     try:
         found = _File.model_validate(read_toml(path))
     except ValidationError as error:
         raise ValueError(f"{path.name} is not valid: {explain(error)}") from error
     if (found.sections is None) == (found.data is None):
-        raise ValueError(f"{path.name}: either a list `sections` or a table [data] is needed, beside a table [train]")
+        raise ValueError(f"{path.name}: either a list `sections` or a table [data] is needed, besides a table [train]")
     options = found.train
     recipe = options.get("preset")
     genes = options.get("genes")
@@ -87,7 +87,7 @@ def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], di
 
 
 def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Turn a table into arguments of :func:`he2gene_sc.tl.train`, checked; tables in it are its dataclasses."""
+    """Convert a table to checked arguments of :func:`he2gene_sc.tl.train`, and its tables to dataclasses."""
     from inspect import signature
 
     from ..tl._train.train import train
@@ -107,21 +107,21 @@ def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     found, at = dict(options), where
     try:
         for name in found.keys() - set(valid):
-            holding = [table for table, kind in tables.items() if name in _fields(kind)]
-            hint = f"; it is a field of the table `{holding[0]}`" if holding else suggest(name, valid)
+            owners = [table for table, kind in tables.items() if name in _fields(kind)]
+            hint = f"; it is a field of the table `{owners[0]}`" if owners else suggest(name, valid)
             raise ValueError(f"`{name}` is not an argument of hg.tl.train{hint}")
         validate.arguments(train, found)
         for table, kind in tables.items():
             if isinstance(given := found.get(table), dict):
                 at = f"{where[:-1]}.{table}]"
-                found[table] = _made(kind, given)
+                found[table] = _make_dataclass(kind, given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{at} {error}") from error
     return found
 
 
-def _made(kind: Any, table: Mapping[str, Any]) -> Any:
-    """Make a dataclass of a table."""
+def _make_dataclass(kind: Any, table: Mapping[str, Any]) -> Any:
+    """Make a dataclass from a table."""
     given = {name: value for name, value in table.items() if kind is not DefaultRecipe or name != "name"}
     if unknown := sorted(given.keys() - set(_fields(kind))):
         paper = kind is DefaultRecipe and unknown[0] in _fields(PaperRecipe)
@@ -140,7 +140,7 @@ def _folder(value: Any, name: str, path: Path, out: Path) -> Path:
     folder = (path.resolve().parent / Path(value).expanduser()).resolve()
     if folder.is_relative_to(out.expanduser().resolve()):
         raise ValueError(
-            f"{path.name}: [train] `{name}` {str(folder)!r} lies in OUT {str(out)!r}, which holds the model alone; choose "
+            f"{path.name}: [train] `{name}` {str(folder)!r} lies in OUT {str(out)!r}, which may only hold the model; choose "
             "another folder"
         )
     return folder
@@ -155,7 +155,7 @@ def _sections(found: _File, path: Path) -> Iterable[SpatialData]:
         return (datasets.her2st(section) for section in found.sections or [])
     given = data.model_dump(exclude_none=True)
     if "stores" in given and len(given) > 1:
-        raise ValueError(f"{path.name}: [data] `stores` stands alone; remove the other fields")
+        raise ValueError(f"{path.name}: [data] `stores` does not go with other fields; remove them")
     sources = [name for name in _SOURCES if name in given]
     if len(sources) != 1:
         listed = " or ".join(f"`{name}`, {what}" for name, (what, _) in _SOURCES.items())
@@ -177,14 +177,14 @@ def _sections(found: _File, path: Path) -> Iterable[SpatialData]:
 
 
 def _part(value: str, name: str, path: Path) -> tuple[str, ...]:
-    """Part of the paper's split that a file names."""
+    """Return the part of the paper's split that a file names."""
     from .. import datasets
 
     split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in _PARTS[name]}
     try:
         return split[validate.one_of(value, split, name)]
     except ValueError as error:
-        raise ValueError(f"{path.name}: [data] {error}; or give a list of {name}") from error
+        raise ValueError(f"{path.name}: [data] {error}; or pass a list of {name}") from error
 
 
 def _stores(stores: list[str], path: Path) -> Iterable[SpatialData]:

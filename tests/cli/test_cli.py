@@ -224,7 +224,7 @@ def test_evaluate_judges_the_layer_prediction_and_genes_that_are_named(run, main
 def test_evaluate_refuses_what_is_no_store_or_was_not_predicted(main, store, tmp_path):
     assert "is not a SpatialData zarr store" in main("evaluate", tmp_path)[2]
     assert "is a folder; name a CSV file" in main("evaluate", store, "--out", tmp_path)[2]
-    assert "there is no folder" in main("evaluate", store, "--out", tmp_path / "no" / "genes.csv")[2]
+    assert "does not exist" in main("evaluate", store, "--out", tmp_path / "no" / "genes.csv")[2]
     assert "holds no prediction 'he2gene'; run hg.tl.predict first" in main("evaluate", store)[2]
 
 
@@ -234,7 +234,7 @@ def test_evaluate_refuses_what_is_no_store_or_was_not_predicted(main, store, tmp
 def test_demo_without_data_says_so_and_goes_on_with_the_toy(demo):
     output, _ = demo
     assert "No real data: her2st files not found" in output
-    assert "Going on with the synthetic toy slide: what follows shows the road, not the accuracy." in output
+    assert "Continuing with the synthetic toy slide: it shows the workflow, not the accuracy." in output
 
 
 def test_demo_writes_store_pictures_and_genes(demo):
@@ -255,7 +255,7 @@ def test_demo_reports_model_colour_and_ceiling_and_speed(demo):
 @pytest.mark.parametrize(
     ("section", "first_line"),
     [
-        ("C2", "NOTE: section C2 is in the training set of breast-her2st: the figures below are too good."),
+        ("C2", "NOTE: section C2 is in the training set of breast-her2st: the metrics below are optimistic."),
         ("C5", "Section C5, which breast-her2st was not trained on, though on its patient's sections C2, C3, C4."),
         ("G2", "Section G2, which breast-her2st was not trained on nor on its patient."),
     ],
@@ -297,8 +297,8 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(main, arguments, message
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("benchmark", "--options", "none.toml"), "'none.toml' is a folder, or not there; name a TOML file"),
-        (("train", "none.toml", "--out", "m"), "'none.toml' is a folder, or not there; name a TOML file"),
+        (("benchmark", "--options", "none.toml"), "'none.toml' is a folder, or does not exist; name a TOML file"),
+        (("train", "none.toml", "--out", "m"), "'none.toml' is a folder, or does not exist; name a TOML file"),
         (("train", "none.toml", "--out", " "), "`--out` is ' '; a path is needed"),
         (("benchmark", "--out", "file/out"), "`--out` 'file/out' is or lies in the file"),
         (("benchmark", "--cache", "file"), "`--cache` 'file' is or lies in the file"),
@@ -343,7 +343,7 @@ def test_an_image_without_resolution_is_refused_by_name(main, image):
         ('data = ["C5"]\n', "config.toml is not valid: `data` is ['C5']"),
         ("[data]\nstores = [3]\n", "config.toml is not valid: `data.stores.0` is 3: it must be a valid string"),
         ("[data]\nstores = []\n", "config.toml is not valid: `data.stores` is []"),
-        ("[data]\nstores = ['a.zarr']\nhbcis = 'x'\n", "config.toml: [data] `stores` stands alone"),
+        ("[data]\nstores = ['a.zarr']\nhbcis = 'x'\n", "config.toml: [data] `stores` does not go with other fields"),
         ("[data]\n", "config.toml: [data] lacks `stores`"),
         ("[train]\n", "config.toml: either a list `sections` or a table [data]"),
         ('sections = ["C5", "C5"]\n', "`config.toml: sections`: names are duplicated: 'C5'"),

@@ -75,5 +75,5 @@ def test_names_of_genes_are_repeated_or_have_commas():
     from he2gene_sc.cli.output import split_names
 
     assert split_names(["A, B", "C"]) == ["A", "B", "C"]
-    with pytest.raises(ValueError, match="names no gene; give one or more"):
+    with pytest.raises(ValueError, match="names no gene; pass one or more"):
         split_names([","])
