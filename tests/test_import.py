@@ -15,7 +15,7 @@ def test_import_loads_nothing_heavy():
     assert found == "[]"
 
 
-def test_namespaces_complete_by_tab_and_resolve():
+def test_namespaces_support_tab_completion_and_resolve():
     assert {"cohort", "datasets", "io", "pp", "tl", "pl", "get", "models", "settings"} <= set(dir(hg))
     for namespace in ("cohort", "datasets", "io", "pp", "tl", "pl", "get", "models"):
         module = getattr(hg, namespace)
@@ -30,7 +30,7 @@ def test_unknown_names_raise_attribute_errors():
         assert not hasattr(module, "no_such_name")
 
 
-def test_version_is_that_of_the_distribution():
+def test_version_is_the_version_of_the_distribution():
     from importlib.metadata import version
 
     assert hg.__version__ == version("he2gene_sc")
@@ -56,12 +56,12 @@ def _imports():
     return found
 
 
-def test_no_two_modules_import_each_other_by_any_way():
+def test_there_are_no_circular_imports():
     ordered = TopologicalSorter({name: found & _MODULES for name, found in _IMPORTS.items()})
     ordered.prepare()  # raises where there is a circle
 
 
-def test_below_the_verbs_nothing_knows_of_tables_and_slides():
+def test_modules_below_the_verbs_do_not_import_tables_and_slides():
     low = tuple(f"he2gene_sc.{room}." for room in ("image", "models", "inference", "training", "stats"))
     wrong = {
         name: found

@@ -11,16 +11,16 @@ SHARE = 10
 
 
 @pytest.mark.parametrize("odd", everything()[::SHARE], ids=lambda odd: odd.name)
-def test_an_odd_input_is_answered_rightly_stated_or_refused_before_work(odd):
+def test_an_odd_input_gives_a_right_answer_a_warning_or_an_early_error(odd):
     kind, said = outcome(odd)
     assert kind in GOOD, f"{kind}: {said}"
 
 
-def test_there_are_as_many_as_stated():
+def test_the_number_of_odd_inputs_is_as_documented():
     assert len(everything()) >= 1500
 
 
-def test_a_path_among_the_odd_values_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_an_odd_value_that_is_a_path_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (odd,) = [odd for odd in everything() if odd.name == "train(cache=newline)"]
     outcome(odd)

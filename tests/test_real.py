@@ -72,7 +72,7 @@ def test_annotation_of_held_out_section_agrees_with_the_warped_labels(c5):
     assert (sensitivity + specificity) / 2 > 0.7
 
 
-def test_same_tissue_in_other_forms_gives_the_same_predictions(crop):
+def test_the_same_tissue_in_other_formats_gives_the_same_predictions(crop):
     from spatialdata.transformations import Affine, Scale, Sequence
 
     pixels, centres, ids, mpp = crop

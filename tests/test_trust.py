@@ -16,7 +16,7 @@ def table(predicted_c5):
     return predicted_c5["table"]
 
 
-def test_at_least_fifty_genes_are_reliable_and_four_fifths_of_them_keep_it(table):
+def test_at_least_fifty_genes_are_reliable_and_four_fifths_of_them_hold(table):
     genes = hg.get.genes(table, reliable=True)
     at = table.var_names.get_indexer(genes)
     r = np.nan_to_num(pearson(table.layers["he2gene"][:, at], log_normalise(table.X)[:, at]))
@@ -24,7 +24,7 @@ def test_at_least_fifty_genes_are_reliable_and_four_fifths_of_them_keep_it(table
     assert (r > RELIABLE_PCC).mean() >= 0.8
 
 
-def test_intervals_cover_what_they_say_though_nothing_guarantees_it(table):
+def test_intervals_have_the_stated_coverage_though_it_is_not_guaranteed(table):
     known = table.var["he2gene_predicted"].to_numpy(bool)
     truth = log_normalise(table.X)[:, known]
     low, high = (table.layers[f"he2gene_{end}"][:, known] for end in ("lower", "upper"))

@@ -18,7 +18,7 @@ def main(sdata: SpatialData) -> None:
 """
 
 
-def test_a_checker_refuses_a_wrong_argument_and_knows_the_result(tmp_path):
+def test_a_type_checker_rejects_a_wrong_argument_and_knows_the_result(tmp_path):
     (tmp_path / "main.py").write_text(CODE)
     config = {"include": ["main.py"], "extraPaths": [str(Path(hg.__file__).parents[1])]}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))

@@ -39,7 +39,7 @@ def logs(counts, total=1e4, base=np.e):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_matrix_is_looked_at_and_normalised_alike(counts, kind, monkeypatch):
+def test_every_kind_of_matrix_is_summarised_and_normalised_equally(counts, kind, monkeypatch):
     monkeypatch.setattr("he2gene_sc._core.matrix._BLOCK", 120)
     genes = np.array([3, 1, 59])
     np.testing.assert_allclose(as_logs(KINDS[kind](counts), "counts", genes), logs(counts)[:, genes], rtol=1e-6)
@@ -81,7 +81,7 @@ def test_one_odd_value_among_millions_is_found():
         (0.5, "1 fractions"),
     ],
 )
-def test_what_is_no_count_is_named(counts, value, problem):
+def test_values_that_are_not_counts_are_described(counts, value, problem):
     counts[3, 4] = value
     assert summarize_values(scipy.sparse.csr_array(counts)).problem.startswith(problem)
 
@@ -104,7 +104,7 @@ def test_counts_that_are_all_zero_are_refused(counts):
         log_expression(AnnData(0 * counts), None, expected="counts")
 
 
-def test_texts_are_no_expression(counts):
+def test_text_matrices_are_refused(counts):
     table = AnnData(counts)
     table.layers["text"] = counts.astype(str).astype(object)
     with pytest.raises(ValueError, match="layer 'text' holds object; numbers are needed"):
@@ -118,7 +118,7 @@ def test_raw_counts_are_not_taken_as_logarithms(counts):
 
 @pytest.mark.parametrize("genes", [slice(None), slice(0, 25)], ids=["all genes", "a list of genes"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_nothing_is_said_of_logarithms_of_counts_per_10000(counts, genes, dtype):
+def test_logarithms_of_counts_per_10000_give_no_warning(counts, genes, dtype):
     table = AnnData(logs(counts)[:, genes].astype(dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -138,7 +138,7 @@ def test_nothing_is_said_of_logarithms_of_counts_per_10000(counts, genes, dtype)
         ({"total": 1e6}, slice(0, 25), "sums to"),
     ],
 )
-def test_logarithms_of_another_total_or_base_are_said(counts, options, genes, said):
+def test_logarithms_of_another_total_or_base_are_warned_of(counts, options, genes, said):
     table = AnnData(logs(counts, **options)[:, genes])
     with pytest.warns(UserWarning, match=f"X does not hold natural logarithms of .*10,000.*{said}.*target_sum=1e4"):
         found = log_expression(table, None, scale="log", expected="counts")
@@ -146,33 +146,33 @@ def test_logarithms_of_another_total_or_base_are_said(counts, options, genes, sa
 
 
 @pytest.mark.parametrize("genes", [slice(None), slice(0, 25)], ids=["all genes", "a list of genes"])
-def test_logarithms_of_raw_counts_are_said(counts, genes):
+def test_logarithms_of_raw_counts_are_warned_of(counts, genes):
     table = AnnData(np.log1p(counts)[:, genes])
     with pytest.warns(UserWarning, match="X does not hold natural .*logarithms of whole numbers"):
         log_expression(table, None, scale="log", expected="counts")
 
 
-def test_genes_that_were_scaled_to_one_are_said(counts):
+def test_genes_that_were_scaled_to_one_are_warned_of(counts):
     scaled = logs(counts)
     with pytest.warns(UserWarning, match="each gene was scaled to values from 0 to 1"):
         log_expression(AnnData(scaled / scaled.max(0).clip(1e-9)), None, scale="log", expected="counts")
 
 
-def test_totals_beyond_half_precision_are_summed_all_the_same():
+def test_totals_beyond_half_precision_are_summed():
     counts = np.full((2, 72), 1000, np.float16)
     assert np.isinf(counts.sum(1)).all()
     np.testing.assert_allclose(as_logs(counts, "counts"), np.log1p(1e4 / 72), rtol=1e-6)
     np.testing.assert_array_equal(count_totals(counts), 72_000)
 
 
-def test_scaled_values_are_said(counts):
+def test_scaled_values_are_warned_of(counts):
     scaled = logs(counts)
     scaled = (scaled - scaled.mean(0)) / scaled.std(0).clip(0.1)
     with pytest.warns(UserWarning, match="X ranges from -.*scaled or not log-transformed"):
         log_expression(AnnData(scaled), None, scale="log", expected="counts")
 
 
-def test_predictions_are_not_asked_for_their_total(counts):
+def test_totals_of_predictions_are_not_checked(counts):
     table = AnnData(logs(counts, total=1e6))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -185,6 +185,6 @@ def test_layers_are_found_by_name(counts):
         matrix_of(table, "no", "measured")
 
 
-def test_a_spot_without_a_total_gets_no_expression_at_all(counts):
+def test_a_spot_with_an_unknown_total_gets_nan_for_all_genes(counts):
     counts[3, 4] = np.nan
     assert np.isnan(as_logs(counts, "counts", np.array([0, 1]))[3]).all()

@@ -12,7 +12,7 @@ from tests.helpers.patients import pool
 RENAMED = {"SEPT2": "SEPTIN2", "H2AFZ": "H2AZ1", "MARCH7": "MARCHF7", "H1F0": "H1-0", "ATP5B": "ATP5F1B"}
 
 
-def test_previous_symbols_stand_for_one_gene_each():
+def test_each_previous_symbol_belongs_to_one_gene():
     table = previous_symbols()
     assert {old: table[old] for old in RENAMED} == RENAMED
     # What is a symbol of its own now is not read as an older one.
@@ -31,18 +31,18 @@ def test_genes_are_found_by_either_symbol(old, new):
     assert find_genes([new], ["ERBB2", old]).tolist() == [1]
 
 
-def test_the_name_itself_wins_over_another_symbol_of_the_gene():
+def test_a_current_symbol_has_priority_over_a_previous_one():
     assert find_genes(["SEPT2", "SEPTIN2"], ["SEPTIN2"]).tolist() == [-1, 0]
     assert find_genes(["SEPTIN2"], ["SEPT2", "SEPTIN2"]).tolist() == [1]
     assert find_genes(["SEPT2", "SEPTIN2"], ["SEPTIN2"], one_to_one=False).tolist() == [0, 0]
 
 
-def test_names_of_one_gene_that_are_both_old_are_ambiguous():
+def test_two_previous_symbols_of_one_gene_are_ambiguous():
     assert find_genes(["NEDD5", "SEPT2"], ["SEPTIN2"]).tolist() == [-1, -1]
     assert find_genes(["SEPTIN2"], ["NEDD5", "SEPT2"]).tolist() == [-1]
 
 
-def test_a_name_that_stands_twice_is_found_where_it_stands_first():
+def test_the_first_of_duplicated_names_is_found():
     assert find_genes(["B", "A"], ["A", "B", "B"]).tolist() == [1, 0]
 
 
@@ -79,7 +79,7 @@ def test_columns_are_named_by_index_by_symbol_or_by_another_symbol():
     assert columns_of(table, asked, None).tolist() == [0, -1, -1, -1, -1, -1, -1]
 
 
-def test_pictures_and_tables_take_the_names_that_predict_took(tiny_model):
+def test_plots_and_tables_use_the_gene_symbols_of_predict(tiny_model):
     sdata = hg.datasets.toy((4, 4), mpp=2.0)
     table = sdata["table"]
     table.var["symbol"] = table.var_names.to_numpy(object)

@@ -60,7 +60,7 @@ def same_table(a, b):
 # What predict leaves
 
 
-def test_above_the_limit_the_layer_is_lazy_and_says_so(both):
+def test_above_the_limit_the_layer_is_lazy_and_recorded_so(both):
     dense, sdata = both
     table = sdata["table"]
     assert isinstance(table.layers["he2gene"], da.Array)
@@ -72,7 +72,7 @@ def test_above_the_limit_the_layer_is_lazy_and_says_so(both):
     assert np.isnan(layer_of(table[:, "FTL"])).all()
 
 
-def test_one_limit_holds_for_the_layer_and_for_both_the_layer_and_x(toy, tiny_model, monkeypatch):
+def test_the_limit_applies_to_the_layer_and_to_layer_and_x_together(toy, tiny_model, monkeypatch):
     n_bytes = 4 * toy["table"].n_obs * len(tiny_model.genes)
     monkeypatch.setattr(hg.settings, "memory_limit", 2 * n_bytes)
     hg.tl.predict(toy, model=tiny_model, genes="all")
@@ -97,7 +97,7 @@ def test_expression_of_many_spots_is_computed_by_blocks(tiny_model):
     assert max(n * g for n, g in shapes) <= 2**24
 
 
-def test_what_happens_to_the_embedding_does_not_change_the_layer(both):
+def test_changing_the_embedding_does_not_change_the_layer(both):
     dense, sdata = both
     table = sdata["table"]
     view = table[3:9]
@@ -182,7 +182,7 @@ def test_a_dense_layer_of_the_other_region_stays_and_a_lazy_one_becomes_dense(ti
 
 
 @pytest.mark.parametrize("save", [hg.io.save, lambda sdata, path: sdata.write(path)])
-def test_a_store_holds_the_values_which_stay_ours(both, tiny_model, tmp_path, recwarn, save):
+def test_a_saved_lazy_layer_is_still_recognised_as_ours(both, tiny_model, tmp_path, recwarn, save):
     dense, sdata = both
     hg.tl.evaluate(sdata, baselines=[], model=tiny_model)
     save(sdata, tmp_path / "a.zarr")
@@ -197,7 +197,7 @@ def test_a_store_holds_the_values_which_stay_ours(both, tiny_model, tmp_path, re
         hg.tl.predict(again, model=tiny_model)
 
 
-def test_a_save_writes_the_layer_whatever_happened_to_embedding_and_order(both, tmp_path):
+def test_a_save_writes_the_layer_after_changes_of_embedding_and_order(both, tmp_path):
     dense, sdata = both
     order = np.random.default_rng(0).permutation(30)
     sdata.tables["table"] = sdata["table"][order].copy()
@@ -253,7 +253,7 @@ def test_a_layer_may_be_deleted_and_genes_are_computed_in_what_is_opened(both, t
 
 
 @pytest.mark.parametrize("change", ["in place", "one row", "order", "missing", "names", "other table"])
-def test_an_embedding_that_is_not_what_was_written_gives_no_genes(both, other_model, tiny_model, change):
+def test_a_changed_embedding_is_refused(both, other_model, tiny_model, change):
     _, sdata = both
     table = sdata["table"]
     del table.layers["he2gene"]
@@ -276,7 +276,7 @@ def test_an_embedding_that_is_not_what_was_written_gives_no_genes(both, other_mo
             hg.get.expression(chosen, "ERBB2", model=tiny_model)
 
 
-def test_another_head_is_refused_also_where_no_model_was_saved(both, other_model):
+def test_another_head_is_refused_also_for_unsaved_models(both, other_model):
     _, sdata = both
     del sdata["table"].layers["he2gene"]
     with pytest.raises(ValueError, match="pass that model"):
@@ -336,7 +336,7 @@ def test_verbs_read_a_lazy_layer_by_blocks_and_as_a_dense_one(both, read, tiny_m
         np.testing.assert_allclose(one[columns], other[columns], rtol=1e-2, atol=1e-3)
 
 
-def test_verbs_on_many_patients_find_in_a_lazy_layer_what_they_find_in_a_dense_one(monkeypatch):
+def test_verbs_on_many_patients_give_the_same_for_lazy_and_dense_layers(monkeypatch):
     rng, table = np.random.default_rng(0), slides(9, n_genes=24)
     monkeypatch.setattr(lazy, "_SPOT_BLOCK", 24 * 50)
     monkeypatch.setattr(lazy, "_GENES", (10, 10))
@@ -386,14 +386,14 @@ def test_a_report_and_other_tools_read_a_lazy_layer_as_a_dense_one(both, tiny_mo
     assert means[0] == means[1]
 
 
-def test_a_layer_as_measured_is_read_by_blocks(both, read):
+def test_a_measured_layer_is_read_by_blocks(both, read):
     _, sdata = both
     sdata["table"].layers["counts"] = da.from_array(np.asarray(sdata["table"].X.todense()), chunks=(4, 10))
     hg.pl.spatial(sdata, "ERBB2", measured="counts")
     assert max(read) <= sdata["table"].n_obs * sdata["table"].n_vars // 3
 
 
-def test_what_would_need_the_whole_layer_is_refused(both):
+def test_functions_that_need_the_whole_layer_raise(both):
     _, sdata = both
     with pytest.raises(ValueError, match=r"`reliable` is None: .* hg.get.expression"):
         hg.get.predicted(sdata)
@@ -407,7 +407,7 @@ def test_what_would_need_the_whole_layer_is_refused(both):
 # After a save
 
 
-def test_copies_keep_their_values_whatever_is_saved_later(both, other_model, tiny_model, tmp_path):
+def test_copies_keep_their_values_after_later_saves(both, other_model, tiny_model, tmp_path):
     dense, sdata = both
     hg.io.save(sdata, tmp_path / "a.zarr")
     copy, part, layer = sdata["table"].copy(), sdata["table"][3:9].copy(), sdata["table"].layers["he2gene"]

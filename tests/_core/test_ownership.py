@@ -151,7 +151,7 @@ def test_verbs_refuse_a_key_of_the_user(predicted, verb, slot, key, change):
     refused(predicted, rf"{slot}.*'{change(key)}'", CALLS[verb][0], predicted)
 
 
-def test_ours_is_replaced(predicted, tiny_model):
+def test_an_earlier_prediction_is_replaced(predicted, tiny_model):
     before = predicted["table"].layers["he2gene"].copy()
     hg.tl.predict(predicted, model=tiny_model, mpp=2.4)
     assert not np.array_equal(predicted["table"].layers["he2gene"], before, equal_nan=True)
@@ -165,13 +165,13 @@ def as_written_by_060(table):
     return table
 
 
-def test_a_prediction_of_version_060_is_ours(predicted, tiny_model):
+def test_a_prediction_of_version_060_is_recognised(predicted, tiny_model):
     as_written_by_060(predicted["table"])
     hg.tl.predict(predicted, model=tiny_model, mpp=2.4)
     assert predicted["table"].uns["he2gene"]["mpp"] == 2.4
 
 
-def test_a_column_of_the_user_beside_a_prediction_of_version_060_is_not(predicted, model, idle):
+def test_a_user_column_beside_a_prediction_of_version_060_is_kept(predicted, model, idle):
     as_written_by_060(predicted["table"])
     predicted["table"].obs["he2gene_adapted_measured"] = 7
     refused(predicted, "he2gene_adapted_measured", hg.tl.adapt, predicted, np.arange(30) % 2 == 0)
@@ -226,7 +226,9 @@ def test_ownership_survives(predicted, tiny_model, tmp_path, how):
         ("obsm", "he2gene_annotation_proba"),
     ],
 )
-def test_what_the_user_has_changed_since_is_the_users(predicted, tiny_model, idle, tmp_path, slot, key, stored):
+def test_entries_that_the_user_has_changed_are_not_overwritten(
+    predicted, tiny_model, idle, tmp_path, slot, key, stored
+):
     if stored:
         predicted = round_trip(predicted, "zarr", tmp_path)
     table = predicted["table"]
@@ -242,12 +244,12 @@ def test_what_the_user_has_changed_since_is_the_users(predicted, tiny_model, idl
     refused(predicted, rf"{slot}\['{key}'\] exists and was changed after", hg.tl.predict, predicted, model=tiny_model)
 
 
-def test_recolouring_is_no_change(predicted, tiny_model):
+def test_changed_colours_do_not_count_as_a_change(predicted, tiny_model):
     predicted["table"].uns["he2gene_annotation_colors"] = ["#000000"] * 3
     hg.tl.predict(predicted, model=tiny_model)
 
 
-def test_spot_centres_that_the_user_has_replaced_stay(toy, tiny_model):
+def test_spot_centres_that_the_user_has_replaced_are_kept(toy, tiny_model):
     del toy["table"].obsm["spatial"]
     hg.tl.predict(toy, model=tiny_model)
     toy["table"].obsm["spatial"] = toy["table"].obsm["spatial"] * 2
@@ -256,7 +258,7 @@ def test_spot_centres_that_the_user_has_replaced_stay(toy, tiny_model):
     np.testing.assert_array_equal(toy["table"].obsm["spatial"], mine)
 
 
-def test_what_the_user_changed_outlives_what_it_was_computed_from(predicted, tiny_model):
+def test_results_that_the_user_changed_are_not_removed_with_their_input(predicted, tiny_model):
     table = predicted["table"]
     hg.tl.adapt(predicted, np.arange(30) % 2 == 0)
     table.layers["he2gene_adapted"] = table.layers["he2gene_adapted"] + 1
@@ -266,7 +268,7 @@ def test_what_the_user_changed_outlives_what_it_was_computed_from(predicted, tin
     assert "he2gene_adapted_gain" not in table.var
 
 
-def test_an_enrichment_goes_with_the_biomarkers_that_it_was_computed_from(predicted):
+def test_an_enrichment_is_removed_with_its_biomarkers(predicted):
     table = predicted["table"]
     table.uns["he2gene_enrichment"] = {"verb": "enrichment", "params": {"key": "he2gene_biomarkers"}, "written": {}}
     run = {"groupby": "pathologist", "layer": None, "method": "wilcoxon"}
@@ -319,7 +321,7 @@ def test_a_mask_and_a_grid_that_the_user_has_changed_are_refused(toy, tmp_path):
     refused(toy, r"shapes\['grid'\] exists and was changed after hg.pp.grid", hg.pp.grid, toy, key_added="grid")
 
 
-def test_a_grid_of_version_060_is_laid_again(toy):
+def test_a_grid_of_version_060_is_replaced(toy):
     hg.pp.tissue(toy)
     hg.pp.grid(toy, key_added="grid")
     toy.attrs["he2gene"] = {"mpp": {"he": 2.0}, "grids": ["grid"]}
@@ -360,9 +362,7 @@ def without_table(toy, model, **kwargs):
         (lambda t: setattr(t, "raw", t.copy()), "raw"),
     ],
 )
-def test_a_made_table_that_holds_something_of_the_user_is_not_replaced_by_other_spots(
-    toy, tiny_model, monkeypatch, change, named
-):
+def test_a_new_table_does_not_replace_one_with_user_data_and_other_spots(toy, tiny_model, monkeypatch, change, named):
     without_table(toy, tiny_model)
     change(toy["table"])
     toy.shapes["spots"] = toy["spots"].iloc[2:]
@@ -372,7 +372,7 @@ def test_a_made_table_that_holds_something_of_the_user_is_not_replaced_by_other_
     )
 
 
-def test_a_made_table_takes_over_what_the_user_has_put_there(toy, tiny_model):
+def test_a_new_table_keeps_the_user_data_of_the_previous_one(toy, tiny_model):
     table = without_table(toy, tiny_model)["table"]
     table.obs["cluster"] = "mine"
     table.varm["loadings"] = np.ones((table.n_vars, 2))
@@ -384,14 +384,14 @@ def test_a_made_table_takes_over_what_the_user_has_put_there(toy, tiny_model):
     np.testing.assert_array_equal(after.obsm["spatial"], table.obsm["spatial"])
 
 
-def test_x_of_a_made_table_that_the_user_has_changed_is_not_replaced(toy, tiny_model, monkeypatch):
+def test_a_changed_x_of_our_table_is_not_replaced(toy, tiny_model, monkeypatch):
     table = without_table(toy, tiny_model)["table"]
     table.X = table.X - table.X.mean(0)
     monkeypatch.setattr("he2gene_sc.tl._predict._predict_slide", pytest.fail)
     refused(toy, "X, changed since hg.tl.predict wrote it", hg.tl.predict, toy, model=tiny_model)
 
 
-def test_other_genes_replace_a_made_table_with_other_predictions_removed(toy, tiny_model):
+def test_other_genes_replace_our_table_and_remove_other_predictions(toy, tiny_model):
     without_table(toy, tiny_model)
     hg.tl.predict(toy, model=tiny_model, key_added="second")
     with pytest.warns(UserWarning, match="removed.*second"):
@@ -413,12 +413,12 @@ def as_errors(sdata, match, call, *args, **kwargs):
     assert snapshot(sdata) == before
 
 
-def test_a_warning_that_is_an_error_leaves_a_measured_table_as_it_was(predicted, tiny_model):
+def test_a_warning_as_error_leaves_a_measured_table_unchanged(predicted, tiny_model):
     hg.tl.evaluate(predicted, baselines=[])
     as_errors(predicted, "removed", hg.tl.predict, predicted, model=tiny_model, mpp=2.4)
 
 
-def test_a_warning_that_is_an_error_leaves_a_made_table_as_it_was(toy, tiny_model):
+def test_a_warning_as_error_leaves_our_table_unchanged(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model, genes="all")
     toy["he2gene"].uns["derived"] = {"verb": "evaluate", "params": {"layer": "he2gene"}, "written": {}}
     as_errors(toy, "removed", hg.tl.predict, toy, model=tiny_model, genes="all", mpp=2.4)
@@ -446,7 +446,7 @@ def test_results_of_several_tables_are_written_to_all_or_none():
 @pytest.mark.parametrize(
     "verb", ["evaluate", "adapt", "domain_preservation", "biomarkers", "concordance", "programmes"]
 )
-def test_verbs_leave_everything_as_it_was_where_their_warnings_are_errors(predicted, verb):
+def test_verbs_leave_everything_unchanged_if_their_warnings_are_errors(predicted, verb):
     before = snapshot(predicted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -503,7 +503,7 @@ def test_ids_of_a_table_that_match_no_spot_are_named(toy, tiny_model, idle, ids,
 
 
 @pytest.mark.parametrize("ids", [np.arange(30, dtype=np.int8), list("abcdefghijklmnopqrstuvwxyz1234"), range(30)])
-def test_whole_numbers_and_texts_are_ids(toy, tiny_model, ids):
+def test_whole_numbers_and_texts_are_valid_ids(toy, tiny_model, ids):
     del toy.tables["table"]
     toy.shapes.data["spots"].index = pd.Index(ids, dtype=object if isinstance(ids, range) else None)
     hg.tl.predict(toy, model=tiny_model)

@@ -109,7 +109,7 @@ def test_array_positions_with_exchanged_names_are_not_warned_of_where_spots_lie_
         ([[1, 0, 0], [0, -1, SIDE]], "y of the spots looks mirrored"),
     ],
 )
-def test_swapped_and_mirrored_spots_are_warned_of_and_the_named_call_mends_them(matrix, words):
+def test_swapped_and_mirrored_spots_are_warned_of_with_a_call_that_corrects_them(matrix, words):
     sdata = section()
     right = resolve(sdata)[0].centres
     place(sdata, matrix)
@@ -136,7 +136,7 @@ def test_swapped_spots_of_which_some_lie_on_the_border_are_warned_of(toy):
 
 
 @pytest.mark.parametrize("order", ["shuffled", "as text"])
-def test_spots_that_are_mixed_up_are_told_by_the_array_positions(order):
+def test_mixed_up_spots_are_detected_by_array_positions(order):
     sdata = section()
     ids = sdata["spots"].index
     mixed = np.random.default_rng(0).permutation(ids) if order == "shuffled" else sorted(ids)
@@ -179,7 +179,7 @@ def test_all_spots_outside_are_refused_and_the_earlier_prediction_stays(toy, tin
     np.testing.assert_array_equal(toy["table"].layers["he2gene"], before)
 
 
-def test_full_resolution_coordinates_on_a_reduced_image_are_mended_by_its_scale_factor():
+def test_full_resolution_coordinates_on_a_downscaled_image_are_corrected_by_the_scale_factor():
     sdata = section()
     right = resolve(sdata)[0].centres
     place(sdata, [[16, 0, 0], [0, 16, 0]])
@@ -191,7 +191,7 @@ def test_full_resolution_coordinates_on_a_reduced_image_are_mended_by_its_scale_
     np.testing.assert_allclose(resolve(sdata, mpp=2.5)[0].centres, right, atol=1e-3)
 
 
-def test_full_resolution_coordinates_without_a_scale_factor_are_mended_by_the_pitch_of_the_assay():
+def test_full_resolution_coordinates_without_a_scale_factor_are_corrected_by_the_pitch():
     sdata = section()
     right = resolve(sdata)[0].centres
     place(sdata, [[16, 0, 0], [0, 16, 0]])
@@ -203,7 +203,7 @@ def test_full_resolution_coordinates_without_a_scale_factor_are_mended_by_the_pi
 
 
 @pytest.mark.parametrize(("factor", "word"), [(1.5, "larger"), (0.5, "smaller")])
-def test_a_lattice_that_contradicts_the_stated_resolution_is_told_both_ways_to_mend(factor, word):
+def test_a_lattice_that_contradicts_the_stated_resolution_gets_both_corrections(factor, word):
     sdata = section(array=False)
     right = resolve(sdata)[0].centres
     place(sdata, [[factor, 0, 0], [0, factor, 0]])
@@ -230,13 +230,13 @@ def test_micrometres_that_leave_a_coarse_image_are_named():
     assert said(sdata) == []
 
 
-def test_micrometres_are_told_where_the_pitch_is_off_by_a_percent():
+def test_micrometres_are_detected_if_the_pitch_is_off_by_a_percent():
     sdata = section(array=False)
     place(sdata, [[2.52, 0, 0], [0, 2.52, 0]])
     assert any("its coordinates look like micrometres" in message for message in said(sdata, mpp=2.0))
 
 
-def test_micrometres_on_pixels_are_told_by_a_lattice_of_exactly_1_um_per_px():
+def test_micrometres_are_detected_by_a_lattice_of_exactly_1_um_per_px():
     sdata = section(array=False)
     set_transformation(sdata["he"], Scale([2.5, 2.5], axes=("x", "y")), "other")
     sdata["he"] = Image2DModel.parse(np.repeat(np.repeat(np.asarray(sdata["he"]), 5, 1), 5, 2), dims=("c", "y", "x"))
@@ -268,6 +268,6 @@ def test_probes_are_refused_as_genes(toy, tiny_model):
 
 
 @pytest.mark.parametrize("verb", [hg.tl.predict, hg.pp.tissue, hg.pp.grid])
-def test_an_anndata_is_told_how_it_becomes_a_spatialdata(toy, verb):
+def test_the_error_for_an_anndata_names_the_conversion(toy, verb):
     with pytest.raises(TypeError, match=r"`sdata` is an AnnData.*from_legacy_anndata\(adata\).*then call again"):
         verb(toy["table"])

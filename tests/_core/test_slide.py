@@ -84,7 +84,7 @@ def test_st_pitch_is_200_um():
 
 
 @pytest.mark.parametrize("diameter_um", [55.0, 65.0])
-def test_visium_pitch_is_100_um_whatever_the_radius_says(diameter_um):
+def test_visium_pitch_is_100_um_for_any_radius(diameter_um):
     (slide,) = resolve(slide_of(hexagonal(pitch=60.0), 60.0 * diameter_um / 200))
     assert slide.mpp == pytest.approx(100 / 60)
     assert "Visium" in slide.mpp_source
@@ -101,7 +101,7 @@ def test_visium_pitch_survives_rotation_and_missing_spots(angle, pitch, keep, se
     assert slide.mpp == pytest.approx(100 / pitch, rel=1e-6)
 
 
-def test_mpp_that_disagrees_with_the_spots_warns_and_names_the_other(toy):
+def test_mpp_that_disagrees_with_the_spots_warns_with_the_other_value(toy):
     toy.attrs["he2gene"]["mpp"]["he"] = 0.5
     with pytest.warns(UserWarning, match=r"pass mpp=2"):
         (slide,) = resolve(toy)
@@ -121,12 +121,12 @@ def test_mpp_unknown_is_an_error():
 
 
 @pytest.mark.parametrize("mpp", [0, -1, np.nan, np.inf, "0.5", "abc"])
-def test_mpp_that_is_no_positive_number_is_refused(toy, mpp):
+def test_mpp_that_is_not_a_positive_number_is_refused(toy, mpp):
     with pytest.raises(ValueError, match="`mpp`"):
         resolve(toy, mpp=mpp)
 
 
-def test_metadata_mpp_that_is_no_positive_number_is_refused(toy):
+def test_metadata_mpp_that_is_not_a_positive_number_is_refused(toy):
     toy.attrs["he2gene"]["mpp"]["he"] = 0
     with pytest.raises(ValueError, match=r"\['mpp'\].*positive"):
         resolve(toy)
@@ -139,7 +139,7 @@ def test_several_images_are_ambiguous_and_listed(toy):
     assert resolve(toy, image_key="he")[0].image_key == "he"
 
 
-def test_an_image_in_another_system_is_no_candidate(toy):
+def test_an_image_in_another_system_is_not_a_candidate(toy):
     toy["other"] = image(systems={"elsewhere": Identity()})
     assert resolve(toy)[0].image_key == "he"
 
@@ -176,7 +176,7 @@ def test_several_tables_are_ambiguous_and_listed(toy):
     assert resolve(toy, table_key="again")[0].table_key == "again"
 
 
-def test_a_table_that_annotates_nothing_is_no_candidate(toy):
+def test_a_table_that_annotates_nothing_is_not_a_candidate(toy):
     toy["free"] = ad.AnnData(np.ones((2, 2)))
     assert resolve(toy)[0].table_key == "table"
     with pytest.raises(ValueError, match=r"`table_key` 'free' does not annotate shapes"):
@@ -184,7 +184,7 @@ def test_a_table_that_annotates_nothing_is_no_candidate(toy):
 
 
 @pytest.mark.parametrize("parameter", ["image_key", "shapes_key", "table_key", "coordinate_system"])
-def test_a_name_that_is_not_there_is_an_error_that_lists_valid_ones(toy, parameter):
+def test_an_unknown_name_is_an_error_that_lists_valid_names(toy, parameter):
     valid = {"image_key": "he", "shapes_key": "spots", "table_key": "table", "coordinate_system": "global"}[parameter]
     with pytest.raises(ValueError, match=rf"`{parameter}` 'nope'.*{valid}"):
         resolve(toy, **{parameter: "nope"})
@@ -196,7 +196,7 @@ def test_table_and_shapes_that_do_not_belong_together_are_an_error(toy):
         resolve(toy, table_key="table", shapes_key="more")
 
 
-def test_systems_that_agree_are_no_ambiguity(toy):
+def test_systems_that_agree_are_not_ambiguous(toy):
     before = resolve(toy)[0].centres
     for element in ("he", "spots"):
         set_transformation(toy[element], Scale([3.0, 3.0], axes=("x", "y")), "scaled")
@@ -234,7 +234,7 @@ def test_spots_in_other_units_than_pixels_land_on_their_pixels():
 
 
 @pytest.mark.parametrize("matrix", [[[1, 0, 0], [0, 2, 0]], [[1, 0.5, 0], [0, 1, 0]]], ids=["two scales", "shear"])
-def test_lengths_that_depend_on_the_direction_are_said(toy, matrix):
+def test_anisotropic_transformations_are_warned_of(toy, matrix):
     set_transformation(toy["he"], Affine([*matrix, [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y")), "global")
     with pytest.warns(
         UserWarning, match="anisotropic or sheared: they scale lengths by .* in one direction and by .* in the other"
@@ -297,7 +297,7 @@ def pictures(**scales):
     return sd.SpatialData(images=images, shapes={"spots": circles(centres, 25.0, systems)})
 
 
-def test_of_several_images_of_one_slide_the_finest_is_taken_and_said(caplog):
+def test_the_finest_of_several_images_of_a_slide_is_used_and_logged(caplog):
     sdata = pictures(lowres=0.25, full=1.0, hires=0.5)
     with caplog.at_level("INFO", logger="he2gene_sc"):
         (slide,) = resolve(sdata, mpp=2.0)
@@ -307,7 +307,7 @@ def test_of_several_images_of_one_slide_the_finest_is_taken_and_said(caplog):
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_a_blank_image_gives_way_to_the_next_and_is_named(value):
+def test_a_blank_image_is_skipped_with_a_warning(value):
     sdata = pictures(lowres=0.25, full=1.0, hires=0.5)
     sdata["full"].data[:] = value
     with pytest.warns(UserWarning, match=r"images \['full'\] are blank and not used; image 'hires' is used"):
@@ -325,7 +325,7 @@ def test_images_of_different_tissue_are_ambiguous():
         resolve(sdata, mpp=2.0)
 
 
-def test_an_image_that_covers_few_of_the_spots_gives_way_to_a_coarser_one():
+def test_a_coarser_image_is_used_if_the_finest_covers_few_spots():
     sdata = pictures(full=1.0, hires=0.5)
     sdata["full"] = Image2DModel.parse(
         np.asarray(sdata["full"])[:, :300, :300].copy(), dims=("c", "y", "x"), transformations={"full": Identity()}
@@ -333,7 +333,7 @@ def test_an_image_that_covers_few_of_the_spots_gives_way_to_a_coarser_one():
     assert resolve(sdata, mpp=4.0)[0].image_key == "hires"
 
 
-def test_the_only_rgb_image_is_taken():
+def test_the_only_rgb_image_is_used():
     sdata = pictures(full=1.0)
     stain = np.random.default_rng(0).integers(0, 999, (1, 800, 800)).astype(np.uint16)
     sdata["focus"] = Image2DModel.parse(stain, dims=("c", "y", "x"), transformations={"full": Identity()})
@@ -411,7 +411,7 @@ def test_a_table_may_annotate_labels_and_list_some_of_them(toy):
     np.testing.assert_allclose(slide.centres, centres[::-1][3:])
 
 
-def test_mpp_of_cells_follows_from_a_system_in_micrometres_of_theirs(toy):
+def test_mpp_of_cells_is_computed_from_their_system_in_micrometres(toy):
     cells(toy, **{"global": Identity(), "microns": Scale([2.0, 2.0], axes=("x", "y"))})
     of_cells(toy)
     del toy.attrs["he2gene"]
@@ -420,7 +420,7 @@ def test_mpp_of_cells_follows_from_a_system_in_micrometres_of_theirs(toy):
     assert "'microns' of the spots" in slide.mpp_source
 
 
-def test_mpp_of_xenium_follows_from_its_shapes_in_micrometres(toy):
+def test_mpp_of_xenium_is_computed_from_its_shapes_in_micrometres(toy):
     centres = cells(toy)
     of_cells(toy)
     del toy.attrs["he2gene"]
@@ -441,7 +441,7 @@ def test_an_unknown_mpp_names_the_scale_of_the_alignment():
         resolve(sdata)
 
 
-def test_bins_smaller_than_a_cell_and_images_too_coarse_are_refused_with_the_road_to_take():
+def test_too_small_bins_and_too_coarse_images_are_refused_with_a_solution():
     with pytest.raises(ValueError, match=r"a spot is 4 px wide.*2 µm, smaller than a cell.*hg\.pp\.grid"):
         resolve(slide_of(square(), 2.0), mpp=0.5)
     with pytest.raises(ValueError, match=r"4 px wide.*too coarse at 15 µm/px.*7\.5 µm/px or finer"):
@@ -457,7 +457,7 @@ def test_a_resolution_tag_off_by_ten_is_named():
         resolve(sdata)
 
 
-def test_mpp_of_a_few_scattered_visium_spots_follows_from_their_array_positions():
+def test_mpp_of_few_visium_spots_is_computed_from_their_array_positions():
     row, column = np.divmod(np.arange(400), 20)
     centres = np.column_stack([20 + 36.0 * (column + 0.5 * (row % 2)), 20 + 36 * np.sqrt(0.75) * row])
     sdata = slide_of(centres[::29], 10.0)
@@ -477,7 +477,7 @@ def test_slides_of_a_prediction_are_the_regions_that_were_predicted(toy):
         assert [slide.shapes_key for slide in slides_of(both, both["table"])] == ["spots"]
 
 
-def test_bins_side_by_side_may_be_few_pixels_wide():
+def test_adjacent_bins_may_be_few_pixels_wide():
     assert resolve(slide_of(square(pitch=8.0), 4.0), mpp=2.0)[0].diameter_um == pytest.approx(16.0)
     assert resolve(slide_of(square(pitch=7.0), 3.5), mpp=1.1)[0].diameter_um == pytest.approx(7.7)
 
@@ -496,7 +496,7 @@ def test_bins_side_by_side_may_be_few_pixels_wide():
         ),
     ],
 )
-def test_stated_mpp_is_of_the_image_or_of_a_part_of_it(toy, pixels, transformation, said):
+def test_stated_mpp_holds_for_the_image_or_a_crop_of_it(toy, pixels, transformation, said):
     image = toy["he"].to_numpy()[pixels]
     toy.images["he"] = Image2DModel.parse(image, dims=("c", "y", "x"), transformations={"global": transformation})
     with warnings.catch_warnings():

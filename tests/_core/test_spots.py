@@ -24,14 +24,14 @@ def test_blanks_around_a_name_are_dropped(value):
 
 
 @pytest.mark.parametrize("value", [3, 3.0, "3", "3.0", " 3 ", np.int8(3), np.float32(3)])
-def test_a_number_is_one_name_however_it_is_kept(value):
+def test_a_number_is_the_same_name_in_any_type(value):
     assert clean_name(value) == "3"
 
 
 @pytest.mark.parametrize(
     "value", [None, np.nan, pd.NA, pd.NaT, "", "  ", "nan", "NaN", "None", "<NA>", "NA", "n/a", "null", " nan "]
 )
-def test_what_stands_for_a_missing_value_is_missing(value):
+def test_texts_of_missing_values_are_missing(value):
     assert clean_name(value) is None
 
 
@@ -68,20 +68,20 @@ def test_names_that_differ_in_blanks_dashes_or_leading_zeros_are_refused(first, 
 @pytest.mark.parametrize(
     ("first", "second"), [("C1 1", "C11"), ("1.05", "1.5"), ("0,05", "0,5"), ("P10", "P1"), ("+", "-")]
 )
-def test_names_that_differ_are_two(first, second):
+def test_different_names_stay_different(first, second):
     names = names_of(table_of(label=[first, second, first, second]), "label", "groupby")
     assert names.tolist() == [first, second] * 2
 
 
 @pytest.mark.parametrize("odd", ["-", "none", "Null", "n.a.", "?"])
-def test_no_name_of_a_sample_is_a_label_but_no_sample(odd):
+def test_some_texts_are_labels_but_not_samples(odd):
     table = table_of(label=["a", "b", "a", odd])
     assert names_of(table, "label", "groupby").tolist()[3] in (odd, None)
     with pytest.raises(ValueError, match="missing for 1 of 4 spots"):
         names_of(table, "label", "sample_key", what="samples", required=True)
 
 
-def test_an_unknown_sample_among_others_is_said(slides):
+def test_an_unknown_sample_among_others_is_warned_of(slides):
     for table in slides[:2]:
         table.obs["patient"] = "unknown"
     with pytest.warns(UserWarning, match="'unknown' counts as one of 2 samples"):
@@ -93,12 +93,12 @@ def test_an_unknown_sample_among_others_is_said(slides):
         read_spots(slides[0], None, "groupby")
 
 
-def test_texts_of_missing_values_are_said(caplog):
+def test_texts_of_missing_values_are_logged(caplog):
     assert names_of(table_of(label=["a", "nan", None]), "label", "groupby").tolist() == ["a", None, None]
     assert "1 spots have the text of a missing value, for example 'nan'" in caplog.text
 
 
-def test_a_name_that_is_needed_is_asked_for():
+def test_a_missing_name_argument_is_refused():
     with pytest.raises(
         ValueError, match=r"`sample_key` 'patient' is missing for 2 of 3 spots, for example \['s1', 's2'\]"
     ):
@@ -123,7 +123,7 @@ def slides():
     return made
 
 
-def test_a_patient_is_one_however_it_is_spelt_in_each_table(slides):
+def test_a_patient_is_the_same_in_all_spellings_of_tables(slides):
     for name in ("P0 ", "P0\u00a0"):
         slides[1].obs["patient"] = name
         assert set(pool(slides, "pathologist", layer=None).samples) == {"P0", "P2", "P3"}
@@ -144,7 +144,7 @@ def test_a_missing_patient_is_not_a_patient(slides):
             pool([slides[0], slides[1], table], "pathologist", layer=None)
 
 
-def test_labels_are_one_however_they_are_spelt_in_each_table(slides):
+def test_labels_are_the_same_in_all_spellings_of_tables(slides):
     plain = pool(slides, "pathologist", layer=None).labels
     slides[1].obs["pathologist"] = [f"{label} " for label in slides[1].obs["pathologist"].astype(str)]
     np.testing.assert_array_equal(pool(slides, "pathologist", layer=None).labels, plain)
@@ -155,7 +155,7 @@ def test_labels_are_one_however_they_are_spelt_in_each_table(slides):
         pool(slides, "pathologist", layer=None)
 
 
-def test_a_patient_that_drops_out_of_a_test_is_said(slides, caplog):
+def test_a_patient_that_drops_out_of_a_test_is_logged(slides, caplog):
     slides[1].obs["pathologist"] = slides[1].obs["pathologist"].astype(str).replace({"tumour": "cancer"})
     found = hg.tl.biomarkers(slides, "pathologist", groups="tumour", reference="stroma", layer=None)
     assert found["n_samples"].max() == 3
@@ -163,7 +163,7 @@ def test_a_patient_that_drops_out_of_a_test_is_said(slides, caplog):
     assert "'P1' (0 of 'tumour'" in caplog.text
 
 
-def test_spots_without_counts_have_no_part_in_a_test(slides, caplog):
+def test_spots_without_counts_are_left_out_of_a_test(slides, caplog):
     labelled = np.flatnonzero(slides[0].obs["pathologist"].notna())
     x = slides[0].X.toarray()
     x[labelled[0]] = 0
@@ -173,7 +173,7 @@ def test_spots_without_counts_have_no_part_in_a_test(slides, caplog):
     assert "1 labelled spots have no counts and are left out" in caplog.text
 
 
-def test_a_table_without_patients_is_of_one_and_sections_of_one_name_in_two_patients_are_two():
+def test_a_table_without_patients_is_one_patient_and_section_names_are_unique_by_patient():
     for table in (table_of(section=["a", "b"]), table_of(section=["a", "b"], patient=[None, "nan"])):
         assert samples_of(table).tolist() == ["sample", "sample"]
     with pytest.raises(ValueError, match="`sample_key` 'who' is not a column of obs"):

@@ -33,7 +33,7 @@ def sdata(model):
 DERIVED = ["he2gene_adapted", "he2gene_adapted_intervals", "he2gene_eval", "he2gene_intervals"]
 
 
-def test_a_changed_prediction_takes_what_was_computed_from_it_along(sdata, model):
+def test_a_changed_prediction_removes_results_computed_from_it(sdata, model):
     with pytest.warns(UserWarning, match="removed.*he2gene_adapted', 'he2gene_adapted_intervals', 'he2gene_eval'"):
         hg.tl.predict(sdata, model=model, device="cpu", mpp=2.4)
     table = sdata["table"]
@@ -51,7 +51,7 @@ def test_the_same_prediction_again_removes_nothing(sdata, model):
     assert "he2gene_adapted_upper" in sdata["table"].layers
 
 
-def test_an_interrupted_prediction_leaves_everything(sdata, model, monkeypatch):
+def test_an_interrupted_prediction_changes_nothing(sdata, model, monkeypatch):
     table = sdata["table"]
     before = {name: table.layers[name].copy() for name in layer_names(table)}
     var = table.var.copy()
@@ -75,12 +75,12 @@ def test_an_interrupted_prediction_leaves_everything(sdata, model, monkeypatch):
     assert table.var.equals(var)
 
 
-def test_another_prediction_leaves_it(sdata, model):
+def test_another_prediction_removes_nothing(sdata, model):
     hg.tl.predict(sdata, model=model, device="cpu", mpp=2.4, key_added="v2")
     assert set(DERIVED) <= set(sdata["table"].uns)
 
 
-def test_adapting_anew_removes_the_intervals_of_the_adapted_layer(sdata):
+def test_adapting_again_removes_the_intervals_of_the_adapted_layer(sdata):
     with pytest.warns(UserWarning, match=r"removed.*\['he2gene_adapted_intervals'\]"):
         hg.tl.adapt(sdata, np.arange(64) % 3 == 0)
     table = sdata["table"]
@@ -89,7 +89,7 @@ def test_adapting_anew_removes_the_intervals_of_the_adapted_layer(sdata):
     assert {"he2gene_intervals", "he2gene_eval"} <= set(table.uns)
 
 
-def test_results_of_the_annotation_and_of_results_go_too(sdata, model):
+def test_results_of_the_annotation_and_of_results_are_removed_too(sdata, model):
     table = sdata["table"]
     hg.tl.biomarkers(table, groupby="he2gene_annotation", method="wilcoxon", layer="own", layer_scale="log")
     table.uns["he2gene_enrichment"] = {"verb": "enrichment", "params": {"key": "he2gene_biomarkers"}, "written": {}}

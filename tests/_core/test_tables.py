@@ -29,7 +29,7 @@ def test_counts_and_logs_give_the_same_values(table):
     np.testing.assert_allclose(part, counted[:, [2, 0]])
 
 
-def test_what_is_not_expected_is_refused_unless_it_is_stated(table):
+def test_values_on_another_scale_are_refused_unless_stated(table):
     with pytest.raises(
         ValueError, match=r"`measured`: layer 'log' looks like log-transformed values.*measured_scale='log'"
     ):
@@ -54,7 +54,7 @@ def test_what_is_not_expected_is_refused_unless_it_is_stated(table):
         ([[0.5, 3000], [1, 1]], "other"),
     ],
 )
-def test_scales_are_told_apart(values, scale):
+def test_scales_are_recognised(values, scale):
     assert summarize_values(np.array(values, float)).kind == scale
     assert summarize_values(scipy.sparse.csr_array(np.array(values, float))).kind == scale
 
@@ -69,14 +69,14 @@ def test_masked_values_are_refused(table):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ">f4", ">i8"])
-def test_half_precision_and_foreign_byte_order_are_read(table, dtype):
+def test_half_precision_and_non_native_byte_order_are_read(table, dtype):
     counts = table.X.toarray()
     table.layers["odd"] = counts.astype(dtype)
     found = values_of(table, "odd")
     assert scipy.sparse.csr_array(found).sum() == counts.sum()
 
 
-def test_counts_in_parts_are_added_up(table):
+def test_duplicate_sparse_entries_are_summed(table):
     whole = table.X.copy()
     whole.data[:] = 3
     parts = (np.tile([1.5, 1.5], whole.nnz), np.repeat(whole.indices, 2), 2 * whole.indptr)
@@ -86,7 +86,7 @@ def test_counts_in_parts_are_added_up(table):
     assert table.layers["parts"].nnz == 2 * whole.nnz
 
 
-def test_layers_that_are_not_there_are_named(table):
+def test_missing_layers_are_named(table):
     with pytest.raises(ValueError, match=r"`measured` 'no' is not a layer, valid: \['log'\]"):
         values_of(table, "no", "measured")
     table.X = None
@@ -106,7 +106,7 @@ def test_spots_and_their_pitch(table):
         pitch_of(np.zeros((1, 2)))
 
 
-def test_sections_are_what_a_row_belongs_to(table):
+def test_sections_of_rows_are_found(table):
     assert set(sections_of(table)) == {"section"}
     table.obs["section"] = ["a"] * 3 + ["b"] * 3
     assert sections_of(table).tolist() == ["a"] * 3 + ["b"] * 3
@@ -128,7 +128,7 @@ def test_tables_are_found_in_objects(toy, tiny_model):
         get_table([1])
 
 
-def test_results_are_written_whole_and_replaced_whole(table):
+def test_results_are_written_and_replaced_as_a_whole(table):
     table.obs["mine"] = 1
     write_result(table, "verb", "key", params={"a": 1, "b": None}, obs={"key_x": np.arange(6), "key_y": np.arange(6)})
     assert table.uns["key"]["params"] == {"a": 1}
@@ -139,7 +139,7 @@ def test_results_are_written_whole_and_replaced_whole(table):
     assert (table.obs["mine"] == 1).all()
 
 
-def test_a_failure_while_writing_leaves_everything_as_it_was(table):
+def test_a_failure_while_writing_leaves_everything_unchanged(table):
     write_result(table, "verb", "key", params={}, obs={"key_x": np.arange(6)})
     with pytest.raises(ValueError, match="6"):
         write_result(table, "verb", "key", params={}, obs={"key_x": np.ones(6)}, layers={"bad": np.ones((2, 2))})
@@ -147,7 +147,7 @@ def test_a_failure_while_writing_leaves_everything_as_it_was(table):
     assert "bad" not in table.layers
 
 
-def test_what_another_wrote_is_not_written_over(table):
+def test_entries_of_other_tools_are_not_overwritten(table):
     table.obs["key_x"] = 1
     with pytest.raises(ValueError, match=r"obs\['key_x'\] exists and was not written by hg.tl.verb"):
         check_free(table, "verb", "key", obs=["key_x"])
@@ -184,12 +184,12 @@ def test_a_written_table_is_kept_by_zarr(table, tmp_path):
         ([True, False] * 3, ["True", "False"] * 3),
     ],
 )
-def test_labels_are_texts_and_what_is_none_is_missing(table, column, expected):
+def test_labels_are_texts_and_invalid_ones_are_missing(table, column, expected):
     table.obs["label"] = column
     assert names_of(table, "label", "groupby").tolist() == expected
 
 
-def test_fractions_and_unknown_columns_are_no_labels(table):
+def test_fractions_and_unknown_columns_are_refused_as_labels(table):
     table.obs["label"] = np.linspace(0, 1, 6)
     with pytest.raises(ValueError, match="`domain_key` 'label' holds fractions"):
         names_of(table, "label", "domain_key")

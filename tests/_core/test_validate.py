@@ -7,7 +7,7 @@ import he2gene_sc as hg
 from he2gene_sc._core import validate
 
 
-def test_one_of_lists_what_is_valid_and_what_is_near():
+def test_one_of_lists_valid_and_similar_values():
     assert validate.one_of("leiden", ["leiden", "kmeans"], "clustering") == "leiden"
     with pytest.raises(
         ValueError, match=r"`clustering` is 'Leidn', valid: \['leiden', 'kmeans'\]; near 'Leidn': \['leiden'\]"
@@ -16,12 +16,12 @@ def test_one_of_lists_what_is_valid_and_what_is_near():
 
 
 @pytest.mark.parametrize("value", [True, 1.0, None, np.array([1, 2]), ["a"], {}])
-def test_one_of_takes_nothing_that_only_looks_equal(value):
+def test_one_of_refuses_values_of_another_type(value):
     with pytest.raises(ValueError, match="`n`"):
         validate.one_of(value, [1, 2], "n")
 
 
-def test_key_in_names_what_is_there():
+def test_key_in_lists_available_names():
     assert validate.key_in("patient", ["patient"], "sample_key") == "patient"
     with pytest.raises(
         ValueError, match=r"`layer` 'cnts' is not a layer, valid: \['counts'\]; near 'cnts': .*\(None: X\)"
@@ -33,7 +33,7 @@ def test_key_in_names_what_is_there():
         validate.key_in(["patient"], ["patient"], "groupby")
 
 
-def test_what_is_not_there_or_could_be_several_things_is_said_with_what_is_valid():
+def test_missing_and_ambiguous_names_raise_with_valid_ones():
     assert validate.existing_key("spots", {"spots": 1, "bins": 2}, "shapes_key") == "spots"
     with pytest.raises(ValueError, match=r"`shapes_key` 'x' not found, valid keys: \['bins', 'spots'\]; make them"):
         validate.existing_key("x", ["spots", "bins"], "shapes_key", "; make them")
@@ -46,7 +46,7 @@ def test_what_is_not_there_or_could_be_several_things_is_said_with_what_is_valid
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None, float("nan")])
-def test_whole_takes_whole_numbers_alone(value):
+def test_whole_number_only_accepts_whole_numbers(value):
     with pytest.raises(ValueError, match="`n_splits` is .*; a whole number from 1 is needed"):
         validate.whole_number(value, "n_splits")
 
@@ -59,7 +59,7 @@ def test_lists_of_names_hold_names(value):
     assert validate.names((name for name in ["a", "b"]), "genes") == ["a", "b"]
 
 
-def test_seeds_that_no_library_takes_are_refused():
+def test_seeds_that_no_library_accepts_are_refused():
     def verb(*, seed: int = 0) -> None:
         """Nothing."""
 
@@ -87,7 +87,7 @@ def test_settings_are_checked_when_they_are_set(name, value):
     assert vars(hg.settings) == before
 
 
-def test_whole_and_in_range_return_the_value():
+def test_whole_number_and_in_range_return_the_value():
     assert validate.whole_number(np.int64(3), "n") == 3
     assert validate.in_range(0.5, "share", least=0, below=1) == 0.5
     assert validate.in_range(0, "share", least=0, below=1) == 0
@@ -121,7 +121,7 @@ def test_flags_names_and_paths():
         validate.instance(1, str, "net", "a DataFrame")
 
 
-def test_finite_counts_what_is_not():
+def test_finite_counts_values_that_are_not_finite():
     np.testing.assert_array_equal(validate.finite([1, 2], "xy"), [1, 2])
     with pytest.raises(ValueError, match="`xy` holds 2 coordinates that are NaN or infinite"):
         validate.finite([[1, np.nan], [np.inf, 2]], "xy", "coordinates")
@@ -129,7 +129,7 @@ def test_finite_counts_what_is_not():
         validate.finite(["a"], "xy")
 
 
-def test_unique_names_what_stands_twice():
+def test_unique_names_duplicates():
     validate.unique(["a", "b"], "genes")
     with pytest.raises(ValueError, match="`genes`: genes are duplicated: 'a'$"):
         validate.unique(["a", "b", "a", "a"], "genes", "genes")
@@ -167,13 +167,13 @@ def test_arguments_as_annotated_pass():
 
 
 @pytest.mark.parametrize("value", [float("nan"), np.float32("nan"), np.float64("nan"), "1", True])
-def test_nan_is_no_number_in_any_argument(value):
+def test_nan_is_refused_as_a_number_in_any_argument(value):
     with pytest.raises(ValueError, match="`pitch_um` is .*; a number is needed"):
         validate.arguments(hg.pp.grid, {"pitch_um": value})
     validate.arguments(hg.pp.grid, {"pitch_um": 10**400, "mpp": None})
 
 
 @pytest.mark.parametrize("path", ["a\0b", "a" * 300, "~nobody-here/x", " "])
-def test_a_path_that_no_file_system_takes_is_named(path):
+def test_a_path_that_no_file_system_accepts_is_named(path):
     with pytest.raises(ValueError, match="^`place` "):
         validate.folder_or_file(path, "place")

@@ -91,18 +91,18 @@ def test_predict_updates_a_store_in_place(run, store):
     assert "he2gene" in sd.read_zarr(store)["table"].layers
 
 
-def test_predict_with_out_leaves_the_store_as_it_was(run, store, tmp_path):
+def test_predict_with_out_does_not_change_the_store(run, store, tmp_path):
     run("predict", store, "--out", tmp_path / "new.zarr")
     assert "he2gene" not in sd.read_zarr(store)["table"].layers
     assert "he2gene" in sd.read_zarr(tmp_path / "new.zarr")["table"].layers
 
 
-def test_predict_all_genes_writes_a_table_beside(run, store):
+def test_predict_all_genes_writes_a_new_table(run, store):
     run("predict", store, "--all-genes")
     assert sd.read_zarr(store)["he2gene"].n_vars == hg.models.load().card.n_genes
 
 
-def test_predict_an_image_lays_spots_and_writes_a_store_beside_it(run, image):
+def test_predict_on_an_image_makes_spots_and_writes_a_store_beside_it(run, image):
     run("predict", image, "--mpp", 2.0, "--pitch-um", 200)
     sdata = sd.read_zarr(image.with_suffix(".zarr"))
     assert sdata["table"].n_obs == len(sdata["spots"]) > 0
@@ -127,7 +127,7 @@ def test_a_store_that_is_updated_keeps_its_image(main, store):
     assert "he2gene" not in sd.read_zarr(store)["table"].layers
 
 
-def test_what_another_saved_meanwhile_stays_and_the_prediction_is_written_beside(main, store, monkeypatch):
+def test_concurrent_changes_are_kept_and_the_prediction_is_written_to_another_store(main, store, monkeypatch):
     predict = hg.tl.predict
 
     def while_another_saves(sdata, **options):
@@ -171,7 +171,7 @@ def test_a_prediction_that_cannot_be_saved_is_written_elsewhere(main, request, m
     assert not beside.images
 
 
-def test_where_shapes_are_what_cannot_be_saved_the_tables_are(main, store, monkeypatch):
+def test_tables_are_rescued_if_shapes_cannot_be_saved(main, store, monkeypatch):
     save = hg.io.save
 
     def failing(sdata, *arguments, **options):
@@ -204,7 +204,7 @@ def test_evaluate_prints_the_summary_and_writes_the_genes(run, tmp_path):
     assert "he2gene_eval" not in sd.read_zarr(tmp_path / "toy.zarr")["table"].uns
 
 
-def test_evaluate_judges_the_layer_prediction_and_genes_that_are_named(run, main, tmp_path):
+def test_evaluate_uses_the_named_layer_prediction_and_genes(run, main, tmp_path):
     toy = hg.datasets.toy((3, 4), mpp=2.0)
     hg.tl.predict(toy, key_added="v2", show_progress_bar=False)
     table = toy["table"]
@@ -221,7 +221,7 @@ def test_evaluate_judges_the_layer_prediction_and_genes_that_are_named(run, main
     )
 
 
-def test_evaluate_refuses_what_is_no_store_or_was_not_predicted(main, store, tmp_path):
+def test_evaluate_raises_for_paths_without_a_store_or_prediction(main, store, tmp_path):
     assert "is not a SpatialData zarr store" in main("evaluate", tmp_path)[2]
     assert "is a folder; name a CSV file" in main("evaluate", store, "--out", tmp_path)[2]
     assert "does not exist" in main("evaluate", store, "--out", tmp_path / "no" / "genes.csv")[2]
@@ -231,13 +231,13 @@ def test_evaluate_refuses_what_is_no_store_or_was_not_predicted(main, store, tmp
 # -------------------------------------------------------------------------------------------------- demo
 
 
-def test_demo_without_data_says_so_and_goes_on_with_the_toy(demo):
+def test_demo_without_data_continues_with_the_toy_slide(demo):
     output, _ = demo
     assert "No real data: her2st files not found" in output
     assert "Continuing with the synthetic toy slide: it shows the workflow, not the accuracy." in output
 
 
-def test_demo_writes_store_pictures_and_genes(demo):
+def test_demo_writes_store_figures_and_genes(demo):
     _, out = demo
     assert {p.name for p in out.iterdir()} == {"toy.zarr", "genes.png", "annotation.png", "genes.csv"}
     genes = pd.read_csv(out / "genes.csv")
@@ -260,7 +260,7 @@ def test_demo_reports_model_colour_and_ceiling_and_speed(demo):
         ("G2", "Section G2, which breast-her2st was not trained on nor on its patient."),
     ],
 )
-def test_demo_says_first_how_far_the_section_was_held_out(section, first_line, monkeypatch, tmp_path):
+def test_demo_first_states_whether_the_section_was_held_out(section, first_line, monkeypatch, tmp_path):
     from he2gene_sc.cli import demo as _demo
 
     lines = []
@@ -309,7 +309,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(main, arguments, message
         (("evaluate", "a.zarr", "--out", "a" * 300 + ".csv"), "is not a path that can be opened"),
     ],
 )
-def test_a_place_that_cannot_be_is_refused_before_work(main, tmp_path, monkeypatch, arguments, said):
+def test_an_invalid_output_path_is_refused_before_work(main, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     code, _, err = main(*arguments)
@@ -370,7 +370,7 @@ def test_an_image_without_resolution_is_refused_by_name(main, image):
         ('sections = ["C5"]\n[train.preset]\nname = "he2gene-base"\ncheckpoint_dir = "model"\n', "lies in OUT"),
     ],
 )
-def test_train_refuses_a_file_by_which_it_could_not_end(main, tmp_path, text, said):
+def test_train_refuses_an_invalid_training_file(main, tmp_path, text, said):
     (tmp_path / "config.toml").write_text(text)
     code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
     assert code == 1
@@ -378,7 +378,7 @@ def test_train_refuses_a_file_by_which_it_could_not_end(main, tmp_path, text, sa
     assert "Traceback" not in err
 
 
-def test_train_replaces_another_model_only_where_asked(main, tmp_path, tiny_model):
+def test_train_replaces_another_model_only_with_overwrite(main, tmp_path, tiny_model):
     tiny_model.save(tmp_path / "model")
     (tmp_path / "config.toml").write_text('sections = ["none of that name"]\n[train]\n')
     code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
@@ -389,7 +389,7 @@ def test_train_replaces_another_model_only_where_asked(main, tmp_path, tiny_mode
     assert (tmp_path / "model" / "card.json").is_file()
 
 
-def test_train_tries_where_to_write_before_the_work(main, tmp_path):
+def test_train_checks_the_output_folder_before_the_work(main, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "config.toml").write_text('sections = ["none of that name"]\n[train]\n')
     code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "file" / "model")
@@ -452,7 +452,7 @@ def test_predict_on_an_image_does_not_replace_a_store_beside_it(toy, tmp_path, c
 
 
 @pytest.mark.parametrize(("name", "said"), [("slide.png", "give --mpp"), ("folder", "is not a SpatialData zarr store")])
-def test_what_cannot_be_predicted_is_refused_first(toy, tmp_path, capsys, monkeypatch, name, said):
+def test_invalid_inputs_of_predict_are_refused_before_work(toy, tmp_path, capsys, monkeypatch, name, said):
     (tmp_path / "folder").mkdir()
     Image.fromarray(np.asarray(toy["he"]).transpose(1, 2, 0)).save(tmp_path / "slide.png")
     monkeypatch.setattr("sys.argv", ["he2gene", "predict", str(tmp_path / name)])
@@ -490,7 +490,7 @@ def test_a_damaged_store_is_named_before_any_work(store, main, monkeypatch, comm
     assert named in error
 
 
-def test_a_toml_file_is_found_by_the_home_folder(tmp_path, monkeypatch):
+def test_a_toml_path_may_start_with_the_home_folder(tmp_path, monkeypatch):
     from he2gene_sc.cli.training_file import read_toml
 
     monkeypatch.setenv("HOME", str(tmp_path))

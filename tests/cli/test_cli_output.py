@@ -28,18 +28,18 @@ def bundled(monkeypatch, tiny_model):
     return tiny_model
 
 
-def test_help_keeps_the_names_of_tables():
+def test_help_shows_the_names_of_toml_tables():
     said = " ".join(run("train", "--help").stdout.split())
     assert all(
         f"[{name}]" in said for name in ("data", "train", "train.preset", "train.keys", "train.genes", "train.card")
     )
 
 
-def test_completion_is_offered():
+def test_shell_completion_is_available():
     assert "--install-completion" in run("--help").stdout
 
 
-def test_what_libraries_print_is_not_on_stdout(bundled):
+def test_output_of_libraries_is_not_on_stdout(bundled):
     result = run("info", "--json")
     assert json.loads(result.stdout)["name"] == bundled.card.name
     assert result.stderr == "said by a library\n"
@@ -61,7 +61,7 @@ def test_predict_and_evaluate_end_with_a_summary_or_json(bundled, tmp_path):
     assert np.isfinite(row["pearson_mean"])
 
 
-def test_train_ends_with_the_facts_of_the_model(monkeypatch, tiny_model, tmp_path):
+def test_train_prints_a_summary_of_the_model(monkeypatch, tiny_model, tmp_path):
     monkeypatch.setattr("he2gene_sc.cli.training_file.read_training_file", lambda *_: ([], {}))
     monkeypatch.setattr(hg.tl, "train", lambda *_, **__: tiny_model)
     said = run("train", tmp_path / "x.toml", "--out", tmp_path / "model").stdout
@@ -71,7 +71,7 @@ def test_train_ends_with_the_facts_of_the_model(monkeypatch, tiny_model, tmp_pat
     assert (found["output"], found["card"]["name"]) == (str(tmp_path / "other"), tiny_model.card.name)
 
 
-def test_names_of_genes_are_repeated_or_have_commas():
+def test_gene_names_are_repeated_options_or_separated_by_commas():
     from he2gene_sc.cli.output import split_names
 
     assert split_names(["A, B", "C"]) == ["A", "B", "C"]

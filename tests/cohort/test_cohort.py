@@ -99,7 +99,7 @@ def files(*stores):
     return {path: path.stat().st_mtime_ns for store in stores for path in store.rglob("*") if path.is_file()}
 
 
-def test_a_manifest_with_a_damaged_slide_and_what_is_done_again(made, slides, model, client, counted):
+def test_a_manifest_with_a_damaged_slide_and_repeated_runs(made, slides, model, client, counted):
     manifest, summary = slides / "slides.csv", slides / "summary.csv"
     frame = hg.cohort.predict(manifest, client, model=model, pitch_um=200, summary=summary)
     assert list(frame.columns) == COLUMNS
@@ -149,7 +149,7 @@ def test_a_manifest_with_a_damaged_slide_and_what_is_done_again(made, slides, mo
         ({"patient": "somebody else"}, True),
     ],
 )
-def test_a_finished_slide_is_one_of_the_same_parameters(finished, model, asked, repeated):
+def test_a_slide_is_finished_only_with_the_same_parameters(finished, model, asked, repeated):
     labels = {name: asked[name] for name in asked if name == "patient"}
     options = {name: asked[name] for name in asked if name not in ("patient", "overwrite")}
     job = Job(finished, finished, options, labels, overwrite=asked.get("overwrite", False))
@@ -210,7 +210,7 @@ def updated(made, model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", [_other_pixels, _older_image, _moved_spots])
-def test_a_store_whose_image_or_spots_are_exchanged_is_predicted_again(updated, model, tmp_path, change):
+def test_a_store_with_replaced_image_or_spots_is_predicted_again(updated, model, tmp_path, change):
     store = Path(shutil.copytree(updated, tmp_path / "A.zarr"))
     slide = Job(store, store)
     assert is_finished(slide, model)
@@ -218,7 +218,7 @@ def test_a_store_whose_image_or_spots_are_exchanged_is_predicted_again(updated, 
     assert not is_finished(slide, model)
 
 
-def test_without_a_record_of_the_files_a_newer_image_is_noticed(finished, model, tmp_path):
+def test_a_newer_image_is_detected_without_a_record_of_the_files(finished, model, tmp_path):
     store = Path(shutil.copytree(finished, tmp_path / "A.zarr"))
     assert is_finished(Job(store, store), model)
     _other_pixels(store)
@@ -227,7 +227,7 @@ def test_without_a_record_of_the_files_a_newer_image_is_noticed(finished, model,
 
 @pytest.mark.parametrize("part", ["layers/he2gene", "obs/he2gene_tissue", "obsm/X_he2gene", "var/_index"])
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_prediction_of_which_a_part_is_lost_is_not_finished(updated, model, tmp_path, part, damage):
+def test_a_prediction_with_a_missing_part_is_not_finished(updated, model, tmp_path, part, damage):
     store = Path(shutil.copytree(updated, tmp_path / "A.zarr"))
     place = store / "tables" / "table" / part
     if damage == "gone":
@@ -238,7 +238,7 @@ def test_a_prediction_of_which_a_part_is_lost_is_not_finished(updated, model, tm
     assert not is_finished(Job(store, store), model)
 
 
-def test_a_record_that_lacks_a_figure_does_not_stop_the_cohort(updated, model, client, tmp_path, counted):
+def test_a_record_with_a_missing_entry_does_not_stop_the_cohort(updated, model, client, tmp_path, counted):
     store = Path(shutil.copytree(updated, tmp_path / "A.zarr"))
     shutil.rmtree(store / "tables" / "table" / "uns" / "he2gene" / "n_spots")
     frame = hg.cohort.predict([store], client, model=model)
@@ -246,7 +246,7 @@ def test_a_record_that_lacks_a_figure_does_not_stop_the_cohort(updated, model, c
     assert frame["status"].tolist() == ["predicted"], frame["error"][0]
 
 
-def test_another_store_of_a_slide_notices_other_pixels_of_it(made, tmp_path):
+def test_a_store_of_a_slide_detects_changed_pixels(made, tmp_path):
     store = Path(shutil.copytree(made / "A.zarr", tmp_path / "A.zarr"))
     before = Job(store, tmp_path / "B.zarr").source
     assert Job(store, tmp_path / "B.zarr").source == before
@@ -264,7 +264,7 @@ def test_another_store_of_a_slide_notices_other_pixels_of_it(made, tmp_path):
         ("clinic.tsv", ",".join(COLUMNS), "exists and is not a summary of slides"),
     ],
 )
-def test_a_summary_replaces_no_other_file(tmp_path, monkeypatch, name, content, said):
+def test_a_summary_does_not_replace_other_files(tmp_path, monkeypatch, name, content, said):
     monkeypatch.setattr(cohort, "_load", lambda _: pytest.fail("work was begun"))
     (tmp_path / "slides.csv").write_text("path\nA.svs\n")
     if content is not None:
@@ -295,7 +295,7 @@ def test_a_summary_of_an_earlier_run_is_replaced(tmp_path, name, labels):
     assert len(pd.read_csv(tmp_path / name, sep=None, engine="python").columns) == len(table.frame().columns)
 
 
-def test_slides_of_one_name_in_two_folders_are_two(finished, model, tmp_path):
+def test_slides_of_the_same_name_in_two_folders_are_different(finished, model, tmp_path):
     slides = [tmp_path / patient / "slide.zarr" for patient in ("P1", "P2")]
     for slide in slides:
         shutil.copytree(finished, slide)
@@ -313,7 +313,7 @@ def test_slides_of_one_name_in_two_folders_are_two(finished, model, tmp_path):
     "given",
     [{"mpp": 4.0}, {"image_key": "he"}, {"shapes_key": "spots"}, {"coordinate_system": "global"}, {"dtype": "float32"}],
 )
-def test_an_argument_that_is_withdrawn_repeats_the_slide(model, tmp_path, given):
+def test_a_removed_argument_repeats_the_slide(model, tmp_path, given):
     sdata = hg.datasets.toy((2, 2), mpp=4.0)
     hg.tl.predict(sdata, model=model, device="cpu", **given)
     sdata.write(tmp_path / "A.zarr")
@@ -322,7 +322,7 @@ def test_an_argument_that_is_withdrawn_repeats_the_slide(model, tmp_path, given)
     assert not is_finished(slide, model)
 
 
-def test_features_in_obsm_are_taken_as_they_were_made(model, tmp_path):
+def test_features_in_obsm_are_used_with_their_own_options(model, tmp_path):
     sdata = hg.datasets.toy((2, 2), mpp=4.0)
     hg.tl.embed(sdata, model=model, tta=True, key_added="kept")
     hg.tl.predict(sdata, model=model, features="X_kept")
@@ -336,9 +336,7 @@ def test_features_in_obsm_are_taken_as_they_were_made(model, tmp_path):
     assert not is_finished(again, model)
 
 
-def test_an_interrupted_run_leaves_finished_slides_whole_and_goes_on_where_it_stopped(
-    slides, model, client, counted, monkeypatch
-):
+def test_an_interrupted_run_keeps_finished_slides_and_can_be_resumed(slides, model, client, counted, monkeypatch):
     predict, stopped, summary = cohort.predict_slide, threading.Event(), slides / "summary.csv"
 
     def finished():
@@ -429,7 +427,7 @@ def test_workers_share_the_cores(monkeypatch, n_slides, n_workers, threads):
     assert {worker["OMP_NUM_THREADS"] for worker in found} == {threads}
 
 
-def test_figures_are_those_of_the_table_that_was_asked_for(finished, model, tmp_path):
+def test_the_summary_is_of_the_requested_table(finished, model, tmp_path):
     sdata = sd.read_zarr(finished)
     sdata["another"] = sdata["table"][:3].copy()
     sdata["another"].uns["he2gene"] = {**sdata["another"].uns["he2gene"], "n_spots": 3}
@@ -483,7 +481,7 @@ def test_figures_are_those_of_the_table_that_was_asked_for(finished, model, tmp_
         ),
     ],
 )
-def test_what_cannot_be_right_is_refused_before_any_work(monkeypatch, tmp_path, paths, options, error, said):
+def test_invalid_arguments_are_refused_before_any_work(monkeypatch, tmp_path, paths, options, error, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cohort, "local_client", lambda _: pytest.fail("a cluster was started"))
     with pytest.raises(error) as refused:
@@ -491,7 +489,7 @@ def test_what_cannot_be_right_is_refused_before_any_work(monkeypatch, tmp_path, 
     assert said in str(refused.value)
 
 
-def test_cells_of_a_manifest_are_what_their_arguments_are(tmp_path):
+def test_cells_of_a_manifest_are_converted_to_the_types_of_their_arguments(tmp_path):
     (tmp_path / "m.csv").write_text(
         "﻿path,output,mpp,tta,genes,batch_size,patient,pitch_um,model\n"
         "a.svs,out/a.zarr,0.5,TRUE,ERBB2; CD24,8,07,50,\nb.zarr,,,,all,,,,other\n",
@@ -558,20 +556,20 @@ def test_a_manifest_is_read_as_spreadsheets_write_it(tmp_path, content):
         ('path\n"A.svs\n', "unexpected end of data"),
     ],
 )
-def test_a_manifest_that_can_be_read_in_two_ways_is_refused(tmp_path, content, said):
+def test_an_ambiguous_manifest_is_refused(tmp_path, content, said):
     (tmp_path / "m.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=re.escape(said)):
         read_jobs(tmp_path / "m.csv", {}, **GIVEN)
 
 
 @pytest.mark.parametrize("name", ["m.xlsx", "m.txt", "m"])
-def test_a_table_in_another_format_is_not_taken_for_a_slide(tmp_path, name):
+def test_a_table_in_another_format_is_not_read_as_a_slide(tmp_path, name):
     (tmp_path / name).write_text("path\nA.svs\n")
     with pytest.raises(ValueError, match=r"or a manifest \(\.csv, \.tsv\) is needed"):
         read_jobs(tmp_path / name, {}, **GIVEN)
 
 
-def test_whole_numbers_of_a_column_with_gaps_are_whole(tmp_path):
+def test_integers_in_a_column_with_gaps_stay_integers(tmp_path):
     frame = pd.DataFrame({"path": ["a.svs", "b.svs"], "batch_size": [8.0, np.nan]})
     jobs, _ = read_jobs(frame, {}, **GIVEN)
     assert [job.options for job in jobs] == [{"batch_size": 8}, {}]
@@ -579,13 +577,13 @@ def test_whole_numbers_of_a_column_with_gaps_are_whole(tmp_path):
 
 
 @pytest.mark.parametrize("make", [np.array, pd.Index])
-def test_genes_of_any_kind_are_a_list_that_can_be_compared(make):
+def test_genes_of_any_type_become_a_list(make):
     jobs, _ = read_jobs(["a.svs"], {"genes": make(["CD24", "FASN"])}, **GIVEN)
     assert jobs[0].options == {"genes": ["CD24", "FASN"]}
     assert isinstance(jobs[0].options["genes"], list)
 
 
-def test_one_slide_under_two_names_is_said(tmp_path):
+def test_a_slide_that_is_listed_twice_is_warned_of(tmp_path):
     (tmp_path / "A.svs").write_bytes(b"x")
     (tmp_path / "link.svs").symlink_to("A.svs")
     slides = [tmp_path / "A.svs", tmp_path / "link.svs"]
@@ -597,7 +595,7 @@ def test_one_slide_under_two_names_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["file", "file/out", "A.zarr/tables"])
-def test_a_folder_for_the_stores_is_a_folder(tmp_path, folder):
+def test_the_folder_for_stores_has_to_be_a_folder(tmp_path, folder):
     (tmp_path / "file").write_text("x")
     (tmp_path / "A.zarr").mkdir()
     (tmp_path / "A.zarr" / "zarr.json").write_text("{}")
@@ -605,7 +603,7 @@ def test_a_folder_for_the_stores_is_a_folder(tmp_path, folder):
         read_jobs(["a.svs"], {}, **{**GIVEN, "output_dir": tmp_path / folder})
 
 
-def test_a_summary_that_is_lost_does_not_stop_the_slides(tmp_path):
+def test_a_summary_that_cannot_be_written_does_not_stop_the_slides(tmp_path):
     (tmp_path / "place").mkdir()
     table = cohort._Summary([Job(tmp_path / "A.svs", tmp_path / "A.zarr")], tmp_path / "place" / "s.csv")
     table.begin()
@@ -634,7 +632,7 @@ def test_folders_in_a_manifest_lie_relative_to_it(tmp_path):
     assert [job.options["features"] for job in jobs] == [place / "kept", "X_he2gene_features", Path("/abs/kept")]
 
 
-def test_a_client_has_devices_that_are_not_known_here(tmp_path):
+def test_devices_of_a_client_are_not_checked_on_this_machine(tmp_path):
     given = {"output_dir": None, "keep_images": True, "overwrite": False, "is_local": False}
     read_jobs([tmp_path / "a.svs"], {"device": "cuda:7", "dtype": "float16"}, **given)
     with pytest.raises(ValueError, match="`device` 'gpu9' is unknown"):
@@ -672,7 +670,7 @@ def bundled(monkeypatch, model):
     monkeypatch.setattr("he2gene_sc.models.load", lambda *_, **__: model)
 
 
-def test_the_shell_predicts_many_and_names_what_failed(shell, slides, bundled):
+def test_the_shell_predicts_many_slides_and_names_failed_ones(shell, slides, bundled):
     code, out, err = shell("predict", slides / "A.zarr", slides / "D.tif", "--summary", slides / "s.csv")
     assert code == 1
     assert f"Written: {slides / 'A.zarr'}" in out
@@ -684,7 +682,7 @@ def test_the_shell_predicts_many_and_names_what_failed(shell, slides, bundled):
     assert [row["status"] for row in json.loads(out)] == ["skipped", "predicted"]
 
 
-def test_the_shell_predicts_one_slide_with_what_the_verb_takes(shell, slides, bundled):
+def test_the_shell_passes_options_on_to_predict(shell, slides, bundled):
     given = ("--genes", "ERBB2,CD24", "--key-added", "two", "--coordinate-system", "global", "--batch-size", 3)
     code, out, _ = shell("predict", slides / "A.zarr", *given, "--json")
     assert code == 0
@@ -716,6 +714,6 @@ def test_the_shell_refuses_contradictions(shell, slides, bundled, monkeypatch, a
     assert said in err
 
 
-def test_the_shell_says_its_version(shell):
+def test_the_shell_prints_its_version(shell):
     code, out, _ = shell("--version")
     assert (code, out.strip()) == (0, f"he2gene_sc {hg.__version__}")

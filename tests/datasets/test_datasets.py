@@ -60,7 +60,7 @@ def test_toy_of_any_size_is_a_slide_that_resolves(rows, columns, mpp):
 
 
 @pytest.mark.parametrize("arguments", [{"shape": (0, 3)}, {"mpp": 0}, {"mpp": np.nan}, {"mpp": 20}])
-def test_toy_refuses_what_is_not_positive(arguments):
+def test_toy_refuses_values_that_are_not_positive(arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
         hg.datasets.toy(**arguments)
 
@@ -79,7 +79,7 @@ def large():
 
 
 @pytest.mark.parametrize("kind", ["tumour", "stroma", "adipose"])
-def test_genes_planted_in_a_class_are_high_there(large, kind):
+def test_genes_planted_in_a_class_are_highly_expressed_in_it(large, kind):
     logs, labels = log_counts(large["table"]), large["table"].obs["pathologist"]
     assert (labels == kind).sum() > 10
     for gene in PLANTED[kind]:
@@ -123,7 +123,7 @@ def test_her2st_reads_sections_as_released_without_a_warning(section, caplog):
 
 
 @pytest.mark.data
-def test_c5_has_everything_that_is_promised(her2st):
+def test_c5_has_all_documented_elements(her2st):
     sdata = her2st("C5")
     table = sdata["table"]
     assert table.n_obs == 181
@@ -190,7 +190,7 @@ def test_b1_comes_without_image(monkeypatch, caplog):
 
 
 @pytest.mark.data
-def test_files_that_disagree_give_one_line_of_the_log_and_no_warning(caplog):
+def test_spots_in_only_one_file_are_logged_without_a_warning(caplog):
     with warnings.catch_warnings(), caplog.at_level("INFO", logger="he2gene_sc"):
         warnings.simplefilter("error", UserWarning)
         sections = {s: hg.datasets.her2st(s) for s in ("A1", "C1")}
@@ -323,7 +323,7 @@ def test_a_file_with_another_sha256_is_refused(away, small, server, monkeypatch)
     assert "ST-cnts/A1.tsv.gz" not in names_in(away)
 
 
-def test_local_files_win_over_the_web(away, small, server, monkeypatch):
+def test_local_files_are_used_before_downloads(away, small, server, monkeypatch):
     address, asked = server
     serve(monkeypatch, small, address)
     shutil.copytree(small, hg.settings.data_dir / "her2st")
@@ -373,13 +373,13 @@ def test_the_registry_holds_sha256_digests_of_whole_sections():
     assert all(_her2st._url(name).startswith("https://raw.githubusercontent.com/almaan/her2st/") for name in registry)
 
 
-def test_a_section_that_cannot_be_downloaded_says_so(away):
+def test_a_section_that_cannot_be_downloaded_raises(away):
     with pytest.raises(FileNotFoundError, match=r"ST-cnts/A3\.tsv\.gz: not registered for download"):
         hg.datasets.her2st("A3")
 
 
 @pytest.mark.data
-def test_the_registry_agrees_with_the_files_at_hand():
+def test_the_registry_agrees_with_local_files():
     root = hg.settings.resolved_data_dir() / "her2st"
     registry = _her2st._registry()
     at_hand = [name for name in registry if (root / name).is_file()]
@@ -388,7 +388,7 @@ def test_the_registry_agrees_with_the_files_at_hand():
         assert hashlib.sha256((root / name).read_bytes()).hexdigest() == registry[name], name
 
 
-def test_images_are_found_as_the_archive_on_zenodo_unpacks(small, tmp_path, monkeypatch):
+def test_images_are_found_in_the_layout_of_the_zenodo_archive(small, tmp_path, monkeypatch):
     (small / "images" / "HE").mkdir(parents=True)
     (small / "ST-imgs/A/A1/he.jpg").rename(small / "images" / "HE" / "A1.jpg")
     (tmp_path / "set" / "her2st").mkdir(parents=True)

@@ -102,7 +102,7 @@ def test_genes_are_the_ensembl_ids_of_the_file_without_ambiguous_reads(hbcis_roo
     assert set(section["table"].var_names) < set(GENES.values())
 
 
-def test_symbols_stand_beside_the_ids_where_their_table_is(section, hbcis_root, monkeypatch):
+def test_gene_symbols_are_added_if_their_table_is_installed(section, hbcis_root, monkeypatch):
     from he2gene_sc.datasets import _hbcis_files
 
     monkeypatch.setattr(_hbcis_files, "_symbols", lambda: {v: k for k, v in GENES.items() if k != "MUC1"})
@@ -136,7 +136,7 @@ def test_labels_are_joined_by_rounded_position_and_missing_ones_stay_missing(hbc
 @pytest.mark.parametrize(
     ("written", "read"), [("tumor", "tumour"), ("Yes", "tumour"), ("non", "normal"), ("no", "normal"), ("NA", None)]
 )
-def test_labels_as_they_may_be_written(root, written, read):
+def test_labels_in_all_spellings_are_read(root, written, read):
     write_labels(root, "BC23209_C1", [f"C1_7_10\t7\t10\tL1\t{written}", "C1_8_10\t8\t10\tL1\ttumor"])
     label = hg.datasets.hbcis(root)["BC23209_C1"]["table"].obs.loc["7x10", "annotation"]
     assert label == read if read else pd.isna(label)
@@ -151,7 +151,7 @@ def test_labels_as_they_may_be_written(root, written, read):
         ("", "has no labels"),
     ],
 )
-def test_label_files_that_are_otherwise_are_refused_by_name(root, content, said):
+def test_label_files_in_another_format_are_refused_by_name(root, content, said):
     with gzip.open(root / "BC23209_C1_Coords.tsv.gz", "wt", newline="") as stream:
         stream.write(content)
     with pytest.raises(ValueError, match=rf"BC23209_C1_Coords.tsv.gz.*{said}"):
@@ -193,7 +193,7 @@ def test_indexing_by_position_slice_and_name(hbcis_root):
         data["D9"]
 
 
-def test_an_image_is_decoded_when_its_section_is_asked_for(hbcis_root, monkeypatch):
+def test_an_image_is_decoded_when_its_section_is_accessed(hbcis_root, monkeypatch):
     decoded = []
     decode = _st.decode
     monkeypatch.setattr(_st, "decode", lambda path: decoded.append(path.name) or decode(path))
@@ -223,7 +223,7 @@ def test_iterating_keeps_no_section(hbcis_root):
         ({"patients": ["BC23270"], "sections": ["BC23270_E1", "BC23901_C2"]}, ["BC23270_E1"]),
     ],
 )
-def test_patients_and_sections_are_chosen(hbcis_root, chosen, names):
+def test_patients_and_sections_are_selected(hbcis_root, chosen, names):
     assert list(hg.datasets.hbcis(hbcis_root, **chosen).names) == names
 
 
@@ -249,7 +249,7 @@ def test_unpacked_files_are_found(root, section):
     assert again.obs["annotation"].equals(section["table"].obs["annotation"])
 
 
-def test_further_columns_and_the_other_name_of_the_labels_are_fine(root):
+def test_further_columns_and_the_other_name_of_the_labels_are_accepted(root):
     frame = pd.read_csv(root / "metadata.csv").rename(columns={"tumor_annotation": "tumor"})
     frame.assign(age=50)[::-1].to_csv(root / "metadata.csv", index=False)
     assert hg.datasets.hbcis(root).names == tuple(NAMES[::-1])
@@ -293,7 +293,7 @@ def test_an_empty_field_and_a_repeated_section_of_the_metadata(root):
         hg.datasets.hbcis(root)
 
 
-def test_missing_files_are_all_named_with_what_was_looked_for(root):
+def test_all_missing_files_are_named(root):
     (root / "HE_BT23901_C2.jpg").unlink()
     (root / "BC23209_C1_stdata.tsv.gz").unlink()
     with pytest.raises(FileNotFoundError) as caught:
@@ -311,14 +311,14 @@ def test_unknown_patients_and_sections_are_named_with_the_known(hbcis_root, para
         hg.datasets.hbcis(hbcis_root, **{parameter: ["BC1"]})
 
 
-def test_nothing_left_is_an_error(hbcis_root):
+def test_an_empty_selection_is_an_error(hbcis_root):
     with pytest.raises(ValueError, match="no section is left"):
         hg.datasets.hbcis(hbcis_root, patients=["BC23270"], sections=["BC23901_C2"])
     with pytest.raises(ValueError, match="no section is left"):
         hg.datasets.hbcis(hbcis_root, patients=[])
 
 
-def test_spots_without_counts_and_rows_without_coordinates_give_one_warning_that_counts_them(root):
+def test_spots_without_counts_and_rows_without_coordinates_give_one_warning(root):
     write_labels(
         root,
         "BC23209_C1",
@@ -353,7 +353,7 @@ def break_counts(root, name, change):
         (lambda f: f + 0.5, "are not raw counts"),
     ],
 )
-def test_counts_that_are_none(root, change, said):
+def test_invalid_counts_are_refused(root, change, said):
     break_counts(root, "BC23209_C1", change)
     with pytest.raises(ValueError, match=said):
         hg.datasets.hbcis(root)["BC23209_C1"]
@@ -369,7 +369,7 @@ def test_counts_that_are_none(root, change, said):
         (lambda f: f + 300, "spots lie outside HE_BC23209_C1.jpg"),
     ],
 )
-def test_spot_files_that_are_none(root, change, said):
+def test_invalid_spot_files_are_refused(root, change, said):
     frame, path = read_spots(root, "BC23209_C1")
     change(frame).to_csv(path)
     with pytest.raises(ValueError, match=said):
@@ -385,7 +385,7 @@ def test_spot_files_that_are_none(root, change, said):
         ("C1_90_90\t90\t90\tL1\ttumor", "no label of .* belongs to a spot of the counts"),
     ],
 )
-def test_label_files_that_are_none(root, line, said):
+def test_invalid_label_files_are_refused(root, line, said):
     write_labels(root, "BC23209_C1", [line])
     with pytest.raises(ValueError, match=said):
         hg.datasets.hbcis(root)["BC23209_C1"]
@@ -407,7 +407,7 @@ def test_an_image_of_another_size_is_refused(root):
 # ------------------------------------------------------------------------------------------------ the split
 
 
-def test_the_split_of_the_paper_is_18_and_5_patients_apart():
+def test_the_split_of_the_paper_has_18_and_5_different_patients():
     split = hg.datasets.HE2GENE_SPLIT
     assert (len(split.train), len(split.test), len(split.patients)) == (18, 5, 23)
     assert set(split.test) == {"BC23377", "BC23268", "BC23508", "BC23903", "BC23287"}
@@ -426,7 +426,7 @@ def test_a_split_with_a_patient_on_both_sides_is_refused():
 
 
 @pytest.mark.slow
-def test_a_model_learns_from_it_and_finds_the_tumour_of_another_patient(hbcis_root):
+def test_a_model_trained_on_hbcis_finds_the_tumour_of_another_patient(hbcis_root):
     # Stain and resolution drift from patient to patient; beyond the range of training a slide is out of distribution.
     data = hg.datasets.hbcis(hbcis_root, patients=["BC23901", "BC23270", "BC23287"])
     model = hg.tl.train(
@@ -489,6 +489,6 @@ def test_a_training_file_may_name_the_split(train, part, monkeypatch):
         ('[data]\nhbcis = "elsewhere"\n', "`root` .*elsewhere.*: no such folder"),
     ],
 )
-def test_a_training_file_that_names_no_data(train, text, said):
+def test_a_training_file_without_data_is_refused(train, text, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         train(text)

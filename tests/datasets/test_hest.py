@@ -66,7 +66,7 @@ def test_a_sample_has_the_shape_of_her2st(data, hest_root):
     ("name", "mpp", "diameter_um"),
     [("SPA130", 200 / 60, 100.0), ("TENX39", 100 / 60, 55.0), ("TENX97", 100 / 60, 100.0), ("TENX99", 100 / 60, 100.0)],
 )
-def test_the_estimated_resolution_and_the_diameter_count(data, name, mpp, diameter_um):
+def test_the_estimated_resolution_and_the_diameter_are_used(data, name, mpp, diameter_um):
     sdata = data[name]
     slide = resolve(sdata)[0]
     assert slide.mpp == pytest.approx(mpp)
@@ -80,7 +80,7 @@ def test_spots_off_the_tissue_are_left_out(data, hest_root):
 
 @pytest.mark.parametrize("values", [[True, False], ["True", "False"], ["1", "0"], [1.0, 0.0]])
 @pytest.mark.parametrize("dtype", [None, "category"])
-def test_spots_off_the_tissue_are_known_however_they_are_written(root, values, dtype):
+def test_all_spellings_of_in_tissue_are_read(root, values, dtype):
     table = stored(root, "SPA0")
     table.obs["in_tissue"] = pd.Series(np.repeat(values, [10, 15]), index=table.obs_names, dtype=dtype)
     table.write_h5ad(root / "st/SPA0.h5ad")
@@ -89,7 +89,7 @@ def test_spots_off_the_tissue_are_known_however_they_are_written(root, values, d
         assert hg.datasets.hest(root, ids="SPA0")[0]["table"].n_obs == 10
 
 
-def test_xenium_is_squares_without_controls(data, hest_root):
+def test_xenium_samples_are_squares_without_controls(data, hest_root):
     table = data["TENX97"]["table"]
     assert set(table.var_names) == set(GENES)
     assert set(CONTROLS) <= set(stored(hest_root, "TENX97").var_names)
@@ -137,7 +137,7 @@ def test_a_patient_of_her2st_that_is_one_of_hbcis_has_one_name(data, hest_root):
 # ----------------------------------------------------------------------------------------------- the sequence
 
 
-def test_samples_come_in_the_order_of_the_table_and_are_read_when_asked_for(hest_root, monkeypatch):
+def test_samples_come_in_the_order_of_the_table_and_are_read_on_access(hest_root, monkeypatch):
     read = []
     monkeypatch.setattr(_hest_files, "_open", lambda path, f=_hest_files._open: read.append(path.stem) or f(path))
     data = hg.datasets.hest(hest_root, organ="Breast")
@@ -161,11 +161,11 @@ def test_samples_come_in_the_order_of_the_table_and_are_read_when_asked_for(hest
         ({"species": "Homo sapiens", "organ": "Breast"}, NAMES),
     ],
 )
-def test_samples_are_chosen(hest_root, chosen, names):
+def test_samples_are_selected(hest_root, chosen, names):
     assert hg.datasets.hest(hest_root, **chosen).names == names
 
 
-def test_the_files_of_each_sample_stand_in_for_the_table(root, data):
+def test_json_files_of_the_samples_replace_the_table(root, data):
     for path in root.glob("HEST_v*.csv"):
         path.unlink()
     found = hg.datasets.hest(root, organ="Breast")
@@ -200,7 +200,7 @@ def test_unknown_names_are_refused_with_the_known(hest_root, chosen, said):
         hg.datasets.hest(hest_root, **chosen)
 
 
-def test_samples_that_are_not_there_are_refused_by_id_and_counted_otherwise(hest_root):
+def test_missing_samples_raise_if_named_by_id_and_are_otherwise_warned_of(hest_root):
     with pytest.raises(FileNotFoundError, match=r"MEND1: st.MEND1.h5ad\n.*MEND1: wsis.MEND1.tif"):
         hg.datasets.hest(hest_root, ids=["SPA0", "MEND1"])
     with pytest.warns(UserWarning, match="2 of 10 samples that HEST_v1_1_0.csv lists are not in .* MEND1, NCBI500"):
@@ -212,13 +212,13 @@ def test_samples_that_are_not_there_are_refused_by_id_and_counted_otherwise(hest
         hg.datasets.hest(hest_root, organ="Breast")
 
 
-def test_samples_that_are_named_and_left_out_by_a_missing_value_are_warned_of(root):
+def test_samples_with_a_missing_value_to_select_by_are_warned_of(root):
     change_table(root, lambda f: f.assign(species=f["species"].where(f["id"] != "SPA1")))
     with pytest.warns(UserWarning, match="1 samples .* have no `species` in HEST_v1_1_0.csv and are left out: SPA1"):
         assert hg.datasets.hest(root, ids=["SPA0", "SPA1"], species="human").names == ("SPA0",)
 
 
-def test_samples_that_the_table_says_too_little_of_are_left_out_with_a_warning(root):
+def test_samples_with_missing_metadata_are_left_out_with_a_warning(root):
     change_table(root, lambda f: f[f["id"] != "SPA0"].assign(species=f["species"].where(f["id"] != "SPA1")))
     change_table(
         root, lambda f: f.assign(pixel_size_um_estimated=f["pixel_size_um_estimated"].where(f["id"] != "TENX39"))
@@ -248,7 +248,7 @@ def test_samples_of_several_species_are_warned_of(root):
         hg.datasets.hest(root, organ="Breast")
 
 
-def test_a_patient_has_one_name_in_whatever_case(root):
+def test_names_of_patients_ignore_case(root):
     change_table(
         root, lambda f: f.assign(patient=f["patient"].mask(f["id"] == "SPA0", "p1").mask(f["id"] == "SPA1", "P1"))
     )
@@ -256,7 +256,7 @@ def test_a_patient_has_one_name_in_whatever_case(root):
     assert patient["SPA0"] == patient["SPA1"] == f"{STAHL}: P1"
 
 
-def test_half_a_sample_is_an_error(root):
+def test_a_sample_with_one_of_two_files_is_an_error(root):
     (root / "wsis/SPA1.tif").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 files .* are missing .*\n  SPA1: wsis.SPA1.tif"):
         hg.datasets.hest(root, organ="Breast")
@@ -282,7 +282,7 @@ def change_table(root, change):
         (lambda f: f.assign(id=f["id"].where(f["id"] != "SPA0")), "rows without an id"),
     ],
 )
-def test_tables_that_are_none(root, change, said):
+def test_invalid_tables_are_refused(root, change, said):
     change_table(root, change)
     with pytest.raises(ValueError, match=said):
         hg.datasets.hest(root)
@@ -310,7 +310,7 @@ def test_a_sample_without_resolution_is_refused_when_it_is_read(root):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Observation names are not unique")
-def test_counts_that_are_none(root, change, said):
+def test_invalid_counts_are_refused(root, change, said):
     table = stored(root, "SPA0")
     change(table)
     table.write_h5ad(root / "st/SPA0.h5ad")
@@ -374,7 +374,7 @@ def test_training_holds_one_image_at_a_time(hest_root, monkeypatch):
     assert set(model.genes.index) <= set(GENES)
 
 
-def test_spots_that_run_mirrored_are_warned_of_though_samples_are_read_one_by_one(root):
+def test_mirrored_spots_are_warned_of_in_samples_that_are_read_one_by_one(root):
     table = stored(root, "SPA0")
     table.obsm["spatial"][:, 0] = (SIDE + 1) * PITCH - table.obsm["spatial"][:, 0]
     table.write_h5ad(root / "st/SPA0.h5ad")
@@ -383,7 +383,7 @@ def test_spots_that_run_mirrored_are_warned_of_though_samples_are_read_one_by_on
         list(read_all(data, Keys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
 
 
-def test_a_sample_that_stands_there_under_two_names_is_warned_of(root, caplog):
+def test_a_sample_with_two_ids_is_warned_of(root, caplog):
     shutil.copy(root / "st/SPA0.h5ad", root / "st/SPA1.h5ad")
     data = hg.datasets.hest(root, ids=["SPA0", "SPA1", "SPA102"])
     list(read_all(data, Keys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
@@ -397,7 +397,7 @@ def train(train_by_file, tmp_path, hest_root):
     return lambda text: train_by_file(text)[0]
 
 
-def test_a_training_file_names_the_folder_and_chooses(train):
+def test_a_training_file_names_the_folder_and_selects_samples(train):
     assert train('[data]\nhest = "HEST"\norgan = "Breast"\ntechnology = ["ST", "Visium"]\n').names == NAMES[2:]
     assert train('[data]\nhest = "HEST"\nids = ["SPA0"]\nspecies = "human"\n').names == ("SPA0",)
 
@@ -424,12 +424,12 @@ def test_a_training_file_may_name_the_split(train, monkeypatch):
         ('[data]\nhest = "HEST"\norgan = "Brest"\n', r"`organ` \['Brest'\] are not in HEST_v1_1_0.csv"),
     ],
 )
-def test_a_training_file_that_chooses_nothing(train, text, said):
+def test_a_training_file_without_a_valid_selection_is_refused(train, text, said):
     with pytest.raises(ValueError, match=said):
         train(text)
 
 
-def test_the_files_of_the_page_are_valid(train, monkeypatch):
+def test_the_training_files_in_the_docs_are_valid(train, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
     files = re.findall(r"```toml\n(.*?)```", page, re.S)
     asked = []

@@ -81,7 +81,7 @@ def test_objects_are_as_qupath_writes_them(predicted, tmp_path):
     assert outline.area == pytest.approx(np.pi * 25**2, rel=0.01)
 
 
-def test_places_are_pixels_of_the_image_whatever_the_units_of_the_spots(predicted, tmp_path):
+def test_coordinates_are_pixels_of_the_image_for_any_unit_of_the_spots(predicted, tmp_path):
     before = json.loads(hg.io.to_geojson(predicted, tmp_path / "a.geojson").read_text())
     # The image moves; spots follow it in the coordinate system, and their pixels stay.
     matrix = np.array([[0.0, -3.0, 40.0], [3.0, 0.0, 7.0], [0.0, 0.0, 1.0]])
@@ -94,7 +94,7 @@ def test_places_are_pixels_of_the_image_whatever_the_units_of_the_spots(predicte
         ).area == pytest.approx(0, abs=5)
 
 
-def test_the_class_that_covers_most_of_a_spot_counts(toy, tmp_path):
+def test_a_spot_gets_the_class_that_covers_most_of_it(toy, tmp_path):
     x, y = toy["table"].obsm["spatial"][0]
     left, right = box(x - 60, y - 40, x - 5, y + 40), box(x - 5, y - 40, x + 60, y + 40)
     path = write(tmp_path / "a.geojson", (left, "tumour"), (right, "stroma"))
@@ -111,7 +111,7 @@ def test_the_class_that_covers_most_of_a_spot_counts(toy, tmp_path):
     assert labels(toy)[0] == "tumour"
 
 
-def test_an_annotation_within_another_counts_for_its_spots(toy, tmp_path):
+def test_an_annotation_inside_another_labels_its_spots(toy, tmp_path):
     outer, inner = square(toy, 7, 600), square(toy, 7, 80)
     hg.io.read_geojson(toy, write(tmp_path / "a.geojson", (outer, "tissue"), (inner, "tumour")))
     assert labels(toy)[7] == "tumour"
@@ -134,7 +134,7 @@ def test_a_polygon_that_crosses_itself_is_read(toy, tmp_path):
     assert labels(toy)[0] == "fold"
 
 
-def test_annotations_come_before_detections_and_what_has_no_class_is_left_out(toy, tmp_path):
+def test_annotations_have_priority_and_objects_without_a_class_are_skipped(toy, tmp_path):
     content = json.loads(write(tmp_path / "a.geojson", (square(toy, 0), "nucleus"), objectType="cell").read_text())
     hg.io.read_geojson(toy, tmp_path / "a.geojson")
     assert labels(toy)[0] == "nucleus"
@@ -156,7 +156,7 @@ def test_names_of_several_parts_and_colours_are_read(toy, tmp_path):
     assert toy["table"].uns["label_colors"] == ["#c80000"]
 
 
-def test_a_table_alone_has_circles_around_its_places(toy, tmp_path):
+def test_spots_of_a_table_are_circles_around_their_centres(toy, tmp_path):
     table = toy["table"].copy()
     x, y = table.obsm["spatial"][0]
     path = write(tmp_path / "a.geojson", (box(x + 30, y - 9, x + 90, y + 9), "edge"))
@@ -187,7 +187,7 @@ def test_labelled_cells_go_out_and_come_back(toy, tiny_model, tmp_path):
     assert labels(toy) == table.obs["pathologist"].astype(str).tolist()
 
 
-def test_a_column_of_somebody_else_is_not_replaced(toy, tmp_path):
+def test_a_column_of_the_user_is_not_replaced(toy, tmp_path):
     path = write(tmp_path / "a.geojson", (square(toy, 0), "tumour"))
     before = toy["table"].obs.copy()
     with pytest.raises(ValueError, match=r"obs\['pathologist'\] exists and was not written by hg\.io\.read_geojson"):
@@ -221,7 +221,7 @@ def test_a_file_that_is_not_geojson_is_named(toy, tmp_path, text):
 
 
 @pytest.mark.parametrize("properties", ["text", ["a"]])
-def test_properties_that_are_no_mapping_and_a_folder_are_not_geojson(toy, tmp_path, properties):
+def test_invalid_properties_and_a_folder_are_not_geojson(toy, tmp_path, properties):
     path = write(tmp_path / "a.geojson", (square(toy, 0), "a"))
     content = json.loads(path.read_text())
     content["features"][0]["properties"] = properties
@@ -231,7 +231,7 @@ def test_properties_that_are_no_mapping_and_a_folder_are_not_geojson(toy, tmp_pa
             hg.io.read_geojson(toy, place)
 
 
-def test_what_cannot_label_a_spot_is_refused(toy, tmp_path):
+def test_files_that_label_no_spot_are_refused(toy, tmp_path):
     path = tmp_path / "a.geojson"
     with pytest.raises(ValueError, match=r"1 object\(s\), none is a polygon with a class"):
         hg.io.read_geojson(toy, write(path, (square(toy, 0), None)))
@@ -257,7 +257,7 @@ def test_a_table_of_several_slides_is_labelled_one_by_one(toy, tmp_path):
         hg.io.read_geojson(table[:1].copy(), path, key_added="alone")
 
 
-def test_names_that_stand_twice_are_written_once_or_apart(predicted, tmp_path):
+def test_duplicated_names_are_written_once_or_separately(predicted, tmp_path):
     table = predicted["table"]
     table.obs_names = ["spot"] * table.n_obs
     table.var_names = ["Confidence" if name == "ERBB2" else name for name in table.var_names]
@@ -272,7 +272,7 @@ def test_names_that_stand_twice_are_written_once_or_apart(predicted, tmp_path):
     np.testing.assert_allclose(values, table.to_df("he2gene")["Confidence"], atol=1e-4)
 
 
-def test_a_file_that_is_there_is_replaced_only_when_asked(predicted, tmp_path):
+def test_an_existing_file_is_replaced_only_with_overwrite(predicted, tmp_path):
     path = tmp_path / "spots.geojson"
     path.write_text("mine")
     with pytest.raises(FileExistsError, match=r"`path` .* exists; .* overwrite=True"):
@@ -309,11 +309,11 @@ def test_a_missing_or_endlessly_nested_file_is_named(toy, tmp_path, content):
     path = tmp_path / "a.geojson"
     if content:
         path.write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match="`path` .*a.geojson' is not (there|GeoJSON)"):
+    with pytest.raises((ValueError, FileNotFoundError), match="`path` .*a.geojson' (does not exist|is not GeoJSON)"):
         hg.io.read_geojson(toy, path)
 
 
-def test_a_file_that_is_written_over_a_link_replaces_what_it_leads_to(tmp_path):
+def test_writing_to_a_link_replaces_its_target(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text("old")
     (tmp_path / "a.txt").symlink_to(tmp_path / "real" / "a.txt")
@@ -331,7 +331,7 @@ def test_a_file_that_is_written_over_a_link_replaces_what_it_leads_to(tmp_path):
         ("EPSG:3857", 1, True),
     ],
 )
-def test_coordinates_of_a_map_are_not_taken_for_pixels(toy, tmp_path, crs, scale, refused):
+def test_map_coordinates_are_not_read_as_pixels(toy, tmp_path, crs, scale, refused):
     x, y = toy["table"].obsm["spatial"][7]
     shape = box(scale * (x - 100), scale * (y - 100), scale * (x + 100), scale * (y + 100))
     path = write(tmp_path / "a.geojson", (shape, "tumour"))
@@ -347,7 +347,7 @@ def test_coordinates_of_a_map_are_not_taken_for_pixels(toy, tmp_path, crs, scale
         assert labels(toy)[7] == "tumour"
 
 
-def test_polygons_in_um_or_degrees_are_said(toy, tmp_path):
+def test_polygons_in_um_or_degrees_are_warned_of(toy, tmp_path):
     toy.attrs["he2gene"] = {"mpp": {"he": 0.5}}
     xy = toy["table"].obsm["spatial"]
     (left, top), (right, bottom) = xy.min(0) - 25, xy.max(0) + 25
@@ -361,7 +361,7 @@ def test_polygons_in_um_or_degrees_are_said(toy, tmp_path):
         hg.io.read_geojson(table, small, key_added="b")
 
 
-def test_classes_that_geopandas_made_texts_are_read(toy, tmp_path):
+def test_classes_that_geopandas_wrote_as_text_are_read(toy, tmp_path):
     path = write(tmp_path / "a.geojson", (square(toy, 7), "tumour"))
     content = json.loads(path.read_text())
     properties = content["features"][0]["properties"]

@@ -93,7 +93,7 @@ def test_grey_png_with_alpha_is_refused(tmp_path):
         hg.io.read_he(tmp_path / "a.png")
 
 
-def test_cmyk_jpeg_is_not_taken_for_rgb_with_alpha(tmp_path):
+def test_cmyk_jpeg_is_not_read_as_rgb_with_alpha(tmp_path):
     Image.fromarray(picture()).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
     read = pixels_of(hg.io.read_he(tmp_path / "a.jpg", mpp=0.5)).to_numpy()
     assert np.abs(read.astype(int) - picture()).mean() < 10
@@ -126,7 +126,7 @@ def test_a_truncated_tiff_is_refused(tmp_path, tiled):
 @pytest.mark.filterwarnings("ignore")
 def test_a_tiff_cut_before_its_directory_is_refused(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"II*\0" + (10**6).to_bytes(4, "little") + bytes(100))
-    with pytest.raises(ValueError, match="'a.tif' (holds no image|is not a TIFF|has a damaged)"):
+    with pytest.raises(ValueError, match="'a.tif' (has no image|is not a TIFF|has a damaged)"):
         hg.io.read_he(tmp_path / "a.tif", mpp=0.5)
 
 
@@ -150,31 +150,31 @@ def test_unknown_type_is_refused_and_valid_ones_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize("mpp", [0, -1, np.nan, np.inf, "0.5"])
-def test_mpp_that_is_no_positive_number_is_refused(tmp_path, mpp):
+def test_mpp_that_is_not_a_positive_number_is_refused(tmp_path, mpp):
     Image.fromarray(picture()).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="`mpp`"):
         hg.io.read_he(tmp_path / "a.png", mpp=mpp)
 
 
-def test_an_image_over_the_bound_is_refused_and_pillows_guard_is_back(tmp_path, monkeypatch):
+def test_an_image_above_the_limit_is_refused_and_pillows_limit_is_restored(tmp_path, monkeypatch):
     Image.fromarray(picture()).save(tmp_path / "a.png")
     tifffile.imwrite(tmp_path / "a.tif", picture(), photometric="rgb")
     before = Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(_decode, "MAX_PIXELS", 96 * 128 - 1)
     for name in ("a.png", "a.tif"):
-        with pytest.raises(ValueError, match="128 × 96 pixels, over"):
+        with pytest.raises(ValueError, match="128 × 96 pixels, more than"):
             hg.io.read_he(tmp_path / name)
     assert before == Image.MAX_IMAGE_PIXELS
 
 
-def test_pillows_own_guard_does_not_stop_an_image_under_our_bound(tmp_path, monkeypatch):
+def test_pillows_limit_does_not_stop_an_image_below_our_limit(tmp_path, monkeypatch):
     Image.fromarray(picture()).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     hg.io.read_he(tmp_path / "a.png", mpp=0.5)
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_a_tiled_image_over_the_bound_is_read_lazily(tmp_path, monkeypatch):
+def test_a_tiled_image_above_the_limit_is_read_lazily(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.tif", picture(512, 512), photometric="rgb", tile=(128, 128))
     monkeypatch.setattr(_decode, "MAX_PIXELS", 1000)
     assert hg.io.read_he(tmp_path / "a.tif", mpp=0.5)["he"].shape == (3, 512, 512)
@@ -234,7 +234,7 @@ def test_pyramidal_tiff_keeps_its_levels(tmp_path):
         np.testing.assert_array_equal(node["image"].transpose("y", "x", "c"), level)
 
 
-def test_levels_of_a_pyramid_lie_on_each_other(tmp_path):
+def test_levels_of_a_pyramid_are_aligned(tmp_path):
     pyramid(tmp_path / "a.tif")
     element = hg.io.read_he(tmp_path / "a.tif", mpp=0.5)["he"]
     for node in element.values():
@@ -272,7 +272,7 @@ def test_resolution_in_pixels_per_centimetre_states_the_mpp(tmp_path):
 
 
 @pytest.mark.parametrize(("pixels", "unit"), [(72, "INCH"), (28, "CENTIMETER"), (1, "NONE")])
-def test_print_resolution_is_no_mpp(tmp_path, pixels, unit):
+def test_print_resolution_is_not_used_as_mpp(tmp_path, pixels, unit):
     tifffile.imwrite(tmp_path / "a.tif", picture(), photometric="rgb", resolution=(pixels, pixels), resolutionunit=unit)
     assert mpp_of(hg.io.read_he(tmp_path / "a.tif")) is None
 
@@ -281,14 +281,14 @@ def test_print_resolution_is_no_mpp(tmp_path, pixels, unit):
     ("x", "y", "said"),
     [(0.5, 1.0, "0.5 × 1 µm per pixel, pixels that are not square"), (250, 250, "which is not plausible for a scan")],
 )
-def test_pixels_that_are_not_square_or_of_no_scan_are_no_mpp(tmp_path, x, y, said, caplog):
+def test_mpp_that_is_anisotropic_or_implausible_is_not_used(tmp_path, x, y, said, caplog):
     metadata = {"axes": "YXS", "PhysicalSizeX": x, "PhysicalSizeY": y}
     tifffile.imwrite(tmp_path / "a.ome.tif", picture(), photometric="rgb", metadata=metadata)
     assert mpp_of(hg.io.read_he(tmp_path / "a.ome.tif")) is None
     assert said in caplog.text
 
 
-def test_resolution_tags_of_two_sizes_are_no_mpp(tmp_path, caplog):
+def test_resolution_tags_of_two_sizes_are_not_used_as_mpp(tmp_path, caplog):
     tifffile.imwrite(
         tmp_path / "a.tif", picture(), photometric="rgb", resolution=(20000, 10000), resolutionunit="CENTIMETER"
     )
@@ -405,7 +405,7 @@ def test_spots_in_a_single_row_need_an_mpp(tmp_path):
         hg.io.read_st(counts.iloc[:5], spots.iloc[:5])
 
 
-def test_spots_in_one_file_alone_are_dropped_with_one_warning(tmp_path):
+def test_spots_in_only_one_file_are_dropped_with_one_warning(tmp_path):
     counts, spots, _ = section(tmp_path)
     with pytest.warns(UserWarning, match="dropped") as caught:
         sdata = hg.io.read_st(counts.iloc[:-2], spots.iloc[3:], section="S1")
@@ -511,7 +511,7 @@ def test_a_spot_file_that_names_a_column_twice_is_refused(tmp_path):
         hg.io.read_st(counts, tmp_path / "twice.tsv")
 
 
-def test_a_missing_patient_is_no_name_and_a_wrong_separator_is_named(tmp_path):
+def test_a_missing_patient_is_refused_and_a_wrong_separator_is_named(tmp_path):
     counts, spots, _ = section(tmp_path)
     with pytest.raises(ValueError, match="`patient` holds 'nan', which is a missing value"):
         hg.io.read_st(counts, spots, patient="nan")
@@ -543,11 +543,11 @@ def test_selected_that_is_neither_yes_nor_no_is_refused(tmp_path, value):
         hg.io.read_st(counts, spots)
 
 
-def test_labels_that_are_of_no_spot_are_refused_and_of_few_warned_of(tmp_path):
+def test_labels_that_match_no_spot_are_refused_and_few_matches_are_warned_of(tmp_path):
     counts, spots, labels = section(tmp_path)
     with pytest.raises(ValueError, match=r"`labels` of section 'S' has no label of any spot: .*'102x3'.*'2x3'"):
         hg.io.read_st(counts, spots, labels=labels.assign(x=labels["x"] + 100), section="S")
-    with pytest.warns(UserWarning, match=r"1[0-9] of 20 labels are not of a spot"):
+    with pytest.warns(UserWarning, match=r"1[0-9] of 20 labels do not belong to a spot"):
         hg.io.read_st(counts, spots, labels=labels.assign(x=labels["x"] + 3))
 
 
@@ -570,7 +570,7 @@ def test_sizes_that_are_not_positive_numbers_are_refused(tmp_path, name, value):
         ({"new_x": "a"}, "`spots`: new_x and new_y have to be numbers"),
     ],
 )
-def test_spots_without_a_place_are_refused(tmp_path, change, match):
+def test_spots_without_coordinates_are_refused(tmp_path, change, match):
     counts, spots, _ = section(tmp_path)
     with pytest.raises(ValueError, match=match):
         hg.io.read_st(counts, spots.assign(**change))
@@ -600,7 +600,7 @@ def test_counts_without_genes_are_refused(tmp_path):
         hg.io.read_st(counts[[]], spots)
 
 
-def test_an_image_that_is_stored_turned_is_refused_beside_spots(tmp_path):
+def test_a_rotated_image_is_refused_together_with_spots(tmp_path):
     counts, spots, _ = section(tmp_path)
     exif = Image.Exif()
     exif[274] = 6

@@ -91,12 +91,12 @@ def test_tiles_of_another_size_are_refused_with_the_call_that_makes_them(tiny_mo
         ({"mpp": 0.5, "genes": ["ERBB2", "ERBB2"]}, "`genes`: names are duplicated: 'ERBB2'"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(tiny_model, options, match):
+def test_invalid_arguments_are_refused(tiny_model, options, match):
     with pytest.raises(ValueError, match=match):
         hg.LazySlideModel(tiny_model, **options)
 
 
-def test_tables_and_tiles_that_are_not_there_are_named(slide):
+def test_missing_tables_and_tiles_are_named(slide):
     with pytest.raises(ValueError, match="open_wsi"):
         hg.io.from_wsidata(AnnData())
     with pytest.raises(ValueError, match=r"'cells'.*; make tiles by `zs\.pp\.tile_tissues"):

@@ -9,7 +9,7 @@ import he2gene_sc as hg
 pytestmark = pytest.mark.slow
 
 
-def test_a_saved_prediction_is_shown_on_the_tissue(tiny_model, tmp_path, monkeypatch):
+def test_a_saved_prediction_is_drawn_on_the_tissue(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
     napari_spatialdata = pytest.importorskip("napari_spatialdata")
     from napari_spatialdata._view import QtAdataViewWidget

@@ -36,7 +36,7 @@ def with_tag(path, code, value):
 
 
 @pytest.mark.parametrize("options", [{}, TILES], ids=["strips", "tiles"])
-def test_ink_has_the_colours_that_pillow_gives_it(tmp_path, options):
+def test_ink_is_converted_as_by_pillow(tmp_path, options):
     ink = np.asarray(Image.fromarray(picture()).convert("CMYK")).copy()
     ink[..., 3] = np.arange(128, dtype=np.uint8)[None]
     write(tmp_path / "a.tif", ink, photometric="separated", **options)
@@ -167,7 +167,7 @@ def test_the_scan_is_read_where_an_overview_comes_first(tmp_path, options, caplo
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_a_tiff_by_another_name_is_read_as_one(tmp_path, suffix):
+def test_a_tiff_with_another_suffix_is_read_as_a_tiff(tmp_path, suffix):
     scan = two_images(tmp_path / f"a{suffix}")
     np.testing.assert_array_equal(read(tmp_path / f"a{suffix}"), scan)
 
@@ -180,7 +180,7 @@ def test_a_small_rgb_image_beside_a_scan_that_is_not_is_refused(tmp_path):
         read(tmp_path / "a.tif")
 
 
-def test_a_larger_grey_image_is_not_taken_for_the_scan(tmp_path):
+def test_a_larger_grey_image_is_not_read_as_the_scan(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(picture(300, 300)[..., 0], photometric="minisblack", metadata=None, **TILES)
         file.write(picture(), photometric="rgb", metadata=None, **TILES)
@@ -213,7 +213,7 @@ def test_a_macro_image_is_neither_the_scan_nor_a_level(tmp_path):
         (["Bright field R", "Bright field G", "Bright field B"], None),
     ],
 )
-def test_names_of_channels_say_their_order_or_nothing(names, order):
+def test_channel_names_give_their_order_or_are_ignored(names, order):
     assert check_channel_names(names, "he") == order
 
 
@@ -245,7 +245,7 @@ def turned(image, orientation):
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_turned_image_is_read_upright_and_that_is_said(tmp_path, orientation):
+def test_a_rotated_image_is_turned_upright_with_a_warning(tmp_path, orientation):
     stored = turned(picture(), orientation)
     exif = Image.Exif()
     exif[274] = orientation
@@ -256,7 +256,7 @@ def test_a_turned_image_is_read_upright_and_that_is_said(tmp_path, orientation):
             np.testing.assert_array_equal(read(tmp_path / name), picture())
 
 
-def test_a_turned_slide_of_tiles_is_refused(tmp_path):
+def test_a_rotated_tiled_slide_is_refused(tmp_path):
     write(tmp_path / "a.tif", picture(), extratags=[(274, 3, 1, 8, True)], **TILES)
     with pytest.raises(ValueError, match=r"'a.tif' is stored mirrored or rotated \(orientation tag 8\).*vips autorot"):
         read(tmp_path / "a.tif")
@@ -313,7 +313,7 @@ def test_an_image_larger_than_the_free_memory_is_refused_before_it_is_decoded(tm
             read(tmp_path / name)
 
 
-def test_damaged_ome_metadata_cost_the_mpp_alone(tmp_path):
+def test_damaged_ome_metadata_only_lose_the_mpp(tmp_path):
     path = write(tmp_path / "a.tif", picture(), description='<?xml version="1.0"?><OME xmlns="x"><Image></OME>')
     sdata = hg.io.read_he(path)
     assert mpp_of(sdata) is None

@@ -83,7 +83,7 @@ def test_the_object_can_be_used_and_saved_again_afterwards(backed, store, tiny_m
     assert sorted(sd.read_zarr(store).tables) == ["he2gene", "table"]
 
 
-def test_save_replaces_another_store_only_when_told(toy, tmp_path):
+def test_save_replaces_another_store_only_with_overwrite(toy, tmp_path):
     hg.datasets.toy((2, 2), mpp=4.0).write(tmp_path / "slide.zarr")
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
         hg.io.save(toy, tmp_path / "slide.zarr")
@@ -109,7 +109,7 @@ def test_save_without_a_path_needs_a_store(toy):
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
-def test_what_is_no_store_is_not_overwritten(toy, tmp_path, kind):
+def test_other_folders_and_files_are_not_overwritten(toy, tmp_path, kind):
     place = tmp_path / "thesis"
     if kind == "file":
         place.write_text("mine")
@@ -140,7 +140,7 @@ def facts(path):
     return path.stat().st_ino, path.stat().st_mtime_ns
 
 
-def test_saving_what_did_not_change_writes_nothing(backed, store):
+def test_saving_an_unchanged_object_writes_nothing(backed, store):
     before = {path: facts(path) for path in store.rglob("*") if path.is_file()}
     hg.io.save(backed)
     assert {path: facts(path) for path in store.rglob("*") if path.is_file()} == before
@@ -175,7 +175,7 @@ def _difference(store, sdata):
     return table_difference(store / "tables" / "table", sdata["table"])
 
 
-def test_elements_that_were_not_read_and_files_of_the_user_stay(toy, store):
+def test_elements_that_were_not_read_and_user_files_are_kept(toy, store):
     hg.pp.tissue(toy)
     toy.write_element("he_tissue")
     (store / "notes.txt").write_text("mine")
@@ -227,7 +227,7 @@ def test_a_rechunked_image_is_read_on_after_saving(backed, store, tmp_path):
         (lambda t: t.uns["mine"].pop("a"), r"uns\['mine'\]\['a'\]"),
     ],
 )
-def test_what_the_object_does_not_hold_is_removed_only_when_told(toy, tmp_path, change, said):
+def test_data_that_the_object_lacks_is_removed_only_with_overwrite(toy, tmp_path, change, said):
     toy["table"].layers["mine"] = toy["table"].X.copy()
     toy["table"].uns["mine"] = {"a": 1, "b": 2}
     path = tmp_path / "slide.zarr"
@@ -242,14 +242,14 @@ def test_what_the_object_does_not_hold_is_removed_only_when_told(toy, tmp_path, 
     assert not _difference(path, sdata)
 
 
-def test_rows_that_were_left_out_are_removed_only_when_told(backed, store):
+def test_missing_rows_are_removed_only_with_overwrite(backed, store):
     backed.tables["table"] = backed["table"][:10].copy()
     with pytest.raises(FileExistsError, match="20 of 30 rows of obs"):
         hg.io.save(backed)
     assert sd.read_zarr(store)["table"].n_obs == 30
 
 
-def test_results_that_verbs_remove_need_no_consent(backed, store, tiny_model):
+def test_results_that_verbs_remove_need_no_overwrite(backed, store, tiny_model):
     hg.tl.predict(backed, model=tiny_model)
     table = backed["table"]
     table.uns["he2gene_intervals"] = {
@@ -265,7 +265,7 @@ def test_results_that_verbs_remove_need_no_consent(backed, store, tiny_model):
 
 
 @pytest.mark.parametrize("change", ["added", "altered"])
-def test_what_another_saved_since_is_not_lost(store, change):
+def test_changes_that_another_process_saved_are_not_lost(store, change):
     first, second = sd.read_zarr(store), sd.read_zarr(store)
     first["table"].obs["by_hand" if change == "added" else "annotation"] = "an afternoon's work"
     hg.io.save(first)
@@ -309,7 +309,7 @@ def test_a_layer_that_other_tools_wrote_since_is_not_lost(backed, store):
         hg.io.save(backed)
 
 
-def test_values_that_other_tools_changed_since_are_noticed_where_the_reading_was_noted(store):
+def test_values_that_other_tools_changed_are_detected_if_the_reading_was_recorded(store):
     state = stores.fingerprints(store)
     sdata = sd.read_zarr(store)
     stores.remember(sdata, state)
@@ -329,7 +329,7 @@ def test_values_that_other_tools_changed_while_a_slide_was_predicted_are_not_los
     np.testing.assert_array_equal(sd.read_zarr(store)["table"].X, theirs)
 
 
-def test_an_image_is_replaced_only_when_told(backed, store):
+def test_an_image_is_replaced_only_with_overwrite(backed, store):
     truth = backed["he"].to_numpy().copy()
     backed.images["he"] = Image2DModel.parse(truth, dims=("c", "y", "x"), c_coords=["r", "g", "b"])
     hg.io.save(backed)
@@ -382,7 +382,7 @@ def test_a_name_that_another_kind_has_is_refused(store):
         hg.io.save(part)
 
 
-def test_who_saves_meanwhile_is_refused(backed, store):
+def test_a_concurrent_save_is_refused(backed, store):
     before = digest(store)
     backed["table"].obs["new"] = 1
     with _store.locked(store), pytest.raises(BlockingIOError, match="another process is saving to the store"):
@@ -392,7 +392,7 @@ def test_who_saves_meanwhile_is_refused(backed, store):
     assert names(store.parent) == ["slide.zarr"]
 
 
-def test_of_two_that_save_to_one_new_place_one_is_refused(tmp_path):
+def test_one_of_two_saves_to_the_same_new_path_is_refused(tmp_path):
     slides = [hg.datasets.toy((2, 2), mpp=4.0, seed=seed) for seed in range(2)]
     barrier, outcomes = threading.Barrier(2), [None, None]
 
@@ -415,7 +415,7 @@ def test_of_two_that_save_to_one_new_place_one_is_refused(tmp_path):
     assert names(tmp_path) == ["new.zarr"]
 
 
-def test_replacing_another_store_keeps_files_of_the_user(toy, tmp_path):
+def test_replacing_another_store_keeps_user_files(toy, tmp_path):
     hg.datasets.toy((2, 2), mpp=4.0).write(tmp_path / "slide.zarr")
     (tmp_path / "slide.zarr" / "notes.txt").write_text("mine")
     hg.io.save(toy, tmp_path / "slide.zarr", overwrite=True)
@@ -430,7 +430,7 @@ def test_nullable_text_is_saved(backed, store):
     assert (note.dropna() == "a").all()
 
 
-def test_what_cannot_be_written_is_named_and_changes_nothing(backed, store):
+def test_values_that_cannot_be_written_are_named_and_change_nothing(backed, store):
     before = digest(store)
     backed["table"].uns["model"] = object()
     with pytest.raises(ValueError, match="`sdata` cannot be written.*the store is unchanged"):
@@ -439,7 +439,7 @@ def test_what_cannot_be_written_is_named_and_changes_nothing(backed, store):
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind a superuser")
-def test_a_place_that_cannot_be_written_is_named(backed, store):
+def test_a_path_that_cannot_be_written_is_named(backed, store):
     store.chmod(0o555)
     try:
         with pytest.raises(PermissionError, match="cannot be written"):
@@ -448,7 +448,7 @@ def test_a_place_that_cannot_be_written_is_named(backed, store):
         store.chmod(0o755)
 
 
-def test_too_little_room_is_noticed_beforehand(backed, store, monkeypatch):
+def test_too_little_disk_space_is_detected_before_writing(backed, store, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(_save.shutil, "disk_usage", lambda path: usage)
     _save.check_place(store, 0)

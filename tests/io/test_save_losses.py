@@ -58,7 +58,7 @@ def test_an_image_whose_files_are_gone_is_not_predicted_nor_saved(store, tiny_mo
     assert not (store / "images" / "he").exists()
 
 
-def test_a_relative_store_is_not_made_anew_in_another_working_folder(store, tmp_path, monkeypatch):
+def test_a_relative_store_is_not_created_in_another_working_folder(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sdata = sd.read_zarr("slide.zarr")
     (tmp_path / "elsewhere").mkdir()
@@ -105,7 +105,7 @@ def test_a_column_of_shapes_that_another_tool_wrote_is_not_lost(store):
     assert "by_hand" in sd.read_zarr(store)["spots"]
 
 
-def test_rows_of_shapes_and_points_are_removed_only_when_told(store):
+def test_rows_of_shapes_and_points_are_removed_only_with_overwrite(store):
     sdata = sd.read_zarr(store)
     sdata.shapes["spots"] = sdata["spots"].iloc[:5]
     sdata.points["cells"] = PointsModel.parse(sdata["cells"].compute().iloc[:1])
@@ -116,7 +116,7 @@ def test_rows_of_shapes_and_points_are_removed_only_when_told(store):
     assert [len(sd.read_zarr(store)[name]) for name in ("spots", "cells")] == [5, 1]
 
 
-def test_a_grid_that_is_made_again_needs_no_consent(store):
+def test_a_grid_that_is_made_again_needs_no_overwrite(store):
     sdata = sd.read_zarr(store)
     hg.pp.tissue(sdata)
     hg.pp.grid(sdata, key_added="grid")
@@ -149,7 +149,7 @@ def test_attributes_of_numpy_are_saved_and_what_json_lacks_is_named(store, tmp_p
     assert sd.read_zarr(store).attrs["mine"] == plain
 
 
-def test_an_attribute_that_another_added_and_that_was_deleted_stays_away(store):
+def test_a_deleted_attribute_of_another_process_stays_deleted(store):
     first, second = sd.read_zarr(store), sd.read_zarr(store)
     second.attrs["theirs"] = 1
     hg.io.save(second)
@@ -216,7 +216,7 @@ def test_an_attribute_that_another_tool_changed_is_not_put_back(store):
     assert sd.read_zarr(store).attrs["qc"] == 3
 
 
-def test_what_one_wrote_by_spatialdata_and_saved_may_be_changed_again(store):
+def test_own_changes_written_by_spatialdata_and_saved_may_be_changed_again(store):
     sdata = sd.read_zarr(store)
     hg.pp.tissue(sdata)
     hg.io.save(sdata)
@@ -233,7 +233,7 @@ def test_what_one_wrote_by_spatialdata_and_saved_may_be_changed_again(store):
 
 
 @pytest.mark.parametrize("inside", ["x.zarr", "tables/x.zarr"])
-def test_a_path_inside_a_store_or_around_ones_own_is_refused(store, tmp_path, inside):
+def test_a_path_inside_a_store_or_around_the_own_store_is_refused(store, tmp_path, inside):
     sdata = sd.read_zarr(store)
     with pytest.raises(ValueError, match=r"lies inside the zarr store .*slide\.zarr' and would become"):
         hg.io.save(sdata, store / inside)
@@ -241,7 +241,7 @@ def test_a_path_inside_a_store_or_around_ones_own_is_refused(store, tmp_path, in
         hg.io.save(sdata, tmp_path, overwrite=True)
 
 
-def test_an_image_that_was_exchanged_on_disk_is_not_read_by_the_old_shape(store):
+def test_an_image_that_was_replaced_on_disk_is_not_read_with_the_old_shape(store):
     sdata = sd.read_zarr(store)
     other = sd.read_zarr(store)
     other.images["he"] = Image2DModel.parse(np.zeros((3, 50, 60), np.uint8), dims=("c", "y", "x"))
@@ -251,7 +251,7 @@ def test_an_image_that_was_exchanged_on_disk_is_not_read_by_the_old_shape(store)
 
 
 @pytest.mark.parametrize("verb", [hg.pp.tissue, lambda sdata: hg.get.genes(sdata), lambda sdata: hg.pl.tissue(sdata)])
-def test_values_that_others_change_after_any_verb_met_the_object_are_not_lost(store, verb):
+def test_values_that_others_change_after_the_first_call_are_not_lost(store, verb):
     sdata = sd.read_zarr(store)
     with contextlib.suppress(ValueError):
         verb(sdata)
@@ -273,7 +273,7 @@ MISSING = {
 }
 
 
-def test_missing_values_among_objects_are_missing_in_the_store_too(store, tmp_path):
+def test_missing_values_among_objects_stay_missing_in_the_store(store, tmp_path):
     sdata = sd.read_zarr(store)
     table = sdata["table"]
     table.obs = table.obs.assign(**MISSING)
@@ -450,7 +450,7 @@ def _read(path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", THEIRS)
-def test_values_that_others_change_before_any_verb_met_the_object_are_not_lost(slide, what):
+def test_values_that_others_change_before_the_first_call_are_not_lost(slide, what):
     change, said = THEIRS[what]
     mine = _read(slide.path)
     change(slide.path)
@@ -462,7 +462,7 @@ def test_values_that_others_change_before_any_verb_met_the_object_are_not_lost(s
     assert "n" in sd.read_zarr(slide.path)["table"].obs
 
 
-def test_ones_own_changes_are_saved_where_no_other_can_have_changed_the_store(slide, monkeypatch):
+def test_own_changes_are_saved_if_no_other_process_can_have_changed_the_store(slide, monkeypatch):
     def change(sdata, value):
         sdata["table"].obs["annotation"] = f"round {value}"
         sdata["table"].layers["mine"] = np.full((12, 2), float(value))
@@ -501,7 +501,7 @@ def test_ones_own_changes_are_saved_where_no_other_can_have_changed_the_store(sl
     assert sd.read_zarr(hg.io.save(sdata)).attrs["qc"] == 5
 
 
-def test_what_spatialdata_wrote_of_the_object_itself_is_not_taken_for_the_work_of_others(slide, tmp_path):
+def test_own_writes_by_spatialdata_do_not_count_as_changes_by_others(slide, tmp_path):
     slide["table"].obs["note"] = pd.Series(["a", None, np.nan] * 4, slide["table"].obs_names, dtype=object)
     slide.points["many"] = PointsModel.parse(
         pd.DataFrame({"x": np.arange(9.0), "y": 1.0, "gene": pd.Categorical(["a", "b", "c"] * 3)}), npartitions=3
@@ -513,7 +513,7 @@ def test_what_spatialdata_wrote_of_the_object_itself_is_not_taken_for_the_work_o
     assert (note.dropna() == "a").all()
 
 
-def test_what_others_change_after_a_save_and_before_the_next_reading_is_met_is_not_lost(slide):
+def test_changes_by_others_between_a_save_and_the_next_first_call_are_not_lost(slide):
     hg.io.save(slide, slide.path.with_name("saved.zarr"))
     mine = sd.read_zarr(slide.path)
     THEIRS["obs"][0](slide.path)
@@ -524,7 +524,9 @@ def test_what_others_change_after_a_save_and_before_the_next_reading_is_met_is_n
 
 @pytest.mark.skipif(sys.platform == "win32", reason="times of change are those of creation there")
 @pytest.mark.parametrize("what", ["", "tables", "tables/table"])
-def test_what_others_move_into_place_is_not_lost_though_its_files_are_old(slide, tmp_path, monkeypatch, what):
+def test_elements_that_others_move_into_the_store_are_not_lost_though_their_files_are_old(
+    slide, tmp_path, monkeypatch, what
+):
     other = Path(shutil.copytree(slide.path, tmp_path / "other.zarr"))
     THEIRS["layer"][0](other)
     monkeypatch.setattr(concurrent_changes, "_START", time.time())
@@ -554,7 +556,7 @@ def test_a_prediction_that_another_wrote_by_spatialdata_is_not_removed(slide):
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 @pytest.mark.parametrize("what", ["tables/table", "tables", "shapes/spots"])
 @pytest.mark.parametrize("exchange", [True, False])
-def test_an_element_that_is_a_link_stays_one(slide, tmp_path, what, exchange, monkeypatch):
+def test_an_element_that_is_a_link_stays_a_link(slide, tmp_path, what, exchange, monkeypatch):
     if not exchange:
         monkeypatch.setattr(_files, "exchange", lambda a, b: False)
     real, link = tmp_path / "elsewhere" / "real", slide.path / what
@@ -588,7 +590,7 @@ def test_an_element_on_another_file_system_is_refused_by_its_name(slide):
         assert "n" not in sd.read_zarr(slide.path)["table"].obs
 
 
-def test_an_image_that_was_met_by_a_relative_path_is_saved_from_there(slide, tmp_path, monkeypatch):
+def test_an_image_that_was_read_by_a_relative_path_is_saved(slide, tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(slide.path.parent)
     mine = sd.SpatialData(images={"he": sd.read_zarr("young.zarr")["he"]})
@@ -613,7 +615,7 @@ def test_an_image_that_was_met_by_a_relative_path_is_saved_from_there(slide, tmp
         (pd.Categorical([0, 1] * 6), pd.Categorical([0, 1] * 6, pd.Index([0, 1], dtype=object))),
     ],
 )
-def test_a_column_of_another_type_is_another(there, here):
+def test_a_column_of_another_type_is_different(there, here):
     a, b = pd.Series(there), pd.Series(here)
     kinds = [
         pd.api.types.infer_dtype(s.cat.categories if isinstance(s.dtype, pd.CategoricalDtype) else s) for s in (a, b)
@@ -622,7 +624,7 @@ def test_a_column_of_another_type_is_another(there, here):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_single_numbers_of_numpy_are_not_taken_for_changes_by_others(slide, tmp_path):
+def test_numpy_scalars_do_not_count_as_changes_by_others(slide, tmp_path):
     slide["table"].uns["limits"] = {"low": np.float32(0.1), "n": np.int32(3), "high": np.array(2, np.float32)}
     slide.write(tmp_path / "other.zarr")
     table = slide.path / "tables" / "table"

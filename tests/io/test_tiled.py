@@ -55,7 +55,7 @@ def test_the_reader_finds_the_file_behind_dask(slide):
         np.s_[0],
     ],
 )
-def test_it_is_indexed_as_an_array(slide, key):
+def test_it_is_indexed_like_an_array(slide, key):
     path, full = slide
     np.testing.assert_array_equal(direct(image_of(path).levels[0].array)[key], full[key])
 
@@ -111,7 +111,7 @@ def test_zarr_arrays_are_read_without_dask_and_others_are_not():
         assert direct(array) is array
 
 
-def test_patches_are_those_of_the_pixels_in_memory(slide):
+def test_patches_equal_those_of_pixels_in_memory(slide):
     path, full = slide
     centres = np.random.default_rng(0).uniform(0, 1, (30, 2)) * [700, 500]
     options = {"windows_um": (20.0, 60.0), "input_px": 40, "batch_size": 7}
@@ -199,7 +199,7 @@ def test_a_tile_that_is_damaged_later_is_named(slide):
         image[:, 64:128, 64:128]
 
 
-def test_tiles_that_the_file_leaves_out_are_black(tmp_path):
+def test_missing_tiles_are_black(tmp_path):
     tiles = [None if i == 1 else np.full((64, 64, 3), 200, np.uint8) for i in range(4)]
     tifffile.imwrite(
         tmp_path / "a.tif",
@@ -232,7 +232,7 @@ def test_the_graph_of_a_large_slide_is_small(tmp_path):
 
 
 @pytest.mark.parametrize("photometric", ["ycbcr", "separated", "palette"])
-def test_tiles_that_the_file_leaves_out_are_black_in_every_kind_of_colour(tmp_path, photometric):
+def test_missing_tiles_are_black_in_every_kind_of_colour(tmp_path, photometric):
     channels = {"ycbcr": 3, "separated": 4, "palette": 1}[photometric]
     shape = (128, 128, channels) if channels > 1 else (128, 128)
     tile = np.full((64, 64, *shape[2:]), 200, np.uint8)
@@ -255,7 +255,7 @@ def test_tiles_that_the_file_leaves_out_are_black_in_every_kind_of_colour(tmp_pa
     assert region[:, :, :4].any(axis=0).all()
 
 
-def test_a_reduced_level_that_lacks_tiles_of_the_scan_is_left_out(tmp_path, caplog):
+def test_a_level_that_lacks_tiles_of_the_scan_is_not_used(tmp_path, caplog):
     full, tile = picture(256, 256), np.full((64, 64, 3), 200, np.uint8)
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(full, subifds=2, photometric="rgb", tile=(64, 64), compression="zlib")
@@ -267,7 +267,7 @@ def test_a_reduced_level_that_lacks_tiles_of_the_scan_is_left_out(tmp_path, capl
     assert "level 1 lacks 1 tiles that the scan has" in caplog.text
 
 
-def test_levels_of_a_sparse_slide_stay_where_their_tiles_lie_under_others_of_the_scan(tmp_path, caplog):
+def test_levels_of_a_sparse_slide_are_used_if_scan_tiles_cover_theirs(tmp_path, caplog):
     """Five tiles of the scan are a tile and a quarter of the level: its second tile shows the fifth alone."""
     tile = np.full((64, 64, 3), 200, np.uint8)
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
@@ -279,7 +279,7 @@ def test_levels_of_a_sparse_slide_stay_where_their_tiles_lie_under_others_of_the
     assert "lacks" not in caplog.text
 
 
-def test_a_region_of_a_sparse_slide_is_painted_by_its_own_tiles(tmp_path, monkeypatch):
+def test_a_region_of_a_sparse_slide_only_uses_its_own_tiles(tmp_path, monkeypatch):
     tile = np.full((16, 16, 3), 200, np.uint8)
     tifffile.imwrite(
         tmp_path / "a.tif",
