@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _toys_are_made_once():
-    """Many tests have the same toy slide: each gets a copy of its own."""
+    """Make each toy slide once and give every test its own copy."""
     import he2gene_sc as hg
 
     make, made = hg.datasets.toy, {}
@@ -61,7 +61,7 @@ def _toys_are_made_once():
 
 
 def copy_of(sdata):
-    """An object that shares nothing with another, whose images are in memory."""
+    """Copy an object, with its images in memory."""
     import spatialdata as sd
 
     elements = {name: element.copy() for kind, name, element in sdata.gen_elements() if kind != "images"}
@@ -82,7 +82,7 @@ def _image_of_its_own(image):
 
 @pytest.fixture(autouse=True, scope="session")
 def _patches_are_encoded_once(tmp_path_factory):
-    """Many tests encode the same patches with the same weights: what the network gave for those very bytes is given again."""
+    """Cache the output of the encoder, since many tests encode the same patches with the same weights."""
     import hashlib
     import weakref
 
@@ -126,7 +126,7 @@ def _patches_are_encoded_once(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def _imported_modules_are_no_garbage():
-    """A collection of garbage need not look at all of torch and pandas each time."""
+    """Exclude imported modules, such as torch and pandas, from garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -151,7 +151,7 @@ def _close_figures():
 
 @pytest.fixture
 def toy():
-    """A small toy slide of its own for each test: 5 × 6 spots at 2 µm/px."""
+    """Make a small toy slide for a test: 5 × 6 spots at 2 µm/px."""
     import he2gene_sc as hg
 
     return hg.datasets.toy((5, 6), mpp=2.0)
@@ -159,7 +159,7 @@ def toy():
 
 @pytest.fixture(scope="session")
 def toy_store(tmp_path_factory):
-    """The toy of 5 × 6 spots as a store; tests that change it work on a copy."""
+    """Store of the toy slide of 5 × 6 spots; tests that change it use a copy."""
     import he2gene_sc as hg
 
     path = tmp_path_factory.mktemp("toy") / "toy.zarr"
@@ -169,7 +169,7 @@ def toy_store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """A model with a random encoder of two layers: fast, deterministic, knows the genes of the toy slide but FTL."""
+    """Fast, deterministic model with a random encoder of two layers; it knows all genes of the toy slide except FTL."""
     import torch
 
     import he2gene_sc as hg
@@ -241,7 +241,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def her2st():
-    """Load a section once a session; tests copy what they change."""
+    """Load a section once per session; tests copy what they change."""
     import he2gene_sc as hg
 
     cache = {}
@@ -263,7 +263,7 @@ def _predicted(her2st):
 
 @pytest.fixture
 def predicted_c5(_predicted):
-    """C5, predicted by the bundled model once a session, with a table of its own for each test."""
+    """C5, predicted by the bundled model once per session, with a copy of the table for each test."""
     from he2gene_sc._core.element_results import copy_tables
 
     return copy_tables(_predicted)
@@ -271,7 +271,7 @@ def predicted_c5(_predicted):
 
 @pytest.fixture(scope="session")
 def hbcis_root(tmp_path_factory):
-    """HBCIS in small: 6 sections of 4 patients; tests that change files work on a copy."""
+    """Small HBCIS folder: 6 sections of 4 patients; tests that change files use a copy."""
     from tests.helpers.hbcis_mini import write_hbcis
 
     return write_hbcis(tmp_path_factory.mktemp("hbcis") / "HBCIS")
@@ -279,7 +279,7 @@ def hbcis_root(tmp_path_factory):
 
 @pytest.fixture
 def train_by_file(monkeypatch, tmp_path):
-    """Run `he2gene train` on a file with this text in ``tmp_path``; returns what `hg.tl.train` was called with."""
+    """Run `he2gene train` on a file with this text in ``tmp_path``; return the arguments of `hg.tl.train`."""
     from typer.testing import CliRunner
 
     import he2gene_sc as hg

@@ -37,7 +37,7 @@ def test_version_is_the_version_of_the_distribution():
 
 
 def _imports():
-    """What each module of the package imports, anywhere in it, by full names."""
+    """Return the full names of all modules that each module of the package imports."""
     root = Path(hg.__file__).parent
     paths = {".".join(path.relative_to(root.parent).with_suffix("").parts): path for path in root.rglob("*.py")}
     modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}

@@ -1,4 +1,4 @@
-"""A tenth of the odd inputs; ``python tests/benchmarks/bench_faults.py`` runs all of them."""
+"""Run a tenth of the odd inputs; ``python tests/benchmarks/bench_faults.py`` runs all of them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The road on real tissue: a held-out section, and the same tissue given in other ways."""
+"""Predict real tissue: a held-out section, and the same tissue in other formats."""
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ def c5(her2st):
 
 @pytest.fixture(scope="module")
 def crop(her2st):
-    """The pixels, centres and ids of the spots in a quarter of C5, with room for every window around them."""
+    """Pixels, centres and ids of the spots in a quarter of C5, with a margin for every window."""
     sdata = her2st("C5")
     table = sdata["table"]
     centres = table.obsm["spatial"]
@@ -119,7 +119,7 @@ def trained(her2st, tmp_path_factory):
 
 
 def scores(model, predicted, table):
-    """Mean correlation over the model's panels, 250 genes of highest mean and 50 most variable."""
+    """Return the mean correlation over the model's panels: 250 genes of highest mean and 50 most variable genes."""
     measured = pd.DataFrame(log_normalise(table.X), columns=table.var_names)
     found = []
     for members in (model.genes["group"] == "target", model.genes["variable"].astype(bool)):
@@ -138,7 +138,7 @@ def of_image(model, pixels, centres, ids, mpp):
 
 @pytest.fixture(scope="module")
 def on_c5(her2st, trained):
-    """C5 as it is: its spots, and how well they are predicted."""
+    """Unchanged C5: its spots, and the accuracy of their prediction."""
     sdata = hg.tl.predict(her2st("C5"), model=trained, copy=True, device="cpu")
     table = sdata["table"]
     return sdata, scores(trained, table.to_df("he2gene").fillna(0), table)
@@ -157,7 +157,7 @@ def test_a_model_of_two_sections_predicts_the_third_above_colour_alone(trained, 
 
 
 def test_another_stain_and_resolution_cost_at_most_a_tenth(her2st, trained, on_c5):
-    """Both at once: what either alone would cost, they cost together."""
+    """Change both at once; the loss is that of both changes together."""
     from PIL import Image
 
     _, reference = on_c5

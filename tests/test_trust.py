@@ -1,4 +1,4 @@
-"""What the bundled model says of itself, on the section that it has not seen."""
+"""Check the stated reliability of the bundled model on a held-out section."""
 
 import numpy as np
 import pytest

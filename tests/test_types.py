@@ -1,4 +1,4 @@
-"""A user's type checker: arguments and results of public functions have types."""
+"""Check that arguments and results of public functions have types for a user's type checker."""
 
 import json
 import subprocess

@@ -15,7 +15,7 @@ RENAMED = {"SEPT2": "SEPTIN2", "H2AFZ": "H2AZ1", "MARCH7": "MARCHF7", "H1F0": "H
 def test_each_previous_symbol_belongs_to_one_gene():
     table = previous_symbols()
     assert {old: table[old] for old in RENAMED} == RENAMED
-    # What is a symbol of its own now is not read as an older one.
+    # Current symbols are not read as previous symbols.
     assert not set(table) & set(table.values())
     assert current_symbols(["SEPT2", "SEPTIN2", "ERBB2", "no gene"]).tolist() == [
         "SEPTIN2",
@@ -57,7 +57,7 @@ def test_a_table_with_new_symbols_is_matched_to_a_model_with_old_ones(caplog):
     assert found.renamed == {RENAMED[gene]: gene for gene in old}
     assert set(old) <= set(model.genes.index[found.positions])
     assert f"{len(old)} of them by another symbol that HGNC lists" in caplog.text
-    # Either name may be asked for.
+    # Both names can be used.
     for asked in (old[0], RENAMED[old[0]]):
         only = match_genes(model, table, [asked], None)
         assert table.var_names[only.columns].tolist() == [RENAMED[old[0]]]

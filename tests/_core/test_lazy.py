@@ -1,4 +1,4 @@
-"""Layers above the memory limit: computed when they are read, written by blocks; any gene of the model from the embedding."""
+"""Layers above the memory limit are computed on reading and written by blocks; genes come from the embedding."""
 
 from dataclasses import replace
 
@@ -20,13 +20,13 @@ NEAR = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def layer_of(table):
-    """The layer in memory, whatever it is kept as."""
+    """Return the layer in memory, dense or lazy."""
     return np.asarray(table.layers["he2gene"])
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """No layer is kept dense, and blocks are a few spots and genes."""
+    """Make all layers lazy, with blocks of a few spots and genes."""
     monkeypatch.setattr(hg.settings, "memory_limit", 1000)
     monkeypatch.setattr(lazy, "_SPOT_BLOCK", 320)
     monkeypatch.setattr(lazy, "_GENE_BLOCK", 300)
@@ -35,7 +35,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def both(toy, tiny_model, small):
-    """A table with a dense layer, and an object with a lazy one."""
+    """Make a table with a dense layer, and an object with a lazy layer."""
     hg.settings.memory_limit = 2**31
     dense = hg.tl.predict(toy, model=tiny_model, copy=True)["table"]
     hg.settings.memory_limit = 1000
@@ -45,7 +45,7 @@ def both(toy, tiny_model, small):
 
 @pytest.fixture
 def other_model(tiny_model):
-    """A model that was never saved either, with another head."""
+    """Make another unsaved model, with another gene head."""
     tensors = {**tiny_model.tensors, "genes.weight": -tiny_model.tensors["genes.weight"]}
     other = replace(tiny_model, tensors=tensors)
     assert other.weights_sha256 == tiny_model.weights_sha256 == ""
@@ -57,7 +57,7 @@ def same_table(a, b):
     assert set(a.obsm) == set(b.obsm)
 
 
-# What predict leaves
+# Results of predict
 
 
 def test_above_the_limit_the_layer_is_lazy_and_recorded_so(both):
@@ -228,7 +228,7 @@ def test_genes_come_from_the_layer_and_others_from_the_embedding(toy, tiny_model
         **NEAR,
     )
     assert hg.get.expression(toy, names[0]).shape == (30, 1)
-    # A gene that the layer lacks at one spot is computed there alone.
+    # A gene that the layer lacks at one spot is computed only there.
     toy["table"].layers["he2gene"][3, toy["table"].var_names == names[0]] = np.nan
     own = np.ravel(expected[:, 0]) + (np.arange(30) != 3)
     np.testing.assert_allclose(hg.get.expression(toy, names[0], model=tiny_model)[names[0]], own, **NEAR)
@@ -297,7 +297,7 @@ def test_regions_of_two_heads_are_not_joined(tiny_model, other_model, small):
 
 @pytest.fixture
 def read(monkeypatch):
-    """Values of layers that were in memory at once."""
+    """Record the sizes of blocks of layers in memory."""
     found, compute = [], da.Array.compute
 
     def counted(self, *args, **kwargs):

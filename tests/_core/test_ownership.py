@@ -1,4 +1,4 @@
-"""What a user has put into an object is never written over: refused before any work, with the key named."""
+"""Entries of the user in an object are never overwritten: functions raise before any work and name the key."""
 
 import warnings
 from dataclasses import replace
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    """The tiny model, with a score of how far spots are from training on its card: it would write every key."""
+    """Tiny model with an OOD detector, so that predict writes every key."""
     made = hg.models.HE2Gene(replace(tiny_model.card, guard={}), tiny_model.genes, tiny_model.tensors)
     made.__dict__["network"] = tiny_model.network
     return made
@@ -27,7 +27,7 @@ def model(tiny_model):
 
 @pytest.fixture
 def idle(monkeypatch):
-    """No spot may be encoded."""
+    """Fail if a spot is encoded."""
 
     def encode(*_, **__):
         raise AssertionError("spots were encoded")
@@ -42,7 +42,7 @@ def predicted(toy, tiny_model):
 
 
 def put(table, slot, key):
-    """Put something of the user's under a key."""
+    """Write an entry of the user under a key."""
     n_obs, n_vars = table.shape
     values = {"obs": 7, "var": 7, "obsm": np.full((n_obs, 2), 7.0), "layers": np.full((n_obs, n_vars), 7.0)}
     getattr(table, slot)[key] = values.get(slot, {"mine": 7})
@@ -158,7 +158,7 @@ def test_an_earlier_prediction_is_replaced(predicted, tiny_model):
 
 
 def as_written_by_060(table):
-    """The record as version 0.6.0 wrote it: no list of keys, no digests."""
+    """Change the record to the format of version 0.6.0: no list of keys, no digests."""
     for name in ("verb", "written", "signatures"):
         table.uns["he2gene"].pop(name, None)
     table.uns["he2gene_spatial"] = "he"
@@ -178,7 +178,7 @@ def test_a_user_column_beside_a_prediction_of_version_060_is_kept(predicted, mod
 
 
 def round_trip(sdata, how, folder):
-    """The object with its table copied, cut, joined with itself, or written and read."""
+    """Return the object with its table copied, subset, concatenated, or written and read."""
     table = sdata["table"]
     if how == "zarr":
         sdata.write(folder / "slide.zarr")
@@ -343,7 +343,7 @@ def test_attributes_of_the_user_are_refused(toy, tiny_model, value, measured):
     assert toy.attrs["he2gene"] == value
 
 
-# Tables that predict made
+# New tables of predict
 
 
 def without_table(toy, model, **kwargs):
@@ -401,7 +401,7 @@ def test_other_genes_replace_our_table_and_remove_other_predictions(toy, tiny_mo
     assert not [name for slot in (table.uns, table.obs, table.obsm) for name in slot if "second" in name]
 
 
-# Warnings that are errors
+# Warnings as errors
 
 
 def as_errors(sdata, match, call, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Spots that do not lie where they should are refused or warned of, with a call that mends it; those that do are not."""
+"""Misplaced spots raise or are warned of, with a call that corrects them; correct spots are not."""
 
 import re
 import warnings
@@ -19,7 +19,7 @@ PITCH, SIDE = 40.0, 800
 
 
 def tissue(side=SIDE):
-    """Glass with a dark L of tissue, that no symmetry of the square maps onto itself, darker to the right."""
+    """Draw glass with a dark L of tissue, darker to the right, which no symmetry of the square maps onto itself."""
     y, x = np.mgrid[:side, :side] / side
     inside = ((x > 0.08) & (x < 0.35) & (y > 0.08) & (y < 0.92)) | ((x < 0.8) & (x > 0.08) & (y > 0.7) & (y < 0.92))
     shade = np.where(inside, 150 - 60 * x - 40 * y, 235)
@@ -27,7 +27,7 @@ def tissue(side=SIDE):
 
 
 def section(*, everywhere=False, array=True):
-    """Visium spots on the tissue of an image at 2.5 µm/px."""
+    """Make Visium spots on the tissue of an image at 2.5 µm/px."""
     shade, inside = tissue()
     row, column = (grid.ravel() for grid in np.mgrid[0:20, 0:18])
     centres = np.column_stack([30 + PITCH * (column + 0.5 * (row % 2)), 30 + PITCH * np.sqrt(0.75) * row])
@@ -55,7 +55,7 @@ def place(sdata, matrix):
 
 
 def said(sdata, **kwargs):
-    """All warnings of finding and checking the slide."""
+    """Return all warnings of finding and checking the slide."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for slide in resolve(sdata, **kwargs):

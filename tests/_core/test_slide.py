@@ -1,4 +1,4 @@
-"""`resolve`: image, spots, table, coordinate system and µm per pixel are found, or the call says what is missing."""
+"""`resolve` finds image, spots, table, coordinate system and µm per pixel, or raises with the missing part."""
 
 import warnings
 
@@ -284,7 +284,7 @@ def test_image_key_may_map_regions_to_images(toy):
 
 
 def pictures(**scales):
-    """One textured picture at several scales over the same spots, each image in a system of the spots."""
+    """Make images of one texture at several scales over the same spots, in the systems of the spots."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(60, 240, (3, 40, 40)).astype(np.uint8)
     centres = square(pitch=100.0)
@@ -370,7 +370,7 @@ def test_polygons_without_a_table_are_spots_and_circles_come_first(toy):
 
 
 def cells(toy, **systems):
-    """Labels of 20 px where the toy slide has spots, numbered from 1, and their centres."""
+    """Make labels of 20 px at the spots of the toy slide, numbered from 1; return also their centres."""
     labels = np.zeros((600, 700), np.int32)
     centres = np.asarray(toy["table"].obsm["spatial"]).astype(int)
     for i, (x, y) in enumerate(centres):
@@ -393,7 +393,7 @@ def test_labels_without_a_table_are_spots_at_their_centroids(toy):
 
 
 def of_cells(toy, kept=slice(None)):
-    """The table of the toy slide, annotating labels, some rows of it in another order."""
+    """Return the table of the toy slide annotating labels, with some rows in another order."""
     table = toy["table"]
     table.obs["instance_id"] = np.arange(30) + 1
     table.obs["region"] = pd.Categorical(["cells"] * 30)
@@ -487,12 +487,12 @@ def test_adjacent_bins_may_be_few_pixels_wide():
     [
         (np.s_[:, 100:300, 50:300], Translation([50, 100], axes=("x", "y")), None),
         (np.s_[:, :300, :200], Identity(), None),
-        (np.s_[:, ::2, ::2], Identity(), r"If it was resampled, 4 is, .*\['mpp'\]\['he'\] = 4, or pass mpp=4"),
+        (np.s_[:, ::2, ::2], Identity(), r"If it was resampled, 4 is right, .*\['mpp'\]\['he'\] = 4, or pass mpp=4"),
         (np.s_[:, ::2, ::2], Scale([2, 2], axes=("x", "y")), "replaced or resampled.*= 4, or pass mpp=4"),
         (
             np.s_[:, np.arange(800) // 2, :],
             Identity(),
-            "stated as 2 for 700 × 600 pixels, but the image has 700 × 800 now",
+            "stated as 2 for 700 × 600 pixels, but the image now has 700 × 800",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What was computed from a prediction goes when the prediction changes."""
+"""Results that were computed from a prediction are removed when the prediction changes."""
 
 import warnings
 
@@ -17,7 +17,7 @@ def model():
 
 @pytest.fixture
 def sdata(model):
-    """A slide with intervals, an evaluation, an adapted layer with intervals, and something of the user's own."""
+    """Slide with intervals, an evaluation, an adapted layer with intervals, and an entry of the user."""
     made = toy(7, shape=(8, 8))
     hg.tl.predict(made, model=model, device="cpu")
     table = made["table"]

@@ -38,7 +38,7 @@ def main(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """What the demo printed and its folder, without her2st: neither here, nor in a cache, nor online; of few spots."""
+    """Output and folder of the demo on few spots, without her2st: not local, not in the cache, not online."""
     import pooch
 
     def offline(self, name, **_):
@@ -400,7 +400,7 @@ def test_train_checks_the_output_folder_before_the_work(main, tmp_path):
 
 @pytest.mark.slow
 def test_of_two_processes_the_first_writes_the_model(tmp_path):
-    """As several GPUs are driven: Lightning starts the command once more for each."""
+    """Run two processes, as Lightning does for several GPUs by starting the command for each."""
     for i, patient in enumerate("AB"):
         toy = hg.datasets.toy((3, 4), mpp=2.0, seed=i)
         toy["table"].obs["section"], toy["table"].obs["patient"] = f"S{i}", patient

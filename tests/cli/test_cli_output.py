@@ -1,4 +1,4 @@
-"""What the commands print: help, a summary for people, JSON alone for machines."""
+"""Output of the commands: help, a summary, or only JSON."""
 
 import json
 
@@ -18,7 +18,7 @@ def run(*arguments):
 
 @pytest.fixture
 def bundled(monkeypatch, tiny_model):
-    """The small model by the name of the bundled one; loading it prints."""
+    """Load the small model under the name of the bundled one, with printed output."""
 
     def load(*_, **__):
         print("said by a library")

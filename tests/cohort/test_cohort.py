@@ -1,4 +1,4 @@
-"""Many slides: what each becomes, what is done again, and what is refused before work."""
+"""`hg.cohort.predict`: results of many slides, repeated runs, and errors before work."""
 
 import contextlib
 import json
@@ -37,10 +37,10 @@ COLUMNS = [
 
 @pytest.fixture(scope="module")
 def client():
-    """A worker in this process."""
+    """Client of a worker in this process."""
     from distributed import Client
 
-    # A profiler that looks at this process a hundred times a second is most of the work otherwise.
+    # Disable the profiler of dask, which would take most of the time.
     quiet = dask.config.set({"distributed.worker.profile.enabled": False})
     with quiet, Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as found:
         yield found
@@ -74,13 +74,13 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def slides(made, tmp_path):
-    """Two stores, an image, and one that is damaged."""
+    """Two stores, an image, and a damaged image."""
     return Path(shutil.copytree(made, tmp_path / "slides"))
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Names of the slides that are predicted."""
+    """Collect the names of the slides that are predicted."""
     names = []
 
     def predict(job, model, before=cohort.predict_slide):
@@ -116,7 +116,7 @@ def test_a_manifest_with_a_damaged_slide_and_repeated_runs(made, slides, model, 
         sd.read_zarr(slides / "B.zarr")["table"].layers["he2gene"], alone["table"].layers["he2gene"]
     )
     assert (sd.read_zarr(slides / "C.zarr")["table"].obs["patient"] == "P1").all()
-    # Again: what is finished stays as it is, file by file; what is missing is predicted.
+    # In a second run, files of finished slides do not change, and missing slides are predicted.
     before = files(slides / "A.zarr", slides / "C.zarr")
     shutil.rmtree(slides / "B.zarr")
     shutil.copytree(made / "B.zarr", slides / "B.zarr")
@@ -158,7 +158,7 @@ def test_a_slide_is_finished_only_with_the_same_parameters(finished, model, aske
 
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
-    """A store that was predicted, of an image beside it."""
+    """Predicted store of an image beside it."""
     place = tmp_path_factory.mktemp("finished")
     (place / "slide.tif").write_bytes(b"x")
     sdata = hg.datasets.toy((2, 2), mpp=4.0)
@@ -174,7 +174,7 @@ def test_a_slide_of_another_model_or_another_file_is_not_finished(finished, mode
     assert is_finished(of_image, model)
     other = replace(model, card=replace(model.card, files={**model.card.files, "weights.safetensors": "0" * 64}))
     assert not is_finished(of_image, other)
-    assert not is_finished(of_image, tiny_model)  # never saved: nothing tells it from another
+    assert not is_finished(of_image, tiny_model)  # a model that was never saved cannot be identified
     assert not is_finished(replace(of_image, pitch_um=50), model)
     scan = of_image.path.stat()
     os.utime(of_image.path, ns=(scan.st_atime_ns, scan.st_mtime_ns + 1))
@@ -203,7 +203,7 @@ def _moved_spots(store):
 
 @pytest.fixture(scope="module")
 def updated(made, model, tmp_path_factory):
-    """A store that was predicted in place, as a cohort does."""
+    """Store that was predicted in place, as in a cohort."""
     store = Path(shutil.copytree(made / "A.zarr", tmp_path_factory.mktemp("updated") / "A.zarr")).resolve()
     predict_slide(Job(store, store), model)
     return store
@@ -340,7 +340,7 @@ def test_an_interrupted_run_keeps_finished_slides_and_can_be_resumed(slides, mod
     predict, stopped, summary = cohort.predict_slide, threading.Event(), slides / "summary.csv"
 
     def finished():
-        # It is written meanwhile.
+        # The file is being written.
         with contextlib.suppress(OSError, ValueError):
             return "predicted" in pd.read_csv(summary)["status"].tolist()
 
@@ -350,7 +350,7 @@ def test_an_interrupted_run_keeps_finished_slides_and_can_be_resumed(slides, mod
             return predict(job, model)
         while not finished():
             time.sleep(0.05)
-        # Python drops a Ctrl-C that comes while it runs a finaliser: it is pressed again.
+        # Python ignores a Ctrl-C during a finaliser, so send it again.
         for _ in range(3):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             if stopped.wait(20):
@@ -649,7 +649,7 @@ def test_a_patient_that_the_table_contradicts_fails_the_slide(slides, model, cli
 
 @pytest.fixture
 def shell(monkeypatch, capsys, client):
-    """Run the console script on the worker of this process: exit code, stdout, stderr."""
+    """Run the console script on the worker of this process; return exit code, stdout and stderr."""
     from contextlib import nullcontext
 
     monkeypatch.setattr(cohort, "local_client", lambda _: nullcontext(client))
@@ -666,7 +666,7 @@ def shell(monkeypatch, capsys, client):
 
 @pytest.fixture
 def bundled(monkeypatch, model):
-    """The small model by the name of the bundled one."""
+    """Use the small model under the name of the bundled one."""
     monkeypatch.setattr("he2gene_sc.models.load", lambda *_, **__: model)
 
 

@@ -1,4 +1,4 @@
-"""`hg.datasets`: the toy has what was planted in it, her2st comes from disk, cache or web and says what is missing."""
+"""`hg.datasets`: the toy slide has its planted signal; her2st is read from disk, cache or web, with errors for missing files."""
 
 import functools
 import hashlib
@@ -41,7 +41,7 @@ def finest(sdata):
 
 
 def test_toy_is_seeded():
-    # Not `hg.datasets.toy`, of which the tests keep what it made.
+    # Do not use `hg.datasets.toy`, whose results the tests cache.
     a, b, c = (_toy.toy((3, 3), mpp=4.0, seed=seed) for seed in (5, 5, 6))
     np.testing.assert_array_equal(a["he"], b["he"])
     assert (a["table"].X != b["table"].X).nnz == 0
@@ -95,7 +95,7 @@ def test_genes_planted_in_the_texture_follow_it_within_a_class(large):
 
 
 def test_the_image_shows_classes_and_texture(large):
-    """Spots are darker in tumour than in stroma, and in tumour the darker the denser."""
+    """Check that spots are darker in tumour than in stroma, and in tumour darker at higher density."""
     pixels = large["he"].to_numpy().mean(axis=0)
     obs = large["table"].obs
     dark = np.array(
@@ -219,12 +219,12 @@ def test_a_section_that_is_not_a_text_is_refused():
         hg.datasets.her2st(None)
 
 
-# her2st from elsewhere: a small section of our own stands in for the files of the repository
+# her2st from other places: a small synthetic section replaces the files of the repository
 
 
 @pytest.fixture
 def small(tmp_path):
-    """Files of a section "A1", in the layout of the shared folder."""
+    """Write files of a section "A1" in the layout of the shared folder."""
     root = tmp_path / "files"
     x, y = (grid.ravel() for grid in np.meshgrid(np.arange(2, 7), np.arange(3, 7)))
     spots = pd.DataFrame(
@@ -251,7 +251,7 @@ def names_in(root):
 
 @pytest.fixture
 def away(tmp_path, monkeypatch):
-    """No local data and an empty cache; returns the folder of the cache."""
+    """Use no local data and an empty cache; return the cache folder."""
     (tmp_path / "nothing").mkdir()
     monkeypatch.delenv("HE2GENE_DATA_DIR", raising=False)
     monkeypatch.setattr(hg.settings, "data_dir", tmp_path / "nothing")
@@ -261,7 +261,7 @@ def away(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(small):
-    """The small section over http; yields its address and the paths that were asked for."""
+    """Serve the small section over http; yield its address and the requested paths."""
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:section .* sp
 
 @pytest.fixture
 def root(hbcis_root, tmp_path):
-    """A copy to change."""
+    """Copy of the folder, which a test may change."""
     return shutil.copytree(hbcis_root, tmp_path / "HBCIS")
 
 
@@ -427,7 +427,7 @@ def test_a_split_with_a_patient_on_both_sides_is_refused():
 
 @pytest.mark.slow
 def test_a_model_trained_on_hbcis_finds_the_tumour_of_another_patient(hbcis_root):
-    # Stain and resolution drift from patient to patient; beyond the range of training a slide is out of distribution.
+    # Stain and resolution vary between patients; outside the range of training, a slide is out of distribution.
     data = hg.datasets.hbcis(hbcis_root, patients=["BC23901", "BC23270", "BC23287"])
     model = hg.tl.train(
         data,

@@ -33,7 +33,7 @@ def hest_root(tmp_path_factory):
 
 @pytest.fixture
 def root(hest_root, tmp_path):
-    """A copy to change."""
+    """Copy of the folder, which a test may change."""
     return shutil.copytree(hest_root, tmp_path / "HEST")
 
 
@@ -237,7 +237,7 @@ def test_samples_with_missing_metadata_are_left_out_with_a_warning(root):
         strict=True,
     ):
         assert re.search(expected, message)
-    # By name, it is refused when it is read.
+    # A sample that is named by id raises when it is read.
     with pytest.raises(ValueError, match="sample 'TENX39': `pixel_size_um_estimated` is nan"):
         hg.datasets.hest(root, ids="TENX39")[0]
 
@@ -366,11 +366,11 @@ def test_training_holds_one_image_at_a_time(hest_root, monkeypatch):
     genes = hg.GeneSelection(n_target_genes=20, ensembl_ids=GENES)
     preset = hg.DefaultRecipe(windows_um=(150.0,))
     model = hg.tl.train(data, encoder=own(), preset=preset, genes=genes, device="cpu")
-    # No image of an earlier sample is left when the next is opened.
+    # The image of a sample is freed before the next one is opened.
     assert held == [0] * 5
     assert set(model.card.training["sections"]) == set(NAMES[3:])
     assert model.card.training["n_patients"] == 3
-    # Ensembl ids of one study and symbols of the others are the same genes.
+    # Ensembl ids of one study and symbols of the others refer to the same genes.
     assert set(model.genes.index) <= set(GENES)
 
 

@@ -1,4 +1,4 @@
-"""The example of every public function runs and gives what it shows."""
+"""Run the example of every public function and compare its output."""
 
 import doctest
 import inspect

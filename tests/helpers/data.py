@@ -1,4 +1,4 @@
-"""Where the real sections are, if they are."""
+"""Path of the real sections, if available."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Small synthetic folders in the layout of HBCIS (Mendeley 29ntw7sh4r) and of her2st, with all their quirks.
 
-A density of nuclei varies smoothly over each section: the image is dark and violet where it is high, pale and pink
-where it is low, genes of `UP` rise with it, genes of `DOWN` fall, and a spot is tumour above the middle.
+The density of nuclei varies smoothly over each section: at high density, the image is dark and violet, at low density
+pale and pink. Genes of `UP` increase with it, genes of `DOWN` decrease, and spots above the middle are tumour.
 """
 
 import gzip
@@ -71,7 +71,7 @@ FLAT = {
     "UBC": "ENSG00000150991",
     "PPIA": "ENSG00000196262",
 }
-#: Seen in some sections and not in others, whose files then leave them out.
+#: Genes that are detected only in some sections; files of other sections omit them.
 RARE = {
     "CLDN3": "ENSG00000165215",
     "S100A9": "ENSG00000163220",
@@ -82,9 +82,9 @@ RARE = {
 }
 GENES = UP | DOWN | FLAT | RARE
 AMBIGUOUS = "__ambiguous[ENSG00000141736+ENSG00000141738]"
-#: Four patients; BC23287 is one of those that the paper tests on.
+#: Four patients; BC23287 is a test patient of the paper.
 SECTIONS = {"BC23901": ("C2", "D1"), "BC23209": ("C1",), "BC23270": ("D2", "E1"), "BC23287": ("C1",)}
-#: One section of each patient of the set.
+#: One section of each patient of HBCIS.
 ALL_PATIENTS = {
     f"BC{n}": ("D1",)
     for n in (
@@ -97,9 +97,9 @@ FIRST = (7, 10)
 
 
 def write_hbcis(root, sections=SECTIONS, *, side=6, sides=None, seed=0):
-    """Write the set to `root`: `side` × `side` spots a section, images of about `(side + 1) * 60` pixels.
+    """Write HBCIS to `root`: `side` × `side` spots per section, images of about `(side + 1) * 60` pixels.
 
-    `sides` has the sides of patients that have others.
+    `sides` maps patients to other values of `side`.
     """
     root = Path(root)
     root.mkdir(parents=True)
@@ -107,7 +107,7 @@ def write_hbcis(root, sections=SECTIONS, *, side=6, sides=None, seed=0):
     for i, (patient, replicates) in enumerate(sections.items()):
         for j, replicate in enumerate(replicates):
             rng = np.random.default_rng([seed, i, j])
-            # Names of images and spot files begin with BT or with BC, whatever the patient's name does.
+            # Names of images and spot files start with BT or BC, independent of the patient's name.
             name = patient if i % 3 == 1 else patient.replace("BC", "BT")
             row = {
                 "type": ("Luminal_A", "HER2_luminal", "TNBC")[i % 3],
@@ -125,7 +125,7 @@ def write_hbcis(root, sections=SECTIONS, *, side=6, sides=None, seed=0):
 
 
 def write_her2st(data_dir, sections, *, side=5, seed=1):
-    """Write sections of her2st, as `HE2GENE_DATA_DIR` has them."""
+    """Write sections of her2st in the layout of `HE2GENE_DATA_DIR`."""
     root = Path(data_dir) / "her2st"
     for folder in ("ST-cnts", "ST-spotfiles", "ST-pat/lbl"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -150,18 +150,18 @@ def _write_section(root, row, rng, side, pitch):
     x, y = _grid(side)
     density, image, pixels = _slide(rng, x, y, side, pitch)
     image.save(root / row["histology_image"], quality=95)
-    # The spot file names a spot more than the other two do.
+    # The spot file has one spot more than the other two files.
     ids = [*_names(x, y), f"{FIRST[0] + side}x{FIRST[1]}"]
     pixels = np.vstack([pixels, [(side + 0.9) * pitch, pitch]])
     pd.DataFrame(pixels.round(2), index=ids, columns=["X", "Y"]).to_csv(root / row["spot_coordinates"])
-    # The counts list the whole array, in an order of their own.
+    # The counts list the whole array, in another order.
     around = np.concatenate([_counts(rng, density), rng.poisson(0.3, (side, len(GENES)))])
     counts = pd.DataFrame(
         around, index=[*_names(x, y), *(f"{k}x2" for k in range(1, side + 1))], columns=GENES.values()
     )
     counts = counts.loc[:, counts.loc[_names(x, y)].sum() > 0].assign(**{AMBIGUOUS: 3})
     counts.iloc[rng.permutation(len(counts))].to_csv(root / row["count_matrix"], sep="\t")
-    # Line ends of old, a header that is a name short, positions as found on the slide; the last spot has no label.
+    # Old line ends, a header that lacks a name, adjusted positions; the last spot has no label.
     lines = ["xcoord\tycoord\tlab\ttumor\t"] + [
         f"{row['replicate']}_{a}_{b}\t{a + 0.02}\t{b - 0.01}\tL1\t{'tumor' if d > 0.5 else 'non'}"
         for a, b, d in zip(x[:-1], y[:-1], density, strict=False)
@@ -180,7 +180,7 @@ def _names(x, y):
 
 
 def _slide(rng, x, y, side, pitch):
-    """Density of nuclei at the spots, the image, and the spots' pixels."""
+    """Return the density of nuclei at the spots, the image, and the pixels of the spots."""
     size = (side + 1) * pitch
     centres = np.column_stack([x - FIRST[0] + 1, y - FIRST[1] + 1]) * float(pitch)
     angle, phase = rng.uniform(0, 2 * np.pi, 2)

@@ -1,4 +1,4 @@
-"""A small synthetic folder in the layout of HEST-1k, with its quirks; tissue, genes and slides are those of `hbcis_mini`."""
+"""Small synthetic folder in the layout of HEST-1k, with its quirks; tissue, genes and slides are those of `hbcis_mini`."""
 
 import json
 from pathlib import Path
@@ -31,13 +31,13 @@ SAMPLES = {
 #: Rows of the table that are not in the folder.
 ELSEWHERE = {"MEND1": ("Brain", "Mus musculus", "Visium"), "NCBI500": ("Kidney", "Homo sapiens", "Visium HD")}
 CONTROLS = ["NegControlProbe_00042", "BLANK_0069", "UnassignedCodeword_0001"]
-#: Spots of a side, pixels a step, µm a step and diameter, µm.
+#: Spots per side, pixels per step, µm per step, and diameter in µm.
 LATTICE = {ST: (200.0, 100.0), "Visium": (100.0, 55.0), "Xenium": (100.0, np.nan)}
 SIDE, PITCH = 5, 60
 
 
 def write_hest(root, samples=SAMPLES, *, side=SIDE, seed=0):
-    """Write the set to `root`: `side` × `side` spots a sample, images of `(side + 1) * 60` pixels."""
+    """Write HEST to `root`: `side` × `side` spots per sample, images of `(side + 1) * 60` pixels."""
     root = Path(root)
     for folder in ("st", "wsis", "metadata", "patches"):
         (root / folder).mkdir(parents=True)
@@ -61,7 +61,7 @@ def write_hest(root, samples=SAMPLES, *, side=SIDE, seed=0):
             "spot_diameter": diameter,
             "spots_under_tissue": n_spots,
             "nb_genes": n_genes,
-            # What the file states is often missing or wrong.
+            # The resolution in the file is often missing or wrong.
             "pixel_size_um_embedded": 1.0 if i % 2 else np.nan,
             "pixel_size_um_estimated": pitch_um / PITCH,
             "magnification": "20x",
@@ -87,14 +87,14 @@ def _write_sample(root, name, technology, rng, side):
     if technology == ST:
         counts, names = np.column_stack([counts, np.full(len(x), 3)]), [*names, AMBIGUOUS]
     elif technology == "Visium":
-        # The last row of spots lies beside the tissue.
+        # The last row of spots lies off the tissue.
         obs["in_tissue"] = (y < y.max()).astype(int)
         pixels = np.column_stack([pixels[:, 0] + PITCH / 2 * (y % 2), pixels[:, 1] * np.sqrt(0.75)])
     else:
         counts, names = np.column_stack([counts, np.full((len(x), len(CONTROLS)), 7)]), [*names, *CONTROLS]
         obs["in_tissue"] = True
     if name == "TENX99":
-        # Three cells a square, which share its counts.
+        # Three cells per square, which share its counts.
         at = rng.uniform(-0.45, 0.45, (3, *pixels.shape)) * PITCH
         pixels = np.concatenate(pixels + at)
         part = counts // 3

@@ -1,4 +1,4 @@
-"""What objects hold, and one of two slides."""
+"""Snapshots of objects, and an object of two slides."""
 
 import anndata as ad
 import numpy as np
@@ -10,7 +10,7 @@ import he2gene_sc as hg
 
 
 def snapshot(sdata):
-    """Everything that an object holds, as plain comparable values."""
+    """Return the content of an object as plain comparable values."""
     seen = {"attrs": repr(sdata.attrs), "elements": sorted(name for _, name, _ in sdata.gen_elements())}
     for name, image in sdata.images.items():
         seen[name] = sd.get_pyramid_levels(image, n=0).to_numpy().tobytes() if hasattr(image, "children") else id(image)
@@ -31,7 +31,7 @@ def snapshot(sdata):
 
 
 def two_regions(toy, other=None):
-    """The toy slide and another one in an object with one table, rows interleaved."""
+    """Combine the toy slide and another one in an object with one table, with interleaved rows."""
     other = other or hg.datasets.toy((5, 6), mpp=2.0, seed=1)
     table = ad.concat({"spots": toy["table"], "more": other["table"]}, label="region", index_unique="-")
     table.obs["instance_id"] = [name.rsplit("-", 1)[0] for name in table.obs_names]

@@ -17,18 +17,18 @@ DESIGN = {field.name for field in fields(hg.Design)}
 
 
 def biomarkers(tables, groupby, **options):
-    """Call hg.tl.biomarkers, with what belongs to the design among the options."""
+    """Call hg.tl.biomarkers, with fields of the design among the options."""
     design = {name: options.pop(name) for name in DESIGN & options.keys()}
     return hg.tl.biomarkers(tables, groupby, design=hg.Design(**design), **options)
 
 
 def pool(tables, groupby, *, layer=None, **options):
-    """Labelled spots, as hg.tl.biomarkers reads them."""
+    """Read labelled spots as hg.tl.biomarkers does."""
     return labelled_spots(read_spots(tables, groupby, "groupby", layer=layer), groupby, **options)
 
 
 def patient(i, *, n=40, genes=GENES, shift=2.0, labels=("tumour", "stroma"), seed=1):
-    """Logs of one patient; the first five genes are higher in the first label, all differ between patients."""
+    """Make logs of one patient; the first five genes are higher in the first label, and all differ between patients."""
     rng = np.random.default_rng((seed, i))
     label = np.array(labels)[np.arange(n) % len(labels)]
     values = 5 + rng.normal(0, 0.5, genes) + rng.normal(0, 0.4, (n, genes))
@@ -45,7 +45,7 @@ def patients(n=5, **options):
 
 
 def as_predicted(table, *, annotation=None, reliable=None):
-    """Mark ``log`` as what predict wrote, and put raw counts of the same genes into ``X``."""
+    """Mark ``log`` as a layer of predict, and put raw counts of the same genes into ``X``."""
     rng = np.random.default_rng(table.n_obs)
     table.X = rng.poisson(np.expm1(table.layers["log"]) / 20).astype(np.float32)
     table.layers["he2gene"] = table.layers["log"]
@@ -57,7 +57,7 @@ def as_predicted(table, *, annotation=None, reliable=None):
 
 
 def slides(n_patients=4, shape=(8, 6), n_genes=20, seed=0):
-    """Counts, and what another model predicted; the first five genes are higher in the left half."""
+    """Make counts and predictions of another model; the first five genes are higher in the left half."""
     rng = np.random.default_rng(seed)
     rows, columns = (grid.ravel() for grid in np.mgrid[: shape[0], : shape[1]])
     left = np.tile(columns < shape[1] // 2, n_patients)

@@ -1,11 +1,11 @@
-"""Pictures that readers of images read."""
+"""Images for tests of readers."""
 
 import numpy as np
 import spatialdata as sd
 
 
 def picture(height=96, width=128, seed=0):
-    """A smooth RGB picture ``(h, w, 3)``, which a JPEG keeps nearly as it is."""
+    """Make a smooth RGB image ``(h, w, 3)``, which JPEG hardly changes."""
     y, x = np.mgrid[:height, :width]
     phase = np.random.default_rng(seed).uniform(0, 6, 3)
     return (150 + 80 * np.sin(x[..., None] / 20 + y[..., None] / 31 + phase)).astype(np.uint8)

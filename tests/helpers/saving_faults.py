@@ -1,10 +1,10 @@
-"""Kill, or let fail, `hg.io.save` at each of its file operations; a program that forks itself, for tests and benchmarks.
+"""Kill or fail `hg.io.save` at each of its file operations; a program that forks itself, for tests and benchmarks.
 
     python tests/helpers/saving_faults.py STORE {kill,cut,error,full}[,…] [STRIDE] [no-exchange]
 
-Prints a JSON object a trial: the operation, what the store held afterwards ("old", "new") or what is wrong. `cut` is a
-power cut: what was not synchronised is lost. With a stride, operations on what readers see are all tried, others in part.
-Folders are not exchanged at once in a mode like `cut-no-exchange`, or in all with `no-exchange`.
+Prints a JSON object per trial: the operation, and the content of the store afterwards ("old", "new") or the problem. `cut`
+is a power cut: data that was not synchronised is lost. With a stride, all operations that readers can see are tried, and
+some of the others. Folders are not exchanged atomically in a mode like `cut-no-exchange`, or in all modes with `no-exchange`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def small_slide():
-    """Return a slide whose table has as few files as make one: each column is several."""
+    """Return a slide whose table has few files; each column takes several."""
     import numpy as np
 
     import he2gene_sc as hg
@@ -40,7 +40,7 @@ def small_slide():
 
 
 class Faults:
-    """Count file operations below a folder, and make one of them the last."""
+    """Count file operations below a folder, and fail at one of them."""
 
     def __init__(self, folder, mode, last):
         self.folder, self.mode, self.last = str(folder), mode, last
@@ -69,7 +69,7 @@ class Faults:
         self.step(event, paths, space=event in ("open", "os.mkdir", "os.link"))
 
     def step(self, event, paths, space=False):
-        # Threads of zarr come in any order: an operation is known by its names, not by its number.
+        # Threads of zarr run in any order, so identify an operation by its names, not its number.
         operation = [event, *(re.sub("[0-9a-f]{32}", "*", path.replace(self.folder, "")) for path in paths)]
         operation.append(sum(entry[:-1] == operation for entry in self.log))
         self.log.append(operation)
@@ -83,7 +83,7 @@ class Faults:
             raise OSError(errno.EIO if self.mode == "error" else errno.ENOSPC, "injected", paths[-1])
 
     def lose(self):
-        """Lose what was written and not synchronised: contents of files, and names in new folders."""
+        """Discard data that was not synchronised: contents of files, and names in new folders."""
         for path in sorted(Path(self.folder).rglob("*"), reverse=True):
             inode = path.lstat().st_ino
             if inode in self.known or inode in self.synced:
@@ -95,7 +95,7 @@ class Faults:
                 os.truncate(path, 0)
 
     def watch(self, files, no_exchange):
-        """Count what raises no audit event."""
+        """Count operations without an audit event."""
         fsync, exchange = os.fsync, files.exchange
 
         def counted_fsync(descriptor):
@@ -122,7 +122,7 @@ def save(store, faults=None, no_exchange=False):
 
     state = stores.fingerprints(store)
     sdata = sd.read_zarr(store)
-    # The store is younger than this program: what is changed here would not be known from what another has changed.
+    # The store is younger than this program, so changes here could not be distinguished from those of others.
     stores.remember(sdata, state)
     table = sdata["table"] if "table" in sdata else sdata["table-he2gene-new"]
     table.obs["round"] = np.arange(table.n_obs) + 1000
@@ -140,7 +140,7 @@ def save(store, faults=None, no_exchange=False):
 
 
 def check(store):
-    """Return "old" or "new"; raise if the store holds neither, or the next save leaves anything but a whole store."""
+    """Return "old" or "new"; raise if the store holds neither, or if the next save does not leave a complete store."""
     import spatialdata as sd
 
     sdata = sd.read_zarr(store)
@@ -180,7 +180,7 @@ def forked(job):
 
 
 def trials(log, stride):
-    """Return the operations to try: all that readers see or that move something, the last, and some of the others."""
+    """Return the operations to try: all that readers can see or that move files, the last one, and some others."""
     seen = [
         number
         for number, (event, *paths, _) in enumerate(log)
@@ -208,7 +208,7 @@ def main(template, modes, stride=1, no_exchange=False):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(template, store)
 
-    # Everything that a save imports is imported once, here, and not in each fork.
+    # Import all modules of a save once here, and not in each fork.
     fresh()
     status, said = forked(lambda: (check(store), sorted(sys.modules))[1])
     assert status == 0, said
@@ -224,7 +224,7 @@ def main(template, modes, stride=1, no_exchange=False):
 
 
 def attempts(store, fresh, mode, stride, no_exchange):
-    """Save once for each operation that is tried, and yield what came of it."""
+    """Save once for each operation that is tried, and yield the outcome."""
     fresh()
     status, said = forked(lambda: save(store, ("count", None), no_exchange))
     assert status == 0, said

@@ -1,4 +1,4 @@
-"""A network and training data small enough for tests."""
+"""Small network and training data for tests."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ SPAT = replace(PRESETS["he2gene-spat"], lr=3e-3, batch_size=16, patience=50, max
 
 
 def encoder(dropout=0.1):
-    """A small network with all that has a state of its own: batch normalisation and dropout."""
+    """Make a small network with stateful layers: batch normalisation and dropout."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return nn.Sequential(
@@ -32,7 +32,7 @@ def encoder(dropout=0.1):
 
 
 def toy_set(n=80, px=18, seed=0, **changes):
-    """Spots on a 4-column grid in five sections of three patients; genes and classes follow the colour."""
+    """Make spots on a 4-column grid in five sections of three patients; genes and classes depend on the colour."""
     rng = np.random.default_rng(seed)
     hue = rng.uniform(0, 1, (n, 3))
     patches = 255 * np.clip(hue[:, :, None, None] + 0.1 * rng.normal(size=(n, 3, px, px)), 0, 1)
@@ -53,7 +53,7 @@ def toy_set(n=80, px=18, seed=0, **changes):
 
 
 def fit_to(path, options):
-    """Train in the process that calls it, and write the weights to a file."""
+    """Train in this process, and write the weights to a file."""
     preset = replace(SPAT, max_epochs=8)
     fitted = fit_network(toy_set(), preset, encoder(), SPEC, run=RunOptions(**options), device="cpu")
     np.savez(path, **fitted.tensors)

@@ -1,4 +1,4 @@
-"""Sections for tests of the closed form: features, targets, gaps and labels that are planted."""
+"""Sections for tests of the closed form, with planted features, targets, gaps and labels."""
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ def section(features, counts, *, name="S", patient="P", measured=None, codes=Non
 
 
 def planted(n_sections=4, n=60, n_genes=10, views=2, seed=0, noise=0.0, patients=2, gaps=(), n_classes=3):
-    """Sections whose genes and classes follow the features; ``gaps`` are (section, gene) that were not measured."""
+    """Make sections whose genes and classes depend on the features; ``gaps`` are unmeasured pairs (section, gene)."""
     rng = np.random.default_rng(seed)
     slopes = rng.normal(size=(N_FEATURES, n_genes)) / 4
     separators = rng.normal(size=(N_FEATURES, n_classes))
@@ -74,7 +74,7 @@ def everything(sections):
 
 
 def facts(n_genes):
-    """What a card needs beside the arrays."""
+    """Return the metadata of a card."""
     return ModelMetadata(
         genes=pd.Index([f"G{i}" for i in range(n_genes)]),
         ensembl_ids=("",) * n_genes,
@@ -93,10 +93,10 @@ def facts(n_genes):
 def held_out_correlations(
     rho, depth=0.0, colour=0.0, coordinates=0.0, *, n_genes=2000, n_patients=3, spots=200, seed=0
 ):
-    """Correlations of genes with a prediction, with it given depth, and with what sees no gene, patient by patient.
+    """Simulate correlations of genes with a prediction, with it given depth, and with baselines without genes, by patient.
 
-    ``rho`` is the population correlation given depth, of which colour is a part. Patients differ in it by 0.1 (Fisher's z). The
-    image shows depth with a correlation of 0.7.
+    ``rho`` is the population correlation given depth, of which colour is a part; it varies between patients by 0.1 (Fisher's
+    z). The image correlates with depth by 0.7.
     """
     rng = np.random.default_rng(seed)
     share = colour / rho if rho else 0.0

@@ -1,4 +1,4 @@
-"""Toy sections of several patients, and an encoder that is small enough to train with them in a second."""
+"""Toy sections of several patients, and an encoder that is small enough to train on them in a second."""
 
 from dataclasses import fields
 from functools import partial
@@ -29,7 +29,7 @@ def network(seed=0):
 
 
 class Power(nn.Module):
-    """A network whose weights and ``repr`` do not tell what it does."""
+    """Network whose weights and ``repr`` do not identify its function."""
 
     def __init__(self, inner, power):
         super().__init__()
@@ -57,7 +57,7 @@ def toys(patients="ABA"):
 
 
 def with_table(sdata, table):
-    """Exchange the table, whose spots stay the same."""
+    """Replace the table by one of the same spots."""
     from spatialdata.models import TableModel
 
     attrs = sdata["table"].uns["spatialdata_attrs"]
@@ -82,7 +82,7 @@ def renamed(sdata, names):
 
 
 def arguments(**options):
-    """Arguments of `hg.tl.train`; fields of its dataclasses may be given by their own names."""
+    """Make arguments of `hg.tl.train`; fields of its dataclasses may be passed by name."""
     preset = options.get("preset", "default")
     kinds: dict = {"keys": hg.SectionKeys, "genes": hg.GeneSelection, "card": hg.CardText}
     kinds["preset"] = hg.DefaultRecipe if preset == "default" else partial(hg.PaperRecipe, preset)

@@ -1,4 +1,4 @@
-"""Folders as Space Ranger and Xenium write them, in small: a toy slide in the layout that the readers of spatialdata-io expect."""
+"""Small folders in the layout of Space Ranger and Xenium, which the readers of spatialdata-io expect, with a toy slide."""
 
 import json
 import zipfile
@@ -13,15 +13,15 @@ from shapely.geometry import Polygon
 import he2gene_sc as hg
 
 MPP = 2.0
-#: Pixels of the image by a pixel of the reduced ones.
+#: Pixels of the image per pixel of the downscaled images.
 REDUCED = {"hires": 2, "lowres": 4}
 PITCH_UM, SPOT_UM = 100.0, 55.0
-#: µm per pixel of Xenium's own images, whose frame the alignment of the H&E image leads to.
+#: µm per pixel of Xenium's own images, the target frame of the alignment of the H&E image.
 XENIUM_MPP = 2.125
 
 
 def toy_slide(n_spots):
-    """RGB pixels ``(y, x, c)`` of a toy slide of 1 by 1.2 mm, counts ``(spots, genes)`` and gene names."""
+    """Return RGB pixels ``(y, x, c)`` of a toy slide of 1 × 1.2 mm, counts ``(spots, genes)`` and gene names."""
     slide = hg.datasets.toy((4, 5), mpp=MPP)
     pixels = np.asarray(slide["he"]).transpose(1, 2, 0)
     counts = slide["table"].X.astype(np.int32).tocsr()[np.arange(n_spots) % slide["table"].n_obs]
@@ -29,14 +29,14 @@ def toy_slide(n_spots):
 
 
 def reduce(pixels, step):
-    """Mean colour of blocks of pixels."""
+    """Return the mean colour of blocks of pixels."""
     height, width = (n // step * step for n in pixels.shape[:2])
     blocks = pixels[:height, :width].reshape(height // step, step, width // step, step, 3)
     return blocks.mean(axis=(1, 3)).astype(np.uint8)
 
 
 def _write_counts(path, counts, genes, barcodes):
-    """Write an HDF5 file of counts as Cell Ranger 3 and all later programs do."""
+    """Write an HDF5 file of counts in the format of Cell Ranger 3 and later."""
     features = {"id": [f"ENSG{i:011d}" for i in range(len(genes))], "name": genes}
     features |= {"feature_type": ["Gene Expression"] * len(genes), "genome": ["GRCh38"] * len(genes)}
     with h5py.File(path, "w") as file:

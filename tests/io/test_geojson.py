@@ -1,4 +1,4 @@
-"""Spots go to QuPath and its annotations come back as labels, in pixels of level 0."""
+"""Export spots to QuPath and read its annotations as labels, in pixels of level 0."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from he2gene_sc.io._files import put_file
 def predicted(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     table = toy["table"]
-    # The random model sees one class everywhere.
+    # The random model predicts one class everywhere.
     codes = np.r_[-1, np.arange(29) % 2]
     table.obs["he2gene_annotation"] = pd.Categorical.from_codes(codes, categories=["invasive cancer", "fat <b>"])
     table.uns["he2gene_annotation_colors"] = ["#d62728", "#ffdd57"]
@@ -83,7 +83,7 @@ def test_objects_are_as_qupath_writes_them(predicted, tmp_path):
 
 def test_coordinates_are_pixels_of_the_image_for_any_unit_of_the_spots(predicted, tmp_path):
     before = json.loads(hg.io.to_geojson(predicted, tmp_path / "a.geojson").read_text())
-    # The image moves; spots follow it in the coordinate system, and their pixels stay.
+    # Image and spots move in the coordinate system; the pixels of the spots stay the same.
     matrix = np.array([[0.0, -3.0, 40.0], [3.0, 0.0, 7.0], [0.0, 0.0, 1.0]])
     for name in ("he", "spots"):
         set_transformation(predicted[name], Affine(matrix, ("x", "y"), ("x", "y")), "global")
@@ -101,7 +101,7 @@ def test_a_spot_gets_the_class_that_covers_most_of_it(toy, tmp_path):
     hg.io.read_geojson(toy, path)
     assert labels(toy)[0] == "stroma"
     assert labels(toy)[2:] == [None] * 28
-    # Two pieces of one class together cover more; where they overlap they count once.
+    # Two pieces of one class together cover more; their overlap counts once.
     pieces = box(x - 5, y - 40, x + 9, y - 1), box(x - 5, y - 3, x + 9, y + 40), left
     path = write(tmp_path / "b.geojson", *((piece, "tumour") for piece in pieces), (right, "stroma"))
     hg.io.read_geojson(toy, path)

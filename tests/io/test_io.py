@@ -1,4 +1,4 @@
-"""`hg.io.read_he` and `hg.io.read_st`: image files of all kinds and legacy ST sections become SpatialData."""
+"""`hg.io.read_he` and `hg.io.read_st` read image files of all kinds and legacy ST sections."""
 
 import gzip
 import warnings
@@ -344,7 +344,7 @@ def test_a_lazy_image_is_written_and_read_back(tmp_path):
 
 
 def section(folder, angle=0.0):
-    """Files of a section of 4 × 5 spots, 60 px apart, turned by an angle."""
+    """Write files of a section of 4 × 5 spots with a pitch of 60 px, rotated by an angle."""
     x, y = (grid.ravel() for grid in np.meshgrid(np.arange(2, 7), np.arange(3, 7)))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     pixels = np.column_stack([x - 4, y - 4]) * 60.0 @ turn + 250

@@ -1,4 +1,4 @@
-"""Models as LazySlide calls them, and slides that it has opened."""
+"""Models in LazySlide, and slides that LazySlide has opened."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ import he2gene_sc as hg
 
 @pytest.fixture
 def slide(toy, tmp_path):
-    """The toy slide as LazySlide opens it: a file, 12 tiles of 200 µm, and no more."""
+    """Toy slide as opened by LazySlide: a file with 12 tiles of 200 µm."""
     image = np.moveaxis(np.asarray(toy["he"]), 0, -1)
     path = tmp_path / "slide.tif"
     tifffile.imwrite(
@@ -35,7 +35,7 @@ def slide(toy, tmp_path):
 
 
 def predicted(slide, model):
-    """What LazySlide does with a model, in its order."""
+    """Predict with a model in the same steps as LazySlide."""
     ready = model.encoder.get_transform()
     corners = slide.shapes["tiles"].bounds[["minx", "miny"]].to_numpy()
     px = model.tile_px
@@ -45,7 +45,7 @@ def predicted(slide, model):
 
 
 def agree(table):
-    """Whether both predictions are one, but for how a wide window is made smaller."""
+    """Whether both predictions agree, except for the downscaling of a wide window."""
     own, other = table.to_df(layer="he2gene"), table.to_df(layer="lazyslide")
     varying = own.columns[own.std() > 0.1]
     assert set(varying) <= set(other.columns)

@@ -15,7 +15,7 @@ def test_a_saved_prediction_is_drawn_on_the_tissue(tiny_model, tmp_path, monkeyp
     from napari_spatialdata._view import QtAdataViewWidget
     from qtpy.QtWidgets import QApplication
 
-    # Without a screen there is no OpenGL to ask what it can do; nothing is rendered.
+    # Without a screen, OpenGL cannot be queried; nothing is rendered.
     monkeypatch.setattr("napari._vispy.layers.image.get_gl_extensions", lambda: "texture_float")
     for module in ("base", "image"):
         monkeypatch.setattr(f"napari._vispy.layers.{module}.get_max_texture_sizes", lambda: (4096, 2048))

@@ -1,4 +1,4 @@
-"""Odd and damaged image files: read with right colours and upright, or refused by an error that names the file."""
+"""Unusual and damaged image files are read upright with correct colours, or raise an error that names the file."""
 
 import imagecodecs
 import numpy as np
@@ -25,7 +25,7 @@ def write(path, data, **options):
 
 
 def with_tag(path, code, value):
-    """Change a short tag of every page."""
+    """Change a SHORT tag of every page."""
     with tifffile.TiffFile(path, mode="r+b") as file:
         for page in file.pages:
             page.tags[code].overwrite(value)
@@ -236,7 +236,7 @@ def test_stains_of_fluorescence_are_not_red_green_and_blue(names, tmp_path):
 
 
 def turned(image, orientation):
-    """How a picture is stored with a tag of EXIF."""
+    """Return the stored pixels of an image with an EXIF orientation."""
     image = image.transpose(1, 0, 2) if orientation >= 5 else image
     flips = {1: "", 2: "x", 3: "yx", 4: "y", 5: "", 6: "y", 7: "yx", 8: "x"}[orientation]
     for axis in flips:

@@ -1,4 +1,4 @@
-"""`hg.io.save` writes what changed, loses nothing, and leaves the old or the new table, whole, whatever happens."""
+"""`hg.io.save` writes changed elements, loses nothing, and leaves a complete old or new table after any failure."""
 
 import errno
 import hashlib
@@ -35,14 +35,14 @@ def names(folder):
 
 
 def digest(store):
-    """Names and bytes of all files of a folder."""
+    """Return names and bytes of all files of a folder."""
     files = sorted(p for p in store.rglob("*") if p.is_file())
     return {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.fixture(autouse=True)
 def _stores_are_older_than_the_process(monkeypatch):
-    """What is changed in an object is known from what others change, which `test_save_losses` tries."""
+    """Make stores older than the process, so that changes of an object are its own; `test_save_losses` tests the other case."""
     monkeypatch.setattr(concurrent_changes, "_START", math.inf)
 
 
@@ -129,7 +129,7 @@ def test_saving_to_itself_writes_what_changed_and_nothing_else(backed, store):
     hg.io.save(backed)
     written = [str(p.relative_to(store)) for p in store.rglob("*") if p.is_file() and facts(p) != before.get(p)]
     assert {Path(name).parts[0] for name in written} == {"tables", "zarr.json"}
-    # What did not change in the table is a link to what was there.
+    # Unchanged parts of the table are hard links to the old files.
     same = ("tables/table/X/", "tables/table/layers/c/", "tables/table/obs/annotation/", "tables/table/var/planted/")
     assert not [name for name in written if name.startswith(same)]
     assert (sd.read_zarr(store)["table"].obs["mine"] == 1.0).all()
@@ -512,7 +512,7 @@ FAULTS = ("cut", "error", "full", "cut-no-exchange")
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory):
-    """What saves came to that a power cut, an error or a full disk met, in one program for all of them."""
+    """Outcomes of saves with a power cut, an error or a full disk, run by one program."""
     path = tmp_path_factory.mktemp("faults") / "slide.zarr"
     saving_faults.small_slide().write(path)
     program = Path(saving_faults.__file__)
@@ -524,7 +524,7 @@ def trials(tmp_path_factory):
 @LINUX
 @pytest.mark.parametrize("mode", FAULTS)
 def test_a_fault_at_any_file_operation_leaves_the_old_or_the_new_table(trials, mode):
-    """A power cut, an error or a full disk, where readers can see it and at some of the other operations."""
+    """Fail at operations that readers can see, and at some others: by a power cut, an error or a full disk."""
     mine = [trial for trial in trials if trial["mode"] == mode]
     assert [trial for trial in mine if "wrong" in trial] == []
     held = {trial["held"] for trial in mine}

@@ -1,4 +1,4 @@
-"""`hg.io.save` refuses what would lose elements, their rows, columns and places, and images whose files are gone."""
+"""`hg.io.save` raises if elements, rows, columns or transformations would be lost, or if files of images are missing."""
 
 import contextlib
 import math
@@ -382,7 +382,7 @@ def test_what_is_not_a_path_or_an_object_is_named(store, tmp_path, call, said):
         call(sd.read_zarr(store), tmp_path)
 
 
-# --- What others change between the reading of an object and its first function of hg --------------------------------
+# --- Changes by others between the reading of an object and its first call of hg -------------------------------------
 
 
 def _shapes(store):
@@ -428,7 +428,7 @@ THEIRS = {
 
 @pytest.fixture
 def slide(tmp_path):
-    """A slide of few genes, whose store is younger than this process."""
+    """Slide of few genes, whose store is younger than this process."""
     sdata = hg.datasets.toy((3, 4), mpp=4.0)
     sdata.tables["table"] = sdata["table"][:, :2].copy()
     sdata["table"].layers["mine"] = np.ones((12, 2))
@@ -441,7 +441,7 @@ def slide(tmp_path):
 
 
 def _read(path):
-    """Read a store, with what is lazy in memory."""
+    """Read a store, with lazy arrays in memory."""
     sdata = sd.read_zarr(path)
     sdata.labels["mask"] = Labels2DModel.parse(sdata["mask"].to_numpy(), dims=("y", "x"))
     sdata.points["cells"] = PointsModel.parse(sdata["cells"].compute())
@@ -475,19 +475,19 @@ def test_own_changes_are_saved_if_no_other_process_can_have_changed_the_store(sl
         values = table.layers["mine"][0, 0], sdata["spots"]["radius"].iloc[0], sdata.attrs["qc"]
         return [table.obs["annotation"].iloc[0], *values]
 
-    # It is older than the process.
+    # The store is older than the process.
     with monkeypatch.context() as patch:
         patch.setattr(concurrent_changes, "_START", math.inf)
         sdata = sd.read_zarr(slide.path)
         change(sdata, 2)
         hg.io.save(sdata)
         assert held() == ["round 2", 2, 2, 2]
-    # It is as the last save left it, of which the object knows.
+    # The store is unchanged since the last save, which the object has recorded.
     sdata = sd.read_zarr(slide.path)
     change(sdata, 3)
     hg.io.save(sdata)
     assert held() == ["round 3", 3, 3, 3]
-    # The object was met before it was changed, and held then what the store holds.
+    # The object was used before it was changed, and equalled the store then.
     path = slide.path.with_name("other.zarr")
     slide.write(path)
     sdata = sd.read_zarr(path)
@@ -495,7 +495,7 @@ def test_own_changes_are_saved_if_no_other_process_can_have_changed_the_store(sl
     change(sdata, 4)
     hg.io.save(sdata)
     assert sd.read_zarr(path).attrs["qc"] == 4
-    # A new store of ours is known from the start.
+    # A store that we wrote is recorded from the start.
     sdata = sd.read_zarr(hg.io.save(sdata, slide.path.with_name("new.zarr")))
     change(sdata, 5)
     assert sd.read_zarr(hg.io.save(sdata)).attrs["qc"] == 5

@@ -1,4 +1,4 @@
-"""Whole slides are read by region: only the tiles that are needed, in any thread and process, or an error."""
+"""Whole slides are read by region: only the needed tiles, in any thread and process, or with an error."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ from tests.helpers.pictures import picture
 
 @pytest.fixture
 def slide(tmp_path):
-    """A slide of two levels of 64-px tiles, and its pixels."""
+    """Write a slide of two levels of 64-px tiles; return it with its pixels."""
     full = picture(500, 700)
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(full, subifds=1, photometric="rgb", tile=(64, 64), compression="zlib")
@@ -268,7 +268,8 @@ def test_a_level_that_lacks_tiles_of_the_scan_is_not_used(tmp_path, caplog):
 
 
 def test_levels_of_a_sparse_slide_are_used_if_scan_tiles_cover_theirs(tmp_path, caplog):
-    """Five tiles of the scan are a tile and a quarter of the level: its second tile shows the fifth alone."""
+    """Use five tiles of the scan per 1.25 tiles of the level, so that its second tile only shows the fifth."""
+
     tile = np.full((64, 64, 3), 200, np.uint8)
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         for n, tiles in ((320, [tile if i % 5 < 4 and i < 20 else None for i in range(25)]), (80, [tile, *[None] * 3])):

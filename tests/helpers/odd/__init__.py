@@ -1,4 +1,4 @@
-"""Odd and damaged inputs, by the hundred: what each does to the verbs, readers, model folders and the command line.
+"""Hundreds of odd and damaged inputs for the verbs, readers, model folders and the command line.
 
 Every input is an :class:`~tests.helpers.odd.harness.Odd`; ``everything()`` makes them all, :func:`~tests.helpers.odd.harness.outcome` runs one and says what
 became of it. ``tests/test_odd_inputs.py`` runs a tenth, ``tests/benchmarks/bench_faults.py`` all of them.
@@ -13,7 +13,7 @@ __all__ = ["Odd", "everything", "outcome"]
 
 
 def everything() -> list[Odd]:
-    """All odd inputs, in a fixed order, each with a name of its own."""
+    """Return all odd inputs, in a fixed order and with unique names."""
     found = list(
         chain.from_iterable(part.odd_inputs() for part in (tables, parameters, files, folders, shell, cohorts))
     )

@@ -22,7 +22,7 @@ DONE = {"status": ["predicted"], "spots": [6], "mpp": [MPP]}
 
 
 class Failed(ValueError):
-    """The error of a slide, as its row says it."""
+    """Error of a slide, as in its row of the table."""
 
     def format_message(self) -> str:
         return str(self)
@@ -30,7 +30,7 @@ class Failed(ValueError):
 
 @dataclass
 class Case:
-    """A call of ``hg.cohort.predict``, what it has to give, and what must not change if it is refused."""
+    """A call of ``hg.cohort.predict``, its expected result, and files that must not change if it raises."""
 
     paths: Any
     options: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ def _model() -> Any:
 
 @cache
 def _made() -> Path:
-    """Two stores and an image, none predicted."""
+    """Make two stores and an image, none predicted."""
     place = Path(mkdtemp(prefix="he2gene-odd-"))
     for name, seed in (("A", 0), ("B", 1)):
         hg.datasets.toy((2, 3), mpp=MPP, seed=seed).write(place / f"{name}.zarr")
@@ -60,7 +60,7 @@ def _made() -> Path:
 
 @cache
 def _finished() -> Path:
-    """The same, predicted; of the image the store beside it."""
+    """Make the same, predicted, with the store of the image beside it."""
     place = Path(shutil.copytree(_made(), mkdtemp(prefix="he2gene-odd-") + "/slides"))
     frame = _predict([place / "A.zarr", place / "C.png"], mpp=MPP)
     assert (frame["status"] == "predicted").all(), frame["error"].tolist()
@@ -68,7 +68,7 @@ def _finished() -> Path:
 
 
 def _copy(source: Path) -> Path:
-    """A copy whose files are as old as they were, in a folder whose place is part of no record."""
+    """Copy files with their times, to a folder that no record names."""
     return Path(shutil.copytree(source, mkdtemp(prefix="he2gene-odd-") + "/slides"))
 
 
@@ -76,7 +76,7 @@ def _predict(slides: Any, **options: Any) -> pd.DataFrame:
     import dask
     from distributed import Client
 
-    # Closed each time: an open client would compute what other inputs leave to dask.
+    # Close the client each time: an open client would compute the dask arrays of other inputs.
     with (
         dask.config.set({"distributed.worker.profile.enabled": False}),
         Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client,
@@ -87,7 +87,7 @@ def _predict(slides: Any, **options: Any) -> pd.DataFrame:
 def _told(frame: pd.DataFrame) -> dict[str, Any]:
     for row in frame.to_dict("records"):
         if row["status"] == "failed":
-            # What an error of a library would be in a notebook.
+            # Errors of libraries would be raised in a notebook.
             kinds = ("ValueError", "TypeError", "OSError", "FileNotFoundError", "FileExistsError", "PermissionError")
             known = str(row["error"]).startswith((*kinds, "IsADirectoryError", "NotADirectoryError"))
             raise (Failed if known else RuntimeError)(row["error"])
@@ -111,7 +111,7 @@ def _odd(name: str, make: Callable[[Path], Case], source: Callable[[], Path] = _
 
 # --- Manifests -------------------------------------------------------------------------------------------------------
 
-#: Manifests of one slide, ``A.zarr``, that can be read in one way only.
+#: Unambiguous manifests of one slide, ``A.zarr``.
 READ: dict[str, str | bytes] = {
     "plain": "path,mpp\nA.zarr,4\n",
     "with a byte order mark": "\ufeffpath,mpp\nA.zarr,4\n",
@@ -247,7 +247,7 @@ def _manifest(name: str, content: str | bytes, expected: Any) -> Callable[[Path]
     return make
 
 
-#: Manifests by another ending.
+#: Manifests with another suffix.
 ENDINGS = ("m.xlsx", "m.xls", "m.txt", "m", "m.json", "m.parquet", "m.csv.gz", "m.ods")
 
 
@@ -423,7 +423,7 @@ def _gone(name: str) -> Callable[[Path], Any]:
 
 
 def _put(name: str, value: Any) -> Callable[[Path], Any]:
-    """Another value at a place of the table."""
+    """Write another value to a part of the table."""
 
     def apply(store: Path) -> None:
         import zarr
@@ -439,7 +439,7 @@ def _put(name: str, value: Any) -> Callable[[Path], Any]:
 
 
 def _pixels(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], Any]:
-    """Other pixels in the same array; the metadata stay."""
+    """Write other pixels to the same array, with unchanged metadata."""
 
     def apply(store: Path) -> None:
         import zarr
@@ -463,7 +463,7 @@ def _other_image(store: Path) -> None:
 
 
 def _older_image(store: Path) -> None:
-    """Another image, whose files are older than the prediction, is moved to the place of the first."""
+    """Replace the image by another one, whose files are older than the prediction."""
     other = _copy(_made()) / "B.zarr" / "images" / "he"
     for path in other.rglob("*"):
         os.utime(path, (1e9, 1e9))
@@ -480,7 +480,7 @@ def _moved_spots(store: Path) -> None:
     frame.to_parquet(path)
 
 
-#: Changes of a predicted store after which it has to be predicted again, and can be.
+#: Changes of a predicted store after which it has to be predicted again.
 REPEATED: dict[str, Callable[[Path], Any]] = {
     "the pixels are others": _pixels(lambda a: 255 - a),
     "a few pixels are others": _pixels(lambda a: np.where(np.arange(a.size).reshape(a.shape) < 50, 0, a)),
@@ -499,7 +499,7 @@ REPEATED: dict[str, Callable[[Path], Any]] = {
     "the probabilities are gone": _gone(f"{TABLE}/obsm/he2gene_annotation_proba"),
 }
 
-#: Damage that the reader of the store names.
+#: Damage that the reader of the store has to name.
 NAMED: dict[str, Callable[[Path], Any]] = {
     "the annotation is gone": _gone(f"{TABLE}/obs/he2gene_annotation"),
     "the share of tissue is gone": _gone(f"{TABLE}/obs/he2gene_tissue"),
@@ -527,7 +527,7 @@ NAMED: dict[str, Callable[[Path], Any]] = {
     "the names of genes are cut": _cut(f"{TABLE}/var/_index/zarr.json"),
 }
 
-#: Parts of a record, each of which may be gone or of another kind.
+#: Parts of a record that may be missing or of another type.
 FACTS = (
     "mpp",
     "n_spots",
@@ -555,7 +555,7 @@ def _added(store: Path) -> None:
     hg.io.save(sdata)
 
 
-#: Changes after which a store is finished as before.
+#: Changes after which a store still counts as finished.
 SAME: dict[str, Callable[[Path], Any]] = {
     "nothing is changed": lambda store: None,
     "a column is added": _added,
@@ -576,7 +576,7 @@ def _record(what: str, change: Callable[[Path], Any], expected: Any, **options: 
 
 
 def _fact(fact: str, what: str) -> Odd:
-    """An odd part of a record: the slide is predicted again, refused, or skipped with the figures that are there."""
+    """Change a part of a record: the slide is predicted again, raises, or is skipped with the recorded summary."""
 
     def make(place: Path) -> Case:
         store = place / "A.zarr"
@@ -587,10 +587,10 @@ def _fact(fact: str, what: str) -> Odd:
 
 
 def _of_image(what: str, change: Callable[[Path], Any], expected: Any, **options: Any) -> Odd:
-    """Records of a store that was made from an image."""
+    """Change the record of a store that was made from an image."""
 
     def make(place: Path) -> Case:
-        # The record holds the full path: the slide is predicted here.
+        # The record holds the full path, so predict the slide here.
         shutil.rmtree(place / "C.zarr")
         _told(_predict([place / "C.png"], mpp=MPP))
         spots = {"spots": list(_predict([place / "C.png"], mpp=MPP)["spots"])}
@@ -643,7 +643,7 @@ OF_IMAGES: dict[str, tuple[Callable[[Path], Any], Any, dict[str, Any]]] = {
 
 
 def odd_inputs() -> Iterator[Odd]:
-    """Manifests, options and records of cohorts."""
+    """Yield manifests, options and records of cohorts."""
     for what, content in READ.items():
         yield _odd(f"manifest / {what}", _manifest("m.csv", content, DONE), harmless=True)
     yield _odd("manifest / with tabs", _manifest("m.tsv", "path\tmpp\nA.zarr\t4\n", DONE), harmless=True)

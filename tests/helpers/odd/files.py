@@ -1,4 +1,4 @@
-"""Odd files: pictures, counts and spot files that are damaged or of another kind."""
+"""Odd files: images, counts and spot files that are damaged or of another format."""
 
 import gzip
 import io
@@ -15,7 +15,7 @@ import he2gene_sc as hg
 from tests.helpers.odd.harness import Odd
 
 _RNG = np.random.default_rng(0)
-#: A smooth picture: lossy codecs keep it.
+#: Smooth image, which lossy codecs hardly change.
 _Y, _X = np.mgrid[:96, :128]
 PICTURE = np.stack([180 + 0.3 * _X, 120 + 0.4 * _Y, 170 + 0.2 * (_X + _Y)], axis=-1).clip(0, 255).astype(np.uint8)
 
@@ -65,7 +65,7 @@ def _of(value: int, shape: tuple[int, ...], dtype: str = "uint8") -> np.ndarray:
     return np.full(shape, value, dtype)
 
 
-#: Pictures that have to be read, as these pixels (``None``: as PICTURE).
+#: Images that have to be read, with their pixels (``None``: PICTURE).
 READ = {
     "rgb png": _saved("a.png"),
     "rgb png in capital letters": _saved("A.PNG"),
@@ -96,7 +96,7 @@ def _pages(*pages: tuple[np.ndarray, dict[str, Any]], ome: bool = False) -> Call
 
 
 def _damaged_tile(index: int, content: bytes) -> Callable[[Path], Path]:
-    """A tiled picture of which one tile holds other bytes."""
+    """Make a tiled image with other bytes in one tile."""
 
     def make(place: Path) -> Path:
         path = _tiff(PICTURE, photometric="rgb", tile=(32, 32), compression="zlib")(place)
@@ -111,7 +111,7 @@ def _damaged_tile(index: int, content: bytes) -> Callable[[Path], Path]:
 
 
 _TILES = {"tile": (32, 32), "compression": "zlib"}
-#: Files of public bug reports that have to be read.
+#: Files from public bug reports that have to be read.
 READ |= {
     "a pyramid of sides that were rounded": _pages(
         (PICTURE, {**_TILES, "subifds": 2}),
@@ -146,7 +146,7 @@ READ |= {
     "a name with blanks and umlauts": lambda place: _saved("a.png")(place).rename(place / "ä b [1] %20.png"),
 }
 
-#: Pictures that have to be refused.
+#: Images that have to be refused.
 REFUSED = {
     "the last tile damaged": _damaged_tile(-1, b"\xff"),
     "the last tile zeros": _damaged_tile(-1, b"\0"),
@@ -193,7 +193,7 @@ def _ome(**facts: Any) -> Callable[[Path], Path]:
     return lambda place: _pages((PICTURE, {"metadata": {"axes": "YXS", **facts}}), ome=True)(place)
 
 
-#: µm per pixel that a file states, as these files state them (``None``: not, which is said).
+#: µm per pixel that files state (``None``: not usable, with a warning).
 STATED: dict[str, tuple[Callable[[Path], Path], float | None]] = {
     "20,000 pixels a cm": (_resolution(20000, 20000, 3), 0.5),
     "40,000 pixels a cm": (_resolution(40000, 40000, 3), 0.25),
@@ -257,7 +257,7 @@ def _pixels(sdata: Any) -> np.ndarray:
 
 
 def _near(pixels: np.ndarray) -> Any:
-    # Lossy codecs and 16 bits may move a value by a few.
+    # Lossy codecs and 16 bits may change a value slightly.
     return "as saved" if pixels.shape == PICTURE.shape and np.abs(pixels - PICTURE).mean() < 3 else pixels
 
 
@@ -274,7 +274,7 @@ def _truncated(name: str, content: bytes, share: float) -> Odd:
     return _picture(f"{name} cut at {share:.0%}", _bytes(name, content[: int(len(content) * share)]), False)
 
 
-#: A legacy ST section in small.
+#: A small legacy ST section.
 GENES = ["ERBB2", "CD24", "COL1A1"]
 SPOTS = [f"{x}x{y}" for y in range(1, 4) for x in range(1, 5)]
 
@@ -391,7 +391,7 @@ def _gzipped(cut: float) -> Callable[[dict[str, Path], Path], dict[str, Any]]:
 
 
 def odd_inputs() -> Iterator[Odd]:
-    """Pictures and ST files."""
+    """Yield images and ST files."""
     for what, make in READ.items():
         yield _picture(what, make, True)
     for what, make in REFUSED.items():

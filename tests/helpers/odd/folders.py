@@ -1,4 +1,4 @@
-"""Odd model folders: cards, gene tables and weights that are damaged though their hashes fit."""
+"""Odd model folders: damaged cards, gene tables and weights with valid hashes."""
 
 import dataclasses
 import hashlib
@@ -36,7 +36,7 @@ ODD_TENSORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "is whole numbers": lambda values: np.round(values).astype(np.int64),
     "is texts": lambda values: np.frombuffer(values.tobytes(), np.uint8),
 }
-#: Odd but valid: another model, whose hash fits.
+#: Odd but valid changes: another model with a valid hash.
 MEANT = {
     "tta of the card is true",
     "gene of a gene is '-1'",
@@ -66,7 +66,7 @@ TENSORS = (
     "guard.bank",
     "guard.size",
 )
-#: Fields that nothing is computed from: another text in them is right.
+#: Fields that do not affect results, so any text is right.
 FREE = {
     "description",
     "intended_use",
@@ -101,7 +101,7 @@ def _weights(place: Path) -> Path:
 
 
 def _refit(place: Path, name: str, before: bytes) -> None:
-    """Make the hash on the card fit a changed file."""
+    """Update the hash on the card for a changed file."""
     card = place / "card.json"
     old, new = (hashlib.sha256(content).hexdigest() for content in (before, (place / name).read_bytes()))
     card.write_text(card.read_text().replace(old, new))
@@ -200,7 +200,7 @@ def _odd(what: str, change: Callable[[Path], Any], answered: bool = True) -> Odd
 
 
 def odd_inputs() -> Iterator[Odd]:
-    """Folders times fields, cells and tensors. What is not read may be odd, if the prediction is that of the clean folder."""
+    """Yield folders with changed fields, cells and tensors. Unused parts may be odd if the prediction does not change."""
     for what, change in FILES.items():
         yield _odd(what, change, answered=False)
     for field in _fields():

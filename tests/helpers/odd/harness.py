@@ -1,4 +1,4 @@
-"""What an odd input is, how it is run, and how what came of it is judged."""
+"""Definition of odd inputs, and functions that run them and classify the outcome."""
 
 import hashlib
 import logging
@@ -18,11 +18,11 @@ import scipy.sparse
 
 PACKAGE = str(Path(__import__("he2gene_sc").__file__).parent)
 
-#: What can come of an input; the first three are as it should be.
+#: Outcomes of an input: correct ones and failures.
 GOOD = ("right", "stated", "refused")
 BAD = ("wrong in silence", "data lost", "raw error", "late error", "refused needlessly")
 
-#: Pictures that the encoder of the tests was shown.
+#: Number of images that the encoder of the tests has encoded.
 WORK = {"images": 0}
 
 
@@ -35,10 +35,10 @@ class Odd:
     name
         ``"verb / what is odd"``.
     make
-        Gives a call, the objects that must not change if it is refused, and ``clean``, what the call has to give
-        if it is answered without a word (``None``: it must not be).
+        Returns a call, the objects that must not change if it raises, and ``clean``, the expected result of a call
+        without warnings (``None``: it has to warn or raise).
     harmless
-        Whether it has to be answered, and rightly.
+        Whether the call has to give a correct result.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Odd:
 
 
 def outcome(odd: Odd) -> tuple[str, str]:
-    """Run an odd input; return what came of it, one of GOOD and BAD, and what was said."""
+    """Run an odd input; return the outcome, one of GOOD and BAD, and the message."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         call, objects, clean = odd.make()
     before = [fingerprint(each) for each in objects]
     WORK["images"] = 0
     try:
-        # A relative path among the odd values must not leave files where the tests were started.
+        # Run in a temporary folder: a relative path among the odd values may create files.
         with TemporaryDirectory() as place, chdir(place), warnings.catch_warnings(record=True) as caught, _log() as log:
             warnings.simplefilter("always")
             given = call()
@@ -70,7 +70,7 @@ def outcome(odd: Odd) -> tuple[str, str]:
 
 @contextmanager
 def _log() -> Iterator[list[str]]:
-    """What is logged as a warning, which a notebook shows as it shows warnings."""
+    """Collect logged warnings, which a notebook shows like warnings."""
     words: list[str] = []
 
     class Kept(logging.Handler):
@@ -89,7 +89,7 @@ def _refusal(odd: Odd, error: Exception, unchanged: bool) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}"
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     kinds = (ValueError, TypeError, OSError, ImportError, MemoryError)
-    # What the shell was asked for and cannot be read is named by typer, in whose error this is the text.
+    # typer names options that it cannot read in this attribute of its error.
     named = hasattr(error, "format_message") or (isinstance(error, kinds) and last.startswith(PACKAGE))
     if not unchanged:
         return "data lost", text
@@ -101,7 +101,7 @@ def _refusal(odd: Odd, error: Exception, unchanged: bool) -> tuple[str, str]:
 
 
 def _ours(warning: warnings.WarningMessage) -> bool:
-    # `stacklevel` points at the caller: the package of another library is not ours, a test is.
+    # `stacklevel` has to point at the caller: at a test, not into a library.
     return "site-packages" not in warning.filename or "he2gene_sc" in warning.filename
 
 
@@ -110,7 +110,7 @@ def _short(given: Any) -> str:
 
 
 def fingerprint(thing: Any) -> Any:
-    """Everything that an object or a folder holds, as one value."""
+    """Return the content of an object or folder as one value."""
     if isinstance(thing, Path):
         files = sorted(path for path in thing.rglob("*") if path.is_file()) if thing.is_dir() else [thing]
         return [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files if path.exists()]
@@ -133,7 +133,7 @@ def _digest(value: Any) -> str:
 
 
 def same(given: Any, clean: Any) -> bool:
-    """Whether two results say the same."""
+    """Whether two results are equal."""
     if isinstance(clean, dict):
         return isinstance(given, dict) and given.keys() == clean.keys() and all(same(given[k], clean[k]) for k in clean)
     if isinstance(clean, pd.DataFrame):
@@ -156,7 +156,7 @@ def same(given: Any, clean: Any) -> bool:
 
 @cache
 def tiny():
-    """Network and specification of an encoder that counts its pictures, and a model of it trained on toy slides."""
+    """Make network and specification of an encoder that counts its images, and a model of it trained on toy slides."""
     import torch
 
     import he2gene_sc as hg
@@ -181,7 +181,7 @@ def tiny():
 
 
 def labelled(seed: int = 0, shape: tuple[int, int] = (5, 6)):
-    """A toy slide of a patient of its own."""
+    """Make a toy slide of a new patient."""
     import he2gene_sc as hg
 
     sdata = hg.datasets.toy(shape, mpp=2.0, seed=seed)
@@ -200,7 +200,7 @@ def _predicted():
 
 
 def copied(sdata):
-    """An object of the same elements with tables of its own."""
+    """Return an object of the same elements with copies of the tables."""
     import spatialdata as sd
 
     elements = {name: element for _, name, element in sdata.gen_spatial_elements()}
@@ -209,5 +209,5 @@ def copied(sdata):
 
 
 def predicted():
-    """A toy slide with a prediction."""
+    """Return a toy slide with a prediction."""
     return copied(_predicted())

@@ -1,4 +1,4 @@
-"""Odd arguments: every parameter of every verb, reader and getter with values that it was not made for."""
+"""Odd arguments: every parameter of every verb, reader and getter with unusual values."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import he2gene_sc as hg
 from tests.helpers.odd.harness import Odd
 from tests.helpers.odd.verbs import KINDS, VERBS, arguments, clean, fields_of
 
-#: By name, since names of tests cannot hold values.
+#: Values by name, for the names of tests.
 VALUES: dict[str, Any] = {
     "empty text": "",
     "blank": " ",
@@ -32,7 +32,7 @@ VALUES: dict[str, Any] = {
     "array": np.array([1.0, 2.0]),
 }
 
-#: Values that mean something, so that another result than the plain one is right.
+#: Valid values, which may give another result than the default call.
 MEANT = {
     ("key_added", "unknown text"),
     ("layer", "unknown text"),  # of predict: where it is written
@@ -46,7 +46,7 @@ MEANT = {
     ("min_mean", "fraction"),
     ("cross_fit", "true"),
 }
-#: Parameters that any truth value may be given to, or that are not read where the plain call is made.
+#: Parameters that accept any truth value, or that the default call does not read.
 FREE = {
     "show_progress_bar",
     "tile_windows",
@@ -97,7 +97,7 @@ def _odd(verb: str, parameter: str, what: str) -> Odd:
 
 
 def odd_inputs() -> Iterator[Odd]:
-    """Parameters times values, the first parameter (the data) too."""
+    """Yield all combinations of parameters (including the data) and values."""
     for verb, function in FUNCTIONS.items():
         first, *rest = inspect.signature(function).parameters
         rest += chain.from_iterable(map(fields_of, KINDS.values())) if verb == "train" else ()
@@ -113,7 +113,7 @@ def odd_inputs() -> Iterator[Odd]:
 def _data(verb: str, what: str) -> Odd:
     def make() -> tuple[Callable[[], Any], list[Any], Any]:
         kwargs = arguments(verb)
-        # Verbs of many objects are called with a list, which may hold the odd thing or be it.
+        # For verbs of many objects, the list itself or one of its items may be odd.
         return lambda: FUNCTIONS[verb](VALUES[what], **kwargs), [], None
 
     return Odd(f"{verb}(first argument={what})", make)

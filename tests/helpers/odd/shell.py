@@ -1,4 +1,4 @@
-"""Odd commands: what a shell may be asked for."""
+"""Odd commands in a shell."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -112,7 +112,7 @@ MANIFESTS = {
 }
 
 
-#: Options that no other list has, by command: what stands before the option, with a place to write to.
+#: Options that no other list has, by command: the words before the option, with an output path.
 OPTIONS: dict[str, tuple[Callable[[Path], list[object]], dict[str, tuple[str, ...]]]] = {
     "predict slide.tif": (
         lambda p: ["predict", _picture(p), "--mpp", 1],
@@ -231,7 +231,7 @@ def _command(what: str, words: Callable[[Path], list[object]]) -> Odd:
 
 
 def odd_inputs() -> Iterator[Odd]:
-    """Commands times stores and words."""
+    """Yield all combinations of commands with stores and words."""
     for what, store in STORES.items():
         for command in ("predict", "evaluate"):
             yield _command(f"{command} {what}", lambda place, c=command, s=store: [c, s(place)])
@@ -244,7 +244,7 @@ def odd_inputs() -> Iterator[Odd]:
                 f"predict slide.tif {option} {word!r}", lambda p, o=option, w=word: ["predict", _picture(p), o, w]
             )
         for option in ("--genes", "--coordinate-system", "--batch-size", "--key-added"):
-            # Most words are good names of what is written.
+            # Most words are valid names for outputs.
             if option != "--key-added" or word in ("", " ", "a/b"):
                 yield _command(f"predict {option} {word!r}", lambda p, o=option, w=word: ["predict", _store(p), o, w])
         yield _command(

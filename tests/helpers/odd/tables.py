@@ -1,4 +1,4 @@
-"""Odd tables: counts, labels, names, coordinates and predictions that are not as they should be, in every verb."""
+"""Odd tables: unusual counts, labels, names, coordinates and predictions, in every verb."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,7 +11,7 @@ import scipy.sparse
 from tests.helpers.odd.harness import Odd
 from tests.helpers.odd.verbs import VERBS, arguments, clean
 
-#: Verbs whose table is changed, with the number of the object that is.
+#: Verbs whose table is changed, with the index of the changed object.
 WHO = ("predict", "evaluate", "intervals", "adapt", "domain_preservation", "biomarkers", "concordance", "train")
 ALSO = ("get.genes", "get.predicted", "pl.spatial", "pl.annotation")
 
@@ -79,7 +79,7 @@ def _dask(values: np.ndarray) -> Any:
     return da.from_array(values, chunks=(7, 9))
 
 
-#: What may be odd and still has to be read: the same numbers in another form.
+#: Unusual formats of the same numbers, which have to be read.
 HARMLESS = {
     "counts are int64": _x(lambda v: v.astype(np.int64)),
     "counts are uint16": _x(lambda v: v.astype(np.uint16)),
@@ -107,7 +107,7 @@ HARMLESS = {
     "labels end in a blank": lambda t: _labels(t, lambda c: c.astype(str) + " "),
 }
 
-#: What is wrong: answered as if it were clean it would have to give the same, else it is stated or refused.
+#: Wrong tables: a call without warnings has to give the result of the clean table, else it has to warn or raise.
 HARMFUL = {
     "a count is NaN": _x(lambda v: _with(v, np.nan)),
     "a row of counts is NaN": _x(lambda v: _with(v, np.nan, (3, slice(None)))),
@@ -183,7 +183,7 @@ HARMFUL = {
     "the attrs of the region are a text": lambda t: t.uns.__setitem__("spatialdata_attrs", "spots"),
 }
 
-#: Predictions that are no longer what predict wrote; only verbs that read one.
+#: Predictions that were changed after predict; only for verbs that read one.
 BROKEN = {
     "the prediction is NaN in a row": lambda t: t.layers["he2gene"].__setitem__(3, np.nan),
     "the prediction is NaN": lambda t: t.layers["he2gene"].fill(np.nan),
@@ -221,7 +221,7 @@ def _labels(table: Any, change: Callable[[pd.Series], Any]) -> None:
         table.obs[key] = made
 
 
-#: Answers that differ from those of clean input and are right, with the reason.
+#: Right results that differ from those of clean input, with the reason.
 MEANT = {
     ("predict", "a gene stands twice"): "both columns get the prediction of the gene whose name they bear",
     ("predict", "instance ids are moved by one"): "each row gets the prediction of the spot that it names",
@@ -245,7 +245,7 @@ MEANT = {
     ("adapt", "the prediction is NaN in a row"): "nothing is adapted where nothing was predicted",
     ("train", "labels are missing in part"): "spots without a label do not train the annotation",
 }
-#: What has to give what something else gives, if it is answered.
+#: Odd tables that have to give the same result as another table.
 LIKE = {
     **dict.fromkeys(
         ("labels are the text nan in part", "labels are the text None in part", "labels are blank in part"),
@@ -266,7 +266,7 @@ LIKE = {
 
 @cache
 def _answer(verb: str, what: str) -> Any:
-    """What a verb gives on an odd table; the plain answer where it refuses."""
+    """Return the result of a verb on an odd table; the default result if it raises."""
     objects = VERBS[verb].inputs()
     HARMFUL[what](objects[0]["table"] if hasattr(objects[0], "tables") else objects[0])
     try:
@@ -293,7 +293,7 @@ def _odd(verb: str, what: str, change: Callable[[Any], Any], harmless: bool) -> 
 
 
 def odd_inputs() -> Iterator[Odd]:
-    """Verbs times tables."""
+    """Yield all combinations of verbs and tables."""
     for verb in WHO:
         for what, change in HARMLESS.items():
             yield _odd(verb, what, change, True)

@@ -1,4 +1,4 @@
-"""The verbs as the odd inputs call them, each with what it wrote as plain values."""
+"""Verbs for odd inputs, with their results as plain values."""
 
 import contextlib
 import io
@@ -15,18 +15,18 @@ from tests.helpers.odd.harness import labelled, predicted, tiny
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb.
+    """A verb with its inputs and results.
 
     Attributes
     ----------
     call
         ``call(objects, **kwargs)``.
     inputs
-        Makes its objects.
+        Function that makes its objects.
     read
-        What it gave or wrote, as plain values; ``read(objects, returned)``.
+        Function that returns its results as plain values; ``read(objects, returned)``.
     kwargs
-        Arguments of a plain call.
+        Arguments of the default call.
     """
 
     call: Callable[..., Any]
@@ -59,7 +59,7 @@ def _half() -> np.ndarray:
 
 
 def _written(objects: list[Any], _: Any) -> dict[str, Any]:
-    """Numeric layers, and numeric columns of ``var`` and ``obs``, that the package wrote."""
+    """Return numeric layers and columns of ``var`` and ``obs`` that the package wrote."""
     found = {}
     for number, each in enumerate(objects):
         table = each["table"] if hasattr(each, "tables") else each
@@ -74,7 +74,7 @@ def _written(objects: list[Any], _: Any) -> dict[str, Any]:
 
 
 def _of(*ends: str) -> Callable[[list[Any], Any], Any]:
-    """What a verb wrote whose names end so."""
+    """Make a reader of written entries whose names have these endings."""
 
     def read(objects: list[Any], returned: Any) -> dict[str, Any]:
         return {key: value for key, value in _written(objects, returned).items() if key.endswith(ends)}
@@ -109,7 +109,7 @@ def _card(_: list[Any], model: Any) -> dict[str, Any]:
     return {"genes": list(model.genes.index), "weight": np.asarray(model.tensors["genes.weight"], float)}
 
 
-#: Dataclasses that arguments of `train` may be.
+#: Dataclasses that are arguments of `train`.
 KINDS: dict[str, Any] = {
     "preset": hg.DefaultRecipe,
     "keys": hg.SectionKeys,
@@ -187,7 +187,7 @@ VERBS = {
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """Arguments of a plain call, with the tiny model where a model is needed."""
+    """Return the arguments of the default call, with the tiny model if a model is needed."""
     encoder, model = tiny()
     kwargs = dict(VERBS[name].kwargs)
     if "model" in kwargs:
@@ -199,7 +199,8 @@ def arguments(name: str) -> dict[str, Any]:
 
 @cache
 def clean(name: str) -> Any:
-    """What the plain call gives on clean input."""
+    """Return the result of the default call on clean input."""
+
     import warnings
 
     verb = VERBS[name]
