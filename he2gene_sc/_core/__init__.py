@@ -1,1 +1,1 @@
-"""What the verbs share: names, values of a table, results, and checks of arguments."""
+"""Code that functions share: names, tables, values, results, and checks of arguments."""

@@ -23,7 +23,7 @@ MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp")
 
 @dataclass
 class Difference:
-    """How an element in memory differs from that on disk."""
+    """Differences between an element in memory and its copy on disk."""
 
     lost: list[str] = field(default_factory=list)  # on disk, not in memory
     altered: list[str] = field(default_factory=list)
@@ -37,12 +37,12 @@ class Difference:
     def __bool__(self) -> bool:
         return bool(self.lost or self.altered or self.added)
 
-    def note(self, where: str, there: Iterable[str], here: Iterable[str]) -> list[str]:
+    def note(self, where: str, stored: Iterable[str], current: Iterable[str]) -> list[str]:
         """Record keys that only one side has; return the keys that both have."""
-        there, here = list(there), set(here)
-        self.lost += [f"{where}[{key!r}]" for key in there if key not in here]
-        self.added += [f"{where}[{key!r}]" for key in sorted(here.difference(there))]
-        return [key for key in there if key in here]
+        stored, current = list(stored), set(current)
+        self.lost += [f"{where}[{key!r}]" for key in stored if key not in current]
+        self.added += [f"{where}[{key!r}]" for key in sorted(current.difference(stored))]
+        return [key for key in stored if key in current]
 
 
 @dataclass(frozen=True)
@@ -91,117 +91,117 @@ def table_difference(path: Path, table: AnnData) -> Difference:
         frames = {axis: read_elem(group[axis]) for axis in ("obs", "var")}
         uns = read_elem(group["uns"]) if "uns" in group else {}
         for axis, names in (("obs", table.obs_names), ("var", table.var_names)):
-            there, here = frames[axis].index.astype(str), names.astype(str)
-            _compare_names(found, axis, there, here)
+            stored, current = frames[axis].index.astype(str), names.astype(str)
+            _compare_names(found, axis, stored, current)
             equal = _compare_frame(found, axis, frames[axis], getattr(table, axis))
             # Before version 0.8, anndata stored categories separately from their column.
-            if there.equals(here) and group[axis].attrs.get("encoding-version") == "0.2.0":
+            if stored.equals(current) and group[axis].attrs.get("encoding-version") == "0.2.0":
                 found.kept += [f"{axis}/{key}" for key in equal if "/" not in key and key != names.name]
         _compare_array(found, "X", group, table.X)
         _compare_mapping(found, "uns", uns, table.uns)
         for slot in MAPPINGS:
             # Newer versions of anndata list X among the layers, as None.
-            here = {key: value for key, value in dict(getattr(table, slot)).items() if key is not None}
-            there = list(group[slot].keys()) if slot in group else []
-            for key in found.note(slot, there, here):
-                _compare_array(found, f"{slot}/{key}", group, here[key])
+            current = {key: value for key, value in dict(getattr(table, slot)).items() if key is not None}
+            stored = list(group[slot].keys()) if slot in group else []
+            for key in found.note(slot, stored, current):
+                _compare_array(found, f"{slot}/{key}", group, current[key])
         _compare_raw(found, group, table)
     found.uns, found.frames = uns, frames
     return found
 
 
-def _compare_names(found: Difference, axis: str, there: Any, here: Any) -> None:
-    if there.equals(here):
+def _compare_names(found: Difference, axis: str, stored: Any, current: Any) -> None:
+    if stored.equals(current):
         return
-    gone = ~np.isin(there, here)
-    n_gone = max(gone.sum(), len(there) - len(here))
-    if n_gone:
-        found.lost.append(f"{n_gone} of {len(there)} rows of {axis} ({', '.join(there[gone][:3])}, …)")
+    missing = ~np.isin(stored, current)
+    n_missing = max(missing.sum(), len(stored) - len(current))
+    if n_missing:
+        found.lost.append(f"{n_missing} of {len(stored)} rows of {axis} ({', '.join(stored[missing][:3])}, …)")
     else:
         found.altered.append(f"{axis}_names")
 
 
-def _compare_frame(found: Difference, where: str, there: Any, here: Any) -> list[str]:
+def _compare_frame(found: Difference, where: str, stored: Any, current: Any) -> list[str]:
     """Compare two frames; return the equal columns."""
-    both = found.note(where, map(str, there.columns), map(str, here.columns))
-    if len(there) != len(here):
+    both = found.note(where, map(str, stored.columns), map(str, current.columns))
+    if len(stored) != len(current):
         found.altered.append(where)
         return []
-    equal = [key for key in both if is_same_value(there[key], here[key])]
+    equal = [key for key in both if is_same_value(stored[key], current[key])]
     found.altered += [f"{where}[{key!r}]" for key in both if key not in equal]
-    order = [str(key) for key in here.columns if str(key) in both]
-    if order != both or there.index.name != here.index.name:
+    order = [str(key) for key in current.columns if str(key) in both]
+    if order != both or stored.index.name != current.index.name:
         found.altered.append(f"order of {where}")
     return equal
 
 
-def _compare_mapping(found: Difference, where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    here = {str(key): value for key, value in here.items() if value is not None or str(key) in there}
-    for key in found.note(where, map(str, there), here):
-        if isinstance(there[key], Mapping) and isinstance(here[key], Mapping):
-            _compare_mapping(found, f"{where}[{key!r}]", there[key], here[key])
-        elif not is_same_value(there[key], here[key]):
+def _compare_mapping(found: Difference, where: str, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    current = {str(key): value for key, value in current.items() if value is not None or str(key) in stored}
+    for key in found.note(where, map(str, stored), current):
+        if isinstance(stored[key], Mapping) and isinstance(current[key], Mapping):
+            _compare_mapping(found, f"{where}[{key!r}]", stored[key], current[key])
+        elif not is_same_value(stored[key], current[key]):
             found.altered.append(f"{where}[{key!r}]")
 
 
 def _compare_array(found: Difference, where: str, group: zarr.Group, value: Any) -> None:
     """Compare one array of a table; large arrays are compared by blocks."""
     name = where.replace("/", "['", 1) + "']" if "/" in where else where
-    there = group.get(where)
-    if there is None or value is None:
-        if there is not None:
+    stored = group.get(where)
+    if stored is None or value is None:
+        if stored is not None:
             found.lost.append(name)
         elif value is not None:
             found.added.append(name)
         return
-    if _is_same_array(there, value):
+    if _is_same_array(stored, value):
         found.kept.append(where)
     else:
         found.altered.append(name)
 
 
-def _is_same_array(there: Any, value: Any) -> bool:
+def _is_same_array(stored: Any, value: Any) -> bool:
     from anndata.io import read_elem
 
-    encoding = there.attrs.get("encoding-type", "")
+    encoding = stored.attrs.get("encoding-type", "")
     if encoding in ("csr_matrix", "csc_matrix"):
-        if getattr(value, "format", None) != encoding[:3] or tuple(there.attrs["shape"]) != value.shape:
+        if getattr(value, "format", None) != encoding[:3] or tuple(stored.attrs["shape"]) != value.shape:
             return False
-        if there["data"].dtype != value.data.dtype:
+        if stored["data"].dtype != value.data.dtype:
             return False
         return all(
-            same_array(there[part], getattr(value, part).astype(there[part].dtype, copy=False))
+            same_array(stored[part], getattr(value, part).astype(stored[part].dtype, copy=False))
             for part in ("indptr", "indices", "data")
         )
     if encoding == "array" and hasattr(value, "dtype") and not hasattr(value, "tocsr"):
-        return same_array(there, value)
-    return is_same_value(read_elem(there), value)
+        return same_array(stored, value)
+    return is_same_value(read_elem(stored), value)
 
 
 def _compare_raw(found: Difference, group: Any, table: AnnData) -> None:
-    there = group.get("raw")
-    if there is not None and there.attrs.get("encoding-type") == "null":
-        there = None
-    if there is None or table.raw is None:
-        if there is not None:
+    stored = group.get("raw")
+    if stored is not None and stored.attrs.get("encoding-type") == "null":
+        stored = None
+    if stored is None or table.raw is None:
+        if stored is not None:
             found.lost.append("raw")
         elif table.raw is not None:
             found.added.append("raw")
         return
     from anndata.io import read_elem
 
-    equal = _is_same_array(there["X"], table.raw.X) and is_same_value(read_elem(there["var"]), table.raw.var)
-    varm = list(there["varm"].keys()) if "varm" in there else []
+    equal = _is_same_array(stored["X"], table.raw.X) and is_same_value(read_elem(stored["var"]), table.raw.var)
+    varm = list(stored["varm"].keys()) if "varm" in stored else []
     both = found.note("raw.varm", varm, map(str, table.raw.varm.keys()))
     equal &= len(both) == len(varm) == len(table.raw.varm)
-    equal = equal and all(_is_same_array(there["varm"][key], table.raw.varm[key]) for key in both)
+    equal = equal and all(_is_same_array(stored["varm"][key], table.raw.varm[key]) for key in both)
     (found.kept if equal else found.altered).append("raw")
 
 
 # --- Elements in space -----------------------------------------------------------------------------------------------
 
 
-def spatial_difference(kind: str, name: str, there: Any, here: Any, *, data: bool = True) -> Difference:
+def spatial_difference(kind: str, name: str, stored: Any, current: Any, *, data: bool = True) -> Difference:
     """Compare an image, labels, points or shapes with the copy on disk; read pixels only if they may differ.
 
     Without ``data``, compare only transformations and channel names.
@@ -210,35 +210,35 @@ def spatial_difference(kind: str, name: str, there: Any, here: Any, *, data: boo
     if not data:
         pass
     elif kind in ("images", "labels"):
-        if not _same_raster(there, here):
+        if not _same_raster(stored, current):
             found.altered.append("pixels")
     elif kind == "shapes":
-        _compare_rows(found, name, there.to_wkb(), here.to_wkb())
-    elif getattr(there, "_name", None) != getattr(here, "_name", ()):
-        _compare_rows(found, name, there.compute(), here.compute())
+        _compare_rows(found, name, stored.to_wkb(), current.to_wkb())
+    elif getattr(stored, "_name", None) != getattr(current, "_name", ()):
+        _compare_rows(found, name, stored.compute(), current.compute())
     data_differ = bool(found)
-    _compare_transformations(found, there, here)
-    if kind == "images" and channels(there) != channels(here):
+    _compare_transformations(found, stored, current)
+    if kind == "images" and channels(stored) != channels(current):
         found.altered.append("channel names")
     found.metadata_only = bool(found) and not data_differ
     return found
 
 
-def _compare_rows(found: Difference, name: str, there: Any, here: Any) -> None:
+def _compare_rows(found: Difference, name: str, stored: Any, current: Any) -> None:
     """Compare shapes or points, row by row and column by column."""
-    if not same_column(there.index.to_series(), here.index.to_series()):
+    if not same_column(stored.index.to_series(), current.index.to_series()):
         found.altered.append(f"index of {name}")
-        _compare_names(found, name, there.index.astype(str), here.index.astype(str))
-    _compare_frame(found, name, there, here)
+        _compare_names(found, name, stored.index.astype(str), current.index.astype(str))
+    _compare_frame(found, name, stored, current)
 
 
-def _compare_transformations(found: Difference, there: Any, here: Any) -> None:
+def _compare_transformations(found: Difference, stored: Any, current: Any) -> None:
     """Compare the transformations of two elements to each coordinate system."""
     from spatialdata.models import get_axes_names
     from spatialdata.transformations import get_transformation
 
-    before, now = (get_transformation(element, get_all=True) for element in (there, here))
-    axes = tuple(axis for axis in get_axes_names(here) if axis != "c")
+    before, now = (get_transformation(element, get_all=True) for element in (stored, current))
+    axes = tuple(axis for axis in get_axes_names(current) if axis != "c")
     for name in found.note("transformations", before, now):
         if not np.array_equal(*(way[name].to_affine_matrix(axes, axes) for way in (before, now))):
             found.altered.append(f"transformations[{name!r}]")
@@ -250,8 +250,8 @@ def channels(element: Any) -> list[str]:
     return [str(name) for name in first.coords["c"].values] if "c" in first.coords else []
 
 
-def _same_raster(there: Any, here: Any) -> bool:
-    before, now = levels(there), levels(here)
+def _same_raster(stored: Any, current: Any) -> bool:
+    before, now = levels(stored), levels(current)
     if len(before) != len(now):
         return False
     return all(
@@ -260,14 +260,14 @@ def _same_raster(there: Any, here: Any) -> bool:
     )
 
 
-def _same_pixels(there: Any, here: Any) -> bool:
-    path = _zarr_path(there)
-    if path is not None and path == _zarr_path(here):
+def _same_pixels(stored: Any, current: Any) -> bool:
+    path = _zarr_path(stored)
+    if path is not None and path == _zarr_path(current):
         return True
     import dask.array as da
 
-    a = da.asarray(there)
-    b = da.asarray(here).rechunk(a.chunks)
+    a = da.asarray(stored)
+    b = da.asarray(current).rechunk(a.chunks)
     unequal = a != b
     if a.dtype.kind == "f":
         unequal &= ~(da.isnan(a) & da.isnan(b))

@@ -70,17 +70,17 @@ def symbols_in(table: AnnData, gene_symbols: str | None) -> pd.Index:
     return pd.Index(given.where(given.notna(), "").astype(str).str.strip())
 
 
-def columns_of(table: AnnData, asked: Sequence[str], gene_symbols: str | None = None) -> np.ndarray:
+def columns_of(table: AnnData, genes: Sequence[str], gene_symbols: str | None = None) -> np.ndarray:
     """Return the columns of genes that a user named, by name, ``gene_symbols`` or a previous symbol; -1 for others."""
-    asked = [str(name).strip() for name in asked]
-    found = find_genes(asked, table.var_names, one_to_one=False)
-    exact = table.var_names.isin(asked)
+    genes = [str(name).strip() for name in genes]
+    found = find_genes(genes, table.var_names, one_to_one=False)
+    exact = table.var_names.isin(genes)
     if gene_symbols is not None and gene_symbols in table.var:
         symbols = symbols_in(table, gene_symbols)
         twice = symbols.duplicated(keep=False)
         unique = pd.Index(np.where(twice, "", symbols))
-        by_symbol = find_genes(asked, unique, one_to_one=False)
-        by_symbol[np.array([not name for name in asked])] = -1
+        by_symbol = find_genes(genes, unique, one_to_one=False)
+        by_symbol[np.array([not name for name in genes])] = -1
         own = np.array([place >= 0 and exact[place] for place in found])
         found = np.where(own | (by_symbol < 0), found, by_symbol)
     return found

@@ -107,11 +107,11 @@ def check_spelling(
     *,
     what: str = "labels",
     rows: Mapping[str, Sequence[str]] | None = None,
-    mend: str | None = None,
+    fix: str | None = None,
 ) -> None:
     """Raise for names that differ only in case, blanks, dashes or leading zeros.
 
-    ``names`` and ``rows`` map a place, such as ``"object 2"``, to names; ``mend`` replaces the call that the error suggests.
+    ``names`` and ``rows`` map a place, such as ``"object 2"``, to names; ``fix`` replaces the call that the error suggests.
     """
     seen: dict[str, tuple[str, str]] = {}
     for place, found in names.items():
@@ -122,7 +122,7 @@ def check_spelling(
                 call = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
                 raise ValueError(
                     f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in {_spelling_difference(first, name)}; "
-                    f"{mend or f'spell them alike: {call}'}"
+                    f"{fix or f'spell them alike: {call}'}"
                 )
 
 

@@ -112,9 +112,9 @@ def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_add
         )
     named = recorded_keys(key, record) if record is not None else _without_record(table, verb, key, planned)
     unchanged = named if record is None else unchanged_keys(table, key, record)
-    taken = [(slot, n) for slot, names in planned.items() for n in names if n in getattr(table, slot)]
-    foreign = [(slot, n) for slot, n in taken if n not in named.get(slot, [])]
-    changed = [(slot, n) for slot, n in taken if n in named.get(slot, []) and n not in unchanged.get(slot, [])]
+    existing = [(slot, n) for slot, names in planned.items() for n in names if n in getattr(table, slot)]
+    foreign = [(slot, n) for slot, n in existing if n not in named.get(slot, [])]
+    changed = [(slot, n) for slot, n in existing if n in named.get(slot, []) and n not in unchanged.get(slot, [])]
     if foreign:
         lost = (
             ""

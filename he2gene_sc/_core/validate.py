@@ -219,7 +219,7 @@ def unique(values: Collection[Any], parameter: str, what: str = "names") -> None
 def known_arguments(given: Mapping[str, Any], valid: Sequence[str], verb: str) -> None:
     """Raise for arguments that a function does not pass on to the library that it calls."""
     if unknown := sorted(set(given) - set(valid)):
-        raise ValueError(f"`{unknown[0]}` is not an argument of {verb}, valid beside its own: {', '.join(valid)}")
+        raise ValueError(f"`{unknown[0]}` is not an argument of {verb}, valid besides its own: {', '.join(valid)}")
 
 
 def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:

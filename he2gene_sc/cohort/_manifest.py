@@ -308,18 +308,18 @@ def _value(column: str, value: Any) -> Any:
     if "bool" in kinds:
         return validate.one_of(text.lower(), ("true", "false"), column) == "true"
     if kinds & {"int", "float"}:
-        return _number(column, text, whole="int" in kinds)
+        return _number(column, text, integer="int" in kinds)
     return text
 
 
-def _number(column: str, text: str, *, whole: bool) -> float | int:
+def _number(column: str, text: str, *, integer: bool) -> float | int:
     try:
         # Python would read 1_0 as 10.
         number = float(text if "_" not in text else "")
     except ValueError:
         point = ", with a decimal point" if "," in text else ""
         raise ValueError(f"`{column}` is {text!r}; a number{point} is needed") from None
-    if not whole:
+    if not integer:
         return number
     if not number.is_integer():
         raise ValueError(f"`{column}` is {text!r}; a whole number is needed")
@@ -381,4 +381,4 @@ def _check_patients(jobs: list[Job]) -> None:
     """Raise if a patient or section is spelled in two ways."""
     for label in LABELS:
         found = {f"slide {job.path.name!r}": [job.labels[label]] for job in jobs if label in job.labels}
-        check_spelling(found, "paths", label, what=f"{label}s", mend="spell them alike")
+        check_spelling(found, "paths", label, what=f"{label}s", fix="spell them alike")

@@ -179,20 +179,20 @@ def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str,
     return bool(used["key"] == key) and _matches_option(used, {"key": key, **made_by(record)})
 
 
-def _matches_option(found: Any, asked: Any) -> bool:
-    if isinstance(asked, Mapping):
+def _matches_option(found: Any, requested: Any) -> bool:
+    if isinstance(requested, Mapping):
         return (
             isinstance(found, Mapping)
-            and found.keys() == asked.keys()
-            and all(_matches_option(found[name], value) for name, value in asked.items())
+            and found.keys() == requested.keys()
+            and all(_matches_option(found[name], value) for name, value in requested.items())
         )
-    return found is not None and all(_equal(value, asked) for value in _values(found))
+    return found is not None and all(_equal(value, requested) for value in _values(found))
 
 
-def _equal(found: Any, asked: Any) -> bool:
-    if isinstance(asked, float):
-        return math.isclose(float(found), asked, rel_tol=1e-6)
-    return bool(_plain(found) == _plain(asked))
+def _equal(found: Any, requested: Any) -> bool:
+    if isinstance(requested, float):
+        return math.isclose(float(found), requested, rel_tol=1e-6)
+    return bool(_plain(found) == _plain(requested))
 
 
 def _values(found: Any) -> list[Any]:

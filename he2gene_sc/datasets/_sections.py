@@ -103,13 +103,13 @@ def select_mask(
     names = pd.Index(known)
     if wanted is None:
         return np.ones(len(names), bool)
-    asked = [wanted] if isinstance(wanted, str) else validate.names(wanted, parameter)
+    requested = [wanted] if isinstance(wanted, str) else validate.names(wanted, parameter)
     if aliases is None:
-        keys, rows = list(asked), names
+        keys, rows = list(requested), names
     else:
-        keys = [aliases.get(key, key) for key in (str(name).strip().lower() for name in asked)]
+        keys = [aliases.get(key, key) for key in (str(name).strip().lower() for name in requested)]
         rows = names.astype(str).str.lower()
-    unknown = [name for name, key in zip(asked, keys, strict=True) if key not in rows]
+    unknown = [name for name, key in zip(requested, keys, strict=True) if key not in rows]
     if unknown:
         there = list(dict.fromkeys(names.dropna()))
         raise ValueError(

@@ -351,7 +351,7 @@ def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         logger.info(
             "%d of %d objects of %s have no class or no area, or are not annotations", n_skipped, len(features), path
         )
-    check_spelling({"": names[chosen]}, "path", path.name, what="classes", mend="rename one in QuPath and export again")
+    check_spelling({"": names[chosen]}, "path", path.name, what="classes", fix="rename one in QuPath and export again")
     colors: dict[str, str] = {}
     for name, value in zip(names[chosen], (g for g, c in zip(given, chosen, strict=True) if c), strict=True):
         rgb = value.get("color") if isinstance(value, dict) else None
