@@ -28,6 +28,11 @@ _MUCH_DARKER = 1.5
 #: Spots of a larger diameter-to-pitch ratio are adjacent bins: array positions of Visium HD are mirrored by design.
 _TOUCHING = 0.9
 
+#: Share of spots on tissue below which another placement is looked for, and that it must reach.
+_OFF_TISSUE, _ON_TISSUE = 0.92, 0.98
+#: Shifts that are tried, as shares of the extent of the spots; pixels of the overview; most pixels of the level that it is read from.
+_SHIFTS, _OVERVIEW_PX, _MOST_READ = np.linspace(-0.3, 0.3, 25), 400_000, 10**8
+
 _SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
 
 
@@ -168,6 +173,79 @@ def _check_swap(sdata: SpatialData, slide: Slide) -> None:
             UserWarning,
             stacklevel=5,
         )
+
+
+def check_on_tissue(sdata: SpatialData, slide: Slide, share: np.ndarray) -> None:
+    """Warn where many spots lie on glass and nearly all would lie on tissue if they were mirrored, swapped or shifted.
+
+    ``share`` ``(n,)`` is the share of tissue at each spot. An overview of the image is read only if too few are on tissue.
+    """
+    from ..image import MIN_TISSUE
+
+    now = float((share >= MIN_TISSUE).mean()) if len(share) else 1.0
+    if now >= _OFF_TISSUE or slide.pyramid.levels[-1].height * slide.pyramid.levels[-1].width > _MOST_READ:
+        return
+    found = _better_placement(slide)
+    if found is None:
+        return
+    cause, matrix, then = found
+    warnings.warn(
+        f"`shapes_key` {slide.shapes_key!r}: {now:.0%} of the spots lie on tissue, and {then:.0%} would if {cause}. If so, all spots are "
+        f"predicted from other tissue; mend it by {_mend(sdata, slide, matrix)}. If the spots cover glass too, all is well",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _better_placement(slide: Slide) -> tuple[str, np.ndarray, float] | None:
+    """Return cause, matrix and share on tissue of the placement with most spots on tissue, if that is nearly all."""
+    placements = {"nothing were changed": np.eye(3), **mirror_matrices(slide)}
+    # The smallest shift comes first, of those that are as good.
+    for x, y in sorted(((x, y) for x in _SHIFTS for y in _SHIFTS), key=lambda shift: np.hypot(*shift)):
+        matrix = shift_matrix(slide, x, y)
+        placements[f"they were shifted by ({matrix[0, 2]:.0f}, {matrix[1, 2]:.0f}) px"] = matrix
+    shares = tissue_shares(slide, placements)
+    cause = max(shares, key=shares.__getitem__)
+    # The overview may see tissue where the spots as they are do not.
+    if shares["nothing were changed"] >= _OFF_TISSUE or shares[cause] < _ON_TISSUE:
+        return None
+    return cause, placements[cause], shares[cause]
+
+
+def mirror_matrices(slide: Slide) -> dict[str, np.ndarray]:
+    """Matrices that mirror, turn and swap the spots within the image."""
+    width, height = slide.pyramid.width, slide.pyramid.height
+    return {
+        "x of the spots were mirrored": np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]]),
+        "y of the spots were mirrored": np.array([[1.0, 0, 0], [0, -1, height], [0, 0, 1]]),
+        "the spots were turned by half a turn": np.array([[-1.0, 0, width], [0, -1, height], [0, 0, 1]]),
+        "x and y of the spots were exchanged": _SWAP,
+    }
+
+
+def shift_matrix(slide: Slide, x: float, y: float) -> np.ndarray:
+    """Matrix that shifts the spots by shares of their extent."""
+    across, down = np.array([x, y]) * np.ptp(slide.centres, axis=0)
+    return np.array([[1, 0, across], [0, 1, down], [0, 0, 1]])
+
+
+def tissue_shares(slide: Slide, placements: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Share of the spots that lie on tissue once a matrix moves them, by an overview of the image; outside is glass."""
+    from scipy.ndimage import uniform_filter
+
+    from ..image import MIN_TISSUE, read_reduced, tissue_pixels
+
+    overview = tissue_pixels(read_reduced(slide.pyramid, _OVERVIEW_PX, slide.pixel_factor))[0]
+    size = np.array(overview.shape[::-1])
+    scale = size / [slide.pyramid.width, slide.pyramid.height]
+    side = max(1, round(slide.diameter_um / slide.mpp * float(scale.mean())))
+    on_tissue = uniform_filter(overview.astype(np.float32), side) >= MIN_TISSUE
+    centres, shares = subsample(slide.centres, 2000), {}
+    for cause, matrix in placements.items():
+        at = np.floor(transform_points(centres, matrix) * scale).astype(int)
+        inside = ((at >= 0) & (at < size)).all(1)
+        shares[cause] = float(on_tissue[at[inside, 1], at[inside, 0]].sum()) / len(centres)
+    return shares
 
 
 def _darkness_before_after(slide: Slide, matrix: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from .._core.lazy import is_large
 from .._core.logs import logger
 from .._core.model_genes import match_genes
 from .._core.own_table import check_new_table, make_table, put_table
+from .._core.placement import check_on_tissue
 from .._core.predictions import head_digest
 from .._core.slide import Slide
 from ._embed import encode_slide
@@ -268,6 +269,8 @@ def predict(
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
     _warn_of_slides(slides, predictions)
+    for slide, result in zip(slides, predictions, strict=True):
+        check_on_tissue(sdata, slide, result.tissue)
     if known_patient and "known" in (model.card.guard or {}):
         _warn_of_strangers(slides, predictions, keys)
     stacked = StackedPredictions.collect(

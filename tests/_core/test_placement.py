@@ -12,7 +12,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
 
 import he2gene_sc as hg
-from he2gene_sc._core.placement import check_placement
+from he2gene_sc._core.placement import check_on_tissue, check_placement
 from he2gene_sc._core.slide import resolve
 
 PITCH, SIDE = 40.0, 800
@@ -126,6 +126,46 @@ def test_swapped_spots_off_the_tissue_are_warned_of_without_array_positions():
     place(sdata, [[0, 1, 0], [1, 0, 0]])
     (message,) = said(sdata)
     assert "x and y of the spots look swapped" in message
+
+
+def said_of_tissue(sdata):
+    """Warnings of spots on glass; tissue is darker than 200 here."""
+    (slide,) = resolve(sdata)
+    shade, places = np.asarray(sdata["he"])[0], slide.centres.astype(int)
+    within = ((places >= 0) & (places < SIDE)).all(1)
+    share = np.zeros(len(places))
+    share[within] = shade[places[within, 1], places[within, 0]] < 200
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_on_tissue(sdata, slide, share)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        ([[-1, 0, SIDE], [0, 1, 0]], "if x of the spots were mirrored"),
+        ([[1, 0, 0], [0, -1, SIDE]], "if y of the spots were mirrored"),
+        ([[-1, 0, SIDE], [0, -1, SIDE]], "turned by half a turn"),
+        ([[0, 1, 0], [1, 0, 0]], "x and y of the spots were exchanged"),
+        ([[1, 0, 140], [0, 1, 0]], r"if they were shifted by \(-1\d\d, 0\) px"),
+    ],
+)
+def test_misplaced_spots_without_array_positions_are_warned_of_by_the_tissue(matrix, words):
+    sdata = section(array=False)
+    right = resolve(sdata)[0].centres
+    assert said_of_tissue(sdata) == []
+    place(sdata, matrix)
+    (message,) = said_of_tissue(sdata)
+    assert re.search(words, message)
+    mend(sdata, message)
+    assert said_of_tissue(sdata) == []
+    if "shifted" not in words:
+        np.testing.assert_allclose(resolve(sdata)[0].centres, right, atol=1e-6)
+
+
+def test_spots_that_cover_glass_and_tissue_are_not_taken_for_misplaced():
+    assert said_of_tissue(section(everywhere=True, array=False)) == []
 
 
 def test_swapped_spots_of_which_some_lie_on_the_border_are_warned_of(toy):
