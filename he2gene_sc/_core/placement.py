@@ -191,7 +191,7 @@ def check_on_tissue(sdata: SpatialData, slide: Slide, share: np.ndarray) -> None
     cause, matrix, then = found
     warnings.warn(
         f"`shapes_key` {slide.shapes_key!r}: {now:.0%} of the spots lie on tissue, and {then:.0%} would if {cause}. If so, all spots are "
-        f"predicted from other tissue; mend it by {_mend(sdata, slide, matrix)}. If the spots cover glass too, all is well",
+        f"predicted from other tissue; correct it with {_fix_call(sdata, slide, matrix)}. Ignore this warning if the spots cover glass too",
         UserWarning,
         stacklevel=3,
     )
