@@ -56,6 +56,8 @@ nb_execution_cache_path = str(HERE / "generated" / "jupyter_cache")
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+# Kernels show no figure where the shell names another backend, as servers do.
+os.environ.pop("MPLBACKEND", None)
 os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found,ignore::SyntaxWarning")  # read by the kernels
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

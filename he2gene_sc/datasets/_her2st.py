@@ -82,7 +82,7 @@ def her2st(section: str) -> SpatialData:
     validate.arguments(her2st, locals())
     if section not in HER2ST_SECTIONS:
         raise ValueError(f"`section` {section!r} is unknown, valid: {', '.join(HER2ST_SECTIONS)}")
-    from ..io._st import read_labels, read_st
+    from ..io._st import UnmatchedSpots, read_labels, read_st
 
     counts, spots = _fetch([f"ST-cnts/{section}.tsv.gz", f"ST-spotfiles/{section}_selection.tsv"])
     image = _image(section)
@@ -96,7 +96,7 @@ def her2st(section: str) -> SpatialData:
         sdata = read_st(counts, spot_table, image, section=section, patient=section[0])
     for warning in caught:
         # The published files differ in their spots, so log this warning only.
-        if "are only in the counts" in str(warning.message):
+        if issubclass(warning.category, UnmatchedSpots):
             logger.info("%s", warning.message)
         else:
             warnings.warn(warning.message, warning.category, stacklevel=2)

@@ -28,6 +28,10 @@ _PITCH_UM, _DIAMETER_UM = 200.0, 100.0
 _LEAST_PITCH_PX = 1e-3
 
 
+class UnmatchedSpots(UserWarning):
+    """Spots are only in the counts or only in the spot file."""
+
+
 def read_st(
     counts: str | Path | pd.DataFrame,
     spots: str | Path | pd.DataFrame,
@@ -288,7 +292,8 @@ def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.I
         warnings.warn(
             f"section {section!r}: {len(counts) - len(ids)} spots are only in the counts and {len(spots) - len(ids)} only in "
             f"the spot file; they are dropped, {len(ids)} remain",
-            stacklevel=3,
+            UnmatchedSpots,
+            stacklevel=4,
         )
     return ids
 
