@@ -56,7 +56,7 @@ def demo(
     from .demo import run
 
     check_folder(out, "--out")
-    panels = run(section, out, load(model), partial(say, err=as_json))
+    panels = run(section, out, load(model), partial(say, err=as_json), partial(say_table, err=as_json, as_list=False))
     if as_json:
         say_json({"output": str(out), "panels": records(panels)})
 
@@ -247,7 +247,7 @@ def evaluate(
     from .._core import validate
     from ..io._files import check_writable
     from ..io._open import open_store
-    from .evaluation_report import lines
+    from .evaluation_report import say_evaluation
 
     if out is not None and validate.folder_or_file(out, "--out").is_dir():
         raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
@@ -276,8 +276,7 @@ def evaluate(
         found = {name: get.evaluation(sdata, name, table_key=table_key, dropna=False) for name in tables}  # type: ignore[arg-type]
         say_json({name: records(table) for name, table in found.items()})
         return
-    for line in lines(sdata, table_key, annotation=annotation_key is not None):
-        say(line)
+    say_evaluation(sdata, table_key, annotation=annotation_key is not None)
     if out is not None:
         say(f"Written: {out}")
 

@@ -37,7 +37,13 @@ class Comparison:
     panels: pd.DataFrame
 
 
-def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) -> pd.DataFrame:
+def run(
+    section: str,
+    out: Path,
+    model: HE2Gene,
+    echo: Callable[[str], object],
+    show: Callable[[str, list[dict[str, str]]], object],
+) -> pd.DataFrame:
     """Run the demo and print its progress; return the panels of the comparison.
 
     Parameters
@@ -50,6 +56,8 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
         The model.
     echo
         Function that prints a line.
+    show
+        Function that prints a title and the rows of a table.
     """
     from .. import get, io, pl, tl
 
@@ -77,7 +85,7 @@ def run(section: str, out: Path, model: HE2Gene, echo: Callable[[str], object]) 
     pl.spatial(sdata, drawn, save=out / "genes.png")
     echo(f"First picture: {out / 'genes.png'}")
     comparison = compare(sdata, model)
-    _report(comparison, table, echo)
+    _report(comparison, table, echo, show)
     comparison.genes.to_csv(out / "genes.csv", index=False, float_format="%.4g")
     reference = "annotation" if table.obs["annotation"].notna().any() else None
     pl.annotation(sdata, reference=reference, save=out / "annotation.png")
@@ -195,20 +203,33 @@ def _colour_pearson(
     return r
 
 
-def _report(comparison: Comparison, table: AnnData, echo: Callable[[str], object]) -> None:
-    echo("")
-    echo("Mean Pearson per gene, across spots     model   colour alone   noise ceiling")
-    for row in comparison.panels.itertuples():
-        echo(f"  {row.n_genes:>3} genes, {row.panel:<24} {row.model:6.3f}   {row.colour:12.3f}   {row.ceiling:13.3f}")
+def _report(
+    comparison: Comparison,
+    table: AnnData,
+    echo: Callable[[str], object],
+    show: Callable[[str, list[dict[str, str]]], object],
+) -> None:
+    names = {"model": "model", "colour": "colour alone", "ceiling": "noise ceiling"}
+    show(
+        "Mean Pearson of a gene, across spots",
+        [
+            {"genes": str(row["n_genes"]), "panel": row["panel"]}
+            | {name: f"{row[column]:.3f}" for column, name in names.items()}
+            for row in comparison.panels.to_dict("records")
+        ],
+    )
     by_name = comparison.genes.set_index("gene")
-    echo("")
-    echo("Gene       Pearson here   held-out in training   noise ceiling   reliable")
-    shown = [gene for gene in _GENES if gene in by_name.index] + list(by_name.index[:6])
-    for gene in dict.fromkeys(shown):
-        row = by_name.loc[gene]
-        echo(
-            f"{gene:<10} {row.pearson:12.3f}   {row.pcc:20.3f}   {row.ceiling:13.3f}   {'yes' if row.reliable else 'no'}"
-        )
+    figures = {"pearson": "Pearson here", "pcc": "held-out in training", "ceiling": "noise ceiling"}
+    shown = dict.fromkeys([gene for gene in _GENES if gene in by_name.index] + list(by_name.index[:6]))
+    show(
+        "Genes",
+        [
+            {"gene": gene}
+            | {name: f"{row[column]:.3f}" for column, name in figures.items()}
+            | {"reliable": "yes" if row["reliable"] else "no"}
+            for gene, row in by_name.loc[list(shown)].to_dict("index").items()
+        ],
+    )
     reliable = int(by_name["reliable"].sum())
     echo(f"{reliable:,} genes are called reliable, {len(by_name) - reliable:,} are not to be trusted one by one.")
     if table.obs["annotation"].notna().any():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import get
+from .output import say, say_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from spatialdata import SpatialData
 
 _COLUMNS = {
@@ -27,36 +28,44 @@ _ANNOTATION = {
 }
 
 
-def lines(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> Iterator[str]:
-    """Yield the lines of the summary: each section and, with several, the mean over sections."""
+def say_evaluation(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> None:
+    """Print the summary: each section and, with several, the mean over sections."""
     summary = get.evaluation(sdata, table_key=table_key, dropna=False)
     sections = summary.loc[summary["scope"] == "section", "section"].unique()
-    for scope in ["section"] + ["mean"] * (len(sections) > 1):
+    several = len(sections) > 1
+    for scope in ["section"] + ["mean"] * several:
         for section, frame in summary[summary["scope"] == scope].groupby("section", sort=False):
             title = f"{section}, {frame['n_spots'].iloc[0]} spots" if scope == "section" else "mean over sections"
-            yield ""
-            yield f"{title:<44}  genes" + "".join(f"{name:>12}" for name in _COLUMNS)
-            # Group the rows of predictors by panel.
-            panels = list(frame["panel"].unique())
-            for row in frame.sort_values("panel", key=lambda names: names.map(panels.index), kind="stable").to_dict(
-                "records"
-            ):
-                figures = "".join(f"{_shown(row.get(column, np.nan)):>12}" for column in _COLUMNS.values())
-                yield f"  {row['panel']:<20}{row['predictor']:<22}  {row['n_genes']:>5}{figures}"
+            say_table(title, _scores(frame), as_list=False)
+            say()
     if annotation:
-        yield ""
-        for row in get.evaluation(sdata, "annotation", table_key=table_key).to_dict("records"):
-            if row["scope"] == "section" or (row["scope"] == "mean" and len(sections) > 1):
-                figures = ", ".join(f"{name} {_shown(row[column])}" for name, column in _ANNOTATION.items())
-                yield f"annotation, {row['section']} ({row['scope']}), {row['n_labelled']} labelled spots: {figures}"
-    predictors = get.evaluation(sdata, "predictors", table_key=table_key)
-    yield ""
-    for row in predictors.to_dict("records"):
-        status = f"has seen {row['seen']}" if row["computed"] else f"left out: {row['reason']}"
-        yield f"  {row['predictor']:<14} {status}"
+        labelled = get.evaluation(sdata, "annotation", table_key=table_key)
+        shown = labelled[labelled["scope"].isin(["section"] + ["mean"] * several)].to_dict("records")
+        rows = [
+            {"section": str(row["section"]), "labelled spots": str(row["n_labelled"])}
+            | {name: _shown(row[column]) for name, column in _ANNOTATION.items()}
+            for row in shown
+        ]
+        say_table("annotation", rows, as_list=False)
+        say()
+    predictors = get.evaluation(sdata, "predictors", table_key=table_key).to_dict("records")
+    said = [f"has seen {row['seen']}" if row["computed"] else f"left out: {row['reason']}" for row in predictors]
+    say_table("predictors", [dict(zip([row["predictor"] for row in predictors], said, strict=True))], as_list=True)
     left_out = get.evaluation(sdata, "left_out", table_key=table_key)
     counted = ", ".join(f"{row['n']} {row['what']}" for row in left_out.to_dict("records") if row["n"])
-    yield f"Left out: {counted or 'nothing'}"
+    say(f"Left out: {counted or 'nothing'}")
+
+
+def _scores(frame: pd.DataFrame) -> list[dict[str, str]]:
+    # Group the rows of predictors by panel.
+    panels = list(frame["panel"].unique())
+    ordered = frame.sort_values("panel", key=lambda names: names.map(panels.index), kind="stable")
+    rows: list[dict[str, Any]] = ordered.to_dict("records")
+    return [
+        {"panel": row["panel"], "predictor": row["predictor"], "genes": str(row["n_genes"])}
+        | {name: _shown(row.get(column, np.nan)) for name, column in _COLUMNS.items()}
+        for row in rows
+    ]
 
 
 def _shown(value: float) -> str:

@@ -15,6 +15,8 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     import pandas as pd
 
+#: Letters of a row that is not printed to a terminal.
+_WIDTH = 240
 _STDOUT: ContextVar[TextIO] = ContextVar("stdout")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
@@ -40,22 +42,39 @@ def say_json(value: Any) -> None:
     say(json.dumps(value, ensure_ascii=False))
 
 
-def say_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Print a table of texts with a header; a single row is printed as a list."""
+def say_table(title: str, rows: Sequence[Mapping[str, str]], *, err: bool = False, as_list: bool | None = None) -> None:
+    """Print a table of texts with a header; ``as_list`` prints one row as a list, the default for a single row."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    one = len(rows) == 1
+    one = len(rows) == 1 if as_list is None else as_list
     table = Table(
-        title=Text(title, style="bold"), title_justify="left", box=None if one else SIMPLE_HEAD, show_header=not one
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=None if one else SIMPLE_HEAD,
+        show_header=not one,
+        show_edge=False,
+        collapse_padding=True,
     )
     for name in ("", "") if one else rows[0]:
-        table.add_column(name, overflow="fold")
-    for cells in rows[0].items() if one else (row.values() for row in rows):
-        table.add_row(*map(Text, cells))
-    Console(file=_STDOUT.get(), highlight=False).print(table)
+        # Columns of numbers are read from the right.
+        cells = [] if one else [row[name] for row in rows]
+        numbers = not one and all(map(_is_number, cells))
+        head = name if max(map(len, cells), default=0) >= len(name) else name.replace(" ", "\n")
+        table.add_column(
+            Text(head), overflow="fold", justify="right" if numbers else "left", vertical="top" if one else "bottom"
+        )
+    for texts in rows[0].items() if one else (row.values() for row in rows):
+        table.add_row(*map(Text, texts))
+    file = sys.stderr if err else _STDOUT.get()
+    # A file or pipe has no width: rows are not broken there.
+    Console(file=file, highlight=False, width=None if file.isatty() else _WIDTH).print(table)
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell.lstrip("-").replace(",", "").replace(".", "", 1).rstrip("%").isdigit()
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

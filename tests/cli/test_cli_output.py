@@ -1,5 +1,6 @@
 """Output of the commands: help, a summary, or only JSON."""
 
+import io
 import json
 
 import numpy as np
@@ -51,6 +52,10 @@ def test_predict_and_evaluate_end_with_a_summary_or_json(bundled, tmp_path):
     said = run("predict", tmp_path / "toy.zarr").stdout
     assert ["spots", "12"] in [line.split() for line in said.splitlines()]
     assert said.rstrip().endswith(f"Written: {tmp_path / 'toy.zarr'}")
+    said = [line.split() for line in run("evaluate", tmp_path / "toy.zarr").stdout.splitlines()]
+    assert any(row[:3] == ["all", "genes", "he2gene"] for row in said)
+    assert any(row[:3] == ["he2gene", "has", "seen"] for row in said)
+    assert said[-1][:2] == ["Left", "out:"]
     found = json.loads(run("evaluate", tmp_path / "toy.zarr", "--json").stdout)
     assert found.keys() == {"summary", "predictors", "left_out"}
     (row,) = [
@@ -69,6 +74,24 @@ def test_train_prints_a_summary_of_the_model(monkeypatch, tiny_model, tmp_path):
     assert said.rstrip().endswith(f"Written: {tmp_path / 'model'}")
     found = json.loads(run("train", tmp_path / "x.toml", "--out", tmp_path / "other", "--json").stdout)
     assert (found["output"], found["card"]["name"]) == (str(tmp_path / "other"), tiny_model.card.name)
+
+
+def test_a_table_of_many_columns_fits_a_terminal(monkeypatch):
+    from he2gene_sc.cli import output
+
+    monkeypatch.setattr(output, "_WIDTH", 80)
+    said = io.StringIO()
+    output._STDOUT.set(said)
+    scores = {"Pearson": "0.129", "minus it": "-0.218", "of ceiling": "-", "calibration error": "0.049"}
+    row = {"panel": "most variable", "predictor": "nearest spots", "genes": "13,475"} | scores
+    output.say_table("C5, 181 spots", [row, row])
+    title, *head, rule, first, second = said.getvalue().splitlines()
+    assert title.strip() == "C5, 181 spots"
+    assert first == second
+    assert first.split() == ["most", "variable", "nearest", "spots", *list(row.values())[2:]]
+    assert " ".join(head).split().count("calibration") == 1
+    # Numbers end below each other and below their names.
+    assert {len(line.rstrip()) for line in (head[-1], first)} == {len(first.rstrip())}
 
 
 def test_gene_names_are_repeated_options_or_separated_by_commas():
