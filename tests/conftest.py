@@ -174,7 +174,7 @@ def tiny_model():
 
     import he2gene_sc as hg
     from he2gene_sc.models import EncoderSpec, HE2Gene, ModelCard
-    from he2gene_sc.models._embedding import ALONE, N_COLOUR
+    from he2gene_sc.models._embedding import N_COLOUR, NO_CONTEXT
     from he2gene_sc.models._encoders.load import encoder_sha256
     from he2gene_sc.models._network import FeatureExtractor, Network
 
@@ -234,7 +234,7 @@ def tiny_model():
     model = HE2Gene(card, genes, tensors)
     # The encoder is in no registry: the network is put where `model.network` keeps it once built.
     model.__dict__["network"] = Network(
-        FeatureExtractor(encoder, spec), {key: torch.from_numpy(value) for key, value in tensors.items()}, ALONE
+        FeatureExtractor(encoder, spec), {key: torch.from_numpy(value) for key, value in tensors.items()}, NO_CONTEXT
     )
     return model
 

@@ -24,57 +24,59 @@ if TYPE_CHECKING:
 
 UNITS = ("section", "patient")
 N_TARGET = 250
-#: More groups than these are held out in so many folds of whole groups.
+#: Most folds: more sections or patients than these are held out in folds of several whole groups.
 MAX_FOLDS = 8
 #: Penalties of the ridges, in units of the number of features.
 _PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)
 _ENCODER = "efficientnet-lite0"
-#: Genes that are learned: files of these sets leave out what a section never saw.
+#: Selection of genes: the files of these data sets omit genes that were not detected in a section.
 GENES = GeneSelection(missing_genes_are_zero=True)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Sections of a data set, read when they are asked for."""
+    """Sections of a data set, read on demand."""
 
     name: str
-    patients: dict[str, str]  # by section
-    read: Callable[[str], SpatialData]  # from the name of a section
+    patients: dict[str, str]  # patient of each section
+    read: Callable[[str], SpatialData]  # reads a section by name
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one predictor says of the panel genes of one held-out section, ``(n, g)``; NaN rows were not predicted."""
+    """Prediction of the panel genes of one held-out section, ``(n, g)``; NaN rows were not predicted."""
 
     values: np.ndarray
     reliable: tuple[np.ndarray, np.ndarray] | None = None  # measured and predicted, of reliable genes
 
 
 def her2st(sections: Sequence[str] | None = None) -> Source:
-    """Sections of her2st that have an image here; ``sections`` chooses among all."""
+    """Return the sections of her2st that have a local image, or the chosen ``sections``."""
     from ..datasets import HER2ST_SECTIONS
     from ..datasets import her2st as read
     from ..datasets._her2st import local_image
 
-    chosen = _chosen(sections, HER2ST_SECTIONS, [name for name in HER2ST_SECTIONS if local_image(name) is not None])
+    chosen = _choose_sections(
+        sections, HER2ST_SECTIONS, [name for name in HER2ST_SECTIONS if local_image(name) is not None]
+    )
     return Source("her2st", {name: name[0] for name in chosen}, read)
 
 
 def hbcis(root: str | Path, sections: Sequence[str] | None = None) -> Source:
-    """Sections of HBCIS under ``root``."""
+    """Return the sections of HBCIS under ``root``, or the chosen ``sections``."""
     from ..datasets import hbcis as read
 
     found = read(root)
-    chosen = _chosen(sections, found.names, found.names)
+    chosen = _choose_sections(sections, found.names, found.names)
     return Source("hbcis", {name: found.metadata.loc[name, "patient"] for name in chosen}, found.__getitem__)
 
 
-def _chosen(asked: Sequence[str] | None, valid: Sequence[str], default: Sequence[str]) -> list[str]:
-    unknown = [name for name in asked or () if name not in valid]
+def _choose_sections(sections: Sequence[str] | None, valid: Sequence[str], default: Sequence[str]) -> list[str]:
+    unknown = [name for name in sections or () if name not in valid]
     if unknown:
         raise ValueError(f"`sections` {unknown} are unknown, valid: {', '.join(valid)}")
-    chosen = list(dict.fromkeys(asked or default))
-    if asked and len(chosen) < 2:
+    chosen = list(dict.fromkeys(sections or default))
+    if sections and len(chosen) < 2:
         raise ValueError(
             f"`sections`: only {chosen[0]} is named; two are needed to hold one out, valid: {', '.join(valid)}"
         )
@@ -87,7 +89,7 @@ def _chosen(asked: Sequence[str] | None, valid: Sequence[str], default: Sequence
 
 
 def split(source: Source, unit: str) -> list[tuple[list[str], list[str]]]:
-    """Names trained on and names held out, fold by fold; whole sections, or whole patients."""
+    """Return the training and held-out sections of each fold; folds hold out whole sections or whole patients."""
     from ..training import grouped_folds
 
     if unit not in UNITS:
@@ -97,7 +99,7 @@ def split(source: Source, unit: str) -> list[tuple[list[str], list[str]]]:
     codes = np.array([patients.index(source.patients[name]) for name in names])
     groups = len(patients) if unit == "patient" else len(names)
     if groups < 2:
-        raise ValueError(f"`folds` is {unit!r}, but the sections {names} are of one {unit} only")
+        raise ValueError(f"`folds` is {unit!r}, but all sections {names} are of one {unit} only")
     n_folds = MAX_FOLDS if groups > MAX_FOLDS else None
     _, folds = grouped_folds(np.arange(len(names)), codes, unit=unit, n_folds=n_folds)
     return [
@@ -120,11 +122,11 @@ def run(
     n_target: int = N_TARGET,
     echo: Callable[[str], object] = print,
 ) -> pd.DataFrame:
-    """Hold out one group after the other and score every predictor on what was held out.
+    """Hold out one group of sections after the other, and score every predictor on the held-out sections.
 
-    ``models`` are presets, trained anew in each fold, or models, scored where they were not trained on section or
-    patient. A row for each of ``folds, section, patient, predictor, panel``: ``pearson`` across spots (0 if constant),
-    ``low, high`` (95 %, blocks of tissue), ``skill`` (median), ``ceiling``, ``above`` (share over 0.1).
+    ``models`` are presets, which are trained in each fold, or models, which are scored only on sections or patients that they
+    were not trained on. There is one row per ``folds, section, patient, predictor, panel``, with ``pearson`` across spots (0 if
+    constant), ``low, high`` (95 %, blocks of tissue), ``skill`` (median), ``ceiling`` and ``above`` (share over 0.1).
     """
     from ..models import load
 
@@ -144,7 +146,9 @@ def run(
                     model = loaded.get(name) or _train(
                         source, train, name, cache, device, (options or {}).get(name, {})
                     )
-                    predictors[name] = _by_model(source, fold, model, read, trained_here=name in PRESETS, device=device)
+                    predictors[name] = _predict_sections(
+                        source, fold, model, read, trained_here=name in PRESETS, device=device
+                    )
                 for i, section in enumerate(fold.test):
                     ceiling = _ceiling(read[section.name], genes[fold.columns])
                     for name, predictions in predictors.items():
@@ -155,7 +159,7 @@ def run(
 
 
 class _Fold:
-    """Sections trained on and held out, and the genes that are scored, chosen on the former."""
+    """Training sections, held-out sections, and the genes that are scored, chosen on the training sections."""
 
     def __init__(self, unit: str, train: list[Section], test: list[Section], genes: pd.Index, n_target: int) -> None:
         from ..training._closed_form.validate import panels
@@ -167,15 +171,15 @@ class _Fold:
         self.y = [section.dense(self.columns) for section in train]
         self.mean = np.nanmean(np.concatenate(self.y), axis=0)
 
-    def inner(self) -> np.ndarray:
-        """Fold of each training spot within the fold, to choose a penalty by."""
+    def inner_folds(self) -> np.ndarray:
+        """Return the inner fold of each training spot, to choose a penalty."""
         from ..training import folds_of
 
         return np.concatenate(folds_of(self.train, None)[1])
 
 
 def _read(source: Source, cache: Path, device: str | None) -> tuple[dict[str, Measured], dict[str, Section], pd.Index]:
-    """All sections with the features of the baselines: the encoder's own output in three windows, and colour."""
+    """Read all sections, and encode them for the baselines: output of the encoder in three windows, and colour."""
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
     from ..models._encoders.load import encoder_sha256
@@ -183,15 +187,15 @@ def _read(source: Source, cache: Path, device: str | None) -> tuple[dict[str, Me
     from ..tl._train.default import encode_section
     from ..tl._train.measured import join, read_sections
 
-    where = resolve_device("auto" if device is None else device)
+    resolved = resolve_device("auto" if device is None else device)
     network, spec = load_encoder(_ENCODER)
     extractor, sha256 = FeatureExtractor(network, spec), encoder_sha256(network)
-    engine = (32, where, resolve_dtype("float32", where), False)
+    engine = (32, resolved, resolve_dtype("float32", resolved), False)
     kept, features = [], []
     for name in source.patients:
         sdata = source.read(name)
         if not sdata.images:
-            raise FileNotFoundError(f"section {name} of {source.name} has no image here")
+            raise FileNotFoundError(f"section {name} of {source.name} has no local image")
         for section in read_sections(sdata, Keys("annotation", "patient", "section"), {}):
             features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine))
             kept.append(section.set_down())
@@ -201,7 +205,7 @@ def _read(source: Source, cache: Path, device: str | None) -> tuple[dict[str, Me
 
 
 def _baselines(fold: _Fold) -> dict[str, list[Prediction | None]]:
-    """Predict by what needs no model, each fitted on the training sections of the fold alone."""
+    """Predict with baselines that are fitted only on the training sections of the fold."""
     from ..models._embedding import N_COLOUR
 
     n_colour = N_COLOUR * len(WINDOWS_UM)
@@ -236,22 +240,24 @@ def _total_counts(fold: _Fold) -> list[Prediction | None]:
 
 
 def _ridge(fold: _Fold, features: slice) -> list[Prediction | None]:
-    """Ridge on standardised features, its penalty chosen by grouped folds within the training sections."""
+    """Fit a ridge on standardised features, with a penalty chosen by grouped folds of the training sections."""
     from sklearn.linear_model import Ridge
     from sklearn.preprocessing import StandardScaler
 
     from ..stats import pearson
 
     x = np.concatenate([np.asarray(section.features[:, 0, features]) for section in fold.train])
-    y, inner = np.nan_to_num(np.concatenate(fold.y) - fold.mean), fold.inner()
+    y, inner_folds = np.nan_to_num(np.concatenate(fold.y) - fold.mean), fold.inner_folds()
     target = slice(0, len(fold.target))
     scores = np.zeros(len(_PENALTIES))
-    for held in np.unique(inner):
-        scaler = StandardScaler().fit(x[inner != held])
+    for held in np.unique(inner_folds):
+        scaler = StandardScaler().fit(x[inner_folds != held])
         for i, penalty in enumerate(_PENALTIES):
-            fitted = Ridge(alpha=penalty * x.shape[1]).fit(scaler.transform(x[inner != held]), y[inner != held, target])
+            fitted = Ridge(alpha=penalty * x.shape[1]).fit(
+                scaler.transform(x[inner_folds != held]), y[inner_folds != held, target]
+            )
             scores[i] += np.nan_to_num(
-                pearson(fitted.predict(scaler.transform(x[inner == held])), y[inner == held, target])
+                pearson(fitted.predict(scaler.transform(x[inner_folds == held])), y[inner_folds == held, target])
             ).mean()
     scaler = StandardScaler().fit(x)
     fitted = Ridge(alpha=_PENALTIES[scores.argmax()] * x.shape[1]).fit(scaler.transform(x), y)
@@ -268,31 +274,31 @@ def _train(
 
     own = {"cache": cache} if preset == "default" else {"encoder": _ENCODER}
     settings = {"preset": preset, "annotation_key": "annotation", "device": device, **own, **options}
-    # A list says which genes, and leaves the rest as it is.
+    # A list chooses genes; the other settings of the selection stay.
     genes = options.get("genes")
     settings["genes"] = genes if isinstance(genes, GeneSelection) else replace(GENES, genes=genes)
     return tl.train((source.read(name) for name in names), show_progress_bar=False, **settings)
 
 
-def _by_model(
+def _predict_sections(
     source: Source, fold: _Fold, model: HE2Gene, read: Mapping[str, Measured], *, trained_here: bool, device: str | None
 ) -> list[Prediction | None]:
-    """Predict the held-out sections; ``None`` where a ready model was trained on what has to be held out."""
+    """Predict the held-out sections; ``None`` if a ready model was trained on the section or patient."""
     from .. import tl
     from ..stats import log_normalise
 
-    known = model.card.training.get("sections", {})
-    patients = {facts["patient"] for facts in known.values()}
+    trained_on = model.card.training.get("sections", {})
+    patients = {facts["patient"] for facts in trained_on.values()}
     found: list[Prediction | None] = []
     for section in fold.test:
-        leaks = section.name in known or (fold.unit == "patient" and section.patient in patients)
+        leaks = section.name in trained_on or (fold.unit == "patient" and section.patient in patients)
         if leaks and not trained_here:
             found.append(None)
             continue
         sdata = source.read(section.name)
         tl.predict(sdata, model=model, genes="all", key_added="he2gene_bench", device=device, show_progress_bar=False)
         made = sdata["he2gene_bench"]
-        # The rows of the section: spots in the image on which something was counted, in the order of the table.
+        # The rows of `Section`: spots inside the image with counts, in the order of the table.
         totals = np.asarray(sdata["table"].X.sum(axis=1)).ravel()
         layer = matrix_of(made, "he2gene_bench")
         rows = np.flatnonzero((totals > 0) & np.isfinite(dense(layer[:, 0])))
@@ -300,9 +306,11 @@ def _by_model(
         columns = made.var_names.get_indexer(fold.genes[fold.columns])
         panel = np.where(columns >= 0, values[:, columns], fold.mean)
         reliable = np.flatnonzero(model.genes.loc[made.var_names, "reliable"].to_numpy(bool))
-        there = read[section.name].genes.get_indexer(made.var_names[reliable])
+        columns_of_section = read[section.name].genes.get_indexer(made.var_names[reliable])
         measured = np.zeros((len(rows), len(reliable)), np.float32)
-        measured[:, there >= 0] = log_normalise(read[section.name].counts)[:, there[there >= 0]]
+        measured[:, columns_of_section >= 0] = log_normalise(read[section.name].counts)[
+            :, columns_of_section[columns_of_section >= 0]
+        ]
         found.append(Prediction(panel, (measured, values[:, reliable]) if len(reliable) else None))
         del sdata, made
     return found
@@ -327,8 +335,8 @@ def _score(
     measured = section.dense(fold.columns)
     panel = Panel(fold.target, fold.variable, prediction.values.astype(np.float32), measured)
     r = np.nan_to_num(pearson(prediction.values, measured))
-    gained = skill(prediction.values, measured, fold.mean)
-    between = interval(panel, section.centres_um)
+    skills = skill(prediction.values, measured, fold.mean)
+    limits = interval(panel, section.centres_um)
     constant = predictor == "training mean"
     common = {"folds": fold.unit, "section": section.name, "patient": section.patient, "predictor": predictor}
     n = len(fold.target)
@@ -340,9 +348,9 @@ def _score(
             "panel": name,
             "n_genes": len(r[part]),
             "pearson": np.nan if constant else r[part].mean(),
-            "low": np.nan if constant else between[i, 0],
-            "high": np.nan if constant else between[i, 1],
-            "skill": np.nanmedian(gained[part]),
+            "low": np.nan if constant else limits[i, 0],
+            "high": np.nan if constant else limits[i, 1],
+            "skill": np.nanmedian(skills[part]),
             "ceiling": ceiling[part].mean(),
             "above": np.nan if constant else (r[part] > 0.1).mean(),
         }

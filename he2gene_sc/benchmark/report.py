@@ -1,4 +1,4 @@
-"""What ``he2gene benchmark`` writes: the table as CSV and markdown, and a figure."""
+"""Output of ``he2gene benchmark``: the table as CSV and markdown, and a figure."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _UNITS = {
     "section": "Sections held out, others of the patient in training (a known patient)",
     "patient": "Patients held out (a new patient)",
 }
-#: Below this many patients nothing is said of patients in general.
-_FEW_PATIENTS = 8
+#: Fewest patients for conclusions about patients in general.
+_MIN_PATIENTS = 8
 
 
 def write(table: pd.DataFrame, data: str, out: Path, command: str) -> list[Path]:
@@ -42,8 +42,8 @@ def write(table: pd.DataFrame, data: str, out: Path, command: str) -> list[Path]
 
 
 def markdown(table: pd.DataFrame, data: str, command: str) -> str:
-    """Tables section by section, what they do not tell, and published figures with their protocol."""
-    lines = [f"# Benchmark: {data}", "", f"Made by `{command}`.", "", *_what_it_is()]
+    """Return tables per section, their limits, and published figures with their protocol."""
+    lines = [f"# Benchmark: {data}", "", f"Made by `{command}`.", "", *_introduction()]
     for unit, part in table.groupby("folds", sort=False):
         lines += ["", f"## {_UNITS[unit]}"]
         for panel, rows in part.groupby("panel", sort=False):
@@ -68,7 +68,7 @@ def markdown(table: pd.DataFrame, data: str, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _what_it_is() -> list[str]:
+def _introduction() -> list[str]:
     return [
         "Mean Pearson correlation per gene across the spots of the held-out section. Counts are not smoothed, in natural log of "
         "(1 + counts per 10,000). A constant gene counts as 0. In brackets 95 % of a bootstrap over 800 µm blocks "
@@ -85,10 +85,12 @@ def _panel(rows: pd.DataFrame) -> list[str]:
     first = rows.drop_duplicates("section").set_index("section")
     head = ["", *(f"{name} ({first.loc[name, 'patient']})" for name in sections), "median skill"]
     lines = [_row(head), _row(["---"] * len(head))]
-    for predictor, of in rows.groupby("predictor", sort=False):
-        by = of.set_index("section")
-        cells = [_with_interval(by.loc[name]) if name in by.index else "was trained on" for name in sections]
-        lines.append(_row([predictor, *cells, f"{of['skill'].median():.3f}"]))
+    for predictor, group in rows.groupby("predictor", sort=False):
+        by_section = group.set_index("section")
+        cells = [
+            _with_interval(by_section.loc[name]) if name in by_section.index else "was trained on" for name in sections
+        ]
+        lines.append(_row([predictor, *cells, f"{group['skill'].median():.3f}"]))
     lines.append(_row(["noise ceiling", *(f"{first.loc[name, 'ceiling']:.3f}" for name in sections), ""]))
     return lines
 
@@ -113,7 +115,7 @@ def _limits(table: pd.DataFrame) -> list[str]:
     ]
     if len(patients) == 1:
         lines.append(f"- All sections are of patient {patients[0]}: there is no evidence about any other.")
-    elif len(patients) < _FEW_PATIENTS:
+    elif len(patients) < _MIN_PATIENTS:
         lines.append(
             f"- The sections are of {len(patients)} patients ({', '.join(patients)}). *Patients held out* is {len(patients)} "
             "folds. So there is no mean or interval over patients, and no evidence about patients in general."
@@ -139,16 +141,16 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def figure(table: pd.DataFrame, path: Path) -> None:
-    """Draw a panel for each kind of fold: predictors as rows, a dot a section, the noise ceiling behind."""
+    """Draw a panel for each kind of fold: a row per predictor, a dot per section, and the noise ceiling behind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = table[(table["panel"] == table["panel"].iloc[0]) & table["pearson"].notna()]
     units = list(dict.fromkeys(shown["folds"]))
     predictors = list(dict.fromkeys(shown["predictor"]))[::-1]
-    drawn = Figure(figsize=(4.5 * len(units) + 2.5, 0.45 * len(predictors) + 1.6), layout="constrained")
-    FigureCanvasAgg(drawn)
-    panels = drawn.subplots(1, len(units), sharey=True, squeeze=False)[0]
+    fig = Figure(figsize=(4.5 * len(units) + 2.5, 0.45 * len(predictors) + 1.6), layout="constrained")
+    FigureCanvasAgg(fig)
+    panels = fig.subplots(1, len(units), sharey=True, squeeze=False)[0]
     colours = {patient: f"C{i}" for i, patient in enumerate(dict.fromkeys(shown["patient"]))}
     for ax, unit in zip(panels, units, strict=True):
         part = shown[shown["folds"] == unit]
@@ -170,4 +172,4 @@ def figure(table: pd.DataFrame, path: Path) -> None:
         )
         ax.set_yticklabels(predictors)
     panels[0].legend(loc="lower right", fontsize="small", title="grey: noise ceiling", title_fontsize="small")
-    drawn.savefig(path, dpi=120)
+    fig.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""The batched engine: patches to predictions. Arrays and tensors in, arrays out."""
+"""Batched inference: from patches to predictions. Arrays and tensors in, arrays out."""
 
 import lazy_loader
 

@@ -2,7 +2,7 @@ from ._cache import Encoder, Part, cached_features
 from ._device import allocator, resolve_device, resolve_dtype
 from ._engine import Predictions, encode, predict
 from ._features import differences, read_features, read_pixels
-from ._lattice import Interpolated, SpotFeatures, is_dense, lattice_of, without_idle
+from ._lattice import Interpolated, SpotFeatures, drop_idle_nodes, is_dense, lattice_of
 from ._workers import Workers, send
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "allocator",
     "cached_features",
     "differences",
+    "drop_idle_nodes",
     "encode",
     "is_dense",
     "lattice_of",
@@ -24,5 +25,4 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "send",
-    "without_idle",
 ]

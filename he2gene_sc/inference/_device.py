@@ -1,4 +1,4 @@
-"""Which device computes, in which precision."""
+"""Choose the device and the precision of inference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn ``"auto"`` or a device name into a device that is there."""
+    """Return an available device for a name or ``"auto"``."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -30,7 +30,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def allocator(device: torch.device) -> Callable[[tuple[int, ...]], np.ndarray] | None:
-    """Return what makes arrays of patches for a device: page-locked ones for CUDA, else ``None``, ordinary ones."""
+    """Return a function that allocates page-locked arrays of patches for CUDA; ``None`` for other devices."""
     return _page_locked if device.type == "cuda" else None
 
 
@@ -39,7 +39,7 @@ def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn ``"auto"`` or a name into the precision of the encoder: bfloat16 on GPUs that compute in it, else float32."""
+    """Return the precision of the encoder for a name; ``"auto"`` is bfloat16 on GPUs that support it, else float32."""
     if isinstance(dtype, str) and dtype == "auto":
         # Older GPUs emulate bfloat16, which is slower than float32.
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,4 +1,4 @@
-"""Drives batches of patches through the network, on whatever device, in bounded memory."""
+"""Run batches of patches through the network on any device, in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import torch
 from .._core.logs import logger
 from ..image import PatchBatch, PatchReader
 from ..models._embedding import Rows, row_blocks
-from ..models._heap import kept_heap
+from ..models._heap import keep_heap
 from ..models._network import SYMMETRIES, FeatureExtractor, Network
 from ..models._ood import OODResult, SlideFacts
 from ._lattice import Interpolated, SpotFeatures
 from ._pixels import Pixels
 
-#: Bytes of features that wait on the device to be copied home together.
-_ON_DEVICE = 2**28
-#: Spots whose views are classified at once.
+#: Bytes of features that are collected on the device before they are copied to the host.
+_DEVICE_BYTES = 2**28
+#: Number of spots whose views are classified at once.
 _VIEWS_AT_ONCE = 256
-#: Batches that may wait for a GPU.
-_IN_FLIGHT = 2
-#: Spots that a CPU encodes at once, whatever the batch: the maps of more spots take longer to allocate than to compute.
-_ON_CPU = 8
+#: Most batches that wait for a GPU.
+_MAX_IN_FLIGHT = 2
+#: Most spots that a CPU encodes at once: feature maps of more spots take longer to allocate than to compute.
+_CPU_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of the spots of one slide, in the order of the spots."""
+    """Predictions for the spots of one slide, in the order of the spots."""
 
     proba: np.ndarray  # (n, c) float32; c is 0 without an annotation head
-    embedding: np.ndarray  # (n, k) float32, what the heads read: expression is that of `Network.expression_blocks`
-    tissue: np.ndarray  # (n,) float32 share in the smallest window
-    ood: OODResult | None = None  # None where the model cannot tell
+    embedding: np.ndarray  # (n, k) float32, input of the heads; `Network.expression_blocks` gives expression
+    tissue: np.ndarray  # (n,) float32 share of tissue in the smallest window
+    ood: OODResult | None = None  # None if the model has no OOD detector
 
 
 def predict(
@@ -50,21 +50,21 @@ def predict(
     progress: Callable[[int], object] | None = None,
     features: SpotFeatures | None = None,
 ) -> Predictions:
-    """Predict all spots of a reader, or from ``features`` without reading pixels.
+    """Predict all spots of a reader, or of ``features`` without reading pixels.
 
-    The encoder runs in ``dtype``, the heads in float32. ``progress`` is called with the spots done by each batch.
+    The encoder runs in ``dtype``, the heads in float32. ``progress`` is called with the number of spots of each batch.
     """
     network = network.to(device)
     with torch.inference_mode():
         by_view = network.extractor.fusion == "mean" and network.has_annotation
-        seen: Rows
+        spot_features: Rows
         if features is None:
             assert reader is not None
-            seen, proba, facts = _encoded(network, reader, device, dtype, tta, progress)
+            spot_features, proba, facts = _encode_spots(network, reader, device, dtype, tta, progress)
             centres_um = reader.centres * reader.mpp
         else:
             centres_um = features.centres_um
-            seen = _of_views(features)
+            spot_features = _mean_over_views(features)
             facts = features.facts
             proba = _probabilities(network, features, device) if by_view else None
         n = len(centres_um)
@@ -72,15 +72,15 @@ def predict(
             classes = network.annotation_bias.shape[0] if network.has_annotation else 0
             proba, embedding = (np.empty((0, size), np.float32) for size in (classes, network.n_latent))
             return Predictions(proba, embedding, facts.tissue)
-        embedding = network.embed(seen, centres_um)
+        embedding = network.embed(spot_features, centres_um)
         if proba is None and network.has_annotation:
-            proba = network.classify(seen, centres_um, torch.from_numpy(embedding).to(device))
+            proba = network.classify(spot_features, centres_um, torch.from_numpy(embedding).to(device))
         elif proba is None:
             proba = np.empty((n, 0), np.float32)
-    return Predictions(proba, embedding, facts.tissue, network.judge(seen, facts))
+    return Predictions(proba, embedding, facts.tissue, network.assess(spot_features, facts))
 
 
-def _encoded(
+def _encode_spots(
     network: Network,
     reader: PatchReader,
     device: torch.device,
@@ -88,11 +88,11 @@ def _encoded(
     tta: bool,
     progress: Callable[[int], object] | None,
 ) -> tuple[np.ndarray, np.ndarray | None, SlideFacts]:
-    """Features of the spots, averaged over views; class probabilities where each view has its own; what pixels show."""
+    """Return features averaged over views, class probabilities if each view is classified, and the quality of the pixels."""
     symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
     by_view = network.extractor.fusion == "mean" and network.has_annotation
     pixels = Pixels(reader)
-    features, probas = _Home(reader.n_spots), _Home(reader.n_spots)
+    features, probas = _HostRows(reader.n_spots), _HostRows(reader.n_spots)
     for batch, views in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
         features.add(batch.index, views.mean(1))
         if by_view:
@@ -103,8 +103,8 @@ def _encoded(
     return features.array(), probas.array() if by_view and reader.n_spots else None, pixels.facts
 
 
-class _Home:
-    """Rows of an array of ``n``, which come from a device batch by batch and are copied home many at a time."""
+class _HostRows:
+    """Array of ``n`` rows that are computed batch by batch on a device and copied to the host in larger parts."""
 
     def __init__(self, n: int):
         self._n, self._n_bytes = n, 0
@@ -114,12 +114,12 @@ class _Home:
     def add(self, index: np.ndarray, rows: torch.Tensor) -> None:
         self._waiting.append((index, rows))
         self._n_bytes += rows.nbytes
-        # Each copy waits for the device.
-        if self._n_bytes >= _ON_DEVICE:
+        # Each copy synchronises with the device.
+        if self._n_bytes >= _DEVICE_BYTES:
             self._fetch()
 
     def array(self) -> np.ndarray:
-        """Return all rows, ``(0, 0)`` where there are none."""
+        """Return all rows; an array ``(0, 0)`` if there are none."""
         if self._waiting:
             self._fetch()
         return np.empty((0, 0), np.float32) if self._array is None else self._array
@@ -132,8 +132,8 @@ class _Home:
         self._waiting, self._n_bytes = [], 0
 
 
-def _of_views(features: SpotFeatures) -> np.ndarray | Interpolated:
-    """Average features over views, if they are there; those that are interpolated are so when they are read."""
+def _mean_over_views(features: SpotFeatures) -> np.ndarray | Interpolated:
+    """Average features over views; interpolated features are averaged when they are read."""
     values = features.values
     if isinstance(values, Interpolated):
         return values
@@ -144,7 +144,7 @@ def _of_views(features: SpotFeatures) -> np.ndarray | Interpolated:
 
 
 def _probabilities(network: Network, features: SpotFeatures, device: torch.device) -> np.ndarray:
-    """Class probabilities of features whose views have their own each."""
+    """Return class probabilities, averaged over those of each view."""
     values, found = features.values, []
     for rows in row_blocks(len(values), _VIEWS_AT_ONCE):
         views = values.views(rows) if isinstance(values, Interpolated) else np.array(values[rows])
@@ -153,7 +153,7 @@ def _probabilities(network: Network, features: SpotFeatures, device: torch.devic
 
 
 class Batches(Protocol):
-    """Batches of patches, of so many spots at most."""
+    """Batches of patches, each of at most ``batch_size`` spots."""
 
     batch_size: int
 
@@ -170,11 +170,11 @@ def encode(
     dtype: torch.dtype,
     symmetries: tuple[tuple[int, bool], ...] = SYMMETRIES[:1],
 ) -> Iterator[tuple[PatchBatch, torch.Tensor]]:
-    """Yield each batch with its features ``(b, r, f)`` float32 on the device; halve it if memory runs out."""
-    size = min(reader.batch_size, _ON_CPU) if device.type == "cpu" else reader.batch_size
+    """Yield each batch with its features ``(b, r, f)`` float32 on the device; batches are halved if memory runs out."""
+    size = min(reader.batch_size, _CPU_BATCH) if device.type == "cpu" else reader.batch_size
     in_flight: deque[tuple[Any, PatchBatch]] = deque()
-    keep = kept_heap() if device.type == "cpu" else contextlib.nullcontext()
-    with keep:
+    heap = keep_heap() if device.type == "cpu" else contextlib.nullcontext()
+    with heap:
         for batch in reader:
             parts: list[torch.Tensor] = []
             start = 0
@@ -185,16 +185,18 @@ def encode(
                         parts.append(extractor(tuple(w.to(device, non_blocking=True) for w in part), symmetries))
                 except torch.OutOfMemoryError as error:
                     if len(part[0]) == 1:
-                        raise RuntimeError(f"one spot does not fit into the memory of `device` {device}") from error
+                        raise RuntimeError(
+                            f"one spot does not fit into the memory of `device` {device}; choose another device"
+                        ) from error
                     size = len(part[0]) // 2
-                    logger.warning("%s is out of memory: going on with %d spots at a time", device, size)
+                    logger.warning("%s is out of memory: continuing with %d spots at a time", device, size)
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
                     continue
                 start += size
             if device.type == "cuda":
-                # The copies run behind us: a batch must outlive its own, or its page-locked memory is filled again.
+                # Copies are asynchronous: the page-locked memory of a batch must not be reused before its copy ends.
                 in_flight.append((torch.cuda.current_stream(device).record_event(), batch))
-                if len(in_flight) > _IN_FLIGHT:
+                if len(in_flight) > _MAX_IN_FLIGHT:
                     in_flight.popleft()[0].synchronize()
             yield batch, torch.cat(parts)

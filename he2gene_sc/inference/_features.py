@@ -1,4 +1,4 @@
-"""Features of the spots of a slide: encoded at once, kept in a folder and found again, or interpolated between windows."""
+"""Features of the spots of a slide: encoded, read from a folder, or interpolated between the nodes of a lattice."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..models._ood import SlideFacts
 from ._cache import Encoder, Part, Progress, cached_features, feature_facts
 from ._engine import encode
 from ._lattice import Interpolated, SpotFeatures
-from ._pixels import Pixels, judged_windows
+from ._pixels import Pixels, windows_for_quality
 from ._workers import Workers
 
-#: What makes features what they are, in words of a user, in the order in which it is said.
+#: Everything that determines features, as named in errors, in that order.
 _WORDS = {
     "pixels": "the image, its µm/px or the spots",
     "places": "the places of the spots on the lattice (`lattice`, `exact`)",
@@ -48,34 +48,35 @@ def read_features(
     progress: Progress = None,
     workers: Workers | None = None,
 ) -> tuple[SpotFeatures, dict[str, str]]:
-    """Encode the parts of a slide, whose spots lie at ``centres_um``, or find them in a folder, which ``workers`` may fill.
+    """Encode the parts of a slide with spots at ``centres_um``, or read their features from a folder.
 
-    Returns features in the order of the spots, and what makes them what they are, as JSON texts, for :func:`differences`.
+    ``workers`` may compute the files of the folder. Returns features in the order of the spots, and what determines them as
+    JSON texts, for :func:`differences`.
     """
     values, pixels = [], []
     for part in parts:
         if folder is None:
-            seen = Pixels(part.reader)
-            values.append(_encoded(part, how, seen, progress))
+            part_pixels = Pixels(part.reader)
+            values.append(_encode_part(part, how, part_pixels, progress))
         else:
-            seen, found = _kept(part, how, folder, progress, workers)
+            part_pixels, found = _read_or_encode(part, how, folder, progress, workers)
             values.append(found)
-        pixels.append(seen)
-    features = SpotFeatures(_assembled(parts, values), facts_of(parts, pixels), centres_um)
+        pixels.append(part_pixels)
+    features = SpotFeatures(_assemble(parts, values), combine_facts(parts, pixels), centres_um)
     return features, _facts(parts, how, pixels)
 
 
 def read_pixels(parts: Sequence[Part], how: Encoder) -> tuple[SlideFacts, dict[str, str]]:
-    """Read the pixels of a slide alone: what they show, and what makes the features that they would have."""
-    pixels = [Pixels.of(part.reader) for part in parts]
-    return facts_of(parts, pixels), _facts(parts, how, pixels)
+    """Read only the pixels of a slide: return their quality, and what would determine their features (JSON texts)."""
+    pixels = [Pixels.read(part.reader) for part in parts]
+    return combine_facts(parts, pixels), _facts(parts, how, pixels)
 
 
-def facts_of(parts: Sequence[Part], pixels: Sequence[Pixels]) -> SlideFacts:
-    """Put together what the pixels of the parts show, at the spots."""
+def combine_facts(parts: Sequence[Part], pixels: Sequence[Pixels]) -> SlideFacts:
+    """Combine the quality of the pixels of all parts, at the spots."""
     if parts[0].weights is None:
         return pixels[0].facts
-    smallest, widest = judged_windows([part.reader.plan.windows[0] for part in parts])
+    smallest, widest = windows_for_quality([part.reader.plan.windows[0] for part in parts])
     return SlideFacts(
         parts[0].reader.mpp,
         np.asarray(parts[smallest].weights @ pixels[smallest].facts.tissue, np.float32),
@@ -84,14 +85,14 @@ def facts_of(parts: Sequence[Part], pixels: Sequence[Pixels]) -> SlideFacts:
 
 
 def differences(kept: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    """Say in words what differs between features that are kept and those that are wanted; empty if nothing does."""
+    """List, in words, what differs between kept and wanted features; empty if they agree."""
     return [words for name, words in _WORDS.items() if kept.get(name) != wanted.get(name)]
 
 
 def _facts(parts: Sequence[Part], how: Encoder, pixels: Sequence[Pixels]) -> dict[str, str]:
     found: dict[str, list[object]] = {}
-    for part, seen in zip(parts, pixels, strict=True):
-        facts = feature_facts(part, how, seen.sha256)
+    for part, part_pixels in zip(parts, pixels, strict=True):
+        facts = feature_facts(part, how, part_pixels.sha256)
         if part.weights is not None:
             facts["places"] = _digest(part.weights)
         for name, value in facts.items():
@@ -106,7 +107,7 @@ def _digest(weights: scipy.sparse.csr_array) -> str:
     return found.hexdigest()
 
 
-def _encoded(part: Part, how: Encoder, seen: Pixels, progress: Progress) -> np.ndarray:
+def _encode_part(part: Part, how: Encoder, part_pixels: Pixels, progress: Progress) -> np.ndarray:
     out: np.ndarray | None = None
     extractor = part.extractor.to(how.device)
     with torch.inference_mode():
@@ -116,28 +117,28 @@ def _encoded(part: Part, how: Encoder, seen: Pixels, progress: Progress) -> np.n
             if out is None:
                 out = np.empty((part.reader.n_spots, *views.shape[1:]), np.float32)
             out[batch.index] = views.float().cpu().numpy()
-            seen.add(batch)
+            part_pixels.add(batch)
             if progress is not None:
                 progress(len(batch.index))
     return np.empty((0, 1, 0), np.float32) if out is None else out
 
 
-def _kept(
+def _read_or_encode(
     part: Part, how: Encoder, folder: Path, progress: Progress, workers: Workers | None
 ) -> tuple[Pixels, np.ndarray]:
-    """Read what the pixels show, and find features in a folder or keep them there."""
+    """Read the pixels, and the features from a folder; features that are missing are computed and kept there."""
     with contextlib.ExitStack() as stack:
-        others = None
+        shared = None
         if workers is not None:
             folder = folder.absolute()
-            others = stack.enter_context(workers.share(part, how, folder))
-        seen = Pixels.of(part.reader) if others is None else others.pixels()
-        fill = None if others is None else partial(others.fill, progress=progress)
-        found = cached_features(part, how, folder, progress, pixels=seen.sha256, fill=fill)
-    return seen, found
+            shared = stack.enter_context(workers.share(part, how, folder))
+        part_pixels = Pixels.read(part.reader) if shared is None else shared.pixels()
+        fill = None if shared is None else partial(shared.fill, progress=progress)
+        found = cached_features(part, how, folder, progress, pixels=part_pixels.sha256, fill=fill)
+    return part_pixels, found
 
 
-def _assembled(parts: Sequence[Part], values: Sequence[np.ndarray]) -> np.ndarray | Interpolated:
+def _assemble(parts: Sequence[Part], values: Sequence[np.ndarray]) -> np.ndarray | Interpolated:
     weights = tuple(part.weights for part in parts if part.weights is not None)
     if not weights:
         return values[0]

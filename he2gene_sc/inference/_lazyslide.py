@@ -1,4 +1,4 @@
-"""A model as LazySlide calls it: an encoder of its tiles, and a predictor of expression on their features."""
+"""A model in LazySlide's interface: an encoder of its tiles, and a predictor of expression from their features."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..models._ood import SlideFacts
 from ._engine import predict
 from ._lattice import SpotFeatures
 
-#: Columns after the features: share of tissue, and the faults of the pixels.
-_FACTS = 1 + len(FAULTS)
+#: Number of columns after the features: share of tissue, and the faults of the pixels.
+_N_FACTS = 1 + len(FAULTS)
 
 
-class _Part:
-    """What LazySlide asks of any model."""
+class _LazySlideBase:
+    """Interface that LazySlide requires of any model."""
 
     name: str
     model: torch.nn.Module
 
     def get_transform(self) -> Callable[[np.ndarray], torch.Tensor]:
-        """Return what turns a tile ``(s, s, 3)`` uint8 into ``(3, s, s)``; the model scales and normalises it itself."""
+        """Return a function from a tile ``(s, s, 3)`` uint8 to ``(3, s, s)``; the model scales and normalises it itself."""
         return _channels_first
 
     def to(self, device: str | torch.device) -> Any:
@@ -37,14 +37,14 @@ class _Part:
         return self
 
     def try_compile(self, **_: Any) -> None:
-        """Do nothing: the encoder is folded and runs as it is."""
+        """Do nothing: the encoder is not compiled."""
 
 
 def _channels_first(tile: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.asarray(tile, np.uint8).transpose(2, 0, 1)))
 
 
-class TileEncoder(_Part):
+class TileEncoder(_LazySlideBase):
     """The encoder of a model on LazySlide's tiles: ``zs.tl.feature_extraction(wsi, model.encoder)``."""
 
     def __init__(self, model: HE2Gene, tile_mpp: float):
@@ -57,7 +57,7 @@ class TileEncoder(_Part):
         """Encode tiles ``(b, 3, tile_px, tile_px)`` uint8 to features, tissue and faults ``(b, f + 4)`` float32."""
         if tuple(image.shape[1:]) != (3, self.tile_px, self.tile_px):
             raise ValueError(
-                f"tiles of {tuple(image.shape[1:])} pixels do not hold the windows of {self._windows_um} µm; make them by "
+                f"tiles of {tuple(image.shape[1:])} pixels do not fit the windows of {self._windows_um} µm; make them with "
                 f"`zs.pp.tile_tissues(wsi, {self.tile_px}, mpp={self._tile_mpp:g})`"
             )
         sides = [round(um / self._tile_mpp) for um in self._windows_um]
@@ -73,11 +73,11 @@ class TileEncoder(_Part):
         return torch.cat([features.float().cpu(), torch.from_numpy(facts)], dim=1)
 
 
-class LazySlideModel(_Part):
+class LazySlideModel(_LazySlideBase):
     """A model for LazySlide: ``zs.tl.feature_extraction`` with its ``encoder``, then ``zs.tl.feature_prediction``.
 
-    A tile is as wide as the largest window and holds the others in its middle. All tiles of a slide are predicted
-    together, since a spot is read with its slide and its neighbours.
+    A tile is as wide as the largest window, and the other windows are its centre. All tiles of a slide are predicted
+    together, since a prediction also uses the slide and the neighbours of a spot.
 
     Parameters
     ----------
@@ -93,16 +93,16 @@ class LazySlideModel(_Part):
     Attributes
     ----------
     encoder
-        What ``zs.tl.feature_extraction`` takes.
+        Encoder for ``zs.tl.feature_extraction``.
     tile_px
-        Side of the tiles in pixels, what ``zs.pp.tile_tissues`` takes.
+        Side of the tiles in pixels, for ``zs.pp.tile_tissues``.
     genes
         Names of the predicted genes.
 
     Raises
     ------
     ValueError
-        If the model does not know a gene or one stands twice, or ``mpp`` is not a positive number.
+        If the model does not know a gene, a gene is listed twice, or ``mpp`` is not a positive number.
 
     Examples
     --------
@@ -117,7 +117,7 @@ class LazySlideModel(_Part):
     ... zs.tl.feature_prediction(wsi, model, key_added="he2gene_tiles")
     """
 
-    #: LazySlide hands over the corners of the tiles, and all tiles at once.
+    #: LazySlide passes the corners of the tiles, and all tiles at once.
     needs_coords = True
     whole_slide = True
 
@@ -136,7 +136,7 @@ class LazySlideModel(_Part):
         validate.unique(self.genes, "genes")
         self._positions = loaded.genes.index.get_indexer(self.genes)
         if not self.genes or (self._positions < 0).any():
-            unknown = [gene for gene, at in zip(self.genes, self._positions, strict=True) if at < 0]
+            unknown = [gene for gene, position in zip(self.genes, self._positions, strict=True) if position < 0]
             raise ValueError(
                 f"`genes`: the model does not know {unknown[:5]}; its genes are the index of `hg.models.load().genes`"
             )
@@ -153,25 +153,25 @@ class LazySlideModel(_Part):
         Parameters
         ----------
         features
-            ``(n, f + 4)``, what the encoder made.
+            ``(n, f + 4)``, output of the encoder.
         coords
-            ``(n, 2)`` x and y of the upper left corners of the tiles, pixels of level 0.
+            ``(n, 2)`` x and y of the upper left corners of the tiles, in pixels of level 0.
 
         Returns
         -------
         dict
-            For each gene ``(n,)`` float32, natural log of (1 + counts per 10,000). A slide out of distribution warns.
+            For each gene ``(n,)`` float32, natural log of (1 + counts per 10,000). Warns if the slide is out of distribution.
         """
         features = np.asarray(features, np.float32)
-        values, facts = features[:, :-_FACTS], features[:, -_FACTS:]
-        seen = SpotFeatures(
+        values, facts = features[:, :-_N_FACTS], features[:, -_N_FACTS:]
+        spot_features = SpotFeatures(
             values.reshape(len(values), self._views, -1),
             SlideFacts(self._mpp, facts[:, 0], facts[:, 1:]),
             np.asarray(coords, float) * self._mpp + self._tile_um / 2,
         )
         device = next(iter(self.model.buffers())).device
         with torch.autocast(device.type, enabled=False):
-            found = predict(self._network, None, device=device, dtype=torch.float32, features=seen)
+            found = predict(self._network, None, device=device, dtype=torch.float32, features=spot_features)
             expression = np.empty((len(values), len(self.genes)), np.float32)
             latent = torch.from_numpy(found.embedding)
             for rows, genes, block in self._network.expression_blocks(latent, self._positions):

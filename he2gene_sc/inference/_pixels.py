@@ -1,4 +1,4 @@
-"""What the patches of a reader show without a model, and the digest that they are found again by."""
+"""Quality of the patches of a reader, without a model, and their digest."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from ..models._ood import SlideFacts
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def judged_windows(windows: Sequence[WindowPlan]) -> tuple[int, int]:
-    """Return which window tells the tissue of a spot, and which its faults."""
+def windows_for_quality(windows: Sequence[WindowPlan]) -> tuple[int, int]:
+    """Return the indices of the window for the share of tissue, and of the window for faults."""
     smallest = min(range(len(windows)), key=lambda i: windows[i].um)
-    # Averaging hides faults: they are looked for in the widest window that was not averaged.
-    whole = [i for i, window in enumerate(windows) if window.factor == 1]
-    return smallest, max(whole or [smallest], key=lambda i: windows[i].um)
+    # Averaging hides faults, so they are measured in the widest window that was not averaged.
+    unaveraged = [i for i, window in enumerate(windows) if window.factor == 1]
+    return smallest, max(unaveraged or [smallest], key=lambda i: windows[i].um)
 
 
 class Pixels:
-    """Digest, tissue and faults of the patches of a reader, gathered batch by batch; faults only to ``judge``."""
+    """Digest, tissue and faults of the patches of a reader, batch by batch; only the digest if not ``quality``."""
 
-    def __init__(self, reader: PatchReader, *, judge: bool = True):
+    def __init__(self, reader: PatchReader, *, quality: bool = True):
         n, windows = reader.n_spots, reader.plan.windows
         self.facts = SlideFacts(reader.mpp, np.zeros(n, np.float32), np.zeros((n, len(FAULTS)), np.float32))
-        self._judge, self._windows = judge, windows
-        self._smallest, self._widest = judged_windows(windows)
+        self._quality, self._windows = quality, windows
+        self._smallest, self._widest = windows_for_quality(windows)
         self._digests = np.zeros((n, DIGEST_BYTES), np.uint8)
 
     @classmethod
-    def of(cls, reader: PatchReader, *, judge: bool = True, batches: Collection[int] | None = None) -> Pixels:
+    def read(cls, reader: PatchReader, *, quality: bool = True, batches: Collection[int] | None = None) -> Pixels:
         """Read all patches of a reader, or those of some batches."""
-        found = cls(reader, judge=judge)
+        found = cls(reader, quality=quality)
         for batch in reader.read_batches(batches):
             found.add(batch)
         return found
 
     def rows(self, spots: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return what is noted of some spots."""
+        """Return digests, tissue and faults of some spots."""
         return self._digests[spots], self.facts.tissue[spots], self.facts.faults[spots]
 
     def put(self, spots: np.ndarray, rows: tuple[np.ndarray, ...]) -> None:
-        """Note what another process has read of some spots, as :meth:`rows` gives it."""
+        """Store the result of :meth:`rows` of another process for some spots."""
         self._digests[spots], self.facts.tissue[spots], self.facts.faults[spots] = rows
 
     def add(self, batch: PatchBatch, *, digest: bool = True) -> None:
-        """Note what a batch shows."""
+        """Add the digests, tissue and faults of a batch."""
         if digest:
             for row, spot in enumerate(batch.index):
                 found = hashlib.sha256()
                 for window in batch.patches:
                     found.update(np.ascontiguousarray(window[row]).data)
                 self._digests[spot] = np.frombuffer(found.digest(), np.uint8)
-        if self._judge:
+        if self._quality:
             um = self._windows[self._smallest].um
             self.facts.tissue[batch.index] = tissue_share(batch.patches[self._smallest], um)
             widest = batch.patches[self._widest]
@@ -65,5 +65,5 @@ class Pixels:
 
     @property
     def sha256(self) -> str:
-        """Digest of the patches of all spots in the order of the spots; batches come in that of the stored chunks."""
+        """Digest of the patches of all spots, in the order of the spots rather than of the batches."""
         return hashlib.sha256(self._digests.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Encoders, the network, model folders and their cards."""
+"""Encoders, networks, model folders and model cards."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The model card: what a model is, what it was trained on, how it did on what it had not seen."""
+"""Model card: what a model is, what it was trained on, and its held-out metrics."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
-from ._encoders.scale import read_as
+from ._encoders.scale import describe_tiles
 from ._schema import EXPRESSION_SCALE, check_card, check_class_names
 
-#: Raised whenever a reader of the old version would misunderstand the new one.
+#: Increased when an older version of this package would misread a new card.
 SCHEMA_VERSION = 4
-#: The first that states intervals and a guard.
+#: First version with intervals and an OOD detector (`guard`).
 _TRUST_VERSION = 3
-#: Older ones that are read: what they lack is no part of a prediction.
+#: Versions that can be read; fields that older ones lack do not affect predictions.
 _READABLE = (2, 3, SCHEMA_VERSION)
 
-#: Row of the card: what it says, and its name until version 0.6.
+#: Row of the card, its name until version 0.6, and the note below the table.
 BLOCK_BOOTSTRAP = "bootstrap over 800 µm blocks of the section"
-_BLOCK_BOOTSTRAP_WAS = "95 % interval"
-_BLOCK_BOOTSTRAP_SAYS = (
+_OLD_BLOCK_BOOTSTRAP = "95 % interval"
+_BLOCK_BOOTSTRAP_NOTE = (
     "The bootstrap over blocks shows how far other blocks of the same section would move its mean. It is not a 95 % interval: in "
     "simulation it held the true correlation in 94 % of the sections where blocks are independent, in 46 % where expression "
     "varies over 800 µm. Another section or patient differs more; compare the columns."
 )
 
-#: Row of the card: paired differences to what sees no gene.
+#: Row of the card with paired differences to references without genes, and the note below the table.
 PAIRED = "mean Pearson, prediction minus"
-_PAIRED_SAYS = (
+_PAIRED_NOTE = (
     "The prediction stands beside references that see no gene: depth (log counts), colour and coordinates of a spot, standardised "
     "within its section. Each is a ridge fitted on what was not held out. The 95 % interval is that of t."
 )
 _NOT_RECORDED = "Paired differences to references that see no gene (depth, colour, coordinates): not recorded."
 
-#: What is made of several windows, see ``ModelCard.fusion``.
+#: Ways to combine several windows, see ``ModelCard.fusion``.
 FUSIONS = ("concat", "mean")
 
 
@@ -46,28 +46,27 @@ class ModelCard:
     Attributes
     ----------
     name, version
-        What to call it.
+        Name and version of the model.
     description
-        One paragraph for people.
+        One paragraph of text.
     encoder
-        ``name``, ``license``, ``sha256`` of the weights, ``input_px``; ``mean`` and ``std`` of the channels where
-        they are not those of the registry; ``stages`` whose maps are averaged, where it is not its own output; ``mpp``
-        that it was trained at, where that is known; ``interpolation``, where it is not bilinear; ``tiles``, into how many
-        a side each window is cut, where one is not read whole; of a network of
-        somebody's own, ``output``, what it makes of a patch of noise.
+        ``name``, ``license``, ``sha256`` of the weights, ``input_px``. If they differ from the registry, ``mean`` and ``std``
+        of the channels. ``stages`` whose maps are averaged, unless the output of the encoder is used; ``mpp`` of its training,
+        if known; ``interpolation``, if not bilinear; ``tiles``, the number per side of each window, if a window is tiled;
+        ``output`` for a patch of noise, if the encoder is a user's own network.
     windows_um
         Sides of the windows around a spot, µm.
     classes, class_colors
         Classes of the annotation and their colours; empty without an annotation head.
     n_genes, n_latent
-        Sizes.
+        Numbers of genes and of components of the embedding.
     training
-        Sections, patients, spots, µm/px, penalty and folds. Of each section ``image``: size and SHA-256 of some blocks of its pixels,
-        and the rectangle that its spots lie in, by which :func:`he2gene_sc.tl.predict` knows it again.
+        Sections, patients, spots, µm/px, penalty and folds. Each section has ``image``: size and SHA-256 of some blocks of its
+        pixels, and the bounding box of its spots, by which :func:`he2gene_sc.tl.predict` recognises it.
     metrics
-        Held-out figures, each with its protocol.
+        Held-out metrics by protocol.
     reliable_rule
-        What a gene had to show to be called reliable.
+        Conditions for a gene to be called reliable.
     intended_use, limitations
         Sentences.
     license
@@ -77,24 +76,23 @@ class ModelCard:
     expression_scale
         Unit of the predictions.
     fusion
-        ``"concat"``: the features of all windows and their colours stand side by side; ``"mean"``: every window is a
-        view of its own, as is every symmetry, and the predictions are averaged over the views.
+        ``"concat"``: the features of all windows and their colours are concatenated. ``"mean"``: every window and every
+        symmetry is a view, and predictions are averaged over views.
     context
-        Rings of neighbours and what a slide is standardised by, see :class:`he2gene_sc.models._embedding.Context`;
-        ``None`` where a spot is seen alone.
+        Rings of neighbours and the standardisation of a slide, see :class:`he2gene_sc.models._embedding.Context`; ``None`` if a
+        spot is predicted from its own patch only.
     tta
-        Whether inference averages over the eight symmetries of the square unless it is told otherwise.
+        Whether inference averages over the eight symmetries of the square by default.
     intervals
-        What the quantiles of the residuals rest on: ``unit`` (``"patient"`` or ``"section"``), ``n_groups``, their
-        ``levels``, ``max_coverage``, ``spots`` by predicted class; ``None`` without.
+        Basis of the quantiles of the residuals: ``unit`` (``"patient"`` or ``"section"``), ``n_groups``, their ``levels``,
+        ``max_coverage``, ``spots`` by predicted class; ``None`` without intervals.
     guard
-        Limits of :class:`he2gene_sc.models._ood.OODDetector`; ``None`` without.
+        Limits of :class:`he2gene_sc.models._ood.OODDetector`; ``None`` without a detector.
     annotation
-        ``context``: the neighbours that the annotation reads, where it has components of its own; ``None`` where it reads
-        the embedding.
+        ``context``: neighbours that the annotation uses, if it has its own components; ``None`` if it uses the embedding.
     programmes
-        ``n_patients`` that were held out in turn, and ``sets``: of each gene set its ``genes`` with their weights, and the figures of
-        :func:`he2gene_sc.tl.programmes`; ``None`` where no sets were named.
+        ``n_patients`` that were held out in turn, and ``sets``: for each gene set its ``genes`` with weights, and the metrics of
+        :func:`he2gene_sc.tl.programmes`; ``None`` without gene sets.
     schema_version
         Version of this layout.
     """
@@ -133,7 +131,7 @@ class ModelCard:
         check_class_names(self.classes)
 
     def to_json(self) -> str:
-        """Return the card as JSON text, keys in the order of the class."""
+        """Return the card as JSON text, with keys in the order of the attributes."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -151,7 +149,7 @@ class ModelCard:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"`model`: {where} is not valid JSON ({error}); the folder is damaged") from error
         if not isinstance(data, dict) or type(data.get("schema_version")) is not int:
-            raise ValueError(f"`model`: {where} states no `schema_version`; it is not a he2gene_sc model card")
+            raise ValueError(f"`model`: {where} has no `schema_version`; it is not a he2gene_sc model card")
         if data["schema_version"] > SCHEMA_VERSION:
             raise ValueError(
                 f"`model`: {where} has schema version {data['schema_version']}, this he2gene_sc reads up to "
@@ -159,15 +157,15 @@ class ModelCard:
             )
         if data["schema_version"] not in _READABLE:
             raise ValueError(
-                f"`model`: {where} has schema version {data['schema_version']}, of he2gene_sc 0.1, whose features are no "
-                "longer made; train the model again"
+                f"`model`: {where} has schema version {data['schema_version']}, of he2gene_sc 0.1, whose features this "
+                "version does not compute; train the model again"
             )
         if data["schema_version"] < _TRUST_VERSION:
             data |= {"intervals": None, "guard": None}
         if data["schema_version"] < SCHEMA_VERSION:
             data |= {"annotation": None, "programmes": None, "schema_version": SCHEMA_VERSION}
         if isinstance(data.get("metrics"), dict):
-            data["metrics"] = {protocol: _renamed(figures) for protocol, figures in data["metrics"].items()}
+            data["metrics"] = {protocol: _rename_bootstrap(figures) for protocol, figures in data["metrics"].items()}
         check_card(data, where)
         try:
             return cls(**data)
@@ -175,7 +173,7 @@ class ModelCard:
             raise ValueError(f"`model`: {where}: {error}") from error
 
     def facts(self) -> dict[str, str]:
-        """Return what a notebook shows of the model."""
+        """Return the facts of the model that a notebook shows."""
         training = self.training
         trained = [
             f"{n:,} {what}"
@@ -197,7 +195,7 @@ class ModelCard:
         return as_html(f"{self.name} {self.version}", {**self.facts(), "whole card": "print(card.to_markdown())"})
 
     def to_markdown(self) -> str:
-        """Return the card for people, ``README.md`` of the folder."""
+        """Return the card as markdown, the ``README.md`` of the folder."""
         lines = [
             f"# {self.name} {self.version}",
             "",
@@ -212,18 +210,18 @@ class ModelCard:
             "",
             "## Trained on",
             "",
-            *_bullets(self._trained()),
+            *_bullets(self._training_facts()),
             "",
             "## Held-out figures",
             "",
             *(line for protocol, figures in self.metrics.items() for line in _figures(protocol, figures)),
             "",
-            *([_BLOCK_BOOTSTRAP_SAYS, ""] if self._has(BLOCK_BOOTSTRAP) else []),
-            *(_PAIRED_SAYS if self._has(PAIRED) else _NOT_RECORDED, ""),
+            *([_BLOCK_BOOTSTRAP_NOTE, ""] if self._has_row(BLOCK_BOOTSTRAP) else []),
+            *(_PAIRED_NOTE if self._has_row(PAIRED) else _NOT_RECORDED, ""),
             f"A gene is called reliable where {self.reliable_rule}.",
             "",
             *self._programmes(),
-            *self._trust(),
+            *self._trust_notes(),
             "## Use",
             "",
             self.intended_use,
@@ -233,8 +231,8 @@ class ModelCard:
         ]
         return "\n".join(lines)
 
-    def _trained(self) -> dict[str, Any]:
-        """Return the facts of training without those that only software reads."""
+    def _training_facts(self) -> dict[str, Any]:
+        """Return the facts of training without those that only software uses."""
         sections = self.training.get("sections")
         if not isinstance(sections, dict):
             return self.training
@@ -243,13 +241,13 @@ class ModelCard:
         }
         return {**self.training, "sections": shown}
 
-    def _has(self, row: str) -> bool:
+    def _has_row(self, row: str) -> bool:
         tables = [figures for figures in self.metrics.values() if isinstance(figures, dict)]
         return any(title.startswith(row) for figures in tables for title in figures)
 
     def _tiles(self) -> str:
         tiles = self.encoder.get("tiles")
-        return "" if tiles is None else f", {read_as(self.windows_um, tiles, self.encoder['input_px'])}"
+        return "" if tiles is None else f", {describe_tiles(self.windows_um, tiles, self.encoder['input_px'])}"
 
     def _context(self) -> list[str]:
         if self.context is None or not self.context["rings_um"]:
@@ -273,7 +271,7 @@ class ModelCard:
             "",
         ]
 
-    def _trust(self) -> list[str]:
+    def _trust_notes(self) -> list[str]:
         lines = []
         if self.intervals is not None:
             facts = self.intervals
@@ -297,7 +295,7 @@ class ModelCard:
 
 
 def set_genes(weights: Mapping[str, float]) -> str:
-    """Write the genes of a set as one text, with the weights that are not 1: ``"ERBB2 GRB7:0.5"``."""
+    """Write the genes of a set as one text, with weights other than 1: ``"ERBB2 GRB7:0.5"``."""
     return " ".join(gene if weights[gene] == 1 else f"{gene}:{weights[gene]:g}" for gene in sorted(weights))
 
 
@@ -307,26 +305,26 @@ def as_html(title: str, facts: dict[str, str]) -> str:
     return f"<strong>{escape(title)}</strong><table>{rows}</table>"
 
 
-def _renamed(figures: Any) -> Any:
-    """Figures of an older card with the bootstrap called what it is."""
+def _rename_bootstrap(figures: Any) -> Any:
+    """Rename the rows of an older card that call the bootstrap a 95 % interval."""
     if not isinstance(figures, dict):
         return figures
     return {
-        f"{BLOCK_BOOTSTRAP}{title.removeprefix(_BLOCK_BOOTSTRAP_WAS)}"
-        if title.startswith(f"{_BLOCK_BOOTSTRAP_WAS}, ")
+        f"{BLOCK_BOOTSTRAP}{title.removeprefix(_OLD_BLOCK_BOOTSTRAP)}"
+        if title.startswith(f"{_OLD_BLOCK_BOOTSTRAP}, ")
         else title: values
         for title, values in figures.items()
     }
 
 
 def _figures(protocol: str, figures: Any) -> list[str]:
-    """Lines of one protocol: what is given section by section as a table, the rest as a list."""
+    """Return the lines of one protocol: values per section as tables, others as a list."""
     if not isinstance(figures, dict):
         return _bullets({protocol: figures})
     tables: dict[tuple[str, ...], list[str]] = {}
     rest: dict[str, Any] = {}
     for name, values in figures.items():
-        # Sections are columns; a figure that some lack keeps its place.
+        # Sections are columns; a row with fewer sections has empty cells.
         if isinstance(values, dict) and len(figures) > 1:
             columns = next((c for c in tables if set(values) <= set(c)), tuple(values))
             tables.setdefault(columns, []).append(_row(name, [values.get(column, "") for column in columns]))
@@ -342,13 +340,13 @@ def _row(name: str, values: Iterable[Any]) -> str:
     cells = []
     for value in values:
         if isinstance(value, list | tuple):
-            cells.append(" to ".join(_shown(v) for v in value))
+            cells.append(" to ".join(_format_value(v) for v in value))
         else:
-            cells.append(_shown(value))
+            cells.append(_format_value(value))
     return f"| {' | '.join([name, *cells])} |"
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""From features to the embedding: a spot is seen against its slide and its neighbours. Arrays in, arrays out."""
+"""From features to the embedding of spots, relative to their slide and neighbours. Arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import scipy.sparse
 
 from ._rings import COLUMNS, LatticeRing, rings_of
 
-__all__ = ["ALONE", "N_COLOUR", "TENSORS", "Basis", "Context", "Rows", "rings_of", "row_blocks"]
+__all__ = ["NO_CONTEXT", "N_COLOUR", "TENSORS", "Basis", "Context", "Rows", "rings_of", "row_blocks"]
 
 #: Colour statistics of a window: mean, SD and covariances of the optical density of three channels.
 N_COLOUR = 9
@@ -19,16 +19,16 @@ N_COLOUR = 9
 #: Arrays of a :class:`Basis` among the tensors of a model.
 TENSORS = ("latent.mean", "latent.scale", "latent.projection", "latent.mixing")
 
-#: Spots whose features are in memory at once, where they are computed when they are read.
+#: Number of spots whose features are in memory at once, if features are computed when read.
 _ROWS_AT_ONCE = 8192
 
 
 class Rows(Protocol):
-    """Features of spots, ``(n, f)`` float32: an array, or what computes some rows when they are asked for."""
+    """Features of spots, ``(n, f)`` float32: an array, or an object that computes rows when they are read."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Number of spots, and of features."""
+        """Number of spots, and number of features."""
         ...
 
     def __len__(self) -> int:
@@ -41,49 +41,57 @@ class Rows(Protocol):
 
 
 def row_blocks(n: int, at_once: int = _ROWS_AT_ONCE) -> list[slice]:
-    """Cut rows into blocks."""
+    """Split ``n`` rows into slices."""
     return [slice(start, min(n, start + at_once)) for start in range(0, n, at_once)]
 
 
 @dataclass(frozen=True)
 class Context:
-    """How a spot is seen against its slide and its neighbours.
+    """Neighbours of a spot, and standardisation by its slide.
 
-    The default rings end between the distances of grids of 100 and 200 µm, so a µm/px off by 0.5 % moves no neighbour.
+    The default rings end between the distances of grids of 100 and 200 µm, so an error of 0.5 % in µm/px moves no neighbour
+    to another ring.
     """
 
-    rings_um: tuple[tuple[float, float], ...] = ((50.0, 353.0), (353.0, 616.0), (616.0, 930.0))  # inner included
-    weights: tuple[float, ...] = (0.7, 0.5, 0.3)  # of the rings, beside 1 for the spot
-    prior_spots: float | None = 20.0  # that training counts for; None: training alone
+    rings_um: tuple[tuple[float, float], ...] = (
+        (50.0, 353.0),
+        (353.0, 616.0),
+        (616.0, 930.0),
+    )  # inner and outer radius; the inner is included
+    weights: tuple[float, ...] = (0.7, 0.5, 0.3)  # of the rings; the spot has weight 1
+    prior_spots: float | None = 20.0  # number of spots that training counts as; None: only training is used
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rings_um", tuple(tuple(float(um) for um in ring) for ring in self.rings_um))
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
         if len(self.weights) != len(self.rings_um) or any(not 0 <= a < b for a, b in self.rings_um):
             raise ValueError(
-                f"`rings_um` {self.rings_um} must be pairs of inner and outer radius, with a weight each: {self.weights}"
+                f"`rings_um` {self.rings_um} must be pairs of inner and outer radius, with one weight each; `weights` is {self.weights}"
             )
 
     def standardise(self, features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """Centre and scale features of all spots of a slide ``(n, f)``, by its own mean and variance and training's.
+        """Standardise features of all spots of a slide ``(n, f)`` by mean and variance of the slide and of training.
 
-        This removes stain and scanner. Training's ``(f,)`` hold them back where spots are few; scale 0 gives 0.
+        This removes effects of stain and scanner. ``mean`` and ``scale`` ``(f,)`` of training are the prior, which matters for
+        slides of few spots. Features with scale 0 become 0.
         """
-        centre, inverse = self._units(features, mean, scale)
+        centre, inverse = self._center_and_inverse_scale(features, mean, scale)
         return (features - centre) * inverse
 
     def project(self, features: Rows, mean: np.ndarray, scale: np.ndarray, projection: np.ndarray) -> np.ndarray:
         """Standardise the features of all spots of one slide and project them, block by block: ``(n, f)`` to ``(n, c)``."""
         if isinstance(features, np.ndarray):
             return self.standardise(features, mean, scale) @ projection
-        centre, inverse = self._units(features, mean, scale)
+        centre, inverse = self._center_and_inverse_scale(features, mean, scale)
         found = np.empty((len(features), projection.shape[1]), np.float32)
         for rows in row_blocks(len(features)):
             found[rows] = ((features[rows] - centre) * inverse) @ projection
         return found
 
-    def _units(self, features: Rows, mean: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Centre, and the inverse of the spread."""
+    def _center_and_inverse_scale(
+        self, features: Rows, mean: np.ndarray, scale: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the centre and the inverse scale of each feature for a slide."""
         centre, spread = mean, scale
         if self.prior_spots is not None and len(features):
             n, prior = len(features), self.prior_spots
@@ -94,38 +102,38 @@ class Context:
         return centre, np.where(usable, 1 / np.where(usable, spread, 1), 0).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for the card."""
+        """Return the fields as plain values, for the card."""
         return asdict(self)
 
 
-def _moments(features: Rows, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance over spots, float64; ``near`` is about the mean."""
+def _moments(features: Rows, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and variance over spots, float64; ``shift`` is near the mean, for numerical stability."""
     if isinstance(features, np.ndarray):
         return features.mean(0, dtype=np.float64), features.var(0, dtype=np.float64)
     total, squares = np.zeros((2, features.shape[1]))
     for rows in row_blocks(len(features)):
-        x = features[rows] - np.asarray(near, np.float64)
+        x = features[rows] - np.asarray(shift, np.float64)
         total, squares = total + x.sum(0), squares + np.square(x).sum(0)
     mean = total / len(features)
-    return near + mean, np.maximum(squares / len(features) - np.square(mean), 0)
+    return shift + mean, np.maximum(squares / len(features) - np.square(mean), 0)
 
 
-#: A spot alone, standardised by training alone.
-ALONE = Context((), (), None)
+#: No neighbours, and standardisation by training only.
+NO_CONTEXT = Context((), (), None)
 
 
 @dataclass(frozen=True)
 class Basis:
-    """From the features of the spots of a slide to their embedding."""
+    """Map from the features of the spots of a slide to their embedding."""
 
     mean: np.ndarray  # (f,) mean of the section means
-    scale: np.ndarray  # (f,) root of the mean variance within sections
-    projection: np.ndarray  # (f, c) standardised features to components
-    mixing: np.ndarray  # (c · (1 + rings), k) components of spot and rings to embedding
+    scale: np.ndarray  # (f,) root of the mean variance inside sections
+    projection: np.ndarray  # (f, c) from standardised features to components
+    mixing: np.ndarray  # (c · (1 + rings), k) from components of spot and rings to the embedding
     context: Context
 
     def components(self, features: Rows, rings: Sequence[scipy.sparse.csr_array | LatticeRing]) -> np.ndarray:
-        """Own components of all spots of a slide and those of their rings: ``(n, f)`` to ``(n, c · (1 + rings))``."""
+        """Return the components of all spots of a slide and of their rings: ``(n, f)`` to ``(n, c · (1 + rings))``."""
         own = self.context.project(features, self.mean, self.scale, self.projection)
         return np.concatenate([own, *(ring @ own for ring in rings)], axis=1)
 
@@ -133,7 +141,7 @@ class Basis:
         """Embed all spots of a slide, ``(n, f)`` to ``(n, k)`` float32; ``rings`` are those of :func:`rings_of`."""
         if not any(isinstance(ring, LatticeRing) for ring in rings):
             return self.components(features, rings) @ self.mixing
-        # Of so many spots the components of all rings side by side would take gigabytes.
+        # For many spots, the concatenated components of all rings would take gigabytes.
         own = self.context.project(features, self.mean, self.scale, self.projection)
         width = own.shape[1]
         found = own @ self.mixing[:width]

@@ -1,4 +1,4 @@
-"""Model folders: written whole, and read with every file checked."""
+"""Read model folders, with checks of every file, and write them atomically."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ._gene_table import COLUMNS, FIGURES, read_genes
 from ._tensors import check_tensors
 
 _CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
-#: Tries of exchanging two folders where several processes write the same model.
+#: Attempts to replace a folder while other processes write the same model.
 _TRIES = 20
 _FILES = (_CARD, _GENES, _WEIGHTS, _README)
 
 
 def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
-    """Read card, gene table and tensors, with every file checked."""
+    """Read and check the card, the gene table and the tensors."""
     missing = [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"`model` folder {folder.name!r} is incomplete: {missing} not found")
@@ -55,15 +55,15 @@ def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
 
 
 def _check_order(genes: pd.DataFrame, tensors: dict[str, np.ndarray], where: str) -> None:
-    """Refuse rows in another order than the weights: the heads of features that were centred have the means as bias."""
+    """Raise if rows are in another order than the weights: for centred features, biases are the means of genes."""
     mean, bias = genes["mean"].to_numpy(float), np.asarray(tensors.get("genes.bias", np.zeros(0)), float)
     if mean.shape != bias.shape:
         return
-    off = np.flatnonzero(~np.isclose(mean, bias, rtol=1e-3, atol=1e-4) & np.isfinite(mean))
-    if len(off) and np.allclose(np.sort(mean[off]), np.sort(bias[off]), rtol=1e-3, atol=1e-4):
+    mismatched = np.flatnonzero(~np.isclose(mean, bias, rtol=1e-3, atol=1e-4) & np.isfinite(mean))
+    if len(mismatched) and np.allclose(np.sort(mean[mismatched]), np.sort(bias[mismatched]), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{where}: {len(off)} genes, such as {genes.index[off[:2]].tolist()}, have the means of one another: the rows are in "
-            "another order than the weights, each gene would get the values of another; fetch the folder again"
+            f"{where}: {len(mismatched)} genes, such as {genes.index[mismatched[:2]].tolist()}, have each other's means: the rows are in "
+            "another order than the weights, and each gene would get the values of another; fetch the folder again"
         )
 
 
@@ -72,19 +72,19 @@ def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
 
     try:
         return {key: np.asarray(value) for key, value in load_file(path).items()}
-    except Exception as error:  # safetensors has its own type, and numpy lacks some of its dtypes
+    except Exception as error:  # safetensors raises its own type, and numpy lacks some dtypes
         raise ValueError(f"{where} is not a safetensors file that numpy can read ({error})") from error
 
 
 def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], path: str | Path) -> Path:
-    """Write a model folder beside its place and move it there whole."""
+    """Write a model folder to a temporary folder, and move it to ``path``."""
     from safetensors.numpy import save_file
 
     check_tensors(card, tensors, f"model {card.name!r}")
     target = check_place(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        # Not `ascontiguousarray`, which makes arrays of the counters of an encoder.
+        # Not `ascontiguousarray`, which would turn scalar counters of an encoder into arrays.
         save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, temporary / _WEIGHTS)
         columns = [*COLUMNS, *(name for name in FIGURES if name in genes)]
         genes.reset_index()[columns].to_csv(temporary / _GENES, index=False, float_format="%.5g")
@@ -92,19 +92,19 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         card = replace(card, files=files)
         (temporary / _CARD).write_text(card.to_json(), encoding="utf-8")
         (temporary / _README).write_text(card.to_markdown(), encoding="utf-8")
-        # mkdtemp and safetensors keep others out; a model is there to be read.
+        # mkdtemp and safetensors create private files, but a model should be readable by others.
         temporary.chmod(0o755)
         for file in temporary.iterdir():
             file.chmod(0o644)
-        _exchange(temporary, target)
+        _replace_folder(temporary, target)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
     return target
 
 
-def _exchange(new: Path, target: Path) -> None:
-    """Put a folder where another may be, keeping what is hidden in that (``.git``); other processes may do the same."""
+def _replace_folder(new: Path, target: Path) -> None:
+    """Move a folder to ``target``, keeping hidden entries of an older one (``.git``); other processes may do the same."""
     replaced: list[Path] = []
     for left in reversed(range(_TRIES)):
         old = new.with_name(f"{new.name}-old{left}")
@@ -115,7 +115,7 @@ def _exchange(new: Path, target: Path) -> None:
             new.rename(target)
             break
         except OSError:
-            # Between two steps another process was faster.
+            # Another process replaced the folder between two steps.
             if replaced and not target.exists():
                 replaced.pop().rename(target)
             if not left:
@@ -128,12 +128,12 @@ def _exchange(new: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
-def _visible(folder: Path) -> set[str]:
-    """Names in a folder but for hidden ones (.git, .DS_Store), which are kept; empty where there is none."""
+def _list_visible(folder: Path) -> set[str]:
+    """Return the names in a folder except hidden ones (.git, .DS_Store), which are kept; empty if there is no folder."""
     while True:
         with contextlib.ExitStack() as stack:
             try:
-                # Held open, so that its number is not given to another folder meanwhile; Windows opens no folders.
+                # The open descriptor keeps the inode from being reused; Windows cannot open folders.
                 if os.name == "nt":
                     before = folder.stat()
                 else:
@@ -145,28 +145,28 @@ def _visible(folder: Path) -> set[str]:
                     return found
             except (FileNotFoundError, NotADirectoryError):
                 return set()
-        # Exchanged by another process, which may have been emptying the old one.
+        # Another process replaced the folder, and may have been emptying the old one: list again.
 
 
 def check_place(path: str | Path) -> Path:
-    """Return the folder that a model may be written to; anything but a model folder there is an error."""
-    # A link stays one, what it leads to is replaced.
+    """Return the folder that a model is written to; raise if it exists and is not a model folder."""
+    # A link is kept; its target is replaced.
     target = Path(path).expanduser().resolve()
-    # One look: between two, another process that saves the same model may be exchanging it.
+    # A single stat: between two, another process may be replacing the same model.
     is_folder = True
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         is_folder = stat.S_ISDIR(target.stat().st_mode)
-    found = _visible(target)
+    found = _list_visible(target)
     if not is_folder or (found and _CARD not in found):
         raise FileExistsError(f"`path` {str(path)!r} exists and is not a model folder; choose another or remove it")
     if target == Path.cwd():
         raise FileExistsError(
-            f"`path` {str(path)!r} is the folder that this process works in, which saving would replace; choose another"
+            f"`path` {str(path)!r} is the current working directory, which saving would replace; choose another"
         )
     foreign = sorted(found - set(_FILES))
     if foreign:
         raise FileExistsError(
-            f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not the model's and would be lost; move them or "
+            f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not part of the model and would be lost; move them or "
             "choose another folder"
         )
     try:

@@ -1,4 +1,4 @@
-"""Reading ``genes.csv`` of a model folder, cell by cell."""
+"""Read ``genes.csv`` of a model folder, and check each cell."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 _TEXTS = ("gene", "ensembl_id", "group")
-_TRUTHS = ("variable", "reliable", "reliable_known_patient")
-#: Columns of every model, in their order.
+_BOOLEANS = ("variable", "reliable", "reliable_known_patient")
+#: Columns that every model has, in order.
 COLUMNS = ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
-#: What sees no gene: a prediction is compared with each.
+#: References without genes, with which predictions are compared.
 REFERENCES = ("depth", "colour", "coordinates")
-#: Columns that not every model has.
+#: Columns that only some models have.
 FIGURES = [
     "pcc_high",
     "pcc_patient_low",
@@ -38,11 +38,11 @@ _NUMBERS = ("mean", "pcc", "pcc_low", "skill", *FIGURES[:-1])
 _CORRELATIONS = ("pcc", "pcc_new_patient", "pcc_given_depth", *(f"pcc_{name}" for name in REFERENCES))
 _GROUPS = ("target", "auxiliary")
 _TRUE, _FALSE = ("True", "TRUE", "true"), ("False", "FALSE", "false")
-_SHOWN = 5
+_MAX_LISTED = 5
 
 
 def read_genes(path: Path, where: str) -> pd.DataFrame:
-    """Read ``genes.csv``, indexed by ``gene``, and check each cell; ``where`` is named in errors."""
+    """Read ``genes.csv``, indexed by ``gene``, and check each cell; ``where`` names the file in errors."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
@@ -51,9 +51,9 @@ def read_genes(path: Path, where: str) -> pd.DataFrame:
         raise ValueError(f"{where} is not a CSV table in UTF-8 ({error})") from error
     header, *lines = rows or [[]]
     _check_header(header, where)
-    odd = next((i for i, line in enumerate(lines) if len(line) != len(header)), None)
-    if odd is not None:
-        raise ValueError(f"{where}: row {odd + 2} has {len(lines[odd])} cells, the header {len(header)}")
+    invalid = next((i for i, line in enumerate(lines) if len(line) != len(header)), None)
+    if invalid is not None:
+        raise ValueError(f"{where}: row {invalid + 2} has {len(lines[invalid])} cells, the header {len(header)}")
     columns = dict(zip(header, zip(*lines, strict=True) if lines else [()] * len(header), strict=True))
     _check_genes(columns["gene"], where)
     for name in header:
@@ -68,15 +68,14 @@ def read_genes(path: Path, where: str) -> pd.DataFrame:
 
 
 def _check_header(header: list[str], where: str) -> None:
-    lacking = [name for name in COLUMNS if name not in header]
-    if lacking:
-        raise ValueError(f"{where} lacks {lacking}: it is not the gene table of a he2gene_sc model of this schema")
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        raise ValueError(f"{where} lacks {missing}: it is not the gene table of a he2gene_sc model of this schema")
     unknown = [name for name in header if name not in (*COLUMNS, *FIGURES)]
     if unknown or len(set(header)) < len(header):
-        twice = sorted({name for name in header if header.count(name) > 1})
+        duplicated = sorted({name for name in header if header.count(name) > 1})
         raise ValueError(
-            f"{where} has columns that this version does not know, {unknown}, or twice, {twice}; valid: "
-            f"{[*COLUMNS, *FIGURES]}"
+            f"{where} has unknown columns {unknown} or duplicated columns {duplicated}; valid: {[*COLUMNS, *FIGURES]}"
         )
 
 
@@ -84,23 +83,23 @@ def _check_genes(genes: tuple[str, ...], where: str) -> None:
     blank = [i + 2 for i, gene in enumerate(genes) if not gene or gene != gene.strip() or not gene.isprintable()]
     if blank:
         raise ValueError(
-            f"{where}: column 'gene' is empty, or has blanks around a name or control characters, in rows {blank[:_SHOWN]}"
+            f"{where}: column 'gene' is empty, or has surrounding blanks or control characters, in rows {blank[:_MAX_LISTED]}"
         )
-    twice = [gene for gene, n in Counter(genes).items() if n > 1]
-    if twice:
+    duplicated = [gene for gene, n in Counter(genes).items() if n > 1]
+    if duplicated:
         raise ValueError(
-            f"{where}: {len(twice)} genes stand twice, first {twice[:_SHOWN]}; every row needs its own name"
+            f"{where}: {len(duplicated)} genes are duplicated, first {duplicated[:_MAX_LISTED]}; every row needs a unique name"
         )
 
 
 def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], where: str) -> None:
-    fits: Callable[[str], bool]
-    if name in _TRUTHS:
-        fits, valid = (*_TRUE, *_FALSE).__contains__, "True or False"
+    is_valid: Callable[[str], bool]
+    if name in _BOOLEANS:
+        is_valid, valid = (*_TRUE, *_FALSE).__contains__, "True or False"
     elif name == "group":
-        fits, valid = _GROUPS.__contains__, f"one of {list(_GROUPS)}"
+        is_valid, valid = _GROUPS.__contains__, f"one of {list(_GROUPS)}"
     elif name == "ensembl_id":
-        fits, valid = lambda cell: cell.isprintable() and " " not in cell, "an id without blanks, or nothing,"
+        is_valid, valid = lambda cell: cell.isprintable() and " " not in cell, "an id without blanks, or nothing,"
     elif name in _NUMBERS:
         low, high, valid = -math.inf, math.inf, "a finite number, or nothing,"
         if name in _CORRELATIONS:
@@ -109,18 +108,18 @@ def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], whe
             low, valid = 0, "a number from 0, or nothing,"
         if _are_numbers(cells, low, high):
             return
-        fits = partial(_is_number, low=low, high=high)
+        is_valid = partial(_is_number, low=low, high=high)
     else:
         return
-    odd = [(gene, cell) for gene, cell in zip(genes, cells, strict=True) if not fits(cell)]
-    if odd:
-        gene, cell = odd[0]
-        more = f" (and {len(odd) - 1:,} cells more)" if len(odd) > 1 else ""
-        raise ValueError(f"{where}: column {name!r} of gene {gene!r} is {cell!r}{more}; {valid} is needed")
+    invalid = [(gene, cell) for gene, cell in zip(genes, cells, strict=True) if not is_valid(cell)]
+    if invalid:
+        gene, cell = invalid[0]
+        others = f" (and {len(invalid) - 1:,} cells more)" if len(invalid) > 1 else ""
+        raise ValueError(f"{where}: column {name!r} of gene {gene!r} is {cell!r}{others}; {valid} is needed")
 
 
 def _are_numbers(cells: tuple[str, ...], low: float, high: float) -> bool:
-    """Whether all cells are numbers as :func:`_is_number` takes them, in a tenth of the time."""
+    """Return whether :func:`_is_number` holds for all cells, in a tenth of the time."""
     try:
         values = np.array([cell for cell in cells if cell], float)
     except ValueError:
@@ -129,7 +128,7 @@ def _are_numbers(cells: tuple[str, ...], low: float, high: float) -> bool:
 
 
 def _is_number(cell: str, low: float, high: float) -> bool:
-    """Whether a cell is empty, or a finite number as files write it, in a range."""
+    """Return whether a cell is empty, or a finite number in a range, as written in files."""
     try:
         value = float(cell or max(low, 0))
     except ValueError:

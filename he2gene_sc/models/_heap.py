@@ -1,4 +1,4 @@
-"""Keep the memory of the last layer for the next one."""
+"""Keep freed memory in the process for the next layer of a network."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import platform
 from collections.abc import Iterator
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
-_KEPT, _PAD = 2**30, 2**28
-#: Where glibc's own, moving thresholds end up in a process that allocates large arrays.
-_USUAL_MMAP, _USUAL_TRIM, _USUAL_PAD = 2**25, 2**26, 2**17
+_LARGE_THRESHOLD, _LARGE_PAD = 2**30, 2**28
+#: Values that glibc's dynamic thresholds reach in a process that allocates large arrays.
+_DEFAULT_MMAP, _DEFAULT_TRIM, _DEFAULT_PAD = 2**25, 2**26, 2**17
 
 
 @contextlib.contextmanager
-def kept_heap() -> Iterator[None]:
+def keep_heap() -> Iterator[None]:
     """Let glibc reuse the large arrays that a network frees, and return them to the system afterwards.
 
-    Mapping arrays above 32 MB afresh takes longer than the convolutions (``tests/benchmarks/bench_predict.py``).
+    Mapping arrays above 32 MB anew takes longer than the convolutions (``tests/benchmarks/bench_predict.py``).
     """
     if platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
-    _set(libc, _KEPT, _KEPT, _PAD)
+    _set(libc, _LARGE_THRESHOLD, _LARGE_THRESHOLD, _LARGE_PAD)
     try:
         yield
     finally:
-        _set(libc, _USUAL_MMAP, _USUAL_TRIM, _USUAL_PAD)
+        _set(libc, _DEFAULT_MMAP, _DEFAULT_TRIM, _DEFAULT_PAD)
         libc.malloc_trim(0)
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: fetching model folders, and what to do when it refuses."""
+"""Fetch model folders from the Hugging Face hub, and explain its errors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PREFIX = "hf://"
 _ADDRESS = re.compile(r"hf://(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _FILES = ("card.json", "genes.csv", "weights.safetensors", "README.md")
 
-#: Seconds after which the hub counts as unreachable. Its client would try for half a minute.
-_PATIENCE = 2.0
+#: Seconds after which the hub is taken as unreachable; its client would retry for half a minute.
+_TIMEOUT = 2.0
 
 LOGIN = "log in by `hf auth login` (`huggingface-cli login` before huggingface_hub 1.0) or set HF_TOKEN"
 OFFLINE = (
@@ -29,19 +29,19 @@ OFFLINE = (
 
 
 def is_address(model: object) -> TypeGuard[str]:
-    """Whether this names a model on the hub."""
+    """Return whether ``model`` is an address on the hub."""
     return isinstance(model, str) and model.startswith(_PREFIX)
 
 
 def fetch_folder(address: str) -> tuple[Path, str]:
-    """Fetch a model folder from ``"hf://owner/name[@revision]"`` or the cache: folder, and address with commit.
+    """Fetch a model folder from ``"hf://owner/name[@revision]"`` or the cache; return the folder, and the address with commit.
 
-    Nothing in the folder has been checked.
+    The content of the folder is not checked.
     """
     found = _ADDRESS.fullmatch(address)
     if found is None or ".." in address or "--" in found["repository"]:
         raise ValueError(
-            f"`model` {address!r} is no address on the hub; write 'hf://owner/name' or 'hf://owner/name@revision', such as "
+            f"`model` {address!r} is not an address on the hub; write 'hf://owner/name' or 'hf://owner/name@revision', such as "
             "'hf://my-lab/he2gene-lung@v1'"
         )
     from huggingface_hub import snapshot_download
@@ -55,26 +55,30 @@ def fetch_folder(address: str) -> tuple[Path, str]:
         kind = kind_of(error)
         if kind == "gated":
             raise RuntimeError(
-                f"`model` {address!r} is gated: accept its conditions at {page}, wait for access where that is granted "
+                f"`model` {address!r} is gated: accept its conditions at {page}, wait for access if it is granted "
                 f"by hand, and {LOGIN}"
             ) from error
         if kind == "absent":
-            at = f" at revision {revision!r}" if revision else ""
-            raise ValueError(f"`model` {address!r}: there is no {page}{at}, or it is private: then {LOGIN}") from error
+            suffix = f" at revision {revision!r}" if revision else ""
+            raise ValueError(
+                f"`model` {address!r}: {page}{suffix} does not exist or is private; if it is private, {LOGIN}"
+            ) from error
         if isinstance(error, ValueError):
             raise ValueError(f"`model` {address!r}: {error}") from error
         raise RuntimeError(
             f"`model` {address!r} is not on this machine and could not be fetched ({error}). {OFFLINE}"
         ) from error
-    taken = f"{_PREFIX}{repository}@{folder.name}"
+    resolved = f"{_PREFIX}{repository}@{folder.name}"
     if revision is None:
-        logger.warning("`model` %r names no revision: took %r; name that to get the same model again", address, taken)
-    return folder, taken
+        logger.warning(
+            "`model` %r has no revision: using %r; pass that address to get the same model again", address, resolved
+        )
+    return folder, resolved
 
 
 @contextlib.contextmanager
 def quick_offline() -> Iterator[None]:
-    """Let the hub's client read its cache alone where the hub cannot be reached, instead of trying again and again."""
+    """Let the hub's client read only its cache if the hub cannot be reached, instead of retrying."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or _reachable(constants.ENDPOINT):
@@ -88,7 +92,7 @@ def quick_offline() -> Iterator[None]:
 
 
 def _reachable(address: str) -> bool:
-    """Whether a server, or the proxy in front of it, takes connections within a moment."""
+    """Return whether a server, or its proxy, accepts connections before the timeout."""
     server = urlsplit(address)
     proxies = getproxies()
     proxy = proxies.get(server.scheme) or proxies.get("all")
@@ -99,18 +103,18 @@ def _reachable(address: str) -> bool:
     def connect() -> None:
         default = 80 if server.scheme == "http" else 443
         with contextlib.suppress(OSError, ValueError):
-            socket.create_connection((server.hostname, server.port or default), _PATIENCE).close()
+            socket.create_connection((server.hostname, server.port or default), _TIMEOUT).close()
             found.append(True)
 
-    # A name server that does not answer cannot be given a time limit.
-    waiting = threading.Thread(target=connect, daemon=True)
-    waiting.start()
-    waiting.join(_PATIENCE)
+    # Name resolution has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_TIMEOUT)
     return bool(found)
 
 
 def kind_of(error: BaseException) -> str:
-    """Tell why the hub did not deliver: ``"gated"``, ``"absent"``, ``"offline"`` or ``"other"``."""
+    """Classify an error of the hub: ``"gated"``, ``"absent"``, ``"offline"`` or ``"other"``."""
     from huggingface_hub import errors
 
     for cause in _causes(error):
@@ -125,7 +129,7 @@ def kind_of(error: BaseException) -> str:
 
 
 def is_cached(repository: str, filename: str) -> bool:
-    """Whether the hub's cache holds a file of a repository's main branch."""
+    """Return whether the hub's cache holds a file of the main branch of a repository."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(repository, filename), str)

@@ -1,4 +1,4 @@
-"""``hg.models.load``: a model by name, folder or address."""
+"""``hg.models.load`` loads a model by name, folder or address."""
 
 from __future__ import annotations
 
@@ -34,16 +34,15 @@ def load(
     Parameters
     ----------
     model
-        Name of a bundled model; the path of a model folder; or ``"hf://owner/name@revision"``, whose four files are
-        fetched into the hub's cache. The revision, a branch, tag or commit, may be left out: the log then says which
-        commit was taken, and :attr:`HE2Gene.source` keeps it. A model that is loaded already is returned.
+        Name of a bundled model, path of a model folder, or ``"hf://owner/name@revision"``, whose four files are fetched into
+        the hub's cache. The revision is a branch, tag or commit. Without one, the commit that is used is logged and kept in
+        :attr:`HE2Gene.source`. A loaded model is returned.
     encoder
-        The network that the model was trained on and its specification, where it was one of your own; or weights that
-        you have at hand for any other: whatever :func:`load_encoder` takes or returns. Default: the encoder that the card
-        names.
+        Encoder of the model, as :func:`load_encoder` takes or returns it: your own network with its specification, if the model
+        was trained on one, or local weights of any other encoder. Default: the encoder that the card names.
     allow_encoder_source
-        Whether the card may name a repository or a folder (``hf-hub:``, ``local-dir:``) that its encoder is taken from.
-        Otherwise it may name encoders of :data:`ENCODERS` and of timm alone.
+        Whether the card may name a repository or a folder (``hf-hub:``, ``local-dir:``) from which its encoder is loaded. If
+        ``False``, the card may only name encoders of :data:`ENCODERS` and of timm.
 
     Returns
     -------
@@ -84,7 +83,7 @@ def load(
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"`model` {str(model)!r} is neither a bundled model, one of {list(BUNDLED)}, nor a folder; one on the hub is "
+            f"`model` {str(model)!r} is neither a bundled model, one of {list(BUNDLED)}, nor a folder; an address on the hub is "
             "written 'hf://owner/name'"
         )
     return HE2Gene(*read(folder))

@@ -1,4 +1,4 @@
-"""``HE2Gene``: card, genes and weights of one model, ready for ``hg.tl.predict``."""
+"""``HE2Gene`` holds the card, genes and weights of one model, for ``hg.tl.predict``."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ __all__ = ["ENCODER", "HE2Gene"]
 
 @dataclass(frozen=True, eq=False)
 class HE2Gene:
-    """A model: from patches to expression and annotation.
+    """A model that predicts expression and annotation from patches.
 
     Attributes
     ----------
     card
-        What it is, what it was trained on, how it did.
+        Model card: description, training data and held-out metrics.
     genes
-        One row a gene, in the order of the gene head; index ``gene``; columns ``ensembl_id`` (empty where unknown),
-        ``group`` (``"target"``: those of highest mean in training; ``"auxiliary"``), ``variable`` (the 50 of
+        One row per gene, in the order of the gene head, with index ``gene``. Columns: ``ensembl_id`` (empty if unknown),
+        ``group`` (``"target"``, genes of highest mean in training, or ``"auxiliary"``), ``variable`` (the 50 genes of
         highest variance in training), ``mean``, ``pcc`` (held-out Pearson correlation), ``pcc_low`` (its lower 95 %
-        bound), ``skill`` (held-out, against the training mean), ``reliable``; and, of models that state them, ``pcc_high``,
-        ``pcc_patient_low`` (lowest over the patients of the 95 % bound from the spots of each),
-        ``pcc_new_patient`` (mean over patients that were held out), ``ceiling`` (noise ceiling in training), ``pcc_depth`` (of
-        a reference that sees no gene, as ``_colour``, ``_coordinates``) and ``minus_depth`` (paired difference to it, ``_low``, ``_high``).
+        bound), ``skill`` (held-out, relative to the training mean), ``reliable``. Some models also have ``pcc_high``,
+        ``pcc_patient_low`` (lowest 95 % bound of any patient, from the spots of each),
+        ``pcc_new_patient`` (mean over held-out patients), ``ceiling`` (noise ceiling in training), ``pcc_depth`` (of a reference
+        without genes; also ``_colour``, ``_coordinates``) and ``minus_depth`` (paired difference to it; ``_low``, ``_high``).
     tensors
-        Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, those of the
-        encoder where it was trained too (otherwise the registry has them); and ``colour.*``, the baseline that reads
-        nothing but colour, where there is one.
+        Weights of the heads by name, see :class:`he2gene_sc.models._network.Network`; ``encoder.*``, weights of the encoder
+        if it was trained too (otherwise the registry has them); ``colour.*``, the baseline from colour only, if there is one.
     encoder
-        Network and specification that were supplied; ``None``: those that the card names.
+        Network and specification that the user gave; ``None``: the encoder that the card names.
     source
-        Address on the hub with the commit that it was loaded from; empty for any other.
+        Address on the hub with the commit, for a model loaded from there; otherwise empty.
     allow_encoder_source
-        Whether the card may name a repository or a folder to take the encoder from, see
+        Whether the card may name a repository or a folder from which the encoder is loaded, see
         :func:`he2gene_sc.models.load`.
     """
 
@@ -67,38 +66,38 @@ class HE2Gene:
 
     @property
     def weights_sha256(self) -> str:
-        """SHA-256 of ``weights.safetensors``; empty for a model that was never saved."""
+        """SHA-256 of ``weights.safetensors``; empty for a model that has not been saved."""
         return self.card.files.get("weights.safetensors", "")
 
     @property
     def programmes(self) -> pd.DataFrame:
-        """Gene sets named when the model was trained, and how well their scores are predicted on patients held out.
+        """Gene sets given at training, and how well their scores are predicted on held-out patients.
 
-        Index the set; ``genes``, text as :func:`he2gene_sc.models._card.set_genes` writes it; figures as of
-        :func:`he2gene_sc.tl.programmes`; ``n_patients``; ``n_learned``, genes of the model. Empty where none were named.
+        The index is the gene set. Columns: ``genes``, as :func:`he2gene_sc.models._card.set_genes` writes them; the metrics of
+        :func:`he2gene_sc.tl.programmes`; ``n_patients``; ``n_learned``, number of genes of the model. Empty without gene sets.
         """
         found = self.card.programmes or {"n_patients": 0, "sets": {}}
         rows = {name: {**facts, "genes": set_genes(facts["genes"])} for name, facts in found["sets"].items()}
         table = pd.DataFrame.from_dict(rows, orient="index")
-        # A figure that is missing for every set is a number too.
+        # A metric that is missing for all sets must still be a number.
         table = table.astype(dict.fromkeys(table.columns.difference(["genes", "reliable"]), float))
         return table.assign(n_patients=found["n_patients"], n_learned=self.card.n_genes)
 
     @cached_property
     def network(self) -> Network:
-        """The network in float32 on the CPU, built when first used.
+        """Network in float32 on the CPU, built at first use.
 
         Raises
         ------
         RuntimeError
-            If the encoder's weights cannot be had here, or it is a network of somebody's own and was not supplied.
+            If the weights of the encoder are not available, or the encoder is a user's own network and was not given.
         ValueError
-            If the model's own weights are not finite or do not fit its card; or the encoder at hand has other weights than
-            the one the model was trained with, or is built otherwise.
+            If the weights of the model are not finite or do not fit its card, or the encoder has other weights or another
+            architecture than in training.
         """
         import torch
 
-        from ._embedding import ALONE, Context
+        from ._embedding import NO_CONTEXT, Context
         from ._encoders.load import encoder_of, encoder_sha256
         from ._network import FeatureExtractor, Network
 
@@ -111,15 +110,15 @@ class HE2Gene:
                 encoder.load_state_dict(own)
             except RuntimeError as error:
                 raise ValueError(
-                    f"`model` {self.name!r} carries weights that do not fit its encoder {spec.name!r} as timm builds it "
-                    f"here: {error}"
+                    f"`model` {self.name!r} has weights that do not fit its encoder {spec.name!r} as this timm builds it: "
+                    f"{error}"
                 ) from error
         stated: dict[str, Any] = {
             key: tuple(self.card.encoder[key]) for key in ("mean", "std") if key in self.card.encoder
         }
         spec = replace(
             spec,
-            # Cards before 0.7 do not state it: they were trained so, whatever the registry says now.
+            # Cards before 0.7 lack this field: their models were trained with bilinear interpolation.
             interpolation=self.card.encoder.get("interpolation", "bilinear"),
             **stated,
         )
@@ -127,7 +126,7 @@ class HE2Gene:
         if found != self.card.encoder["sha256"]:
             raise ValueError(
                 f"`model` {self.name!r} was trained on encoder {spec.name!r} with weights {self.card.encoder['sha256'][:12]}…, "
-                f"those found here are {found[:12]}…: its predictions would be meaningless; supply the right ones by "
+                f"but this encoder has {found[:12]}…: its predictions would be meaningless; supply the right ones with "
                 "`hg.models.load(path, encoder=(module, spec))`"
             )
         heads = {key: value for key, value in tensors.items() if not key.startswith(ENCODER)}
@@ -138,16 +137,22 @@ class HE2Gene:
         output = self.card.encoder.get("output")
         if output is not None and not np.allclose(extractor.fingerprint(), output, rtol=0.05, atol=0.11):
             raise ValueError(
-                f"`model` {self.name!r} was trained on encoder {spec.name!r}; the one found here has its weights but gives "
-                "another output, as where it reads another layer or pools otherwise: its predictions would be meaningless"
+                f"`model` {self.name!r} was trained on encoder {spec.name!r}; the one found here has the same weights but another "
+                "output (another layer or pooling, perhaps): its predictions would be meaningless"
             )
-        context = ALONE if self.card.context is None else Context(**self.card.context)
-        around = (self.card.annotation or {}).get("context")
-        return Network(extractor, heads, context, self.detector, ALONE if around is None else Context(**around))
+        context = NO_CONTEXT if self.card.context is None else Context(**self.card.context)
+        annotation_context = (self.card.annotation or {}).get("context")
+        return Network(
+            extractor,
+            heads,
+            context,
+            self.detector,
+            NO_CONTEXT if annotation_context is None else Context(**annotation_context),
+        )
 
     @property
     def detector(self) -> OODDetector | None:
-        """What notices a slide unlike the training data; ``None`` where the model has no statistics of it."""
+        """Detector of slides out of distribution; ``None`` if the model has no statistics of its training data."""
         from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, OODDetector
 
         if self.card.guard is None:
@@ -165,13 +170,13 @@ class HE2Gene:
         Parameters
         ----------
         path
-            Folder to make. It must not exist or be empty, unless it holds an older model and nothing else, which is replaced
-            whole; what is hidden there (``.git``) is kept.
+            Folder to write. It must not exist or be empty, or hold only an older model, which is replaced. Hidden files there
+            (``.git``) are kept.
 
         Returns
         -------
         pathlib.Path
-            The folder, absolute.
+            Absolute path of the folder.
         """
         return save(self.card, self.genes, self.tensors, path)
 

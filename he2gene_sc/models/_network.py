@@ -1,4 +1,4 @@
-"""The network: encoder → features of the windows and their colour → embedding → {gene head, annotation head}."""
+"""Network: encoder → features of the windows and their colour → embedding → {gene head, annotation head}."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ._embedding import ALONE, TENSORS, Basis, Context, Rows, rings_of, row_blocks
+from ._embedding import NO_CONTEXT, TENSORS, Basis, Context, Rows, rings_of, row_blocks
 from ._encoders.registry import EncoderSpec
-from ._encoders.stages import staged
+from ._encoders.stages import wrap_stages
 from ._ood import OODDetector, OODResult, SlideFacts
 
-#: Arrays of an annotation that reads components of its own.
+#: Arrays of an annotation with its own components.
 ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
 
-#: Genes that the gene head computes at once, and values, so that a wide head or many spots need no second copy of the result.
+#: Most genes and most values that the gene head computes at once, so that no second copy of the result is needed.
 _GENES_AT_ONCE, _VALUES_AT_ONCE = 4096, 2**24
 #: The eight symmetries of the square, as (quarter turns, mirrored).
 SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4))
 
 
 class Preprocess(nn.Module):
-    """uint8 patches of any size to the encoder's input: resized (antialiased), scaled, normalised, channels last."""
+    """Converts uint8 patches of any size to the input of the encoder: resized (antialiased), normalised, channels last."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -39,24 +39,24 @@ class Preprocess(nn.Module):
         self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, 3, 1, 1)), persistent=False)
 
     def forward(self, patches: torch.Tensor, times: int = 1) -> torch.Tensor:
-        """Map ``(b, 3, s, s)`` uint8 to float32 of ``times`` the input's side."""
+        """Map ``(b, 3, s, s)`` uint8 to float32, with ``times`` the side of the input."""
         x = patches.contiguous(memory_format=torch.channels_last)
         side = times * self.input_px
         if x.shape[-1] != side:
             size = (side, side)
             if x.device.type == "cuda":
-                # There is no uint8 kernel on CUDA; rounding keeps its input equal to the CPU's.
+                # CUDA has no uint8 kernel; rounding makes the result equal to that of the CPU.
                 x = F.interpolate(x.float(), size=size, mode=self.interpolation, antialias=True).round_().clamp_(0, 255)
             else:
-                # Apple's MPS has no antialiased kernel at all: it gets its patches from the CPU.
+                # Apple's MPS has no antialiased kernel, so the CPU resizes.
                 x = F.interpolate(x.cpu(), size=size, mode=self.interpolation, antialias=True).to(x.device)
         return torch.sub(x, self.shift).mul_(self.scale)
 
 
 class FeatureExtractor(nn.Module):
-    """What a spot looks like: encoder features of each window, and its optical density, in which stains add up.
+    """Computes the features of spots: encoder features of each window, and its optical density, in which stains are additive.
 
-    ``fusion`` "concat" puts windows and colours side by side; "mean" takes each window for a view, without colours.
+    ``fusion="concat"`` concatenates windows and colours; with ``"mean"`` each window is a view, and there are no colours.
     """
 
     mean: torch.Tensor
@@ -75,22 +75,22 @@ class FeatureExtractor(nn.Module):
         self.fusion, self.tiles = fusion, tiles
         self.preprocess = Preprocess(spec)
         fused = fuse_batch_norm(encoder, spec.input_px).to(memory_format=torch.channels_last)
-        self.encoder = staged(fused, stages)
+        self.encoder = wrap_stages(fused, stages)
         self.input_px = spec.input_px
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.requires_grad_(False).eval()
 
-    def of_window(self, i: int) -> FeatureExtractor:
-        """Return the extractor of one window alone; it shares the encoder."""
-        one = copy.copy(self)
-        one.tiles = None if self.tiles is None else self.tiles[i : i + 1]
-        return one
+    def single_window(self, i: int) -> FeatureExtractor:
+        """Return an extractor of only one window, which shares the encoder."""
+        single = copy.copy(self)
+        single.tiles = None if self.tiles is None else self.tiles[i : i + 1]
+        return single
 
     @property
     def window_px(self) -> int | tuple[int, ...]:
-        """Side that a window is resized to: one for all, or one a window."""
+        """Side to which windows are resized: one value for all, or one per window."""
         return self.input_px if self.tiles is None else tuple(n * self.input_px for n in self.tiles)
 
     def forward(
@@ -98,34 +98,34 @@ class FeatureExtractor(nn.Module):
     ) -> torch.Tensor:
         """Encode uint8 patches ``(b, 3, s, s)`` of ``w`` windows in ``r`` symmetries, float32.
 
-        "concat" gives ``(b, r, w·f + w·N_COLOUR)``, features then colours; "mean" the views ``(b, r·w, f)``.
+        With ``"concat"`` the result is ``(b, r, w·f + w·N_COLOUR)``, features before colours; with ``"mean"`` it is the views ``(b, r·w, f)``.
         """
         n = len(patches)
         x = torch.cat([self.preprocess(window) for window in patches])
         if self.tiles is None:
-            encoded = [self.encoder(symmetric(x, *symmetry)).float().chunk(n) for symmetry in symmetries]
+            encoded = [self.encoder(apply_symmetry(x, *symmetry)).float().chunk(n) for symmetry in symmetries]
         else:
-            encoded = [self._tiled(patches, symmetry) for symmetry in symmetries]
+            encoded = [self._encode_tiles(patches, symmetry) for symmetry in symmetries]
         if self.fusion == "mean":
             return torch.stack([window for windows in encoded for window in windows], dim=1)
         colour = self._colour(x, n)
         return torch.stack([torch.cat([*windows, colour], dim=1) for windows in encoded], dim=1)
 
-    def _tiled(self, patches: tuple[torch.Tensor, ...], symmetry: tuple[int, bool]) -> list[torch.Tensor]:
-        """Mean features of the tiles of each window; a tile at a time, so that a batch stays as large as it was."""
+    def _encode_tiles(self, patches: tuple[torch.Tensor, ...], symmetry: tuple[int, bool]) -> list[torch.Tensor]:
+        """Return mean features over the tiles of each window, one tile at a time so that batches do not grow."""
         found = []
         for window, n in zip(patches, self.tiles or (), strict=True):
             x = self.preprocess(window, n)
             tiles = [part for row in x.chunk(n, dim=2) for part in row.chunk(n, dim=3)]
             total = sum(
-                self.encoder(symmetric(tile.contiguous(memory_format=torch.channels_last), *symmetry)).float()
+                self.encoder(apply_symmetry(tile.contiguous(memory_format=torch.channels_last), *symmetry)).float()
                 for tile in tiles
             )
             found.append(total / len(tiles))
         return found
 
     def colour(self, patches: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Return the colour features alone, ``(b, w·N_COLOUR)`` float32, without running the encoder."""
+        """Return only the colour features, ``(b, w·N_COLOUR)`` float32, without running the encoder."""
         return self._colour(torch.cat([self.preprocess(window) for window in patches]), len(patches))
 
     def fingerprint(self) -> list[float]:
@@ -145,18 +145,18 @@ class FeatureExtractor(nn.Module):
             intensity = x.float().permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1]) * self.std + self.mean
             density = intensity.clamp_(min=1 / 255).log_().neg_()
             mean = density.mean(1)
-            # By matrix multiplication, three times as fast as torch.std_mean on channels last.
+            # Matrix multiplication is three times as fast as torch.std_mean on channels last.
             square = torch.bmm(density.transpose(1, 2), density) / density.shape[1]
             covariance = square - mean.unsqueeze(2) * mean.unsqueeze(1)
             sd = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-            between = covariance[:, (0, 0, 1), (1, 2, 2)]
-            return torch.cat(torch.cat([mean, sd, between], dim=1).chunk(n_windows), dim=1)
+            covariances = covariance[:, (0, 0, 1), (1, 2, 2)]
+            return torch.cat(torch.cat([mean, sd, covariances], dim=1).chunk(n_windows), dim=1)
 
 
 class Network(nn.Module):
     """Feature extractor and heads.
 
-    Tensors: ``genes.*``, ``annotation.*`` divided by the temperature, and ``latent.*`` and ``annotation.*`` of a Basis.
+    ``tensors`` has ``genes.*``, ``annotation.*`` divided by the temperature, and ``latent.*`` and ``annotation.*`` of a Basis.
     """
 
     genes_weight: torch.Tensor
@@ -170,7 +170,7 @@ class Network(nn.Module):
         tensors: dict[str, torch.Tensor],
         context: Context,
         detector: OODDetector | None = None,
-        annotation_context: Context = ALONE,
+        annotation_context: Context = NO_CONTEXT,
     ):
         super().__init__()
         self.extractor = extractor
@@ -200,34 +200,34 @@ class Network(nn.Module):
         return self.basis.embed(features, rings_of(centres_um, self.basis.context.rings_um))
 
     def classify(self, features: Rows, centres_um: np.ndarray, latent: torch.Tensor) -> np.ndarray:
-        """Class probabilities of all spots of one slide, ``(n, c)`` float32; arguments as those of :meth:`embed`, and its result."""
+        """Return class probabilities of all spots of one slide, ``(n, c)`` float32; ``latent`` is the result of :meth:`embed`."""
         if self.annotation_basis is None:
             return self.annotation(latent).cpu().numpy()
         rings = rings_of(centres_um, self.annotation_basis.context.rings_um)
         logits = torch.from_numpy(self.annotation_basis.embed(features, rings)) + self.annotation_bias.cpu()
         return torch.softmax(logits, dim=-1).numpy()
 
-    def judge(self, features: Rows, facts: SlideFacts) -> OODResult | None:
-        """Say how the spots of one slide look beside training."""
-        return None if self.detector is None else self.detector.judge(features, facts)
+    def assess(self, features: Rows, facts: SlideFacts) -> OODResult | None:
+        """Compare the spots of one slide with training; ``None`` without a detector."""
+        return None if self.detector is None else self.detector.assess(features, facts)
 
     def expression(self, latent: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
         """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0."""
         return (latent @ self.genes_weight[:, genes] + self.genes_bias[genes]).clamp_(min=0)
 
     def expression_blocks(self, latent: torch.Tensor, genes: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
-        """Yield rows of ``(n, k)``, a part of the genes at positions ``(g,)``, and what is predicted of both, in bounded memory."""
+        """Yield a slice of spots, a slice of ``genes`` ``(g,)`` and their predicted values, in bounded memory; ``latent`` is ``(n, k)``."""
         positions = torch.from_numpy(np.asarray(genes, np.int64))
         for start in range(0, len(genes), _GENES_AT_ONCE):
             part = positions[start : start + _GENES_AT_ONCE].to(self.genes_bias.device)
             for rows in row_blocks(len(latent), _VALUES_AT_ONCE // len(part)):
-                # Not around the yield: the caller would be in this mode too.
+                # The yield is outside: otherwise the caller would run in inference mode.
                 with torch.inference_mode():
                     found = self.expression(latent[rows].to(part.device), part).cpu().numpy()
                 yield rows, slice(start, start + len(part)), found
 
     def annotation(self, latent: torch.Tensor) -> torch.Tensor:
-        """Predict the class probabilities, ``(…, k)`` to ``(…, c)``; those of several views are to be averaged."""
+        """Predict class probabilities, ``(…, k)`` to ``(…, c)``; the caller averages those of several views."""
         return torch.softmax(latent @ self.annotation_weight + self.annotation_bias, dim=-1)
 
 
@@ -236,8 +236,8 @@ def _basis(tensors: dict[str, torch.Tensor], names: tuple[str, ...], context: Co
     return Basis(mean, scale, projection, mixing, context)
 
 
-def symmetric(x: torch.Tensor, turns: int, mirrored: bool) -> torch.Tensor:
-    """Turn images ``(b, c, h, w)`` by quarter turns and mirror them."""
+def apply_symmetry(x: torch.Tensor, turns: int, mirrored: bool) -> torch.Tensor:
+    """Rotate images ``(b, c, h, w)`` by quarter turns, then mirror them if ``mirrored``."""
     if turns == 0 and not mirrored:
         return x
     x = torch.rot90(x, turns, dims=(2, 3))
@@ -248,14 +248,14 @@ _TOLERANCE = 1e-3
 
 
 def fuse_batch_norm(encoder: nn.Module, input_px: int) -> nn.Module:
-    """Return an encoder in evaluation mode without the batch normalisations that follow a convolution.
+    """Fold batch normalisations after convolutions into these; return the encoder in evaluation mode.
 
-    Pairs follow the order of declaration. The original is returned if a random image gives another result.
+    Pairs are found in the order of declaration. The original is returned if the result for a random image differs.
     """
-    # A transformer has nothing to fuse and may hold a billion weights: those are not copied.
+    # A transformer has nothing to fuse, and a copy of its weights may be large.
     if not any(_pairs(module) for module in encoder.modules()):
         return encoder
-    # The original too: in training mode the comparison would change its statistics.
+    # `eval` also for the original: in training mode the comparison would change its statistics.
     fused = copy.deepcopy(encoder.eval())
     _fuse(fused)
     x = torch.rand(1, 3, input_px, input_px, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -277,7 +277,7 @@ def _fuse(module: nn.Module) -> None:
 
 
 def _pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of the children that are a convolution and the normalisation after it."""
+    """Return the names of children that are a convolution followed by its normalisation."""
     children = list(module.named_children())
     return [
         (conv_name, norm_name)

@@ -1,4 +1,4 @@
-"""Whether a slide looks like what a model was trained on, and if not, why: spot by spot. Arrays in, arrays out."""
+"""Detect slides and spots out of distribution, with their causes. Arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ._stain import green_excess, stain_of
 #: Arrays of an :class:`OODDetector` among the tensors of a model.
 MEAN, SCALE, WEIGHTS = "guard.mean", "guard.scale", "guard.weights"
 PROJECTION, BANK, SIZE = "guard.projection", "guard.bank", "guard.size"
-#: Neighbours in the bank over whose distance a spot is judged.
+#: Rank of the neighbour in the bank whose distance is the score of a spot.
 N_NEAREST = 5
-#: What may be unlike training.
+#: Possible causes of a spot out of distribution.
 CAUSES = ("stain", "focus", "resolution", "tissue")
-#: What a slide may be called, from the best on.
+#: Verdicts on a slide, from best to worst.
 VERDICTS = ("like training", "new", "out of distribution", "no tissue")
-#: Share of the spots on tissue above which a slide as a whole is out of distribution.
-MOST = 0.5
+#: Share of spots out of distribution, among those on tissue, above which the whole slide is.
+OOD_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class SlideFacts:
-    """What is known of the spots beside their features."""
+    """Properties of spots besides their features."""
 
     mpp: float
     tissue: np.ndarray  # (n,) share of tissue
@@ -35,60 +35,60 @@ class SlideFacts:
 
     @classmethod
     def unknown(cls, n: int) -> SlideFacts:
-        """Nothing is known: every spot is on tissue, and sharp."""
+        """Return defaults: every spot is on tissue, and sharp."""
         return cls(float("nan"), np.ones(n, np.float32), np.zeros((n, len(FAULTS)), np.float32))
 
 
 @dataclass(frozen=True)
 class OODResult:
-    """How a slide looks beside training."""
+    """Result of the comparison of a slide with training."""
 
-    score: np.ndarray  # (n,) float32; above 1 out of distribution
-    causes: Mapping[str, float]  # share of the spots on tissue by cause
-    octaves: float  # log2 of how many times too large windows seem; NaN with one window
+    score: np.ndarray  # (n,) float32; above 1: out of distribution
+    causes: Mapping[str, float]  # share of the spots on tissue, by cause
+    octaves: float  # log2 of apparent over stated side of windows; NaN with one window
     verdict: str  # one of VERDICTS
-    reasons: tuple[str, ...]  # what is wrong with the whole slide
+    reasons: tuple[str, ...]  # causes that concern the whole slide
 
 
 @dataclass(frozen=True)
 class OODDetector:
-    """What is kept of the training spots to compare with.
+    """Statistics of the training spots, with which the spots of a slide are compared.
 
-    Features are standardised by training alone: stain and resolution, which Context removes, matter here.
+    Features are standardised by training only: effects of stain and resolution, which Context removes, must stay.
     """
 
     mean: np.ndarray  # (f,)
     scale: np.ndarray  # (f,)
     weights: np.ndarray  # (f,) of standardised features; empty in models of 0.6
-    projection: np.ndarray  # (f, d) standardised features to components
-    bank: np.ndarray  # (b, d) or more columns, which are not read
-    size: np.ndarray  # (k + 1,) features of a window to log2 of its side, then intercept; empty with one window
-    limits: Mapping[str, Any]  # distance, octaves; from 0.7 on rest, known, mpp, stain
+    projection: np.ndarray  # (f, d) from standardised features to components
+    bank: np.ndarray  # (b, d); further columns are ignored
+    size: np.ndarray  # (k + 1,) from features of a window to log2 of its side, then intercept; empty with one window
+    limits: Mapping[str, Any]  # distance, octaves; since 0.7 also rest, known, mpp, stain
     windows_um: tuple[float, ...]
 
-    def judge(self, features: Rows, facts: SlideFacts | None = None) -> OODResult:
+    def assess(self, features: Rows, facts: SlideFacts | None = None) -> OODResult:
         """Compare the spots of one slide, ``(n, f)``, with training."""
         n = len(features)
         facts = SlideFacts.unknown(n) if facts is None else facts
         on_tissue = facts.tissue >= MIN_TISSUE
-        octaves, stain, order, distance, rest = self._compare(features, on_tissue)
+        octaves, stain, excess, distance, residual = self._compare(features, on_tissue)
         scores = {
             "stain": stain,
             "focus": facts.faults.max(1, initial=0),
             "resolution": np.full(n, self._resolution(octaves, facts.mpp)),
-            "tissue": np.maximum(distance / self._distance, rest / self.limits.get("rest", np.inf)),
+            "tissue": np.maximum(distance / self._distance_limit, residual / self.limits.get("rest", np.inf)),
         }
-        # A stain is that of a slide: a spot is not better than most of them.
+        # Stain and focus belong to the slide: no spot scores better than the median.
         for cause in ("stain", "focus"):
             if on_tissue.any():
                 scores[cause] = np.maximum(scores[cause], np.median(scores[cause][on_tissue]))
-        excess = float(np.median(order[on_tissue])) if on_tissue.any() else 1.0
-        scores["stain"] = np.maximum(scores["stain"], 1 - excess)
+        slide_excess = float(np.median(excess[on_tissue])) if on_tissue.any() else 1.0
+        scores["stain"] = np.maximum(scores["stain"], 1 - slide_excess)
         score = np.max(list(scores.values()), axis=0).astype(np.float32) if n else np.zeros(0, np.float32)
         causes = {name: float((x[on_tissue] > 1).mean()) if on_tissue.any() else 0.0 for name, x in scores.items()}
         verdict = self._verdict(score[on_tissue], distance[on_tissue])
         found = _main_causes(causes) if verdict == "out of distribution" else []
-        reasons = tuple(self._words(cause, octaves, excess, facts, on_tissue) for cause in found)
+        reasons = tuple(self._reason(cause, octaves, slide_excess, facts, on_tissue) for cause in found)
         if verdict == "no tissue" and n:
             reasons = ("no spot lies on tissue",)
         return OODResult(score, causes, octaves, verdict, reasons)
@@ -96,23 +96,23 @@ class OODDetector:
     def _compare(
         self, features: Rows, on_tissue: np.ndarray
     ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Seeming size of the slide; of each spot score and order of the stain, distance to the bank and rest; by blocks."""
+        """Return the apparent size of the slide, and for each spot score and excess of stain, distance to the bank and residual."""
         found: list[tuple[np.ndarray, ...]] = []
         sizes: list[tuple[int, float]] = []
         for rows in row_blocks(len(features)) or [slice(0, 0)]:
             x = features[rows]
-            own, rest = components(x, self.mean, self.scale, self.weights, self.projection)
-            found.append((*self._stain(x), nearest(own, self.bank[:, : own.shape[1]]), rest))
+            projected, residual = components(x, self.mean, self.scale, self.weights, self.projection)
+            found.append((*self._stain(x), distance_to_bank(projected, self.bank[:, : projected.shape[1]]), residual))
             if n := int(on_tissue[rows].sum()):
-                sizes.append((n, seeming_size(x[on_tissue[rows]], self.size, self.windows_um)))
-        stain, order, distance, rest = (np.concatenate(values) for values in zip(*found, strict=True))
+                sizes.append((n, apparent_size(x[on_tissue[rows]], self.size, self.windows_um)))
+        stain, excess, distance, residual = (np.concatenate(values) for values in zip(*found, strict=True))
         if len(sizes) == 1:
-            return sizes[0][1], stain, order, distance, rest
+            return sizes[0][1], stain, excess, distance, residual
         octaves = float(np.average([size for _, size in sizes], weights=[n for n, _ in sizes])) if sizes else np.nan
-        return octaves, stain, order, distance, rest
+        return octaves, stain, excess, distance, residual
 
     @property
-    def _distance(self) -> float:
+    def _distance_limit(self) -> float:
         limit = self.limits["distance"]
         return limit[0] if isinstance(limit, list | tuple) else limit
 
@@ -123,77 +123,77 @@ class OODDetector:
         found = stain_of(features, len(self.windows_um))
         middle = np.array(limits["middle"])
         score = np.abs((found - middle) / np.array(limits["half"])).max(1, initial=0)
-        # A model may have been trained on another stain.
-        he = green_excess(middle[None])[0] > 0
-        return score, green_excess(found) if he else np.ones(len(features))
+        # The model may have been trained on another stain than H&E.
+        is_he = green_excess(middle[None])[0] > 0
+        return score, green_excess(found) if is_he else np.ones(len(features))
 
     def _resolution(self, octaves: float, mpp: float) -> float:
-        seeming = abs(octaves) / self.limits["octaves"] if np.isfinite(octaves) else 0.0
+        apparent = abs(octaves) / self.limits["octaves"] if np.isfinite(octaves) else 0.0
         coarse = mpp / self.limits["mpp"] if "mpp" in self.limits and np.isfinite(mpp) else 0.0
-        return float(max(seeming, coarse))
+        return float(max(apparent, coarse))
 
     def _verdict(self, score: np.ndarray, distance: np.ndarray) -> str:
         if not len(score):
             return "no tissue"
-        if (score > 1).mean() > MOST:
+        if (score > 1).mean() > OOD_SHARE:
             return "out of distribution"
         known = self.limits.get("known")
         return "like training" if known is not None and np.median(distance) <= known else "new"
 
-    def _words(self, cause: str, octaves: float, excess: float, facts: SlideFacts, on_tissue: np.ndarray) -> str:
+    def _reason(self, cause: str, octaves: float, slide_excess: float, facts: SlideFacts, on_tissue: np.ndarray) -> str:
         if cause == "focus":
             shares = (facts.faults[on_tissue] > 1).mean(0)
             return f"focus: the image is {FAULTS[int(shares.argmax())]}"
         if cause == "resolution":
             if "mpp" in self.limits and facts.mpp > self.limits["mpp"]:
-                return f"resolution: {facts.mpp:.3g} µm/px is coarser than the images that it was trained on"
+                return f"resolution: {facts.mpp:.3g} µm/px is coarser than the training images"
             return (
-                f"resolution: what its windows show seems {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} "
-                "than it should be: the µm/px may be wrong, or the image far less sharp or sharper"
+                f"resolution: its windows seem {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} than stated: "
+                "the µm/px may be wrong, or the image much blurrier or sharper than in training"
             )
-        if cause == "stain" and excess < 0:
+        if cause == "stain" and slide_excess < 0:
             return (
-                "stain: it absorbs more red than green, which H&E does not: it is another stain, or its channels are not in the order "
+                "stain: it absorbs more red than green, unlike H&E: this is another stain, or its channels are not in the order "
                 "red, green, blue"
             )
         if cause == "stain":
-            return "stain: its colours are not those of the H&E stains that it was trained on"
-        return "tissue: its spots look like no training spot"
+            return "stain: its colours differ from the H&E stains of training"
+        return "tissue: its spots are unlike all training spots"
 
 
 def _main_causes(causes: Mapping[str, float]) -> list[str]:
-    """Causes that hold for most spots, else the most frequent one."""
-    found = [name for name in CAUSES if causes[name] > MOST]
+    """Return the causes that concern most spots, or else the most frequent one."""
+    found = [name for name in CAUSES if causes[name] > OOD_SHARE]
     return found or [max(causes, key=lambda name: causes[name])]
 
 
 def components(
     features: np.ndarray, mean: np.ndarray, scale: np.ndarray, weights: np.ndarray, projection: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features standardised by training: their components ``(n, d)``, and the length of what is left of them ``(n,)``."""
+    """Standardise features by training; return their components ``(n, d)``, and the length of the residual ``(n,)``."""
     usable = scale > 0
     z = (features.astype(np.float64) - mean) * np.where(usable, 1 / np.where(usable, scale, 1), 0)
     if not len(weights):
         return z @ projection, np.zeros(len(z))
     z = z * weights
-    own = z @ projection
-    return own, np.sqrt(np.maximum(np.square(z).sum(1) - np.square(own).sum(1), 0))
+    projected = z @ projection
+    return projected, np.sqrt(np.maximum(np.square(z).sum(1) - np.square(projected).sum(1), 0))
 
 
-def nearest(own: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """Distance of each spot ``(n, d)`` to the fifth nearest of the bank ``(b, d)``."""
+def distance_to_bank(projected: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """Return the distance of each spot ``(n, d)`` to the fifth nearest spot of the bank ``(b, d)``."""
     from scipy.spatial.distance import cdist
 
-    if not len(own):
+    if not len(projected):
         return np.zeros(0)
-    distance = cdist(own, bank)
+    distance = cdist(projected, bank)
     k = min(N_NEAREST, len(bank)) - 1
-    # A copy: the column alone would keep all distances in memory.
+    # A copy: a view of the column would keep all distances in memory.
     return np.partition(distance, k, axis=1)[:, k].copy()
 
 
-def seeming_size(features: np.ndarray, size: np.ndarray, windows_um: tuple[float, ...]) -> float:
-    """Mean over spots and windows of the log2 of the side that a window seems to have over the side that it has."""
+def apparent_size(features: np.ndarray, size: np.ndarray, windows_um: tuple[float, ...]) -> float:
+    """Return the mean over spots and windows of log2 of the apparent side of a window over its stated side."""
     if not len(size) or not len(features):
         return float("nan")
     k, w = len(size) - 1, len(windows_um)

@@ -1,6 +1,6 @@
-"""The networks of the HE2Gene paper: reading the ``.pt`` files that its authors publish.
+"""Read the networks of the HE2Gene paper from the ``.pt`` files that its authors publish.
 
-Layout and constants are those of github.com/Microbiods/HE2Gene (``src/models/resnet.py``, ``src/patch_pred.py``):
+Layout and constants follow github.com/Microbiods/HE2Gene (``src/models/resnet.py``, ``src/patch_pred.py``):
 torchvision's ResNet-50 without its last layer, and three linear heads on its 2,048 features.
 """
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 #: Channels of the training patches of the paper, after scaling to 0..1.
 PAPER_MEAN, PAPER_STD = (0.5319, 0.5080, 0.6824), (0.2442, 0.2063, 0.1633)
-#: About 75, 150 and 225 px of the images of HBCIS, in round numbers.
+#: Rounded sides of 75, 150 and 225 px in the images of HBCIS.
 PAPER_WINDOWS_UM = (50.0, 100.0, 150.0)
-#: µm per pixel of HBCIS and her2st (but A), and the same windows in pixels.
+#: µm per pixel of HBCIS and her2st (except A), and the same windows in pixels.
 PAPER_MPP = 0.69
 PAPER_WINDOWS_PX = (75, 150, 225)
 
@@ -35,7 +35,7 @@ PAPER_WINDOWS_PX = (75, 150, 225)
 _HEADS = {"he2gene-base": ("fc1", "fc2", "fc3"), "he2gene-spat": ("fc", "fc_aux", "fc_tmr")}
 _BASE = "base_model."
 _ENCODER = "resnet50"
-_SHOWN = 6
+_MAX_LISTED = 6
 
 
 def from_checkpoint(
@@ -55,7 +55,7 @@ def from_checkpoint(
     """Read a network of the HE2Gene paper from the ``.pt`` file that its authors publish.
 
     Predictions are averaged over three windows and the eight symmetries of the square, as in the paper. They equal
-    those of the authors' code but for what is negative, which is floored at 0.
+    those of the authors' code, except that negative values become 0.
 
     Parameters
     ----------
@@ -66,29 +66,29 @@ def from_checkpoint(
     preset
         ``"he2gene-base"`` or ``"he2gene-spat"``.
     target_genes, aux_genes
-        Genes in the order of the two heads, or text files with a gene a line (``src/target_genes.txt`` and
+        Genes in the order of the two heads, or text files with one gene per line (``src/target_genes.txt`` and
         ``data/breast/full_aux_genes.txt`` of the authors' repository).
     name, version, description, intended_use, license
-        For the card. Default name: that of the preset.
+        Texts of the card. The default name is that of the preset.
     windows_um
         Sides of the windows, µm. The paper's 75, 150 and 225 px are about 50, 100 and 150 µm; at the 0.69 µm/px of HBCIS
         they are 51.75, 103.5 and 155.25 µm.
     ensembl_ids
-        Symbol to Ensembl id, for the gene table; genes that are named by an Ensembl id have their own.
+        Ensembl ids by symbol, for the gene table; genes that are named by an Ensembl id need none.
 
     Returns
     -------
     HE2Gene
-        With ``.save(path)``; use it at once as ``hg.tl.predict(sdata, model=model)``. No held-out figure is known of
-        it: ``genes["pcc"]`` is NaN and no gene is called reliable.
+        The model, for ``hg.tl.predict(sdata, model=model)`` or ``.save(path)``. It has no held-out metrics:
+        ``genes["pcc"]`` is NaN and no gene is called reliable.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If the file is truncated, holds pickled objects, or is of another layout; if it has other numbers of genes than
-        the lists; if genes occur twice.
+        If the file is truncated, holds pickled objects, or has another layout, if its numbers of genes differ from the
+        lists, or if genes occur twice.
 
     Examples
     --------
@@ -105,8 +105,8 @@ def from_checkpoint(
     if names.has_duplicates:
         twice = list(names[names.duplicated()].unique())
         raise ValueError(
-            f"`target_genes`, `aux_genes`: {len(twice)} genes occur twice, first {twice[:_SHOWN]}; every output of the "
-            "network needs a name of its own"
+            f"`target_genes`, `aux_genes`: {len(twice)} genes occur twice, first {twice[:_MAX_LISTED]}; every output of the "
+            "network needs a unique name"
         )
     from ._encoders.load import encoder_sha256
 
@@ -114,7 +114,9 @@ def from_checkpoint(
     _check_layout(state, preset)
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise ValueError(f"`path` holds values that are not finite in {broken[:_SHOWN]}: its training had diverged")
+        raise ValueError(
+            f"`path` holds values that are not finite in {broken[:_MAX_LISTED]}: its training had diverged"
+        )
     encoder, spec = _encoder(state)
     n_genes = {"target_genes": len(target), "aux_genes": len(aux)}
     heads = _heads(state, preset, n_genes, encoder.num_features)
@@ -178,7 +180,7 @@ def _names(genes: Sequence[str] | str | Path, parameter: str) -> list[str]:
         file = Path(genes).expanduser()
         if not file.is_file():
             raise FileNotFoundError(
-                f"`{parameter}` {str(genes)!r} is no file; a list of genes or a text file is needed"
+                f"`{parameter}` {str(genes)!r} is not a file; a list of genes or a text file is needed"
             )
         genes = file.read_text(encoding="utf-8").splitlines()
         genes = [line.strip() for line in genes if line.strip()]
@@ -186,7 +188,7 @@ def _names(genes: Sequence[str] | str | Path, parameter: str) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of the file by name, without wrappers and prefixes."""
+    """Return the tensors of a file by name, without wrappers and prefixes."""
     from ._encoders.local import read_state
 
     if not path.is_file():
@@ -195,7 +197,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:
-    """Raise unless the file has the three heads of the preset, and nothing beside them and the encoder."""
+    """Raise unless the file has exactly the three heads of the preset and the encoder."""
     heads = sorted({key.rsplit(".", 1)[0] for key in state if not key.startswith(_BASE)})
     expected = [f"{head}.{part}" for head in _HEADS[preset] for part in ("weight", "bias")]
     outside = {key for key in state if not key.startswith(_BASE)}
@@ -204,13 +206,13 @@ def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:
     other = next((name for name, wanted in _HEADS.items() if sorted(wanted) == heads), None)
     hint = f"; that is the layout of preset {other!r}" if other is not None and other != preset else ""
     raise ValueError(
-        f"`path` is no {preset!r}: expected {_BASE}* and {expected}, found {heads[:_SHOWN]} beside "
+        f"`path` is not a {preset!r}: expected {_BASE}* and {expected}, found {heads[:_MAX_LISTED]} and "
         f"{sum(key.startswith(_BASE) for key in state)} tensors of {_BASE}*{hint}"
     )
 
 
 def _encoder(state: dict[str, torch.Tensor]) -> tuple[Any, EncoderSpec]:
-    """Build the ResNet-50 of the file; torchvision and timm name its layers alike."""
+    """Build the ResNet-50 of the file; torchvision and timm use the same names of layers."""
     from ._encoders.load import load_encoder
 
     encoder, spec = load_encoder(_ENCODER, pretrained=False)
@@ -218,14 +220,14 @@ def _encoder(state: dict[str, torch.Tensor]) -> tuple[Any, EncoderSpec]:
     try:
         encoder.load_state_dict(own)
     except RuntimeError as error:
-        raise ValueError(f"`path`: {_BASE}* is no ResNet-50 as torchvision names its layers: {error}") from error
+        raise ValueError(f"`path`: {_BASE}* is not a ResNet-50 with torchvision's names of layers: {error}") from error
     return encoder, spec
 
 
 def _heads(
     state: dict[str, torch.Tensor], preset: str, n_genes: dict[str, int], n_features: int
 ) -> dict[str, torch.Tensor]:
-    """Name the heads as a model folder does; raise if they do not fit the encoder or the lists of genes."""
+    """Rename the heads as in a model folder; raise if they do not fit the encoder or the lists of genes."""
     import torch
 
     target, aux, tumour = ((state[f"{h}.weight"].float(), state[f"{h}.bias"].float()) for h in _HEADS[preset])
@@ -236,7 +238,7 @@ def _heads(
                 f"biases of shape {tuple(bias.shape)}"
             )
         if len(weight) != n_genes[parameter]:
-            raise ValueError(f"`{parameter}` names {n_genes[parameter]} genes, the network has {len(weight)} of them")
+            raise ValueError(f"`{parameter}` names {n_genes[parameter]} genes, the network has {len(weight)}")
     if tumour[0].shape != (1, n_features) or tumour[1].shape != (1,):
         raise ValueError(
             f"`path`: the tumour head has shape {tuple(tumour[0].shape)} and biases {tuple(tumour[1].shape)}, "

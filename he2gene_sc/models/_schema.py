@@ -1,4 +1,4 @@
-"""What a model card must look like: every field with its type."""
+"""Schema of a model card: every field with its type."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ._stain import N_STAIN
 
 ExpressionScale = Literal["natural log of (1 + counts per 10,000)"]
 EXPRESSION_SCALE: ExpressionScale = "natural log of (1 + counts per 10,000)"
-#: Faults that one error names.
-_SHOWN = 3
+#: Most faults that one error lists.
+_MAX_LISTED = 3
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HEX_COLOUR = re.compile(r"#[0-9a-fA-F]{6}([0-9a-fA-F]{2})?")
 
@@ -52,8 +52,8 @@ Three = Annotated[list[Number], Field(min_length=3, max_length=3)]
 Two = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
-#: Default of a field that may be left out, but not be null.
-_LEFT_OUT: Any = None
+#: Default of a field that may be absent, but not null.
+_ABSENT: Any = None
 
 
 class _Strict(BaseModel):
@@ -65,13 +65,13 @@ class _Encoder(_Strict):
     license: str
     sha256: Sha256
     input_px: Count
-    mean: Three = _LEFT_OUT
-    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = _LEFT_OUT
-    stages: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = _LEFT_OUT
-    output: Annotated[list[Number], Field(min_length=1)] = _LEFT_OUT
-    mpp: Positive | list[Positive] = _LEFT_OUT
-    interpolation: Interpolation = _LEFT_OUT
-    tiles: Annotated[list[Count], Field(min_length=1)] = _LEFT_OUT
+    mean: Three = _ABSENT
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = _ABSENT
+    stages: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = _ABSENT
+    output: Annotated[list[Number], Field(min_length=1)] = _ABSENT
+    mpp: Positive | list[Positive] = _ABSENT
+    interpolation: Interpolation = _ABSENT
+    tiles: Annotated[list[Count], Field(min_length=1)] = _ABSENT
 
 
 class _Context(_Strict):
@@ -98,11 +98,11 @@ class _Guard(_Strict):
     rest: Positive
     octaves: Positive
     mpp: Positive
-    known: NotNegative = _LEFT_OUT
-    stain: _Stain = _LEFT_OUT
+    known: NotNegative = _ABSENT
+    stain: _Stain = _ABSENT
 
 
-class _GuardOf06(_Strict):
+class _Guard06(_Strict):
     distance: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     far: Positive
     octaves: Positive
@@ -110,11 +110,11 @@ class _GuardOf06(_Strict):
     variation: Two
 
 
-def _layout(guard: object) -> str:
+def _guard_version(guard: object) -> str:
     return "0.6" if isinstance(guard, dict) and {"far", "spread", "variation"} & guard.keys() else "0.7"
 
 
-_AnyGuard = Annotated[Annotated[_Guard, Tag("0.7")] | Annotated[_GuardOf06, Tag("0.6")], Discriminator(_layout)]
+_AnyGuard = Annotated[Annotated[_Guard, Tag("0.7")] | Annotated[_Guard06, Tag("0.6")], Discriminator(_guard_version)]
 
 
 class _Image(_Strict):
@@ -146,7 +146,7 @@ class _Programmes(_Strict):
 
 
 class Card(_Strict):
-    """Fields of ``card.json``, as :class:`he2gene_sc.models.ModelCard` describes them."""
+    """Fields of ``card.json``; :class:`he2gene_sc.models.ModelCard` describes them."""
 
     name: Text
     version: Text
@@ -176,7 +176,7 @@ class Card(_Strict):
 
 
 def check_card(data: dict[str, Any], where: str) -> None:
-    """Check the fields of a card; errors name the file and the fields."""
+    """Check the fields of a card; ``where`` names the file in errors."""
     try:
         card = Card.model_validate(data)
     except ValidationError as error:
@@ -219,7 +219,7 @@ def check_card(data: dict[str, Any], where: str) -> None:
 
 
 def check_class_names(names: Iterable[str], what: str = "class") -> None:
-    """Refuse names of classes that a zarr store cannot hold side by side as columns."""
+    """Raise if names of classes cannot be columns of one table in a zarr store."""
     seen: dict[str, str] = {}
     for name in names:
         text = isinstance(name, str) and bool(name.strip())
@@ -235,29 +235,29 @@ def check_class_names(names: Iterable[str], what: str = "class") -> None:
 
 
 def explain(error: ValidationError) -> str:
-    """Name the fields that pydantic refused, what each is, and what is valid."""
+    """List the fields that pydantic rejected, with the value found and what is valid."""
     found = error.errors(include_url=False)
-    # Of a union, every branch has its own line.
+    # pydantic reports every branch of a union.
     unique = {_field(fault["loc"]): fault for fault in reversed(found)}
     faults = [unique[name] for name in reversed(unique)]
     missing = [_field(fault["loc"]) for fault in faults if fault["type"] == "missing"]
-    said = [f"lacks {missing}"] if missing else []
+    messages = [f"lacks {missing}"] if missing else []
     for fault in faults:
         if fault["type"] == "extra_forbidden":
-            said.append(f"`{_field(fault['loc'])}` is not a field that this version knows")
+            messages.append(f"`{_field(fault['loc'])}` is not a field that this version knows")
         elif fault["type"] != "missing":
-            said.append(f"`{_field(fault['loc'])}` is {_short(fault['input'])}: {_valid(fault['msg'])}")
-    more = f"; and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
-    return "; ".join(said[:_SHOWN]) + more
+            messages.append(f"`{_field(fault['loc'])}` is {_short(fault['input'])}: {_valid(fault['msg'])}")
+    more = f"; and {len(messages) - _MAX_LISTED} more" if len(messages) > _MAX_LISTED else ""
+    return "; ".join(messages[:_MAX_LISTED]) + more
 
 
 def _field(place: tuple[int | str, ...]) -> str:
-    """Join names and positions; what pydantic calls the branches of a union is left out."""
+    """Join names and positions, without pydantic's names for branches of a union."""
     named = [str(part) for part in place if not (isinstance(part, str) and ("[" in part or part in _BRANCHES))]
     return ".".join(named)
 
 
-#: Names that pydantic gives to the branches of a union.
+#: Names by which pydantic calls the branches of a union.
 _BRANCHES = ("float", "int", "bool", "str", "constrained-float", "constrained-int", "list", "none", "0.6", "0.7")
 
 

@@ -1,4 +1,4 @@
-"""Checks of the tensors of a model: names, shapes that fit the card, finite values."""
+"""Check the tensors of a model: names, shapes that fit the card, finite values."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from ._embedding import N_COLOUR
 from ._embedding import TENSORS as LATENT
 from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS
 
-#: What the names of an encoder's own tensors begin with.
+#: Prefix of the names of the tensors of an encoder.
 ENCODER = "encoder."
 _GENES = ("genes.weight", "genes.bias")
 _ANNOTATION = ("annotation.weight", "annotation.bias")
 _COLOUR = ("colour.weight", "colour.bias", "colour.genes")
 _INTERVALS = ("intervals.quantiles", "intervals.groups", "intervals.spread")
-#: Of models that were trained by he2gene_sc 0.7 or later.
+#: Only in models trained with he2gene_sc 0.7 or later.
 DETECTED = ("intervals.detected", "intervals.detected_groups")
 LEVELS = ("intervals.level_quantiles", "intervals.level_groups", "intervals.level_edges")
 _OWN_ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
-#: Of models of he2gene_sc 0.6, whose detector was standardised as the embedding is; and what later ones have beside them.
+#: Tensors of the detector in all models, and further ones since 0.7 (in 0.6 it was standardised like the embedding).
 _GUARD, _OWN_GUARD = (PROJECTION, BANK, SIZE), (MEAN, SCALE, WEIGHTS)
-_WHOLE = ("colour.genes", "intervals.groups", DETECTED[1], LEVELS[1])
-#: NaN where a class or a predicted level has too few spots, infinite where groups are too few for a level.
-_NOT_FINITE = ("intervals.quantiles", DETECTED[0], LEVELS[0])
-_SHOWN = 5
+_INTEGERS = ("colour.genes", "intervals.groups", DETECTED[1], LEVELS[1])
+#: NaN if a class or a predicted level has too few spots; infinite if a level has too few groups.
+_MAY_BE_NOT_FINITE = ("intervals.quantiles", DETECTED[0], LEVELS[0])
+_MAX_LISTED = 5
 
 
 def check_tensors(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Check names, types, shapes and finite values of tensors against the card; ``where`` is named in errors."""
+    """Check names, types, shapes and finite values of tensors against the card; ``where`` names the file in errors."""
     _check_names(card, tensors, where)
     for name, values in tensors.items():
         _check_values(name, values, where)
     sizes = _Sizes(card, tensors)
-    for name, (shape, because) in sizes.expected().items():
+    for name, (shape, reason) in sizes.expected().items():
         found = tensors[name].shape
         if len(found) != len(shape) or any(n is not None and n != m for n, m in zip(shape, found, strict=True)):
-            shown = ", ".join("any" if n is None else str(n) for n in shape)
-            raise ValueError(f"{where}: tensor {name!r} has shape {found}; ({shown}) is needed for {because}")
+            valid = ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(f"{where}: tensor {name!r} has shape {found}; ({valid}) is needed for {reason}")
     sizes.check_features(where)
     _check_ranges(card, tensors, where)
 
@@ -64,20 +64,20 @@ def _check_names(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str)
     lacking = sorted(needed - heads)
     if lacking:
         raise ValueError(
-            f"{where} lacks {lacking[:_SHOWN]}: it is not a he2gene_sc model of this schema, or is damaged"
+            f"{where} lacks {lacking[:_MAX_LISTED]}: it is not a he2gene_sc model of this schema, or is damaged"
         )
     unknown = sorted(heads - needed)
     if unknown:
-        raise ValueError(f"{where} holds {unknown[:_SHOWN]}, which its card does not speak of: it is damaged")
+        raise ValueError(f"{where} holds {unknown[:_MAX_LISTED]}, which its card does not mention: it is damaged")
 
 
 def _check_values(name: str, values: np.ndarray, where: str) -> None:
-    whole = name in _WHOLE
-    kinds = "iu" if whole else "fiu" if name.startswith(ENCODER) else "f"
+    is_integer = name in _INTEGERS
+    kinds = "iu" if is_integer else "fiu" if name.startswith(ENCODER) else "f"
     if values.dtype.kind not in kinds:
-        wanted = "whole numbers" if whole else "floating-point numbers"
+        wanted = "whole numbers" if is_integer else "floating-point numbers"
         raise ValueError(f"{where}: tensor {name!r} is of type {values.dtype}; {wanted} are needed")
-    if values.dtype.kind == "f" and name not in _NOT_FINITE and not np.isfinite(values).all():
+    if values.dtype.kind == "f" and name not in _MAY_BE_NOT_FINITE and not np.isfinite(values).all():
         n = int((~np.isfinite(values)).sum())
         raise ValueError(
             f"{where}: tensor {name!r} holds {n:,} values that are not finite: its training diverged, or it is damaged"
@@ -107,7 +107,7 @@ def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
 
 
 class _Sizes:
-    """The numbers that shapes are made of."""
+    """Sizes from which the expected shapes of tensors follow."""
 
     def __init__(self, card: ModelCard, tensors: Mapping[str, np.ndarray]):
         self.card, self.tensors = card, tensors
@@ -121,12 +121,12 @@ class _Sizes:
         return shape[axis] if len(shape) > axis else 0
 
     def expected(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
-        """Shape of each tensor, and what it follows from; ``None``: any number."""
+        """Return the expected shape of each tensor, and its reason; ``None`` is any number."""
         g, k, c, f = self.g, self.k, self.c, self.f
         p = self._axis("latent.projection", 1)
         genes, latent = f"{g} genes (`n_genes`)", f"{k} components (`n_latent`)"
         classes = f"{c} classes and {latent}"
-        features = f"{f} features, as many as 'latent.mean' has"
+        features = f"{f} features, as in 'latent.mean'"
         shapes: dict[str, tuple[tuple[int | None, ...], str]] = {
             "genes.weight": ((k, g), f"{latent} and {genes}"),
             "genes.bias": ((g,), genes),
@@ -163,11 +163,11 @@ class _Sizes:
             d = self._axis(PROJECTION, 1)
             encoded = max(0, f - self.n_colour) // self.windows
             shapes[PROJECTION] = ((f, None), features)
-            beside = 0 if "rest" in self.card.guard else self.n_colour
-            shapes[BANK] = ((None, d + beside), f"{d} components and {beside} colours")
+            n_colours = 0 if "rest" in self.card.guard else self.n_colour
+            shapes[BANK] = ((None, d + n_colours), f"{d} components and {n_colours} colours")
             shapes |= dict.fromkeys(_OWN_GUARD, ((f,), features))
-            sized = self.windows > 1 and "tiles" not in self.card.encoder
-            shapes[SIZE] = ((encoded + 1 if sized else 0,), f"{encoded} features of a window")
+            has_size = self.windows > 1 and "tiles" not in self.card.encoder
+            shapes[SIZE] = ((encoded + 1 if has_size else 0,), f"{encoded} features of a window")
         return {name: wanted for name, wanted in shapes.items() if name in self.tensors}
 
     def _own_annotation(self, annotation: Mapping[str, Any]) -> tuple[tuple[int | None, ...], str]:
@@ -176,11 +176,11 @@ class _Sizes:
 
     @property
     def n_colour(self) -> int:
-        """Colour features of a spot: none where every window is a view of its own."""
+        """Number of colour features of a spot: 0 if every window is a view."""
         return N_COLOUR * self.windows if self.card.fusion == "concat" else 0
 
     def check_features(self, where: str) -> None:
-        """Check that the windows share the features evenly."""
+        """Check that the number of features is a multiple of the number of windows."""
         if "latent.mean" not in self.tensors or self.card.fusion != "concat":
             return
         if self.f <= self.n_colour or self.f % self.windows:

@@ -24,7 +24,7 @@ from .._core.predictions import prediction_of
 from ..stats import LEVELS, MIN_GROUPS
 from ..training._calibrate import Calibration as Residuals
 from ..training._calibrate import calibrate as residuals_of
-from ..training._calibrate import joined
+from ..training._calibrate import join_calibrations
 from ._paired import paired_spots
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def calibrate(
         n_spots=len(codes),
         genes=predicted.genes.astype(str),
         detected=np.concatenate(detected),
-        residuals=joined(parts),
+        residuals=join_calibrations(parts),
         means=np.concatenate(means).astype(np.float32),
         spread=(float(levels.min() / levels.mean()), float(levels.max() / levels.mean())),
         models=tuple(sorted({made_by(table, layer) for table in predicted.tables} - {""})),

@@ -127,7 +127,7 @@ def _check_windows(slide: Slide, model: HE2Gene) -> None:
 def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
     """All windows of the spots inside the image; or, of dense spots, each window at the nodes of a lattice."""
     from ..image import PatchReader, Pyramid, plan_windows
-    from ..inference import Part, allocator, is_dense, lattice_of, without_idle
+    from ..inference import Part, allocator, drop_idle_nodes, is_dense, lattice_of
 
     extractor, windows = model.network.extractor, model.card.windows_um
     centres = slide.centres[slide.inside]
@@ -145,12 +145,12 @@ def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
         )
 
     if how.step is not None and is_dense(centres * slide.mpp, windows):
-        lattices = [without_idle(*lattice_of(centres, how.step * um / slide.mpp), centres) for um in windows]
+        lattices = [drop_idle_nodes(*lattice_of(centres, how.step * um / slide.mpp), centres) for um in windows]
         if sum(len(nodes) for nodes, _ in lattices) < len(windows) * len(centres):
             # Wider windows are averaged from the level that all windows would be read from together.
             level = plan_windows(slide.pyramid, slide.mpp, windows, extractor.window_px).level
             pyramid = Pyramid(slide.pyramid.levels[: level + 1])
-            ones = [extractor.of_window(i) for i in range(len(windows))]
+            ones = [extractor.single_window(i) for i in range(len(windows))]
             sides = [one.window_px if isinstance(one.window_px, int) else one.window_px[0] for one in ones]
             return tuple(
                 Part(one, read(pyramid, nodes, (um,), side), weights)

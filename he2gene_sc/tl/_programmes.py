@@ -25,8 +25,8 @@ from ..models._card import set_genes
 from ..models._schema import check_class_names
 from ..stats import SetScores, set_ceiling
 from ..training._held_out import Depth
-from ..training._predictability import MIN_GROUPS, by_patient
-from ..training._programmes import judged
+from ..training._predictability import MIN_GROUPS, mean_by_patient
+from ..training._programmes import summarise_programmes
 from ._biomarkers.blind import COLOUR, DEPTH, fields
 from ._biomarkers.pool import labelled_spots
 from ._compare import correlation, fitted_on_others, in_common
@@ -269,7 +269,7 @@ def _sections(
         own = units == unit
         figures = {name: correlation(values[own], aim[own]) for name, values in guesses.items()}
         if totals is not None:
-            given = Depth.of(totals[own], np.zeros(own.sum())).partial(guess[own], aim[own])
+            given = Depth.fit(totals[own], np.zeros(own.sum())).partial(guess[own], aim[own])
             figures["pearson_given_depth"] = np.where(np.isfinite(figures["pearson"]), np.nan_to_num(given), np.nan)
             figures["ceiling"] = scorer.ceiling(truth.take(own), rng)
         first = np.flatnonzero(own)[0]
@@ -282,8 +282,8 @@ def _over_units(sections: pd.DataFrame, unit: str, names: list[str], trained_on:
     """Means of the figures over patients, the interval, and whether a set may be used, by set."""
     n_sets = len(names)
     samples = sections["sample"].to_numpy()[::n_sets]
-    of = {name: by_patient(sections[name].to_numpy(float).reshape(-1, n_sets), samples) for name in _FIGURES}
-    out = judged(of, (DEPTH, COLOUR)).set_axis(names)
+    of = {name: mean_by_patient(sections[name].to_numpy(float).reshape(-1, n_sets), samples) for name in _FIGURES}
+    out = summarise_programmes(of, (DEPTH, COLOUR)).set_axis(names)
     out["reliable"] &= not trained_on
     n = len(set(samples))
     out["evidence"] = f"{n} {unit}s held out"

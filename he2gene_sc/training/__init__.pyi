@@ -8,7 +8,7 @@ from ._gradient.presets import PRESETS, Preset
 from ._gradient.run_options import RunOptions
 from ._gradient.train_network import patch_set, train_network
 from ._metadata import ModelMetadata, Programmes
-from ._scratch import check_room, spilled
+from ._scratch import check_room, spill
 from ._sections import Section, log_targets
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "log_targets",
     "neighbour_table",
     "patch_set",
-    "spilled",
+    "spill",
     "train_network",
     "warn_of_unit",
 ]

@@ -1,4 +1,4 @@
-"""What intervals need of held-out predictions: spread and quantiles of the residuals, gene by gene and class by class."""
+"""Spread and quantiles of held-out residuals, for intervals, per gene and per class."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from ..stats import (
 )
 from ._sections import Section
 
-#: Spots of a predicted class, and groups that show it, without which it is not told apart.
+#: Fewest spots and groups of a predicted class that has its own quantiles.
 MIN_CLASS_SPOTS, MIN_CLASS_GROUPS = 50, 2
-#: Logit of a class that the training spots of a fold do not show.
-UNSEEN = -30.0
+#: Logit of a class that does not occur in the training spots of a fold.
+UNSEEN_LOGIT = -30.0
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Summary of held-out residuals."""
 
-    quantiles: np.ndarray  # (1 + c, q, g) float16, |residual| / spread: all spots, then each class; NaN: class left out
-    groups: np.ndarray  # (1 + c, g) int16: groups they rest on
+    quantiles: (
+        np.ndarray
+    )  # (1 + c, q, g) float16, |residual| / spread: all spots, then each class; NaN without enough spots
+    groups: np.ndarray  # (1 + c, g) int16: number of groups
     spread: np.ndarray  # (2, g) float32, see stats.fit_spread
-    spots: np.ndarray  # (1 + c,) int
-    detected: np.ndarray  # (q, g) float16, of spots that showed the gene
+    spots: np.ndarray  # (1 + c,) int, number of spots
+    detected: np.ndarray  # (q, g) float16, of spots in which the gene was detected
     detected_groups: np.ndarray  # (g,) int16
-    #: By predicted level, see stats.level_quantiles; ``None`` in files of versions that did not keep them.
+    #: By predicted level, see stats.level_quantiles; ``None`` in files of older versions.
     level_quantiles: np.ndarray | None = None
     level_groups: np.ndarray | None = None
     level_edges: np.ndarray | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Arrays of a model folder."""
+        """Return the arrays for a model folder."""
         arrays = {f"intervals.{part.name}": getattr(self, part.name) for part in fields(self) if part.name != "spots"}
         return {name: array for name, array in arrays.items() if array is not None}
 
 
 def calibration_unit(sections: Sequence[Section], unit: str) -> str | None:
-    """Say what is exchangeable in calibration: patients where there are enough, else sections; of less, nothing."""
+    """Return the exchangeable unit of calibration: patients if there are enough, else sections; ``None`` for smaller units."""
     if unit not in ("patient", "section") or len(sections) < 2:
         return None
     n_patients = len({section.patient for section in sections})
@@ -55,7 +57,7 @@ def calibration_unit(sections: Sequence[Section], unit: str) -> str | None:
 
 
 def groups_of(sections: Sequence[Section], unit: str) -> np.ndarray:
-    """Code of the group of every spot, ``(n,)``."""
+    """Return the code of the group of each spot, ``(n,)``."""
     names = [section.patient if unit == "patient" else section.name for section in sections]
     codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return np.repeat([codes[name] for name in names], [len(section) for section in sections])
@@ -70,7 +72,7 @@ def calibrate(
     *,
     by_level: bool = True,
 ) -> Calibration:
-    """Summarise residuals of ``(n, g)``; codes of groups and of predicted classes (-1: unknown) are ``(n,)``."""
+    """Summarise residuals ``(n, g)``; ``groups`` and predicted ``classes`` (-1: unknown) are codes ``(n,)``."""
     residual = measured - predicted
     spread = fit_spread(predicted, residual, groups)
     signed = residual / spread_of(predicted, spread)
@@ -91,8 +93,8 @@ def calibrate(
     return Calibration(quantiles, counted, spread, spots, rounded_up(detected), detected_groups, *levels)
 
 
-def joined(parts: Sequence[Calibration]) -> Calibration:
-    """Put the genes of several calibrations side by side."""
+def join_calibrations(parts: Sequence[Calibration]) -> Calibration:
+    """Concatenate calibrations of different genes."""
     names = [
         part.name for part in fields(Calibration) if part.name != "spots" and getattr(parts[0], part.name) is not None
     ]
@@ -100,8 +102,8 @@ def joined(parts: Sequence[Calibration]) -> Calibration:
     return Calibration(spots=parts[0].spots, **arrays)
 
 
-def described(calibration: Calibration, unit: str, classes: Sequence[str]) -> dict[str, object]:
-    """Entry of the card: what the intervals rest on."""
+def card_entry(calibration: Calibration, unit: str, classes: Sequence[str]) -> dict[str, object]:
+    """Return the entry of the card on the basis of the intervals."""
     names = ("all", *classes)
     return {
         "unit": unit,
@@ -113,9 +115,9 @@ def described(calibration: Calibration, unit: str, classes: Sequence[str]) -> di
 
 
 def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
-    """Temperature that makes held-out labels most likely (Guo et al., ICML 2017), within 0.2 to 20.
+    """Return the temperature, from 0.2 to 20, that maximises the likelihood of held-out labels (Guo et al., ICML 2017).
 
-    Logits are ``(n, c)``, or ``(n, views, c)`` where probabilities are averaged over views.
+    Logits are ``(n, c)``, or ``(n, views, c)`` if probabilities are averaged over views.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax, logsumexp
@@ -123,7 +125,7 @@ def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
     rows = np.arange(len(codes))
 
     def loss(log_t: float) -> float:
-        likely = log_softmax(logits / np.exp(log_t), axis=-1)[rows, ..., codes]
-        return -(likely if logits.ndim == 2 else logsumexp(likely, axis=1) - np.log(logits.shape[1])).mean()
+        likelihood = log_softmax(logits / np.exp(log_t), axis=-1)[rows, ..., codes]
+        return -(likelihood if logits.ndim == 2 else logsumexp(likelihood, axis=1) - np.log(logits.shape[1])).mean()
 
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.2), np.log(20)), method="bounded").x))

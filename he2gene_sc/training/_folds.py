@@ -1,4 +1,4 @@
-"""Which spots are held out together: patients, else sections, else blocks of tissue; never single spots."""
+"""Group spots into folds by patient, section or block of tissue; never by single spots."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 from .._core.logs import logger
 
 UNITS = ("patient", "section", "block")
-#: What held-out figures do not tell, by what was held out.
-NOT_TOLD = {
+#: Limitations of held-out metrics, by the unit that was held out.
+UNIT_LIMITATIONS = {
     "section": (
         "all sections are of the same patient: held-out figures are those of another section of the SAME patient and say "
         "nothing of other patients"
@@ -18,7 +18,7 @@ NOT_TOLD = {
         "what the model reaches on other sections, let alone patients; do not report them as accuracy"
     ),
 }
-#: Blocks that a section is cut into where nothing larger can be held out.
+#: Number of blocks of a section if no larger unit can be held out.
 N_BLOCKS = 5
 
 
@@ -30,11 +30,11 @@ def grouped_folds(
     n_folds: int | None = None,
     unit: str | None = None,
 ) -> tuple[str, np.ndarray]:
-    """Distribute spots over folds so that what belongs together is held out together: unit, and codes ``(n,)``.
+    """Distribute spots over folds by groups; return the unit of the groups, and codes of folds ``(n,)``.
 
-    Units are ``"patient"``, ``"section"`` and ``"block"``, strips of equal numbers of spots across the longer side
-    of each section, which need coordinates ``(n, 2)``; the default is the first of which there are at least two. By
-    default and at most there is a fold a patient or section, or five of blocks; with fewer, folds have about equal
+    Units are ``"patient"``, ``"section"`` and ``"block"``. Blocks are strips of equal numbers of spots along the longer side
+    of each section, and need coordinates ``(n, 2)``. The default is the first unit with at least two groups. The default,
+    and largest, number of folds is one per patient or section, or five for blocks. Fewer folds have about equal numbers of
     spots.
 
     Examples
@@ -46,7 +46,7 @@ def grouped_folds(
     sections, patients = np.asarray(sections), np.asarray(patients)
     if sections.shape != patients.shape or sections.ndim != 1 or not len(sections):
         raise ValueError(
-            f"`sections` {sections.shape} and `patients` {patients.shape} must be as long as there are spots"
+            f"`sections` {sections.shape} and `patients` {patients.shape} must both have one code per spot, (n,)"
         )
     if unit not in (None, *UNITS):
         raise ValueError(f"`unit` is {unit!r}, valid: {list(UNITS)}")
@@ -66,13 +66,13 @@ def grouped_folds(
 
 
 def warn_of_unit(unit: str) -> None:
-    """Say what held-out figures do not tell where patients cannot be held out."""
-    if unit in NOT_TOLD:
-        logger.warning(NOT_TOLD[unit])
+    """Warn about the limitations of held-out metrics if patients cannot be held out."""
+    if unit in UNIT_LIMITATIONS:
+        logger.warning(UNIT_LIMITATIONS[unit])
 
 
 def _balance(sizes: np.ndarray, n_folds: int) -> np.ndarray:
-    """Put groups into folds, the largest first, each into the fold that has fewest spots so far."""
+    """Assign groups to folds, the largest first, each to the fold with fewest spots so far."""
     if n_folds == len(sizes):
         return np.arange(n_folds)
     folds, filled = np.empty(len(sizes), np.intp), np.zeros(n_folds)
@@ -91,8 +91,8 @@ def _blocks(sections: np.ndarray, coordinates: np.ndarray | None, n_folds: int) 
         rows = np.flatnonzero(sections == section)
         if len(rows) < n_folds:
             raise ValueError(f"a section of {len(rows)} spots cannot be cut into {n_folds} blocks")
-        along = coordinates[rows, np.ptp(coordinates[rows], axis=0).argmax()]
+        positions = coordinates[rows, np.ptp(coordinates[rows], axis=0).argmax()]
         rank = np.empty(len(rows), np.intp)
-        rank[np.argsort(along, kind="stable")] = np.arange(len(rows))
+        rank[np.argsort(positions, kind="stable")] = np.arange(len(rows))
         folds[rows] = rank * n_folds // len(rows)
     return folds

@@ -1,4 +1,4 @@
-"""Held-out predictions in short: what figures, calibration and the reliability rule are computed from, and given depth."""
+"""Summaries of held-out predictions, for metrics, calibration and the reliability rule; partial correlation given depth."""
 
 from __future__ import annotations
 
@@ -13,87 +13,87 @@ from ._calibrate import Calibration
 
 @dataclass(frozen=True)
 class Panel:
-    """Held-out predictions of one section for the genes that metrics are taken of."""
+    """Held-out predictions of one section for the genes of both panels."""
 
-    target: np.ndarray  # positions of genes
+    target: np.ndarray  # positions of the target genes
     variable: np.ndarray
-    predicted: np.ndarray  # (n, target + variable), centred within parts
-    measured: np.ndarray  # the same; NaN where not measured
+    predicted: np.ndarray  # (n, target + variable), centred by part
+    measured: np.ndarray  # same shape and centring; NaN if not measured
 
     def scores(self) -> tuple[float, float]:
-        """Mean correlation over target and over variable genes; constant genes count as 0, unmeasured ones not."""
+        """Return the mean correlation of target and of variable genes; constant genes count as 0, unmeasured ones are left out."""
         target, variable = self.means(np.nan_to_num(pearson(self.predicted, self.measured)))
         return float(target), float(variable)
 
     def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean of something of each gene, ``(..., genes)``, over the target and the variable genes that were measured."""
-        known, n = ~np.any(np.isnan(self.measured), axis=0), len(self.target)
-        return values[..., :n][..., known[:n]].mean(-1), values[..., n:][..., known[n:]].mean(-1)
+        """Return means of values ``(..., genes)`` over the target and over the variable genes that were measured."""
+        measured, n = ~np.any(np.isnan(self.measured), axis=0), len(self.target)
+        return values[..., :n][..., measured[:n]].mean(-1), values[..., n:][..., measured[n:]].mean(-1)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How held-out spots were predicted, each by a model that has not seen its group.
+    """Accuracy of held-out predictions, each by a model that was not trained on the group of the spot.
 
-    In a section held out in parts, correlations are within parts: a model's mean is too high where the part is low.
+    In a section that is held out in parts, values are centred by part: the mean of a model is too high where the part is low.
     """
 
-    pcc: np.ndarray  # (sections, g) NaN where constant or not measured
-    given: np.ndarray  # the same, partial given counts, see Depth
-    skill: np.ndarray  # (g,) against the training mean; NaN where that is right everywhere
-    panel: tuple[Panel, ...]  # by section; genes chosen on the spots trained on
-    logits: tuple[np.ndarray, ...]  # by section (n, c) before calibration; NaN without labels
-    parts: tuple[np.ndarray, ...]  # by section (n,) codes
+    pcc: np.ndarray  # (sections, g); NaN if constant or not measured
+    pcc_given_depth: np.ndarray  # (sections, g) partial correlation given counts, see Depth
+    skill: np.ndarray  # (g,) relative to the training mean; NaN if that has no error
+    panel: tuple[Panel, ...]  # per section; genes are chosen on the training spots
+    logits: tuple[np.ndarray, ...]  # per section (n, c) before calibration; NaN without labels
+    parts: tuple[np.ndarray, ...]  # per section (n,) codes
     calibration: Calibration | None = None
     programmes: np.ndarray | None = None  # (2, sections, sets) correlations of scores, plain and given depth
 
 
-#: Rounding error of a mean, relative to it, beyond which a value differs from it.
-_DUST = 1e-12
-#: Length of what is left, relative to what was there, below which it is rounding.
-_NOTHING = 1e-6
+#: Largest difference from a mean, relative to it, that is taken as rounding error.
+_ROUNDING = 1e-12
+#: Length of a residual, relative to the values, below which it is rounding error.
+_MIN_RESIDUAL = 1e-6
 
 
 @dataclass(frozen=True)
 class Depth:
-    """The span of a cubic of the log counts of the spots of one section.
+    """Linear span of a cubic in the log counts of the spots of one section.
 
-    Sparse expression follows depth even without a pattern, and an image shows where there is much RNA.
+    Sparse expression follows depth even without a spatial pattern, and the image shows where there is much RNA.
     """
 
     axes: np.ndarray  # (n, 3) or fewer, orthonormal, without the mean
 
     @classmethod
-    def of(cls, totals: np.ndarray, parts: np.ndarray) -> Depth:
-        """Read the counts of each spot, ``(n,)``; within parts where several were held out in turn."""
+    def fit(cls, totals: np.ndarray, parts: np.ndarray) -> Depth:
+        """Fit the span to counts ``(n,)``, centred by part if several parts were held out in turn."""
         depth = np.log(totals)
         depth = (depth - depth.mean()) / max(depth.std(), np.finfo(float).tiny)
         powers = np.vander(depth, 4)[:, :3]
-        powers = within(powers, parts) if len(np.unique(parts)) > 1 else powers - powers.mean(0)
+        powers = centre_by_part(powers, parts) if len(np.unique(parts)) > 1 else powers - powers.mean(0)
         axes, sizes, _ = np.linalg.svd(powers, full_matrices=False)
         return cls(axes[:, sizes > 1e-9 * max(sizes.max(initial=0), np.finfo(float).tiny)])
 
-    def rest(self, values: np.ndarray) -> np.ndarray:
-        """Take mean and depth off each column."""
+    def residual(self, values: np.ndarray) -> np.ndarray:
+        """Subtract the mean and the effect of depth from each column."""
         values = values.astype(np.float64)
         values = values - values.mean(0)
-        rest = values - self.axes @ (self.axes.T @ values)
-        # Of what depth says whole, rounding is left.
-        return rest * (np.linalg.norm(rest, axis=0) > _NOTHING * np.linalg.norm(values, axis=0))
+        residual = values - self.axes @ (self.axes.T @ values)
+        # If depth explains a column entirely, the residual is rounding error.
+        return residual * (np.linalg.norm(residual, axis=0) > _MIN_RESIDUAL * np.linalg.norm(values, axis=0))
 
     def partial(self, predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
-        """Partial correlation of each column, ``(n, g)`` twice to ``(g,)``; NaN where one of both is constant or NaN."""
-        return pearson(self.rest(predicted), self.rest(measured))
+        """Return partial correlations of the columns of ``(n, g)`` and ``(n, g)``, ``(g,)``; NaN if one is constant or NaN."""
+        return pearson(self.residual(predicted), self.residual(measured))
 
 
-def standardised(values: np.ndarray) -> np.ndarray:
-    """Numbers of the spots of a section ``(n, k)`` with mean 0 and SD 1, float32; 0 where they do not vary."""
-    left, varies = centred(values)
-    return np.where(varies, left / np.where(varies, left.std(0), 1), 0).astype(np.float32)
+def standardise(values: np.ndarray) -> np.ndarray:
+    """Scale values of the spots of a section ``(n, k)`` to mean 0 and SD 1, float32; constant columns become 0."""
+    centred_values, varies = centred(values)
+    return np.where(varies, centred_values / np.where(varies, centred_values.std(0), 1), 0).astype(np.float32)
 
 
-def within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Take the mean of each part off its spots, ``(n, g)``; a section that was held out whole stays as it is, as NaN does."""
+def centre_by_part(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Subtract the mean of each part from its spots, ``(n, g)``; a section with one part is returned unchanged; NaN is kept."""
     names = np.unique(parts)
     if len(names) == 1:
         return values
@@ -101,7 +101,7 @@ def within(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
     for name in names:
         here = parts == name
         mean = values[here].mean(0)
-        left = values[here] - mean
-        left[np.abs(left) <= _DUST * np.abs(mean)] = 0
-        values[here] = left
+        centred_values = values[here] - mean
+        centred_values[np.abs(centred_values) <= _ROUNDING * np.abs(mean)] = 0
+        values[here] = centred_values
     return values

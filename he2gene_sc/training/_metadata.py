@@ -1,4 +1,4 @@
-"""Facts about a model that training writes on its card."""
+"""Facts about a model that training writes to its card."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ._sections import Section
 class Programmes:
     """Gene sets among the genes of a model."""
 
-    genes: Mapping[str, Mapping[str, float]]  # set to its genes and their weights
-    weights: np.ndarray  # (g, sets), 0 outside of a set
+    genes: Mapping[str, Mapping[str, float]]  # genes and weights of each set
+    weights: np.ndarray  # (g, sets), 0 outside a set
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Facts about a model that the arrays do not hold."""
+    """Facts about a model that are not in its arrays."""
 
     genes: pd.Index  # names of the targets
-    ensembl_ids: tuple[str, ...]  # empty where unknown
+    ensembl_ids: tuple[str, ...]  # empty if unknown
     classes: tuple[str, ...]
     class_colors: tuple[str, ...]
     encoder: EncoderSpec
@@ -38,15 +38,15 @@ class ModelMetadata:
     intended_use: str
     limitations: tuple[str, ...]
     encoder_sha256: str = ""  # of a frozen encoder
-    stages: tuple[int, ...] | None = None  # of it that are read
-    tiles: tuple[int, ...] | None = None  # a side of each window
-    encoder_output: tuple[float, ...] | None = None  # fingerprint of an encoder of the user
+    stages: tuple[int, ...] | None = None  # stages of the encoder that are used
+    tiles: tuple[int, ...] | None = None  # number per side of each window
+    encoder_output: tuple[float, ...] | None = None  # fingerprint of a user's own encoder
     programmes: Programmes | None = None
 
     def table(
         self, target: np.ndarray, variable: np.ndarray, mean: np.ndarray, columns: dict[str, np.ndarray]
     ) -> pd.DataFrame:
-        """Gene table; ``target`` and ``variable`` are positions of the genes of both panels."""
+        """Return the gene table; ``target`` and ``variable`` are positions of the genes of both panels."""
         index = np.arange(len(self.genes))
         own = {
             "ensembl_id": list(self.ensembl_ids),
@@ -57,7 +57,7 @@ class ModelMetadata:
         return pd.DataFrame(own | columns, index=pd.Index(self.genes, name="gene"))
 
     def card(self, genes: pd.DataFrame, tensors: dict[str, np.ndarray], **facts: Any) -> ModelCard:
-        """Card of a model of these genes and tensors; ``facts`` are the rest of it."""
+        """Return the card of a model with these genes and tensors; ``facts`` are its other fields."""
         own = {
             name: list(value)
             for name, value in (("stages", self.stages), ("tiles", self.tiles), ("output", self.encoder_output))
@@ -82,7 +82,7 @@ class ModelMetadata:
     def spots(
         self, sections: Sequence[Section], n_spots: Sequence[int] | np.ndarray, codes: np.ndarray
     ) -> dict[str, Any]:
-        """Describe the spots that were trained on, for the card; ``codes`` are the classes of all."""
+        """Describe the training spots for the card; ``codes`` are the classes of all spots."""
         mpps = [round(section.mpp, 4) for section in sections]
         labels = np.bincount(codes[codes >= 0], minlength=len(self.classes))
         return {

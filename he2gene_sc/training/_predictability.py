@@ -1,4 +1,4 @@
-"""How well each gene is predicted where nothing of it was trained on, and whether that is enough."""
+"""Held-out accuracy of each gene, and the rule of reliable genes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 #: Lower bound of the held-out correlation above which a gene may be called reliable.
 RELIABLE_PCC = 0.1
-#: Groups without which no bound is given: that of two rests on a single difference.
+#: Fewest groups for a bound: with two groups it would be based on a single difference.
 MIN_GROUPS = 3
-#: Patients from which figures are of held-out patients, not sections: a bound over fewer says next to nothing.
-ENOUGH_PATIENTS = 5
-#: What a figure has to be of, for a gene to be called reliable by it.
-TELLING = ("patient", "section")
-#: Sections that the noise ceiling is averaged over, and splits of each.
+#: Fewest patients for metrics over held-out patients rather than sections: with fewer, bounds are too wide.
+MIN_PATIENTS = 5
+#: Units of held-out metrics by which a gene may be called reliable.
+GROUP_UNITS = ("patient", "section")
+#: Most sections over which the noise ceiling is averaged, and splits per section.
 _CEILING_SECTIONS, _CEILING_SPLITS = 8, 2
 _VALUES_AT_ONCE = 20_000_000
 
@@ -32,7 +32,7 @@ _VALUES_AT_ONCE = 20_000_000
 def bounds(
     pcc: np.ndarray, min_groups: int = MIN_GROUPS, most: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of each gene over held-out groups ``(groups, g)`` and its 95 % t interval within ± ``most``, ``(g,)`` each."""
+    """Return the mean of each gene over held-out groups ``(groups, g)`` and its 95 % t interval, clipped to ± ``most``, ``(g,)`` each."""
     from scipy.stats import t
 
     n = np.isfinite(pcc).sum(0)
@@ -43,8 +43,8 @@ def bounds(
     return mean, np.clip(mean - half, -most, most), np.clip(mean + half, -most, most)
 
 
-def by_patient(pcc: np.ndarray, patients: Sequence[str] | Sequence[int]) -> np.ndarray:
-    """Average the sections of each patient: ``(sections, g)`` to ``(patients, g)``; NaN where none measured the gene."""
+def mean_by_patient(pcc: np.ndarray, patients: Sequence[str] | Sequence[int]) -> np.ndarray:
+    """Average the sections of each patient, ``(sections, g)`` to ``(patients, g)``; NaN if none measured the gene."""
     names = np.asarray(patients)
     parts = (pcc[names == name] for name in dict.fromkeys(patients))
     with np.errstate(invalid="ignore"):
@@ -56,10 +56,10 @@ def by_patient(pcc: np.ndarray, patients: Sequence[str] | Sequence[int]) -> np.n
         )
 
 
-def bound_within(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str]) -> np.ndarray:
-    """Lower 95 % bound ``(patients, g)`` of each patient's mean correlation, from the error of its spots (Fisher's z).
+def patient_bound(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str]) -> np.ndarray:
+    """Return the lower 95 % bound ``(patients, g)`` of each patient's mean correlation, from its number of spots (Fisher's z).
 
-    Spots count as independent, which neighbours are not: it is the least to ask for.
+    Spots count as independent, although neighbours are not, so this is a minimum requirement.
     """
     error = 1 / np.maximum(np.asarray(n_spots, float) - 3, 0.1)
     names = np.asarray(patients)
@@ -67,46 +67,49 @@ def bound_within(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str
     for name in dict.fromkeys(patients):
         part = names == name
         own = pcc[part]
-        there = np.isfinite(own)
-        z = np.arctanh(np.clip(np.where(there, own, 0), -0.999999, 0.999999))
-        errors = np.where(there, error[part, None], 0)
-        n = np.where(there.any(0), there.sum(0), np.nan)
+        is_measured = np.isfinite(own)
+        z = np.arctanh(np.clip(np.where(is_measured, own, 0), -0.999999, 0.999999))
+        errors = np.where(is_measured, error[part, None], 0)
+        n = np.where(is_measured.any(0), is_measured.sum(0), np.nan)
         found.append(np.tanh((z.sum(0) - 1.96 * np.sqrt(errors.sum(0))) / n))
     return np.stack(found)
 
 
-def new_patient_bound(given: np.ndarray, n_spots: np.ndarray, n_depth: int = 3) -> np.ndarray:
-    """One-sided 95 % lower bound ``(g,)`` of the mean over held-out patients of correlations given depth; else -1.
+def new_patient_bound(pcc_given_depth: np.ndarray, n_spots: np.ndarray, n_depth: int = 3) -> np.ndarray:
+    """Return the one-sided 95 % lower bound ``(g,)`` of the mean correlation given depth over held-out patients.
 
-    With few patients, the variance between them beyond that of spots (Fisher's z) is pooled over genes
-    (Smyth, Stat Appl Genet Mol Biol 2004). ``n_depth`` numbers describe depth.
+    It is -1 for genes with too few patients. Since patients are few, the variance between them beyond that of spots
+    (Fisher's z) is pooled over genes (Smyth, Stat Appl Genet Mol Biol 2004). ``n_depth`` is the number of terms of depth.
     """
-    there = np.isfinite(given)
-    n = there.sum(0)
+    is_measured = np.isfinite(pcc_given_depth)
+    n = is_measured.sum(0)
     enough = n >= MIN_GROUPS
     if not enough.any():
-        return np.full(given.shape[1], -1.0)
-    z = np.arctanh(np.clip(np.where(there, given, 0), -0.999999, 0.999999))
-    error = np.where(there, 1 / np.maximum(np.asarray(n_spots, float) - 3 - n_depth, 0.1)[:, None], 0)
+        return np.full(pcc_given_depth.shape[1], -1.0)
+    z = np.arctanh(np.clip(np.where(is_measured, pcc_given_depth, 0), -0.999999, 0.999999))
+    error = np.where(is_measured, 1 / np.maximum(np.asarray(n_spots, float) - 3 - n_depth, 0.1)[:, None], 0)
     mean = z.sum(0) / np.maximum(n, 1)
-    between = np.where(there, np.square(z - mean), 0).sum(0) / np.maximum(n - 1, 1) - error.sum(0) / np.maximum(n, 1)
-    spread = max(0.0, float(between[enough].mean()))
+    variance_between = np.where(is_measured, np.square(z - mean), 0).sum(0) / np.maximum(n - 1, 1) - error.sum(
+        0
+    ) / np.maximum(n, 1)
+    spread = max(0.0, float(variance_between[enough].mean()))
     deviation = np.sqrt((n * spread + error.sum(0)) / np.maximum(n, 1) ** 2)
     return np.where(enough, np.tanh(mean - 1.645 * deviation), -1.0)
 
 
 def is_better(differences: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Whether genes are predicted better than each reference, ``(g,)``, from paired differences ``(patients, g)`` by name.
+    """Return whether genes are predicted better than each reference, ``(g,)``, from paired differences ``(patients, g)`` by name.
 
-    The one-sided 95 % lower bound of the mean is above 0, the variance between patients pooled over genes. Of depth the mean
-    is enough: :func:`new_patient_bound` is of what is left given depth, and a second bound costs the power of three patients.
+    The one-sided 95 % lower bound of the mean difference must be above 0, with the variance between patients pooled over genes.
+    For depth, the mean must be above 0: :func:`new_patient_bound` already conditions on depth, and a second bound would cost
+    the power of three patients.
     """
     better = True
     for name, difference in differences.items():
         n = np.isfinite(difference).sum(0)
         mean = np.nansum(difference, axis=0) / np.maximum(n, 1)
         variance = np.nansum(np.square(difference - mean), axis=0) / np.maximum(n - 1, 1)
-        # A gene that is constant everywhere says nothing about the others.
+        # Genes without any variance are left out of the pooled variance.
         used = (n >= MIN_GROUPS) & (variance > 0)
         spread = variance[used].mean() if used.any() and name != "depth" else 0.0
         better &= (n >= MIN_GROUPS) & (mean > 1.645 * np.sqrt(spread / np.maximum(n, 1)))
@@ -114,7 +117,7 @@ def is_better(differences: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
-    """Correlations of the sections where a gene that is constant counts as 0, and one that was not measured as NaN."""
+    """Return correlations per section, with 0 for constant genes and NaN for genes that were not measured."""
     found = np.empty(pcc.shape)
     for own, section, values in zip(found, sections, pcc, strict=True):
         own[:] = np.where(section.measured, np.nan_to_num(values), np.nan)
@@ -122,12 +125,12 @@ def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
 
 
 def ceilings(sections: Sequence[Section]) -> np.ndarray:
-    """Noise ceiling of each gene, ``(g,)``, over up to eight sections that measured it; 0 where halves disagree."""
+    """Return the noise ceiling of each gene, ``(g,)``, averaged over up to eight sections; 0 if the halves of counts disagree."""
     chosen = sections[:: -(-len(sections) // _CEILING_SECTIONS)]
     g = chosen[0].targets.shape[1]
     total, n = np.zeros(g), np.zeros(g)
     for section in chosen:
-        counts = with_rest(section)
+        counts = with_unmodelled_counts(section)
         step = max(1, _VALUES_AT_ONCE // len(section))
         for start in range(0, g, step):
             genes = np.arange(start, min(start + step, g))
@@ -137,8 +140,8 @@ def ceilings(sections: Sequence[Section]) -> np.ndarray:
     return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
-def with_rest(section: Section) -> scipy.sparse.csr_array:
-    """Raw counts with one more column: what was counted of genes that are not learned, which belongs to the totals."""
+def with_unmodelled_counts(section: Section) -> scipy.sparse.csr_array:
+    """Return raw counts with one more column: the counts of genes outside the model, which are part of the totals."""
     counts = section.counts()
     rest = np.maximum(np.rint(section.totals - np.asarray(counts.sum(axis=1)).ravel()), 0).astype(np.int64)
     return scipy.sparse.hstack([counts, scipy.sparse.csr_array(rest[:, None])], format="csr")
@@ -152,42 +155,43 @@ def gene_table(
     target: np.ndarray,
     variable: np.ndarray,
 ) -> tuple[pd.DataFrame, str]:
-    """Make the gene table of a model, and say in words what makes a gene reliable.
+    """Return the gene table of a model, and the rule of reliable genes in words.
 
-    ``references`` are held-out predictions of what sees no gene, by name and unit as ``held_out`` is.
-    Metrics are of held-out patients if there are :data:`ENOUGH_PATIENTS`, else of sections, else of what there is.
+    ``references`` are held-out predictions from references without genes, by name and, like ``held_out``, by unit.
+    Metrics are over held-out patients if there are :data:`MIN_PATIENTS`, else over sections, else over the available unit.
     """
     patients = [section.patient for section in sections]
     n_patients = len(set(patients))
     unit = next(iter(held_out))
-    if "patient" in held_out and n_patients >= ENOUGH_PATIENTS:
+    if "patient" in held_out and n_patients >= MIN_PATIENTS:
         unit = "patient"
-    # One array of all sections and genes at a time.
+    # Arrays of all sections and genes are large: only one is kept at a time.
     of_sections = section_pcc(sections, held_out[unit].pcc)
-    patient_low = least(bound_within(of_sections, [len(section) for section in sections], patients))
-    grouped = by_patient(of_sections, patients) if unit == "patient" else of_sections
+    patient_low = minimum_over_patients(patient_bound(of_sections, [len(section) for section in sections], patients))
+    grouped = mean_by_patient(of_sections, patients) if unit == "patient" else of_sections
     mean, low, high = bounds(grouped)
-    # A gene of a single group was never predicted for another.
-    tested = np.isfinite(grouped).sum(0) > (unit in TELLING)
+    # A gene measured in a single group was never tested on another.
+    tested = np.isfinite(grouped).sum(0) > (unit in GROUP_UNITS)
     del of_sections, grouped
     mean, skill = np.where(tested, mean, np.nan), np.where(tested, held_out[unit].skill, np.nan)
-    known = (unit in TELLING) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
+    known = (unit in GROUP_UNITS) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
     if unit == "section":
         known &= np.nan_to_num(patient_low) > RELIABLE_PCC
     new_patient, given_depth = np.full((2, len(mean)), np.nan)
     reliable = np.zeros(len(mean), bool)
     if "patient" in held_out:
-        across, given = (
-            by_patient(section_pcc(sections, getattr(held_out["patient"], name)), patients) for name in ("pcc", "given")
+        across, pcc_given_depth = (
+            mean_by_patient(section_pcc(sections, getattr(held_out["patient"], name)), patients)
+            for name in ("pcc", "pcc_given_depth")
         )
         several = np.isfinite(across).sum(0) > 1
-        new_patient, given_depth = (np.where(several, bounds(x)[0], np.nan) for x in (across, given))
+        new_patient, given_depth = (np.where(several, bounds(x)[0], np.nan) for x in (across, pcc_given_depth))
         spots_of_patient = pd.Series([len(section) for section in sections]).groupby(patients, sort=False).sum()
-        reliable = new_patient_bound(given, spots_of_patient.to_numpy()) > RELIABLE_PCC
-        reliable &= np.nan_to_num(least(across)) > RELIABLE_PCC
+        reliable = new_patient_bound(pcc_given_depth, spots_of_patient.to_numpy()) > RELIABLE_PCC
+        reliable &= np.nan_to_num(minimum_over_patients(across)) > RELIABLE_PCC
         if unit == "section":
-            known &= np.nan_to_num(least(across)) > RELIABLE_PCC
-    beside, better = _against(sections, held_out, references)
+            known &= np.nan_to_num(minimum_over_patients(across)) > RELIABLE_PCC
+    reference_columns, better = _compare_with_references(sections, held_out, references)
     reliable &= better
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
     spots = sum(len(section) * section.measured for section in sections)
@@ -206,7 +210,7 @@ def gene_table(
             "ceiling": ceilings(sections),
             "detected": np.where(spots > 0, detected / np.maximum(spots, 1), np.nan),
             "skill": skill,
-            **beside,
+            **reference_columns,
             "reliable": reliable,
             "reliable_known_patient": known,
         },
@@ -218,30 +222,30 @@ def gene_table(
     )
 
 
-def _against(
+def _compare_with_references(
     sections: Sequence[Section], held_out: Mapping[str, HeldOut], references: Mapping[str, Mapping[str, HeldOut]]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Columns of the gene table on each reference, over held-out patients if there are any; whether a gene is better than all."""
+    """Return columns of the gene table on each reference, over held-out patients if possible, and whether genes beat all of them."""
     unit = "patient" if "patient" in held_out else next(iter(held_out))
     names = [section.patient if unit == "patient" else section.name for section in sections]
-    own = by_patient(section_pcc(sections, held_out[unit].pcc), names)
+    own = mean_by_patient(section_pcc(sections, held_out[unit].pcc), names)
     columns: dict[str, np.ndarray] = {}
     differences: dict[str, np.ndarray] = {}
     for name, found in references.items():
-        reference = by_patient(section_pcc(sections, found[unit].pcc), names)
+        reference = mean_by_patient(section_pcc(sections, found[unit].pcc), names)
         differences[name] = own - reference
         mean, low, high = bounds(differences[name], most=2)
-        told = {f"pcc_{name}": bounds(reference)[0], f"minus_{name}": mean}
-        several = np.isfinite(own).sum(0) > (unit in TELLING)
-        columns |= {column: np.where(several, values, np.nan) for column, values in told.items()}
+        values_of = {f"pcc_{name}": bounds(reference)[0], f"minus_{name}": mean}
+        several = np.isfinite(own).sum(0) > (unit in GROUP_UNITS)
+        columns |= {column: np.where(several, values, np.nan) for column, values in values_of.items()}
         columns |= {f"minus_{name}_low": low, f"minus_{name}_high": high}
     return columns, is_better(differences)
 
 
-def least(of_patients: np.ndarray) -> np.ndarray:
-    """Least over the patients that measured the gene, ``(g,)``; NaN where none did."""
-    least = np.where(np.isfinite(of_patients), of_patients, np.inf).min(0)
-    return np.where(np.isfinite(least), least, np.nan)
+def minimum_over_patients(values: np.ndarray) -> np.ndarray:
+    """Return the minimum over the patients that measured each gene, ``(g,)``; NaN if none did."""
+    smallest = np.where(np.isfinite(values), values, np.inf).min(0)
+    return np.where(np.isfinite(smallest), smallest, np.nan)
 
 
 def _new_patient_rule(n_patients: int) -> str:
@@ -258,7 +262,7 @@ def _new_patient_rule(n_patients: int) -> str:
 
 
 def _rule(unit: str, n_sections: int, n_patients: int) -> str:
-    if unit not in TELLING:
+    if unit not in GROUP_UNITS:
         return "figures of held-out sections or patients say so; there are none"
     if unit == "patient":
         over = f"{n_patients} patients, held out"
@@ -276,6 +280,6 @@ def _rule(unit: str, n_sections: int, n_patients: int) -> str:
     if unit == "section" and n_patients > 1:
         rule += (
             f", and its correlation in each of the {n_patients} patients, held out whole, is above {RELIABLE_PCC} too (a bound "
-            f"over patients needs {ENOUGH_PATIENTS} of them)"
+            f"over patients needs {MIN_PATIENTS} of them)"
         )
     return rule

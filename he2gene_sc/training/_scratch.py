@@ -1,4 +1,4 @@
-"""What training has found so far, on files without a name: memory does not grow with the number of sections."""
+"""Keep intermediate results of training in unnamed files, so that memory does not grow with the number of sections."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 
 T = TypeVar("T")
 
-#: Bytes that the start of an array is a multiple of.
-_ALIGNED = 64
-#: Left free on a disk.
+#: Alignment of arrays in a file, in bytes.
+_ALIGNMENT = 64
+#: Free space that must remain on the disk.
 _SPARE_BYTES = 2**24
 
 
 def check_room(folder: Path, n_bytes: int) -> None:
-    """Refuse what a disk has no room for: a memory map on a full one ends the process without a word."""
+    """Raise if a disk has too little space: a memory map on a full disk would kill the process without an error."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes + _SPARE_BYTES:
         raise OSError(
@@ -32,28 +32,27 @@ def check_room(folder: Path, n_bytes: int) -> None:
         )
 
 
-def spilled(found: Iterable[T]) -> list[T]:
-    """Move the contiguous arrays of objects to one file, each as it comes; read-only, they take memory only where they are read.
+def spill(items: Iterable[T]) -> list[T]:
+    """Move the contiguous arrays of objects to one file and map them read-only; they use memory only when they are read.
 
-    A map keeps its file open, and a process may open about a thousand: so it is one file for all, where joblib maps each array
-    for itself.
+    All objects share one file, since a process can keep only about a thousand files open; joblib would map each array separately.
     """
     kept: list[tuple[bytes, list[slice]]] = []
     with tempfile.TemporaryFile(prefix="he2gene-") as file:
-        for one in found:
+        for item in items:
             buffers: list[pickle.PickleBuffer] = []
-            rest = pickle.dumps(one, protocol=5, buffer_callback=buffers.append)
+            pickled = pickle.dumps(item, protocol=5, buffer_callback=buffers.append)
             views = [buffer.raw() for buffer in buffers]
-            check_room(Path(tempfile.gettempdir()), sum(view.nbytes + _ALIGNED for view in views))
+            check_room(Path(tempfile.gettempdir()), sum(view.nbytes + _ALIGNMENT for view in views))
             places = []
             for view in views:
                 start = file.tell()
                 file.write(view)
                 places.append(slice(start, start + view.nbytes))
-                file.write(bytes(-file.tell() % _ALIGNED))
-            kept.append((rest, places))
-            del one, buffers, views
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+            kept.append((pickled, places))
+            del item, buffers, views
         file.flush()
         mapped = np.memmap(file, np.uint8, mode="r").data if file.tell() else memoryview(b"")
-    # What is unpickled never left this process: only the arrays lie in the file.
-    return [pickle.loads(rest, buffers=[mapped[place] for place in places]) for rest, places in kept]
+    # Unpickling is safe: the pickles stayed in this process, and the file holds only arrays.
+    return [pickle.loads(pickled, buffers=[mapped[place] for place in places]) for pickled, places in kept]

@@ -1,4 +1,4 @@
-"""What training knows of one section: features on disk, sparse targets, labels. Arrays in, arrays out."""
+"""Training data of one section: features on disk, sparse targets, labels. Arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from ..stats import TARGET_SUM
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """The spots of one section."""
+    """Training data of the spots of one section."""
 
     name: str
     patient: str
     mpp: float
     centres_um: np.ndarray  # (n, 2)
-    features: np.ndarray  # (n, r, f), r symmetries, identity first; maybe a memory map
+    features: np.ndarray  # (n, r, f), r symmetries with the identity first; may be a memory map
     targets: scipy.sparse.csc_array  # (n, g) ln(1 + counts per 10,000), sparse columns
-    totals: np.ndarray  # (n,) counts
-    measured: np.ndarray  # (g,) targets of other genes are empty and not read
+    totals: np.ndarray  # (n,) total counts
+    measured: np.ndarray  # (g,); targets of other genes are empty and ignored
     codes: np.ndarray  # (n,) classes, -1 without a label
-    image: dict[str, Any] | None = None  # by which the card knows it again
-    rings: dict[Any, tuple] = field(default_factory=dict, init=False)  # by radii, see find_rings
+    image: dict[str, Any] | None = None  # facts by which a card recognises the image
+    rings: dict[Any, tuple] = field(default_factory=dict, init=False)  # ring matrices by radii, see find_rings
 
     def __len__(self) -> int:
         return len(self.totals)
 
     @cached_property
     def transposed(self) -> scipy.sparse.csr_array:
-        """Genes times spots, whose product with anything spot-wise is one pass over what was counted."""
+        """Targets as genes × spots, for fast products with values of spots."""
         return self.targets.T
 
     def dense(self, genes: np.ndarray | slice) -> np.ndarray:
-        """Return the targets of some genes, ``(n, len(genes))`` float32; NaN where they were not measured."""
+        """Return the targets of some genes, ``(n, len(genes))`` float32; NaN for genes that were not measured."""
         values = self.targets[:, genes].toarray()
         values[:, ~self.measured[genes]] = np.nan
         return values
 
     def sums(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sum the targets, and their squares, over the chosen spots: two ``(g,)`` float64."""
+        """Return sums of the targets and of their squares over the chosen spots, ``(g,)`` float64 each."""
         weights = rows.astype(np.float64)
         squared = scipy.sparse.csr_array(
             (np.square(self.transposed.data), self.transposed.indices, self.transposed.indptr), self.transposed.shape
@@ -51,14 +51,14 @@ class Section:
         return self.transposed @ weights, squared @ weights
 
     def counts(self) -> scipy.sparse.csr_array:
-        """Return the raw counts ``(n, g)`` that the targets were made of."""
+        """Return the raw counts ``(n, g)`` of the targets."""
         rows = self.targets.tocsr()
         values = np.expm1(rows.data.astype(np.float64)) * np.repeat(self.totals, np.diff(rows.indptr)) / TARGET_SUM
         return scipy.sparse.csr_array((np.rint(values).astype(np.int64), rows.indices, rows.indptr), rows.shape)
 
 
 def log_targets(counts: scipy.sparse.csr_array, totals: np.ndarray) -> scipy.sparse.csc_array:
-    """Natural log of (1 + counts per 10,000), sparse columns float32; ``totals`` ``(n,)`` are over all genes."""
+    """Return the natural log of (1 + counts per 10,000), sparse columns float32; ``totals`` ``(n,)`` are over all genes."""
     rows = scipy.sparse.csr_array(counts, copy=True)
     rows.sum_duplicates()
     rows.eliminate_zeros()

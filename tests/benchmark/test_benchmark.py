@@ -47,7 +47,7 @@ def test_whole_sections_and_whole_patients_are_held_out(source):
         assert not {many.patients[name] for name in train} & {many.patients[name] for name in test}
 
 
-def test_a_list_of_genes_leaves_the_rest_of_the_selection_as_it_is(monkeypatch, source):
+def test_a_list_of_genes_keeps_the_other_settings_of_the_selection(monkeypatch, source):
     given = {}
     monkeypatch.setattr(hg.tl, "train", lambda sections, **settings: given.update(settings))
     for genes, names in (({}, None), ({"genes": ["EPCAM", "FASN"]}, ["EPCAM", "FASN"])):
@@ -77,14 +77,14 @@ def test_every_predictor_is_scored_on_every_held_out_section(table):
     assert set(table["folds"]) == {"section", "patient"}
 
 
-def test_figures_mean_what_they_say(table):
+def test_scores_of_the_training_mean_and_of_colour_are_as_expected(table):
     mean = table[table["predictor"] == "training mean"]
     assert mean["pearson"].isna().all()
     np.testing.assert_allclose(mean["skill"], 0, atol=1e-6)
     scored = table[table["pearson"].notna() & table["ceiling"].notna()]
-    # Too few blocks for an interval: tests/training/test_figures.py has those.
+    # Too few blocks for intervals, which tests/training/test_figures.py tests.
     assert scored[["low", "high"]].isna().all(axis=None)
-    # The toy's genes follow its image: what looks at colour must find them, and no more than there is.
+    # Genes of the toy depend on its colours, so colour predicts them, but not beyond the noise ceiling.
     colour = scored[scored["predictor"] == "mean colour, ridge"]
     assert colour["pearson"].mean() > 0.3
     assert (colour["pearson"] < colour["ceiling"] + 0.1).all()
@@ -95,12 +95,12 @@ def test_a_ready_model_is_scored_only_where_it_was_not_trained(source, tiny_mode
 
     facts = {"S0": {"patient": "A", "n_spots": 30, "mpp": 2.0}}
     model = replace(tiny_model, card=replace(tiny_model.card, training={"sections": facts}))
-    # Its encoder is none that is known by name.
+    # The encoder is not in the registry.
     model.__dict__["network"] = tiny_model.network
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_benchmark, "_ENCODER", own())
         patched.setattr("he2gene_sc.models.load", lambda name: model)
-        # Its layers are lazy.
+        # Makes layers lazy.
         patched.setattr(hg.settings, "memory_limit", 1000)
         found = run(source, ["theirs"], ["section", "patient"], device="cpu", n_target=5, echo=lambda line: None)
     theirs = found[(found["predictor"] == "theirs") & (found["panel"] != "called reliable")]
@@ -109,7 +109,7 @@ def test_a_ready_model_is_scored_only_where_it_was_not_trained(source, tiny_mode
     assert "was trained on" in _benchmark_report.markdown(found, "her2st", "command")
 
 
-def test_markdown_says_what_cannot_be_concluded(table):
+def test_markdown_states_the_limits_of_the_tables(table):
     text = _benchmark_report.markdown(table, "her2st", "he2gene benchmark")
     assert "Made by `he2gene benchmark`." in text
     assert "of 2 patients (A, B)" in text
@@ -130,7 +130,7 @@ def test_table_markdown_and_figure_are_written(table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--data", "visium"], "--data is 'visium', valid"),
         (["--data", "hbcis"], "needs --root"),
@@ -138,12 +138,12 @@ def test_table_markdown_and_figure_are_written(table, tmp_path):
         (["--section", "C5"], "only C5 is named; two are needed"),
     ],
 )
-def test_bad_arguments_are_named(arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_errors_name_invalid_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
         CliRunner().invoke(cli.app, ["benchmark", *arguments], catch_exceptions=False)
 
 
-def test_the_command_runs_and_names_itself(monkeypatch, table, source, tmp_path):
+def test_the_command_runs_and_is_quoted_in_the_markdown(monkeypatch, table, source, tmp_path):
     monkeypatch.setattr(_benchmark, "her2st", lambda sections: source)
     calls = []
     monkeypatch.setattr(_benchmark, "run", lambda *args, **kwargs: calls.append((args, kwargs)) or table)
@@ -162,12 +162,12 @@ def test_the_command_runs_and_names_itself(monkeypatch, table, source, tmp_path)
 
 
 @pytest.mark.data
-def test_sections_of_her2st_with_an_image_are_found():
+def test_default_sections_of_her2st_are_those_with_an_image():
     assert set(_benchmark.her2st().patients) >= {"A1", "A2", "C2", "C3", "C4", "C5"}
     assert "B1" not in _benchmark.her2st().patients
 
 
-def test_a_figure_lies_in_its_interval_and_panels_are_not_mixed_up():
+def test_the_mean_lies_inside_its_interval_and_panels_are_kept_apart():
     rng = np.random.default_rng(0)
     expected = rng.normal(3, 1, (400, 8)).clip(0)
     measured = expected + np.repeat([0.3, 3.0], 4) * rng.normal(size=(400, 8))

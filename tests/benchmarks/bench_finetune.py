@@ -35,7 +35,7 @@ import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.models._encoders.load import load_encoder
-from he2gene_sc.models._network import Preprocess, symmetric
+from he2gene_sc.models._network import Preprocess, apply_symmetry
 from he2gene_sc.stats import log_normalise
 
 TRAIN, TEST = ("C2", "C3", "C4"), ("C5", "A1", "A2")
@@ -69,7 +69,8 @@ def maps(network, spec, sdata):
     for batch in reader:
         x = torch.cat([prepare(torch.as_tensor(window)) for window in batch.patches])
         views = [
-            network.blocks[:FROZEN_BLOCKS](network.bn1(network.conv_stem(symmetric(x, *s)))).half() for s in SYMMETRIES
+            network.blocks[:FROZEN_BLOCKS](network.bn1(network.conv_stem(apply_symmetry(x, *s)))).half()
+            for s in SYMMETRIES
         ]
         views = torch.stack([torch.stack(view.chunk(len(WINDOWS)), 1) for view in views], 1)
         for i, row in zip(batch.index, views, strict=True):

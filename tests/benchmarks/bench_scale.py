@@ -30,7 +30,7 @@ import numpy as np
 
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
-from he2gene_sc.inference import lattice_of, without_idle
+from he2gene_sc.inference import drop_idle_nodes, lattice_of
 
 BIN_UM = 8.0
 
@@ -82,7 +82,7 @@ def centres_of(sdata):
 
 
 def patches_of(centres_um, windows, share):
-    return [len(without_idle(*lattice_of(centres_um, share * um), centres_um)[0]) for um in windows]
+    return [len(drop_idle_nodes(*lattice_of(centres_um, share * um), centres_um)[0]) for um in windows]
 
 
 def timed(sdata, **options):

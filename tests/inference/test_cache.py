@@ -36,7 +36,7 @@ def network(seed=0):
 
 
 class Runs:
-    """Asks for features, and counts the spots that were encoded for it."""
+    """Calls ``cached_features``, and counts the spots that were encoded."""
 
     def __init__(self, folder, image):
         self.folder, self.image, self.encoded = folder, image, 0
@@ -84,7 +84,7 @@ def runs(tmp_path, image):
     return Runs(tmp_path / "cache", image)
 
 
-def direct(runs, symmetries=SYMMETRIES[:2]):
+def encode_uncached(runs, symmetries=SYMMETRIES[:2]):
     out = {}
     with torch.inference_mode():
         for batch, part in encode(runs.extractor, runs.reader, device=CPU, dtype=torch.float32, symmetries=symmetries):
@@ -92,15 +92,15 @@ def direct(runs, symmetries=SYMMETRIES[:2]):
     return np.stack([out[i] for i in range(len(out))])
 
 
-def test_features_are_those_of_the_encoder_bit_for_bit_in_the_order_of_the_spots(runs):
+def test_cached_features_equal_the_output_of_the_encoder_bit_for_bit_in_the_order_of_the_spots(runs):
     found = runs()
     assert found.shape == (17, 2, 30)
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, direct(runs))
+    np.testing.assert_array_equal(found, encode_uncached(runs))
     assert np.ptp(found, axis=0).max() > 0
 
 
-def test_the_second_call_encodes_nothing_and_gives_the_same(runs):
+def test_the_second_call_encodes_nothing_and_returns_the_same_features(runs):
     first = runs()
     assert not runs.hit
     done = []
@@ -122,7 +122,7 @@ def test_progress_counts_every_spot(runs):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_the_batch_size_is_no_part_of_the_key(runs, batch_size):
+def test_the_batch_size_is_not_part_of_the_key(runs, batch_size):
     first = runs()
     np.testing.assert_array_equal(runs(batch_size=batch_size), first)
     assert runs.hit
@@ -157,7 +157,7 @@ def changed_pixel(image):
     ],
     ids=lambda change: "-".join(change),
 )
-def test_whatever_changes_a_feature_changes_the_key(runs, change):
+def test_every_change_of_a_feature_changes_the_key(runs, change):
     runs()
     runs(**change)
     assert not runs.hit
@@ -168,7 +168,7 @@ def test_whatever_changes_a_feature_changes_the_key(runs, change):
     assert runs.hit
 
 
-def test_networks_of_the_same_weights_and_layers_that_do_other_things_are_told_apart(runs):
+def test_networks_with_the_same_weights_but_other_outputs_have_different_keys(runs):
     one = np.array(runs(encoder=Power(network(), 1.0)))
     other = np.array(runs(encoder=Power(network(), 0.25)))
     assert not runs.hit
@@ -177,7 +177,7 @@ def test_networks_of_the_same_weights_and_layers_that_do_other_things_are_told_a
     assert runs.hit
 
 
-def test_features_laid_out_otherwise_have_another_key(runs):
+def test_features_with_another_layout_have_another_key(runs):
     runs()
     keys = set()
     for fusion in ("concat", "mean"):
@@ -187,13 +187,13 @@ def test_features_laid_out_otherwise_have_another_key(runs):
     assert len(keys) == 2
 
 
-def test_one_changed_pixel_is_noticed(runs, image):
+def test_one_changed_pixel_changes_the_key(runs, image):
     runs()
     runs(image=changed_pixel(image))
     assert not runs.hit
 
 
-def test_another_version_of_the_format_is_not_read(runs, monkeypatch):
+def test_files_of_another_format_version_are_not_read(runs, monkeypatch):
     runs()
     monkeypatch.setattr(_cache, "_VERSION", _cache._VERSION + 1)
     runs()
@@ -205,12 +205,12 @@ def test_spots_in_another_order_get_their_own_features(runs):
     np.testing.assert_allclose(runs(centres=CENTRES[order]), runs()[order], atol=1e-5)
 
 
-@pytest.mark.parametrize("spoil", ["truncate", "empty", "header", "middle", "end", "longer"])
-def test_a_damaged_file_is_noticed_and_computed_again(runs, spoil, caplog):
+@pytest.mark.parametrize("damage", ["truncate", "empty", "header", "middle", "end", "longer"])
+def test_a_damaged_file_is_detected_and_computed_again(runs, damage, caplog):
     expected = np.array(runs())
     (path,) = runs.files
     data = bytearray(path.read_bytes())
-    match spoil:
+    match damage:
         case "truncate":
             data = data[: len(data) // 2]
         case "empty":
@@ -242,7 +242,7 @@ def test_files_are_ordinary_npy_files(runs):
     assert hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
-def test_a_run_that_breaks_off_leaves_nothing(runs):
+def test_an_interrupted_run_leaves_no_file(runs):
     def stop(_):
         raise KeyboardInterrupt
 
@@ -253,8 +253,8 @@ def test_a_run_that_breaks_off_leaves_nothing(runs):
     assert not runs.hit
 
 
-def test_what_a_killed_run_leaves_is_taken_for_nothing(runs, monkeypatch):
-    # SIGKILL runs no `finally`.
+def test_files_of_a_killed_run_are_ignored(runs, monkeypatch):
+    # After SIGKILL no `finally` is executed.
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         runs(progress=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -273,7 +273,7 @@ def compute(folder, image, barrier, out):
 
 
 @pytest.mark.slow
-def test_runs_at_once_do_not_disturb_each_other(runs, image):
+def test_parallel_runs_do_not_disturb_each_other(runs, image):
     context = multiprocessing.get_context("spawn")
     barrier, out = context.Barrier(2), context.Queue()
     workers = [context.Process(target=compute, args=(runs.folder, image, barrier, out)) for _ in range(2)]
@@ -288,7 +288,7 @@ def test_runs_at_once_do_not_disturb_each_other(runs, image):
     assert runs.hit
 
 
-def test_a_reader_of_the_old_file_outlives_its_replacement(runs):
+def test_a_mapped_file_stays_readable_after_its_replacement(runs):
     first = runs()
     expected = np.array(first)
     (path,) = runs.files
@@ -297,7 +297,7 @@ def test_a_reader_of_the_old_file_outlives_its_replacement(runs):
     np.testing.assert_array_equal(first, expected)
 
 
-def test_a_disk_without_room_is_refused_before_the_work_with_the_folder_and_the_bytes(runs, monkeypatch):
+def test_a_full_disk_raises_before_encoding_with_the_folder_and_the_bytes(runs, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, 0))
     with pytest.raises(OSError, match=r"full: the features take 4,112 bytes.*cache") as raised:
@@ -308,12 +308,12 @@ def test_a_disk_without_room_is_refused_before_the_work_with_the_folder_and_the_
     assert runs.files == []
 
 
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing(runs, monkeypatch):
+def test_a_disk_that_fills_up_during_writing_leaves_no_file(runs, monkeypatch):
     write = _cache._write
 
     def full(stream, data, n_bytes, folder):
         if stream.tell() > 1000:
-            with _cache.explained(folder, n_bytes):
+            with _cache.explain_write_errors(folder, n_bytes):
                 raise OSError(errno.ENOSPC, "No space left on device")
         write(stream, data, n_bytes, folder)
 
@@ -324,7 +324,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(runs, monkeypatch):
     assert runs.files == []
 
 
-def test_a_folder_that_cannot_be_written_is_named_but_still_read(runs, monkeypatch):
+def test_a_read_only_folder_is_read_and_named_in_the_error_of_writing(runs, monkeypatch):
     runs()
 
     def mkstemp(**_):
@@ -338,27 +338,27 @@ def test_a_folder_that_cannot_be_written_is_named_but_still_read(runs, monkeypat
     assert runs.encoded == 1
 
 
-def test_a_folder_that_is_a_file_is_refused(runs):
+def test_a_folder_that_is_a_file_raises(runs):
     runs.folder.write_text("not a folder")
     with pytest.raises(OSError, match="cannot be written"):
         runs()
     assert runs.folder.read_text() == "not a folder"
 
 
-def test_folders_are_made_and_the_home_folder_is_understood(runs, monkeypatch, tmp_path):
+def test_folders_are_created_and_the_home_folder_is_expanded(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     runs.folder = Path("~/deep/er")
     runs()
     assert len(list((tmp_path / "deep" / "er").iterdir())) == 1
 
 
-def test_no_spots_give_no_rows_and_no_file(runs):
+def test_no_spots_give_an_empty_array_and_no_file(runs):
     found = runs(centres=np.empty((0, 2)))
     assert found.shape == (0, 2, 30)
     assert not runs.folder.exists()
 
 
-def test_memory_stays_bounded_by_a_batch(runs, monkeypatch):
+def test_memory_is_bounded_by_a_batch(runs, monkeypatch):
     largest = []
     write = _cache._write
 

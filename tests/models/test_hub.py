@@ -19,13 +19,13 @@ def hub_error(kind, status=None):
 
 @pytest.fixture
 def hub(monkeypatch, tiny_model, tmp_path):
-    """A hub that serves one model and notes what it was asked for."""
+    """A hub that serves one model and records requests."""
     source = tiny_model.save(tmp_path / "source")
     (source / "malware.py").write_text("boom")
-    asked = []
+    requests = []
 
     def snapshot_download(repository, *, revision, allow_patterns):
-        asked.append((repository, revision))
+        requests.append((repository, revision))
         target = tmp_path / "cache" / "0123abcd"
         target.mkdir(parents=True, exist_ok=True)
         for name in allow_patterns:
@@ -33,7 +33,7 @@ def hub(monkeypatch, tiny_model, tmp_path):
         return str(target)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return SimpleNamespace(asked=asked, source=source, cache=tmp_path / "cache" / "0123abcd")
+    return SimpleNamespace(requests=requests, source=source, cache=tmp_path / "cache" / "0123abcd")
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def hub(monkeypatch, tiny_model, tmp_path):
         ("hf://Lab/model_1@refs/pr/3", ("Lab/model_1", "refs/pr/3")),
     ],
 )
-def test_a_model_on_the_hub_is_asked_for_by_repository_and_revision(hub, tiny_model, address, expected):
+def test_a_model_on_the_hub_is_requested_by_repository_and_revision(hub, tiny_model, address, expected):
     found = hg.models.load(address)
-    assert hub.asked == [expected]
+    assert hub.requests == [expected]
     assert found.card.name == tiny_model.card.name
     assert {p.name for p in hub.cache.iterdir()} == FILES
 
@@ -54,20 +54,20 @@ def test_a_model_on_the_hub_is_asked_for_by_repository_and_revision(hub, tiny_mo
 @pytest.mark.parametrize(
     "address", ["hf://", "hf://x", "hf://a/b/c", "hf://a/b@", "hf:///b", "hf://../b", "hf://a/b c", "hf://a/b@../../x"]
 )
-def test_a_bad_address_is_refused_with_an_example(hub, address):
+def test_an_invalid_address_raises_with_an_example(hub, address):
     with pytest.raises(ValueError, match="such as 'hf://my-lab/he2gene-lung@v1'"):
         hg.models.load(address)
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_what_was_fetched_is_checked_like_any_folder(hub):
+def test_a_fetched_folder_is_checked_like_a_local_one(hub):
     weights = hub.source / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ValueError, match="'hf://a/b': .*altered or truncated"):
         hg.models.load("hf://a/b")
 
 
-def test_a_repository_that_holds_no_model_is_refused(monkeypatch, tmp_path):
+def test_a_repository_without_a_model_raises(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(ValueError, match="'hf://a/b': .*incomplete.*card.json"):
         hg.models.load("hf://a/b")
@@ -77,7 +77,11 @@ def test_a_repository_that_holds_no_model_is_refused(monkeypatch, tmp_path):
     ("error", "kind", "message"),
     [
         (hub_error(errors.GatedRepoError, 403), RuntimeError, r"is gated.*huggingface\.co/a/b.*hf auth login"),
-        (hub_error(errors.RepositoryNotFoundError, 404), ValueError, r"there is no https://huggingface\.co/a/b at"),
+        (
+            hub_error(errors.RepositoryNotFoundError, 404),
+            ValueError,
+            r"https://huggingface\.co/a/b at revision 'v9' does not exist or is private",
+        ),
         (hub_error(errors.RevisionNotFoundError, 404), ValueError, "at revision 'v9'"),
         (hub_error(errors.LocalEntryNotFoundError), RuntimeError, "not on this machine.*HF_HOME"),
         (errors.OfflineModeIsEnabled("offline"), RuntimeError, "not on this machine.*offline"),
@@ -85,7 +89,7 @@ def test_a_repository_that_holds_no_model_is_refused(monkeypatch, tmp_path):
         (errors.HFValidationError("bad repo id"), ValueError, "bad repo id"),
     ],
 )
-def test_a_hub_that_refuses_says_what_to_do(monkeypatch, error, kind, message):
+def test_errors_of_the_hub_say_what_to_do(monkeypatch, error, kind, message):
     def snapshot_download(*_, **__):
         raise error
 
@@ -100,12 +104,12 @@ def test_an_unknown_name_mentions_the_hub():
         hg.models.load("no-such-model")
 
 
-def test_a_model_without_a_revision_says_which_commit_was_taken_and_keeps_it(hub, caplog):
+def test_without_a_revision_the_commit_is_logged_and_kept(hub, caplog):
     model = hg.models.load("hf://a/b")
     assert model.source == "hf://a/b@0123abcd"
-    assert "took 'hf://a/b@0123abcd'" in caplog.text
+    assert "using 'hf://a/b@0123abcd'" in caplog.text
 
 
-def test_a_model_with_a_revision_keeps_the_commit_and_says_nothing(hub, caplog):
+def test_with_a_revision_the_commit_is_kept_and_nothing_is_logged(hub, caplog):
     assert hg.models.load("hf://a/b@v1").source == "hf://a/b@0123abcd"
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""Damaged model folders: each is refused by an error that names the file, before anything is done."""
+"""Loading a damaged model folder raises an error that names the file."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ GUARD = {"distance": [1.0, 1.0], "far": 0.5, "octaves": 0.5, "spread": -0.4, "va
 
 @pytest.fixture(scope="module")
 def full(tiny_model):
-    """A model with everything that a folder may hold."""
+    """A model with all optional parts of a folder."""
     from dataclasses import replace
 
     f, g, c = len(tiny_model.tensors["latent.mean"]), len(tiny_model.genes), len(tiny_model.card.classes)
@@ -54,7 +54,7 @@ def folder(full, tmp_path):
 
 
 def sign(folder, name):
-    """Make the hash in the card fit a file that was changed."""
+    """Update the hash in the card after a change of a file."""
     card = json.loads((folder / "card.json").read_text())
     card["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     (folder / "card.json").write_text(json.dumps(card))
@@ -62,11 +62,11 @@ def sign(folder, name):
 
 def change_card(folder, path, value):
     card = json.loads((folder / "card.json").read_text())
-    *above, last = path.split(".")
+    *parents, last = path.split(".")
     part = card
-    for name in above:
+    for name in parents:
         part = part[name]
-    if value is LEFT_OUT:
+    if value is ABSENT:
         del part[last]
     else:
         part[last] = value
@@ -87,7 +87,7 @@ def change_tensor(folder, name, change):
     sign(folder, "weights.safetensors")
 
 
-LEFT_OUT = object()
+ABSENT = object()
 FIELDS = [name for name in ModelCard.__dataclass_fields__ if name != "schema_version"]
 FIELDS += ["encoder.name", "encoder.license", "encoder.sha256", "encoder.input_px"]
 FIELDS += [f"context.{name}" for name in CONTEXT] + [f"guard.{name}" for name in GUARD]
@@ -119,7 +119,7 @@ TENSORS = [
 ]
 
 
-def test_a_folder_with_everything_is_read_as_it_was_saved(full, folder):
+def test_a_folder_with_all_parts_is_read_as_it_was_saved(full, folder):
     found = load(folder)
     assert found.tensors.keys() == full.tensors.keys() == set(TENSORS)
     assert (found.card.guard, found.card.context) == (full.card.guard, full.card.context)
@@ -129,9 +129,9 @@ def test_a_folder_with_everything_is_read_as_it_was_saved(full, folder):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_card_whose_field_is_missing_or_of_another_type_is_refused_by_name(folder, field):
+def test_a_missing_field_or_a_field_of_another_type_is_named(folder, field):
     text = (folder / "card.json").read_text()
-    for value in (LEFT_OUT, None, {"a": [None]}, [{}], True, -1.5):
+    for value in (ABSENT, None, {"a": [None]}, [{}], True, -1.5):
         if (value is None and field in MAY_BE_NULL) or (value is True and field == "tta"):
             continue
         if (field == "guard.spread" and value == -1.5) or (field in ("training", "metrics", "files") and value == {}):
@@ -177,10 +177,10 @@ def test_a_card_whose_field_is_missing_or_of_another_type_is_refused_by_name(fol
         ("intervals.unit", "spot"),
         ("intervals.levels", [0.9, 0.5, 0.8, 1.0]),
         ("training.sections", ["A1"]),
-        ("files.genes.csv", LEFT_OUT),
+        ("files.genes.csv", ABSENT),
     ],
 )
-def test_a_card_whose_value_makes_no_sense_is_refused_by_name(folder, field, value):
+def test_an_invalid_value_of_the_card_is_named(folder, field, value):
     if field == "files.genes.csv":
         card = json.loads((folder / "card.json").read_text())
         del card["files"]["genes.csv"]
@@ -194,7 +194,7 @@ def test_a_card_whose_value_makes_no_sense_is_refused_by_name(folder, field, val
 @pytest.mark.parametrize(
     "data", [b"\xff\xfe" + b"x" * 50, b"{" * 99_999, b"[" * 99_999, b"\x00", b'{"schema_version": true}']
 )
-def test_a_card_of_bytes_is_refused(folder, data):
+def test_a_card_that_is_not_a_json_text_raises(folder, data):
     (folder / "card.json").write_bytes(data)
     with pytest.raises(ValueError, match=r"card\.json"):
         load(folder)
@@ -203,7 +203,7 @@ def test_a_card_of_bytes_is_refused(folder, data):
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("name", ["card.json", "genes.csv", "weights.safetensors"])
 @pytest.mark.parametrize("signed", [False, True])
-def test_a_truncated_file_is_refused(folder, name, part, signed):
+def test_a_truncated_file_raises(folder, name, part, signed):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(part * len(data))])
     if signed and name != "card.json":
@@ -213,7 +213,7 @@ def test_a_truncated_file_is_refused(folder, name, part, signed):
 
 
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99, 10**30])
-def test_a_card_of_a_later_schema_asks_for_an_upgrade(folder, version):
+def test_the_error_of_a_newer_schema_gives_the_command_to_upgrade(folder, version):
     change_card(folder, "schema_version", version)
     with pytest.raises(ValueError, match="pip install -U he2gene_sc"):
         load(folder)
@@ -242,7 +242,7 @@ def set_cell(column, value):
         *((column, "x") for column in ("mean", "pcc_low", "skill")),
     ],
 )
-def test_an_odd_cell_is_refused_by_column(folder, column, value):
+def test_an_invalid_cell_of_the_gene_table_is_named_by_its_column(folder, column, value):
     change_genes(folder, set_cell(column, value))
     with pytest.raises(ValueError, match=r"genes\.csv"):
         load(folder)
@@ -251,7 +251,7 @@ def test_an_odd_cell_is_refused_by_column(folder, column, value):
 @pytest.mark.parametrize(
     "column", ["gene", "ensembl_id", "group", "variable", "mean", "pcc", "pcc_low", "skill", "reliable"]
 )
-def test_a_gene_table_without_a_column_is_refused(folder, column):
+def test_a_missing_column_of_the_gene_table_is_named(folder, column):
     def drop(lines):
         at = lines[0].index(column)
         for line in lines:
@@ -277,13 +277,13 @@ def test_a_gene_table_without_a_column_is_refused(folder, column):
         lambda lines: lines.__delitem__(slice(1, None)),
     ],
 )
-def test_a_gene_table_of_other_rows_or_columns_is_refused(folder, change):
+def test_a_gene_table_with_other_rows_or_columns_raises(folder, change):
     change_genes(folder, change)
     with pytest.raises(ValueError, match=r"genes\.csv"):
         load(folder)
 
 
-def test_rows_in_another_order_than_the_weights_are_refused(full, tmp_path):
+def test_rows_in_another_order_than_the_weights_raise(full, tmp_path):
     bias = np.linspace(0.1, 3, len(full.genes), dtype=np.float32)
     model = HE2Gene(full.card, full.genes.assign(mean=bias.astype(float)), full.tensors | {"genes.bias": bias})
     folder = model.save(tmp_path / "model")
@@ -298,7 +298,7 @@ def test_rows_in_another_order_than_the_weights_are_refused(full, tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"\xef\xbb\xbfgene,group\n", b'gene,"\n'])
-def test_a_gene_table_of_bytes_is_refused(folder, data):
+def test_a_gene_table_that_is_not_a_csv_text_raises(folder, data):
     (folder / "genes.csv").write_bytes(data)
     sign(folder, "genes.csv")
     with pytest.raises(ValueError, match=r"genes\.csv"):
@@ -325,7 +325,7 @@ DAMAGES = {
     "truth": lambda values: values > 0,
     "complex": lambda values: values.astype(np.complex64),
 }
-#: What is no damage: quantiles may be infinite, and a bank, components and colour genes may be any number.
+#: Valid changes: quantiles may be infinite, and the bank may have any number of spots.
 HARMLESS = {
     ("intervals.quantiles", "infinite"),
     ("intervals.detected", "infinite"),
@@ -337,10 +337,10 @@ HARMLESS = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_that_does_not_fit_is_refused(folder, name, damage):
+def test_a_tensor_that_does_not_fit_the_card_raises(folder, name, damage):
     values = load_file(folder / "weights.safetensors")[name]
     if (name, damage) in HARMLESS:
-        pytest.skip("is no damage")
+        pytest.skip("a valid change")
     if values.dtype.kind == "i" and damage in ("NaN", "infinite"):
         change_tensor(folder, name, lambda values: values.astype(np.float32))
     elif name in ("intervals.quantiles", "intervals.detected", "intervals.level_quantiles") and damage == "NaN":
@@ -352,7 +352,7 @@ def test_a_tensor_that_does_not_fit_is_refused(folder, name, damage):
 
 
 @pytest.mark.parametrize("name", ["surprise", "genes", "latent.more"])
-def test_a_tensor_that_no_card_speaks_of_is_refused(folder, name):
+def test_an_unknown_tensor_is_named(folder, name):
     save_file(
         load_file(folder / "weights.safetensors") | {name: np.zeros(3, np.float32)}, folder / "weights.safetensors"
     )
@@ -361,7 +361,7 @@ def test_a_tensor_that_no_card_speaks_of_is_refused(folder, name):
         load(folder)
 
 
-def test_a_pickle_in_place_of_weights_is_refused_and_does_not_run(folder, tmp_path):
+def test_a_pickle_instead_of_weights_raises_and_does_not_run(folder, tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
@@ -373,7 +373,7 @@ def test_a_pickle_in_place_of_weights_is_refused_and_does_not_run(folder, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_not_finite_are_neither_saved_nor_used(full, tmp_path):
+def test_weights_that_are_not_finite_cannot_be_saved_or_used(full, tmp_path):
     tensors = full.tensors | {"genes.weight": np.full_like(full.tensors["genes.weight"], np.nan)}
     model = HE2Gene(full.card, full.genes, tensors)
     with pytest.raises(ValueError, match="'genes.weight' holds .* not finite"):
@@ -383,17 +383,17 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_used(full, tmp_path):
         hg.tl.predict(hg.datasets.toy((2, 2), mpp=4.0), model=model)
 
 
-# Encoders that a card asks for
+# Encoders that a card names
 
 
 @pytest.mark.parametrize(
     "name", ["hf-hub:someone/net", "hf_hub:someone/net@v1", "local-dir:/etc", "/etc", "a/b", "C:\\net"]
 )
-def test_a_card_may_not_say_where_its_encoder_comes_from(folder, monkeypatch, name):
+def test_a_card_may_not_name_the_source_of_its_encoder_without_consent(folder, monkeypatch, name):
     import timm
 
     def create_model(*_, **__):
-        raise AssertionError("it was asked for")
+        raise AssertionError("timm was called")
 
     monkeypatch.setattr(timm, "create_model", create_model)
     change_card(folder, "encoder.name", name)
@@ -401,30 +401,30 @@ def test_a_card_may_not_say_where_its_encoder_comes_from(folder, monkeypatch, na
         _ = load(folder).network
 
 
-def test_with_consent_the_encoder_is_fetched_from_where_the_card_says(folder, monkeypatch):
+def test_with_consent_the_encoder_is_fetched_from_the_source_on_the_card(folder, monkeypatch):
     import timm
 
-    asked = []
+    requests = []
 
     def create_model(name, **_):
-        asked.append(name)
+        requests.append(name)
         raise OSError("enough")
 
     monkeypatch.setattr(timm, "create_model", create_model)
     change_card(folder, "encoder.name", "hf-hub:someone/net")
     with pytest.raises(RuntimeError, match="enough"):
         _ = load(folder, allow_encoder_source=True).network
-    assert asked == ["hf-hub:someone/net"]
+    assert requests == ["hf-hub:someone/net"]
 
 
-def test_the_command_line_says_what_is_wrong_with_a_folder_without_a_traceback(folder, monkeypatch, capsys):
+def test_the_command_line_reports_a_damaged_folder_without_a_traceback(folder, monkeypatch, capsys):
     from he2gene_sc.cli import app as cli
 
     change_card(folder, "n_genes", "many")
     monkeypatch.setattr("sys.argv", ["he2gene", "info", str(folder)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert ended.value.code == 1
-    assert said.err.startswith("he2gene: `model`: tiny/card.json is not valid: `n_genes` is 'many'")
-    assert "Traceback" not in said.err + said.out
+    assert output.err.startswith("he2gene: `model`: tiny/card.json is not valid: `n_genes` is 'many'")
+    assert "Traceback" not in output.err + output.out

@@ -47,7 +47,7 @@ def test_round_trip_keeps_genes_to_five_digits_and_then_exactly(tiny_model, fold
     pd.testing.assert_frame_equal(twice.genes, once.genes)
 
 
-def test_genes_named_like_missing_values_and_figures_that_are_missing_survive(tiny_model, tmp_path):
+def test_genes_named_like_missing_values_and_missing_metrics_survive(tiny_model, tmp_path):
     genes = tiny_model.genes.rename(index={"NOT1": "NA", "NOT2": "nan"})
     genes.loc["NA", ["pcc", "pcc_low", "skill"]] = np.nan
     genes["ensembl_id"] = ""
@@ -57,14 +57,14 @@ def test_genes_named_like_missing_values_and_figures_that_are_missing_survive(ti
     assert (found["ensembl_id"] == "").all()
 
 
-def test_saving_replaces_an_older_model_whole(tiny_model, folder):
+def test_saving_replaces_all_files_of_an_older_model(tiny_model, folder):
     newer = HE2Gene(replace(tiny_model.card, version="2"), tiny_model.genes, tiny_model.tensors)
     assert load(newer.save(folder)).card.version == "2"
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "card.json", "genes.csv", "weights.safetensors"]
     assert [p.name for p in folder.parent.iterdir()] == ["tiny"]
 
 
-def test_saving_over_a_model_beside_which_something_else_lies_is_refused(tiny_model, folder):
+def test_saving_over_a_folder_with_other_files_raises(tiny_model, folder):
     (folder / "notes.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"`path` .* holds a model and \['notes.txt'\]"):
         tiny_model.save(folder)
@@ -72,7 +72,7 @@ def test_saving_over_a_model_beside_which_something_else_lies_is_refused(tiny_mo
     assert load(folder).name == "tiny"
 
 
-def test_saving_through_a_link_replaces_what_it_leads_to(tiny_model, folder):
+def test_saving_through_a_link_replaces_its_target(tiny_model, folder):
     link = folder.parent / "link"
     link.symlink_to(folder)
     newer = HE2Gene(replace(tiny_model.card, version="2"), tiny_model.genes, tiny_model.tensors)
@@ -82,8 +82,8 @@ def test_saving_through_a_link_replaces_what_it_leads_to(tiny_model, folder):
     assert sorted(p.name for p in folder.parent.iterdir()) == ["link", "tiny"]
 
 
-def test_several_may_save_the_same_model_at_once(tiny_model, tmp_path):
-    """As the processes of several devices do."""
+def test_several_threads_can_save_the_same_model_at_once(tiny_model, tmp_path):
+    """As in training on several devices."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(4) as pool:
@@ -93,7 +93,7 @@ def test_several_may_save_the_same_model_at_once(tiny_model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_is_hidden_in_a_model_folder_is_kept(tiny_model, tmp_path):
+def test_hidden_files_of_a_model_folder_are_kept(tiny_model, tmp_path):
     (tmp_path / "clone" / ".git").mkdir(parents=True)
     (tmp_path / "clone" / ".git" / "HEAD").write_text("ref")
     for _ in range(2):
@@ -103,9 +103,9 @@ def test_what_is_hidden_in_a_model_folder_is_kept(tiny_model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["clone"]
 
 
-def test_the_folder_that_a_process_works_in_is_not_replaced(tiny_model, folder, monkeypatch):
+def test_the_current_working_directory_is_not_replaced(tiny_model, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(FileExistsError, match="`path` '.' is the folder that this process works in"):
+    with pytest.raises(FileExistsError, match="`path` '.' is the current working directory"):
         tiny_model.save(".")
 
 
@@ -113,7 +113,7 @@ def test_saving_into_an_empty_folder_works(tiny_model, tmp_path):
     assert load(tiny_model.save(tmp_path)).name == "tiny"
 
 
-def test_saving_over_something_else_is_refused_and_leaves_it_alone(tiny_model, tmp_path):
+def test_saving_over_another_file_or_folder_raises_and_keeps_it(tiny_model, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     for path in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(FileExistsError, match="is not a model folder"):
@@ -123,40 +123,40 @@ def test_saving_over_something_else_is_refused_and_leaves_it_alone(tiny_model, t
 
 
 @pytest.mark.parametrize("name", ["card.json", "genes.csv", "weights.safetensors"])
-def test_an_incomplete_folder_is_refused_by_the_missing_file(folder, name):
+def test_an_incomplete_folder_raises_with_the_missing_file(folder, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"incomplete.*{name}"):
         load(folder)
 
 
-def test_truncated_weights_are_refused(folder):
+def test_truncated_weights_raise(folder):
     weights = folder / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"weights\.safetensors was altered or truncated"):
         load(folder)
 
 
-def test_altered_genes_are_refused(folder):
+def test_an_altered_gene_table_raises(folder):
     genes = folder / "genes.csv"
     genes.write_text(genes.read_text().replace("NOT1", "NOT3"))
     with pytest.raises(ValueError, match=r"genes\.csv was altered or truncated"):
         load(folder)
 
 
-def test_a_newer_schema_is_refused_with_the_way_out(folder):
+def test_a_newer_schema_raises_with_the_command_to_upgrade(folder):
     rewrite_card(folder, schema_version=5)
     with pytest.raises(ValueError, match="schema version 5.*pip install -U"):
         load(folder)
 
 
 @pytest.mark.parametrize("text", ["not json", "", "[]", "{}", '{"schema_version": "one"}'])
-def test_a_file_that_is_no_card_is_refused(folder, text):
+def test_a_file_that_is_not_a_card_raises(folder, text):
     (folder / "card.json").write_text(text)
     with pytest.raises(ValueError, match=r"card\.json"):
         load(folder)
 
 
-def test_a_card_without_a_field_is_refused_by_its_name(folder):
+def test_a_missing_field_of_the_card_is_named(folder):
     card = json.loads((folder / "card.json").read_text())
     del card["classes"]
     (folder / "card.json").write_text(json.dumps(card))
@@ -164,13 +164,13 @@ def test_a_card_without_a_field_is_refused_by_its_name(folder):
         load(folder)
 
 
-def test_a_card_of_the_first_schema_is_refused_with_what_to_do(folder):
+def test_a_card_of_the_first_schema_raises_with_what_to_do(folder):
     rewrite_card(folder, schema_version=1)
     with pytest.raises(ValueError, match=r"schema version 1, of he2gene_sc 0\.1.*train the model again"):
         load(folder)
 
 
-def test_a_folder_of_the_second_schema_loads_without_what_it_does_not_say(folder, tiny_model):
+def test_a_folder_of_the_second_schema_loads_without_the_newer_fields(folder, tiny_model):
     card = json.loads((folder / "card.json").read_text())
     (folder / "card.json").write_text(
         json.dumps(
@@ -184,7 +184,7 @@ def test_a_folder_of_the_second_schema_loads_without_what_it_does_not_say(folder
     assert load(found.save(folder.with_name("again"))).card.schema_version == 4
 
 
-def test_further_figures_of_the_genes_survive_where_a_model_states_them(tiny_model, tmp_path):
+def test_optional_metrics_of_the_genes_survive_saving(tiny_model, tmp_path):
     genes = tiny_model.genes.assign(pcc_high=0.5, pcc_new_patient=np.nan, ceiling=0.8)
     found = load(HE2Gene(tiny_model.card, genes, tiny_model.tensors).save(tmp_path / "model")).genes
     assert found[["pcc_high", "pcc_new_patient", "ceiling"]].dtypes.eq(float).all()
@@ -192,42 +192,42 @@ def test_further_figures_of_the_genes_survive_where_a_model_states_them(tiny_mod
     assert (found["ceiling"] == 0.8).all()
 
 
-def test_an_unknown_fusion_is_refused(folder):
+def test_an_unknown_fusion_raises(folder):
     rewrite_card(folder, fusion="attention")
     with pytest.raises(ValueError, match="`fusion` is 'attention': it must be 'concat' or 'mean'"):
         load(folder)
 
 
 @pytest.mark.parametrize("part", ["mean", "scale", "projection", "mixing"])
-def test_an_embedding_that_lacks_a_part_is_refused(tiny_model, tmp_path, part):
+def test_a_missing_tensor_of_the_embedding_is_named(tiny_model, tmp_path, part):
     tensors = {key: value for key, value in tiny_model.tensors.items() if key != f"latent.{part}"}
     with pytest.raises(ValueError, match=rf"lacks \['latent\.{part}'\]"):
         HE2Gene(tiny_model.card, tiny_model.genes, tensors).save(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_a_card_that_counts_other_genes_is_refused(folder):
+def test_a_card_with_another_number_of_genes_raises(folder):
     rewrite_card(folder, n_genes=1)
     with pytest.raises(ValueError, match="must agree"):
         load(folder)
 
 
-def test_an_unknown_name_is_refused_with_the_bundled_ones():
+def test_an_unknown_name_raises_with_the_bundled_ones():
     with pytest.raises(ValueError, match="'no-such-model'.*breast-her2st"):
         load("no-such-model")
 
 
 @pytest.mark.parametrize("model", [None, 3, ["breast-her2st"]])
-def test_something_that_names_no_model_is_refused(model):
+def test_an_argument_that_is_not_a_model_raises(model):
     with pytest.raises(ValueError, match="`model` is a"):
         load(model)
 
 
-def test_a_loaded_model_is_returned_as_it_is(tiny_model):
+def test_a_loaded_model_is_returned_unchanged(tiny_model):
     assert load(tiny_model) is tiny_model
 
 
-def test_readme_is_the_card_for_people(tiny_model, folder):
+def test_the_readme_shows_the_card(tiny_model, folder):
     text = (folder / "README.md").read_text()
     assert text == tiny_model.card.to_markdown()
     for stated in ("# tiny 1", "For tests.", "Tests.", "None of it is real.", "100, 200 µm", "it stands first"):
@@ -250,13 +250,13 @@ def test_the_bundled_encoder_gives_1280_features_offline(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["no-such-net", "hfnet", "hub/no-such-net"])
-def test_an_unknown_encoder_is_refused_with_the_known_ones(name):
+def test_an_unknown_encoder_raises_with_the_known_ones(name):
     with pytest.raises(ValueError, match=f"'{name}' is unknown.*efficientnet-lite0"):
         load_encoder(name)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224", "hf-hub:someone/gated"])
-def test_an_encoder_that_cannot_be_fetched_says_what_to_do(monkeypatch, name):
+def test_the_error_of_an_encoder_that_cannot_be_fetched_says_what_to_do(monkeypatch, name):
     import timm
 
     def create_model(*_, pretrained, **__):
@@ -268,7 +268,7 @@ def test_an_encoder_that_cannot_be_fetched_says_what_to_do(monkeypatch, name):
         load_encoder(name)
 
 
-def test_an_encoder_outside_the_registry_brings_what_timm_says_of_it(monkeypatch):
+def test_an_encoder_outside_the_registry_has_the_specification_of_timm(monkeypatch):
     import timm
 
     create_model = timm.create_model
@@ -277,7 +277,7 @@ def test_an_encoder_outside_the_registry_brings_what_timm_says_of_it(monkeypatch
     assert (spec.name, spec.input_px, spec.mean) == ("mobilenetv3_small_050", 224, (0.485, 0.456, 0.406))
 
 
-def test_other_encoder_weights_than_in_training_are_refused(tiny_model):
+def test_other_encoder_weights_than_in_training_raise(tiny_model):
     encoder = tiny_model.card.encoder | {"name": "efficientnet-lite0"}
     model = HE2Gene(replace(tiny_model.card, encoder=encoder), tiny_model.genes, tiny_model.tensors)
     with pytest.raises(ValueError, match="trained on encoder 'efficientnet-lite0' with weights"):
@@ -288,7 +288,7 @@ def test_other_encoder_weights_than_in_training_are_refused(tiny_model):
 
 
 @pytest.mark.parametrize("size", [20, 32, 51])
-def test_patches_of_any_size_reach_the_encoder_scaled_and_normalised(tiny_model, size):
+def test_patches_of_any_size_are_resized_and_normalised(tiny_model, size):
     patches = torch.full((2, 3, size, size), 51, dtype=torch.uint8)
     found = tiny_model.network.extractor.preprocess(patches)
     assert found.shape == (2, 3, 32, 32)
@@ -308,7 +308,7 @@ def test_colour_features_are_the_moments_of_optical_density_in_each_window(tiny_
     np.testing.assert_allclose(found.numpy(), np.concatenate(expected, axis=1), atol=2e-5)
 
 
-def test_colour_features_of_one_colour_are_finite_and_without_spread(tiny_model):
+def test_colour_features_of_a_single_colour_are_finite_with_zero_spread(tiny_model):
     patches = tuple(torch.full((2, 3, 32, 32), value, dtype=torch.uint8) for value in (0, 255))
     found = tiny_model.network.extractor.colour(patches).numpy().reshape(2, 2, 9)
     np.testing.assert_allclose(found[:, 0, :3], np.log(255), rtol=1e-5)
@@ -338,7 +338,7 @@ def test_the_bundled_model_predicts_with_the_bundled_encoder(bundled):
     assert proba.sum().item() == pytest.approx(1)
 
 
-def test_the_bundled_model_knows_over_ten_thousand_genes_by_unique_names(bundled):
+def test_the_bundled_model_has_over_ten_thousand_genes_with_unique_names(bundled):
     assert bundled.card.n_genes > 10_000
     assert bundled.genes.index.is_unique
     assert {"ERBB2", "CD24", "GNAS"} <= set(bundled.genes.index)
@@ -350,7 +350,7 @@ def test_the_demo_section_is_not_among_the_training_sections(bundled):
     assert "C5" not in sections
 
 
-def test_the_bundled_card_says_what_the_model_is_and_is_not(bundled):
+def test_the_bundled_card_states_the_limitations_and_metrics(bundled):
     assert bundled.card.name in BUNDLED
     assert bundled.card.limitations
     assert len(bundled.card.classes) == len(bundled.card.class_colors) > 1
@@ -370,7 +370,7 @@ def test_the_bootstrap_of_an_older_card_is_not_called_a_95_percent_interval(bund
     assert "It is not a 95 % interval" in text
 
 
-def test_the_bundled_reliable_genes_follow_from_their_own_figures(bundled):
+def test_reliable_genes_of_the_bundled_model_follow_from_their_metrics(bundled):
     genes = bundled.genes
     assert genes["reliable"].any()
     assert (genes.loc[genes["reliable"], "pcc_given_depth"] > 0.0999).all()
@@ -385,13 +385,13 @@ def test_package_and_model_stay_small():
 
 
 def test_genes_of_the_bundled_model_have_ensembl_ids():
-    """Without the table that the training file asks for, they are missing, and nothing else is."""
+    """They would be missing if the table that the training file needs was not installed."""
     ids = load().genes["ensembl_id"]
     assert ids.str.fullmatch(r"ENSG\d{11}").mean() > 0.9
     assert load().genes.loc["ERBB2", "ensembl_id"] == "ENSG00000141736"
 
 
-def test_notebooks_show_what_a_model_predicts_how_well_and_what_next(tiny_model):
+def test_notebooks_show_what_a_model_predicts_its_accuracy_and_next_steps(tiny_model):
     shown = tiny_model._repr_html_()
     assert "<strong>tiny 1</strong>" in shown
     assert "10 of 41 genes are reliable" in shown

@@ -41,13 +41,13 @@ def preset(request):
     return request.param
 
 
-#: For what does not ask which of the networks it is: both files hold the same 94 MB of ResNet-50.
-of_one = pytest.mark.parametrize("preset", list(NAMES)[:1], indirect=True, scope="module")
+#: For tests that do not depend on the preset: both files hold the same 94 MB of ResNet-50.
+first_preset_only = pytest.mark.parametrize("preset", list(NAMES)[:1], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def patches():
-    """What two spots of the toy slide show in the paper's windows."""
+    """Patches of two spots of the toy slide, in the windows of the paper."""
     (slide,) = resolve(hg.datasets.toy((1, 2), mpp=1.0))
     reader = PatchReader(slide.pyramid, slide.centres, slide.mpp, windows_um=(50.0, 100.0, 150.0), input_px=224)
     return reader.read_all()
@@ -55,13 +55,13 @@ def patches():
 
 @pytest.fixture(scope="module")
 def paper(preset, patches):
-    """Random weights whose batch normalisations have seen images, as those of a trained network have."""
+    """Random weights, with statistics of batch normalisation from images, as in a trained network."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Paper(NAMES[preset])
         for name, module in network.named_modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                # Blocks add little to what passes by them; otherwise plain torch itself strays by 1e-5 from float64.
+                # Residual blocks contribute little; otherwise plain torch deviates by 1e-5 from float64.
                 torch.nn.init.uniform_(module.weight, *((0.1, 0.3) if name.endswith("bn3") else (0.5, 1.0)))
                 torch.nn.init.normal_(module.bias, std=0.1)
                 module.momentum = None
@@ -83,7 +83,7 @@ def model(checkpoint, preset):
 
 
 def views(patch):
-    """The eight symmetries as the authors make them: mirrored or not, both ways, and turned or not."""
+    """Return the eight symmetries as the authors compute them: mirrored or not in both axes, and rotated or not."""
     for turned in (patch, patch.rot90(1, (-2, -1))):
         for down in (turned, turned.flip(-2)):
             yield from (down, down.flip(-1))
@@ -107,7 +107,7 @@ def test_outputs_on_patches_equal_plain_torch(model, paper, patches):
     np.testing.assert_allclose(proba[:, 1], torch.stack([p for _, p in outputs]).mean(0)[:, 0], atol=1e-5)
 
 
-@of_one
+@first_preset_only
 def test_predict_equals_a_loop_over_windows_and_symmetries(model, paper, patches):
     toy = hg.datasets.toy((1, 2), mpp=1.0)
     with torch.inference_mode():
@@ -141,7 +141,7 @@ def test_a_saved_model_is_a_normal_folder(model, tmp_path):
     assert "unknown" in text
 
 
-@of_one
+@first_preset_only
 def test_tta_can_be_switched_off_and_on(model, tiny_model):
     toy = hg.datasets.toy((1, 1), mpp=2.0)
     for given, used in ((None, True), (False, False)):
@@ -151,18 +151,18 @@ def test_tta_can_be_switched_off_and_on(model, tiny_model):
     assert table.uns["he2gene"]["tta"] is False
 
 
-@of_one
-def test_encoder_weights_that_do_not_fit_are_refused(model):
+@first_preset_only
+def test_encoder_weights_that_do_not_fit_raise(model):
     tensors = {key: value for key, value in model.tensors.items() if key != "encoder.conv1.weight"}
     with pytest.raises(ValueError, match=r"(?s)do not fit its encoder 'resnet50'.*conv1\.weight"):
         _ = type(model)(model.card, model.genes, tensors).network
 
 
-# What the file may look like
+# Valid files
 
 
 @pytest.mark.parametrize(("wrapper", "parallel"), [("state_dict", True), ("model_state_dict", False), (None, True)])
-def test_wrappers_and_prefixes_are_taken_off(paper, preset, model, tmp_path, wrapper, parallel):
+def test_wrappers_and_prefixes_are_removed(paper, preset, model, tmp_path, wrapper, parallel):
     state = {("module." if parallel else "") + key: value for key, value in paper.state_dict().items()}
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "model.pt")
     found = from_checkpoint(tmp_path / "model.pt", preset, TARGET, AUX)
@@ -171,7 +171,7 @@ def test_wrappers_and_prefixes_are_taken_off(paper, preset, model, tmp_path, wra
         np.testing.assert_array_equal(found.tensors[key], value)
 
 
-@of_one
+@first_preset_only
 def test_genes_may_come_from_text_files(checkpoint, preset, tmp_path):
     for name, genes in (("target.txt", TARGET), ("aux.txt", AUX)):
         (tmp_path / name).write_text("\n".join(genes) + "\n")
@@ -179,71 +179,71 @@ def test_genes_may_come_from_text_files(checkpoint, preset, tmp_path):
     assert found.genes.index.tolist() == TARGET + AUX
 
 
-# What is refused
+# Errors
 
 
-def test_the_other_preset_is_refused_by_name(checkpoint, preset):
+def test_a_file_of_the_other_preset_raises_with_its_name(checkpoint, preset):
     other = next(name for name in NAMES if name != preset)
     with pytest.raises(ValueError, match=f"expected.*found.*layout of preset '{preset}'"):
         from_checkpoint(checkpoint, other, TARGET, AUX)
 
 
-@of_one
+@first_preset_only
 @pytest.mark.parametrize("windows_um", [(-1,), (), 100])
-def test_windows_have_to_be_a_list_of_sides(checkpoint, preset, windows_um):
+def test_windows_must_be_a_list_of_sides(checkpoint, preset, windows_um):
     with pytest.raises(ValueError, match="`windows_um` is .* a list of sides"):
         hg.models.from_checkpoint(checkpoint, preset, ["A"], ["B"], windows_um=windows_um)
 
 
-@of_one
-def test_an_unknown_preset_is_refused(checkpoint):
+@first_preset_only
+def test_an_unknown_preset_raises(checkpoint):
     with pytest.raises(ValueError, match="`preset` is 'st-net', valid"):
         from_checkpoint(checkpoint, "st-net", TARGET, AUX)
 
 
 @pytest.mark.parametrize(("genes", "match"), [(TARGET[:-1], "names 4 genes, the network has 5"), (AUX, "names 9")])
-def test_another_number_of_genes_is_refused(checkpoint, preset, genes, match):
+def test_another_number_of_genes_raises(checkpoint, preset, genes, match):
     with pytest.raises(ValueError, match=f"`target_genes` {match}"):
         from_checkpoint(checkpoint, preset, genes, [f"A{i}" for i in range(N_AUX)])
 
 
-@of_one
-def test_duplicated_genes_are_refused(checkpoint, preset):
+@first_preset_only
+def test_duplicated_genes_raise(checkpoint, preset):
     with pytest.raises(ValueError, match=r"1 genes occur twice, first \['VIM'\]"):
         from_checkpoint(checkpoint, preset, [*TARGET[:-1], "VIM"], AUX)
 
 
-@of_one
-def test_pickled_objects_are_refused(paper, preset, tmp_path):
+@first_preset_only
+def test_pickled_objects_raise(paper, preset, tmp_path):
     torch.save(paper, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="holds more than tensors.*refused"):
         from_checkpoint(tmp_path / "model.pt", preset, TARGET, AUX)
 
 
-@of_one
+@first_preset_only
 @pytest.mark.parametrize("size", [0, 1000, 50_000_000])
-def test_a_truncated_file_is_refused(checkpoint, preset, tmp_path, size):
+def test_a_truncated_file_raises(checkpoint, preset, tmp_path, size):
     (tmp_path / "model.pt").write_bytes(checkpoint.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"model\.pt"):
         from_checkpoint(tmp_path / "model.pt", preset, TARGET, AUX)
 
 
-@of_one
-def test_a_file_that_is_not_there_is_named(preset, tmp_path):
+@first_preset_only
+def test_a_missing_file_is_named(preset, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
         from_checkpoint(tmp_path / "nothing.pt", preset, TARGET, AUX)
 
 
-@of_one
-def test_another_encoder_is_refused_with_what_differs(paper, preset, tmp_path):
+@first_preset_only
+def test_another_encoder_raises_with_the_layers_that_differ(paper, preset, tmp_path):
     state = {key: value for key, value in paper.state_dict().items() if "layer4.2" not in key}
     torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"(?s)no ResNet-50.*layer4\.2"):
+    with pytest.raises(ValueError, match=r"(?s)not a ResNet-50.*layer4\.2"):
         from_checkpoint(tmp_path / "model.pt", preset, TARGET, AUX)
 
 
-@of_one
-def test_a_diverged_network_is_refused(paper, preset, tmp_path):
+@first_preset_only
+def test_a_diverged_network_raises(paper, preset, tmp_path):
     state = copy.deepcopy(paper.state_dict())
     state[f"{NAMES[preset][0]}.bias"][0] = np.nan
     torch.save(state, tmp_path / "model.pt")
@@ -251,9 +251,9 @@ def test_a_diverged_network_is_refused(paper, preset, tmp_path):
         from_checkpoint(tmp_path / "model.pt", preset, TARGET, AUX)
 
 
-@of_one
+@first_preset_only
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}])
-def test_something_else_than_a_state_dict_is_refused(preset, tmp_path, content):
+def test_a_file_without_a_state_dict_raises(preset, tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="a state dict is needed"):
         from_checkpoint(tmp_path / "model.pt", preset, TARGET, AUX)

@@ -12,7 +12,7 @@ from distributed import Reschedule, get_worker
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.inference import _cache, _workers
-from he2gene_sc.models._embedding import ALONE
+from he2gene_sc.models._embedding import NO_CONTEXT
 from he2gene_sc.models._network import FeatureExtractor, Network
 from he2gene_sc.tl._encoding import Encoding, parts_of
 
@@ -60,7 +60,7 @@ def by_view(tiny_model):
     model = hg.models.HE2Gene(card, tiny_model.genes, tensors)
     one = tiny_model.network.extractor
     extractor = FeatureExtractor(one.encoder, replace(SPEC, input_px=one.input_px), fusion="mean")
-    model.__dict__["network"] = Network(extractor, {k: torch.from_numpy(v) for k, v in tensors.items()}, ALONE)
+    model.__dict__["network"] = Network(extractor, {k: torch.from_numpy(v) for k, v in tensors.items()}, NO_CONTEXT)
     return model
 
 
@@ -104,7 +104,7 @@ def test_another_head_on_the_same_encoder_reads_the_same_features(toy, tiny_mode
     bias = {"genes.bias": tiny_model.tensors["genes.bias"] + 1}
     other = hg.models.HE2Gene(tiny_model.card, tiny_model.genes, tiny_model.tensors | bias)
     tensors = {key: torch.from_numpy(value) for key, value in other.tensors.items()}
-    other.__dict__["network"] = Network(tiny_model.network.extractor, tensors, ALONE)
+    other.__dict__["network"] = Network(tiny_model.network.extractor, tensors, NO_CONTEXT)
     table, n = count.of(predicted, toy, other, features=KEY)
     assert n == 0
     same(table, predicted(toy, other))

@@ -25,7 +25,7 @@ CLASSES = ["adipose tissue", "connective tissue", "invasive cancer"]
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model):
     """The tiny model with an annotation head that is undecided enough to give every class to some spots."""
-    from he2gene_sc.models._embedding import ALONE
+    from he2gene_sc.models._embedding import NO_CONTEXT
     from he2gene_sc.models._network import Network
 
     latent = hg.tl.predict(hg.datasets.toy((5, 6), mpp=2.0), model=tiny_model, copy=True)["table"].obsm["X_he2gene"]
@@ -33,7 +33,7 @@ def tiny_model(tiny_model):
     changed = {"annotation.weight": weight, "annotation.bias": -latent.mean(axis=0) @ weight}
     model = hg.models.HE2Gene(tiny_model.card, tiny_model.genes, {**tiny_model.tensors, **changed})
     tensors = {key: torch.from_numpy(value) for key, value in model.tensors.items()}
-    model.__dict__["network"] = Network(tiny_model.network.extractor, tensors, ALONE)
+    model.__dict__["network"] = Network(tiny_model.network.extractor, tensors, NO_CONTEXT)
     return model
 
 

@@ -1,4 +1,4 @@
-"""From sections to a model with its card: every part is what its own function gives."""
+"""Building a model with its card from sections: every part equals the result of its own function."""
 
 import tracemalloc
 from dataclasses import replace
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from he2gene_sc.models._embedding import ALONE
-from he2gene_sc.training import Recipe, _figures, build_model, cross_validate, fit_basis, fit_sums, folds_of, spilled
+from he2gene_sc.models._embedding import NO_CONTEXT
+from he2gene_sc.training import Recipe, _figures, build_model, cross_validate, fit_basis, fit_sums, folds_of, spill
 from he2gene_sc.training._closed_form import ood as _ood
 from he2gene_sc.training._closed_form import validate as _validate
 from he2gene_sc.training._closed_form.annotation import fit_annotation
@@ -36,8 +36,8 @@ def validated(sections, **options):
     return cross_validate(sections, protocols, recipe(), n_classes=3, n_target=4, **options)
 
 
-def test_sections_whose_spots_have_all_the_same_depth_are_learned(sections):
-    """Counts that were thinned to one total: depth is a reference that predicts nothing."""
+def test_sections_with_constant_depth_can_be_trained_on(sections):
+    """Counts were thinned to one total, so depth is a constant reference."""
     even = [replace(section, totals=np.full(len(section.totals), 1000.0)) for section in sections]
     model = build_model(even, facts(N_GENES), recipe(), n_colour=N_COLOUR, n_target=4)
     assert not np.nan_to_num(model.genes["pcc_depth"]).any()
@@ -49,7 +49,7 @@ def test_penalties_are_chosen_on_held_out_sections_and_patients(model, sections)
     assert Choice(training["penalty"], training["rank"]) == choice
 
 
-def test_heads_are_fitted_to_everything(model, sections):
+def test_heads_are_fitted_to_all_sections(model, sections):
     choice, _ = validated(sections)
     basis = fit_basis(sections, everything(sections), recipe())
     sums = fit_sums(sections, everything(sections), basis, recipe().power)
@@ -65,7 +65,7 @@ def test_heads_are_fitted_to_everything(model, sections):
     np.testing.assert_allclose(model.tensors["genes.bias"], sums.mean, rtol=1e-6)
 
 
-def test_two_patients_do_not_calibrate_a_model_of_both(model, sections):
+def test_with_two_patients_the_annotation_is_not_calibrated(model, sections):
     head = fit_annotation(sections, everything(sections), recipe().weights, 3)
     np.testing.assert_allclose(model.tensors["annotation.weight"], head.basis.mixing, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(model.tensors["annotation.bias"], head.bias, rtol=1e-4, atol=1e-5)
@@ -86,7 +86,7 @@ def test_probabilities_are_calibrated_on_held_out_patients(sections):
     np.testing.assert_allclose(model.tensors["annotation.bias"], head.bias / temperature, rtol=1e-4, atol=1e-5)
 
 
-def test_genes_are_judged_by_held_out_sections(model, sections):
+def test_metrics_of_genes_are_over_held_out_sections(model, sections):
     choice, _ = validated(sections)
     held_out = validated(sections, choice=choice)[1]["section"]
     pcc = held_out.pcc
@@ -101,19 +101,19 @@ def test_genes_are_judged_by_held_out_sections(model, sections):
     new_patient = np.mean([np.nanmean(elsewhere[i::2], axis=0) for i in range(2)], axis=0)
     expected = (low > 0.1) & (held_out.skill > 0) & (new_patient > 0.1)
     assert genes["reliable_known_patient"].tolist() == expected.tolist()
-    # Of two patients nothing is said of a third.
+    # Two patients are too few for new patients.
     assert not genes["reliable"].any()
     target, variable = panels(sections, everything(sections), 4)
     assert set(np.flatnonzero(genes["group"] == "target")) == set(target)
     assert set(np.flatnonzero(genes["variable"])) == set(variable)
 
 
-def test_the_colour_baseline_reads_colour_alone(model, sections):
+def test_the_colour_baseline_uses_only_colour(model, sections):
     training = model.card.training
     colour = np.concatenate([s.features[:, 0, N_FEATURES - N_COLOUR :] for s in sections]).astype(float)
     found = colour @ model.tensors["colour.weight"] + model.tensors["colour.bias"]
     bare = [replace(s, features=s.features[:, :1, N_FEATURES - N_COLOUR :]) for s in sections]
-    made = Recipe(np.full(N_COLOUR, 0.5, np.float32), N_COLOUR, N_COLOUR, ALONE)
+    made = Recipe(np.full(N_COLOUR, 0.5, np.float32), N_COLOUR, N_COLOUR, NO_CONTEXT)
     basis = fit_basis(bare, everything(bare), made)
     sums = fit_sums(bare, everything(bare), basis, made.power)
     weight = sums.ridge(training["colour_penalty"], training["colour_rank"])
@@ -121,7 +121,7 @@ def test_the_colour_baseline_reads_colour_alone(model, sections):
     np.testing.assert_allclose(found, expected[:, model.tensors["colour.genes"]], atol=1e-3)
 
 
-def test_an_annotation_that_one_section_alone_has_is_not_calibrated_and_says_so(sections, caplog):
+def test_an_annotation_of_only_one_section_is_not_calibrated_and_the_card_says_so(sections, caplog):
     bare = [sections[0], *(replace(s, codes=np.full(len(s), -1)) for s in sections[1:])]
     known = replace(facts(N_GENES), limitations=("One.",))
     found = build_model(bare, known, recipe(), n_colour=N_COLOUR, n_target=4)
@@ -129,23 +129,25 @@ def test_an_annotation_that_one_section_alone_has_is_not_calibrated_and_says_so(
     assert found.card.limitations == ("One.", "The probabilities of its annotation are not calibrated.")
 
 
-def test_a_patient_of_a_few_labels_does_not_say_how_confident_the_model_is(sections):
-    """One of three patients has nearly all labels: a fold without it has too few to calibrate the whole model."""
+def test_a_fold_trained_on_few_labels_is_not_used_for_calibration(sections):
+    """One of three patients has nearly all labels, so the fold without it has too few labels for calibration."""
     patients = ("P0", "P1", "P0", "P2")
-    few = [
+    labelled_in_one = [
         replace(s, patient=p, codes=np.where(np.arange(len(s)) < (len(s) if p == "P0" else 3), s.codes, -1))
         for p, s in zip(patients, sections, strict=True)
     ]
-    made = build_model(few, facts(N_GENES), recipe(), n_colour=N_COLOUR, n_target=4)
-    choice, held_out = validated(few)
-    head = fit_annotation(few, everything(few), recipe().weights, 3)
-    by_section, by_patient = (pooled_temperature(few, held_out[unit].logits) for unit in ("section", "patient"))
+    made = build_model(labelled_in_one, facts(N_GENES), recipe(), n_colour=N_COLOUR, n_target=4)
+    choice, held_out = validated(labelled_in_one)
+    head = fit_annotation(labelled_in_one, everything(labelled_in_one), recipe().weights, 3)
+    by_section, by_patient = (
+        pooled_temperature(labelled_in_one, held_out[unit].logits) for unit in ("section", "patient")
+    )
     assert abs(by_section / by_patient - 1) > 0.05
     np.testing.assert_allclose(made.tensors["annotation.weight"], head.basis.mixing / by_section, rtol=1e-3, atol=1e-5)
 
 
 def test_memory_does_not_grow_with_the_number_of_sections(monkeypatch):
-    """Features and targets lie on disk, and so does what is found of each spot; components of labelled ones do not."""
+    """Features, targets and results per spot are on disk; only components of labelled spots are in memory."""
     monkeypatch.setattr(_validate, "_VALUES_AT_ONCE", 20_000)
     monkeypatch.setattr(_validate, "PENALTIES", (1.0,))
     monkeypatch.setattr(_validate, "RANKS", (None,))
@@ -153,23 +155,24 @@ def test_memory_does_not_grow_with_the_number_of_sections(monkeypatch):
     monkeypatch.setattr(_ood, "_BANK", 100)
 
     def peak(n_sections):
-        few = planted(n_sections, n=64, n_genes=150, noise=0.5, patients=3)
-        arrays = spilled((s.features, s.targets) for s in few)
-        few = [
-            replace(s, features=x, targets=y, codes=np.full(len(s), -1)) for s, (x, y) in zip(few, arrays, strict=True)
+        sections = planted(n_sections, n=64, n_genes=150, noise=0.5, patients=3)
+        arrays = spill((s.features, s.targets) for s in sections)
+        sections = [
+            replace(s, features=x, targets=y, codes=np.full(len(s), -1))
+            for s, (x, y) in zip(sections, arrays, strict=True)
         ]
         tracemalloc.start()
-        build_model(few, facts(150), recipe(), n_colour=N_COLOUR, n_target=150)
+        build_model(sections, facts(150), recipe(), n_colour=N_COLOUR, n_target=150)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
 
     peak(3)
-    # A section's predictions and counts of 200 genes, in six models and two protocols, took 1.2 MB.
+    # In memory, predictions and counts of 200 genes of a section, in six models and two protocols, would take 1.2 MB.
     assert (peak(15) - peak(6)) / 9 < 120_000
 
 
-def test_residuals_by_level_are_kept_unless_the_recipe_leaves_them_out():
+def test_residuals_by_level_are_kept_unless_the_recipe_disables_them():
     sections = planted(4, patients=4)
     options = {"n_colour": N_COLOUR, "n_target": 5}
     whole = build_model(sections, facts(10), recipe(), **options).tensors

@@ -26,7 +26,7 @@ CPU = {"device": "cpu"}
 
 
 def fit(data, preset=BASE, dropout=0.1, **options):
-    """Fit; fields of the preset and of `RunOptions` may be given by their own names."""
+    """Fit a network; fields of the preset and of `RunOptions` can be given as keywords."""
     preset = replace(preset, **{name: options.pop(name) for name in ("lr", "max_epochs") if name in options})
     known = {field.name for field in fields(RunOptions)}
     run = RunOptions(**{name: options.pop(name) for name in known & options.keys()})
@@ -35,7 +35,7 @@ def fit(data, preset=BASE, dropout=0.1, **options):
 
 @cache
 def whole_run(preset=BASE):
-    """A run that nothing disturbs; tests change none of it."""
+    """Return an uninterrupted run, which tests must not modify."""
     return fit(toy_set(), preset)
 
 
@@ -63,7 +63,7 @@ def test_the_presets_hold_the_numbers_of_the_paper():
         assert preset.n_target_genes == 250
 
 
-def test_one_logit_has_the_loss_of_a_sigmoid_over_the_labelled():
+def test_one_logit_has_the_loss_of_a_sigmoid_over_labelled_spots():
     logits, codes = torch.tensor([[0.5], [-2.0], [9.0]]), torch.tensor([1, 0, -1])
     expected = nn.functional.binary_cross_entropy(torch.sigmoid(logits[:2, 0]), codes[:2].float())
     torch.testing.assert_close(annotation_loss(logits, codes), expected)
@@ -72,15 +72,15 @@ def test_one_logit_has_the_loss_of_a_sigmoid_over_the_labelled():
     assert annotation_loss(logits, torch.full((3,), -1)) == 0
 
 
-def test_to_the_letter_windows_are_pixels_of_the_paper():
+def test_windows_of_the_exact_recipe_are_pixels_of_the_paper():
     for preset in PRESETS.values():
-        exact = preset.to_the_letter()
+        exact = preset.exact_recipe()
         assert exact.windows_um == pytest.approx([75 * 0.69, 150 * 0.69, 225 * 0.69])
         assert exact.train_window_um == pytest.approx(150 * 0.69)
         assert replace(exact, exact=False, train_window_um=100.0, windows_um=preset.windows_um) == preset
 
 
-def test_the_loss_without_gaps_is_that_of_the_paper():
+def test_the_loss_without_missing_values_equals_that_of_the_paper():
     g = torch.Generator().manual_seed(0)
     predicted, measured = torch.randn(5, 7, generator=g), torch.rand(5, 7, generator=g)
     mask = torch.arange(7) < 3
@@ -93,7 +93,7 @@ def test_the_loss_without_gaps_is_that_of_the_paper():
     torch.testing.assert_close(annotation_loss(logits, codes), expected)
 
 
-def test_the_neighbour_loss_is_the_distance_to_the_mean_of_those_alike():
+def test_the_neighbour_loss_is_the_distance_to_the_mean_of_neighbours_with_the_same_label():
     g = torch.Generator().manual_seed(0)
     predicted, neighbour = torch.randn(3, 4, generator=g), torch.randn(5, 4, generator=g)
     owner, alike = torch.tensor([0, 0, 0, 2, 2]), torch.tensor([True, True, False, False, True])
@@ -106,7 +106,7 @@ def test_the_neighbour_loss_is_the_distance_to_the_mean_of_those_alike():
 # Masking
 
 
-def test_what_was_not_measured_has_no_gradient():
+def test_unmeasured_genes_have_no_gradient():
     predicted = torch.randn(4, 3, requires_grad=True)
     measured = torch.rand(4, 3)
     measured[1:3, 1] = torch.nan
@@ -120,7 +120,7 @@ def test_what_was_not_measured_has_no_gradient():
     assert torch.isfinite(logits.grad).all()
 
 
-def test_neighbours_of_another_kind_have_no_gradient():
+def test_neighbours_with_another_label_have_no_gradient():
     predicted, neighbour = torch.randn(2, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
     neighbour_loss(predicted, neighbour, torch.tensor([0, 0, 1]), torch.tensor([True, False, False])).backward()
     assert (predicted.grad != 0).any(1).tolist() == [True, False]
@@ -135,8 +135,8 @@ def module_of(data, preset):
     return TrainingModule(encoder(0.0), SPEC, preset, data, rows, n_classes=3, seed=0).train()
 
 
-def first_batch(data, present=None):
-    loader = BatchLoader(data, np.arange(len(data)), batch_size=16, seed=0, neighbours=True, present=present)
+def first_batch(data, allowed=None):
+    loader = BatchLoader(data, np.arange(len(data)), batch_size=16, seed=0, neighbours=True, allowed=allowed)
     return next(iter(loader))
 
 
@@ -144,7 +144,7 @@ def statistics(module):
     return {key: value.clone() for key, value in module.state_dict().items() if "running" in key}
 
 
-def test_absent_neighbours_touch_neither_loss_nor_batch_normalisation():
+def test_absent_neighbours_do_not_affect_loss_or_batch_normalisation():
     data = toy_set()
     none = replace(data, neighbours=np.full_like(data.neighbours, -1))
     seen = {}
@@ -170,19 +170,19 @@ def test_absent_neighbours_touch_neither_loss_nor_batch_normalisation():
     assert not torch.equal(seen["absent"][1]["encoder.1.running_mean"], seen["present"][1]["encoder.1.running_mean"])
 
 
-def test_held_out_spots_are_no_neighbours():
+def test_held_out_spots_do_not_serve_as_neighbours():
     data = toy_set()
-    present = np.arange(len(data)) < 40
-    all_of_them, allowed = first_batch(data), first_batch(data, present)
-    assert 0 < len(allowed["neighbours"]) < len(all_of_them["neighbours"])
+    training = np.arange(len(data)) < 40
+    unrestricted, restricted = first_batch(data), first_batch(data, training)
+    assert 0 < len(restricted["neighbours"]) < len(unrestricted["neighbours"])
 
 
-def test_neighbours_without_a_label_are_not_alike():
+def test_neighbours_without_a_label_do_not_have_the_same_label():
     data = toy_set(codes=np.full(80, -1))
     assert not first_batch(data)["same"].any()
 
 
-def test_a_section_without_labels_and_one_without_a_gene_train_what_they_have():
+def test_sections_without_labels_or_without_a_gene_can_be_trained_on():
     data = toy_set()
     targets, codes = data.targets.copy(), data.codes.copy()
     targets[data.sections == 0, 2:4] = np.nan
@@ -197,7 +197,7 @@ def test_a_section_without_labels_and_one_without_a_gene_train_what_they_have():
 
 
 @pytest.mark.parametrize("preset", [BASE, SPAT], ids=["base", "spat"])
-def test_a_tiny_network_learns_what_is_planted(preset):
+def test_a_tiny_network_learns_a_planted_signal(preset):
     data = toy_set(120)
     recipe = replace(preset, lr=1e-2, lr_step=100, aux_weight=1.0, max_epochs=40)
     fitted = fit(data, recipe, dropout=0.0)
@@ -217,7 +217,7 @@ def test_the_weights_are_those_of_the_best_epoch():
         np.testing.assert_array_equal(value, long.tensors[key])
 
 
-def test_training_stops_when_patience_is_over():
+def test_training_stops_after_the_patience():
     fitted = fit(toy_set(), replace(BASE, lr=0.1, patience=2, max_epochs=40))
     assert len(fitted.history) == fitted.best_epoch + 3 < 40
 
@@ -236,7 +236,7 @@ def test_without_labels_there_is_no_annotation_head():
 # Determinism and resumption
 
 
-def test_one_seed_gives_the_same_bits_and_leaves_the_random_state_alone():
+def test_a_seed_gives_the_same_bits_and_keeps_the_global_random_state():
     data = toy_set()
     torch.manual_seed(5), np.random.seed(5), random.seed(5)  # noqa: NPY002 - the state a user may rely on
     expected = torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
@@ -250,7 +250,7 @@ def test_one_seed_gives_the_same_bits_and_leaves_the_random_state_alone():
     assert not np.array_equal(fit(data, seed=1).tensors["genes.weight"], first.tensors["genes.weight"])
 
 
-def test_nothing_is_left_in_the_working_folder_and_the_encoder_is_not_touched(tmp_path, monkeypatch, capfd):
+def test_no_file_is_left_in_the_working_folder_and_the_encoder_is_unchanged(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     network = encoder()
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -283,7 +283,7 @@ def killer(step):
 @pytest.mark.parametrize(
     ("preset", "every"), [(BASE, 1), (SPAT, 1), (BASE, 3), (SPAT, 100)], ids=["base-1", "spat-1", "base-3", "spat-100"]
 )
-def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(tmp_path, preset, every):
+def test_a_run_killed_at_any_step_and_resumed_ends_like_an_uninterrupted_one(tmp_path, preset, every):
     data, whole = toy_set(), whole_run(preset)
     n = round(len(whole.trained) / 16)
     assert n == 4
@@ -296,7 +296,7 @@ def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(tmp_path, preset, e
         same(fit(data, preset, resume=True, **options), whole)
 
 
-def test_a_run_killed_twice_and_one_that_had_finished_end_the_same(tmp_path):
+def test_runs_resumed_after_two_kills_or_after_the_end_give_the_same_result(tmp_path):
     data, whole = toy_set(), whole_run()
     options = {"checkpoint_dir": tmp_path / "run", "checkpoint_steps": 1, "resume": True}
     for step in (2, 3, 7):
@@ -306,7 +306,7 @@ def test_a_run_killed_twice_and_one_that_had_finished_end_the_same(tmp_path):
     same(fit(data, **options), whole)
 
 
-def test_a_run_that_had_stopped_early_does_not_go_on(tmp_path):
+def test_a_run_that_had_stopped_early_is_not_continued(tmp_path):
     data, preset = toy_set(), replace(BASE, lr=0.1, patience=2, max_epochs=40)
     options = {"checkpoint_dir": tmp_path / "run"}
     same(fit(data, preset, **options), fit(data, preset, resume=True, **options))
@@ -314,7 +314,7 @@ def test_a_run_that_had_stopped_early_does_not_go_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def start():
-    """Fit in a process of its own, a copy of one that has imported what that needs."""
+    """Return a function that fits in another process, forked from one with all imports."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("processes are not forked here")
     context = multiprocessing.get_context("forkserver")
@@ -334,8 +334,8 @@ def ended(process):
     return process.exitcode == 0
 
 
-def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path, start):
-    # In a process of its own too: what tests before this one left in theirs can move the last digits.
+def test_a_run_killed_by_the_system_and_resumed_ends_like_an_uninterrupted_one(tmp_path, start):
+    # Also in another process: the state of earlier tests can change the last digits.
     assert ended(start(tmp_path / "whole.npz"))
     options = {"checkpoint_dir": str(tmp_path / "run"), "checkpoint_steps": 1, "resume": True}
     last = tmp_path / "run" / "last.ckpt"
@@ -363,7 +363,7 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
+def test_two_processes_learn_the_same_as_one(tmp_path):
     (tmp_path / "run.py").write_text(_SCRIPT.format(root=str(Path(__file__).parents[2])))
     out = str(tmp_path / "weights.npz")
     done = subprocess.run(
@@ -371,12 +371,12 @@ def test_two_processes_learn_what_one_does(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = np.load(out)
-    # Batch normalisation sees half a batch in each, so the numbers are near, not equal.
+    # Each process normalises half a batch, so the results are close, not equal.
     whole = fit(toy_set(), SPAT, max_epochs=8)
     np.testing.assert_allclose(found["genes.bias"], whole.tensors["genes.bias"], atol=0.02)
 
 
-def test_resuming_another_run_is_refused_with_what_differs(tmp_path):
+def test_resuming_another_run_raises_with_the_settings_that_differ(tmp_path):
     fit(toy_set(), checkpoint_dir=tmp_path)
     with pytest.raises(FileExistsError, match="resume=True"):
         fit(toy_set(), checkpoint_dir=tmp_path)
@@ -385,11 +385,11 @@ def test_resuming_another_run_is_refused_with_what_differs(tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["pixels", "expression", "labels", "places", "grouping", "names of genes"])
-def test_resuming_with_other_data_is_refused_with_what_is_other(tmp_path, changed):
+def test_resuming_with_other_data_raises_with_the_data_that_differ(tmp_path, changed):
     data = toy_set()
     names = {"genes": list("abcdef")}
     fit(data, checkpoint_dir=tmp_path, max_epochs=1, names=names)
-    # One spot that is neither the first nor seen by any sample.
+    # A spot other than the first, which a digest of a sample would miss.
     array = {"pixels": "patches", "expression": "targets", "labels": "codes", "places": "coordinates"}.get(changed)
     array = "target_mask" if changed == "grouping" else array
     if array is None:
@@ -402,7 +402,7 @@ def test_resuming_with_other_data_is_refused_with_what_is_other(tmp_path, change
         fit(data, checkpoint_dir=tmp_path, max_epochs=2, resume=True, names=names)
 
 
-def test_processes_share_a_batch_between_them():
+def test_processes_share_a_batch():
     data = toy_set()
     whole = BatchLoader(data, np.arange(80), batch_size=16, seed=3)
     parts = [BatchLoader(data, np.arange(80), batch_size=16, seed=3, rank=r, world=2) for r in range(2)]
@@ -412,7 +412,7 @@ def test_processes_share_a_batch_between_them():
             assert torch.equal(joined, batch[key])
 
 
-def test_every_symmetry_is_seen_and_every_spot_once_an_epoch():
+def test_every_epoch_has_every_spot_once_and_all_symmetries_occur():
     data = toy_set(px=4)
     loader = BatchLoader(data, np.arange(80), batch_size=16, seed=0)
     epochs = [torch.cat([batch["targets"] for batch in loader]) for _ in range(2)]
@@ -423,14 +423,14 @@ def test_every_symmetry_is_seen_and_every_spot_once_an_epoch():
     assert set(turns.ravel()) == set(range(8))
 
 
-# What is held out
+# Held-out spots
 
 
 @pytest.mark.parametrize(
     ("groups", "unit", "held"),
     [({}, "patient", "patients"), ({"patients": np.zeros(80, int)}, "section", "sections")],
 )
-def test_whole_groups_are_held_out(groups, unit, held):
+def test_groups_are_not_split_between_training_and_held_out_spots(groups, unit, held):
     data = toy_set(**groups)
     found, train, rows = split(data, BASE)
     assert found == unit
@@ -438,7 +438,7 @@ def test_whole_groups_are_held_out(groups, unit, held):
     assert not set(getattr(data, held)[train]) & set(getattr(data, held)[rows])
 
 
-def test_of_one_section_a_block_is_held_out():
+def test_a_block_of_a_single_section_is_held_out():
     zero = np.zeros(80, int)
     data = toy_set(sections=zero, patients=zero)
     unit, train, rows = split(data, BASE)
@@ -446,7 +446,7 @@ def test_of_one_section_a_block_is_held_out():
     assert data.coordinates[rows, 1].max() <= data.coordinates[train, 1].min()
 
 
-def test_the_papers_validation_holds_out_a_tenth_of_the_spots_at_random():
+def test_the_validation_of_the_paper_holds_out_a_random_tenth_of_the_spots():
     data = toy_set()
     unit, train, rows = split(data, BASE, "random")
     assert (unit, len(rows)) == ("spot", 8)
@@ -455,8 +455,8 @@ def test_the_papers_validation_holds_out_a_tenth_of_the_spots_at_random():
     assert fit(data, max_epochs=1, validation="random").unit == "spot"
 
 
-def test_held_out_predictions_are_those_of_the_model_on_the_training_window():
-    from he2gene_sc.models._embedding import ALONE
+def test_held_out_predictions_equal_those_of_the_model_on_the_training_window():
+    from he2gene_sc.models._embedding import NO_CONTEXT
     from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor, Network
 
     data, fitted = toy_set(), whole_run()
@@ -464,7 +464,7 @@ def test_held_out_predictions_are_those_of_the_model_on_the_training_window():
     state = {k.removeprefix("encoder."): torch.from_numpy(v) for k, v in fitted.tensors.items() if "encoder." in k}
     network.load_state_dict(state)
     heads = {key: torch.from_numpy(value) for key, value in fitted.tensors.items() if "encoder." not in key}
-    model = Network(FeatureExtractor(network, SPEC, fusion="mean"), heads, ALONE)
+    model = Network(FeatureExtractor(network, SPEC, fusion="mean"), heads, NO_CONTEXT)
     with torch.inference_mode():
         latent = model.extractor((torch.from_numpy(data.patches[fitted.rows]),), SYMMETRIES).mean(1)
         expected = model.expression(latent, torch.arange(6))
@@ -473,7 +473,7 @@ def test_held_out_predictions_are_those_of_the_model_on_the_training_window():
     np.testing.assert_allclose(fitted.proba.sum(1), 1, atol=1e-5)
 
 
-def test_held_out_error_and_correlation_are_those_of_the_predictions():
+def test_held_out_error_and_correlation_equal_those_of_the_predictions():
     from he2gene_sc.stats import pearson
 
     data = toy_set()
@@ -487,10 +487,10 @@ def test_held_out_error_and_correlation_are_those_of_the_predictions():
     assert row["held_out_pearson"] == pytest.approx(np.mean(r), abs=1e-4)
 
 
-# What is refused
+# Errors
 
 
-def test_a_loss_that_is_no_number_stops_with_what_to_change():
+def test_a_loss_that_is_not_finite_raises_with_what_to_change():
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()
@@ -505,12 +505,12 @@ def test_a_loss_that_is_no_number_stops_with_what_to_change():
         fit_network(toy_set(), BASE, Broken(), SPEC, **CPU)
 
 
-def test_a_diverging_loss_stops_with_what_to_change():
+def test_a_diverging_loss_raises_with_what_to_change():
     with pytest.raises(RuntimeError, match="diverged.*Lower `lr`"):
         fit(toy_set(), replace(BASE, lr=100.0, max_epochs=30), dropout=0.0)
 
 
-def test_too_little_memory_stops_with_what_to_change(monkeypatch):
+def test_running_out_of_memory_raises_with_what_to_change(monkeypatch):
     class Hungry(nn.Linear):
         def forward(self, x):
             if self.training:
@@ -522,13 +522,13 @@ def test_too_little_memory_stops_with_what_to_change(monkeypatch):
         fit_network(toy_set(), BASE, Hungry(3, 4), SPEC, **CPU)
 
 
-def test_what_a_patch_keeps_for_its_gradient_is_counted():
+def test_the_memory_of_a_patch_for_its_gradient_is_measured():
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.Tanh(), nn.Linear(8, 4))
-    # The patch, and what comes out of the tangent: that is its own derivative and the next layer's input.
+    # The patch, and the output of tanh, which gives its derivative and is the input of the next layer.
     assert activation_bytes(network, 16) == 4 * (3 * 16 * 16 + 8)
 
 
-def test_a_batch_that_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
+def test_a_batch_that_does_not_fit_into_memory_raises_before_training(monkeypatch):
     monkeypatch.setattr(_memory, "memory_of_machine", lambda: 200_000)
     with pytest.raises(
         MemoryError, match=r"^16 patches at once need .* pass `patches_at_once` \(at most \d+ fit\).*hg.PaperRecipe"
@@ -551,7 +551,7 @@ def parts_of(network, at_once):
     return loss, [p.grad for p in network.parameters()]
 
 
-def test_a_batch_in_parts_teaches_what_the_whole_does():
+def test_a_batch_in_parts_gives_the_same_gradient():
     make = lambda: nn.Sequential(*(layer for layer in encoder(0.0) if not isinstance(layer, nn.BatchNorm2d)))  # noqa: E731
     whole, parts = parts_of(make(), None), parts_of(make(), 5)
     torch.testing.assert_close(parts[0], whole[0])
@@ -559,7 +559,7 @@ def test_a_batch_in_parts_teaches_what_the_whole_does():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_batch_normalisation_counts_a_part_once():
+def test_batch_normalisation_counts_each_part_once():
     network, again = encoder(0.0).train(), encoder(0.0).train()
     module = module_of(toy_set(), BASE)
     module.encoder, module.patches_at_once = network, 6
@@ -584,7 +584,7 @@ def test_a_run_in_parts_learns_and_can_be_resumed(tmp_path):
 # Sparse targets and calibration
 
 
-def test_sparse_targets_train_as_dense_ones(tmp_path):
+def test_sparse_targets_give_the_same_result_as_dense_ones(tmp_path):
     data = toy_set()
     dense = np.where(data.targets > 1.5, data.targets, 0).astype(np.float32)
     measured = np.ones((5, 6), bool)
@@ -599,7 +599,7 @@ def test_sparse_targets_train_as_dense_ones(tmp_path):
     same(fit(replace(data, targets=dense), checkpoint_dir=tmp_path, resume=True), whole)
 
 
-def test_the_held_out_labels_are_most_likely_at_the_temperature():
+def test_the_temperature_maximises_the_likelihood_of_held_out_labels():
     data = toy_set(120)
     codes = np.where(np.random.default_rng(0).random(120) < 0.3, 0, data.codes)
     fitted = fit(replace(data, codes=codes), replace(BASE, lr=1e-2, max_epochs=30), dropout=0.0)
@@ -610,11 +610,11 @@ def test_the_held_out_labels_are_most_likely_at_the_temperature():
         proba = np.exp(stretch * views)
         return -np.log((proba / proba.sum(1, keepdims=True))[np.arange(len(views)), codes[fitted.rows]]).mean()
 
-    # Views hardly differ here, so stretching their mean is nearly stretching each.
+    # Views hardly differ here, so scaling their mean is almost the same as scaling each.
     assert surprise(1) < min(surprise(0.8), surprise(1.25))
 
 
-def test_without_two_classes_held_out_nothing_is_calibrated():
+def test_without_two_held_out_classes_there_is_no_calibration():
     data = toy_set()
     codes = data.codes.copy()
     codes[split(data, BASE)[2]] = -1
@@ -622,7 +622,7 @@ def test_without_two_classes_held_out_nothing_is_calibrated():
     assert fit(toy_set(codes=np.full(80, -1))).temperature is None
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint_intact(tmp_path, monkeypatch):
     from lightning.pytorch import Trainer
 
     data, options = toy_set(), {"checkpoint_dir": tmp_path, "checkpoint_steps": 1}
@@ -654,17 +654,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         ({"rows": ("patient", np.arange(1), np.arange(1, 80))}, "too few"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(options, match):
+def test_invalid_arguments_raise(options, match):
     with pytest.raises(ValueError, match=match):
         fit(toy_set(), **options)
 
 
 def test_the_spatial_recipe_needs_neighbours():
-    with pytest.raises(ValueError, match="'he2gene-spat' reads neighbours"):
+    with pytest.raises(ValueError, match="'he2gene-spat' needs neighbours"):
         fit(toy_set(neighbours=None), SPAT)
 
 
-def test_an_encoder_with_a_map_for_output_is_refused():
+def test_an_encoder_whose_output_is_a_map_raises():
     with pytest.raises(ValueError, match="build it without a head"):
         fit_network(toy_set(), BASE, nn.Conv2d(3, 4, 3), SPEC, **CPU)
 
@@ -681,21 +681,21 @@ def test_an_encoder_with_a_map_for_output_is_refused():
         ({"neighbours": np.full((80, 8), 80)}, "names spot 80"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(changes, match):
+def test_invalid_arrays_raise(changes, match):
     with pytest.raises(ValueError, match=match):
         toy_set(**changes)
 
 
-def test_genes_that_no_held_out_section_lists_are_refused():
+def test_target_genes_that_no_held_out_section_measured_raise():
     data = toy_set()
     targets = data.targets.copy()
     targets[split(data, BASE)[2]] = np.nan
-    with pytest.raises(ValueError, match="no section held out lists"):
+    with pytest.raises(ValueError, match="no held-out section measured"):
         fit(replace(data, targets=targets))
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", "torn", "foreign", "another"])
-def test_resuming_from_a_damaged_or_foreign_file_names_it(tmp_path, content):
+def test_resuming_from_a_damaged_or_foreign_file_raises_with_its_name(tmp_path, content):
     data = toy_set(40)
     fit(data, replace(BASE, max_epochs=1), checkpoint_dir=tmp_path)
     last = tmp_path / "last.ckpt"
@@ -708,13 +708,13 @@ def test_resuming_from_a_damaged_or_foreign_file_names_it(tmp_path, content):
     else:
         last.write_bytes(content)
     before = last.read_bytes()
-    with pytest.raises(ValueError, match=r"`resume`: .*last.ckpt' is damaged, no checkpoint"):
+    with pytest.raises(ValueError, match=r"`resume`: .*last.ckpt' is damaged, is not a checkpoint"):
         fit(data, replace(BASE, max_epochs=2), checkpoint_dir=tmp_path, resume=True)
     assert last.read_bytes() == before
 
 
-def test_a_callback_that_stops_at_once_is_told():
+def test_a_callback_that_stops_training_immediately_raises():
     from lightning.pytorch.callbacks import Timer
 
-    with pytest.raises(RuntimeError, match="stopped before its first epoch"):
+    with pytest.raises(RuntimeError, match="stopped training before its first epoch"):
         fit(toy_set(40), replace(BASE, max_epochs=1), callbacks=[Timer(duration={"seconds": 0})])

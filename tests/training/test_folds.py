@@ -8,20 +8,20 @@ from he2gene_sc.training import grouped_folds, neighbour_table, warn_of_unit
 SECTIONS = np.repeat(np.arange(6), [10, 20, 30, 40, 50, 60])
 
 
-def test_patients_are_held_out_where_there_are_several():
+def test_patients_are_held_out_if_there_are_several():
     unit, folds = grouped_folds(SECTIONS, SECTIONS // 2)
     assert unit == "patient"
     np.testing.assert_array_equal(folds, SECTIONS // 2)
 
 
-def test_sections_are_held_out_where_there_is_one_patient():
+def test_sections_are_held_out_if_there_is_one_patient():
     unit, folds = grouped_folds(SECTIONS, np.zeros_like(SECTIONS))
     assert unit == "section"
     np.testing.assert_array_equal(folds, SECTIONS)
 
 
 @pytest.mark.parametrize("n_folds", [2, 3, 4])
-def test_groups_stay_whole_and_folds_are_of_about_one_size(n_folds):
+def test_groups_are_not_split_and_folds_have_similar_sizes(n_folds):
     unit, folds = grouped_folds(SECTIONS, SECTIONS, n_folds=n_folds)
     assert unit == "patient"
     assert all(len(np.unique(folds[s == SECTIONS])) == 1 for s in range(6))
@@ -30,7 +30,7 @@ def test_groups_stay_whole_and_folds_are_of_about_one_size(n_folds):
     assert np.ptp(sizes) <= 20
 
 
-def test_there_are_no_more_folds_than_groups():
+def test_there_are_at_most_as_many_folds_as_groups():
     assert grouped_folds(SECTIONS, SECTIONS, n_folds=99)[1].max() == 5
 
 
@@ -46,14 +46,14 @@ def test_blocks_are_strips_across_the_longer_side():
         assert coordinates[folds == fold, 0].max() < coordinates[folds == fold + 1, 0].min()
 
 
-def test_every_section_is_cut_where_blocks_are_asked_for():
+def test_every_section_is_split_if_blocks_are_requested():
     coordinates = np.random.default_rng(0).uniform(size=(len(SECTIONS), 2))
     unit, folds = grouped_folds(SECTIONS, SECTIONS, coordinates, n_folds=2, unit="block")
     assert unit == "block"
     assert all(abs((folds[s == SECTIONS] == 0).mean() - 0.5) < 0.01 for s in range(6))
 
 
-def test_folds_do_not_depend_on_chance():
+def test_folds_are_deterministic():
     first, second = (grouped_folds(SECTIONS, SECTIONS, n_folds=3)[1] for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
@@ -69,18 +69,18 @@ def test_folds_do_not_depend_on_chance():
         ({"unit": "block", "coordinates": np.zeros((len(SECTIONS), 2)), "n_folds": 11}, "10 spots cannot be cut"),
     ],
 )
-def test_what_cannot_be_held_out_is_refused(arguments, match):
+def test_invalid_arguments_of_folds_raise(arguments, match):
     arguments = {"sections": SECTIONS, "patients": SECTIONS} | arguments
     with pytest.raises(ValueError, match=match):
         grouped_folds(**arguments)
 
 
-@pytest.mark.parametrize(("unit", "said"), [("patient", ""), ("section", "SAME patient"), ("block", "SAME section")])
-def test_what_figures_do_not_tell_is_said(caplog, unit, said):
+@pytest.mark.parametrize(("unit", "message"), [("patient", ""), ("section", "SAME patient"), ("block", "SAME section")])
+def test_limitations_of_the_unit_are_logged(caplog, unit, message):
     with caplog.at_level(logging.WARNING, "he2gene_sc"):
         warn_of_unit(unit)
-    assert said in caplog.text
-    assert bool(caplog.text) == bool(said)
+    assert message in caplog.text
+    assert bool(caplog.text) == bool(message)
 
 
 # Neighbours
@@ -90,17 +90,17 @@ def square(n=5, pitch=200.0):
     return pitch * np.stack(np.mgrid[:n, :n], axis=-1).reshape(-1, 2)
 
 
-def turned(points, degrees):
+def rotated(points, degrees):
     a = np.deg2rad(degrees)
     return points @ np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
 
 
 @pytest.mark.parametrize("degrees", [0, 17, 45])
 @pytest.mark.parametrize("pitch", [None, 200.0])
-def test_a_square_grid_has_the_eight_around_each(degrees, pitch):
+def test_spots_of_a_square_grid_have_eight_neighbours(degrees, pitch):
     rng = np.random.default_rng(0)
     points = square() + rng.uniform(-14, 14, (25, 2))
-    table = neighbour_table(turned(points, degrees), pitch)
+    table = neighbour_table(rotated(points, degrees), pitch)
     grid = np.stack(np.mgrid[:5, :5], axis=-1).reshape(-1, 2)
     for spot, row in enumerate(table):
         expected = np.flatnonzero(np.abs(grid - grid[spot]).max(1) == 1)
@@ -108,7 +108,7 @@ def test_a_square_grid_has_the_eight_around_each(degrees, pitch):
         assert (row[len(expected) :] == -1).all()
 
 
-def test_a_hexagonal_grid_has_the_six_around_each():
+def test_spots_of_a_hexagonal_grid_have_six_neighbours():
     rows, columns = np.mgrid[:6, :6]
     points = np.stack([100.0 * (columns + 0.5 * (rows % 2)), 86.6 * rows], axis=-1).reshape(-1, 2)
     table = neighbour_table(points)
@@ -116,7 +116,7 @@ def test_a_hexagonal_grid_has_the_six_around_each():
     assert ((table >= 0).sum(1)[inner] == 6).all()
 
 
-def test_missing_spots_leave_gaps_and_sections_do_not_meet():
+def test_missing_spots_leave_gaps_and_spots_of_other_sections_are_not_neighbours():
     points = square(3)
     kept = np.delete(np.arange(9), 4)
     table = neighbour_table(np.concatenate([points[kept], points]), 200.0, np.repeat([0, 1], [8, 9]))
@@ -144,6 +144,6 @@ def test_a_single_spot_has_no_neighbour():
         ((square(), 200.0, np.zeros(3)), "one code a spot"),
     ],
 )
-def test_coordinates_that_make_no_grid_are_refused(arguments, match):
+def test_invalid_coordinates_raise(arguments, match):
     with pytest.raises(ValueError, match=match):
         neighbour_table(*arguments)

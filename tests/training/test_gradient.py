@@ -65,7 +65,7 @@ def model(data):
     return train(data, facts(encoder=own), RECIPE, encoder(), device="cpu")
 
 
-def test_the_card_says_what_was_done_and_what_was_held_out(model):
+def test_the_card_states_the_training_and_the_held_out_spots(model):
     card = model.card
     assert (card.fusion, card.tta, card.windows_um, card.n_latent) == ("mean", True, (50.0, 100.0, 150.0), 16)
     assert card.training["sections"]["B1"] == {"patient": "B", "n_spots": 20, "mpp": 0.5}
@@ -78,7 +78,7 @@ def test_the_card_says_what_was_done_and_what_was_held_out(model):
     assert card.training["annotation_temperature"] > 0
 
 
-def test_the_gene_table_holds_the_figures_of_the_held_out_section(model, data):
+def test_the_gene_table_has_the_metrics_of_the_held_out_section(model, data):
     trained = np.flatnonzero(data.patients != data.patients[-1])
     data = replace(data, target_mask=target_mask(data.targets, trained, 3))
     fitted = fit_network(data, RECIPE, encoder(), SPEC, device="cpu", n_classes=3)
@@ -93,7 +93,7 @@ def test_the_gene_table_holds_the_figures_of_the_held_out_section(model, data):
 
 
 @pytest.mark.parametrize("cross_validate", [False, True])
-def test_target_genes_are_chosen_without_the_patients_that_are_held_out(data, cross_validate):
+def test_target_genes_are_chosen_without_the_held_out_patients(data, cross_validate):
     held = data.patients == data.patients[-1]
     lowest = np.argsort(data.targets[~held].mean(0))[:3]
     loud = data.targets.copy()
@@ -119,7 +119,7 @@ def test_target_genes_are_chosen_without_the_patients_that_are_held_out(data, cr
     assert not set(lowest) & set(np.flatnonzero(made.genes["group"] == "target"))
 
 
-def test_an_encoder_of_ones_own_is_carried_and_supplied_at_load(model, tmp_path):
+def test_a_users_encoder_is_kept_by_the_model_and_given_at_load(model, tmp_path):
     patches = tuple(torch.full((2, 3, 20, 20), v, dtype=torch.uint8) for v in (30, 90, 200))
     saved = load(model.save(tmp_path / "mine"), encoder=(encoder(), replace(SPEC, timm_name="")))
     with torch.inference_mode():
@@ -128,8 +128,8 @@ def test_an_encoder_of_ones_own_is_carried_and_supplied_at_load(model, tmp_path)
     torch.testing.assert_close(*views)
 
 
-def test_a_network_that_timm_builds_is_a_folder_on_its_own_and_predicts(tmp_path):
-    """The whole way on the toy slide, with the smallest of timm's networks."""
+def test_a_model_on_a_network_of_timm_is_loaded_from_its_folder_and_predicts(tmp_path):
+    """Training and prediction on the toy slide, with the smallest network of timm."""
     sdata = hg.datasets.toy((5, 6), mpp=2.0)
     network = timm.create_model("test_resnet", pretrained=False, num_classes=0)
     _, spec = load_encoder("test_resnet", pretrained=False)
@@ -159,7 +159,7 @@ def test_a_network_that_timm_builds_is_a_folder_on_its_own_and_predicts(tmp_path
     assert np.isfinite(tables[0].obsm["he2gene_annotation_proba"].to_numpy()).all()
 
 
-def test_cross_validation_takes_figures_from_folds_that_had_no_say(data, monkeypatch):
+def test_cross_validation_metrics_are_over_folds_not_used_for_early_stopping(data, monkeypatch):
     from he2gene_sc.training._gradient import train_network as _gradient
 
     seen = []
@@ -186,16 +186,16 @@ def test_cross_validation_takes_figures_from_folds_that_had_no_say(data, monkeyp
     assert (model.genes["pcc_low"] <= model.genes["pcc"]).all()
 
 
-def test_random_validation_is_called_what_it_is(data):
+def test_the_card_says_that_random_validation_leaks(data):
     recipe = replace(RECIPE, lr=2e-2, lr_step=50, aux_weight=1.0, max_epochs=6)
     model = train(data, facts(), recipe, encoder(0.0), validation="random", device="cpu")
     assert "this LEAKS" in next(iter(model.card.metrics))
     assert not model.genes["reliable"].any()
 
 
-def test_one_patient_and_one_section_are_warned_of(data, caplog):
+def test_one_patient_or_one_section_give_a_warning(data, caplog):
     zero = np.zeros(100, int)
-    for changes, said in (({}, "SAME patient"), ({"sections": zero}, "SAME section")):
+    for changes, message in (({}, "SAME patient"), ({"sections": zero}, "SAME section")):
         caplog.clear()
         model = train(
             replace(data, patients=zero, **changes),
@@ -204,9 +204,9 @@ def test_one_patient_and_one_section_are_warned_of(data, caplog):
             encoder(),
             sections=[SimpleNamespace(name=s.name, patient="A", mpp=0.5, image=None) for s in SECTIONS],
         )
-        assert said in caplog.text
-        if "section" in said:
-            assert said in next(iter(model.card.metrics))
+        assert message in caplog.text
+        if "section" in message:
+            assert message in next(iter(model.card.metrics))
 
 
 def test_without_labels_the_model_has_no_annotation(data):
@@ -216,7 +216,7 @@ def test_without_labels_the_model_has_no_annotation(data):
     assert "annotation.weight" not in model.tensors
 
 
-def test_a_gene_that_some_sections_lack_is_judged_by_the_others(data):
+def test_a_gene_missing_in_some_sections_is_evaluated_in_the_others(data):
     targets = data.targets.copy()
     targets[data.sections == 4, 1] = np.nan
     targets[data.sections == 3, 2] = 1.0
@@ -233,13 +233,13 @@ def test_a_gene_that_some_sections_lack_is_judged_by_the_others(data):
     assert np.isfinite(genes["skill"]).all()
 
 
-def test_checkpoints_of_a_cross_validation_lie_in_folders_of_their_own(data, tmp_path):
+def test_each_fold_of_a_cross_validation_has_its_own_checkpoint_folder(data, tmp_path):
     recipe = replace(RECIPE, max_epochs=1)
     train(data, facts(), recipe, encoder(), cross_validate=True, run=RunOptions(checkpoint_dir=tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fold-0", "fold-1", "fold-2", "model"]
 
 
-def test_sections_are_put_together_for_training():
+def test_sections_are_combined_for_training():
     rng = np.random.default_rng(0)
     grid = 200.0 * np.stack(np.mgrid[:3, :4], axis=-1).reshape(-1, 2)
     sections = []

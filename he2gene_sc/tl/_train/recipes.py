@@ -79,9 +79,9 @@ class DefaultRecipe(validate.Checked):
 
     def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], tuple[int, ...] | None]:
         """Windows for an encoder, and tiles a side of each."""
-        from ...models._encoders.scale import own_windows, tiles_of
+        from ...models._encoders.scale import default_windows, tiles_of
 
-        windows_um = tuple(self.windows_um or own_windows(spec) or WINDOWS_UM)
+        windows_um = tuple(self.windows_um or default_windows(spec) or WINDOWS_UM)
         return windows_um, tiles_of(spec, windows_um) if self.tile_windows else None
 
 
@@ -146,7 +146,7 @@ class PaperRecipe(RunOptions):
         """Return the numbers of the paper, with the changes."""
         from ...training import PRESETS as known
 
-        preset = known[self.name].to_the_letter() if self.exact else known[self.name]
+        preset = known[self.name].exact_recipe() if self.exact else known[self.name]
         changes = {name: getattr(self, name) for name in ("windows_um", "batch_size", "max_epochs", "patience", "lr")}
         return replace(preset, **{name: value for name, value in changes.items() if value is not None})
 

@@ -124,7 +124,7 @@ def train(
     from ...inference import resolve_device
     from ...models import load_encoder
     from ...models._encoders.local import local_path
-    from ...models._encoders.scale import read_as, warn_of_scale
+    from ...models._encoders.scale import describe_tiles, warn_of_scale
 
     recipe = recipe_of(preset)
     keys = _made(keys, SectionKeys, "keys")
@@ -143,7 +143,10 @@ def train(
     windows_um, tiles = recipe.windows(spec)
     if tiles is not None:
         logger.info(
-            "encoder %r: windows of %s µm, %s", spec.name, [*windows_um], read_as(windows_um, tiles, spec.input_px)
+            "encoder %r: windows of %s µm, %s",
+            spec.name,
+            [*windows_um],
+            describe_tiles(windows_um, tiles, spec.input_px),
         )
     warn_of_scale(spec, windows_um, tiles)
     # What is not named cannot be found again by name.

@@ -1,1 +1,1 @@
-"""Frozen features, closed-form heads."""
+"""Training of closed-form heads on frozen features."""

@@ -1,7 +1,7 @@
-"""The annotation head: components of features as they are, every patient and class of the same weight.
+"""Annotation head on components of unstandardised features, with equal weights of patients and classes.
 
-Standardised within a slide, features hide how much of it is cancer, and the classes of training decide. As they are, they
-tell tissues apart across patients; see ``docs/experiments.md``.
+Features that are standardised by slide do not show how much of a slide is cancer, so the proportions of classes in training
+would decide. Unstandardised features separate tissues across patients; see ``docs/experiments.md``.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...models._embedding import Basis, Context
-from .._calibrate import UNSEEN
+from .._calibrate import UNSEEN_LOGIT
 from .._sections import Section
-from .heads import components, fit_softmax, principal
+from .heads import components, fit_softmax, principal_directions
 
-#: Components of a spot, and as many of the ring around it.
+#: Number of components of a spot, and of the ring around it.
 N_COMPONENTS = 64
 #: Inverse of the L2 penalty of the regression.
 STRENGTH = 0.03
-#: Neighbours whose mean is read beside a spot; nothing is taken off a slide.
-AROUND = Context(((50.0, 353.0),), (1.0,), None)
+#: Neighbours whose mean is used beside a spot; slides are not standardised.
+ANNOTATION_CONTEXT = Context(((50.0, 353.0),), (1.0,), None)
 
 
 @dataclass(frozen=True)
 class AnnotationHead:
-    """From the features of the spots of a slide to logits."""
+    """Map from the features of the spots of a slide to logits of classes."""
 
-    basis: Basis  # mixing: weights of the classes
+    basis: Basis  # mixing holds the weights of the classes
     bias: np.ndarray  # (c,)
 
     def logits(self, section: Section) -> np.ndarray:
-        """Logits of all spots of a section, under its first symmetry, ``(n, c)``."""
+        """Return the logits of all spots of a section, under the first symmetry, ``(n, c)``."""
         return components(section, self.basis) @ self.basis.mixing + self.bias
 
     def tensors(self, temperature: float) -> dict[str, np.ndarray]:
-        """Arrays of a model, calibrated."""
+        """Return the calibrated arrays for a model folder."""
         return {
             "annotation.mean": self.basis.mean,
             "annotation.scale": self.basis.scale,
@@ -51,7 +51,7 @@ def fit_annotation(
 ) -> AnnotationHead | None:
     """Fit components and regression on the chosen rows ``(n,)`` of each section; ``None`` without any label.
 
-    Sections without labels say how tissue looks. Classes that do not occur get a bias that no spot overcomes.
+    Sections without labels are used for the components. Classes that do not occur get a bias that no spot can overcome.
     """
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
     if not any((section.codes[chosen] >= 0).any() for section, chosen in used):
@@ -68,22 +68,22 @@ def fit_annotation(
     weight = equal_weights(labels, np.concatenate(patients))
     centre = np.average(parts, axis=0, weights=weight)
     slope, bias = fit_softmax(parts - centre, labels, n_classes, STRENGTH, weight)
-    bias = np.where(bias == UNSEEN, UNSEEN, bias - centre @ slope)
-    return AnnotationHead(Basis(basis.mean, basis.scale, basis.projection, slope, AROUND), bias)
+    bias = np.where(bias == UNSEEN_LOGIT, UNSEEN_LOGIT, bias - centre @ slope)
+    return AnnotationHead(Basis(basis.mean, basis.scale, basis.projection, slope, ANNOTATION_CONTEXT), bias)
 
 
 def equal_weights(codes: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """Weights of spots: within a class every patient that shows it counts the same, and so does every class; mean 1."""
+    """Return weights of spots with mean 1: classes have equal weight, and within a class so do the patients that have it."""
     weight = np.zeros(len(codes))
     for code in np.unique(codes):
         here = codes == code
-        names, which, n = np.unique(patients[here].astype(str), return_inverse=True, return_counts=True)
-        weight[here] = 1 / (n[which] * len(names))
+        names, group, n = np.unique(patients[here].astype(str), return_inverse=True, return_counts=True)
+        weight[here] = 1 / (n[group] * len(names))
     return weight * len(weight) / weight.sum()
 
 
 def _basis(used: Sequence[tuple[Section, np.ndarray]], weights: np.ndarray) -> Basis:
-    """Mean and scale over all spots, between patients too, and principal components; patients weigh the same."""
+    """Return mean, scale (including differences between patients) and principal components; patients have equal weight."""
     names = [section.patient for section, _ in used]
     share = np.array([1 / names.count(name) for name in names]) / len(set(names))
     moments = [_moments(section.features, chosen) for section, chosen in used]
@@ -96,14 +96,17 @@ def _basis(used: Sequence[tuple[Section, np.ndarray]], weights: np.ndarray) -> B
     for part, (section, chosen) in zip(share, used, strict=True):
         views = section.features.shape[1]
         for view in range(views):
-            z = AROUND.standardise(np.asarray(section.features[chosen, view], np.float32), mean, scale) * weights
+            z = (
+                ANNOTATION_CONTEXT.standardise(np.asarray(section.features[chosen, view], np.float32), mean, scale)
+                * weights
+            )
             gram += part / (views * len(z)) * (z.T @ z)
-    projection = weights[:, None] * principal(gram, min(N_COMPONENTS, len(weights)))
-    return Basis(mean, scale, projection.astype(np.float32), np.empty((0, 0)), AROUND)
+    projection = weights[:, None] * principal_directions(gram, min(N_COMPONENTS, len(weights)))
+    return Basis(mean, scale, projection.astype(np.float32), np.empty((0, 0)), ANNOTATION_CONTEXT)
 
 
 def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and mean square of the features over spots and symmetries, ``(f,)`` float64."""
+    """Return mean and mean square of the features over spots and symmetries, ``(f,)`` float64."""
     views = features.shape[1]
     total, square = np.zeros(features.shape[2]), np.zeros(features.shape[2])
     for view in range(views):

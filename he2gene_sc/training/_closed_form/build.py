@@ -1,4 +1,4 @@
-"""From training sections to a model with its card: held-out figures first, then the fit on everything."""
+"""Build a model with its card from training sections: compute held-out metrics, then fit to all sections."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from threadpoolctl import threadpool_limits
 
 from ..._core.logs import logger
 from ...models import HE2Gene
-from ...models._embedding import ALONE, Context
+from ...models._embedding import NO_CONTEXT, Context
 from ...models._gene_table import REFERENCES
-from .._calibrate import calibration_unit, described
+from .._calibrate import calibration_unit, card_entry
 from .._figures import (
     annotation_figures,
     can_be_calibrated,
@@ -21,29 +21,29 @@ from .._figures import (
     paired_figures,
     pooled_temperature,
 )
-from .._folds import NOT_TOLD, grouped_folds, warn_of_unit
-from .._held_out import HeldOut, standardised
+from .._folds import UNIT_LIMITATIONS, grouped_folds, warn_of_unit
+from .._held_out import HeldOut, standardise
 from .._metadata import ModelMetadata
 from .._predictability import MIN_GROUPS, gene_table
 from .._programmes import programme_figures
 from .._sections import Section
-from .annotation import AROUND, STRENGTH, fit_annotation
+from .annotation import ANNOTATION_CONTEXT, STRENGTH, fit_annotation
 from .heads import Recipe, find_rings, fit_basis, fit_sums
 from .ood import fit_detector
 from .validate import Choice, cross_validate, panels
 
-#: Sections or patients beyond this number are held out in so many groups.
+#: Most folds; if there are more sections or patients, several are held out together.
 MAX_FOLDS = 10
-#: Share of all labels that a fold has to be trained on for its confidence to be that of the model.
-_ENOUGH_LABELS = 0.2
+#: Least share of all labels in the training data of a fold whose confidence is taken as that of the model.
+_MIN_LABEL_SHARE = 0.2
 _HELD_OUT = {"section": "leave one section out", "patient": "leave one patient out", "block": "parts of one section"}
 
 
 def folds_of(sections: Sequence[Section], unit: str | None, seed: int = 0) -> tuple[str, list[np.ndarray]]:
     """Return the unit, and fold codes ``(n,)`` of the spots of each section.
 
-    Units are ``"patient"``, ``"section"``, ``"block"`` and the random ``"spot"`` of the paper, for comparison only;
-    ``None`` takes the largest of which there are several.
+    Units are ``"patient"``, ``"section"``, ``"block"``, and, for comparison with the paper only, random ``"spot"``. ``None`` is the
+    largest unit with several groups.
     """
     sizes = [len(section) for section in sections]
     cuts = np.cumsum(sizes)[:-1]
@@ -74,9 +74,9 @@ def build_model(
     validation: str = "grouped",
     seed: int = 0,
 ) -> HE2Gene:
-    """Choose the penalties, compute held-out metrics and fit the model, in half precision as stored.
+    """Choose the penalties, compute held-out metrics and fit the model; weights are in half precision, as stored.
 
-    One thread: small steps wait for each other on a busy machine, and results would depend on the number of cores.
+    One thread is used: small steps would wait for each other on a busy machine, and results would depend on the number of cores.
     """
     n_classes = len(metadata.classes)
     unit, folds = folds_of(sections, "spot" if validation == "random" else None, seed)
@@ -86,51 +86,57 @@ def build_model(
         protocols = {"section": folds_of(sections, "section")[1], **protocols}
     if unit == "spot":
         logger.warning(
-            "validation='random': the neighbours of held-out spots were trained on, so figures are too good; do not report "
+            "validation='random': the neighbours of held-out spots were trained on, so metrics are optimistic; do not report "
             "them as accuracy"
         )
-    find_rings(sections, (recipe.context, AROUND) if n_classes else (recipe.context,))
+    find_rings(sections, (recipe.context, ANNOTATION_CONTEXT) if n_classes else (recipe.context,))
     colours = [section.features[:, 0, section.features.shape[2] - n_colour :] for section in sections]
-    colour, colour_recipe = _only(sections, colours)
-    known = next(iter(protocols))
+    colour, colour_recipe = _replace_features(sections, colours)
+    first_unit = next(iter(protocols))
     exchangeable = calibration_unit(sections, unit)
     programmes = metadata.programmes
-    sets = None if programmes is None else programmes.weights
+    set_weights = None if programmes is None else programmes.weights
     choice, held_out = cross_validate(
         sections,
         protocols,
         recipe,
         n_classes=n_classes,
         n_target=n_target,
-        calibrated=None if exchangeable is None else (exchangeable, exchangeable),
-        programmes=sets,
+        calibration=None if exchangeable is None else (exchangeable, exchangeable),
+        programmes=set_weights,
     )
-    panels_alone: dict[str, Any] = {"n_classes": 0, "n_target": n_target, "panels_alone": True}
-    colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, **panels_alone)
-    around = cross_validate(colour, protocols, _only(sections, colours, recipe.context)[1], **panels_alone)[1]
-    references = _references(sections, colours, protocols, n_target, sets)
-    # A model meets new patients: where their confidence is known, it is theirs that counts.
-    telling = next((n for n in reversed(protocols) if _tells_confidence(sections, protocols[n], held_out[n])), known)
-    # Of two patients, each was seen by a model of one: neither they nor their sections tell how sure a model of both may be.
-    tempered = unit != "patient" or len({section.patient for section in sections}) >= MIN_GROUPS
+    panels_only: dict[str, Any] = {"n_classes": 0, "n_target": n_target, "panels_only": True}
+    colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, **panels_only)
+    colour_in_context = cross_validate(
+        colour, protocols, _replace_features(sections, colours, recipe.context)[1], **panels_only
+    )[1]
+    references = _references(sections, colours, protocols, n_target, set_weights)
+    # A model is used on new patients, so confidence on held-out patients is preferred for calibration.
+    calibration_protocol = next(
+        (n for n in reversed(protocols) if _can_calibrate_confidence(sections, protocols[n], held_out[n])), first_unit
+    )
+    # With two patients, each fold is trained on one patient, whose confidence says little about a model of both.
+    is_calibrated = unit != "patient" or len({section.patient for section in sections}) >= MIN_GROUPS
     metrics = {
         _protocol(name, protocols[name], sections): (
             expression_figures(
                 sections,
                 found,
-                {"colour alone": colour_held_out[name], "colour with slide and neighbours": around[name]},
+                {"colour alone": colour_held_out[name], "colour with slide and neighbours": colour_in_context[name]},
             )
-            | paired_figures(sections, found, {reference: of[name] for reference, of in references.items()}, unit=name)
+            | paired_figures(
+                sections, found, {reference: by_unit[name] for reference, by_unit in references.items()}, unit=name
+            )
             | annotation_figures(
                 sections,
                 found,
                 metadata.classes,
-                telling=held_out[telling],
-                by_patient=telling == "patient",
-                tempered=tempered,
+                calibration_folds=held_out[calibration_protocol],
+                exclude_patient=calibration_protocol == "patient",
+                is_calibrated=is_calibrated,
             )
         )
-        # New patients first.
+        # Held-out patients are listed first.
         for name, found in reversed(held_out.items())
     }
     everything = [np.ones(len(section), bool) for section in sections]
@@ -138,32 +144,34 @@ def build_model(
     tensors = _fit(sections, everything, recipe, choice)
     head = fit_annotation(sections, everything, recipe.annotation, n_classes) if n_classes else None
     if head is not None:
-        tensors |= head.tensors(pooled_temperature(sections, held_out[telling].logits) if tempered else 1.0)
+        tensors |= head.tensors(
+            pooled_temperature(sections, held_out[calibration_protocol].logits) if is_calibrated else 1.0
+        )
     tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
     limitations = metadata.limitations
-    if unit in NOT_TOLD:
-        limitations = (*limitations, f"{NOT_TOLD[unit][0].upper()}{NOT_TOLD[unit][1:]}.")
-    if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[telling].logits):
+    if unit in UNIT_LIMITATIONS:
+        limitations = (*limitations, f"{UNIT_LIMITATIONS[unit][0].upper()}{UNIT_LIMITATIONS[unit][1:]}.")
+    if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[calibration_protocol].logits):
         logger.warning(
-            "annotation: no held-out spot has a label and a model that had seen its class, as where one section alone is "
-            "annotated: its probabilities are NOT calibrated"
+            "annotation: no held-out spot has a label of a class that its fold was trained on, for example because only one "
+            "section is annotated: its probabilities are NOT calibrated"
         )
         limitations = (*limitations, "The probabilities of its annotation are not calibrated.")
     genes, rule = gene_table(sections, metadata, held_out, references, target, variable)
-    told = None
+    programme_facts = None
     if programmes is not None and unit == "patient":
-        beside = {name: of[unit] for name, of in references.items()}
-        told = programme_figures(programmes, sections, held_out[unit], beside, seed)
+        of_unit = {name: by_unit[unit] for name, by_unit in references.items()}
+        programme_facts = programme_figures(programmes, sections, held_out[unit], of_unit, seed)
     elif programmes is not None:
         logger.warning(
-            "programmes: only patients that are held out tell how well sets are predicted; the card has none"
+            "programmes: predictions of gene sets are only tested on held-out patients, so the card has no metrics of them"
         )
     calibration = None if exchangeable is None else held_out[exchangeable].calibration
     if calibration is not None:
         tensors |= calibration.tensors()
     px, tiled = metadata.encoder.input_px, metadata.tiles is not None
-    kept, limits = fit_detector(sections, recipe.weights, metadata.windows_um, px, n_colour, tiled=tiled)
-    tensors |= kept
+    detector_tensors, limits = fit_detector(sections, recipe.weights, metadata.windows_um, px, n_colour, tiled=tiled)
+    tensors |= detector_tensors
     card = metadata.card(
         genes,
         tensors,
@@ -185,24 +193,24 @@ def build_model(
         context=recipe.context.to_dict(),
         intervals=None
         if calibration is None or exchangeable is None
-        else described(calibration, exchangeable, metadata.classes),
+        else card_entry(calibration, exchangeable, metadata.classes),
         guard=limits,
-        annotation={"context": AROUND.to_dict()} if "annotation.mean" in tensors else None,
-        programmes=told,
+        annotation={"context": ANNOTATION_CONTEXT.to_dict()} if "annotation.mean" in tensors else None,
+        programmes=programme_facts,
     )
-    # In the order in which they are stored: rounding depends on it.
+    # C order, as in the stored file, since rounding depends on it.
     return HE2Gene(card, genes, {key: np.asarray(value, order="C") for key, value in tensors.items()})
 
 
-def _tells_confidence(sections: Sequence[Section], folds: Sequence[np.ndarray], held_out: HeldOut) -> bool:
-    """Whether held-out spots have labels, and the models that predict them had a fair part of all labels."""
+def _can_calibrate_confidence(sections: Sequence[Section], folds: Sequence[np.ndarray], held_out: HeldOut) -> bool:
+    """Return whether held-out spots have labels, and every fold was trained on enough of all labels."""
     labelled = np.concatenate([section.codes for section in sections]) >= 0
     held = np.bincount(np.concatenate(list(folds))[labelled])
-    return can_be_calibrated(sections, held_out.logits) and held.max() <= (1 - _ENOUGH_LABELS) * labelled.sum()
+    return can_be_calibrated(sections, held_out.logits) and held.max() <= (1 - _MIN_LABEL_SHARE) * labelled.sum()
 
 
 def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section]) -> str:
-    """Name what was held out together, for the card."""
+    """Name the protocol of the folds, for the card."""
     if unit == "spot":
         return "random spots of the same sections (leaks; for comparison with the paper only)"
     n_folds = len(np.unique(np.concatenate(list(folds))))
@@ -212,17 +220,17 @@ def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section
     return _HELD_OUT[unit]
 
 
-def _only(
-    sections: Sequence[Section], numbers: Sequence[np.ndarray], context: Context = ALONE
+def _replace_features(
+    sections: Sequence[Section], values: Sequence[np.ndarray], context: Context = NO_CONTEXT
 ) -> tuple[list[Section], Recipe]:
-    """Keep nothing but some numbers of each spot ``(n, f)``, which no symmetry changes."""
-    f = numbers[0].shape[1]
+    """Replace the features of sections by values of each spot ``(n, f)``, which do not depend on symmetries."""
+    f = values[0].shape[1]
     weights = np.full(f, f**-0.5, np.float32)
     recipe = Recipe(weights, n_components=f, n_latent=f * (1 + len(context.rings_um)), context=context)
-    alone = [replace(section, features=x[:, None]) for section, x in zip(sections, numbers, strict=True)]
-    for one, section in zip(alone, sections, strict=True):
-        one.rings.update(section.rings)
-    return alone, recipe
+    reduced = [replace(section, features=x[:, None]) for section, x in zip(sections, values, strict=True)]
+    for reduced_section, section in zip(reduced, sections, strict=True):
+        reduced_section.rings.update(section.rings)
+    return reduced, recipe
 
 
 def _references(
@@ -232,17 +240,19 @@ def _references(
     n_target: int,
     programmes: np.ndarray | None,
 ) -> dict[str, dict[str, HeldOut]]:
-    """Held-out predictions of what sees no gene, numbers of a spot within its section, by name and protocol."""
-    numbers: dict[str, list[np.ndarray]] = {name: [] for name in REFERENCES}
+    """Return held-out predictions from depth, colour and coordinates of spots in their section, by name and protocol."""
+    values: dict[str, list[np.ndarray]] = {name: [] for name in REFERENCES}
     for section, colour in zip(sections, colours, strict=True):
-        xy = standardised(section.centres_um)
-        numbers["depth"].append(standardised(np.log(section.totals)[:, None]))
-        numbers["colour"].append(standardised(colour))
-        numbers["coordinates"].append(np.hstack([xy, standardised(np.square(xy).sum(1, keepdims=True))]))
+        xy = standardise(section.centres_um)
+        values["depth"].append(standardise(np.log(section.totals)[:, None]))
+        values["colour"].append(standardise(colour))
+        values["coordinates"].append(np.hstack([xy, standardise(np.square(xy).sum(1, keepdims=True))]))
     found = {}
-    for name, seen in numbers.items():
-        alone, recipe = _only(sections, seen)
-        found[name] = cross_validate(alone, protocols, recipe, n_classes=0, n_target=n_target, programmes=programmes)[1]
+    for name, features in values.items():
+        reduced, recipe = _replace_features(sections, features)
+        found[name] = cross_validate(reduced, protocols, recipe, n_classes=0, n_target=n_target, programmes=programmes)[
+            1
+        ]
     return found
 
 
@@ -264,7 +274,7 @@ def _fit(
 def _fit_colour(
     colour: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe, choice: Choice, genes: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Ridge on nothing but colour, for the genes that are shown beside it."""
+    """Fit a ridge on colour only, for the genes of both panels."""
     basis = fit_basis(colour, rows, recipe)
     sums = fit_sums(colour, rows, basis, recipe.power)
     usable = basis.scale > 0

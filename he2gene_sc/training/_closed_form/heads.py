@@ -1,7 +1,7 @@
-"""Closed-form heads on frozen features, fitted section by section from sums alone.
+"""Closed-form heads on frozen features, fitted from sums over sections.
 
-Standardise within the slide → principal components → context of the neighbours → principal components → ridge whose
-small components are shrunk, and a softmax. No step holds more than one section's spots, so memory does not grow with their number.
+Standardise by slide → principal components → context of the neighbours → principal components → ridge with shrunk small
+components, and a softmax. Each step holds the spots of one section, so memory does not grow with the number of sections.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ import numpy as np
 import scipy.linalg
 
 from ...models._embedding import Basis, Context, rings_of
-from .._calibrate import UNSEEN
-from .._scratch import spilled
+from .._calibrate import UNSEEN_LOGIT
+from .._scratch import spill
 from .._sections import Section
 
-#: Above this many features their components come from a randomised solver.
-_EXACT_UP_TO = 2500
+#: Most features for the exact solver of principal components; above it, a randomised one is used.
+_MAX_EXACT_FEATURES = 2500
 _TINY = 1e-6
-#: Sets of sections that some genes were measured in, whose squares are added up at once: the more sections, the more sets.
+#: Most sets of sections (genes measured in the same ones form a set) and values whose squares are added up at once.
 _PATTERNS_AT_ONCE, _VALUES_AT_ONCE = 256, 1_000_000
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How features become an embedding."""
+    """Settings of the embedding."""
 
     weights: np.ndarray  # (f,) factors of standardised features, see feature_weights
     n_components: int = 192  # of a spot's own features
     n_latent: int = 128  # length of the embedding
     context: Context = field(default_factory=Context)
     annotation_weights: np.ndarray | None = None  # default: weights
-    by_level: bool = True  # whether residuals are kept by predicted level
+    by_level: bool = True  # whether residuals are also kept by predicted level
 
     @property
     def annotation(self) -> np.ndarray:
-        """Factor of each standardised feature, for the annotation."""
+        """Factors of the standardised features for the annotation."""
         return self.weights if self.annotation_weights is None else self.annotation_weights
 
     @property
     def power(self) -> float:
-        """Expected sum of squares of what a spot and its rings are described by, the unit of the penalty."""
+        """Expected sum of squares of the components of a spot and its rings, the unit of the penalty."""
         return float(np.square(self.weights, dtype=np.float64).sum()) * (1 + sum(self.context.weights))
 
 
 def feature_weights(stages: Sequence[int], n_windows: int, n_colour: int, colour_share: float) -> np.ndarray:
-    """Factors ``(n_windows · sum(stages) + n_colour,)`` float32 that give every kind of feature its part.
+    """Return factors ``(n_windows · sum(stages) + n_colour,)`` float32 that weight each kind of feature.
 
-    ``stages`` are numbers of features a window. Colour comes last, with a sum of squares of ``colour_share`` beside
-    1.
+    ``stages`` are numbers of features per window. Colour is last, with a sum of squares of ``colour_share``, relative to 1 for
+    all other features.
     """
     window = np.concatenate([np.full(n, 1 / (n * n_windows * len(stages))) for n in stages])
     colour = np.full(n_colour, colour_share / max(1, n_colour))
@@ -60,19 +60,19 @@ def feature_weights(stages: Sequence[int], n_windows: int, n_colour: int, colour
 
 @dataclass(frozen=True)
 class Sums:
-    """What a ridge needs of the training spots, whatever its penalty."""
+    """Sums over the training spots from which a ridge of any penalty can be solved."""
 
     gram: np.ndarray  # (lists, k, k) squares of the embedding, over the sections that measured the same genes
     cross: np.ndarray  # (k, g) embedding times section-centred targets
-    mean: np.ndarray  # (g,) over spots where it was measured
+    mean: np.ndarray  # (g,) over the spots in which the gene was measured
     measured: np.ndarray  # (lists, g)
     power: float  # unit of the penalty
 
     @cached_property
     def root(self) -> np.ndarray:
-        """Lower Cholesky factor of the squares of all sections, ``(k, k)``."""
+        """Lower Cholesky factor of the sum of squares over all sections, ``(k, k)``."""
         total = self.gram.sum(0)
-        # A reference that is the same in all spots has no squares.
+        # A constant reference has no squares.
         jitter = max(_TINY * np.trace(total) / len(total), np.finfo(float).tiny)
         return np.linalg.cholesky(total + jitter * np.eye(len(total)))
 
@@ -83,20 +83,20 @@ class Sums:
     def path(self, penalty: float, ranks: Sequence[int | None], genes: np.ndarray | slice) -> Iterator[np.ndarray]:
         """Solve for one penalty and yield the weights ``(k, len(genes))`` of each rank, float32.
 
-        Fitted values lie in few components (Izenman, J Multivar Anal 1975); each is shrunk, the first ``rank``
-        by less than half (Breiman and Friedman, J R Stat Soc B 1997). ``None`` leaves all as they are.
+        Fitted values have few components (Izenman, J Multivar Anal 1975). Each is shrunk, the first ``rank`` by less than
+        half (Breiman and Friedman, J R Stat Soc B 1997). ``None`` shrinks none.
         """
         k = len(self.cross)
         jitter = penalty * self.power * np.eye(k)
         weight = np.empty(self.cross.shape, np.float64)
-        patterns, which = np.unique(self.measured, axis=1, return_inverse=True)
+        patterns, pattern_index = np.unique(self.measured, axis=1, return_inverse=True)
         step = max(1, min(_PATTERNS_AT_ONCE, _VALUES_AT_ONCE // k**2))
         for start in range(0, patterns.shape[1], step):
-            # Of many sections, nearly every gene may have been measured by others.
+            # With many sections, nearly every gene may have its own pattern.
             here = patterns[:, start : start + step].T.astype(np.float64)
             grams = (here @ self.gram.reshape(len(self.gram), -1)).reshape(-1, k, k)
             for i, gram in enumerate(grams, start=start):
-                chosen = np.flatnonzero(which.ravel() == i)
+                chosen = np.flatnonzero(pattern_index.ravel() == i)
                 factor = scipy.linalg.cho_factor(gram + jitter)
                 weight[:, chosen] = scipy.linalg.cho_solve(factor, self.cross[:, chosen])
         if any(rank is not None for rank in ranks):
@@ -109,7 +109,7 @@ class Sums:
             if rank is None or rank >= k:
                 yield weight[:, genes].astype(np.float32)
             else:
-                # Where there are no more components than the rank, all stay.
+                # If there are no more components than the rank, none is shrunk.
                 kept = size**2 / (size**2 + max(size[rank], _TINY**2) ** 2)
                 shrunk = directions @ (kept[:, None] * (directions.T @ fitted[:, genes]))
                 yield scipy.linalg.solve_triangular(root.T, shrunk, lower=False).astype(np.float32)
@@ -121,7 +121,7 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
     means, variances = zip(*(_moments(section.features, chosen) for section, chosen in used), strict=True)
     mean = np.mean(means, axis=0).astype(np.float32)
     scale = np.sqrt(np.mean(variances, axis=0))
-    # A feature that never varies is left at 0 instead of dividing rounding dust by itself.
+    # A constant feature becomes 0, instead of rounding errors divided by each other.
     scale = np.where(scale > _TINY * (np.abs(mean) + 1), scale, 0).astype(np.float32)
     weights = recipe.weights
     f = len(weights)
@@ -131,10 +131,10 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
             features = np.asarray(section.features[:, view], np.float32)
             z = recipe.context.standardise(features, mean, scale)[chosen] * weights
             gram += z.T @ z
-    own = principal(gram, min(recipe.n_components, f))
-    basis = Basis(mean, scale, (weights[:, None] * own).astype(np.float32), np.empty((0, 0)), recipe.context)
-    size = own.shape[1] * (1 + len(recipe.context.rings_um))
-    factors = np.sqrt(np.repeat((1.0, *recipe.context.weights), own.shape[1])).astype(np.float32)
+    directions = principal_directions(gram, min(recipe.n_components, f))
+    basis = Basis(mean, scale, (weights[:, None] * directions).astype(np.float32), np.empty((0, 0)), recipe.context)
+    size = directions.shape[1] * (1 + len(recipe.context.rings_um))
+    factors = np.sqrt(np.repeat((1.0, *recipe.context.weights), directions.shape[1])).astype(np.float32)
     gram = np.zeros((size, size), np.float64)
     n_spots = 0
     for section, chosen in used:
@@ -142,14 +142,14 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
             parts = components(section, basis, view)[chosen] * factors
             gram += parts.T @ parts
         n_spots += int(chosen.sum())
-    mixing = factors[:, None] * principal(gram, min(recipe.n_latent, size, max(1, n_spots - 1)))
+    mixing = factors[:, None] * principal_directions(gram, min(recipe.n_latent, size, max(1, n_spots - 1)))
     return Basis(mean, scale, basis.projection, mixing.astype(np.float32), recipe.context)
 
 
 def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis, power: float) -> Sums:
-    """Collect the sums of the ridge, targets centred within their section.
+    """Collect the sums of the ridge, with targets centred by section.
 
-    Sections differ by depth and handling that the image does not show; that slope would be carried to new slides.
+    Sections differ in depth and handling that the image does not show; otherwise slopes would transfer them to new slides.
     """
     k, g = basis.mixing.shape[1], sections[0].targets.shape[1]
     cross, total, n = np.zeros((k, g)), np.zeros(g), np.zeros(g)
@@ -176,21 +176,21 @@ def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Bas
 def fit_softmax(
     embedding: np.ndarray, codes: np.ndarray, n_classes: int, strength: float, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Multinomial logistic regression (scikit-learn, lbfgs): weights ``(k, c)`` and biases ``(c,)``.
+    """Fit a multinomial logistic regression (scikit-learn, lbfgs); return weights ``(k, c)`` and biases ``(c,)``.
 
-    ``strength`` is the inverse L2 penalty on the standardised embedding. Absent classes get a bias no spot overcomes.
+    ``strength`` is the inverse L2 penalty on the standardised embedding. Absent classes get a bias that no spot can overcome.
     """
     from sklearn.linear_model import LogisticRegression
 
     scale = np.sqrt(np.average(np.square(embedding, dtype=np.float64).mean(1), weights=weight))
     present = np.unique(codes)
-    slope, bias = np.zeros((embedding.shape[1], n_classes)), np.full(n_classes, UNSEEN)
+    slope, bias = np.zeros((embedding.shape[1], n_classes)), np.full(n_classes, UNSEEN_LOGIT)
     if len(present) == 1:
         bias[present] = 0.0
         return slope, bias
     fitted = LogisticRegression(C=strength, max_iter=2000, tol=1e-5).fit(embedding / scale, codes, weight)
     if len(present) == 2:
-        # scikit-learn keeps one column for two classes; half of it each way is the same softmax.
+        # For two classes scikit-learn has one column; ± half of it gives the same softmax.
         coefficients = np.concatenate([-fitted.coef_, fitted.coef_]) / 2
         intercepts = np.concatenate([-fitted.intercept_, fitted.intercept_]) / 2
     else:
@@ -201,32 +201,32 @@ def fit_softmax(
 
 
 def components(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
-    """Components of the spots of a section and of their rings under one symmetry, ``(n, c · (1 + rings))``."""
+    """Return components of the spots of a section and of their rings under one symmetry, ``(n, c · (1 + rings))``."""
     return basis.components(np.asarray(section.features[:, view], np.float32), _rings(section, basis.context))
 
 
 def embed(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
-    """Embedding of the spots of a section under one symmetry, ``(n, k)`` float32."""
+    """Return the embedding of the spots of a section under one symmetry, ``(n, k)`` float32."""
     return components(section, basis, view) @ basis.mixing
 
 
 def find_rings(sections: Sequence[Section], contexts: Sequence[Context]) -> None:
-    """Find the rings of several sections ahead, on one file: neighbours take more memory than anything else of a spot."""
-    wanted = [(section, context.rings_um) for section in sections for context in contexts]
-    found = spilled(rings_of(section.centres_um, rings_um) for section, rings_um in wanted)
-    for (section, rings_um), rings in zip(wanted, found, strict=True):
+    """Compute the rings of several sections and keep them in one file, since they need more memory than any other data."""
+    pairs = [(section, context.rings_um) for section in sections for context in contexts]
+    found = spill(rings_of(section.centres_um, rings_um) for section, rings_um in pairs)
+    for (section, rings_um), rings in zip(pairs, found, strict=True):
         section.rings[rings_um] = rings
 
 
 def _rings(section: Section, context: Context) -> tuple:
-    """Ring matrices of a section, found once."""
+    """Return the ring matrices of a section, computed once."""
     if context.rings_um not in section.rings:
         section.rings[context.rings_um] = rings_of(section.centres_um, context.rings_um)
     return section.rings[context.rings_um]
 
 
 def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the features over spots and symmetries, ``(f,)`` float64."""
+    """Return mean and variance of the features over spots and symmetries, ``(f,)`` float64."""
     total, squares = np.zeros((2, features.shape[2]))
     views = features.shape[1]
     for view in range(views):
@@ -235,10 +235,10 @@ def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.n
     return total, np.maximum(squares - np.square(total), 0)
 
 
-def principal(gram: np.ndarray, k: int) -> np.ndarray:
-    """First ``k`` principal directions of a sum of squares, ``(f, k)``, largest first, signs made reproducible."""
+def principal_directions(gram: np.ndarray, k: int) -> np.ndarray:
+    """Return the first ``k`` principal directions of a sum of squares, ``(f, k)``, largest first, with reproducible signs."""
     f = len(gram)
-    if f <= _EXACT_UP_TO or k > f // 2:
+    if f <= _MAX_EXACT_FEATURES or k > f // 2:
         directions = scipy.linalg.eigh(gram, subset_by_index=(f - k, f - 1))[1][:, ::-1]
     else:
         from sklearn.utils.extmath import randomized_svd

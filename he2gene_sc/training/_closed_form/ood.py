@@ -1,4 +1,4 @@
-"""What is kept of training to notice a slide unlike it, with limits from patients and sections that were left out in turn."""
+"""Fit the detector of slides out of distribution, with limits from patients and sections that are left out in turn."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...models._embedding import N_COLOUR
-from ...models._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, components, nearest, seeming_size
+from ...models._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, apparent_size, components, distance_to_bank
 from ...models._stain import stain_of
 from .._sections import Section
-from .heads import principal
+from .heads import principal_directions
 
 N_COMPONENTS = 32
-#: Training spots that are kept, over all sections.
+#: Number of training spots in the bank, over all sections.
 _BANK = 1500
-#: Quantile of the spots of a left-out patient at which a spot counts as far.
-_FAR = 0.9
-#: How much more is allowed where sections of one patient were left out, not patients.
-_ONE_PATIENT = 1.5
-#: Least limit of the seeming size, octaves, and how many times the worst left-out section is exceeded.
-_LEAST_OCTAVES, _MARGIN = 0.6, 2.0
-#: How much coarser than the coarsest training image a slide may be.
-_COARSER = 1.3
-#: Quantile of a patient's spots that the range of a stain leaves out at each end, and what is added to half that range for the
-#: patients that there are: 1.5 over their number.
+#: Quantile of the spots of a left-out patient that is the limit of a distance.
+_LIMIT_QUANTILE = 0.9
+#: Factor of the limits if sections of one patient were left out instead of patients.
+_ONE_PATIENT_FACTOR = 1.5
+#: Least limit of the apparent size in octaves, and factor on the worst left-out section.
+_MIN_OCTAVES, _MARGIN = 0.6, 2.0
+#: Largest µm/px of a slide, relative to the coarsest training image.
+_MAX_COARSENING = 1.3
+#: Quantile of a patient's spots outside the range of stains at each end, and the extension of half that range: 1.5 divided by
+#: the number of patients.
 _STAIN_TAIL, _STAIN_MARGIN = 0.02, 1.5
-#: Half of the least range of a number of the stain, a logarithm: patients of one laboratory may have chanced on less.
-_LEAST_STAIN = 0.12
+#: Least half range of a value of the stain (a logarithm), since patients of one laboratory may vary less by chance.
+_MIN_STAIN = 0.12
 _PENALTY = 0.1
-#: Share of its square below which the variance of a feature, a difference of sums, is rounding.
+#: Variance of a feature relative to its squared mean, below which it is rounding error.
 _ROUNDING = 1e-12
 
 
@@ -45,9 +45,9 @@ def fit_detector(
     *,
     tiled: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, object] | None]:
-    """Fit tensors of the detector and limits for the card; nothing with one section, which cannot tell how others look.
+    """Return tensors of the detector, and limits for the card; empty and ``None`` for one section, since none can be left out.
 
-    With ``tiled`` windows of one µm/px, features do not tell how large a window is.
+    With ``tiled`` windows, all have the same µm/px, so features do not depend on the size of the window.
     """
     if len(sections) < 2:
         return {}, None
@@ -57,27 +57,29 @@ def fit_detector(
     encoded = np.where(np.arange(len(weights)) < len(weights) - n_colour, weights, 0).astype(np.float32)
     space = _Space.fit(features, patients, encoded)
     tensors = space.tensors() | {BANK: space.bank(features).astype(np.float16)}
-    far, rest = _left_out(features, patients if len(names) > 1 else [str(i) for i in range(len(sections))], encoded)
-    slack = 1.0 if len(names) > 1 else _ONE_PATIENT
-    tensors[SIZE], octaves = _sizes(features, windows_um[:1] if tiled else windows_um, n_colour)
+    distances, residuals = _leave_one_out(
+        features, patients if len(names) > 1 else [str(i) for i in range(len(sections))], encoded
+    )
+    slack = 1.0 if len(names) > 1 else _ONE_PATIENT_FACTOR
+    tensors[SIZE], octaves = _fit_sizes(features, windows_um[:1] if tiled else windows_um, n_colour)
     coarsest = max(max(section.mpp for section in sections), min(windows_um) / input_px)
     limits: dict[str, object] = {
-        "distance": _limit(far, slack),
-        "rest": _limit(rest, slack),
-        "octaves": round(max(_LEAST_OCTAVES, _MARGIN * float(np.nanmax(np.abs([*octaves, 0.0])))), 6),
-        "mpp": round(_COARSER * coarsest, 6),
+        "distance": _limit(distances, slack),
+        "rest": _limit(residuals, slack),
+        "octaves": round(max(_MIN_OCTAVES, _MARGIN * float(np.nanmax(np.abs([*octaves, 0.0])))), 6),
+        "mpp": round(_MAX_COARSENING * coarsest, 6),
     }
-    known = _known(features, patients, encoded)
-    if known is not None:
-        limits["known"] = known
+    known_limit = _known_patient_limit(features, patients, encoded)
+    if known_limit is not None:
+        limits["known"] = known_limit
     if n_colour == N_COLOUR * len(windows_um):
-        limits["stain"] = _stains([stain_of(x, len(windows_um)) for x in features], patients)
+        limits["stain"] = _stain_limits([stain_of(x, len(windows_um)) for x in features], patients)
     return tensors, limits
 
 
 @dataclass(frozen=True)
 class _Space:
-    """Standardised features and their components; every patient of the same weight."""
+    """Standardisation and components of features, with equal weights of patients."""
 
     mean: np.ndarray
     scale: np.ndarray
@@ -86,7 +88,7 @@ class _Space:
 
     @classmethod
     def fit(cls, features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray) -> _Space:
-        """Read the sections, ``(n, f)`` each."""
+        """Fit to the features of sections, ``(n, f)`` each."""
         share = [1 / (list(patients).count(name) * len(set(patients))) for name in patients]
         means = (part * x.mean(0, dtype=np.float64) for part, x in zip(share, features, strict=True))
         mean = sum(means, start=np.zeros(features[0].shape[1]))
@@ -98,83 +100,86 @@ class _Space:
         for part, x in zip(share, features, strict=True):
             z = ((x - mean) * inverse).astype(np.float64)
             gram += part / len(x) * (z.T @ z)
-        projection = principal(gram, min(N_COMPONENTS, len(mean))).astype(np.float16)
+        projection = principal_directions(gram, min(N_COMPONENTS, len(mean))).astype(np.float16)
         return cls(mean, scale, weights, projection)
 
-    def see(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Components of the spots of a section, and the length of the rest."""
+    def project(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return components of the spots of a section, and the length of the residuals."""
         return components(features, self.mean, self.scale, self.weights, self.projection.astype(np.float32))
 
     def bank(self, features: Sequence[np.ndarray]) -> np.ndarray:
-        """Components of some spots of each section."""
+        """Return components of a sample of spots of each section."""
         share = max(1, _BANK // len(features))
-        return np.concatenate([self.see(x[:: -(-len(x) // share)])[0] for x in features])
+        return np.concatenate([self.project(x[:: -(-len(x) // share)])[0] for x in features])
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Arrays of a model."""
+        """Return the arrays for a model folder."""
         return {MEAN: self.mean, SCALE: self.scale, WEIGHTS: self.weights, PROJECTION: self.projection}
 
 
-def _left_out(
+def _leave_one_out(
     features: Sequence[np.ndarray], groups: Sequence[str], weights: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Distances and rests of the spots of each group, seen by the others."""
-    far, rest = [], []
+    """Return distances and residuals of the spots of each group, with statistics of the other groups."""
+    distances, residuals = [], []
     for name in dict.fromkeys(groups):
         others = [i for i, group in enumerate(groups) if group != name]
         space = _Space.fit([features[i] for i in others], [groups[i] for i in others], weights)
         bank = space.bank([features[i] for i in others])
-        seen = [space.see(x) for x, group in zip(features, groups, strict=True) if group == name]
-        far.append(np.concatenate([nearest(own, bank) for own, _ in seen]))
-        rest.append(np.concatenate([left for _, left in seen]))
-    return far, rest
+        projected = [space.project(x) for x, group in zip(features, groups, strict=True) if group == name]
+        distances.append(np.concatenate([distance_to_bank(own, bank) for own, _ in projected]))
+        residuals.append(np.concatenate([residual for _, residual in projected]))
+    return distances, residuals
 
 
 def _limit(of_groups: Sequence[np.ndarray], slack: float) -> float:
-    """Largest quantile of a left-out group. No limit is 0: a feature that never varies must not make every slide odd."""
-    return round(max(1e-6, slack * max(float(np.quantile(x, _FAR)) for x in of_groups)), 6)
+    """Return the largest quantile over left-out groups; above 0, so that constant features do not flag every slide."""
+    return round(max(1e-6, slack * max(float(np.quantile(x, _LIMIT_QUANTILE)) for x in of_groups)), 6)
 
 
-def _known(features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray) -> float | None:
-    """Median distance that a section of a known patient stays below; ``None`` where no patient has two."""
+def _known_patient_limit(features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray) -> float | None:
+    """Return the largest median distance of a section of a known patient; ``None`` if no patient has two sections."""
     found = []
     for i, name in enumerate(patients):
         if patients.count(name) < 2:
             continue
         others = [j for j in range(len(patients)) if j != i]
         space = _Space.fit([features[j] for j in others], [patients[j] for j in others], weights)
-        found.append(float(np.median(nearest(space.see(features[i])[0], space.bank([features[j] for j in others])))))
+        found.append(
+            float(np.median(distance_to_bank(space.project(features[i])[0], space.bank([features[j] for j in others]))))
+        )
     return round(max(found), 6) if found else None
 
 
-def _stains(stains: Sequence[np.ndarray], patients: Sequence[str]) -> dict[str, list[float]]:
-    """Range of each number of :func:`stain_of`, wider the fewer patients there are."""
+def _stain_limits(stains: Sequence[np.ndarray], patients: Sequence[str]) -> dict[str, list[float]]:
+    """Return the range of each value of :func:`stain_of`, wider for fewer patients."""
     names = list(dict.fromkeys(patients))
     ends = []
     for name in names:
         own = np.concatenate([x for x, patient in zip(stains, patients, strict=True) if patient == name])
         ends.append(np.quantile(own, (_STAIN_TAIL, 1 - _STAIN_TAIL), axis=0))
     low, high = np.min([end[0] for end in ends], axis=0), np.max([end[1] for end in ends], axis=0)
-    half = np.maximum((high - low) / 2 * (1 + _STAIN_MARGIN / len(names)), _LEAST_STAIN)
+    half = np.maximum((high - low) / 2 * (1 + _STAIN_MARGIN / len(names)), _MIN_STAIN)
     return {"middle": [round(float(x), 6) for x in (low + high) / 2], "half": [round(float(x), 6) for x in half]}
 
 
-def _sizes(
+def _fit_sizes(
     features: Sequence[np.ndarray], windows_um: tuple[float, ...], n_colour: int
 ) -> tuple[np.ndarray, list[float]]:
-    """From features to the size of a window, and how many octaves each section seems off by what the others say."""
+    """Fit window size to features; return the fit, and the error in octaves of each section by the fit to the others."""
     if len(windows_um) < 2:
         return np.zeros(0, np.float32), [float("nan")] * len(features)
-    total = functools.reduce(operator.add, (_SizeSums.of(x, windows_um, n_colour) for x in features))
+    total = functools.reduce(operator.add, (_SizeSums.from_section(x, windows_um, n_colour) for x in features))
     octaves = [
-        seeming_size(x, (total - _SizeSums.of(x, windows_um, n_colour)).fit(windows_um), windows_um) for x in features
+        apparent_size(x, (total - _SizeSums.from_section(x, windows_um, n_colour)).fit(windows_um), windows_um)
+        for x in features
     ]
     return total.fit(windows_um), octaves
 
 
 @dataclass(frozen=True)
 class _SizeSums:
-    """Sums over sections, each of weight 1, of the moments of a window's features ``x`` and the log2 of its side."""
+    """Sums over sections, with weight 1 each, of moments of the features ``x`` of windows and log2 of their sides."""
 
     n: float
     x: np.ndarray
@@ -182,8 +187,8 @@ class _SizeSums:
     xy: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray, windows_um: tuple[float, ...], n_colour: int) -> _SizeSums:
-        """Read one section, ``(n, f)``."""
+    def from_section(cls, features: np.ndarray, windows_um: tuple[float, ...], n_colour: int) -> _SizeSums:
+        """Compute the sums of one section, ``(n, f)``."""
         w, sides = len(windows_um), np.log2(windows_um)
         k = (features.shape[1] - n_colour) // w
         x, xx, xy = np.zeros(k), np.zeros((k, k)), np.zeros(k)
@@ -200,9 +205,9 @@ class _SizeSums:
         return _SizeSums(self.n - other.n, self.x - other.x, self.xx - other.xx, self.xy - other.xy)
 
     def fit(self, windows_um: tuple[float, ...]) -> np.ndarray:
-        """Ridge of the log2 of a window's side on the encoder's features of it, sections equal; slope made 1.
+        """Fit a ridge of log2 of the side of a window on its features, with equal weights of sections and slope 1.
 
-        A window of 200 µm shows what one of 100 µm would if the µm/px were wrong by two: labels for free.
+        Windows of several sizes are labelled examples: one of 200 µm looks like one of 100 µm with a µm/px wrong by a factor of two.
         """
         y = np.log2(windows_um)
         centre, mean = y.mean(), self.x / self.n
@@ -213,6 +218,6 @@ class _SizeSums:
         gram = covariance * np.outer(inverse, inverse)
         with_size = (self.xy / self.n - mean * centre) * inverse
         slope = np.linalg.solve(gram + _PENALTY * np.eye(len(gram)), with_size)
-        # Ridge draws its predictions towards the middle; a window twice as large shall seem twice as large.
+        # A ridge shrinks predictions towards the mean; the slope is rescaled so that octaves are unbiased.
         slope *= y.var() / max(slope @ with_size, 1e-9) * inverse
         return np.append(slope, centre - mean @ slope).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Grouped cross-validation: what is held out is a whole section or a whole patient (or, asked for, less)."""
+"""Grouped cross-validation that holds out sections or patients (or, on request, smaller units)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 
 from ...models._embedding import Basis
 from ...stats import SetScores, pearson
-from .._calibrate import Calibration, calibrate, groups_of, joined
-from .._held_out import Depth, HeldOut, Panel, within
-from .._programmes import compared
-from .._scratch import spilled
+from .._calibrate import Calibration, calibrate, groups_of, join_calibrations
+from .._held_out import Depth, HeldOut, Panel, centre_by_part
+from .._programmes import compare_scores
+from .._scratch import spill
 from .._sections import Section
 from .annotation import AnnotationHead, fit_annotation
 from .heads import Recipe, Sums, embed, fit_basis, fit_sums
 
-#: Penalties tried, in units of the expected sum of squares of what a spot is described by.
+#: Penalties to choose from, in units of the expected sum of squares of the components of a spot.
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-#: Ranks of the gene head tried; ``None``: full.
+#: Ranks of the gene head to choose from; ``None`` is full rank.
 RANKS = (3, 5, 8, 12, 20, None)
 N_VARIABLE = 50
-#: Genes predicted at once, and what a block of them and all spots may hold.
+#: Most genes that are predicted at once, and most values of a block of genes and all spots.
 _GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 4_000_000
 
 
@@ -48,9 +48,9 @@ class _Fold:
 def panels(
     sections: Sequence[Section], rows: Sequence[np.ndarray], n_target: int, n_variable: int = N_VARIABLE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the genes of highest mean, and of highest variance within sections, that every section measured.
+    """Return positions of the genes of highest mean and of highest variance inside sections, among genes that all measured.
 
-    Pooled variance would pick the genes in which patients differ, which may be flat on the tissue.
+    Pooled variance would select genes that differ between patients, which may be constant in the tissue.
     """
     mean: np.ndarray | float = 0.0
     variance: np.ndarray | float = 0.0
@@ -79,19 +79,19 @@ def cross_validate(
     n_classes: int,
     n_target: int,
     choice: Choice | None = None,
-    calibrated: tuple[str, str] | None = None,
+    calibration: tuple[str, str] | None = None,
     programmes: np.ndarray | None = None,
-    panels_alone: bool = False,
+    panels_only: bool = False,
 ) -> tuple[Choice, dict[str, HeldOut]]:
-    """Hold out one group after the other, and choose penalty and rank: choice, and held-out predictions by protocol.
+    """Hold out one group after the other, choose penalty and rank, and return the choice and held-out results by protocol.
 
-    ``protocols`` are codes ``(n,)`` of each section by name. The choice has the highest mean correlation of the
-    target genes, averaged over protocols, on the folds that the metrics are taken from. ``calibrated`` names the
-    protocol whose residuals are kept, and what is exchangeable: ``"patient"`` or ``"section"``. ``programmes`` are weights of
-    gene sets ``(g, sets)``, whose scores are compared too. ``panels_alone`` leaves out what is told of every gene.
+    ``protocols`` are codes ``(n,)`` of each section by name. The choice has the highest mean correlation of the target genes,
+    averaged over protocols, on the same folds as the metrics. ``calibration`` names the protocol whose residuals are kept, and
+    the exchangeable unit: ``"patient"`` or ``"section"``. ``programmes`` are weights of gene sets ``(g, sets)``, whose scores
+    are compared too. ``panels_only`` leaves out metrics of all genes.
     """
     fitted = {
-        name: spilled(
+        name: spill(
             _fit_fold(sections, [codes != fold for codes in folds], recipe, n_classes, n_target)
             for fold in np.unique(np.concatenate(list(folds)))
         )
@@ -101,11 +101,11 @@ def cross_validate(
         scores = np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0)
         penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
         choice = Choice(PENALTIES[penalty], RANKS[rank])
-    unit = dict([calibrated] if calibrated is not None else [])
+    unit = dict([calibration] if calibration is not None else [])
     return choice, {
         name: _collect(
             *(sections, folds, choice, n_classes, unit.get(name), programmes),
-            n_genes=0 if panels_alone else None,
+            n_genes=0 if panels_only else None,
             by_level=recipe.by_level,
         )
         for name, folds in fitted.items()
@@ -124,13 +124,13 @@ def _fit_fold(
 
 
 def _head_scores(sections: Sequence[Section], fitted: Sequence[_Fold]) -> np.ndarray:
-    """Mean correlation of the target genes over the sections, ``(penalties, ranks)``."""
+    """Return the mean correlation of the target genes over the sections, ``(penalties, ranks)``."""
     scores = np.zeros((len(PENALTIES), len(RANKS)))
     n = 0
     for fold in fitted:
         paths = [[*fold.sums.path(penalty, RANKS, fold.target)] for penalty in PENALTIES]
         for i, embedding in fold.embeddings.items():
-            # Read once: taking columns out of a sparse matrix is what costs here.
+            # Read once, since slicing columns of a sparse matrix is slow.
             measured = sections[i].dense(fold.target)[fold.held[i]]
             for p, path in enumerate(paths):
                 for r, weight in enumerate(path):
@@ -150,19 +150,19 @@ def _collect(
     by_level: bool = True,
 ) -> HeldOut:
     g = sections[0].targets.shape[1] if n_genes is None else n_genes
-    weights = spilled(fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted)
+    weights = spill(fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted)
     parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
-    held = spilled(_held_out(i, sections, fitted, weights, parts[i], n_classes) for i in range(len(sections)))
+    held = spill(_predict_section(i, sections, fitted, weights, parts[i], n_classes) for i in range(len(sections)))
     panel, logits = zip(*held, strict=True)
     classes = np.concatenate(
         [np.where(np.isnan(x).any(1), -1, x.argmax(1)) if n_classes else np.full(len(x), -1) for x in logits]
     )
-    pcc, given = np.full((2, len(sections), g), np.nan)
-    depths = [Depth.of(section.totals, part) for section, part in zip(sections, parts, strict=True)]
-    error, base = np.zeros(g), np.zeros(g)
+    pcc, pcc_given_depth = np.full((2, len(sections), g), np.nan)
+    depths = [Depth.fit(section.totals, part) for section, part in zip(sections, parts, strict=True)]
+    error, baseline_error = np.zeros(g), np.zeros(g)
     kept: list[Calibration] = []
     sets = () if programmes is None else (programmes, programmes)
-    scores = [tuple(SetScores(of, section.measured) for of in sets) for section in sections]
+    scores = [tuple(SetScores(weights_of_sets, section.measured) for weights_of_sets in sets) for section in sections]
     cuts = np.cumsum([0, *(len(section) for section in sections)])
     step = max(1, min(_GENES_AT_ONCE, _VALUES_AT_ONCE // int(cuts[-1])))
     for start in range(0, g, step):
@@ -176,38 +176,44 @@ def _collect(
                     rows = fold.held[i]
                     means[here][rows] = fold.sums.mean[genes]
                     predicted[here][rows] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
-            pair = within(predicted[here], parts[i]), within(measured[here], parts[i])
+            pair = centre_by_part(predicted[here], parts[i]), centre_by_part(measured[here], parts[i])
             pcc[i, genes] = pearson(*pair)
-            given[i, genes] = depths[i].partial(*pair)
+            pcc_given_depth[i, genes] = depths[i].partial(*pair)
             for score, values in zip(scores[i], (predicted, measured), strict=False):
                 score.add(values[here], genes)
             error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
-            base[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
+            baseline_error[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
         if unit is not None:
             kept.append(
                 calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes, by_level=by_level)
             )
-    skill = np.where(base > 0, 1 - error / np.where(base > 0, base, 1), np.nan)
-    judged = None
+    skill = np.where(baseline_error > 0, 1 - error / np.where(baseline_error > 0, baseline_error, 1), np.nan)
+    programme_metrics = None
     if programmes is not None:
         found = [
-            compared(guess.t(), aim.t(), (programmes[section.measured] != 0).sum(0), depth, part)
-            for (guess, aim), section, depth, part in zip(scores, sections, depths, parts, strict=True)
+            compare_scores(
+                predicted_scores.t(), measured_scores.t(), (programmes[section.measured] != 0).sum(0), depth, part
+            )
+            for (predicted_scores, measured_scores), section, depth, part in zip(
+                scores, sections, depths, parts, strict=True
+            )
         ]
-        judged = np.stack(found, axis=1)
-    (correlations,) = spilled([(pcc, given)])
-    return HeldOut(*correlations, skill, panel, logits, parts, joined(kept) if kept else None, judged)
+        programme_metrics = np.stack(found, axis=1)
+    (correlations,) = spill([(pcc, pcc_given_depth)])
+    return HeldOut(
+        *correlations, skill, panel, logits, parts, join_calibrations(kept) if kept else None, programme_metrics
+    )
 
 
 def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
-    """Which fold held each spot of section ``i`` out."""
+    """Return the number of the fold that held out each spot of section ``i``."""
     codes = np.full(len(section), -1)
     for f, fold in enumerate(fitted):
         codes[fold.held[i]] = f
     return codes
 
 
-def _held_out(
+def _predict_section(
     i: int,
     sections: Sequence[Section],
     fitted: Sequence[_Fold],
@@ -215,16 +221,18 @@ def _held_out(
     parts: np.ndarray,
     n_classes: int,
 ) -> tuple[Panel, np.ndarray]:
-    """Panel and logits of section ``i``."""
+    """Return held-out panel and logits of section ``i``."""
     section = sections[i]
-    holding = [(fold, weight) for fold, weight in zip(fitted, weights, strict=True) if i in fold.embeddings]
-    target, variable = holding[0][0].target, holding[0][0].variable
+    folds = [(fold, weight) for fold, weight in zip(fitted, weights, strict=True) if i in fold.embeddings]
+    target, variable = folds[0][0].target, folds[0][0].variable
     genes = np.concatenate([target, variable])
     predicted = np.empty((len(section), len(genes)), np.float32)
     scores = np.full((len(section), n_classes), np.nan)
-    for fold, weight in holding:
+    for fold, weight in folds:
         embedding = fold.embeddings[i]
         predicted[fold.held[i]] = np.maximum(embedding @ weight[:, genes] + fold.sums.mean[genes], 0)
         if fold.annotation is not None:
             scores[fold.held[i]] = fold.annotation.logits(section)[fold.held[i]]
-    return Panel(target, variable, within(predicted, parts), within(section.dense(genes), parts)), scores
+    return Panel(
+        target, variable, centre_by_part(predicted, parts), centre_by_part(section.dense(genes), parts)
+    ), scores

@@ -1,1 +1,1 @@
-"""Whole networks, trained by gradient."""
+"""Training of whole networks by gradient descent."""

@@ -1,4 +1,4 @@
-"""What is kept of a run: the best weights so far, its history, and a file to go on from."""
+"""Checkpoints of a run: the best weights so far, its history, and a file to resume from."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning.pytorch import Callback, Trainer
 from .module import advice
 from .run_options import LAST
 
-#: A loss of that many times that of the first step, when nothing had been learned, is called diverged.
-_DIVERGED = 10.0
+#: Loss, relative to that of the first step, above which training has diverged.
+_DIVERGENCE_RATIO = 10.0
 
 
 class Keeper(Callback):
-    """Keep the best weights, stop early, and write a checkpoint after every epoch and every so many steps.
+    """Keeps the best weights, stops early, and writes a checkpoint after every epoch and every ``every`` steps.
 
-    All of it is in the checkpoint, so a resumed run ends like one that was not stopped.
+    Its state is in the checkpoint, so a resumed run ends like one that was not interrupted.
     """
 
     def __init__(self, folder: Path, *, patience: int, every: int, run: dict[str, Any]):
@@ -33,45 +33,45 @@ class Keeper(Callback):
         self._loss = [0.0, 0]
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Let all processes know the folder of the first."""
+        """Broadcast the folder of the first process to all processes."""
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later run needs."""
+        """Return the state that a resumed run needs."""
         names = ("best", "best_epoch", "history", "stopped", "run", "position", "first")
         return {name: getattr(self, name) for name in names} | {"loss": list(self._loss)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state."""
         self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
         self.history, self.stopped, self._loss = state_dict["history"], state_dict["stopped"], state_dict["loss"]
         self.position, self.first = state_dict["position"], state_dict["first"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Go to where the run was; a run that had stopped early has nothing left to do."""
+        """Restore the position in the epoch; a run that had stopped early stays stopped."""
         if self.position is not None:
-            # Lightning itself leaves a loader where it is when the checkpoint is of the end of an epoch.
+            # Lightning does not restore a loader from a checkpoint at the end of an epoch.
             loader: Any = trainer.train_dataloader
             loader.load_state_dict(self.position)
         trainer.should_stop = self.stopped
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Add up the loss; write a checkpoint now and then."""
+        """Sum the loss; write a checkpoint every ``every`` steps."""
         if self.first is None:
             self.first = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
         self._loss[0] += float(outputs["loss"])
         self._loss[1] += 1
-        # The last batch of an epoch is followed by validation; the epoch's own checkpoint comes after that.
+        # After the last batch, the checkpoint of the epoch is written, after validation.
         last = trainer.fit_loop.epoch_loop.batch_progress.current.ready == trainer.num_training_batches
         if trainer.global_step % self.every == 0 and not last:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Compare with the best epoch, decide whether to go on, and write a checkpoint."""
+        """Compare with the best epoch, decide whether to stop, and write a checkpoint."""
         epoch, (total, n) = trainer.current_epoch, self._loss
         loss = float(trainer.strategy.reduce(torch.tensor(total / n, device=pl_module.device), reduce_op="mean"))
         self._loss = [0.0, 0]
-        # Lightning has decayed it for the next epoch already.
+        # The rate of the optimizer is already that of the next epoch.
         lr = pl_module.preset.lr * pl_module.preset.lr_factor ** (epoch // pl_module.preset.lr_step)
         self.history.append(
             {
@@ -83,7 +83,7 @@ class Keeper(Callback):
             }
         )
         errors = [row["held_out_error"] for row in self.history]
-        if not errors[-1] < float("inf") or (self.first is not None and loss > _DIVERGED * self.first):
+        if not errors[-1] < float("inf") or (self.first is not None and loss > _DIVERGENCE_RATIO * self.first):
             raise RuntimeError(
                 f"training diverged: in epoch {epoch} the loss is {loss:.4g} (in the first step it was "
                 f"{self.first:.4g}) and the held-out error {errors[-1]:.4g}. "
@@ -97,11 +97,11 @@ class Keeper(Callback):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        """Replace the checkpoint at once: a kill leaves the old one or the new one."""
+        """Replace the checkpoint atomically: if the process is killed, the old or the new one is complete."""
         loader: Any = trainer.train_dataloader
         self.position = loader.state_dict()
         if trainer.world_size > 1:
-            # The file is of the first process: what it holds has to be true of all.
+            # The first process writes the file, so the loss must be the mean over all.
             total = torch.tensor(self._loss[0], device=trainer.strategy.root_device)
             self._loss[0] = float(trainer.strategy.reduce(total, reduce_op="mean"))
         new = self.folder / f"{LAST}.new"
@@ -112,7 +112,7 @@ class Keeper(Callback):
                     os.fsync(file.fileno())
         except OSError as error:
             new.unlink(missing_ok=True)
-            hint = ". The last one is whole: go on with `resume=True`" if (self.folder / LAST).is_file() else ""
+            hint = ". The last one is intact: continue with `resume=True`" if (self.folder / LAST).is_file() else ""
             raise OSError(
                 f"the checkpoint could not be written to {str(self.folder)!r} ({error}); free space there or choose another "
                 f"`checkpoint_dir`{hint}"
@@ -123,14 +123,14 @@ class Keeper(Callback):
 
 
 def check_checkpoint(path: Path, run: dict[str, Any]) -> None:
-    """Refuse to resume from a file that is damaged, not a checkpoint, or of another run."""
+    """Raise if a file to resume from is damaged, not a checkpoint, or of another run."""
     try:
         theirs = dict(torch.load(path, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]["run"])
-    except Exception as error:  # Whatever a torn file makes of torch.
+    except Exception as error:  # A damaged file can make torch raise any type.
         raise ValueError(
-            f"`resume`: {str(path)!r} is damaged, no checkpoint of such a run, or holds what cannot be loaded safely, as the state "
-            f"of one of `callbacks` may ({type(error).__name__}: {' '.join(str(error).split())[:200]}). If it is damaged, remove it "
-            "to begin anew; or choose another `checkpoint_dir`"
+            f"`resume`: {str(path)!r} is damaged, is not a checkpoint of such a run, or holds objects that cannot be loaded safely, "
+            f"such as the state of one of `callbacks` ({type(error).__name__}: {' '.join(str(error).split())[:200]}). If it is "
+            "damaged, remove it to start again; or choose another `checkpoint_dir`"
         ) from error
     changed = _differences(theirs, run)
     if changed:
@@ -141,14 +141,14 @@ def check_checkpoint(path: Path, run: dict[str, Any]) -> None:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Say in words how two runs differ; of digests only which."""
+    """List, in words, how two runs differ; digests are only named."""
     found = []
     for key in sorted(theirs.keys() | ours.keys(), key=str):
-        was, now = theirs.get(key), ours.get(key)
-        if isinstance(now, dict):
-            was = was if isinstance(was, dict) else {}
-            other = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+        old, new = theirs.get(key), ours.get(key)
+        if isinstance(new, dict):
+            old = old if isinstance(old, dict) else {}
+            other = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
             found += [f"{key} has other {', '.join(other)}"] if other else []
-        elif was != now:
-            found.append(f"{key} was {was!r}, is {now!r}")
+        elif old != new:
+            found.append(f"{key} was {old!r}, is {new!r}")
     return found

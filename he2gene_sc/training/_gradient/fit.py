@@ -1,4 +1,4 @@
-"""Training a whole network by gradient: arrays in, weights and held-out predictions out."""
+"""Train a whole network by gradient descent: arrays in, weights and held-out predictions out."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ...models import EncoderSpec
-from ...models._heap import kept_heap
+from ...models._heap import keep_heap
 from .._memory import check_memory
-from .lightning import default_precision, hardware, quiet
+from .lightning import default_precision, hardware, silence_lightning
 from .patches import PatchSet, blocks
 from .presets import Preset
 from .run_options import LAST, RunOptions
@@ -28,18 +28,18 @@ from .weights import calibrate, name_tensors, predict_rows
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained network and how it did on the spots that were held out."""
+    """A trained network and its predictions of held-out spots."""
 
     tensors: dict[str, np.ndarray]  # encoder.*, genes.weight (f, g), genes.bias (g,), annotation.* of the best epoch
-    history: list[dict[str, float]]  # a row an epoch: epoch, lr, loss, held_out_error, held_out_pearson
+    history: list[dict[str, float]]  # one row per epoch: epoch, lr, loss, held_out_error, held_out_pearson
     best_epoch: int
     unit: str  # patient, section, block or spot
-    rows: np.ndarray  # (h,) spots predicted
+    rows: np.ndarray  # (h,) positions of the predicted spots
     expression: np.ndarray  # (h, g) float32 from the training window, floored at 0
     proba: np.ndarray  # (h, c) float32; c is 0 without an annotation head
-    trained: np.ndarray  # positions of the spots trained on
+    trained: np.ndarray  # positions of the training spots
     spec: EncoderSpec
-    temperature: float | None  # that the annotation head was divided by
+    temperature: float | None  # by which the annotation head was divided
 
 
 def fit_network(
@@ -60,10 +60,9 @@ def fit_network(
 ) -> Fitted:
     """Train a copy of an encoder and linear heads by a preset.
 
-    ``rows`` are those of :func:`split`, or unit, positions trained on and held out; ``predicted`` defaults to those
-    held out. ``n_classes`` below 2 gives no annotation head. ``names`` are lists that must be equal to resume a
-    run. On the CPU a seed gives the same bits with the same number of threads; the global random state is left as
-    it was.
+    ``rows`` are the result of :func:`split`: unit, and positions of training and held-out spots. ``predicted`` defaults to the
+    held-out spots. With ``n_classes`` below 2 there is no annotation head. ``names`` are lists that must be equal to resume a
+    run. On the CPU, a seed gives the same bits for the same number of threads. The global random state is not changed.
     """
     run = RunOptions() if run is None else run
     rows = Split(*rows) if rows else split(data, preset, validation, seed)
@@ -71,7 +70,9 @@ def fit_network(
     if n_classes is None:
         n_classes = int(data.codes.max(initial=-1)) + 1
     if preset.exact and n_classes > 2:
-        raise ValueError(f"`preset` is exact: its annotation is one logit, of two classes; there are {n_classes}")
+        raise ValueError(
+            f"`preset` is exact: its annotation has one logit for two classes; there are {n_classes} classes"
+        )
     predicted = rows.held_out if predicted is None else predicted
     from lightning.pytorch import Trainer
 
@@ -79,20 +80,25 @@ def fit_network(
     from .module import TrainingModule
 
     accelerator, used = hardware(device, run.devices)
-    numbers: Any = run.precision or ("32-true" if preset.exact else default_precision(accelerator))
+    precision: Any = run.precision or ("32-true" if preset.exact else default_precision(accelerator))
     if accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available()):
-        around = 0 if data.neighbours is None or not preset.neighbour_weight else data.neighbours.shape[1]
-        at_once = min(preset.batch_size, len(rows.train)) * (1 + around)
+        n_neighbours = 0 if data.neighbours is None or not preset.neighbour_weight else data.neighbours.shape[1]
+        patches = min(preset.batch_size, len(rows.train)) * (1 + n_neighbours)
         check_memory(
             encoder,
             spec.input_px,
-            patches=min(at_once, run.patches_at_once or at_once),
+            patches=min(patches, run.patches_at_once or patches),
             spots=preset.batch_size,
             n_genes=data.targets.shape[1],
             n_held_out=len(predicted),
         )
-    heap = kept_heap() if accelerator == "cpu" else contextlib.nullcontext()
-    with tempfile.TemporaryDirectory(prefix="he2gene-") as temporary, quiet(), torch.random.fork_rng(), heap:
+    heap = keep_heap() if accelerator == "cpu" else contextlib.nullcontext()
+    with (
+        tempfile.TemporaryDirectory(prefix="he2gene-") as temporary,
+        silence_lightning(),
+        torch.random.fork_rng(),
+        heap,
+    ):
         folder = Path(temporary if run.checkpoint_dir is None else run.checkpoint_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(seed)
@@ -108,7 +114,7 @@ def fit_network(
             devices=used,
             num_nodes=run.num_nodes,
             strategy=run.strategy,
-            precision=numbers,
+            precision=precision,
             max_epochs=preset.max_epochs,
             gradient_clip_val=preset.clip,
             callbacks=[keeper, *run.callbacks],
@@ -121,11 +127,11 @@ def fit_network(
             use_distributed_sampler=False,
         )
         last = folder / LAST
-        goes_on = run.resume and last.is_file()
-        if goes_on:
+        resumes = run.resume and last.is_file()
+        if resumes:
             check_checkpoint(last, facts)
         try:
-            trainer.fit(module, ckpt_path=str(last) if goes_on else None)
+            trainer.fit(module, ckpt_path=str(last) if resumes else None)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"the device is out of memory: pass a small `patches_at_once`, lower `batch_size` (it is {preset.batch_size}), or "
@@ -133,10 +139,10 @@ def fit_network(
             ) from error
         if not keeper.best and not last.is_file():
             raise RuntimeError(
-                "training was stopped before its first epoch was over, by one of `callbacks`; nothing was learned"
+                "one of `callbacks` stopped training before its first epoch ended, so there are no weights"
             )
         if not keeper.best:
-            # The processes of a spawning strategy are gone with all they knew but the file.
+            # The processes of a spawning strategy have ended; only the file remains.
             state = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]
             keeper.load_state_dict(state)
         module.load_state_dict(keeper.best)
@@ -160,27 +166,27 @@ def fit_network(
 
 def _check(data: PatchSet, preset: Preset, rows: Split, run: RunOptions) -> None:
     if preset.neighbour_weight > 0 and data.neighbours is None:
-        raise ValueError(f"preset {preset.name!r} reads neighbours; `data` has none")
+        raise ValueError(f"preset {preset.name!r} needs neighbours; `data` has none")
     if len(rows.train) < 2 or not len(rows.held_out):
-        raise ValueError(f"{len(rows.train)} spots to train on and {len(rows.held_out)} held out are too few")
-    for part, chosen in (("to train on", rows.train), ("held out", rows.held_out)):
+        raise ValueError(f"{len(rows.train)} training and {len(rows.held_out)} held-out spots are too few")
+    for part, chosen in (("training", rows.train), ("held-out", rows.held_out)):
         if all(np.isnan(values[:, data.target_mask]).all() for _, values in blocks(data.targets, chosen)):
-            raise ValueError(f"no section {part} lists any of the target genes")
+            raise ValueError(f"no {part} section measured any of the target genes")
     run.check_folder()
 
 
 def _facts(data: PatchSet, preset: Preset, spec: EncoderSpec, rows: Split, seed: int) -> dict[str, Any]:
-    """Tell which settings must be the same for a run to be resumed; `max_epochs` may grow."""
+    """Return the settings that must be equal to resume a run; ``max_epochs`` may change."""
     facts = {key: value for key, value in vars(preset).items() if isinstance(value, int | float | str)}
     if not preset.exact:
-        # Runs of earlier versions do not know it.
+        # Checkpoints of earlier versions lack this field.
         del facts["exact"]
     del facts["max_epochs"]
     return facts | {"seed": seed, "encoder": spec.name, "held_out": _digest([rows.train, rows.held_out])}
 
 
 def _digests(data: PatchSet, names: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Tell what a run reads: all of it, pixels too, for one pass over them costs less than any epoch."""
+    """Return digests of all data of a run; one pass over the pixels costs less than an epoch."""
     rows = np.arange(len(data))
     found: dict[str, Iterable[np.ndarray | bytes]] = {
         "pixels": (data.patches[start : start + 256] for start in range(0, len(data), 256)),

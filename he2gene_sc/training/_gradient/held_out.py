@@ -1,4 +1,4 @@
-"""What held-out predictions of a network say of it: by section, by gene, and in the words of a card."""
+"""Metrics of held-out predictions of a network, by section and by gene, and for the card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ...stats import pearson
 from .._closed_form.validate import N_VARIABLE
 from .._figures import balanced_accuracy
-from .._predictability import bounds, by_patient
+from .._predictability import bounds, mean_by_patient
 from .fit import Fitted
 from .patches import PatchSet, column_means
 
@@ -19,19 +19,19 @@ _DIGITS = 4
 
 @dataclass(frozen=True)
 class HeldOutSection:
-    """Held-out spots of one section, predicted by a network that has not seen its group."""
+    """Metrics of held-out spots of one section, predicted by a network that was not trained on its group."""
 
     section: int  # code
-    pcc: np.ndarray  # (g,) NaN where not listed, 0 where constant
+    pcc: np.ndarray  # (g,); NaN if not measured, 0 if constant
     panel: float  # mean correlation over the target genes
-    variable: float  # and over those most variable within training sections
-    accuracy: float  # balanced; NaN with fewer than two classes
+    variable: float  # mean correlation over the genes most variable inside training sections
+    accuracy: float  # balanced accuracy; NaN with fewer than two classes
     error: np.ndarray  # (g,) sum of squared errors
-    base: np.ndarray  # (g,) and of the training mean
+    base: np.ndarray  # (g,) the same of the training mean
 
 
 def held_out_sections(data: PatchSet, fitted: Fitted) -> list[HeldOutSection]:
-    """Compare the held-out predictions of a fit with what was measured, section by section."""
+    """Compare the held-out predictions of a fit with measured expression, section by section."""
     mean = np.nan_to_num(column_means(data.targets, fitted.trained))
     variable = variable_genes(data, fitted.trained)
     found = []
@@ -57,7 +57,7 @@ def held_out_sections(data: PatchSet, fitted: Fitted) -> list[HeldOutSection]:
 
 
 def variable_genes(data: PatchSet, rows: np.ndarray, n: int = N_VARIABLE) -> np.ndarray:
-    """Return the genes of highest variance within sections, averaged over the sections that list them."""
+    """Return the genes of highest variance inside sections, averaged over the sections that measured them."""
     variances = []
     for section in np.unique(data.sections[rows]):
         part = data.targets[rows[data.sections[rows] == section]]
@@ -66,7 +66,7 @@ def variable_genes(data: PatchSet, rows: np.ndarray, n: int = N_VARIABLE) -> np.
 
 
 def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Metrics of a card by section, never a mean over patients; blocks held out in turn are averaged."""
+    """Return the metrics of a card by section, without a mean over patients; blocks held out in turn are averaged."""
     tables = {
         "mean Pearson, target genes": "panel",
         f"mean Pearson, {N_VARIABLE} genes most variable within sections": "variable",
@@ -85,15 +85,16 @@ def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, 
 
 
 def gene_figures(found: Sequence[HeldOutSection], patients: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-    """Mean ``pcc`` of each gene, its 95 % interval (t over held-out sections), ``skill`` and ``pcc_new_patient``.
+    """Return mean ``pcc`` of each gene, its 95 % interval (t over held-out sections), ``skill`` and ``pcc_new_patient``.
 
-    NaN with fewer than one section (two for the interval) or two patients. ``patients`` is given if they were held out.
+    NaN without a section (two are needed for the interval) or with fewer than two patients. Pass ``patients`` if they were
+    held out.
     """
     pcc = np.array([part.pcc for part in found])
     mean, low, high = bounds(pcc, min_groups=2)
     new_patient = np.full(pcc.shape[1], np.nan)
     if patients is not None:
-        across = by_patient(pcc, [patients[part.section] for part in found])
+        across = mean_by_patient(pcc, [patients[part.section] for part in found])
         new_patient = np.where(np.isfinite(across).sum(0) > 1, bounds(across)[0], np.nan)
     error, base = (np.sum([getattr(part, name) for part in found], axis=0) for name in ("error", "base"))
     skill = np.where(np.isfinite(mean), 1 - error / np.where(base > 0, base, 1), np.nan)

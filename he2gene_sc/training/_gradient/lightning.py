@@ -1,4 +1,4 @@
-"""Lightning, set up so that it leaves nothing behind and keeps its advice to itself."""
+"""Set up Lightning without files and advice of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..._core import logs
 
 
 def hardware(device: str | torch.device, devices: Any) -> tuple[str, Any]:
-    """Turn a device and a number of devices into Lightning's accelerator and devices; one by default."""
+    """Return Lightning's accelerator and devices for a device and a number of devices (default: one)."""
     if str(device) == "auto":
         return "auto", 1 if devices is None else devices
     device = torch.device(device)
@@ -23,22 +23,22 @@ def hardware(device: str | torch.device, devices: Any) -> tuple[str, Any]:
 
 
 def default_precision(accelerator: str) -> str:
-    """Return bfloat16 on CUDA, single precision elsewhere."""
+    """Return the default precision: bfloat16 on CUDA, single precision elsewhere."""
     cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
     return "bf16-mixed" if cuda else "32-true"
 
 
 def is_first_process() -> bool:
-    """Tell whether this is the only process of a run, or that of global rank zero."""
+    """Return whether this is the only process of a run, or the process of global rank zero."""
     from lightning.pytorch.utilities import rank_zero_only
 
-    # Lightning sets it where it starts processes, and reads it from the environment where another launcher did.
+    # Lightning sets the rank if it starts processes, or reads it from the environment of another launcher.
     return not getattr(rank_zero_only, "rank", None)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning's tips and its advice on loaders to itself."""
+def silence_lightning() -> Iterator[None]:
+    """Silence Lightning's tips and its advice on loaders."""
     with logs.silence("lightning.pytorch", "lightning.fabric"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*lr_scheduler.*")

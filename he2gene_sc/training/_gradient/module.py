@@ -1,4 +1,4 @@
-"""The network in training, as Lightning drives it, and its losses."""
+"""Lightning module of a network in training, and its losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .split import Split
 class TrainingModule(LightningModule):
     """Encoder and linear heads with the losses of a preset.
 
-    ``rows`` are the spots trained on and those that say when to stop; below 2 classes there is no annotation head.
+    ``rows`` are the training spots, and the held-out spots for early stopping. Below 2 classes there is no annotation head.
     """
 
     target_mask: torch.Tensor
@@ -55,20 +55,20 @@ class TrainingModule(LightningModule):
         self.val_loss = self.val_pearson = float("nan")
 
     def train_dataloader(self) -> BatchLoader:
-        """Return the loader of this process."""
+        """Return the loader of the training spots of this process."""
         return BatchLoader(
             self.data,
             self.rows.train,
             batch_size=self.preset.batch_size,
             seed=self.seed,
             neighbours=self.preset.neighbour_weight > 0,
-            present=self.rows.present(len(self.data)),
+            allowed=self.rows.allowed_neighbours(len(self.data)),
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
 
     def val_dataloader(self) -> RowLoader:
-        """Return the held-out spots of this process."""
+        """Return the loader of the held-out spots of this process."""
         return RowLoader(
             self.data,
             self.rows.held_out,
@@ -78,17 +78,17 @@ class TrainingModule(LightningModule):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam and a step decay by epochs."""
+        """Return Adam, with a step decay of the learning rate by epochs."""
         preset = self.preset
         optimizer = torch.optim.Adam(self.parameters(), lr=preset.lr, weight_decay=preset.weight_decay)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, preset.lr_step, preset.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Return the loss of a batch; raise when it is no number."""
-        # What an encoder draws (dropout) has to be the same after a resumption.
+        """Return the loss of a batch; raise if it is not finite."""
+        # Random numbers of the encoder (dropout) must be the same in a resumed run.
         seed = np.random.SeedSequence([self.seed, self.global_step, self.global_rank]).generate_state(1).item()
-        # `torch.manual_seed` notes each call, with its stack, for every kind of accelerator that has not begun.
+        # `torch.manual_seed` records each call, with its stack, for every accelerator that is not initialised.
         (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
         loss = self.loss(batch)
         if not torch.isfinite(loss):
@@ -100,11 +100,11 @@ class TrainingModule(LightningModule):
         return loss
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Weigh and add the losses of a batch of :class:`he2gene_sc.training._gradient.patches.BatchLoader`."""
+        """Return the weighted sum of losses of a batch of :class:`he2gene_sc.training._gradient.patches.BatchLoader`."""
         preset, n = self.preset, len(batch["patches"])
         x = batch["patches"]
         if "neighbours" in batch:
-            # In one pass with the spots, as in the paper; those that are not there have no part in it at all.
+            # Spots and neighbours share one pass, as in the paper; absent neighbours are not part of it.
             x = torch.cat([x, batch["neighbours"]])
         features = self.encode(self.preprocess(x))
         predicted = self.genes(features[:n]).float()
@@ -115,44 +115,44 @@ class TrainingModule(LightningModule):
                 self.annotation(features[:n]).float(), batch["codes"]
             )
         if "neighbours" in batch:
-            beside = nn.functional.linear(
+            neighbour_predictions = nn.functional.linear(
                 features[n:], self.genes.weight[self.target_mask], self.genes.bias[self.target_mask]
             )
             loss = loss + preset.neighbour_weight * neighbour_loss(
-                predicted[:, self.target_mask], beside.float(), batch["owner"], batch["same"]
+                predicted[:, self.target_mask], neighbour_predictions.float(), batch["owner"], batch["same"]
             )
         return loss
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Encode a batch by parts of ``patches_at_once``; activations are computed again for the gradient."""
+        """Encode a batch in parts of ``patches_at_once``; activations are recomputed for the gradient."""
         if self.patches_at_once is None or len(x) <= self.patches_at_once:
             return self.encoder(x)
 
         def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-            return contextlib.nullcontext(), _statistics_left_alone(self.encoder)
+            return contextlib.nullcontext(), _freeze_batch_statistics(self.encoder)
 
         parts = x.chunk(math.ceil(len(x) / self.patches_at_once))
         return torch.cat([checkpoint(self.encoder, part, use_reentrant=False, context_fn=contexts) for part in parts])
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to add up."""
-        # Six sums for each section and target gene; not in double precision on Apple's MPS, which has none.
+        """Reset the sums."""
+        # Six sums per section and target gene; Apple's MPS has no double precision.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         n_sections, n_targets = int(self.data.sections.max()) + 1, int(self.target_mask.sum())
         self._sums = torch.zeros((6, n_sections, n_targets), dtype=dtype, device=self.device)
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        """Add up what error and correlation are made of."""
+        """Add a batch to the sums from which error and correlation follow."""
         features = self.encoder(self.preprocess(batch["patches"]))
         predicted = self.genes(features).float()[:, self.target_mask].to(self._sums.dtype)
         measured = batch["targets"].to(self._sums.dtype)
-        seen = ~measured.isnan()
-        x, y = torch.where(seen, predicted, 0), measured.nan_to_num()
-        for total, part in zip(self._sums, (seen.to(x.dtype), x, y, x * x, y * y, x * y), strict=True):
+        measured_mask = ~measured.isnan()
+        x, y = torch.where(measured_mask, predicted, 0), measured.nan_to_num()
+        for total, part in zip(self._sums, (measured_mask.to(x.dtype), x, y, x * x, y * y, x * y), strict=True):
             total.index_add_(0, batch["sections"], part)
 
     def on_validation_epoch_end(self) -> None:
-        """Turn the sums of all processes into held-out error and mean correlation."""
+        """Compute held-out error and mean correlation from the sums of all processes."""
         n, x, y, xx, yy, xy = self.trainer.strategy.reduce(self._sums, reduce_op="sum").cpu().double().numpy()
         self.val_loss = float((xx - 2 * xy + yy).sum() / n.sum())
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -164,11 +164,11 @@ class TrainingModule(LightningModule):
 
 
 @contextlib.contextmanager
-def _statistics_left_alone(network: nn.Module) -> Iterator[None]:
-    """Let batch normalisation not count a batch twice that it sees for the second time."""
+def _freeze_batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Keep the statistics of batch normalisation while a batch is recomputed, so that it is not counted twice."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     counters = [norm.num_batches_tracked for norm in norms]
-    before = [
+    saved = [
         (norm.momentum, None if count is None else count.clone()) for norm, count in zip(norms, counters, strict=True)
     ]
     try:
@@ -176,14 +176,14 @@ def _statistics_left_alone(network: nn.Module) -> Iterator[None]:
             norm.momentum = 0.0
         yield
     finally:
-        for norm, counter, (momentum, count) in zip(norms, counters, before, strict=True):
+        for norm, counter, (momentum, count) in zip(norms, counters, saved, strict=True):
             norm.momentum = momentum
             if counter is not None and count is not None:
                 counter.copy_(count)
 
 
 def advice(preset: Preset, precision: str) -> str:
-    """Say what to change when training diverges."""
+    """Return advice on what to change if training diverges."""
     mixed = f"; use precision='32-true' instead of {precision!r}" if precision.startswith(("bf16", "16")) else ""
     return (
         f"Lower `lr` (it is {preset.lr:g}; try {preset.lr / 10:g}); check that the sections hold raw counts and that no spot "
@@ -192,7 +192,7 @@ def advice(preset: Preset, precision: str) -> str:
 
 
 def _n_features(encoder: nn.Module, spec: EncoderSpec) -> int:
-    """Ask the encoder, in evaluation mode so that nothing in it changes."""
+    """Return the number of features of an encoder, in evaluation mode so that its statistics do not change."""
     training = encoder.training
     with torch.inference_mode():
         found = encoder.eval()(torch.zeros(1, 3, spec.input_px, spec.input_px))
@@ -207,16 +207,16 @@ def _n_features(encoder: nn.Module, spec: EncoderSpec) -> int:
 def gene_loss(
     predicted: torch.Tensor, measured: torch.Tensor, target_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared errors of target and auxiliary genes where measured is not NaN; 0 where nothing was measured."""
-    seen = ~measured.isnan()
-    squared = torch.where(seen, predicted - measured.nan_to_num(), 0).square().sum(0)
-    count = seen.sum(0)
+    """Return mean squared errors of target and of auxiliary genes where measured is not NaN; 0 if nothing was measured."""
+    measured_mask = ~measured.isnan()
+    squared = torch.where(measured_mask, predicted - measured.nan_to_num(), 0).square().sum(0)
+    count = measured_mask.sum(0)
     target, aux = ((squared * mask).sum() / (count * mask).sum().clamp(min=1) for mask in (target_mask, ~target_mask))
     return target, aux
 
 
 def annotation_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of ``(b, c)`` logits over the spots with a label; codes are ``(b,)``, -1 without one."""
+    """Return the mean cross entropy of logits ``(b, c)`` over labelled spots; codes are ``(b,)``, -1 without a label."""
     if logits.shape[1] == 1:
         labelled = codes >= 0
         loss = F.binary_cross_entropy_with_logits(logits[:, 0], codes.clamp(min=0).to(logits.dtype), reduction="none")
@@ -227,10 +227,10 @@ def annotation_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 def neighbour_loss(
     predicted: torch.Tensor, neighbour: torch.Tensor, owner: torch.Tensor, same: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared distance of predictions ``(b, t)`` to the mean of neighbours ``(m, t)`` of the same label."""
+    """Return the mean squared distance of predictions ``(b, t)`` to the mean of neighbours ``(m, t)`` with the same label."""
     weight = same.to(neighbour.dtype)
     count = torch.zeros_like(predicted[:, 0]).index_add(0, owner, weight)
     mean = torch.zeros_like(predicted).index_add(0, owner, neighbour * weight[:, None]) / count.clamp(min=1)[:, None]
-    there = count > 0
-    squared = torch.where(there[:, None], predicted - mean, 0).square().sum()
-    return squared / (there.sum() * predicted.shape[1]).clamp(min=1)
+    has_neighbours = count > 0
+    squared = torch.where(has_neighbours[:, None], predicted - mean, 0).square().sum()
+    return squared / (has_neighbours.sum() * predicted.shape[1]).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Training data of a whole network: targets, neighbours, and the order in which it is seen."""
+"""Training data of a whole network: targets, neighbours, and the order of batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from ...models._network import SYMMETRIES
 
-#: Spots that are dense at once where all are gone through.
-_AT_ONCE = 1024
+#: Number of spots whose targets are dense at once in a pass over all spots.
+_SPOTS_AT_ONCE = 1024
 
 
 class Targets:
-    """Log-normalised expression of several sections, sparse, maybe on disk; rows are taken as a dense array."""
+    """Log-normalised expression of several sections, sparse and maybe on disk; indexing rows gives a dense array."""
 
     def __init__(self, sections: Sequence[scipy.sparse.csr_array], measured: np.ndarray):
         self.sections, self.measured = tuple(sections), np.asarray(measured, bool)
@@ -31,7 +31,7 @@ class Targets:
         return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Return the targets of some spots, ``(len(rows), g)`` float32; NaN where they were not measured."""
+        """Return the targets of some spots, ``(len(rows), g)`` float32; NaN for genes that were not measured."""
         rows = np.arange(len(self))[rows]
         out = np.empty((len(rows), self.shape[1]), np.float32)
         sections = self._section[rows]
@@ -44,14 +44,14 @@ class Targets:
 
 
 def blocks(targets: np.ndarray | Targets, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield positions and dense targets of some spots, a thousand at a time."""
-    for start in range(0, len(rows), _AT_ONCE):
-        part = rows[start : start + _AT_ONCE]
+    """Yield positions and dense targets of spots, about a thousand at a time."""
+    for start in range(0, len(rows), _SPOTS_AT_ONCE):
+        part = rows[start : start + _SPOTS_AT_ONCE]
         yield part, targets[part]
 
 
 def column_means(targets: np.ndarray | Targets, rows: np.ndarray) -> np.ndarray:
-    """Return the mean of each gene over the spots that list it, NaN where none does."""
+    """Return the mean of each gene over the spots in which it was measured; NaN if there are none."""
     total, count = np.zeros(targets.shape[1]), np.zeros(targets.shape[1], np.int64)
     for _, values in blocks(targets, rows):
         total += np.nansum(values, axis=0, dtype=np.float64)
@@ -62,10 +62,10 @@ def column_means(targets: np.ndarray | Targets, rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PatchSet:
-    """Everything that is known of the training spots; arrays of the wrong length, type or values are an error."""
+    """Data of the training spots; arrays are checked for length, type and values."""
 
-    patches: np.ndarray  # (n, 3, s, s) uint8 of the training window; maybe a memory map
-    targets: np.ndarray | Targets  # (n, g) float32 log-normalised, NaN where not listed
+    patches: np.ndarray  # (n, 3, s, s) uint8 of the training window; may be a memory map
+    targets: np.ndarray | Targets  # (n, g) float32 log-normalised; NaN if not measured
     codes: np.ndarray  # (n,) classes, -1 without a label
     sections: np.ndarray  # (n,) codes
     patients: np.ndarray  # (n,) codes
@@ -83,9 +83,9 @@ class PatchSet:
                 raise ValueError(f"`{name}` has {len(value)} entries for {n} spots")
         if np.shape(self.target_mask) != (self.targets.shape[1],) or not np.any(self.target_mask):
             raise ValueError(
-                f"`target_mask` must say of each of {self.targets.shape[1]} genes if it is a target; some are"
+                f"`target_mask` must have one bool for each of {self.targets.shape[1]} genes, with at least one target"
             )
-        # NaN are passed over, and no second array of that size is made.
+        # fmin and fmax ignore NaN, without a second array of this size.
         parts = [p.data for p in self.targets.sections] if isinstance(self.targets, Targets) else [self.targets]
         if any(
             np.fmin.reduce(p, axis=None, initial=0) < 0 or np.isinf(np.fmax.reduce(p, axis=None))
@@ -102,9 +102,10 @@ class PatchSet:
 
 
 class BatchLoader:
-    """Batches of training spots that depend only on seed, epoch and position, so that they can be resumed.
+    """Loads batches of training spots, which depend only on seed, epoch and position, so that a run can be resumed.
 
-    The next batch is made in a thread. Of ``world`` processes, each takes every ``world``-th spot of a batch.
+    A thread prepares the next batch. Each of ``world`` processes takes every ``world``-th spot of a batch. Only spots in the mask
+    ``allowed`` serve as neighbours.
     """
 
     def __init__(
@@ -115,19 +116,19 @@ class BatchLoader:
         batch_size: int,
         seed: int,
         neighbours: bool = False,
-        present: np.ndarray | None = None,
+        allowed: np.ndarray | None = None,
         rank: int = 0,
         world: int = 1,
     ):
         self.data, self.rows, self.batch_size, self.seed = data, rows, batch_size, seed
-        self.neighbours, self.present = data.neighbours if neighbours else None, present
+        self.neighbours, self.allowed = data.neighbours if neighbours else None, allowed
         self.rank, self.world = rank, world
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
         full, rest = divmod(len(self.rows), self.batch_size)
-        # Batch normalisation cannot learn from one spot: it waits for an epoch with another order.
+        # Batch normalisation needs two spots per process: a smaller last batch is skipped in this epoch.
         return max(1, full + (rest >= 2 * self.world))
 
     def state_dict(self) -> dict[str, int]:
@@ -135,24 +136,24 @@ class BatchLoader:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at a position."""
+        """Set the position of the next batch."""
         self.epoch, self.position = state["epoch"], state["position"]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield what is left of the epoch; the position moves as a batch is handed over."""
+        """Yield the rest of the epoch; the position advances when a batch is yielded."""
         epoch, n = self.epoch, len(self)
         order, turns = self._order(epoch)
         with ThreadPoolExecutor(1, thread_name_prefix="he2gene-patches") as pool:
-            ahead = pool.submit(self._batch, order, turns, self.position)
+            pending = pool.submit(self._batch, order, turns, self.position)
             for position in range(self.position, n):
-                batch = ahead.result()
+                batch = pending.result()
                 if position + 1 < n:
-                    ahead = pool.submit(self._batch, order, turns, position + 1)
+                    pending = pool.submit(self._batch, order, turns, position + 1)
                 self.epoch, self.position = (epoch, position + 1) if position + 1 < n else (epoch + 1, 0)
                 yield batch
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the spots, and symmetry of each and (from the second column) of its neighbours."""
+        """Return the order of the spots, and the symmetries of each spot and (from the second column) of its neighbours."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.rows)
         k = 0 if self.neighbours is None else self.neighbours.shape[1]
@@ -162,23 +163,23 @@ class BatchLoader:
         rows = order[position * self.batch_size : (position + 1) * self.batch_size][self.rank :: self.world]
         data = self.data
         batch = {
-            "patches": self._cut(rows, turns[rows, 0]),
+            "patches": self._oriented_patches(rows, turns[rows, 0]),
             "targets": torch.from_numpy(np.asarray(data.targets[rows], np.float32)),
             "codes": torch.from_numpy(data.codes[rows].astype(np.int64)),
         }
         if self.neighbours is not None:
             table = self.neighbours[rows]
-            there = (table >= 0) & (True if self.present is None else self.present[table])
-            owner, column = np.nonzero(there)
+            usable = (table >= 0) & (True if self.allowed is None else self.allowed[table])
+            owner, column = np.nonzero(usable)
             found = table[owner, column]
-            batch["neighbours"] = self._cut(found, turns[rows[owner], 1 + column])
+            batch["neighbours"] = self._oriented_patches(found, turns[rows[owner], 1 + column])
             batch["owner"] = torch.from_numpy(owner)
-            # Without labels nobody knows that they are the same.
+            # Spots without labels do not count as having the same label.
             same = (data.codes[found] == data.codes[rows[owner]]) & (data.codes[found] >= 0)
             batch["same"] = torch.from_numpy(same)
         return batch
 
-    def _cut(self, rows: np.ndarray, turns: np.ndarray) -> torch.Tensor:
+    def _oriented_patches(self, rows: np.ndarray, turns: np.ndarray) -> torch.Tensor:
         out = np.empty((len(rows), *self.data.patches.shape[1:]), np.uint8)
         for i, (row, turn) in enumerate(zip(rows, turns, strict=True)):
             quarter, mirrored = SYMMETRIES[turn]
@@ -188,7 +189,7 @@ class BatchLoader:
 
 
 class RowLoader:
-    """Held-out spots in their order, as they are; with several processes, each takes every ``world``-th."""
+    """Loads held-out spots in order, without symmetries; each of ``world`` processes takes every ``world``-th spot."""
 
     def __init__(self, data: PatchSet, rows: np.ndarray, *, batch_size: int, rank: int = 0, world: int = 1):
         self.data, self.rows, self.batch_size = data, rows[rank::world], max(1, batch_size // world)
@@ -209,17 +210,17 @@ class RowLoader:
 
 
 N_NEIGHBOURS = 8
-#: In units of the pitch: beyond the diagonal of a square grid (1.41), short of the next ring (1.73 on a hexagonal one).
-_REACH = 1.57
+#: Largest distance of neighbours, in pitches: above the diagonal of a square grid (1.41), below the next ring of a hexagonal one (1.73).
+_MAX_DISTANCE = 1.57
 
 
 def neighbour_table(
     coordinates: np.ndarray, pitch_um: float | None = None, sections: np.ndarray | None = None
 ) -> np.ndarray:
-    """Neighbours of each spot on its grid, ``(n, 8)`` int64, nearest first, -1 where there is none.
+    """Return the neighbours of each spot on its grid, ``(n, 8)`` int64, nearest first, -1 if there are fewer.
 
-    Up to 8 on a square grid, 6 on a hexagonal one. It may be turned; spots may stray by a tenth of the pitch, which
-    is read off each section by default. Coordinates ``(n, 2)`` are in µm.
+    There are up to 8 on a square grid, and 6 on a hexagonal one. Grids may be rotated, and spots may deviate by a tenth of the
+    pitch, which is by default estimated for each section. Coordinates ``(n, 2)`` are in µm.
 
     Examples
     --------
@@ -238,17 +239,17 @@ def neighbour_table(
         raise ValueError(f"`pitch_um` is {pitch_um}; a positive number of µm is needed")
     sections = np.zeros(len(coordinates), int) if sections is None else np.asarray(sections)
     if sections.shape != (len(coordinates),):
-        raise ValueError(f"`sections` has shape {sections.shape}; one code a spot, ({len(coordinates)},), is needed")
+        raise ValueError(f"`sections` has shape {sections.shape}; one code per spot, ({len(coordinates)},), is needed")
     table = np.full((len(coordinates), N_NEIGHBOURS), -1, np.int64)
     for section in np.unique(sections):
         rows = np.flatnonzero(sections == section)
         if len(rows) < 2:
             continue
         tree = KDTree(coordinates[rows])
-        # One more than asked for: the nearest spot to a spot is itself.
+        # One more, since the nearest spot is the spot itself.
         distance, found = tree.query(coordinates[rows], k=min(N_NEIGHBOURS + 1, len(rows)))
         pitch = _pitch(distance) if pitch_um is None else pitch_um
-        near = (found != np.arange(len(rows))[:, None]) & (distance <= _REACH * pitch)
+        near = (found != np.arange(len(rows))[:, None]) & (distance <= _MAX_DISTANCE * pitch)
         for row, (candidates, kept) in enumerate(zip(found, near, strict=True)):
             chosen = candidates[kept][:N_NEIGHBOURS]
             table[rows[row], : len(chosen)] = rows[chosen]
@@ -256,7 +257,7 @@ def neighbour_table(
 
 
 def _pitch(distance: np.ndarray) -> float:
-    """Read the pitch off the distances ``(n, k)`` of each spot to itself and those around it."""
+    """Estimate the pitch from the distances ``(n, k)`` of each spot to itself and its neighbours."""
     nearest = np.median(distance[:, 1])
-    around = distance[:, 1:]
-    return float(around[around <= 1.3 * nearest].mean())
+    to_others = distance[:, 1:]
+    return float(to_others[to_others <= 1.3 * nearest].mean())

@@ -1,4 +1,4 @@
-"""The recipes of the HE2Gene paper, number by number."""
+"""The recipes of the HE2Gene paper, with all their settings."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ...models._paper import PAPER_MEAN, PAPER_MPP, PAPER_STD, PAPER_WINDOWS_PX,
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe for training a whole network by gradient.
+    """A recipe for training a whole network by gradient descent.
 
     Source: github.com/Microbiods/HE2Gene, ``src/he2gene_base.py`` and ``src/he2gene_spat.py`` (Bioinformatics 2024,
     btae343).
     """
 
     name: str
-    aux_weight: float  # of auxiliary genes; target genes weigh 1
+    aux_weight: float  # of auxiliary genes; target genes have weight 1
     annotation_weight: float  # of the cross entropy
-    neighbour_weight: float  # of the distance to like-labelled neighbours
+    neighbour_weight: float  # of the distance to neighbours with the same label
     batch_size: int  # over all devices
-    encoder: str = "resnet50"  # that mean and std are for; others keep theirs
+    encoder: str = "resnet50"  # to which mean and std apply; other encoders keep their own
     mean: tuple[float, float, float] = PAPER_MEAN
     std: tuple[float, float, float] = PAPER_STD
     train_window_um: float = 100.0  # 150 px of HBCIS
@@ -34,7 +34,7 @@ class Preset:
     max_epochs: int = 100
     patience: int = 10  # epochs without a better held-out error
     clip: float = 1.0  # largest norm of the gradient
-    validation_share: float = 0.1  # of spots, or about that of patients
+    validation_share: float = 0.1  # of spots, or approximately of patients
     exact: bool = False  # one logit for two classes, uncalibrated, single precision, as in the paper
 
     def __post_init__(self) -> None:
@@ -42,8 +42,8 @@ class Preset:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; more than 0 is needed")
 
-    def to_the_letter(self) -> Preset:
-        """Return the recipe with windows that are 75, 150 and 225 px of the paper's images, and ``exact``."""
+    def exact_recipe(self) -> Preset:
+        """Return the exact recipe, with windows of 75, 150 and 225 px in the images of the paper."""
         windows = tuple(round(px * PAPER_MPP, 4) for px in PAPER_WINDOWS_PX)
         return replace(self, exact=True, train_window_um=windows[1], windows_um=windows)
 

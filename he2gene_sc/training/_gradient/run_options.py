@@ -1,4 +1,4 @@
-"""How a network is trained on this machine."""
+"""Settings of a training run on this machine."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from typing import Any
 from ..._core import validate
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
-#: File of a run that can be gone on with.
+#: File from which a run can be resumed.
 LAST = "last.ckpt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(validate.Checked):
-    """How a network is trained on this machine, whatever the preset.
+    """Settings of a training run on this machine, independent of the preset.
 
-    Batch normalisation takes its statistics from each part of ``patches_at_once``; the losses are of the whole
-    batch.
+    Batch normalisation uses the statistics of each part of ``patches_at_once``; losses are over the whole batch.
     """
 
-    patches_at_once: int | None = None  # at a time in the encoder; default: the batch
+    patches_at_once: int | None = None  # most patches at once in the encoder; default: the whole batch
     precision: str | int | None = None  # as in lightning.Trainer; default: bf16-mixed on CUDA
-    devices: int | str | Sequence[int] | None = None  # as in lightning.Trainer; a batch counts all
+    devices: int | str | Sequence[int] | None = None  # as in lightning.Trainer; a batch is shared by all
     num_nodes: int = 1
     strategy: str = "auto"
     checkpoint_dir: str | Path | None = None  # for last.ckpt; default: temporary
-    checkpoint_steps: int = 500  # besides one after every epoch
+    checkpoint_steps: int = 500  # steps between checkpoints, in addition to one after every epoch
     resume: bool = False  # from last.ckpt, if there is one
-    callbacks: Sequence[Any] = ()  # without a logger or checkpoints of their own
+    callbacks: Sequence[Any] = ()  # Lightning callbacks, without a logger or checkpoints
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,14 +42,14 @@ class RunOptions(validate.Checked):
             self.set(precision=str(self.precision))
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(
-                f"`precision` is {self.precision!r}, valid: {list(PRECISIONS)}; the weights themselves stay single"
+                f"`precision` is {self.precision!r}, valid: {list(PRECISIONS)}; weights are always in single precision"
             )
-        fits = isinstance(self.callbacks, list | tuple)
-        if fits and self.callbacks:
+        is_valid = isinstance(self.callbacks, list | tuple)
+        if is_valid and self.callbacks:
             from lightning.pytorch import Callback
 
-            fits = all(isinstance(callback, Callback) for callback in self.callbacks)
-        if not fits:
+            is_valid = all(isinstance(callback, Callback) for callback in self.callbacks)
+        if not is_valid:
             raise ValueError(
                 f"`callbacks` is {self.callbacks!r}; a list of Lightning callbacks is needed, which may be empty"
             )
@@ -60,7 +59,7 @@ class RunOptions(validate.Checked):
             raise ValueError("`resume` needs the `checkpoint_dir` of the run that was stopped")
 
     def check_folder(self, begun: str = LAST) -> None:
-        """Refuse a folder that cannot be written, or that holds a run at such a place which is not gone on with."""
+        """Raise if the folder cannot be written, or holds a file ``begun`` (a pattern) of a run that is not resumed."""
         if self.checkpoint_dir is None:
             return
         place = Path(self.checkpoint_dir).expanduser()
@@ -75,5 +74,5 @@ class RunOptions(validate.Checked):
             ) from error
         if not self.resume and any(place.glob(begun)):
             raise FileExistsError(
-                f"`checkpoint_dir` {str(self.checkpoint_dir)!r} holds a run; go on with `resume=True`, or choose another folder"
+                f"`checkpoint_dir` {str(self.checkpoint_dir)!r} holds a run; continue it with `resume=True`, or choose another folder"
             )

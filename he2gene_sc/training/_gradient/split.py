@@ -1,4 +1,4 @@
-"""Which spots say when to stop."""
+"""Choose the held-out spots for early stopping."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ VALIDATIONS = ("grouped", "random")
 
 
 class Split(NamedTuple):
-    """What was held out together, and positions of the spots trained on and held out."""
+    """Unit of the groups that are held out, and positions of training and held-out spots."""
 
     unit: str
     train: np.ndarray
     held_out: np.ndarray
 
-    def present(self, n: int) -> np.ndarray:
-        """Which of ``n`` spots may serve as neighbours: those trained on, or, in the paper's validation, all."""
-        there = np.full(n, self.unit == "spot")
-        there[self.train] = True
-        return there
+    def allowed_neighbours(self, n: int) -> np.ndarray:
+        """Return which of ``n`` spots may serve as neighbours: training spots, or all in the validation of the paper."""
+        allowed = np.full(n, self.unit == "spot")
+        allowed[self.train] = True
+        return allowed
 
 
 def split(
     data: PatchSet, preset: Preset, validation: str = "grouped", seed: int = 0, rows: np.ndarray | None = None
 ) -> Split:
-    """Choose the spots that say when to stop: the fold of groups nearest to ``preset.validation_share``.
+    """Choose the held-out spots for early stopping: the fold of groups whose size is nearest to ``preset.validation_share``.
 
-    ``"grouped"``: patients, else sections, else blocks; ``"random"``: spots, as in the paper, which leaks.
+    ``"grouped"`` holds out patients, else sections, else blocks; ``"random"`` holds out spots as in the paper, which leaks.
     """
     validate.one_of(validation, VALIDATIONS, "validation")
     rows = np.arange(len(data)) if rows is None else rows
@@ -47,7 +47,7 @@ def split(
 
 
 def balanced_folds(data: PatchSet, preset: Preset, rows: np.ndarray) -> tuple[str, np.ndarray]:
-    """Return the unit and folds of about the preset's share, or as many as there are groups."""
+    """Return the unit, and folds of about the size of ``preset.validation_share``, at most one per group."""
     coordinates = None if data.coordinates is None else data.coordinates[rows]
     arrays = (data.sections[rows], data.patients[rows], coordinates)
     unit, folds = grouped_folds(*arrays)

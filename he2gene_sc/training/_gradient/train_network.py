@@ -1,4 +1,4 @@
-"""From patches to a trained network with its card."""
+"""Train a network on patches, and describe it on a card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...models._encoders.load import encoder_sha256
 from ...models._model import ENCODER
 from .._folds import warn_of_unit
 from .._metadata import ModelMetadata
-from .._predictability import RELIABLE_PCC, TELLING
+from .._predictability import GROUP_UNITS, RELIABLE_PCC
 from .fit import Fitted, fit_network
 from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, variable_genes
 from .patches import PatchSet, Targets, column_means, neighbour_table
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 
 def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int, neighbours: bool = False) -> PatchSet:
-    """Put sections together for training by gradient; codes of sections and patients follow their order.
+    """Combine sections for training by gradient descent; codes of sections and patients follow their order.
 
-    ``patches`` ``(n, 3, s, s)`` uint8 are of all sections; features are not read, targets stay sparse.
+    ``patches`` ``(n, 3, s, s)`` uint8 are those of all sections. Features are not used, and targets stay sparse.
     """
     codes = np.repeat(np.arange(len(sections)), [len(section) for section in sections])
     patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
@@ -52,7 +52,7 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
 
 
 def target_mask(targets: Targets | np.ndarray, rows: np.ndarray, n_target: int) -> np.ndarray:
-    """Say which genes are the ``n_target`` of highest mean over some spots, ``(g,)``."""
+    """Return a mask ``(g,)`` of the ``n_target`` genes with the highest mean over some spots."""
     means = np.nan_to_num(column_means(targets, rows), nan=-1.0)
     mask = np.zeros(len(means), bool)
     mask[np.argsort(-means, kind="stable")[:n_target]] = True
@@ -73,12 +73,12 @@ def train_network(
     device: str | torch.device = "auto",
     show_progress: bool = False,
 ) -> HE2Gene:
-    """Train a whole network by a preset and describe it; the network of the best epoch, in single precision.
+    """Train a whole network by a preset, and return that of the best epoch with its card, in single precision.
 
-    Target genes are chosen anew in each fold; ``data`` gives their number. ``validation`` is ``"grouped"``
-    (patients, else sections, else blocks) or ``"random"``, a tenth of the spots as in the paper, whose metrics
-    leak. With ``cross_validate`` they are of folds that were not used for stopping, at up to eleven times the work;
-    else they are a little optimistic. The card says so.
+    Target genes are chosen in each fold; ``data`` gives their number. ``validation`` is ``"grouped"`` (patients, else sections,
+    else blocks) or ``"random"``, a tenth of the spots as in the paper, whose metrics leak. With ``cross_validate``, metrics are
+    over folds that were not used for early stopping, at up to eleven times the work. Otherwise they are slightly optimistic,
+    as the card states.
     """
     run = RunOptions() if run is None else run
     names = {
@@ -92,10 +92,10 @@ def train_network(
     n_target = int(data.target_mask.sum())
 
     def fit(chosen: Split, name: str, predicted: np.ndarray | None = None) -> tuple[PatchSet, Fitted]:
-        seen = replace(data, target_mask=target_mask(data.targets, chosen.train, n_target))
+        fold_data = replace(data, target_mask=target_mask(data.targets, chosen.train, n_target))
         folder = run.checkpoint_dir
-        return seen, fit_network(
-            seen,
+        return fold_data, fit_network(
+            fold_data,
             preset,
             encoder,
             metadata.encoder,
@@ -109,14 +109,14 @@ def train_network(
             show_progress=show_progress,
         )
 
-    seen, fitted = fit(rows, "model")
-    protocol, found = _protocol(rows.unit), held_out_sections(seen, fitted)
+    fold_data, fitted = fit(rows, "model")
+    protocol, found = _protocol(rows.unit), held_out_sections(fold_data, fitted)
     if cross_validate:
         protocol, found = _cross_validate(data, preset, fit)
     n_spots = np.bincount(data.sections, minlength=len(sections))
     training = metadata.spots(sections, n_spots, data.codes) | _training(data, preset, fitted, sections, seed)
     return _describe(
-        seen, metadata, preset, encoder, fitted, training, {protocol: figures(found, names["sections"])}, found
+        fold_data, metadata, preset, encoder, fitted, training, {protocol: figures(found, names["sections"])}, found
     )
 
 
@@ -128,14 +128,14 @@ def _protocol(unit: str) -> str:
 
 
 def _cross_validate(data: PatchSet, preset: Preset, fit: Any) -> tuple[str, list[HeldOutSection]]:
-    """Hold out one fold after the other; part of the rest, not the fold, says when to stop."""
+    """Hold out one fold after the other; early stopping uses a part of the other spots, not the fold."""
     unit, folds = balanced_folds(data, preset, np.arange(len(data)))
     found: list[HeldOutSection] = []
     for fold in np.unique(folds):
         test, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        seen, fitted = fit(split(data, preset, rows=rest), f"fold-{fold}", test)
+        fold_data, fitted = fit(split(data, preset, rows=rest), f"fold-{fold}", test)
         logger.info("fold %d of %d: best epoch %d", fold + 1, folds.max() + 1, fitted.best_epoch)
-        found += held_out_sections(seen, fitted)
+        found += held_out_sections(fold_data, fitted)
     warning = "; other parts of the SAME section, do not report it as accuracy" if unit == "block" else ""
     return f"cross-validated over {folds.max() + 1} folds of {unit}s{warning}", found
 
@@ -152,9 +152,11 @@ def _describe(
 ) -> HE2Gene:
     patients = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
     genes = gene_figures(found, [patients[i] for i in sorted(patients)] if fitted.unit == "patient" else None)
-    telling = fitted.unit in TELLING
+    is_grouped = fitted.unit in GROUP_UNITS
     variable = variable_genes(data, np.arange(len(data)))
-    genes["reliable"] = telling & (np.nan_to_num(genes["pcc_low"]) > RELIABLE_PCC) & (np.nan_to_num(genes["skill"]) > 0)
+    genes["reliable"] = (
+        is_grouped & (np.nan_to_num(genes["pcc_low"]) > RELIABLE_PCC) & (np.nan_to_num(genes["skill"]) > 0)
+    )
     mean = column_means(data.targets, np.arange(len(data)))
     table = metadata.table(np.flatnonzero(data.target_mask), variable, mean, genes)
     spec = fitted.spec
@@ -172,7 +174,7 @@ def _describe(
         reliable_rule=(
             "the lower 95 % bound of its held-out Pearson correlation (t over the held-out sections, at least two) is "
             f"above {RELIABLE_PCC} and its held-out skill against the training mean is positive"
-            if telling
+            if is_grouped
             else f"figures of held-out patients or sections say so; there are only those of held-out {fitted.unit}s"
         ),
         limitations=(
@@ -184,7 +186,7 @@ def _describe(
         fusion="mean",
         tta=preset.tta,
     )
-    return HE2Gene(card, table, fitted.tensors, **_own(spec, trained))
+    return HE2Gene(card, table, fitted.tensors, **_user_encoder(spec, trained))
 
 
 def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
@@ -200,8 +202,8 @@ def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
     ]
 
 
-def _own(spec: EncoderSpec, encoder: nn.Module) -> dict[str, Any]:
-    """Carry a network that can be built by no name."""
+def _user_encoder(spec: EncoderSpec, encoder: nn.Module) -> dict[str, Any]:
+    """Return the encoder as an argument of the model if it cannot be built by name."""
     buildable = spec.timm_name or getattr(spec, "transformers_name", "")
     return {} if buildable else {"encoder": (encoder.eval(), spec)}
 

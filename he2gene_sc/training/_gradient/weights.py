@@ -1,4 +1,4 @@
-"""From a trained module to the tensors of a model folder, and what they predict for held-out spots."""
+"""Convert a trained module to the tensors of a model folder, and predict held-out spots with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...models import EncoderSpec
-from ...models._embedding import ALONE
+from ...models._embedding import NO_CONTEXT
 from ...models._model import ENCODER
 from ...models._network import SYMMETRIES, FeatureExtractor, Network
 from .._calibrate import temperature
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from .module import TrainingModule
 
 _BATCH = 64
-#: A class is never called less likely than that, as a logarithm.
+#: Largest magnitude of the logarithm of a class probability.
 _LARGEST_LOGIT = 80.0
 
 
 def name_tensors(module: TrainingModule) -> dict[str, np.ndarray]:
-    """Name the weights as a model folder does."""
+    """Return the weights under their names in a model folder."""
 
     def array(value: torch.Tensor) -> np.ndarray:
         return np.array(value.detach().cpu().numpy(), order="C")
@@ -44,7 +44,7 @@ def name_tensors(module: TrainingModule) -> dict[str, np.ndarray]:
 def predict_rows(
     module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predict spots from the training window with the network that inference uses."""
+    """Predict spots from the training window with the network of inference."""
     network = _network(module, spec, tensors)
     genes = torch.arange(module.data.targets.shape[1], device=module.device)
     expression = np.empty((len(rows), len(genes)), np.float32)
@@ -60,9 +60,9 @@ def predict_rows(
 def calibrate(
     module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
 ) -> float | None:
-    """Divide the annotation head by the temperature that makes labels of held-out rows most likely, and return it.
+    """Divide the annotation head by the temperature that maximises the likelihood of held-out labels, and return it.
 
-    Probabilities are averaged over symmetries, as in inference. ``None`` and no change with fewer than two classes.
+    Probabilities are averaged over symmetries, as in inference. With fewer than two classes, nothing changes and ``None`` is returned.
     """
     codes = module.data.codes[rows]
     rows, codes = rows[codes >= 0], codes[codes >= 0]
@@ -70,7 +70,7 @@ def calibrate(
         return None
     network = _network(module, spec, tensors)
     with torch.inference_mode():
-        # Logits are known from probabilities but for a constant, which does not matter.
+        # Log probabilities are logits up to a constant, which has no effect.
         logits = [network.annotation(views).log().cpu().numpy() for _, views in _views(network, module, rows, tta)]
     found = temperature(np.maximum(np.concatenate(logits), -_LARGEST_LOGIT), codes)
     for name in ("annotation.weight", "annotation.bias"):
@@ -81,13 +81,13 @@ def calibrate(
 def _network(module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray]) -> Network:
     heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
     extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), spec, fusion="mean")
-    return Network(extractor, heads, ALONE).to(module.device)
+    return Network(extractor, heads, NO_CONTEXT).to(module.device)
 
 
 def _views(
     network: Network, module: TrainingModule, rows: np.ndarray, tta: bool
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Features ``(b, r, f)`` of spots through the training window, batch by batch."""
+    """Yield features ``(b, r, f)`` of spots in the training window, batch by batch."""
     for start in range(0, len(rows), _BATCH):
         part = slice(start, start + _BATCH)
         patches = torch.from_numpy(np.asarray(module.data.patches[rows[part]])).to(module.device)
