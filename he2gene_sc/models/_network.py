@@ -98,7 +98,8 @@ class FeatureExtractor(nn.Module):
     ) -> torch.Tensor:
         """Encode uint8 patches ``(b, 3, s, s)`` of ``w`` windows in ``r`` symmetries, float32.
 
-        With ``"concat"`` the result is ``(b, r, w·f + w·N_COLOUR)``, features before colours; with ``"mean"`` it is the views ``(b, r·w, f)``.
+        With ``"concat"`` the result is ``(b, r, w·f + w·N_COLOUR)``, features before colours; with ``"mean"`` the views
+        ``(b, r·w, f)``.
         """
         n = len(patches)
         x = torch.cat([self.preprocess(window) for window in patches])

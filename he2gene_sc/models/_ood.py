@@ -148,8 +148,8 @@ class OODDetector:
             if "mpp" in self.limits and facts.mpp > self.limits["mpp"]:
                 return f"resolution: {facts.mpp:.3g} µm/px is coarser than the training images"
             return (
-                f"resolution: its windows seem {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} than stated: "
-                "the µm/px may be wrong, or the image much blurrier or sharper than in training"
+                f"resolution: its windows seem {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} than "
+                "stated: the µm/px may be wrong, or the image much blurrier or sharper than in training"
             )
         if cause == "stain" and slide_excess < 0:
             return (

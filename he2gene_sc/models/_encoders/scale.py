@@ -56,9 +56,9 @@ def warn_of_scale(
     if mismatched:
         fitting = ", ".join(f"{scale * spec.input_px:g}" for scale in trained_mpp)
         warnings.warn(
-            f"encoder {spec.name!r} was trained at {_format_list(trained_mpp)} µm/px. `windows_um` of {_format_list(mismatched)} show it "
-            f"{_format_list(input_mpp[um] for um in mismatched)} µm/px at its input of {spec.input_px} px, so its features may be poor. Windows "
-            f"of {fitting} µm would fit, for example preset=hg.DefaultRecipe(windows_um=...)",
+            f"encoder {spec.name!r} was trained at {_format_list(trained_mpp)} µm/px. `windows_um` of {_format_list(mismatched)} "
+            f"show it {_format_list(input_mpp[um] for um in mismatched)} µm/px at its input of {spec.input_px} px, so its features "
+            f"may be poor. Windows of {fitting} µm would fit, for example preset=hg.DefaultRecipe(windows_um=...)",
             stacklevel=stacklevel,
         )
 
