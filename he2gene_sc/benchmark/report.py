@@ -73,8 +73,8 @@ def _introduction() -> list[str]:
         "Mean Pearson correlation per gene across the spots of the held-out section. Counts are not smoothed, in natural log of "
         "(1 + counts per 10,000). A constant gene counts as 0. In brackets 95 % of a bootstrap over 800 µm blocks "
         "of the section: how far other blocks of it would move the mean. It says nothing about other sections or patients. Genes are "
-        "chosen on the training sections of the fold. *Skill* is the share of the squared error of the training mean that a predictor removes, median over genes. Below 0 it is worse "
-        "than that mean. The *noise ceiling* is what a perfect prediction would reach with these counts.",
+        "chosen on the training sections of the fold. *Skill* is the share of the squared error of the training mean that a predictor "
+        "removes, median over genes. Below 0 it is worse than that mean. The *noise ceiling* is what a perfect prediction would reach with these counts.",
         "",
         "![Mean Pearson of each predictor, a dot a held-out section](benchmark.png)",
     ]

@@ -382,7 +382,7 @@ def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
         ({"device": "gpu"}, "valid here"),
         ({"dtype": "float8"}, "`dtype`"),
         ({"encoder": "no-such-net"}, "'no-such-net' is unknown"),
-        ({"encoder": (torch.nn.Identity(), SPEC)}, "one vector an image"),
+        ({"encoder": (torch.nn.Identity(), SPEC)}, "one vector per image"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options, match):
@@ -439,7 +439,7 @@ def test_arguments_are_checked_before_anything_is_read():
 def test_a_model_refuses_a_network_of_its_weights_that_does_something_else(tmp_path):
     path = train(toys(), encoder=(Power(network(), 1.0), SPEC)).save(tmp_path / "model")
     assert hg.models.load(path, encoder=(Power(network(), 1.0), SPEC)).network is not None
-    with pytest.raises(ValueError, match="has its weights but gives another output"):
+    with pytest.raises(ValueError, match="has the same weights but another output"):
         _ = hg.models.load(path, encoder=(Power(network(), 0.25), SPEC)).network
 
 
@@ -630,7 +630,7 @@ def test_options_of_training_by_gradient_are_refused_before_a_section_is_read(mo
 
 def test_a_run_in_the_checkpoint_folder_is_not_begun_anew(tmp_path):
     (tmp_path / "last.ckpt").write_text("a run")
-    refuses(toys(), "holds a run; go on with", FileExistsError, preset="he2gene-base", checkpoint_dir=tmp_path)
+    refuses(toys(), "holds a run; continue it with", FileExistsError, preset="he2gene-base", checkpoint_dir=tmp_path)
 
 
 def test_a_label_that_classes_name_is_that_class_whatever_is_ignored():

@@ -64,7 +64,7 @@ def test_folds_are_deterministic():
         ({"unit": "spot"}, "`unit` is 'spot', valid"),
         ({"n_folds": 1}, "`n_folds` is 1"),
         ({"unit": "block"}, "`coordinates` of the spots"),
-        ({"patients": np.zeros(3, int)}, "must be as long"),
+        ({"patients": np.zeros(3, int)}, "must both have one code per spot"),
         ({"patients": np.zeros_like(SECTIONS), "unit": "patient"}, "there is only one"),
         ({"unit": "block", "coordinates": np.zeros((len(SECTIONS), 2)), "n_folds": 11}, "10 spots cannot be cut"),
     ],
@@ -141,7 +141,7 @@ def test_a_single_spot_has_no_neighbour():
         ((np.zeros((3, 3)),), "finite x and y"),
         ((np.full((3, 2), np.nan),), "finite x and y"),
         ((square(), 0.0), "`pitch_um` is 0"),
-        ((square(), 200.0, np.zeros(3)), "one code a spot"),
+        ((square(), 200.0, np.zeros(3)), "one code per spot"),
     ],
 )
 def test_invalid_coordinates_raise(arguments, match):
