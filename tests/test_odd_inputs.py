@@ -12,8 +12,8 @@ SHARE = 10
 
 @pytest.mark.parametrize("odd", everything()[::SHARE], ids=lambda odd: odd.name)
 def test_an_odd_input_gives_a_right_answer_a_warning_or_an_early_error(odd):
-    kind, said = outcome(odd)
-    assert kind in GOOD, f"{kind}: {said}"
+    kind, message = outcome(odd)
+    assert kind in GOOD, f"{kind}: {message}"
 
 
 def test_the_number_of_odd_inputs_is_as_documented():

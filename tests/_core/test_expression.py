@@ -126,7 +126,7 @@ def test_logarithms_of_counts_per_10000_give_no_warning(counts, genes, dtype):
 
 
 @pytest.mark.parametrize(
-    ("options", "genes", "said"),
+    ("options", "genes", "message"),
     [
         ({"total": 1e6}, slice(None), "sums to 1,000,000, not to 10,000"),
         ({"total": None}, slice(None), "sums to"),
@@ -138,9 +138,9 @@ def test_logarithms_of_counts_per_10000_give_no_warning(counts, genes, dtype):
         ({"total": 1e6}, slice(0, 25), "sums to"),
     ],
 )
-def test_logarithms_of_another_total_or_base_are_warned_of(counts, options, genes, said):
+def test_logarithms_of_another_total_or_base_are_warned_of(counts, options, genes, message):
     table = AnnData(logs(counts, **options)[:, genes])
-    with pytest.warns(UserWarning, match=f"X does not hold natural logarithms of .*10,000.*{said}.*target_sum=1e4"):
+    with pytest.warns(UserWarning, match=f"X does not hold natural logarithms of .*10,000.*{message}.*target_sum=1e4"):
         found = log_expression(table, None, scale="log", expected="counts")
     np.testing.assert_array_equal(found, table.X)
 

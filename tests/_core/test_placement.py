@@ -54,7 +54,7 @@ def place(sdata, matrix):
     set_transformation(sdata["spots"], whole, "global")
 
 
-def said(sdata, **kwargs):
+def warnings_of(sdata, **kwargs):
     """Return all warnings of finding and checking the slide."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -72,9 +72,9 @@ def mend(sdata, message):
 
 
 def test_spots_where_they_belong_are_not_warned_of():
-    assert said(section()) == []
-    assert said(section(array=False)) == []
-    assert said(section(everywhere=True)) == []
+    assert warnings_of(section()) == []
+    assert warnings_of(section(array=False)) == []
+    assert warnings_of(section(everywhere=True)) == []
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
@@ -85,20 +85,20 @@ def test_a_rotated_slide_is_not_warned_of(turns):
     c, s = {1: (0, 1), 2: (-1, 0), 3: (0, -1)}[turns]
     half = SIDE / 2
     place(sdata, [[c, s, half - half * (c + s)], [-s, c, half - half * (c - s)]])
-    assert said(sdata) == []
+    assert warnings_of(sdata) == []
 
 
 def test_a_slide_imaged_mirrored_is_not_warned_of():
     sdata = section()
     sdata["he"] = Image2DModel.parse(np.asarray(sdata["he"])[:, :, ::-1].copy(), dims=("c", "y", "x"))
     place(sdata, [[-1, 0, SIDE], [0, 1, 0]])
-    assert said(sdata) == []
+    assert warnings_of(sdata) == []
 
 
 def test_array_positions_with_exchanged_names_are_not_warned_of_where_spots_lie_on_tissue():
     sdata = section()
     sdata["table"].obs = sdata["table"].obs.rename(columns={"array_row": "array_col", "array_col": "array_row"})
-    assert said(sdata) == []
+    assert warnings_of(sdata) == []
 
 
 @pytest.mark.parametrize(
@@ -113,18 +113,18 @@ def test_swapped_and_mirrored_spots_are_warned_of_with_a_call_that_corrects_them
     sdata = section()
     right = resolve(sdata)[0].centres
     place(sdata, matrix)
-    (message,) = said(sdata)
+    (message,) = warnings_of(sdata)
     assert "`array_row` and `array_col`" in message
     assert words in message
     mend(sdata, message)
     np.testing.assert_allclose(resolve(sdata)[0].centres, right, atol=1e-6)
-    assert said(sdata) == []
+    assert warnings_of(sdata) == []
 
 
 def test_swapped_spots_off_the_tissue_are_warned_of_without_array_positions():
     sdata = section(array=False)
     place(sdata, [[0, 1, 0], [1, 0, 0]])
-    (message,) = said(sdata)
+    (message,) = warnings_of(sdata)
     assert "x and y of the spots look swapped" in message
 
 
@@ -171,7 +171,7 @@ def test_spots_that_cover_glass_and_tissue_are_not_taken_for_misplaced():
 def test_swapped_spots_of_which_some_lie_on_the_border_are_warned_of(toy):
     set_transformation(toy["spots"], Affine([[0, 1, 0], [1, 0, 0], [0, 0, 1]], ("x", "y"), ("x", "y")), "global")
     assert resolve(toy)[0].centres[:, 1].max() == 600
-    (message,) = said(toy)
+    (message,) = warnings_of(toy)
     assert "x and y of the spots look swapped" in message
 
 
@@ -182,7 +182,7 @@ def test_mixed_up_spots_are_detected_by_array_positions(order):
     mixed = np.random.default_rng(0).permutation(ids) if order == "shuffled" else sorted(ids)
     assert list(mixed) != list(ids)
     sdata["spots"] = sdata["spots"].set_axis(pd.Index(mixed))
-    (message,) = said(sdata)
+    (message,) = warnings_of(sdata)
     assert "the ids of table and spots look mixed up" in message
 
 
@@ -191,7 +191,7 @@ def test_array_positions_of_four_arrays_are_not_warned_of():
     obs = sdata["table"].obs
     obs["array_row"], obs["array_col"] = obs["array_row"] % 5, obs["array_col"] % 9
     assert obs.duplicated(["array_row", "array_col"]).any()
-    assert said(sdata) == []
+    assert warnings_of(sdata) == []
 
 
 def test_spots_on_top_of_each_other_are_refused(toy):
@@ -199,7 +199,7 @@ def test_spots_on_top_of_each_other_are_refused(toy):
     spots.geometry = [spots.geometry.iloc[0]] * len(spots)
     toy.shapes["spots"] = spots
     with pytest.raises(ValueError, match="`shapes_key` 'spots': most spots lie on top of each other"):
-        said(toy)
+        warnings_of(toy)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -247,7 +247,7 @@ def test_a_lattice_that_contradicts_the_stated_resolution_gets_both_corrections(
     sdata = section(array=False)
     right = resolve(sdata)[0].centres
     place(sdata, [[factor, 0, 0], [0, factor, 0]])
-    message = said(sdata, mpp=2.5)[0]
+    message = warnings_of(sdata, mpp=2.5)[0]
     assert f"pass mpp={2.5 / factor:.4g}" in message
     assert f"those of a {word} image" in message
     mend(sdata, message)
@@ -257,23 +257,23 @@ def test_a_lattice_that_contradicts_the_stated_resolution_gets_both_corrections(
 def test_coordinates_of_a_larger_image_are_named_where_no_scale_factor_is_known():
     sdata = section()
     place(sdata, [[3, 0, 0], [0, 3, 0]])
-    (message,) = said(sdata)
+    (message,) = warnings_of(sdata)
     assert "look like those of a larger image" in message
 
 
 def test_micrometres_that_leave_a_coarse_image_are_named():
     sdata = section(array=False)
     place(sdata, [[2.5, 0, 0], [0, 2.5, 0]])
-    messages = said(sdata, mpp=2.5)
+    messages = warnings_of(sdata, mpp=2.5)
     assert any("look like micrometres" in message and "lie outside" in message for message in messages)
     mend(sdata, messages[-1])
-    assert said(sdata) == []
+    assert warnings_of(sdata) == []
 
 
 def test_micrometres_are_detected_if_the_pitch_is_off_by_a_percent():
     sdata = section(array=False)
     place(sdata, [[2.52, 0, 0], [0, 2.52, 0]])
-    assert any("its coordinates look like micrometres" in message for message in said(sdata, mpp=2.0))
+    assert any("its coordinates look like micrometres" in message for message in warnings_of(sdata, mpp=2.0))
 
 
 def test_micrometres_are_detected_by_a_lattice_of_exactly_1_um_per_px():
@@ -281,9 +281,9 @@ def test_micrometres_are_detected_by_a_lattice_of_exactly_1_um_per_px():
     set_transformation(sdata["he"], Scale([2.5, 2.5], axes=("x", "y")), "other")
     sdata["he"] = Image2DModel.parse(np.repeat(np.repeat(np.asarray(sdata["he"]), 5, 1), 5, 2), dims=("c", "y", "x"))
     place(sdata, [[2.5, 0, 0], [0, 2.5, 0]])
-    assert any("at exactly 1 µm/px" in message and "micrometres" in message for message in said(sdata))
-    assert not any("micrometres" in message for message in said(sdata, mpp=1.0))
-    assert any("micrometres" in message for message in said(sdata, mpp=0.5))
+    assert any("at exactly 1 µm/px" in message and "micrometres" in message for message in warnings_of(sdata))
+    assert not any("micrometres" in message for message in warnings_of(sdata, mpp=1.0))
+    assert any("micrometres" in message for message in warnings_of(sdata, mpp=0.5))
 
 
 @pytest.mark.parametrize("value", [0, 255])

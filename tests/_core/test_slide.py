@@ -483,7 +483,7 @@ def test_adjacent_bins_may_be_few_pixels_wide():
 
 
 @pytest.mark.parametrize(
-    ("pixels", "transformation", "said"),
+    ("pixels", "transformation", "message"),
     [
         (np.s_[:, 100:300, 50:300], Translation([50, 100], axes=("x", "y")), None),
         (np.s_[:, :300, :200], Identity(), None),
@@ -496,15 +496,15 @@ def test_adjacent_bins_may_be_few_pixels_wide():
         ),
     ],
 )
-def test_stated_mpp_holds_for_the_image_or_a_crop_of_it(toy, pixels, transformation, said):
+def test_stated_mpp_holds_for_the_image_or_a_crop_of_it(toy, pixels, transformation, message):
     image = toy["he"].to_numpy()[pixels]
     toy.images["he"] = Image2DModel.parse(image, dims=("c", "y", "x"), transformations={"global": transformation})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if said is None:
+        if message is None:
             assert stored_mpp(toy, "he") == (2.0, "metadata")
         else:
-            with pytest.raises((ValueError, UserWarning), match=said):
+            with pytest.raises((ValueError, UserWarning), match=message):
                 stored_mpp(toy, "he")
             toy.attrs["he2gene"]["mpp"]["he"] = 4.0
             assert stored_mpp(toy, "he") == (4.0, "metadata")

@@ -301,7 +301,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(main, arguments, message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "problem"),
     [
         (("benchmark", "--options", "none.toml"), "'none.toml' is a folder, or does not exist; name a TOML file"),
         (("train", "none.toml", "--out", "m"), "'none.toml' is a folder, or does not exist; name a TOML file"),
@@ -315,12 +315,12 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(main, arguments, message
         (("evaluate", "a.zarr", "--out", "a" * 300 + ".csv"), "is not a path that can be opened"),
     ],
 )
-def test_an_invalid_output_path_is_refused_before_work(main, tmp_path, monkeypatch, arguments, said):
+def test_an_invalid_output_path_is_refused_before_work(main, tmp_path, monkeypatch, arguments, problem):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     code, _, err = main(*arguments)
     assert code == 1
-    assert said in err
+    assert problem in err
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_work(main, tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_an_image_without_resolution_is_refused_by_name(main, image):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "problem"),
     [
         ("sections = [", "config.toml is not a TOML file"),
         ('sections = "C2"\n[train]\n', "config.toml is not valid: `sections` is 'C2': it must be a valid list"),
@@ -376,11 +376,11 @@ def test_an_image_without_resolution_is_refused_by_name(main, image):
         ('sections = ["C5"]\n[train.preset]\nname = "he2gene-base"\ncheckpoint_dir = "model"\n', "lies in OUT"),
     ],
 )
-def test_train_refuses_an_invalid_training_file(main, tmp_path, text, said):
+def test_train_refuses_an_invalid_training_file(main, tmp_path, text, problem):
     (tmp_path / "config.toml").write_text(text)
     code, _, err = main("train", tmp_path / "config.toml", "--out", tmp_path / "model")
     assert code == 1
-    assert said in err
+    assert problem in err
     assert "Traceback" not in err
 
 
@@ -457,14 +457,16 @@ def test_predict_on_an_image_does_not_replace_a_store_beside_it(toy, tmp_path, c
     assert sd.read_zarr(tmp_path / "slide.zarr")["table"].n_obs == toy["table"].n_obs
 
 
-@pytest.mark.parametrize(("name", "said"), [("slide.png", "give --mpp"), ("folder", "is not a SpatialData zarr store")])
-def test_invalid_inputs_of_predict_are_refused_before_work(toy, tmp_path, capsys, monkeypatch, name, said):
+@pytest.mark.parametrize(
+    ("name", "problem"), [("slide.png", "give --mpp"), ("folder", "is not a SpatialData zarr store")]
+)
+def test_invalid_inputs_of_predict_are_refused_before_work(toy, tmp_path, capsys, monkeypatch, name, problem):
     (tmp_path / "folder").mkdir()
     Image.fromarray(np.asarray(toy["he"]).transpose(1, 2, 0)).save(tmp_path / "slide.png")
     monkeypatch.setattr("sys.argv", ["he2gene", "predict", str(tmp_path / name)])
     with pytest.raises(SystemExit):
         cli.main()
-    assert said in capsys.readouterr().err
+    assert problem in capsys.readouterr().err
 
 
 def _overwrite(store, pattern, content=b"\x00damaged"):

@@ -22,7 +22,7 @@ def bundled(monkeypatch, tiny_model):
     """Load the small model under the name of the bundled one, with printed output."""
 
     def load(*_, **__):
-        print("said by a library")
+        print("printed by a library")
         return tiny_model
 
     monkeypatch.setattr("he2gene_sc.models.load", load)
@@ -30,9 +30,9 @@ def bundled(monkeypatch, tiny_model):
 
 
 def test_help_shows_the_names_of_toml_tables():
-    said = " ".join(run("train", "--help").stdout.split())
+    output = " ".join(run("train", "--help").stdout.split())
     assert all(
-        f"[{name}]" in said for name in ("data", "train", "train.preset", "train.keys", "train.genes", "train.card")
+        f"[{name}]" in output for name in ("data", "train", "train.preset", "train.keys", "train.genes", "train.card")
     )
 
 
@@ -43,19 +43,19 @@ def test_shell_completion_is_available():
 def test_output_of_libraries_is_not_on_stdout(bundled):
     result = run("info", "--json")
     assert json.loads(result.stdout)["name"] == bundled.card.name
-    assert result.stderr == "said by a library\n"
+    assert result.stderr == "printed by a library\n"
     assert run("info").stdout.strip() == bundled.card.to_markdown().strip()
 
 
 def test_predict_and_evaluate_end_with_a_summary_or_json(bundled, tmp_path):
     hg.datasets.toy((3, 4), mpp=2.0).write(tmp_path / "toy.zarr")
-    said = run("predict", tmp_path / "toy.zarr").stdout
-    assert ["spots", "12"] in [line.split() for line in said.splitlines()]
-    assert said.rstrip().endswith(f"Written: {tmp_path / 'toy.zarr'}")
-    said = [line.split() for line in run("evaluate", tmp_path / "toy.zarr").stdout.splitlines()]
-    assert any(row[:3] == ["all", "genes", "he2gene"] for row in said)
-    assert any(row[:3] == ["he2gene", "has", "seen"] for row in said)
-    assert said[-1][:2] == ["Left", "out:"]
+    output = run("predict", tmp_path / "toy.zarr").stdout
+    assert ["spots", "12"] in [line.split() for line in output.splitlines()]
+    assert output.rstrip().endswith(f"Written: {tmp_path / 'toy.zarr'}")
+    output = [line.split() for line in run("evaluate", tmp_path / "toy.zarr").stdout.splitlines()]
+    assert any(row[:3] == ["all", "genes", "he2gene"] for row in output)
+    assert any(row[:3] == ["he2gene", "has", "seen"] for row in output)
+    assert output[-1][:2] == ["Left", "out:"]
     found = json.loads(run("evaluate", tmp_path / "toy.zarr", "--json").stdout)
     assert found.keys() == {"summary", "predictors", "left_out"}
     (row,) = [
@@ -69,9 +69,9 @@ def test_predict_and_evaluate_end_with_a_summary_or_json(bundled, tmp_path):
 def test_train_prints_a_summary_of_the_model(monkeypatch, tiny_model, tmp_path):
     monkeypatch.setattr("he2gene_sc.cli.training_file.read_training_file", lambda *_: ([], {}))
     monkeypatch.setattr(hg.tl, "train", lambda *_, **__: tiny_model)
-    said = run("train", tmp_path / "x.toml", "--out", tmp_path / "model").stdout
-    assert f"{tiny_model.card.n_genes:,} genes" in said
-    assert said.rstrip().endswith(f"Written: {tmp_path / 'model'}")
+    output = run("train", tmp_path / "x.toml", "--out", tmp_path / "model").stdout
+    assert f"{tiny_model.card.n_genes:,} genes" in output
+    assert output.rstrip().endswith(f"Written: {tmp_path / 'model'}")
     found = json.loads(run("train", tmp_path / "x.toml", "--out", tmp_path / "other", "--json").stdout)
     assert (found["output"], found["card"]["name"]) == (str(tmp_path / "other"), tiny_model.card.name)
 

@@ -255,7 +255,7 @@ def test_a_store_of_a_slide_detects_changed_pixels(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("A.svs", "pixels", "ends in '.svs'; a table to write is needed"),
         ("summary", None, "ends in ''; a table to write is needed"),
@@ -264,12 +264,12 @@ def test_a_store_of_a_slide_detects_changed_pixels(made, tmp_path):
         ("clinic.tsv", ",".join(COLUMNS), "exists and is not a summary of slides"),
     ],
 )
-def test_a_summary_does_not_replace_other_files(tmp_path, monkeypatch, name, content, said):
+def test_a_summary_does_not_replace_other_files(tmp_path, monkeypatch, name, content, message):
     monkeypatch.setattr(cohort, "_load", lambda _: pytest.fail("work was begun"))
     (tmp_path / "slides.csv").write_text("path\nA.svs\n")
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         hg.cohort.predict(tmp_path / "slides.csv", summary=tmp_path / name)
     assert content is None or (tmp_path / name).read_text() == content
 
@@ -441,7 +441,7 @@ def test_the_summary_is_of_the_requested_table(finished, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("paths", "options", "error", "said"),
+    ("paths", "options", "error", "message"),
     [
         (["A.svs", "A.tif"], {}, ValueError, "would both be written to"),
         (["A.zarr", "A.zarr"], {}, ValueError, "would both be written to"),
@@ -481,12 +481,12 @@ def test_the_summary_is_of_the_requested_table(finished, model, tmp_path):
         ),
     ],
 )
-def test_invalid_arguments_are_refused_before_any_work(monkeypatch, tmp_path, paths, options, error, said):
+def test_invalid_arguments_are_refused_before_any_work(monkeypatch, tmp_path, paths, options, error, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cohort, "local_client", lambda _: pytest.fail("a cluster was started"))
     with pytest.raises(error) as refused:
         hg.cohort.predict(paths, **options)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_cells_of_a_manifest_are_converted_to_the_types_of_their_arguments(tmp_path):
@@ -530,7 +530,7 @@ def test_a_manifest_is_read_as_spreadsheets_write_it(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "m.csv is empty"),
         ("path\n", "names no slide"),
@@ -556,9 +556,9 @@ def test_a_manifest_is_read_as_spreadsheets_write_it(tmp_path, content):
         ('path\n"A.svs\n', "unexpected end of data"),
     ],
 )
-def test_an_ambiguous_manifest_is_refused(tmp_path, content, said):
+def test_an_ambiguous_manifest_is_refused(tmp_path, content, message):
     (tmp_path / "m.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_jobs(tmp_path / "m.csv", {}, **GIVEN)
 
 
@@ -693,7 +693,7 @@ def test_the_shell_passes_options_on_to_predict(shell, slides, bundled):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "either PATHS or --manifest is needed"),
         (("A.zarr", "--manifest", "m.csv"), "either PATHS or --manifest is needed"),
@@ -707,11 +707,11 @@ def test_the_shell_passes_options_on_to_predict(shell, slides, bundled):
         (("C.png", "--tissue-method", "x", "--mpp", "4"), "`method` is 'x'"),
     ],
 )
-def test_the_shell_refuses_contradictions(shell, slides, bundled, monkeypatch, arguments, said):
+def test_the_shell_refuses_contradictions(shell, slides, bundled, monkeypatch, arguments, message):
     monkeypatch.chdir(slides)
     code, _, err = shell("predict", *arguments)
     assert code == 1
-    assert said in err
+    assert message in err
 
 
 def test_the_shell_prints_its_version(shell):

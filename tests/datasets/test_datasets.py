@@ -194,7 +194,7 @@ def test_spots_in_only_one_file_are_logged_without_a_warning(caplog):
     with warnings.catch_warnings(), caplog.at_level("INFO", logger="he2gene_sc"):
         warnings.simplefilter("error", UserWarning)
         sections = {s: hg.datasets.her2st(s) for s in ("A1", "C1")}
-    said = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
     root = hg.settings.resolved_data_dir() / "her2st"
     expected = []
     for section, sdata in sections.items():
@@ -205,7 +205,7 @@ def test_spots_in_only_one_file_are_logged_without_a_warning(caplog):
         if counts != ids:
             expected.append(section)
     assert expected == ["A1", "C1"]
-    assert [m.split("'")[1] for m in said] == expected
+    assert [m.split("'")[1] for m in messages] == expected
 
 
 @pytest.mark.parametrize("section", ["Z9", "c5", ""])

@@ -143,7 +143,7 @@ def test_labels_in_all_spellings_are_read(root, written, read):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "problem"),
     [
         ("xcoord\tycoord\tlab\ttumor\t\rC1_7_10\t7\t10\ttumor\r", "5 fields per line are needed"),
         ("C1_7_10\t7\t10\tL1\ttumor\rC1_8_10\t8\t10\tL1\tnon\r", "the first line .* is not a header"),
@@ -151,10 +151,10 @@ def test_labels_in_all_spellings_are_read(root, written, read):
         ("", "has no labels"),
     ],
 )
-def test_label_files_in_another_format_are_refused_by_name(root, content, said):
+def test_label_files_in_another_format_are_refused_by_name(root, content, problem):
     with gzip.open(root / "BC23209_C1_Coords.tsv.gz", "wt", newline="") as stream:
         stream.write(content)
-    with pytest.raises(ValueError, match=rf"BC23209_C1_Coords.tsv.gz.*{said}"):
+    with pytest.raises(ValueError, match=rf"BC23209_C1_Coords.tsv.gz.*{problem}"):
         hg.datasets.hbcis(root)["BC23209_C1"]
 
 
@@ -273,12 +273,12 @@ def test_a_missing_root_and_a_root_without_metadata(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dropped", "said"),
+    ("dropped", "problem"),
     [("patient", r"lacks the columns \['patient'\]; it has"), ("tumor_annotation", "tumor_annotation or tumor")],
 )
-def test_missing_columns_of_the_metadata_are_named(root, dropped, said):
+def test_missing_columns_of_the_metadata_are_named(root, dropped, problem):
     pd.read_csv(root / "metadata.csv").drop(columns=dropped).to_csv(root / "metadata.csv", index=False)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=problem):
         hg.datasets.hbcis(root)
 
 
@@ -298,10 +298,10 @@ def test_all_missing_files_are_named(root):
     (root / "BC23209_C1_stdata.tsv.gz").unlink()
     with pytest.raises(FileNotFoundError) as caught:
         hg.datasets.hbcis(root)
-    said = str(caught.value)
-    assert "2 files" in said
-    assert "BC23901_C2: histology_image, looked for as HE_BT23901_C2.jpg" in said
-    assert "BC23209_C1: count_matrix, looked for as BC23209_C1_stdata.tsv.gz or BC23209_C1_stdata.tsv" in said
+    problem = str(caught.value)
+    assert "2 files" in problem
+    assert "BC23901_C2: histology_image, looked for as HE_BT23901_C2.jpg" in problem
+    assert "BC23209_C1: count_matrix, looked for as BC23209_C1_stdata.tsv.gz or BC23209_C1_stdata.tsv" in problem
     assert len(hg.datasets.hbcis(root, patients="BC23270")) == 2
 
 
@@ -327,8 +327,8 @@ def test_spots_without_counts_and_rows_without_coordinates_give_one_warning(root
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         obs = hg.datasets.hbcis(root)["BC23209_C1"]["table"].obs
-    said = [str(w.message) for w in caught if "section" in str(w.message)]
-    assert said == [
+    problem = [str(w.message) for w in caught if "section" in str(w.message)]
+    assert problem == [
         "section 'BC23209_C1': 1 spots without counts are dropped; 1 rows of labels without coordinates are dropped; "
         "1 spots with two different labels are left without one"
     ]
@@ -341,7 +341,7 @@ def break_counts(root, name, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (
             lambda f: f.set_axis([f"{i + 90}x90" for i in range(len(f))]),
@@ -353,14 +353,14 @@ def break_counts(root, name, change):
         (lambda f: f + 0.5, "are not raw counts"),
     ],
 )
-def test_invalid_counts_are_refused(root, change, said):
+def test_invalid_counts_are_refused(root, change, problem):
     break_counts(root, "BC23209_C1", change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=problem):
         hg.datasets.hbcis(root)["BC23209_C1"]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (lambda f: f.rename(columns={"X": "x"}), r"lacks the columns \['X'\]; it has \['x', 'Y'\]"),
         (lambda f: f.assign(X=f["X"].where(f.index != "8x10")), r"spots \['8x10'\] have no pixels"),
@@ -369,15 +369,15 @@ def test_invalid_counts_are_refused(root, change, said):
         (lambda f: f + 300, "spots lie outside HE_BC23209_C1.jpg"),
     ],
 )
-def test_invalid_spot_files_are_refused(root, change, said):
+def test_invalid_spot_files_are_refused(root, change, problem):
     frame, path = read_spots(root, "BC23209_C1")
     change(frame).to_csv(path)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=problem):
         hg.datasets.hbcis(root)["BC23209_C1"]
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "problem"),
     [
         ("C1_7_10\t7\t10\tL1\tmaybe", r"has the labels \['maybe'\], valid"),
         ("C1_7_10\tL1\t7\t10\ttumor", "second and third field have to be array positions"),
@@ -385,9 +385,9 @@ def test_invalid_spot_files_are_refused(root, change, said):
         ("C1_90_90\t90\t90\tL1\ttumor", "no label of .* belongs to a spot of the counts"),
     ],
 )
-def test_invalid_label_files_are_refused(root, line, said):
+def test_invalid_label_files_are_refused(root, line, problem):
     write_labels(root, "BC23209_C1", [line])
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=problem):
         hg.datasets.hbcis(root)["BC23209_C1"]
 
 
@@ -476,7 +476,7 @@ def test_a_training_file_may_name_the_split(train, part, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "problem"),
     [
         (
             '[data]\nhbcis = "HBCIS"\npatients = "BC23270"\n',
@@ -489,6 +489,6 @@ def test_a_training_file_may_name_the_split(train, part, monkeypatch):
         ('[data]\nhbcis = "elsewhere"\n', "`root` .*elsewhere.*: no such folder"),
     ],
 )
-def test_a_training_file_without_data_is_refused(train, text, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+def test_a_training_file_without_data_is_refused(train, text, problem):
+    with pytest.raises((ValueError, FileNotFoundError), match=problem):
         train(text)

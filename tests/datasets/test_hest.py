@@ -181,7 +181,7 @@ def test_json_files_of_the_samples_replace_the_table(root, data):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "said"),
+    ("chosen", "problem"),
     [
         ({"ids": ["SPA0", "SPA9"]}, r"`ids` \['SPA9'\] are not in HEST_v1_1_0.csv, .*near 'SPA9'"),
         (
@@ -195,8 +195,8 @@ def test_json_files_of_the_samples_replace_the_table(root, data):
         ({"ids": []}, "no sample of HEST_v1_1_0.csv is left"),
     ],
 )
-def test_unknown_names_are_refused_with_the_known(hest_root, chosen, said):
-    with pytest.raises(ValueError, match=said):
+def test_unknown_names_are_refused_with_the_known(hest_root, chosen, problem):
+    with pytest.raises(ValueError, match=problem):
         hg.datasets.hest(hest_root, **chosen)
 
 
@@ -226,9 +226,9 @@ def test_samples_with_missing_metadata_are_left_out_with_a_warning(root):
     with pytest.warns(UserWarning, match="left out") as found:
         names = hg.datasets.hest(root, organ="Breast", species="human").names
     assert set(NAMES) - set(names) == {"SPA0", "SPA1", "TENX39"}
-    said = [str(warning.message) for warning in found]
+    problem = [str(warning.message) for warning in found]
     for message, expected in zip(
-        said,
+        problem,
         [
             "are not in HEST_v1_1_0.csv.*: SPA0;",
             "have no `species` in .*: SPA1;",
@@ -275,16 +275,16 @@ def change_table(root, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (lambda f: f.drop(columns="organ"), r"lacks the columns \['organ'\]"),
         (lambda f: pd.concat([f, f[:1]]), r"names samples twice: \['TENX99'\]"),
         (lambda f: f.assign(id=f["id"].where(f["id"] != "SPA0")), "rows without an id"),
     ],
 )
-def test_invalid_tables_are_refused(root, change, said):
+def test_invalid_tables_are_refused(root, change, problem):
     change_table(root, change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=problem):
         hg.datasets.hest(root)
 
 
@@ -296,7 +296,7 @@ def test_a_sample_without_resolution_is_refused_when_it_is_read(root):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (lambda t: t.obsm.pop("spatial"), r"SPA0.h5ad lacks obsm\['spatial'\]"),
         (lambda t: t.obsm.update(spatial=t.obsm["spatial"] * 9), r"\d+ of 25 spots lie outside SPA0.tif"),
@@ -310,11 +310,11 @@ def test_a_sample_without_resolution_is_refused_when_it_is_read(root):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Observation names are not unique")
-def test_invalid_counts_are_refused(root, change, said):
+def test_invalid_counts_are_refused(root, change, problem):
     table = stored(root, "SPA0")
     change(table)
     table.write_h5ad(root / "st/SPA0.h5ad")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=problem):
         hg.datasets.hest(root, ids="SPA0")[0]
 
 
@@ -411,7 +411,7 @@ def test_a_training_file_may_name_the_split(train, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "problem"),
     [
         (
             '[data]\nhest = "HEST"\nids = "SPA0"\n',
@@ -424,8 +424,8 @@ def test_a_training_file_may_name_the_split(train, monkeypatch):
         ('[data]\nhest = "HEST"\norgan = "Brest"\n', r"`organ` \['Brest'\] are not in HEST_v1_1_0.csv"),
     ],
 )
-def test_a_training_file_without_a_valid_selection_is_refused(train, text, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_training_file_without_a_valid_selection_is_refused(train, text, problem):
+    with pytest.raises(ValueError, match=problem):
         train(text)
 
 

@@ -29,7 +29,7 @@ def test_the_example_of_a_public_function_runs(namespace, name, tmp_path, monkey
     thing = getattr(getattr(hg, namespace) if namespace else hg, name)
     found = [test for test in doctest.DocTestFinder(exclude_empty=True).find(thing, name) if test.examples]
     for test in found:
-        said = []
-        outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
-        assert outcome.failed == 0, "".join(said)
+        printed = []
+        outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=printed.append)
+        assert outcome.failed == 0, "".join(printed)
     assert found or (namespace and isinstance(thing, type)), f"hg.{namespace}.{name} has no example"

@@ -111,11 +111,11 @@ def execute(monkeypatch):
         shell, notebook = InteractiveShell(), nbformat.read(path, as_version=4)
         shells.append(shell)
         for count, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
-            with capture_output() as said:
+            with capture_output() as captured:
                 shell.run_cell(cell.source).raise_error()
-            streams = {"stdout": said.stdout, "stderr": said.stderr}
+            streams = {"stdout": captured.stdout, "stderr": captured.stderr}
             cell.outputs = [new_output("stream", name=name, text=text) for name, text in streams.items() if text]
-            cell.outputs += [new_output("display_data", output.data) for output in said.outputs]
+            cell.outputs += [new_output("display_data", output.data) for output in captured.outputs]
             cell.outputs += figures()
             cell.execution_count = count
         nbformat.validate(notebook)
@@ -185,9 +185,9 @@ def test_tutorial_on_real_sections_shows_figures_and_numbers_for_the_documentati
     monkeypatch.setattr(hg.datasets, "her2st", sections)
     monkeypatch.setattr(hg.tl, "train", lambda *sections, **options: train(*sections, **options | {"cache": features}))
     notebook, names = execute(path)
-    said = check_outputs(notebook)
+    text = check_outputs(notebook)
     for words, low, high in PRINTED[path.stem]:
-        (number,) = {float(found) for found in re.findall(words, said)}
+        (number,) = {float(found) for found in re.findall(words, text)}
         assert low <= number <= high, words
     shown = names.get("test", names.get("sdata"))["table"].obs["section"].unique().tolist()
     assert shown == ["B4" if path.stem == "04_domains_biomarkers" else "C5"]

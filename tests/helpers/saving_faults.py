@@ -210,9 +210,9 @@ def main(template, modes, stride=1, no_exchange=False):
 
     # Import all modules of a save once here, and not in each fork.
     fresh()
-    status, said = forked(lambda: (check(store), sorted(sys.modules))[1])
-    assert status == 0, said
-    for name in said:
+    status, message = forked(lambda: (check(store), sorted(sys.modules))[1])
+    assert status == 0, message
+    for name in message:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     gc.freeze()
@@ -226,15 +226,15 @@ def main(template, modes, stride=1, no_exchange=False):
 def attempts(store, fresh, mode, stride, no_exchange):
     """Save once for each operation that is tried, and yield the outcome."""
     fresh()
-    status, said = forked(lambda: save(store, ("count", None), no_exchange))
-    assert status == 0, said
+    status, message = forked(lambda: save(store, ("count", None), no_exchange))
+    assert status == 0, message
     log = json.loads(store.with_name("log.json").read_text())
     for number in trials(log, stride):
         fresh()
-        status, said = forked(lambda n=number: save(store, (mode, log[n]), no_exchange))
+        status, message = forked(lambda n=number: save(store, (mode, log[n]), no_exchange))
         outcome = {"number": number, "operation": log[number], "status": status}
-        if mode in ("error", "full") and status and "injected" not in str(said):
-            outcome["wrong"] = said
+        if mode in ("error", "full") and status and "injected" not in str(message):
+            outcome["wrong"] = message
         status, held = forked(lambda: check(store))
         if status == 0 and mode == "full" and outcome["status"] and held != "old":
             status, held = 1, "the save failed for want of space, and the store holds the new table"

@@ -278,14 +278,14 @@ def test_print_resolution_is_not_used_as_mpp(tmp_path, pixels, unit):
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "said"),
+    ("x", "y", "problem"),
     [(0.5, 1.0, "0.5 × 1 µm per pixel, pixels that are not square"), (250, 250, "which is not plausible for a scan")],
 )
-def test_mpp_that_is_anisotropic_or_implausible_is_not_used(tmp_path, x, y, said, caplog):
+def test_mpp_that_is_anisotropic_or_implausible_is_not_used(tmp_path, x, y, problem, caplog):
     metadata = {"axes": "YXS", "PhysicalSizeX": x, "PhysicalSizeY": y}
     tifffile.imwrite(tmp_path / "a.ome.tif", picture(), photometric="rgb", metadata=metadata)
     assert mpp_of(hg.io.read_he(tmp_path / "a.ome.tif")) is None
-    assert said in caplog.text
+    assert problem in caplog.text
 
 
 def test_resolution_tags_of_two_sizes_are_not_used_as_mpp(tmp_path, caplog):

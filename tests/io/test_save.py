@@ -220,14 +220,14 @@ def test_a_rechunked_image_is_read_on_after_saving(backed, store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.obs.drop(columns="annotation", inplace=True), r"obs\['annotation'\]"),
         (lambda t: t.layers.pop("mine"), r"layers\['mine'\]"),
         (lambda t: t.uns["mine"].pop("a"), r"uns\['mine'\]\['a'\]"),
     ],
 )
-def test_data_that_the_object_lacks_is_removed_only_with_overwrite(toy, tmp_path, change, said):
+def test_data_that_the_object_lacks_is_removed_only_with_overwrite(toy, tmp_path, change, message):
     toy["table"].layers["mine"] = toy["table"].X.copy()
     toy["table"].uns["mine"] = {"a": 1, "b": 2}
     path = tmp_path / "slide.zarr"
@@ -235,7 +235,7 @@ def test_data_that_the_object_lacks_is_removed_only_with_overwrite(toy, tmp_path
     sdata = sd.read_zarr(path)
     change(sdata["table"])
     before = digest(path)
-    with pytest.raises(FileExistsError, match=said):
+    with pytest.raises(FileExistsError, match=message):
         hg.io.save(sdata)
     assert digest(path) == before
     hg.io.save(sdata, overwrite=True)

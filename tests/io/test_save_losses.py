@@ -300,7 +300,7 @@ def test_missing_values_among_objects_stay_missing_in_the_store(store, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("slot", "name", "value", "said"),
+    ("slot", "name", "value", "message"),
     [
         (
             "obs",
@@ -332,13 +332,13 @@ def test_missing_values_among_objects_stay_missing_in_the_store(store, tmp_path)
         ("layers", "masked", None, r"layers\['masked'\] is a masked array"),
     ],
 )
-def test_values_that_a_store_cannot_hold_are_named_and_change_nothing(store, slot, name, value, said):
+def test_values_that_a_store_cannot_hold_are_named_and_change_nothing(store, slot, name, value, message):
     sdata = sd.read_zarr(store)
     if slot == "layers":
         ones = np.ones(sdata["table"].shape)
         value = ones.astype(object) if name == "objects" else np.ma.array(ones, mask=np.eye(*ones.shape))
     getattr(sdata["table"], slot)[name] = value
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         hg.io.save(sdata)
     assert name not in getattr(sd.read_zarr(store)["table"], slot)
 
@@ -368,7 +368,7 @@ def test_permissions_of_a_shared_store_stay(store):
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda sdata, folder: hg.io.save(sdata, 5), "`path` is 5; a path is needed"),
         (lambda sdata, folder: hg.io.save(sdata, " "), "`path` is ' '; a path is needed"),
@@ -376,9 +376,9 @@ def test_permissions_of_a_shared_store_stay(store):
         (lambda sdata, folder: hg.io.save(sdata["table"], folder / "x.zarr"), "`sdata` is an AnnData"),
     ],
 )
-def test_what_is_not_a_path_or_an_object_is_named(store, tmp_path, call, said):
+def test_what_is_not_a_path_or_an_object_is_named(store, tmp_path, call, message):
     (tmp_path / "file").touch()
-    with pytest.raises((ValueError, TypeError), match=said):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(sd.read_zarr(store), tmp_path)
 
 
@@ -451,11 +451,11 @@ def _read(path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", THEIRS)
 def test_values_that_others_change_before_the_first_call_are_not_lost(slide, what):
-    change, said = THEIRS[what]
+    change, message = THEIRS[what]
     mine = _read(slide.path)
     change(slide.path)
     mine["table"].obs["n"] = 1
-    with pytest.raises(FileExistsError, match=rf"{said} \(maybe changed by another.*newer than this Python process"):
+    with pytest.raises(FileExistsError, match=rf"{message} \(maybe changed by another.*newer than this Python process"):
         hg.io.save(mine)
     assert "n" not in sd.read_zarr(slide.path)["table"].obs
     hg.io.save(mine, overwrite=True)

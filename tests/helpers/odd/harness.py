@@ -60,11 +60,11 @@ def outcome(odd: Odd) -> tuple[str, str]:
             given = call()
     except Exception as error:  # noqa: BLE001 - which kind it is, is what is judged
         return _refusal(odd, error, [fingerprint(each) for each in objects] == before)
-    said = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and _ours(w)] + log
+    messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and _ours(w)] + log
     if clean is not None and same(given, clean):
         return "right", ""
-    if said and not odd.harmless:
-        return "stated", said[0]
+    if messages and not odd.harmless:
+        return "stated", messages[0]
     return "wrong in silence", f"gave {_short(given)}"
 
 
