@@ -61,11 +61,11 @@ def check_duplicate_sections(pooled: SpotData) -> None:
     for value, i in zip(prints.tolist(), unit.tolist(), strict=True):
         if value:
             found.setdefault(value, set()).add(i)
-    shared = Counter(tuple(sorted(held)) for held in found.values() if len(held) > 1)
+    shared = Counter(tuple(sorted(members)) for members in found.values() if len(members) > 1)
     sizes = np.bincount(unit)
-    for held, count in shared.items():
-        if count >= 3 and 2 * count >= sizes[list(held)].min():
-            _raise_duplicate_section(pooled, unit, held[:2], f"{count} spots are the same, value by value,")
+    for members, count in shared.items():
+        if count >= 3 and 2 * count >= sizes[list(members)].min():
+            _raise_duplicate_section(pooled, unit, members[:2], f"{count} spots are the same, value by value,")
     if pooled.xy is None:
         return
     at = [np.flatnonzero((unit == i) & (prints != 0)) for i in range(len(units))]
@@ -141,8 +141,8 @@ def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.nda
     return prints, sketch
 
 
-def _raise_duplicate_section(pooled: SpotData, unit: np.ndarray, held: Sequence[int], what: str) -> None:
-    a, b = (pooled.samples[np.argmax(unit == i)] for i in held)
+def _raise_duplicate_section(pooled: SpotData, unit: np.ndarray, members: Sequence[int], what: str) -> None:
+    a, b = (pooled.samples[np.argmax(unit == i)] for i in members)
     if a == b:
         raise ValueError(f"`data`: {what} in two sections of sample {a!r}; pass each section once")
     raise ValueError(

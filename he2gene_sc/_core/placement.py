@@ -28,10 +28,10 @@ _MUCH_DARKER = 1.5
 #: Spots of a larger diameter-to-pitch ratio are adjacent bins: array positions of Visium HD are mirrored by design.
 _TOUCHING = 0.9
 
-#: Share of spots on tissue below which another placement is looked for, and that it must reach.
+#: Other placements are tried if a smaller fraction of spots lies on tissue; they have to bring the second fraction onto it.
 _OFF_TISSUE, _ON_TISSUE = 0.92, 0.98
-#: Shifts that are tried, as shares of the extent of the spots; pixels of the overview; most pixels of the level that it is read from.
-_SHIFTS, _OVERVIEW_PX, _MOST_READ = np.linspace(-0.3, 0.3, 25), 400_000, 10**8
+#: Shifts to try, as fractions of the extent of the spots; pixels of the overview; largest level that it is read from.
+_SHIFTS, _OVERVIEW_PX, _MAX_LEVEL_PX = np.linspace(-0.3, 0.3, 25), 400_000, 10**8
 
 _SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
 
@@ -176,14 +176,14 @@ def _check_swap(sdata: SpatialData, slide: Slide) -> None:
 
 
 def check_on_tissue(sdata: SpatialData, slide: Slide, share: np.ndarray) -> None:
-    """Warn where many spots lie on glass and nearly all would lie on tissue if they were mirrored, swapped or shifted.
+    """Warn if many spots lie on glass, but nearly all would lie on tissue if they were mirrored, swapped or shifted.
 
-    ``share`` ``(n,)`` is the share of tissue at each spot. An overview of the image is read only if too few are on tissue.
+    ``share`` ``(n,)`` is the fraction of tissue at each spot. An overview of the image is only read if too few are on tissue.
     """
     from ..image import MIN_TISSUE
 
     now = float((share >= MIN_TISSUE).mean()) if len(share) else 1.0
-    if now >= _OFF_TISSUE or slide.pyramid.levels[-1].height * slide.pyramid.levels[-1].width > _MOST_READ:
+    if now >= _OFF_TISSUE or slide.pyramid.levels[-1].height * slide.pyramid.levels[-1].width > _MAX_LEVEL_PX:
         return
     found = _better_placement(slide)
     if found is None:
@@ -198,22 +198,22 @@ def check_on_tissue(sdata: SpatialData, slide: Slide, share: np.ndarray) -> None
 
 
 def _better_placement(slide: Slide) -> tuple[str, np.ndarray, float] | None:
-    """Return cause, matrix and share on tissue of the placement with most spots on tissue, if that is nearly all."""
+    """Return cause, matrix and fraction on tissue of the placement with most spots on tissue, if nearly all are."""
     placements = {"nothing were changed": np.eye(3), **mirror_matrices(slide)}
-    # The smallest shift comes first, of those that are as good.
+    # Try small shifts first, which win among equally good ones.
     for x, y in sorted(((x, y) for x in _SHIFTS for y in _SHIFTS), key=lambda shift: np.hypot(*shift)):
         matrix = shift_matrix(slide, x, y)
         placements[f"they were shifted by ({matrix[0, 2]:.0f}, {matrix[1, 2]:.0f}) px"] = matrix
     shares = tissue_shares(slide, placements)
     cause = max(shares, key=shares.__getitem__)
-    # The overview may see tissue where the spots as they are do not.
+    # The overview may find tissue at the present placement where the full resolution does not.
     if shares["nothing were changed"] >= _OFF_TISSUE or shares[cause] < _ON_TISSUE:
         return None
     return cause, placements[cause], shares[cause]
 
 
 def mirror_matrices(slide: Slide) -> dict[str, np.ndarray]:
-    """Matrices that mirror, turn and swap the spots within the image."""
+    """Return matrices that mirror, rotate and swap the spots in the image, by their effect."""
     width, height = slide.pyramid.width, slide.pyramid.height
     return {
         "x of the spots were mirrored": np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]]),
@@ -224,13 +224,13 @@ def mirror_matrices(slide: Slide) -> dict[str, np.ndarray]:
 
 
 def shift_matrix(slide: Slide, x: float, y: float) -> np.ndarray:
-    """Matrix that shifts the spots by shares of their extent."""
+    """Return the matrix that shifts the spots by fractions of their extent."""
     across, down = np.array([x, y]) * np.ptp(slide.centres, axis=0)
     return np.array([[1, 0, across], [0, 1, down], [0, 0, 1]])
 
 
 def tissue_shares(slide: Slide, placements: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Share of the spots that lie on tissue once a matrix moves them, by an overview of the image; outside is glass."""
+    """Return the fraction of spots on tissue after each transformation, from an overview of the image; outside is glass."""
     from scipy.ndimage import uniform_filter
 
     from ..image import MIN_TISSUE, read_reduced, tissue_pixels

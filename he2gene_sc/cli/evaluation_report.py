@@ -49,8 +49,8 @@ def say_evaluation(sdata: SpatialData, table_key: str | None, *, annotation: boo
         say_table("annotation", rows, as_list=False)
         say()
     predictors = get.evaluation(sdata, "predictors", table_key=table_key).to_dict("records")
-    said = [f"has seen {row['seen']}" if row["computed"] else f"left out: {row['reason']}" for row in predictors]
-    say_table("predictors", [dict(zip([row["predictor"] for row in predictors], said, strict=True))], as_list=True)
+    status = [f"has seen {row['seen']}" if row["computed"] else f"left out: {row['reason']}" for row in predictors]
+    say_table("predictors", [dict(zip([row["predictor"] for row in predictors], status, strict=True))], as_list=True)
     left_out = get.evaluation(sdata, "left_out", table_key=table_key)
     counted = ", ".join(f"{row['n']} {row['what']}" for row in left_out.to_dict("records") if row["n"])
     say(f"Left out: {counted or 'nothing'}")

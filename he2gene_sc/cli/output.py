@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Letters of a row that is not printed to a terminal.
+#: Width of tables that are not printed to a terminal, in characters.
 _WIDTH = 240
 _STDOUT: ContextVar[TextIO] = ContextVar("stdout")
 
@@ -59,7 +59,7 @@ def say_table(title: str, rows: Sequence[Mapping[str, str]], *, err: bool = Fals
         collapse_padding=True,
     )
     for name in ("", "") if one else rows[0]:
-        # Columns of numbers are read from the right.
+        # Align columns of numbers to the right.
         cells = [] if one else [row[name] for row in rows]
         numbers = not one and all(map(_is_number, cells))
         head = name if max(map(len, cells), default=0) >= len(name) else name.replace(" ", "\n")
@@ -69,7 +69,7 @@ def say_table(title: str, rows: Sequence[Mapping[str, str]], *, err: bool = Fals
     for texts in rows[0].items() if one else (row.values() for row in rows):
         table.add_row(*map(Text, texts))
     file = sys.stderr if err else _STDOUT.get()
-    # A file or pipe has no width: rows are not broken there.
+    # A file or pipe has no width, so do not wrap rows there.
     Console(file=file, highlight=False, width=None if file.isatty() else _WIDTH).print(table)
 
 

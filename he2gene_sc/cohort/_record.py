@@ -51,13 +51,13 @@ def slide_summary(job: Job, model: HE2Gene) -> dict[str, Any]:
 
 
 def _summary(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    odd = record.get("share_out_of_distribution", math.nan)
+    share_ood = record.get("share_out_of_distribution", math.nan)
     mpp = set(_values(record["mpp"]))
     return {
         "spots": int(sum(_values(record["n_spots"]))),
         "mpp": float(mpp.pop()) if len(mpp) == 1 else math.nan,
         "share_on_tissue": float(record.get("share_on_tissue", math.nan)),
-        "share_like_training": 1 - float(odd),
+        "share_like_training": 1 - float(share_ood),
         "share_annotated": _annotated_share(table, Keys(key)),
         "verdict": str(record.get("verdict", "")),
     }

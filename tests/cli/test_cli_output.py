@@ -80,12 +80,12 @@ def test_a_table_of_many_columns_fits_a_terminal(monkeypatch):
     from he2gene_sc.cli import output
 
     monkeypatch.setattr(output, "_WIDTH", 80)
-    said = io.StringIO()
-    output._STDOUT.set(said)
+    captured = io.StringIO()
+    output._STDOUT.set(captured)
     scores = {"Pearson": "0.129", "minus it": "-0.218", "of ceiling": "-", "calibration error": "0.049"}
     row = {"panel": "most variable", "predictor": "nearest spots", "genes": "13,475"} | scores
     output.say_table("C5, 181 spots", [row, row])
-    title, *head, rule, first, second = said.getvalue().splitlines()
+    title, *head, rule, first, second = captured.getvalue().splitlines()
     assert title.strip() == "C5, 181 spots"
     assert first == second
     assert first.split() == ["most", "variable", "nearest", "spots", *list(row.values())[2:]]
