@@ -15,12 +15,12 @@ mpl.use("Agg")
 
 def pytest_configure(config):
     if getattr(config.option, "numprocesses", None):
-        # A process a core: threads of several would wait for each other. Workers inherit it, and programs that tests start.
+        # One thread per process, since there is a process per core. Workers and started programs inherit this.
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(variable, "1")
 
 
-#: Files that take longest, which are begun first: at the end one process would wait for them.
+#: Files that take longest, which run first so that no process waits for them at the end.
 FIRST = (
     *("test_tutorials", "test_reproduce", "test_real", "test_save", "test_examples", "test_cli", "test_odd_inputs"),
     *("test_train_input", "test_train", "test_paper", "test_cohort", "test_fit", "test_spatial_test", "test_ownership"),
@@ -232,7 +232,7 @@ def tiny_model():
         limitations=("None of it is real.",),
     )
     model = HE2Gene(card, genes, tensors)
-    # The encoder is in no registry: the network is put where `model.network` keeps it once built.
+    # The encoder is not registered, so set the network where `model.network` caches it.
     model.__dict__["network"] = Network(
         FeatureExtractor(encoder, spec), {key: torch.from_numpy(value) for key, value in tensors.items()}, NO_CONTEXT
     )

@@ -58,7 +58,7 @@ def _imports():
 
 def test_there_are_no_circular_imports():
     ordered = TopologicalSorter({name: found & _MODULES for name, found in _IMPORTS.items()})
-    ordered.prepare()  # raises where there is a circle
+    ordered.prepare()  # raises for circular imports
 
 
 def test_modules_below_the_verbs_do_not_import_tables_and_slides():

@@ -238,7 +238,7 @@ def test_genes_come_from_the_layer_and_others_from_the_embedding(toy, tiny_model
         hg.get.expression(toy, names)
 
 
-def test_a_layer_may_be_deleted_and_genes_are_computed_in_what_is_opened(both, tiny_model, tmp_path):
+def test_genes_are_computed_after_the_layer_is_deleted_and_the_store_reopened(both, tiny_model, tmp_path):
     dense, sdata = both
     del sdata["table"].layers["he2gene"]
     hg.io.save(sdata, tmp_path / "a.zarr")

@@ -78,7 +78,7 @@ def test_predict_refuses_a_key_that_differs_only_in_case(toy, model, idle, slot,
     refused(toy, rf"{slot} has '{key.upper()}', which differs", hg.tl.predict, toy, model=model, key_added="new")
 
 
-def test_all_keys_that_are_taken_are_named(toy, model, idle):
+def test_all_conflicting_keys_are_named(toy, model, idle):
     for slot, key in WRITTEN[1:4]:
         put(toy["table"], slot, key)
     refused(toy, r"so does var\['new_pcc'\], var\['new_reliable'\]", hg.tl.predict, toy, model=model, key_added="new")
@@ -491,7 +491,7 @@ def test_ids_that_a_table_cannot_hold_are_refused_before_encoding(toy, tiny_mode
         (pd.MultiIndex.from_product([range(5), range(6)]), None, "several levels"),
     ],
 )
-def test_ids_of_a_table_that_match_no_spot_are_named(toy, tiny_model, idle, ids, listed, match):
+def test_ids_of_a_table_that_do_not_match_a_spot_are_named(toy, tiny_model, idle, ids, listed, match):
     if ids is not None:
         toy.shapes.data["spots"].index = ids
     if listed is not None:

@@ -164,7 +164,7 @@ def test_misplaced_spots_without_array_positions_are_warned_of_by_the_tissue(mat
         np.testing.assert_allclose(resolve(sdata)[0].centres, right, atol=1e-6)
 
 
-def test_spots_that_cover_glass_and_tissue_are_not_taken_for_misplaced():
+def test_spots_that_cover_glass_and_tissue_are_not_warned_of():
     assert said_of_tissue(section(everywhere=True, array=False)) == []
 
 
@@ -254,7 +254,7 @@ def test_a_lattice_that_contradicts_the_stated_resolution_gets_both_corrections(
     np.testing.assert_allclose(resolve(sdata, mpp=2.5)[0].centres, right, rtol=1e-3)
 
 
-def test_coordinates_of_a_larger_image_are_named_where_no_scale_factor_is_known():
+def test_coordinates_of_a_larger_image_are_named_without_a_scale_factor():
     sdata = section()
     place(sdata, [[3, 0, 0], [0, 3, 0]])
     (message,) = warnings_of(sdata)

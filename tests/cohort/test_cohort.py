@@ -589,7 +589,7 @@ def test_a_slide_that_is_listed_twice_is_warned_of(tmp_path):
     slides = [tmp_path / "A.svs", tmp_path / "link.svs"]
     with pytest.warns(UserWarning, match="are the same slide: it is predicted twice"):
         read_jobs(slides, {}, **GIVEN)
-    # Two models of one slide are meant.
+    # Two models for one slide are allowed.
     frame = pd.DataFrame({"path": slides, "model": ["breast-her2st", "other"]})
     read_jobs(frame, {}, **GIVEN)
 

@@ -207,7 +207,7 @@ def test_an_image_is_decoded_when_its_section_is_accessed(hbcis_root, monkeypatc
     assert decoded == ["HE_BT23901_C2.jpg", "HE_BT23901_D1.jpg", "HE_BC23209_C1.jpg"]
 
 
-def test_iterating_keeps_no_section(hbcis_root):
+def test_iterating_does_not_keep_sections(hbcis_root):
     sections = iter(hg.datasets.hbcis(hbcis_root))
     next(sections)
     assert not any(hasattr(value, "images") for value in inspect.getgeneratorlocals(sections).values())
@@ -230,7 +230,7 @@ def test_patients_and_sections_are_selected(hbcis_root, chosen, names):
 # ------------------------------------------------------------------------------------------ other layouts
 
 
-def test_the_folder_of_the_archive_may_stand_in_between(root, tmp_path):
+def test_the_data_may_be_in_the_folder_of_the_archive(root, tmp_path):
     outer = tmp_path / "outer"
     outer.mkdir()
     shutil.move(root, outer / "Human breast cancer in situ capturing transcriptomics")

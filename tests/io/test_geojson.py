@@ -326,7 +326,7 @@ def test_writing_to_a_link_replaces_its_target(tmp_path):
     ("crs", "scale", "refused"),
     [
         (None, 1, False),
-        ("urn:ogc:def:crs:OGC:1.3:CRS84", 1, False),  # as geopandas writes what it has read without one
+        ("urn:ogc:def:crs:OGC:1.3:CRS84", 1, False),  # written by geopandas for files without a coordinate system
         ("urn:ogc:def:crs:OGC:1.3:CRS84", 1e-3, True),
         ("EPSG:3857", 1, True),
     ],

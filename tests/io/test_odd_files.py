@@ -148,7 +148,7 @@ def test_colours_of_another_space_are_refused(tmp_path):
         read(path)
 
 
-# Which image, which channels
+# Choice of image and channels
 
 
 def two_images(path, names=("first", "second"), **options):

@@ -123,7 +123,7 @@ def test_other_folders_and_files_are_not_overwritten(toy, tmp_path, kind):
     assert names(tmp_path) == ["thesis"]
 
 
-def test_saving_to_itself_writes_what_changed_and_nothing_else(backed, store):
+def test_saving_to_its_own_store_only_writes_changes(backed, store):
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in store.rglob("*") if path.is_file()}
     backed["table"].obs["mine"] = 1.0
     hg.io.save(backed)
@@ -159,7 +159,7 @@ def test_saving_an_unchanged_object_writes_nothing(backed, store):
         lambda t: setattr(t, "raw", t.copy()),
     ],
 )
-def test_whatever_changes_in_a_table_is_saved(backed, store, change):
+def test_every_change_in_a_table_is_saved(backed, store, change):
     change(backed["table"])
     hg.io.save(backed)
     again = sd.read_zarr(store)

@@ -44,7 +44,7 @@ def test_a_store_that_was_moved_is_not_replaced_by_a_black_image(store, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["old.zarr"]
 
 
-def test_an_image_whose_files_are_gone_is_not_predicted_nor_saved(store, tiny_model, monkeypatch):
+def test_an_image_with_missing_files_is_neither_predicted_nor_saved(store, tiny_model, monkeypatch):
     sdata = sd.read_zarr(store)
     (store / "images" / "he").rename(store.parent / "he")
     monkeypatch.setattr("he2gene_sc.tl._predict._predict_slide", pytest.fail)
@@ -132,7 +132,7 @@ def test_a_grid_that_is_made_again_needs_no_overwrite(store):
         hg.io.save(sdata)
 
 
-def test_attributes_of_numpy_are_saved_and_what_json_lacks_is_named(store, tmp_path):
+def test_numpy_attributes_are_saved_and_values_that_json_lacks_are_named(store, tmp_path):
     sdata = sd.read_zarr(store)
     sdata.attrs["mine"] = {1: np.int64(3), "b": np.arange(2), "c": np.float32(0.5)}
     hg.io.save(sdata)
@@ -376,7 +376,7 @@ def test_permissions_of_a_shared_store_stay(store):
         (lambda sdata, folder: hg.io.save(sdata["table"], folder / "x.zarr"), "`sdata` is an AnnData"),
     ],
 )
-def test_what_is_not_a_path_or_an_object_is_named(store, tmp_path, call, message):
+def test_invalid_paths_and_objects_are_named(store, tmp_path, call, message):
     (tmp_path / "file").touch()
     with pytest.raises((ValueError, TypeError), match=message):
         call(sd.read_zarr(store), tmp_path)
