@@ -36,7 +36,7 @@ def table(source):
         )
 
 
-def test_whole_sections_and_whole_patients_are_held_out(source):
+def test_folds_hold_out_sections_or_patients(source):
     assert split(source, "section") == [(["S1", "S2"], ["S0"]), (["S0", "S2"], ["S1"]), (["S0", "S1"], ["S2"])]
     assert split(source, "patient") == [(["S2"], ["S0", "S1"]), (["S0", "S1"], ["S2"])]
     many = Source("many", {f"S{i}": f"P{i // 2}" for i in range(40)}, source.read)
@@ -167,7 +167,7 @@ def test_default_sections_of_her2st_are_those_with_an_image():
     assert "B1" not in _benchmark.her2st().patients
 
 
-def test_the_mean_lies_inside_its_interval_and_panels_are_kept_apart():
+def test_the_mean_is_inside_its_interval_and_panels_are_separate():
     rng = np.random.default_rng(0)
     expected = rng.normal(3, 1, (400, 8)).clip(0)
     measured = expected + np.repeat([0.3, 3.0], 4) * rng.normal(size=(400, 8))

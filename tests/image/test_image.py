@@ -145,7 +145,7 @@ def test_scales_of_a_pyramid_must_increase_from_one(scales):
         Pyramid(tuple(Level(random_image(8, 8), scale) for scale in scales))
 
 
-def test_pyramid_of_a_two_dimensional_array_is_refused():
+def test_pyramid_of_a_two_dimensional_array_raises():
     with pytest.raises(ValueError, match="c, y, x"):
         Pyramid.single(np.zeros((8, 8), np.uint8))
 

@@ -129,7 +129,7 @@ def test_a_model_without_a_detector_removes_the_scores_of_another_model(model, t
 
 
 def slides(n=3, seed=0, spots=60):
-    """Two windows of five features each and nine of colour each; the third feature tells the size of a window."""
+    """Two windows of five features each and nine of colour each; the third feature depends on the size of a window."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(n):
@@ -141,7 +141,7 @@ def slides(n=3, seed=0, spots=60):
 
 
 def colour(rng, spots):
-    """Mean, SD and covariances of the density of an H&E stain, more or less of each."""
+    """Mean, SD and covariances of the density of H&E, with random amounts of both stains."""
     stains = np.array([[0.65, 0.70, 0.29], [0.15, 0.95, 0.25], [0.58, -0.36, 0.73]])
     found = []
     for _ in range(spots):
