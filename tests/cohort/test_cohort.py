@@ -697,9 +697,9 @@ def test_the_shell_passes_options_on_to_predict(shell, slides, bundled):
     [
         ((), "either PATHS or --manifest is needed"),
         (("A.zarr", "--manifest", "m.csv"), "either PATHS or --manifest is needed"),
-        (("A.zarr", "B.zarr", "--out", "C.zarr"), "--out is of one slide"),
+        (("A.zarr", "B.zarr", "--out", "C.zarr"), "--out is for one slide"),
         (("A.zarr", "--genes", ","), "names no gene"),
-        (("A.zarr", "--genes", "CD24", "--all-genes"), "give one of them"),
+        (("A.zarr", "--genes", "CD24", "--all-genes"), "pass only one of them"),
         (("A.zarr", "--scheduler", "tcp://h:1", "--workers", "2"), "give one of them"),
         (("A.zarr", "--workers", "0"), "`n_workers` is 0; a whole number from 1 is needed"),
         (("A.zarr", "--scheduler", ""), "`--scheduler` is ''; a name is needed"),

@@ -480,7 +480,7 @@ def test_a_training_file_may_name_the_split(train, part, monkeypatch):
     [
         (
             '[data]\nhbcis = "HBCIS"\npatients = "BC23270"\n',
-            r"`patients` is 'BC23270', valid: \['HE2GENE.*; or give a list",
+            r"`patients` is 'BC23270', valid: \['HE2GENE.*; or pass a list",
         ),
         ('[data]\npatients = ["BC23270"]\n', r"\[data\] lacks `stores`, .* or `hbcis`"),
         ('[data]\nhbcis = "HBCIS"\nother = 1\n', "config.toml is not valid: `data.other` is not a field"),

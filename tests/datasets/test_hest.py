@@ -415,7 +415,7 @@ def test_a_training_file_may_name_the_split(train, monkeypatch):
     [
         (
             '[data]\nhest = "HEST"\nids = "SPA0"\n',
-            r"`ids` is 'SPA0', valid: \['HE2GENE_SPLIT.hest_train.*; or give a list",
+            r"`ids` is 'SPA0', valid: \['HE2GENE_SPLIT.hest_train.*; or pass a list",
         ),
         ('[data]\nhest = "HEST"\nhbcis = "HBCIS"\n', r"\[data\] names \['hbcis', 'hest'\]; one of them is needed"),
         ('[data]\nhest = "HEST"\npatients = ["A"]\n', r"\[data\] \['patients'\] do not go with `hest`, which takes"),

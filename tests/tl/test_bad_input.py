@@ -47,7 +47,7 @@ def test_no_spots(toy, tiny_model):
 def test_zero_spots(toy, tiny_model):
     del toy.tables["table"]
     toy.shapes.data["spots"] = toy["spots"].iloc[:0]
-    refuses(toy, "`shapes_key` 'spots' holds no spots", model=tiny_model)
+    refuses(toy, "`shapes_key` 'spots' has no spots", model=tiny_model)
 
 
 @pytest.mark.parametrize(("element", "parameter"), [("he", "image_key"), ("table", "table_key")])
