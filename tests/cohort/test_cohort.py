@@ -700,7 +700,7 @@ def test_the_shell_passes_options_on_to_predict(shell, slides, bundled):
         (("A.zarr", "B.zarr", "--out", "C.zarr"), "--out is for one slide"),
         (("A.zarr", "--genes", ","), "names no gene"),
         (("A.zarr", "--genes", "CD24", "--all-genes"), "pass only one of them"),
-        (("A.zarr", "--scheduler", "tcp://h:1", "--workers", "2"), "give one of them"),
+        (("A.zarr", "--scheduler", "tcp://h:1", "--workers", "2"), "pass only one of them"),
         (("A.zarr", "--workers", "0"), "`n_workers` is 0; a whole number from 1 is needed"),
         (("A.zarr", "--scheduler", ""), "`--scheduler` is ''; a name is needed"),
         (("--manifest", "m.csv"), "the file does not exist; name a csv or tsv file"),
