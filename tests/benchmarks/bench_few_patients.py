@@ -170,7 +170,7 @@ def separated():
     _null([((10, 100), 3, 0.2, 700), ((10, 100), 4, 0.15, 600), ((5, 100), 6, 0.2, 700), ((100, 10), 4, 0.2, 600)], 0.8)
 
 
-def methods(genes=400, repeats=5):
+def methods(genes=200, repeats=4):
     """Size of every method over few patients; no gene differs, one group is 1.8 times as deep."""
     for n in (3, 4, 6):
         for method in ("pseudobulk", "deseq2", "means", "mixed"):

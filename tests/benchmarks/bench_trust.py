@@ -7,6 +7,7 @@ Parts:
   promise    the same of models trained here: C2-C5 one by one by one of the other three and A1, A2 (a known patient); A1
              and A2 by a model of C2-C5, C2-C5 by one of A1 and A2 (an unknown patient)
   levels     coverage of intervals by detection and depth, each `by=`: C5 by C2-C4, B4 by them, B4 by the bundled model
+  predicted-depth  whether intervals by level cover shallow spots if predicted depth is told apart too, at best: B4 and A1
   permuted   the counts of A1, A2, C2, C3 and C4 handed to other spots of their section: how many genes are called reliable
   depth      the counts of A1, C2, C3 and C4 drawn anew from one profile a section, so that no gene has a pattern: with the
              total that each spot has, and with the same total everywhere; and as they were measured
@@ -120,6 +121,34 @@ def levels(cache):
         hg.tl.predict(sdata, model=model, known_patient=known, device="cpu", dtype="float32", show_progress_bar=False)
         print(f"{name} by {title}, coverage of all / of expressing spots:")
         shown(sdata["table"], model)
+
+
+def predicted_depth(_):
+    for name in ("B4", "A1"):
+        sdata = hg.datasets.her2st(name)
+        hg.tl.predict(sdata, device="cpu", dtype="float32", show_progress_bar=False)
+        table = sdata["table"]
+        truth, guess = log_normalise(table.X), table.layers["he2gene"]
+        used = np.isfinite(guess).all(0) & ((truth > 0).mean(0) >= 0.5)
+        depth, seen = np.log(np.ravel(table.X.sum(1))), np.nanmean(guess, axis=1)
+        truth, guess = truth[:, used], guess[:, used]
+        residual, thirds = truth - guess, [np.digitize(x, np.quantile(x, [1 / 3, 2 / 3])) for x in (depth, seen)]
+        print(
+            f"{name}, {used.sum()} genes: depth and mean prediction correlate by {np.corrcoef(depth, seen)[0, 1]:.2f}"
+        )
+        for title, told in {"level": 0, "level, predicted depth": thirds[1], "level, depth": thirds[0]}.items():
+            inside = np.zeros(truth.shape, bool)
+            for j in range(truth.shape[1]):
+                level = 3 * np.digitize(guess[:, j], np.quantile(guess[:, j], [0.25, 0.5, 0.75])) + told
+                for code in np.unique(level):
+                    own = residual[level == code, j]
+                    low, high = np.quantile(own, [0.05, 0.95])
+                    inside[level == code, j] = (own >= min(low, 0)) & (own <= max(high, 0))
+            parts = [inside[thirds[0] == k][truth[thirds[0] == k] > 0].mean() for k in range(3)]
+            print(
+                f"  {title}: expressing spots, from the shallowest third {', '.join(f'{x:.0%}' for x in parts)}",
+                flush=True,
+            )
 
 
 def bundled(cache):
@@ -335,6 +364,7 @@ PARTS = {
     "bundled": bundled,
     "promise": promise,
     "levels": levels,
+    "predicted-depth": predicted_depth,
     "permuted": permuted,
     "depth": depth,
     "blocks": blocks,
