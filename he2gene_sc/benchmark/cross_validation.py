@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 
 from .._core.matrix import dense, matrix_of
-from ..tl._train.options import Classes, GeneSelection, Keys
+from ..tl._train.options import Classes, GeneSelection, TrainingKeys
 from ..tl._train.recipes import PRESETS, WINDOWS_UM
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from ..models import HE2Gene
-    from ..tl._train.measured import Measured
+    from ..tl._train.measured import MeasuredSection
     from ..training import Section
 
 UNITS = ("section", "patient")
@@ -178,7 +178,9 @@ class _Fold:
         return np.concatenate(folds_of(self.train, None)[1])
 
 
-def _read(source: Source, cache: Path, device: str | None) -> tuple[dict[str, Measured], dict[str, Section], pd.Index]:
+def _read(
+    source: Source, cache: Path, device: str | None
+) -> tuple[dict[str, MeasuredSection], dict[str, Section], pd.Index]:
     """Read all sections, and encode them for the baselines: output of the encoder in three windows, and colour."""
     from ..inference import resolve_device, resolve_dtype
     from ..models import load_encoder
@@ -196,9 +198,9 @@ def _read(source: Source, cache: Path, device: str | None) -> tuple[dict[str, Me
         sdata = source.read(name)
         if not sdata.images:
             raise FileNotFoundError(f"section {name} of {source.name} has no local image")
-        for section in read_sections(sdata, Keys("annotation", "patient", "section"), {}):
+        for section in read_sections(sdata, TrainingKeys("annotation", "patient", "section"), {}):
             features.append(encode_section(section, extractor, sha256, WINDOWS_UM, cache, engine))
-            kept.append(section.set_down())
+            kept.append(section.release())
         del sdata, section
     sections, genes, _ = join(kept, features, GENES, Classes())
     return {m.name: m for m in kept}, {s.name: s for s in sections}, genes
@@ -281,7 +283,13 @@ def _train(
 
 
 def _predict_sections(
-    source: Source, fold: _Fold, model: HE2Gene, read: Mapping[str, Measured], *, trained_here: bool, device: str | None
+    source: Source,
+    fold: _Fold,
+    model: HE2Gene,
+    read: Mapping[str, MeasuredSection],
+    *,
+    trained_here: bool,
+    device: str | None,
 ) -> list[Prediction | None]:
     """Predict the held-out sections; ``None`` if a ready model was trained on the section or patient."""
     from .. import tl
@@ -316,7 +324,7 @@ def _predict_sections(
     return found
 
 
-def _ceiling(measured: Measured, genes: pd.Index) -> np.ndarray:
+def _ceiling(measured: MeasuredSection, genes: pd.Index) -> np.ndarray:
     from ..stats import noise_ceiling
 
     columns = measured.genes.get_indexer(genes)

@@ -1,4 +1,4 @@
-"""Statistics: accuracy metrics, baselines, intervals, domain scores, differential tests. Arrays in, arrays out."""
+"""Statistics on arrays: accuracy metrics, baselines, intervals, domain scores and differential tests."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""How well predicted expression, and rankings of genes, agree with measured ones."""
+"""Agreement of predicted with measured expression, and of rankings of genes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = np.asarray(a), np.asarray(b)
     result = np.empty(a.shape[1])
     for block in column_blocks(a.shape):
-        (x, x_varies), (y, y_varies) = centred(a[:, block]), centred(b[:, block])
+        (x, x_varies), (y, y_varies) = centre_columns(a[:, block]), centre_columns(b[:, block])
         size = np.sqrt(np.einsum("ij,ij->j", x, x) * np.einsum("ij,ij->j", y, y))
         with np.errstate(invalid="ignore", divide="ignore"):
             result[block] = np.where(x_varies & y_varies, np.einsum("ij,ij->j", x, y) / size, np.nan)
     return result
 
 
-def centred(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take the mean off each column; say which columns leave more than rounding dust."""
+def centre_columns(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Subtract the mean of each column; also return a mask of the columns that vary by more than rounding errors."""
     x = np.array(x, np.float64)
     largest = np.maximum(x.max(axis=0, initial=0), -x.min(axis=0, initial=0))
     x -= x.mean(axis=0)
@@ -43,9 +43,9 @@ def centred(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def skill(predicted: np.ndarray, measured: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Share ``(g,)`` of the squared error that a prediction removes from a constant reference, the training mean.
+    """Share ``(g,)`` of the squared error of a constant reference (the training mean) that the prediction removes.
 
-    1 is perfect, 0 as good as the reference, negative worse; NaN where the reference is perfect.
+    1 is perfect, 0 is as good as the reference, negative is worse; NaN if the reference is perfect.
     """
     error = np.square(np.asarray(predicted, np.float64) - measured).sum(0)
     base = np.square(np.asarray(reference, np.float64) - measured).sum(0)
@@ -60,12 +60,12 @@ def noise_ceiling(
     n_splits: int = 10,
     seed: int = 0,
 ) -> np.ndarray:
-    """Best correlation that a prediction could reach with counts ``(n, g)``, by binomial halves of them.
+    """Best correlation that a prediction can reach with counts ``(n, g)``, from binomial halves of the counts.
 
     The correlation r of the log-normalised halves, averaged over splits, gives the reliability 2r / (1 + r)
-    (Spearman–Brown), whose root is the ceiling. Depth, and all that varies beyond counting, counts as signal: up to
-    .9 for overdispersed counts without a pattern (see :func:`ceiling_of_neighbours`), about .1 for Poisson ones. 0
-    where halves do not agree, NaN where constant. Totals are of all genes whatever ``genes`` are chosen.
+    (Spearman–Brown); the ceiling is its root. Depth, and all variation beyond counting noise, counts as signal: up to
+    .9 for overdispersed counts without a pattern (see :func:`ceiling_of_neighbours`), about .1 for Poisson counts. 0
+    if the halves do not agree, NaN for a constant gene. Total counts are over all genes, also if ``genes`` are selected.
     """
     rng = np.random.default_rng(seed)
     whole = scipy.sparse.csc_array(counts)
@@ -85,13 +85,13 @@ def noise_ceiling(
 
 
 def _log_part(pattern: scipy.sparse.csc_array, values: np.ndarray) -> np.ndarray:
-    """Log-normalise counts that lie where those of ``pattern`` do; zeros stay zeros."""
+    """Log-normalise counts with the sparsity pattern of ``pattern``; zeros remain zeros."""
     totals = np.bincount(pattern.indices, weights=values, minlength=pattern.shape[0])
     return np.log1p(TARGET_SUM * values / np.where(totals > 0, totals, 1)[pattern.indices])
 
 
 def _sparse_pearson(x: np.ndarray, y: np.ndarray, column: np.ndarray, n: int, n_columns: int) -> np.ndarray:
-    """Pearson correlation of columns of ``n`` spots of which only what may differ from 0 is given, in one pattern."""
+    """Pearson correlation of sparse columns of ``n`` spots with one sparsity pattern."""
 
     def sums(z: np.ndarray) -> np.ndarray:
         return np.bincount(column, weights=z, minlength=n_columns)
@@ -104,7 +104,7 @@ def _sparse_pearson(x: np.ndarray, y: np.ndarray, column: np.ndarray, n: int, n_
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman correlation ``(g,)`` of columns, ties sharing their mean rank; NaN where constant or with NaN."""
+    """Spearman correlation ``(g,)`` of columns, with mean ranks for ties; NaN for a constant column or one with NaN."""
     a, b = np.asarray(a), np.asarray(b)
     result = np.empty(a.shape[1])
     for block in column_blocks(a.shape):
@@ -113,16 +113,16 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks of each column, ties shared, NaN throughout where one value is NaN, ``(n, g)`` float64."""
+    """Ranks of each column ``(n, g)`` float64, mean ranks for ties; all NaN if one value is NaN."""
     from scipy.stats import rankdata
 
-    # Rows lie side by side in memory: sorting those is several times as fast as sorting columns.
+    # Rows are contiguous in memory, so sorting rows is several times as fast as sorting columns.
     return rankdata(np.ascontiguousarray(x.T), axis=1, nan_policy="propagate").T
 
 
 def sd_ratio(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of the prediction over that of the measurement; NaN where either is constant."""
-    (p, p_varies), (m, m_varies) = centred(predicted), centred(measured)
+    """Return the SD of the prediction divided by that of the measurement; NaN if either is constant."""
+    (p, p_varies), (m, m_varies) = centre_columns(predicted), centre_columns(measured)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.sqrt(np.einsum("ij,ij->j", p, p) / np.einsum("ij,ij->j", m, m))
     return np.where(p_varies & m_varies, ratio, np.nan)
@@ -130,10 +130,10 @@ def sd_ratio(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
 
 def slope(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Slope ``(g,)`` of measured on predicted: below 1 if the prediction exaggerates; NaN if either is constant."""
-    (p, p_varies), (m, m_varies) = centred(predicted), centred(measured)
+    (p, p_varies), (m, m_varies) = centre_columns(predicted), centre_columns(measured)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.einsum("ij,ij->j", p, m) / np.einsum("ij,ij->j", p, p)
-    return np.where(p_varies & m_varies, found, np.nan)
+        slopes = np.einsum("ij,ij->j", p, m) / np.einsum("ij,ij->j", p, p)
+    return np.where(p_varies & m_varies, slopes, np.nan)
 
 
 def ranking_agreement(
@@ -145,11 +145,11 @@ def ranking_agreement(
     measured_scores: np.ndarray,
     k: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Compare the effects and scores of the same genes in two data sets; NaN where there is nothing to compare.
+    """Compare the effects and scores of the same genes in two data sets; NaN if a score is not defined.
 
     ``spearman`` of effects; ``sign_agreement`` of all and of ``_significant`` genes; ``auroc`` of
-    measured-significant genes by size of the predicted score; ``precision_at_<k>``, the share of the top k
-    predicted that are top k measured, and ``chance_at_<k>``, k / g.
+    measured-significant genes by absolute predicted score; ``precision_at_<k>``, the share of the top k
+    predicted genes among the top k measured genes, and ``chance_at_<k>``, k / g.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""A prediction corrected by those spots or genes of the slide that were measured."""
+"""Correction of a prediction by measured spots or genes of the same slide."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import numpy as np
 
 from ._smoothers import kriging, matched_folds, ridge
 from ._stack import stack
-from ._support import believed, evidence_blocks, level_share, support
+from ._support import confirmed_share, evidence_blocks, level_share, support
 
-#: What is combined; the first, the prediction with its level put right, is what the others have to be better than. The last
-#: is the prediction as it was.
+#: Combined predictions. The first is the prediction with a corrected level, the reference for the others. The last is the
+#: unchanged prediction.
 CANDIDATES = ("level", "kriged", "shared", "refit", "mean", "neighbours", "prediction")
 #: Fewest spots on which a gene must be measured.
 MIN_SPOTS = 10
-#: Sets of spots that genes may be measured on: each is a fit of its own.
+#: Largest number of different sets of measured spots over genes; each set is fitted separately.
 MAX_SETS = 20
 
-#: Ranges in median distances between spots, and ratios of noise to signal, that are tried.
-_GRID = tuple((reach, noise) for reach in (1.0, 2.0, 4.0, 8.0) for noise in (0.3, 1.0, 3.0, 10.0))
+#: Candidate ranges in median distances between spots, and candidate ratios of noise to signal.
+_GRID = tuple((length_scale, noise) for length_scale in (1.0, 2.0, 4.0, 8.0) for noise in (0.3, 1.0, 3.0, 10.0))
 _PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)
-#: Genes that are worked on at a time, of like mean, and that share a prior for their weights.
+#: Genes per block; a block has genes of similar mean, which share a prior for their weights.
 _BLOCK = 250
-#: Genes of most measured variance that ranges, noises and penalty are chosen on.
-_CHOOSING = 500
-#: Directions of the predictions in gene space, at most, and spots they are taken from.
+#: Genes of highest measured variance that are used to choose ranges, noises and penalty.
+_TUNING_GENES = 500
+#: Largest number of directions of the predictions in gene space, and number of spots to compute them.
 _DIRECTIONS, _DIRECTION_SPOTS = 20, 1000
-#: Share of the directions' squares that measured genes must hold to be believed by half.
-_BELIEVED = 0.05
+#: Penalty of the scores: if measured genes hold this share of the squares of a direction, its score is shrunk by half.
+_SCORE_PENALTY = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Adapted:
     """An adapted prediction of one section."""
 
     expression: np.ndarray  # (n, g) float32, floored at 0; as predicted where not adapted
-    residuals: np.ndarray  # (n, g) measured minus adapted, without the spot's fold
-    before: np.ndarray  # the same of the prediction
+    residuals: np.ndarray  # (n, g) measured minus adapted, fitted without the fold of the spot
+    before: np.ndarray  # (n, g) measured minus predicted
     weights: np.ndarray  # (g, c) of CANDIDATES at supported spots; NaN where not adapted
     support: np.ndarray  # (n,) mean over adapted genes, see _support.support
-    reach: np.ndarray  # (g,) share of the gain that unmeasured spots may expect
+    reach: np.ndarray  # (g,) expected share of the gain at unmeasured spots
 
 
 def adapt(
@@ -53,19 +53,19 @@ def adapt(
     *,
     seed: int = 0,
 ) -> Adapted:
-    """Correct the prediction ``(n, g)`` of one section by what was measured of it, NaN elsewhere.
+    """Correct the prediction ``(n, g)`` of one section by measured values of it (NaN where not measured).
 
-    Each gene is a convex combination of six predictions: the model's with the mean of its residuals as far as that
-    is not chance (``level``); with residuals kriged besides (``kriged``); with their part along the gene directions
-    of the predictions kriged (``shared``); with a ridge of residuals on the embedding (``refit``); the mean of what
-    was measured (``mean``), and that kriged (``neighbours``). Ranges, noises, penalty and weights have least
-    squared error in cross-validation with folds as far from the rest as wanted spots are from measured ones.
-    Weights are shrunk to ``level`` by what may be chance.
+    Each gene is a convex combination of six predictions: the model plus the mean of its residuals, shrunk by its
+    sampling error (``level``); plus kriged residuals (``kriged``); plus kriged residuals along the gene directions
+    of the predictions (``shared``); plus a ridge of residuals on the embedding (``refit``); the mean of the measured
+    values (``mean``); and kriged measured values (``neighbours``). Ranges, noises, penalty and weights minimise the
+    squared error in cross-validation; folds are as far from the remaining spots as predicted spots are from measured
+    spots. Weights are shrunk to ``level`` by their sampling error.
 
-    The correction is taken as far as held-out spots confirm it, by block and class (``believed``), and as far as
-    measured spots stand for a spot (``support``). The level is corrected alike at all unmeasured spots
-    (``level_share``): by parts it would be a pattern. Genes measured at fewer than ten spots stay as they are, but
-    for those measured nowhere.
+    The correction is limited to the share that held-out spots confirm, by block and class (``confirmed_share``), and
+    by the similarity of a spot to measured spots (``support``). The level is corrected equally at all unmeasured spots
+    (``level_share``), since a varying correction would create a pattern. Genes measured at fewer than ten spots are not
+    changed; genes measured at no spot are corrected by the other genes.
     """
     from scipy.spatial import cKDTree
 
@@ -86,7 +86,7 @@ def adapt(
     sets, member = np.unique(np.packbits(known, axis=0), axis=1, return_inverse=True)
     if sets.shape[1] > MAX_SETS:
         raise ValueError(
-            f"`measured`: genes are measured on {sets.shape[1]} different sets of spots, at most {MAX_SETS} are handled"
+            f"`measured`: genes are measured on {sets.shape[1]} different sets of spots, at most {MAX_SETS} are supported"
         )
     for i in range(sets.shape[1]):
         genes = np.flatnonzero(member.ravel() == i)
@@ -94,7 +94,7 @@ def adapt(
         if spots.sum() >= MIN_SPOTS:
             _Group(result, predicted, residual, loadings, xy, embedding, features, classes, spots, genes, seed).fit()
         elif not spots.any():
-            _unmeasured(result, predicted, residual, loadings, xy, genes, seed)
+            _correct_unmeasured(result, predicted, residual, loadings, xy, genes, seed)
     np.maximum(result.expression, 0, out=result.expression)
     with np.errstate(invalid="ignore"):
         result.support[:] /= np.isfinite(result.reach).sum()
@@ -102,7 +102,7 @@ def adapt(
 
 
 def _directions(predicted: np.ndarray) -> np.ndarray:
-    """Orthonormal directions ``(g, k)`` of gene space along which the predictions differ between spots."""
+    """Orthonormal directions ``(g, k)`` in gene space along which predictions vary between spots."""
     some = predicted[:: -(-len(predicted) // _DIRECTION_SPOTS)]
     centred = some - some.mean(0)
     values, vectors = np.linalg.eigh((centred @ centred.T).astype(float))
@@ -112,9 +112,9 @@ def _directions(predicted: np.ndarray) -> np.ndarray:
 
 
 def _scores(residual: np.ndarray, loadings: np.ndarray, hidden: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
-    """Place ``(n, k)`` of each spot's residuals along the directions, from its measured genes; NaN without any.
+    """Scores ``(n, k)`` of the residuals of each spot along the directions, from its measured genes; NaN without any.
 
-    ``hidden`` are spots and genes that are taken as not measured.
+    ``hidden``: spots and genes that are treated as not measured.
     """
     k = loadings.shape[1]
     values = residual
@@ -124,10 +124,10 @@ def _scores(residual: np.ndarray, loadings: np.ndarray, hidden: tuple[np.ndarray
     known = np.isfinite(values)
     scores = np.full((len(values), k), np.nan)
     whole = known.all(1)
-    scores[whole] = values[whole] @ loadings / (1 + _BELIEVED)
+    scores[whole] = values[whole] @ loadings / (1 + _SCORE_PENALTY)
     for i in np.flatnonzero(known.any(1) & ~whole):
         part = loadings[known[i]].astype(float)
-        scores[i] = np.linalg.solve(part.T @ part + _BELIEVED * np.eye(k), part.T @ values[i, known[i]])
+        scores[i] = np.linalg.solve(part.T @ part + _SCORE_PENALTY * np.eye(k), part.T @ values[i, known[i]])
     return scores
 
 
@@ -148,13 +148,13 @@ class _Group:
     seed: int
 
     def fit(self) -> None:
-        """Fill in what is found for these genes."""
+        """Correct these genes and fill in the results."""
         at = np.flatnonzero(self.spots)
         folds = matched_folds(self.xy, self.spots, seed=self.seed)
         splits = [(at[folds != f], at[folds == f], f) for f in np.unique(folds)]
         scored = [_scores(self.residual, self.loadings, (held, self.genes)) for _, held, _ in splits]
         varied = self.residual[np.ix_(self.spots, self.genes)] + self.predicted[np.ix_(self.spots, self.genes)]
-        some = self.genes[np.argsort(-varied.var(0), kind="stable")[:_CHOOSING]]
+        some = self.genes[np.argsort(-varied.var(0), kind="stable")[:_TUNING_GENES]]
         chosen = self._choose(splits, scored, some)
         by_mean = self.genes[np.argsort(-varied.mean(0), kind="stable")]
         left = [self._smoothers(*split[:2], score, chosen) for split, score in zip(splits, scored, strict=True)]
@@ -163,8 +163,9 @@ class _Group:
         near = support(self.xy, self.spots, folds, self.features, self.classes, seed=self.seed)
         self.result.support[:] += len(self.genes) * near
         level = np.where(self.spots, 1, level_share(near, self.spots))
-        got = np.minimum(near, level)
-        self.result.reach[self.genes] = (2 * got - got**2)[~self.spots].mean() if len(at) < len(near) else 1.0
+        applied = np.minimum(near, level)
+        gain = 2 * applied - applied**2
+        self.result.reach[self.genes] = gain[~self.spots].mean() if len(at) < len(near) else 1.0
         blocks = evidence_blocks(self.xy[at], self.seed)
         for start in range(0, len(by_mean), _BLOCK):
             genes = by_mean[start : start + _BLOCK]
@@ -174,7 +175,7 @@ class _Group:
                 errors[:, folds == f] = measured - self._candidates(smoothers, known, held, genes)
             weights, residuals = stack(errors, folds)
             before = self.residual[np.ix_(at, genes)]
-            share = self._believed(before, residuals, blocks)
+            share = self._confirmed_share(before, residuals, blocks)
             self.result.weights[genes, :-1], self.result.weights[genes, -1] = share.max() * weights, 1 - share.max()
             self.result.residuals[np.ix_(at, genes)] = before + share[at, None] * (residuals - before)
             values = np.einsum("gc,cng->ng", weights, self._candidates(final, at, everywhere, genes))
@@ -184,27 +185,27 @@ class _Group:
             change = level[:, None] * offset + near[:, None] * (change - offset)
             self.result.expression[:, genes] = old + share[:, None] * change
 
-    def _believed(self, before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-        """Share of the correction that each spot ``(n,)`` gets."""
+    def _confirmed_share(self, before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Share ``(n,)`` of the correction that is applied to each spot."""
         codes = self.classes
-        share, of_class = believed(before, after, blocks, None if codes is None else codes[self.spots])
-        found = np.full(len(self.xy), share)
-        if codes is not None and len(of_class):
-            known = (codes >= 0) & (codes < len(of_class))
-            found[known] = np.minimum(share, of_class[codes[known]])
-        return found
+        share, by_class = confirmed_share(before, after, blocks, None if codes is None else codes[self.spots])
+        shares = np.full(len(self.xy), share)
+        if codes is not None and len(by_class):
+            known = (codes >= 0) & (codes < len(by_class))
+            shares[known] = np.minimum(share, by_class[codes[known]])
+        return shares
 
     def _smoothers(
         self, known: np.ndarray, wanted: np.ndarray, scores: np.ndarray, chosen: dict
     ) -> dict[str, Callable]:
-        """Make the maps of values of mean 0 at the known spots to the wanted ones, by candidate."""
-        of = {name: self._kriging(known, wanted, *chosen[name]) for name in ("kriged", "neighbours")}
-        of["refit"] = self._ridge(known, wanted, chosen["refit"])
+        """For each candidate, a function from values of mean 0 at the known spots to values at the wanted spots."""
+        smoothers = {name: self._kriging(known, wanted, *chosen[name]) for name in ("kriged", "neighbours")}
+        smoothers["refit"] = self._ridge(known, wanted, chosen["refit"])
         shared = self._shared(scores, wanted, *chosen["shared"])
-        return {**of, "shared": lambda genes: shared @ self.loadings[genes].T}
+        return {**smoothers, "shared": lambda genes: shared @ self.loadings[genes].T}
 
-    def _kriging(self, known: np.ndarray, wanted: np.ndarray, reach: float, noise: float) -> Callable:
-        weights = kriging(self.xy[wanted], self.xy[known], reach, noise)
+    def _kriging(self, known: np.ndarray, wanted: np.ndarray, length_scale: float, noise: float) -> Callable:
+        weights = kriging(self.xy[wanted], self.xy[known], length_scale, noise)
         return lambda values: weights @ values
 
     def _ridge(self, known: np.ndarray, wanted: np.ndarray, penalty: float) -> Callable:
@@ -212,8 +213,8 @@ class _Group:
             return lambda values: np.zeros((len(wanted), values.shape[1]), values.dtype)
         return ridge(self.embedding[wanted], self.embedding[known], penalty)
 
-    def _shared(self, scores: np.ndarray, wanted: np.ndarray, reach: float, noise: float) -> np.ndarray:
-        return krige_scores(scores, self.xy, wanted, reach, noise)
+    def _shared(self, scores: np.ndarray, wanted: np.ndarray, length_scale: float, noise: float) -> np.ndarray:
+        return krige_scores(scores, self.xy, wanted, length_scale, noise)
 
     def _candidates(self, smoothers: dict, known: np.ndarray, wanted: np.ndarray, genes: np.ndarray) -> np.ndarray:
         """Return all candidates ``(c, wanted, genes)`` from the known spots."""
@@ -231,7 +232,7 @@ class _Group:
         return values
 
     def _choose(self, splits: list, scored: list, genes: np.ndarray) -> dict[str, tuple | float]:
-        """Ranges, noises and penalty of least squared error on held-out spots, genes scaled by that of their mean."""
+        """Ranges, noises and penalty with the least squared error on held-out spots; genes scaled by their variance."""
         r, p = self.residual[:, genes], self.predicted[:, genes]
         trials: dict[str, dict] = {"kriged": {}, "neighbours": {}, "refit": {}, "shared": {}}
         scale = (r + p)[self.spots].var(0) + 1e-12
@@ -254,7 +255,7 @@ class _Group:
 
 
 def _level(residual: np.ndarray) -> np.ndarray:
-    """Mean ``(g,)`` of the residuals ``(m, g)`` of like genes, the common and the own part less what chance makes."""
+    """Mean ``(g,)`` of the residuals ``(m, g)`` of similar genes; the common and the gene's own part are shrunk by their errors."""
     level = residual.mean(0)
     common, own = level.mean(), level - level.mean()
     error = residual.mean(1).var(ddof=1) / len(residual)
@@ -263,15 +264,17 @@ def _level(residual: np.ndarray) -> np.ndarray:
     return max(0.0, 1 - error / max(common**2, 1e-12)) * common + real / np.maximum(real + chance, 1e-12) * own
 
 
-def krige_scores(scores: np.ndarray, xy: np.ndarray, wanted: np.ndarray, reach: float, noise: float) -> np.ndarray:
-    """Krige the scores ``(n, k)`` of the spots that have them to the wanted spots, without their mean."""
+def krige_scores(
+    scores: np.ndarray, xy: np.ndarray, wanted: np.ndarray, length_scale: float, noise: float
+) -> np.ndarray:
+    """Krige the centred scores ``(n, k)`` of the spots that have scores to the wanted spots."""
     known = np.isfinite(scores).all(1)
     if not known.any():
         return np.zeros((len(wanted), scores.shape[1]))
-    return kriging(xy[wanted], xy[known], reach, noise) @ (scores[known] - scores[known].mean(0))
+    return kriging(xy[wanted], xy[known], length_scale, noise) @ (scores[known] - scores[known].mean(0))
 
 
-def _unmeasured(
+def _correct_unmeasured(
     result: Adapted,
     predicted: np.ndarray,
     residual: np.ndarray,
@@ -280,9 +283,9 @@ def _unmeasured(
     genes: np.ndarray,
     seed: int,
 ) -> None:
-    """Correct genes that no spot measured by those that were, along the directions that they share.
+    """Correct genes that were measured at no spot by the measured genes, along the directions of the predictions.
 
-    Range, noise and one weight are those of least squared error with each fifth of the measured genes hidden.
+    Range, noise and one weight minimise the squared error in five folds of measured genes.
     """
     seen = np.flatnonzero(np.isfinite(residual).sum(0) >= MIN_SPOTS)
     if len(seen) < 10:

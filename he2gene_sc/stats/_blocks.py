@@ -1,15 +1,15 @@
-"""Working through many genes a block at a time."""
+"""Blocks of genes for computations in limited memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-#: Numbers of a block: 4 MB in double precision, which a processor's cache holds.
+#: Values per block: 4 MB in double precision, which fits into a processor cache.
 _BLOCK_SIZE = 2**19
 
 
 def column_blocks(shape: tuple[int, int], size: int = _BLOCK_SIZE) -> Iterator[slice]:
-    """Slices of the columns of an ``(n, g)`` array, of about ``size`` numbers each."""
+    """Yield slices of the columns of an ``(n, g)`` array with about ``size`` values each."""
     n, g = shape
     step = max(1, size // max(1, n))
     for start in range(0, g, step):

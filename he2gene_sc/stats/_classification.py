@@ -1,4 +1,4 @@
-"""How well predicted classes and their probabilities agree with labels."""
+"""Agreement of predicted classes and their probabilities with labels."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Bins of the confidence.
+#: Number of bins of the confidence.
 N_BINS = 10
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """What :func:`class_scores` finds. Balanced accuracy and F1 are means over the classes that occur as labels."""
+    """Result of :func:`class_scores`. Balanced accuracy and F1 are means over the classes that occur as labels."""
 
     n: int  # labelled spots
     accuracy: float
     balanced_accuracy: float
     macro_f1: float
     calibration_error: float
-    macro_auroc: float  # over the classes that have one
-    support: np.ndarray  # (c,)
-    recall: np.ndarray  # (c,) against the rest; NaN for absent classes
+    macro_auroc: float  # over the classes with an AUROC
+    support: np.ndarray  # (c,) labelled spots of each class
+    recall: np.ndarray  # (c,) NaN for absent classes
     f1: np.ndarray
-    auroc: np.ndarray  # (c,) NaN also without a rest
+    auroc: np.ndarray  # (c,) one class against the rest; NaN for absent classes or if all spots are of one class
     confusion: np.ndarray  # (c, c) labels by predictions
 
 
 def class_scores(proba: np.ndarray, codes: np.ndarray) -> ClassScores:
-    """Judge probabilities ``(n, c)`` of classes, rows of sum 1, by labels ``(n,)``."""
+    """Compare class probabilities ``(n, c)``, with rows of sum 1, with labels ``(n,)``."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
     proba, codes = np.asarray(proba, np.float64), np.asarray(codes)
@@ -58,7 +58,7 @@ def class_scores(proba: np.ndarray, codes: np.ndarray) -> ClassScores:
 
 
 def calibration_error(proba: np.ndarray, codes: np.ndarray, n_bins: int = N_BINS) -> float:
-    """Return the expected calibration error of the most probable class (Guo et al., ICML 2017), equally wide bins."""
+    """Return the expected calibration error of the most probable class (Guo et al., ICML 2017), with equally wide bins."""
     confidence, right = proba.max(1), proba.argmax(1) == codes
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     gaps = [abs(confidence[bins == b].sum() - right[bins == b].sum()) for b in np.unique(bins)]

@@ -1,40 +1,40 @@
-"""Split conformal intervals from grouped held-out residuals. Arrays in, arrays out."""
+"""Split conformal intervals from grouped held-out residuals."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Levels at which the quantiles of the scores are kept.
+#: Levels of the stored quantiles of the scores.
 LEVELS = np.array(
     [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87]
     + [0.9, 0.91, 0.925, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0]
 )
-#: Coverage up to which intervals can be asked for: above it the kept quantiles are those of a handful of spots.
+#: Largest coverage of intervals: higher quantiles would depend on a handful of spots.
 MAX_COVERAGE = 0.98
-#: Groups without which no guarantee is stated at any coverage: the fewer, the less they say of what a new one is like.
+#: Fewest groups for a guarantee at any coverage: fewer groups represent a new group poorly.
 MIN_GROUPS = 9
-#: Levels at which quantiles on either side are kept by predicted level: 0.95 on both makes an interval of 90 %.
+#: Levels of the stored quantiles on either side, by predicted level: 0.95 on both sides makes an interval of 90 %.
 TAILS = np.array([0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.96, 0.975, 0.99, 1.0])
-#: Predicted levels are tenths of the spots, fewer where a tenth has fewer spots than that.
+#: Number of predicted levels (tenths of the spots), and fewest spots of a level; with fewer spots there are fewer levels.
 _PREDICTED_LEVELS, _LEVEL_SPOTS = 10, 50
-#: Measured spots and groups without which a gene has no quantiles of its own at a predicted level.
+#: Fewest measured spots and groups for separate quantiles of a gene at a predicted level.
 _LEVEL_MEASURED, _LEVEL_GROUPS = 20, 2
-#: Least part of a gene's mean squared residual that its spread keeps where 0 is predicted.
+#: Spread at a prediction of 0, as a share of the mean squared residual of the gene: the least value.
 _FLOOR = 0.1
 _ROUNDING = 1e-9
 
 
 def group_weights(groups: np.ndarray) -> np.ndarray:
-    """Weight of each spot such that every group counts the same: one over the size of its group, ``(n,)``."""
-    _, which, size = np.unique(groups, return_inverse=True, return_counts=True)
-    return 1 / size[which]
+    """Weights ``(n,)`` of spots that give every group the same weight: one divided by the size of the group."""
+    _, codes, size = np.unique(groups, return_inverse=True, return_counts=True)
+    return 1 / size[codes]
 
 
 def fit_spread(predicted: np.ndarray, residual: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Fit the expected squared residual of each gene as a line in its prediction: ``(2, g)``, intercept and slope.
+    """Fit the expected squared residual of each gene as a linear function of its prediction: intercept and slope ``(2, g)``.
 
-    Groups weigh the same. Both are at least 0, the intercept a tenth of the mean, so that no spread is 0 where
-    residuals are not. NaN for genes that were measured nowhere.
+    Groups have the same weight. The slope is at least 0 and the intercept at least a tenth of the mean, so the spread is only
+    0 if all residuals are 0. NaN for genes that were not measured.
     """
     known = np.isfinite(residual)
     weight = group_weights(groups)[:, None] * known
@@ -49,17 +49,17 @@ def fit_spread(predicted: np.ndarray, residual: np.ndarray, groups: np.ndarray) 
 
 
 def spread_of(predicted: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Predicted spread ``(n, g)``, root of the line that :func:`fit_spread` gave, ``(2, g)``; below 0 that at 0."""
+    """Predicted spread ``(n, g)``: root of the line ``(2, g)`` of :func:`fit_spread`; negative predictions count as 0."""
     return np.sqrt(np.maximum(spread[0] + spread[1] * np.maximum(predicted, 0), np.finfo(np.float32).tiny))
 
 
 def grouped_quantiles(
     scores: np.ndarray, groups: np.ndarray, levels: np.ndarray = LEVELS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantiles ``(q, g)`` of scores in which every group weighs the same, and groups ``(g,)`` that measured the gene.
+    """Quantiles ``(q, g)`` of scores with equal weight of groups, and the number of groups ``(g,)`` that measured the gene.
 
-    A quantile is the smallest score whose cumulated weight reaches the level; groups are patients or sections, ``(n,)``
-    or, where each gene has its own spots, ``(n, g)``.
+    A quantile is the smallest score whose cumulative weight reaches the level. Groups are patients or sections, ``(n,)``,
+    or ``(n, g)`` if each gene has its own spots.
     """
     groups = groups[:, None] if groups.ndim == 1 else groups
     order = np.argsort(scores, axis=0)
@@ -82,16 +82,16 @@ def grouped_quantiles(
 def level_quantiles(
     predicted: np.ndarray, scores: np.ndarray, groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quantiles of signed scores below and above ``(2, 1 + b, q, g)``, by tenth of the predictions of each gene.
+    """Quantiles of signed scores on the lower and upper side ``(2, 1 + b, q, g)``, by tenths of the predictions of each gene.
 
-    The first of ``1 + b`` is of all spots, for what a tenth has too few of. Also groups ``(1 + b, g)``, 0 where there are
-    too few, and the upper ends of all tenths but the last, ``(b - 1, g)``.
+    The first of ``1 + b`` is over all spots, for genes with too few spots in a tenth. Also the number of groups ``(1 + b, g)``
+    (0 if there are too few), and the upper ends of all tenths except the last, ``(b - 1, g)``.
     """
     n, g = scores.shape
-    # As intervals reads them: an end is one of the predictions.
+    # float32 as stored by predict: the upper ends must equal predictions exactly.
     predicted = np.asarray(predicted, np.float32)
     n_levels = int(np.clip(n // _LEVEL_SPOTS, 1, _PREDICTED_LEVELS))
-    # Equal predictions, such as 0, are shared out by chance, not by section.
+    # Equal predictions, such as 0, are assigned to tenths at random, not in the order of sections.
     shuffled = np.random.default_rng(0).permutation(n)
     order = shuffled[np.argsort(predicted[shuffled], axis=0, kind="stable")]
     cuts = np.linspace(0, n, n_levels + 1).round().astype(int)
@@ -112,7 +112,7 @@ def level_quantiles(
 
 
 def level_of(predicted: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Predicted level ``(n, g)`` of each value, from 0, by the ends that :func:`level_quantiles` gave."""
+    """Predicted level ``(n, g)`` of each value, from 0, given the upper ends from :func:`level_quantiles`."""
     found = np.zeros(predicted.shape, np.int8)
     for edge in edges:
         found += predicted > edge
@@ -120,10 +120,10 @@ def level_of(predicted: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def hierarchical_level(coverage: float, n_groups: np.ndarray | int) -> np.ndarray:
-    """Level of the pooled quantile that covers a spot of a new group with probability ``coverage``, else ``inf``.
+    """Level of the pooled quantile that covers a spot of a new group with probability ``coverage``; ``inf`` if there is none.
 
-    The new group counts as one more at infinity: ``coverage * (k + 1) / k`` (Lee, Barber and Willett, arXiv
-    2306.06342; Dunn, Wasserman and Ramdas, arXiv 1809.07441). At 90 % it is above 1 below nine groups.
+    The new group counts as an additional one at infinity: ``coverage * (k + 1) / k`` (Lee, Barber and Willett, arXiv
+    2306.06342; Dunn, Wasserman and Ramdas, arXiv 1809.07441). At 90 %, the level is above 1 with fewer than nine groups.
     """
     k = np.asarray(n_groups, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -134,10 +134,10 @@ def hierarchical_level(coverage: float, n_groups: np.ndarray | int) -> np.ndarra
 def half_scores(
     quantiles: np.ndarray, n_groups: np.ndarray, coverage: float, levels: np.ndarray = LEVELS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score ``(g,)`` up to which an interval reaches, by gene, and whether coverage is guaranteed.
+    """Score ``(g,)`` at the end of the interval of each gene, and whether coverage is guaranteed.
 
-    With nine groups or more it is the next kept quantile at or above :func:`hierarchical_level`; with fewer the
-    pooled quantile at ``coverage``, interpolated, without guarantee.
+    With nine groups or more it is the next stored quantile at or above :func:`hierarchical_level`; with fewer, it is the
+    interpolated pooled quantile at ``coverage``, without guarantee.
     """
     level = hierarchical_level(coverage, n_groups)
     guaranteed = np.isfinite(level) & (np.asarray(n_groups) >= MIN_GROUPS)
@@ -147,26 +147,26 @@ def half_scores(
 
 
 def interpolated(quantiles: np.ndarray, levels: np.ndarray, level: float) -> np.ndarray:
-    """Quantiles ``(g,)`` at a level between the kept ``(q, g)``, on a straight line; infinite beside infinite ones."""
+    """Quantiles ``(g,)`` at a level, by linear interpolation between stored ones ``(q, g)``; infinite next to infinite ones."""
     levels = np.asarray(levels, np.float64)
     if not levels[0] - _ROUNDING <= level <= levels[-1] + _ROUNDING:
-        raise ValueError(f"level {level:.4g} lies outside the kept ones, {levels[0]:.4g} to {levels[-1]:.4g}")
+        raise ValueError(f"`level` is {level:.4g}, outside the stored levels {levels[0]:.4g} to {levels[-1]:.4g}")
     i = int(np.clip(np.searchsorted(levels, level), 1, len(levels) - 1))
     share = np.clip((level - levels[i - 1]) / (levels[i] - levels[i - 1]), 0, 1)
     quantiles = np.asarray(quantiles, np.float32)
-    # At a kept level its neighbour does not count: of few residuals that is infinite.
+    # At a stored level the neighbouring quantile must not be used: with few residuals it is infinite.
     if min(levels[i] - level, level - levels[i - 1]) <= _ROUNDING:
         return quantiles[i if levels[i] - level <= _ROUNDING else i - 1].copy()
     return ((1 - share) * quantiles[i - 1] + share * quantiles[i]).astype(np.float32)
 
 
 def rounded_up(values: np.ndarray) -> np.ndarray:
-    """Half precision, never below what it stands for."""
+    """Round up to half precision."""
     half = np.clip(values, None, np.finfo(np.float16).max).astype(np.float16)
     return np.where(half < values, np.nextafter(half, np.float16(np.inf)), half).astype(np.float16)
 
 
-#: Levels that are kept: half of a level of 0.1 on either side makes an interval of 90 %.
+#: Levels of stored quantiles of residuals: 0.05 and 0.95 are the ends of an interval of 90 %.
 RESIDUAL_LEVELS = np.array(
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4]
     + [0.5]
@@ -175,10 +175,10 @@ RESIDUAL_LEVELS = np.array(
 
 
 def residual_quantiles(residuals: np.ndarray, levels: np.ndarray = RESIDUAL_LEVELS) -> np.ndarray:
-    """Quantiles ``(q, g)`` of each column without NaN, outwards by what a finite sample needs, else infinite.
+    """Quantiles ``(q, g)`` of each column without NaN, with the finite-sample correction; infinite if there are too few values.
 
-    Of n residuals, an upper level q is the ``⌈(n + 1) q⌉``-th smallest, a lower one the ``⌊(n + 1) q⌋``-th (split
-    conformal prediction; Lei et al., JASA 2018).
+    Of n residuals, the quantile of an upper level q is the ``⌈(n + 1) q⌉``-th smallest, that of a lower level the
+    ``⌊(n + 1) q⌋``-th (split conformal prediction; Lei et al., JASA 2018).
     """
     levels = np.asarray(levels, float)
     ordered = np.sort(residuals, axis=0)
@@ -186,7 +186,7 @@ def residual_quantiles(residuals: np.ndarray, levels: np.ndarray = RESIDUAL_LEVE
     ordered = np.where(np.isnan(ordered), np.inf, ordered)
     bounded = np.concatenate([np.full((1, ordered.shape[1]), -np.inf), ordered, np.full((1, ordered.shape[1]), np.inf)])
     at = (n + 1) * levels[:, None]
-    # Rounding dust must not move a rank.
+    # Rounding errors must not change a rank.
     rank = np.where(levels[:, None] > 0.5, np.ceil(at - 1e-9), np.floor(at + 1e-9)).astype(int)
     found = np.take_along_axis(bounded, np.clip(rank, 0, n + 1), axis=0)
     middle = np.take_along_axis(bounded, np.clip(np.ceil(at - 1e-9).astype(int), 0, n + 1), axis=0)

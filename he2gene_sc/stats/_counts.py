@@ -1,4 +1,4 @@
-"""Counts summed over the spots of a group in each sample: library sizes, logarithms and how precise they are."""
+"""Counts summed over the spots of a group in each sample: library sizes, log differences and their variances."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Steps of the fit, and the largest difference (natural log).
-_STEPS, _MOST = 6, 12.0
-#: Pairs with fewer expected counts do not enter the estimates of library sizes and of components of variance.
+#: Number of steps of the fit, and the largest difference (natural log).
+_STEPS, _MAX_DIFFERENCE = 6, 12.0
+#: Fewest expected counts of a pair for estimates of library sizes and variance components.
 _MIN_EXPECTED = 5.0
-#: Share of the genes, the quieter ones, that the components of variance are fitted to.
+#: Share of the genes (those with smaller residuals) that the variance components are fitted to.
 _KEPT = 0.95
-#: Well-counted genes from which M values are trimmed, and below which libraries stay as they are.
+#: Fewest well-counted genes for trimming M values, and fewest for any library factor.
 MIN_LIBRARY, _FEWEST = 50, 10
-#: SD of the densest half of the genes, by that of the densest third from which it holds two kinds, and by that of the narrower side
-#: from which it is too large; more where few genes tell. Genes from which the well-counted half is enough.
+#: Ratios of the SD of the densest half of the genes: to the SD of the densest third above which the half contains two kinds of
+#: genes, and to the SD of the narrower side above which it is too large (larger with few genes). Then the number of genes
+#: from which only the better counted half is used.
 _TWO_KINDS, _TOO_WIDE, _MANY = 1.5, 1.3, 200
 
 
 @dataclass(frozen=True)
 class CountSums:
-    """Sums over the spots of two groups in each of ``n`` samples, the group first.
+    """Sums over the spots of two groups in each of ``n`` samples; the tested group is first.
 
     ``counts``, ``squares`` and ``by_depth`` ``(2, n, g)`` are sums of the counts, of their squares and of counts times the total
-    of the spot; ``spots``, ``depth`` and ``depth_squares`` ``(2, n)`` are spots, and sums of totals and of their squares.
+    counts of the spot; ``spots``, ``depth`` and ``depth_squares`` ``(2, n)`` are the number of spots, and sums of total counts
+    and of their squares.
     """
 
     counts: np.ndarray
@@ -37,10 +39,10 @@ class CountSums:
 
 @dataclass(frozen=True)
 class CountDifferences:
-    """Natural-log differences of composition ``(n, g)``, and their variances ``(n, g)``, infinite where nothing was counted.
+    """Natural-log differences of composition ``(n, g)``, and their variances ``(n, g)``, infinite without counts.
 
-    ``reliable`` ``(g,)`` tells the genes with at least five counts in the rarer group, as fitted. Counts of the others hardly
-    vary, whatever the truth: ``least`` ``(n, g)`` is the variance of counting alone, 0 for reliable genes.
+    ``reliable`` ``(g,)`` marks genes with at least five fitted counts in the rarer group. The observed variance of other genes is
+    too small, so ``least`` ``(n, g)`` is a lower bound, the variance of counting; 0 for reliable genes.
     """
 
     differences: np.ndarray
@@ -50,13 +52,13 @@ class CountDifferences:
 
 
 def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDifferences:
-    """Differences of log composition between two groups in each sample, with the variance that each must have.
+    """Differences of log composition between two groups in each sample, with their expected variances.
 
-    Given the counts N of a gene in both groups, those of the group are expected to be N π, logit π = log(library of
-    the group / library of the reference) + β + δ. β is the mean difference, δ the deviation of a sample, of variance τ².
-    Their variance is 1 / μ + α / m of both groups: expected counts μ, overdispersion α, spots m as their depths weigh.
-    Correlated spots tell less, by a factor c; τ² and c are fitted to all genes. ``normalise=False`` takes the totals as
-    library sizes.
+    Given the counts N of a gene in both groups, the expected counts in the group are N π, with logit π = log(library of
+    the group / library of the reference) + β + δ. β is the mean difference, δ the deviation of a sample, with variance τ².
+    The sampling variance is 1 / μ + α / m, summed over both groups: expected counts μ, overdispersion α, effective number of
+    spots m (weighted by depth). Correlation of spots increases it by a factor c; τ² and c are fitted to all genes.
+    ``normalise=False`` uses total counts as library sizes.
     """
     library = sums.depth * (library_factors(sums.counts, sums.depth) if normalise else 1)
     inside = (np.all(library > 0, axis=0) & np.all(sums.spots > 0, axis=0))[:, None]
@@ -65,9 +67,9 @@ def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDiffer
     effective = np.square(sums.depth) / np.maximum(sums.depth_squares, 1e-300)
     spread = overdispersion(sums) * (1 / np.maximum(effective, 1)).sum(0)[:, None]
     offset = np.log(np.maximum(library[0], 1e-300) / np.maximum(library[1], 1e-300))[:, None]
-    # One more count in each pair, shared as the libraries are: without it counts in one group alone have no finite β.
+    # Add one count to each pair, split like the libraries: with counts in one group only, β would be infinite.
     y, total = y + np.where(total > 0, _expit(offset), 0), total + (total > 0)
-    # It does not vary.
+    # The added count has no variance.
     varying = 1 - 1 / np.maximum(total, 2)
     expected = (total * _expit(offset)).sum(0)
     beta = np.log(np.maximum(y.sum(0), 1e-300) / np.maximum(expected, 1e-300))
@@ -90,18 +92,18 @@ def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDiffer
             return CountDifferences(differences, variances, least, reliable)
         weights = 1 / variances
         mean = (weights * differences).sum(0) / np.maximum(weights.sum(0), 1e-300)
-        beta = np.clip(np.clip(mean, beta - 1, beta + 1), -_MOST, _MOST)
+        beta = np.clip(np.clip(mean, beta - 1, beta + 1), -_MAX_DIFFERENCE, _MAX_DIFFERENCE)
     raise AssertionError
 
 
 def _deviations(
     y: np.ndarray, total: np.ndarray, logits: np.ndarray, sampling: np.ndarray, between: float
 ) -> np.ndarray:
-    """Deviations of samples from the mean difference, whose own mean is 0 at every depth, ``(n, g)``.
+    """Deviations ``(n, g)`` of samples from the mean difference; their expectation is 0 at every depth.
 
-    The odds of the samples have a beta distribution whose logit has the mean ``logits`` and about the variance ``between``. The
-    posterior means of the logit, given the counts, have the same mean over samples as the logit. They are divided by their
-    share of the variance. For few counts it is (y - N π) / (N π (1 - π)), for many the logarithm of the odds.
+    The odds of the samples have a beta distribution whose logit has the mean ``logits`` and approximately the variance ``between``.
+    The posterior means of the logit, given the counts, have the same mean over samples as the logit. They are divided by their
+    share of the variance. For small counts this is (y - N π) / (N π (1 - π)), for large counts the log odds.
     """
     from scipy.special import digamma, polygamma
 
@@ -109,20 +111,20 @@ def _deviations(
     a, b = (np.exp(sign * logits) for sign in (1, -1))
     a, b = (1 + a) / between, (1 + b) / between
     for shape in (a, b):
-        # From log(shape) = digamma(x), x about shape + 1/2, by a step of Newton's.
+        # Solve log(shape) = digamma(x) by one Newton step from x = shape + 1/2.
         start = shape + 0.5
         shape[:] = start - (digamma(start) - np.log(shape)) / polygamma(1, start)
     pi = _expit(logits)
-    # Counts that are worth as much as the sampling variance says.
+    # Rescale the counts to the effective number that the sampling variance implies.
     with np.errstate(invalid="ignore", divide="ignore"):
-        worth = np.where(total > 0, 1 / (sampling * pi * (1 - pi)) / total, 0)
-    y, total = worth * y, worth * total
-    found = digamma(y + a) - digamma(total - y + b) - (digamma(a) - digamma(b))
+        scale = np.where(total > 0, 1 / (sampling * pi * (1 - pi)) / total, 0)
+    y, total = scale * y, scale * total
+    deviation = digamma(y + a) - digamma(total - y + b) - (digamma(a) - digamma(b))
     with np.errstate(invalid="ignore"):
-        found = found * (1 + sampling / between)
-        # Weights go with N, and N is larger where the larger group is high.
-        found += (0.5 - pi) * between / (1 + between / sampling)
-        return np.where(total > 0, found, 0)
+        deviation = deviation * (1 + sampling / between)
+        # Correct a bias: weights increase with N, and N is larger in samples where the larger group is high.
+        deviation += (0.5 - pi) * between / (1 + between / sampling)
+        return np.where(total > 0, deviation, 0)
 
 
 def _expit(x: np.ndarray) -> np.ndarray:
@@ -134,38 +136,38 @@ def _expit(x: np.ndarray) -> np.ndarray:
 def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Trimmed mean of M values between the groups of each sample (TMM; Robinson and Oshlack, Genome Biol 2010).
 
-    ``(2, n)`` of product 1. Genes that all change in one direction are left out. Below 50 genes that are counted well the
-    weighted median, below 10 genes 1.
+    Factors ``(2, n)`` with product 1. Genes that change together in one direction are left out. With fewer than 50 well-counted
+    genes the weighted median is used; with fewer than 10, the factors are 1.
     """
     factors = np.ones(depth.shape)
     overall = counts.sum((0, 1)) / max(depth.sum(), 1e-300)
     values, expected = _m_values(counts, depth)
-    alike = _alike(values, expected)
+    unchanged = _unchanged_genes(values, expected)
     for i, m in enumerate(values):
-        if np.isfinite(m).sum() < _FEWEST or not (kept := np.isfinite(m) & alike).any():
+        if np.isfinite(m).sum() < _FEWEST or not (kept := np.isfinite(m) & unchanged).any():
             continue
         m = m[kept]
-        # Genes differ among themselves too; without their spread, weights favour genes that are high in the larger group.
+        # Include the spread between genes: otherwise the weights favour genes that are high in the larger group.
         spread = np.square(np.subtract(*np.quantile(m, [0.75, 0.25])) / 1.35)
         weights = 1 / (spread + (1 / expected[:, i, kept]).sum(0))
         if kept.sum() < MIN_LIBRARY:
             order = np.argsort(m)
             gap = m[order][np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)]
         else:
-            inside = _inside(m, 0.3) & _inside(np.log(overall[kept]), 0.05)
+            inside = _untrimmed(m, 0.3) & _untrimmed(np.log(overall[kept]), 0.05)
             gap = np.average(m[inside], weights=weights[inside])
         factors[:, i] = np.exp(gap / 2), np.exp(-gap / 2)
     return factors
 
 
-def _alike(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Genes ``(g,)`` whose M value, mean over samples, is near the commonest: without those that change in one direction.
+def _unchanged_genes(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Mask ``(g,)`` of genes whose M value (mean over samples) is near the mode; leaves out genes that change in one direction.
 
-    The commonest is the middle of the shortest half of the genes; near are 2.5 SD, as this half has it. Where about half of the
-    genes change in one direction, it is the middle of the shortest third of the genes that are counted well. Where many
-    change, the half is most of the others, and its SD too large: then it is that of the narrower side.
+    The mode is the centre of the shortest interval with half of the genes; "near" is within 2.5 SD, estimated from its length. If
+    about half of the genes change in one direction, the mode is the centre of the shortest interval with a third of the
+    well-counted genes. If many genes change, the SD of the half is too large; then the SD of the narrower side is used.
     """
-    means = _centred(values)
+    means = _mean_m_values(values)
     near = np.isfinite(means)
     if near.sum() < _FEWEST:
         return near
@@ -186,7 +188,10 @@ def _alike(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def _densest(values: np.ndarray, share: float, width: float) -> tuple[float, float]:
-    """Middle of the shortest interval with this share of the values, and their SD: its length by that of a normal of SD 1."""
+    """Centre of the shortest interval with this share of the values, and the SD for a normal distribution of this length.
+
+    ``width`` is the length of the interval for a standard normal distribution.
+    """
     ordered = np.sort(values)
     n = int(len(ordered) * share) + 1
     lengths = ordered[n - 1 :] - ordered[: len(ordered) - n + 1]
@@ -194,62 +199,63 @@ def _densest(values: np.ndarray, share: float, width: float) -> tuple[float, flo
     return float(ordered[first] + ordered[first + n - 1]) / 2, float(lengths[first]) / width
 
 
-def _centred(values: np.ndarray) -> np.ndarray:
-    """M value of each gene ``(g,)``, mean over samples that are centred at their medians; NaN where none counts it well."""
+def _mean_m_values(values: np.ndarray) -> np.ndarray:
+    """Mean M value ``(g,)`` over samples after centring each sample at its median; NaN for genes that are counted well in none."""
     known = np.isfinite(values)
-    level = [np.median(m[there]) if there.any() else 0.0 for m, there in zip(values, known, strict=True)]
+    level = [np.median(m[mask]) if mask.any() else 0.0 for m, mask in zip(values, known, strict=True)]
     total = np.where(known, values - np.array(level)[:, None], 0).sum(0)
     return total / np.where(known.any(0), known.sum(0), np.nan)
 
 
 def library_evidence(counts: np.ndarray, depth: np.ndarray) -> tuple[int, float]:
-    """Fewest genes that are counted well in a sample, and the share of genes left out on one side, above 0 if they are higher."""
+    """Smallest number of well-counted genes over samples, and the share of genes left out on one side (positive if higher)."""
     values, expected = _m_values(counts, depth)
-    mean, alike = _centred(values), _alike(values, expected)
+    mean, unchanged = _mean_m_values(values), _unchanged_genes(values, expected)
     n = int(np.isfinite(values).sum(1).min())
-    if not alike.any():
+    if not unchanged.any():
         return n, 0.0
-    apart = mean[np.isfinite(mean) & ~alike]
-    above = int((apart > np.median(mean[alike])).sum())
-    below = len(apart) - above
+    left_out = mean[np.isfinite(mean) & ~unchanged]
+    above = int((left_out > np.median(mean[unchanged])).sum())
+    below = len(left_out) - above
     return n, (above if above > below else -below) / int(np.isfinite(mean).sum())
 
 
 def _m_values(counts: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log ratios of the groups ``(n, g)``, NaN for genes that are not counted well, and the expected counts ``(2, n, g)``.
+    """Log ratios of the groups ``(n, g)``, NaN for genes with too few counts, and the expected counts ``(2, n, g)``.
 
-    Genes are chosen by the counts of all samples: those of one sample favour genes that are high in its larger group.
+    Genes are selected by the counts of all samples: selection by one sample favours genes that are high in its larger group.
     """
     least = depth.min(0)[:, None]
     overall = counts.sum((0, 1)) / max(depth.sum(), 1e-300)
     share = counts.sum(0) / np.maximum(depth.sum(0), 1e-300)[:, None]
     kept = (overall * least >= _MIN_EXPECTED) & (share * least >= 1)
     expected = share * depth[..., None]
-    # The median of counts is a sixth below their mean.
+    # The median of Poisson counts is about 1/6 below their mean.
     above, below = np.log((counts + 1 / 6) / np.where(kept, expected, 1))
     return np.where(kept, above - below, np.nan), expected
 
 
-def _inside(values: np.ndarray, trim: float) -> np.ndarray:
+def _untrimmed(values: np.ndarray, trim: float) -> np.ndarray:
+    """Mask of the values that remain after trimming a share of them at both ends."""
     low, high = np.quantile(values, [trim, 1 - trim])
     return (values >= low) & (values <= high)
 
 
 def overdispersion(sums: CountSums) -> np.ndarray:
-    """Variance of a gene over spots beyond counting, in units of its squared mean, ``(g,)``: moments, over all groups."""
+    """Variance ``(g,)`` over spots beyond counting noise, in units of the squared mean; by moments over all groups."""
     with np.errstate(divide="ignore", invalid="ignore"):
         rate = np.where(sums.depth[..., None] > 0, sums.counts / sums.depth[..., None], 0)
-    about = sums.squares - 2 * rate * sums.by_depth + rate**2 * sums.depth_squares[..., None]
-    about = about * (sums.spots / np.maximum(sums.spots - 1, 1))[..., None]
+    residual_squares = sums.squares - 2 * rate * sums.by_depth + rate**2 * sums.depth_squares[..., None]
+    residual_squares = residual_squares * (sums.spots / np.maximum(sums.spots - 1, 1))[..., None]
     mean = (rate**2 * sums.depth_squares[..., None]).sum((0, 1))
-    excess = (about - sums.counts).sum((0, 1))
+    excess = (residual_squares - sums.counts).sum((0, 1))
     return np.where(mean > 0, np.maximum(excess, 0) / np.maximum(mean, 1e-300), 0)
 
 
 def variance_components(
     differences: np.ndarray, sampling: np.ndarray, used: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Fit var(difference) = τ² + c sampling to all genes, c at least 1, without the noisiest twentieth of the genes."""
+    """Fit var(difference) = τ² + c sampling, with c at least 1, to all genes except the 5 % with the largest residuals."""
     trusted = np.isfinite(sampling) if used is None else used & np.isfinite(sampling)
     trusted = trusted & (trusted.sum(0) >= 2)
     if not trusted.any():
@@ -263,7 +269,7 @@ def variance_components(
         square = np.square(differences - (weight * differences).sum(0) / total)
         mean = (weight * square).sum(0) / np.maximum(trusted.sum(0) - 1, 1)
         kept = trusted & (mean <= np.quantile(mean[trusted.any(0)], _KEPT))
-        # A residual has lost what the mean has taken, and the genes that are kept are the quieter ones.
+        # Correct for the fitted mean, and for keeping only the genes with small residuals.
         target, w = square / remaining + 1 / total, kept / np.square(variance)
         s = np.where(kept, sampling, 0)
         a, b, c = w.sum(), (w * s).sum(), (w * s * s).sum()

@@ -1,13 +1,13 @@
-"""Scores of spatial domains: agreement of two label maps, coherence of one, clusters matched to domains."""
+"""Scores of spatial domains: agreement of two label maps, coherence of one map, and matching of clusters to domains."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Scores of :func:`agreement`, by scikit-learn's names.
+#: Scores of :func:`agreement`.
 AGREEMENT = ("ari", "nmi", "ami", "homogeneity", "completeness")
 
-#: Spots that :func:`silhouette` looks at.
+#: Largest number of spots in :func:`silhouette`.
 MAX_SILHOUETTE = 10_000
 
 
@@ -33,9 +33,9 @@ def agreement(domains: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
 
 
 def silhouette(features: np.ndarray, domains: np.ndarray) -> float:
-    """Mean silhouette of given domains in a space ``(n, k)``, by scikit-learn; NaN where it is not defined.
+    """Mean silhouette (scikit-learn) of domains in a feature space ``(n, k)``; NaN if it is not defined.
 
-    Of more than 10,000 spots it is that of 10,000 random ones: its cost goes with their square.
+    With more than 10,000 spots, 10,000 random spots are used: the cost is quadratic.
     """
     from sklearn.metrics import silhouette_score
 
@@ -49,10 +49,10 @@ def silhouette(features: np.ndarray, domains: np.ndarray) -> float:
 
 
 def chaos(xy: np.ndarray, labels: np.ndarray) -> float:
-    """Spatial chaos score: mean distance of a spot to the nearest spot of its own label, in pitches; lower is coherent.
+    """Spatial chaos score: mean distance of a spot to the nearest spot with the same label, in pitches; lower is more coherent.
 
-    As in SpatialPCA (Shang & Zhou, Nat Commun 13, 2022, 7203), but coordinates are divided by the pitch, not
-    standardised by axis, so that sections compare and 1 is the least on a lattice. Labels of a single spot are left
+    As in SpatialPCA (Shang & Zhou, Nat Commun 13, 2022, 7203), but coordinates are divided by the pitch instead of
+    standardised by axis, so sections are comparable and the minimum on a lattice is 1. Labels with a single spot are left
     out.
     """
     from scipy.spatial import cKDTree
@@ -66,7 +66,7 @@ def chaos(xy: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pas(xy: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
-    """Share of abnormal spots: more than half of their ``k`` nearest spots have another label; lower is more coherent.
+    """Share of abnormal spots, for which more than half of the ``k`` nearest spots have another label; lower is more coherent.
 
     As in SpatialPCA (Shang & Zhou, Nat Commun 13, 2022, 7203): at least six of ten.
     """
@@ -79,7 +79,7 @@ def pas(xy: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
 
 
 def match(domains: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Match each cluster to a domain, one to one, so that as many spots as possible agree (Hungarian method).
+    """Match clusters to domains one to one so that the largest number of spots agree (Hungarian method).
 
     Clusters without a domain get -1.
 
@@ -102,9 +102,9 @@ def match(domains: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 
 def enrichment_agreement(of_domains: np.ndarray, of_clusters: np.ndarray, matched: np.ndarray) -> float:
-    """Pearson correlation of squidpy's neighbourhood z-scores of domains and matched clusters; NaN below two.
+    """Pearson correlation of squidpy's neighbourhood z-scores of domains and matched clusters; NaN with fewer than two matches.
 
-    Over the upper triangle with the diagonal, finite entries.
+    Over the finite entries of the upper triangle, with the diagonal.
     """
     clusters = np.flatnonzero(matched >= 0)
     domains = matched[clusters]

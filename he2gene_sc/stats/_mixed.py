@@ -1,4 +1,4 @@
-"""Linear mixed model of sample × group means with a random intercept a sample."""
+"""Linear mixed model of sample × group means with a random intercept per sample."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def mixed_model(
     *,
     level: float = 0.95,
 ) -> SampleTest:
-    """Fit statsmodels' ``MixedLM`` by REML to the means ``(m, g)`` of two groups in each sample, gene by gene.
+    """Fit statsmodels' ``MixedLM`` by REML to the means ``(m, g)`` of two groups in each sample, for every gene.
 
-    y = b0 + b1 group + b2 covariates + u(sample) + e. The result is of b1, with the standard error of generalised
-    least squares and ``m - samples - 1 - c`` degrees of freedom: the normal reference rejects too often with few
-    samples. Without covariates and with both groups everywhere it is the paired t test, unless samples differ less
-    than by chance.
+    y = b0 + b1 group + b2 covariates + u(sample) + e. The test is of b1, with the standard error of generalised
+    least squares and ``m - samples - 1 - c`` degrees of freedom, since a normal test rejects too often with few
+    samples. Without covariates and with both groups in all samples it equals the paired t test, unless samples differ
+    less than by chance.
     """
     values, group = np.asarray(values, np.float64), np.asarray(group, bool)
     codes = np.unique(sample, return_inverse=True)[1]
@@ -30,20 +30,21 @@ def mixed_model(
     more = (more - more.mean(0)) / np.where(more.std(0) > 0, more.std(0), 1)
     design = np.column_stack([np.ones(len(group)), group, more])
     if np.linalg.matrix_rank(design) < design.shape[1]:
-        raise ValueError("`covariates` are constant, or one follows from the others and the group; leave it out")
+        raise ValueError("`covariates`: one is constant or a combination of the others and the group; leave it out")
     df = len(group) - (codes.max() + 1) - 1 - more.shape[1]
     if df < 1:
         raise ValueError(
-            f"`covariates`: {len(group)} means of {codes.max() + 1} samples leave {df} degrees of freedom for the group"
+            f"`covariates`: {len(group)} means of {codes.max() + 1} samples leave {df} degrees of freedom for the group; leave "
+            "covariates out, or pass more samples"
         )
     fits = np.array([_fit(column, design, codes, group) for column in values.T]).reshape(-1, 2)
     return t_test(fits[:, 0], fits[:, 1], df, level)
 
 
 def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray) -> tuple[float, float]:
-    """Effect of the group and its generalised least squares standard error; 0 and 0 for a constant gene.
+    """Effect of the group and its standard error by generalised least squares; both are 0 for a constant gene.
 
-    The observed Hessian of statsmodels is NaN or off by two where samples hardly vary in an unbalanced design.
+    The error from the Hessian of statsmodels is NaN or wrong by a factor of two if samples hardly vary in an unbalanced design.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
 
@@ -57,21 +58,21 @@ def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray
         fe_params=np.zeros(design.shape[1]), cov_re=np.array([[_ratio(rest, codes, group)]])
     )
     with warnings.catch_warnings():
-        # A sample variance of 0 is a fair estimate, which statsmodels warns of for every gene.
+        # statsmodels warns of a variance of 0 between samples, but it is a valid estimate.
         warnings.simplefilter("ignore")
         try:
             fit = model.fit(reml=True, method="lbfgs", start_params=start)
         except np.linalg.LinAlgError:
-            # The gradient leads lbfgs to infinite variances where samples do not differ; Powell's method needs none.
+            # If samples do not differ, lbfgs diverges; Powell's method does not use the gradient.
             fit = model.fit(reml=True, method="powell")
-    of_sample = (codes[:, None] == np.arange(codes.max() + 1)).astype(float)
-    covariance = np.eye(len(y)) + fit.cov_re[0, 0] / fit.scale * of_sample @ of_sample.T
+    indicators = (codes[:, None] == np.arange(codes.max() + 1)).astype(float)
+    covariance = np.eye(len(y)) + fit.cov_re[0, 0] / fit.scale * indicators @ indicators.T
     error = np.sqrt(fit.scale * np.linalg.inv(design.T @ np.linalg.solve(covariance, design))[1, 1])
     return float(fit.fe_params[1] * scale), float(error * scale)
 
 
 def _ratio(y: np.ndarray, codes: np.ndarray, group: np.ndarray) -> float:
-    """Variance between samples over that within, by moments: where the search starts."""
+    """Ratio of the variance between samples to that within, by moments; start value of the fit."""
     pairs = np.full((codes.max() + 1, 2), np.nan)
     pairs[codes, group.astype(int)] = y
     pairs = pairs[np.isfinite(pairs).all(1)]

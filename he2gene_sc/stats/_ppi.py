@@ -1,4 +1,4 @@
-"""Prediction-powered inference of a mean: few samples measured, many predicted."""
+"""Prediction-powered inference of a mean from few measured and many predicted samples."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 from ._pseudobulk import SampleTest, t_test
 
-#: Measured samples from which p-values hold: with fewer, small ones come up to 20 times as often as they should.
+#: Fewest measured samples for p-values: with fewer, small p-values are up to 20 times too frequent.
 MIN_PVALUES = 8
 
 
 @dataclass(frozen=True)
 class PredictionPowered(SampleTest):
-    """A :class:`SampleTest` and the weight ``(g,)`` that the predictions got, from 0."""
+    """A :class:`SampleTest` with the weight ``(g,)`` of the predictions, at least 0."""
 
     weight: np.ndarray
 
@@ -22,25 +22,28 @@ class PredictionPowered(SampleTest):
 def prediction_powered_mean(
     measured: np.ndarray, predicted: np.ndarray, predicted_only: np.ndarray, *, level: float = 0.95
 ) -> PredictionPowered:
-    """Estimate the mean of a measurement Y ``(n, g)``, helped by predictions F ``(N, g)`` of samples not measured.
+    """Estimate the mean of a measurement Y ``(n, g)`` with the help of predictions F ``(N, g)`` of other samples.
 
     θ = λ mean(F) + mean(Y - λ f), with predictions f of the measured samples (Angelopoulos et al., Science 2023). λ
     = cov(Y, f) / ((1 + n / N) var(f)), at least 0, minimises the variance (PPI++, Angelopoulos, Duchi and Zrnic
-    2023, example 6.1). So a useless predictor is left out, a constant bias cancels, and shrunken predictions weigh
+    2023, example 6.1). A useless predictor gets weight 0, a constant bias cancels, and shrunken predictions get a weight
     above 1.
 
-    Variance λ² var(F) / N + var(Y - λ f) / n, with n - 2 degrees of freedom of the second part (Welch and
-    Satterthwaite). P-values are NaN below eight measured samples; intervals hold from three on. Valid if measured
-    samples are drawn as the others are, and the predictor saw none of them in training.
+    The variance is λ² var(F) / N + var(Y - λ f) / n, with n - 2 degrees of freedom of the second part (Welch and
+    Satterthwaite). P-values are NaN with fewer than eight measured samples; intervals are valid from three samples on. The
+    test assumes that measured samples are drawn like the others and were not in the training data of the predictor.
     """
     y, f, more = (np.asarray(values, np.float64) for values in (measured, predicted, predicted_only))
     if y.shape != f.shape or y.shape[1:] != more.shape[1:]:
-        raise ValueError(f"`measured` {y.shape}, `predicted` {f.shape}, `predicted_only` {more.shape} do not fit")
+        raise ValueError(
+            f"`measured` {y.shape}, `predicted` {f.shape} and `predicted_only` {more.shape} have different shapes; (n, g), (n, g) and "
+            "(N, g) are needed"
+        )
     n, n_more = len(y), len(more)
     if n < 3 or n_more < 2:
-        raise ValueError(f"{n} measured and {n_more} predicted samples; at least 3 and 2 are needed")
+        raise ValueError(f"`measured`: {n} measured and {n_more} predicted samples; at least 3 and 2 are needed")
     yc, fc, mc = y - y.mean(0), f - f.mean(0), more - more.mean(0)
-    # Both sets are drawn alike, so the variance of the predictions is taken from all of them.
+    # Both sets are from one population, so the variance of the predictions is estimated from all samples.
     variance = ((fc**2).sum(0) + (mc**2).sum(0)) / (n + n_more - 2)
     covariance = (yc * fc).sum(0) / (n - 1)
     varies = variance > 1e-24

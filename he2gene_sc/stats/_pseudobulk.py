@@ -1,4 +1,4 @@
-"""Differences paired by sample: t tests with plain or moderated variances."""
+"""T tests of differences paired by sample, with plain or moderated variances."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 if TYPE_CHECKING:
     from ._prior import VariancePrior
 
-#: Genes from which a spline of so many terms (those of limma) is fitted.
+#: Fewest genes to fit a spline, and its number of terms (as in limma).
 _MIN_SPLINE, _TERMS = 200, 4
 
 
 @dataclass(frozen=True)
 class SampleTest:
-    """A test of every gene whose statistical unit is the sample; all arrays are ``(g,)`` float64."""
+    """Test of every gene with the sample as the statistical unit; all arrays are ``(g,)`` float64."""
 
     effect: np.ndarray
     ci_low: np.ndarray
@@ -27,7 +27,7 @@ class SampleTest:
 
 
 def t_test(effect: np.ndarray, error: np.ndarray, df: float | np.ndarray, level: float = 0.95) -> SampleTest:
-    """Two-sided t test of ``effect / error`` and its interval; NaN where the error is 0 or NaN."""
+    """Two-sided t test of ``effect / error`` with its interval; NaN if the error is 0 or NaN."""
     from scipy import stats
 
     effect, error = np.asarray(effect, np.float64), np.asarray(error, np.float64)
@@ -47,14 +47,14 @@ def squeeze_variance(
     alike: np.ndarray | None = None,
     reliable: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float | np.ndarray, float]:
-    """Empirical Bayes: draw variances ``(g,)`` to those of genes alike; posterior, prior variance s0² and its df d0.
+    """Shrink variances ``(g,)`` to those of similar genes by empirical Bayes: posterior, prior variance s0² and its df d0.
 
     Variances follow s0² F(df, d0), fitted to the mean and variance of their logarithms (Smyth, Stat Appl Genet Mol
-    Biol 2004, section 6.2; limma's ``fitFDist``). With ``alike``, log s0² is a natural cubic spline of its
-    logarithm, as by limma's ``trend`` (Law et al., Genome Biol 2014); with fewer than 200 genes, where the spline
-    costs size, s0² is a multiple of ``alike`` or one number, whichever leaves less. d0 is infinite where genes
-    differ by chance, 0 for a single gene. The fit is to ``reliable`` genes, a mask; beyond their range of ``alike``, s0² goes
-    with it.
+    Biol 2004, section 6.2; limma's ``fitFDist``). With ``alike``, the expected variance of each gene, log s0² is a natural
+    cubic spline of its logarithm, like limma's ``trend`` (Law et al., Genome Biol 2014). With fewer than 200 genes, where a
+    spline would inflate the error rate, s0² is a multiple of ``alike`` or a constant, whichever fits better. d0 is infinite if
+    variances differ only by chance, 0 for a single gene. The fit uses ``reliable`` genes (a mask); outside their range, s0² is
+    proportional to ``alike``.
     """
     from scipy import special
 
@@ -62,13 +62,13 @@ def squeeze_variance(
     _check_alike(alike, len(variances))
     if len(variances) < 2:
         return variances.copy(), float(variances.mean()) if len(variances) else 0.0, 0.0
-    # As limma does: zeros would have infinite logarithms.
+    # As in limma, since zeros would have infinite logarithms.
     middle = np.median(variances)
     logs = np.log(np.maximum(variances, 1e-5 * (middle if middle > 0 else 1.0)))
     df = np.broadcast_to(np.asarray(df, np.float64), variances.shape)
     shifted = logs - special.digamma(df / 2) + np.log(df / 2)
     used = np.ones(len(logs), bool) if reliable is None or reliable.sum() < 2 else reliable
-    expected, n_free = _expected(shifted, alike, used)
+    expected, n_free = _expected_logs(shifted, alike, used)
     spread = np.square(shifted - expected)[used].sum() / n_free - np.mean(special.polygamma(1, df[used] / 2))
     if spread <= 0:
         prior = np.exp(expected)
@@ -82,11 +82,11 @@ def _check_alike(alike: np.ndarray | None, n: int) -> None:
     if alike is not None and not (
         np.shape(alike) == (n,) and np.isfinite(alike).all() and (np.asarray(alike) > 0).all()
     ):
-        raise ValueError(f"`alike` must be {n} positive numbers, one a gene, found shape {np.shape(alike)}")
+        raise ValueError(f"`alike` must be {n} positive numbers, one per gene, found shape {np.shape(alike)}")
 
 
-def _expected(logs: np.ndarray, alike: np.ndarray | None, used: np.ndarray) -> tuple[float | np.ndarray, int]:
-    """Return what is expected of logarithms of variances, and the degrees of freedom that the genes in use leave."""
+def _expected_logs(logs: np.ndarray, alike: np.ndarray | None, used: np.ndarray) -> tuple[float | np.ndarray, int]:
+    """Return the expected logarithms of variances, and the residual degrees of freedom of the genes in the fit."""
     n = int(used.sum())
     if alike is None:
         return float(logs[used].mean()), n - 1
@@ -138,11 +138,11 @@ def paired_moderated_t(
     """Moderated t test of differences ``(n, g)`` between two groups, paired by sample.
 
     The effect is the coefficient of ``column`` of ``design`` ``(n, p)``, by default the (weighted) mean. Degrees of
-    freedom are d0 and those of the residuals, at most those of all genes (limma's ``eBayes``). ``moderate=False``
-    is the plain paired t; ``alike`` is that of :func:`squeeze_variance`, ``weights`` are inverse variances,
-    ``robust`` gives hypervariable genes their :func:`hypervariable_prior`; effects up to ``minimum`` belong to the
-    null (McCarthy and Smyth, Bioinformatics 2009). Priors are fitted to ``reliable`` genes. ``least`` ``(n, g)`` are variances
-    that differences cannot be below, such as those of counting.
+    freedom are d0 plus those of the residuals, at most those of all genes together (limma's ``eBayes``). ``moderate=False``
+    is the plain paired t test; ``alike`` is as in :func:`squeeze_variance`; ``weights`` are inverse variances;
+    ``robust`` uses :func:`hypervariable_prior`; effects up to ``minimum`` belong to the
+    null (McCarthy and Smyth, Bioinformatics 2009). Priors are fitted to ``reliable`` genes. ``least`` ``(n, g)`` are lower bounds
+    of the variances of the differences, such as those of counting.
     """
     from ._prior import VariancePrior, hypervariable_prior
 
@@ -155,14 +155,14 @@ def paired_moderated_t(
     tested = df > 0
     prior = VariancePrior(variances, 0.0, np.zeros(len(effect)))
     if moderate and tested.any():
-        found = squeeze_variance(
+        _, prior_variance, d0 = squeeze_variance(
             variances[tested], df[tested], *(None if a is None else np.asarray(a)[tested] for a in (alike, reliable))
         )
         scale = np.full(len(effect), np.nan)
-        scale[tested] = found[1]
-        prior = VariancePrior(scale, found[2], np.zeros(len(effect)))
-        if robust and found[2] > 0:
-            prior = hypervariable_prior(variances, df, scale, found[2], reliable)
+        scale[tested] = prior_variance
+        prior = VariancePrior(scale, d0, np.zeros(len(effect)))
+        if robust and d0 > 0:
+            prior = hypervariable_prior(variances, df, scale, d0, reliable)
     floor = np.zeros(len(effect))
     if least is not None and weights is not None:
         shares = weights / np.maximum(weights.max(0), 1e-300)
@@ -173,24 +173,26 @@ def paired_moderated_t(
 def weighted_fit(
     values: np.ndarray, design: np.ndarray | None = None, column: int = 0, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weighted least squares by gene: coefficient of the column, its error at variance 1, residual variance and its df.
+    """Weighted least squares for every gene: coefficient of the column, its error at unit variance, residual variance and its df.
 
-    NaN and 0 where too few samples have a weight.
+    NaN, and df 0, if too few samples have a weight.
     """
     n, g = values.shape
     columns = np.ones((n, 1)) if design is None else np.asarray(design, np.float64)
     p = columns.shape[1]
-    # The unit of a column must not matter.
+    # Scale the columns, so that their units do not affect the rank.
     scale = np.abs(columns).max(0, initial=0)
     scale[scale == 0] = 1
     columns = columns / scale
     if n <= p or np.linalg.matrix_rank(columns) < p:
-        raise ValueError(f"{n} samples do not tell {p} coefficients apart; at least {p + 1} that differ are needed")
+        raise ValueError(
+            f"`design`: {p} coefficients cannot be estimated from {n} samples; at least {p + 1} different samples are needed"
+        )
     weights = np.ones((n, 1)) if weights is None else np.asarray(weights, np.float64).reshape(n, -1)
     weights = np.broadcast_to(weights / np.maximum(weights.max(0), 1e-300), (n, g))
     df = np.maximum((weights > 0).sum(0) - p, 0).astype(np.float64)
     information = np.einsum("ni,ng,nj->gij", columns, weights, columns, optimize=True)
-    # Samples of weight 0 can leave columns of a gene that follow from each other.
+    # Without the samples of weight 0, columns can become linearly dependent.
     df[np.linalg.cond(information) > 1e12] = 0
     information[df == 0] = np.eye(p)
     inverse = np.linalg.inv(information)
@@ -213,10 +215,10 @@ def predictive_t(
     minimum: float = 0.0,
     least: np.ndarray | float = 0.0,
 ) -> SampleTest:
-    """T test with the posterior of the variance, at least ``least``; of two kinds of genes the mean of both tests."""
+    """T test with the posterior variance, at least ``least``; for two kinds of genes, the weighted mean of both tests."""
     from scipy import stats
 
-    # limma: no more degrees of freedom than all genes have together.
+    # As in limma: at most the degrees of freedom of all genes together.
     total = np.minimum(prior.d0 + df, df.sum())
     kinds = [(1 - prior.outlier, prior.scale)]
     if prior.outlier.any():
@@ -232,26 +234,27 @@ def predictive_t(
     error = np.sqrt(sum(share * np.square(e) for share, e in zip(shares, errors, strict=True)))
     size = np.abs(effect)
 
-    def beyond(distance: np.ndarray) -> np.ndarray:
+    def tail(distance: np.ndarray) -> np.ndarray:
         tails = (share * stats.t.sf(distance / e, total) for share, e in zip(shares, errors, strict=True))
         return sum(tails, start=np.zeros(len(effect)))
 
-    pvalues = np.minimum(beyond(size - minimum) + beyond(size + minimum), 1.0)
+    pvalues = np.minimum(tail(size - minimum) + tail(size + minimum), 1.0)
     low, high = (np.full(len(effect), 0.0), stats.t.ppf(0.5 + level / 2, total) * np.fmax.reduce(errors))
     for _ in range(60 if len(kinds) > 1 else 0):
         middle = (low + high) / 2
-        inside = beyond(middle) > 0.5 - level / 2
+        inside = tail(middle) > 0.5 - level / 2
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
     scores = np.sign(effect) * np.maximum(size - minimum, 0) / error
     return SampleTest(effect, effect - high, effect + high, scores, pvalues, np.asarray(total, np.float64))
 
 
 def depth_followed(raw: np.ndarray, adjustment: np.ndarray, spot_variance: np.ndarray) -> tuple[float, float]:
-    """Share of an adjustment for depth that the differences of samples show, and how large its error would be without it.
+    """Share of an adjustment for depth that the differences of samples confirm, and the size of the wrong part of the adjustment.
 
-    ``raw`` and ``adjustment`` are ``(n, g)``: differences of means, and what the slopes within groups make of depth. The share is the
-    least-squares multiple over all genes, the sample of one never meeting its own slope, so that errors of slopes do not lower it.
-    The second is the mean square of what would be adjusted wrongly over the squared standard error. NaN below three samples.
+    ``raw`` and ``adjustment`` are ``(n, g)``: differences of means, and their part that the slopes within groups predict from depth.
+    The share is the least-squares factor over all genes. The difference of a sample is only multiplied by adjustments of other
+    samples, so errors of slopes do not lower the share. The size is the mean square of the wrong part of the adjustment, divided
+    by the squared standard error. NaN with fewer than three samples.
     """
     n = len(raw)
     if n < 3:

@@ -1,4 +1,4 @@
-"""Scores of gene sets at spots, from sums over blocks of genes, and their noise ceiling."""
+"""Scores of gene sets at spots, computed from sums over blocks of genes, and their noise ceiling."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import scipy.sparse
 
 from ._accuracy import log_normalise, pearson
 
-#: Values of a block of spots, and halvings of the counts for a ceiling, as many as of the genes of a model.
+#: Values per block of spots, and number of random splits of the counts for a ceiling (as for genes in training).
 _BLOCK, _SPLITS = 2**22, 2
-#: Below which a score is not told from 1 or -1.
+#: Added to 1 - r and 1 + r, so that a correlation of 1 or -1 has a finite score.
 _TINY = 1e-16
 
 
 class SetScores:
-    """t of the slope of the expression of a spot on the weights of each set, over all genes.
+    """t-values of the slope of expression on the weights of each set, over all genes, for every spot.
 
-    decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022), for which sums over genes are enough.
+    Equals decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022), but needs only sums over genes.
     """
 
     def __init__(self, weights: np.ndarray, used: np.ndarray | None = None):
@@ -33,7 +33,7 @@ class SetScores:
         return self
 
     def t(self) -> np.ndarray:
-        """Scores ``(n, sets)``; 0 for a spot whose genes are all alike."""
+        """Scores ``(n, sets)``; 0 for a spot whose genes all have the same value."""
         weights = self._weights[self._used]
         n, mean = len(weights), weights.mean(0)
         total, squares, product = self._sums
@@ -51,14 +51,14 @@ def set_ceiling(
     rng: np.random.Generator,
     used: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Noise ceiling ``(sets,)`` of scores by binomial halves of the counts of one section, as of :func:`noise_ceiling`.
+    """Noise ceiling ``(sets,)`` of scores from binomial halves of the counts of one section, as in :func:`noise_ceiling`.
 
-    ``columns`` are the genes of ``weights`` ``(g, sets)``; other counts belong to the totals.
+    ``columns`` are the genes of ``weights`` ``(g, sets)``; all other genes only count in the total counts.
     """
     counts = scipy.sparse.csr_array(counts)
     whole = np.rint(counts.data).astype(np.int64)
     step = max(1, _BLOCK // counts.shape[1])
-    found = []
+    correlations = []
     for _ in range(_SPLITS):
         half = rng.binomial(whole, 0.5)
         parts = [
@@ -73,6 +73,6 @@ def set_ceiling(
             )
             for part in parts
         ]
-        found.append(np.nan_to_num(pearson(*scores)))
-    r = np.clip(np.mean(found, axis=0), 0, 1)
+        correlations.append(np.nan_to_num(pearson(*scores)))
+    r = np.clip(np.mean(correlations, axis=0), 0, 1)
     return np.sqrt(2 * r / (1 + r))

@@ -1,4 +1,4 @@
-"""A test of two label maps on the same spots whose null keeps the spatial autocorrelation of both."""
+"""Shift test of two label maps on the same spots; the null preserves the spatial autocorrelation of both."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: A shifted spot is the spot that it falls on, where one lies within this many pitches: a lattice that is 10 % askew
-#: still meets itself, and half a lattice step is no meeting.
-_MEETS = 0.6
-#: Least share of the spots that a shift must leave on a spot. With less, layers and large compact domains that know
-#: nothing of each other were called too often (tried at 0.5 and 0.6).
+#: Largest distance, in pitches, between a shifted spot and the spot that it is matched to: tolerates a lattice that is skewed by
+#: 10 %, but not a shift by half a step.
+_MAX_DISTANCE = 0.6
+#: Least share of the spots that a shift must move onto other spots. With 0.5 and 0.6, the test rejected too often for independent
+#: layers and large compact domains.
 MIN_OVERLAP = 0.7
-#: Spots that a shift is tried on first: so many of them miss all others by chance under one shift in 10¹¹ that is admissible.
+#: Number of spots to test a shift first, and tolerance of the overlap: an admissible shift is rejected with probability 10⁻¹¹.
 _PROBES, _SLACK = 250, 0.2
 
 
@@ -23,18 +23,18 @@ class ShiftTest:
     """Result of :func:`shift_test`."""
 
     observed: float  # adjusted Rand index, mean over clusterings
-    null: np.ndarray  # (m,) of each shift, over spots that meet a spot
-    p_value: float  # (b + 1) / (m + 1), b shifts not below observed
+    null: np.ndarray  # (m,) index of each shift, over the matched spots
+    p_value: float  # (b + 1) / (m + 1), with b shifts not below observed
 
 
 def admissible_shifts(
     xy: np.ndarray, *, min_overlap: float = MIN_OVERLAP, n_max: int | None = None, seed: int = 0
 ) -> np.ndarray:
-    """Shifts ``(m, n)`` of the spots onto each other, with and without half a turn, that most spots survive.
+    """Shifts ``(m, n)`` of the spots onto each other, with and without a half turn, that match most spots.
 
-    The spot that each falls on, -1 where none. Shifts are differences between the most central spot and all others,
-    and their negatives, as they are and after half a turn about it; equal ones, and the one that moves nothing, are
-    left out.
+    Each row holds the spot that each spot is moved to, -1 without a match. Shifts are the differences between the most
+    central spot and all others, and their negatives, with and without a half turn about this spot. Duplicates and the
+    identity are left out.
 
     Examples
     --------
@@ -53,11 +53,11 @@ def admissible_shifts(
     xy = xy / np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
     tree = cKDTree(xy)
     centre = xy[tree.query(xy.mean(0))[1]]
-    vectors = _apart(np.vstack([xy - centre, centre - xy]))
+    vectors = _drop_close(np.vstack([xy - centre, centre - xy]))
     moves = [(turned, vector) for turned in (False, True) for vector in vectors]
     if n_max is not None:
         moves = [moves[i] for i in np.random.default_rng(seed).permutation(len(moves))]
-    # Of a large slide without a lattice every shift would be tried on all spots.
+    # On a large slide without a lattice, testing every shift on all spots would be slow.
     probes = xy if len(xy) <= 4 * _PROBES else np.random.default_rng(0).choice(xy, _PROBES, replace=False)
     found = np.empty((len(moves) if n_max is None else min(n_max, len(moves)), len(xy)), np.int32)
     seen: set[bytes] = set()
@@ -65,13 +65,13 @@ def admissible_shifts(
     for turned, vector in moves:
         if len(probes) < len(xy):
             moved = (2 * centre - probes if turned else probes) + vector
-            meets = np.isfinite(tree.query(moved, distance_upper_bound=_MEETS)[0])
-            if meets.mean() < min_overlap - _SLACK:
+            matches = np.isfinite(tree.query(moved, distance_upper_bound=_MAX_DISTANCE)[0])
+            if matches.mean() < min_overlap - _SLACK:
                 continue
         moved = (2 * centre - xy if turned else xy) + vector
-        distance, target = tree.query(moved, distance_upper_bound=_MEETS)
+        distance, target = tree.query(moved, distance_upper_bound=_MAX_DISTANCE)
         target = np.where(np.isfinite(distance), target, -1).astype(np.int32)
-        # Rounding must not decide whether a share of exactly `min_overlap` is enough.
+        # Tolerance for rounding: a share of exactly `min_overlap` is enough.
         if np.count_nonzero(target >= 0) >= min_overlap * len(xy) - 1e-9 and not np.array_equal(target, still):
             key = hashlib.blake2b(target.tobytes(), digest_size=16).digest()
             if key not in seen:
@@ -82,8 +82,8 @@ def admissible_shifts(
     return found[: len(seen)]
 
 
-def _apart(vectors: np.ndarray) -> np.ndarray:
-    """Shortest first, without those that lie within half a pitch of one that is kept."""
+def _drop_close(vectors: np.ndarray) -> np.ndarray:
+    """Sort vectors by length, and drop those within half a pitch of a shorter one that is kept."""
     from scipy.spatial import cKDTree
 
     vectors = vectors[np.argsort(np.square(vectors).sum(1), kind="stable")]
@@ -96,14 +96,14 @@ def _apart(vectors: np.ndarray) -> np.ndarray:
 
 
 def shift_test(domains: Sequence[np.ndarray], clusterings: Sequence[np.ndarray], shifts: np.ndarray) -> ShiftTest:
-    """Test whether clusterings agree with domains more than the same domains shifted over the tissue would.
+    """Test whether clusterings agree with domains better than with the same domains shifted over the tissue.
 
-    Under the null the domains are a realisation of a stationary process independent of the clusterings. Shifts and
-    half turns keep their shapes and covariances; other turns and mirrors assume isotropy, which layered tissue
-    lacks. Nothing is wrapped around the border (Lotwick & Silverman 1982 do): a shifted score is that of spots that
-    still meet a spot. Fewer spots make it vary more, so the test is conservative. That is not corrected: with the
-    root of the number of spots of Mrkvička et al. (Spatial Statistics 42, 2021, 100430) large compact domains were
-    called too often (``tests/benchmarks/bench_domains.py``). A shift under which either is constant scores 0.
+    Under the null, the domains are a realisation of a stationary process independent of the clusterings. Shifts and
+    half turns preserve shapes and covariances; other rotations and mirroring assume isotropy, which layered tissue
+    does not have. Nothing is wrapped around the border (unlike Lotwick & Silverman 1982): a shifted score uses the matched
+    spots. With fewer spots it varies more, so the test is conservative. This is not corrected: the variance correction by the
+    number of spots of Mrkvička et al. (Spatial Statistics 42, 2021, 100430) rejected too often for large compact
+    domains (``tests/benchmarks/bench_domains.py``). A shift under which either map is constant scores 0.
 
     Examples
     --------
@@ -120,8 +120,8 @@ def shift_test(domains: Sequence[np.ndarray], clusterings: Sequence[np.ndarray],
     lengths = {len(labels) for labels in [*domains, *clusterings]}
     if len(domains) != len(clusterings) or lengths != {shifts.shape[1]}:
         raise ValueError(
-            f"`domains` are {len(domains)} and `clusterings` {len(clusterings)}, of {sorted(lengths)} spots, `shifts` of "
-            f"{shifts.shape[1]}; pairs of labels of the same spots are needed"
+            f"`domains` ({len(domains)}) and `clusterings` ({len(clusterings)}) of {sorted(lengths)} spots do not match `shifts` of "
+            f"{shifts.shape[1]} spots; pass pairs of labels of the same spots"
         )
     if min(labels.min() for labels in [*domains, *clusterings]) < 0:
         raise ValueError("`domains` and `clusterings` must be codes from 0; leave spots without a label out")
@@ -135,16 +135,16 @@ def shift_test(domains: Sequence[np.ndarray], clusterings: Sequence[np.ndarray],
 
 
 def _rand_index(domains: np.ndarray, clusters: np.ndarray, shifts: np.ndarray, block: int = 4_000_000) -> np.ndarray:
-    """Compare clusters and moved domains by the adjusted Rand index (Hubert & Arabie 1985), one a shift."""
+    """Compare clusters and moved domains by the adjusted Rand index (Hubert & Arabie 1985), for every shift."""
     n_domains, n_clusters = domains.max() + 1, clusters.max() + 1
     cells = n_domains * n_clusters
     step = max(1, block // len(domains))
     tables = []
     for start in range(0, len(shifts), step):
         part = shifts[start : start + step]
-        meets = part >= 0
+        matches = part >= 0
         code = domains[part] * n_clusters + clusters + np.arange(len(part))[:, None] * cells
-        tables.append(np.bincount(code[meets], minlength=len(part) * cells).reshape(-1, n_domains, n_clusters))
+        tables.append(np.bincount(code[matches], minlength=len(part) * cells).reshape(-1, n_domains, n_clusters))
     table = np.concatenate(tables).astype(float) if tables else np.zeros((0, n_domains, n_clusters))
     both, of_domains, of_clusters = (
         _pairs(t).sum(axis=tuple(range(1, t.ndim))) for t in (table, table.sum(2), table.sum(1))

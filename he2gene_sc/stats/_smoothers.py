@@ -1,4 +1,4 @@
-"""What carries values from measured spots to others: kriging and ridge, and folds that are as far as the deployment."""
+"""Prediction of values from measured spots by kriging and ridge, and cross-validation folds that match prediction distances."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 import numpy as np
 import scipy.sparse
 
-#: Known spots that one spot is kriged from: the nearest.
+#: Number of nearest known spots for kriging.
 _NEAREST = 40
-#: Folds of the cross-validation, at most.
+#: Largest number of cross-validation folds.
 _FOLDS = 10
-#: Fewest known spots that a fold leaves.
-_LEFT = 4
+#: Fewest known spots outside a fold.
+_MIN_TRAINING = 4
 
 
-def kriging(xy: np.ndarray, known: np.ndarray, reach: float, noise: float) -> scipy.sparse.csr_array:
-    """Weights ``(n, m)`` of simple kriging of mean 0, covariance ``exp(-d² / 2 reach²)`` and noise variance.
+def kriging(xy: np.ndarray, known: np.ndarray, length_scale: float, noise: float) -> scipy.sparse.csr_array:
+    """Weights ``(n, m)`` of simple kriging with mean 0, covariance ``exp(-d² / 2 length_scale²)`` and noise variance.
 
-    Each row weighs the 40 nearest known spots at most, so that memory is linear in the number of spots.
+    Each row uses at most the 40 nearest known spots, so memory is linear in the number of spots.
     """
     from scipy.spatial import cKDTree
 
@@ -30,16 +30,16 @@ def kriging(xy: np.ndarray, known: np.ndarray, reach: float, noise: float) -> sc
         near = known[columns[part]]
         between = np.square(near[:, :, None] - near[:, None]).sum(-1)
         towards = np.square(near - xy[part, None]).sum(-1)
-        covariance = np.exp(-between / (2 * reach**2)) + noise * np.eye(k)
-        weights[part] = np.linalg.solve(covariance, np.exp(-towards / (2 * reach**2))[..., None])[..., 0]
+        covariance = np.exp(-between / (2 * length_scale**2)) + noise * np.eye(k)
+        weights[part] = np.linalg.solve(covariance, np.exp(-towards / (2 * length_scale**2))[..., None])[..., 0]
     rows = np.repeat(np.arange(len(xy)), k)
     return scipy.sparse.csr_array((weights.ravel(), (rows, columns.ravel())), shape=(len(xy), len(known)))
 
 
 def ridge(embedding: np.ndarray, known: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Ridge on an embedding, as a map of values of mean 0: ``(m, g)`` at the known spots to ``(n, g)``.
+    """Ridge regression on an embedding, as a function of centred values: ``(m, g)`` at the known spots to ``(n, g)``.
 
-    The mean of ``known`` is subtracted from both; the penalty is in units of its mean squared length.
+    The mean of ``known`` is subtracted from both embeddings; the penalty is in units of its mean squared length.
     """
     mean = known.mean(0, dtype=float)
     a, b = known - mean, embedding - mean
@@ -52,10 +52,10 @@ def ridge(embedding: np.ndarray, known: np.ndarray, penalty: float) -> Callable[
 
 
 def matched_folds(xy: np.ndarray, known: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Folds ``(m,)`` of known spots that are as far from the rest as wanted spots are from the known.
+    """Folds ``(m,)`` of known spots that are as far from other folds as unknown spots are from known spots.
 
-    Random folds and k-means clusters compete; the nearest Wasserstein distance of the distances to the nearest
-    spot wins (kNNDM; Linnenbrink et al., Geosci. Model Dev. 2024).
+    Candidates are random folds and k-means clusters; the one with the smallest Wasserstein distance between the
+    distributions of nearest-spot distances is chosen (kNNDM; Linnenbrink et al., Geosci. Model Dev. 2024).
     """
     from scipy.spatial import cKDTree
     from scipy.stats import wasserstein_distance
@@ -71,8 +71,8 @@ def matched_folds(xy: np.ndarray, known: np.ndarray, *, seed: int = 0) -> np.nda
         cluster = KMeans(q, n_init=1, random_state=seed).fit_predict(at)
         order = rng.permutation(q)
         fold = order[cluster] % min(5, q)
-        # One spot left tells nothing of how they vary.
-        if n - np.bincount(fold).max() >= _LEFT:
+        # Too few training spots cannot show how spots vary.
+        if n - np.bincount(fold).max() >= _MIN_TRAINING:
             candidates.append(fold)
     real = cKDTree(at).query(xy[~known])[0]
 

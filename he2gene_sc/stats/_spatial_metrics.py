@@ -1,22 +1,22 @@
-"""How alike predicted and measured expression are as maps: autocorrelation and structure."""
+"""Similarity of predicted and measured expression as maps: autocorrelation and structure."""
 
 from __future__ import annotations
 
 import numpy as np
 import scipy.sparse
 
-from ._accuracy import centred
+from ._accuracy import centre_columns
 from ._blocks import column_blocks
 
-#: Spots up to this many pitches away are neighbours: the 8 around a spot on a square lattice, the 6 on a hexagonal one
-#: (whose next ring is at 1.73), with room for spots that lie a little off.
+#: Largest distance of neighbours in pitches: 8 neighbours on a square lattice, 6 on a hexagonal one (next ring at 1.73), with
+#: tolerance for irregular positions.
 NEIGHBOUR_PITCHES = 1.6
-#: Constants and largest window of :func:`skimage.metrics.structural_similarity`.
+#: Constants and largest window, as in :func:`skimage.metrics.structural_similarity`.
 _K1, _K2, _WINDOW = 0.01, 0.03, 7
 
 
 def neighbour_weights(xy: np.ndarray, pitch: float) -> scipy.sparse.csr_array:
-    """Weights ``(n, n)`` of spots up to 1.6 pitches away: equal parts of 1, or none without neighbours."""
+    """Weights ``(n, n)`` of neighbours up to 1.6 pitches away: equal, with row sums of 1, or 0 without neighbours."""
     from scipy.spatial import cKDTree
 
     pairs = cKDTree(xy).query_pairs(NEIGHBOUR_PITCHES * pitch, output_type="ndarray")
@@ -26,12 +26,12 @@ def neighbour_weights(xy: np.ndarray, pitch: float) -> scipy.sparse.csr_array:
 
 
 def moran(values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmatrix) -> np.ndarray:
-    """Moran's I ``(g,)`` of each column (Moran, Biometrika 1950) with the weights as they are; NaN where constant."""
+    """Moran's I ``(g,)`` of each column (Moran, Biometrika 1950) with the given weights; NaN for a constant column."""
     values = np.asarray(values)
     weights = scipy.sparse.csr_array(weights)
     result = np.empty(values.shape[1])
     for block in column_blocks(values.shape):
-        z, varies = centred(values[:, block])
+        z, varies = centre_columns(values[:, block])
         with np.errstate(invalid="ignore", divide="ignore"):
             found = len(z) / weights.sum() * np.einsum("ij,ij->j", z, weights @ z) / np.einsum("ij,ij->j", z, z)
         result[block] = np.where(varies, found, np.nan)
@@ -41,12 +41,12 @@ def moran(values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmat
 def ceiling_of_neighbours(
     values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmatrix, depth: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
-    """Lower end of the noise ceiling ``(g,)``, and what a gene without pattern seldom passes (two errors of Moran's I).
+    """Lower bound ``(g,)`` of the noise ceiling, and the value that a gene without a pattern rarely exceeds (two errors of Moran's I).
 
-    Moran's I, less its expectation without a pattern, is about the share of variance that neighbours have in common; its root
-    is the correlation that a prediction of it reaches. The mean of log-normalised counts goes with the log ``depth`` ``(n,)``,
-    which has a pattern of its own: a cubic of it is taken off ``values`` ``(n, g)``. :func:`noise_ceiling`, which takes all
-    variance beyond counting for signal, is the upper end. NaN for a constant gene.
+    Moran's I, minus its expectation without a pattern, is approximately the share of variance that neighbours have in common;
+    its root is the correlation that a prediction of this part reaches. The mean of log-normalised counts depends on the log
+    ``depth`` ``(n,)``, which has a spatial pattern too: a cubic polynomial of it is subtracted from ``values`` ``(n, g)``. The upper
+    bound is :func:`noise_ceiling`, which treats all variance beyond counting as signal. NaN for a constant gene.
     """
     values, w = np.asarray(values), scipy.sparse.csr_array(weights)
     n, total = w.shape[0], w.sum()
@@ -55,25 +55,25 @@ def ceiling_of_neighbours(
         basis = np.vander((depth - depth.mean()) / np.std(depth), 4)
     left, sizes, _ = np.linalg.svd(basis, full_matrices=False)
     basis = left[:, sizes > 1e-6 * sizes[0]]
-    # Moran's I that residuals of independent values have (Cliff and Ord, Spatial Processes, 1981).
+    # Expectation of Moran's I for residuals of independent values (Cliff and Ord, Spatial Processes, 1981).
     expected = -n / max(total * (n - basis.shape[1]), 1e-300) * np.einsum("ij,ij->", basis, w @ basis)
-    found = np.empty(values.shape[1])
+    observed = np.empty(values.shape[1])
     for block in column_blocks(values.shape):
-        rest = np.asarray(values[:, block], np.float64)
-        varies = centred(rest)[1]
-        found[block] = np.where(varies, moran(rest - basis @ (basis.T @ rest), w), np.nan)
+        part = np.asarray(values[:, block], np.float64)
+        varies = centre_columns(part)[1]
+        observed[block] = np.where(varies, moran(part - basis @ (basis.T @ part), w), np.nan)
     both = w + w.T
     error = np.sqrt(0.5 * both.multiply(both).sum()) / total if total > 0 else np.inf
-    return np.sqrt(np.clip(found - expected, 0, 1)), float(np.sqrt(min(2 * error, 1.0)))
+    return np.sqrt(np.clip(observed - expected, 0, 1)), float(np.sqrt(min(2 * error, 1.0)))
 
 
 def ssim_on_grid(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Structural similarity ``(g,)`` of two maps of each gene, with spots as the pixels; NaN where either is constant.
+    """Structural similarity ``(g,)`` of two maps of each gene, with spots as pixels; NaN if either is constant.
 
-    Wang et al., IEEE Trans Image Process 2004, as in scikit-image, over the spots in squares of 7 × 7 cells (or the
-    largest odd side with room); averaged where a square holds as many spots as it is wide. The range is that of
-    both maps. ``rows`` and ``columns`` are whole numbers; hexagonal rows are pushed together, and spots that share
-    a cell averaged.
+    Wang et al., IEEE Trans Image Process 2004, as in scikit-image, over the spots in windows of 7 × 7 cells (or the
+    largest odd size that fits), averaged over windows with at least as many spots as their width. The range is that of
+    both maps. ``rows`` and ``columns`` are whole numbers; hexagonal rows are compressed to a square grid, and spots in the
+    same cell are averaged.
     """
     a, b = np.asarray(a), np.asarray(b)
     cell, shape = _cells(np.asarray(rows), np.asarray(columns))
@@ -87,21 +87,21 @@ def ssim_on_grid(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.nda
     spread = scipy.sparse.csr_array((1.0 / filled[cell], (cell, np.arange(len(cell)))), shape=(n_cells, len(cell)))
     mask = (filled > 0).reshape(shape).astype(float)
     n_in_window = np.rint(_box_sum(mask[None], side))[0]
-    judged = (mask > 0) & (n_in_window >= side)
-    if not judged.any():
+    scored = (mask > 0) & (n_in_window >= side)
+    if not scored.any():
         return result
     for block in column_blocks((n_cells, a.shape[1])):
         x, y = (np.asarray(v[:, block], np.float64) for v in (a, b))
-        varies = centred(x)[1] & centred(y)[1]
+        varies = centre_columns(x)[1] & centre_columns(y)[1]
         spread_x, spread_y = ((spread @ v).T.reshape(-1, *shape) for v in (x, y))
         span = np.maximum(x.max(0), y.max(0)) - np.minimum(x.min(0), y.min(0))
         found = _similarity(spread_x, spread_y, span[:, None, None], np.maximum(n_in_window, 2), side)
-        result[block] = np.where(varies, found[:, judged].mean(1), np.nan)
+        result[block] = np.where(varies, found[:, scored].mean(1), np.nan)
     return result
 
 
 def _similarity(x: np.ndarray, y: np.ndarray, span: np.ndarray, n: np.ndarray, side: int) -> np.ndarray:
-    """SSIM of each cell, ``(g, h, w)``, from maps that are 0 where there is no spot."""
+    """SSIM of each cell, ``(g, h, w)``, from maps that are 0 in cells without spots."""
     mean_x, mean_y = _box_sum(x, side) / n, _box_sum(y, side) / n
     rest = n / (n - 1)
     var_x = rest * (_box_sum(x * x, side) / n - mean_x * mean_x)
@@ -120,7 +120,7 @@ def _box_sum(maps: np.ndarray, side: int) -> np.ndarray:
 
 
 def _cells(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """Flat cell of each spot and the shape of the grid."""
+    """Flat index of the cell of each spot, and the shape of the grid."""
     rows, columns = rows - rows.min(), columns - columns.min()
     if len(rows) > 1 and len(np.unique((rows + columns) % 2)) == 1 and columns.max() > 1:
         columns = columns // 2

@@ -1,4 +1,4 @@
-"""What the spatial test needs of the values of all genes: effects, and contrasts that hold nothing of the effect."""
+"""Sufficient statistics of the spatial test for all genes: effects, and residual contrasts independent of the effect."""
 
 from __future__ import annotations
 
@@ -10,60 +10,61 @@ import numpy as np
 from ._blocks import column_blocks
 from ._covariance import Blocks
 
-#: Genes that are worked on together, and numbers, so that many spots take no more memory.
+#: Largest number of genes per chunk, and of values, which limits memory with many spots.
 CHUNK, _NUMBERS = 1024, 2**23
-#: SD within groups, of all, that a covariate must have beyond the others.
-_VARIES = 1e-6
+#: Least SD of a covariate within groups that other covariates do not explain, relative to its total SD.
+_MIN_SD = 1e-6
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What the test needs of all genes, in the basis of blocks; two of a thing: inside the group, and outside."""
+    """Statistics of all genes in the basis of blocks; pairs are for the group and for the other spots."""
 
     effect: np.ndarray  # (g,)
     contrasts: np.ndarray  # (q, g) float32, residuals in the complement of section × group means, in units of `scale`
-    energy: np.ndarray  # (2, g) sum of their squares
-    inside: np.ndarray  # (2, g) sum of squares of what blocks do not see, in units of `scale`
-    scale: np.ndarray  # (g,) residual variance as if spots were independent; NaN where there is none
+    energy: np.ndarray  # (2, g) sums of squares of the contrasts
+    inside: np.ndarray  # (2, g) sums of squares of the residuals within blocks, in units of `scale`
+    scale: np.ndarray  # (g,) residual variance for independent spots; NaN for a constant gene
     label: np.ndarray  # (m,) label without section means and covariates
-    size: float  # sum of its squares over the spots
-    unseen: np.ndarray  # (2,) of these what blocks do not see
-    complement: np.ndarray  # (m, q), the group's columns first
+    size: float  # sum of squares of the label over the spots
+    unseen: np.ndarray  # (2,) sums of squares of the label within blocks
+    complement: np.ndarray  # (m, q), columns of the group first
     n_contrasts: tuple[int, ...]
     n_inside: tuple[int, ...]
-    sides: np.ndarray  # (2, m) whether a block is of the group, or not
+    sides: np.ndarray  # (2, m) masks of the blocks in the group, and of the others
     sections: np.ndarray  # (m, s) unit vectors
     n_free: int  # residual degrees of freedom of the spots
 
     @classmethod
-    def of(
+    def from_values(
         cls, values: np.ndarray, group: np.ndarray, codes: np.ndarray, blocks: Blocks, design: Design | None = None
     ) -> Moments:
-        design = Design.of(group, codes) if design is None else design
+        """Compute the statistics of values ``(n, g)``."""
+        design = Design.from_groups(group, codes) if design is None else design
         n, g = values.shape
         label, sections = design.label, design.sections
         in_blocks = blocks.project(np.column_stack([sections / np.sqrt(sections.sum(0)), label]))
         first = np.zeros(len(blocks.size), int)
         first[blocks.of_spot] = np.arange(n)
-        of_spots = (group, ~group)
+        masks = (group, ~group)
         sides = np.stack([group[first], ~group[first]])
-        unseen = [_unseen(label * there, blocks) for there in of_spots]
+        unseen = [_squares_within_blocks(label * mask, blocks) for mask in masks]
         parts = [
-            _complement(blocks.project(basis)[side], side) for basis, side in zip(design.within, sides, strict=True)
+            _complement(blocks.project(basis)[side], side) for basis, side in zip(design.bases, sides, strict=True)
         ]
         n_contrasts = tuple(part.shape[1] for part in parts)
-        n_inside = tuple(int(there.sum() - side.sum()) for side, there in zip(sides, of_spots, strict=True))
+        n_inside = tuple(int(mask.sum() - side.sum()) for side, mask in zip(sides, masks, strict=True))
         complement = np.hstack(parts)
-        n_free = n - sum(basis.shape[1] for basis in design.within)
+        n_free = n - sum(basis.shape[1] for basis in design.bases)
         effect, scale, inside, energies = np.empty(g), np.empty(g), np.zeros((2, g)), np.empty((2, g))
         contrasts = np.empty((complement.shape[1], g), np.float32)
         for part in gene_chunks(n, g):
             chunk = values[:, part].astype(np.float64)
             size = np.abs(chunk).max(0)
-            # NaN enters every mean; such genes are left out below.
+            # NaN spreads to every mean; such genes are left out below.
             with np.errstate(invalid="ignore"):
                 effect[part], chunk = design.fit(chunk)
-            both = np.stack([np.einsum("ij,ij->j", chunk[side], chunk[side]) for side in of_spots])
+            both = np.stack([np.einsum("ij,ij->j", chunk[mask], chunk[mask]) for mask in masks])
             energy = both.sum(0)
             varies = np.isfinite(energy) & (energy > (1e-7 * size) ** 2 * n)
             chunk[:, ~varies], both[:, ~varies] = 0, 0
@@ -94,7 +95,7 @@ class Moments:
 
     @property
     def centred(self) -> np.ndarray:
-        """``(m, m)``: takes the section means off."""
+        """Projection ``(m, m)`` that removes the section means."""
         return np.eye(len(self.sections)) - self.sections @ self.sections.T
 
 
@@ -102,38 +103,38 @@ class Moments:
 class Design:
     """Label, sections and covariates of the spots.
 
-    The effect is that of least squares with common slopes. Residuals, which give the covariance, have slopes by group.
+    The effect is estimated by least squares with common slopes. Residuals, which give the covariance, have slopes by group.
     """
 
-    label: np.ndarray  # (n,) label, without section means and covariates
+    label: np.ndarray  # (n,) label without section means and covariates
     sections: np.ndarray  # (n, s) 0 or 1
     shared: np.ndarray  # (n, c) unit vectors of the covariates within sections
-    within: tuple[
-        np.ndarray, np.ndarray
-    ]  # (n, q) each, in and outside the group: section means and covariates, unit vectors
+    # (n, q) each, for the group and for the other spots: unit vectors of section means and covariates
+    bases: tuple[np.ndarray, np.ndarray]
 
     @classmethod
-    def of(cls, group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None = None) -> Design:
+    def from_groups(cls, group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None = None) -> Design:
+        """Make the design of a group ``(n,)`` bool and section codes ``(n,)``."""
         n = len(group)
-        covariates = np.empty((n, 0)) if covariates is None else _standardised(np.asarray(covariates, np.float64))
+        covariates = np.empty((n, 0)) if covariates is None else _standardise(np.asarray(covariates, np.float64))
         sections = (codes[:, None] == np.unique(codes)).astype(float)
         centred = covariates - _means(covariates, sections)
         shared = _basis(centred)
         label = group - _means(group.astype(float)[:, None], sections)[:, 0]
         label = label - shared @ (shared.T @ label)
-        within = []
+        bases = []
         for side in (group, ~group):
             cells = sections * side[:, None]
             cells = cells[:, cells.any(0)]
             inside = (covariates - _means(covariates, cells)) * side[:, None]
-            within.append(np.hstack([cells / np.sqrt(cells.sum(0)), _basis(inside)]))
-        return cls(label, sections, shared, (within[0], within[1]))
+            bases.append(np.hstack([cells / np.sqrt(cells.sum(0)), _basis(inside)]))
+        return cls(label, sections, shared, (bases[0], bases[1]))
 
     def fit(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Effects ``(g,)`` and residuals ``(n, g)``."""
         values = values - _means(values, self.sections)
         effect = self.label @ values / (self.label @ self.label)
-        for basis in self.within:
+        for basis in self.bases:
             values -= basis @ (basis.T @ values)
         return effect, values
 
@@ -144,31 +145,31 @@ class Design:
 
 
 def gene_chunks(n: int, g: int) -> Iterator[slice]:
-    """Slices of the genes of ``n`` spots that are worked on together."""
+    """Slices of the genes for chunks of limited size, given ``n`` spots."""
     return column_blocks((max(n, _NUMBERS // CHUNK), g), _NUMBERS)
 
 
 def _means(values: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Mean of the cell of each spot, ``(n, k)``; 0 outside all cells."""
+    """Mean ``(n, k)`` of the cell of each spot; 0 for spots outside all cells."""
     return cells @ ((cells / cells.sum(0)).T @ values)
 
 
-def _standardised(values: np.ndarray) -> np.ndarray:
-    """Columns of mean 0 and SD 1; 0 where there is one value."""
+def _standardise(values: np.ndarray) -> np.ndarray:
+    """Scale columns to mean 0 and SD 1; constant columns become 0."""
     gap, spread = values - values.mean(0), values.std(0)
     return np.where(spread > 1e-9 * np.abs(values).max(0), gap / np.where(spread > 0, spread, 1), 0)
 
 
 def _basis(values: np.ndarray) -> np.ndarray:
-    """Orthonormal basis of standardised columns; those that hardly vary here, or follow from others, are left out."""
+    """Orthonormal basis of standardised columns, without columns that hardly vary or depend on other columns."""
     if not values.shape[1]:
         return values
     left, sizes, _ = np.linalg.svd(values, full_matrices=False)
-    return left[:, sizes > _VARIES * np.sqrt(len(values))]
+    return left[:, sizes > _MIN_SD * np.sqrt(len(values))]
 
 
 def _complement(columns: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """Orthonormal basis of what is orthogonal to the columns in the blocks of a side, ``(m, q)``."""
+    """Orthonormal basis ``(m, q)`` of the orthogonal complement of the columns, in the blocks of a side."""
     from scipy import linalg
 
     basis = np.zeros((len(side), max(int(side.sum()) - columns.shape[1], 0)))
@@ -176,7 +177,8 @@ def _complement(columns: np.ndarray, side: np.ndarray) -> np.ndarray:
     return basis
 
 
-def _unseen(label: np.ndarray, blocks: Blocks) -> float:
+def _squares_within_blocks(label: np.ndarray, blocks: Blocks) -> float:
+    """Sum of squares of the label within blocks."""
     return (
         max(float(label @ label - np.square(blocks.project(label[:, None])).sum()), 0.0)
         if len(label) > len(blocks.size)

@@ -1,4 +1,4 @@
-"""Is a gene different in a group of spots of one section: with, and without, regard to spots being neighbours."""
+"""Tests of genes between groups of spots in one or a few sections, with and without spatial autocorrelation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._covariance import Blocks, correlations, make_blocks
 from ._spatial_fit import covariance_of
 from ._spatial_moments import Design, Moments, gene_chunks
 
-#: Below this the randomisation agrees with the test, and the p-value stays as it is.
+#: If the p-value of the randomisation is at most this, it confirms the test, and the p-value is not changed.
 _CHECK_LEVEL = 0.05
 
 
@@ -20,14 +20,12 @@ class SpatialTest:
 
     effect: np.ndarray  #: mean difference group - reference, within sections
     scores: np.ndarray  #: effect over its standard error
-    pvalues: (
-        np.ndarray
-    )  #: two-sided; NaN for a gene that does not vary within groups, or has values that are no numbers
+    pvalues: np.ndarray  #: two-sided; NaN for a gene that is constant within groups, or has non-finite values
     df: np.ndarray  #: degrees of freedom of `scores`
     ci_low: np.ndarray  #: interval of `effect`
     ci_high: np.ndarray
-    n_effective: np.ndarray  #: independent spots that would tell as much, at most all
-    pvalues_check: np.ndarray  #: by spectral randomisation, NaN where it was not done
+    n_effective: np.ndarray  #: effective number of independent spots, at most the number of spots
+    pvalues_check: np.ndarray  #: by spectral randomisation; NaN for genes without this check
 
 
 def spatial_test(
@@ -43,21 +41,21 @@ def spatial_test(
     n_perms: int = 999,
     seed: int = 0,
 ) -> SpatialTest:
-    """Test the mean difference between a group of spots and the others, genes and labels being autocorrelated.
+    """Test the mean difference between a group of spots and the others, given autocorrelation of genes and labels.
 
-    A modified t-test (Clifford, Richardson & Hémon 1989; Dutilleul 1993): the variance of the difference is that
-    under the gene's own spatial covariance. This is averaged over a fixed grid (exponential, Matérn 3/2 and
+    A modified t test (Clifford, Richardson & Hémon 1989; Dutilleul 1993): the variance of the difference is computed
+    under the gene's own spatial covariance. It is averaged over a fixed grid of covariances (exponential, Matérn 3/2 and
     Gaussian, isotropic and stretched in four directions, with white noise), weighted by restricted likelihood
-    (Patterson & Thompson 1971); a correlogram is biased towards none when ranges are large. 15 ratios of the
-    groups' SDs are in the grid, equal ones weighing most before the data. How much the grid disagrees makes the
-    degrees of freedom. See docs/statistics/methods.md.
+    (Patterson & Thompson 1971); a correlogram is biased towards zero when the correlation range is comparable to the tissue
+    size. The grid includes 15 ratios of the groups' SDs, with the largest prior weight for equal SDs. The variation over the
+    grid determines the degrees of freedom. See docs/statistics/methods.md.
 
-    A few spots cannot tell their SD: where that is twice the others', three scattered spots are still rejected too
-    often (docs/statistics/validation.md). Fields of different sections are independent, but for those of one of the ``samples``
-    ``(n,)``, which may be serial: theirs are taken as one field. The null holds the labels fixed: it is about these sections, not other
-    patients. The ``check_top`` genes of smallest p-value are checked by ``n_perms`` Moran spectral randomisations
-    (Wagner & Dray 2015, triplets); above 0.05, the larger p-value is reported. The effect is that at equal
-    ``covariates`` ``(n, c)``.
+    The SD of a few spots cannot be estimated well: if it is twice the SD of the others, three scattered spots still reject too
+    often (docs/statistics/validation.md). Fields of different sections are independent, except for sections of one sample in
+    ``samples`` ``(n,)``, which may be serial and are treated as one field. Labels are fixed under the null: the test is about these
+    sections, not about other patients. The ``check_top`` genes with the smallest p-values are checked by ``n_perms`` Moran
+    spectral randomisations (Wagner & Dray 2015, triplets); if this p-value is above 0.05, the larger one is reported. The effect is
+    at equal ``covariates`` ``(n, c)``.
 
     Examples
     --------
@@ -72,15 +70,15 @@ def spatial_test(
     from threadpoolctl import threadpool_limits
 
     values, group = np.asarray(values), np.asarray(group)
-    xy, codes = _checked(values, group, xy, sections, level, check_top, n_perms)
-    design = _designed(group, codes, covariates)
-    owners = None if samples is None else _owners(codes, np.asarray(samples))
-    # Its small matrices gain nothing from threads, which wait for each other for minutes on a busy machine.
+    xy, codes = _check_arguments(values, group, xy, sections, level, check_top, n_perms)
+    design = _make_design(group, codes, covariates)
+    owners = None if samples is None else _sample_codes(codes, np.asarray(samples))
+    # Threads do not speed up small matrices, and on a busy machine they wait for each other for minutes.
     with threadpool_limits(1, user_api="blas"):
-        return _tested(values, group, xy, codes, owners, design, level, check_top, n_perms, seed)
+        return _run_test(values, group, xy, codes, owners, design, level, check_top, n_perms, seed)
 
 
-def _tested(
+def _run_test(
     values: np.ndarray,
     group: np.ndarray,
     xy: np.ndarray,
@@ -95,31 +93,31 @@ def _tested(
     from scipy import stats
 
     blocks = make_blocks(xy, codes, group)
-    moments = Moments.of(values, group, codes, blocks, design)
+    moments = Moments.from_values(values, group, codes, blocks, design)
     variance, spread, total = covariance_of(moments, blocks, owners)
-    # a normal of uncertain variance looks like the t of that variance and that excess kurtosis: Student's without a field
+    # A normal with uncertain variance is approximated by a t of equal variance and kurtosis; without a field it is Student's t.
     df = np.minimum(4 + 2 / spread, moments.n_free)
     error = np.sqrt(variance * moments.n_free / (moments.n_free - 2) * (df - 2) / df)
     scores = moments.effect / error
-    reach = stats.t.ppf((1 + level) / 2, df) * error
+    half_width = stats.t.ppf((1 + level) / 2, df) * error
     result = SpatialTest(
         effect=moments.effect,
         scores=scores,
         pvalues=2 * stats.t.sf(np.abs(scores), df),
         df=df,
-        ci_low=moments.effect - reach,
-        ci_high=moments.effect + reach,
+        ci_low=moments.effect - half_width,
+        ci_high=moments.effect + half_width,
         n_effective=np.minimum(1 + total / (variance * moments.size), len(values)),
         pvalues_check=np.full(values.shape[1], np.nan),
     )
-    return _check(result, values, design, moments, blocks, check_top, n_perms, seed)
+    return _randomise_top(result, values, design, moments, blocks, check_top, n_perms, seed)
 
 
 def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rank-sum scores and p-values ``(g,)`` of each gene as if spots were independent, with the correction for ties.
+    """Rank-sum scores and p-values ``(g,)`` of each gene for independent spots, with the correction for ties.
 
     Equal to scanpy's ``rank_genes_groups(method="wilcoxon", tie_correct=True)``. P-values are far too small, since
-    spots are neighbours; it is here to show by how much. NaN for a constant gene.
+    neighbouring spots are correlated; use it only for comparison. NaN for a constant gene.
     """
     from scipy import stats
 
@@ -129,14 +127,14 @@ def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np
     scores = np.empty(g)
     for part in gene_chunks(n, g):
         ranks = stats.rankdata(values[:, part], axis=0) - (n + 1) / 2
-        # the variance of the ranks themselves holds the correction for ties
+        # the variance of the ranks includes the correction for ties
         variance = np.square(ranks).sum(0) * inside * (n - inside) / (n * (n - 1))
         with np.errstate(invalid="ignore", divide="ignore"):
             scores[part] = np.where(variance > 0, ranks[group].sum(0) / np.sqrt(variance), np.nan)
     return scores, 2 * stats.norm.sf(np.abs(scores))
 
 
-def _check(
+def _randomise_top(
     result: SpatialTest,
     values: np.ndarray,
     design: Design,
@@ -146,7 +144,7 @@ def _check(
     n_perms: int,
     seed: int,
 ) -> SpatialTest:
-    """Randomise the top genes within triplets of Moran eigenvectors; raise the p-values that do not hold."""
+    """Randomise the top genes within triplets of Moran eigenvectors; raise p-values that are not confirmed."""
     genes = np.argsort(result.pvalues, kind="stable")[:check_top]
     genes = genes[np.isfinite(result.pvalues[genes])]
     if not len(genes):
@@ -159,7 +157,7 @@ def _check(
     chosen = blocks.project(design.residuals(values[:, genes].astype(np.float64)))
     share = np.bincount(triplets, np.square(vectors.T @ moments.label))
     power = np.stack([np.bincount(triplets, column) for column in np.square(vectors.T @ chosen).T], axis=1)
-    # turning a triplet at random leaves its energy and draws the cosine of its angle to the label's
+    # a random rotation of a triplet preserves its energy and draws the cosine of its angle with the triplet of the label
     dimension = np.bincount(triplets)
     directions = np.random.default_rng(seed).standard_normal((n_perms, len(dimension), 3))
     directions[:, -1, dimension[-1] :] = 0
@@ -173,39 +171,39 @@ def _check(
     return replace(result, pvalues=pvalues, pvalues_check=pvalues_check)
 
 
-def _owners(codes: np.ndarray, samples: np.ndarray) -> np.ndarray:
+def _sample_codes(codes: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Code of the sample of each section, ``(s,)``."""
     if samples.shape != codes.shape:
         raise ValueError(f"`samples` must be one name for each of {len(codes)} spots, found shape {samples.shape}")
     names = np.unique(samples, return_inverse=True)[1]
     sections, first = np.unique(codes, return_index=True)
     if (names != names[first][np.searchsorted(sections, codes)]).any():
-        raise ValueError("`samples`: a section holds spots of several; each section is of one")
+        raise ValueError("`samples`: a section has spots of several samples; each section must be of one sample")
     return names[first]
 
 
-def _designed(group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None) -> Design:
-    """Return label and covariates, or say why these do not fit."""
+def _make_design(group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None) -> Design:
+    """Return the design of label and covariates, or raise if they are not valid."""
     n = len(group)
     if covariates is not None and (
         np.ndim(covariates) != 2 or len(covariates) != n or not np.isfinite(covariates).all()
     ):
         raise ValueError(f"`covariates` must be ({n}, c) finite numbers, found shape {np.shape(covariates)}")
-    design = Design.of(group, codes, covariates)
-    plain = Design.of(group, codes).label
+    design = Design.from_groups(group, codes, covariates)
+    plain = Design.from_groups(group, codes).label
     if design.label @ design.label < 1e-6 * (plain @ plain):
         raise ValueError(
-            "`covariates` (or the depth of the spots) alone tell the group from the reference; leave them out (depth=None)"
+            "`covariates` (or the depth of the spots) separate the group from the reference completely; leave them out (depth=None)"
         )
-    left = n - sum(basis.shape[1] for basis in design.within)
-    if left < 3:
+    n_free = n - sum(basis.shape[1] for basis in design.bases)
+    if n_free < 3:
         raise ValueError(
-            f"`covariates`: {n} spots leave {left} degrees of freedom, at least 3 are needed; leave some out"
+            f"`covariates`: {n} spots leave {n_free} degrees of freedom, at least 3 are needed; leave some out"
         )
     return design
 
 
-def _checked(
+def _check_arguments(
     values: np.ndarray,
     group: np.ndarray,
     xy: np.ndarray,
@@ -214,7 +212,7 @@ def _checked(
     check_top: int,
     n_perms: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions as float and sections as integer codes, or say which argument is wrong."""
+    """Return positions as float and sections as integer codes, or raise if an argument is not valid."""
     if values.ndim != 2:
         raise ValueError(f"`values` must be (spots, genes), found {values.ndim} dimension(s)")
     n = len(values)
@@ -230,7 +228,7 @@ def _checked(
     codes = np.zeros(n, int) if sections is None else np.unique(np.asarray(sections), return_inverse=True)[1]
     if not any(0 < group[codes == code].sum() < (codes == code).sum() for code in np.unique(codes)):
         raise ValueError(
-            "`sections`: none holds spots of the group and of the reference, valid: at least one that does"
+            "`sections`: no section has spots of both the group and the reference; at least one such section is needed"
         )
     cells = len(np.unique(codes * 2 + group))
     if n - cells < 3:

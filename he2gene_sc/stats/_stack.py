@@ -1,19 +1,19 @@
-"""Convex weights of several predictions of many genes, shared between them as far as they help."""
+"""Convex weights of several predictions for many genes, with shrinkage to common weights."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Spots that the mean over the genes counts for in the weights of one gene; infinity: all genes have the same.
+#: Candidate weights of the mean over genes, in spots, for the weights of one gene; infinity: all genes have the same weights.
 _PRIORS = (30.0, 150.0, np.inf)
-#: Parts of the spots that weights are tried on.
+#: Number of parts of the spots to test weights.
 _PARTS = 5
-#: Below this many spots a gain is believed only beyond this share of the squared error: less was often chance.
-_FEW, _LEAST = 30, 0.1
+#: With fewer spots than this, a gain must exceed this share of the squared error: smaller gains were often chance.
+_SMALL_N, _MIN_GAIN = 30, 0.1
 
 
 def simplex_weights(moments: np.ndarray, n_steps: int = 80) -> np.ndarray:
-    """Weights ``(…, c)`` of least squared error, not negative and of sum 1, by accelerated projected gradient (FISTA).
+    """Non-negative weights ``(…, c)`` with sum 1 and least squared error, by accelerated projected gradient (FISTA).
 
     ``moments`` ``(…, c, c)`` are mean products of the errors of ``c`` predictions.
     """
@@ -31,7 +31,7 @@ def simplex_weights(moments: np.ndarray, n_steps: int = 80) -> np.ndarray:
 
 
 def _to_simplex(v: np.ndarray) -> np.ndarray:
-    """Nearest point of not negative numbers of sum 1 (Duchi et al., ICML 2008)."""
+    """Project to the nearest non-negative vector with sum 1 (Duchi et al., ICML 2008)."""
     u = -np.sort(-v, axis=-1)
     excess = np.cumsum(u, axis=-1) - 1
     rank = np.arange(1, v.shape[-1] + 1)
@@ -40,17 +40,18 @@ def _to_simplex(v: np.ndarray) -> np.ndarray:
 
 
 def stack(errors: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weigh predictions by errors ``(c, m, g)`` made without the fold of a spot: weights ``(g, c)``, errors ``(m, g)``.
+    """Weigh predictions by held-out errors ``(c, m, g)``: weights ``(g, c)`` and errors of the combination ``(m, g)``.
 
-    Each gene counts by its errors and a prior, the mean over genes scaled by the first prediction, whose
-    size is chosen by folds. The gain over the first is shrunk by ``1 - (c - 3) / t²``, not below 0 (James-Stein).
+    Weights of a gene depend on its errors and on a prior: the mean over genes, scaled by the error of the first prediction. The
+    weight of the prior is chosen by cross-validation. The gain over the first prediction is shrunk by ``1 - (c - 3) / t²``,
+    at least 0 (James-Stein).
     """
     c, m, g = errors.shape
     scale = np.square(errors[0]).mean(0)
     scale = np.where(scale > 0, scale, 1)
     part_of = np.unique(folds, return_inverse=True)[1] % _PARTS
     masks = [part_of == part for part in range(part_of.max() + 1)]
-    # By gene, so that the products are matrix products.
+    # Genes first, so that the products are matrix products.
     scaled = np.ascontiguousarray((errors / np.sqrt(scale)).transpose(2, 0, 1))
     parts = np.stack([e @ e.transpose(0, 2, 1) for e in (scaled[:, :, inside] for inside in masks)])
     total, sizes = parts.sum(0), np.array([inside.sum() for inside in masks])
@@ -62,7 +63,7 @@ def stack(errors: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray
             trials[prior][inside] = np.einsum("gc,cmg->mg", w, errors[:, inside])
     prior = min(trials, key=lambda prior: (np.square(trials[prior]) / scale).mean())
     gain = ((np.square(errors[0]) - np.square(trials[prior])) / scale).mean(1)
-    t = (gain.mean() - _LEAST * (m < _FEW)) / max(gain.std(ddof=1) / np.sqrt(m), 1e-12)
+    t = (gain.mean() - _MIN_GAIN * (m < _SMALL_N)) / max(gain.std(ddof=1) / np.sqrt(m), 1e-12)
     kept = max(0.0, 1 - (c - 3) / t**2) if t > 0 else 0.0
     w = kept * _weights(total[None], np.array([m]), prior)[0]
     w[:, 0] += 1 - kept

@@ -1,21 +1,21 @@
-"""How far measured spots stand for the others: in place, in features and by class; and how far a correction is believed."""
+"""Support of unmeasured spots by measured ones (position, features and class), and the confirmed share of a correction."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Measured spots that a class needs, so that its spots are corrected.
+#: Fewest measured spots of a class for a correction of its spots.
 _MIN_OF_CLASS = 3
-#: Features that measured spots are compared with the others in: the first.
+#: Number of leading features to compare measured with other spots.
 _COMPONENTS = 10
-#: Folds of this comparison, and fewest measured spots in one.
+#: Folds of this comparison, and fewest measured spots per fold.
 _FOLDS, _MIN_OF_FOLD = 5, 4
-#: Standard deviations below the mean of measured spots from which, and to which, support falls from 1 to 0.
+#: Support falls from 1 to 0 between these numbers of SD below the mean of measured spots.
 _NEAR, _FAR = 2.0, 3.0
-#: Mean support of the other spots from which, and to which, the correction of the level rises from 0 to 1.
+#: The correction of the level rises from 0 to 1 between these values of the mean support of other spots.
 _LEVEL_FROM, _LEVEL_TO = 0.5, 0.8
-#: Blocks of measured spots that a correction is tried on.
-_MIN_BLOCKS, _MAX_BLOCKS, _OF_BLOCK = 3, 10, 4
+#: Fewest and most blocks of measured spots to test a correction, and spots per block.
+_MIN_BLOCKS, _MAX_BLOCKS, _BLOCK_SPOTS = 3, 10, 4
 
 
 def blocks_of(xy: np.ndarray, n_blocks: int, seed: int) -> np.ndarray:
@@ -26,8 +26,8 @@ def blocks_of(xy: np.ndarray, n_blocks: int, seed: int) -> np.ndarray:
 
 
 def evidence_blocks(xy: np.ndarray, seed: int) -> np.ndarray:
-    """Blocks of measured spots that count as independent: 3 to 10."""
-    return blocks_of(xy, int(np.clip(len(xy) // _OF_BLOCK, _MIN_BLOCKS, _MAX_BLOCKS)), seed)
+    """Blocks of measured spots that are treated as independent: 3 to 10."""
+    return blocks_of(xy, int(np.clip(len(xy) // _BLOCK_SPOTS, _MIN_BLOCKS, _MAX_BLOCKS)), seed)
 
 
 def support(
@@ -39,38 +39,38 @@ def support(
     *,
     seed: int = 0,
 ) -> np.ndarray:
-    """How far each spot is like the measured ones, ``(n,)`` from 0 to 1: the least of place, features and class.
+    """Similarity ``(n,)`` of each spot to measured spots, from 0 to 1: the minimum over position, features and class.
 
-    Place: 1 up to the largest distance the folds tried, 0 from twice that. Class: 0 with under three measured spots.
+    Position: 1 up to the largest distance in the folds, 0 from twice this distance. Class: 0 with fewer than three measured spots.
     """
     from scipy.spatial import cKDTree
 
-    found = np.ones(len(xy))
+    result = np.ones(len(xy))
     if known.all():
-        return found
+        return result
     at = xy[known]
-    tried = max(cKDTree(at[folds != f]).query(at[folds == f])[0].max() for f in np.unique(folds))
+    longest = max(cKDTree(at[folds != f]).query(at[folds == f])[0].max() for f in np.unique(folds))
     distance = cKDTree(at).query(xy)[0]
-    found = np.clip(2 - distance / max(tried, 1e-12), 0, 1)
+    result = np.clip(2 - distance / max(longest, 1e-12), 0, 1)
     for values in features:
-        found = np.minimum(found, feature_support(values, xy, known, seed=seed))
+        result = np.minimum(result, feature_support(values, xy, known, seed=seed))
     if classes is not None:
         measured = np.bincount(classes[known & (classes >= 0)], minlength=max(classes.max(), 0) + 1)
-        found[(classes >= 0) & (measured[classes] < _MIN_OF_CLASS)] = 0
-    found[known] = 1
-    return found
+        result[(classes >= 0) & (measured[classes] < _MIN_OF_CLASS)] = 0
+    result[known] = 1
+    return result
 
 
 def level_share(near: np.ndarray, known: np.ndarray) -> float:
-    """Share of the level correction for unmeasured spots, by mean support: 0 up to a half, 1 from .8 on."""
+    """Share of the level correction for unmeasured spots, by their mean support: 0 up to .5, 1 from .8 on."""
     others = near[~known]
     return float(np.clip((others.mean() - _LEVEL_FROM) / (_LEVEL_TO - _LEVEL_FROM), 0, 1)) if len(others) else 1.0
 
 
 def feature_support(features: np.ndarray, xy: np.ndarray, known: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """How far features lie among those of measured spots, ``(n,)``.
+    """Similarity ``(n,)`` of the features of each spot to those of measured spots.
 
-    By a linear discriminant in folds of tissue blocks; 1 down to two SD below the measured mean, 0 from three.
+    By a linear discriminant in folds of tissue blocks: 1 down to two SD below the mean of measured spots, 0 from three SD.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -91,18 +91,18 @@ def feature_support(features: np.ndarray, xy: np.ndarray, known: np.ndarray, *, 
         score = model.fit(varied[rest], known[rest]).decision_function(varied)
         inside = score[known & rest]
         z[held] = (score[held] - inside.mean()) / max(inside.std(), 1e-12)
-    # Measured spots that were held out lie further out than those that the discriminant was fitted to.
+    # Held-out measured spots have lower scores than those in the fit, so standardise by them.
     z = (z - z[known].mean()) / max(z[known].std(), 1.0)
     return np.clip((z + _FAR) / (_FAR - _NEAR), 0, 1)
 
 
-def believed(
+def confirmed_share(
     before: np.ndarray, after: np.ndarray, blocks: np.ndarray, classes: np.ndarray | None
 ) -> tuple[float, np.ndarray]:
-    """Share (0 to 1) of a correction that held-out spots confirm, and the most that each class ``(c,)`` allows.
+    """Share (0 to 1) of a correction that held-out spots confirm, and the largest share for each class ``(c,)``.
 
-    Least-squares multiple, shrunk by ``1 - c / t²`` (not below 0): t over its error between k blocks of tissue,
-    c = (k + 1) / (k - 1). A class allows its own multiple plus a standard error.
+    The least-squares factor, shrunk by ``1 - c / t²`` (at least 0), where t is the factor over its error between k blocks of
+    tissue and c = (k + 1) / (k - 1). The limit of a class is its own factor plus a standard error.
     """
     scale = np.square(before).mean(0)
     correction = before - after
@@ -110,17 +110,17 @@ def believed(
     product, square = ((x * correction * weight).sum(1, dtype=float) for x in (before, correction))
     ratio, error, k = _ratio(product, square, blocks)
     share = ratio * max(0.0, 1 - (k + 1) / max(k - 1, 1e-12) * (error / ratio) ** 2) if ratio > 0 else 0.0
-    of_class = np.ones(0 if classes is None else classes.max(initial=-1) + 1)
-    for code in range(len(of_class)):
+    by_class = np.ones(0 if classes is None else classes.max(initial=-1) + 1)
+    for code in range(len(by_class)):
         own = np.flatnonzero(classes == code)
         if len(own) >= _MIN_OF_CLASS:
             ratio, error, _ = _ratio(product[own], square[own], np.arange(len(own)))
-            of_class[code] = np.clip(ratio + error, 0, 1)
-    return min(share, 1.0), of_class
+            by_class[code] = np.clip(ratio + error, 0, 1)
+    return min(share, 1.0), by_class
 
 
 def _ratio(product: np.ndarray, square: np.ndarray, blocks: np.ndarray) -> tuple[float, float, int]:
-    """Ratio of two sums, its standard error between blocks, and their number."""
+    """Ratio of two sums, its standard error between blocks, and the number of blocks."""
     codes = np.unique(blocks, return_inverse=True)[1]
     a, b = (np.bincount(codes, weights=x) for x in (product, square))
     k = len(a)

@@ -15,9 +15,9 @@ from .._core.expression import Scale
 from .._core.genes import find_genes
 from .._core.spots import SpotData, pitch_of, spots_of
 from ..stats import neighbour_weights, pearson
-from ..stats._baselines import place
+from ..stats._baselines import position
 from ..training._predictability import bounds
-from ._biomarkers.blind import COLOUR, COORDINATES, DEPTH, fields
+from ._biomarkers.reference_fields import COLOUR, COORDINATES, DEPTH, fields
 from ._evaluate.aligned import MIN_SPOTS
 from ._paired import paired_spots
 
@@ -108,7 +108,7 @@ def compare(
                 spots_of(table)
         seen[COORDINATES] = np.empty((len(units), 3))
         for unit in range(len(owner)):
-            seen[COORDINATES][units == unit] = place(truth.xy[units == unit])
+            seen[COORDINATES][units == unit] = position(truth.xy[units == unit])
     elif "triplex" in chosen:
         raise ValueError("`protocols` 'triplex' averages neighbours, and `data` has no obsm['spatial']; leave it out")
     every = np.ones(len(units), bool)

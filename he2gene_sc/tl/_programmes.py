@@ -27,8 +27,8 @@ from ..stats import SetScores, set_ceiling
 from ..training._held_out import Depth
 from ..training._predictability import MIN_GROUPS, mean_by_patient
 from ..training._programmes import summarise_programmes
-from ._biomarkers.blind import COLOUR, DEPTH, fields
 from ._biomarkers.pool import labelled_spots
+from ._biomarkers.reference_fields import COLOUR, DEPTH, fields
 from ._compare import correlation, fitted_on_others, in_common
 from ._gene_sets import in_names_of, membership, read_net, weights_by_set
 from ._paired import paired_spots, sections_trained_on

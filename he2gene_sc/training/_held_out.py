@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..stats import pearson
-from ..stats._accuracy import centred
+from ..stats._accuracy import centre_columns
 from ._calibrate import Calibration
 
 
@@ -88,7 +88,7 @@ class Depth:
 
 def standardise(values: np.ndarray) -> np.ndarray:
     """Scale values of the spots of a section ``(n, k)`` to mean 0 and SD 1, float32; constant columns become 0."""
-    centred_values, varies = centred(values)
+    centred_values, varies = centre_columns(values)
     return np.where(varies, centred_values / np.where(varies, centred_values.std(0), 1), 0).astype(np.float32)
 
 

@@ -242,7 +242,9 @@ def slopes(genes=400, spots=60):
                     result = hg.tl.biomarkers(tables, "label", **options)
                 low.append(f"{(result['pvals'] < 0.05).mean():.1%}")
                 said = (
-                    [str(w.message) for w in caught if "of what this slope says" in str(w.message)] if depth else said
+                    [str(w.message) for w in caught if "of what this slope predicts" in str(w.message)]
+                    if depth
+                    else said
                 )
             print(f"| {share:.0%} | {n} | {low[0]} | {low[1]} | {'yes' if said else 'no'} |", flush=True)
 

@@ -35,7 +35,7 @@ from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import pearson
 from he2gene_sc.tl._train.default import _COLOUR_SHARE, _SYMMETRIES
 from he2gene_sc.tl._train.measured import join, read_sections
-from he2gene_sc.tl._train.options import Keys
+from he2gene_sc.tl._train.options import TrainingKeys
 from he2gene_sc.tl._train.recipes import WINDOWS_UM
 from he2gene_sc.training import Recipe, feature_weights
 from he2gene_sc.training._closed_form.heads import embed, fit_basis, fit_sums
@@ -116,7 +116,7 @@ def encode(measured, kind, folder):
 
 def read(folder, kinds):
     """Sections by name, without features, and the features of each kind."""
-    keys = Keys("annotation", "patient", "section")
+    keys = TrainingKeys("annotation", "patient", "section")
     kept, features = [], {}
     for name in (*C, *A):
         (measured,) = read_sections(hg.datasets.her2st(name), keys, {})
@@ -125,7 +125,7 @@ def read(folder, kinds):
             if not (KINDS[kind][3] and name in A):
                 features[name, kind] = encode(measured, kind, folder)
                 print(f"{name}: {kind} {features[name, kind].shape}", flush=True)
-        kept.append(measured.set_down())
+        kept.append(measured.release())
         del measured
         gc.collect()
     sections, _, _ = join(

@@ -17,7 +17,7 @@ from he2gene_sc._core.slide import resolve
 from he2gene_sc.datasets import _hest_files
 from he2gene_sc.io._tiled import TiledImage
 from he2gene_sc.tl._train.arguments import read_all
-from he2gene_sc.tl._train.options import Keys
+from he2gene_sc.tl._train.options import TrainingKeys
 from tests.helpers.hbcis_mini import AMBIGUOUS, GENES
 from tests.helpers.hest_mini import CELLS, CONTROLS, HBCIS, HER2ST, PITCH, SAMPLES, SIDE, STAHL, XENIUM, write_hest
 from tests.helpers.toy_sections import own
@@ -380,13 +380,13 @@ def test_mirrored_spots_are_warned_of_in_samples_that_are_read_one_by_one(root):
     table.write_h5ad(root / "st/SPA0.h5ad")
     data = hg.datasets.hest(root, ids=["SPA0", "SPA1"])
     with pytest.warns(UserWarning, match="x of the spots looks mirrored"):
-        list(read_all(data, Keys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
+        list(read_all(data, TrainingKeys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
 
 
 def test_a_sample_with_two_ids_is_warned_of(root, caplog):
     shutil.copy(root / "st/SPA0.h5ad", root / "st/SPA1.h5ad")
     data = hg.datasets.hest(root, ids=["SPA0", "SPA1", "SPA102"])
-    list(read_all(data, Keys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
+    list(read_all(data, TrainingKeys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
     assert "sections SPA1 and SPA0 have the same counts" in caplog.text
     assert caplog.text.count("same counts") == 1
 

@@ -1,4 +1,4 @@
-"""Quantiles of grouped scores, and coverage where it is promised."""
+"""Quantiles of grouped scores, and guaranteed coverage."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from he2gene_sc.stats import (
 
 
 def simulated(n_groups, n_replicates, seed, size=(1, 20)):
-    """Absolute residuals of groups that differ in scale and size, one column a replicate, and of new groups."""
+    """Absolute residuals of groups with different scales and sizes (one column per replicate), and of new groups."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(*size, n_groups)
     groups = np.repeat(np.arange(n_groups), sizes)
@@ -50,7 +50,7 @@ def test_quantiles_of_no_spots_are_unknown(groups):
     assert n.tolist() == [0, 0, 0]
 
 
-def test_every_group_weighs_the_same_whatever_its_size():
+def test_groups_have_the_same_weight_for_any_size():
     scores = np.concatenate([np.zeros(1000), np.ones(10)])[:, None]
     groups = np.repeat([0, 1], [1000, 10])
     found, _ = grouped_quantiles(scores, groups, np.array([0.49, 0.51]))
@@ -75,7 +75,7 @@ def test_quantiles_do_not_depend_on_the_order_of_the_spots_and_rise(seed):
     assert (np.diff(found, axis=0) >= 0).all()
 
 
-def test_a_gene_that_a_group_did_not_measure_rests_on_the_others():
+def test_a_gene_not_measured_in_a_group_uses_the_other_groups():
     rng = np.random.default_rng(2)
     scores, groups = rng.normal(size=(60, 3)), np.arange(60) % 4
     scores[groups == 3, 1], scores[:, 2] = np.nan, np.nan
@@ -93,19 +93,19 @@ def test_quantiles_in_half_precision_are_never_below_the_scores():
     np.testing.assert_allclose(half.astype(float), values, rtol=2e-3, atol=1e-6)
 
 
-def test_levels_between_the_kept_ones_are_interpolated_and_those_outside_refused():
+def test_levels_between_stored_ones_are_interpolated_and_others_raise():
     quantiles = np.array([[0.0, 1.0], [2.0, 5.0]])
     np.testing.assert_allclose(interpolated(quantiles, [0.2, 0.6], 0.3), [0.5, 2.0])
     np.testing.assert_allclose(interpolated(quantiles, [0.2, 0.6], 0.6), [2.0, 5.0])
     for level in (0.1, 0.7):
-        with pytest.raises(ValueError, match="outside the kept ones, 0.2 to 0.6"):
+        with pytest.raises(ValueError, match="outside the stored levels 0.2 to 0.6"):
             interpolated(quantiles, [0.2, 0.6], level)
 
 
 # Spread
 
 
-def test_spread_is_the_line_of_least_squares_of_the_squared_residual():
+def test_spread_is_the_least_squares_line_of_the_squared_residual():
     rng = np.random.default_rng(4)
     predicted = rng.uniform(0, 3, (400, 2))
     residual = rng.normal(size=(400, 2)) * np.sqrt(0.2 + 0.7 * predicted)
@@ -116,7 +116,7 @@ def test_spread_is_the_line_of_least_squares_of_the_squared_residual():
     np.testing.assert_allclose(spread_of(predicted, found), np.sqrt(found[0] + found[1] * predicted), rtol=1e-6)
 
 
-def test_spread_is_never_zero_where_residuals_are_not():
+def test_spread_is_not_zero_if_residuals_are_not():
     predicted = np.linspace(1, 2, 50)[:, None]
     found = fit_spread(predicted, 1 / predicted, np.zeros(50, int))
     assert found[1] == 0
@@ -143,8 +143,8 @@ def test_the_guarantee_at_ninety_percent_needs_nine_groups():
 
 
 @pytest.mark.parametrize(("n_groups", "coverage"), [(100, 0.9), (150, 0.9)])
-def test_coverage_of_a_new_group_is_what_was_asked_for(n_groups, coverage):
-    """600 replicates, one a column."""
+def test_coverage_of_a_new_group_is_the_nominal_one(n_groups, coverage):
+    """600 replicates, one per column."""
     scores, groups, new = simulated(n_groups, 600, n_groups)
     quantiles, n = grouped_quantiles(scores, groups)
     half, holds = half_scores(rounded_up(quantiles).astype(np.float32), n, coverage)
@@ -153,7 +153,7 @@ def test_coverage_of_a_new_group_is_what_was_asked_for(n_groups, coverage):
 
 
 @pytest.mark.parametrize("n_groups", [9, 12, 30])
-def test_coverage_with_few_groups_is_not_below_what_was_asked_for(n_groups):
+def test_coverage_with_few_groups_is_at_least_nominal(n_groups):
     scores, groups, new = simulated(n_groups, 2000, n_groups)
     quantiles, n = grouped_quantiles(scores, groups)
     half, holds = half_scores(rounded_up(quantiles).astype(np.float32), n, 0.9)
@@ -161,8 +161,8 @@ def test_coverage_with_few_groups_is_not_below_what_was_asked_for(n_groups):
     assert (new <= half).mean() > 0.9 - 0.005
 
 
-def test_the_pooled_quantile_of_three_groups_covers_less_than_it_says():
-    """Why there is no guarantee below nine groups."""
+def test_the_pooled_quantile_of_three_groups_covers_less_than_nominal():
+    """The reason why there is no guarantee with fewer than nine groups."""
     scores, groups, new = simulated(3, 2000, 3)
     half, holds = half_scores(*grouped_quantiles(scores, groups), 0.9)
     assert not holds.any()
@@ -172,7 +172,7 @@ def test_the_pooled_quantile_of_three_groups_covers_less_than_it_says():
 # By predicted level
 
 
-def test_quantiles_by_predicted_level_are_those_of_a_tenth_of_the_spots():
+def test_quantiles_by_predicted_level_use_a_tenth_of_the_spots():
     rng = np.random.default_rng(0)
     predicted, groups = rng.normal(size=(1000, 2)).astype(np.float32), np.arange(1000) % 4
     scores = predicted**2 * rng.normal(size=predicted.shape)
@@ -191,7 +191,7 @@ def test_quantiles_by_predicted_level_are_those_of_a_tenth_of_the_spots():
     np.testing.assert_array_equal(quantiles[1, 0], rounded_up(of_all))
 
 
-def test_equal_predictions_are_not_shared_out_by_section():
+def test_equal_predictions_are_assigned_at_random_not_by_section():
     groups = np.repeat(np.arange(5), 200)
     scores = groups[:, None] + np.random.default_rng(0).normal(size=(1000, 1))
     quantiles, counted, edges = level_quantiles(np.zeros((1000, 1)), scores, groups)
@@ -200,12 +200,12 @@ def test_equal_predictions_are_not_shared_out_by_section():
     assert np.ptp(quantiles[1, :, TAILS.tolist().index(0.9)].astype(float)) < 1
 
 
-def test_few_spots_or_one_section_have_no_level_of_their_own():
+def test_a_level_needs_enough_spots_and_two_sections():
     rng = np.random.default_rng(0)
     few = level_quantiles(rng.normal(size=(90, 1)), rng.normal(size=(90, 1)), np.arange(90) % 3)
     assert few[0].shape == (2, 2, len(TAILS), 1)
     assert few[2].shape == (0, 1)
-    # The second section is predicted higher throughout: its levels are of one section.
+    # All predictions of the second section are higher, so each level has spots of one section.
     groups = np.repeat([0, 1], 500)
     predicted = groups[:, None] * 10 + rng.random((1000, 1))
     quantiles, counted, _ = level_quantiles(predicted, rng.normal(size=(1000, 1)), groups)

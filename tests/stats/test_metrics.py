@@ -106,7 +106,7 @@ def test_neighbours_are_eight_on_a_square_and_six_on_a_hexagonal_lattice():
     assert np.median(np.diff(neighbour_weights(hexagonal, 100.0).indptr)) == 6
 
 
-def test_moran_of_a_constant_or_without_neighbours_is_nan():
+def test_moran_of_a_constant_gene_or_without_neighbours_is_nan():
     xy, rows, _ = lattice()
     weights = neighbour_weights(xy, 100.0)
     assert np.isnan(moran(np.column_stack([rows, np.ones(len(xy))]), weights)).tolist() == [False, True]
@@ -126,7 +126,7 @@ def test_ssim_equals_scikit_image_on_a_full_grid(shape):
         assert found[j] == pytest.approx(maps.mean(), abs=1e-6)
 
 
-def test_ssim_with_holes_is_that_of_the_spots_in_each_window():
+def test_ssim_with_holes_uses_the_spots_in_each_window():
     rng = np.random.default_rng(4)
     _, rows, columns = lattice((10, 12))
     kept = rng.random(120) < 0.6
@@ -158,7 +158,7 @@ def test_ssim_with_holes_is_that_of_the_spots_in_each_window():
     assert ssim_on_grid(a, b, rows, columns)[0] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-def test_ssim_pushes_the_rows_of_a_hexagonal_lattice_together():
+def test_ssim_compresses_the_rows_of_a_hexagonal_lattice():
     _, rows, columns = lattice((8, 8))
     a, b = pair(6, n=64)
     np.testing.assert_allclose(
@@ -166,7 +166,7 @@ def test_ssim_pushes_the_rows_of_a_hexagonal_lattice_together():
     )
 
 
-def test_ssim_is_one_for_equal_maps_and_nan_where_there_is_no_map():
+def test_ssim_is_one_for_equal_maps_and_nan_without_a_map():
     _, rows, columns = lattice()
     a, b = pair(7, n=len(rows))
     assert ssim_on_grid(a, a, rows, columns) == pytest.approx(np.ones(4))
@@ -199,7 +199,7 @@ def test_class_scores_equal_scikit_learn(seed):
         assert scores.balanced_accuracy == pytest.approx(balanced_accuracy_score(codes, found), abs=1e-6)
 
 
-def test_a_class_without_a_rest_has_no_auroc_and_no_labels_are_refused():
+def test_a_single_class_has_no_auroc_and_no_labels_raise():
     scores = class_scores(np.tile([0.7, 0.3], (5, 1)), np.zeros(5, int))
     assert np.isnan([*scores.auroc, scores.macro_auroc]).all()
     assert scores.balanced_accuracy == 1
@@ -238,7 +238,7 @@ def test_leave_one_out_baselines_equal_plain_loops():
     np.testing.assert_allclose(baselines.neighbours_mean(values, weights).predicted, leave_one_out(values, near))
 
 
-def test_no_baseline_reads_the_spot_that_it_predicts():
+def test_no_baseline_uses_the_spot_that_it_predicts():
     rng = np.random.default_rng(1)
     values, x, codes = rng.normal(size=(99, 2)), rng.normal(size=(99, 4)), rng.integers(0, 3, 99)
     xy, _, _ = lattice()
@@ -256,12 +256,12 @@ def test_no_baseline_reads_the_spot_that_it_predicts():
 
 
 def shared(predicted, values):
-    """Mean covariance over genes, as a share of what it could be."""
+    """Mean covariance over genes, as a share of its maximum."""
     cov = ((predicted - predicted.mean(0)) * (values - values.mean(0))).mean(0)
     return cov.mean() / (predicted.std(0) * values.std(0)).mean()
 
 
-def test_baselines_that_know_nothing_share_nothing_with_what_was_measured():
+def test_uninformative_baselines_have_no_covariance_with_measured_values():
     rng = np.random.default_rng(2)
     values, codes, x = rng.normal(size=(99, 3000)), rng.integers(0, 3, 99), rng.normal(size=(99, 3))
     xy, _, _ = lattice()
@@ -273,12 +273,12 @@ def test_baselines_that_know_nothing_share_nothing_with_what_was_measured():
         baselines.ridge(values, x, parts),
     ):
         assert abs(shared(found.comparable, values)) < 0.015
-    # Without the mean put back, what knows nothing would look worse than nothing.
+    # Without the corrected mean, an uninformative baseline would have a negative score.
     assert shared(baselines.line(values, x[:, 0]).predicted, values) < -0.05
     assert pearson(baselines.others_mean(values), values) == pytest.approx(-np.ones(3000))
 
 
-def test_ridge_finds_a_line_across_parts_of_the_slide_that_stay_together():
+def test_ridge_recovers_a_line_across_parts_of_the_slide():
     rng = np.random.default_rng(3)
     xy, _, _ = lattice((20, 20))
     parts = baselines.tissue_parts(xy, 100.0)
@@ -289,7 +289,7 @@ def test_ridge_finds_a_line_across_parts_of_the_slide_that_stay_together():
     assert (pearson(baselines.ridge(values, x, parts).predicted, values) > 0.999).all()
 
 
-def test_a_slide_of_one_square_is_cut_in_two_and_a_constant_line_is_the_mean():
+def test_a_slide_with_one_square_has_two_parts_and_a_constant_line_is_the_mean():
     assert baselines.tissue_parts(np.zeros((5, 2)), 1.0).tolist() == [0, 0, 1, 1, 1]
     values = np.random.default_rng(4).normal(size=(9, 2))
     np.testing.assert_allclose(

@@ -24,7 +24,7 @@ def test_trigamma_is_inverted(x):
     assert special.polygamma(1, trigamma_inverse(x)) == pytest.approx(x, rel=1e-6)
 
 
-def test_prior_is_found_again():
+def test_prior_is_recovered():
     rng = np.random.default_rng(0)
     d0, prior, df = 6.0, 0.3, 7
     true = prior * d0 / rng.chisquare(d0, 100_000)
@@ -34,8 +34,8 @@ def test_prior_is_found_again():
     assert np.corrcoef(np.log(posterior), np.log(true))[0, 1] > 0.7
 
 
-def test_posterior_variances_are_those_of_smyth():
-    # Worked from the formulas of Smyth 2004, section 6.2, with the prior solved for by a root finder.
+def test_posterior_variances_equal_smyth():
+    # From the formulas of Smyth 2004, section 6.2; the prior is solved by a root finder.
     from scipy.optimize import brentq
 
     s2, df = np.array([0.2, 0.5, 1.1, 3.0, 0.05]), 4
@@ -48,18 +48,18 @@ def test_posterior_variances_are_those_of_smyth():
     np.testing.assert_allclose(posterior, (d0 * prior + df * s2) / (d0 + df), rtol=1e-6)
 
 
-def test_variances_that_differ_by_chance_are_all_the_prior():
+def test_variances_that_differ_by_chance_become_the_prior():
     rng = np.random.default_rng(1)
     d = rng.standard_normal((8, 2000)) * np.linspace(1, 1.0001, 2000)
     alike = np.tile(d[:, :1], 50)
     posterior, prior, d0 = squeeze_variance(alike.var(0, ddof=1), 7)
     assert np.isinf(d0)
     np.testing.assert_allclose(posterior, prior)
-    # As limma: no more degrees of freedom than all genes have together.
+    # As in limma: at most the degrees of freedom of all genes together.
     assert paired_moderated_t(alike).df[0] == 7 * 50
 
 
-def test_without_a_prior_it_is_the_paired_t():
+def test_without_a_prior_the_test_is_the_paired_t_test():
     rng = np.random.default_rng(2)
     a, b = rng.normal(size=(2, 6, 30))
     plain = paired_moderated_t(a - b, moderate=False)
@@ -81,20 +81,20 @@ def test_moderated_t_follows_from_the_posterior_variance():
     np.testing.assert_allclose(test.pvalues, 2 * stats.t.sf(np.abs(test.scores), d0 + 7))
 
 
-def test_a_gene_that_does_not_vary_says_nothing():
+def test_a_constant_gene_has_no_p_value():
     test = t_test(np.array([0.0, 1.0, 3.0]), np.array([0.0, 0.5, np.nan]), 7)
     for found in (test.scores, test.pvalues, test.ci_low, test.ci_high):
         np.testing.assert_array_equal(np.isnan(found), [True, False, True])
 
 
-def test_moderated_t_keeps_its_size():
+def test_moderated_t_has_the_nominal_error_rate():
     rng = np.random.default_rng(4)
     scale = np.sqrt(4 / rng.chisquare(4, 5000))
     rate = (paired_moderated_t(rng.normal(size=(8, 5000)) * scale).pvalues < 0.05).mean()
     assert 0.04 < rate < 0.06
 
 
-def test_prior_follows_what_the_variances_are_like():
+def test_prior_follows_the_expected_variances():
     rng = np.random.default_rng(5)
     d0, df = 8.0, 7
     x = rng.normal(size=50_000)
@@ -108,14 +108,14 @@ def test_prior_follows_what_the_variances_are_like():
 
 
 @pytest.mark.parametrize("genes", [50, 500])
-def test_variances_that_are_all_alike_have_one_prior(genes):
+def test_equal_expected_variances_give_one_prior(genes):
     d = np.random.default_rng(6).normal(size=(8, genes))
     one, other = paired_moderated_t(d), paired_moderated_t(d, alike=np.full(genes, 2.0))
     np.testing.assert_allclose(one.pvalues, other.pvalues)
 
 
 @pytest.mark.parametrize("genes", [2, 8, 40, 400])
-def test_units_of_the_genes_do_not_matter_where_they_have_variances_of_their_own(genes):
+def test_units_of_genes_do_not_matter_with_expected_variances(genes):
     rng = np.random.default_rng(7)
     d, scale = rng.normal(size=(8, genes)), np.exp(np.linspace(-1, 1, genes))
     test, again = (paired_moderated_t(d * unit, alike=np.square(unit)) for unit in (scale, 7 * scale))
@@ -124,11 +124,11 @@ def test_units_of_the_genes_do_not_matter_where_they_have_variances_of_their_own
         np.testing.assert_allclose(test.pvalues, paired_moderated_t(d).pvalues, rtol=1e-6)
 
 
-def test_variances_of_the_spots_keep_the_size_and_find_more_where_scales_differ():
+def test_spot_variances_keep_the_error_rate_and_increase_power_if_scales_differ():
     rng = np.random.default_rng(8)
     scale = rng.lognormal(0, 0.5, 5000)
     d = rng.normal(size=(8, 5000)) * scale
-    # An estimate too.
+    # Estimated variances, too.
     alike = scale**2 * rng.chisquare(200, 5000) / 200
     rates = paired_moderated_t(d, alike=alike).pvalues
     assert 0.04 < (rates < 0.05).mean() < 0.06
@@ -139,7 +139,7 @@ def test_variances_of_the_spots_keep_the_size_and_find_more_where_scales_differ(
 
 
 @pytest.mark.parametrize(("n", "genes"), [(3, 10), (3, 40), (4, 10)])
-def test_few_genes_keep_their_size(n, genes):
+def test_few_genes_have_the_nominal_error_rate(n, genes):
     rng = np.random.default_rng(9)
     low = []
     for _ in range(8000 // genes):
@@ -149,7 +149,7 @@ def test_few_genes_keep_their_size(n, genes):
     assert 0.035 < np.mean(low) < 0.06
 
 
-def test_few_genes_whose_variances_go_with_nothing_have_one_prior():
+def test_few_genes_with_unrelated_variances_have_one_prior():
     rng = np.random.default_rng(10)
     low = []
     for _ in range(300):
@@ -159,12 +159,12 @@ def test_few_genes_whose_variances_go_with_nothing_have_one_prior():
 
 
 @pytest.mark.parametrize("alike", [np.ones(3), np.array([1, np.nan, 1, 2]), np.array([1.0, 0, 1, 2]), np.ones((4, 1))])
-def test_what_is_no_variance_is_refused(alike):
+def test_invalid_variances_raise(alike):
     with pytest.raises(ValueError, match="`alike` must be 4 positive numbers"):
         paired_moderated_t(np.ones((3, 4)), alike=alike)
 
 
-def test_one_sample_is_refused():
+def test_one_sample_raises():
     with pytest.raises(ValueError, match="1 samples"):
         paired_moderated_t(np.zeros((1, 3)))
 
@@ -177,7 +177,7 @@ def _cells(rng, n=8, genes=20, between=1.0):
     return rng.normal(0, between, (n, genes))[sample] + rng.normal(size=(2 * n, genes)), group, sample
 
 
-def test_mixed_is_the_paired_t_where_samples_differ():
+def test_mixed_model_equals_the_paired_t_test_if_samples_differ():
     values, group, sample = _cells(np.random.default_rng(0), between=5.0)
     test = mixed_model(values, group, sample)
     expected = stats.ttest_rel(values[group], values[~group])
@@ -186,7 +186,7 @@ def test_mixed_is_the_paired_t_where_samples_differ():
     assert (test.df == 7).all()
 
 
-def test_mixed_does_not_depend_on_order_or_names():
+def test_mixed_model_does_not_depend_on_order_or_names():
     values, group, sample = _cells(np.random.default_rng(1), genes=4)
     order = np.random.default_rng(2).permutation(len(group))
     names = np.array([f"P{9 - s}" for s in sample])
@@ -194,14 +194,14 @@ def test_mixed_does_not_depend_on_order_or_names():
     np.testing.assert_allclose(one.pvalues, other.pvalues, rtol=1e-4)
 
 
-def test_mixed_takes_samples_with_one_group():
+def test_mixed_model_uses_samples_with_one_group():
     values, group, sample = _cells(np.random.default_rng(3), genes=3)
     test = mixed_model(values[:-1], group[:-1], sample[:-1])
     assert (test.df == 6).all()
     assert np.isfinite(test.pvalues).all()
 
 
-def test_covariates_are_accounted_for():
+def test_mixed_model_adjusts_for_covariates():
     rng = np.random.default_rng(4)
     values, group, sample = _cells(rng, genes=10)
     depth = group + rng.normal(size=len(group))
@@ -215,14 +215,14 @@ def test_covariates_are_accounted_for():
         mixed_model(values[:4], group[:4], sample[:4], rng.normal(size=(4, 1)))
 
 
-def test_mixed_says_nothing_of_a_constant_gene():
+def test_mixed_model_has_no_p_value_for_a_constant_gene():
     values, group, sample = _cells(np.random.default_rng(5), genes=2)
     values[:, 0] = 3.0
     np.testing.assert_array_equal(np.isnan(mixed_model(values, group, sample).pvalues), [True, False])
 
 
 @pytest.mark.slow
-def test_mixed_error_is_that_of_generalised_least_squares_where_the_hessian_fails():
+def test_mixed_model_error_is_by_generalised_least_squares_if_the_hessian_fails():
     # Eight samples, three with both groups, six SD apart: the Hessian of statsmodels gives NaN here.
     rng = np.random.default_rng(5)
     sample = np.array([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7])
@@ -238,12 +238,12 @@ def test_mixed_error_is_that_of_generalised_least_squares_where_the_hessian_fail
 # ----------------------------------------------------------------------------------------------- ppi
 
 
-def test_prediction_powered_is_the_published_estimate():
+def test_prediction_powered_mean_equals_the_published_estimate():
     rng = np.random.default_rng(0)
     y, f = rng.normal(size=(2, 30, 1))
     f, more = f + y, rng.normal(size=(300, 1))
     test = prediction_powered_mean(y, f, more)
-    # Angelopoulos, Duchi and Zrnic 2023: the weight, and the mean of equation 3, of which 1 is Science 2023.
+    # Weight and mean (equation 3) of Angelopoulos, Duchi and Zrnic 2023; a weight of 1 is the estimate of Science 2023.
     variance = ((f - f.mean()) ** 2).sum() + ((more - more.mean()) ** 2).sum()
     weight = np.cov(y[:, 0], f[:, 0])[0, 1] / ((1 + 30 / 300) * variance / 328)
     assert test.weight[0] == pytest.approx(weight)
@@ -251,7 +251,7 @@ def test_prediction_powered_is_the_published_estimate():
     assert test.ci_high[0] - test.effect[0] == pytest.approx(test.effect[0] - test.ci_low[0])
 
 
-def test_a_useless_prediction_is_left_out():
+def test_a_useless_prediction_has_weight_zero():
     rng = np.random.default_rng(1)
     y = rng.normal(size=(30, 4))
     test = prediction_powered_mean(y, np.zeros((30, 4)), np.zeros((50, 4)))
@@ -269,7 +269,7 @@ def test_a_constant_bias_cancels():
 
 
 @pytest.mark.parametrize(("r", "widest"), [(0.8, 0.8), (0.0, 1.05)])
-def test_prediction_powered_intervals_cover(r, widest):
+def test_prediction_powered_intervals_have_nominal_coverage(r, widest):
     rng = np.random.default_rng(3)
     y = rng.standard_normal((330, 5000))
     f = r * y + np.sqrt(1 - r**2) * rng.standard_normal(y.shape) + 2
@@ -290,9 +290,9 @@ def test_prediction_powered_p_values_need_eight_measured_samples():
     assert (test.pvalues < 1e-3).mean() < 3e-3
 
 
-def test_prediction_powered_refuses_what_does_not_fit():
+def test_prediction_powered_mean_raises_for_invalid_shapes():
     y = np.zeros((5, 2))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="have different shapes"):
         prediction_powered_mean(y, y[:4], y)
     with pytest.raises(ValueError, match="2 measured"):
         prediction_powered_mean(y[:2], y[:2], y)
@@ -319,7 +319,7 @@ def test_rankings_are_compared():
     assert np.isnan(turned["precision_at_200"])
 
 
-def test_nothing_to_compare_is_nan():
+def test_agreement_is_nan_without_genes_to_compare():
     empty = np.zeros(0)
     found = ranking_agreement(empty, empty, empty, predicted_scores=empty, measured_scores=empty, k=(5,))
     assert all(np.isnan(value) for value in found.values())

@@ -27,7 +27,7 @@ def lattice(rows, columns, hexagonal=False):
 
 
 def compact(rng, xy, k):
-    """Voronoi cells of seeds that know nothing but the extent of the spots; at least two of them hold spots."""
+    """Voronoi cells of random seeds within the extent of the spots; at least two cells have spots."""
     while True:
         labels = cKDTree(rng.uniform(xy.min(0), xy.max(0), (k, 2))).query(xy)[1]
         labels = np.unique(labels, return_inverse=True)[1]
@@ -35,7 +35,7 @@ def compact(rng, xy, k):
             return labels
 
 
-def test_agreement_is_that_of_scikit_learn():
+def test_agreement_equals_scikit_learn():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 4, 60), rng.integers(0, 3, 60)
     assert agreement(a, b) == {
@@ -47,7 +47,7 @@ def test_agreement_is_that_of_scikit_learn():
     }
 
 
-def test_observed_and_shifted_indices_are_those_of_scikit_learn_over_the_spots_that_meet():
+def test_observed_and_shifted_indices_equal_scikit_learn_over_matched_spots():
     rng = np.random.default_rng(1)
     xy = lattice(7, 9)
     domains, clusters = compact(rng, xy, 4), compact(rng, xy, 3)
@@ -61,7 +61,7 @@ def test_observed_and_shifted_indices_are_those_of_scikit_learn_over_the_spots_t
     assert test.p_value == (1 + (test.null >= test.observed - 1e-12).sum()) / (1 + len(shifts))
 
 
-def test_pairs_are_averaged_shift_by_shift():
+def test_pairs_are_averaged_for_every_shift():
     rng = np.random.default_rng(2)
     xy = lattice(8, 8)
     a, b, c = (compact(rng, xy, 3) for _ in range(3))
@@ -73,7 +73,7 @@ def test_pairs_are_averaged_shift_by_shift():
 
 
 @pytest.mark.parametrize("hexagonal", [False, True])
-def test_shifts_move_every_spot_alike_and_leave_most_on_a_spot(hexagonal):
+def test_shifts_move_all_spots_equally_and_match_most_of_them(hexagonal):
     xy = lattice(8, 9, hexagonal)
     shifts = admissible_shifts(xy, min_overlap=0.6)
     assert len(np.unique(shifts, axis=0)) == len(shifts)
@@ -99,13 +99,13 @@ def test_shifts_do_not_depend_on_unit_origin_or_direction(scale, origin, angle):
     assert {row.tobytes() for row in found} == {row.tobytes() for row in expected}
 
 
-def test_a_lattice_that_is_askew_allows_the_same_shifts():
+def test_a_skewed_lattice_has_the_same_shifts():
     xy = lattice(9, 9)
     askew = xy + np.random.default_rng(0).uniform(-0.07, 0.07, xy.shape)
     assert len(admissible_shifts(askew)) == len(admissible_shifts(xy))
 
 
-def test_shifts_are_drawn_where_there_are_too_many():
+def test_shifts_are_sampled_if_there_are_too_many():
     xy = lattice(12, 12)
     every = {row.tobytes() for row in admissible_shifts(xy)}
     drawn = admissible_shifts(xy, n_max=20, seed=3)
@@ -115,7 +115,7 @@ def test_shifts_are_drawn_where_there_are_too_many():
     assert len(admissible_shifts(xy, n_max=10_000)) == len(every)
 
 
-def test_shifts_of_many_spots_are_tried_on_a_few_first(monkeypatch):
+def test_shifts_of_many_spots_are_tested_on_a_subset_first(monkeypatch):
     xy = lattice(20, 60)[::-1]
     found = admissible_shifts(xy, n_max=60)
     assert len(found) == 60
@@ -123,7 +123,7 @@ def test_shifts_of_many_spots_are_tried_on_a_few_first(monkeypatch):
     np.testing.assert_array_equal(found, admissible_shifts(xy, n_max=60))
 
 
-def test_the_silhouette_of_many_spots_is_that_of_some(monkeypatch):
+def test_the_silhouette_of_many_spots_uses_a_subset(monkeypatch):
     rng = np.random.default_rng(0)
     domains = rng.integers(0, 3, 900)
     features = domains[:, None] + 0.3 * rng.standard_normal((900, 4))
@@ -141,7 +141,7 @@ def test_without_a_shift_there_is_no_p_value():
 
 
 @pytest.mark.parametrize("kind", ["compact", "strata", "rare", "field"])
-def test_unrelated_maps_are_seldom_called_though_shuffles_call_more(kind):
+def test_independent_maps_are_rarely_significant_but_more_often_by_shuffling(kind):
     rng = np.random.default_rng(5)
     xy = lattice(13, 13)
     distance = np.linalg.norm(xy[:, None] - xy[None], axis=2)
@@ -169,7 +169,7 @@ def test_unrelated_maps_are_seldom_called_though_shuffles_call_more(kind):
     assert by_shuffle > 0.08
 
 
-def test_domains_that_follow_the_clusters_are_called():
+def test_domains_that_follow_the_clusters_are_significant():
     rng = np.random.default_rng(6)
     xy = lattice(13, 13)
     shifts = admissible_shifts(xy)
@@ -181,7 +181,7 @@ def test_domains_that_follow_the_clusters_are_called():
     assert np.mean(called) > 0.9
 
 
-def test_bad_input_is_refused():
+def test_invalid_input_raises():
     with pytest.raises(ValueError, match="`xy` is"):
         admissible_shifts(np.zeros((3, 3)))
     with pytest.raises(ValueError, match="`min_overlap` is 0"):
@@ -215,14 +215,14 @@ def test_pas_counts_spots_that_differ_from_more_than_half_of_ten_neighbours():
     assert pas(xy, np.zeros(50)) == 0
 
 
-def test_silhouette_is_that_of_scikit_learn_and_nan_with_one_domain():
+def test_silhouette_equals_scikit_learn_and_is_nan_with_one_domain():
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(30, 4)), rng.integers(0, 3, 30)
     assert silhouette(x, labels) == pytest.approx(metrics.silhouette_score(x, labels))
     assert np.isnan(silhouette(x, np.zeros(30)))
 
 
-def test_matching_undoes_a_renaming():
+def test_matching_recovers_renamed_labels():
     rng = np.random.default_rng(0)
     domains = rng.integers(0, 4, 80)
     names = np.array([2, 0, 3, 1])
@@ -234,5 +234,5 @@ def test_matching_undoes_a_renaming():
     assert enrichment_agreement(z, renamed, matched) == pytest.approx(1)
 
 
-def test_enrichment_of_one_matched_label_says_nothing():
+def test_enrichment_agreement_of_one_matched_label_is_nan():
     assert np.isnan(enrichment_agreement(np.eye(2), np.eye(2), np.array([0, -1])))

@@ -1,4 +1,4 @@
-"""The spatial test against formulas, simulations and its own invariances; the naive test against scanpy."""
+"""The spatial test against formulas, simulations and invariances; the Wilcoxon test against scanpy."""
 
 import anndata as ad
 import numpy as np
@@ -32,7 +32,7 @@ def assert_same(a, b, rtol=1e-4):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, atol=1e-6, err_msg=name)
 
 
-def test_without_any_field_and_with_equal_variances_it_is_students_t(monkeypatch):
+def test_without_a_field_and_with_equal_variances_it_is_students_t(monkeypatch):
     monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter(()))
     monkeypatch.setattr(_spatial_fit, "_ratios", lambda moments: np.zeros((1, len(moments.effect))))
     values = np.random.default_rng(0).standard_normal((len(GRID), 20))
@@ -45,7 +45,7 @@ def test_without_any_field_and_with_equal_variances_it_is_students_t(monkeypatch
     np.testing.assert_allclose(test.n_effective, len(GRID))
 
 
-def test_independent_spots_under_scattered_labels_are_nearly_students_t():
+def test_independent_spots_with_scattered_labels_are_close_to_students_t():
     rng = np.random.default_rng(0)
     values, group = rng.standard_normal((len(GRID), 200)), rng.random(len(GRID)) < 0.3
     test, student = spatial_test(values, group, GRID, check_top=0), stats.ttest_ind(values[group], values[~group])
@@ -53,7 +53,7 @@ def test_independent_spots_under_scattered_labels_are_nearly_students_t():
     assert np.median(test.n_effective) > 0.85 * len(GRID)
 
 
-def test_effective_size_is_dutilleuls_under_a_known_covariance(monkeypatch):
+def test_effective_size_equals_dutilleul_for_a_known_covariance(monkeypatch):
     sigma = np.exp(-DISTANCE / 3)
     monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter([sigma]))
     monkeypatch.setattr(_spatial_fit, "ODDS", np.array([1e9]))
@@ -72,7 +72,7 @@ def test_effective_size_is_dutilleuls_under_a_known_covariance(monkeypatch):
     ("power", "reach", "layout"),
     [(1, 0.3, "blob"), (1, 1.5, "scattered"), (1, 3.5, "half"), (2, 1.5, "blob"), (2, 3.5, "half"), (2, 3.5, "blob")],
 )
-def test_size_holds_for_every_range(power, reach, layout):
+def test_error_rate_is_nominal_for_every_range(power, reach, layout):
     group = {"blob": BLOB, "half": GRID[:, 1] < 7, "scattered": np.random.default_rng(1).random(len(GRID)) < 0.1}[
         layout
     ]
@@ -91,7 +91,7 @@ def stretched(ratio, degrees, reach=4.0):
 
 
 @pytest.mark.parametrize(("ratio", "degrees", "layout"), [(3, 0, "rim"), (5, 45, "rim"), (5, 90, "half")])
-def test_size_holds_in_smooth_fields_that_are_stretched(ratio, degrees, layout):
+def test_error_rate_is_nominal_in_smooth_anisotropic_fields(ratio, degrees, layout):
     away = np.linalg.norm((GRID - GRID.mean(0)) / np.ptp(GRID, axis=0), axis=1)
     group = away > np.quantile(away, 0.7) if layout == "rim" else GRID[:, 1] < 7
     test = spatial_test(field(stretched(ratio, degrees), 200), group, GRID, check_top=0)
@@ -103,7 +103,7 @@ def test_size_holds_in_smooth_fields_that_are_stretched(ratio, degrees, layout):
 DEPTH = (BLOB + np.random.default_rng(2).normal(0, 1, len(GRID)))[:, None]
 
 
-def test_a_covariate_that_differs_between_the_groups_is_not_a_difference(smooth):
+def test_a_covariate_that_differs_between_groups_is_not_a_difference(smooth):
     values = 0.3 * smooth[:, :100] + field(np.eye(len(GRID)), 100, 1)
     assert np.mean(spatial_test(values + DEPTH, BLOB, GRID, check_top=0).pvalues < 0.05) > 0.5
     test = spatial_test(values + DEPTH, BLOB, GRID, covariates=DEPTH)
@@ -111,7 +111,7 @@ def test_a_covariate_that_differs_between_the_groups_is_not_a_difference(smooth)
     assert_same(test, spatial_test(values, BLOB, GRID, covariates=DEPTH), rtol=1e-3)
 
 
-def test_effects_at_equal_covariates_are_those_of_least_squares(monkeypatch):
+def test_effects_at_equal_covariates_equal_least_squares(monkeypatch):
     monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter(()))
     monkeypatch.setattr(_spatial_fit, "_ratios", lambda moments: np.zeros((1, len(moments.effect))))
     values = np.random.default_rng(0).standard_normal((len(GRID), 20)) + DEPTH + BLOB[:, None]
@@ -123,7 +123,7 @@ def test_effects_at_equal_covariates_are_those_of_least_squares(monkeypatch):
     np.testing.assert_allclose(test.effect / test.scores, error, rtol=0.03)
 
 
-def test_covariates_in_blocks_are_nearly_those_of_spots(monkeypatch, smooth):
+def test_covariates_in_blocks_give_nearly_the_result_of_spots(monkeypatch, smooth):
     values, group = smooth[:, :60] + 0.5 * DEPTH, BLOB
     exact = spatial_test(values, group, GRID, covariates=DEPTH, check_top=0)
     monkeypatch.setattr(_spatial_test, "make_blocks", lambda *args: make_blocks(*args, max_blocks=80))
@@ -132,7 +132,7 @@ def test_covariates_in_blocks_are_nearly_those_of_spots(monkeypatch, smooth):
     assert 0.85 < np.median(coarse.scores / exact.scores) < 1.15
 
 
-def test_covariates_that_vary_nowhere_change_nothing(smooth):
+def test_constant_covariates_change_nothing(smooth):
     values = smooth[:, :10]
     constant = np.column_stack([np.ones(len(GRID)), np.zeros(len(GRID))])
     assert_same(
@@ -144,13 +144,13 @@ def test_covariates_that_vary_nowhere_change_nothing(smooth):
 
 @pytest.mark.parametrize("reach", [0.01, 2])
 @pytest.mark.parametrize("layout", ["blob", "scattered"])
-def test_size_holds_where_a_group_has_twice_the_sd(reach, layout):
+def test_error_rate_is_nominal_if_a_group_has_twice_the_sd(reach, layout):
     group = BLOB if layout == "blob" else np.random.default_rng(1).random(len(GRID)) < 0.25
     values = field(np.exp(-DISTANCE / reach), 600) * np.where(group, 2, 1)[:, None]
     assert np.mean(spatial_test(values, group, GRID, check_top=0).pvalues < 0.05) <= 0.086
 
 
-def test_without_any_field_it_is_nearly_welchs_t(monkeypatch):
+def test_without_a_field_it_is_close_to_welchs_t(monkeypatch):
     monkeypatch.setattr(_spatial_fit, "correlations", lambda blocks: iter(()))
     values = np.random.default_rng(0).standard_normal((len(GRID), 200)) * np.where(BLOB, 3, 1)[:, None]
     test = spatial_test(values, BLOB, GRID, check_top=0)
@@ -167,7 +167,7 @@ def test_equal_variances_keep_their_power():
 @pytest.mark.parametrize(
     ("layout", "reach"), [("core", 4), ("core", 15), ("ring", 4), ("small core", 4), ("small core", 15)]
 )
-def test_size_holds_in_smooth_fields_around_a_core(reach, layout):
+def test_error_rate_is_nominal_in_smooth_fields_around_a_core(reach, layout):
     away = np.linalg.norm(GRID - GRID.mean(0), axis=1)
     group = {"core": away < np.quantile(away, 0.4), "ring": away > np.quantile(away, 0.6)}.get(layout)
     group = away < np.quantile(away, 0.1) if group is None else group
@@ -176,7 +176,7 @@ def test_size_holds_in_smooth_fields_around_a_core(reach, layout):
 
 
 @pytest.mark.parametrize("ratio", [10, 100])
-def test_a_group_may_vary_many_times_as_much(ratio):
+def test_a_group_can_have_a_much_larger_sd(ratio):
     values = np.random.default_rng(0).standard_normal((len(GRID), 400)) * np.where(BLOB, ratio, 1)[:, None]
     test = spatial_test(values, BLOB, GRID, check_top=0)
     assert np.mean(test.pvalues < 0.05) <= 0.08
@@ -192,7 +192,7 @@ def test_a_gene_that_is_0_outside_the_group_has_the_variance_of_the_group():
     assert np.median(test.scores) < 1.1 * np.median(welch.statistic)
 
 
-def test_check_of_several_sections_has_the_size_of_one():
+def test_check_of_several_sections_has_the_error_rate_of_one():
     sections = GRID[:, 0].astype(int) // 3
     group = np.random.default_rng(0).random(len(GRID)) < np.array([0.1, 0.3, 0.5, 0.9])[sections]
     values = np.zeros((len(GRID), 300))
@@ -203,13 +203,13 @@ def test_check_of_several_sections_has_the_size_of_one():
     assert np.mean(test.pvalues_check < 0.05) <= 0.09
 
 
-def test_too_few_spots_for_their_sections_are_refused():
+def test_too_few_spots_for_their_sections_raise():
     group, sections = np.arange(7) < 3, np.array([0, 1, 2, 0, 1, 2, 2])
     with pytest.raises(ValueError, match="`sections`: 7 spots in 6 groups of a section leave 1 degrees"):
         spatial_test(np.ones((7, 2)), group, GRID[:7], sections)
 
 
-def test_independent_spots_would_be_wrong(smooth):
+def test_a_test_of_independent_spots_rejects_too_often(smooth):
     assert np.mean(wilcoxon_test(smooth, BLOB)[1] < 0.05) > 0.3
 
 
@@ -225,7 +225,7 @@ def test_interval_and_pvalue_agree(smooth):
     np.testing.assert_array_equal(test.pvalues < 0.1, (test.ci_low > 0) | (test.ci_high < 0))
 
 
-def test_longer_range_means_fewer_effective_spots():
+def test_a_longer_range_gives_fewer_effective_spots():
     sizes = [
         np.median(spatial_test(field(np.exp(-DISTANCE / reach), 20), BLOB, GRID, check_top=0).n_effective)
         for reach in (0.2, 1, 4)
@@ -233,7 +233,7 @@ def test_longer_range_means_fewer_effective_spots():
     assert sizes[0] > sizes[1] > sizes[2] > 1
 
 
-def test_order_unit_place_and_scale_do_not_matter(smooth):
+def test_order_unit_position_and_scale_do_not_matter(smooth):
     values = smooth[:, :10]
     test = spatial_test(values, BLOB, GRID, check_top=0)
     order = np.random.default_rng(0).permutation(len(GRID))
@@ -248,7 +248,7 @@ def test_swapped_groups_swap_the_sign(smooth):
     np.testing.assert_allclose(a.pvalues, b.pvalues, rtol=1e-4)
 
 
-def test_level_of_a_section_does_not_matter(smooth):
+def test_the_mean_of_a_section_does_not_matter(smooth):
     values, sections = smooth[:, :10], np.where(GRID[:, 1] < 7, "a", "b")
     shifted = values + 10 * (sections == "b")[:, None]
     group = (GRID[:, 0] < 5) ^ (GRID[:, 1] == 2)
@@ -259,15 +259,15 @@ def test_level_of_a_section_does_not_matter(smooth):
     )
 
 
-def test_size_holds_in_two_sections():
+def test_error_rate_is_nominal_in_two_sections():
     sections = np.repeat([0, 1], len(GRID))
     values = np.vstack([field(np.exp(-DISTANCE / 3), 200, seed) for seed in (1, 2)])
     group = np.concatenate([BLOB, GRID[:, 0] < 6])
     assert np.mean(spatial_test(values, group, np.vstack([GRID, GRID]), sections).pvalues < 0.05) <= 0.09
 
 
-def test_sections_of_one_sample_tell_no_more_than_one_field(smooth):
-    # Serial sections have nearly one field: without `samples` 12 and 13 % of such genes come below .05.
+def test_sections_of_one_sample_count_as_one_field(smooth):
+    # Serial sections share nearly one field: without `samples`, 12 and 13 % of such genes have p < .05.
     serial, sections = np.vstack([smooth, smooth]), np.repeat([0, 1], len(GRID))
     group, xy = np.tile(BLOB, 2), np.vstack([GRID, GRID])
     one = spatial_test(smooth, BLOB, GRID, check_top=0)
@@ -278,7 +278,7 @@ def test_sections_of_one_sample_tell_no_more_than_one_field(smooth):
     assert_same(apart, spatial_test(serial, group, xy, sections, check_top=0))
 
 
-def test_noise_of_the_sections_of_one_sample_is_their_own():
+def test_noise_is_independent_between_sections_of_one_sample():
     values = np.random.default_rng(0).standard_normal((2 * len(GRID), 100))
     sections, xy = np.repeat([0, 1], len(GRID)), np.vstack([GRID, GRID])
     group = np.random.default_rng(1).random(len(xy)) < 0.3
@@ -288,7 +288,7 @@ def test_noise_of_the_sections_of_one_sample_is_their_own():
     assert np.median(one.scores / plain.scores) > 0.9
 
 
-def test_blocks_hold_label_and_covariance():
+def test_blocks_preserve_label_and_covariance():
     blocks = make_blocks(GRID, np.zeros(len(GRID), int), BLOB, max_blocks=60)
     assert len(blocks.size) == 60
     assert blocks.size.sum() == len(GRID)
@@ -302,8 +302,8 @@ def test_blocks_hold_label_and_covariance():
 
 
 @pytest.mark.slow
-def test_size_holds_in_blocks_of_a_field_that_is_long_in_one_direction(monkeypatch):
-    """Ten spots a block. With four spots that stand for a block 11 % came below .05."""
+def test_error_rate_is_nominal_in_blocks_of_an_anisotropic_field(monkeypatch):
+    """Ten spots per block. With four representative spots per block, 11 % of p-values were below .05."""
     rows, columns = np.divmod(np.arange(1600), 40)
     xy = np.column_stack([columns + 0.5 * (rows % 2), rows * np.sqrt(0.75)])
     centred = (xy - xy.mean(0)) / np.ptp(xy, axis=0)
@@ -328,7 +328,7 @@ def test_blocks_give_nearly_the_exact_test(monkeypatch, smooth):
     assert np.corrcoef(coarse.scores, exact.scores)[0, 1] > 0.97
 
 
-def test_check_only_raises_pvalues_of_the_top_genes(smooth):
+def test_check_only_increases_pvalues_of_the_top_genes(smooth):
     smooth = smooth[:, :150]
     plain = spatial_test(smooth, BLOB, GRID, check_top=0)
     checked = spatial_test(smooth, BLOB, GRID, check_top=25)
@@ -342,13 +342,13 @@ def test_check_only_raises_pvalues_of_the_top_genes(smooth):
     np.testing.assert_array_equal(checked.pvalues, spatial_test(smooth, BLOB, GRID, check_top=25).pvalues)
 
 
-def test_check_finds_a_planted_effect_and_not_a_white_one():
+def test_check_confirms_a_planted_effect_but_not_noise():
     noise = field(np.eye(len(GRID)), 200)
     assert np.mean(spatial_test(noise, BLOB, GRID, check_top=200).pvalues_check < 0.05) < 0.1
     assert np.mean(spatial_test(noise + BLOB[:, None], BLOB, GRID, check_top=200).pvalues_check < 0.05) > 0.9
 
 
-def test_gene_without_variation_or_numbers_has_no_pvalue(smooth):
+def test_a_constant_or_non_finite_gene_has_no_pvalue(smooth):
     values = smooth[:, :4].astype(np.float32)
     values[:, 1], values[3, 2] = 0.1, np.nan
     test, naive = spatial_test(values, BLOB, GRID), wilcoxon_test(values[:, :2], BLOB)
@@ -356,7 +356,7 @@ def test_gene_without_variation_or_numbers_has_no_pvalue(smooth):
     np.testing.assert_array_equal(np.isnan(naive[1]), [False, True])
 
 
-def test_wilcoxon_is_scanpys_and_scipys():
+def test_wilcoxon_equals_scanpy_and_scipy():
     import scanpy as sc
 
     values = np.random.default_rng(0).poisson(0.7, (len(GRID), 30)).astype(float) + 0.5 * BLOB[:, None]
@@ -383,7 +383,7 @@ def test_wilcoxon_is_scanpys_and_scipys():
         ({"xy": np.maximum(GRID, 1)}, "`xy`"),
         ({"sections": np.zeros(3)}, "`sections`"),
         ({"covariates": np.ones(len(GRID))}, "`covariates`"),
-        ({"covariates": BLOB[:, None].astype(float)}, "alone tell the group"),
+        ({"covariates": BLOB[:, None].astype(float)}, "separate the group"),
         ({"sections": BLOB}, "`sections`"),
         ({"samples": np.zeros(3)}, "`samples`"),
         ({"samples": BLOB}, "`samples`"),
@@ -392,13 +392,13 @@ def test_wilcoxon_is_scanpys_and_scipys():
         ({"n_perms": 0}, "`n_perms`"),
     ],
 )
-def test_bad_input_is_named(changed, named):
+def test_errors_name_the_invalid_argument(changed, named):
     arguments = {"values": np.zeros((len(GRID), 2)), "group": BLOB, "xy": GRID} | changed
     with pytest.raises(ValueError, match=named):
         spatial_test(**arguments)
 
 
-def test_the_number_of_genes_worked_on_together_changes_nothing(monkeypatch):
+def test_the_chunk_size_does_not_change_the_result(monkeypatch):
     values = np.random.default_rng(0).standard_normal((len(GRID), 40))
     expected, ranks = spatial_test(values, BLOB, GRID, n_perms=19), wilcoxon_test(values, BLOB)
     monkeypatch.setattr(_spatial_moments, "_NUMBERS", 16 * 1024)  # three genes at once

@@ -50,7 +50,7 @@ def test_pearson_of_float32_is_computed_in_double_precision():
 # skill
 
 
-def test_skill_is_the_share_of_squared_error_taken_off():
+def test_skill_is_the_share_of_squared_error_that_is_removed():
     rng = np.random.default_rng(1)
     measured, predicted, reference = rng.normal(size=(20, 3)), rng.normal(size=(20, 3)), rng.normal(size=3)
     expected = [
@@ -62,7 +62,7 @@ def test_skill_is_the_share_of_squared_error_taken_off():
     np.testing.assert_allclose(skill(predicted, measured, reference), expected)
 
 
-def test_skill_is_one_for_truth_zero_for_the_reference_and_negative_for_worse():
+def test_skill_is_one_for_the_truth_zero_for_the_reference_and_negative_if_worse():
     measured = np.random.default_rng(2).normal(size=(20, 2))
     reference = np.array([0.3, -0.2])
     constant = np.tile(reference, (20, 1))
@@ -71,7 +71,7 @@ def test_skill_is_one_for_truth_zero_for_the_reference_and_negative_for_worse():
     assert (skill(-5 * measured, measured, reference) < 0).all()
 
 
-def test_skill_is_nan_where_the_reference_is_perfect():
+def test_skill_is_nan_if_the_reference_is_perfect():
     assert np.isnan(skill(np.ones((4, 1)), np.zeros((4, 1)), np.zeros(1))).all()
 
 
@@ -84,7 +84,7 @@ def deep_counts(depth, n=300):
     return rng.poisson(depth * np.concatenate([signal, np.full((n, 1), 200.0)], axis=1))
 
 
-def test_noise_ceiling_is_near_one_for_deep_counts_of_a_strong_signal():
+def test_noise_ceiling_is_near_one_for_deep_counts_with_a_strong_signal():
     assert (noise_ceiling(deep_counts(100))[:5] > 0.98).all()
 
 
@@ -99,7 +99,7 @@ def test_noise_ceiling_falls_with_depth():
     assert ceilings[0] < 0.8 < 0.9 < ceilings[2]
 
 
-def test_noise_ceiling_is_what_the_expected_value_of_each_spot_reaches():
+def test_noise_ceiling_is_the_correlation_of_the_expected_value():
     rng = np.random.default_rng(3)
     rate = np.concatenate([np.exp(rng.normal(size=(1000, 2))) * [2.0, 10.0], np.full((1000, 1), 1000.0)], axis=1)
     expected = np.mean([log_normalise(rng.poisson(rate)) for _ in range(100)], axis=0)
@@ -129,14 +129,14 @@ def test_noise_ceiling_is_the_correlation_of_log_normalised_halves():
     np.testing.assert_allclose(noise_ceiling(counts, n_splits=3, seed=7), np.sqrt(2 * r / (1 + r)), atol=1e-6)
 
 
-def test_noise_ceiling_of_chosen_genes_is_that_of_all_genes():
+def test_noise_ceiling_of_selected_genes_does_not_depend_on_the_selection():
     counts = deep_counts(1, n=60)
     genes = np.array([3, 0])
     np.testing.assert_array_equal(noise_ceiling(counts, genes=genes), noise_ceiling(counts)[genes])
     assert len(noise_ceiling(counts, genes=np.empty(0, int))) == 0
 
 
-def test_noise_ceiling_of_a_gene_that_is_never_seen_is_nan():
+def test_noise_ceiling_of_a_gene_without_counts_is_nan():
     counts = np.random.default_rng(0).poisson(5, (30, 3))
     counts[:, 1] = 0
     assert np.isnan(noise_ceiling(counts)).tolist() == [False, True, False]

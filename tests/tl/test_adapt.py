@@ -10,7 +10,7 @@ import he2gene_sc as hg
 from he2gene_sc.stats import CANDIDATES, adapt, log_normalise, pearson, residual_quantiles
 from he2gene_sc.stats._smoothers import kriging, matched_folds, ridge
 from he2gene_sc.stats._stack import simplex_weights, stack
-from he2gene_sc.stats._support import believed
+from he2gene_sc.stats._support import confirmed_share
 
 
 def grid(rows, columns):
@@ -281,12 +281,12 @@ def test_a_correction_is_believed_as_far_as_blocks_of_tissue_agree():
     rng = np.random.default_rng(0)
     blocks = np.repeat(np.arange(4), 6)
     before = rng.normal(size=(24, 20))
-    assert believed(1 + 0.1 * before, 0.1 * before, blocks, None)[0] > 0.9
+    assert confirmed_share(1 + 0.1 * before, 0.1 * before, blocks, None)[0] > 0.9
     # One block says one thing, the next another: 24 spots agree no better than chance.
     swinging = np.array([2.0, -1.5, 1.5, -1.0])[blocks][:, None] + 0.1 * before
-    assert believed(swinging, swinging - 1, blocks, None)[0] == 0
-    share, of_class = believed(1 + 0.1 * before, 0.1 * before, blocks, (blocks > 1).astype(int))
-    np.testing.assert_allclose(of_class, 1, atol=0.1)
+    assert confirmed_share(swinging, swinging - 1, blocks, None)[0] == 0
+    share, by_class = confirmed_share(1 + 0.1 * before, 0.1 * before, blocks, (blocks > 1).astype(int))
+    np.testing.assert_allclose(by_class, 1, atol=0.1)
 
 
 def test_a_level_is_corrected_alike_at_all_other_spots():

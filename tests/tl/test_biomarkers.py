@@ -37,22 +37,22 @@ COLUMNS = [
 ]
 
 
-def found(tables, groupby="label", **options):
+def markers(tables, groupby="label", **options):
     options = {"layer": "log"} | options
     return biomarkers(tables, groupby, **options)
 
 
-def of(frame, group="tumour"):
+def rows_of(frame, group="tumour"):
     return frame[frame["group"] == group].set_index("names")
 
 
-# ----------------------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------------------- results
 
 
-def test_planted_genes_are_found_and_the_table_is_tidy():
-    result = found(patients())
+def test_planted_genes_are_significant_and_the_table_is_tidy():
+    result = markers(patients())
     assert list(result) == COLUMNS
-    tumour = of(result)
+    tumour = rows_of(result)
     assert set(tumour.index[tumour["pvals_adj"] < 0.05]) == {f"g{i}" for i in range(5)}
     assert set(tumour.index[:5]) == {f"g{i}" for i in range(5)}
     assert (tumour["method"] == "means").all()
@@ -62,16 +62,16 @@ def test_planted_genes_are_found_and_the_table_is_tidy():
     assert tumour["reliable"].all()
 
 
-def test_two_groups_mirror_each_other():
-    result = found(patients())
-    one, other = of(result, "tumour"), of(result, "stroma").reindex(of(result, "tumour").index)
+def test_two_groups_have_opposite_effects():
+    result = markers(patients())
+    one, other = rows_of(result, "tumour"), rows_of(result, "stroma").reindex(rows_of(result, "tumour").index)
     np.testing.assert_allclose(one["effect_size"], -other["effect_size"], rtol=1e-6)
     np.testing.assert_allclose(one["pvals"], other["pvals"], rtol=1e-6)
 
 
 def test_effects_are_paired_means():
     tables = patients()
-    tumour = of(found(tables))
+    tumour = rows_of(markers(tables))
     means = [
         [t.layers["log"][t.obs["label"] == side].mean(0, dtype=float) for t in tables] for side in ("tumour", "stroma")
     ]
@@ -81,9 +81,9 @@ def test_effects_are_paired_means():
 
 
 @pytest.mark.parametrize("trend", [True, False])
-def test_prior_goes_with_the_variance_of_the_spots(trend):
+def test_prior_variance_follows_the_variance_over_spots(trend):
     tables = patients()
-    tumour = of(found(tables, trend=trend))
+    tumour = rows_of(markers(tables, trend=trend))
     values = [[t.layers["log"][t.obs["label"] == side].astype(float) for side in ("tumour", "stroma")] for t in tables]
     d = np.array([one.mean(0) - other.mean(0) for one, other in values])
     parts = [side for pair in values for side in pair]
@@ -94,62 +94,62 @@ def test_prior_goes_with_the_variance_of_the_spots(trend):
 
 
 def test_p_values_are_adjusted_within_groups():
-    result = found(patients())
+    result = markers(patients())
     for _, part in result.groupby("group"):
         np.testing.assert_allclose(part["pvals_adj"], multipletests(part["pvals"], method="fdr_bh")[1])
 
 
 @pytest.mark.slow
-def test_pooled_fold_changes_are_those_of_scanpy():
+def test_pooled_fold_changes_equal_scanpy():
     slides = [hg.datasets.toy((6, 6), seed=i)["table"] for i in range(4)]
     for i, slide in enumerate(slides):
         slide.obs["patient"] = f"P{i}"
     for reference in ("rest", "stroma"):
-        result = found(slides, "pathologist", layer=None, reference=reference)
+        result = markers(slides, "pathologist", layer=None, reference=reference)
         whole = anndata.concat(slides, index_unique="-")
         sc.pp.normalize_total(whole, target_sum=1e4)
         sc.pp.log1p(whole)
         whole.obs["pathologist"] = whole.obs["pathologist"].astype("category")
         sc.tl.rank_genes_groups(whole, "pathologist", reference=reference, method="t-test")
         expected = sc.get.rank_genes_groups_df(whole, "tumour").set_index("names")["logfoldchanges"]
-        tumour = of(result)
+        tumour = rows_of(result)
         np.testing.assert_allclose(tumour["logfoldchanges_pooled"], expected[tumour.index], atol=1e-5)
 
 
 def test_order_of_spots_objects_and_genes_does_not_matter():
     tables = patients()
-    one = of(found(tables))
+    one = rows_of(markers(tables))
     rng = np.random.default_rng(0)
     turned = [t[rng.permutation(t.n_obs), rng.permutation(t.n_vars)].copy() for t in reversed(patients())]
-    other = of(found(turned)).loc[one.index]
+    other = rows_of(markers(turned)).loc[one.index]
     np.testing.assert_allclose(one["pvals"], other["pvals"], rtol=1e-4)
 
 
-def test_one_table_with_a_sample_column_is_several_objects():
+def test_one_table_with_a_sample_column_equals_several_objects():
     whole = anndata.concat(patients())
-    assert found(whole) is None
-    pd.testing.assert_frame_equal(hg.get.biomarkers(whole), found(patients()), rtol=1e-4)
+    assert markers(whole) is None
+    pd.testing.assert_frame_equal(hg.get.biomarkers(whole), markers(patients()), rtol=1e-4)
 
 
 def test_sections_of_a_patient_are_one_sample():
     tables = patients(6)
     for i, table in enumerate(tables):
         table.obs["patient"] = f"P{i // 2}"
-    assert (found(tables)["n_samples"] == 3).all()
+    assert (markers(tables)["n_samples"] == 3).all()
 
 
-def test_objects_and_their_tables_give_the_same(toy):
+def test_objects_and_their_tables_give_the_same_result(toy):
     slides = [hg.datasets.toy((6, 6), seed=i) for i in range(3)]
     for i, slide in enumerate(slides):
         slide["table"].obs["patient"] = f"P{i}"
-    one = found(slides, "pathologist", layer=None)
-    other = found([slide["table"] for slide in slides], "pathologist", layer=None)
+    one = markers(slides, "pathologist", layer=None)
+    other = markers([slide["table"] for slide in slides], "pathologist", layer=None)
     pd.testing.assert_frame_equal(one, other)
 
 
-def test_results_are_kept_by_zarr(tmp_path):
+def test_results_survive_zarr(tmp_path):
     tables = patients(3)
-    result = found(tables)
+    result = markers(tables)
     tables[1].write_zarr(tmp_path / "t.zarr")
     back = anndata.read_zarr(tmp_path / "t.zarr")
     pd.testing.assert_frame_equal(hg.get.biomarkers(back), result, check_dtype=False)
@@ -163,22 +163,22 @@ def test_genes_are_matched_by_name(caplog):
     tables = patients(3)
     tables[0] = tables[0][:, 3:].copy()
     with caplog.at_level(logging.INFO, "he2gene_sc"):
-        result = found(tables)
+        result = markers(tables)
     assert "57 genes are in every object, of at most 60" in caplog.text
     assert "g0" not in set(result["names"])
-    with pytest.raises(ValueError, match=r"`join` is 'outer', which is for raw counts"):
-        found(tables, join="outer")
+    with pytest.raises(ValueError, match=r"`join` 'outer' is only for raw counts"):
+        markers(tables, join="outer")
 
 
-def test_counts_may_be_joined_over_all_genes():
+def test_counts_can_be_joined_over_all_genes():
     tables = patients(3)
     for table in tables:
         table.X = np.random.default_rng(0).poisson(np.expm1(table.layers["log"])).astype(np.float32)
     lacking = [tables[0][:, 1:].copy(), *tables[1:]]
-    result = of(found(lacking, layer=None, join="outer"))
+    result = rows_of(markers(lacking, layer=None, join="outer"))
     zeroed = tables[0].copy()
     zeroed.X[:, 0] = 0
-    expected = of(found([zeroed, *tables[1:]], layer=None))
+    expected = rows_of(markers([zeroed, *tables[1:]], layer=None))
     assert "g0" in result.index
     np.testing.assert_allclose(result["effect_size"], expected["effect_size"].reindex(result.index), atol=1e-6)
 
@@ -187,27 +187,27 @@ def test_genes_below_the_mean_are_not_tested():
     tables = patients(3)
     for table in tables:
         table.layers["log"][:, 10:] = 0.01
-    assert set(found(tables)["names"]) == {f"g{i}" for i in range(10)}
+    assert set(markers(tables)["names"]) == {f"g{i}" for i in range(10)}
     with pytest.raises(ValueError, match="`min_mean` is 20"):
-        found(tables, min_mean=20)
+        markers(tables, min_mean=20)
 
 
 # ----------------------------------------------------------------------------------------------- methods
 
 
-def test_auto_is_over_patients_from_three_samples_and_spatial_below():
-    assert (found(patients(3))["method"] == "means").all()
+def test_auto_compares_patients_with_three_samples_and_spots_with_fewer():
+    assert (markers(patients(3))["method"] == "means").all()
     counted = [as_predicted(table) for table in patients(3)]
-    assert (found(counted, layer=None)["method"] == "pseudobulk").all()
+    assert (markers(counted, layer=None)["method"] == "pseudobulk").all()
     with pytest.warns(UserWarning, match="does not generalise"):
-        result = found(patients(2))
+        result = markers(patients(2))
     assert (result["method"] == "spatial").all()
     with pytest.warns(UserWarning, match="does not generalise"):
-        assert found(patient(0)) is None
+        assert markers(patient(0)) is None
 
 
-def _two_unlike_patients():
-    """Two patients without a section column, of other expression and other shares of the labels, nothing planted."""
+def _two_different_patients():
+    """Two patients without a section column, with different expression and label shares, and without planted genes."""
     tables = [patient(i, n=80, genes=200, shift=0.0) for i in range(2)]
     for i, table in enumerate(tables):
         del table.obs["section"]
@@ -215,89 +215,92 @@ def _two_unlike_patients():
     return tables
 
 
-def test_patients_in_one_table_are_sections_of_their_own():
-    tables = _two_unlike_patients()
+def test_patients_in_one_table_are_separate_sections():
+    tables = _two_different_patients()
     whole = anndata.concat(tables)
     with pytest.warns(UserWarning, match="does not generalise"):
-        expected = found(tables)
+        expected = markers(tables)
     with pytest.warns(UserWarning, match="does not generalise"):
-        found(whole)
+        markers(whole)
     result = hg.get.biomarkers(whole)
     pd.testing.assert_frame_equal(result, expected, rtol=1e-4)
-    assert (of(result)["pvals"] < 0.05).mean() < 0.1
+    assert (rows_of(result)["pvals"] < 0.05).mean() < 0.1
 
 
-def test_cross_fit_of_one_table_equals_that_of_several():
+def test_cross_fit_of_one_table_equals_cross_fit_of_several():
     tables = [as_predicted(table) for table in patients(4, genes=120)]
     for i, table in enumerate(tables):
         del table.obs["section"]
-        # Measured levels of the patients differ, so that centring over all would mix them up.
+        # Measured levels differ between patients, so centring over all patients would give another result.
         table.X = table.X + np.random.default_rng(i).poisson(30, 120)
         table.X[:, 100:] += 60 * (table.obs["label"] == "tumour").to_numpy()[:, None]
-    # The markers are much of the counts: depth would be a marker.
+    # The markers are a large part of the counts, so depth would act as a marker.
     options = {"layer": "he2gene", "cross_fit": True, "reliable_only": False, "depth": None}
     whole = anndata.concat(tables, merge="same")
-    found(whole, **options)
-    pd.testing.assert_frame_equal(hg.get.biomarkers(whole), found(tables, **options), rtol=1e-4)
+    markers(whole, **options)
+    pd.testing.assert_frame_equal(hg.get.biomarkers(whole), markers(tables, **options), rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["spatial", "wilcoxon"])
-def test_the_filter_does_not_choose_genes_that_are_high_in_the_smaller_group(method):
+def test_the_filter_does_not_favour_genes_that_are_high_in_the_smaller_group(method):
     rng = np.random.default_rng(5)
     table = patient(0, n=320, genes=2000)
     table.obs["label"] = np.where(rng.permutation(320) < 20, "few", "many")
     table.X = rng.poisson(np.r_[np.full(1990, 0.02), np.full(10, 20)], (320, 2000)).astype(np.float32)
     with pytest.warns(UserWarning, match=f"method '{method}'"):
-        found(table, layer=None, groups="few", method=method, min_mean=0.25)
-    result = of(hg.get.biomarkers(table), "few")
+        markers(table, layer=None, groups="few", method=method, min_mean=0.25)
+    result = rows_of(hg.get.biomarkers(table), "few")
     assert set(result.index) == {f"g{i}" for i in range(1990, 2000)}
 
 
 @pytest.mark.slow
-def test_genes_that_a_small_group_can_hardly_show_are_not_tested(caplog):
+def test_genes_rarely_detected_in_a_small_group_are_not_tested(caplog):
     rng = np.random.default_rng(5)
     table = patient(0, n=320, genes=60)
     table.obs["label"] = np.where(rng.permutation(320) < 5, "few", "many")
     share = np.r_[np.full(30, 0.3), np.full(30, 0.9)]
     table.X = ((rng.random((320, 60)) < share) * 4).astype(np.float32)
     with pytest.warns(UserWarning, match="does not generalise"), caplog.at_level(logging.WARNING, "he2gene_sc"):
-        found(table, layer=None, groups="few", method="spatial")
-    assert set(of(hg.get.biomarkers(table), "few").index) == {f"g{i}" for i in range(30, 60)}
-    assert "30 of 60 genes are not tested in 'few': they are expected in fewer than 3 of the 5 spots" in caplog.text
+        markers(table, layer=None, groups="few", method="spatial")
+    assert set(rows_of(hg.get.biomarkers(table), "few").index) == {f"g{i}" for i in range(30, 60)}
+    assert (
+        "30 of 60 genes are not tested in 'few': they are expected to be detected in fewer than 3 of the 5 spots"
+        in caplog.text
+    )
     table.X[:, 30:] = table.X[:, :30]
-    with pytest.raises(ValueError, match="none is expected in 3 of the 5 spots"):
-        found(table, layer=None, groups="few", method="spatial")
+    with pytest.raises(ValueError, match="is expected to be detected in 3 of the 5 spots"):
+        markers(table, layer=None, groups="few", method="spatial")
     table.obs.iloc[:100, table.obs.columns.get_loc("label")] = "third"
     table.obs.iloc[:5, table.obs.columns.get_loc("label")] = "few"
     with pytest.warns(UserWarning, match="groups are left out: .*smaller of 'few'"):
-        found(table, layer=None, method="spatial")
+        markers(table, layer=None, method="spatial")
     assert set(hg.get.biomarkers(table)["group"]) == {"many", "third"}
 
 
-def test_mixed_takes_covariates():
+def test_mixed_model_uses_covariates():
     tables = patients(5, genes=12)
     for i, table in enumerate(tables):
         table.obs["depth"] = np.random.default_rng(i).normal(size=table.n_obs)
         table.obs["batch"] = "ab"[i % 2]
-    plain, adjusted = found(tables, method="mixed"), found(tables, method="mixed", covariates=["depth", "batch"])
-    assert {f"g{i}" for i in range(5)} == set(of(plain).index[of(plain)["pvals_adj"] < 0.05])
+    plain, adjusted = markers(tables, method="mixed"), markers(tables, method="mixed", covariates=["depth", "batch"])
+    assert {f"g{i}" for i in range(5)} == set(rows_of(plain).index[rows_of(plain)["pvals_adj"] < 0.05])
     assert (plain["method"] == "mixed").all()
-    assert not np.allclose(of(plain)["pvals"], of(adjusted)["pvals"].reindex(of(plain).index))
-    with pytest.raises(ValueError, match="'pseudobulk', 'means', 'mixed' and 'spatial' alone"):
-        found(tables, covariates="depth", method="wilcoxon")
-    with pytest.raises(ValueError, match=r"`depth` is 'depth' and enters .* the method is 'wilcoxon'; leave it out"):
-        found(tables, depth="depth", method="wilcoxon")
+    assert not np.allclose(rows_of(plain)["pvals"], rows_of(adjusted)["pvals"].reindex(rows_of(plain).index))
+    with pytest.raises(ValueError, match="only for method='pseudobulk', 'means', 'mixed' and 'spatial'"):
+        markers(tables, covariates="depth", method="wilcoxon")
+    with pytest.raises(ValueError, match=r"`depth` is 'depth', which method='wilcoxon' does not use .*; leave it out"):
+        markers(tables, depth="depth", method="wilcoxon")
     with pytest.raises(ValueError, match="`covariates` 'no' is not a column"):
-        found(tables, method="mixed", covariates="no")
+        markers(tables, method="mixed", covariates="no")
     with pytest.raises(ValueError, match="several values within sample"):
-        found(tables, method="mixed", covariates="label")
+        markers(tables, method="mixed", covariates="label")
 
 
-def test_wilcoxon_is_scanpys_and_called_naive():
+def test_wilcoxon_equals_scanpy_and_is_called_naive():
     table = patient(0)
     with pytest.warns(UserWarning, match="as independent"):
-        found(table, method="wilcoxon")
-    result = of(hg.get.biomarkers(table))
+        markers(table, method="wilcoxon")
+    result = rows_of(hg.get.biomarkers(table))
     assert (result["method"] == "wilcoxon (naive)").all()
     other = anndata.AnnData(table.layers["log"], obs=table.obs, var=table.var)
     other.uns["log1p"] = {"base": None}
@@ -307,27 +310,27 @@ def test_wilcoxon_is_scanpys_and_called_naive():
     np.testing.assert_allclose(result["pvals"], expected[result.index], rtol=1e-4)
 
 
-def test_ppi_uses_measured_samples_and_predictions_of_others():
+def test_ppi_uses_measured_samples_and_predictions_of_other_samples():
     tables = [as_predicted(table) for table in patients(12)]
     for table in tables[6:]:
         table.X = np.zeros_like(table.X)
-    with pytest.warns(UserWarning, match="has 6 measured samples: pvals are NaN, since they need 8"):
-        result = of(found(tables, layer="he2gene", method="ppi"))
+    with pytest.warns(UserWarning, match="has 6 measured samples, but p-values need 8: pvals are NaN"):
+        result = rows_of(markers(tables, layer="he2gene", method="ppi"))
     assert result[["pvals", "pvals_adj"]].isna().all(axis=None)
     assert (result.loc[[f"g{i}" for i in range(5)], "ci_low"] > 0).all()
     assert (result["method"] == "ppi").all()
     assert (result["n_samples"] == 12).all()
     assert set(result.index[:5]) == {f"g{i}" for i in range(5)}
-    # A patient whose reference alone was measured is neither a measured nor a predicted one.
+    # A patient with measured reference spots only counts neither as measured nor as predicted.
     tables[6].X[(tables[6].obs["label"] != "tumour").to_numpy()] = 1
     with pytest.warns(UserWarning, match="has 6 measured samples"):
-        assert (of(found(tables, layer="he2gene", method="ppi"))["n_samples"] == 11).all()
+        assert (rows_of(markers(tables, layer="he2gene", method="ppi"))["n_samples"] == 11).all()
     with pytest.raises(ValueError, match="at least 3 measured and 2 more predicted samples"):
-        found(tables[:6], layer="he2gene", method="ppi")
+        markers(tables[:6], layer="he2gene", method="ppi")
 
 
-def test_ppi_takes_depth_off_what_was_measured():
-    """One group is 1.8 times as deep, and nothing else differs."""
+def test_ppi_adjusts_measured_values_for_depth():
+    """The groups differ only in depth, by a factor of 1.8."""
     rng, labels = np.random.default_rng(0), np.repeat(["tumour", "stroma"], 40)
     composition = rng.lognormal(0, 1.2, 400)
     tables = []
@@ -339,7 +342,7 @@ def test_ppi_takes_depth_off_what_was_measured():
         noise = 0.05 * rng.standard_normal((80, 400))
         table.layers["mine"] = np.log1p(1e4 * genes / genes.sum() + abs(noise)).astype(np.float32)
         if number > 9:
-            # As hg.tl.predict makes one of a slide that was not measured.
+            # Like the table that hg.tl.predict makes for a slide without measurements.
             table.uns[OWN_TABLE] = True
         tables.append(table)
     options = {"groups": "tumour", "reference": "stroma", "layer": "mine", "layer_scale": "log", "reliable_only": False}
@@ -351,20 +354,20 @@ def test_ppi_takes_depth_off_what_was_measured():
 # ----------------------------------------------------------------------------------------------- reliable, circular
 
 
-def test_only_reliable_genes_are_tested_where_predicted():
+def test_only_reliable_genes_of_predictions_are_tested():
     tables = [as_predicted(table) for table in patients(4)]
-    assert set(found(tables, layer="he2gene")["names"]) == {f"g{i}" for i in range(30)}
-    every = found(tables, layer="he2gene", reliable_only=False)
+    assert set(markers(tables, layer="he2gene")["names"]) == {f"g{i}" for i in range(30)}
+    every = markers(tables, layer="he2gene", reliable_only=False)
     assert set(every.loc[every["reliable"], "names"]) == {f"g{i}" for i in range(30)}
     assert every["names"].nunique() == 60
-    assert found(tables, layer=None)["names"].nunique() == 60
+    assert markers(tables, layer=None)["names"].nunique() == 60
     for table in tables:
         table.var["he2gene_reliable"] = False
     with pytest.raises(ValueError, match="`reliable_only`: no gene is reliable"):
-        found(tables, layer="he2gene")
+        markers(tables, layer="he2gene")
     joined = anndata.concat(tables)
     with pytest.raises(ValueError, match="merge='same'"):
-        found(joined, layer="he2gene")
+        markers(joined, layer="he2gene")
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -376,20 +379,20 @@ def test_labels_of_the_same_model_are_marked_circular(copied):
             table.obs["mine"] = table.obs[key].astype(str)
         key = "mine"
     with pytest.warns(UserWarning, match="share its errors"):
-        result = found(tables, key, layer="he2gene")
+        result = markers(tables, key, layer="he2gene")
     assert result["circular"].all()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert not found(tables, key, layer=None)["circular"].any()
+        assert not markers(tables, key, layer=None)["circular"].any()
 
 
-def test_a_layer_adapted_from_a_prediction_is_one():
+def test_a_layer_adapted_from_a_prediction_counts_as_a_prediction():
     tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
     for table in tables:
         table.layers["he2gene_adapted"] = table.layers["he2gene"]
         table.uns["he2gene_adapted"] = {"verb": "adapt", "params": {"layer": "he2gene"}, "written": {}}
     with pytest.warns(UserWarning, match="share its errors"):
-        result = found(tables, "he2gene_annotation", layer="he2gene_adapted")
+        result = markers(tables, "he2gene_annotation", layer="he2gene_adapted")
     assert result["circular"].all()
     assert set(result["names"]) == {f"g{i}" for i in range(30)}
 
@@ -420,19 +423,19 @@ def _mostly_one(label):
     ("change", "circular"),
     [(_renamed, True), (_merged, True), (_some_changed, False), (_unlike, False), (_mostly_one, False)],
 )
-def test_labels_that_follow_from_predicted_ones_are_circular(change, circular):
+def test_labels_that_follow_from_predicted_labels_are_circular(change, circular):
     tables = [patient(i, labels=("tumour", "stroma", "fat"), n=64) for i in range(4)]
     for table in tables:
         as_predicted(table, annotation=table.obs["label"])
         table.obs["mine"] = change(table.obs["label"].astype(str))
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = found(tables, "mine", layer="he2gene")
+        result = markers(tables, "mine", layer="he2gene")
     assert (result["circular"] == circular).all()
-    assert any("follows from obs['he2gene_annotation']" in str(w.message) for w in said) == circular
+    assert any("follows level by level from obs['he2gene_annotation']" in str(w.message) for w in caught) == circular
 
 
-def test_predictions_are_known_after_concat_by_what_stands_beside_them():
+def test_predictions_are_recognised_after_concat_by_their_columns():
     tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
     for table in tables:
         table.layers["mine"] = table.layers["he2gene"]
@@ -440,12 +443,12 @@ def test_predictions_are_known_after_concat_by_what_stands_beside_them():
         table.obs["mine_ood"] = 0.0
     whole = anndata.concat(tables)
     with pytest.raises(ValueError, match="`reliable_only`: var has no 'mine_reliable'"):
-        found(whole, "mine_annotation", layer="mine")
+        markers(whole, "mine_annotation", layer="mine")
     with pytest.warns(UserWarning, match="share its errors"):
-        found(whole, "mine_annotation", layer="mine", reliable_only=False)
+        markers(whole, "mine_annotation", layer="mine", reliable_only=False)
     assert hg.get.biomarkers(whole)["circular"].all()
     del whole.obs["mine_annotation"]
-    found(whole, layer="mine", reliable_only=False)
+    markers(whole, layer="mine", reliable_only=False)
     assert not hg.get.biomarkers(whole)["reliable"].any()
 
 
@@ -464,11 +467,11 @@ def test_clusters_of_the_tested_values_are_circular():
         ("pathologist", "he2gene"): False,
     }
     for (key, layer), circular in cases.items():
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found(table, key, layer=layer, method="wilcoxon")
+            markers(table, key, layer=layer, method="wilcoxon")
         assert (hg.get.biomarkers(table)["circular"] == circular).all(), (key, layer)
-        assert any("is marked circular" in str(w.message) for w in said) == circular
+        assert any("is marked circular" in str(w.message) for w in caught) == circular
     assert hg.tl.concordance(table, "he2gene_domains_measured", method="wilcoxon") is None
     assert hg.get.concordance(table)["circular"].all()
 
@@ -476,108 +479,110 @@ def test_clusters_of_the_tested_values_are_circular():
 def test_cross_fitted_labels_are_not_circular():
     tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
     for table in tables:
-        # Measured genes outside the tested ones tell the labels.
+        # Measured genes that are not tested determine the labels.
         table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        # The markers are a third of the counts of so few genes: depth would be a marker.
+        # The markers are a third of the counts of these few genes, so depth would act as a marker.
         warnings.filterwarnings("ignore", message=".*depth of the spots")
-        result = found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True, depth=None)
+        result = markers(tables, "he2gene_annotation", layer="he2gene", cross_fit=True, depth=None)
     assert not result["circular"].any()
-    tumour = of(result)
+    tumour = rows_of(result)
     assert set(tumour.index[tumour["pvals_adj"] < 0.05]) == {f"g{i}" for i in range(5)}
     for table in tables[:1]:
         table.X = np.zeros_like(table.X)
     with pytest.raises(ValueError, match="`cross_fit`: section 'S0' of sample 'P0'.* has no measured counts"):
-        found(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
+        markers(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
     with pytest.raises(ValueError, match="`cross_fit` needs several sections"):
-        found(tables[1], "he2gene_annotation", layer="he2gene", cross_fit=True)
+        markers(tables[1], "he2gene_annotation", layer="he2gene", cross_fit=True)
 
 
-def test_cross_fitted_labels_that_agree_little_with_those_given_are_refused_or_warned_of():
+def test_low_agreement_of_cross_fitted_labels_is_a_warning_or_an_error():
     tables = [as_predicted(t) for t in patients(4)]
     for i, table in enumerate(tables):
         table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
         table.obs["noisy"] = table.obs["label"].astype(str).mask(np.arange(40) % 11 == i, "stroma")
     options = {"layer": "he2gene", "cross_fit": True, "depth": None}
-    with pytest.warns(UserWarning, match="its labels agree with those of `groupby` in 9[1-4]% of the spots; below 95%"):
-        found(tables, "noisy", **options)
+    with pytest.warns(UserWarning, match="its labels agree with those of `groupby` in 9[1-4]% of the spots. Below 95%"):
+        markers(tables, "noisy", **options)
     agreement = tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"]
     assert 0.91 <= agreement < 0.95
     for i, table in enumerate(tables):
-        # Half of the labels owe nothing to what was measured.
+        # Half of the labels are independent of the measured values.
         table.obs["noisy"] = table.obs["label"].astype(str).mask(np.random.default_rng(i).random(40) < 0.5, "stroma")
     with pytest.raises(ValueError, match=r"in [5-7]\d% of the spots; at least 85% are needed"):
-        found(tables, "noisy", **options)
+        markers(tables, "noisy", **options)
     assert tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"] == agreement
     samples = tables[0].uns["he2gene_biomarkers"]["samples"]
     assert not samples.duplicated(["group", "sample"]).any()
     assert np.isfinite(tables[0].uns["he2gene_biomarkers"]["sample_effects"]).all()
 
 
-def test_a_rare_group_whose_cross_fitted_labels_are_others_is_said():
+def test_low_agreement_of_cross_fitted_labels_in_a_rare_group_is_a_warning():
     tables = [as_predicted(t) for t in patients(6)]
     for i, table in enumerate(tables):
         table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
-        # Five spots of two patients owe their label to nothing that was measured, nor one of a third, which is not tested.
+        # The labels of five spots in two patients, and of one spot in a third (not tested), are independent of the measured values.
         table.obs["rare"] = table.obs["label"].astype(str).mask((np.arange(40) >= 35) & (i < 2), "immune")
         table.obs["rare"] = table.obs["rare"].mask((np.arange(40) == 30) & (i == 3), "odd")
     options = {"layer": "he2gene", "cross_fit": True, "depth": None}
-    with pytest.warns(UserWarning, match="of the spots that are 'immune' by either label only 0% are by both"):
-        found(tables, "rare", **options)
-    with pytest.raises(ValueError, match=r"`groups` \['tumor'\] are no groups"):
-        found(tables, groups=["tumor"], **options)
+    with pytest.warns(
+        UserWarning, match="of the spots that are 'immune' by the given or the new label, only 0% have both"
+    ):
+        markers(tables, "rare", **options)
+    with pytest.raises(ValueError, match=r"`groups` \['tumor'\] are not groups"):
+        markers(tables, groups=["tumor"], **options)
 
 
-# ----------------------------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------------------------- invalid input
 
 
-def test_names_that_are_not_there_are_named():
+def test_errors_name_unknown_names():
     tables = patients(3)
     with pytest.raises(ValueError, match="`groupby` 'no' is not a column of obs"):
-        found(tables, "no")
-    with pytest.raises(ValueError, match=r"`reference` 'no' is no group, valid: \['rest', 'stroma', 'tumour'\]"):
-        found(tables, reference="no")
-    with pytest.raises(ValueError, match=r"`groups` \['no'\] are no groups"):
-        found(tables, groups=["no"])
+        markers(tables, "no")
+    with pytest.raises(ValueError, match=r"`reference` 'no' is not a group, valid: \['rest', 'stroma', 'tumour'\]"):
+        markers(tables, reference="no")
+    with pytest.raises(ValueError, match=r"`groups` \['no'\] are not groups"):
+        markers(tables, groups=["no"])
     with pytest.raises(ValueError, match="holds the reference 'stroma'"):
-        found(tables, groups="stroma", reference="stroma")
+        markers(tables, groups="stroma", reference="stroma")
     with pytest.raises(ValueError, match="`method` 'no' is unknown"):
-        found(tables, method="no")
+        markers(tables, method="no")
     with pytest.raises(ValueError, match="`layer` 'no' is not a layer"):
-        found(tables, layer="no")
+        markers(tables, layer="no")
     with pytest.raises(ValueError, match="`confidence_level` is 95"):
-        found(tables, confidence_level=95)
+        markers(tables, confidence_level=95)
     with pytest.raises(ValueError, match="`trend` is 'no'"):
-        found(tables, trend="no")
-    with pytest.raises(ValueError, match="`trend` is of method='pseudobulk' and 'means' alone, the method is 'mixed'"):
-        found(tables, method="mixed", trend=False)
+        markers(tables, trend="no")
+    with pytest.raises(ValueError, match="`trend` is only for method='pseudobulk' and 'means', the method is 'mixed'"):
+        markers(tables, method="mixed", trend=False)
 
 
-def test_several_objects_without_patients_ask_for_them():
+def test_several_objects_without_a_patient_column_raise():
     tables = patients(3)
     for table in tables:
         del table.obs["patient"]
     with pytest.raises(ValueError, match=r"`sample_key`: object 0 has no obs\['patient'\]; name the column"):
-        found(tables)
-    assert (found(tables, sample_key="section")["n_samples"] == 3).all()
+        markers(tables)
+    assert (markers(tables, sample_key="section")["n_samples"] == 3).all()
 
 
-def test_one_level_is_refused():
+def test_a_single_group_raises():
     with pytest.raises(ValueError, match=r"`groupby` has one level, \['tumour'\]"):
-        found(patients(3, labels=("tumour",)))
+        markers(patients(3, labels=("tumour",)))
 
 
-def test_fractions_are_no_labels():
+def test_fractions_as_labels_raise():
     tables = patients(3)
     for table in tables:
         table.obs["label"] = np.linspace(0, 1, table.n_obs)
     with pytest.raises(ValueError, match="holds fractions"):
-        found(tables)
+        markers(tables)
 
 
 def _relabelled(n_first, others=0):
-    """Patients of three labels: `n_first` spots of "rare" in the first, `others` in each of the rest."""
+    """Patients with three labels: `n_first` spots of "rare" in the first patient, `others` in each other patient."""
     tables = patients(4)
     for i, table in enumerate(tables):
         table.obs["label"] = table.obs["label"].astype(object)
@@ -589,40 +594,43 @@ def _relabelled(n_first, others=0):
     ("n_first", "others", "why"),
     [
         (2, 0, "'rare' has 2 spots, at least 3 are needed"),
-        (6, 0, r"'rare' has 3 or more spots in too few samples, \['P0'\]"),
-        (6, 2, r"'rare' has 3 or more spots in too few samples, \['P0'\]"),
+        (6, 0, r"'rare' has 3 or more spots only in samples \['P0'\]"),
+        (6, 2, r"'rare' has 3 or more spots only in samples \['P0'\]"),
     ],
 )
-def test_groups_that_cannot_be_tested_are_refused_or_left_out(n_first, others, why):
+def test_groups_that_cannot_be_tested_raise_or_are_left_out(n_first, others, why):
     tables = _relabelled(n_first, others)
     with pytest.raises(ValueError, match=f"`groups`: {why}"):
-        found(tables, groups="rare")
+        markers(tables, groups="rare")
     with pytest.warns(UserWarning, match=f"groups are left out: {why}"):
-        result = found(tables)
+        result = markers(tables)
     assert set(result["group"]) == {"stroma", "tumour"}
 
 
-def test_labels_that_never_meet_are_refused():
+def test_groups_that_never_share_a_sample_raise():
     tables = patients(4)
     for i, table in enumerate(tables):
         table.obs["label"] = ["tumour", "stroma"][i % 2]
-    with pytest.raises(ValueError, match="meet in 0 of the samples.* cannot be told from the samples"):
-        found(tables)
+    with pytest.raises(
+        ValueError,
+        match="0 of the samples have .* spots of both .*cannot be separated from a difference between samples",
+    ):
+        markers(tables)
 
 
-def test_counts_and_logs_are_told_apart():
+def test_counts_and_logarithms_are_distinguished():
     tables = patients(3)
     for table in tables:
         table.layers["counts"] = np.random.default_rng(0).poisson(np.expm1(table.layers["log"])).astype(np.float32)
         table.X = table.layers["log"].copy()
     with pytest.raises(ValueError, match="`layer`: layer 'counts' looks like raw counts.*layer_scale='counts'"):
-        found(tables, layer="counts")
+        markers(tables, layer="counts")
     with pytest.raises(ValueError, match="`layer`: X looks like log-transformed values.*layer_scale='log'"):
-        found(tables, layer=None)
-    stated = found(tables, layer="counts", layer_scale="counts")
+        markers(tables, layer=None)
+    stated = markers(tables, layer="counts", layer_scale="counts")
     for table in tables:
         table.X = table.layers["counts"]
-    pd.testing.assert_frame_equal(stated, found(tables, layer=None))
+    pd.testing.assert_frame_equal(stated, markers(tables, layer=None))
 
 
 def test_nan_genes_and_spots_are_left_out_and_counted(caplog):
@@ -630,36 +638,36 @@ def test_nan_genes_and_spots_are_left_out_and_counted(caplog):
     tables[1].layers["log"][:, 7] = np.nan
     tables[2].layers["log"][4] = np.nan
     with caplog.at_level(logging.INFO, "he2gene_sc"):
-        result = of(found(tables))
-    assert "1 genes hold NaN" in caplog.text
+        result = rows_of(markers(tables))
+    assert "1 genes contain NaN" in caplog.text
     assert "1 labelled spots have no values" in caplog.text
     assert "g7" not in result.index
     assert (result["n_spots"] + result["n_spots_reference"] == 119).all()
     for table in tables:
         table.layers["log"][:] = np.nan
     with pytest.raises(ValueError, match="is NaN for every gene"):
-        found(tables)
+        markers(tables)
 
 
-def test_spots_given_twice_are_refused():
+def test_duplicate_spots_raise():
     table = patient(0)
     double = anndata.concat([table, table[:4]], index_unique="-")
     with pytest.raises(ValueError, match=r"4 spots are duplicated at the same place.*section 'S0' of sample 'P0'"):
-        found([double, patient(1), patient(2)])
+        markers([double, patient(1), patient(2)])
     del double.obsm["spatial"]
     double.obs_names = [*table.obs_names, *table.obs_names[:4]]
     with pytest.raises(ValueError, match="4 spots are duplicated under the same name"):
-        found(double)
+        markers(double)
 
 
-def test_a_patient_under_two_names_is_refused():
+def test_one_patient_under_two_names_raises():
     twin = patient(0)
     twin.obs["patient"] = "P9"
     twin.obsm["spatial"] = twin.obsm["spatial"] + 100
     with pytest.raises(ValueError, match=r"`sample_key`: 40 spots are the same.*'P0' and 'P9': a patient with two"):
-        found([*patients(3), twin[::-1].copy()])
+        markers([*patients(3), twin[::-1].copy()])
     with pytest.raises(ValueError, match="40 spots are the same.* in two sections of sample 'P0'"):
-        found([*patients(3), patient(0)])
+        markers([*patients(3), patient(0)])
 
 
 def _counted(i):
@@ -669,7 +677,7 @@ def _counted(i):
 
 
 @pytest.mark.parametrize("change", ["fewer genes", "other values", "fewer spots and moved"])
-def test_a_patient_under_two_names_is_refused_though_it_was_changed(change):
+def test_one_patient_under_two_names_raises_after_changes_of_the_table(change):
     twin = _counted(0)
     if change == "fewer genes":
         twin = twin[:, :-3].copy()
@@ -680,26 +688,26 @@ def test_a_patient_under_two_names_is_refused_though_it_was_changed(change):
         twin.obsm["spatial"] = twin.obsm["spatial"] + 0.3
     twin.obs["patient"] = "P9"
     with pytest.raises(ValueError, match="in samples 'P0' and 'P9': a patient with two names"):
-        found([*(_counted(i) for i in range(3)), twin], layer=None)
+        markers([*(_counted(i) for i in range(3)), twin], layer=None)
 
 
 @pytest.mark.parametrize("column", ["patient", "donor_id"])
-def test_sections_taken_for_patients_are_warned_of(column):
+def test_sections_used_as_patients_give_a_warning(column):
     tables = patients(4)
     for i, table in enumerate(tables):
         table.obs["slide"] = f"slide {i}"
         table.obs["patient"] = f"P{i // 2}"
         table.obs = table.obs.rename(columns={"patient": column})
     with pytest.warns(UserWarning, match=rf"4 samples are of 2 patients by obs\['{column}'\].*sample_key='{column}'"):
-        found(tables, sample_key="slide")
+        markers(tables, sample_key="slide")
     for i, table in enumerate(tables):
         table.obs[column] = f"P{i}"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not replicates")
-        found(tables, sample_key="slide")
+        markers(tables, sample_key="slide")
 
 
-def test_concordance_of_sections_taken_for_patients_is_warned_of():
+def test_concordance_warns_if_sections_are_used_as_patients():
     tables = _both()
     for i, table in enumerate(tables):
         table.obs["slide"] = f"slide {i}"
@@ -708,90 +716,90 @@ def test_concordance_of_sections_taken_for_patients_is_warned_of():
         hg.tl.concordance(tables, "label", k=(5,), sample_key="slide")
 
 
-def test_sections_of_one_layout_are_no_twins():
-    # Same places, same labels, little noise: neighbouring sections in one frame.
+def test_sections_with_the_same_layout_are_not_duplicates():
+    # Same positions, same labels and little noise, as in neighbouring sections in one coordinate system.
     tables = [_counted(i) for i in range(2)]
     for table in tables:
         table.obs["patient"] = "P0"
     with pytest.warns(UserWarning, match="does not generalise"):
-        assert len(found(tables, layer=None))
+        assert len(markers(tables, layer=None))
 
 
-def test_numbers_name_groups_of_a_column_of_numbers():
+def test_numbers_name_the_groups_of_a_numeric_column():
     tables = patients(3)
     for table in tables:
         table.obs["label"] = np.where(np.arange(table.n_obs) % 8 < 2, np.nan, np.arange(table.n_obs) % 2)
-    expected = found(tables, groups="1")
+    expected = markers(tables, groups="1")
     for groups in (1, [1], [1.0], np.array([1])):
-        pd.testing.assert_frame_equal(found(tables, groups=groups), expected)
-    pd.testing.assert_frame_equal(found(tables, reference=0), found(tables, groups=["1"], reference="0"))
+        pd.testing.assert_frame_equal(markers(tables, groups=groups), expected)
+    pd.testing.assert_frame_equal(markers(tables, reference=0), markers(tables, groups=["1"], reference="0"))
 
 
-def test_odd_arguments_are_named():
+def test_errors_name_invalid_arguments():
     tables = patients(3)
     with pytest.raises(ValueError, match=r"`groups` is empty; name some of \['stroma', 'tumour'\]"):
-        found(tables, groups=[])
+        markers(tables, groups=[])
     for value in ("a", None, np.nan):
-        with pytest.raises(ValueError, match="`min_mean` is .*a number is needed"):
-            found(tables, min_mean=value)
+        with pytest.raises(ValueError, match="`min_mean` is .*it must be a number"):
+            markers(tables, min_mean=value)
     for table in tables:
         table.obs["label"] = table.obs["label"].replace("stroma", "rest")
     with pytest.raises(ValueError, match="`groupby` has a level of this name"):
-        found(tables)
-    assert set(found(tables, groups="rest", reference="tumour")["group"]) == {"rest"}
+        markers(tables)
+    assert set(markers(tables, groups="rest", reference="tumour")["group"]) == {"rest"}
 
 
-def test_scaled_values_have_no_fold_change_and_it_is_said():
+def test_scaled_values_have_no_fold_change_and_give_a_warning():
     tables = patients(3)
     for table in tables:
         table.layers["log"] -= 5
-    with pytest.warns(UserWarning, match="logfoldchanges are NaN for") as said:
-        result = found(tables, layer_scale="log", min_mean=-9)
-    assert not [w for w in said if issubclass(w.category, RuntimeWarning)]
+    with pytest.warns(UserWarning, match="logfoldchanges are NaN for") as caught:
+        result = markers(tables, layer_scale="log", min_mean=-9)
+    assert not [w for w in caught if issubclass(w.category, RuntimeWarning)]
     assert result["logfoldchanges"].isna().any()
     assert result["effect_size"].notna().all()
 
 
 def test_genes_without_a_p_value_are_not_adjusted():
-    from he2gene_sc.tl._biomarkers.compare import adjusted
+    from he2gene_sc.tl._biomarkers.compare import adjust_pvalues
 
-    tests = adjusted(pd.DataFrame({"group": "a", "pvals": [0.01, np.nan, 0.02]}))
+    tests = adjust_pvalues(pd.DataFrame({"group": "a", "pvals": [0.01, np.nan, 0.02]}))
     np.testing.assert_allclose(tests["pvals_adj"], [0.02, np.nan, 0.02])
 
 
-def test_few_samples_ask_for_another_method():
-    with pytest.raises(ValueError, match="needs at least 2, there are 1"):
-        found(patient(0), method="pseudobulk")
+def test_too_few_samples_suggest_another_method():
+    with pytest.raises(ValueError, match="needs at least 2, found 1"):
+        markers(patient(0), method="pseudobulk")
 
 
-def test_other_types_are_refused():
+def test_other_types_raise():
     with pytest.raises(TypeError, match="is a str"):
-        found("table")
+        markers("table")
     with pytest.raises(TypeError, match="is a int"):
-        found([1])
+        markers([1])
     with pytest.raises(ValueError, match="`data` is empty"):
-        found([])
+        markers([])
 
 
 def test_a_failed_run_changes_nothing():
     tables = patients(3)
-    found(tables)
+    markers(tables)
     before = tables[0].uns["he2gene_biomarkers"]
     with pytest.raises(ValueError, match="`reference`"):
-        found(tables, reference="no")
+        markers(tables, reference="no")
     assert tables[0].uns["he2gene_biomarkers"] is before
     tables[2].uns["mine"] = {"a": 1}
     with pytest.raises(ValueError, match="was not written by hg.tl.biomarkers"):
-        found(tables, key_added="mine")
+        markers(tables, key_added="mine")
     assert "mine" not in tables[0].uns
 
 
-# ----------------------------------------------------------------------------------------------- get and pl
+# ----------------------------------------------------------------------------------------------- hg.get and hg.pl
 
 
 def test_results_are_filtered():
     tables = patients()
-    found(tables)
+    markers(tables)
     chosen = hg.get.biomarkers(tables, "tumour", pval_cutoff=0.05, log2fc_min=0.1)
     assert set(chosen["names"]) == {f"g{i}" for i in range(5)}
     assert hg.get.biomarkers(tables[3], log2fc_max=0)["logfoldchanges"].max() < 0
@@ -802,9 +810,9 @@ def test_results_are_filtered():
         hg.get.biomarkers(patient(0))
 
 
-def test_a_volcano_shows_every_gene_and_names_those_found():
+def test_a_volcano_plot_shows_every_gene_and_names_significant_ones():
     tables = patients()
-    found(tables)
+    markers(tables)
     axes = hg.pl.biomarkers(tables)
     assert len(axes) == 2
     tumour = next(ax for ax in axes if ax.get_title().startswith("tumour"))
@@ -813,15 +821,15 @@ def test_a_volcano_shows_every_gene_and_names_those_found():
     assert "5 of 60 at FDR 0.05" in tumour.get_title()
 
 
-def test_names_in_a_volcano_do_not_cover_each_other():
+def test_names_in_a_volcano_plot_do_not_overlap():
     tables = patients(genes=300)
     for table in tables:
-        # All alike, so that their points lie on top of each other.
+        # Equal values, so that their points coincide.
         table.layers["log"][:, 5:25] += 0.8 * (table.obs["label"] == "tumour").to_numpy()[:, None]
-    found(tables)
+    markers(tables)
     ax = hg.pl.biomarkers(tables, "tumour", n_genes=12)
     ax.figure.canvas.draw()
-    # Of the text alone; an annotation's own extent holds its line too.
+    # Extent of the text only; the extent of an annotation includes its line.
     boxes = [Text.get_window_extent(text) for text in ax.texts]
     texts = [(box.x0, box.x1, box.y0, box.y1) for box in boxes]
     assert len(texts) >= 12
@@ -830,9 +838,9 @@ def test_names_in_a_volcano_do_not_cover_each_other():
             assert x1 <= u0 or u1 <= x0 or y1 <= v0 + 1 or v1 <= y0 + 1
 
 
-def test_dots_show_the_difference_in_every_patient():
+def test_the_dot_plot_shows_the_difference_in_every_patient():
     tables = patients(4)
-    found(tables)
+    markers(tables)
     _, given = plt.subplots()
     ax = hg.pl.biomarkers(tables, "tumour", kind="dot", genes=["g0", "g30"], ax=given)
     assert ax is given
@@ -846,9 +854,9 @@ def test_dots_show_the_difference_in_every_patient():
     assert colours[(0, 3)] == pytest.approx(log[mask].mean() - log[~mask].mean(), rel=1e-4)
 
 
-def test_pictures_refuse_what_was_not_tested(tmp_path):
+def test_plots_of_untested_genes_raise(tmp_path):
     tables = patients(3)
-    found(tables)
+    markers(tables)
     with pytest.raises(ValueError, match="`kind` is 'bar'"):
         hg.pl.biomarkers(tables, kind="bar")
     with pytest.raises(ValueError, match=r"`genes` \['no'\] were not tested"):
@@ -880,7 +888,7 @@ def test_concordance_compares_predicted_with_measured():
     part = genes[(genes["group"] == "tumour") & genes["reliable"]]
     expected = stats.spearmanr(part["effect_size_predicted"], part["effect_size_measured"]).statistic
     assert row["spearman"] == pytest.approx(expected)
-    measured = of(found(tables, layer=None))
+    measured = rows_of(markers(tables, layer=None))
     np.testing.assert_allclose(
         part.set_index("names")["effect_size_measured"], measured["effect_size"].reindex(part["names"]), rtol=1e-6
     )
@@ -897,7 +905,7 @@ def test_concordance_of_a_copy_is_perfect():
     assert (table["auroc"] == 1).all()
 
 
-def test_references_that_know_no_gene_stand_beside_the_prediction():
+def test_gene_independent_references_are_scored_with_the_prediction():
     tables = _both()
     for table in tables:
         table.X = table.X.copy()
@@ -912,13 +920,13 @@ def test_references_that_know_no_gene_stand_beside_the_prediction():
     assert np.isnan(rows.loc["he2gene", "spearman_difference"])
     genes = hg.get.concordance(tables, by_gene=True)
     above = (genes["effect_size_measured"] > 0).mean()
-    # Tumour was made the deeper: all effects of depth are above 0.
+    # Tumour is deeper, so all effects of depth are above 0.
     assert rows.loc["depth", "sign_agreement"] == pytest.approx(above)
     assert rows.loc["coordinates", "sign_agreement"] == pytest.approx(above)
 
 
 def test_a_prediction_of_depth_alone_is_not_better_than_its_references():
-    """One number a spot times the mean of each gene: alone it looks perfect by sign."""
+    """One number per spot times the mean of each gene has perfect sign agreement."""
     tables = _both(6)
     rng = np.random.default_rng(0)
     for table in tables:
@@ -927,19 +935,19 @@ def test_a_prediction_of_depth_alone_is_not_better_than_its_references():
         mean = np.log1p(1e4 * table.X.sum(0) / table.X.sum())
         depth = np.log(table.X.sum(1))
         z = (depth - depth.mean()) / depth.std()
-        blind = mean * (1 + 0.2 * z[:, None]) + rng.normal(0, 0.02, table.shape) * mean
-        table.layers["blind"] = np.clip(blind, 0, None).astype(np.float32)
-    found = hg.tl.concordance(tables, "label", groups="tumour", layer="blind", layer_scale="log", k=())
+        depth_only = mean * (1 + 0.2 * z[:, None]) + rng.normal(0, 0.02, table.shape) * mean
+        table.layers["depth only"] = np.clip(depth_only, 0, None).astype(np.float32)
+    found = hg.tl.concordance(tables, "label", groups="tumour", layer="depth only", layer_scale="log", k=())
     rows = found[found["genes"] == "all"].set_index("predictor")
-    assert rows.loc["blind", "sign_agreement_significant"] == 1
-    assert rows.loc["blind", "auroc"] > 0.9
+    assert rows.loc["depth only", "sign_agreement_significant"] == 1
+    assert rows.loc["depth only", "auroc"] > 0.9
     # 60 genes: the standard error of a rank correlation is .13.
     most = {"spearman": 0.13, "sign_agreement": 0.05, "sign_agreement_significant": 0.05, "auroc": 0.05}
     for score, bound in most.items():
         assert (rows.loc[["depth", "coordinates"], f"{score}_difference"] <= bound).all()
 
 
-def test_concordance_leaves_out_what_was_not_measured():
+def test_concordance_leaves_out_spots_that_were_not_measured():
     tables = _both(5)
     tables[4].X = np.zeros_like(tables[4].X)
     assert (hg.tl.concordance(tables, "label")["n_samples"] == 4).all()
@@ -952,7 +960,7 @@ def test_concordance_leaves_out_what_was_not_measured():
 
 
 def _with_unmeasured_sections(n=8, measured=4):
-    """Some patients measured; each of these has a second section that was predicted only, nearly all of one label."""
+    """Measured patients have a second section that was only predicted, almost all of it with one label."""
     tables = _both(n)
     for i, table in enumerate(tables):
         if i >= measured:
@@ -966,7 +974,7 @@ def _with_unmeasured_sections(n=8, measured=4):
     return tables
 
 
-def test_sections_that_were_not_measured_are_no_zeros_in_concordance():
+def test_sections_that_were_not_measured_are_not_zeros_in_concordance():
     tables = _with_unmeasured_sections()
     hg.tl.concordance(tables, "label", groups="tumour")
     expected = hg.tl.concordance(_both(4), "label", groups="tumour")
@@ -975,10 +983,12 @@ def test_sections_that_were_not_measured_are_no_zeros_in_concordance():
     pd.testing.assert_frame_equal(hg.tl.concordance(one, "label", groups="tumour"), expected, rtol=1e-5)
 
 
-def test_sections_that_were_not_measured_are_no_zeros_in_ppi():
+def test_sections_that_were_not_measured_are_not_zeros_in_ppi():
     tables = _with_unmeasured_sections()
-    with pytest.warns(UserWarning, match="depth of the spots is not adjusted for"):
-        result = of(found(tables, layer="he2gene", method="ppi", groups="tumour", reliable_only=False, depth=None))
+    with pytest.warns(UserWarning, match="not adjusted for the depth of the spots"):
+        result = rows_of(
+            markers(tables, layer="he2gene", method="ppi", groups="tumour", reliable_only=False, depth=None)
+        )
     spots = anndata.concat(tables, merge="same")
 
     def effect(patient, gene):
@@ -996,10 +1006,10 @@ def test_sections_that_were_not_measured_are_no_zeros_in_ppi():
     for table in tables:
         table.X = np.zeros_like(table.X)
     with pytest.raises(ValueError, match="`measured` holds no counts"):
-        found(tables, layer="he2gene", method="ppi")
+        markers(tables, layer="he2gene", method="ppi")
 
 
-def test_concordance_is_kept_by_zarr_and_drawn(tmp_path):
+def test_concordance_survives_zarr_and_can_be_plotted(tmp_path):
     tables = _both()
     table = hg.tl.concordance(tables, "label")
     tables[0].write_zarr(tmp_path / "t.zarr")
@@ -1016,11 +1026,11 @@ def test_concordance_is_kept_by_zarr_and_drawn(tmp_path):
 # ----------------------------------------------------------------------------------------------- enrichment
 
 
-def test_gene_sets_are_scored_as_decoupler_does(tmp_path):
+def test_scores_of_gene_sets_equal_decoupler(tmp_path):
     import decoupler as dc
 
     tables = patients()
-    result = found(tables)
+    result = markers(tables)
     net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
     scores = hg.tl.enrichment(tables, net)
     top = scores[scores["group"] == "tumour"].iloc[0]
@@ -1041,7 +1051,7 @@ def test_gene_sets_are_scored_as_decoupler_does(tmp_path):
 
 
 def test_sets_of_coexpressed_genes_are_tested_over_samples():
-    from he2gene_sc.tl._biomarkers.enrichment import _over_samples
+    from he2gene_sc.tl._biomarkers.enrichment import _test_over_samples
 
     genes, names = [f"g{i}" for i in range(200)], ["coexpressed", "apart"]
     net = pd.DataFrame({"source": np.repeat(names, 20), "target": genes[:20] + genes[50:70]})
@@ -1053,14 +1063,15 @@ def test_sets_of_coexpressed_genes_are_tested_over_samples():
         effects[:, :20] = np.sqrt(0.5) * (effects[:, :20] + rng.normal(size=(6, 1)))
         frame = pd.DataFrame({"group": "a", "names": genes})
         record = {"samples": {"group": ["a"] * 6}, "genes": genes, "sample_effects": effects}
-        found += [_over_samples(results[i : i + 1], frame, net, record).iloc[0] for i in (0, 1)]
+        found += [_test_over_samples(results[i : i + 1], frame, net, record).iloc[0] for i in (0, 1)]
     rates = (np.reshape(found, (-1, 2)) < 0.05).mean(axis=0)
     assert (rates < 0.09).all(), rates
     assert (
-        _over_samples(results, frame, net, record | {"sample_effects": effects + 3 * (np.arange(200) < 20)})[0] < 0.01
+        _test_over_samples(results, frame, net, record | {"sample_effects": effects + 3 * (np.arange(200) < 20)})[0]
+        < 0.01
     )
     few = {name: values[:2] if name != "genes" else values for name, values in record.items() if name != "samples"}
-    assert _over_samples(results, frame, net, few | {"samples": {"group": ["a"] * 2}}).isna().all()
+    assert _test_over_samples(results, frame, net, few | {"samples": {"group": ["a"] * 2}}).isna().all()
 
 
 def test_the_background_of_an_overrepresentation_is_the_tested_genes():
@@ -1076,41 +1087,41 @@ def test_the_background_of_an_overrepresentation_is_the_tested_genes():
     )
     assert found == pytest.approx(fisher_exact([[a, 100 - a], [30 - a, 70 + a]]).pvalue, rel=1e-3)
     assert of_many < 1e-10
-    with pytest.warns(UserWarning, match="`method` 'ora': without `n_up` decoupler takes the upper 95 %"):
+    with pytest.warns(UserWarning, match="`method` 'ora': without `n_up` decoupler 2.2 selects the upper 95 %"):
         hg.tl.enrichment(frame, {"some": names[:30]}, method="ora")
 
 
 def test_gene_sets_of_circular_biomarkers_are_circular():
     net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
     tables = [as_predicted(t, annotation=t.obs["label"]) for t in patients(4)]
-    assert not hg.tl.enrichment(found(tables, "label", layer=None), net)["circular"].any()
+    assert not hg.tl.enrichment(markers(tables, "label", layer=None), net)["circular"].any()
     with pytest.warns(UserWarning, match="marked circular"):
-        found(tables, "he2gene_annotation", layer="he2gene")
+        markers(tables, "he2gene_annotation", layer="he2gene")
     with pytest.warns(UserWarning, match="the biomarkers are circular"):
         scores = hg.tl.enrichment(tables, net)
     assert scores["circular"].all()
 
 
-def test_enrichment_refuses_what_does_not_fit():
+def test_enrichment_raises_for_invalid_arguments():
     tables = patients(3)
     net = pd.DataFrame({"source": "a", "target": [f"x{i}" for i in range(6)]})
     with pytest.raises(ValueError, match="run hg.tl.biomarkers first"):
         hg.tl.enrichment(tables, net)
-    found(tables)
-    with pytest.raises(ValueError, match="`net`: no set has 5 genes among the 60 tested"):
+    markers(tables)
+    with pytest.raises(ValueError, match="`net`: no set has 5 of the 60 genes tested"):
         hg.tl.enrichment(tables, net)
     with pytest.raises(ValueError, match="`net` has no column 'target'"):
         hg.tl.enrichment(tables, net[["source"]])
     with pytest.raises(ValueError, match="`net`: there is no file"):
         hg.tl.enrichment(tables, "no.gmt")
-    with pytest.raises(ValueError, match="`method` 'no' is no method of decoupler"):
+    with pytest.raises(ValueError, match="`method` 'no' is not a method of decoupler"):
         hg.tl.enrichment(tables, net, method="no")
     with pytest.raises(ValueError, match="`statistic`"):
         hg.tl.enrichment(tables, net, statistic="no")
 
 
-def test_sets_that_would_be_scored_wrongly_are_left_out_or_refused():
-    result = found(patients())
+def test_invalid_gene_sets_raise_or_are_left_out():
+    result = markers(patients())
     net = pd.DataFrame({"source": ["up"] * 5 + ["not"] * 6, "target": [f"g{i}" for i in range(11)]})
     expected = hg.tl.enrichment(result, net)
     nowhere = pd.DataFrame({"source": [None] * 6, "target": [f"g{i}" for i in range(6)]})
@@ -1119,7 +1130,7 @@ def test_sets_that_would_be_scored_wrongly_are_left_out_or_refused():
     twice = pd.concat([net.assign(weight=1.0), net.head(1).assign(weight=-1.0)])
     with pytest.raises(ValueError, match="`net` names gene 'g0' twice in set 'up', with other weights"):
         hg.tl.enrichment(result, twice)
-    with pytest.raises(ValueError, match="stands twice in group"):
+    with pytest.raises(ValueError, match="occurs twice in group"):
         hg.tl.enrichment(pd.concat([result, result.head(1)]), net)
     with pytest.raises(ValueError, match="`data`: 'scores' is infinite for"):
         hg.tl.enrichment(result.assign(scores=result["scores"].mask(result["names"] == "g3", np.inf)), net)
@@ -1140,14 +1151,14 @@ def test_marker_sets_are_genes_of_the_bundled_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["means", "mixed"])
-def test_nothing_planted_is_rejected_at_the_level(method):
+def test_the_error_rate_without_planted_genes_is_the_level(method):
     genes = 3000 if method == "means" else 300
     tables = patients(8, genes=genes, shift=0.0, seed=3)
     for i, table in enumerate(tables):
         rng = np.random.default_rng(i)
         for side in ("tumour", "stroma"):
             table.layers["log"][table.obs["label"] == side] += rng.normal(0, 0.1, genes)
-    rate = (of(found(tables, method=method))["pvals"] < 0.05).mean()
+    rate = (rows_of(markers(tables, method=method))["pvals"] < 0.05).mean()
     assert (0.035 < rate < 0.065) if method == "means" else rate < 0.085
 
 
@@ -1156,7 +1167,7 @@ def eight_patients(request, her2st):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tables = [her2st(name)["table"].copy() for name in ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")]
-    found_in = found(
+    found_in = markers(
         tables,
         "pathologist",
         layer=None,
@@ -1166,15 +1177,15 @@ def eight_patients(request, her2st):
         join="outer",
         trend=request.param,
     )
-    return request.param, of(found_in, "invasive cancer")
+    return request.param, rows_of(found_in, "invasive cancer")
 
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_measured_invasive_against_connective_in_eight_patients(eight_patients):
+def test_measured_invasive_cancer_against_connective_tissue_in_eight_patients(eight_patients):
     _, result = eight_patients
     significant = result[result["pvals_adj"] < 0.05]
-    # Both directions: a deeper group does not pass for higher genes.
+    # Genes in both directions: a deeper group does not appear as higher expression.
     assert 100 < (significant["effect_size"] > 0).sum() < 600
     assert 100 < (significant["effect_size"] < 0).sum() < 900
     assert (result.loc[MARKERS, "effect_size"] > 0).all()
@@ -1182,12 +1193,12 @@ def test_measured_invasive_against_connective_in_eight_patients(eight_patients):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_markers_of_cancer_are_found_in_eight_patients(eight_patients):
+def test_cancer_markers_are_significant_in_eight_patients(eight_patients):
     _, result = eight_patients
     assert (result.loc[MARKERS, "pvals_adj"] < 0.05).all()
 
 
-def test_concordance_takes_an_iterator_of_objects():
+def test_concordance_accepts_an_iterator_of_objects():
     tables = [as_predicted(table) for table in patients(3)]
     listed = hg.tl.concordance(tables, "label", groups="tumour", k=(5,))
     pd.testing.assert_frame_equal(hg.tl.concordance(iter(tables), "label", groups="tumour", k=(5,)), listed)

@@ -1,4 +1,4 @@
-"""Tests of summed counts, of depth and of designs, with planted truth."""
+"""Tests of summed counts, depth and designs, with planted effects."""
 
 import dataclasses
 import sys
@@ -42,62 +42,62 @@ def counted(i, *, n=(40, 25), deeper=4.0, planted=0, shift=1.0, genes=GENES, bet
     return table
 
 
-def found(tables, **options):
+def markers(tables, **options):
     options = {"groups": "a", "reference": "b", "layer": None} | options
     return biomarkers(tables, "label", **options).set_index("names")
 
 
-def test_a_deeper_group_does_not_pass_for_a_difference():
-    result = found([counted(i, genes=2000) for i in range(8)], min_mean=-1)
+def test_a_deeper_group_does_not_appear_as_a_difference():
+    result = markers([counted(i, genes=2000) for i in range(8)], min_mean=-1)
     assert (result["method"] == "pseudobulk").all()
     assert 0.03 < (result["pvals"] < 0.05).mean() < 0.07
     assert 0.45 < (result["effect_size"] > 0).mean() < 0.55
 
 
-def test_planted_genes_are_found_with_their_size():
-    result = found([counted(i, planted=20, between=0.05) for i in range(6)])
+def test_planted_genes_are_significant_with_the_true_effect():
+    result = markers([counted(i, planted=20, between=0.05) for i in range(6)])
     significant = result.index[result["pvals_adj"] < 0.05]
     planted = [f"g{i}" for i in range(20)]
     assert set(planted) <= set(significant)
     assert len(significant) < 30
-    # Libraries are those of the genes that do not differ.
+    # Library sizes are estimated from the unchanged genes.
     assert result.loc[planted, "effect_size"].median() == pytest.approx(1, abs=0.1)
     np.testing.assert_allclose(result["logfoldchanges"], result["effect_size"] / np.log(2))
 
 
 def test_a_minimum_effect_leaves_out_smaller_ones():
     tables = [counted(i, planted=20, shift=0.4, between=0.02) for i in range(6)]
-    assert (found(tables)["pvals_adj"] < 0.05).sum() >= 15
-    assert (found(tables, lfc=1)["pvals_adj"] < 0.05).sum() == 0
+    assert (markers(tables)["pvals_adj"] < 0.05).sum() >= 15
+    assert (markers(tables, lfc=1)["pvals_adj"] < 0.05).sum() == 0
     for value in (-1, "a", np.nan, True):
         with pytest.raises(ValueError, match="`lfc` is"):
-            found(tables, lfc=value)
+            markers(tables, lfc=value)
 
 
-def test_patients_of_few_spots_do_not_hide_a_difference():
-    # Without weights two patients of three spots each take the power of four good ones.
+def test_patients_with_few_spots_do_not_hide_a_difference():
+    # Without weights, two patients with three spots each would reduce the power of the four others.
     good = [counted(i, planted=20, shift=0.5, between=0.05, n=(150, 150)) for i in range(4)]
     poor = [counted(i, planted=20, shift=0.5, between=0.05, n=(3, 3), deeper=0.05) for i in (4, 5)]
     planted = [f"g{i}" for i in range(20)]
-    alone, all_six = found(good), found(good + poor)
+    alone, all_six = markers(good), markers(good + poor)
     assert (all_six.loc[planted, "pvals_adj"] < 0.05).mean() >= (alone.loc[planted, "pvals_adj"] < 0.05).mean() - 0.1
 
 
-def test_patients_of_unlike_sizes_do_not_make_differences():
-    # One patient of many spots, three of few: how patients differ cannot be told from one.
+def test_patients_with_different_numbers_of_spots_do_not_create_differences():
+    # One patient with many spots and three with few: the variance between patients cannot be estimated from one.
     sizes = [(150, 150), (3, 80), (60, 4), (5, 5)]
-    result = found([counted(i, n=n, genes=1000, between=0.12) for i, n in enumerate(sizes)], min_mean=-1)
+    result = markers([counted(i, n=n, genes=1000, between=0.12) for i, n in enumerate(sizes)], min_mean=-1)
     assert (result["pvals"] < 0.05).mean() < 0.06
     assert (result["pvals"] < 0.001).mean() < 0.003
 
 
 def test_order_of_patients_does_not_matter():
     tables = [counted(i, planted=5) for i in range(4)]
-    one, other = found(tables), found(tables[::-1])
+    one, other = markers(tables), markers(tables[::-1])
     np.testing.assert_allclose(one["pvals"], other["pvals"].reindex(one.index), rtol=1e-5)
 
 
-def test_an_interaction_is_found_by_its_term():
+def test_an_interaction_is_tested_by_its_term():
     tables = []
     for i in range(8):
         tables.append(counted(i, planted=20, shift=[0.0, 1.0][i % 2], between=0.05))
@@ -105,23 +105,23 @@ def test_an_interaction_is_found_by_its_term():
         tables[-1].obs["stage"] = "ab"[i % 2]
     planted = [f"g{i}" for i in range(20)]
     for formula, term in (("group:age", "group:age"), ("group:stage", "group:stage[T.b]")):
-        result = found(tables, formula=formula, term=term)
+        result = markers(tables, formula=formula, term=term)
         assert set(planted) <= set(result.index[result["pvals_adj"] < 0.05])
         assert result.loc[planted, "effect_size"].median() == pytest.approx(1, abs=0.15)
-        # The group itself is tested at the average patient.
-        average = found(tables, formula=formula)
+        # The group effect is that of the average patient.
+        average = markers(tables, formula=formula)
         assert average.loc[planted, "effect_size"].median() == pytest.approx(0.5, abs=0.15)
-    with pytest.raises(ValueError, match="`covariates`: .* does not differ within samples"):
-        found(tables, covariates="age")
+    with pytest.raises(ValueError, match="`covariates`: .* is constant within samples"):
+        markers(tables, covariates="age")
     with pytest.raises(ValueError, match="`term` 'no' is not a term of the design"):
-        found(tables, formula="group:age", term="no")
-    with pytest.raises(ValueError, match="`formula` .* cannot be read"):
-        found(tables, formula="group:nowhere")
-    with pytest.raises(ValueError, match="`formula` is of method='pseudobulk' and 'means' alone"):
-        found(tables, formula="group:age", method="wilcoxon")
+        markers(tables, formula="group:age", term="no")
+    with pytest.raises(ValueError, match="`formula` .* is not valid"):
+        markers(tables, formula="group:nowhere")
+    with pytest.raises(ValueError, match="`formula` is only for method='pseudobulk' and 'means'"):
+        markers(tables, formula="group:age", method="wilcoxon")
 
 
-def test_a_design_may_be_a_formula_or_a_list_of_covariates():
+def test_a_design_can_be_a_formula_or_a_list_of_covariates():
     tables = [counted(i, planted=20) for i in range(8)]
     for i, table in enumerate(tables):
         table.obs["age"] = np.random.default_rng(i).normal(size=table.n_obs)
@@ -130,11 +130,11 @@ def test_a_design_may_be_a_formula_or_a_list_of_covariates():
         one, other = (hg.tl.biomarkers(tables, "label", **call, design=design) for design in (short, long))
         pd.testing.assert_frame_equal(one, other)
     for wrong in ("age", 3, {"formula": "age"}):
-        with pytest.raises(ValueError, match=r"`design` is .* begins with '~' is needed"):
+        with pytest.raises(ValueError, match=r"`design` is .* pass a formula that begins with '~'"):
             hg.tl.biomarkers(tables, "label", **call, design=wrong)
 
 
-def test_p_values_may_be_adjusted_over_all_groups():
+def test_p_values_can_be_adjusted_over_all_groups():
     tables = [counted(i, planted=5) for i in range(4)]
     result = biomarkers(tables, "label", layer=None, adjust_over="all")
     from scipy.stats import false_discovery_control
@@ -144,28 +144,28 @@ def test_p_values_may_be_adjusted_over_all_groups():
 
 def test_sums_are_for_counts_and_means_for_logarithms():
     tables = [_predicted(i) for i in range(3)]
-    with pytest.raises(ValueError, match="`method` 'means' is for logarithms, the layer holds raw counts"):
-        found(tables, method="means")
-    with pytest.raises(ValueError, match="`method` 'deseq2' is for raw counts, the layer holds logarithms"):
-        found(tables, layer="log", method="deseq2")
-    assert (found(tables, layer="log", method="pseudobulk")["method"] == "means").all()
+    with pytest.raises(ValueError, match="`method` 'means' needs logarithms, but the layer holds raw counts"):
+        markers(tables, method="means")
+    with pytest.raises(ValueError, match="`method` 'deseq2' needs raw counts, but the layer holds logarithms"):
+        markers(tables, layer="log", method="deseq2")
+    assert (markers(tables, layer="log", method="pseudobulk")["method"] == "means").all()
 
 
-def test_deseq2_is_pydeseq2_or_names_what_to_install(monkeypatch):
+def test_deseq2_equals_pydeseq2_or_names_the_missing_package(monkeypatch):
     tables = [counted(i, planted=20, genes=60, between=0.1) for i in range(3)]
     monkeypatch.setitem(sys.modules, "pydeseq2.dds", None)
     with pytest.raises(ImportError, match="`method` 'deseq2' needs PyDESeq2"):
-        found(tables, method="deseq2")
+        markers(tables, method="deseq2")
     monkeypatch.undo()
     pytest.importorskip("pydeseq2")
-    with pytest.raises(ValueError, match=r"`depth` is 'total' and enters .* the method is 'deseq2'"):
-        found(tables, method="deseq2", depth="total")
+    with pytest.raises(ValueError, match=r"`depth` is 'total', which method='deseq2' does not use"):
+        markers(tables, method="deseq2", depth="total")
     # Before any value is read.
-    with pytest.raises(ValueError, match=r"`depth` is 'total' and enters .* the method is 'wilcoxon'"):
-        found([table[:, [0, 0]].copy() for table in tables], method="wilcoxon", depth="total")
-    result = found(tables, method="deseq2")
+    with pytest.raises(ValueError, match=r"`depth` is 'total', which method='wilcoxon' does not use"):
+        markers([table[:, [0, 0]].copy() for table in tables], method="wilcoxon", depth="total")
+    result = markers(tables, method="deseq2")
     assert (result["method"] == "deseq2").all()
-    assert np.corrcoef(result["effect_size"], found(tables)["effect_size"].reindex(result.index))[0, 1] > 0.9
+    assert np.corrcoef(result["effect_size"], markers(tables)["effect_size"].reindex(result.index))[0, 1] > 0.9
 
 
 def summed(rng, spots, between, *, genes=1500, depth=4000, mean=1.2, level=0.0):
@@ -182,11 +182,11 @@ def summed(rng, spots, between, *, genes=1500, depth=4000, mean=1.2, level=0.0):
 
 
 def run(sums):
-    from he2gene_sc.tl._biomarkers.methods import _capped
+    from he2gene_sc.tl._biomarkers.methods import _cap_weights
 
     found = count_differences(sums)
     known = np.isfinite(found.variances)
-    weights = _capped(np.where(known, 1 / np.where(known, found.variances, 1), 0))
+    weights = _cap_weights(np.where(known, 1 / np.where(known, found.variances, 1), 0))
     alike = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
     more = {"reliable": found.reliable, "least": found.least}
     return paired_moderated_t(found.differences, alike=alike, weights=weights, robust=True, **more)
@@ -194,7 +194,7 @@ def run(sums):
 
 @pytest.mark.parametrize("spots", [(10, 100), (100, 10)])
 def test_patients_that_differ_do_not_favour_the_smaller_group(spots):
-    # A response linear in the counts has 63 % of the effects on the side of the smaller group.
+    # A response that is linear in the counts puts 63 % of the effects on the side of the smaller group.
     tests = [run(summed(np.random.default_rng(seed), [spots] * 8, 0.6)) for seed in range(3)]
     effect, p = (np.concatenate([getattr(test, name) for test in tests]) for name in ("effect", "pvalues"))
     assert 0.45 < (effect > 0).mean() < 0.55
@@ -203,8 +203,8 @@ def test_patients_that_differ_do_not_favour_the_smaller_group(spots):
 
 
 @pytest.mark.parametrize("n", [3, 6])
-def test_counts_in_one_group_alone_are_not_certain(n):
-    # Few counts, nothing differs: some genes have all of theirs in the larger group of every patient.
+def test_counts_in_only_one_group_are_not_significant_by_chance(n):
+    # With few counts and no difference, some genes have all counts in the larger group of every patient.
     small = []
     for seed in range(n, n + 4):
         sums = summed(np.random.default_rng(seed), [(10, 100)] * n, 0.2, genes=3000, depth=1500 / n, mean=0.1)
@@ -216,7 +216,7 @@ def test_counts_in_one_group_alone_are_not_certain(n):
     assert np.mean(small) < 0.002
 
 
-def test_a_gene_of_one_group_is_found():
+def test_a_gene_expressed_in_one_group_is_significant():
     sums = summed(np.random.default_rng(0), [(50, 50)] * 4, 0.1)
     sums.counts[0, :, :3], sums.counts[1, :, :3] = 60, 0
     assert (run(sums).pvalues[:3] < 1e-5).all()
@@ -224,44 +224,48 @@ def test_a_gene_of_one_group_is_found():
 
 
 @pytest.mark.parametrize("genes", [30, 45])
-def test_a_panel_of_few_genes_keeps_those_that_do_not_differ(genes):
+def test_unchanged_genes_of_a_small_panel_have_no_effect(genes):
     tables = [counted(i, genes=genes, planted=genes // 8, shift=1.5, deeper=1.0) for i in range(5)]
-    with pytest.warns(UserWarning, match=rf"library sizes rest on {genes} genes with enough counts, 50 are needed"):
-        result = found(tables, min_mean=-1)
+    with pytest.warns(
+        UserWarning, match=rf"library sizes are estimated from {genes} genes with enough counts, but 50 are needed"
+    ):
+        result = markers(tables, min_mean=-1)
     null = result.drop([f"g{i}" for i in range(genes // 8)])
     assert abs(null["effect_size"].median()) < 0.1
     assert (null["pvals_adj"] < 0.05).mean() < 0.1
-    # Planted genes make totals of these counts deeper; a column has the depth of the spots themselves.
+    # Planted genes increase the total counts; the column has the true depth of the spots.
     for table in tables:
         table.obs["total"] = 3000.0
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="library sizes")
-        named = found(tables, min_mean=-1, depth="total")
+        named = markers(tables, min_mean=-1, depth="total")
     ratio = (named["effect_size"] - result["effect_size"].reindex(named.index)).to_numpy()
     assert np.ptp(ratio) < 0.25
     assert tables[0].uns["he2gene_biomarkers"]["params"]["depth"] == "total"
 
 
-def test_genes_that_change_in_one_direction_are_warned_of_where_they_are_about_half():
+def test_a_warning_if_about_half_of_the_genes_change_in_one_direction():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="library sizes")
-        result = found([counted(i, genes=100, planted=25, shift=1.5, deeper=1.0) for i in range(4)])
+        result = markers([counted(i, genes=100, planted=25, shift=1.5, deeper=1.0) for i in range(4)])
     null = result.drop([f"g{i}" for i in range(25)], errors="ignore")
     assert abs(null["effect_size"].median()) < 0.03
     assert (null["pvals"] < 0.05).mean() < 0.12
-    # Of 60 % nobody can tell that they are the ones that differ.
-    with pytest.warns(UserWarning, match=r"leave out \d+% of the genes, which are lower in the group .* spike-ins"):
-        result = found([counted(i, genes=100, planted=60, shift=1.5, deeper=1.0) for i in range(4)])
+    # With 60 % changed genes, the unchanged ones cannot be identified.
+    with pytest.warns(
+        UserWarning, match=r"are estimated without \d+% of the genes, which are lower in the group .* spike-ins"
+    ):
+        result = markers([counted(i, genes=100, planted=60, shift=1.5, deeper=1.0) for i in range(4)])
     assert result.drop([f"g{i}" for i in range(60)], errors="ignore")["effect_size"].median() < -1
     tables = [counted(i, genes=100, planted=50, shift=1.5, deeper=1.0) for i in range(4)]
-    with pytest.warns(UserWarning, match=r"leave out \d+% of the genes"):
-        found(tables)
+    with pytest.warns(UserWarning, match=r"are estimated without \d+% of the genes"):
+        markers(tables)
     (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["doubts"]
-    assert "leave out" in doubt
+    assert "are estimated without" in doubt
 
 
 def _with_depth(i, between, genes=150):
-    """A layer that follows depth within the groups, and `between` times as much between them."""
+    """A layer that depends on depth within the groups, and `between` times as much between the groups."""
     table = counted(i, genes=genes, deeper=2.0)
     depth, rng = np.log(table.X.sum(1)), np.random.default_rng((3, i))
     group = (table.obs["label"] == "a").to_numpy()
@@ -274,27 +278,29 @@ def _with_depth(i, between, genes=150):
 
 
 @pytest.mark.parametrize("method", ["means", "mixed"])
-def test_an_adjustment_for_depth_that_the_groups_do_not_show_is_warned_of(method):
+def test_a_warning_if_groups_do_not_follow_the_adjustment_for_depth(method):
     options = {"layer": "guess", "method": method}
     tables = [_with_depth(i, 0.0, 150 if method == "means" else 8) for i in range(4)]
-    with pytest.warns(UserWarning, match=r"is \d+% of what this slope says: .* design=hg.Design\(depth=None\) too"):
-        assert (found(tables, **options)["pvals"] < 0.05).mean() > 0.3
+    with pytest.warns(
+        UserWarning, match=r"is only \d+% of what this slope predicts: .* design=hg.Design\(depth=None\)"
+    ):
+        assert (markers(tables, **options)["pvals"] < 0.05).mean() > 0.3
     (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["doubts"]
-    assert doubt.startswith("'a': depth is adjusted for")
-    assert (found(tables, **options, depth=None)["pvals"] < 0.05).mean() < 0.15
+    assert doubt.startswith("'a': the adjustment for depth")
+    assert (markers(tables, **options, depth=None)["pvals"] < 0.05).mean() < 0.15
     if method == "means":
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="depth")
-            result = found([_with_depth(i, 1.0) for i in range(4)], **options)
+            warnings.filterwarnings("error", message="the adjustment for depth")
+            result = markers([_with_depth(i, 1.0) for i in range(4)], **options)
             assert (result["pvals"] < 0.05).mean() < 0.1
-            # Slopes that are nothing but errors change nothing, and are not warned of.
+            # Slopes due to noise have no effect and give no warning.
             tables = [_with_depth(i, 1.0) for i in range(4)]
             for i, table in enumerate(tables):
                 table.layers["guess"] = np.random.default_rng(i).normal(4, 0.5, table.shape).astype(np.float32)
-            found(tables, **options)
+            markers(tables, **options)
 
 
-def test_sums_of_a_lazy_table_compute_each_chunk_once():
+def test_sums_of_a_lazy_table_read_each_chunk_once():
     import dask.array as da
 
     from he2gene_sc._core.spots import read_spots
@@ -310,7 +316,7 @@ def test_sums_of_a_lazy_table_compute_each_chunk_once():
     spots = read_spots(table, "label", "groupby", layer=None)
     spots = dataclasses.replace(spots, genes=table.var_names)
     read.clear()
-    found = CountCells.of(spots, code, (1, 2))
+    found = CountCells.from_spots(spots, code, (1, 2))
     np.testing.assert_allclose(found.counts[0], expected)
     assert read == [600, 600]
 
@@ -322,29 +328,29 @@ def test_the_unit_of_a_covariate_does_not_matter():
         for i, table in enumerate(tables):
             noise = np.random.default_rng(i).normal(size=table.n_obs)
             table.obs["area"] = unit * (0.5 + 0.1 * noise + 0.1 * i * (table.obs["label"] == "a"))
-        results.append(found(tables, covariates="area"))
-        slope = found(tables, covariates="area", term="Q('area')")["effect_size"]
+        results.append(markers(tables, covariates="area"))
+        slope = markers(tables, covariates="area", term="Q('area')")["effect_size"]
         results[-1]["slope"] = slope.reindex(results[-1].index) * unit
     for other in results[1:]:
         pd.testing.assert_frame_equal(results[0], other.reindex(results[0].index), rtol=1e-6)
     for value in (20345.7, 1.7e9, 0.37):
         for i, table in enumerate(tables):
             table.obs["area"] = value * (1 + 0.01 * i)
-        with pytest.raises(ValueError, match="`covariates`: 'area' does not differ within samples"):
-            found(tables, covariates="area")
+        with pytest.raises(ValueError, match="`covariates`: 'area' is constant within samples"):
+            markers(tables, covariates="area")
     tables[0].obs.loc[tables[0].obs_names[3], "area"] = np.inf
-    with pytest.raises(ValueError, match="`covariates` 'area' is infinite for 1 spots"):
-        found(tables, covariates="area")
+    with pytest.raises(ValueError, match="`covariates` 'area' is infinite in 1 spots"):
+        markers(tables, covariates="area")
     tables[0].obs["area"] = np.arange(tables[0].n_obs) % 2 == 0
     with pytest.raises(ValueError, match="`covariates` 'area' has several values within sample 'P0'"):
-        found(tables, covariates="area")
+        markers(tables, covariates="area")
 
 
-def test_samples_are_those_that_a_gene_is_tested_in():
+def test_n_samples_counts_the_samples_in_which_a_gene_is_tested():
     tables = [counted(i, genes=80) for i in range(6)]
     for table in tables[2:]:
         table.X[:, 0] = 0
-    result = found([*tables[:5], tables[5][:, :79].copy()], min_mean=-1, join="outer")
+    result = markers([*tables[:5], tables[5][:, :79].copy()], min_mean=-1, join="outer")
     assert result.loc["g0", ["n_samples", "n_spots", "n_spots_reference"]].tolist() == [2, 80, 50]
     assert result.loc["g79", "n_samples"] == 5
     assert (result["n_samples"].drop(["g0", "g79"]) == 6).all()
@@ -354,7 +360,7 @@ def test_samples_are_those_that_a_gene_is_tested_in():
 
 
 def _predicted(i, genes=300, deeper=2.0):
-    """Logarithms that rise with the depth of the spot and know nothing else; group "a" is deeper."""
+    """Logarithms that depend only on the depth of the spot; group "a" is deeper."""
     table = counted(i, deeper=deeper, genes=genes)
     rng = np.random.default_rng(i)
     depth = np.log(table.X.sum(1))
@@ -364,61 +370,61 @@ def _predicted(i, genes=300, deeper=2.0):
     return table
 
 
-def test_depth_is_taken_off_predicted_layers_and_leaving_it_out_is_said():
+def test_predicted_layers_are_adjusted_for_depth_or_give_a_warning():
     tables = [_predicted(i) for i in range(8)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*depth of the spots")
-        result = found(tables, layer="log")
+        result = markers(tables, layer="log")
     assert 0.02 < (result["pvals"] < 0.05).mean() < 0.09
     assert 0.4 < (result["effect_size"] > 0).mean() < 0.6
-    with pytest.warns(UserWarning, match="depth of the spots is not adjusted for"):
-        raw = found(tables, layer="log", depth=None)
+    with pytest.warns(UserWarning, match="not adjusted for the depth of the spots"):
+        raw = markers(tables, layer="log", depth=None)
     assert (raw["pvals"] < 0.05).mean() > 0.9
     for table in tables:
         table.obs["total"] = table.X.sum(1)
         table.X = np.zeros_like(table.X)
-    named = found(tables, layer="log", depth="total")
+    named = markers(tables, layer="log", depth="total")
     np.testing.assert_allclose(named["pvals"], result["pvals"].reindex(named.index), rtol=1e-4)
     tables[0].obs["total"] = 0.0
     with pytest.raises(ValueError, match="`depth` 'total' is not a number above 0"):
-        found(tables, layer="log", depth="total")
+        markers(tables, layer="log", depth="total")
 
 
-def test_a_few_spots_without_counts_leave_depth_known():
+def test_depth_is_known_with_few_spots_without_counts():
     tables = [_predicted(i) for i in range(8)]
     for table in tables:
         table.X[:2] = 0
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*depth of the spots")
-        result = found(tables, layer="log")
+        result = markers(tables, layer="log")
     assert 0.02 < (result["pvals"] < 0.05).mean() < 0.09
     for table in tables:
         table.X[: len(table) // 10] = 0
-    with pytest.warns(UserWarning, match="depth of the spots is not adjusted for"):
-        found(tables, layer="log")
+    with pytest.warns(UserWarning, match="not adjusted for the depth of the spots"):
+        markers(tables, layer="log")
 
 
-def test_depth_is_taken_off_in_the_mixed_model():
+def test_the_mixed_model_is_adjusted_for_depth():
     tables = [_predicted(i, genes=40) for i in range(5)]
-    # One patient has one group only, and few spots.
+    # One patient has only one group, and few spots.
     tables.append(_predicted(5, genes=40)[:5].copy())
-    result, raw = (found(tables, layer="log", method="mixed", depth=depth) for depth in ("auto", None))
+    result, raw = (markers(tables, layer="log", method="mixed", depth=depth) for depth in ("auto", None))
     assert (raw["pvals"] < 0.05).mean() > 0.8
     assert (result["pvals"] < 0.05).mean() < 0.15
     assert 0.25 < (result["effect_size"] > 0).mean() < 0.75
 
 
-def test_depth_and_covariates_are_taken_off_in_one_section():
+def test_one_section_is_adjusted_for_depth_and_covariates():
     table = counted(0, n=(40, 30), genes=100)
     table.obsm["spatial"] = np.random.default_rng(0).permutation(table.obsm["spatial"])
     table.obs["log_total"] = np.log(table.X.sum(1))
     results = []
     for options in ({}, {"depth": None, "covariates": "log_total"}, {"depth": None}):
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             biomarkers(table, "label", groups="a", layer=None, method="spatial", **options)
         without = "depth" in options
-        assert any("depth of the spots is not adjusted for" in str(w.message) for w in said) == without
+        assert any("not adjusted for the depth of the spots" in str(w.message) for w in caught) == without
         results.append(hg.get.biomarkers(table).set_index("names"))
     auto, named, raw = results
     assert (auto["pvals"] < 0.05).mean() < 0.06
@@ -426,24 +432,24 @@ def test_depth_and_covariates_are_taken_off_in_one_section():
     assert 0.35 < (auto["effect_size"] > 0).mean() < 0.65
     np.testing.assert_allclose(named["pvals"], auto["pvals"].reindex(named.index), rtol=1e-5)
     table.obs["batch"] = table.obs["label"]
-    with pytest.raises(ValueError, match="alone tell the group from the reference"):
-        found(table, method="spatial", covariates="batch")
+    with pytest.raises(ValueError, match="separate the group from the reference"):
+        markers(table, method="spatial", covariates="batch")
     table.obs.loc[table.obs_names[:2], "batch"] = None
-    with pytest.raises(ValueError, match="`covariates` 'batch' is missing for 2 spots"):
-        found(table, method="spatial", covariates="batch")
+    with pytest.raises(ValueError, match="`covariates` 'batch' has missing values in 2 spots"):
+        markers(table, method="spatial", covariates="batch")
 
 
-def test_cross_fitted_labels_are_not_read_from_depth():
-    # Nothing but depth tells the groups apart.
+def test_cross_fitted_labels_do_not_depend_on_depth():
+    # The groups differ only in depth.
     tables = [_predicted(i, genes=60, deeper=6.0) for i in range(4)]
     options = {"layer": "log", "cross_fit": True, "measured": "log"}
     with pytest.raises(ValueError, match="`cross_fit`: its labels agree"):
-        found(tables, **options)
-    found(tables, depth=None, **options)
+        markers(tables, **options)
+    markers(tables, depth=None, **options)
     assert tables[0].uns["he2gene_biomarkers"]["params"]["cross_fit_agreement"] > 0.9
 
 
-def test_effect_and_fold_change_have_one_sign_whatever_the_sizes_of_groups():
+def test_effect_and_fold_change_have_the_same_sign_for_any_group_sizes():
     rng = np.random.default_rng(0)
     tables = []
     for i, (level, n) in enumerate(((3, (5, 80)), (3, (6, 80)), (1, (80, 6)), (1, (80, 5)))):
@@ -452,7 +458,7 @@ def test_effect_and_fold_change_have_one_sign_whatever_the_sizes_of_groups():
         table.layers["log"] = (level + 0.3 * inside + 0.1 * rng.standard_normal(table.shape)).astype(np.float32)
         tables.append(table)
     with pytest.warns(UserWarning, match="depth"):
-        result = found(tables, layer="log", depth=None)
+        result = markers(tables, layer="log", depth=None)
     assert (result["effect_size"] > 0).all()
     assert (result["logfoldchanges"] > 0).all()
     assert (result["logfoldchanges_pooled"] < 0).all()
@@ -461,7 +467,7 @@ def test_effect_and_fold_change_have_one_sign_whatever_the_sizes_of_groups():
 # ----------------------------------------------------------------------------------------------- arrays
 
 
-def test_library_factors_are_those_of_the_genes_that_do_not_differ():
+def test_library_factors_are_estimated_from_unchanged_genes():
     rng = np.random.default_rng(0)
     share = rng.lognormal(0, 1, 1000)
     changed = share.copy()
@@ -475,7 +481,7 @@ def test_library_factors_are_those_of_the_genes_that_do_not_differ():
 
 
 @pytest.mark.parametrize("genes", [40, 100, 1000])
-def test_library_factors_do_not_follow_genes_that_change_in_one_direction(genes):
+def test_library_factors_ignore_genes_that_change_in_one_direction(genes):
     rng = np.random.default_rng(0)
     share = np.tile(rng.lognormal(0, 1, genes), (2, 4, 1)) * np.exp(0.1 * rng.standard_normal((2, 4, genes)))
     share[0, :, : 2 * genes // 5] *= 2
@@ -487,8 +493,8 @@ def test_library_factors_do_not_follow_genes_that_change_in_one_direction(genes)
 
 
 @pytest.mark.parametrize(("changed", "shift"), [(0.4, 0.3), (0.35, 0.2)])
-def test_library_factors_do_not_follow_genes_that_change_little(changed, shift):
-    # Of these small shifts the densest half holds most of the other genes: by its SD those that change were near, -0.08 and -0.06.
+def test_library_factors_ignore_genes_with_small_changes(changed, shift):
+    # With small shifts, the densest half contains most of the other genes. With its SD, changed genes counted as near (-0.08, -0.06).
     rng = np.random.default_rng(0)
     share = np.tile(rng.lognormal(0, 1.2, 1000), (2, 8, 1)) * np.exp(0.1 * rng.standard_normal((2, 8, 1000)))
     higher = np.arange(1000) < changed * 1000
@@ -501,7 +507,7 @@ def test_library_factors_do_not_follow_genes_that_change_little(changed, shift):
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0])
-def test_library_sizes_are_doubted_where_half_of_the_genes_change(shift):
+def test_library_sizes_are_doubtful_if_half_of_the_genes_change(shift):
     rng = np.random.default_rng(0)
     share = np.tile(rng.lognormal(0, 1.2, 400), (2, 6, 1)) * np.exp(0.1 * rng.standard_normal((2, 6, 400)))
     share[0, :, :200] *= np.exp(shift)
@@ -510,7 +516,7 @@ def test_library_sizes_are_doubted_where_half_of_the_genes_change(shift):
     assert abs(library_evidence(rng.poisson(3e5 * share), depth)[1]) > 0.4
 
 
-def test_components_of_variance_are_found_again():
+def test_variance_components_are_recovered():
     rng = np.random.default_rng(1)
     sampling = rng.lognormal(-2, 1, (8, 3000))
     d = rng.standard_normal(sampling.shape) * np.sqrt(0.1 + 1.5 * sampling)
@@ -519,7 +525,7 @@ def test_components_of_variance_are_found_again():
     assert factor == pytest.approx(1.5, rel=0.2)
 
 
-def test_differences_of_counts_have_the_variance_that_they_say():
+def test_differences_of_counts_have_the_reported_variance():
     rng = np.random.default_rng(2)
     depth = np.array([[4e4] * 6, [1e4] * 6])
     share = np.full(2000, 1 / 2000)
@@ -532,8 +538,8 @@ def test_differences_of_counts_have_the_variance_that_they_say():
     assert abs(found.differences.mean()) < 0.02
 
 
-def test_samples_of_few_counts_have_the_variance_that_they_say():
-    """Four samples of 400 counts a gene in each group, two of 2: what these vary by is what makes the error of all."""
+def test_samples_with_few_counts_have_the_reported_variance():
+    """Four samples with 400 counts per gene and group, two with 2 counts, whose variance determines the error."""
     rng = np.random.default_rng(3)
     depth = np.tile(np.array([8e5] * 4 + [4e3] * 2), (2, 1))
     counts = rng.poisson(np.repeat(depth[..., None] / 2000, 2000, axis=-1)).astype(float)
@@ -545,7 +551,7 @@ def test_samples_of_few_counts_have_the_variance_that_they_say():
     np.testing.assert_allclose(np.nanmean(ratio, axis=1), 1, atol=0.15)
 
 
-def test_weighted_fits_are_those_of_statsmodels():
+def test_weighted_fits_equal_statsmodels():
     import statsmodels.api as sm
 
     rng = np.random.default_rng(3)
@@ -559,7 +565,7 @@ def test_weighted_fits_are_those_of_statsmodels():
     assert (df == 5).all()
 
 
-def test_hypervariable_genes_have_a_prior_of_their_own():
+def test_hypervariable_genes_have_a_separate_prior():
     rng = np.random.default_rng(4)
     wild = np.arange(6000) < 300
     d = rng.standard_normal((4, 6000)) * np.where(wild, 5, 1)
@@ -573,7 +579,7 @@ def test_hypervariable_genes_have_a_prior_of_their_own():
     assert prior.outlier[wild].mean() > 0.5 > 0.05 > prior.outlier[~wild].mean()
 
 
-def test_genes_of_one_kind_keep_their_prior():
+def test_genes_of_one_kind_have_a_common_prior():
     d = np.random.default_rng(5).normal(size=(6, 2000)) / np.sqrt(np.random.default_rng(6).gamma(4, 0.25, 2000))
     one, other = paired_moderated_t(d), paired_moderated_t(d, robust=True)
     np.testing.assert_array_equal(one.pvalues, other.pvalues)

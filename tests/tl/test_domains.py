@@ -27,7 +27,7 @@ def value(table, labels, score, against="domains"):
 
 @pytest.fixture(scope="module")
 def slide():
-    """Scored once, with a layer of made-up predictions that blur what was measured; tests read it."""
+    """Slide with scores of simulated predictions (blurred measurements); tests must not change it."""
     made = hg.datasets.toy((9, 9), mpp=4.0)
     table = made["table"]
     measured = _log(table)
@@ -35,7 +35,7 @@ def slide():
     noise = np.random.default_rng(0).uniform(0, 0.5, table.shape)
     table.layers["he2gene"] = (table.layers["he2gene"] + noise).astype(np.float32)
     table.obs["he2gene_annotation"] = table.obs["pathologist"].copy()
-    # A spot on glass, or one that the model does not know.
+    # A spot without a label, for example on glass.
     table.obs.loc[table.obs_names[0], "he2gene_annotation"] = np.nan
     run(made, layer="he2gene", n_seeds=1)
     return made
@@ -47,7 +47,7 @@ def _log(table):
     return log_normalise(table.X)
 
 
-def test_scores_are_those_of_scikit_learn_on_the_labels_that_are_written(slide):
+def test_scores_of_the_written_labels_equal_scikit_learn(slide):
     table, obs = hg.get.domains(slide), slide["table"].obs
     for name in ("predicted", "measured"):
         clusters = obs[f"he2gene_domains_{name}"].astype(str)
@@ -66,7 +66,7 @@ def test_scores_are_those_of_scikit_learn_on_the_labels_that_are_written(slide):
     assert value(table, "predicted", "ari", "measured") == pytest.approx(both, abs=1e-12)
 
 
-def test_silhouette_is_that_of_the_principal_components(slide):
+def test_silhouette_is_computed_on_the_principal_components(slide):
     import scanpy as sc
 
     pcs = sc.pp.pca(slide["table"].layers["he2gene"], n_comps=20, random_state=0)
@@ -74,7 +74,7 @@ def test_silhouette_is_that_of_the_principal_components(slide):
     assert value(hg.get.domains(slide), "predicted", "silhouette") == pytest.approx(expected, abs=1e-4)
 
 
-def test_moran_and_neighbourhoods_are_those_of_squidpy(slide):
+def test_moran_and_neighbourhood_enrichment_equal_squidpy(slide):
     import squidpy as sq
     from anndata import AnnData
     from scipy.stats import spearmanr
@@ -99,17 +99,17 @@ def test_moran_and_neighbourhoods_are_those_of_squidpy(slide):
     z = [sq.gr.nhood_enrichment(graph, key, n_perms=1000, seed=0, **quiet)[0] for key in ("pathologist", "clusters")]
     upper = np.triu_indices(len(names))
     expected = np.corrcoef(z[0][upper], z[1][upper])[0, 1]
-    # Permutations of differently ordered codes differ.
+    # Permutations depend on the order of the codes.
     assert value(found, "predicted", "nhood_enrichment") == pytest.approx(expected, abs=0.02)
 
 
-def test_references_stand_beside_and_say_what_they_know(slide):
+def test_references_are_scored_and_marked_if_trained_on_labels(slide):
     table = hg.get.domains(slide, score="ari")
     kinds = {"predicted", "measured", "depth", "mean colour", "coordinates", "random features", "annotation head"}
     assert set(table["labels"]) == kinds
     head = table[table["labels"] == "annotation head"]
     assert head["trained_on_labels"].item()
-    # A missing label is one more.
+    # Missing labels count as one more label.
     obs = slide["table"].obs
     expected = metrics.adjusted_rand_score(
         obs["pathologist"], obs["he2gene_annotation"].astype(object).fillna("unknown")
@@ -124,7 +124,7 @@ def test_references_stand_beside_and_say_what_they_know(slide):
     assert tested["n_shifts"].between(20, 99).all()
 
 
-def test_clusters_bear_the_name_and_colour_of_the_domain_that_they_match(slide):
+def test_clusters_have_the_name_and_colour_of_the_matched_domain(slide):
     table = slide["table"]
     column = table.obs["he2gene_domains_measured"]
     assert list(column.cat.categories) == [f"~{name}" for name in table.obs["pathologist"].cat.categories]
@@ -133,7 +133,7 @@ def test_clusters_bear_the_name_and_colour_of_the_domain_that_they_match(slide):
     assert len(table.uns["he2gene_domains_measured_colors"]) == len(column.cat.categories)
 
 
-def test_results_survive_the_disk(slide, tmp_path):
+def test_results_survive_zarr(slide, tmp_path):
     slide.write(tmp_path / "slide.zarr")
     again = sd.read_zarr(tmp_path / "slide.zarr")
     pd.testing.assert_frame_equal(hg.get.domains(again), hg.get.domains(slide))
@@ -141,7 +141,7 @@ def test_results_survive_the_disk(slide, tmp_path):
     run(again, layer="he2gene")
 
 
-def test_a_table_gives_what_the_object_gives_but_for_colour(slide):
+def test_a_table_gives_the_same_result_as_the_object_except_for_colour(slide):
     table = slide["table"].copy()
     run(table, layer="he2gene", n_seeds=1)
     whole = hg.get.domains(slide)
@@ -151,8 +151,8 @@ def test_a_table_gives_what_the_object_gives_but_for_colour(slide):
     pd.testing.assert_frame_equal(found, whole.reset_index(drop=True))
 
 
-def test_a_prediction_of_depth_alone_is_not_better_than_depth_and_a_good_one_is():
-    """Four round domains of three kinds; depth tells one kind from the rest, expression all."""
+def test_a_prediction_from_depth_alone_is_not_better_than_depth():
+    """Four round domains of three kinds; depth separates one kind from the others, expression separates all."""
     rng = np.random.default_rng(0)
     xy = np.stack(np.mgrid[:16, :16], -1).reshape(-1, 2).astype(float)
     round_ = [np.square(xy - centre).sum(1) < 16 for centre in ([2, 2], [8, 3], [4, 8], [10, 10])]
@@ -179,11 +179,11 @@ def test_a_prediction_of_depth_alone_is_not_better_than_depth_and_a_good_one_is(
 
 
 @pytest.mark.parametrize("kind", ["rim", "hue", "expression"])
-def test_a_prediction_of_place_or_colour_alone_is_not_better_than_these(kind):
-    """Clusters of places are halves, not a rim, and those of colours follow darkness, where the prediction follows hue."""
+def test_a_prediction_from_position_or_colour_alone_is_not_better_than_these(kind):
+    """Clusters of positions are halves, not a rim; clusters of colours follow darkness, but the prediction follows hue."""
     from scipy.ndimage import gaussian_filter
 
-    from he2gene_sc.tl._domains.domain_preservation import _Clustering, _score_section
+    from he2gene_sc.tl._domains.domain_preservation import _score_section, _Settings
 
     rng = np.random.default_rng(1)
     xy = np.stack(np.mgrid[:16, :16], -1).reshape(-1, 2).astype(float)
@@ -194,7 +194,7 @@ def test_a_prediction_of_place_or_colour_alone_is_not_better_than_these(kind):
     field = {"rim": radius, "hue": hue, "expression": seen}[kind]
     predicted = np.outer(field, rng.normal(size=12)) + rng.normal(0, 0.01, (256, 12))
     colour = 4 * dark[:, None] + np.outer(hue, [1, -1, 0])
-    how = _Clustering("match", [0], 199, "kmeans")
+    how = _Settings("match", [0], 199, "kmeans")
     spaces = {"predicted": predicted, "mean colour": colour}
     lines, _, _ = _score_section(xy, domain, spaces, None, how, members=np.arange(256), section="S")
     ari = pd.DataFrame([line for line in lines if line["score"] == "ari"]).set_index("labels")
@@ -208,7 +208,7 @@ def test_leiden_is_tuned_to_the_number_of_domains():
     found = run(table, clustering="leiden", n_domains=4)
     assert value(found, "measured", "n_labels", "") == 4
     assert table.obs["he2gene_domains_measured"].nunique() == 4
-    with pytest.warns(UserWarning, match="leiden gives another number of clusters than 2"):
+    with pytest.warns(UserWarning, match="leiden could not produce exactly 2 clusters"):
         run(table, clustering="leiden", n_domains=2, n_seeds=1)
 
 
@@ -229,7 +229,7 @@ def test_a_prediction_without_measurement_is_scored(toy, tiny_model):
         found = run(toy, domain_key="half", layer="he2gene")
     assert {"predicted", "mean colour"} <= set(found["labels"])
     assert "measured" not in set(found["labels"])
-    with pytest.raises(ValueError, match="nothing in it was measured"):
+    with pytest.raises(ValueError, match="has no measured values"):
         run(toy, domain_key="half", layer=None)
 
 
@@ -247,13 +247,13 @@ def _adapted(table):
     return "changed"
 
 
-def _of_another_name(table):
+def _with_another_name(table):
     table.uns["he2gene"] = {"weights_sha256": "0", "layer": "changed", "model": "none"}
     return "changed"
 
 
-@pytest.mark.parametrize("change", [_adapted, _of_another_name])
-def test_a_layer_that_is_not_called_as_its_prediction_has_its_genes_head_and_image(slide, change):
+@pytest.mark.parametrize("change", [_adapted, _with_another_name])
+def test_a_layer_with_another_name_uses_genes_head_and_image_of_its_prediction(slide, change):
     table = slide["table"].copy()
     layer = change(table)
     table.layers[layer] = table.layers["he2gene"].copy()
@@ -269,7 +269,7 @@ def test_a_layer_that_is_not_called_as_its_prediction_has_its_genes_head_and_ima
     assert hg.pl.domains(other)[0].get_title() == "tissue"
 
 
-def test_spots_without_a_domain_are_clustered_and_not_scored(slide):
+def test_spots_without_a_domain_are_clustered_but_not_scored(slide):
     table = slide["table"].copy()
     table.obs["some"] = table.obs["pathologist"].astype(object)
     unlabelled = np.arange(0, 81, 9)
@@ -294,7 +294,7 @@ def test_spots_and_genes_without_values_are_left_out(slide):
     assert np.flatnonzero(clusters.isna()).tolist() == [5]
 
 
-def test_a_spot_outside_the_image_keeps_what_was_measured(toy):
+def test_a_spot_outside_the_image_keeps_its_measured_values(toy):
     toy = toy.subset(["he", "spots", "table"])
     inside = toy["he"].isel(y=slice(0, toy["he"].sizes["y"] * 3 // 4))
     toy["he"] = inside
@@ -313,7 +313,7 @@ def test_rare_domains_are_left_out_with_a_warning(slide):
     assert value(found, "domains", "n_labels", "") == 3
 
 
-def test_sections_are_scored_apart_and_averaged_over_samples():
+def test_sections_are_scored_separately_and_averaged_over_samples():
 
     parts = {name: hg.datasets.toy((7, 7), mpp=8.0, seed=i)["table"] for i, name in enumerate("abc")}
     table = ad.concat(parts, label="block", index_unique="-")
@@ -358,13 +358,13 @@ def test_patients_of_one_table_are_not_clustered_together():
 def test_positions_without_a_lattice_have_no_pvalue_and_a_warning():
     table = _table()
     table.obsm["spatial"] = np.random.default_rng(0).uniform(0, 9, table.obsm["spatial"].shape)
-    with pytest.warns(UserWarning, match="no shift leaves 70% of the labelled spots on one another .*: no p-value"):
+    with pytest.warns(UserWarning, match="no p-value, since no shift moves 70% of the labelled spots"):
         found = run(table)
     assert found["pval"].isna().all()
 
 
 @pytest.mark.parametrize("blank", [np.nan, "", "nan"])
-def test_whole_numbers_are_labels_and_blanks_are_none(blank):
+def test_whole_numbers_are_labels_and_blanks_are_missing(blank):
     table = _table()
     codes = np.where(table.obs["pathologist"] == "a", 1.0, 0.0)
     codes[3] = np.nan
@@ -376,7 +376,7 @@ def test_whole_numbers_are_labels_and_blanks_are_none(blank):
     assert len(hg.pl.domains(table)) == 2
 
 
-def test_a_section_of_one_domain_is_skipped():
+def test_a_section_with_one_domain_is_skipped():
 
     parts = [hg.datasets.toy((7, 7), mpp=8.0, seed=i)["table"] for i in range(2)]
     parts[1].obs["pathologist"] = "tumour"
@@ -402,12 +402,12 @@ def _column(table, labels):
         (None, {"layer": "he2gene"}, "`layer` 'he2gene' is not a layer"),
         (lambda t: t.layers.update(he2gene=t.X.copy()), {"layer": "he2gene"}, "looks like raw counts.*layer_scale='counts'"),
         (lambda t: setattr(t, "X", _log(t)), {}, "`measured`: X looks like log-transformed.*measured_scale='log'"),
-        (None, {"genes": ["ERBB2", "NOPE"]}, r"`genes`: \['NOPE'\] are no genes"),
-        (None, {"genes": ["ERBB2", "ERBB2"]}, "`genes`: 'ERBB2' is named twice"),
+        (None, {"genes": ["ERBB2", "NOPE"]}, r"`genes`: \['NOPE'\] are not genes"),
+        (None, {"genes": ["ERBB2", "ERBB2"]}, "`genes`: 'ERBB2' is given twice"),
         (None, {"genes": ["ERBB2"]}, "`genes`: 1 genes have values"),
         (lambda t: t.layers.update(he2gene=_all_nan(t)), {"layer": "he2gene", "genes": ["ERBB2", "FTL"]}, r"`genes`: \['ERBB2'\] are NaN"),
         (None, {"n_domains": 1}, "`n_domains` is 1"),
-        (None, {"n_domains": 30}, "`n_domains` is 30, section 'toy-0' has 30 spots"),
+        (None, {"n_domains": 30}, "`n_domains` is 30, but section 'toy-0' has 30 spots"),
         (None, {"n_seeds": 0}, "`n_seeds` is 0"),
         (None, {"n_perms": 0.5}, "`n_perms` is 0.5"),
         (None, {"clustering": "dbscan"}, "`clustering` is 'dbscan', valid"),
@@ -415,11 +415,11 @@ def _column(table, labels):
         (None, {"key_added": "a/b"}, "`key_added` 'a/b' cannot be stored"),
         (lambda t: t.uns.update(he2gene_domains=3), {}, "was not written by hg.tl.domain_preservation"),
         (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots are duplicated at the same place"),
-        (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "'x' stands there twice"),
+        (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "'x' occurs twice"),
         (lambda t: t.obsm.pop("spatial"), {}, "no obsm\\['spatial'\\]"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_before_anything_is_written(change, given, message):
+def test_invalid_input_raises_before_anything_is_written(change, given, message):
     table = hg.datasets.toy((5, 6), mpp=8.0)["table"]
     if change is not None:
         change(table)
@@ -435,7 +435,7 @@ def _all_nan(table):
     return values
 
 
-def test_a_patient_under_two_names_is_refused():
+def test_one_patient_under_two_names_raises():
 
     one = hg.datasets.toy((5, 6), mpp=8.0)["table"]
     table = ad.concat({"p": one, "P1": one}, label="patient", index_unique="-")
@@ -446,12 +446,12 @@ def test_a_patient_under_two_names_is_refused():
         run(table, sample_key="patient")
 
 
-def test_neither_object_nor_table_is_refused():
+def test_other_types_raise():
     with pytest.raises(TypeError, match="DataFrame"):
         run(pd.DataFrame())
 
 
-def test_get_filters_and_says_what_is_missing(slide):
+def test_get_filters_the_table_and_raises_if_it_is_missing(slide):
     found = hg.get.domains(slide, score="pas", labels="measured")
     assert len(found) == 1
     with pytest.raises(ValueError, match="`score` 'nope' is not in the table, valid"):
@@ -460,7 +460,7 @@ def test_get_filters_and_says_what_is_missing(slide):
         hg.get.domains(slide, key="other")
 
 
-def test_the_picture_shows_tissue_annotation_measured_and_predicted(slide, tmp_path):
+def test_the_plot_shows_tissue_annotation_measured_and_predicted(slide, tmp_path):
     axes = hg.pl.domains(slide, save=tmp_path / "domains.png")
     titles = [ax.get_title() for ax in axes]
     assert titles[0] == "tissue"
@@ -472,7 +472,7 @@ def test_the_picture_shows_tissue_annotation_measured_and_predicted(slide, tmp_p
         hg.pl.domains(slide, section="nope")
 
 
-def test_without_an_image_spots_alone_are_drawn_in_the_colours_of_their_domains(slide):
+def test_without_an_image_only_spots_are_drawn_in_the_colours_of_their_domains(slide):
     table = slide["table"]
     annotation, measured, _ = hg.pl.domains(table)
 
@@ -490,7 +490,7 @@ def test_without_an_image_spots_alone_are_drawn_in_the_colours_of_their_domains(
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_measured_clusters_of_a1_keep_the_pathologists_domains(her2st):
+def test_measured_clusters_of_a1_preserve_the_pathologists_domains(her2st):
     table = her2st("A1")["table"].copy()
     with pytest.warns(UserWarning, match="immune infiltrate"):
         found = run(table, clustering="leiden", n_seeds=3, n_perms=999)
@@ -499,7 +499,7 @@ def test_measured_clusters_of_a1_keep_the_pathologists_domains(her2st):
     assert scores["n_shifts"]["measured"] > 100
 
 
-def test_a_domain_that_was_left_out_of_the_scores_is_not_in_the_legend():
+def test_a_domain_without_scores_is_not_in_the_legend():
     table = _table()
     table.obs.iloc[:2, table.obs.columns.get_loc("pathologist")] = "rare"
     with pytest.warns(UserWarning, match="'rare'"):
@@ -508,7 +508,7 @@ def test_a_domain_that_was_left_out_of_the_scores_is_not_in_the_legend():
     assert [text.get_text() for text in annotation.get_legend().get_texts()] == ["a", "b"]
 
 
-def test_a_gene_that_stands_twice_is_refused():
+def test_a_duplicate_gene_raises():
     table = hg.datasets.toy((6, 6), mpp=4.0)["table"]
     table.var_names = [table.var_names[1], *table.var_names[1:]]
     with pytest.raises(ValueError, match=f"`data`: genes of var_names are duplicated: '{table.var_names[0]}'"):

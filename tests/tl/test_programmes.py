@@ -15,7 +15,7 @@ from scipy.stats import pearsonr
 import he2gene_sc as hg
 from he2gene_sc.models import ModelCard
 from he2gene_sc.stats import log_normalise
-from he2gene_sc.tl._biomarkers.blind import COLOUR, DEPTH
+from he2gene_sc.tl._biomarkers.reference_fields import COLOUR, DEPTH
 from he2gene_sc.tl._gene_sets import read_net, weights_by_set
 from he2gene_sc.tl._programmes import _COLUMNS
 from he2gene_sc.training import Programmes, build_model, log_targets
@@ -248,7 +248,7 @@ def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(
     # A set of the same name and other genes is another set.
     with pytest.warns(UserWarning, match="the score of any set is predicted is unknown"):
         hg.tl.programmes(back, {"fat": fat["fat"][:4] + ["ERBB2"]})
-    with pytest.raises(ValueError, match="`programmes` of `genes` are read by preset 'default' alone"):
+    with pytest.raises(ValueError, match="`programmes` of `genes` are only for preset 'default'"):
         hg.tl.train(slides[:3], preset="he2gene-base", genes=hg.GeneSelection(programmes=fat))
     with pytest.raises(ValueError, match="`programmes`: there is no file 'no.gmt'"):
         hg.GeneSelection(programmes="no.gmt")

@@ -1,4 +1,4 @@
-"""``hg.tl.train``, preset ``"default"``: from sections to a model that predicts."""
+"""``hg.tl.train`` with preset ``"default"``."""
 
 import copy
 import gc
@@ -47,7 +47,7 @@ def sections():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """The features of the session's toys: what is not about encoding need not encode."""
+    """Cache with the features of the toy sections, so that tests do not encode again."""
     return tmp_path_factory.mktemp("features")
 
 
@@ -56,10 +56,10 @@ def model(sections, cache):
     return train(sections, cache=cache, name="mine", n_target_genes=12)
 
 
-# What a model is
+# The model
 
 
-def test_the_card_says_what_was_done(model, sections):
+def test_the_card_describes_the_training(model, sections):
     card = model.card
     assert card.name == "mine"
     assert card.windows_um == (100.0, 200.0, 400.0)
@@ -78,7 +78,7 @@ def test_the_card_says_what_was_done(model, sections):
     )
     labels = pd.concat([s["table"].obs["annotation"].astype(str) for s in sections]).value_counts()
     assert card.training["labelled_spots"] == {name: labels[name] for name in card.classes}
-    # New patients first.
+    # Metrics on new patients come first.
     assert list(card.metrics) == [PATIENT, SECTION]
     for figures in card.metrics.values():
         assert figures["mean Pearson, 12 target genes"].keys() == {"S0", "S1", "S2"}
@@ -94,7 +94,7 @@ def test_the_card_says_what_was_done(model, sections):
 
 
 @pytest.mark.filterwarnings("error:encoder:UserWarning")
-def test_an_encoder_that_knows_its_scale_is_trained_and_used_at_it(sections, tmp_path, caplog):
+def test_an_encoder_with_a_known_scale_is_trained_and_used_at_this_scale(sections, tmp_path, caplog):
     encoder = (network(), replace(SPEC, mpp=4.0))
     caplog.set_level("INFO", "he2gene_sc")
     made = train(sections, encoder=encoder, n_target_genes=12)
@@ -109,15 +109,15 @@ def test_an_encoder_that_knows_its_scale_is_trained_and_used_at_it(sections, tmp
     )
 
 
-def test_coarse_windows_are_warned_of_where_they_are_asked_for(sections):
-    said = pytest.warns(UserWarning, match="trained at 4 µm/px. `windows_um` of 128 show it 8 µm/px")
-    with said, pytest.raises(ValueError, match="`sdatas`"):
+def test_coarse_windows_give_a_warning(sections):
+    warned = pytest.warns(UserWarning, match="trained at 4 µm/px. `windows_um` of 128 show it 8 µm/px")
+    with warned, pytest.raises(ValueError, match="`sdatas`"):
         train([], encoder=(network(), replace(SPEC, mpp=4.0)), tile_windows=False)
     with pytest.raises(ValueError, match="`tile_windows` is 'no'"):
         train(sections, tile_windows="no")
 
 
-def test_the_gene_table_holds_what_was_measured(model, sections):
+def test_the_gene_table_describes_the_measured_genes(model, sections):
     tables = [s["table"] for s in sections]
     expected = np.mean(
         [log_normalise(t.X)[:, t.var_names.get_indexer(model.genes.index)].mean(0) for t in tables], axis=0
@@ -152,7 +152,7 @@ def test_a_saved_model_predicts_the_same(model, tmp_path):
         _ = load(tmp_path / "mine", encoder=(network(1), SPEC)).network
 
 
-def test_the_default_encoder_is_read_by_its_stages_and_needs_no_encoder_at_load(tmp_path):
+def test_the_default_encoder_uses_its_stages_and_loads_by_name(tmp_path):
     preset = hg.DefaultRecipe(windows_um=(100.0,))
     model = hg.tl.train([toy(0, shape=(4, 4)), toy(1, "B", shape=(4, 4))], preset=preset, device="cpu")
     assert model.card.encoder["stages"] == [2, 3, 4]
@@ -164,7 +164,7 @@ def test_the_default_encoder_is_read_by_its_stages_and_needs_no_encoder_at_load(
     assert "he2gene_annotation" not in one.obs
 
 
-def test_stages_may_be_chosen_or_left_out():
+def test_stages_can_be_chosen_or_left_out():
     parts = [toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))]
     sizes = {}
     for stages in (None, (4,)):
@@ -174,8 +174,8 @@ def test_stages_may_be_chosen_or_left_out():
     assert sizes == {None: 1280 + 9, (4,): 320 + 9}
 
 
-def test_expression_of_training_spots_is_what_the_heads_make_of_the_features(model, sections, cache):
-    """The way of training and the way of prediction meet in the same embedding."""
+def test_expression_of_training_spots_equals_the_heads_applied_to_the_features(model, sections, cache):
+    """Training and prediction compute the same embedding."""
     from he2gene_sc.models._embedding import rings_of
 
     (path,) = [
@@ -207,7 +207,7 @@ def first_features(sdata):
 # Determinism, cache, batches
 
 
-def test_training_twice_gives_the_same_bits_and_a_cache_changes_none(model, sections, cache, monkeypatch):
+def test_training_is_deterministic_with_and_without_a_cache(model, sections, cache, monkeypatch):
     again = train(sections, name="mine", n_target_genes=12)
     same_model(model, again)
 
@@ -225,7 +225,7 @@ def test_the_batch_size_does_not_change_the_result(model, sections):
     assert other.card.training == model.card.training
 
 
-def test_what_is_random_follows_the_seed(sections, cache):
+def test_random_choices_follow_the_seed(sections, cache):
     found = [train(sections, cache=cache, validation="random", seed=seed).card for seed in (0, 0, 1)]
     assert found[0].metrics == found[1].metrics != found[2].metrics
 
@@ -236,7 +236,7 @@ def test_the_order_of_the_sections_does_not_matter(model, sections, cache):
     np.testing.assert_allclose(one.layers["he2gene"], two.layers["he2gene"], atol=0.02)
 
 
-def test_training_leaves_its_input_as_it_was(cache):
+def test_training_does_not_change_its_input(cache):
     sdata = toy(3)
     table = sdata["table"]
     table.layers["counts"] = table.X.copy()
@@ -286,8 +286,8 @@ def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_a_section_holds_one_file_open_while_heads_are_fitted(tmp_path, monkeypatch):
-    """A process may open about a thousand, and sets have hundreds of sections."""
+def test_a_section_keeps_one_file_open_while_heads_are_fitted(tmp_path, monkeypatch):
+    """A process can open about a thousand files, and training sets have hundreds of sections."""
     from he2gene_sc import training
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -302,11 +302,11 @@ def test_a_section_holds_one_file_open_while_heads_are_fitted(tmp_path, monkeypa
     monkeypatch.setattr(training, "build_model", spy)
     train(toys("ABAB"))
     ((n, found),) = held
-    # Features, and the targets of all.
+    # One file of features per section, and one of all targets.
     assert found <= n + 1
 
 
-def test_a_gene_that_a_section_lacks_is_learned_from_the_others(sections, cache, model):
+def test_a_gene_missing_in_a_section_is_learned_from_the_others(sections, cache, model):
     parts = [sections[0], without_genes(toy(1, "B"), ["ERBB2"]), sections[2]]
     found = train(parts, cache=cache, n_target_genes=12)
     measured = [
@@ -322,7 +322,7 @@ def test_a_gene_that_a_section_lacks_is_learned_from_the_others(sections, cache,
     assert alone.genes.loc["ERBB2", "mean"] == pytest.approx(found.genes.loc["ERBB2", "mean"], rel=1e-5)
 
 
-def test_genes_asked_for_are_learned_however_rare(sections, cache):
+def test_requested_genes_are_learned_even_if_rare(sections, cache):
     parts = toys()
     for s in parts:
         matrix = s["table"].X.tolil()
@@ -333,12 +333,12 @@ def test_genes_asked_for_are_learned_however_rare(sections, cache):
     found = train(parts, cache=cache, genes=["GAPDH", "ADIPOQ", "ERBB2"], n_target_genes=2)
     assert found.genes.index.tolist() == ["ADIPOQ", "ERBB2", "GAPDH"]
     assert found.card.n_genes == 3
-    # Expression is normalised by all that was counted, not by the genes that are learned.
+    # Expression is normalised by all counts, not by the counts of the learned genes.
     everything = train(parts, cache=cache)
     assert found.genes.loc["ERBB2", "mean"] == pytest.approx(everything.genes.loc["ERBB2", "mean"])
 
 
-def test_symbols_and_ensembl_ids_meet(sections, cache, model):
+def test_symbols_and_ensembl_ids_are_matched(sections, cache, model):
     names = sections[0]["table"].var_names
     ids = {gene: f"ENSG{i:011d}" for i, gene in enumerate(names)}
     parts = [toy(0), renamed(toy(1, "B"), {k: f"{v}.{3}" for k, v in ids.items()}), toy(2)]
@@ -350,13 +350,13 @@ def test_symbols_and_ensembl_ids_meet(sections, cache, model):
     np.testing.assert_array_equal(predicted(other, found).layers["he2gene"], predicted(toy(5), model).layers["he2gene"])
 
 
-def test_ids_without_a_symbol_are_kept_without_their_version(cache):
+def test_ids_without_a_symbol_are_kept_without_the_version(cache):
     parts = [renamed(toy(i, p), {"FTL": "ENSG00000087086.16"}) for i, p in enumerate("AB")]
     found = train(parts, cache=cache, ensembl_ids={})
     assert found.genes.loc["ENSG00000087086", "ensembl_id"] == "ENSG00000087086"
 
 
-def test_symbols_may_stand_in_a_column(cache, model):
+def test_symbols_can_be_in_a_column(cache, model):
     parts = toys()
     for s in parts:
         s["table"].var["symbol"] = s["table"].var_names
@@ -364,7 +364,7 @@ def test_symbols_may_stand_in_a_column(cache, model):
     same_model(train(parts, gene_symbols="symbol", cache=cache, name="mine", n_target_genes=12), model)
 
 
-def test_counts_may_stand_in_a_layer(cache, model):
+def test_counts_can_be_in_a_layer(cache, model):
     parts = toys()
     for s in parts:
         s["table"].layers["counts"] = s["table"].X.copy()
@@ -372,7 +372,7 @@ def test_counts_may_stand_in_a_layer(cache, model):
     same_model(train(parts, layer="counts", cache=cache, name="mine", n_target_genes=12), model)
 
 
-def test_counts_may_be_dense_or_of_any_number_type(cache, model):
+def test_counts_can_be_dense_or_of_any_numeric_type(cache, model):
     parts = toys()
     parts[0]["table"].X = parts[0]["table"].X.toarray().astype(np.uint16)
     parts[1]["table"].X = parts[1]["table"].X.tocsc().astype(np.int64)
@@ -408,7 +408,7 @@ def test_classes_are_merged_left_out_and_coloured(cache, sections):
         assert sum(left.card.training["labelled_spots"].values()) < 90
 
 
-def test_classes_of_fewer_than_five_spots_are_left_out(cache, caplog):
+def test_classes_with_fewer_than_five_spots_are_left_out(cache, caplog):
     parts = toys()
     labels = parts[0]["table"].obs["annotation"].astype(str).to_numpy(object)
     labels[:4] = "rare"
@@ -419,10 +419,10 @@ def test_classes_of_fewer_than_five_spots_are_left_out(cache, caplog):
     assert sum(found.card.training["labelled_spots"].values()) == 86
 
 
-def test_one_class_is_nothing_to_tell_apart(cache, sections, caplog):
+def test_a_single_class_skips_the_annotation_head(cache, sections, caplog):
     merged = dict.fromkeys(("tumour", "stroma", "adipose"), "tissue")
     found = train(sections, cache=cache, classes=merged)
-    assert "one class is nothing to tell apart" in caplog.text
+    assert "has enough labelled spots; the annotation head is skipped" in caplog.text
     assert found.card.classes == ()
     assert "annotation.weight" not in found.tensors
 
@@ -430,14 +430,14 @@ def test_one_class_is_nothing_to_tell_apart(cache, sections, caplog):
 # Sections and patients
 
 
-def test_one_patient_is_warned_of_and_sections_are_held_out(sections, cache, caplog):
+def test_one_patient_gives_a_warning_and_sections_are_held_out(sections, cache, caplog):
     found = train([toy(0), toy(2)], cache=cache)
     assert "SAME patient" in caplog.text
     assert list(found.card.metrics) == [SECTION]
     assert found.card.training["chosen_by"] == "leave one section out, the folds that the figures are of"
 
 
-def test_one_section_is_warned_of_more_strongly_and_trains(cache, caplog):
+def test_one_section_gives_a_stronger_warning(cache, caplog):
     found = train(toy(0), cache=cache)
     assert "SAME section" in caplog.text
     assert "do not report" in caplog.text
@@ -446,14 +446,14 @@ def test_one_section_is_warned_of_more_strongly_and_trains(cache, caplog):
     assert np.isfinite(predicted(toy(5), found).layers["he2gene"]).all()
 
 
-def test_random_spots_are_called_what_they_are(sections, cache):
+def test_random_validation_is_named_in_the_card(sections, cache):
     found = train(sections, cache=cache, validation="random")
     (protocol,) = found.card.metrics
     assert "leaks" in protocol
     assert not found.genes["reliable"].any()
 
 
-def test_one_object_may_hold_two_sections(cache, model):
+def test_one_object_can_hold_two_sections(cache, model):
     parts = toys()
     tables = []
     for i, s in enumerate(parts[:2]):
@@ -483,7 +483,7 @@ def test_one_object_may_hold_two_sections(cache, model):
     same_model(train([whole, parts[2]], cache=cache, name="mine", n_target_genes=12), model)
 
 
-def test_sections_may_differ_in_resolution(cache):
+def test_sections_can_have_different_resolutions(cache):
     parts = [toy(0), hg.datasets.toy((5, 6), mpp=1.0, seed=1)]
     for key, value in {"section": "S1", "patient": "B"}.items():
         parts[1]["table"].obs[key] = value
@@ -516,8 +516,8 @@ def test_spots_outside_the_image_are_left_out_with_a_warning(cache, caplog):
 # Permuted targets
 
 
-def test_permuted_counts_leave_nothing_reliable(cache):
-    """The whole road, with counts handed to other spots of the same section."""
+def test_permuted_counts_give_no_reliable_genes(cache):
+    """Full training with counts permuted between the spots of a section."""
     parts = []
     for i, patient in enumerate("ABCD"):
         sdata = toy(i, patient)
@@ -536,7 +536,7 @@ def test_permuted_counts_leave_nothing_reliable(cache):
     assert max(auroc.values()) < 0.7
 
 
-def test_sections_given_four_times_make_nearly_the_same_model(cache, sections, monkeypatch):
+def test_sections_given_four_times_give_nearly_the_same_model(cache, sections, monkeypatch):
     # Given, not chosen: copies of a held-out section stay in training, so that another penalty would look best. It stands
     # against a sum over spots.
     monkeypatch.setattr(_validate, "RANKS", (5,))
@@ -551,6 +551,6 @@ def test_sections_given_four_times_make_nearly_the_same_model(cache, sections, m
     assert np.nanmin(pearson(*found)) > 0.999
 
 
-def test_the_table_may_be_one_that_was_exchanged(sections, cache, model):
+def test_the_table_can_be_replaced(sections, cache, model):
     parts = [with_table(s, s["table"].copy()) for s in toys()]
     same_model(train(parts, cache=cache, name="mine", n_target_genes=12), model)

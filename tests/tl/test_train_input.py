@@ -1,4 +1,4 @@
-"""What ``hg.tl.train`` refuses, and what it says then."""
+"""Invalid input of ``hg.tl.train`` and its errors."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ import torch
 
 import he2gene_sc as hg
 from he2gene_sc.stats import log_normalise
-from he2gene_sc.tl._train.measured import Measured, totals_of
+from he2gene_sc.tl._train.measured import MeasuredSection, totals_of
 from tests.helpers.toy_sections import (
     SPEC,
     Power,
@@ -33,13 +33,13 @@ from tests.helpers.toy_sections import (
 pytestmark = pytest.mark.slow
 
 
-def refuses(sections, match, error=ValueError, **options):
+def assert_raises(sections, match, error=ValueError, **options):
     with pytest.raises(error, match=match):
         train(sections, **options)
 
 
 def counted(change, i=0):
-    """Two sections, the counts of one changed."""
+    """Two sections, one with changed counts."""
     parts = [toy(0), toy(1, "B")]
     table = parts[i]["table"]
     table.X = change(table.X.toarray())
@@ -49,21 +49,21 @@ def counted(change, i=0):
 # Counts
 
 
-def test_log_normalised_values_are_refused_and_the_raw_layer_is_named():
+def test_log_normalised_values_raise_and_the_raw_layer_is_named():
     parts = [toy(0), toy(1, "B")]
     for s in parts:
         s["table"].layers["raw_counts"] = s["table"].X.copy()
         s["table"].X = log_normalise(s["table"].X)
-    refuses(
+    assert_raises(
         parts,
         r"`layer`: X does not hold raw counts.*fractions.*log-normalised.*pass keys=hg.SectionKeys\(layer='raw_counts'\)",
     )
 
 
-def test_log_normalised_values_without_raw_ones_say_how_to_pass_them():
-    refuses(
+def test_log_normalised_values_raise_and_explain_how_to_pass_raw_counts():
+    assert_raises(
         counted(log_normalise),
-        r"`layer`: X does not hold raw counts.*put them into a layer and pass keys=hg.SectionKeys\(layer=",
+        r"`layer`: X does not hold raw counts.*put raw counts into a layer and pass keys=hg.SectionKeys\(layer=",
     )
 
 
@@ -77,52 +77,53 @@ def with_first(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(-1, "negative values, down to -1"), (np.nan, "NaN"), (np.inf, "infinite"), (2.5, "fractions")]
+    ("value", "message"),
+    [(-1, "negative values, down to -1"), (np.nan, "NaN"), (np.inf, "infinite"), (2.5, "fractions")],
 )
 @pytest.mark.parametrize("i", [0, 1])
-def test_values_that_are_no_counts_are_refused(value, said, i):
-    refuses(
-        counted(with_first(value), i), rf"`layer`: X does not hold raw counts \(whole numbers from 0\) but .*{said}"
+def test_values_that_are_not_counts_raise(value, message, i):
+    assert_raises(
+        counted(with_first(value), i), rf"`layer`: X does not hold raw counts \(whole numbers from 0\) but .*{message}"
     )
 
 
-def test_an_unknown_layer_and_an_empty_x_are_refused():
+def test_an_unknown_layer_and_an_empty_x_raise():
     parts = toys()
     parts[0]["table"].layers["counts"] = parts[0]["table"].X.copy()
-    refuses(parts, r"`layer` 'raw' is not a layer, valid: \['counts'\]", layer="raw")
+    assert_raises(parts, r"`layer` 'raw' is not a layer, valid: \['counts'\]", layer="raw")
     parts[0]["table"].X = None
-    refuses(parts, r"`layer`: X is empty; name a layer, one of \['counts'\]")
+    assert_raises(parts, r"`layer`: X is empty; name a layer, one of \['counts'\]")
 
 
-def test_a_section_without_any_count_is_refused():
-    refuses(counted(np.zeros_like), "no spot of 'spots' lies in the image and has counts")
+def test_a_section_without_counts_raises():
+    assert_raises(counted(np.zeros_like), "no spot of 'spots' lies in the image and has counts")
 
 
 # Genes
 
 
-def test_genes_that_stand_twice_are_refused():
+def test_duplicate_genes_raise():
     parts = [renamed(toy(0), {"FTL": "ACTB"}), toy(1, "B")]
-    refuses(parts, r"genes \['ACTB'\] stand more than once")
+    assert_raises(parts, r"genes \['ACTB'\] occur more than once")
 
 
-def test_a_symbol_and_its_own_id_stand_twice():
+def test_a_symbol_and_its_own_id_are_duplicates():
     parts = [renamed(toy(0), {"FTL": "ENSG00000075624.17"}), toy(1, "B")]
-    refuses(parts, r"genes \['ACTB'\] stand more than once", ensembl_ids={"ACTB": "ENSG00000075624"})
+    assert_raises(parts, r"genes \['ACTB'\] occur more than once", ensembl_ids={"ACTB": "ENSG00000075624"})
 
 
-def test_sections_that_hardly_overlap_are_refused_with_genes_of_both_sides():
+def test_sections_with_few_common_genes_raise_and_genes_of_both_are_named():
     other = renamed(toy(1, "B"), {g: f"mouse-{g}" for g in toy(0)["table"].var_names[3:]})
-    refuses([toy(0), other], r"section 'S0' shares only 3 of 40 genes.*'ACTB'.*'mouse-ACTB'.*ensembl_ids=")
+    assert_raises([toy(0), other], r"section 'S0' shares only 3 of 40 genes.*'ACTB'.*'mouse-ACTB'.*ensembl_ids=")
 
 
-def test_symbols_and_ids_without_a_table_between_them_are_refused():
+def test_symbols_and_ids_without_a_mapping_raise():
     other = renamed(toy(1, "B"), {g: f"ENSG{i:011d}" for i, g in enumerate(toy(0)["table"].var_names)})
-    refuses([toy(0), other], r"shares only 0 of 40 genes.*ENSG00000000000.*ensembl_ids=", ensembl_ids={})
+    assert_raises([toy(0), other], r"shares only 0 of 40 genes.*ENSG00000000000.*ensembl_ids=", ensembl_ids={})
 
 
 @pytest.mark.parametrize("order", ["ABC", "ACB", "CAB"])
-def test_gene_lists_are_judged_whatever_the_order_of_the_sections(order):
+def test_gene_lists_are_checked_in_any_order_of_the_sections(order):
     names = toy(0)["table"].var_names
     parts = {
         "A": without_genes(toy(0), names[20:]),
@@ -130,12 +131,12 @@ def test_gene_lists_are_judged_whatever_the_order_of_the_sections(order):
         "C": toy(2),
     }
     match = "no gene was measured in all 3 sections.*missing_genes_are_zero=True"
-    refuses([parts[name] for name in order], match)
-    refuses((parts[name] for name in order), match)
-    refuses([parts["C"], parts["A"]], "no gene of `genes` was measured in all 2 sections", genes=list(names[20:]))
+    assert_raises([parts[name] for name in order], match)
+    assert_raises((parts[name] for name in order), match)
+    assert_raises([parts["C"], parts["A"]], "no gene of `genes` was measured in all 2 sections", genes=list(names[20:]))
 
 
-def test_genes_without_a_symbol_keep_their_own_name(caplog):
+def test_genes_without_a_symbol_keep_their_name(caplog):
     parts = toys()
     for s in parts:
         table = s["table"]
@@ -159,7 +160,7 @@ def without_counts_of_the_first_gene():
     return parts
 
 
-def test_a_gene_that_was_asked_for_and_never_seen_has_no_skill():
+def test_a_requested_gene_without_counts_has_no_skill():
     parts = without_counts_of_the_first_gene()
     names = parts[0]["table"].var_names
     genes = train(parts, genes=list(names[:5])).genes
@@ -168,7 +169,7 @@ def test_a_gene_that_was_asked_for_and_never_seen_has_no_skill():
     assert genes.loc[names[1:5], "skill"].notna().all()
 
 
-def test_genes_are_asked_for_by_either_name():
+def test_genes_can_be_requested_by_symbol_or_id():
     names = toy(0)["table"].var_names[:3]
     ids = {gene: f"ENSG{i:011d}" for i, gene in enumerate(names)}
     for parts in (toys(), [renamed(s, ids) for s in toys()]):
@@ -195,68 +196,68 @@ def test_counts_on_disk_and_in_half_precision_are_read(tmp_path):
             np.testing.assert_array_equal(found.tensors[key], value, err_msg=f"{layout} {key}")
 
 
-def test_genes_that_no_section_has_are_refused():
-    refuses(toys(), r"`genes` \['NOPE'\] are in no section", genes=["ERBB2", "NOPE"])
+def test_genes_missing_in_all_sections_raise():
+    assert_raises(toys(), r"`genes` \['NOPE'\] are not in any section", genes=["ERBB2", "NOPE"])
 
 
 @pytest.mark.parametrize("genes", [[], "ERBB2"])
-def test_genes_have_to_be_a_list(genes):
-    refuses(toys(), "`genes` is .* a list of genes", genes=genes)
+def test_genes_must_be_a_list(genes):
+    assert_raises(toys(), "`genes` is .* a list of genes", genes=genes)
 
 
 @pytest.mark.parametrize("windows_um", [100, (), (0, 100)])
-def test_windows_have_to_be_a_list_of_sides(windows_um):
-    refuses(toys(), "`windows_um` is .* a list of sides", windows_um=windows_um)
+def test_windows_must_be_a_list_of_sides(windows_um):
+    assert_raises(toys(), "`windows_um` is .* a list of sides", windows_um=windows_um)
 
 
-def test_the_image_may_be_named():
-    refuses(toys(), "`image_key`", image_key="nope")
+def test_the_image_can_be_named():
+    assert_raises(toys(), "`image_key`", image_key="nope")
 
 
-def test_an_unknown_gene_column_is_refused():
-    refuses(toys(), "`gene_symbols` 'symbol' is not a column of var, valid: .*planted", gene_symbols="symbol")
+def test_an_unknown_gene_column_raises():
+    assert_raises(toys(), "`gene_symbols` 'symbol' is not a column of var, valid: .*planted", gene_symbols="symbol")
 
 
 # Columns, sections, patients, labels
 
 
 @pytest.mark.parametrize("parameter", ["annotation_key", "sample_key", "section_key"])
-def test_missing_columns_are_refused_with_those_there(parameter):
+def test_missing_columns_raise_and_valid_ones_are_named(parameter):
     match = f"`{parameter}` 'nope' is not a column of obs, valid: .*patient"
-    refuses(
+    assert_raises(
         toys(),
-        match + (".*need the column all the same" if parameter == "annotation_key" else ""),
+        match + (".*need the column too" if parameter == "annotation_key" else ""),
         **{parameter: "nope"},
     )
 
 
-def test_a_column_that_one_section_lacks_is_refused():
+def test_a_column_missing_in_one_section_raises():
     parts = toys()
     del parts[2]["table"].obs["annotation"]
-    refuses(parts, "`annotation_key` 'annotation' is not a column of obs")
+    assert_raises(parts, "`annotation_key` 'annotation' is not a column of obs")
 
 
-def test_two_sections_of_one_name_are_refused():
-    refuses([toy(0), toy(1, "B", section="S0")], "two sections are named 'S0'")
+def test_two_sections_with_one_name_raise():
+    assert_raises([toy(0), toy(1, "B", section="S0")], "two sections are named 'S0'")
 
 
-def test_a_section_of_two_patients_or_names_is_refused():
+def test_a_section_with_two_patients_or_names_raises():
     for key in ("patient", "section"):
         parts = toys()
         parts[0]["table"].obs[key] = np.repeat(["X", "Y"], 15)
-        refuses(parts, r"belong to one section of one patient, found .*'X', 'Y'")
+        assert_raises(parts, r"must be of one section of one patient, found .*'X', 'Y'")
 
 
 @pytest.mark.parametrize("key", ["patient", "section"])
-def test_spots_without_a_patient_or_section_are_refused(key):
-    """Missing names would make one group of what may be several."""
+def test_spots_without_a_patient_or_section_raise(key):
+    """Missing names could join several patients or sections in one group."""
     parts = toys()
     parts[0]["table"].obs[key] = np.nan
-    refuses(parts, rf"`{'sample' if key == 'patient' else key}_key`.*missing")
+    assert_raises(parts, rf"`{'sample' if key == 'patient' else key}_key`.*missing")
 
 
-def test_a_label_that_no_spot_has_is_refused_in_classes():
-    refuses(
+def test_an_unknown_label_in_classes_raises():
+    assert_raises(
         toys(),
         r"`classes` names labels \['tumor'\] that no spot has, valid: \['adipose', ",
         classes={"tumor": "cancer"},
@@ -264,28 +265,28 @@ def test_a_label_that_no_spot_has_is_refused_in_classes():
 
 
 def never_encoded():
-    """Make an encoder that fails if it is asked for more than its size."""
+    """Make an encoder that fails if it encodes an image."""
     network, spec = own()
     network.register_forward_hook(lambda module, inputs, output: pytest.fail("encoded") if len(output) > 1 else None)
     return network, spec
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
         ({"tumour": "in/situ"}, "class name 'in/situ' cannot be stored.*`classes`"),
         ({"tumour": "Stroma"}, "'Stroma' and 'stroma' differ only in case.*`classes`"),
     ],
 )
-def test_classes_that_a_zarr_store_cannot_hold_are_refused_before_the_work(labels, said):
-    refuses(toys(), said, classes=labels, encoder=never_encoded())
+def test_class_names_that_zarr_cannot_store_raise_before_encoding(labels, message):
+    assert_raises(toys(), message, classes=labels, encoder=never_encoded())
     parts = toys()
     column = parts[0]["table"].obs["annotation"].astype(str).replace(labels)
     parts[0]["table"].obs["annotation"] = column
-    refuses(parts, said, encoder=never_encoded())
+    assert_raises(parts, message, encoder=never_encoded())
 
 
-def test_blank_labels_are_none():
+def test_blank_labels_are_missing():
     parts = toys()
     for s in parts:
         column = s["table"].obs["annotation"].astype(str)
@@ -293,51 +294,51 @@ def test_blank_labels_are_none():
     assert "tumour" not in train(parts).card.classes
 
 
-def test_labels_may_be_numbers():
+def test_labels_can_be_numbers():
     parts = toys()
     for s in parts:
         s["table"].obs["annotation"] = s["table"].obs["annotation"].astype("category").cat.codes
     assert set(train(parts, classes={0: "first", 1: "second", 2: None}).card.classes) <= {"first", "second"}
 
 
-def test_an_error_says_which_section_and_comes_before_the_work():
+def test_an_error_names_the_section_and_comes_before_encoding():
     parts = toys()
     table = parts[1]["table"]
     table.X = table.X.toarray() - 1.0
-    refuses(parts, r"negative values.*\(object 2 of `sdatas`\)", encoder=never_encoded())
-    refuses(iter(parts), r"negative values.*\(object 2 of `sdatas`\)")
+    assert_raises(parts, r"negative values.*\(object 2 of `sdatas`\)", encoder=never_encoded())
+    assert_raises(iter(parts), r"negative values.*\(object 2 of `sdatas`\)")
 
 
-def test_a_section_of_a_few_spots_is_left_out(caplog):
+def test_a_section_with_few_spots_is_left_out(caplog):
     found = train([*toys(), toy(3, "C", shape=(1, 3))])
     assert "section S3 is left out: it has 3 spots" in caplog.text
     same_model(found, train(toys()))
 
 
-def test_an_image_on_which_all_spots_look_the_same_is_refused():
+def test_an_image_with_equal_features_in_all_spots_raises():
     parts = toys()
     image = parts[1]["he"]
     image.data[:] = 255
-    refuses(parts, r"`image_key` 'he' is blank at all spots.*\(object 2 of `sdatas`\)")
+    assert_raises(parts, r"`image_key` 'he' is blank at all spots.*\(object 2 of `sdatas`\)")
 
 
-def test_no_sections_and_no_table_are_refused():
-    refuses([], "`sdatas` is empty")
-    refuses(iter(()), "`sdatas` is empty")
+def test_no_sections_and_no_table_raise():
+    assert_raises([], "`sdatas` is empty")
+    assert_raises(iter(()), "`sdatas` is empty")
     bare = toy(0)
     del bare.tables["table"]
-    refuses([bare], "a section has no table")
+    assert_raises([bare], "a section has no table")
 
 
-def test_too_few_spots_for_blocks_are_refused():
-    refuses(toy(0, shape=(2, 2)), "`sdatas` is one section of 4 spots; at least 5 are needed")
+def test_too_few_spots_for_blocks_raise():
+    assert_raises(toy(0, shape=(2, 2)), "`sdatas` is one section with 4 spots; at least 5 are needed")
 
 
-def test_no_section_of_enough_spots_is_refused():
-    refuses(toy(0, shape=(1, 3)), "`sdatas` has no section of 4 spots")
+def test_only_sections_with_few_spots_raise():
+    assert_raises(toy(0, shape=(1, 3)), "`sdatas` has no section of 4 spots")
 
 
-def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
+def test_a_lazy_sequence_is_read_once():
     class Lazy(Sequence):
         asked = []
 
@@ -376,7 +377,7 @@ def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
         ({"min_spot_share": 1.0}, "`min_spot_share` is 1.0"),
         ({"min_spot_share": -0.1}, "`min_spot_share` is -0.1"),
         ({"stages": (0,)}, r"`stages` is \(0,\); valid for this encoder: None"),
-        ({"cache": "features", "preset": "he2gene-base"}, "`cache`.*own output"),
+        ({"cache": "features", "preset": "he2gene-base"}, "`cache`.*no features to cache"),
         ({"windows_um": (0.0,)}, "windows"),
         ({"windows_um": (-100.0, 200.0)}, "windows"),
         ({"device": "gpu"}, "valid here"),
@@ -385,8 +386,8 @@ def test_a_sequence_that_reads_a_section_when_asked_is_asked_once():
         ({"encoder": (torch.nn.Identity(), SPEC)}, "one vector per image"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(options, match):
-    refuses([toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))], match, **options)
+def test_invalid_arguments_raise(options, match):
+    assert_raises([toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))], match, **options)
 
 
 @pytest.mark.parametrize(
@@ -399,31 +400,31 @@ def test_arguments_that_do_not_fit_are_refused(options, match):
         ({"merge": ["tumour"]}, "`classes` is of type list"),
     ],
 )
-def test_classes_that_do_not_fit_are_refused(options, match):
+def test_invalid_classes_raise(options, match):
     with pytest.raises(ValueError, match=match):
         hg.Classes(**options)
 
 
-def test_classes_may_be_left_as_they_are_by_none():
+def test_none_keeps_the_classes():
     classes = hg.Classes(merge=None, colors=None)
     assert (classes.merge, classes.colors) == ({}, {})
 
 
-def test_keys_and_card_have_to_be_dataclasses():
-    refuses([], r"`keys` is of type dict; hg.SectionKeys\(...\) is needed", TypeError, keys={"layer": "counts"})
-    refuses([], r"`card` is of type str; hg.CardText\(...\) is needed", TypeError, card="2")
+def test_keys_and_card_must_be_dataclasses():
+    assert_raises([], r"`keys` is of type dict; hg.SectionKeys\(...\) is needed", TypeError, keys={"layer": "counts"})
+    assert_raises([], r"`card` is of type str; hg.CardText\(...\) is needed", TypeError, card="2")
 
 
 @pytest.mark.parametrize(
     ("kind", "field"), [(hg.DefaultRecipe, "max_epochs"), (partial(hg.PaperRecipe, "he2gene-base"), "stages")]
 )
-def test_a_recipe_has_no_field_of_the_other(kind, field):
+def test_a_recipe_rejects_fields_of_the_other_recipe(kind, field):
     with pytest.raises(TypeError, match=field):
         kind(**{field: 3})
 
 
 @pytest.mark.parametrize("sdatas", [None, 3, "C5", ["C5"]])
-def test_what_is_no_object_is_refused(sdatas):
+def test_other_types_raise(sdatas):
     with pytest.raises((ValueError, TypeError), match="sdata"):
         train(sdatas)
 
@@ -433,10 +434,10 @@ def test_arguments_are_checked_before_anything_is_read():
         raise AssertionError("read")
         yield
 
-    refuses(never(), "`validation`", validation="none")
+    assert_raises(never(), "`validation`", validation="none")
 
 
-def test_a_model_refuses_a_network_of_its_weights_that_does_something_else(tmp_path):
+def test_a_model_rejects_a_network_with_equal_weights_and_another_output(tmp_path):
     path = train(toys(), encoder=(Power(network(), 1.0), SPEC)).save(tmp_path / "model")
     assert hg.models.load(path, encoder=(Power(network(), 1.0), SPEC)).network is not None
     with pytest.raises(ValueError, match="has the same weights but another output"):
@@ -446,19 +447,19 @@ def test_a_model_refuses_a_network_of_its_weights_that_does_something_else(tmp_p
 # The machine
 
 
-def test_weights_that_cannot_be_had_say_how_to_get_them(monkeypatch):
+def test_missing_weights_raise_and_explain_how_to_get_them(monkeypatch):
     import timm
 
     def create_model(*_, pretrained, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    refuses(
+    assert_raises(
         toys(), "weights of encoder 'resnet50'.*no route to host.*efficientnet-lite0", RuntimeError, encoder="resnet50"
     )
 
 
-def test_a_full_disk_is_said_before_the_work(monkeypatch, tmp_path):
+def test_a_full_disk_raises_before_encoding(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, 0))
     with pytest.raises(OSError, match="the disk is full") as raised:
@@ -467,27 +468,29 @@ def test_a_full_disk_is_said_before_the_work(monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_too_little_memory_is_said_before_anything_is_read(monkeypatch):
+def test_too_little_memory_raises_before_reading(monkeypatch):
     sysconf = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else sysconf(name))
 
     parts = toys()
     parts[0]["table"].X = parts[0]["table"].X.toarray() - 1  # would be refused when read
-    refuses(parts, "features a spot need .* GiB.*`windows_um` or `stages`", MemoryError, encoder="efficientnet-lite0")
+    assert_raises(
+        parts, "features a spot need .* GiB.*`windows_um` or `stages`", MemoryError, encoder="efficientnet-lite0"
+    )
 
 
-def test_after_a_refusal_the_input_is_as_it_was():
+def test_an_error_does_not_change_the_input():
     parts = toys()
     table = parts[1]["table"]
     table.obs["section"] = "S0"
     before = table.copy()
-    refuses(parts, "two sections are named")
+    assert_raises(parts, "two sections are named")
     assert parts[1]["table"] is table
     pd.testing.assert_frame_equal(table.obs, before.obs)
     assert sorted(parts[1].tables) == ["table"]
 
 
-def test_a_gene_of_no_count_in_any_section_is_not_learned():
+def test_a_gene_without_counts_is_not_learned():
     parts = without_counts_of_the_first_gene()
     model = train(parts, min_spot_share=0.0)
     assert parts[0]["table"].var_names[0] not in model.genes.index
@@ -495,10 +498,10 @@ def test_a_gene_of_no_count_in_any_section_is_not_learned():
     assert isinstance(model, hg.models.HE2Gene)
 
 
-# Found by a fresh reader
+# Names and labels
 
 
-def test_names_of_patients_are_the_same_as_numbers_and_as_text():
+def test_patient_names_can_be_numbers_or_text():
     parts = toys()
     for part, patient in zip(parts, (3, 3.0, "4 "), strict=True):
         part["table"].obs["patient"] = pd.Series([patient] * part["table"].n_obs, index=part["table"].obs_names)
@@ -506,7 +509,7 @@ def test_names_of_patients_are_the_same_as_numbers_and_as_text():
     assert patients == {"3", "4"}
 
 
-def test_missing_labels_that_became_text_are_missing_and_undetermined_ones_are_no_class(caplog):
+def test_missing_labels_as_text_are_missing_and_undetermined_is_not_a_class(caplog):
     parts = toys()
     labels = parts[0]["table"].obs["annotation"].astype(object)
     labels.iloc[:8] = np.nan
@@ -516,10 +519,10 @@ def test_missing_labels_that_became_text_are_missing_and_undetermined_ones_are_n
     parts[1]["table"].obs["annotation"] = labels
     model = train(parts, annotation_key="annotation")
     assert not {"nan", "Undetermined"} & set(model.card.classes)
-    assert "S0: 8 labels are the text of a missing value" in caplog.text
+    assert "S0: 8 labels are missing values converted to text" in caplog.text
 
 
-def test_labels_that_are_all_missing_are_warned_of(caplog):
+def test_missing_labels_in_all_spots_give_a_warning(caplog):
     parts = toys()
     for part in parts:
         part["table"].obs["annotation"] = pd.Series(np.nan, index=part["table"].obs_names, dtype=object)
@@ -533,20 +536,20 @@ def test_labels_that_are_all_missing_are_warned_of(caplog):
         (lambda parts: {"classes": {"tumuor": "cancer"}}, r"`classes` names labels \['tumuor'\]"),
         (
             lambda parts: parts[2]["table"].obs.__setitem__("section", "S0"),
-            "two sections are named 'S0'.* object 1 too",
+            "two sections are named 'S0'.* also in object 1",
         ),
         (lambda parts: parts[1]["table"].obs.__setitem__("patient", np.nan), r"`sample_key`: values .*\(object 2 of"),
     ],
 )
-def test_what_a_list_of_sections_tells_is_checked_before_any_is_encoded(monkeypatch, spoil, match):
+def test_a_list_of_sections_is_checked_before_encoding(monkeypatch, spoil, match):
     parts = toys()
     options = spoil(parts) or {}
     monkeypatch.setattr("he2gene_sc.tl._train.default.encode_section", lambda *_: pytest.fail("a section was encoded"))
-    refuses(parts, match, annotation_key="annotation", **options)
+    assert_raises(parts, match, annotation_key="annotation", **options)
 
 
-def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
-    """One section lists a few genes only: counts per 10,000 of those are not those of all."""
+def test_a_short_gene_list_does_not_increase_the_level_of_its_genes(caplog):
+    """One section lists only a few genes, so counts per 10,000 of these genes are too high."""
     parts = toys()
     whole = train(parts)
     genes = whole.genes.sort_values("mean", ascending=False).index
@@ -555,9 +558,9 @@ def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
     full = log_normalise(parts[1]["table"].X).mean(0)[places]
     short = without_genes(parts[1], [gene for gene in genes if gene not in kept])
     model = train([parts[0], short, parts[2]])
-    assert "section S1 lists genes that make up" in caplog.text
+    assert "section S1 measures only part of the genes" in caplog.text
     np.testing.assert_allclose(model.genes.loc[kept, "mean"], whole.genes.loc[kept, "mean"], atol=0.1)
-    # Taken as they stand, they would be too high.
+    # Without rescaling, they would be too high.
     as_it_stands = log_normalise(short["table"].X).mean(0)[short["table"].var_names.get_indexer(kept)]
     assert (as_it_stands - full).mean() > 0.4
 
@@ -582,17 +585,17 @@ def test_a_short_gene_list_does_not_raise_the_level_of_its_genes(caplog):
         ({"missing_genes_are_zero": "no"}, "`missing_genes_are_zero` is 'no'"),
     ],
 )
-def test_arguments_of_another_kind_are_named(options, match):
-    refuses(toys(), match, **options)
+def test_errors_name_arguments_of_another_type(options, match):
+    assert_raises(toys(), match, **options)
 
 
-def test_sections_that_are_no_objects_are_named():
-    refuses({"a": toy(0)}, "`sdatas` is a dict")
-    refuses("sections.zarr", "`sdatas` is a str")
-    refuses([toy(0), "sections.zarr"], r"object 2 of `sdatas`", (TypeError, ValueError))
+def test_errors_name_sections_of_another_type():
+    assert_raises({"a": toy(0)}, "`sdatas` is a dict")
+    assert_raises("sections.zarr", "`sdatas` is a str")
+    assert_raises([toy(0), "sections.zarr"], r"object 2 of `sdatas`", (TypeError, ValueError))
 
 
-def test_windows_may_be_an_array_and_genes_a_generator():
+def test_windows_can_be_an_array_and_genes_a_generator():
     parts = toys()
     genes = list(parts[0]["table"].var_names[:12])
     same_model(
@@ -601,7 +604,7 @@ def test_windows_may_be_an_array_and_genes_a_generator():
     )
 
 
-def test_a_model_of_few_genes_predicts_a_table_of_many():
+def test_a_model_with_few_genes_predicts_a_table_with_many():
     parts = toys()
     genes = list(parts[0]["table"].var_names[:2])
     model = train(parts, genes=genes, n_target_genes=2)
@@ -623,17 +626,19 @@ def test_a_model_of_few_genes_predicts_a_table_of_many():
         ({"checkpoint_dir": "/proc/x"}, "`checkpoint_dir` '/proc/x' cannot be written", OSError),
     ],
 )
-def test_options_of_training_by_gradient_are_refused_before_a_section_is_read(monkeypatch, options, match, error):
+def test_invalid_options_of_gradient_training_raise_before_reading(monkeypatch, options, match, error):
     monkeypatch.setattr("he2gene_sc.tl._train.train.read_all", lambda *_: pytest.fail("a section was read"))
-    refuses(toys(), match, error, preset="he2gene-base", **options)
+    assert_raises(toys(), match, error, preset="he2gene-base", **options)
 
 
-def test_a_run_in_the_checkpoint_folder_is_not_begun_anew(tmp_path):
+def test_a_run_in_the_checkpoint_folder_is_not_overwritten(tmp_path):
     (tmp_path / "last.ckpt").write_text("a run")
-    refuses(toys(), "holds a run; continue it with", FileExistsError, preset="he2gene-base", checkpoint_dir=tmp_path)
+    assert_raises(
+        toys(), "holds a run; continue it with", FileExistsError, preset="he2gene-base", checkpoint_dir=tmp_path
+    )
 
 
-def test_a_label_that_classes_name_is_that_class_whatever_is_ignored():
+def test_a_label_in_classes_is_not_ignored():
     parts = toys()
     for part in parts:
         labels = part["table"].obs["annotation"].astype(object)
@@ -642,7 +647,7 @@ def test_a_label_that_classes_name_is_that_class_whatever_is_ignored():
     assert "fat" in train(parts, annotation_key="annotation", classes={"Undetermined": "fat"}).card.classes
 
 
-def test_labels_that_are_numbers_are_named_as_they_stand_in_the_column():
+def test_numeric_labels_are_named_as_in_the_column():
     parts = toys()
     for part in parts:
         part["table"].obs["annotation"] = np.arange(part["table"].n_obs) % 3 + 0.0
@@ -653,7 +658,7 @@ def test_labels_that_are_numbers_are_named_as_they_stand_in_the_column():
     assert model.card.classes == ("none", "one")
 
 
-def test_other_containers_do_as_well():
+def test_other_containers_are_accepted():
     parts = toys()
     genes = parts[0]["table"].var_names
     ids = pd.Series([f"ENSG{i:011d}" for i in range(len(genes))], index=genes)
@@ -671,23 +676,23 @@ def test_other_containers_do_as_well():
     assert model.genes["ensembl_id"].iloc[0].startswith("ENSG")
 
 
-def test_a_patient_that_became_text_is_missing():
+def test_a_missing_patient_as_text_is_missing():
     parts = toys()
     parts[1]["table"].obs["patient"] = "nan"
-    refuses(parts, r"`sample_key`: values of 'patient' are missing")
+    assert_raises(parts, r"`sample_key`: values of 'patient' are missing")
 
 
-def test_two_sections_too_small_to_count_may_share_a_name(caplog):
+def test_two_sections_that_are_left_out_can_share_a_name(caplog):
     small = [toy(7, shape=(1, 3), section="rest"), toy(8, shape=(1, 3), section="rest")]
-    # What is left out need not share genes either.
+    # Sections that are left out need not share genes.
     renamed(small[0], {gene: f"other-{gene}" for gene in small[0]["table"].var_names})
     assert set(train([*toys(), *small]).card.training["sections"]) == {"S0", "S1", "S2"}
     assert caplog.text.count("section rest is left out") == 2
 
 
-def test_lists_with_few_common_counts_are_not_scaled(caplog):
+def test_gene_lists_with_few_common_counts_are_not_rescaled(caplog):
     def part(name, genes, counts):
-        return Measured(
+        return MeasuredSection(
             name=name,
             patient=name,
             mpp=1.0,
@@ -706,13 +711,13 @@ def test_lists_with_few_common_counts_are_not_scaled(caplog):
     assert "the genes that all sections measured have only" in caplog.text
     parts = [part(name, ["X", f"{name}1"], rng.poisson((100, 50), (200, 2))) for name in "ABC"]
     for found, section in zip(totals_of(parts, chosen), parts, strict=True):
-        # Each lists 150 of the 250 counts that a spot would have had.
+        # Each lists genes with 150 of the 250 counts of a spot.
         assert (found / section.counts.sum(axis=1)).mean() == pytest.approx(250 / 150, rel=0.02)
 
 
-def test_windows_of_a_few_pixels_are_refused_before_anything_is_encoded():
-    refuses(
+def test_windows_with_few_pixels_raise_before_encoding():
+    assert_raises(
         toys(),
-        r"`windows_um`: a window of 10 µm is .* px of section '.*' \(.*\); 8 px, .* µm, are the least.*preset=hg\.",
+        r"`windows_um`: a window of 10 µm is .* px in section '.*' \(.*\), but at least 8 px .*preset=hg\.",
         windows_um=[10.0, 400.0],
     )

@@ -1,4 +1,4 @@
-"""The paper's presets through ``hg.tl.train``, on toys and a network of a few thousand weights."""
+"""The paper's presets of ``hg.tl.train``, on toy sections and a network with a few thousand weights."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def test_the_card_names_recipe_and_patients(model):
     facts = dict(card.training["sections"]["S1"])
     assert set(facts.pop("image")) == {"shape", "sha256", "spots"}
     assert facts == {"patient": "B", "n_spots": 20, "mpp": 2.0}
-    # The patient of one section comes nearest to a tenth of the spots.
+    # The patient with one section is closest to a tenth of the spots.
     assert card.training["held_out_to_stop"] == {"S1": 20}
     assert card.training["chosen_by"] == "held-out patients"
     assert (model.genes["group"] == "target").sum() == 12
@@ -50,7 +50,7 @@ def test_the_network_has_been_trained(model):
     assert any((value != before[key.removeprefix("encoder.")].numpy()).any() for key, value in weights(model).items())
 
 
-def test_it_predicts_at_once_and_after_it_was_saved(model, tmp_path):
+def test_the_model_predicts_before_and_after_saving(model, tmp_path):
     saved = load(model.save(tmp_path / "mine"), encoder=own())
     one, two = (predicted(toy(5, shape=(3, 4)), m) for m in (model, saved))
     assert np.isfinite(one.layers["he2gene"]).all()
@@ -59,14 +59,14 @@ def test_it_predicts_at_once_and_after_it_was_saved(model, tmp_path):
     np.testing.assert_allclose(one.layers["he2gene"], two.layers["he2gene"], atol=1e-5)
 
 
-def test_training_twice_gives_the_same_bits(model):
+def test_training_is_deterministic(model):
     again = train(sections(), preset=model.card.training["preset"], name="mine", **OPTIONS)
     for key, value in model.tensors.items():
         np.testing.assert_array_equal(value, again.tensors[key], err_msg=key)
 
 
 @pytest.mark.parametrize("model", ["he2gene-base"], indirect=True)
-def test_a_run_that_stopped_is_taken_up_to_the_same_weights(model, tmp_path):
+def test_a_resumed_run_gives_the_same_weights(model, tmp_path):
     class Killed(BaseException):
         pass
 
@@ -86,7 +86,7 @@ def test_a_run_that_stopped_is_taken_up_to_the_same_weights(model, tmp_path):
         np.testing.assert_array_equal(value, resumed.tensors[key], err_msg=key)
 
 
-def test_random_validation_is_called_what_it_is():
+def test_random_validation_is_named_in_the_card():
     found = train(sections(), preset="he2gene-base", validation="random", **(OPTIONS | {"max_epochs": 1}))
     (protocol,) = found.card.metrics
     assert "LEAKS" in protocol
@@ -94,7 +94,7 @@ def test_random_validation_is_called_what_it_is():
     assert len(found.card.training["held_out_to_stop"]) > 1
 
 
-def test_one_patient_is_warned_of(caplog):
+def test_one_patient_gives_a_warning(caplog):
     train(
         [toy(0, shape=SHAPE), toy(1, shape=SHAPE)],
         preset="he2gene-base",
@@ -114,7 +114,7 @@ def test_another_training_does_not_change_the_users_network():
     assert not network.training
 
 
-def test_a_network_of_ones_own_called_resnet50_keeps_its_normalisation_and_predicts(tmp_path):
+def test_a_user_network_named_resnet50_keeps_its_normalisation(tmp_path):
     network, spec = own()
     encoder = network, replace(spec, name="resnet50")
     model = train(sections(), preset="he2gene-base", encoder=encoder, **(OPTIONS | {"max_epochs": 1}))
@@ -124,11 +124,11 @@ def test_a_network_of_ones_own_called_resnet50_keeps_its_normalisation_and_predi
     np.testing.assert_allclose(predicted(toy(0, shape=SHAPE), again).layers["he2gene"], first, atol=1e-5)
 
 
-# To the letter
+# exact=True
 
 
 def exact_sections():
-    """Toys with a gene that one spot shows, a gene that none does, and two labels."""
+    """Toy sections with a gene detected in one spot, a gene detected in no spot, and two labels."""
     found = sections()
     for i, sdata in enumerate(found):
         table = sdata["table"]
@@ -169,7 +169,7 @@ def test_exact_keeps_all_genes(exact_model):
     assert (model.genes["group"] == "target").sum() == OPTIONS["n_target_genes"]
 
 
-def test_exact_has_one_logit_that_is_not_calibrated(exact_model):
+def test_exact_has_one_uncalibrated_logit(exact_model):
     model, heads = exact_model
     assert heads == [1]
     assert model.card.classes == ("normal", "tumour")
@@ -190,7 +190,7 @@ def test_exact_windows_are_the_pixels_of_the_paper(exact_model):
     assert [round(um / 0.69, 6) for um in model.card.windows_um] == [75, 150, 225]
 
 
-def test_exact_is_single_precision(monkeypatch):
+def test_exact_trains_in_single_precision(monkeypatch):
     import lightning.pytorch
 
     from he2gene_sc.training._gradient import fit as _fit
@@ -198,32 +198,32 @@ def test_exact_is_single_precision(monkeypatch):
     class Stop(BaseException):
         pass
 
-    said = []
+    precisions = []
 
     def trainer(**options):
-        said.append(options["precision"])
+        precisions.append(options["precision"])
         raise Stop
 
     monkeypatch.setattr(_fit, "default_precision", lambda accelerator: "bf16-mixed")
     monkeypatch.setattr(lightning.pytorch, "Trainer", trainer)
     with pytest.raises(Stop):
         train(sections(), preset="he2gene-base", annotation_key=None, exact=True, **OPTIONS)
-    assert said == ["32-true"]
+    assert precisions == ["32-true"]
 
 
-def test_precision_may_be_a_number():
+def test_precision_can_be_a_number():
     assert PaperRecipe("he2gene-base", precision=32, exact=True).precision == "32"
     with pytest.raises(ValueError, match="`precision` is '64', valid"):
         PaperRecipe("he2gene-base", precision=64)
 
 
-def test_the_default_is_no_recipe_of_the_paper():
+def test_the_default_preset_is_not_a_recipe_of_the_paper():
     with pytest.raises(ValueError, match=r"`name` is 'default', valid: \['he2gene-base', 'he2gene-spat'\]"):
         PaperRecipe("default", exact=True)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"min_spot_share": 0.1}, "`min_spot_share` is 0.1, but `exact` sets it"),
         ({"windows_um": (50.0,)}, r"`windows_um` is \(50.0,\), but `exact` sets it"),
@@ -231,11 +231,11 @@ def test_the_default_is_no_recipe_of_the_paper():
         ({"exact": "yes"}, "`exact` is 'yes'; True or False is needed"),
     ],
 )
-def test_exact_refuses_what_it_sets(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_exact_raises_for_options_that_it_sets(options, message):
+    with pytest.raises(ValueError, match=message):
         train([], **({"preset": "he2gene-base", "exact": True} | options))
 
 
-def test_exact_refuses_a_third_class():
-    with pytest.raises(ValueError, match=r"`exact` is True, .* two classes.*found \['adipose.*by `classes`"):
+def test_exact_raises_for_a_third_class():
+    with pytest.raises(ValueError, match=r"`exact` is True, .* two classes.*found \['adipose.*with classes="):
         train(sections(), preset="he2gene-base", exact=True, **OPTIONS)

@@ -16,7 +16,7 @@ from ..._core.names import column_of
 from ..._core.ownership import check_free
 from ..._core.results import write_to_all
 from ..._core.spots import is_many, read_spots
-from .compare import NO_DEPTH, adjusted, compare, method_for, named_groups
+from .compare import NO_DEPTH, adjust_pvalues, compare, group_names, method_for
 from .cross_fit import cross_fitted_halves
 from .design import Design, as_design
 from .methods import METHODS, Method
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: Of the results, in their order.
+#: Columns of the results, in this order.
 COLUMNS = (
     *("group", "names", "logfoldchanges", "logfoldchanges_pooled", "effect_size", "ci_low", "ci_high"),
     *("scores", "pvals", "pvals_adj"),
@@ -62,77 +62,77 @@ def biomarkers(
     data
         One object or table, several, or one with a sample column. Genes are matched by name.
     groupby
-        Column of ``obs`` with the groups; spots without one are left out.
+        Column of ``obs`` with the groups. Spots without a group are left out.
     groups
-        Groups to test; default: all that can be, the others are named in a warning.
+        Groups to test. Default: all groups that can be tested; a warning names the others.
     reference
         Group to compare with; ``"rest"``: all other labelled spots.
     layer
-        Predicted or other logarithms, natural log of (1 + counts per 10,000); ``None``: the raw counts in ``X``.
+        Layer with logarithms, for example predictions: natural log of (1 + counts per 10,000). ``None``: the raw counts in ``X``.
     layer_scale
-        ``"counts"`` or ``"log"``, where the layer does not hold what is expected of it.
+        ``"counts"`` or ``"log"``: scale of the layer, if it is not the expected one.
     sample_key
-        Column of ``obs`` with the patient, the statistical unit. One table without the default column is of one patient.
+        Column of ``obs`` with the patient, the statistical unit. One table without the default column counts as one patient.
     section_key
         Column of ``obs`` with the section. Without the default column the shapes elements are the sections. The sections of a
-        patient are one sample: their spots are pooled, which assumes that the labels are spread alike over them.
+        patient are one sample: their spots are pooled. This assumes that the labels have similar shares in all of them.
     method
         - ``"pseudobulk"``: raw counts summed per sample and group, TMM library sizes, paired by sample, precision weights by
-          counts and spots, moderated t. On logarithms it is ``"means"``;
+          counts and spots, moderated t. For logarithms, ``"means"`` is used instead;
         - ``"deseq2"``: PyDESeq2 on the same sums (optional: ``pip install "he2gene_sc[deseq2]"``);
-        - ``"means"``: mean of logarithms per sample and group, for predicted layers; depth adjusted for, weights by spots,
+        - ``"means"``: mean of logarithms per sample and group, for predicted layers; adjusted for depth, weights by spots,
           paired by sample, moderated t;
-        - ``"mixed"``: linear mixed model of the means of logarithms, depth adjusted for; minutes for thousands of genes;
-        - ``"ppi"``: prediction-powered, where some samples were measured and more were predicted; p-values from eight measured
-          ones on, with fewer intervals alone;
-        - ``"spatial"``: spots of one or two sections, with the effective number of independent ones, depth adjusted for;
-        - ``"wilcoxon"``: spots as if they were independent, for comparison with scanpy alone;
-        - ``"auto"``: pseudobulk (of logarithms means) with three or more samples, else spatial.
+        - ``"mixed"``: linear mixed model of the means of logarithms, adjusted for depth; minutes for thousands of genes;
+        - ``"ppi"``: prediction-powered inference, if some samples were measured and more were predicted. P-values need eight
+          measured samples; with fewer, only intervals are given;
+        - ``"spatial"``: spots of one or two sections, with the effective number of independent spots, adjusted for depth;
+        - ``"wilcoxon"``: treats spots as independent; only for comparison with scanpy;
+        - ``"auto"``: pseudobulk (means for logarithms) with three or more samples, else spatial.
     reliable_only
-        Test only the genes that the model's card calls reliable. Measured values are not subject to it.
+        Test only the genes that the model card calls reliable. Does not apply to measured values.
     cross_fit
-        Replace the labels of each sample (of each section, in one patient) by those of a classifier of *measured*
-        expression fitted on the others and their labels, so that they owe nothing to the image that the genes were
-        predicted from. Genes are tested in two halves; the labels for one are read from genes outside it. What goes with
-        depth is taken off first. Sound if the model that predicted the genes was not trained on these sections, and if the
-        labels agree with those given: below 95 % of the spots a warning says so, below 85 % they are refused.
-        ``params["cross_fit_agreement"]`` has the share.
+        Replace the labels of each sample (of each section, with one patient) by those of a classifier of *measured*
+        expression. It is fitted on the other samples and their labels, so the new labels do not depend on the image that
+        the genes were predicted from. Genes are tested in two halves; the labels for one half come from genes outside it.
+        Effects of depth are removed first. The test is valid if the model was not trained on these sections and if
+        the new labels agree with the given ones: below 95 % of the spots there is a warning, below 85 % an error.
+        ``params["cross_fit_agreement"]`` holds the share.
     measured, measured_scale
         Measured values for ``"ppi"`` and ``cross_fit``: layer, ``None`` is ``X``, and its scale. A spot counts as
-        measured if it has counts there and its table is not one that predict made; a sample with the groups in its
-        measured spots.
+        measured if it has counts there and its table was not made by predict; a sample, if its measured spots
+        contain the groups.
     design
         Covariates, formula, depth, smallest effect and thresholds: a formula (``"~ group:age"``), covariates (``["age"]``), or
         :class:`he2gene_sc.Design`.
     table_key
-        Table, where an object holds several.
+        Table to use if an object holds several.
     key_added
-        Where in ``uns`` it is written.
+        Key in ``uns`` for the results.
 
     Returns
     -------
     ``None`` for one object, the results for several. Written to the table, or to the table of every object:
 
     ``.uns["he2gene_biomarkers"]``
-        ``"results"``: DataFrame, a row a group and gene, see :func:`he2gene_sc.get.biomarkers`; ``"samples"``, ``"genes"``
-        and ``"sample_effects"``: spots and difference in every sample; ``"params"``, whose ``"doubts"`` say of which
-        groups library sizes or the adjustment for depth are doubtful, and why.
+        ``"results"``: DataFrame, one row per group and gene, see :func:`he2gene_sc.get.biomarkers`; ``"samples"``, ``"genes"``
+        and ``"sample_effects"``: spots and difference in every sample; ``"params"``, whose ``"doubts"`` name the groups
+        for which library sizes or the adjustment for depth are doubtful, and the reason.
 
     Raises
     ------
     TypeError
         If ``data`` holds something else.
     ValueError
-        If an argument or the object does not fit: a missing column or group, one level, fewer than three spots, a group
-        in one sample only, groups that never share a sample, values on another scale, spots or patients given twice.
-        Nothing has been changed then.
+        If an argument or the object is not valid: a missing column or group, only one level, fewer than three spots, a group
+        in one sample only, groups that never share a sample, values on another scale, duplicated spots or patients.
+        The objects are not changed then.
 
     Notes
     -----
-    Labels that were predicted from the image that the genes were predicted from share its errors, and clusters of genes the
-    noise of these genes (``hg.tl.domain_preservation``): the p-values do not hold, the result is marked ``circular``, also
-    for renamed or merged levels of such labels. Assumptions and formulas of every method: ``docs/statistics/methods.md``,
-    error rates: ``docs/statistics/validation.md``.
+    Labels that were predicted from the same image as the genes share its errors. Clusters of genes
+    (``hg.tl.domain_preservation``) share the noise of these genes. In both cases the p-values are not valid and the result is
+    marked ``circular``, also for renamed or merged levels of such labels. Assumptions and formulas of every method:
+    ``docs/statistics/methods.md``, error rates: ``docs/statistics/validation.md``.
 
     Examples
     --------
@@ -147,7 +147,7 @@ def biomarkers(
     validate.arguments(biomarkers, locals())
     check_key(key_added, "key_added")
     design = as_design(design)
-    groups, reference = named_groups(groups, reference)
+    groups, reference = group_names(groups, reference)
     spots = read_spots(
         data, groupby, "groupby", layer=layer, table_key=table_key, sample_key=sample_key, section_key=section_key
     )
@@ -156,12 +156,12 @@ def biomarkers(
         check_free(table, "biomarkers", key_added)
         for key in design.covariates:
             column_of(table, key, "covariates")
-    # What "auto" chooses takes a column; of cross-fitted labels depth is taken off before.
+    # "auto" chooses a method that takes a column; cross_fit uses the column before the test.
     named = METHODS.get(method)
     if design.depth not in (None, "auto") and named and not (named.takes_depth(design) or cross_fit or method == "ppi"):
         raise ValueError(
-            f"`depth` is {design.depth!r} and enters method='pseudobulk', 'means', 'mixed', 'spatial' and 'ppi' alone, the method is "
-            f"{method!r}; leave it out of hg.Design, or name another method"
+            f"`depth` is {design.depth!r}, which method={method!r} does not use (only 'pseudobulk', 'means', 'mixed', 'spatial' and "
+            "'ppi' do); leave it out of hg.Design, or name another method"
         )
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale, join=design.join, reliable_only=reliable_only)
     chosen = method_for(method, spots, design)
@@ -180,15 +180,15 @@ def biomarkers(
         if seen is not None and not seen.any():
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
         if known is not None:
-            # Of what was measured: the predictions correct themselves by it, whatever depth they hold.
+            # Depth of the measured spots: it corrects the predictions too, whatever depth effect they contain.
             known_depth = depth_of(known, design.depth)
         parts = [compare(spots, measured=known, depth=known_depth, measured_depth=known_depth, **run)]
     circular = "" if cross_fit else circularity(tables, groupby, layer)
-    results = _finish(
+    results = _results_table(
         [frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), design.adjust_over
     )
-    _caution(results, chosen, circular, (chosen.depth or chosen.name == "ppi") and known_depth is None)
-    # Both halves of cross_fit have labels of their own: the smaller number of spots of a patient stands for it.
+    _warn_of_limits(results, chosen, circular, (chosen.depth or chosen.name == "ppi") and known_depth is None)
+    # The two halves of cross_fit have different labels: record the smaller number of spots of each patient.
     rows = pd.concat([frame.index.to_frame(index=False) for _, frame in parts])
     samples = rows.groupby(["group", "sample"], sort=False).min()
     effects = pd.concat([frame.droplevel([2, 3]) for _, frame in parts], axis=1).reindex(samples.index)
@@ -216,11 +216,11 @@ def biomarkers(
     return results.copy() if is_many(data) else None
 
 
-def _finish(
+def _results_table(
     frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series | None, circular: bool, over: str
 ) -> pd.DataFrame:
-    """Adjust and say what the result is worth; best score of each group first."""
-    results = adjusted(pd.concat(frames, ignore_index=True), over)
+    """Join the tests, adjust p-values and add the columns about validity; best score of each group first."""
+    results = adjust_pvalues(pd.concat(frames, ignore_index=True), over)
     results.attrs.clear()
     results["method"] = chosen.label
     results["reliable"] = True if reliable is None else reliable.reindex(results["names"]).to_numpy(bool)
@@ -232,29 +232,29 @@ def _finish(
     return results[list(COLUMNS)].reset_index(drop=True)
 
 
-def _caution(results: pd.DataFrame, chosen: Method, circular: str, no_depth: bool = False) -> None:
+def _warn_of_limits(results: pd.DataFrame, chosen: Method, circular: str, no_depth: bool = False) -> None:
     if no_depth:
         warnings.warn(NO_DEPTH, UserWarning, stacklevel=3)
     if chosen.caution:
         warnings.warn(chosen.caution, UserWarning, stacklevel=3)
     if circular:
         warnings.warn(
-            f"{circular}, the p-values do not hold and the result is marked circular. Sound are a pathologist's labels, "
-            "labels carried over from another section, or cross_fit=True where several sections were measured",
+            f"{circular}. The p-values are not valid and the result is marked circular. Use a pathologist's labels, "
+            "labels transferred from another section, or cross_fit=True if several sections were measured",
             UserWarning,
             stacklevel=3,
         )
     if chosen.name != "ppi" and results["pvals"].isna().all():
         warnings.warn(
-            f"pvals are NaN in all {len(results)} tests: no gene varies, or the design leaves no degrees of freedom; leave covariates "
-            "or terms out, or pass more samples",
+            f"pvals are NaN in all {len(results)} tests: no gene varies, or the design leaves no degrees of freedom. Remove covariates "
+            "or terms, or pass more samples",
             UserWarning,
             stacklevel=3,
         )
     if lost := int(results["logfoldchanges"].isna().sum()):
         warnings.warn(
-            f"logfoldchanges are NaN for {lost} tests: means of logarithms below 0, as scaled values have them, stand for no "
-            "expression; effect_size is in the unit of the layer",
+            f"logfoldchanges are NaN for {lost} tests: the mean of the logarithms is below 0, for example in scaled values, and no "
+            "fold change is defined. Use effect_size, which is in the unit of the layer",
             UserWarning,
             stacklevel=3,
         )

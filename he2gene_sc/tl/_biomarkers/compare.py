@@ -1,4 +1,4 @@
-"""A method run on every group of a pool: which groups can be tested, and the tests side by side."""
+"""Run one method on every group: choose the method, find the groups that can be tested, and collect the tests."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .methods import METHODS, Method, Outcome, run
 if TYPE_CHECKING:
     from ...stats import CountSums
 
-#: Counts that a gene must have for a test of counts: those of the rarer group, of both alike half.
+#: Counts that a gene needs for a test of counts: about the counts of the rarer group, or half of all counts in equal groups.
 MIN_INFORMATION = 5.0
 
-#: What it means that means of logarithms are compared as they are.
+#: Warning if means of logarithms are compared without adjustment for depth.
 NO_DEPTH = (
-    "the depth of the spots is not adjusted for: where one group is sequenced deeper, or has denser cells, genes differ by that "
-    "alone. Raw counts of every spot in X, or hg.Design(depth=...) with a column of total counts, mend this"
+    "the test is not adjusted for the depth of the spots: if one group is sequenced deeper or has denser cells, genes differ for that "
+    "reason alone. Put raw counts of every spot into X, or pass hg.Design(depth=...) with a column of total counts"
 )
 _PLAIN = Design()
 
@@ -43,29 +43,29 @@ def compare(
     depth: np.ndarray | None = None,
     measured_depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Run a method on every group: unadjusted tests (group and gene), and differences of samples (a column a gene).
+    """Run a method on every group: unadjusted tests (one row per group and gene), and sample differences (one column per gene).
 
-    ``attrs["doubts"]`` of the tests are those of library sizes and depth, by group.
+    ``attrs["doubts"]`` of the tests are the doubts about library sizes and depth, by group.
     """
     depth = depth if chosen.takes_depth(design) else None
-    cells = Cells.of(
-        spots, squares=chosen.squares, detected=chosen.detecting > 0, raw=chosen.scale == "counts", depth=depth
+    cells = Cells.from_spots(
+        spots, squares=chosen.squares, detected=chosen.min_detected > 0, raw=chosen.scale == "counts", depth=depth
     )
-    of_measured = None if measured is None else Cells.of(measured, depth=measured_depth)
+    measured_cells = None if measured is None else Cells.from_spots(measured, depth=measured_depth)
     tests, differences, faults, doubts = [], [], [], []
     for group in _groups(cells, groups, reference, chosen):
-        contrast = Contrast.of(spots, cells, spots.genes, group, reference, design=design, depth=depth)
-        if measured is not None and of_measured is not None:
-            of_group = Contrast.of(
-                measured, of_measured, spots.genes, group, reference, design=design, depth=measured_depth
+        contrast = Contrast.from_cells(spots, cells, spots.genes, group, reference, design=design, depth=depth)
+        if measured is not None and measured_cells is not None:
+            measured_contrast = Contrast.from_cells(
+                measured, measured_cells, spots.genes, group, reference, design=design, depth=measured_depth
             )
-            contrast = replace(contrast, measured=of_group)
-        used = chosen.uses(contrast)
-        kept, fault = _tested(contrast, chosen, used, group, reference, cells)
+            contrast = replace(contrast, measured=measured_contrast)
+        used = chosen.sample_mask(contrast)
+        kept, fault = _testable_genes(contrast, chosen, used, group, reference, cells)
         if fault:
             faults.append(fault)
             continue
-        _say_left_out(contrast, used, group, reference)
+        _log_left_out(contrast, used, group, reference)
         contrast = contrast.keep(kept)
         outcome = run(chosen, contrast)
         test = outcome.test
@@ -100,45 +100,45 @@ def compare(
     return every, pd.concat(differences)
 
 
-def _tested(
+def _testable_genes(
     contrast: Contrast, chosen: Method, used: np.ndarray, group: str, reference: str, cells: Cells
 ) -> tuple[np.ndarray, str]:
-    """Mask of genes that pass the filters of mean and detection, and why there are none.
+    """Mask of genes that pass the filters of mean and detection, and the reason if none does.
 
-    Where spots are the unit, all spots count together: a mean of means would favour genes high in the small group.
+    If spots are the unit, the mean is over all spots: a mean of means would favour genes that are high in the small group.
     """
     with np.errstate(invalid="ignore"):
         mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
     enough = mean > contrast.design.min_mean
     if contrast.raw is not None:
-        enough &= _counted(contrast.raw)
+        enough &= _enough_counts(contrast.raw)
     if not enough.any():
         return (
             enough,
-            f"`min_mean` is {contrast.design.min_mean}; no gene has a mean above it in {group!r} and {reference!r}",
+            f"`min_mean` is {contrast.design.min_mean}, and no gene has a higher mean in {group!r} and {reference!r}",
         )
     if cells.detected is None:
         return enough, ""
     others = cells.labels[cells.labels != group] if reference == "rest" else [reference]
     spots = cells.side([group], "detected")[0].sum(0) + cells.side(others, "detected")[0].sum(0)
     n = contrast.counts.sum(1)
-    seen = enough & (spots * n.min() >= chosen.detecting * n.sum())
+    seen = enough & (spots * n.min() >= chosen.min_detected * n.sum())
     if not seen.any():
         return seen, (
-            f"`groups`: of {enough.sum()} genes above `min_mean` none is expected in {chosen.detecting} of the {n.min()} "
-            f"spots of the smaller of {group!r} and {reference!r}; more spots are needed"
+            f"`groups`: none of the {enough.sum()} genes above `min_mean` is expected to be detected in {chosen.min_detected} of the "
+            f"{n.min()} spots of the smaller of {group!r} and {reference!r}; more spots are needed"
         )
     if lost := int(enough.sum() - seen.sum()):
         logger.warning(
-            "biomarkers: %d of %d genes are not tested in %r: they are expected in fewer than %d of the %d spots of the "
-            "smaller group",
-            *(lost, enough.sum(), group, chosen.detecting, n.min()),
+            "biomarkers: %d of %d genes are not tested in %r: they are expected to be detected in fewer than %d of the %d spots of "
+            "the smaller group",
+            *(lost, enough.sum(), group, chosen.min_detected, n.min()),
         )
     return seen, ""
 
 
-def _say_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: str) -> None:
-    """Say which samples are not in a test for want of labelled spots."""
+def _log_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: str) -> None:
+    """Log the samples that have too few labelled spots for a test."""
     if used.all():
         return
     lacking = [
@@ -146,19 +146,19 @@ def _say_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: s
         for sample, (a, b) in zip(contrast.samples[~used], contrast.counts[:, ~used].T, strict=True)
     ]
     logger.warning(
-        "biomarkers: %r against %r is tested in %d of %d samples; the others have fewer than %d labelled spots of one: %s",
+        "biomarkers: %r against %r is tested in %d of %d samples; the others have fewer than %d labelled spots of one of them: %s",
         *(group, reference, used.sum(), len(used), MIN_SPOTS, format_list(lacking)),
     )
 
 
-def _counted(sums: CountSums) -> np.ndarray:
-    """Mask of genes with enough counts in both groups, as expected where nothing differs, ``(g,)``."""
+def _enough_counts(sums: CountSums) -> np.ndarray:
+    """Mask ``(g,)`` of genes with enough expected counts in both groups under the null hypothesis."""
     share = sums.depth[0] * sums.depth[1] / np.maximum(sums.depth.sum(0), 1e-300) ** 2
     return (sums.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
 
 
-def named_groups(groups: Any, reference: object) -> tuple[list[str] | None, str]:
-    """Return groups and reference as texts, as labels are; numbers of a column of numbers are names too."""
+def group_names(groups: Any, reference: object) -> tuple[list[str] | None, str]:
+    """Return groups and reference as texts, like the labels; a numeric column has numbers as names."""
     several = isinstance(groups, Iterable) and not isinstance(groups, str)
     named = (
         None
@@ -169,28 +169,28 @@ def named_groups(groups: Any, reference: object) -> tuple[list[str] | None, str]
 
 
 def method_for(method: str, spots: SpotData, design: Design = _PLAIN) -> Method:
-    """Choose the method by the number of samples, or check the one that was named, and that it takes the design."""
+    """Choose the method by the number of samples, or check the named method; check that it can use the design."""
     if method not in ("auto", *METHODS):
         raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")
     n = len(set(spots.samples))
     bulk = "pseudobulk" if spots.scale == "counts" else "means"
     name = (bulk if n >= 3 else "spatial") if method == "auto" else method
-    # Logarithms cannot be summed as counts; their means are what is left.
+    # Logarithms cannot be summed like counts, so their means are compared.
     name = "means" if name == "pseudobulk" and bulk == "means" else name
     if METHODS[name].scale not in (None, spots.scale):
         raise ValueError(
-            f"`method` {name!r} is for {'raw counts' if name == 'deseq2' else 'logarithms'}, the layer holds "
+            f"`method` {name!r} needs {'raw counts' if name == 'deseq2' else 'logarithms'}, but the layer holds "
             f"{'logarithms' if name == 'deseq2' else 'raw counts'}; use method={bulk!r}"
         )
     moderated = METHODS[name].moderated
     for parameter, asked in (("trend", not design.trend), ("formula", design.formula), ("term", design.term)):
         if asked and not moderated:
-            raise ValueError(f"`{parameter}` is of method='pseudobulk' and 'means' alone, the method is {name!r}")
+            raise ValueError(f"`{parameter}` is only for method='pseudobulk' and 'means', the method is {name!r}")
     if design.lfc and not moderated and name != "deseq2":
-        raise ValueError(f"`lfc` is of method='pseudobulk', 'deseq2' and 'means' alone, the method is {name!r}")
+        raise ValueError(f"`lfc` is only for method='pseudobulk', 'deseq2' and 'means', the method is {name!r}")
     if design.covariates and not moderated and name not in ("mixed", "spatial"):
         raise ValueError(
-            f"`covariates` enter method='pseudobulk', 'means', 'mixed' and 'spatial' alone, the method is {name!r}"
+            f"`covariates` are only for method='pseudobulk', 'means', 'mixed' and 'spatial', the method is {name!r}"
         )
     if name == "deseq2":
         from .deseq2 import import_pydeseq2
@@ -198,32 +198,32 @@ def method_for(method: str, spots: SpotData, design: Design = _PLAIN) -> Method:
         import_pydeseq2()
     if n < METHODS[name].samples:
         raise ValueError(
-            f"`method` {name!r} compares samples and needs at least {METHODS[name].samples}, there are {n}; name the patients "
-            "by `sample_key`, or use method='spatial'"
+            f"`method` {name!r} compares samples and needs at least {METHODS[name].samples}, found {n}; name the column of patients "
+            "in `sample_key`, or use method='spatial'"
         )
     return METHODS[name]
 
 
 def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: Method) -> list[str]:
-    """Names of the groups to test; what cannot be tested is an error if it was named, else left out with a warning."""
+    """Names of the groups to test. A group that cannot be tested is an error if it was named, else a warning."""
     labels = cells.labels.tolist()
     if len(labels) < 2:
         raise ValueError(f"`groupby` has one level, {labels}; at least 2 are needed")
     if reference == "rest" and "rest" in labels:
         raise ValueError(
-            "`reference` 'rest' is all others, but `groupby` has a level of this name too; rename the level"
+            "`reference` 'rest' means all other spots, but `groupby` has a level of this name too; rename the level"
         )
     if reference != "rest" and reference not in labels:
-        raise ValueError(f"`reference` {reference!r} is no group, valid: {['rest', *labels]}")
+        raise ValueError(f"`reference` {reference!r} is not a group, valid: {['rest', *labels]}")
     named = groups
     if named is not None and not len(named):
         raise ValueError(f"`groups` is empty; name some of {labels}, or None for all")
     if named is not None and (unknown := [group for group in named if group not in labels]):
-        raise ValueError(f"`groups` {unknown} are no groups, valid: {labels}")
+        raise ValueError(f"`groups` {unknown} are not groups, valid: {labels}")
     if named is not None and reference in named:
         raise ValueError(f"`groups` holds the reference {reference!r}; leave it out")
     wanted = [label for label in labels if label != reference] if named is None else list(dict.fromkeys(named))
-    faults = {group: _fault(cells, group, reference, chosen) for group in wanted}
+    faults = {group: _find_fault(cells, group, reference, chosen) for group in wanted}
     bad = {group: fault for group, fault in faults.items() if fault}
     if bad and (named is not None or len(bad) == len(wanted)):
         raise ValueError(f"`{'groups' if named is not None else 'groupby'}`: {next(iter(bad.values()))}")
@@ -232,8 +232,8 @@ def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: 
     return [group for group in wanted if not faults[group]]
 
 
-def _fault(cells: Cells, group: str, reference: str, chosen: Method) -> str:
-    """Say what keeps a group from being tested; empty if nothing does."""
+def _find_fault(cells: Cells, group: str, reference: str, chosen: Method) -> str:
+    """Reason why a group cannot be tested, or an empty text."""
     others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
     counts = {group: cells.side([group])[1], reference: cells.side(others)[1]}
     for name, count in counts.items():
@@ -245,20 +245,20 @@ def _fault(cells: Cells, group: str, reference: str, chosen: Method) -> str:
     for name, there in enough.items():
         if there.sum() < 2:
             return (
-                f"{name!r} has {MIN_SPOTS} or more spots in too few samples, {cells.samples[there].tolist()}; method "
-                f"{chosen.name!r} compares at least 2"
+                f"{name!r} has {MIN_SPOTS} or more spots only in samples {cells.samples[there].tolist()}; method {chosen.name!r} "
+                "needs at least 2 such samples"
             )
     both = (enough[group] & enough[reference]).sum()
     if both < 2:
         return (
-            f"{group!r} and {reference!r} meet in {both} of the samples, with {MIN_SPOTS} or more spots of each; at least 2 "
-            "are needed: groups that do not meet within samples cannot be told from the samples"
+            f"{both} of the samples have {MIN_SPOTS} or more spots of both {group!r} and {reference!r}; at least 2 are needed, since "
+            "otherwise a difference between groups cannot be separated from a difference between samples"
         )
     return ""
 
 
 def _differences(contrast: Contrast, outcome: Outcome, group: str) -> pd.DataFrame:
-    """Difference in every sample that has both, with the numbers of spots in the index."""
+    """Difference in every sample that has both groups, with the numbers of spots in the index."""
     index = pd.MultiIndex.from_arrays(
         [
             [group] * int(contrast.paired.sum()),
@@ -271,8 +271,8 @@ def _differences(contrast: Contrast, outcome: Outcome, group: str) -> pd.DataFra
     return pd.DataFrame(outcome.differences.astype(np.float32), index=index, columns=contrast.genes.astype(str))
 
 
-def adjusted(tests: pd.DataFrame, over: str = "group") -> pd.DataFrame:
-    """Add Benjamini and Hochberg's p-values within each group, or over all; a gene without p-value gets none."""
+def adjust_pvalues(tests: pd.DataFrame, over: str = "group") -> pd.DataFrame:
+    """Add p-values adjusted by Benjamini and Hochberg within each group or over all; NaN p-values stay NaN."""
     from statsmodels.stats.multitest import multipletests
 
     tests = tests.assign(pvals_adj=np.nan)

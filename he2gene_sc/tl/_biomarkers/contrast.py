@@ -1,4 +1,4 @@
-"""Groups of spots against a reference: means in each sample."""
+"""Contrasts of a group of spots with a reference: means in each sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sums import CountCells, DepthCells, keep_genes, pair_design
 if TYPE_CHECKING:
     from ...stats import CountSums
 
-#: A group with fewer spots than this has no mean in a sample, and none at all with fewer altogether.
+#: Fewest spots of a group for a mean in a sample, and fewest spots of a group over all samples.
 MIN_SPOTS = 3
 
 
@@ -26,15 +26,15 @@ class Cells:
 
     samples: np.ndarray
     labels: np.ndarray
-    counts: np.ndarray  # (samples, labels) spots
-    sums: np.ndarray  # of logarithms
-    squares: np.ndarray | None = None  # of logarithms
-    detected: np.ndarray | None = None  # spots where a gene is not 0
+    counts: np.ndarray  # (samples, labels) number of spots
+    sums: np.ndarray  # sums of logarithms
+    squares: np.ndarray | None = None  # sums of squared logarithms
+    detected: np.ndarray | None = None  # number of spots where a gene is not 0
     raw: CountCells | None = None
     depth: DepthCells | None = None
 
     @classmethod
-    def of(
+    def from_spots(
         cls,
         pool: SpotData,
         *,
@@ -43,56 +43,58 @@ class Cells:
         raw: bool = False,
         depth: np.ndarray | None = None,
     ) -> Cells:
-        """Sum over the spots of a pool, in one reading."""
+        """Sum over the spots of a pool in one pass."""
         samples, sample = np.unique(pool.samples.astype(str), return_inverse=True)
         labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
         shape = (len(samples), len(labels))
         code = sample * shape[1] + label
-        asked: dict[str, Callable[[Any], Any]] = {"sums": np.asarray}
+        transforms: dict[str, Callable[[Any], Any]] = {"sums": np.asarray}
         if squares:
-            asked["squares"] = lambda values: np.square(values, dtype=np.float64)
+            transforms["squares"] = lambda values: np.square(values, dtype=np.float64)
         if detected:
-            asked["detected"] = lambda values: (values != 0).astype(np.float32)
-        sums = pool.sums(code, shape[0] * shape[1], *asked.values())
+            transforms["detected"] = lambda values: (values != 0).astype(np.float32)
+        sums = pool.sums(code, shape[0] * shape[1], *transforms.values())
         counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
         return cls(
             samples,
             labels,
             counts,
-            raw=CountCells.of(pool, code, shape, depth) if raw else None,
-            depth=None if depth is None or raw else DepthCells.of(pool, depth, code, shape),
-            **dict(zip(asked, sums.reshape(len(asked), *shape, -1), strict=True)),
+            raw=CountCells.from_spots(pool, code, shape, depth) if raw else None,
+            depth=None if depth is None or raw else DepthCells.from_spots(pool, depth, code, shape),
+            **dict(zip(transforms, sums.reshape(len(transforms), *shape, -1), strict=True)),
         )
 
-    def side(self, labels: Sequence[str] | np.ndarray, what: str = "sums") -> tuple[np.ndarray, np.ndarray]:
-        """Return sums ``(samples, g)`` and counts ``(samples,)`` of some labels together."""
+    def side(self, labels: Sequence[str] | np.ndarray, name: str = "sums") -> tuple[np.ndarray, np.ndarray]:
+        """Return sums ``(samples, g)`` and counts ``(samples,)`` over several labels."""
         chosen = np.isin(self.labels, list(labels))
-        return getattr(self, what)[:, chosen].sum(1), self.counts[:, chosen].sum(1)
+        return getattr(self, name)[:, chosen].sum(1), self.counts[:, chosen].sum(1)
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """One group against its reference."""
+    """Means of one group and of its reference in every sample."""
 
     pool: SpotData
     genes: pd.Index
     samples: np.ndarray
-    inside: np.ndarray  # (n,) bool, in the pool
-    outside: np.ndarray  # (n,) bool
+    inside: np.ndarray  # (n,) bool, spots of the group
+    outside: np.ndarray  # (n,) bool, spots of the reference
     means: np.ndarray  # (2, samples, g), group first; NaN below three spots
     counts: np.ndarray  # (2, samples)
     pooled_means: np.ndarray
     design: Design = field(default_factory=Design)
-    spot_variance: np.ndarray | None = None  # (g,) about means of group and sample
+    spot_variance: np.ndarray | None = None  # (g,) within group and sample
     measured: Contrast | None = None  # contrast of measured values
     raw: CountSums | None = None
     adjustment: np.ndarray | None = None
     depth_variance: np.ndarray | None = None
-    depth: np.ndarray | None = None  # (n,) log
-    shift: np.ndarray | None = None  # what depth adds to means
+    depth: np.ndarray | None = None  # (n,) log depth
+    shift: np.ndarray | None = None  # effect of depth on the means
 
     @classmethod
-    def of(cls, pool: SpotData, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any) -> Contrast:
+    def from_cells(
+        cls, pool: SpotData, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any
+    ) -> Contrast:
         """Contrast a label with another, or with all others (``"rest"``)."""
         others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
         sides = [cells.side([group]), cells.side(others)]
@@ -104,8 +106,8 @@ class Contrast:
             pooled = sums.sum(1) / counts.sum(1)[:, None]
         if cells.squares is not None:
             squares = np.array([cells.side(side, "squares")[0] for side in ([group], others)])
-            about = (squares - np.square(sums) / np.maximum(counts, 1)[..., None]).sum((0, 1))
-            more["spot_variance"] = about / max(counts.sum() - (counts > 0).sum(), 1)
+            residual_squares = (squares - np.square(sums) / np.maximum(counts, 1)[..., None]).sum((0, 1))
+            more["spot_variance"] = residual_squares / max(counts.sum() - (counts > 0).sum(), 1)
         masks = [np.isin(cells.labels, side) for side in ([group], others)]
         paired = np.all(enough, axis=0)
         if cells.raw is not None:
@@ -118,43 +120,43 @@ class Contrast:
 
     @property
     def paired(self) -> np.ndarray:
-        """Samples that have both, ``(samples,)`` bool."""
+        """Samples that have both groups, ``(samples,)`` bool."""
         return np.all(self.counts >= MIN_SPOTS, axis=0)
 
     @property
     def differences(self) -> np.ndarray:
-        """Mean of the group minus that of the reference in every paired sample, ``(paired, g)``, without what depth adds."""
-        found = self.means[0, self.paired] - self.means[1, self.paired]
-        return found if self.adjustment is None else found - self.adjustment
+        """Mean of the group minus that of the reference in every paired sample, ``(paired, g)``, adjusted for depth."""
+        gap = self.means[0, self.paired] - self.means[1, self.paired]
+        return gap if self.adjustment is None else gap - self.adjustment
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean over all spots of both, ``(g,)``: without a difference, it says nothing of one, whatever the sizes."""
+        """Mean ``(g,)`` over all spots of both groups. Independent of the group difference under the null, so it may filter genes."""
         return np.average(self.pooled_means, axis=0, weights=self.counts.sum(1))
 
     @property
     def matrix(self) -> tuple[np.ndarray, int]:
-        """Design of the differences ``(paired, p)``, and its column that is tested."""
+        """Design of the differences ``(paired, p)`` and the index of the tested column."""
         return pair_design(self.pool, self.samples[self.paired], (self.inside, self.outside), self.design)
 
     def fold_changes(self, effect: np.ndarray) -> np.ndarray:
-        """log2 of the ratio of expression that an effect stands for, at the mean of both groups; NaN below 0."""
+        """log2 fold changes of expression for an effect at the mean of both groups; NaN if the mean is below 0."""
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             middle = self.mean if self.paired.sum() < 2 else self.means[:, self.paired].mean((0, 1))
             low = middle - np.abs(effect) / 2
             exact = np.sign(effect) * np.log2(np.expm1(low + np.abs(effect)) / np.expm1(low))
-            # A mean that an adjusted effect would take below 0: by the slope of the logarithm.
+            # If the adjusted effect would take a mean below 0, use the slope of the logarithm.
             return np.where(low > 0, exact, np.where(middle > 0, effect / -np.expm1(-middle) / np.log(2), np.nan))
 
     @property
     def pooled_fold_changes(self) -> np.ndarray:
-        """scanpy's: log2 of the ratio of what the means over all spots of the logarithms stand for; NaN below 0."""
+        """log2 fold changes as scanpy computes them, from the means of the logarithms over all spots; NaN below 0."""
         above, below = np.expm1(self.pooled_means) + 1e-9
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where((above > 0) & (below > 0), np.log2(above / below), np.nan)
 
     def keep(self, genes: np.ndarray) -> Contrast:
-        """Leave out genes; ``genes`` is ``(g,)`` bool."""
+        """Keep the genes of a mask ``(g,)``."""
         return replace(
             self,
             genes=self.genes[genes],

@@ -1,4 +1,4 @@
-"""DESeq2 on sums of counts, by PyDESeq2."""
+"""DESeq2 on sums of counts, with PyDESeq2."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def deseq2(sums: CountSums, *, level: float, lfc: float) -> SampleTest:
         fitted = dds_class(counts=counts, metadata=rows, design="~ sample + side", quiet=True, n_cpus=1)
         fitted.deseq2()
         null = {"alt_hypothesis": "greaterAbs", "lfc_null": lfc} if lfc else {}
-        found = stats_class(
+        tests = stats_class(
             fitted, contrast=["side", "group", "reference"], independent_filter=False, quiet=True, n_cpus=1, **null
         )
-        found.summary()
-    table = found.results_df.loc[counts.columns]
+        tests.summary()
+    table = tests.results_df.loc[counts.columns]
     from scipy import stats
 
     effect, error = (table[name].to_numpy(float) * np.log(2) for name in ("log2FoldChange", "lfcSE"))
@@ -44,7 +44,7 @@ def deseq2(sums: CountSums, *, level: float, lfc: float) -> SampleTest:
 
 
 def import_pydeseq2() -> tuple[type, type]:
-    """Import PyDESeq2, which is optional."""
+    """Import PyDESeq2, an optional dependency."""
     try:
         from pydeseq2.dds import DeseqDataSet
         from pydeseq2.ds import DeseqStats

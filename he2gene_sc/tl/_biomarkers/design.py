@@ -1,4 +1,4 @@
-"""The model of ``hg.tl.biomarkers``, beside groups, layer and method."""
+"""Statistical model of ``hg.tl.biomarkers``: covariates, formula and thresholds."""
 
 from __future__ import annotations
 
@@ -20,42 +20,43 @@ class Design:
     ----------
     covariates
         Columns of ``obs``. ``"spatial"``: numbers or labels of the spots. ``"mixed"``: numbers, averaged per sample and group,
-        or labels, one a sample and group. ``"pseudobulk"`` and ``"means"``: the same, where they differ within samples; what
-        does not, cancels in the pairs.
+        or labels, one per sample and group. ``"pseudobulk"`` and ``"means"``: the same, if they differ within samples;
+        covariates that are constant within a sample cancel in the pairs.
     formula
-        More terms of the design of ``"pseudobulk"`` and ``"means"``, by patsy, of columns of ``obs`` and of ``group`` (1/2 in the
-        group, -1/2 in the reference): ``"~ group:age"`` asks whether the difference goes with age. The sample is a block.
+        More terms of the design of ``"pseudobulk"`` and ``"means"``, for patsy: columns of ``obs`` and ``group`` (1/2 in the
+        group, -1/2 in the reference). ``"~ group:age"`` tests whether the difference depends on age. The sample is a block.
     term
-        Term of the design that is tested; default: the group.
+        Term of the design to test; default: the group.
     depth
-        Of ``"means"``, ``"mixed"`` and ``"spatial"``: the log depth of the spots is adjusted for, over patients by a slope for
-        each. ``"auto"``: total counts of the layer or of ``X``, where 95 % of the spots have some; or a column of total counts in
-        ``obs``. Without it differences of depth pass for differences of genes, which a warning says; ``None`` leaves it out.
-        Of ``"pseudobulk"``: a column of ``obs`` has the library sizes, in place of total counts and TMM. Of ``"ppi"`` that of the
-        measured spots. ``"deseq2"`` and ``"wilcoxon"`` take no column: it is refused, unless ``cross_fit`` takes it off the labels.
+        Adjustment for the log depth of the spots in ``"means"``, ``"mixed"`` and ``"spatial"``; over patients each patient has
+        its own slope. ``"auto"``: total counts of the layer or of ``X``, if 95 % of the spots have counts; or a column of total
+        counts in ``obs``. Without depth, a difference in depth appears as a difference in genes, and there is a warning. ``None``: no
+        adjustment. ``"pseudobulk"``: column of ``obs`` with library sizes, instead of total counts and TMM. ``"ppi"``: depth of
+        the measured spots. With ``"deseq2"`` and ``"wilcoxon"`` a column is an error, unless ``cross_fit`` uses it for the labels.
     lfc
         Smallest effect of interest of ``"pseudobulk"``, ``"deseq2"`` and ``"means"``, as log2 of a ratio: effects up to this
         size are part of the null (TREAT).
     trend
-        Of ``"pseudobulk"`` and ``"means"``: the prior variance of a gene goes with the variance that its counts and spots tell
-        (as limma's ``eBayes`` with that as its ``trend``); ``False``: one prior for all genes (Smyth 2004).
+        For ``"pseudobulk"`` and ``"means"``: the prior variance of a gene depends on the variance expected from its counts and
+        spots (as ``trend`` of limma's ``eBayes``); ``False``: one prior for all genes (Smyth 2004).
     robust
-        Of the same: hypervariable genes get a prior of their own.
+        For ``"pseudobulk"`` and ``"means"``: hypervariable genes get a separate prior.
     min_mean
-        Genes are tested if their mean is above this, in the unit of the layer: for ``"spatial"`` and ``"wilcoxon"`` that
-        over all spots of both groups, else that of the two group means, averaged over samples. ``"spatial"`` also leaves out
-        genes that are expected in fewer than three spots of the smaller group, from the share of all spots that have them.
+        Test genes with a mean above this, in the unit of the layer. ``"spatial"`` and ``"wilcoxon"``: mean over all spots of
+        both groups; else the mean of the two group means, averaged over samples. ``"spatial"`` also leaves out genes that are
+        expected to be detected in fewer than three spots of the smaller group, given their share of detection in all spots.
     adjust_over
-        P-values are adjusted within each ``"group"``, or over ``"all"`` groups together.
+        Adjust p-values within each ``"group"``, or over ``"all"`` groups together.
     join
-        ``"inner"``: genes of every object. ``"outer"``: of any; in raw counts a gene that a table does not name is 0.
+        ``"inner"``: genes that every object has. ``"outer"``: genes that any object has; only for raw counts, where a gene
+        that a table does not list counts as 0.
     confidence_level
-        Of the intervals.
+        Level of the intervals.
 
     Raises
     ------
     ValueError
-        If a value is not what it should be.
+        If a value is not valid.
 
     Examples
     --------
@@ -82,36 +83,36 @@ class Design:
         for name in ("formula", "term"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip(" ~")):
-                raise ValueError(f"`{name}` is {value!r}; a text is needed, for example 'group:age'")
+                raise ValueError(f"`{name}` is {value!r}; it must be a text, for example 'group:age'")
         if self.depth is not None:
             validate.name(self.depth, "depth")
         if isinstance(self.lfc, bool) or not isinstance(self.lfc, Real) or not 0 <= float(self.lfc) < np.inf:
             raise ValueError(
-                f"`lfc` is {self.lfc!r}; a number from 0 is needed, log2 of the smallest ratio of interest"
+                f"`lfc` is {self.lfc!r}; it must be a number of at least 0, log2 of the smallest ratio of interest"
             )
         for name in ("trend", "robust"):
             object.__setattr__(self, name, validate.flag(getattr(self, name), name))
-        least = self.min_mean
-        if isinstance(least, bool) or not isinstance(least, Real) or np.isnan(float(least)):
-            raise ValueError(f"`min_mean` is {least!r}; a number is needed, in the unit of the layer")
+        minimum = self.min_mean
+        if isinstance(minimum, bool) or not isinstance(minimum, Real) or np.isnan(float(minimum)):
+            raise ValueError(f"`min_mean` is {minimum!r}; it must be a number, in the unit of the layer")
         validate.one_of(self.adjust_over, ("group", "all"), "adjust_over")
         validate.one_of(self.join, ("inner", "outer"), "join")
         validate.in_range(self.confidence_level, "confidence_level", above=0, below=1)
 
     @property
     def terms(self) -> str:
-        """Terms beside the group, for patsy; empty without covariates and formula."""
+        """Terms besides the group, for patsy; empty without covariates and formula."""
         more = [self.formula.lstrip(" ~")] if self.formula is not None else []
         return " + ".join([*(f"Q({name!r})" for name in self.covariates), *more])
 
     @property
     def params(self) -> dict[str, Any]:
-        """What ``uns`` records."""
+        """Parameters to record in ``uns``."""
         return asdict(self) | {"lfc": float(self.lfc), "covariates": list(self.covariates) or None}
 
 
 def as_design(design: Any) -> Design:
-    """Read a design: as it is, a formula that begins with ``~``, or a list of covariates."""
+    """Make a Design from a Design, a formula that begins with ``~``, or a list of covariates."""
     if design is None or isinstance(design, Design):
         return design or Design()
     if isinstance(design, str) and design.lstrip().startswith("~"):
@@ -119,6 +120,6 @@ def as_design(design: Any) -> Design:
     if isinstance(design, list | tuple):
         return Design(covariates=design)
     raise ValueError(
-        f"`design` is {design!r}; a formula that begins with '~' is needed ('~ group + age'), a list of covariates (['age']), or "
+        f"`design` is {design!r}; pass a formula that begins with '~' ('~ group + age'), a list of covariates (['age']), or "
         "hg.Design(covariates=..., depth=..., ...)"
     )

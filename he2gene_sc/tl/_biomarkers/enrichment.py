@@ -1,4 +1,4 @@
-"""``hg.tl.enrichment``: gene sets among the biomarkers, by decoupler."""
+"""``hg.tl.enrichment``: enrichment of gene sets in the biomarkers, with decoupler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: Samples from which sets are tested over samples.
+#: Fewest samples for a test over samples.
 _MIN_SAMPLES = 3
 
 
@@ -43,24 +43,25 @@ def enrichment(
     Parameters
     ----------
     data
-        What :func:`he2gene_sc.tl.biomarkers` wrote to, or its DataFrame, which has no effects of samples: ``pvals_adj_samples`` are NaN.
+        Objects with results of :func:`he2gene_sc.tl.biomarkers`, or its DataFrame. The DataFrame has no effects of samples, so
+        ``pvals_adj_samples`` are NaN.
     net
-        DataFrame with columns ``source`` and ``target`` (and ``weight``, where the method takes one), a GMT file, or a mapping of
-        sets to genes. Sets of diseases are sets like others, see Notes.
+        DataFrame with columns ``source`` and ``target`` (and ``weight``, if the method uses one), a GMT file, or a mapping of
+        sets to genes. Genes of diseases are gene sets too, see Notes.
     group
         Group or groups of the biomarkers; default: all.
     statistic
-        Column of the biomarkers that is read.
+        Column of the biomarkers to use.
     method
         Name of a method in ``decoupler.mt``.
     tmin
-        Sets with fewer tested genes are left out.
+        Fewest tested genes of a set; smaller sets are left out.
     key
         ``key_added`` of the biomarkers.
     table_key
-        Table, where an object holds several.
+        Table to use if an object holds several.
     key_added
-        Where in ``uns`` it is written.
+        Key in ``uns`` for the results.
     **kwargs
         Passed to the method.
 
@@ -78,16 +79,17 @@ def enrichment(
 
     Notes
     -----
-    decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022) takes genes as independent. Genes of a set are
-    co-expressed, so its ``pvals_adj`` are too small: they rank sets and are not error rates. ``pvals_adj_samples`` hold for co-expressed
-    genes too: in every sample the mean effect of the set less that of all genes (each gene over its root mean square; genes that every sample has), a t test of these
-    over samples, from 3 on, and Benjamini and Hochberg's adjustment over the sets of a group. Covariates do not enter. Both compare a
-    set with the average gene: where many genes are higher in a group, a set in which none differs is lower than that.
+    decoupler's ``ulm`` (Badia-i-Mompel et al., Bioinform Adv 2022) assumes independent genes. Genes of a set are
+    co-expressed, so its ``pvals_adj`` are too small: use them to rank sets, not as error rates. ``pvals_adj_samples`` are valid for
+    co-expressed genes too. They test, in every sample, the mean effect of the set minus that of all genes (each gene divided by its
+    root mean square; only genes that every sample has), by a t test over at least 3 samples, adjusted by Benjamini and Hochberg over
+    the sets of a group. Covariates are not used. Both compare a set with the average gene: if many genes are higher in a group, a
+    set without differences is below average.
 
-    The background is the tested genes, also of ``method="ora"``; ``n_bg=`` sets another. decoupler 2.2's ``ora`` takes all genes but the
-    ``n_up`` lowest: for the top 50 of 1,000 tested genes pass ``n_up=950``.
+    The background is the tested genes, also for ``method="ora"``; ``n_bg=`` changes it. ``ora`` of decoupler 2.2 selects all genes
+    except the ``n_up`` lowest: for the top 50 of 1,000 tested genes pass ``n_up=950``.
 
-    **Genes of diseases** come from a GMT file (that of Enrichr, for example), or, with a network, from OmniPath:
+    **Genes of diseases** come from a GMT file (for example from Enrichr), or, with network access, from OmniPath:
     ``decoupler.op.resource("DisGeNet")`` with its columns renamed to ``source`` (the disease) and ``target`` (the gene).
 
     Examples
@@ -105,7 +107,7 @@ def enrichment(
     decoupler = import_decoupler("hg.tl.enrichment")
     check_key(key_added, "key_added")
     if not hasattr(decoupler.mt, method):
-        raise ValueError(f"`method` {method!r} is no method of decoupler, valid: {_methods(decoupler)}")
+        raise ValueError(f"`method` {method!r} is not a method of decoupler, valid: {_methods(decoupler)}")
     is_frame = isinstance(data, pd.DataFrame)
     several = is_frame or not (hasattr(data, "tables") or hasattr(data, "obs_names"))
     data = list(data) if several and not is_frame else data
@@ -131,12 +133,12 @@ def enrichment(
         ],
         ignore_index=True,
     )
-    results["pvals_adj_samples"] = _over_samples(results, frame, sets, targets[0].uns[key] if targets else None)
+    results["pvals_adj_samples"] = _test_over_samples(results, frame, sets, targets[0].uns[key] if targets else None)
     results["method"] = method
     if method == "ora" and "n_up" not in kwargs:
         warnings.warn(
-            "`method` 'ora': without `n_up` decoupler takes the upper 95 % of the genes, not the top 5 % (decoupler 2.2); pass n_up=, the "
-            "number of genes that are not in the list",
+            "`method` 'ora': without `n_up` decoupler 2.2 selects the upper 95 % of the genes, not the top 5 %; pass n_up=, the number "
+            "of genes that are not selected",
             UserWarning,
             stacklevel=2,
         )
@@ -144,8 +146,8 @@ def enrichment(
     results["circular"] = results["group"].map(circular).fillna(False).astype(bool)
     if results["circular"].any():
         warnings.warn(
-            "the biomarkers are circular, so their statistics are too large, and those of the gene sets with them; see "
-            "hg.tl.biomarkers for labels that would be sound",
+            "the biomarkers are circular, so their statistics and those of the gene sets are too large; see hg.tl.biomarkers for "
+            "labels that are valid",
             UserWarning,
             stacklevel=2,
         )
@@ -171,26 +173,28 @@ def _scores(
     values = part.dropna(subset=[statistic]).set_index("names")[statistic].astype(float)
     if values.index.has_duplicates:
         raise ValueError(
-            f"`data`: {values.index[values.index.duplicated()][0]!r} stands twice in group {group!r}; one row a gene"
+            f"`data`: gene {values.index[values.index.duplicated()][0]!r} occurs twice in group {group!r}; keep one row per gene"
         )
     if not np.isfinite(values).all():
         raise ValueError(
             f"`data`: {statistic!r} is infinite for {values.index[~np.isfinite(values)][0]!r} in group {group!r}"
         )
     if values.nunique() < 2:
-        raise ValueError(f"`data`: {statistic!r} is the same for all genes of group {group!r}; no set stands out")
+        raise ValueError(
+            f"`data`: {statistic!r} is the same for all genes of group {group!r}, so sets cannot be ranked"
+        )
     net = in_names_of(net, values.index)
     sizes = net[net["target"].isin(values.index)].groupby("source").size()
-    # A set of every gene has nothing to be compared with.
+    # A set with every tested gene has no background.
     net = net[~net["source"].isin(sizes.index[sizes >= len(values)])]
     sizes = sizes[sizes < len(values)]
     if not (sizes >= tmin).any():
         raise ValueError(
-            f"`net`: no set has {tmin} genes among the {len(values)} tested in {group!r}, the best has "
+            f"`net`: no set has {tmin} of the {len(values)} genes tested in {group!r}, the largest has "
             f"{int(sizes.max()) if len(sizes) else 0}; check gene names, or lower `tmin`"
         )
     if method.name == "ora":
-        # decoupler's default is 20,000 genes, of which only these were tested.
+        # decoupler assumes a background of 20,000 genes, but only these were tested.
         kwargs = {"n_bg": len(values)} | kwargs
     found = method(data=values.to_frame(group).T, net=net, tmin=tmin, **kwargs)
     scores, pvalues = found if isinstance(found, tuple) else (found, None)
@@ -206,10 +210,10 @@ def _scores(
     return out.sort_values("score", ascending=False, kind="stable")
 
 
-def _over_samples(
+def _test_over_samples(
     results: pd.DataFrame, frame: pd.DataFrame, net: pd.DataFrame, record: Mapping[str, Any] | None
 ) -> pd.Series:
-    """Test the sets with samples as the unit: adjusted p-values, NaN without the effects of three samples."""
+    """Test the sets with samples as the unit: adjusted p-values, NaN for fewer than three samples with effects."""
     from scipy import stats
 
     out = pd.Series(np.nan, index=results.index)
@@ -220,7 +224,7 @@ def _over_samples(
     for group, rows in results.groupby("group", sort=False):
         effects = by_sample[groups == group]
         size = np.sqrt(np.square(effects).mean(axis=0))
-        # About 0, not about the mean: genes of small spread by chance would have large weights and large t.
+        # Root mean square, not SD: a gene whose spread is small by chance would get a large weight and a large t.
         effects = effects / np.where(size > 0, size, 1)
         known = np.isfinite(effects).all(axis=0) & genes.isin(frame.loc[frame["group"] == group, "names"])
         if len(effects) < _MIN_SAMPLES or known.sum() < 2:

@@ -1,4 +1,4 @@
-"""The tests of one contrast, all of one shape, and the covariates that they adjust for."""
+"""Tests of one contrast with a common interface, and their covariates."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ if TYPE_CHECKING:
     from ...stats import CountSums, SampleTest
     from .design import Design
 
-#: The largest weight of a sample, in units of their median.
-_MOST_WEIGHT = 4.0
-#: Share of genes that are left out on one side from which library sizes are doubted: where 55 % of the genes change, it is 0.35 to 0.45.
-_MOST_APART = 1 / 3
-#: Share of the adjustment for depth that the groups must show, and its square over that of the standard error from which it matters.
-_LEAST_FOLLOWED, _MATTERS = 0.5, 1.0
+#: Largest weight of a sample, in units of the median weight.
+_MAX_WEIGHT = 4.0
+#: Share of genes left out in one direction above which library sizes are doubtful; it is 0.35 to 0.45 if 55 % of the genes change.
+_MAX_LEFT_OUT = 1 / 3
+#: Least share of the depth adjustment that the groups must show, and size of the adjustment (its square over that of the standard
+#: error) above which this is checked.
+_MIN_FOLLOWED, _MIN_SIZE = 0.5, 1.0
 
 
 @dataclass(frozen=True)
 class Method:
-    """A test of one contrast."""
+    """Definition of a test of one contrast."""
 
     name: str
     run: Callable[[Contrast], SampleTest | Outcome]
     label: str
-    samples: int  # with both groups that it needs
-    uses: Callable[[Contrast], np.ndarray]
-    caution: str = ""  # what its user must know
-    detecting: int = 0  # spots of the smaller group expected to show a tested gene
-    squares: bool = False  # uses the variance of spots, to weigh or to judge the adjustment for depth
+    samples: int  # fewest samples with both groups
+    sample_mask: Callable[[Contrast], np.ndarray]
+    caution: str = ""  # warning for the user
+    min_detected: int = 0  # expected spots of the smaller group in which a tested gene is detected
+    squares: bool = False  # uses the variance over spots, for weights or to check the adjustment for depth
     scale: str | None = None
-    depth: bool = False  # takes logarithms of counts and adjusts for depth
-    moderated: bool = False  # over genes; takes a formula
+    depth: bool = False  # tests logarithms and adjusts for depth
+    moderated: bool = False  # variances moderated over genes; takes a formula
 
     def takes_depth(self, design: Design) -> bool:
-        """Whether the depth of the spots enters: sums of counts have their own, unless a column is named."""
+        """Whether the test uses the depth of the spots; sums of counts only use it if a column is named."""
         return self.depth or (self.name == "pseudobulk" and design.depth not in (None, "auto"))
 
 
@@ -51,8 +52,8 @@ class Method:
 class Outcome:
     """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast.
 
-    ``known`` ``(paired, g)`` tells which samples a gene is tested in; default: all. ``doubt`` says what is doubtful of library sizes
-    or depth.
+    ``known`` ``(paired, g)`` marks the samples in which a gene is tested; default: all. ``doubt`` is the reason why library
+    sizes or the adjustment for depth are doubtful.
     """
 
     test: SampleTest
@@ -63,30 +64,30 @@ class Outcome:
 
 
 def run(method: Method, contrast: Contrast) -> Outcome:
-    """Run a method."""
-    found = method.run(contrast)
-    if isinstance(found, Outcome):
-        return found
+    """Run a method on a contrast."""
+    result = method.run(contrast)
+    if isinstance(result, Outcome):
+        return result
     doubt = _check_depth(contrast) if method.squares else ""
-    return Outcome(found, contrast.differences, contrast.fold_changes(found.effect), doubt=doubt)
+    return Outcome(result, contrast.differences, contrast.fold_changes(result.effect), doubt=doubt)
 
 
 def _check_depth(contrast: Contrast) -> str:
-    """Warn where groups do not differ with depth as spots within them do; return what is doubtful."""
+    """Warn if groups do not differ with depth like the spots within them; return the reason."""
     from ...stats import depth_followed
 
     if contrast.adjustment is None or contrast.spot_variance is None:
         return ""
     raw = contrast.differences + contrast.adjustment
     followed, size = depth_followed(raw, contrast.adjustment, contrast.spot_variance)
-    if not (followed < _LEAST_FOLLOWED and size > _MATTERS):
+    if not (followed < _MIN_FOLLOWED and size > _MIN_SIZE):
         return ""
     doubt = (
-        "depth is adjusted for by its slope within the groups, but the difference between them is "
-        f"{max(followed, 0):.0%} of what this slope says: genes that do not differ may seem to"
+        "the adjustment for depth uses its slope within the groups, but the difference between the groups is only "
+        f"{max(followed, 0):.0%} of what this slope predicts: genes without a difference may appear different"
     )
     warnings.warn(
-        f"{doubt}. Believe only genes that are significant with design=hg.Design(depth=None) too",
+        f"{doubt}. Trust only genes that are also significant with design=hg.Design(depth=None)",
         UserWarning,
         stacklevel=5,
     )
@@ -100,7 +101,7 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
     found = count_differences(contrast.raw, normalise=contrast.depth is None)
     doubt = _check_libraries(contrast.raw) if contrast.depth is None else ""
     known = np.isfinite(found.variances)
-    weights = _capped(np.where(known, 1 / np.where(known, found.variances, 1), 0))
+    weights = _cap_weights(np.where(known, 1 / np.where(known, found.variances, 1), 0))
     expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
     matrix, column = contrast.matrix
     test = paired_moderated_t(
@@ -119,31 +120,34 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
 
 
 def _check_libraries(sums: CountSums) -> str:
-    """Warn where library sizes rest on few genes, or on genes that differ in one direction; return what is doubtful."""
+    """Warn if library sizes depend on few genes, or if many genes in one direction were left out; return the reason."""
     from ...stats import MIN_LIBRARY, library_evidence
 
     n, share = library_evidence(sums.counts, sums.depth)
     doubt = ""
     if n < MIN_LIBRARY:
-        doubt = f"library sizes rest on {n} genes with enough counts, {MIN_LIBRARY} are needed: genes that do not differ may seem to"
-    elif abs(share) > _MOST_APART:
         doubt = (
-            f"library sizes leave out {abs(share):.0%} of the genes, which are {'higher' if share > 0 else 'lower'} in the group than "
-            "the others: if these are the ones that do not differ, the others seem to"
+            f"library sizes are estimated from {n} genes with enough counts, but {MIN_LIBRARY} are needed: genes without a difference "
+            "may appear different"
+        )
+    elif abs(share) > _MAX_LEFT_OUT:
+        doubt = (
+            f"library sizes are estimated without {abs(share):.0%} of the genes, which are {'higher' if share > 0 else 'lower'} in the "
+            "group than the others: if these genes are the unchanged ones, all others appear different"
         )
     if doubt:
         warnings.warn(
-            f"{doubt}. Pass sizes from spike-ins, or from genes that do not change, as a column: hg.Design(depth=...)",
+            f"{doubt}. Pass library sizes from spike-ins or unchanged genes as a column: hg.Design(depth=...)",
             UserWarning,
             stacklevel=6,
         )
     return doubt
 
 
-def _capped(weights: np.ndarray) -> np.ndarray:
-    """Weights of samples ``(n, g)``, at most four times their median, so that no sample outweighs the others."""
+def _cap_weights(weights: np.ndarray) -> np.ndarray:
+    """Limit the weights of samples ``(n, g)`` to four times their median, so that no sample dominates."""
     middle = np.nanmedian(np.where((weights > 0).any(0) & (weights <= 0), np.nan, weights), axis=0)
-    return np.minimum(weights, _MOST_WEIGHT * middle)
+    return np.minimum(weights, _MAX_WEIGHT * middle)
 
 
 def _deseq2(contrast: Contrast) -> Outcome:
@@ -160,9 +164,9 @@ def _means(contrast: Contrast) -> SampleTest:
     from ...stats import paired_moderated_t, variance_components
 
     assert contrast.spot_variance is not None
-    # A gene of one value everywhere has no variance to go with.
-    least = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
-    within = np.maximum(contrast.spot_variance, least)
+    # A constant gene has no variance: give it a small one.
+    minimum = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
+    spot_variance = np.maximum(contrast.spot_variance, minimum)
     differences = contrast.differences
     sampling = (1 / contrast.counts[:, contrast.paired]).sum(0)
     if contrast.depth_variance is not None:
@@ -170,13 +174,13 @@ def _means(contrast: Contrast) -> SampleTest:
     weights = None
     if len(np.unique(sampling)) > 1 and len(differences) > 2:
         between, factor = variance_components(
-            differences / np.sqrt(within), np.broadcast_to(sampling[:, None], differences.shape)
+            differences / np.sqrt(spot_variance), np.broadcast_to(sampling[:, None], differences.shape)
         )
-        weights = _capped((1 / (between + factor * sampling))[:, None])
+        weights = _cap_weights((1 / (between + factor * sampling))[:, None])
     matrix, column = contrast.matrix
     return paired_moderated_t(
         differences,
-        alike=within if contrast.design.trend else None,
+        alike=spot_variance if contrast.design.trend else None,
         weights=weights,
         design=matrix,
         column=column,
@@ -201,17 +205,17 @@ def _ppi(contrast: Contrast) -> Outcome:
     known = contrast.measured
     assert known is not None
     both = known.samples[known.paired]
-    at = pd.Index(contrast.samples[contrast.paired])
-    both = both[np.isin(both, at)]
-    only = ~at.isin(known.samples)
+    samples = pd.Index(contrast.samples[contrast.paired])
+    both = both[np.isin(both, samples)]
+    only = ~samples.isin(known.samples)
     if len(both) < 3 or only.sum() < 2:
         raise ValueError(
-            f"`method` 'ppi' needs at least 3 measured and 2 more predicted samples that have both groups; there are "
+            f"`method` 'ppi' needs at least 3 measured and 2 more predicted samples with both groups; found "
             f"{len(both)} and {int(only.sum())}"
         )
     if len(both) < MIN_PVALUES:
         warnings.warn(
-            f"method 'ppi' has {len(both)} measured samples: pvals are NaN, since they need {MIN_PVALUES}; ci_low and ci_high hold",
+            f"method 'ppi' has {len(both)} measured samples, but p-values need {MIN_PVALUES}: pvals are NaN; ci_low and ci_high are valid",
             UserWarning,
             stacklevel=5,
         )
@@ -219,20 +223,20 @@ def _ppi(contrast: Contrast) -> Outcome:
     predicted = contrast.differences
     test = prediction_powered_mean(
         known.differences[rows],
-        predicted[at.get_indexer(both)],
+        predicted[samples.get_indexer(both)],
         predicted[only],
         level=contrast.design.confidence_level,
     )
-    # A patient of whom one group was measured is in neither part.
-    entered = np.broadcast_to((only | at.isin(both))[:, None], predicted.shape)
-    return Outcome(test, predicted, contrast.fold_changes(test.effect), entered)
+    # A patient with only one measured group is in neither part.
+    used = np.broadcast_to((only | samples.isin(both))[:, None], predicted.shape)
+    return Outcome(test, predicted, contrast.fold_changes(test.effect), used)
 
 
 def _spatial(contrast: Contrast) -> Any:
     from ...stats import spatial_test
 
     if contrast.pool.xy is None:
-        raise ValueError("`data` has no obsm['spatial']; method 'spatial' needs spot centres")
+        raise ValueError("`data` has no obsm['spatial'], but method 'spatial' needs spot centres")
     chosen = contrast.inside | contrast.outside
     sections = np.unique(contrast.pool.units[chosen].astype(str), return_inverse=True)[1]
     return spatial_test(
@@ -255,35 +259,35 @@ def _wilcoxon(contrast: Contrast) -> SampleTest:
     return SampleTest(contrast.pooled_means[0] - contrast.pooled_means[1], unknown, unknown, scores, pvalues, unknown)
 
 
-def _with_both(contrast: Contrast) -> np.ndarray:
+def _paired_samples(contrast: Contrast) -> np.ndarray:
     return contrast.paired
 
 
-def _with_either(contrast: Contrast) -> np.ndarray:
+def _samples_with_either(contrast: Contrast) -> np.ndarray:
     return np.any(contrast.counts >= MIN_SPOTS, axis=0)
 
 
-def _all(contrast: Contrast) -> np.ndarray:
+def _all_samples(contrast: Contrast) -> np.ndarray:
     return np.any(contrast.counts > 0, axis=0)
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _with_both, scale="counts", moderated=True),
-        Method("deseq2", _deseq2, "deseq2", 2, _with_both, scale="counts"),
-        Method("means", _means, "means", 2, _with_both, squares=True, scale="log", depth=True, moderated=True),
-        Method("mixed", _mixed, "mixed", 2, _with_either, squares=True, depth=True),
-        Method("ppi", _ppi, "ppi", 5, _with_both),
+        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _paired_samples, scale="counts", moderated=True),
+        Method("deseq2", _deseq2, "deseq2", 2, _paired_samples, scale="counts"),
+        Method("means", _means, "means", 2, _paired_samples, squares=True, scale="log", depth=True, moderated=True),
+        Method("mixed", _mixed, "mixed", 2, _samples_with_either, squares=True, depth=True),
+        Method("ppi", _ppi, "ppi", 5, _paired_samples),
         Method(
             "spatial",
             _spatial,
             "spatial",
             0,
-            _all,
-            "method 'spatial' says whether groups differ in these sections beyond what neighbouring spots share; it does not "
+            _all_samples,
+            "method 'spatial' tests whether groups differ in these sections, given spatial autocorrelation; the result does not "
             "generalise to other patients",
-            detecting=3,
+            min_detected=3,
             depth=True,
         ),
         Method(
@@ -291,9 +295,9 @@ METHODS = {
             _wilcoxon,
             "wilcoxon (naive)",
             0,
-            _all,
-            "method 'wilcoxon' takes spots as independent, which neighbours are not: its p-values are far too small, and it is "
-            "there for comparison with scanpy alone",
+            _all_samples,
+            "method 'wilcoxon' treats neighbouring spots as independent: its p-values are far too small. Use it only for comparison "
+            "with scanpy",
         ),
     )
 }
@@ -303,39 +307,41 @@ def spot_covariates(contrast: Contrast, chosen: np.ndarray) -> np.ndarray | None
     """Return log depth and covariates of the chosen spots, ``(m, c)``; ``None`` if there are none."""
     columns = [] if contrast.depth is None else [contrast.depth[chosen]]
     for key in contrast.design.covariates:
-        values, numbers = _read(contrast, key, chosen)
+        values, numbers = _read_covariate(contrast, key, chosen)
         columns += [values.to_numpy(float)] if numbers else _indicators(values)
     return np.column_stack(columns) if columns else None
 
 
 def cell_covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Covariates of sample × group means: means of numbers; labels, which are one a sample, as indicators."""
+    """Covariates of sample × group means: means of numbers, and indicators of labels (one label per sample)."""
     columns: list[Any] = []
     for key in contrast.design.covariates:
-        values, numbers = _read(contrast, key)
+        values, numbers = _read_covariate(contrast, key)
         if numbers:
             masks = (contrast.inside, contrast.outside)
-            of = [masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)]
-            columns.append([float(values[mask].mean()) for mask in of])
+            cells = [
+                masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)
+            ]
+            columns.append([float(values[cell].mean()) for cell in cells])
             continue
         per_sample = values.groupby(contrast.pool.samples).agg(["nunique", "first"])
         if (per_sample["nunique"] > 1).any():
             raise ValueError(
                 f"`covariates` {key!r} has several values within sample {per_sample.index[per_sample['nunique'] > 1][0]!r}; "
-                "a number, or one label a sample is needed"
+                "a number, or one label per sample, is needed"
             )
         columns += _indicators(per_sample["first"].reindex(contrast.samples[sample]))
     return np.array(columns).reshape(len(columns), len(side)).T
 
 
-def _read(contrast: Contrast, key: str, chosen: np.ndarray | slice = slice(None)) -> tuple[pd.Series, bool]:
-    """Return the column, labels cleaned, and whether it is of numbers."""
+def _read_covariate(contrast: Contrast, key: str, chosen: np.ndarray | slice = slice(None)) -> tuple[pd.Series, bool]:
+    """Return the column, with cleaned labels, and whether it is numeric."""
     values = contrast.pool.obs(key, "covariates")[chosen]
     numbers = pd.api.types.is_numeric_dtype(values)
     values = values if numbers else pd.Series(clean_names(values), dtype=object)
     if values.isna().any():
         raise ValueError(
-            f"`covariates` {key!r} is missing for {int(values.isna().sum())} spots; fill it, or leave it out"
+            f"`covariates` {key!r} has missing values in {int(values.isna().sum())} spots; fill them, or leave the covariate out"
         )
     if numbers:
         check_finite(values, key)

@@ -1,4 +1,4 @@
-"""Expression at labelled spots, for the tests of groups: on one scale, of the genes that every table has."""
+"""Expression of the labelled spots for the tests of groups, on one scale and with the common genes of all tables."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ..._core.spots import SpotData
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: Columns of ``obs`` that name patients, by usual names.
-_PATIENTS = ("patient", "patient_id", "donor", "donor_id", "subject", "subject_id", "individual")
+#: Usual names of ``obs`` columns with patients.
+_PATIENT_COLUMNS = ("patient", "patient_id", "donor", "donor_id", "subject", "subject_id", "individual")
 
 
 def labelled_spots(
@@ -37,16 +37,16 @@ def labelled_spots(
     join: Literal["inner", "outer"] = "inner",
     reliable_only: bool = False,
 ) -> SpotData:
-    """Keep the labelled spots that have values; everything that can be wrong with values is an error here."""
+    """Keep the labelled spots that have values, and raise if the values are not valid."""
     layer = spots.layer
     for table in spots.tables:
         if table.var_names.has_duplicates:
-            double = table.var_names[table.var_names.duplicated()][:3].tolist()
-            raise ValueError(f"`data`: genes stand twice in var_names, for example {double}")
+            duplicates = table.var_names[table.var_names.duplicated()][:3].tolist()
+            raise ValueError(f"`data`: duplicate genes in var_names, for example {duplicates}")
         blocks = blocks_of(matrix_of(table, layer))
         if table.n_obs * table.n_vars and all(not issparse(block) and np.isnan(block).all() for _, block in blocks):
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
-        # Looks at all values once; with no genes it returns none.
+        # This only checks the values: without genes it returns an empty array.
         log_expression(
             table,
             layer,
@@ -62,18 +62,18 @@ def labelled_spots(
     )
     labelled = pd.notna(spots.labels)
     if spots.scale == "counts":
-        labelled &= _counted(spots)
+        labelled &= _has_counts(spots)
     if not labelled.any():
         raise ValueError(f"`groupby` {label_key!r} is empty for every spot")
     pooled = spots.take(labelled)
     if unlabelled := sorted(set(spots.samples) - set(pooled.samples)):
         logger.warning("biomarkers: samples without a labelled spot are left out: %s", unlabelled)
     check_duplicate_spots(pooled)
-    return _inspected(pooled)
+    return _drop_missing(pooled)
 
 
-def _counted(spots: SpotData) -> np.ndarray:
-    """Whether anything was counted on a spot, ``(n,)``; without, it has no expression."""
+def _has_counts(spots: SpotData) -> np.ndarray:
+    """Mask ``(n,)`` of spots with counts; a spot without counts has no expression."""
     total = np.concatenate([count_totals(matrix_of(table, spots.layer)) for table in spots.tables])
     for i, table in enumerate(spots.tables):
         own = spots.objects == i
@@ -90,7 +90,9 @@ def _genes(
     tables: Sequence[AnnData], layer: str | None, join: str, layer_scale: Scale, reliable_only: bool
 ) -> pd.Index:
     if join == "outer" and len(tables) > 1 and not (layer is None or layer_scale == "counts"):
-        raise ValueError("`join` is 'outer', which is for raw counts: a gene that was not predicted is unknown, not 0")
+        raise ValueError(
+            "`join` 'outer' is only for raw counts: a gene that was not predicted is unknown, not 0; use join='inner'"
+        )
     genes = tables[0].var_names
     for table in tables[1:]:
         if join == "inner":
@@ -102,7 +104,7 @@ def _genes(
             raise ValueError(f"`data`: object {without[0]} has no genes; check how it was subset")
         raise ValueError(
             f"`data`: the objects have no gene in common, for example {tables[0].var_names[0]!r} and "
-            f"{tables[-1].var_names[0]!r}"
+            f"{tables[-1].var_names[0]!r}; use the same gene names in all"
         )
     if len(tables) > 1:
         most = max(table.n_vars for table in tables)
@@ -130,13 +132,13 @@ def _genes(
         genes = genes[find_genes(genes, good) >= 0]
     if not len(genes):
         raise ValueError(
-            "`reliable_only`: no gene is reliable by the model's own figures; reliable_only=False tests all"
+            "`reliable_only`: no gene is reliable by the model card; pass reliable_only=False to test all genes"
         )
     return genes
 
 
-def _inspected(pooled: SpotData) -> SpotData:
-    """Leave out spots that were not predicted and genes that are NaN in others, and refuse the same spots given twice."""
+def _drop_missing(pooled: SpotData) -> SpotData:
+    """Leave out spots without values and genes that are NaN in other spots; raise if spots are duplicated."""
     lost = np.zeros(len(pooled.labels), bool)
     unknown = np.zeros(len(pooled.genes), int)
     for where, block in pooled.blocks():
@@ -153,20 +155,22 @@ def _inspected(pooled: SpotData) -> SpotData:
         return pooled
     known = pooled.genes[unknown == 0]
     if not len(known):
-        raise ValueError(f"`layer` {pooled.layer!r} holds NaN in every gene; only spots without values may")
-    logger.warning("biomarkers: %d genes hold NaN and are left out, %d remain", (unknown > 0).sum(), len(known))
+        raise ValueError(
+            f"`layer` {pooled.layer!r} contains NaN in every gene; only spots without any values may be NaN"
+        )
+    logger.warning("biomarkers: %d genes contain NaN and are left out, %d remain", (unknown > 0).sum(), len(known))
     return replace(pooled, genes=known)
 
 
 def check_replicates(spots: SpotData, sample_key: str) -> None:
-    """Warn where several samples are of one patient, as another column says: sections taken for patients."""
-    for key in _PATIENTS:
+    """Warn if several samples are of one patient by another column of ``obs``: sections may have been used as patients."""
+    for key in _PATIENT_COLUMNS:
         if key == sample_key or not all(key in table.obs for table in spots.tables):
             continue
         parts = [table.obs[key].iloc[rows] for table, rows in zip(spots.tables, spots.rows, strict=True)]
         patients = pd.Series(np.concatenate([clean_samples(part) for part in parts]))
         n, n_patients = len(set(spots.samples)), patients.nunique()
-        # Else the samples are those of another division, such as sides of a plate.
+        # Otherwise samples are not parts of patients, but for example the halves of a plate.
         nested = patients.groupby(spots.samples).nunique().max() == 1
         if nested and patients.notna().all() and n_patients < n:
             warnings.warn(

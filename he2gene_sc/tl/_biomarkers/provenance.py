@@ -1,4 +1,4 @@
-"""Where values and labels come from: predicted or measured, reliable or not, both from one image or not."""
+"""Provenance of values and labels: measured or predicted, reliable or not, and whether both come from one image."""
 
 from __future__ import annotations
 
@@ -22,37 +22,38 @@ if TYPE_CHECKING:
 
 
 def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> str:
-    """Say what makes the labels depend on the errors of the values; empty if nothing does.
+    """Reason why the labels depend on the errors of the values, or an empty text.
 
-    Head labels and clusters of predicted genes share the image with predictions, clusters of measured genes the noise
-    with measurements. Found by name, or if labels follow exactly from such a column (renamed or merged levels).
+    Predictions share the image with labels of the annotation head and with clusters of predicted genes. Measurements share
+    the noise with clusters of measured genes. Such columns are found by name, and labels if they follow exactly from
+    such a column (renamed or merged levels).
     """
     predicted = any(prediction_of(table, layer) is not None for table in tables)
-    heads = set().union(*(_heads(table, layer) for table in tables)) if predicted else set()
-    clusters = set().union(*(_clusters(table, predicted) for table in tables))
-    why = (
-        "predicted from the image that the genes were predicted from: labels and genes share its errors"
+    heads = set().union(*(_head_columns(table, layer) for table in tables)) if predicted else set()
+    clusters = set().union(*(_cluster_columns(table, predicted) for table in tables))
+    reason = (
+        "predicted from the same image as the genes, so labels and genes share its errors"
         if predicted
-        else "made of the values that are tested, which differ between their own clusters without any cause"
+        else "computed from the tested values, which differ between their own clusters even without a biological difference"
     )
     if groupby in heads | clusters:
-        return f"obs[{groupby!r}] was {why}"
-    # Good clusters agree with the labels that they were compared with, which owe nothing to them.
+        return f"obs[{groupby!r}] was {reason}"
+    # Good clusters agree with the domains that they were compared with, but these do not depend on the clusters.
     compared = {record["params"].get("domain_key") for table in tables for record in _domain_records(table)}
     for name in sorted(heads | clusters):
         if name in clusters and groupby in compared:
             continue
-        if _follows(tables, groupby, name) > 1 - 1e-9:
-            return f"obs[{groupby!r}] follows from obs[{name!r}], level by level, which was {why}"
+        if _determined_share(tables, groupby, name) > 1 - 1e-9:
+            return f"obs[{groupby!r}] follows level by level from obs[{name!r}], which was {reason}"
     return ""
 
 
-def _heads(table: AnnData, layer: str | None) -> set[str]:
-    """Columns of labels that predict wrote, also where anndata.concat has dropped its record."""
+def _head_columns(table: AnnData, layer: str | None) -> set[str]:
+    """Columns with labels from predict, also if anndata.concat has dropped its record."""
     keys = [key for key, record in table.uns.items() if is_prediction(record)]
     named = {Keys(key).annotation for key in [*keys, prediction_of(table, layer)] if key is not None}
-    ends = Keys("").annotation
-    for key in (str(name).removesuffix(ends) for name in table.obs if str(name).endswith(ends)):
+    suffix = Keys("").annotation
+    for key in (str(name).removesuffix(suffix) for name in table.obs if str(name).endswith(suffix)):
         if Keys(key).ood in table.obs or Keys(key).confidence in table.obs:
             named.add(Keys(key).annotation)
     return named & set(table.obs)
@@ -62,9 +63,9 @@ def _domain_records(table: AnnData) -> list[Mapping]:
     return [record for record in table.uns.values() if is_record_of("domain_preservation", record)]
 
 
-def _clusters(table: AnnData, predicted: bool) -> set[str]:
-    """Columns of clusters of predicted, or of measured expression, as hg.tl.domain_preservation writes them."""
-    # Its default names, should anndata.concat have dropped the record.
+def _cluster_columns(table: AnnData, predicted: bool) -> set[str]:
+    """Columns with clusters of predicted or of measured expression from hg.tl.domain_preservation."""
+    # The default name, in case anndata.concat has dropped the record.
     found = {f"he2gene_domains_{'predicted' if predicted else 'measured'}"}
     for record in _domain_records(table):
         layers = {"predicted": record["params"].get("layer"), "measured": record["params"].get("measured")}
@@ -76,21 +77,21 @@ def _clusters(table: AnnData, predicted: bool) -> set[str]:
     return found & set(table.obs)
 
 
-def _follows(tables: Sequence[AnnData], groupby: str, name: str) -> float:
-    """Share of spots with the commonest label of their level of a column; 0 if hardly above the commonest of all."""
+def _determined_share(tables: Sequence[AnnData], groupby: str, name: str) -> float:
+    """Share of spots with the most common label of their level of a column; 0 if hardly above that of the overall most common."""
     chosen = [table for table in tables if name in table.obs]
     labels = np.concatenate([clean_names(table.obs[groupby]) for table in chosen])
     source = np.concatenate([clean_names(table.obs[name]) for table in chosen])
-    there = pd.notna(labels)
-    if not there.any():
+    labelled = pd.notna(labels)
+    if not labelled.any():
         return 0.0
-    counts = pd.crosstab(pd.Series(source[there]).fillna("").to_numpy(), labels[there]).to_numpy()
+    counts = pd.crosstab(pd.Series(source[labelled]).fillna("").to_numpy(), labels[labelled]).to_numpy()
     share, most = counts.max(axis=1).sum() / counts.sum(), counts.sum(axis=0).max() / counts.sum()
     return float(share) if share - most > 0.8 * (1 - most) else 0.0
 
 
 def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | None:
-    """Whether the cards call a gene reliable in every table; ``None`` for measured values, which are."""
+    """Whether the model cards call a gene reliable in every table; ``None`` for measured values."""
     out = None
     for table in tables:
         key = prediction_of(table, layer)
@@ -108,7 +109,7 @@ def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | 
 def measured_part(
     spots: SpotData, measured: str | None, scale: Scale, expected: Literal["counts", "log"] | None = None
 ) -> tuple[SpotData, np.ndarray]:
-    """Spots with measured values, and their mask ``(n,)``; spots without any count were not measured."""
+    """Spots with measured values, and their mask ``(n,)``; spots without counts were not measured."""
     made = np.array([OWN_TABLE in table.uns for table in spots.tables])[spots.objects]
     seen = ~made
     seen[~made] = spots.take(~made).totals(measured, "measured") > 0

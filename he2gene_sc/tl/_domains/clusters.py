@@ -1,4 +1,4 @@
-"""Clusters of spots for ``hg.tl.domain_preservation``: the same pipeline for every kind of features."""
+"""Clusters of spots for ``hg.tl.domain_preservation``, by one pipeline for all features."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...stats._baselines import place
+from ...stats._baselines import position
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: Principal components, and neighbours in them (scanpy's default), that clusters are made from.
+#: Number of principal components for clustering, and of neighbours in their space (scanpy's default).
 N_PCS = 20
 N_NEIGHBOURS = 15
 CLUSTERINGS = ("leiden", "kmeans")
-#: Leiden's resolution is searched between these, at most so many times.
+#: Bounds of the search for the Leiden resolution, and its largest number of steps.
 _RESOLUTIONS, _STEPS = (1e-3, 20.0), 25
 
 
@@ -29,9 +29,9 @@ def embed(expression: np.ndarray) -> np.ndarray:
 
 
 def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str) -> list[np.ndarray]:
-    """Cluster spots ``(n, k)`` by ``"leiden"`` (scanpy, igraph) or ``"kmeans"`` (ten starts): codes, one a seed.
+    """Cluster spots ``(n, k)`` by ``"leiden"`` (scanpy, igraph) or ``"kmeans"`` (ten starts): one array of codes per seed.
 
-    The resolution of Leiden is bisected to the wanted number of clusters, else to the nearest.
+    The resolution of Leiden is bisected until the number of clusters is right or as close as possible.
     """
     if method == "kmeans":
         from sklearn.cluster import KMeans
@@ -50,7 +50,7 @@ def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str
 
 
 def _leiden(table: AnnData, n_clusters: int, seed: int) -> np.ndarray:
-    """Bisect the resolution, on a logarithmic scale."""
+    """Leiden clusters with a resolution found by bisection on a logarithmic scale."""
     import scanpy as sc
 
     low, high = np.log(_RESOLUTIONS)
@@ -75,21 +75,21 @@ def _leiden(table: AnnData, n_clusters: int, seed: int) -> np.ndarray:
 
 
 def medoid(labelings: list[np.ndarray]) -> int:
-    """Position of the clustering that agrees best with the others, by the mean adjusted Rand index; the first of equals."""
+    """Index of the clustering with the highest mean adjusted Rand index with the others; the first of ties."""
     from sklearn.metrics import adjusted_rand_score
 
     total = [sum(adjusted_rand_score(a, b) for b in labelings) for a in labelings]
     return int(np.argmax(np.round(total, 12)))
 
 
-def around(xy: np.ndarray) -> np.ndarray:
-    """Both axes, the distance from the middle of the section, and its square."""
-    x = place(xy)
+def position_features(xy: np.ndarray) -> np.ndarray:
+    """Both coordinates, the distance from the centre of the section, and its square."""
+    x = position(xy)
     return np.column_stack([x, np.hypot(x[:, 0], x[:, 1])])
 
 
-def explained(x: np.ndarray, features: np.ndarray | None) -> np.ndarray | None:
-    """Part of features ``(n, k)`` that is linear in several numbers of the spots; one number has the clusters of its part."""
+def explained_part(x: np.ndarray, features: np.ndarray | None) -> np.ndarray | None:
+    """Part of the features ``(n, k)`` that is linear in ``x``; ``None`` for a single column, whose clusters would be the same."""
     if features is None or x.shape[1] < 2:
         return None
     centred = x - x.mean(0)

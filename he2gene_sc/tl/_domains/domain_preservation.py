@@ -1,4 +1,4 @@
-"""``hg.tl.domain_preservation``: do predicted clusters keep the annotated domains."""
+"""``hg.tl.domain_preservation``: agreement of expression clusters with annotated domains."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..._core.slide import mean_colours
 from ..._core.spots import get_table, read_spots, spots_of
 from ...stats import MIN_OVERLAP
 from . import inputs
-from .clusters import CLUSTERINGS, around, cluster, embed, explained, medoid
-from .scores import BLIND, Labels, Section, codes_of, moran_agreement, score
+from .clusters import CLUSTERINGS, cluster, embed, explained_part, medoid, position_features
+from .scores import GENE_INDEPENDENT, Labels, Section, codes_of, moran_agreement, score
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
 _VERB = "domain_preservation"
-#: Colours of clusters that match no domain, and of domains without colours in ``uns``.
+#: Colours of domains without colours in ``uns``; below, colours of clusters that match no domain.
 _PALETTE = [
     "#d62728",
     "#2ca02c",
@@ -64,52 +64,51 @@ def domain_preservation(
     key_added: str = "he2gene_domains",
     seed: int = 0,
 ) -> None:
-    """Test whether clusters of predicted and of measured expression keep the annotated spatial domains.
+    """Test whether clusters of predicted and of measured expression preserve the annotated spatial domains.
 
     Predicted and measured expression of the same genes go through one pipeline: log expression, 20 principal components
-    (scanpy), 15 neighbours, Leiden at the resolution that gives as many clusters as there are domains (or k-means).
-    Clusters are compared with the domains and with each other, beside references that know less or more: random
-    features, the depth of a spot, its mean colour, its coordinates, and the labels of the annotation head, where a missing label
-    is one more. The adjusted Rand index is tested against domains shifted over the tissue
-    (:func:`he2gene_sc.stats.shift_test`), since shuffled labels lose their spatial autocorrelation and make chance agreement
-    look significant. A second p-value tests whether the prediction keeps the domains better than each of depth, colour and
-    coordinates, which see no gene.
+    (scanpy), 15 neighbours, Leiden with as many clusters as domains (or k-means). Clusters are compared with the domains
+    and with each other. References are scored in the same way: random features, the depth of a spot, its mean colour, its
+    coordinates, and the labels of the annotation head (missing labels count as one more label). The adjusted Rand index is
+    tested against domains shifted over the tissue (:func:`he2gene_sc.stats.shift_test`): shuffled labels lose their
+    spatial autocorrelation, and chance agreement would appear significant. A second p-value tests whether the prediction
+    preserves the domains better than each of depth, colour and coordinates, which do not depend on genes.
 
     Parameters
     ----------
     data
         Object or table, with or without an image.
     domain_key
-        Column of ``obs`` with the domains. Spots without a label are clustered, not scored; domains of fewer than 3
-        spots in a section have no part in it. Labels that were chosen with the expression in hand
+        Column of ``obs`` with the domains. Spots without a label are clustered but not scored; domains with fewer than 3
+        spots in a section are left out there. Labels that were chosen from the expression
         (``obs["annotation"]`` of her2st outside the annotated sections) favour the expression.
     layer
-        Layer of predicted log expression; ``None``: measured expression alone is clustered.
+        Layer of predicted log expression; ``None``: only measured expression is clustered.
     measured
-        Layer of measured counts; ``None``: ``X``. A table that predict made holds nothing measured.
+        Layer of measured counts; ``None``: ``X``. A table made by predict has no measured values.
     n_domains
-        Clusters to make; ``"match"``: as many as a section has domains.
+        Number of clusters; ``"match"``: number of domains of the section.
     n_seeds
-        Seeds of the clustering. Their SD says how far the clustering is arbitrary, not how other tissue would do.
+        Number of seeds of the clustering. The SD over seeds is the variation of the clustering, not of other tissue.
     n_perms
-        Most shifts to test with. The distinct admissible ones are often fewer: then all are used.
+        Largest number of shifts for the test. If fewer distinct shifts are admissible, all are used.
     sample_key
-        Column of ``obs`` with the patient, the statistical unit. A table without the default column is of one patient. Patients
-        are never clustered together. Sections are scored one by one; the table's lines of section
-        ``"all"`` are means over samples, each the mean of its sections, with the SD over samples and no p-value.
+        Column of ``obs`` with the patient, the statistical unit. A table without the default column counts as one patient.
+        Patients are never clustered together. Sections are scored one by one; rows of section ``"all"`` are means over samples
+        (each the mean of its sections), with the SD over samples and no p-value.
     section_key
         Column of ``obs`` with the section. Without the default column the shapes elements are the sections.
     clustering
         ``"leiden"`` or ``"kmeans"``.
     genes
-        Used on both sides. Default: the genes that the model card calls reliable; where ``var`` does not tell, the 2,000
-        of highest variance in measured log expression.
+        Genes for both predicted and measured expression. Default: the genes that the model card calls reliable; without this
+        column in ``var``, the 2,000 genes of highest variance in measured log expression.
     layer_scale, measured_scale
-        ``"counts"`` or ``"log"``, where looking at the values would refuse them.
+        ``"counts"`` or ``"log"``: scale of the values, if it is not recognised.
     table_key
-        Which table, where there are several.
+        Table to use if an object holds several.
     key_added
-        Prefix of what is written.
+        Prefix of the keys that are written.
     seed
         First seed of the clusterings; also of random features, drawn shifts and squidpy's permutations.
 
@@ -118,29 +117,31 @@ def domain_preservation(
     None
         Writes ``.obs["{key_added}_predicted"]`` and ``.obs["{key_added}_measured"]``: clusters of the seed that agrees
         best with the others, named after the domain that they match one to one (``"~name"``) or ``"unmatched i"``,
-        colours in ``.uns``; and ``.uns[key_added]``: parameters, genes, and the table that
-        :func:`he2gene_sc.get.domains` returns. See :func:`he2gene_sc.pl.domains` for the picture.
+        colours in ``.uns``; and ``.uns[key_added]``: parameters, genes, and the table of
+        :func:`he2gene_sc.get.domains`. Plot with :func:`he2gene_sc.pl.domains`.
 
     Warns
     -----
     UserWarning
-        If domains of too few spots are left out, a section with fewer than two domains is skipped, another number of
-        clusters comes out (a graph of neighbours in more parts than domains), fewer than 20 shifts are
-        admissible, so that no p-value can be below .05, or none, as where spots stand on no lattice: there is no p-value.
+        If domains with too few spots are left out; a section with fewer than two domains is skipped; the number of
+        clusters differs from the requested one (the graph of neighbours has more components than domains); or fewer than 20
+        shifts are admissible, so that no p-value can be below .05. Without any shift, for example for spots that are not on
+        a lattice, there is no p-value.
 
     Raises
     ------
     TypeError
         If ``data`` is neither SpatialData nor AnnData.
     ValueError
-        If a column, layer or gene is missing; values are not what they should be; no section has two domains; spots are
-        there twice; a parameter is out of range; or ``key_added`` would write over what is not ours.
+        If a column, layer or gene is missing; values are not valid; no section has two domains; spots are
+        duplicated; a parameter is out of range; or ``key_added`` would overwrite other results.
 
     Notes
     -----
-    The null: the domains are stationary and know nothing of the expression. Tissue whose domains and expression both
-    follow the outline of the section (a core and a rim) violates it. Clusters of coordinates do not show a rim; ``pval_better`` does:
-    it asks also for more than the part of the prediction that colour, or place with the distance from the middle, explains.
+    Null hypothesis: the domains are stationary and independent of the expression. Tissue whose domains and expression both
+    follow the outline of the section (a core and a rim) violates it. Clusters of coordinates do not show a rim. ``pval_better``
+    accounts for it: the prediction must also be better than the part of it that colour, or position with the distance from the
+    centre, explains.
 
     Examples
     --------
@@ -164,7 +165,9 @@ def domain_preservation(
     (table,) = spots.tables
     has_measured = OWN_TABLE not in table.uns
     if layer is None and not has_measured:
-        raise ValueError("`layer` is None, but the table was made by hg.tl.predict: nothing in it was measured")
+        raise ValueError(
+            "`layer` is None, but the table was made by hg.tl.predict and has no measured values; name a layer"
+        )
     xy, where = spots_of(table), inputs.sections(spots)
     codes, names = inputs.domains(spots, domain_key, where)
     written = [
@@ -189,20 +192,20 @@ def domain_preservation(
     spaces = {name: values for name, values in given.items() if values is not None}
     annotation = table.obs.get(Keys(prediction or layer or "he2gene").annotation)
 
-    how = _Clustering(n_domains, list(range(seed, seed + n_seeds)), n_perms, clustering)
-    found = {name: pd.Series(None, index=table.obs_names, dtype=object) for name in written}
+    settings = _Settings(n_domains, list(range(seed, seed + n_seeds)), n_perms, clustering)
+    cluster_names = {name: pd.Series(None, index=table.obs_names, dtype=object) for name in written}
     rows: list[dict] = []
     for (sample, section), members in where.groupby(["sample", "section"], sort=False).indices.items():
-        scored = _score_section(xy, codes, spaces, annotation, how, members=members, section=section)
+        scored = _score_section(xy, codes, spaces, annotation, settings, members=members, section=section)
         if scored is None:
             continue
         lines, kept, clusters = scored
         rows += [{"sample": sample, "section": section, **line} for line in lines]
         for name, labels in clusters.items():
-            found[f"{key_added}_{name}"].iloc[kept] = _named(codes[kept], labels, names)
+            cluster_names[f"{key_added}_{name}"].iloc[kept] = _name_clusters(codes[kept], labels, names)
     if not rows:
-        raise ValueError(f"`domain_key` {domain_key!r}: no section has spots of two domains whose expression is known")
-    columns, colours = _columns(table, domain_key, found, names)
+        raise ValueError(f"`domain_key` {domain_key!r}: no section has spots of two domains with known expression")
+    columns, colours = _columns(table, domain_key, cluster_names, names)
     write_result(
         table,
         _VERB,
@@ -220,14 +223,14 @@ def domain_preservation(
             "seed": seed,
             "min_overlap": MIN_OVERLAP,
         },
-        facts={"genes": np.array(used), "table": _with_summary(pd.DataFrame(rows))},
+        facts={"genes": np.array(used), "table": _add_summary(pd.DataFrame(rows))},
         obs=columns,
         uns=colours,
     )
 
 
 def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -> None:
-    """Refuse a section whose spots all have the same expression, before any is clustered."""
+    """Raise if all spots of a section have the same expression, before any section is clustered."""
     for parameter, values in given.items():
         for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
             block = None if values is None else values[rows]
@@ -240,7 +243,7 @@ def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -
                     else "has the same values at all spots"
                 )
                 raise ValueError(
-                    f"`{parameter}`: section {section!r} {what}, so there is nothing to cluster; leave the section out, or "
+                    f"`{parameter}`: section {section!r} {what} and cannot be clustered; leave the section out, or "
                     "name a layer that was measured there"
                 )
 
@@ -248,15 +251,15 @@ def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -
 def _check(n_domains: Any, n_seeds: int, n_perms: int, clustering: str, key_added: str) -> None:
     check_key(key_added, "key_added")
     if n_domains != "match" and not (validate.is_whole(n_domains) and n_domains >= 2):
-        raise ValueError(f"`n_domains` is {n_domains!r}; 'match' or a whole number from 2 is needed")
+        raise ValueError(f"`n_domains` is {n_domains!r}; it must be 'match' or a whole number of at least 2")
     for name, value in (("n_seeds", n_seeds), ("n_perms", n_perms)):
         validate.whole_number(value, name)
     validate.one_of(clustering, CLUSTERINGS, "clustering")
 
 
 @dataclass(frozen=True)
-class _Clustering:
-    """How spots are clustered, and domains shifted."""
+class _Settings:
+    """Settings of the clustering and of the shift test."""
 
     n_domains: int | Literal["match"]
     seeds: list[int]
@@ -269,37 +272,37 @@ def _score_section(
     codes: np.ndarray,
     spaces: Mapping[str, np.ndarray],
     annotation: pd.Series | None,
-    how: _Clustering,
+    settings: _Settings,
     *,
     members: np.ndarray,
     section: str,
 ) -> tuple[list[dict[str, Any]], np.ndarray, dict[str, np.ndarray]] | None:
-    """Lines of the table, the spots that were clustered, and the clusters that are kept of them."""
+    """Rows of the table, the clustered spots, and their representative clusters; ``None`` if the section is skipped."""
     from ...stats import admissible_shifts
 
-    seeds, clustering = how.seeds, how.method
-    # A spot outside the image has no colour, but may have been measured.
-    needed = [spaces[name][members] for name in spaces if name not in BLIND]
+    seeds, clustering = settings.seeds, settings.method
+    # A spot outside the image has no colour, but may have measured values.
+    needed = [spaces[name][members] for name in spaces if name not in GENE_INDEPENDENT]
     known = np.all([np.isfinite(values).all(axis=1) for values in needed], axis=0)
     spots = members[known]
     labelled = codes[spots] >= 0
-    n = len(np.unique(codes[spots][labelled])) if how.n_domains == "match" else int(how.n_domains)
+    n = len(np.unique(codes[spots][labelled])) if settings.n_domains == "match" else int(settings.n_domains)
     if len(np.unique(codes[spots][labelled])) < 2:
         warnings.warn(f"section {section!r} has fewer than two domains and is skipped", UserWarning, stacklevel=3)
         return None
     if n >= len(spots):
-        raise ValueError(f"`n_domains` is {n}, section {section!r} has {len(spots)} spots; fewer clusters are needed")
-    shifts = admissible_shifts(xy[spots][labelled], n_max=how.n_perms, seed=seeds[0])
+        raise ValueError(f"`n_domains` is {n}, but section {section!r} has {len(spots)} spots; pass a smaller number")
+    shifts = admissible_shifts(xy[spots][labelled], n_max=settings.n_perms, seed=seeds[0])
     if not len(shifts):
         warnings.warn(
-            f"section {section!r}: no shift leaves {MIN_OVERLAP:.0%} of the labelled spots on one another (the positions are not a lattice, "
-            "too few, or too many in between have no label): no p-value",
+            f"section {section!r}: no p-value, since no shift moves {MIN_OVERLAP:.0%} of the labelled spots onto other spots (the "
+            "positions are not on a lattice, there are too few, or too many between them have no label)",
             UserWarning,
             stacklevel=3,
         )
     elif len(shifts) < 20:
         warnings.warn(
-            f"section {section!r} allows {len(shifts)} shifts: no p-value can be below {1 / (len(shifts) + 1):.2g}",
+            f"section {section!r} has only {len(shifts)} admissible shifts: no p-value can be below {1 / (len(shifts) + 1):.2g}",
             UserWarning,
             stacklevel=3,
         )
@@ -308,10 +311,10 @@ def _score_section(
         if name in spaces:
             features = embed(spaces[name][spots])
             kinds.append(Labels(name, cluster(features, n, seeds, clustering), features))
-    for name, values in [(name, xy if name == "coordinates" else spaces.get(name)) for name in BLIND]:
+    for name, values in [(name, xy if name == "coordinates" else spaces.get(name)) for name in GENE_INDEPENDENT]:
         if values is not None and np.isfinite(values[spots]).all():
-            x = _standardised(values[spots])
-            part = explained(around(x) if name == "coordinates" else x, kinds[0].features)
+            x = _standardise(values[spots])
+            part = explained_part(position_features(x) if name == "coordinates" else x, kinds[0].features)
             parts = None if part is None else cluster(part, n, seeds, clustering)
             kinds.append(Labels(name, cluster(x, n, seeds, clustering), parts=parts))
     noise = [np.random.default_rng(s).standard_normal((len(spots), 20)) for s in seeds]
@@ -324,7 +327,8 @@ def _score_section(
     others = [k.name for k in kinds if not k.trained_on_labels and any(len(np.unique(x)) != n for x in k.labelings)]
     if others:
         warnings.warn(
-            f"section {section!r}: {clustering} gives another number of clusters than {n} of: {', '.join(others)}",
+            f"section {section!r}: {clustering} could not produce exactly {n} clusters for {', '.join(others)}; the closest number is used"
+            + ("; use clustering='kmeans' for the exact number" if clustering == "leiden" else ""),
             UserWarning,
             stacklevel=3,
         )
@@ -335,27 +339,27 @@ def _score_section(
     return lines, spots, kept
 
 
-def _standardised(values: np.ndarray) -> np.ndarray:
-    """One scale for all axes: distances on the tissue, and between colours, keep their proportions."""
+def _standardise(values: np.ndarray) -> np.ndarray:
+    """Scale all axes by one number, so that distances on the tissue and between colours keep their proportions."""
     centred = values - values.mean(0)
     return centred / (centred.std() or 1)
 
 
-def _named(codes: np.ndarray, clusters: np.ndarray, names: list[str]) -> np.ndarray:
-    """Name of each spot's cluster: of the domain that it matches, marked, else a number."""
+def _name_clusters(codes: np.ndarray, clusters: np.ndarray, names: list[str]) -> np.ndarray:
+    """Cluster name of each spot: ``"~name"`` of the matched domain, else ``"unmatched i"``."""
     from ...stats import match
 
     labelled = codes >= 0
     matched = np.full(clusters.max() + 1, -1)
-    of_labelled = match(codes[labelled], clusters[labelled])
-    matched[: len(of_labelled)] = of_labelled
-    rest = iter(range(1, len(matched) + 1))
-    called = [f"~{names[domain]}" if domain >= 0 else f"unmatched {next(rest)}" for domain in matched]
-    return np.array(called, object)[clusters]
+    pairs = match(codes[labelled], clusters[labelled])
+    matched[: len(pairs)] = pairs
+    numbers = iter(range(1, len(matched) + 1))
+    cluster_names = [f"~{names[domain]}" if domain >= 0 else f"unmatched {next(numbers)}" for domain in matched]
+    return np.array(cluster_names, object)[clusters]
 
 
 def _columns(
-    table: AnnData, domain_key: str, found: Mapping[str, pd.Series], names: list[str]
+    table: AnnData, domain_key: str, cluster_names: Mapping[str, pd.Series], names: list[str]
 ) -> tuple[dict[str, pd.Categorical], dict[str, np.ndarray]]:
     """Categorical columns in the order of the domains, and their colours."""
     column = table.obs[domain_key]
@@ -364,7 +368,7 @@ def _columns(
     if known is not None and isinstance(column.dtype, pd.CategoricalDtype) and len(known) == len(column.cat.categories):
         colours |= {str(name): str(colour) for name, colour in zip(column.cat.categories, known, strict=True)}
     columns, written = {}, {}
-    for key, values in found.items():
+    for key, values in cluster_names.items():
         present = set(values.dropna())
         order = [f"~{name}" for name in names if f"~{name}" in present]
         others = sorted(present - set(order), key=lambda name: int(name.rsplit(" ", 1)[1]))
@@ -375,13 +379,13 @@ def _columns(
     return columns, written
 
 
-def _with_summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add the means over samples, where there are several sections."""
+def _add_summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the means over samples if there are several sections."""
     if rows["section"].nunique() < 2:
         return rows
-    by = ["labels", "against", "score", "trained_on_labels"]
-    samples = rows.groupby(["sample", *by], sort=False)["mean"].mean().reset_index()
-    summary = samples.groupby(by, sort=False)["mean"].agg(["mean", "std", "count"]).reset_index()
+    columns = ["labels", "against", "score", "trained_on_labels"]
+    samples = rows.groupby(["sample", *columns], sort=False)["mean"].mean().reset_index()
+    summary = samples.groupby(columns, sort=False)["mean"].agg(["mean", "std", "count"]).reset_index()
     summary = summary.rename(columns={"std": "sd", "count": "n_samples"}).assign(sample="all", section="all")
     whole = pd.concat([rows.assign(n_samples=1), summary], ignore_index=True)
     return whole.fillna({"n_seeds": 0, "n_shifts": 0}).astype({"n_seeds": int, "n_shifts": int})

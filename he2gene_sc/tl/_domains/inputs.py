@@ -1,4 +1,4 @@
-"""What ``hg.tl.domain_preservation`` reads, checked: sections, domains, genes, colour."""
+"""Validated inputs of ``hg.tl.domain_preservation``: sections, domains, genes and depth."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ..._core.spots import SpotData, unique_section_names
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: A domain of fewer spots in a section has no part in it.
+#: Fewest spots of a domain in a section; smaller domains are left out there.
 MIN_SPOTS = 3
-#: Genes that are taken where no prediction says which are reliable.
+#: Number of genes of highest variance if no prediction marks reliable genes.
 N_VARIABLE = 2000
 
 
 def sections(spots: SpotData) -> pd.DataFrame:
-    """``sample`` and ``section`` of each spot; sections of one name in two samples are two."""
+    """``sample`` and ``section`` of each spot; equal names of sections in two samples are made unique."""
     names = spots.tables[0].obs_names
     if not names.is_unique:
         raise ValueError(
-            f"`data`: obs_names are not unique, {names[names.duplicated()][0]!r} stands there twice; a spot counts once"
+            f"`data`: obs_names are not unique, {names[names.duplicated()][0]!r} occurs twice; give each spot once"
         )
     check_duplicate_spots(spots)
     return pd.DataFrame({"sample": spots.samples, "section": unique_section_names(spots.sections, spots.samples)})
 
 
 def domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-    """Codes of the domains, -1 where there is none or it has too few spots in its section, and the names."""
+    """Codes of the domains and their names; -1 without a domain, or if it has too few spots in its section."""
     values = pd.Series(spots.labels)
     column = spots.tables[0].obs[domain_key]
     if isinstance(column.dtype, pd.CategoricalDtype):
@@ -47,12 +47,12 @@ def domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.n
     else:
         names = sorted(set(values.dropna()))
     codes = pd.Categorical(values, categories=names).codes.astype(np.int64)
-    few = []
+    small_domains = []
     enough = False
     for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
         size = np.bincount(codes[rows][codes[rows] >= 0], minlength=len(names))
         small = np.flatnonzero((size > 0) & (size < MIN_SPOTS))
-        few += [f"{names[code]!r} ({size[code]} in {section})" for code in small]
+        small_domains += [f"{names[code]!r} ({size[code]} in {section})" for code in small]
         codes[rows[np.isin(codes[rows], small)]] = -1
         enough |= bool(np.count_nonzero(size >= MIN_SPOTS) > 1)
     if not enough:
@@ -60,9 +60,9 @@ def domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.n
             f"`domain_key` {domain_key!r}: no section has two domains of at least {MIN_SPOTS} spots; found "
             f"{ {name: int((values == name).sum()) for name in names} }"
         )
-    if few:
+    if small_domains:
         warnings.warn(
-            f"domains of fewer than {MIN_SPOTS} spots in a section have no part in it: {', '.join(few)}",
+            f"domains with fewer than {MIN_SPOTS} spots in a section are left out there: {', '.join(small_domains)}",
             stacklevel=3,
         )
     return codes, names
@@ -78,7 +78,7 @@ def genes(
     measured_scale: Scale,
     has_measured: bool,
 ) -> tuple[list[str], np.ndarray | None, np.ndarray | None]:
-    """Names of the genes, and predicted and measured log expression of them, ``None`` where there is none."""
+    """Names of the genes, and their predicted and measured log expression (``None`` if not available)."""
     validate.unique(table.var_names, "data", "genes of var_names")
     if given is not None:
         given = validate.names(given, "genes", one=True)
@@ -86,10 +86,10 @@ def genes(
         unknown = [name for name, column in zip(given, found, strict=True) if column < 0]
         if unknown:
             raise ValueError(
-                f"`genes`: {unknown[:5]} are no genes of the table, whose {table.n_vars} begin {list(table.var_names[:3])}"
+                f"`genes`: {unknown[:5]} are not genes of the table (first of its {table.n_vars} genes: {list(table.var_names[:3])})"
             )
         if len(set(found)) < len(given):
-            raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(found).duplicated()][0]!r} is named twice")
+            raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(found).duplicated()][0]!r} is given twice")
         given = table.var_names[found].tolist()
     reliable = "" if layer is None else Keys(prediction_of(table, layer) or layer).reliable
     if given is not None:
@@ -97,7 +97,9 @@ def genes(
     elif reliable in table.var:
         names = table.var_names[table.var[reliable].astype(bool)].tolist()
         if len(names) < 2:
-            raise ValueError(f"`genes`: {len(names)} genes are reliable; name genes, knowing that they are not")
+            raise ValueError(
+                f"`genes`: {len(names)} genes are reliable, at least 2 are needed; pass genes=[...] to use unreliable ones"
+            )
     else:
         names = table.var_names.tolist()
     columns = table.var_names.get_indexer(names)
@@ -124,16 +126,16 @@ def genes(
                     stacklevel=3,
                 )
     known = np.ones(len(names), bool)
-    there = [values for values in (predicted, measured_values) if values is not None]
-    for values in there:
+    available = [values for values in (predicted, measured_values) if values is not None]
+    for values in available:
         finite = np.isfinite(values)
-        # A gene that some sections lack would cost their spots; spots that lack every gene are outside the image.
+        # Drop a gene that some sections lack rather than their spots; spots without any gene are outside the image.
         known &= finite.any(axis=0) if given is not None else finite[finite.any(axis=1)].all(axis=0) & finite.any()
     if given is not None and not known.all():
         lost = [name for name, is_known in zip(names, known, strict=True) if not is_known]
         raise ValueError(f"`genes`: {lost[:5]} are NaN at every spot")
     if given is None and reliable not in table.var and known.sum() > N_VARIABLE:
-        spread = np.nanvar(there[-1], axis=0)
+        spread = np.nanvar(available[-1], axis=0)
         known[np.argsort(-np.where(known, spread, -1), kind="stable")[N_VARIABLE:]] = False
     if known.sum() < 2:
         raise ValueError(f"`genes`: {int(known.sum())} genes have values; at least 2 are needed")
@@ -143,13 +145,13 @@ def genes(
 
 
 def _symbols(table: AnnData, layer: str | None) -> str | None:
-    """Column of symbols that the prediction was given."""
+    """Column of symbols that the prediction used."""
     key = prediction_of(table, layer)
     return symbols_of(table, table.uns.get(key, {}), None) if key is not None else None
 
 
 def depth(table: AnnData, measured: str | None, scale: Scale) -> np.ndarray | None:
-    """Log of the total counts of each spot ``(n, 1)``, NaN without counts; ``None`` where only logarithms are known."""
+    """Log of the total counts of each spot ``(n, 1)``, NaN without counts; ``None`` if only logarithms are known."""
     if scale == "log":
         return None
     total = np.asarray(count_totals(matrix_of(table, measured, "measured")), float).ravel()

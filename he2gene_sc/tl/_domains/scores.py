@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 #: Permutations of squidpy's neighbourhood enrichment, its default.
 _ENRICHMENT_PERMS = 1000
-#: Spots are neighbours within so many pitches: the eight of a square lattice, the six of a hexagonal one.
+#: Radius of neighbours in pitches: eight on a square lattice, six on a hexagonal one.
 _RADIUS = 1.5
 
 
-#: References that see no gene, which a prediction should be better than.
-BLIND = ("depth", "mean colour", "coordinates")
+#: References that do not depend on genes; a prediction should be better than these.
+GENE_INDEPENDENT = ("depth", "mean colour", "coordinates")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """One kind of labels of a section's spots."""
+    """Labels of the spots of a section from one source."""
 
     name: str  # "predicted", "measured" or a reference
-    labelings: list[np.ndarray]  # (n,) codes, one a seed if there are seeds
-    features: np.ndarray | None = None  # (n, k) clustered in
-    trained_on_labels: bool = False  # by a model that learnt such labels
-    parts: list[np.ndarray] | None = None  # of a reference: clusters of the part of the prediction that it explains
+    labelings: list[np.ndarray]  # (n,) codes, one array per seed
+    features: np.ndarray | None = None  # (n, k) clustered features
+    trained_on_labels: bool = False  # the model was trained on such labels
+    parts: list[np.ndarray] | None = None  # clusters of the part of the prediction that a reference explains
 
 
 @dataclass(frozen=True)
 class Section:
-    """Spots of a section: centres ``(n, 2)``, codes of their domains ``(n,)`` (-1: none) and shifts of those that have one."""
+    """Spots of a section: centres ``(n, 2)``, codes of their domains ``(n,)`` (-1: none) and shifts of the labelled spots."""
 
     xy: np.ndarray
     domains: np.ndarray
@@ -47,61 +47,61 @@ class Section:
 
     @property
     def labelled(self) -> np.ndarray:
-        """Whether a spot has a domain."""
+        """Mask ``(n,)`` of spots with a domain."""
         return self.domains >= 0
 
 
 def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
-    """Score every kind against the domains, and predicted against measured; yields rows of the table."""
+    """Yield rows of the table: scores of all labels against the domains, and of predicted against measured clusters."""
     labelled = section.labelled
     xy, domains = section.xy[labelled], codes_of(section.domains[labelled])
     enrichment = Enrichment(xy, section.seed)
     yield from _coherence(xy, Labels("domains", [domains]))
-    cut = {kind.name: [codes_of(labels[labelled]) for labels in kind.labelings] for kind in kinds}
+    labelings = {kind.name: [codes_of(labels[labelled]) for labels in kind.labelings] for kind in kinds}
     parts = {kind.name: [codes_of(labels[labelled]) for labels in kind.parts] for kind in kinds if kind.parts}
-    better = _against_references(domains, cut, parts, section.shifts)
+    better = _compare_with_references(domains, labelings, parts, section.shifts)
     for kind in kinds:
-        kept = cut[kind.name]
+        kept = labelings[kind.name]
         for row in _compare(kind, "domains", [domains] * len(kept), kept, section.shifts, enrichment):
             yield row | better.get(kind.name, {}) if row["score"] == "ari" else row
         if kind.features is not None:
             yield _row(kind, "domains", "silhouette", [silhouette(kind.features[labelled], domains)])
         yield from _coherence(xy, Labels(kind.name, kept, trained_on_labels=kind.trained_on_labels))
-    named = {kind.name: kind for kind in kinds}
-    if "predicted" in named and "measured" in named:
+    by_name = {kind.name: kind for kind in kinds}
+    if "predicted" in by_name and "measured" in by_name:
         measured, predicted = (
-            [codes_of(labels[labelled]) for labels in named[name].labelings] for name in ("measured", "predicted")
+            [codes_of(labels[labelled]) for labels in by_name[name].labelings] for name in ("measured", "predicted")
         )
-        yield from _compare(named["predicted"], "measured", measured, predicted, section.shifts, enrichment)
+        yield from _compare(by_name["predicted"], "measured", measured, predicted, section.shifts, enrichment)
 
 
-def _against_references(
-    domains: np.ndarray, cut: dict[str, list[np.ndarray]], parts: dict[str, list[np.ndarray]], shifts: np.ndarray
+def _compare_with_references(
+    domains: np.ndarray, labelings: dict[str, list[np.ndarray]], parts: dict[str, list[np.ndarray]], shifts: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """Whether the prediction keeps domains better than references that see no gene, by kind.
+    """Test whether the prediction preserves domains better than each gene-independent reference.
 
-    ``difference`` is of adjusted Rand indices, ``pval_better`` the share of shifts (and 1) where it is as large. It is the larger
-    of two: against clusters of the reference, and of the part of the prediction that it explains, which a prediction of
-    nothing else is not better than. The prediction's is the largest: better than each. Without a prediction, measured stands in.
+    ``difference`` is of adjusted Rand indices; ``pval_better`` is the share of shifts (with 1 added) in which it is as large. It is
+    the larger of two p-values: against clusters of the reference, and against clusters of the part of the prediction that the
+    reference explains. The p-value of the prediction is the largest over references. Without a prediction, measured is tested.
     """
-    name = next((kind for kind in ("predicted", "measured") if kind in cut), None)
-    references = [kind for kind in BLIND if kind in cut]
+    name = next((kind for kind in ("predicted", "measured") if kind in labelings), None)
+    references = [kind for kind in GENE_INDEPENDENT if kind in labelings]
     if name is None or not references:
         return {}
-    own = _tested(domains, cut[name], shifts)
-    found: dict[str, dict[str, float]] = {}
+    own = _shift_test(domains, labelings[name], shifts)
+    rows: dict[str, dict[str, float]] = {}
     for kind in references:
-        met = [cut[kind], *([parts[kind]] if kind in parts else [])]
-        tests = [_tested(domains, labelings, shifts) for labelings in met]
+        opponents = [labelings[kind], *([parts[kind]] if kind in parts else [])]
+        tests = [_shift_test(domains, opponent, shifts) for opponent in opponents]
         gaps = [own.observed - test.observed for test in tests]
         beyond = [(own.null - test.null >= gap - 1e-12).sum() for test, gap in zip(tests, gaps, strict=True)]
         p = float((max(beyond) + 1) / (len(shifts) + 1)) if len(shifts) else np.nan
-        found[kind] = {"difference": gaps[0], "pval_better": p}
-    found[name] = {"pval_better": max(row["pval_better"] for row in found.values())}
-    return found
+        rows[kind] = {"difference": gaps[0], "pval_better": p}
+    rows[name] = {"pval_better": max(row["pval_better"] for row in rows.values())}
+    return rows
 
 
-def _tested(domains: np.ndarray, labelings: list[np.ndarray], shifts: np.ndarray) -> ShiftTest:
+def _shift_test(domains: np.ndarray, labelings: list[np.ndarray], shifts: np.ndarray) -> ShiftTest:
     return shift_test([domains] * len(labelings), labelings, shifts)
 
 
@@ -113,7 +113,7 @@ def _compare(
     shifts: np.ndarray,
     enrichment: Enrichment,
 ) -> Iterator[dict[str, Any]]:
-    """Agreement of pairs of labels, seed by seed, and the test of the adjusted Rand index."""
+    """Agreement of pairs of labels for every seed, and the test of the adjusted Rand index."""
     values = [agreement(a, b) for a, b in zip(domains, clusterings, strict=True)]
     test = shift_test(domains, clusterings, shifts)
     for name in values[0]:
@@ -128,20 +128,21 @@ def _compare(
         )
         yield _row(kind, against, name, [value[name] for value in values], **tested)
     scores = [
-        enrichment_agreement(enrichment.of(a), enrichment.of(b), match(a, b))
+        enrichment_agreement(enrichment.scores(a), enrichment.scores(b), match(a, b))
         for a, b in zip(domains, clusterings, strict=True)
     ]
     yield _row(kind, against, "nhood_enrichment", scores)
 
 
 def _coherence(xy: np.ndarray, kind: Labels) -> Iterator[dict[str, Any]]:
+    """Spatial coherence of labels, and their number."""
     yield _row(kind, "", "n_labels", [float(len(np.unique(labels))) for labels in kind.labelings])
     yield _row(kind, "", "chaos", [chaos(xy, labels) for labels in kind.labelings])
     yield _row(kind, "", "pas", [pas(xy, labels) for labels in kind.labelings])
 
 
 def moran_agreement(xy: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
-    """Spearman correlation over genes of Moran's I of predicted and measured expression, by squidpy."""
+    """Spearman correlation over genes of Moran's I (squidpy) of predicted and measured expression."""
     from scipy.stats import spearmanr
 
     a, b = moran(xy, predicted), moran(xy, measured)
@@ -151,7 +152,7 @@ def moran_agreement(xy: np.ndarray, predicted: np.ndarray, measured: np.ndarray)
 
 
 def moran(xy: np.ndarray, expression: np.ndarray) -> np.ndarray:
-    """Moran's I of each gene ``(n, g)``, by squidpy, between neighbours within 1.5 pitches; NaN of a constant gene."""
+    """Moran's I ``(g,)`` of expression ``(n, g)`` by squidpy, with neighbours within 1.5 pitches; NaN for a constant gene."""
     import squidpy as sq
 
     table = _spatial_table(xy, expression)
@@ -166,25 +167,25 @@ def moran(xy: np.ndarray, expression: np.ndarray) -> np.ndarray:
 
 
 class Enrichment:
-    """Neighbourhood enrichment of label maps on the same spots, by squidpy; each map is looked at once."""
+    """Neighbourhood enrichment of label maps on the same spots, by squidpy; results are cached."""
 
     def __init__(self, xy: np.ndarray, seed: int) -> None:
         self._table = _spatial_table(xy, np.zeros((len(xy), 1), np.float32))
         self._seed = seed
-        self._known: dict[bytes, np.ndarray] = {}
+        self._cache: dict[bytes, np.ndarray] = {}
 
-    def of(self, labels: np.ndarray) -> np.ndarray:
-        """z-scores between labels, codes from 0, ``(k, k)``."""
+    def scores(self, labels: np.ndarray) -> np.ndarray:
+        """z-scores ``(k, k)`` between labels (codes from 0)."""
         import pandas as pd
         import squidpy as sq
 
         key = labels.tobytes()
-        if key not in self._known:
+        if key not in self._cache:
             if labels.max() == 0:
                 return np.full((1, 1), np.nan)
             self._table.obs["label"] = pd.Categorical(labels)
             with warnings.catch_warnings():
-                # A label that never meets another has no variance to divide by.
+                # squidpy divides by the variance, which is 0 for labels that are never neighbours.
                 warnings.simplefilter("ignore")
                 found = sq.gr.nhood_enrichment(
                     self._table,
@@ -195,8 +196,8 @@ class Enrichment:
                     n_jobs=1,
                     show_progress_bar=False,
                 )
-            self._known[key] = np.asarray(found[0])
-        return self._known[key]
+            self._cache[key] = np.asarray(found[0])
+        return self._cache[key]
 
 
 def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
@@ -207,19 +208,19 @@ def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
     from ..._core.spots import pitch_of
 
     table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
-    # squidpy announces every graph through this logger.
+    # squidpy logs every graph through this logger.
     with logs.silence("spatialdata._logging"):
         sq.gr.spatial_neighbors_radius(table, radius=_RADIUS * pitch_of(xy))
     return table
 
 
 def codes_of(labels: np.ndarray) -> np.ndarray:
-    """Codes from 0 without gaps."""
+    """Consecutive codes from 0."""
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 
 def _row(kind: Labels, against: str, name: str, values: list[float], **tested: float) -> dict[str, Any]:
-    """One line of the table; the SD needs two seeds."""
+    """One row of the table; the SD needs two seeds."""
     finite = np.asarray(values, float)[np.isfinite(values)]
     return {
         "labels": kind.name,

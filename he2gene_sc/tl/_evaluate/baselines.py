@@ -11,7 +11,7 @@ import pandas as pd
 from ..._core.keys import Keys
 from ..._core.logs import logger
 from ..._core.slide import colours_of, slides_of
-from ...stats._baselines import place
+from ...stats._baselines import position
 from .aligned import Judged
 from .metrics import BASELINES
 
@@ -63,7 +63,7 @@ def _reads(
     if name == "coordinates":
         places = np.empty((len(judged.xy), 3))
         for where in judged.sections.values():
-            places[where] = place(judged.xy[where])
+            places[where] = position(judged.xy[where])
         return places
     if name == "training mean" and np.isnan(judged.mean).all():
         raise ValueError("the training means are not known")

@@ -1,4 +1,4 @@
-"""What ``hg.tl.train`` is given: arguments checked before the work, sections read one by one."""
+"""Inputs of ``hg.tl.train``: arguments are checked first, then sections are read one by one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..._core.names import check_spelling
 from ...image._geometry import MIN_PX
 from .gene_lists import check_gene_lists
 from .labels import check_labels, check_merged
-from .measured import MIN_SPOTS, TWICE, Measured, check_table, read_sections
+from .measured import DUPLICATE_NAME, MIN_SPOTS, MeasuredSection, check_table, read_sections
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-    from .options import Classes, GeneSelection, Keys
+    from .options import Classes, GeneSelection, TrainingKeys
 
-#: Share of the largest feature below which spots do not differ.
-_SAME = 1e-6
+#: SD of a feature, as a share of its largest value, below which all spots are the same.
+_MIN_SD = 1e-6
 
 
 def identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Symbol to Ensembl id, and back where that is unambiguous."""
+    """Symbol to Ensembl id, and Ensembl id to symbol if it is unambiguous."""
     from ..._ensembl import symbol_to_ensembl
 
     ids = dict(symbol_to_ensembl() if given is None else given)
@@ -37,15 +37,15 @@ def identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[s
     return ids, {ensembl: symbol for symbol, ensembl in ids.items() if counted[ensembl] == 1}
 
 
-def wide_enough(sections: Iterator[Measured], windows_um: Sequence[float]) -> Iterator[Measured]:
-    """Pass sections on, refusing one whose pixels are too coarse for the smallest window."""
+def check_window_pixels(sections: Iterator[MeasuredSection], windows_um: Sequence[float]) -> Iterator[MeasuredSection]:
+    """Yield the sections, and raise if pixels are too coarse for the smallest window."""
     for section in sections:
         pixels = min(windows_um) / section.mpp
         if pixels < MIN_PX:
             raise ValueError(
-                f"`windows_um`: a window of {min(windows_um):g} µm is {pixels:.3g} px of section {section.name!r} "
-                f"({section.mpp:.4g} µm/px); {MIN_PX} px, {MIN_PX * section.mpp:.3g} µm, are the least. "
-                "Pass wider windows by `preset`, such as preset=hg.DefaultRecipe(windows_um=...)"
+                f"`windows_um`: a window of {min(windows_um):g} µm is {pixels:.3g} px in section {section.name!r} "
+                f"({section.mpp:.4g} µm/px), but at least {MIN_PX} px ({MIN_PX * section.mpp:.3g} µm) are needed. "
+                "Pass wider windows: preset=hg.DefaultRecipe(windows_um=...)"
             )
         yield section
         del section
@@ -53,19 +53,19 @@ def wide_enough(sections: Iterator[Measured], windows_um: Sequence[float]) -> It
 
 def read_all(
     sdatas: SpatialData | Iterable[SpatialData],
-    keys: Keys,
+    keys: TrainingKeys,
     symbols: Mapping[str, str],
     chosen: GeneSelection,
     classes: Classes,
-) -> Iterator[Measured]:
-    """Read the sections one by one, holding none of them; check first what is at hand anyway."""
+) -> Iterator[MeasuredSection]:
+    """Read the sections one by one without keeping them; a list or tuple is checked first."""
     if isinstance(sdatas, str | Path | Mapping):
         raise ValueError(
-            f"`sdatas` is a {type(sdatas).__name__}; SpatialData objects are needed: spatialdata.read_zarr(path), or list(d.values())"
+            f"`sdatas` is a {type(sdatas).__name__}; pass SpatialData objects: spatialdata.read_zarr(path), or list(d.values())"
         )
     if not isinstance(sdatas, Iterable):
         sdatas = [sdatas]
-    # Other sequences may read a section, its image with it, each time that they are asked for it.
+    # Other sequences may load a section with its image on each access.
     checked = isinstance(sdatas, list | tuple)
     if checked:
         lists: dict[str, pd.Index] = {}
@@ -73,11 +73,11 @@ def read_all(
         patients: dict[str, str] = {}
         labels: set[str] = set()
         for i, sdata in enumerate(sdatas):
-            with _naming(i):
+            with _name_object(i):
                 names, own, genes = check_table(sdata, keys, symbols)
                 for name in names:
                     if name in places:
-                        raise ValueError(f"{TWICE.format(name)}, found in object {places[name] + 1} too")
+                        raise ValueError(f"{DUPLICATE_NAME.format(name)}, also in object {places[name] + 1}")
                     places[name] = i
                 _check_spelling(patients := patients | names, keys)
                 if names:
@@ -96,14 +96,14 @@ def read_all(
     for sdata in iterator:
         sections = read_sections(sdata, keys, symbols, checked=checked)
         while True:
-            with _naming(n):
+            with _name_object(n):
                 section = next(sections, None)
                 if section is None:
                     break
                 found.update(label for label in section.labels if label is not None)
                 check_labels(found, classes)
             if section.name in seen:
-                raise ValueError(f"{TWICE.format(section.name)} (object {n + 1} of `sdatas`)")
+                raise ValueError(f"{DUPLICATE_NAME.format(section.name)} (object {n + 1} of `sdatas`)")
             seen[section.name] = section.patient
             _check_spelling(seen, keys)
             spots = max(spots, len(section.centres))
@@ -113,19 +113,19 @@ def read_all(
                 same = counted.setdefault(digest.hexdigest(), section.name)
                 if same != section.name:
                     logger.warning(
-                        "sections %s and %s have the same counts: while one is held out the other is trained on, and held-out figures "
-                        "are too good; give the section once",
+                        "sections %s and %s have the same counts: one may be in training while the other is held out, so held-out "
+                        "metrics are too good; give the section once",
                         *(same, section.name),
                     )
                 yield section
             else:
                 logger.warning(
-                    "section %s is left out: it has %d spots, fewer than %d say nothing of how well a gene is predicted",
+                    "section %s is left out: it has %d spots, but at least %d are needed to measure how well a gene is predicted",
                     *(section.name, len(section.centres), MIN_SPOTS),
                 )
                 seen.pop(section.name)
         del sdata, section, sections
-        # SpatialData objects hold themselves: without this, images wait for the collector while the next is decoded.
+        # SpatialData objects contain reference cycles: free the image before the next one is decoded.
         gc.collect()
         n += 1
     if not seen:
@@ -135,24 +135,25 @@ def read_all(
 
     if len(seen) == 1 and spots < N_BLOCKS:
         raise ValueError(
-            f"`sdatas` is one section of {spots} spots; at least {N_BLOCKS} are needed, so that parts of it can be held out"
+            f"`sdatas` is one section with {spots} spots; at least {N_BLOCKS} are needed to hold out parts of it"
         )
     if keys.annotation is not None and not found:
-        logger.warning("`annotation_key`: no spot has a label in %r, no annotation is learned", keys.annotation)
+        logger.warning("`annotation_key`: no spot has a label in %r; the annotation head is skipped", keys.annotation)
 
 
-def _check_spelling(patients: Mapping[str, str], keys: Keys) -> None:
-    """Refuse sections, or patients, whose names differ only in case from one section to another."""
+def _check_spelling(patients: Mapping[str, str], keys: TrainingKeys) -> None:
+    """Raise if names of sections, or of patients, differ only in case between sections."""
+    by_section = {f"section {name!r}": [patient] for name, patient in patients.items()}
     for parameter, key, what, names in (
         ("section_key", keys.section, "sections", {"": list(patients)}),
-        ("sample_key", keys.sample, "patients", {f"section {name!r}": [of] for name, of in patients.items()}),
+        ("sample_key", keys.sample, "patients", by_section),
     ):
         check_spelling(names, parameter, key, what=what)
 
 
 @contextlib.contextmanager
-def _naming(i: int) -> Iterator[None]:
-    """Say which object an error is about."""
+def _name_object(i: int) -> Iterator[None]:
+    """Add the position of the object to errors."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -161,12 +162,12 @@ def _naming(i: int) -> Iterator[None]:
 
 
 def check_features(name: str, features: np.ndarray) -> None:
-    """Refuse an image on which no spot looks different from another."""
+    """Raise if all spots of an image have the same features."""
     x = np.asarray(features[:, 0], np.float64)
     if not np.isfinite(x).all():
         raise ValueError(f"`encoder` gives NaN or infinite features in section {name!r}")
-    if (x.std(axis=0) <= _SAME * np.abs(x).max(initial=1)).all():
+    if (x.std(axis=0) <= _MIN_SD * np.abs(x).max(initial=1)).all():
         raise ValueError(
-            f"`sdatas`: all spots of section {name!r} look the same to the encoder, as where its image is blank or not the one "
-            "of these spots; mend it or leave the section out"
+            f"`sdatas`: all spots of section {name!r} have the same encoder features; the image may be blank or belong to another "
+            "section. Correct the image or leave the section out"
         )

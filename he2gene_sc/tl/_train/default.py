@@ -1,4 +1,4 @@
-"""``hg.tl.train(preset="default")``: features of a frozen encoder, then closed-form heads."""
+"""``hg.tl.train(preset="default")``: features of a frozen encoder and closed-form heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..._core.validate import format_list
 from .._gene_sets import in_names_of, membership, read_net, weights_by_set
 from .arguments import check_features
 from .labels import colours_of
-from .measured import Measured, join
+from .measured import MeasuredSection, join
 from .options import Plan
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from ...models._network import FeatureExtractor
     from ...training import ModelMetadata, Programmes
 
-#: Symmetries a training spot is seen under.
+#: Symmetries (rotations, mirrored or not) of a training patch.
 _SYMMETRIES = ((0, False),)
-#: Sum of squares of the colour features, that of the encoder's being 1.
+#: Sum of squares of the colour features; that of the encoder's features is 1.
 _COLOUR_SHARE = 0.25
-#: The same for the annotation.
+#: The same for the annotation head.
 _ANNOTATION_COLOUR_SHARE = 2.0
 
 
-def train_default(read: Iterator[Measured], plan: Plan) -> HE2Gene:
-    """Encode the sections one by one, and fit the heads to the features of all."""
+def train_default(read: Iterator[MeasuredSection], plan: Plan) -> HE2Gene:
+    """Encode the sections one by one, and fit the heads to the features of all sections."""
     from ...inference import resolve_dtype
     from ...models._embedding import N_COLOUR
     from ...models._encoders.load import encoder_sha256
@@ -59,10 +59,10 @@ def train_default(read: Iterator[Measured], plan: Plan) -> HE2Gene:
     for section in read:
         features.append(encode_section(section, extractor, sha256, plan.windows_um, plan.cache, engine))
         check_features(section.name, features[-1])
-        kept.append(section.set_down())
+        kept.append(section.release())
         del section
     sections, genes, classes = join(kept, features, plan.genes, plan.classes)
-    # Each map holds a file open.
+    # Each memory map keeps a file open.
     del kept, features
     metadata = replace(
         describe(len(sections), genes, classes, plan),
@@ -83,7 +83,7 @@ def train_default(read: Iterator[Measured], plan: Plan) -> HE2Gene:
 
 
 def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: Plan) -> ModelMetadata:
-    """Facts of a model that all presets share."""
+    """Metadata of a model that are common to all presets."""
     from ...training import ModelMetadata
 
     card = plan.card
@@ -104,7 +104,7 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
 
 
 def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
-    """Gene sets of which the model learns enough genes."""
+    """Gene sets with enough genes in the model."""
     if named is None:
         return None
     from ...training import Programmes
@@ -112,11 +112,13 @@ def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
 
     net = read_net(named)
     net = in_names_of(net, genes)
-    found = weights_by_set(net[net["target"].isin(genes)])
-    sets = {name: found[name] for name in named if MIN_GENES <= len(found.get(name, ())) < len(genes)}
-    if left_out := [f"{name} ({len(found.get(name, ()))} of {len(named[name])})" for name in named if name not in sets]:
+    weights = weights_by_set(net[net["target"].isin(genes)])
+    sets = {name: weights[name] for name in named if MIN_GENES <= len(weights.get(name, ())) < len(genes)}
+    if left_out := [
+        f"{name} ({len(weights.get(name, ()))} of {len(named[name])})" for name in named if name not in sets
+    ]:
         logger.warning(
-            "programmes: sets of which fewer than %d genes are learned are left out: %s",
+            "programmes: sets with fewer than %d genes in the model are left out: %s",
             MIN_GENES,
             format_list(left_out),
         )
@@ -124,7 +126,7 @@ def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
 
 
 def encode_section(
-    section: Measured,
+    section: MeasuredSection,
     extractor: FeatureExtractor,
     sha256: str,
     windows_um: tuple[float, ...],
@@ -145,9 +147,9 @@ def encode_section(
 
 
 def patch_reader(
-    section: Measured, windows_um: tuple[float, ...], input_px: int | tuple[int, ...], batch_size: int
+    section: MeasuredSection, windows_um: tuple[float, ...], input_px: int | tuple[int, ...], batch_size: int
 ) -> PatchReader:
-    """Reader of the windows around the spots of a section that has its image still."""
+    """Reader of the windows around the spots of a section whose image is not yet released."""
     from ...image import PatchReader
 
     slide = section.slide

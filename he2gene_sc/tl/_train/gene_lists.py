@@ -1,4 +1,4 @@
-"""Genes of training sections: their names, and whether the lists of several sections fit together."""
+"""Genes of training sections: their names, and checks that the gene lists of several sections overlap."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
     from .options import GeneSelection
 
-#: Sections must share at least this part of the shorter of two gene lists.
+#: Least share of the shorter of two gene lists that sections must have in common.
 _MIN_SHARED = 0.1
 _MIN_GENES = 10
 
 
 def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
-    """Read the names of the genes of a table: symbols where they are known, without duplicates.
+    """Names of the genes of a table: symbols if known, without duplicates.
 
-    Names missing in the column ``gene_symbols`` are taken from the index; ``symbols`` maps Ensembl ids.
+    Names missing in the column ``gene_symbols`` come from the index; ``symbols`` maps Ensembl ids to symbols.
     """
     check_not_probes(table)
     if gene_symbols is not None:
@@ -42,7 +42,7 @@ def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, s
         if gene_symbols is None:
             raise ValueError(f"`sdatas`: {absent.sum()} genes have no name in var_names; name or drop them")
         logger.warning(
-            "%d of %d genes have no name in var[%r]; those in var_names are used",
+            "%d of %d genes have no name in var[%r]; their names in var_names are used",
             absent.sum(),
             len(given),
             gene_symbols,
@@ -50,29 +50,29 @@ def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, s
         given = given.where(~absent, pd.Series(table.var_names, dtype=object))
     names = symbols_of(given, symbols)
     if names.has_duplicates:
-        twice = list(names[names.duplicated()].unique()[:5])
+        duplicates = list(names[names.duplicated()].unique()[:5])
         raise ValueError(
-            f"`sdatas`: genes {twice} stand more than once in var, as {list(given[names.isin(twice)])}; sum or drop them "
-            "(`adata.var_names_make_unique()` would make other genes of them)"
+            f"`sdatas`: genes {duplicates} occur more than once in var, as {list(given[names.isin(duplicates)])}; sum or drop them "
+            "(`adata.var_names_make_unique()` would turn them into other genes)"
         )
     return names
 
 
 def symbols_of(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
-    """Symbols of gene names of which some may be Ensembl ids, with a version or without."""
+    """Symbols of gene names; some names may be Ensembl ids, with or without a version."""
     names = pd.Index(list(given), dtype=object).astype(str).str.strip()
     ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
     bare = names.str.replace(r"\.\d+$", "", regex=True)
-    # Of many sections, one copy of each name.
+    # Interned: one copy of each name for all sections.
     return pd.Index(
         [sys.intern(str(symbols.get(b, b) if e else n)) for n, b, e in zip(names, bare, ensembl, strict=True)]
     )
 
 
 def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:
-    """Present symbols of genes that sections call by different ones, by the names that they have there.
+    """Map old symbols to current ones for genes that have different symbols in different sections.
 
-    Where a section lists both names, they stay two genes.
+    If a section lists both names, they remain two genes.
     """
     union = pd.Index(list(dict.fromkeys(chain.from_iterable(lists.values()))))
     current = pd.Series(current_symbols(union), index=union)
@@ -83,14 +83,14 @@ def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:
     renamed = several[several != several.index].to_dict()
     if renamed:
         logger.info(
-            "%d genes have other symbols in other sections and take their present ones: %s",
+            "%d genes have different symbols in different sections; current symbols are used: %s",
             *(len(renamed), format_list(f"{old} is {new}" for old, new in renamed.items())),
         )
     return renamed
 
 
 def check_gene_lists(lists: Mapping[str, pd.Index], chosen: GeneSelection) -> pd.Index:
-    """Return the genes to learn, sorted, of the genes of each section by its name."""
+    """Return the sorted genes to learn, from the gene list of each section."""
     renamed = common_names(lists)
     if renamed:
         lists = {name: genes.map(lambda gene: renamed.get(gene, gene)) for name, genes in lists.items()}
@@ -103,8 +103,9 @@ def check_gene_lists(lists: Mapping[str, pd.Index], chosen: GeneSelection) -> pd
             others = counted.index[elsewhere]
             raise ValueError(
                 f"`sdatas`: section {name!r} shares only {shared} of {shorter} genes with the others. It has "
-                f"{list(genes.difference(others)[:3])}, they have {list(others.difference(genes)[:3])}. Where some hold symbols and others Ensembl ids, "
-                "pass keys=hg.SectionKeys(gene_symbols=...), a column of var, or genes=hg.GeneSelection(ensembl_ids=...), symbol to id"
+                f"{list(genes.difference(others)[:3])}, they have {list(others.difference(genes)[:3])}. If some have symbols and others "
+                "Ensembl ids, pass keys=hg.SectionKeys(gene_symbols=...) (column of var) or genes=hg.GeneSelection(ensembl_ids=...) "
+                "(symbol to id)"
             )
     union = counted.index.sort_values()
     if chosen.genes is not None:
@@ -112,14 +113,16 @@ def check_gene_lists(lists: Mapping[str, pd.Index], chosen: GeneSelection) -> pd
         found = find_genes(asked, counted.index, one_to_one=False)
         unknown = [gene for gene, place in zip(asked, found, strict=True) if place < 0]
         if unknown:
-            raise ValueError(f"`genes` {unknown[:5]} are in no section, which have e.g. {list(union[:5])}")
+            raise ValueError(
+                f"`genes` {unknown[:5]} are not in any section; genes of the sections are for example {list(union[:5])}"
+            )
         union = pd.Index(sorted(set(counted.index[found])))
     if not chosen.missing_genes_are_zero and not (counted[union] == len(lists)).any():
         what = "gene" if chosen.genes is None else "gene of `genes`"
         fewest = min(lists, key=lambda name: len(union.intersection(lists[name])))
         raise ValueError(
-            f"`sdatas`: no {what} was measured in all {len(lists)} sections, so nothing can be compared between them; section "
-            f"{fewest!r} has the fewest of them. Leave sections out, or pass genes=hg.GeneSelection(missing_genes_are_zero=True) "
-            "where a gene that a section does not list was measured there and never seen"
+            f"`sdatas`: no {what} was measured in all {len(lists)} sections, so sections cannot be compared; section {fewest!r} has the "
+            "fewest. Leave sections out, or pass genes=hg.GeneSelection(missing_genes_are_zero=True) if genes that a section does not "
+            "list were measured there and never detected"
         )
     return union

@@ -21,7 +21,7 @@ from ..._core.slide import Slide, resolve
 from .._known import image_facts
 from .gene_lists import check_gene_lists, common_names, gene_names
 from .labels import clean_labels, code_classes
-from .options import Classes, GeneSelection, Keys
+from .options import Classes, GeneSelection, TrainingKeys
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
     from ...training import Section
 
-TWICE = "`section_key`: two sections are named {!r}; each needs a name of its own, those of other patients too"
-#: Spots below which a section says nothing of how well its genes are predicted.
+DUPLICATE_NAME = "`section_key`: two sections are named {!r}; give each section a unique name, also across patients"
+#: Fewest spots of a section; with fewer, it cannot be measured how well genes are predicted.
 MIN_SPOTS = 4
 _COLUMN_HINTS = {
-    "annotation_key": "; sections without labels need the column all the same, with missing values",
+    "annotation_key": "; sections without labels need the column too, with missing values",
     "sample_key": "; set it, e.g. sdata['table'].obs['patient'] = 'P1'",
     "section_key": "; set it, e.g. sdata['table'].obs['section'] = 'S1'",
 }
-#: Counts of common genes below which sections with different lists cannot be brought to one scale.
+#: Fewest counts of common genes to rescale sections with different gene lists.
 _ENOUGH_COUNTS = 1000
-#: Share of all counts below which a gene list is called short.
-_WHOLE_LIST = 0.9
+#: Share of all counts below which there is a warning about a short gene list.
+_FULL_LIST = 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """One section: the spots whose centre lies in the image and on which something was counted."""
+class MeasuredSection:
+    """One section: the spots that have counts and whose centre is in the image."""
 
     name: str
     patient: str
@@ -55,22 +55,22 @@ class Measured:
     genes: pd.Index
     counts: scipy.sparse.csr_array  # (n, genes) raw
     labels: np.ndarray  # (n,) None without a label
-    image: dict[str, Any] | None = None  # by which the card knows it again
+    image: dict[str, Any] | None = None  # identifies the image in the model card
 
-    def set_down(self) -> Measured:
-        """Let the image go and move the counts to disk, so that the next section finds room."""
+    def release(self) -> MeasuredSection:
+        """Release the image and move the counts to disk, to free memory for the next section."""
         from ...training import spill
 
         (counts,) = spill([self.counts])
-        # Another index has no table of where each name stands.
+        # A new index does not keep the lookup table of names.
         return replace(self, slide=None, counts=counts, genes=pd.Index(self.genes.to_numpy()))
 
 
 def read_sections(
-    sdata: SpatialData, keys: Keys, symbols: Mapping[str, str], *, checked: bool = False
-) -> Iterator[Measured]:
-    """Check one object and yield its sections, one a shapes element; ``checked``: by :func:`check_table` already."""
-    slides, table, names, matrix = _opened(sdata, keys, symbols)
+    sdata: SpatialData, keys: TrainingKeys, symbols: Mapping[str, str], *, checked: bool = False
+) -> Iterator[MeasuredSection]:
+    """Check one object and yield its sections, one per shapes element; ``checked``: :func:`check_table` was called before."""
+    slides, table, names, matrix = _open(sdata, keys, symbols)
     for slide in slides:
         if not checked:
             check_placement(sdata, slide)
@@ -78,32 +78,32 @@ def read_sections(
 
 
 def check_table(
-    sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]
+    sdata: SpatialData, keys: TrainingKeys, symbols: Mapping[str, str]
 ) -> tuple[dict[str, str], set[str], pd.Index]:
-    """Check what can be checked of one object without its pixels; return patients by section, labels and genes."""
-    slides, table, genes, matrix = _opened(sdata, keys, symbols)
+    """Check one object without reading pixels; return patients by section, labels and genes."""
+    slides, table, genes, matrix = _open(sdata, keys, symbols)
     patients, labels = {}, set()
     for slide in slides:
         check_placement(sdata, slide)
-        rows, _, _ = _counted(slide, matrix)
-        name, patient = _names(table, rows, slide, keys)
+        rows, _, _ = _spots_with_counts(slide, matrix)
+        name, patient = _section_and_patient(table, rows, slide, keys)
         if len(rows) < MIN_SPOTS:
             continue
         if name in patients:
-            raise ValueError(TWICE.format(name))
+            raise ValueError(DUPLICATE_NAME.format(name))
         patients[name] = patient
         if keys.annotation is not None:
             labels |= set(clean_names(table.obs[keys.annotation].iloc[rows]))
     return patients, labels - {None}, genes
 
 
-def _opened(
-    sdata: SpatialData, keys: Keys, symbols: Mapping[str, str]
+def _open(
+    sdata: SpatialData, keys: TrainingKeys, symbols: Mapping[str, str]
 ) -> tuple[tuple[Slide, ...], AnnData, pd.Index, scipy.sparse.csr_array]:
     """Slides, table, gene names and counts of one object."""
     slides = resolve(sdata, **keys.elements.places)
     if slides[0].table_key is None:
-        raise ValueError("`sdatas`: a section has no table; measured counts are needed to train")
+        raise ValueError("`sdatas`: a section has no table; training needs measured counts")
     table = sdata[slides[0].table_key]
     for parameter, key in (
         ("annotation_key", keys.annotation),
@@ -115,8 +115,10 @@ def _opened(
     return slides, table, gene_names(table, keys.elements.gene_symbols, symbols), _matrix(table, keys.elements.layer)
 
 
-def _counted(slide: Slide, matrix: scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndarray, scipy.sparse.csr_array]:
-    """Rows of the spots in the image on which something was counted, which of those in the image they are, their counts."""
+def _spots_with_counts(
+    slide: Slide, matrix: scipy.sparse.csr_array
+) -> tuple[np.ndarray, np.ndarray, scipy.sparse.csr_array]:
+    """Rows of the spots in the image that have counts, their mask among the spots in the image, and their counts."""
     counts = matrix[slide.rows[slide.inside]]
     counted = np.asarray(counts.sum(axis=1)).ravel() > 0
     rows = slide.rows[slide.inside][counted]
@@ -127,9 +129,11 @@ def _counted(slide: Slide, matrix: scipy.sparse.csr_array) -> tuple[np.ndarray, 
     return rows, counted, summed
 
 
-def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: Keys) -> Measured:
-    rows, counted, summed = _counted(slide, matrix)
-    name, patient = _names(table, rows, slide, keys)
+def _section(
+    table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: TrainingKeys
+) -> MeasuredSection:
+    rows, counted, summed = _spots_with_counts(slide, matrix)
+    name, patient = _section_and_patient(table, rows, slide, keys)
     for n, what in ((int((~slide.inside).sum()), "outside the image"), (int((~counted).sum()), "without counts")):
         if n:
             logger.warning("section %s: %d spots %s are left out", name, n, what)
@@ -137,7 +141,7 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
     if keys.annotation is not None:
         labels = clean_labels(table.obs[keys.annotation].iloc[rows], name)
     centres = slide.centres[slide.inside][counted]
-    return Measured(
+    return MeasuredSection(
         name=name,
         patient=patient,
         mpp=slide.mpp,
@@ -150,8 +154,8 @@ def _section(table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse
     )
 
 
-def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[str, str]:
-    """Section and patient of some spots, one each."""
+def _section_and_patient(table: AnnData, rows: np.ndarray, slide: Slide, keys: TrainingKeys) -> tuple[str, str]:
+    """Section and patient of the spots; raise unless there is exactly one of each."""
     found = []
     for parameter, key in (("section_key", keys.section), ("sample_key", keys.sample)):
         names = (clean_samples if parameter == "sample_key" else clean_names)(table.obs[key].iloc[rows])
@@ -164,7 +168,7 @@ def _names(table: AnnData, rows: np.ndarray, slide: Slide, keys: Keys) -> tuple[
         found.append(sorted(values))
     if any(len(values) != 1 for values in found):
         raise ValueError(
-            f"`section_key`, `sample_key`: the spots of {slide.shapes_key!r} belong to one section of one patient, found "
+            f"`section_key`, `sample_key`: the spots of {slide.shapes_key!r} must be of one section of one patient, found "
             f"sections {found[0][:5]} and patients {found[1][:5]}"
         )
     return found[0][0], found[1][0]
@@ -175,7 +179,7 @@ def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
     problem = summarize_values(matrix).problem
     if problem:
         raw = [name for name in layer_names(table) if not summarize_values(matrix_of(table, name)).problem]
-        hint = f"layer {raw[0]!r} does:" if raw else "put them into a layer and"
+        hint = f"layer {raw[0]!r} does:" if raw else "put raw counts into a layer and"
         raise ValueError(
             f"`layer`: {layer_label(layer)} does not hold raw counts (whole numbers from 0) but {problem}; {hint} pass "
             f"keys=hg.SectionKeys(layer={repr(raw[0]) if raw else '...'})"
@@ -184,16 +188,16 @@ def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
 
 
 def join(
-    read: Sequence[Measured],
+    read: Sequence[MeasuredSection],
     features: Sequence[np.ndarray],
     chosen: GeneSelection,
     labels: Classes,
     *,
     all_listed: bool = False,
 ) -> tuple[list[Section], pd.Index, tuple[str, ...]]:
-    """Bring sections to one gene list and one list of classes, without the rarest genes: sections, genes, classes.
+    """Join sections with a common gene list and common classes, without the rarest genes: sections, genes, classes.
 
-    Features are ``(n, r, f)``; targets are on disk; ``all_listed`` learns genes that no spot shows too.
+    Features are ``(n, r, f)``; targets are on disk; ``all_listed`` keeps genes that were not detected in any spot.
     """
     from ...training import Section, log_targets, spill
 
@@ -203,13 +207,13 @@ def join(
     genes, measured = _join_genes(read, chosen)
     classes, codes = code_classes([section.labels for section in read], labels)
     if chosen.genes is None and not all_listed:
-        seen = sum(_seen(section, genes) for section in read)
-        spots = sum(section.counts.shape[0] * there for section, there in zip(read, measured, strict=True))
+        seen = sum(_n_detected(section, genes) for section in read)
+        spots = sum(section.counts.shape[0] * mask for section, mask in zip(read, measured, strict=True))
         frequent = seen >= np.maximum(chosen.min_spot_share * spots, 1)
-        genes, measured = genes[frequent], [there[frequent] for there in measured]
+        genes, measured = genes[frequent], [mask[frequent] for mask in measured]
     totals = totals_of(read, chosen)
     targets = spill(
-        _align(log_targets(section.counts, total), _places(genes, section))
+        _align(log_targets(section.counts, total), _gene_columns(genes, section))
         for section, total in zip(read, totals, strict=True)
     )
     sections = [
@@ -230,10 +234,10 @@ def join(
     return sections, genes, classes
 
 
-def totals_of(sections: Sequence[Measured], chosen: GeneSelection) -> list[np.ndarray]:
-    """Count each spot over the genes of all sections; where a section lists fewer, as if it listed all.
+def totals_of(sections: Sequence[MeasuredSection], chosen: GeneSelection) -> list[np.ndarray]:
+    """Total counts of each spot, rescaled to the genes of all sections if a section lists fewer.
 
-    Its share of all counts is taken from the sections that measured the rest; right for tissue that is alike.
+    The share of the counts that a section lists is estimated from the other sections; valid for similar tissue.
     """
     own = [np.asarray(section.counts.sum(axis=1), np.float64).ravel() for section in sections]
     listed = pd.Series(Counter(chain.from_iterable(section.genes for section in sections))).sort_index()
@@ -250,50 +254,50 @@ def totals_of(sections: Sequence[Measured], chosen: GeneSelection) -> list[np.nd
         least = min(least, shared)
     if least < _ENOUGH_COUNTS:
         logger.warning(
-            "gene lists differ, and the genes that all sections measured have only %d counts in one of them: counts per 10,000 are "
-            "of each section's own genes and cannot be compared well",
+            "gene lists differ, and the genes that all sections measured have only %d counts in one section, too few to rescale: "
+            "counts per 10,000 refer to each section's own genes and are hard to compare",
             int(least),
         )
         return own
     rate = counted / base
-    found = []
+    totals = []
     for section, total in zip(sections, own, strict=True):
         share = rate[union.get_indexer(section.genes)].sum() / rate.sum()
-        if share < _WHOLE_LIST:
+        if share < _FULL_LIST:
             logger.warning(
-                "section %s lists genes that make up %.0f %% of the counts of all genes, by the sections that list more: its "
-                "counts are taken for that part of all (genes=hg.GeneSelection(missing_genes_are_zero=True): for all)",
+                "section %s measures only part of the genes (about %.0f %% of the counts in the other sections): its library sizes are "
+                "rescaled; pass genes=hg.GeneSelection(missing_genes_are_zero=True) to disable this",
                 *(section.name, 100 * share),
             )
-        found.append(total / share)
-    return found
+        totals.append(total / share)
+    return totals
 
 
-def _seen(section: Measured, genes: pd.Index) -> np.ndarray:
-    """Count the spots of a section in which each gene was seen, ``(g,)``."""
+def _n_detected(section: MeasuredSection, genes: pd.Index) -> np.ndarray:
+    """Count the spots of a section in which each gene was detected, ``(g,)``."""
     counts = section.counts
-    found = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
-    positions = _places(genes, section)
-    return np.where(positions >= 0, found[positions], 0)
+    detected = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
+    positions = _gene_columns(genes, section)
+    return np.where(positions >= 0, detected[positions], 0)
 
 
-def _places(genes: pd.Index, section: Measured) -> np.ndarray:
-    """Columns of genes in the counts of a section, -1 where it lacks them; no table of names is left in the section."""
-    found = np.full(len(genes), -1)
-    there = genes.get_indexer(section.genes)
-    found[there[there >= 0]] = np.flatnonzero(there >= 0)
-    return found
+def _gene_columns(genes: pd.Index, section: MeasuredSection) -> np.ndarray:
+    """Columns of genes in the counts of a section, -1 if missing; does not build a lookup table in the section."""
+    columns = np.full(len(genes), -1)
+    positions = genes.get_indexer(section.genes)
+    columns[positions[positions >= 0]] = np.flatnonzero(positions >= 0)
+    return columns
 
 
-def _join_genes(sections: Sequence[Measured], chosen: GeneSelection) -> tuple[pd.Index, list[np.ndarray]]:
-    """All genes, sorted, and for each section whether they were measured there."""
+def _join_genes(sections: Sequence[MeasuredSection], chosen: GeneSelection) -> tuple[pd.Index, list[np.ndarray]]:
+    """All genes, sorted, and for each section a mask of the genes that were measured there."""
     union = check_gene_lists({section.name: section.genes for section in sections}, chosen)
     everywhere = np.ones(len(union), bool)
     return union, [everywhere if chosen.missing_genes_are_zero else union.isin(section.genes) for section in sections]
 
 
 def _align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:
-    """Take columns of a sparse array, empty ones where the position is -1."""
+    """Take columns of a sparse array; position -1 gives an empty column."""
     padded = scipy.sparse.csc_array(
         (targets.data, targets.indices, np.append(targets.indptr, targets.indptr[-1])),
         shape=(targets.shape[0], targets.shape[1] + 1),

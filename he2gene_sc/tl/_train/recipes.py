@@ -1,4 +1,4 @@
-"""Presets of ``hg.tl.train`` with changes, checked when they are made."""
+"""Presets of ``hg.tl.train`` and changes of them, validated on creation."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ class DefaultRecipe(validate.Checked):
     Parameters
     ----------
     windows_um
-        Sides of the windows around a spot, µm; resolution may differ between sections. Default: 100, 200 and 400; of an
-        encoder that was trained at a known µm/px, its input at that µm/px and twice as wide (112 and 224 for 224 px at
+        Sides of the windows around a spot, µm; resolution may differ between sections. Default: 100, 200 and 400. For an
+        encoder trained at a known µm/px: its input size at that µm/px, and twice this size (112 and 224 for 224 px at
         0.5 µm/px).
     stages
-        Stages of the encoder whose mean maps are the features. ``"auto"``: the last three of a convolutional network;
-        ``None``: its own output, as ``"auto"`` does for transformers.
+        Stages of the encoder whose averaged feature maps are the features. ``"auto"``: the last three of a convolutional
+        network, and the output of a transformer; ``None``: the output.
     tile_windows
-        Whether an encoder that was trained at a known µm/px reads a wider window as tiles at its own µm/px, whose features
-        are averaged: 2 × 2 for 224 µm, 4 × 4 for 448. ``False``: each window is resized to one input, however coarse. The
-        card states the tiles.
+        Whether an encoder trained at a known µm/px reads a wider window as tiles at its own µm/px, whose features
+        are averaged: 2 × 2 for 224 µm, 4 × 4 for 448. ``False``: each window is resized to one input at any µm/px. The
+        model card states the tiles.
     n_latent
         Length of the embedding.
     by_level
-        Whether to keep the residuals of ``hg.tl.intervals(by="level")``: 440 bytes of the model's file a gene.
+        Whether to keep the residuals for ``hg.tl.intervals(by="level")``: 440 bytes per gene in the model file.
     batch_size
-        Spots a batch of the encoder; it does not change the result.
+        Spots per batch of the encoder; does not change the result.
     dtype
         As in :func:`he2gene_sc.tl.predict`.
 
@@ -53,7 +53,7 @@ class DefaultRecipe(validate.Checked):
     >>> preset = hg.DefaultRecipe(windows_um=[100, 200], n_latent=64)
     """
 
-    #: Encoder that is taken unless another is given.
+    #: Default encoder.
     usual_encoder: ClassVar[str] = "efficientnet-lite0"
 
     windows_um: Sequence[float] | None = None
@@ -72,13 +72,13 @@ class DefaultRecipe(validate.Checked):
             or self.stages == "auto"
             or (listed and all(validate.is_whole(stage) and stage >= 0 for stage in self.stages))
         ):
-            raise ValueError(f"`stages` is {self.stages!r}; a list of positions from 0, 'auto' or None is needed")
+            raise ValueError(f"`stages` is {self.stages!r}; pass a list of positions from 0, 'auto' or None")
         validate.whole_number(self.n_latent, "n_latent")
         validate.whole_number(self.batch_size, "batch_size")
         self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))
 
     def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], tuple[int, ...] | None]:
-        """Windows for an encoder, and tiles a side of each."""
+        """Windows for an encoder, and the tiles per side of each."""
         from ...models._encoders.scale import default_windows, tiles_of
 
         windows_um = tuple(self.windows_um or default_windows(spec) or WINDOWS_UM)
@@ -94,19 +94,19 @@ class PaperRecipe(RunOptions):
     name
         ``"he2gene-base"`` or ``"he2gene-spat"``.
     exact
-        Train to the letter: all genes that a section lists are learned, an annotation of two classes is one logit and a
-        sigmoid and is not calibrated, precision is single, and windows are 75, 150 and 225 px at the 0.69 µm/px of the
-        paper's images (51.75, 103.5 and 155.25 µm). ``validation="random"`` is as in the paper too. What still differs
-        stands in ``docs/reproduce.md``.
+        Train exactly as in the paper: learn all genes that a section lists; an annotation of two classes has one logit with a
+        sigmoid and no calibration; single precision; windows of 75, 150 and 225 px at the 0.69 µm/px of the
+        paper's images (51.75, 103.5 and 155.25 µm). The paper also used ``validation="random"``. Remaining differences are
+        listed in ``docs/reproduce.md``.
     windows_um
         Sides of the windows over which predictions are averaged, µm. Default: 50, 100 and 150.
     batch_size, max_epochs, patience, lr
-        Spots a step, over all devices; epochs at most, and those without a better held-out error after which training stops;
-        learning rate. Default: the preset's.
+        Spots per step, over all devices; largest number of epochs; number of epochs without a lower held-out error before
+        training stops; learning rate. Default: those of the preset.
     cross_validate
-        Held-out figures from folds that did not decide when to stop, at several times the work.
+        Compute held-out metrics by cross-validation, in folds that were not used for early stopping; several times the work.
     patches_at_once, precision, devices, num_nodes, strategy, checkpoint_dir, checkpoint_steps, resume, callbacks
-        How it is trained on this machine, see :class:`he2gene_sc.training.RunOptions`.
+        How to train on this machine, see :class:`he2gene_sc.training.RunOptions`.
 
     Examples
     --------
@@ -135,15 +135,15 @@ class PaperRecipe(RunOptions):
         if self.lr is not None:
             validate.in_range(self.lr, "lr", above=0)
         self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))
-        for name, value, its in (
+        for name, value, exact_value in (
             ("windows_um", self.windows_um, "75, 150 and 225 px at 0.69 µm/px"),
             ("precision", None if self.precision in ("32", "32-true") else self.precision, "'32-true'"),
         ):
             if self.exact and value is not None:
-                raise ValueError(f"`{name}` is {value!r}, but `exact` sets it ({its}); drop one of them")
+                raise ValueError(f"`{name}` is {value!r}, but `exact` sets it ({exact_value}); drop one of them")
 
     def preset(self) -> Preset:
-        """Return the numbers of the paper, with the changes."""
+        """Return the preset of the paper with the changes."""
         from ...training import PRESETS as known
 
         preset = known[self.name].exact_recipe() if self.exact else known[self.name]
@@ -151,12 +151,12 @@ class PaperRecipe(RunOptions):
         return replace(preset, **{name: value for name, value in changes.items() if value is not None})
 
     def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], None]:
-        """Windows at inference; none is read as tiles."""
+        """Windows at inference; without tiles."""
         return self.preset().windows_um, None
 
 
 def recipe_of(preset: Any) -> DefaultRecipe | PaperRecipe:
-    """Recipe of a preset that may be named."""
+    """Recipe of a preset, which may be given by name."""
     if isinstance(preset, DefaultRecipe | PaperRecipe):
         return preset
     return DefaultRecipe() if validate.one_of(preset, PRESETS, "preset") == "default" else PaperRecipe(preset)

@@ -1,4 +1,4 @@
-"""``hg.tl.train``: a model from sections with measured counts."""
+"""``hg.tl.train``: train a model on sections with measured counts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from ..._core import validate
 from ..._core.logs import logger
 from ..._settings import settings
-from .arguments import identifiers, read_all, wide_enough
+from .arguments import check_window_pixels, identifiers, read_all
 from .gene_lists import symbols_of
-from .options import MIN_SPOT_SHARE, CardText, Classes, GeneSelection, Keys, Plan, SectionKeys
+from .options import MIN_SPOT_SHARE, CardText, Classes, GeneSelection, Plan, SectionKeys, TrainingKeys
 from .recipes import DefaultRecipe, PaperRecipe, recipe_of
 
 if TYPE_CHECKING:
@@ -47,69 +47,69 @@ def train(
 ) -> HE2Gene:
     """Train a model on sections with measured counts.
 
-    ``"default"`` fits closed-form heads on a frozen encoder: maps of its last stages under several windows, with colour,
-    standardised within the slide; principal components of a spot and of the rings of neighbours around it; a ridge to all
-    genes, its small components shrunk; a calibrated multinomial logistic regression to the annotation. It is solved from
-    sums: features, counts and held-out predictions stay on disk. Nothing in it needs a GPU, and on the CPU it is
-    deterministic. What was tried, and why it is this, stands in ``docs/experiments.md``.
+    ``"default"`` fits closed-form heads on a frozen encoder. Features are maps of its last stages under several windows, with
+    colour, standardised within the slide; then principal components of a spot and of the rings of neighbours around it. The
+    heads are a ridge regression to all genes, with small components shrunk, and a calibrated multinomial logistic regression
+    to the annotation. They are solved from sums: features, counts and held-out predictions stay on disk. No GPU is needed, and
+    on the CPU training is deterministic. ``docs/experiments.md`` compares alternatives.
 
     ``"he2gene-base"`` and ``"he2gene-spat"`` train a whole network by gradient as HE2Gene (Bioinformatics 2024,
-    btae343) does, with its faults mended: whole patients are held out, and absent neighbours count for nothing.
+    btae343), with two corrections: whole patients are held out, and missing neighbours have no weight.
 
     Parameters
     ----------
     sdatas
-        Sections, each with an image, spots and a table of raw counts. An iterable is read one by one, so that one image
-        at a time is in memory.
+        Sections, each with an image, spots and a table of raw counts. An iterable is read section by section, with one image
+        in memory at a time.
     preset
         The recipe; :class:`he2gene_sc.DefaultRecipe` and :class:`he2gene_sc.PaperRecipe` are presets with changes.
     annotation_key
-        Labels in ``obs``; missing ones are left out, and a section without any still trains expression. ``None``: no
+        Labels in ``obs``. Spots without a label are not used for the annotation, but for expression. ``None``: no
         annotation head.
     sample_key, section_key
-        Patient and section in ``obs``. Patients are the unit that is held out.
+        Patient and section in ``obs``. Whole patients are held out.
     keys
-        Image, spots, table, layer of counts and names of genes, where the objects hold several or do not say; see
+        Image, spots, table, layer of counts and names of genes, if the objects hold several or do not define them; see
         :class:`he2gene_sc.SectionKeys`.
     classes
-        Label to class, to merge labels, or :class:`he2gene_sc.Classes`, which has labels to ignore and colours too.
+        Label to class, to merge labels, or :class:`he2gene_sc.Classes`, for labels to ignore and colours too.
     genes
-        Genes to learn, or :class:`he2gene_sc.GeneSelection`, which has the number of target genes too, and whether genes
-        that a section does not list were seen to be absent. Default: all that were seen in 1 % of the spots.
+        Genes to learn, or :class:`he2gene_sc.GeneSelection`, for the number of target genes too, and whether genes
+        that a section does not list are zero. Default: all genes detected in 1 % of the spots.
     encoder
-        Name in ``hg.models.ENCODERS`` or of timm, a folder as timm saves it, or ``(module, hg.models.EncoderSpec(...))``, which
-        ``hg.models.load_encoder(name, weights=...)`` gives too. A UserWarning says if the windows show it another µm/px than
-        it was trained at (``EncoderSpec.mpp``). Default:
-        ``"efficientnet-lite0"``, which is in the package; for the paper's presets ``"resnet50"``, which it used.
+        Name in ``hg.models.ENCODERS`` or of timm, a folder saved by timm, or ``(module, hg.models.EncoderSpec(...))``, also from
+        ``hg.models.load_encoder(name, weights=...)``. A UserWarning is given if the windows have another µm/px than the
+        encoder was trained at (``EncoderSpec.mpp``). Default: ``"efficientnet-lite0"``, which is in the package; for the paper's
+        presets ``"resnet50"``, as in the paper.
     validation
-        ``"grouped"``: whole patients are held out; whole sections, with a warning, where all are of one patient; parts
-        of a section, with a stronger one, where there is no other. ``"random"``: random spots, as the paper did; their
-        neighbours were trained on, so figures are too good. For comparison.
+        ``"grouped"``: hold out whole patients; whole sections, with a warning, if there is one patient; parts
+        of a section, with a stronger warning, if there is one section. ``"random"``: random spots as in the paper, only for
+        comparison: neighbouring spots were in training, so metrics are too good.
     cache
-        Folder to keep the encoder's features in, keyed by pixels, windows and encoder, so that another head costs no
-        second pass. Default: a temporary one. Not for the paper's presets.
+        Folder for the encoder's features, keyed by pixels, windows and encoder, so that further models do not encode again.
+        Default: a temporary folder. Not for the paper's presets.
     seed
-        Of what is random.
+        Random seed.
     name, card
-        Name of the model, and what its card says beside it, see :class:`he2gene_sc.CardText`.
+        Name of the model, and further texts of the model card, see :class:`he2gene_sc.CardText`.
     device, show_progress_bar
         As in :func:`he2gene_sc.tl.predict`.
 
     Returns
     -------
     he2gene_sc.models.HE2Gene
-        With ``.save(path)``, ``.card`` and ``.genes``; use it at once as ``hg.tl.predict(sdata, model=model)``.
+        Model with ``.save(path)``, ``.card`` and ``.genes``, ready for ``hg.tl.predict(sdata, model=model)``.
 
     Raises
     ------
     ValueError
-        If an argument does not fit, counts are not raw, gene names stand twice, or gene lists hardly overlap.
+        If an argument is not valid, counts are not raw, gene names are duplicated, or gene lists hardly overlap.
     RuntimeError
-        If the weights of the encoder cannot be had; the message says how to get them.
+        If the weights of the encoder are not available; the message tells how to get them.
     OSError
-        If the disk has no room for the features.
+        If the disk has too little space for the features.
     MemoryError
-        If the sums that training collects, or what a batch leaves behind for its gradient, would not fit into memory.
+        If the sums of training, or the activations of a batch for its gradient, do not fit into memory.
 
     Examples
     --------
@@ -127,13 +127,13 @@ def train(
     from ...models._encoders.scale import describe_tiles, warn_of_scale
 
     recipe = recipe_of(preset)
-    keys = _made(keys, SectionKeys, "keys")
+    keys = _or_default(keys, SectionKeys, "keys")
     genes = genes if isinstance(genes, GeneSelection) else GeneSelection(genes=genes)
     classes = classes if isinstance(classes, Classes) else Classes(merge={} if classes is None else classes)
-    card = _made(card, CardText, "card")
+    card = _or_default(card, CardText, "card")
     validate.one_of(validation, ("grouped", "random"), "validation")
     if classes.merge and annotation_key is None:
-        raise ValueError("`classes` names labels, but `annotation_key` is None; name the column of obs that holds them")
+        raise ValueError("`classes` names labels, but `annotation_key` is None; name the column of obs with the labels")
     folder = None if cache is None else validate.folder_or_file(cache, "cache")
     if isinstance(recipe, PaperRecipe):
         _check_paper(recipe, genes, cache)
@@ -149,12 +149,12 @@ def train(
             describe_tiles(windows_um, tiles, spec.input_px),
         )
     warn_of_scale(spec, windows_um, tiles)
-    # What is not named cannot be found again by name.
+    # A network or folder cannot be loaded again by name.
     named = isinstance(encoder, str) and local_path(encoder) is None
     ids, symbols = identifiers(genes.ensembl_ids)
     if genes.genes is not None:
         genes = replace(genes, genes=symbols_of(genes.genes, symbols))
-    columns = Keys(annotation_key, sample_key, section_key, keys)
+    columns = TrainingKeys(annotation_key, sample_key, section_key, keys)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="he2gene-")))
         plan = Plan(
@@ -176,7 +176,7 @@ def train(
             work=work,
             cache=work if folder is None else folder,
         )
-        sections = wide_enough(read_all(sdatas, columns, symbols, genes, classes), windows_um)
+        sections = check_window_pixels(read_all(sdatas, columns, symbols, genes, classes), windows_um)
         if isinstance(recipe, PaperRecipe):
             from .network import train_by_gradient
 
@@ -190,8 +190,8 @@ def train(
     return replace(model, encoder=encoder if isinstance(encoder, tuple) else (network, spec))
 
 
-def _made(given: T | None, kind: type[T], parameter: str) -> T:
-    """Return what was given, or, without it, what its defaults make."""
+def _or_default(given: T | None, kind: type[T], parameter: str) -> T:
+    """Return the given object, or one with default values."""
     if given is not None:
         validate.instance(given, kind, parameter, f"hg.{kind.__name__}(...)")
         return given
@@ -199,15 +199,14 @@ def _made(given: T | None, kind: type[T], parameter: str) -> T:
 
 
 def _check_paper(recipe: PaperRecipe, genes: GeneSelection, cache: object) -> None:
-    """Refuse what a preset of the paper does not read, or cannot write to."""
+    """Raise for arguments that the presets of the paper do not use, and for a folder that cannot be written."""
     if cache is not None:
         raise ValueError(
-            f"`cache` is {cache!r}, which preset {recipe.name!r} does not read: it trains the encoder, on its own output, "
-            "in the precision of `precision`"
+            f"`cache` is {cache!r}, but preset {recipe.name!r} trains the encoder and has no features to cache; leave it out"
         )
     if genes.programmes is not None:
         raise ValueError(
-            f"`programmes` of `genes` are read by preset 'default' alone, not by {recipe.name!r}; leave them out"
+            f"`programmes` of `genes` are only for preset 'default', not for {recipe.name!r}; leave them out"
         )
     if recipe.exact and genes.min_spot_share not in (MIN_SPOT_SHARE, 0):
         raise ValueError(

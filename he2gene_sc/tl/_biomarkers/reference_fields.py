@@ -1,4 +1,4 @@
-"""Predictions that know no gene: what depth, colour and place of a spot reach in place of a model."""
+"""Gene-independent references for a model: effects predicted from the depth, colour and position of the spots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fields(
     measured: SpotData,
     layer: str,
 ) -> dict[str, np.ndarray]:
-    """Depth (log total counts) and colour (darkness) of every spot, standardised within sections, where all have it."""
+    """Depth (log total counts) and colour (darkness) of every spot, standardised within sections; only fields that all spots have."""
     found: dict[str, np.ndarray] = {}
     depth = depth_of(measured, "auto")
     if depth is not None:
@@ -36,10 +36,10 @@ def fields(
     if len(known) == len(colours):
         rgb = np.concatenate([c[rows] for c, rows in zip(known, measured.rows, strict=True)])
         found[COLOUR] = -rgb.mean(1)
-    return {name: within_sections(values, measured) for name, values in found.items()}
+    return {name: standardise_in_sections(values, measured) for name, values in found.items()}
 
 
-def within_sections(values: np.ndarray, spots: SpotData) -> np.ndarray:
+def standardise_in_sections(values: np.ndarray, spots: SpotData) -> np.ndarray:
     out = np.zeros(len(values))
     places = pd.DataFrame({"sample": spots.samples, "section": spots.units})
     for rows in places.groupby(["sample", "section"], sort=False).indices.values():
@@ -51,7 +51,7 @@ def within_sections(values: np.ndarray, spots: SpotData) -> np.ndarray:
 
 
 def effects(spots: SpotData, by_spot: dict[str, np.ndarray], groups: Iterable[str], reference: str) -> pd.DataFrame:
-    """Mean difference of each field between a group and its reference over samples: a row a reference, a column a group."""
+    """Mean difference of each field between a group and its reference over samples: one row per field, one column per group."""
     rows: dict[str, dict[str, float]] = {name: {} for name in by_spot}
     if spots.xy is not None:
         rows[COORDINATES] = {}
@@ -64,7 +64,7 @@ def effects(spots: SpotData, by_spot: dict[str, np.ndarray], groups: Iterable[st
                 a, b = (np.flatnonzero(part & (spots.samples == sample)) for part in (inside, outside))
                 if len(a) and len(b):
                     gaps.append(
-                        _place(spots, a, b)
+                        _position_gap(spots, a, b)
                         if name == COORDINATES
                         else by_spot[name][a].mean() - by_spot[name][b].mean()
                     )
@@ -72,8 +72,8 @@ def effects(spots: SpotData, by_spot: dict[str, np.ndarray], groups: Iterable[st
     return pd.DataFrame(rows).T
 
 
-def _place(spots: SpotData, a: np.ndarray, b: np.ndarray) -> float:
-    """Distance of the middles of two groups, in SD of the spots along the line between them."""
+def _position_gap(spots: SpotData, a: np.ndarray, b: np.ndarray) -> float:
+    """Distance between the centres of two groups, in SD of the spots along the line between them."""
     assert spots.xy is not None
     xy = spots.xy[np.concatenate([a, b])]
     gap = spots.xy[a].mean(0) - spots.xy[b].mean(0)
