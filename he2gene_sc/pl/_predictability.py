@@ -180,18 +180,22 @@ def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
     # Names stand as near as can be to the height of their points, a line apart, and inside the axes.
     order = step * np.arange(len(chosen))
     at = np.clip(isotonic_regression(y + order, increasing=False), low + order[-1] + step / 2, high - step / 2) - order
-    column = right * (right / left) ** 0.03
     for name, point, place in zip(chosen, zip(x, y, strict=True), at, strict=True):
         ax.annotate(
             name,
             point,
-            xytext=(column, place),
+            xytext=(0.98, place),
+            textcoords=("axes fraction", "data"),
             fontsize=_FONT_SIZE,
+            ha="right",
             va="center",
             arrowprops={"arrowstyle": "-", "color": "#b8b8b8", "lw": 0.4, "shrinkA": 1, "shrinkB": 3, "zorder": 1.5},
             zorder=5,
         )
-    ax.set_xlim(left, right * (right / left) ** (0.05 + 0.012 * max(map(len, chosen))))
+    # The share of the axis that the longest name takes.
+    width = ax.get_window_extent().width * 72 / ax.figure.dpi
+    share = min(0.7 * _FONT_SIZE * max(map(len, chosen)) / width, 0.5)
+    ax.set_xlim(left, right * (right / left) ** ((0.04 + share) / (1 - share)))
     ax.set_ylim(low, high)
 
 

@@ -147,7 +147,9 @@ def _by_squidpy(thumbnail: np.ndarray, method: str, kwargs: dict[str, Any]) -> n
     reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
     # H&E has a bright background; squidpy then needs no corners to tell, which an inset or a full slide would mislead.
     kwargs = {"corners_are_background": method == "weka", **kwargs}
-    with logs.silence("spatialdata._logging"):
+    with logs.silence("spatialdata._logging"), warnings.catch_warnings():
+        # squidpy calls scikit-image by an old name; users cannot change that.
+        warnings.filterwarnings("ignore", "Parameter `area_threshold` is deprecated", FutureWarning)
         found = sq.experimental.im.detect_tissue(
             reduced, "image", method=method, channel_format="rgb", inplace=False, **kwargs
         )

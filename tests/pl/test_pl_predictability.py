@@ -41,6 +41,12 @@ def test_labels_do_not_overlap_and_stand_inside(bundled, genes):
     assert all(inside.y0 <= box.y0 + 1 and box.y1 <= inside.y1 + 1 for box in found)
 
 
+def test_labels_stand_inside_narrow_axes(bundled):
+    ax = hg.pl.predictability(bundled, genes=["COL1A1", "HLA-DRB1"], figsize=(3.2, 4.5))
+    found = boxes(ax)
+    assert all(box.x1 < ax.get_window_extent().x1 for box in found)
+
+
 def test_a_line_leads_to_the_point_that_a_label_means(bundled):
     ax = hg.pl.predictability(bundled, genes="ERBB2")
     (text,) = ax.texts

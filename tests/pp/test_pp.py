@@ -104,6 +104,8 @@ def test_ink_of_a_pen_among_the_tissue_is_said(ink, said):
     pixels, tissue = disc()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        # Of squidpy too, which nobody here can mend.
+        warnings.simplefilter("error", FutureWarning)
         hg.pp.tissue(bare(pixels))
     pixels[:, 270:330, 250:550] = np.array(ink, np.uint8)[:, None, None]
     with pytest.warns(UserWarning, match=said):
