@@ -1,1 +1,1 @@
-"""``hg.report``: one page of a slide to hand on, and the index of a cohort."""
+"""``hg.report``: HTML report of a slide, and index of a cohort."""

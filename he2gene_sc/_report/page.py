@@ -1,4 +1,4 @@
-"""What a page is made of, and the page as HTML without anything outside of it."""
+"""Parts of a page, and rendering of a page as self-contained HTML."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-#: What marks a page as ours, and where in the file it stands at the latest.
-_MARK, _HEAD = b'name="generator" content="he2gene_sc report"', 1000
+#: Text that identifies our pages, and the number of bytes at the start of the file that contain it.
+_MARK, _HEAD_BYTES = b'name="generator" content="he2gene_sc report"', 1000
 _DPI, _COLOURS = 90, 255
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a table, with a colour before it or a link to another page."""
+    """Cell of a table: a text, with a colour before it or a link to another page."""
 
     text: str
     color: str = ""
@@ -29,7 +29,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """Rows of cells below the names of the columns; without names a list of facts."""
+    """Rows of cells below the names of the columns; without names, a list of facts."""
 
     rows: list[list[Cell]]
     columns: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Table:
 
 @dataclass
 class Section:
-    """A part of the page, which is left out where it holds nothing."""
+    """Section of a page; empty sections are left out."""
 
     id: str
     title: str
@@ -46,7 +46,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
 
     def draw(self, axes: Any, caption: str) -> None:
-        """Add the figure of some axes as PNG, and close it."""
+        """Add the figure of ``axes`` as PNG, and close it."""
         import matplotlib.pyplot as plt
         from PIL import Image
 
@@ -56,25 +56,25 @@ class Section:
             figure.savefig(raw, dpi=_DPI, bbox_inches="tight")
         finally:
             plt.close(figure)
-        # A palette takes a third of the bytes, and is hardly seen.
+        # A palette reduces the size to a third, with hardly visible differences.
         Image.open(raw).convert("RGB").quantize(_COLOURS).save(png, "PNG", optimize=True)
         self.figures.append({"png": base64.b64encode(png.getvalue()).decode(), "caption": caption})
 
     def list_facts(self, facts: dict[str, Any]) -> None:
         """Add a table of names and values."""
-        self.tables.append(Table([[Cell(name), Cell(shown(value))] for name, value in facts.items()]))
+        self.tables.append(Table([[Cell(name), Cell(as_text(value))] for name, value in facts.items()]))
 
     def add_frame(self, frame: pd.DataFrame) -> None:
         """Add a table."""
         rows = [
-            [value if isinstance(value, Cell) else Cell(shown(value)) for value in row]
+            [value if isinstance(value, Cell) else Cell(as_text(value)) for value in row]
             for row in frame.to_numpy(object)
         ]
         self.tables.append(Table(rows, [str(name) for name in frame.columns]))
 
 
-def shown(value: Any) -> str:
-    """Write a value for people: three digits, a dash for what is missing."""
+def as_text(value: Any) -> str:
+    """Format a value for the reader: three digits, and a dash for missing values."""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if value is None or value is pd.NA or (isinstance(value, float | np.floating) and not np.isfinite(value)):
@@ -85,14 +85,14 @@ def shown(value: Any) -> str:
     if isinstance(value, int | np.integer):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {shown(each)}" for name, each in value.items())
+        return ", ".join(f"{name}: {as_text(item)}" for name, item in value.items())
     if isinstance(value, list | tuple | np.ndarray):
-        return ", ".join(shown(each) for each in value)
+        return ", ".join(as_text(item) for item in value)
     return str(value)
 
 
 def render(title: str, sections: Sequence[Section]) -> bytes:
-    """Return the page."""
+    """Return the page as HTML."""
     from datetime import UTC, datetime
     from importlib.metadata import version
 
@@ -109,13 +109,13 @@ def render(title: str, sections: Sequence[Section]) -> bytes:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a page that we made."""
+    """Return whether a file is a page of ``hg.report``."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return _MARK in file.read(_HEAD)
+        return _MARK in file.read(_HEAD_BYTES)
 
 
 def file_name(name: str) -> str:
-    """Name of a file for a slide, without what links and file systems do not take."""
+    """Return a file name for a slide, with characters that are valid in links and file systems."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "slide"

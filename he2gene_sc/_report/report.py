@@ -1,4 +1,4 @@
-"""``hg.report``: a self-contained HTML page of a slide, or an index of many with a page of each."""
+"""``hg.report``: a self-contained HTML page of a slide, or an index and pages of many slides."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _SUFFIXES = (".html", ".htm")
-#: Columns of a summary of slides that its index shows.
+#: Columns of a summary of slides that are shown in the index.
 _SUMMARY = (
     "status",
     "spots",
@@ -55,11 +55,11 @@ def report(
     shapes_key: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a page (HTML) of a predicted slide, with all figures in the file; of many slides an index and a page of each.
+    """Write an HTML page of a predicted slide, with all figures in the file; for many slides, an index and a page of each.
 
-    The page says first what holds for a new patient. Then come slide and model, tissue and out-of-distribution score, quality of the
-    image where :func:`he2gene_sc.pp.qc` was run, annotation, reliable genes, the chosen genes with their intervals, and what was run:
-    evaluation, biomarkers, domains. It opens without a network.
+    The page begins with what holds for a new patient. Then follow slide and model, tissue and out-of-distribution score, quality of
+    the image if :func:`he2gene_sc.pp.qc` was run, annotation, reliable genes, the chosen genes with their intervals, and results of
+    evaluation, biomarkers and domains. No network is needed to open it.
 
     Parameters
     ----------
@@ -67,18 +67,18 @@ def report(
         Object or table that :func:`he2gene_sc.tl.predict` wrote to, or the path of a store. For many slides: a list of stores, a
         folder of them, or the summary of :func:`he2gene_sc.cohort.predict`, as DataFrame or file.
     path
-        File to write; default ``"report.html"``. For many slides a folder, or the file of the index in it; default
-        ``"reports/index.html"``. A page that we made is replaced, another file only with ``overwrite``.
+        File to write; default ``"report.html"``. For many slides, a folder, or the file of the index in it; default
+        ``"reports/index.html"``. An earlier report is replaced; any other file only with ``overwrite``.
     genes
-        Genes to show in any case.
+        Genes to show in addition to reliable genes.
     n_genes
-        Number of reliable genes that are drawn.
+        Number of reliable genes to draw.
     title
         Title of the page; default: the name of the section.
     model
-        Model that predicted, where it is not bundled: its limitations are shown.
+        Model of the prediction if it is not bundled; its limitations are shown.
     prediction_key, table_key, shapes_key
-        As given to predict; the last two where there are several.
+        As given to predict; the last two are needed if there are several.
     overwrite
         Whether a file that is not a report may be replaced.
 
@@ -90,9 +90,9 @@ def report(
     Raises
     ------
     ValueError
-        If nothing was predicted, or a gene is not there.
+        If there is no prediction, or a gene was not predicted.
     FileExistsError
-        If a file is there that is not a report, without ``overwrite``.
+        If the file exists and is not a report, without ``overwrite``.
 
     Examples
     --------
@@ -106,22 +106,26 @@ def report(
     options = {"genes": genes, "n_genes": n_genes, "model": model, "prediction_key": prediction_key}
     options |= {"table_key": table_key, "shapes_key": shapes_key}
     if is_object(data):
-        return _one(data, path, title, overwrite, options)
+        return _write_page(data, path, title, overwrite, options)
     from ..io._open import open_store
 
     slides = _slides(data)
     if slides is None:
-        return _one(open_store(Path(data), "data"), path, title, overwrite, options)  # type: ignore[arg-type]
-    return _many(slides, path, title, overwrite, options)
+        return _write_page(open_store(Path(data), "data"), path, title, overwrite, options)  # type: ignore[arg-type]
+    return _write_pages(slides, path, title, overwrite, options)
 
 
-def _one(data: Any, path: str | Path | None, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:
-    place = _free("report.html" if path is None else path, overwrite)
-    put_file(place, render(*_page(data, title, **options)))
-    return place
+def _write_page(
+    data: Any, path: str | Path | None, title: str | None, overwrite: bool, options: dict[str, Any]
+) -> Path:
+    """Write the page of one slide."""
+    file = _check_file("report.html" if path is None else path, overwrite)
+    put_file(file, render(*_page(data, title, **options)))
+    return file
 
 
-def _free(path: str | Path, overwrite: bool) -> Path:
+def _check_file(path: str | Path, overwrite: bool) -> Path:
+    """Return the path of a page; raise if it is another file that must not be replaced."""
     return check_new_file(
         path, "path", _SUFFIXES, overwrite=overwrite or is_ours(validate.folder_or_file(path, "path"))
     )
@@ -138,16 +142,17 @@ def _page(
     table_key: str | None,
     shapes_key: str | None,
 ) -> tuple[str, list[Section]]:
+    """Return title and sections of the page of a slide."""
     if hasattr(data, "tables"):
         table_key = predicted_table(data, prediction_key, table_key)
     table = get_table(data, table_key, prediction_key=prediction_key)
     record = record_of(table, prediction_key)
     keys = Keys(prediction_key, str(record["layer"]))
-    asked = [] if genes is None else validate.names(genes, "genes", one=True)
-    columns = columns_of(table, asked, symbols_of(table, record, None))
+    chosen = [] if genes is None else validate.names(genes, "genes", one=True)
+    columns = columns_of(table, chosen, symbols_of(table, record, None))
     known = gene_flags(table, keys.predicted)
-    if missing := [gene for gene, i in zip(asked, columns, strict=True) if i < 0 or not known[i]]:
-        raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists those that were")
+    if missing := [gene for gene, i in zip(chosen, columns, strict=True) if i < 0 or not known[i]]:
+        raise ValueError(f"`genes` {missing[:5]} were not predicted; hg.get.genes(sdata) lists the predicted genes")
     try:
         card = predicting_model(record, model).card
     except ValueError:
@@ -163,55 +168,56 @@ def _page(
 
 
 def _slides(data: Any) -> pd.DataFrame | None:
-    """Table of slides with their stores in ``output``; ``None`` for a single store."""
+    """Return the table of slides with their stores in ``output``, or ``None`` for a single store."""
     from ..cohort._manifest import SEPARATORS
 
     if isinstance(data, pd.DataFrame):
         frame = data
     elif isinstance(data, str | Path):
-        place = validate.folder_or_file(data, "data")
-        if not place.exists():
-            raise FileNotFoundError(f"`data` {str(data)!r} is not there")
-        if place.is_dir() and _may_be_store(place):
+        path = validate.folder_or_file(data, "data")
+        if not path.exists():
+            raise FileNotFoundError(f"`data` {str(data)!r} does not exist")
+        if path.is_dir() and _may_be_store(path):
             return None
-        if place.is_dir():
-            stores = sorted(each for each in place.iterdir() if each.is_dir() and _may_be_store(each))
+        if path.is_dir():
+            stores = sorted(folder for folder in path.iterdir() if folder.is_dir() and _may_be_store(folder))
             frame = pd.DataFrame({"output": [str(store) for store in stores]})
-        elif place.suffix.lower() in SEPARATORS:
-            frame = pd.read_csv(place, sep=SEPARATORS[place.suffix.lower()])
+        elif path.suffix.lower() in SEPARATORS:
+            frame = pd.read_csv(path, sep=SEPARATORS[path.suffix.lower()])
         else:
             raise ValueError(f"`data` {str(data)!r} is neither a store, a folder of stores, nor a summary (.csv, .tsv)")
     elif isinstance(data, Sequence):
-        frame = pd.DataFrame({"output": [str(validate.folder_or_file(each, "data")) for each in data]})
+        frame = pd.DataFrame({"output": [str(validate.folder_or_file(store, "data")) for store in data]})
     else:
         raise TypeError(
             f"`data` is a {type(data).__name__}; an object, a table, stores or a summary of slides is needed"
         )
     if "output" not in frame:
         raise ValueError(
-            f"`data` has no column 'output', columns: {list(frame)}; a summary of hg.cohort.predict has it"
+            f"`data` has no column 'output', columns: {list(frame)}; pass a summary of hg.cohort.predict, which has it"
         )
     if not len(frame):
         raise ValueError(f"`data` holds no store{f': {str(data)!r}' if isinstance(data, str | Path) else ''}")
     if (lacking := frame["output"].isna()).any():
         raise ValueError(
-            f"`data`: column 'output' is missing in rows {validate.format_list(frame.index[lacking])}; name the store of each, or "
-            "leave these rows out"
+            f"`data`: column 'output' has missing values in rows {validate.format_list(frame.index[lacking])}; add the stores, or leave "
+            "these rows out"
         )
     return frame
 
 
-def _may_be_store(place: Path) -> bool:
+def _may_be_store(path: Path) -> bool:
+    """Return whether a folder is a store, possibly a damaged one."""
     from ..io._store import is_store
 
     try:
-        return is_store(place)
-    except ValueError:  # a damaged one, which open_store describes
+        return is_store(path)
+    except ValueError:  # damaged; open_store raises the error
         return True
 
 
-def _many(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:
-    """Write the pages one after the other, then the index; a slide that fails is named there."""
+def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:
+    """Write the page of each slide, then the index, which lists slides that failed."""
     from ..io._open import open_store
 
     index = Path("reports") if path is None else validate.folder_or_file(path, "path")
@@ -220,30 +226,30 @@ def _many(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, op
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"`path`: {str(index.parent)!r} is a file, or lies in one; a folder is needed") from None
-    taken, places = {index.stem.lower()}, []
+        raise ValueError(f"`path`: {str(index.parent)!r} is a file, or inside a file; a folder is needed") from None
+    taken, files = {index.stem.lower()}, []
     for store in stores:
         stem = file_name(store.stem)
         names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
         name = next(name for name in names if name.lower() not in taken)
         taken.add(name.lower())
-        places.append(_free(index.parent / f"{name}.html", overwrite))
-    index = _free(index, overwrite)
+        files.append(_check_file(index.parent / f"{name}.html", overwrite))
+    index = _check_file(index, overwrite)
     rows = []
-    for (_, row), store, place in zip(frame.iterrows(), stores, places, strict=True):
+    for (_, row), store, file in zip(frame.iterrows(), stores, files, strict=True):
         cells: dict[str, Any] = {"slide": Cell(store.stem), **{name: row[name] for name in _SUMMARY if name in frame}}
         try:
             name, sections = _page(open_store(store, "data"), None, **options)
-            put_file(place, render(name, sections))
-            cells["slide"] = Cell(store.stem, link=place.name)
+            put_file(file, render(name, sections))
+            cells["slide"] = Cell(store.stem, link=file.name)
         except MemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a slide holds, the others get their pages
+        except Exception as error:  # noqa: BLE001 - a slide that fails must not stop the others
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"no report of {str(store)!r}: {reason}", stacklevel=3)
             cells["report"] = f"none: {reason}"
         rows.append(cells)
-    section = Section("slides", "Slides", text=[f"{len(rows)} slides; a name leads to the page of the slide."])
+    section = Section("slides", "Slides", text=[f"{len(rows)} slides; each name links to the page of the slide."])
     section.add_frame(pd.DataFrame(rows))
     put_file(index, render(title or "Slides", [section]))
     return index

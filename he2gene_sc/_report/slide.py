@@ -1,4 +1,4 @@
-"""Sections of the page of one slide, from what the verbs wrote."""
+"""Sections of the page of a slide, from the results in its table."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
     from ..models import ModelCard
 
-#: Rows of a table of genes, and of biomarkers of a group.
+#: Maximum number of genes in a table, of biomarkers of a group, and of gene sets that are drawn.
 _N_ROWS, _N_MARKERS, _N_SETS = 25, 10, 4
 _UNIT = "ln(1 + counts per 10,000)"
 
 
 @dataclass(frozen=True)
 class Slide:
-    """What a page is made from."""
+    """Content of a page."""
 
     data: SpatialData | AnnData
     table: AnnData
@@ -51,27 +51,27 @@ class Slide:
 
     @property
     def known_sections(self) -> list[str]:
-        """Sections of training that the slides were found to be."""
+        """Training sections that the slides were recognised as."""
         return [str(name) for name in self.record.get("known_sections", ())]
 
-    def reliable(self, of: bool = True) -> list[str]:
-        """Predicted genes that are reliable or not, best first."""
+    def genes_by_reliability(self, reliable: bool) -> list[str]:
+        """Return the predicted genes that are reliable, or those that are not, best first."""
         options = {key: value for key, value in self.options.items() if key != "shapes_key"}
-        return get.genes(self.data, reliable=of, **options)
+        return get.genes(self.data, reliable=reliable, **options)
 
     @property
     def intervals(self) -> Mapping[str, Any] | None:
-        """Record of the intervals of the prediction, where these were computed."""
+        """Record of the intervals of the prediction, if computed."""
         record = self.table.uns.get(f"{self.keys.layer}_intervals")
         return record if is_record_of("intervals", record) else None
 
     def runs(self, verb: str, parameter: str, value: str) -> list[str]:
-        """Keys of the results of a verb that it computed with a value of a parameter."""
+        """Return the keys of the results of a verb with this value of a parameter."""
         uns = self.table.uns
         return [key for key in uns if is_record_of(verb, uns[key]) and uns[key]["params"].get(parameter) == value]
 
     def column(self, name: str) -> pd.Series:
-        """Return a column of ``var`` as numbers, NaN where there is none."""
+        """Return a column of ``var`` as numbers; NaN if it does not exist."""
         return self.table.var.get(name, pd.Series(np.nan, self.table.var_names)).astype(float)
 
     def draw(self, section: Section, caption: str, **what: Any) -> None:
@@ -80,8 +80,8 @@ class Slide:
 
 
 def sections_of(slide: Slide) -> list[Section]:
-    """Sections in the order of reading; what was not computed is left out."""
-    made = (
+    """Return the sections in reading order, without those that are empty."""
+    builders = (
         _trust,
         _slide,
         _quality,
@@ -95,40 +95,39 @@ def sections_of(slide: Slide) -> list[Section]:
         _domains,
         _run,
     )
-    found = [make(slide) for make in made]
-    return [s for s in found if s.text or s.figures or s.tables]
+    sections = [build(slide) for build in builders]
+    return [section for section in sections if section.text or section.figures or section.tables]
 
 
 def _trust(slide: Slide) -> Section:
-    """State what holds for a new patient."""
+    """Report what holds for a new patient."""
     section = Section("new-patient", "What holds for a new patient")
     keys, record = slide.keys, slide.record
-    n_good, n_all = len(slide.reliable()), int(gene_flags(slide.table, keys.predicted).sum())
-    whose = "another section of a patient that the model was trained on" if slide.known_patient else "a new patient"
+    n_reliable = len(slide.genes_by_reliability(True))
+    n_predicted = int(gene_flags(slide.table, keys.predicted).sum())
+    target = "another section of a patient that the model was trained on" if slide.known_patient else "a new patient"
     if slide.options["shapes_key"] is not None and len(pd.unique(section_names(slide.table))) > 1:
         section.text.append(
-            f"Maps are of {slide.options['shapes_key']!r} alone; numbers are of all regions of the table."
+            f"Maps show only {slide.options['shapes_key']!r}; numbers are for all regions of the table."
         )
-    section.text.append(f"{n_good:,} of {n_all:,} predicted genes are reliable on {whose}.")
+    section.text.append(f"{n_reliable:,} of {n_predicted:,} predicted genes are reliable on {target}.")
     if slide.known_sections:
         section.text.append(
-            f"The image is that of {validate.format_list(slide.known_sections)}, which the model was trained on: metrics on it are "
-            "optimistic. With known_patient=False, genes are called as on a new patient."
+            f"The model was trained on the image of {validate.format_list(slide.known_sections)}, so metrics on it are optimistic. "
+            "With known_patient=False, reliable genes are those for a new patient."
         )
-    of_patients = slide.column(keys.pcc_new_patient).notna().any()
-    r = slide.column(keys.pcc_new_patient if of_patients else keys.pcc).dropna()
+    has_new_patients = slide.column(keys.pcc_new_patient).notna().any()
+    r = slide.column(keys.pcc_new_patient if has_new_patients else keys.pcc).dropna()
     if len(r):
-        held_out = (
-            "Over patients that were held out in training" if of_patients else "Over what was held out in training"
-        )
+        held_out = "patients" if has_new_patients else "data"
         section.text.append(
-            f"{held_out}, the mean correlation of a predicted gene with what was measured was {r.mean():.2f} (middle half of the "
-            f"genes: {r.quantile(0.25):.2f} to {r.quantile(0.75):.2f})."
+            f"Over held-out {held_out} in training, the mean correlation of predicted with measured expression of a gene was "
+            f"{r.mean():.2f} (middle half of the genes: {r.quantile(0.25):.2f} to {r.quantile(0.75):.2f})."
         )
     if "verdict" in record:
-        odd = float(record.get("share_out_of_distribution", np.nan))
+        share = float(record.get("share_out_of_distribution", np.nan))
         section.text.append(
-            f"Compared with the training data, this slide is: {record['verdict']}. {odd:.0%} of the spots are out of distribution."
+            f"Compared with the training data, this slide is: {record['verdict']}. {share:.0%} of the spots are out of distribution."
         )
     if slide.card is not None:
         section.text += [slide.card.intended_use]
@@ -137,6 +136,7 @@ def _trust(slide: Slide) -> Section:
 
 
 def _slide(slide: Slide) -> Section:
+    """List facts on slide and model."""
     section = Section("slide", "Slide and model")
     record, obs = slide.record, slide.table.obs
     facts: dict[str, Any] = {
@@ -162,6 +162,7 @@ def _slide(slide: Slide) -> Section:
 
 
 def _quality(slide: Slide) -> Section:
+    """Draw tissue and out-of-distribution score, and summarise the tiles of ``hg.pp.qc``."""
     section = Section("tissue", "Tissue and image quality")
     drawn = [column for column in (slide.keys.ood, slide.keys.tissue) if column in slide.table.obs]
     if drawn:
@@ -175,17 +176,18 @@ def _quality(slide: Slide) -> Section:
             continue
         values = tiles.loc[tiles["is_tissue"]].select_dtypes("number")
         section.text.append(
-            f"{key} (hg.pp.qc): {len(values):,} tiles of the image on tissue. Compare their sharpness and stain with slides that were "
-            "scanned alike."
+            f"{key} (hg.pp.qc): {len(values):,} tiles of the image on tissue. Compare their sharpness and stain with slides with the "
+            "same scanner settings."
         )
-        spread = values.quantile([0.05, 0.5, 0.95]).T.set_axis(
+        quantiles = values.quantile([0.05, 0.5, 0.95]).T.set_axis(
             ["5 % of the tiles below", "median", "5 % above"], axis=1
         )
-        section.add_frame(spread.rename_axis("measure").reset_index())
+        section.add_frame(quantiles.rename_axis("measure").reset_index())
     return section
 
 
 def _annotation(slide: Slide) -> Section:
+    """Count the spots of each class, and draw the annotation."""
     section = Section("annotation", "Annotation")
     keys, table = slide.keys, slide.table
     if keys.annotation not in table.obs:
@@ -210,7 +212,7 @@ def _annotation(slide: Slide) -> Section:
 
 
 def _hex(colour: Any) -> str:
-    """Write a colour as CSS, empty if it is none: a store may hold any text."""
+    """Return a colour as CSS; empty if it is invalid, because a store may hold any text."""
     from matplotlib.colors import to_hex
 
     try:
@@ -220,29 +222,29 @@ def _hex(colour: Any) -> str:
 
 
 def _genes(slide: Slide) -> Section:
+    """Draw and list reliable genes."""
     section = Section("genes", "Reliable genes")
-    good = slide.reliable()
-    if good:
-        chosen = good[: slide.n_genes]
+    reliable = slide.genes_by_reliability(True)
+    if reliable:
+        chosen = reliable[: slide.n_genes]
         slide.draw(section, "Reliable genes with the highest held-out correlation.", genes=chosen, ncols=2)
-        section.add_frame(_table_of(slide, good[:_N_ROWS]))
+        section.add_frame(_gene_table(slide, reliable[:_N_ROWS]))
         return section
     section.text.append("None of the predicted genes is reliable here. Do not interpret the map of a single gene.")
     section.text.append(
-        "What can be done: measure some spots and adapt the prediction (hg.tl.adapt); train on sections of your own tissue "
-        "(hg.tl.train), five patients or more; use the annotation; or, for another section of a patient that the model was trained "
-        "on, predict with known_patient=True."
+        "You can measure some spots and adapt the prediction (hg.tl.adapt), train on your own sections of at least five patients "
+        "(hg.tl.train), use the annotation, or, for another section of a patient that the model was trained on, predict with "
+        "known_patient=True."
     )
     return section
 
 
 def _chosen(slide: Slide) -> Section:
+    """Draw and list the genes that the user chose."""
     section = Section("chosen-genes", "Chosen genes")
     if slide.genes:
-        slide.draw(
-            section, "Chosen genes; what was measured stands beside, where it is there.", genes=slide.genes, ncols=2
-        )
-        section.add_frame(_table_of(slide, slide.genes))
+        slide.draw(section, "Chosen genes, with measured expression beside if available.", genes=slide.genes, ncols=2)
+        section.add_frame(_gene_table(slide, slide.genes))
         record = slide.intervals
         section.text.append(
             "Intervals were not computed: hg.tl.intervals(sdata)."
@@ -252,8 +254,8 @@ def _chosen(slide: Slide) -> Section:
     return section
 
 
-def _table_of(slide: Slide, genes: list[str]) -> pd.DataFrame:
-    """Genes with their mean, held-out correlations, and intervals where these were computed."""
+def _gene_table(slide: Slide, genes: list[str]) -> pd.DataFrame:
+    """Return genes with their mean, held-out correlations, and intervals if computed."""
     keys, table = slide.keys, slide.table
     values = dense(matrix_of(table[:, genes], keys.layer)).astype(float)
     frame = pd.DataFrame({"gene": genes, "mean predicted": np.nanmean(values, axis=0)})
@@ -269,20 +271,22 @@ def _table_of(slide: Slide, genes: list[str]) -> pd.DataFrame:
 
 
 def _unreliable(slide: Slide) -> Section:
-    section = Section("not-reliable", "Genes not to trust")
-    wrong = slide.reliable(False)
-    if wrong:
-        asked = [gene for gene in slide.genes if gene in set(wrong)]
+    """Report genes that are not reliable."""
+    section = Section("not-reliable", "Genes that are not reliable")
+    unreliable = slide.genes_by_reliability(False)
+    if unreliable:
+        chosen = [gene for gene in slide.genes if gene in set(unreliable)]
         section.text.append(
-            f"{len(wrong):,} predicted genes are not reliable. Do not interpret their maps one by one; the list is "
-            "hg.get.genes(sdata, reliable=False)."
+            f"{len(unreliable):,} predicted genes are not reliable. Do not interpret maps of single ones; "
+            "hg.get.genes(sdata, reliable=False) lists them."
         )
-        if asked:
-            section.text.append(f"Of the chosen genes: {', '.join(asked)}.")
+        if chosen:
+            section.text.append(f"Chosen genes among them: {', '.join(chosen)}.")
     return section
 
 
 def _programmes(slide: Slide) -> Section:
+    """List and draw the scores of gene sets."""
     section = Section("programmes", "Gene sets")
     columns = [
         "source",
@@ -296,22 +300,23 @@ def _programmes(slide: Slide) -> Section:
         "evidence",
     ]
     for key in slide.runs("programmes", "layer", slide.keys.layer):
-        found = get.programmes(slide.table, key=key)
+        results = get.programmes(slide.table, key=key)
         section.text.append(
-            f"{key}: scores of gene sets. Correlations are of predicted with measured scores on patients that were held out; a set "
-            "that is not reliable must not be interpreted on this slide."
+            f"{key}: scores of gene sets. Correlations are between predicted and measured scores on held-out patients. Do not interpret "
+            "a set that is not reliable on this slide."
         )
-        section.add_frame(found[columns])
-        # Genes and columns of that name would be drawn instead.
-        drawn = {name for name, (where, _) in scores_of(slide.table, slide.keys).items() if where == key}
+        section.add_frame(results[columns])
+        # Leave out sets with the name of a gene or column, which would be drawn instead.
+        drawn = {name for name, (own_key, _) in scores_of(slide.table, slide.keys).items() if own_key == key}
         drawn -= {*slide.table.obs, *slide.table.var_names}
-        if names := [name for name in found.loc[found["reliable"], "source"] if name in drawn][:_N_SETS]:
+        if names := [name for name in results.loc[results["reliable"], "source"] if name in drawn][:_N_SETS]:
             slide.draw(section, "Scores of reliable gene sets.", color=names)
     return section
 
 
 def _evaluation(slide: Slide) -> Section:
-    section = Section("evaluation", "Against what was measured")
+    """List the metrics of ``hg.tl.evaluate``."""
+    section = Section("evaluation", "Comparison with measured expression")
     columns = {
         "section": "section",
         "panel": "genes",
@@ -319,41 +324,45 @@ def _evaluation(slide: Slide) -> Section:
         "n_genes": "number",
         "pearson_mean": "mean correlation",
         "pearson_median": "median",
-        "pearson_difference_mean": "prediction minus it",
+        "pearson_difference_mean": "prediction minus predictor",
         "ceiling_share_mean": "share of the ceiling",
         "skill_mean": "skill",
     }
     for key in slide.runs("evaluate", "prediction_key", slide.options["prediction_key"]):
-        found = get.evaluation(slide.table, key=key)
+        results = get.evaluation(slide.table, key=key)
         section.text.append(
-            f"{key}: mean over genes; predictors that the model should beat stand beside it: depth, colour and coordinates see no gene."
+            f"{key}: mean over genes. The model should be better than the other predictors; depth, colour and coordinates use no gene."
         )
-        one = found.loc[found["scope"] == "section", "section"].nunique() < 2
-        # A constant has no correlation.
-        rows = found[(found["scope"] == ("section" if one else "mean")) & found["pearson_mean"].notna()]
+        is_one_section = results.loc[results["scope"] == "section", "section"].nunique() < 2
+        # A constant predictor has no correlation.
+        rows = results[
+            (results["scope"] == ("section" if is_one_section else "mean")) & results["pearson_mean"].notna()
+        ]
         section.add_frame(rows[[name for name in columns if name in rows]].rename(columns=columns))
     return section
 
 
 def _biomarkers(slide: Slide) -> Section:
+    """List the top biomarkers of each group."""
     section = Section("biomarkers", "Biomarkers")
     columns = ["group", "names", "effect_size", "ci_low", "ci_high", "pvals_adj", "n_samples", "reliable"]
     for key in slide.runs("biomarkers", "layer", slide.keys.layer):
-        found = get.biomarkers(slide.table, key=key).groupby("group", sort=False, observed=True).head(_N_MARKERS)
+        results = get.biomarkers(slide.table, key=key).groupby("group", sort=False, observed=True).head(_N_MARKERS)
         groupby = slide.table.uns[key]["params"].get("groupby", "")
-        section.text.append(f"{key}: genes with the highest scores of each group of {groupby}.")
-        section.add_frame(found[[name for name in columns if name in found]])
+        section.text.append(f"{key}: genes with the highest scores in each group of {groupby}.")
+        section.add_frame(results[[name for name in columns if name in results]])
     return section
 
 
 def _domains(slide: Slide) -> Section:
+    """List and draw the agreement of clusters with domains."""
     section = Section("domains", "Domains")
     columns = ["section", "labels", "against", "mean", "sd", "pval"]
     for key in slide.runs("domain_preservation", "layer", slide.keys.layer):
-        found = get.domains(slide.table, score="ari", key=key)
+        scores = get.domains(slide.table, score="ari", key=key)
         section.text.append(f"{key}: adjusted Rand index of the clusters with the annotated domains.")
-        section.add_frame(found[[name for name in columns if name in found]])
-        for name in found["section"].drop_duplicates():
+        section.add_frame(scores[[name for name in columns if name in scores]])
+        for name in scores["section"].drop_duplicates():
             if name != "all":
                 axes = pl.domains(slide.data, section=name, key=key, table_key=slide.options["table_key"])
                 section.draw(axes, f"Domains and clusters of {name}.")
@@ -361,7 +370,8 @@ def _domains(slide: Slide) -> Section:
 
 
 def _run(slide: Slide) -> Section:
-    section = Section("run", "Run", text=["Recorded parameters of each run; an argument that was None is left out."])
+    """List versions and recorded parameters."""
+    section = Section("run", "Run", text=["Recorded parameters of each run, without arguments that were None."])
     record = slide.record
     section.list_facts(
         {"Versions": record.get("versions"), "Device": record.get("device"), "Precision": record.get("dtype")}
@@ -373,8 +383,8 @@ def _run(slide: Slide) -> Section:
         if name in record and not (name == "known_patient" and slide.known_sections):
             given[name] = record[name] if isinstance(record[name], str | bool) else validate.format_list(record[name])
     runs = {f"hg.tl.predict, {slide.options['prediction_key']}": given}
-    for key, found in slide.table.uns.items():
-        if isinstance(found, Mapping) and {"verb", "params"} <= set(found):
-            runs[f"{public_name(found['verb'])}, {key}"] = dict(found["params"])
+    for key, entry in slide.table.uns.items():
+        if isinstance(entry, Mapping) and {"verb", "params"} <= set(entry):
+            runs[f"{public_name(entry['verb'])}, {key}"] = dict(entry["params"])
     section.list_facts(runs)
     return section

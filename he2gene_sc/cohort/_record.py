@@ -168,7 +168,7 @@ def _same_patient(record: Mapping[str, Any], known_patient: bool | None) -> bool
 
 def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
     """Whether the same features in ``obsm`` were read, if any; features in a folder equal computed ones."""
-    from ..tl._predict import made_by
+    from ..tl._predict import feature_settings
 
     key = options.get("features")
     in_obsm = isinstance(key, str) and (table / "obsm" / key).exists()
@@ -176,7 +176,7 @@ def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str,
     if used is None or not in_obsm:
         return used is None and not in_obsm
     record = _read(table / "uns" / str(key).removeprefix("X_"))
-    return bool(used["key"] == key) and _matches_option(used, {"key": key, **made_by(record)})
+    return bool(used["key"] == key) and _matches_option(used, {"key": key, **feature_settings(record)})
 
 
 def _matches_option(found: Any, requested: Any) -> bool:

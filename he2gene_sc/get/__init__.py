@@ -1,4 +1,4 @@
-"""Tidy tables of what the verbs wrote, and the predicted genes as a table for other tools."""
+"""Tidy tables of results, and the predicted genes as a table for other tools."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""``hg.get.biomarkers``: what ``hg.tl.biomarkers`` found, as a tidy table."""
+"""``hg.get.biomarkers``: results of ``hg.tl.biomarkers`` as a tidy table."""
 
 from __future__ import annotations
 
@@ -28,43 +28,44 @@ def biomarkers(
     key: str = "he2gene_biomarkers",
     table_key: str | None = None,
 ) -> pd.DataFrame:
-    """Return the tests of :func:`he2gene_sc.tl.biomarkers`, as ``scanpy.get.rank_genes_groups_df`` does those of scanpy.
+    """Return the results of :func:`he2gene_sc.tl.biomarkers` as a table, like ``scanpy.get.rank_genes_groups_df``.
 
     Parameters
     ----------
     data
-        Object or table that it wrote to; of several, the first is read.
+        Object or table that it wrote to; of several, the first is used.
     group
         Group or groups; default: all.
     pval_cutoff
         Only adjusted p-values below this.
     log2fc_min, log2fc_max
-        Only log2 fold changes above, or below this.
+        Only log2 fold changes above the first and below the second value.
     reliable
-        Only genes that are, or are not, reliable.
+        ``True``: only reliable genes; ``False``: only other genes.
     key
         ``key_added`` of the run.
     table_key
-        Table, where an object holds several.
+        Table, if an object has several.
 
     Returns
     -------
     pandas.DataFrame
-        A row a group and gene, highest score first:
+        One row per group and gene, highest score first:
 
         - ``group``, ``names``: group and gene;
         - ``logfoldchanges``: log2 fold change, of the same contrast as ``effect_size``;
-        - ``logfoldchanges_pooled``: scanpy's, over all labelled spots of all samples;
-        - ``effect_size``, ``ci_low``, ``ci_high``: difference in natural logarithms, as the method estimates it, and its
-          interval;
-        - ``scores``, ``pvals``, ``pvals_adj``: test statistic, two-sided p-value, Benjamini and Hochberg's within the group (``adjust_over``);
-        - ``n_samples``, ``n_spots``, ``n_spots_reference``: what the test used;
+        - ``logfoldchanges_pooled``: as in scanpy, over all labelled spots of all samples;
+        - ``effect_size``, ``ci_low``, ``ci_high``: difference in natural logarithms, as estimated by the method, and its
+          confidence interval;
+        - ``scores``, ``pvals``, ``pvals_adj``: test statistic, two-sided p-value, and p-value adjusted by Benjamini and Hochberg
+          within the group (``adjust_over``);
+        - ``n_samples``, ``n_spots``, ``n_spots_reference``: numbers of samples and spots in the test;
         - ``method``, ``reliable``, ``circular``.
 
     Raises
     ------
     ValueError
-        If there is no such result or group.
+        If the result or a group does not exist.
 
     Examples
     --------
@@ -96,14 +97,14 @@ def biomarkers(
     return frame.reset_index(drop=True)
 
 
-def genes_of_result(table: AnnData, asked: Sequence[str], names: pd.Series, what: str) -> list[str]:
-    """Names in a result of genes that a user named: as there, by symbols that predict was given, or by former ones."""
+def genes_of_result(table: AnnData, genes: Sequence[str], names: pd.Series, what: str) -> list[str]:
+    """Return the names in a result of ``genes``, which may be names, symbols given to predict, or previous symbols."""
     known = pd.Index(names.unique())
     records = (record for record in table.uns.values() if is_prediction(record))
     symbols = next((record["gene_symbols"] for record in records if "gene_symbols" in record), None)
-    columns = columns_of(table, asked, symbols)
-    called = [table.var_names[column] if column >= 0 else gene for gene, column in zip(asked, columns, strict=True)]
-    found = find_genes(called, known, one_to_one=False)
-    if unknown := [gene for gene, place in zip(asked, found, strict=True) if place < 0]:
+    columns = columns_of(table, genes, symbols)
+    var_names = [table.var_names[column] if column >= 0 else gene for gene, column in zip(genes, columns, strict=True)]
+    positions = find_genes(var_names, known, one_to_one=False)
+    if unknown := [gene for gene, position in zip(genes, positions, strict=True) if position < 0]:
         raise ValueError(f"`genes` {unknown[:5]} were not {what}")
-    return known[found].tolist()
+    return known[positions].tolist()

@@ -1,4 +1,4 @@
-"""``hg.get.concordance``: how well predicted biomarkers match the measured ones, as a tidy table."""
+"""``hg.get.concordance``: agreement of predicted and measured biomarkers as a tidy table."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ def concordance(
     key: str = "he2gene_concordance",
     table_key: str | None = None,
 ) -> pd.DataFrame:
-    """Return what :func:`he2gene_sc.tl.concordance` found.
+    """Return the results of :func:`he2gene_sc.tl.concordance`.
 
     Parameters
     ----------
     data
-        Object or table that it wrote to; of several, the first is read.
+        Object or table that it wrote to; of several, the first is used.
     by_gene
-        Both tests, a row a group and gene, instead of the summary.
+        Return both tests, with one row per group and gene, instead of the summary.
     key
         ``key_added`` of the run.
     table_key
-        Table, where an object holds several.
+        Table, if an object has several.
 
     Returns
     -------
     pandas.DataFrame
-        A row a group and set of genes (``genes``: ``"reliable"`` or ``"all"``), of the prediction and then of each reference:
+        One row per group and set of genes (``genes``: ``"reliable"`` or ``"all"``), for the prediction and then each reference:
 
         - ``n_genes``, ``n_significant`` (in measured expression), ``n_samples``, ``n_spots``;
-        - ``spearman``: of the effects; chance is 0;
-        - ``sign_agreement``, ``sign_agreement_significant``: share of genes, and of measured-significant genes, whose
-          effects have the same sign; chance is one half;
-        - ``auroc``: of the measured-significant genes, ranked by the size of the predicted score; chance is one half;
-        - ``precision_at_<k>``: share of the k genes of highest predicted score that are among the k of highest measured
-          score; chance is ``chance_at_<k>``;
-        - ``predictor``: the layer, or a reference that knows no gene: ``"depth"``, ``"mean colour"``, ``"coordinates"``;
+        - ``spearman``: correlation of the effects; 0 by chance;
+        - ``sign_agreement``, ``sign_agreement_significant``: share of genes, and of genes significant in measured expression, with
+          effects of the same sign; one half by chance;
+        - ``auroc``: of genes significant in measured expression, ranked by the absolute predicted score; one half by chance;
+        - ``precision_at_<k>``: share of the k genes with the highest predicted score that are among the k with the highest measured
+          score; ``chance_at_<k>`` by chance;
+        - ``predictor``: the layer, or a reference without genes: ``"depth"``, ``"mean colour"``, ``"coordinates"``;
         - ``spearman_difference``, ``sign_agreement_difference``, ``sign_agreement_significant_difference``,
-          ``auroc_difference``: of a reference, the score of the prediction minus its own, on the same genes;
+          ``auroc_difference``: for a reference, the score of the prediction minus that of the reference, on the same genes;
         - ``method``, ``circular``.
 
     Raises
     ------
     ValueError
-        If there is no such result.
+        If the result does not exist.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""``hg.get.coverage``: share of the measured values inside their interval, by detection of the gene and depth of the spot."""
+"""``hg.get.coverage``: coverage of intervals on measured spots, by detection of the gene and depth of the spot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: Genes by the share of the measured spots that detect them, above the one and up to the other.
+#: Groups of genes: share of measured spots that detect them, above the first and up to the second number.
 _DETECTED = {"all": (-1, 1), "half or more": (np.nextafter(0.5, 0), 1)} | {
     f"{low:.0%} to {high:.0%}": (low, high)
     for low, high in ((0, 0.1), (0.1, 0.2), (0.2, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1))
@@ -43,24 +43,24 @@ def coverage(
     data
         Object or table that :func:`he2gene_sc.tl.intervals` wrote to, with measured counts.
     layer, layer_scale
-        Layer that the intervals are around, and what it holds where it is of another model.
+        Layer that has the intervals, and its scale if another model predicted it.
     measured, measured_scale, gene_symbols
-        What was measured, as in :func:`he2gene_sc.tl.evaluate`.
+        Measured expression, as in :func:`he2gene_sc.tl.evaluate`.
     table_key
-        Table, where several have intervals.
+        Table, if several have intervals.
 
     Returns
     -------
     pandas.DataFrame
-        A row a part of the genes (``detected``: by the share of these spots that detect them) and of the spots (``depth``:
-        thirds by total counts; ``"all"`` alone where logarithms were measured), with ``n_genes``, ``n_spots``,
-        ``coverage``, and ``coverage_expressing``: that of the spots that express the gene, which is far lower for genes
-        that few spots detect. Spots that an adapted layer was fitted on, and sections of fewer than ten spots, are left out.
+        One row per group of genes (``detected``: by the share of these spots that detect them) and group of spots (``depth``:
+        thirds by total counts; only ``"all"`` if logarithms were measured), with ``n_genes``, ``n_spots``, ``coverage``, and
+        ``coverage_expressing``: the coverage of spots that express the gene, far lower for genes that few spots detect. Spots
+        that an adapted layer was fitted on, and sections with fewer than ten spots, are left out.
 
     Raises
     ------
     ValueError
-        If there are no intervals, only their widths were kept, or nothing was measured.
+        If there are no intervals, only their widths were kept, or no spot was measured.
 
     Examples
     --------
@@ -73,36 +73,38 @@ def coverage(
     True
     """
     validate.arguments(coverage, locals())
-    from ..tl._evaluate.aligned import Asked, read
+    from ..tl._evaluate.aligned import AlignOptions, align_expression
 
     (table,) = find_results(data, "intervals", f"{layer}_intervals", table_key)
     ends = [f"{layer}_lower", f"{layer}_upper"]
     if lacking := [end for end in ends if end not in table.layers]:
         raise ValueError(
-            f"`layer` {layer!r}: layers {lacking} are not there, hg.tl.intervals left them out above hg.settings.memory_limit; raise "
-            "it, or subset the genes, and run hg.tl.intervals again"
+            f"`layer` {layer!r}: `data` has no layers {lacking}, because hg.tl.intervals does not write them above "
+            "hg.settings.memory_limit; raise the limit, or subset the genes, and run hg.tl.intervals again"
         )
-    # With a calibration none is recorded.
+    # Intervals of a calibration record no prediction_key.
     ours = table.uns[f"{layer}_intervals"]["params"].get("prediction_key") or prediction_of(table, layer)
-    asked = Asked(
+    options = AlignOptions(
         layer, measured, measured_scale, gene_symbols=gene_symbols, is_other=ours is None, layer_scale=layer_scale
     )
-    judged = read(data, table, Keys(ours or "he2gene"), asked)
-    low, high = (np.asarray(dense(matrix_of(table, end)[judged.rows][:, judged.columns])) for end in ends)
-    known = np.isfinite(high) & np.isfinite(judged.measured)
+    aligned = align_expression(data, table, Keys(ours or "he2gene"), options)
+    low, high = (np.asarray(dense(matrix_of(table, end)[aligned.rows][:, aligned.columns])) for end in ends)
+    known = np.isfinite(high) & np.isfinite(aligned.measured)
     genes = known.any(0)
-    known, truth = known[:, genes], judged.measured[:, genes]
+    known, truth = known[:, genes], aligned.measured[:, genes]
     inside = (truth >= low[:, genes]) & (truth <= high[:, genes])
     expressed = known & (truth > 0)
     share = expressed.sum(0) / known.sum(0)
     spots = {"all": np.arange(len(truth))}
-    if judged.depth is not None:
-        spots |= dict(zip(_DEPTHS, np.array_split(np.argsort(judged.depth, kind="stable"), 3), strict=True))
-    found = []
+    if aligned.depth is not None:
+        spots |= dict(zip(_DEPTHS, np.array_split(np.argsort(aligned.depth, kind="stable"), 3), strict=True))
+    results = []
     for detected, (above, most) in _DETECTED.items():
         part = np.flatnonzero((share > above) & (share <= most))
         for depth, rows in spots.items():
-            held, seen, shown = (values[np.ix_(rows, part)] for values in (inside, known, expressed))
-            of_all, of_shown = (held[mask].mean() if mask.any() else np.nan for mask in (seen, shown))
-            found.append((detected, depth, len(part), len(rows), of_all, of_shown))
-    return pd.DataFrame(found, columns=["detected", "depth", "n_genes", "n_spots", "coverage", "coverage_expressing"])
+            covered, measured_here, expressed_here = (
+                values[np.ix_(rows, part)] for values in (inside, known, expressed)
+            )
+            shares = (covered[mask].mean() if mask.any() else np.nan for mask in (measured_here, expressed_here))
+            results.append((detected, depth, len(part), len(rows), *shares))
+    return pd.DataFrame(results, columns=["detected", "depth", "n_genes", "n_spots", "coverage", "coverage_expressing"])

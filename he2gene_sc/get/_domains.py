@@ -22,7 +22,7 @@ def domains(
     key: str = "he2gene_domains",
     table_key: str | None = None,
 ) -> pd.DataFrame:
-    """Return the scores that :func:`he2gene_sc.tl.domain_preservation` wrote, one a line.
+    """Return the scores of :func:`he2gene_sc.tl.domain_preservation`, one per row.
 
     Parameters
     ----------
@@ -31,30 +31,36 @@ def domains(
     score
         Only this score, for example ``"ari"``.
     labels
-        Only of these labels, for example ``"predicted"``.
+        Only these labels, for example ``"predicted"``.
     key
         ``key_added`` of the run.
     table_key
-        Table, where an object holds several.
+        Table, if an object has several.
 
     Returns
     -------
     pandas.DataFrame
-        ``sample``, ``section`` (``"all"``: mean over samples); ``labels``: ``predicted``, ``measured``, the references
-        ``depth``, ``mean colour``, ``coordinates``, ``random features`` and ``annotation head``, and ``domains`` themselves;
-        ``against``: ``domains``, ``measured``, or empty for scores of one label map; ``score``: ``ari``, ``nmi``, ``ami``,
-        ``homogeneity``, ``completeness``, ``nhood_enrichment`` (correlation of neighbourhood enrichment), ``silhouette``
-        (of the domains in the principal components), ``moran`` (Spearman correlation of Moran's I over genes),
-        ``n_labels``, ``chaos`` and ``pas`` (lower is more coherent); ``mean`` and ``sd`` over ``n_seeds`` seeds; ``pval``
-        and ``n_shifts`` of the adjusted Rand index, ``null_mean`` its mean over the shifts; of depth, colour and coordinates
-        ``difference``, the prediction's index minus theirs, and ``pval_better``, whether the prediction is better than these and
-        than the part of it that they explain; of the prediction the largest of these, whether it is better than each;
-        ``trained_on_labels``: whether a model that learnt such labels made these; ``n_samples`` where there are several sections.
+        One row per score, with columns:
+
+        - ``sample``, ``section`` (``"all"``: mean over samples);
+        - ``labels``: ``predicted``, ``measured``, the references ``depth``, ``mean colour``, ``coordinates``, ``random features`` and
+          ``annotation head``, and ``domains`` themselves;
+        - ``against``: ``domains``, ``measured``, or empty for scores of one label map;
+        - ``score``: ``ari``, ``nmi``, ``ami``, ``homogeneity``, ``completeness``, ``nhood_enrichment`` (correlation of neighbourhood
+          enrichment), ``silhouette`` (of the domains in the principal components), ``moran`` (Spearman correlation of Moran's I over
+          genes), ``n_labels``, ``chaos`` and ``pas`` (lower is more coherent);
+        - ``mean``, ``sd``: over ``n_seeds`` seeds;
+        - ``pval``, ``n_shifts``: test of the adjusted Rand index; ``null_mean``: its mean over the shifts;
+        - ``difference``: for depth, colour and coordinates, the index of the prediction minus that of the reference;
+        - ``pval_better``: test that the prediction is better than the reference, and than the part of it that the reference
+          explains; for the prediction, the largest of these: test that it is better than each reference;
+        - ``trained_on_labels``: whether the model that made the labels was trained on such labels;
+        - ``n_samples``: with several sections.
 
     Raises
     ------
     ValueError
-        If nothing was written, or there is no such score or labels.
+        If nothing was written, or the score or labels do not exist.
 
     Examples
     --------

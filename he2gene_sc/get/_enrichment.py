@@ -1,4 +1,4 @@
-"""``hg.get.enrichment``: gene sets among the biomarkers, as a tidy table."""
+"""``hg.get.enrichment``: enrichment of gene sets in biomarkers as a tidy table."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ def enrichment(
     key: str = "he2gene_enrichment",
     table_key: str | None = None,
 ) -> pd.DataFrame:
-    """Return what :func:`he2gene_sc.tl.enrichment` found.
+    """Return the results of :func:`he2gene_sc.tl.enrichment`.
 
     Parameters
     ----------
     data
-        Object or table that it wrote to; of several, the first is read.
+        Object or table that it wrote to; of several, the first is used.
     key
         ``key_added`` of the run.
     table_key
-        Table, where an object holds several.
+        Table, if an object has several.
 
     Returns
     -------
     pandas.DataFrame
-        A row a group and gene set, highest score first: ``group``, ``source`` (the set), ``score``, ``pvals_adj``
-        (decoupler's, NaN where the method has no test), ``n_targets`` (tested genes of the set), ``pvals_adj_samples`` (samples
-        are the unit, valid for co-expressed genes; NaN with fewer than 3 samples), ``method``, ``circular`` (as the biomarkers were
-        marked).
+        One row per group and gene set, highest score first: ``group``, ``source`` (the set), ``score``, ``pvals_adj`` (of
+        decoupler, NaN if the method has no test), ``n_targets`` (number of tested genes of the set), ``pvals_adj_samples`` (samples
+        are the unit, valid for co-expressed genes; NaN with fewer than 3 samples), ``method``, ``circular`` (as marked for the
+        biomarkers).
 
     Raises
     ------
     ValueError
-        If there is no such result.
+        If the result does not exist.
 
     Examples
     --------

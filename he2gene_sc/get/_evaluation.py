@@ -1,4 +1,4 @@
-"""``hg.get.evaluation``: what hg.tl.evaluate found, as tidy tables."""
+"""``hg.get.evaluation``: results of ``hg.tl.evaluate`` as tidy tables."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: Tables by name; ``"genes"`` are those of the model and of the baselines, one below the other.
+#: Names of the tables; ``"genes"`` is the table of the model followed by that of the baselines.
 TABLES = ("summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion")
-#: Columns of the tables of metrics that are not metrics.
-_PLACES = ["gene", "class", "scope", "section", "predictor", "panel", "n_spots", "n_genes", "n_constant", "n_labelled"]
+#: Columns of the tables that are not metrics.
+_ID_COLUMNS = [
+    "gene",
+    "class",
+    "scope",
+    "section",
+    "predictor",
+    "panel",
+    "n_spots",
+    "n_genes",
+    "n_constant",
+    "n_labelled",
+]
 
 
 def evaluation(
@@ -36,26 +47,25 @@ def evaluation(
     data
         Object or table that :func:`he2gene_sc.tl.evaluate` wrote to.
     what
-        ``"summary"``: mean and median over panels of genes, a row a scope, section, predictor and panel.
-        ``"genes"``: a row a scope, section, predictor and gene; baselines have ``pearson`` and ``skill`` alone, and those of the
-        prediction minus theirs (``pearson_difference``, ``skill_difference``).
-        ``"baselines"``: their rows of it.
-        ``"predictors"``: what each predictor has seen, and why one was left out. ``"left_out"``: spots, genes and
-        labels that were not judged, counted. ``"annotation"``: balanced accuracy, macro F1, macro AUROC and expected
-        calibration error by section. ``"classes"``: recall, F1 and AUROC of each class. ``"confusion"``: number of
-        spots by label and predicted class.
+        ``"summary"``: mean and median over gene panels, one row per scope, section, predictor and panel.
+        ``"genes"``: one row per scope, section, predictor and gene; baselines only have ``pearson`` and ``skill``, and the value of
+        the prediction minus that of the baseline (``pearson_difference``, ``skill_difference``).
+        ``"baselines"``: the rows of ``"genes"`` for baselines.
+        ``"predictors"``: data that each predictor has seen, and the reason if it was left out. ``"left_out"``: numbers of spots,
+        genes and labels that were not compared. ``"annotation"``: balanced accuracy, macro F1, macro AUROC and expected
+        calibration error by section. ``"classes"``: recall, F1 and AUROC of each class. ``"confusion"``: number of spots by label
+        and predicted class.
     dropna
-        Leave out rows of genes, panels and classes without any metric: what was not evaluated, such as a gene that is constant
-        in a section.
+        Leave out rows of genes, panels and classes without any metric, for example of a gene that is constant in a section.
     key
         ``key_added`` of the run.
     table_key
-        Table, where several were evaluated.
+        Table, if several were evaluated.
 
     Returns
     -------
     pandas.DataFrame
-        A copy.
+        Copy of the table.
 
     Raises
     ------
@@ -80,7 +90,7 @@ def evaluation(
         raise ValueError(f"`what`: {what!r} was not evaluated; run hg.tl.evaluate(annotation_key=...)")
     parts = [stored[what]] + ([stored["baselines"]] if what == "genes" and "baselines" in stored else [])
     frame = pd.concat(parts, ignore_index=True)
-    metrics = frame.columns.difference(_PLACES)
+    metrics = frame.columns.difference(_ID_COLUMNS)
     if dropna and what in ("summary", "genes", "baselines", "classes"):
         frame = frame[frame[metrics].notna().any(axis=1)].reset_index(drop=True)
     texts = ("scope", "section", "predictor") if what in ("genes", "baselines") else ()

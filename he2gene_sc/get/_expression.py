@@ -32,35 +32,35 @@ def expression(
     prediction_key: str = "he2gene",
     table_key: str | None = None,
 ) -> pd.DataFrame:
-    """Return the predicted expression of some genes at every spot.
+    """Return the predicted expression of genes at every spot.
 
-    Genes are read from the layer. Those that the layer lacks, at some spots or because it was deleted, are computed from the
-    embedding in ``obsm`` by the model. No image is read.
+    Values are read from the layer. Missing values (at some spots, or of a deleted layer) are computed by the model from the
+    embedding in ``obsm``. No image is read.
 
     Parameters
     ----------
     data
         Object or table that :func:`he2gene_sc.tl.predict` wrote to.
     genes
-        One gene or several: names in ``var_names``, in the column that predict was given as ``gene_symbols``, or of the model.
+        One gene or several: names in ``var_names``, in the column given to predict as ``gene_symbols``, or of the model.
     model
-        The model that predicted, for genes that the layer lacks. Default: the bundled one.
+        Model of the prediction, for genes that are not in the layer. Default: the bundled model.
     prediction_key
         ``key_added`` of predict.
     table_key
-        Table, where several were predicted.
+        Table, if several have predictions.
 
     Returns
     -------
     pandas.DataFrame
-        A row a spot, a column a gene, as it was named; float32, natural log of (1 + counts per 10,000). NaN for spots outside
-        the image.
+        One row per spot and one column per gene, named as in ``genes``; float32, natural log of (1 + counts per 10,000). NaN for
+        spots outside the image.
 
     Raises
     ------
     ValueError
-        If there is no prediction; or if genes are to be computed that the model does not know, another model is given, or the
-        embedding is not what predict wrote.
+        If there is no prediction; or if genes must be computed and the model does not know them, another model is given, or the
+        embedding was changed since predict wrote it.
 
     See Also
     --------
@@ -77,31 +77,31 @@ def expression(
     validate.arguments(expression, locals())
     names = [str(gene) for gene in validate.names(genes, "genes", one=True)]
     if not names:
-        raise ValueError("`genes` is empty; name at least one, hg.get.genes(data) lists those that were predicted")
+        raise ValueError("`genes` is empty; name at least one gene; hg.get.genes(data) lists the predicted genes")
     table = get_table(data, table_key, prediction_key=prediction_key)
     record, keys = record_of(table, prediction_key), Keys(prediction_key)
     symbols = symbols_of(table, record, None)
     columns = columns_of(table, names, symbols)
-    there = np.append(gene_flags(table, keys.predicted), False)[columns] & (record["layer"] in layer_names(table))
-    found = np.full((table.n_obs, len(names)), np.nan, np.float32)
-    if there.any():
-        found[:, there] = dense(matrix_of(table, record["layer"])[:, columns[there]])
+    in_layer = np.append(gene_flags(table, keys.predicted), False)[columns] & (record["layer"] in layer_names(table))
+    values = np.full((table.n_obs, len(names)), np.nan, np.float32)
+    if in_layer.any():
+        values[:, in_layer] = dense(matrix_of(table, record["layer"])[:, columns[in_layer]])
     embedding = table.obsm.get(keys.embedding)
-    if embedding is not None or not there.all():
+    if embedding is not None or not in_layer.all():
         inside = slice(None) if embedding is None else np.isfinite(np.asarray(embedding)).all(axis=1)
-        lacking = np.flatnonzero(~there | np.isnan(found[inside]).any(axis=0))
-        if len(lacking):
-            own = symbols_in(table, symbols)
-            asked = [str(own[columns[i]]) if columns[i] >= 0 else names[i] for i in lacking]
-            held = found[:, lacking]
-            found[:, lacking] = np.where(np.isnan(held), _computed(table, asked, record, model, prediction_key), held)
-    return pd.DataFrame(found, index=table.obs_names, columns=names)
+        missing = np.flatnonzero(~in_layer | np.isnan(values[inside]).any(axis=0))
+        if len(missing):
+            table_symbols = symbols_in(table, symbols)
+            model_genes = [str(table_symbols[columns[i]]) if columns[i] >= 0 else names[i] for i in missing]
+            stored, computed = values[:, missing], _compute(table, model_genes, record, model, prediction_key)
+            values[:, missing] = np.where(np.isnan(stored), computed, stored)
+    return pd.DataFrame(values, index=table.obs_names, columns=names)
 
 
-def _computed(
+def _compute(
     table: AnnData, genes: list[str], record: Mapping[str, Any], model: str | Path | HE2Gene | None, prediction_key: str
 ) -> np.ndarray:
-    """Expression of genes of the model from the embedding, ``(n, g)``."""
+    """Compute the expression of genes of the model from the embedding, ``(n, g)``."""
     source = predicting_model(record, model)
     positions = positions_of(source, genes)
     weights, bias = (

@@ -1,4 +1,4 @@
-"""``hg.get.genes``: the genes that a model predicted, to be trusted or not."""
+"""``hg.get.genes``: names of the predicted genes, all or only reliable ones."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def genes(
 ) -> list[str]:
     """List the predicted genes, best held-out correlation first.
 
-    :func:`he2gene_sc.get.predicted` gives them as a table, without missing values, for scanpy and squidpy.
+    :func:`he2gene_sc.get.predicted` returns a table of these genes without missing values, for scanpy and squidpy.
 
     Parameters
     ----------
     data
         Object or table that :func:`he2gene_sc.tl.predict` wrote to.
     reliable
-        ``True``: only those good enough to use; ``False``: only those not to trust; ``None``: all.
+        ``True``: only reliable genes; ``False``: only the others; ``None``: all.
     prediction_key
         ``key_added`` of predict.
     table_key
-        Table, where several were predicted.
+        Table, if several have predictions.
 
     Returns
     -------
@@ -44,7 +44,7 @@ def genes(
     Raises
     ------
     ValueError
-        If nothing was predicted.
+        If there is no prediction.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""``hg.get.predicted``: the predicted genes alone, as a table for scanpy, squidpy and decoupler."""
+"""``hg.get.predicted``: a table of the predicted genes for scanpy, squidpy and decoupler."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def predicted(
     prediction_key: str = "he2gene",
     table_key: str | None = None,
 ) -> AnnData:
-    """Return a table of the predicted genes alone, without missing values: ``X`` is the prediction.
+    """Return a table of the predicted genes without missing values; ``X`` is the prediction.
 
-    scanpy, squidpy and decoupler do not skip missing values. A gene that the model does not know is NaN in the layer, and
-    so is a spot that was not predicted. One of them makes every p-value NaN, or makes every such gene significant.
+    scanpy, squidpy and decoupler do not skip missing values. Genes that the model does not know, and spots without a prediction,
+    are NaN in the layer. A single one makes every p-value NaN, or makes every such gene significant.
 
     Parameters
     ----------
@@ -43,11 +43,11 @@ def predicted(
         ``True``: only reliable genes; ``False``: only the others; ``None``: all predicted genes.
     layer
         Layer of the table that becomes ``X``, for example ``"he2gene_adapted"``. Default: the layer of ``prediction_key``.
-        ``None``: ``X``, which in a measured table holds what was measured.
+        ``None``: ``X``, which holds the measured values in a measured table.
     prediction_key
         ``key_added`` of predict.
     table_key
-        Table, where several were predicted.
+        Table, if several have predictions.
 
     Returns
     -------
@@ -57,24 +57,24 @@ def predicted(
         ``.X``
             The layer, float32: natural log of (1 + counts per 10,000) for a prediction.
         ``.obs``
-            All columns. Spots without values are dropped, with a warning; categories that no spot has are removed.
+            All columns. Spots without values are dropped, with a warning; unused categories are removed.
         ``.var``
-            All columns, among them ``he2gene_pcc`` and ``he2gene_reliable``. Genes stay in the order of the table.
+            All columns, including ``he2gene_pcc`` and ``he2gene_reliable``. Genes keep the order of the table.
         ``.obsm``
             ``"spatial"``, the embedding ``"X_he2gene"`` and the probabilities of the classes.
         ``.uns``
-            Colours of the categories, ``"spatial"`` (images of scanpy and squidpy), the region that the table annotates,
+            Colours of the categories, ``"spatial"`` (images for scanpy and squidpy), the region that the table annotates,
             and the record of the prediction.
 
-        Other layers, graphs and embeddings are left out: they were made of other values or other spots.
+        Other layers, graphs and embeddings are left out, because they are based on other values or other spots.
 
     Raises
     ------
     TypeError
         If ``data`` is neither an object nor a table.
     ValueError
-        If there is no prediction, no such layer, no gene with ``reliable``, or no spot with values; or if the layer is lazy
-        and these genes would pass ``hg.settings.memory_limit``.
+        If there is no prediction, the layer does not exist, no gene matches ``reliable``, or no spot has values; or if the layer
+        is lazy and these genes would exceed ``hg.settings.memory_limit``.
 
     See Also
     --------
@@ -97,8 +97,8 @@ def predicted(
     chosen = matrix_of(table[:, columns], name)
     if hasattr(chosen, "dask") and is_large(*chosen.shape):
         raise ValueError(
-            f"`reliable` is {reliable}: {len(columns):,} genes of {table.n_obs:,} spots take {4e-9 * table.n_obs * len(columns):,.1f} "
-            f"GB, over hg.settings.memory_limit ({settings.memory_limit / 1e9:,.1f} GB); use reliable=True, read some genes with "
+            f"`reliable` is {reliable}: {len(columns):,} genes of {table.n_obs:,} spots need {4e-9 * table.n_obs * len(columns):,.1f} "
+            f"GB, more than hg.settings.memory_limit ({settings.memory_limit / 1e9:,.1f} GB); use reliable=True, read some genes with "
             "hg.get.expression(data, genes), or raise the limit"
         )
     values = np.asarray(dense(chosen), np.float32)
@@ -108,7 +108,7 @@ def predicted(
 
 
 def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.ndarray:
-    """Positions of the chosen genes."""
+    """Return the positions of the chosen genes."""
     keys = Keys(prediction_key)
     flags = gene_flags(table, keys.predicted)
     n_predicted = int(flags.sum())
@@ -123,8 +123,8 @@ def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.n
         model = table.uns[keys.uns].get("model")
         raise ValueError(
             f"`reliable` is {reliable}: model {model!r} calls none of the {n_predicted:,} predicted genes reliable; use "
-            "reliable=None for all of them (hg.pl.predictability shows how well each was predicted in training), or train "
-            "a model on more sections and patients with hg.tl.train"
+            "reliable=None for all of them (hg.pl.predictability shows their accuracy in training), or train a model on more "
+            "sections and patients with hg.tl.train"
             if reliable
             else f"`reliable` is False: all {n_predicted:,} predicted genes are reliable; use reliable=None"
         )
@@ -138,7 +138,7 @@ def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.n
 
 
 def _complete(values: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the spots that have values, and of the genes that all these spots have; what is left out is said."""
+    """Return positions of spots with values, and of genes that all these spots have; warn of those left out."""
     missing = np.isnan(values)
     if np.isinf(values).any():
         raise ValueError(f"`layer`: {where} holds {int(np.isinf(values).sum())} infinite value(s); predict again")
@@ -148,8 +148,8 @@ def _complete(values: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
     kept = np.flatnonzero(~missing[rows].any(axis=0))
     if not len(kept):
         raise ValueError(
-            f"`layer`: {where} has no gene that all {len(rows)} predicted spots have; the regions of the table were "
-            "predicted for different genes. Take the rows of one region first"
+            f"`layer`: {where} has no gene that all {len(rows)} predicted spots have, because the regions of the table were "
+            "predicted for different genes; pass the rows of one region only"
         )
     left_out = [
         f"{n:,} of {total:,} {what}"
@@ -173,6 +173,7 @@ def _copy(
     prediction_key: str,
     layer: str | None,
 ) -> AnnData:
+    """Build the new table from copies."""
     from anndata import AnnData
 
     keys = Keys(prediction_key)
@@ -183,22 +184,22 @@ def _copy(
         obs[name] = obs[name].cat.remove_unused_categories()
         colors = table.uns.get(f"{name}_colors")
         if colors is not None and len(colors) == len(before):
-            left = before.isin(obs[name].cat.categories)
-            uns[f"{name}_colors"] = [color for color, here in zip(colors, left, strict=True) if here]
+            is_used = before.isin(obs[name].cat.categories)
+            uns[f"{name}_colors"] = [color for color, used in zip(colors, is_used, strict=True) if used]
     for name in {"spatial", keys.rows}.intersection(table.uns):
         uns[name] = deepcopy(table.uns[name])
     if layer is not None:
-        # scanpy: the logarithm is the natural one, and is not to be taken again.
+        # Tells scanpy that the values are natural logarithms already.
         uns["log1p"] = {"base": None}
         uns[OWN_TABLE] = {"by": "hg.get.predicted", "X": layer}
     obsm = {name: table.obsm[name] for name in ("spatial", keys.embedding, keys.proba) if name in table.obsm}
     obsm = {name: value.iloc[rows].copy() if hasattr(value, "iloc") else value[rows] for name, value in obsm.items()}
     if (attrs := annotation_target(table)) is not None:
-        uns["spatialdata_attrs"] = _annotated(attrs, obs)
+        uns["spatialdata_attrs"] = _limit_regions(attrs, obs)
     return AnnData(X=values, obs=obs, var=var, obsm=obsm, uns=uns)
 
 
-def _annotated(attrs: Any, obs: Any) -> dict[str, Any]:
-    """Limit the regions that a table annotates to those that are left."""
-    left = obs[attrs["region_key"]].astype(str).unique().tolist()
-    return {**attrs, "region": left if len(left) > 1 else left[0]}
+def _limit_regions(attrs: Any, obs: Any) -> dict[str, Any]:
+    """Limit the annotated regions to those that still have spots."""
+    regions = obs[attrs["region_key"]].astype(str).unique().tolist()
+    return {**attrs, "region": regions if len(regions) > 1 else regions[0]}

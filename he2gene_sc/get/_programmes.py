@@ -1,4 +1,4 @@
-"""``hg.get.programmes``: gene sets, and how well their scores are predicted."""
+"""``hg.get.programmes``: accuracy of the scores of gene sets as a table."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def programmes(
     key: str = "he2gene_programmes",
     table_key: str | None = None,
 ) -> pd.DataFrame:
-    """Return what :func:`he2gene_sc.tl.programmes` found; the scores of the spots are in ``obsm`` under the same name.
+    """Return the results of :func:`he2gene_sc.tl.programmes`; the scores of the spots are in ``obsm`` under the same key.
 
     Parameters
     ----------
     data
-        Object or table that it wrote to; of several, the first is read.
+        Object or table that it wrote to; of several, the first is used.
     reliable
-        ``True``: sets that may be used on a new patient. ``False``: the others. Default: all.
+        ``True``: only sets that are reliable on a new patient. ``False``: only the others. Default: all.
     key
         ``key_added`` of the run.
     table_key
-        Table, where an object holds several.
+        Table, if an object has several.
 
     Returns
     -------
     pandas.DataFrame
-        A row a set, as :func:`he2gene_sc.tl.programmes` returns it.
+        One row per set, as returned by :func:`he2gene_sc.tl.programmes`.
 
     Raises
     ------
     ValueError
-        If there is no such result.
+        If the result does not exist.
 
     Examples
     --------
@@ -56,6 +56,6 @@ def programmes(
     >>> ax = hg.pl.spatial(sdata, "fat")
     """
     validate.arguments(programmes, locals())
-    found = find_result(data, "programmes", key, table_key)["results"]
-    kept = found if reliable is None else found[found["reliable"].to_numpy(bool) == reliable]
+    results = find_result(data, "programmes", key, table_key)["results"]
+    kept = results if reliable is None else results[results["reliable"].to_numpy(bool) == reliable]
     return kept.reset_index(drop=True)

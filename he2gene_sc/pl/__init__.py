@@ -1,4 +1,4 @@
-"""Pictures of what the verbs wrote."""
+"""Plots of the results."""
 
 import lazy_loader
 

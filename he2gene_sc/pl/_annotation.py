@@ -1,4 +1,4 @@
-"""``hg.pl.annotation``: predicted classes on the tissue, known ones beside them."""
+"""``hg.pl.annotation``: predicted classes on the tissue, with known labels beside them."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def annotation(
 ) -> Axes | list[Axes] | Figure | None:
     """Draw the predicted annotation at the spots over the tissue, and known labels beside it.
 
-    A class has one colour everywhere. Classes of the model that no spot has are listed as absent. Spots without a class are
-    grey: "no tissue" where less than 0.25 of a spot is tissue, else "unknown".
+    A class has the same colour in all panels. Classes of the model without spots are listed as absent. Spots without a class are
+    grey: "no tissue" if less than 0.25 of the spot is tissue, else "unknown".
 
     Parameters
     ----------
     sdata
         Object that :func:`he2gene_sc.tl.predict` wrote to, a table, or several, as in :func:`he2gene_sc.pl.spatial`.
     reference
-        Column of ``obs`` with known labels, for example ``"pathologist"``, drawn beside in the same colours.
+        Column of ``obs`` with known labels, for example ``"pathologist"``, drawn in a second panel in the same colours.
     image, bbox, palette, size, alpha, legend_loc, frameon
         As in :func:`he2gene_sc.pl.spatial`.
     prediction_key
@@ -71,12 +71,12 @@ def annotation(
     Returns
     -------
     matplotlib.axes.Axes, list of them, or matplotlib.figure.Figure
-        One a panel.
+        One per panel.
 
     Raises
     ------
     ValueError
-        If no annotation was predicted, or ``reference`` is no column with labels.
+        If no annotation was predicted, or ``reference`` is not a column with labels.
 
     Examples
     --------
@@ -101,12 +101,12 @@ def annotation(
         table, where = slide.table, f" of slide {slide.name!r}" if slide.name else ""
         if keys.annotation not in table.obs:
             raise ValueError(
-                f"`prediction_key` {prediction_key!r}: the model has no annotation head, obs{where} has no {keys.annotation!r}"
+                f"`prediction_key` {prediction_key!r}: the model has no annotation head, so obs{where} has no {keys.annotation!r}"
             )
         if reference is not None and not _has_labels(table, reference):
             labelled = [c for c in table.obs if isinstance(table.obs[c].dtype, pd.CategoricalDtype)]
             raise ValueError(
-                f"`reference` {reference!r} is no column of obs{where} with labels, candidates: {labelled}"
+                f"`reference` {reference!r} is not a column of obs{where} with labels, candidates: {labelled}"
             )
     panels: list[Panel] = []
     for slide in slides:
@@ -122,6 +122,7 @@ def annotation(
 
 
 def _has_labels(table: AnnData, column: str) -> bool:
+    """Return whether a column of ``obs`` has labels."""
     if column not in table.obs or table.obs[column].isna().all():
         return False
     values = table.obs[column]

@@ -1,4 +1,4 @@
-"""``hg.pl.biomarkers``: what ``hg.tl.biomarkers`` found, as volcanoes or as dots over patients."""
+"""``hg.pl.biomarkers``: results of ``hg.tl.biomarkers`` as volcano plots or as dot plot over patients."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def biomarkers(
     show: bool = False,
     return_fig: bool = False,
 ) -> Axes | list[Axes] | Figure | None:
-    """Draw the tests of biomarkers.
+    """Draw the results of biomarker tests.
 
     Parameters
     ----------
     data
-        What :func:`he2gene_sc.tl.biomarkers` wrote to.
+        Object, table or several, as given to :func:`he2gene_sc.tl.biomarkers`.
     group
         Group or groups; default: all.
     kind
-        ``"volcano"``: effect against p-value, a panel a group. ``"dot"``: the difference of a gene to the reference in
-        every group and patient; a dot is as large as the patient has spots of the group. What holds in the average only
-        shows as one dark dot.
+        ``"volcano"``: effect against p-value, one panel per group. ``"dot"``: the difference of a gene to the reference in every
+        group and patient; the size of a dot is the number of spots of the group in the patient. An effect of only one patient is
+        visible as a single dark dot.
     genes
-        Genes to name (volcano) or to show (dot); default: the ``n_genes`` of each group with the highest scores, and as
-        many with the lowest; for the volcano if they pass.
+        Genes to label (volcano) or to show (dot). Default: the ``n_genes`` with the highest and the ``n_genes`` with the lowest
+        scores in each group; for the volcano only significant genes.
     n_genes
         See ``genes``.
     fdr
@@ -65,9 +65,9 @@ def biomarkers(
     key, table_key
         As given to :func:`he2gene_sc.get.biomarkers`.
     ncols
-        Volcanoes in a row.
+        Number of volcano plots in a row.
     ax
-        Axes to draw in: one a group for volcanoes, one for dots.
+        Axes to draw in: one per group for volcano plots, one for the dot plot.
     save
         File to write the figure to.
     figsize, title, show, return_fig
@@ -80,7 +80,7 @@ def biomarkers(
     Raises
     ------
     ValueError
-        If there is no such result, group or gene.
+        If the result, a group or a gene does not exist.
 
     Examples
     --------
@@ -118,6 +118,7 @@ def biomarkers(
 def _volcano(
     ax: Axes, part: pd.DataFrame, group: str, reference: str, named: list[str] | None, n_genes: int, fdr: float
 ) -> None:
+    """Draw effect against p-value of one group, and label genes."""
     part = part.dropna(subset=["pvals"])
     height = -np.log10(part["pvals"].clip(lower=1e-300))
     passed = part["pvals_adj"] < fdr
@@ -125,13 +126,12 @@ def _volcano(
     ax.scatter(part["effect_size"], height, c=colours, s=8, linewidths=0, rasterized=len(part) > 2000)
     if passed.any():
         ax.axhline(height[passed].min(), color="0.5", linewidth=0.8, linestyle=":")
-    found = part[passed]
-    shown = (
-        part[part["names"].isin(named)]
-        if named is not None
-        else pd.concat([found[found["scores"] > 0].head(n_genes), found[found["scores"] < 0].tail(n_genes)])
+    significant = part[passed]
+    up, down = significant[significant["scores"] > 0], significant[significant["scores"] < 0]
+    labelled = (
+        part[part["names"].isin(named)] if named is not None else pd.concat([up.head(n_genes), down.tail(n_genes)])
     )
-    _name(ax, part["effect_size"], height, shown)
+    _label(ax, part["effect_size"], height, labelled)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set_xlabel(f"difference to {reference} (ln)")
     ax.set_ylabel("-log10 p")
@@ -139,20 +139,20 @@ def _volcano(
     ax.set_title(f"{group}\n{', '.join(marks)}: {int(passed.sum())} of {len(part)} at FDR {fdr:g}", fontsize=10)
 
 
-def _name(ax: Axes, x: pd.Series, y: pd.Series, shown: pd.DataFrame) -> None:
-    """Write the names of genes in two columns at the sides, with lines to their points, so that none covers another."""
-    reach = 1.9 * max(float(x.abs().max()), 1e-9) if len(x) else 1.0
+def _label(ax: Axes, x: pd.Series, y: pd.Series, labelled: pd.DataFrame) -> None:
+    """Write gene names in two columns at the sides, with lines to their points, so that no name covers another."""
+    limit = 1.9 * max(float(x.abs().max()), 1e-9) if len(x) else 1.0
     top = 1.08 * max(float(y.max()), 1e-9) if len(y) else 1.0
-    ax.set_xlim(-reach, reach)
+    ax.set_xlim(-limit, limit)
     ax.set_ylim(0, top)
-    for side, part in ((1, shown[shown["effect_size"] > 0]), (-1, shown[shown["effect_size"] <= 0])):
+    for side, part in ((1, labelled[labelled["effect_size"] > 0]), (-1, labelled[labelled["effect_size"] <= 0])):
         order = y[part.index].sort_values(ascending=False, kind="stable")
-        places = _apart(order.to_numpy() / top, min(0.05, 0.96 / max(len(order), 1)))
-        for at, place in zip(order.index, places, strict=True):
+        positions = _spread(order.to_numpy() / top, min(0.05, 0.96 / max(len(order), 1)))
+        for gene, position in zip(order.index, positions, strict=True):
             ax.annotate(
-                part.loc[at, "names"],
-                (x[at], y[at]),
-                xytext=(0.5 + 0.48 * side, place),
+                part.loc[gene, "names"],
+                (x[gene], y[gene]),
+                xytext=(0.5 + 0.48 * side, position),
                 textcoords="axes fraction",
                 ha="right" if side > 0 else "left",
                 va="center",
@@ -161,9 +161,9 @@ def _name(ax: Axes, x: pd.Series, y: pd.Series, shown: pd.DataFrame) -> None:
             )
 
 
-def _apart(places: np.ndarray, gap: float) -> np.ndarray:
-    """Move falling places in 0 to 1 as little as keeps them ``gap`` apart."""
-    out = places.astype(float).copy()
+def _spread(positions: np.ndarray, gap: float) -> np.ndarray:
+    """Move decreasing positions between 0 and 1 as little as possible, so that their distance is at least ``gap``."""
+    out = positions.astype(float).copy()
     for i in range(1, len(out)):
         out[i] = min(out[i], out[i - 1] - gap)
     floor = gap / 2
@@ -174,12 +174,13 @@ def _apart(places: np.ndarray, gap: float) -> np.ndarray:
 
 
 def _extremes(part: pd.DataFrame, n: int) -> list[str]:
-    """Genes of highest and of lowest score."""
+    """Return the genes with the highest and with the lowest scores."""
     part = part.dropna(subset=["scores"])
     return [*part.loc[part["scores"] > 0, "names"].head(n), *part.loc[part["scores"] < 0, "names"].tail(n)]
 
 
 def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[str], reference: str) -> None:
+    """Draw the effect of each gene in each group and patient as a dot."""
     from matplotlib.colors import TwoSlopeNorm
 
     rows = pd.DataFrame(record["samples"])
@@ -189,19 +190,19 @@ def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[st
     block = rows["group"].map({g: i for i, g in enumerate(groups)}).to_numpy()
     order = np.argsort(block, kind="stable")
     rows, effects, block = rows.iloc[order], effects.iloc[order], block[order]
-    # The name of a group stands once, in a line of its own above its patients.
+    # Write the name of a group once, in a separate line above its patients.
     lines = np.arange(len(rows)) + block + 1
     values = effects.to_numpy()
     y, x = np.broadcast_to(lines[:, None], values.shape), np.indices(values.shape)[1]
     limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     spots = rows["n_spots"].to_numpy(float)
     area = 15 + 135 * spots / spots.max()
-    there = np.isfinite(values)
+    finite = np.isfinite(values)
     dots = ax.scatter(
-        x[there],
-        y[there],
-        c=values[there],
-        s=np.repeat(area[:, None], len(genes), 1)[there],
+        x[finite],
+        y[finite],
+        c=values[finite],
+        s=np.repeat(area[:, None], len(genes), 1)[finite],
         cmap="RdBu_r",
         norm=TwoSlopeNorm(0, -(limit or 1.0), limit or 1.0),
         edgecolors="0.6",

@@ -1,4 +1,4 @@
-"""``hg.pl.calibration``: whether intervals hold what they say, and probabilities too."""
+"""``hg.pl.calibration``: coverage of intervals, and reliability of class probabilities."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .._core.spots import get_table
 from ..stats import N_BINS
 from ..tl._calibrate import Calibration, check_calibrated
 from ..tl._interval_ends import (
-    OfAdapted,
-    OfModel,
-    adaptation_of,
+    AdaptedIntervals,
+    ModelIntervals,
+    adapted_intervals,
+    calibration_intervals,
     check_by,
     check_coverage,
-    of_adapted,
-    of_calibration,
-    of_model,
+    find_adaptation,
+    model_intervals,
 )
 from ._canvas import axes_for, finish
 
@@ -62,25 +62,24 @@ def calibration(
     show: bool = False,
     return_fig: bool = False,
 ) -> Axes | list[Axes] | Figure | None:
-    """Draw the coverage of the intervals against what was asked for, and the reliability of the annotation.
+    """Draw empirical against nominal coverage of the intervals, and the reliability of the annotation.
 
     Parameters
     ----------
     data
-        Object or table that :func:`he2gene_sc.tl.predict` wrote to, with measured counts: of the same table, or of the one
-        beside it where ``predict(genes="all")`` made a table. With a ``calibration`` any with its layer.
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to, with measured counts in the same table, or in the measured table
+        if ``predict(genes="all")`` made a new one. With a ``calibration``, any that has its layer.
     layer
-        Prediction that is checked, as in :func:`he2gene_sc.tl.intervals`. Of an adapted one, spots that it was fitted on are
-        left out.
+        Prediction to check, as in :func:`he2gene_sc.tl.intervals`. Spots that an adapted layer was fitted on are left out.
     annotation_key
-        Column of ``obs`` with known labels: adds the reliability diagram of the annotation (share of right classes in
-        ten bins of the confidence). Beside each bin stands its number of spots.
+        Column of ``obs`` with known labels: adds the reliability diagram of the annotation (share of correct classes in ten bins
+        of the confidence), with the number of spots of each bin.
     coverages
-        Coverages to ask for.
+        Nominal coverages.
     measured, measured_scale
-        Layer of what was measured (``None``: ``X``), and what it holds, as in ``hg.tl.evaluate``.
+        Layer of measured values (``None``: ``X``), and its scale, as in ``hg.tl.evaluate``.
     by, model, calibration, gene_symbols
-        As in :func:`he2gene_sc.tl.intervals`: with a ``calibration`` the layer is of any model.
+        As in :func:`he2gene_sc.tl.intervals`: with a ``calibration`` the layer may be of any model.
     prediction_key
         ``key_added`` of predict.
     table_key
@@ -95,14 +94,14 @@ def calibration(
     Returns
     -------
     matplotlib.axes.Axes or list of them
-        The line is the mean over the genes that were predicted and measured, the band their 10th to 90th percentile. Spots
-        without counts and sections of fewer than ten spots do not count, as in :func:`he2gene_sc.tl.evaluate`.
+        The line is the mean over genes that were predicted and measured, the band is their 10th to 90th percentile. Spots without
+        counts and sections with fewer than ten spots are left out, as in :func:`he2gene_sc.tl.evaluate`.
 
     Raises
     ------
     ValueError
-        If fewer than ten spots of a section were both predicted and measured (for an adapted layer: and not used by it),
-        the measured layer is a prediction, the model has no calibration residuals, or a coverage lies outside what is kept.
+        If no section has ten spots that were both predicted and measured (and not used for an adapted layer), the measured layer
+        is a prediction, the model has no calibration residuals, or a coverage is outside the range of its quantiles.
 
     Examples
     --------
@@ -111,24 +110,24 @@ def calibration(
     >>> hg.tl.predict(sdata, show_progress_bar=False)
     >>> ax = hg.pl.calibration(sdata)
     """
-    validate.arguments(globals()["calibration"], locals())  # a parameter has the name of the function
+    validate.arguments(globals()["calibration"], locals())  # the parameter `calibration` hides the function
     from ..models import load
-    from ..tl._evaluate.aligned import Asked, proba_of, read
+    from ..tl._evaluate.aligned import AlignOptions, align_expression, class_probabilities
 
     check_by(by)
-    levels = _checked(coverages)
-    bounds: list[OfModel] | list[OfAdapted]
+    levels = _check_coverages(coverages)
+    bounds: list[ModelIntervals] | list[AdaptedIntervals]
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
         check_calibrated(calibration, table, indexable_matrix(table, layer), layer, model)
         ours = prediction_of(table, layer)
         if annotation_key is not None and ours is None:
             raise ValueError(
-                f"`annotation_key` is compared with an annotation of hg.tl.predict; layer {layer!r} is of another model, leave it out"
+                f"`annotation_key` needs an annotation of hg.tl.predict, but layer {layer!r} is of another model; leave it out"
             )
         keys = Keys(ours or prediction_key)
-        bounds = [of_calibration(table, calibration, c, by, symbols_in(table, gene_symbols)) for c in levels]
-        asked = Asked(
+        bounds = [calibration_intervals(table, calibration, c, by, symbols_in(table, gene_symbols)) for c in levels]
+        options = AlignOptions(
             layer,
             measured,
             measured_scale,
@@ -140,74 +139,81 @@ def calibration(
         table = get_table(data, table_key, prediction_key=prediction_key)
         keys, record = Keys(prediction_key), record_of(table, prediction_key)
         layer = predicted_layer(table, prediction_key, layer)
-        adapted = adaptation_of(table, record, layer)
+        adapted = find_adaptation(table, record, layer)
         gene_symbols = symbols_of(table, record, gene_symbols)
         if adapted is None:
-            # Of a table of all genes it is the measured one beside it that has the column.
+            # The column is in the measured table if the prediction has its own table.
             own = None if OWN_TABLE in table.uns and gene_symbols not in table.var else gene_symbols
-            bounds = [of_model(table, record, model, c, by, own, keys) for c in levels]
+            bounds = [model_intervals(table, record, model, c, by, own, keys) for c in levels]
         else:
-            bounds = [of_adapted(adapted, c, by, table.n_vars) for c in levels]
-        asked = Asked(
+            bounds = [adapted_intervals(adapted, c, by, table.n_vars) for c in levels]
+        options = AlignOptions(
             layer, measured, measured_scale, model=None if model is None else load(model), gene_symbols=gene_symbols
         )
-    judged = read(data, table, keys, asked)
-    genes = np.flatnonzero(np.all([found.known[judged.columns] for found in bounds], axis=0))
+    aligned = align_expression(data, table, keys, options)
+    genes = np.flatnonzero(np.all([intervals.known[aligned.columns] for intervals in bounds], axis=0))
     if not len(genes):
-        raise ValueError("`measured`: no gene that has intervals was measured")
+        raise ValueError(
+            "`measured`: no gene with intervals was measured; pass a layer with measured genes of the prediction"
+        )
     axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, figsize=figsize, title=title, save=save)
-    predicted, truth = judged.predicted[:, genes], judged.measured[:, genes]
-    ends = (found.ends(predicted, judged.columns[genes], judged.rows) for found in bounds)
-    covered = np.stack([_covered(bounds, truth) for bounds in ends])
+    predicted, truth = aligned.predicted[:, genes], aligned.measured[:, genes]
+    ends = (intervals.ends(predicted, aligned.columns[genes], aligned.rows) for intervals in bounds)
+    covered = np.stack([_coverage(pair, truth) for pair in ends])
     _draw_coverage(axes[0], levels, covered)
     if annotation_key is not None:
-        proba, codes, _ = proba_of(judged, annotation_key, table, keys)
+        proba, codes, _ = class_probabilities(aligned, annotation_key, table, keys)
         _draw_reliability(axes[1], proba.to_numpy(float), codes)
     return finish(axes, save, title, show, return_fig)
 
 
-def _checked(coverages: Any) -> np.ndarray:
+def _check_coverages(coverages: Any) -> np.ndarray:
+    """Return the coverages as an array; raise if they are invalid."""
     try:
         coverages = list(coverages)
     except TypeError:
         raise ValueError(f"`coverages` is {coverages!r}; a list is needed, such as [{coverages!r}]") from None
     if not coverages:
-        raise ValueError("`coverages` is empty; one or more are needed, such as [0.5, 0.9]")
+        raise ValueError("`coverages` is empty; at least one is needed, such as [0.5, 0.9]")
     for coverage in coverages:
         check_coverage(coverage, "coverages")
     return np.asarray(coverages, float)
 
 
-def _covered(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray) -> np.ndarray:
-    """Share of the measured values of each gene that lie inside, ``(g,)``."""
+def _coverage(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray) -> np.ndarray:
+    """Return the share of the measured values of each gene inside its intervals, ``(g,)``."""
     low, high = ends
     known = np.isfinite(truth) & np.isfinite(high)
-    # What is at 0 is inside where the lower end was floored there.
+    # A value of 0 is inside if the lower end was floored at 0.
     inside = known & (truth >= np.maximum(low, 0)) & (truth <= np.maximum(high, 0))
     n = known.sum(0)
     return np.divide(inside.sum(0), n, out=np.full(len(n), np.nan), where=n >= _MIN_SPOTS)
 
 
 def _draw_coverage(ax: Axes, coverages: np.ndarray, covered: np.ndarray) -> None:
+    """Draw the mean and the percentiles over genes of the empirical coverage."""
     order = np.argsort(coverages)
     covered = covered[:, np.isfinite(covered).all(0)]
     low, high = np.quantile(covered, (0.1, 0.9), axis=1)
-    ax.plot([0, 1], [0, 1], color="k", lw=0.8, ls="--", label="as asked for")
+    ax.plot([0, 1], [0, 1], color="k", lw=0.8, ls="--", label="nominal")
     ax.fill_between(coverages[order], low[order], high[order], color="#cfd8e3", lw=0, label="10th to 90th percentile")
     ax.plot(coverages[order], covered.mean(1)[order], marker="o", ms=4, label=f"mean over {covered.shape[1]:,} genes")
-    ax.set(xlabel="coverage asked for", ylabel="coverage found", title="intervals", xlim=(0, 1), ylim=(0, 1.01))
+    ax.set(xlabel="nominal coverage", ylabel="empirical coverage", title="intervals", xlim=(0, 1), ylim=(0, 1.01))
     ax.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _draw_reliability(ax: Axes, proba: np.ndarray, codes: np.ndarray) -> None:
+    """Draw the share of correct classes against the confidence, in bins."""
     usable = (codes >= 0) & np.isfinite(proba).all(1)
     if not usable.any():
-        raise ValueError("`annotation_key`: none of the spots that are checked has a label")
-    confidence, right = proba[usable].max(1), proba[usable].argmax(1) == codes[usable]
+        raise ValueError(
+            "`annotation_key`: none of the compared spots has a label; pass a column with labels of these spots"
+        )
+    confidence, correct = proba[usable].max(1), proba[usable].argmax(1) == codes[usable]
     bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
-    there = np.unique(bins)
-    x, y = (np.array([values[bins == b].mean() for b in there]) for values in (confidence, right))
-    size = np.array([(bins == b).sum() for b in there])
+    used = np.unique(bins)
+    x, y = (np.array([values[bins == b].mean() for b in used]) for values in (confidence, correct))
+    size = np.array([(bins == b).sum() for b in used])
     ax.plot([0, 1], [0, 1], color="k", lw=0.8, ls="--")
     ax.plot(x, y, color="#1f77b4", lw=0.8)
     ax.scatter(x, y, s=10 + 150 * size / size.max(), color="#1f77b4", alpha=0.7)
@@ -225,7 +231,7 @@ def _draw_reliability(ax: Axes, proba: np.ndarray, codes: np.ndarray) -> None:
     error = float(np.abs(x - y) @ size / size.sum())
     ax.set(
         xlabel="confidence",
-        ylabel="share of right classes",
+        ylabel="share of correct classes",
         title=f"annotation, {size.sum():,} labelled spots, calibration error {error:.3f}",
         xlim=(0, 1.05),
         ylim=(0, 1.05),

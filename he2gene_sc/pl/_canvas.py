@@ -1,4 +1,4 @@
-"""What the pictures share: slides to draw on, the tissue under the spots, and the figure around them."""
+"""Shared by all plots: slides, the tissue under the spots, and figures."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from spatialdata import SpatialData
 
-#: Dots per inch that figures are saved with, and that the tissue is read for.
+#: Dots per inch of saved figures, which also sets the resolution of the tissue.
 _DPI = 150
-#: Corners of a panel, as (x, y) of their outer end, in the order in which they are preferred.
+#: Corners of a panel as (x, y) of the outer end, in order of preference.
 _CORNERS = {"lower left": (0, 0), "lower right": (1, 0), "upper right": (1, 1), "upper left": (0, 1)}
 
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """Spots to draw: rows of a table, with the slide that they lie on, or without one where there is no image."""
+    """Spots to draw: rows of a table, and their slide if there is an image."""
 
     table: AnnData
     slide: Slide | None = None
@@ -50,37 +50,37 @@ class Canvas:
 
     @classmethod
     def of_slide(cls, sdata: SpatialData, slide: Slide, table: AnnData, name: str = "") -> Canvas:
-        """Take the rows of a table that annotate the spots of a slide."""
+        """Create a canvas from the rows of a table that annotate the spots of a slide."""
         region_key = table.uns["spatialdata_attrs"]["region_key"]
         return cls(table[(table.obs[region_key] == slide.shapes_key).to_numpy()], slide, sdata, name)
 
     @cached_property
     def matrix(self) -> np.ndarray:
-        """From pixels of level 0, or the unit of ``obsm["spatial"]``, to what is drawn, 3 × 3."""
+        """Transformation from pixels of level 0, or from ``obsm["spatial"]``, to the drawing, 3 × 3."""
         if self.slide is None or self.sdata is None:
             return np.eye(3)
         return affine(self.sdata.images[self.slide.image_key], self.slide.coordinate_system)
 
     @cached_property
     def xy(self) -> np.ndarray:
-        """Centres of the spots, ``(n, 2)``."""
+        """Spot centres in the drawing, ``(n, 2)``."""
         return transform_points(spots_of(self.table) if self.slide is None else self.slide.centres, self.matrix)
 
     @cached_property
     def diameter(self) -> float:
-        """Of a spot; without a slide, spots nearly touch."""
+        """Diameter of a spot in the drawing; without a slide, spots nearly touch."""
         if self.slide is None:
-            places = np.unique(self.xy, axis=0)
-            return 0.95 * pitch_of(places) if len(places) > 1 else 1.0
+            centres = np.unique(self.xy, axis=0)
+            return 0.95 * pitch_of(centres) if len(centres) > 1 else 1.0
         return self.slide.diameter_um / self.um_per_unit
 
     @cached_property
     def um_per_unit(self) -> float:
-        """µm per unit of what is drawn; NaN where it is unknown."""
+        """µm per unit of the drawing; NaN if unknown."""
         return np.nan if self.slide is None else self.slide.mpp / length_scale(self.matrix, quiet=True)
 
     def box(self, bbox: Sequence[float] | None, parameter: str = "bbox") -> tuple[float, float, float, float]:
-        """Part that is shown, xmin, ymin, xmax and ymax: the region, or the spots and a margin."""
+        """Return the drawn part (xmin, ymin, xmax, ymax): the region ``bbox``, or all spots and a margin."""
         if bbox is not None:
             corners = transform_points(np.array([[x, y] for x in bbox[::2] for y in bbox[1::2]], float), self.matrix)
             low, high = corners.min(0), corners.max(0)
@@ -88,8 +88,8 @@ class Canvas:
                 first, last = (np.nanmin(self.xy, 0), np.nanmax(self.xy, 0)) if len(self.xy) else (low, high)
                 ends = transform_points(np.array([first, last]), np.linalg.inv(self.matrix))
                 raise ValueError(
-                    f"`{parameter}` {tuple(bbox)} holds no spot; the spots lie in x {ends[:, 0].min():.0f} to {ends[:, 0].max():.0f} "
-                    f"and y {ends[:, 1].min():.0f} to {ends[:, 1].max():.0f}"
+                    f"`{parameter}` {tuple(bbox)} contains no spot; the spots are at x {ends[:, 0].min():.0f} to "
+                    f"{ends[:, 0].max():.0f} and y {ends[:, 1].min():.0f} to {ends[:, 1].max():.0f}"
                 )
             return (*low, *high)
         low, high = self.xy.min(0), self.xy.max(0)
@@ -97,17 +97,17 @@ class Canvas:
         return (*(low - margin), *(high + margin))
 
     def draw_tissue(self, ax: Axes, box: tuple[float, ...], pixels: float) -> None:
-        """Draw the image, which is read once for all panels."""
+        """Draw the image; it is read once for all panels."""
         if self.slide is not None:
             if box not in self._tissue:
                 self._tissue[box] = read_region(self.slide.pyramid, self.slide.pixel_factor, self.matrix, box, pixels)
             draw_image(ax, *self._tissue[box])
 
     def draw_spots(self, ax: Axes, colours: np.ndarray, size: float) -> None:
-        """Draw the spots in their true size and shape; ``colours`` is ``(n, 4)``."""
+        """Draw the spots with true size and shape; ``colours`` is ``(n, 4)``."""
         if self.slide is None or self.sdata is None:
-            sides = np.full(len(self.xy), size * self.diameter)
-            ax.add_collection(_circles(ax, self.xy, sides, facecolors=colours))
+            diameters = np.full(len(self.xy), size * self.diameter)
+            ax.add_collection(_circles(ax, self.xy, diameters, facecolors=colours))
         elif self.slide.shapes_key in self.sdata.labels:
             self._draw_labels(ax, colours)
         else:
@@ -115,27 +115,28 @@ class Canvas:
             ax.add_collection(outlines(ax, shapes, self.slide.coordinate_system, size, facecolors=colours))
 
     def _draw_labels(self, ax: Axes, colours: np.ndarray) -> None:
+        """Draw spots that are a labels element."""
         assert self.slide is not None
         assert self.sdata is not None
         element = self.sdata.labels[self.slide.shapes_key]
         nodes = sorted((node.transpose("y", "x") for node in levels(element)), key=lambda node: node.sizes["x"])
-        found = next((node for node in nodes if node.sizes["x"] >= 2000), nodes[-1])
-        values = np.asarray(found.data)
+        level = next((node for node in nodes if node.sizes["x"] >= 2000), nodes[-1])
+        values = np.asarray(level.data)
         names, codes = np.unique(values, return_inverse=True)
-        place = pd.Index(self.slide.spot_ids).get_indexer(pd.Index(names))
-        rgba = np.vstack([colours, np.zeros(4)])[place][codes.reshape(values.shape)]
-        scale = nodes[-1].sizes["x"] / found.sizes["x"]
+        positions = pd.Index(self.slide.spot_ids).get_indexer(pd.Index(names))
+        rgba = np.vstack([colours, np.zeros(4)])[positions][codes.reshape(values.shape)]
+        scale = nodes[-1].sizes["x"] / level.sizes["x"]
         draw_image(ax, rgba, affine(element, self.slide.coordinate_system) @ np.diag([scale, scale, 1]), "nearest")
 
     def frame(self, ax: Axes, box: tuple[float, ...]) -> list[str]:
-        """Show a part, with a scale bar where µm are known; return the corners that are left, the emptiest first."""
+        """Set the limits of the axes, and draw a scale bar if µm are known; return the free corners, emptiest first."""
         x0, y0, x1, y1 = box
         ax.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xlabel="", ylabel="", xticks=[], yticks=[])
-        places = (self.xy - [x0, y1]) / [x1 - x0, y0 - y1]
+        relative = (self.xy - [x0, y1]) / [x1 - x0, y0 - y1]
 
         def spots_in(corner: str) -> int:
-            near = np.abs(places - np.array(_CORNERS[corner]))
-            return int(((near[:, 0] < 0.45) & (near[:, 1] < 0.15)).sum())
+            distance = np.abs(relative - np.array(_CORNERS[corner]))
+            return int(((distance[:, 0] < 0.45) & (distance[:, 1] < 0.15)).sum())
 
         corners = sorted(_CORNERS, key=spots_in)
         if not np.isfinite(self.um_per_unit):
@@ -146,13 +147,13 @@ class Canvas:
 
 
 def add_scale_bar(ax: Axes, um_per_unit: float, length: float, location: str) -> None:
-    """Add a scale bar of about a length."""
+    """Add a scale bar of about ``length``, rounded to a readable number."""
     from matplotlib_scalebar.scalebar import ScaleBar
 
-    nice = np.outer([1, 1.5, 2, 2.5, 3, 4, 5, 7.5], 10.0 ** np.arange(-2, 7)).ravel()
-    um = nice[np.abs(np.log(nice / (length * um_per_unit))).argmin()]
+    candidates = np.outer([1, 1.5, 2, 2.5, 3, 4, 5, 7.5], 10.0 ** np.arange(-2, 7)).ravel()
+    um = candidates[np.abs(np.log(candidates / (length * um_per_unit))).argmin()]
     value, unit = (um / 1000, "mm") if um >= 1000 else (um, "um")
-    # A whole number without ".0".
+    # Write whole numbers without ".0".
     fixed = {"fixed_value": int(value) if value == int(value) else float(value), "fixed_units": unit}
     ax.add_artist(ScaleBar(um_per_unit, "um", location=location, box_alpha=0.6, font_properties={"size": 8}, **fixed))
 
@@ -160,12 +161,12 @@ def add_scale_bar(ax: Axes, um_per_unit: float, length: float, location: str) ->
 def read_region(
     pyramid: Pyramid, factor: float, matrix: np.ndarray, box: tuple[float, ...], pixels: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read a region ``(h, w, 3)`` from the coarsest level that is long enough, and the matrix from its pixels to the drawing."""
+    """Read a region ``(h, w, 3)`` from the coarsest sufficient level; also return the matrix from its pixels to the drawing."""
     corners = transform_points(np.array([[x, y] for x in box[::2] for y in box[1::2]]), np.linalg.inv(matrix))
     low = np.clip(corners.min(0), 0, [pyramid.width - 1, pyramid.height - 1])
     high = np.clip(corners.max(0), low + 1, [pyramid.width, pyramid.height])
-    fitting = [level for level in pyramid.levels if (high - low).max() / level.scale >= pixels]
-    level = fitting[-1] if fitting else pyramid.levels[0]
+    sufficient = [level for level in pyramid.levels if (high - low).max() / level.scale >= pixels]
+    level = sufficient[-1] if sufficient else pyramid.levels[0]
     (x0, y0), (x1, y1) = np.floor(low / level.scale).astype(int), np.ceil(high / level.scale).astype(int)
     part = Level(level.array[:, y0:y1, x0:x1])
     rgb = read_reduced(Pyramid((part,)), int((2 * pixels) ** 2), factor).transpose(1, 2, 0)
@@ -174,7 +175,7 @@ def read_region(
 
 
 def draw_image(ax: Axes, pixels: np.ndarray, matrix: np.ndarray, interpolation: str | None = None) -> None:
-    """Draw pixels ``(h, w, 3 or 4)``; ``matrix`` brings them to what is drawn."""
+    """Draw pixels ``(h, w, 3 or 4)``; ``matrix`` transforms them to the drawing."""
     from matplotlib.transforms import Affine2D
 
     height, width = pixels.shape[:2]
@@ -183,13 +184,13 @@ def draw_image(ax: Axes, pixels: np.ndarray, matrix: np.ndarray, interpolation: 
 
 
 def outlines(ax: Axes, shapes: GeoDataFrame, system: str, size: float = 1.0, **kwargs: Any) -> Collection:
-    """Circles, or polygons."""
+    """Return a collection of the circles or polygons of a shapes element."""
     from matplotlib.collections import PolyCollection
 
     matrix = affine(shapes, system)
     if "radius" in shapes.columns:
-        sides = 2 * size * shapes["radius"].to_numpy(float) * length_scale(matrix, quiet=True)
-        return _circles(ax, transform_points(shapes.get_coordinates().to_numpy(), matrix), sides, **kwargs)
+        diameters = 2 * size * shapes["radius"].to_numpy(float) * length_scale(matrix, quiet=True)
+        return _circles(ax, transform_points(shapes.get_coordinates().to_numpy(), matrix), diameters, **kwargs)
     rings = shapes.geometry.convex_hull if (shapes.geom_type != "Polygon").any() else shapes.geometry
     rings = rings if size == 1 else rings.scale(size, size)
     return PolyCollection(
@@ -198,11 +199,12 @@ def outlines(ax: Axes, shapes: GeoDataFrame, system: str, size: float = 1.0, **k
     )
 
 
-def _circles(ax: Axes, xy: np.ndarray, sides: np.ndarray, **kwargs: Any) -> Collection:
+def _circles(ax: Axes, xy: np.ndarray, diameters: np.ndarray, **kwargs: Any) -> Collection:
+    """Return a collection of circles."""
     from matplotlib.collections import EllipseCollection
 
     options: dict[str, Any] = {"offsets": xy, "offset_transform": ax.transData, "edgecolors": "none", **kwargs}
-    return EllipseCollection(sides, sides, np.zeros(len(sides)), units="xy", **options)
+    return EllipseCollection(diameters, diameters, np.zeros(len(diameters)), units="xy", **options)
 
 
 def canvases(
@@ -214,21 +216,21 @@ def canvases(
     image_key: str | None,
     coordinate_system: str | None,
 ) -> list[Canvas]:
-    """Find the slides that predictions were made on, in one object, a table, or a list or dict of them."""
+    """Return the slides with predictions in an object, a table, or a list or dict of them."""
     options = {name: value for name, value in locals().items() if name != "data"}
     if isinstance(data, list | tuple | Mapping):
         if not len(data):
-            raise ValueError("`sdata` is empty; one object or more is needed")
-        out = []
-        for name, each in data.items() if isinstance(data, Mapping) else [("", each) for each in data]:
-            own = canvases(each, **options)
-            for slide in own:
+            raise ValueError("`sdata` is empty; at least one object is needed")
+        slides = []
+        for name, item in data.items() if isinstance(data, Mapping) else [("", item) for item in data]:
+            for slide in canvases(item, **options):
                 label = " ".join(part for part in (str(name), slide.name) if part)
-                out.append(replace(slide, name=label or str(sections_of(slide.table)[0])))
-        names = [slide.name for slide in out]
-        twice = {name for name in names if names.count(name) > 1}
+                slides.append(replace(slide, name=label or str(sections_of(slide.table)[0])))
+        names = [slide.name for slide in slides]
+        repeated = {name for name in names if names.count(name) > 1}
         return [
-            replace(each, name=f"{each.name} ({i + 1})") if each.name in twice else each for i, each in enumerate(out)
+            replace(slide, name=f"{slide.name} ({i + 1})") if slide.name in repeated else slide
+            for i, slide in enumerate(slides)
         ]
     if hasattr(data, "obs_names"):
         table = check_text_names(data)
@@ -239,8 +241,8 @@ def canvases(
         if len(names) < 2:
             if n := len(xy) - len(np.unique(xy, axis=0)):
                 warnings.warn(
-                    f"`sdata`: {n} of {len(xy)} spots lie on another, as where several slides lie on each other; name the slide "
-                    f"of each spot in obs[{SECTION!r}]",
+                    f"`sdata`: {n} of {len(xy)} spots have the position of another spot, as if several slides overlap; write the "
+                    f"name of the slide of each spot to obs[{SECTION!r}]",
                     stacklevel=3,
                 )
             return [Canvas(table)]
@@ -253,7 +255,7 @@ def canvases(
     if shapes_key is not None:
         regions = [shapes_key] if isinstance(shapes_key, str) else validate.names(shapes_key, "shapes_key", least=1)
 
-    def of_region(region: str) -> Canvas:
+    def canvas_of(region: str) -> Canvas:
         def recorded(name: str) -> Any:
             return record[name].get(region) if isinstance(record[name], Mapping) else record[name]
 
@@ -267,22 +269,23 @@ def canvases(
         )
         return Canvas.of_slide(data, slide, data[key], region if len(regions) > 1 else "")
 
-    return [of_region(region) for region in regions]
+    return [canvas_of(region) for region in regions]
 
 
 def _check_spots(table: AnnData) -> None:
+    """Raise if a table has no spots."""
     if not table.n_obs:
-        raise ValueError("`sdata`: the table has no spots; one or more are needed")
+        raise ValueError("`sdata`: the table has no spots; at least one is needed")
 
 
 def on_glass(table: AnnData, prediction_key: str) -> np.ndarray:
-    """Mask of the spots with less tissue than is needed; ``False`` everywhere for predictions that do not say."""
+    """Return the mask of spots with too little tissue; all ``False`` if the prediction does not record tissue."""
     share = table.obs.get(Keys(prediction_key).tissue)
     return np.zeros(table.n_obs, bool) if share is None else share.to_numpy(dtype=float) < MIN_TISSUE
 
 
 def panel_pixels(ax: Axes) -> float:
-    """Pixels of the longer side of a panel when the figure is saved."""
+    """Return the length in pixels of the longer side of a panel in the saved figure."""
     extent = ax.get_window_extent()
     return max(extent.width, extent.height) * _DPI / ax.figure.dpi
 
@@ -296,19 +299,21 @@ def axes_for(
     figsize: Sequence[float] | None = None,
     title: str | Sequence[str] | None = None,
     aspect: float | None = None,
-    beside: float = 0.0,
+    side_width: float = 0.0,
     save: str | Path | None = None,
 ) -> list[Axes]:
-    """Return ``n`` axes: those given, or a new figure of them; ``figsize``, ``title`` and ``save`` are checked in any case.
+    """Return ``n`` axes, those in ``ax`` or of a new figure; always check ``figsize``, ``title`` and ``save``.
 
-    Panels of tissue have an ``aspect`` (height to width) and are packed, with ``beside`` inches for bars or legends.
+    Panels of tissue have an ``aspect`` (height to width) and are packed, with ``side_width`` inches for colour bars or legends.
     """
     import matplotlib.pyplot as plt
 
     if save is not None:
         _file_of(save)
     if title is not None and not isinstance(title, str) and len(validate.names(title, "title")) != n:
-        raise ValueError(f"`title` holds {len(title)} titles, {n} are needed; a text names the whole figure")
+        raise ValueError(
+            f"`title` holds {len(title)} titles, {n} are needed; pass a text for a title of the whole figure"
+        )
 
     if figsize is not None:
         sides = list(figsize) if isinstance(figsize, Iterable) else []
@@ -323,9 +328,9 @@ def axes_for(
     nrows = -(-n // ncols)
     size = (panel * 1.15 * ncols, panel * nrows)
     if aspect is not None:
-        # A tall slide is not made taller than a panel is wide.
+        # Limit the height of a tall slide to the width of a panel.
         width = panel / max(1.0, aspect)
-        size = ((width + beside) * ncols, (width * aspect + 0.6) * nrows)
+        size = ((width + side_width) * ncols, (width * aspect + 0.6) * nrows)
     layout = "constrained" if aspect is None else "compressed"
     if figsize is not None:
         size = (sides[0], sides[1])
@@ -337,14 +342,14 @@ def axes_for(
 
 
 def _file_of(save: str | Path) -> Path:
-    """File that a figure is written to; one without a suffix gets that of matplotlib."""
+    """Return the file for a figure; without a suffix, add the default of matplotlib."""
     from matplotlib import rcParams
     from matplotlib.backend_bases import FigureCanvasBase
 
     path = validate.folder_or_file(save, "save")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(
-            f"`save` {str(save)!r} is a folder, or lies in a folder that is not there; name a file, such as 'a.png'"
+            f"`save` {str(save)!r} is a folder, or its folder does not exist; pass the name of a file, such as 'a.png'"
         )
     path = path if path.suffix else path.with_name(f"{path.name}.{rcParams['savefig.format']}")
     validate.one_of(path.suffix[1:].lower(), sorted(FigureCanvasBase.get_supported_filetypes()), "save")
@@ -358,13 +363,13 @@ def finish(
     show: bool = False,
     return_fig: bool = False,
 ) -> Any:
-    """Set the titles that were asked for, save and show the figure; return its axes, or itself."""
+    """Set titles, save and show the figure; return its axes, or the figure."""
     figure: Figure = axes[0].figure.canvas.figure
     if isinstance(title, str) and len(axes) > 1:
         figure.suptitle(title)
     elif title is not None:
-        for each, text in zip(axes, [title] if isinstance(title, str) else title, strict=True):
-            each.set_title(str(text))
+        for axis, text in zip(axes, [title] if isinstance(title, str) else title, strict=True):
+            axis.set_title(str(text))
     if save is not None:
         path = _file_of(save)
         new = path.with_name(f".{os.getpid()}-{id(figure)}{path.suffix}")

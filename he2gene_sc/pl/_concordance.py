@@ -1,4 +1,4 @@
-"""``hg.pl.concordance``: predicted against measured effects, gene by gene."""
+"""``hg.pl.concordance``: effects in predicted against measured expression."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def concordance(
     show: bool = False,
     return_fig: bool = False,
 ) -> Axes | list[Axes] | Figure | None:
-    """Draw the effect of every gene in predicted against that in measured expression, a panel a group.
+    """Draw the effect of each gene in predicted against measured expression, one panel per group.
 
     Parameters
     ----------
     data
-        What :func:`he2gene_sc.tl.concordance` wrote to.
+        Object, table or several, as given to :func:`he2gene_sc.tl.concordance`.
     group
         Group or groups; default: all.
     genes
-        Genes to name.
+        Genes to label.
     key, table_key
         As given to :func:`he2gene_sc.get.concordance`.
     ncols
         Panels in a row.
     ax
-        Axes to draw in, one a group.
+        Axes to draw in, one per group.
     save
         File to write the figure to.
     figsize, title, show, return_fig
@@ -61,12 +61,12 @@ def concordance(
     Returns
     -------
     matplotlib.axes.Axes or list of them
-        Reliable genes are drawn dark over the others; the title says how well both sets agree.
+        Reliable genes are drawn dark over the others; the title states the Spearman correlation of both sets.
 
     Raises
     ------
     ValueError
-        If there is no such result, group or gene.
+        If the result, a group or a gene does not exist.
 
     Examples
     --------
@@ -96,19 +96,21 @@ def concordance(
 
 
 def _panel(ax: Axes, part: pd.DataFrame, scores: pd.DataFrame, group: str, named: Sequence[str]) -> None:
+    """Draw the effects of one group."""
     reliable = part["reliable"].astype(bool)
     for chosen, colour, label in ((~reliable, "#bdbdbd", "not reliable"), (reliable, "#1b5e9b", "reliable")):
-        of = part[chosen]
-        style: dict[str, Any] = {"s": 8, "c": colour, "linewidths": 0, "rasterized": len(of) > 2000}
-        ax.scatter(of["effect_size_measured"], of["effect_size_predicted"], label=f"{label} ({len(of)})", **style)
+        genes = part[chosen]
+        style: dict[str, Any] = {"s": 8, "c": colour, "linewidths": 0, "rasterized": len(genes) > 2000}
+        x, y = genes["effect_size_measured"], genes["effect_size_predicted"]
+        ax.scatter(x, y, label=f"{label} ({len(genes)})", **style)
     for _, row in part[part["names"].isin(named)].iterrows():
-        place = (row["effect_size_measured"], row["effect_size_predicted"])
-        ax.annotate(row["names"], place, xytext=(3, 2), textcoords="offset points", fontsize=7)
+        point = (row["effect_size_measured"], row["effect_size_predicted"])
+        ax.annotate(row["names"], point, xytext=(3, 2), textcoords="offset points", fontsize=7)
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set_xlabel("measured difference (ln)")
     ax.set_ylabel("predicted difference (ln)")
-    said = ", ".join(f"{row['genes']} {row['spearman']:.2f}" for _, row in scores.iterrows())
+    spearman = ", ".join(f"{row['genes']} {row['spearman']:.2f}" for _, row in scores.iterrows())
     circular = ", circular" if scores["circular"].any() else ""
-    ax.set_title(f"{group}{circular}\nSpearman: {said}", fontsize=10)
+    ax.set_title(f"{group}{circular}\nSpearman: {spearman}", fontsize=10)
     ax.legend(frameon=False, fontsize=7)

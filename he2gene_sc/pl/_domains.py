@@ -1,4 +1,4 @@
-"""``hg.pl.domains``: tissue, annotated domains, and clusters of measured and predicted expression, side by side."""
+"""``hg.pl.domains``: tissue, annotated domains, and clusters of measured and predicted expression."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ def domains(
     show: bool = False,
     return_fig: bool = False,
 ) -> Axes | list[Axes] | Figure | None:
-    """Draw the tissue, the annotated domains and the clusters beside each other, with their scores.
+    """Draw the tissue, the annotated domains and the clusters side by side, with their scores.
 
-    A cluster has the colour of the domain that it matches one to one, and a grey where it matches none.
+    A cluster has the colour of the domain that it matches one to one, or grey if it matches none.
 
     Parameters
     ----------
     data
-        Object or table that :func:`he2gene_sc.tl.domain_preservation` wrote to. Without an image spots alone are drawn.
+        Object or table that :func:`he2gene_sc.tl.domain_preservation` wrote to. Without an image, only spots are drawn.
     section
-        Which, where there are several.
+        Section to draw; needed if there are several.
     image
-        Draw the tissue, alone and underneath the spots.
+        Draw the tissue in its own panel and under the spots.
     size
-        Scale of the spots; 1 is their true size over an image, and just touching ones without.
+        Scale of the spots; 1 is their true size with an image; without an image, spots nearly touch.
     key
         ``key_added`` of the run.
     table_key
-        Table, where an object holds several.
+        Table, if an object has several.
     ax
-        Axes to draw in, one a panel.
+        Axes to draw in, one per panel.
     save
         File to write the figure to.
     alpha, figsize, title, show, return_fig
@@ -73,12 +73,12 @@ def domains(
     Returns
     -------
     matplotlib.axes.Axes or list of them
-        One a panel: tissue (with an image), annotation, measured and predicted, as far as they are there.
+        One per panel: tissue (with an image), annotation, and measured and predicted if available.
 
     Raises
     ------
     ValueError
-        If domain_preservation was not run, ``section`` is ambiguous or not there, or ``ax`` has another number.
+        If domain_preservation was not run, ``section`` is ambiguous or unknown, or ``ax`` has the wrong number of axes.
 
     Examples
     --------
@@ -98,23 +98,23 @@ def domains(
     labels = {column: _labels(table, spots, column) for column in columns}
     colours = _colours(table, labels)
     titles = [_title(record, section, name) for name in columns.values()]
-    where = _canvas(data, table, spots, prediction_of(table, record["params"].get("layer"))) if image else None
-    if where is None:
+    canvas = _canvas(data, table, spots, prediction_of(table, record["params"].get("layer"))) if image else None
+    if canvas is None:
         spots_of(table)
-        where = Canvas(table[spots])
-    panels = [Panel(where, "tissue")] if where.slide is not None else []
+        canvas = Canvas(table[spots])
+    panels = [Panel(canvas, "tissue")] if canvas.slide is not None else []
     for column, name in zip(columns, titles, strict=True):
         present = set(labels[column].iloc[spots].dropna())
-        values = labels[column][where.table.obs_names]
-        shown = {label: colour for label, colour in colours.items() if label in present}
+        values = labels[column][canvas.table.obs_names]
+        legend = {label: colour for label, colour in colours.items() if label in present}
         values = values.where(values.isin(present), None).to_numpy(object)
-        panels.append(Panel(where, name, values, shown, name_unknown=False))
+        panels.append(Panel(canvas, name, values, legend, name_unknown=False))
     axes = draw_panels(panels, style, ax, 4, figsize, title, save)
     return finish(axes, save, title, show, return_fig)
 
 
 def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, np.ndarray]:
-    """Section and its rows: those of the sample, where sections were told apart by it."""
+    """Return the section and its rows; sections of several samples may share a name."""
     scored = [name for name in record["table"]["section"].unique() if name != "all"]
     if section is None:
         validate.not_ambiguous(scored, "section")
@@ -128,7 +128,7 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
 
 
 def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, prediction: str | None) -> Canvas | None:
-    """Slide that the section lies on; ``None`` without one."""
+    """Return the slide of the section, or ``None`` without an image."""
     if not getattr(data, "images", None):
         return None
     shapes = table.obs[table.uns["spatialdata_attrs"]["region_key"]].iloc[spots].iloc[0]
@@ -136,19 +136,19 @@ def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, pred
         slides = slides_of(data, table, prediction)
     except ValueError:
         return None
-    found = next((slide for slide in slides if slide.shapes_key == shapes), None)
-    return None if found is None else Canvas.of_slide(data, found, table)
+    slide = next((slide for slide in slides if slide.shapes_key == shapes), None)
+    return None if slide is None else Canvas.of_slide(data, slide, table)
 
 
 def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
-    """Labels as text, without those that have too few spots in the section to be scored."""
+    """Return the labels as text, without labels that have too few spots in the section for a score."""
     labels = pd.Series(names_of(table, column, "domain_key"), index=table.obs_names)
     size = labels.iloc[spots].value_counts()
     return labels.where(~labels.isin(size.index[size < MIN_SPOTS]), None)
 
 
 def _colours(table: AnnData, labels: Mapping[str, pd.Series]) -> dict[str, str]:
-    """Colour of every label: that in ``uns``, where there is one, the same for a domain and for its clusters."""
+    """Return the colour of each label, from ``uns`` if stored; a domain and its clusters have the same colour."""
     colours: dict[str, str] = {}
     for column in reversed(list(labels)):
         values = table.obs[column]
@@ -163,12 +163,12 @@ def _colours(table: AnnData, labels: Mapping[str, pd.Series]) -> dict[str, str]:
 
 
 def _title(record: Mapping, section: str, name: str) -> str:
-    """Name of the panel, its agreement with the domains and the p-value."""
+    """Return the title of a panel: its name, agreement with the domains, and p-value."""
     if name == "annotation":
         return f"annotation\n{record['params']['domain_key']}"
-    lines = record["table"]
-    chosen = (lines["section"] == section) & (lines["labels"] == name)
-    line = lines[chosen & (lines["against"] == "domains") & (lines["score"] == "ari")].iloc[0]
-    spread = f" ± {line['sd']:.2f}" if np.isfinite(line["sd"]) else ""
-    p_value = f", p = {line['pval']:.3f} ({int(line['n_shifts'])} shifts)" if np.isfinite(line["pval"]) else ""
-    return f"{name}\nARI {line['mean']:.2f}{spread}{p_value}"
+    scores = record["table"]
+    chosen = (scores["section"] == section) & (scores["labels"] == name)
+    row = scores[chosen & (scores["against"] == "domains") & (scores["score"] == "ari")].iloc[0]
+    sd = f" ± {row['sd']:.2f}" if np.isfinite(row["sd"]) else ""
+    p_value = f", p = {row['pval']:.3f} ({int(row['n_shifts'])} shifts)" if np.isfinite(row["pval"]) else ""
+    return f"{name}\nARI {row['mean']:.2f}{sd}{p_value}"

@@ -1,4 +1,4 @@
-"""Panels of tissue: numbers with a colour bar or classes with a legend, over the image."""
+"""Panels of tissue: numbers with a colour bar, or classes with a legend, over the image."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap, Normalize
 
-#: What legends call a spot without a value, and a spot on glass, and their greys.
+#: Legend entries of spots without a value and of spots on glass, and their greys.
 UNKNOWN, NO_TISSUE = "unknown", "no tissue"
 GREYS = {NO_TISSUE: "#c4c4c4", UNKNOWN: "#8c8c8c"}
-#: Colours of classes that neither the model nor ``uns`` gives one.
+#: Colours of classes without a colour from the model or ``uns``.
 _EXTRA_COLOURS = ("#17becf", "#bcbd22", "#7f7f7f", "#e377c2", "#8c564b", "#1f77b4", "#aec7e8", "#ffbb78", "#98df8a")
-#: More labels have no colour each.
-_MOST_LABELS = 40
-#: Legends beside and below a panel, and those that matplotlib places inside.
+#: Maximum number of labels with separate colours.
+_MAX_LABELS = 40
+#: Positions of legends beside and below a panel, and inside it (by matplotlib).
 _BESIDE, _BELOW = "right margin", "below"
 _INSIDE = ("best", "upper left", "upper right", "lower left", "lower right")
-#: Part of the width or height of a panel that an enlarged region takes.
+#: Share of the width or height of a panel for an enlarged region.
 _INSET = 0.4
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """What one panel shows: numbers, or labels as text with a colour each (``None``: unknown), or tissue alone.
+    """Content of a panel: numbers, labels as text with colours (``None``: unknown), or only tissue.
 
-    ``glass`` spots are grey for want of tissue. Panels of one ``scale`` have one range of colours, ``limits`` if it is known.
+    Spots in ``glass`` have no tissue and are grey. Panels with the same ``scale`` share a range of colours, ``limits`` if given.
     """
 
     canvas: Canvas
@@ -57,7 +57,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Style:
-    """How panels are drawn; checked when it is made."""
+    """Style of the panels, checked on creation."""
 
     image: bool = True
     size: float = 1.0
@@ -80,25 +80,25 @@ class Style:
             validate.key_in(self.cmap, colormaps, "cmap", what="a colour map of matplotlib")
         validate.one_of(self.legend_loc, [_BESIDE, _BELOW, *_INSIDE, "none", None], "legend_loc")
         for name, box in (("bbox", self.bbox), ("inset", self.inset)):
-            given = list(box) if isinstance(box, Sequence | np.ndarray) else []
-            valid = len(given) == 4 and all(map(validate.is_number, given))
-            if box is not None and (not valid or given[0] >= given[2] or given[1] >= given[3]):
+            ends = list(box) if isinstance(box, Sequence | np.ndarray) else []
+            valid = len(ends) == 4 and all(map(validate.is_number, ends))
+            if box is not None and (not valid or ends[0] >= ends[2] or ends[1] >= ends[3]):
                 raise ValueError(f"`{name}` is {box!r}; (xmin, ymin, xmax, ymax) is needed, such as (0, 0, 2000, 1500)")
 
 
 def draw_panels(
     panels: list[Panel], style: Style, ax: Axes | Sequence[Axes] | None, ncols: int, figsize: Any, title: Any, save: Any
 ) -> list[Axes]:
-    """Draw panels side by side, in the axes given or in a new figure."""
+    """Draw panels side by side, in the given axes or in a new figure."""
     import matplotlib.pyplot as plt
 
     norms = _norms(panels, style.vmin, style.vmax)
     boxes = [panel.canvas.box(style.bbox) for panel in panels]
     aspect = max((box[3] - box[1]) / (box[2] - box[0]) for box in boxes)
-    beside = any(panel.colours is not None for panel in panels) and style.legend_loc == _BESIDE
+    has_side_legend = any(panel.colours is not None for panel in panels) and style.legend_loc == _BESIDE
     width = {1: 5.0, 2: 4.5}.get(min(ncols, len(panels)), 3.4)
     options: dict[str, Any] = {"figsize": figsize, "title": title, "save": save}
-    axes = axes_for(len(panels), ax, ncols, width, aspect=aspect, beside=2.0 if beside else 1.0, **options)
+    axes = axes_for(len(panels), ax, ncols, width, aspect=aspect, side_width=2.0 if has_side_legend else 1.0, **options)
     try:
         _draw(panels, style, axes, boxes, norms)
     except BaseException:
@@ -115,8 +115,9 @@ def _draw(
     boxes: Sequence[tuple[float, ...]],
     norms: list[Normalize | None],
 ) -> None:
+    """Draw each panel with its frame, title, inset, and colour bar or legend."""
     for panel, axis, box, norm in zip(panels, axes, boxes, norms, strict=True):
-        _draw_part(panel, style, axis, box, norm)
+        _draw_region(panel, style, axis, box, norm)
         corners = panel.canvas.frame(axis, box)
         if style.inset is not None:
             _draw_inset(panel, style, axis, box, norm, corners.pop(0))
@@ -127,17 +128,17 @@ def _draw(
             spine.set_visible(style.frameon)
         if norm is not None:
             _add_colorbar(axis, norm, style.cmap, panel.label)
-            _name_grey(axis, panel, corners[0])
+            _add_grey_legend(axis, panel, corners[0])
         elif panel.values is not None and style.legend_loc not in (None, "none"):
             _add_legend(axis, panel, style.legend_loc)
 
 
-def _draw_part(panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], norm: Normalize | None) -> None:
-    """Draw the tissue of a part and the spots."""
+def _draw_region(panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], norm: Normalize | None) -> None:
+    """Draw the tissue of a region, and the spots."""
     if style.image:
         panel.canvas.draw_tissue(ax, box, panel_pixels(ax))
     if panel.values is not None:
-        colours = _colours_of_spots(panel, style, norm)
+        colours = _spot_colours(panel, style, norm)
         colours[:, 3] *= style.alpha
         panel.canvas.draw_spots(ax, colours, style.size)
 
@@ -145,24 +146,24 @@ def _draw_part(panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], nor
 def _draw_inset(
     panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], norm: Normalize | None, corner: str
 ) -> None:
-    """Enlarge a part in a corner of the axes, with lines to where it lies."""
-    part = panel.canvas.box(style.inset, "inset")
-    sides = np.subtract(part[2:], part[:2]) / np.subtract(box[2:], box[:2])
+    """Draw an enlarged region in a corner of the axes, with lines to its position."""
+    region = panel.canvas.box(style.inset, "inset")
+    sides = np.subtract(region[2:], region[:2]) / np.subtract(box[2:], box[:2])
     width, height = _INSET * sides / sides.max()
-    if sides.max() >= _INSET or min(np.subtract(part, box)[:2]) < 0 or min(np.subtract(box, part)[2:]) < 0:
+    if sides.max() >= _INSET or min(np.subtract(region, box)[:2]) < 0 or min(np.subtract(box, region)[2:]) < 0:
         raise ValueError(
-            f"`inset` {tuple(style.inset or ())} is not a part of what is drawn, with less than {_INSET:.0%} of its width and "
-            "height, so it cannot be enlarged; name a smaller region of it, or draw it alone with bbox="
+            f"`inset` {tuple(style.inset or ())} must be inside the drawn region, with less than {_INSET:.0%} of its width and "
+            "height; pass a smaller region, or draw only this region with bbox="
         )
     low = {"left": 0.0, "right": 1 - width}[corner.split()[1]], {"lower": 0.0, "upper": 1 - height}[corner.split()[0]]
-    place = ax.inset_axes((*low, width, height))
-    _draw_part(panel, style, place, part, norm)
-    place.set(xlim=part[::2], ylim=part[3::-2], xticks=[], yticks=[])
-    ax.indicate_inset_zoom(place, edgecolor="k", alpha=1)
+    inset = ax.inset_axes((*low, width, height))
+    _draw_region(panel, style, inset, region, norm)
+    inset.set(xlim=region[::2], ylim=region[3::-2], xticks=[], yticks=[])
+    ax.indicate_inset_zoom(inset, edgecolor="k", alpha=1)
 
 
-def _colours_of_spots(panel: Panel, style: Style, norm: Normalize | None) -> np.ndarray:
-    """Colour of each spot, ``(n, 4)``: grey where there is no value."""
+def _spot_colours(panel: Panel, style: Style, norm: Normalize | None) -> np.ndarray:
+    """Return the colour of each spot, ``(n, 4)``; grey without a value."""
     from matplotlib import colormaps
     from matplotlib.colors import to_rgba, to_rgba_array
 
@@ -171,9 +172,9 @@ def _colours_of_spots(panel: Panel, style: Style, norm: Normalize | None) -> np.
     missing = pd.isna(values)
     if norm is None:
         assert panel.colours is not None
-        of_class = panel.colours
+        class_colour = panel.colours
         pairs = zip(values, missing, strict=True)
-        colours = to_rgba_array([GREYS[UNKNOWN] if gone else of_class[text] for text, gone in pairs])
+        colours = to_rgba_array([GREYS[UNKNOWN] if is_missing else class_colour[text] for text, is_missing in pairs])
     else:
         cmap = colormaps[style.cmap] if isinstance(style.cmap, str) else style.cmap
         colours = np.array(cmap(norm(np.where(missing, 0.0, values.astype(float)))))
@@ -184,14 +185,14 @@ def _colours_of_spots(panel: Panel, style: Style, norm: Normalize | None) -> np.
 
 
 def _greys(panel: Panel) -> list[str]:
-    """Names of the greys that the spots of a panel have."""
+    """Return the legend entries of the grey spots of a panel."""
     missing = pd.isna(panel.values)
     glass = missing & (False if panel.glass is None else panel.glass)
     return [NO_TISSUE] * bool(glass.any()) + [UNKNOWN] * bool(panel.name_unknown and (missing & ~glass).any())
 
 
-def _name_grey(ax: Axes, panel: Panel, corner: str) -> None:
-    """Say in a legend inside the axes what the grey spots are."""
+def _add_grey_legend(ax: Axes, panel: Panel, corner: str) -> None:
+    """Explain grey spots in a legend inside the axes."""
     from matplotlib.lines import Line2D
 
     if names := _greys(panel):
@@ -201,17 +202,17 @@ def _name_grey(ax: Axes, panel: Panel, corner: str) -> None:
 
 
 def _add_colorbar(ax: Axes, norm: Normalize, cmap: str | Colormap, label: str) -> None:
-    """Put a colour bar beside the axes, as high as they are."""
+    """Add a colour bar beside the axes, with their height."""
     from matplotlib.cm import ScalarMappable
 
-    place = ax.inset_axes((1.03, 0, 0.04, 1))
-    bar = ax.figure.colorbar(ScalarMappable(norm, cmap), cax=place)
+    bar_axes = ax.inset_axes((1.03, 0, 0.04, 1))
+    bar = ax.figure.colorbar(ScalarMappable(norm, cmap), cax=bar_axes)
     bar.set_label(label, fontsize="small")
-    place.tick_params(labelsize="small")
+    bar_axes.tick_params(labelsize="small")
 
 
 def _add_legend(ax: Axes, panel: Panel, loc: str) -> None:
-    """Name the classes, those that no spot of the panel is of too, and the greys."""
+    """Add a legend of the classes, including classes without spots, and of the greys."""
     from matplotlib.lines import Line2D
 
     assert panel.colours is not None
@@ -233,70 +234,72 @@ def _add_legend(ax: Axes, panel: Panel, loc: str) -> None:
 
 
 def class_panel(slide: Canvas, column: str, title: str, glass: np.ndarray | None, item: int) -> Panel:
-    """Panel of a column with labels; its colours are still to come."""
+    """Return the panel of a column with labels, without colours, which are added later."""
     values = slide.table.obs[column]
-    labels = np.array([None if gone else str(label) for label, gone in zip(values, values.isna(), strict=True)], object)
-    if (n := len(pd.unique(labels))) > _MOST_LABELS:
+    pairs = zip(values, values.isna(), strict=True)
+    labels = np.array([None if is_missing else str(label) for label, is_missing in pairs], object)
+    if (n := len(pd.unique(labels))) > _MAX_LABELS:
         raise ValueError(
-            f"`genes`/`color`: obs[{column!r}] has {n} different labels; at most {_MOST_LABELS} have a colour each"
+            f"`genes`/`color`: obs[{column!r}] has {n} different labels, at most {_MAX_LABELS} can be drawn; group them first"
         )
     return Panel(slide, title, labels, colours={}, glass=glass, item=item, scale=column)
 
 
 def class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: Any = None) -> dict[str, str]:
-    """Colour of every class of a column, in the order of the legend.
+    """Return the colour of each class of a column, in the order of the legend.
 
-    ``palette`` comes first, then the colours of the model, those of ``uns``, and further ones.
+    Colours are from ``palette``, else the model, else ``uns``, else a default list.
     """
-    of_model: dict[str, str] = {}
+    model_colours: dict[str, str] = {}
     for table in tables:
-        of_model |= _of_model(table, keys)
-    labels: dict[str, None] = dict.fromkeys(of_model) if column == keys.annotation else {}
+        model_colours |= _model_colours(table, keys)
+    labels: dict[str, None] = dict.fromkeys(model_colours) if column == keys.annotation else {}
     stored: dict[str, str] = {}
     for table in tables:
         values = table.obs[column].astype("category")
-        found = [str(label) for label in values.cat.categories]
+        categories = [str(label) for label in values.cat.categories]
         colours = np.asarray(table.uns.get(f"{column}_colors", ()), object).ravel()
-        if isinstance(table.obs[column].dtype, pd.CategoricalDtype) and len(colours) == len(found):
-            stored |= {label: str(colour) for label, colour in zip(found, colours, strict=True)}
-        labels |= dict.fromkeys(sorted(found))
-    further = [label for label in labels if label not in of_model and label not in stored]
-    drawn = {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(further)}
-    drawn |= GREYS | stored | of_model
-    return {label: drawn[label] for label in labels} | _of_palette(palette, list(labels))
+        if isinstance(table.obs[column].dtype, pd.CategoricalDtype) and len(colours) == len(categories):
+            stored |= {label: str(colour) for label, colour in zip(categories, colours, strict=True)}
+        labels |= dict.fromkeys(sorted(categories))
+    others = [label for label in labels if label not in model_colours and label not in stored]
+    all_colours = {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(others)}
+    all_colours |= GREYS | stored | model_colours
+    return {label: all_colours[label] for label in labels} | _palette_colours(palette, list(labels))
 
 
 def check_palette(palette: Any, panels: list[Panel]) -> None:
-    """Refuse colours of which none is of a class of the panels; a palette of a study may have more than a slide."""
+    """Raise if no entry of the palette is a class in the panels; it may have classes that a slide lacks."""
     known = sorted({label for panel in panels for label in panel.colours or ()})
-    odd = [str(key) for key in palette] if isinstance(palette, Mapping) else []
-    if known and odd and not set(odd) & set(known):
+    entries = [str(key) for key in palette] if isinstance(palette, Mapping) else []
+    if known and entries and not set(entries) & set(known):
         raise ValueError(
-            f"`palette` has {odd[:5]}, which are not classes, valid: {known}{validate.suggest(odd[0], known)}"
+            f"`palette` has {entries[:5]}, which are not classes, valid: {known}{validate.suggest(entries[0], known)}"
         )
 
 
-def _of_model(table: AnnData, keys: Keys) -> dict[str, str]:
-    """Colours of the classes of the model, by its card where it is at hand, else by ``uns``."""
+def _model_colours(table: AnnData, keys: Keys) -> dict[str, str]:
+    """Return the colours of the model's classes, from the card of a bundled model, else from ``uns``."""
     from ..models import BUNDLED, load
 
     record = table.uns.get(keys.uns)
     name = record.get("model") if isinstance(record, Mapping) else None
     proba = table.obsm.get(keys.proba)
     classes = [str(label) for label in getattr(proba, "columns", ())]
-    found: dict[str, str] = {}
+    colours: dict[str, str] = {}
     if name in BUNDLED:
         card = load(name).card
-        found = dict(zip(card.classes, card.class_colors, strict=True))
+        colours = dict(zip(card.classes, card.class_colors, strict=True))
     values = table.obs.get(keys.annotation)
     if values is not None and isinstance(values.dtype, pd.CategoricalDtype):
         classes += [str(label) for label in values.cat.categories if str(label) not in classes]
-        found |= dict(zip(map(str, values.cat.categories), map(str, table.uns.get(keys.colors, ())), strict=False))
-    further = iter(_EXTRA_COLOURS * (1 + len(classes)))
-    return {label: found.get(label) or next(further) for label in classes}
+        colours |= dict(zip(map(str, values.cat.categories), map(str, table.uns.get(keys.colors, ())), strict=False))
+    extra = iter(_EXTRA_COLOURS * (1 + len(classes)))
+    return {label: colours.get(label) or next(extra) for label in classes}
 
 
-def _of_palette(palette: Any, labels: list[str]) -> dict[str, str]:
+def _palette_colours(palette: Any, labels: list[str]) -> dict[str, str]:
+    """Return the colours that the palette gives to labels."""
     from matplotlib import colormaps
     from matplotlib.colors import is_color_like, to_hex
 
@@ -305,26 +308,27 @@ def _of_palette(palette: Any, labels: list[str]) -> dict[str, str]:
     if isinstance(palette, str):
         validate.key_in(palette, colormaps, "palette", what="a colour map of matplotlib")
         cmap = colormaps[palette]
-        at = range(len(labels)) if cmap.N <= 20 else np.linspace(0, 1, max(2, len(labels)))
-        return {label: to_hex(cmap(x % cmap.N if cmap.N <= 20 else x)) for label, x in zip(labels, at, strict=False)}
+        steps = range(len(labels)) if cmap.N <= 20 else np.linspace(0, 1, max(2, len(labels)))
+        pairs = zip(labels, steps, strict=False)
+        return {label: to_hex(cmap(x % cmap.N if cmap.N <= 20 else x)) for label, x in pairs}
     if isinstance(palette, Mapping):
-        given = {str(label): colour for label, colour in palette.items()}
+        colours = {str(label): colour for label, colour in palette.items()}
     elif isinstance(palette, Sequence | np.ndarray) and len(palette) >= len(labels):
-        given = dict(zip(labels, palette, strict=False))
+        colours = dict(zip(labels, palette, strict=False))
     else:
         raise ValueError(
             f"`palette` is {palette!r}; a mapping from classes to colours, a colour map, or {len(labels)} colours are needed"
         )
-    if wrong := [colour for colour in given.values() if not is_color_like(colour)]:
-        raise ValueError(f"`palette` holds {wrong[:5]}, which are not colours; such as '#d62728' or 'red' are needed")
-    return {label: to_hex(given[label]) for label in labels if label in given}
+    if wrong := [colour for colour in colours.values() if not is_color_like(colour)]:
+        raise ValueError(f"`palette` holds {wrong[:5]}, which are not colours; use colours such as '#d62728' or 'red'")
+    return {label: to_hex(colours[label]) for label in labels if label in colours}
 
 
 def _norms(panels: list[Panel], vmin: Any, vmax: Any) -> list[Normalize | None]:
-    """Range of colours of each panel with numbers."""
+    """Return the range of colours of each panel with numbers."""
     from matplotlib.colors import Normalize
 
-    ends = {name: _listed(value, name, panels) for name, value in (("vmin", vmin), ("vmax", vmax))}
+    ends = {name: _end_of_each(value, name, panels) for name, value in (("vmin", vmin), ("vmax", vmax))}
     pooled: dict[Any, list[np.ndarray]] = {}
     for panel in panels:
         if panel.values is not None and panel.colours is None:
@@ -337,27 +341,27 @@ def _norms(panels: list[Panel], vmin: Any, vmax: Any) -> list[Normalize | None]:
         values = np.concatenate(pooled[panel.scale])
         low, high = panel.limits or (0.0, 1.0)
         if panel.limits is None and len(values):
-            # Of few spots none is clipped.
+            # With few spots, these quantiles are the minimum and maximum, so nothing is clipped.
             low = float(np.quantile(values, 0.01, method="lower"))
             high = float(np.quantile(values, 0.99, method="higher"))
         low, high = _end(ends["vmin"][i], values, low), _end(ends["vmax"][i], values, high)
         given = [end for end in (ends["vmin"][i], ends["vmax"][i]) if end is not None]
-        # Data of one value: a percentile is allowed, and so is a vmin that equals the value.
-        flat = not np.ptp(values) if len(values) else len(given) == 1
+        # For constant data, percentiles are valid, and so is a vmin equal to the constant.
+        is_constant = not np.ptp(values) if len(values) else len(given) == 1
         numbers = [end for end in given if not isinstance(end, str)]
-        excused = flat and (not len(values) or not numbers or (ends["vmax"][i] is None and high == low))
-        if high <= low and given and not excused:
+        is_valid = is_constant and (not len(values) or not numbers or (ends["vmax"][i] is None and high == low))
+        if high <= low and given and not is_valid:
             raise ValueError(f"`vmin` {low:g} is not below `vmax` {high:g} for {panel.title!r}")
         norms.append(Normalize(low, high if high > low else low + 1.0))
     return norms
 
 
-def _listed(value: Any, name: str, panels: list[Panel]) -> list[Any]:
-    """Give every panel its end: one for all, or one for each of them or of what was asked for."""
+def _end_of_each(value: Any, name: str, panels: list[Panel]) -> list[Any]:
+    """Return the end of each panel; ``value`` is one for all, one per panel, or one per drawn name."""
     n_items = 1 + max(panel.item for panel in panels)
     given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
     if given is not None and len(given) not in (n_items, len(panels)):
-        raise ValueError(f"`{name}` holds {len(given)} values; {n_items} are needed, one for each thing that is drawn")
+        raise ValueError(f"`{name}` holds {len(given)} values; {n_items} are needed, one for each drawn name")
     for end in [value] if given is None else given:
         percent = re.fullmatch(r"p(\d+(?:\.\d+)?)", end) if isinstance(end, str) else None
         if not (end is None or validate.is_number(end) or (percent is not None and float(percent[1]) <= 100)):
@@ -368,19 +372,20 @@ def _listed(value: Any, name: str, panels: list[Panel]) -> list[Any]:
 
 
 def _end(given: Any, values: np.ndarray, default: float) -> float:
+    """Return an end of the colour scale as a number."""
     if isinstance(given, str) and len(values):
         return float(np.percentile(values, float(given[1:])))
     return default if given is None or isinstance(given, str) else float(given)
 
 
 def as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Chosen columns, raw counts in the unit of the prediction by the depth of the whole spot; whether they were raw."""
+    """Return columns as logarithms if they are raw counts, with the totals over all genes, and whether they are counts."""
     chosen = np.empty((values.shape[0], len(columns)))
     for rows, block in blocks_of(values):
         chosen[rows] = dense(block[:, columns])
-    found = summarize_values(values)
-    if found.kind == "counts" and found.high > 1:
-        # A spot of which a count is NaN has no total and is not drawn.
+    contents = summarize_values(values)
+    if contents.kind == "counts" and contents.high > 1:
+        # A spot with a NaN count has no total and is not drawn.
         total = count_totals(values).reshape(-1, 1)
         return np.log1p(1e4 * chosen / np.where(total == 0, 1, total)), True
     return chosen, False

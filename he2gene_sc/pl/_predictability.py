@@ -1,4 +1,4 @@
-"""``hg.pl.predictability``: how well each gene is predicted where it was held out."""
+"""``hg.pl.predictability``: held-out accuracy of each gene."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 _COLOURS = {True: "#1f77b4", False: "#b0b0b0"}
 _NEW_PATIENT = "#9467bd"
-#: More labels do not fit beside each other.
+#: Maximum number of labels that fit.
 _MAX_LABELS = 40
 _FONT_SIZE = 7
-#: Intervals of more labelled genes would hide the plot.
+#: Maximum number of labelled genes with intervals; more would hide the plot.
 _MAX_BARS = 12
-#: Above so many genes their points are drawn faint.
+#: With more genes, their points are drawn faint.
 _MANY = 500
-#: Running medians are taken over the ranks between one by this and times this.
+#: Running medians are over the ranks from rank / _WINDOW to rank * _WINDOW.
 _WINDOW = 1.25
 
 
@@ -55,22 +55,22 @@ def predictability(
     show: bool = False,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """Rank the genes by their held-out Pearson correlation, with its interval and the noise ceiling.
+    """Plot genes ranked by held-out Pearson correlation, with its interval and the noise ceiling.
 
-    With ``key`` the correlations are those of :func:`he2gene_sc.tl.evaluate` on the object, of a layer of any model.
+    With ``key``, the correlations are from :func:`he2gene_sc.tl.evaluate` on the object, for a layer of any model.
 
     Parameters
     ----------
     model
-        A model, its name or folder; or an object or table that :func:`he2gene_sc.tl.predict` wrote to by a bundled
-        model, whose predicted genes are shown.
+        Model, its name or folder; or an object or table with a prediction of a bundled model by :func:`he2gene_sc.tl.predict`, to
+        show its predicted genes.
     genes
-        Genes to label, or so many of the best; at most 40.
+        Genes to label, or the number of best genes to label; at most 40.
     key
-        ``key_added`` of :func:`he2gene_sc.tl.evaluate`. Points are then means over the sections of the object, and the band goes
-        from the lowest section to the highest.
+        ``key_added`` of :func:`he2gene_sc.tl.evaluate`. Then points are means over the sections of the object, and the band is from
+        the lowest to the highest section.
     gene_symbols
-        As given to predict; default: what it recorded.
+        As given to predict. Default: the recorded value.
     prediction_key
         ``key_added`` of predict.
     table_key
@@ -85,16 +85,16 @@ def predictability(
     Returns
     -------
     matplotlib.axes.Axes
-        Points are genes, best first on a logarithmic axis of ranks, the reliable ones in blue. The band is the 95 %
-        interval of each gene's mean over what the legend says: held-out sections of known patients, or held-out
-        patients. Of more than 500 genes it is the running median of its ends, and up to 12 labelled genes have their own. Where the model has them, the purple points are the correlations with whole patients held out. Lines
-        are running medians over the genes between 0.8 and 1.25 times a rank: of those points, purple, and of the noise
-        ceiling, orange: no prediction can correlate better with counts this shallow.
+        Points are genes, best first on a logarithmic axis of ranks; reliable genes are blue. The band is the 95 % interval of the
+        mean of each gene over the units in the legend: held-out sections of known patients, or held-out patients. With more than
+        500 genes, the band is the running median of the ends, and up to 12 labelled genes have their own interval. Purple points are
+        correlations with held-out patients, if the model has them. Lines are running medians over genes between 0.8 and 1.25 times
+        a rank: of the purple points (purple), and of the noise ceiling (orange), the highest possible correlation at this depth.
 
     Raises
     ------
     ValueError
-        If the model has no held-out figures, a gene to label is none of its own, or there are too many.
+        If the model has no held-out metrics, a gene to label is not in the model, or there are too many genes to label.
 
     Examples
     --------
@@ -103,35 +103,35 @@ def predictability(
     """
     validate.arguments(predictability, locals())
     if key is None:
-        table, rule = _genes_of(model, prediction_key, table_key, gene_symbols)
-        band_of, of = f"95 % interval over {_unit(rule)}", "held-out Pearson correlation"
+        table, rule = _model_genes(model, prediction_key, table_key, gene_symbols)
+        band_label, y_label = f"95 % interval over {_unit(rule)}", "held-out Pearson correlation"
     else:
-        table, rule, of = _genes_evaluated(model, key, table_key, gene_symbols)
-        band_of = rule
+        table, rule, y_label = _evaluated_genes(model, key, table_key, gene_symbols)
+        band_label = rule
     if table["pcc"].isna().all():
-        what = "`model` has no held-out figures" if key is None else f"`key` {key!r} has no correlation of any gene"
-        raise ValueError(f"{what}: nothing is known of how well it predicts any gene")
+        what = "`model` has no held-out metrics" if key is None else f"`key` {key!r} has no correlation of any gene"
+        raise ValueError(f"{what}, so the accuracy of its genes is unknown; pass another one")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
     chosen = _chosen(table, genes)
     (ax,) = axes_for(1, ax, ncols=1, panel=6.0, figsize=figsize, title=title, save=save)
     rank = np.arange(1, len(table) + 1)
     if {"pcc_low", "pcc_high"} <= set(table.columns) and table["pcc_high"].notna().any():
         low, high = table["pcc_low"], table["pcc_high"]
-        # Of many genes the ends of each would be noise.
+        # With many genes, the ends of each gene are too noisy to draw.
         band = (rank, low, high) if len(table) <= _MANY else (*_running(low), _running(high)[1])
-        ax.fill_between(*band, color="#dfe6ee", lw=0, label=band_of)
-        at = table.index.get_indexer(chosen if len(chosen) <= _MAX_BARS else [])
-        gap = np.full(len(at), np.nan)
-        bars = np.stack([low.iloc[at], high.iloc[at], gap], 1).ravel()
-        ax.plot(np.repeat(at + 1.0, 3), bars, color="#8fa3b8", lw=1, zorder=2)
+        ax.fill_between(*band, color="#dfe6ee", lw=0, label=band_label)
+        rows = table.index.get_indexer(chosen if len(chosen) <= _MAX_BARS else [])
+        gap = np.full(len(rows), np.nan)
+        bars = np.stack([low.iloc[rows], high.iloc[rows], gap], 1).ravel()
+        ax.plot(np.repeat(rows + 1.0, 3), bars, color="#8fa3b8", lw=1, zorder=2)
     if "pcc_new_patient" in table and table["pcc_new_patient"].notna().any():
         faint: dict[str, Any] = {"s": 2, "alpha": 0.2} if len(table) > _MANY else {"s": 8, "alpha": 0.7}
         ax.scatter(rank, table["pcc_new_patient"], lw=0, color=_NEW_PATIENT, zorder=2, rasterized=True, **faint)
         ax.plot(*_running(table["pcc_new_patient"]), color=_NEW_PATIENT, label=_new_patients(rule), zorder=4)
     for reliable, name in ((False, "not reliable"), (True, "reliable")) if key is None else ((True, "genes"),):
-        here = table["reliable"].to_numpy(bool) == reliable
+        mask = table["reliable"].to_numpy(bool) == reliable
         ax.scatter(
-            rank[here], table["pcc"][here], s=7, color=_COLOURS[reliable], label=f"{name} ({here.sum():,})", zorder=3
+            rank[mask], table["pcc"][mask], s=7, color=_COLOURS[reliable], label=f"{name} ({mask.sum():,})", zorder=3
         )
     if "ceiling" in table and table["ceiling"].notna().any():
         ax.plot(*_running(table["ceiling"]), color="#ff7f0e", label="noise ceiling", zorder=3)
@@ -139,34 +139,34 @@ def predictability(
     ax.set_xscale("log")
     ax.set_xlim(0.8, 1.3 * len(table))
     ax.set_xlabel("genes, best predicted first (rank)")
-    ax.set_ylabel(of)
+    ax.set_ylabel(y_label)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     _label(ax, table, chosen)
     return finish([ax], save, title, show, return_fig)
 
 
 def _chosen(table: pd.DataFrame, genes: Any) -> list[str]:
-    """Genes to label, best first."""
+    """Return the genes to label, best first."""
     is_number = validate.is_whole(genes)
     if (is_number and genes < 0) or not (is_number or np.iterable(genes)):
-        raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of them from 0, are needed")
+        raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of genes from 0, are needed")
     if is_number:
-        asked = list(table.index[:genes])
+        wanted = list(table.index[:genes])
     else:
-        asked = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    found = find_genes(asked, table.index, one_to_one=False)
+        wanted = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    positions = find_genes(wanted, table.index, one_to_one=False)
     if "symbol" in table:
-        found = np.where(found >= 0, found, find_genes(asked, table["symbol"], one_to_one=False))
-    if unknown := [gene for gene, place in zip(asked, found, strict=True) if place < 0]:
-        raise ValueError(f"`genes` {unknown[:5]} have no held-out figure in this model, or were not evaluated")
-    asked = list(table.index[found])
-    if len(asked) > _MAX_LABELS:
-        raise ValueError(f"`genes`: {len(asked):,} labels do not fit, at most {_MAX_LABELS} do")
-    return list(table.index[table.index.isin(asked)])
+        positions = np.where(positions >= 0, positions, find_genes(wanted, table["symbol"], one_to_one=False))
+    if unknown := [gene for gene, position in zip(wanted, positions, strict=True) if position < 0]:
+        raise ValueError(f"`genes` {unknown[:5]} have no held-out correlation in this model, or were not evaluated")
+    wanted = list(table.index[positions])
+    if len(wanted) > _MAX_LABELS:
+        raise ValueError(f"`genes`: {len(wanted):,} labels do not fit; pass at most {_MAX_LABELS} genes")
+    return list(table.index[table.index.isin(wanted)])
 
 
 def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
-    """Ring the chosen genes and write their names in a column on the right, with a line to each."""
+    """Circle the chosen genes and write their names in a column on the right, with a line to each point."""
     from sklearn.isotonic import isotonic_regression
 
     if not chosen:
@@ -177,14 +177,15 @@ def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
     low, high = ax.get_ylim()
     height = ax.get_window_extent().height * 72 / ax.figure.dpi
     step = min(1.5 * _FONT_SIZE / height, 1 / len(chosen)) * (high - low)
-    # Names stand as near as can be to the height of their points, a line apart, and inside the axes.
+    # Place names as near as possible to the height of their points, one line apart and inside the axes.
     order = step * np.arange(len(chosen))
-    at = np.clip(isotonic_regression(y + order, increasing=False), low + order[-1] + step / 2, high - step / 2) - order
-    for name, point, place in zip(chosen, zip(x, y, strict=True), at, strict=True):
+    heights = isotonic_regression(y + order, increasing=False)
+    heights = np.clip(heights, low + order[-1] + step / 2, high - step / 2) - order
+    for name, point, height_of_name in zip(chosen, zip(x, y, strict=True), heights, strict=True):
         ax.annotate(
             name,
             point,
-            xytext=(0.98, place),
+            xytext=(0.98, height_of_name),
             textcoords=("axes fraction", "data"),
             fontsize=_FONT_SIZE,
             ha="right",
@@ -200,64 +201,65 @@ def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
 
 
 def _running(values: pd.Series) -> tuple[np.ndarray, list[float]]:
-    """Ranks, evenly spaced on the axis, and the medians around them."""
+    """Return ranks, evenly spaced on the axis, and the running medians at them."""
     ranks = np.unique(np.geomspace(1, len(values), 200).round().astype(int))
     return ranks, [values.iloc[int(np.ceil(r / _WINDOW)) - 1 : int(r * _WINDOW)].median() for r in ranks]
 
 
 def _unit(rule: str) -> str:
-    """Name the groups that the bounds are taken over, as the card states them where it says what is reliable."""
-    found = re.search(r"t over the (\d+) (patients|sections), held out", rule)
-    if found is None:
+    """Return the units of the interval, as stated in the rule for reliable genes on the card."""
+    match = re.search(r"t over the (\d+) (patients|sections), held out", rule)
+    if match is None:
         return "what was held out"
-    return f"{found[1]} held-out " + ("patients" if found[2] == "patients" else "sections of known patients")
+    return f"{match[1]} held-out " + ("patients" if match[2] == "patients" else "sections of known patients")
 
 
 def _new_patients(rule: str) -> str:
-    found = re.search(r"the (\d+) patients, held out whole", rule)
-    return f"mean over {found[1]} patients held out whole" if found else "patients held out whole"
+    """Return the legend entry of the correlations with held-out patients."""
+    match = re.search(r"the (\d+) patients, held out whole", rule)
+    return f"mean over {match[1]} held-out patients" if match else "held-out patients"
 
 
-def _genes_of(
+def _model_genes(
     model: object, prediction_key: str, table_key: str | None, gene_symbols: str | None
 ) -> tuple[pd.DataFrame, str]:
-    """Gene table of a model, and what it calls reliable; of an object, the rows that were predicted, as named there."""
+    """Return the gene table of a model and its rule for reliable genes; for an object, only the predicted genes."""
     from ..models import HE2Gene, load
 
     if isinstance(model, HE2Gene | str | Path):
-        found = load(model)
-        return found.genes, found.card.reliable_rule
+        loaded = load(model)
+        return loaded.genes, loaded.card.reliable_rule
     from .._core.model_genes import match_genes
 
     table = get_table(model, table_key, prediction_key=prediction_key)
     keys = Keys(prediction_key)
     if keys.predicted not in table.var:
         raise ValueError(
-            f"`model` holds no prediction {prediction_key!r}; run hg.tl.predict first, or, with the layer of another model, "
-            "hg.tl.evaluate(data, layer=...), and pass key='he2gene_eval'"
+            f"`model` holds no prediction {prediction_key!r}; run hg.tl.predict first. For a layer of another model, run "
+            "hg.tl.evaluate(data, layer=...) and pass key='he2gene_eval'"
         )
     record = table.uns[keys.uns]
-    found = predicting_model(record, None)
-    wanted = match_genes(found, table, None, symbols_of(table, record, gene_symbols))
-    genes = found.genes.iloc[wanted.positions]
-    genes = genes.assign(symbol=genes.index).set_axis(table.var_names[wanted.columns], axis=0)
-    return genes[table.var[keys.predicted].to_numpy(bool)[wanted.columns]], found.card.reliable_rule
+    loaded = predicting_model(record, None)
+    matched = match_genes(loaded, table, None, symbols_of(table, record, gene_symbols))
+    genes = loaded.genes.iloc[matched.positions]
+    genes = genes.assign(symbol=genes.index).set_axis(table.var_names[matched.columns], axis=0)
+    return genes[table.var[keys.predicted].to_numpy(bool)[matched.columns]], loaded.card.reliable_rule
 
 
-def _genes_evaluated(
+def _evaluated_genes(
     data: Any, key: str, table_key: str | None, gene_symbols: str | None
 ) -> tuple[pd.DataFrame, str, str]:
-    """Correlations of an evaluation, what their ends are of, and the layer."""
+    """Return the correlations of an evaluation, the label of the band, and the label of the axis."""
     if not is_object(data):
         raise ValueError("`key` names an evaluation of hg.tl.evaluate; pass the object that has it as `model`")
-    found = find_result(data, "evaluate", key, table_key)["genes"]
-    sections = found[found["scope"] == "section"].groupby("gene", observed=True)["pearson"]
-    mean = found[found["scope"] == "mean"].set_index("gene")
+    genes = find_result(data, "evaluate", key, table_key)["genes"]
+    sections = genes[genes["scope"] == "section"].groupby("gene", observed=True)["pearson"]
+    mean = genes[genes["scope"] == "mean"].set_index("gene")
     table = pd.DataFrame({"pcc": mean["pearson"], "ceiling": mean.get("ceiling_high", mean["ceiling"])})
-    n = found.loc[found["scope"] == "section", "section"].nunique()
+    n = genes.loc[genes["scope"] == "section", "section"].nunique()
     if n > 1:
         table = table.assign(pcc_low=sections.min(), pcc_high=sections.max())
-    layer = found["predictor"].iloc[0]
+    layer = genes["predictor"].iloc[0]
     table.index = pd.Index(table.index.astype(str))
     if gene_symbols is not None:
         source = get_table(data, table_key)

@@ -1,4 +1,4 @@
-"""``hg.pl.spatial``: genes, classes and other columns on the tissue; genes with what was measured beside them."""
+"""``hg.pl.spatial``: genes, classes and other columns on the tissue, with measured beside predicted genes."""
 
 from __future__ import annotations
 
@@ -65,40 +65,40 @@ def spatial(
 ) -> Axes | list[Axes] | Figure | None:
     """Draw genes, classes or any column of ``obs`` at the spots over the tissue, and measured genes beside predicted ones.
 
-    The prediction of a spot on glass is of no tissue: it is grey and does not count for the colour scale. Measured values are
-    drawn everywhere. The title of a measured panel states the Pearson correlation with the predicted one. Below a predicted
-    panel stand the held-out correlations of the gene.
+    Predictions of spots on glass are not based on tissue: they are grey and not part of the colour scale. Measured values are drawn
+    at all spots. The title of a measured panel states the Pearson correlation with the prediction. Held-out correlations of the
+    gene are below the predicted panel.
 
     Parameters
     ----------
     sdata
-        Object that :func:`he2gene_sc.tl.predict` wrote to; a list of them, or a dict by name. A table (AnnData) is drawn
-        by its ``obsm["spatial"]``, without tissue. All regions of a table are drawn.
+        Object that :func:`he2gene_sc.tl.predict` wrote to; a list of them, or a dict by name. A table (AnnData) is drawn with its
+        ``obsm["spatial"]``, without tissue. All regions of a table are drawn.
     genes, color
-        What to draw, one name or several; both mean the same. A gene: its name in ``var_names``, or in the column that
-        predict was given as ``gene_symbols``; a symbol that HGNC has changed since is found by its other name. A column of
-        ``obs``. ``"annotation"``, ``"confidence"``, ``"ood"`` or ``"tissue"`` (share of tissue) of the prediction, where
-        ``obs`` has no such column. A class of the model: its probability; ``"probabilities"``: those of all classes. A gene set
-        of :func:`he2gene_sc.tl.programmes`: its score.
-        Default: the tissue alone.
+        One or several names to draw; both parameters mean the same. A gene: its name in ``var_names``, or in the column given to
+        predict as ``gene_symbols``; previous and current HGNC symbols are both found. A column of ``obs``. ``"annotation"``,
+        ``"confidence"``, ``"ood"`` or ``"tissue"`` (share of tissue) of the prediction, if ``obs`` has no column with that name. A
+        class of the model: its probability; ``"probabilities"``: those of all classes. A gene set of
+        :func:`he2gene_sc.tl.programmes`: its score. Default: only the tissue.
     measured
-        What to show beside a predicted gene. ``None``: ``X``, where the table was measured. ``True``: the same, an error
-        where there is none. ``False``: nothing. A text: that layer. Raw counts are shown as natural log of (1 +
-        counts per 10,000), the unit of the prediction; other values as they are.
+        Measured values beside a predicted gene. ``None``: ``X``, if the table was measured. ``True``: the same, with an error if it
+        was not. ``False``: no measured values. A text: that layer. Raw counts are shown as natural log of (1 + counts per 10,000),
+        the unit of the prediction; other values are not changed.
     shared_scale
-        Give predicted and measured of a gene the same colour scale. Predictions vary less than measurements, which
-        carry noise; on one scale that shows, on their own the patterns compare better.
+        Use the same colour scale for predicted and measured values of a gene. Predictions vary less than measurements, which
+        contain noise. A shared scale shows this; separate scales are better to compare patterns.
     image
-        Draw the tissue underneath, from the level of the image that fits the panel.
+        Draw the tissue under the spots, from the level of the image that fits the panel.
     bbox
-        Region to draw, (xmin, ymin, xmax, ymax) in pixels of the full-resolution image; of a table, in the unit of
+        Region to draw, (xmin, ymin, xmax, ymax) in pixels of the full-resolution image; for a table, in the unit of
         ``obsm["spatial"]``.
     inset
         Smaller region, in the same unit, to enlarge in a corner of each panel.
     vmin, vmax
-        Ends of the colour scale: a number, a percentile such as ``"p99"``, or a list with one for each name, and for
-        each class of ``"probabilities"``. Default: the 1st and the 99th percentile of the panel, so that predicted and measured
-        compare; of fewer than 100 spots none is clipped. Probabilities go from 0 to 1. Slides of one figure have one scale.
+        Ends of the colour scale: a number, a percentile such as ``"p99"``, or a list with one for each name and for each class of
+        ``"probabilities"``. Default: the 1st and 99th percentile of the panel, so that predicted and measured values are
+        comparable; with fewer than 100 spots nothing is clipped. Probabilities are drawn from 0 to 1. Slides in one figure have
+        the same scale.
     cmap
         Colour map of numbers.
     palette
@@ -110,12 +110,12 @@ def spatial(
     title
         A text: title of the figure, or of its only panel. A list: one for each panel.
     legend_loc
-        Of classes: ``"right margin"``, ``"below"``, a corner such as ``"upper right"``, or ``None``. Classes without a
-        spot are listed as absent.
+        Position of the legend of classes: ``"right margin"``, ``"below"``, a corner such as ``"upper right"``, or ``None``. Classes
+        without spots are listed as absent.
     frameon
         Draw a frame around each panel.
     layer
-        What to show of genes: the prediction, or another layer, ``"he2gene_adapted"`` for example; the titles say so.
+        Layer of the genes: the prediction, or another layer, for example ``"he2gene_adapted"``, which the titles then name.
         ``None``: ``X``.
     prediction_key
         ``key_added`` of predict.
@@ -124,9 +124,9 @@ def spatial(
     figsize
         Width and height of the figure in inches.
     ncols
-        Panels in a row. Default: what is beside each other for one or two genes or several slides, else 4.
+        Number of panels in a row. Default: predicted beside measured for one or two genes or several slides, else 4.
     ax
-        Axes to draw in, one a panel: for each gene the predicted, then the measured.
+        Axes to draw in, one per panel: for each gene first predicted, then measured.
     save
         File to write the figure to.
     show
@@ -137,13 +137,13 @@ def spatial(
     Returns
     -------
     matplotlib.axes.Axes, list of them, or matplotlib.figure.Figure
-        One a panel.
+        One per panel.
 
     Raises
     ------
     ValueError
-        If a name is neither a predicted gene nor a column, nothing was predicted, the number of axes does not fit, or a
-        table has no ``obsm["spatial"]``.
+        If a name is neither a predicted gene nor a column, there is no prediction, the number of axes is wrong, or a table has no
+        ``obsm["spatial"]``.
 
     Examples
     --------
@@ -158,34 +158,34 @@ def spatial(
     style = Style(image, size, alpha, cmap, vmin, vmax, legend_loc, frameon, bbox, inset)
     if ncols is not None:
         validate.whole_number(ncols, "ncols")
-    names = [*_listed(genes, "genes"), *_listed(color, "color")]
+    names = [*_as_list(genes, "genes"), *_as_list(color, "color")]
     keys = Keys(prediction_key)
     slides = canvases(
         sdata,
         prediction_key=prediction_key,
-        table_key=table_key or (lambda each: _table_with(each, names, prediction_key)),
+        table_key=table_key or (lambda item: _table_with(item, names, prediction_key)),
         shapes_key=shapes_key,
         image_key=image_key,
         coordinate_system=coordinate_system,
     )
     if "probabilities" in names:
-        of_all = list(dict.fromkeys(each for slide in slides for each in _classes(slide.table, keys)))
-        if bare := [slide.name for slide in slides if not _classes(slide.table, keys)]:
-            where = f" of slide {bare[0]!r}" if bare[0] else ""
+        classes = list(dict.fromkeys(label for slide in slides for label in _classes(slide.table, keys)))
+        if without := [slide.name for slide in slides if not _classes(slide.table, keys)]:
+            where = f" of slide {without[0]!r}" if without[0] else ""
             raise ValueError(
-                f"`prediction_key` {prediction_key!r}: the model has no annotation head, obsm{where} has no {keys.proba!r}"
+                f"`prediction_key` {prediction_key!r}: the model has no annotation head, so obsm{where} has no {keys.proba!r}"
             )
-        names = [each for name in names for each in (of_all if name == "probabilities" else [name])]
+        names = [expanded for name in names for expanded in (classes if name == "probabilities" else [name])]
     if not names and (not image or any(slide.slide is None for slide in slides)):
-        raise ValueError("`genes`/`color` name nothing, and there is no tissue to draw; name a gene or a column of obs")
+        raise ValueError("`genes`/`color` are empty, and there is no tissue to draw; name a gene or a column of obs")
     given = {"genes": genes, "color": color}
     _check_names(slides, names, keys, "/".join(f"`{name}`" for name, value in given.items() if value is not None))
     tables = [slide.table for slide in slides]
     panels: list[Panel] = []
-    most = 0
+    n_panels = 0
     for slide in slides:
         own = _panels(slide, names, keys, layer, measured, shared_scale)
-        most = max(most, len(own))
+        n_panels = max(n_panels, len(own))
         own = [
             replace(p, colours=class_colours(p.scale, tables, keys, palette)) if p.colours is not None else p
             for p in own
@@ -193,56 +193,58 @@ def spatial(
         panels += [replace(p, title=f"{slide.name}\n{p.title}") for p in own] if len(slides) > 1 else own
     if ncols is None:
         pairs = len(panels) == 4 and any(panel.title.split(" (")[0].endswith("measured") for panel in panels)
-        ncols = most if len(slides) > 1 and 1 < most < 5 else 2 if pairs else 4
+        ncols = n_panels if len(slides) > 1 and 1 < n_panels < 5 else 2 if pairs else 4
     check_palette(palette, panels)
     axes = draw_panels(panels, style, ax, ncols, figsize, title, save)
     return finish(axes, save, title, show, return_fig)
 
 
-def _listed(names: Any, parameter: str) -> list[str]:
-    found = [] if names is None else [names] if isinstance(names, str) else validate.names(names, parameter)
-    if names is not None and not found:
-        raise ValueError(f"`{parameter}` is empty; name at least one")
-    if wrong := [name for name in found if not isinstance(name, str)]:
+def _as_list(names: Any, parameter: str) -> list[str]:
+    """Return the names as a list; raise if they are invalid."""
+    listed = [] if names is None else [names] if isinstance(names, str) else validate.names(names, parameter)
+    if names is not None and not listed:
+        raise ValueError(f"`{parameter}` is empty; name at least one gene or column of obs")
+    if wrong := [name for name in listed if not isinstance(name, str)]:
         raise ValueError(f"`{parameter}` holds {wrong[:5]}; names of genes or columns of obs are needed")
-    return found
+    return listed
 
 
 def _classes(table: AnnData, keys: Keys) -> list[str]:
-    """Classes of the model."""
+    """Return the classes of the model."""
     return [str(label) for label in getattr(table.obsm.get(keys.proba), "columns", ())]
 
 
 def _column(table: AnnData, name: str, keys: Keys) -> str | None:
-    """Column of ``obs`` that a name means."""
+    """Return the column of ``obs`` for a name, or ``None``."""
     ours = {"annotation": keys.annotation, "confidence": keys.confidence, "ood": keys.ood, "tissue": keys.tissue}
     return next((column for column in (name, ours.get(name)) if column in table.obs), None)
 
 
 def _unknown(table: AnnData, names: list[str], keys: Keys) -> list[str]:
-    """Names that are neither a predicted gene nor a column nor a class."""
-    found = _columns(table, names, keys)
+    """Return the names that are neither a predicted gene, a column, a class nor a gene set."""
+    positions = _columns(table, names, keys)
     classes = _classes(table, keys)
     classes += ["probabilities"] * bool(classes) + list(scores_of(table, keys))
     return [
         name
-        for name, place in zip(names, found, strict=True)
-        if place < 0 and _column(table, name, keys) is None and name not in classes
+        for name, position in zip(names, positions, strict=True)
+        if position < 0 and _column(table, name, keys) is None and name not in classes
     ]
 
 
 def _is_number(values: pd.Series) -> bool:
+    """Return whether a column has numbers."""
     return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
 
 
 def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: str) -> None:
-    """Refuse names that a slide lacks, and columns that are numbers in one slide and labels in another."""
+    """Raise if a slide lacks a name, or if a column has numbers in one slide and labels in another."""
     for slide in slides:
         table, where = slide.table, f" for slide {slide.name!r}" if slide.name else ""
         if unknown := _unknown(table, names, keys):
             raise ValueError(
-                f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists those that were. Drawn are columns of "
-                "obs too, classes of the model, gene sets, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities'"
+                f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists the predicted genes. Also valid are "
+                "columns of obs, classes of the model, gene sets, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities'"
                 f"{validate.suggest(unknown[0], [*table.obs, *_classes(table, keys), *scores_of(table, keys)])}"
             )
     for name in names:
@@ -256,23 +258,23 @@ def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: 
 def _panels(
     slide: Canvas, names: list[str], keys: Keys, layer: str | None, measured: bool | str | None, shared_scale: bool
 ) -> list[Panel]:
-    """Panels of one slide; those of classes name their column as ``scale``."""
+    """Return the panels of one slide; ``scale`` of a panel of classes is its column."""
     table = slide.table
     if not names:
         return [Panel(slide, "tissue")]
-    places = _columns(table, names, keys)
-    genes = [i for i, place in enumerate(places) if place >= 0]
-    of_genes = _gene_panels(slide, names, genes, places, keys, layer, measured, shared_scale) if genes else {}
+    positions = _columns(table, names, keys)
+    genes = [i for i, position in enumerate(positions) if position >= 0]
+    gene_panels = _gene_panels(slide, names, genes, positions, keys, layer, measured, shared_scale) if genes else {}
     glass = on_glass(table, keys.key_added)
     panels: list[Panel] = []
     for i, name in enumerate(names):
         column = _column(table, name, keys)
-        if i in of_genes:
-            panels += of_genes[i]
+        if i in gene_panels:
+            panels += gene_panels[i]
         elif column is None and name not in _classes(table, keys):
-            key, said = scores_of(table, keys)[name]
+            key, suffix = scores_of(table, keys)[name]
             values = np.where(glass, np.nan, table.obsm[key][name].to_numpy(float))
-            panels.append(Panel(slide, f"{name}{said}", values, label="score (t)", glass=glass, item=i, scale=i))
+            panels.append(Panel(slide, f"{name}{suffix}", values, label="score (t)", glass=glass, item=i, scale=i))
         elif column is None:
             values = table.obsm[keys.proba][name].to_numpy(float)
             panels.append(Panel(slide, name, values, label="probability", item=i, scale=i, limits=(0, 1)))
@@ -298,53 +300,54 @@ def _gene_panels(
     slide: Canvas,
     names: list[str],
     genes: list[int],
-    places: np.ndarray,
+    positions: np.ndarray,
     keys: Keys,
     layer: str | None,
     measured: bool | str | None,
     shared_scale: bool,
 ) -> dict[int, list[Panel]]:
-    """Panels of each gene, predicted and measured, by its place in what was asked for."""
+    """Return the predicted and measured panels of each gene, by its position in ``names``."""
     table = slide.table
     if not table.var_names.is_unique:
         raise ValueError(
             "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
         )
-    of_model = predicted_layer(table, keys.key_added)
-    shown = None if layer is None else predicted_layer(table, keys.key_added, layer)
-    own = table.var_names[places[genes]].tolist()
-    predicted = np.array(dense(matrix_of(table[:, own], shown)), dtype=float)
+    model_layer = predicted_layer(table, keys.key_added)
+    drawn_layer = None if layer is None else predicted_layer(table, keys.key_added, layer)
+    var_names = table.var_names[positions[genes]].tolist()
+    predicted = np.array(dense(matrix_of(table[:, var_names], drawn_layer)), dtype=float)
     glass = on_glass(table, keys.key_added)
     predicted[glass] = np.nan
-    beside, were_counts = _measured(table, own, measured) or (None, False)
-    facts = table.var.loc[own]
+    truth, were_counts = _measured(table, var_names, measured) or (None, False)
+    facts = table.var.loc[var_names]
+    is_prediction_drawn = drawn_layer == model_layer
     out: dict[int, list[Panel]] = {}
     for j, i in enumerate(genes):
-        doubt = "" if bool(facts[keys.reliable].iloc[j]) else " (not reliable)"
-        said = [
+        mark = "" if bool(facts[keys.reliable].iloc[j]) else " (not reliable)"
+        correlations = [
             f"{text} r = {facts[name].iloc[j]:.2f}"
             for text, name in (("held-out", keys.pcc), ("new patients", keys.pcc_new_patient))
-            if shown == of_model and name in facts and np.isfinite(facts[name].iloc[j])
+            if is_prediction_drawn and name in facts and np.isfinite(facts[name].iloc[j])
         ]
         out[i] = [
             Panel(
                 slide,
-                f"{names[i]} {'predicted' if shown == of_model else _name(table, shown)}{doubt}",
+                f"{names[i]} {'predicted' if is_prediction_drawn else _layer_title(table, drawn_layer)}{mark}",
                 predicted[:, j],
                 label=_LOG_UNIT,
-                caption=", ".join(said),
+                caption=", ".join(correlations),
                 glass=glass,
                 item=i,
                 scale=i if shared_scale else (i, "predicted"),
             )
         ]
-        if beside is not None:
-            r = _correlation(predicted[:, j], beside[:, j])
+        if truth is not None:
+            r = _correlation(predicted[:, j], truth[:, j])
             out[i].append(
                 Panel(
                     slide,
                     f"{names[i]} measured{f' (r = {r:.2f})' if np.isfinite(r) else ''}",
-                    beside[:, j],
+                    truth[:, j],
                     label=_LOG_UNIT if were_counts else "as stored",
                     item=i,
                     scale=i if shared_scale else (i, "measured"),
@@ -354,17 +357,18 @@ def _gene_panels(
 
 
 def _correlation(predicted: np.ndarray, measured: np.ndarray) -> float:
-    there = np.isfinite(predicted) & np.isfinite(measured)
-    return float(pearson(predicted[there, None], measured[there, None])[0]) if there.sum() > 2 else np.nan
+    """Return the Pearson correlation over spots with both values; NaN for fewer than 3 spots."""
+    both = np.isfinite(predicted) & np.isfinite(measured)
+    return float(pearson(predicted[both, None], measured[both, None])[0]) if both.sum() > 2 else np.nan
 
 
-def _name(table: AnnData, layer: str | None) -> str:
-    """Say what the titles call a layer that is not the prediction."""
+def _layer_title(table: AnnData, layer: str | None) -> str:
+    """Return the name in titles of a layer that is not the prediction."""
     return "adapted" if is_record_of("adapt", table.uns.get(layer)) else layer or layer_label(None)
 
 
 def _table_with(sdata: SpatialData, names: list[str], prediction_key: str) -> str | None:
-    """Prefer the measured table; if it lacks a name, the table of all model genes, where there is one."""
+    """Return the measured table if it has all names, else the table with all genes of the model if it has them."""
     keys = Keys(prediction_key)
     first = predicted_table(sdata, prediction_key)
     others = [key for key, table in sdata.tables.items() if keys.uns in table.uns and key != first]
@@ -372,19 +376,21 @@ def _table_with(sdata: SpatialData, names: list[str], prediction_key: str) -> st
 
 
 def _columns(table: AnnData, names: list[str], keys: Keys) -> np.ndarray:
-    """Columns of predicted genes, -1 for other names."""
+    """Return the columns of predicted genes, -1 for other names."""
     if not is_prediction(table.uns.get(keys.uns)):
         return np.full(len(names), -1)
-    found = columns_of(table, names, symbols_of(table, record_of(table, keys.key_added), None))
+    columns = columns_of(table, names, symbols_of(table, record_of(table, keys.key_added), None))
     known = np.append(table.var[keys.predicted].to_numpy(bool), False)
-    return np.where(known[found], found, -1)
+    return np.where(known[columns], columns, -1)
 
 
 def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> tuple[np.ndarray, bool] | None:
-    """Measured values of the genes and whether they were raw counts; ``None`` where nothing is shown."""
+    """Return measured values of the genes and whether they were raw counts, or ``None`` if none are drawn."""
     layer = measured if isinstance(measured, str) else None
     if layer is None and measured and OWN_TABLE in table.uns:
-        raise ValueError("`measured`: the table holds predictions only")
+        raise ValueError(
+            "`measured`: the table has only predictions; pass a table with measured values, or measured=False"
+        )
     if measured is False or (layer is None and (OWN_TABLE in table.uns or table.X is None)):
         return None
     return as_log(matrix_of(table, layer, "measured"), table.var_names.get_indexer(genes))

@@ -1,4 +1,4 @@
-"""``hg.pl.tissue``: the tissue mask and the grid of spots over the image."""
+"""``hg.pl.tissue``: tissue mask and grid of spots over the image."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def tissue(
 ) -> Axes | Figure | None:
     """Draw the tissue mask and the outlines of the spots over the image.
 
-    Look at it before a prediction: what lies outside the mask gets no spot from :func:`he2gene_sc.pp.grid`.
+    Check it before a prediction: :func:`he2gene_sc.pp.grid` makes no spots outside the mask.
 
     Parameters
     ----------
     sdata
         Object with an image and its mask (:func:`he2gene_sc.pp.tissue`).
     image_key
-        Image; needed where there are several.
+        Image; needed if there are several.
     tissue_key
         Mask in ``sdata.labels``; default ``"<image_key>_tissue"``.
     shapes_key
-        Spots, such as :func:`he2gene_sc.pp.grid` makes. Default: the only circles, or none where there are none.
+        Spots, for example of :func:`he2gene_sc.pp.grid`. Default: the only circles, or none if there are no circles.
     coordinate_system
-        What to draw in; default: the only one that all of them share.
+        Coordinate system of the plot; default: the only one that all elements share.
     ax
         Axes to draw in.
     save
@@ -63,12 +63,12 @@ def tissue(
     Returns
     -------
     matplotlib.axes.Axes
-        Its title states the share of the image that is tissue, and the number of spots.
+        The title states the share of the image that is tissue, and the number of spots.
 
     Raises
     ------
     ValueError
-        If the image, the mask or the spots are not there or ambiguous, or share no coordinate system.
+        If the image, the mask or the spots are missing or ambiguous, or share no coordinate system.
 
     Examples
     --------
@@ -83,7 +83,9 @@ def tissue(
     tissue_key = tissue_key_of(sdata, image_key, tissue_key)
     shapes_key = _circles(sdata) if shapes_key is None else find_shapes(sdata, shapes_key, None)[0]
     if shapes_key is not None and shapes_key not in sdata.shapes:
-        raise ValueError(f"`shapes_key` {shapes_key!r} names labels; shapes are needed, valid: {sorted(sdata.shapes)}")
+        raise ValueError(
+            f"`shapes_key` {shapes_key!r} is a labels element; shapes are needed, valid: {sorted(sdata.shapes)}"
+        )
     elements = {image_key: sdata.images[image_key], tissue_key: sdata.labels[tissue_key]}
     if shapes_key is not None:
         elements[shapes_key] = sdata.shapes[shapes_key]
@@ -91,7 +93,7 @@ def tissue(
     pyramid, matrix = pyramid_of(sdata, image_key), affine(elements[image_key], system)
     ends = np.array([[x, y, 1] for x in (0, pyramid.width) for y in (0, pyramid.height)]) @ matrix.T
     (x0, y0), (x1, y1) = ends[:, :2].min(0), ends[:, :2].max(0)
-    found = stored_mpp(sdata, image_key)
+    mpp = stored_mpp(sdata, image_key)
     (axes,) = axes_for(1, ax, 1, 6.0, figsize=figsize, title=title, save=save, aspect=(y1 - y0) / (x1 - x0))
     factor = check_image(pyramid, image_key)
     draw_image(axes, *read_region(pyramid, factor, matrix, (x0, y0, x1, y1), panel_pixels(axes)))
@@ -103,8 +105,8 @@ def tissue(
         spots = f", {len(shapes):,} spots"
     axes.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xticks=[], yticks=[])
     axes.set_title(f"tissue: {100 * share:.0f} % of the image{spots}")
-    if found is not None:
-        um_per_unit = found[0] / length_scale(matrix, quiet=True)
+    if mpp is not None:
+        um_per_unit = mpp[0] / length_scale(matrix, quiet=True)
         add_scale_bar(axes, um_per_unit, (x1 - x0) / 4, "lower left")
     return finish([axes], save, title, show, return_fig)
 
@@ -116,22 +118,23 @@ def _draw_mask(ax: Axes, labels: Any, system: str) -> float:
 
     mask = np.asarray(levels(labels)[0].transpose("y", "x")) > 0
     step = -(-max(mask.shape) // 1500)
-    shown = mask[::step, ::step]
-    rgba = np.zeros((*shown.shape, 4))
-    rgba[shown] = to_rgba(_MASK, 0.25)
-    rgba[shown & ~binary_erosion(shown, iterations=max(1, max(shown.shape) // 500))] = to_rgba(_MASK)
+    reduced = mask[::step, ::step]
+    rgba = np.zeros((*reduced.shape, 4))
+    rgba[reduced] = to_rgba(_MASK, 0.25)
+    rgba[reduced & ~binary_erosion(reduced, iterations=max(1, max(reduced.shape) // 500))] = to_rgba(_MASK)
     draw_image(ax, rgba, affine(labels, system) @ np.diag([step, step, 1]))
     return float(mask.mean())
 
 
 def _circles(sdata: SpatialData) -> str | None:
-    """Name of the circles; ``None`` where there are none."""
+    """Return the name of the circles, or ``None`` without circles."""
     if not any("radius" in element.columns for element in sdata.shapes.values()):
         return None
     return find_shapes(sdata, None, None)[0]
 
 
 def _shared_system(elements: dict[str, Any], coordinate_system: str | None) -> str:
+    """Return the coordinate system that all elements share."""
     from spatialdata.transformations import get_transformation
 
     shared = set.intersection(*(set(get_transformation(element, get_all=True)) for element in elements.values()))
@@ -141,6 +144,6 @@ def _shared_system(elements: dict[str, Any], coordinate_system: str | None) -> s
         return "global"
     if coordinate_system is None or coordinate_system not in shared:
         raise ValueError(
-            f"`coordinate_system` is {coordinate_system!r}; valid, as shared by {sorted(elements)}: {sorted(shared)}"
+            f"`coordinate_system` is {coordinate_system!r}; valid (shared by {sorted(elements)}): {sorted(shared)}"
         )
     return coordinate_system

@@ -1,4 +1,4 @@
-"""Before the prediction: tissue mask, quality and stain of an image, and pseudo-spots where it has none."""
+"""Preprocessing of images: tissue mask, quality, stain normalisation, and pseudo-spots."""
 
 import lazy_loader
 

@@ -31,7 +31,7 @@ def grid(
     min_tissue: float = 0.5,
     key_added: str = SPOTS,
 ) -> None:
-    """Lay a square grid of pseudo-spots over the tissue.
+    """Create a square grid of pseudo-spots over the tissue.
 
     Parameters
     ----------
@@ -40,26 +40,27 @@ def grid(
     diameter_um, pitch_um
         Diameter of the spots and distance between their centres, µm.
     mpp
-        µm per pixel of the full-resolution image. Default: what the object states.
+        µm per pixel of the full-resolution image. Default: from the metadata of the object.
     image_key
-        Image; needed where there are several.
+        Image; needed if there are several.
     tissue_key
         Tissue mask in ``sdata.labels``; default ``"<image_key>_tissue"``.
     min_tissue
-        Share of a spot (of its bounding square) that has to be tissue, above 0, at most 1.
+        Least share of a spot (of its bounding square) that is tissue, above 0, at most 1.
     key_added
-        Name of the shapes.
+        Name of the shapes element.
 
     Returns
     -------
     ``None``. Written: ``sdata.shapes[key_added]``, circles in the coordinate systems of the image; and µm per pixel
-    in ``sdata.attrs["he2gene"]``, so that prediction finds it.
+    in ``sdata.attrs["he2gene"]``, for the prediction.
 
     Raises
     ------
     ValueError
-        If µm per pixel is unknown, the mask is missing or shares no coordinate system with the image, a size is not positive, the name is taken by an element that
-        ``grid`` did not make, that was changed since or that a table annotates, or no spot lies on tissue.
+        If µm per pixel is unknown, the mask is missing or shares no coordinate system with the image, a size is not positive, the
+        name belongs to an element that ``grid`` did not make, that was changed since or that a table annotates, or no spot is on
+        tissue.
 
     Examples
     --------
@@ -86,9 +87,11 @@ def grid(
     pyramid = pyramid_of(sdata, image_key)
     diameter, pitch = diameter_um / mpp, pitch_um / mpp
     if diameter < 8:
-        raise ValueError(f"`diameter_um` {diameter_um:g} is {diameter:.3g} px at {mpp:.4g} µm/px; 8 px are the least")
+        raise ValueError(
+            f"`diameter_um` {diameter_um:g} is {diameter:.3g} px at {mpp:.4g} µm/px; at least 8 px are needed"
+        )
     mask = TissueMask.read(sdata, image_key, tissue_key)
-    # Pixels of the mask a pixel of the image, down and across.
+    # Pixels of the mask per pixel of the image, along y and x.
     scale = np.linalg.norm(mask.to_mask[:2, :2], axis=1)[::-1]
     share = uniform_filter(
         mask.values.astype(np.float32), np.maximum(1, np.rint(diameter * scale)).astype(int), mode="constant"
@@ -98,7 +101,9 @@ def grid(
     )
     on_tissue = mask.sample(x, y, share) >= min_tissue - 1e-6
     if not on_tissue.any():
-        raise ValueError(f"`tissue_key`: no spot of {diameter_um:g} µm lies on tissue; look at the mask")
+        raise ValueError(
+            f"`tissue_key`: no spot of {diameter_um:g} µm is on tissue; check the mask with hg.pl.tissue(sdata)"
+        )
     i, j = np.nonzero(on_tissue)
     shapes = ShapesModel.parse(
         np.column_stack([x[on_tissue], y[on_tissue]]),
@@ -111,17 +116,19 @@ def grid(
         annotated = any(key_added in _regions(table) for table in sdata.tables.values())
         if annotated and not _same_spots(sdata.shapes[key_added], shapes):
             raise ValueError(
-                f"`key_added` {key_added!r} names other shapes, which a table annotates; delete that table or choose "
-                "another key"
+                f"`key_added` {key_added!r} is a shapes element with other spots, which a table annotates; delete that table or "
+                "choose another key"
             )
     write_element(sdata, "shapes", key_added, shapes, attrs_with_mpp(sdata, image_key, mpp))
     logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
 
 
 def _same_spots(a: GeoDataFrame, b: GeoDataFrame) -> bool:
+    """Return whether both have the same names and centres of spots."""
     return a.index.equals(b.index) and bool(a.geometry.geom_equals(b.geometry, align=False).all())
 
 
 def _regions(table: AnnData) -> list[str]:
+    """Return the elements that a table annotates."""
     region = table.uns.get("spatialdata_attrs", {}).get("region", [])
     return [region] if isinstance(region, str) else list(region)

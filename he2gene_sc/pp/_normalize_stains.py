@@ -1,4 +1,4 @@
-"""``hg.pp.normalize_stains``: the stains of one image brought to those of another, by squidpy."""
+"""``hg.pp.normalize_stains``: normalise the stains of an image to those of another, with squidpy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def normalize_stains(
     key_added: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Bring the stains of an image to those of a reference slide.
+    """Normalise the stains of an image to those of a reference slide.
 
     Calls :func:`squidpy.experimental.im.fit_stain_reference` on the reference and
     :func:`squidpy.experimental.im.normalize_stains` on the image, with our tissue masks.
@@ -38,34 +38,34 @@ def normalize_stains(
     sdata
         Object with an RGB H&E image and its tissue mask (:func:`he2gene_sc.pp.tissue`).
     reference
-        Object whose image has the stains that are wanted, with its tissue mask.
+        Object with the reference image and its tissue mask.
     method
         ``"macenko"``, ``"vahadane"`` or ``"reinhard"``, see squidpy.
     image_key, reference_image_key
-        Images; needed where there are several.
+        Images; needed if there are several.
     tissue_key
-        Tissue mask in ``sdata.labels``; default ``"<image_key>_tissue"``. That of the reference has its default name.
+        Tissue mask in ``sdata.labels``; default ``"<image_key>_tissue"``. The mask of the reference must have its default name.
     key_added
-        Name of the image; default ``"<image_key>_normalized"``.
+        Name of the new image; default ``"<image_key>_normalized"``.
     **kwargs
-        ``method_params`` and ``preserve_background`` of :func:`squidpy.experimental.im.normalize_stains`. The latter is on for Reinhard,
-        which tints glass, and off otherwise, since it needs a mask of full resolution in memory.
+        ``method_params`` and ``preserve_background`` of :func:`squidpy.experimental.im.normalize_stains`. The latter defaults to
+        ``True`` for Reinhard, which tints glass, else to ``False``, because it needs a full-resolution mask in memory.
 
     Returns
     -------
-    ``None``. Written: ``sdata.images[key_added]``, computed when it is read or saved, in the coordinate systems and with the levels of the
-    image; and its µm per pixel. The image itself stays.
+    ``None``. Written: ``sdata.images[key_added]``, computed when it is read or saved, in the coordinate systems and with the levels
+    of the image; and its µm per pixel. The original image is not changed.
 
     Raises
     ------
     ValueError
-        If an image or mask is missing, the stains cannot be told apart, or an element that is not ours has the name ``key_added``.
+        If an image or mask is missing, the stains cannot be separated, or another element has the name ``key_added``.
 
     Notes
     -----
-    Name the image afterwards, since there are two: ``hg.tl.predict(sdata, image_key="he_normalized")``. The models of this package were
-    trained on images as they were scanned, and whether normalisation improves a prediction was not measured: compare
-    ``obs["he2gene_ood"]`` of both. Every reading of a region computes it anew: save the object before it is read several times.
+    Afterwards there are two images, so pass the name: ``hg.tl.predict(sdata, image_key="he_normalized")``. The models of this package
+    were trained on images as scanned. Whether normalisation improves a prediction was not measured: compare ``obs["he2gene_ood"]``
+    of both. Each access to a region computes it again: save the object if it is read several times.
 
     Examples
     --------
@@ -86,13 +86,13 @@ def normalize_stains(
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_normalized" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.normalize_stains", "images", key_added)
-    source = _alone(sdata, image_key, tissue_key)
-    wanted = find_image(reference, None, reference_image_key)
+    source = _only_image(sdata, image_key, tissue_key)
+    reference_key = find_image(reference, None, reference_image_key)
     options: dict[str, Any] = {"preserve_background": method == "reinhard", **kwargs}
     try:
         with logs.silence("spatialdata._logging"):
             fitted = sq.experimental.im.fit_stain_reference(
-                _alone(reference, wanted, None),
+                _only_image(reference, reference_key, None),
                 "image",
                 method=method,
                 method_params=options.get("method_params"),
@@ -100,16 +100,16 @@ def normalize_stains(
             sq.experimental.im.normalize_stains(source, "image", fitted, image_key_added="normalized", **options)
     except RuntimeError as error:
         raise ValueError(
-            f"`sdata` or `reference`: the stains cannot be told apart by {method!r} ({error}); check that both images are H&E and look "
-            "at their masks (hg.pl.tissue), or pass method='reinhard'"
+            f"`sdata` or `reference`: method {method!r} cannot separate the stains ({error}); check that both images are H&E, and "
+            "their masks (hg.pl.tissue), or pass method='reinhard'"
         ) from error
     with replaced_element(sdata, "images", key_added, source.images["normalized"]):
-        if image_key in (stated := sdata.attrs.get(ATTRS, {}).get("mpp", {})):
-            sdata.attrs[ATTRS] = attrs_with_mpp(sdata, key_added, stated[image_key])
+        if image_key in (recorded := sdata.attrs.get(ATTRS, {}).get("mpp", {})):
+            sdata.attrs[ATTRS] = attrs_with_mpp(sdata, key_added, recorded[image_key])
 
 
-def _alone(sdata: SpatialData, image_key: str, tissue_key: str | None) -> SpatialData:
-    """Return an object with one image and its mask: squidpy looks at nothing else of it, and puts nothing else into it."""
+def _only_image(sdata: SpatialData, image_key: str, tissue_key: str | None) -> SpatialData:
+    """Return a new object with one image and its mask, so that squidpy does not read or write other elements."""
     from spatialdata import SpatialData
     from spatialdata.models import Labels2DModel
 

@@ -1,4 +1,4 @@
-"""``hg.pp.qc``: sharpness and staining of the image by tiles, by squidpy."""
+"""``hg.pp.qc``: sharpness and staining of tiles of the image, with squidpy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ._tissue import read_thumbnail
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-#: Pixels that the image is averaged down to, and the least of a side of a tile.
-_WORKING_PX, _LEAST_PX = 2**24, 16
+#: Maximum number of pixels of the reduced image, and minimum side of a tile in pixels.
+_WORKING_PX, _MIN_TILE_PX = 2**24, 16
 
 
 def qc(
@@ -30,30 +30,30 @@ def qc(
     key_added: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Measure sharpness and staining of the image by tiles, before a prediction.
+    """Measure sharpness and staining of tiles of the image, before a prediction.
 
-    Calls :func:`squidpy.experimental.im.qc_image` on the image averaged down to at most 17 million pixels, with our tissue mask.
+    Calls :func:`squidpy.experimental.im.qc_image` on the image, reduced to at most 17 million pixels, with our tissue mask.
 
     Parameters
     ----------
     sdata
         Object with an RGB H&E image and its tissue mask (:func:`he2gene_sc.pp.tissue`).
     image_key
-        Image; needed where there are several.
+        Image; needed if there are several.
     tissue_key
         Tissue mask in ``sdata.labels``; default ``"<image_key>_tissue"``.
     tile_um
-        Side of a tile, µm; 16 pixels of the image that is read at least.
+        Side of a tile, µm; at least 16 pixels of the reduced image.
     mpp
-        µm per pixel of the full-resolution image. Default: what the object states.
+        µm per pixel of the full-resolution image. Default: from the metadata of the object.
     key_added
-        Name of the shapes; default ``"<image_key>_qc"``.
+        Name of the shapes element; default ``"<image_key>_qc"``.
     **kwargs
         ``metrics`` and ``outlier_threshold`` of :func:`squidpy.experimental.im.qc_image`.
 
     Returns
     -------
-    ``None``. Written: ``sdata.shapes[key_added]``, a square a tile in the coordinate systems of the image, with squidpy's columns
+    ``None``. Written: ``sdata.shapes[key_added]``, one square per tile in the coordinate systems of the image, with squidpy's columns
     ``qc_tenengrad`` and ``qc_var_of_laplacian`` (sharpness), ``qc_entropy``, ``qc_brightness_mean``, ``qc_hematoxylin_mean``,
     ``qc_eosin_mean``, ``unfocus_score``, ``qc_outlier`` and ``is_tissue`` (more than half of the tile). :func:`he2gene_sc.report`
     shows it.
@@ -61,14 +61,14 @@ def qc(
     Raises
     ------
     ValueError
-        If image or mask are missing, µm per pixel is unknown, or ``key_added`` names an element that ``qc`` did not make, or that
+        If image or mask are missing, µm per pixel is unknown, or ``key_added`` is an element that ``qc`` did not make, or that
         was changed since.
 
     Notes
     -----
-    ``qc_outlier`` marks the least sharp tenth of the tissue of *every* slide, of a good one too (``outlier_threshold``). Pale and fatty
-    tissue has few edges and is marked first. Compare the columns of numbers between slides that were scanned alike. A whole slide
-    is read at several µm per pixel, where folds, pen and stain are seen but not a slight blur.
+    ``qc_outlier`` marks the least sharp tenth of the tissue of *every* slide, also of a good one (``outlier_threshold``). Pale and fatty
+    tissue has few edges and is marked first. Compare the numeric columns between slides with the same scanner settings. A whole
+    slide is read at several µm per pixel. At this resolution folds, pen and stain are visible, but not a slight blur.
 
     Examples
     --------
@@ -95,8 +95,8 @@ def qc(
     mask = TissueMask.read(sdata, image_key, tissue_key)
     pixels, (down, across) = read_thumbnail(sdata, image_key, _WORKING_PX)
     tissue = mask.resample(pyramid_of(sdata, image_key), pixels.shape[1:])
-    side = max(_LEAST_PX, round(tile_um / (mpp * down)))
-    # An object of its own: squidpy takes fixed names, and replaces what has them.
+    side = max(_MIN_TILE_PX, round(tile_um / (mpp * down)))
+    # Use a new object, because squidpy writes to fixed names and replaces elements with these names.
     reduced = SpatialData(
         images={"image": Image2DModel.parse(pixels, dims=("c", "y", "x"))},
         labels={"tissue": Labels2DModel.parse(tissue.astype(np.uint8), dims=("y", "x"))},

@@ -1,4 +1,4 @@
-"""``hg.pp.tissue``: a tissue mask, by squidpy's detection or as what is not glass."""
+"""``hg.pp.tissue``: tissue mask by squidpy's detection, or as the complement of glass."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _WORKING_PX = 1_500_000
-#: Stains of H&E leave more red than green; ink of a pen does not. Sections of her2st have up to 2 % of such pixels.
+#: Green or blue ink: green exceeds red by this step, unlike in H&E. Up to 2 % of the pixels of her2st sections are so.
 _INK_STEP, _INK_SHARE = 12, 0.05
-#: Red ink, by optical density over that of green: blue is high, which eosin's is not, and red low. Under 1 % of her2st.
+#: Red ink: minimum optical density of green, and relative to it high blue (low for eosin) and low red. Under 1 % of her2st.
 _RED_INK, _RED_BLUE, _RED_RED = 0.6, 0.6, 0.3
 METHODS = ("auto", "otsu", "felzenszwalb", "weka", "glass")
-#: Share of what a mask leaves out that is stained structure, above which the image is mostly tissue: 0.32 at most on whole
-#: slides, 0.57 and more on crops inside the tissue. And the share of all stained structure whose loss is said.
+#: An image is mostly tissue if more of the area outside the mask is stained structure: at most 0.32 on whole slides, at least
+#: 0.57 on crops inside the tissue. Second: warn if the mask leaves out more of all stained structure.
 _MOSTLY_TISSUE, _MUCH_LOST = 0.5, 0.5
-#: Shares of the image: what is worth a word, below which a piece of tissue is dust, and below which a hole is closed.
+#: Shares of the image: least loss for a warning, largest piece that is dust, largest hole that is closed.
 _PIECE, _DUST, _HOLE = 0.01, 1e-3, 1e-4
 
 
@@ -37,26 +37,25 @@ def tissue(
     key_added: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Mark where the tissue is.
+    """Create a tissue mask of an image.
 
-    A black or transparent background is painted white first: detection takes the corners for background, and with
-    black ones the mask would come out inverted.
+    First, a black or transparent background is painted white. Otherwise the mask would be inverted, because detection treats the
+    corners as background.
 
     Parameters
     ----------
     sdata
         Object with an RGB H&E image.
     image_key
-        Image; needed where there are several.
+        Image; needed if there are several.
     method
-        ``"otsu"``, ``"felzenszwalb"`` or ``"weka"``: that of squidpy's detection. ``"glass"``: everything that is not glass, the
-        rule of ``obs["he2gene_tissue"]``; it finds pale tissue, such as fat, and dirt. ``"auto"``: Otsu, but ``"glass"`` where
-        most of what Otsu leaves out is stained: on an image that is tissue from edge to edge its threshold parts dark
-        tissue from pale.
+        ``"otsu"``, ``"felzenszwalb"`` or ``"weka"``: method of squidpy's detection. ``"glass"``: everything except glass, as for
+        ``obs["he2gene_tissue"]``; it finds pale tissue, such as fat, and also dirt. ``"auto"``: Otsu, or ``"glass"`` if most of the
+        area outside Otsu's mask is stained: if tissue fills the image, Otsu's threshold separates dark from pale tissue.
     key_added
-        Name of the labels; default ``"<image_key>_tissue"``.
+        Name of the labels element; default ``"<image_key>_tissue"``.
     **kwargs
-        Passed to :func:`squidpy.experimental.im.detect_tissue`; ``"auto"`` then is ``"otsu"``.
+        Passed to :func:`squidpy.experimental.im.detect_tissue`; ``"auto"`` then means ``"otsu"``.
 
     Returns
     -------
@@ -66,13 +65,13 @@ def tissue(
     Raises
     ------
     ValueError
-        If the image is missing, ambiguous, blank or not RGB; or if ``key_added`` names an element that ``tissue`` did not make,
+        If the image is missing, ambiguous, blank or not RGB; or if ``key_added`` is an element that ``tissue`` did not make,
         or that was changed since.
 
     Warns
     -----
     UserWarning
-        If half of what is stained and has structure is left out, or a part of what was found is green, blue or red ink.
+        If the mask leaves out half of the stained structure, or part of the mask is green, blue or red ink.
 
     Examples
     --------
@@ -96,8 +95,8 @@ def tissue(
     pixels = tissue_pixels(thumbnail)
     if not pixels[0].any():
         raise ValueError(
-            f"`image_key` {image_key!r} is blank: white, black or transparent, so there is no tissue to mark. Name the image that "
-            f"shows it, of {sorted(sdata.images)}"
+            f"`image_key` {image_key!r} is blank (white, black or transparent) and shows no tissue. Pass the name of the image that "
+            f"shows tissue, of {sorted(sdata.images)}"
         )
     mask, used = _detect(thumbnail, pixels, image_key, method, kwargs)
     _warn_of_ink(thumbnail, mask > 0, image_key)
@@ -118,21 +117,21 @@ def tissue(
 def _detect(
     thumbnail: np.ndarray, pixels: tuple[np.ndarray, np.ndarray], image_key: str, method: str, kwargs: dict[str, Any]
 ) -> tuple[np.ndarray, str]:
-    """Mask of the pieces of tissue, ``(h, w)``, and the method that made it; ``pixels`` are those of :func:`tissue_pixels`."""
-    anything, certain = pixels
+    """Return the mask of the pieces of tissue, ``(h, w)``, and its method; ``pixels`` is the result of :func:`tissue_pixels`."""
+    not_glass, structure = pixels
     if method == "glass":
-        return _not_glass(anything), method
+        return _clean_pieces(not_glass), method
     used = "otsu" if method == "auto" else method
     mask = _by_squidpy(thumbnail, used, kwargs)
     left_out = mask == 0
-    if method == "auto" and not kwargs and left_out.any() and certain[left_out].mean() > _MOSTLY_TISSUE:
-        return _not_glass(anything), "glass"
-    n_lost = certain[left_out].sum()
-    lost = n_lost / max(1, certain.sum())
+    if method == "auto" and not kwargs and left_out.any() and structure[left_out].mean() > _MOSTLY_TISSUE:
+        return _clean_pieces(not_glass), "glass"
+    n_lost = structure[left_out].sum()
+    lost = n_lost / max(1, structure.sum())
     if lost > _MUCH_LOST and n_lost > _PIECE * mask.size:
         warnings.warn(
-            f"method {used!r} leaves out {100 * lost:.0f} % of what is stained and has structure on image {image_key!r}: pale "
-            "tissue, such as fat, would get no spots. Look at the mask by hg.pl.tissue(sdata). If tissue is missing: "
+            f"method {used!r} leaves out {100 * lost:.0f} % of the stained structure on image {image_key!r}: pale tissue, such as fat, "
+            "would get no spots. Check the mask with hg.pl.tissue(sdata). If tissue is missing, run "
             "hg.pp.tissue(sdata, method='glass')",
             stacklevel=3,
         )
@@ -140,24 +139,25 @@ def _detect(
 
 
 def _by_squidpy(thumbnail: np.ndarray, method: str, kwargs: dict[str, Any]) -> np.ndarray:
+    """Return the mask of squidpy's detection."""
     import squidpy as sq
     from spatialdata import SpatialData
     from spatialdata.models import Image2DModel
 
     reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
-    # H&E has a bright background; squidpy then needs no corners to tell, which an inset or a full slide would mislead.
+    # The background of H&E is bright. Do not let squidpy infer it from the corners, which may show an inset or tissue.
     kwargs = {"corners_are_background": method == "weka", **kwargs}
     with logs.silence("spatialdata._logging"), warnings.catch_warnings():
         # squidpy calls scikit-image by an old name; users cannot change that.
         warnings.filterwarnings("ignore", "Parameter `area_threshold` is deprecated", FutureWarning)
-        found = sq.experimental.im.detect_tissue(
+        mask = sq.experimental.im.detect_tissue(
             reduced, "image", method=method, channel_format="rgb", inplace=False, **kwargs
         )
-    return np.asarray(found)
+    return np.asarray(mask)
 
 
-def _not_glass(tissue: np.ndarray) -> np.ndarray:
-    """Mask with numbered pieces, without dust and holes."""
+def _clean_pieces(tissue: np.ndarray) -> np.ndarray:
+    """Return the mask with numbered pieces, without dust and holes."""
     from skimage.measure import label
 
     pieces = label(_without_small(~_without_small(~tissue, _HOLE), _DUST), connectivity=2)
@@ -165,7 +165,7 @@ def _not_glass(tissue: np.ndarray) -> np.ndarray:
 
 
 def _without_small(mask: np.ndarray, share: float) -> np.ndarray:
-    """Leave out the pieces of a mask that are smaller than a share of the image."""
+    """Remove the pieces of a mask that are smaller than a share of the image."""
     from skimage.measure import label
 
     pieces = np.asarray(label(mask, connectivity=2))
@@ -175,11 +175,11 @@ def _without_small(mask: np.ndarray, share: float) -> np.ndarray:
 
 
 def _warn_of_ink(thumbnail: np.ndarray, mask: np.ndarray, image_key: str) -> None:
-    """Say that a part of what was found has the colour of a pen."""
+    """Warn if part of the mask has the colour of ink."""
     red, green, blue = -np.log((thumbnail.astype(np.float32) + 1) / 256)
     inks = {
-        "green or blue, as pen is and H&E is not": thumbnail[1] > thumbnail[0].astype(int) + _INK_STEP,
-        "red without violet, as pen and blood are": (green > _RED_INK)
+        "green or blue, like ink and unlike H&E": thumbnail[1] > thumbnail[0].astype(int) + _INK_STEP,
+        "red without violet, like ink or blood": (green > _RED_INK)
         & (blue > _RED_BLUE * green)
         & (red < _RED_RED * green),
     }
@@ -187,16 +187,16 @@ def _warn_of_ink(thumbnail: np.ndarray, mask: np.ndarray, image_key: str) -> Non
         share = (ink & mask).sum() / max(1, mask.sum())
         if share > _INK_SHARE:
             warnings.warn(
-                f"{100 * share:.0f} % of the tissue found on image {image_key!r} is {colour}: spots there would be predicted "
-                "from ink. Look at the mask and take them out",
+                f"{100 * share:.0f} % of the tissue mask of image {image_key!r} is {colour}: spots there would be predicted from "
+                "ink. Check the mask with hg.pl.tissue(sdata) and remove these areas",
                 stacklevel=3,
             )
 
 
 def read_thumbnail(sdata: SpatialData, image_key: str, max_pixels: int) -> tuple[np.ndarray, tuple[float, float]]:
-    """Read an image averaged down to ``max_pixels``, black and transparent painted white: ``(3, h, w)`` uint8.
+    """Read an image reduced to ``max_pixels``, ``(3, h, w)`` uint8, with black and transparent background painted white.
 
-    Also pixels of level 0 per pixel of it, along y and x.
+    Also return the number of pixels of level 0 per pixel, along y and x.
     """
     from .._core.images import check_image
     from ..image import read_reduced

@@ -1,4 +1,4 @@
-"""The verbs."""
+"""Predict, evaluate and interpret expression."""
 
 import lazy_loader
 

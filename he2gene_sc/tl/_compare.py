@@ -1,4 +1,4 @@
-"""``hg.tl.compare``: predicted layers under named protocols, beside references that see no gene."""
+"""``hg.tl.compare``: accuracy of predicted layers under named protocols, with references that use no gene."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Protocol = Literal["hest", "triplex", "section"]
 PROTOCOLS: tuple[Protocol, ...] = ("hest", "triplex", "section")
-#: Values of a block of genes.
+#: Number of values in a block of genes.
 _BLOCK = 2**22
 
 
@@ -44,32 +44,32 @@ def compare(
     section_key: str = "section",
     table_key: str | None = None,
 ) -> pd.DataFrame:
-    """Judge predicted layers of any models under named protocols, on the same spots and genes; see ``docs/statistics/methods.md``.
+    """Compare predicted layers of any models under named protocols, on the same spots and genes; see ``docs/statistics/methods.md``.
 
     Parameters
     ----------
     data, layer_scale, measured, measured_scale, sample_key, section_key, table_key
-        As for :func:`he2gene_sc.tl.calibrate`. No model may have been fitted to these patients.
+        As for :func:`he2gene_sc.tl.calibrate`. The models must not have been fitted to these patients.
     layers
-        One layer or several.
+        Name of one layer or names of several.
     protocols
-        ``"hest"``: over all spots of a patient, which is how HEST-Benchmark pools them. Its target and split are not: measured counts
-        are divided by the totals here, HEST-Benchmark takes ln(1 + raw counts), and the split is that of your predictions.
-        ``"triplex"``: over the spots of a section, measured values averaged with those of the neighbours, as TRIPLEX;
-        ``"section"``: over the spots of a section, as measured. Sections under 10 spots are left out of all, with a warning.
+        ``"hest"``: over all spots of a patient, pooled as in HEST-Benchmark. Target and split differ from that benchmark: here
+        measured counts are divided by the totals (HEST-Benchmark uses ln(1 + raw counts)), and the split is that of your predictions.
+        ``"triplex"``: over the spots of a section, measured values averaged with those of the neighbours, as in TRIPLEX;
+        ``"section"``: over the spots of a section, as measured. Sections with fewer than 10 spots are left out, with a warning.
     genes
-        Default: all that every layer predicts. Name the panel of a benchmark to compare with it.
+        Default: all that every layer predicts. For a comparison with a benchmark, name its genes.
 
     Returns
     -------
     pandas.DataFrame
-        A row a predictor and protocol: ``pearson_mean`` and ``pearson_median`` over the genes of the mean over patients, its
-        difference ``minus_section`` to the same predictor under ``"section"``, and what was judged. ``minus_first`` is the correlation minus
-        that of the first of ``layers`` under the same protocol, paired by gene and patient (of one patient: by section), with its 95 % t
-        interval over patients ``minus_first_low``, ``minus_first_high``, from 3 on. ``is_reference`` marks depth, mean
-        colour (with an image) and coordinates, lines that are fitted on the other patients (of one patient: the other sections).
-        A constant prediction of a gene that varies counts as a correlation of 0; genes that were measured as constant are left
-        out (``n_constant``).
+        One row per predictor and protocol. ``pearson_mean`` and ``pearson_median`` are over genes, of the mean over patients.
+        ``minus_section`` is the difference of ``pearson_mean`` to the same predictor under ``"section"``. ``minus_first`` is the
+        correlation minus that of the first of ``layers`` under the same protocol, paired by gene and patient (with one patient: by
+        section). ``minus_first_low`` and ``minus_first_high`` are its 95 % t interval over patients, from 3 patients on.
+        ``is_reference`` marks depth, mean colour (with an image) and coordinates: lines fitted on the other patients (with one
+        patient: on the other sections). A constant prediction of a gene that varies has correlation 0; genes whose measured
+        values are constant are left out (``n_constant``). Numbers of genes, spots, sections and patients complete the row.
 
     Examples
     --------
@@ -83,53 +83,60 @@ def compare(
     """
     validate.arguments(compare, locals())
     layers = [layers] if isinstance(layers, str) else list(dict.fromkeys(layers))
-    asked = np.atleast_1d(np.array(protocols, object))
-    chosen = list(dict.fromkeys(validate.one_of(name, PROTOCOLS, "protocols") for name in asked))
+    names = np.atleast_1d(np.array(protocols, object))
+    chosen = list(dict.fromkeys(validate.one_of(name, PROTOCOLS, "protocols") for name in names))
     if taken := [layer for layer in layers if layer in (DEPTH, COLOUR, COORDINATES)]:
-        raise ValueError(f"`layers` {taken}: a reference has that name; give the layer another one")
+        raise ValueError(f"`layers` {taken}: a reference has that name; give the layer another name")
     if not layers or not chosen:
         raise ValueError(f"`{'protocols' if layers else 'layers'}` is empty; name one or several")
     data = list(data) if isinstance(data, Iterator) else data
     read = partial(paired_spots, sample_key=sample_key, section_key=section_key, table_key=table_key)
     pairs = []
-    for layer in layers:  # A comprehension would be a frame of its own, and warnings would name it.
+    for layer in layers:  # Not a comprehension: it would add a frame, and warnings would point to it.
         pairs.append(read(data, layer, layer_scale, measured, measured_scale))
-    found, truth = in_common(pairs)
-    predicted = dict(zip(layers, found, strict=True))
-    panel = _panel([spots.genes for spots in predicted.values()], genes)
+    shared, truth = shared_spots(pairs)
+    predicted = dict(zip(layers, shared, strict=True))
+    panel = _shared_genes([spots.genes for spots in predicted.values()], genes)
     _warn_of_shared(pairs, truth, panel if genes is None else None)
     units, patients = (pd.factorize(names)[0] for names in (truth.units, truth.samples))
-    owner = pd.Series(patients).groupby(units).first().to_numpy()
+    patient_of_unit = pd.Series(patients).groupby(units).first().to_numpy()
     groups = patients if patients.any() else units
-    seen = {name: values[:, None] for name, values in fields(data, truth.tables, truth, layers[0]).items()}
+    references = {name: values[:, None] for name, values in fields(data, truth.tables, truth, layers[0]).items()}
     if truth.xy is not None:
         if not np.isfinite(truth.xy).all():
             for table in truth.tables:
-                spots_of(table)
-        seen[COORDINATES] = np.empty((len(units), 3))
-        for unit in range(len(owner)):
-            seen[COORDINATES][units == unit] = position(truth.xy[units == unit])
+                spots_of(table)  # raises
+        references[COORDINATES] = np.empty((len(units), 3))
+        for unit in range(len(patient_of_unit)):
+            references[COORDINATES][units == unit] = position(truth.xy[units == unit])
     elif "triplex" in chosen:
-        raise ValueError("`protocols` 'triplex' averages neighbours, and `data` has no obsm['spatial']; leave it out")
-    every = np.ones(len(units), bool)
-    # Sections, or spots of all, of one patient stand for themselves.
-    alone = not patients.any()
+        raise ValueError(
+            "`protocols` 'triplex' averages neighbours, but `data` has no obsm['spatial']; leave 'triplex' out"
+        )
+    all_spots = np.ones(len(units), bool)
+    # With one patient, the units are its sections.
+    one_patient = not patients.any()
     scores: dict[tuple[str, str], list[np.ndarray]] = {}
     for start in range(0, len(panel), step := max(1, _BLOCK // len(units))):
         block = panel[start : start + step]
-        values = truth.values(every, block).astype(np.float64)
-        target = {"triplex": _smoothed(values, truth.xy, units)} if "triplex" in chosen else {}
-        guesses = {layer: spots.values(every, block) for layer, spots in predicted.items()}
+        values = truth.values(all_spots, block).astype(np.float64)
+        smoothed = {"triplex": _smooth(values, truth.xy, units)} if "triplex" in chosen else {}
+        predictions = {layer: spots.values(all_spots, block) for layer, spots in predicted.items()}
         if groups.any():
             centred = values - pd.DataFrame(values).groupby(units).transform("mean").to_numpy()
-            guesses |= {name: fitted_on_others(x, centred, groups) for name, x in seen.items()}
-        for name, guess in guesses.items():
+            predictions |= {name: predict_held_out(x, centred, groups) for name, x in references.items()}
+        for name, prediction in predictions.items():
             for protocol in chosen:
-                of, by = (patients, np.arange(patients.max() + 1)) if protocol == "hest" else (units, owner)
-                aim = target.get(protocol, values)
-                r = pd.DataFrame([correlation(guess[of == group], aim[of == group]) for group in range(len(by))])
-                scores.setdefault((name, protocol), []).append((r if alone else r.groupby(by).mean()).to_numpy())
-    n = {"n_spots": len(units), "n_sections": len(owner), "n_patients": int(patients.max()) + 1}
+                codes, owners = (
+                    (patients, np.arange(patients.max() + 1)) if protocol == "hest" else (units, patient_of_unit)
+                )
+                target = smoothed.get(protocol, values)
+                r = pd.DataFrame(
+                    [correlation(prediction[codes == code], target[codes == code]) for code in range(len(owners))]
+                )
+                r = r if one_patient else r.groupby(owners).mean()
+                scores.setdefault((name, protocol), []).append(r.to_numpy())
+    n = {"n_spots": len(units), "n_sections": len(patient_of_unit), "n_patients": int(patients.max()) + 1}
     by_unit = {key: np.concatenate(r, axis=1) for key, r in scores.items()}
     rows = [
         _row(name, name not in predicted, protocol, r, by_unit[layers[0], protocol]) | n
@@ -145,88 +152,94 @@ def compare(
     return table
 
 
-def in_common(pairs: Sequence[tuple[SpotData, SpotData]], parameter: str = "data") -> tuple[list[SpotData], SpotData]:
-    """Spots that every layer predicts, in sections that have enough of them: each layer's, and as measured."""
+def shared_spots(
+    pairs: Sequence[tuple[SpotData, SpotData]], parameter: str = "data"
+) -> tuple[list[SpotData], SpotData]:
+    """Return the predictions of each layer and the measured values at spots that every layer predicts.
+
+    Sections with fewer than 10 such spots are left out.
+    """
     ids = [np.concatenate([i * 2**40 + rows for i, rows in enumerate(spots.rows)]) for spots, _ in pairs]
-    shared = reduce(np.intersect1d, ids)
-    found = [[spots.take(np.isin(own, shared)) for spots in pair] for own, pair in zip(ids, pairs, strict=True)]
-    names, units = np.unique(found[0][1].units.astype(str), return_inverse=True)
+    common = reduce(np.intersect1d, ids)
+    taken = [[spots.take(np.isin(own, common)) for spots in pair] for own, pair in zip(ids, pairs, strict=True)]
+    names, units = np.unique(taken[0][1].units.astype(str), return_inverse=True)
     kept = np.bincount(units, minlength=1)[units] >= MIN_SPOTS
     if not kept.any():
         raise ValueError(
-            f"`{parameter}`: none of the {len(names)} sections has {MIN_SPOTS} spots that every layer predicts"
+            f"`{parameter}`: none of the {len(names)} sections has {MIN_SPOTS} measured spots that every layer predicts"
         )
     if not kept.all():
         warnings.warn(
             f"`{parameter}`: [{validate.format_list(names[np.unique(units[~kept])])}] have fewer than {MIN_SPOTS} spots that every layer "
-            "predicts and are left out, under every protocol",
+            "predicts and are left out under every protocol",
             UserWarning,
             stacklevel=3,
         )
-    return [pair[0].take(kept) for pair in found], found[0][1].take(kept)
+    return [pair[0].take(kept) for pair in taken], taken[0][1].take(kept)
 
 
 def _warn_of_shared(pairs: Sequence[tuple[SpotData, SpotData]], truth: SpotData, panel: pd.Index | None) -> None:
-    """Say that layers are judged on a part of the spots or genes that one of them predicts."""
+    """Warn if layers are compared on a subset of spots or genes."""
     spots, genes = max(len(own.labels) for own, _ in pairs), max(len(own.genes) for own, _ in pairs)
     lost = [f"{len(truth.labels):,} of {spots:,} spots"] if len({len(own.labels) for own, _ in pairs}) > 1 else []
     if panel is not None and len(panel) < genes:
         lost.append(f"{len(panel):,} of {genes:,} genes")
     if lost:
         warnings.warn(
-            f"`layers` predict other spots or genes than each other: they are compared on what all predict, {' and '.join(lost)}",
+            f"`layers` predict different spots or genes; they are compared on those that all predict: {' and '.join(lost)}",
             UserWarning,
             stacklevel=3,
         )
 
 
-def _panel(known: Sequence[pd.Index], asked: Sequence[str] | None) -> pd.Index:
-    """Genes that every layer has, or those that were asked for."""
-    shared = reduce(lambda a, b: a[find_genes(a, b) >= 0], known)
-    wanted = list(shared if asked is None else dict.fromkeys(validate.names(asked, "genes", one=True)))
-    at = find_genes(wanted, shared, one_to_one=False)
-    if not len(wanted) or (at < 0).any():
-        absent = [gene for gene, place in zip(wanted, at, strict=True) if place < 0]
+def _shared_genes(genes_of_layers: Sequence[pd.Index], chosen: Sequence[str] | None) -> pd.Index:
+    """Return the chosen genes (default: all) that every layer predicts."""
+    shared = reduce(lambda a, b: a[find_genes(a, b) >= 0], genes_of_layers)
+    wanted = list(shared if chosen is None else dict.fromkeys(validate.names(chosen, "genes", one=True)))
+    positions = find_genes(wanted, shared, one_to_one=False)
+    if not len(wanted) or (positions < 0).any():
+        absent = [gene for gene, position in zip(wanted, positions, strict=True) if position < 0]
         raise ValueError(
             f"`genes` {absent[:5]}: genes that every layer predicts are needed, such as {list(shared[:3])}"
         )
-    return shared[at]
+    return shared[positions]
 
 
-def _smoothed(values: np.ndarray, xy: np.ndarray | None, units: np.ndarray) -> np.ndarray:
-    """Mean of each spot and its neighbours in the section."""
+def _smooth(values: np.ndarray, xy: np.ndarray | None, units: np.ndarray) -> np.ndarray:
+    """Average each spot with its neighbours in the section."""
     out = np.empty_like(values)
     for unit in np.unique(units):
         rows = np.flatnonzero(units == unit)
-        places = np.asarray(xy)[rows]
-        weights = neighbour_weights(places, pitch_of(places))
+        centres = np.asarray(xy)[rows]
+        weights = neighbour_weights(centres, pitch_of(centres))
         n = np.diff(weights.indptr)[:, None]
         out[rows] = (n * (weights @ values[rows]) + values[rows]) / (n + 1)
     return out
 
 
-def fitted_on_others(x: np.ndarray, values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Least squares of centred values on numbers of each spot, fitted on the other groups."""
+def predict_held_out(x: np.ndarray, values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Predict the centred values of each group from ``x``, by least squares on the other groups."""
     out = np.empty_like(values)
     for group in np.unique(groups):
-        held = groups == group
-        out[held] = x[held] @ np.linalg.lstsq(x[~held], values[~held], rcond=None)[0]
+        held_out = groups == group
+        out[held_out] = x[held_out] @ np.linalg.lstsq(x[~held_out], values[~held_out], rcond=None)[0]
     return out
 
 
-def correlation(guess: np.ndarray, aim: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each gene, 0 where a constant is predicted of one that varies."""
-    r = pearson(guess, aim)
-    missed = np.isnan(r) & np.isfinite(guess).all(axis=0) & np.isfinite(pearson(aim, aim))
-    return np.where(missed, 0, r)
+def correlation(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Return the Pearson correlation of each gene, 0 if the prediction is constant and the measured gene varies."""
+    r = pearson(predicted, measured)
+    constant = np.isnan(r) & np.isfinite(predicted).all(axis=0) & np.isfinite(pearson(measured, measured))
+    return np.where(constant, 0, r)
 
 
 def _row(name: str, is_reference: bool, protocol: str, by_unit: np.ndarray, first: np.ndarray) -> dict[str, object]:
+    """Summarise the correlations ``(units, genes)`` of a predictor; ``first`` are those of the first layer."""
     r, _, _ = bounds(by_unit)
     known = r[np.isfinite(r)]
     mean, median = (known.mean(), np.median(known)) if len(known) else (np.nan, np.nan)
     row = {"predictor": name, "is_reference": is_reference, "protocol": protocol, "pearson_mean": mean}
-    # Genes first: they share the spots of a patient, which is the unit.
+    # Average over genes first: the patient is the unit, and its genes share the spots.
     ((gap,), (low,), (high,)) = bounds(bounds((by_unit - first).T)[0][:, None], most=2)
     row |= {"minus_first": gap, "minus_first_low": low, "minus_first_high": high}
     return row | {"pearson_median": median, "n_genes": len(known), "n_constant": len(r) - len(known)}

@@ -1,4 +1,4 @@
-"""``hg.tl.embed``: features of the encoder at every spot, computed once and used again."""
+"""``hg.tl.embed``: compute the features of the encoder at every spot, to reuse them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ._encoding import (
     check_options,
     find_slides,
     is_interpolated,
+    log_interpolation,
     parts_of,
-    say_interpolated,
     steps_um,
 )
 
@@ -54,32 +54,32 @@ def embed(
     copy: bool = False,
     **options: Unpack[EncodingOptions],
 ) -> SpatialData | None:
-    """Compute the features that the encoder of a model sees at every spot.
+    """Compute the features of a model's encoder at every spot.
 
-    Encoding is nearly all of the work of :func:`predict`. Its ``features`` takes what this function keeps, for other
-    genes and other models on the same encoder and windows.
+    Encoding is nearly all of the work of :func:`predict`. Pass the stored features to its argument ``features``, for other genes
+    and other models with the same encoder and windows.
 
     Parameters
     ----------
     sdata
         Object with an RGB H&E image and spots.
     model
-        A bundled model's name, a model folder, or a loaded model. Its encoder, windows and µm/px are used, not its heads.
+        Name of a bundled model, a model folder, or a loaded model. Only its encoder, windows and µm/px are used, not its heads.
     image_key, shapes_key, table_key, coordinate_system, mpp
         As for :func:`predict`.
     folder
-        Folder that keeps the features, made where it does not exist. Nothing is written to ``sdata`` then. A run that was
-        interrupted goes on where it stopped, and gives the same numbers. A folder may hold features of many slides and
-        encoders, those of ``hg.tl.train(cache=...)`` too.
+        Folder for the features; it is created if needed. Nothing is written to ``sdata`` then. An interrupted run can be resumed
+        and gives the same numbers. A folder may hold features of many slides and encoders, also those of
+        ``hg.tl.train(cache=...)``.
     client
-        Client of a running dask cluster, whose workers encode the slide together and write to ``folder``, one worker a GPU.
-        The features are bit for bit those of one worker of the same kind. Workers see the same files; an image in memory above
-        64 MiB is refused. ``device`` is theirs: ``"auto"`` takes what each has, in the precision of this process
+        Client of a running dask cluster. Its workers encode the slide together and write to ``folder``, one worker per GPU. The
+        features are bit for bit those of one worker of the same kind. Workers must see the same files; an image in memory must not
+        exceed 64 MiB. ``device`` is that of the workers: ``"auto"`` uses the device of each, in the precision of this process
         (``dtype``). Default: this process encodes.
     key_added
         Name of the record in ``uns``; the features are in ``obsm["X_" + key_added]``.
     exact
-        Encode each spot, where spots lie closer than half the smallest window. Default: features are interpolated, see
+        Encode each spot even if spots are closer than half the smallest window. Default: interpolate features, see
         :func:`predict`.
     device, show_progress_bar, copy
         As for :func:`predict`.
@@ -88,24 +88,24 @@ def embed(
 
     Returns
     -------
-    ``None``, or the new object if ``copy=True``. Without ``folder`` it is written to the table:
+    ``None``, or the new object if ``copy=True``. Without ``folder``, results are written to the table:
 
     ``.obsm["X_he2gene_features"]``
-        ``(n_obs, f)`` float32: features of the windows side by side, then statistics of their colours; of models that
-        average windows (``fusion="mean"``), those of each view side by side. NaN for spots outside the image.
+        ``(n_obs, f)`` float32: concatenated features of the windows, then statistics of their colours; for models that average
+        windows (``fusion="mean"``), concatenated features of each view. NaN for spots outside the image.
     ``.uns["he2gene_features"]``
-        Encoder, its hash and licence, windows, µm/px, and what else the features depend on. :func:`predict` compares it.
+        Encoder, its hash and licence, windows, µm/px, and all else that the features depend on. :func:`predict` compares it.
 
     Raises
     ------
     ValueError
-        If an argument or the object does not fit; no table annotates the spots and no folder is given; the features pass
-        ``hg.settings.memory_limit`` and no folder is given; or a key is there that this function did not write. If ``client``
+        If an argument or the object is invalid; no table annotates the spots and no folder is given; the features exceed
+        ``hg.settings.memory_limit`` and no folder is given; or a key exists that this function did not write. If ``client``
         is given without ``folder``, or its workers do not read the same files.
     RuntimeError
-        If workers of ``client`` died. Blocks that are done stay in the folder.
+        If workers of ``client`` died. Finished blocks stay in the folder.
     OSError
-        If the folder cannot be written, or the disk has too little room. Nothing has been encoded then.
+        If the folder cannot be written, or the disk has too little space. Then nothing is encoded.
 
     Examples
     --------
@@ -121,7 +121,7 @@ def embed(
 
     check_key(key_added, "key_added")
     check_options("embed", options)
-    keep = None if folder is None else validate.folder_or_file(folder, "folder")
+    target_folder = None if folder is None else validate.folder_or_file(folder, "folder")
     model = load(model)
     how = Encoding.checked("embed", model, device, show_progress_bar, exact, options)
     slides = find_slides(
@@ -136,22 +136,24 @@ def embed(
     name = Keys(key_added).embedding
     parts = [parts_of(slide, model, how) for slide in slides]
     measured = slides[0].table_key
-    workers = _workers(client, device, keep, parts)
-    if keep is None:
+    workers = _workers(client, device, target_folder, parts)
+    if target_folder is None:
         if measured is None:
             raise ValueError(
-                "`table_key`: no table annotates the spots, so there is nowhere to write features; keep them in a folder: "
+                "`table_key`: no table annotates the spots, so features cannot be written to one; write them to a folder: "
                 "hg.tl.embed(sdata, folder='features')"
             )
         check_free(sdata[measured], "embed", key_added, obsm=[name])
         _check_size(sdata[measured], model, how)
-    encoded = [encode_slide(slide, model, how, part, keep, workers) for slide, part in zip(slides, parts, strict=True)]
+    encoded = [
+        encode_slide(slide, model, how, part, target_folder, workers) for slide, part in zip(slides, parts, strict=True)
+    ]
     target = copy_tables(sdata) if copy else sdata
-    if keep is None and measured is not None:
-        found = [_flat(features, model) for features, _ in encoded]
-        values = np.full((target[measured].n_obs, found[0].shape[1]), np.nan, np.float32)
-        for slide, part in zip(slides, found, strict=True):
-            values[slide.rows[slide.inside]] = part
+    if target_folder is None and measured is not None:
+        matrices = [_flat(features, model) for features, _ in encoded]
+        values = np.full((target[measured].n_obs, matrices[0].shape[1]), np.nan, np.float32)
+        for slide, matrix in zip(slides, matrices, strict=True):
+            values[slide.rows[slide.inside]] = matrix
         facts = {slide.shapes_key: facts for slide, (_, facts) in zip(slides, encoded, strict=True)}
         record = _record(slides, model, how, parts) | {"facts": facts}
         params = {"model": model.name, "shapes_key": shapes_key, "exact": exact}
@@ -162,7 +164,7 @@ def embed(
 def _workers(
     client: Client | None, device: str | torch.device | None, folder: Path | None, parts: list[tuple[Part, ...]]
 ) -> Workers | None:
-    """Check that workers can encode the parts of the slides."""
+    """Return the workers of the cluster; raise if they cannot encode the parts of the slides."""
     if client is None:
         return None
     from ..inference import Workers
@@ -170,13 +172,13 @@ def _workers(
     validate.running_client(client)
     if folder is None:
         raise ValueError(
-            "`folder` is None: workers of `client` write features to a folder that all of them see; name it: "
+            "`folder` is None, but workers of `client` write features to a folder that all of them see; pass it: "
             "hg.tl.embed(sdata, folder='features', client=client), then hg.tl.predict(sdata, features='features')"
         )
     workers = Workers(client, settings.device if device is None else device)
     for part in parts:
-        for one in part:
-            workers.check(one.reader)
+        for window in part:
+            workers.check(window.reader)
     return workers
 
 
@@ -188,12 +190,12 @@ def encode_slide(
     folder: Path | None,
     workers: Workers | None = None,
 ) -> tuple[SpotFeatures, dict[str, str]]:
-    """Features of the spots inside the image, encoded or found in a folder; and what makes them what they are."""
+    """Return the features of spots inside the image, encoded or from a folder, and the facts that they depend on."""
     from tqdm.auto import tqdm
 
     from ..inference import read_features
 
-    say_interpolated(slide, model, how, parts)
+    log_interpolation(slide, model, how, parts)
     total = sum(part.reader.n_spots for part in parts)
     unit = "patch" if is_interpolated(parts) else "spot"
     with tqdm(total=total, unit=unit, desc=f"encode {slide.shapes_key}", disable=not how.bar) as bar:
@@ -208,13 +210,14 @@ def encode_slide(
 
 
 def _n_views(model: HE2Gene, how: Encoding) -> int:
-    """Count the views that are kept: heads read the mean of the symmetries, but each view of windows that are averaged."""
+    """Count the stored views: the mean over symmetries is one, but models that average windows need each view."""
     if model.network.extractor.fusion != "mean":
         return 1
     return len(model.card.windows_um) * (8 if how.tta else 1)
 
 
 def _check_size(table: AnnData, model: HE2Gene, how: Encoding) -> None:
+    """Raise if the features exceed the memory limit."""
     import torch
 
     extractor = model.network.extractor
@@ -227,13 +230,13 @@ def _check_size(table: AnnData, model: HE2Gene, how: Encoding) -> None:
     n_bytes = 4 * table.n_obs * width * _n_views(model, how)
     if n_bytes > settings.memory_limit:
         raise ValueError(
-            f"`folder` is None: the features take {n_bytes / 1e9:.1f} GB in obsm, settings.memory_limit is "
-            f"{settings.memory_limit / 1e9:.1f} GB; keep them in a folder: hg.tl.embed(sdata, folder='features')"
+            f"`folder` is None: the features need {n_bytes / 1e9:.1f} GB in obsm, settings.memory_limit is "
+            f"{settings.memory_limit / 1e9:.1f} GB; write them to a folder: hg.tl.embed(sdata, folder='features')"
         )
 
 
 def _flat(features: SpotFeatures, model: HE2Gene) -> np.ndarray:
-    """One row a spot, ``(n, views · f)``."""
+    """Return the features with one row per spot, ``(n, views · f)``."""
     values = features.values
     whole = values if isinstance(values, np.ndarray) else values.views(slice(None))
     if model.network.extractor.fusion != "mean" and whole.shape[1] > 1:
@@ -242,6 +245,7 @@ def _flat(features: SpotFeatures, model: HE2Gene) -> np.ndarray:
 
 
 def _record(slides: tuple[Slide, ...], model: HE2Gene, how: Encoding, parts: list[tuple[Part, ...]]) -> dict[str, Any]:
+    """Return the facts in ``uns`` that the features depend on."""
     dense = [slide.shapes_key for slide, part in zip(slides, parts, strict=True) if is_interpolated(part)]
     return {
         "encoder": model.card.encoder["name"],

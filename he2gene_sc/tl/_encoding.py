@@ -1,4 +1,4 @@
-"""What predict and embed share: the slides, how they are encoded, and features that are kept."""
+"""Shared by predict and embed: the slides, how they are encoded, and stored features."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class EncodingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the spots of a slide are encoded."""
+    """Settings of the encoder for the spots of a slide."""
 
     device: torch.device
     dtype: torch.dtype
     tta: bool  # whether the eight symmetries of the square are averaged
     batch_size: int
-    bar: bool
+    bar: bool  # whether a progress bar is shown
     step: float | None  # of the lattices of dense spots, as a share of the window; None: each spot is encoded
-    #: Names of the options that were stated.
+    #: Names of the options that were given.
     given: frozenset[str] = frozenset()
 
     @classmethod
@@ -58,15 +58,15 @@ class Encoding:
         exact: bool,
         options: Mapping[str, Any],
     ) -> Encoding:
-        """Check the arguments; ``options`` are those of :class:`EncodingOptions`."""
+        """Check the arguments and create the settings; ``options`` are those of :class:`EncodingOptions`."""
         from ..inference import resolve_device, resolve_dtype
 
         check_options(verb, options)
-        found = resolve_device(settings.device if device is None else device)
+        resolved = resolve_device(settings.device if device is None else device)
         tta = options.get("tta")
         return cls(
-            device=found,
-            dtype=resolve_dtype(options.get("dtype", "auto"), found),
+            device=resolved,
+            dtype=resolve_dtype(options.get("dtype", "auto"), resolved),
             tta=model.card.tta if tta is None else bool(tta),
             batch_size=int(options.get("batch_size", 32)),
             bar=settings.show_progress_bar if show_progress_bar is None else show_progress_bar,
@@ -79,7 +79,7 @@ class Encoding:
         )
 
     def encoder(self, model: HE2Gene) -> Encoder:
-        """How parts are encoded by the model's encoder."""
+        """Return the encoder of the model with these settings."""
         from ..inference import Encoder
         from ..models._network import SYMMETRIES
 
@@ -88,12 +88,12 @@ class Encoding:
 
 
 def check_options(verb: str, options: Mapping[str, Any]) -> None:
-    """Check further keywords, before anything is loaded."""
+    """Check the keyword arguments in ``options``, before anything is loaded."""
     valid = list(EncodingOptions.__annotations__)
     for name, value in options.items():
         if name not in valid:
             raise TypeError(
-                f"`{name}` is not a parameter of hg.tl.{verb}; further ones: {valid}{validate.suggest(name, valid)}"
+                f"`{name}` is not a parameter of hg.tl.{verb}; valid options: {valid}{validate.suggest(name, valid)}"
             )
         if name == "batch_size":
             validate.whole_number(value, name)
@@ -111,6 +111,7 @@ def find_slides(sdata: SpatialData, model: HE2Gene, **keys: Any) -> tuple[Slide,
 
 
 def _check_windows(slide: Slide, model: HE2Gene) -> None:
+    """Raise if a window has too few pixels, or does not fit into the image."""
     smallest = min(model.card.windows_um)
     pixels = smallest / slide.mpp
     shortest = min(slide.pyramid.height, slide.pyramid.width)
@@ -119,23 +120,25 @@ def _check_windows(slide: Slide, model: HE2Gene) -> None:
         cause = f"image {slide.image_key!r} is too coarse; " if pixels < MIN_PX else ""
         raise ValueError(
             f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}a window of {smallest:g} µm, the size of a spot, would be "
-            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; {MIN_PX} to {shortest // 2} px make "
-            f"sense, that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of finer resolution, or check `mpp`"
+            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; valid are {MIN_PX} to {shortest // 2} px, "
+            f"that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of higher resolution, or check `mpp`"
         )
 
 
 def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
-    """All windows of the spots inside the image; or, of dense spots, each window at the nodes of a lattice."""
+    """Return all windows of the spots inside the image; for dense spots, each window at the nodes of a lattice."""
     from ..image import PatchReader, Pyramid, plan_windows
     from ..inference import Part, allocator, drop_idle_nodes, is_dense, lattice_of
 
     extractor, windows = model.network.extractor, model.card.windows_um
     centres = slide.centres[slide.inside]
 
-    def read(pyramid: Pyramid, at: np.ndarray, windows_um: tuple[float, ...], px: int | tuple[int, ...]) -> PatchReader:
+    def read(
+        pyramid: Pyramid, points: np.ndarray, windows_um: tuple[float, ...], px: int | tuple[int, ...]
+    ) -> PatchReader:
         return PatchReader(
             pyramid,
-            at,
+            points,
             slide.mpp,
             windows_um=windows_um,
             input_px=px,
@@ -147,25 +150,25 @@ def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
     if how.step is not None and is_dense(centres * slide.mpp, windows):
         lattices = [drop_idle_nodes(*lattice_of(centres, how.step * um / slide.mpp), centres) for um in windows]
         if sum(len(nodes) for nodes, _ in lattices) < len(windows) * len(centres):
-            # Wider windows are averaged from the level that all windows would be read from together.
+            # Read each window from the level at which all windows together would be read.
             level = plan_windows(slide.pyramid, slide.mpp, windows, extractor.window_px).level
             pyramid = Pyramid(slide.pyramid.levels[: level + 1])
-            ones = [extractor.single_window(i) for i in range(len(windows))]
-            sides = [one.window_px if isinstance(one.window_px, int) else one.window_px[0] for one in ones]
+            extractors = [extractor.single_window(i) for i in range(len(windows))]
+            sides = [own.window_px if isinstance(own.window_px, int) else own.window_px[0] for own in extractors]
             return tuple(
-                Part(one, read(pyramid, nodes, (um,), side), weights)
-                for one, (nodes, weights), um, side in zip(ones, lattices, windows, sides, strict=True)
+                Part(own, read(pyramid, nodes, (um,), side), weights)
+                for own, (nodes, weights), um, side in zip(extractors, lattices, windows, sides, strict=True)
             )
     return (Part(extractor, read(slide.pyramid, centres, windows, extractor.window_px)),)
 
 
 def is_interpolated(parts: tuple[Part, ...]) -> bool:
-    """Whether features are interpolated from lattices."""
+    """Return whether features are interpolated from lattices."""
     return parts[0].weights is not None
 
 
-def say_interpolated(slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[Part, ...]) -> None:
-    """Log that features are interpolated, and from how many nodes."""
+def log_interpolation(slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[Part, ...]) -> None:
+    """Log that features are interpolated, and the number of nodes."""
     if is_interpolated(parts):
         nodes = sum(part.reader.n_spots for part in parts)
         logger.info(
@@ -180,20 +183,20 @@ def say_interpolated(slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[P
 
 
 def steps_um(model: HE2Gene, how: Encoding) -> list[float]:
-    """Largest steps of the lattices, µm."""
+    """Return the step of the lattice of each window, in µm."""
     return [float(f"{(how.step or 0) * um:.6g}") for um in model.card.windows_um]
 
 
 @dataclass(frozen=True)
 class KeptFeatures:
-    """Features that embed wrote into ``obsm`` of a table."""
+    """Features that embed wrote to ``obsm`` of a table."""
 
     table: AnnData
     key: str
     record: Mapping[str, Any]
 
     def as_encoded(self, how: Encoding) -> Encoding:
-        """Take what was not stated as it was when they were computed."""
+        """Return the settings, with options that were not given as they were when the features were computed."""
         import torch
 
         if "dtype" not in how.given:
@@ -206,31 +209,31 @@ class KeptFeatures:
         return how
 
     def of_slide(self, slide: Slide, parts: tuple[Part, ...], encoder: Encoder) -> SpotFeatures:
-        """Features of the spots of a slide, if they are those of these pixels and this encoder."""
+        """Return the features of the spots of a slide; raise if they are of other pixels or another encoder."""
         from ..inference import SpotFeatures, differences, read_pixels
 
         kept = self.record["facts"].get(slide.shapes_key)
         if kept is None:
             raise ValueError(
-                f"`features` {self.key!r} are of shapes {sorted(self.record['facts'])}, not of {slide.shapes_key!r}; {self._mend}"
+                f"`features` {self.key!r} are of shapes {sorted(self.record['facts'])}, not of {slide.shapes_key!r}; {self._remedy}"
             )
-        seen, facts = read_pixels(parts, encoder)
-        found = differences(kept, facts)
-        if found:
+        pixels, facts = read_pixels(parts, encoder)
+        changes = differences(kept, facts)
+        if changes:
             raise ValueError(
-                f"`features` {self.key!r} are not those of this slide and model; they differ in {', '.join(found)}. {self._mend}"
+                f"`features` {self.key!r} are not those of this slide and model; they differ in {', '.join(changes)}. {self._remedy}"
             )
         values = np.asarray(self.table.obsm[self.key], np.float32)[slide.rows[slide.inside]]
         views = values.reshape(len(values), int(self.record["n_views"]), -1)
-        return SpotFeatures(views, seen, slide.centres[slide.inside] * slide.mpp)
+        return SpotFeatures(views, pixels, slide.centres[slide.inside] * slide.mpp)
 
     @property
-    def _mend(self) -> str:
+    def _remedy(self) -> str:
         return f"Compute them again: hg.tl.embed(sdata, model=..., key_added={self.key.removeprefix('X_')!r})"
 
 
 def find_features(features: Any, table: AnnData | None) -> KeptFeatures | Path | None:
-    """Decide whether ``features`` names an entry of ``obsm`` or a folder."""
+    """Return the features in ``obsm`` or the folder that ``features`` names."""
     if features is None:
         return None
     path = validate.folder_or_file(features, "features")
@@ -239,19 +242,19 @@ def find_features(features: Any, table: AnnData | None) -> KeptFeatures | Path |
             if is_record_of("embed", record) and features in recorded_keys(key, record).get("obsm", []):
                 if features not in unchanged_keys(table, key, record).get("obsm", []):
                     raise ValueError(
-                        f"`features`: obsm[{features!r}] was changed after hg.tl.embed wrote it; compute it again: "
+                        f"`features`: obsm[{features!r}] was changed since hg.tl.embed wrote it; compute it again: "
                         f"hg.tl.embed(sdata, model=..., key_added={key!r})"
                     )
                 return KeptFeatures(table, features, record)
         raise ValueError(
-            f"`features`: obsm[{features!r}] was not written by hg.tl.embed, or its record in uns is gone; compute features: "
+            f"`features`: obsm[{features!r}] was not written by hg.tl.embed, or its record in uns is missing; compute features: "
             "hg.tl.embed(sdata, model=...)"
         )
     if path.exists() and not path.is_dir():
         raise ValueError(f"`features` {str(features)!r} is a file; a folder or a key of obsm is needed")
     if isinstance(features, str) and len(path.parts) == 1 and not path.exists() and not features.startswith((".", "~")):
         raise ValueError(
-            f"`features` {features!r} is neither a key of obsm nor a folder that exists; for a new folder write "
+            f"`features` {features!r} is neither a key of obsm nor an existing folder; for a new folder pass "
             f"features='./{features}', for a key run hg.tl.embed(sdata, model=...) first"
         )
     return path

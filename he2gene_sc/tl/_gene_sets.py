@@ -14,7 +14,7 @@ from .._core.genes import find_genes
 
 
 def import_decoupler(verb: str) -> Any:
-    """Return decoupler, which is an extra."""
+    """Import decoupler, an optional dependency."""
     try:
         import decoupler
     except ImportError as error:
@@ -23,7 +23,7 @@ def import_decoupler(verb: str) -> Any:
 
 
 def read_net(net: Any) -> pd.DataFrame:
-    """Return the sets as decoupler takes them: ``source``, ``target``, perhaps ``weight``."""
+    """Read gene sets into the table that decoupler uses: ``source``, ``target`` and, if given, ``weight``."""
     if isinstance(net, Mapping) and any(isinstance(genes, Mapping) for genes in net.values()):
         weighted = {
             name: genes if isinstance(genes, Mapping) else dict.fromkeys(validate.names(genes, "net", one=True), 1.0)
@@ -32,12 +32,12 @@ def read_net(net: Any) -> pd.DataFrame:
         rows = [(name, gene, weight) for name, genes in weighted.items() for gene, weight in genes.items()]
         net = pd.DataFrame(rows, columns=["source", "target", "weight"])
     elif isinstance(net, Mapping):
-        net = _listed(net.items())
+        net = _net_of(net.items())
     elif not isinstance(net, pd.DataFrame):
         path = Path(net).expanduser() if isinstance(net, str | Path) else None
         if path is None or not path.is_file():
             raise ValueError(
-                f"`net`: there is no file {str(net)!r}; a DataFrame, a GMT file or a mapping of sets to genes is needed"
+                f"`net`: file {str(net)!r} does not exist; a DataFrame, a GMT file or a mapping of sets to genes is needed"
             )
         net = _read_gmt(path)
     if missing := [name for name in ("source", "target") if name not in net]:
@@ -48,40 +48,41 @@ def read_net(net: Any) -> pd.DataFrame:
     weights = pd.to_numeric(net["weight"], errors="coerce") if "weight" in net else pd.Series(1.0, net.index)
     if not np.isfinite(weights).all():
         raise ValueError("`net`: 'weight' is not a finite number in some rows; leave these rows or the column out")
-    # Loadings of factors name every gene.
+    # Factor loadings list every gene, most with weight 0.
     net = net[weights != 0]
     if net.empty and len(weights):
         raise ValueError(
-            "`net`: 'weight' is 0 in all rows; give the genes of a set another weight, or leave the column out"
+            "`net`: 'weight' is 0 in all rows; give the genes of a set nonzero weights, or leave the column out"
         )
-    twice = net.duplicated(["source", "target"])
-    if twice.any():
-        source, target = net.loc[twice, ["source", "target"]].iloc[0]
+    duplicated = net.duplicated(["source", "target"])
+    if duplicated.any():
+        source, target = net.loc[duplicated, ["source", "target"]].iloc[0]
         raise ValueError(
-            f"`net` names gene {target!r} twice in set {source!r}, with other weights; keep one row of each"
+            f"`net` names gene {target!r} twice in set {source!r}, with different weights; keep one row of each gene"
         )
     return net.reset_index(drop=True)
 
 
-def _listed(sets: Iterable[tuple[str, Iterable[str]]]) -> pd.DataFrame:
+def _net_of(sets: Iterable[tuple[str, Iterable[str]]]) -> pd.DataFrame:
+    """Return one row per set and gene."""
     rows = [(name, gene) for name, genes in sets for gene in validate.names(genes, "net", one=True)]
     return pd.DataFrame(rows, columns=["source", "target"])
 
 
 def _read_gmt(path: Path) -> pd.DataFrame:
-    """Read by tabs: names of diseases hold blanks, and the description may be empty."""
+    """Read a GMT file, split at tabs only: names of sets may contain spaces, and the description may be empty."""
     lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines or any(len(line) < 3 for line in lines):
         raise ValueError(
-            f"`net`: {str(path)!r} is not a GMT file; each line is a name, a description and genes, separated by tabs"
+            f"`net`: {str(path)!r} is not a GMT file; each line must have a name, a description and genes, separated by tabs"
         )
-    # Enrichr writes weights behind a comma.
+    # Enrichr appends weights after a comma.
     genes = [[gene.partition(",")[0].strip() for gene in line[2:]] for line in lines]
-    return _listed((line[0].strip(), filter(None, found)) for line, found in zip(lines, genes, strict=True))
+    return _net_of((line[0].strip(), filter(None, names)) for line, names in zip(lines, genes, strict=True))
 
 
 def weights_by_set(net: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Weights of the genes of each set, in the order of the net; 1 where it has none."""
+    """Return the weights of the genes of each set, in the order of the net; 1 if it has no weights."""
     weights = net["weight"].astype(float) if "weight" in net else pd.Series(1.0, index=net.index)
     return {
         str(name): dict(zip(rows["target"].astype(str), weights[rows.index], strict=True))
@@ -90,19 +91,19 @@ def weights_by_set(net: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def membership(sets: Mapping[str, Mapping[str, float]], genes: pd.Index) -> np.ndarray:
-    """Weights ``(g, sets)`` of these genes, 0 outside of a set."""
+    """Return the weights ``(g, sets)`` of genes in sets, 0 for genes outside a set."""
     rows = {gene: row for row, gene in enumerate(genes)}
-    found = np.zeros((len(genes), len(sets)))
+    matrix = np.zeros((len(genes), len(sets)))
     for column, weights in enumerate(sets.values()):
-        here = [gene for gene in weights if gene in rows]
-        found[[rows[gene] for gene in here], column] = [weights[gene] for gene in here]
-    return found
+        members = [gene for gene in weights if gene in rows]
+        matrix[[rows[gene] for gene in members], column] = [weights[gene] for gene in members]
+    return matrix
 
 
-def in_names_of(net: pd.DataFrame, genes: pd.Index) -> pd.DataFrame:
-    """Call targets as these genes are called, where HGNC has changed a symbol."""
+def rename_targets(net: pd.DataFrame, genes: pd.Index) -> pd.DataFrame:
+    """Rename targets to the names in ``genes`` if HGNC has changed their symbol."""
     targets = pd.Index(net["target"].unique())
-    found = find_genes(targets, genes)
-    names = {target: genes[place] for target, place in zip(targets, found, strict=True) if place >= 0}
-    named = net.assign(target=net["target"].map(lambda target: names.get(target, target)))
-    return named.drop_duplicates(["source", "target"])
+    positions = find_genes(targets, genes)
+    names = {target: genes[position] for target, position in zip(targets, positions, strict=True) if position >= 0}
+    renamed = net.assign(target=net["target"].map(lambda target: names.get(target, target)))
+    return renamed.drop_duplicates(["source", "target"])

@@ -1,4 +1,4 @@
-"""``hg.tl.intervals``: between which values an expression lies, with a stated coverage."""
+"""``hg.tl.intervals``: prediction intervals of expression with a stated coverage."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .._core.spots import get_table
 from .._settings import settings
 from ._calibrate import Calibration, check_calibrated, warn_of_level
 from ._interval_ends import (
-    RARELY,
-    OfAdapted,
-    OfModel,
-    adaptation_of,
+    RARE_SHARE,
+    AdaptedIntervals,
+    ModelIntervals,
+    adapted_intervals,
+    calibration_intervals,
     check_by,
     check_coverage,
-    of_adapted,
-    of_calibration,
-    of_model,
+    find_adaptation,
+    model_intervals,
 )
 
 if TYPE_CHECKING:
@@ -53,48 +53,49 @@ def intervals(
     prediction_key: str = "he2gene",
     table_key: str | None = None,
 ) -> None:
-    """Give every predicted value an interval that holds the measured one with a stated probability.
+    """Compute an interval around each predicted value that contains the measured value with a stated probability.
 
     Parameters
     ----------
     data
-        Object or table that :func:`he2gene_sc.tl.predict` wrote to; with a ``calibration`` any with its layer.
+        Object or table that :func:`he2gene_sc.tl.predict` wrote to; with a ``calibration``, any that has its layer.
     coverage
-        Share of measured values that shall lie inside, within what the model keeps quantiles for (0.1 to 0.98).
+        Share of measured values inside the interval, in the range of the quantiles of the model (0.1 to 0.98).
     layer
-        Layer to put intervals around: that of the prediction (the default), or one of ``hg.tl.adapt``, whose own cross-validated residuals are used then. Their number limits the coverage: 90 % needs 19 measured spots, 95 %
-        39, 99 % 199; genes of fewer get NaN, with a warning. With a ``calibration``: the layer that it is of.
+        Layer for the intervals: the layer of the prediction (the default) or one of ``hg.tl.adapt``. The latter uses the
+        cross-validated residuals of the adaptation. Their number limits the coverage: 90 % needs 19 measured spots, 95 % 39, 99 %
+        199; genes with fewer get NaN, with a warning. With a ``calibration``: its layer.
     by
-        ``"annotation"``: residuals of spots of the same predicted class, where there are enough of them, else of all;
-        ``"detected"``: wide enough for the spots that show the gene too; ``"level"``: of the tenth of the spots with about the same predicted
-        value of the gene, half of what is missed on either side, see the notes; ``None``: of all spots. What was done stands in ``uns``:
-        without an annotation, and with a ``calibration``, ``"annotation"`` takes residuals of all spots; adapted layers know these alone.
+        ``"annotation"``: residuals of spots of the same predicted class, or of all spots if the class has too few. ``"detected"``:
+        wide enough also for the spots that express the gene. ``"level"``: residuals of the tenth of the spots with about the same
+        predicted value of the gene; half of the values outside are on each side, see Notes. ``None``: residuals of all spots.
+        ``uns`` records what was used: ``"annotation"`` uses residuals of all spots if there is no annotation or with a
+        ``calibration``; adapted layers have only residuals of all spots.
     model
-        The model that predicted. Default: the bundled one that is named in ``uns``, if its weights are those.
+        Model of the prediction. Default: the bundled model that is named in ``uns``, if its weights match.
     calibration
-        What :func:`he2gene_sc.tl.calibrate` made of measured slides, for a layer of any model. The ends are natural logarithms of
-        (1 + counts per 10,000), also around predicted counts.
+        Result of :func:`he2gene_sc.tl.calibrate` on measured slides, for a layer of any model. The ends are natural logarithms of
+        (1 + counts per 10,000), also for predicted counts.
     gene_symbols
-        As given to predict; default: what it recorded. With a ``calibration``: column of ``var`` with the names of its genes.
+        As given to predict. Default: the recorded value. With a ``calibration``: column of ``var`` with the names of its genes.
     prediction_key
         ``key_added`` of predict.
     table_key
-        Table, where several were predicted.
+        Table, if several have predictions.
 
     Returns
     -------
-    ``None``. Written to the table, for ``layer="he2gene"``:
+    ``None``. Results are written to the table, for ``layer="he2gene"``:
 
     ``.layers["he2gene_lower"]``, ``.layers["he2gene_upper"]``
         Ends of the intervals, float32 ``(n_obs, n_vars)``, in the unit of the prediction, the lower one floored at 0; NaN
-        where there is no prediction. Left out, with a warning, where both would take more than
-        ``hg.settings.memory_limit``.
+        where there is no prediction. Left out, with a warning, if both need more than ``hg.settings.memory_limit``.
     ``.var["he2gene_halfwidth"]``
         Median over the spots of half the width before the lower end is floored.
     ``.var["he2gene_rarely_detected"]``
-        Whether the gene was detected in fewer than 20 % of the spots that the interval was made from, of training or measured
-        here. Then the interval says "not detected": it holds the spots without a count and few of those that express the
-        gene, whatever its coverage. Of models that state how often genes were detected, and of :func:`he2gene_sc.tl.adapt`.
+        Whether the gene was detected in fewer than 20 % of the training spots (adapted layer: of the measured spots). Such an
+        interval means "not detected": it contains the spots without a count and few of those that express the gene, at any
+        coverage. Only for :func:`he2gene_sc.tl.adapt` and for models that state how often genes were detected.
     ``.uns["he2gene_intervals"]``
         Coverage, and ``guarantee``: ``"hierarchical"`` or ``"none"``, with ``unit`` and ``n_groups``; ``by``:
         ``"annotation"``, ``"detected"``, ``"level"`` or ``"none"``.
@@ -102,23 +103,23 @@ def intervals(
     Warns
     -----
     UserWarning
-        If genes were detected in fewer than 20 % of the training spots; with a ``calibration``: if the values of the slide are on
-        another level than those of the calibrated slides, as logarithms to another base are, if another model predicted
-        them, or if the patient is one that was calibrated on.
+        If genes were detected in fewer than 20 % of the training spots. With a ``calibration``: if the values of the slide are on
+        another level than those of the calibrated slides (for example logarithms to another base), if another model predicted
+        them, or if the patient was used for the calibration.
 
     Raises
     ------
     ValueError
-        If the coverage lies outside (0, 1) or what is kept, the model has no calibration residuals, none by predicted level (the bundled
-        one), or too few spots were measured of an adapted layer.
+        If the coverage is outside (0, 1) or the range of the quantiles, the model has no calibration residuals or none by
+        predicted level (the bundled model), or an adapted layer has too few measured spots.
 
     Notes
     -----
-    Split conformal: the absolute residual of held-out spots over a spread that rises with the prediction (Lei et al., J Am
-    Stat Assoc 2018, sec. 5.2), its quantile by predicted class (Mondrian: Vovk, Gammerman and Shafer 2005, sec. 4.5), with
-    sections or patients as the unit (Lee, Barber and Willett, arXiv 2306.06342). The guarantee needs nine groups, above
-    90 % ``coverage / (1 - coverage)``, with ``by="level"`` 19 for 90 %, since either side is held alone; the bundled model has six sections of three patients: none. What that means is
-    in ``docs/trust.md``.
+    Split conformal intervals: the absolute residual of held-out spots is divided by a spread that rises with the prediction (Lei et
+    al., J Am Stat Assoc 2018, sec. 5.2). Its quantile is taken by predicted class (Mondrian: Vovk, Gammerman and Shafer 2005, sec.
+    4.5), with sections or patients as the unit (Lee, Barber and Willett, arXiv 2306.06342). The guarantee needs nine groups, and
+    ``coverage / (1 - coverage)`` groups above 90 %. With ``by="level"`` it needs 19 groups for 90 %, since each side is calibrated
+    separately. The bundled model has six sections of three patients, so it has no guarantee, see ``docs/trust.md``.
 
     Examples
     --------
@@ -143,21 +144,21 @@ def intervals(
         layer = predicted_layer(table, prediction_key, layer)
         check_layer_unchanged(table, prediction_key, layer)
         predicted = indexable_matrix(table, layer)
-        adapted = adaptation_of(table, record, layer)
+        adapted = find_adaptation(table, record, layer)
     names = {name: f"{layer}_{name}" for name in ("lower", "upper", "halfwidth", "rarely_detected")}
     uns = f"{layer}_intervals"
     ends = [names["lower"], names["upper"]]
     check_free(
         table, "intervals", uns, parameter="layer", layers=ends, var=[names["halfwidth"], names["rarely_detected"]]
     )
-    found: OfModel | OfAdapted
+    source: ModelIntervals | AdaptedIntervals
     if calibration is not None:
-        found = of_calibration(table, calibration, coverage, by, symbols_in(table, gene_symbols))
+        source = calibration_intervals(table, calibration, coverage, by, symbols_in(table, gene_symbols))
         predicted = as_logs(predicted, "counts") if calibration.layer_scale == "counts" else predicted
     elif adapted is not None:
-        found = of_adapted(adapted, coverage, by, table.n_vars)
+        source = adapted_intervals(adapted, coverage, by, table.n_vars)
     else:
-        found = of_model(table, record, model, coverage, by, gene_symbols, Keys(prediction_key))
+        source = model_intervals(table, record, model, coverage, by, gene_symbols, Keys(prediction_key))
     n_bytes = 2 * 4 * table.n_obs * table.n_vars
     fits = n_bytes <= settings.memory_limit
     layers: dict[str, np.ndarray] = {}
@@ -166,35 +167,36 @@ def intervals(
         layers = {names[end]: np.full(table.shape, np.nan, np.float32) for end in ("lower", "upper")}
     else:
         warnings.warn(
-            f"two layers, {n_bytes / 2**20:,.3g} MiB together, would pass hg.settings.memory_limit, "
-            f"{settings.memory_limit / 2**20:,.3g} MiB: only var[{names['halfwidth']!r}] is written; raise the limit, or subset the genes first",
+            f"the two layers need {n_bytes / 2**20:,.3g} MiB, more than hg.settings.memory_limit "
+            f"({settings.memory_limit / 2**20:,.3g} MiB): only var[{names['halfwidth']!r}] is written; raise the limit, or subset "
+            "the genes first",
             UserWarning,
             stacklevel=2,
         )
-    known = np.flatnonzero(found.known)
+    known = np.flatnonzero(source.known)
     means = np.full(table.n_vars, np.nan)
     step = genes_at_once(table.n_obs)
     for start in range(0, len(known), step):
         genes = known[start : start + step]
         values = np.asarray(dense(predicted[:, genes]), np.float32)
-        low, high = found.ends(values, genes)
-        there = np.isfinite(high).any(0)
-        means[genes[there]] = np.nanmean(values[:, there], axis=0)
-        halfwidth[genes[there]] = np.nanmedian((high - low)[:, there], axis=0) / 2
+        low, high = source.ends(values, genes)
+        finite = np.isfinite(high).any(0)
+        means[genes[finite]] = np.nanmean(values[:, finite], axis=0)
+        halfwidth[genes[finite]] = np.nanmedian((high - low)[:, finite], axis=0) / 2
         if fits:
             layers[names["lower"]][:, genes] = np.maximum(low, 0)
             layers[names["upper"]][:, genes] = np.maximum(high, 0)
     if calibration is not None:
         warn_of_level(calibration, means, find_genes(symbols_in(table, gene_symbols), calibration.genes), layer)
     var = {names["halfwidth"]: pd.Series(halfwidth, index=table.var_names)}
-    if found.rare is not None:
-        rare = found.rare & found.known
+    if source.rare is not None:
+        rare = source.rare & source.known
         var[names["rarely_detected"]] = pd.Series(rare, index=table.var_names)
         if rare.any():
             warnings.warn(
-                f"{int(rare.sum()):,} of {int(found.known.sum()):,} genes were detected in fewer than {RARELY:.0%} of the "
-                f"{'training' if adapted is None else 'measured'} spots: their intervals say 'not detected' and hold few of the spots that express them, whatever the coverage; "
-                f"var[{names['rarely_detected']!r}] marks them",
+                f"{int(rare.sum()):,} of {int(source.known.sum()):,} genes were detected in fewer than {RARE_SHARE:.0%} of the "
+                f"{'training' if adapted is None else 'measured'} spots: their intervals mean 'not detected' and cover few of the spots "
+                f"that express them, at any coverage; var[{names['rarely_detected']!r}] marks them",
                 UserWarning,
                 stacklevel=2,
             )
@@ -208,7 +210,7 @@ def intervals(
             "by": by,
             "prediction_key": prediction_key if calibration is None else None,
         },
-        facts=found.facts,
+        facts=source.facts,
         layers=layers,
         var=var,
     )

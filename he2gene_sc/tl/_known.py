@@ -1,4 +1,4 @@
-"""Slides that a model was trained on: what training writes of their images, and how ``predict`` finds them again."""
+"""Recognise slides that a model was trained on, from facts on their images that training writes to the card."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from .._core.slide import Slide
     from ..models import HE2Gene, ModelCard
 
-#: Share of the spots that must lie where spots of training did: one image may show tissue of several patients.
-_LEAST_SHARE = 0.9
+#: Least share of the spots in the area of training spots; an image may show tissue of several patients.
+_MIN_SHARE = 0.9
 
 
 def image_facts(slide: Slide, centres: np.ndarray) -> dict[str, Any] | None:
-    """Facts by which the image of a section is known again, for the card; ``centres`` ``(n, 2)`` are those of its spots."""
+    """Return facts for the card that identify the image of a section; ``centres`` ``(n, 2)`` are its spot centres."""
     sha256 = pixels_sha256(slide.pyramid, slide.pixel_factor)
     if sha256 is None:
         return None
@@ -31,32 +31,33 @@ def image_facts(slide: Slide, centres: np.ndarray) -> dict[str, Any] | None:
     }
 
 
+def known_training_sections(record: Mapping[str, Any], model: HE2Gene | None, sections: Iterable[str]) -> list[str]:
+    """Return the sections of a predicted table that its model was trained on, recognised by their pixels or by name."""
+    named = set() if model is None else {*map(str, sections)} & {*model.card.training.get("sections", ())}
+    return sorted({*map(str, record.get("known_sections", ())), *named})
+
+
 def training_sections(slides: Sequence[Slide], card: ModelCard) -> list[str]:
-    """Sections of training that the slides show, by their pixels; none unless every slide shows one."""
-    found = [_shown(slide, card) for slide in slides]
-    if not all(found):
+    """Return the training sections in the images of the slides; none unless every slide shows one."""
+    sections = [_sections_in(slide, card) for slide in slides]
+    if not all(sections):
         return []
-    names = list(dict.fromkeys(name for own in found for name in own))
+    names = list(dict.fromkeys(name for own in sections for name in own))
     logger.info(
-        "predict: the image is that of section %s, which the model was trained on, so genes are called reliable as for known "
-        "patients; pass known_patient=False to have those of new patients",
+        "predict: the model was trained on the image of section %s, so reliable genes are those for known patients; pass "
+        "known_patient=False for those of new patients",
         ", ".join(map(repr, names)),
     )
     return names
 
 
-def trained_on(record: Mapping[str, Any], model: HE2Gene | None, sections: Iterable[str]) -> list[str]:
-    """Sections of a predicted table that its model was trained on: as predict found them by their pixels, and by name."""
-    named = set() if model is None else {*map(str, sections)} & {*model.card.training.get("sections", ())}
-    return sorted({*map(str, record.get("known_sections", ())), *named})
-
-
-def _shown(slide: Slide, card: ModelCard) -> list[str]:
+def _sections_in(slide: Slide, card: ModelCard) -> list[str]:
+    """Return the training sections in the image of a slide."""
     shape = [slide.pyramid.height, slide.pyramid.width]
     images = {name: facts["image"] for name, facts in card.training.get("sections", {}).items() if "image" in facts}
     images = {name: image for name, image in images.items() if image["shape"] == shape}
     centres = slide.centres[slide.inside]
-    # Pixels are read only where an image of this size was trained on.
+    # Read pixels only if a training image has this size.
     if not images or not len(centres):
         return []
     sha256 = pixels_sha256(slide.pyramid, slide.pixel_factor)
@@ -65,6 +66,6 @@ def _shown(slide: Slide, card: ModelCard) -> list[str]:
         for name, image in images.items()
         if image["sha256"] == sha256
     }
-    if not inside or np.any([*inside.values()], axis=0).mean() < _LEAST_SHARE:
+    if not inside or np.any([*inside.values()], axis=0).mean() < _MIN_SHARE:
         return []
     return [name for name, spots in inside.items() if spots.any()]

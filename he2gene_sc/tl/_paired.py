@@ -1,4 +1,4 @@
-"""Spots that were both predicted, by whatever model, and measured."""
+"""Spots with both predicted expression, of any model, and measured expression."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .._core.predictions import prediction_of, source_layer
 from .._core.spots import SpotData, read_spots
 from ._biomarkers.pool import labelled_spots
 from ._biomarkers.provenance import measured_part
-from ._evaluate.genes import model_of
-from ._known import trained_on
+from ._evaluate.genes import find_model
+from ._known import known_training_sections
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,9 +36,11 @@ def paired_spots(
     table_key: str | None,
     parameter: str = "data",
 ) -> tuple[SpotData, SpotData]:
-    """Return what was predicted and what was measured at the same spots, of the same genes."""
+    """Return predicted and measured expression of the same spots and genes."""
     if layer == measured:
-        raise ValueError(f"`layer` and `measured` are both {layer!r}; a predicted and a measured one are needed")
+        raise ValueError(
+            f"`layer` and `measured` are both {layer!r}; name a layer of predicted and one of measured expression"
+        )
     by_section = sample_key in (SECTION, section_key)
     spots = read_spots(
         data,
@@ -51,40 +53,40 @@ def paired_spots(
         samples_needed=not by_section,
     )
     if by_section:
-        # Sections of one name in several patients or objects are several.
-        alike = len(set(spots.units)) > len(set(spots.sections))
-        spots = replace(spots, samples=spots.units if alike else spots.sections)
+        # Sections of different patients or objects may share a name.
+        names_shared = len(set(spots.units)) > len(set(spots.sections))
+        spots = replace(spots, samples=spots.units if names_shared else spots.sections)
     if any(source_layer(table, layer)[1] for table in spots.tables):
         raise ValueError(
-            f"`layer` {layer!r} was fitted by hg.tl.adapt to spots that are measured here; name the layer that it was adapted "
-            "from"
+            f"`layer` {layer!r} was fitted by hg.tl.adapt to spots that are measured here; pass the layer that it was adapted from"
         )
     if trained := sections_trained_on(spots):
+        models = ", ".join(sorted(set(trained.values())))
         warnings.warn(
-            f"`{parameter}`: sections {sorted(trained)} are in the training set of {', '.join(sorted(set(trained.values())))}, whose errors are "
-            "too small there; leave them out",
+            f"`{parameter}`: sections {sorted(trained)} are in the training set of {models}, so its errors are too small there; "
+            "leave these sections out",
             UserWarning,
             stacklevel=3,
         )
     spots = labelled_spots(spots, None, layer_scale=layer_scale)
-    known, seen = measured_part(spots, measured, measured_scale, "counts")
-    if not seen.any():
+    truth, has_counts = measured_part(spots, measured, measured_scale, "counts")
+    if not has_counts.any():
         raise ValueError(
             f"`measured`: {layer_label(measured)} holds no counts at any spot that has a prediction; "
-            "name the layer of measured counts"
+            "pass the layer of measured counts"
         )
-    pair = spots.take(seen), replace(known, genes=spots.genes)
+    pair = spots.take(has_counts), replace(truth, genes=spots.genes)
     warn_of_copied_spots(*pair, stacklevel=4)
     return pair
 
 
 def sections_trained_on(spots: SpotData) -> dict[str, str]:
-    """Sections that a model of ours was trained on, where that can be told, and its name."""
-    seen: dict[str, str] = {}
+    """Return the sections that one of our models was trained on, if known, with the name of the model."""
+    trained: dict[str, str] = {}
     for i, table in enumerate(spots.tables):
         record = table.uns.get(prediction_of(table, spots.layer), {})
-        model = model_of(record, None)
+        model = find_model(record, None)
         if is_prediction(record):
-            found = trained_on(record, model, set(spots.sections[spots.objects == i]))
-            seen |= dict.fromkeys(found, str(record.get("model")))
-    return seen
+            sections = known_training_sections(record, model, set(spots.sections[spots.objects == i]))
+            trained |= dict.fromkeys(sections, str(record.get("model")))
+    return trained

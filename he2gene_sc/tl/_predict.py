@@ -1,4 +1,4 @@
-"""``hg.tl.predict``: from the image at the spots to an expression layer and an annotation column."""
+"""``hg.tl.predict``: predict an expression layer and an annotation column from the image at the spots."""
 
 from __future__ import annotations
 
@@ -69,117 +69,116 @@ def predict(
     Parameters
     ----------
     sdata
-        Object with an RGB H&E image and spots (circles, polygons or labels) in a shared coordinate system. A table that annotates the
-        spots is filled in place; without one, a table ``"table"`` is made.
+        Object with an RGB H&E image and spots (circles, polygons or labels) in a shared coordinate system. A table that annotates
+        the spots is filled in place; without one, a new table ``"table"`` is created.
     model
-        A bundled model's name, a model folder, or a loaded model.
+        Name of a bundled model, a model folder, or a loaded model.
     image_key, shapes_key, table_key, coordinate_system
-        What to use where the object holds several; one candidate is found without. Of several images that show the same
-        tissue the finest that is not blank is taken. ``image_key`` may map shapes elements to images.
+        Elements to use; only needed if the object has several candidates. Of several images of the same tissue, the one with the
+        highest resolution that is not blank is used. ``image_key`` may map shapes elements to images.
     mpp
-        µm per pixel of the full-resolution image; or a mapping from shapes element to it. Default: the object's metadata, a coordinate system in µm, Xenium's
-        shapes, or the pitch of a known assay.
+        µm per pixel of the full-resolution image, or a mapping from shapes elements to it. Default: from the metadata of the object, a
+        coordinate system in µm, the shapes of Xenium, or the pitch of a known assay.
     genes
-        Genes to predict. ``None``: all genes of the table that the model knows (all model genes without a table). A
-        list: these alone. ``"all"``: every model gene, into a second table named ``key_added``.
+        Genes to predict. ``None``: all genes of the table that the model knows (without a table, all genes of the model). A list:
+        only these. ``"all"``: all genes of the model, in a second table named ``key_added``.
     gene_symbols
         Column of ``var`` that holds gene symbols or Ensembl ids. Default: the ``var`` index.
     layer
         Name of the layer; default ``key_added``.
     key_added
-        Prefix of everything that is written.
+        Prefix of all keys that are written.
     known_patient
-        Whether other sections of the same patients are among those that the model was trained on (the card lists them).
-        Then ``var["he2gene_reliable"]`` is that of known patients. A slide that looks like a new patient is warned of.
-        Default: ``True`` where the image of every slide is that of a section of training, by a hash of its pixels that stands on the
-        card, and nine in ten spots lie where those of training did. The log and ``uns`` say so.
+        Whether the model was trained on other sections of the same patients (the card lists them). Then
+        ``var["he2gene_reliable"]`` is that for known patients, and a warning names slides that look like a new patient. Default:
+        ``True`` if the image of every slide is that of a training section, by a hash of its pixels on the card, and nine in ten
+        spots are in the area of the training spots. The log and ``uns`` record it.
     features
-        Features that are kept: a key of ``obsm`` that :func:`embed` wrote, or a folder. In a folder features are looked up
-        by the pixels, the windows and the encoder; what is not there is encoded and kept, block by block: a run that was
-        interrupted goes on. Features in ``obsm`` that are not those of this image, encoder and windows are refused.
+        Stored features: a key of ``obsm`` that :func:`embed` wrote, or a folder. A folder is searched by pixels, windows and encoder;
+        missing features are encoded and stored in blocks, so an interrupted run can be resumed. An error is raised if features in
+        ``obsm`` are of another image, encoder or windows.
     exact
-        Encode each spot where spots lie closer than half the smallest window (bins of Visium HD, cells). Default: features
-        of such spots are interpolated from lattices, see Notes.
+        Encode each spot even if spots are closer than half the smallest window (bins of Visium HD, cells). Default: interpolate the
+        features of such spots from lattices, see Notes.
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"auto"``; default ``hg.settings.device``.
     show_progress_bar
         Default ``hg.settings.show_progress_bar``.
     copy
-        Leave ``sdata`` as it is and return an object that shares its elements, with tables of its own.
+        Do not change ``sdata``; return an object that shares its elements and has its own tables.
     **options
-        ``tta``: average over the eight symmetries of the square, eight times the work, slightly better; default: what the
-        model's card says (the paper's models do, the bundled one does not). ``batch_size=32``: spots a batch, of which a CPU
-        encodes eight at once; it does not change the result. ``dtype="auto"``: precision of the encoder, ``"float32"``,
-        ``"bfloat16"`` or ``"float16"``; ``"auto"`` is bfloat16 on CUDA. ``lattice=0.25``: step of the lattices of dense spots, as a share of the window.
+        ``tta``: average over the eight symmetries of the square, eight times the work, slightly better; default: as on the card of
+        the model (``True`` for the paper's models, ``False`` for the bundled model). ``batch_size=32``: spots per batch, of which a
+        CPU encodes eight at once; it does not change the result. ``dtype="auto"``: precision of the encoder, ``"float32"``,
+        ``"bfloat16"`` or ``"float16"``; ``"auto"`` is bfloat16 on CUDA. ``lattice=0.25``: step of the lattices of dense spots, as a
+        share of the window.
 
     Returns
     -------
-    ``None``, or the new object if ``copy=True``. Written to the table (``key_added="he2gene"``):
+    ``None``, or the new object if ``copy=True``. Results are written to the table (``key_added="he2gene"``):
 
     ``.layers["he2gene"]``
-        Predicted expression, natural log of (1 + counts per 10,000), float32, ``(n_obs, n_vars)``; NaN for genes that
-        the model does not know and spots outside the image. Above ``hg.settings.memory_limit`` it is a dask array, computed
-        when it is read, see Notes.
+        Predicted expression, natural log of (1 + counts per 10,000), float32, ``(n_obs, n_vars)``; NaN for genes that the model
+        does not know and spots outside the image. Above ``hg.settings.memory_limit`` it is a dask array that is computed when it
+        is read, see Notes.
     ``.var["he2gene_predicted"]``, ``.var["he2gene_pcc"]``, ``.var["he2gene_mean"]``
-        Whether the model knows the gene, its held-out Pearson correlation, its mean in training (unit of the layer).
+        Whether the model knows the gene, its held-out Pearson correlation, and its mean in training (unit of the layer).
     ``.var["he2gene_reliable"]``, ``.var["he2gene_pcc_new_patient"]``, ``.var["he2gene_pcc_given_depth"]``
-        Whether the gene is good enough to use on a new patient (on a known one with ``known_patient``); its mean correlation
-        over patients that were held out whole, and what is left of it given the counts of each spot.
+        Whether the gene is reliable on a new patient (on a known patient with ``known_patient``), its mean correlation over
+        held-out patients, and its partial correlation given the counts of each spot.
     ``.var["he2gene_reliable_known_patient"]``
-        Whether it is good enough on another section of a patient that the model was trained on. Neither is true on a
-        slide out of distribution.
+        Whether the gene is reliable on another section of a patient that the model was trained on. On a slide out of
+        distribution, no gene is reliable.
     ``.obs["he2gene_annotation"]``, ``.obs["he2gene_annotation_confidence"]``
-        Most probable class and its calibrated probability. Both are missing where the class is unknown: on glass, and out
-        of distribution. The probabilities in ``obsm`` stay.
+        Most probable class and its calibrated probability. Both are missing if the class is unknown: on glass, and out of
+        distribution. The probabilities in ``obsm`` are kept.
     ``.obs["he2gene_tissue"]``
-        Share of tissue in the smallest window of the spot. Below ``uns["he2gene"]["min_tissue"]`` (0.25) it is taken for
-        glass: its expression is predicted from no tissue, and drawn grey.
+        Share of tissue in the smallest window of the spot. Below ``uns["he2gene"]["min_tissue"]`` (0.25) the spot is treated as
+        glass: its predicted expression is not based on tissue, and it is drawn in grey.
     ``.obs["he2gene_ood"]``
-        How far a spot is from what the model was trained on, from the image alone; above 1 it is out of distribution,
-        see ``docs/trust.md``. Only for models that keep statistics of their training spots.
+        Distance of the image at the spot from the training data; above 1 the spot is out of distribution, see ``docs/trust.md``.
+        Only for models that store statistics of their training spots.
     ``.obsm["he2gene_annotation_proba"]``
-        DataFrame, a column a class.
+        DataFrame with one column per class.
     ``.obsm["X_he2gene"]``
-        Embedding that the heads read, ``(n_obs, k)`` float32.
+        Embedding, the input of the heads, ``(n_obs, k)`` float32.
     ``.uns["he2gene"]``
-        Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit, versions;
-        ``lazy`` where the layer was left as a dask array; ``head``, a digest of the head; ``gene_symbols`` where it was given, which the verbs that
-        read the prediction use; ``genes``, ``known_patient``,
-        ``exact`` and ``lattice`` where they were given; ``given``, the names of the arguments that chose image, spots, µm/px and
-        precision; ``known_sections``, the sections of training that the slides were found to be; ``features``, the key in
-        ``obsm`` and how they were made; ``interpolated`` and ``lattice_um`` where features were interpolated: the shapes, and the
-        step for each window.
+        Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit and versions. ``lazy``: the
+        layer is a dask array. ``head``: digest of the head. ``gene_symbols``: the argument, if given; verbs that read the prediction
+        use it. ``genes``, ``known_patient``, ``exact`` and ``lattice``: the arguments, if given. ``given``: names of the arguments
+        that chose image, spots, µm/px and precision. ``known_sections``: training sections that the slides were recognised as.
+        ``features``: the key in ``obsm`` and how they were computed. ``interpolated`` and ``lattice_um``: shapes with interpolated
+        features, and the step for each window.
 
     ``.uns["X_he2gene_rows"]``
-        Digest of each row of the embedding, by which :func:`he2gene_sc.get.expression` checks it.
+        Digest of each row of the embedding, with which :func:`he2gene_sc.get.expression` checks it.
 
-    Where a prediction of the same ``key_added`` stands and a value of its layer changes, in all regions or one, what
-    other verbs computed from it (intervals, evaluation, adapted layers and what was computed from those, domains,
-    biomarkers) is removed, with a warning that names it.
+    If this changes a value in the layer of an earlier prediction with the same ``key_added``, in any region, results that other
+    verbs computed from it (intervals, evaluation, adapted layers and results of those, domains, biomarkers) are removed, with a
+    warning that names them.
 
     Raises
     ------
     ValueError
-        If an argument or the object does not fit; no spot lies inside the image, or it is blank at all spots; or if a key
-        that would be written is there and was not written by an earlier prediction under ``key_added``, or was changed
-        since. Nothing has been encoded or changed then.
+        If an argument or the object is invalid; if no spot is inside the image, or the image is blank at all spots; or if a key
+        to be written exists and was not written by an earlier prediction with this ``key_added``, or was changed since. Then
+        nothing is encoded or changed.
 
     Notes
     -----
-    The task and the name are those of HE2Gene (Bioinformatics 2024, btae343); the bundled model is not the paper's
-    network but closed-form heads on several windows of a frozen encoder, see ``docs/design.md``.
+    Task and name are those of HE2Gene (Bioinformatics 2024, btae343). The bundled model is not the network of the paper; it has
+    closed-form heads on several windows of a frozen encoder, see ``docs/design.md``.
 
-    A spot is seen against its slide and its neighbours: predict all spots of a slide together. Of a few spots cut out of
-    it, the prediction differs.
+    The prediction of a spot also depends on its slide and its neighbours: predict all spots of a slide together. The prediction
+    of a subset of the spots differs.
 
-    Where spots lie closer than half the smallest window, windows of neighbours show nearly the same pixels. Each window is
-    then encoded on a lattice of its own, a quarter of its side apart, and features are interpolated bilinearly. A bin or
-    cell is predicted from its surroundings, the smallest window at least: structures far smaller than that are not resolved,
-    however small the bins are.
+    If spots are closer than half the smallest window, the windows of neighbours show nearly the same pixels. Then each window is
+    encoded on its own lattice, with a step of a quarter of its side, and features are interpolated bilinearly. A bin or cell is
+    predicted from its surroundings, at least the smallest window. Much smaller structures are not resolved, even with small bins.
 
-    A lazy layer is ``max(0, embedding @ weights + bias)``. :func:`he2gene_sc.io.save` and ``sdata.write`` write all its values,
-    some spots at a time. To keep the embedding alone, delete the layer before: ``del sdata["table"].layers["he2gene"]``.
-    :func:`he2gene_sc.get.expression` computes any gene again.
+    A lazy layer is ``max(0, embedding @ weights + bias)``. :func:`he2gene_sc.io.save` and ``sdata.write`` write all its values in
+    blocks of spots. To store only the embedding, first delete the layer: ``del sdata["table"].layers["he2gene"]``.
+    :func:`he2gene_sc.get.expression` can compute any gene again.
 
     Examples
     --------
@@ -223,13 +222,15 @@ def predict(
     shape = table.shape if table is not None and new_table is None else new_shape
     lazy = is_large(*shape)
     if lazy:
-        logger.info("predict: layer %r would take %.1f GB, it is lazy (dask)", keys.layer, 4e-9 * shape[0] * shape[1])
+        logger.info(
+            "predict: layer %r would need %.1f GB, so it is lazy (dask)", keys.layer, 4e-9 * shape[0] * shape[1]
+        )
     sections = [] if known_patient is not None else training_sections(slides, model.card)
-    found = [_predict_slide(slide, model, how, kept) for slide in slides]
-    predictions = [result for _, _, result in found]
+    results = [_predict_slide(slide, model, how, kept) for slide in slides]
+    predictions = [prediction for _, _, prediction in results]
     if isinstance(kept, KeptFeatures):
         how = kept.as_encoded(how)
-    dense = [slide.shapes_key for slide, (_, interpolated, _) in zip(slides, found, strict=True) if interpolated]
+    dense = [slide.shapes_key for slide, (_, interpolated, _) in zip(slides, results, strict=True) if interpolated]
     chosen = {
         "image_key": image_key,
         "shapes_key": shapes_key,
@@ -254,7 +255,7 @@ def predict(
         "dtype": str(how.dtype).removeprefix("torch."),
         "windows_um": [float(um) for um in model.card.windows_um],
         **({"interpolated": dense, "lattice_um": steps_um(model, how)} if dense else {}),
-        **_describe(slides, [level for level, _, _ in found]),
+        **_describe(slides, [level for level, _, _ in results]),
         **_summary(predictions),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         **({} if genes is None else {"genes": genes if isinstance(genes, str) else [str(gene) for gene in genes]}),
@@ -262,7 +263,7 @@ def predict(
         **({"known_patient": True, "known_sections": sections} if sections else {}),
         **({"exact": True} if exact else {}),
         **({"lattice": float(options["lattice"])} if "lattice" in options else {}),
-        **({"features": {"key": kept.key, **made_by(kept.record)}} if isinstance(kept, KeptFeatures) else {}),
+        **({"features": {"key": kept.key, **feature_settings(kept.record)}} if isinstance(kept, KeptFeatures) else {}),
         **({"given": given} if given else {}),
         **({} if model.programmes.empty else {"programmes": model.programmes}),
         **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
@@ -272,7 +273,7 @@ def predict(
     for slide, result in zip(slides, predictions, strict=True):
         check_on_tissue(sdata, slide, result.tissue)
     if known_patient and "known" in (model.card.guard or {}):
-        _warn_of_strangers(slides, predictions, keys)
+        _warn_of_new_patients(slides, predictions, keys)
     stacked = StackedPredictions.collect(
         slides,
         predictions,
@@ -291,47 +292,47 @@ def predict(
     return target if copy else None
 
 
-def made_by(record: Mapping[str, Any]) -> dict[str, Any]:
-    """How features in ``obsm`` were made, by the record of :func:`embed`."""
+def feature_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how features in ``obsm`` were computed, from the record of :func:`embed`."""
     return {"tta": bool(record["tta"]), "dtype": str(record["dtype"]), "lattice": float(record["lattice"])}
 
 
 def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
-    """Say how much of the slides lies on tissue, and whether they look like training; logged, and kept in ``uns``."""
+    """Return and log the share of spots on tissue and the out-of-distribution verdict, for ``uns``."""
     from ..image import MIN_TISSUE
     from ..models._ood import VERDICTS
 
     tissue = np.concatenate([result.tissue for result in predictions])
     on_tissue = float((tissue >= MIN_TISSUE).mean()) if len(tissue) else 0.0
-    found: dict[str, object] = {"min_tissue": MIN_TISSUE, "share_on_tissue": on_tissue}
-    judged = [result.ood for result in predictions if result.ood is not None]
-    if judged:
-        score = np.concatenate([ood.score for ood in judged])
-        found["share_out_of_distribution"] = float((score > 1).mean()) if len(score) else 0.0
-        found["verdict"] = max((ood.verdict for ood in judged), key=VERDICTS.index)
-    logger.info("predict: %s", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items()))
-    return found
+    summary: dict[str, object] = {"min_tissue": MIN_TISSUE, "share_on_tissue": on_tissue}
+    ood_results = [result.ood for result in predictions if result.ood is not None]
+    if ood_results:
+        score = np.concatenate([ood.score for ood in ood_results])
+        summary["share_out_of_distribution"] = float((score > 1).mean()) if len(score) else 0.0
+        summary["verdict"] = max((ood.verdict for ood in ood_results), key=VERDICTS.index)
+    logger.info("predict: %s", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items()))
+    return summary
 
 
 def _warn_of_slides(slides: Sequence[Slide], predictions: Sequence[Predictions]) -> None:
-    """Warn once of all slides unlike the training data."""
-    odd = [
+    """Warn once of all slides that are out of distribution."""
+    reasons = [
         f"{slide.shapes_key!r}: {'; '.join(result.ood.reasons)} (mpp {slide.mpp:.4g}, {slide.mpp_source})"
         for slide, result in zip(slides, predictions, strict=True)
         if result.ood is not None and result.ood.reasons
     ]
-    if odd:
+    if reasons:
         warnings.warn(
-            f"unlike what the model was trained on, {', '.join(odd)}. Check the tissue, the stain (H&E, not fluorescence or "
-            "IHC), the µm/px, and that the spots lie on tissue, not on blank glass; do not trust this prediction unless you "
-            "know better: its spots are not annotated, and no gene is called reliable",
+            f"out of distribution, unlike what the model was trained on: {', '.join(reasons)}. Check the tissue, the stain (H&E, not "
+            "fluorescence or IHC), the µm/px, and that the spots are on tissue, not on blank glass. If all are right, do not trust "
+            "this prediction: its spots are not annotated, and no gene is called reliable",
             UserWarning,
             stacklevel=3,
         )
 
 
-def _warn_of_strangers(slides: Sequence[Slide], predictions: Sequence[Predictions], keys: Keys) -> None:
-    """Warn of slides that are said to be of a known patient and are not as near to training as such slides are."""
+def _warn_of_new_patients(slides: Sequence[Slide], predictions: Sequence[Predictions], keys: Keys) -> None:
+    """Warn of slides that are declared as of a known patient but look like a new patient."""
     new = [
         repr(slide.shapes_key)
         for slide, result in zip(slides, predictions, strict=True)
@@ -339,8 +340,8 @@ def _warn_of_strangers(slides: Sequence[Slide], predictions: Sequence[Prediction
     ]
     if new:
         warnings.warn(
-            f"`known_patient` is True, but {', '.join(new)} looks like a new patient: if it is one, fewer genes hold than "
-            f"var[{keys.reliable!r}] says. Compare the patients on the card of the model with yours, or predict with "
+            f"`known_patient` is True, but {', '.join(new)} looks like a new patient. If it is one, fewer genes are reliable than "
+            f"var[{keys.reliable!r}] marks. Compare the patients on the card of the model with yours, or predict with "
             "known_patient=False",
             UserWarning,
             stacklevel=3,
@@ -350,7 +351,7 @@ def _warn_of_strangers(slides: Sequence[Slide], predictions: Sequence[Prediction
 def _predict_slide(
     slide: Slide, model: HE2Gene, how: Encoding, kept: KeptFeatures | Path | None
 ) -> tuple[int, bool, Predictions]:
-    """Predict the spots whose centre lies inside the image; return the level read, and whether features are interpolated."""
+    """Predict the spots with centres inside the image; also return the image level, and whether features are interpolated."""
     from tqdm.auto import tqdm
 
     from ..inference import predict as run
@@ -371,7 +372,7 @@ def _predict_slide(
 
 
 def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, object]:
-    """Tell what was read: plain values for one slide, a mapping from shapes element to value for several."""
+    """Describe the slides: plain values for one slide, mappings from shapes elements to values for several."""
     values: tuple[list[Any], ...] = (
         [slide.image_key for slide in slides],
         [slide.coordinate_system for slide in slides],

@@ -1,4 +1,4 @@
-"""``hg.tl.programmes``: scores of gene sets at every spot, and how well each is predicted."""
+"""``hg.tl.programmes``: scores of gene sets at every spot, and their accuracy."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ from ..training._predictability import MIN_GROUPS, mean_by_patient
 from ..training._programmes import summarise_programmes
 from ._biomarkers.pool import labelled_spots
 from ._biomarkers.reference_fields import COLOUR, DEPTH, fields
-from ._compare import correlation, fitted_on_others, in_common
-from ._gene_sets import in_names_of, membership, read_net, weights_by_set
+from ._compare import correlation, predict_held_out, shared_spots
+from ._gene_sets import membership, read_net, rename_targets, weights_by_set
 from ._paired import paired_spots, sections_trained_on
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: Of each set and section; and of each set.
-_FIGURES = ("pearson", "pearson_given_depth", "ceiling", DEPTH, COLOUR)
-_COLUMNS = ("pearson", "pearson_low", "pearson_high", *_FIGURES[1:])
+#: Metrics of each set in each section.
+_METRICS = ("pearson", "pearson_given_depth", "ceiling", DEPTH, COLOUR)
+#: Metrics of each set.
+_COLUMNS = ("pearson", "pearson_low", "pearson_high", *_METRICS[1:])
 _UNKNOWN = "unknown: "
-#: Share of the genes of the model that the layer needs for the figures of training to hold: scores are relative to all genes.
-_ENOUGH_GENES = 0.9
+#: Share of the model's genes that the layer needs if metrics of training shall apply: scores are relative to all genes.
+_MIN_SHARE_OF_GENES = 0.9
 
 
 def programmes(
@@ -61,60 +62,60 @@ def programmes(
     seed: int = 0,
     key_added: str = "he2gene_programmes",
 ) -> pd.DataFrame:
-    """Score gene sets at every spot, and say which scores may be used on a new patient.
+    """Score gene sets at every spot, and report which scores are reliable on a new patient.
 
     Parameters
     ----------
     data
         Object or table with the expression in a layer, or several.
     net
-        Gene sets: a DataFrame with columns ``source`` (the set), ``target`` (the gene) and perhaps ``weight``, as decoupler and
-        :func:`he2gene_sc.datasets.breast_markers` give it; a GMT file; or a mapping of sets to genes.
+        Gene sets: a DataFrame with columns ``source`` (the set), ``target`` (the gene) and optionally ``weight``, as in decoupler and
+        :func:`he2gene_sc.datasets.breast_markers`; a GMT file; or a mapping of sets to genes.
     held_out
-        Slides that were predicted in the same layer and measured too, of patients that **the model has not seen**: how well the
-        score of each set is predicted is computed from them. Without, it is known for the sets that were named when the model
-        was trained (:class:`he2gene_sc.GeneSelection`); others are not reliable.
+        Measured slides with a prediction in the same layer, of patients that **the model was not trained on**. The accuracy of each
+        score is computed from them. Without them, it is known only for sets that were given when the model was trained
+        (:class:`he2gene_sc.GeneSelection`); other sets are not reliable.
     layer
-        Predicted expression; ``None``: ``X``, what was measured.
+        Predicted expression; ``None``: measured expression in ``X``.
     layer_scale, measured, measured_scale, sample_key, section_key
-        As for :func:`he2gene_sc.tl.calibrate`; all but ``layer_scale`` are of ``held_out`` alone.
+        As for :func:`he2gene_sc.tl.calibrate`; all except ``layer_scale`` apply only to ``held_out``.
     min_genes
         Sets with fewer genes in the layer are left out, with a warning.
     table_key
-        Table, where an object has several.
+        Table, if an object has several.
     seed
-        For the halving of counts in the noise ceiling.
+        Seed of the split of the counts for the noise ceiling.
     key_added
-        Where it is written.
+        Key of the results in ``obsm`` and ``uns``.
 
     Returns
     -------
     pandas.DataFrame
-        A row a set: ``source``; ``n_genes`` of the set and ``n_predicted``, those in the layer; the correlation of predicted with
-        measured scores ``pearson``, mean over the held-out patients, with its 95 % t interval ``pearson_low``, ``pearson_high`` (from
-        3 patients on); ``pearson_given_depth``; the noise ``ceiling``; the references ``depth`` and ``mean colour``, NaN where there
-        is nothing to fit them on; ``reliable``; ``evidence``, what that stands on.
+        One row per set. ``source``: name of the set. ``n_genes``, ``n_predicted``: number of its genes, and of those in the
+        layer. ``pearson``: correlation of predicted and measured scores, mean over the held-out patients, with its 95 % t interval
+        ``pearson_low``, ``pearson_high`` (from 3 patients on). ``pearson_given_depth``: the same given depth. ``ceiling``: noise
+        ceiling. ``depth``, ``mean colour``: the references, NaN if they cannot be fitted. ``reliable``, and ``evidence`` for it.
 
-        Written to the table of each object: ``.obsm["he2gene_programmes"]``, a DataFrame with a column a set, NaN for spots
-        without expression; ``.uns["he2gene_programmes"]``: ``results``, the ``sections`` that were held out, ``left_out``.
+        Written to the table of each object: ``.obsm["he2gene_programmes"]``, a DataFrame with one column per set, NaN for spots
+        without expression; ``.uns["he2gene_programmes"]`` with ``results``, the held-out ``sections`` and ``left_out``.
 
     Raises
     ------
     ValueError
-        If there is no such layer, no set has enough genes, or ``held_out`` holds nothing to compare.
+        If the layer does not exist, no set has enough genes, or ``held_out`` has no spots or genes to compare.
 
     Warns
     -----
     UserWarning
-        If it is unknown how well a score is predicted, or sets are left out.
+        If the accuracy of a score is unknown, or sets are left out.
 
     Notes
     -----
-    The score is decoupler's ``ulm``: t of the slope of the expression of a spot on membership, over all genes of the layer. So it is
-    relative to the other genes, and slides of other genes have other scores. A set is reliable by the rule for genes, over at least 3
-    patients: the lower end of the 95 % t interval of the correlation given depth is above 0.1, so is the plain correlation in each, and
-    it is better than depth and, where there are images, than colour. Figures of training are of patients held out in turn; colour is
-    there the statistics of the windows of a spot, and coordinates are a third reference.
+    The score is decoupler's ``ulm``: the t value of the slope of the expression of a spot on membership, over all genes of the layer.
+    It is relative to the other genes, so slides with other genes have other scores. A set is reliable by the same rule as genes, over
+    at least 3 patients: the lower end of the 95 % t interval of the correlation given depth is above 0.1, the plain correlation is
+    above 0.1 in each patient, and it is better than depth and, with images, than colour. Metrics of training are of patients held out
+    in turn; there, colour means statistics of the windows of a spot, and coordinates are a third reference.
     See ``docs/statistics/methods.md``.
 
     See Also
@@ -139,7 +140,7 @@ def programmes(
     check_key(key_added, "key_added")
     if layer is None and held_out is not None:
         raise ValueError(
-            "`layer` is None, so measured counts are scored and there is no prediction to judge; leave `held_out` out"
+            "`layer` is None, so measured counts are scored and there is no prediction to compare; leave `held_out` out"
         )
     sets = read_net(net)
     try:
@@ -151,51 +152,52 @@ def programmes(
     for table in spots.tables:
         check_free(table, "programmes", key_added, obsm=[key_added])
     spots = labelled_spots(spots, None, layer_scale=layer_scale)
-    scorer = _Scorer.of(sets, spots.genes, min_genes)
+    scorer = _Scorer.from_net(sets, spots.genes, min_genes)
     results = pd.DataFrame({"n_genes": sets.groupby("source", sort=False).size()}).rename_axis("source")
     results["n_predicted"] = scorer.sizes.reindex(results.index)
     left_out = results[~results.index.isin(scorer.names)]
     if not scorer.names:
         raise ValueError(
-            f"`net`: no set has {min_genes} of the {len(spots.genes)} genes of the layer, with others beside them; the best has "
+            f"`net`: no set has at least {min_genes} of the {len(spots.genes)} genes of the layer, but not all of them; the largest has "
             f"{int(left_out['n_predicted'].max()) if len(left_out) else 0}. Check the names of the genes, or lower `min_genes`"
         )
     results = results.loc[scorer.names]
-    figures = pd.DataFrame(np.nan, index=results.index, columns=list(_COLUMNS))
+    metrics = pd.DataFrame(np.nan, index=results.index, columns=list(_COLUMNS))
     evidence = "measured" if layer is None else f"{_UNKNOWN}no held-out slides"
-    results = results.join(figures).assign(reliable=False, evidence=evidence)
+    results = results.join(metrics).assign(reliable=False, evidence=evidence)
     if layer is not None and held_out is None:
-        known = _of_training(spots, layer, scorer)
+        known = _training_metrics(spots, layer, scorer)
         results.loc[known.index, known.columns] = known
     params = {"layer": layer, "layer_scale": layer_scale, "min_genes": min_genes, "seed": seed}
     facts: dict[str, Any] = {"left_out": left_out.reset_index()}
     if held_out is not None:
         held_out = list(held_out) if isinstance(held_out, Iterator) else held_out
-        where = {"sample_key": sample_key, "section_key": section_key}
+        unit_keys = {"sample_key": sample_key, "section_key": section_key}
         pair = paired_spots(
             held_out,
             str(layer),
             layer_scale,
             measured,
             measured_scale,
-            **where,
+            **unit_keys,
             table_key=table_key,
             parameter="held_out",
         )
-        (predicted,), truth = in_common([pair], "held_out")
-        theirs = _Scorer.of(sets[sets["source"].isin(results.index)], truth.genes, min_genes)
-        if not theirs.names:
+        (predicted,), truth = shared_spots([pair], "held_out")
+        held_out_scorer = _Scorer.from_net(sets[sets["source"].isin(results.index)], truth.genes, min_genes)
+        if not held_out_scorer.names:
             raise ValueError(
-                f"`held_out`: no set has {min_genes} of the {len(truth.genes)} genes that were predicted and measured there; give "
-                "slides of more genes, or lower `min_genes`"
+                f"`held_out`: no set has {min_genes} of the {len(truth.genes)} genes that were predicted and measured there; pass "
+                "slides with more genes, or lower `min_genes`"
             )
-        facts["sections"] = _sections(theirs, predicted, truth, fields(held_out, truth.tables, truth, str(layer)), seed)
+        references = fields(held_out, truth.tables, truth, str(layer))
+        facts["sections"] = _section_metrics(held_out_scorer, predicted, truth, references, seed)
         unit = "patient" if sample_key == PATIENT else sample_key
-        found = _over_units(facts["sections"], unit, theirs.names, sections_trained_on(predicted))
+        summary = _over_units(facts["sections"], unit, held_out_scorer.names, sections_trained_on(predicted))
         results["evidence"] = f"{_UNKNOWN}fewer than {min_genes} of its genes on the held-out slides"
-        results.loc[found.index, found.columns] = found
-        params |= {**where, "measured_scale": measured_scale}
-    if layer is not None and any(_is_strange(table, layer) for table in spots.tables):
+        results.loc[summary.index, summary.columns] = summary
+        params |= {**unit_keys, "measured_scale": measured_scale}
+    if layer is not None and any(_is_out_of_distribution(table, layer) for table in spots.tables):
         results = results.assign(reliable=False, evidence=f"{_UNKNOWN}a slide of `data` is out of distribution")
     results = results.astype({"reliable": bool}).reset_index()
     record = {"verb": "programmes", "params": {k: v for k, v in params.items() if v is not None}, **facts}
@@ -216,7 +218,7 @@ def programmes(
 
 @dataclass(frozen=True)
 class _Scorer:
-    """Scores of the sets that have enough of some genes, but not all of them."""
+    """Scores of the sets that contain enough of the genes, but not all of them."""
 
     weights: np.ndarray  # (g, sets)
     sets: Mapping[str, Mapping[str, float]]
@@ -224,66 +226,69 @@ class _Scorer:
     genes: pd.Index
 
     @classmethod
-    def of(cls, net: pd.DataFrame, genes: pd.Index, min_genes: int) -> _Scorer:
+    def from_net(cls, net: pd.DataFrame, genes: pd.Index, min_genes: int) -> _Scorer:
+        """Select the sets of a net with at least ``min_genes`` of ``genes``."""
         order = net["source"].unique()
-        net = in_names_of(net, genes)
+        net = rename_targets(net, genes)
         net = net[net["target"].isin(genes)]
         sizes = net.groupby("source").size().reindex(order, fill_value=0)
-        found = weights_by_set(net)
-        sets = {name: found[name] for name in order[(sizes >= min_genes) & (sizes < len(genes))]}
+        weights = weights_by_set(net)
+        sets = {name: weights[name] for name in order[(sizes >= min_genes) & (sizes < len(genes))]}
         return cls(membership(sets, genes), sets, sizes, genes)
 
     @property
     def names(self) -> list[str]:
+        """Names of the sets."""
         return list(self.sets)
 
     def scores(self, blocks: Iterable[tuple[slice, np.ndarray]], n: int) -> np.ndarray:
-        """Scores ``(n, sets)`` from the logarithms of some spots at a time."""
+        """Compute scores ``(n, sets)`` from blocks of spots with logarithms."""
         out = np.zeros((n, len(self.sets)))
-        for where, values in blocks:
-            out[where] = SetScores(self.weights).add(values).t()
+        for spots, values in blocks:
+            out[spots] = SetScores(self.weights).add(values).t()
         return out
 
     def ceiling(self, spots: SpotData, rng: np.random.Generator) -> np.ndarray:
-        """Noise ceiling ``(sets,)`` of scores of the counts of one section."""
-        ((table, rows),) = [found for found in zip(spots.tables, spots.rows, strict=True) if len(found[1])]
+        """Compute the noise ceiling ``(sets,)`` of the scores from the counts of one section."""
+        ((table, rows),) = [pair for pair in zip(spots.tables, spots.rows, strict=True) if len(pair[1])]
         counts = values_of(table[rows], spots.layer, "measured")
         return set_ceiling(counts, find_genes(self.genes, table.var_names), self.weights, rng)
 
 
-def _sections(
-    scorer: _Scorer, predicted: SpotData, truth: SpotData, seen: Mapping[str, np.ndarray], seed: int
+def _section_metrics(
+    scorer: _Scorer, predicted: SpotData, truth: SpotData, references: Mapping[str, np.ndarray], seed: int
 ) -> pd.DataFrame:
-    """Figures of each set in each section: a row a section and set."""
+    """Return the metrics of each set in each section, with one row per section and set."""
     n = len(truth.units)
-    guess, aim = scorer.scores(predicted.blocks(), n), scorer.scores(truth.blocks(), n)
+    score, target = scorer.scores(predicted.blocks(), n), scorer.scores(truth.blocks(), n)
     units, patients = (pd.factorize(names)[0] for names in (truth.units, truth.samples))
-    guesses = {"pearson": guess}
+    predictions = {"pearson": score}
     groups = patients if patients.any() else units
     if groups.any():
-        centred = aim - pd.DataFrame(aim).groupby(units).transform("mean").to_numpy()
-        guesses |= {name: fitted_on_others(values[:, None], centred, groups) for name, values in seen.items()}
+        centred = target - pd.DataFrame(target).groupby(units).transform("mean").to_numpy()
+        predictions |= {name: predict_held_out(values[:, None], centred, groups) for name, values in references.items()}
     totals = truth.totals(truth.layer, "measured") if truth.scale == "counts" else None
     rng, rows = np.random.default_rng(seed), []
     for unit in range(units.max() + 1):
         own = units == unit
-        figures = {name: correlation(values[own], aim[own]) for name, values in guesses.items()}
+        metrics = {name: correlation(values[own], target[own]) for name, values in predictions.items()}
         if totals is not None:
-            given = Depth.fit(totals[own], np.zeros(own.sum())).partial(guess[own], aim[own])
-            figures["pearson_given_depth"] = np.where(np.isfinite(figures["pearson"]), np.nan_to_num(given), np.nan)
-            figures["ceiling"] = scorer.ceiling(truth.take(own), rng)
+            given_depth = Depth.fit(totals[own], np.zeros(own.sum())).partial(score[own], target[own])
+            known = np.isfinite(metrics["pearson"])
+            metrics["pearson_given_depth"] = np.where(known, np.nan_to_num(given_depth), np.nan)
+            metrics["ceiling"] = scorer.ceiling(truth.take(own), rng)
         first = np.flatnonzero(own)[0]
-        where = {"sample": truth.samples[first], "section": truth.sections[first], "n_spots": int(own.sum())}
-        rows.append(pd.DataFrame({"source": scorer.names, **where, **figures}))
-    return pd.concat(rows, ignore_index=True).reindex(columns=[*rows[0].columns[:4], *_FIGURES])
+        section = {"sample": truth.samples[first], "section": truth.sections[first], "n_spots": int(own.sum())}
+        rows.append(pd.DataFrame({"source": scorer.names, **section, **metrics}))
+    return pd.concat(rows, ignore_index=True).reindex(columns=[*rows[0].columns[:4], *_METRICS])
 
 
 def _over_units(sections: pd.DataFrame, unit: str, names: list[str], trained_on: Mapping[str, str]) -> pd.DataFrame:
-    """Means of the figures over patients, the interval, and whether a set may be used, by set."""
+    """Return the means of the metrics over patients, the interval, and whether each set is reliable."""
     n_sets = len(names)
     samples = sections["sample"].to_numpy()[::n_sets]
-    of = {name: mean_by_patient(sections[name].to_numpy(float).reshape(-1, n_sets), samples) for name in _FIGURES}
-    out = summarise_programmes(of, (DEPTH, COLOUR)).set_axis(names)
+    metrics = {name: mean_by_patient(sections[name].to_numpy(float).reshape(-1, n_sets), samples) for name in _METRICS}
+    out = summarise_programmes(metrics, (DEPTH, COLOUR)).set_axis(names)
     out["reliable"] &= not trained_on
     n = len(set(samples))
     out["evidence"] = f"{n} {unit}s held out"
@@ -292,12 +297,12 @@ def _over_units(sections: pd.DataFrame, unit: str, names: list[str], trained_on:
     elif n < MIN_GROUPS:
         out["evidence"] = f"{_UNKNOWN}{n} {unit}{'s' * (n > 1)} held out, {MIN_GROUPS} are needed"
     elif out["pearson_given_depth"].isna().all():
-        out["evidence"] = f"{_UNKNOWN}no counts, so the part of depth cannot be told"
+        out["evidence"] = f"{_UNKNOWN}no counts, so the effect of depth is unknown"
     return out
 
 
-def _of_training(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFrame:
-    """Figures of the sets that were named when the model was trained, where the layer is its prediction."""
+def _training_metrics(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFrame:
+    """Return the metrics of sets that were given when the model was trained, if the layer is its prediction."""
     records = [table.uns.get(prediction_of(table, layer) or "", {}) for table in spots.tables]
     # Models that were never saved have no SHA-256.
     models = {
@@ -305,28 +310,28 @@ def _of_training(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFrame:
     }
     if len(models) > 1 or any(record.get("layer") != layer or "programmes" not in record for record in records):
         return pd.DataFrame()
-    told: pd.DataFrame = records[0]["programmes"]
-    enough = len(scorer.genes) >= _ENOUGH_GENES * told["n_learned"].iloc[0]
-    known = {name: _present(text) for name, text in told["genes"].items()}
-    same = [name for name in scorer.sets if known.get(name) == _present(set_genes(scorer.sets[name]))]
-    told = told.loc[same if enough else []].rename(columns={"colour": COLOUR})
-    told[list(_COLUMNS)] = told[list(_COLUMNS)].apply(pd.to_numeric, errors="coerce")
-    told["evidence"] = [f"{n} patients held out in training" for n in told["n_patients"]]
-    for name in told.index[told["n_patients"] < MIN_GROUPS]:
-        told.loc[name, "evidence"] = (
-            f"{_UNKNOWN}{told.loc[name, 'n_patients']} patients held out in training, {MIN_GROUPS} are needed"
+    trained: pd.DataFrame = records[0]["programmes"]
+    enough = len(scorer.genes) >= _MIN_SHARE_OF_GENES * trained["n_learned"].iloc[0]
+    known = {name: _current_genes(text) for name, text in trained["genes"].items()}
+    same = [name for name in scorer.sets if known.get(name) == _current_genes(set_genes(scorer.sets[name]))]
+    trained = trained.loc[same if enough else []].rename(columns={"colour": COLOUR})
+    trained[list(_COLUMNS)] = trained[list(_COLUMNS)].apply(pd.to_numeric, errors="coerce")
+    trained["evidence"] = [f"{n} patients held out in training" for n in trained["n_patients"]]
+    for name in trained.index[trained["n_patients"] < MIN_GROUPS]:
+        trained.loc[name, "evidence"] = (
+            f"{_UNKNOWN}{trained.loc[name, 'n_patients']} patients held out in training, {MIN_GROUPS} are needed"
         )
-    return told[[*_COLUMNS, "reliable", "evidence"]]
+    return trained[[*_COLUMNS, "reliable", "evidence"]]
 
 
-def _present(genes: str) -> list[tuple[str, str]]:
-    """Present symbols and weights of a set that is written as one text."""
+def _current_genes(genes: str) -> list[tuple[str, str]]:
+    """Return current symbols and weights of a set that is written as one text."""
     parts = [gene.partition(":") for gene in genes.split(" ")]
     return sorted(zip(current_symbols(name for name, _, _ in parts), (weight for _, _, weight in parts), strict=True))
 
 
-def _is_strange(table: AnnData, layer: str) -> bool:
-    """Whether the slide that was predicted is out of distribution."""
+def _is_out_of_distribution(table: AnnData, layer: str) -> bool:
+    """Return whether the predicted slide is out of distribution."""
     record = table.uns.get(prediction_of(table, layer) or "", {})
     return is_prediction(record) and record.get("verdict") == "out of distribution"
 
@@ -342,14 +347,14 @@ def _warn(left_out: pd.DataFrame, min_genes: int, results: pd.DataFrame) -> None
     for evidence, sets in results["source"].groupby(results["evidence"], sort=False):
         if not str(evidence).startswith(_UNKNOWN):
             continue
-        of = "any set" if len(sets) == len(results) else f"the sets {validate.format_list(sets.tolist())}"
+        names = "any set" if len(sets) == len(results) else f"the sets {validate.format_list(sets.tolist())}"
         reason = str(evidence).removeprefix(_UNKNOWN)
         if reason == "no held-out slides":
             reason = (
-                "`held_out` is not given, and the model was not trained with them. Give slides that were predicted and measured, "
-                "of patients that the model has not seen: hg.tl.programmes(data, net, held_out=slides)"
+                "`held_out` is not given, and the model was not trained with them. Pass slides that were predicted and measured, "
+                "of patients that the model was not trained on: hg.tl.programmes(data, net, held_out=slides)"
             )
         warnings.warn(
-            f"how well the score of {of} is predicted is unknown, and none is reliable: {reason}",
+            f"the accuracy of the score of {names} is unknown, and none is reliable: {reason}",
             stacklevel=3,
         )

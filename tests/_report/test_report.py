@@ -1,4 +1,4 @@
-"""A report is one HTML file that says first what holds for a new patient, loads nothing and runs nothing."""
+"""A report is one HTML file that begins with what holds for a new patient, without external resources or scripts."""
 
 import re
 import sys
@@ -49,7 +49,7 @@ def predicted(toy, tiny_model):
 
 @pytest.fixture
 def plain(predicted):
-    """The same without what is drawn."""
+    """Return the same without figures."""
     table = predicted["table"]
     table.var["he2gene_reliable"] = False
     table.obs = table.obs.drop(columns=[name for name in table.obs if name.startswith("he2gene_")])
@@ -70,13 +70,13 @@ def reported(tiny_model, tmp_path_factory):
     return Page(hg.report(toy, path, genes=["TPT1", "ERBB2"], n_genes=1, model=tiny_model))
 
 
-def test_sections_stand_in_the_order_of_reading(reported):
+def test_sections_are_in_reading_order(reported):
     assert reported.sections == ORDER
     assert "What holds for a new patient 10 of 39 predicted genes are reliable on a new patient." in reported.text
     assert "None of it is real." in reported.text  # a limitation on the card
     assert re.search(r"ERBB2 \S+ 0\.9 yes 0\.5", reported.text)
     assert "± (interval of 80%)" in reported.text
-    assert re.search(r"29 predicted genes are not reliable.* Of the chosen genes: TPT1\.", reported.text)
+    assert re.search(r"29 predicted genes are not reliable.* Chosen genes among them: TPT1\.", reported.text)
     assert re.search(r"a<b> 20 66\.7% .* without a class 10 33\.3%", reported.text)
     assert "hg.tl.predict, he2gene model: tiny" in reported.text
 
@@ -91,7 +91,7 @@ def test_names_are_text_and_nothing_is_loaded_or_run(reported):
     assert all(found.get("alt") for tag, found in reported.tags if tag == "img")
 
 
-def test_without_a_reliable_gene_the_page_says_what_can_be_done(plain, tmp_path):
+def test_without_a_reliable_gene_the_page_gives_advice(plain, tmp_path):
     page = Page(hg.report(plain, tmp_path / "report.html"))
     assert "0 of 39 predicted genes are reliable" in page.text
     assert "None of the predicted genes is reliable here." in page.text
@@ -99,15 +99,15 @@ def test_without_a_reliable_gene_the_page_says_what_can_be_done(plain, tmp_path)
     assert "chosen-genes" not in page.sections
 
 
-def test_a_section_of_training_is_named(plain, tmp_path):
+def test_a_training_section_is_named(plain, tmp_path):
     plain["table"].uns["he2gene"] |= {"known_patient": True, "known_sections": ["S1"]}
     page = Page(hg.report(plain, tmp_path / "report.html"))
     assert "reliable on another section of a patient that the model was trained on." in page.text
-    assert "The image is that of S1, which the model was trained on: metrics on it are optimistic." in page.text
+    assert "The model was trained on the image of S1, so metrics on it are optimistic." in page.text
     assert "known_patient: True" not in page.text
 
 
-def test_what_was_run_is_shown(plain, tmp_path):
+def test_recorded_runs_are_shown(plain, tmp_path):
     hg.tl.evaluate(plain, baselines=[], key_added="mine")
     page = Page(hg.report(plain, tmp_path / "report.html"))
     assert "evaluation" in page.sections
@@ -116,7 +116,7 @@ def test_what_was_run_is_shown(plain, tmp_path):
     assert re.search(r"hg\.tl\.evaluate, mine .*prediction_key: he2gene", page.text)
 
 
-def test_scores_of_gene_sets_are_shown_and_drawn_where_they_may_be_used(plain):
+def test_scores_of_gene_sets_are_listed_and_reliable_ones_are_drawn(plain):
     hg.tl.programmes(plain, hg.datasets.toy_diseases())
     slide = Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], None, [], 1, {})
     section = _programmes(slide)
@@ -126,7 +126,7 @@ def test_scores_of_gene_sets_are_shown_and_drawn_where_they_may_be_used(plain):
     assert len(_programmes(slide).figures) == 1
 
 
-def test_quality_of_the_image_is_shown_where_it_was_measured(plain):
+def test_quality_of_the_image_is_shown_if_it_was_measured(plain):
     tiles = plain["spots"].assign(qc_tenengrad=np.arange(30.0), qc_outlier=False, is_tissue=np.arange(30) > 9)
     plain["he_qc"] = tiles
     section = _quality(Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], None, [], 1, {}))
@@ -135,7 +135,7 @@ def test_quality_of_the_image_is_shown_where_it_was_measured(plain):
     assert row[2].text == "19.5"
 
 
-def test_what_was_found_of_another_prediction_is_not_shown(plain):
+def test_results_of_another_prediction_are_not_shown(plain):
     uns = plain["table"].uns
     uns["a"] = {"verb": "evaluate", "params": {"prediction_key": "other"}}
     uns["b"] = {"verb": "biomarkers", "params": {"layer": "X"}}
@@ -144,7 +144,7 @@ def test_what_was_found_of_another_prediction_is_not_shown(plain):
     assert not any(make(slide).text for make in (_evaluation, _biomarkers, _domains))
 
 
-def test_domains_are_those_of_the_table_that_is_reported_a_section_each(toy, monkeypatch):
+def test_domains_of_each_section_of_the_reported_table_are_shown(toy, monkeypatch):
     toy["second"] = toy["table"].copy()
     scores = pd.DataFrame({"section": ["all", "a", "b"], "labels": "predicted", "score": "ari", "mean": 0.5})
     toy["table"].uns["mine"] = {"verb": "domain_preservation", "params": {"layer": "he2gene"}, "table": scores}
@@ -156,17 +156,17 @@ def test_domains_are_those_of_the_table_that_is_reported_a_section_each(toy, mon
     assert len(section.figures) == 2
 
 
-def test_a_map_of_one_region_says_that_the_numbers_are_of_all(tiny_model, tmp_path):
+def test_a_map_of_one_region_states_that_numbers_are_of_all_regions(tiny_model, tmp_path):
     slides = {name: hg.datasets.toy((3, 3), mpp=4.0, seed=i) for i, name in enumerate(("a", "b"))}
     for name, slide in slides.items():
         slide["table"].obs_names = name + "_" + slide["table"].obs_names
     joined = sd.concatenate(slides, concatenate_tables=True)
     hg.tl.predict(joined, model=tiny_model, image_key={"spots-a": "he-a", "spots-b": "he-b"}, mpp=4.0)
     page = Page(hg.report(joined, tmp_path / "report.html", shapes_key="spots-a", n_genes=1))
-    assert "Maps are of 'spots-a' alone; numbers are of all regions of the table." in page.text
+    assert "Maps show only 'spots-a'; numbers are for all regions of the table." in page.text
 
 
-def test_a_colour_that_is_none_does_not_get_into_the_style():
+def test_an_invalid_colour_is_not_written_to_the_page():
     assert [_hex(text) for text in ("red", "red; background: url(//x)", "")] == ["#ff0000", "", ""]
 
 
@@ -204,11 +204,11 @@ def test_a_damaged_store_does_not_stop_the_others(tmp_path):
     assert "is damaged: its metadata cannot be read" in Page(index).text
 
 
-def test_places_and_rows_without_a_store_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"'output' is missing in rows 1; name the store of each"):
+def test_invalid_paths_and_rows_without_a_store_raise(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"'output' has missing values in rows 1; add the stores"):
         hg.report(pd.DataFrame({"output": ["a.zarr", np.nan]}), tmp_path / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"`path`: '.*file' is a file, or lies in one"):
+    with pytest.raises(ValueError, match=r"`path`: '.*file' is a file, or inside a file"):
         hg.report([tmp_path / "a.zarr"], tmp_path / "file")
 
     def read_only(**_):
@@ -219,7 +219,7 @@ def test_places_and_rows_without_a_store_are_refused(tmp_path, monkeypatch):
         check_new_file(tmp_path / "a.html", "path", (".html",), overwrite=False)
 
 
-def test_a_page_of_ours_is_replaced_and_no_other_file(plain, tmp_path):
+def test_only_our_pages_are_replaced(plain, tmp_path):
     path = tmp_path / "report.html"
     path.write_text("<html>mine</html>")
     with pytest.raises(FileExistsError, match=r"`path` .*report\.html' exists; .*overwrite=True"):
@@ -230,7 +230,7 @@ def test_a_page_of_ours_is_replaced_and_no_other_file(plain, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_bad_arguments_are_refused_before_any_work(plain, toy, tmp_path):
+def test_bad_arguments_raise_before_any_work(plain, toy, tmp_path):
     with pytest.raises(ValueError, match=r"`genes` \['NOGENE'\] were not predicted"):
         hg.report(plain, tmp_path / "a.html", genes=["NOGENE"])
     with pytest.raises(ValueError, match=r"`path` .* ends in '\.pdf'; \.html or \.htm is needed"):
@@ -244,7 +244,7 @@ def test_bad_arguments_are_refused_before_any_work(plain, toy, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_slides_get_a_page_each_and_an_index_that_leads_to_them(plain, tmp_path):
+def test_each_slide_gets_a_page_and_an_index_links_to_them(plain, tmp_path):
     stores = [tmp_path / "in" / "slide 1.zarr", tmp_path / "other" / "slide 1.zarr", tmp_path / "in" / "bad.zarr"]
     for store in stores[:2]:
         hg.io.save(plain, store)

@@ -20,7 +20,7 @@ def test_genes_are_those_that_the_model_knows(predicted):
     assert set(hg.get.genes(predicted)) == set(predicted["table"].var_names) - {"FTL"}
 
 
-def test_genes_come_best_held_out_correlation_first(predicted):
+def test_genes_are_sorted_by_held_out_correlation(predicted):
     pcc = predicted["table"].var["he2gene_pcc"][hg.get.genes(predicted)]
     assert pcc.is_monotonic_decreasing
 
@@ -52,7 +52,7 @@ def test_genes_of_another_run_are_found_by_its_key(toy, tiny_model):
     assert set(hg.get.genes(toy, prediction_key="mine")) == {"ERBB2", "CD24"}
 
 
-def test_genes_without_a_prediction_ask_for_one(toy):
+def test_genes_without_a_prediction_raise(toy):
     for data in (toy, toy["table"]):
         with pytest.raises(ValueError, match="run hg.tl.predict first"):
             hg.get.genes(data)
@@ -61,7 +61,7 @@ def test_genes_without_a_prediction_ask_for_one(toy):
 @pytest.mark.parametrize(
     "wrong", [{"group": []}, {"group": 5}, {"group": "Tumour"}, {"pval_cutoff": np.nan}, {"log2fc_min": np.nan}]
 )
-def test_biomarkers_refuse_what_selects_nothing(wrong):
+def test_biomarkers_raise_for_arguments_that_select_nothing(wrong):
     results = pd.DataFrame({"group": ["tumour"], "logfoldchanges": [1.0], "pvals_adj": [0.1]})
     table = AnnData(np.ones((2, 2)), uns={"he2gene_biomarkers": {"verb": "biomarkers", "results": results}})
     assert len(hg.get.biomarkers(table, "tumour", pval_cutoff=0.5)) == 1
@@ -69,21 +69,21 @@ def test_biomarkers_refuse_what_selects_nothing(wrong):
         hg.get.biomarkers(table, **wrong)
 
 
-def test_genes_refuse_a_table_that_is_not_there(predicted):
+def test_genes_raise_for_a_missing_table(predicted):
     with pytest.raises(ValueError, match=r"`table_key` 'other' not found, valid keys: \['table'\]"):
         hg.get.genes(predicted, table_key="other")
 
 
-# ------------------------------------------------------------------------- squidpy reads what predict wrote
+# ------------------------------------------------------------------------- squidpy on results of predict
 
 
 @pytest.fixture
 def imperfect(toy, tiny_model):
-    """A prediction with a gene that the model does not know (FTL) and a spot outside the image."""
+    """Return a prediction with a gene that the model does not know (FTL) and a spot outside the image."""
     toy["spots"].loc[toy["spots"].index[0], "geometry"] = Point(-500.0, -500.0)
     with pytest.warns(UserWarning, match="1 of 30 spots"):
         hg.tl.predict(toy, model=tiny_model)
-    # The random model sees one class everywhere, which has no neighbourhoods.
+    # The random model predicts one class everywhere, which has no neighbourhood enrichment.
     annotation = toy["table"].obs["he2gene_annotation"]
     codes = np.where(annotation.isna(), -1, np.arange(len(annotation)) % 2)
     toy["table"].obs["he2gene_annotation"] = pd.Categorical.from_codes(codes, categories=tiny_model.card.classes[:2])
@@ -98,7 +98,7 @@ def _annotated(sdata):
 
 
 def _varying(table):
-    """Predicted genes that are not the same everywhere, which has no autocorrelation."""
+    """Return the predicted genes that are not constant; a constant has no autocorrelation."""
     genes = hg.get.genes(table)
     return [gene for gene, sd in zip(genes, table[:, genes].layers["he2gene"].std(axis=0), strict=True) if sd > 0]
 
@@ -132,8 +132,8 @@ def test_squidpy_finds_neighbours_on_the_whole_object(imperfect):
     assert imperfect["table"].obsp["spatial_connectivities"].shape == (30, 30)
 
 
-def test_squidpy_makes_all_corrected_p_values_nan_of_one_unknown_gene(imperfect):
-    """Why the examples subset; when this fails, squidpy forgives NaN and they need not any more."""
+def test_squidpy_makes_all_corrected_p_values_nan_with_one_unknown_gene(imperfect):
+    """This is why the examples take a subset. If this test fails, squidpy handles NaN and they no longer need to."""
     table = _annotated(imperfect)
     sq.gr.spatial_neighbors_grid(table, n_neighs=4)
     genes = [*_varying(table), "FTL"]
@@ -142,7 +142,7 @@ def test_squidpy_makes_all_corrected_p_values_nan_of_one_unknown_gene(imperfect)
 
 
 def test_squidpy_raises_key_error_at_one_missing_label(imperfect):
-    """Why the examples subset; when this fails, squidpy forgives missing labels and they need not any more."""
+    """This is why the examples take a subset. If this test fails, squidpy handles missing labels and they no longer need to."""
     table = imperfect["table"]
     sq.gr.spatial_neighbors_grid(table, n_neighs=4)
     with pytest.raises(KeyError):
@@ -150,12 +150,12 @@ def test_squidpy_raises_key_error_at_one_missing_label(imperfect):
 
 
 @pytest.mark.parametrize("verb", [hg.tl.evaluate, hg.tl.intervals, hg.pl.calibration])
-def test_no_layer_is_never_the_prediction(toy, verb):
+def test_layer_none_is_never_the_prediction(toy, verb):
     with pytest.raises(ValueError, match="`layer` is of type NoneType; a text is needed"):
         verb(toy, layer=None)
 
 
-def test_the_default_layer_is_that_of_the_prediction_key(toy, tiny_model):
+def test_the_default_layer_is_the_layer_of_prediction_key(toy, tiny_model):
     hg.tl.predict(
         toy, model=tiny_model, genes=["ERBB2", "CD24"], key_added="mine", layer="values", show_progress_bar=False
     )
@@ -167,6 +167,6 @@ def test_the_default_layer_is_that_of_the_prediction_key(toy, tiny_model):
 
 @pytest.mark.parametrize("read", [hg.get.evaluation, hg.get.domains, hg.get.biomarkers, hg.pl.domains])
 @pytest.mark.parametrize("data", [1, None, "slide.zarr", [1]])
-def test_what_is_no_object_holds_no_result(read, data):
+def test_get_raises_for_data_that_is_not_an_object(read, data):
     with pytest.raises(TypeError, match="`data` (is|holds) a "):
         read(data)

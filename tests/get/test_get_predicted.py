@@ -1,4 +1,4 @@
-"""`hg.get.predicted` gives a table that scanpy, squidpy and decoupler read as it is."""
+"""`hg.get.predicted` returns a table that scanpy, squidpy and decoupler can use directly."""
 
 import warnings
 
@@ -19,12 +19,12 @@ OUTSIDE = "1 of 30 spots that were not predicted"
 
 @pytest.fixture
 def predicted(toy, tiny_model):
-    """A prediction without FTL, which the model does not know, with the first spot outside the image."""
+    """Return a prediction without FTL, which the model does not know, with the first spot outside the image."""
     toy["spots"].loc[toy["spots"].index[0], "geometry"] = Point(-500.0, -500.0)
     with pytest.warns(UserWarning, match="1 of 30 spots"):
         hg.tl.predict(toy, model=tiny_model)
     table = toy["table"]
-    # The random model sees one class everywhere, and many genes as 0.
+    # The random model predicts one class everywhere, and 0 for many genes.
     codes = np.r_[-1, np.arange(29) % 2]
     table.obs["he2gene_annotation"] = pd.Categorical.from_codes(codes, categories=tiny_model.card.classes[:2])
     table.uns["he2gene_annotation_colors"] = list(tiny_model.card.class_colors[:2])
@@ -42,7 +42,7 @@ def _get(*arguments, **options):
 # ------------------------------------------------------------------------------------------------ contents
 
 
-def test_values_are_those_of_the_layer_and_none_is_missing(predicted):
+def test_values_equal_the_layer_and_none_is_missing(predicted):
     table, found = predicted["table"], _get(predicted)
     assert found.shape == (29, table.n_vars - 1)
     assert "FTL" not in found.var_names
@@ -51,7 +51,7 @@ def test_values_are_those_of_the_layer_and_none_is_missing(predicted):
     np.testing.assert_array_equal(found.X, table[found.obs_names, found.var_names].layers["he2gene"])
 
 
-def test_spots_genes_and_what_is_said_of_them_come_along_in_the_order_of_the_table(predicted):
+def test_obs_and_var_are_kept_in_the_order_of_the_table(predicted):
     table, found = predicted["table"], _get(predicted)
     assert found.obs_names.equals(table.obs_names[1:])
     assert found.var_names.tolist() == [name for name in table.var_names if name != "FTL"]
@@ -62,7 +62,7 @@ def test_spots_genes_and_what_is_said_of_them_come_along_in_the_order_of_the_tab
     assert found.uns["he2gene"]["weights_sha256"] == table.uns["he2gene"]["weights_sha256"]
 
 
-def test_what_was_made_of_other_values_or_other_spots_stays_behind(predicted):
+def test_results_of_other_values_or_spots_are_left_out(predicted):
     table = predicted["table"]
     table.obsm["X_pca"] = np.zeros((30, 2))
     table.layers["counts"] = table.X.copy()
@@ -74,7 +74,7 @@ def test_what_was_made_of_other_values_or_other_spots_stays_behind(predicted):
     assert found.raw is None
 
 
-def test_colours_follow_the_classes_that_are_left(predicted):
+def test_colours_match_the_remaining_classes(predicted):
     table = predicted["table"]
     table.obs["group"] = pd.Categorical(["a"] + ["b"] * 14 + ["c"] * 15)
     table.uns["group_colors"] = ["#111111", "#222222", "#333333"]
@@ -84,7 +84,7 @@ def test_colours_follow_the_classes_that_are_left(predicted):
     assert list(found.uns["he2gene_annotation_colors"]) == list(table.uns["he2gene_annotation_colors"])
 
 
-def test_images_of_scanpy_come_along(predicted):
+def test_images_of_scanpy_are_kept(predicted):
     predicted["table"].uns["spatial"] = {"slide": {"images": {}, "scalefactors": {"spot_diameter_fullres": 10.0}}}
     assert _get(predicted).uns["spatial"]["slide"]["scalefactors"]["spot_diameter_fullres"] == 10.0
 
@@ -106,14 +106,14 @@ def test_changing_the_copy_changes_nothing_else(predicted):
     assert table.uns["he2gene"] == before.uns["he2gene"]
 
 
-def test_nothing_is_said_where_every_spot_was_predicted(toy, tiny_model):
+def test_no_warning_if_every_spot_was_predicted(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert hg.get.predicted(toy).n_obs == 30
 
 
-def test_a_table_serves_as_well_as_its_object(predicted):
+def test_a_table_gives_the_same_as_its_object(predicted):
     np.testing.assert_array_equal(_get(predicted["table"]).X, _get(predicted).X)
 
 
@@ -127,25 +127,25 @@ def test_table_of_all_genes_of_the_model(predicted, tiny_model):
 # ------------------------------------------------------------------------------------------- reliable, layers
 
 
-def test_reliable_genes_alone_and_the_others_make_up_all(predicted):
+def test_reliable_and_other_genes_are_all_genes(predicted):
     reliable, others = (_get(predicted, reliable=flag) for flag in (True, False))
     assert set(reliable.var_names) == set(hg.get.genes(predicted, reliable=True))
     assert set(others.var_names) == set(hg.get.genes(predicted, reliable=False))
 
 
-def test_no_reliable_gene_is_an_error_that_says_what_to_do(predicted):
+def test_no_reliable_gene_raises_with_advice(predicted):
     predicted["table"].var["he2gene_reliable"] = False
     with pytest.raises(ValueError, match="calls none of the 39 predicted genes reliable.*reliable=None.*hg.tl.train"):
         hg.get.predicted(predicted, reliable=True)
 
 
 @pytest.mark.parametrize("argument", [{"reliable": "yes"}, {"layer": ["he2gene"]}, {"layer": 1}, {"prediction_key": 1}])
-def test_arguments_of_another_type_are_refused(predicted, argument):
+def test_arguments_of_the_wrong_type_raise(predicted, argument):
     with pytest.raises(ValueError, match=f"`{next(iter(argument))}` is .* is needed"):
         hg.get.predicted(predicted, **argument)
 
 
-def test_a_flag_that_is_neither_true_nor_false_is_refused(predicted):
+def test_a_flag_that_is_neither_true_nor_false_raises(predicted):
     flags = predicted["table"].var["he2gene_reliable"].astype(object)
     flags.iloc[3] = "False"
     predicted["table"].var["he2gene_reliable"] = flags
@@ -160,13 +160,13 @@ def test_another_layer_becomes_x(predicted):
     np.testing.assert_array_equal(_get(predicted, layer="other").X, _get(predicted).X + 1)
 
 
-def test_no_layer_is_x_as_in_scanpy(predicted):
+def test_layer_none_is_x_as_in_scanpy(predicted):
     found = hg.get.predicted(predicted, layer=None)
     np.testing.assert_array_equal(found.X, predicted["table"][:, found.var_names].X.toarray())
     assert "log1p" not in found.uns
 
 
-def test_layer_of_another_prediction_is_refused(predicted, tiny_model):
+def test_the_layer_of_another_prediction_raises(predicted, tiny_model):
     with pytest.warns(UserWarning, match="outside the image"):
         hg.tl.predict(predicted, model=tiny_model, key_added="mine", genes=["ERBB2", "CD24"])
     assert set(_get(predicted, prediction_key="mine").var_names) == {"ERBB2", "CD24"}
@@ -174,7 +174,7 @@ def test_layer_of_another_prediction_is_refused(predicted, tiny_model):
         hg.get.predicted(predicted, layer="mine")
 
 
-def test_genes_that_some_regions_lack_are_left_out_and_said(predicted):
+def test_genes_that_some_regions_lack_are_left_out_with_a_warning(predicted):
     table = predicted["table"]
     table.layers["he2gene"][5:10, table.var_names.get_loc("ERBB2")] = np.nan
     with pytest.warns(UserWarning, match=f"{OUTSIDE}, 1 of 39 genes that are NaN for some spots"):
@@ -199,14 +199,14 @@ def test_bad_input_is_named(predicted, toy):
         hg.get.predicted(table)
 
 
-def test_genes_of_one_name_are_refused(predicted):
+def test_duplicated_gene_names_raise(predicted):
     table = predicted["table"].copy()
     table.var_names = ["CD24", *table.var_names[1:]]
     with pytest.raises(ValueError, match="'CD24'.*occur twice.*var_names_make_unique"):
         hg.get.predicted(table)
 
 
-# ------------------------------------------------------------------------------------- what reads it as it is
+# ------------------------------------------------------------------------------------- use by other tools
 
 
 def test_scanpy_ranks_genes_without_missing_values(predicted):
@@ -228,7 +228,7 @@ def test_scanpy_clusters_it(predicted):
     assert found.obs["leiden"].notna().all()
 
 
-def test_scanpy_is_told_that_the_logarithm_was_taken_and_is_the_natural_one(predicted):
+def test_scanpy_knows_that_values_are_natural_logarithms(predicted):
     assert _get(predicted).uns["log1p"] == {"base": None}
 
 
@@ -252,7 +252,7 @@ def test_decoupler_reads_it(predicted):
     assert found.obsm["score_ulm"].notna().all(axis=None)
 
 
-def test_it_is_a_table_of_the_object_beside_the_measured_one(predicted, tmp_path):
+def test_the_table_can_be_added_to_the_object(predicted, tmp_path):
     predicted["reliable"] = _get(predicted, reliable=True)
     assert hg.get.genes(predicted) == hg.get.genes(predicted["table"])
     assert len(sd.match_sdata_to_table(predicted, table=predicted["reliable"], table_name="reliable")["spots"]) == 29
@@ -263,14 +263,14 @@ def test_it_is_a_table_of_the_object_beside_the_measured_one(predicted, tmp_path
     assert ad.read_h5ad(tmp_path / "table.h5ad").uns["he2gene"]["model"] == "tiny"
 
 
-def test_regions_that_are_left_are_those_it_annotates(predicted):
+def test_the_table_annotates_only_the_remaining_regions(predicted):
     table = predicted["table"].copy()
     table.obs["region"] = pd.Categorical(["other"] + ["spots"] * 29)
     table.uns["spatialdata_attrs"]["region"] = ["other", "spots"]
     assert _get(table).uns["spatialdata_attrs"]["region"] == "spots"
 
 
-def test_labels_of_the_same_image_are_circular_in_the_copy_too(toy, tiny_model):
+def test_labels_of_the_same_image_are_also_circular_in_the_copy(toy, tiny_model):
     from he2gene_sc.tl._biomarkers.provenance import circularity
 
     hg.tl.predict(toy, model=tiny_model)
@@ -278,7 +278,7 @@ def test_labels_of_the_same_image_are_circular_in_the_copy_too(toy, tiny_model):
     assert not circularity([toy["table"]], "pathologist", None)
 
 
-def test_files_that_others_read_are_written_by_their_own_calls(predicted, tmp_path):
+def test_the_table_can_be_written_to_files_of_other_tools(predicted, tmp_path):
     adata = _get(predicted)
     adata.write_h5ad(tmp_path / "predicted.h5ad")
     adata.to_df().to_parquet(tmp_path / "predicted.parquet")

@@ -10,7 +10,7 @@ import he2gene_sc as hg
 
 @pytest.fixture
 def predicted(toy, tiny_model):
-    """A toy slide whose prediction of ERBB2 rises from the first spot to the last, and whose classes take turns."""
+    """Return a toy slide on which predicted ERBB2 rises from the first to the last spot, and classes alternate."""
     hg.tl.predict(toy, model=tiny_model)
     table = toy["table"]
     classes, colours = tiny_model.card.classes[:2], tiny_model.card.class_colors[:2]
@@ -37,7 +37,7 @@ def _scale_bars(ax):
 
 
 def _colour_limits(ax):
-    """Limits of the colour bar that belongs to axes."""
+    """Return the limits of the colour bar of ``ax``."""
     norm = _norms(ax.figure)[ax]
     return norm.vmin, norm.vmax
 
@@ -47,7 +47,7 @@ def _norms(figure):
 
 
 def _legend(ax):
-    """Entries that spots of the panel have."""
+    """Return the legend entries of classes with spots in the panel."""
     return [text for text in _whole_legend(ax) if not text.endswith(" (absent)")]
 
 
@@ -78,12 +78,12 @@ def test_spatial_draws_every_spot_over_the_tissue(predicted):
     assert len(ax.images) == 1
 
 
-def test_spatial_leaves_the_tissue_out_on_request(predicted):
+def test_spatial_without_image_draws_no_tissue(predicted):
     assert not hg.pl.spatial(predicted, "ERBB2", measured=False, image=False).images
 
 
 def test_spatial_draws_the_predicted_values_in_the_colours_of_the_bar(predicted):
-    # On a shared scale, which is not the one that the predictions alone would give.
+    # On a shared scale, which differs from the scale of the predictions alone.
     ax, _ = hg.pl.spatial(predicted, "ERBB2", shared_scale=True)
     values = np.asarray(predicted["table"][:, "ERBB2"].layers["he2gene"]).ravel()
     low, high = _colour_limits(ax)
@@ -91,7 +91,7 @@ def test_spatial_draws_the_predicted_values_in_the_colours_of_the_bar(predicted)
     np.testing.assert_allclose(_spots(ax).get_facecolor()[:, :3], wanted[:, :3], atol=2 / 255)
 
 
-def test_spatial_colour_limits_are_each_panels_own(predicted):
+def test_spatial_panels_have_separate_colour_limits(predicted):
     left, right = hg.pl.spatial(predicted, "ERBB2")
     values = np.asarray(predicted["table"][:, "ERBB2"].layers["he2gene"])
     assert _colour_limits(left) == pytest.approx((values.min(), values.max()))
@@ -130,20 +130,20 @@ def test_spatial_scale_bar_follows_the_coordinate_system(predicted):
     assert _scale_bars(ax)[0].dx == pytest.approx(1.0)
 
 
-def test_spatial_says_in_the_title_that_a_gene_is_not_reliable(predicted):
+def test_spatial_title_states_that_a_gene_is_not_reliable(predicted):
     unreliable = hg.get.genes(predicted, reliable=False)[0]
     left, right = hg.pl.spatial(predicted, unreliable)
     assert left.get_title() == f"{unreliable} predicted (not reliable)"
     assert "reliable" not in right.get_title()
 
 
-def test_spatial_says_nothing_of_the_kind_about_a_reliable_gene(predicted):
+def test_spatial_title_of_a_reliable_gene_has_no_mark(predicted):
     reliable = hg.get.genes(predicted, reliable=True)[0]
     assert hg.pl.spatial(predicted, reliable, measured=False).get_title() == f"{reliable} predicted"
 
 
 @pytest.mark.parametrize(("record", "title"), [({"verb": "adapt"}, "adapted"), ({}, "he2gene_adapted")])
-def test_spatial_titles_say_where_another_layer_is_shown(predicted, record, title):
+def test_spatial_titles_name_another_layer(predicted, record, title):
     table = predicted["table"]
     table.layers["he2gene_adapted"] = table.layers["he2gene"] + 1
     table.uns["he2gene_adapted"] = record
@@ -160,7 +160,7 @@ def test_spatial_draws_into_given_axes(predicted):
     assert plt.get_fignums() == [figure.number]
 
 
-def test_spatial_refuses_another_number_of_axes(predicted):
+def test_spatial_raises_for_a_wrong_number_of_axes(predicted):
     _, ax = plt.subplots()
     with pytest.raises(ValueError, match=r"`ax` holds 1 axes, 2 are needed"):
         hg.pl.spatial(predicted, "ERBB2", ax=ax)
@@ -172,22 +172,22 @@ def test_spatial_saves_a_file(predicted, tmp_path):
 
 
 @pytest.mark.parametrize("gene", ["NO_SUCH_GENE", "FTL"])
-def test_spatial_refuses_a_gene_that_was_not_predicted(predicted, gene):
+def test_spatial_raises_for_a_gene_that_was_not_predicted(predicted, gene):
     with pytest.raises(ValueError, match=f"`genes` .*{gene}.* not predicted"):
         hg.pl.spatial(predicted, gene)
 
 
-def test_spatial_refuses_an_empty_list(predicted):
+def test_spatial_raises_for_an_empty_list(predicted):
     with pytest.raises(ValueError, match="`genes` is empty"):
         hg.pl.spatial(predicted, [])
 
 
-def test_spatial_asks_for_a_prediction_first(toy):
+def test_spatial_raises_without_a_prediction(toy):
     with pytest.raises(ValueError, match="run hg.tl.predict first"):
         hg.pl.spatial(toy, "ERBB2")
 
 
-def test_spatial_refuses_the_layer_of_another_prediction(toy, tiny_model):
+def test_spatial_raises_for_the_layer_of_another_prediction(toy, tiny_model):
     for key in ("he2gene", "second"):
         hg.tl.predict(toy, model=tiny_model, key_added=key)
     with pytest.raises(ValueError, match="`layer` 'second' belongs to prediction 'second', not to 'he2gene'"):
@@ -199,7 +199,7 @@ def test_dates_are_labels(predicted):
     hg.pl.spatial(predicted, color="day", show=False)
 
 
-def test_spatial_refuses_a_measured_layer_that_is_not_there(predicted):
+def test_spatial_raises_for_a_missing_measured_layer(predicted):
     with pytest.raises(ValueError, match=r"`measured` 'raw' is not a layer, valid: \['he2gene'\]"):
         hg.pl.spatial(predicted, "ERBB2", measured="raw")
 
@@ -208,8 +208,8 @@ def test_spatial_draws_nothing_measured_for_a_table_of_predictions(without_measu
     assert hg.pl.spatial(without_measured, "ERBB2").get_title().startswith("ERBB2 predicted")
 
 
-def test_spatial_refuses_to_draw_the_measured_of_a_table_of_predictions(without_measured):
-    with pytest.raises(ValueError, match="holds predictions only"):
+def test_spatial_raises_for_measured_values_of_a_table_of_predictions(without_measured):
+    with pytest.raises(ValueError, match="has only predictions"):
         hg.pl.spatial(without_measured, "ERBB2", measured=True)
 
 
@@ -219,13 +219,13 @@ def test_spatial_finds_a_gene_in_the_table_of_all_genes(toy, tiny_model):
     assert hg.pl.spatial(toy, "NOT1").get_title().startswith("NOT1 predicted")
 
 
-def test_spatial_leaves_the_object_as_it_was(predicted):
+def test_spatial_does_not_change_the_object(predicted):
     before = (sorted(predicted.tables), list(predicted["table"].obs), sorted(predicted.images))
     hg.pl.spatial(predicted, "ERBB2")
     assert (sorted(predicted.tables), list(predicted["table"].obs), sorted(predicted.images)) == before
 
 
-def test_spatial_works_on_what_was_saved_and_read_again(predicted, tmp_path):
+def test_spatial_draws_an_object_that_was_saved_and_read(predicted, tmp_path):
     hg.io.save(predicted, tmp_path / "toy.zarr")
     axes = hg.pl.spatial(sd.read_zarr(tmp_path / "toy.zarr"), "ERBB2")
     assert len(axes) == 2
@@ -275,13 +275,13 @@ def test_annotation_gives_a_shared_class_the_same_colour_in_both_panels(predicte
 
 
 @pytest.mark.parametrize("reference", ["no_such_column", "empty"])
-def test_annotation_refuses_a_reference_without_labels(predicted, reference):
+def test_annotation_raises_for_a_reference_without_labels(predicted, reference):
     predicted["table"].obs["empty"] = pd.Categorical([np.nan] * predicted["table"].n_obs)
-    with pytest.raises(ValueError, match=f"`reference` '{reference}' is no column of obs with labels.*pathologist"):
+    with pytest.raises(ValueError, match=f"`reference` '{reference}' is not a column of obs with labels.*pathologist"):
         hg.pl.annotation(predicted, reference=reference)
 
 
-def test_annotation_refuses_one_axes_for_two_panels(predicted):
+def test_annotation_raises_for_one_axes_for_two_panels(predicted):
     _, ax = plt.subplots()
     with pytest.raises(ValueError, match=r"`ax` holds 1 axes, 2 are needed"):
         hg.pl.annotation(predicted, reference="pathologist", ax=ax)
@@ -304,7 +304,7 @@ def test_annotation_does_not_colour_a_spot_without_annotation(toy, tiny_model):
 
 @pytest.fixture
 def with_glass(predicted):
-    """Three spots on glass, which predict would have left without a class, and one that is unknown."""
+    """Return a slide with three spots on glass, without a class as predict leaves them, and one unknown spot."""
     obs = predicted["table"].obs
     obs.iloc[:3, obs.columns.get_loc("he2gene_tissue")] = 0.2
     obs.iloc[:4, obs.columns.get_loc("he2gene_annotation")] = np.nan
@@ -345,7 +345,7 @@ def test_a_slide_that_is_all_glass_is_drawn(predicted):
     assert _legend(hg.pl.spatial(predicted, "ERBB2", measured=False)) == ["no tissue"]
 
 
-def test_a_prediction_that_does_not_know_its_tissue_is_drawn_in_colour(predicted):
+def test_a_prediction_without_tissue_share_is_drawn_in_colour(predicted):
     del predicted["table"].obs["he2gene_tissue"]
     assert hg.pl.spatial(predicted, "ERBB2", measured=False).get_legend() is None
 
@@ -359,7 +359,7 @@ def _move_first_spot_outside(sdata):
 # ------------------------------------------------------------------------------------------- neighbours
 
 
-def test_spatialdata_plot_draws_what_predict_wrote(predicted):
+def test_spatialdata_plot_draws_results_of_predict(predicted):
     import spatialdata_plot  # noqa: F401 - registers sdata.pl
 
     _, axes = plt.subplots(1, 2)
@@ -369,7 +369,7 @@ def test_spatialdata_plot_draws_what_predict_wrote(predicted):
         predicted.pl.render_shapes("spots", table_name="table", **options).pl.show(
             coordinate_systems="global", ax=ax, show=False
         )
-        # Patches up to spatialdata-plot 0.4.2, paths since; a scatter of nothing is a line of the legend.
+        # Patches up to spatialdata-plot 0.4.2, paths in later versions; an empty scatter is a legend entry.
         found = [c for c in ax.collections if isinstance(c, PatchCollection | PathCollection)]
         (spots,) = [c for c in found if len(c.get_offsets()) != 0]
         assert len(spots.get_paths()) == predicted["table"].n_obs
@@ -383,8 +383,8 @@ def test_spatial_draws_dense_counts_as_sparse_ones(predicted):
     np.testing.assert_allclose(_spots(dense[1]).get_facecolor(), expected)
 
 
-def test_annotation_refuses_a_numeric_reference(predicted):
-    with pytest.raises(ValueError, match="`reference` 'texture' is no column of obs with labels"):
+def test_annotation_raises_for_a_numeric_reference(predicted):
+    with pytest.raises(ValueError, match="`reference` 'texture' is not a column of obs with labels"):
         hg.pl.annotation(predicted, reference="texture")
 
 
@@ -400,7 +400,7 @@ def test_a_slide_on_which_every_spot_is_unknown_is_drawn(toy, tiny_model):
 
 @pytest.fixture
 def masked(toy):
-    """The left half of the toy slide is tissue, and two spots of 100 µm lie on it."""
+    """Return a toy slide with tissue in the left half, and two spots of 100 µm on it."""
     from spatialdata.models import Labels2DModel, ShapesModel
     from spatialdata.transformations import Scale
 
@@ -441,7 +441,7 @@ def test_tissue_names_what_is_missing_or_ambiguous(masked):
         hg.pl.tissue(masked)
     with pytest.raises(ValueError, match=r"`coordinate_system` is 'other'; valid.*'global'"):
         hg.pl.tissue(masked, shapes_key="grid", coordinate_system="other")
-    with pytest.raises(ValueError, match=r"`shapes_key` 'he_tissue' names labels"):
+    with pytest.raises(ValueError, match=r"`shapes_key` 'he_tissue' is a labels element"):
         hg.pl.tissue(masked, shapes_key="he_tissue")
     del masked.labels["he_tissue"]
     with pytest.raises(ValueError, match=r"`tissue_key` 'he_tissue' not found.*run hg\.pp\.tissue first"):

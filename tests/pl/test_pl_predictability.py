@@ -1,4 +1,4 @@
-"""hg.pl.predictability: what can be read off the picture."""
+"""``hg.pl.predictability``: labels, legend and errors."""
 
 from dataclasses import replace
 
@@ -30,24 +30,24 @@ def boxes(ax):
 
 
 @pytest.mark.parametrize("genes", [10, 40, ["ERBB2", "CD24", "CD3E", "PTPRC", "ESR1"]])
-def test_labels_do_not_overlap_and_stand_inside(bundled, genes):
+def test_labels_do_not_overlap_and_are_inside(bundled, genes):
     ax = hg.pl.predictability(bundled, genes=genes)
     found = boxes(ax)
     assert len(found) == (genes if isinstance(genes, int) else len(genes))
-    # A point of descent and ascent is shared by neighbouring lines of text.
+    # Neighbouring lines of text may overlap by one point.
     assert all(upper.y0 > lower.y0 + 0.7 * lower.height for upper, lower in zip(found, found[1:], strict=False))
     inside = ax.get_window_extent()
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in found)
     assert all(inside.y0 <= box.y0 + 1 and box.y1 <= inside.y1 + 1 for box in found)
 
 
-def test_labels_stand_inside_narrow_axes(bundled):
+def test_labels_are_inside_narrow_axes(bundled):
     ax = hg.pl.predictability(bundled, genes=["COL1A1", "HLA-DRB1"], figsize=(3.2, 4.5))
     found = boxes(ax)
     assert all(box.x1 < ax.get_window_extent().x1 for box in found)
 
 
-def test_a_line_leads_to_the_point_that_a_label_means(bundled):
+def test_a_line_connects_each_label_with_its_point(bundled):
     ax = hg.pl.predictability(bundled, genes="ERBB2")
     (text,) = ax.texts
     ranked = bundled.genes["pcc"].sort_values(ascending=False, kind="stable")
@@ -59,12 +59,12 @@ def test_a_line_leads_to_the_point_that_a_label_means(bundled):
     assert ax.get_xscale() == "log"
 
 
-def test_the_legend_says_what_the_band_is_over_and_new_patients_are_drawn(bundled):
+def test_the_legend_names_the_units_of_the_band_and_new_patients_are_drawn(bundled):
     ax = hg.pl.predictability(bundled, genes=0)
     legend = {text.get_text() for text in ax.get_legend().get_texts()}
     assert {
         "95 % interval over 6 held-out sections of known patients",
-        "mean over 3 patients held out whole",
+        "mean over 3 held-out patients",
     } <= legend
     points = [c for c in ax.collections if len(c.get_offsets()) == len(bundled.genes)]
     ranked = bundled.genes.sort_values("pcc", ascending=False, kind="stable")
@@ -80,11 +80,11 @@ def test_the_legend_says_what_the_band_is_over_and_new_patients_are_drawn(bundle
         (-1, "`genes` is -1"),
         (True, "`genes` is True"),
         (None, "`genes` is None"),
-        (100_000, "labels do not fit, at most 40"),
+        (100_000, "labels do not fit; pass at most 40"),
         (["NO"], r"\['NO'\]"),
     ],
 )
-def test_what_cannot_be_labelled_is_refused(bundled, genes, message):
+def test_genes_that_cannot_be_labelled_raise(bundled, genes, message):
     with pytest.raises(ValueError, match=message):
         hg.pl.predictability(bundled, genes=genes)
 

@@ -1,4 +1,4 @@
-"""What the pictures of tissue have in common: names, scales, colours, regions, slides, figures."""
+"""Shared features of tissue plots: names, scales, colours, regions, slides, figures."""
 
 import anndata as ad
 import matplotlib.pyplot as plt
@@ -15,7 +15,7 @@ from he2gene_sc.pl._canvas import read_region
 
 @pytest.fixture(scope="module")
 def slide(tiny_model):
-    """A slide on which ERBB2 is predicted as 1 to 3, and the first two of three classes take turns."""
+    """Return a slide with predicted ERBB2 from 1 to 3, and alternating first two of three classes."""
     sdata = hg.datasets.toy((5, 6), mpp=2.0)
     hg.tl.predict(sdata, model=tiny_model)
     table = sdata["table"]
@@ -99,7 +99,7 @@ def test_a_class_has_its_colour_in_every_column_and_the_palette_comes_first(slid
     np.testing.assert_array_equal(spots(given).get_facecolor()[0], to_rgba_array("blue")[0])
 
 
-def test_titles_state_the_correlation_and_what_was_held_out(slide):
+def test_titles_state_correlation_and_captions_held_out_correlation(slide):
     predicted, measured = hg.pl.spatial(slide, "ERBB2")
     table = slide["table"]
     counts = table.X.toarray()
@@ -124,11 +124,11 @@ def test_a_region_is_shown_in_pixels_of_the_image(slide):
     x, y = slide["table"].obsm["spatial"][7]
     ax = hg.pl.spatial(slide, "score", bbox=(x - 60, y - 50, x + 60, y + 50))
     assert (*ax.get_xlim(), *ax.get_ylim()) == pytest.approx((x - 60, x + 60, y + 50, y - 50))
-    with pytest.raises(ValueError, match=r"`bbox` \(-90, -90, -80, -80\) holds no spot; the spots lie in x"):
+    with pytest.raises(ValueError, match=r"`bbox` \(-90, -90, -80, -80\) contains no spot; the spots are at x"):
         hg.pl.spatial(slide, "score", bbox=(-90, -90, -80, -80))
 
 
-def test_a_part_is_enlarged_in_a_corner_and_marked(slide):
+def test_an_inset_is_enlarged_in_a_corner_and_marked(slide):
     x, y = slide["table"].obsm["spatial"][7]
     part = (x - 60, y - 50, x + 60, y + 50)
     ax = hg.pl.spatial(slide, "score", inset=part)
@@ -144,14 +144,14 @@ def test_a_part_is_enlarged_in_a_corner_and_marked(slide):
 
 
 @pytest.mark.parametrize("bbox", [None, (0, 0, 300, 300)])
-def test_a_part_that_is_not_smaller_or_lies_outside_is_refused(slide, bbox):
+def test_an_inset_that_is_not_smaller_or_is_outside_raises(slide, bbox):
     last = slide["table"].obsm["spatial"].max(0)
     part = (0, 0, *last) if bbox is None else (*(last - 30), *(last + 30))
-    with pytest.raises(ValueError, match=r"`inset` .* is not a part of what is drawn, with less than 40%"):
+    with pytest.raises(ValueError, match=r"`inset` .* must be inside the drawn region, with less than 40%"):
         hg.pl.spatial(slide, "score", inset=part, bbox=bbox)
 
 
-def test_a_table_is_drawn_by_its_places_without_tissue(slide):
+def test_a_table_is_drawn_with_its_spot_centres_without_tissue(slide):
     ax = hg.pl.spatial(slide["table"].copy(), "ERBB2", measured=False)
     assert not ax.images
     np.testing.assert_allclose(spots(ax).get_offsets(), slide["table"].obsm["spatial"])
@@ -186,7 +186,7 @@ def test_show_shows_and_returns_nothing(slide, monkeypatch):
         ({"title": ["a", "b", "c"]}, "`title` holds 3 titles, 1 are needed"),
         ({"bbox": (1, 2, 3)}, r"`bbox` is \(1, 2, 3\); \(xmin, ymin, xmax, ymax\)"),
         ({"inset": (5, 0, 1, 9)}, r"`inset` is \(5, 0, 1, 9\); \(xmin, ymin, xmax, ymax\)"),
-        ({"inset": (-90, -90, -80, -80)}, r"`inset` \(-90, -90, -80, -80\) holds no spot; the spots lie in x"),
+        ({"inset": (-90, -90, -80, -80)}, r"`inset` \(-90, -90, -80, -80\) contains no spot; the spots are at x"),
         ({"alpha": 2}, "`alpha` is 2"),
         ({"cmap": "nope"}, "`cmap` 'nope' is not a colour map"),
         ({"legend_loc": "nope"}, "`legend_loc` is 'nope', valid"),
@@ -194,12 +194,12 @@ def test_show_shows_and_returns_nothing(slide, monkeypatch):
         ({"genes": "scor"}, r"`genes` \['scor'\] were not predicted.*near 'scor': \['score'\]"),
     ],
 )
-def test_odd_arguments_are_refused(slide, arguments, message):
+def test_invalid_style_arguments_raise(slide, arguments, message):
     with pytest.raises(ValueError, match=message):
         hg.pl.spatial(slide, **{"genes": "score", **arguments})
 
 
-def test_a_region_is_read_from_the_level_that_fits_and_stands_where_it_lies():
+def test_a_region_is_read_from_the_right_level_and_drawn_at_its_position():
     fine = np.full((3, 400, 800), 250, np.uint8)
     fine[:, 120:160, 320:400] = 10
     pyramid = Pyramid(tuple(Level(fine[:, ::step, ::step], step) for step in (1, 2, 4)))
@@ -212,7 +212,7 @@ def test_a_region_is_read_from_the_level_that_fits_and_stands_where_it_lies():
     assert whole.shape == (100, 200, 3)
 
 
-def test_spots_that_are_labels_are_drawn_as_they_are(tiny_model):
+def test_spots_of_a_labels_element_are_drawn_with_their_shape(tiny_model):
     from spatialdata.models import Labels2DModel
 
     sdata = hg.datasets.toy((3, 3), mpp=2.0)
@@ -234,7 +234,7 @@ def test_spots_that_are_labels_are_drawn_as_they_are(tiny_model):
 
 @pytest.fixture
 def table():
-    """Twelve spots of a lattice, with numbers and labels."""
+    """Return a table of twelve spots on a lattice, with numbers and labels."""
     found = ad.AnnData(obs=pd.DataFrame({"score": np.arange(12.0)}, index=[f"s{i}" for i in range(12)]))
     found.obs["kind"] = pd.Categorical(["unknown", "no tissue", "tumour"] * 4)
     found.obsm["spatial"] = np.stack([np.arange(12) % 4, np.arange(12) // 4], 1) * 10.0
@@ -255,9 +255,9 @@ def test_classes_with_the_names_of_greys_are_drawn_as_the_legend_says(table):
     assert legend(ax) == ["no tissue", "tumour", "unknown (absent)", "unknown"]
 
 
-def test_spots_that_coincide_are_seen_and_warned_of(table):
+def test_coinciding_spots_give_a_warning(table):
     both = ad.concat([table, table], index_unique="-")
-    with pytest.warns(UserWarning, match=r"12 of 24 spots lie on another.*obs\['section'\]"):
+    with pytest.warns(UserWarning, match=r"12 of 24 spots have the position of another spot.*obs\['section'\]"):
         ax = hg.pl.spatial(both, "score")
     assert spots(ax)._widths[0] == pytest.approx(9.5 / 2)
     both.obs["section"] = ["a"] * 12 + ["b"] * 12
@@ -280,7 +280,7 @@ def test_a_figure_is_saved_whole_or_not_at_all(table, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "none/a.png", "a.nope"])
-def test_a_place_that_no_figure_can_be_saved_to_is_refused_before_drawing(table, tmp_path, name):
+def test_an_invalid_save_path_raises_before_drawing(table, tmp_path, name):
     plt.close("all")
     with pytest.raises(ValueError, match="`save`"):
         hg.pl.spatial(table, "score", save=tmp_path / name)
@@ -299,12 +299,12 @@ def test_a_place_that_no_figure_can_be_saved_to_is_refused_before_drawing(table,
         ({"color": "nope"}, r"`color` \['nope'\] were not predicted"),
     ],
 )
-def test_what_would_be_drawn_wrong_is_refused(table, arguments, message):
+def test_arguments_that_would_be_drawn_wrong_raise(table, arguments, message):
     with pytest.raises(ValueError, match=message):
         hg.pl.spatial(table, **arguments)
 
 
-def test_slides_that_differ_are_refused_by_name(slide, table):
+def test_errors_name_the_slide_that_differs(slide, table):
     other = table.copy()
     other.obs["score"] = pd.Categorical(["x"] * 12)
     with pytest.raises(ValueError, match="'score' holds numbers in one slide and labels in another"):
@@ -312,7 +312,7 @@ def test_slides_that_differ_are_refused_by_name(slide, table):
     del other.obs["kind"]
     with pytest.raises(ValueError, match="were not predicted for slide 'b'"):
         hg.pl.spatial({"a": table, "b": other}, "kind")
-    with pytest.raises(ValueError, match="annotation head, obs of slide 'b'"):
+    with pytest.raises(ValueError, match="annotation head, so obs of slide 'b'"):
         hg.pl.annotation({"a": slide, "b": other})
     with pytest.raises(ValueError, match="the table has no spots"):
         hg.pl.spatial(table[:0].copy(), "score")

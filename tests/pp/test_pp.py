@@ -1,4 +1,4 @@
-"""`hg.pp.tissue` and `hg.pp.grid`: from a bare image to pseudo-spots that can be predicted."""
+"""`hg.pp.tissue` and `hg.pp.grid`: from an image without spots to pseudo-spots for the prediction."""
 
 import warnings
 
@@ -15,7 +15,7 @@ import he2gene_sc as hg
 
 
 def disc(height=600, width=800, background=(243, 243, 243)):
-    """A round piece of pink tissue of 200 px radius in the middle, and where it lies."""
+    """Return an image with a round piece of pink tissue of 200 px radius in the middle, and its mask."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width]
     tissue = (y - height / 2) ** 2 + (x - width / 2) ** 2 < 200**2
@@ -35,7 +35,7 @@ def bare(pixels, systems=None, mpp=2.0):
 
 
 def with_mask(mask, **kwargs):
-    """A white image with a given tissue mask at a quarter of its resolution."""
+    """Return a white image with a given tissue mask at a quarter of its resolution."""
     sdata = bare(np.full((3, mask.shape[0] * 4, mask.shape[1] * 4), 255, np.uint8), **kwargs)
     sdata.labels["he_tissue"] = Labels2DModel.parse(
         mask.astype(np.uint16),
@@ -46,7 +46,7 @@ def with_mask(mask, **kwargs):
 
 
 def agreement(sdata, tissue, key="he_tissue"):
-    """Intersection over union of the mask with the truth."""
+    """Return the intersection over union of the mask with the truth."""
     mask = sdata[key].to_numpy() > 0
     rows = (np.arange(tissue.shape[0]) * mask.shape[0] // tissue.shape[0])[:, None]
     columns = np.arange(tissue.shape[1]) * mask.shape[1] // tissue.shape[1]
@@ -66,7 +66,7 @@ def centres(sdata, key="spots"):
 def test_a_blank_image_has_no_tissue(value, method):
     noise = np.random.default_rng(0).integers(0, 3, (3, 120, 160), dtype=np.uint8)
     sdata = bare(np.full((3, 120, 160), value, np.uint8) - noise * (value == 243))
-    with pytest.raises(ValueError, match="`image_key` 'he' is blank: white, black or transparent"):
+    with pytest.raises(ValueError, match=r"`image_key` 'he' is blank \(white, black or transparent\)"):
         hg.pp.tissue(sdata, method=method)
     assert not sdata.labels
 
@@ -86,7 +86,7 @@ def test_tissue_is_found_on_a_transparent_background():
     assert agreement(sdata, tissue) > 0.9
 
 
-def test_transparency_counts_whatever_colour_lies_under_it():
+def test_transparent_pixels_are_background_whatever_their_colour():
     pixels, tissue = disc(background=(190, 110, 170))
     sdata = bare(np.concatenate([pixels, 255 * tissue[None].astype(np.uint8)]))
     hg.pp.tissue(sdata)
@@ -94,13 +94,13 @@ def test_transparency_counts_whatever_colour_lies_under_it():
 
 
 @pytest.mark.parametrize(
-    ("ink", "said"),
+    ("ink", "warning"),
     [
-        ((40, 140, 90), "1[345] % of the tissue found on image 'he' is green or blue, as pen is"),
-        ((200, 30, 50), "1[4567] % of the tissue found on image 'he' is red without violet, as pen and blood are"),
+        ((40, 140, 90), "1[345] % of the tissue mask of image 'he' is green or blue, like ink"),
+        ((200, 30, 50), "1[4567] % of the tissue mask of image 'he' is red without violet, like ink or blood"),
     ],
 )
-def test_ink_of_a_pen_among_the_tissue_is_said(ink, said):
+def test_ink_in_the_tissue_mask_gives_a_warning(ink, warning):
     pixels, tissue = disc()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -108,7 +108,7 @@ def test_ink_of_a_pen_among_the_tissue_is_said(ink, said):
         warnings.simplefilter("error", FutureWarning)
         hg.pp.tissue(bare(pixels))
     pixels[:, 270:330, 250:550] = np.array(ink, np.uint8)[:, None, None]
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=warning):
         hg.pp.tissue(bare(pixels))
 
 
@@ -120,7 +120,7 @@ def test_tissue_of_a_large_image_is_found_at_reduced_resolution():
     assert agreement(sdata, tissue) > 0.9
 
 
-def test_the_mask_lies_on_the_image_in_every_system():
+def test_the_mask_matches_the_image_in_every_coordinate_system():
     pixels, _ = disc(601, 803)
     sdata = bare(pixels, {"global": Scale([2.0, 2.0], axes=("x", "y")), "other": Identity()})
     hg.pp.tissue(sdata)
@@ -130,7 +130,7 @@ def test_the_mask_lies_on_the_image_in_every_system():
         assert extents[0]["y"] == pytest.approx(extents[1]["y"], abs=1e-6)
 
 
-def test_tissue_leaves_the_image_and_takes_a_name(tmp_path):
+def test_tissue_does_not_change_the_image_and_accepts_a_name(tmp_path):
     pixels, _ = disc()
     sdata = bare(pixels)
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_tissue_leaves_the_image_and_takes_a_name(tmp_path):
     assert list(sd.read_zarr(tmp_path / "a.zarr").labels) == ["mine"]
 
 
-def test_tissue_refuses_two_equal_images_and_grey_ones():
+def test_tissue_raises_for_two_equal_images_and_for_grey_images():
     pixels, _ = disc()
     sdata = bare(pixels)
     sdata["grey"] = Image2DModel.parse(pixels[:1], dims=("c", "y", "x"))
@@ -157,7 +157,7 @@ def test_tissue_refuses_two_equal_images_and_grey_ones():
 
 
 def two_tissues(pale, dark=300, colour=(205, 165, 195)):
-    """Tissue of 600 × 800 px from edge to edge: ``dark`` px of each row are dark, ``pale`` px beside them pale, the rest is glass."""
+    """Return an image of 600 × 800 px: in each row ``dark`` px of dark tissue, then ``pale`` px of pale tissue, then glass."""
     rng = np.random.default_rng(0)
     pixels = np.full((3, 600, 800), 243, np.uint8)
     for stain, part in (((120, 60, 130), slice(0, dark)), (colour, slice(dark, dark + pale))):
@@ -168,25 +168,25 @@ def two_tissues(pale, dark=300, colour=(205, 165, 195)):
     return pixels, tissue
 
 
-def test_tissue_from_edge_to_edge_is_found_whole():
+def test_tissue_that_fills_the_image_is_found_completely():
     pixels, tissue = two_tissues(pale=500)
     sdata = bare(pixels)
     hg.pp.tissue(sdata)
     assert agreement(sdata, tissue) > 0.98
 
 
-def test_otsu_says_that_it_lost_half_and_names_the_call_that_finds_it():
+def test_otsu_warns_of_lost_tissue_and_names_the_call_that_finds_it():
     pixels, tissue = two_tissues(pale=500)
     sdata = bare(pixels)
     for options in ({"method": "otsu"}, {"n_samples": 5}):
-        with pytest.warns(UserWarning, match=r"'otsu' leaves out 6\d % of what is stained.*method='glass'"):
+        with pytest.warns(UserWarning, match=r"'otsu' leaves out 6\d % of the stained structure.*method='glass'"):
             hg.pp.tissue(sdata, **options)
         assert agreement(sdata, tissue) < 0.5
     hg.pp.tissue(sdata, method="glass")
     assert agreement(sdata, tissue) > 0.98
 
 
-def test_pale_tissue_on_a_slide_that_is_mostly_glass_is_said_and_left_out():
+def test_pale_tissue_on_a_slide_of_mostly_glass_is_left_out_with_a_warning():
     pixels, tissue = two_tissues(pale=120, dark=60, colour=(228, 190, 222))
     sdata = bare(pixels)
     with pytest.warns(UserWarning, match="leaves out 6"):
@@ -196,7 +196,7 @@ def test_pale_tissue_on_a_slide_that_is_mostly_glass_is_said_and_left_out():
     assert agreement(sdata, tissue) > 0.9
 
 
-def test_what_is_not_glass_has_neither_dust_nor_holes():
+def test_method_glass_gives_neither_dust_nor_holes():
     pixels, tissue = disc()
     pixels[:, 20:24, 20:24] = 100
     pixels[:, 298:304, 398:404] = 243
@@ -224,7 +224,7 @@ def test_tissue_by_glass_takes_no_arguments_of_squidpy():
 
 
 @pytest.mark.data
-def test_the_inset_of_a1_is_no_tissue(her2st):
+def test_the_inset_of_a1_is_not_tissue(her2st):
     sdata = her2st("A1")
     hg.pp.tissue(sdata, key_added="mask")
     mask = sdata.labels.pop("mask")
@@ -243,7 +243,7 @@ def test_the_inset_of_a1_is_no_tissue(her2st):
 @given(
     mpp=st.floats(0.5, 4), diameter=st.floats(50, 200), pitch=st.floats(60, 300), share=st.sampled_from([0.1, 0.5, 1.0])
 )
-def test_spots_of_a_grid_have_their_size_and_distance_and_lie_on_tissue(mpp, diameter, pitch, share):
+def test_spots_of_a_grid_have_the_given_size_and_distance_and_are_on_tissue(mpp, diameter, pitch, share):
     mask = np.zeros((200, 250), bool)
     mask[20:180, 30:220] = True
     sdata = with_mask(mask, mpp=mpp)
@@ -268,7 +268,7 @@ def test_a_grid_fills_the_tissue():
     assert sdata["spots"].index.is_unique
 
 
-def test_pieces_of_tissue_count_alike_whatever_their_number():
+def test_all_numbered_pieces_of_tissue_are_treated_alike():
     labels = np.zeros((100, 125), np.uint16)
     labels[:, :50], labels[:, 70:] = 1, 2
     sdata = with_mask(labels)
@@ -287,8 +287,8 @@ def test_a_grid_keeps_the_systems_of_the_image_and_the_mpp_for_predict():
     assert set(get_transformation(sdata["spots"], get_all=True)) == {"global", "other"}
 
 
-def test_a_grid_lies_where_the_mask_of_another_tool_does():
-    """A mask of the right half, in its own pixels, on two levels."""
+def test_a_grid_follows_the_mask_of_another_tool():
+    """The mask covers the right half, with its own pixel size and two levels."""
     sdata = hg.datasets.toy((4, 4), mpp=2.0)
     height, width = hg._core.images.pyramid_of(sdata, "he").height, hg._core.images.pyramid_of(sdata, "he").width
     half = np.ones((height // 2, width // 4), np.uint16)
@@ -306,7 +306,7 @@ def test_a_grid_lies_where_the_mask_of_another_tool_does():
         hg.pp.grid(sdata, tissue_key="apart", key_added="none")
 
 
-def test_a_coarse_mask_without_a_scale_covers_the_image_and_it_is_said():
+def test_a_coarse_mask_without_a_scale_covers_the_image_with_a_warning():
     sdata = hg.datasets.toy((4, 4), mpp=2.0)
     pyramid = hg._core.images.pyramid_of(sdata, "he")
     sdata["coarse"] = Labels2DModel.parse(
@@ -317,7 +317,7 @@ def test_a_coarse_mask_without_a_scale_covers_the_image_and_it_is_said():
     assert sdata["bins"].geometry.x.max() > 0.8 * pyramid.width
 
 
-def test_a_grid_may_be_laid_again():
+def test_a_grid_can_be_replaced():
     sdata = with_mask(np.ones((100, 100), bool))
     hg.pp.grid(sdata)
     many = len(sdata["spots"])
@@ -340,7 +340,7 @@ def test_a_grid_may_be_laid_again():
         ({"key_added": "a/b"}, "`key_added`"),
     ],
 )
-def test_grid_refuses(arguments, match):
+def test_invalid_arguments_of_grid_raise(arguments, match):
     sdata = with_mask(np.ones((100, 100), bool))
     with pytest.raises(ValueError, match=match):
         hg.pp.grid(sdata, **arguments)
@@ -352,7 +352,7 @@ def test_grid_needs_mpp_mask_and_tissue():
         hg.pp.grid(with_mask(np.ones((100, 100), bool), mpp=None))
     with pytest.raises(ValueError, match=r"`tissue_key` 'he_tissue' not found.*run hg\.pp\.tissue"):
         hg.pp.grid(bare(disc()[0]))
-    with pytest.raises(ValueError, match="no spot of 100 µm lies on tissue"):
+    with pytest.raises(ValueError, match="no spot of 100 µm is on tissue"):
         hg.pp.grid(with_mask(np.zeros((100, 100), bool)))
 
 
@@ -366,13 +366,13 @@ def test_grid_does_not_replace_spots_that_a_table_annotates(toy):
     assert "pseudo" in toy.shapes
 
 
-def test_same_grid_again_is_welcome_after_a_prediction(toy, tiny_model):
+def test_the_same_grid_can_be_made_again_after_a_prediction(toy, tiny_model):
     del toy.tables["table"], toy.shapes["spots"]
     hg.pp.tissue(toy)
     hg.pp.grid(toy)
     hg.tl.predict(toy, model=tiny_model)
     hg.pp.grid(toy)
-    with pytest.raises(ValueError, match="names other shapes"):
+    with pytest.raises(ValueError, match="is a shapes element with other spots"):
         hg.pp.grid(toy, pitch_um=150)
     hg.tl.predict(toy, model=tiny_model)
 
@@ -394,7 +394,7 @@ def test_a_bare_image_is_predicted_from_file_to_table(tmp_path, tiny_model, suff
     assert sd.read_zarr(tmp_path / "slide.zarr")["table"].shape == table.shape
 
 
-def test_a_bare_image_with_mpp_in_predict_alone_is_told_to_grid_first(tmp_path, tiny_model):
+def test_predicting_an_image_without_spots_raises_and_names_grid(tmp_path, tiny_model):
     sdata = bare(disc()[0], mpp=None)
     with pytest.raises(ValueError, match=r"no spots .*hg\.pp\.tissue.*hg\.pp\.grid"):
         hg.tl.predict(sdata, model=tiny_model, mpp=0.5)

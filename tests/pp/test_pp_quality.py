@@ -1,4 +1,4 @@
-"""`hg.pp.qc` and `hg.pp.normalize_stains`: squidpy's functions, with our masks and our rules of writing."""
+"""`hg.pp.qc` and `hg.pp.normalize_stains`: functions of squidpy with our masks and our checks of names."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def slide(change=lambda pixels: pixels, seed=0):
-    """A toy image of 500 × 500 px at 2 µm/px, all of it tissue, with a mask of an eighth of its resolution."""
+    """Return a toy image of 500 × 500 px at 2 µm/px, all tissue, with a mask at an eighth of its resolution."""
     pixels = change(hg.datasets.toy((4, 4), mpp=2.0, seed=seed)["he"].to_numpy())
     here = Scale([3.0, 3.0], axes=("y", "x"))
     image = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations={"here": here})
@@ -35,7 +35,7 @@ def paler(pixels):
     return (255 - 0.5 * (255.0 - pixels)).astype(np.uint8)
 
 
-def test_tiles_of_the_blurred_half_are_the_least_sharp_and_lie_on_the_image():
+def test_tiles_of_the_blurred_half_are_the_least_sharp_and_match_the_image():
     sdata = slide(half_blurred)
     hg.pp.qc(sdata, tile_um=100.0)
     tiles = sdata["he_qc"]
@@ -51,7 +51,7 @@ def test_tiles_of_the_blurred_half_are_the_least_sharp_and_lie_on_the_image():
     np.testing.assert_allclose(tiles["qc_tenengrad"], alone["qc_img_he"][:, "qc_tenengrad"].X.ravel(), rtol=1e-4)
 
 
-def test_tiles_are_no_spots_and_what_is_the_users_stays():
+def test_tiles_are_not_used_as_spots_and_elements_of_the_user_are_kept():
     sdata = slide()
     hg.pp.qc(sdata)
     with pytest.raises(ValueError, match="has no spots"):
@@ -67,8 +67,8 @@ def test_tiles_are_no_spots_and_what_is_the_users_stays():
         hg.pp.qc(sdata, key_added="he_tissue")
 
 
-def test_tiles_are_tissue_where_the_mask_lies():
-    """A mask of the right half, in its own pixels."""
+def test_tiles_inside_the_mask_are_tissue():
+    """The mask covers the right half, with its own pixel size."""
     sdata = slide()
     at = Sequence([Translation([250.0, 0.0], axes=("x", "y")), Scale([3.0, 3.0], axes=("y", "x"))])
     sdata["half"] = Labels2DModel.parse(np.ones((500, 250), np.uint16), dims=("y", "x"), transformations={"here": at})
@@ -77,7 +77,7 @@ def test_tiles_are_tissue_where_the_mask_lies():
     np.testing.assert_array_equal(sdata["he_qc"]["is_tissue"], right)
 
 
-def test_stains_are_brought_to_those_of_the_reference_and_the_image_stays():
+def test_stains_match_the_reference_and_the_image_is_unchanged():
     sdata, reference = slide(paler), slide(seed=1)
     before = sdata["he"].to_numpy().copy()
     hg.pp.normalize_stains(sdata, reference, method="reinhard")
@@ -91,7 +91,7 @@ def test_stains_are_brought_to_those_of_the_reference_and_the_image_stays():
         hg.pp.normalize_stains(sdata, reference, image_key="he")
 
 
-def test_macenko_is_that_of_squidpy():
+def test_macenko_equals_squidpy():
     sdata, reference = slide(), slide(seed=1)
     hg.pp.normalize_stains(sdata, reference)
     im = sq.experimental.im
@@ -114,9 +114,9 @@ def test_without_a_mask_and_with_unknown_arguments_nothing_is_written(verb):
     assert not sdata.shapes
 
 
-def test_grey_images_have_no_two_stains():
+def test_grey_images_raise_because_they_have_no_two_stains():
     sdata = slide(lambda pixels: np.repeat(pixels[:1], 3, axis=0))
-    with pytest.raises(ValueError, match="the stains cannot be told apart by 'macenko'"):
+    with pytest.raises(ValueError, match="method 'macenko' cannot separate the stains"):
         hg.pp.normalize_stains(sdata, slide())
-    with pytest.raises(ValueError, match="the stains cannot be told apart by 'macenko'"):
+    with pytest.raises(ValueError, match="method 'macenko' cannot separate the stains"):
         hg.pp.normalize_stains(slide(), sdata)

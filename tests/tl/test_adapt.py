@@ -1,4 +1,4 @@
-"""``hg.tl.adapt`` and the arithmetic below it."""
+"""``hg.tl.adapt`` and the functions that it is built on."""
 
 import numpy as np
 import pandas as pd
@@ -18,19 +18,19 @@ def grid(rows, columns):
 
 
 def field(rng, xy, n, reach=2.0):
-    """Smooth fields of unit variance over the spots."""
+    """Return smooth fields of unit variance over the spots."""
     covariance = np.exp(-np.square(xy[:, None] - xy[None]).sum(-1) / (2 * reach**2))
     return np.linalg.cholesky(covariance + 1e-6 * np.eye(len(xy))) @ rng.normal(size=(len(xy), n))
 
 
 def slide(seed, *, useful=1.0, spatial=1.0, noise=1.0, n_genes=60, shape=(14, 14)):
-    """Truth of 60 genes, a prediction that knows part of it, and what is measured."""
+    """Return the truth of 60 genes, a prediction that explains part of it, and the measured values."""
     rng = np.random.default_rng(seed)
     xy = grid(*shape)
-    told = rng.normal(size=(len(xy), 3)) @ rng.normal(size=(3, n_genes)) / np.sqrt(3)
-    untold = field(rng, xy, n_genes)
-    truth = 5 + told + spatial * untold
-    predicted = 4 + useful * told
+    explained = rng.normal(size=(len(xy), 3)) @ rng.normal(size=(3, n_genes)) / np.sqrt(3)
+    unexplained = field(rng, xy, n_genes)
+    truth = 5 + explained + spatial * unexplained
+    predicted = 4 + useful * explained
     return xy, predicted.astype(np.float32), truth, (truth + noise * rng.normal(size=truth.shape)).astype(np.float32)
 
 
@@ -38,10 +38,10 @@ def error(values, truth, spots):
     return np.square(values[spots] - truth[spots]).mean()
 
 
-# The arithmetic
+# Functions
 
 
-def test_kriging_is_a_gaussian_process():
+def test_kriging_equals_a_gaussian_process():
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF
 
@@ -62,7 +62,7 @@ def test_far_measured_spots_hardly_matter_to_kriging():
 
 
 @pytest.mark.parametrize("n", [20, 200])
-def test_ridge_is_that_of_scikit_learn(n):
+def test_ridge_equals_scikit_learn(n):
     from sklearn.linear_model import Ridge
 
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def test_ridge_is_that_of_scikit_learn(n):
     np.testing.assert_allclose(ridge(wanted, known, 0.3)(values), expected, atol=1e-8)
 
 
-def test_weights_on_the_simplex_are_those_of_a_general_solver():
+def test_weights_on_the_simplex_equal_those_of_a_general_solver():
     from scipy.optimize import minimize
 
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def test_weights_on_the_simplex_are_those_of_a_general_solver():
         np.testing.assert_allclose(found, best.x, atol=1e-4)
 
 
-def test_stacking_takes_the_better_and_stays_where_nothing_is_better():
+def test_stacking_prefers_the_better_candidate_and_keeps_the_prediction_if_none_is_better():
     rng = np.random.default_rng(0)
     folds = np.arange(60) % 10
     errors = rng.normal(size=(5, 60, 40))
@@ -105,18 +105,18 @@ def test_stacking_takes_the_better_and_stays_where_nothing_is_better():
     assert stack(worse, folds)[0][:, 0].mean() > 0.97
 
 
-def test_folds_are_as_far_as_what_is_wanted():
+def test_folds_match_the_distance_of_the_unmeasured_spots():
     from scipy.spatial import cKDTree
 
     xy = grid(20, 20)
 
-    def apart(fold, at):
+    def distance(fold, at):
         return np.mean([cKDTree(at[fold != f]).query(at[fold == f])[0].mean() for f in np.unique(fold)])
 
     scattered = np.random.default_rng(0).random(400) < 0.4
     half = xy[:, 0] < 8
-    assert apart(matched_folds(xy, scattered), xy[scattered]) < 1.8
-    assert apart(matched_folds(xy, half), xy[half]) > 2
+    assert distance(matched_folds(xy, scattered), xy[scattered]) < 1.8
+    assert distance(matched_folds(xy, half), xy[half]) > 2
 
 
 @pytest.mark.parametrize("n", [10, 19, 60])
@@ -128,7 +128,7 @@ def test_quantiles_cover_new_residuals(n):
     assert np.isfinite(high).all() == (n >= 19)
 
 
-def test_quantiles_leave_out_what_is_missing():
+def test_quantiles_ignore_missing_residuals():
     residuals = np.column_stack([np.arange(9.0), np.arange(9.0), np.full(9, np.nan)])
     residuals[6:, 1] = np.nan
     found = residual_quantiles(residuals, np.array([0.2, 0.5, 0.8]))
@@ -137,11 +137,11 @@ def test_quantiles_leave_out_what_is_missing():
     assert np.isnan(found[:, 2]).all()
 
 
-# Where the answer is known
+# Simulations with a known answer
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
-def test_adapted_is_better_than_prediction_and_neighbours_where_both_tell_something(share):
+def test_adapted_is_better_than_prediction_and_neighbours_if_both_are_informative(share):
     gains = []
     for seed in range(3):
         xy, predicted, truth, measured = slide(seed, noise=0.7)
@@ -160,7 +160,7 @@ def test_adapted_is_better_than_prediction_and_neighbours_where_both_tell_someth
     assert (np.mean(gains, axis=0) > 0).all()
 
 
-def test_a_useless_prediction_is_left_for_the_neighbours():
+def test_a_useless_prediction_is_replaced_by_the_neighbours():
     ratio = []
     for seed in range(3):
         xy, predicted, truth, measured = slide(seed, noise=0.5)
@@ -177,7 +177,7 @@ def test_a_useless_prediction_is_left_for_the_neighbours():
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
-def test_a_perfect_prediction_is_left_as_it_is(share):
+def test_a_perfect_prediction_is_not_changed(share):
     for seed in range(3):
         xy, predicted, _, measured = slide(seed, spatial=0.0)
         mask = np.random.default_rng(seed).random(len(xy)) < share
@@ -187,7 +187,7 @@ def test_a_perfect_prediction_is_left_as_it_is(share):
         assert abs((found - predicted).mean() - 1) < 0.15
 
 
-def test_measured_genes_tell_of_others_at_the_same_spots():
+def test_measured_genes_improve_other_genes_at_the_same_spots():
     rng = np.random.default_rng(0)
     xy = grid(12, 12)
     weight = rng.normal(size=(3, 80))
@@ -195,14 +195,14 @@ def test_measured_genes_tell_of_others_at_the_same_spots():
     predicted = (5 + seen @ weight).astype(np.float32)
     truth = 5 + (seen + hidden) @ weight
     measured = (truth + 0.5 * rng.normal(size=truth.shape)).astype(np.float32)
-    few = rng.random(len(xy)) < 0.2
-    measured[np.ix_(~few, np.arange(50, 80))] = np.nan
+    chosen = rng.random(len(xy)) < 0.2
+    measured[np.ix_(~chosen, np.arange(50, 80))] = np.nan
     nowhere = measured.copy()
     nowhere[:, 70:] = np.nan
     for given, genes in ((measured, slice(50, 80)), (nowhere, slice(70, 80))):
         found = adapt(predicted, given, xy)
-        assert error(found.expression[:, genes], truth[:, genes], ~few) < 0.5 * error(
-            predicted[:, genes], truth[:, genes], ~few
+        assert error(found.expression[:, genes], truth[:, genes], ~chosen) < 0.5 * error(
+            predicted[:, genes], truth[:, genes], ~chosen
         )
     assert np.isnan(found.residuals[:, 70:]).all()
     assert np.isnan(found.weights[:, 70:]).all()
@@ -221,7 +221,7 @@ def test_neither_order_nor_place_nor_size_of_the_slide_matters():
     np.testing.assert_allclose(other.expression, found.expression[:, order], atol=1e-3)
 
 
-def test_residuals_are_those_of_spots_left_out():
+def test_residuals_are_from_held_out_spots():
     xy, predicted, truth, measured = slide(0, noise=1.0)
     mask = np.random.default_rng(0).random(len(xy)) < 0.4
     found = adapt(predicted, np.where(mask[:, None], measured, np.nan), xy)
@@ -235,7 +235,7 @@ def test_residuals_are_those_of_spots_left_out():
 
 
 def biased(seed, n_genes=40):
-    """A slide of 14 × 14 spots whose prediction is .6 too high in one class, the right half, and shows that class."""
+    """Return a slide of 14 × 14 spots with predictions 0.6 too high in the right half, which is one class."""
     rng = np.random.default_rng(seed)
     xy = grid(14, 14)
     right = xy[:, 0] >= 7
@@ -245,7 +245,7 @@ def biased(seed, n_genes=40):
 
 
 @pytest.mark.parametrize("classes", [True, False])
-def test_a_correction_is_not_carried_to_what_was_not_measured(classes):
+def test_a_correction_is_not_applied_to_a_class_without_measured_spots(classes):
     xy, right, predicted, truth, measured = biased(0)
     given = np.where(right[:, None], measured, np.nan)
     found = adapt(predicted, given, xy, classes=right.astype(int) if classes else None)
@@ -271,26 +271,26 @@ def test_few_spots_in_a_corner_do_no_harm_and_folds_leave_enough_of_them():
     assert max(ratios) < 1.1
 
 
-def test_folds_of_an_outlying_spot_leave_enough_to_learn_from():
+def test_folds_with_an_outlying_spot_keep_enough_training_spots():
     known = np.concatenate([grid(1, 11), [[40.0, 0.0]]])
     xy = np.concatenate([known, grid(1, 20) + [80.0, 0.0]])
     assert np.bincount(matched_folds(xy, np.arange(len(xy)) < 12)).max() <= 8
 
 
-def test_a_correction_is_believed_as_far_as_blocks_of_tissue_agree():
+def test_the_share_of_a_correction_depends_on_the_agreement_of_tissue_blocks():
     rng = np.random.default_rng(0)
     blocks = np.repeat(np.arange(4), 6)
     before = rng.normal(size=(24, 20))
     assert confirmed_share(1 + 0.1 * before, 0.1 * before, blocks, None)[0] > 0.9
-    # One block says one thing, the next another: 24 spots agree no better than chance.
+    # Neighbouring blocks disagree, so 24 spots agree only by chance.
     swinging = np.array([2.0, -1.5, 1.5, -1.0])[blocks][:, None] + 0.1 * before
     assert confirmed_share(swinging, swinging - 1, blocks, None)[0] == 0
     share, by_class = confirmed_share(1 + 0.1 * before, 0.1 * before, blocks, (blocks > 1).astype(int))
     np.testing.assert_allclose(by_class, 1, atol=0.1)
 
 
-def test_a_level_is_corrected_alike_at_all_other_spots():
-    """Where half of them are represented, a correction by parts would be a pattern that nobody measured."""
+def test_the_level_is_corrected_equally_at_all_other_spots():
+    """If only half of them are represented, a partial correction would add a pattern that was not measured."""
     rng = np.random.default_rng(0)
     xy = grid(8, 20)
     truth = 4 + 0.3 * field(rng, xy, 30, reach=1)
@@ -304,18 +304,18 @@ def test_a_level_is_corrected_alike_at_all_other_spots():
     assert change.mean() > 0.3
 
 
-def test_spots_at_random_represent_the_others_and_correct_their_offset():
+def test_random_spots_represent_the_others_and_correct_their_offset():
     xy, _, predicted, truth, measured = biased(1)
-    few = np.random.default_rng(0).permutation(len(xy))[:12]
+    chosen = np.random.default_rng(0).permutation(len(xy))[:12]
     given = np.full(truth.shape, np.nan)
-    given[few] = measured[few] - 1
+    given[chosen] = measured[chosen] - 1
     found = adapt(predicted, given, xy)
-    rest = np.setdiff1d(np.arange(len(xy)), few)
+    rest = np.setdiff1d(np.arange(len(xy)), chosen)
     assert found.support[rest].mean() > 0.8
     assert error(found.expression, truth - 1, rest) < 0.3 * error(predicted, truth - 1, rest)
 
 
-def test_a_class_that_is_right_already_is_left_alone():
+def test_a_class_with_correct_predictions_is_not_changed():
     xy, right, predicted, truth, measured = biased(2)
     mask = np.random.default_rng(0).random(len(xy)) < np.where(right, 0.8, 0.1)
     given = np.where(mask[:, None], measured, np.nan)
@@ -325,17 +325,17 @@ def test_a_class_that_is_right_already_is_left_alone():
     assert error(found, truth, left) <= error(without, truth, left)
 
 
-# The verb
+# hg.tl.adapt
 
 
-def test_it_warns_of_what_was_not_measured_and_claims_no_gain_there():
+def test_unrepresented_spots_get_a_warning_and_no_gain():
     xy, right, predicted, _, measured = biased(0)
     obs = pd.DataFrame({"he2gene_annotation": pd.Categorical(np.where(right, "tumour", "stroma"))})
     made = AnnData(scipy.sparse.csr_matrix(predicted.shape), obs=obs.set_index(obs.index.astype(str)))
     made.obsm["spatial"] = xy
     made.layers["he2gene"] = predicted
     made.layers["measured"] = np.where(right[:, None], np.maximum(measured, 0), np.nan)
-    with pytest.warns(UserWarning, match="do not represent 98 of 98 others, .* also of 'stroma'"):
+    with pytest.warns(UserWarning, match="do not represent 98 of 98 others, .* also of class 'stroma'"):
         hg.tl.adapt(made, "measured", measured_scale="log")
     assert np.nanmean(made.var["he2gene_adapted_gain"]) < 0.01
     assert made.obs["he2gene_adapted_support"].to_numpy()[~right].max() == 0
@@ -345,7 +345,7 @@ def test_it_warns_of_what_was_not_measured_and_claims_no_gain_there():
 
 @pytest.fixture
 def table():
-    """Two sections of 7 × 7 spots with a prediction, as predict writes it."""
+    """Return two sections of 7 × 7 spots with a prediction, as predict writes it."""
     rng = np.random.default_rng(0)
     xy = np.concatenate([grid(7, 7), grid(7, 7)]) * 100
     rates = np.exp(np.concatenate([field(rng, grid(7, 7), 12) for _ in range(2)]) * 0.5 + 2)
@@ -362,7 +362,7 @@ def table():
     return made
 
 
-def test_what_is_written(table):
+def test_all_results_are_written(table):
     before = table.copy()
     hg.tl.adapt(table, "seen")
     adapted, record = table.layers["he2gene_adapted"], table.uns["he2gene_adapted"]
@@ -396,7 +396,7 @@ def test_sections_are_adapted_one_by_one(table):
     np.testing.assert_allclose(alone.layers["he2gene_adapted"], table.layers["he2gene_adapted"][49:], atol=1e-5)
 
 
-def test_masks_may_be_given_in_several_ways(table):
+def test_masks_are_accepted_in_several_forms(table):
     hg.tl.adapt(table, "seen")
     expected = table.layers["he2gene_adapted"].copy()
     mask = table.obs["seen"]
@@ -415,7 +415,7 @@ def test_masks_may_be_given_in_several_ways(table):
         np.testing.assert_allclose(table.layers["he2gene_adapted"], expected, atol=1e-4)
 
 
-def test_columns_of_true_and_false_may_be_kept_in_several_ways(table):
+def test_boolean_columns_are_accepted_in_several_dtypes(table):
     hg.tl.adapt(table, "seen", genes=["g1"])
     expected = table.layers["he2gene_adapted"].copy()
     seen = table.obs["seen"]
@@ -437,12 +437,12 @@ def test_columns_of_true_and_false_may_be_kept_in_several_ways(table):
         hg.tl.adapt(table, measured, genes=["g1"])
         np.testing.assert_array_equal(table.layers["he2gene_adapted"], expected)
     accepted = ["seen", "nullable", "object", "category", "text", "text category"]
-    with pytest.raises(ValueError, match="columns of True and False: .*, layers") as found:
+    with pytest.raises(ValueError, match="boolean columns: .*, layers") as found:
         hg.tl.adapt(table, "no")
     assert all(repr(name) in str(found.value) for name in accepted)
 
 
-def test_values_of_unmeasured_spots_are_not_looked_at(table):
+def test_values_of_unmeasured_spots_are_not_used(table):
     hg.tl.adapt(table, "seen")
     expected = table.layers["he2gene_adapted"].copy()
     changed = table.X.toarray()
@@ -452,7 +452,7 @@ def test_values_of_unmeasured_spots_are_not_looked_at(table):
     np.testing.assert_array_equal(table.layers["he2gene_adapted"], expected)
 
 
-def test_some_genes_measured_everywhere(table):
+def test_some_genes_may_be_measured_at_all_spots(table):
     log = log_normalise(table.X)
     log[np.ix_(~table.obs["seen"].to_numpy(), np.arange(6))] = np.nan
     table.layers["some"] = log
@@ -465,13 +465,13 @@ def test_some_genes_measured_everywhere(table):
 
 def test_a_section_without_measured_spots_gets_nan(table):
     mask = (table.obs["seen"] & (table.obs["section"] == "a")).to_numpy()
-    with pytest.warns(UserWarning, match=r"section\(s\) \['b'\]: they get NaN"):
+    with pytest.warns(UserWarning, match=r"section\(s\) \['b'\] have no measured spots and get NaN"):
         hg.tl.adapt(table, mask)
     assert np.isnan(table.layers["he2gene_adapted"][49:]).all()
     assert table.uns["he2gene_adapted"]["sections"] == ["a"]
 
 
-def test_chosen_genes_alone(table):
+def test_only_chosen_genes_are_adapted(table):
     hg.tl.adapt(table, "seen", genes=["g3", "g1"])
     found = np.isfinite(table.layers["he2gene_adapted"]).any(0)
     assert table.var_names[found].tolist() == ["g1", "g3"]
@@ -493,13 +493,13 @@ def test_measured_spots_without_counts_are_left_out(table):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"measured": np.zeros(98, bool)}, "False for all 98 spots: there is nothing to learn from"),
-        ({"measured": np.ones(98, bool)}, "True for all 98 spots: there is nothing left to predict"),
-        ({"measured": np.ones(97, bool)}, r"shape \(97,\); \(98,\)"),
+        ({"measured": np.zeros(98, bool)}, "False for all 98 spots; set it to True at measured spots"),
+        ({"measured": np.ones(98, bool)}, "True for all 98 spots; no spot is left to correct"),
+        ({"measured": np.ones(97, bool)}, r"shape \(97,\); shape \(98,\)"),
         ({"measured": np.ones((98, 1), bool)}, r"shape \(98, 1\)"),
         ({"measured": np.arange(98)}, "holds int64; True and False"),
-        ({"measured": np.arange(98) < 7}, r"too few spots .* in 'a' \(6\); at least 10"),
-        ({"measured": "no"}, r"'no' is no column of obs and no layer, columns of True and False: \['seen'\]"),
+        ({"measured": np.arange(98) < 7}, r"too few spots .* in 'a' \(6\); measure at least 10"),
+        ({"measured": "no"}, r"'no' is neither a column of obs nor a layer; boolean columns: \['seen'\]"),
         ({"measured": "section"}, "True and False are needed"),
         ({"measured": None}, "`measured` is None; a mask"),
         ({"measured": []}, "`measured` is empty; True or False for each spot"),
@@ -514,7 +514,7 @@ def test_measured_spots_without_counts_are_left_out(table):
         ({"measured": "log", "measured_scale": "log"}, "NaN nowhere"),
         ({"measured": "nothing"}, "NaN everywhere"),
         ({"measured": "seen", "counts": "log"}, "`counts`: layer 'log' looks like log-transformed values"),
-        ({"measured": "log", "counts": "log"}, "give one of them"),
+        ({"measured": "log", "counts": "log"}, "pass only one of them"),
         ({"measured": "seen", "counts": "no"}, "`counts` 'no' is not a layer"),
         ({"measured": "seen", "measured_scale": "cpm"}, "`measured_scale` is 'cpm'"),
         ({"measured": "seen", "genes": ["g1", "g11", "NO"]}, r"2 of 3 are not predicted.*\['g11', 'NO'\]"),
@@ -543,7 +543,7 @@ def test_genes_measured_on_too_many_sets_of_spots_are_refused():
         adapt(predicted, measured, xy)
 
 
-def test_a_slide_is_adapted_written_and_read(toy, tiny_model, tmp_path):
+def test_an_adapted_slide_is_saved_and_read(toy, tiny_model, tmp_path):
     import spatialdata as sd
 
     hg.tl.predict(toy, model=tiny_model)
@@ -558,7 +558,7 @@ def test_a_slide_is_adapted_written_and_read(toy, tiny_model, tmp_path):
     hg.tl.adapt(back, np.arange(30) % 2 == 0)
 
 
-def test_without_prediction_it_says_so(toy):
+def test_adapting_without_a_prediction_raises(toy):
     with pytest.raises(ValueError, match="holds no prediction"):
         hg.tl.adapt(toy, np.arange(30) % 2 == 0)
 
@@ -582,7 +582,7 @@ def test_measured_spots_help_on_held_out_tissue(predicted_c5):
     assert min(gains) > -0.002
 
 
-# What a later look at it needs
+# Records of an adaptation
 
 
 @pytest.fixture
@@ -591,7 +591,7 @@ def predicted(toy, tiny_model):
     return toy
 
 
-def test_which_spots_were_measured_is_kept(table):
+def test_measured_spots_are_recorded(table):
     table.layers["he2gene"][5] = np.nan
     hg.tl.adapt(table, "seen")
     expected = table.obs["seen"].to_numpy() & (np.arange(98) != 5)
@@ -600,7 +600,7 @@ def test_which_spots_were_measured_is_kept(table):
     assert table.uns["he2gene_adapted"]["measured_spots"] == "he2gene_adapted_measured"
 
 
-def test_another_layer_has_an_adapted_layer_of_its_own(table):
+def test_another_layer_gets_its_own_adapted_layer(table):
     hg.tl.adapt(table, "seen")
     before = table.layers["he2gene_adapted"].copy()
     table.layers["v2"] = table.layers["he2gene"] + 1
@@ -609,11 +609,11 @@ def test_another_layer_has_an_adapted_layer_of_its_own(table):
     assert table.uns["v2_adapted"]["params"]["layer"] == "v2"
 
 
-def test_an_adapted_layer_is_adapted_to_other_spots_alone(table):
+def test_an_adapted_layer_can_only_be_adapted_to_other_spots(table):
     first = (np.arange(98) % 4 == 0, np.arange(98) % 4 == 1)
     hg.tl.adapt(table, first[0])
     with pytest.raises(
-        ValueError, match=r"was adapted to 25 of the 49 measured spots already; adapt the prediction 'he2"
+        ValueError, match=r"was already adapted to 25 of the 49 measured spots; adapt the prediction 'he2"
     ):
         hg.tl.adapt(table, first[0] | first[1], layer="he2gene_adapted")
     hg.tl.adapt(table, first[1], layer="he2gene_adapted")
@@ -629,11 +629,11 @@ def test_a_prediction_is_not_adapted_to_itself_or_another(predicted, tiny_model)
     with pytest.raises(ValueError, match="`counts` 'v2' was predicted"):
         hg.tl.adapt(table, mask, counts="v2", measured_scale="log")
     hg.tl.predict(predicted, model=tiny_model, genes="all", key_added="every")
-    with pytest.raises(ValueError, match=r"made by hg\.tl\.predict, its X is the prediction"):
+    with pytest.raises(ValueError, match=r"hg\.tl\.predict made the table, its X is the prediction"):
         hg.tl.adapt(predicted, mask, layer="every", measured_scale="log")
 
 
-def test_sparse_layers_are_taken_as_dense_ones(table):
+def test_sparse_layers_give_the_same_as_dense_layers(table):
     hg.tl.adapt(table, "seen")
     expected = table.layers["he2gene_adapted"].copy()
     table.layers["he2gene"] = scipy.sparse.csr_matrix(table.layers["he2gene"])
@@ -649,7 +649,7 @@ def test_sparse_layers_are_taken_as_dense_ones(table):
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "0", None, True])
-def test_a_seed_is_a_whole_number(table, seed):
+def test_seed_must_be_a_whole_number(table, seed):
     with pytest.raises(ValueError, match="`seed` is"):
         hg.tl.adapt(table, "seen", seed=seed)
 
@@ -673,7 +673,7 @@ def test_a_backed_table_is_read(table, tmp_path):
     np.testing.assert_array_equal(backed.layers["he2gene_adapted"], expected.layers["he2gene_adapted"])
 
 
-def test_where_a_spot_outside_the_image_lies_does_not_matter(table):
+def test_the_position_of_a_spot_outside_the_image_does_not_matter(table):
     hg.tl.adapt(table, "seen")
     expected = table.layers["he2gene_adapted"].copy()
     table.obsm["spatial"][5] = np.nan

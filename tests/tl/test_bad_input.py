@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the parameter, and nothing in the object has changed."""
+"""Bad input raises an error that names the parameter, and the object is not changed."""
 
 import json
 
@@ -29,7 +29,7 @@ def pixels_of(toy):
     return toy["he"].to_numpy()
 
 
-def test_no_spatialdata(toy, tiny_model):
+def test_an_object_that_is_not_spatialdata_raises(toy, tiny_model):
     with pytest.raises(TypeError, match="`sdata` is an AnnData.*from_legacy_anndata"):
         hg.tl.predict(toy["table"], model=tiny_model)
 
@@ -67,19 +67,19 @@ def test_rows_missing_from_the_table_are_named(toy, tiny_model):
     refuses(toy, r"`table_key` 'table'.*2 spots are missing from the table: '1x1', '2x1'", model=tiny_model)
 
 
-def test_rows_that_are_no_spots_are_named(toy, tiny_model):
+def test_rows_without_spots_are_named(toy, tiny_model):
     toy.shapes["spots"] = toy["spots"].iloc[1:]
     refuses(toy, r"`table_key` 'table'.*1 extra ids in the table.*'1x1'", model=tiny_model)
 
 
-def test_rows_that_stand_twice_are_named(toy, tiny_model):
+def test_duplicated_rows_are_named(toy, tiny_model):
     ids = toy["table"].obs["instance_id"].astype(str).to_numpy().copy()
     ids[1] = ids[0]
     toy["table"].obs["instance_id"] = ids
     refuses(toy, r"`table_key` 'table'.*duplicated ids in the table: '1x1'", model=tiny_model)
 
 
-def test_spots_that_stand_twice_are_named(toy, tiny_model):
+def test_duplicated_spots_are_named(toy, tiny_model):
     index = toy["spots"].index.to_numpy().copy()
     index[1] = index[0]
     toy["spots"].index = index
@@ -92,7 +92,7 @@ def test_ids_of_another_type_are_explained(toy, tiny_model):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_coordinates_that_are_not_finite_are_named(toy, tiny_model, value):
+def test_infinite_coordinates_are_named(toy, tiny_model, value):
     xy = np.column_stack([toy["spots"].geometry.x, toy["spots"].geometry.y])
     xy[3, 0] = value
     broken = gpd.GeoDataFrame({"radius": 25.0}, index=toy["spots"].index, geometry=[shapely.Point(x, y) for x, y in xy])
@@ -121,19 +121,19 @@ def test_integer_pixels_other_than_uint8(toy, tiny_model, dtype):
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(100.0, 0.0), (1.0, -200.0), (np.nan, 0.0)])
-def test_float_pixels_of_no_known_range(toy, tiny_model, scale, shift):
+def test_float_pixels_with_unknown_range(toy, tiny_model, scale, shift):
     pixels = pixels_of(toy).astype(np.float32) * scale + shift
     refuses(with_image(toy, pixels), "`image_key` 'he' has float pixels", model=tiny_model)
 
 
-def test_float_pixels_that_break_the_range_away_from_the_sample(toy, tiny_model):
+def test_float_pixels_outside_the_range_beyond_the_sample(toy, tiny_model):
     pixels = pixels_of(toy).astype(np.float32) / 255
-    pixels[:, 100, 300] = np.nan  # a spot that the sample leaves out
+    pixels[:, 100, 300] = np.nan  # a spot outside the sample
     refuses(with_image(toy, pixels), "`image_key`: a block", model=tiny_model)
 
 
 @pytest.mark.parametrize(("divisor", "alpha"), [(255, False), (1, False), (None, True)])
-def test_float_and_alpha_images_are_converted_where_that_is_unambiguous(toy, tiny_model, divisor, alpha):
+def test_float_and_alpha_images_are_converted_if_unambiguous(toy, tiny_model, divisor, alpha):
     expected = hg.tl.predict(toy, model=tiny_model, copy=True)["table"].layers["he2gene"]
     pixels = pixels_of(toy)
     pixels = pixels if divisor is None else (pixels / np.float32(divisor)).astype(np.float32)
@@ -145,12 +145,12 @@ def test_float_and_alpha_images_are_converted_where_that_is_unambiguous(toy, tin
 
 def test_mpp_missing(toy, tiny_model):
     toy.attrs.clear()
-    toy["spots"]["radius"] = 45.0  # the lattice is of no known assay then
+    toy["spots"]["radius"] = 45.0  # then the lattice is not that of a known assay
     refuses(toy, "`mpp` of image 'he' is unknown", model=tiny_model)
 
 
 @pytest.mark.parametrize("mpp", [0, -0.5, np.nan, np.inf, "0.5"])
-def test_mpp_that_is_no_positive_number(toy, tiny_model, mpp):
+def test_mpp_must_be_a_positive_number(toy, tiny_model, mpp):
     refuses(toy, "`mpp` is", model=tiny_model, mpp=mpp)
 
 
@@ -170,12 +170,12 @@ def test_gene_unknown_to_the_model(toy, tiny_model):
     refuses(toy, r"`genes` \['ERBB3X'\] are unknown.*near 'ERBB3X': \['ERBB2'", model=tiny_model, genes=["ERBB3X"])
 
 
-def test_gene_that_the_table_lacks(toy, tiny_model):
+def test_gene_missing_in_the_table(toy, tiny_model):
     refuses(toy, r"`genes` \['NOT1'\] are known to the model but not in the table", model=tiny_model, genes=["NOT1"])
 
 
 @pytest.mark.parametrize("genes", [[], "ERBB2"])
-def test_genes_that_are_no_list(toy, tiny_model, genes):
+def test_genes_must_be_a_list(toy, tiny_model, genes):
     refuses(toy, "`genes` is", model=tiny_model, genes=genes)
 
 
@@ -184,7 +184,7 @@ def test_table_whose_genes_the_model_does_not_know(toy, tiny_model):
     refuses(toy, r"`gene_symbols`: only 0 of 40.*'MGI:0'.*'ERBB2'.*ENSG", model=tiny_model)
 
 
-def test_gene_symbols_that_is_no_column(toy, tiny_model):
+def test_gene_symbols_must_be_a_column(toy, tiny_model):
     refuses(
         toy,
         r"`gene_symbols` 'symbol' is not a column of var, valid: \['planted'\]",
@@ -214,13 +214,13 @@ def test_gene_symbols_that_is_no_column(toy, tiny_model):
         ("coordinate_system", "nope"),
     ],
 )
-def test_argument_that_is_not_valid(toy, tiny_model, parameter, value):
+def test_invalid_arguments_raise(toy, tiny_model, parameter, value):
     device = {} if parameter == "device" else {"device": "cpu"}
     refuses(toy, f"`{parameter}`", **{"model": tiny_model, **device, parameter: value})
 
 
 @pytest.mark.parametrize("genes", ["all", None])
-def test_place_of_the_new_table_is_taken(toy, tiny_model, genes):
+def test_name_of_the_new_table_is_taken(toy, tiny_model, genes):
     if genes is None:
         del toy.tables["table"]
         toy["Table"] = toy["spots"].copy()
@@ -240,7 +240,7 @@ def test_place_of_the_new_table_is_taken(toy, tiny_model, genes):
         ("no json", r"card\.json"),
     ],
 )
-def test_model_folder_that_is_damaged(toy, tiny_model, tmp_path, damage, match):
+def test_damaged_model_folder_raises(toy, tiny_model, tmp_path, damage, match):
     folder = tiny_model.save(tmp_path / "model")
     card, weights, genes = (folder / name for name in ("card.json", "weights.safetensors", "genes.csv"))
     if damage.startswith("no "):
@@ -324,7 +324,7 @@ def test_ctrl_c_while_the_second_table_is_set_changes_nothing(toy, tiny_model, m
     refuses(toy, None, error=KeyboardInterrupt, model=tiny_model, genes="all", key_added="he2gene")
 
 
-def test_ctrl_c_after_the_old_second_table_was_taken_out_puts_it_back(toy, tiny_model, monkeypatch):
+def test_ctrl_c_after_removal_of_the_old_second_table_restores_it(toy, tiny_model, monkeypatch):
     hg.tl.predict(toy, model=tiny_model, genes="all")
     kind = type(toy.tables)
     original = kind.__setitem__
@@ -348,13 +348,13 @@ def test_frames_survive_an_interruption_as_the_same_values(toy, tiny_model, monk
     assert list(toy["table"].obs["label"].cat.categories) == ["mine"]
 
 
-def test_a_damaged_note_of_what_a_table_annotates_is_named(toy):
+def test_damaged_spatialdata_attrs_are_named(toy):
     toy["table"].uns["spatialdata_attrs"] = "spots"
     with pytest.raises(ValueError, match=r"uns\['spatialdata_attrs'\] is 'spots'; region, region_key and instance_key"):
         hg.tl.predict(toy)
 
 
 @pytest.mark.parametrize("value", [[], np.ones(2), 5])
-def test_an_image_key_that_is_no_name_is_named(toy, value):
+def test_an_image_key_that_is_not_a_name_raises(toy, value):
     with pytest.raises(ValueError, match=r"`image_key` is of type .*; a text, or a mapping to texts, is needed"):
         hg.tl.predict(toy, image_key=value)

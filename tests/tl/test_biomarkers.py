@@ -1112,7 +1112,7 @@ def test_enrichment_raises_for_invalid_arguments():
         hg.tl.enrichment(tables, net)
     with pytest.raises(ValueError, match="`net` has no column 'target'"):
         hg.tl.enrichment(tables, net[["source"]])
-    with pytest.raises(ValueError, match="`net`: there is no file"):
+    with pytest.raises(ValueError, match="`net`: file .* does not exist"):
         hg.tl.enrichment(tables, "no.gmt")
     with pytest.raises(ValueError, match="`method` 'no' is not a method of decoupler"):
         hg.tl.enrichment(tables, net, method="no")

@@ -15,7 +15,7 @@ from he2gene_sc.training._calibrate import Calibration as Residuals
 
 
 def cohort(n_patients, seed, *, n_spots=12, n_genes=300):
-    """Logs that were predicted and measured; a prediction errs by patient, in level and in scale, and by spot."""
+    """Return predicted and measured logarithms; predictions have errors of level and scale by patient, and errors by spot."""
     rng = np.random.default_rng(seed)
     patient = np.repeat(np.arange(n_patients), n_spots)
     n = len(patient)
@@ -31,7 +31,7 @@ def cohort(n_patients, seed, *, n_spots=12, n_genes=300):
 
 
 def counted(n_patients=9, seed=0, *, n_spots=20, n_genes=12):
-    """Raw counts in X, and logs that another model predicted."""
+    """Return a table with raw counts in X, and logarithms predicted by another model."""
     rng = np.random.default_rng(seed)
     table = cohort(n_patients, seed, n_spots=n_spots, n_genes=n_genes)
     counts = rng.poisson(np.exp(rng.normal(1, 0.8, (table.n_obs, n_genes))))
@@ -51,7 +51,7 @@ def covered(table, coverage, calibration):
 
 
 @pytest.mark.parametrize(("n_patients", "coverage", "most"), [(9, 0.9, 0.985), (30, 0.9, 0.945), (60, 0.8, 0.845)])
-def test_intervals_cover_spots_of_new_patients_as_often_as_asked_for(n_patients, coverage, most):
+def test_intervals_cover_spots_of_new_patients_at_the_nominal_rate(n_patients, coverage, most):
     calibration = calibrated(cohort(n_patients, 1))
     new = cohort(25, 2)
     found = covered(new, coverage, calibration)
@@ -60,14 +60,14 @@ def test_intervals_cover_spots_of_new_patients_as_often_as_asked_for(n_patients,
     assert (facts["guarantee"], facts["unit"], facts["n_groups"]) == ("hierarchical", "patient", n_patients)
 
 
-def test_spots_taken_for_exchangeable_cover_less_than_they_say():
-    """Why the unit is the patient: nine patients of 12 spots are not 108 patients."""
+def test_treating_spots_as_exchangeable_gives_too_low_coverage():
+    """This is why the unit is the patient: nine patients with 12 spots are not 108 patients."""
     calibration = calibrated(cohort(9, 1), sample_key="spot")
     assert len(calibration.groups) == 108
     assert covered(cohort(25, 2), 0.9, calibration) < 0.885
 
 
-def test_too_few_patients_have_no_guarantee_and_one_is_refused():
+def test_too_few_patients_give_no_guarantee_and_one_patient_raises():
     with pytest.warns(UserWarning, match=r"8 of 'patient'; with fewer than 9 .* not guaranteed"):
         calibration = calibrated(cohort(8, 1))
     new = cohort(3, 2)
@@ -82,7 +82,7 @@ def test_too_few_patients_have_no_guarantee_and_one_is_refused():
         calibrated(cohort(1, 1))
 
 
-def test_the_ends_are_those_of_the_residuals_of_the_measured_slides():
+def test_interval_ends_follow_from_the_residuals_of_the_measured_slides():
     table, new = counted(), counted(2, 1)
     before = {key: table.layers[key].copy() for key in table.layers if key is not None}
     calibration = hg.tl.calibrate(table, layer="other")
@@ -99,7 +99,7 @@ def test_the_ends_are_those_of_the_residuals_of_the_measured_slides():
     assert all((table.layers[key] == value).all() for key, value in before.items())
 
 
-def test_several_objects_and_one_table_give_the_same():
+def test_several_objects_give_the_same_as_one_table():
     table = counted()
     parts = [table[table.obs["patient"] == name].copy() for name in table.obs["patient"].unique()]
     whole, several = hg.tl.calibrate(table, layer="other"), hg.tl.calibrate(iter(parts), layer="other")
@@ -127,7 +127,7 @@ def test_predicted_counts_are_compared_as_logarithms():
         hg.tl.intervals(new.copy(), layer="counts", calibration=calibration)
 
 
-def test_detected_spots_are_covered_too_where_asked_for():
+def test_by_detected_also_covers_spots_that_detect_the_gene():
     table, new = counted(seed=4), counted(3, 5)
     calibration = hg.tl.calibrate(table, layer="other")
     hg.tl.intervals(new, layer="other", by=None, calibration=calibration)
@@ -138,7 +138,7 @@ def test_detected_spots_are_covered_too_where_asked_for():
 
 
 def detecting(n_patients, seed, *, n_spots=100, n_genes=60):
-    """Counts of genes that a tenth to all of the spots detect, by a level that is predicted, and by patient."""
+    """Return counts of genes detected in a tenth to all of the spots, depending on a predicted level and on the patient."""
     rng = np.random.default_rng(seed)
     n = n_patients * n_spots
     patient = np.repeat(np.arange(n_patients), n_spots)
@@ -155,7 +155,7 @@ def detecting(n_patients, seed, *, n_spots=100, n_genes=60):
     return table
 
 
-def test_by_predicted_level_spots_that_express_a_gene_are_covered_as_asked_for():
+def test_by_level_covers_expressing_spots_at_the_nominal_rate():
     with pytest.warns(UserWarning, match="8 of 'patient'"):
         calibration = calibrated(detecting(8, 1))
     new = detecting(10, 2)
@@ -177,7 +177,7 @@ def test_by_predicted_level_spots_that_express_a_gene_are_covered_as_asked_for()
 
 
 @pytest.mark.parametrize(("n_patients", "guarantee"), [(18, "none"), (19, "hierarchical")])
-def test_by_predicted_level_ninety_percent_is_promised_from_19_patients_on(n_patients, guarantee):
+def test_by_level_guarantees_ninety_percent_from_19_patients_on(n_patients, guarantee):
     calibration = calibrated(detecting(n_patients, 1, n_genes=10))
     new = detecting(25, 2, n_genes=10)
     hg.tl.intervals(new, layer="other", by="level", calibration=calibration)
@@ -186,13 +186,13 @@ def test_by_predicted_level_ninety_percent_is_promised_from_19_patients_on(n_pat
     assert guarantee == "none" or ((truth >= low) & (truth <= high)).mean() >= 0.9
 
 
-def test_a_calibration_of_an_older_version_says_how_to_get_levels(tmp_path):
+def test_a_calibration_of_an_older_version_tells_how_to_get_levels(tmp_path):
     calibration = calibrated(cohort(9, 1, n_genes=3))
     none = dict.fromkeys(("level_quantiles", "level_groups", "level_edges"))
     older = replace(calibration, residuals=replace(calibration.residuals, **none)).save(tmp_path / "older.npz")
     new = cohort(2, 2, n_genes=3)
     hg.tl.intervals(new, layer="other", calibration=hg.Calibration.load(older))
-    with pytest.raises(ValueError, match=r"`by` is 'level', and `calibration` keeps no .* again by hg\.tl\.calibrate"):
+    with pytest.raises(ValueError, match=r"`by` is 'level', but `calibration` has no .* again with hg\.tl\.calibrate"):
         hg.tl.intervals(new, layer="other", by="level", calibration=hg.Calibration.load(older))
 
 
@@ -207,7 +207,7 @@ def test_genes_are_found_by_name_and_those_without_residuals_stay_nan():
     assert np.isfinite(new.layers["other_upper"]).all(0).tolist() == [False] * 2 + [True] * 10
 
 
-def test_a_saved_calibration_is_the_same_and_holds_no_pickle(tmp_path):
+def test_a_saved_calibration_is_unchanged_and_has_no_pickle(tmp_path):
     calibration = hg.tl.calibrate(counted(), layer="other")
     path = calibration.save(tmp_path / "other")
     loaded = hg.Calibration.load(path)
@@ -225,7 +225,7 @@ def test_a_saved_calibration_is_the_same_and_holds_no_pickle(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["other"]
 
 
-def test_other_files_are_neither_read_nor_written_over(tmp_path):
+def test_other_files_are_neither_read_nor_replaced(tmp_path):
     calibration = hg.tl.calibrate(counted(), layer="other")
     with pytest.raises(FileNotFoundError):
         hg.Calibration.load(tmp_path / "nowhere.npz")
@@ -237,12 +237,12 @@ def test_other_files_are_neither_read_nor_written_over(tmp_path):
     for name in ("text.npz", "others.npz", "pickle.npz", "half.npz"):
         with pytest.raises(ValueError, match=r"`path` .* is not a calibration, or is damaged"):
             hg.Calibration.load(tmp_path / name)
-        with pytest.raises(FileExistsError, match="choose another name, or delete it first"):
+        with pytest.raises(FileExistsError, match="choose another name, or delete the file first"):
             calibration.save(tmp_path / name)
     assert (tmp_path / "text.npz").read_text() == "nothing"
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_written():
+def test_invalid_arguments_raise_and_nothing_is_written():
     table, new = counted(), counted(2, 1)
     calibration = hg.tl.calibrate(table, layer="other")
     new.layers["third"] = new.layers["other"]
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
         r"`layer` is 'third', `calibration` is of layer 'other'; pass layer='other'": {"layer": "third"},
         r"`layer` is 'he2gene', `calibration` is of layer 'other'": {},
         r"`model` and `calibration` are both given": {"layer": "other", "model": "breast-her2st"},
-        r"`coverage` is 0\.99; .* `calibration` keeps are for 0\.1 to 0\.98": {"layer": "other", "coverage": 0.99},
+        r"`coverage` is 0\.99; .* `calibration` are for 0\.1 to 0\.98": {"layer": "other", "coverage": 0.99},
     }
     for match, options in wrong.items():
         with pytest.raises(ValueError, match=match):
@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
         hg.tl.calibrate(table, layer="nothing")
 
 
-def test_layers_that_saw_these_spots_are_told_or_refused():
+def test_layers_fitted_on_these_spots_give_a_warning_or_an_error():
     table = counted(2)
     table.obs["section"] = np.where(table.obs["patient"] == "0P0", "C2", "new")
     table.layers["adapted"] = table.layers["other"]
@@ -284,25 +284,25 @@ def test_layers_that_saw_these_spots_are_told_or_refused():
     model = hg.models.load("breast-her2st")
     table.uns["other"] = {"model": model.name, "weights_sha256": model.weights_sha256, "layer": "other"}
     with pytest.warns(
-        UserWarning, match=r"sections \['C2'\] are in the training set of breast-her2st, whose errors are too small"
+        UserWarning, match=r"sections \['C2'\] are in the training set of breast-her2st, so its errors are too small"
     ):
         hg.tl.calibrate(table, layer="other")
 
 
-def test_counts_whose_totals_are_not_known_get_no_interval():
+def test_counts_with_unknown_totals_get_no_interval():
     table, new = counted(), counted(2, 1)
     for part in (table, new):
         part.layers["counts"] = np.asarray(part.X) + 1
     calibration = hg.tl.calibrate(table, layer="counts", layer_scale="counts")
     with pytest.warns(UserWarning, match="`data` lacks 2 of 12 genes of the `calibration`: their counts are missing"):
         hg.tl.intervals(new[:, 2:].copy(), layer="counts", calibration=calibration)
-    # A spot that was not predicted at all has no interval, the others have.
+    # A spot without a prediction has no interval; the others have intervals.
     part = new.copy()
     part.layers["counts"][0] = np.nan
     hg.tl.intervals(part, layer="counts", calibration=calibration)
     assert np.isfinite(part.layers["counts_upper"]).all(1).tolist() == [False] + [True] * 39
     new.layers["counts"][:, 3] = np.nan
-    with pytest.raises(ValueError, match="`layer` 'counts' holds 40 NaN, in 40 spots: their total is not known"):
+    with pytest.raises(ValueError, match="`layer` 'counts' holds 40 NaN, in 40 spots: their totals are unknown"):
         hg.tl.intervals(new, layer="counts", calibration=calibration)
     assert not new.uns
 
@@ -315,9 +315,7 @@ def test_values_on_another_scale_than_the_calibrated_ones_are_refused(tmp_path):
     for values in (scaled, 50 * np.expm1(log)):
         new = counted(2, 1)
         new.layers["other"] = values
-        with pytest.raises(
-            ValueError, match=r"`calibration` is of a layer with values from 0 to 30, as logarithms are"
-        ):
+        with pytest.raises(ValueError, match=r"`calibration` is of a layer with values from 0 to 30 \(logarithms\)"):
             hg.tl.intervals(new, layer="other", calibration=calibration)
         assert not new.uns
     table, new = counted(), counted(2, 1)
@@ -328,12 +326,12 @@ def test_values_on_another_scale_than_the_calibrated_ones_are_refused(tmp_path):
         hg.tl.intervals(new, layer="other", calibration=other)
 
 
-def test_below_zero_the_spread_is_that_at_zero():
+def test_the_spread_below_zero_equals_that_at_zero():
     predicted = np.array([[-5.0], [0.0], [2.0]])
     np.testing.assert_allclose(spread_of(predicted, np.array([[1.0], [4.0]])), [[1], [1], [3]])
 
 
-def test_sections_of_one_name_are_several_where_the_unit_is_the_section():
+def test_sections_of_several_patients_may_share_a_name_if_the_unit_is_the_section():
     table = counted(12, n_spots=10)
     table.obs["section"] = np.where(np.arange(table.n_obs) % 2, "one", "two")
     assert len(hg.tl.calibrate(table, layer="other", sample_key="section").groups) == 24
@@ -353,32 +351,32 @@ def test_shares_of_detected_spots_are_those_of_measured_spots():
     np.testing.assert_array_equal(calibrated(table).detected[:2], [1, 0])
 
 
-def test_places_that_are_no_file_are_told(tmp_path):
+def test_paths_that_are_not_files_raise(tmp_path):
     calibration = hg.tl.calibrate(counted(), layer="other")
     for path in (tmp_path, tmp_path / "nowhere" / "other.npz"):
         with pytest.raises(ValueError, match="`path` .* is a folder, or lies in a folder that does not exist"):
             calibration.save(path)
-    with pytest.raises(IsADirectoryError, match="`path` .* is a folder; name the file"):
+    with pytest.raises(IsADirectoryError, match="`path` .* is a folder; pass the file"):
         hg.Calibration.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="`path` .* is not there; name the file"):
+    with pytest.raises(FileNotFoundError, match="`path` .* does not exist; pass the file"):
         hg.Calibration.load(tmp_path / "nowhere.npz")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_picture_shows_what_a_calibration_covers_on_new_patients():
+def test_the_plot_shows_the_coverage_on_new_patients():
     calibration, new = calibrated(cohort(30, 1)), cohort(5, 2)
     new.obsm["spatial"] = np.stack([np.arange(new.n_obs) % 10, np.arange(new.n_obs) // 10], 1) * 100.0
     options = {"layer": "other", "measured": "truth", "measured_scale": "log", "calibration": calibration}
     ax = hg.pl.calibration(new, coverages=[0.5, 0.9], **options)
     (line,) = [each for each in ax.lines if "mean over" in each.get_label()]
     np.testing.assert_allclose(line.get_ydata(), [covered(new, c, calibration) for c in (0.5, 0.9)], atol=1e-4)
-    with pytest.raises(ValueError, match="`annotation_key` is compared .* layer 'other' is of another model"):
+    with pytest.raises(ValueError, match="`annotation_key` needs an annotation .* layer 'other' is of another model"):
         hg.pl.calibration(new, annotation_key="patient", **options)
     with pytest.raises(TypeError, match="`calibration` is of type str"):
         hg.pl.calibration(new, **options | {"calibration": "other.npz"})
 
 
-def told(table, calibration):
+def level_warnings(table, calibration):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hg.tl.intervals(table, layer="other", calibration=calibration)
@@ -386,42 +384,42 @@ def told(table, calibration):
 
 
 @pytest.mark.parametrize("factor", [1 / np.log(2), 1 / np.log(10)])
-def test_logarithms_to_another_base_than_the_calibrated_ones_are_told(tmp_path, factor):
+def test_logarithms_to_another_base_give_a_warning(tmp_path, factor):
     calibration = hg.Calibration.load(hg.tl.calibrate(counted(), layer="other").save(tmp_path / "other.npz"))
     new = counted(2, 1)
-    assert not told(new[:, :7].copy(), calibration)
-    # One gene of a new patient may well be on another level.
-    few = new[:, :1].copy()
-    few.layers["other"] = few.layers["other"] * np.float32(factor)
-    assert not told(few, calibration)
+    assert not level_warnings(new[:, :7].copy(), calibration)
+    # A single gene of a new patient may be on another level.
+    one_gene = new[:, :1].copy()
+    one_gene.layers["other"] = one_gene.layers["other"] * np.float32(factor)
+    assert not level_warnings(one_gene, calibration)
     new.layers["other"] = new.layers["other"] * np.float32(factor)
-    (message,) = told(new, calibration)
+    (message,) = level_warnings(new, calibration)
     assert f"on average {factor:.2f} times the values" in message.replace("1.45", "1.44")
-    assert not told(counted(2, 1), replace(calibration, means=None))
+    assert not level_warnings(counted(2, 1), replace(calibration, means=None))
 
 
-def test_patients_of_the_calibration_are_told_where_it_is_applied():
+def test_patients_of_the_calibration_give_a_warning():
     calibration = hg.tl.calibrate(counted(), layer="other")
-    (message,) = told(counted(2), calibration)
-    assert message.startswith("`data`: patients 0P0, 0P1 are among those that the `calibration` was made of")
+    (message,) = level_warnings(counted(2), calibration)
+    assert message.startswith("`data`: patients 0P0, 0P1 were used for the `calibration`")
 
 
-def test_a_calibration_of_one_model_of_ours_is_not_that_of_another():
-    def by(table, weights):
+def test_a_calibration_of_another_model_gives_a_warning():
+    def with_weights(table, weights):
         table.uns["other"] = {"verb": "predict", "layer": "other", "model": "m", "weights_sha256": weights}
         return table
 
-    calibration = hg.tl.calibrate(by(counted(), "a"), layer="other")
+    calibration = hg.tl.calibrate(with_weights(counted(), "a"), layer="other")
     assert calibration.models == ("a",)
-    assert not told(by(counted(2, 1), "a"), calibration)
-    (message,) = told(by(counted(2, 1), "b"), calibration)
+    assert not level_warnings(with_weights(counted(2, 1), "a"), calibration)
+    (message,) = level_warnings(with_weights(counted(2, 1), "b"), calibration)
     assert "was predicted by another model than that of the `calibration`" in message
-    # Patients held out in turn have models of their own.
-    assert not told(by(counted(2, 1), "b"), replace(calibration, models=("a", "c")))
+    # Patients that are held out in turn have different models.
+    assert not level_warnings(with_weights(counted(2, 1), "b"), replace(calibration, models=("a", "c")))
 
 
 @pytest.mark.parametrize("make", [np.asarray, lambda x: x / np.log(2), lambda x: (x - x.mean(0)) / x.std(0)])
-def test_a_layer_that_is_what_was_measured_is_told(make):
+def test_a_layer_equal_to_the_measured_values_gives_a_warning(make):
     table = counted()
     table.layers["copy"] = make(log_normalise(table.X)).astype(np.float32)
     with pytest.warns(UserWarning, match="`layer` 'copy' is a copy of the measured values, not a prediction"):

@@ -1,4 +1,4 @@
-"""``hg.pl.calibration``: which spots it counts, and of which table."""
+"""``hg.pl.calibration``: the spots and the table that it uses."""
 
 import numpy as np
 import pytest
@@ -31,14 +31,14 @@ def found(*args, **kwargs):
 
 
 @pytest.mark.slow
-def test_spots_without_counts_do_not_count(table, model):
+def test_spots_without_counts_are_left_out(table, model):
     counts = table.X.toarray()
     counts[:20] = 0
     table.X = counts
     np.testing.assert_allclose(found(table, model=model), found(table[20:].copy(), model=model))
 
 
-def test_values_that_were_not_measured_do_not_count(table, model):
+def test_unmeasured_values_are_left_out(table, model):
     log = np.log1p(1e4 * table.X.toarray() / table.X.toarray().sum(1, keepdims=True))
     log[:20] = np.nan
     table.layers["log"] = log
@@ -46,7 +46,7 @@ def test_values_that_were_not_measured_do_not_count(table, model):
     np.testing.assert_allclose(found(table, model=model, measured="log", measured_scale="log"), rest)
 
 
-def test_an_adapted_layer_is_checked_on_spots_that_it_has_not_seen(table):
+def test_an_adapted_layer_is_checked_on_spots_that_it_was_not_fitted_on(table):
     mask = np.arange(81) % 2 == 0
     hg.tl.adapt(table, mask)
     hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.8)
@@ -65,8 +65,10 @@ def test_a_table_of_all_genes_is_compared_with_the_measured_one(model):
     np.testing.assert_allclose(beside, found(sdata["table"], model=model), atol=1e-6)
 
 
-def test_few_spots_are_refused(table, model):
-    with pytest.raises(ValueError, match="9 spots were both predicted and measured.*at least 10"):
+def test_too_few_spots_raise(table, model):
+    with pytest.raises(
+        ValueError, match="no section has at least 10 spots that were both predicted and measured; found 9"
+    ):
         hg.pl.calibration(table[:9].copy(), model=model)
     hg.tl.adapt(table, np.arange(81) > 8)
     with pytest.raises(ValueError, match="at least 10"):
@@ -89,7 +91,7 @@ def test_bad_input_is_refused(table, model, arguments, message):
         hg.pl.calibration(table, model=model, **arguments)
 
 
-def test_a_bare_table_without_prediction_or_flags_says_so(table, model):
+def test_a_table_without_prediction_or_flags_raises(table, model):
     bare = table.copy()
     del bare.uns["he2gene"]
     for verb in (hg.pl.calibration, hg.tl.intervals):
@@ -121,13 +123,13 @@ def test_the_column_of_symbols_is_remembered(model):
     found(sdata, model=model)
 
 
-def test_what_residuals_were_told_apart_by_is_recorded(table, model):
+def test_the_grouping_of_residuals_is_recorded(table, model):
     hg.tl.intervals(table, model=model, layer="he2gene")
     assert table.uns["he2gene_intervals"]["by"] == "annotation"
     hg.tl.intervals(table, model=model, by=None)
     assert table.uns["he2gene_intervals"]["by"] == "none"
     del table.obs["he2gene_annotation"]
-    with pytest.warns(UserWarning, match="`by`: obs has no 'he2gene_annotation'"):
+    with pytest.warns(UserWarning, match=r"obs\['he2gene_annotation'\], which hg.tl.predict wrote, is missing"):
         hg.tl.intervals(table, model=model)
     assert table.uns["he2gene_intervals"]["by"] == "none"
     assert table.uns["he2gene_intervals"]["classes"] == []

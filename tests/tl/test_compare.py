@@ -1,4 +1,4 @@
-"""``hg.tl.compare`` agrees with plain numpy and scipy, and shows how far a protocol moves a figure."""
+"""``hg.tl.compare`` agrees with numpy and scipy, and shows the effect of a protocol on the correlation."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.helpers.patients import slides
 
 
 def cohort():
-    """Two patients of two sections each, which differ in level."""
+    """Return two patients with two sections each, on different levels."""
     table = slides(4, n_genes=8)
     table.obs["section"] = table.obs["patient"].to_numpy()
     table.obs["patient"] = table.obs["section"].map({"P0": "A", "P1": "A", "P2": "B", "P3": "B"}).to_numpy()
@@ -21,14 +21,14 @@ def cohort():
 
 
 def smoothed(values, table):
-    """Mean over the 3 × 3 spots around each, by hand."""
+    """Return the mean over 3 × 3 spots around each spot, computed directly."""
     xy, section = np.rint(table.obsm["spatial"] / 100), table.obs["section"].to_numpy()
     near = (abs(xy[:, None] - xy[None]).max(-1) <= 1) & (section[:, None] == section[None])
     return near @ values / near.sum(1, keepdims=True)
 
 
 def by_hand(predicted, target, groups, patients):
-    """Mean over genes of the mean over patients of the mean over the groups of a patient."""
+    """Return the mean over genes of the mean over patients of the mean over groups of a patient."""
     r = {
         g: [pearsonr(predicted[groups == g, j], target[groups == g, j])[0] for j in range(8)] for g in np.unique(groups)
     }
@@ -36,7 +36,7 @@ def by_hand(predicted, target, groups, patients):
     return np.mean(means)
 
 
-def test_each_protocol_is_its_formula():
+def test_each_protocol_matches_its_formula():
     table = cohort()
     found = hg.tl.compare(table, ["other_model", "noise"])
     patients, sections = (table.obs[key].to_numpy(str) for key in ("patient", "section"))
@@ -53,7 +53,7 @@ def test_each_protocol_is_its_formula():
     assert not table.uns
 
 
-def test_references_see_no_gene_and_are_fitted_on_the_other_patients():
+def test_references_use_no_gene_and_are_fitted_on_the_other_patients():
     table = cohort()
     found = hg.tl.compare(table, "noise", protocols=["section", "hest"]).set_index(["predictor", "protocol"])
     assert found["is_reference"].groupby("predictor").first().to_dict() == {
@@ -81,16 +81,16 @@ def test_references_see_no_gene_and_are_fitted_on_the_other_patients():
             guess[~rest] = x[~rest] @ np.linalg.lstsq(x[rest], centred[rest], rcond=None)[0]
         expected = by_hand(guess, log, sections, patients)
         assert found.loc[(name, "section"), "pearson_mean"] == pytest.approx(expected, abs=1e-6)
-    # The left half is high in five of eight genes, in every patient.
+    # In every patient, five of eight genes are high in the left half.
     assert found.loc[("coordinates", "section"), "pearson_mean"] > 0.2
     assert abs(found.loc[("noise", "section"), "pearson_mean"]) < 0.1
 
 
-def test_spots_and_genes_that_a_layer_lacks_are_judged_in_none():
+def test_spots_and_genes_that_a_layer_lacks_are_left_out_for_all_layers():
     table = cohort()
     table.layers["other_model"][:5] = np.nan
     table.layers["noise"][:, 2] = np.nan
-    with pytest.warns(UserWarning, match="compared on what all predict, 187 of 192 spots and 7 of 8 genes"):
+    with pytest.warns(UserWarning, match="compared on those that all predict: 187 of 192 spots and 7 of 8 genes"):
         found = hg.tl.compare(table, ["other_model", "noise"], protocols="section")
     assert (found["n_spots"] == 187).all()
     assert (found["n_genes"] == 7).all()
@@ -100,7 +100,7 @@ def test_spots_and_genes_that_a_layer_lacks_are_judged_in_none():
         hg.tl.compare(table, ["other_model", "noise"], genes=["g1", "g2"])
 
 
-def test_a_constant_prediction_of_a_gene_that_varies_counts_as_no_correlation():
+def test_a_constant_prediction_of_a_varying_gene_has_correlation_zero():
     table = cohort()
     table.layers["half"] = table.layers["other_model"].copy()
     table.layers["half"][:, :4] = 1
@@ -115,7 +115,7 @@ def test_a_constant_prediction_of_a_gene_that_varies_counts_as_no_correlation():
     assert (found["n_constant"] == 1).all()
 
 
-def test_sections_of_few_spots_are_left_out_with_a_warning():
+def test_sections_with_few_spots_are_left_out_with_a_warning():
     table = cohort()
     table.obs["section"] = np.where(np.arange(table.n_obs) < 5, "tiny", table.obs["section"])
     with pytest.warns(UserWarning, match=r"`data`: \[section 'tiny' of sample 'A' .*\] have fewer than 10 spots"):
@@ -124,13 +124,13 @@ def test_sections_of_few_spots_are_left_out_with_a_warning():
     assert (found["n_spots"] == 187).all()
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_invalid_comparisons_raise():
     table = cohort()
     with pytest.raises(ValueError, match="`protocols` is 'hist', valid: "):
         hg.tl.compare(table, "noise", protocols=["hist"])
     with pytest.raises(ValueError, match="`layers` is empty"):
         hg.tl.compare(table, [])
-    with pytest.raises(ValueError, match="none of the 4 sections has 10 spots"):
+    with pytest.raises(ValueError, match="none of the 4 sections has 10 measured spots"):
         hg.tl.compare(table[::8].copy(), "noise")
     table.layers["depth"] = table.layers["noise"]
     with pytest.raises(ValueError, match=r"`layers` \['depth'\]: a reference has that name"):
@@ -141,7 +141,7 @@ def test_what_cannot_be_compared_is_refused():
         hg.tl.compare(table, "noise")
     del table.obsm["spatial"]
     with pytest.raises(
-        ValueError, match=r"`protocols` 'triplex' averages neighbours, and `data` has no obsm\['spatial'\]"
+        ValueError, match=r"`protocols` 'triplex' averages neighbours, but `data` has no obsm\['spatial'\]"
     ):
         hg.tl.compare(table, "noise")
 
@@ -167,7 +167,7 @@ def test_differences_are_paired_by_gene_and_their_interval_is_over_patients():
         [np.mean(gaps) - half, np.mean(gaps) + half], abs=1e-6
     )
     assert (found.loc["noise", ["minus_first", "minus_first_low", "minus_first_high"]] == 0).all().all()
-    # With one patient the unit is the section; two patients give no interval.
+    # With one patient, the unit is the section; with two patients, there is no interval.
     table.obs["section"] = table.obs["patient"].to_numpy()
     table.obs["patient"] = "A"
     one = hg.tl.compare(table, ["noise", "other_model"], protocols=["section", "hest"]).set_index(

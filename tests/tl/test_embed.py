@@ -1,4 +1,4 @@
-"""Features are computed once: kept in the table or in a folder, found again only where they fit, and taken up after a stop."""
+"""Features are computed once, stored in the table or in a folder, reused only if they match, and resumed after an interruption."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ KEY = "X_he2gene_features"
 
 
 class Count:
-    """Spots that the extractor of a model encodes, and where it is to break down."""
+    """Count the spots that the extractor of a model encodes, and stop it after a given number."""
 
     def __init__(self, monkeypatch):
         self.n, self.stop = 0, None
@@ -35,7 +35,7 @@ class Count:
 
         monkeypatch.setattr(FeatureExtractor, "forward", counted)
 
-    def of(self, call, *args, **kwargs):
+    def run(self, call, *args, **kwargs):
         self.n = 0
         return call(*args, **kwargs), self.n
 
@@ -47,7 +47,7 @@ def count(monkeypatch):
 
 @pytest.fixture(scope="module")
 def by_view(tiny_model):
-    """A model that averages its windows, as the paper's networks do: each view has an annotation of its own."""
+    """Return a model that averages its windows, like the networks of the paper; each view has its own annotation."""
     rng = np.random.default_rng(5)
     g = len(tiny_model.genes)
     tensors = {
@@ -86,35 +86,35 @@ def same(a, b, **tolerance):
 
 def test_features_in_the_table_give_the_same_prediction_and_nothing_is_encoded(toy, tiny_model, count):
     expected = predicted(toy, tiny_model)
-    _, n = count.of(hg.tl.embed, toy, model=tiny_model)
+    _, n = count.run(hg.tl.embed, toy, model=tiny_model)
     features = toy["table"].obsm[KEY]
     assert features.shape == (30, 2 * (8 + 9))
     assert features.dtype == np.float32
-    assert n == 30 + 1  # one blank spot tells the size
-    table, n = count.of(predicted, toy, tiny_model, features=KEY)
+    assert n == 30 + 1  # one blank spot gives the size
+    table, n = count.run(predicted, toy, tiny_model, features=KEY)
     assert n == 0
     same(table, expected)
-    few, n = count.of(predicted, toy, tiny_model, features=KEY, genes=["ERBB2"])
+    one_gene, n = count.run(predicted, toy, tiny_model, features=KEY, genes=["ERBB2"])
     assert n == 0
-    assert few.var["he2gene_predicted"].sum() == 1
+    assert one_gene.var["he2gene_predicted"].sum() == 1
 
 
-def test_another_head_on_the_same_encoder_reads_the_same_features(toy, tiny_model, count):
+def test_another_head_on_the_same_encoder_uses_the_same_features(toy, tiny_model, count):
     hg.tl.embed(toy, model=tiny_model)
     bias = {"genes.bias": tiny_model.tensors["genes.bias"] + 1}
     other = hg.models.HE2Gene(tiny_model.card, tiny_model.genes, tiny_model.tensors | bias)
     tensors = {key: torch.from_numpy(value) for key, value in other.tensors.items()}
     other.__dict__["network"] = Network(tiny_model.network.extractor, tensors, NO_CONTEXT)
-    table, n = count.of(predicted, toy, other, features=KEY)
+    table, n = count.run(predicted, toy, other, features=KEY)
     assert n == 0
     same(table, predicted(toy, other))
 
 
 def test_a_folder_is_filled_once_and_read_afterwards(toy, tiny_model, count, tmp_path):
-    expected, n = count.of(predicted, toy, tiny_model)
-    first, filled = count.of(predicted, toy, tiny_model, features=tmp_path / "new")
+    expected, n = count.run(predicted, toy, tiny_model)
+    first, filled = count.run(predicted, toy, tiny_model, features=tmp_path / "new")
     assert filled == n + 1
-    second, n = count.of(predicted, toy, tiny_model, features=str(tmp_path / "new"), genes="all")
+    second, n = count.run(predicted, toy, tiny_model, features=str(tmp_path / "new"), genes="all")
     assert n == 0
     same(first, expected)
     assert KEY not in second.obsm
@@ -124,20 +124,18 @@ def test_a_folder_is_filled_once_and_read_afterwards(toy, tiny_model, count, tmp
 
 
 @pytest.mark.parametrize("where", ["obsm", "folder"])
-def test_models_that_average_views_keep_each_of_them(toy, by_view, count, tmp_path, where):
+def test_models_that_average_views_store_each_view(toy, by_view, count, tmp_path, where):
     expected = predicted(toy, by_view)
     kept = KEY if where == "obsm" else tmp_path
     hg.tl.embed(toy, model=by_view, **({} if where == "obsm" else {"folder": tmp_path}))
     if where == "obsm":
         assert toy["table"].obsm[KEY].shape == (30, 2 * 8 * 8)
-    table, n = count.of(predicted, toy, by_view, features=kept)
+    table, n = count.run(predicted, toy, by_view, features=kept)
     assert n == 0
     same(table, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_numbers(
-    toy, tiny_model, count, tmp_path, monkeypatch
-):
+def test_an_interrupted_run_is_resumed_and_gives_the_same_numbers(toy, tiny_model, count, tmp_path, monkeypatch):
     monkeypatch.setattr(_cache, "_BLOCK_SPOTS", 10)
     options = {"features": tmp_path, "batch_size": 5}
     expected = predicted(toy, tiny_model, batch_size=5)
@@ -146,15 +144,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_numbers(
         predicted(toy, tiny_model, **options)
     assert [path.suffix for path in tmp_path.iterdir()] == [".block"]
     count.stop = None
-    table, n = count.of(predicted, toy, tiny_model, **options)
+    table, n = count.run(predicted, toy, tiny_model, **options)
     assert n == 1 + 20
     same(table, expected)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
-    assert count.of(predicted, toy, tiny_model, **options)[1] == 0
+    assert count.run(predicted, toy, tiny_model, **options)[1] == 0
 
 
-def test_blocks_of_spots_in_another_order_are_others(tmp_path, monkeypatch):
-    """The same pixels in other chunks are read in another order."""
+def test_blocks_of_spots_in_another_order_are_not_reused(tmp_path, monkeypatch):
+    """With other chunks, the same pixels are read in another order."""
     monkeypatch.setattr(_cache, "_BLOCK_SPOTS", 4)
     orders = np.arange(8).reshape(4, 2), np.arange(8).reshape(2, 2, 2).transpose(0, 2, 1).reshape(4, 2)
     names = [
@@ -173,7 +171,7 @@ def test_a_damaged_block_is_encoded_again(toy, tiny_model, count, tmp_path, monk
     (block,) = tmp_path.iterdir()
     block.write_bytes(block.read_bytes()[:-1] + b"x")
     count.stop = None
-    table, n = count.of(predicted, toy, tiny_model, features=tmp_path, batch_size=5)
+    table, n = count.run(predicted, toy, tiny_model, features=tmp_path, batch_size=5)
     assert n == 1 + 30
     same(table, predicted(toy, tiny_model, batch_size=5))
 
@@ -196,7 +194,7 @@ def darker(sdata):
     ids=["pixel", "mpp", "tta", "dtype"],
 )
 @pytest.mark.filterwarnings("ignore:.*legacy ST")
-def test_features_that_do_not_fit_are_refused_with_what_differs(toy, tiny_model, count, change, options, match):
+def test_features_of_another_slide_or_model_raise_with_the_differences(toy, tiny_model, count, change, options, match):
     hg.tl.embed(toy, model=tiny_model)
     toy = toy if change is None else change(toy)
     with pytest.raises(ValueError, match=rf"`features` '{KEY}'.*{match}"):
@@ -204,7 +202,7 @@ def test_features_that_do_not_fit_are_refused_with_what_differs(toy, tiny_model,
     assert "he2gene" not in toy["table"].uns
 
 
-def test_features_of_another_encoder_or_of_changed_values_are_refused(toy, tiny_model):
+def test_features_of_another_encoder_or_with_changed_values_raise(toy, tiny_model):
     hg.tl.embed(toy, model=tiny_model)
     card = replace(tiny_model.card, encoder={**tiny_model.card.encoder, "sha256": "0" * 64})
     other = hg.models.HE2Gene(card, tiny_model.genes, tiny_model.tensors)
@@ -212,28 +210,28 @@ def test_features_of_another_encoder_or_of_changed_values_are_refused(toy, tiny_
     with pytest.raises(ValueError, match="differ in the weights of the encoder"):
         hg.tl.predict(toy, model=other, features=KEY)
     toy["table"].obsm[KEY][3, 2] += 1
-    with pytest.raises(ValueError, match=rf"obsm\['{KEY}'\] was changed after hg.tl.embed wrote it"):
+    with pytest.raises(ValueError, match=rf"obsm\['{KEY}'\] was changed since hg.tl.embed wrote it"):
         hg.tl.predict(toy, model=tiny_model, features=KEY)
     del toy["table"].uns["he2gene_features"]
-    with pytest.raises(ValueError, match="not written by hg.tl.embed, or its record in uns is gone"):
+    with pytest.raises(ValueError, match="not written by hg.tl.embed, or its record in uns is missing"):
         hg.tl.predict(toy, model=tiny_model, features=KEY)
 
 
-def test_features_survive_a_store(toy, tiny_model, count, tmp_path):
+def test_features_are_kept_in_a_store(toy, tiny_model, count, tmp_path):
     expected = predicted(toy, tiny_model)
     hg.tl.embed(toy, model=tiny_model)
     toy.write(tmp_path / "toy.zarr")
     import spatialdata
 
-    table, n = count.of(predicted, spatialdata.read_zarr(tmp_path / "toy.zarr"), tiny_model, features=KEY)
+    table, n = count.run(predicted, spatialdata.read_zarr(tmp_path / "toy.zarr"), tiny_model, features=KEY)
     assert n == 0
     same(table, expected)
 
 
-def test_a_name_that_is_neither_key_nor_folder_is_refused_before_encoding(toy, tiny_model, count, tmp_path):
+def test_a_name_that_is_neither_key_nor_folder_raises_before_encoding(toy, tiny_model, count, tmp_path):
     count.stop = 0
     for value, match in (
-        ("X_he2gene_feature", r"neither a key of obsm nor a folder that exists; for a new folder write features='\./"),
+        ("X_he2gene_feature", r"neither a key of obsm nor an existing folder; for a new folder pass features='\./"),
         (3, "`features` is 3; a path is needed"),
         (tmp_path / "file", "is a file"),
     ):
@@ -246,21 +244,21 @@ def test_a_name_that_is_neither_key_nor_folder_is_refused_before_encoding(toy, t
         hg.tl.predict(toy, model=tiny_model, batchsize=3)
 
 
-def test_embed_refuses_what_it_cannot_write_before_encoding(toy, tiny_model, count, monkeypatch):
+def test_embed_raises_before_encoding_if_it_cannot_write(toy, tiny_model, count, monkeypatch):
     count.stop = 1
     toy["table"].obsm[KEY] = np.zeros((30, 2))
     with pytest.raises(ValueError, match=rf"obsm\['{KEY}'\] exists and was not written by hg.tl.embed"):
         hg.tl.embed(toy, model=tiny_model)
     del toy["table"].obsm[KEY]
     monkeypatch.setattr(hg.settings, "memory_limit", 1000)
-    with pytest.raises(ValueError, match=r"`folder` is None: the features take .* keep them in a folder"):
+    with pytest.raises(ValueError, match=r"`folder` is None: the features need .* write them to a folder"):
         hg.tl.embed(toy, model=tiny_model)
     del toy.tables["table"]
-    with pytest.raises(ValueError, match="no table annotates the spots.*keep them in a folder"):
+    with pytest.raises(ValueError, match="no table annotates the spots.*write them to a folder"):
         hg.tl.embed(toy, model=tiny_model)
 
 
-def test_a_copy_gets_the_features_and_the_object_stays(toy, tiny_model):
+def test_a_copy_gets_the_features_and_the_object_is_unchanged(toy, tiny_model):
     copied = hg.tl.embed(toy, model=tiny_model, key_added="other", copy=True)
     assert "X_other" in copied["table"].obsm
     assert copied["table"].uns["other"]["verb"] == "embed"
@@ -269,7 +267,7 @@ def test_a_copy_gets_the_features_and_the_object_stays(toy, tiny_model):
 
 @pytest.fixture(scope="module")
 def client():
-    """Two workers in this process."""
+    """Return a client with two workers in this process."""
     import dask
     from distributed import Client
 
@@ -280,7 +278,7 @@ def client():
 
 @pytest.fixture
 def store(toy, tmp_path, monkeypatch):
-    """The toy slide opened from a store, and blocks of ten spots."""
+    """Return the toy slide, opened from a store, with blocks of ten spots."""
     monkeypatch.setattr(_cache, "_BLOCK_SPOTS", 10)
     toy.write(tmp_path / "slide.zarr")
     return sd.read_zarr(tmp_path / "slide.zarr")
@@ -291,7 +289,7 @@ def files_in(folder):
 
 
 @pytest.mark.parametrize("shapes_key", ["spots", "bins"])
-def test_two_workers_give_the_features_of_one_bit_for_bit(store, tiny_model, client, tmp_path, shapes_key):
+def test_two_workers_give_the_same_features_as_one_bit_for_bit(store, tiny_model, client, tmp_path, shapes_key):
     options = {"model": tiny_model, "batch_size": 5, "shapes_key": shapes_key}
     if shapes_key == "bins":  # interpolated from lattices
         hg.pp.tissue(store)
@@ -303,7 +301,7 @@ def test_two_workers_give_the_features_of_one_bit_for_bit(store, tiny_model, cli
     assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
 
 
-def test_blocks_of_a_worker_that_is_gone_are_done_by_the_others(store, tiny_model, client, tmp_path, monkeypatch):
+def test_blocks_of_a_lost_worker_are_encoded_by_the_others(store, tiny_model, client, tmp_path, monkeypatch):
     hg.tl.embed(store, model=tiny_model, folder=tmp_path / "one", batch_size=5)
     encode_blocks, encoding = _workers.encode_blocks, []
 
@@ -327,13 +325,13 @@ def test_workers_need_a_folder_a_running_client_and_an_image_that_they_can_read(
     place = {"model": tiny_model, "folder": tmp_path / "new"}
     with pytest.raises(TypeError, match="`client` is of type str; a distributed.Client is needed"):
         hg.tl.embed(store, client="tcp://127.0.0.1:8786", **place)
-    with pytest.raises(ValueError, match="`folder` is None: workers of `client` write features to a folder"):
+    with pytest.raises(ValueError, match="`folder` is None, but workers of `client` write features to a folder"):
         hg.tl.embed(store, model=tiny_model, client=client)
     monkeypatch.setattr(_workers, "SENT_BYTES", 2**16)
     with pytest.raises(ValueError, match="the image is in memory, where workers cannot read it"):
         hg.tl.embed(toy, client=client, **place)
     assert not (tmp_path / "new").exists()
-    # Files that this process sees and a worker does not.
+    # Files that only this process can read.
     digest, read_here = _workers._digest, []
     monkeypatch.setattr(
         _workers, "_digest", lambda *args: "other" if read_here else read_here.append(1) or digest(*args)
@@ -343,7 +341,7 @@ def test_workers_need_a_folder_a_running_client_and_an_image_that_they_can_read(
     assert not any((tmp_path / "new").iterdir())
 
 
-def test_a_run_that_goes_on_reads_only_the_pixels_that_it_needs(toy, tiny_model, monkeypatch):
+def test_a_resumed_run_only_reads_the_pixels_that_it_needs(toy, tiny_model, monkeypatch):
     reader = parts_of(
         resolve(toy)[0], tiny_model, Encoding.checked("embed", tiny_model, "cpu", False, True, {"batch_size": 5})
     )[0].reader

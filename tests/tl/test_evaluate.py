@@ -1,4 +1,4 @@
-"""hg.tl.evaluate: what was predicted against what was measured."""
+"""``hg.tl.evaluate``: predicted against measured expression."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ SHAPES = {"a": (8, 9), "b": (6, 7)}
 
 
 def make(seed=0, shapes=SHAPES):
-    """Table as predict leaves it: sections on square lattices, a prediction that is half right."""
+    """Return a table as predict writes it: sections on square lattices, with a prediction of medium accuracy."""
     rng = np.random.default_rng(seed)
     parts = [[(s, r, c) for r in range(h) for c in range(w)] for s, (h, w) in shapes.items()]
     obs = pd.DataFrame([spot for part in parts for spot in part], columns=["section", "array_row", "array_col"])
@@ -72,7 +72,7 @@ def both(table, rows):
 
 
 @pytest.mark.parametrize(("scope", "section"), [("section", "a"), ("section", "b"), ("pooled", "all sections")])
-def test_each_metric_is_that_of_the_spots_of_its_scope(table, scope, section):
+def test_each_metric_is_computed_over_the_spots_of_its_scope(table, scope, section):
     hg.tl.evaluate(table)
     found = genes_of(table, scope, section)
     rows = np.flatnonzero((table.obs["section"] == section) | (scope == "pooled"))
@@ -96,7 +96,7 @@ def test_each_metric_is_that_of_the_spots_of_its_scope(table, scope, section):
 
 
 def test_the_ceiling_of_overdispersed_counts_is_an_interval():
-    """G0: counting noise alone; G1, G2: spots differ at random; G3: a smooth pattern; G4: both in equal parts."""
+    """G0: only counting noise; G1, G2: random differences of spots; G3: a smooth pattern; G4: both in equal parts."""
     rng = np.random.default_rng(0)
     xy = np.stack(np.mgrid[:20, :20], -1).reshape(-1, 2).astype(float)
     smooth = 0.6 * np.sin(xy @ [0.5, 0.2])
@@ -119,8 +119,8 @@ def test_the_ceiling_of_overdispersed_counts_is_an_interval():
     np.testing.assert_allclose(low[3:5], truth, atol=0.08)
 
 
-def test_a_pattern_of_depth_is_no_ceiling():
-    """Genes of one share everywhere, and one with a pattern of its own; half of the tissue is 20 times as deep."""
+def test_a_pattern_of_depth_does_not_raise_the_ceiling():
+    """All genes but one have a constant share of the counts; half of the tissue has 20 times the depth."""
     rng = np.random.default_rng(0)
     xy = np.stack(np.mgrid[:20, :20], -1).reshape(-1, 2).astype(float)
     total = rng.lognormal(np.where(xy[:, 0] < 10, 6, 9), 0.3)
@@ -135,7 +135,7 @@ def test_a_pattern_of_depth_is_no_ceiling():
     assert low[-1] > chance
 
 
-def test_maps_are_those_of_a_section_and_pooled_their_mean(table):
+def test_map_metrics_are_by_section_and_the_pooled_value_is_their_mean(table):
     import squidpy as sq
 
     hg.tl.evaluate(table)
@@ -155,7 +155,7 @@ def test_maps_are_those_of_a_section_and_pooled_their_mean(table):
         np.testing.assert_allclose(pooled[metric], (a[metric] + b[metric]) / 2, rtol=1e-5)
 
 
-def test_the_array_is_read_off_the_centres_where_obs_does_not_state_it(table):
+def test_array_positions_are_derived_from_spot_centres_if_obs_lacks_them(table):
     hg.tl.evaluate(table)
     before = genes_of(table)["ssim"]
     del table.obs["array_row"]
@@ -176,14 +176,14 @@ def test_the_mean_is_over_sections_or_over_patients():
         hg.tl.evaluate(table, sample_key="patient")
 
 
-def test_patients_of_one_table_without_sections_have_a_section_each():
+def test_patients_of_a_table_without_sections_have_one_section_each():
     table = make(shapes={"a": (5, 6), "b": (6, 6)})
     table.obs["patient"] = table.obs.pop("section")
     hg.tl.evaluate(table)
     assert set(hg.get.evaluation(table, "genes")["section"]) == {"a", "b", "all sections"}
 
 
-def test_sections_of_one_name_in_several_patients_are_several():
+def test_sections_of_several_patients_may_share_a_name():
     table = make(shapes={"a": (5, 6), "b": (6, 6), "c": (4, 7), "d": (5, 5)})
     table.obs["patient"] = table.obs["section"].map({"a": "p", "b": "p", "c": "q", "d": "q"})
     hg.tl.evaluate(table)
@@ -197,7 +197,7 @@ def test_sections_of_one_name_in_several_patients_are_several():
     np.testing.assert_allclose(genes_of(table, "mean", "all sections")["pearson"], expected, rtol=1e-5)
 
 
-def test_means_over_sections_need_no_column_of_sections():
+def test_means_over_sections_do_not_need_the_default_column():
     table = make(shapes={"a": (5, 6), "b": (6, 6), "c": (4, 7)})
     table.obs["patient"] = table.obs["section"].map({"a": "p", "b": "p", "c": "q"})
     table.obs["slide"] = table.obs.pop("section")
@@ -252,7 +252,7 @@ def test_constant_genes_are_nan_and_counted(table):
     assert row["pearson_mean"] == pytest.approx(found["pearson"].dropna().mean())
 
 
-def test_spots_that_were_not_predicted_or_not_measured_are_left_out_and_counted(table):
+def test_spots_without_prediction_or_counts_are_left_out_and_counted(table):
     kept = np.arange(table.n_obs) >= 5
     hg.tl.evaluate(reference := table[kept].copy())
     table.layers["he2gene"][:3] = np.nan
@@ -275,20 +275,22 @@ def test_a_gene_without_prediction_in_one_section_is_nan_there(table):
     assert genes_of(table, "mean", "all sections").loc["G2", "pearson"] == genes_of(table).loc["G2", "pearson"]
 
 
-def test_small_sections_are_left_out_and_too_few_spots_refused():
+def test_small_sections_are_left_out_and_too_few_spots_raise():
     table = make(shapes={"a": (6, 6), "b": (3, 3)})
     with pytest.warns(UserWarning, match=r"sections \['b'\] have fewer than 10 spots"):
         hg.tl.evaluate(table)
     assert set(hg.get.evaluation(table)["section"]) == {"a", "all sections"}
     assert left_out(table)["spots of sections under 10 spots"] == 9
-    with pytest.raises(ValueError, match=r"9 spots were both predicted and measured.*at least 10 spots"):
+    with pytest.raises(
+        ValueError, match=r"no section has at least 10 spots that were both predicted and measured; found 9 spots"
+    ):
         hg.tl.evaluate(table[table.obs["section"] == "b"].copy())
 
 
 # Input
 
 
-def test_logarithms_are_refused_unless_they_are_stated(table):
+def test_logarithms_raise_without_measured_scale(table):
     with pytest.raises(
         ValueError, match=r"`measured`: layer 'log' looks like log-transformed values.*measured_scale='log'"
     ):
@@ -319,7 +321,7 @@ def test_logarithms_are_refused_unless_they_are_stated(table):
         ({"baselines": ["mean colour"]}, "'mean colour' cannot be computed: a SpatialData object"),
         ({"baselines": ["class mean"]}, "'class mean' cannot be computed: no `annotation_key`"),
         ({"annotation_key": "none"}, "`annotation_key` 'none' is not a column"),
-        ({"annotation_key": "patient"}, "holds none of the classes of the model"),
+        ({"annotation_key": "patient"}, "has no label that is a class of the model"),
         ({"sample_key": "none"}, "`sample_key` 'none' is not a column"),
         ({"section_key": "none"}, "`section_key` 'none' is not a column"),
         ({"prediction_key": "other"}, "holds no prediction 'other'"),
@@ -328,14 +330,14 @@ def test_logarithms_are_refused_unless_they_are_stated(table):
         ({"gene_symbols": "none"}, "`gene_symbols` 'none' is not a column"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_is_changed(table, arguments, message):
+def test_bad_input_raises_and_nothing_is_changed(table, arguments, message):
     slots = {"uns": set(table.uns), "var": set(table.var)}
     with pytest.raises(ValueError, match=message):
         hg.tl.evaluate(table, **arguments)
     assert slots == {"uns": set(table.uns), "var": set(table.var)}
 
 
-def test_nothing_measured_is_refused(toy, tiny_model):
+def test_data_without_measured_values_raise(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model, genes="all")
     with pytest.raises(ValueError, match="nothing was measured in it"):
         hg.tl.evaluate(toy["he2gene"])
@@ -344,7 +346,7 @@ def test_nothing_measured_is_refused(toy, tiny_model):
         hg.tl.evaluate(toy)
 
 
-def test_a_prediction_in_a_table_of_its_own_is_compared_with_the_measured_one(toy, tiny_model):
+def test_a_prediction_in_its_own_table_is_compared_with_the_measured_table(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     hg.tl.evaluate(toy, annotation_key=None)
     expected = genes_of(toy, section="toy-0")
@@ -362,7 +364,7 @@ def test_a_prediction_in_a_table_of_its_own_is_compared_with_the_measured_one(to
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: t.uns.pop("spatialdata_attrs"), "`data`: table of the prediction annotates no spots"),
+        (lambda t: t.uns.pop("spatialdata_attrs"), "`data`: table of the prediction does not annotate spots"),
         (
             lambda t: t.uns.__setitem__("spatialdata_attrs", {"region": "spots"}),
             "region_key and instance_key are needed",
@@ -370,14 +372,14 @@ def test_a_prediction_in_a_table_of_its_own_is_compared_with_the_measured_one(to
         (lambda t: t.obs.__setitem__("instance_id", "1x1"), "`data`: spots of table of the prediction are duplicated"),
     ],
 )
-def test_spots_that_two_tables_do_not_share_are_said(toy, tiny_model, change, match):
+def test_tables_without_shared_spots_raise(toy, tiny_model, change, match):
     hg.tl.predict(toy, model=tiny_model, genes="all")
     change(toy["he2gene"])
     with pytest.raises(ValueError, match=match):
         hg.tl.evaluate(toy, model=tiny_model, baselines=[])
 
 
-def test_a_prediction_kept_sparse_and_counts_kept_dense_are_read(table):
+def test_sparse_predictions_and_dense_counts_are_read(table):
     hg.tl.evaluate(table, genes=GENES[:5])
     before = genes_of(table)
     table.layers["he2gene"] = scipy.sparse.csr_matrix(np.nan_to_num(table.layers["he2gene"]))
@@ -389,7 +391,7 @@ def test_a_prediction_kept_sparse_and_counts_kept_dense_are_read(table):
         hg.tl.evaluate(table)
 
 
-def test_what_another_wrote_is_not_written_over(table):
+def test_keys_of_others_are_not_overwritten(table):
     table.var["he2gene_eval_pearson"] = 1.0
     with pytest.raises(ValueError, match=r"var\['he2gene_eval_pearson'\] exists"):
         hg.tl.evaluate(table)
@@ -398,7 +400,7 @@ def test_what_another_wrote_is_not_written_over(table):
 # Training mean, panels
 
 
-def test_without_training_means_skill_is_nan_and_said(table):
+def test_without_training_means_skill_is_nan_with_a_warning(table):
     del table.var["he2gene_mean"]
     with pytest.warns(UserWarning, match="skill is NaN: predict again, or name the `model`"):
         hg.tl.evaluate(table)
@@ -420,7 +422,7 @@ def test_the_model_gives_training_means_and_panels(toy, tiny_model):
         hg.tl.evaluate(toy, model="breast-her2st")
 
 
-def test_a_section_of_the_training_set_is_warned_of(toy, tiny_model):
+def test_a_section_of_the_training_set_gives_a_warning(toy, tiny_model):
     card = replace(tiny_model.card, training={"sections": {"toy-0": {"patient": "toy"}}})
     hg.tl.predict(toy, model=tiny_model)
     with pytest.warns(UserWarning, match=r"sections \['toy-0'\] are in the training set of tiny"):
@@ -450,7 +452,7 @@ def test_the_summary_is_the_mean_and_median_of_the_genes(table):
 # Annotation
 
 
-def test_annotation_is_judged_by_section_and_pooled(table):
+def test_annotation_is_scored_by_section_and_pooled(table):
     hg.tl.evaluate(table, annotation_key="label")
     proba = table.obsm["he2gene_annotation_proba"].to_numpy()
     codes = pd.Index(CLASSES).get_indexer(table.obs["label"])
@@ -470,15 +472,15 @@ def test_annotation_is_judged_by_section_and_pooled(table):
     assert scores.loc[("mean", "all sections"), "balanced_accuracy"] == pytest.approx(both)
 
 
-def test_labels_that_the_model_does_not_know_are_left_out_counted_and_said_once(table):
+def test_unknown_labels_are_left_out_and_counted_with_one_warning(table):
     hg.tl.evaluate(reference := table.copy(), annotation_key="label")
     known = hg.get.evaluation(reference, "annotation").set_index("scope").loc["pooled", "n_labelled"]
     table.obs["label"] = table.obs["label"].astype(object)
     table.obs.iloc[:4, table.obs.columns.get_loc("label")] = "necrosis"
     table.obs.iloc[4:6, table.obs.columns.get_loc("label")] = None
-    with pytest.warns(UserWarning, match=r"\{'necrosis': 4\}") as said:
+    with pytest.warns(UserWarning, match=r"\{'necrosis': 4\}") as caught:
         hg.tl.evaluate(table, annotation_key="label")
-    assert sum("necrosis" in str(w.message) for w in said) == 1
+    assert sum("necrosis" in str(w.message) for w in caught) == 1
     assert left_out(table)["labels that the model does not know"] == 4
     assert hg.get.evaluation(table, "annotation").set_index("scope").loc["pooled", "n_labelled"] == known - 6
 
@@ -486,7 +488,7 @@ def test_labels_that_the_model_does_not_know_are_left_out_counted_and_said_once(
 # Baselines
 
 
-def test_baselines_stand_in_the_same_table(table):
+def test_baselines_are_in_the_same_table(table):
     hg.tl.evaluate(table, annotation_key="label")
     frame = hg.get.evaluation(table, "genes")
     assert list(frame["predictor"].unique()) == [
@@ -500,14 +502,11 @@ def test_baselines_stand_in_the_same_table(table):
     assert (genes_of(table, predictor="training mean")["skill"] == 0).all()
     assert genes_of(table, predictor="training mean")["pearson"].isna().all()
     predictors = hg.get.evaluation(table, "predictors").set_index("predictor")
-    assert (
-        predictors.loc["mean colour", "reason"]
-        == "a SpatialData object with the image is needed, this is a table alone"
-    )
+    assert predictors.loc["mean colour", "reason"] == "a SpatialData object with the image is needed; `data` is a table"
     assert predictors["computed"].sum() == 6
 
 
-def test_skill_of_the_class_mean_is_that_of_the_other_spots_of_the_class(table):
+def test_skill_of_the_class_mean_uses_the_other_spots_of_the_class(table):
     hg.tl.evaluate(table, annotation_key="label", baselines=["class mean"])
     rows = np.flatnonzero(table.obs["section"] == "a")
     _, measured = both(table, rows)
@@ -542,8 +541,8 @@ def test_differences_to_baselines_are_paired_by_gene_and_averaged_over_patients(
     assert row["pearson_difference_mean"] == pytest.approx(pooled["pearson_difference"].mean(), abs=1e-5)
 
 
-def test_coordinates_reach_a_gradient_and_no_more(table):
-    """A gene that rises over the section is known by its place, one of white noise is not."""
+def test_coordinates_explain_a_gradient_but_not_noise(table):
+    """Coordinates explain a gene that rises over the section, but not white noise."""
     xy = table.obsm["spatial"]
     rng = np.random.default_rng(0)
     truth = np.tile(rng.normal(3, 0.3, (table.n_obs, 1)), (1, table.n_vars))
@@ -577,7 +576,7 @@ def test_mean_colour_is_read_from_the_image_of_each_region(toy, tiny_model):
 # Writing and reading
 
 
-def test_an_evaluation_survives_the_disk_and_is_replaced(table, tmp_path):
+def test_an_evaluation_is_kept_on_disk_and_replaced(table, tmp_path):
     hg.tl.evaluate(table, annotation_key="label", sample_key="patient", genes=["G0", "G2"])
     table.write_zarr(tmp_path / "t.zarr")
     back = read_zarr(tmp_path / "t.zarr")
@@ -590,7 +589,7 @@ def test_an_evaluation_survives_the_disk_and_is_replaced(table, tmp_path):
         hg.get.evaluation(back, "annotation")
 
 
-def test_what_is_asked_for_must_be_there(table, toy):
+def test_unknown_tables_and_keys_raise(table, toy):
     with pytest.raises(ValueError, match="`key` 'he2gene_eval': `data` holds no such result; run hg.tl.evaluate first"):
         hg.get.evaluation(table)
     with pytest.raises(ValueError, match="`data` holds no such result"):
@@ -614,7 +613,7 @@ def test_what_is_asked_for_must_be_there(table, toy):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_figures_of_the_held_out_section_agree_with_the_demo(predicted_c5):
+def test_metrics_of_the_held_out_section_agree_with_the_demo(predicted_c5):
     from he2gene_sc.cli.demo import compare
 
     model, sdata = hg.models.load(), predicted_c5
@@ -627,14 +626,14 @@ def test_figures_of_the_held_out_section_agree_with_the_demo(predicted_c5):
     summary = hg.get.evaluation(sdata).query("scope == 'section'").set_index(["predictor", "panel"])
     for panel, name in (("target", "highest mean"), ("most variable", "most variable")):
         row = summary.loc[("he2gene", panel)]
-        # The demo counts a constant gene as 0.
+        # In the demo, a constant gene has correlation 0.
         mean = row["pearson_mean"] * row["n_genes"] / (row["n_genes"] + row["n_constant"])
         assert mean == pytest.approx(demo.panels.set_index("panel").loc[name, "model"], abs=1e-6)
     assert summary.loc[("he2gene", "target"), "pearson_mean"] > summary.loc[("mean colour", "target"), "pearson_mean"]
 
 
 def adapted(table, name="he2gene_adapted"):
-    """The table as adapt leaves it, every third spot measured and its measurement in the layer."""
+    """Return the table as adapt writes it; every third spot is measured and has its measurement in the layer."""
     fitted = np.arange(table.n_obs) % 3 == 0
     table.layers[name] = np.where(fitted[:, None], table.layers["log"], table.layers["he2gene"]).astype(np.float32)
     table.layers[name][:, 5] = np.nan
@@ -643,7 +642,7 @@ def adapted(table, name="he2gene_adapted"):
     return fitted
 
 
-def test_spots_that_adapt_was_fitted_on_are_not_judged(table):
+def test_spots_that_adapt_was_fitted_on_are_left_out(table):
     fitted = adapted(table)
     hg.tl.evaluate(table, layer="he2gene_adapted", baselines=["training mean"])
     left_out = hg.get.evaluation(table, "left_out").set_index("what")["n"]
@@ -654,11 +653,11 @@ def test_spots_that_adapt_was_fitted_on_are_not_judged(table):
     expected = pearsonr(table.layers["he2gene"][section, 0], table.layers["log"][section, 0])[0]
     assert found.loc["G0", "pearson"] == pytest.approx(expected, abs=1e-6)
     seen = hg.get.evaluation(table, "predictors").set_index("predictor")["seen"]
-    assert f"{fitted.sum()} measured spots of this slide, which are not judged" in seen["he2gene_adapted"]
+    assert f"{fitted.sum()} measured spots of this slide, which are left out" in seen["he2gene_adapted"]
     assert "he2gene" not in seen.index
 
 
-def test_a_layer_adapted_twice_is_judged_on_spots_of_neither(table):
+def test_a_layer_adapted_twice_is_compared_on_spots_of_neither_adaptation(table):
     first = adapted(table)
     adapted(table, "again")
     table.uns["again"]["params"]["layer"] = "he2gene_adapted"
@@ -669,7 +668,7 @@ def test_a_layer_adapted_twice_is_judged_on_spots_of_neither(table):
     assert left_out["spots that hg.tl.adapt was fitted on"] == (first | second).sum()
 
 
-def test_neighbours_are_those_of_the_array_where_spots_are_left_out(table):
+def test_neighbours_are_array_neighbours_also_if_spots_are_left_out(table):
     fitted = adapted(table)
     hg.tl.evaluate(table, layer="he2gene_adapted", baselines=["training mean"])
     at = np.flatnonzero(~fitted & (table.obs["section"] == "a").to_numpy())
@@ -679,16 +678,16 @@ def test_neighbours_are_those_of_the_array_where_spots_are_left_out(table):
     )
 
 
-def test_an_adapted_layer_of_an_older_version_is_warned_of(table):
+def test_an_adapted_layer_of_an_older_version_gives_a_warning(table):
     adapted(table)
     del table.obs["he2gene_adapted_measured"]
-    with pytest.warns(UserWarning, match="older version.* are too good; run hg.tl.adapt again"):
+    with pytest.warns(UserWarning, match="older version.* are optimistic; run hg.tl.adapt again"):
         hg.tl.evaluate(table, layer="he2gene_adapted", baselines=["training mean"])
     seen = hg.get.evaluation(table, "predictors").set_index("predictor")["seen"]
-    assert "they are judged too" in seen["he2gene_adapted"]
+    assert "which are not left out" in seen["he2gene_adapted"]
 
 
-def test_a_layer_adapted_at_every_spot_leaves_nothing_to_judge(table):
+def test_a_layer_adapted_at_every_spot_raises(table):
     adapted(table)
     table.obs["he2gene_adapted_measured"] = True
     with pytest.raises(ValueError, match="adapted to all 114 spots"):
@@ -703,7 +702,7 @@ def test_the_layer_of_the_prediction_may_be_named(table):
 
 
 @pytest.mark.parametrize("layer", ["he2gene_lower", "log", "", "nope"])
-def test_layers_that_are_no_prediction_are_refused(table, layer):
+def test_layers_that_are_not_predictions_raise(table, layer):
     adapted(table)
     table.layers["he2gene_lower"] = table.layers["he2gene"] - 1
     table.uns["he2gene_intervals"] = {"verb": "intervals", "params": {"layer": "he2gene"}}
@@ -711,7 +710,7 @@ def test_layers_that_are_no_prediction_are_refused(table, layer):
         hg.tl.evaluate(table, layer=layer)
 
 
-def test_another_prediction_is_pointed_to(table):
+def test_the_error_names_another_prediction(table):
     table.layers["v2"] = table.layers["he2gene"]
     table.uns["v2"] = {"model": "mine", "weights_sha256": "y", "layer": "v2"}
     with pytest.raises(ValueError, match="pass prediction_key='v2'"):
@@ -720,7 +719,7 @@ def test_another_prediction_is_pointed_to(table):
         hg.tl.evaluate(table, key_added="v2")
 
 
-def test_a_single_name_is_a_list_of_one(table):
+def test_a_single_name_equals_a_list_of_one(table):
     hg.tl.evaluate(table, genes="G1", baselines="total counts")
     genes = hg.get.evaluation(table, "genes")
     assert set(genes["gene"]) == {"G1"}

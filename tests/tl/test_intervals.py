@@ -1,4 +1,4 @@
-"""``hg.tl.intervals``, and the picture of whether it keeps its word."""
+"""``hg.tl.intervals``, and the plots of coverage and of predictability."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.helpers.toy_sections import toy, train
 
 @pytest.fixture(scope="module")
 def model():
-    """Three sections of one patient: no guarantee."""
+    """Return a model of three sections of one patient, which gives no guarantee."""
     return train([toy(i, shape=(7, 7)) for i in range(3)], n_target_genes=12)
 
 
@@ -39,7 +39,7 @@ def run(table, model, **options):
     return table.layers["he2gene_lower"], table.layers["he2gene_upper"]
 
 
-def test_the_prediction_lies_inside_and_the_lower_end_is_not_negative(table, model):
+def test_the_prediction_is_inside_and_the_lower_end_is_not_negative(table, model):
     low, high = run(table, model)
     predicted = table.layers["he2gene"]
     assert (low <= predicted).all()
@@ -55,7 +55,7 @@ def test_more_coverage_is_wider(table, model):
     assert wide.mean() > narrow.mean()
 
 
-def test_ends_are_score_times_spread_around_the_prediction(table, model):
+def test_ends_are_the_prediction_plus_or_minus_score_times_spread(table, model):
     low, high = run(table, model, by=None)
     score, _ = half_scores(model.tensors["intervals.quantiles"][0], model.tensors["intervals.groups"][0], 0.9)
     positions = model.genes.index.get_indexer(table.var_names)
@@ -66,7 +66,7 @@ def test_ends_are_score_times_spread_around_the_prediction(table, model):
     np.testing.assert_allclose(table.var["he2gene_halfwidth"], np.median(half, axis=0), rtol=1e-4)
 
 
-def test_genes_that_training_seldom_detected_are_marked_and_said(table, model):
+def test_rarely_detected_genes_are_marked_with_a_warning(table, model):
     assert (model.genes["detected"] > 0.2).all()
     run(table, model)
     assert not table.var["he2gene_rarely_detected"].any()
@@ -80,7 +80,7 @@ def test_genes_that_training_seldom_detected_are_marked_and_said(table, model):
     assert "he2gene_rarely_detected" not in table.var
 
 
-def test_a_class_with_enough_spots_has_quantiles_of_its_own(table, model):
+def test_a_class_with_enough_spots_has_its_own_quantiles(table, model):
     told = table.copy()
     run(table, model, by=None)
     run(told, model)
@@ -92,13 +92,13 @@ def test_a_class_with_enough_spots_has_quantiles_of_its_own(table, model):
     assert not same[own].any()
 
 
-def test_intervals_cover_about_what_they_say_on_another_section(table, model):
+def test_intervals_have_about_the_nominal_coverage_on_another_section(table, model):
     low, high = run(table, model)
     truth = log_normalise(table.X)
     assert 0.82 <= ((truth >= low) & (truth <= high)).mean() <= 0.97
 
 
-def test_three_sections_give_no_guarantee_and_the_table_says_so(table, model):
+def test_three_sections_give_no_guarantee(table, model):
     run(table, model)
     facts = table.uns["he2gene_intervals"]
     assert (facts["guarantee"], facts["unit"], facts["n_groups"], facts["n_groups_needed"]) == ("none", "section", 3, 9)
@@ -106,8 +106,8 @@ def test_three_sections_give_no_guarantee_and_the_table_says_so(table, model):
     assert table.uns["he2gene_intervals"]["guarantee"] == "none"
 
 
-def test_ten_groups_give_the_guarantee_up_to_what_they_can(table, model):
-    """The groups behind the quantiles are counted gene by gene and class by class."""
+def test_ten_groups_give_the_guarantee_up_to_their_maximum_coverage(table, model):
+    """The groups of the quantiles are counted for each gene and class."""
     groups = np.where(model.tensors["intervals.groups"] > 0, 10, 0).astype(np.int16)
     more = replace(
         model,
@@ -139,7 +139,7 @@ def test_spots_outside_the_image_and_unknown_genes_stay_nan(table, model):
         assert np.isfinite(np.delete(np.delete(end, 3, 0), 5, 1)).all()
 
 
-def test_results_survive_a_store_and_a_second_run(slide, model, tmp_path):
+def test_results_are_kept_in_a_store_and_replaced_by_a_second_run(slide, model, tmp_path):
     import anndata as ad
 
     table = slide["table"].copy()
@@ -151,15 +151,15 @@ def test_results_survive_a_store_and_a_second_run(slide, model, tmp_path):
     assert read.uns["he2gene_intervals"]["params"]["coverage"] == 0.8
 
 
-def test_above_the_memory_limit_half_widths_alone_are_written(table, model, monkeypatch):
+def test_above_the_memory_limit_only_half_widths_are_written(table, model, monkeypatch):
     monkeypatch.setattr(hg.settings, "memory_limit", 100)
-    with pytest.warns(UserWarning, match=r"two layers, 0\.0195 MiB together, would pass hg\.settings\.memory_limit"):
+    with pytest.warns(UserWarning, match=r"two layers need 0\.0195 MiB, more than hg\.settings\.memory_limit"):
         hg.tl.intervals(table, model=model)
     assert "he2gene_lower" not in table.layers
     assert (table.var["he2gene_halfwidth"] > 0).all()
 
 
-def test_a_lazy_layer_is_read_by_genes_and_has_the_intervals_of_a_dense_one(table, model, monkeypatch):
+def test_a_lazy_layer_has_the_same_intervals_as_a_dense_layer(table, model, monkeypatch):
     import dask.array as da
 
     from he2gene_sc._core import lazy, signatures
@@ -174,7 +174,7 @@ def test_a_lazy_layer_is_read_by_genes_and_has_the_intervals_of_a_dense_one(tabl
     assert max(read) <= table.n_obs * table.n_vars // 4
 
 
-def test_an_adapted_layer_has_intervals_of_its_own_residuals(table, model):
+def test_an_adapted_layer_has_intervals_from_its_own_residuals(table, model):
     table.layers["he2gene_adapted"] = table.layers["he2gene"] + 0.1
     quantiles = np.tile(np.array([-0.3, -0.1, 0.0, 0.2, 0.6])[:, None], (1, table.n_vars)).astype(np.float32)
     quantiles[:, 0] = np.nan
@@ -190,19 +190,17 @@ def test_an_adapted_layer_has_intervals_of_its_own_residuals(table, model):
     np.testing.assert_allclose(low[:, 1:], np.maximum(adapted - 0.1, 0), atol=1e-6)
     np.testing.assert_allclose(high[:, 1:], adapted + 0.2, atol=1e-6)
     assert np.isnan(high[:, 0]).all()
-    with pytest.raises(ValueError, match=r"`by` is 'level', and of an adapted layer .* use by=None"):
+    with pytest.raises(ValueError, match=r"`by` is 'level', but an adapted layer .* use by=None"):
         hg.tl.intervals(table, layer="he2gene_adapted", by="level")
-    with pytest.warns(
-        UserWarning, match="`by` is 'detected', and of an adapted layer no residuals are kept of the spots"
-    ):
+    with pytest.warns(UserWarning, match="`by` is 'detected', but an adapted layer has no residuals of the spots"):
         hg.tl.intervals(table, layer="he2gene_adapted", by="detected")
     assert table.uns["he2gene_adapted_intervals"]["by"] == "none"
-    with pytest.raises(ValueError, match=r"`coverage` is 0\.99.*reach to 0\.98"):
+    with pytest.raises(ValueError, match=r"`coverage` is 0\.99.*allow up to 0\.98"):
         hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.99)
 
 
-def test_an_adapted_layer_of_few_spots_has_intervals_that_cover_the_others(model):
-    """Levels that need more spots than were measured are infinite, and do not matter to an interval inside them."""
+def test_an_adapted_layer_with_few_measured_spots_has_intervals_that_cover_the_others(model):
+    """Quantiles that need more spots than were measured are infinite, which does not affect narrower intervals."""
     sdata = toy(7, shape=(12, 12))
     hg.tl.predict(sdata, model=model, device="cpu")
     table = sdata["table"]
@@ -221,7 +219,7 @@ def test_an_adapted_layer_of_few_spots_has_intervals_that_cover_the_others(model
         hg.tl.intervals(table, layer="he2gene_adapted", coverage=0.98)
 
 
-def test_a_gene_of_too_few_spots_has_no_interval_and_a_warning_says_so(table):
+def test_a_gene_with_too_few_spots_has_no_interval_with_a_warning(table):
     table.layers["he2gene_adapted"] = table.layers["he2gene"] + 0.1
     quantiles = np.tile(np.array([-0.3, -0.1, 0.0, 0.2, 0.6])[:, None], (1, table.n_vars)).astype(np.float32)
     quantiles[:2, 1], quantiles[3:, 1] = -np.inf, np.inf
@@ -237,7 +235,7 @@ def test_a_gene_of_too_few_spots_has_no_interval_and_a_warning_says_so(table):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_intervals_of_adapted_tissue_cover_about_what_they_say(predicted_c5):
+def test_intervals_of_adapted_tissue_have_about_the_nominal_coverage(predicted_c5):
     table = predicted_c5["table"]
     truth = log_normalise(table.X)
     mask = np.random.default_rng(0).random(table.n_obs) < 0.3
@@ -249,10 +247,10 @@ def test_intervals_of_adapted_tissue_cover_about_what_they_say(predicted_c5):
     assert 0.85 <= ((truth[~mask] >= low) & (truth[~mask] <= high))[:, known].mean() <= 0.97
 
 
-def test_spots_that_show_a_gene_are_covered_where_intervals_are_made_for_them(table, model):
+def test_by_detected_covers_spots_that_express_a_gene(table, model):
     columns = np.flatnonzero(table.var["he2gene_predicted"])
     truth = log_normalise(table.X)[:, columns]
-    # A gene that one spot in five shows, at far more than is predicted.
+    # A gene detected in one of five spots, far above the prediction.
     rare = columns[0]
     tensors = {name: values.copy() for name, values in model.tensors.items()}
     position = model.genes.index.get_loc(table.var_names[rare])
@@ -267,7 +265,7 @@ def test_spots_that_show_a_gene_are_covered_where_intervals_are_made_for_them(ta
     assert inside[truth > 0].mean() > 0.85
 
 
-def test_residuals_of_spots_that_show_a_gene_are_kept_beside_those_of_all():
+def test_residuals_of_expressing_spots_are_stored_beside_those_of_all_spots():
     rng = np.random.default_rng(0)
     shown = rng.random((4000, 3)) < [0.1, 0.5, 1]
     measured = np.where(shown, 2 + rng.gamma(4, 0.25, shown.shape), 0)
@@ -285,13 +283,13 @@ def test_residuals_of_spots_that_show_a_gene_are_kept_beside_those_of_all():
 
 
 @pytest.mark.parametrize("by", ["detected", "level"])
-def test_a_model_without_residuals_of_detected_spots_or_levels_says_how_to_get_them(table, model, by):
+def test_a_model_without_residuals_by_detection_or_level_tells_how_to_get_them(table, model, by):
     older = replace(model, tensors={name: values for name, values in model.tensors.items() if by not in name})
-    with pytest.raises(ValueError, match=rf"`by` is '{by}', and model 'my-model' keeps no residuals.*hg\.tl\.train"):
+    with pytest.raises(ValueError, match=rf"`by` is '{by}', but model 'my-model' has no residuals.*hg\.tl\.train"):
         hg.tl.intervals(table, model=older, by=by)
 
 
-def test_by_predicted_level_a_trained_model_has_intervals_of_its_own(table, model, monkeypatch):
+def test_a_trained_model_has_intervals_by_level(table, model, monkeypatch):
     narrow = run(table, model, by="level", coverage=0.5)[1].copy()
     low, high = run(table, model, by="level")
     assert table.uns["he2gene_intervals"]["by"] == "level"
@@ -308,25 +306,27 @@ def test_by_predicted_level_a_trained_model_has_intervals_of_its_own(table, mode
     monkeypatch.setattr(hg.settings, "memory_limit", 100)
     with pytest.warns(UserWarning, match="memory_limit"):
         hg.tl.intervals(table, model=model)
-    with pytest.raises(ValueError, match=r"layers \['he2gene_lower', 'he2gene_upper'\] are not there"):
+    with pytest.raises(ValueError, match=r"`data` has no layers \['he2gene_lower', 'he2gene_upper'\]"):
         hg.get.coverage(table)
 
 
 @pytest.mark.parametrize("coverage", [0, 1, -0.1, 1.5, 90, float("nan"), "0.9", True, None])
-def test_a_coverage_that_is_no_share_is_refused(table, coverage):
-    with pytest.raises(ValueError, match="`coverage` is .*(above 0 and below 1|a number is needed)"):
+def test_a_coverage_that_is_not_between_0_and_1_raises(table, coverage):
+    with pytest.raises(ValueError, match="`coverage` is .*(between 0 and 1|a number is needed)"):
         hg.tl.intervals(table, coverage=coverage)
 
 
-def test_a_coverage_beyond_what_is_kept_is_refused(table, model):
+def test_a_coverage_beyond_the_stored_quantiles_raises(table, model):
     with pytest.raises(ValueError, match=r"`coverage` is 0\.995.*0\.1 to 0\.98"):
         hg.tl.intervals(table, coverage=0.995, model=model)
     assert "he2gene_intervals" not in table.uns
 
 
-def test_a_model_without_residuals_says_how_to_get_them(toy, tiny_model):
+def test_a_model_without_residuals_tells_how_to_get_them(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
-    with pytest.raises(ValueError, match=r"no calibration residuals: train it by hg\.tl\.train.*two sections"):
+    with pytest.raises(
+        ValueError, match=r"no calibration residuals; train it with hg\.tl\.train.*two or more sections"
+    ):
         hg.tl.intervals(toy, model=tiny_model)
 
 
@@ -335,17 +335,17 @@ def test_a_model_that_is_not_bundled_has_to_be_given(table):
         hg.tl.intervals(table)
 
 
-def test_another_model_than_the_one_that_predicted_is_refused(table):
+def test_another_model_than_that_of_the_prediction_raises(table):
     with pytest.raises(ValueError, match="the prediction was made by"):
         hg.tl.intervals(table, model="breast-her2st")
 
 
-def test_other_classes_than_the_predicted_are_refused(table, model):
+def test_by_must_be_a_valid_grouping(table, model):
     with pytest.raises(ValueError, match="`by` is 'pathologist', valid"):
         hg.tl.intervals(table, model=model, by="pathologist")
 
 
-def test_a_layer_of_somebody_else_is_refused(table, model):
+def test_a_layer_without_known_residuals_raises(table, model):
     table.layers["mine"] = table.layers["he2gene"].copy()
     with pytest.raises(ValueError, match="`layer` 'mine' was written neither"):
         hg.tl.intervals(table, layer="mine", model=model)
@@ -354,10 +354,10 @@ def test_a_layer_of_somebody_else_is_refused(table, model):
         hg.tl.intervals(table, model=model)
 
 
-# Pictures
+# Plots
 
 
-def test_calibration_draws_the_coverage_that_intervals_have(table, model):
+def test_calibration_draws_the_coverage_of_the_intervals(table, model):
     ax = hg.pl.calibration(table, coverages=(0.5, 0.9), model=model)
     (line,) = [line for line in ax.lines if "mean over" in line.get_label()]
     truth = log_normalise(table.X)
@@ -382,7 +382,7 @@ def test_calibration_draws_the_reliability_of_the_annotation(table, model):
 
 
 def test_calibration_needs_counts_and_labels_of_the_model(table, model):
-    with pytest.raises(ValueError, match="holds none of the classes"):
+    with pytest.raises(ValueError, match="has no label that is a class of the model"):
         hg.pl.calibration(table, model=model, annotation_key="section")
     table.X = np.log1p(table.X.toarray())
     with pytest.raises(ValueError, match="`measured`: X looks like log-transformed values"):
@@ -401,7 +401,7 @@ def test_predictability_ranks_every_gene_by_its_held_out_correlation(model):
     assert any(text.startswith("95 % interval over ") and text.endswith(" of known patients") for text in legend)
 
 
-def test_predictability_labels_the_genes_that_are_asked_for_and_refuses_others(model):
+def test_predictability_labels_chosen_genes_and_raises_for_unknown_genes(model):
     gene = model.genes.index[3]
     (text,) = hg.pl.predictability(model, genes=[gene]).texts
     assert (text.get_text(), text.xy[1]) == (gene, model.genes["pcc"].iloc[3])
@@ -409,9 +409,9 @@ def test_predictability_labels_the_genes_that_are_asked_for_and_refuses_others(m
         hg.pl.predictability(model, genes=["NOTHING"])
 
 
-def test_predictability_of_a_model_of_which_nothing_is_known_is_refused(model):
+def test_predictability_raises_for_a_model_without_held_out_metrics(model):
     unknown = replace(model, genes=model.genes.assign(pcc=np.nan))
-    with pytest.raises(ValueError, match="no held-out figures"):
+    with pytest.raises(ValueError, match="no held-out metrics"):
         hg.pl.predictability(unknown)
 
 
@@ -427,7 +427,7 @@ def test_levels_rise_to_the_largest_score():
     assert LEVELS[-1] == 1
 
 
-def test_a_layer_that_was_changed_since_is_told(table, model):
+def test_a_layer_that_was_changed_raises(table, model):
     layer = table.layers["he2gene"]
     layer += 1
     with pytest.warns(UserWarning, match="`layer` 'he2gene' was changed since hg.tl.predict wrote it"):

@@ -1,4 +1,4 @@
-"""Slides that a model was trained on are known again by their pixels, and no others."""
+"""Only slides that a model was trained on are recognised by their pixels."""
 
 import logging
 from dataclasses import replace
@@ -29,7 +29,7 @@ def pixels():
 
 @pytest.fixture
 def model(tiny_model):
-    """The tiny model, as if it had been trained on the toy slide."""
+    """Return the tiny model with a card as if it was trained on the toy slide."""
     return trained_on(tiny_model, "S1", *resolve(hg.datasets.toy((5, 6), mpp=2.0)))
 
 
@@ -96,18 +96,18 @@ def test_the_hash_is_of_the_pixels_however_they_are_stored(pixels, stored, facto
 @pytest.mark.parametrize(
     "other", [lambda x: x[:, :, :-1], lambda x: x[:, ::-1], lambda x: x[::-1], lambda x: np.maximum(x, 3)]
 )
-def test_another_image_has_another_hash(pixels, other):
+def test_a_different_image_has_a_different_hash(pixels, other):
     assert pixels_sha256(Pyramid.single(other(pixels))) != pixels_sha256(Pyramid.single(pixels))
 
 
-def test_glass_alone_tells_no_slide_from_another(pixels):
+def test_slides_of_glass_alone_are_not_recognised(pixels):
     glass = np.full_like(pixels, 240)
     glass[:, ::2] += 2
     assert pixels_sha256(Pyramid.single(glass)) is None
     assert pixels_sha256(Pyramid.single(np.where(np.arange(900) < 450, pixels, glass))) is not None
 
 
-def test_pixels_that_are_no_numbers_far_from_the_spots_do_not_stop_the_hash(pixels):
+def test_nan_pixels_far_from_the_spots_do_not_prevent_the_hash(pixels):
     holes = pixels.astype(np.float32)
     holes[:, :300] = np.nan
     assert pixels_sha256(Pyramid.single(holes)) is not None
@@ -116,14 +116,14 @@ def test_pixels_that_are_no_numbers_far_from_the_spots_do_not_stop_the_hash(pixe
 def test_a_section_of_training_is_a_known_patient_and_the_log_says_so(toy, model, caplog):
     with caplog.at_level(logging.INFO, "he2gene_sc"):
         assert_known(toy, model, known=True)
-    assert "the image is that of section 'S1', which the model was trained on" in caplog.text
+    assert "the model was trained on the image of section 'S1'" in caplog.text
     for given in (True, False):
         var, record = predicted(toy, model, known_patient=given)
         assert var[RELIABLE].equals(var[OF_KNOWN]) == given
         assert (record["known_patient"], "known_sections" in record) == (given, False)
 
 
-def test_what_judges_a_prediction_knows_its_training_sections_whatever_their_name(toy, model):
+def test_training_sections_are_recognised_in_comparisons_whatever_their_name(toy, model):
     toy["table"].obs["section"], toy["table"].obs["patient"] = "another name", "P9"
     hg.tl.predict(toy, model=model)
     with pytest.warns(UserWarning, match=r"sections \['S1'\] are in the training set of tiny"):
@@ -144,9 +144,9 @@ def test_a_store_with_other_chunks_and_levels_is_the_same_slide(toy, model, tmp_
     assert_known(sd.read_zarr(tmp_path / "toy.zarr"), model, known=True)
 
 
-def test_the_slide_of_another_patient_is_not_taken_for_a_known_one(tiny_model, model):
+def test_the_slide_of_another_patient_is_not_recognised_as_known(tiny_model, model):
     assert_known(hg.datasets.toy((5, 6), mpp=2.0, seed=1), model, known=False)
-    # The same image, of which training has seen another part: an array of tissues of several patients.
+    # The same image, but training used another part: an array with tissues of several patients.
     sdata = hg.datasets.toy((5, 6), mpp=2.0)
     (slide,) = resolve(sdata)
     left = slide.centres[slide.centres[:, 0] < np.median(slide.centres[:, 0])]
@@ -160,7 +160,7 @@ def test_a_table_of_two_slides_is_known_only_if_both_are(model):
     assert _known.training_sections((slide, other), model.card) == []
 
 
-def test_a_model_without_hashes_reads_no_pixel_for_them(toy, tiny_model, model):
+def test_a_model_without_hashes_reads_no_pixels(toy, tiny_model, model):
     (slide,) = resolve(toy)
     wide = replace(slide, pyramid=Pyramid.single(np.zeros((3, 40, 50), np.uint8)))
     with mock.patch.object(_known, "pixels_sha256", side_effect=AssertionError):
@@ -168,7 +168,7 @@ def test_a_model_without_hashes_reads_no_pixel_for_them(toy, tiny_model, model):
         assert _known.training_sections((wide,), model.card) == []
 
 
-def test_the_card_keeps_the_hash_and_the_page_for_people_leaves_it_out(model):
+def test_the_card_has_the_hash_and_its_display_does_not(model):
     text = model.card.to_json().replace(
         '"files": {}', f'"files": {{"genes.csv": "{"0" * 64}", "weights.safetensors": "{"0" * 64}"}}'
     )
@@ -188,7 +188,7 @@ def test_the_card_keeps_the_hash_and_the_page_for_people_leaves_it_out(model):
         ({"known_patient": True, "known_sections": ["S1"]}, {None}),
     ],
 )
-def test_a_finished_slide_is_one_of_the_same_patient(record, same):
+def test_a_finished_slide_must_have_the_same_known_patient(record, same):
     assert {asked for asked in (None, False, True) if _same_patient(record, asked)} == same
 
 

@@ -1,4 +1,4 @@
-"""A layer that another model predicted, in a table that hg.tl.predict never saw, goes through every verb of trust."""
+"""Layers of other models, in tables without a prediction of ``hg.tl.predict``, work with every function for trust."""
 
 import warnings
 
@@ -37,7 +37,7 @@ def test_every_verb_takes_a_layer_without_a_record_of_ours():
     assert "he2gene" not in table.uns
 
 
-def test_agreement_in_chance_differences_is_told():
+def test_agreement_in_chance_differences_gives_a_warning():
     table = slides()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -48,12 +48,12 @@ def test_agreement_in_chance_differences_is_told():
         hg.tl.concordance(table, "label", groups="left", layer="other_model", k=(5,))
     found = hg.get.concordance(table).query("predictor == 'other_model' and genes == 'all'")
     assert found["n_significant"].item() == 0
-    # The same spots: noise agrees too.
+    # With the same spots, noise agrees too.
     assert found["spearman"].item() > 0.2
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "concordance", "domain_preservation", "compare"])
-def test_every_verb_tells_a_layer_that_is_what_was_measured(verb):
+def test_every_verb_warns_of_a_layer_equal_to_the_measured_values(verb):
     table = slides(n_patients=3)
     table.layers["copy"] = log_normalise(table.X)
     run = {
@@ -70,7 +70,7 @@ def test_every_verb_tells_a_layer_that_is_what_was_measured(verb):
     assert told.filename == __file__
 
 
-def test_counts_that_were_predicted_are_judged_where_it_is_said():
+def test_predicted_counts_are_compared_with_layer_scale_counts():
     table = slides(2)
     table.layers["counts"] = (
         np.random.default_rng(1).poisson(np.expm1(table.layers["other_model"]) / 5).astype(np.float32)
@@ -83,7 +83,7 @@ def test_counts_that_were_predicted_are_judged_where_it_is_said():
     assert pooled["pearson"].iloc[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_colour_of_a_slide_stands_beside_the_layer_of_another_model():
+def test_colour_is_a_baseline_for_the_layer_of_another_model():
     slide = hg.datasets.toy((6, 6), mpp=2.0)
     slide["table"].layers["other"] = log_normalise(slide["table"].X) + 0.1
     hg.tl.evaluate(slide, layer="other", baselines="mean colour")
@@ -92,7 +92,7 @@ def test_colour_of_a_slide_stands_beside_the_layer_of_another_model():
     assert np.isfinite(summary["mean colour"])
 
 
-def test_beside_a_prediction_of_ours_the_layer_of_another_model_is_named_as_such():
+def test_a_layer_of_another_model_beside_our_prediction_needs_prediction_key_none():
     table = slides(2)
     table.layers["he2gene"] = table.layers["other_model"]
     table.uns["he2gene"] = {"model": "mine", "weights_sha256": "x", "layer": "he2gene"}
@@ -110,11 +110,11 @@ def test_beside_a_prediction_of_ours_the_layer_of_another_model_is_named_as_such
         hg.tl.evaluate(table, prediction_key=None)
     with pytest.raises(ValueError, match="`layer` 'nothing' is not a layer, valid: "):
         hg.tl.evaluate(table, layer="nothing", prediction_key=None)
-    with pytest.raises(ValueError, match=r"`model` is of predictions of hg\.tl\.predict"):
+    with pytest.raises(ValueError, match=r"`model` is only for predictions of hg\.tl\.predict"):
         hg.tl.evaluate(table, layer="other_model", prediction_key=None, model="breast-her2st")
 
 
-def test_spots_that_a_layer_of_another_model_was_adapted_to_are_not_judged():
+def test_spots_that_a_layer_of_another_model_was_adapted_to_are_left_out():
     table = slides(2)
     fitted = np.zeros(table.n_obs, bool)
     fitted[::3] = True
@@ -127,7 +127,7 @@ def test_spots_that_a_layer_of_another_model_was_adapted_to_are_not_judged():
     assert pooled["pearson"].iloc[0] == pytest.approx(expected, rel=1e-5)
     assert (pooled["n_spots"] == (~fitted).sum()).all()
     seen = hg.get.evaluation(table, "predictors").set_index("predictor")["seen"]["other_model_adapted"]
-    assert f"expression of {fitted.sum()} measured spots of this slide, which are not judged" in seen
+    assert f"expression of {fitted.sum()} measured spots of this slide, which are left out" in seen
 
 
 def test_genes_are_ranked_by_an_evaluation_of_the_layer():
@@ -147,7 +147,7 @@ def test_genes_are_ranked_by_an_evaluation_of_the_layer():
         hg.pl.predictability(key="he2gene_eval")
 
 
-def test_what_was_not_evaluated_is_left_out_unless_asked_for():
+def test_genes_without_metrics_are_left_out_unless_dropna_is_false():
     table = slides(2)
     counts = table.X.toarray()
     counts[:48, 0], table.layers["other_model"][:48, 0] = 0, 0

@@ -1,4 +1,4 @@
-"""`hg.tl.predict` writes what the design says, where it says, and the numbers do not depend on how the tissue is given."""
+"""`hg.tl.predict` writes the documented results, and the numbers do not depend on how the tissue is stored."""
 
 import json
 import warnings
@@ -24,7 +24,7 @@ CLASSES = ["adipose tissue", "connective tissue", "invasive cancer"]
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model):
-    """The tiny model with an annotation head that is undecided enough to give every class to some spots."""
+    """Return the tiny model with an annotation head that predicts every class for some spots."""
     from he2gene_sc.models._embedding import NO_CONTEXT
     from he2gene_sc.models._network import Network
 
@@ -49,7 +49,7 @@ def same(a, b, atol=1e-4):
 
 
 def plain(value):
-    """Whether a value is made of JSON types only, mappings with text keys."""
+    """Return whether a value consists of JSON types only, with text keys in mappings."""
     if isinstance(value, dict):
         return all(isinstance(k, str) and plain(v) for k, v in value.items())
     if isinstance(value, list):
@@ -62,7 +62,7 @@ def without_table(toy):
     return toy
 
 
-# What is written
+# Results
 
 
 def test_layer_is_float32_floored_at_0_and_nan_for_unknown_genes(toy, tiny_model):
@@ -77,7 +77,7 @@ def test_layer_is_float32_floored_at_0_and_nan_for_unknown_genes(toy, tiny_model
     assert np.nanmax(layer) > 0
 
 
-def test_var_says_what_the_model_knows_of_each_gene(toy, tiny_model):
+def test_var_has_the_facts_of_the_model_on_each_gene(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     var = toy["table"].var
     assert var["he2gene_predicted"].dtype == bool
@@ -107,7 +107,7 @@ def test_annotation_is_the_most_probable_class_with_the_colours_of_the_card(toy,
     assert table.uns["he2gene_annotation_colors"] == ["#ffdd57", "#2ca02c", "#d62728"]
 
 
-def test_the_heads_can_be_rebuilt_from_the_embedding(toy, tiny_model):
+def test_predictions_can_be_recomputed_from_the_embedding(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     table = toy["table"]
     latent = table.obsm["X_he2gene"]
@@ -135,7 +135,7 @@ def test_uns_holds_json_types_and_no_host_paths(toy, tiny_model, tmp_path):
     assert set(record["versions"]) >= {"he2gene_sc", "torch", "timm", "spatialdata"}
 
 
-def test_exactly_the_keys_of_the_contract_are_new(toy, tiny_model):
+def test_only_documented_keys_are_written(toy, tiny_model):
     slots = ("layers", "obsm", "obsp", "varm", "varp", "uns")
     table = toy["table"]
     before = {slot: set(getattr(table, slot)) for slot in slots}
@@ -152,7 +152,7 @@ def test_exactly_the_keys_of_the_contract_are_new(toy, tiny_model):
     assert list(toy.tables) == ["table"]
 
 
-def test_x_rows_and_every_other_slot_stay_as_they_were(toy, tiny_model):
+def test_x_and_all_other_slots_are_unchanged(toy, tiny_model):
     table = toy["table"]
     table.layers["counts"] = table.X.copy()
     table.raw = table.copy()
@@ -170,7 +170,7 @@ def test_x_rows_and_every_other_slot_stay_as_they_were(toy, tiny_model):
     assert table.raw.shape == before.raw.shape
 
 
-def test_key_added_and_layer_name_everything(toy, tiny_model):
+def test_key_added_and_layer_set_all_names(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model, key_added="run2", layer="imputed")
     table = toy["table"]
     assert layer_names(table) == ["imputed"]
@@ -182,7 +182,7 @@ def test_key_added_and_layer_name_everything(toy, tiny_model):
     assert table.uns["run2"]["layer"] == "imputed"
 
 
-def test_copy_leaves_the_original(toy, tiny_model):
+def test_copy_does_not_change_the_original(toy, tiny_model):
     result = hg.tl.predict(toy, model=tiny_model, copy=True)
     assert "he2gene" in result["table"].layers
     assert not toy["table"].layers
@@ -191,23 +191,23 @@ def test_copy_leaves_the_original(toy, tiny_model):
     assert result.attrs == toy.attrs
 
 
-def test_spatial_is_added_where_the_table_lacks_it(toy, tiny_model):
+def test_spatial_is_added_if_the_table_lacks_it(toy, tiny_model):
     expected = toy["table"].obsm.pop("spatial")
     hg.tl.predict(toy, model=tiny_model)
     np.testing.assert_allclose(toy["table"].obsm["spatial"], expected)
 
 
-# Which genes
+# Choice of genes
 
 
-def test_a_list_of_genes_predicts_these_alone(toy, tiny_model):
+def test_a_list_of_genes_predicts_only_these(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model, genes=["KRT8", "ERBB2"])
     table = toy["table"]
     assert set(table.var_names[table.var["he2gene_predicted"]]) == {"ERBB2", "KRT8"}
     assert set(table.var_names[np.isfinite(table.layers["he2gene"]).all(0)]) == {"ERBB2", "KRT8"}
 
 
-def test_all_genes_go_to_a_second_table_and_the_first_stays(toy, tiny_model):
+def test_all_genes_are_written_to_a_second_table_and_the_first_is_unchanged(toy, tiny_model):
     before = toy["table"].copy()
     hg.tl.predict(toy, model=tiny_model, genes="all")
     made = toy["he2gene"]
@@ -266,7 +266,7 @@ def test_one_gene_under_two_names_is_written_to_both_columns(toy, tiny_model):
     np.testing.assert_array_equal(layer["ERBB2"], layer[tiny_model.genes.loc["ERBB2", "ensembl_id"]])
 
 
-def test_genes_that_stand_twice_in_var_are_both_written(toy, tiny_model):
+def test_duplicated_genes_in_var_are_both_written(toy, tiny_model):
     expected = run(toy, tiny_model).to_df("he2gene")["ERBB2"]
     names = toy["table"].var_names.to_numpy().copy()
     names[5] = "ERBB2"
@@ -276,7 +276,7 @@ def test_genes_that_stand_twice_in_var_are_both_written(toy, tiny_model):
     np.testing.assert_allclose(twice, np.column_stack([expected, expected]), atol=1e-4)
 
 
-def test_a_gene_asked_for_twice_gets_one_column(toy, tiny_model):
+def test_a_gene_that_is_passed_twice_gets_one_column(toy, tiny_model):
     asked = ["ERBB2", "NOT1", "ERBB2", tiny_model.genes.loc["NOT1", "ensembl_id"]]
     hg.tl.predict(without_table(toy), model=tiny_model, genes=asked)
     assert list(toy["table"].var_names) == ["ERBB2", "NOT1"]
@@ -329,7 +329,7 @@ def test_a_view_of_a_table_is_filled(toy, tiny_model):
     np.testing.assert_allclose(toy["table"].layers["he2gene"], expected.layers["he2gene"][:, :20], atol=1e-4)
 
 
-def test_a_table_filtered_with_its_shapes_is_filled(toy, tiny_model):
+def test_a_table_filtered_together_with_its_shapes_is_filled(toy, tiny_model):
     expected = run(toy, tiny_model)
     toy.tables["table"] = toy["table"][::3]
     toy.shapes["spots"] = toy["spots"].iloc[::3]
@@ -348,7 +348,7 @@ def test_two_regions_of_a_table_are_predicted_by_one_call(toy, tiny_model):
     assert plain(both["table"].uns["he2gene"])
 
 
-def test_one_region_leaves_what_the_other_got_before(toy, tiny_model):
+def test_predicting_one_region_keeps_the_prediction_of_the_other(toy, tiny_model):
     both, _ = two_regions(toy)
     hg.tl.predict(both, model=tiny_model)
     before = both["table"].copy()
@@ -374,14 +374,14 @@ def test_two_regions_get_a_table_of_all_genes_with_unique_names(toy, tiny_model,
     assert sd.read_zarr(tmp_path / "both.zarr")["he2gene"].shape == (60, len(tiny_model.genes))
 
 
-# Order and way of reading
+# Order of spots and storage of images
 
 
 @hypothesis_settings(
     max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 2**16), batch_size=st.integers(1, 40))
-def test_results_follow_the_spot_and_the_gene_whatever_the_order(tiny_model, seed, batch_size):
+def test_results_do_not_depend_on_the_order_of_spots_and_genes(tiny_model, seed, batch_size):
     toy = hg.datasets.toy((5, 6), mpp=2.0)
     expected = run(toy, tiny_model)
     rng = np.random.default_rng(seed)
@@ -460,7 +460,7 @@ def test_an_image_twice_as_large_with_half_the_mpp_gives_the_same_pattern(toy, t
 
 
 @pytest.mark.slow
-def test_the_bundled_model_sees_the_same_in_an_image_twice_as_large():
+def test_the_bundled_model_predicts_the_same_from_an_image_twice_as_large():
     toy = hg.datasets.toy((4, 5), mpp=0.5)
     expected = hg.tl.predict(toy, copy=True)["table"]
     pixels = sd.get_pyramid_levels(toy["he"], n=0).to_numpy().repeat(2, axis=1).repeat(2, axis=2)
@@ -499,11 +499,11 @@ def test_tta_gives_the_same_for_a_mirrored_slide(tiny_model):
     assert np.abs(run(toy, tiny_model).layers["he2gene"] - expected.layers["he2gene"])[:, :20].max() > 1e-3
 
 
-# Borders
+# Spots at the border
 
 
 def shift(toy, dx, dy=0.0, rows=slice(0, 2)):
-    """Move some spots by pixels; spot i stays spot i."""
+    """Move some spots by a number of pixels; their order does not change."""
     xy = np.column_stack([toy["spots"].geometry.x, toy["spots"].geometry.y])
     xy[rows] += (dx, dy)
     toy.shapes["spots"] = ShapesModel.parse(
@@ -516,8 +516,8 @@ def test_spots_outside_the_image_get_nan_and_one_warning_counts_them(toy, tiny_m
     shift(toy, -1000.0)
     with pytest.warns(UserWarning, match="outside") as caught:
         hg.tl.predict(toy, model=tiny_model)
-    said = [str(w.message) for w in caught if "outside" in str(w.message)]
-    assert said == ["2 of 30 spots have their centre outside the image: they get NaN and no annotation"]
+    messages = [str(w.message) for w in caught if "outside" in str(w.message)]
+    assert messages == ["2 of 30 spots have their centre outside the image: they get NaN and no annotation"]
     table = toy["table"]
     assert np.isnan(table.layers["he2gene"][:2]).all()
     assert np.isnan(table.obsm["X_he2gene"][:2]).all()
@@ -572,7 +572,7 @@ def test_write_and_read_keep_everything_that_was_written(toy, tiny_model, tmp_pa
     assert stored == written.uns["he2gene"]
 
 
-def test_a_result_that_was_read_back_can_be_predicted_again(toy, tiny_model, tmp_path):
+def test_an_object_that_was_read_can_be_predicted_again(toy, tiny_model, tmp_path):
     hg.tl.predict(toy, model=tiny_model, genes="all")
     hg.tl.predict(toy, model=tiny_model)
     toy.write(tmp_path / "slide.zarr")
@@ -583,7 +583,7 @@ def test_a_result_that_was_read_back_can_be_predicted_again(toy, tiny_model, tmp
     same(again["table"], toy["table"])
 
 
-def test_annotation_has_the_classes_that_occur_with_their_own_colours(toy, tiny_model):
+def test_annotation_has_the_occurring_classes_with_their_colours(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     table = toy["table"]
     categories = list(table.obs["he2gene_annotation"].cat.categories)
@@ -657,7 +657,7 @@ def test_spatial_follows_the_image_when_predict_wrote_it(toy, tiny_model):
 
 
 @pytest.mark.parametrize("order", ["bgr", "grb"])
-def test_channels_that_are_named_come_in_any_order(toy, tiny_model, order):
+def test_named_channels_may_have_any_order(toy, tiny_model, order):
     from spatialdata.models import Image2DModel
 
     hg.tl.predict(toy, model=tiny_model)
@@ -669,13 +669,13 @@ def test_channels_that_are_named_come_in_any_order(toy, tiny_model, order):
     np.testing.assert_allclose(toy["table"].layers["he2gene"], expected, atol=1e-5)
 
 
-def test_table_that_annotates_nothing_is_named_with_the_call_that_links_it(toy, tiny_model):
+def test_a_table_without_annotated_spots_raises_with_the_call_that_links_it(toy, tiny_model):
     del toy["table"].uns["spatialdata_attrs"]
     with pytest.raises(ValueError, match="set_table_annotates_spatialelement"):
         hg.tl.predict(toy, model=tiny_model)
 
 
-# What is not known
+# Unknown classes and patients
 
 
 def test_spots_on_glass_are_not_annotated_and_keep_their_probabilities(tiny_model):
@@ -699,7 +699,7 @@ def test_spots_on_glass_are_not_annotated_and_keep_their_probabilities(tiny_mode
     assert (obs["he2gene_tissue"] >= record["min_tissue"]).mean() == pytest.approx(record["share_on_tissue"])
 
 
-def test_reliable_is_of_new_patients_unless_the_patient_is_known(toy, tiny_model):
+def test_reliable_is_for_new_patients_unless_the_patient_is_known(toy, tiny_model):
     genes = tiny_model.genes.assign(reliable_known_patient=True, pcc_new_patient=0.3, pcc_given_depth=0.2)
     model = replace(tiny_model, genes=genes)
     model.__dict__["network"] = tiny_model.network

@@ -1,4 +1,4 @@
-"""``hg.tl.programmes`` scores sets as decoupler does, and calls only those reliable that held-out patients bear out."""
+"""``hg.tl.programmes`` scores sets like decoupler, and a set is reliable only if held-out patients confirm it."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ SETS = {"planted": PLANTED, "noise": NOISE}
 
 
 def cohort(n_patients=4, seed=0):
-    """Spots whose first six genes follow a pattern that the model sees, the next ten none, noise genes one that it misses."""
+    """Return spots: six genes with a pattern that the model predicts, ten without, noise genes with a pattern that it does not."""
     rng = np.random.default_rng(seed)
     n = 60 * n_patients
     seen, missed = rng.normal(size=(2, n))
@@ -49,10 +49,10 @@ def table():
     return cohort()
 
 
-def test_the_scores_are_those_of_decoupler_on_the_predicted_table(toy, tiny_model):
+def test_scores_equal_those_of_decoupler_on_the_predicted_table(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
     net = hg.datasets.toy_diseases()
-    with pytest.warns(UserWarning, match="how well the score of any set is predicted is unknown"):
+    with pytest.warns(UserWarning, match="the accuracy of the score of any set is unknown"):
         found = hg.tl.programmes(toy, net)
     assert (found["evidence"] == "unknown: no held-out slides").all()
     assert not found["reliable"].any()
@@ -65,7 +65,7 @@ def test_the_scores_are_those_of_decoupler_on_the_predicted_table(toy, tiny_mode
     )
 
 
-def test_a_set_that_held_out_patients_bear_out_is_reliable_and_noise_is_not(table):
+def test_a_set_confirmed_by_held_out_patients_is_reliable_and_noise_is_not(table):
     new = cohort(1, seed=1)
     found = hg.tl.programmes(new, SETS, held_out=table, layer="other").set_index("source")
     assert found["reliable"].to_dict() == {"planted": True, "noise": False}
@@ -83,7 +83,7 @@ def test_a_set_that_held_out_patients_bear_out_is_reliable_and_noise_is_not(tabl
     assert found.loc["planted", "depth"] < 0.5
 
 
-def test_a_spot_without_any_of_the_genes_scores_0_and_leaves_the_others_judged(table):
+def test_a_spot_without_any_of_the_genes_scores_0_and_the_others_are_compared(table):
     counts = table.X.toarray()
     counts[7] = np.where(table.var_names == "g29", 9, 0)
     table.X = counts
@@ -92,17 +92,15 @@ def test_a_spot_without_any_of_the_genes_scores_0_and_leaves_the_others_judged(t
     assert found["pearson"].notna().all()
 
 
-def test_patients_whose_counts_are_shuffled_call_no_set_reliable(table):
+def test_no_set_is_reliable_with_shuffled_counts(table):
     rng = np.random.default_rng(3)
     order = np.concatenate([60 * i + rng.permutation(60) for i in range(4)])
     table.X = table.X[order]
     assert not hg.tl.programmes(table, SETS, held_out=table, layer="other")["reliable"].any()
 
 
-def test_two_patients_leave_it_unknown_and_so_do_sections_that_were_trained_on(table, tiny_model, monkeypatch):
-    with pytest.warns(
-        UserWarning, match="any set is predicted is unknown, and none is reliable: 2 patients held out, 3"
-    ):
+def test_accuracy_is_unknown_with_two_patients_or_with_training_sections(table, tiny_model, monkeypatch):
+    with pytest.warns(UserWarning, match="any set is unknown, and none is reliable: 2 patients held out, 3"):
         found = hg.tl.programmes(table, SETS, held_out=table[:120].copy(), layer="other")
     assert (found["evidence"] == "unknown: 2 patients held out, 3 are needed").all()
     assert found["pearson"].notna().all()
@@ -113,12 +111,12 @@ def test_two_patients_leave_it_unknown_and_so_do_sections_that_were_trained_on(t
         found = hg.tl.programmes(table, SETS, held_out=table, layer="other")
     assert (found["evidence"] == "unknown: the model was trained on P1").all()
     assert not found["reliable"].any()
-    monkeypatch.setattr("he2gene_sc.tl._programmes._is_strange", lambda table, layer: True)
+    monkeypatch.setattr("he2gene_sc.tl._programmes._is_out_of_distribution", lambda table, layer: True)
     with pytest.warns(UserWarning, match="none is reliable: a slide of `data` is out of distribution"):
         hg.tl.programmes(table, SETS, held_out=table, layer="other")
 
 
-def test_small_sets_are_left_out_by_name_and_measured_counts_are_scored(table):
+def test_small_sets_are_left_out_and_measured_counts_are_scored(table):
     sets = {**SETS, "small": ["g0", "g1", "absent"]}
     with pytest.warns(UserWarning, match=r"left out: small \(2 of 3\)"):
         found = hg.tl.programmes(table, sets, layer=None)
@@ -128,7 +126,7 @@ def test_small_sets_are_left_out_by_name_and_measured_counts_are_scored(table):
     assert record["left_out"]["source"].tolist() == ["small"]
 
 
-def test_results_are_stored_and_go_with_the_layer_that_they_were_computed_from(toy, tiny_model, tmp_path):
+def test_results_are_stored_and_removed_with_the_layer(toy, tiny_model, tmp_path):
     from he2gene_sc._core.invalidate import remove_derived
 
     table = cohort()
@@ -141,26 +139,26 @@ def test_results_are_stored_and_go_with_the_layer_that_they_were_computed_from(t
     assert "he2gene_programmes" not in back.obsm
 
 
-def test_a_gmt_is_read_by_tabs_so_that_names_of_diseases_keep_their_blanks_and_first_gene(table, tmp_path):
+def test_gmt_files_are_split_at_tabs_only(table, tmp_path):
     path = tmp_path / "diseases.gmt"
     path.write_text("Breast cancer\t\t" + "\t".join(f"{gene},1.0" for gene in PLANTED) + "\n")
     found = hg.tl.programmes(table, path, layer=None)
     assert found[["source", "n_genes", "n_predicted"]].to_numpy().tolist() == [["Breast cancer", 6, 6]]
     path.write_text("Breast cancer g0 g1 g2\n")
-    with pytest.raises(ValueError, match="is not a GMT file; each line is a name"):
+    with pytest.raises(ValueError, match="is not a GMT file; each line must have a name"):
         hg.tl.programmes(table, path, layer=None)
 
 
-def test_what_does_not_fit_is_refused_and_nothing_of_the_user_is_overwritten(table):
+def test_invalid_arguments_raise_and_nothing_is_overwritten(table):
     options = {"layer": "other"}
     for net, match in (
         (pd.DataFrame({"source": ["a"]}), "`net` has no column 'target'"),
         ({"a/b": PLANTED}, "`net`: set name 'a/b' cannot be stored"),
-        ({"a": ["x1", "x2"]}, "`net`: no set has 5 of the 30 genes"),
+        ({"a": ["x1", "x2"]}, "`net`: no set has at least 5 of the 30 genes"),
         (pd.DataFrame({"source": "a", "target": PLANTED, "weight": np.nan}), "`net`: 'weight' is not a finite number"),
         (pd.DataFrame({"source": "a", "target": PLANTED, "weight": 0}), "`net`: 'weight' is 0 in all rows"),
         ({"a": None}, "`net` is None; a list of texts is needed"),
-        ("no.gmt", "`net`: there is no file"),
+        ("no.gmt", "`net`: file .* does not exist"),
     ):
         with pytest.raises(ValueError, match=match):
             hg.tl.programmes(table, net, **options)
@@ -174,15 +172,15 @@ def test_what_does_not_fit_is_refused_and_nothing_of_the_user_is_overwritten(tab
     assert not table.uns
 
 
-# Figures of training
+# Metrics of training
 
 
-def test_a_card_says_how_the_sets_named_in_training_are_predicted_on_patients_held_out():
+def test_a_card_has_the_held_out_accuracy_of_sets_named_in_training():
     rng = np.random.default_rng(0)
     sections = []
     for section in planted(4, n=100, n_genes=40, patients=4):
         counts = section.counts().toarray()
-        # These genes rise together, and no feature knows when.
+        # These genes are correlated, but not with any feature.
         counts[:, 20:26] = rng.poisson(40 * np.exp(0.5 * rng.normal(size=(100, 1)) + np.zeros(6)))
         targets = log_targets(scipy.sparse.csr_array(counts), counts.sum(1).astype(float))
         sections.append(replace(section, targets=targets, totals=counts.sum(1).astype(float)))
@@ -204,7 +202,7 @@ def test_a_card_says_how_the_sets_named_in_training_are_predicted_on_patients_he
     card = ModelCard.from_json(shipped.to_json(), "card.json")
     assert card.programmes == model.card.programmes
     assert "| missed | 6 |" in card.to_markdown()
-    # Two patients give no interval, which is missing and not text.
+    # With two patients there is no interval; the value is missing, not a text.
     two = replace(
         model.card,
         programmes={
@@ -227,7 +225,7 @@ def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(
     slides[3].write(tmp_path / "s.zarr")
     back = spatialdata.read_zarr(tmp_path / "s.zarr")
     net = {"fat": fat["fat"], "other": ["ERBB2", "GRB7", "ADIPOQ", "FABP4", "PLIN1"]}
-    with pytest.warns(UserWarning, match="the score of the sets other is predicted is unknown"):
+    with pytest.warns(UserWarning, match="the score of the sets other is unknown"):
         found = hg.tl.programmes(back, net).set_index("source")
     assert found["evidence"].to_dict() == {
         "fat": "3 patients held out in training",
@@ -240,17 +238,17 @@ def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(
     assert drawn[1].get_title() == "other (not reliable)"
     hg.tl.programmes(back, {"fat": fat["fat"], "mine": net["other"]}, layer=None, key_added="measured")
     assert hg.pl.spatial(back, "mine").get_title() == "mine (measured)"
-    # The score of the prediction is drawn, whatever ran last.
+    # The score of the prediction is drawn, not that of the last run.
     doubt = "" if found.loc["fat", "reliable"] else " (not reliable)"
     assert hg.pl.spatial(back, "fat").get_title() == f"fat{doubt}"
     back["table"].obsm["measured"] = back["table"].obsm["measured"].to_numpy()
     hg.pl.spatial(back, "ERBB2")
-    # A set of the same name and other genes is another set.
-    with pytest.warns(UserWarning, match="the score of any set is predicted is unknown"):
+    # A set with the same name and other genes is another set.
+    with pytest.warns(UserWarning, match="the score of any set is unknown"):
         hg.tl.programmes(back, {"fat": fat["fat"][:4] + ["ERBB2"]})
     with pytest.raises(ValueError, match="`programmes` of `genes` are only for preset 'default'"):
         hg.tl.train(slides[:3], preset="he2gene-base", genes=hg.GeneSelection(programmes=fat))
-    with pytest.raises(ValueError, match="`programmes`: there is no file 'no.gmt'"):
+    with pytest.raises(ValueError, match="`programmes`: file 'no.gmt' does not exist"):
         hg.GeneSelection(programmes="no.gmt")
 
 
@@ -263,20 +261,20 @@ def test_names_of_sets_and_genes_are_cleaned():
     pd.testing.assert_frame_equal(read_net(categories), clean)
 
 
-def test_sets_are_weighted_one_by_one_and_genes_of_weight_0_are_in_none():
+def test_weights_are_optional_for_each_set_and_genes_of_weight_0_are_left_out():
     net = read_net({"coag": ["F2", "F5"], "one": "F8", "B": {"G3": 0.5, "G4": 0.0}})
     assert weights_by_set(net) == {"coag": {"F2": 1.0, "F5": 1.0}, "one": {"F8": 1.0}, "B": {"G3": 0.5}}
     with pytest.raises(ValueError, match="`net` is None; a list of texts is needed"):
         read_net({"coag": None, "B": {"G3": 0.5}})
 
 
-def test_nets_of_which_rows_are_called_alike_are_joined():
+def test_nets_with_duplicated_row_names_are_joined():
     parts = [pd.DataFrame({"source": name, "target": genes, "weight": 2.0}) for name, genes in SETS.items()]
     assert weights_by_set(read_net(pd.concat(parts))) == {name: dict.fromkeys(SETS[name], 2.0) for name in SETS}
 
 
-def told_in_training(genes, head="h", pearson=0.5):
-    """One table of eleven genes, and the record of a model that was never saved."""
+def trained_with_sets(genes, head="h", pearson=0.5):
+    """Return a table of eleven genes, and the record of a model that was never saved."""
     figures = dict.fromkeys(_COLUMNS, pearson) | {"genes": "CDCA1 G1 G2:0.5", "reliable": True}
     told = pd.DataFrame({name: [value] for name, value in figures.items() if name not in (DEPTH, COLOUR)}, index=["s"])
     told = told.assign(**{DEPTH: 0.1, "colour": 0.1, "n_patients": 4, "n_learned": len(genes)})
@@ -286,14 +284,14 @@ def told_in_training(genes, head="h", pearson=0.5):
     return table
 
 
-def test_figures_of_training_are_found_by_present_symbols_and_of_one_model_alone():
+def test_metrics_of_training_are_matched_by_current_symbols_for_one_model_only():
     net = {"s": {"CDCA1": 1, "G1": 1, "G2": 0.5}}
     for name in ("CDCA1", "NUF2"):
         found = hg.tl.programmes(
-            told_in_training([name, *(f"G{i}" for i in range(10))], pearson="0.5"), net, min_genes=3
+            trained_with_sets([name, *(f"G{i}" for i in range(10))], pearson="0.5"), net, min_genes=3
         )
         assert found[["pearson", "evidence"]].to_numpy().tolist() == [[0.5, "4 patients held out in training"]]
-    tables = [told_in_training(["NUF2", *(f"G{i}" for i in range(10))], head) for head in ("h", "other")]
+    tables = [trained_with_sets(["NUF2", *(f"G{i}" for i in range(10))], head) for head in ("h", "other")]
     with pytest.warns(UserWarning, match="`held_out` is not given"):
         found = hg.tl.programmes(tables, net, min_genes=3)
     assert found["pearson"].isna().all()

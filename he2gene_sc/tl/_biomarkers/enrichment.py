@@ -15,7 +15,7 @@ from ..._core.keys import check_key
 from ..._core.ownership import check_free
 from ..._core.results import find_results, write_to_all
 from ...get._biomarkers import biomarkers as get_biomarkers
-from .._gene_sets import import_decoupler, in_names_of, membership, read_net, weights_by_set
+from .._gene_sets import import_decoupler, membership, read_net, rename_targets, weights_by_set
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -183,7 +183,7 @@ def _scores(
         raise ValueError(
             f"`data`: {statistic!r} is the same for all genes of group {group!r}, so sets cannot be ranked"
         )
-    net = in_names_of(net, values.index)
+    net = rename_targets(net, values.index)
     sizes = net[net["target"].isin(values.index)].groupby("source").size()
     # A set with every tested gene has no background.
     net = net[~net["source"].isin(sizes.index[sizes >= len(values)])]
@@ -230,7 +230,7 @@ def _test_over_samples(
         if len(effects) < _MIN_SAMPLES or known.sum() < 2:
             continue
         effects, tested = effects[:, known], genes[known]
-        sets = weights_by_set(in_names_of(net[net["source"].isin(rows["source"])], tested))
+        sets = weights_by_set(rename_targets(net[net["source"].isin(rows["source"])], tested))
         weights = membership({name: sets.get(name, {}) for name in rows["source"]}, tested)
         pvals = stats.ttest_1samp(effects @ (weights - weights.mean(axis=0)), 0.0).pvalue
         there = np.isfinite(pvals)

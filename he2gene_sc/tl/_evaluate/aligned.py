@@ -1,4 +1,4 @@
-"""What hg.tl.evaluate compares: spots and genes that were both predicted and measured, read and checked."""
+"""Align predicted and measured expression for ``hg.tl.evaluate``: the same spots and genes, checked."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..._core.matrix import matrix_of, values_of
 from ..._core.names import annotation_target, column_of, names_of
 from ..._core.predictions import source_layer, symbols_of
 from ..._core.spots import has_samples, pitch_of, sections_of, spots_of, unique_section_names
-from .._known import trained_on
-from .genes import genes_in_common, known_of, model_of
-from .layer import JudgedLayer, fitted_on, judged_layer
+from .._known import known_training_sections
+from .genes import find_model, genes_in_common, training_facts
+from .layer import EvaluatedLayer, adaptation_spots, find_layer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,56 +28,56 @@ if TYPE_CHECKING:
 
     from ...models import HE2Gene
 
-#: A section with fewer spots is not judged.
+#: Sections with fewer spots are left out.
 MIN_SPOTS = 10
-#: Under this name labels are counted that are no class of the model.
+#: Row of the table ``left_out`` for spots with labels that are not classes of the model.
 UNKNOWN_LABELS = "labels that the model does not know"
-#: And under this one spots that an adapted layer was fitted on.
-FITTED = "spots that hg.tl.adapt was fitted on"
+#: Row of the table ``left_out`` for spots that an adapted layer was fitted on.
+FITTED_SPOTS = "spots that hg.tl.adapt was fitted on"
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
-    """Spots ``n`` and genes ``g`` that can be judged, aligned."""
+class AlignedExpression:
+    """Predicted and measured expression of ``g`` genes at the same ``n`` spots."""
 
     genes: pd.Index
     columns: np.ndarray  # of the predicted table, (g,)
     rows: np.ndarray  # of the predicted table, (n,)
     predicted: np.ndarray  # (n, g) float32, natural log of (1 + counts per 10,000)
     measured: np.ndarray
-    counts: Any  # raw counts of all measured genes (n, G); None where logarithms were given
-    count_columns: np.ndarray  # where genes stand in them
+    counts: Any  # raw counts of all measured genes (n, G); None if logarithms were given
+    count_columns: np.ndarray  # columns of the g genes in `counts`
     source: AnnData  # the measured table
-    partner: np.ndarray  # its rows, (n,)
-    xy: np.ndarray  # centres, (n, 2)
+    source_rows: np.ndarray  # of the measured table, (n,)
+    xy: np.ndarray  # spot centres, (n, 2)
     row: np.ndarray  # on the array, (n,)
     column: np.ndarray
-    sections: dict[str, np.ndarray]  # name to positions of its spots
-    pitches: dict[str, float]  # distance of neighbouring spots, in the unit of xy
-    mean: np.ndarray  # of each gene in training; NaN where it is not known
-    panels: dict[str, np.ndarray]  # name to mask of genes
-    trained_on: list[str]  # sections that the model was trained on, as far as that is known
+    sections: dict[str, np.ndarray]  # positions of the spots of each section
+    pitches: dict[str, float]  # median distance of neighbouring spots by section, in the unit of xy
+    mean: np.ndarray  # of each gene in training; NaN if unknown
+    panels: dict[str, np.ndarray]  # mask of the genes of each panel
+    trained_on: list[str]  # sections that the model was trained on, if known
     n_left_out: dict[str, int]
-    predictor: str  # what the tables call the layer that is judged
-    n_fitted: int | None  # spots that it was adapted to, all left out; None where that is not known
+    predictor: str  # name of the evaluated layer in the tables
+    n_fitted: int | None  # spots that the layer was adapted to, all left out; None if unknown
 
     @property
     def depth(self) -> np.ndarray | None:
-        """Natural log of the total counts of each spot; ``None`` where there are none."""
+        """Natural log of the total counts of each spot, or ``None`` without counts."""
         return None if self.counts is None else np.log(np.asarray(self.counts.sum(axis=1), np.float64).ravel())
 
     def labels(self, key: str, parameter: str) -> pd.Series:
-        """Names in a column of ``obs``, cleaned, ``(n,)``; ``None`` where there is none."""
+        """Return the cleaned names in a column of ``obs``, ``(n,)``; ``None`` for spots without a name."""
         what = "samples" if parameter == "sample_key" else "labels"
-        names = names_of(self.source, key, parameter, what=what)[self.partner]
-        return pd.Series(names, index=self.source.obs_names[self.partner], dtype=object)
+        names = names_of(self.source, key, parameter, what=what)[self.source_rows]
+        return pd.Series(names, index=self.source.obs_names[self.source_rows], dtype=object)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What of a prediction is compared with what: arguments of hg.tl.evaluate.
+class AlignOptions:
+    """Arguments of ``hg.tl.evaluate`` that choose layers, genes and sections.
 
-    ``is_other``: another model than ours predicted the layer, which holds what ``layer_scale`` says.
+    ``is_other``: another model predicted the layer, on the scale ``layer_scale``.
     """
 
     layer: str
@@ -92,102 +92,70 @@ class Asked:
     layer_scale: Scale = "auto"
 
 
-def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) -> Judged:
-    """Align what was predicted with what was measured."""
-    layer, measured = asked.layer, asked.measured
-    every = None
-    if asked.is_other:
-        steps = source_layer(table, layer)[1]
-        chosen = JudgedLayer(layer, layer, bool(steps), fitted_on(table, steps))
-        every = log_expression(table, layer, scale=asked.layer_scale, expected="log")
-        is_predicted, record, model = np.asarray(np.isfinite(every).any(axis=0)), {}, None
-    else:
-        if keys.predicted not in table.var:
-            raise ValueError(
-                f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first"
-            )
-        chosen = judged_layer(table, keys, layer)
-        layer = chosen.name
-        is_predicted, record = table.var[keys.predicted].to_numpy(bool), table.uns[keys.uns]
-        model = model_of(record, asked.model)
-    other, rows, partner = _measured(data, table, layer, measured)
-    gene_symbols = symbols_of(other, record, asked.gene_symbols)
-    columns, count_columns = genes_in_common(table, other, is_predicted, asked.genes, gene_symbols)
-    values = as_logs(matrix_of(table, layer), "log", columns) if every is None else every[:, columns]
-    given = log_expression(
-        other, measured, genes=count_columns, scale=asked.scale, expected="counts", parameter="measured"
-    )
-    counts = None if asked.scale == "log" else values_of(other, measured, "measured")
-    predicted_spot = np.asarray(np.isfinite(values).any(axis=1))[rows]
-    filled = np.any(np.isfinite(given), axis=1) if counts is None else np.asarray(counts.sum(axis=1)).ravel() > 0
-    measured_spot = filled[partner]
-    section = _sections(other, asked.section_key, asked.sample_key)[partner]
-    both = predicted_spot & measured_spot
-    fitted = both & (False if chosen.fitted_on is None else chosen.fitted_on[rows])
-    used = both & ~fitted
-    if fitted.any() and not used.any():
-        raise ValueError(
-            f"`layer` {layer!r} was adapted to all {int(fitted.sum())} spots that were predicted and measured: none is left "
-            "to judge it by"
-        )
-    if chosen.fitted_on is None:
-        warnings.warn(
-            f"layer {layer!r} was adapted by an older version, the spots that it was fitted on are not known and are judged "
-            "with the others: its figures are too good; run hg.tl.adapt again",
-            stacklevel=3,
-        )
-    names, sizes = np.unique(section[used].astype(str), return_counts=True)
-    names = names.astype(object)
-    small = names[sizes < MIN_SPOTS]
-    if len(small) == len(names):
-        raise ValueError(
-            f"`data`: {int(used.sum())} spots were both predicted and measured{', and not used by hg.tl.adapt' * chosen.adapted}"
-            f", by section: {validate.format_list(f'{s!r} {n}' for s, n in zip(names, sizes, strict=True))}; at least {MIN_SPOTS} "
-            "spots of a section are needed"
-        )
-    if len(small):
-        warnings.warn(
-            f"sections [{validate.format_list(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out",
-            stacklevel=3,
-        )
-    left_out = {
-        "spots not predicted (outside the image)": int((~predicted_spot).sum()),
-        "spots without any counts": int((predicted_spot & ~measured_spot).sum()),
-        f"spots of sections under {MIN_SPOTS} spots": int(np.isin(section[used].astype(str), small).sum()),
-        **({FITTED: int(fitted.sum())} if chosen.adapted and chosen.fitted_on is not None else {}),
-        "genes not predicted": other.n_vars - len(columns) if asked.genes is None else 0,
-    }
-    # Distances are those of the array, which has holes where spots are left out.
-    pitches = {name: pitch_of(spots_of(table[rows[both & (section == name)]])) for name in names if name not in small}
-    kept = np.flatnonzero(used & ~np.isin(section.astype(str), small))
-    rows, partner, section = rows[kept], partner[kept], section[kept]
+@dataclass(frozen=True, eq=False)
+class _Matrices:
+    """Both matrices of the same genes, and the pairs of their rows that are the same spots."""
+
+    layer: EvaluatedLayer
+    record: Mapping[str, Any]  # of the prediction; empty for another model
+    model: HE2Gene | None
+    gene_symbols: str | None
+    source: AnnData  # the measured table
+    rows: np.ndarray  # of the predicted table, (m,)
+    source_rows: np.ndarray  # of the measured table, (m,)
+    columns: np.ndarray  # of the predicted table, (g,)
+    source_columns: np.ndarray  # of the measured table, (g,)
+    predicted: np.ndarray  # (n_obs, g)
+    measured: np.ndarray  # (n_obs of the measured table, g)
+    counts: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Selection:
+    """Pairs of rows that are compared."""
+
+    kept: np.ndarray  # positions among the pairs, (n,)
+    section: np.ndarray  # of each kept spot, (n,)
+    pitches: dict[str, float]
+    n_left_out: dict[str, int]
+    n_fitted: int | None
+
+
+def align_expression(
+    data: SpatialData | AnnData, table: AnnData, keys: Keys, options: AlignOptions
+) -> AlignedExpression:
+    """Align predicted and measured expression: the same genes, and spots that have both."""
+    matrices = _read_matrices(data, table, keys, options)
+    selection = _select_spots(matrices, table, options)
+    source, model, columns = matrices.source, matrices.model, matrices.columns
+    rows, source_rows = matrices.rows[selection.kept], matrices.source_rows[selection.kept]
     xy = spots_of(table[rows])
-    sections = {str(name): np.flatnonzero(section == name) for name in pd.unique(section)}
-    pitches = {name: pitches[name] for name in sections}
-    if shared := [name for name, pitch in pitches.items() if not pitch > 0]:
+    sections = {str(name): np.flatnonzero(selection.section == name) for name in pd.unique(selection.section)}
+    pitches = {name: selection.pitches[name] for name in sections}
+    if overlapping := [name for name, pitch in pitches.items() if not pitch > 0]:
         raise ValueError(
-            f"obsm['spatial']: most spots of sections {validate.format_list(shared)} lie on top of each other"
+            f"obsm['spatial']: most spots of sections {validate.format_list(overlapping)} lie on top of each other"
         )
-    row, column = _cells(other.obs.iloc[partner], xy, sections, pitches)
-    seen = trained_on(record, model, sections)
-    if seen:
+    row, column = _array_positions(source.obs.iloc[source_rows], xy, sections, pitches)
+    trained_on = known_training_sections(matrices.record, model, sections)
+    if trained_on:
         warnings.warn(
-            f"sections {seen} are in the training set of {record.get('model')}: their figures are too good",
+            f"sections {trained_on} are in the training set of {matrices.record.get('model')}: their metrics are optimistic",
             stacklevel=3,
         )
     mean, panels = np.full(len(columns), np.nan), {"all genes": np.ones(len(columns), bool)}
-    if not asked.is_other:
-        mean, panels = known_of(table, columns, keys, model, gene_symbols)
-    return Judged(
+    if not options.is_other:
+        mean, panels = training_facts(table, columns, keys, model, matrices.gene_symbols)
+    return AlignedExpression(
         genes=table.var_names[columns],
         columns=columns,
         rows=rows,
-        predicted=values[rows],
-        measured=given[partner],
-        counts=None if counts is None else counts[partner],
-        count_columns=count_columns,
-        source=other,
-        partner=partner,
+        predicted=matrices.predicted[rows],
+        measured=matrices.measured[source_rows],
+        counts=None if matrices.counts is None else matrices.counts[source_rows],
+        count_columns=matrices.source_columns,
+        source=source,
+        source_rows=source_rows,
         xy=xy,
         row=row,
         column=column,
@@ -195,17 +163,112 @@ def read(data: SpatialData | AnnData, table: AnnData, keys: Keys, asked: Asked) 
         pitches=pitches,
         mean=mean,
         panels=panels,
-        trained_on=seen,
-        n_left_out=left_out,
-        predictor=chosen.predictor,
-        n_fitted=None if chosen.fitted_on is None else int(fitted.sum()),
+        trained_on=trained_on,
+        n_left_out=selection.n_left_out,
+        predictor=matrices.layer.predictor,
+        n_fitted=selection.n_fitted,
     )
 
 
-def _sections(table: AnnData, section_key: str, sample_key: str) -> np.ndarray:
-    """Name of the section of each spot; sections of one name in several samples are several.
+def _read_matrices(data: SpatialData | AnnData, table: AnnData, keys: Keys, options: AlignOptions) -> _Matrices:
+    """Read the genes that both tables have, as logarithms, and pair the rows of the tables."""
+    name, measured = options.layer, options.measured
+    all_values = None
+    if options.is_other:
+        steps = source_layer(table, name)[1]
+        layer = EvaluatedLayer(name, name, bool(steps), adaptation_spots(table, steps))
+        all_values = log_expression(table, name, scale=options.layer_scale, expected="log")
+        is_predicted, record, model = np.asarray(np.isfinite(all_values).any(axis=0)), {}, None
+    else:
+        if keys.predicted not in table.var:
+            raise ValueError(
+                f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first"
+            )
+        layer = find_layer(table, keys, name)
+        is_predicted, record = table.var[keys.predicted].to_numpy(bool), table.uns[keys.uns]
+        model = find_model(record, options.model)
+    source, rows, source_rows = _measured_table(data, table, layer.name, measured)
+    gene_symbols = symbols_of(source, record, options.gene_symbols)
+    columns, source_columns = genes_in_common(table, source, is_predicted, options.genes, gene_symbols)
+    matrix = matrix_of(table, layer.name)
+    predicted = as_logs(matrix, "log", columns) if all_values is None else all_values[:, columns]
+    logs = log_expression(
+        source, measured, genes=source_columns, scale=options.scale, expected="counts", parameter="measured"
+    )
+    counts = None if options.scale == "log" else values_of(source, measured, "measured")
+    return _Matrices(
+        layer=layer,
+        record=record,
+        model=model,
+        gene_symbols=gene_symbols,
+        source=source,
+        rows=rows,
+        source_rows=source_rows,
+        columns=columns,
+        source_columns=source_columns,
+        predicted=predicted,
+        measured=logs,
+        counts=counts,
+    )
 
-    A few spots of another sample in a section are a mistake in the column: that section is left whole.
+
+def _select_spots(matrices: _Matrices, table: AnnData, options: AlignOptions) -> _Selection:
+    """Keep spots that have both values and that the layer was not fitted on, in sections that are large enough."""
+    layer, rows, counts = matrices.layer, matrices.rows, matrices.counts
+    has_prediction = np.asarray(np.isfinite(matrices.predicted).any(axis=1))[rows]
+    if counts is None:
+        has_counts = np.any(np.isfinite(matrices.measured), axis=1)[matrices.source_rows]
+    else:
+        has_counts = (np.asarray(counts.sum(axis=1)).ravel() > 0)[matrices.source_rows]
+    section = _sections(matrices.source, options.section_key, options.sample_key)[matrices.source_rows]
+    both = has_prediction & has_counts
+    fitted = both & (False if layer.fitted_on is None else layer.fitted_on[rows])
+    used = both & ~fitted
+    if fitted.any() and not used.any():
+        raise ValueError(
+            f"`layer` {layer.name!r} was adapted to all {int(fitted.sum())} spots that were predicted and measured; no spot is "
+            "left for the comparison"
+        )
+    if layer.fitted_on is None:
+        warnings.warn(
+            f"layer {layer.name!r} was adapted by an older version that did not record the fitted spots. They are included in the "
+            "comparison, so the metrics are optimistic; run hg.tl.adapt again",
+            stacklevel=4,
+        )
+    names, sizes = np.unique(section[used].astype(str), return_counts=True)
+    names = names.astype(object)
+    small = names[sizes < MIN_SPOTS]
+    if len(small) == len(names):
+        found = validate.format_list(f"{name!r} {n}" for name, n in zip(names, sizes, strict=True))
+        raise ValueError(
+            f"`data`: no section has at least {MIN_SPOTS} spots that were both predicted and measured"
+            f"{' and not used by hg.tl.adapt' * layer.adapted}; found {int(used.sum())} spots, by section: {found}"
+        )
+    if len(small):
+        warnings.warn(
+            f"sections [{validate.format_list(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out",
+            stacklevel=4,
+        )
+    in_small = np.isin(section.astype(str), small)
+    n_genes_lost = matrices.source.n_vars - len(matrices.columns)
+    left_out = {
+        "spots not predicted (outside the image)": int((~has_prediction).sum()),
+        "spots without any counts": int((has_prediction & ~has_counts).sum()),
+        f"spots of sections under {MIN_SPOTS} spots": int((used & in_small).sum()),
+        **({FITTED_SPOTS: int(fitted.sum())} if layer.adapted and layer.fitted_on is not None else {}),
+        "genes not predicted": n_genes_lost if options.genes is None else 0,
+    }
+    # The pitch is that of the array: spots that are left out would leave holes.
+    pitches = {name: pitch_of(spots_of(table[rows[both & (section == name)]])) for name in names if name not in small}
+    kept = np.flatnonzero(used & ~in_small)
+    n_fitted = None if layer.fitted_on is None else int(fitted.sum())
+    return _Selection(kept, section[kept], pitches, left_out, n_fitted)
+
+
+def _sections(table: AnnData, section_key: str, sample_key: str) -> np.ndarray:
+    """Return the section of each spot; sections of several samples may share a name.
+
+    Do not split sections if one has only a few spots of another sample: the column is probably wrong.
     """
     sections = sections_of(table, section_key)
     sample_key = PATIENT if sample_key == SECTION else sample_key
@@ -221,32 +284,33 @@ def _sections(table: AnnData, section_key: str, sample_key: str) -> np.ndarray:
     return sections if (shared < MIN_SPOTS).any() else unique_section_names(sections, samples)
 
 
-def _measured(
+def _measured_table(
     data: SpatialData | AnnData, table: AnnData, layer: str, measured: str | None
 ) -> tuple[AnnData, np.ndarray, np.ndarray]:
-    """Table with what was measured, and pairs of rows: of the predicted table and of that one."""
+    """Return the measured table, and the rows of the predicted and of the measured table that are the same spots."""
     if measured is not None and measured == layer:
         raise ValueError(f"`measured` {measured!r} is the prediction itself; name a layer of measured counts (None: X)")
-    every = np.arange(table.n_obs)
+    all_rows = np.arange(table.n_obs)
     if OWN_TABLE not in table.uns:
-        return table, every, every
-    found = find_table(data) if hasattr(data, "tables") else None
-    if found is None:
+        return table, all_rows, all_rows
+    name = find_table(data) if hasattr(data, "tables") else None
+    if name is None:
         raise ValueError(
-            "`measured`: the table was made by hg.tl.predict, nothing was measured in it, and there is no measured table "
-            "beside it; pass the SpatialData object with both"
+            "`measured`: hg.tl.predict made the table, so nothing was measured in it, and `data` has no measured table; pass "
+            "the SpatialData object with both tables"
         )
-    other = data[found]
-    partner = _spots(other, found).get_indexer(_spots(table, "of the prediction"))
-    rows = np.flatnonzero(partner >= 0)
-    return other, rows, partner[rows]
+    source = data[name]
+    source_rows = _spot_ids(source, name).get_indexer(_spot_ids(table, "of the prediction"))
+    rows = np.flatnonzero(source_rows >= 0)
+    return source, rows, source_rows[rows]
 
 
-def _spots(table: AnnData, name: str) -> pd.MultiIndex:
+def _spot_ids(table: AnnData, name: str) -> pd.MultiIndex:
+    """Identify the spots of a table by their shapes element and instance."""
     attrs = annotation_target(table)
     if attrs is None:
         raise ValueError(
-            f"`data`: table {name} annotates no spots; link it with sdata.set_table_annotates_spatialelement"
+            f"`data`: table {name} does not annotate spots; link it with sdata.set_table_annotates_spatialelement"
         )
     keys = [column_of(table, attrs[key], key).astype(str) for key in ("region_key", "instance_key")]
     spots = pd.MultiIndex.from_arrays(keys)
@@ -254,38 +318,38 @@ def _spots(table: AnnData, name: str) -> pd.MultiIndex:
     return spots
 
 
-def _cells(
+def _array_positions(
     obs: pd.DataFrame, xy: np.ndarray, sections: Mapping[str, np.ndarray], pitches: Mapping[str, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column on the array of each spot: as ``obs`` states them, else read off the centres."""
+    """Return the row and column of each spot on the array, from ``obs`` or else from the spot centres."""
     if {"array_row", "array_col"} <= set(obs):
-        stated = obs[["array_row", "array_col"]].to_numpy(float)
-        if np.isfinite(stated).all():
-            return tuple(np.rint(stated).astype(int).T)
+        positions = obs[["array_row", "array_col"]].to_numpy(float)
+        if np.isfinite(positions).all():
+            return tuple(np.rint(positions).astype(int).T)
     cells = np.empty(xy.shape, int)
-    for name, where in sections.items():
-        cells[where] = np.rint((xy[where] - xy[where].min(0)) / pitches[name]).astype(int)
+    for name, spots in sections.items():
+        cells[spots] = np.rint((xy[spots] - xy[spots].min(0)) / pitches[name]).astype(int)
     return cells[:, 1], cells[:, 0]
 
 
-def proba_of(judged: Judged, annotation_key: str, table: AnnData, keys: Keys) -> tuple[pd.DataFrame, np.ndarray, int]:
-    """Probabilities of the classes, the class of each spot's label (-1: none), and the number of unknown labels."""
-    labels = judged.labels(annotation_key, "annotation_key")
+def class_probabilities(
+    aligned: AlignedExpression, annotation_key: str, table: AnnData, keys: Keys
+) -> tuple[pd.DataFrame, np.ndarray, int]:
+    """Return class probabilities, the class code of each spot's label (-1: none), and the number of unknown labels."""
+    labels = aligned.labels(annotation_key, "annotation_key")
     if keys.proba not in table.obsm:
         raise ValueError(
-            f"`annotation_key`: prediction {keys.key_added!r} has no annotation, its model knows no classes"
+            f"`annotation_key`: prediction {keys.key_added!r} has no annotation, because its model has no classes; leave it out"
         )
-    frame = table.obsm[keys.proba].iloc[judged.rows]
-    codes = pd.Index(frame.columns.astype(str)).get_indexer(labels)
+    proba = table.obsm[keys.proba].iloc[aligned.rows]
+    codes = pd.Index(proba.columns.astype(str)).get_indexer(labels)
     unknown = labels[codes < 0].value_counts()
     if not (codes >= 0).any():
         raise ValueError(
-            f"`annotation_key` {annotation_key!r} holds none of the classes of the model {list(frame.columns)}, but "
+            f"`annotation_key` {annotation_key!r} has no label that is a class of the model {list(proba.columns)}; found "
             f"{unknown.index[:10].tolist()}"
         )
     if len(unknown):
-        warnings.warn(
-            f"classes that the model does not know are left out: {{{validate.format_list(f'{k!r}: {n}' for k, n in unknown.items())}}}",
-            stacklevel=3,
-        )
-    return frame, codes, int(unknown.sum())
+        counts = validate.format_list(f"{label!r}: {n}" for label, n in unknown.items())
+        warnings.warn(f"spots with labels that are not classes of the model are left out: {{{counts}}}", stacklevel=3)
+    return proba, codes, int(unknown.sum())

@@ -1,4 +1,4 @@
-"""Genes that hg.tl.evaluate judges, and what is known of them."""
+"""Genes that ``hg.tl.evaluate`` compares, their training means and gene panels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def genes_in_common(
     table: AnnData, other: AnnData, known: np.ndarray, genes: Sequence[str] | None, gene_symbols: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of both tables that hold the same gene, predicted (``known``, ``(n_vars,)``) and asked for."""
+    """Return the columns of both tables that hold the same predicted gene (``known``, ``(n_vars,)``) of ``genes``."""
     if gene_symbols is not None:
         validate.key_in(gene_symbols, list(other.var.columns), "gene_symbols", what="a column of var")
     if other is table:
@@ -40,34 +40,36 @@ def genes_in_common(
     if not usable.any():
         raise ValueError(
             f"`data`: no measured gene was predicted; predicted: {list(table.var_names[known][:3])}, measured: "
-            f"{list(other.var_names[:3])}. Where symbols stand in a column of var, name it by `gene_symbols`"
+            f"{list(other.var_names[:3])}. If gene symbols are in a column of var, pass its name as `gene_symbols`"
         )
     if genes is not None:
         if not len(genes):
-            raise ValueError("`genes` is empty; name some genes, or use None")
-        asked = list(dict.fromkeys(str(gene) for gene in genes))
-        wanted = columns_of(table, asked, gene_symbols)
-        absent = [gene for gene, column in zip(asked, wanted, strict=True) if column not in set(columns[usable])]
+            raise ValueError("`genes` is empty; name at least one gene, or use None for all")
+        names = list(dict.fromkeys(str(gene) for gene in genes))
+        wanted = columns_of(table, names, gene_symbols)
+        absent = [gene for gene, column in zip(names, wanted, strict=True) if column not in set(columns[usable])]
         if absent:
-            raise ValueError(f"`genes` {absent[:5]} were not both predicted and measured; hg.get.genes lists what was")
+            raise ValueError(
+                f"`genes` {absent[:5]} were not both predicted and measured; hg.get.genes lists the predicted genes"
+            )
         usable &= np.isin(columns, wanted)
     chosen = np.flatnonzero(usable)
     return columns[chosen], chosen
 
 
-def known_of(
+def training_facts(
     table: AnnData, columns: np.ndarray, keys: Keys, model: HE2Gene | None, gene_symbols: str | None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Training mean of each gene, and panels of genes: of the table, and of the model where it is at hand."""
+    """Return the training mean of each gene, and gene panels of the table and, if it is available, of the model."""
     mean = np.full(table.n_vars, np.nan)
     if keys.mean in table.var:
         mean = np.array(table.var[keys.mean], float)
     panels = {"all genes": np.ones(len(columns), bool), "reliable": table.var[keys.reliable].to_numpy(bool)[columns]}
     if model is not None:
         symbols = gene_symbols if gene_symbols in table.var else None
-        found = match_genes(model, table, None, symbols)
+        matched = match_genes(model, table, None, symbols)
         position = np.full(table.n_vars, -1)
-        position[found.columns] = found.positions
+        position[matched.columns] = matched.positions
         facts = model.genes.iloc[position[columns]]
         is_known = position[columns] >= 0
         panels["target"] = is_known & (facts["group"] == "target").to_numpy()
@@ -76,14 +78,15 @@ def known_of(
     return mean[columns], {name: mask for name, mask in panels.items() if mask.any()}
 
 
-def model_of(record: Mapping[str, Any], model: HE2Gene | None) -> HE2Gene | None:
-    """Model that made a prediction: the one given, else the bundled one if it was that."""
+def find_model(record: Mapping[str, Any], model: HE2Gene | None) -> HE2Gene | None:
+    """Return the model that made a prediction: ``model`` if given, else a bundled one with the same weights."""
     from ...models import BUNDLED, load
 
     if model is not None:
         if model.weights_sha256 != record.get("weights_sha256"):
             raise ValueError(
-                f"`model` is {model.name!r}, the prediction was made by {record.get('model')!r} of other weights"
+                f"`model` is {model.name!r}, the prediction was made by {record.get('model')!r} with other weights; pass that "
+                "model, or predict again"
             )
         return model
     if record.get("model") not in BUNDLED:

@@ -1,4 +1,4 @@
-"""Which layer hg.tl.evaluate judges, of which model, and which spots an adaptation of it was fitted on."""
+"""The layer that ``hg.tl.evaluate`` compares, its model, and the spots that it was adapted to."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: The prediction, as the tables of an evaluation call it; an adapted layer keeps its own name.
+#: Name of the prediction in the tables of an evaluation; an adapted layer keeps its own name.
 MODEL = "he2gene"
 
 
 @dataclass(frozen=True, eq=False)
-class JudgedLayer:
+class EvaluatedLayer:
     """A layer that predict, adapt or another model wrote."""
 
     name: str
-    predictor: str  # what the tables call it
+    predictor: str  # its name in the tables
     adapted: bool
-    fitted_on: np.ndarray | None  # spots, (n_obs,) bool; None where an older version did not say
+    fitted_on: np.ndarray | None  # spots, (n_obs,) bool; None if an older version did not record them
 
 
 def table_with(
     data: SpatialData | AnnData, layer: str, prediction_key: str | None, table_key: str | None
 ) -> tuple[AnnData, bool]:
-    """Table with the layer, and whether another model than ours predicted it."""
+    """Return the table with the layer, and whether another model than ours predicted it."""
     ours = layer in (Keys().layer, prediction_key) or prediction_named(data, str(prediction_key))
     if prediction_key is not None and ours:
         return get_table(data, table_key, prediction_key=prediction_key), False
     table = get_table(data, table_key, layer=layer)
     key = prediction_of(table, layer)
     if key is not None:
-        raise ValueError(f"`layer` {layer!r} is of prediction {key!r} of hg.tl.predict; pass prediction_key={key!r}")
+        raise ValueError(
+            f"`layer` {layer!r} is of prediction {key!r} of hg.tl.predict, not of another model; pass prediction_key={key!r}"
+        )
     return table, True
 
 
-def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
-    """Find the layer: that of the prediction, or one that was adapted from it."""
+def find_layer(table: AnnData, keys: Keys, layer: str) -> EvaluatedLayer:
+    """Find the layer of the prediction, or a layer that was adapted from it."""
     own = table.uns[keys.uns]["layer"]
     name = own if layer in (Keys().layer, keys.key_added) else layer
     origin, steps = source_layer(table, name)
@@ -60,16 +62,19 @@ def judged_layer(table: AnnData, keys: Keys, layer: str) -> JudgedLayer:
         others = [key for key, record in table.uns.items() if is_prediction(record) and record["layer"] == name]
         hint = f"; {name!r} is another prediction, pass prediction_key={others[0]!r}" if others else ""
         raise ValueError(
-            f"`layer` {name!r} was not written by hg.tl.predict or hg.tl.adapt from prediction {keys.key_added!r}, valid: "
+            f"`layer` {name!r} is neither prediction {keys.key_added!r} of hg.tl.predict nor adapted from it by hg.tl.adapt, valid: "
             f"{[own, *adapted]}{hint or '; if another model predicted it, pass prediction_key=None'}"
         )
     if name not in table.layers:
-        raise ValueError(f"`layer` {name!r} is recorded but not there any more, layers: {sorted(layer_names(table))}")
-    return JudgedLayer(name, name if steps else MODEL, bool(steps), fitted_on(table, steps))
+        raise ValueError(
+            f"`layer` {name!r} has a record in uns, but the layer was removed, layers: {sorted(layer_names(table))}; run "
+            f"{'hg.tl.adapt' if steps else 'hg.tl.predict'} again"
+        )
+    return EvaluatedLayer(name, name if steps else MODEL, bool(steps), adaptation_spots(table, steps))
 
 
-def fitted_on(table: AnnData, steps: Sequence[str]) -> np.ndarray | None:
-    """Spots that adapted layers were fitted on, ``(n_obs,)`` bool; ``None`` where an older version did not say."""
+def adaptation_spots(table: AnnData, steps: Sequence[str]) -> np.ndarray | None:
+    """Return the spots that adapted layers were fitted on, ``(n_obs,)`` bool; ``None`` if they were not recorded."""
     columns = [f"{step}_measured" for step in steps]
     if not all(column in table.obs for column in columns):
         return None
@@ -77,6 +82,6 @@ def fitted_on(table: AnnData, steps: Sequence[str]) -> np.ndarray | None:
 
 
 def prediction_named(data: Any, key: str) -> bool:
-    """Whether a table of the object holds a prediction of that name."""
+    """Return whether a table of the object holds a prediction of that name."""
     tables = data.tables.values() if hasattr(data, "tables") else [data]
     return any(is_prediction(getattr(table, "uns", {}).get(key)) for table in tables)

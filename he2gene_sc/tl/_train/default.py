@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..._core.logs import logger
 from ..._core.validate import format_list
-from .._gene_sets import in_names_of, membership, read_net, weights_by_set
+from .._gene_sets import membership, read_net, rename_targets, weights_by_set
 from .arguments import check_features
 from .labels import colours_of
 from .measured import MeasuredSection, join
@@ -111,7 +111,7 @@ def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
     from ...training._programmes import MIN_GENES
 
     net = read_net(named)
-    net = in_names_of(net, genes)
+    net = rename_targets(net, genes)
     weights = weights_by_set(net[net["target"].isin(genes)])
     sets = {name: weights[name] for name in named if MIN_GENES <= len(weights.get(name, ())) < len(genes)}
     if left_out := [
