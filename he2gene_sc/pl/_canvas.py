@@ -254,6 +254,12 @@ def canvases(
     regions = [record["shapes"]] if isinstance(record["shapes"], str) else list(record["shapes"])
     if shapes_key is not None:
         regions = [shapes_key] if isinstance(shapes_key, str) else validate.names(shapes_key, "shapes_key", least=1)
+    if not data.images and image_key is None:
+        # Saved without its pixels: the spots alone, as of a table.
+        of_spot = data[key].obs[data[key].uns["spatialdata_attrs"]["region_key"]]
+        return [
+            Canvas(data[key][(of_spot == name).to_numpy()], name=name if len(regions) > 1 else "") for name in regions
+        ]
 
     def canvas_of(region: str) -> Canvas:
         def recorded(name: str) -> Any:

@@ -72,8 +72,8 @@ def spatial(
     Parameters
     ----------
     sdata
-        Object that :func:`he2gene_sc.tl.predict` wrote to; a list of them, or a dict by name. A table (AnnData) is drawn with its
-        ``obsm["spatial"]``, without tissue. All regions of a table are drawn.
+        Object that :func:`he2gene_sc.tl.predict` wrote to; a list of them, or a dict by name. A table (AnnData), or an
+        object without images, is drawn with its ``obsm["spatial"]``, without tissue. All regions of a table are drawn.
     genes, color
         One or several names to draw; both parameters mean the same. A gene: its name in ``var_names``, or in the column given to
         predict as ``gene_symbols``; previous and current HGNC symbols are both found. A column of ``obs``. ``"annotation"``,

@@ -47,6 +47,13 @@ def predicted(toy, tiny_model):
     return toy
 
 
+def test_a_slide_that_was_saved_without_its_image_is_reported(predicted, tmp_path):
+    del predicted.images["he"]
+    page = Page(hg.report(predicted, tmp_path / "report.html"))
+    assert page.sections == ORDER[:5] + ORDER[6:]
+    assert sum(tag == "img" for tag, _ in page.tags) >= 3
+
+
 @pytest.fixture
 def plain(predicted):
     """Return the same without figures."""
