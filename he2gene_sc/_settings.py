@@ -29,12 +29,16 @@ class Settings:
     memory_limit
         Largest size of a dense layer in bytes. A larger predicted layer is a dask array, which is computed when it is read. A
         table created by this package has a copy of the layer as ``X``, or an empty ``X`` if both would exceed the limit.
+    n_readers
+        Number of threads that read and decode the image while the device encodes. ``None`` uses one on a CPU, whose cores the
+        encoder needs, and on a GPU one per core, at most 8. Each holds about 50 MB.
     """
 
     data_dir: str | Path | None = None
     device: str = "auto"
     show_progress_bar: bool = True
     memory_limit: int = 2 * 1024**3
+    n_readers: int | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         from ._core import validate
@@ -42,6 +46,8 @@ class Settings:
         validate.key_in(name, self.__annotations__, "hg.settings", what="a setting")
         if name == "memory_limit":
             validate.in_range(value, name, least=0, what="a number of bytes")
+        elif name == "n_readers" and value is not None:
+            validate.whole_number(value, name)
         elif name == "show_progress_bar":
             validate.flag(value, name)
         elif name == "device" and not hasattr(value, "type"):

@@ -296,7 +296,7 @@ def _submit(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> dict[Any, i
     """Submit slides. A model is sent once, as a task that dask repeats if the result is lost."""
     from ..inference import send
 
-    session = {"device": settings.device, "memory_limit": settings.memory_limit}
+    session = {name: getattr(settings, name) for name in ("device", "memory_limit", "n_readers")}
     models = {id(model): model for _, model in todo.values()}
     sent = {key: send(client, model) for key, model in models.items()}
     return {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_right
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,15 +83,17 @@ class BlockSource:
     """Reads rectangles of RGB uint8 pixels from a numpy, dask or zarr array, each stored chunk once.
 
     Cells (one or several chunks) are cached until the last block that needs them, up to ``CACHE_BYTES``. A numpy array is
-    sliced without a copy.
+    sliced without a copy. Several threads may read at once, up to ``at_once`` consecutive blocks.
     """
 
-    def __init__(self, array: Any, factor: float, blocks: list[Block], extents: np.ndarray):
+    def __init__(self, array: Any, factor: float, blocks: list[Block], extents: np.ndarray, at_once: int = 1):
         self._array = array
         self._factor = factor
         self._height, self._width = int(array.shape[1]), int(array.shape[2])
         self._in_memory = isinstance(array, np.ndarray)
-        self._cache: dict[tuple[int, int], np.ndarray] = {}
+        self._blocks = blocks
+        self._lock = threading.Lock()
+        self._cache: dict[tuple[int, int], Future[np.ndarray]] = {}
         # Indices of the blocks that need each cell, ascending.
         self._uses: dict[tuple[int, int], list[int]] = {}
         self._needed: list[list[tuple[int, int]]] = []
@@ -102,30 +106,38 @@ class BlockSource:
             for i, cells in enumerate(self._needed):
                 for cell in cells:
                     self._uses.setdefault(cell, []).append(i)
-        self._n_read = 0
-        # Two buffers are used in turn: touching new memory pages costs more than copying pixels.
+        # Number of first blocks that have all been read, and which blocks have.
+        self._n_read, self._done = 0, [False] * len(blocks)
+        # Buffers are used in turn: touching new memory pages costs more than copying pixels.
         largest = max(((b.bottom - b.top) * (b.right - b.left) for b in blocks), default=0)
-        self._buffers = [np.empty(0 if self._in_memory else 3 * largest, np.uint8) for _ in range(2)]
+        self._buffers = [np.empty(0 if self._in_memory else 3 * largest, np.uint8) for _ in range(at_once + 1)]
 
-    def read(self, block: Block) -> np.ndarray:
-        """Return the pixels of the next block, ``(3, rows, columns)`` uint8; the call after the next one overwrites them."""
+    def read(self, i: int) -> np.ndarray:
+        """Return the pixels of block ``i``, ``(3, rows, columns)`` uint8; the block ``at_once + 1`` later overwrites them."""
+        block = self._blocks[i]
         if self._in_memory:
             pixels = self._array[:, block.top : block.bottom, block.left : block.right]
             return to_rgb_uint8(pixels, self._factor, corner=(block.top, block.left))
-        needed = self._needed[self._n_read]
-        self._fill(needed)
+        with self._lock:
+            # A cell is decoded by the first thread that needs it; the others wait for it.
+            own = [cell for cell in self._needed[i] if cell not in self._cache]
+            for cell in own:
+                self._cache[cell] = Future()
+            cells = {cell: self._cache[cell] for cell in self._needed[i]}
+        self._fill(own, cells)
         shape = (3, block.bottom - block.top, block.right - block.left)
-        out = self._buffers[self._n_read % 2][: math.prod(shape)].reshape(shape)
+        out = self._buffers[i % len(self._buffers)][: math.prod(shape)].reshape(shape)
         ch, cw = self._cell
-        for iy, ix in needed:
+        for (iy, ix), decoded in cells.items():
             y0, x0 = iy * ch, ix * cw
-            pixels = self._cache[iy, ix]
+            pixels = decoded.result()
             top, bottom = max(block.top, y0), min(block.bottom, y0 + pixels.shape[1])
             left, right = max(block.left, x0), min(block.right, x0 + pixels.shape[2])
             out[:, top - block.top : bottom - block.top, left - block.left : right - block.left] = pixels[
                 :, top - y0 : bottom - y0, left - x0 : right - x0
             ]
-        self._evict()
+        with self._lock:
+            self._evict(i)
         return out
 
     def _cells(self, extents: np.ndarray) -> list[tuple[int, int]]:
@@ -143,9 +155,18 @@ class BlockSource:
             }
         )
 
-    def _fill(self, cells: list[tuple[int, int]]) -> None:
-        """Decode cells that are not cached; neighbours in a row that the same blocks need are read together."""
-        missing = [cell for cell in cells if cell not in self._cache]
+    def _fill(self, missing: list[tuple[int, int]], cells: dict[tuple[int, int], Future[np.ndarray]]) -> None:
+        """Decode cells that are not cached; pass an error on to threads that wait for them."""
+        try:
+            self._decode(missing, cells)
+        except BaseException as error:
+            for cell in missing:
+                if not cells[cell].done():
+                    cells[cell].set_exception(error)
+            raise
+
+    def _decode(self, missing: list[tuple[int, int]], cells: dict[tuple[int, int], Future[np.ndarray]]) -> None:
+        """Decode cells; neighbours in a row that the same blocks need are read together."""
         ch, cw = self._cell
         start = 0
         while start < len(missing):
@@ -160,20 +181,24 @@ class BlockSource:
             x0, x1 = ix * cw, min(self._width, (ix + stop - start) * cw)
             strip = to_rgb_uint8(np.asarray(self._array[:, y0:y1, x0:x1]), self._factor, corner=(y0, x0))
             for i in range(stop - start):
-                self._cache[iy, ix + i] = strip[:, :, i * cw : (i + 1) * cw]
+                cells[iy, ix + i].set_result(strip[:, :, i * cw : (i + 1) * cw])
             start = stop
 
-    def _evict(self) -> None:
-        for cell in [cell for cell in self._cache if self._uses[cell][-1] <= self._n_read]:
-            del self._cache[cell]
-        size = sum(pixels.nbytes for pixels in self._cache.values())
+    def _evict(self, i: int) -> None:
+        """Forget cells that no further block needs, and those needed last where there are too many."""
+        self._done[i] = True
+        while self._n_read < len(self._done) and self._done[self._n_read]:
+            self._n_read += 1
+        decoded = {cell: future for cell, future in self._cache.items() if future.done()}
+        for cell in [cell for cell in decoded if self._uses[cell][-1] < self._n_read]:
+            del self._cache[cell], decoded[cell]
+        size = sum(future.result().nbytes for future in decoded.values())
         if size > CACHE_BYTES:
-            for cell in sorted(self._cache, key=self._next_use, reverse=True):
+            for cell in sorted(decoded, key=self._next_use, reverse=True):
                 if size <= CACHE_BYTES or len(self._cache) == 1:
                     break
-                size -= self._cache.pop(cell).nbytes
-        self._n_read += 1
+                size -= self._cache.pop(cell).result().nbytes
 
     def _next_use(self, cell: tuple[int, int]) -> int:
         uses = self._uses[cell]
-        return uses[bisect_right(uses, self._n_read)]
+        return uses[bisect_right(uses, self._n_read - 1)]

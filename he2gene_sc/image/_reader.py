@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,9 +33,10 @@ class PatchReader:
     """Reads one or more square windows (µm) around each spot, at ``centres`` ``(n, 2)`` in pixels of level 0.
 
     Batches come in the order of stored chunks, so that a chunk is decoded once; each holds the indices of its spots. Windows
-    are reflected at the borders. The next block is read in a thread. Memory is bounded by two blocks and the chunks between
-    them. Batch sizes differ by at most one spot: a small last batch would use other kernels, whose rounding depends on the
-    number of threads. ``allocate`` makes the arrays of the batches, for example page-locked ones for a GPU.
+    are reflected at the borders. The next ``n_readers`` blocks are read in a thread each. Memory is bounded by one block
+    more and the chunks between them. Batch sizes differ by at most one spot: a small last batch would use other kernels,
+    whose rounding depends on the number of threads. ``allocate`` makes the arrays of the batches, for example page-locked
+    ones for a GPU.
 
     Examples
     --------
@@ -57,6 +59,7 @@ class PatchReader:
         batch_size: int = 32,
         factor: float = 1.0,
         allocate: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+        n_readers: int = 1,
     ):
         centres = np.asarray(centres, dtype=float)
         if centres.ndim != 2 or centres.shape[1] != 2 or not np.isfinite(centres).all():
@@ -72,6 +75,7 @@ class PatchReader:
         self.n_spots = len(centres)
         self.batch_size = batch_size
         self.allocate = allocate
+        self.n_readers = n_readers
         self._factor = factor
         self._array: Any = direct(pyramid.levels[self.plan.level].array)
         self._height, self._width = int(self._array.shape[1]), int(self._array.shape[2])
@@ -168,20 +172,22 @@ class PatchReader:
             kept[np.concatenate([*batches, np.empty(0, np.intp)])] = True
             cropped = (replace(block, spots=block.spots[kept[block.spots]]) for block in blocks)
             blocks = [block for block in cropped if len(block.spots)]
-        source = BlockSource(self._array, self._factor, blocks, self._extents)
+        n_readers = min(self.n_readers, max(1, len(blocks)))
+        source = BlockSource(self._array, self._factor, blocks, self._extents, n_readers)
 
-        def load(block: Block) -> dict[int, np.ndarray]:
-            return self._reduce(source.read(block))
+        def load(i: int) -> dict[int, np.ndarray]:
+            return self._reduce(source.read(i))
 
         remaining = iter(batches)
         index, filled = next(remaining, None), 0
         patches: tuple[np.ndarray, ...] = ()
-        with ThreadPoolExecutor(1, thread_name_prefix="he2gene-blocks") as pool:
-            # The next block is decoded and averaged while patches are cut from this one.
-            pending = [pool.submit(load, block) for block in blocks[:1]]
+        pool = ThreadPoolExecutor(n_readers, thread_name_prefix="he2gene-blocks")
+        try:
+            # The next blocks are decoded and averaged while patches are cut from this one.
+            pending = deque(pool.submit(load, i) for i in range(min(n_readers, len(blocks))))
             for i, block in enumerate(blocks):
-                reduced = pending.pop().result()
-                pending += [pool.submit(load, following) for following in blocks[i + 1 : i + 2]]
+                reduced = pending.popleft().result()
+                pending.extend(pool.submit(load, j) for j in range(i + n_readers, len(blocks))[:1])
                 for spot in block.spots:
                     assert index is not None
                     if not filled:
@@ -192,6 +198,8 @@ class PatchReader:
                     if filled == len(index):
                         yield PatchBatch(index, patches)
                         index, filled = next(remaining, None), 0
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _empty_patches(self, n: int) -> tuple[np.ndarray, ...]:
         shapes = [(n, 3, window.size, window.size) for window in self.plan.windows]

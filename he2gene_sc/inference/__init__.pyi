@@ -1,5 +1,5 @@
 from ._cache import Encoder, Part, cached_features
-from ._device import allocator, resolve_device, resolve_dtype
+from ._device import allocator, n_readers, resolve_device, resolve_dtype
 from ._engine import Predictions, encode, predict
 from ._features import differences, read_features, read_pixels
 from ._lattice import Interpolated, SpotFeatures, drop_idle_nodes, is_dense, lattice_of
@@ -19,6 +19,7 @@ __all__ = [
     "encode",
     "is_dense",
     "lattice_of",
+    "n_readers",
     "predict",
     "read_features",
     "read_pixels",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+#: Threads that read the image for a GPU, where nothing else is said.
+_MOST_READERS = 8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,6 +35,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def allocator(device: torch.device) -> Callable[[tuple[int, ...]], np.ndarray] | None:
     """Return a function that allocates page-locked arrays of patches for CUDA; ``None`` for other devices."""
     return _page_locked if device.type == "cuda" else None
+
+
+def n_readers(device: torch.device, wanted: int | None) -> int:
+    """Return how many threads read the image for a device: those of ``settings.n_readers``, or by its kind."""
+    if wanted is not None:
+        return wanted
+    if device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_READERS, cores)
 
 
 def _page_locked(shape: tuple[int, ...]) -> np.ndarray:

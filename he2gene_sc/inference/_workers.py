@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .._settings import settings
 from ..image import PatchReader
 from ._cache import Block, Encoder, Part, Progress, batch_ranges, encode_blocks, explain_write_errors, is_whole
-from ._device import allocator, resolve_device
+from ._device import allocator, n_readers, resolve_device
 from ._pixels import Pixels
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Workers:
             # Batches in the middle show tissue, whereas missing chunks are read as black.
             probe = ranges[len(ranges) // 2].start
             part.extractor.cpu()
-            task = _Task(part, how, self.device, Path(marker_file.name), probe, _digest(part.reader, probe))
+            digest = _digest(part.reader, probe)
+            task = _Task(part, how, self.device, Path(marker_file.name), probe, digest, settings.n_readers)
             yield _SharedReader(self.client, send(self.client, task), part.reader, ranges)
 
 
@@ -145,6 +147,7 @@ class _Task:
     marker_file: Path  # created by the caller
     probe: int  # number of a batch
     digest: str  # of the pixels of that batch
+    n_readers: int | None  # `settings.n_readers` of the caller
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @contextlib.contextmanager
@@ -156,6 +159,7 @@ class _Task:
         with _TASK_LOCK, dask.config.set(scheduler="threads", num_workers=1):
             device = resolve_device(self.device)
             self.part.reader.allocate = allocator(device)
+            self.part.reader.n_readers = n_readers(device, self.n_readers)
             if self.name not in _CHECKED_TASKS:
                 self._check()
                 _CHECKED_TASKS.add(self.name)

@@ -128,7 +128,7 @@ def _check_windows(slide: Slide, model: HE2Gene) -> None:
 def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
     """Return all windows of the spots inside the image; for dense spots, each window at the nodes of a lattice."""
     from ..image import PatchReader, Pyramid, plan_windows
-    from ..inference import Part, allocator, drop_idle_nodes, is_dense, lattice_of
+    from ..inference import Part, allocator, drop_idle_nodes, is_dense, lattice_of, n_readers
 
     extractor, windows = model.network.extractor, model.card.windows_um
     centres = slide.centres[slide.inside]
@@ -145,6 +145,7 @@ def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
             batch_size=how.batch_size,
             factor=slide.pixel_factor,
             allocate=allocator(how.device),
+            n_readers=n_readers(how.device, settings.n_readers),
         )
 
     if how.step is not None and is_dense(centres * slide.mpp, windows):

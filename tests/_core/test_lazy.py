@@ -322,6 +322,9 @@ def test_verbs_read_a_lazy_layer_by_blocks_and_as_a_dense_one(both, read, tiny_m
             data, "pathologist", genes=genes, clustering="kmeans", n_seeds=2, n_perms=9
         ),
         "biomarkers": lambda data: hg.tl.biomarkers(data, "pathologist", method="wilcoxon", layer="he2gene"),
+        "spatial": lambda data: hg.tl.biomarkers(
+            data, "pathologist", method="spatial", layer="he2gene", key_added="by_place"
+        ),
     }
     for name, call in calls.items():
         read.clear()
@@ -336,7 +339,7 @@ def test_verbs_read_a_lazy_layer_by_blocks_and_as_a_dense_one(both, read, tiny_m
         np.testing.assert_allclose(one[columns], other[columns], rtol=1e-2, atol=1e-3)
 
 
-def test_verbs_on_many_patients_give_the_same_for_lazy_and_dense_layers(monkeypatch):
+def test_verbs_on_many_patients_give_the_same_for_lazy_and_dense_layers(monkeypatch, read):
     rng, table = np.random.default_rng(0), slides(9, n_genes=24)
     monkeypatch.setattr(lazy, "_SPOT_BLOCK", 24 * 50)
     monkeypatch.setattr(lazy, "_GENES", (10, 10))
@@ -351,7 +354,11 @@ def test_verbs_on_many_patients_give_the_same_for_lazy_and_dense_layers(monkeypa
     def found(data):
         calibration = hg.tl.calibrate(data, layer="other_model")
         new = data[:96].copy()
+        read.clear()
         hg.tl.intervals(new, layer="other_model", calibration=calibration)
+        # Blocks of 50 spots, then blocks of 10 genes.
+        assert max(read, default=0) <= 50 * new.n_vars < new.n_obs * new.n_vars
+        assert bool(read) is isinstance(data.layers["other_model"], da.Array)
         hg.tl.concordance(data, "label", groups="left", layer="other_model", k=(5,))
         line = hg.pl.calibration(new, layer="other_model", calibration=calibration, coverages=[0.5, 0.9]).lines[-1]
         return [

@@ -74,6 +74,8 @@ def test_seeds_that_no_library_accepts_are_refused():
         ("memory_limit", "1GB"),
         ("memory_limit", float("nan")),
         ("memory_limit", -1),
+        ("n_readers", 0),
+        ("n_readers", 1.5),
         ("show_progress_bar", "yes"),
         ("device", None),
         ("data_dir", 3),

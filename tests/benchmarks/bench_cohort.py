@@ -35,22 +35,28 @@ def rate(folder, n=12, rows=12):
     import he2gene_sc as hg
     from he2gene_sc.cohort._cluster import local_client, workers_here
 
-    stores, seconds = make(folder, n, rows), {}
+    stores, seconds, cpu = make(folder, n, rows), {}, {}
     print(f"{n} slides of {rows * rows} spots; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     for workers in (1, 2, 1, 2):
         with local_client(workers_here(n, workers, "cpu")) as client:
             # What a worker imports once is no part of a slide.
             warm = make(folder / "warm", workers, 3)
             hg.cohort.predict(warm, client, show_progress_bar=False)
+            before = sum(client.run(time.process_time).values())
             start = time.perf_counter()
             frame = hg.cohort.predict(stores, client, overwrite=True, show_progress_bar=False)
             took = time.perf_counter() - start
+            work = sum(client.run(time.process_time).values()) - before
         assert (frame["status"] == "predicted").all()
         seconds.setdefault(workers, []).append(took)
+        cpu.setdefault(workers, []).append(work)
         print(
-            f"{workers} workers: {took:.1f} s, {60 * n / took:.1f} slides a minute, {frame['seconds'].sum():.1f} s in slides"
+            f"{workers} workers: {took:.1f} s, {60 * n / took:.1f} slides a minute, {frame['seconds'].sum():.1f} s in slides, "
+            f"{work:.1f} s of CPU in workers, load average {os.getloadavg()[0]:.1f}",
+            flush=True,
         )
     print(f"two workers against one: {min(seconds[1]) / min(seconds[2]):.2f} times the throughput")
+    print(f"two workers against one: {min(cpu[2]) / min(cpu[1]):.2f} times the CPU time")
 
 
 class Poison(WorkerPlugin):

@@ -231,8 +231,9 @@ def sizes(args):
         out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
         print(out, end="", flush=True)
         found.append([float(word) for word in out.split("[")[1].split("]")[0].split(",")])
-    n, cpu = np.log(np.array(found)).T
-    print(f"exponent of time, {args.spots[0]:,} to {args.spots[-1]:,} spots: {np.polyfit(n, cpu, 1)[0]:.2f}")
+    for first in range(len(found) - 1):
+        n, cpu = np.log(np.array(found[first:])).T
+        print(f"exponent of time, {args.spots[first]:,} to {args.spots[-1]:,} spots: {np.polyfit(n, cpu, 1)[0]:.2f}")
 
 
 def predict_spots(args):

@@ -287,6 +287,57 @@ def test_each_chunk_is_decoded_at_most_once(chunk, windows):
     assert array.reads.max() == 1
 
 
+class MeetingArray(CountingArray):
+    """An array whose first reads wait for one another."""
+
+    def __init__(self, array, chunks, n):
+        super().__init__(array, chunks)
+        self._first, self._meet = n, threading.Barrier(n, timeout=10)
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key):
+        with self._lock:
+            self._first -= 1
+            wait = self._first >= 0
+            pixels = super().__getitem__(key)
+        if wait:
+            self._meet.wait()
+        return pixels
+
+
+def test_several_readers_decode_at_once_each_chunk_once_and_give_the_same(monkeypatch):
+    monkeypatch.setattr(reader_module, "BLOCK_BYTES", 3 * 600 * 600)
+    array = MeetingArray(random_image(1500, 1800), (3, 256, 256), 3)
+    centres = np.random.default_rng(0).permutation(np.mgrid[20:1780:90, 20:1480:90].reshape(2, -1).T).astype(float)
+    options = {"windows_um": (60.0, 240.0), "input_px": 60}
+    one, three = (
+        PatchReader(Pyramid.single(source), centres, 1.0, n_readers=n, **options)
+        for source, n in ((array._array, 1), (array, 3))
+    )
+    assert len(three._blocks) > 6
+    for expected, found in zip(one.read_all(), three.read_all(), strict=True):
+        np.testing.assert_array_equal(expected, found)
+    assert array.reads.max() == 1
+
+
+@pytest.mark.parametrize("n_readers", [1, 3])
+def test_an_error_of_one_reader_ends_all(n_readers):
+    array = CountingArray(random_image(1500, 1800), (3, 256, 256))
+    read = array.__class__.__getitem__
+
+    def broken(self, key):
+        if key[1].start >= 768:
+            raise OSError("chunk is damaged")
+        return read(self, key)
+
+    array.__class__ = type("Broken", (CountingArray,), {"__getitem__": broken})
+    centres = np.mgrid[20:1780:90, 20:1480:90].reshape(2, -1).T.astype(float)
+    reader = PatchReader(Pyramid.single(array), centres, 1.0, windows_um=(60.0,), input_px=60, n_readers=n_readers)
+    with pytest.raises(OSError, match="chunk is damaged"):
+        list(reader)
+    assert not any(thread.name.startswith("he2gene") for thread in threading.enumerate())
+
+
 def test_chunks_far_from_all_spots_are_not_read():
     array = CountingArray(random_image(1100, 2100), (3, 512, 512))
     list(PatchReader(Pyramid.single(array), np.array([[100.0, 100.0]]), 1.0, windows_um=(50.0,), input_px=50))

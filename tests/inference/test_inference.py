@@ -1,3 +1,4 @@
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from he2gene_sc.image import PatchReader, Pyramid
-from he2gene_sc.inference import encode, predict, resolve_device, resolve_dtype
+from he2gene_sc.inference import encode, n_readers, predict, resolve_device, resolve_dtype
 from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor
 
 CPU = torch.device("cpu")
@@ -166,6 +167,13 @@ def test_auto_device_is_available():
 def test_an_unknown_or_absent_device_raises_and_lists_the_available_ones(device):
     with pytest.raises(ValueError, match="valid here: 'auto', 'cpu'"):
         resolve_device(device)
+
+
+def test_a_cpu_has_one_reader_and_a_gpu_one_a_core_unless_the_settings_say_otherwise():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert n_readers(CPU, None) == 1
+    assert n_readers(torch.device("cuda"), None) == min(8, cores)
+    assert n_readers(CPU, 3) == n_readers(torch.device("cuda"), 3) == 3
 
 
 def test_auto_dtype_is_float32_on_the_cpu():

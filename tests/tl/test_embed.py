@@ -11,6 +11,7 @@ from distributed import Reschedule, get_worker
 
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
+from he2gene_sc.image import PatchReader
 from he2gene_sc.inference import _cache, _workers
 from he2gene_sc.models._embedding import NO_CONTEXT
 from he2gene_sc.models._network import FeatureExtractor, Network
@@ -149,6 +150,20 @@ def test_an_interrupted_run_is_resumed_and_gives_the_same_numbers(toy, tiny_mode
     same(table, expected)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
     assert count.run(predicted, toy, tiny_model, **options)[1] == 0
+
+
+def test_readers_of_the_settings_read_for_every_verb(toy, tiny_model, tmp_path, monkeypatch):
+    seen, read = [], PatchReader._batches
+    monkeypatch.setattr(PatchReader, "_batches", lambda self, some: seen.append(self.n_readers) or read(self, some))
+    for n, expected in ((None, 1), (3, 3)):
+        monkeypatch.setattr(hg.settings, "n_readers", n)
+        seen.clear()
+        hg.tl.embed(toy, model=tiny_model, folder=tmp_path / f"{n}")
+        hg.tl.predict(toy, model=tiny_model)
+        # Spots are looked at by one reader before, to see whether they lie where they should.
+        assert seen.count(expected) >= 2
+        assert set(seen) <= {1, expected}
+    assert files_in(tmp_path / "None") == files_in(tmp_path / "3")
 
 
 def test_blocks_of_spots_in_another_order_are_not_reused(tmp_path, monkeypatch):
