@@ -65,9 +65,11 @@ def _rewritten_texts(difference: Difference, table: AnnData) -> list[str]:
 def find_possible_changes(
     sdata: SpatialData, store: Path, young: set[tuple[str, str]]
 ) -> dict[tuple[str, str], set[str]]:
-    """List differences between an object and the ``young`` elements of its store; images and points are not read."""
+    """List differences between an object and the ``young`` elements of its store; images and points are not read.
+
+    An element that could not be compared is listed as ``NOT_COMPARED``.
+    """
     kinds = {kind for kind, _ in young} - {"tables"}
-    # Elements that cannot be read raise when they are saved.
     stored: dict[str, Any] = {}
     with contextlib.suppress(Exception):
         stored = read_elements(store, kinds)
@@ -75,15 +77,16 @@ def find_possible_changes(
     for kind, name, element in sdata.gen_elements():
         if (kind, name) not in young:
             continue
-        difference, is_compared = Difference(), True
+        difference, is_compared = Difference(), False
         with contextlib.suppress(Exception):
             if kind == "tables":
                 difference = table_difference(store / kind / name, element)
                 texts = _rewritten_texts(difference, element)
                 difference.altered = [item for item in difference.altered if item not in texts]
+                is_compared = True
             elif name in stored:
-                is_compared = kind != "points" or stored[name]._name == getattr(element, "_name", None)
                 data = kind in ("labels", "shapes")
                 difference = spatial_difference(kind, name, stored[name], element, data=data)
+                is_compared = kind != "points" or stored[name]._name == getattr(element, "_name", None)
         found[kind, name] = {*difference.lost, *difference.altered, *([] if is_compared else [NOT_COMPARED])}
     return {place: items for place, items in found.items() if items}

@@ -185,7 +185,9 @@ def spots_of_element(sdata: SpatialData, shapes_key: str) -> Spots:
     bad = ~np.isfinite(spots.centres).all(1)
     if bad.any():
         raise ValueError(
-            f"`shapes_key` {shapes_key!r} has NaN or infinite coordinates in {int(bad.sum())} spots: {_format_ids(spots.ids[bad])}"
+            f"`shapes_key` {shapes_key!r} has NaN or infinite coordinates in {int(bad.sum())} spots: {_format_ids(spots.ids[bad])}. "
+            "A reader writes NaN if the file of positions lacks a barcode of the counts: check that both are of one slide, or "
+            "leave these spots out of shapes and table"
         )
     diameter = float(np.median(spots.diameters))
     if not (np.isfinite(diameter) and diameter > 0):

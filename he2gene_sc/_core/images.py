@@ -246,8 +246,24 @@ def _finest_image(
     blank = sorted(c.key for c in found if c.darkness.blank and c not in seen)
     if blank:
         warnings.warn(f"images {blank} are blank and not used; image {best.key!r} is used", stacklevel=4)
+    if small := [c for c in found if c not in seen and not c.darkness.blank and _is_reduced(c, best)]:
+        warnings.warn(
+            f"image {small[0].key!r} is finer than {best.key!r} by their transformations, but smaller, and spots lie outside of it: "
+            f"image {best.key!r} is used. If {small[0].key!r} shows the whole slide, it is a reduced image, not the full-resolution one "
+            "of the coordinates of the spots; use the full-resolution image",
+            UserWarning,
+            stacklevel=4,
+        )
     logger.info("image %r is used, the finest of %s; name another one by `image_key`", best.key, [c.key for c in found])
     return best.key
+
+
+def _is_reduced(image: _Candidate, best: _Candidate) -> bool:
+    """Whether an image begins at the corner of a coarser one and ends before it, as a reduced one does without its scale."""
+    own, others = (_corners(each.to_pixels, each.size) for each in (image, best))
+    extent = np.ptp(others, axis=0)
+    at_corner = np.abs(own[0] - others[0]).max() <= _SAME_EXTENT * extent.max()
+    return bool(image.scale > 1.01 * best.scale and at_corner and (np.ptp(own, axis=0) < extent).all())
 
 
 def _is_rgb(sdata: SpatialData, image_key: str) -> bool:

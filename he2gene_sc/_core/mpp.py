@@ -44,6 +44,9 @@ _ASSAYS = (
     _Assay("Visium (100 µm pitch)", 100.0, 6, (0.45, 0.75)),
     _Assay("legacy ST (200 µm pitch)", 200.0, 4, (0.4, 0.6)),
 )
+_VISIUM_SPOT_UM = 55.0
+#: Size of the bins in the names that Space Ranger gives to them.
+_BIN = r"^s_(\d+)um_"
 
 
 def check_mpp(mpp: float | None) -> None:
@@ -197,6 +200,7 @@ def resolve_mpp(
     coordinate_system: str,
     measured: bool,
     lattice: np.ndarray | None = None,
+    spot_names: pd.Index | None = None,
 ) -> tuple[float, str]:
     """Return µm per pixel and its source: the argument, else the value in the object, else a known assay.
 
@@ -205,7 +209,12 @@ def resolve_mpp(
     """
     from spatialdata.transformations import get_transformation
 
-    assay = known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
+    assay = _bins(lattice, spot_names) or known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
+    by_array = _visium_array(lattice)
+
+    def scaled(factor: float) -> str:
+        return transformation_call(sdata, image_key, shapes_key, coordinate_system, np.diag([factor, factor, 1]))
+
     found: tuple[float, str] | None
     if mpp is not None:
         found = float(mpp), "argument"
@@ -221,14 +230,21 @@ def resolve_mpp(
             for system, value in per_unit.items()
             if abs(value - 1) > 1e-6
         )
+        if by_array is not None:
+            pitch, width = _ASSAYS[0].pitch_um / by_array[0], _VISIUM_SPOT_UM / by_array[0]
+            raise ValueError(
+                f"`mpp` of image {image_key!r} is unknown: by their array positions the spots of {shapes_key!r} are those of Visium, "
+                f"{pitch:.4g} px apart, but they are {diameter_px:.4g} px wide, not {width:.3g}. Either the diameter is that of another "
+                f"slide, then {_mpp_arguments(f'{by_array[0]:.4g}')}; or their coordinates are {_coordinate_frame(diameter_px / width, by_array[0])}, "
+                f"then transform them: {scaled(diameter_px / width)}"
+            )
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
-            f"object does not state it and the spots are not a Visium or legacy ST lattice{hint or '; ' + _mpp_arguments('...')}"
+            f"object does not state it and the spots are not a lattice of Visium, Visium HD or legacy ST"
+            f"{hint or '; ' + _mpp_arguments('...')}"
         )
 
-    def scaled(factor: float) -> str:
-        return transformation_call(sdata, image_key, shapes_key, coordinate_system, np.diag([factor, factor, 1]))
-
+    assay = assay or by_array
     in_um = assay is not None and abs(assay[0] - 1) < _EXACT
     if measured and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
         ratio = found[0] / assay[0]
@@ -236,8 +252,8 @@ def resolve_mpp(
         cause = (
             f"its coordinates look like micrometres, not pixels; if they are, transform them: {scaled(1 / found[0])}"
             if in_um
-            else f"if that is right, {_mpp_arguments(f'{assay[0]:.4g}')}; if the coordinates are those of a "
-            f"{'larger' if ratio > 1 else 'smaller'} image of the slide, transform them: {scaled(1 / ratio)}"
+            else f"if that is right, {_mpp_arguments(f'{assay[0]:.4g}')}; if the coordinates are {_coordinate_frame(1 / ratio)}, "
+            f"transform them: {scaled(1 / ratio)}"
         )
         tenfold = ", ten times off" if not in_um and any(0.8 < r < 1.25 for r in (ratio / 10, ratio * 10)) else ""
         warnings.warn(
@@ -263,6 +279,13 @@ def resolve_mpp(
         )
     logger.info("image %r: %.4g µm/px (%s)", image_key, *found)
     return found
+
+
+def _coordinate_frame(factor: float, mpp: float = 0.0) -> str:
+    """Describe coordinates that have to be scaled by ``factor``; ``mpp`` is that of the lattice."""
+    if abs(mpp - 1) < _NEARLY:
+        return "micrometres, not pixels"
+    return f"those of a {'larger' if factor < 1 else 'smaller'} image of the slide"
 
 
 def _mpp_arguments(mpp: str) -> str:
@@ -318,14 +341,29 @@ def is_scattered(obs: pd.DataFrame, centres: np.ndarray) -> bool:
     return bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
 
 
-def _visium_array(lattice: np.ndarray | None, diameter_px: float) -> tuple[float, str] | None:
-    """Return µm/px from Visium array positions (50 µm per column, 86.6 µm per row), which needs few spots."""
+def _bins(lattice: np.ndarray | None, names: pd.Index | None) -> tuple[float, str] | None:
+    """Return µm/px from the array positions of Visium HD and the size in the names of its bins (s_008um_00012_00034-1)."""
+    if lattice is None or names is None:
+        return None
+    sizes = set(names.astype(str).str.extract(_BIN, expand=False))
+    size = sizes.pop() if len(sizes) == 1 else None
+    if not isinstance(size, str):
+        return None
+    return float(size) / float(np.linalg.norm(lattice, axis=0).mean()), f"Visium HD ({float(size):g} µm bins)"
+
+
+def _visium_array(lattice: np.ndarray | None, diameter_px: float | None = None) -> tuple[float, str] | None:
+    """Return µm/px from Visium array positions (50 µm per column, 86.6 µm per row), which needs few spots.
+
+    Without a diameter, it is not checked.
+    """
     if lattice is None:
         return None
     column, row = np.linalg.norm(lattice, axis=0)
     assay = _ASSAYS[0]
-    ratio = diameter_px / (2 * column)
-    if abs(row / column / np.sqrt(3) - 1) > 0.02 or not assay.ratio[0] <= ratio <= assay.ratio[1]:
+    if abs(row / column / np.sqrt(3) - 1) > 0.02:
+        return None
+    if diameter_px is not None and not assay.ratio[0] <= diameter_px / (2 * column) <= assay.ratio[1]:
         return None
     return assay.pitch_um / (2 * column), assay.name
 

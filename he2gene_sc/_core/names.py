@@ -39,6 +39,8 @@ def clean_name(value: object) -> str | None:
         if np.isnan(value):
             return None
         value = int(value) if float(value).is_integer() else value
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")  # as HDF5 gives texts
     text = unicodedata.normalize("NFC", str(value))
     # Remove invisible characters, such as a byte order mark or a soft hyphen.
     text = "".join(mark for mark in text if unicodedata.category(mark) != "Cf").strip()

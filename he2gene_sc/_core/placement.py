@@ -25,8 +25,9 @@ _SAME_SIZE = 0.8
 _N_SPOTS, _DARKER, _BETTER = 400, 1.15, 0.15
 #: Ratio of darkness of a better placement without array positions as a second criterion.
 _MUCH_DARKER = 1.5
-#: Spots of a larger diameter-to-pitch ratio are adjacent bins: array positions of Visium HD are mirrored by design.
-_TOUCHING = 0.9
+#: Spots of a larger diameter-to-pitch ratio are adjacent bins (array positions of Visium HD are mirrored by design), or overlap
+#: more than cells do.
+_TOUCHING, _OVERLAP = 0.9, 1.5
 
 #: Other placements are tried if a smaller fraction of spots lies on tissue; they have to bring the second fraction onto it.
 _OFF_TISSUE, _ON_TISSUE = 0.92, 0.98
@@ -53,6 +54,16 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
         raise ValueError(
             f"`shapes_key` {slide.shapes_key!r}: most spots lie on top of each other; each needs its own centre. Check how the "
             "shapes were made, and keep joined sections as separate regions"
+        )
+    diameter, pitch = slide.diameter_um / slide.mpp, pitch_of(slide.centres) if len(slide.centres) > 1 else np.inf
+    if slide.table_key is not None and diameter > _OVERLAP * pitch:
+        warnings.warn(
+            f"`shapes_key` {slide.shapes_key!r}: the spots overlap, with a diameter of {diameter:.3g} px {pitch:.3g} px apart on image "
+            f"{slide.image_key!r}. Their coordinates look like those of a smaller image, or the diameter is that of another slide: "
+            "spots may be predicted from other tissue. Check both, or transform the spots by the width of this image over the width of "
+            f"that one; side by side they would be with: {_fix_call(sdata, slide, np.diag([diameter / pitch, diameter / pitch, 1]))}",
+            UserWarning,
+            stacklevel=4,
         )
     if slide.inside.any():
         side = slide.diameter_um / slide.mpp
@@ -138,7 +149,10 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
             )
         _check_swap(sdata, slide)
         return
-    if np.linalg.det(lattice) >= 0 or slide.diameter_um / slide.mpp >= _TOUCHING * pitch_of(slide.centres):
+    if slide.diameter_um / slide.mpp >= _TOUCHING * pitch_of(slide.centres):
+        _check_swap(sdata, slide)
+        return
+    if np.linalg.det(lattice) >= 0:
         return
     width, height = slide.pyramid.width, slide.pyramid.height
     if abs(lattice[0, 1] * lattice[1, 0]) > abs(lattice[0, 0] * lattice[1, 1]):

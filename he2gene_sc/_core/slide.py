@@ -96,7 +96,7 @@ def _resolve_one(
     centres = transform_points(spots.centres, to_pixels)
     diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
     pyramid = pyramid_of(sdata, image_key)
-    lattice = None if table_key is None else array_lattice(sdata[table_key].obs.iloc[rows], centres)
+    obs = None if table_key is None else sdata[table_key].obs.iloc[rows]
     mpp, source = resolve_mpp(
         sdata,
         image_key,
@@ -107,7 +107,8 @@ def _resolve_one(
         to_pixels,
         coordinate_system=system,
         measured=table_key is not None,
-        lattice=lattice,
+        lattice=None if obs is None else array_lattice(obs, centres),
+        spot_names=None if obs is None else obs.index,
     )
     outlines = shapes_key not in sdata.shapes or "radius" not in sdata.shapes[shapes_key].columns
     side_by_side = outlines or (len(centres) > 1 and pitch_of(centres) < 1.5 * diameter_px)

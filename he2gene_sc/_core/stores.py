@@ -74,15 +74,14 @@ def elements(store: Path) -> set[tuple[str, str]]:
 
 def fingerprints(store: Path) -> dict[tuple[str, str], int]:
     """Return a fingerprint of the files of every element (of images only the metadata), and of the attributes."""
-    found = {(kind, name): fingerprint(store / kind / name) for kind, name in elements(store)}
-    return found | {("attrs", ""): fingerprint(store / "attrs")}
+    return {place: fingerprint(store, *place) for place in (*elements(store), ("attrs", ""))}
 
 
-def fingerprint(element: Path) -> int:
+def fingerprint(store: Path, kind: str, name: str) -> int:
     """Return a hash of the files of an element by name, size and time; for ``attrs``, of the user's root attributes."""
-    if element.name == "attrs" and element.parent.name not in KINDS:
-        return hash(tuple(sorted(_user_attrs(_attrs(element.parent)).items())))
-    return hash(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in _files(element)))
+    if kind == "attrs":
+        return hash(tuple(sorted(_user_attrs(_attrs(store)).items())))
+    return hash(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in _files(store / kind / name)))
 
 
 def _attrs(store: Path) -> Mapping[str, Any]:

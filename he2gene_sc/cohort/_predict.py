@@ -262,9 +262,11 @@ def _columns(labels: Iterable[str]) -> list[str]:
 
 
 def _is_summary(path: Path) -> bool:
-    """Whether a file starts with the columns of a summary."""
+    """Whether a file starts with the columns of a summary, or is empty."""
     if not path.is_file():
         return False
+    if not path.stat().st_size:
+        return True  # an empty file, as tempfile or touch make it: nothing is lost
     with path.open("rb") as file:
         header = file.readline(4096).decode("utf-8", "replace").rstrip("\r\n")
     columns = header.split(SEPARATORS[path.suffix.lower()])

@@ -79,9 +79,7 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
             known["attrs"] = saved_by(before)["attrs"]
         known = {**saved_by(sdata.attrs), **known, **ids}
         sdata.attrs = {**attrs, ATTRS: {**attrs.get(ATTRS, {}), SAVED: known}} if known else attrs
-        written = {(c.kind, c.name): fingerprint(store / c.path) for c in changes} | {
-            ("attrs", ""): fingerprint(store / "attrs")
-        }
+        written = {place: fingerprint(store, *place) for place in (*((c.kind, c.name) for c in changes), ("attrs", ""))}
         remember(
             sdata, {place: state for place, state in as_compared.items() if "/".join(place) in unchanged} | written
         )
@@ -157,11 +155,10 @@ def _refuse_loss(
         as_read = mine.get(key) == saved.get(key)
         place = (kind, key.partition("/")[2])
         if place in noted:
-            as_read = as_read and noted[place] == fingerprint(store / key)
+            as_read = as_read and noted[place] == fingerprint(store, *place)
         maybe = possible.get(place, set())
-        items = [
-            item for item in difference.lost if not (as_read and item in difference.of_verbs and item not in maybe)
-        ]
+        of_verbs = set() if NOT_COMPARED in maybe else difference.of_verbs - maybe
+        items = [item for item in difference.lost if not (as_read and item in of_verbs)]
         # Pixels do not change as a side effect, and cannot be recovered.
         if not as_read or (kind == "images" and not difference.metadata_only):
             items += difference.altered

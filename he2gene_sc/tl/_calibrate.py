@@ -268,6 +268,10 @@ def calibrate(
         parts.append(residuals_of(values, counts, codes, np.full(len(codes), -1), 0))
         n = np.isfinite(counts).sum(axis=0)
         detected.append(np.where(n, (counts > 0).sum(axis=0) / np.maximum(n, 1), np.nan))
+    if not (np.any(low) or np.any(high)):
+        raise ValueError(
+            f"`layer` {layer!r} is 0 for every gene and measured spot; name the predicted layer, or predict again"
+        )
     scaled = ((low < 0) | (high > MAX_LOG))[np.isfinite(low)]
     kinds = np.where(scaled, "other", "log") if predicted.scale == "log" else ["counts"]
     return Calibration(

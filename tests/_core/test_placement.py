@@ -14,6 +14,7 @@ from spatialdata.transformations import Affine, Identity, Scale, Translation, se
 import he2gene_sc as hg
 from he2gene_sc._core.placement import check_on_tissue, check_placement
 from he2gene_sc._core.slide import resolve
+from he2gene_sc._core.spots import pitch_of
 
 PITCH, SIDE = 40.0, 800
 
@@ -166,6 +167,26 @@ def test_misplaced_spots_without_array_positions_are_warned_of_by_the_tissue(mat
 
 def test_spots_that_cover_glass_and_tissue_are_not_warned_of():
     assert said_of_tissue(section(everywhere=True, array=False)) == []
+
+
+def test_swapped_bins_off_the_tissue_are_warned_of_though_bins_may_run_mirrored():
+    sdata = section()
+    pitch = pitch_of(resolve(sdata)[0].centres)
+    sdata["spots"]["radius"] = pitch / 2
+    assert warnings_of(sdata, mpp=2.5) == []
+    place(sdata, [[0, 1, 0], [1, 0, 0]])
+    (message,) = warnings_of(sdata, mpp=2.5)
+    assert "x and y of the spots look swapped" in message
+
+
+def test_spots_that_overlap_are_warned_of():
+    sdata = section()
+    pitch = pitch_of(resolve(sdata)[0].centres)
+    for width, n in ((1.4, 0), (1.6, 1)):
+        sdata["spots"]["radius"] = width * pitch / 2
+        messages = warnings_of(sdata, mpp=2.5)
+        assert len(messages) == n
+        assert all("the spots overlap" in message for message in messages)
 
 
 def test_swapped_spots_of_which_some_lie_on_the_border_are_warned_of(toy):

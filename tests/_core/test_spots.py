@@ -18,7 +18,7 @@ def table_of(**columns):
     return made
 
 
-@pytest.mark.parametrize("value", ["P1", "P1 ", " P1", "P1\u00a0", "\ufeffP1", "P1\t\n"])
+@pytest.mark.parametrize("value", [b"P1", "P1", "P1 ", " P1", "P1\u00a0", "\ufeffP1", "P1\t\n"])
 def test_blanks_around_a_name_are_dropped(value):
     assert clean_name(value) == "P1"
 

@@ -286,8 +286,9 @@ def test_patients_of_a_manifest_are_cleaned(tmp_path, patient):
 
 @pytest.mark.parametrize("labels", [{}, {"patient": "P1"}, {"section": "S", "patient": "P1"}])
 @pytest.mark.parametrize("name", ["s.csv", "s.TSV"])
-def test_a_summary_of_an_earlier_run_is_replaced(tmp_path, name, labels):
+def test_an_empty_file_and_a_summary_of_an_earlier_run_are_replaced(tmp_path, name, labels):
     jobs = [Job(tmp_path / "A.svs", tmp_path / "A.zarr", labels=labels)]
+    (tmp_path / name).touch()
     for _ in range(2):
         table = cohort._Summary(jobs, tmp_path / name)
         table.check_place([])

@@ -199,7 +199,9 @@ def test_counts_that_were_replaced_before_the_first_verb_are_saved_as_the_error_
     np.testing.assert_array_equal(sd.read_zarr(store)["table"].X, zeros)
 
 
-def test_an_attribute_that_another_tool_changed_is_not_put_back(store):
+@pytest.mark.parametrize("name", ["slide.zarr", "images", "tables", "attrs"])
+def test_an_attribute_that_another_tool_changed_is_not_put_back(store, name):
+    store = store.rename(store.parent / name)
     zarr.open_group(store, mode="r+").attrs["qc"] = 1
     sdata = sd.read_zarr(store)
     hg.pp.tissue(sdata)
@@ -460,6 +462,19 @@ def test_values_that_others_change_before_the_first_call_are_not_lost(slide, wha
     assert "n" not in sd.read_zarr(slide.path)["table"].obs
     hg.io.save(mine, overwrite=True)
     assert "n" in sd.read_zarr(slide.path)["table"].obs
+
+
+@pytest.mark.parametrize("what", ["obs", "shapes"])
+def test_values_that_could_not_be_compared_may_have_been_changed_by_others(slide, what, monkeypatch):
+    change, said = THEIRS[what]
+    mine = _read(slide.path)
+    change(slide.path)
+    with monkeypatch.context() as patch:
+        for name in ("table_difference", "spatial_difference"):
+            patch.setattr(concurrent_changes, name, lambda *args, **options: 1 / 0)
+        hg.pp.tissue(mine)
+    with pytest.raises(FileExistsError, match=rf"{said} \(maybe changed by another"):
+        hg.io.save(mine)
 
 
 def test_own_changes_are_saved_if_no_other_process_can_have_changed_the_store(slide, monkeypatch):

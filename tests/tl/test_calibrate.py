@@ -127,6 +127,13 @@ def test_predicted_counts_are_compared_as_logarithms():
         hg.tl.intervals(new.copy(), layer="counts", calibration=calibration)
 
 
+def test_a_layer_of_zeros_is_not_calibrated():
+    table = counted()
+    table.layers["other"] = np.zeros(table.shape, np.float32)
+    with pytest.raises(ValueError, match="`layer` 'other' is 0 for every gene and measured spot; name the predicted"):
+        hg.tl.calibrate(table, layer="other", layer_scale="log")
+
+
 def test_by_detected_also_covers_spots_that_detect_the_gene():
     table, new = counted(seed=4), counted(3, 5)
     calibration = hg.tl.calibrate(table, layer="other")
