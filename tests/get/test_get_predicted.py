@@ -274,7 +274,7 @@ def test_labels_of_the_same_image_are_also_circular_in_the_copy(toy, tiny_model)
     from he2gene_sc.tl._biomarkers.provenance import circularity
 
     hg.tl.predict(toy, model=tiny_model)
-    assert "predicted from the image" in circularity([hg.get.predicted(toy)], "he2gene_annotation", None)
+    assert "predicted from the same image" in circularity([hg.get.predicted(toy)], "he2gene_annotation", None)
     assert not circularity([toy["table"]], "pathologist", None)
 
 

@@ -1128,7 +1128,7 @@ def test_invalid_gene_sets_raise_or_are_left_out():
     whole = pd.DataFrame({"source": "all", "target": result["names"].unique()})
     pd.testing.assert_frame_equal(hg.tl.enrichment(result, pd.concat([net, nowhere, whole])), expected)
     twice = pd.concat([net.assign(weight=1.0), net.head(1).assign(weight=-1.0)])
-    with pytest.raises(ValueError, match="`net` names gene 'g0' twice in set 'up', with other weights"):
+    with pytest.raises(ValueError, match="`net` names gene 'g0' twice in set 'up', with different weights"):
         hg.tl.enrichment(result, twice)
     with pytest.raises(ValueError, match="occurs twice in group"):
         hg.tl.enrichment(pd.concat([result, result.head(1)]), net)

@@ -42,9 +42,9 @@ def test_agreement_in_chance_differences_gives_a_warning():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hg.tl.concordance(table, "label", groups="left", layer="other_model", k=(5,))
-    assert not [w for w in caught if "may be chance" in str(w.message)]
+    assert not [w for w in caught if "share chance differences" in str(w.message)]
     table.obs["label"] = np.random.default_rng(0).permutation(table.obs["label"])
-    with pytest.warns(UserWarning, match="no measured gene is significant in 'left'; .* may be chance"):
+    with pytest.warns(UserWarning, match="no measured gene is significant in 'left'. .* share chance differences"):
         hg.tl.concordance(table, "label", groups="left", layer="other_model", k=(5,))
     found = hg.get.concordance(table).query("predictor == 'other_model' and genes == 'all'")
     assert found["n_significant"].item() == 0
