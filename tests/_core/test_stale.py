@@ -45,7 +45,7 @@ def test_a_changed_prediction_removes_results_computed_from_it(sdata, model):
 
 def test_the_same_prediction_again_removes_nothing(sdata, model):
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="removed")
+        warnings.filterwarnings("error", message=".*removed")
         hg.tl.predict(sdata, model=model, device="cpu")
     assert set(DERIVED) <= set(sdata["table"].uns)
     assert "he2gene_adapted_upper" in sdata["table"].layers
