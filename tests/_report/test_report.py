@@ -246,7 +246,7 @@ def test_bad_arguments_raise_before_any_work(plain, toy, tmp_path):
         hg.report(plain, tmp_path / "a.html", prediction_key="other")
     with pytest.raises(TypeError, match="`data` is a int"):
         hg.report(3, tmp_path / "a.html")
-    with pytest.raises(FileNotFoundError, match="`data` .* is not there"):
+    with pytest.raises(FileNotFoundError, match="`data` .* does not exist"):
         hg.report(tmp_path / "none.zarr", tmp_path / "a.html")
     assert not list(tmp_path.iterdir())
 

@@ -157,7 +157,7 @@ def test_the_command_runs_and_is_quoted_in_the_markdown(monkeypatch, table, sour
     assert options["options"] == {"default": {"preset": hg.DefaultRecipe(n_latent=16), "genes": genes}}
     assert "--folds patient --options o.toml" in (tmp_path / "out" / "benchmark.md").read_text()
     (tmp_path / "o.toml").write_text("[he2gene-base.preset]\nlr = 1e-4\n")
-    with pytest.raises(ValueError, match="are none of --model"):
+    with pytest.raises(ValueError, match="are not among --model"):
         CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
 
 
