@@ -25,7 +25,7 @@ from he2gene_sc.cohort import _predict as cohort
 from he2gene_sc.cohort._cluster import workers_here
 from he2gene_sc.cohort._manifest import read_jobs
 from he2gene_sc.cohort._record import find_finished, slide_summary
-from he2gene_sc.cohort._slide import Job, predict_slide
+from he2gene_sc.cohort._slide import Job, output_of, predict_slide
 
 pytestmark = pytest.mark.slow
 
@@ -244,6 +244,34 @@ def test_a_record_with_a_missing_entry_does_not_stop_the_cohort(updated, model, 
     frame = hg.cohort.predict([store], client, model=model)
     assert counted == ["A.zarr"]
     assert frame["status"].tolist() == ["predicted"], frame["error"][0]
+
+
+@pytest.mark.parametrize("name", ["A.zarr", "C.png"])
+def test_of_two_cohorts_on_one_slide_at_the_same_time_the_slower_loses_nothing(
+    slides, model, client, name, monkeypatch
+):
+    job = Job(slides / name, output_of(slides / name), {"mpp": 4.0}, pitch_um=200)
+    saved, save = {}, hg.io.save
+
+    def after_another(sdata, path, **options):
+        monkeypatch.setattr(hg.io, "save", save)
+        saved.update(files(predict_slide(job, model)))  # the other cohort, which is faster
+        return save(sdata, path, **options)
+
+    monkeypatch.setattr(hg.io, "save", after_another)
+    given = {"model": model, "mpp": 4.0, "pitch_um": 200}
+    row = hg.cohort.predict([slides / name], client, **given).loc[0]
+    assert files(job.output) == saved
+    place = slides / f"{name[0]}-he2gene-1.zarr"
+    if name == "A.zarr":  # it holds the same prediction already
+        assert row["status"] == "predicted"
+        assert not place.exists()
+    else:
+        assert row["status"] == "failed"
+        assert "is another store; choose another path" in row["error"]
+        assert f"The prediction is in {str(place)!r}, without the image" in row["error"]
+        assert "he2gene" in sd.read_zarr(place)["table"].layers
+    assert hg.cohort.predict([slides / name], client, **given).loc[0, "status"] == "skipped"
 
 
 def test_a_store_of_a_slide_detects_changed_pixels(made, tmp_path):
