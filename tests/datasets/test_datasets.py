@@ -182,7 +182,8 @@ def test_a1_has_the_pathologists_labels(her2st):
 @pytest.mark.data
 def test_b1_comes_without_image(monkeypatch, caplog):
     monkeypatch.setattr(_her2st, "_registry", dict)
-    sdata = hg.datasets.her2st("B1")
+    with caplog.at_level("INFO", logger="he2gene_sc"):
+        sdata = hg.datasets.her2st("B1")
     assert not sdata.images
     assert sdata["table"].n_obs == len(sdata["spots"]) > 250
     assert sdata["table"].obs["pathologist"].notna().any()
