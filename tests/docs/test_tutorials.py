@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from IPython.core.displayhook import CapturingDisplayHook
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from jupyter_cache import get_cache
@@ -111,11 +112,15 @@ def execute(monkeypatch):
         shell, notebook = InteractiveShell(), nbformat.read(path, as_version=4)
         shells.append(shell)
         for count, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
+            # Without it the shell prints values as text, where wide tables lose columns.
+            values = CapturingDisplayHook(shell)
+            shell.display_trap.hook = values
             with capture_output() as captured:
                 shell.run_cell(cell.source).raise_error()
             streams = {"stdout": captured.stdout, "stderr": captured.stderr}
             cell.outputs = [new_output("stream", name=name, text=text) for name, text in streams.items() if text]
             cell.outputs += [new_output("display_data", output.data) for output in captured.outputs]
+            cell.outputs += [new_output("display_data", value["data"]) for value in values.outputs]
             cell.outputs += figures()
             cell.execution_count = count
         nbformat.validate(notebook)
@@ -143,6 +148,7 @@ def check_outputs(notebook):
         shown = {kind for output in cell.outputs for kind in output.get("data", ())}
         assert ("hg.pl." in cell.source) == ("image/png" in shown), cell.source
         assert not re.search(r"\bnan\b", text_of(cell), re.IGNORECASE), text_of(cell)
+        assert "Out[" not in text_of(cell), "a value was printed as text"
     return "\n".join(text_of(cell) for cell in code)
 
 
