@@ -8,7 +8,7 @@
     python tests/benchmarks/bench_spatial_test.py variances 500
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py stretched 1000 D1 hex/exponential
     python tests/benchmarks/bench_spatial_test.py serial 5000
-    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py tails 2000 D1
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py tails 500 D1
     python tests/benchmarks/bench_spatial_test.py speed 14000
 
 The second argument is the number of genes a cell; `A1/cancer in situ` is one label of a section. Ranges are in shares of the longer side of the tissue; the
