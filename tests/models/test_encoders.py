@@ -54,44 +54,6 @@ def tiny_vit():
     ).eval()
 
 
-# EfficientNet-Lite0
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_lite0_equals_the_network_of_timm(training):
-    ours, _ = load_encoder("efficientnet-lite0")
-    theirs = CREATE_MODEL("tf_efficientnet_lite0", num_classes=0)
-    theirs.load_state_dict(ours.state_dict())
-    assert list(ours.feature_info) == list(theirs.feature_info)
-    x = torch.rand(2, 3, 65, 64, generator=torch.Generator().manual_seed(0))
-    stages = {"indices": [1, 3, 4], "stop_early": True, "intermediates_only": True}
-    for network in (ours, theirs):
-        network.train(training)
-    with torch.set_grad_enabled(training):
-        found, expected = ([network(x), *network.forward_intermediates(x, **stages)] for network in (ours, theirs))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    # Statistics of batch normalisation are equal too, and in training the gradients.
-    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
-    if training:
-        for values in (found, expected):
-            sum(value.square().mean() for value in values).backward()
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-
-
-def test_lite0_without_weights_is_initialised_like_that_of_timm():
-    ours, _ = load_encoder("efficientnet-lite0", pretrained=False)
-    theirs = CREATE_MODEL("tf_efficientnet_lite0", num_classes=0)
-    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        (sd, mean), (expected_sd, expected_mean) = ([p.std(correction=0).item(), p.mean().item()] for p in (a, b))
-        assert sd == pytest.approx(expected_sd, rel=0.3), name
-        assert mean == pytest.approx(expected_mean, abs=0.2 * sd), name
-
-
-def test_lite0_does_not_import_timm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    load_encoder("efficientnet-lite0")
-
-
 # The registry
 
 

@@ -245,6 +245,7 @@ def test_the_bundled_encoder_gives_1280_features_offline(monkeypatch):
     with torch.inference_mode():
         found = encoder(torch.zeros(2, 3, spec.input_px, spec.input_px))
     assert found.shape == (2, 1280)
+    assert encoder.num_classes == 0
     assert not encoder.training
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
 

@@ -117,15 +117,9 @@ def _check_timm_name(name: str) -> None:
 
 def _build_bundled(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
     """Build an encoder whose weights are in a package."""
-    network: torch.nn.Module
-    if spec.weights:
-        from .lite_network import EfficientNetLite0
+    import timm
 
-        network = EfficientNetLite0()
-    else:
-        import timm
-
-        network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
+    network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
     if pretrained:
         network.load_state_dict(_read_weights(WEIGHTS / spec.weights) if spec.weights else _read_package(spec))
     return network.eval()
