@@ -70,13 +70,13 @@ def markdown(table: pd.DataFrame, data: str, command: str) -> str:
 
 def _introduction() -> list[str]:
     return [
-        "Mean Pearson correlation per gene across the spots of the held-out section. Counts are not smoothed, in natural log of "
-        "(1 + counts per 10,000). A constant gene counts as 0. In brackets 95 % of a bootstrap over 800 µm blocks "
-        "of the section: how far other blocks of it would move the mean. It says nothing about other sections or patients. Genes are "
-        "chosen on the training sections of the fold. *Skill* is the share of the squared error of the training mean that a predictor "
-        "removes, median over genes. Below 0 it is worse than that mean. The *noise ceiling* is what a perfect prediction would reach with these counts.",
+        "Mean Pearson correlation per gene over the spots of the held-out section, on unsmoothed counts as natural log of "
+        "(1 + counts per 10,000). A constant gene counts as 0. Brackets: 95 % of a bootstrap over 800 µm blocks of the section, which "
+        "does not cover other sections or patients. Genes are chosen on the training sections of the fold. *Skill* is the share of the "
+        "squared error of the training mean that a predictor removes, median over genes; below 0 it is worse than that mean. The "
+        "*noise ceiling* is the correlation of a perfect prediction with these counts.",
         "",
-        "![Mean Pearson of each predictor, a dot a held-out section](benchmark.png)",
+        "![Mean Pearson of each predictor, one dot per held-out section](benchmark.png)",
     ]
 
 
@@ -118,7 +118,7 @@ def _limits(table: pd.DataFrame) -> list[str]:
     elif len(patients) < _MIN_PATIENTS:
         lines.append(
             f"- The sections are of {len(patients)} patients ({', '.join(patients)}). *Patients held out* is {len(patients)} "
-            "folds. So there is no mean or interval over patients, and no evidence about patients in general."
+            "folds, so there is no mean or interval over patients, and no evidence about patients in general."
         )
     if set(patients) == {"A", "C"}:
         lines.append(
@@ -127,10 +127,10 @@ def _limits(table: pd.DataFrame) -> list[str]:
         )
     return [
         *lines,
-        "- *Class mean* and *total counts* use what an image does not hold: the true label of each held-out spot, and its "
-        "depth. They are not competitors. They show how far such knowledge goes.",
-        "- The ridges read features standardised over all training sections together. This is a handicap if the stains of the "
-        "training patients differ. Trained on sections of one patient, they predict other sections of that patient better.",
+        "- *Class mean* and *total counts* use data that an image does not contain: the true label of each held-out spot, and "
+        "its depth. They are references, not competitors.",
+        "- The features of the ridges are standardised over all training sections together, a handicap if the stains of the "
+        "training patients differ. Trained on sections of one patient, the ridges predict its other sections better.",
         "- Penalties and panels are chosen within the training sections of a fold. The recipe of the preset `default` was "
         "chosen on these sections (see Experiments), so its metrics are optimistic.",
     ]
