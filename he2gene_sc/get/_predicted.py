@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from .._core import validate
 from .._core.keys import OWN_TABLE, Keys
@@ -65,6 +66,8 @@ def predicted(
         ``.uns``
             Colours of the categories, ``"spatial"`` (images for scanpy and squidpy), the region that the table annotates,
             and the record of the prediction.
+
+        Names and texts are Python strings, not pandas' string type: R readers and older versions of anndata read the h5ad file.
 
         Other layers, graphs and embeddings are left out, because they are based on other values or other spots.
 
@@ -177,8 +180,9 @@ def _copy(
     from anndata import AnnData
 
     keys = Keys(prediction_key)
-    obs, var = table.obs.iloc[rows].copy(), table.var.iloc[columns].copy()
-    uns: dict[str, Any] = {keys.uns: deepcopy(dict(record))}
+    obs, var = _with_plain_texts(table.obs.iloc[rows]), _with_plain_texts(table.var.iloc[columns])
+    own_record = {name: _with_plain_texts(value) for name, value in deepcopy(dict(record)).items()}
+    uns: dict[str, Any] = {keys.uns: own_record}
     for name in obs.columns[[column.dtype.name == "category" for _, column in obs.items()]]:
         before = obs[name].cat.categories
         obs[name] = obs[name].cat.remove_unused_categories()
@@ -189,14 +193,29 @@ def _copy(
     for name in {"spatial", keys.rows}.intersection(table.uns):
         uns[name] = deepcopy(table.uns[name])
     if layer is not None:
-        # Tells scanpy that the values are natural logarithms already.
-        uns["log1p"] = {"base": None}
+        # Tells scanpy that the values are natural logarithms already. Versions of anndata before 0.12 read no `None`.
+        uns["log1p"] = {"base": np.e}
         uns[OWN_TABLE] = {"by": "hg.get.predicted", "X": layer}
     obsm = {name: table.obsm[name] for name in ("spatial", keys.embedding, keys.proba) if name in table.obsm}
-    obsm = {name: value.iloc[rows].copy() if hasattr(value, "iloc") else value[rows] for name, value in obsm.items()}
+    obsm = {
+        name: _with_plain_texts(value.iloc[rows]) if hasattr(value, "iloc") else value[rows]
+        for name, value in obsm.items()
+    }
     if (attrs := annotation_target(table)) is not None:
         uns["spatialdata_attrs"] = _limit_regions(attrs, obs)
     return AnnData(X=values, obs=obs, var=var, obsm=obsm, uns=uns)
+
+
+def _with_plain_texts(value: Any) -> Any:
+    """Copy a table with its names and texts as Python strings, which anndata writes as plain arrays; others are returned."""
+    if not isinstance(value, pd.DataFrame):
+        return value
+    texts = [
+        name for name, column in value.items() if isinstance(column.dtype, pd.StringDtype) and column.notna().all()
+    ]
+    out = value.astype(dict.fromkeys(texts, object))
+    out.index = out.index.astype(object)
+    return out
 
 
 def _limit_regions(attrs: Any, obs: Any) -> dict[str, Any]:

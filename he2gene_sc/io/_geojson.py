@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import find_shapes, match_rows, regions_of, spot_element, spots_of_element
+from .._core.elements import check_spatialdata, find_shapes, match_rows, regions_of, spot_element, spots_of_element
 from .._core.genes import columns_of
 from .._core.images import find_image, spots_to_pixels
 from .._core.keys import Keys, check_key
@@ -26,7 +26,7 @@ from .._core.results import write_result
 from .._core.slide import slides_of
 from .._core.spots import get_table, pitch_of, sections_of, spots_of
 from ._files import check_new_file, put_file
-from ._geojson_content import check_crs, classification_of, other_unit
+from ._geojson_content import check_crs, class_name, classification_of, other_unit, rgb_of, text_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -87,7 +87,7 @@ def to_geojson(
     Raises
     ------
     ValueError
-        If nothing was predicted, a gene or column is missing, or the slide is ambiguous.
+        If nothing was predicted, a gene or column is missing or has no values, or the slide is ambiguous.
     FileExistsError
         If the file exists, without ``overwrite``.
 
@@ -104,6 +104,7 @@ def to_geojson(
     """
     validate.arguments(to_geojson, locals())
     validate.one_of(object_type, ("detection", "annotation"), "object_type")
+    check_spatialdata(sdata)
     path = check_new_file(path, "path", (".geojson", ".json"), overwrite=overwrite)
     table = get_table(sdata, table_key, prediction_key=prediction_key)
     record = record_of(table, prediction_key)
@@ -123,6 +124,8 @@ def to_geojson(
     rows, outlines = _outlines(sdata, table, slide.shapes_key, slide.image_key, slide.coordinate_system)
     own = table[rows]
     values = pd.DataFrame(dense(matrix_of(own[:, columns], name)), columns=names, index=own.obs_names)
+    if empty := [gene for gene in names if values[gene].isna().all()]:
+        raise ValueError(f"`genes` {empty[:5]} were not predicted; hg.get.genes(sdata) lists the predicted ones")
     measured = {keys.confidence: "Confidence", keys.tissue: "Tissue", keys.ood: "Out of distribution"}
     for column, title in measured.items():
         if column in own.obs and title not in names and (column != keys.confidence or annotation_key is None):
@@ -158,7 +161,7 @@ def read_geojson(
         Object, or table with ``obsm["spatial"]`` in pixels of the full-resolution image. In a table, a spot is a circle with
         the diameter ``spot_diameter_fullres`` from ``uns["spatial"]``, else half the distance between spots.
     path
-        The file. Polygons with a class are read, with their holes: annotations, or, without any, detections and cells.
+        The file, ``.zip`` if QuPath compressed it. Polygons with a class are read, with their holes: annotations, or, without any, detections and cells.
         Coordinates are pixels of level 0, as QuPath writes them.
     key_added
         Column of ``obs`` for the labels.
@@ -328,7 +331,7 @@ def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         raise FileNotFoundError(f"`path` {str(path)!r} does not exist; name the file that QuPath exported")
     problem = f"`path` {str(path)!r} is not GeoJSON; in QuPath run File > Export objects as GeoJSON"
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(text_of(path))
         features = content.get("features", [content]) if isinstance(content, dict) else content
         found = [(f["geometry"], f.get("properties") or {}) for f in features if f.get("geometry")]
         shapes = shapely.make_valid(np.array([shape(geometry) for geometry, _ in found], object))
@@ -338,7 +341,7 @@ def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     except (*_PARSE_ERRORS, shapely.errors.ShapelyError) as error:
         raise ValueError(f"{problem} ({type(error).__name__}: {error})") from None
     check_crs(content, shapes, path)
-    names = clean_names(_class_name(value) for value in given)
+    names = clean_names(class_name(value) for value in given)
     usable = (shapely.area(shapes) > 0) & pd.notna(names)
     is_annotation = np.array([kind == "annotation" for kind in kinds], bool)
     chosen = usable & is_annotation if (usable & is_annotation).any() else usable
@@ -354,18 +357,9 @@ def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     check_spelling({"": names[chosen]}, "path", path.name, what="classes", fix="rename one in QuPath and export again")
     colors: dict[str, str] = {}
     for name, value in zip(names[chosen], (g for g, c in zip(given, chosen, strict=True) if c), strict=True):
-        rgb = value.get("color") if isinstance(value, dict) else None
-        if isinstance(rgb, list) and len(rgb) == 3 and all(validate.is_number(v) and 0 <= v <= 255 for v in rgb):
-            colors.setdefault(name, to_hex((rgb[0] / 255, rgb[1] / 255, rgb[2] / 255)))
+        if rgb := rgb_of(value):
+            colors.setdefault(name, to_hex([part / 255 for part in rgb]))
     return shapes[chosen], names[chosen], colors
-
-
-def _class_name(classification: Any) -> Any:
-    """Return the name of a classification; QuPath writes several parts as a list."""
-    if not isinstance(classification, dict):
-        return classification if isinstance(classification, str) else None
-    names = classification.get("names")
-    return ": ".join(map(str, names)) if isinstance(names, list) and names else classification.get("name")
 
 
 def _labels_by_area(outlines: np.ndarray, polygons: np.ndarray, names: np.ndarray) -> np.ndarray:

@@ -1,14 +1,17 @@
-"""Handle GeoJSON files that tools other than QuPath wrote: classes as text, and coordinates in degrees, µm, or of a map."""
+"""Read parts of GeoJSON files: classes and colours of versions of QuPath and of other tools; coordinates in other units."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .._core.validate import is_number
 
 #: Names of the coordinate system that GDAL (and geopandas) gives to files without one.
 _DEGREES = ("CRS84", "4326")
@@ -19,6 +22,19 @@ _MATCH, _MISMATCH = 0.8, 0.5
 _READ_CALL = "gdf = geopandas.read_file(path).set_crs(None, allow_override=True)"
 
 
+def text_of(path: Path) -> str:
+    """Return the text of a file; QuPath compresses files to ``.zip`` on request."""
+    content = path.read_bytes()
+    if content.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                (name,) = archive.namelist()
+                content = archive.read(name)
+        except zipfile.BadZipFile as error:
+            raise ValueError(str(error)) from None
+    return content.decode("utf-8-sig")
+
+
 def classification_of(properties: Mapping[str, Any]) -> Any:
     """Return the classification of an object; GDAL (and geopandas) writes its JSON as text."""
     given = properties.get("classification")
@@ -26,6 +42,25 @@ def classification_of(properties: Mapping[str, Any]) -> Any:
         with contextlib.suppress(ValueError):
             return json.loads(given)
     return given
+
+
+def class_name(classification: Any) -> Any:
+    """Return the name of a classification; QuPath writes several parts as a list."""
+    if not isinstance(classification, dict):
+        return classification if isinstance(classification, str) else None
+    names = classification.get("names")
+    return ": ".join(map(str, names)) if isinstance(names, list) and names else classification.get("name")
+
+
+def rgb_of(classification: Any) -> list[int] | None:
+    """Return the colour of a classification; before QuPath 0.4 it was one number."""
+    if not isinstance(classification, Mapping):
+        return None
+    rgb, packed = classification.get("color"), classification.get("colorRGB")
+    if rgb is None and isinstance(packed, int):
+        rgb = [packed >> shift & 255 for shift in (16, 8, 0)]
+    is_colour = isinstance(rgb, list) and len(rgb) == 3 and all(is_number(v) and 0 <= v <= 255 for v in rgb)
+    return rgb if is_colour else None
 
 
 def check_crs(content: Any, shapes: np.ndarray, path: Path) -> None:

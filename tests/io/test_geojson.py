@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -154,6 +155,31 @@ def test_names_of_several_parts_and_colours_are_read(toy, tmp_path):
     hg.io.read_geojson(toy, path)
     assert labels(toy)[0] == "Tumor: Positive"
     assert toy["table"].uns["label_colors"] == ["#c80000"]
+
+
+def test_files_of_older_versions_and_compressed_ones_are_read(toy, tmp_path):
+    path = write(tmp_path / "a.geojson", (square(toy, 0), None))
+    content = json.loads(path.read_text())
+    content["features"][0]["properties"]["classification"] = {"name": "Tumor", "colorRGB": -3670016}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.geojson", json.dumps(content))
+    hg.io.read_geojson(toy, tmp_path / "a.zip")
+    assert labels(toy)[0] == "Tumor"
+    assert toy["table"].uns["label_colors"] == ["#c80000"]
+    for name, content in (("b.zip", b"PK"), ("c.zip", (tmp_path / "a.zip").read_bytes()[:-30])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"`path` '.*\.zip' is not GeoJSON; in QuPath run File > Export"):
+            hg.io.read_geojson(toy, tmp_path / name)
+
+
+def test_a_table_and_genes_without_values_are_not_written(predicted, tmp_path):
+    with pytest.raises(TypeError, match=r"`sdata` is an AnnData; a SpatialData object with the image is needed"):
+        hg.io.to_geojson(predicted["table"], tmp_path / "a.geojson")
+    with pytest.raises(ValueError, match=r"`genes` \['FTL'\] were not predicted; hg\.get\.genes\(sdata\) lists"):
+        hg.io.to_geojson(predicted, tmp_path / "a.geojson", genes=["ERBB2", "FTL"])
+    assert not list(tmp_path.iterdir())
+    path = hg.io.to_geojson(predicted, tmp_path / "a.geojson", genes="FTL", layer=None)
+    assert "FTL" in json.loads(path.read_text())["features"][0]["properties"]["measurements"]
 
 
 def test_spots_of_a_table_are_circles_around_their_centres(toy, tmp_path):
