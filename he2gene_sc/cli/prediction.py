@@ -159,8 +159,9 @@ def _predict_one(
 
     from .._core import validate
     from .._core.stores import resolved
+    from ..cohort._job import Job, output_of
     from ..cohort._record import slide_summary
-    from ..cohort._slide import Job, output_of, predict_slide
+    from ..cohort._slide import predict_slide
 
     path = validate.folder_or_file(path, "PATH")
     out = None if out is None else validate.folder_or_file(out, "--out")

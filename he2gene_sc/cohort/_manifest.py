@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import validate
 from .._core.names import check_spelling, clean_name_argument
-from ._slide import Job, output_of
+from ._job import Job, output_of
 
 if TYPE_CHECKING:
     import pandas as pd

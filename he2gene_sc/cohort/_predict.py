@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .._core import validate
 from .._settings import settings
 from ._cluster import check_client, local_client, workers_here
+from ._job import Job
 from ._manifest import LABELS, SEPARATORS, read_jobs
 from ._record import find_finished, slide_summary
-from ._slide import Job, predict_slide
+from ._slide import predict_slide
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -354,7 +355,9 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
                 else {"status": "skipped", **found}
             )
         except Exception as error:  # noqa: BLE001 - the other slides go on after any error
-            row = _failed(f"{type(error).__name__}: {error}")
+            # Another process may have predicted the same slide meanwhile.
+            found = find_finished(job, model)
+            row = _failed(f"{type(error).__name__}: {error}") if found is None else {"status": "skipped", **found}
         messages = dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
         return {**row, "seconds": round(time.perf_counter() - began, 3), "warnings": " | ".join(messages)}
 

@@ -12,7 +12,7 @@ import numpy as np
 from .._core.keys import ATTRS, Keys
 from .._core.names import clean_names
 from .._core.ownership import recorded_keys
-from ._slide import FILES, SOURCE, Job, elements_of
+from ._job import FILES, SOURCE, Job, elements_of
 
 if TYPE_CHECKING:
     from ..models import HE2Gene

@@ -5,83 +5,26 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._core.keys import ATTRS
 from .._core.names import clean_names
 from .._core.ownership import is_prediction
 from .._core.validate import format_list
+from ._job import FILES, SOURCE, Job, elements_of
+from ._record import find_finished
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from ..models import HE2Gene
 
-#: ``sdata.attrs["he2gene"][SOURCE]``: the slide that a store was made from, unless it was updated in place.
-SOURCE = "source"
-#: ``uns[key][FILES]``: digest of the files of image and spots, by region, in a store that was updated in place.
-FILES = "files"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A slide to predict, with its options."""
-
-    path: Path  # SpatialData store or H&E image
-    output: Path  # store to write, absolute
-    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of tl.predict, without the model
-    labels: Mapping[str, str] = field(default_factory=dict)  # columns of obs with one value: patient, section
-    pitch_um: float = 100.0
-    tissue_method: str = "auto"
-    keep_image: bool = True
-    overwrite: bool = False  # replace another store at output, or changes that others saved to path
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the store of the slide itself is updated."""
-        from .._core.stores import resolved
-
-        return self.path.is_dir() and self.output == resolved(self.path)
-
-    @property
-    def key(self) -> str:
-        """Key of the prediction."""
-        return str(self.options.get("key_added") or "he2gene")
-
-    def has_same_options(self, other: Job) -> bool:
-        """Whether two jobs have the same options and labels."""
-        ours, theirs = ((job.options, job.labels, job.pitch_um, job.tissue_method) for job in (self, other))
-        return ours == theirs
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """Identification of the slide, by which a store made from it is recognised; empty for an update in place."""
-        from .._core.stores import digest, resolved
-
-        if self.in_place:
-            return {}
-        place = resolved(self.path)
-        if place.is_dir():
-            return {"path": str(place), "files": digest(place)}
-        stat = place.stat()
-        return {
-            "path": str(place),
-            "bytes": stat.st_size,
-            "modified_ns": stat.st_mtime_ns,
-            "pitch_um": float(self.pitch_um),
-            "tissue_method": self.tissue_method,
-        }
-
-
-def output_of(path: Path, folder: Path | None = None) -> Path:
-    """Return the default output of a prediction: the store itself, a store beside the image, or a store in ``folder``."""
-    from .._core.stores import resolved
-
-    place = path if path.is_dir() else path.with_suffix(".zarr")
-    return resolved(place if folder is None else folder / f"{path.stem}.zarr")
+T = TypeVar("T")
+#: Longest time in which another process saves a slide.
+_LONGEST_WAIT_S = 600
 
 
 def predict_slide(job: Job, model: HE2Gene) -> Path:
@@ -97,11 +40,11 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
         raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store with --out")
     sdata = _open(job.path) if job.path.is_dir() else None
     check_target(job.output, overwrite=job.overwrite or in_place)
-    check_place(job.output, 0)
+    _when_free(lambda: check_place(job.output, 0))
     if sdata is None:
         sdata = _read_image(job)
     _check_labels(sdata, job.labels)
-    check_place(job.output, least_bytes(sdata, images=job.keep_image and not in_place))
+    _when_free(lambda: check_place(job.output, least_bytes(sdata, images=job.keep_image and not in_place)))
     before = {name: table.uns.get(job.key) for name, table in sdata.tables.items()}
     tl.predict(sdata, model=model, **job.options)
     _write_labels(sdata, job)
@@ -113,21 +56,25 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
     if source:
         sdata.attrs[ATTRS] = {**sdata.attrs.get(ATTRS, {}), SOURCE: source}
     try:
-        return io.save(sdata, job.output, overwrite=job.overwrite)
+        return _when_free(lambda: io.save(sdata, job.output, overwrite=job.overwrite))
     except Exception as error:
+        # Another process may have predicted the same slide meanwhile.
+        if find_finished(job, model) is not None:
+            return job.output
         kind = type(error) if isinstance(error, OSError | MemoryError) else ValueError
         raise kind(f"{error}. The prediction {_rescue(sdata, job.output)}") from error
 
 
-def elements_of(store: Path, record: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """Return image and spots in a store for each region of a prediction."""
-    shapes, images = record["shapes"], record["image"]
-    found = {}
-    for region in [shapes] if isinstance(shapes, str) else map(str, shapes):
-        image = str(images[region] if isinstance(images, Mapping) else images)
-        spots = "labels" if (store / "labels" / region).is_dir() else "shapes"
-        found[region] = [("images", image), (spots, region)]
-    return found
+def _when_free(call: Callable[[], T]) -> T:
+    """Wait while another process saves to the store of a slide."""
+    until = time.monotonic() + _LONGEST_WAIT_S
+    while True:
+        try:
+            return call()
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(1)
 
 
 def _element_digests(store: Path) -> dict[tuple[str, str], str]:

@@ -22,10 +22,13 @@ from PIL import Image
 import he2gene_sc as hg
 from he2gene_sc.cli import app as cli
 from he2gene_sc.cohort import _predict as cohort
+from he2gene_sc.cohort import _slide
 from he2gene_sc.cohort._cluster import workers_here
+from he2gene_sc.cohort._job import Job, output_of
 from he2gene_sc.cohort._manifest import read_jobs
 from he2gene_sc.cohort._record import find_finished, slide_summary
-from he2gene_sc.cohort._slide import Job, output_of, predict_slide
+from he2gene_sc.cohort._slide import predict_slide
+from he2gene_sc.io._store import locked
 
 pytestmark = pytest.mark.slow
 
@@ -246,16 +249,17 @@ def test_a_record_with_a_missing_entry_does_not_stop_the_cohort(updated, model, 
     assert frame["status"].tolist() == ["predicted"], frame["error"][0]
 
 
-@pytest.mark.parametrize("name", ["A.zarr", "C.png"])
+@pytest.mark.parametrize(("name", "same"), [("A.zarr", True), ("C.png", True), ("C.png", False)])
 def test_of_two_cohorts_on_one_slide_at_the_same_time_the_slower_loses_nothing(
-    slides, model, client, name, monkeypatch
+    slides, model, client, name, same, monkeypatch
 ):
     job = Job(slides / name, output_of(slides / name), {"mpp": 4.0}, pitch_um=200)
+    other = job if same else replace(job, pitch_um=150)
     saved, save = {}, hg.io.save
 
     def after_another(sdata, path, **options):
         monkeypatch.setattr(hg.io, "save", save)
-        saved.update(files(predict_slide(job, model)))  # the other cohort, which is faster
+        saved.update(files(predict_slide(other, model)))  # the other cohort, which is faster
         return save(sdata, path, **options)
 
     monkeypatch.setattr(hg.io, "save", after_another)
@@ -263,15 +267,40 @@ def test_of_two_cohorts_on_one_slide_at_the_same_time_the_slower_loses_nothing(
     row = hg.cohort.predict([slides / name], client, **given).loc[0]
     assert files(job.output) == saved
     place = slides / f"{name[0]}-he2gene-1.zarr"
-    if name == "A.zarr":  # it holds the same prediction already
+    if same:
         assert row["status"] == "predicted"
         assert not place.exists()
+        assert hg.cohort.predict([slides / name], client, **given).loc[0, "status"] == "skipped"
     else:
         assert row["status"] == "failed"
         assert "is another store; choose another path" in row["error"]
         assert f"The prediction is in {str(place)!r}, without the image" in row["error"]
         assert "he2gene" in sd.read_zarr(place)["table"].layers
-    assert hg.cohort.predict([slides / name], client, **given).loc[0, "status"] == "skipped"
+
+
+def test_a_slide_whose_store_another_process_writes_is_saved_after_that(slides, model, monkeypatch):
+    store, waited = slides / "A.zarr", []
+
+    with contextlib.ExitStack() as other:
+        other.enter_context(locked(store))
+        monkeypatch.setattr(_slide.time, "sleep", lambda seconds: (waited.append(seconds), other.close()))
+        predict_slide(Job(store, store), model)
+        monkeypatch.setattr(_slide, "_LONGEST_WAIT_S", -1)
+        other.enter_context(locked(store))
+        with pytest.raises(BlockingIOError, match="another process is saving to the store"):
+            predict_slide(Job(store, store), model)
+    assert waited == [1]
+    assert is_finished(Job(store, store), model)
+
+
+def test_a_slide_that_another_process_finished_meanwhile_is_skipped(slides, model, client, monkeypatch):
+    def after_another(job, model, before=cohort.predict_slide):
+        before(job, model)
+        return before(job, model)  # the store of the image exists by now
+
+    monkeypatch.setattr(cohort, "predict_slide", after_another)
+    row = hg.cohort.predict([slides / "C.png"], client, model=model, mpp=4.0, pitch_um=200).loc[0]
+    assert (row["status"], row["spots"], row["error"]) == ("skipped", 4, "")
 
 
 def test_a_store_of_a_slide_detects_changed_pixels(made, tmp_path):
