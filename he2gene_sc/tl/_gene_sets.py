@@ -71,14 +71,30 @@ def _net_of(sets: Iterable[tuple[str, Iterable[str]]]) -> pd.DataFrame:
 
 def _read_gmt(path: Path) -> pd.DataFrame:
     """Read a GMT file, split at tabs only: names of sets may contain spaces, and the description may be empty."""
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`net`: {str(path)!r} is compressed, or its text is not UTF-8 ({error})") from None
+    lines = [line.split("\t") for line in text.splitlines() if line.strip()]
     if not lines or any(len(line) < 3 for line in lines):
         raise ValueError(
             f"`net`: {str(path)!r} is not a GMT file; each line must have a name, a description and genes, separated by tabs"
         )
-    # Enrichr appends weights after a comma.
-    genes = [[gene.partition(",")[0].strip() for gene in line[2:]] for line in lines]
-    return _net_of((line[0].strip(), filter(None, names)) for line, names in zip(lines, genes, strict=True))
+    sets: dict[str, list[str]] = {}
+    for name, _, *parts in lines:
+        # Enrichr appends weights after a comma.
+        genes = [gene for part in parts if (gene := part.partition(",")[0].strip())]
+        if set(sets.setdefault(name.strip(), genes)) != set(genes):
+            raise ValueError(
+                f"`net`: {str(path)!r} has two sets called {name.strip()!r}, with different genes; rename one, or leave it out"
+            )
+    return _net_of(sets.items())
+
+
+def name_genes(net: pd.DataFrame, genes: pd.Index) -> str:
+    """Name some genes of the sets and of the data, for errors about sets without genes."""
+    targets = net["target"].unique()
+    return f"the sets name genes such as {list(targets[:3])}, the data {list(genes[:3])}"
 
 
 def weights_by_set(net: pd.DataFrame) -> dict[str, dict[str, float]]:

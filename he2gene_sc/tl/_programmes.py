@@ -30,7 +30,7 @@ from ..training._programmes import summarise_programmes
 from ._biomarkers.pool import labelled_spots
 from ._biomarkers.reference_fields import COLOUR, DEPTH, fields
 from ._compare import correlation, predict_held_out, shared_spots
-from ._gene_sets import membership, read_net, rename_targets, weights_by_set
+from ._gene_sets import membership, name_genes, read_net, rename_targets, weights_by_set
 from ._paired import paired_spots, sections_trained_on
 
 if TYPE_CHECKING:
@@ -146,7 +146,10 @@ def programmes(
     try:
         check_class_names(sets["source"].unique(), "set")
     except ValueError as error:
-        raise ValueError(f"`net`: {error}") from None
+        raise ValueError(
+            f"`net`: {error}. To rename sets of a GMT file: net = decoupler.pp.read_gmt(path); "
+            "net['source'] = net['source'].str.replace('/', '|')"
+        ) from None
     data = list(data) if isinstance(data, Iterator) else data
     spots = read_spots(data, None, "data", layer=layer, table_key=table_key, samples_needed=False)
     for table in spots.tables:
@@ -159,7 +162,8 @@ def programmes(
     if not scorer.names:
         raise ValueError(
             f"`net`: no set has at least {min_genes} of the {len(spots.genes)} genes of the layer, but not all of them; the largest has "
-            f"{int(left_out['n_predicted'].max()) if len(left_out) else 0}. Check the names of the genes, or lower `min_genes`"
+            f"{int(left_out['n_predicted'].max()) if len(left_out) else 0}. Check the names ({name_genes(sets, spots.genes)}), or lower "
+            "`min_genes`"
         )
     results = results.loc[scorer.names]
     metrics = pd.DataFrame(np.nan, index=results.index, columns=list(_COLUMNS))

@@ -1,5 +1,6 @@
 """``hg.tl.programmes`` scores sets like decoupler, and a set is reliable only if held-out patients confirm it."""
 
+import gzip
 from dataclasses import replace
 
 import anndata
@@ -147,6 +148,27 @@ def test_gmt_files_are_split_at_tabs_only(table, tmp_path):
     path.write_text("Breast cancer g0 g1 g2\n")
     with pytest.raises(ValueError, match="is not a GMT file; each line must have a name"):
         hg.tl.programmes(table, path, layer=None)
+
+
+def test_gmt_files_of_windows_are_read_and_ambiguous_ones_raise(table, tmp_path):
+    path, line = tmp_path / "sets.gmt", "\t".join(["fat", "", *PLANTED])
+    path.write_bytes(f"\ufeff{line}\r\n\r\n{line}\t\r\n".encode())
+    assert hg.tl.programmes(table, path, layer=None)["n_genes"].tolist() == [6]
+    for content, match in (
+        (f"{line}\nfat\t\tg1\tg2\n".encode(), "has two sets called 'fat', with different genes; rename one"),
+        (gzip.compress(line.encode()), "is compressed, or its text is not UTF-8"),
+        (line.replace("g", "G").encode(), r"the sets name genes such as \['G.*the data \['g0', 'g1', 'g2'\]"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            hg.tl.programmes(table, path, layer=None)
+
+
+def test_messages_do_not_name_other_verbs(table, caplog):
+    table.layers["other"][0, 0] = np.nan
+    hg.tl.programmes(table, SETS, layer="other")
+    assert "1 genes contain NaN" in caplog.text
+    assert "biomarkers" not in caplog.text
 
 
 def test_invalid_arguments_raise_and_nothing_is_overwritten(table):

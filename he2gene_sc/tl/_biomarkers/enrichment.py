@@ -15,7 +15,7 @@ from ..._core.keys import check_key
 from ..._core.ownership import check_free
 from ..._core.results import find_results, write_to_all
 from ...get._biomarkers import biomarkers as get_biomarkers
-from .._gene_sets import import_decoupler, membership, read_net, rename_targets, weights_by_set
+from .._gene_sets import import_decoupler, membership, name_genes, read_net, rename_targets, weights_by_set
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -191,7 +191,7 @@ def _scores(
     if not (sizes >= tmin).any():
         raise ValueError(
             f"`net`: no set has {tmin} of the {len(values)} genes tested in {group!r}, the largest has "
-            f"{int(sizes.max()) if len(sizes) else 0}; check gene names, or lower `tmin`"
+            f"{int(sizes.max()) if len(sizes) else 0}; check the names ({name_genes(net, values.index)}), or lower `tmin`"
         )
     if method.name == "ora":
         # decoupler assumes a background of 20,000 genes, but only these were tested.

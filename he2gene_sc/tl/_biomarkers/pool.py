@@ -67,7 +67,7 @@ def labelled_spots(
         raise ValueError(f"`groupby` {label_key!r} is empty for every spot")
     pooled = spots.take(labelled)
     if unlabelled := sorted(set(spots.samples) - set(pooled.samples)):
-        logger.warning("biomarkers: samples without a labelled spot are left out: %s", unlabelled)
+        logger.warning("samples without a labelled spot are left out: %s", unlabelled)
     check_duplicate_spots(pooled)
     return _drop_missing(pooled)
 
@@ -149,7 +149,7 @@ def _drop_missing(pooled: SpotData) -> SpotData:
         raise ValueError(f"`layer` {pooled.layer!r} is NaN for every gene and labelled spot")
     check_duplicate_sections(pooled)
     if lost.any():
-        logger.warning("biomarkers: %d labelled spots have no values and are left out", lost.sum())
+        logger.warning("%d labelled spots have no values and are left out", lost.sum())
         pooled = pooled.take(~lost)
     if (unknown == 0).all():
         return pooled
@@ -158,7 +158,7 @@ def _drop_missing(pooled: SpotData) -> SpotData:
         raise ValueError(
             f"`layer` {pooled.layer!r} contains NaN in every gene; only spots without any values may be NaN"
         )
-    logger.warning("biomarkers: %d genes contain NaN and are left out, %d remain", (unknown > 0).sum(), len(known))
+    logger.warning("%d genes contain NaN and are left out, %d remain", (unknown > 0).sum(), len(known))
     return replace(pooled, genes=known)
 
 
