@@ -15,6 +15,15 @@ def test_import_loads_nothing_heavy():
     assert found == "[]"
 
 
+def test_squidpy_is_imported_without_its_warnings():
+    code = "from he2gene_sc._core.logs import import_squidpy; import_squidpy()"
+    command = [sys.executable, "-W", "default::SyntaxWarning", "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "SyntaxWarning" not in found
+    package = Path(hg.__file__).parent
+    assert [path.name for path in package.rglob("*.py") if "import squidpy" in path.read_text()] == ["logs.py"]
+
+
 def test_namespaces_support_tab_completion_and_resolve():
     assert {"cohort", "datasets", "io", "pp", "tl", "pl", "get", "models", "settings"} <= set(dir(hg))
     for namespace in ("cohort", "datasets", "io", "pp", "tl", "pl", "get", "models"):

@@ -1,10 +1,12 @@
-"""The logger of the package, and a context manager that silences other loggers."""
+"""The logger of the package, and what silences loggers and warnings of other packages."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 logger = logging.getLogger("he2gene_sc")
 
@@ -21,3 +23,11 @@ def silence(*names: str, level: int = logging.ERROR) -> Iterator[None]:
     finally:
         for logger, before in zip(loggers, levels, strict=True):
             logger.setLevel(before)
+
+
+def import_squidpy() -> Any:
+    """Import squidpy without the warnings about its docstrings, which the first import shows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import squidpy
+    return squidpy

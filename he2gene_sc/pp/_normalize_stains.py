@@ -81,7 +81,7 @@ def normalize_stains(
     validate.one_of(method, ("macenko", "vahadane", "reinhard"), "method")
     check_spatialdata(reference, "reference")
     validate.known_arguments(kwargs, ("method_params", "preserve_background"), "hg.pp.normalize_stains")
-    import squidpy as sq
+    sq = logs.import_squidpy()
 
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_normalized" if key_added is None else key_added

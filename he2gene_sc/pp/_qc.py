@@ -82,12 +82,12 @@ def qc(
     validate.arguments(qc, locals())
     validate.in_range(tile_um, "tile_um", above=0)
     validate.known_arguments(kwargs, ("metrics", "outlier_threshold"), "hg.pp.qc")
-    import squidpy as sq
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
     from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
     from spatialdata.transformations import get_transformation
 
+    sq = logs.import_squidpy()
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_qc" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.qc", "shapes", key_added)

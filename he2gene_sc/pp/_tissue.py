@@ -140,10 +140,10 @@ def _detect(
 
 def _by_squidpy(thumbnail: np.ndarray, method: str, kwargs: dict[str, Any]) -> np.ndarray:
     """Return the mask of squidpy's detection."""
-    import squidpy as sq
     from spatialdata import SpatialData
     from spatialdata.models import Image2DModel
 
+    sq = logs.import_squidpy()
     reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
     # The background of H&E is bright. Do not let squidpy infer it from the corners, which may show an inset or tissue.
     kwargs = {"corners_are_background": method == "weka", **kwargs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Literal
 
@@ -37,7 +37,7 @@ def compare(
     *,
     protocols: Protocol | Sequence[Protocol] = PROTOCOLS,
     genes: Sequence[str] | None = None,
-    layer_scale: Scale = "auto",
+    layer_scale: Scale | Mapping[str, Scale] = "auto",
     measured: str | None = None,
     measured_scale: Scale = "auto",
     sample_key: str = "patient",
@@ -48,7 +48,7 @@ def compare(
 
     Parameters
     ----------
-    data, layer_scale, measured, measured_scale, sample_key, section_key, table_key
+    data, measured, measured_scale, sample_key, section_key, table_key
         As for :func:`he2gene_sc.tl.calibrate`. The models must not have been fitted to these patients.
     layers
         Name of one layer or names of several.
@@ -59,6 +59,8 @@ def compare(
         ``"section"``: over the spots of a section, as measured. Sections with fewer than 10 spots are left out, with a warning.
     genes
         Default: all that every layer predicts. For a comparison with a benchmark, name its genes.
+    layer_scale
+        As for :func:`he2gene_sc.tl.calibrate`. If the layers differ, a mapping: ``{"a": "counts", "b": "log"}``.
 
     Returns
     -------
@@ -89,11 +91,14 @@ def compare(
         raise ValueError(f"`layers` {taken}: a reference has that name; give the layer another name")
     if not layers or not chosen:
         raise ValueError(f"`{'protocols' if layers else 'layers'}` is empty; name one or several")
+    scales = layer_scale if isinstance(layer_scale, Mapping) else dict.fromkeys(layers, layer_scale)
+    if unknown := [layer for layer in scales if layer not in layers]:
+        raise ValueError(f"`layer_scale` names {unknown}, valid: {layers}, as in `layers`")
     data = list(data) if isinstance(data, Iterator) else data
     read = partial(paired_spots, sample_key=sample_key, section_key=section_key, table_key=table_key)
     pairs = []
     for layer in layers:  # Not a comprehension: it would add a frame, and warnings would point to it.
-        pairs.append(read(data, layer, layer_scale, measured, measured_scale))
+        pairs.append(read(data, layer, scales.get(layer, "auto"), measured, measured_scale))
     shared, truth = shared_spots(pairs)
     predicted = dict(zip(layers, shared, strict=True))
     panel = _shared_genes([spots.genes for spots in predicted.values()], genes)

@@ -124,6 +124,22 @@ def test_sections_with_few_spots_are_left_out_with_a_warning():
     assert (found["n_spots"] == 187).all()
 
 
+def test_layers_on_different_scales_are_compared():
+    table = cohort()
+    table.layers["counts"] = np.random.default_rng(6).poisson(50 * np.expm1(table.layers["other_model"] / 4))
+    table.layers["log"] = log_normalise(table.layers["counts"])
+    scales = {"counts": "counts", "other_model": "log"}
+    options = {"protocols": "section"}
+    found = hg.tl.compare(table, ["counts", "log", "other_model"], layer_scale=scales, **options)
+    r = found.set_index("predictor")["pearson_mean"]
+    assert r["counts"] == pytest.approx(r["log"], abs=1e-6)
+    assert r["counts"] != pytest.approx(r["other_model"], abs=1e-3)
+    with pytest.raises(ValueError, match=r"`layer_scale` names \['b'\], valid: \['log'\], as in `layers`"):
+        hg.tl.compare(table, "log", layer_scale={"b": "log"})
+    with pytest.raises(ValueError, match="`layer_scale` is 'ln', valid"):
+        hg.tl.compare(table, "log", layer_scale={"log": "ln"})
+
+
 def test_invalid_comparisons_raise():
     table = cohort()
     with pytest.raises(ValueError, match="`protocols` is 'hist', valid: "):

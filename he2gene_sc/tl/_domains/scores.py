@@ -153,8 +153,7 @@ def moran_agreement(xy: np.ndarray, predicted: np.ndarray, measured: np.ndarray)
 
 def moran(xy: np.ndarray, expression: np.ndarray) -> np.ndarray:
     """Moran's I ``(g,)`` of expression ``(n, g)`` by squidpy, with neighbours within 1.5 pitches; NaN for a constant gene."""
-    import squidpy as sq
-
+    sq = logs.import_squidpy()
     table = _spatial_table(xy, expression)
     varies = np.ptp(expression, axis=0) > 0
     out = np.full(expression.shape[1], np.nan)
@@ -177,8 +176,8 @@ class Enrichment:
     def scores(self, labels: np.ndarray) -> np.ndarray:
         """z-scores ``(k, k)`` between labels (codes from 0)."""
         import pandas as pd
-        import squidpy as sq
 
+        sq = logs.import_squidpy()
         key = labels.tobytes()
         if key not in self._cache:
             if labels.max() == 0:
@@ -202,11 +201,11 @@ class Enrichment:
 
 def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
     """Table with squidpy's graph of neighbours within 1.5 pitches."""
-    import squidpy as sq
     from anndata import AnnData
 
     from ..._core.spots import pitch_of
 
+    sq = logs.import_squidpy()
     table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
     # squidpy logs every graph through this logger.
     with logs.silence("spatialdata._logging"):
