@@ -56,7 +56,8 @@ def evaluation(
         calibration error by section. ``"classes"``: recall, F1 and AUROC of each class. ``"confusion"``: number of spots by label
         and predicted class.
     dropna
-        Leave out rows of genes, panels and classes without any metric, for example of a gene that is constant in a section.
+        Leave out rows of genes, panels and classes without any metric, for example of a gene that is constant in a section, and, if
+        one section was evaluated, the scopes ``"pooled"`` and ``"mean"``, which repeat it.
     key
         ``key_added`` of the run.
     table_key
@@ -92,6 +93,11 @@ def evaluation(
     frame = pd.concat(parts, ignore_index=True)
     metrics = frame.columns.difference(_ID_COLUMNS)
     if dropna and what in ("summary", "genes", "baselines", "classes"):
-        frame = frame[frame[metrics].notna().any(axis=1)].reset_index(drop=True)
+        frame = frame[frame[metrics].notna().any(axis=1)]
+    if dropna and "scope" in frame:
+        is_section = (frame["scope"] == "section").to_numpy()
+        is_only_one = frame.loc[is_section, "section"].nunique() == 1
+        frame = frame[is_section | (not is_only_one)]
+    frame = frame.reset_index(drop=True)
     texts = ("scope", "section", "predictor") if what in ("genes", "baselines") else ()
     return frame.astype(dict.fromkeys(texts, str))

@@ -358,7 +358,7 @@ def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     colors: dict[str, str] = {}
     for name, value in zip(names[chosen], (g for g, c in zip(given, chosen, strict=True) if c), strict=True):
         if rgb := rgb_of(value):
-            colors.setdefault(name, to_hex([part / 255 for part in rgb]))
+            colors.setdefault(name, to_hex((rgb[0] / 255, rgb[1] / 255, rgb[2] / 255)))
     return shapes[chosen], names[chosen], colors
 
 

@@ -279,7 +279,7 @@ def test_small_sections_are_left_out_and_too_few_spots_raise():
     table = make(shapes={"a": (6, 6), "b": (3, 3)})
     with pytest.warns(UserWarning, match=r"sections \['b'\] have fewer than 10 spots"):
         hg.tl.evaluate(table)
-    assert set(hg.get.evaluation(table)["section"]) == {"a", "all sections"}
+    assert set(hg.get.evaluation(table)["section"]) == {"a"}
     assert left_out(table)["spots of sections under 10 spots"] == 9
     with pytest.raises(
         ValueError, match=r"no section has at least 10 spots that were both predicted and measured; found 9 spots"
@@ -518,6 +518,20 @@ def test_skill_of_the_class_mean_uses_the_other_spots_of_the_class(table):
     np.testing.assert_allclose(genes_of(table, predictor="class mean")["skill"], expected, rtol=1e-4)
     reasons = hg.get.evaluation(table, "predictors").set_index("predictor")["reason"]
     assert reasons["total counts"] == "not asked for"
+
+
+@pytest.mark.parametrize("what", ["summary", "genes", "annotation", "classes", "confusion"])
+def test_copies_of_a_single_section_are_left_out(what):
+    table = make(shapes={"a": (4, 4)})
+    hg.tl.evaluate(table, annotation_key="label", baselines=None)
+    scopes = dict(tuple(hg.get.evaluation(table, what, dropna=False).groupby("scope", observed=True)))
+    rows = [frame.drop(columns=["scope", "section"]).reset_index(drop=True) for frame in scopes.values()]
+    assert len(rows) > 1
+    for copy in rows[1:]:
+        pd.testing.assert_frame_equal(copy, rows[0])
+    found = hg.get.evaluation(table, what)
+    assert set(found["scope"]) == {"section"}
+    assert found.index.tolist() == list(range(len(found)))
 
 
 def test_differences_to_baselines_are_paired_by_gene_and_averaged_over_patients(table):
