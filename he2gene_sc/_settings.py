@@ -32,6 +32,11 @@ class Settings:
     n_readers
         Number of threads that read and decode the image while the device encodes. ``None`` uses one on a CPU, whose cores the
         encoder needs, and on a GPU one per core, at most 8. Each holds about 50 MB.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> hg.settings.memory_limit = 4 * 1024**3
     """
 
     data_dir: str | Path | None = None

@@ -257,8 +257,8 @@ def _chosen(slide: Slide) -> Section:
 def _gene_table(slide: Slide, genes: list[str]) -> pd.DataFrame:
     """Return genes with their mean, held-out correlations, and intervals if computed."""
     keys, table = slide.keys, slide.table
-    values = dense(matrix_of(table[:, genes], keys.layer)).astype(float)
-    frame = pd.DataFrame({"gene": genes, "mean predicted": np.nanmean(values, axis=0)})
+    values = pd.DataFrame(dense(matrix_of(table[:, genes], keys.layer)), columns=genes, dtype=float)
+    frame = pd.DataFrame({"gene": genes, "mean predicted": values.mean().to_numpy()})
     held_out = {"held-out correlation": keys.pcc, "on a new patient": keys.pcc_new_patient}
     for title, column in held_out.items():
         if slide.column(column).notna().any():

@@ -94,8 +94,8 @@ def predict(
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> frame = hg.cohort.predict("slides.csv", summary="summary.csv")  # doctest: +SKIP
-    >>> frame[frame["status"] == "failed"]  # doctest: +SKIP
+    >>> frame = hg.cohort.predict("slides.csv", summary="summary.csv", show_progress_bar=False)
+    >>> failed = frame[frame["status"] == "failed"]
     """
     validate.arguments(predict, {name: value for name, value in locals().items() if name != "options"})
     if n_workers is not None:

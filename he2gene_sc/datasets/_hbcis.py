@@ -77,7 +77,7 @@ def hbcis(
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> train = hg.datasets.hbcis("HBCIS", patients=hg.datasets.HE2GENE_SPLIT.train)  # doctest: +SKIP
+    >>> train = hg.datasets.hbcis("HBCIS", patients=hg.datasets.HE2GENE_SPLIT.train)
     >>> genes = hg.GeneSelection(missing_genes_are_zero=True)
     >>> model = hg.tl.train(train, genes=genes)  # doctest: +SKIP
     """

@@ -76,7 +76,7 @@ def her2st(section: str) -> SpatialData:
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> hg.datasets.her2st("C5")["table"].obs["section"].unique().tolist()  # doctest: +SKIP
+    >>> hg.datasets.her2st("C5")["table"].obs["section"].unique().tolist()
     ['C5']
     """
     validate.arguments(her2st, locals())

@@ -116,7 +116,7 @@ def hest(
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> data = hg.datasets.hest("HEST", organ="Breast", species="human", technology="Visium")  # doctest: +SKIP
+    >>> data = hg.datasets.hest("HEST", organ="Breast", species="human", technology="Visium")
     >>> model = hg.tl.train(data)  # doctest: +SKIP
     """
     validate.arguments(hest, locals())

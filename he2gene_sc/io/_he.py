@@ -56,10 +56,10 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> sdata = hg.io.read_he("slide.tif", mpp=0.5)  # doctest: +SKIP
+    >>> sdata = hg.io.read_he("slide.tif", mpp=2.0)
     >>> hg.pp.tissue(sdata)
-    ... hg.pp.grid(sdata)
-    ... hg.tl.predict(sdata)  # doctest: +SKIP
+    >>> hg.pp.grid(sdata)
+    >>> hg.tl.predict(sdata, show_progress_bar=False)
     """
     validate.arguments(read_he, locals())
     from spatialdata import SpatialData

@@ -89,7 +89,7 @@ def read_st(
     Examples
     --------
     >>> import he2gene_sc as hg
-    >>> sdata = hg.io.read_st("C5.tsv.gz", "C5_selection.tsv", "C5.jpg", patient="C")  # doctest: +SKIP
+    >>> sdata = hg.io.read_st("C5.tsv.gz", "C5_selection.tsv", "C5.jpg", patient="C")
     """
     validate.arguments(read_st, locals())
     from scipy.sparse import csr_matrix

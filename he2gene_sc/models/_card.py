@@ -95,6 +95,16 @@ class ModelCard:
         :func:`he2gene_sc.tl.programmes`; ``None`` without gene sets.
     schema_version
         Version of this layout.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> card = hg.models.load().card
+    >>> card.classes[-1]
+    'invasive cancer'
+    >>> text = card.to_markdown()
+    >>> hg.models.ModelCard.from_json(card.to_json(), "card.json") == card
+    True
     """
 
     name: str

@@ -50,6 +50,16 @@ class HE2Gene:
     allow_encoder_source
         Whether the card may name a repository or a folder from which the encoder is loaded, see
         :func:`he2gene_sc.models.load`.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> model = hg.models.load()
+    >>> model.name
+    'breast-her2st'
+    >>> path = model.save("model")
+    >>> hg.models.load(path).genes.equals(model.genes)
+    True
     """
 
     card: ModelCard
