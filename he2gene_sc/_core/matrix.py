@@ -84,6 +84,11 @@ def dense(values: Any) -> np.ndarray:
     return values.toarray() if scipy.sparse.issparse(values) else values
 
 
+def take(values: Any, rows: np.ndarray) -> Any:
+    """Return rows of a matrix in memory, without a copy if they are all of them in order."""
+    return values if np.array_equal(rows, np.arange(values.shape[0])) else values[rows]
+
+
 def max_chunk_rows(values: Any) -> int:
     """Return the rows of the largest chunk of a dask array, which is computed as a whole; 0 for other matrices."""
     return max(values.chunks[0], default=0) if hasattr(values, "dask") else 0

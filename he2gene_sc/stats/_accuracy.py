@@ -10,6 +10,8 @@ import scipy.sparse
 from ._blocks import column_blocks
 
 TARGET_SUM = 1e4
+#: Spots times genes of a block in :func:`noise_ceiling`.
+_SPLIT = 2**22
 
 
 def log_normalise(counts: np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix) -> np.ndarray:
@@ -69,25 +71,32 @@ def noise_ceiling(
     """
     rng = np.random.default_rng(seed)
     whole = scipy.sparse.csc_array(counts)
-    values = np.rint(whole.data).astype(np.int64)
-    chosen = np.arange(whole.shape[1]) if genes is None else np.asarray(genes)
     n, n_genes = whole.shape
-    column = np.repeat(np.arange(n_genes), np.diff(whole.indptr))
-    total, valid = np.zeros(n_genes), np.zeros(n_genes)
+    # Counts are small: kept in few bytes, they take a fraction of the memory of the table.
+    values = np.rint(whole.data).astype(np.min_scalar_type(int(np.rint(whole.data.max(initial=0)))))
+    half = np.empty_like(values)
+    blocks = [(block, slice(*whole.indptr[[block.start, block.stop]])) for block in column_blocks((n, n_genes), _SPLIT)]
+    r_sum, n_valid = np.zeros(n_genes), np.zeros(n_genes)
     for _ in range(n_splits):
-        half = rng.binomial(values, 0.5)
-        r = _sparse_pearson(_log_part(whole, half), _log_part(whole, values - half), column, n, n_genes)
-        total += np.nan_to_num(r)
-        valid += np.isfinite(r)
-    r = np.divide(total, valid, out=np.full(n_genes, np.nan), where=valid > 0)[chosen]
-    r = np.clip(r, 0, 1)
+        totals = np.zeros((2, n))
+        for _, part in blocks:
+            half[part] = rng.binomial(values[part], 0.5)
+            totals[0] += np.bincount(whole.indices[part], weights=half[part], minlength=n)
+            totals[1] += np.bincount(whole.indices[part], weights=values[part] - half[part], minlength=n)
+        totals[totals == 0] = 1
+        for block, part in blocks:
+            spots, column = (
+                whole.indices[part],
+                np.repeat(np.arange(block.stop - block.start), np.diff(whole.indptr)[block]),
+            )
+            x = np.log1p(TARGET_SUM * half[part] / totals[0][spots])
+            y = np.log1p(TARGET_SUM * (values[part] - half[part]) / totals[1][spots])
+            r = _sparse_pearson(x, y, column, n, block.stop - block.start)
+            r_sum[block] += np.nan_to_num(r)
+            n_valid[block] += np.isfinite(r)
+    r = np.divide(r_sum, n_valid, out=np.full(n_genes, np.nan), where=n_valid > 0)
+    r = np.clip(r if genes is None else r[np.asarray(genes)], 0, 1)
     return np.sqrt(2 * r / (1 + r))
-
-
-def _log_part(pattern: scipy.sparse.csc_array, values: np.ndarray) -> np.ndarray:
-    """Log-normalise counts with the sparsity pattern of ``pattern``; zeros remain zeros."""
-    totals = np.bincount(pattern.indices, weights=values, minlength=pattern.shape[0])
-    return np.log1p(TARGET_SUM * values / np.where(totals > 0, totals, 1)[pattern.indices])
 
 
 def _sparse_pearson(x: np.ndarray, y: np.ndarray, column: np.ndarray, n: int, n_columns: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Many slides: throughput by workers, and what killed workers, damaged slides and Ctrl-C leave.
 
-python tests/benchmarks/bench_cohort.py rate FOLDER [SLIDES] [ROWS]  # 1 and 2 workers; 12 slides of 12 x 12 spots
+python tests/benchmarks/bench_cohort.py rate FOLDER [SLIDES] [ROWS]  # 12 slides of 12 x 12 spots on one and two workers
 python tests/benchmarks/bench_cohort.py faults FOLDER [SLIDES]       # a killed worker, a damaged slide, one that kills its workers
 python tests/benchmarks/bench_cohort.py interrupt FOLDER [SLIDES]    # Ctrl-C of `he2gene predict`, and the same command again
 """
@@ -35,28 +35,29 @@ def rate(folder, n=12, rows=12):
     import he2gene_sc as hg
     from he2gene_sc.cohort._cluster import local_client, workers_here
 
-    stores, seconds, cpu = make(folder, n, rows), {}, {}
-    print(f"{n} slides of {rows * rows} spots; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    for workers in (1, 2, 1, 2):
-        with local_client(workers_here(n, workers, "cpu")) as client:
+    stores, cores = make(folder, n, rows), os.cpu_count()
+    two = workers_here(n, 2, "cpu")
+    clusters = {"one worker of all cores": workers_here(n, 1, "cpu"), "two workers": two, "one of the two": two[:1]}
+    print(f"{n} slides of {rows * rows} spots; load average {os.getloadavg()[0]:.1f} on {cores} cores")
+    seconds = {}
+    for name, environments in clusters.items():
+        with local_client(environments) as client:
             # What a worker imports once is no part of a slide.
-            warm = make(folder / "warm", workers, 3)
+            warm = make(folder / "warm", len(environments), 3)
             hg.cohort.predict(warm, client, show_progress_bar=False)
             before = sum(client.run(time.process_time).values())
             start = time.perf_counter()
             frame = hg.cohort.predict(stores, client, overwrite=True, show_progress_bar=False)
-            took = time.perf_counter() - start
+            took = seconds[name] = time.perf_counter() - start
             work = sum(client.run(time.process_time).values()) - before
         assert (frame["status"] == "predicted").all()
-        seconds.setdefault(workers, []).append(took)
-        cpu.setdefault(workers, []).append(work)
         print(
-            f"{workers} workers: {took:.1f} s, {60 * n / took:.1f} slides a minute, {frame['seconds'].sum():.1f} s in slides, "
-            f"{work:.1f} s of CPU in workers, load average {os.getloadavg()[0]:.1f}",
+            f"{name}, {environments[0]['OMP_NUM_THREADS']} threads each: {took:.1f} s, {60 * n / took:.1f} slides a minute, "
+            f"{frame['seconds'].sum():.1f} s in slides, {work:.1f} s of CPU in workers, load average {os.getloadavg()[0]:.1f}",
             flush=True,
         )
-    print(f"two workers against one: {min(seconds[1]) / min(seconds[2]):.2f} times the throughput")
-    print(f"two workers against one: {min(cpu[2]) / min(cpu[1]):.2f} times the CPU time")
+    for name in ("one of the two", "one worker of all cores"):
+        print(f"two workers against {name}: {seconds[name] / seconds['two workers']:.2f} times the throughput")
 
 
 class Poison(WorkerPlugin):

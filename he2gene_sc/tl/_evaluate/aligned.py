@@ -14,7 +14,7 @@ from ..._core import validate
 from ..._core.elements import find_table
 from ..._core.expression import Scale, as_logs, log_expression
 from ..._core.keys import OWN_TABLE, PATIENT, SECTION, Keys
-from ..._core.matrix import matrix_of, values_of
+from ..._core.matrix import matrix_of, take, values_of
 from ..._core.names import annotation_target, column_of, names_of
 from ..._core.predictions import source_layer, symbols_of
 from ..._core.spots import has_samples, pitch_of, sections_of, spots_of, unique_section_names
@@ -150,9 +150,9 @@ def align_expression(
         genes=table.var_names[columns],
         columns=columns,
         rows=rows,
-        predicted=matrices.predicted[rows],
-        measured=matrices.measured[source_rows],
-        counts=None if matrices.counts is None else matrices.counts[source_rows],
+        predicted=take(matrices.predicted, rows),
+        measured=take(matrices.measured, source_rows),
+        counts=None if matrices.counts is None else take(matrices.counts, source_rows),
         count_columns=matrices.source_columns,
         source=source,
         source_rows=source_rows,
@@ -191,7 +191,7 @@ def _read_matrices(data: SpatialData | AnnData, table: AnnData, keys: Keys, opti
     gene_symbols = symbols_of(source, record, options.gene_symbols)
     columns, source_columns = genes_in_common(table, source, is_predicted, options.genes, gene_symbols)
     matrix = matrix_of(table, layer.name)
-    predicted = as_logs(matrix, "log", columns) if all_values is None else all_values[:, columns]
+    predicted = as_logs(matrix, "log", columns) if all_values is None else take(all_values.T, columns).T
     logs = log_expression(
         source, measured, genes=source_columns, scale=options.scale, expected="counts", parameter="measured"
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from ..._core.matrix import take
 from ...stats import _baselines as baseline_stats
 from ...stats import (
     ceiling_of_neighbours,
@@ -143,7 +144,7 @@ def _model(
             found["moran_measured"][block], found["moran_predicted"][block] = moran_measured[block], moran(p, weights)
             found["ssim"][block] = ssim_on_grid(p, m, aligned.row[spots], aligned.column[spots])
     if aligned.counts is not None:
-        counts = aligned.counts[spots]
+        counts = take(aligned.counts, spots)
         high = noise_ceiling(counts, genes=aligned.count_columns, n_splits=n_splits, seed=seed)
         low = np.minimum(low, high)
         found["ceiling"], found["ceiling_high"] = low, high
