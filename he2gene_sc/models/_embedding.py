@@ -19,8 +19,10 @@ N_COLOUR = 9
 #: Arrays of a :class:`Basis` among the tensors of a model.
 TENSORS = ("latent.mean", "latent.scale", "latent.projection", "latent.mixing")
 
-#: Number of spots whose features are in memory at once, if features are computed when read.
-_ROWS_AT_ONCE = 8192
+#: Number of spots whose features are in memory at once, if features are computed when read: they fit into a processor cache.
+_ROWS_AT_ONCE = 1024
+#: Number of means over a ring in memory at once, if they are computed on a lattice.
+_VALUES_AT_ONCE = 2**24
 
 
 class Rows(Protocol):
@@ -145,9 +147,10 @@ class Basis:
         own = self.context.project(features, self.mean, self.scale, self.projection)
         width = own.shape[1]
         found = own @ self.mixing[:width]
+        step = max(COLUMNS, _VALUES_AT_ONCE // len(own))
         for i, ring in enumerate(rings, start=1):
             mixing = self.mixing[i * width : (i + 1) * width]
-            for start in range(0, width, COLUMNS):
-                columns = slice(start, start + COLUMNS)
+            for start in range(0, width, step):
+                columns = slice(start, start + step)
                 found += (ring @ own[:, columns]) @ mixing[columns]
         return found
