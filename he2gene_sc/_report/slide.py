@@ -113,8 +113,8 @@ def _trust(slide: Slide) -> Section:
     section.text.append(f"{n_reliable:,} of {n_predicted:,} predicted genes are reliable on {target}.")
     if slide.known_sections:
         section.text.append(
-            f"The model was trained on the image of {validate.format_list(slide.known_sections)}, so metrics on it are optimistic. "
-            "With known_patient=False, reliable genes are those for a new patient."
+            f"The model was trained on the image of {validate.format_list(slide.known_sections)}, so metrics on it are optimistic."
+            + (" With known_patient=False, reliable genes are those for a new patient." if slide.known_patient else "")
         )
     has_new_patients = slide.column(keys.pcc_new_patient).notna().any()
     r = slide.column(keys.pcc_new_patient if has_new_patients else keys.pcc).dropna()
@@ -380,7 +380,9 @@ def _run(slide: Slide) -> Section:
     given = {name: record.get(names[name]) for name in record.get("given", ()) if name in names}
     given = {"model": record["model"], **given}
     for name in ("genes", "known_patient", "gene_symbols", "exact"):
-        if name in record and not (name == "known_patient" and slide.known_sections):
+        if name in record and not (
+            name == "known_patient" and slide.known_sections and name not in record.get("given", ())
+        ):
             given[name] = record[name] if isinstance(record[name], str | bool) else validate.format_list(record[name])
     runs = {f"hg.tl.predict, {slide.options['prediction_key']}": given}
     for key, entry in slide.table.uns.items():

@@ -43,11 +43,7 @@ def training_sections(slides: Sequence[Slide], card: ModelCard) -> list[str]:
     if not all(sections):
         return []
     names = list(dict.fromkeys(name for own in sections for name in own))
-    logger.info(
-        "predict: the model was trained on the image of section %s, so reliable genes are those for known patients; pass "
-        "known_patient=False for those of new patients",
-        ", ".join(map(repr, names)),
-    )
+    logger.info("predict: the model was trained on the image of section %s", ", ".join(map(repr, names)))
     return names
 
 

@@ -146,7 +146,7 @@ def predict(
         Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit and versions. ``lazy``: the
         layer is a dask array. ``head``: digest of the head. ``gene_symbols``: the argument, if given; verbs that read the prediction
         use it. ``genes``, ``known_patient``, ``exact`` and ``lattice``: the arguments, if given. ``given``: names of the arguments
-        that chose image, spots, µm/px and precision. ``known_sections``: training sections that the slides were recognised as.
+        that chose image, spots, µm/px, precision and kind of patient. ``known_sections``: training sections that the slides were recognised as.
         ``features``: the key in ``obsm`` and how they were computed. ``interpolated`` and ``lattice_um``: shapes with interpolated
         features, and the step for each window.
 
@@ -225,7 +225,9 @@ def predict(
         logger.info(
             "predict: layer %r would need %.1f GB, so it is lazy (dask)", keys.layer, 4e-9 * shape[0] * shape[1]
         )
-    sections = [] if known_patient is not None else training_sections(slides, model.card)
+    sections = training_sections(slides, model.card)
+    if known_patient is None and sections:
+        logger.info("predict: reliable genes are those for known patients; pass known_patient=False for new patients")
     results = [_predict_slide(slide, model, how, kept) for slide in slides]
     predictions = [prediction for _, _, prediction in results]
     if isinstance(kept, KeptFeatures):
@@ -237,8 +239,10 @@ def predict(
         "table_key": table_key,
         "coordinate_system": coordinate_system,
         "mpp": mpp,
+        "known_patient": known_patient,
     }
     given = [name for name, value in chosen.items() if value is not None] + ["dtype"] * ("dtype" in how.given)
+    is_known = bool(sections) if known_patient is None else known_patient
     record = {
         "model": model.name,
         "model_version": model.card.version,
@@ -259,8 +263,8 @@ def predict(
         **_summary(predictions),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         **({} if genes is None else {"genes": genes if isinstance(genes, str) else [str(gene) for gene in genes]}),
-        **({} if known_patient is None else {"known_patient": known_patient}),
-        **({"known_patient": True, "known_sections": sections} if sections else {}),
+        **({"known_patient": is_known} if sections or known_patient is not None else {}),
+        **({"known_sections": sections} if sections else {}),
         **({"exact": True} if exact else {}),
         **({"lattice": float(options["lattice"])} if "lattice" in options else {}),
         **({"features": {"key": kept.key, **feature_settings(kept.record)}} if isinstance(kept, KeptFeatures) else {}),
@@ -281,7 +285,7 @@ def predict(
         model,
         keys,
         record,
-        known_patient=bool(known_patient or sections),
+        known_patient=is_known,
         lazy=lazy,
     )
     target = copy_tables(sdata) if copy else sdata

@@ -120,12 +120,17 @@ def test_a_section_of_training_is_a_known_patient_and_the_log_says_so(toy, model
     for given in (True, False):
         var, record = predicted(toy, model, known_patient=given)
         assert var[RELIABLE].equals(var[OF_KNOWN]) == given
-        assert (record["known_patient"], "known_sections" in record) == (given, False)
+        assert (record["known_patient"], record["known_sections"], record["given"]) == (
+            given,
+            ["S1"],
+            ["known_patient"],
+        )
 
 
-def test_training_sections_are_recognised_in_comparisons_whatever_their_name(toy, model):
+@pytest.mark.parametrize("known_patient", [None, False])
+def test_training_sections_are_recognised_in_comparisons_whatever_their_name(toy, model, known_patient):
     toy["table"].obs["section"], toy["table"].obs["patient"] = "another name", "P9"
-    hg.tl.predict(toy, model=model)
+    hg.tl.predict(toy, model=model, known_patient=known_patient)
     with pytest.warns(UserWarning, match=r"sections \['S1'\] are in the training set of tiny"):
         hg.tl.evaluate(toy, key_added="judged")
     with pytest.warns(UserWarning, match=r"`data`: sections \['S1'\] are in the training set of tiny"):
@@ -186,6 +191,7 @@ def test_the_card_has_the_hash_and_its_display_does_not(model):
         ({"known_patient": False}, {False}),
         ({"known_patient": np.True_}, {True}),
         ({"known_patient": True, "known_sections": ["S1"]}, {None}),
+        ({"known_patient": False, "known_sections": ["S1"], "given": ["known_patient"]}, {False}),
     ],
 )
 def test_a_finished_slide_must_have_the_same_known_patient(record, same):
