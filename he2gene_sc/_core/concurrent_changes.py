@@ -37,18 +37,32 @@ def _process_start() -> float:
     return float(psutil.Process().create_time())
 
 
+def _clock_offset() -> float:
+    """Return how far the clock is ahead of the time since boot, which nobody can set."""
+    boot = time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
+    return time.time() - boot
+
+
 #: Taken at import, since a forked process holds what its parent read.
 _START = _process_start()
+_OFFSET = _clock_offset()
+
+
+def _start() -> float:
+    """Return the start time of this process, by the clock of then or of now: the earlier one, if the clock was set back."""
+    return _START + min(0.0, _clock_offset() - _OFFSET)
 
 
 def is_young(*stats: os.stat_result) -> bool:
     """Whether a file was changed, or moved to its place, after this process started."""
-    return any(max(stat.st_mtime, stat.st_ctime) > _START for stat in stats)
+    start = _start()
+    return any(max(stat.st_mtime, stat.st_ctime) > start for stat in stats)
 
 
 def is_moved(*folders: os.stat_result) -> bool:
     """Whether a folder was moved to its place after this process started: its ctime is later than its mtime."""
-    return any(stat.st_ctime > _START >= stat.st_mtime for stat in folders)
+    start = _start()
+    return any(stat.st_ctime > start >= stat.st_mtime for stat in folders)
 
 
 def _rewritten_texts(difference: Difference, table: AnnData) -> list[str]:

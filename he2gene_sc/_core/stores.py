@@ -36,13 +36,30 @@ _N_ROWS, _OTHER_COUNTS = 200, 0.05
 _ID = 12
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hashes of the files of an element."""
+
+    facts: int  # names, sizes and times
+    places: int = 0  # inodes of the files, times of their folders
+    change_times: int = 0
+
+    def is_same(self, other: Fingerprint) -> bool:
+        """Whether no file was changed or replaced.
+
+        A file was replaced, though its time was set back, if its time of change is new, and so is its inode or the time of
+        its folder. Permissions and hard links alter only the first; network and temporary files only the others.
+        """
+        return self.facts == other.facts and (self.places == other.places or self.change_times == other.change_times)
+
+
 @dataclass
 class _Noted:
     """Recorded state of the store of an object."""
 
     path: str  # sdata.path, may be relative
     place: Path  # resolved path
-    files: dict[tuple[str, str], int]  # `fingerprint` of each element
+    files: dict[tuple[str, str], Fingerprint]
     # Differences at that time, which another process may have caused.
     possible_changes: dict[tuple[str, str], set[str]] = field(default_factory=dict)
 
@@ -72,16 +89,23 @@ def elements(store: Path) -> set[tuple[str, str]]:
     return found
 
 
-def fingerprints(store: Path) -> dict[tuple[str, str], int]:
+def fingerprints(store: Path) -> dict[tuple[str, str], Fingerprint]:
     """Return a fingerprint of the files of every element (of images only the metadata), and of the attributes."""
     return {place: fingerprint(store, *place) for place in (*elements(store), ("attrs", ""))}
 
 
-def fingerprint(store: Path, kind: str, name: str) -> int:
-    """Return a hash of the files of an element by name, size and time; for ``attrs``, of the user's root attributes."""
+def fingerprint(store: Path, kind: str, name: str) -> Fingerprint:
+    """Return hashes of the files of an element; for ``attrs``, of the user's root attributes."""
     if kind == "attrs":
-        return hash(tuple(sorted(_user_attrs(_attrs(store)).items())))
-    return hash(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in _files(store / kind / name)))
+        return Fingerprint(hash(tuple(sorted(_user_attrs(_attrs(store)).items()))))
+    element = store / kind / name
+    files = list(_files(element))
+    folders = sorted({(element / file).parent for file, _ in files})
+    return Fingerprint(
+        hash(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in files)),
+        hash((*(stat.st_ino for _, stat in files), *(folder.stat().st_mtime_ns for folder in folders))),
+        hash(tuple(stat.st_ctime_ns for _, stat in files)),
+    )
 
 
 def _attrs(store: Path) -> Mapping[str, Any]:
@@ -211,12 +235,12 @@ def note(sdata: SpatialData, *, replaces: bool = False) -> None:
                 _NOTED[sdata].possible_changes = _possible_changes(sdata, place)
 
 
-def remember(sdata: SpatialData, state: Mapping[tuple[str, str], int]) -> None:
+def remember(sdata: SpatialData, state: Mapping[tuple[str, str], Fingerprint]) -> None:
     """Record the files that an object was read from, or that were just written to its store."""
     _NOTED[sdata] = _Noted(str(sdata.path), resolved(str(sdata.path)), {**remembered(sdata), **state})
 
 
-def remembered(sdata: SpatialData) -> dict[tuple[str, str], int]:
+def remembered(sdata: SpatialData) -> dict[tuple[str, str], Fingerprint]:
     """Return the recorded fingerprints of the files of an object's store."""
     noted = _NOTED.get(sdata)
     return noted.files if noted is not None and noted.place == resolved(str(sdata.path)) else {}

@@ -155,7 +155,7 @@ def _refuse_loss(
         as_read = mine.get(key) == saved.get(key)
         place = (kind, key.partition("/")[2])
         if place in noted:
-            as_read = as_read and noted[place] == fingerprint(store, *place)
+            as_read = as_read and noted[place].is_same(fingerprint(store, *place))
         maybe = possible.get(place, set())
         of_verbs = set() if NOT_COMPARED in maybe else difference.of_verbs - maybe
         items = [item for item in difference.lost if not (as_read and item in of_verbs)]

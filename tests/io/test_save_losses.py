@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -462,6 +463,35 @@ def test_values_that_others_change_before_the_first_call_are_not_lost(slide, wha
     assert "n" not in sd.read_zarr(slide.path)["table"].obs
     hg.io.save(mine, overwrite=True)
     assert "n" in sd.read_zarr(slide.path)["table"].obs
+
+
+def test_values_that_others_change_are_not_lost_though_the_times_of_files_are_set_back(slide):
+    files = [path for path in (slide.path / "tables").rglob("*") if path.is_file()]
+    mine = sd.read_zarr(slide.path)
+    hg.io.save(mine)
+    before = [(path, path.stat()) for path in files]
+    THEIRS["layer"][0](slide.path)
+    for path, stat in before:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    mine["table"].layers["mine"] += 1
+    with pytest.raises(FileExistsError, match=r"saved by another since it was read\): layers\['mine'\]"):
+        hg.io.save(mine)
+    # Hard links and permissions change no values.
+    mine = sd.read_zarr(slide.path)
+    hg.io.save(mine)
+    for path in files:
+        os.link(path, slide.path.with_name("link"))
+        slide.path.with_name("link").unlink()
+        path.chmod(0o600)
+    mine["table"].layers["mine"] += 1
+    hg.io.save(mine)
+    assert (sd.read_zarr(slide.path)["table"].layers["mine"] == 8).all()
+
+
+def test_values_that_others_change_are_not_lost_though_the_clock_was_set_back(slide, monkeypatch):
+    monkeypatch.setattr(concurrent_changes, "_START", time.time() + 3500)
+    monkeypatch.setattr(concurrent_changes, "_OFFSET", concurrent_changes._OFFSET + 3600)
+    test_values_that_others_change_before_the_first_call_are_not_lost(slide, "layer")
 
 
 @pytest.mark.parametrize("what", ["obs", "shapes"])
