@@ -73,7 +73,8 @@ def noise_ceiling(
     whole = scipy.sparse.csc_array(counts)
     n, n_genes = whole.shape
     # Counts are small: kept in few bytes, they take a fraction of the memory of the table.
-    values = np.rint(whole.data).astype(np.min_scalar_type(int(np.rint(whole.data.max(initial=0)))))
+    largest = int(np.rint(whole.data.max(initial=0)))
+    values = np.rint(whole.data).astype(np.min_scalar_type(-largest - 1))
     half = np.empty_like(values)
     blocks = [(block, slice(*whole.indptr[[block.start, block.stop]])) for block in column_blocks((n, n_genes), _SPLIT)]
     r_sum, n_valid = np.zeros(n_genes), np.zeros(n_genes)

@@ -117,6 +117,19 @@ def test_noise_ceiling_lies_between_zero_and_one_or_is_nan(counts, seed):
     assert (np.isnan(found) | ((found >= 0) & (found <= 1))).all()
 
 
+@pytest.mark.parametrize("largest", [127, 128, 255, 65_535, 10**10])
+def test_noise_ceiling_of_large_counts_is_that_of_their_values(largest):
+    counts = np.column_stack([np.linspace(0, largest, 20).round(), np.full(20, 7.0)])
+    assert noise_ceiling(counts)[0] > 0.9
+
+
+def test_noise_ceiling_does_not_depend_on_the_blocks(monkeypatch):
+    counts = deep_counts(0.3, n=40)
+    whole = noise_ceiling(counts)
+    monkeypatch.setattr("he2gene_sc.stats._accuracy._SPLIT", 1)
+    assert noise_ceiling(counts).tobytes() == whole.tobytes()
+
+
 def test_noise_ceiling_is_the_correlation_of_log_normalised_halves():
     counts = scipy.sparse.csc_array(deep_counts(0.3, n=40))
     rng = np.random.default_rng(7)

@@ -103,6 +103,34 @@ def test_moran_and_neighbourhood_enrichment_equal_squidpy(slide):
     assert value(found, "predicted", "nhood_enrichment") == pytest.approx(expected, abs=0.02)
 
 
+def test_neighbourhood_enrichment_of_many_clusters_counts_those_with_a_domain(monkeypatch):
+    import squidpy as sq
+
+    from he2gene_sc.stats import enrichment_agreement, match
+    from he2gene_sc.tl._domains.scores import Enrichment, Labels, _compare
+
+    xy = np.argwhere(np.ones((20, 20))).astype(float)
+    rng, row = np.random.default_rng(0), xy[:, 0].astype(int)
+    domains = 3 * row // 20
+    clusters = np.where(rng.random(400) < 0.5, np.array([7, 2, 5])[domains], rng.integers(0, 12, 400))
+    full = Enrichment(xy, 0)
+    matched = match(domains, clusters)
+    expected = enrichment_agreement(full.scores(domains), full.scores(clusters), matched)
+    assert abs(expected) < 0.999
+    compute, n_labels = sq.gr.nhood_enrichment, []
+
+    def counted(table, key, **options):
+        n_labels.append(table.obs[key].nunique())
+        return compute(table, key, **options)
+
+    monkeypatch.setattr(sq.gr, "nhood_enrichment", counted)
+    shifts = np.zeros((0, 400), int)
+    rows = _compare(Labels("x", [clusters]), "domains", [domains], [clusters], shifts, Enrichment(xy, 0))
+    (found,) = [row["mean"] for row in rows if row["score"] == "nhood_enrichment"]
+    assert found == expected
+    assert max(n_labels) == 4
+
+
 def test_references_are_scored_and_marked_if_trained_on_labels(slide):
     table = hg.get.domains(slide, score="ari")
     kinds = {"predicted", "measured", "depth", "mean colour", "coordinates", "random features", "annotation head"}
