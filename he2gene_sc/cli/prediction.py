@@ -93,8 +93,12 @@ def predict(
     A store is updated in place: only its tables are written. Many slides are predicted in parallel; finished slides are skipped, a
     slide that fails does not stop the others, and the exit status is 1 if one failed.
     """
+    from .._core import validate
     from ..models import load
+    from ..pp._tissue import METHODS
 
+    validate.one_of(tissue_method, METHODS, "tissue_method")
+    validate.in_range(pitch_um, "pitch_um", above=0)
     if genes and all_genes:
         raise ValueError("--genes and --all-genes exclude each other; pass only one of them")
     if bool(paths) == (manifest is not None):

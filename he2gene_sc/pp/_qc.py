@@ -49,7 +49,8 @@ def qc(
     key_added
         Name of the shapes element; default ``"<image_key>_qc"``.
     **kwargs
-        ``metrics`` and ``outlier_threshold`` of :func:`squidpy.experimental.im.qc_image`.
+        ``metrics``, names such as ``["tenengrad", "entropy"]``, and ``outlier_threshold`` of
+        :func:`squidpy.experimental.im.qc_image`.
 
     Returns
     -------
@@ -88,6 +89,10 @@ def qc(
     from spatialdata.transformations import get_transformation
 
     sq = logs.import_squidpy()
+    if kwargs.get("metrics") is not None:
+        valid = {metric.value: metric for metric in sq.experimental.im.QCMetric}
+        names = validate.names(kwargs["metrics"], "metrics", one=True)
+        kwargs["metrics"] = [valid[validate.one_of(str(name), list(valid), "metrics")] for name in names]
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_qc" if key_added is None else key_added
     check_element_free(sdata, "hg.pp.qc", "shapes", key_added)

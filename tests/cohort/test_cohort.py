@@ -762,7 +762,9 @@ def test_the_shell_passes_options_on_to_predict(shell, slides, bundled):
         (("A.zarr", "--workers", "0"), "`n_workers` is 0; a whole number from 1 is needed"),
         (("A.zarr", "--scheduler", ""), "`--scheduler` is ''; a name is needed"),
         (("--manifest", "m.csv"), "the file does not exist; name a csv or tsv file"),
-        (("C.png", "--tissue-method", "x", "--mpp", "4"), "`method` is 'x'"),
+        (("C.png", "--tissue-method", "x", "--mpp", "4"), "`tissue_method` is 'x'"),
+        (("A.zarr", "--tissue-method", "x"), "`tissue_method` is 'x'"),
+        (("A.zarr", "--pitch-um", "0"), "`pitch_um` is 0"),
     ],
 )
 def test_the_shell_refuses_contradictions(shell, slides, bundled, monkeypatch, arguments, message):

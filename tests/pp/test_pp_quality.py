@@ -51,6 +51,14 @@ def test_tiles_of_the_blurred_half_are_the_least_sharp_and_match_the_image():
     np.testing.assert_allclose(tiles["qc_tenengrad"], alone["qc_img_he"][:, "qc_tenengrad"].X.ravel(), rtol=1e-4)
 
 
+def test_metrics_are_given_by_name():
+    sdata = slide(half_blurred)
+    hg.pp.qc(sdata, tile_um=100.0, metrics="tenengrad")
+    assert [name for name in sdata["he_qc"] if name.startswith("qc_")] == ["qc_tenengrad", "qc_outlier"]
+    with pytest.raises(ValueError, match=r"`metrics` is 'sharpness', valid: \['tenengrad', "):
+        hg.pp.qc(sdata, metrics=["tenengrad", "sharpness"])
+
+
 def test_tiles_are_not_used_as_spots_and_elements_of_the_user_are_kept():
     sdata = slide()
     hg.pp.qc(sdata)
