@@ -223,6 +223,17 @@ def test_a_gene_expressed_in_one_group_is_significant():
     assert (run(sums).effect[:3] > 2).all()
 
 
+def test_doubts_about_several_groups_are_one_warning():
+    tables = [counted(i, genes=30) for i in range(5)]
+    with pytest.warns(
+        UserWarning, match=r"'a': library sizes .* may appear different; similarly in 'b'\. Pass"
+    ) as caught:
+        biomarkers(tables, "label", layer=None, min_mean=-1)
+    assert sum("library sizes" in str(warning.message) for warning in caught) == 1
+    assert caught[0].filename.endswith("patients.py")  # which calls hg.tl.biomarkers
+    assert len(tables[0].uns["he2gene_biomarkers"]["params"]["doubts"]) == 2
+
+
 @pytest.mark.parametrize("genes", [30, 45])
 def test_unchanged_genes_of_a_small_panel_have_no_effect(genes):
     tables = [counted(i, genes=genes, planted=genes // 8, shift=1.5, deeper=1.0) for i in range(5)]

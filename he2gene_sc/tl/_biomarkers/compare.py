@@ -52,7 +52,8 @@ def compare(
         spots, squares=chosen.squares, detected=chosen.min_detected > 0, raw=chosen.scale == "counts", depth=depth
     )
     measured_cells = None if measured is None else Cells.from_spots(measured, depth=measured_depth)
-    tests, differences, faults, doubts = [], [], [], []
+    tests, differences, faults = [], [], []
+    doubtful: dict[str, Outcome] = {}
     for group in _groups(cells, groups, reference, chosen):
         contrast = Contrast.from_cells(spots, cells, spots.genes, group, reference, design=design, depth=depth)
         if measured is not None and measured_cells is not None:
@@ -70,7 +71,7 @@ def compare(
         outcome = run(chosen, contrast)
         test = outcome.test
         if outcome.doubt:
-            doubts.append(f"{group!r}: {outcome.doubt}")
+            doubtful[group] = outcome
         n: list[Any] = [int(used.sum()), *contrast.counts[:, used].sum(1).tolist()]
         if outcome.known is not None:
             n = [outcome.known.sum(0), *(contrast.counts[:, contrast.paired] @ outcome.known.astype(int))]
@@ -96,7 +97,12 @@ def compare(
     if faults:
         warnings.warn(f"groups are left out: {'; '.join(faults)}", UserWarning, stacklevel=3)
     every = pd.concat(tests, ignore_index=True)
-    every.attrs["doubts"] = doubts
+    every.attrs["doubts"] = [f"{group!r}: {outcome.doubt}" for group, outcome in doubtful.items()]
+    if doubtful:
+        others = [repr(group) for group in list(doubtful)[1:]]
+        like = f"; similarly in {format_list(others)}" if others else ""
+        message = f"{every.attrs['doubts'][0]}{like}. {next(iter(doubtful.values())).remedy}"
+        warnings.warn(message, UserWarning, stacklevel=3)
     return every, pd.concat(differences)
 
 

@@ -53,7 +53,7 @@ class Outcome:
     """A test, the differences in every paired sample ``(paired, g)`` and the log2 fold changes ``(g,)`` of the same contrast.
 
     ``known`` ``(paired, g)`` marks the samples in which a gene is tested; default: all. ``doubt`` is the reason why library
-    sizes or the adjustment for depth are doubtful.
+    sizes or the adjustment for depth are doubtful, and ``remedy`` is what to do about it.
     """
 
     test: SampleTest
@@ -61,6 +61,7 @@ class Outcome:
     logfoldchanges: np.ndarray
     known: np.ndarray | None = None
     doubt: str = ""
+    remedy: str = ""
 
 
 def run(method: Method, contrast: Contrast) -> Outcome:
@@ -68,12 +69,13 @@ def run(method: Method, contrast: Contrast) -> Outcome:
     result = method.run(contrast)
     if isinstance(result, Outcome):
         return result
-    doubt = _check_depth(contrast) if method.squares else ""
-    return Outcome(result, contrast.differences, contrast.fold_changes(result.effect), doubt=doubt)
+    doubt = _doubt_about_depth(contrast) if method.squares else ""
+    remedy = "Trust only genes that are also significant with design=hg.Design(depth=None)"
+    return Outcome(result, contrast.differences, contrast.fold_changes(result.effect), doubt=doubt, remedy=remedy)
 
 
-def _check_depth(contrast: Contrast) -> str:
-    """Warn if groups do not differ with depth like the spots within them; return the reason."""
+def _doubt_about_depth(contrast: Contrast) -> str:
+    """State if groups do not differ with depth like the spots within them."""
     from ...stats import depth_followed
 
     if contrast.adjustment is None or contrast.spot_variance is None:
@@ -82,16 +84,10 @@ def _check_depth(contrast: Contrast) -> str:
     followed, size = depth_followed(raw, contrast.adjustment, contrast.spot_variance)
     if not (followed < _MIN_FOLLOWED and size > _MIN_SIZE):
         return ""
-    doubt = (
+    return (
         "the adjustment for depth uses its slope within the groups, but the difference between the groups is only "
         f"{max(followed, 0):.0%} of what this slope predicts: genes without a difference may appear different"
     )
-    warnings.warn(
-        f"{doubt}. Trust only genes that are also significant with design=hg.Design(depth=None)",
-        UserWarning,
-        stacklevel=5,
-    )
-    return doubt
 
 
 def _pseudobulk(contrast: Contrast) -> Outcome:
@@ -99,7 +95,8 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
 
     assert contrast.raw is not None
     found = count_differences(contrast.raw, normalise=contrast.depth is None)
-    doubt = _check_libraries(contrast.raw) if contrast.depth is None else ""
+    doubt = _doubt_about_libraries(contrast.raw) if contrast.depth is None else ""
+    remedy = "Pass library sizes from spike-ins or unchanged genes as a column: hg.Design(depth=...)"
     known = np.isfinite(found.variances)
     weights = _cap_weights(np.where(known, 1 / np.where(known, found.variances, 1), 0))
     expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
@@ -116,32 +113,25 @@ def _pseudobulk(contrast: Contrast) -> Outcome:
         reliable=found.reliable,
         least=found.least,
     )
-    return Outcome(test, found.differences, test.effect / np.log(2), known, doubt)
+    return Outcome(test, found.differences, test.effect / np.log(2), known, doubt, remedy)
 
 
-def _check_libraries(sums: CountSums) -> str:
-    """Warn if library sizes depend on few genes, or if many genes in one direction were left out; return the reason."""
+def _doubt_about_libraries(sums: CountSums) -> str:
+    """State if library sizes depend on few genes, or if many genes in one direction were left out."""
     from ...stats import MIN_LIBRARY, library_evidence
 
     n, share = library_evidence(sums.counts, sums.depth)
-    doubt = ""
     if n < MIN_LIBRARY:
-        doubt = (
+        return (
             f"library sizes are estimated from {n} genes with enough counts, but {MIN_LIBRARY} are needed: genes without a difference "
             "may appear different"
         )
-    elif abs(share) > _MAX_LEFT_OUT:
-        doubt = (
+    if abs(share) > _MAX_LEFT_OUT:
+        return (
             f"library sizes are estimated without {abs(share):.0%} of the genes, which are {'higher' if share > 0 else 'lower'} in the "
             "group than the others: if these genes are the unchanged ones, all others appear different"
         )
-    if doubt:
-        warnings.warn(
-            f"{doubt}. Pass library sizes from spike-ins or unchanged genes as a column: hg.Design(depth=...)",
-            UserWarning,
-            stacklevel=6,
-        )
-    return doubt
+    return ""
 
 
 def _cap_weights(weights: np.ndarray) -> np.ndarray:
