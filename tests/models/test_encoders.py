@@ -1,4 +1,6 @@
+import re
 import sys
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -410,6 +412,40 @@ def test_a_given_network_replaces_a_known_encoder(own):
     card = replace(model.card, encoder=model.card.encoder | {"name": "resnet50"})
     model = hg.models.load(HE2Gene(card, model.genes, model.tensors), encoder=own[1:])
     assert isinstance(model.network, Network)
+
+
+# A user's own network by name, registered with timm
+
+
+@pytest.mark.slow
+def test_the_registered_network_of_the_documentation_trains_and_predicts_by_its_name(monkeypatch, tmp_path):
+    (code,) = re.findall(r"```python\n(from timm\.models import register_model.*?)```", DOCS.read_text("utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    torch.save(own_network().state_dict(), "my-encoder.pt")
+    slides = [hg.datasets.toy((4, 4), seed=seed) for seed in range(3)]
+    names = {"hg": hg, "torch": torch, "MyNetwork": lambda: own_network(seed=1), "sdatas": slides, "__name__": __name__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "encoders.md", "exec"), names)
+        names["model"].save("my-model")
+        hg.tl.predict(slides[0], model=hg.models.load("my-model"))
+    assert names["model"].card.encoder["input_px"] == 256
+    assert names["model"].card.encoder["sha256"] == encoder_sha256(own_network())
+    assert np.isfinite(hg.get.predicted(slides[0], reliable=False).X).all()
+
+
+@pytest.mark.parametrize("config", [None, {"input_size": (3, 32, 32)}])
+def test_a_registered_network_without_the_facts_of_its_input_raises(monkeypatch, config):
+    def create_model(*_, **__):
+        network = own_network()
+        if config:
+            network.pretrained_cfg = config
+        return network
+
+    monkeypatch.setattr(timm, "is_model", lambda name: True)
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(ValueError, match=r"`encoder` 'my_net': `pretrained_cfg` .* has no .*mean, std; set it"):
+        load_encoder("my_net")
 
 
 # Folding of batch normalisation

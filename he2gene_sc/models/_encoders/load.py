@@ -95,7 +95,7 @@ def load_encoder(
         raise RuntimeError(_how_to_get(wanted, error)) from error
     network = network.float().eval()
     if spec is None:
-        spec = spec_of(encoder, network.pretrained_cfg, encoder)
+        spec = _spec_of_timm(encoder, network)
         check_output(network, spec)
     return network, spec
 
@@ -113,6 +113,17 @@ def _check_timm_name(name: str) -> None:
             f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
             "folder as timm saves it"
         )
+
+
+def _spec_of_timm(name: str, network: torch.nn.Module) -> EncoderSpec:
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    missing = [key for key in ("input_size", "mean", "std") if key not in config]
+    if missing:
+        raise ValueError(
+            f"`encoder` {name!r}: `pretrained_cfg` of its network has no {', '.join(missing)}; set it in the function that is "
+            "registered with timm, for example {'input_size': (3, 224, 224), 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}"
+        )
+    return spec_of(name, config, name)
 
 
 def _build_bundled(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
@@ -148,7 +159,7 @@ def _build_with_weights(spec: EncoderSpec, path: Path, *, known: bool) -> tuple[
     else:
         network = _from_timm(spec, False, path)
     network = network.float().eval()
-    spec = spec if known else spec_of(spec.name, network.pretrained_cfg, spec.name)
+    spec = spec if known else _spec_of_timm(spec.name, network)
     check_output(network, spec)
     return network, spec
 
