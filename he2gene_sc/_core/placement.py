@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: A likely cause has to bring this fraction of the spots into the image, where they span this fraction of it.
 _INSIDE, _SPAN = 0.9, 0.2
+_WIDE = 0.5
 #: Least ratio of the µm/px of lattice and image at which they count as equal.
 _SAME_SIZE = 0.8
 #: Number of spots that are compared with the pixels; ratio of darkness and gain in correlation of a better placement.
@@ -88,7 +89,10 @@ def _outside_message(sdata: SpatialData, slide: Slide, outside: int) -> str:
         if inside.mean() >= _INSIDE and (np.ptp(places, axis=0) / [width, height]).max() >= _SPAN:
             return f"{found} {cause}; if so: {_fix_call(sdata, slide, matrix)}."
     factor = 0.95 * min(width / max(right, 1), height / max(bottom, 1))
-    if factor < 1 and left < width and top < height and min(left, top) >= 0:
+    span = factor * np.ptp(slide.centres, axis=0) / [width, height]
+    # Spots that were shifted, not scaled, would span little of the image.
+    near = left < width and top < height
+    if factor < 1 and (near or span.max() >= _WIDE) and min(left, top) >= 0:
         return (
             f"{found} Their coordinates look like those of a larger image, such as the full-resolution one: use that image, "
             "or scale the spots by the ratio of the image widths, about: "
@@ -165,11 +169,15 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
     better = {cause: _compare_placements(sdata, slide, matrix) for cause, matrix in causes.items()}
     if max(better.values()) < 0:
         return
-    cause = max(better, key=better.__getitem__)
-    shown = "; the pixels agree" if better[cause] > 0 else ""
+    likeliest = [cause for cause in causes if better[cause] == max(better.values())]
+    cause, shown = likeliest[0], "; the pixels agree" if max(better.values()) > 0 else ""
+    call = _fix_call(sdata, slide, causes[cause])
+    if len(likeliest) > 1:
+        cause = "x or y of the spots looks mirrored"
+        call = f"{call} for x, or {_fix_call(sdata, slide, causes[likeliest[1]])} for y"
     warnings.warn(
         f"`array_row` and `array_col` of table {slide.table_key!r} are mirrored against the pixels: {cause}{shown}. If so, "
-        f"all spots are predicted from other tissue; correct it with {_fix_call(sdata, slide, causes[cause])}. Ignore this "
+        f"all spots are predicted from other tissue; correct it with {call}. Ignore this "
         "if the section was imaged mirrored, as in some CytAssist runs, or array_row counts columns",
         UserWarning,
         stacklevel=5,

@@ -277,9 +277,34 @@ def test_a_lattice_that_contradicts_the_stated_resolution_gets_both_corrections(
 
 def test_coordinates_of_a_larger_image_are_named_without_a_scale_factor():
     sdata = section()
+    right = resolve(sdata)[0].centres
     place(sdata, [[3, 0, 0], [0, 3, 0]])
     (message,) = warnings_of(sdata)
     assert "look like those of a larger image" in message
+    # All spots lie outside.
+    larger = 1.1 * SIDE / right.min()
+    place(sdata, [[larger, 0, 0], [0, larger, 0]])
+    with pytest.raises(ValueError, match="look like those of a larger image") as error:
+        warnings_of(sdata)
+    mend(sdata, str(error.value))
+    assert warnings_of(sdata) == []
+    # They were shifted.
+    place(sdata, [[1, 0, 2 * SIDE], [0, 1, 2 * SIDE]])
+    with pytest.raises(ValueError, match="Check the transformations"):
+        warnings_of(sdata)
+
+
+def test_mirrored_spots_of_which_the_pixels_tell_nothing_get_both_corrections():
+    sdata = section()
+    right = resolve(sdata)[0].centres
+    place(sdata, [[1, 0, 0], [0, -1, SIDE]])
+    shade = np.asarray(sdata["he"])[0].astype(float)
+    shade = (shade + shade[::-1] + shade[:, ::-1] + shade[::-1, ::-1]) / 4
+    sdata["he"] = Image2DModel.parse(np.stack([shade.astype(np.uint8)] * 3), dims=("c", "y", "x"))
+    (message,) = warnings_of(sdata)
+    assert "x or y of the spots looks mirrored. If so" in message
+    mend(sdata, message.split(" for x, or ")[1])
+    np.testing.assert_allclose(resolve(sdata)[0].centres, right, atol=1e-6)
 
 
 def test_micrometres_that_leave_a_coarse_image_are_named():
