@@ -42,6 +42,8 @@ def read_net(net: Any) -> pd.DataFrame:
         net = _read_gmt(path)
     if missing := [name for name in ("source", "target") if name not in net]:
         raise ValueError(f"`net` has no column {missing[0]!r}; 'source' (the set) and 'target' (the gene) are needed")
+    if (twice := net.columns[net.columns.duplicated()].intersection(["source", "target", "weight"])).size:
+        raise ValueError(f"`net` has two columns {twice[0]!r}; rename or drop one")
     net = net[[name for name in ("source", "target", "weight") if name in net]].dropna(subset=["source", "target"])
     net = net.assign(**{name: net[name].astype(object).map(lambda text: str(text).strip()) for name in net.columns[:2]})
     net = net.drop_duplicates()

@@ -1,4 +1,7 @@
+import io
 import logging
+import re
+import sys
 import warnings
 
 import anndata
@@ -1130,12 +1133,33 @@ def test_invalid_gene_sets_raise_or_are_left_out():
     twice = pd.concat([net.assign(weight=1.0), net.head(1).assign(weight=-1.0)])
     with pytest.raises(ValueError, match="`net` names gene 'g0' twice in set 'up', with different weights"):
         hg.tl.enrichment(result, twice)
+    with pytest.raises(ValueError, match="`net` has two columns 'source'; rename or drop one"):
+        hg.tl.enrichment(result, pd.concat([net, net[["source"]]], axis=1))
     with pytest.raises(ValueError, match="occurs twice in group"):
         hg.tl.enrichment(pd.concat([result, result.head(1)]), net)
     with pytest.raises(ValueError, match="`data`: 'scores' is infinite for"):
         hg.tl.enrichment(result.assign(scores=result["scores"].mask(result["names"] == "g3", np.inf)), net)
     with pytest.raises(ValueError, match="`data`: 'scores' is the same for all genes"):
         hg.tl.enrichment(result.assign(scores=1.0), net)
+
+
+def test_genes_of_diseases_come_from_omnipath(monkeypatch):
+    """The answer of OmniPath is in its format; decoupler reads it, and the call is that of the docstring."""
+    import decoupler
+
+    module = sys.modules["decoupler.op._resource"]
+    rows = [("breast cancer", f"g{i}") for i in range(5)] + [("asthma", f"g{i}") for i in range(5, 11)]
+    lines = ["uniprot\tgenesymbol\tentity_type\tsource\tlabel\tvalue\trecord_id"]
+    for i, (disease, gene) in enumerate(rows):
+        for label, value in (("disease", disease), ("score", "0.5"), ("source", "CTD_human")):
+            lines.append(f"P{i}\t{gene}\tprotein\tDisGeNet\t{label}\t{value}\t{i}")
+    monkeypatch.setattr(module, "_download", lambda url, **options: io.BytesIO("\n".join(lines).encode()))
+    monkeypatch.setattr(module, "show_resources", lambda: pd.DataFrame({"name": ["DisGeNet"]}))
+    (call,) = re.findall(r"net =\s+(decoupler\.op.*?\)\)?)``", hg.tl.enrichment.__doc__, re.DOTALL)
+    net = eval(call, {"decoupler": decoupler})
+    scores = hg.tl.enrichment(markers(patients()), net, group="tumour")
+    assert scores["source"].tolist() == ["breast cancer", "asthma"]
+    assert scores["pvals_adj"].iloc[0] < 0.01
 
 
 def test_marker_sets_are_genes_of_the_bundled_model():
