@@ -91,14 +91,15 @@ def compare(
         raise ValueError(f"`layers` {taken}: a reference has that name; give the layer another name")
     if not layers or not chosen:
         raise ValueError(f"`{'protocols' if layers else 'layers'}` is empty; name one or several")
-    scales = layer_scale if isinstance(layer_scale, Mapping) else dict.fromkeys(layers, layer_scale)
+    scales: Mapping[str, Scale] = layer_scale if isinstance(layer_scale, Mapping) else {}
+    default: Scale = "auto" if isinstance(layer_scale, Mapping) else layer_scale
     if unknown := [layer for layer in scales if layer not in layers]:
         raise ValueError(f"`layer_scale` names {unknown}, valid: {layers}, as in `layers`")
     data = list(data) if isinstance(data, Iterator) else data
     read = partial(paired_spots, sample_key=sample_key, section_key=section_key, table_key=table_key)
     pairs = []
     for layer in layers:  # Not a comprehension: it would add a frame, and warnings would point to it.
-        pairs.append(read(data, layer, scales.get(layer, "auto"), measured, measured_scale))
+        pairs.append(read(data, layer, scales.get(layer, default), measured, measured_scale))
     shared, truth = shared_spots(pairs)
     predicted = dict(zip(layers, shared, strict=True))
     panel = _shared_genes([spots.genes for spots in predicted.values()], genes)
