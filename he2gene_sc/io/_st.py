@@ -127,7 +127,7 @@ def _read_tables(
     values = count_frame.loc[ids].to_numpy()
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all() or (values < 0).any() or (values % 1 != 0).any():
         raise ValueError(f"`counts` of section {section!r} are not raw counts: whole numbers from 0 are needed")
-    genes = pd.Index(count_frame.columns.astype(str))
+    genes = pd.Index(count_frame.columns.astype(str).str.strip())
     if len(genes) == 0:
         raise ValueError(f"`counts` of section {section!r} has no genes; columns separated by tabs are needed")
     if genes.has_duplicates:

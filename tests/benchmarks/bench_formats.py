@@ -190,6 +190,8 @@ def main(folder: Path, only: str | None = None) -> int:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
     rows = []
+    if missing := [name for name in (*FILES, *FOLDERS) if not (folder / name).exists()]:
+        sys.exit(f"{folder} lacks {', '.join(missing)}")
     for name, expected in FILES.items():
         if only and only not in name:
             continue

@@ -489,6 +489,12 @@ def test_a_file_that_names_a_gene_twice_is_refused(tmp_path):
     counts.rename(columns={"B": "A"}).to_csv(tmp_path / "twice.tsv.gz", sep="\t")
     with pytest.raises(ValueError, match=r"`counts` 'twice.tsv.gz' has duplicated genes: \['A'\]"):
         hg.io.read_st(tmp_path / "twice.tsv.gz", spots)
+    blank = counts.rename(columns={"B": "A "})
+    blank.to_csv(tmp_path / "blank.tsv", sep="\t")
+    for given in (blank, tmp_path / "blank.tsv"):
+        with pytest.raises(ValueError, match=r"has duplicated genes: \['A'\]"):
+            hg.io.read_st(given, spots)
+    assert "B" in hg.io.read_st(counts.rename(columns={"B": " B"}), spots)["table"].var_names
     counts.rename(columns={"B": ""}).to_csv(tmp_path / "unnamed.tsv", sep="\t")
     with pytest.raises(ValueError, match="`counts` 'unnamed.tsv' has 1 columns without a name"):
         hg.io.read_st(tmp_path / "unnamed.tsv", spots)
