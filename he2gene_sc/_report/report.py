@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,8 @@ def _write_page(
 ) -> Path:
     """Write the page of one slide."""
     file = _check_file("report.html" if path is None else path, overwrite)
-    put_file(file, render(*_page(data, title, **options)))
+    name, sections, _ = _page(data, title, **options)
+    put_file(file, render(name, sections))
     return file
 
 
@@ -141,8 +142,8 @@ def _page(
     prediction_key: str,
     table_key: str | None,
     shapes_key: str | None,
-) -> tuple[str, list[Section]]:
-    """Return title and sections of the page of a slide."""
+) -> tuple[str, list[Section], dict[str, Any]]:
+    """Return title and sections of the page of a slide, and its row in an index."""
     if hasattr(data, "tables"):
         table_key = predicted_table(data, prediction_key, table_key)
     table = get_table(data, table_key, prediction_key=prediction_key)
@@ -164,7 +165,7 @@ def _page(
     if title is None:
         names = pd.unique(pd.Series(section_names(table)))
         title = "Predicted expression" + (f": {', '.join(names[:3])}" if list(names) != [SECTION] else "")
-    return title, sections_of(slide)
+    return title, sections_of(slide), _summary(record)
 
 
 def _slides(data: Any) -> pd.DataFrame | None:
@@ -216,6 +217,17 @@ def _may_be_store(path: Path) -> bool:
         return True
 
 
+def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the prediction recorded about a slide, for an index without the summary of a run."""
+    spots = record.get("n_spots")
+    found = {
+        "spots": sum(spots.values()) if isinstance(spots, Mapping) else spots,
+        "share_on_tissue": record.get("share_on_tissue"),
+        "verdict": record.get("verdict"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:
     """Write the page of each slide, then the index, which lists slides that failed."""
     from ..io._open import open_store
@@ -239,9 +251,9 @@ def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: b
     for (_, row), store, file in zip(frame.iterrows(), stores, files, strict=True):
         cells: dict[str, Any] = {"slide": Cell(store.stem), **{name: row[name] for name in _SUMMARY if name in frame}}
         try:
-            name, sections = _page(open_store(store, "data"), None, **options)
+            name, sections, recorded = _page(open_store(store, "data"), None, **options)
             put_file(file, render(name, sections))
-            cells["slide"] = Cell(store.stem, link=file.name)
+            cells = recorded | cells | {"slide": Cell(store.stem, link=file.name)}
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a slide that fails must not stop the others
@@ -249,7 +261,8 @@ def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: b
             warnings.warn(f"no report of {str(store)!r}: {reason}", stacklevel=3)
             cells["report"] = f"none: {reason}"
         rows.append(cells)
+    shown = ["slide", *(name for name in _SUMMARY if any(name in row for row in rows)), "report"]
     section = Section("slides", "Slides", text=[f"{len(rows)} slides; each name links to the page of the slide."])
-    section.add_frame(pd.DataFrame(rows))
+    section.add_frame(pd.DataFrame(rows).reindex(columns=shown if any("report" in row for row in rows) else shown[:-1]))
     put_file(index, render(title or "Slides", [section]))
     return index

@@ -1,8 +1,8 @@
 """A report is one HTML file that begins with what holds for a new patient, without external resources or scripts."""
 
 import re
-import sys
 from html.parser import HTMLParser
+from importlib import import_module
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -190,9 +190,9 @@ def test_no_page_of_a_folder_replaces_another(monkeypatch, tmp_path):
     def page(store, *_, **__):
         if store.stem == "odd":
             raise RuntimeError("no such thing")
-        return store.parent.name, []
+        return store.parent.name, [], {}
 
-    monkeypatch.setattr(sys.modules[Slide.__module__.replace("slide", "report")], "_page", page)
+    monkeypatch.setattr(import_module("he2gene_sc._report.report"), "_page", page)
     monkeypatch.setattr("he2gene_sc.io._open.open_store", lambda store, _: store)
     names = ["a/s.zarr", "b/S.zarr", "c/s-2.zarr", "d/Index.zarr", "e/odd.zarr"]
     with pytest.warns(UserWarning, match="RuntimeError: no such thing"):
@@ -278,6 +278,13 @@ def test_each_slide_gets_a_page_and_an_index_links_to_them(plain, tmp_path):
     assert "<i>odd" in page.text
     assert "is not a SpatialData zarr store" in page.text
     assert Page(index.parent / links[1]).sections[0] == "new-patient"
+
+
+def test_an_index_of_stores_lists_spots_and_verdict(plain, tmp_path):
+    plain["table"].uns["he2gene"]["verdict"] = "like the training data"
+    store = hg.io.save(plain, tmp_path / "a.zarr")
+    text = Page(hg.report([store], tmp_path / "reports")).text
+    assert re.search(r"spots\s+share_on_tissue\s+verdict\s+a\s+30\s+\S+\s+like the training data", text)
 
 
 def test_the_command_writes_a_report(plain, tmp_path):
