@@ -87,7 +87,8 @@ def to_geojson(
     Raises
     ------
     ValueError
-        If nothing was predicted, a gene or column is missing or has no values, or the slide is ambiguous.
+        If nothing was predicted, a gene or column is missing or has no values, the slide is ambiguous, or it was saved without its
+        image, which gives the coordinates.
     FileExistsError
         If the file exists, without ``overwrite``.
 
