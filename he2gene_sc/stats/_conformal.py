@@ -72,9 +72,9 @@ def grouped_quantiles(
     cumulated = np.cumsum(np.take_along_axis(weight, order, axis=0), axis=0)
     found = np.full((len(levels), scores.shape[1]), np.nan, np.float32)
     columns = np.flatnonzero(n_groups)
+    cumulated, last = cumulated[:, columns], known.sum(0)[columns] - 1
     for i, level in enumerate(levels):
-        below = (cumulated[:, columns] < level * n_groups[columns] - _ROUNDING).sum(0)
-        last = known[:, columns].sum(0) - 1
+        below = np.count_nonzero(cumulated < level * n_groups[columns] - _ROUNDING, axis=0)
         found[i, columns] = ordered[np.minimum(below, last), columns]
     return found, n_groups.astype(np.int16)
 
