@@ -379,7 +379,7 @@ def test_mirrored_spots_are_warned_of_in_samples_that_are_read_one_by_one(root):
     table.obsm["spatial"][:, 0] = (SIDE + 1) * PITCH - table.obsm["spatial"][:, 0]
     table.write_h5ad(root / "st/SPA0.h5ad")
     data = hg.datasets.hest(root, ids=["SPA0", "SPA1"])
-    with pytest.warns(UserWarning, match="x of the spots looks mirrored"):
+    with pytest.warns(UserWarning, match="x or y of the spots looks mirrored"):
         list(read_all(data, TrainingKeys(None, "patient", "section"), {}, hg.GeneSelection(), hg.Classes()))
 
 
