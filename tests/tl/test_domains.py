@@ -103,6 +103,16 @@ def test_moran_and_neighbourhood_enrichment_equal_squidpy(slide):
     assert value(found, "predicted", "nhood_enrichment") == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.slow
+def test_leiden_clusters_more_spots_than_scanpy_searches_exactly():
+    from he2gene_sc.tl._domains.clusters import cluster
+
+    truth = np.arange(8200) % 4
+    x = np.random.default_rng(0).standard_normal((8200, 10)) + 10 * np.eye(4, 10)[truth]
+    (found,) = cluster(x, 4, [0], "leiden")
+    assert metrics.adjusted_rand_score(truth, found) == 1
+
+
 def test_neighbourhood_enrichment_of_many_clusters_counts_those_with_a_domain(monkeypatch):
     import squidpy as sq
 

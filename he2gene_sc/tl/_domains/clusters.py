@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse
 
 from ...stats._baselines import position
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 N_PCS = 20
 N_NEIGHBOURS = 15
 CLUSTERINGS = ("leiden", "kmeans")
+#: Number of spots from which scanpy searches neighbours approximately.
+_EXACT_SPOTS = 8192
 #: Bounds of the search for the Leiden resolution, and its largest number of steps.
 _RESOLUTIONS, _STEPS = (1e-3, 20.0), 25
 
@@ -45,8 +48,24 @@ def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str
     table = AnnData(np.asarray(features, np.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sc.pp.neighbors(table, n_neighbors=min(N_NEIGHBOURS, len(features) - 1), use_rep="X", random_state=0)
+        n_neighbors = min(N_NEIGHBOURS, len(features) - 1)
+        search = _approximate_search(n_neighbors) if len(features) >= _EXACT_SPOTS else None
+        sc.pp.neighbors(table, n_neighbors=n_neighbors, use_rep="X", random_state=0, transformer=search)
         return [_leiden(table, n_clusters, seed) for seed in seeds]
+
+
+def _approximate_search(n_neighbors: int) -> Any:
+    """Return scanpy's search of neighbours for many spots, with a matrix that scanpy can read.
+
+    pynndescent 0.7 returns a sparse array, on which scanpy 1.11 and 1.12 fail.
+    """
+    from pynndescent import PyNNDescentTransformer
+
+    class Search(PyNNDescentTransformer):
+        def fit_transform(self, X: np.ndarray, y: None = None) -> scipy.sparse.csr_matrix:
+            return scipy.sparse.csr_matrix(super().fit_transform(X))
+
+    return Search(n_neighbors=n_neighbors, metric="euclidean", random_state=0)
 
 
 def _leiden(table: AnnData, n_clusters: int, seed: int) -> np.ndarray:
