@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: A likely cause has to bring this fraction of the spots into the image, where they span this fraction of it.
 _INSIDE, _SPAN = 0.9, 0.2
+#: Fraction of the image that spots of a larger image span after scaling, if all of them lie outside.
 _WIDE = 0.5
 #: Least ratio of the µm/px of lattice and image at which they count as equal.
 _SAME_SIZE = 0.8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +165,9 @@ def _page(
     if title is None:
         names = pd.unique(pd.Series(section_names(table)))
         title = "Predicted expression" + (f": {', '.join(names[:3])}" if list(names) != [SECTION] else "")
-    return title, sections_of(slide), _summary(record)
+    from ..cohort._record import recorded_summary
+
+    return title, sections_of(slide), recorded_summary(record)
 
 
 def _slides(data: Any) -> pd.DataFrame | None:
@@ -215,17 +217,6 @@ def _may_be_store(path: Path) -> bool:
         return is_store(path)
     except ValueError:  # damaged; open_store raises the error
         return True
-
-
-def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the prediction recorded about a slide, for an index without the summary of a run."""
-    spots = record.get("n_spots")
-    found = {
-        "spots": sum(spots.values()) if isinstance(spots, Mapping) else spots,
-        "share_on_tissue": record.get("share_on_tissue"),
-        "verdict": record.get("verdict"),
-    }
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:

@@ -117,8 +117,8 @@ def _limits(table: pd.DataFrame) -> list[str]:
         lines.append(f"- All sections are of patient {patients[0]}: there is no evidence about any other.")
     elif len(patients) < _MIN_PATIENTS:
         lines.append(
-            f"- The sections are of {len(patients)} patients ({', '.join(patients)}). *Patients held out* is {len(patients)} "
-            "folds, so there is no mean or interval over patients, and no evidence about patients in general."
+            f"- The sections come from {len(patients)} patients ({', '.join(patients)}), so *Patients held out* has {len(patients)} "
+            "folds. They are too few for a mean or an interval over patients, and say nothing about patients in general."
         )
     if set(patients) == {"A", "C"}:
         lines.append(

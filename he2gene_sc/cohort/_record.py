@@ -51,6 +51,11 @@ def slide_summary(job: Job, model: HE2Gene) -> dict[str, Any]:
 
 
 def _summary(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return recorded_summary(record) | {"share_annotated": _annotated_share(table, Keys(key))}
+
+
+def recorded_summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a prediction recorded about its slide; shares that it did not record are NaN."""
     share_ood = record.get("share_out_of_distribution", math.nan)
     mpp = set(_values(record["mpp"]))
     return {
@@ -58,7 +63,6 @@ def _summary(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]
         "mpp": float(mpp.pop()) if len(mpp) == 1 else math.nan,
         "share_on_tissue": float(record.get("share_on_tissue", math.nan)),
         "share_like_training": 1 - float(share_ood),
-        "share_annotated": _annotated_share(table, Keys(key)),
         "verdict": str(record.get("verdict", "")),
     }
 

@@ -162,8 +162,8 @@ def read_geojson(
         Object, or table with ``obsm["spatial"]`` in pixels of the full-resolution image. In a table, a spot is a circle with
         the diameter ``spot_diameter_fullres`` from ``uns["spatial"]``, else half the distance between spots.
     path
-        The file, ``.zip`` if QuPath compressed it. Polygons with a class are read, with their holes: annotations, or, without any, detections and cells.
-        Coordinates are pixels of level 0, as QuPath writes them.
+        The file, ``.zip`` if QuPath compressed it. Polygons with a class are read, with their holes: annotations, or, without any,
+        detections and cells. Coordinates are pixels of level 0, as QuPath writes them.
     key_added
         Column of ``obs`` for the labels.
     table_key, shapes_key, image_key, coordinate_system

@@ -86,13 +86,11 @@ def noise_ceiling(
             totals[1] += np.bincount(whole.indices[part], weights=values[part] - half[part], minlength=n)
         totals[totals == 0] = 1
         for block, part in blocks:
-            spots, column = (
-                whole.indices[part],
-                np.repeat(np.arange(block.stop - block.start), np.diff(whole.indptr)[block]),
-            )
+            spots, width = whole.indices[part], block.stop - block.start
+            column = np.repeat(np.arange(width), np.diff(whole.indptr)[block])
             x = np.log1p(TARGET_SUM * half[part] / totals[0][spots])
             y = np.log1p(TARGET_SUM * (values[part] - half[part]) / totals[1][spots])
-            r = _sparse_pearson(x, y, column, n, block.stop - block.start)
+            r = _sparse_pearson(x, y, column, n, width)
             r_sum[block] += np.nan_to_num(r)
             n_valid[block] += np.isfinite(r)
     r = np.divide(r_sum, n_valid, out=np.full(n_genes, np.nan), where=n_valid > 0)

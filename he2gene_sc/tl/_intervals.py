@@ -94,8 +94,8 @@ def intervals(
         Median over the spots of half the width before the lower end is floored.
     ``.var["he2gene_rarely_detected"]``
         Whether the gene was detected in fewer than 20 % of the training spots (adapted layer or ``calibration``: of the measured
-        spots). Such an interval means "not detected": it contains the spots without a count and few of those that express the gene, at any
-        coverage. Only for :func:`he2gene_sc.tl.adapt` and for models that state how often genes were detected.
+        spots). Such an interval means "not detected": it contains the spots without a count and few of those that express the
+        gene, at any coverage. Only for :func:`he2gene_sc.tl.adapt` and for models that state how often genes were detected.
     ``.uns["he2gene_intervals"]``
         Coverage, and ``guarantee``: ``"hierarchical"`` or ``"none"``, with ``unit`` and ``n_groups``; ``by``:
         ``"annotation"``, ``"detected"``, ``"level"`` or ``"none"``.
@@ -193,10 +193,10 @@ def intervals(
         rare = source.rare & source.known
         var[names["rarely_detected"]] = pd.Series(rare, index=table.var_names)
         if rare.any():
+            spots = "training" if adapted is None and calibration is None else "measured"
             warnings.warn(
                 f"{int(rare.sum()):,} of {int(source.known.sum()):,} genes were detected in fewer than {RARE_SHARE:.0%} of the "
-                f"{'training' if adapted is None and calibration is None else 'measured'} spots: their intervals mean 'not detected' and cover few of the spots "
-                f"that express them, at any coverage; var[{names['rarely_detected']!r}] marks them",
+                f"{spots} spots: their intervals mean 'not detected' and cover few of the spots that express them, at any coverage; var[{names['rarely_detected']!r}] marks them",
                 UserWarning,
                 stacklevel=2,
             )

@@ -146,9 +146,9 @@ def predict(
         Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit and versions. ``lazy``: the
         layer is a dask array. ``head``: digest of the head. ``gene_symbols``: the argument, if given; verbs that read the prediction
         use it. ``genes``, ``known_patient``, ``exact`` and ``lattice``: the arguments, if given. ``given``: names of the arguments
-        that chose image, spots, µm/px, precision and kind of patient. ``known_sections``: training sections that the slides were recognised as.
-        ``features``: the key in ``obsm`` and how they were computed. ``interpolated`` and ``lattice_um``: shapes with interpolated
-        features, and the step for each window.
+        that chose image, spots, µm/px, precision and kind of patient. ``known_sections``: training sections that the slides were
+        recognised as; ``known_patient`` is then recorded even if not given. ``features``: the key in ``obsm`` and how they were
+        computed. ``interpolated`` and ``lattice_um``: shapes with interpolated features, and the step for each window.
 
     ``.uns["X_he2gene_rows"]``
         Digest of each row of the embedding, with which :func:`he2gene_sc.get.expression` checks it.

@@ -284,7 +284,8 @@ def test_an_index_of_stores_lists_spots_and_verdict(plain, tmp_path):
     plain["table"].uns["he2gene"]["verdict"] = "like the training data"
     store = hg.io.save(plain, tmp_path / "a.zarr")
     text = Page(hg.report([store], tmp_path / "reports")).text
-    assert re.search(r"spots\s+share_on_tissue\s+verdict\s+a\s+30\s+\S+\s+like the training data", text)
+    names = r"spots\s+share_on_tissue\s+share_like_training\s+verdict"
+    assert re.search(names + r"\s+a\s+30\s+[\d.]+\s+–\s+like the training data", text)
 
 
 def test_the_command_writes_a_report(plain, tmp_path):

@@ -116,6 +116,7 @@ def _check_timm_name(name: str) -> None:
 
 
 def _spec_of_timm(name: str, network: torch.nn.Module) -> EncoderSpec:
+    """Describe an encoder by the configuration of its timm network; raise if that lacks size or normalisation."""
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     missing = [key for key in ("input_size", "mean", "std") if key not in config]
     if missing:

@@ -89,8 +89,8 @@ def enrichment(
     The background is the tested genes, also for ``method="ora"``; ``n_bg=`` changes it. ``ora`` of decoupler 2.2 selects all genes
     except the ``n_up`` lowest: for the top 50 of 1,000 tested genes pass ``n_up=950``.
 
-    **Genes of diseases** come from a GMT file (for example from Enrichr), or, with network access, from OmniPath: ``net =
-    decoupler.op.resource("DisGeNet").rename(columns={"disease": "source", "genesymbol": "target"})``.
+    **Genes of diseases** come from a GMT file (for example from Enrichr), or, with network access, from OmniPath:
+    ``decoupler.op.resource("DisGeNet").rename(columns={"disease": "source", "genesymbol": "target"})``.
 
     Examples
     --------
