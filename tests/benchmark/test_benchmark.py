@@ -112,7 +112,7 @@ def test_a_ready_model_is_scored_only_where_it_was_not_trained(source, tiny_mode
 def test_markdown_states_the_limits_of_the_tables(table):
     text = _benchmark_report.markdown(table, "her2st", "he2gene benchmark")
     assert "Made by `he2gene benchmark`." in text
-    assert "of 2 patients (A, B)" in text
+    assert "from 2 patients (A, B)" in text
     assert "TRIPLEX 0.314" in text
     assert "labels smoothed 3 × 3" in text
     assert "five times coarser" not in text

@@ -1155,7 +1155,7 @@ def test_genes_of_diseases_come_from_omnipath(monkeypatch):
             lines.append(f"P{i}\t{gene}\tprotein\tDisGeNet\t{label}\t{value}\t{i}")
     monkeypatch.setattr(module, "_download", lambda url, **options: io.BytesIO("\n".join(lines).encode()))
     monkeypatch.setattr(module, "show_resources", lambda: pd.DataFrame({"name": ["DisGeNet"]}))
-    (call,) = re.findall(r"net =\s+(decoupler\.op.*?\)\)?)``", hg.tl.enrichment.__doc__, re.DOTALL)
+    (call,) = re.findall(r"``(decoupler\.op\.resource.*?)``", hg.tl.enrichment.__doc__, re.DOTALL)
     net = eval(call, {"decoupler": decoupler})
     scores = hg.tl.enrichment(markers(patients()), net, group="tumour")
     assert scores["source"].tolist() == ["breast cancer", "asthma"]
